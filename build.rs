@@ -1,0 +1,205 @@
+//! What cargo does not do by itself: the soname, the header as Rust sees it, and proof that header and Rust agree.
+//!
+//! Two checks from two sides. `bindings.rs` is the header as bindgen reads it, for `src/ffi` to compare its functions
+//! with. `abi_check.c` is the Rust side written out as static assertions for the C compiler: every constant, every
+//! structure, every field. Nothing of that unit is linked.
+
+use std::fmt::Write as _;
+use std::path::{Path, PathBuf};
+use std::process::{Command, exit};
+use std::{env, fs, panic};
+
+use bindgen::callbacks::{EnumVariantCustomBehavior, EnumVariantValue, ParseCallbacks};
+use bindgen::{EnumVariation, RustEdition, RustTarget};
+
+#[allow(unused)]
+#[path = "src/ffi/abi.rs"]
+mod abi;
+#[allow(unused)]
+#[path = "src/error.rs"]
+mod error;
+#[allow(unused)]
+#[path = "src/flags.rs"]
+mod flags;
+
+/// The constants that are the header's, out of all those that libvirt's headers have.
+const CONSTANTS: [&str; 3] = ["VIR_DOMAIN_SNAPSHOT_", "VIR_ERR_", "VIR_FROM_QEMU"];
+
+fn main() {
+    for path in ["build.rs", "include", "src/ffi/abi.rs", "src/error.rs", "src/flags.rs"] {
+        println!("cargo::rerun-if-changed={path}");
+    }
+    println!("cargo::rerun-if-env-changed=PKG_CONFIG");
+    println!("cargo::rerun-if-env-changed=PKG_CONFIG_PATH");
+    println!("cargo::rerun-if-env-changed=LIBCLANG_PATH");
+    println!("cargo::rustc-check-cfg=cfg(have_libvirt_headers)");
+    println!("cargo::rustc-cdylib-link-arg=-Wl,-soname,libinstantsnap.so.0");
+
+    let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
+    let libvirt = libvirt_cflags();
+    if libvirt.is_some() {
+        println!("cargo::rustc-cfg=have_libvirt_headers");
+    }
+    write_bindings(&out.join("bindings.rs"), libvirt.as_deref());
+    check_abi(&out.join("abi_check.c"), libvirt.as_deref());
+}
+
+/// Ends the build with a message that is for the user, not for us. With status 0, because cargo fails a build for the
+/// message alone, and would otherwise print everything this program wrote beneath it.
+fn stop(message: &str) -> ! {
+    println!("cargo::error={message}");
+    exit(0)
+}
+
+/// The compiler flags for libvirt's headers, where they are installed.
+fn libvirt_cflags() -> Option<Vec<String>> {
+    let program = env::var_os("PKG_CONFIG").unwrap_or_else(|| "pkg-config".into());
+    let output = Command::new(program).args(["--cflags", "libvirt"]).output().ok()?;
+    let flags = String::from_utf8(output.stdout).ok()?;
+    output.status.success().then(|| flags.split_whitespace().map(String::from).collect())
+}
+
+/// Leaves out what else is in libvirt's enumerations.
+#[derive(Debug)]
+struct OnlyOurs;
+
+impl ParseCallbacks for OnlyOurs {
+    fn enum_variant_behavior(
+        &self,
+        _: Option<&str>,
+        variant: &str,
+        _: EnumVariantValue,
+    ) -> Option<EnumVariantCustomBehavior> {
+        let ours = CONSTANTS.iter().any(|prefix| variant.starts_with(prefix));
+        (!ours).then_some(EnumVariantCustomBehavior::Hide)
+    }
+}
+
+/// Writes the header's functions, structures and constants as Rust.
+fn write_bindings(to: &Path, libvirt: Option<&[String]>) {
+    require_libclang();
+    let header = match libvirt {
+        Some(_) => "include/instantsnap-libvirt.h",
+        None => "include/instantsnap.h",
+    };
+    let mut builder = bindgen::Builder::default()
+        .header(header)
+        .clang_arg("-Iinclude")
+        .clang_args(libvirt.unwrap_or_default())
+        .allowlist_function("instantsnap_.*|qemuSnapshot.*")
+        .allowlist_type("instantsnap_.*")
+        // libvirt's enumerations have names, and are found by them; ours have none: their constants are variables here.
+        .allowlist_type("virDomainSnapshot(Create|Revert|Delete)Flags|virErrorNumber|virErrorDomain")
+        .default_enum_style(EnumVariation::Consts)
+        .prepend_enum_name(false)
+        .generate_comments(false)
+        .layout_tests(true)
+        .wrap_unsafe_ops(true)
+        .use_core()
+        .rust_target(RustTarget::stable(85, 0).unwrap_or_else(|_| stop("bindgen does not know Rust 1.85")))
+        .rust_edition(RustEdition::Edition2024)
+        .parse_callbacks(Box::new(OnlyOurs));
+    for prefix in CONSTANTS {
+        builder = builder.allowlist_var(format!("{prefix}.*"));
+    }
+    let bindings = builder.generate().unwrap_or_else(|error| stop(&format!("bindgen cannot read {header}: {error}")));
+    if let Err(error) = bindings.write_to_file(to) {
+        stop(&format!("cannot write {}: {error}", to.display()));
+    }
+}
+
+/// bindgen panics where it finds no libclang. Its reason says where it looked; what to do about it we say.
+fn require_libclang() {
+    let hook = panic::take_hook();
+    panic::set_hook(Box::new(|_| ()));
+    let loaded = panic::catch_unwind(bindgen::clang_version);
+    panic::set_hook(hook);
+    if loaded.is_err() {
+        stop(
+            "libclang is missing, which reads the C headers for this build: install the package libclang-dev \
+             (Debian, Ubuntu), or set LIBCLANG_PATH to the directory that has libclang.so",
+        );
+    }
+}
+
+/// Has the C compiler compare what Rust has with what the headers say.
+fn check_abi(unit: &Path, libvirt: Option<&[String]>) {
+    if let Err(error) = fs::write(unit, abi_assertions()) {
+        stop(&format!("cannot write {}: {error}", unit.display()));
+    }
+    compile(unit, None);
+    if let Some(flags) = libvirt {
+        compile(unit, Some(flags));
+    }
+}
+
+/// Compiles the assertions: against our header's own numbers, or against libvirt's, which are then included first.
+fn compile(unit: &Path, libvirt: Option<&[String]>) {
+    let mut build = cc::Build::new();
+    build.file(unit).include("include").std("c11").cargo_metadata(false);
+    build.warnings(true).extra_warnings(true).warnings_into_errors(true);
+    if let Some(flags) = libvirt {
+        build.define("WITH_LIBVIRT", None).flags(flags);
+    }
+    if let Err(error) = build.try_compile_intermediates() {
+        let whose = if libvirt.is_some() { "libvirt's headers" } else { "include/instantsnap.h" };
+        stop(&format!("the Rust side and {whose} do not agree, see the assertions above: {error}"));
+    }
+}
+
+/// The unit for the C compiler.
+fn abi_assertions() -> String {
+    let mut c = String::from(
+        "#include <stddef.h>\n\
+         #ifdef WITH_LIBVIRT\n\
+         # include <instantsnap-libvirt.h>\n\
+         #else\n\
+         # include <instantsnap.h>\n\
+         #endif\n",
+    );
+    let mut equal = |what: &str, value: i64| {
+        writeln!(c, "_Static_assert({what} == {value}, \"{what} is {value} in Rust\");").expect("a string can grow");
+    };
+    for (name, value) in constants() {
+        equal(&name, value);
+    }
+    if same_pointers() {
+        for layout in abi::LAYOUTS {
+            let name = layout.name;
+            equal(&format!("sizeof({name})"), layout.size as i64);
+            for field in layout.fields {
+                equal(&format!("offsetof({name}, {})", field.name), field.offset as i64);
+                equal(&format!("sizeof((({name} *) 0)->{})", field.name), field.size as i64);
+            }
+        }
+    }
+    c
+}
+
+/// The layouts are those of the machine that builds; they hold for the target where pointers are as wide.
+fn same_pointers() -> bool {
+    env::var("CARGO_CFG_TARGET_POINTER_WIDTH").is_ok_and(|width| width == usize::BITS.to_string())
+}
+
+/// Every constant of the header, by its name in C, with the value that Rust has.
+fn constants() -> Vec<(String, i64)> {
+    use flags::{delete, revert};
+
+    let errors = error::Code::ALL.iter().map(|&(name, code)| (name.to_string(), code as i64));
+    let create = flags::TABLE.iter().map(|rule| (format!("CREATE_{}", rule.name), rule.bit));
+    let others = [
+        ("REVERT_RUNNING", revert::RUNNING),
+        ("REVERT_PAUSED", revert::PAUSED),
+        ("REVERT_FORCE", revert::FORCE),
+        ("REVERT_RESET_NVRAM", revert::RESET_NVRAM),
+        ("DELETE_CHILDREN", delete::CHILDREN),
+        ("DELETE_METADATA_ONLY", delete::METADATA_ONLY),
+        ("DELETE_CHILDREN_ONLY", delete::CHILDREN_ONLY),
+    ];
+    let flags = create.chain(others.map(|(name, bit)| (name.to_string(), bit)));
+    [("VIR_ERR_OK".to_string(), 0), ("VIR_FROM_QEMU".to_string(), i64::from(error::DOMAIN))]
+        .into_iter()
+        .chain(errors)
+        .chain(flags.map(|(name, bit)| (format!("VIR_DOMAIN_SNAPSHOT_{name}"), i64::from(bit))))
+        .collect()
+}

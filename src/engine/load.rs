@@ -1,0 +1,153 @@
+//! Bringing a snapshot back, second step: its memory into a QEMU that waits for it.
+
+use std::os::fd::AsFd;
+use std::path::Path;
+
+use serde_json::json;
+
+use super::migration::{FD_NAME, Mode, Settings, wait_loaded};
+use crate::error::{Code, Error, Result, fail};
+use crate::flags::revert;
+use crate::guest::{Connector, Guest, PATIENCE};
+use crate::image::{self, Feed, Image};
+use crate::monitor::{Command, Deadline, Failure, commands};
+use crate::snapshot::{Drive, Record, Role};
+use crate::sys;
+
+/// Loads a snapshot.
+pub fn load(connector: &dyn Connector, name: &str, flags: u32) -> Result<()> {
+    check_flags(flags)?;
+    let record = connector.store().read(name)?;
+    let image = Image::open(Path::new(&record.memory_file))?;
+    let running = match flags {
+        _ if flags & revert::RUNNING != 0 => true,
+        _ if flags & revert::PAUSED != 0 => false,
+        _ => image.was_running,
+    };
+    let mut guest = connector.begin()?;
+    let guest = &mut *guest;
+    let status = guest.status()?.status;
+    if status != "inmigrate" {
+        fail!(
+            OperationInvalid,
+            "QEMU does not wait for a snapshot (its state is '{status}'): start it with `-incoming defer`, with the images \
+             that instantsnap_snapshot_prepare_revert() names"
+        );
+    }
+    check_disks(&record, &guest.drives()?)?;
+
+    let settings = Settings::read(guest)?;
+    settings.apply(guest, Mode::Paused)?;
+    let loaded = feed(guest, image);
+    // Of a QEMU that could not load, nothing is wanted any more.
+    loaded.and_then(|()| settings.restore(guest, Mode::Paused))?;
+
+    let deadline = Deadline::after(PATIENCE);
+    match (running, guest.status()?.running) {
+        (true, false) => commands::cont(guest, deadline)?,
+        (false, true) => guest.pause(deadline)?,
+        _ => {}
+    }
+    connector.store().set_current(name)
+}
+
+fn check_flags(flags: u32) -> Result<()> {
+    let known = revert::RUNNING | revert::PAUSED | revert::FORCE | revert::RESET_NVRAM;
+    if flags & !known != 0 {
+        fail!(InvalidArg, "unsupported flags (0x{:x}): not a snapshot revert flag", flags & !known);
+    }
+    if flags & revert::RUNNING != 0 && flags & revert::PAUSED != 0 {
+        fail!(
+            InvalidArg,
+            "flags 'VIR_DOMAIN_SNAPSHOT_REVERT_RUNNING' and 'VIR_DOMAIN_SNAPSHOT_REVERT_PAUSED' are mutually exclusive"
+        );
+    }
+    for (bit, name) in [(revert::FORCE, "FORCE"), (revert::RESET_NVRAM, "RESET_NVRAM")] {
+        if flags & bit != 0 {
+            fail!(OperationUnsupported, "flag 'VIR_DOMAIN_SNAPSHOT_REVERT_{name}' is not supported for this guest yet");
+        }
+    }
+    Ok(())
+}
+
+/// Memory beside the wrong disks is a corrupted guest, and a guest that writes to the snapshot's own images the end of that
+/// snapshot: both are refused.
+fn check_disks(record: &Record, drives: &[Drive]) -> Result<()> {
+    let same = |a: &str, b: &str| sys::same_file(Path::new(a), Path::new(b));
+    for drive in drives {
+        let kept = record.disks.iter().map(|disk| &disk.image).chain(record.nvram.iter().map(|nvram| &nvram.copy));
+        if let Some(image) = kept.into_iter().find(|image| drive.role != Role::ReadOnly && same(&drive.file, image)) {
+            fail!(
+                ConfigUnsupported,
+                "disk '{}' would write to '{image}', which is the snapshot's own: use the image that \
+                 instantsnap_snapshot_prepare_revert() names",
+                drive.name()
+            );
+        }
+    }
+    let named = |name: &str| drives.iter().find(|drive| drive.names.iter().any(|known| known == name));
+    for disk in &record.disks {
+        let on_image = |drive: &Drive| drive.backing.first().is_some_and(|backing| same(backing, &disk.image));
+        // A drive of this name must be it; where the names are others, any may be.
+        let found = named(&disk.name).map_or_else(|| drives.iter().any(on_image), on_image);
+        if !found {
+            fail!(
+                ConfigUnsupported,
+                "no disk '{}' on an overlay of '{}' in this QEMU: start it with the images that \
+                 instantsnap_snapshot_prepare_revert() names",
+                disk.name,
+                disk.image
+            );
+        }
+    }
+    for nvram in &record.nvram {
+        let firmware: Vec<_> = drives.iter().filter(|drive| drive.role == Role::Firmware).collect();
+        if let Some(drive) = firmware.iter().find(|drive| same(&drive.file, &nvram.original)) {
+            fail!(
+                ConfigUnsupported,
+                "'{}' has the UEFI variables of the original guest ('{}'), which loading would overwrite: use the copy that \
+                 instantsnap_snapshot_prepare_revert() names",
+                drive.name(),
+                nvram.original
+            );
+        }
+        if firmware.is_empty() {
+            fail!(ConfigUnsupported, "this QEMU has no pflash for the UEFI variables '{}' of the snapshot", nvram.name);
+        }
+    }
+    Ok(())
+}
+
+fn feed(guest: &mut dyn Guest, image: Image) -> Result<()> {
+    let (read, write) = image::pipe()?;
+    commands::getfd(guest, FD_NAME, read.as_fd(), Deadline::after(PATIENCE))?;
+    drop(read);
+    start_incoming(guest)?;
+    let feed = Feed::start(image.file, image.stream_offset, write)?;
+    wait_loaded(guest).map_err(|error| match guest.presence() {
+        crate::guest::Presence::Gone => Error::new(
+            Code::OperationFailed,
+            "QEMU ended while it loaded the memory image, which it does when the machine is not that of the snapshot: see \
+             what it wrote on its standard error",
+        ),
+        _ => error,
+    })?;
+    // QEMU closes its end when it has all it needs: what is left of the file, it does not want.
+    let _ = feed.join();
+    Ok(())
+}
+
+/// QEMU 9.1 and later can say why it cannot load instead of ending.
+fn start_incoming(guest: &mut dyn Guest) -> Result<()> {
+    let step = "cannot start loading memory";
+    let uri = format!("fd:{FD_NAME}");
+    let command = Command::new("migrate-incoming", json!({ "uri": uri, "exit-on-error": false }));
+    match guest.execute(command, Deadline::after(PATIENCE)) {
+        Ok(_) => Ok(()),
+        Err(Failure::Refused(_, reason)) if reason.contains("exit-on-error") => {
+            let command = Command::new("migrate-incoming", json!({ "uri": uri }));
+            guest.run(step, command, Deadline::after(PATIENCE)).map(drop)
+        }
+        Err(failure) => Err(failure.into_error(step)),
+    }
+}

@@ -1,0 +1,287 @@
+//! QEMU's migration as the means of saving and loading memory: its settings, and waiting for it.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::thread::sleep;
+use std::time::Duration;
+
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
+use rustix::io::Errno;
+use serde_json::{Map, Value, json};
+
+use super::cancel::Cancel;
+use crate::error::{Code, Error, Result, fail};
+use crate::guest::{Guest, PATIENCE};
+use crate::image::{self, Drain, MemoryImage};
+use crate::monitor::commands::{self, Progress};
+use crate::monitor::{Deadline, Failure};
+
+const BACKGROUND: &str = "background-snapshot";
+/// The name under which QEMU keeps our pipe until a migration takes it.
+pub const FD_NAME: &str = "instantsnap-memory";
+
+/// How memory is saved.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    /// The guest runs on: a background snapshot.
+    Background,
+    /// The guest is paused throughout.
+    Paused,
+}
+
+/// QEMU's migration capabilities and parameters as they were found, to be put back.
+#[derive(Debug)]
+pub struct Settings {
+    capabilities: Vec<(String, bool)>,
+    parameters: Map<String, Value>,
+}
+
+impl Settings {
+    /// Reads them.
+    pub fn read(guest: &mut dyn Guest) -> Result<Settings> {
+        Ok(Settings {
+            capabilities: commands::query_migrate_capabilities(guest, Deadline::after(PATIENCE))?,
+            parameters: commands::query_migrate_parameters(guest, Deadline::after(PATIENCE))?,
+        })
+    }
+
+    /// Whether this QEMU knows background snapshots at all.
+    pub fn require_background(&self) -> Result<()> {
+        if !self.capabilities.iter().any(|(name, _)| name == BACKGROUND) {
+            fail!(ArgumentUnsupported, "migration option '{BACKGROUND}' is not supported by this QEMU binary");
+        }
+        Ok(())
+    }
+
+    /// Sets what `mode` needs. Everything else that changes the stream or excludes a background snapshot is off: the
+    /// stream goes through one pipe, in the plainest form, and whatever the guest's next migration was set up for is
+    /// back before that.
+    pub fn apply(&self, guest: &mut dyn Guest, mode: Mode) -> Result<()> {
+        let wanted = |name: &str| name == BACKGROUND && mode == Mode::Background;
+        let changes: Vec<_> = self
+            .changeable()
+            .filter(|(name, state)| *state != wanted(name))
+            .map(|(name, state)| (name.clone(), !state))
+            .collect();
+        set_capabilities(guest, &changes).map_err(|failure| explain(failure, mode))?;
+        let parameters = self.parameters_for(mode);
+        if !parameters.is_empty() {
+            commands::migrate_set_parameters(guest, parameters, Deadline::after(PATIENCE))?;
+        }
+        Ok(())
+    }
+
+    /// Puts back what [`Settings::apply`] can have changed.
+    pub fn restore(&self, guest: &mut dyn Guest, mode: Mode) -> Result<()> {
+        let now = commands::query_migrate_capabilities(guest, Deadline::after(PATIENCE))?;
+        let changes: Vec<_> = self.changeable().filter(|capability| !now.contains(capability)).cloned().collect();
+        set_capabilities(guest, &changes)
+            .map_err(|failure| failure.into_error("cannot put the migration capabilities back"))?;
+        let mut parameters = self.parameters_for(mode);
+        for (name, value) in &mut parameters {
+            *value = self.parameters[name].clone();
+        }
+        if !parameters.is_empty() {
+            commands::migrate_set_parameters(guest, parameters, Deadline::after(PATIENCE))?;
+        }
+        Ok(())
+    }
+
+    /// `events` changes nothing but what is told.
+    fn changeable(&self) -> impl Iterator<Item = &(String, bool)> {
+        self.capabilities.iter().filter(|(name, _)| name != "events")
+    }
+
+    /// A background snapshot has no limit of its bandwidth, and is slowed by one that is set.
+    fn parameters_for(&self, mode: Mode) -> Map<String, Value> {
+        let mut parameters = Map::new();
+        if mode == Mode::Paused && self.parameters.contains_key("max-bandwidth") {
+            parameters.insert("max-bandwidth".into(), json!(i64::MAX));
+        }
+        for (name, plain) in [("tls-creds", ""), ("mode", "normal")] {
+            if self.parameters.get(name).is_some_and(|value| value != plain) {
+                parameters.insert(name.into(), json!(plain));
+            }
+        }
+        parameters
+    }
+}
+
+fn set_capabilities(guest: &mut dyn Guest, changes: &[(String, bool)]) -> std::result::Result<(), Failure> {
+    if changes.is_empty() {
+        return Ok(());
+    }
+    commands::migrate_set_capabilities(guest, changes, Deadline::after(PATIENCE))
+}
+
+fn explain(failure: Failure, mode: Mode) -> Error {
+    let step = "cannot set the migration capabilities";
+    match failure {
+        Failure::Refused(_, reason) if mode == Mode::Background && reason.contains("host kernel") => Error::new(
+            Code::ArgumentUnsupported,
+            format!(
+                "background snapshots are refused by this QEMU ({reason}): it needs Linux 5.7 or later and permission to \
+                 use userfaultfd. Run it as root, or `sysctl vm.unprivileged_userfaultfd=1`, or, with QEMU 8.0 or later, \
+                 give its user access to /dev/userfaultfd; shared (memfd) guest memory needs Linux 5.19"
+            ),
+        ),
+        Failure::Refused(_, reason) if mode == Mode::Background => {
+            Error::new(Code::ArgumentUnsupported, format!("{step}: {reason}"))
+        }
+        failure => failure.into_error(step),
+    }
+}
+
+/// The way of memory from QEMU to its image, open.
+#[derive(Debug)]
+pub struct Stream {
+    /// Until it has ended.
+    drain: Option<Drain>,
+    /// The pipe's end once more, to empty it should the drain hang.
+    spare: OwnedFd,
+}
+
+impl Stream {
+    /// Opens it. QEMU holds its end as [`FD_NAME`].
+    pub fn open(guest: &mut dyn Guest, image: &MemoryImage) -> Result<Stream> {
+        let (read, write) = image::pipe()?;
+        let duplicate = || {
+            fcntl_setfl(&read, fcntl_getfl(&read)? | OFlags::NONBLOCK)?;
+            rustix::io::fcntl_dupfd_cloexec(&read, 0)
+        };
+        let spare = duplicate().map_err(|error| Error::system("cannot set up the memory pipe", error))?;
+        let drain = Drain::start(read, image.file()?, image.stream_offset())?;
+        commands::getfd(guest, FD_NAME, write.as_fd(), Deadline::after(PATIENCE))?;
+        Ok(Stream { drain: Some(drain), spare })
+    }
+
+    /// Waits until all of memory is in the file, and QEMU says so. Returns the stream's bytes.
+    pub fn wait_saved(&mut self, guest: &mut dyn Guest, cancel: &Cancel) -> Result<u64> {
+        let Some(drain) = &self.drain else { fail!(InternalError, "memory was waited for already") };
+        loop {
+            cancel.check()?;
+            let mut fds = [
+                PollFd::from_borrowed_fd(drain.done(), PollFlags::IN),
+                PollFd::from_borrowed_fd(cancel.event(), PollFlags::IN),
+            ];
+            match poll(&mut fds, None) {
+                Ok(_) if !fds[0].revents().is_empty() => break,
+                Ok(_) | Err(Errno::INTR) => {}
+                Err(errno) => return Err(Error::system("cannot wait for memory to be saved", errno)),
+            }
+        }
+        let bytes = self.drain.take().map_or(Ok(0), Drain::join)?;
+        // The stream's end comes a moment before QEMU's word on it.
+        match wait_ended(guest, Deadline::after(PATIENCE))? {
+            Ended::Completed => Ok(bytes),
+            Ended::Failed(reason) => fail!(OperationFailed, "cannot save memory: {reason}"),
+        }
+    }
+
+    /// Ends the migration, whatever it is at, and returns when QEMU says that it has ended: before that, QEMU may yet stop
+    /// the guest to save its devices.
+    pub fn abort(&mut self, guest: &mut dyn Guest, deadline: Deadline) -> Result<()> {
+        let mut nap = Nap::default();
+        loop {
+            if query_ended(guest)?.is_some() {
+                return Ok(());
+            }
+            if deadline.left().is_none() {
+                fail!(OperationTimeout, "saving memory was cancelled, and goes on nevertheless");
+            }
+            // QEMU cannot look at anything while it waits for room in the pipe.
+            let mut waste = [0; 64 << 10];
+            while rustix::io::read(&self.spare, &mut waste).is_ok_and(|got| got > 0) {}
+            nap.sleep();
+        }
+    }
+
+    /// Stops the drain, and asks QEMU to end the migration.
+    pub fn cancel(&mut self, guest: &mut dyn Guest) -> Result<()> {
+        self.drain = None;
+        commands::migrate_cancel(guest, Deadline::after(PATIENCE))
+    }
+}
+
+/// How a migration has ended.
+enum Ended {
+    Completed,
+    Failed(String),
+}
+
+fn query_ended(guest: &mut dyn Guest) -> Result<Option<Ended>> {
+    let migration = commands::query_migrate(guest, Deadline::after(PATIENCE))?;
+    Ok(match migration.progress() {
+        Progress::UnderWay => None,
+        Progress::Completed => Some(Ended::Completed),
+        Progress::None | Progress::Failed => Some(Ended::Failed(migration.reason().into())),
+    })
+}
+
+fn wait_ended(guest: &mut dyn Guest, deadline: Deadline) -> Result<Ended> {
+    let mut nap = Nap::default();
+    loop {
+        if let Some(ended) = query_ended(guest)? {
+            return Ok(ended);
+        }
+        if deadline.left().is_none() {
+            fail!(OperationTimeout, "memory is saved, and QEMU does not say so");
+        }
+        nap.sleep();
+    }
+}
+
+/// Waits until write tracking is armed: from then on the guest may run, and its memory is saved as it is now.
+///
+/// Only page counts prove it (or that the migration has ended): see [`commands::Migration::has_pages`]. Their reply came
+/// through QEMU's main loop, so a `cont` sent after it is carried out after the arming.
+pub fn wait_armed(guest: &mut dyn Guest, cancel: &Cancel, deadline: Deadline) -> Result<()> {
+    let mut nap = Nap::default();
+    loop {
+        let migration = commands::query_migrate(guest, deadline)?;
+        match migration.progress() {
+            Progress::Completed => return Ok(()),
+            Progress::UnderWay if migration.has_pages() => return Ok(()),
+            Progress::UnderWay => {}
+            Progress::None | Progress::Failed => {
+                fail!(OperationFailed, "cannot arm the tracking of memory writes: {}", migration.reason())
+            }
+        }
+        cancel.check()?;
+        if deadline.left().is_none() {
+            fail!(OperationTimeout, "the tracking of memory writes is not armed within the limit of the pause");
+        }
+        nap.sleep();
+    }
+}
+
+/// Waits for what QEMU does not announce: microseconds at first, a millisecond in the end.
+#[derive(Debug)]
+struct Nap(Duration);
+
+impl Default for Nap {
+    fn default() -> Nap {
+        Nap(Duration::from_micros(20))
+    }
+}
+
+impl Nap {
+    fn sleep(&mut self) {
+        sleep(self.0);
+        self.0 = (self.0 * 3 / 2).min(Duration::from_millis(1));
+    }
+}
+
+/// Waits until an incoming migration has ended. It can take as long as memory is large, so only QEMU's silence is bounded.
+pub fn wait_loaded(guest: &mut dyn Guest) -> Result<()> {
+    let mut nap = Duration::from_millis(1);
+    loop {
+        match query_ended(guest)? {
+            Some(Ended::Completed) => return Ok(()),
+            Some(Ended::Failed(reason)) => fail!(OperationFailed, "QEMU cannot load the memory image: {reason}"),
+            None => {}
+        }
+        sleep(nap);
+        nap = (nap * 2).min(Duration::from_millis(20));
+    }
+}

@@ -1,0 +1,97 @@
+//! UEFI variables (pflash): QEMU saves them with memory, but does not write-protect them meanwhile.
+//!
+//! So a variable that the guest sets while memory is being saved would be in a snapshot that is older than it. They are
+//! copied before, and compared after: if they changed, there is no snapshot. The copy is the snapshot's; clones get copies
+//! of it, because QEMU writes what it loads back into the file.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Read};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::Path;
+
+use crate::error::{Error, Result, fail};
+use crate::snapshot::{Drive, RecordedNvram};
+use crate::sys;
+
+/// More is not the variable storage of any firmware.
+const LARGEST: u64 = 256 << 20;
+
+/// A copy that was taken, and how the original looked then.
+#[derive(Debug)]
+pub struct Copy {
+    /// What is recorded of it.
+    pub recorded: RecordedNvram,
+    stamp: Stamp,
+}
+
+type Stamp = (u64, i64, i64);
+
+impl Copy {
+    /// What will be copied where.
+    pub fn plan(drive: &Drive, memory_file: &Path) -> RecordedNvram {
+        let name: String = drive.name().chars().map(|c| if c == '/' { '_' } else { c }).collect();
+        RecordedNvram {
+            name: drive.name().into(),
+            copy: format!("{}.{name}.nvram", memory_file.display()),
+            original: drive.file.clone(),
+            format: drive.format.clone(),
+        }
+    }
+
+    /// Copies.
+    pub fn take(recorded: RecordedNvram) -> Result<Copy> {
+        let original = Path::new(&recorded.original);
+        if !original.is_file() {
+            fail!(
+                ConfigUnsupported,
+                "the UEFI variables of the guest are in '{}', which is not a regular file: they cannot be copied",
+                recorded.original
+            );
+        }
+        let step = format!("cannot copy the UEFI variables '{}' to '{}'", recorded.original, recorded.copy);
+        let stamp = stamp(original).map_err(|error| Error::system(&step, error))?;
+        copy_new(original, Path::new(&recorded.copy)).map_err(|error| Error::system(&step, error))?;
+        Ok(Copy { recorded, stamp })
+    }
+
+    /// An error if the original is not what was copied any more.
+    pub fn check_unchanged(&self) -> Result<()> {
+        let (original, copy) = (Path::new(&self.recorded.original), Path::new(&self.recorded.copy));
+        let step = || format!("cannot read the UEFI variables '{}'", original.display());
+        // The stamp tells of a change that was taken back, the content of one within the clock's grain.
+        let unchanged = || Ok(stamp(original)? == self.stamp && read(original)? == read(copy)?);
+        if !unchanged().map_err(|error: io::Error| Error::system(step(), error))? {
+            fail!(
+                OperationFailed,
+                "the guest changed its UEFI variables ('{}') while its memory was being saved, so they are not those of the \
+                 instant: take the snapshot again",
+                self.recorded.original
+            );
+        }
+        Ok(())
+    }
+}
+
+/// Copies a file to one that must not exist, mode 0600, on disk.
+pub fn copy_new(from: &Path, to: &Path) -> io::Result<()> {
+    let mut to_file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(to)?;
+    let mut copy = || -> io::Result<()> {
+        io::copy(&mut File::open(from)?.take(LARGEST), &mut to_file)?;
+        to_file.sync_all()?;
+        sys::sync_parent(to)
+    };
+    copy().inspect_err(|_| {
+        let _ = sys::remove_file(to);
+    })
+}
+
+fn stamp(path: &Path) -> io::Result<Stamp> {
+    let metadata = path.metadata()?;
+    Ok((metadata.len(), metadata.mtime(), metadata.mtime_nsec()))
+}
+
+fn read(path: &Path) -> io::Result<Vec<u8>> {
+    let mut content = Vec::new();
+    File::open(path)?.take(LARGEST).read_to_end(&mut content)?;
+    Ok(content)
+}

@@ -1,0 +1,101 @@
+//! One error type: a libvirt error code and a message that names the step, the object and what to do.
+//!
+//! This file depends on nothing, because the build includes it too: the C compiler checks the numbers
+//! against the header's, and against libvirt's own where those are installed.
+
+use std::fmt;
+
+/// `virErrorDomain` of every error of this library: `VIR_FROM_QEMU`.
+pub const DOMAIN: i32 = 10;
+
+macro_rules! codes {
+    ($($(#[$doc:meta])* $variant:ident = $name:ident = $number:literal),+ $(,)?) => {
+        /// The `virErrorNumber`s that this library gives.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+        pub enum Code {
+            $($(#[$doc])* $variant = $number),+
+        }
+
+        impl Code {
+            /// Every code with its name in C.
+            pub const ALL: &'static [(&'static str, Code)] = &[$((stringify!($name), Code::$variant)),+];
+        }
+    };
+}
+
+codes! {
+    /// A reply or a file that makes no sense; a defect of ours.
+    InternalError = VIR_ERR_INTERNAL_ERROR = 1,
+    /// A bad pointer, an unknown flag, flags that exclude each other.
+    InvalidArg = VIR_ERR_INVALID_ARG = 8,
+    /// QEMU refused or failed; the message has its reason.
+    OperationFailed = VIR_ERR_OPERATION_FAILED = 9,
+    /// XML with a value that cannot be.
+    XmlError = VIR_ERR_XML_ERROR = 27,
+    /// XML that is not well-formed; a name that may not be.
+    XmlDetail = VIR_ERR_XML_DETAIL = 35,
+    /// A system call failed; the message has its errno's text.
+    SystemError = VIR_ERR_SYSTEM_ERROR = 38,
+    /// Not in this state: a guest that is busy, a name that exists.
+    OperationInvalid = VIR_ERR_OPERATION_INVALID = 55,
+    /// A disk, a file or a device with which it cannot be done.
+    ConfigUnsupported = VIR_ERR_CONFIG_UNSUPPORTED = 67,
+    /// A deadline passed, and everything was undone.
+    OperationTimeout = VIR_ERR_OPERATION_TIMEOUT = 68,
+    /// A snapshot whose metadata or memory image is damaged.
+    InvalidDomainSnapshot = VIR_ERR_INVALID_DOMAIN_SNAPSHOT = 71,
+    /// No snapshot of that name.
+    NoDomainSnapshot = VIR_ERR_NO_DOMAIN_SNAPSHOT = 72,
+    /// This QEMU or this host has no background snapshots.
+    ArgumentUnsupported = VIR_ERR_ARGUMENT_UNSUPPORTED = 74,
+    /// Cancelled by the caller.
+    OperationAborted = VIR_ERR_OPERATION_ABORTED = 78,
+    /// Allowed, but this way in cannot do it.
+    OperationUnsupported = VIR_ERR_OPERATION_UNSUPPORTED = 84,
+}
+
+/// Why something failed, for a caller who knows libvirt.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Error {
+    /// libvirt's code.
+    pub code: Code,
+    /// The step, the object, and what to do.
+    pub message: String,
+}
+
+/// What fallible functions of this crate return.
+pub type Result<T> = std::result::Result<T, Error>;
+
+impl Error {
+    /// An error of this code with this message.
+    pub fn new(code: Code, message: impl Into<String>) -> Error {
+        Error { code, message: message.into() }
+    }
+
+    /// A failed system call: `step` says what was tried on what.
+    pub fn system(step: impl fmt::Display, error: impl Into<std::io::Error>) -> Error {
+        Error::new(Code::SystemError, format!("{step}: {}", error.into()))
+    }
+
+    /// The same error, with more at the end of its message.
+    pub fn and(mut self, more: impl fmt::Display) -> Error {
+        self.message = format!("{}; {more}", self.message);
+        self
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.message)
+    }
+}
+
+impl std::error::Error for Error {}
+
+/// `Err(Error)` of a code with a formatted message.
+macro_rules! fail {
+    ($code:ident, $($message:tt)+) => {
+        return Err($crate::error::Error::new($crate::error::Code::$code, format!($($message)+)))
+    };
+}
+pub(crate) use fail;

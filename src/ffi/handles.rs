@@ -1,0 +1,66 @@
+//! Handles: what C holds is an address, and what is behind it is looked up, never dereferenced.
+//!
+//! So a NULL, a handle that was closed, and a pointer to something else are errors, not crashes; and an object that is being
+//! used by one thread while another closes it lives until it is not.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use once_cell::sync::Lazy;
+
+use crate::error::{Code, Error, Result};
+
+/// The live handles of one type.
+pub struct Registry<T> {
+    what: &'static str,
+    live: Lazy<Mutex<HashMap<usize, Arc<T>>>>,
+}
+
+impl<T> Registry<T> {
+    /// None so far.
+    pub const fn new(what: &'static str) -> Registry<T> {
+        Registry { what, live: Lazy::new(Mutex::default) }
+    }
+
+    /// Makes a handle.
+    pub fn add<C>(&self, object: T) -> *mut C {
+        let object = Arc::new(object);
+        // An address that is nobody else's for as long as the registry holds the object. An object without a size has
+        // none, but there is no such type among ours.
+        let address = Arc::as_ptr(&object) as usize;
+        self.lock().insert(address, object);
+        address as *mut C
+    }
+
+    /// What is behind a handle.
+    pub fn get<C>(&self, handle: *const C) -> Result<Arc<T>> {
+        self.find(handle).ok_or_else(|| {
+            let what = self.what;
+            Error::new(
+                Code::InvalidArg,
+                match handle.is_null() {
+                    true => format!("{what} must not be NULL"),
+                    false => format!("{what} is not an open handle of this library"),
+                },
+            )
+        })
+    }
+
+    /// The same, where it may be somebody else's.
+    pub fn find<C>(&self, handle: *const C) -> Option<Arc<T>> {
+        self.lock().get(&(handle as usize)).cloned()
+    }
+
+    /// Closes a handle; one that is none already is an error.
+    pub fn remove<C>(&self, handle: *const C) -> Result<()> {
+        let object = self.get(handle)?;
+        self.lock().remove(&(handle as usize));
+        // Dropped without the lock held.
+        drop(object);
+        Ok(())
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<usize, Arc<T>>> {
+        self.live.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

@@ -1,0 +1,38 @@
+//! The last error of each thread.
+
+use std::cell::RefCell;
+use std::ffi::CString;
+use std::ptr;
+
+use super::abi::instantsnap_error;
+use crate::error::{DOMAIN, Error};
+
+struct LastError {
+    shown: instantsnap_error,
+    /// What `shown` points to.
+    message: CString,
+}
+
+thread_local! {
+    /// In a box: its address is given out, and stays while the box is replaced by the next error's.
+    static LAST: RefCell<Box<LastError>> = RefCell::new(boxed(0, CString::default()));
+}
+
+fn boxed(code: i32, message: CString) -> Box<LastError> {
+    let mut last =
+        Box::new(LastError { shown: instantsnap_error { code, domain: DOMAIN, message: ptr::null() }, message });
+    last.shown.message = last.message.as_ptr();
+    last
+}
+
+/// Keeps an error for this thread.
+pub fn set(error: Error) {
+    // A message is made of what QEMU and the system say; a NUL in it would be theirs.
+    let message = CString::new(error.message.replace('\0', "\\0")).unwrap_or_default();
+    LAST.with_borrow_mut(|last| *last = boxed(error.code as i32, message));
+}
+
+/// The error of this thread; valid until its next one.
+pub fn get() -> *const instantsnap_error {
+    LAST.with_borrow(|last| &raw const last.shown)
+}

@@ -1,0 +1,371 @@
+//! `instantsnap.h`.
+
+use std::ffi::{CStr, CString, c_char, c_int, c_uint};
+use std::path::Path;
+use std::ptr;
+use std::time::Duration;
+
+use super::header::{instantsnap_guest, instantsnap_revert_plan, instantsnap_snapshot};
+use super::{Registry, abi, boundary, c_string, fill, last_error, optional_text, store, text};
+use crate::engine::{self, Handle, Phase, RevertPlan, Stats};
+use crate::error::{Result, fail};
+
+pub(super) static GUESTS: Registry<Handle> = Registry::new("guest");
+pub(super) static SNAPSHOTS: Registry<Snapshot> = Registry::new("snapshot");
+static PLANS: Registry<Plan> = Registry::new("plan");
+
+/// A snapshot as C holds it.
+pub struct Snapshot {
+    /// Its name.
+    pub name: CString,
+}
+
+/// A revert plan as C holds it.
+struct Plan {
+    disks: Vec<PlanDisk>,
+    memory_file: CString,
+    domain_xml: CString,
+}
+
+struct PlanDisk {
+    name: CString,
+    file: CString,
+    format: CString,
+    backing_file: Option<CString>,
+}
+
+/// `instantsnap_version`.
+#[unsafe(no_mangle)]
+pub extern "C" fn instantsnap_version() -> *const c_char {
+    const VERSION: &CStr = match CStr::from_bytes_with_nul(concat!(env!("CARGO_PKG_VERSION"), "\0").as_bytes()) {
+        Ok(version) => version,
+        Err(_) => panic!("a version without NUL"),
+    };
+    VERSION.as_ptr()
+}
+
+/// `instantsnap_last_error`.
+#[unsafe(no_mangle)]
+pub extern "C" fn instantsnap_last_error() -> *const abi::instantsnap_error {
+    last_error::get()
+}
+
+/// `instantsnap_free_string`.
+///
+/// # Safety
+/// `string` is NULL, or was returned by this library as `char *` and not freed since.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn instantsnap_free_string(string: *mut c_char) {
+    if !string.is_null() {
+        // SAFETY: it came from CString::into_raw by the caller's promise.
+        drop(unsafe { CString::from_raw(string) });
+    }
+}
+
+/// `instantsnap_free_string_list`.
+///
+/// # Safety
+/// `strings` is NULL, or was returned by `instantsnap_snapshot_list` and not freed since, nor changed.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn instantsnap_free_string_list(strings: *mut *mut c_char) {
+    if strings.is_null() {
+        return;
+    }
+    // SAFETY: by the caller's promise it is a boxed slice of ours, which ends with its only NULL, and each string before
+    // that came from CString::into_raw.
+    unsafe {
+        let length = (0..).take_while(|&n| !strings.add(n).read().is_null()).count() + 1;
+        for string in Box::from_raw(ptr::slice_from_raw_parts_mut(strings, length)) {
+            instantsnap_free_string(string);
+        }
+    }
+}
+
+/// `instantsnap_open_qmp`.
+///
+/// # Safety
+/// The strings are NULL or NUL-terminated.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn instantsnap_open_qmp(
+    qmp_socket: *const c_char,
+    domain_xml: *const c_char,
+    state_dir: *const c_char,
+) -> *mut instantsnap_guest {
+    boundary(ptr::null_mut(), || {
+        // SAFETY: by the caller's promise.
+        let (socket, domain_xml, state_dir) = unsafe {
+            (text("qmp_socket", qmp_socket)?, optional_text("domain_xml", domain_xml)?, text("state_dir", state_dir)?)
+        };
+        Ok(GUESTS.add(Handle::open_qmp(Path::new(socket), domain_xml, Path::new(state_dir))?))
+    })
+}
+
+/// `instantsnap_close`.
+#[unsafe(no_mangle)]
+pub extern "C" fn instantsnap_close(guest: *mut instantsnap_guest) {
+    if !guest.is_null() {
+        boundary((), || GUESTS.remove(guest));
+    }
+}
+
+/// `instantsnap_set_pause_limit`.
+#[unsafe(no_mangle)]
+pub extern "C" fn instantsnap_set_pause_limit(guest: *mut instantsnap_guest, milliseconds: c_uint) -> c_int {
+    boundary(-1, || {
+        let guest = GUESTS.get(guest)?;
+        if milliseconds == 0 {
+            fail!(InvalidArg, "milliseconds must be 1 or more");
+        }
+        guest.set_pause_limit(Duration::from_millis(milliseconds.into()));
+        Ok(0)
+    })
+}
+
+/// `instantsnap_snapshot_create_xml`.
+///
+/// # Safety
+/// `xml` is NULL or NUL-terminated, `name` NULL or valid for a write.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn instantsnap_snapshot_create_xml(
+    guest: *mut instantsnap_guest,
+    xml: *const c_char,
+    flags: c_uint,
+    name: *mut *mut c_char,
+) -> c_int {
+    boundary(-1, || {
+        // SAFETY: by the caller's promise.
+        let created = unsafe { create(guest, xml, flags) }?;
+        // SAFETY: by the caller's promise.
+        unsafe { store(name, created.into_raw()) };
+        Ok(0)
+    })
+}
+
+/// Takes a snapshot; returns its name.
+///
+/// # Safety
+/// `xml` is NULL or NUL-terminated.
+pub(super) unsafe fn create(guest: *mut instantsnap_guest, xml: *const c_char, flags: c_uint) -> Result<CString> {
+    let guest = GUESTS.get(guest)?;
+    // SAFETY: by the caller's promise.
+    let xml = unsafe { text("xml", xml) }?;
+    c_string(guest.create(xml, flags, &mut ())?.name)
+}
+
+/// `instantsnap_snapshot_cancel`.
+#[unsafe(no_mangle)]
+pub extern "C" fn instantsnap_snapshot_cancel(guest: *mut instantsnap_guest) -> c_int {
+    boundary(-1, || GUESTS.get(guest)?.cancel().map(|()| 0))
+}
+
+/// `instantsnap_get_stats`.
+///
+/// # Safety
+/// `stats` is NULL, or its size says how many bytes of it are valid.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn instantsnap_get_stats(
+    guest: *mut instantsnap_guest,
+    stats: *mut abi::instantsnap_stats,
+) -> c_int {
+    boundary(-1, || {
+        let guest = GUESTS.get(guest)?;
+        let Some(last) = guest.stats() else {
+            fail!(OperationInvalid, "no snapshot of this guest was taken through this handle yet");
+        };
+        // SAFETY: by the caller's promise; the structure has no padding.
+        unsafe { fill("stats", stats, convert_stats(&last)) }.map(|()| 0)
+    })
+}
+
+fn convert_stats(stats: &Stats) -> abi::instantsnap_stats {
+    let micros = |duration: Duration| u64::try_from(duration.as_micros()).unwrap_or(u64::MAX);
+    let phase = |phase| micros(stats.phase(phase));
+    abi::instantsnap_stats {
+        size: size_of::<abi::instantsnap_stats>(),
+        validate_us: phase(Phase::Validate),
+        plan_us: phase(Phase::Plan),
+        prepare_us: phase(Phase::Prepare),
+        pause_us: phase(Phase::Pause),
+        switch_us: phase(Phase::Switch),
+        arm_us: phase(Phase::Arm),
+        drain_us: phase(Phase::Drain),
+        finish_us: phase(Phase::Finish),
+        undo_us: phase(Phase::Undo),
+        total_us: micros(stats.total),
+        instant_us: stats.instant.map_or(0, micros),
+        guest_paused_us: stats.paused.map_or(0, |(paused, _)| micros(paused)),
+        memory_image_bytes: stats.memory_image_bytes,
+        pause_from_events: matches!(stats.paused, Some((_, engine::By::Events))).into(),
+        disks: stats.disks as u32,
+    }
+}
+
+/// `instantsnap_snapshot_list`.
+///
+/// # Safety
+/// `names` is NULL or valid for a write.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn instantsnap_snapshot_list(
+    guest: *mut instantsnap_guest,
+    names: *mut *mut *mut c_char,
+) -> c_int {
+    boundary(-1, || {
+        let records = GUESTS.get(guest)?.store().list()?;
+        let list = records.into_iter().map(|record| c_string(record.name)).collect::<Result<Vec<_>>>()?;
+        let count = list.len() as c_int;
+        if !names.is_null() {
+            let ended = list.into_iter().map(CString::into_raw).chain([ptr::null_mut()]);
+            let list = Box::into_raw(ended.collect::<Box<[*mut c_char]>>());
+            // SAFETY: by the caller's promise.
+            unsafe { store(names, list.cast()) };
+        }
+        Ok(count)
+    })
+}
+
+/// `instantsnap_snapshot_get_xml`.
+///
+/// # Safety
+/// `name` is NULL or NUL-terminated.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn instantsnap_snapshot_get_xml(
+    guest: *mut instantsnap_guest,
+    name: *const c_char,
+) -> *mut c_char {
+    boundary(ptr::null_mut(), || {
+        let guest = GUESTS.get(guest)?;
+        // SAFETY: by the caller's promise.
+        let name = unsafe { text("name", name) }?;
+        Ok(c_string(guest.store().read(name)?.to_xml())?.into_raw())
+    })
+}
+
+/// `instantsnap_snapshot_current`.
+#[unsafe(no_mangle)]
+pub extern "C" fn instantsnap_snapshot_current(guest: *mut instantsnap_guest) -> *mut c_char {
+    boundary(ptr::null_mut(), || match GUESTS.get(guest)?.store().current()? {
+        Some(name) => Ok(c_string(name)?.into_raw()),
+        None => fail!(NoDomainSnapshot, "the guest does not have a current snapshot"),
+    })
+}
+
+/// `instantsnap_snapshot_prepare_revert`.
+///
+/// # Safety
+/// The strings are NULL or NUL-terminated.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn instantsnap_snapshot_prepare_revert(
+    state_dir: *const c_char,
+    name: *const c_char,
+    directory: *const c_char,
+) -> *mut instantsnap_revert_plan {
+    boundary(ptr::null_mut(), || {
+        // SAFETY: by the caller's promise.
+        let (state_dir, name, directory) =
+            unsafe { (text("state_dir", state_dir)?, text("name", name)?, optional_text("directory", directory)?) };
+        let plan = engine::prepare_revert(Path::new(state_dir), name, directory.map(Path::new))?;
+        Ok(PLANS.add(convert_plan(plan)?))
+    })
+}
+
+fn convert_plan(plan: RevertPlan) -> Result<Plan> {
+    let disk = |disk: engine::RevertDisk| {
+        Ok(PlanDisk {
+            name: c_string(disk.name)?,
+            file: c_string(disk.file.into_os_string().into_encoded_bytes())?,
+            format: c_string(disk.format)?,
+            backing_file: disk.backing_file.map(c_string).transpose()?,
+        })
+    };
+    Ok(Plan {
+        disks: plan.disks.into_iter().map(disk).collect::<Result<_>>()?,
+        memory_file: c_string(plan.memory_file)?,
+        domain_xml: c_string(plan.domain_xml)?,
+    })
+}
+
+/// `instantsnap_revert_plan_disk_count`.
+#[unsafe(no_mangle)]
+pub extern "C" fn instantsnap_revert_plan_disk_count(plan: *const instantsnap_revert_plan) -> usize {
+    boundary(0, || Ok(PLANS.get(plan)?.disks.len()))
+}
+
+/// `instantsnap_revert_plan_get_disk`.
+///
+/// # Safety
+/// `disk` is NULL, or its size says how many bytes of it are valid.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn instantsnap_revert_plan_get_disk(
+    plan: *const instantsnap_revert_plan,
+    index: usize,
+    disk: *mut abi::instantsnap_revert_disk,
+) -> c_int {
+    boundary(-1, || {
+        let plan = PLANS.get(plan)?;
+        let Some(found) = plan.disks.get(index) else {
+            fail!(InvalidArg, "disk {index} of a plan that has {}", plan.disks.len());
+        };
+        let converted = abi::instantsnap_revert_disk {
+            size: size_of::<abi::instantsnap_revert_disk>(),
+            name: found.name.as_ptr(),
+            file: found.file.as_ptr(),
+            format: found.format.as_ptr(),
+            backing_file: found.backing_file.as_ref().map_or(ptr::null(), |file| file.as_ptr()),
+        };
+        // SAFETY: by the caller's promise; the structure has no padding.
+        unsafe { fill("disk", disk, converted) }.map(|()| 0)
+    })
+}
+
+/// `instantsnap_revert_plan_memory_file`.
+#[unsafe(no_mangle)]
+pub extern "C" fn instantsnap_revert_plan_memory_file(plan: *const instantsnap_revert_plan) -> *const c_char {
+    // The registry holds the plan on, and with it the string.
+    boundary(ptr::null(), || Ok(PLANS.get(plan)?.memory_file.as_ptr()))
+}
+
+/// `instantsnap_revert_plan_domain_xml`.
+#[unsafe(no_mangle)]
+pub extern "C" fn instantsnap_revert_plan_domain_xml(plan: *const instantsnap_revert_plan) -> *const c_char {
+    boundary(ptr::null(), || Ok(PLANS.get(plan)?.domain_xml.as_ptr()))
+}
+
+/// `instantsnap_revert_plan_free`.
+#[unsafe(no_mangle)]
+pub extern "C" fn instantsnap_revert_plan_free(plan: *mut instantsnap_revert_plan) {
+    if !plan.is_null() {
+        boundary((), || PLANS.remove(plan));
+    }
+}
+
+/// `instantsnap_snapshot_load`.
+///
+/// # Safety
+/// `name` is NULL or NUL-terminated.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn instantsnap_snapshot_load(
+    guest: *mut instantsnap_guest,
+    name: *const c_char,
+    flags: c_uint,
+) -> c_int {
+    boundary(-1, || {
+        let guest = GUESTS.get(guest)?;
+        // SAFETY: by the caller's promise.
+        let name = unsafe { text("name", name) }?;
+        guest.load(name, flags).map(|()| 0)
+    })
+}
+
+/// `instantsnap_snapshot_get_name`.
+#[unsafe(no_mangle)]
+pub extern "C" fn instantsnap_snapshot_get_name(snapshot: *const instantsnap_snapshot) -> *const c_char {
+    boundary(ptr::null(), || Ok(SNAPSHOTS.get(snapshot)?.name.as_ptr()))
+}
+
+/// `instantsnap_snapshot_free`.
+#[unsafe(no_mangle)]
+pub extern "C" fn instantsnap_snapshot_free(snapshot: *mut instantsnap_snapshot) {
+    if !snapshot.is_null() {
+        boundary((), || SNAPSHOTS.remove(snapshot));
+    }
+}

@@ -1,0 +1,242 @@
+//! What a QEMU tells of itself: its drives, its machine, who else writes its memory.
+
+use serde_json::{Value, json};
+
+use super::process::absolute;
+use crate::error::{Code, Result, fail};
+use crate::guest::PATIENCE;
+use crate::monitor::{Command, Deadline, Execute, Monitor};
+use crate::snapshot::domain::{Domain, DomainDisk, Machine};
+use crate::snapshot::drive::OpenOptions;
+use crate::snapshot::{Bitmap, Drive, Role};
+
+use super::overlays::NODE_PREFIX;
+
+/// Drivers that pass a disk's data through: what is below them is the image.
+const FILTERS: [&str; 8] = [
+    "blkreplay",
+    "compress",
+    "copy-before-write",
+    "copy-on-read",
+    "preallocate",
+    "quorum",
+    "snapshot-access",
+    "throttle",
+];
+/// Devices whose backend writes guest RAM from another process, through a mapping of its own.
+const FOREIGN_WRITERS: [&str; 5] = ["vhost-user", "vhost-vdpa", "ivshmem", "vfio-user", "x-pci-proxy"];
+
+fn query(monitor: &mut Monitor, command: &str, arguments: Value) -> Result<Value> {
+    let step = format!("cannot ask the guest ({command})");
+    monitor.run(&step, Command::new(command, arguments), Deadline::after(PATIENCE))
+}
+
+/// The drives that a guest's device has, with a medium in them.
+pub fn drives(monitor: &mut Monitor, domain: Option<&Domain>, pid: Option<u32>) -> Result<Vec<Drive>> {
+    let blocks = query(monitor, "query-block", json!({}))?;
+    let mut drives = Vec::new();
+    for block in blocks.as_array().into_iter().flatten() {
+        // A drive that no device has cannot change by the guest; one without a medium has nothing to keep.
+        if !block["inserted"].is_object() || !block["qdev"].is_string() {
+            continue;
+        }
+        drives.push(drive(monitor, block, pid)?);
+    }
+    if drives.iter().any(|drive| drive.names.is_empty()) {
+        name_by_nodes(monitor, &mut drives)?;
+    }
+    if let Some(domain) = domain {
+        name_by_domain(domain, &mut drives);
+    }
+    Ok(drives)
+}
+
+fn drive(monitor: &mut Monitor, block: &Value, pid: Option<u32>) -> Result<Drive> {
+    let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+    let inserted = &block["inserted"];
+    let (qdev, device) = (text(&block["qdev"]), text(&block["device"]));
+    let node = text(&inserted["node-name"]);
+    let mut names = Vec::new();
+    names.extend(device_id(&qdev));
+    names.extend(Some(device.clone()).filter(|device| !device.is_empty()));
+    names.extend(Some(node.clone()).filter(|node| !node.starts_with('#') && !node.starts_with(NODE_PREFIX)));
+
+    let role = if inserted["ro"] == true {
+        Role::ReadOnly
+    } else if is_firmware(monitor, &qdev, &device)? {
+        Role::Firmware
+    } else {
+        Role::Disk
+    };
+    let format = text(&inserted["drv"]);
+    let label = names.first().unwrap_or(&node);
+    if role == Role::Disk && FILTERS.contains(&format.as_str()) {
+        fail!(
+            ConfigUnsupported,
+            "disk '{label}' has a filter ({format}) on top of its image, beneath which QEMU switches no disk: remove it \
+             first (throttling by the drive's own options or a throttle group of the device is no hindrance)"
+        );
+    }
+    if role == Role::Disk && inserted["encrypted"] == true {
+        fail!(ConfigUnsupported, "disk '{label}' is encrypted: snapshots of encrypted images are not supported");
+    }
+    let mut backing = Vec::new();
+    let mut below = &inserted["image"]["backing-image"];
+    while below.is_object() {
+        backing.push(text(&below["filename"]));
+        below = &below["backing-image"];
+    }
+    let file = text(&inserted["file"]);
+    Ok(Drive {
+        file: absolute(&file, pid).unwrap_or(file),
+        backing: backing.into_iter().map(|file| absolute(&file, pid).unwrap_or(file)).collect(),
+        role,
+        node,
+        format,
+        size: inserted["image"]["virtual-size"].as_u64().unwrap_or_default(),
+        bitmaps: inserted["dirty-bitmaps"].as_array().into_iter().flatten().filter_map(bitmap).collect(),
+        options: OpenOptions {
+            direct: inserted["cache"]["direct"] == true,
+            no_flush: inserted["cache"]["no-flush"] == true,
+            detect_zeroes: inserted["detect_zeroes"].as_str().map(str::to_owned),
+            aio: None,
+            discard: None,
+        },
+        snapshot: None,
+        names,
+    })
+}
+
+/// The id that the user gave a device: `/machine/peripheral/ID/...`, or the id itself, as some versions say it.
+fn device_id(qdev: &str) -> Option<String> {
+    match qdev.strip_prefix("/machine/peripheral/") {
+        Some(path) => path.split('/').next().map(str::to_owned),
+        None => Some(qdev.to_owned()).filter(|id| !id.is_empty() && !id.starts_with('/')),
+    }
+}
+
+fn is_firmware(monitor: &mut Monitor, qdev: &str, device: &str) -> Result<bool> {
+    if !device.starts_with("pflash") && !qdev.contains("flash") {
+        return Ok(false);
+    }
+    let kind = query(monitor, "qom-get", json!({ "path": qdev, "property": "type" }))?;
+    Ok(kind.as_str().is_some_and(|kind| kind.starts_with("cfi.pflash")))
+}
+
+/// What libvirt carries over: not a temporary bitmap, not one that is off or broken.
+fn bitmap(value: &Value) -> Option<Bitmap> {
+    if value["persistent"] != true || value["recording"] != true || value["inconsistent"] == true {
+        return None;
+    }
+    Some(Bitmap { name: value["name"].as_str()?.into(), granularity: value["granularity"].as_u64()? })
+}
+
+/// Drives known by their node only: the node's name goes with the image, so once a snapshot has put an overlay of ours on
+/// top, the drive goes on by the name of the topmost image that its user named.
+fn name_by_nodes(monitor: &mut Monitor, drives: &mut [Drive]) -> Result<()> {
+    let nodes = query(monitor, "query-named-block-nodes", json!({ "flat": true }))?;
+    let named = |file: &str| {
+        nodes.as_array().into_iter().flatten().find_map(|node| {
+            let name = node["node-name"].as_str()?;
+            let own = !name.starts_with('#') && !name.starts_with(NODE_PREFIX);
+            let image = node["file"] == file && node["image"]["format"] == node["drv"] && node["drv"] != "file";
+            (own && image).then(|| name.to_owned())
+        })
+    };
+    for drive in drives.iter_mut().filter(|drive| drive.names.is_empty()) {
+        drive.names.extend(drive.backing.iter().find_map(|file| named(file)));
+    }
+    Ok(())
+}
+
+/// Gives each drive the target by which the domain XML knows it, and the options that only the XML tells.
+fn name_by_domain(domain: &Domain, drives: &mut [Drive]) {
+    let mut free: Vec<&DomainDisk> = domain.disks.iter().collect();
+    let rules: [fn(&DomainDisk, &Drive) -> bool; 3] = [
+        |disk, drive| {
+            disk.alias.as_ref().is_some_and(|alias| {
+                drive.names.iter().any(|name| name == alias || name.strip_prefix("drive-") == Some(alias))
+            })
+        },
+        |disk, drive| {
+            disk.source.as_ref().is_some_and(|source| drive.file == *source || drive.backing.contains(source))
+        },
+        |disk, drive| drive.names.contains(&disk.target),
+    ];
+    let mut matched = vec![false; drives.len()];
+    for rule in rules {
+        for (slot, drive) in drives.iter_mut().enumerate().filter(|(slot, _)| !matched[*slot]).collect::<Vec<_>>() {
+            let Some(at) = free.iter().position(|disk| rule(disk, drive)) else { continue };
+            let disk = free.remove(at);
+            drive.names.retain(|name| *name != disk.target);
+            drive.names.insert(0, disk.target.clone());
+            drive.snapshot.clone_from(&disk.snapshot);
+            drive.options.aio.clone_from(&disk.io);
+            drive.options.discard.clone_from(&disk.discard);
+            matched[slot] = true;
+        }
+    }
+}
+
+/// The machine, for a domain XML of our own making.
+pub fn machine(monitor: &mut Monitor, emulator: Option<String>) -> Result<Machine> {
+    let text = |value: &Value| value.as_str().map(str::to_owned);
+    let name = text(&query(monitor, "query-name", json!({}))?["name"]);
+    let uuid = text(&query(monitor, "query-uuid", json!({}))?["UUID"]);
+    let kvm = query(monitor, "query-kvm", json!({}))?["enabled"] == true;
+    let memory = query(monitor, "query-memory-size-summary", json!({}))?;
+    let bytes = |part: &str| memory[part].as_u64().unwrap_or_default();
+    let vcpus = query(monitor, "query-cpus-fast", json!({}))?.as_array().map_or(1, Vec::len);
+    let arch = text(&query(monitor, "query-target", json!({}))?["arch"]);
+    let kind = text(&query(monitor, "qom-get", json!({ "path": "/machine", "property": "type" }))?);
+    let kind = kind.unwrap_or_default();
+    Ok(Machine {
+        name: name.unwrap_or_else(|| "guest".into()),
+        uuid: uuid.unwrap_or_default(),
+        kvm,
+        memory: bytes("base-memory") + bytes("plugged-memory"),
+        vcpus,
+        arch: arch.unwrap_or_default(),
+        machine: kind.strip_suffix("-machine").unwrap_or(&kind).into(),
+        emulator,
+    })
+}
+
+/// Refuses a guest whose RAM another process writes: userfaultfd sees QEMU's own mapping only.
+pub fn check_memory_is_its_own(monitor: &mut Monitor) -> Result<()> {
+    for path in ["/machine/peripheral", "/machine/peripheral-anon"] {
+        let devices = query(monitor, "qom-list", json!({ "path": path }))?;
+        for device in devices.as_array().into_iter().flatten() {
+            let kind = device["type"].as_str().unwrap_or_default();
+            if FOREIGN_WRITERS.iter().any(|writer| kind.contains(writer)) {
+                let kind = kind.trim_start_matches("child<").trim_end_matches('>');
+                let name = device["name"].as_str().unwrap_or_default();
+                return refuse_foreign_writer(&format!("device '{name}' ({kind})"));
+            }
+        }
+    }
+    // No QMP command tells a network backend's type.
+    let network = query(monitor, "human-monitor-command", json!({ "command-line": "info network" }));
+    let network = match network {
+        Ok(network) => network,
+        // A QEMU built without the human monitor has no vhost-user to speak of either.
+        Err(error) if error.code == Code::OperationFailed => return Ok(()),
+        Err(error) => return Err(error),
+    };
+    for line in network.as_str().unwrap_or_default().lines() {
+        let kind = line.split("type=").nth(1).and_then(|rest| rest.split(',').next()).unwrap_or_default();
+        if FOREIGN_WRITERS.iter().any(|writer| kind.contains(writer)) {
+            let name = line.trim_start_matches([' ', '\\']).split(':').next().unwrap_or_default();
+            return refuse_foreign_writer(&format!("network backend '{name}' ({kind})"));
+        }
+    }
+    Ok(())
+}
+
+fn refuse_foreign_writer(writer: &str) -> Result<()> {
+    fail!(
+        ConfigUnsupported,
+        "{writer} writes the guest's memory from another process, where QEMU cannot hold it at the instant: take a plain \
+         snapshot (without INSTANT), or remove the device first"
+    )
+}

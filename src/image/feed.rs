@@ -1,0 +1,46 @@
+//! Moves QEMU's stream from a memory image into the pipe of a QEMU that loads it.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::thread::JoinHandle;
+
+use rustix::io::Errno;
+use rustix::pipe::{SpliceFlags, splice};
+
+use super::CHUNK;
+use crate::error::{Code, Error, Result};
+use crate::sys;
+
+/// A feed at work. It ends with the file, or when the reader of the pipe is gone.
+#[derive(Debug)]
+pub struct Feed {
+    thread: JoinHandle<io::Result<()>>,
+}
+
+impl Feed {
+    /// Starts moving `file`, from `offset` to its end, into `pipe`.
+    pub fn start(file: File, offset: u64, pipe: OwnedFd) -> Result<Feed> {
+        let thread = sys::spawn_quiet("instantsnap", move || run(&file, offset, &pipe))?;
+        Ok(Feed { thread })
+    }
+
+    /// Waits for its end. Only after QEMU has finished or the pipe's reader is closed: else it can wait for ever.
+    pub fn join(self) -> Result<()> {
+        match self.thread.join() {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(error)) => Err(Error::system("cannot feed the memory image to QEMU", error)),
+            Err(_) => Err(Error::new(Code::InternalError, "the thread that feeds memory panicked")),
+        }
+    }
+}
+
+fn run(file: &File, mut offset: u64, pipe: &OwnedFd) -> io::Result<()> {
+    loop {
+        match splice(file, Some(&mut offset), pipe, None, CHUNK, SpliceFlags::MOVE) {
+            Ok(0) => return Ok(()),
+            Ok(_) | Err(Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+}

@@ -1,0 +1,155 @@
+//! The file of a memory image: libvirt's header, the domain XML, room for a longer one, QEMU's stream.
+//!
+//! ```text
+//! 0    magic     LibvirtQemudPart while incomplete, LibvirtQemudSave when complete
+//! 16   u32       version (2), data_len, was_running, format (0: raw), cookie offset (0: none), 14 unused
+//! 92   data_len  domain XML with its NUL, then zeros
+//! ...            QEMU's migration stream
+//! ```
+//!
+//! Numbers are in the host's order, as libvirt writes them.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Read};
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use crate::error::{Code, Error, Result, fail};
+use crate::sys;
+
+const COMPLETE: &[u8; 16] = b"LibvirtQemudSave";
+const PARTIAL: &[u8; 16] = b"LibvirtQemudPart";
+const VERSION: u32 = 2;
+const HEADER: usize = 92;
+/// libvirt leaves this much so that the XML of an image can be edited.
+const ROOM: usize = 64 << 10;
+/// More than any XML with its room; a larger number is damage.
+const LONGEST: u32 = 64 << 20;
+/// The stream begins on a boundary, for whoever moves it by pages.
+const ALIGN: usize = 4096;
+
+/// A memory image that is being written.
+#[derive(Debug)]
+pub struct MemoryImage {
+    path: PathBuf,
+    file: File,
+    stream_offset: u64,
+}
+
+impl MemoryImage {
+    /// Creates the file, mode 0600, marked partial. A file that exists is an error, and not touched.
+    pub fn create(path: &Path, domain_xml: &str, was_running: bool) -> Result<MemoryImage> {
+        let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path);
+        let file = match file {
+            Ok(file) => file,
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => fail!(
+                ConfigUnsupported,
+                "memory snapshot file '{}' already exists: remove it or name another",
+                path.display()
+            ),
+            Err(error) => {
+                return Err(Error::system(format!("cannot create memory snapshot file '{}'", path.display()), error));
+            }
+        };
+        let begin = (HEADER + domain_xml.len() + 1 + ROOM).next_multiple_of(ALIGN);
+        let mut head = Vec::with_capacity(begin);
+        head.extend_from_slice(PARTIAL);
+        for number in [VERSION, (begin - HEADER) as u32, was_running.into(), 0, 0] {
+            head.extend_from_slice(&number.to_ne_bytes());
+        }
+        head.resize(HEADER, 0);
+        head.extend_from_slice(domain_xml.as_bytes());
+        head.resize(begin, 0);
+        if let Err(error) = file.write_all_at(&head, 0) {
+            let _ = sys::remove_file(path);
+            return Err(Error::system(format!("cannot write memory snapshot file '{}'", path.display()), error));
+        }
+        Ok(MemoryImage { path: path.into(), file, stream_offset: begin as u64 })
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Where QEMU's stream begins.
+    pub fn stream_offset(&self) -> u64 {
+        self.stream_offset
+    }
+
+    /// The file, for a drain to write to.
+    pub fn file(&self) -> Result<File> {
+        self.file.try_clone().map_err(|error| Error::system("cannot duplicate a file descriptor", error))
+    }
+
+    /// The stream is whole: puts it on disk, and only then marks the image complete.
+    pub fn complete(&self) -> Result<()> {
+        let complete = || -> io::Result<()> {
+            self.file.sync_data()?;
+            self.file.write_all_at(COMPLETE, 0)?;
+            self.file.sync_all()?;
+            sys::sync_parent(&self.path)
+        };
+        complete().map_err(|error| {
+            Error::system(format!("cannot complete memory snapshot file '{}'", self.path.display()), error)
+        })
+    }
+
+    /// Removes the file.
+    pub fn remove(&self) -> io::Result<()> {
+        sys::remove_file(&self.path)
+    }
+}
+
+/// A complete memory image, opened for reading.
+#[derive(Debug)]
+pub struct Image {
+    /// The file.
+    pub file: File,
+    /// Where QEMU's stream begins.
+    pub stream_offset: u64,
+    /// Whether the guest ran at the instant.
+    pub was_running: bool,
+    /// The domain XML.
+    pub domain_xml: String,
+}
+
+impl Image {
+    /// Opens a complete, uncompressed image.
+    pub fn open(path: &Path) -> Result<Image> {
+        let damaged = |what: &str| {
+            Error::new(Code::InvalidDomainSnapshot, format!("memory snapshot file '{}' {what}", path.display()))
+        };
+        let mut file = File::open(path).map_err(|error| damaged(&format!("cannot be opened: {error}")))?;
+        let mut header = [0; HEADER];
+        file.read_exact(&mut header).map_err(|_| damaged("is too short"))?;
+        if &header[..16] == PARTIAL {
+            return Err(damaged("is incomplete: its snapshot failed or is still being made"));
+        }
+        if &header[..16] != COMPLETE {
+            return Err(damaged("is not a memory image"));
+        }
+        let number = |at: usize| u32::from_ne_bytes(header[at..at + 4].try_into().expect("four bytes"));
+        let (version, data_len, was_running, format, cookie) =
+            (number(16), number(20), number(24), number(28), number(32));
+        if version != VERSION {
+            return Err(damaged(&format!("has version {version}, {VERSION} is supported")));
+        }
+        if format != 0 {
+            return Err(damaged("is compressed: decompress it first"));
+        }
+        if data_len == 0 || data_len > LONGEST {
+            return Err(damaged("has a damaged header"));
+        }
+        let mut data = vec![0; data_len as usize];
+        file.read_exact(&mut data).map_err(|_| damaged("is too short"))?;
+        let xml = &data[..if cookie == 0 { data.len() } else { data.len().min(cookie as usize) }];
+        let xml = xml.split(|byte| *byte == 0).next().unwrap_or_default();
+        Ok(Image {
+            file,
+            stream_offset: HEADER as u64 + u64::from(data_len),
+            was_running: was_running != 0,
+            domain_xml: String::from_utf8(xml.to_vec()).map_err(|_| damaged("has a damaged domain XML"))?,
+        })
+    }
+}

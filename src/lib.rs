@@ -1,0 +1,28 @@
+//! Full snapshots of running virtual machines, memory and disks, taken at the moment of the call; the guest pauses for
+//! milliseconds.
+//!
+//! The library is a C library: `include/instantsnap.h` is its reference, [`ffi`] its thin adapter. Beneath that, arrows
+//! point one way:
+//!
+//! ```text
+//! ffi       extern "C": convert, call, convert back
+//!  └ engine   the phases of a snapshot, their undo, bringing one back
+//!     ├ guest    who runs the guest; today a QEMU by its QMP socket
+//!     │  └ monitor  QMP: client, typed commands
+//!     ├ snapshot what is asked for and recorded: XML, disk plan, state directory
+//!     └ image    the memory image: header, and the threads that move QEMU's stream
+//! ```
+//!
+//! `error` and `flags` know nobody. A snapshot in one sentence: overlays, memory image and pipe are prepared while the guest
+//! runs; the guest is stopped; one transaction switches all disks; QEMU's background snapshot is started and, the moment its
+//! write tracking is armed, the guest runs again, while its memory, as it was, flows into the image.
+
+pub mod engine;
+pub mod error;
+pub mod ffi;
+pub mod flags;
+pub mod guest;
+pub mod image;
+pub mod monitor;
+pub mod snapshot;
+mod sys;

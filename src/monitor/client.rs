@@ -1,0 +1,239 @@
+//! A QMP client on a Unix socket: one command at a time, each with a deadline.
+
+use std::collections::VecDeque;
+use std::io::IoSlice;
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+use rustix::net::{
+    AddressFamily, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags,
+    SocketType, connect, recv, sendmsg, socket_with,
+};
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use serde_json::{Value, json};
+
+use super::{Command, Deadline, Event, Execute, Failure};
+use crate::error::{Code, Error, Result, fail};
+use crate::sys;
+
+/// No reply of QEMU is as long as this; what is, is not QEMU.
+const LONGEST_LINE: usize = 64 << 20;
+/// The same for its greeting.
+const LONGEST_GREETING: usize = 64 << 10;
+
+/// A connection to QEMU's monitor.
+#[derive(Debug)]
+pub struct Monitor {
+    socket: OwnedFd,
+    received: Vec<u8>,
+    /// How much of `received` is known to hold no line's end.
+    searched: usize,
+    last_id: u64,
+    events: VecDeque<Event>,
+    /// QEMU's major and minor version.
+    pub version: (u64, u64),
+    /// The process at the other end.
+    pub peer: Option<Peer>,
+}
+
+/// The process at the other end of the socket: who made it listen, which is QEMU unless it was handed the socket.
+#[derive(Debug)]
+pub struct Peer {
+    /// Its process id.
+    pub pid: u32,
+    pidfd: OwnedFd,
+}
+
+impl Peer {
+    /// Whether it has ended; a zombie has.
+    pub fn has_ended(&self) -> bool {
+        let mut fds = [PollFd::new(&self.pidfd, PollFlags::IN)];
+        poll(&mut fds, Some(&Timespec::default())).is_ok_and(|ready| ready > 0)
+    }
+}
+
+/// A connection that QEMU has not accepted yet: it serves one client a socket at a time.
+#[derive(Debug)]
+pub struct Dialled {
+    path: PathBuf,
+    monitor: Monitor,
+}
+
+impl Monitor {
+    /// Connects, so that it is known whose socket it is. [`Dialled::greet`] goes on.
+    pub fn dial(path: &Path, deadline: Deadline) -> Result<Dialled> {
+        let socket = connect_socket(path, deadline)?;
+        let peer = sys::peer_pid(socket.as_fd()).and_then(open_peer);
+        let monitor = Monitor {
+            socket,
+            received: Vec::new(),
+            searched: 0,
+            last_id: 0,
+            events: VecDeque::new(),
+            version: (0, 0),
+            peer,
+        };
+        Ok(Dialled { path: path.into(), monitor })
+    }
+}
+
+impl Dialled {
+    /// The process at the other end.
+    pub fn peer(&self) -> Option<&Peer> {
+        self.monitor.peer.as_ref()
+    }
+
+    /// Waits to be accepted, and agrees on QMP.
+    pub fn greet(self, deadline: Deadline) -> Result<Monitor> {
+        let Dialled { path, mut monitor } = self;
+        let not_qmp = |reason: &str| {
+            Error::new(Code::OperationFailed, format!("'{}' is not a QMP socket: {reason}", path.display()))
+        };
+        let greeting = match monitor.read_line(LONGEST_GREETING, deadline) {
+            Ok(line) => line,
+            Err(Failure::Late) => fail!(
+                OperationTimeout,
+                "no QMP greeting from '{}': another client is connected to it (QEMU serves one at a time, so give this \
+                 library a QMP socket of its own), or it is not a QMP socket",
+                path.display()
+            ),
+            Err(Failure::Lost(reason)) => return Err(not_qmp(&reason)),
+            Err(Failure::Refused(..)) => unreachable!("reading refuses nothing"),
+        };
+        let greeting: Value = serde_json::from_slice(&greeting).map_err(|_| not_qmp("what it sends is not JSON"))?;
+        let version = &greeting["QMP"]["version"]["qemu"];
+        let (Some(major), Some(minor)) = (version["major"].as_u64(), version["minor"].as_u64()) else {
+            return Err(not_qmp("it sends no QMP greeting"));
+        };
+        monitor.version = (major, minor);
+        monitor.run("cannot begin QMP", Command::new("qmp_capabilities", json!({})), deadline)?;
+        Ok(monitor)
+    }
+}
+
+impl Monitor {
+    /// The events that have come since the last call.
+    pub fn take_events(&mut self) -> Vec<Event> {
+        self.events.drain(..).collect()
+    }
+
+    fn send(&self, bytes: &[u8], fd: Option<BorrowedFd>, deadline: Deadline) -> std::result::Result<(), Failure> {
+        let mut left = bytes;
+        let mut fd = fd;
+        while !left.is_empty() {
+            self.wait(PollFlags::OUT, deadline)?;
+            let fds = fd.as_slice();
+            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+            let mut ancillary = SendAncillaryBuffer::new(&mut space);
+            if !fds.is_empty() {
+                ancillary.push(SendAncillaryMessage::ScmRights(fds));
+            }
+            match sendmsg(&self.socket, &[IoSlice::new(left)], &mut ancillary, SendFlags::NOSIGNAL) {
+                Ok(sent) => {
+                    left = &left[sent..];
+                    // It went with the first byte.
+                    fd = None;
+                }
+                Err(Errno::AGAIN | Errno::INTR) => {}
+                Err(error) => return Err(Failure::Lost(error.to_string())),
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads one line, without its end.
+    fn read_line(&mut self, longest: usize, deadline: Deadline) -> std::result::Result<Vec<u8>, Failure> {
+        loop {
+            if let Some(at) = self.received[self.searched..].iter().position(|byte| *byte == b'\n') {
+                let rest = self.received.split_off(self.searched + at + 1);
+                self.searched = 0;
+                return Ok(std::mem::replace(&mut self.received, rest));
+            }
+            self.searched = self.received.len();
+            if self.received.len() > longest {
+                return Err(Failure::Lost("what it sends has no end".into()));
+            }
+            self.wait(PollFlags::IN, deadline)?;
+            let mut buffer = [MaybeUninit::uninit(); 16 << 10];
+            match recv(&self.socket, &mut buffer, RecvFlags::empty()) {
+                Ok(((got, _), _)) if !got.is_empty() => self.received.extend_from_slice(got),
+                Ok(_) => return Err(Failure::Lost("it was closed".into())),
+                Err(Errno::AGAIN | Errno::INTR) => {}
+                Err(error) => return Err(Failure::Lost(error.to_string())),
+            }
+        }
+    }
+
+    fn wait(&self, what: PollFlags, deadline: Deadline) -> std::result::Result<(), Failure> {
+        loop {
+            let left = deadline.left().ok_or(Failure::Late)?;
+            let left = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() };
+            match poll(&mut [PollFd::new(&self.socket, what)], Some(&left)) {
+                Ok(0) | Err(Errno::INTR) => {}
+                Ok(_) => return Ok(()),
+                Err(error) => return Err(Failure::Lost(error.to_string())),
+            }
+        }
+    }
+
+    fn keep_event(&mut self, message: &Value) {
+        let Some(name) = message["event"].as_str() else { return };
+        let part = |part| message["timestamp"][part].as_u64().unwrap_or_default();
+        let time = Duration::from_secs(part("seconds")) + Duration::from_micros(part("microseconds"));
+        self.events.push_back(Event { name: name.into(), time });
+    }
+}
+
+impl Execute for Monitor {
+    fn execute(&mut self, command: Command, deadline: Deadline) -> std::result::Result<Value, Failure> {
+        self.last_id += 1;
+        let id = self.last_id;
+        let mut line = json!({ "execute": command.name, "arguments": command.arguments, "id": id }).to_string();
+        line.push('\n');
+        self.send(line.as_bytes(), command.fd, deadline)?;
+        loop {
+            let line = self.read_line(LONGEST_LINE, deadline)?;
+            let Ok(mut message) = serde_json::from_slice::<Value>(&line) else {
+                return Err(Failure::Lost("it sent what is not JSON".into()));
+            };
+            if message["id"] != json!(id) {
+                // An event, or the reply to a command that was given up on.
+                self.keep_event(&message);
+                continue;
+            }
+            if let Some(result) = message.get_mut("return") {
+                return Ok(result.take());
+            }
+            let text = |part: &str| message["error"][part].as_str().unwrap_or("no reason given").to_owned();
+            return Err(Failure::Refused(text("class"), text("desc")));
+        }
+    }
+}
+
+fn open_peer(pid: u32) -> Option<Peer> {
+    let pidfd = pidfd_open(Pid::from_raw(pid.try_into().ok()?)?, PidfdFlags::empty()).ok()?;
+    Some(Peer { pid, pidfd })
+}
+
+/// Connects without ever waiting longer than the deadline, also where QEMU's backlog is full.
+fn connect_socket(path: &Path, deadline: Deadline) -> Result<OwnedFd> {
+    let step = format!("cannot connect to QMP socket '{}'", path.display());
+    let system = |errno: Errno| Error::system(&step, errno);
+    let address = SocketAddrUnix::new(path).map_err(system)?;
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None).map_err(system)?;
+    loop {
+        match connect(socket.as_fd(), &address) {
+            Ok(()) => return Ok(socket),
+            Err(Errno::AGAIN | Errno::INTR) if deadline.left().is_some() => {
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            Err(Errno::AGAIN) => fail!(OperationTimeout, "{step}: too many clients wait for it already"),
+            Err(error) => return Err(system(error)),
+        }
+    }
+}

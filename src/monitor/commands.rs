@@ -1,0 +1,178 @@
+//! The commands that the engine and the ways in need, typed.
+
+use std::os::fd::BorrowedFd;
+
+use serde::Deserialize;
+use serde_json::{Map, Value, json};
+
+use super::{Command, Deadline, Execute, Failure};
+use crate::error::{Code, Error, Result};
+
+/// Whether vCPUs run, and QEMU's word for the state.
+#[derive(Clone, Debug, Deserialize)]
+pub struct Status {
+    /// vCPUs run.
+    pub running: bool,
+    /// `running`, `paused`, `inmigrate`, ...
+    pub status: String,
+}
+
+/// A migration, as `query-migrate` tells it.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default, rename_all = "kebab-case")]
+pub struct Migration {
+    /// Absent before the first migration.
+    pub status: Option<String>,
+    /// Why it failed.
+    pub error_desc: Option<String>,
+    /// Why there can be none.
+    pub blocked_reasons: Vec<String>,
+    /// Its memory.
+    pub ram: Option<MigrationRam>,
+}
+
+/// `ram` of `query-migrate`.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default)]
+pub struct MigrationRam {
+    normal: u64,
+    duplicate: u64,
+}
+
+/// What a migration is doing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Progress {
+    /// There is none.
+    None,
+    /// It has begun.
+    UnderWay,
+    /// It has succeeded.
+    Completed,
+    /// It has failed or was cancelled.
+    Failed,
+}
+
+impl Migration {
+    /// What it is doing.
+    pub fn progress(&self) -> Progress {
+        match self.status.as_deref() {
+            None | Some("none") => Progress::None,
+            Some("completed") => Progress::Completed,
+            Some("failed" | "cancelled") => Progress::Failed,
+            Some(_) => Progress::UnderWay,
+        }
+    }
+
+    /// Whether pages have been saved: for a background snapshot the proof that write tracking is armed. The status
+    /// `active` is not: QEMU sets it before it saves the devices and arms.
+    pub fn has_pages(&self) -> bool {
+        self.ram.as_ref().is_some_and(|ram| ram.normal + ram.duplicate > 0)
+    }
+
+    /// Why it failed, as far as QEMU tells.
+    pub fn reason(&self) -> &str {
+        match (&self.error_desc, self.status.as_deref()) {
+            (Some(reason), _) => reason,
+            (None, Some("cancelled")) => "it was cancelled",
+            (None, _) => "QEMU gives no reason",
+        }
+    }
+}
+
+fn read<T: for<'a> Deserialize<'a>>(command: &str, value: Value) -> Result<T> {
+    serde_json::from_value(value)
+        .map_err(|error| Error::new(Code::InternalError, format!("QEMU's reply to {command} makes no sense: {error}")))
+}
+
+/// `query-status`.
+pub fn query_status(qemu: &mut dyn Execute, deadline: Deadline) -> Result<Status> {
+    let reply = qemu.run("cannot ask for the guest's state", Command::new("query-status", json!({})), deadline)?;
+    read("query-status", reply)
+}
+
+/// `query-migrate`.
+pub fn query_migrate(qemu: &mut dyn Execute, deadline: Deadline) -> Result<Migration> {
+    let command = Command::new("query-migrate", json!({}));
+    let reply = qemu.run("cannot ask for the migration's state", command, deadline)?;
+    read("query-migrate", reply)
+}
+
+/// `query-migrate-capabilities`: names and states, in QEMU's order.
+pub fn query_migrate_capabilities(qemu: &mut dyn Execute, deadline: Deadline) -> Result<Vec<(String, bool)>> {
+    #[derive(Deserialize)]
+    struct Capability {
+        capability: String,
+        state: bool,
+    }
+    let command = Command::new("query-migrate-capabilities", json!({}));
+    let reply = qemu.run("cannot ask for the migration capabilities", command, deadline)?;
+    let capabilities: Vec<Capability> = read("query-migrate-capabilities", reply)?;
+    Ok(capabilities.into_iter().map(|capability| (capability.capability, capability.state)).collect())
+}
+
+/// `migrate-set-capabilities`.
+pub fn migrate_set_capabilities(
+    qemu: &mut dyn Execute,
+    capabilities: &[(String, bool)],
+    deadline: Deadline,
+) -> std::result::Result<(), Failure> {
+    let capabilities: Vec<_> =
+        capabilities.iter().map(|(name, state)| json!({ "capability": name, "state": state })).collect();
+    let command = Command::new("migrate-set-capabilities", json!({ "capabilities": capabilities }));
+    qemu.execute(command, deadline).map(drop)
+}
+
+/// `query-migrate-parameters`.
+pub fn query_migrate_parameters(qemu: &mut dyn Execute, deadline: Deadline) -> Result<Map<String, Value>> {
+    let command = Command::new("query-migrate-parameters", json!({}));
+    let reply = qemu.run("cannot ask for the migration parameters", command, deadline)?;
+    read("query-migrate-parameters", reply)
+}
+
+/// `migrate-set-parameters`.
+pub fn migrate_set_parameters(
+    qemu: &mut dyn Execute,
+    parameters: Map<String, Value>,
+    deadline: Deadline,
+) -> Result<()> {
+    let command = Command::new("migrate-set-parameters", Value::Object(parameters));
+    qemu.run("cannot set the migration parameters", command, deadline).map(drop)
+}
+
+/// `getfd`: QEMU keeps a copy of the descriptor under this name.
+pub fn getfd(qemu: &mut dyn Execute, name: &str, fd: BorrowedFd, deadline: Deadline) -> Result<()> {
+    let command = Command { name: "getfd", arguments: json!({ "fdname": name }), fd: Some(fd) };
+    qemu.run("cannot pass the memory pipe to QEMU", command, deadline).map(drop)
+}
+
+/// `closefd`.
+pub fn closefd(qemu: &mut dyn Execute, name: &str, deadline: Deadline) -> std::result::Result<(), Failure> {
+    qemu.execute(Command::new("closefd", json!({ "fdname": name })), deadline).map(drop)
+}
+
+/// `migrate` into a descriptor passed by [`getfd`].
+pub fn migrate(qemu: &mut dyn Execute, fd: &str, deadline: Deadline) -> Result<()> {
+    let command = Command::new("migrate", json!({ "uri": format!("fd:{fd}") }));
+    qemu.run("cannot start saving memory", command, deadline).map(drop)
+}
+
+/// `migrate_cancel`.
+pub fn migrate_cancel(qemu: &mut dyn Execute, deadline: Deadline) -> Result<()> {
+    qemu.run("cannot cancel saving memory", Command::new("migrate_cancel", json!({})), deadline).map(drop)
+}
+
+/// `stop`: returns when vCPUs are stopped and disks flushed.
+pub fn stop(qemu: &mut dyn Execute, deadline: Deadline) -> Result<()> {
+    qemu.run("cannot pause the guest", Command::new("stop", json!({})), deadline).map(drop)
+}
+
+/// `cont`.
+pub fn cont(qemu: &mut dyn Execute, deadline: Deadline) -> Result<()> {
+    qemu.run("cannot resume the guest", Command::new("cont", json!({})), deadline).map(drop)
+}
+
+/// Whether QEMU has this command.
+pub fn has_command(qemu: &mut dyn Execute, name: &str, deadline: Deadline) -> Result<bool> {
+    let reply = qemu.run("cannot ask for QEMU's commands", Command::new("query-commands", json!({})), deadline)?;
+    Ok(reply.as_array().is_some_and(|commands| commands.iter().any(|command| command["name"] == name)))
+}

@@ -1,0 +1,99 @@
+//! QMP: a socket client, typed commands, events.
+//!
+//! [`Monitor`] is QEMU's monitor over a Unix socket. [`commands`] speak through anything that [`Execute`]s, so that a way
+//! in whose monitor is somebody else's (libvirt's, a driver's) uses the same commands.
+
+mod client;
+pub mod commands;
+
+use std::os::fd::BorrowedFd;
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+
+pub use client::{Dialled, Monitor, Peer};
+
+use crate::error::{Code, Error, Result};
+
+/// When waiting ends.
+#[derive(Clone, Copy, Debug)]
+pub struct Deadline(Instant);
+
+impl Deadline {
+    /// So long from now.
+    pub fn after(duration: Duration) -> Deadline {
+        Deadline(Instant::now() + duration)
+    }
+
+    /// What is left; `None` when it has passed.
+    pub fn left(self) -> Option<Duration> {
+        self.0.checked_duration_since(Instant::now()).filter(|left| !left.is_zero())
+    }
+
+    /// The earlier of the two.
+    pub fn or_before(self, other: Deadline) -> Deadline {
+        Deadline(self.0.min(other.0))
+    }
+}
+
+/// One command for QEMU.
+#[derive(Debug)]
+pub struct Command<'a> {
+    /// `execute`.
+    pub name: &'a str,
+    /// `arguments`.
+    pub arguments: Value,
+    /// A descriptor to go with it.
+    pub fd: Option<BorrowedFd<'a>>,
+}
+
+impl<'a> Command<'a> {
+    /// A command with these arguments.
+    pub fn new(name: &'a str, arguments: Value) -> Command<'a> {
+        Command { name, arguments, fd: None }
+    }
+}
+
+/// Why a command gave no result.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Failure {
+    /// QEMU's error: class and description.
+    Refused(String, String),
+    /// No reply in time. A reply that comes later is passed over.
+    Late,
+    /// The connection is gone; why.
+    Lost(String),
+}
+
+impl Failure {
+    /// The error for a caller: `step` says what was tried on what.
+    pub fn into_error(self, step: &str) -> Error {
+        match self {
+            Failure::Refused(_, reason) => Error::new(Code::OperationFailed, format!("{step}: {reason}")),
+            Failure::Late => Error::new(Code::OperationTimeout, format!("{step}: QEMU did not answer in time")),
+            Failure::Lost(reason) => {
+                Error::new(Code::OperationFailed, format!("{step}: lost the connection to QEMU ({reason})"))
+            }
+        }
+    }
+}
+
+/// Who can run a command in QEMU's monitor.
+pub trait Execute {
+    /// Runs one command and returns its `return`.
+    fn execute(&mut self, command: Command, deadline: Deadline) -> std::result::Result<Value, Failure>;
+
+    /// The same, with an error that says what was being done.
+    fn run(&mut self, step: &str, command: Command, deadline: Deadline) -> Result<Value> {
+        self.execute(command, deadline).map_err(|failure| failure.into_error(step))
+    }
+}
+
+/// An event that QEMU sent.
+#[derive(Clone, Debug)]
+pub struct Event {
+    /// `event`.
+    pub name: String,
+    /// QEMU's own time stamp, since the epoch.
+    pub time: Duration,
+}

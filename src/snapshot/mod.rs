@@ -1,0 +1,55 @@
+//! What is asked for and what is recorded: `<domainsnapshot>` and `<domain>` XML, the disk plan, the state directory.
+//!
+//! Nothing here speaks to a guest. A way in describes its drives as [`Drive`]s, [`plan`] aligns them with what the
+//! caller asked for, and the engine carries the plan out.
+
+pub mod domain;
+pub mod drive;
+pub mod plan;
+pub mod record;
+pub mod request;
+pub mod store;
+mod xml;
+
+pub use domain::Domain;
+pub use drive::{Bitmap, Drive, Role};
+pub use plan::{DiskPlan, Plan, plan};
+pub use record::{Record, RecordedDisk, RecordedNvram, State};
+pub use request::{DiskRequest, Location, MemoryRequest, Request};
+pub use store::{Reservation, Store};
+
+use crate::error::{Result, fail};
+
+/// A snapshot's name is the name of a file, as in libvirt: no `/`, no leading dot; and nothing that a terminal or a
+/// line-based tool would trip over.
+pub fn check_name(name: &str) -> Result<()> {
+    // NAME.xml, and while it is written a hidden name that is a little longer, must fit into NAME_MAX (255 bytes).
+    const LONGEST: usize = 230;
+    if name.is_empty() {
+        fail!(XmlDetail, "invalid snapshot name: it is empty");
+    }
+    if name.contains('/') {
+        fail!(XmlDetail, "invalid snapshot name '{name}': name can't contain '/'");
+    }
+    if name.starts_with('.') {
+        fail!(XmlDetail, "invalid snapshot name '{name}': name can't start with '.'");
+    }
+    if name.chars().any(char::is_control) {
+        fail!(XmlDetail, "invalid snapshot name {name:?}: name can't contain control characters");
+    }
+    if name.len() > LONGEST {
+        fail!(XmlDetail, "invalid snapshot name: {} bytes, {LONGEST} are allowed", name.len());
+    }
+    Ok(())
+}
+
+/// A path that can be recorded: absolute, and expressible in XML.
+pub fn check_path(what: &str, path: &str) -> Result<()> {
+    if !path.starts_with('/') {
+        fail!(XmlError, "{what} '{path}' must be an absolute path");
+    }
+    if path.chars().any(char::is_control) {
+        fail!(XmlError, "{what} {path:?} can't contain control characters");
+    }
+    Ok(())
+}

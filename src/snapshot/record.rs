@@ -1,0 +1,207 @@
+//! What is recorded of a snapshot: libvirt's `<domainsnapshot>`, as it stands in the state directory.
+//!
+//! libvirt's format names, for each disk, the overlay that became active at the snapshot. The snapshot's own content is
+//! the image below, which a later block job can move away from under the overlay; so that image is written down too, as
+//! an element of our own namespace, which libvirt passes over.
+
+use quick_xml::Writer;
+use quick_xml::events::{BytesText, Event};
+use roxmltree::Node;
+
+use super::{check_name, domain, xml};
+use crate::error::{Code, Error, Result, fail};
+
+const NAMESPACE: &str = "https://instantsnap.invalid/domainsnapshot/1";
+
+/// A snapshot, complete.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Record {
+    /// Its name.
+    pub name: String,
+    /// A text for people.
+    pub description: Option<String>,
+    /// The snapshot before it.
+    pub parent: Option<String>,
+    /// Seconds since the epoch.
+    pub creation_time: u64,
+    /// The guest's state at the instant.
+    pub state: State,
+    /// The memory image.
+    pub memory_file: String,
+    /// The disks that were switched.
+    pub disks: Vec<RecordedDisk>,
+    /// The UEFI variables.
+    pub nvram: Vec<RecordedNvram>,
+    /// `<domain>`, with the images that are the snapshot's.
+    pub domain_xml: String,
+}
+
+/// The guest's state at the instant.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum State {
+    /// It ran.
+    Running,
+    /// It was paused.
+    Paused,
+}
+
+/// A disk of a snapshot.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RecordedDisk {
+    /// Its name.
+    pub name: String,
+    /// The overlay that the guest went on with.
+    pub overlay: String,
+    /// The image with the snapshot's content.
+    pub image: String,
+    /// That image's format.
+    pub format: String,
+}
+
+/// UEFI variables of a snapshot.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RecordedNvram {
+    /// The drive's name.
+    pub name: String,
+    /// The copy that is the snapshot's.
+    pub copy: String,
+    /// The original guest's own file.
+    pub original: String,
+    /// The format of both.
+    pub format: String,
+}
+
+impl State {
+    /// libvirt's word for it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            State::Running => "running",
+            State::Paused => "paused",
+        }
+    }
+}
+
+impl Record {
+    /// Writes `<domainsnapshot>`.
+    pub fn to_xml(&self) -> String {
+        let mut writer = Writer::new_with_indent(Vec::new(), b' ', 2);
+        let root = writer.create_element("domainsnapshot").with_attribute(("xmlns:instantsnap", NAMESPACE));
+        root.write_inner_content(|writer| {
+            text(writer, "name", &self.name)?;
+            if let Some(description) = &self.description {
+                text(writer, "description", description)?;
+            }
+            text(writer, "state", self.state.as_str())?;
+            if let Some(parent) = &self.parent {
+                writer.create_element("parent").write_inner_content(|writer| text(writer, "name", parent))?;
+            }
+            text(writer, "creationTime", &self.creation_time.to_string())?;
+            let memory = [("snapshot", "external"), ("file", self.memory_file.as_str())];
+            writer.create_element("memory").with_attributes(memory).write_empty()?;
+            writer.create_element("disks").write_inner_content(|writer| {
+                self.disks.iter().try_for_each(|disk| disk.write(writer))?;
+                self.nvram.iter().try_for_each(|nvram| nvram.write(writer))
+            })?;
+            // To the letter: not a text, and not ours to format.
+            writer.write_event(Event::Text(BytesText::from_escaped(format!("\n  {}\n", self.domain_xml.trim()))))
+        })
+        .expect("writing to memory cannot fail");
+        let mut xml = String::from_utf8(writer.into_inner()).expect("only strings were written");
+        xml.push('\n');
+        xml
+    }
+
+    /// Reads what [`Record::to_xml`] wrote.
+    pub fn parse(text: &str) -> Result<Record> {
+        let damaged = |what: &str| Error::new(Code::InvalidDomainSnapshot, format!("snapshot metadata {what}"));
+        let document = xml::parse(text, "domainsnapshot").map_err(|error| damaged(&format!("is damaged: {error}")))?;
+        let root = document.root_element();
+        let required = |what| xml::text(root, what).ok_or_else(|| damaged(&format!("has no <{what}>")));
+        let name = required("name")?;
+        check_name(&name)?;
+        let state = match required("state")?.as_str() {
+            "running" => State::Running,
+            "paused" => State::Paused,
+            other => return Err(damaged(&format!("has the unknown state '{other}'"))),
+        };
+        let disks = xml::child(root, "disks").ok_or_else(|| damaged("has no <disks>"))?;
+        let domain = xml::child(root, "domain").ok_or_else(|| damaged("has no <domain>"))?;
+        Ok(Record {
+            name,
+            description: xml::text(root, "description"),
+            parent: xml::child(root, "parent").and_then(|parent| xml::text(parent, "name")),
+            creation_time: required("creationTime")?.parse().map_err(|_| damaged("has no time of creation"))?,
+            state,
+            memory_file: xml::attribute(root, "memory", "file").ok_or_else(|| damaged("names no memory image"))?.into(),
+            disks: xml::children(disks, "disk").map(RecordedDisk::parse).collect::<Result<_>>()?,
+            nvram: xml::children(disks, "nvram").map(RecordedNvram::parse).collect::<Result<_>>()?,
+            domain_xml: domain::element_text(domain)?,
+        })
+    }
+}
+
+type XmlWriter = Writer<Vec<u8>>;
+
+impl RecordedDisk {
+    fn write(&self, writer: &mut XmlWriter) -> std::io::Result<()> {
+        let attributes = [("name", self.name.as_str()), ("snapshot", "external"), ("type", "file")];
+        writer.create_element("disk").with_attributes(attributes).write_inner_content(|writer| {
+            writer.create_element("driver").with_attribute(("type", "qcow2")).write_empty()?;
+            writer.create_element("source").with_attribute(("file", self.overlay.as_str())).write_empty()?;
+            let image = [("file", self.image.as_str()), ("format", self.format.as_str())];
+            writer.create_element("instantsnap:image").with_attributes(image).write_empty().map(drop)
+        })?;
+        Ok(())
+    }
+
+    fn parse(node: Node) -> Result<RecordedDisk> {
+        let name = attribute(node, "name")?;
+        let child = |child| {
+            xml::child(node, child).ok_or_else(|| {
+                Error::new(Code::InvalidDomainSnapshot, format!("disk '{name}' of a snapshot has no <{child}>"))
+            })
+        };
+        Ok(RecordedDisk {
+            overlay: attribute(child("source")?, "file")?,
+            image: attribute(child("image")?, "file")?,
+            format: attribute(child("image")?, "format")?,
+            name: name.clone(),
+        })
+    }
+}
+
+impl RecordedNvram {
+    fn write(&self, writer: &mut XmlWriter) -> std::io::Result<()> {
+        let attributes = [
+            ("name", self.name.as_str()),
+            ("file", &self.copy),
+            ("original", &self.original),
+            ("format", &self.format),
+        ];
+        writer.create_element("instantsnap:nvram").with_attributes(attributes).write_empty().map(drop)
+    }
+
+    fn parse(node: Node) -> Result<RecordedNvram> {
+        Ok(RecordedNvram {
+            name: attribute(node, "name")?,
+            copy: attribute(node, "file")?,
+            original: attribute(node, "original")?,
+            format: attribute(node, "format")?,
+        })
+    }
+}
+
+fn text(writer: &mut XmlWriter, name: &str, text: &str) -> std::io::Result<()> {
+    writer.create_element(name).write_text_content(BytesText::new(text)).map(drop)
+}
+
+fn attribute(node: Node, name: &str) -> Result<String> {
+    match node.attribute(name) {
+        Some(value) => Ok(value.into()),
+        None => fail!(
+            InvalidDomainSnapshot,
+            "<{}> in the metadata of a snapshot has no attribute '{name}'",
+            node.tag_name().name()
+        ),
+    }
+}

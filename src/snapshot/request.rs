@@ -1,0 +1,132 @@
+//! The `<domainsnapshot>` XML that a caller hands in.
+
+use roxmltree::Node;
+
+use super::{check_name, check_path, xml};
+use crate::error::{Result, fail};
+
+/// What the caller asks for.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Request {
+    /// Its name; absent, the time.
+    pub name: Option<String>,
+    /// A text for people.
+    pub description: Option<String>,
+    /// Where memory goes.
+    pub memory: MemoryRequest,
+    /// The disks that are mentioned.
+    pub disks: Vec<DiskRequest>,
+}
+
+/// `<memory snapshot= file=>`.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum MemoryRequest {
+    /// Not said, or external without a file: the way in chooses the place.
+    #[default]
+    Default,
+    /// Into this file.
+    External(String),
+    /// `snapshot='no'`.
+    No,
+}
+
+/// `snapshot=` of a disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Location {
+    /// An overlay.
+    External,
+    /// Left out.
+    No,
+}
+
+/// One `<disk>`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DiskRequest {
+    /// Which: target, qdev id, drive alias, node name or path of the image.
+    pub name: String,
+    /// How; absent, the domain's own wish, else external.
+    pub location: Option<Location>,
+    /// The overlay's path; absent, made from the disk's.
+    pub source: Option<String>,
+}
+
+impl Request {
+    /// Reads `<domainsnapshot>`.
+    pub fn parse(text: &str) -> Result<Request> {
+        let document = xml::parse(text, "domainsnapshot")?;
+        let root = document.root_element();
+        let name = xml::text(root, "name");
+        if let Some(name) = &name {
+            check_name(name)?;
+        }
+        let disks = match xml::child(root, "disks") {
+            Some(disks) => xml::children(disks, "disk").map(disk).collect::<Result<_>>()?,
+            None => Vec::new(),
+        };
+        Ok(Request { name, description: xml::text(root, "description"), memory: memory(root)?, disks })
+    }
+}
+
+fn memory(root: Node) -> Result<MemoryRequest> {
+    let Some(memory) = xml::child(root, "memory") else { return Ok(MemoryRequest::Default) };
+    let file = memory.attribute("file");
+    match (memory.attribute("snapshot"), file) {
+        (None | Some("external"), Some(file)) => {
+            check_path("memory snapshot file", file)?;
+            Ok(MemoryRequest::External(file.into()))
+        }
+        (None | Some("external"), None) => Ok(MemoryRequest::Default),
+        (Some("no"), None) => Ok(MemoryRequest::No),
+        (Some("internal"), None) => fail!(
+            OperationUnsupported,
+            "internal memory snapshots are not supported for this guest: use <memory snapshot='external' file='...'/>"
+        ),
+        (Some("no" | "internal"), Some(file)) => {
+            fail!(XmlError, "memory file '{file}' requires external snapshot")
+        }
+        (Some(other), _) => fail!(XmlError, "unknown memory snapshot setting '{other}'"),
+    }
+}
+
+fn disk(node: Node) -> Result<DiskRequest> {
+    let Some(name) = node.attribute("name").filter(|name| !name.is_empty()) else {
+        fail!(XmlError, "missing name from disk snapshot element");
+    };
+    let location = match node.attribute("snapshot") {
+        None => None,
+        Some("external") => Some(Location::External),
+        Some("no") => Some(Location::No),
+        Some("internal") => fail!(
+            OperationUnsupported,
+            "internal snapshot of disk '{name}' is not supported for this guest: use snapshot='external', or 'no' to \
+             leave the disk out"
+        ),
+        Some("manual") => fail!(
+            OperationUnsupported,
+            "snapshot='manual' of disk '{name}' needs a storage hook, which this guest does not have: use \
+             snapshot='external', or 'no' to leave the disk out"
+        ),
+        Some(other) => fail!(XmlError, "unknown disk snapshot setting '{other}' of disk '{name}'"),
+    };
+    match node.attribute("type") {
+        None | Some("file") => {}
+        Some(kind) => fail!(
+            ConfigUnsupported,
+            "external snapshot of disk '{name}' to storage of type '{kind}' is not supported: use type='file'"
+        ),
+    }
+    match xml::attribute(node, "driver", "type") {
+        None | Some("qcow2") => {}
+        Some(format) => {
+            fail!(ConfigUnsupported, "external snapshot format for disk '{name}' is unsupported: {format}, use qcow2")
+        }
+    }
+    let source = xml::attribute(node, "source", "file").map(str::to_owned);
+    if let Some(source) = &source {
+        check_path(&format!("external snapshot file of disk '{name}'"), source)?;
+        if location == Some(Location::No) {
+            fail!(XmlError, "file '{source}' for disk '{name}' requires use of external snapshot mode");
+        }
+    }
+    Ok(DiskRequest { name: name.into(), location, source })
+}

@@ -1,0 +1,38 @@
+//! What the tests and the benchmark stand on: real QEMUs, the tick guest, a QMP client of its own
+//! and a monitor that misbehaves on demand.
+//!
+//! The kit does not depend on the library under test. What it sees of QEMU it sees for itself, so
+//! that a mistake of the library's cannot hide behind the same mistake in its tests. It is for tests
+//! only: where something does not work, it panics with all that is known about why.
+//!
+//! ```no_run
+//! use instantsnap_testkit::{Binary, Format, Machine};
+//!
+//! for binary in Binary::all() {
+//!     let guest = Machine::new(binary).disk(Format::Qcow2).start();
+//!     guest.wait_ticks(3);
+//! }
+//! ```
+
+pub mod binary;
+pub mod by_hand;
+pub mod compile;
+pub mod fingerprint;
+pub mod guest;
+pub mod kvm;
+pub mod late_arm;
+pub mod machine;
+pub mod proxy;
+pub mod qmp;
+pub mod serial;
+pub mod wait;
+
+pub use binary::Binary;
+pub use fingerprint::{Fingerprint, fingerprint};
+pub use guest::{Disk, Guest};
+pub use kvm::kvm_works;
+pub use machine::{Accel, Attach, Format, Machine, MachineType};
+pub use proxy::{Fault, Gate, Proxy};
+pub use qmp::{Client, Event};
+pub use serial::Serial;
+pub use wait::{DEADLINE, wait_for};
