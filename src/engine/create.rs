@@ -4,19 +4,18 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use serde_json::json;
-
 use super::cancel::Cancel;
 use super::clock::{By, Clock, Phase};
 use super::migration::{Mode, Settings, Stream, wait_armed};
 use super::nvram;
+use super::reactivate::reactivate_disks;
 use super::undo::Made;
 use crate::error::{Error, Result, fail};
 use crate::flags::{self, Flags};
 use crate::guest::{Connector, Guest, PATIENCE};
 use crate::image::MemoryImage;
+use crate::monitor::Deadline;
 use crate::monitor::commands::{self, Progress};
-use crate::monitor::{Command, Deadline};
 use crate::snapshot::domain::{Domain, Source};
 use crate::snapshot::{
     Drive, MemoryRequest, Plan, Record, RecordedDisk, RecordedNvram, Request, Reservation, Role, State, Store, plan,
@@ -55,12 +54,16 @@ pub fn create(
     let mut guest = connector.begin()?;
     let guest = &mut *guest;
     let running = check_state(guest)?;
-    let mode = if flags.has(flags::INSTANT) && running { Mode::Background } else { Mode::Paused };
+    // A paused guest must stay paused, which not every QEMU leaves it.
+    let mode = match flags.has(flags::INSTANT) && (running || guest.background_keeps_paused()) {
+        true => Mode::Background,
+        false => Mode::Paused,
+    };
     let settings = Settings::read(guest)?;
     if flags.has(flags::INSTANT) {
         settings.require_background()?;
     }
-    if mode == Mode::Background {
+    if mode == Mode::Background && running {
         guest.check_memory_is_its_own()?;
     }
 
@@ -138,7 +141,11 @@ fn check_state(guest: &mut dyn Guest) -> Result<bool> {
     }
     match status.status.as_str() {
         "running" => Ok(true),
-        "paused" | "postmigrate" | "prelaunch" => Ok(false),
+        "paused" | "prelaunch" => Ok(false),
+        "postmigrate" => fail!(
+            OperationInvalid,
+            "the guest was saved while it was paused, and QEMU saves it once only until it has run again: resume it first"
+        ),
         other => fail!(OperationInvalid, "no snapshot can be taken of a guest in the state '{other}'"),
     }
 }
@@ -220,9 +227,10 @@ impl Job<'_> {
             let by_commands = (paused_at.elapsed(), By::Commands);
             made.paused = false;
             clock.stats.paused = Some(by_commands);
-        } else {
+        } else if self.mode == Mode::Paused {
             reactivate_disks(guest)?;
         }
+        let instant = SystemTime::now();
         clock.instant();
 
         clock.enter(Phase::Drain);
@@ -240,7 +248,7 @@ impl Job<'_> {
         image.complete()?;
         copies.iter().try_for_each(nvram::Copy::check_unchanged)?;
         cancel.check()?;
-        let record = self.record()?;
+        let record = self.record(instant)?;
         if self.flags.has(flags::NO_METADATA) {
             return Ok(record);
         }
@@ -255,8 +263,8 @@ impl Job<'_> {
         }
     }
 
-    fn record(&self) -> Result<Record> {
-        let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH);
+    fn record(&self, instant: SystemTime) -> Result<Record> {
+        let since_epoch = instant.duration_since(UNIX_EPOCH);
         let disks = self.plan.disks.iter().map(|disk| RecordedDisk {
             name: disk.drive.name().into(),
             overlay: disk.overlay.clone(),
@@ -278,18 +286,4 @@ impl Job<'_> {
             domain_xml: self.domain_xml.clone(),
         })
     }
-}
-
-/// An ordinary migration hands the disks over to a destination that there is not. A guest that runs takes them back when it
-/// resumes; for one that stays paused QEMU 10.0 and later can do it.
-fn reactivate_disks(guest: &mut dyn Guest) -> Result<()> {
-    const COMMAND: &str = "blockdev-set-active";
-    if !commands::has_command(guest, COMMAND, Deadline::after(PATIENCE))? {
-        return Ok(());
-    }
-    let command = Command::new(COMMAND, json!({ "active": true }));
-    guest
-        .execute(command, Deadline::after(PATIENCE))
-        .map(drop)
-        .map_err(|failure| failure.into_error("cannot activate the disks again"))
 }

@@ -8,6 +8,7 @@ mod create;
 mod load;
 mod migration;
 mod nvram;
+mod reactivate;
 mod revert;
 mod undo;
 

@@ -58,6 +58,9 @@ pub trait Guest: Execute {
     /// Refuses a guest whose RAM another process writes: its pages would be saved younger than the instant.
     fn check_memory_is_its_own(&mut self) -> Result<()>;
 
+    /// Whether a background snapshot leaves a paused guest paused.
+    fn background_keeps_paused(&self) -> bool;
+
     /// Creates the overlays, ready to be switched to. Files that exist are an error, and not touched.
     fn create_overlays(&mut self, disks: &[DiskPlan]) -> Result<()>;
 

@@ -61,6 +61,8 @@ impl Store {
     /// Holds a name for a snapshot to be made: this one, or, if none is given, one made of the time.
     pub fn reserve(&self, name: Option<&str>) -> Result<Reservation> {
         let _lock = self.lock()?;
+        // What could not be read at the end is better not begun.
+        self.current()?;
         if let Some(name) = name {
             return self.reserve_locked(name);
         }

@@ -122,6 +122,12 @@ impl Guest for QmpGuest<'_> {
         drives::check_memory_is_its_own(&mut self.monitor)
     }
 
+    fn background_keeps_paused(&self) -> bool {
+        // Measured: 7.2 starts the guest by itself once tracking is armed, 10.0 restores the state it found. What those
+        // in between do cannot be asked, and was not tried.
+        self.monitor.version >= (10, 0)
+    }
+
     fn create_overlays(&mut self, disks: &[DiskPlan]) -> Result<()> {
         for (index, disk) in disks.iter().enumerate() {
             // Kept before it is made, so that whatever was made of it is undone.
