@@ -214,6 +214,7 @@ fn query_ended(guest: &mut dyn Guest) -> Result<Option<Ended>> {
     Ok(match migration.progress() {
         Progress::UnderWay => None,
         Progress::Completed => Some(Ended::Completed),
+        // None: it never began.
         Progress::None | Progress::Failed => Some(Ended::Failed(migration.reason().into())),
     })
 }
@@ -276,10 +277,12 @@ impl Nap {
 pub fn wait_loaded(guest: &mut dyn Guest) -> Result<()> {
     let mut nap = Duration::from_millis(1);
     loop {
-        match query_ended(guest)? {
-            Some(Ended::Completed) => return Ok(()),
-            Some(Ended::Failed(reason)) => fail!(OperationFailed, "QEMU cannot load the memory image: {reason}"),
-            None => {}
+        let migration = commands::query_migrate(guest, Deadline::after(PATIENCE))?;
+        match migration.progress() {
+            Progress::Completed => return Ok(()),
+            Progress::Failed => fail!(OperationFailed, "QEMU cannot load the memory image: {}", migration.reason()),
+            // Not begun yet, or under way.
+            Progress::None | Progress::UnderWay => {}
         }
         sleep(nap);
         nap = (nap * 2).min(Duration::from_millis(20));

@@ -36,11 +36,11 @@ pub struct Monitor {
     events: VecDeque<Event>,
     /// QEMU's major and minor version.
     pub version: (u64, u64),
-    /// The process at the other end.
-    pub peer: Option<Peer>,
+    /// The process at the other end, where it is QEMU.
+    pub qemu: Option<Peer>,
 }
 
-/// The process at the other end of the socket: who made it listen, which is QEMU unless it was handed the socket.
+/// The QEMU process that made the socket listen.
 #[derive(Debug)]
 pub struct Peer {
     /// Its process id.
@@ -67,7 +67,7 @@ impl Monitor {
     /// Connects, so that it is known whose socket it is. [`Dialled::greet`] goes on.
     pub fn dial(path: &Path, deadline: Deadline) -> Result<Dialled> {
         let socket = connect_socket(path, deadline)?;
-        let peer = sys::peer_pid(socket.as_fd()).and_then(open_peer);
+        let qemu = sys::peer_pid(socket.as_fd()).and_then(open_qemu);
         let monitor = Monitor {
             socket,
             received: Vec::new(),
@@ -75,16 +75,16 @@ impl Monitor {
             last_id: 0,
             events: VecDeque::new(),
             version: (0, 0),
-            peer,
+            qemu,
         };
         Ok(Dialled { path: path.into(), monitor })
     }
 }
 
 impl Dialled {
-    /// The process at the other end.
-    pub fn peer(&self) -> Option<&Peer> {
-        self.monitor.peer.as_ref()
+    /// The process at the other end, where it is QEMU.
+    pub fn qemu(&self) -> Option<&Peer> {
+        self.monitor.qemu.as_ref()
     }
 
     /// Waits to be accepted, and agrees on QMP.
@@ -214,7 +214,14 @@ impl Execute for Monitor {
     }
 }
 
-fn open_peer(pid: u32) -> Option<Peer> {
+/// Who made the socket listen may be another: a proxy, or a service manager that handed it over. What is true of that
+/// process (that it has ended, say) is not true of QEMU, so only one that is called QEMU counts.
+fn open_qemu(pid: u32) -> Option<Peer> {
+    let comm = std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+    let exe = std::fs::read_link(format!("/proc/{pid}/exe")).unwrap_or_default();
+    if !comm.starts_with("qemu") && !exe.file_name().is_some_and(|name| name.to_string_lossy().contains("qemu")) {
+        return None;
+    }
     let pidfd = pidfd_open(Pid::from_raw(pid.try_into().ok()?)?, PidfdFlags::empty()).ok()?;
     Some(Peer { pid, pidfd })
 }

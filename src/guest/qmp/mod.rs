@@ -43,7 +43,7 @@ impl QmpConnector {
         let deadline = Deadline::after(GREETING);
         let dialled = Monitor::dial(socket, deadline)?;
         // Where one of our own operations has the monitor, it would greet us only after that; and it is QEMU's.
-        if Exclusive::take(dialled.peer()).is_ok() {
+        if Exclusive::take(socket, dialled.qemu()).is_ok() {
             check_version(&dialled.greet(deadline)?)?;
         }
         Ok(connector)
@@ -66,7 +66,7 @@ impl Connector for QmpConnector {
     fn begin(&self) -> Result<Box<dyn Guest + '_>> {
         let deadline = Deadline::after(GREETING);
         let dialled = Monitor::dial(&self.socket, deadline)?;
-        let exclusive = Exclusive::take(dialled.peer())?;
+        let exclusive = Exclusive::take(&self.socket, dialled.qemu())?;
         let monitor = dialled.greet(deadline)?;
         check_version(&monitor)?;
         Ok(Box::new(QmpGuest {
@@ -109,12 +109,12 @@ impl Guest for QmpGuest<'_> {
 
     fn drives(&mut self) -> Result<Vec<Drive>> {
         let domain = self.connector.domain.as_ref();
-        let emulator = self.monitor.peer.as_ref().map(|peer| peer.pid);
-        drives::drives(&mut self.monitor, domain, emulator)
+        let pid = self.monitor.qemu.as_ref().map(|qemu| qemu.pid);
+        drives::drives(&mut self.monitor, domain, pid)
     }
 
     fn machine(&mut self) -> Result<Machine> {
-        let emulator = self.monitor.peer.as_ref().and_then(|peer| process::executable(peer.pid));
+        let emulator = self.monitor.qemu.as_ref().and_then(|qemu| process::executable(qemu.pid));
         drives::machine(&mut self.monitor, emulator)
     }
 
@@ -192,12 +192,12 @@ impl Guest for QmpGuest<'_> {
             Err(Failure::Lost(_)) => {}
         }
         while deadline.left().is_some() {
-            if self.monitor.peer.as_ref().is_some_and(|peer| peer.has_ended()) {
+            if self.monitor.qemu.as_ref().is_some_and(|qemu| qemu.has_ended()) {
                 return Presence::Gone;
             }
             if let Ok(monitor) = Monitor::dial(&self.connector.socket, deadline).and_then(|it| it.greet(deadline)) {
                 // Another QEMU can have taken the socket over: that one is not ours to touch.
-                let same = match (&monitor.peer, &self.monitor.peer) {
+                let same = match (&monitor.qemu, &self.monitor.qemu) {
                     (Some(new), Some(old)) => new.pid == old.pid && !old.has_ended(),
                     _ => false,
                 };

@@ -1,6 +1,7 @@
 //! The QEMU process behind a socket: holding it for one operation, and what /proc says of it.
 
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use rustix::io::Errno;
@@ -16,24 +17,29 @@ use crate::monitor::Peer;
 /// holder dies.
 #[derive(Debug)]
 pub struct Exclusive {
-    _socket: Option<OwnedFd>,
+    _held: OwnedFd,
 }
 
 impl Exclusive {
-    /// Holds the process. One that is not known (a socket forwarded from elsewhere) cannot be held, and is not.
-    pub fn take(peer: Option<&Peer>) -> Result<Exclusive> {
-        let Some(peer) = peer else { return Ok(Exclusive { _socket: None }) };
-        // A pid is used again one day; with its start time it is not.
-        let name = format!("instantsnap/{}/{}", peer.pid, start_time(peer.pid).unwrap_or_default());
+    /// Holds the QEMU behind a socket: the process, where it is known, else the socket.
+    pub fn take(socket: &Path, qemu: Option<&Peer>) -> Result<Exclusive> {
+        let name = match (qemu, socket.metadata()) {
+            // A pid is used again one day; with its start time it is not.
+            (Some(Peer { pid, .. }), _) => format!("instantsnap/{pid}/{}", start_time(*pid).unwrap_or_default()),
+            (None, Ok(socket)) => format!("instantsnap/{:x}:{:x}", socket.dev(), socket.ino()),
+            (None, Err(error)) => {
+                return Err(Error::system(format!("cannot look at QMP socket '{}'", socket.display()), error));
+            }
+        };
         let system = |errno: Errno| Error::system("cannot take the guest for this operation", errno);
         let address = SocketAddrUnix::new_abstract_name(name.as_bytes()).map_err(system)?;
-        let socket = socket_with(AddressFamily::UNIX, SocketType::DGRAM, SocketFlags::CLOEXEC, None).map_err(system)?;
-        match bind(&socket, &address) {
-            Ok(()) => Ok(Exclusive { _socket: Some(socket) }),
+        let held = socket_with(AddressFamily::UNIX, SocketType::DGRAM, SocketFlags::CLOEXEC, None).map_err(system)?;
+        match bind(&held, &address) {
+            Ok(()) => Ok(Exclusive { _held: held }),
             Err(Errno::ADDRINUSE) => fail!(
                 OperationInvalid,
-                "another snapshot operation on this guest (QEMU process {}) is under way: wait for it to end",
-                peer.pid
+                "another snapshot operation on the guest of QMP socket '{}' is under way: wait for it to end",
+                socket.display()
             ),
             Err(errno) => Err(system(errno)),
         }

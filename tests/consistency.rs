@@ -1,0 +1,87 @@
+//! P1: memory, every disk and the serial line of a snapshot are of one moment, between call and return.
+
+mod common;
+
+use common::{INSTANTLY, Opened, machine, named};
+use instantsnap::flags;
+use instantsnap_testkit::{Accel, Attach, Binary, MachineType, kvm_works};
+
+/// How many snapshots in a row; more in the long run of `.ci/run`.
+fn rounds(default: u32) -> u32 {
+    std::env::var("INSTANTSNAP_TEST_ROUNDS").ok().and_then(|rounds| rounds.parse().ok()).unwrap_or(default)
+}
+
+/// Takes snapshots one after the other, on one growing chain, of a guest that writes all the time; brings each back.
+fn snapshots_in_a_row(binary: &'static Binary, machine_type: MachineType, accel: Accel, disks: usize, rounds: u32) {
+    let attach = if disks > 1 { Attach::Blockdev } else { Attach::Drive };
+    let machine = machine(binary, disks).machine_type(machine_type).accel(accel).attach(attach);
+    let original = Opened::start(&machine);
+    for round in 0..rounds {
+        let before = original.guest.wait_ticks(1);
+        let name = original.snapshot(&format!("s{round}")).unwrap();
+        let after = original.guest.wait_ticks(1);
+        let (clone, first) = original.bring_back(&name);
+        // The clone's first line may be the rest of one: its number is that of the instant, or one more.
+        assert!(
+            (before..=after + 1).contains(&first),
+            "round {round}: the clone goes on from {first}, the snapshot was taken between {before} and {after}"
+        );
+        drop(clone);
+    }
+    // The original has seen nothing of it.
+    original.guest.wait_ticks(3);
+}
+
+/// The rounds are shared out over the machine types and numbers of disks.
+fn on_all_machines(accel: Accel, rounds: u32) {
+    for binary in Binary::all() {
+        for (machine_type, disks) in
+            [(MachineType::Pc, 1), (MachineType::Pc, 3), (MachineType::Q35, 1), (MachineType::Q35, 3)]
+        {
+            eprintln!("{} {machine_type:?} {accel:?}, {disks} disks: {rounds} snapshots", binary.name);
+            snapshots_in_a_row(binary, machine_type, accel, disks, rounds);
+        }
+    }
+}
+
+#[test]
+fn every_snapshot_in_a_row_is_of_one_moment_under_tcg() {
+    on_all_machines(Accel::Tcg, rounds(5));
+}
+
+#[test]
+fn every_snapshot_in_a_row_is_of_one_moment_under_kvm() {
+    if !kvm_works() {
+        eprintln!("skipped: KVM does not work here");
+        return;
+    }
+    on_all_machines(Accel::Kvm, rounds(2).div_ceil(4));
+}
+
+#[test]
+fn a_plain_snapshot_is_of_one_moment() {
+    for binary in Binary::all() {
+        let original = Opened::start(&machine(binary, 2));
+        original.create(&named("plain"), 0).unwrap();
+        original.guest.wait_ticks(3);
+        original.bring_back("plain");
+    }
+}
+
+#[test]
+fn a_snapshot_can_be_brought_back_any_number_of_times_while_the_original_runs_on() {
+    for binary in Binary::all() {
+        let original = Opened::start(&machine(binary, 1));
+        original.snapshot("s").unwrap();
+        let (first, from) = original.bring_back("s");
+        let (second, again) = original.bring_back("s");
+        assert!(from.abs_diff(again) <= 1, "{from} and {again}");
+        // All three go on, each on images of its own.
+        original.guest.wait_ticks(3);
+        first.guest.wait_ticks(3);
+        second.guest.wait_ticks(3);
+        // A clone can be snapshotted as its original, and brought back.
+        first.handle.create(&named("of-clone"), INSTANTLY | flags::NO_METADATA, &mut ()).unwrap();
+        first.guest.wait_ticks(3);
+    }
+}

@@ -1,0 +1,53 @@
+/*
+ * late-arm.c: an LD_PRELOAD library for QEMU that holds its snapshot thread between "migration is active" and "device
+ * state saved, write tracking armed".
+ *
+ * That gap is there in every background snapshot, but short. A caller that takes `active` for `armed` and resumes the
+ * guest there gets memory that is younger than the disks; with the gap held open, it does so every time.
+ *
+ * The thread reads the host's clock twice: at its start, and right after it has set the status to `active`, when it
+ * does not yet hold QEMU's big lock. From the second reading on, once, it waits here until the file that
+ * INSTANTSNAP_LATE_ARM_RELEASE names exists, at most 5 seconds. The thread is known by its name, so QEMU must run with
+ * `-name NAME,debug-threads=on`.
+ */
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <pthread.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/time.h>
+#include <time.h>
+#include <unistd.h>
+
+static int in_snapshot_thread(void)
+{
+    static __thread int known; /* 0: not yet, 1: yes, 2: no */
+    char name[16] = "";
+
+    if (!known) {
+        pthread_getname_np(pthread_self(), name, sizeof name);
+        known = strstr(name, "snapshot") ? 1 : 2;
+    }
+    return known == 1;
+}
+
+static void wait_for_release(void)
+{
+    const char *release = getenv("INSTANTSNAP_LATE_ARM_RELEASE");
+    const struct timespec millisecond = {.tv_nsec = 1000000};
+
+    for (int i = 0; release && i < 5000 && access(release, F_OK) != 0; i++)
+        nanosleep(&millisecond, NULL);
+}
+
+int gettimeofday(struct timeval *restrict now, void *restrict zone)
+{
+    static __thread int readings;
+    static int (*real)(struct timeval *restrict, void *restrict);
+
+    if (!real)
+        *(void **)&real = dlsym(RTLD_NEXT, "gettimeofday");
+    if (in_snapshot_thread() && ++readings == 2)
+        wait_for_release();
+    return real(now, zone);
+}

@@ -1,0 +1,27 @@
+//! A QEMU whose snapshot thread can be held between "active" and "armed": `shim/late-arm.c`.
+
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+
+use crate::compile::{gcc, workspace};
+use crate::machine::Machine;
+
+impl Machine {
+    /// Each background snapshot waits, after its migration has become `active` and before the device
+    /// state is saved and write tracking is armed, until the file `release` exists; 5 seconds at most.
+    pub fn late_arm(self, release: &Path) -> Machine {
+        // QEMU names its threads only when asked, and the library knows the thread by its name.
+        self.arg("-name")
+            .arg("tick,debug-threads=on")
+            .env("LD_PRELOAD", library())
+            .env("INSTANTSNAP_LATE_ARM_RELEASE", release)
+    }
+}
+
+fn library() -> &'static Path {
+    static LIBRARY: OnceLock<PathBuf> = OnceLock::new();
+    LIBRARY.get_or_init(|| {
+        let source = workspace().join("tests/kit/shim/late-arm.c");
+        gcc(&source, "late-arm.so", "-shared -fPIC")
+    })
+}

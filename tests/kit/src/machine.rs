@@ -1,0 +1,319 @@
+//! What a test wants of a virtual machine, and the QEMU command line that gives it.
+
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use crate::binary::Binary;
+use crate::compile::tick_guest;
+use crate::guest::{Disk, Guest};
+
+/// Size of the disks made for a machine: the tick guest uses the first 5 MiB.
+pub const DISK_SIZE: u64 = 16 << 20;
+
+/// QEMU's accelerator.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Accel {
+    Tcg,
+    Kvm,
+}
+
+/// QEMU's machine type.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MachineType {
+    Pc,
+    Q35,
+}
+
+/// Format of a disk image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Format {
+    Raw,
+    Qcow2,
+}
+
+impl Format {
+    /// QEMU's name for it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Format::Raw => "raw",
+            Format::Qcow2 => "qcow2",
+        }
+    }
+}
+
+/// How disks are given to QEMU.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Attach {
+    /// `-drive id=drive-N`: QEMU makes up the node names.
+    Drive,
+    /// `-blockdev node-name=disk-N`, as libvirt does.
+    Blockdev,
+}
+
+#[derive(Clone, Debug)]
+struct DiskWanted {
+    format: Format,
+    /// An image that exists; else one is made in the guest's directory.
+    file: Option<PathBuf>,
+}
+
+/// A virtual machine to be started: a builder. What is not asked for is as in [`Machine::new`].
+#[derive(Clone, Debug)]
+pub struct Machine {
+    binary: &'static Binary,
+    machine_type: MachineType,
+    accel: Accel,
+    memory_mib: u32,
+    prealloc: bool,
+    attach: Attach,
+    disks: Vec<DiskWanted>,
+    device_options: String,
+    append: String,
+    args: Vec<String>,
+    env: Vec<(String, PathBuf)>,
+    paused: bool,
+    incoming: bool,
+    uid: Option<u32>,
+}
+
+impl Machine {
+    /// A `pc` with 64 MiB and no disks, under TCG, that boots the tick guest.
+    pub fn new(binary: &'static Binary) -> Machine {
+        Machine {
+            binary,
+            machine_type: MachineType::Pc,
+            accel: Accel::Tcg,
+            memory_mib: 64,
+            prealloc: false,
+            attach: Attach::Drive,
+            disks: Vec::new(),
+            device_options: String::new(),
+            append: String::new(),
+            args: Vec::new(),
+            env: Vec::new(),
+            paused: false,
+            incoming: false,
+            uid: None,
+        }
+    }
+
+    pub fn machine_type(mut self, machine_type: MachineType) -> Machine {
+        self.machine_type = machine_type;
+        self
+    }
+
+    pub fn accel(mut self, accel: Accel) -> Machine {
+        self.accel = accel;
+        self
+    }
+
+    pub fn memory(mut self, mib: u32) -> Machine {
+        self.memory_mib = mib;
+        self
+    }
+
+    /// All memory is allocated at the start.
+    pub fn prealloc(mut self) -> Machine {
+        self.prealloc = true;
+        self
+    }
+
+    /// How all disks are attached.
+    pub fn attach(mut self, attach: Attach) -> Machine {
+        self.attach = attach;
+        self
+    }
+
+    /// One more disk, on a new image.
+    pub fn disk(mut self, format: Format) -> Machine {
+        self.disks.push(DiskWanted { format, file: None });
+        self
+    }
+
+    /// One more disk, on an image that exists.
+    pub fn disk_on(mut self, file: &Path, format: Format) -> Machine {
+        self.disks.push(DiskWanted { format, file: Some(file.to_owned()) });
+        self
+    }
+
+    /// Further options of all disk devices: `iothread=io0`.
+    pub fn device_options(mut self, options: &str) -> Machine {
+        self.device_options = format!(",{options}");
+        self
+    }
+
+    /// Parameters of the tick guest: `pages=1024 dense=64`.
+    pub fn append(mut self, parameters: &str) -> Machine {
+        self.append = parameters.to_owned();
+        self
+    }
+
+    /// One more QEMU option.
+    pub fn arg(mut self, arg: &str) -> Machine {
+        self.args.push(arg.to_owned());
+        self
+    }
+
+    /// QEMU's environment has this variable.
+    pub fn env(mut self, name: &str, value: &Path) -> Machine {
+        self.env.push((name.to_owned(), value.to_owned()));
+        self
+    }
+
+    /// Does not run before `cont` (`-S`).
+    pub fn paused(mut self) -> Machine {
+        self.paused = true;
+        self
+    }
+
+    /// Waits for `migrate-incoming` (`-incoming defer`).
+    pub fn incoming(mut self) -> Machine {
+        self.incoming = true;
+        self
+    }
+
+    /// QEMU runs as this user, with no groups: needs root.
+    pub fn run_as(mut self, uid: u32) -> Machine {
+        self.uid = Some(uid);
+        self
+    }
+
+    /// The machine that continues a snapshot of this one: the same, on the disk images given, waiting
+    /// for its memory; without this one's environment (preload libraries are for the original).
+    pub fn for_revert(&self, disks: &[(PathBuf, Format)]) -> Machine {
+        assert_eq!(disks.len(), self.disks.len(), "a snapshot has as many disks as its guest");
+        let mut clone = self.clone().incoming();
+        clone.disks =
+            disks.iter().map(|(file, format)| DiskWanted { format: *format, file: Some(file.clone()) }).collect();
+        clone.env.clear();
+        clone.paused = false;
+        clone
+    }
+
+    /// Starts it, in a temporary directory of its own. Returns when QEMU answers.
+    pub fn start(&self) -> Guest {
+        let directory = tempfile::Builder::new().prefix("instantsnap-").tempdir().expect("no temporary directory");
+        let disks = self.make_disks(directory.path());
+        // A copy, so that a QEMU run as another user can read it.
+        let kernel = directory.path().join("tick.elf");
+        std::fs::copy(tick_guest(), &kernel).expect("the tick guest cannot be copied");
+        if let Some(uid) = self.uid {
+            give_to(uid, directory.path());
+        }
+        let mut command = self.command(directory.path(), &kernel, &disks);
+        let stderr = std::fs::File::create(directory.path().join("stderr.log")).expect("stderr.log");
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(stderr);
+        let child = command.spawn().expect("QEMU cannot be run");
+        Guest::running(self.clone(), directory, child, disks)
+    }
+
+    fn make_disks(&self, directory: &Path) -> Vec<Disk> {
+        let disk = |(index, wanted): (usize, &DiskWanted)| {
+            let file = wanted.file.clone().unwrap_or_else(|| {
+                let file = directory.join(format!("disk-{index}.{}", wanted.format.name()));
+                make_image(&file, wanted.format, None);
+                file
+            });
+            Disk {
+                device: format!("vd{index}"),
+                backend: match self.attach {
+                    Attach::Drive => format!("drive-{index}"),
+                    Attach::Blockdev => format!("disk-{index}"),
+                },
+                file,
+                format: wanted.format,
+            }
+        };
+        self.disks.iter().enumerate().map(disk).collect()
+    }
+
+    fn command(&self, directory: &Path, kernel: &Path, disks: &[Disk]) -> Command {
+        let mut command = self.binary.command();
+        command.args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]);
+        let machine = match self.machine_type {
+            MachineType::Pc => "pc",
+            MachineType::Q35 => "q35",
+        };
+        command.args(["-accel", if self.accel == Accel::Kvm { "kvm" } else { "tcg" }]);
+        command.args(["-m", &self.memory_mib.to_string()]);
+        if self.prealloc {
+            let memory = format!("memory-backend-ram,id=ram0,size={}M,prealloc=on", self.memory_mib);
+            command.args(["-object", &memory]);
+            command.args(["-machine", &format!("{machine},memory-backend=ram0")]);
+        } else {
+            command.args(["-machine", machine]);
+        }
+        for name in ["qmp.sock", "control.sock"] {
+            let socket = directory.join(name);
+            command.args(["-qmp", &format!("unix:{},server=on,wait=off", socket.display())]);
+        }
+        command.args(["-serial", &format!("file:{}", directory.join("serial.log").display())]);
+        command.arg("-kernel").arg(kernel);
+        // The guest looks for " KEY=": the space before the first is QEMU's, after the kernel's name.
+        command.args(["-append", &self.append]);
+        for disk in disks {
+            self.attach_disk(&mut command, disk);
+        }
+        if self.paused {
+            command.arg("-S");
+        }
+        if self.incoming {
+            command.args(["-incoming", "defer"]);
+        }
+        command.args(&self.args);
+        command.envs(self.env.iter().map(|(name, value)| (name, value)));
+        if let Some(uid) = self.uid {
+            command.uid(uid).gid(uid);
+        }
+        command
+    }
+
+    fn attach_disk(&self, command: &mut Command, disk: &Disk) {
+        let (file, format, backend) = (disk.file.display(), disk.format.name(), &disk.backend);
+        match self.attach {
+            Attach::Drive => {
+                command.args(["-drive", &format!("if=none,id={backend},file={file},format={format}")]);
+            }
+            Attach::Blockdev => {
+                command.args([
+                    "-blockdev",
+                    &format!("driver=file,node-name={backend}-file,filename={file}"),
+                    "-blockdev",
+                    &format!("driver={format},node-name={backend},file={backend}-file"),
+                ]);
+            }
+        }
+        let device = format!("virtio-blk-pci,id={},drive={backend}{}", disk.device, self.device_options);
+        command.args(["-device", &device]);
+    }
+}
+
+/// Makes a disk image: empty, or an overlay of another.
+pub fn make_image(file: &Path, format: Format, backing: Option<(&Path, Format)>) {
+    if format == Format::Raw {
+        assert!(backing.is_none(), "a raw image has no backing file");
+        std::fs::File::create_new(file)
+            .and_then(|image| image.set_len(DISK_SIZE))
+            .unwrap_or_else(|error| panic!("{}: {error}", file.display()));
+        return;
+    }
+    let mut command = Command::new("qemu-img");
+    command.args(["create", "-q", "-f", format.name()]);
+    if let Some((backing, backing_format)) = backing {
+        command.arg("-b").arg(backing).args(["-F", backing_format.name()]).arg(file);
+    } else {
+        command.arg(file).arg(DISK_SIZE.to_string());
+    }
+    let output = command.output().expect("qemu-img cannot be run");
+    assert!(output.status.success(), "{command:?}: {}", String::from_utf8_lossy(&output.stderr));
+}
+
+fn give_to(uid: u32, directory: &Path) {
+    let entries = std::fs::read_dir(directory).expect("the guest's directory cannot be read");
+    let files = entries.map(|entry| entry.expect("a directory entry").path());
+    for path in files.chain([directory.to_owned()]) {
+        std::os::unix::fs::chown(&path, Some(uid), Some(uid))
+            .unwrap_or_else(|error| panic!("chown {}: {error}", path.display()));
+    }
+}

@@ -1,0 +1,146 @@
+//! A small blocking QMP client, independent of the one in the library under test.
+
+use std::collections::VecDeque;
+use std::io::{self, BufRead, BufReader, IoSlice};
+use std::mem::MaybeUninit;
+use std::os::fd::BorrowedFd;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+use serde_json::{Value, json};
+
+use crate::wait::{DEADLINE, wait_for};
+
+/// An event of QEMU's.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Event {
+    pub name: String,
+    pub data: Value,
+    /// When it happened, by QEMU's clock: microseconds since 1970.
+    pub timestamp_us: u64,
+}
+
+/// A connection to a QMP socket, past its greeting.
+#[derive(Debug)]
+pub struct Client {
+    stream: UnixStream,
+    reader: BufReader<UnixStream>,
+    /// A line of which only the beginning has come yet.
+    partial: Vec<u8>,
+    events: VecDeque<Event>,
+    next_id: u64,
+}
+
+impl Client {
+    /// Connects, and enters command mode. Fails after five seconds where QEMU has another client.
+    pub fn connect(path: &Path) -> io::Result<Client> {
+        let stream = UnixStream::connect(path)?;
+        let reader = BufReader::new(stream.try_clone()?);
+        let mut client = Client { stream, reader, partial: Vec::new(), events: VecDeque::new(), next_id: 1 };
+        client.read(Duration::from_secs(5))?;
+        client.execute("qmp_capabilities", json!({})).map_err(|error| io::Error::other(error.to_string()))?;
+        Ok(client)
+    }
+
+    /// Executes a command; the error is QEMU's (`class`, `desc`), or of the class `Disconnected`.
+    pub fn execute(&mut self, command: &str, arguments: Value) -> Result<Value, Value> {
+        self.request(command, arguments, &[])
+    }
+
+    /// Executes a command that takes a file descriptor: `getfd`, `add-fd`.
+    pub fn execute_with_fd(&mut self, command: &str, arguments: Value, fd: BorrowedFd) -> Result<Value, Value> {
+        self.request(command, arguments, &[fd])
+    }
+
+    /// The events that have come so far, taken out.
+    pub fn events(&mut self) -> Vec<Event> {
+        let _ = self.collect(Duration::ZERO);
+        self.events.drain(..).collect()
+    }
+
+    /// Waits for an event, and takes it out, with those before it.
+    pub fn wait_event(&mut self, name: &str) -> Option<Event> {
+        wait_for(DEADLINE, || {
+            while let Some(event) = self.events.pop_front() {
+                if event.name == name {
+                    return Some(event);
+                }
+            }
+            let _ = self.collect(Duration::from_millis(100));
+            None
+        })
+    }
+
+    fn request(&mut self, command: &str, arguments: Value, fds: &[BorrowedFd]) -> Result<Value, Value> {
+        let disconnected = |error: io::Error| json!({"class": "Disconnected", "desc": error.to_string()});
+        let id = self.next_id;
+        self.next_id += 1;
+        let mut line = json!({"execute": command, "arguments": arguments, "id": id}).to_string();
+        line.push('\n');
+        send_with_fds(&self.stream, line.as_bytes(), fds).map_err(disconnected)?;
+        loop {
+            let mut reply = self.read(DEADLINE).map_err(disconnected)?;
+            if reply["id"] != id {
+                self.keep_event(&reply);
+            } else if reply.get("error").is_some() {
+                return Err(reply["error"].take());
+            } else {
+                return Ok(reply["return"].take());
+            }
+        }
+    }
+
+    /// Reads what there is, and what comes within `patience`, up to the first event.
+    fn collect(&mut self, patience: Duration) -> io::Result<()> {
+        let mut patience = patience;
+        loop {
+            let message = self.read(patience)?;
+            self.keep_event(&message);
+            patience = Duration::ZERO;
+        }
+    }
+
+    fn keep_event(&mut self, message: &Value) {
+        let Some(name) = message["event"].as_str() else {
+            return;
+        };
+        let part = |key: &str| message["timestamp"][key].as_u64().unwrap_or(0);
+        self.events.push_back(Event {
+            name: name.to_owned(),
+            data: message["data"].clone(),
+            timestamp_us: part("seconds") * 1_000_000 + part("microseconds"),
+        });
+    }
+
+    fn read(&mut self, patience: Duration) -> io::Result<Value> {
+        let end = Instant::now() + patience;
+        loop {
+            // A timeout of zero would mean none.
+            let left = end.saturating_duration_since(Instant::now());
+            self.stream.set_read_timeout(Some(left.max(Duration::from_millis(1))))?;
+            // What has been read of a line stays in `partial` when the timeout comes first.
+            if self.reader.read_until(b'\n', &mut self.partial)? == 0 {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+            if self.partial.ends_with(b"\n") {
+                let value = serde_json::from_slice(&self.partial)?;
+                self.partial.clear();
+                return Ok(value);
+            }
+        }
+    }
+}
+
+/// Writes all of `bytes`, the file descriptors with the first of them.
+pub(crate) fn send_with_fds(stream: &UnixStream, bytes: &[u8], fds: &[BorrowedFd]) -> io::Result<()> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(16))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    if !fds.is_empty() {
+        assert!(control.push(SendAncillaryMessage::ScmRights(fds)), "too many file descriptors");
+    }
+    let data = [IoSlice::new(bytes)];
+    let sent = rustix::io::retry_on_intr(|| sendmsg(stream, &data, &mut control, SendFlags::NOSIGNAL))?;
+    io::Write::write_all(&mut &*stream, &bytes[sent..])
+}

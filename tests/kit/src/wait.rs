@@ -1,0 +1,21 @@
+//! Waiting for something to become true: by looking again and again, up to a generous deadline,
+//! never by sleeping long enough.
+
+use std::time::{Duration, Instant};
+
+/// Long enough for anything that works at all, also on a loaded machine.
+pub const DEADLINE: Duration = Duration::from_secs(60);
+
+/// Polls until `look` gives something, and returns it; `None` when the deadline has passed.
+pub fn wait_for<T>(deadline: Duration, mut look: impl FnMut() -> Option<T>) -> Option<T> {
+    let start = Instant::now();
+    loop {
+        if let Some(found) = look() {
+            return Some(found);
+        }
+        if start.elapsed() > deadline {
+            return None;
+        }
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
