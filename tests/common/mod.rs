@@ -71,8 +71,8 @@ impl Opened {
     pub fn bring_back(&self, name: &str) -> (Opened, u32) {
         let clone = self.start_clone(name);
         clone.handle.load(name, 0).unwrap_or_else(|error| clone.guest.fail(&error.message));
-        let first = clone.guest.wait_ticks(0);
-        clone.guest.wait_ticks(3);
+        clone.guest.wait_ticks(5);
+        let first = first_tick(&clone.guest);
         (clone, first)
     }
 
@@ -84,6 +84,13 @@ impl Opened {
         let handle = Handle::open_qmp(&guest.qmp(), None, &self.state_dir()).unwrap();
         Opened { handle, guest }
     }
+}
+
+/// The first number that a clone says whole: its log can begin in the middle of a line.
+pub fn first_tick(clone: &Guest) -> u32 {
+    let log = std::fs::read_to_string(clone.directory().join("serial.log")).unwrap();
+    let mut numbers = log.lines().filter_map(|line| line.strip_prefix("T ")?.parse().ok());
+    numbers.next().expect("the clone has said a number")
 }
 
 /// See [`Opened::trace`].
