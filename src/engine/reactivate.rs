@@ -1,0 +1,46 @@
+//! Taking the disks back after an ordinary migration.
+//!
+//! When a migration completes, QEMU hands its disks over to a destination, and there is none. A guest that runs takes them
+//! back when it resumes. One that stays paused would be left with disks that nothing can be done with, merging an overlay
+//! included. QEMU 10.0 and later have a command for it; before that, exporting a node by NBD does it on the way.
+
+use serde_json::json;
+
+use crate::error::Result;
+use crate::guest::{Guest, PATIENCE};
+use crate::monitor::{Command, Deadline, commands};
+
+const STEP: &str = "cannot activate the disks of the paused guest again";
+const EXPORT: &str = "instantsnap-reactivate";
+
+/// Makes all disks active.
+pub fn reactivate_disks(guest: &mut dyn Guest) -> Result<()> {
+    if commands::has_command(guest, "blockdev-set-active", deadline())? {
+        let command = Command::new("blockdev-set-active", json!({ "active": true }));
+        return guest.run(STEP, command, deadline()).map(drop);
+    }
+    // Abstract, so that there is no file; and nobody is told of it. The user's own server, where there is one, serves too.
+    let name = format!("{EXPORT}-{}", std::process::id());
+    let address = json!({ "type": "unix", "data": { "path": name, "abstract": true } });
+    let started = guest.execute(Command::new("nbd-server-start", json!({ "addr": address })), deadline()).is_ok();
+    let result = export_each(guest);
+    if started {
+        guest.run(STEP, Command::new("nbd-server-stop", json!({})), deadline())?;
+    }
+    result
+}
+
+fn export_each(guest: &mut dyn Guest) -> Result<()> {
+    let blocks = guest.run(STEP, Command::new("query-block", json!({})), deadline())?;
+    for block in blocks.as_array().into_iter().flatten() {
+        let Some(node) = block["inserted"]["node-name"].as_str() else { continue };
+        let export = json!({ "type": "nbd", "id": EXPORT, "node-name": node, "writable": false });
+        guest.run(STEP, Command::new("block-export-add", export), deadline())?;
+        guest.run(STEP, Command::new("block-export-del", json!({ "id": EXPORT, "mode": "hard" })), deadline())?;
+    }
+    Ok(())
+}
+
+fn deadline() -> Deadline {
+    Deadline::after(PATIENCE)
+}
