@@ -1,0 +1,353 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#define _GNU_SOURCE
+
+#include "harness.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <ftw.h>
+#include <poll.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <sys/prctl.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/un.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
+
+/* Long enough for a machine that is busy: it is only waited for by a test that fails. */
+#define DEADLINE_SECONDS 60
+
+#define MAX_QEMUS 8
+#define MAX_TEXTS 256
+
+static char directory[64];
+static pid_t owner;
+static pid_t qemus[MAX_QEMUS];
+static char *texts[MAX_TEXTS];
+static size_t text_count;
+
+static void die(const char *what)
+{
+    fprintf(stderr, "harness: %s: %s\n", what, strerror(errno));
+    exit(1);
+}
+
+static time_t now(void)
+{
+    struct timespec time;
+
+    clock_gettime(CLOCK_MONOTONIC, &time);
+    return time.tv_sec;
+}
+
+/* Between two looks at something that sends no event. */
+static void breathe(void)
+{
+    poll(NULL, 0, 10);
+}
+
+static int remove_one(const char *path, const struct stat *status, int type, struct FTW *position)
+{
+    (void) status;
+    (void) type;
+    (void) position;
+    /* The library may just be removing it as well. */
+    remove(path);
+    return 0;
+}
+
+static void clean_up(void)
+{
+    /* Never unlocked: the main thread and the one for signals may both end the test, and one is enough. */
+    static pthread_mutex_t once = PTHREAD_MUTEX_INITIALIZER;
+
+    pthread_mutex_lock(&once);
+    for (size_t i = 0; i < MAX_QEMUS; i++) {
+        if (qemus[i] > 0) {
+            kill(qemus[i], SIGKILL);
+            waitpid(qemus[i], NULL, 0);
+        }
+    }
+    for (int tries = 0; tries < 10 && access(directory, F_OK) == 0; tries++)
+        nftw(directory, remove_one, 16, FTW_DEPTH | FTW_PHYS);
+    for (size_t i = 0; i < text_count; i++)
+        free(texts[i]);
+}
+
+/* Meson ends a test that takes too long by SIGTERM: it is to clean up then as well, wherever its main thread is. */
+static void *clean_up_on_signal(void *signals)
+{
+    int signal;
+
+    sigwait(signals, &signal);
+    fprintf(stderr, "harness: ended by signal %d\n", signal);
+    clean_up();
+    _exit(1);
+}
+
+static const char *keep(char *text)
+{
+    if (!text || text_count == MAX_TEXTS)
+        die("keeping a string");
+    texts[text_count++] = text;
+    return text;
+}
+
+const char *harness_text(const char *format, ...)
+{
+    va_list arguments;
+    char *text = NULL;
+
+    va_start(arguments, format);
+    if (vasprintf(&text, format, arguments) < 0)
+        text = NULL;
+    va_end(arguments);
+    return keep(text);
+}
+
+const char *harness_path(const char *name)
+{
+    return harness_text("%s/%s", directory, name);
+}
+
+static const char *qemu_program(void)
+{
+    const char *program = getenv("QEMU");
+
+    return program && *program ? program : "qemu-system-x86_64";
+}
+
+/* As a child, becomes another program: with no signal blocked, and never outliving its parent. */
+static void become(const char *const argv[])
+{
+    sigset_t none;
+
+    sigemptyset(&none);
+    sigprocmask(SIG_SETMASK, &none, NULL);
+    prctl(PR_SET_PDEATHSIG, SIGKILL);
+    if (getppid() == owner)
+        execvp(argv[0], (char *const *) argv);
+    _exit(127);
+}
+
+int harness_run(const char *const argv[])
+{
+    pid_t child;
+    int status;
+
+    fflush(NULL);
+    child = fork();
+    if (child == 0)
+        become(argv);
+    if (child < 0 || waitpid(child, &status, 0) < 0)
+        die(argv[0]);
+    return WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
+}
+
+void harness_begin(void)
+{
+    static sigset_t signals;
+    const char *const version[] = {qemu_program(), "--version", NULL};
+    const char *temporary = getenv("TMPDIR");
+    pthread_t thread;
+    int disk;
+
+    owner = getpid();
+    if (harness_run(version) != 0) {
+        printf("skipped: there is no %s\n", qemu_program());
+        exit(HARNESS_SKIP);
+    }
+
+    /* The path of a socket must be short; where that of TMPDIR is long, /tmp will do. */
+    if (!temporary || strlen(temporary) > 40)
+        temporary = "/tmp";
+    snprintf(directory, sizeof(directory), "%s/instantsnap-XXXXXX", temporary);
+    if (!mkdtemp(directory))
+        die(directory);
+
+    sigemptyset(&signals);
+    sigaddset(&signals, SIGTERM);
+    sigaddset(&signals, SIGINT);
+    sigaddset(&signals, SIGHUP);
+    pthread_sigmask(SIG_BLOCK, &signals, NULL);
+    atexit(clean_up);
+    if (pthread_create(&thread, NULL, clean_up_on_signal, &signals) != 0)
+        die("pthread_create");
+    pthread_detach(thread);
+
+    if (mkdir(harness_path("state"), 0700) < 0)
+        die("state");
+    disk = open(harness_path("disk.raw"), O_CREAT | O_EXCL | O_WRONLY | O_CLOEXEC, 0600);
+    if (disk < 0 || ftruncate(disk, 1 << 20) < 0)
+        die("disk.raw");
+    close(disk);
+}
+
+static int try_connect(const char *path)
+{
+    struct sockaddr_un address = {.sun_family = AF_UNIX};
+    int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+
+    if (fd < 0)
+        die("socket");
+    if (strlen(path) >= sizeof(address.sun_path)) {
+        errno = ENAMETOOLONG;
+        die(path);
+    }
+    strcpy(address.sun_path, path);
+    if (connect(fd, (struct sockaddr *) &address, sizeof(address)) == 0)
+        return fd;
+    close(fd);
+    return -1;
+}
+
+/* Reads one line of QMP, whose lines are shorter than 64 KiB here. */
+static const char *read_line(int fd)
+{
+    char *line = calloc(1, 1 << 16);
+    size_t length = 0;
+
+    keep(line);
+    while (length + 1 < 1 << 16) {
+        ssize_t got = read(fd, line + length, 1);
+
+        if (got <= 0)
+            die("QMP ended, or took too long");
+        if (line[length] == '\n')
+            break;
+        length++;
+    }
+    line[length] = '\0';
+    return line;
+}
+
+static const char *converse(int fd, const char *command)
+{
+    const char *line;
+
+    if (dprintf(fd, "%s\n", command) < 0)
+        die("QMP");
+    do {
+        line = read_line(fd);
+    } while (strncmp(line, "{\"timestamp\"", 12) == 0); /* an event */
+    return line;
+}
+
+const char *harness_qmp(const char *socket_name, const char *command)
+{
+    /* QEMU serves one client at a time, and greets the next when the last has gone. */
+    struct timeval patience = {.tv_sec = DEADLINE_SECONDS};
+    int fd = try_connect(harness_path(socket_name));
+    const char *answer;
+
+    if (fd < 0)
+        die(socket_name);
+    setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &patience, sizeof(patience));
+    read_line(fd);
+    converse(fd, "{\"execute\": \"qmp_capabilities\"}");
+    answer = converse(fd, command);
+    close(fd);
+    return answer;
+}
+
+int harness_status_is(const char *socket_name, const char *status)
+{
+    const char *answer = harness_qmp(socket_name, "{\"execute\": \"query-status\"}");
+
+    if (strstr(answer, harness_text("\"status\": \"%s\"", status)))
+        return 1;
+    fprintf(stderr, "harness: %s\n", answer);
+    return 0;
+}
+
+static const char *set_background_snapshot(const char *socket_name, int on)
+{
+    return harness_qmp(socket_name,
+                       harness_text("{\"execute\": \"migrate-set-capabilities\", \"arguments\": {\"capabilities\": "
+                                    "[{\"capability\": \"background-snapshot\", \"state\": %s}]}}",
+                                    on ? "true" : "false"));
+}
+
+/* Whether QEMU can take background snapshots at all is not what is tested here. */
+static void require_background_snapshots(const char *socket_name)
+{
+    static int known;
+    const char *answer;
+
+    if (known)
+        return;
+    answer = set_background_snapshot(socket_name, 1);
+    if (strncmp(answer, "{\"error\"", 8) == 0) {
+        printf("skipped: %s\n", answer);
+        exit(HARNESS_SKIP);
+    }
+    set_background_snapshot(socket_name, 0);
+    known = 1;
+}
+
+pid_t harness_qemu(const char *socket_name, const char *image, const char *format, int incoming)
+{
+    const char *path = harness_path(socket_name);
+    const char *const argv[] = {
+        qemu_program(), "-no-user-config", "-nodefaults", "-display", "none", "-accel", "tcg", "-m", "64",
+        "-qmp", harness_text("unix:%s,server=on,wait=off", path),
+        "-blockdev", harness_text("driver=%s,node-name=disk,file.driver=file,file.filename=%s", format, image),
+        "-device", "virtio-blk-pci,drive=disk,id=vda",
+        incoming ? "-incoming" : NULL, "defer", NULL
+    };
+    time_t deadline = now() + DEADLINE_SECONDS;
+    size_t slot = 0;
+    int fd;
+
+    while (slot < MAX_QEMUS && qemus[slot] != 0)
+        slot++;
+    if (slot == MAX_QEMUS)
+        die("one QEMU too many");
+
+    fflush(NULL);
+    qemus[slot] = fork();
+    if (qemus[slot] == 0)
+        become(argv);
+    if (qemus[slot] < 0)
+        die("fork");
+
+    while ((fd = try_connect(path)) < 0) {
+        if (waitpid(qemus[slot], NULL, WNOHANG) != 0) {
+            qemus[slot] = 0;
+            die("QEMU ended at its start");
+        }
+        if (now() > deadline)
+            die("QEMU took too long to start");
+        breathe();
+    }
+    close(fd);
+    if (!incoming)
+        require_background_snapshots(socket_name);
+    return qemus[slot];
+}
+
+void harness_wait_for_end(pid_t qemu)
+{
+    time_t deadline = now() + DEADLINE_SECONDS;
+
+    while (waitpid(qemu, NULL, WNOHANG) == 0) {
+        if (now() > deadline)
+            die("QEMU took too long to end");
+        breathe();
+    }
+    for (size_t i = 0; i < MAX_QEMUS; i++) {
+        if (qemus[i] == qemu)
+            qemus[i] = 0;
+    }
+}
+
+long long harness_file_size(const char *path)
+{
+    struct stat status;
+
+    return stat(path, &status) < 0 ? -1 : (long long) status.st_size;
+}

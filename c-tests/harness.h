@@ -1,0 +1,67 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * What the tests need around the library: a private directory, real QEMUs in it, and an end to both however the test
+ * ends. Include the library's header before this one.
+ */
+#ifndef HARNESS_H
+#define HARNESS_H
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/types.h>
+
+/* What Meson takes for "skipped". */
+#define HARNESS_SKIP 77
+
+/* Ends the test when something that must hold does not; the library's last error is often the reason. */
+#define CHECK(condition) \
+    do { \
+        if (!(condition)) { \
+            fprintf(stderr, "%s:%d: not so: %s\n", __FILE__, __LINE__, #condition); \
+            fprintf(stderr, "(last error of the library: %d, %s)\n", instantsnap_last_error()->code, \
+                    instantsnap_last_error()->message); \
+            exit(1); \
+        } \
+    } while (0)
+
+/* Evaluates a call's failure, then checks that it failed with this code, in libvirt's domain for QEMU, saying why. */
+#define CHECK_FAILS(failure, expected) \
+    do { \
+        CHECK(failure); \
+        CHECK(instantsnap_last_error()->code == (expected)); \
+        CHECK(instantsnap_last_error()->domain == VIR_FROM_QEMU); \
+        CHECK(instantsnap_last_error()->message[0] != '\0'); \
+    } while (0)
+
+/* Makes the private directory, with the subdirectory `state` and the raw image `disk.raw`. Skips without QEMU. */
+void harness_begin(void);
+
+/* A path in the private directory; it lives as long as the test. */
+const char *harness_path(const char *name);
+
+/* printf into a string that lives as long as the test. */
+const char *harness_text(const char *format, ...) __attribute__((format(printf, 1, 2)));
+
+/*
+ * Starts an empty machine that runs, with one disk `vda` on this image, and waits until its QMP socket of this name
+ * accepts. With `incoming` it waits for a snapshot instead of running. Skips where QEMU has no background snapshots.
+ */
+pid_t harness_qemu(const char *socket_name, const char *image, const char *format, int incoming);
+
+/* One QMP command on the socket of this name; the answer lives as long as the test. */
+const char *harness_qmp(const char *socket_name, const char *command);
+
+/* Whether the guest has this run state, "running" for one. */
+int harness_status_is(const char *socket_name, const char *status);
+
+/* Waits for a QEMU to end by itself. */
+void harness_wait_for_end(pid_t qemu);
+
+/* The size of a file, -1 where there is none. */
+long long harness_file_size(const char *path);
+
+/* Runs a program to its end; its exit status. */
+int harness_run(const char *const argv[]);
+
+#endif

@@ -1,0 +1,48 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/* header_c99 VERSION: the header is C99, and the installed library has every function that it declares. */
+#include <instantsnap.h>
+/* Once more: a header may be included twice. */
+#include <instantsnap.h>
+
+#include <stdio.h>
+#include <string.h>
+
+typedef void (*function)(void);
+
+static const function functions[] = {
+    (function) instantsnap_version,
+    (function) instantsnap_last_error,
+    (function) instantsnap_free_string,
+    (function) instantsnap_free_string_list,
+    (function) instantsnap_open_qmp,
+    (function) instantsnap_close,
+    (function) instantsnap_set_pause_limit,
+    (function) instantsnap_snapshot_create_xml,
+    (function) instantsnap_snapshot_cancel,
+    (function) instantsnap_get_stats,
+    (function) instantsnap_snapshot_list,
+    (function) instantsnap_snapshot_get_xml,
+    (function) instantsnap_snapshot_current,
+    (function) instantsnap_snapshot_prepare_revert,
+    (function) instantsnap_revert_plan_disk_count,
+    (function) instantsnap_revert_plan_get_disk,
+    (function) instantsnap_revert_plan_memory_file,
+    (function) instantsnap_revert_plan_domain_xml,
+    (function) instantsnap_revert_plan_free,
+    (function) instantsnap_snapshot_load,
+    (function) instantsnap_snapshot_get_name,
+    (function) instantsnap_snapshot_free,
+};
+
+int main(int argc, char **argv)
+{
+    for (size_t i = 0; i < sizeof(functions) / sizeof(functions[0]); i++) {
+        if (!functions[i])
+            return 1;
+    }
+    if (argc != 2 || strcmp(instantsnap_version(), argv[1]) != 0) {
+        fprintf(stderr, "the library is version %s\n", instantsnap_version());
+        return 1;
+    }
+    return instantsnap_last_error()->code != VIR_ERR_OK;
+}

@@ -1,0 +1,216 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/* What no program should do. The library answers with errors, leaves the guest alone, and goes on working. */
+#include <pthread.h>
+#include <stdint.h>
+
+#include <instantsnap.h>
+
+#include "harness.h"
+
+#define INSTANT (VIR_DOMAIN_SNAPSHOT_CREATE_LIVE | VIR_DOMAIN_SNAPSHOT_CREATE_INSTANT)
+#define CREATE(flag) VIR_DOMAIN_SNAPSHOT_CREATE_##flag
+
+/* Every function that takes a guest, given one that is none. */
+static void not_a_guest(instantsnap_guest *guest)
+{
+    instantsnap_stats stats = {.size = sizeof(stats)};
+    char **names = NULL;
+    char *name = NULL;
+
+    CHECK_FAILS(instantsnap_set_pause_limit(guest, 1000) == -1, VIR_ERR_INVALID_ARG);
+    CHECK_FAILS(instantsnap_snapshot_create_xml(guest, "<domainsnapshot/>", INSTANT, &name) == -1, VIR_ERR_INVALID_ARG);
+    CHECK(!name);
+    CHECK_FAILS(instantsnap_snapshot_cancel(guest) == -1, VIR_ERR_INVALID_ARG);
+    CHECK_FAILS(instantsnap_get_stats(guest, &stats) == -1, VIR_ERR_INVALID_ARG);
+    CHECK_FAILS(instantsnap_snapshot_list(guest, &names) == -1, VIR_ERR_INVALID_ARG);
+    CHECK(!names);
+    CHECK_FAILS(!instantsnap_snapshot_get_xml(guest, "name"), VIR_ERR_INVALID_ARG);
+    CHECK_FAILS(!instantsnap_snapshot_current(guest), VIR_ERR_INVALID_ARG);
+    CHECK_FAILS(instantsnap_snapshot_load(guest, "name", 0) == -1, VIR_ERR_INVALID_ARG);
+    instantsnap_close(guest);
+}
+
+/* Every function that takes a plan or a snapshot, given what is neither. */
+static void not_a_plan_nor_a_snapshot(void *wild)
+{
+    instantsnap_revert_disk disk = {.size = sizeof(disk)};
+
+    CHECK(instantsnap_revert_plan_disk_count(wild) == 0);
+    CHECK_FAILS(instantsnap_revert_plan_get_disk(wild, 0, &disk) == -1, VIR_ERR_INVALID_ARG);
+    CHECK_FAILS(!instantsnap_revert_plan_memory_file(wild), VIR_ERR_INVALID_ARG);
+    CHECK_FAILS(!instantsnap_revert_plan_domain_xml(wild), VIR_ERR_INVALID_ARG);
+    CHECK_FAILS(!instantsnap_snapshot_get_name(wild), VIR_ERR_INVALID_ARG);
+    instantsnap_revert_plan_free(wild);
+    instantsnap_snapshot_free(wild);
+}
+
+static void wild_pointers(void)
+{
+    unsigned char junk[256];
+    void *wild[] = {NULL, junk, junk + 1, junk + 8, (void *) (uintptr_t) 1, (void *) (uintptr_t) 0x1000,
+                    (void *) UINTPTR_MAX, (void *) (uintptr_t) wild_pointers};
+
+    memset(junk, 0xa5, sizeof(junk));
+    for (size_t i = 0; i < sizeof(wild) / sizeof(wild[0]); i++) {
+        not_a_guest(wild[i]);
+        not_a_plan_nor_a_snapshot(wild[i]);
+    }
+    instantsnap_free_string(NULL);
+    instantsnap_free_string_list(NULL);
+}
+
+static void bad_openings(void)
+{
+    const char *here = ".";
+
+    CHECK_FAILS(!instantsnap_open_qmp(NULL, NULL, NULL), VIR_ERR_INVALID_ARG);
+    CHECK_FAILS(!instantsnap_open_qmp(NULL, NULL, here), VIR_ERR_INVALID_ARG);
+    CHECK_FAILS(!instantsnap_open_qmp("/nonexistent/qmp", NULL, NULL), VIR_ERR_INVALID_ARG);
+    CHECK_FAILS(!instantsnap_open_qmp("/nonexistent/qmp", NULL, here), VIR_ERR_SYSTEM_ERROR);
+    CHECK_FAILS(!instantsnap_snapshot_prepare_revert(NULL, "name", NULL), VIR_ERR_INVALID_ARG);
+    CHECK_FAILS(!instantsnap_snapshot_prepare_revert(here, NULL, NULL), VIR_ERR_INVALID_ARG);
+}
+
+static void *fail_in_a_thread(void *unused)
+{
+    (void) unused;
+    /* What the main thread did wrong is not this thread's affair. */
+    CHECK(instantsnap_last_error()->code == VIR_ERR_OK);
+    CHECK(instantsnap_last_error()->message[0] == '\0');
+    CHECK_FAILS(!instantsnap_open_qmp("/nonexistent/qmp", NULL, "."), VIR_ERR_SYSTEM_ERROR);
+    return NULL;
+}
+
+static void errors_are_per_thread(void)
+{
+    pthread_t thread;
+
+    CHECK_FAILS(instantsnap_set_pause_limit(NULL, 1) == -1, VIR_ERR_INVALID_ARG);
+    CHECK(pthread_create(&thread, NULL, fail_in_a_thread, NULL) == 0);
+    CHECK(pthread_join(thread, NULL) == 0);
+    CHECK(instantsnap_last_error()->code == VIR_ERR_INVALID_ARG);
+    /* A call that succeeds leaves it as it is. */
+    CHECK(instantsnap_version());
+    CHECK(instantsnap_last_error()->code == VIR_ERR_INVALID_ARG);
+}
+
+static void bad_flags(instantsnap_guest *guest)
+{
+    static const unsigned int forbidden[] = {
+        1u << 11, 1u << 31, INSTANT | 1u << 11, CREATE(INSTANT), CREATE(INSTANT) | CREATE(NO_METADATA),
+        INSTANT | CREATE(DISK_ONLY), INSTANT | CREATE(REDEFINE), CREATE(REDEFINE) | CREATE(NO_METADATA),
+        CREATE(REDEFINE) | CREATE(HALT), CREATE(REDEFINE) | CREATE(LIVE), CREATE(CURRENT), INSTANT | CREATE(CURRENT),
+        CREATE(QUIESCE), INSTANT | CREATE(QUIESCE), ~0u,
+    };
+    static const struct {
+        unsigned int flags;
+        const char *named;
+    } not_built[] = {
+        {CREATE(REDEFINE), "CREATE_REDEFINE"},
+        {CREATE(REDEFINE) | CREATE(CURRENT), "CREATE_REDEFINE"},
+        {CREATE(DISK_ONLY), "CREATE_DISK_ONLY"},
+        {CREATE(DISK_ONLY) | CREATE(QUIESCE), "CREATE_DISK_ONLY"},
+        {CREATE(REUSE_EXT), "CREATE_REUSE_EXT"},
+        {INSTANT | CREATE(REUSE_EXT), "CREATE_REUSE_EXT"},
+        {CREATE(LIVE), "CREATE_LIVE"},
+        {CREATE(VALIDATE), "CREATE_VALIDATE"},
+        {INSTANT | CREATE(VALIDATE), "CREATE_VALIDATE"},
+    };
+
+    for (size_t i = 0; i < sizeof(forbidden) / sizeof(forbidden[0]); i++) {
+        CHECK_FAILS(instantsnap_snapshot_create_xml(guest, "<domainsnapshot/>", forbidden[i], NULL) == -1,
+                    VIR_ERR_INVALID_ARG);
+        /* Flags come first, whatever else is wrong. */
+        CHECK_FAILS(instantsnap_snapshot_create_xml(guest, "<not XML", forbidden[i], NULL) == -1, VIR_ERR_INVALID_ARG);
+    }
+    for (size_t i = 0; i < sizeof(not_built) / sizeof(not_built[0]); i++) {
+        CHECK_FAILS(instantsnap_snapshot_create_xml(guest, "<domainsnapshot/>", not_built[i].flags, NULL) == -1,
+                    VIR_ERR_OPERATION_UNSUPPORTED);
+        CHECK(strstr(instantsnap_last_error()->message, not_built[i].named));
+    }
+    CHECK_FAILS(instantsnap_snapshot_load(guest, "none", VIR_DOMAIN_SNAPSHOT_REVERT_RUNNING |
+                                          VIR_DOMAIN_SNAPSHOT_REVERT_PAUSED) == -1, VIR_ERR_INVALID_ARG);
+    CHECK_FAILS(instantsnap_snapshot_load(guest, "none", 1u << 31) == -1, VIR_ERR_INVALID_ARG);
+}
+
+static void bad_strings(instantsnap_guest *guest)
+{
+    static const char *const xmls[] = {
+        "", " ", "<", "<domainsnapshot", "<domainsnapshot>", "<domainsnapshot></domain>", "<domain/>", "plain text",
+        "<domainsnapshot/><domainsnapshot/>", "\xff\xfe", "<domainsnapshot><name>\xff</name></domainsnapshot>",
+        "<domainsnapshot><name>../escape</name></domainsnapshot>", "<domainsnapshot><name>a/b</name></domainsnapshot>",
+        "<domainsnapshot><name>.</name></domainsnapshot>", "<domainsnapshot><name>..</name></domainsnapshot>",
+        "<domainsnapshot><disks><disk name='nowhere' snapshot='external'/></disks></domainsnapshot>",
+    };
+    static char endless[1 << 16];
+    const char *too_long;
+
+    for (size_t i = 0; i < sizeof(xmls) / sizeof(xmls[0]); i++)
+        CHECK(instantsnap_snapshot_create_xml(guest, xmls[i], INSTANT, NULL) == -1);
+    CHECK_FAILS(instantsnap_snapshot_create_xml(guest, NULL, INSTANT, NULL) == -1, VIR_ERR_INVALID_ARG);
+    CHECK_FAILS(instantsnap_snapshot_create_xml(guest, "<domainsnapshot", INSTANT, NULL) == -1, VIR_ERR_XML_DETAIL);
+    CHECK_FAILS(instantsnap_snapshot_create_xml(guest, "<domainsnapshot><name>a/b</name></domainsnapshot>", INSTANT,
+                                                NULL) == -1, VIR_ERR_XML_DETAIL);
+
+    memset(endless, 'x', sizeof(endless) - 1);
+    too_long = harness_text("<domainsnapshot><name>%s</name></domainsnapshot>", endless);
+    CHECK(instantsnap_snapshot_create_xml(guest, too_long, INSTANT, NULL) == -1);
+
+    CHECK_FAILS(!instantsnap_snapshot_get_xml(guest, NULL), VIR_ERR_INVALID_ARG);
+    CHECK_FAILS(!instantsnap_snapshot_get_xml(guest, "none"), VIR_ERR_NO_DOMAIN_SNAPSHOT);
+    CHECK(!instantsnap_snapshot_get_xml(guest, "../../etc/passwd"));
+    CHECK(!instantsnap_snapshot_get_xml(guest, endless));
+    CHECK_FAILS(instantsnap_snapshot_load(guest, NULL, 0) == -1, VIR_ERR_INVALID_ARG);
+    CHECK_FAILS(!instantsnap_snapshot_prepare_revert(harness_path("state"), "none", NULL), VIR_ERR_NO_DOMAIN_SNAPSHOT);
+    CHECK_FAILS(!instantsnap_open_qmp(harness_path("qmp"), "<domain", harness_path("state")), VIR_ERR_XML_DETAIL);
+    CHECK_FAILS(!instantsnap_open_qmp(harness_path("qmp"), NULL, harness_path("nowhere")), VIR_ERR_SYSTEM_ERROR);
+}
+
+/* What an older or a careless caller has in `size`: nothing may be written beyond it. */
+static void bad_sizes(instantsnap_guest *guest)
+{
+    struct {
+        instantsnap_stats stats;
+        uint64_t beyond;
+    } padded;
+
+    memset(&padded, 0x77, sizeof(padded));
+    padded.stats.size = 0;
+    CHECK_FAILS(instantsnap_get_stats(guest, &padded.stats) == -1, VIR_ERR_INVALID_ARG);
+    CHECK_FAILS(instantsnap_get_stats(guest, NULL) == -1, VIR_ERR_INVALID_ARG);
+    CHECK(padded.beyond == UINT64_C(0x7777777777777777));
+    CHECK(padded.stats.disks == 0x77777777);
+}
+
+int main(void)
+{
+    instantsnap_guest *guest;
+
+    wild_pointers();
+    bad_openings();
+    errors_are_per_thread();
+
+    harness_begin();
+    harness_qemu("qmp", harness_path("disk.raw"), "raw", 0);
+    guest = instantsnap_open_qmp(harness_path("qmp"), NULL, harness_path("state"));
+    CHECK(guest);
+    bad_flags(guest);
+    bad_strings(guest);
+    bad_sizes(guest);
+    not_a_plan_nor_a_snapshot(guest);
+    CHECK_FAILS(instantsnap_set_pause_limit(guest, 0) == -1, VIR_ERR_INVALID_ARG);
+    CHECK(instantsnap_set_pause_limit(guest, 30000) == 0);
+
+    /* After all of that nothing has happened to the guest, and it can still be snapshotted. */
+    CHECK(instantsnap_snapshot_list(guest, NULL) == 0);
+    CHECK(harness_status_is("qmp", "running"));
+    CHECK(strstr(harness_qmp("qmp", "{\"execute\": \"query-block\"}"), harness_path("disk.raw")));
+    CHECK(instantsnap_snapshot_create_xml(guest, "<domainsnapshot/>", INSTANT, NULL) == 0);
+    bad_sizes(guest);
+
+    instantsnap_close(guest);
+    not_a_guest(guest);
+    not_a_plan_nor_a_snapshot(guest);
+    CHECK(harness_status_is("qmp", "running"));
+    return 0;
+}

@@ -1,0 +1,33 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""symbols.py LIBRARY SONAME HEADER...: the library exports what the headers declare, no more and no less."""
+
+import re
+import subprocess
+import sys
+
+
+def declared(header):
+    with open(header, encoding="utf-8") as file:
+        text = re.sub(r"/\*.*?\*/", "", file.read(), flags=re.DOTALL)
+    return set(re.findall(r"\b((?:instantsnap_|qemuSnapshot)\w+)\s*\(", text))
+
+
+def output(*command):
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def main():
+    library, soname, *headers = sys.argv[1:]
+    wanted = set().union(*map(declared, headers))
+    exported = {line.split()[-1] for line in output("nm", "-D", "--defined-only", library).splitlines()}
+    found = re.findall(r"\(SONAME\).*\[(.*)\]", output("readelf", "-d", library))
+
+    complaints = [f"declared, but not exported: {name}" for name in sorted(wanted - exported)]
+    complaints += [f"exported, but not declared: {name}" for name in sorted(exported - wanted)]
+    if found != [soname]:
+        complaints.append(f"the soname is {found}, not {soname}")
+    sys.exit("\n".join(complaints) or None)
+
+
+main()
