@@ -2,7 +2,7 @@
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::thread::sleep;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
@@ -181,7 +181,7 @@ impl Stream {
     /// Ends the migration, whatever it is at, and returns when QEMU says that it has ended: before that, QEMU may yet stop
     /// the guest to save its devices.
     pub fn abort(&mut self, guest: &mut dyn Guest, deadline: Deadline) -> Result<()> {
-        let mut nap = Nap::default();
+        let nap = Nap::default();
         loop {
             if query_ended(guest)?.is_some() {
                 return Ok(());
@@ -220,7 +220,7 @@ fn query_ended(guest: &mut dyn Guest) -> Result<Option<Ended>> {
 }
 
 fn wait_ended(guest: &mut dyn Guest, deadline: Deadline) -> Result<Ended> {
-    let mut nap = Nap::default();
+    let nap = Nap::default();
     loop {
         if let Some(ended) = query_ended(guest)? {
             return Ok(ended);
@@ -237,7 +237,7 @@ fn wait_ended(guest: &mut dyn Guest, deadline: Deadline) -> Result<Ended> {
 /// Only page counts prove it (or that the migration has ended): see [`commands::Migration::has_pages`]. Their reply came
 /// through QEMU's main loop, so a `cont` sent after it is carried out after the arming.
 pub fn wait_armed(guest: &mut dyn Guest, cancel: &Cancel, deadline: Deadline) -> Result<()> {
-    let mut nap = Nap::default();
+    let nap = Nap::default();
     loop {
         let migration = commands::query_migrate(guest, deadline)?;
         match migration.progress() {
@@ -256,26 +256,26 @@ pub fn wait_armed(guest: &mut dyn Guest, cancel: &Cancel, deadline: Deadline) ->
     }
 }
 
-/// Waits for what QEMU does not announce: microseconds at first, a millisecond in the end.
+/// Waits for what QEMU does not announce: for a fiftieth of what the waiting has taken so far, so that the end is noticed
+/// soon after a short wait, and QEMU is not asked more than it takes to answer in a long one.
 #[derive(Debug)]
-struct Nap(Duration);
+struct Nap(Instant);
 
 impl Default for Nap {
     fn default() -> Nap {
-        Nap(Duration::from_micros(20))
+        Nap(Instant::now())
     }
 }
 
 impl Nap {
-    fn sleep(&mut self) {
-        sleep(self.0);
-        self.0 = (self.0 * 3 / 2).min(Duration::from_millis(1));
+    fn sleep(&self) {
+        sleep((self.0.elapsed() / 50).clamp(Duration::from_micros(20), Duration::from_millis(10)));
     }
 }
 
 /// Waits until an incoming migration has ended. It can take as long as memory is large, so only QEMU's silence is bounded.
 pub fn wait_loaded(guest: &mut dyn Guest) -> Result<()> {
-    let mut nap = Duration::from_millis(1);
+    let nap = Nap::default();
     loop {
         let migration = commands::query_migrate(guest, Deadline::after(PATIENCE))?;
         match migration.progress() {
@@ -284,7 +284,6 @@ pub fn wait_loaded(guest: &mut dyn Guest) -> Result<()> {
             // Not begun yet, or under way.
             Progress::None | Progress::UnderWay => {}
         }
-        sleep(nap);
-        nap = (nap * 2).min(Duration::from_millis(20));
+        nap.sleep();
     }
 }

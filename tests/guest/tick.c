@@ -10,6 +10,7 @@
  *   pages=N      how many pages are checked, spread evenly from 2 MiB to the top of low memory (default 256)
  *   dense=MIB    also checks and writes one word in every page of that many MiB from 2 MiB up: load (default 0)
  *   delay=N      spins N thousand times between rounds (default 0)
+ *   halt=N       halts for good after N rounds: an idle guest (default 0: never)
  *   nodisk=1     leaves the disks alone
  *   pflash=HEX   every 64 rounds programs a byte of the CFI flash at that physical address (UEFI variables)
  *
@@ -278,6 +279,7 @@ void tick(const struct multiboot *boot)
 {
     const char *line = boot->flags & 4 ? boot->cmdline : "";
     u32 delay = parameter(line, "delay", 10, 0), pflash = parameter(line, "pflash", 16, 0);
+    u32 halt = parameter(line, "halt", 10, 0);
     /* The BIOS keeps tables in the last 256 KiB or so of low memory. */
     u32 memory_end = (1u << 20) + boot->mem_upper * 1024 - (1u << 20);
     u32 pages_there = (memory_end - MEMORY_START) / PAGE;
@@ -324,6 +326,8 @@ void tick(const struct multiboot *boot)
         if (pflash && n % 64 == 0)
             pflash_program(pflash, n);
         put("T "), put_number(n), put("\n");
+        while (n == halt) /* an NMI would wake it */
+            __asm__ volatile("cli; hlt");
         for (volatile u32 spin = delay * 1000; spin; spin--)
             ;
     }
