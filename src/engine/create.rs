@@ -185,6 +185,7 @@ impl Job<'_> {
         made: &mut Made,
     ) -> Result<Record> {
         clock.enter(Phase::Prepare);
+        made.ran = self.running;
         let image = made.image.insert(MemoryImage::create(&self.memory_file, &self.domain_xml, self.running)?);
         let mut copies = Vec::new();
         for nvram in &self.nvram {
@@ -245,6 +246,13 @@ impl Job<'_> {
             clock.stats.paused = Some((pause, By::Events));
         }
         settings.restore(guest, self.mode)?;
+        if self.running && guest.status()?.status == "io-error" {
+            fail!(
+                OperationFailed,
+                "the guest was stopped by an I/O error (its state is 'io-error') while its memory was being saved: the file \
+                 system of an overlay is full, or fails"
+            );
+        }
         image.complete()?;
         copies.iter().try_for_each(nvram::Copy::check_unchanged)?;
         cancel.check()?;

@@ -4,7 +4,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use rustix::event::{PollFd, PollFlags, poll};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 use rustix::io::Errno;
 use serde_json::{Map, Value, json};
@@ -12,7 +12,7 @@ use serde_json::{Map, Value, json};
 use super::cancel::Cancel;
 use crate::error::{Code, Error, Result, fail};
 use crate::guest::{Guest, PATIENCE};
-use crate::image::{self, Drain, MemoryImage};
+use crate::image::{self, Drain, MemoryImage, throw_away};
 use crate::monitor::commands::{self, Progress};
 use crate::monitor::{Deadline, Failure};
 
@@ -135,8 +135,7 @@ fn explain(failure: Failure, mode: Mode) -> Error {
 /// The way of memory from QEMU to its image, open.
 #[derive(Debug)]
 pub struct Stream {
-    /// Until it has ended.
-    drain: Option<Drain>,
+    drain: Drain,
     /// The pipe's end once more, to empty it should the drain hang.
     spare: OwnedFd,
 }
@@ -150,27 +149,27 @@ impl Stream {
             rustix::io::fcntl_dupfd_cloexec(&read, 0)
         };
         let spare = duplicate().map_err(|error| Error::system("cannot set up the memory pipe", error))?;
-        let drain = Drain::start(read, image.file()?, image.stream_offset())?;
+        let drain = Drain::start(read, image.file()?, image.path(), image.stream_offset())?;
         commands::getfd(guest, FD_NAME, write.as_fd(), Deadline::after(PATIENCE))?;
-        Ok(Stream { drain: Some(drain), spare })
+        Ok(Stream { drain, spare })
     }
 
     /// Waits until all of memory is in the file, and QEMU says so. Returns the stream's bytes.
-    pub fn wait_saved(&mut self, guest: &mut dyn Guest, cancel: &Cancel) -> Result<u64> {
-        let Some(drain) = &self.drain else { fail!(InternalError, "memory was waited for already") };
-        loop {
+    pub fn wait_saved(&self, guest: &mut dyn Guest, cancel: &Cancel) -> Result<u64> {
+        let bytes = loop {
             cancel.check()?;
+            if let Some(outcome) = self.drain.outcome() {
+                break outcome?;
+            }
             let mut fds = [
-                PollFd::from_borrowed_fd(drain.done(), PollFlags::IN),
+                PollFd::from_borrowed_fd(self.drain.done(), PollFlags::IN),
                 PollFd::from_borrowed_fd(cancel.event(), PollFlags::IN),
             ];
             match poll(&mut fds, None) {
-                Ok(_) if !fds[0].revents().is_empty() => break,
                 Ok(_) | Err(Errno::INTR) => {}
                 Err(errno) => return Err(Error::system("cannot wait for memory to be saved", errno)),
             }
-        }
-        let bytes = self.drain.take().map_or(Ok(0), Drain::join)?;
+        };
         // The stream's end comes a moment before QEMU's word on it.
         match wait_ended(guest, Deadline::after(PATIENCE))? {
             Ended::Completed => Ok(bytes),
@@ -178,28 +177,81 @@ impl Stream {
         }
     }
 
-    /// Ends the migration, whatever it is at, and returns when QEMU says that it has ended: before that, QEMU may yet stop
-    /// the guest to save its devices.
-    pub fn abort(&mut self, guest: &mut dyn Guest, deadline: Deadline) -> Result<()> {
+    /// Memory is not wanted any more. The stream is read on, and thrown away.
+    ///
+    /// QEMU is asked to end the migration only where that is safe. QEMU 7.2 leaves the guest's memory write-protected when
+    /// a background snapshot is cancelled or fails, its pipe's end closed included: the guest freezes for good at its next
+    /// write. There the migration is left to complete.
+    pub fn give_up(&self, guest: &mut dyn Guest, mode: Mode) -> Result<()> {
+        self.drain.discard();
+        if mode == Mode::Background && !guest.background_can_be_cancelled() {
+            return Ok(());
+        }
+        commands::migrate_cancel(guest, Deadline::after(PATIENCE))
+    }
+
+    /// After [`Stream::give_up`]: returns when QEMU says that the migration has ended; before that, it may yet stop the
+    /// guest to save its devices.
+    pub fn wait_given_up(&self, guest: &mut dyn Guest) -> Result<()> {
         let nap = Nap::default();
+        let mut progress = Progressing::new(self.drain.bytes());
+        while query_ended(guest)?.is_none() {
+            self.unblock(&mut progress)?;
+            nap.sleep();
+        }
+        Ok(())
+    }
+
+    /// The same with a QEMU that does not answer: returns at the stream's end.
+    pub fn wait_given_up_silently(&self) -> Result<()> {
+        self.drain.discard();
+        let mut progress = Progressing::new(self.drain.bytes());
         loop {
-            if query_ended(guest)?.is_some() {
+            let mut fds = [PollFd::new(&self.spare, PollFlags::IN)];
+            let _ = poll(&mut fds, Some(&Timespec { tv_sec: 1, tv_nsec: 0 }));
+            if fds[0].revents().contains(PollFlags::HUP) && !fds[0].revents().contains(PollFlags::IN) {
                 return Ok(());
             }
-            if deadline.left().is_none() {
-                fail!(OperationTimeout, "saving memory was cancelled, and goes on nevertheless");
-            }
-            // QEMU cannot look at anything while it waits for room in the pipe.
-            let mut waste = [0; 64 << 10];
-            while rustix::io::read(&self.spare, &mut waste).is_ok_and(|got| got > 0) {}
-            nap.sleep();
+            self.unblock(&mut progress)?;
+            sleep(Duration::from_millis(1));
         }
     }
 
-    /// Stops the drain, and asks QEMU to end the migration.
-    pub fn cancel(&mut self, guest: &mut dyn Guest) -> Result<()> {
-        self.drain = None;
-        commands::migrate_cancel(guest, Deadline::after(PATIENCE))
+    /// QEMU cannot look at anything while it waits for room in the pipe, and a drain whose file system hangs makes none.
+    fn unblock(&self, progress: &mut Progressing) -> Result<()> {
+        const HANGING: Duration = Duration::from_secs(1);
+        let mut bytes = self.drain.bytes();
+        if progress.standstill(bytes) > HANGING {
+            while let Ok(got @ 1..) = throw_away(&self.spare) {
+                progress.extra += got as u64;
+            }
+            bytes = self.drain.bytes();
+        }
+        if progress.standstill(bytes) > 2 * PATIENCE {
+            fail!(OperationTimeout, "saving memory was given up, and does not come to its end");
+        }
+        Ok(())
+    }
+}
+
+/// Since when no byte has come.
+struct Progressing {
+    seen: u64,
+    extra: u64,
+    since: Instant,
+}
+
+impl Progressing {
+    fn new(bytes: u64) -> Progressing {
+        Progressing { seen: bytes, extra: 0, since: Instant::now() }
+    }
+
+    fn standstill(&mut self, bytes: u64) -> Duration {
+        if bytes + self.extra != self.seen {
+            self.seen = bytes + self.extra;
+            self.since = Instant::now();
+        }
+        self.since.elapsed()
     }
 }
 

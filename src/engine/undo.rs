@@ -29,6 +29,8 @@ pub struct Made {
     pub settings: Option<(Settings, Mode)>,
     /// The pipe, passed to QEMU.
     pub stream: Option<Stream>,
+    /// The guest ran, and is to run again.
+    pub ran: bool,
     /// The guest, which ran, is paused.
     pub paused: bool,
     /// The disks are on their overlays.
@@ -58,11 +60,14 @@ impl Made {
                     left.extend(offline.err().map(|error| error.message));
                 }
             }
-            Presence::Silent => left.push(
-                "QEMU does not answer any more: what was changed in it could not be put back; if its guest is paused, \
+            Presence::Silent => {
+                if let (Some(stream), true) = (&self.stream, self.migrating) {
+                    left.extend(stream.wait_given_up_silently().err().map(|error| error.message));
+                }
+                left.push("QEMU does not answer any more: what was changed in it could not be put back; if its guest is paused, \
                  resume it with `cont`, and do not remove the overlays"
-                    .into(),
-            ),
+                    .into());
+            }
         }
         self.stream = None;
         left.extend(self.remove_files().err().map(|error| error.message));
@@ -72,26 +77,31 @@ impl Made {
     /// Returns whether QEMU was lost on the way.
     fn undo_online(&mut self, guest: &mut dyn Guest, left: &mut Vec<String>) -> bool {
         let mut note = |result: Result<()>| left.extend(result.err().map(|error| error.message));
-        if let (Some(stream), true) = (&mut self.stream, self.migrating) {
-            note(stream.cancel(guest));
+        let mode = self.settings.as_ref().map_or(Mode::Paused, |(_, mode)| *mode);
+        let migrating = self.stream.as_ref().filter(|_| self.migrating);
+        if let Some(stream) = migrating {
+            note(stream.give_up(guest, mode));
         }
         if self.paused {
             note(guest.resume(Deadline::after(PATIENCE)));
         }
-        if self.migrating {
-            if let Some(stream) = &mut self.stream {
-                note(stream.abort(guest, Deadline::after(2 * PATIENCE)));
-            }
-            // A migration that is cancelled while it sets up stops the guest once more, and leaves it as it found it.
+        if let Some(stream) = migrating {
+            note(stream.wait_given_up(guest));
+            // A migration that was given up while it set up has stopped the guest once more, and left it as it found it.
             if self.paused {
                 note(guest.resume(Deadline::after(PATIENCE)));
             }
-        } else if self.stream.is_some() {
-            // Refused where it was never passed.
+        }
+        if self.settings.is_some() {
+            // Refused where it was never passed, and where a migration has taken it.
             let _ = commands::closefd(guest, FD_NAME, Deadline::after(PATIENCE));
         }
         if self.switched {
             note(guest.merge_disks());
+            // It can have come to the end of an overlay's file system, and stand since. Now there is room again.
+            if self.ran && guest.status().is_ok_and(|status| status.status == "io-error") {
+                note(guest.resume(Deadline::after(PATIENCE)));
+            }
         }
         if let Some((settings, mode)) = &self.settings {
             note(settings.restore(guest, *mode));

@@ -61,6 +61,9 @@ pub trait Guest: Execute {
     /// Whether a background snapshot leaves a paused guest paused.
     fn background_keeps_paused(&self) -> bool;
 
+    /// Whether a background snapshot that is cancelled, or fails, leaves the guest's memory writable.
+    fn background_can_be_cancelled(&self) -> bool;
+
     /// Creates the overlays, ready to be switched to. Files that exist are an error, and not touched.
     fn create_overlays(&mut self, disks: &[DiskPlan]) -> Result<()>;
 

@@ -1,14 +1,17 @@
 //! Moves QEMU's stream from a pipe into a file, by a thread that needs nothing but its descriptors.
 //!
 //! It sees bytes; whoever wants to see page records reads them here, between the pipe and the file.
+//!
+//! The pipe is read to its end whatever happens: a stream that nobody reads any more freezes the guest at its next write to
+//! a page not yet saved. What cannot be written, or is not wanted any more, is thrown away.
 
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::thread::JoinHandle;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use rustix::io::Errno;
@@ -18,69 +21,77 @@ use super::CHUNK;
 use crate::error::{Code, Error, Result};
 use crate::sys;
 
-/// A drain at work. Dropping it stops it, and closes its end of the pipe.
+/// A drain at work. Dropping it stops it where it is, and closes its end of the pipe.
 #[derive(Debug)]
 pub struct Drain {
     shared: Arc<Shared>,
-    thread: Option<JoinHandle<io::Result<()>>>,
+    path: PathBuf,
 }
 
 #[derive(Debug)]
 struct Shared {
-    /// Readable when the drain is to stop.
+    /// Readable when the drain is to end.
     stop: OwnedFd,
-    /// Readable when it has ended.
+    /// Readable when `outcome` is known.
     done: OwnedFd,
+    /// All of the stream is in the file; or why not, known before the stream has ended.
+    outcome: OnceLock<io::Result<()>>,
+    /// What still comes is not wanted.
+    discard: AtomicBool,
+    /// Taken from the pipe so far.
     bytes: AtomicU64,
 }
 
 impl Drain {
-    /// Starts moving what comes out of `pipe` to `file`, from `offset` on.
-    pub fn start(pipe: OwnedFd, file: File, offset: u64) -> Result<Drain> {
+    /// Starts moving what comes out of `pipe`, which does not block, to `file`, which is `path`, from `offset` on.
+    pub fn start(pipe: OwnedFd, file: File, path: &Path, offset: u64) -> Result<Drain> {
         let event = || {
             eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
                 .map_err(|error| Error::system("cannot create an eventfd", error))
         };
-        let shared = Arc::new(Shared { stop: event()?, done: event()?, bytes: AtomicU64::new(0) });
+        let shared = Arc::new(Shared {
+            stop: event()?,
+            done: event()?,
+            outcome: OnceLock::new(),
+            discard: AtomicBool::new(false),
+            bytes: AtomicU64::new(0),
+        });
         let theirs = Arc::clone(&shared);
-        let thread = sys::spawn_quiet("instantsnap", move || {
-            let result = run(pipe, &file, offset, &theirs);
-            signal(&theirs.done);
-            result
-        })?;
-        Ok(Drain { shared, thread: Some(thread) })
+        // Not joined: a file system that hangs must not hang whoever gives up on it.
+        sys::spawn_quiet("instantsnap", move || theirs.run(&pipe, &file, offset))?;
+        Ok(Drain { shared, path: path.into() })
     }
 
-    /// Becomes readable when the drain has ended.
+    /// Becomes readable when [`Drain::outcome`] is there.
     pub fn done(&self) -> BorrowedFd<'_> {
         self.shared.done.as_fd()
     }
 
-    /// Bytes written so far.
+    /// Bytes taken from the pipe so far.
     pub fn bytes(&self) -> u64 {
         self.shared.bytes.load(Ordering::Relaxed)
     }
 
-    /// Tells the drain to end where it is. QEMU, whose pipe has no reader then, fails its migration.
-    pub fn stop(&self) {
-        signal(&self.shared.stop);
+    /// From now on nothing is written any more.
+    pub fn discard(&self) {
+        self.shared.discard.store(true, Ordering::Relaxed);
     }
 
-    /// Waits for its end: Ok when the stream ended and all of it is in the file.
-    pub fn join(mut self) -> Result<u64> {
-        let result = self.thread.take().map_or(Ok(Ok(())), JoinHandle::join);
-        match result {
-            Ok(Ok(())) => Ok(self.bytes()),
-            Ok(Err(error)) => Err(Error::system("cannot write the memory snapshot file", error)),
-            Err(_) => Err(Error::new(Code::InternalError, "the thread that writes memory panicked")),
-        }
+    /// Once it is known: the stream's bytes, all of them in the file; or why they are not.
+    pub fn outcome(&self) -> Option<Result<u64>> {
+        self.shared.outcome.get().map(|outcome| match outcome {
+            Ok(()) => Ok(self.bytes()),
+            Err(error) => Err(Error::new(
+                Code::SystemError,
+                format!("cannot write memory snapshot file '{}': {error}", self.path.display()),
+            )),
+        })
     }
 }
 
 impl Drop for Drain {
     fn drop(&mut self) {
-        // Not joined: a file system that hangs must not hang whoever gives up on it.
-        self.stop();
+        signal(&self.shared.stop);
     }
 }
 
@@ -89,26 +100,56 @@ fn signal(event: &OwnedFd) {
     let _ = rustix::io::write(event, &1u64.to_ne_bytes());
 }
 
-fn run(pipe: OwnedFd, file: &File, mut offset: u64, shared: &Shared) -> io::Result<()> {
-    let mut spliced = true;
-    loop {
-        let mut fds = [PollFd::new(&pipe, PollFlags::IN), PollFd::new(&shared.stop, PollFlags::IN)];
-        rustix::io::retry_on_intr(|| poll(&mut fds, None))?;
-        if !fds[1].revents().is_empty() {
-            return Err(io::Error::new(io::ErrorKind::Interrupted, "stopped"));
-        }
-        let moved = if spliced { splice_chunk(&pipe, file, offset) } else { copy_chunk(&pipe, file, offset) };
-        match moved {
-            Ok(0) => return Ok(()),
-            Ok(moved) => {
-                offset += moved as u64;
-                shared.bytes.fetch_add(moved as u64, Ordering::Relaxed);
+impl Shared {
+    fn run(&self, pipe: &OwnedFd, file: &File, offset: u64) {
+        let outcome = self.fill(pipe, file, offset);
+        let unread = outcome.is_err();
+        let _ = self.outcome.set(outcome);
+        signal(&self.done);
+        if unread {
+            while self.wait(pipe) {
+                match throw_away(pipe) {
+                    Ok(0) => return,
+                    Ok(got) => self.count(got),
+                    Err(Errno::AGAIN | Errno::INTR) => {}
+                    Err(_) => return,
+                }
             }
-            Err(Errno::AGAIN | Errno::INTR) => {}
-            // A file system that cannot take pages from a pipe.
-            Err(Errno::INVAL) if spliced => spliced = false,
-            Err(error) => return Err(error.into()),
         }
+    }
+
+    fn fill(&self, pipe: &OwnedFd, file: &File, mut offset: u64) -> io::Result<()> {
+        let mut spliced = true;
+        loop {
+            if !self.wait(pipe) || self.discard.load(Ordering::Relaxed) {
+                return Err(io::Error::other("it is not wanted any more"));
+            }
+            let moved = if spliced { splice_chunk(pipe, file, offset) } else { copy_chunk(pipe, file, offset) };
+            match moved {
+                Ok(0) => return Ok(()),
+                Ok(moved) => {
+                    offset += moved as u64;
+                    self.count(moved);
+                }
+                Err(Errno::AGAIN | Errno::INTR) => {}
+                // A file system that cannot take pages from a pipe.
+                Err(Errno::INVAL) if spliced => spliced = false,
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+
+    /// Waits for something in the pipe, its end included; false when the drain is to end.
+    fn wait(&self, pipe: &OwnedFd) -> bool {
+        let mut fds = [PollFd::new(pipe, PollFlags::IN), PollFd::new(&self.stop, PollFlags::IN)];
+        match rustix::io::retry_on_intr(|| poll(&mut fds, None)) {
+            Ok(_) => fds[1].revents().is_empty(),
+            Err(_) => false,
+        }
+    }
+
+    fn count(&self, bytes: usize) {
+        self.bytes.fetch_add(bytes as u64, Ordering::Relaxed);
     }
 }
 
@@ -122,4 +163,9 @@ fn copy_chunk(pipe: &OwnedFd, file: &File, offset: u64) -> rustix::io::Result<us
     let read = rustix::io::read(pipe, &mut buffer)?;
     file.write_all_at(&buffer[..read], offset).map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO))?;
     Ok(read)
+}
+
+/// Takes what is in a pipe that does not block, and forgets it; 0 at its end.
+pub fn throw_away(pipe: &OwnedFd) -> rustix::io::Result<usize> {
+    rustix::io::read(pipe, &mut [0; 64 << 10])
 }

@@ -7,7 +7,7 @@ mod drain;
 mod feed;
 mod file;
 
-pub use drain::Drain;
+pub use drain::{Drain, throw_away};
 pub use feed::Feed;
 pub use file::{Image, MemoryImage};
 

@@ -111,11 +111,26 @@ impl Dialled {
         };
         monitor.version = (major, minor);
         monitor.run("cannot begin QMP", Command::new("qmp_capabilities", json!({})), deadline)?;
+        if monitor.qemu.is_none() {
+            monitor.qemu = monitor.qemu_by_its_threads(deadline);
+        }
         Ok(monitor)
     }
 }
 
 impl Monitor {
+    /// Who is behind a socket that another process listens on, where that one can be seen from here: QEMU knows its vCPUs'
+    /// threads by the numbers that /proc has them by.
+    fn qemu_by_its_threads(&mut self, deadline: Deadline) -> Option<Peer> {
+        sys::peer_pid(self.socket.as_fd())?;
+        let vcpus = self.execute(Command::new("query-cpus-fast", json!({})), deadline).ok()?;
+        let threads: Vec<_> = vcpus.as_array()?.iter().filter_map(|vcpu| vcpu["thread-id"].as_u64()).collect();
+        let status = std::fs::read_to_string(format!("/proc/{}/status", threads.first()?)).ok()?;
+        let pid: u32 = status.lines().find_map(|line| line.strip_prefix("Tgid:"))?.trim().parse().ok()?;
+        let all = threads.iter().all(|thread| Path::new(&format!("/proc/{pid}/task/{thread}")).exists());
+        open_qemu(pid).filter(|_| all)
+    }
+
     /// The events that have come since the last call.
     pub fn take_events(&mut self) -> Vec<Event> {
         self.events.drain(..).collect()

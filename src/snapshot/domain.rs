@@ -6,9 +6,9 @@ use quick_xml::escape::escape;
 use roxmltree::Node;
 
 use super::xml;
-use crate::error::{Code, Error, Result, fail};
+use crate::error::{Result, fail};
 
-/// A `<domain>` document, kept to the letter.
+/// A `<domain>` element, kept to the letter.
 #[derive(Clone, Debug)]
 pub struct Domain {
     text: String,
@@ -70,11 +70,12 @@ pub struct Machine {
 impl Domain {
     /// Reads `<domain>`.
     pub fn parse(text: &str) -> Result<Domain> {
-        let document = xml::parse(text, "domain")?;
+        let document = xml::parse(text, "domain", &xml::GIVEN)?;
         let root = document.root_element();
         let Some(name) = xml::text(root, "name") else { fail!(XmlError, "<domain> XML has no <name>") };
         let disks = disk_nodes(root).filter_map(disk).collect();
-        Ok(Domain { text: text.into(), name, disks })
+        // Without what a file has around it (an XML declaration), and a document inside another cannot have.
+        Ok(Domain { text: text[root.range()].into(), name, disks })
     }
 
     /// A document of our own for a QEMU without one: enough for a person, and for libvirt's save image tools.
@@ -104,7 +105,7 @@ impl Domain {
 
     /// The document with these disks on these images; everything else to the letter.
     pub fn with_sources(&self, sources: &[Source]) -> Result<String> {
-        let document = xml::parse(&self.text, "domain")?;
+        let document = xml::parse(&self.text, "domain", &xml::GIVEN)?;
         let mut edits = Vec::new();
         for node in disk_nodes(document.root_element()) {
             let Some(target) = xml::attribute(node, "target", "dev") else { continue };
@@ -180,9 +181,7 @@ fn edit_disk(disk: Node, source: &Source, edits: &mut Edits) -> Result<()> {
     Ok(())
 }
 
-/// The text of a `<domain>` element inside a larger document.
-pub fn element_text(node: Node) -> Result<String> {
-    let text = &node.document().input_text()[node.range()];
-    Domain::parse(text).map_err(|error| Error::new(Code::XmlError, format!("the <domain> of a snapshot: {error}")))?;
-    Ok(text.into())
+/// The text of a `<domain>` element inside a larger document; `None` where it has no name.
+pub fn element_text(node: Node) -> Option<String> {
+    xml::text(node, "name").map(|_| node.document().input_text()[node.range()].into())
 }

@@ -114,11 +114,12 @@ impl Record {
     /// Reads what [`Record::to_xml`] wrote.
     pub fn parse(text: &str) -> Result<Record> {
         let damaged = |what: &str| Error::new(Code::InvalidDomainSnapshot, format!("snapshot metadata {what}"));
-        let document = xml::parse(text, "domainsnapshot").map_err(|error| damaged(&format!("is damaged: {error}")))?;
+        let document = xml::parse(text, "domainsnapshot", &xml::RECORDED)
+            .map_err(|error| damaged(&format!("is damaged: {error}")))?;
         let root = document.root_element();
         let required = |what| xml::text(root, what).ok_or_else(|| damaged(&format!("has no <{what}>")));
         let name = required("name")?;
-        check_name(&name)?;
+        check_name(&name).map_err(|error| damaged(&format!("is damaged: {error}")))?;
         let state = match required("state")?.as_str() {
             "running" => State::Running,
             "paused" => State::Paused,
@@ -135,7 +136,7 @@ impl Record {
             memory_file: xml::attribute(root, "memory", "file").ok_or_else(|| damaged("names no memory image"))?.into(),
             disks: xml::children(disks, "disk").map(RecordedDisk::parse).collect::<Result<_>>()?,
             nvram: xml::children(disks, "nvram").map(RecordedNvram::parse).collect::<Result<_>>()?,
-            domain_xml: domain::element_text(domain)?,
+            domain_xml: domain::element_text(domain).ok_or_else(|| damaged("has a <domain> without a name"))?,
         })
     }
 }

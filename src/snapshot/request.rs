@@ -53,7 +53,7 @@ pub struct DiskRequest {
 impl Request {
     /// Reads `<domainsnapshot>`.
     pub fn parse(text: &str) -> Result<Request> {
-        let document = xml::parse(text, "domainsnapshot")?;
+        let document = xml::parse(text, "domainsnapshot", &xml::GIVEN)?;
         let root = document.root_element();
         let name = xml::text(root, "name");
         if let Some(name) = &name {

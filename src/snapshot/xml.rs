@@ -1,18 +1,29 @@
-//! Reading XML safely: bounded size, no DTD (thus no entities), and a few words for walking the tree.
+//! Reading XML safely: bounded in every way, no DTD (thus no entities), and a few words for walking the tree.
 
 use roxmltree::{Document, Node, ParsingOptions};
 
 use crate::error::{Code, Error, Result, fail};
 
-/// Larger than any XML that libvirt writes.
-const LONGEST: usize = 8 << 20;
+/// How much XML is accepted.
+#[derive(Debug)]
+pub struct Limits {
+    bytes: usize,
+    nodes: u32,
+    /// The parser compares every declaration with every other of the elements around it, and each time again.
+    namespaces: usize,
+    /// The parser compares every attribute of an element with every other.
+    attributes: usize,
+}
+
+/// What comes from outside: more than any XML that libvirt writes.
+pub const GIVEN: Limits = Limits { bytes: 8 << 20, nodes: 1 << 20, namespaces: 256, attributes: 1000 };
+/// What we wrote ourselves: whatever was accepted, with its texts escaped, and some more.
+pub const RECORDED: Limits = Limits { bytes: 128 << 20, nodes: 2 << 20, namespaces: 512, attributes: 1000 };
 
 /// Parses `text`, whose root must be `root`.
-pub fn parse<'a>(text: &'a str, root: &str) -> Result<Document<'a>> {
-    if text.len() > LONGEST {
-        fail!(XmlDetail, "<{root}> XML is {} bytes, at most {LONGEST} are accepted", text.len());
-    }
-    let options = ParsingOptions { allow_dtd: false, nodes_limit: 1 << 20, ..ParsingOptions::default() };
+pub fn parse<'a>(text: &'a str, root: &str, limits: &Limits) -> Result<Document<'a>> {
+    check_limits(text, root, limits)?;
+    let options = ParsingOptions { allow_dtd: false, nodes_limit: limits.nodes, ..ParsingOptions::default() };
     let document = Document::parse_with_options(text, options)
         .map_err(|error| Error::new(Code::XmlDetail, format!("cannot parse <{root}> XML: {error}")))?;
     let found = document.root_element().tag_name().name();
@@ -20,6 +31,27 @@ pub fn parse<'a>(text: &'a str, root: &str) -> Result<Document<'a>> {
         fail!(XmlError, "unexpected root element <{found}>, expecting <{root}>");
     }
     Ok(document)
+}
+
+/// Looks before the parser does, which makes room for all that there may be first.
+fn check_limits(text: &str, root: &str, limits: &Limits) -> Result<()> {
+    let Limits { bytes, nodes, namespaces, attributes } = *limits;
+    if text.len() > bytes {
+        fail!(XmlDetail, "<{root}> XML is {} bytes, at most {bytes} are accepted", text.len());
+    }
+    // A node has two at most.
+    if text.bytes().filter(|byte| *byte == b'<').count() > 2 * nodes as usize {
+        fail!(XmlDetail, "<{root}> XML has too many elements, at most {nodes} are accepted");
+    }
+    if text.matches("xmlns").nth(namespaces).is_some() {
+        fail!(XmlDetail, "<{root}> XML has too many namespaces, at most {namespaces} are accepted");
+    }
+    // The next tag begins with the next `<`, which no attribute can hold.
+    let is_value = |rest: &&str| rest.trim_start().starts_with(['\'', '"']);
+    if text.split('<').any(|tag| tag.split('=').skip(1).filter(is_value).nth(attributes).is_some()) {
+        fail!(XmlDetail, "<{root}> XML has too many attributes, at most {attributes} of an element are accepted");
+    }
+    Ok(())
 }
 
 /// The first child element of this name.

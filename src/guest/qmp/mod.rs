@@ -26,6 +26,9 @@ const GREETING: Duration = Duration::from_secs(5);
 /// The first QEMU with background snapshots.
 const OLDEST: (u64, u64) = (6, 0);
 
+/// The oldest of the newer ones whose behaviour was measured, where it differs from 7.2's.
+const MEASURED: (u64, u64) = (10, 0);
+
 /// A QEMU with a QMP socket.
 #[derive(Debug)]
 pub struct QmpConnector {
@@ -66,8 +69,12 @@ impl Connector for QmpConnector {
     fn begin(&self) -> Result<Box<dyn Guest + '_>> {
         let deadline = Deadline::after(GREETING);
         let dialled = Monitor::dial(&self.socket, deadline)?;
-        let exclusive = Exclusive::take(&self.socket, dialled.qemu())?;
+        let mut exclusive = vec![Exclusive::take(&self.socket, dialled.qemu())?];
+        let known = dialled.qemu().is_some();
         let monitor = dialled.greet(deadline)?;
+        if let (false, Some(qemu)) = (known, &monitor.qemu) {
+            exclusive.push(Exclusive::take(&self.socket, Some(qemu))?);
+        }
         check_version(&monitor)?;
         Ok(Box::new(QmpGuest {
             connector: self,
@@ -91,7 +98,7 @@ fn check_version(monitor: &Monitor) -> Result<()> {
 struct QmpGuest<'a> {
     connector: &'a QmpConnector,
     monitor: Monitor,
-    _exclusive: Exclusive,
+    _exclusive: Vec<Exclusive>,
     overlays: Vec<Overlay>,
     events: Vec<Event>,
 }
@@ -125,7 +132,12 @@ impl Guest for QmpGuest<'_> {
     fn background_keeps_paused(&self) -> bool {
         // Measured: 7.2 starts the guest by itself once tracking is armed, 10.0 restores the state it found. What those
         // in between do cannot be asked, and was not tried.
-        self.monitor.version >= (10, 0)
+        self.monitor.version >= MEASURED
+    }
+
+    fn background_can_be_cancelled(&self) -> bool {
+        // Measured likewise: 7.2 leaves it protected, 10.0 does not.
+        self.monitor.version >= MEASURED
     }
 
     fn create_overlays(&mut self, disks: &[DiskPlan]) -> Result<()> {
@@ -152,7 +164,7 @@ impl Guest for QmpGuest<'_> {
         match status.status.as_str() {
             // On a running guest `cont` would be harmless, but tell everybody of a stop that never was.
             _ if status.running => Ok(()),
-            "paused" | "postmigrate" | "finish-migrate" | "prelaunch" => commands::cont(self, deadline),
+            "paused" | "postmigrate" | "finish-migrate" | "prelaunch" | "io-error" => commands::cont(self, deadline),
             other => fail!(OperationFailed, "cannot resume the guest: its state is now '{other}'"),
         }
     }
@@ -199,6 +211,8 @@ impl Guest for QmpGuest<'_> {
                 // Another QEMU can have taken the socket over: that one is not ours to touch.
                 let same = match (&monitor.qemu, &self.monitor.qemu) {
                     (Some(new), Some(old)) => new.pid == old.pid && !old.has_ended(),
+                    // Where neither is known, the socket is all there is to go by.
+                    (None, None) => true,
                     _ => false,
                 };
                 if same {

@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The C library: where it is found, what its functions are, how its strings and errors become Python's.
+
+Nothing here knows what a snapshot is. Every function of instantsnap.h is in FUNCTIONS, once.
+"""
+
+import ctypes
+import os
+import threading
+from ctypes import (POINTER, Structure, c_char_p, c_int, c_size_t, c_uint, c_uint32, c_uint64,
+                    c_void_p)
+from pathlib import Path
+from typing import Any, Optional, Union
+
+from ._errors import Error, LibraryNotFound, error_of
+
+ENVIRONMENT = "INSTANTSNAP_LIBRARY"
+SONAME = "libinstantsnap.so.0"
+
+StrPath = Union[str, "os.PathLike[str]"]
+
+
+class CError(Structure):
+    """instantsnap_error"""
+    _fields_ = [("code", c_int),
+                ("domain", c_int),
+                ("message", c_char_p)]
+
+
+class CStats(Structure):
+    """instantsnap_stats"""
+    _fields_ = [("size", c_size_t),
+                ("validate_us", c_uint64),
+                ("plan_us", c_uint64),
+                ("prepare_us", c_uint64),
+                ("pause_us", c_uint64),
+                ("switch_us", c_uint64),
+                ("arm_us", c_uint64),
+                ("drain_us", c_uint64),
+                ("finish_us", c_uint64),
+                ("undo_us", c_uint64),
+                ("total_us", c_uint64),
+                ("instant_us", c_uint64),
+                ("guest_paused_us", c_uint64),
+                ("memory_image_bytes", c_uint64),
+                ("pause_from_events", c_uint32),
+                ("disks", c_uint32)]
+
+
+class CRevertDisk(Structure):
+    """instantsnap_revert_disk"""
+    _fields_ = [("size", c_size_t),
+                ("name", c_char_p),
+                ("file", c_char_p),
+                ("format", c_char_p),
+                ("backing_file", c_char_p)]
+
+
+# Handles are c_void_p. So are strings that are the caller's to free: ctypes turns a result of c_char_p into bytes
+# and forgets the pointer, which is right for borrowed strings only.
+_GUEST = _PLAN = _SNAPSHOT = _OWNED_STRING = c_void_p
+
+#: name -> (result, parameters), in the order of the header.
+FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
+    "instantsnap_version": (c_char_p, []),
+    "instantsnap_last_error": (POINTER(CError), []),
+    "instantsnap_free_string": (None, [_OWNED_STRING]),
+    "instantsnap_free_string_list": (None, [c_void_p]),
+    "instantsnap_open_qmp": (_GUEST, [c_char_p, c_char_p, c_char_p]),
+    "instantsnap_close": (None, [_GUEST]),
+    "instantsnap_set_pause_limit": (c_int, [_GUEST, c_uint]),
+    "instantsnap_snapshot_create_xml": (c_int, [_GUEST, c_char_p, c_uint, POINTER(_OWNED_STRING)]),
+    "instantsnap_snapshot_cancel": (c_int, [_GUEST]),
+    "instantsnap_get_stats": (c_int, [_GUEST, POINTER(CStats)]),
+    "instantsnap_snapshot_list": (c_int, [_GUEST, POINTER(c_void_p)]),
+    "instantsnap_snapshot_get_xml": (_OWNED_STRING, [_GUEST, c_char_p]),
+    "instantsnap_snapshot_current": (_OWNED_STRING, [_GUEST]),
+    "instantsnap_snapshot_prepare_revert": (_PLAN, [c_char_p, c_char_p, c_char_p]),
+    "instantsnap_revert_plan_disk_count": (c_size_t, [_PLAN]),
+    "instantsnap_revert_plan_get_disk": (c_int, [_PLAN, c_size_t, POINTER(CRevertDisk)]),
+    "instantsnap_revert_plan_memory_file": (c_char_p, [_PLAN]),
+    "instantsnap_revert_plan_domain_xml": (c_char_p, [_PLAN]),
+    "instantsnap_revert_plan_free": (None, [_PLAN]),
+    "instantsnap_snapshot_load": (c_int, [_GUEST, c_char_p, c_uint]),
+    "instantsnap_snapshot_get_name": (c_char_p, [_SNAPSHOT]),
+    "instantsnap_snapshot_free": (None, [_SNAPSHOT]),
+}
+
+_lock = threading.Lock()
+_loaded: Optional[ctypes.CDLL] = None
+
+
+def library() -> ctypes.CDLL:
+    """The C library, loaded at the first call. Raises LibraryNotFound."""
+    global _loaded
+    with _lock:
+        if _loaded is None:
+            _loaded = _load()
+        return _loaded
+
+
+def _load() -> ctypes.CDLL:
+    tried = []
+    for candidate in _candidates():
+        try:
+            found = ctypes.CDLL(candidate)
+        except OSError as error:
+            tried.append(str(error))
+            continue
+        _declare(found, candidate)
+        return found
+    raise LibraryNotFound(
+        f"the instantsnap library was not found: {'; '.join(tried)}. Install {SONAME} where the system's loader "
+        f"finds it, or set {ENVIRONMENT} to its path", name="libinstantsnap")
+
+
+def _candidates() -> list[str]:
+    named = os.environ.get(ENVIRONMENT)
+    if named:
+        return [named]  # what was asked for, or an error: never silently another one
+    here = Path(__file__).resolve().parent
+    beside = [str(here / name) for name in ("libinstantsnap.so", SONAME)]
+    return [path for path in beside if os.path.exists(path)] + [SONAME]
+
+
+def _declare(found: ctypes.CDLL, path: str) -> None:
+    for name, (result, parameters) in FUNCTIONS.items():
+        try:
+            function = getattr(found, name)
+        except AttributeError:
+            raise LibraryNotFound(f"{path} has no function {name}: it is not the instantsnap library, or an older "
+                                  "one than this package needs", name="libinstantsnap", path=path) from None
+        function.restype = result
+        function.argtypes = parameters
+
+
+def last_error() -> Error:
+    """Why the last call failed. To be called in the thread of that call, and before any other call."""
+    error = library().instantsnap_last_error().contents
+    return error_of(error.code, error.domain, (error.message or b"").decode("utf-8", "replace"))
+
+
+def encode(text: StrPath, what: str) -> bytes:
+    """A string or path argument as UTF-8. Raises ValueError where C would see only a part of it."""
+    encoded = os.fspath(text).encode("utf-8", "surrogateescape")
+    if b"\0" in encoded:
+        raise ValueError(f"{what} contains a NUL character")
+    return encoded
+
+
+def encode_optional(text: Optional[StrPath], what: str) -> Optional[bytes]:
+    """Like encode(); None stays None."""
+    return None if text is None else encode(text, what)
+
+
+def decode(text: bytes) -> str:
+    """A string of the library; bytes of a path that are not UTF-8 survive the way back through encode()."""
+    return text.decode("utf-8", "surrogateescape")
+
+
+def take_string(pointer: Optional[int]) -> str:
+    """The text of a string that the library gave us, which is freed. The pointer may not be NULL."""
+    assert pointer
+    try:
+        return decode(ctypes.string_at(pointer))
+    finally:
+        library().instantsnap_free_string(pointer)
+
+
+def take_string_list(pointer: Optional[int]) -> list[str]:
+    """The texts of a NULL-terminated list that the library gave us, which is freed."""
+    if not pointer:
+        return []
+    texts: list[str] = []
+    try:
+        strings = ctypes.cast(pointer, POINTER(c_char_p))
+        while (text := strings[len(texts)]) is not None:
+            texts.append(decode(text))
+    finally:
+        library().instantsnap_free_string_list(pointer)
+    return texts

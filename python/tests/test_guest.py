@@ -1,0 +1,254 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The package against a real QEMU."""
+
+import os
+import signal
+import threading
+import unittest
+from pathlib import Path
+from xml.etree import ElementTree
+
+from instantsnap import Cancelled, Error, ErrorCode, Flag, Guest, NotFound, prepare_revert
+
+from .machine import TestCase
+
+#: Enough to be still flowing when the event that it has begun arrives, and a cancel after it.
+LARGE = 2048
+
+
+class Snapshots(TestCase):
+    def test_instant_snapshot_is_recorded_and_described(self):
+        machine = self.machine()
+        with Guest.open_qmp(machine.qmp, self.state) as guest:
+            self.assertEqual(guest.snapshots(), [])
+            self.assertIsNone(guest.current())
+            name = guest.snapshot(name="one", description="<b> & \"c\" 'd' é")
+            self.assertEqual(name, "one")
+            self.assertEqual(guest.snapshots(), ["one"])
+            self.assertEqual(guest.current(), "one")
+            root = ElementTree.fromstring(guest.xml("one"))
+            self.assertEqual(root.findtext("name"), "one")
+            self.assertEqual(root.findtext("description"), "<b> & \"c\" 'd' é")
+            self.assertTrue(Path(root.find("memory").get("file")).exists())
+        self.assertEqual(machine.status(), "running")
+        self.assertEqual(machine.disk_file(), self.directory / "disk.one")
+
+    def test_stats_are_whole_and_their_phases_add_up(self):
+        machine = self.machine()
+        with Guest.open_qmp(machine.qmp, self.state) as guest:
+            guest.snapshot(name="one")
+            stats = guest.stats()
+        phases = (stats.validate_us + stats.plan_us + stats.prepare_us + stats.pause_us + stats.switch_us
+                  + stats.arm_us + stats.drain_us + stats.finish_us + stats.undo_us)
+        self.assertEqual(phases, stats.total_us)
+        self.assertGreater(stats.guest_paused_us, 0)
+        self.assertLess(stats.guest_paused_us, stats.total_us)
+        self.assertLessEqual(stats.instant_us, stats.total_us)
+        self.assertEqual(stats.disks, 1)
+        self.assertEqual(stats.memory_image_bytes, (self.state / "one.mem").stat().st_size)
+        self.assertIsInstance(stats.pause_from_events, bool)
+
+    def test_plain_snapshot(self):
+        machine = self.machine()
+        with Guest.open_qmp(machine.qmp, self.state) as guest:
+            guest.snapshot(name="plain", instant=False)
+            self.assertEqual(guest.stats().drain_us, 0)
+        self.assertEqual(machine.status(), "running")
+
+    def test_memory_goes_where_it_is_asked_to_go(self):
+        machine = self.machine()
+        memory = self.directory / "a & b <é>.mem"
+        with Guest.open_qmp(machine.qmp, self.state) as guest:
+            guest.snapshot(name="one", memory=memory)
+        self.assertGreater(memory.stat().st_size, 4096)
+
+    def test_xml_is_passed_on_and_the_name_is_the_time_by_default(self):
+        machine = self.machine()
+        with Guest.open_qmp(machine.qmp, self.state) as guest:
+            self.assertRegex(guest.snapshot(), r"^\d+$")
+            self.assertEqual(guest.snapshot("<domainsnapshot><name>x</name></domainsnapshot>"), "x")
+            self.assertEqual(len(guest.snapshots()), 2)
+
+    def test_explicit_flags_take_the_place_of_instant(self):
+        machine = self.machine()
+        flags = Flag.CREATE_LIVE | Flag.CREATE_INSTANT | Flag.CREATE_NO_METADATA
+        with Guest.open_qmp(machine.qmp, self.state) as guest:
+            guest.snapshot(name="one", flags=flags)
+            self.assertEqual(guest.snapshots(), [])
+
+    def test_prepare_revert_and_load(self):
+        machine = self.machine()
+        with Guest.open_qmp(machine.qmp, self.state) as guest:
+            guest.snapshot(name="one")
+            guest.snapshot(name="two")
+        for running, status in ((None, "running"), (True, "running"), (False, "paused")):
+            with self.subTest(running=running):
+                images = self.directory / f"images {running}"
+                images.mkdir()
+                plan = prepare_revert(self.state, "one", images)
+                self.assertEqual(len(plan.disks), 1)
+                disk = plan.disks[0]
+                self.assertEqual(disk.format, "qcow2")
+                self.assertEqual(disk.file.parent, images)
+                self.assertTrue(disk.file.exists())
+                self.assertEqual(disk.backing_file, self.directory / "disk.raw")
+                self.assertEqual(plan.memory_file, self.state / "one.mem")
+                self.assertIsInstance(plan.domain_xml, str)
+                restored = self.machine(name=f"restored-{running}", disk=disk.file, disk_format="qcow2",
+                                        arguments=["-incoming", "defer"])
+                with Guest.open_qmp(restored.qmp, self.state) as guest:
+                    guest.load("one", running)
+                    self.assertEqual(guest.current(), "one")
+                self.assertEqual(restored.status(), status)
+
+
+class Interruption(TestCase):
+    def assert_undone(self, machine, guest):
+        self.assertEqual(guest.snapshots(), [])
+        self.assertEqual([path.name for path in self.state.iterdir() if not path.name.startswith(".")], [])
+        self.assertEqual(machine.disk_file(), machine.disk)
+        self.assertEqual(machine.status(), "running")
+        self.assertFalse([capability for capability in machine.monitor.execute("query-migrate-capabilities")
+                          if capability["capability"] == "background-snapshot" and capability["state"]])
+        self.assertEqual(sorted(path.name for path in self.directory.iterdir() if path.name.startswith("disk")),
+                         ["disk.raw"])
+
+    def test_ctrl_c_during_the_drain_cancels_and_goes_on(self):
+        machine = self.machine(memory=LARGE)
+
+        def interrupt():
+            machine.monitor.wait_for_event("RESUME")
+            os.kill(os.getpid(), signal.SIGINT)
+
+        thread = threading.Thread(target=interrupt)
+        with Guest.open_qmp(machine.qmp, self.state) as guest:
+            thread.start()
+            with self.assertRaises(KeyboardInterrupt):
+                guest.snapshot(name="one")
+            thread.join()
+            self.assert_undone(machine, guest)
+            self.assertEqual(guest.snapshot(name="two"), "two")
+
+    def test_cancel_from_another_thread(self):
+        machine = self.machine(memory=LARGE)
+        with Guest.open_qmp(machine.qmp, self.state) as guest:
+            def cancel():
+                machine.monitor.wait_for_event("RESUME")
+                guest.cancel()
+
+            thread = threading.Thread(target=cancel)
+            thread.start()
+            with self.assertRaises(Cancelled) as caught:
+                guest.snapshot(name="one")
+            thread.join()
+            self.assertEqual(caught.exception.code, ErrorCode.OPERATION_ABORTED)
+            self.assert_undone(machine, guest)
+            self.assertGreater(guest.stats().undo_us, 0)
+
+    def test_a_second_snapshot_meanwhile_is_refused_and_does_no_harm(self):
+        machine = self.machine(memory=LARGE)
+        refused = []
+        with Guest.open_qmp(machine.qmp, self.state) as guest:
+            def second():
+                machine.monitor.wait_for_event("RESUME")
+                try:
+                    guest.snapshot(name="two")
+                except Error as error:
+                    refused.append(error)
+
+            thread = threading.Thread(target=second)
+            thread.start()
+            guest.snapshot(name="one")
+            thread.join()
+            self.assertEqual([error.code for error in refused], [ErrorCode.OPERATION_INVALID])
+            self.assertEqual(guest.snapshots(), ["one"])
+
+
+class Refusals(TestCase):
+    def assert_error(self, code, call, *arguments, **options):
+        with self.assertRaises(Error) as caught:
+            call(*arguments, **options)
+        self.assertEqual(caught.exception.code, code, caught.exception.message)
+        self.assertTrue(caught.exception.message)
+        self.assertEqual(str(caught.exception), caught.exception.message)
+        self.assertEqual(caught.exception.domain, 10)
+
+    def test_no_socket_and_no_directory(self):
+        self.assert_error(ErrorCode.SYSTEM_ERROR, Guest.open_qmp, self.directory / "none", self.state)
+        machine = self.machine()
+        self.assert_error(ErrorCode.SYSTEM_ERROR, Guest.open_qmp, machine.qmp, self.directory / "none")
+        self.assert_error(ErrorCode.XML_DETAIL, Guest.open_qmp, machine.qmp, self.state, "<domain")
+
+    def test_bad_xml(self):
+        machine = self.machine()
+        with Guest.open_qmp(machine.qmp, self.state) as guest:
+            self.assert_error(ErrorCode.XML_DETAIL, guest.snapshot, "<domainsnapshot>")
+            self.assert_error(ErrorCode.XML_DETAIL, guest.snapshot, name="a/b")
+            with self.assertRaises(ValueError):
+                guest.snapshot("<domainsnapshot/>", name="x")
+            with self.assertRaises(ValueError):
+                guest.snapshot("<domainsnapshot/>\0")
+            self.assertEqual(machine.disk_file(), machine.disk)
+
+    def test_wrong_flags(self):
+        machine = self.machine()
+        with Guest.open_qmp(machine.qmp, self.state) as guest:
+            for flags in (1 << 20, Flag.CREATE_INSTANT,
+                          Flag.CREATE_INSTANT | Flag.CREATE_LIVE | Flag.CREATE_DISK_ONLY):
+                self.assert_error(ErrorCode.INVALID_ARG, guest.snapshot, flags=flags)
+            self.assert_error(ErrorCode.OPERATION_UNSUPPORTED, guest.snapshot, flags=Flag.CREATE_DISK_ONLY)
+            for flags in (-1, 1 << 32):
+                with self.assertRaises(ValueError):
+                    guest.snapshot(flags=flags)
+
+    def test_a_name_that_exists(self):
+        machine = self.machine()
+        with Guest.open_qmp(machine.qmp, self.state) as guest:
+            guest.snapshot(name="one")
+            self.assert_error(ErrorCode.OPERATION_INVALID, guest.snapshot, name="one")
+
+    def test_unknown_names(self):
+        machine = self.machine()
+        with Guest.open_qmp(machine.qmp, self.state) as guest:
+            with self.assertRaises(NotFound):
+                guest.xml("none")
+            with self.assertRaises(NotFound):
+                guest.load("none")
+            with self.assertRaises(NotFound):
+                prepare_revert(self.state, "none")
+
+    def test_load_into_a_guest_that_waits_for_nothing(self):
+        machine = self.machine()
+        with Guest.open_qmp(machine.qmp, self.state) as guest:
+            guest.snapshot(name="one")
+            with self.assertRaises(Error):
+                guest.load("one")
+        self.assertEqual(machine.status(), "running")
+
+    def test_nothing_yet(self):
+        machine = self.machine()
+        with Guest.open_qmp(machine.qmp, self.state) as guest:
+            self.assert_error(ErrorCode.OPERATION_INVALID, guest.stats)
+            self.assert_error(ErrorCode.OPERATION_INVALID, guest.cancel)
+
+    def test_pause_limit(self):
+        machine = self.machine()
+        with Guest.open_qmp(machine.qmp, self.state) as guest:
+            for seconds in (0, -1, 0.0001, 2**32, float("nan"), float("inf")):
+                with self.subTest(seconds), self.assertRaises(ValueError):
+                    guest.pause_limit(seconds)
+            guest.pause_limit(30)
+            guest.pause_limit(0.001)
+
+    def test_a_closed_guest(self):
+        machine = self.machine()
+        guest = Guest.open_qmp(machine.qmp, self.state)
+        guest.close()
+        guest.close()
+        for call in (guest.snapshot, guest.snapshots, guest.current, guest.stats, guest.cancel,
+                     lambda: guest.xml("one"), lambda: guest.load("one"), lambda: guest.pause_limit(1)):
+            self.assert_error(ErrorCode.INVALID_ARG, call)
+
+
+if __name__ == "__main__":
+    unittest.main()
