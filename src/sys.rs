@@ -1,18 +1,19 @@
 //! The system calls that no safe wrapper covers, and small helpers around files that several modules share.
 
+use std::convert::Infallible;
+use std::ffi::{c_int, c_short, c_uint};
 use std::fs::{File, Permissions};
 use std::io;
 use std::mem::MaybeUninit;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{MetadataExt, PermissionsExt, fchown};
 use std::path::Path;
 use std::thread::{Builder, JoinHandle};
 
 use crate::error::{Error, Result};
 
-/// Starts a thread in which every signal is blocked, so that the caller's handlers never run in it, and a pipe whose
-/// reader is gone answers EPIPE rather than SIGPIPE.
-pub fn spawn_quiet<T: Send + 'static>(name: &str, body: impl FnOnce() -> T + Send + 'static) -> Result<JoinHandle<T>> {
+/// Blocks every signal in this thread for the time of `body`; what is started in it inherits that.
+fn with_signals_blocked<T>(body: impl FnOnce() -> T) -> T {
     let mut all = MaybeUninit::<libc::sigset_t>::uninit();
     let mut before = MaybeUninit::<libc::sigset_t>::uninit();
     // SAFETY: both point to storage for a sigset_t; sigfillset initialises `all` before it is read, and the first
@@ -21,11 +22,89 @@ pub fn spawn_quiet<T: Send + 'static>(name: &str, body: impl FnOnce() -> T + Sen
         libc::sigfillset(all.as_mut_ptr());
         libc::pthread_sigmask(libc::SIG_SETMASK, all.as_ptr(), before.as_mut_ptr());
     }
-    // The new thread inherits the mask of this moment.
-    let thread = Builder::new().name(name.into()).spawn(body);
+    let result = body();
     // SAFETY: `before` was initialised above.
     unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, before.as_ptr(), std::ptr::null_mut()) };
-    thread.map_err(|error| Error::system("cannot start a thread", error))
+    result
+}
+
+/// Starts a thread in which every signal is blocked, so that the caller's handlers never run in it, and a pipe whose
+/// reader is gone answers EPIPE rather than SIGPIPE.
+pub fn spawn_quiet<T: Send + 'static>(name: &str, body: impl FnOnce() -> T + Send + 'static) -> Result<JoinHandle<T>> {
+    with_signals_blocked(|| Builder::new().name(name.into()).spawn(body))
+        .map_err(|error| Error::system("cannot start a thread", error))
+}
+
+/// Forks a process that is nobody's child, in a session of its own, with every signal blocked. The caller's process gets no
+/// SIGCHLD, and has nothing to reap.
+///
+/// # Safety
+/// `body` must be fit for the child of a process with threads: system calls on memory that exists already, no allocation,
+/// no lock, no panic.
+pub unsafe fn fork_orphan(body: impl FnOnce() -> Infallible) -> io::Result<()> {
+    // A bare clone with no flags is a fork without SIGCHLD, and without the handlers of pthread_atfork.
+    // SAFETY: no flags, thus no shared memory and no new stack. The child goes on with a copy of this one.
+    let fork = || unsafe { libc::syscall(libc::SYS_clone, 0, 0, 0, 0, 0) };
+    with_signals_blocked(|| {
+        match fork() {
+            -1 => Err(io::Error::last_os_error()),
+            0 => {
+                // SAFETY: a system call without arguments.
+                unsafe { libc::setsid() };
+                if fork() == 0 {
+                    match body() {}
+                }
+                exit_now()
+            }
+            child => {
+                let mut status = 0;
+                // SAFETY: `status` is live; the child is ours. Should somebody else have reaped it, the call fails, and
+                // nothing is lost.
+                while unsafe { libc::waitpid(child as libc::pid_t, &raw mut status, libc::__WALL) } == -1
+                    && io::Error::last_os_error().kind() == io::ErrorKind::Interrupted
+                {}
+                Ok(())
+            }
+        }
+    })
+}
+
+/// Ends a process that [`fork_orphan`] has started.
+pub fn exit_now() -> ! {
+    // SAFETY: ends the process without running anything of it.
+    unsafe { libc::_exit(0) }
+}
+
+/// Closes every descriptor but these, which become 0, 1 and 2. For a process that [`fork_orphan`] has started.
+pub fn keep_only(fds: [c_int; 3]) -> Option<[c_int; 3]> {
+    let mut kept = [0, 1, 2];
+    // First out of the way of each other, then to their places.
+    for (to, from) in kept.iter_mut().zip(fds) {
+        // SAFETY: duplicates a descriptor to a free number.
+        *to = unsafe { libc::fcntl(from, libc::F_DUPFD_CLOEXEC, 10) };
+        if *to == -1 {
+            return None;
+        }
+    }
+    for (place, from) in kept.iter_mut().enumerate() {
+        // SAFETY: in this process nobody uses these numbers.
+        *from = unsafe { libc::dup2(*from, place as c_int) };
+    }
+    // SAFETY: as above; an error (Linux before 5.9 has no such call) is made good below.
+    if unsafe { libc::syscall(libc::SYS_close_range, 3, c_uint::MAX, 0) } == -1 {
+        // SAFETY: closing a number that is not open is an error without effect.
+        (3..65536).for_each(|fd| unsafe {
+            libc::close(fd);
+        });
+    }
+    Some([0, 1, 2])
+}
+
+/// Waits until a descriptor is ready for `events`, for so many milliseconds (-1: for ever).
+pub fn wait_ready(fd: &OwnedFd, events: c_short, milliseconds: c_int) -> bool {
+    let mut poll = libc::pollfd { fd: fd.as_raw_fd(), events, revents: 0 };
+    // SAFETY: points to one live pollfd.
+    unsafe { libc::poll(&raw mut poll, 1, milliseconds) > 0 }
 }
 
 /// Makes the entry of `path` in its directory durable.

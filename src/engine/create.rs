@@ -6,6 +6,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use super::cancel::Cancel;
 use super::clock::{By, Clock, Phase};
+use super::guard::{Done, Guard, Script};
 use super::migration::{Mode, Settings, Stream, wait_armed};
 use super::nvram;
 use super::reactivate::reactivate_disks;
@@ -197,6 +198,9 @@ impl Job<'_> {
         let (settings, _) = made.settings.insert((settings, self.mode));
         settings.apply(guest, self.mode)?;
         let stream = made.stream.insert(Stream::open(guest, image)?);
+        let script = Script::new(&settings.script(self.mode));
+        made.guard = guest.monitor_socket().and_then(|monitor| Guard::start(monitor, stream.pipe(), &script));
+        let note = |done| made.guard.iter().for_each(|guard| guard.note(done));
         self.flush_disks();
         cancel.check()?;
 
@@ -205,6 +209,7 @@ impl Job<'_> {
         if self.running {
             clock.enter(Phase::Pause);
             made.paused = true;
+            note(Done::Paused);
             guest.pause(deadline)?;
             cancel.check()?;
         }
@@ -215,6 +220,7 @@ impl Job<'_> {
 
         clock.enter(Phase::Arm);
         made.migrating = true;
+        note(if self.running { Done::Migrating } else { Done::Resumed });
         commands::migrate(guest, super::migration::FD_NAME, deadline)?;
         let bytes = match self.mode {
             Mode::Background => {
@@ -227,6 +233,7 @@ impl Job<'_> {
             guest.resume(Deadline::after(PATIENCE))?;
             let by_commands = (paused_at.elapsed(), By::Commands);
             made.paused = false;
+            note(Done::Resumed);
             clock.stats.paused = Some(by_commands);
         } else if self.mode == Mode::Paused {
             reactivate_disks(guest)?;
@@ -234,10 +241,12 @@ impl Job<'_> {
         let instant = SystemTime::now();
         clock.instant();
 
-        clock.enter(Phase::Drain);
         let bytes = match bytes {
             Some(bytes) => bytes,
-            None => stream.wait_saved(guest, cancel)?,
+            None => {
+                clock.enter(Phase::Drain);
+                stream.wait_saved(guest, cancel)?
+            }
         };
         clock.stats.memory_image_bytes = image.stream_offset() + bytes;
 

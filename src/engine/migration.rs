@@ -1,6 +1,6 @@
 //! QEMU's migration as the means of saving and loading memory: its settings, and waiting for it.
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
@@ -87,6 +87,21 @@ impl Settings {
         Ok(())
     }
 
+    /// What [`Settings::restore`] would say, for whoever says it in its place.
+    pub fn script(&self, mode: Mode) -> Vec<(&'static str, Value)> {
+        let mut parameters = self.parameters_for(mode);
+        for (name, value) in &mut parameters {
+            *value = self.parameters[name].clone();
+        }
+        let capabilities: Vec<_> =
+            self.changeable().map(|(name, state)| json!({ "capability": name, "state": state })).collect();
+        vec![
+            ("closefd", json!({ "fdname": FD_NAME })),
+            ("migrate-set-parameters", Value::Object(parameters)),
+            ("migrate-set-capabilities", json!({ "capabilities": capabilities })),
+        ]
+    }
+
     /// `events` changes nothing but what is told.
     fn changeable(&self) -> impl Iterator<Item = &(String, bool)> {
         self.capabilities.iter().filter(|(name, _)| name != "events")
@@ -152,6 +167,11 @@ impl Stream {
         let drain = Drain::start(read, image.file()?, image.path(), image.stream_offset())?;
         commands::getfd(guest, FD_NAME, write.as_fd(), Deadline::after(PATIENCE))?;
         Ok(Stream { drain, spare })
+    }
+
+    /// QEMU's stream.
+    pub fn pipe(&self) -> BorrowedFd<'_> {
+        self.spare.as_fd()
     }
 
     /// Waits until all of memory is in the file, and QEMU says so. Returns the stream's bytes.

@@ -5,6 +5,7 @@
 mod cancel;
 mod clock;
 mod create;
+mod guard;
 mod load;
 mod migration;
 mod nvram;

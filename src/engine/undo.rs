@@ -5,6 +5,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use super::guard::Guard;
 use super::migration::{FD_NAME, Mode, Settings, Stream};
 use crate::error::{Error, Result};
 use crate::guest::{Guest, PATIENCE, Presence};
@@ -31,6 +32,8 @@ pub struct Made {
     pub stream: Option<Stream>,
     /// The guest ran, and is to run again.
     pub ran: bool,
+    /// Who takes over should this process be killed.
+    pub guard: Option<Guard>,
     /// The guest, which ran, is paused.
     pub paused: bool,
     /// The disks are on their overlays.

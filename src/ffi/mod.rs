@@ -77,17 +77,6 @@ fn c_string(text: impl Into<Vec<u8>>) -> Result<CString> {
     CString::new(text).map_err(|_| Error::new(Code::InternalError, "a string holds a NUL"))
 }
 
-/// Stores a result where the caller wants it, if it does.
-///
-/// # Safety
-/// `to` is NULL or valid for a write.
-unsafe fn store<T>(to: *mut T, value: T) {
-    if !to.is_null() {
-        // SAFETY: not NULL, and valid by the caller's promise.
-        unsafe { to.write(value) };
-    }
-}
-
 /// Fills a structure of the caller's, whose first field is the size that the caller knows it by. Fields that are not
 /// there yet, or any more, are left out or zeroed.
 ///

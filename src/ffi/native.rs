@@ -6,7 +6,7 @@ use std::ptr;
 use std::time::Duration;
 
 use super::header::{instantsnap_guest, instantsnap_revert_plan, instantsnap_snapshot};
-use super::{Registry, abi, boundary, c_string, fill, last_error, optional_text, store, text};
+use super::{Registry, abi, boundary, c_string, fill, last_error, optional_text, text};
 use crate::engine::{self, Handle, Phase, RevertPlan, Stats};
 use crate::error::{Result, fail};
 
@@ -135,8 +135,10 @@ pub unsafe extern "C" fn instantsnap_snapshot_create_xml(
     boundary(-1, || {
         // SAFETY: by the caller's promise.
         let created = unsafe { create(guest, xml, flags) }?;
-        // SAFETY: by the caller's promise.
-        unsafe { store(name, created.into_raw()) };
+        if !name.is_null() {
+            // SAFETY: not NULL, and valid for a write by the caller's promise.
+            unsafe { name.write(created.into_raw()) };
+        }
         Ok(0)
     })
 }
@@ -180,7 +182,7 @@ pub unsafe extern "C" fn instantsnap_get_stats(
 fn convert_stats(stats: &Stats) -> abi::instantsnap_stats {
     let micros = |duration: Duration| u64::try_from(duration.as_micros()).unwrap_or(u64::MAX);
     let phase = |phase| micros(stats.phase(phase));
-    abi::instantsnap_stats {
+    let mut converted = abi::instantsnap_stats {
         size: size_of::<abi::instantsnap_stats>(),
         validate_us: phase(Phase::Validate),
         plan_us: phase(Phase::Plan),
@@ -191,13 +193,28 @@ fn convert_stats(stats: &Stats) -> abi::instantsnap_stats {
         drain_us: phase(Phase::Drain),
         finish_us: phase(Phase::Finish),
         undo_us: phase(Phase::Undo),
-        total_us: micros(stats.total),
+        total_us: 0,
         instant_us: stats.instant.map_or(0, micros),
         guest_paused_us: stats.paused.map_or(0, |(paused, _)| micros(paused)),
         memory_image_bytes: stats.memory_image_bytes,
         pause_from_events: matches!(stats.paused, Some((_, engine::By::Events))).into(),
         disks: stats.disks as u32,
-    }
+    };
+    // The sum of what is told, each part of it cut to whole microseconds.
+    converted.total_us = [
+        converted.validate_us,
+        converted.plan_us,
+        converted.prepare_us,
+        converted.pause_us,
+        converted.switch_us,
+        converted.arm_us,
+        converted.drain_us,
+        converted.finish_us,
+        converted.undo_us,
+    ]
+    .iter()
+    .sum();
+    converted
 }
 
 /// `instantsnap_snapshot_list`.
@@ -216,8 +233,8 @@ pub unsafe extern "C" fn instantsnap_snapshot_list(
         if !names.is_null() {
             let ended = list.into_iter().map(CString::into_raw).chain([ptr::null_mut()]);
             let list = Box::into_raw(ended.collect::<Box<[*mut c_char]>>());
-            // SAFETY: by the caller's promise.
-            unsafe { store(names, list.cast()) };
+            // SAFETY: not NULL, and valid for a write by the caller's promise.
+            unsafe { names.write(list.cast()) };
         }
         Ok(count)
     })

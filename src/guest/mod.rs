@@ -5,6 +5,7 @@
 
 pub mod qmp;
 
+use std::os::fd::BorrowedFd;
 use std::time::Duration;
 
 use crate::error::Result;
@@ -88,6 +89,9 @@ pub trait Guest: Execute {
 
     /// The same as the last two for a QEMU that has ended. `written`: the guest may have run since the switch.
     fn merge_and_discard_offline(&mut self, written: bool) -> Result<()>;
+
+    /// The monitor's socket, where it is one that only this operation uses.
+    fn monitor_socket(&self) -> Option<BorrowedFd<'_>>;
 
     /// Ends the guest.
     fn halt(&mut self) -> Result<()>;

@@ -136,6 +136,11 @@ impl Monitor {
         self.events.drain(..).collect()
     }
 
+    /// The socket, for a process that goes on where this one ends.
+    pub fn socket(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+
     fn send(&self, bytes: &[u8], fd: Option<BorrowedFd>, deadline: Deadline) -> std::result::Result<(), Failure> {
         let mut left = bytes;
         let mut fd = fd;

@@ -6,6 +6,7 @@ mod drives;
 mod overlays;
 mod process;
 
+use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -186,6 +187,10 @@ impl Guest for QmpGuest<'_> {
 
     fn merge_and_discard_offline(&mut self, written: bool) -> Result<()> {
         overlays::merge_and_discard_offline(&mut self.overlays, written)
+    }
+
+    fn monitor_socket(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.monitor.socket())
     }
 
     fn halt(&mut self) -> Result<()> {

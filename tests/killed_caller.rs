@@ -1,0 +1,73 @@
+//! P3: a caller that is killed leaves a guest that runs.
+
+mod common;
+
+use std::os::unix::process::ExitStatusExt;
+use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
+
+use common::{At, INSTANTLY, Opened, machine, named};
+use instantsnap::engine::{Handle, Phase};
+use instantsnap_testkit::{Binary, Guest, fingerprint, wait_for};
+use serde_json::json;
+
+const PHASES: [Phase; 5] = [Phase::Pause, Phase::Switch, Phase::Arm, Phase::Drain, Phase::Finish];
+
+/// Not a test of its own: the process that the tests below start, which kills itself in the phase it is told.
+#[test]
+#[ignore = "run by the other tests"]
+fn child() {
+    let Ok(directory) = std::env::var("INSTANTSNAP_TEST_DIRECTORY") else { return };
+    let phase: usize = std::env::var("INSTANTSNAP_TEST_PHASE").unwrap().parse().unwrap();
+    let directory = Path::new(&directory);
+    let handle = Handle::open_qmp(&directory.join("qmp.sock"), None, &directory.join("state")).unwrap();
+    let mut observer = At(|now| {
+        if now == PHASES[phase] {
+            rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL).unwrap();
+        }
+    });
+    handle.create(&named("killed"), INSTANTLY, &mut observer).unwrap();
+    panic!("it was to be killed");
+}
+
+fn take_snapshot_and_die(guest: &Guest, phase: usize) {
+    let status = Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "child", "--ignored"])
+        .env("INSTANTSNAP_TEST_DIRECTORY", guest.directory())
+        .env("INSTANTSNAP_TEST_PHASE", phase.to_string())
+        .stdout(std::process::Stdio::null())
+        .status()
+        .unwrap();
+    assert_eq!(status.signal(), Some(9), "{status}");
+}
+
+#[test]
+fn a_guest_whose_snapshot_loses_its_caller_runs_on_and_can_be_snapshotted_again() {
+    for binary in Binary::all() {
+        for (index, phase) in PHASES.iter().enumerate() {
+            eprintln!("{}: killed in {phase:?}", binary.name);
+            // Memory enough for the drain to be long, and a guest that writes into all of it.
+            let machine = machine(binary, 1).memory(256).prealloc().append("dense=128");
+            let opened = Opened::start(&machine);
+            let before = fingerprint(&mut opened.guest.control());
+            take_snapshot_and_die(&opened.guest, index);
+            // It counts, and its memory is not write-protected: each round writes every page.
+            opened.guest.wait_ticks(5);
+            // The settings are what they were (P5), once the guard has seen the stream to its end.
+            let settled = wait_for(Duration::from_secs(60), || {
+                let mut client = opened.guest.control();
+                let now = fingerprint(&mut client);
+                let migration = client.execute("query-migrate", json!({})).unwrap();
+                let under_way = ["setup", "active", "cancelling"].iter().any(|status| migration["status"] == *status);
+                let same = ["capabilities", "parameters", "status", "jobs"].iter().all(|part| now.0[part] == before.0[part]);
+                (same && !under_way).then_some(())
+            });
+            assert!(settled.is_some(), "{phase:?}: the migration settings are not what they were");
+            // And the next one works.
+            opened.snapshot("next").unwrap_or_else(|error| opened.guest.fail(&error.message));
+            opened.bring_back("next");
+            opened.guest.wait_ticks(3);
+        }
+    }
+}
