@@ -12,7 +12,8 @@
  *   the process where there is one, untouched; with INSTANT, and where there is none, VIR_ERR_OPERATION_UNSUPPORTED: not
  *   built yet.
  *
- * Errors are in instantsnap_last_error(), with libvirt's codes.
+ * Snapshots of one guest handle can be given with another that has the same state directory: a clone's, to revert.
+ * Errors are in instantsnap_last_error(), with libvirt's codes; NULL for a snapshot is VIR_ERR_INVALID_ARG.
  */
 #ifndef INSTANTSNAP_LIBVIRT_H
 #define INSTANTSNAP_LIBVIRT_H

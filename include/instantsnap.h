@@ -24,15 +24,21 @@
  *   returns is the caller's, to be given back with instantsnap_free_string(). A `const char *` is borrowed: it
  *   lives as long as the object it was read from.
  * - Pointers. NULL where a value is required, a closed handle and a handle that is not ours are
- *   VIR_ERR_INVALID_ARG errors, never a crash.
+ *   VIR_ERR_INVALID_ARG errors, never a crash. Functions without a result leave them as the last error.
  * - Threads. Every function may be called from any thread, also on one handle from several threads at once. Two
  *   operations that change the same guest do not wait for each other: the second fails at once with
  *   VIR_ERR_OPERATION_INVALID.
  * - Time. All durations are microseconds of CLOCK_MONOTONIC, all sizes are bytes.
  * - Structures that the caller provides start with `size`, to be set to sizeof the structure before the call, so
- *   that a later version can add fields without breaking the ABI.
+ *   that a later version can add fields without breaking the ABI: a size that this version knows nothing of is filled
+ *   up with zeros, one too small is VIR_ERR_INVALID_ARG.
  * - Signals and file descriptors. Threads of the library block every signal; every descriptor it opens is
  *   close-on-exec. It neither installs signal handlers nor changes the umask or the working directory.
+ * - Processes. A snapshot forks one process of its own session, the guard, which ends with the call. Should the caller
+ *   be killed before that, the guard resumes the guest, takes QEMU's memory stream to its end (QEMU 7.2 would freeze
+ *   the guest otherwise) and puts the migration settings back. The overlays stay in use then, and the memory image is
+ *   marked incomplete. The guard is no child of the caller's: there is no SIGCHLD and nothing to reap. `qemu-img` is
+ *   run for instantsnap_snapshot_prepare_revert(), and where QEMU itself ends during a snapshot.
  */
 #ifndef INSTANTSNAP_H
 #define INSTANTSNAP_H
@@ -45,7 +51,7 @@ extern "C" {
 #endif
 
 /**
- * Flags, under libvirt's own names. A program that also uses libvirt includes <libvirt/libvirt.h> first, and has
+ * Flags, under libvirt's own names. A program that also uses libvirt must include <libvirt/libvirt.h> first, and has
  * them from there.
  *
  * | flag        | bit | rules                                                     | by QMP       |
@@ -98,7 +104,7 @@ enum {
 
 /**
  * Error codes that this library gives, under libvirt's own names and numbers (virErrorNumber, virErrorDomain).
- * A program that also uses libvirt includes <libvirt/virterror.h> first, and has them from there.
+ * A program that also uses libvirt must include <libvirt/virterror.h> first, and has them from there.
  */
 #ifndef LIBVIRT_VIRTERROR_H
 enum {
@@ -222,14 +228,17 @@ int instantsnap_set_pause_limit(instantsnap_guest *guest, unsigned int milliseco
  * Takes a full snapshot: memory and disks.
  *
  * @xml    libvirt's `<domainsnapshot>`. `<domainsnapshot/>` is enough: the name is then the time in seconds, every
- *         writable disk gets an overlay beside it (`DISK.NAME`), memory goes to `STATE_DIR/NAME.mem`. Disks in the XML
- *         are named by target, qdev id, drive alias, node name or the path of their image.
+ *         writable disk gets an overlay beside it by libvirt's rule (`disk.qcow2`: `disk.NAME`), memory goes to
+ *         `STATE_DIR/NAME.mem`. Disks in the XML are named by target, qdev id, drive alias, node name or the path of
+ *         their image. Files that exist are never overwritten. Read-only and empty drives are left out; UEFI variables
+ *         (pflash) are copied to `MEMORY_IMAGE.DRIVE.nvram`.
  * @flags  VIR_DOMAIN_SNAPSHOT_CREATE_LIVE | VIR_DOMAIN_SNAPSHOT_CREATE_INSTANT for an instant snapshot; 0 for a plain one,
  *         through which the guest is paused throughout. See the table above.
  * @name   where to store the snapshot's name, for instantsnap_free_string(); may be NULL.
  *
  * Blocks until the snapshot is complete and on disk. The guest is paused meanwhile as little as can be: see
- * instantsnap_get_stats(). Returns 0, or -1 with everything as it was before the call: VIR_ERR_INVALID_ARG (flags),
+ * instantsnap_get_stats(). A guest that is paused already stays paused; QEMU before 10.0 saves such a guest once only,
+ * until it has run again. Returns 0, or -1 with everything as it was before the call: VIR_ERR_INVALID_ARG (flags),
  * VIR_ERR_XML_DETAIL and VIR_ERR_XML_ERROR (xml), VIR_ERR_OPERATION_UNSUPPORTED (allowed, not built),
  * VIR_ERR_ARGUMENT_UNSUPPORTED (no background snapshots: the message says why and what to do), VIR_ERR_OPERATION_INVALID
  * (busy, wrong state, name exists), VIR_ERR_CONFIG_UNSUPPORTED (a disk, file or device that stands in the way),
@@ -241,7 +250,8 @@ int instantsnap_snapshot_create_xml(instantsnap_guest *guest, const char *xml, u
 
 /**
  * Cancels the snapshot that another thread is taking of this guest, in whatever phase it is: that call undoes everything
- * and fails with VIR_ERR_OPERATION_ABORTED, unless it was complete already. Returns 0 at once, without waiting for it, or
+ * and fails with VIR_ERR_OPERATION_ABORTED, unless it was complete already. With QEMU before 10.0, whose background
+ * snapshots cannot be cancelled safely, the undo takes as long as memory still takes to be read; the guest runs. Returns 0 at once, without waiting for it, or
  * -1 with VIR_ERR_OPERATION_INVALID when there is none.
  */
 int instantsnap_snapshot_cancel(instantsnap_guest *guest);
@@ -302,7 +312,10 @@ int instantsnap_revert_plan_get_disk(const instantsnap_revert_plan *plan, size_t
 /** Absolute path of the memory image; borrowed from the plan. NULL: VIR_ERR_INVALID_ARG. */
 const char *instantsnap_revert_plan_memory_file(const instantsnap_revert_plan *plan);
 
-/** The `<domain>` XML of the snapshot; borrowed from the plan. NULL: VIR_ERR_INVALID_ARG. */
+/**
+ * The `<domain>` XML of the snapshot, its disks on the snapshot's images; borrowed from the plan. Where the guest was
+ * opened without one, a short one made of what QEMU tells. NULL: VIR_ERR_INVALID_ARG.
+ */
 const char *instantsnap_revert_plan_domain_xml(const instantsnap_revert_plan *plan);
 
 /** Frees a plan. The images it names stay. NULL is fine. */
@@ -321,7 +334,8 @@ void instantsnap_revert_plan_free(instantsnap_revert_plan *plan);
  * VIR_ERR_CONFIG_UNSUPPORTED. Blocks until memory is loaded and, where asked, the guest runs. Returns 0, or -1:
  * VIR_ERR_INVALID_ARG, VIR_ERR_NO_DOMAIN_SNAPSHOT, VIR_ERR_INVALID_DOMAIN_SNAPSHOT, VIR_ERR_OPERATION_INVALID (QEMU was not
  * started with `-incoming defer`, or is busy), VIR_ERR_OPERATION_FAILED (QEMU's reason). After a failure during the load that
- * QEMU is of no more use: end it, and start it anew.
+ * QEMU is of no more use: end it, and start it anew. VIR_DOMAIN_SNAPSHOT_REVERT_FORCE and _RESET_NVRAM are not built:
+ * VIR_ERR_OPERATION_UNSUPPORTED.
  */
 int instantsnap_snapshot_load(instantsnap_guest *guest, const char *name, unsigned int flags);
 
