@@ -78,12 +78,16 @@ impl Domain {
         Ok(Domain { text: text[root.range()].into(), name, disks })
     }
 
-    /// A document of our own for a QEMU without one: enough for a person, and for libvirt's save image tools.
+    /// A document of our own for a QEMU without one: enough for a person, and for libvirt's save image tools. Disks are called
+    /// by their number there, as `vda`: a drive's own name is seldom one that libvirt takes.
     pub fn minimal(machine: &Machine, disks: &[Source]) -> String {
         let mut text = format!("<domain type='{}'>\n", if machine.kvm { "kvm" } else { "qemu" });
         let mut line = |line: String| text.push_str(&line);
         line(format!("  <name>{}</name>\n", escape(&machine.name)));
-        line(format!("  <uuid>{}</uuid>\n", escape(&machine.uuid)));
+        // All zeros: QEMU was given none, and libvirt takes none.
+        if machine.uuid.chars().any(|c| c != '0' && c != '-') {
+            line(format!("  <uuid>{}</uuid>\n", escape(&machine.uuid)));
+        }
         line(format!("  <memory unit='KiB'>{}</memory>\n", machine.memory / 1024));
         line(format!("  <vcpu>{}</vcpu>\n", machine.vcpus));
         line("  <os>\n".into());
@@ -92,11 +96,11 @@ impl Domain {
         if let Some(emulator) = &machine.emulator {
             line(format!("    <emulator>{}</emulator>\n", escape(emulator)));
         }
-        for disk in disks {
+        for (index, disk) in disks.iter().enumerate() {
             line("    <disk type='file' device='disk'>\n".into());
             line(format!("      <driver name='qemu' type='{}'/>\n", escape(disk.format)));
             line(format!("      <source file='{}'/>\n", escape(disk.file)));
-            line(format!("      <target dev='{}'/>\n", escape(disk.target)));
+            line(format!("      <target dev='{}' bus='virtio'/>\n", target_name(index)));
             line("    </disk>\n".into());
         }
         text.push_str("  </devices>\n</domain>\n");
@@ -120,6 +124,19 @@ impl Domain {
         }
         Ok(text)
     }
+}
+
+/// `vda`, `vdb`, ..., `vdz`, `vdaa`: libvirt knows no other names.
+fn target_name(mut index: usize) -> String {
+    let mut letters = Vec::new();
+    loop {
+        letters.insert(0, char::from(b'a' + (index % 26) as u8));
+        match index / 26 {
+            0 => break,
+            rest => index = rest - 1,
+        }
+    }
+    format!("vd{}", letters.iter().collect::<String>())
 }
 
 fn disk_nodes<'a, 'i>(root: Node<'a, 'i>) -> impl Iterator<Item = Node<'a, 'i>> {
