@@ -6,9 +6,9 @@ use common::{INSTANTLY, Opened, machine, named};
 use instantsnap::flags;
 use instantsnap_testkit::{Accel, Attach, Binary, MachineType, kvm_works};
 
-/// How many snapshots in a row; more in the long run of `.ci/run`.
-fn rounds(default: u32) -> u32 {
-    std::env::var("INSTANTSNAP_TEST_ROUNDS").ok().and_then(|rounds| rounds.parse().ok()).unwrap_or(default)
+/// How many snapshots in a row; the second number in the long run of `.ci/run`.
+fn rounds(short: u32, long: u32) -> u32 {
+    if std::env::var_os("INSTANTSNAP_TEST_LONG").is_some() { long } else { short }
 }
 
 /// Takes snapshots one after the other, on one growing chain, of a guest that writes all the time; brings each back.
@@ -32,12 +32,12 @@ fn snapshots_in_a_row(binary: &'static Binary, machine_type: MachineType, accel:
     original.guest.wait_ticks(3);
 }
 
-/// The rounds are shared out over the machine types and numbers of disks.
+const MACHINES: [(MachineType, usize); 4] =
+    [(MachineType::Pc, 1), (MachineType::Pc, 3), (MachineType::Q35, 1), (MachineType::Q35, 3)];
+
 fn on_all_machines(accel: Accel, rounds: u32) {
     for binary in Binary::all() {
-        for (machine_type, disks) in
-            [(MachineType::Pc, 1), (MachineType::Pc, 3), (MachineType::Q35, 1), (MachineType::Q35, 3)]
-        {
+        for (machine_type, disks) in MACHINES {
             eprintln!("{} {machine_type:?} {accel:?}, {disks} disks: {rounds} snapshots", binary.name);
             snapshots_in_a_row(binary, machine_type, accel, disks, rounds);
         }
@@ -46,7 +46,7 @@ fn on_all_machines(accel: Accel, rounds: u32) {
 
 #[test]
 fn every_snapshot_in_a_row_is_of_one_moment_under_tcg() {
-    on_all_machines(Accel::Tcg, rounds(5));
+    on_all_machines(Accel::Tcg, rounds(5, 25));
 }
 
 #[test]
@@ -55,7 +55,15 @@ fn every_snapshot_in_a_row_is_of_one_moment_under_kvm() {
         eprintln!("skipped: KVM does not work here");
         return;
     }
-    on_all_machines(Accel::Kvm, rounds(2).div_ceil(4));
+    on_all_machines(Accel::Kvm, rounds(1, 5));
+}
+
+/// The chain of images is as long as that.
+#[test]
+fn a_long_row_of_snapshots_on_one_chain_is_of_one_moment_each() {
+    for binary in Binary::all() {
+        snapshots_in_a_row(binary, MachineType::Q35, Accel::Tcg, 3, rounds(10, 100));
+    }
 }
 
 #[test]
