@@ -294,8 +294,8 @@ char *instantsnap_snapshot_current(instantsnap_guest *guest);
  *
  * @state_dir  the state directory with which the snapshot was taken.
  * @name       the snapshot.
- * @directory  where the fresh images are made; NULL: beside each of the snapshot's images. They are the caller's from now
- *             on: they hold what the continued guest writes.
+ * @directory  where the fresh images are made; NULL: beside each of the snapshot's images, which must be files then (else
+ *             VIR_ERR_CONFIG_UNSUPPORTED). They are the caller's from now on: they hold what the continued guest writes.
  *
  * Returns the plan, or NULL with nothing left behind: VIR_ERR_NO_DOMAIN_SNAPSHOT, VIR_ERR_INVALID_DOMAIN_SNAPSHOT (an image
  * is missing, memory incomplete), VIR_ERR_SYSTEM_ERROR, VIR_ERR_OPERATION_FAILED. Blocks for some 10 ms a disk.

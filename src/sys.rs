@@ -8,6 +8,7 @@ use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{MetadataExt, PermissionsExt, fchown};
 use std::path::Path;
+use std::sync::{Mutex, PoisonError};
 use std::thread::{Builder, JoinHandle};
 
 use crate::error::{Error, Result};
@@ -33,6 +34,21 @@ fn with_signals_blocked<T>(body: impl FnOnce() -> T) -> T {
 pub fn spawn_quiet<T: Send + 'static>(name: &str, body: impl FnOnce() -> T + Send + 'static) -> Result<JoinHandle<T>> {
     with_signals_blocked(|| Builder::new().name(name.into()).spawn(body))
         .map_err(|error| Error::system("cannot start a thread", error))
+}
+
+/// Held while a forked process has descriptors that are not its own yet.
+static FORKING: Mutex<()> = Mutex::new(());
+
+/// Runs what forks, up to the moment from which the new process has its own descriptors only.
+pub fn while_forking<T>(body: impl FnOnce() -> T) -> T {
+    let _forking = FORKING.lock().unwrap_or_else(PoisonError::into_inner);
+    body()
+}
+
+/// Waits until no forked process of ours holds a copy of what this process has closed: a lock, or a name that only one
+/// socket can have. For before it is taken again.
+pub fn wait_until_forked() {
+    while_forking(|| ());
 }
 
 /// Forks a process that is nobody's child, in a session of its own, with every signal blocked. The caller's process gets no

@@ -60,7 +60,8 @@ fn a_guest_whose_snapshot_loses_its_caller_runs_on_and_can_be_snapshotted_again(
                 let now = fingerprint(&mut client);
                 let migration = client.execute("query-migrate", json!({})).unwrap();
                 let under_way = ["setup", "active", "cancelling"].iter().any(|status| migration["status"] == *status);
-                let same = ["capabilities", "parameters", "status", "jobs"].iter().all(|part| now.0[part] == before.0[part]);
+                let same =
+                    ["capabilities", "parameters", "status", "jobs"].iter().all(|part| now.0[part] == before.0[part]);
                 (same && !under_way).then_some(())
             });
             assert!(settled.is_some(), "{phase:?}: the migration settings are not what they were");

@@ -54,11 +54,14 @@ pub fn create(
     let reservation = connector.store().reserve(request.name.as_deref())?;
     let mut guest = connector.begin()?;
     let guest = &mut *guest;
-    let running = check_state(guest)?;
-    // A paused guest must stay paused, which not every QEMU leaves it.
-    let mode = match flags.has(flags::INSTANT) && (running || guest.background_keeps_paused()) {
-        true => Mode::Background,
-        false => Mode::Paused,
+    let state = check_state(guest)?;
+    let running = state == GuestState::Running;
+    let mode = match (flags.has(flags::INSTANT), state) {
+        (true, GuestState::Running) => Mode::Background,
+        // It must stay paused, and not every QEMU leaves it so.
+        (true, GuestState::Paused) if guest.background_keeps_paused() => Mode::Background,
+        // A background snapshot of a guest that was never started ends QEMU 10.0.
+        _ => Mode::Paused,
     };
     let settings = Settings::read(guest)?;
     if flags.has(flags::INSTANT) {
@@ -124,8 +127,16 @@ fn check_memory_request(flags: Flags, request: &Request) -> Result<()> {
     );
 }
 
-/// Whether the guest runs; an error where no snapshot can be taken.
-fn check_state(guest: &mut dyn Guest) -> Result<bool> {
+/// A guest that a snapshot can be taken of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum GuestState {
+    Running,
+    Paused,
+    NotStarted,
+}
+
+/// The guest's state; an error where no snapshot can be taken.
+fn check_state(guest: &mut dyn Guest) -> Result<GuestState> {
     let status = guest.status()?;
     let migration = commands::query_migrate(guest, Deadline::after(PATIENCE))?;
     if status.status == "inmigrate" {
@@ -141,8 +152,9 @@ fn check_state(guest: &mut dyn Guest) -> Result<bool> {
         fail!(ConfigUnsupported, "the guest's memory cannot be saved: {}", migration.blocked_reasons.join("; "));
     }
     match status.status.as_str() {
-        "running" => Ok(true),
-        "paused" | "prelaunch" => Ok(false),
+        "running" => Ok(GuestState::Running),
+        "paused" => Ok(GuestState::Paused),
+        "prelaunch" => Ok(GuestState::NotStarted),
         "postmigrate" => fail!(
             OperationInvalid,
             "the guest was saved while it was paused, and QEMU saves it once only until it has run again: resume it first"

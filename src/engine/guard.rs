@@ -31,6 +31,9 @@ pub enum Done {
     All = b'Q' as isize,
 }
 
+/// For the guard to come up.
+const READY_MS: c_int = 10_000;
+
 /// The guard of one snapshot. Dropping it ends it.
 #[derive(Debug)]
 pub struct Guard {
@@ -71,8 +74,11 @@ impl Guard {
         let child =
             Child { lifeline: theirs.as_raw_fd(), monitor: monitor.as_raw_fd(), pipe: pipe.as_raw_fd(), script };
         // SAFETY: the child makes system calls only, on memory that exists already, and never returns.
-        unsafe { sys::fork_orphan(|| child.run()) }.ok()?;
-        Some(Guard { lifeline: ours })
+        let ready =
+            || unsafe { sys::fork_orphan(|| child.run()) }.is_ok() && sys::wait_ready(&ours, libc::POLLIN, READY_MS);
+        // Until it has closed them it holds a copy of every descriptor of this process, locks and marks of other snapshots
+        // among them.
+        sys::while_forking(ready).then_some(Guard { lifeline: ours })
     }
 
     /// Notes what is about to be done.
@@ -103,6 +109,7 @@ impl Child<'_> {
             Some(kept) => kept.map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }),
             None => sys::exit_now(),
         };
+        let _ = send(&lifeline, b"r", SendFlags::NOSIGNAL);
         let mut done = None;
         loop {
             let mut byte = [0];

@@ -6,6 +6,7 @@ use std::path::Path;
 use serde_json::json;
 
 use super::migration::{FD_NAME, Mode, Settings, wait_loaded};
+use super::reactivate::reactivate_disks;
 use crate::error::{Code, Error, Result, fail};
 use crate::flags::revert;
 use crate::guest::{Connector, Guest, PATIENCE};
@@ -47,6 +48,9 @@ pub fn load(connector: &dyn Connector, name: &str, flags: u32) -> Result<()> {
         (true, false) => commands::cont(guest, deadline)?,
         (false, true) => guest.pause(deadline)?,
         _ => {}
+    }
+    if !running {
+        reactivate_disks(guest)?;
     }
     connector.store().set_current(name)
 }

@@ -73,18 +73,20 @@ impl Settings {
 
     /// Puts back what [`Settings::apply`] can have changed.
     pub fn restore(&self, guest: &mut dyn Guest, mode: Mode) -> Result<()> {
-        let now = commands::query_migrate_capabilities(guest, Deadline::after(PATIENCE))?;
-        let changes: Vec<_> = self.changeable().filter(|capability| !now.contains(capability)).cloned().collect();
-        set_capabilities(guest, &changes)
-            .map_err(|failure| failure.into_error("cannot put the migration capabilities back"))?;
         let mut parameters = self.parameters_for(mode);
         for (name, value) in &mut parameters {
             *value = self.parameters[name].clone();
         }
-        if !parameters.is_empty() {
-            commands::migrate_set_parameters(guest, parameters, Deadline::after(PATIENCE))?;
-        }
-        Ok(())
+        // Before the capabilities: with some of them set (`mapped-ram`), QEMU refuses parameters that it let be set first.
+        let parameters = match parameters.is_empty() {
+            true => Ok(()),
+            false => commands::migrate_set_parameters(guest, parameters, Deadline::after(PATIENCE)),
+        };
+        let now = commands::query_migrate_capabilities(guest, Deadline::after(PATIENCE))?;
+        let changes: Vec<_> = self.changeable().filter(|capability| !now.contains(capability)).cloned().collect();
+        set_capabilities(guest, &changes)
+            .map_err(|failure| failure.into_error("cannot put the migration capabilities back"))?;
+        parameters
     }
 
     /// What [`Settings::restore`] would say, for whoever says it in its place.
@@ -311,7 +313,13 @@ fn wait_ended(guest: &mut dyn Guest, deadline: Deadline) -> Result<Ended> {
 pub fn wait_armed(guest: &mut dyn Guest, cancel: &Cancel, deadline: Deadline) -> Result<()> {
     let nap = Nap::default();
     loop {
-        let migration = commands::query_migrate(guest, deadline)?;
+        let migration = match commands::query_migrate(guest, deadline) {
+            // The limit has passed while it answered, or while we slept.
+            Err(error) if error.code == Code::OperationTimeout => {
+                fail!(OperationTimeout, "the tracking of memory writes is not armed within the limit of the pause")
+            }
+            answer => answer?,
+        };
         match migration.progress() {
             Progress::Completed => return Ok(()),
             Progress::UnderWay if migration.has_pages() => return Ok(()),
@@ -321,9 +329,6 @@ pub fn wait_armed(guest: &mut dyn Guest, cancel: &Cancel, deadline: Deadline) ->
             }
         }
         cancel.check()?;
-        if deadline.left().is_none() {
-            fail!(OperationTimeout, "the tracking of memory writes is not armed within the limit of the pause");
-        }
         nap.sleep();
     }
 }

@@ -1,8 +1,9 @@
 //! Taking the disks back after an ordinary migration.
 //!
 //! When a migration completes, QEMU hands its disks over to a destination, and there is none. A guest that runs takes them
-//! back when it resumes. One that stays paused would be left with disks that nothing can be done with, merging an overlay
-//! included. QEMU 10.0 and later have a command for it; before that, exporting a node by NBD does it on the way.
+//! back when it resumes, and one that was loaded takes them over. One that stays paused would be left with disks that
+//! nothing can be done with, merging an overlay included. QEMU 10.0 and later have a command for it; before that, exporting
+//! a node by NBD does it on the way.
 
 use serde_json::json;
 
@@ -20,7 +21,10 @@ pub fn reactivate_disks(guest: &mut dyn Guest) -> Result<()> {
         return guest.run(STEP, command, deadline()).map(drop);
     }
     // Abstract, so that there is no file; and nobody is told of it. The user's own server, where there is one, serves too.
-    let name = format!("{EXPORT}-{}", std::process::id());
+    // Other guests are snapshotted at the same time, by this process too.
+    let mut random = [0; 8];
+    let _ = rustix::rand::getrandom(&mut random, rustix::rand::GetRandomFlags::NONBLOCK);
+    let name = format!("{EXPORT}-{}-{:016x}", std::process::id(), u64::from_ne_bytes(random));
     let address = json!({ "type": "unix", "data": { "path": name, "abstract": true } });
     let started = guest.execute(Command::new("nbd-server-start", json!({ "addr": address })), deadline()).is_ok();
     let result = export_each(guest);

@@ -51,6 +51,7 @@ pub fn prepare_revert(state_dir: &Path, name: &str, directory: Option<&Path>) ->
     // Files of temporary names: they go with the list, unless it is kept.
     let mut fresh = Vec::new();
     for disk in &record.disks {
+        check_image(&disk.image, directory.as_deref())?;
         let path = fresh_path(&record, &disk.image, directory.as_deref())?;
         create_overlay(&disk.image, &disk.format, &path)?;
         disks.push(RevertDisk {
@@ -62,6 +63,7 @@ pub fn prepare_revert(state_dir: &Path, name: &str, directory: Option<&Path>) ->
         fresh.push(path);
     }
     for nvram in &record.nvram {
+        check_image(&nvram.copy, directory.as_deref())?;
         let path = fresh_path(&record, &nvram.copy, directory.as_deref())?;
         let copied = std::fs::remove_file(&path).and_then(|()| copy_new(Path::new(&nvram.copy), &path));
         copied.map_err(|error| {
@@ -82,6 +84,21 @@ pub fn prepare_revert(state_dir: &Path, name: &str, directory: Option<&Path>) ->
     Ok(RevertPlan { disks, memory_file: record.memory_file, domain_xml: record.domain_xml })
 }
 
+fn check_image(image: &str, directory: Option<&Path>) -> Result<()> {
+    let path = Path::new(image);
+    if path.is_absolute() && !path.exists() {
+        fail!(InvalidDomainSnapshot, "the snapshot's image '{image}' is missing");
+    }
+    // Beside a block device there is /dev, which is memory; beside what is no file at all, nothing.
+    if directory.is_none() && !path.is_file() {
+        fail!(
+            ConfigUnsupported,
+            "the snapshot's image '{image}' is not a regular file: name the directory where the fresh images are to be made"
+        );
+    }
+    Ok(())
+}
+
 /// A new file that is nobody else's, beside the image or in the directory, called after image and snapshot.
 fn fresh_path(record: &Record, image: &str, directory: Option<&Path>) -> Result<TempPath> {
     let image = Path::new(image);
@@ -99,9 +116,6 @@ fn fresh_path(record: &Record, image: &str, directory: Option<&Path>) -> Result<
 }
 
 fn create_overlay(image: &str, format: &str, overlay: &Path) -> Result<()> {
-    if image.starts_with('/') && !Path::new(image).exists() {
-        fail!(InvalidDomainSnapshot, "the snapshot's image '{image}' is missing");
-    }
     let run = Command::new("qemu-img")
         .args(["create", "-q", "-f", "qcow2", "-F", format, "-b", image])
         .arg(overlay)

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use super::guard::Guard;
 use super::migration::{FD_NAME, Mode, Settings, Stream};
+use super::reactivate::reactivate_disks;
 use crate::error::{Error, Result};
 use crate::guest::{Guest, PATIENCE, Presence};
 use crate::image::MemoryImage;
@@ -100,6 +101,10 @@ impl Made {
             let _ = commands::closefd(guest, FD_NAME, Deadline::after(PATIENCE));
         }
         if self.switched {
+            // A guest that was saved while it was paused has handed its disks over, and does not take them back by itself.
+            if !self.ran && guest.status().is_ok_and(|status| status.status == "postmigrate") {
+                note(reactivate_disks(guest));
+            }
             note(guest.merge_disks());
             // It can have come to the end of an overlay's file system, and stand since. Now there is room again.
             if self.ran && guest.status().is_ok_and(|status| status.status == "io-error") {

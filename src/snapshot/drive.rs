@@ -41,6 +41,8 @@ pub struct Drive {
     pub bitmaps: Vec<Bitmap>,
     /// How QEMU opened the image, for its overlay to be opened alike.
     pub options: OpenOptions,
+    /// Why it can get no overlay, and what to do.
+    pub hindrance: Option<String>,
     /// The domain XML's own wish: `<disk snapshot=''>`.
     pub snapshot: Option<String>,
 }

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use super::{DiskRequest, Drive, Location, Request, Role, check_path};
+use super::{DiskRequest, Drive, Location, Request, Role};
 use crate::error::{Result, fail};
 
 /// A disk that is switched to an overlay.
@@ -62,6 +62,17 @@ pub fn plan(drives: Vec<Drive>, request: &Request, snapshot: &str) -> Result<Pla
                         drive.name()
                     );
                 }
+                if let Some(hindrance) = &drive.hindrance {
+                    fail!(ConfigUnsupported, "disk '{}' {hindrance}", drive.name());
+                }
+                if drive.file.chars().any(char::is_control) {
+                    fail!(
+                        XmlError,
+                        "image of disk '{}' {:?} can't contain control characters",
+                        drive.name(),
+                        drive.file
+                    );
+                }
                 let overlay = match wish.and_then(|wish| wish.source.clone()) {
                     Some(source) => source,
                     None => overlay_name(&drive, snapshot)?,
@@ -104,7 +115,6 @@ fn overlay_name(drive: &Drive, snapshot: &str) -> Result<String> {
             drive.file
         );
     }
-    check_path(&format!("image of disk '{}'", drive.name()), &drive.file)?;
     let stem = match (image.file_stem(), image.file_name()) {
         (Some(stem), Some(_)) => image.with_file_name(stem),
         _ => image.to_owned(),

@@ -5,7 +5,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, ErrorKind, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -80,17 +80,22 @@ impl Store {
 
     fn reserve_locked(&self, name: &str) -> Result<Reservation> {
         check_name(name)?;
+        sys::wait_until_forked();
         if self.record_path(name).exists() {
             fail!(OperationInvalid, "domain snapshot '{name}' already exists in '{}'", self.directory.display());
         }
         let path = self.path(&format!(".{name}.reserved"));
-        let lock = self.open_file(&path)?;
-        match flock(&lock, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => Ok(Reservation { name: name.into(), path, _lock: lock }),
-            Err(rustix::io::Errno::WOULDBLOCK) => {
-                fail!(OperationInvalid, "domain snapshot '{name}' is being created already")
+        loop {
+            let lock = self.open_file(&path)?;
+            match flock(&lock, FlockOperation::NonBlockingLockExclusive) {
+                Ok(()) if is_at(&lock, &path) => return Ok(Reservation { name: name.into(), path, _lock: lock }),
+                // Its last holder removed it after we had opened it: the next to come would have another file.
+                Ok(()) => {}
+                Err(rustix::io::Errno::WOULDBLOCK) => {
+                    fail!(OperationInvalid, "domain snapshot '{name}' is being created already")
+                }
+                Err(error) => return Err(Error::system(format!("cannot lock '{}'", path.display()), error)),
             }
-            Err(error) => Err(Error::system(format!("cannot lock '{}'", path.display()), error)),
         }
     }
 
@@ -139,6 +144,9 @@ impl Store {
                     "no domain snapshot with matching name '{name}' in '{}'",
                     self.directory.display()
                 )
+            }
+            Err(error) if error.kind() == ErrorKind::InvalidData => {
+                fail!(InvalidDomainSnapshot, "'{}': snapshot metadata is damaged: it is not UTF-8", path.display())
             }
             Err(error) => return Err(Error::system(format!("cannot read '{}'", path.display()), error)),
         };
@@ -222,6 +230,14 @@ impl Store {
         let mut options = OpenOptions::new();
         options.read(true).write(true).create(true).truncate(false).mode(0o600);
         options.open(path).map_err(|error| Error::system(format!("cannot open '{}'", path.display()), error))
+    }
+}
+
+/// Whether an open file is the one of this path.
+fn is_at(file: &File, path: &Path) -> bool {
+    match (file.metadata(), path.metadata()) {
+        (Ok(file), Ok(path)) => (file.dev(), file.ino()) == (path.dev(), path.ino()),
+        _ => false,
     }
 }
 

@@ -5,10 +5,11 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use instantsnap::engine::{Handle, Phase, prepare_revert};
+use instantsnap::engine::{Handle, Observer, Phase, prepare_revert};
 use instantsnap::error::{Code, Error};
 use instantsnap::flags::{INSTANT, LIVE};
-use instantsnap_testkit::{Binary, Fingerprint, Format, Guest, Machine, fingerprint};
+use instantsnap::snapshot::Record;
+use instantsnap_testkit::{Binary, Fingerprint, Format, Guest, Machine, Proxy, fingerprint};
 
 /// An instant snapshot.
 pub const INSTANTLY: u32 = LIVE | INSTANT;
@@ -86,6 +87,60 @@ impl Opened {
     }
 }
 
+impl Opened {
+    /// Takes a snapshot that must fail, with this code and all of these in its message, and asserts that nothing is left of
+    /// it: QEMU is as it was, and the guest counts on.
+    #[track_caller]
+    pub fn assert_fails(&self, xml: &str, flags: u32, code: Code, parts: &[&str]) -> Error {
+        self.assert_fails_observed(xml, flags, &mut (), code, parts)
+    }
+
+    /// The same with an observer.
+    #[track_caller]
+    pub fn assert_fails_observed(
+        &self,
+        xml: &str,
+        flags: u32,
+        observer: &mut dyn Observer,
+        code: Code,
+        parts: &[&str],
+    ) -> Error {
+        let before = self.trace();
+        let error = self.handle.create(xml, flags, observer).expect_err("this must fail");
+        eprintln!("{:?}: {error}", error.code);
+        assert_eq!(error.code, code, "{error}");
+        for part in parts {
+            assert!(error.message.contains(part), "{part:?} is not in {:?}", error.message);
+        }
+        assert_untouched(self, &before);
+        if before.is_running() {
+            self.guest.wait_ticks(3);
+        }
+        error
+    }
+
+    /// Asserts that the guest is none the worse for what it went through: it finds each of its sectors as it left it, a
+    /// snapshot of it succeeds, and can be brought back.
+    #[track_caller]
+    pub fn assert_well(&self) {
+        self.guest.wait_ticks(ALL_SECTORS);
+        self.snapshot("well").unwrap_or_else(|error| panic!("no snapshot any more: {error}"));
+        self.guest.wait_ticks(3);
+        self.bring_back("well");
+    }
+}
+
+/// A machine that counts, opened through a proxy. The guest must outlive the proxy, as it does in `let (opened, proxy)`.
+pub fn through_proxy(machine: &Machine) -> (Opened, Proxy) {
+    let guest = machine.start();
+    guest.wait_ticks(2);
+    let proxy = Proxy::start(&guest.directory().join("proxy.sock"), &guest.qmp());
+    (Opened::through(guest, proxy.path()), proxy)
+}
+
+/// After so many numbers the tick guest has checked every sector that it writes.
+pub const ALL_SECTORS: u32 = 65;
+
 /// The first number that a clone says whole: its log can begin in the middle of a line.
 pub fn first_tick(clone: &Guest) -> u32 {
     let log = std::fs::read_to_string(clone.directory().join("serial.log")).unwrap();
@@ -99,6 +154,13 @@ pub struct Trace {
     pub qemu: Fingerprint,
     open_files: Vec<(String, usize)>,
     files: Vec<PathBuf>,
+}
+
+impl Trace {
+    /// The guest ran.
+    pub fn is_running(&self) -> bool {
+        self.qemu.0["status"][1] == true
+    }
 }
 
 /// Asserts that nothing is left of a failed attempt. What QEMU closes or the kernel frees a moment later is waited for.
@@ -121,7 +183,8 @@ pub fn assert_untouched(opened: &Opened, before: &Trace) {
     }
 }
 
-fn files_below(directory: &Path) -> Vec<PathBuf> {
+/// All files below a directory, but for lock files.
+pub fn files_below(directory: &Path) -> Vec<PathBuf> {
     // Logs grow, and a state directory that was used once has its lock file.
     let passed_over = |path: &Path| path.file_name().is_some_and(|name| name == ".lock");
     let mut files = Vec::new();
@@ -163,4 +226,40 @@ pub fn assert_error<T: std::fmt::Debug>(result: Result<T, Error>, code: Code, pa
     let error = result.expect_err("this must fail");
     assert_eq!(error.code, code, "{error}");
     assert!(error.message.contains(part), "{part:?} is not in {:?}", error.message);
+}
+
+impl Opened {
+    /// Opens a guest whose domain XML is known.
+    pub fn with_domain(guest: Guest, domain_xml: &str) -> Opened {
+        let state_dir = guest.directory().join("state");
+        std::fs::create_dir_all(&state_dir).unwrap();
+        let handle = Handle::open_qmp(&guest.qmp(), Some(domain_xml), &state_dir).unwrap();
+        Opened { handle, guest }
+    }
+
+    /// What is recorded of a snapshot.
+    pub fn record(&self, name: &str) -> Record {
+        self.handle.store().read(name).unwrap()
+    }
+
+    /// The image that a device of this QEMU is on now.
+    pub fn active_image(&self, device: &str) -> String {
+        block_of(&self.guest, device)["inserted"]["file"].as_str().unwrap().to_owned()
+    }
+}
+
+/// What `query-block` says of the device with this id.
+pub fn block_of(guest: &Guest, device: &str) -> serde_json::Value {
+    let blocks = guest.control().execute("query-block", serde_json::json!({})).unwrap();
+    let mut blocks = blocks.as_array().unwrap().iter();
+    let own = |block: &&serde_json::Value| block["qdev"].as_str().is_some_and(|qdev| qdev.contains(device));
+    blocks.find(own).unwrap_or_else(|| panic!("no {device}")).clone()
+}
+
+/// Command, or panics with what it says.
+#[track_caller]
+pub fn run(program: &str, args: &[&str]) -> String {
+    let output = std::process::Command::new(program).args(args).output().unwrap_or_else(|e| panic!("{program}: {e}"));
+    assert!(output.status.success(), "{program} {args:?}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).unwrap()
 }

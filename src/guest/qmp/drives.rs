@@ -1,5 +1,7 @@
 //! What a QEMU tells of itself: its drives, its machine, who else writes its memory.
 
+use std::path::Path;
+
 use serde_json::{Value, json};
 
 use super::process::absolute;
@@ -9,6 +11,7 @@ use crate::monitor::{Command, Deadline, Execute, Monitor};
 use crate::snapshot::domain::{Domain, DomainDisk, Machine};
 use crate::snapshot::drive::OpenOptions;
 use crate::snapshot::{Bitmap, Drive, Role};
+use crate::sys;
 
 use super::overlays::NODE_PREFIX;
 
@@ -23,6 +26,8 @@ const FILTERS: [&str; 8] = [
     "snapshot-access",
     "throttle",
 ];
+/// Drivers of files and devices of the host.
+const PROTOCOLS: [&str; 3] = ["file", "host_device", "host_cdrom"];
 /// Devices whose backend writes guest RAM from another process, through a mapping of its own.
 const FOREIGN_WRITERS: [&str; 5] = ["vhost-user", "vhost-vdpa", "ivshmem", "vfio-user", "x-pci-proxy"];
 
@@ -43,7 +48,7 @@ pub fn drives(monitor: &mut Monitor, domain: Option<&Domain>, pid: Option<u32>) 
         drives.push(drive(monitor, block, pid)?);
     }
     if drives.iter().any(|drive| drive.names.is_empty()) {
-        name_by_nodes(monitor, &mut drives)?;
+        name_by_nodes(monitor, &mut drives, pid)?;
     }
     if let Some(domain) = domain {
         name_by_domain(domain, &mut drives);
@@ -68,31 +73,30 @@ fn drive(monitor: &mut Monitor, block: &Value, pid: Option<u32>) -> Result<Drive
     } else {
         Role::Disk
     };
-    let format = text(&inserted["drv"]);
-    let label = names.first().unwrap_or(&node);
-    if role == Role::Disk && FILTERS.contains(&format.as_str()) {
-        fail!(
-            ConfigUnsupported,
-            "disk '{label}' has a filter ({format}) on top of its image, beneath which QEMU switches no disk: remove it \
-             first (throttling by the drive's own options or a throttle group of the device is no hindrance)"
-        );
-    }
-    if role == Role::Disk && inserted["encrypted"] == true {
-        fail!(ConfigUnsupported, "disk '{label}' is encrypted: snapshots of encrypted images are not supported");
-    }
+    let driver = text(&inserted["drv"]);
+    let hindrance = if FILTERS.contains(&driver.as_str()) {
+        Some(format!(
+            "has a filter ({driver}) on top of its image, beneath which QEMU switches no disk: remove it first (throttling \
+             by the drive's own options or a throttle group of the device is no hindrance)"
+        ))
+    } else if inserted["encrypted"] == true {
+        Some("is encrypted: snapshots of encrypted images are not supported".into())
+    } else {
+        None
+    };
     let mut backing = Vec::new();
     let mut below = &inserted["image"]["backing-image"];
     while below.is_object() {
-        backing.push(text(&below["filename"]));
+        backing.push(image_path(&text(&below["filename"]), below, pid));
         below = &below["backing-image"];
     }
-    let file = text(&inserted["file"]);
     Ok(Drive {
-        file: absolute(&file, pid).unwrap_or(file),
-        backing: backing.into_iter().map(|file| absolute(&file, pid).unwrap_or(file)).collect(),
+        file: image_path(&text(&inserted["file"]), &inserted["image"], pid),
+        backing,
         role,
         node,
-        format,
+        // A file or a device without a format on top of it.
+        format: if PROTOCOLS.contains(&driver.as_str()) { "raw".into() } else { driver },
         size: inserted["image"]["virtual-size"].as_u64().unwrap_or_default(),
         bitmaps: inserted["dirty-bitmaps"].as_array().into_iter().flatten().filter_map(bitmap).collect(),
         options: OpenOptions {
@@ -102,9 +106,33 @@ fn drive(monitor: &mut Monitor, block: &Value, pid: Option<u32>) -> Result<Drive
             aio: None,
             discard: None,
         },
+        hindrance,
         snapshot: None,
         names,
     })
+}
+
+/// The path of an image. QEMU calls it by `json:` and all that it was opened with where the image below is not the one that
+/// it names itself; one and the same by another name (a relative path, ours being absolute) is no such case.
+fn image_path(file: &str, info: &Value, pid: Option<u32>) -> String {
+    let plain = || {
+        let opened: Value = serde_json::from_str(file.strip_prefix("json:")?).ok()?;
+        let only = |value: &Value, known: &[&str]| {
+            value.as_object().is_some_and(|options| options.keys().all(|key| known.contains(&key.as_str())))
+        };
+        let protocol = &opened["file"];
+        if !only(&opened, &["driver", "file", "backing"]) || !only(protocol, &["driver", "filename"]) {
+            return None;
+        }
+        let below = &info["backing-image"];
+        let named = info["full-backing-filename"].as_str().or(info["backing-filename"].as_str())?;
+        let below = image_path(below["filename"].as_str()?, below, pid);
+        let known = PROTOCOLS.contains(&protocol["driver"].as_str()?);
+        let same = sys::same_file(Path::new(named), Path::new(&below));
+        protocol["filename"].as_str().filter(|_| known && same).map(str::to_owned)
+    };
+    let file = plain().unwrap_or_else(|| file.to_owned());
+    absolute(&file, pid).unwrap_or(file)
 }
 
 /// The id that the user gave a device: `/machine/peripheral/ID/...`, or the id itself, as some versions say it.
@@ -133,16 +161,18 @@ fn bitmap(value: &Value) -> Option<Bitmap> {
 
 /// Drives known by their node only: the node's name goes with the image, so once a snapshot has put an overlay of ours on
 /// top, the drive goes on by the name of the topmost image that its user named.
-fn name_by_nodes(monitor: &mut Monitor, drives: &mut [Drive]) -> Result<()> {
+fn name_by_nodes(monitor: &mut Monitor, drives: &mut [Drive], pid: Option<u32>) -> Result<()> {
     let nodes = query(monitor, "query-named-block-nodes", json!({ "flat": true }))?;
-    let named = |file: &str| {
+    let named = |file: &str, protocol: bool| {
         nodes.as_array().into_iter().flatten().find_map(|node| {
-            let name = node["node-name"].as_str()?;
+            let (name, driver) = (node["node-name"].as_str()?, node["drv"].as_str()?);
             let own = !name.starts_with('#') && !name.starts_with(NODE_PREFIX);
-            let image = node["file"] == file && node["image"]["format"] == node["drv"] && node["drv"] != "file";
-            (own && image).then(|| name.to_owned())
+            let image = node["image"]["format"] == driver && PROTOCOLS.contains(&driver) == protocol;
+            (own && image && image_path(node["file"].as_str()?, &node["image"], pid) == file).then(|| name.to_owned())
         })
     };
+    // The node of the format, where there is one on top of that of the file.
+    let named = |file: &str| named(file, false).or_else(|| named(file, true));
     for drive in drives.iter_mut().filter(|drive| drive.names.is_empty()) {
         drive.names.extend(drive.backing.iter().find_map(|file| named(file)));
     }

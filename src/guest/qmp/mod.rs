@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 use self::overlays::Overlay;
 use self::process::Exclusive;
 use super::{Connector, Guest, PATIENCE, Presence};
-use crate::error::{Result, fail};
+use crate::error::{Code, Result, fail};
 use crate::flags;
 use crate::monitor::commands::{self, Status};
 use crate::monitor::{Command, Deadline, Event, Execute, Failure, Monitor};
@@ -45,11 +45,12 @@ impl QmpConnector {
         let store = Store::open(state_dir)?;
         let connector = QmpConnector { socket: socket.into(), domain, store };
         let deadline = Deadline::after(GREETING);
-        let dialled = Monitor::dial(socket, deadline)?;
         // Where one of our own operations has the monitor, it would greet us only after that; and it is QEMU's.
-        if Exclusive::take(socket, dialled.qemu()).is_ok() {
-            check_version(&dialled.greet(deadline)?)?;
+        match Exclusive::take_socket(socket) {
+            Err(error) if error.code == Code::OperationInvalid => return Ok(connector),
+            held => drop(held?),
         }
+        check_version(&Monitor::dial(socket, deadline)?.greet(deadline)?)?;
         Ok(connector)
     }
 }
@@ -69,12 +70,10 @@ impl Connector for QmpConnector {
 
     fn begin(&self) -> Result<Box<dyn Guest + '_>> {
         let deadline = Deadline::after(GREETING);
-        let dialled = Monitor::dial(&self.socket, deadline)?;
-        let mut exclusive = vec![Exclusive::take(&self.socket, dialled.qemu())?];
-        let known = dialled.qemu().is_some();
-        let monitor = dialled.greet(deadline)?;
-        if let (false, Some(qemu)) = (known, &monitor.qemu) {
-            exclusive.push(Exclusive::take(&self.socket, Some(qemu))?);
+        let mut exclusive = vec![Exclusive::take_socket(&self.socket)?];
+        let monitor = Monitor::dial(&self.socket, deadline)?.greet(deadline)?;
+        if let Some(qemu) = &monitor.qemu {
+            exclusive.push(Exclusive::take_qemu(&self.socket, qemu)?);
         }
         check_version(&monitor)?;
         Ok(Box::new(QmpGuest {
@@ -216,9 +215,8 @@ impl Guest for QmpGuest<'_> {
                 // Another QEMU can have taken the socket over: that one is not ours to touch.
                 let same = match (&monitor.qemu, &self.monitor.qemu) {
                     (Some(new), Some(old)) => new.pid == old.pid && !old.has_ended(),
-                    // Where neither is known, the socket is all there is to go by.
-                    (None, None) => true,
-                    _ => false,
+                    // Where one is not known, the socket is all there is to go by.
+                    _ => true,
                 };
                 if same {
                     self.monitor = monitor;

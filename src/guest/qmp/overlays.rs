@@ -232,9 +232,8 @@ fn wait_for_jobs(monitor: &mut Monitor, ids: &[String]) -> Result<()> {
                 continue;
             };
             match job["status"].as_str() {
-                Some("ready") => job_command(monitor, "job-complete", id)?,
-                Some("concluded") => {
-                    job_command(monitor, "job-dismiss", id)?;
+                Some("ready") => drop(job_command(monitor, "job-complete", id)?),
+                Some("concluded") if job_command(monitor, "job-dismiss", id)? => {
                     if let Some(error) = job["error"].as_str() {
                         first_error.get_or_insert(Error::new(Code::OperationFailed, error));
                     }
@@ -261,12 +260,14 @@ fn wait_for_jobs(monitor: &mut Monitor, ids: &[String]) -> Result<()> {
     first_error.map_or(Ok(()), Err)
 }
 
-fn job_command(monitor: &mut Monitor, command: &str, id: &str) -> Result<()> {
+/// Whether it was done.
+fn job_command(monitor: &mut Monitor, command: &str, id: &str) -> Result<bool> {
     let step = format!("cannot end block job '{id}' ({command})");
     let command = Command::new(command, json!({ "id": id }));
     match monitor.execute(command, Deadline::after(PATIENCE)) {
+        Ok(_) => Ok(true),
         // It has moved on since it was asked for; the next look shows where to.
-        Ok(_) | Err(Failure::Refused(..)) => Ok(()),
+        Err(Failure::Refused(..)) => Ok(false),
         Err(failure) => Err(failure.into_error(&step)),
     }
 }
@@ -284,6 +285,11 @@ pub fn discard(monitor: &mut Monitor, overlays: &mut Vec<Overlay>) -> Result<()>
 
 fn discard_one(monitor: &mut Monitor, overlay: &Overlay) -> Result<()> {
     let nodes = [(Made::Node, &overlay.node), (Made::FileNode, &overlay.file_node)];
+    if overlay.made == Made::FileNode {
+        // Where an answer was lost, the job that formats it can be there still, and have the node in use. Where it is not,
+        // this says so.
+        let _ = wait_for_jobs(monitor, &[format!("{}-create", overlay.node)]);
+    }
     // A command whose reply was lost can have made one step more than we know of.
     for (made, node) in nodes {
         let command = Command::new("blockdev-del", json!({ "node-name": node }));

@@ -128,6 +128,7 @@ struct State {
 #[derive(Debug)]
 pub struct Proxy {
     listen: PathBuf,
+    listener: Arc<UnixListener>,
     state: Arc<Mutex<State>>,
     accepting: Option<JoinHandle<()>>,
 }
@@ -136,12 +137,13 @@ impl Proxy {
     /// Listens on `listen`; each client is given a connection of its own to QEMU's socket.
     pub fn start(listen: &Path, qemu: &Path) -> Proxy {
         let listener = UnixListener::bind(listen).unwrap_or_else(|error| panic!("{}: {error}", listen.display()));
+        let listener = Arc::new(listener);
         let state = Arc::new(Mutex::new(State::default()));
         let accepting = std::thread::spawn({
-            let (state, qemu) = (state.clone(), qemu.to_owned());
+            let (listener, state, qemu) = (listener.clone(), state.clone(), qemu.to_owned());
             move || accept(&listener, &qemu, &state)
         });
-        Proxy { listen: listen.to_owned(), state, accepting: Some(accepting) }
+        Proxy { listen: listen.to_owned(), listener, state, accepting: Some(accepting) }
     }
 
     /// The socket for the client.
@@ -213,7 +215,8 @@ impl Drop for Proxy {
             state.gates.iter().for_each(Gate::release);
             state.streams.iter().for_each(hang_up);
         }
-        let _ = UnixStream::connect(&self.listen); // wakes the accepting thread
+        // Wakes the accepting thread, also where the socket's file is gone with its directory.
+        let _ = rustix::net::shutdown(&self.listener, rustix::net::Shutdown::Both);
         if let Some(accepting) = self.accepting.take() {
             let _ = accepting.join();
         }

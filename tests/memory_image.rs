@@ -1,0 +1,191 @@
+//! P6: the memory image is in libvirt's format, complete or recognisably partial, and nobody else's to read.
+
+mod common;
+
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::{Path, PathBuf};
+
+use common::{At, INSTANTLY, Opened, assert_error, machine, named};
+use instantsnap::engine::{Phase, prepare_revert};
+use instantsnap::error::Code;
+use instantsnap::image::{Image, MemoryImage};
+use instantsnap_testkit::Binary;
+
+/// libvirt's `virQEMUSaveHeader` and what follows it, read by hand.
+struct Header {
+    magic: String,
+    numbers: [u32; 5],
+    unused: Vec<u8>,
+    xml: String,
+    padding: usize,
+    stream: Vec<u8>,
+}
+
+fn header(path: &Path) -> Header {
+    let bytes = std::fs::read(path).unwrap();
+    let number = |at: usize| u32::from_ne_bytes(bytes[at..at + 4].try_into().unwrap());
+    let data_len = number(20) as usize;
+    let data = &bytes[92..92 + data_len];
+    let end = data.iter().position(|byte| *byte == 0).expect("the XML ends with a NUL");
+    assert!(data[end..].iter().all(|byte| *byte == 0), "the padding is not zero");
+    Header {
+        magic: String::from_utf8(bytes[..16].to_vec()).unwrap(),
+        numbers: [number(16), data_len as u32, number(24), number(28), number(32)],
+        unused: bytes[36..92].to_vec(),
+        xml: String::from_utf8(data[..end].to_vec()).unwrap(),
+        padding: data_len - end - 1,
+        stream: bytes[92 + data_len..].to_vec(),
+    }
+}
+
+#[test]
+fn the_header_is_libvirts_byte_for_byte() {
+    for binary in Binary::all() {
+        for (paused, flags) in [(false, INSTANTLY), (false, 0), (true, 0)] {
+            let opened = Opened::start(&machine(binary, 1));
+            if paused {
+                opened.guest.control().execute("stop", serde_json::json!({})).unwrap();
+            }
+            opened.create(&named("s"), flags).unwrap();
+            let path = opened.state_dir().join("s.mem");
+            let header = header(&path);
+            assert_eq!(header.magic, "LibvirtQemudSave");
+            let [version, _, was_running, format, cookie] = header.numbers;
+            assert_eq!((version, was_running, format, cookie), (2, u32::from(!paused), 0, 0));
+            assert_eq!(header.unused, [0; 56]);
+            assert!(header.padding >= 64 << 10, "the XML can grow by {} bytes only", header.padding);
+            assert_eq!(&header.stream[..4], b"QEVM");
+            assert_eq!(header.xml, opened.record("s").domain_xml.clone() + "\n", "the XML is the recorded one");
+            assert_eq!(path.metadata().unwrap().mode() & 0o7777, 0o600);
+            // All of it was counted.
+            let size = opened.handle.stats().unwrap().memory_image_bytes;
+            assert_eq!(path.metadata().unwrap().len(), size);
+        }
+    }
+}
+
+#[test]
+fn an_xml_that_was_edited_in_place_is_read_back() {
+    // As `virsh save-image-edit` does it: the header's data_len stays, the XML grows into the padding.
+    let opened = Opened::start(&machine(&Binary::all()[0], 1));
+    opened.snapshot("s").unwrap();
+    let path = opened.state_dir().join("s.mem");
+    let longer = header(&path).xml.replace("</domain>", &format!("<!-- {} --></domain>", "x".repeat(60 << 10)));
+    let file = std::fs::OpenOptions::new().write(true).open(&path).unwrap();
+    file.write_all_at(longer.as_bytes(), 92).unwrap();
+    assert_eq!(Image::open(&path).unwrap().domain_xml, longer);
+    opened.bring_back("s");
+}
+
+#[test]
+fn the_image_is_partial_until_all_of_it_is_there() {
+    for binary in Binary::all() {
+        let opened = Opened::start(&machine(binary, 1));
+        let path = opened.state_dir().join("s.mem");
+        let mut seen = Vec::new();
+        let mut observer = At(|phase| {
+            if matches!(phase, Phase::Drain | Phase::Finish) {
+                let magic = std::fs::read(&path).unwrap()[..16].to_vec();
+                let refused = Image::open(&path).expect_err("it is partial");
+                assert_eq!(refused.code, Code::InvalidDomainSnapshot);
+                seen.push((phase, String::from_utf8(magic).unwrap(), path.metadata().unwrap().mode() & 0o7777));
+            }
+        });
+        opened.handle.create(&named("s"), INSTANTLY, &mut observer).unwrap();
+        let partial = || "LibvirtQemudPart".to_owned();
+        assert_eq!(seen, [(Phase::Drain, partial(), 0o600), (Phase::Finish, partial(), 0o600)]);
+        assert_eq!(header(&path).magic, "LibvirtQemudSave");
+    }
+}
+
+/// A complete image with a stream that is none, and no QEMU involved.
+fn sample(directory: &Path) -> PathBuf {
+    let path = directory.join("sample.mem");
+    let image = MemoryImage::create(&path, "<domain><name>x</name></domain>", true).unwrap();
+    image.file().unwrap().write_all_at(b"QEVM", image.stream_offset()).unwrap();
+    image.complete().unwrap();
+    path
+}
+
+fn overwrite(path: &Path, at: u64, bytes: &[u8]) {
+    std::fs::OpenOptions::new().write(true).open(path).unwrap().write_all_at(bytes, at).unwrap();
+}
+
+#[test]
+fn a_damaged_image_is_refused_with_its_name_and_what_is_wrong() {
+    type Damage = fn(&Path);
+    let damages: [(&str, Damage); 11] = [
+        ("incomplete", |path| overwrite(path, 0, b"LibvirtQemudPart")),
+        ("not a memory image", |path| overwrite(path, 0, b"NotLibvirtAtAll!")),
+        ("too short", |path| std::fs::OpenOptions::new().write(true).open(path).unwrap().set_len(0).unwrap()),
+        ("too short", |path| std::fs::OpenOptions::new().write(true).open(path).unwrap().set_len(50).unwrap()),
+        ("too short", |path| std::fs::OpenOptions::new().write(true).open(path).unwrap().set_len(92).unwrap()),
+        ("too short", |path| std::fs::OpenOptions::new().write(true).open(path).unwrap().set_len(4000).unwrap()),
+        ("version 3", |path| overwrite(path, 16, &3u32.to_ne_bytes())),
+        ("compressed", |path| overwrite(path, 28, &1u32.to_ne_bytes())),
+        ("damaged header", |path| overwrite(path, 20, &0u32.to_ne_bytes())),
+        ("damaged header", |path| overwrite(path, 20, &u32::MAX.to_ne_bytes())),
+        ("damaged domain XML", |path| overwrite(path, 92, &[0xff])),
+    ];
+    let directory = tempfile::tempdir().unwrap();
+    for (what, damage) in damages {
+        let path = sample(directory.path());
+        assert!(Image::open(&path).is_ok());
+        damage(&path);
+        assert_error(Image::open(&path), Code::InvalidDomainSnapshot, what);
+        assert_error(Image::open(&path), Code::InvalidDomainSnapshot, path.to_str().unwrap());
+        std::fs::remove_file(&path).unwrap();
+    }
+    assert_error(Image::open(&directory.path().join("none")), Code::InvalidDomainSnapshot, "cannot be opened");
+}
+
+#[test]
+fn load_and_prepare_refuse_a_damaged_image_and_leave_nothing() {
+    let opened = Opened::start(&machine(&Binary::all()[0], 1));
+    opened.snapshot("s").unwrap();
+    let clone = opened.start_clone("s");
+    let path = opened.state_dir().join("s.mem");
+    let files = opened.trace();
+    for (at, bytes) in [(0, b"LibvirtQemudPart".as_slice()), (0, b"LibvirtQemudXXXX"), (28, &2u32.to_ne_bytes())] {
+        let whole = std::fs::read(&path).unwrap()[..100].to_vec();
+        overwrite(&path, at, bytes);
+        assert_error(clone.handle.load("s", 0), Code::InvalidDomainSnapshot, "s.mem");
+        let plan = prepare_revert(&opened.state_dir(), "s", None);
+        assert_error(plan, Code::InvalidDomainSnapshot, "s.mem");
+        overwrite(&path, 0, &whole);
+    }
+    common::assert_untouched(&opened, &files);
+    // The QEMU that waits was not given a byte: it can still be used.
+    clone.handle.load("s", 0).unwrap();
+    clone.guest.wait_ticks(3);
+}
+
+#[test]
+fn a_file_that_exists_is_not_touched() {
+    let opened = Opened::start(&machine(&Binary::all()[0], 1));
+    let path = opened.guest.directory().join("somebody's");
+    std::fs::write(&path, "precious").unwrap();
+    let before = opened.trace();
+    let xml = format!(
+        "<domainsnapshot><name>s</name><memory snapshot='external' file=\"{}\"/></domainsnapshot>",
+        path.display()
+    );
+    assert_error(opened.create(&xml, INSTANTLY), Code::ConfigUnsupported, "already exists");
+    assert_eq!(std::fs::read_to_string(&path).unwrap(), "precious");
+    common::assert_untouched(&opened, &before);
+}
+
+#[test]
+fn the_callers_domain_xml_is_in_the_image() {
+    let guest = machine(&Binary::all()[0], 1).start();
+    guest.wait_ticks(2);
+    let file = guest.disks()[0].file.display().to_string();
+    let xml = format!(
+        "<domain type='qemu'>\n  <name>ünï &amp; &lt;co&gt;</name>\n  <!-- theirs -->\n  <devices>\n    <disk type='file' \
+         device='disk'>\n      <driver name='qemu' type='raw'/>\n      <source file='{file}'/>\n      <target \
+         dev='vda'/>\n    </disk>\n  </devices>\n</domain>\n"
+    );
+    let opened = Opened::with_domain(guest, &xml);
+    opened.snapshot("s").unwrap();
+    assert_eq!(header(&opened.state_dir().join("s.mem")).xml.trim_end(), xml.trim_end());
+}
