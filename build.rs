@@ -34,6 +34,8 @@ fn main() {
     println!("cargo::rerun-if-env-changed=LIBCLANG_PATH");
     println!("cargo::rustc-check-cfg=cfg(have_libvirt_headers)");
     println!("cargo::rustc-cdylib-link-arg=-Wl,-soname,libinstantsnap.so.0");
+    // A thread of ours can outlive a dlclose().
+    println!("cargo::rustc-cdylib-link-arg=-Wl,-z,nodelete");
 
     let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
     let libvirt = libvirt_cflags();

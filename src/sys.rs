@@ -1,13 +1,14 @@
 //! The system calls that no safe wrapper covers, and small helpers around files that several modules share.
 
 use std::convert::Infallible;
-use std::ffi::{c_int, c_short, c_uint};
+use std::ffi::{c_int, c_uint};
 use std::fs::{File, Permissions};
-use std::io;
+use std::io::{self, Read};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{MetadataExt, PermissionsExt, fchown};
 use std::path::Path;
+use std::process::{Command, Stdio};
 use std::sync::{Mutex, PoisonError};
 use std::thread::{Builder, JoinHandle};
 
@@ -51,49 +52,69 @@ pub fn wait_until_forked() {
     while_forking(|| ());
 }
 
-/// Forks a process that is nobody's child, in a session of its own, with every signal blocked. The caller's process gets no
-/// SIGCHLD, and has nothing to reap.
+/// Forks a process in a session of its own, with every signal blocked. Its end raises no SIGCHLD, and no `wait` of the
+/// caller's sees it: [`reap`] does.
 ///
 /// # Safety
 /// `body` must be fit for the child of a process with threads: system calls on memory that exists already, no allocation,
 /// no lock, no panic.
-pub unsafe fn fork_orphan(body: impl FnOnce() -> Infallible) -> io::Result<()> {
-    // A bare clone with no flags is a fork without SIGCHLD, and without the handlers of pthread_atfork.
-    // SAFETY: no flags, thus no shared memory and no new stack. The child goes on with a copy of this one.
-    let fork = || unsafe { libc::syscall(libc::SYS_clone, 0, 0, 0, 0, 0) };
+pub unsafe fn fork_quiet(body: impl FnOnce() -> Infallible) -> io::Result<libc::pid_t> {
     with_signals_blocked(|| {
-        match fork() {
+        // A bare clone with no flags is a fork without SIGCHLD, and without the handlers of pthread_atfork.
+        // SAFETY: no flags, thus no shared memory and no new stack. The child goes on with a copy of this one.
+        match unsafe { libc::syscall(libc::SYS_clone, 0, 0, 0, 0, 0) } {
             -1 => Err(io::Error::last_os_error()),
             0 => {
-                // SAFETY: a system call without arguments.
-                unsafe { libc::setsid() };
-                if fork() == 0 {
-                    match body() {}
+                // SAFETY: system calls; the name is NUL-terminated.
+                unsafe {
+                    libc::setsid();
+                    libc::prctl(libc::PR_SET_NAME, c"instantsnap".as_ptr());
                 }
-                exit_now()
+                match body() {}
             }
-            child => {
-                let mut status = 0;
-                // SAFETY: `status` is live; the child is ours. Should somebody else have reaped it, the call fails, and
-                // nothing is lost.
-                while unsafe { libc::waitpid(child as libc::pid_t, &raw mut status, libc::__WALL) } == -1
-                    && io::Error::last_os_error().kind() == io::ErrorKind::Interrupted
-                {}
-                Ok(())
-            }
+            child => Ok(child as libc::pid_t),
         }
     })
 }
 
-/// Ends a process that [`fork_orphan`] has started.
+/// Waits for the end of a process that [`fork_quiet`] has started.
+pub fn reap(pid: libc::pid_t) {
+    let mut status = 0;
+    // SAFETY: `status` is live; the child is ours. Should somebody else have reaped it, the call fails, and nothing is lost.
+    while unsafe { libc::waitpid(pid, &raw mut status, libc::__WALL) } == -1
+        && io::Error::last_os_error().kind() == io::ErrorKind::Interrupted
+    {}
+}
+
+/// Runs a tool; what it says on its standard error where it fails.
+///
+/// Its exit status may be lost: a caller that ignores SIGCHLD, or that waits for whatever child there is, takes it away.
+/// Then it has failed if it has said anything.
+pub fn run_tool(command: &mut Command) -> std::result::Result<(), String> {
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
+    let program = command.get_program().to_string_lossy().into_owned();
+    let mut child = command.spawn().map_err(|error| format!("cannot run {program} (install qemu-utils): {error}"))?;
+    let mut said = String::new();
+    if let Some(mut stderr) = child.stderr.take() {
+        let _ = stderr.read_to_string(&mut said);
+    }
+    match child.wait() {
+        Ok(status) if status.success() => Ok(()),
+        Err(_) if said.is_empty() => Ok(()),
+        Ok(status) if said.is_empty() => Err(format!("{program}: {status}")),
+        _ => Err(said.trim().to_owned()),
+    }
+}
+
+/// Ends a process that [`fork_quiet`] has started.
 pub fn exit_now() -> ! {
     // SAFETY: ends the process without running anything of it.
     unsafe { libc::_exit(0) }
 }
 
-/// Closes every descriptor but these, which become 0, 1 and 2. For a process that [`fork_orphan`] has started.
-pub fn keep_only(fds: [c_int; 3]) -> Option<[c_int; 3]> {
-    let mut kept = [0, 1, 2];
+/// Closes every descriptor but these, which become 0 to 3. For a process that [`fork_quiet`] has started.
+pub fn keep_only(fds: [c_int; 4]) -> Option<[c_int; 4]> {
+    let mut kept = [0, 1, 2, 3];
     // First out of the way of each other, then to their places.
     for (to, from) in kept.iter_mut().zip(fds) {
         // SAFETY: duplicates a descriptor to a free number.
@@ -107,20 +128,22 @@ pub fn keep_only(fds: [c_int; 3]) -> Option<[c_int; 3]> {
         *from = unsafe { libc::dup2(*from, place as c_int) };
     }
     // SAFETY: as above; an error (Linux before 5.9 has no such call) is made good below.
-    if unsafe { libc::syscall(libc::SYS_close_range, 3, c_uint::MAX, 0) } == -1 {
+    if unsafe { libc::syscall(libc::SYS_close_range, 4, c_uint::MAX, 0) } == -1 {
         // SAFETY: closing a number that is not open is an error without effect.
-        (3..65536).for_each(|fd| unsafe {
+        (4..65536).for_each(|fd| unsafe {
             libc::close(fd);
         });
     }
-    Some([0, 1, 2])
+    Some([0, 1, 2, 3])
 }
 
-/// Waits until a descriptor is ready for `events`, for so many milliseconds (-1: for ever).
-pub fn wait_ready(fd: &OwnedFd, events: c_short, milliseconds: c_int) -> bool {
-    let mut poll = libc::pollfd { fd: fd.as_raw_fd(), events, revents: 0 };
-    // SAFETY: points to one live pollfd.
-    unsafe { libc::poll(&raw mut poll, 1, milliseconds) > 0 }
+/// Waits until one of the descriptors can be read, its end included, for so many milliseconds (-1: for ever).
+pub fn wait_ready(fds: [Option<&OwnedFd>; 2], milliseconds: c_int) -> bool {
+    // A negative number is passed over.
+    let mut polls =
+        fds.map(|fd| libc::pollfd { fd: fd.map_or(-1, |fd| fd.as_raw_fd()), events: libc::POLLIN, revents: 0 });
+    // SAFETY: points to as many live pollfds as it says.
+    unsafe { libc::poll(polls.as_mut_ptr(), 2, milliseconds) > 0 }
 }
 
 /// Makes the entry of `path` in its directory durable.

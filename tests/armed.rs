@@ -4,13 +4,13 @@
 
 mod common;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use common::{ALL_SECTORS, INSTANTLY, Opened, assert_untouched, machine, named, through_proxy};
 use instantsnap::error::Code;
 use instantsnap_testkit::by_hand::{Resume, begin, bring_back};
-use instantsnap_testkit::{Binary, DEADLINE, Machine, wait_for};
+use instantsnap_testkit::{Binary, DEADLINE, Fault, Machine, wait_for};
 use serde_json::json;
 use tempfile::TempDir;
 
@@ -112,6 +112,23 @@ fn a_pause_that_reaches_its_limit_is_undone_when_qemu_comes_to_its_senses() {
         assert!(!release.exists());
         std::fs::write(&release, "").unwrap();
         opened.handle.set_pause_limit(Duration::from_secs(30));
+        opened.assert_well();
+    }
+}
+
+/// QEMU 10.0 closes its descriptor 0 when a background snapshot is cancelled before it is armed. At the second time that is
+/// an image that it has opened meanwhile.
+#[test]
+fn a_snapshot_given_up_before_it_is_armed_closes_nothing_of_qemus() {
+    for binary in Binary::all() {
+        // So much memory that QEMU is still touching it when the library gives up.
+        let (opened, proxy) = through_proxy(&machine(binary, 2).memory(512).prealloc());
+        for _ in 0..3 {
+            proxy.rule("query-migrate", 2, Fault::fail("not today"));
+            opened.assert_fails(&named("s"), INSTANTLY, Code::OperationFailed, &["not today"]);
+            let stdin = format!("/proc/{}/fd/0", opened.guest.pid());
+            assert_eq!(std::fs::read_link(stdin).unwrap(), Path::new("/dev/null"));
+        }
         opened.assert_well();
     }
 }

@@ -7,7 +7,7 @@ use std::path::Path;
 use common::{ALL_SECTORS, At, INSTANTLY, Opened, assert_error, assert_untouched, machine, named, through_proxy};
 use instantsnap::engine::Phase;
 use instantsnap::error::Code;
-use instantsnap::flags::revert;
+use instantsnap::flags::{NO_METADATA, revert};
 use instantsnap_testkit::{Binary, Client, DEADLINE, Fault, Guest, wait_for};
 use serde_json::{Value, json};
 
@@ -80,6 +80,8 @@ fn bring_back_paused(opened: &Opened, name: &str, tick: Option<u32>) {
     assert_still(&clone.guest, None);
     // Disks and settings of the clone are in order while it is paused, and when it runs.
     assert_disks_are_active(&clone);
+    clone.handle.create(&named("of-clone"), INSTANTLY | NO_METADATA, &mut ()).unwrap();
+    assert_still(&clone.guest, None);
     run(&clone.guest, "cont", json!({}));
     clone.guest.wait_ticks(ALL_SECTORS);
     if let Some(tick) = tick {
@@ -126,6 +128,12 @@ fn a_guest_that_was_never_started_can_be_snapshotted() {
             eprintln!("{} {name}", binary.name);
             let opened = Opened::open(machine(binary, 2).paused().start());
             assert_eq!(status(&opened.guest), "prelaunch");
+            let mut observer = At(|phase| {
+                if phase == Phase::Arm {
+                    opened.handle.cancel().unwrap();
+                }
+            });
+            opened.assert_fails_observed(&named("s"), flags, &mut observer, Code::OperationAborted, &["cancelled"]);
             opened.create(&named(name), flags).unwrap();
             assert_still(&opened.guest, None);
             assert_recorded_as_paused(&opened, name);

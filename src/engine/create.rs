@@ -1,13 +1,14 @@
 //! Taking a snapshot: the phases, top down.
 
 use std::fs::File;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use super::cancel::Cancel;
 use super::clock::{By, Clock, Phase};
-use super::guard::{Done, Guard, Script};
-use super::migration::{Mode, Settings, Stream, wait_armed};
+use super::guard::{Script, Stage};
+use super::migration::{FD_NAME, Mode, Settings, Stream, wait_armed};
 use super::nvram;
 use super::reactivate::reactivate_disks;
 use super::undo::Made;
@@ -15,8 +16,8 @@ use crate::error::{Error, Result, fail};
 use crate::flags::{self, Flags};
 use crate::guest::{Connector, Guest, PATIENCE};
 use crate::image::MemoryImage;
-use crate::monitor::Deadline;
 use crate::monitor::commands::{self, Progress};
+use crate::monitor::{Deadline, Failure};
 use crate::snapshot::domain::{Domain, Source};
 use crate::snapshot::{
     Drive, MemoryRequest, Plan, Record, RecordedDisk, RecordedNvram, Request, Reservation, Role, State, Store, plan,
@@ -98,7 +99,11 @@ pub fn create(
     };
 
     let mut made = Made::default();
-    let record = match job.make(guest, settings, cancel, clock, &mut made) {
+    let make = AssertUnwindSafe(|| job.make(guest, settings, cancel, clock, &mut made));
+    // A defect of ours is no reason to leave a guest paused.
+    let record = match catch_unwind(make)
+        .unwrap_or_else(|_| fail!(InternalError, "a defect of instantsnap, please report it"))
+    {
         Ok(record) => record,
         Err(error) => {
             clock.enter(Phase::Undo);
@@ -207,21 +212,25 @@ impl Job<'_> {
         }
         made.overlays = true;
         guest.create_overlays(&self.plan.disks)?;
+        let stream = made.stream.insert(Stream::open(image)?);
+        if let Some(monitor) = guest.monitor_socket() {
+            made.guarded.start(monitor, stream.pipe(), &Script::new(&settings.script(self.mode)));
+        }
+        // From here on QEMU is changed: there is a guard now.
         let (settings, _) = made.settings.insert((settings, self.mode));
         settings.apply(guest, self.mode)?;
-        let stream = made.stream.insert(Stream::open(guest, image)?);
-        let script = Script::new(&settings.script(self.mode));
-        made.guard = guest.monitor_socket().and_then(|monitor| Guard::start(monitor, stream.pipe(), &script));
-        let note = |done| made.guard.iter().for_each(|guard| guard.note(done));
+        stream.pass(guest)?;
         self.flush_disks();
         cancel.check()?;
 
         let paused_at = Instant::now();
         let deadline = Deadline::after(self.pause_limit);
         if self.running {
+            if !guest.status()?.running {
+                fail!(OperationInvalid, "the guest was paused by somebody else while its snapshot was being prepared");
+            }
             clock.enter(Phase::Pause);
-            made.paused = true;
-            note(Done::Paused);
+            made.guarded.enter(Stage::Paused);
             guest.pause(deadline)?;
             cancel.check()?;
         }
@@ -231,9 +240,15 @@ impl Job<'_> {
         cancel.check()?;
 
         clock.enter(Phase::Arm);
-        made.migrating = true;
-        note(if self.running { Done::Migrating } else { Done::Resumed });
-        commands::migrate(guest, super::migration::FD_NAME, deadline)?;
+        let before = made.guarded.stage();
+        made.guarded.enter(if self.running { Stage::Migrating } else { Stage::Draining });
+        if let Err(failure) = commands::migrate(guest, FD_NAME, deadline) {
+            if matches!(failure, Failure::Refused(..)) {
+                // The migration that there may be is somebody else's.
+                made.guarded.enter(before);
+            }
+            return Err(failure.into_error("cannot start saving memory"));
+        }
         let bytes = match self.mode {
             Mode::Background => {
                 wait_armed(guest, cancel, deadline)?;
@@ -244,8 +259,7 @@ impl Job<'_> {
         if self.running {
             guest.resume(Deadline::after(PATIENCE))?;
             let by_commands = (paused_at.elapsed(), By::Commands);
-            made.paused = false;
-            note(Done::Resumed);
+            made.guarded.enter(Stage::Draining);
             clock.stats.paused = Some(by_commands);
         } else if self.mode == Mode::Paused {
             reactivate_disks(guest)?;

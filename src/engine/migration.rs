@@ -4,7 +4,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 use rustix::io::Errno;
 use serde_json::{Map, Value, json};
@@ -155,11 +155,13 @@ pub struct Stream {
     drain: Drain,
     /// The pipe's end once more, to empty it should the drain hang.
     spare: OwnedFd,
+    /// QEMU's end, until it has it.
+    write: Option<OwnedFd>,
 }
 
 impl Stream {
-    /// Opens it. QEMU holds its end as [`FD_NAME`].
-    pub fn open(guest: &mut dyn Guest, image: &MemoryImage) -> Result<Stream> {
+    /// Opens it.
+    pub fn open(image: &MemoryImage) -> Result<Stream> {
         let (read, write) = image::pipe()?;
         let duplicate = || {
             fcntl_setfl(&read, fcntl_getfl(&read)? | OFlags::NONBLOCK)?;
@@ -167,8 +169,15 @@ impl Stream {
         };
         let spare = duplicate().map_err(|error| Error::system("cannot set up the memory pipe", error))?;
         let drain = Drain::start(read, image.file()?, image.path(), image.stream_offset())?;
-        commands::getfd(guest, FD_NAME, write.as_fd(), Deadline::after(PATIENCE))?;
-        Ok(Stream { drain, spare })
+        Ok(Stream { drain, spare, write: Some(write) })
+    }
+
+    /// Passes QEMU its end, as [`FD_NAME`].
+    pub fn pass(&mut self, guest: &mut dyn Guest) -> Result<()> {
+        match self.write.take() {
+            Some(write) => commands::getfd(guest, FD_NAME, write.as_fd(), Deadline::after(PATIENCE)),
+            None => Ok(()),
+        }
     }
 
     /// QEMU's stream.
@@ -199,43 +208,40 @@ impl Stream {
         }
     }
 
-    /// Memory is not wanted any more. The stream is read on, and thrown away.
-    ///
-    /// QEMU is asked to end the migration only where that is safe. QEMU 7.2 leaves the guest's memory write-protected when
-    /// a background snapshot is cancelled or fails, its pipe's end closed included: the guest freezes for good at its next
-    /// write. There the migration is left to complete.
+    /// Memory is not wanted any more. The stream is read on, and thrown away. [`Stream::wait_given_up`] sees to the rest.
     pub fn give_up(&self, guest: &mut dyn Guest, mode: Mode) -> Result<()> {
         self.drain.discard();
-        if mode == Mode::Background && !guest.background_can_be_cancelled() {
-            return Ok(());
+        match mode {
+            Mode::Background => Ok(()),
+            Mode::Paused => commands::migrate_cancel(guest, Deadline::after(PATIENCE)),
         }
-        commands::migrate_cancel(guest, Deadline::after(PATIENCE))
     }
 
-    /// After [`Stream::give_up`]: returns when QEMU says that the migration has ended; before that, it may yet stop the
-    /// guest to save its devices.
-    pub fn wait_given_up(&self, guest: &mut dyn Guest) -> Result<()> {
+    /// Returns when QEMU says that the migration has ended; before that, it may yet stop the guest to save its devices.
+    ///
+    /// A background snapshot is cancelled only where that is safe. QEMU 7.2 leaves the guest's memory write-protected when
+    /// one is cancelled or fails, its pipe's end closed included: the guest freezes for good at its next write. QEMU 10.0
+    /// does not, but where it is cancelled before it has armed, QEMU closes its own descriptor 0, whatever that is by then.
+    /// What cannot be cancelled is left to complete.
+    pub fn wait_given_up(&self, guest: &mut dyn Guest, mode: Mode) -> Result<()> {
         let nap = Nap::default();
         let mut progress = Progressing::new(self.drain.bytes());
-        while query_ended(guest)?.is_none() {
-            self.unblock(&mut progress)?;
-            nap.sleep();
-        }
-        Ok(())
-    }
-
-    /// The same with a QEMU that does not answer: returns at the stream's end.
-    pub fn wait_given_up_silently(&self) -> Result<()> {
-        self.drain.discard();
-        let mut progress = Progressing::new(self.drain.bytes());
+        let mut cancellable = mode == Mode::Background && guest.background_can_be_cancelled();
         loop {
-            let mut fds = [PollFd::new(&self.spare, PollFlags::IN)];
-            let _ = poll(&mut fds, Some(&Timespec { tv_sec: 1, tv_nsec: 0 }));
-            if fds[0].revents().contains(PollFlags::HUP) && !fds[0].revents().contains(PollFlags::IN) {
+            let migration = commands::query_migrate(guest, Deadline::after(PATIENCE))?;
+            if migration.progress() != Progress::UnderWay {
                 return Ok(());
             }
+            if cancellable && migration.has_pages() {
+                commands::migrate_cancel(guest, Deadline::after(PATIENCE))?;
+                cancellable = false;
+            }
+            // While it sets up no byte can come, however long that takes.
+            if migration.status.as_deref() == Some("setup") {
+                progress = Progressing::new(self.drain.bytes());
+            }
             self.unblock(&mut progress)?;
-            sleep(Duration::from_millis(1));
+            nap.sleep();
         }
     }
 

@@ -2,7 +2,7 @@
 
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Command;
 
 use tempfile::TempPath;
 
@@ -116,17 +116,8 @@ fn fresh_path(record: &Record, image: &str, directory: Option<&Path>) -> Result<
 }
 
 fn create_overlay(image: &str, format: &str, overlay: &Path) -> Result<()> {
-    let run = Command::new("qemu-img")
-        .args(["create", "-q", "-f", "qcow2", "-F", format, "-b", image])
-        .arg(overlay)
-        .stdin(Stdio::null())
-        .output()
-        .map_err(|error| Error::system("cannot run qemu-img (install qemu-utils)", error))?;
-    if !run.status.success() {
-        return Err(Error::new(
-            Code::OperationFailed,
-            format!("cannot create an overlay of '{image}': {}", String::from_utf8_lossy(&run.stderr).trim()),
-        ));
-    }
-    Ok(())
+    let mut create = Command::new("qemu-img");
+    create.args(["create", "-q", "-f", "qcow2", "-F", format, "-b", image]).arg(overlay);
+    sys::run_tool(&mut create)
+        .map_err(|reason| Error::new(Code::OperationFailed, format!("cannot create an overlay of '{image}': {reason}")))
 }

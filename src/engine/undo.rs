@@ -5,7 +5,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use super::guard::Guard;
+use super::guard::Guarded;
 use super::migration::{FD_NAME, Mode, Settings, Stream};
 use super::reactivate::reactivate_disks;
 use crate::error::{Error, Result};
@@ -33,79 +33,99 @@ pub struct Made {
     pub stream: Option<Stream>,
     /// The guest ran, and is to run again.
     pub ran: bool,
-    /// Who takes over should this process be killed.
-    pub guard: Option<Guard>,
-    /// The guest, which ran, is paused.
-    pub paused: bool,
     /// The disks are on their overlays.
     pub switched: bool,
-    /// A migration has begun.
-    pub migrating: bool,
+    /// How far the guest's own part has come, and who takes over should this process be killed.
+    pub guarded: Guarded,
 }
 
 impl Made {
     /// Puts everything back. `cause` is why; what cannot be put back is added to it.
     pub fn undo(mut self, guest: &mut dyn Guest, cause: Error) -> Error {
         let mut left = Vec::new();
-        let mut presence = guest.presence();
-        if presence == Presence::Silent && self.paused {
-            presence = insist(guest);
-        }
-        if presence == Presence::Here && self.undo_online(guest, &mut left) {
-            presence = guest.presence();
+        let mut ended = false;
+        let mut presence = self.insist(guest);
+        if presence == Presence::Here {
+            ended = self.undo_online(guest, &mut left);
+            if !left.is_empty() {
+                presence = guest.presence();
+            }
         }
         match presence {
             Presence::Here => {}
             Presence::Gone => {
                 // A QEMU that has ended takes its settings, its nodes and its migration with it.
                 left.clear();
+                ended = true;
                 if self.overlays {
-                    let offline = guest.merge_and_discard_offline(self.switched && self.migrating);
-                    left.extend(offline.err().map(|error| error.message));
+                    left.extend(guest.merge_and_discard_offline(self.switched).err().map(|error| error.message));
                 }
             }
-            Presence::Silent => {
-                if let (Some(stream), true) = (&self.stream, self.migrating) {
-                    left.extend(stream.wait_given_up_silently().err().map(|error| error.message));
-                }
-                left.push("QEMU does not answer any more: what was changed in it could not be put back; if its guest is paused, \
-                 resume it with `cont`, and do not remove the overlays"
-                    .into());
+            Presence::Silent => left.push(
+                "QEMU does not answer any more: what was changed in it could not be put back. When it answers again its guest \
+                 is resumed; do not remove the overlays"
+                    .into(),
+            ),
+        }
+        if !ended || presence == Presence::Silent {
+            // The stream must be read to its end, and a guest that is paused resumed, whenever QEMU comes to it.
+            let stream = self.stream.take();
+            if !self.guarded.hand_over() {
+                std::mem::forget(stream);
             }
         }
-        self.stream = None;
         left.extend(self.remove_files().err().map(|error| error.message));
         left.into_iter().fold(cause, |cause, left| cause.and(left))
     }
 
-    /// Returns whether QEMU was lost on the way.
+    /// Whether QEMU is there. One that does not answer is given time, after all that was changed in it; for a guest that is
+    /// paused `cont` is queued, for QEMU to find when it comes to.
+    fn insist(&self, guest: &mut dyn Guest) -> Presence {
+        let deadline = Deadline::after(STUBBORN);
+        let mut presence = guest.presence();
+        if presence == Presence::Silent && self.guarded.stage().is_paused() {
+            // The reply would come when it would, and is not needed: the state is looked at next.
+            let _ = commands::cont(guest, Deadline::after(Duration::from_millis(100)));
+        }
+        while presence == Presence::Silent && self.overlays && deadline.left().is_some() {
+            presence = guest.presence();
+        }
+        presence
+    }
+
+    /// Returns whether the migration has ended, as far as there was one.
     fn undo_online(&mut self, guest: &mut dyn Guest, left: &mut Vec<String>) -> bool {
-        let mut note = |result: Result<()>| left.extend(result.err().map(|error| error.message));
+        let mut note = |result: Result<()>| {
+            let done = result.is_ok();
+            left.extend(result.err().map(|error| error.message));
+            done
+        };
+        let stage = self.guarded.stage();
         let mode = self.settings.as_ref().map_or(Mode::Paused, |(_, mode)| *mode);
-        let migrating = self.stream.as_ref().filter(|_| self.migrating);
-        if let Some(stream) = migrating {
+        let mut ended = true;
+        if let Some(stream) = self.stream.as_ref().filter(|_| stage.is_migrating()) {
             note(stream.give_up(guest, mode));
-        }
-        if self.paused {
-            note(guest.resume(Deadline::after(PATIENCE)));
-        }
-        if let Some(stream) = migrating {
-            note(stream.wait_given_up(guest));
-            // A migration that was given up while it set up has stopped the guest once more, and left it as it found it.
-            if self.paused {
-                note(guest.resume(Deadline::after(PATIENCE)));
+            if stage.is_paused() {
+                // QEMU refuses it while it finishes a migration; then it is done below.
+                let _ = guest.resume(Deadline::after(PATIENCE));
             }
+            ended = note(stream.wait_given_up(guest, mode));
+        }
+        // Again, where there was a migration: one that was given up while it set up has stopped the guest once more.
+        if stage.is_paused() {
+            note(guest.resume(Deadline::after(PATIENCE)));
         }
         if self.settings.is_some() {
             // Refused where it was never passed, and where a migration has taken it.
             let _ = commands::closefd(guest, FD_NAME, Deadline::after(PATIENCE));
         }
+        let mut merged = true;
         if self.switched {
             // A guest that was saved while it was paused has handed its disks over, and does not take them back by itself.
             if !self.ran && guest.status().is_ok_and(|status| status.status == "postmigrate") {
                 note(reactivate_disks(guest));
             }
-            note(guest.merge_disks());
+            merged = note(guest.merge_disks());
             // It can have come to the end of an overlay's file system, and stand since. Now there is room again.
             if self.ran && guest.status().is_ok_and(|status| status.status == "io-error") {
                 note(guest.resume(Deadline::after(PATIENCE)));
@@ -114,10 +134,10 @@ impl Made {
         if let Some((settings, mode)) = &self.settings {
             note(settings.restore(guest, *mode));
         }
-        if self.overlays {
+        if self.overlays && merged {
             note(guest.discard_overlays());
         }
-        !left.is_empty() && guest.presence() != Presence::Here
+        ended
     }
 
     fn remove_files(&self) -> Result<()> {
@@ -127,18 +147,5 @@ impl Made {
                 .map_err(|error| Error::system(format!("cannot remove '{}'", path.display()), error))?;
         }
         Ok(())
-    }
-}
-
-/// QEMU hangs with its guest paused. `cont` is queued, for it to find when it comes to, and waited for.
-fn insist(guest: &mut dyn Guest) -> Presence {
-    let deadline = Deadline::after(STUBBORN);
-    // The reply would come when it would, and is not needed: the state is looked at next.
-    let _ = commands::cont(guest, Deadline::after(Duration::from_millis(100)));
-    loop {
-        match guest.presence() {
-            Presence::Silent if deadline.left().is_some() => {}
-            presence => return presence,
-        }
     }
 }

@@ -1,9 +1,11 @@
-//! Handles: what C holds is an address, and what is behind it is looked up, never dereferenced.
+//! Handles: what C holds is a number in a pointer's clothes, and what is behind it is looked up, never dereferenced.
 //!
 //! So a NULL, a handle that was closed, and a pointer to something else are errors, not crashes; and an object that is being
-//! used by one thread while another closes it lives until it is not.
+//! used by one thread while another closes it lives until it is not. The numbers are odd, as no object's address is, and never
+//! used again.
 
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use once_cell::sync::Lazy;
@@ -24,12 +26,10 @@ impl<T> Registry<T> {
 
     /// Makes a handle.
     pub fn add<C>(&self, object: T) -> *mut C {
-        let object = Arc::new(object);
-        // An address that is nobody else's for as long as the registry holds the object. An object without a size has
-        // none, but there is no such type among ours.
-        let address = Arc::as_ptr(&object) as usize;
-        self.lock().insert(address, object);
-        address as *mut C
+        static LAST: AtomicUsize = AtomicUsize::new(1 << 20);
+        let number = LAST.fetch_add(2, Ordering::Relaxed) | 1;
+        self.lock().insert(number, Arc::new(object));
+        number as *mut C
     }
 
     /// What is behind a handle.
@@ -63,4 +63,9 @@ impl<T> Registry<T> {
     fn lock(&self) -> MutexGuard<'_, HashMap<usize, Arc<T>>> {
         self.live.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// Whether a pointer can be a handle of ours, open or closed, and nobody else's object.
+pub fn is_handle<C>(pointer: *const C) -> bool {
+    pointer as usize % 2 == 1
 }

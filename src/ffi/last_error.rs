@@ -25,14 +25,22 @@ fn boxed(code: i32, message: CString) -> Box<LastError> {
     last
 }
 
+/// What is shown to a thread that is ending, whose own is gone already.
+struct Nothing(instantsnap_error);
+
+// SAFETY: it is never changed, and its pointer is to a constant.
+unsafe impl Sync for Nothing {}
+
+static NOTHING: Nothing = Nothing(instantsnap_error { code: 0, domain: DOMAIN, message: c"".as_ptr() });
+
 /// Keeps an error for this thread.
 pub fn set(error: Error) {
     // A message is made of what QEMU and the system say; a NUL in it would be theirs.
     let message = CString::new(error.message.replace('\0', "\\0")).unwrap_or_default();
-    LAST.with_borrow_mut(|last| *last = boxed(error.code as i32, message));
+    let _ = LAST.try_with(|last| *last.borrow_mut() = boxed(error.code as i32, message));
 }
 
 /// The error of this thread; valid until its next one.
 pub fn get() -> *const instantsnap_error {
-    LAST.with_borrow(|last| &raw const last.shown)
+    LAST.try_with(|last| &raw const last.borrow().shown).unwrap_or(&raw const NOTHING.0)
 }

@@ -5,10 +5,11 @@
 use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
 use std::ptr;
 
+use super::handles::is_handle;
 use super::header::{instantsnap_guest, instantsnap_snapshot};
 use super::native::{self, GUESTS, SNAPSHOTS, Snapshot};
 use super::{boundary, text};
-use crate::error::{Code, Error, Result, fail};
+use crate::error::{Result, fail};
 use crate::flags::{self, delete};
 
 /// `virDomainObj`, which is libvirt's affair.
@@ -101,20 +102,20 @@ pub unsafe extern "C" fn qemuSnapshotDelete(vm: *mut DomainObj, snapshot: *mut c
 }
 
 fn is_ours_or_null(vm: *mut DomainObj) -> bool {
-    vm.is_null() || GUESTS.find(vm.cast::<instantsnap_guest>()).is_some()
+    vm.is_null() || is_handle(vm)
 }
 
 fn check_vm(vm: *mut DomainObj) -> Result<()> {
     if vm.is_null() {
         fail!(OperationUnsupported, "snapshots as a client of a stock libvirt (vm is NULL) are not supported yet");
     }
-    if !is_ours_or_null(vm) {
-        return Err(Error::new(
-            Code::OperationUnsupported,
-            "vm is not an open guest of instantsnap_open_qmp(); a driver's own domain objects are not supported yet",
-        ));
+    if !is_handle(vm) {
+        fail!(
+            OperationUnsupported,
+            "vm is not a guest of instantsnap_open_qmp(); a driver's own domain objects are not supported yet"
+        );
     }
-    Ok(())
+    GUESTS.get(vm.cast::<instantsnap_guest>()).map(drop)
 }
 
 /// Revert and Delete of a driver's own object go to the driver's own function, where there is one.

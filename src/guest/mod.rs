@@ -62,7 +62,7 @@ pub trait Guest: Execute {
     /// Whether a background snapshot leaves a paused guest paused.
     fn background_keeps_paused(&self) -> bool;
 
-    /// Whether a background snapshot that is cancelled, or fails, leaves the guest's memory writable.
+    /// Whether a background snapshot that is cancelled once it is armed leaves the guest's memory writable.
     fn background_can_be_cancelled(&self) -> bool;
 
     /// Creates the overlays, ready to be switched to. Files that exist are an error, and not touched.
@@ -87,8 +87,8 @@ pub trait Guest: Execute {
     /// Undoes the creation of overlays that are not in use.
     fn discard_overlays(&mut self) -> Result<()>;
 
-    /// The same as the last two for a QEMU that has ended. `written`: the guest may have run since the switch.
-    fn merge_and_discard_offline(&mut self, written: bool) -> Result<()>;
+    /// The same as the last two for a QEMU that has ended. `switched`: the disks may be on their overlays.
+    fn merge_and_discard_offline(&mut self, switched: bool) -> Result<()>;
 
     /// The monitor's socket, where it is one that only this operation uses.
     fn monitor_socket(&self) -> Option<BorrowedFd<'_>>;

@@ -119,22 +119,38 @@ impl Shared {
     }
 
     fn fill(&self, pipe: &OwnedFd, file: &File, mut offset: u64) -> io::Result<()> {
+        // A pipe is locked while it is spliced into a file, however long the file system takes; nobody could write to it or
+        // empty it meanwhile. So that is a pipe of our own, and QEMU's is locked for no longer than it takes to move pages.
+        let (own_read, own_write) = super::pipe().map_err(|error| io::Error::other(error.message))?;
         let mut spliced = true;
         loop {
             if !self.wait(pipe) || self.discard.load(Ordering::Relaxed) {
                 return Err(io::Error::other("it is not wanted any more"));
             }
-            let moved = if spliced { splice_chunk(pipe, file, offset) } else { copy_chunk(pipe, file, offset) };
-            match moved {
+            let flags = SpliceFlags::MOVE | SpliceFlags::NONBLOCK;
+            let moved = match splice(pipe, None, &own_write, None, CHUNK, flags) {
                 Ok(0) => return Ok(()),
-                Ok(moved) => {
-                    offset += moved as u64;
-                    self.count(moved);
-                }
-                Err(Errno::AGAIN | Errno::INTR) => {}
-                // A file system that cannot take pages from a pipe.
-                Err(Errno::INVAL) if spliced => spliced = false,
+                Ok(moved) => moved,
+                Err(Errno::AGAIN | Errno::INTR) => continue,
                 Err(error) => return Err(error.into()),
+            };
+            self.count(moved);
+            let mut left = moved;
+            while left > 0 {
+                let written = match spliced {
+                    true => splice_chunk(&own_read, file, offset, left),
+                    false => copy_chunk(&own_read, file, offset, left),
+                };
+                match written {
+                    Ok(written) => {
+                        offset += written as u64;
+                        left -= written;
+                    }
+                    Err(Errno::INTR) => {}
+                    // A file system that cannot take pages from a pipe.
+                    Err(Errno::INVAL) if spliced => spliced = false,
+                    Err(error) => return Err(error.into()),
+                }
             }
         }
     }
@@ -153,13 +169,12 @@ impl Shared {
     }
 }
 
-fn splice_chunk(pipe: &OwnedFd, file: &File, offset: u64) -> rustix::io::Result<usize> {
-    let mut offset = offset;
-    splice(pipe, None, file, Some(&mut offset), CHUNK, SpliceFlags::MOVE | SpliceFlags::NONBLOCK)
+fn splice_chunk(pipe: &OwnedFd, file: &File, mut offset: u64, length: usize) -> rustix::io::Result<usize> {
+    splice(pipe, None, file, Some(&mut offset), length, SpliceFlags::MOVE)
 }
 
-fn copy_chunk(pipe: &OwnedFd, file: &File, offset: u64) -> rustix::io::Result<usize> {
-    let mut buffer = vec![0; CHUNK / 4];
+fn copy_chunk(pipe: &OwnedFd, file: &File, offset: u64, length: usize) -> rustix::io::Result<usize> {
+    let mut buffer = vec![0; length.min(CHUNK / 4)];
     let read = rustix::io::read(pipe, &mut buffer)?;
     file.write_all_at(&buffer[..read], offset).map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO))?;
     Ok(read)

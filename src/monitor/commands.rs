@@ -151,9 +151,8 @@ pub fn closefd(qemu: &mut dyn Execute, name: &str, deadline: Deadline) -> std::r
 }
 
 /// `migrate` into a descriptor passed by [`getfd`].
-pub fn migrate(qemu: &mut dyn Execute, fd: &str, deadline: Deadline) -> Result<()> {
-    let command = Command::new("migrate", json!({ "uri": format!("fd:{fd}") }));
-    qemu.run("cannot start saving memory", command, deadline).map(drop)
+pub fn migrate(qemu: &mut dyn Execute, fd: &str, deadline: Deadline) -> std::result::Result<(), Failure> {
+    qemu.execute(Command::new("migrate", json!({ "uri": format!("fd:{fd}") })), deadline).map(drop)
 }
 
 /// `migrate_cancel`.

@@ -212,7 +212,12 @@ impl Store {
             } else {
                 file.persist_noclobber(path).map_err(|error| error.error)?;
             }
-            sys::sync_parent(path)
+            sys::sync_parent(path).inspect_err(|_| {
+                // Of a new file nothing is left; an old one cannot be brought back.
+                if !replace {
+                    let _ = sys::remove_file(path);
+                }
+            })
         };
         write().map_err(|error| Error::system(format!("cannot write '{}'", path.display()), error))
     }
@@ -221,7 +226,7 @@ impl Store {
     fn lock(&self) -> Result<File> {
         let path = self.path(".lock");
         let lock = self.open_file(&path)?;
-        flock(&lock, FlockOperation::LockExclusive)
+        rustix::io::retry_on_intr(|| flock(&lock, FlockOperation::LockExclusive))
             .map_err(|error| Error::system(format!("cannot lock '{}'", path.display()), error))?;
         Ok(lock)
     }

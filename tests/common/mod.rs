@@ -62,7 +62,7 @@ impl Opened {
     pub fn trace(&self) -> Trace {
         Trace {
             qemu: fingerprint(&mut self.guest.control()),
-            open_files: self.guest.open_files().into_iter().map(open_at_all).collect(),
+            open_files: self.guest.open_files().into_iter().collect(),
             files: files_below(self.guest.directory()),
         }
     }
@@ -146,13 +146,6 @@ pub fn first_tick(clone: &Guest) -> u32 {
     let log = std::fs::read_to_string(clone.directory().join("serial.log")).unwrap();
     let mut numbers = log.lines().filter_map(|line| line.strip_prefix("T ")?.parse().ok());
     numbers.next().expect("the clone has said a number")
-}
-
-/// QEMU opens an image that it switches between reading and writing a second time, now and then: of files it matters which
-/// are open, of pipes and the like how many.
-fn open_at_all((file, count): (String, usize)) -> (String, usize) {
-    let count = if file.starts_with('/') { 1 } else { count };
-    (file, count)
 }
 
 /// See [`Opened::trace`].

@@ -234,7 +234,7 @@ pub fn machine(monitor: &mut Monitor, emulator: Option<String>) -> Result<Machin
 
 /// Refuses a guest whose RAM another process writes: userfaultfd sees QEMU's own mapping only.
 pub fn check_memory_is_its_own(monitor: &mut Monitor) -> Result<()> {
-    for path in ["/machine/peripheral", "/machine/peripheral-anon"] {
+    for path in ["/machine/peripheral", "/machine/peripheral-anon", "/objects"] {
         let devices = query(monitor, "qom-list", json!({ "path": path }))?;
         for device in devices.as_array().into_iter().flatten() {
             let kind = device["type"].as_str().unwrap_or_default();

@@ -177,15 +177,15 @@ impl Guest for QmpGuest<'_> {
     }
 
     fn merge_disks(&mut self) -> Result<()> {
-        overlays::merge(&mut self.monitor, &self.overlays)
+        overlays::merge(&mut self.monitor, &mut self.overlays)
     }
 
     fn discard_overlays(&mut self) -> Result<()> {
         overlays::discard(&mut self.monitor, &mut self.overlays)
     }
 
-    fn merge_and_discard_offline(&mut self, written: bool) -> Result<()> {
-        overlays::merge_and_discard_offline(&mut self.overlays, written)
+    fn merge_and_discard_offline(&mut self, switched: bool) -> Result<()> {
+        overlays::merge_and_discard_offline(&mut self.overlays, switched)
     }
 
     fn monitor_socket(&self) -> Option<BorrowedFd<'_>> {
@@ -212,17 +212,16 @@ impl Guest for QmpGuest<'_> {
                 return Presence::Gone;
             }
             if let Ok(monitor) = Monitor::dial(&self.connector.socket, deadline).and_then(|it| it.greet(deadline)) {
-                // Another QEMU can have taken the socket over: that one is not ours to touch.
+                // Another QEMU can have taken the socket over: that one is not ours to touch. Where one of them is not known,
+                // the socket is all there is to go by.
                 let same = match (&monitor.qemu, &self.monitor.qemu) {
                     (Some(new), Some(old)) => new.pid == old.pid && !old.has_ended(),
-                    // Where one is not known, the socket is all there is to go by.
                     _ => true,
                 };
                 if same {
                     self.monitor = monitor;
                     return Presence::Here;
                 }
-                return Presence::Gone;
             }
             std::thread::sleep(Duration::from_millis(20));
         }

@@ -4,7 +4,7 @@ use std::fs::{File, OpenOptions};
 use std::io::ErrorKind;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
-use std::process::{Command as Process, Stdio};
+use std::process::Command as Process;
 use std::thread::sleep;
 use std::time::Duration;
 
@@ -29,6 +29,16 @@ pub struct Overlay {
     node: String,
     file_node: String,
     made: Made,
+    merge: Merge,
+}
+
+/// How far an overlay has been merged into the image below. Once it is, that one is the newer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Merge {
+    Not,
+    /// QEMU was told to complete it, and has not said yet that it has.
+    Completing,
+    Done,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -47,7 +57,7 @@ impl Overlay {
         let got = rustix::rand::getrandom(&mut random, rustix::rand::GetRandomFlags::NONBLOCK);
         let random = got.map_or(std::process::id(), |_| u32::from_ne_bytes(random));
         let node = format!("{NODE_PREFIX}{random:08x}-{index}");
-        Overlay { disk: disk.clone(), file_node: format!("{node}f"), node, made: Made::Nothing }
+        Overlay { disk: disk.clone(), file_node: format!("{node}f"), node, made: Made::Nothing, merge: Merge::Not }
     }
 }
 
@@ -107,7 +117,8 @@ pub fn create(monitor: &mut Monitor, overlay: &mut Overlay) -> Result<()> {
     let job = format!("{}-create", overlay.node);
     let command = Command::new("blockdev-create", json!({ "job-id": job, "options": format }));
     monitor.run(&step, command, Deadline::after(PATIENCE))?;
-    wait_for_jobs(monitor, &[job]).map_err(|error| Error::new(error.code, format!("{step}: {}", error.message)))?;
+    wait_for_jobs(monitor, &[job], |_, _| ())
+        .map_err(|error| Error::new(error.code, format!("{step}: {}", error.message)))?;
 
     let mut options = json!({
         "driver": "qcow2",
@@ -139,10 +150,9 @@ fn create_file(path: &str, image: &str, disk: &str) -> Result<File> {
     let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path);
     let file = match file {
         Ok(file) => file,
-        Err(error) if error.kind() == ErrorKind::AlreadyExists => fail!(
-            ConfigUnsupported,
-            "external snapshot file for disk '{disk}' already exists: '{path}'; remove it or name another"
-        ),
+        Err(error) if error.kind() == ErrorKind::AlreadyExists => {
+            fail!(ConfigUnsupported, "external snapshot file for disk '{disk}' already exists: '{path}'; name another")
+        }
         Err(error) => return Err(Error::system(step, error)),
     };
     if let Err(error) = sys::liken(&file, Path::new(image)) {
@@ -175,11 +185,13 @@ pub fn switch(monitor: &mut Monitor, overlays: &[Overlay], deadline: Deadline) -
 }
 
 /// Merges those that are active back into the images below, all at once.
-pub fn merge(monitor: &mut Monitor, overlays: &[Overlay]) -> Result<()> {
+pub fn merge(monitor: &mut Monitor, overlays: &mut [Overlay]) -> Result<()> {
     let mut jobs = Vec::new();
     let started = start_merging(monitor, overlays, &mut jobs);
     // Those that did start are seen to their end, whatever became of the others.
-    let ended = wait_for_jobs(monitor, &jobs);
+    let ended = wait_for_jobs(monitor, &jobs, |job, merge| {
+        overlays.iter_mut().filter(|overlay| merge_job(overlay) == job).for_each(|overlay| overlay.merge = merge);
+    });
     started.and(ended).map_err(|error| {
         error.and(format!(
             "the guest goes on with the overlays {}, which must not be removed: merge them with block-commit when the \
@@ -187,6 +199,10 @@ pub fn merge(monitor: &mut Monitor, overlays: &[Overlay]) -> Result<()> {
             paths(overlays)
         ))
     })
+}
+
+fn merge_job(overlay: &Overlay) -> String {
+    format!("{}-undo", overlay.node)
 }
 
 fn start_merging(monitor: &mut Monitor, overlays: &[Overlay], jobs: &mut Vec<String>) -> Result<()> {
@@ -197,7 +213,7 @@ fn start_merging(monitor: &mut Monitor, overlays: &[Overlay], jobs: &mut Vec<Str
         blocks.any(|block| block["inserted"]["node-name"] == overlay.node)
     };
     for overlay in overlays.iter().filter(is_active) {
-        let job = format!("{}-undo", overlay.node);
+        let job = merge_job(overlay);
         let arguments = json!({
             "job-id": job,
             "device": overlay.node,
@@ -211,7 +227,8 @@ fn start_merging(monitor: &mut Monitor, overlays: &[Overlay], jobs: &mut Vec<Str
 }
 
 /// Waits for jobs that do not dismiss themselves, completes those that are ready, and dismisses them all.
-fn wait_for_jobs(monitor: &mut Monitor, ids: &[String]) -> Result<()> {
+/// `tell` learns how far each has come.
+fn wait_for_jobs(monitor: &mut Monitor, ids: &[String], mut tell: impl FnMut(&str, Merge)) -> Result<()> {
     let mut left: Vec<&String> = ids.iter().collect();
     let mut first_error = None;
     let mut seen = Vec::new();
@@ -223,7 +240,8 @@ fn wait_for_jobs(monitor: &mut Monitor, ids: &[String]) -> Result<()> {
             Command::new("query-jobs", json!({})),
             Deadline::after(PATIENCE),
         )?;
-        let jobs = jobs.as_array().cloned().unwrap_or_default();
+        let ours = |job: &&Value| ids.iter().any(|id| job["id"] == **id);
+        let jobs: Vec<Value> = jobs.as_array().into_iter().flatten().filter(ours).cloned().collect();
         let mut ended = Vec::new();
         for &id in &left {
             let Some(job) = jobs.iter().find(|job| job["id"] == **id) else {
@@ -232,10 +250,17 @@ fn wait_for_jobs(monitor: &mut Monitor, ids: &[String]) -> Result<()> {
                 continue;
             };
             match job["status"].as_str() {
-                Some("ready") => drop(job_command(monitor, "job-complete", id)?),
+                Some("ready") => {
+                    tell(id, Merge::Completing);
+                    job_command(monitor, "job-complete", id)?;
+                }
                 Some("concluded") if job_command(monitor, "job-dismiss", id)? => {
-                    if let Some(error) = job["error"].as_str() {
-                        first_error.get_or_insert(Error::new(Code::OperationFailed, error));
+                    match job["error"].as_str() {
+                        Some(error) => {
+                            tell(id, Merge::Not);
+                            first_error.get_or_insert(Error::new(Code::OperationFailed, error));
+                        }
+                        None => tell(id, Merge::Done),
                     }
                     ended.push(id);
                 }
@@ -272,14 +297,16 @@ fn job_command(monitor: &mut Monitor, command: &str, id: &str) -> Result<bool> {
     }
 }
 
-/// Removes nodes and files of those that are not in use.
+/// Removes nodes and files of those that are not in use. Those that could not be removed are kept in the list.
 pub fn discard(monitor: &mut Monitor, overlays: &mut Vec<Overlay>) -> Result<()> {
     let mut first_error = None;
-    for overlay in overlays.drain(..).rev() {
-        if let Err(error) = discard_one(monitor, &overlay) {
+    overlays.retain(|overlay| match discard_one(monitor, overlay) {
+        Ok(()) => false,
+        Err(error) => {
             first_error.get_or_insert(error);
+            true
         }
-    }
+    });
     first_error.map_or(Ok(()), Err)
 }
 
@@ -288,7 +315,7 @@ fn discard_one(monitor: &mut Monitor, overlay: &Overlay) -> Result<()> {
     if overlay.made == Made::FileNode {
         // Where an answer was lost, the job that formats it can be there still, and have the node in use. Where it is not,
         // this says so.
-        let _ = wait_for_jobs(monitor, &[format!("{}-create", overlay.node)]);
+        let _ = wait_for_jobs(monitor, &[format!("{}-create", overlay.node)], |_, _| ());
     }
     // A command whose reply was lost can have made one step more than we know of.
     for (made, node) in nodes {
@@ -313,15 +340,28 @@ fn remove(overlay: &Overlay) -> Result<()> {
     sys::remove_file(Path::new(path)).map_err(|error| Error::system(format!("cannot remove '{path}'"), error))
 }
 
-/// For a QEMU that has ended: overlays that may hold what the guest wrote are merged by `qemu-img`, or kept.
-pub fn merge_and_discard_offline(overlays: &mut Vec<Overlay>, written: bool) -> Result<()> {
-    for overlay in overlays.iter().filter(|overlay| written && overlay.made == Made::Node) {
-        commit_offline(&overlay.disk.overlay).map_err(|error| {
+/// For a QEMU that has ended. `switched`: the overlays may hold what the guest wrote; then they are merged by `qemu-img`, or
+/// kept.
+pub fn merge_and_discard_offline(overlays: &mut Vec<Overlay>, switched: bool) -> Result<()> {
+    for overlay in overlays.iter().filter(|overlay| switched && overlay.made == Made::Node) {
+        let merged = match overlay.merge {
+            Merge::Not => commit_offline(&overlay.disk.overlay),
+            Merge::Done => Ok(()),
+            Merge::Completing => Err(Error::new(
+                Code::OperationFailed,
+                format!(
+                    "it ended just when '{}' was merged: which of the two was written last is the newer",
+                    overlay.disk.overlay
+                ),
+            )),
+        };
+        merged.map_err(|error| {
             Error::new(
                 error.code,
                 format!(
                     "QEMU has ended, and what the guest wrote after the instant is in {}, which could not be merged and \
-                     must not be removed ({}): run `qemu-img commit` on each when the cause is mended",
+                     must not be removed ({}): run `qemu-img commit` on each when the cause is mended, before the guest is \
+                     started again",
                     paths(overlays),
                     error.message
                 ),
@@ -332,15 +372,9 @@ pub fn merge_and_discard_offline(overlays: &mut Vec<Overlay>, written: bool) -> 
 }
 
 fn commit_offline(overlay: &str) -> Result<()> {
-    let run = Process::new("qemu-img")
-        .args(["commit", "-q", "-d", "-f", "qcow2", overlay])
-        .stdin(Stdio::null())
-        .output()
-        .map_err(|error| Error::system("cannot run qemu-img (install qemu-utils)", error))?;
-    if !run.status.success() {
-        fail!(OperationFailed, "{}", String::from_utf8_lossy(&run.stderr).trim());
-    }
-    Ok(())
+    let mut commit = Process::new("qemu-img");
+    commit.args(["commit", "-q", "-d", "-f", "qcow2", overlay]);
+    sys::run_tool(&mut commit).map_err(|reason| Error::new(Code::OperationFailed, reason))
 }
 
 fn paths(overlays: &[Overlay]) -> String {
