@@ -27,7 +27,7 @@
  *   VIR_ERR_INVALID_ARG errors, never a crash. Functions without a result leave them as the last error.
  * - Threads. Every function may be called from any thread, also on one handle from several threads at once. Two
  *   operations that change the same guest do not wait for each other: the second fails at once with
- *   VIR_ERR_OPERATION_INVALID.
+ *   VIR_ERR_OPERATION_INVALID, also where it is another process's (of the same network namespace).
  * - Time. All durations are microseconds of CLOCK_MONOTONIC, all sizes are bytes.
  * - Structures that the caller provides start with `size`, to be set to sizeof the structure before the call, so
  *   that a later version can add fields without breaking the ABI: a size that this version knows nothing of is filled
@@ -37,8 +37,11 @@
  * - Processes. A snapshot forks one process of its own session, the guard, which ends with the call. Should the caller
  *   be killed before that, the guard resumes the guest, takes QEMU's memory stream to its end (QEMU 7.2 would freeze
  *   the guest otherwise) and puts the migration settings back. The overlays stay in use then, and the memory image is
- *   marked incomplete. The guard is no child of the caller's: there is no SIGCHLD and nothing to reap. `qemu-img` is
- *   run for instantsnap_snapshot_prepare_revert(), and where QEMU itself ends during a snapshot.
+ *   marked incomplete. The guard raises no SIGCHLD, and no wait() of the caller's sees it. It is in the caller's cgroup:
+ *   what ends all of that (a container's end, systemd's KillMode=control-group) ends it too. `qemu-img` is run for
+ *   instantsnap_snapshot_prepare_revert(), and where QEMU itself ends during a snapshot.
+ * - POSIX record locks (fcntl F_SETLK) that the caller holds on disk images are lost, as a process loses them whenever it
+ *   closes a file: the library opens and closes the images that it flushes and copies.
  */
 #ifndef INSTANTSNAP_H
 #define INSTANTSNAP_H
