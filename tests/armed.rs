@@ -74,7 +74,7 @@ fn a_pause_that_reaches_its_limit_is_ended() {
         let (machine, release, _directory) = late(binary);
         let opened = Opened::start(&machine);
         let before = opened.trace();
-        opened.handle.set_pause_limit(Duration::from_millis(200));
+        opened.handle.set_pause_limit(Duration::from_secs(2));
         let error = std::thread::scope(|scope| {
             let call = scope.spawn(|| opened.handle.create(&named("s"), INSTANTLY, &mut ()).expect_err("too long"));
             // The guest runs again while the migration is still held: it does not wait for QEMU to give in.
@@ -107,7 +107,7 @@ fn a_pause_that_reaches_its_limit_is_undone_when_qemu_comes_to_its_senses() {
     for binary in Binary::all() {
         let (machine, release, _directory) = late(binary);
         let opened = Opened::start(&machine);
-        opened.handle.set_pause_limit(Duration::from_millis(200));
+        opened.handle.set_pause_limit(Duration::from_secs(2));
         opened.assert_fails(&named("s"), INSTANTLY, Code::OperationTimeout, &["limit of the pause"]);
         assert!(!release.exists());
         std::fs::write(&release, "").unwrap();

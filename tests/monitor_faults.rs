@@ -207,14 +207,22 @@ fn the_connection_can_be_lost_after_any_command() {
 fn an_answer_that_does_not_come_ends_the_pause_at_its_limit() {
     for binary in Binary::all() {
         let (opened, proxy) = through_proxy(&machine(binary, 2));
-        opened.handle.set_pause_limit(Duration::from_millis(300));
+        opened.handle.set_pause_limit(Duration::from_secs(1));
         for (command, occurrence) in [("stop", 1), ("transaction", 1), ("migrate", 1), ("query-migrate", 2)] {
             for fault in [Fault::SwallowReply, Fault::Drop] {
                 eprintln!("{}: {fault:?} at {command} {occurrence}", binary.name);
                 proxy.rule(command, occurrence, fault);
-                let error = opened.assert_fails(&named("s"), INSTANTLY, Code::OperationTimeout, &[]);
-                assert_eq!(proxy.rules_left(), 0);
-                assert!(!error.message.contains(';'), "{error}");
+                // On a machine with much to do the limit can pass before it comes to that command.
+                let mut reached = false;
+                for _ in 0..10 {
+                    let error = opened.assert_fails(&named("s"), INSTANTLY, Code::OperationTimeout, &[]);
+                    assert!(!error.message.contains(';'), "{error}");
+                    reached = proxy.rules_left() == 0;
+                    if reached {
+                        break;
+                    }
+                }
+                assert!(reached, "{command} {occurrence}");
             }
         }
         opened.handle.set_pause_limit(Duration::from_secs(30));
@@ -227,7 +235,7 @@ fn an_answer_that_does_not_come_ends_the_pause_at_its_limit() {
 fn a_guest_whose_qemu_hangs_for_a_while_runs_again() {
     for binary in Binary::all() {
         let (opened, proxy) = through_proxy(&machine(binary, 2));
-        opened.handle.set_pause_limit(Duration::from_millis(300));
+        opened.handle.set_pause_limit(Duration::from_secs(3));
         let before = opened.trace();
         let gate = proxy.hold_reply("transaction", 1);
         let error = std::thread::scope(|scope| {

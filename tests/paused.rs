@@ -80,7 +80,8 @@ fn bring_back_paused(opened: &Opened, name: &str, tick: Option<u32>) {
     assert_still(&clone.guest, None);
     // Disks and settings of the clone are in order while it is paused, and when it runs.
     assert_disks_are_active(&clone);
-    clone.handle.create(&named("of-clone"), INSTANTLY | NO_METADATA, &mut ()).unwrap();
+    let of_clone = named(&format!("of-clone-{}", clone.guest.pid()));
+    clone.handle.create(&of_clone, INSTANTLY | NO_METADATA, &mut ()).unwrap();
     assert_still(&clone.guest, None);
     run(&clone.guest, "cont", json!({}));
     clone.guest.wait_ticks(ALL_SECTORS);
