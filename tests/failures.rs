@@ -140,7 +140,7 @@ fn a_place_that_cannot_be_written_to_is_named() {
     // Nothing hinders root but a file system that is read-only.
     let tmpfs = geteuid().is_root().then(|| Tmpfs::mount("ro"));
     let sealed = tempfile::tempdir().unwrap();
-    sealed.path().metadata().map(|it| it.permissions()).map(|mut it| it.set_mode(0o500)).unwrap();
+    std::fs::set_permissions(sealed.path(), std::fs::Permissions::from_mode(0o500)).unwrap();
     let file = match &tmpfs {
         Some(None) => return,
         Some(Some(tmpfs)) => tmpfs.path("file"),
