@@ -94,11 +94,6 @@ impl MemoryImage {
             Error::system(format!("cannot complete memory snapshot file '{}'", self.path.display()), error)
         })
     }
-
-    /// Removes the file.
-    pub fn remove(&self) -> io::Result<()> {
-        sys::remove_file(&self.path)
-    }
 }
 
 /// A complete memory image, opened for reading.

@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::io::IoSlice;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -56,19 +56,12 @@ impl Peer {
     }
 }
 
-/// A connection that QEMU has not accepted yet: it serves one client a socket at a time.
-#[derive(Debug)]
-pub struct Dialled {
-    path: PathBuf,
-    monitor: Monitor,
-}
-
 impl Monitor {
-    /// Connects, so that it is known whose socket it is. [`Dialled::greet`] goes on.
-    pub fn dial(path: &Path, deadline: Deadline) -> Result<Dialled> {
+    /// Connects, waits to be accepted (QEMU serves one client a socket at a time), and agrees on QMP.
+    pub fn connect(path: &Path, deadline: Deadline) -> Result<Monitor> {
         let socket = connect_socket(path, deadline)?;
         let qemu = sys::peer_pid(socket.as_fd()).and_then(open_qemu);
-        let monitor = Monitor {
+        let mut monitor = Monitor {
             socket,
             received: Vec::new(),
             searched: 0,
@@ -77,19 +70,6 @@ impl Monitor {
             version: (0, 0),
             qemu,
         };
-        Ok(Dialled { path: path.into(), monitor })
-    }
-}
-
-impl Dialled {
-    /// The process at the other end, where it is QEMU.
-    pub fn qemu(&self) -> Option<&Peer> {
-        self.monitor.qemu.as_ref()
-    }
-
-    /// Waits to be accepted, and agrees on QMP.
-    pub fn greet(self, deadline: Deadline) -> Result<Monitor> {
-        let Dialled { path, mut monitor } = self;
         let not_qmp = |reason: &str| {
             Error::new(Code::OperationFailed, format!("'{}' is not a QMP socket: {reason}", path.display()))
         };
@@ -116,9 +96,7 @@ impl Dialled {
         }
         Ok(monitor)
     }
-}
 
-impl Monitor {
     /// Who is behind a socket that another process listens on, where that one can be seen from here: QEMU knows its vCPUs'
     /// threads by the numbers that /proc has them by.
     fn qemu_by_its_threads(&mut self, deadline: Deadline) -> Option<Peer> {

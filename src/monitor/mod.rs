@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
-pub use client::{Dialled, Monitor, Peer};
+pub use client::{Monitor, Peer};
 
 use crate::error::{Code, Error, Result};
 
@@ -28,11 +28,6 @@ impl Deadline {
     /// What is left; `None` when it has passed.
     pub fn left(self) -> Option<Duration> {
         self.0.checked_duration_since(Instant::now()).filter(|left| !left.is_zero())
-    }
-
-    /// The earlier of the two.
-    pub fn or_before(self, other: Deadline) -> Deadline {
-        Deadline(self.0.min(other.0))
     }
 }
 

@@ -50,7 +50,7 @@ impl QmpConnector {
             Err(error) if error.code == Code::OperationInvalid => return Ok(connector),
             held => drop(held?),
         }
-        check_version(&Monitor::dial(socket, deadline)?.greet(deadline)?)?;
+        check_version(&Monitor::connect(socket, deadline)?)?;
         Ok(connector)
     }
 }
@@ -71,7 +71,7 @@ impl Connector for QmpConnector {
     fn begin(&self) -> Result<Box<dyn Guest + '_>> {
         let deadline = Deadline::after(GREETING);
         let mut exclusive = vec![Exclusive::take_socket(&self.socket)?];
-        let monitor = Monitor::dial(&self.socket, deadline)?.greet(deadline)?;
+        let monitor = Monitor::connect(&self.socket, deadline)?;
         if let Some(qemu) = &monitor.qemu {
             exclusive.push(Exclusive::take_qemu(&self.socket, qemu)?);
         }
@@ -211,7 +211,7 @@ impl Guest for QmpGuest<'_> {
             if self.monitor.qemu.as_ref().is_some_and(|qemu| qemu.has_ended()) {
                 return Presence::Gone;
             }
-            if let Ok(monitor) = Monitor::dial(&self.connector.socket, deadline).and_then(|it| it.greet(deadline)) {
+            if let Ok(monitor) = Monitor::connect(&self.connector.socket, deadline) {
                 // Another QEMU can have taken the socket over: that one is not ours to touch. Where one of them is not known,
                 // the socket is all there is to go by.
                 let same = match (&monitor.qemu, &self.monitor.qemu) {
