@@ -73,10 +73,7 @@ impl Settings {
 
     /// Puts back what [`Settings::apply`] can have changed.
     pub fn restore(&self, guest: &mut dyn Guest, mode: Mode) -> Result<()> {
-        let mut parameters = self.parameters_for(mode);
-        for (name, value) in &mut parameters {
-            *value = self.parameters[name].clone();
-        }
+        let parameters = self.original_parameters(mode);
         // Before the capabilities: with some of them set (`mapped-ram`), QEMU refuses parameters that it let be set first.
         let parameters = match parameters.is_empty() {
             true => Ok(()),
@@ -91,10 +88,7 @@ impl Settings {
 
     /// What [`Settings::restore`] would say, for whoever says it in its place.
     pub fn script(&self, mode: Mode) -> Vec<(&'static str, Value)> {
-        let mut parameters = self.parameters_for(mode);
-        for (name, value) in &mut parameters {
-            *value = self.parameters[name].clone();
-        }
+        let parameters = self.original_parameters(mode);
         let capabilities: Vec<_> =
             self.changeable().map(|(name, state)| json!({ "capability": name, "state": state })).collect();
         vec![
@@ -102,6 +96,15 @@ impl Settings {
             ("migrate-set-parameters", Value::Object(parameters)),
             ("migrate-set-capabilities", json!({ "capabilities": capabilities })),
         ]
+    }
+
+    /// The parameters that `mode` changes, as they were found.
+    fn original_parameters(&self, mode: Mode) -> Map<String, Value> {
+        let mut parameters = self.parameters_for(mode);
+        for (name, value) in &mut parameters {
+            *value = self.parameters[name].clone();
+        }
+        parameters
     }
 
     /// `events` changes nothing but what is told.
