@@ -23,7 +23,7 @@ mod error;
 mod flags;
 
 /// The constants that are the header's, out of all those that libvirt's headers have.
-const CONSTANTS: [&str; 3] = ["VIR_DOMAIN_SNAPSHOT_", "VIR_ERR_", "VIR_FROM_QEMU"];
+const CONSTANTS: [&str; 4] = ["INSTANTSNAP_", "VIR_DOMAIN_SNAPSHOT_", "VIR_ERR_", "VIR_FROM_QEMU"];
 
 fn main() {
     for path in ["build.rs", "include", "src/ffi/abi.rs", "src/error.rs", "src/flags.rs"] {
@@ -98,7 +98,7 @@ fn write_bindings(to: &Path, libvirt: Option<&[String]>) {
         .layout_tests(true)
         .wrap_unsafe_ops(true)
         .use_core()
-        .rust_target(RustTarget::stable(85, 0).unwrap_or_else(|_| stop("bindgen does not know Rust 1.85")))
+        .rust_target(RustTarget::stable(88, 0).unwrap_or_else(|_| stop("bindgen does not know Rust 1.88")))
         .rust_edition(RustEdition::Edition2024)
         .parse_callbacks(Box::new(OnlyOurs));
     for prefix in CONSTANTS {
@@ -199,9 +199,11 @@ fn constants() -> Vec<(String, i64)> {
         ("DELETE_CHILDREN_ONLY", delete::CHILDREN_ONLY),
     ];
     let flags = create.chain(others.map(|(name, bit)| (name.to_string(), bit)));
+    let own = abi::CONSTANTS.iter().map(|&(name, value)| (name.to_string(), i64::from(value)));
     [("VIR_ERR_OK".to_string(), 0), ("VIR_FROM_QEMU".to_string(), i64::from(error::DOMAIN))]
         .into_iter()
         .chain(errors)
+        .chain(own)
         .chain(flags.map(|(name, bit)| (format!("VIR_DOMAIN_SNAPSHOT_{name}"), i64::from(bit))))
         .collect()
 }

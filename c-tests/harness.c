@@ -22,13 +22,14 @@
 #define DEADLINE_SECONDS 60
 
 #define MAX_QEMUS 8
-#define MAX_TEXTS 256
+#define MAX_TEXTS 16384
 
 static char directory[64];
 static pid_t owner;
 static pid_t qemus[MAX_QEMUS];
 static char *texts[MAX_TEXTS];
 static size_t text_count;
+static unsigned int memory_mib = 64;
 
 static void die(const char *what)
 {
@@ -65,6 +66,8 @@ static void clean_up(void)
     /* Never unlocked: the main thread and the one for signals may both end the test, and one is enough. */
     static pthread_mutex_t once = PTHREAD_MUTEX_INITIALIZER;
 
+    if (getpid() != owner)
+        return;
     pthread_mutex_lock(&once);
     for (size_t i = 0; i < MAX_QEMUS; i++) {
         if (qemus[i] > 0) {
@@ -134,18 +137,46 @@ static void become(const char *const argv[])
     _exit(127);
 }
 
+int harness_wait(pid_t child)
+{
+    int status;
+
+    if (waitpid(child, &status, 0) < 0)
+        die("waitpid");
+    return WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
+}
+
 int harness_run(const char *const argv[])
 {
     pid_t child;
-    int status;
 
     fflush(NULL);
     child = fork();
     if (child == 0)
         become(argv);
-    if (child < 0 || waitpid(child, &status, 0) < 0)
+    if (child < 0)
         die(argv[0]);
-    return WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
+    return harness_wait(child);
+}
+
+pid_t harness_spawn(const char *const argv[], FILE **output)
+{
+    pid_t child;
+    int ends[2];
+
+    if (pipe2(ends, O_CLOEXEC) < 0)
+        die("pipe");
+    fflush(NULL);
+    child = fork();
+    if (child == 0) {
+        dup2(ends[1], STDOUT_FILENO);
+        become(argv);
+    }
+    close(ends[1]);
+    *output = fdopen(ends[0], "r");
+    if (child < 0 || !*output)
+        die(argv[0]);
+    return child;
 }
 
 void harness_begin(void)
@@ -154,7 +185,6 @@ void harness_begin(void)
     const char *const version[] = {qemu_program(), "--version", NULL};
     const char *temporary = getenv("TMPDIR");
     pthread_t thread;
-    int disk;
 
     owner = getpid();
     if (harness_run(version) != 0) {
@@ -162,8 +192,8 @@ void harness_begin(void)
         exit(HARNESS_SKIP);
     }
 
-    /* The path of a socket must be short; where that of TMPDIR is long, /tmp will do. */
-    if (!temporary || strlen(temporary) > 40)
+    /* The path of a socket must be short, libvirt's too; where that of TMPDIR is long, /tmp will do. */
+    if (!temporary || strlen(temporary) > 30)
         temporary = "/tmp";
     snprintf(directory, sizeof(directory), "%s/instantsnap-XXXXXX", temporary);
     if (!mkdtemp(directory))
@@ -181,10 +211,23 @@ void harness_begin(void)
 
     if (mkdir(harness_path("state"), 0700) < 0)
         die("state");
-    disk = open(harness_path("disk.raw"), O_CREAT | O_EXCL | O_WRONLY | O_CLOEXEC, 0600);
+    harness_disk("disk.raw");
+}
+
+const char *harness_disk(const char *name)
+{
+    const char *path = harness_path(name);
+    int disk = open(path, O_CREAT | O_EXCL | O_WRONLY | O_CLOEXEC, 0600);
+
     if (disk < 0 || ftruncate(disk, 1 << 20) < 0)
-        die("disk.raw");
+        die(name);
     close(disk);
+    return path;
+}
+
+void harness_set_memory(unsigned int mib)
+{
+    memory_mib = mib;
 }
 
 static int try_connect(const char *path)
@@ -293,7 +336,9 @@ pid_t harness_qemu(const char *socket_name, const char *image, const char *forma
 {
     const char *path = harness_path(socket_name);
     const char *const argv[] = {
-        qemu_program(), "-no-user-config", "-nodefaults", "-display", "none", "-accel", "tcg", "-m", "64",
+        qemu_program(), "-no-user-config", "-nodefaults", "-display", "none", "-accel", "tcg",
+        "-m", harness_text("%u", memory_mib),
+        "-qmp", harness_text("unix:%s.aside,server=on,wait=off", path),
         "-qmp", harness_text("unix:%s,server=on,wait=off", path),
         "-blockdev", harness_text("driver=%s,node-name=disk,file.driver=file,file.filename=%s", format, image),
         "-device", "virtio-blk-pci,drive=disk,id=vda",

@@ -46,8 +46,15 @@ const char *harness_text(const char *format, ...) __attribute__((format(printf, 
 /*
  * Starts an empty machine that runs, with one disk `vda` on this image, and waits until its QMP socket of this name
  * accepts. With `incoming` it waits for a snapshot instead of running. Skips where QEMU has no background snapshots.
+ * There is a second socket, NAME.aside, for while a snapshot has the first.
  */
 pid_t harness_qemu(const char *socket_name, const char *image, const char *format, int incoming);
+
+/* The memory of the QEMUs that are started from now on; 64 MiB before. */
+void harness_set_memory(unsigned int mib);
+
+/* Makes another empty raw image in the private directory; its path. */
+const char *harness_disk(const char *name);
 
 /* One QMP command on the socket of this name; the answer lives as long as the test. */
 const char *harness_qmp(const char *socket_name, const char *command);
@@ -63,5 +70,11 @@ long long harness_file_size(const char *path);
 
 /* Runs a program to its end; its exit status. */
 int harness_run(const char *const argv[]);
+
+/* Starts a program whose output can be read; harness_wait() waits for its end. */
+pid_t harness_spawn(const char *const argv[], FILE **output);
+
+/* Waits for a child to end; its exit status, or 128 and its signal. */
+int harness_wait(pid_t child);
 
 #endif

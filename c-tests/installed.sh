@@ -56,6 +56,7 @@ flags() {
     ${CC:-cc} -std=c99 $strict "$source/header_c99.c" -o "$stage/header_c99" $(flags)
     "$stage/header_c99" "$version"
     ${CC:-cc} -std=c99 $strict "$source/hello.c" -o "$stage/hello" $(flags)
+    ${CC:-cc} -std=c99 $strict "$source/snapshot_many.c" -o "$stage/snapshot_many" $(flags)
 
     # The static library, with what instantsnap.pc says it needs.
     ${CC:-cc} -std=c99 $strict "$source/header_c99.c" -o "$stage/header_static" $(pkg-config --cflags instantsnap) \

@@ -281,6 +281,21 @@ static void revert(instantsnap_guest *original, const char *second)
     instantsnap_revert_plan_free(second_plan);
 }
 
+/* The youngest goes: its parent is current, the guest runs on, and its files are gone. */
+static void deleted(instantsnap_guest *guest)
+{
+    int recorded = count(guest);
+
+    CHECK_FAILS(instantsnap_snapshot_delete(guest, "first", 0) == -1, VIR_ERR_OPERATION_UNSUPPORTED);
+    CHECK(instantsnap_snapshot_create_xml(guest, named("youngest"), INSTANT, NULL) == 0);
+    CHECK(harness_file_size(harness_path("state/youngest.mem")) > 0);
+    CHECK(instantsnap_snapshot_delete(guest, "youngest", 0) == 0);
+    CHECK(count(guest) == recorded);
+    CHECK(harness_file_size(harness_path("state/youngest.mem")) == -1);
+    CHECK(harness_status_is("qmp", "running"));
+    CHECK_FAILS(instantsnap_snapshot_delete(guest, "youngest", 0) == -1, VIR_ERR_NO_DOMAIN_SNAPSHOT);
+}
+
 int main(void)
 {
     instantsnap_guest *guest;
@@ -297,6 +312,7 @@ int main(void)
     cancelled(guest, "cancelled-at-once", -1);
     cancelled(guest, "cancelled-in-drain", 100 << 10);
     revert(guest, second);
+    deleted(guest);
 
     instantsnap_close(guest);
     CHECK(harness_status_is("qmp", "running"));

@@ -18,6 +18,8 @@ static void not_a_guest(instantsnap_guest *guest)
     char *name = NULL;
 
     CHECK_FAILS(instantsnap_set_pause_limit(guest, 1000) == -1, VIR_ERR_INVALID_ARG);
+    CHECK_FAILS(instantsnap_set_overlap_tries(guest, 3) == -1, VIR_ERR_INVALID_ARG);
+    CHECK_FAILS(instantsnap_set_storage_hook(guest, NULL) == -1, VIR_ERR_INVALID_ARG);
     CHECK_FAILS(instantsnap_snapshot_create_xml(guest, "<domainsnapshot/>", INSTANT, &name) == -1, VIR_ERR_INVALID_ARG);
     CHECK(!name);
     CHECK_FAILS(instantsnap_snapshot_cancel(guest) == -1, VIR_ERR_INVALID_ARG);
@@ -27,6 +29,7 @@ static void not_a_guest(instantsnap_guest *guest)
     CHECK_FAILS(!instantsnap_snapshot_get_xml(guest, "name"), VIR_ERR_INVALID_ARG);
     CHECK_FAILS(!instantsnap_snapshot_current(guest), VIR_ERR_INVALID_ARG);
     CHECK_FAILS(instantsnap_snapshot_load(guest, "name", 0) == -1, VIR_ERR_INVALID_ARG);
+    CHECK_FAILS(instantsnap_snapshot_delete(guest, "name", 0) == -1, VIR_ERR_INVALID_ARG);
     instantsnap_close(guest);
 }
 
@@ -131,6 +134,9 @@ static void bad_flags(instantsnap_guest *guest)
     CHECK_FAILS(instantsnap_snapshot_load(guest, "none", VIR_DOMAIN_SNAPSHOT_REVERT_RUNNING |
                                           VIR_DOMAIN_SNAPSHOT_REVERT_PAUSED) == -1, VIR_ERR_INVALID_ARG);
     CHECK_FAILS(instantsnap_snapshot_load(guest, "none", 1u << 31) == -1, VIR_ERR_INVALID_ARG);
+    CHECK_FAILS(instantsnap_snapshot_delete(guest, "none", VIR_DOMAIN_SNAPSHOT_DELETE_CHILDREN |
+                                            VIR_DOMAIN_SNAPSHOT_DELETE_CHILDREN_ONLY) == -1, VIR_ERR_INVALID_ARG);
+    CHECK_FAILS(instantsnap_snapshot_delete(guest, "none", 1u << 31) == -1, VIR_ERR_INVALID_ARG);
 }
 
 static void bad_strings(instantsnap_guest *guest)
@@ -161,6 +167,10 @@ static void bad_strings(instantsnap_guest *guest)
     CHECK(!instantsnap_snapshot_get_xml(guest, "../../etc/passwd"));
     CHECK(!instantsnap_snapshot_get_xml(guest, endless));
     CHECK_FAILS(instantsnap_snapshot_load(guest, NULL, 0) == -1, VIR_ERR_INVALID_ARG);
+    CHECK_FAILS(instantsnap_snapshot_delete(guest, NULL, 0) == -1, VIR_ERR_INVALID_ARG);
+    CHECK_FAILS(instantsnap_snapshot_delete(guest, "none", 0) == -1, VIR_ERR_NO_DOMAIN_SNAPSHOT);
+    CHECK(instantsnap_snapshot_delete(guest, "../../etc/passwd", 0) == -1);
+    CHECK(instantsnap_snapshot_delete(guest, endless, VIR_DOMAIN_SNAPSHOT_DELETE_METADATA_ONLY) == -1);
     CHECK_FAILS(!instantsnap_snapshot_prepare_revert(harness_path("state"), "none", NULL), VIR_ERR_NO_DOMAIN_SNAPSHOT);
     CHECK_FAILS(!instantsnap_open_qmp(harness_path("qmp"), "<domain", harness_path("state")), VIR_ERR_XML_DETAIL);
     CHECK_FAILS(!instantsnap_open_qmp(harness_path("qmp"), NULL, harness_path("nowhere")), VIR_ERR_SYSTEM_ERROR);
@@ -200,6 +210,8 @@ int main(void)
     not_a_plan_nor_a_snapshot(guest);
     CHECK_FAILS(instantsnap_set_pause_limit(guest, 0) == -1, VIR_ERR_INVALID_ARG);
     CHECK(instantsnap_set_pause_limit(guest, 30000) == 0);
+    CHECK(instantsnap_set_overlap_tries(guest, 0) == 0);
+    CHECK(instantsnap_set_storage_hook(guest, NULL) == 0);
 
     /* After all of that nothing has happened to the guest, and it can still be snapshotted. */
     CHECK(instantsnap_snapshot_list(guest, NULL) == 0);

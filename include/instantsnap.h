@@ -31,15 +31,23 @@
  * - Time. All durations are microseconds of CLOCK_MONOTONIC, all sizes are bytes.
  * - Structures that the caller provides start with `size`, to be set to sizeof the structure before the call, so
  *   that a later version can add fields without breaking the ABI: a size that this version knows nothing of is filled
- *   up with zeros, one too small is VIR_ERR_INVALID_ARG.
+ *   up with zeros, one too small is VIR_ERR_INVALID_ARG. In a structure that the caller fills (options), what this version
+ *   does not know must be zeros: a newer field that is set is VIR_ERR_INVALID_ARG.
  * - Signals and file descriptors. Threads of the library block every signal; every descriptor it opens is
  *   close-on-exec. It neither installs signal handlers nor changes the umask or the working directory.
- * - Processes. A snapshot forks one process of its own session, the guard, which ends with the call. Should the caller
+ * - Processes. A snapshot forks one process of its own session, the guard, which ends with it. Should the caller
  *   be killed before that, the guard resumes the guest, takes QEMU's memory stream to its end (QEMU 7.2 would freeze
  *   the guest otherwise) and puts the migration settings back. The overlays stay in use then, and the memory image is
  *   marked incomplete. The guard raises no SIGCHLD, and no wait() of the caller's sees it. It is in the caller's cgroup:
  *   what ends all of that (a container's end, systemd's KillMode=control-group) ends it too. `qemu-img` is run for
- *   instantsnap_snapshot_prepare_revert(), and where QEMU itself ends during a snapshot.
+ *   instantsnap_snapshot_prepare_revert() and instantsnap_snapshot_delete(), and where QEMU itself ends during a snapshot.
+ *   A process that ends while a job is at work leaves its guest as one that was killed: wait for the job, or cancel it, first.
+ * - fork(). A child has copies of the handles, and none of the library's threads. The jobs stay the parent's: in the child
+ *   every instantsnap_job_ function fails at once with VIR_ERR_OPERATION_INVALID, and changes nothing. A guest handle with
+ *   which the parent is taking a snapshot stays busy in the child for good; the child opens the guest anew. As with
+ *   malloc(), a child of a process with threads that does not exec is safe only where no other thread was in the library
+ *   at the time of the fork.
+ * - dlclose(). The library stays loaded (it is linked with `-z nodelete`), and its threads go on. Handles stay valid too.
  * - POSIX record locks (fcntl F_SETLK) that the caller holds on disk images are lost, as a process loses them whenever it
  *   closes a file: the library opens and closes the images that it flushes and copies.
  */
@@ -73,6 +81,9 @@ extern "C" {
  *
  * A broken rule or an unknown bit is VIR_ERR_INVALID_ARG; a flag that is allowed but not built yet is
  * VIR_ERR_OPERATION_UNSUPPORTED, and the message names it. Flags are checked before anything is touched.
+ *
+ * Domains of libvirt (instantsnap_open_libvirt()): without INSTANT the call is libvirt's own, with all its flags. With INSTANT,
+ * REUSE_EXT and VALIDATE are built too; the latter takes libvirt's schema and xmllint.
  */
 #ifndef LIBVIRT_DOMAIN_SNAPSHOT_H
 enum {
@@ -113,18 +124,26 @@ enum {
 enum {
     VIR_ERR_OK = 0,
     VIR_ERR_INTERNAL_ERROR = 1,           /* a reply or a file that makes no sense, a defect of ours */
+    VIR_ERR_NO_CONNECT = 5,               /* no connection to the libvirt daemon */
+    VIR_ERR_INVALID_DOMAIN = 7,           /* a virDomainPtr that is none, or of another driver than libvirt's QEMU */
     VIR_ERR_INVALID_ARG = 8,              /* a bad pointer, an unknown flag, flags that exclude each other */
     VIR_ERR_OPERATION_FAILED = 9,         /* QEMU refused or failed; the message has its reason */
     VIR_ERR_XML_ERROR = 27,               /* XML with a value that cannot be */
+    VIR_ERR_OPERATION_DENIED = 29,        /* the connection is read-only */
     VIR_ERR_XML_DETAIL = 35,              /* XML that is not well-formed, a name that may not be */
     VIR_ERR_SYSTEM_ERROR = 38,            /* a system call failed; the message has its errno's text */
+    VIR_ERR_RPC = 39,                     /* the connection to the libvirt daemon failed */
+    VIR_ERR_NO_DOMAIN = 42,               /* the domain is gone */
     VIR_ERR_OPERATION_INVALID = 55,       /* not in this state: a guest that is busy, a name that exists */
     VIR_ERR_CONFIG_UNSUPPORTED = 67,      /* a disk, a file or a device with which it cannot be done */
     VIR_ERR_OPERATION_TIMEOUT = 68,       /* a deadline passed, and everything was undone */
     VIR_ERR_INVALID_DOMAIN_SNAPSHOT = 71, /* a snapshot whose metadata or memory image is damaged */
     VIR_ERR_NO_DOMAIN_SNAPSHOT = 72,      /* no snapshot of that name */
     VIR_ERR_ARGUMENT_UNSUPPORTED = 74,    /* this QEMU or this host has no background snapshots */
-    VIR_ERR_OPERATION_ABORTED = 78,       /* cancelled by instantsnap_snapshot_cancel() */
+    VIR_ERR_OPERATION_ABORTED = 78,       /* cancelled: instantsnap_snapshot_cancel(), _job_cancel() */
+    VIR_ERR_AGENT_UNRESPONSIVE = 86,      /* the guest's agent does not answer */
+    VIR_ERR_XML_INVALID_SCHEMA = 92,      /* XML that is not what libvirt's schema says (VALIDATE) */
+    VIR_ERR_ACCESS_DENIED = 88,           /* the daemon's access rules forbid it */
     VIR_ERR_OPERATION_UNSUPPORTED = 84    /* allowed, but this way in cannot do it */
 };
 enum { VIR_FROM_QEMU = 10 };
@@ -134,6 +153,8 @@ enum { VIR_FROM_QEMU = 10 };
 typedef struct instantsnap_guest instantsnap_guest;
 /** A snapshot, as qemuSnapshotCreateXML() returns it for a guest of ours; freed by instantsnap_snapshot_free(). */
 typedef struct instantsnap_snapshot instantsnap_snapshot;
+/** A snapshot that is being taken, started by instantsnap_snapshot_create_start(); freed by instantsnap_job_free(). */
+typedef struct instantsnap_job instantsnap_job;
 /** What a QEMU that is to continue a snapshot must be started with; freed by instantsnap_revert_plan_free(). */
 typedef struct instantsnap_revert_plan instantsnap_revert_plan;
 
@@ -154,27 +175,172 @@ typedef struct instantsnap_stats {
     uint64_t plan_us;       /* disks, names, the domain's XML; the guest runs */
     uint64_t prepare_us;    /* overlays created, memory image and pipe opened, capability set; the guest runs */
     uint64_t pause_us;      /* vCPUs being stopped */
-    uint64_t switch_us;     /* disks to their overlays, one transaction; the guest is paused */
+    uint64_t switch_us;     /* disks to their overlays, one transaction, and the storage hook; the guest is paused */
     uint64_t arm_us;        /* until write tracking is armed and the guest runs again (plain: until it is saved) */
     uint64_t drain_us;      /* memory flows into the image; the guest runs (0 for a plain snapshot) */
     uint64_t finish_us;     /* image completed and synced to disk, metadata recorded; the guest runs */
     uint64_t undo_us;       /* putting everything back, after a failure */
     uint64_t total_us;      /* the whole call */
     uint64_t instant_us;    /* from the call's entry to the instant: from then on the caller may change the guest */
-    uint64_t guest_paused_us;      /* the pause as the guest had it; 0 when it was paused already */
+    uint64_t guest_paused_us;      /* the pause as the guest had it, also where it failed; 0 when it was paused already */
     uint64_t memory_image_bytes;   /* size of the memory image */
     uint32_t pause_from_events;    /* 1: guest_paused_us is by QEMU's own STOP and RESUME time stamps;
                                       0: by this process's clock around the commands, thus an upper bound */
     uint32_t disks;                /* disks switched to an overlay */
+    uint64_t setup_us;             /* how long QEMU set the background snapshot up (it touches all memory), to whole ms */
+    uint64_t lost_pause_us;        /* for how long lost tries paused the guest, all in all, besides guest_paused_us */
+    uint32_t lost_tries;           /* tries to stop the guest just in time that came too late: see
+                                      instantsnap_set_overlap_tries() */
+    uint32_t overlapped;           /* 1: the guest ran while QEMU touched its memory; 0: it was stopped first */
 } instantsnap_stats;
+
+/** The phases of a snapshot, in their order; each is described at its time in instantsnap_stats. */
+typedef enum instantsnap_phase {
+    INSTANTSNAP_PHASE_VALIDATE = 0,
+    INSTANTSNAP_PHASE_PLAN = 1,
+    INSTANTSNAP_PHASE_PREPARE = 2,
+    INSTANTSNAP_PHASE_PAUSE = 3,
+    INSTANTSNAP_PHASE_SWITCH = 4,
+    INSTANTSNAP_PHASE_ARM = 5,
+    INSTANTSNAP_PHASE_DRAIN = 6,
+    INSTANTSNAP_PHASE_FINISH = 7,
+    INSTANTSNAP_PHASE_UNDO = 8,   /* after a failure or a cancel */
+    INSTANTSNAP_PHASE_ENDED = 9   /* complete, or failed and undone */
+} instantsnap_phase;
+
+/**
+ * What happens to a snapshot that is being taken. Each of the first three comes at most once, in this order; PROGRESS any
+ * number of times after INSTANT; then exactly one of COMPLETE and FAILED, the last. FAILED comes when everything has been
+ * undone, and from whichever phase. A guest that was paused already has no PAUSED. A plain snapshot's memory is saved by the
+ * time of its INSTANT: its PROGRESS comes before that. So it is with a paused guest where QEMU cannot do it otherwise. A call
+ * that is refused at once, for a pointer, for its options or because the handle is busy, has no events.
+ */
+typedef enum instantsnap_event_type {
+    INSTANTSNAP_EVENT_PAUSED = 1,   /* the vCPUs have stopped */
+    INSTANTSNAP_EVENT_SWITCHED = 2, /* the disks are on their overlays */
+    INSTANTSNAP_EVENT_INSTANT = 3,  /* memory and disks are held; the guest, if it ran, runs again, and may be changed */
+    INSTANTSNAP_EVENT_PROGRESS = 4, /* memory flows into the image */
+    INSTANTSNAP_EVENT_COMPLETE = 5, /* the snapshot is complete and on disk */
+    INSTANTSNAP_EVENT_FAILED = 6    /* it failed or was cancelled, and everything is undone */
+} instantsnap_event_type;
+
+/** An event. Fields that say nothing of its type are 0. */
+typedef struct instantsnap_event {
+    size_t size;               /* where the caller provides the structure: set by him, sizeof(instantsnap_event) */
+    uint32_t type;             /* instantsnap_event_type */
+    int32_t error_code;        /* FAILED: virErrorNumber */
+    uint64_t time_us;          /* when it happened: CLOCK_MONOTONIC */
+    uint64_t paused_us;        /* for how long the guest has been paused so far: all of its pause from INSTANT on, by QEMU's own
+                                  time stamps where it gives them; before that by this process's clock, an upper bound */
+    uint64_t bytes_done;       /* size of the memory image so far */
+    uint64_t bytes_total;      /* what it is expected to become, at most, before the devices' state, which comes last and is
+                                  small; pages of zeros take no room; 0: not known */
+    uint64_t bytes_per_second; /* PROGRESS: since the last one, or since the instant */
+    uint64_t pages_left;       /* pages of guest memory that QEMU has not saved yet */
+} instantsnap_event;
+
+/** Where a job is. */
+typedef struct instantsnap_job_info {
+    size_t size;               /* set by the caller: sizeof(instantsnap_job_info) */
+    uint32_t phase;            /* instantsnap_phase */
+    uint32_t instant;          /* 1: the instant has passed */
+    uint64_t elapsed_us;       /* since the call, until now or until the end */
+    uint64_t paused_us;        /* for how long the guest has been paused so far; as in instantsnap_event */
+    uint64_t bytes_done;       /* these four as in instantsnap_event; up to date as of the last progress interval */
+    uint64_t bytes_total;
+    uint64_t bytes_per_second;
+    uint64_t pages_left;
+} instantsnap_job_info;
+
+/**
+ * Is told of an event. The event is borrowed for the call. Called on the thread that takes the snapshot: that of
+ * instantsnap_snapshot_create(), or the job's own, where every signal is blocked. One call at a time for one snapshot; no lock
+ * of the library is held, so any function of it may be called, with the exception that instantsnap_job_wait() for the same
+ * job would wait for itself. PAUSED and SWITCHED are inside the pause: the guest stands still until the callback returns,
+ * and the pause limit does not interrupt it.
+ *
+ * The last call, with COMPLETE or FAILED, comes before instantsnap_snapshot_create() returns, or, for a job, before
+ * instantsnap_job_wait() returns 1 and instantsnap_job_next_event() gives that event: from then on `opaque` is the caller's
+ * again. In that call instantsnap_job_get_result() and the like tell of the end already.
+ */
+typedef void (*instantsnap_event_callback)(const instantsnap_event *event, void *opaque);
+
+enum {
+    /** instantsnap_snapshot_create_start() returns at once, before anything is done, and not at the instant. */
+    INSTANTSNAP_CREATE_AT_ONCE = 1 << 0
+};
+
+/** How a snapshot is taken; all zeros but `size` is the default. */
+typedef struct instantsnap_create_options {
+    size_t size;                         /* set by the caller: sizeof(instantsnap_create_options) */
+    instantsnap_event_callback callback; /* is told of the events; NULL: nobody */
+    void *opaque;                        /* handed to the callback */
+    uint32_t progress_interval_ms;       /* time between two PROGRESS events, milliseconds; 0: the default, 500. QEMU is
+                                            asked that often; without callback, instantsnap_snapshot_create() does not ask */
+    uint32_t flags;                      /* INSTANTSNAP_CREATE_*; unknown bits are VIR_ERR_INVALID_ARG */
+} instantsnap_create_options;
+
+/** A disk that is left to a storage hook. The strings are borrowed for the call. */
+typedef struct instantsnap_storage_disk {
+    size_t size;         /* sizeof(instantsnap_storage_disk), as the library knows it */
+    const char *name;    /* the disk's name: `vda`, a qdev id, a drive alias or a node name */
+    const char *source;  /* its image or device, as QEMU (for a domain of libvirt: its XML) has it: a path as a rule */
+    const char *format;  /* the format of that: "raw", "qcow2" */
+} instantsnap_storage_disk;
+
+/** What a storage hook is called for. Everything in it is borrowed for the call. */
+typedef struct instantsnap_storage_call {
+    size_t size;           /* sizeof(instantsnap_storage_call), as the library knows it */
+    const char *snapshot;  /* the snapshot's name */
+    const instantsnap_storage_disk *const *disks; /* the disks with snapshot='manual', `disk_count` of them */
+    size_t disk_count;     /* 1 or more */
+    uint64_t paused_us;    /* for how long the guest has been paused so far; 0 where it was paused already */
+    uint64_t deadline_us;  /* `snapshot`: how long it may take; else 0 */
+} instantsnap_storage_call;
+
+/**
+ * The caller's storage: snapshots the disks that QEMU does not (LVM, Ceph, ZFS, a SAN), at the instant of memory and of the
+ * other disks. What is not said of a callback here is said at instantsnap_set_storage_hook(). No lock of the library is held
+ * in them, so any function of it may be called, with the exception that to wait for the same snapshot's job (or for another
+ * operation on the same guest) is to wait for oneself. Every signal is blocked in the library's own threads.
+ */
+typedef struct instantsnap_storage_hook {
+    size_t size;   /* set by the caller: sizeof(instantsnap_storage_hook) */
+    void *opaque;  /* handed to the callbacks */
+    /**
+     * Snapshots the storage of all disks of the call, the guest standing still. QEMU has flushed them (not those that it was
+     * told not to flush, `cache=unsafe`). Returns 0 when that is done, or anything else with nothing left of it: the snapshot
+     * fails with VIR_ERR_OPERATION_FAILED, and the message has the number. On a thread of its own.
+     */
+    int (*snapshot)(const instantsnap_storage_call *call, void *opaque);
+    /**
+     * Removes what `snapshot` has made: called once, with the same call, for each `snapshot` that returned 0 (in time or not)
+     * where the snapshot of the guest fails. The guest runs again. On the thread that takes the snapshot, before FAILED is told.
+     * And when instantsnap_snapshot_delete() has deleted the snapshot, on the thread of that call. NULL: nothing is done.
+     */
+    void (*undo)(const instantsnap_storage_call *call, void *opaque);
+    /**
+     * For instantsnap_snapshot_prepare_revert_hooked(): names what a new QEMU is to use for each disk, in the format that
+     * disk had: what `snapshot` has made, or rather a writable copy or clone of it, for the continued guest writes to it.
+     * `files` has room for one string a disk, all NULL at first: each is to be set to a string of malloc(), strdup() or the
+     * like, which the library frees with free(), also after a failure. Returns 0, or anything else with nothing left behind.
+     * On the thread of that call. NULL: nothing with such disks can be brought back by this hook.
+     */
+    int (*revert)(const instantsnap_storage_call *call, char **files, void *opaque);
+    uint32_t deadline_ms; /* how long `snapshot` may take, milliseconds; 0: as long as the pause may (pause limit) */
+    uint32_t reserved;    /* 0 */
+} instantsnap_storage_hook;
 
 /** One disk of a revert plan. The strings are borrowed from the plan. */
 typedef struct instantsnap_revert_disk {
     size_t size;         /* set by the caller: sizeof(instantsnap_revert_disk) */
     const char *name;    /* the disk's name in the snapshot: `vda`, a qdev id, a drive alias or a node name */
-    const char *file;    /* absolute path of the image that this disk must use: fresh, this plan's own */
-    const char *format;  /* its format: "qcow2"; "raw" for UEFI variables where the original's are raw */
-    const char *backing_file; /* the snapshot's image beneath it, never to be written again; NULL for UEFI variables */
+    const char *file;    /* absolute path of the image that this disk must use: fresh, this plan's own; what a storage
+                            hook has named, as it is */
+    const char *format;  /* its format: "qcow2"; "raw" for UEFI variables where the original's are raw; with a storage hook
+                            that of the original */
+    const char *backing_file; /* the snapshot's image beneath it, never to be written again; NULL for UEFI variables, and for
+                            what a storage hook has named */
 } instantsnap_revert_disk;
 
 /** The library's version, "MAJOR.MINOR.PATCH". Static; never NULL. */
@@ -212,6 +378,28 @@ void instantsnap_free_string_list(char **strings);
  */
 instantsnap_guest *instantsnap_open_qmp(const char *qmp_socket, const char *domain_xml, const char *state_dir);
 
+struct _virDomain; /* libvirt's: `virDomainPtr` is a pointer to it */
+
+/**
+ * Opens a domain of a stock libvirt: any daemon of libvirt 8.2 or later on this machine, as it is.
+ *
+ * @domain  a `virDomainPtr` of a connection to libvirt's QEMU driver: `qemu:///system`, `qemu:///session`, `qemu:///embed` or
+ *          `qemu+unix:///...`. A reference of its own is taken, to the connection too; the caller may free his.
+ *
+ * Snapshots are made through libvirt and recorded in it: instantsnap_snapshot_list() and the like tell of all snapshots that
+ * libvirt has of the domain, whoever took them. What is different from a guest of instantsnap_open_qmp():
+ *
+ * - `<memory snapshot='external' file='...'/>` must be given.
+ * - A snapshot of a paused domain is libvirt's own, without INSTANT; it takes as long as that does.
+ * - The domain is marked as tainted (`custom-monitor`), since QEMU is told things past libvirt.
+ * - Reverting: qemuSnapshotRevert() of instantsnap-libvirt.h. Deleting is as by qemuSnapshotDelete(), which says what is done.
+ * - The caller must be able to create files beside the disk images, as root, or as the user of a session.
+ *
+ * Returns the guest, to be closed with instantsnap_close(), or NULL: VIR_ERR_INVALID_ARG, VIR_ERR_INVALID_DOMAIN,
+ * VIR_ERR_OPERATION_UNSUPPORTED (libvirt is absent or older; a remote connection; another driver).
+ */
+instantsnap_guest *instantsnap_open_libvirt(struct _virDomain *domain);
+
 /**
  * Closes a guest. NULL is fine. The guest itself is left as it is. An operation that is under way in another thread
  * ends first as it would have; this call does not wait for it.
@@ -228,13 +416,48 @@ void instantsnap_close(instantsnap_guest *guest);
 int instantsnap_set_pause_limit(instantsnap_guest *guest, unsigned int milliseconds);
 
 /**
+ * Bounds how hard a snapshot tries to keep the guest's memory size out of the pause. Before a background snapshot is armed, QEMU
+ * touches all of the guest's memory. With QEMU 10.0 or later that is begun while the guest runs, and the guest is stopped shortly
+ * before it is done, as far as can be foretold. A stop that comes too late is noticed before anything else is done: the guest
+ * runs on, and it is tried again. After as many lost tries as this the guest is stopped first, which takes longer and is
+ * always right. Lost tries count towards the pause limit.
+ *
+ * @tries  how many may be lost; 0: the guest is always stopped first. The default is 3. Applies to calls that begin later.
+ *
+ * Returns 0, or -1: VIR_ERR_INVALID_ARG.
+ */
+int instantsnap_set_overlap_tries(instantsnap_guest *guest, unsigned int tries);
+
+/**
+ * Sets who snapshots the disks that have snapshot='manual', in the snapshot's XML or, unless that says otherwise, in the
+ * domain's. Without a hook a snapshot with such disks is VIR_ERR_OPERATION_UNSUPPORTED, before anything is touched.
+ *
+ * hook->snapshot is called once, for all such disks, inside the pause, when the other disks have been switched. The guest waits
+ * for it, and no longer than hook->deadline_ms and the pause limit: when that passes, or the snapshot is cancelled, the guest
+ * resumes, everything is undone at once, and the snapshot fails with VIR_ERR_OPERATION_TIMEOUT (VIR_ERR_OPERATION_ABORTED). It
+ * fails when the callback has returned (the guest running meanwhile) and hook->undo was called, if that is due. A process that
+ * is killed in the callback leaves a guest that runs, as in any other phase, and calls no undo.
+ *
+ * The disks are recorded with snapshot='manual'. For a domain of libvirt such a snapshot takes
+ * VIR_DOMAIN_SNAPSHOT_CREATE_NO_METADATA (else VIR_ERR_OPERATION_UNSUPPORTED: libvirt's own revert would put old memory
+ * beside the disk as it is by then), the domain must run, and a snapshot without INSTANT is libvirt's own, which calls nobody.
+ *
+ * @hook  copied; NULL: none, as at first. Applies to calls that begin later. `opaque` must be good until the hook was replaced or
+ *        the guest closed, and every operation that began before that has ended.
+ *
+ * Returns 0, or -1: VIR_ERR_INVALID_ARG (hook->snapshot is NULL, `reserved` is not 0).
+ */
+int instantsnap_set_storage_hook(instantsnap_guest *guest, const instantsnap_storage_hook *hook);
+
+/**
  * Takes a full snapshot: memory and disks.
  *
  * @xml    libvirt's `<domainsnapshot>`. `<domainsnapshot/>` is enough: the name is then the time in seconds, every
  *         writable disk gets an overlay beside it by libvirt's rule (`disk.qcow2`: `disk.NAME`), memory goes to
  *         `STATE_DIR/NAME.mem`. Disks in the XML are named by target, qdev id, drive alias, node name or the path of
  *         their image. Files that exist are never overwritten. Read-only and empty drives are left out; UEFI variables
- *         (pflash) are copied to `MEMORY_IMAGE.DRIVE.nvram`.
+ *         (pflash) are copied to `MEMORY_IMAGE.DRIVE.nvram`. Disks with snapshot='no' are left out, those with
+ *         snapshot='manual' are left to the hook of instantsnap_set_storage_hook().
  * @flags  VIR_DOMAIN_SNAPSHOT_CREATE_LIVE | VIR_DOMAIN_SNAPSHOT_CREATE_INSTANT for an instant snapshot; 0 for a plain one,
  *         through which the guest is paused throughout. See the table above.
  * @name   where to store the snapshot's name, for instantsnap_free_string(); may be NULL.
@@ -252,10 +475,104 @@ int instantsnap_set_pause_limit(instantsnap_guest *guest, unsigned int milliseco
 int instantsnap_snapshot_create_xml(instantsnap_guest *guest, const char *xml, unsigned int flags, char **name);
 
 /**
+ * The same with events: as instantsnap_snapshot_create_xml(), and the callback of *options is told meanwhile, on this thread.
+ *
+ * @options  NULL: the defaults. INSTANTSNAP_CREATE_AT_ONCE is VIR_ERR_INVALID_ARG here.
+ */
+int instantsnap_snapshot_create(instantsnap_guest *guest, const char *xml, unsigned int flags,
+                                const instantsnap_create_options *options, char **name);
+
+/**
+ * Starts to take a full snapshot, and returns at the instant: the guest may be changed at once, while its memory is still
+ * being written by a thread of the library's. Arguments, and errors up to the instant, are those of
+ * instantsnap_snapshot_create_xml().
+ *
+ * With INSTANTSNAP_CREATE_AT_ONCE it returns as soon as the thread has been started, without waiting for anything. Then an
+ * error in a pointer or in *options is this call's still, and so is VIR_ERR_OPERATION_INVALID where a snapshot is being taken
+ * through the same handle; all others are the job's: for event loops.
+ *
+ * Two jobs on one guest: the second fails with VIR_ERR_OPERATION_INVALID, and touches nothing. The guest may be closed while
+ * the job is at work. instantsnap_snapshot_cancel() and instantsnap_get_stats() are of a job's snapshot too.
+ *
+ * A plain snapshot's instant is when its memory has been saved; so is that of a paused guest where QEMU cannot do it
+ * otherwise.
+ *
+ * Returns the job, for instantsnap_job_free(), or NULL with everything as it was before the call.
+ */
+instantsnap_job *instantsnap_snapshot_create_start(instantsnap_guest *guest, const char *xml, unsigned int flags,
+                                                   const instantsnap_create_options *options);
+
+/**
+ * Waits until a job has ended.
+ *
+ * @timeout_ms  milliseconds; 0: does not wait; negative: without end.
+ *
+ * Returns 1 when it has ended, completely or by an error: instantsnap_job_get_result() says which; 0 when the time has
+ * passed; -1: VIR_ERR_INVALID_ARG. As for all functions of a job, VIR_ERR_OPERATION_INVALID in a forked child.
+ */
+int instantsnap_job_wait(instantsnap_job *job, int timeout_ms);
+
+/**
+ * A file descriptor for poll() and epoll: readable as long as instantsnap_job_next_event() has an event to give. It is the
+ * job's, valid until instantsnap_job_free(), and must not be read, written or closed. Take it out of an epoll set before
+ * that: the job may go on, and with it what epoll watches. Edge-triggered epoll hears of every event. Returns it, or -1:
+ * VIR_ERR_INVALID_ARG.
+ */
+int instantsnap_job_get_fd(instantsnap_job *job);
+
+/**
+ * Takes the oldest event that was not taken yet. Does not block. The last one is COMPLETE or FAILED. PROGRESS events that
+ * nobody takes replace each other. Independent of a callback, which is told of every event too.
+ *
+ * Fills *event (set event->size first), and returns 1; or 0 when there is none now; or -1: VIR_ERR_INVALID_ARG.
+ */
+int instantsnap_job_next_event(instantsnap_job *job, instantsnap_event *event);
+
+/** Fills *info (set info->size first). Does not block. Returns 0, or -1: VIR_ERR_INVALID_ARG. */
+int instantsnap_job_get_info(instantsnap_job *job, instantsnap_job_info *info);
+
+/**
+ * What became of a job. Returns 0 when the snapshot is complete. Returns -1 when it failed, and sets the last error to why, as
+ * instantsnap_snapshot_create_xml() would have; or VIR_ERR_OPERATION_INVALID when it has not ended yet, VIR_ERR_INVALID_ARG.
+ * Does not block.
+ */
+int instantsnap_job_get_result(instantsnap_job *job);
+
+/** The snapshot's name, once a job is complete; for instantsnap_free_string(). NULL: the error of instantsnap_job_get_result(). */
+char *instantsnap_job_get_name(instantsnap_job *job);
+
+/**
+ * The snapshot's `<domainsnapshot>` XML, once a job is complete; for instantsnap_free_string(). It is what was recorded when it
+ * was completed, and of one that is not recorded (NO_METADATA) what would have been: for a domain of libvirt that holds the
+ * domain's XML as it is in the memory image, passwords included. Does not block. NULL: the error of
+ * instantsnap_job_get_result().
+ */
+char *instantsnap_job_get_xml(instantsnap_job *job);
+
+/**
+ * Fills *stats (set stats->size first) once a job has ended. Returns 0, or -1: VIR_ERR_OPERATION_INVALID (not yet),
+ * VIR_ERR_INVALID_ARG.
+ */
+int instantsnap_job_get_stats(instantsnap_job *job, instantsnap_stats *stats);
+
+/**
+ * Cancels a job in whatever phase it is, as instantsnap_snapshot_cancel() does. Returns 0 at once; the job ends when
+ * everything is undone, by VIR_ERR_OPERATION_ABORTED, unless it was complete already. -1: VIR_ERR_INVALID_ARG.
+ */
+int instantsnap_job_cancel(instantsnap_job *job);
+
+/**
+ * Frees a job. One that has not ended goes on, and its callback is still told, until it has: to end it, cancel it first. The
+ * guest may have been closed before. An epoll set that has its descriptor must be rid of it before. Does not block. NULL is
+ * fine.
+ */
+void instantsnap_job_free(instantsnap_job *job);
+
+/**
  * Cancels the snapshot that another thread is taking of this guest, in whatever phase it is: that call undoes everything
  * and fails with VIR_ERR_OPERATION_ABORTED, unless it was complete already. With QEMU before 10.0, whose background
- * snapshots cannot be cancelled safely, the undo takes as long as memory still takes to be read; the guest runs. Returns 0 at once, without waiting for it, or
- * -1 with VIR_ERR_OPERATION_INVALID when there is none.
+ * snapshots cannot be cancelled safely, the undo takes as long as memory still takes to be read; the guest runs. Returns 0 at
+ * once, without waiting for it, or -1 with VIR_ERR_OPERATION_INVALID when there is none.
  */
 int instantsnap_snapshot_cancel(instantsnap_guest *guest);
 
@@ -306,6 +623,21 @@ char *instantsnap_snapshot_current(instantsnap_guest *guest);
 instantsnap_revert_plan *instantsnap_snapshot_prepare_revert(const char *state_dir, const char *name,
                                                              const char *directory);
 
+/**
+ * The same for a snapshot with disks that were left to a storage hook: hook->revert says what these are to use, and the plan's
+ * last disks are what it says. (Without a hook such a snapshot is VIR_ERR_OPERATION_UNSUPPORTED, for it would put old memory
+ * beside a disk that has gone on.) No overlay is put on top of them: the continued guest writes to them.
+ *
+ * @hook  `size`, `opaque` and `revert` are needed; NULL: as instantsnap_snapshot_prepare_revert(). Called on this thread, once,
+ *        when everything else has succeeded, with no limit to its time.
+ *
+ * Returns the plan, or NULL: as instantsnap_snapshot_prepare_revert(); VIR_ERR_OPERATION_FAILED, too, where the hook fails.
+ * instantsnap_snapshot_load() cannot look into the storage: of these disks it checks that they are there.
+ */
+instantsnap_revert_plan *instantsnap_snapshot_prepare_revert_hooked(const char *state_dir, const char *name,
+                                                                    const char *directory,
+                                                                    const instantsnap_storage_hook *hook);
+
 /** How many disks the plan has; 0 for a pointer that is not a plan. */
 size_t instantsnap_revert_plan_disk_count(const instantsnap_revert_plan *plan);
 
@@ -342,11 +674,181 @@ void instantsnap_revert_plan_free(instantsnap_revert_plan *plan);
  */
 int instantsnap_snapshot_load(instantsnap_guest *guest, const char *name, unsigned int flags);
 
+/**
+ * Deletes a snapshot. The guest loses nothing and is not paused: what it has written since the snapshot is merged into the images
+ * below, which its disks are on again afterwards. The snapshot's overlays, its memory image, its copies of UEFI variables and
+ * its metadata go; its parent becomes the current snapshot where it was current itself.
+ *
+ * @guest  the guest, running or paused, with its disks on the snapshot's overlays. Where disks were left to a storage hook it must
+ *         have one: `undo` is called last.
+ * @name   the snapshot.
+ * @flags  0: the snapshot, which must have no children. VIR_DOMAIN_SNAPSHOT_DELETE_METADATA_ONLY: nothing but the metadata; all
+ *         files stay as they are, children become children of the parent, and QEMU is not asked.
+ *         VIR_DOMAIN_SNAPSHOT_DELETE_CHILDREN and _CHILDREN_ONLY, which exclude each other: of a snapshot without children the
+ *         former is as 0, and the latter does nothing.
+ *
+ * Blocks until all is merged, which takes as long as it takes to write what the guest has written since; it cannot be
+ * cancelled. Of dirty bitmaps, those that were added since the snapshot go with its overlays.
+ *
+ * What was made by instantsnap_snapshot_prepare_revert() of this snapshot stands on the images that are merged into, and is of no
+ * use afterwards. While a QEMU has it open, QEMU refuses the merge, and nothing is changed. The same holds for images that
+ * the user himself has put on top of the snapshot's.
+ *
+ * A guest that is not on the snapshot's overlays, because it was brought back to this snapshot or to an older one, has nothing
+ * to be merged: its disks stay on the images that they are on, and the overlays are removed with what the guest that was left
+ * had written there. An overlay that any QEMU has open, or on whose content another recorded snapshot stands, is never removed.
+ *
+ * Everything is checked before anything is changed. From the first merge on the snapshot cannot be reverted to any more, since its
+ * images take in what is younger; its memory image is called `….deleting` from then on, and reverting says why it cannot be.
+ * As long as not all disks can be switched back, none is. When the call fails after that, or its caller is killed, the guest goes
+ * on, the metadata stays, and deleting the snapshot again does the rest; the message says on which image each disk is.
+ * (Should QEMU itself end meanwhile, start it with those.)
+ *
+ * Returns 0, or -1: VIR_ERR_INVALID_ARG (flags), VIR_ERR_NO_DOMAIN_SNAPSHOT, VIR_ERR_OPERATION_UNSUPPORTED (it has children; no hook),
+ * VIR_ERR_OPERATION_INVALID (the guest is busy, another block job is under way, a disk's images are not as they were recorded, or
+ * something stands on them: the message names it and says what to do), VIR_ERR_CONFIG_UNSUPPORTED (a filter on a disk),
+ * VIR_ERR_INVALID_DOMAIN_SNAPSHOT (damaged metadata), VIR_ERR_SYSTEM_ERROR, VIR_ERR_OPERATION_FAILED (QEMU's reason, or that of
+ * `qemu-img`, which looks at the images of the other snapshots), VIR_ERR_OPERATION_TIMEOUT (no progress for a minute). For a
+ * domain of instantsnap_open_libvirt() it is qemuSnapshotDelete(), with children and all.
+ */
+int instantsnap_snapshot_delete(instantsnap_guest *guest, const char *name, unsigned int flags);
+
 /** The name of a snapshot; borrowed from it. NULL: VIR_ERR_INVALID_ARG. */
 const char *instantsnap_snapshot_get_name(const instantsnap_snapshot *snapshot);
 
 /** Frees a snapshot handle; the snapshot itself stays. NULL is fine. */
 void instantsnap_snapshot_free(instantsnap_snapshot *snapshot);
+
+/**
+ * The driver's way in: for a program that owns QEMU's monitor, its locks and its event loop: a driver like libvirt's, or a daemon
+ * that starts QEMU itself. It gives a table of callbacks, and the library does with them what it does by a socket in
+ * instantsnap_open_qmp(). c-tests/daemon.c is a whole program.
+ *
+ * Threads. Callbacks are made on the thread that called the library, or, for a job, on the job's own thread, where every signal
+ * is blocked. For one operation there is one at a time, and of two operations on one domain (one `opaque`, or one QEMU process) the
+ * second is refused; operations on different domains, each with its own `opaque`, run side by side, and so do their callbacks. No
+ * lock of the library is held during a callback: it may call any function, of other guests too, but an operation that it begins on
+ * the same domain is refused as busy, and it must not wait for its own.
+ *
+ * The driver's lock. With `lock` and `unlock`, every other callback is made with that lock held, and it is not held at any other
+ * time: not while memory drains, nor between two callbacks. qemuSnapshotCreateXML(), qemuSnapshotRevert() and
+ * qemuSnapshotDelete() are called with it held, as libvirt's driver does, drop it at once and return with it held; all functions of
+ * this header are called without it. The driver keeps the domain object itself alive for as long as the operation.
+ *
+ * What callbacks return. 0 (or a pointer) is success, -1 (or NULL) failure; instantsnap_driver_set_reason() gives the error's text.
+ * Strings that they return are the library's, which frees them with free(). A callback that fails fails the operation, and
+ * everything is undone as far as the callbacks let it: `resume`, or else `monitor` for `cont`, is tried again for five minutes
+ * where it must be. Callbacks have `timeout_ms` and should come back by then; nothing interrupts one that does not, but once it
+ * has come back the operation goes on as if it had not answered. The drain is not waited for inside a callback.
+ *
+ * When the process is killed in the pause, its guest is resumed only if `guard_socket` is there.
+ */
+typedef enum instantsnap_driver_state {
+    INSTANTSNAP_DRIVER_RUNNING = 1,
+    INSTANTSNAP_DRIVER_PAUSED = 2,
+    INSTANTSNAP_DRIVER_SHUTOFF = 3  /* there is no QEMU */
+} instantsnap_driver_state;
+
+/** A disk and the overlay that it is switched to. The strings are borrowed for the call. */
+typedef struct instantsnap_driver_disk {
+    size_t size;              /* sizeof(instantsnap_driver_disk) */
+    const char *name;         /* `vda`, as in the domain's XML */
+    const char *node;         /* the block node that the disk is on before the switch */
+    const char *overlay_node; /* the overlay's node, which is there already (blockdev-add) */
+    const char *overlay;      /* the overlay's file, absolute */
+} instantsnap_driver_disk;
+
+/** What a driver does. It is copied; all zeros but `size` and what is required is the default. */
+typedef struct instantsnap_driver_ops {
+    size_t size; /* set by the caller: sizeof(instantsnap_driver_ops) */
+
+    /* Required. */
+
+    /** Runs one QMP command: `command` is `{"execute": ..., "arguments": ...}` without an id; `fds` go with it (SCM_RIGHTS), stay the
+     * library's, and are 0 or 1. Puts QEMU's reply into `*reply`: `{"return": ...}` or `{"error": ...}`. */
+    int (*monitor)(void *opaque, const char *command, const int *fds, size_t fd_count, unsigned int timeout_ms, char **reply);
+    /** instantsnap_driver_state, or -1. */
+    int (*state)(void *opaque);
+    /** libvirt's `<domain>` as the domain is now. */
+    char *(*domain_xml)(void *opaque);
+
+    /* One of the two: where snapshots are recorded. */
+
+    /** The domain's state directory, as in instantsnap_open_qmp(). */
+    char *(*state_dir)(void *opaque);
+    /** Records a complete snapshot, as the current one, by its `<domainsnapshot>`; with it come `forget`, and `snapshot_xml`, which
+     * is NULL for a name that there is not; and, optional, `current_snapshot`, NULL where there is none. Such snapshots are not listed
+     * or brought back by the library, and memory needs a file in the snapshot's XML. */
+    int (*record)(void *opaque, const char *name, const char *xml);
+    int (*forget)(void *opaque, const char *name);
+    char *(*snapshot_xml)(void *opaque, const char *name);
+    char *(*current_snapshot)(void *opaque);
+
+    /* Optional. Where it is NULL, it is done over the monitor, or not at all. */
+
+    /** Stops, and starts, the vCPUs; returns when they have. */
+    int (*pause)(void *opaque, unsigned int timeout_ms);
+    int (*resume)(void *opaque, unsigned int timeout_ms);
+    /** Switches all disks, or none (`transaction` of `blockdev-snapshot`), in the pause. */
+    int (*switch_disks)(void *opaque, const instantsnap_driver_disk *disks, size_t count, unsigned int timeout_ms);
+    /** Is told, in an undo, that the disks are off these overlays again. */
+    void (*disks_merged)(void *opaque, const instantsnap_driver_disk *disks, size_t count);
+    /** Around every operation; what `begin_job` refuses fails with VIR_ERR_OPERATION_INVALID. */
+    int (*begin_job)(void *opaque);
+    void (*end_job)(void *opaque);
+    /** Both or none; the two that the lock is not held for already. */
+    void (*lock)(void *opaque);
+    void (*unlock)(void *opaque);
+    /** The path of a QMP socket of this QEMU that nobody else uses, for the guard process; NULL: there is none. */
+    char *(*guard_socket)(void *opaque);
+    /** For the qemuSnapshot functions: is told of the error with which one fails, as virReportError() would be. */
+    void (*report_error)(void *opaque, int code, int domain, const char *message);
+    /** The driver's own snapshot object for a name, which qemuSnapshotCreateXML() returns (`domain` is what that was given); without
+     * it an instantsnap_snapshot is returned. NULL fails the call, though the snapshot is complete and recorded. */
+    void *(*make_snapshot)(void *opaque, void *domain, const char *name);
+    /** The name of such an object. */
+    char *(*snapshot_name)(void *opaque, void *snapshot);
+    /** qemuSnapshotRevert(): ends QEMU, and starts another that waits with `-incoming defer`, on the plan's disks. The plan is borrowed
+     * for the call. Without it reverting is VIR_ERR_OPERATION_UNSUPPORTED. */
+    int (*restart)(void *opaque, const instantsnap_revert_plan *plan);
+    /** For the qemuSnapshot functions: as by instantsnap_set_storage_hook(), with `vm` in its `opaque`'s place. It is copied with the
+     * table, and called without the driver's lock. */
+    const instantsnap_storage_hook *storage_hook;
+} instantsnap_driver_ops;
+
+/**
+ * Makes a driver this process's own: from now on qemuSnapshotCreateXML(), qemuSnapshotRevert() and qemuSnapshotDelete() with a `vm` that is
+ * neither NULL nor a guest of this library go to it, whatever their flags, with `vm` as `opaque`.
+ *
+ * @ops  copied; NULL: there is no driver any more. Operations under way end by the one that they have begun with.
+ *
+ * Returns 0, or -1: VIR_ERR_INVALID_ARG (what is required is not there), VIR_ERR_OPERATION_INVALID (there is one). Does not block.
+ */
+int instantsnap_register_driver(const instantsnap_driver_ops *ops);
+
+/**
+ * Opens a domain by a driver's callbacks. All functions for guests of instantsnap_open_qmp() are for this one too; jobs among them,
+ * which is how a daemon with one thread takes snapshots.
+ *
+ * @ops     copied.
+ * @opaque  handed to the callbacks; one for each domain. It has to be valid until the guest is closed and its operations have ended.
+ *
+ * Returns the guest, to be closed with instantsnap_close(), or NULL: VIR_ERR_INVALID_ARG, VIR_ERR_SYSTEM_ERROR (state directory),
+ * VIR_ERR_OPERATION_FAILED (`state_dir` failed). The domain need not run yet. Calls `state_dir`, and blocks for as long as that.
+ */
+instantsnap_guest *instantsnap_open_driver(const instantsnap_driver_ops *ops, void *opaque);
+
+/**
+ * Says why a callback is about to fail: in a callback, on its thread. The text is copied, and becomes part of the error. NULL is fine.
+ */
+void instantsnap_driver_set_reason(const char *reason);
+
+/**
+ * Passes an event of QEMU's on, JSON as QEMU sent it. None is needed: with STOP and RESUME the pause is told by QEMU's own time stamps
+ * (`pause_from_events` of instantsnap_stats). Any thread may call it, at any time; what belongs to no open domain, or is no event, is
+ * passed over. Does not block.
+ */
+void instantsnap_driver_event(void *opaque, const char *event);
 
 #ifdef __cplusplus
 }

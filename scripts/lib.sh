@@ -16,3 +16,48 @@ quietly() {
     fi
     return "$code"
 }
+
+# Runs a command as root, by sudo if need be; sudo asks for a password only where somebody can see it ask.
+as_root() {
+    if [ "$(id -u)" = 0 ]; then
+        "$@"
+    else
+        sudo ${unattended:+-n} DEBIAN_FRONTEND=noninteractive "$@"
+    fi
+}
+[ -t 2 ] && unattended= || unattended=yes
+
+# Prints "KEYRING URI" of the machine's own source of Debian packages: deb822 (`URIs:`) or one-line (`deb ...`).
+debian_source() {
+    local file
+    for file in /etc/apt/sources.list.d/*.sources; do
+        [ -e "$file" ] || continue
+        awk -v RS= -F '\n' '
+            {
+                types = uri = key = ""
+                for (line = 1; line <= NF; line++) {
+                    value = $line
+                    sub(/^[^:]*:[ \t]*/, "", value)
+                    split(value, words, /[ \t]+/)
+                    if ($line ~ /^Types:/) types = value
+                    if ($line ~ /^URIs:/) uri = words[1]
+                    if ($line ~ /^Signed-By:[ \t]*\//) key = words[1]
+                }
+                if (types ~ /(^| )deb( |$)/ && uri ~ /\/debian\/?$/) { print (key ? key : "-"), uri; exit }
+            }' "$file"
+    done
+    cat /etc/apt/sources.list /etc/apt/sources.list.d/*.list 2>/dev/null | awk '
+        $1 == "deb" {
+            key = "-"; uri = $2; options = ""
+            if ($2 ~ /^\[/) {
+                options = $0
+                sub(/^[^[]*\[/, "", options); sub(/\].*/, "", options)
+                rest = $0
+                sub(/^[^]]*\][ \t]*/, "", rest)
+                split(rest, words, /[ \t]+/)
+                uri = words[1]
+                if (match(options, /signed-by=[^ \t]*/)) key = substr(options, RSTART + 10, RLENGTH - 10)
+            }
+            if (uri ~ /\/debian\/?$/) print key, uri
+        }' || true
+}

@@ -19,6 +19,11 @@ macro_rules! codes {
         impl Code {
             /// Every code with its name in C.
             pub const ALL: &'static [(&'static str, Code)] = &[$((stringify!($name), Code::$variant)),+];
+
+            /// The code of this number, where it is one of these.
+            pub fn from_number(number: i32) -> Option<Code> {
+                Code::ALL.iter().map(|(_, code)| *code).find(|code| *code as i32 == number)
+            }
         }
     };
 }
@@ -30,12 +35,22 @@ codes! {
     InvalidArg = VIR_ERR_INVALID_ARG = 8,
     /// QEMU refused or failed; the message has its reason.
     OperationFailed = VIR_ERR_OPERATION_FAILED = 9,
+    /// libvirt was not asked the right thing: an object of another kind, or that is gone.
+    InvalidDomain = VIR_ERR_INVALID_DOMAIN = 7,
+    /// No connection to the daemon.
+    NoConnect = VIR_ERR_NO_CONNECT = 5,
     /// XML with a value that cannot be.
     XmlError = VIR_ERR_XML_ERROR = 27,
     /// XML that is not well-formed; a name that may not be.
     XmlDetail = VIR_ERR_XML_DETAIL = 35,
     /// A system call failed; the message has its errno's text.
     SystemError = VIR_ERR_SYSTEM_ERROR = 38,
+    /// The connection to the daemon failed.
+    Rpc = VIR_ERR_RPC = 39,
+    /// No such domain.
+    NoDomain = VIR_ERR_NO_DOMAIN = 42,
+    /// The daemon does not allow it to this client.
+    OperationDenied = VIR_ERR_OPERATION_DENIED = 29,
     /// Not in this state: a guest that is busy, a name that exists.
     OperationInvalid = VIR_ERR_OPERATION_INVALID = 55,
     /// A disk, a file or a device with which it cannot be done.
@@ -48,8 +63,14 @@ codes! {
     NoDomainSnapshot = VIR_ERR_NO_DOMAIN_SNAPSHOT = 72,
     /// This QEMU or this host has no background snapshots.
     ArgumentUnsupported = VIR_ERR_ARGUMENT_UNSUPPORTED = 74,
+    /// XML that is not what libvirt's schema says.
+    XmlInvalidSchema = VIR_ERR_XML_INVALID_SCHEMA = 92,
     /// Cancelled by the caller.
     OperationAborted = VIR_ERR_OPERATION_ABORTED = 78,
+    /// The guest's agent does not answer.
+    AgentUnresponsive = VIR_ERR_AGENT_UNRESPONSIVE = 86,
+    /// The daemon's policy denies it.
+    AccessDenied = VIR_ERR_ACCESS_DENIED = 88,
     /// Allowed, but this way in cannot do it.
     OperationUnsupported = VIR_ERR_OPERATION_UNSUPPORTED = 84,
 }
@@ -61,6 +82,8 @@ pub struct Error {
     pub code: Code,
     /// The step, the object, and what to do.
     pub message: String,
+    /// libvirt's own code, where it is none of ours.
+    foreign: Option<i32>,
 }
 
 /// What fallible functions of this crate return.
@@ -69,7 +92,19 @@ pub type Result<T> = std::result::Result<T, Error>;
 impl Error {
     /// An error of this code with this message.
     pub fn new(code: Code, message: impl Into<String>) -> Error {
-        Error { code, message: message.into() }
+        Error { code, message: message.into(), foreign: None }
+    }
+
+    /// One that libvirt gave: where its code is none of ours, it is still the one that is told.
+    pub fn of_libvirt(number: i32, message: impl Into<String>) -> Error {
+        let code = Code::from_number(number);
+        let foreign = if code.is_none() { Some(number) } else { None };
+        Error { code: code.unwrap_or(Code::OperationFailed), message: message.into(), foreign }
+    }
+
+    /// The `virErrorNumber` that is told.
+    pub fn number(&self) -> i32 {
+        self.foreign.unwrap_or(self.code as i32)
     }
 
     /// A failed system call: `step` says what was tried on what.

@@ -62,6 +62,8 @@ pub const TABLE: [Rule; 11] = [
 
 /// How a snapshot is to be brought back.
 pub mod revert {
+    use super::{Result, invalid};
+
     /// Run after revert.
     pub const RUNNING: u32 = 1 << 0;
     /// Paused after revert.
@@ -70,16 +72,51 @@ pub mod revert {
     pub const FORCE: u32 = 1 << 2;
     /// UEFI variables from their template.
     pub const RESET_NVRAM: u32 = 1 << 3;
+
+    /// An error where they break a rule.
+    pub fn check(bits: u32) -> Result<()> {
+        let unknown = bits & !(RUNNING | PAUSED | FORCE | RESET_NVRAM);
+        if unknown != 0 {
+            return invalid(format!("unsupported flags (0x{unknown:x}): not a snapshot revert flag"));
+        }
+        if bits & RUNNING != 0 && bits & PAUSED != 0 {
+            return invalid(
+                "flags 'VIR_DOMAIN_SNAPSHOT_REVERT_RUNNING' and 'VIR_DOMAIN_SNAPSHOT_REVERT_PAUSED' are mutually exclusive",
+            );
+        }
+        Ok(())
+    }
 }
 
 /// How a snapshot is to be deleted.
 pub mod delete {
+    use super::{Result, invalid};
+
     /// Also delete children.
     pub const CHILDREN: u32 = 1 << 0;
     /// Delete just metadata.
     pub const METADATA_ONLY: u32 = 1 << 1;
     /// Delete just children.
     pub const CHILDREN_ONLY: u32 = 1 << 2;
+
+    /// An error where they break a rule.
+    pub fn check(bits: u32) -> Result<()> {
+        let unknown = bits & !(CHILDREN | METADATA_ONLY | CHILDREN_ONLY);
+        if unknown != 0 {
+            return invalid(format!("unsupported flags (0x{unknown:x}): not a snapshot deletion flag"));
+        }
+        if bits & CHILDREN != 0 && bits & CHILDREN_ONLY != 0 {
+            return invalid(
+                "flags 'VIR_DOMAIN_SNAPSHOT_DELETE_CHILDREN' and 'VIR_DOMAIN_SNAPSHOT_DELETE_CHILDREN_ONLY' are mutually \
+                 exclusive",
+            );
+        }
+        Ok(())
+    }
+}
+
+fn invalid<T>(message: impl Into<String>) -> Result<T> {
+    Err(Error::new(Code::InvalidArg, message))
 }
 
 /// A set of flags that breaks no rule.
@@ -91,23 +128,14 @@ impl Flags {
     pub fn check(bits: u32) -> Result<Flags> {
         let unknown = TABLE.iter().fold(bits, |left, rule| left & !rule.bit);
         if unknown != 0 {
-            return Err(Error::new(
-                Code::InvalidArg,
-                format!("unsupported flags (0x{unknown:x}): not a snapshot creation flag"),
-            ));
+            return invalid(format!("unsupported flags (0x{unknown:x}): not a snapshot creation flag"));
         }
         for rule in TABLE.iter().filter(|rule| bits & rule.bit != 0) {
             if let Some(other) = first(bits & rule.excludes) {
-                return Err(Error::new(
-                    Code::InvalidArg,
-                    format!("flags '{}' and '{}' are mutually exclusive", full(rule), full(other)),
-                ));
+                return invalid(format!("flags '{}' and '{}' are mutually exclusive", full(rule), full(other)));
             }
             if let Some(other) = first(rule.requires & !bits) {
-                return Err(Error::new(
-                    Code::InvalidArg,
-                    format!("flag '{}' is required by flag '{}'", full(other), full(rule)),
-                ));
+                return invalid(format!("flag '{}' is required by flag '{}'", full(other), full(rule)));
             }
         }
         Ok(Flags(bits))

@@ -6,8 +6,9 @@
 //!
 //! ```text
 //! ffi       extern "C": convert, call, convert back
-//!  └ engine   the phases of a snapshot, their undo, bringing one back
-//!     ├ guest    who runs the guest; today a QEMU by its QMP socket
+//!  └ engine   the phases of a snapshot, their undo, jobs, bringing one back
+//!     ├ guest    who runs the guest: a stock libvirt, or the caller, with a QMP socket
+//!     │  ├ libvirt  libvirt's public functions, found at run time
 //!     │  └ monitor  QMP: client, typed commands
 //!     ├ snapshot what is asked for and recorded: XML, disk plan, state directory
 //!     └ image    the memory image: header, and the threads that move QEMU's stream
@@ -23,6 +24,7 @@ pub mod ffi;
 pub mod flags;
 pub mod guest;
 pub mod image;
+pub mod libvirt;
 pub mod monitor;
 pub mod snapshot;
 mod sys;

@@ -1,16 +1,18 @@
 //! The system calls that no safe wrapper covers, and small helpers around files that several modules share.
 
 use std::convert::Infallible;
-use std::ffi::{c_int, c_uint};
+use std::ffi::{CStr, c_char, c_int, c_uint};
 use std::fs::{File, Permissions};
 use std::io::{self, Read};
 use std::mem::MaybeUninit;
-use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::ops::Range;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::{MetadataExt, PermissionsExt, fchown};
 use std::path::Path;
 use std::process::{Command, Stdio};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread::{Builder, JoinHandle};
+use std::time::Duration;
 
 use crate::error::{Error, Result};
 
@@ -30,6 +32,24 @@ fn with_signals_blocked<T>(body: impl FnOnce() -> T) -> T {
     result
 }
 
+/// Takes a lock whose content is whole at any time, a panic of its holder included.
+pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// CLOCK_MONOTONIC, for time stamps that a caller can compare with his own.
+///
+/// By libc: under valgrind it finds the clock, and rustix would not.
+pub fn now() -> Duration {
+    let mut now = MaybeUninit::<libc::timespec>::uninit();
+    // SAFETY: it points to storage for a timespec, which a clock that every Linux has initialises.
+    let now = unsafe {
+        libc::clock_gettime(libc::CLOCK_MONOTONIC, now.as_mut_ptr());
+        now.assume_init()
+    };
+    Duration::new(now.tv_sec.unsigned_abs(), now.tv_nsec as u32)
+}
+
 /// Starts a thread in which every signal is blocked, so that the caller's handlers never run in it, and a pipe whose
 /// reader is gone answers EPIPE rather than SIGPIPE.
 pub fn spawn_quiet<T: Send + 'static>(name: &str, body: impl FnOnce() -> T + Send + 'static) -> Result<JoinHandle<T>> {
@@ -42,7 +62,7 @@ static FORKING: Mutex<()> = Mutex::new(());
 
 /// Runs what forks, up to the moment from which the new process has its own descriptors only.
 pub fn while_forking<T>(body: impl FnOnce() -> T) -> T {
-    let _forking = FORKING.lock().unwrap_or_else(PoisonError::into_inner);
+    let _forking = lock(&FORKING);
     body()
 }
 
@@ -77,13 +97,18 @@ pub unsafe fn fork_quiet(body: impl FnOnce() -> Infallible) -> io::Result<libc::
     })
 }
 
-/// Waits for the end of a process that [`fork_quiet`] has started.
-pub fn reap(pid: libc::pid_t) {
+/// Waits for the end of a process that [`fork_quiet`] has started; its status, where it has exited.
+pub fn reap(pid: libc::pid_t) -> Option<c_int> {
     let mut status = 0;
-    // SAFETY: `status` is live; the child is ours. Should somebody else have reaped it, the call fails, and nothing is lost.
-    while unsafe { libc::waitpid(pid, &raw mut status, libc::__WALL) } == -1
-        && io::Error::last_os_error().kind() == io::ErrorKind::Interrupted
-    {}
+    loop {
+        // SAFETY: `status` is live; the child is ours. Should somebody else have reaped it, the call fails, and nothing is
+        // lost.
+        match unsafe { libc::waitpid(pid, &raw mut status, libc::__WALL) } {
+            -1 if io::Error::last_os_error().kind() == io::ErrorKind::Interrupted => {}
+            -1 => return None,
+            _ => return libc::WIFEXITED(status).then(|| libc::WEXITSTATUS(status)),
+        }
+    }
 }
 
 /// Runs a tool; what it says on its standard error where it fails.
@@ -93,7 +118,8 @@ pub fn reap(pid: libc::pid_t) {
 pub fn run_tool(command: &mut Command) -> std::result::Result<(), String> {
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
     let program = command.get_program().to_string_lossy().into_owned();
-    let mut child = command.spawn().map_err(|error| format!("cannot run {program} (install qemu-utils): {error}"))?;
+    let package = if program == "xmllint" { "libxml2-utils" } else { "qemu-utils" };
+    let mut child = command.spawn().map_err(|error| format!("cannot run {program} (install {package}): {error}"))?;
     let mut said = String::new();
     if let Some(mut stderr) = child.stderr.take() {
         let _ = stderr.read_to_string(&mut said);
@@ -104,6 +130,91 @@ pub fn run_tool(command: &mut Command) -> std::result::Result<(), String> {
         Ok(status) if said.is_empty() => Err(format!("{program}: {status}")),
         _ => Err(said.trim().to_owned()),
     }
+}
+
+/// Reads one byte of every page of another process's memory, between two addresses.
+pub fn touch(pid: u32, begin: u64, end: u64) -> io::Result<()> {
+    const PAGE: usize = 4096;
+    const AT_ONCE: usize = 1024;
+    let pages: Vec<u64> = (begin..end).step_by(PAGE).collect();
+    let mut bytes = [0u8; AT_ONCE];
+    for pages in pages.chunks(AT_ONCE) {
+        let local = libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: pages.len() };
+        let remote: Vec<_> = pages.iter().map(|&page| libc::iovec { iov_base: page as *mut _, iov_len: 1 }).collect();
+        // SAFETY: `local` is `bytes`, of which no more than there is is written; the other addresses are another process's,
+        // and what is not there is an error.
+        let read = unsafe {
+            libc::process_vm_readv(pid as libc::pid_t, &raw const local, 1, remote.as_ptr(), remote.len() as u64, 0)
+        };
+        if read < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        if (read as usize) < pages.len() {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+    }
+    Ok(())
+}
+
+/// A program that a process of [`fork_quiet`] runs.
+#[derive(Debug)]
+pub struct Program {
+    pid: libc::pid_t,
+    ended: OwnedFd,
+}
+
+impl Program {
+    /// Starts it, with this process's environment, without input or output. `words` are its path and arguments, and a NULL.
+    pub fn start(words: &[*const c_char]) -> Option<Program> {
+        let path =
+            words.first().copied().filter(|path| !path.is_null() && words.last().is_some_and(|end| end.is_null()))?;
+        unsafe extern "C" {
+            static environ: *const *const c_char;
+        }
+        let run = || {
+            // SAFETY: system calls. Strings and arrays are NUL-terminated, and live on in this process's memory; nobody else
+            // in it changes the environment.
+            unsafe {
+                let null = libc::open(c"/dev/null".as_ptr(), libc::O_RDWR);
+                for place in 0..3 {
+                    libc::dup2(null, place);
+                }
+                let _ = libc::syscall(libc::SYS_close_range, 3, c_uint::MAX, 0);
+                let mut none = MaybeUninit::<libc::sigset_t>::uninit();
+                libc::sigemptyset(none.as_mut_ptr());
+                libc::sigprocmask(libc::SIG_SETMASK, none.as_ptr(), std::ptr::null_mut());
+                libc::execve(path, words.as_ptr(), environ);
+                libc::_exit(127)
+            }
+        };
+        // SAFETY: the child makes system calls only.
+        let pid = unsafe { fork_quiet(run) }.ok()?;
+        // SAFETY: a process of ours that nobody has waited for; the descriptor is new, and nobody else's.
+        let ended = unsafe {
+            match libc::syscall(libc::SYS_pidfd_open, pid, 0) {
+                -1 => return None,
+                fd => OwnedFd::from_raw_fd(fd as c_int),
+            }
+        };
+        Some(Program { pid, ended })
+    }
+
+    /// Waits until it has ended, or until `other` can be read: false.
+    pub fn wait_ended(&self, other: Option<&OwnedFd>) -> bool {
+        wait_ready([Some(&self.ended), other], -1);
+        wait_ready([Some(&self.ended), None], 0)
+    }
+
+    /// Whether it has ended well.
+    pub fn succeeded(self) -> bool {
+        reap(self.pid) == Some(0)
+    }
+}
+
+/// Removes a file, by a process that [`fork_quiet`] has started.
+pub fn unlink(path: &CStr) {
+    // SAFETY: a NUL-terminated string.
+    unsafe { libc::unlink(path.as_ptr()) };
 }
 
 /// Ends a process that [`fork_quiet`] has started.
@@ -167,12 +278,32 @@ pub fn liken(file: &File, model: &Path) -> io::Result<()> {
     file.set_permissions(Permissions::from_mode(model.mode() & 0o666))
 }
 
+/// Gives a new file the owner of `model`, and leaves its permissions.
+pub fn give_to_owner_of(model: &Path, file: &File) -> io::Result<()> {
+    let model = model.metadata()?;
+    fchown(file, Some(model.uid()), Some(model.gid()))
+}
+
 /// Whether two paths name one and the same file.
 pub fn same_file(a: &Path, b: &Path) -> bool {
     match (a.metadata(), b.metadata()) {
         (Ok(a), Ok(b)) => (a.dev(), a.ino()) == (b.dev(), b.ino()),
         _ => a == b,
     }
+}
+
+/// Whether another process has a lock on some of these bytes of a file.
+pub fn is_locked(file: &File, bytes: Range<i64>) -> bool {
+    let mut lock = libc::flock {
+        l_type: libc::F_WRLCK as libc::c_short,
+        l_whence: libc::SEEK_SET as libc::c_short,
+        l_start: bytes.start,
+        l_len: bytes.end - bytes.start,
+        l_pid: 0,
+    };
+    // SAFETY: an open file and a whole flock, which the call fills in.
+    let asked = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GETLK, &raw mut lock) };
+    asked == 0 && lock.l_type != libc::F_UNLCK as libc::c_short
 }
 
 /// Removes a file, and does not mind that it is gone already.

@@ -18,7 +18,7 @@ use tempfile::TempDir;
 fn late(binary: &'static Binary) -> (Machine, PathBuf, TempDir) {
     let directory = tempfile::tempdir().unwrap();
     let release = directory.path().join("release");
-    (machine(binary, 2).late_arm(&release), release, directory)
+    (machine(binary, 2).restless().late_arm(&release), release, directory)
 }
 
 #[test]

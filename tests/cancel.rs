@@ -4,22 +4,11 @@ mod common;
 
 use std::sync::mpsc::channel;
 
-use common::{ALL_SECTORS, At, INSTANTLY, Opened, assert_error, assert_untouched, machine, named};
+use common::{ALL_SECTORS, At, INSTANTLY, Opened, PHASES, assert_error, assert_untouched, machine, named};
 use instantsnap::engine::{Handle, Phase};
 use instantsnap::error::Code;
 use instantsnap_testkit::{Binary, Client, DEADLINE, Guest, wait_for};
 use serde_json::{Value, json};
-
-const PHASES: [Phase; 8] = [
-    Phase::Validate,
-    Phase::Plan,
-    Phase::Prepare,
-    Phase::Pause,
-    Phase::Switch,
-    Phase::Arm,
-    Phase::Drain,
-    Phase::Finish,
-];
 
 fn cancelled_in_each_phase(flags: u32) {
     for binary in Binary::all() {
@@ -160,7 +149,7 @@ fn a_second_snapshot_of_the_same_guest_is_refused_at_once() {
         opened.bring_back("first");
         // Now it is the others' turn.
         for handle in [&same_socket, &other_socket] {
-            assert_eq!(handle.store().list().unwrap(), []);
+            assert_eq!(handle.store().unwrap().list().unwrap(), []);
             handle.create(&named(&format!("{:p}", handle)), INSTANTLY, &mut ()).unwrap();
         }
         opened.guest.wait_ticks(ALL_SECTORS);

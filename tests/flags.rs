@@ -163,8 +163,8 @@ fn no_metadata_leaves_no_record_and_atomic_changes_nothing() {
     for binary in Binary::all() {
         let opened = Opened::start(&machine(binary, 1));
         opened.create(&named("unrecorded"), INSTANTLY | NO_METADATA).unwrap();
-        assert!(opened.handle.store().list().unwrap().is_empty());
-        assert_eq!(opened.handle.store().current().unwrap(), None);
+        assert!(opened.handle.store().unwrap().list().unwrap().is_empty());
+        assert_eq!(opened.handle.store().unwrap().current().unwrap(), None);
         assert!(opened.state_dir().join("unrecorded.mem").exists());
         let names: Vec<_> = std::fs::read_dir(opened.state_dir()).unwrap().map(|e| e.unwrap().file_name()).collect();
         assert!(names.iter().all(|name| name == ".lock" || name == "unrecorded.mem"), "{names:?}");

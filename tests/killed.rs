@@ -75,7 +75,7 @@ fn files(opened: &Opened) -> Vec<PathBuf> {
 #[track_caller]
 fn assert_nothing_left(opened: &Opened, before: &[PathBuf]) {
     assert_eq!(files(opened), before);
-    assert_eq!(opened.handle.store().list().unwrap(), []);
+    assert_eq!(opened.handle.store().unwrap().list().unwrap(), []);
     for disk in opened.guest.disks() {
         if disk.format == Format::Qcow2 {
             let info = common::run("qemu-img", &["info", "--output=json", disk.file.to_str().unwrap()]);
@@ -287,7 +287,7 @@ fn without_qemu_img_the_overlays_are_kept_and_named() {
             assert!(error.message.contains(part), "{part}: {error}");
         }
         assert!(!opened.state_dir().join("s.mem").exists());
-        assert_eq!(opened.handle.store().list().unwrap(), []);
+        assert_eq!(opened.handle.store().unwrap().list().unwrap(), []);
         // What it says to do does it.
         for (index, (overlay, disk)) in overlays.iter().zip(opened.guest.disks()).enumerate() {
             common::run("qemu-img", &["commit", "-q", overlay.to_str().unwrap()]);

@@ -8,8 +8,8 @@ use std::process::Command;
 use std::time::Duration;
 
 use common::{At, INSTANTLY, Opened, machine, named};
-use instantsnap::engine::{Handle, Phase};
-use instantsnap_testkit::{Binary, Guest, fingerprint, wait_for};
+use instantsnap::engine::{Handle, Overlap, Phase};
+use instantsnap_testkit::{Binary, Fingerprint, Guest, Machine, fingerprint, wait_for};
 use serde_json::json;
 
 const PHASES: [Phase; 5] = [Phase::Pause, Phase::Switch, Phase::Arm, Phase::Drain, Phase::Finish];
@@ -22,6 +22,9 @@ fn child() {
     let phase: usize = std::env::var("INSTANTSNAP_TEST_PHASE").unwrap().parse().unwrap();
     let directory = Path::new(&directory);
     let handle = Handle::open_qmp(&directory.join("qmp.sock"), None, &directory.join("state")).unwrap();
+    if std::env::var_os("INSTANTSNAP_TEST_OVERLAP").is_some() {
+        handle.set_overlap(Overlap { tries: 1, aim: Some(Duration::from_millis(50)) });
+    }
     let mut observer = At(|now| {
         if now == PHASES[phase] {
             rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL).unwrap();
@@ -31,8 +34,12 @@ fn child() {
     panic!("it was to be killed");
 }
 
-fn take_snapshot_and_die(guest: &Guest, phase: usize) {
-    let status = Command::new(std::env::current_exe().unwrap())
+fn take_snapshot_and_die(guest: &Guest, phase: usize, overlap: bool) {
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    if overlap {
+        command.env("INSTANTSNAP_TEST_OVERLAP", "1");
+    }
+    let status = command
         .args(["--exact", "child", "--ignored"])
         .env("INSTANTSNAP_TEST_DIRECTORY", guest.directory())
         .env("INSTANTSNAP_TEST_PHASE", phase.to_string())
@@ -42,33 +49,49 @@ fn take_snapshot_and_die(guest: &Guest, phase: usize) {
     assert_eq!(status.signal(), Some(9), "{status}");
 }
 
+/// The settings are what they were (P5), once the guard has seen the stream to its end.
+fn wait_until_settled(guest: &Guest, before: &Fingerprint) {
+    let settled = wait_for(Duration::from_secs(60), || {
+        let mut client = guest.control();
+        let now = fingerprint(&mut client);
+        let migration = client.execute("query-migrate", json!({})).unwrap();
+        let under_way = ["setup", "active", "cancelling"].iter().any(|status| migration["status"] == *status);
+        let same = ["capabilities", "parameters", "status", "jobs"].iter().all(|part| now.0[part] == before.0[part]);
+        (same && !under_way).then_some(())
+    });
+    assert!(settled.is_some(), "the migration settings are not what they were");
+}
+
+fn lose_the_caller(machine: &Machine, phase: usize, overlap: bool) {
+    let opened = Opened::start(machine);
+    let before = fingerprint(&mut opened.guest.control());
+    take_snapshot_and_die(&opened.guest, phase, overlap);
+    // It counts, and its memory is not write-protected: each round writes every page.
+    opened.guest.wait_ticks(5);
+    wait_until_settled(&opened.guest, &before);
+    // And the next one works.
+    opened.snapshot("next").unwrap_or_else(|error| opened.guest.fail(&error.message));
+    opened.bring_back("next");
+    opened.guest.wait_ticks(3);
+}
+
 #[test]
 fn a_guest_whose_snapshot_loses_its_caller_runs_on_and_can_be_snapshotted_again() {
-    for binary in Binary::all() {
+    for binary in Binary::any() {
         for (index, phase) in PHASES.iter().enumerate() {
             eprintln!("{}: killed in {phase:?}", binary.name);
             // Memory enough for the drain to be long, and a guest that writes into all of it.
-            let machine = machine(binary, 1).memory(256).prealloc().append("dense=128");
-            let opened = Opened::start(&machine);
-            let before = fingerprint(&mut opened.guest.control());
-            take_snapshot_and_die(&opened.guest, index);
-            // It counts, and its memory is not write-protected: each round writes every page.
-            opened.guest.wait_ticks(5);
-            // The settings are what they were (P5), once the guard has seen the stream to its end.
-            let settled = wait_for(Duration::from_secs(60), || {
-                let mut client = opened.guest.control();
-                let now = fingerprint(&mut client);
-                let migration = client.execute("query-migrate", json!({})).unwrap();
-                let under_way = ["setup", "active", "cancelling"].iter().any(|status| migration["status"] == *status);
-                let same =
-                    ["capabilities", "parameters", "status", "jobs"].iter().all(|part| now.0[part] == before.0[part]);
-                (same && !under_way).then_some(())
-            });
-            assert!(settled.is_some(), "{phase:?}: the migration settings are not what they were");
-            // And the next one works.
-            opened.snapshot("next").unwrap_or_else(|error| opened.guest.fail(&error.message));
-            opened.bring_back("next");
-            opened.guest.wait_ticks(3);
+            lose_the_caller(&machine(binary, 1).memory(256).prealloc().append("dense=128"), index, false);
+        }
+    }
+}
+
+/// In the phase of the pause the migration has begun, and the guest still runs.
+#[test]
+fn a_guest_whose_memory_is_touched_while_it_runs_survives_its_caller_too() {
+    for binary in Binary::all().iter().filter(|binary| binary.version >= (10, 0, 0)) {
+        for index in [0, 1] {
+            lose_the_caller(&machine(binary, 1).append("dense=16").long_setup(Duration::from_millis(500)), index, true);
         }
     }
 }

@@ -2,6 +2,8 @@
 
 mod common;
 
+use std::fs::File;
+use std::io::{Seek, SeekFrom};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
@@ -9,7 +11,8 @@ use common::{At, INSTANTLY, Opened, assert_error, machine, named};
 use instantsnap::engine::{Phase, prepare_revert};
 use instantsnap::error::Code;
 use instantsnap::image::{Image, MemoryImage};
-use instantsnap_testkit::Binary;
+use instantsnap_testkit::{Binary, DEADLINE, wait_for};
+use serde_json::json;
 
 /// libvirt's `virQEMUSaveHeader` and what follows it, read by hand.
 struct Header {
@@ -101,7 +104,7 @@ fn the_image_is_partial_until_all_of_it_is_there() {
 /// A complete image with a stream that is none, and no QEMU involved.
 fn sample(directory: &Path) -> PathBuf {
     let path = directory.join("sample.mem");
-    let image = MemoryImage::create(&path, "<domain><name>x</name></domain>", true).unwrap();
+    let image = MemoryImage::create(&path, "<domain><name>x</name></domain>", None, true).unwrap();
     image.file().unwrap().write_all_at(b"QEVM", image.stream_offset()).unwrap();
     image.complete().unwrap();
     path
@@ -188,4 +191,28 @@ fn the_callers_domain_xml_is_in_the_image() {
     let opened = Opened::with_domain(guest, &xml);
     opened.snapshot("s").unwrap();
     assert_eq!(header(&opened.state_dir().join("s.mem")).xml.trim_end(), xml.trim_end());
+}
+
+/// What QEMU says of its guest's state at the moment of a background snapshot.
+#[test]
+fn an_image_says_whether_the_guest_ran_when_it_was_taken() {
+    for binary in Binary::all() {
+        for (ran, prepare) in [(true, "query-status"), (false, "stop")] {
+            let guest = common::machine(binary, 1).start();
+            guest.wait_ticks(2);
+            let stream = guest.directory().join("stream");
+            let mut control = guest.control();
+            let on = json!({ "capabilities": [{ "capability": "background-snapshot", "state": true }] });
+            control.execute("migrate-set-capabilities", on).unwrap();
+            control.execute(prepare, json!({})).unwrap();
+            let to_file = format!("exec:cat >{0}.part && mv {0}.part {0}", stream.display());
+            control.execute("migrate", json!({ "uri": to_file })).unwrap();
+            wait_for(DEADLINE, || stream.exists().then_some(())).expect("QEMU saves its memory");
+            let image = MemoryImage::create(&guest.directory().join("image"), "<domain/>", None, true).unwrap();
+            let mut file = image.file().unwrap();
+            file.seek(SeekFrom::Start(image.stream_offset())).unwrap();
+            std::io::copy(&mut File::open(&stream).unwrap(), &mut file).unwrap();
+            assert_eq!(image.ran_at_instant().unwrap(), ran, "QEMU {}", binary.name);
+        }
+    }
 }

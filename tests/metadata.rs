@@ -23,6 +23,7 @@ fn record(name: &str, creation_time: u64) -> Record {
         state: State::Running,
         memory_file: format!("/nowhere/{name}.mem"),
         disks: Vec::new(),
+        manual: vec![],
         nvram: Vec::new(),
         domain_xml: "<domain><name>x</name></domain>".into(),
     }
@@ -58,7 +59,7 @@ fn files(directory: &Path) -> Vec<String> {
 fn three_snapshots_are_a_chain_and_loading_an_older_one_starts_a_branch() {
     for binary in Binary::all() {
         let opened = Opened::start(&machine(binary, 1));
-        let store = opened.handle.store();
+        let store = opened.handle.store().unwrap();
         assert_eq!(store.current().unwrap(), None);
         // Names against the order of time: all three can be of one second.
         for name in ["c", "b", "a"] {
@@ -158,7 +159,7 @@ fn a_forgotten_snapshot_leaves_its_images() {
     let opened = Opened::start(&machine(&Binary::all()[0], 1));
     opened.snapshot("a").unwrap();
     opened.snapshot("b").unwrap();
-    opened.handle.store().forget("a").unwrap();
+    opened.handle.store().unwrap().forget("a").unwrap();
     assert!(opened.state_dir().join("a.mem").exists());
     opened.bring_back("b");
     assert_error(opened.handle.load("a", 0), Code::NoDomainSnapshot, "'a'");
@@ -233,7 +234,7 @@ fn two_handles_that_snapshot_by_one_name_at_once_make_one_snapshot() {
     let (won, lost): (Vec<_>, Vec<_>) = results.into_iter().partition(Result::is_ok);
     assert_eq!((won.len(), lost.len()), (1, 1));
     assert_error(lost.into_iter().next().unwrap(), Code::OperationInvalid, "'s'");
-    assert_eq!(names(first.handle.store()), ["s"]);
+    assert_eq!(names(first.handle.store().unwrap()), ["s"]);
     first.guest.wait_ticks(2);
     second.wait_ticks(2);
 }

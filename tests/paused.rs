@@ -99,7 +99,7 @@ fn assert_recorded_as_paused(opened: &Opened, name: &str) {
 
 #[test]
 fn a_snapshot_of_a_paused_guest_leaves_it_paused() {
-    for binary in Binary::all() {
+    for binary in Binary::any() {
         for (name, flags) in [("instant", INSTANTLY), ("plain", 0)] {
             eprintln!("{} {name}", binary.name);
             let (opened, tick) = stopped(binary);
@@ -124,13 +124,14 @@ fn a_snapshot_of_a_paused_guest_leaves_it_paused() {
 
 #[test]
 fn a_guest_that_was_never_started_can_be_snapshotted() {
-    for binary in Binary::all() {
+    for binary in Binary::any() {
         for (name, flags) in [("instant", INSTANTLY), ("plain", 0)] {
             eprintln!("{} {name}", binary.name);
             let opened = Opened::open(machine(binary, 2).paused().start());
             assert_eq!(status(&opened.guest), "prelaunch");
+            // Later its memory may have been saved already, and QEMU does not go back from there.
             let mut observer = At(|phase| {
-                if phase == Phase::Arm {
+                if phase == Phase::Switch {
                     opened.handle.cancel().unwrap();
                 }
             });
@@ -149,7 +150,7 @@ fn a_guest_that_was_never_started_can_be_snapshotted() {
 
 #[test]
 fn whether_a_clone_runs_is_as_it_was_unless_asked_otherwise() {
-    for binary in Binary::all() {
+    for binary in Binary::any() {
         let opened = Opened::start(&machine(binary, 2));
         opened.snapshot("running").unwrap();
         stop(&opened.guest);
@@ -177,7 +178,7 @@ fn whether_a_clone_runs_is_as_it_was_unless_asked_otherwise() {
 
 #[test]
 fn a_failed_snapshot_of_a_paused_guest_leaves_it_as_it_was() {
-    for binary in Binary::all() {
+    for binary in Binary::any() {
         let (opened, proxy) = through_proxy(&machine(binary, 2));
         let tick = stop(&opened.guest);
         for flags in [INSTANTLY, 0] {
@@ -208,7 +209,7 @@ fn a_failed_snapshot_of_a_paused_guest_leaves_it_as_it_was() {
 /// The first word that QEMU should say after it has saved a paused guest's memory is lost: its disks are handed over then.
 #[test]
 fn a_paused_guest_whose_snapshot_fails_late_has_its_disks_back() {
-    for binary in Binary::all() {
+    for binary in Binary::any() {
         let (opened, proxy) = through_proxy(&machine(binary, 2));
         let tick = stop(&opened.guest);
         let before = opened.trace();
@@ -231,7 +232,7 @@ fn a_paused_guest_whose_snapshot_fails_late_has_its_disks_back() {
 /// In each phase; once its memory is saved QEMU calls the guest `postmigrate` in place of `paused`, and has no way back.
 #[test]
 fn a_cancelled_snapshot_of_a_paused_guest_leaves_it_paused() {
-    for binary in Binary::all() {
+    for binary in Binary::any() {
         for flags in [INSTANTLY, 0] {
             let (opened, tick) = stopped(binary);
             for phase in [Phase::Plan, Phase::Prepare, Phase::Switch, Phase::Arm, Phase::Finish] {
@@ -243,7 +244,7 @@ fn a_cancelled_snapshot_of_a_paused_guest_leaves_it_paused() {
                     }
                 });
                 let result = opened.handle.create(&named("s"), flags, &mut observer);
-                let error = result.map(|record| record.name).expect_err("it was cancelled");
+                let error = result.expect_err("it was cancelled");
                 assert_eq!(error.code, Code::OperationAborted, "{error}");
                 assert!(!error.message.contains(';'), "{error}");
                 assert_still(&opened.guest, Some(tick));
@@ -265,7 +266,7 @@ fn a_cancelled_snapshot_of_a_paused_guest_leaves_it_paused() {
 /// QEMU saves a paused guest's memory once, and not again before it has run.
 #[test]
 fn a_paused_guest_that_was_saved_must_run_before_the_next_time() {
-    for binary in Binary::all() {
+    for binary in Binary::any() {
         let (opened, tick) = stopped(binary);
         opened.create(&named("first"), 0).unwrap();
         for flags in [INSTANTLY, 0] {

@@ -178,7 +178,7 @@ fn another_machine_is_an_error_with_qemus_reason_or_its_end() {
             assert!(!error.message.contains("no reason"), "{what}: {error}");
         }
         // What was not loaded is not current.
-        assert_eq!(opened.handle.store().current().unwrap().as_deref(), Some("t"));
+        assert_eq!(opened.handle.store().unwrap().current().unwrap().as_deref(), Some("t"));
         opened.bring_back("s");
     }
 }

@@ -274,7 +274,7 @@ fn variables_that_the_guest_changes_during_the_drain_are_noticed_and_everything_
             assert_error(result.clone(), Code::OperationFailed, "UEFI variables");
             assert_error(result, Code::OperationFailed, "take the snapshot again");
             assert_untouched(&opened, &before);
-            assert!(opened.handle.store().list().unwrap().is_empty());
+            assert!(opened.handle.store().unwrap().list().unwrap().is_empty());
             opened.guest.wait_ticks(70);
         }
     }

@@ -7,19 +7,41 @@
         name = guest.snapshot(description="before the upgrade")
         print(name, guest.stats().guest_paused_us / 1000, "ms paused")
 
+While its memory is still being written, start_snapshot() returns at the instant:
+
+        with guest.start_snapshot() as job:
+            ...  # change the guest; the block's end waits for the snapshot
+        print(job.name)
+
+or, in an event loop of asyncio, `name = await guest.snapshot_async()`.
+
+For a domain of libvirt, with libvirt-python (imported when it is needed; everything else works without it):
+
+    import instantsnap, libvirt
+
+    dom = libvirt.open("qemu:///system").lookupByName("vm")
+    snapshot = instantsnap.snapshot_create_xml(
+        dom, "<domainsnapshot><memory snapshot='external' file='/var/lib/vm/memory'/></domainsnapshot>")
+    print(snapshot.getName())
+
 The C library, libinstantsnap.so.0, is loaded at the first call: the file that the environment variable
 INSTANTSNAP_LIBRARY names; else libinstantsnap.so or libinstantsnap.so.0 beside this package's files; else by the
 system's loader. LibraryNotFound, an ImportError, says where it was looked for.
 """
 
 from ._errors import Cancelled, Error, ErrorCode, LibraryNotFound, NotFound
-from ._guest import Flag, Guest, Stats
+from ._events import Event, EventType, JobInfo, Phase, Stats
+from ._guest import DeleteFlag, Flag, Guest
+from ._job import Job
 from ._library import decode as _decode
 from ._library import library as _library_
+from ._libvirt import snapshot_create_xml, snapshot_delete, snapshot_revert
 from ._revert import RevertDisk, RevertPlan, prepare_revert
+from ._storage import StorageCall, StorageDisk
 
-__all__ = ["Cancelled", "Error", "ErrorCode", "Flag", "Guest", "LibraryNotFound", "NotFound", "RevertDisk",
-           "RevertPlan", "Stats", "prepare_revert", "version"]
+__all__ = ["Cancelled", "DeleteFlag", "Error", "ErrorCode", "Event", "EventType", "Flag", "Guest", "Job", "JobInfo",
+           "LibraryNotFound", "NotFound", "Phase", "RevertDisk", "RevertPlan", "Stats", "StorageCall",
+           "StorageDisk", "prepare_revert", "snapshot_create_xml", "snapshot_delete", "snapshot_revert", "version"]
 
 
 def version() -> str:

@@ -2,18 +2,25 @@
 """What can go wrong, with libvirt's error codes."""
 
 import enum
-from typing import Union
+from typing import TypeVar, Union
+
+_Enum = TypeVar("_Enum", bound=enum.IntEnum)
 
 
 class ErrorCode(enum.IntEnum):
     """libvirt's error numbers (virErrorNumber) that this library gives, without their prefix VIR_ERR_."""
     OK = 0
     INTERNAL_ERROR = 1            #: a reply or a file that makes no sense, a defect of ours
+    NO_CONNECT = 5                #: no connection to the libvirt daemon
+    INVALID_DOMAIN = 7            #: a virDomainPtr that is none, or of another driver than libvirt's QEMU
     INVALID_ARG = 8               #: a bad argument, an unknown flag, flags that exclude each other
     OPERATION_FAILED = 9          #: QEMU refused or failed; the message has its reason
     XML_ERROR = 27                #: XML with a value that cannot be
+    OPERATION_DENIED = 29         #: the connection is read-only
     XML_DETAIL = 35               #: XML that is not well-formed, a name that may not be
     SYSTEM_ERROR = 38             #: a system call failed; the message has its errno's text
+    RPC = 39                      #: the connection to the libvirt daemon failed
+    NO_DOMAIN = 42                #: the domain is gone
     OPERATION_INVALID = 55        #: not in this state: a guest that is busy, a name that exists
     CONFIG_UNSUPPORTED = 67       #: a disk, a file or a device with which it cannot be done
     OPERATION_TIMEOUT = 68        #: a deadline passed, and everything was undone
@@ -22,6 +29,9 @@ class ErrorCode(enum.IntEnum):
     ARGUMENT_UNSUPPORTED = 74     #: this QEMU or this host has no background snapshots
     OPERATION_ABORTED = 78        #: cancelled
     OPERATION_UNSUPPORTED = 84    #: allowed, but this way in cannot do it
+    AGENT_UNRESPONSIVE = 86       #: the guest's agent does not answer
+    ACCESS_DENIED = 88            #: the daemon's access rules forbid it
+    XML_INVALID_SCHEMA = 92       #: XML that libvirt's schema does not allow
 
 
 class Error(Exception):
@@ -43,7 +53,8 @@ class Error(Exception):
 
 
 class Cancelled(Error):
-    """The snapshot was cancelled by Guest.cancel(), and everything was undone (ErrorCode.OPERATION_ABORTED)."""
+    """The snapshot was cancelled, as by Guest.cancel() or Job.cancel(), and everything was undone
+    (ErrorCode.OPERATION_ABORTED)."""
 
 
 class NotFound(Error):
@@ -60,10 +71,15 @@ _CLASSES: dict[int, type[Error]] = {
 }
 
 
+def known(kind: type[_Enum], number: int) -> Union[_Enum, int]:
+    """A number of the C library's as a member of `kind`; as it is when a newer library knows more of them."""
+    try:
+        return kind(number)
+    except ValueError:
+        return number
+
+
 def error_of(number: int, domain: int, message: str) -> Error:
     """The exception for an error of the C library."""
-    try:
-        code: Union[ErrorCode, int] = ErrorCode(number)
-    except ValueError:
-        code = number
+    code = known(ErrorCode, number)
     return _CLASSES.get(code, Error)(code, domain, message)

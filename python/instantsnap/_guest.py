@@ -2,22 +2,29 @@
 """A guest and its snapshots."""
 
 import ctypes
-import dataclasses
 import enum
-import threading
-from collections.abc import Callable
+import operator
 from types import TracebackType
-from typing import Optional, TypeVar
+from typing import TYPE_CHECKING, Optional
 from xml.etree import ElementTree
 
-from . import _library
+from . import _binding, _library
 from ._errors import Error, ErrorCode, NotFound
-from ._library import StrPath, library
+from ._events import Listener, OnEvent, Stats, create_options, milliseconds, stats_of
+from ._interrupt import interruptible
+from ._job import Job
+from ._library import StrPath, check, library
+from ._storage import Hook, OnStorage
 
-_Result = TypeVar("_Result")
+if TYPE_CHECKING:
+    import libvirt
 
 _REVERT_RUNNING = 1 << 0
 _REVERT_PAUSED = 1 << 1
+
+#: A snapshot that goes on may call the hook that it began with, also when its guest and its job are forgotten: hooks are
+#: kept for good.
+_hooks: list[Hook] = []
 
 
 class Flag(enum.IntFlag):
@@ -39,25 +46,11 @@ class Flag(enum.IntFlag):
     CREATE_INSTANT = 1 << 10     #: of the moment of the call; the guest runs on while its memory is written
 
 
-@dataclasses.dataclass(frozen=True)
-class Stats:
-    """What a snapshot took. Times are whole microseconds of CLOCK_MONOTONIC, 0 where a phase was not reached; the
-    phases (the first nine) follow each other without gaps, so that their sum is total_us."""
-    validate_us: int          #: flags, XML, connecting, the guest's state and abilities; the guest runs
-    plan_us: int              #: disks, names, the domain's XML; the guest runs
-    prepare_us: int           #: overlays created, memory image opened, capability set; the guest runs
-    pause_us: int             #: vCPUs being stopped
-    switch_us: int            #: disks to their overlays, one transaction; the guest is paused
-    arm_us: int               #: until the guest runs again (plain: until its memory is saved)
-    drain_us: int             #: memory flows into the image; the guest runs (0 for a plain snapshot)
-    finish_us: int            #: image completed and synced to disk, metadata recorded; the guest runs
-    undo_us: int              #: putting everything back, after a failure
-    total_us: int             #: the whole call
-    instant_us: int           #: from the call's entry to the instant
-    guest_paused_us: int      #: the pause as the guest had it; 0 when it was paused already
-    memory_image_bytes: int   #: size of the memory image, bytes
-    pause_from_events: bool   #: True: guest_paused_us is by QEMU's own time stamps; False: an upper bound
-    disks: int                #: disks switched to an overlay
+class DeleteFlag(enum.IntFlag):
+    """libvirt's flags of a snapshot's deletion, without their prefix VIR_DOMAIN_SNAPSHOT_DELETE_."""
+    CHILDREN = 1 << 0       #: its children too
+    METADATA_ONLY = 1 << 1  #: nothing but the record
+    CHILDREN_ONLY = 1 << 2  #: its children, and not itself
 
 
 class Guest:
@@ -69,8 +62,9 @@ class Guest:
     """
 
     def __init__(self, handle: int) -> None:
-        """Not for callers: use Guest.open_qmp()."""
+        """Not for callers: use Guest.open_qmp() or Guest.open_libvirt()."""
         self._handle: Optional[int] = handle
+        self._hook: Optional[Hook] = None
 
     @classmethod
     def open_qmp(cls, socket: StrPath, state_dir: StrPath, domain_xml: Optional[str] = None) -> "Guest":
@@ -89,6 +83,26 @@ class Guest:
             _library.encode(socket, "socket"),
             _library.encode_optional(domain_xml, "domain_xml"),
             _library.encode(state_dir, "state_dir"))
+        if not handle:
+            raise _library.last_error()
+        return cls(handle)
+
+    @classmethod
+    def open_libvirt(cls, dom: "libvirt.virDomain") -> "Guest":
+        """Opens a domain of a stock libvirt, 8.2 or later, for what libvirt-python has no method for: stats(), to
+        cancel() from another thread, pause_limit(). Otherwise snapshot_create_xml() is all that is needed.
+
+        dom: a libvirt.virDomain of a connection to libvirt's QEMU driver on this machine. A reference of its own is
+            taken, to the connection too.
+
+        snapshots(), xml() and current() ask libvirt, and tell of all snapshots that it has of the domain. snapshot()
+        needs the path of the memory image, and is for instant snapshots: CREATE_INSTANT is among its flags. Reverting:
+        snapshot_revert(), not load(). delete() is as snapshot_delete().
+
+        Blocks until libvirt has answered. Raises Error: INVALID_DOMAIN, OPERATION_UNSUPPORTED (libvirt older than 8.2,
+        a remote connection, another driver). TypeError (not a libvirt.virDomain), ImportError (no libvirt-python).
+        """
+        handle = library().instantsnap_open_libvirt(_binding.domain_pointer(dom))
         if not handle:
             raise _library.last_error()
         return cls(handle)
@@ -115,7 +129,8 @@ class Guest:
         return f"<{type(self).__name__} {'open' if self._handle else 'closed'}>"
 
     def snapshot(self, xml: Optional[str] = None, *, name: Optional[str] = None, description: Optional[str] = None,
-                 memory: Optional[StrPath] = None, instant: bool = True, flags: Optional[int] = None) -> str:
+                 memory: Optional[StrPath] = None, instant: bool = True, flags: Optional[int] = None,
+                 on_event: Optional[OnEvent] = None, progress_interval: Optional[float] = None) -> str:
         """Takes a full snapshot, memory and disks, and returns its name.
 
         xml: libvirt's `<domainsnapshot>`; by default one is made of name, description and memory. What it leaves
@@ -125,85 +140,188 @@ class Guest:
         instant: True: the snapshot is of the moment of the call, and the guest runs on while its memory is written.
             False: a plain snapshot, through which the guest is paused.
         flags: exactly these Flags, in place of those that `instant` stands for.
+        on_event: called with each Event as it happens, one at a time, in a thread of its own; not for a call that is
+            refused at once, for its arguments or because this guest is busy. The snapshot goes on when it returns:
+            PAUSED and SWITCHED are inside the pause, and the guest stands still meanwhile. An exception cancels the
+            snapshot, and is raised here when everything is undone; nothing more is told. (When it was complete
+            already, as at COMPLETE, it stays.)
+        progress_interval: seconds between two PROGRESS events, 0.001 or more, in whole milliseconds; by default 0.5.
 
         Blocks until the snapshot is complete and on disk: seconds for a guest of some GiB. KeyboardInterrupt, or
         whatever else a signal handler raises, cancels it: everything is undone, then the exception goes on. (A
         snapshot that was complete already stays.)
 
-        Raises ValueError (both xml and parts of it; a NUL character; flags that are no 32-bit number), Cancelled, or Error with everything as it was
-        before the call: INVALID_ARG (flags), XML_DETAIL and XML_ERROR, OPERATION_UNSUPPORTED (not built),
-        ARGUMENT_UNSUPPORTED (no background snapshots: the message says why and what to do), OPERATION_INVALID
-        (busy, wrong state, name exists), CONFIG_UNSUPPORTED (a disk, file or device in the way), SYSTEM_ERROR
-        (files), OPERATION_FAILED (QEMU's reason is in the message), OPERATION_TIMEOUT (see pause_limit()).
+        Raises ValueError (both xml and parts of it; a NUL character; flags that are no 32-bit number; an interval that
+        cannot be), Cancelled, or Error with everything as it was before the call: INVALID_ARG (flags), XML_DETAIL and
+        XML_ERROR, OPERATION_UNSUPPORTED (not built), ARGUMENT_UNSUPPORTED (no background snapshots: the message says
+        why and what to do), OPERATION_INVALID (busy, wrong state, name exists), CONFIG_UNSUPPORTED (a disk, file or
+        device in the way), SYSTEM_ERROR (files), OPERATION_FAILED (QEMU's reason is in the message), OPERATION_TIMEOUT
+        (see pause_limit()).
         """
-        if xml is None:
-            xml = _snapshot_xml(name, description, memory)
-        elif not (name is None and description is None and memory is None):
-            raise ValueError("give either xml or name, description and memory, not both")
-        if flags is None:
-            flags = Flag.CREATE_LIVE | Flag.CREATE_INSTANT if instant else 0
-        if not 0 <= flags < 2**32:
-            raise ValueError("flags must be 0 or more, and less than 2**32")
-        handle, text, bits = self._open(), _library.encode(xml, "xml"), ctypes.c_uint(flags)
+        text, bits = _request(xml, name, description, memory, instant, flags)
+        handle = self._open()
+        hook = self._hook
+
+        def cancel() -> None:
+            library().instantsnap_snapshot_cancel(handle)
+
+        listener = Listener(on_event, cancel) if on_event is not None else None
+        options = create_options(listener, progress_interval)
 
         def create() -> str:
             created = ctypes.c_void_p()
-            if library().instantsnap_snapshot_create_xml(handle, text, bits, ctypes.byref(created)) < 0:
-                raise _library.last_error()
-            return _library.take_string(created.value)
+            try:
+                check(library().instantsnap_snapshot_create(handle, text, bits, ctypes.byref(options),
+                                                            ctypes.byref(created)))
+                return _library.take_string(created.value)
+            except Error as error:
+                raise error if hook is None else hook.reason(error)
+            finally:
+                if listener is not None and listener.raised is not None:
+                    raise listener.raised
 
-        return _interruptible(create, lambda: library().instantsnap_snapshot_cancel(handle))
+        return interruptible(create, cancel)
+
+    def start_snapshot(self, xml: Optional[str] = None, *, name: Optional[str] = None,
+                       description: Optional[str] = None, memory: Optional[StrPath] = None, instant: bool = True,
+                       flags: Optional[int] = None, progress_interval: Optional[float] = None,
+                       at_once: bool = False) -> Job:
+        """Starts to take a full snapshot, and returns at the instant: the guest may be changed at once, while its
+        memory is still being written. The Job has the rest, the snapshot's name and its errors too.
+
+            with guest.start_snapshot() as job:
+                ...  # change the guest
+
+        at_once: True: returns before anything is done, and does not block. All errors are the job's, but
+            OPERATION_INVALID where a snapshot is being taken through this object already. For event loops.
+        The other arguments are those of snapshot().
+
+        Blocks until the instant, for tens of milliseconds; for a plain snapshot, until its memory is saved.
+        KeyboardInterrupt, or whatever else a signal handler raises, cancels it, as for snapshot(). Raises what
+        snapshot() does, with everything as it was before the call.
+        """
+        text, bits = _request(xml, name, description, memory, instant, flags)
+        options = create_options(None, progress_interval, at_once)
+        handle = self._open()
+        hook = self._hook
+        started: list[Job] = []
+
+        def start() -> None:
+            job = library().instantsnap_snapshot_create_start(handle, text, bits, ctypes.byref(options))
+            if not job:
+                error = _library.last_error()
+                raise error if hook is None else hook.reason(error)
+            started.append(Job(job, hook))
+
+        if at_once:
+            start()
+            return started[0]
+        try:
+            interruptible(start, lambda: library().instantsnap_snapshot_cancel(handle))
+        except BaseException:
+            for job in started:
+                job._undo()
+            raise
+        return started[0]
+
+    async def snapshot_async(self, xml: Optional[str] = None, *, name: Optional[str] = None,
+                             description: Optional[str] = None, memory: Optional[StrPath] = None, instant: bool = True,
+                             flags: Optional[int] = None, on_event: Optional[OnEvent] = None,
+                             progress_interval: Optional[float] = None) -> str:
+        """Takes a full snapshot, memory and disks, and returns its name: snapshot() for asyncio. Never blocks the event
+        loop. For more than this there is start_snapshot(at_once=True), whose Job is awaitable.
+
+        on_event: called with each Event in the event loop, soon after it has happened, and outside the pause. An
+            exception cancels the snapshot, and is raised here when everything is undone.
+        The other arguments, and what is raised, are those of snapshot().
+
+        Cancelling its task cancels the snapshot; CancelledError goes on when everything is undone. (A snapshot that was
+        complete already stays.) So does Ctrl-C with asyncio.run() from Python 3.11 on. Before, KeyboardInterrupt is
+        raised in the midst of any task: with several snapshots have SIGINT cancel them, by loop.add_signal_handler().
+        """
+        async with self.start_snapshot(xml, name=name, description=description, memory=memory, instant=instant,
+                                       flags=flags, progress_interval=progress_interval, at_once=True) as job:
+            if on_event is not None:
+                async for event in job:
+                    on_event(event)
+            return await job
 
     def cancel(self) -> None:
-        """Cancels the snapshot that another thread is taking of this guest: that call undoes everything and raises
+        """Cancels the snapshot that another thread, or a job, is taking of this guest: it undoes everything and ends by
         Cancelled, unless it was complete already. Does not wait for it. Raises Error (OPERATION_INVALID) when there
         is none."""
-        _check(library().instantsnap_snapshot_cancel(self._open()))
+        check(library().instantsnap_snapshot_cancel(self._open()))
 
     def pause_limit(self, seconds: float) -> None:
         """Bounds the time for which a snapshot may pause the guest before its instant: when it passes, everything is
         undone, and snapshot() raises Error (OPERATION_TIMEOUT). Counts in whole milliseconds, 0.001 s or more; 30 s
         by default. Applies to calls that begin later. Does not block. Raises ValueError (below 1 ms, or too large).
         """
-        milliseconds = round(seconds * 1000) if 0 < seconds < 2**32 / 1000 else 0
-        if not 1 <= milliseconds < 2**32:
-            raise ValueError("seconds must be 0.001 or more, and less than 2**32 / 1000")
-        _check(library().instantsnap_set_pause_limit(self._open(), milliseconds))
+        limit = milliseconds(seconds, "seconds")
+        check(library().instantsnap_set_pause_limit(self._open(), limit))
+
+    def overlap_tries(self, tries: int) -> None:
+        """Bounds how often a snapshot may try to stop the guest just before QEMU has touched all of its memory, and come too
+        late (QEMU 10.0 or later), before it stops the guest first, which pauses it for longer and is always right. 0: the
+        guest is always stopped first. 3 by default. Applies to calls that begin later. Does not block. Raises ValueError
+        (negative, or too large)."""
+        if not 0 <= tries < 2**32:
+            raise ValueError("tries must be 0 or more, and less than 2**32")
+        check(library().instantsnap_set_overlap_tries(self._open(), tries))
+
+    def set_storage_hook(self, snapshot: Optional[OnStorage], *, undo: Optional[OnStorage] = None,
+                         deadline: Optional[float] = None) -> None:
+        """Sets who snapshots the disks that QEMU does not: those with snapshot='manual' in the snapshot's XML or, unless
+        that says otherwise, in the domain's. Without it a snapshot with such disks raises Error (OPERATION_UNSUPPORTED).
+
+        snapshot: called with a StorageCall inside the pause, once for all such disks, in a thread of its own. The disks
+            are snapshotted when it returns, and the guest stands still until then. An exception, which must leave nothing
+            of it behind, fails the snapshot, and is raised by snapshot(), or by the job, when everything is undone. None:
+            there is no hook any more, as at first.
+        undo: called with the same StorageCall, once, where `snapshot` has returned, in time or not, and the snapshot of
+            the guest fails: removes what it has made. The guest runs again. What it raises is for sys.unraisablehook.
+        deadline: seconds for which `snapshot` may take, 0.001 or more, in whole milliseconds; None: as long as the pause
+            may, see pause_limit(). When they pass, or when the snapshot is cancelled, the guest runs on and everything is
+            undone at once; Error (OPERATION_TIMEOUT) or Cancelled is raised when the function has returned.
+
+        Applies to calls that begin later. A domain of libvirt must run, and such snapshots of it take
+        Flag.CREATE_NO_METADATA. To bring one back: prepare_revert(revert=). The functions are kept as long as the process
+        lives. Does not block. Raises ValueError (the deadline cannot be).
+        """
+        hook = None if snapshot is None else Hook(snapshot, undo, deadline=deadline)
+        handle = self._open()
+        if hook is not None:
+            _hooks.append(hook)
+        check(library().instantsnap_set_storage_hook(handle, None if hook is None else ctypes.byref(hook.structure)))
+        self._hook = hook
 
     def stats(self) -> Stats:
         """What the last snapshot taken, or tried, through this object took. Does not block. Raises Error
         (OPERATION_INVALID) when there was none."""
         stats = _library.CStats(size=ctypes.sizeof(_library.CStats))
-        _check(library().instantsnap_get_stats(self._open(), ctypes.byref(stats)))
-        values = {field.name: getattr(stats, field.name) for field in dataclasses.fields(Stats)}
-        values["pause_from_events"] = bool(values["pause_from_events"])
-        return Stats(**values)
+        check(library().instantsnap_get_stats(self._open(), ctypes.byref(stats)))
+        return stats_of(stats)
 
     def snapshots(self) -> list[str]:
         """The names of the recorded snapshots, oldest first. Reads files only. Raises Error: SYSTEM_ERROR,
         INVALID_DOMAIN_SNAPSHOT."""
         names = ctypes.c_void_p()
-        _check(library().instantsnap_snapshot_list(self._open(), ctypes.byref(names)))
+        check(library().instantsnap_snapshot_list(self._open(), ctypes.byref(names)))
         return _library.take_string_list(names.value)
 
     def xml(self, name: str) -> str:
         """The `<domainsnapshot>` XML of a recorded snapshot. Reads files only. Raises NotFound, or Error:
         SYSTEM_ERROR, INVALID_DOMAIN_SNAPSHOT."""
-        pointer = library().instantsnap_snapshot_get_xml(self._open(), _library.encode(name, "name"))
-        if not pointer:
-            raise _library.last_error()
-        return _library.take_string(pointer)
+        return _library.take_string(
+            library().instantsnap_snapshot_get_xml(self._open(), _library.encode(name, "name")))
 
     def current(self) -> Optional[str]:
         """The name of the current snapshot: the one last taken or loaded, the parent of the next; None when there is
         none. Reads files only. Raises Error: SYSTEM_ERROR, INVALID_DOMAIN_SNAPSHOT."""
-        pointer = library().instantsnap_snapshot_current(self._open())
-        if pointer:
-            return _library.take_string(pointer)
-        error = _library.last_error()
-        if isinstance(error, NotFound):
+        try:
+            return _library.take_string(library().instantsnap_snapshot_current(self._open()))
+        except NotFound:
             return None
-        raise error
 
     def load(self, name: str, running: Optional[bool] = None) -> None:
         """Feeds a snapshot's memory to this QEMU, which was started as prepare_revert() says, with
@@ -217,7 +335,27 @@ class Guest:
         reason). After a failure during the load that QEMU is of no more use: end it, and start it anew.
         """
         flags = 0 if running is None else _REVERT_RUNNING if running else _REVERT_PAUSED
-        _check(library().instantsnap_snapshot_load(self._open(), _library.encode(name, "name"), flags))
+        check(library().instantsnap_snapshot_load(self._open(), _library.encode(name, "name"), flags))
+
+    def delete(self, name: str, flags: int = 0) -> None:
+        """Deletes a snapshot: what the guest has written since is merged into the images below, while it runs on; the
+        snapshot's overlays, its memory image and its record go. instantsnap_snapshot_delete() in instantsnap.h tells more.
+
+        flags: DeleteFlag. 0: the snapshot, which must have no children. METADATA_ONLY: nothing but the record; all files
+            stay as they are, and children become children of the parent.
+
+        Blocks until all is merged, which may be long; other threads go on. An exception that a signal handler raises
+        meanwhile, as KeyboardInterrupt, goes on when it is done. Raises ValueError (a NUL character, flags that are no
+        32-bit number), NotFound, or Error: INVALID_ARG (flags), OPERATION_UNSUPPORTED (it has children),
+        OPERATION_INVALID (busy, or something stands in the way), SYSTEM_ERROR, OPERATION_FAILED (QEMU's reason). Where
+        the message says so the snapshot cannot be reverted to any more: delete it again when the cause is mended.
+        """
+        handle, text, bits = self._open(), _library.encode(name, "name"), checked_flags(flags)
+
+        def delete() -> None:
+            check(library().instantsnap_snapshot_delete(handle, text, bits))
+
+        interruptible(delete, _nothing)
 
     def _open(self) -> int:
         if self._handle is None:
@@ -225,10 +363,28 @@ class Guest:
         return self._handle
 
 
-def _check(result: int) -> int:
-    if result < 0:
-        raise _library.last_error()
-    return result
+def _nothing() -> None:
+    """What cannot be cancelled is waited for."""
+
+
+def checked_flags(flags: int) -> int:
+    """Flags as the C library takes them. Raises ValueError where ctypes would cut them to size."""
+    bits = operator.index(flags)
+    if not 0 <= bits < 2**32:
+        raise ValueError("flags must be 0 or more, and less than 2**32")
+    return bits
+
+
+def _request(xml: Optional[str], name: Optional[str], description: Optional[str], memory: Optional[StrPath],
+             instant: bool, flags: Optional[int]) -> tuple[bytes, int]:
+    """The XML and the flags that arguments of snapshot() stand for, as the C library takes them."""
+    if xml is None:
+        xml = _snapshot_xml(name, description, memory)
+    elif not (name is None and description is None and memory is None):
+        raise ValueError("give either xml or name, description and memory, not both")
+    if flags is None:
+        flags = Flag.CREATE_LIVE | Flag.CREATE_INSTANT if instant else 0
+    return _library.encode(xml, "xml"), checked_flags(flags)
 
 
 def _snapshot_xml(name: Optional[str], description: Optional[str], memory: Optional[StrPath]) -> str:
@@ -241,46 +397,3 @@ def _snapshot_xml(name: Optional[str], description: Optional[str], memory: Optio
         path = _library.decode(_library.encode(memory, "memory"))
         ElementTree.SubElement(root, "memory", snapshot="external", file=path)
     return ElementTree.tostring(root, encoding="unicode")
-
-
-def _interruptible(work: Callable[[], _Result], cancel: Callable[[], object]) -> _Result:
-    """Runs `work` in a thread of its own, so that signals reach this one meanwhile. An exception that one raises here
-    cancels the work, and goes on when the work has ended."""
-    results: list[_Result] = []
-    failures: list[BaseException] = []
-    ended = threading.Event()
-    permit = [True]  # taken by one of the two threads, as one step: whether the work begins
-
-    def run() -> None:
-        try:
-            if _take(permit):
-                results.append(work())
-        except BaseException as failure:
-            failures.append(failure)
-        finally:
-            ended.set()
-
-    try:
-        threading.Thread(target=run, name="instantsnap").start()
-        ended.wait()
-    except BaseException:
-        if not _take(permit):
-            # Asked again and again, for the work's first step may be yet to come. Waited for, whatever else is
-            # raised here: until it has ended the guest may be paused.
-            while not ended.is_set():
-                try:
-                    cancel()
-                    ended.wait(0.01)
-                except BaseException:
-                    continue
-        raise
-    if failures:
-        raise failures[0]
-    return results[0]
-
-
-def _take(permit: list[bool]) -> bool:
-    try:
-        return permit.pop()
-    except IndexError:
-        return False

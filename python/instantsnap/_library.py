@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The C library: where it is found, what its functions are, how its strings and errors become Python's.
 
-Nothing here knows what a snapshot is. Every function of instantsnap.h is in FUNCTIONS, once.
+Nothing here knows what a snapshot is. Every function of instantsnap.h is in FUNCTIONS, once, and every one of
+instantsnap-libvirt.h in LIBVIRT_FUNCTIONS.
 """
 
 import ctypes
 import os
 import threading
-from ctypes import (POINTER, Structure, c_char_p, c_int, c_size_t, c_uint, c_uint32, c_uint64,
+from ctypes import (CFUNCTYPE, POINTER, Structure, c_char_p, c_int, c_int32, c_size_t, c_uint, c_uint32, c_uint64,
                     c_void_p)
 from pathlib import Path
 from typing import Any, Optional, Union
@@ -44,7 +45,85 @@ class CStats(Structure):
                 ("guest_paused_us", c_uint64),
                 ("memory_image_bytes", c_uint64),
                 ("pause_from_events", c_uint32),
-                ("disks", c_uint32)]
+                ("disks", c_uint32), ("setup_us", c_uint64), ("lost_pause_us", c_uint64), ("lost_tries", c_uint32),
+                ("overlapped", c_uint32)]
+
+
+class CEvent(Structure):
+    """instantsnap_event"""
+    _fields_ = [("size", c_size_t),
+                ("type", c_uint32),
+                ("error_code", c_int32),
+                ("time_us", c_uint64),
+                ("paused_us", c_uint64),
+                ("bytes_done", c_uint64),
+                ("bytes_total", c_uint64),
+                ("bytes_per_second", c_uint64),
+                ("pages_left", c_uint64)]
+
+
+class CJobInfo(Structure):
+    """instantsnap_job_info"""
+    _fields_ = [("size", c_size_t),
+                ("phase", c_uint32),
+                ("instant", c_uint32),
+                ("elapsed_us", c_uint64),
+                ("paused_us", c_uint64),
+                ("bytes_done", c_uint64),
+                ("bytes_total", c_uint64),
+                ("bytes_per_second", c_uint64),
+                ("pages_left", c_uint64)]
+
+
+#: instantsnap_event_callback. An instance must be kept for as long as the library may call it.
+EventCallback = CFUNCTYPE(None, POINTER(CEvent), c_void_p)
+
+
+class CCreateOptions(Structure):
+    """instantsnap_create_options"""
+    _fields_ = [("size", c_size_t),
+                ("callback", EventCallback),
+                ("opaque", c_void_p),
+                ("progress_interval_ms", c_uint32),
+                ("flags", c_uint32)]
+
+
+CREATE_AT_ONCE = 1 << 0
+
+
+class CStorageDisk(Structure):
+    """instantsnap_storage_disk"""
+    _fields_ = [("size", c_size_t),
+                ("name", c_char_p),
+                ("source", c_char_p),
+                ("format", c_char_p)]
+
+
+class CStorageCall(Structure):
+    """instantsnap_storage_call"""
+    _fields_ = [("size", c_size_t),
+                ("snapshot", c_char_p),
+                ("disks", POINTER(POINTER(CStorageDisk))),
+                ("disk_count", c_size_t),
+                ("paused_us", c_uint64),
+                ("deadline_us", c_uint64)]
+
+
+#: The callbacks of instantsnap_storage_hook. Instances must be kept for as long as the library may call them.
+StorageSnapshot = CFUNCTYPE(c_int, POINTER(CStorageCall), c_void_p)
+StorageUndo = CFUNCTYPE(None, POINTER(CStorageCall), c_void_p)
+StorageRevert = CFUNCTYPE(c_int, POINTER(CStorageCall), POINTER(c_void_p), c_void_p)
+
+
+class CStorageHook(Structure):
+    """instantsnap_storage_hook"""
+    _fields_ = [("size", c_size_t),
+                ("opaque", c_void_p),
+                ("snapshot", StorageSnapshot),
+                ("undo", StorageUndo),
+                ("revert", StorageRevert),
+                ("deadline_ms", c_uint32),
+                ("reserved", c_uint32)]
 
 
 class CRevertDisk(Structure):
@@ -58,7 +137,9 @@ class CRevertDisk(Structure):
 
 # Handles are c_void_p. So are strings that are the caller's to free: ctypes turns a result of c_char_p into bytes
 # and forgets the pointer, which is right for borrowed strings only.
-_GUEST = _PLAN = _SNAPSHOT = _OWNED_STRING = c_void_p
+_GUEST = _JOB = _PLAN = _SNAPSHOT = _OWNED_STRING = c_void_p
+# libvirt's virDomainPtr and virDomainSnapshotPtr, and its driver's virDomainObj *.
+_VIR_DOMAIN = _VIR_SNAPSHOT = _DOMAIN_OBJECT = c_void_p
 
 #: name -> (result, parameters), in the order of the header.
 FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
@@ -67,23 +148,46 @@ FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "instantsnap_free_string": (None, [_OWNED_STRING]),
     "instantsnap_free_string_list": (None, [c_void_p]),
     "instantsnap_open_qmp": (_GUEST, [c_char_p, c_char_p, c_char_p]),
+    "instantsnap_open_libvirt": (_GUEST, [_VIR_DOMAIN]),
     "instantsnap_close": (None, [_GUEST]),
     "instantsnap_set_pause_limit": (c_int, [_GUEST, c_uint]),
+    "instantsnap_set_overlap_tries": (c_int, [_GUEST, c_uint]),
+    "instantsnap_set_storage_hook": (c_int, [_GUEST, POINTER(CStorageHook)]),
     "instantsnap_snapshot_create_xml": (c_int, [_GUEST, c_char_p, c_uint, POINTER(_OWNED_STRING)]),
+    "instantsnap_snapshot_create": (c_int, [_GUEST, c_char_p, c_uint, POINTER(CCreateOptions), POINTER(_OWNED_STRING)]),
+    "instantsnap_snapshot_create_start": (_JOB, [_GUEST, c_char_p, c_uint, POINTER(CCreateOptions)]),
+    "instantsnap_job_wait": (c_int, [_JOB, c_int]),
+    "instantsnap_job_get_fd": (c_int, [_JOB]),
+    "instantsnap_job_next_event": (c_int, [_JOB, POINTER(CEvent)]),
+    "instantsnap_job_get_info": (c_int, [_JOB, POINTER(CJobInfo)]),
+    "instantsnap_job_get_result": (c_int, [_JOB]),
+    "instantsnap_job_get_name": (_OWNED_STRING, [_JOB]),
+    "instantsnap_job_get_xml": (_OWNED_STRING, [_JOB]),
+    "instantsnap_job_get_stats": (c_int, [_JOB, POINTER(CStats)]),
+    "instantsnap_job_cancel": (c_int, [_JOB]),
+    "instantsnap_job_free": (None, [_JOB]),
     "instantsnap_snapshot_cancel": (c_int, [_GUEST]),
     "instantsnap_get_stats": (c_int, [_GUEST, POINTER(CStats)]),
     "instantsnap_snapshot_list": (c_int, [_GUEST, POINTER(c_void_p)]),
     "instantsnap_snapshot_get_xml": (_OWNED_STRING, [_GUEST, c_char_p]),
     "instantsnap_snapshot_current": (_OWNED_STRING, [_GUEST]),
     "instantsnap_snapshot_prepare_revert": (_PLAN, [c_char_p, c_char_p, c_char_p]),
+    "instantsnap_snapshot_prepare_revert_hooked": (_PLAN, [c_char_p, c_char_p, c_char_p, POINTER(CStorageHook)]),
     "instantsnap_revert_plan_disk_count": (c_size_t, [_PLAN]),
     "instantsnap_revert_plan_get_disk": (c_int, [_PLAN, c_size_t, POINTER(CRevertDisk)]),
     "instantsnap_revert_plan_memory_file": (c_char_p, [_PLAN]),
     "instantsnap_revert_plan_domain_xml": (c_char_p, [_PLAN]),
     "instantsnap_revert_plan_free": (None, [_PLAN]),
     "instantsnap_snapshot_load": (c_int, [_GUEST, c_char_p, c_uint]),
+    "instantsnap_snapshot_delete": (c_int, [_GUEST, c_char_p, c_uint]),
     "instantsnap_snapshot_get_name": (c_char_p, [_SNAPSHOT]),
     "instantsnap_snapshot_free": (None, [_SNAPSHOT]),
+}
+
+LIBVIRT_FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
+    "qemuSnapshotCreateXML": (_VIR_SNAPSHOT, [_VIR_DOMAIN, _DOMAIN_OBJECT, c_char_p, c_uint]),
+    "qemuSnapshotRevert": (c_int, [_DOMAIN_OBJECT, _VIR_SNAPSHOT, c_uint]),
+    "qemuSnapshotDelete": (c_int, [_DOMAIN_OBJECT, _VIR_SNAPSHOT, c_uint]),
 }
 
 _lock = threading.Lock()
@@ -124,7 +228,7 @@ def _candidates() -> list[str]:
 
 
 def _declare(found: ctypes.CDLL, path: str) -> None:
-    for name, (result, parameters) in FUNCTIONS.items():
+    for name, (result, parameters) in (FUNCTIONS | LIBVIRT_FUNCTIONS).items():
         try:
             function = getattr(found, name)
         except AttributeError:
@@ -138,6 +242,13 @@ def last_error() -> Error:
     """Why the last call failed. To be called in the thread of that call, and before any other call."""
     error = library().instantsnap_last_error().contents
     return error_of(error.code, error.domain, (error.message or b"").decode("utf-8", "replace"))
+
+
+def check(result: int) -> int:
+    """The result of a call that returns -1 where it has failed, else its Error: see last_error()."""
+    if result < 0:
+        raise last_error()
+    return result
 
 
 def encode(text: StrPath, what: str) -> bytes:
@@ -159,8 +270,9 @@ def decode(text: bytes) -> str:
 
 
 def take_string(pointer: Optional[int]) -> str:
-    """The text of a string that the library gave us, which is freed. The pointer may not be NULL."""
-    assert pointer
+    """The text of a string that the library gave us, which is freed; for NULL its Error: see last_error()."""
+    if not pointer:
+        raise last_error()
     try:
         return decode(ctypes.string_at(pointer))
     finally:

@@ -8,15 +8,16 @@ from typing import Optional
 
 from . import _library
 from ._library import StrPath, library
+from ._storage import Hook, OnRevert
 
 
 @dataclasses.dataclass(frozen=True)
 class RevertDisk:
     """One disk of a plan."""
     name: str                     #: its name in the snapshot: `vda`, a qdev id, a drive alias or a node name
-    file: Path                    #: absolute path of the image that this disk must use: fresh, this plan's own
-    format: str                   #: its format: "qcow2"; "raw" for UEFI variables where the original's are raw
-    backing_file: Optional[Path]  #: the snapshot's image beneath it, never to be written; None for UEFI variables
+    file: Path                    #: absolute path of the image that this disk must use: fresh, this plan's own, or what `revert` named
+    format: str                   #: "qcow2"; for UEFI variables, and what `revert` named, that of the original
+    backing_file: Optional[Path]  #: the snapshot's image beneath it, never to be written; None for those two
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +29,8 @@ class RevertPlan:
     domain_xml: str    #: the `<domain>` XML of the snapshot
 
 
-def prepare_revert(state_dir: StrPath, name: str, directory: Optional[StrPath] = None) -> RevertPlan:
+def prepare_revert(state_dir: StrPath, name: str, directory: Optional[StrPath] = None,
+                   revert: Optional[OnRevert] = None) -> RevertPlan:
     """Makes a fresh overlay on each disk image of a snapshot, and says what to start QEMU with.
 
     Then start QEMU with the machine of the original (same machine type, CPU, memory size and devices), each disk on
@@ -37,16 +39,23 @@ def prepare_revert(state_dir: StrPath, name: str, directory: Optional[StrPath] =
 
     state_dir: the state directory with which the snapshot was taken.
     directory: where the fresh images are made; None: beside each of the snapshot's images.
+    revert: for a snapshot with disks that were left to Guest.set_storage_hook(), and needed there: called with a
+        StorageCall when everything else has succeeded. Returns, for each disk of it, the path of a file or device with
+        what the disk was at the instant, in the disk's own format, which the continued guest may write to. They are the
+        last disks of the plan. What it raises is raised here.
 
     Blocks for some 10 ms a disk. Raises NotFound, or Error with nothing left behind: INVALID_DOMAIN_SNAPSHOT (an image
-    is missing, memory incomplete), SYSTEM_ERROR, OPERATION_FAILED.
+    is missing, memory incomplete), OPERATION_UNSUPPORTED (`revert` is needed), SYSTEM_ERROR, OPERATION_FAILED.
     """
-    plan = library().instantsnap_snapshot_prepare_revert(
+    hook = Hook(revert=revert) if revert is not None else None
+    plan = library().instantsnap_snapshot_prepare_revert_hooked(
         _library.encode(state_dir, "state_dir"),
         _library.encode(name, "name"),
-        _library.encode_optional(directory, "directory"))
+        _library.encode_optional(directory, "directory"),
+        None if hook is None else ctypes.byref(hook.structure))
     if not plan:
-        raise _library.last_error()
+        error = _library.last_error()
+        raise error if hook is None else hook.reason(error)
     try:
         count = library().instantsnap_revert_plan_disk_count(plan)
         return RevertPlan(

@@ -124,3 +124,15 @@ class TestCase(unittest.TestCase):
         machine = Machine(self.directory, **options)
         self.addCleanup(machine.close)
         return machine
+
+    def assert_undone(self, machine, guest):
+        """The machine, whose state directory is `state` in its directory, is as if no snapshot had been tried."""
+        self.assertEqual(guest.snapshots(), [])
+        state = machine.directory / "state"
+        self.assertEqual([path.name for path in state.iterdir() if not path.name.startswith(".")], [])
+        self.assertEqual(machine.disk_file(), machine.disk)
+        self.assertEqual(machine.status(), "running")
+        self.assertFalse([capability for capability in machine.monitor.execute("query-migrate-capabilities")
+                          if capability["capability"] == "background-snapshot" and capability["state"]])
+        self.assertEqual([path.name for path in machine.directory.iterdir() if path.name.startswith("disk")],
+                         ["disk.raw"])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The header and the package say the same."""
+"""The headers and the package say the same."""
 
 import ctypes
 import dataclasses
@@ -9,27 +9,38 @@ import tempfile
 import unittest
 from pathlib import Path
 
-from instantsnap import ErrorCode, Flag, Stats, _library
+from instantsnap import (DeleteFlag, ErrorCode, Event, EventType, Flag, JobInfo, Phase, Stats, StorageDisk,
+                         _library)
 
 from .machine import TOP
 
-HEADER = (TOP / "include" / "instantsnap.h").read_text()
-CODE = re.sub(r"/\*.*?\*/", "", HEADER, flags=re.DOTALL)
+def code(header):
+    return re.sub(r"/\*.*?\*/", "", (TOP / "include" / header).read_text(), flags=re.DOTALL)
 
 
-def functions():
+CODE = code("instantsnap.h")
+LIBVIRT_CODE = code("instantsnap-libvirt.h")
+
+
+def functions(code=CODE):
     """name -> number of parameters, of every function that the header declares."""
     found = {}
-    for name, parameters in re.findall(r"\b(instantsnap_\w+)\(([^)]*)\);", CODE):
+    for name, parameters in re.findall(r"\b(\w+)\(([^()]*)\);", code):
+        # Whoever is the driver is so in C.
+        if "driver" in name:
+            continue
         found[name] = 0 if parameters.strip() == "void" else parameters.count(",") + 1
     return found
 
 
 class Declarations(unittest.TestCase):
-    def test_every_function_of_the_header_is_declared_and_no_other(self):
-        declared = {name: len(parameters) for name, (_, parameters) in _library.FUNCTIONS.items()}
-        self.assertGreater(len(declared), 20)
-        self.assertEqual(functions(), declared)
+    def test_every_function_of_the_headers_is_declared_and_no_other(self):
+        def declared(functions):
+            return {name: len(parameters) for name, (_, parameters) in functions.items()}
+
+        self.assertGreater(len(functions()), 20)
+        self.assertEqual(functions(), declared(_library.FUNCTIONS))
+        self.assertEqual(functions(LIBVIRT_CODE), declared(_library.LIBVIRT_FUNCTIONS))
 
     def test_pointers_are_never_returned_as_integers(self):
         for name in functions():
@@ -43,6 +54,11 @@ class Declarations(unittest.TestCase):
 
     def test_structures_are_laid_out_as_the_compiler_does(self):
         structures = {"instantsnap_error": _library.CError, "instantsnap_stats": _library.CStats,
+                      "instantsnap_event": _library.CEvent, "instantsnap_job_info": _library.CJobInfo,
+                      "instantsnap_create_options": _library.CCreateOptions,
+                      "instantsnap_storage_disk": _library.CStorageDisk,
+                      "instantsnap_storage_call": _library.CStorageCall,
+                      "instantsnap_storage_hook": _library.CStorageHook,
                       "instantsnap_revert_disk": _library.CRevertDisk}
         lines = ["#include <stdio.h>", f'#include "{TOP}/include/instantsnap.h"', "int main(void) {"]
         expected = []
@@ -60,14 +76,35 @@ class Declarations(unittest.TestCase):
             printed = subprocess.run([program], check=True, capture_output=True, text=True).stdout
         self.assertEqual(printed.splitlines(), expected)
 
-    def test_every_field_of_the_statistics_is_passed_on(self):
-        fields = [name for name, *_ in _library.CStats._fields_ if name != "size"]
-        self.assertEqual([field.name for field in dataclasses.fields(Stats)], fields)
+    def test_every_structure_of_the_header_is_declared(self):
+        listed = re.findall(r"^\} instantsnap_(\w+);", CODE, re.MULTILINE)
+        enums = re.findall(r"typedef enum instantsnap_(\w+)", CODE)
+        declared = {kind.__doc__ for kind in ctypes.Structure.__subclasses__() if kind.__module__ == _library.__name__}
+        structures = {name for name in set(listed) - set(enums) if not name.startswith("driver_")}
+        self.assertEqual({f"instantsnap_{name}" for name in structures}, declared)
+
+    def test_every_field_is_passed_on(self):
+        for structure, kind in ((_library.CStats, Stats), (_library.CEvent, Event), (_library.CJobInfo, JobInfo),
+                                (_library.CStorageDisk, StorageDisk)):
+            fields = [name for name, *_ in structure._fields_ if name != "size"]
+            self.assertEqual([field.name for field in dataclasses.fields(kind)], fields)
+
+    def test_events_and_phases_are_the_headers(self):
+        for prefix, kind in (("EVENT", EventType), ("PHASE", Phase)):
+            listed = {name: int(number) for name, number in re.findall(rf"INSTANTSNAP_{prefix}_(\w+) = (\d+)", CODE)}
+            self.assertEqual({name: member.value for name, member in kind.__members__.items()}, listed)
+
+    def test_options_are_the_headers(self):
+        listed = dict(re.findall(r"INSTANTSNAP_(CREATE_\w+) = 1 << (\d+)", CODE))
+        self.assertEqual(listed, {"CREATE_AT_ONCE": "0"})
+        self.assertEqual(_library.CREATE_AT_ONCE, 1 << 0)
 
     def test_flags_are_the_headers(self):
         listed = {name: 1 << int(bit)
                   for name, bit in re.findall(r"VIR_DOMAIN_SNAPSHOT_(CREATE_\w+) *=? *\(?1 << (\d+)", CODE)}
         self.assertEqual({name: flag.value for name, flag in Flag.__members__.items()}, listed)
+        listed = {name: 1 << int(bit) for name, bit in re.findall(r"SNAPSHOT_DELETE_(\w+) = 1 << (\d+)", CODE)}
+        self.assertEqual({name: flag.value for name, flag in DeleteFlag.__members__.items()}, listed)
 
     def test_error_codes_are_the_headers(self):
         listed = {name: int(number) for name, number in re.findall(r"VIR_ERR_(\w+) = (\d+)", CODE)}

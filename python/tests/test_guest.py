@@ -8,7 +8,7 @@ import unittest
 from pathlib import Path
 from xml.etree import ElementTree
 
-from instantsnap import Cancelled, Error, ErrorCode, Flag, Guest, NotFound, prepare_revert
+from instantsnap import Cancelled, DeleteFlag, Error, ErrorCode, Flag, Guest, NotFound, prepare_revert
 
 from .machine import TestCase
 
@@ -102,17 +102,31 @@ class Snapshots(TestCase):
                 self.assertEqual(restored.status(), status)
 
 
-class Interruption(TestCase):
-    def assert_undone(self, machine, guest):
-        self.assertEqual(guest.snapshots(), [])
-        self.assertEqual([path.name for path in self.state.iterdir() if not path.name.startswith(".")], [])
-        self.assertEqual(machine.disk_file(), machine.disk)
+    def test_delete(self):
+        machine = self.machine()
+        with Guest.open_qmp(machine.qmp, self.state) as guest:
+            for name in ("one", "two", "three"):
+                guest.snapshot(name=name)
+            with self.assertRaises(Error) as raised:
+                guest.delete("one")
+            self.assertEqual(raised.exception.code, ErrorCode.OPERATION_UNSUPPORTED)
+            guest.delete("three")
+            self.assertEqual((guest.snapshots(), guest.current()), (["one", "two"], "two"))
+            self.assertEqual(machine.disk_file(), self.directory / "disk.two")
+            self.assertFalse((self.state / "three.mem").exists() or (self.directory / "disk.three").exists())
+            guest.delete("two", DeleteFlag.METADATA_ONLY)
+            self.assertTrue((self.state / "two.mem").exists() and (self.directory / "disk.two").exists())
+            with self.assertRaises(NotFound):
+                guest.delete("two")
+            with self.assertRaises(ValueError):
+                guest.delete("one", -1)
+            with self.assertRaises(Error) as raised:
+                guest.delete("one", DeleteFlag.CHILDREN | DeleteFlag.CHILDREN_ONLY)
+            self.assertEqual(raised.exception.code, ErrorCode.INVALID_ARG)
         self.assertEqual(machine.status(), "running")
-        self.assertFalse([capability for capability in machine.monitor.execute("query-migrate-capabilities")
-                          if capability["capability"] == "background-snapshot" and capability["state"]])
-        self.assertEqual(sorted(path.name for path in self.directory.iterdir() if path.name.startswith("disk")),
-                         ["disk.raw"])
 
+
+class Interruption(TestCase):
     def test_ctrl_c_during_the_drain_cancels_and_goes_on(self):
         machine = self.machine(memory=LARGE)
 
@@ -239,6 +253,17 @@ class Refusals(TestCase):
                     guest.pause_limit(seconds)
             guest.pause_limit(30)
             guest.pause_limit(0.001)
+
+    def test_overlap_tries(self):
+        machine = self.machine()
+        with Guest.open_qmp(machine.qmp, self.state) as guest:
+            for tries in (-1, 2**32):
+                with self.subTest(tries), self.assertRaises(ValueError):
+                    guest.overlap_tries(tries)
+            guest.overlap_tries(0)
+            guest.snapshot("<domainsnapshot/>")
+            self.assertFalse(guest.stats().overlapped)
+            self.assertEqual(guest.stats().lost_tries, 0)
 
     def test_a_closed_guest(self):
         machine = self.machine()

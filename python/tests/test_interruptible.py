@@ -4,9 +4,10 @@
 import os
 import signal
 import threading
+import time
 import unittest
 
-from instantsnap._guest import _interruptible
+from instantsnap._interrupt import interruptible
 
 
 def press_ctrl_c():
@@ -15,14 +16,14 @@ def press_ctrl_c():
 
 class Interruptible(unittest.TestCase):
     def test_a_result_comes_back(self):
-        self.assertEqual(_interruptible(lambda: 7, self.fail), 7)
+        self.assertEqual(interruptible(lambda: 7, self.fail), 7)
 
     def test_an_exception_comes_back(self):
         with self.assertRaises(ZeroDivisionError):
-            _interruptible(lambda: 1 // 0, self.fail)
+            interruptible(lambda: 1 // 0, self.fail)
 
     def test_work_runs_in_another_thread(self):
-        self.assertNotEqual(_interruptible(threading.get_ident, self.fail), threading.get_ident())
+        self.assertNotEqual(interruptible(threading.get_ident, self.fail), threading.get_ident())
 
     def test_ctrl_c_cancels_waits_and_goes_on(self):
         cancelled = threading.Event()
@@ -35,8 +36,20 @@ class Interruptible(unittest.TestCase):
             ended.append(True)
 
         with self.assertRaises(KeyboardInterrupt):
-            _interruptible(work, cancelled.set)
+            interruptible(work, cancelled.set)
         self.assertEqual(ended, [True])
+
+    def test_a_signal_that_another_thread_gets_cancels_too(self):
+        cancelled = threading.Event()
+
+        def work():
+            time.sleep(0.2)  # so that the other thread sleeps
+            signal.pthread_kill(threading.get_ident(), signal.SIGINT)
+            cancelled.wait(5)
+
+        with self.assertRaises(KeyboardInterrupt):
+            interruptible(work, cancelled.set)
+        self.assertTrue(cancelled.is_set(), "it was heard only when the work had ended")
 
     def test_cancel_is_asked_for_until_it_is_heard(self):
         asked = []
@@ -53,7 +66,7 @@ class Interruptible(unittest.TestCase):
             heard.set()
 
         with self.assertRaises(KeyboardInterrupt):
-            _interruptible(work, cancel)
+            interruptible(work, cancel)
         self.assertGreaterEqual(len(asked), 3)
 
     def test_any_exception_of_a_signal_handler_cancels(self):
@@ -69,7 +82,7 @@ class Interruptible(unittest.TestCase):
             cancelled.wait()
 
         with self.assertRaises(SystemExit):
-            _interruptible(work, cancelled.set)
+            interruptible(work, cancelled.set)
 
 
 if __name__ == "__main__":

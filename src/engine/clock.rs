@@ -1,11 +1,16 @@
-//! When which phase began, and what each took.
+//! When which phase began, what each took, and who is told of it.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
+
+use super::event::{Event, Flow, What};
+use crate::error::{Error, Result};
+use crate::sys::now;
 
 /// A phase of a snapshot.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Phase {
     /// Flags, XML, the guest's state and abilities.
+    #[default]
     Validate,
     /// Disks, names, the domain's XML.
     Plan,
@@ -33,8 +38,20 @@ pub trait Observer {
         let _ = phase;
     }
 
-    /// The instant has passed, and the guest runs if it ran: it may be changed now.
-    fn instant(&mut self) {}
+    /// Something has happened.
+    fn event(&mut self, event: &Event) {
+        let _ = event;
+    }
+
+    /// The guest runs again after a pause of so long: just before the instant, or in the undo.
+    fn resumed(&mut self, paused: Duration) {
+        let _ = paused;
+    }
+
+    /// How often to be told of progress; not at all, unless it says so: QEMU must be asked for it.
+    fn interval(&self) -> Option<Duration> {
+        None
+    }
 }
 
 /// Nobody.
@@ -50,6 +67,14 @@ pub struct Stats {
     pub instant: Option<Duration>,
     /// The guest's pause; by its own time stamps, or by our clock.
     pub paused: Option<(Duration, By)>,
+    /// How long QEMU set the background snapshot up, to whole milliseconds: it touches all of the guest's memory.
+    pub setup: Duration,
+    /// The guest ran meanwhile.
+    pub overlapped: bool,
+    /// Tries to begin while the guest ran that came too late; see [`Overlap`](super::Overlap).
+    pub lost: u32,
+    /// What they have paused the guest for, in all.
+    pub lost_pause: Duration,
     /// Size of the memory image.
     pub memory_image_bytes: u64,
     /// How many were switched.
@@ -75,17 +100,24 @@ impl Stats {
 /// Tells the observer, and keeps the figures.
 pub struct Clock<'a> {
     observer: &'a mut dyn Observer,
-    started: Instant,
+    started: Duration,
     phase: Phase,
-    entered: Instant,
+    entered: Duration,
+    /// Since when the guest is paused by us, or is being.
+    pausing: Option<Duration>,
+    /// It is known to stand.
+    stands: bool,
+    /// As it was told last.
+    flow: Flow,
     pub stats: Stats,
 }
 
 impl<'a> Clock<'a> {
     pub fn start(observer: &'a mut dyn Observer) -> Clock<'a> {
-        let now = Instant::now();
+        let now = now();
         observer.phase(Phase::Validate);
-        Clock { observer, started: now, phase: Phase::Validate, entered: now, stats: Stats::default() }
+        let (phase, flow, stats) = (Phase::Validate, Flow::default(), Stats::default());
+        Clock { observer, started: now, phase, entered: now, pausing: None, stands: false, flow, stats }
     }
 
     pub fn enter(&mut self, phase: Phase) {
@@ -94,19 +126,92 @@ impl<'a> Clock<'a> {
         self.observer.phase(phase);
     }
 
-    pub fn instant(&mut self) {
-        self.stats.instant = Some(self.started.elapsed());
-        self.observer.instant();
+    /// The pause begins.
+    pub fn pausing(&mut self) {
+        self.pausing = Some(now());
     }
 
-    pub fn stop(mut self) -> Stats {
+    /// For how long the guest has been paused by us so far.
+    pub fn pause_so_far(&self) -> Duration {
+        self.pausing.map_or(Duration::ZERO, |since| now() - since)
+    }
+
+    /// The vCPUs have stopped.
+    pub fn paused(&mut self) {
+        self.stands = true;
+        self.tell(What::Paused, Flow::default());
+    }
+
+    /// The disks are on their overlays.
+    pub fn switched(&mut self) {
+        self.tell(What::Switched, Flow::default());
+    }
+
+    /// The pause, if there was one, is over; and how long it was, where QEMU tells.
+    pub fn resumed(&mut self, by_events: Option<Duration>) {
+        let Some(since) = self.pausing.take() else { return };
+        let by_commands = self.stands.then(|| (now() - since, By::Commands));
+        self.stats.paused = by_events.map(|paused| (paused, By::Events)).or(by_commands);
+        if let Some((paused, _)) = self.stats.paused {
+            self.observer.resumed(paused);
+        }
+    }
+
+    /// The pause was for nothing, and is over.
+    pub fn lost(&mut self) {
+        self.stats.lost += 1;
+        self.stats.lost_pause += self.pausing.take().map_or(Duration::ZERO, |since| now() - since);
+    }
+
+    /// The instant has passed.
+    pub fn instant(&mut self, flow: Flow) {
+        self.stats.instant = Some(now() - self.started);
+        self.flow = flow;
+        self.tell(What::Instant, flow);
+    }
+
+    /// See [`Observer::interval`].
+    pub fn interval(&self) -> Option<Duration> {
+        self.observer.interval()
+    }
+
+    /// How far memory had come when that was told last.
+    pub fn flow(&self) -> Flow {
+        self.flow
+    }
+
+    /// How far it has come now.
+    pub fn progress(&mut self, flow: Flow) {
+        self.flow = flow;
+        self.tell(What::Progress, flow);
+    }
+
+    /// The snapshot has ended. Its last event, which nobody has been told of yet, and its figures.
+    pub fn stop<T>(mut self, result: &Result<T>) -> (Event, Stats) {
         self.leave();
         self.stats.total = self.entered - self.started;
-        self.stats
+        let (done, total) = (self.stats.memory_image_bytes, self.stats.memory_image_bytes);
+        let last = match result {
+            Ok(_) => self.event(What::Complete, Flow { done, total, ..Flow::default() }),
+            Err(error) => self.event(What::Failed(Error::number(error)), Flow::default()),
+        };
+        (last, self.stats)
+    }
+
+    fn tell(&mut self, what: What, flow: Flow) {
+        let event = self.event(what, flow);
+        self.observer.event(&event);
+    }
+
+    fn event(&self, what: What, flow: Flow) -> Event {
+        let time = now();
+        let over = || self.stats.paused.map_or(Duration::ZERO, |(paused, _)| paused);
+        let pausing = self.pausing.filter(|_| self.stands);
+        Event { what, time, paused: pausing.map_or_else(over, |since| time - since), flow }
     }
 
     fn leave(&mut self) {
-        let now = Instant::now();
+        let now = now();
         self.stats.phases[self.phase as usize] += now - self.entered;
         self.entered = now;
     }

@@ -6,37 +6,78 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use super::cancel::Cancel;
-use super::clock::{By, Clock, Phase};
-use super::guard::{Script, Stage};
+use super::clock::{Clock, Phase};
+use super::event::Flow;
+use super::guard::Stage;
 use super::migration::{FD_NAME, Mode, Settings, Stream, wait_armed};
 use super::nvram;
+use super::operation::Options;
+use super::overlap::{self, Lesson};
 use super::reactivate::reactivate_disks;
+use super::still::Still;
+use super::storage::{Called, StorageCall};
 use super::undo::Made;
+use super::warm::warm;
+use super::work::Work;
 use crate::error::{Error, Result, fail};
 use crate::flags::{self, Flags};
-use crate::guest::{Connector, Guest, PATIENCE};
+use crate::guest::{Catalog, Connector, Description, Guest, PATIENCE, Reserved};
 use crate::image::MemoryImage;
 use crate::monitor::commands::{self, Progress};
 use crate::monitor::{Deadline, Failure};
-use crate::snapshot::domain::{Domain, Source};
 use crate::snapshot::{
-    Drive, MemoryRequest, Plan, Record, RecordedDisk, RecordedNvram, Request, Reservation, Role, State, Store, plan,
+    MemoryRequest, Plan, Record, RecordedDisk, RecordedManual, RecordedNvram, Request, State, plan, validate,
 };
+use crate::sys;
 
 /// A snapshot to be made: everything is decided, and nothing touched.
-struct Job<'a> {
-    store: &'a Store,
-    reservation: Reservation,
+struct Task<'a> {
+    reserved: &'a Reserved,
     description: Option<String>,
     flags: Flags,
     /// The guest runs, and is to run again.
     running: bool,
     mode: Mode,
-    pause_limit: Duration,
+    options: Options,
     plan: Plan,
     nvram: Vec<RecordedNvram>,
     memory_file: PathBuf,
-    domain_xml: String,
+    about: Description,
+}
+
+/// A migration that was begun while the guest ran, of a guest that is paused now.
+struct Begun {
+    /// When the pause must end.
+    deadline: Deadline,
+    work: Work,
+    stopping: Duration,
+}
+
+/// A snapshot that is complete.
+#[derive(Debug)]
+pub struct Created {
+    /// Its name.
+    pub name: String,
+    /// What was recorded of it, or would have been; nothing where another has made it.
+    record: Option<Record>,
+    /// It was recorded.
+    recorded: bool,
+}
+
+impl Created {
+    /// Its `<domainsnapshot>`: as it is recorded, as far as it is.
+    pub fn xml(&self, catalog: &dyn Catalog) -> Result<String> {
+        match (&self.record, self.recorded) {
+            (Some(record), false) => Ok(record.to_xml()),
+            // Somebody may have deleted it by now, or the daemon be away.
+            (Some(record), true) => Ok(catalog.xml(&self.name).unwrap_or_else(|_| record.to_xml())),
+            (None, _) => catalog.xml(&self.name),
+        }
+    }
+
+    fn by_another(name: String) -> Created {
+        Created { name, record: None, recorded: true }
+    }
 }
 
 /// Takes a snapshot.
@@ -44,19 +85,33 @@ pub fn create(
     connector: &dyn Connector,
     xml: &str,
     flags: u32,
-    pause_limit: Duration,
+    options: Options,
     cancel: &Cancel,
     clock: &mut Clock,
-) -> Result<Record> {
+) -> Result<Created> {
+    let bits = flags;
     let flags = Flags::check(flags)?;
+    cancel.check()?;
+    if !flags.has(flags::INSTANT)
+        && let Some(delegated) = connector.delegate(xml, bits)
+    {
+        return delegated.map(Created::by_another);
+    }
     flags.require_built(connector.built_flags())?;
+    if flags.has(flags::VALIDATE) {
+        validate(xml)?;
+    }
     let request = Request::parse(xml)?;
     check_memory_request(flags, &request)?;
-    let reservation = connector.store().reserve(request.name.as_deref())?;
+    let reserved = connector.reserve(request.name.as_deref())?;
     let mut guest = connector.begin()?;
     let guest = &mut *guest;
     let state = check_state(guest)?;
     let running = state == GuestState::Running;
+    if !running && let Some(delegated) = connector.delegate(xml, bits) {
+        return delegated.map(Created::by_another);
+    }
+    guest.accept(&reserved.name, flags)?;
     let mode = match (flags.has(flags::INSTANT), state) {
         (true, GuestState::Running) => Mode::Background,
         // It must stay paused, and not every QEMU leaves it so.
@@ -71,35 +126,40 @@ pub fn create(
     if mode == Mode::Background && running {
         guest.check_memory_is_its_own()?;
     }
+    cancel.check()?;
 
     clock.enter(Phase::Plan);
     let drives = guest.drives()?;
-    let domain_xml = domain_xml(connector, guest, &drives)?;
-    let plan = plan(drives, &request, &reservation.name)?;
-    let memory_file = match request.memory {
-        MemoryRequest::External(file) => file.into(),
-        _ => connector.store().path(&format!("{}.mem", reservation.name)),
+    let about = guest.describe(&drives)?;
+    let plan = plan(drives, &request, &reserved.name, flags.has(flags::REUSE_EXT))?;
+    let memory_file = match (request.memory, &reserved.memory_file) {
+        (MemoryRequest::External(file), _) => file.into(),
+        (_, Some(file)) => file.clone(),
+        (_, None) => fail!(
+            OperationUnsupported,
+            "an instant snapshot is supported only with external memory: name the file, <memory snapshot='external' file='...'/>"
+        ),
     };
     let nvram = plan.firmware.iter().map(|drive| nvram::Copy::plan(drive, &memory_file)).collect();
     check_paths_distinct(&plan, &memory_file)?;
+    check_storage_hook(guest, &plan, flags, &options)?;
     cancel.check()?;
     clock.stats.disks = plan.disks.len();
-    let job = Job {
-        store: connector.store(),
-        reservation,
+    let task = Task {
+        reserved: &reserved,
         description: request.description,
         flags,
         running,
         mode,
-        pause_limit,
+        options,
         plan,
         nvram,
         memory_file,
-        domain_xml,
+        about,
     };
 
     let mut made = Made::default();
-    let make = AssertUnwindSafe(|| job.make(guest, settings, cancel, clock, &mut made));
+    let make = AssertUnwindSafe(|| task.make(guest, settings, cancel, clock, &mut made));
     // A defect of ours is no reason to leave a guest paused.
     let record = match catch_unwind(make)
         .unwrap_or_else(|_| fail!(InternalError, "a defect of instantsnap, please report it"))
@@ -107,13 +167,13 @@ pub fn create(
         Ok(record) => record,
         Err(error) => {
             clock.enter(Phase::Undo);
-            return Err(made.undo(guest, error));
+            return Err(made.undo(guest, error, clock));
         }
     };
-    if job.flags.has(flags::HALT) {
+    if flags.has(flags::HALT) {
         guest.halt().map_err(|error| error.and(format!("the snapshot '{}' is complete", record.name)))?;
     }
-    Ok(record)
+    Ok(Created { name: record.name.clone(), record: Some(record), recorded: !flags.has(flags::NO_METADATA) })
 }
 
 fn check_memory_request(flags: Flags, request: &Request) -> Result<()> {
@@ -168,17 +228,26 @@ fn check_state(guest: &mut dyn Guest) -> Result<GuestState> {
     }
 }
 
-/// `<domain>` with the images that the snapshot will hold.
-fn domain_xml(connector: &dyn Connector, guest: &mut dyn Guest, drives: &[Drive]) -> Result<String> {
-    let source = |drive| {
-        let Drive { file, format, .. }: &Drive = drive;
-        Source { target: drive.name(), file, format }
-    };
-    let disks = drives.iter().filter(|drive| drive.role != Role::Firmware);
-    match connector.domain() {
-        Some(domain) => domain.with_sources(&disks.map(source).collect::<Vec<_>>()),
-        None => Ok(Domain::minimal(&guest.machine()?, &disks.map(source).collect::<Vec<_>>())),
+/// Disks that are left to others need somebody who snapshots them, and somebody who knows of it when the snapshot is brought
+/// back.
+fn check_storage_hook(guest: &dyn Guest, plan: &Plan, flags: Flags, options: &Options) -> Result<()> {
+    let Some(disk) = plan.manual.first() else { return Ok(()) };
+    let name = disk.name();
+    if options.storage.is_none() {
+        fail!(
+            OperationUnsupported,
+            "snapshot='manual' of disk '{name}' needs a storage hook, which this guest does not have: set one \
+             (instantsnap_set_storage_hook()), or use snapshot='external', or 'no' to leave the disk out"
+        );
     }
+    if !flags.has(flags::NO_METADATA) && !guest.records_manual_disks() {
+        fail!(
+            OperationUnsupported,
+            "a snapshot with memory and with snapshot='manual' of disk '{name}' is not recorded in libvirt, whose revert \
+             would put old memory beside the disk as it is then: add VIR_DOMAIN_SNAPSHOT_CREATE_NO_METADATA"
+        );
+    }
+    Ok(())
 }
 
 fn check_paths_distinct(plan: &Plan, memory_file: &Path) -> Result<()> {
@@ -193,7 +262,7 @@ fn check_paths_distinct(plan: &Plan, memory_file: &Path) -> Result<()> {
     }
 }
 
-impl Job<'_> {
+impl Task<'_> {
     fn make(
         &self,
         guest: &mut dyn Guest,
@@ -204,82 +273,103 @@ impl Job<'_> {
     ) -> Result<Record> {
         clock.enter(Phase::Prepare);
         made.ran = self.running;
-        let image = made.image.insert(MemoryImage::create(&self.memory_file, &self.domain_xml, self.running)?);
+        made.image = Some(self.create_image()?);
         let mut copies = Vec::new();
         for nvram in &self.nvram {
             copies.push(nvram::Copy::take(nvram.clone())?);
             made.files.push(PathBuf::from(&nvram.copy));
         }
+        cancel.check()?;
         made.overlays = true;
         guest.create_overlays(&self.plan.disks)?;
-        let stream = made.stream.insert(Stream::open(image)?);
-        if let Some(monitor) = guest.monitor_socket() {
-            made.guarded.start(monitor, stream.pipe(), &Script::new(&settings.script(self.mode)));
-        }
-        // From here on QEMU is changed: there is a guard now.
-        let (settings, _) = made.settings.insert((settings, self.mode));
-        settings.apply(guest, self.mode)?;
-        stream.pass(guest)?;
-        self.flush_disks();
         cancel.check()?;
+        self.open_stream(guest, &settings, made)?;
+        // From here on QEMU is changed: there is a guard now.
+        made.settings = Some((settings.clone(), self.mode));
+        settings.apply(guest, self.mode)?;
+        made.stream()?.pass(guest)?;
+        self.flush_disks();
+        self.warm(guest, cancel)?;
+        // Others' doing in the pause must be noticed.
+        let still = (self.mode == Mode::Background && guest.is_shared()).then(|| Still::new(&self.plan.disks));
+        cancel.check()?;
+        if self.running && !guest.status()?.running {
+            fail!(OperationInvalid, "the guest was paused by somebody else while its snapshot was being prepared");
+        }
 
-        let paused_at = Instant::now();
-        let deadline = Deadline::after(self.pause_limit);
-        if self.running {
-            if !guest.status()?.running {
-                fail!(OperationInvalid, "the guest was paused by somebody else while its snapshot was being prepared");
-            }
+        let begun = self.begin_while_it_runs(guest, &settings, cancel, clock, made)?;
+        let deadline = begun.as_ref().map_or_else(|| self.pause_deadline(clock), |begun| begun.deadline);
+        if self.running && begun.is_none() {
             clock.enter(Phase::Pause);
             made.guarded.enter(Stage::Paused);
+            clock.pausing();
             guest.pause(deadline)?;
+            clock.paused();
             cancel.check()?;
         }
         clock.enter(Phase::Switch);
         made.switched = true;
+        if self.running && begun.is_none() {
+            made.guarded.enter(Stage::Switching);
+        }
         guest.switch_disks(deadline)?;
+        clock.switched();
         cancel.check()?;
+        self.snapshot_storage(cancel, clock, made, deadline)?;
 
         clock.enter(Phase::Arm);
-        let before = made.guarded.stage();
-        made.guarded.enter(if self.running { Stage::Migrating } else { Stage::Draining });
-        if let Err(failure) = commands::migrate(guest, FD_NAME, deadline) {
-            if matches!(failure, Failure::Refused(..)) {
-                // The migration that there may be is somebody else's.
-                made.guarded.enter(before);
+        let keeps_paused = guest.background_keeps_paused();
+        if begun.is_none() {
+            settings.unlock(guest, deadline)?;
+            if let Some(still) = still.as_ref().filter(|_| !keeps_paused) {
+                // By the time that it is armed the guest runs, and writes.
+                still.check(guest, deadline)?;
             }
-            return Err(failure.into_error("cannot start saving memory"));
+            self.migrate(guest, made, if self.running { Stage::Migrating } else { Stage::Draining }, deadline)?;
         }
-        let bytes = match self.mode {
+        let (flow, saved) = match self.mode {
             Mode::Background => {
-                wait_armed(guest, cancel, deadline)?;
-                None
+                let migration = wait_armed(guest, cancel, deadline)?;
+                clock.stats.setup = migration.setup_time();
+                clock.stats.overlapped = begun.is_some();
+                if let Some(still) = still.filter(|_| keeps_paused) {
+                    still.check(guest, deadline)?;
+                }
+                (made.stream()?.flow(Some(&migration)), None)
             }
-            Mode::Paused => Some(stream.wait_saved(guest, cancel)?),
+            Mode::Paused => {
+                let bytes = made.stream()?.wait_saved(guest, cancel, clock)?;
+                (Flow { done: bytes, total: bytes, ..Flow::default() }, Some(bytes))
+            }
         };
         if self.running {
             guest.resume(Deadline::after(PATIENCE))?;
-            let by_commands = (paused_at.elapsed(), By::Commands);
             made.guarded.enter(Stage::Draining);
-            clock.stats.paused = Some(by_commands);
+            clock.resumed(guest.last_pause());
         } else if self.mode == Mode::Paused {
             reactivate_disks(guest)?;
         }
         let instant = SystemTime::now();
-        clock.instant();
+        clock.instant(flow);
+        if self.mode == Mode::Background {
+            self.learn(&guest.identity(), clock, begun);
+        }
+        let record = self.record(instant)?;
+        if !self.flags.has(flags::NO_METADATA) {
+            made.registered = true;
+            guest.register(&record)?;
+        }
 
-        let bytes = match bytes {
+        clock.stats.memory_image_bytes = match saved {
             Some(bytes) => bytes,
             None => {
                 clock.enter(Phase::Drain);
-                stream.wait_saved(guest, cancel)?
+                made.stream()?.wait_saved(guest, cancel, clock)?
             }
         };
-        clock.stats.memory_image_bytes = image.stream_offset() + bytes;
+        cancel.check()?;
 
         clock.enter(Phase::Finish);
-        if let (Some(pause), true) = (guest.last_pause(), self.running) {
-            clock.stats.paused = Some((pause, By::Events));
-        }
         settings.restore(guest, self.mode)?;
         if self.running && guest.status()?.status == "io-error" {
             fail!(
@@ -288,21 +378,178 @@ impl Job<'_> {
                  system of an overlay is full, or fails"
             );
         }
+        let image = made.image()?;
+        if self.mode == Mode::Background && image.ran_at_instant()? {
+            fail!(OperationFailed, "somebody has resumed the guest in the pause of its snapshot");
+        }
+        cancel.check()?;
         image.complete()?;
         copies.iter().try_for_each(nvram::Copy::check_unchanged)?;
         cancel.check()?;
-        let record = self.record(instant)?;
+        guest.confirm()?;
+        if !guest.keeps_firmware_copies() {
+            copies.iter().try_for_each(nvram::Copy::remove)?;
+        }
         if self.flags.has(flags::NO_METADATA) {
             return Ok(record);
         }
-        self.store.commit(&self.reservation, record)
+        guest.commit(self.reserved, record)
+    }
+
+    /// Has the caller's storage snapshot the disks that QEMU does not.
+    fn snapshot_storage(&self, cancel: &Cancel, clock: &Clock, made: &mut Made, deadline: Deadline) -> Result<()> {
+        let Some(hook) = self.options.storage.clone().filter(|_| !self.plan.manual.is_empty()) else { return Ok(()) };
+        let left = deadline.left().unwrap_or_default();
+        let call = StorageCall {
+            snapshot: self.reserved.name.clone(),
+            disks: self.plan.manual.iter().map(Into::into).collect(),
+            paused: clock.pause_so_far(),
+            left: hook.deadline().map_or(left, |own| own.min(left)),
+        };
+        made.storage.insert(Called::begin(hook, call)?).wait(cancel)
+    }
+
+    /// For the next one's sake.
+    fn learn(&self, identity: &str, clock: &Clock, begun: Option<Begun>) {
+        let setup = clock.stats.setup;
+        match begun {
+            Some(Begun { work, stopping, .. }) => {
+                overlap::learn(identity, Lesson::Running(work.until(setup)));
+                overlap::learn(identity, Lesson::Stopping(stopping));
+            }
+            None => {
+                overlap::learn(identity, Lesson::Stopped(setup));
+                if self.running {
+                    // Without the question.
+                    overlap::learn(identity, Lesson::Stopping(clock.stats.phase(Phase::Pause) * 3 / 2));
+                }
+            }
+        }
+    }
+
+    /// Has all of memory be there when QEMU touches it: before the first snapshot. What is there then stays.
+    fn warm(&self, guest: &mut dyn Guest, cancel: &Cancel) -> Result<()> {
+        let first = self.running && self.mode == Mode::Background && !overlap::knows(&guest.identity());
+        match first.then(|| guest.pid()).flatten() {
+            Some(pid) => warm(pid, cancel),
+            None => Ok(()),
+        }
+    }
+
+    /// The way of memory to its image, and a guard for the time that it is open.
+    fn open_stream(&self, guest: &mut dyn Guest, settings: &Settings, made: &mut Made) -> Result<()> {
+        made.stream = Some(Stream::open(made.image()?)?);
+        let files: Vec<_> = made.files.iter().chain([&self.memory_file]).cloned().collect();
+        let restore = settings.script(self.mode);
+        let deputy = guest.deputy(&self.reserved.name);
+        let Made { stream: Some(stream), guarded, .. } = made else { unreachable!("just made") };
+        guarded.start(deputy, stream.pipe(), &restore, &files);
+        Ok(())
+    }
+
+    /// Begins the migration, and the stage that the guest is in from then on.
+    fn migrate(&self, guest: &mut dyn Guest, made: &mut Made, stage: Stage, deadline: Deadline) -> Result<()> {
+        let before = made.guarded.stage();
+        made.guarded.enter(stage);
+        commands::migrate(guest, FD_NAME, deadline).map_err(|failure| {
+            if matches!(failure, Failure::Refused(..)) {
+                // The migration that there may be is somebody else's.
+                made.guarded.enter(before);
+            }
+            failure.into_error("cannot start saving memory")
+        })
+    }
+
+    /// Begins the migration while the guest runs, and pauses the guest in time, where that is worth it: see [`overlap`].
+    /// `None` where nothing was begun.
+    fn begin_while_it_runs(
+        &self,
+        guest: &mut dyn Guest,
+        settings: &Settings,
+        cancel: &Cancel,
+        clock: &mut Clock,
+        made: &mut Made,
+    ) -> Result<Option<Begun>> {
+        if !self.running || self.mode != Mode::Background || !guest.background_keeps_paused() {
+            return Ok(None);
+        }
+        let identity = guest.identity();
+        let memory = commands::query_memory_size(guest, Deadline::after(PATIENCE))?;
+        while clock.stats.lost < self.options.overlap.tries {
+            let learnt = || overlap::aim(&identity, memory, clock.stats.lost);
+            let Some(aim) = self.options.overlap.aim.or_else(learnt) else { return Ok(None) };
+            settings.unlock(guest, Deadline::after(PATIENCE))?;
+            let process = if self.options.overlap.aim.is_none() { guest.pid() } else { None };
+            let mut work = Work::begins(process);
+            self.migrate(guest, made, Stage::Begun, Deadline::after(PATIENCE))?;
+            settings.lock(guest)?;
+            while let Some(rest) = aim.checked_sub(work.done()).filter(|rest| *rest >= overlap::NEAR) {
+                cancel.wait(Work::pause(rest))?;
+            }
+
+            clock.enter(Phase::Pause);
+            made.guarded.enter(Stage::Racing);
+            let deadline = self.pause_deadline(clock);
+            clock.pausing();
+            let order = Instant::now();
+            guest.pause(deadline)?;
+            let migration = commands::query_migrate(guest, deadline)?;
+            let stopping = order.elapsed();
+            if migration.is_setting_up() {
+                made.guarded.enter(Stage::Migrating);
+                clock.paused();
+                cancel.check()?;
+                return Ok(Some(Begun { deadline, work, stopping }));
+            }
+            // Too late.
+            let setup = wait_armed(guest, cancel, deadline)?.setup_time();
+            guest.resume(Deadline::after(PATIENCE))?;
+            clock.lost();
+            clock.enter(Phase::Prepare);
+            made.guarded.enter(Stage::Begun);
+            overlap::learn(&identity, Lesson::Running(work.until(setup)));
+            overlap::learn(&identity, Lesson::Stopping(stopping));
+            self.begin_anew(guest, settings, cancel, made)?;
+            cancel.check()?;
+        }
+        Ok(None)
+    }
+
+    /// When the pause must end. Tries that were lost count.
+    fn pause_deadline(&self, clock: &Clock) -> Deadline {
+        Deadline::after(self.options.pause_limit.saturating_sub(clock.stats.lost_pause))
+    }
+
+    /// Throws away what was saved, and opens the way to the image once more.
+    fn begin_anew(&self, guest: &mut dyn Guest, settings: &Settings, cancel: &Cancel, made: &mut Made) -> Result<()> {
+        let stream = made.stream()?;
+        stream.give_up(guest, self.mode)?;
+        stream.wait_given_up(guest, self.mode)?;
+        stream.wait_discarded(cancel)?;
+        made.image()?.discard_stream()?;
+        self.open_stream(guest, settings, made)?;
+        made.guarded.enter(Stage::Prepared);
+        made.stream()?.pass(guest)
+    }
+
+    fn create_image(&self) -> Result<MemoryImage> {
+        let Description { domain_xml, cookie, owner } = &self.about;
+        let image = MemoryImage::create(&self.memory_file, domain_xml, cookie.as_deref(), self.running)?;
+        if let Some(owner) = owner {
+            sys::give_to_owner_of(owner, &image.file()?).map_err(|error| {
+                let _ = sys::remove_file(image.path());
+                Error::system(format!("cannot set the owner of '{}'", self.memory_file.display()), error)
+            })?;
+        }
+        Ok(image)
     }
 
     /// What the host still has to write, it writes now, while the guest runs: `stop` waits for it.
     fn flush_disks(&self) {
-        for disk in &self.plan.disks {
+        let drives = self.plan.disks.iter().map(|disk| &disk.drive).chain(&self.plan.manual);
+        for drive in drives {
             // A wish: where it cannot be done, `stop` does it.
-            let _ = File::open(&disk.drive.file).and_then(|image| image.sync_data());
+            let _ = File::open(&drive.file).and_then(|image| image.sync_data());
         }
     }
 
@@ -314,19 +561,25 @@ impl Job<'_> {
             image: disk.drive.file.clone(),
             format: disk.drive.format.clone(),
         });
+        let manual = self.plan.manual.iter().map(|drive| RecordedManual {
+            name: drive.name().into(),
+            source: drive.file.clone(),
+            format: drive.format.clone(),
+        });
         let Some(memory_file) = self.memory_file.to_str() else {
             return Err(Error::system("the memory image's path", std::io::Error::other("is not UTF-8")));
         };
         Ok(Record {
-            name: self.reservation.name.clone(),
+            name: self.reserved.name.clone(),
             description: self.description.clone(),
             parent: None,
             creation_time: since_epoch.unwrap_or_default().as_secs(),
             state: if self.running { State::Running } else { State::Paused },
             memory_file: memory_file.into(),
             disks: disks.collect(),
+            manual: manual.collect(),
             nvram: self.nvram.clone(),
-            domain_xml: self.domain_xml.clone(),
+            domain_xml: self.about.domain_xml.clone(),
         })
     }
 }

@@ -18,7 +18,13 @@ use crate::sys;
 /// Loads a snapshot.
 pub fn load(connector: &dyn Connector, name: &str, flags: u32) -> Result<()> {
     check_flags(flags)?;
-    let record = connector.store().read(name)?;
+    let Some(store) = connector.store() else {
+        fail!(
+            OperationUnsupported,
+            "a snapshot that libvirt has recorded is not loaded: revert to it, qemuSnapshotRevert()"
+        );
+    };
+    let record = store.read(name)?;
     let image = Image::open(Path::new(&record.memory_file))?;
     let running = match flags {
         _ if flags & revert::RUNNING != 0 => true,
@@ -52,20 +58,12 @@ pub fn load(connector: &dyn Connector, name: &str, flags: u32) -> Result<()> {
     if !running {
         reactivate_disks(guest)?;
     }
-    connector.store().set_current(name)
+    store.set_current(name)
 }
 
-fn check_flags(flags: u32) -> Result<()> {
-    let known = revert::RUNNING | revert::PAUSED | revert::FORCE | revert::RESET_NVRAM;
-    if flags & !known != 0 {
-        fail!(InvalidArg, "unsupported flags (0x{:x}): not a snapshot revert flag", flags & !known);
-    }
-    if flags & revert::RUNNING != 0 && flags & revert::PAUSED != 0 {
-        fail!(
-            InvalidArg,
-            "flags 'VIR_DOMAIN_SNAPSHOT_REVERT_RUNNING' and 'VIR_DOMAIN_SNAPSHOT_REVERT_PAUSED' are mutually exclusive"
-        );
-    }
+/// Refuses what cannot be had.
+pub fn check_flags(flags: u32) -> Result<()> {
+    revert::check(flags)?;
     for (bit, name) in [(revert::FORCE, "FORCE"), (revert::RESET_NVRAM, "RESET_NVRAM")] {
         if flags & bit != 0 {
             fail!(OperationUnsupported, "flag 'VIR_DOMAIN_SNAPSHOT_REVERT_{name}' is not supported for this guest yet");
@@ -101,6 +99,16 @@ fn check_disks(record: &Record, drives: &[Drive]) -> Result<()> {
                  instantsnap_snapshot_prepare_revert() names",
                 disk.name,
                 disk.image
+            );
+        }
+    }
+    for disk in &record.manual {
+        // What is in it only its storage knows; it can be the device of old, set back.
+        if named(&disk.name).is_none() && drives.len() < record.disks.len() + record.manual.len() {
+            fail!(
+                ConfigUnsupported,
+                "no disk '{}' in this QEMU: start it with what instantsnap_snapshot_prepare_revert_hooked() names",
+                disk.name
             );
         }
     }

@@ -9,14 +9,21 @@ use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 use rustix::io::Errno;
 use serde_json::{Map, Value, json};
 
-use super::cancel::Cancel;
+use super::cancel::{Cancel, timeout};
+use super::clock::Clock;
+use super::event::Flow;
 use crate::error::{Code, Error, Result, fail};
 use crate::guest::{Guest, PATIENCE};
 use crate::image::{self, Drain, MemoryImage, throw_away};
-use crate::monitor::commands::{self, Progress};
+use crate::monitor::commands::{self, Migration, Progress};
 use crate::monitor::{Deadline, Failure};
+use crate::sys::now;
 
 const BACKGROUND: &str = "background-snapshot";
+const TLS: &str = "tls-creds";
+/// A migration for which QEMU is to use credentials that it does not have fails as it begins, and changes nothing. This is
+/// their name, which whoever begins it is told.
+const LOCK: &str = "instantsnap: a snapshot of this guest is being taken";
 /// The name under which QEMU keeps our pipe until a migration takes it.
 pub const FD_NAME: &str = "instantsnap-memory";
 
@@ -30,19 +37,21 @@ pub enum Mode {
 }
 
 /// QEMU's migration capabilities and parameters as they were found, to be put back.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Settings {
     capabilities: Vec<(String, bool)>,
     parameters: Map<String, Value>,
+    /// Others are locked out while a migration is prepared.
+    locked: bool,
 }
 
 impl Settings {
     /// Reads them.
     pub fn read(guest: &mut dyn Guest) -> Result<Settings> {
-        Ok(Settings {
-            capabilities: commands::query_migrate_capabilities(guest, Deadline::after(PATIENCE))?,
-            parameters: commands::query_migrate_parameters(guest, Deadline::after(PATIENCE))?,
-        })
+        let capabilities = commands::query_migrate_capabilities(guest, Deadline::after(PATIENCE))?;
+        let parameters = commands::query_migrate_parameters(guest, Deadline::after(PATIENCE))?;
+        let locked = guest.is_shared() && parameters.contains_key(TLS);
+        Ok(Settings { capabilities, parameters, locked })
     }
 
     /// Whether this QEMU knows background snapshots at all.
@@ -53,25 +62,45 @@ impl Settings {
         Ok(())
     }
 
-    /// Sets what `mode` needs. Everything else that changes the stream or excludes a background snapshot is off: the
-    /// stream goes through one pipe, in the plainest form, and whatever the guest's next migration was set up for is
-    /// back before that.
+    /// Prepares for `mode`. Everything that changes the stream or excludes a background snapshot is off: the stream goes
+    /// through one pipe, in the plainest form, and whatever the guest's next migration was set up for is back before that.
+    ///
+    /// As long as it is so, another client's save or dump of a guest that is shared would be a background snapshot too, and
+    /// before QEMU 9 its guest would run on behind its back. So others are locked out until [`Settings::unlock`].
     pub fn apply(&self, guest: &mut dyn Guest, mode: Mode) -> Result<()> {
-        let wanted = |name: &str| name == BACKGROUND && mode == Mode::Background;
-        let changes: Vec<_> = self
-            .changeable()
-            .filter(|(name, state)| *state != wanted(name))
-            .map(|(name, state)| (name.clone(), !state))
-            .collect();
-        set_capabilities(guest, &changes).map_err(|failure| explain(failure, mode))?;
+        let on = self.changeable().filter(|(_, state)| *state);
+        let off: Vec<_> = on.map(|(name, _)| (name.clone(), false)).collect();
+        set_capabilities(guest, &off, Deadline::after(PATIENCE)).map_err(|failure| explain(failure, mode))?;
         let parameters = self.parameters_for(mode);
         if !parameters.is_empty() {
             commands::migrate_set_parameters(guest, parameters, Deadline::after(PATIENCE))?;
         }
+        if mode == Mode::Background {
+            let background = [(BACKGROUND.into(), true)];
+            set_capabilities(guest, &background, Deadline::after(PATIENCE))
+                .map_err(|failure| explain(failure, mode))?;
+        }
         Ok(())
     }
 
-    /// Puts back what [`Settings::apply`] can have changed.
+    /// Lets the next migration begin, which is to be ours.
+    pub fn unlock(&self, guest: &mut dyn Guest, deadline: Deadline) -> Result<()> {
+        self.set_lock(guest, "", deadline)
+    }
+
+    /// Locks others out again.
+    pub fn lock(&self, guest: &mut dyn Guest) -> Result<()> {
+        self.set_lock(guest, LOCK, Deadline::after(PATIENCE))
+    }
+
+    fn set_lock(&self, guest: &mut dyn Guest, credentials: &str, deadline: Deadline) -> Result<()> {
+        if !self.locked {
+            return Ok(());
+        }
+        commands::migrate_set_parameters(guest, Map::from_iter([(TLS.to_owned(), json!(credentials))]), deadline)
+    }
+
+    /// Puts back what [`Settings::apply`] and [`Settings::unlock`] can have changed.
     pub fn restore(&self, guest: &mut dyn Guest, mode: Mode) -> Result<()> {
         let parameters = self.original_parameters(mode);
         // Before the capabilities: with some of them set (`mapped-ram`), QEMU refuses parameters that it let be set first.
@@ -81,7 +110,7 @@ impl Settings {
         };
         let now = commands::query_migrate_capabilities(guest, Deadline::after(PATIENCE))?;
         let changes: Vec<_> = self.changeable().filter(|capability| !now.contains(capability)).cloned().collect();
-        set_capabilities(guest, &changes)
+        set_capabilities(guest, &changes, Deadline::after(PATIENCE))
             .map_err(|failure| failure.into_error("cannot put the migration capabilities back"))?;
         parameters
     }
@@ -118,7 +147,8 @@ impl Settings {
         if mode == Mode::Paused && self.parameters.contains_key("max-bandwidth") {
             parameters.insert("max-bandwidth".into(), json!(i64::MAX));
         }
-        for (name, plain) in [("tls-creds", ""), ("mode", "normal")] {
+        let tls = if self.locked { LOCK } else { "" };
+        for (name, plain) in [(TLS, tls), ("mode", "normal")] {
             if self.parameters.get(name).is_some_and(|value| value != plain) {
                 parameters.insert(name.into(), json!(plain));
             }
@@ -127,11 +157,15 @@ impl Settings {
     }
 }
 
-fn set_capabilities(guest: &mut dyn Guest, changes: &[(String, bool)]) -> std::result::Result<(), Failure> {
+fn set_capabilities(
+    guest: &mut dyn Guest,
+    changes: &[(String, bool)],
+    deadline: Deadline,
+) -> std::result::Result<(), Failure> {
     if changes.is_empty() {
         return Ok(());
     }
-    commands::migrate_set_capabilities(guest, changes, Deadline::after(PATIENCE))
+    commands::migrate_set_capabilities(guest, changes, deadline)
 }
 
 fn explain(failure: Failure, mode: Mode) -> Error {
@@ -145,6 +179,15 @@ fn explain(failure: Failure, mode: Mode) -> Error {
                  give its user access to /dev/userfaultfd; shared (memfd) guest memory needs Linux 5.19"
             ),
         ),
+        Failure::Refused(_, reason) if mode == Mode::Background && reason.contains("memory configuration") => {
+            Error::new(
+                Code::ArgumentUnsupported,
+                format!(
+                    "background snapshots are refused by this QEMU ({reason}): guest memory that is a shared file on a disk cannot \
+                 be write-protected; memory of memfd, of a file on tmpfs or hugetlbfs, or anonymous memory can"
+                ),
+            )
+        }
         Failure::Refused(_, reason) if mode == Mode::Background => {
             Error::new(Code::ArgumentUnsupported, format!("{step}: {reason}"))
         }
@@ -156,6 +199,8 @@ fn explain(failure: Failure, mode: Mode) -> Error {
 #[derive(Debug)]
 pub struct Stream {
     drain: Drain,
+    /// Where it begins in the image.
+    offset: u64,
     /// The pipe's end once more, to empty it should the drain hang.
     spare: OwnedFd,
     /// QEMU's end, until it has it.
@@ -172,7 +217,7 @@ impl Stream {
         };
         let spare = duplicate().map_err(|error| Error::system("cannot set up the memory pipe", error))?;
         let drain = Drain::start(read, image.file()?, image.path(), image.stream_offset())?;
-        Ok(Stream { drain, spare, write: Some(write) })
+        Ok(Stream { drain, offset: image.stream_offset(), spare, write: Some(write) })
     }
 
     /// Passes QEMU its end, as [`FD_NAME`].
@@ -188,27 +233,40 @@ impl Stream {
         self.spare.as_fd()
     }
 
-    /// Waits until all of memory is in the file, and QEMU says so. Returns the stream's bytes.
-    pub fn wait_saved(&self, guest: &mut dyn Guest, cancel: &Cancel) -> Result<u64> {
+    /// Waits until all of memory is in the file, and QEMU says so. Returns the image's bytes.
+    pub fn wait_saved(&self, guest: &mut dyn Guest, cancel: &Cancel, clock: &mut Clock) -> Result<u64> {
+        let so_far = Flow { done: self.flow(None).done, ..clock.flow() };
+        let mut meter = clock.interval().map(|interval| Meter::new(interval, so_far));
         let bytes = loop {
             cancel.check()?;
             if let Some(outcome) = self.drain.outcome() {
                 break outcome?;
             }
-            let mut fds = [
-                PollFd::from_borrowed_fd(self.drain.done(), PollFlags::IN),
-                PollFd::from_borrowed_fd(cancel.event(), PollFlags::IN),
-            ];
-            match poll(&mut fds, None) {
-                Ok(_) | Err(Errno::INTR) => {}
-                Err(errno) => return Err(Error::system("cannot wait for memory to be saved", errno)),
+            if let Some(meter) = meter.as_mut().filter(|meter| meter.left().is_zero()) {
+                clock.progress(meter.read(self, guest));
+                continue;
             }
+            wait_either(self.drain.done(), cancel, meter.as_ref().map(Meter::left))?;
         };
         // The stream's end comes a moment before QEMU's word on it.
         match wait_ended(guest, Deadline::after(PATIENCE))? {
-            Ended::Completed => Ok(bytes),
+            Ended::Completed => Ok(self.offset + bytes),
             Ended::Failed(reason) => fail!(OperationFailed, "cannot save memory: {reason}"),
         }
+    }
+
+    /// How far memory has come, by what QEMU says of it.
+    pub fn flow(&self, migration: Option<&Migration>) -> Flow {
+        /// What goes before each page in the stream.
+        const HEADER: u64 = 8;
+        let bytes = self.drain.bytes();
+        let mut flow = Flow { done: self.offset + bytes, ..Flow::default() };
+        if let Some(ram) = migration.and_then(|migration| migration.ram.as_ref()).filter(|ram| ram.page_size > 0) {
+            flow.pages_left = ram.remaining / ram.page_size;
+            // Some of what QEMU has sent is in the pipe still.
+            flow.total = self.offset + ram.transferred.max(bytes) + flow.pages_left * (ram.page_size + HEADER);
+        }
+        flow
     }
 
     /// Memory is not wanted any more. The stream is read on, and thrown away. [`Stream::wait_given_up`] sees to the rest.
@@ -218,6 +276,34 @@ impl Stream {
             Mode::Background => Ok(()),
             Mode::Paused => commands::migrate_cancel(guest, Deadline::after(PATIENCE)),
         }
+    }
+
+    /// Returns when nothing is written to the image any more, after [`Stream::give_up`].
+    pub fn wait_discarded(&self, cancel: &Cancel) -> Result<()> {
+        while self.drain.outcome().is_none() {
+            cancel.check()?;
+            wait_either(self.drain.done(), cancel, None)?;
+        }
+        Ok(())
+    }
+
+    /// Returns when QEMU has closed the stream. Its thread is at its end then; the status says so before, and a migration
+    /// begun in between would be one beside it.
+    fn wait_closed(&self) -> Result<()> {
+        let deadline = Instant::now() + PATIENCE;
+        // Asked for nothing, it tells of the other end's having gone.
+        let mut fds = [PollFd::new(&self.spare, PollFlags::empty())];
+        while !fds[0].revents().contains(PollFlags::HUP) {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                fail!(OperationTimeout, "saving memory has ended, and QEMU does not close its stream");
+            }
+            match poll(&mut fds, Some(&timeout(left))) {
+                Ok(_) | Err(Errno::INTR) => {}
+                Err(errno) => return Err(Error::system("cannot wait for QEMU to close its stream", errno)),
+            }
+        }
+        Ok(())
     }
 
     /// Returns when QEMU says that the migration has ended; before that, it may yet stop the guest to save its devices.
@@ -233,14 +319,16 @@ impl Stream {
         loop {
             let migration = commands::query_migrate(guest, Deadline::after(PATIENCE))?;
             if migration.progress() != Progress::UnderWay {
-                return Ok(());
+                // Where it never began, QEMU keeps its end; refused where a migration has taken it.
+                let _ = commands::closefd(guest, FD_NAME, Deadline::after(PATIENCE));
+                return self.wait_closed();
             }
             if cancellable && migration.has_pages() {
                 commands::migrate_cancel(guest, Deadline::after(PATIENCE))?;
                 cancellable = false;
             }
             // While it sets up no byte can come, however long that takes.
-            if migration.status.as_deref() == Some("setup") {
+            if migration.is_setting_up() {
                 progress = Progressing::new(self.drain.bytes());
             }
             self.unblock(&mut progress)?;
@@ -262,6 +350,57 @@ impl Stream {
             fail!(OperationTimeout, "saving memory was given up, and does not come to its end");
         }
         Ok(())
+    }
+}
+
+/// Waits for one of the two.
+fn wait_either(done: BorrowedFd, cancel: &Cancel, at_most: Option<Duration>) -> Result<()> {
+    let mut fds =
+        [PollFd::from_borrowed_fd(done, PollFlags::IN), PollFd::from_borrowed_fd(cancel.event(), PollFlags::IN)];
+    match poll(&mut fds, at_most.map(timeout).as_ref()) {
+        Ok(_) | Err(Errno::INTR) => Ok(()),
+        Err(errno) => Err(Error::system("cannot wait for memory to be saved", errno)),
+    }
+}
+
+/// Looks at intervals how far memory has come.
+struct Meter {
+    interval: Duration,
+    looked: Duration,
+    last: Flow,
+    /// QEMU, when it did not answer, is not asked again before this.
+    ask: Duration,
+}
+
+impl Meter {
+    fn new(interval: Duration, so_far: Flow) -> Meter {
+        Meter { interval, looked: now(), last: so_far, ask: Duration::ZERO }
+    }
+
+    /// Until it is to be looked again.
+    fn left(&self) -> Duration {
+        (self.looked + self.interval).saturating_sub(now())
+    }
+
+    fn read(&mut self, stream: &Stream, guest: &mut dyn Guest) -> Flow {
+        /// For an answer that nothing depends on. A cancel has to wait for it.
+        const SOON: Duration = Duration::from_secs(1);
+        // What is wrong with QEMU is found by whoever needs it.
+        let asked = now() >= self.ask;
+        let migration = asked.then(|| commands::query_migrate(guest, Deadline::after(SOON)).ok()).flatten();
+        if asked && migration.is_none() {
+            self.ask = now() + PATIENCE;
+        }
+        let (now, mut flow) = (now(), stream.flow(migration.as_ref()));
+        if flow.total == 0 {
+            // Not told: as it was.
+            flow.pages_left = self.last.pages_left;
+            flow.total = if self.last.total == 0 { 0 } else { self.last.total.max(flow.done) };
+        }
+        let micros = (now - self.looked).as_micros().max(1);
+        flow.per_second = (u128::from(flow.done - self.last.done) * 1_000_000 / micros) as u64;
+        (self.looked, self.last) = (now, flow);
+        flow
     }
 }
 
@@ -318,8 +457,8 @@ fn wait_ended(guest: &mut dyn Guest, deadline: Deadline) -> Result<Ended> {
 /// Waits until write tracking is armed: from then on the guest may run, and its memory is saved as it is now.
 ///
 /// Only page counts prove it (or that the migration has ended): see [`commands::Migration::has_pages`]. Their reply came
-/// through QEMU's main loop, so a `cont` sent after it is carried out after the arming.
-pub fn wait_armed(guest: &mut dyn Guest, cancel: &Cancel, deadline: Deadline) -> Result<()> {
+/// through QEMU's main loop, so a `cont` sent after it is carried out after the arming. Returns that reply.
+pub fn wait_armed(guest: &mut dyn Guest, cancel: &Cancel, deadline: Deadline) -> Result<Migration> {
     let nap = Nap::default();
     loop {
         let migration = match commands::query_migrate(guest, deadline) {
@@ -330,8 +469,8 @@ pub fn wait_armed(guest: &mut dyn Guest, cancel: &Cancel, deadline: Deadline) ->
             answer => answer?,
         };
         match migration.progress() {
-            Progress::Completed => return Ok(()),
-            Progress::UnderWay if migration.has_pages() => return Ok(()),
+            Progress::Completed => return Ok(migration),
+            Progress::UnderWay if migration.has_pages() => return Ok(migration),
             Progress::UnderWay => {}
             Progress::None | Progress::Failed => {
                 fail!(OperationFailed, "cannot arm the tracking of memory writes: {}", migration.reason())
@@ -340,6 +479,21 @@ pub fn wait_armed(guest: &mut dyn Guest, cancel: &Cancel, deadline: Deadline) ->
         cancel.check()?;
         nap.sleep();
     }
+}
+
+/// Waits until a guest can be resumed that was paused while its migration set up, by somebody who does not know whether that
+/// was in time. QEMU is either still setting up, or has armed. In between it would overlook the resume, or wait for a pause
+/// that is no more.
+pub fn wait_resumable(guest: &mut dyn Guest) -> Result<()> {
+    let (nap, deadline) = (Nap::default(), Deadline::after(PATIENCE));
+    while deadline.left().is_some() {
+        let migration = commands::query_migrate(guest, deadline)?;
+        if migration.is_setting_up() || migration.has_pages() || migration.progress() != Progress::UnderWay {
+            return Ok(());
+        }
+        nap.sleep();
+    }
+    Ok(())
 }
 
 /// Waits for what QEMU does not announce: for a fiftieth of what the waiting has taken so far, so that the end is noticed

@@ -54,6 +54,12 @@ impl Copy {
         Ok(Copy { recorded, stamp })
     }
 
+    /// Removes the copy.
+    pub fn remove(&self) -> Result<()> {
+        let copy = Path::new(&self.recorded.copy);
+        sys::remove_file(copy).map_err(|error| Error::system(format!("cannot remove '{}'", copy.display()), error))
+    }
+
     /// An error if the original is not what was copied any more.
     pub fn check_unchanged(&self) -> Result<()> {
         let (original, copy) = (Path::new(&self.recorded.original), Path::new(&self.recorded.copy));

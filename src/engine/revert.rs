@@ -2,12 +2,13 @@
 
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 
 use tempfile::TempPath;
 
 use super::nvram::copy_new;
-use crate::error::{Code, Error, Result, fail};
+use super::storage::{StorageCall, StorageDisk, StorageHook};
+use crate::error::{Error, Result, fail};
+use crate::guest::overlay_file;
 use crate::image::Image;
 use crate::snapshot::{Record, Store};
 use crate::sys;
@@ -21,6 +22,8 @@ pub struct RevertPlan {
     pub memory_file: String,
     /// The `<domain>` of the snapshot.
     pub domain_xml: String,
+    /// The images that were made for it: a storage hook's are not among them.
+    fresh: Vec<PathBuf>,
 }
 
 /// One disk of it.
@@ -28,18 +31,45 @@ pub struct RevertPlan {
 pub struct RevertDisk {
     /// Its name in the snapshot.
     pub name: String,
-    /// The fresh image.
+    /// The fresh image; of a disk that was left to others, what they say.
     pub file: PathBuf,
     /// Its format.
     pub format: String,
-    /// The snapshot's image beneath; UEFI variables have none.
+    /// The snapshot's image beneath; UEFI variables, and disks that were left to others, have none.
     pub backing_file: Option<String>,
+}
+
+impl RevertPlan {
+    /// Removes the fresh images, which nobody uses.
+    pub fn discard(&self) {
+        for image in &self.fresh {
+            let _ = sys::remove_file(image);
+        }
+    }
 }
 
 /// Makes the fresh images; all, or none.
 pub fn prepare_revert(state_dir: &Path, name: &str, directory: Option<&Path>) -> Result<RevertPlan> {
+    prepare_revert_hooked(state_dir, name, directory, None)
+}
+
+/// The same, where disks were left to others, who know what they have made of them.
+pub fn prepare_revert_hooked(
+    state_dir: &Path,
+    name: &str,
+    directory: Option<&Path>,
+    hook: Option<&dyn StorageHook>,
+) -> Result<RevertPlan> {
     let record = Store::open(state_dir)?.read(name)?;
     Image::open(Path::new(&record.memory_file))?;
+    if let (Some(disk), None) = (record.manual.first(), hook) {
+        fail!(
+            OperationUnsupported,
+            "disk '{}' of snapshot '{name}' was left to a storage hook (snapshot='manual'), which has to say what the disk was \
+             at the instant: use instantsnap_snapshot_prepare_revert_hooked()",
+            disk.name
+        );
+    }
     let directory =
         match directory {
             Some(directory) => Some(directory.canonicalize().map_err(|error| {
@@ -53,7 +83,7 @@ pub fn prepare_revert(state_dir: &Path, name: &str, directory: Option<&Path>) ->
     for disk in &record.disks {
         check_image(&disk.image, directory.as_deref())?;
         let path = fresh_path(&record, &disk.image, directory.as_deref())?;
-        create_overlay(&disk.image, &disk.format, &path)?;
+        overlay_file::create_on(&path, &disk.image, &disk.format)?;
         disks.push(RevertDisk {
             name: disk.name.clone(),
             file: path.to_path_buf(),
@@ -78,10 +108,35 @@ pub fn prepare_revert(state_dir: &Path, name: &str, directory: Option<&Path>) ->
         });
         fresh.push(path);
     }
-    for path in fresh {
-        path.keep().map_err(|error| Error::system("cannot keep a fresh image", error.error))?;
+    if let Some(hook) = hook.filter(|_| !record.manual.is_empty()) {
+        // Last, so that nobody has to take back what it may make for it.
+        disks.extend(ask_hook(hook, &record)?);
     }
-    Ok(RevertPlan { disks, memory_file: record.memory_file, domain_xml: record.domain_xml })
+    let keep = |path: TempPath| path.keep().map_err(|error| Error::system("cannot keep a fresh image", error.error));
+    let fresh = fresh.into_iter().map(keep).collect::<Result<_>>()?;
+    Ok(RevertPlan { disks, memory_file: record.memory_file, domain_xml: record.domain_xml, fresh })
+}
+
+fn ask_hook(hook: &dyn StorageHook, record: &Record) -> Result<Vec<RevertDisk>> {
+    let call = StorageCall::of(record);
+    let files = match hook.revert(&call) {
+        Ok(files) if files.len() == call.disks.len() => files,
+        Ok(files) => fail!(
+            OperationFailed,
+            "the storage hook has named {} images, not {}, {}",
+            files.len(),
+            call.disks.len(),
+            call.subject()
+        ),
+        Err(reason) => fail!(OperationFailed, "the storage hook could not name the image {}: {reason}", call.subject()),
+    };
+    let named = |(disk, file): (StorageDisk, PathBuf)| RevertDisk {
+        name: disk.name,
+        file,
+        format: disk.format,
+        backing_file: None,
+    };
+    Ok(call.disks.into_iter().zip(files).map(named).collect())
 }
 
 fn check_image(image: &str, directory: Option<&Path>) -> Result<()> {
@@ -113,11 +168,4 @@ fn fresh_path(record: &Record, image: &str, directory: Option<&Path>) -> Result<
     sys::liken(file.as_file(), image)
         .map_err(|error| Error::system(format!("cannot set the owner of '{}'", file.path().display()), error))?;
     Ok(file.into_temp_path())
-}
-
-fn create_overlay(image: &str, format: &str, overlay: &Path) -> Result<()> {
-    let mut create = Command::new("qemu-img");
-    create.args(["create", "-q", "-f", "qcow2", "-F", format, "-b", image]).arg(overlay);
-    sys::run_tool(&mut create)
-        .map_err(|reason| Error::new(Code::OperationFailed, format!("cannot create an overlay of '{image}': {reason}")))
 }

@@ -5,13 +5,16 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use super::guard::Guarded;
-use super::migration::{FD_NAME, Mode, Settings, Stream};
+use super::clock::Clock;
+use super::guard::{Guarded, Stage};
+use super::migration::{FD_NAME, Mode, Settings, Stream, wait_resumable};
 use super::reactivate::reactivate_disks;
-use crate::error::{Error, Result};
+use super::storage::Called;
+use crate::error::{Code, Error, Result};
 use crate::guest::{Guest, PATIENCE, Presence};
 use crate::image::MemoryImage;
-use crate::monitor::{Deadline, commands};
+use crate::monitor::Deadline;
+use crate::monitor::commands::{self, Progress};
 use crate::sys;
 
 /// A QEMU that hangs is asked to resume its guest for so long. There is nothing worse to leave behind than a guest that is
@@ -33,20 +36,34 @@ pub struct Made {
     pub stream: Option<Stream>,
     /// The guest ran, and is to run again.
     pub ran: bool,
+    /// The snapshot may be recorded.
+    pub registered: bool,
     /// The disks are on their overlays.
     pub switched: bool,
+    /// The storage hook was called.
+    pub storage: Option<Called>,
     /// How far the guest's own part has come, and who takes over should this process be killed.
     pub guarded: Guarded,
 }
 
 impl Made {
+    /// The memory image, which is made first.
+    pub fn image(&self) -> Result<&MemoryImage> {
+        self.image.as_ref().ok_or_else(|| Error::new(Code::InternalError, "there is no memory image yet"))
+    }
+
+    /// The stream, which is opened before QEMU is changed.
+    pub fn stream(&mut self) -> Result<&mut Stream> {
+        self.stream.as_mut().ok_or_else(|| Error::new(Code::InternalError, "there is no memory stream yet"))
+    }
+
     /// Puts everything back. `cause` is why; what cannot be put back is added to it.
-    pub fn undo(mut self, guest: &mut dyn Guest, cause: Error) -> Error {
+    pub fn undo(mut self, guest: &mut dyn Guest, cause: Error, clock: &mut Clock) -> Error {
         let mut left = Vec::new();
         let mut ended = false;
         let mut presence = self.insist(guest);
         if presence == Presence::Here {
-            ended = self.undo_online(guest, &mut left);
+            ended = self.undo_online(guest, &mut left, clock);
             if !left.is_empty() {
                 presence = guest.presence();
             }
@@ -57,6 +74,9 @@ impl Made {
                 // A QEMU that has ended takes its settings, its nodes and its migration with it.
                 left.clear();
                 ended = true;
+                if self.registered {
+                    left.extend(guest.withdraw().err().map(|error| error.message));
+                }
                 if self.overlays {
                     left.extend(guest.merge_and_discard_offline(self.switched).err().map(|error| error.message));
                 }
@@ -75,6 +95,8 @@ impl Made {
             }
         }
         left.extend(self.remove_files().err().map(|error| error.message));
+        // Last: a hook that is late is waited for.
+        left.extend(self.storage.take().and_then(|called| called.undo().err()).map(|error| error.message));
         left.into_iter().fold(cause, |cause, left| cause.and(left))
     }
 
@@ -94,7 +116,7 @@ impl Made {
     }
 
     /// Returns whether the migration has ended, as far as there was one.
-    fn undo_online(&mut self, guest: &mut dyn Guest, left: &mut Vec<String>) -> bool {
+    fn undo_online(&mut self, guest: &mut dyn Guest, left: &mut Vec<String>, clock: &mut Clock) -> bool {
         let mut note = |result: Result<()>| {
             let done = result.is_ok();
             left.extend(result.err().map(|error| error.message));
@@ -105,19 +127,32 @@ impl Made {
         let mut ended = true;
         if let Some(stream) = self.stream.as_ref().filter(|_| stage.is_migrating()) {
             note(stream.give_up(guest, mode));
+            if stage == Stage::Racing {
+                note(wait_resumable(guest));
+            }
             if stage.is_paused() {
                 // QEMU refuses it while it finishes a migration; then it is done below.
-                let _ = guest.resume(Deadline::after(PATIENCE));
+                if guest.resume(Deadline::after(PATIENCE)).is_ok() {
+                    clock.resumed(guest.last_pause());
+                }
             }
             ended = note(stream.wait_given_up(guest, mode));
         }
         // Again, where there was a migration: one that was given up while it set up has stopped the guest once more.
         if stage.is_paused() {
-            note(guest.resume(Deadline::after(PATIENCE)));
+            let resumed = guest.resume(Deadline::after(PATIENCE));
+            // Another client's save or dump, begun in the pause, lets nobody near the guest, and stops it at its end.
+            let again = ended && outlast_migration(guest) || resumed.is_err();
+            if note(if again { see_running(guest) } else { resumed }) {
+                clock.resumed(guest.last_pause());
+            }
         }
         if self.settings.is_some() {
             // Refused where it was never passed, and where a migration has taken it.
             let _ = commands::closefd(guest, FD_NAME, Deadline::after(PATIENCE));
+        }
+        if self.registered {
+            note(guest.withdraw());
         }
         let mut merged = true;
         if self.switched {
@@ -148,4 +183,22 @@ impl Made {
         }
         Ok(())
     }
+}
+
+/// Waits until there is no migration any more; whether there was one.
+fn outlast_migration(guest: &mut dyn Guest) -> bool {
+    let deadline = Deadline::after(STUBBORN);
+    let mut seen = false;
+    while deadline.left().is_some()
+        && commands::query_migrate(guest, Deadline::after(PATIENCE))
+            .is_ok_and(|migration| migration.progress() == Progress::UnderWay)
+    {
+        seen = true;
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    seen
+}
+
+fn see_running(guest: &mut dyn Guest) -> Result<()> {
+    if guest.status()?.running { Ok(()) } else { guest.resume(Deadline::after(STUBBORN)) }
 }

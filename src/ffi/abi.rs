@@ -8,7 +8,7 @@
 // Names are C's, and the header says what the fields are.
 #![allow(missing_docs, non_camel_case_types)]
 
-use core::ffi::{c_char, c_int};
+use core::ffi::{c_char, c_int, c_uint, c_void};
 use core::mem::{offset_of, size_of};
 
 /// A structure as the C compiler must see it.
@@ -50,13 +50,70 @@ macro_rules! structures {
             name: stringify!($name),
             size: size_of::<$name>(),
             fields: &[$(Field {
-                name: stringify!($field),
+                name: in_c(stringify!($field)),
                 offset: offset_of!($name, $field),
                 size: size_of::<$type>(),
             },)+],
         },)+];
     };
 }
+
+/// A field's name in C, where it is a word of Rust's.
+const fn in_c(name: &'static str) -> &'static str {
+    match name.as_bytes() {
+        [b'r', b'#', ..] => name.split_at(2).1,
+        _ => name,
+    }
+}
+
+macro_rules! constants {
+    ($($name:ident = $value:literal,)+) => {
+        $(pub const $name: u32 = $value;)+
+
+        /// Every constant of the header that is not libvirt's.
+        pub const CONSTANTS: &[(&str, u32)] = &[$((stringify!($name), $name),)+];
+    };
+}
+
+constants! {
+    INSTANTSNAP_PHASE_VALIDATE = 0,
+    INSTANTSNAP_PHASE_PLAN = 1,
+    INSTANTSNAP_PHASE_PREPARE = 2,
+    INSTANTSNAP_PHASE_PAUSE = 3,
+    INSTANTSNAP_PHASE_SWITCH = 4,
+    INSTANTSNAP_PHASE_ARM = 5,
+    INSTANTSNAP_PHASE_DRAIN = 6,
+    INSTANTSNAP_PHASE_FINISH = 7,
+    INSTANTSNAP_PHASE_UNDO = 8,
+    INSTANTSNAP_PHASE_ENDED = 9,
+    INSTANTSNAP_EVENT_PAUSED = 1,
+    INSTANTSNAP_EVENT_SWITCHED = 2,
+    INSTANTSNAP_EVENT_INSTANT = 3,
+    INSTANTSNAP_EVENT_PROGRESS = 4,
+    INSTANTSNAP_EVENT_COMPLETE = 5,
+    INSTANTSNAP_EVENT_FAILED = 6,
+    INSTANTSNAP_CREATE_AT_ONCE = 1,
+    INSTANTSNAP_DRIVER_RUNNING = 1,
+    INSTANTSNAP_DRIVER_PAUSED = 2,
+    INSTANTSNAP_DRIVER_SHUTOFF = 3,
+}
+
+/// A handle, as C sees it.
+pub type instantsnap_revert_plan = c_void;
+
+/// Is told of an event.
+pub type instantsnap_event_callback = Option<unsafe extern "C" fn(*const instantsnap_event, *mut c_void)>;
+
+/// Snapshots disks: 0 where it could.
+pub type instantsnap_storage_snapshot =
+    Option<unsafe extern "C" fn(*const instantsnap_storage_call, *mut c_void) -> c_int>;
+
+/// Undoes that.
+pub type instantsnap_storage_undo = Option<unsafe extern "C" fn(*const instantsnap_storage_call, *mut c_void)>;
+
+/// Names images, each by a string of malloc()'s: 0 where it could.
+pub type instantsnap_storage_revert =
+    Option<unsafe extern "C" fn(*const instantsnap_storage_call, *mut *mut c_char, *mut c_void) -> c_int>;
 
 structures! {
     /// Why the last failed call of a thread failed.
@@ -85,6 +142,76 @@ structures! {
         memory_image_bytes: u64,
         pause_from_events: u32,
         disks: u32,
+        setup_us: u64,
+        lost_pause_us: u64,
+        lost_tries: u32,
+        overlapped: u32,
+    }
+
+    /// An event.
+    #[derive(Default)]
+    struct instantsnap_event {
+        size: usize,
+        r#type: u32,
+        error_code: i32,
+        time_us: u64,
+        paused_us: u64,
+        bytes_done: u64,
+        bytes_total: u64,
+        bytes_per_second: u64,
+        pages_left: u64,
+    }
+
+    /// Where a job is.
+    #[derive(Default)]
+    struct instantsnap_job_info {
+        size: usize,
+        phase: u32,
+        instant: u32,
+        elapsed_us: u64,
+        paused_us: u64,
+        bytes_done: u64,
+        bytes_total: u64,
+        bytes_per_second: u64,
+        pages_left: u64,
+    }
+
+    /// How a snapshot is taken.
+    struct instantsnap_create_options {
+        size: usize,
+        callback: instantsnap_event_callback,
+        opaque: *mut c_void,
+        progress_interval_ms: u32,
+        flags: u32,
+    }
+
+    /// A disk that is left to the caller's storage.
+    struct instantsnap_storage_disk {
+        size: usize,
+        name: *const c_char,
+        source: *const c_char,
+        format: *const c_char,
+    }
+
+    /// What the caller's storage is called for.
+    struct instantsnap_storage_call {
+        size: usize,
+        snapshot: *const c_char,
+        disks: *const *const instantsnap_storage_disk,
+        disk_count: usize,
+        paused_us: u64,
+        deadline_us: u64,
+    }
+
+    /// The caller's storage.
+    struct instantsnap_storage_hook {
+        size: usize,
+        opaque: *mut c_void,
+        snapshot: instantsnap_storage_snapshot,
+        undo: instantsnap_storage_undo,
+        revert: instantsnap_storage_revert,
+        deadline_ms: u32,
+        reserved: u32,
     }
 
     /// One disk of a revert plan; the strings are the plan's.
@@ -94,5 +221,43 @@ structures! {
         file: *const c_char,
         format: *const c_char,
         backing_file: *const c_char,
+    }
+
+    /// A disk and its overlay; the strings are borrowed.
+    struct instantsnap_driver_disk {
+        size: usize,
+        name: *const c_char,
+        node: *const c_char,
+        overlay_node: *const c_char,
+        overlay: *const c_char,
+    }
+
+    /// What a driver does.
+    struct instantsnap_driver_ops {
+        size: usize,
+        monitor: Option<
+            unsafe extern "C" fn(*mut c_void, *const c_char, *const c_int, usize, c_uint, *mut *mut c_char) -> c_int,
+        >,
+        state: Option<unsafe extern "C" fn(*mut c_void) -> c_int>,
+        domain_xml: Option<unsafe extern "C" fn(*mut c_void) -> *mut c_char>,
+        state_dir: Option<unsafe extern "C" fn(*mut c_void) -> *mut c_char>,
+        record: Option<unsafe extern "C" fn(*mut c_void, *const c_char, *const c_char) -> c_int>,
+        forget: Option<unsafe extern "C" fn(*mut c_void, *const c_char) -> c_int>,
+        snapshot_xml: Option<unsafe extern "C" fn(*mut c_void, *const c_char) -> *mut c_char>,
+        current_snapshot: Option<unsafe extern "C" fn(*mut c_void) -> *mut c_char>,
+        pause: Option<unsafe extern "C" fn(*mut c_void, c_uint) -> c_int>,
+        resume: Option<unsafe extern "C" fn(*mut c_void, c_uint) -> c_int>,
+        switch_disks: Option<unsafe extern "C" fn(*mut c_void, *const instantsnap_driver_disk, usize, c_uint) -> c_int>,
+        disks_merged: Option<unsafe extern "C" fn(*mut c_void, *const instantsnap_driver_disk, usize)>,
+        begin_job: Option<unsafe extern "C" fn(*mut c_void) -> c_int>,
+        end_job: Option<unsafe extern "C" fn(*mut c_void)>,
+        lock: Option<unsafe extern "C" fn(*mut c_void)>,
+        unlock: Option<unsafe extern "C" fn(*mut c_void)>,
+        guard_socket: Option<unsafe extern "C" fn(*mut c_void) -> *mut c_char>,
+        report_error: Option<unsafe extern "C" fn(*mut c_void, c_int, c_int, *const c_char)>,
+        make_snapshot: Option<unsafe extern "C" fn(*mut c_void, *mut c_void, *const c_char) -> *mut c_void>,
+        snapshot_name: Option<unsafe extern "C" fn(*mut c_void, *mut c_void) -> *mut c_char>,
+        restart: Option<unsafe extern "C" fn(*mut c_void, *const instantsnap_revert_plan) -> c_int>,
+        storage_hook: *const instantsnap_storage_hook,
     }
 }

@@ -6,11 +6,12 @@
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use once_cell::sync::Lazy;
 
 use crate::error::{Code, Error, Result};
+use crate::sys;
 
 /// The live handles of one type.
 pub struct Registry<T> {
@@ -61,7 +62,7 @@ impl<T> Registry<T> {
     }
 
     fn lock(&self) -> MutexGuard<'_, HashMap<usize, Arc<T>>> {
-        self.live.lock().unwrap_or_else(PoisonError::into_inner)
+        sys::lock(&self.live)
     }
 }
 

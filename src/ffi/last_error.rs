@@ -37,7 +37,7 @@ static NOTHING: Nothing = Nothing(instantsnap_error { code: 0, domain: DOMAIN, m
 pub fn set(error: Error) {
     // A message is made of what QEMU and the system say; a NUL in it would be theirs.
     let message = CString::new(error.message.replace('\0', "\\0")).unwrap_or_default();
-    let _ = LAST.try_with(|last| *last.borrow_mut() = boxed(error.code as i32, message));
+    let _ = LAST.try_with(|last| *last.borrow_mut() = boxed(error.number(), message));
 }
 
 /// The error of this thread; valid until its next one.

@@ -1,6 +1,6 @@
 //! `instantsnap-libvirt.h`: the entry points of libvirt's qemu driver, by its own names.
 //!
-//! `vm` decides: ours, a client's (NULL), or a driver's own object.
+//! `vm` decides: ours, a client's (NULL: `client`), or a driver's own object.
 
 use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
 use std::ptr;
@@ -8,9 +8,9 @@ use std::ptr;
 use super::handles::is_handle;
 use super::header::{instantsnap_guest, instantsnap_snapshot};
 use super::native::{self, GUESTS, SNAPSHOTS, Snapshot};
-use super::{boundary, text};
+use super::{boundary, client, driver, text};
 use crate::error::{Result, fail};
-use crate::flags::{self, delete};
+use crate::flags;
 
 /// `virDomainObj`, which is libvirt's affair.
 type DomainObj = c_void;
@@ -18,7 +18,8 @@ type DomainObj = c_void;
 /// `qemuSnapshotCreateXML`.
 ///
 /// # Safety
-/// `xml` is NULL or NUL-terminated. Unless `vm` is ours or NULL, everything is as libvirt's own function wants it.
+/// `xml` is NULL or NUL-terminated, `domain` NULL or libvirt's. Unless `vm` is ours or NULL, everything is as libvirt's own
+/// function wants it.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn qemuSnapshotCreateXML(
     domain: *mut c_void,
@@ -27,12 +28,20 @@ pub unsafe extern "C" fn qemuSnapshotCreateXML(
     flags: c_uint,
 ) -> *mut c_void {
     type Function = unsafe extern "C" fn(*mut c_void, *mut DomainObj, *const c_char, c_uint) -> *mut c_void;
+    // SAFETY: by the caller's promise.
+    if let Some(snapshot) = unsafe { driver::create(domain, vm, xml, flags) } {
+        return snapshot;
+    }
     if !is_ours_or_null(vm)
         && flags & flags::INSTANT == 0
         && let Some(next) = next_definition(c"qemuSnapshotCreateXML")
     {
         // SAFETY: the next definition of this symbol has libvirt's signature, and the arguments are its caller's.
         return unsafe { std::mem::transmute::<*mut c_void, Function>(next)(domain, vm, xml, flags) };
+    }
+    if vm.is_null() {
+        // SAFETY: by the caller's promise.
+        return unsafe { client::create(domain, xml, flags) };
     }
     boundary(ptr::null_mut(), || {
         check_vm(vm)?;
@@ -48,12 +57,19 @@ pub unsafe extern "C" fn qemuSnapshotCreateXML(
 /// `qemuSnapshotRevert`.
 ///
 /// # Safety
-/// Unless `vm` is ours or NULL, everything is as libvirt's own function wants it.
+/// Unless `vm` is ours, everything is as libvirt's own function wants it.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn qemuSnapshotRevert(vm: *mut DomainObj, snapshot: *mut c_void, flags: c_uint) -> c_int {
+    if let Some(result) = driver::revert(vm, snapshot, flags) {
+        return result;
+    }
     // SAFETY: by the caller's promise.
     if let Some(result) = unsafe { forward(c"qemuSnapshotRevert", vm, snapshot, flags) } {
         return result;
+    }
+    if vm.is_null() {
+        // SAFETY: by the caller's promise.
+        return unsafe { client::revert(snapshot, flags) };
     }
     boundary(-1, || {
         check_vm(vm)?;
@@ -67,37 +83,27 @@ pub unsafe extern "C" fn qemuSnapshotRevert(vm: *mut DomainObj, snapshot: *mut c
 /// `qemuSnapshotDelete`.
 ///
 /// # Safety
-/// Unless `vm` is ours or NULL, everything is as libvirt's own function wants it.
+/// Unless `vm` is ours, everything is as libvirt's own function wants it.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn qemuSnapshotDelete(vm: *mut DomainObj, snapshot: *mut c_void, flags: c_uint) -> c_int {
+    if let Some(result) = driver::delete(vm, snapshot, flags) {
+        return result;
+    }
     // SAFETY: by the caller's promise.
     if let Some(result) = unsafe { forward(c"qemuSnapshotDelete", vm, snapshot, flags) } {
         return result;
+    }
+    if vm.is_null() {
+        // SAFETY: by the caller's promise.
+        return unsafe { client::delete(snapshot, flags) };
     }
     boundary(-1, || {
         check_vm(vm)?;
         let guest = GUESTS.get(vm.cast::<instantsnap_guest>())?;
         let name = SNAPSHOTS.get(snapshot.cast::<instantsnap_snapshot>())?;
-        let known = delete::CHILDREN | delete::METADATA_ONLY | delete::CHILDREN_ONLY;
-        if flags & !known != 0 {
-            fail!(InvalidArg, "unsupported flags (0x{:x}): not a snapshot deletion flag", flags & !known);
-        }
-        if flags & delete::CHILDREN != 0 && flags & delete::CHILDREN_ONLY != 0 {
-            fail!(
-                InvalidArg,
-                "flags 'VIR_DOMAIN_SNAPSHOT_DELETE_CHILDREN' and 'VIR_DOMAIN_SNAPSHOT_DELETE_CHILDREN_ONLY' are mutually \
-                 exclusive"
-            );
-        }
-        if flags != delete::METADATA_ONLY {
-            fail!(
-                OperationUnsupported,
-                "deleting a snapshot of this guest is supported with just VIR_DOMAIN_SNAPSHOT_DELETE_METADATA_ONLY yet"
-            );
-        }
         // SAFETY: it is NUL-terminated, and `name` holds it.
         let name = unsafe { text("snapshot", name.name.as_ptr()) }?;
-        guest.store().forget(name).map(|()| 0)
+        guest.delete(name, flags).map(|()| 0)
     })
 }
 
@@ -106,13 +112,10 @@ fn is_ours_or_null(vm: *mut DomainObj) -> bool {
 }
 
 fn check_vm(vm: *mut DomainObj) -> Result<()> {
-    if vm.is_null() {
-        fail!(OperationUnsupported, "snapshots as a client of a stock libvirt (vm is NULL) are not supported yet");
-    }
     if !is_handle(vm) {
         fail!(
             OperationUnsupported,
-            "vm is not a guest of instantsnap_open_qmp(); a driver's own domain objects are not supported yet"
+            "vm is not a guest of instantsnap_open_qmp(), and no driver is registered (instantsnap_register_driver())"
         );
     }
     GUESTS.get(vm.cast::<instantsnap_guest>()).map(drop)

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use super::header::{instantsnap_guest, instantsnap_revert_plan, instantsnap_snapshot};
 use super::{Registry, abi, boundary, c_string, fill, last_error, optional_text, text};
-use crate::engine::{self, Handle, Phase, RevertPlan, Stats};
+use crate::engine::{self, Handle, Overlap, Phase, RevertPlan, Stats};
 use crate::error::{Result, fail};
 
 pub(super) static GUESTS: Registry<Handle> = Registry::new("guest");
@@ -121,6 +121,15 @@ pub extern "C" fn instantsnap_set_pause_limit(guest: *mut instantsnap_guest, mil
     })
 }
 
+/// `instantsnap_set_overlap_tries`.
+#[unsafe(no_mangle)]
+pub extern "C" fn instantsnap_set_overlap_tries(guest: *mut instantsnap_guest, tries: c_uint) -> c_int {
+    boundary(-1, || {
+        GUESTS.get(guest)?.set_overlap(Overlap { tries, ..Overlap::default() });
+        Ok(0)
+    })
+}
+
 /// `instantsnap_snapshot_create_xml`.
 ///
 /// # Safety
@@ -151,7 +160,7 @@ pub(super) unsafe fn create(guest: *mut instantsnap_guest, xml: *const c_char, f
     let guest = GUESTS.get(guest)?;
     // SAFETY: by the caller's promise.
     let xml = unsafe { text("xml", xml) }?;
-    c_string(guest.create(xml, flags, &mut ())?.name)
+    c_string(guest.create(xml, flags, &mut ())?)
 }
 
 /// `instantsnap_snapshot_cancel`.
@@ -179,8 +188,11 @@ pub unsafe extern "C" fn instantsnap_get_stats(
     })
 }
 
-fn convert_stats(stats: &Stats) -> abi::instantsnap_stats {
-    let micros = |duration: Duration| u64::try_from(duration.as_micros()).unwrap_or(u64::MAX);
+pub(super) fn micros(duration: Duration) -> u64 {
+    u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
+}
+
+pub(super) fn convert_stats(stats: &Stats) -> abi::instantsnap_stats {
     let phase = |phase| micros(stats.phase(phase));
     let mut converted = abi::instantsnap_stats {
         size: size_of::<abi::instantsnap_stats>(),
@@ -199,6 +211,10 @@ fn convert_stats(stats: &Stats) -> abi::instantsnap_stats {
         memory_image_bytes: stats.memory_image_bytes,
         pause_from_events: matches!(stats.paused, Some((_, engine::By::Events))).into(),
         disks: stats.disks as u32,
+        setup_us: micros(stats.setup),
+        lost_pause_us: micros(stats.lost_pause),
+        lost_tries: stats.lost,
+        overlapped: stats.overlapped.into(),
     };
     // The sum of what is told, each part of it cut to whole microseconds.
     converted.total_us = [
@@ -227,8 +243,8 @@ pub unsafe extern "C" fn instantsnap_snapshot_list(
     names: *mut *mut *mut c_char,
 ) -> c_int {
     boundary(-1, || {
-        let records = GUESTS.get(guest)?.store().list()?;
-        let list = records.into_iter().map(|record| c_string(record.name)).collect::<Result<Vec<_>>>()?;
+        let known = GUESTS.get(guest)?.catalog().names()?;
+        let list = known.into_iter().map(c_string).collect::<Result<Vec<_>>>()?;
         let count = list.len() as c_int;
         if !names.is_null() {
             let ended = list.into_iter().map(CString::into_raw).chain([ptr::null_mut()]);
@@ -253,14 +269,14 @@ pub unsafe extern "C" fn instantsnap_snapshot_get_xml(
         let guest = GUESTS.get(guest)?;
         // SAFETY: by the caller's promise.
         let name = unsafe { text("name", name) }?;
-        Ok(c_string(guest.store().read(name)?.to_xml())?.into_raw())
+        Ok(c_string(guest.catalog().xml(name)?)?.into_raw())
     })
 }
 
 /// `instantsnap_snapshot_current`.
 #[unsafe(no_mangle)]
 pub extern "C" fn instantsnap_snapshot_current(guest: *mut instantsnap_guest) -> *mut c_char {
-    boundary(ptr::null_mut(), || match GUESTS.get(guest)?.store().current()? {
+    boundary(ptr::null_mut(), || match GUESTS.get(guest)?.catalog().current()? {
         Some(name) => Ok(c_string(name)?.into_raw()),
         None => fail!(NoDomainSnapshot, "the guest does not have a current snapshot"),
     })
@@ -280,9 +296,13 @@ pub unsafe extern "C" fn instantsnap_snapshot_prepare_revert(
         // SAFETY: by the caller's promise.
         let (state_dir, name, directory) =
             unsafe { (text("state_dir", state_dir)?, text("name", name)?, optional_text("directory", directory)?) };
-        let plan = engine::prepare_revert(Path::new(state_dir), name, directory.map(Path::new))?;
-        Ok(PLANS.add(convert_plan(plan)?))
+        add_plan(engine::prepare_revert(Path::new(state_dir), name, directory.map(Path::new))?)
     })
+}
+
+/// Makes a handle of a plan.
+pub(super) fn add_plan(plan: RevertPlan) -> Result<*mut instantsnap_revert_plan> {
+    Ok(PLANS.add(convert_plan(plan)?))
 }
 
 fn convert_plan(plan: RevertPlan) -> Result<Plan> {
@@ -299,6 +319,26 @@ fn convert_plan(plan: RevertPlan) -> Result<Plan> {
         memory_file: c_string(plan.memory_file)?,
         domain_xml: c_string(plan.domain_xml)?,
     })
+}
+
+/// A handle of a plan, for as long as this is there.
+pub(super) struct Borrowed(*mut instantsnap_revert_plan);
+
+impl Borrowed {
+    pub(super) fn plan(plan: &RevertPlan) -> Result<Borrowed> {
+        add_plan(plan.clone()).map(Borrowed)
+    }
+
+    pub(super) fn handle<C>(&self) -> *const C {
+        self.0.cast_const().cast()
+    }
+}
+
+impl Drop for Borrowed {
+    fn drop(&mut self) {
+        // The callback can have freed it itself.
+        let _ = PLANS.remove(self.0);
+    }
 }
 
 /// `instantsnap_revert_plan_disk_count`.
@@ -370,6 +410,24 @@ pub unsafe extern "C" fn instantsnap_snapshot_load(
         // SAFETY: by the caller's promise.
         let name = unsafe { text("name", name) }?;
         guest.load(name, flags).map(|()| 0)
+    })
+}
+
+/// `instantsnap_snapshot_delete`.
+///
+/// # Safety
+/// `name` is NULL or NUL-terminated.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn instantsnap_snapshot_delete(
+    guest: *mut instantsnap_guest,
+    name: *const c_char,
+    flags: c_uint,
+) -> c_int {
+    boundary(-1, || {
+        let guest = GUESTS.get(guest)?;
+        // SAFETY: by the caller's promise.
+        let name = unsafe { text("name", name) }?;
+        guest.delete(name, flags).map(|()| 0)
     })
 }
 

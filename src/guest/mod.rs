@@ -3,35 +3,115 @@
 //! A [`Connector`] is a guest that was opened; it hands out a [`Guest`], exclusive to one operation, for as long as that
 //! operation takes. The engine does everything else, over these two traits.
 
+pub mod driver;
+mod exclusive;
+mod foreign;
+mod images;
+pub mod libvirt;
+pub mod overlay_file;
 pub mod qmp;
 
 use std::os::fd::BorrowedFd;
+use std::path::PathBuf;
 use std::time::Duration;
 
-use crate::error::Result;
+use serde_json::Value;
+
+use crate::error::{Result, fail};
+use crate::flags::Flags;
 use crate::monitor::commands::Status;
 use crate::monitor::{Deadline, Execute};
-use crate::snapshot::domain::{Domain, Machine};
-use crate::snapshot::{DiskPlan, Drive, Store};
+use crate::snapshot::{DiskPlan, Drive, Record, Reservation, Store};
 
+pub use driver::DriverConnector;
+pub use libvirt::LibvirtConnector;
 pub use qmp::QmpConnector;
 
 /// Commands outside the pause get this long: QEMU may be busy, but then it hangs.
 pub const PATIENCE: Duration = Duration::from_secs(30);
+
+/// The oldest of the newer QEMUs whose behaviour was measured, where it differs from 7.2's.
+const MEASURED: (u64, u64) = (10, 0);
+/// The first QEMU with background snapshots.
+const OLDEST: (u64, u64) = (6, 0);
 
 /// A guest that was opened.
 pub trait Connector: Send + Sync {
     /// The flags that this way in has built.
     fn built_flags(&self) -> u32;
 
-    /// Where its snapshots are recorded.
-    fn store(&self) -> &Store;
+    /// Its snapshots' metadata.
+    fn catalog(&self) -> &dyn Catalog;
 
-    /// Its `<domain>` XML, where it is known.
-    fn domain(&self) -> Option<&Domain>;
+    /// The state directory, where its snapshots are recorded by us.
+    fn store(&self) -> Option<&Store>;
+
+    /// Holds the name of a snapshot to be made: this one, or, if none is given, one made of the time.
+    fn reserve(&self, name: Option<&str>) -> Result<Reserved>;
+
+    /// A snapshot without INSTANT, or of a guest that does not run, where that is somebody else's affair; its name.
+    fn delegate(&self, _xml: &str, _flags: u32) -> Option<Result<String>> {
+        None
+    }
 
     /// Takes the guest for one operation. Another's operation on it is `OperationInvalid`.
     fn begin(&self) -> Result<Box<dyn Guest + '_>>;
+
+    /// Deletes a snapshot, its files included unless the flags say otherwise.
+    fn delete(&self, name: &str, flags: u32) -> Result<()>;
+}
+
+/// The metadata of a guest's snapshots.
+pub trait Catalog {
+    /// Their names, a parent before its children.
+    fn names(&self) -> Result<Vec<String>>;
+
+    /// `<domainsnapshot>` of one.
+    fn xml(&self, name: &str) -> Result<String>;
+
+    /// The current one.
+    fn current(&self) -> Result<Option<String>>;
+
+    /// Forgets one; its files stay.
+    fn forget(&self, name: &str) -> Result<()>;
+}
+
+impl Catalog for Store {
+    fn names(&self) -> Result<Vec<String>> {
+        Ok(self.list()?.into_iter().map(|record| record.name).collect())
+    }
+
+    fn xml(&self, name: &str) -> Result<String> {
+        Ok(self.read(name)?.to_xml())
+    }
+
+    fn current(&self) -> Result<Option<String>> {
+        Store::current(self)
+    }
+
+    fn forget(&self, name: &str) -> Result<()> {
+        Store::forget(self, name)
+    }
+}
+
+/// A name that is held for a snapshot to be made.
+#[derive(Debug)]
+pub struct Reserved {
+    /// The name.
+    pub name: String,
+    /// Where memory goes unless the caller says.
+    pub memory_file: Option<PathBuf>,
+    /// What holds it in a state directory.
+    held: Option<Reservation>,
+}
+
+impl Reserved {
+    /// Holds it in a state directory, where memory goes too.
+    fn in_store(store: &Store, name: Option<&str>) -> Result<Reserved> {
+        let held = store.reserve(name)?;
+        let memory_file = Some(store.path(&format!("{}.mem", held.name)));
+        Ok(Reserved { name: held.name.clone(), memory_file, held: Some(held) })
+    }
 }
 
 /// Whether there is still somebody to talk to.
@@ -45,6 +125,50 @@ pub enum Presence {
     Silent,
 }
 
+/// What a memory image says of the guest.
+#[derive(Clone, Debug)]
+pub struct Description {
+    /// `<domain>`, with the images that the snapshot will hold.
+    pub domain_xml: String,
+    /// libvirt's `<cookie>`, where it needs one.
+    pub cookie: Option<String>,
+    /// A file whose owner the memory image is to have, where that is not the caller.
+    pub owner: Option<PathBuf>,
+}
+
+/// How a process that outlives this one can act for it.
+pub enum Deputy<'a> {
+    /// Not at all.
+    Nobody,
+    /// By the monitor's socket, which only this operation uses.
+    Monitor(BorrowedFd<'a>),
+    /// By programs.
+    Programs(MakeErrands<'a>),
+}
+
+/// Makes the programs, given the QMP commands that put the migration settings back.
+pub type MakeErrands<'a> = Box<dyn Fn(&[(&str, Value)]) -> Errands + 'a>;
+
+/// Programs to be run for a process that has ended.
+#[derive(Clone, Debug)]
+pub struct Errands {
+    /// Resumes the guest.
+    pub resume: Errand,
+    /// Put everything back but the disks.
+    pub restore: Vec<Errand>,
+    /// Merge one overlay each, if it is in use, and fail if it was not.
+    pub merge: Vec<Errand>,
+}
+
+/// A program.
+#[derive(Clone, Debug)]
+pub struct Errand {
+    /// Its absolute path, and its arguments.
+    pub words: Vec<String>,
+    /// A file that is removed once it has succeeded.
+    pub then_remove: Option<PathBuf>,
+}
+
 /// A guest during one operation.
 pub trait Guest: Execute {
     /// Its state.
@@ -53,11 +177,25 @@ pub trait Guest: Execute {
     /// Its drives that have a medium and a device.
     fn drives(&mut self) -> Result<Vec<Drive>>;
 
-    /// Itself, where no domain XML is known.
-    fn machine(&mut self) -> Result<Machine>;
+    /// Itself, for its memory image.
+    fn describe(&mut self, drives: &[Drive]) -> Result<Description>;
+
+    /// Takes the order: a snapshot of this name, by these flags. An error where this guest cannot have it.
+    fn accept(&mut self, _name: &str, _flags: Flags) -> Result<()> {
+        Ok(())
+    }
 
     /// Refuses a guest whose RAM another process writes: its pages would be saved younger than the instant.
     fn check_memory_is_its_own(&mut self) -> Result<()>;
+
+    /// What stands for this run of it, in this process.
+    fn identity(&self) -> String;
+
+    /// QEMU's process, where it is known.
+    fn pid(&self) -> Option<u32>;
+
+    /// Whether others can resume it, save it or the like while we have it.
+    fn is_shared(&self) -> bool;
 
     /// Whether a background snapshot leaves a paused guest paused.
     fn background_keeps_paused(&self) -> bool;
@@ -65,7 +203,18 @@ pub trait Guest: Execute {
     /// Whether a background snapshot that is cancelled once it is armed leaves the guest's memory writable.
     fn background_can_be_cancelled(&self) -> bool;
 
-    /// Creates the overlays, ready to be switched to. Files that exist are an error, and not touched.
+    /// Whether copies of UEFI variables are part of a snapshot here, and not only there to be compared.
+    fn keeps_firmware_copies(&self) -> bool {
+        true
+    }
+
+    /// Whether whoever has the record of a snapshot knows what to do with disks that were left to others.
+    fn records_manual_disks(&self) -> bool {
+        true
+    }
+
+    /// Creates the overlays, ready to be switched to. Files that exist are an error, and not touched, unless the plan is to
+    /// use them.
     fn create_overlays(&mut self, disks: &[DiskPlan]) -> Result<()>;
 
     /// Stops the vCPUs.
@@ -78,7 +227,29 @@ pub trait Guest: Execute {
     fn resume(&mut self, deadline: Deadline) -> Result<()>;
 
     /// The last pause as the guest had it, by QEMU's own time stamps.
-    fn last_pause(&mut self) -> Option<Duration>;
+    fn last_pause(&mut self) -> Option<Duration> {
+        None
+    }
+
+    /// Records the snapshot the moment it is taken, where its record has to be there before it is complete.
+    fn register(&mut self, _record: &Record) -> Result<()> {
+        Ok(())
+    }
+
+    /// Looks whether what was recorded, and the disks' chains, still are what they should be; the snapshot is complete.
+    fn confirm(&mut self) -> Result<()> {
+        Ok(())
+    }
+
+    /// Records a complete snapshot; what was recorded is returned.
+    fn commit(&mut self, _reserved: &Reserved, record: Record) -> Result<Record> {
+        Ok(record)
+    }
+
+    /// Undoes the record.
+    fn withdraw(&mut self) -> Result<()> {
+        Ok(())
+    }
 
     /// Undoes the switch: what the guest wrote since is merged into the images, which are active again. Does nothing where
     /// nothing was switched, as far as QEMU knows.
@@ -90,12 +261,20 @@ pub trait Guest: Execute {
     /// The same as the last two for a QEMU that has ended. `switched`: the disks may be on their overlays.
     fn merge_and_discard_offline(&mut self, switched: bool) -> Result<()>;
 
-    /// The monitor's socket, where it is one that only this operation uses.
-    fn monitor_socket(&self) -> Option<BorrowedFd<'_>>;
+    /// Who can act for this process once it has ended, while it takes the snapshot of this name.
+    fn deputy<'a>(&'a self, snapshot: &'a str) -> Deputy<'a>;
 
     /// Ends the guest.
     fn halt(&mut self) -> Result<()>;
 
     /// Whether QEMU is there; reconnects if the connection was lost.
     fn presence(&mut self) -> Presence;
+}
+
+fn check_version(version: (u64, u64)) -> Result<()> {
+    if version < OLDEST {
+        let (major, minor) = version;
+        fail!(ConfigUnsupported, "QEMU {major}.{minor} is too old: background snapshots need 6.0 or later");
+    }
+    Ok(())
 }

@@ -3,7 +3,7 @@
 //! ```text
 //! 0    magic     LibvirtQemudPart while incomplete, LibvirtQemudSave when complete
 //! 16   u32       version (2), data_len, was_running, format (0: raw), cookie offset (0: none), 14 unused
-//! 92   data_len  domain XML with its NUL, then zeros
+//! 92   data_len  domain XML with its NUL, the cookie with its NUL where there is one, then zeros
 //! ...            QEMU's migration stream
 //! ```
 //!
@@ -28,6 +28,13 @@ const LONGEST: u32 = 64 << 20;
 /// The stream begins on a boundary, for whoever moves it by pages.
 const ALIGN: usize = 4096;
 
+/// What a memory image is called from when its snapshot is being deleted on: nobody goes back to that one any more.
+pub fn deleting(memory: &Path) -> PathBuf {
+    let mut name = memory.as_os_str().to_owned();
+    name.push(".deleting");
+    name.into()
+}
+
 /// A memory image that is being written.
 #[derive(Debug)]
 pub struct MemoryImage {
@@ -38,8 +45,9 @@ pub struct MemoryImage {
 
 impl MemoryImage {
     /// Creates the file, mode 0600, marked partial. A file that exists is an error, and not touched.
-    pub fn create(path: &Path, domain_xml: &str, was_running: bool) -> Result<MemoryImage> {
-        let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path);
+    /// `cookie` is what libvirt needs to know besides.
+    pub fn create(path: &Path, domain_xml: &str, cookie: Option<&str>, was_running: bool) -> Result<MemoryImage> {
+        let file = OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(path);
         let file = match file {
             Ok(file) => file,
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => fail!(
@@ -51,14 +59,19 @@ impl MemoryImage {
                 return Err(Error::system(format!("cannot create memory snapshot file '{}'", path.display()), error));
             }
         };
-        let begin = (HEADER + domain_xml.len() + 1 + ROOM).next_multiple_of(ALIGN);
+        let texts = domain_xml.len() + 1 + cookie.map_or(0, |cookie| cookie.len() + 1);
+        let cookie_offset = if cookie.is_some() { domain_xml.len() as u32 + 1 } else { 0 };
+        let begin = (HEADER + texts + ROOM).next_multiple_of(ALIGN);
         let mut head = Vec::with_capacity(begin);
         head.extend_from_slice(PARTIAL);
-        for number in [VERSION, (begin - HEADER) as u32, was_running.into(), 0, 0] {
+        for number in [VERSION, (begin - HEADER) as u32, was_running.into(), 0, cookie_offset] {
             head.extend_from_slice(&number.to_ne_bytes());
         }
         head.resize(HEADER, 0);
-        head.extend_from_slice(domain_xml.as_bytes());
+        for text in [Some(domain_xml), cookie].into_iter().flatten() {
+            head.extend_from_slice(text.as_bytes());
+            head.push(0);
+        }
         head.resize(begin, 0);
         if let Err(error) = file.write_all_at(&head, 0) {
             let _ = sys::remove_file(path);
@@ -80,6 +93,44 @@ impl MemoryImage {
     /// The file, for a drain to write to.
     pub fn file(&self) -> Result<File> {
         self.file.try_clone().map_err(|error| Error::system("cannot duplicate a file descriptor", error))
+    }
+
+    /// Cuts off what there is of a stream.
+    pub fn discard_stream(&self) -> Result<()> {
+        self.file.set_len(self.stream_offset).map_err(|error| {
+            Error::system(format!("cannot truncate memory snapshot file '{}'", self.path.display()), error)
+        })
+    }
+
+    /// Whether the guest's vCPUs ran when QEMU began to save its devices, which for a background snapshot is the instant.
+    /// QEMU notes the state that it found, as a device; devices come last in the stream. False where it makes no such note.
+    pub fn ran_at_instant(&self) -> Result<bool> {
+        self.look_for_state().map_err(|error| {
+            Error::system(format!("cannot read memory snapshot file '{}'", self.path.display()), error)
+        })
+    }
+
+    fn look_for_state(&self) -> io::Result<bool> {
+        /// A section's name with its length, its instance and its version; then the length of the text, and the text.
+        const STATE: &[u8] = b"\x0bglobalstate\0\0\0\0\0\0\0\x01\0\0\0";
+        const PIECE: u64 = 1 << 20;
+        let mut end = self.file.metadata()?.len();
+        let mut piece = Vec::new();
+        while end > self.stream_offset {
+            let begin = end.saturating_sub(PIECE).max(self.stream_offset);
+            // The pieces overlap by what is looked for, and what follows it.
+            let length = (end - begin) as usize;
+            let overlap = piece.len().min(2 * STATE.len());
+            piece.truncate(overlap);
+            piece.splice(..0, std::iter::repeat_n(0, length));
+            self.file.read_exact_at(&mut piece[..length], begin)?;
+            if let Some(at) = piece.windows(STATE.len()).rposition(|window| window == STATE) {
+                // After the length's last byte.
+                return Ok(piece[at + STATE.len() + 1..].starts_with(b"running\0"));
+            }
+            end = begin;
+        }
+        Ok(false)
     }
 
     /// The stream is whole: puts it on disk, and only then marks the image complete.
@@ -110,12 +161,23 @@ pub struct Image {
 }
 
 impl Image {
+    /// Whether a file begins as a complete image does; its stream may be compressed.
+    pub fn is_complete(mut file: impl Read) -> bool {
+        let mut magic = [0; COMPLETE.len()];
+        file.read_exact(&mut magic).is_ok() && magic == *COMPLETE
+    }
+
     /// Opens a complete, uncompressed image.
     pub fn open(path: &Path) -> Result<Image> {
         let damaged = |what: &str| {
             Error::new(Code::InvalidDomainSnapshot, format!("memory snapshot file '{}' {what}", path.display()))
         };
-        let mut file = File::open(path).map_err(|error| damaged(&format!("cannot be opened: {error}")))?;
+        let mut file = File::open(path).map_err(|error| match error.kind() {
+            io::ErrorKind::NotFound if deleting(path).exists() => {
+                damaged("is gone, because its snapshot is being deleted: if that was cut short, delete it again")
+            }
+            _ => damaged(&format!("cannot be opened: {error}")),
+        })?;
         let mut header = [0; HEADER];
         file.read_exact(&mut header).map_err(|_| damaged("is too short"))?;
         if &header[..16] == PARTIAL {

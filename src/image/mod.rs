@@ -9,7 +9,7 @@ mod file;
 
 pub use drain::{Drain, throw_away};
 pub use feed::Feed;
-pub use file::{Image, MemoryImage};
+pub use file::{Image, MemoryImage, deleting};
 
 use std::os::fd::OwnedFd;
 

@@ -16,7 +16,7 @@ use rustix::net::{
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use serde_json::{Value, json};
 
-use super::{Command, Deadline, Event, Execute, Failure};
+use super::{Command, Deadline, Event, Execute, Failure, read_reply};
 use crate::error::{Code, Error, Result, fail};
 use crate::sys;
 
@@ -49,6 +49,17 @@ pub struct Peer {
 }
 
 impl Peer {
+    /// The one behind a monitor that somebody else has, where it can be seen from here: QEMU knows its vCPUs' threads by the
+    /// numbers that /proc has them by.
+    pub fn by_its_threads(qemu: &mut dyn Execute, deadline: Deadline) -> Option<Peer> {
+        let vcpus = qemu.execute(Command::new("query-cpus-fast", json!({})), deadline).ok()?;
+        let threads: Vec<_> = vcpus.as_array()?.iter().filter_map(|vcpu| vcpu["thread-id"].as_u64()).collect();
+        let status = std::fs::read_to_string(format!("/proc/{}/status", threads.first()?)).ok()?;
+        let pid: u32 = status.lines().find_map(|line| line.strip_prefix("Tgid:"))?.trim().parse().ok()?;
+        let all = threads.iter().all(|thread| Path::new(&format!("/proc/{pid}/task/{thread}")).exists());
+        open_qemu(pid).filter(|_| all)
+    }
+
     /// Whether it has ended; a zombie has.
     pub fn has_ended(&self) -> bool {
         let mut fds = [PollFd::new(&self.pidfd, PollFlags::IN)];
@@ -84,7 +95,7 @@ impl Monitor {
             Err(Failure::Lost(reason)) => return Err(not_qmp(&reason)),
             Err(Failure::Refused(..)) => unreachable!("reading refuses nothing"),
         };
-        let greeting: Value = serde_json::from_slice(&greeting).map_err(|_| not_qmp("what it sends is not JSON"))?;
+        let greeting: Value = super::json::parse(&greeting).map_err(|_| not_qmp("what it sends is not JSON"))?;
         let version = &greeting["QMP"]["version"]["qemu"];
         let (Some(major), Some(minor)) = (version["major"].as_u64(), version["minor"].as_u64()) else {
             return Err(not_qmp("it sends no QMP greeting"));
@@ -92,21 +103,13 @@ impl Monitor {
         monitor.version = (major, minor);
         monitor.run("cannot begin QMP", Command::new("qmp_capabilities", json!({})), deadline)?;
         if monitor.qemu.is_none() {
-            monitor.qemu = monitor.qemu_by_its_threads(deadline);
+            // Another process listens on it. Where that one cannot be seen from here, QEMU cannot either.
+            monitor.qemu = match sys::peer_pid(monitor.socket.as_fd()) {
+                Some(_) => Peer::by_its_threads(&mut monitor, deadline),
+                None => None,
+            };
         }
         Ok(monitor)
-    }
-
-    /// Who is behind a socket that another process listens on, where that one can be seen from here: QEMU knows its vCPUs'
-    /// threads by the numbers that /proc has them by.
-    fn qemu_by_its_threads(&mut self, deadline: Deadline) -> Option<Peer> {
-        sys::peer_pid(self.socket.as_fd())?;
-        let vcpus = self.execute(Command::new("query-cpus-fast", json!({})), deadline).ok()?;
-        let threads: Vec<_> = vcpus.as_array()?.iter().filter_map(|vcpu| vcpu["thread-id"].as_u64()).collect();
-        let status = std::fs::read_to_string(format!("/proc/{}/status", threads.first()?)).ok()?;
-        let pid: u32 = status.lines().find_map(|line| line.strip_prefix("Tgid:"))?.trim().parse().ok()?;
-        let all = threads.iter().all(|thread| Path::new(&format!("/proc/{pid}/task/{thread}")).exists());
-        open_qemu(pid).filter(|_| all)
     }
 
     /// The events that have come since the last call.
@@ -179,10 +182,7 @@ impl Monitor {
     }
 
     fn keep_event(&mut self, message: &Value) {
-        let Some(name) = message["event"].as_str() else { return };
-        let part = |part| message["timestamp"][part].as_u64().unwrap_or_default();
-        let time = Duration::from_secs(part("seconds")) + Duration::from_micros(part("microseconds"));
-        self.events.push_back(Event { name: name.into(), time });
+        self.events.extend(Event::read(message));
     }
 }
 
@@ -195,7 +195,7 @@ impl Execute for Monitor {
         self.send(line.as_bytes(), command.fd, deadline)?;
         loop {
             let line = self.read_line(LONGEST_LINE, deadline)?;
-            let Ok(mut message) = serde_json::from_slice::<Value>(&line) else {
+            let Ok(mut message) = super::json::parse(&line) else {
                 return Err(Failure::Lost("it sent what is not JSON".into()));
             };
             if message["id"] != json!(id) {
@@ -203,11 +203,7 @@ impl Execute for Monitor {
                 self.keep_event(&message);
                 continue;
             }
-            if let Some(result) = message.get_mut("return") {
-                return Ok(result.take());
-            }
-            let text = |part: &str| message["error"][part].as_str().unwrap_or("no reason given").to_owned();
-            return Err(Failure::Refused(text("class"), text("desc")));
+            return read_reply(&mut message);
         }
     }
 }

@@ -1,6 +1,7 @@
 //! The commands that the engine and the ways in need, typed.
 
 use std::os::fd::BorrowedFd;
+use std::time::Duration;
 
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
@@ -29,14 +30,22 @@ pub struct Migration {
     pub blocked_reasons: Vec<String>,
     /// Its memory.
     pub ram: Option<MigrationRam>,
+    /// How long it set up, milliseconds.
+    setup_time: u64,
 }
 
 /// `ram` of `query-migrate`.
 #[derive(Clone, Debug, Default, Deserialize)]
-#[serde(default)]
+#[serde(default, rename_all = "kebab-case")]
 pub struct MigrationRam {
     normal: u64,
     duplicate: u64,
+    /// Bytes of the stream that QEMU has sent.
+    pub transferred: u64,
+    /// Bytes of the guest's memory that are not saved yet.
+    pub remaining: u64,
+    /// Bytes of a page.
+    pub page_size: u64,
 }
 
 /// What a migration is doing.
@@ -69,6 +78,16 @@ impl Migration {
         self.ram.as_ref().is_some_and(|ram| ram.normal + ram.duplicate > 0)
     }
 
+    /// Whether it prepares itself, and has not begun to save devices.
+    pub fn is_setting_up(&self) -> bool {
+        self.status.as_deref() == Some("setup")
+    }
+
+    /// How long it has set up; once it has.
+    pub fn setup_time(&self) -> Duration {
+        Duration::from_millis(self.setup_time)
+    }
+
     /// Why it failed, as far as QEMU tells.
     pub fn reason(&self) -> &str {
         match (&self.error_desc, self.status.as_deref()) {
@@ -95,6 +114,21 @@ pub fn query_migrate(qemu: &mut dyn Execute, deadline: Deadline) -> Result<Migra
     let command = Command::new("query-migrate", json!({}));
     let reply = qemu.run("cannot ask for the migration's state", command, deadline)?;
     read("query-migrate", reply)
+}
+
+/// `query-memory-size-summary`: the guest's memory, plugged modules included; bytes.
+pub fn query_memory_size(qemu: &mut dyn Execute, deadline: Deadline) -> Result<u64> {
+    #[derive(Deserialize)]
+    #[serde(rename_all = "kebab-case")]
+    struct Summary {
+        base_memory: u64,
+        #[serde(default)]
+        plugged_memory: u64,
+    }
+    let command = Command::new("query-memory-size-summary", json!({}));
+    let reply = qemu.run("cannot ask for the guest's memory", command, deadline)?;
+    let summary: Summary = read("query-memory-size-summary", reply)?;
+    Ok(summary.base_memory + summary.plugged_memory)
 }
 
 /// `query-migrate-capabilities`: names and states, in QEMU's order.

@@ -5,6 +5,7 @@
 
 mod client;
 pub mod commands;
+pub mod json;
 
 use std::os::fd::BorrowedFd;
 use std::time::{Duration, Instant};
@@ -84,6 +85,20 @@ pub trait Execute {
     }
 }
 
+/// What a reply says.
+pub fn read_reply(reply: &mut Value) -> std::result::Result<Value, Failure> {
+    if let Some(result) = reply.get_mut("return") {
+        return Ok(result.take());
+    }
+    match &reply["error"] {
+        Value::Null => Err(Failure::Lost("the reply is none".into())),
+        error => {
+            let text = |part: &str| error[part].as_str().unwrap_or("no reason given").to_owned();
+            Err(Failure::Refused(text("class"), text("desc")))
+        }
+    }
+}
+
 /// An event that QEMU sent.
 #[derive(Clone, Debug)]
 pub struct Event {
@@ -91,4 +106,14 @@ pub struct Event {
     pub name: String,
     /// QEMU's own time stamp, since the epoch.
     pub time: Duration,
+}
+
+impl Event {
+    /// Of a message, if it is one.
+    pub fn read(message: &Value) -> Option<Event> {
+        let name = message["event"].as_str()?;
+        let part = |part| message["timestamp"][part].as_u64().unwrap_or_default();
+        let time = Duration::from_secs(part("seconds")).checked_add(Duration::from_micros(part("microseconds")))?;
+        Some(Event { name: name.into(), time })
+    }
 }

@@ -9,14 +9,16 @@ pub mod plan;
 pub mod record;
 pub mod request;
 pub mod store;
-mod xml;
+mod validate;
+pub mod xml;
 
 pub use domain::Domain;
 pub use drive::{Bitmap, Drive, Role};
-pub use plan::{DiskPlan, Plan, plan};
-pub use record::{Record, RecordedDisk, RecordedNvram, State};
+pub use plan::{DiskPlan, Plan, generated_name, manual, plan};
+pub use record::{Record, RecordedDisk, RecordedManual, RecordedNvram, State};
 pub use request::{DiskRequest, Location, MemoryRequest, Request};
 pub use store::{Reservation, Store};
+pub use validate::validate;
 
 use crate::error::{Result, fail};
 

@@ -12,6 +12,8 @@ pub struct DiskPlan {
     pub drive: Drive,
     /// Where its overlay goes.
     pub overlay: String,
+    /// The overlay is there already, and the caller's.
+    pub reuse: bool,
 }
 
 /// What a snapshot does with the drives of a guest.
@@ -19,45 +21,35 @@ pub struct DiskPlan {
 pub struct Plan {
     /// Switched, in this order.
     pub disks: Vec<DiskPlan>,
+    /// Left to the storage hook.
+    pub manual: Vec<Drive>,
     /// UEFI variables, copied.
     pub firmware: Vec<Drive>,
 }
 
 /// Aligns what is asked for with what is there.
-pub fn plan(drives: Vec<Drive>, request: &Request, snapshot: &str) -> Result<Plan> {
-    let mut wanted = vec![None; drives.len()];
-    for disk in &request.disks {
-        let slot = find(&drives, &disk.name)?;
-        if let Some(DiskRequest { name, .. }) = wanted[slot].replace(disk) {
-            fail!(XmlError, "disk '{name}' specified twice");
-        }
-    }
+/// `reuse`: overlays that are named exist already.
+pub fn plan(drives: Vec<Drive>, request: &Request, snapshot: &str, reuse: bool) -> Result<Plan> {
+    let wanted = align(&drives, request)?;
     let mut plan = Plan::default();
     for (drive, wish) in drives.into_iter().zip(wanted) {
-        let external = match (wish.and_then(|wish| wish.location), drive.role) {
-            (Some(location), _) => location == Location::External,
-            (None, Role::Disk) => drive.snapshot.as_deref() != Some("no"),
-            (None, _) => false,
-        };
-        match drive.role {
-            Role::Firmware if external => fail!(
+        match (drive.role, location(&drive, wish)) {
+            (Role::Firmware, Location::External | Location::Manual) => fail!(
                 ConfigUnsupported,
-                "external snapshot for disk '{}' is not supported: it holds UEFI variables, which are copied with every \
+                "a snapshot of disk '{}' by itself is not supported: it holds UEFI variables, which are copied with every \
                  snapshot anyway",
                 drive.name()
             ),
-            Role::ReadOnly if external => {
+            (Role::Firmware, Location::No) => plan.firmware.push(drive),
+            (Role::ReadOnly, Location::External) => {
                 fail!(ConfigUnsupported, "external snapshot for readonly disk '{}' is not supported", drive.name())
             }
-            Role::Firmware => plan.firmware.push(drive),
-            Role::Disk if external => {
+            (Role::Disk, Location::External) => {
                 // The domain XML can wish for what the request cannot have; the request's own words are checked there.
-                if let (None, Some(wish @ ("internal" | "manual"))) =
-                    (wish.and_then(|wish| wish.location), drive.snapshot.as_deref())
-                {
+                if wish.and_then(|wish| wish.location).is_none() && drive.snapshot.as_deref() == Some("internal") {
                     fail!(
                         OperationUnsupported,
-                        "disk '{}' has snapshot='{wish}' in the domain XML, which is not supported for this guest: name \
+                        "disk '{}' has snapshot='internal' in the domain XML, which is not supported for this guest: name \
                          it in the snapshot XML with snapshot='external' or 'no'",
                         drive.name()
                     );
@@ -65,25 +57,51 @@ pub fn plan(drives: Vec<Drive>, request: &Request, snapshot: &str) -> Result<Pla
                 if let Some(hindrance) = &drive.hindrance {
                     fail!(ConfigUnsupported, "disk '{}' {hindrance}", drive.name());
                 }
-                if drive.file.chars().any(char::is_control) {
-                    fail!(
-                        XmlError,
-                        "image of disk '{}' {:?} can't contain control characters",
-                        drive.name(),
-                        drive.file
-                    );
-                }
+                check_recordable(&drive)?;
                 let overlay = match wish.and_then(|wish| wish.source.clone()) {
                     Some(source) => source,
                     None => overlay_name(&drive, snapshot)?,
                 };
-                plan.disks.push(DiskPlan { drive, overlay });
+                plan.disks.push(DiskPlan { drive, overlay, reuse });
             }
-            Role::Disk | Role::ReadOnly => {}
+            (Role::Disk | Role::ReadOnly, Location::Manual) => {
+                check_recordable(&drive)?;
+                plan.manual.push(drive);
+            }
+            (Role::Disk | Role::ReadOnly, Location::No) => {}
         }
     }
     check_distinct(&plan.disks)?;
     Ok(plan)
+}
+
+/// The drives that are left to others. Names that no drive has are passed over.
+pub fn manual<'a>(drives: &'a [Drive], request: &Request) -> Vec<&'a Drive> {
+    let wish =
+        |drive: &Drive| request.disks.iter().find(|disk| drive.names.contains(&disk.name) || drive.file == disk.name);
+    drives.iter().filter(|drive| location(drive, wish(drive)) == Location::Manual).collect()
+}
+
+/// What is asked for of each drive.
+fn align<'a>(drives: &[Drive], request: &'a Request) -> Result<Vec<Option<&'a DiskRequest>>> {
+    let mut wanted = vec![None; drives.len()];
+    for disk in &request.disks {
+        let slot = find(drives, &disk.name)?;
+        if let Some(DiskRequest { name, .. }) = wanted[slot].replace(disk) {
+            fail!(XmlError, "disk '{name}' specified twice");
+        }
+    }
+    Ok(wanted)
+}
+
+/// How a drive is snapshotted: as the request says, else as the domain XML does, else by an overlay.
+fn location(drive: &Drive, wish: Option<&DiskRequest>) -> Location {
+    match (wish.and_then(|wish| wish.location), drive.role, drive.snapshot.as_deref()) {
+        (Some(location), _, _) => location,
+        (None, Role::Disk, Some("manual")) => Location::Manual,
+        (None, Role::ReadOnly | Role::Firmware, _) | (None, Role::Disk, Some("no")) => Location::No,
+        (None, Role::Disk, _) => Location::External,
+    }
 }
 
 /// The drive of this name: names first, then paths of images.
@@ -103,6 +121,14 @@ fn find(drives: &[Drive], name: &str) -> Result<usize> {
     }
 }
 
+/// The path of its image must be expressible in XML.
+fn check_recordable(drive: &Drive) -> Result<()> {
+    if drive.file.chars().any(char::is_control) {
+        fail!(XmlError, "image of disk '{}' {:?} can't contain control characters", drive.name(), drive.file);
+    }
+    Ok(())
+}
+
 /// libvirt's rule: the image's path, its suffix replaced by the snapshot's name.
 fn overlay_name(drive: &Drive, snapshot: &str) -> Result<String> {
     let image = Path::new(&drive.file);
@@ -115,11 +141,17 @@ fn overlay_name(drive: &Drive, snapshot: &str) -> Result<String> {
             drive.file
         );
     }
+    Ok(generated_name(&drive.file, snapshot))
+}
+
+/// What libvirt calls the overlay of an image in a snapshot of this name.
+pub fn generated_name(image: &str, snapshot: &str) -> String {
+    let image = Path::new(image);
     let stem = match (image.file_stem(), image.file_name()) {
         (Some(stem), Some(_)) => image.with_file_name(stem),
         _ => image.to_owned(),
     };
-    Ok(format!("{}.{snapshot}", stem.display()))
+    format!("{}.{snapshot}", stem.display())
 }
 
 fn check_distinct(disks: &[DiskPlan]) -> Result<()> {

@@ -30,6 +30,8 @@ pub struct Record {
     pub memory_file: String,
     /// The disks that were switched.
     pub disks: Vec<RecordedDisk>,
+    /// The disks that were left to others.
+    pub manual: Vec<RecordedManual>,
     /// The UEFI variables.
     pub nvram: Vec<RecordedNvram>,
     /// `<domain>`, with the images that are the snapshot's.
@@ -55,6 +57,17 @@ pub struct RecordedDisk {
     /// The image with the snapshot's content.
     pub image: String,
     /// That image's format.
+    pub format: String,
+}
+
+/// A disk that somebody else has snapshotted.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RecordedManual {
+    /// Its name.
+    pub name: String,
+    /// Its image or device, with which the guest went on.
+    pub source: String,
+    /// The format of that.
     pub format: String,
 }
 
@@ -100,6 +113,7 @@ impl Record {
             writer.create_element("memory").with_attributes(memory).write_empty()?;
             writer.create_element("disks").write_inner_content(|writer| {
                 self.disks.iter().try_for_each(|disk| disk.write(writer))?;
+                self.manual.iter().try_for_each(|disk| disk.write(writer))?;
                 self.nvram.iter().try_for_each(|nvram| nvram.write(writer))
             })?;
             // To the letter: not a text, and not ours to format.
@@ -127,6 +141,8 @@ impl Record {
         };
         let disks = xml::child(root, "disks").ok_or_else(|| damaged("has no <disks>"))?;
         let domain = xml::child(root, "domain").ok_or_else(|| damaged("has no <domain>"))?;
+        let (manual, switched): (Vec<_>, Vec<_>) =
+            xml::children(disks, "disk").partition(|disk| disk.attribute("snapshot") == Some("manual"));
         Ok(Record {
             name,
             description: xml::text(root, "description"),
@@ -134,7 +150,8 @@ impl Record {
             creation_time: required("creationTime")?.parse().map_err(|_| damaged("has no time of creation"))?,
             state,
             memory_file: xml::attribute(root, "memory", "file").ok_or_else(|| damaged("names no memory image"))?.into(),
-            disks: xml::children(disks, "disk").map(RecordedDisk::parse).collect::<Result<_>>()?,
+            disks: switched.into_iter().map(RecordedDisk::parse).collect::<Result<_>>()?,
+            manual: manual.into_iter().map(RecordedManual::parse).collect::<Result<_>>()?,
             nvram: xml::children(disks, "nvram").map(RecordedNvram::parse).collect::<Result<_>>()?,
             domain_xml: domain::element_text(domain).ok_or_else(|| damaged("has a <domain> without a name"))?,
         })
@@ -156,17 +173,32 @@ impl RecordedDisk {
     }
 
     fn parse(node: Node) -> Result<RecordedDisk> {
-        let name = attribute(node, "name")?;
-        let child = |child| {
-            xml::child(node, child).ok_or_else(|| {
-                Error::new(Code::InvalidDomainSnapshot, format!("disk '{name}' of a snapshot has no <{child}>"))
-            })
-        };
+        let (source, image) = (child(node, "source")?, child(node, "image")?);
         Ok(RecordedDisk {
-            overlay: attribute(child("source")?, "file")?,
-            image: attribute(child("image")?, "file")?,
-            format: attribute(child("image")?, "format")?,
-            name: name.clone(),
+            name: attribute(node, "name")?,
+            overlay: attribute(source, "file")?,
+            image: attribute(image, "file")?,
+            format: attribute(image, "format")?,
+        })
+    }
+}
+
+impl RecordedManual {
+    fn write(&self, writer: &mut XmlWriter) -> std::io::Result<()> {
+        let attributes = [("name", self.name.as_str()), ("snapshot", "manual")];
+        writer.create_element("disk").with_attributes(attributes).write_inner_content(|writer| {
+            let image = [("file", self.source.as_str()), ("format", self.format.as_str())];
+            writer.create_element("instantsnap:image").with_attributes(image).write_empty().map(drop)
+        })?;
+        Ok(())
+    }
+
+    fn parse(node: Node) -> Result<RecordedManual> {
+        let image = child(node, "image")?;
+        Ok(RecordedManual {
+            name: attribute(node, "name")?,
+            source: attribute(image, "file")?,
+            format: attribute(image, "format")?,
         })
     }
 }
@@ -194,6 +226,16 @@ impl RecordedNvram {
 
 fn text(writer: &mut XmlWriter, name: &str, text: &str) -> std::io::Result<()> {
     writer.create_element(name).write_text_content(BytesText::new(text)).map(drop)
+}
+
+fn child<'a, 'i>(disk: Node<'a, 'i>, name: &str) -> Result<Node<'a, 'i>> {
+    match xml::child(disk, name) {
+        Some(child) => Ok(child),
+        None => {
+            let disk = attribute(disk, "name")?;
+            fail!(InvalidDomainSnapshot, "disk '{disk}' of a snapshot has no <{name}>")
+        }
+    }
 }
 
 fn attribute(node: Node, name: &str) -> Result<String> {

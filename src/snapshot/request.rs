@@ -35,6 +35,8 @@ pub enum MemoryRequest {
 pub enum Location {
     /// An overlay.
     External,
+    /// Left to the storage hook.
+    Manual,
     /// Left out.
     No,
 }
@@ -95,16 +97,12 @@ fn disk(node: Node) -> Result<DiskRequest> {
     let location = match node.attribute("snapshot") {
         None => None,
         Some("external") => Some(Location::External),
+        Some("manual") => Some(Location::Manual),
         Some("no") => Some(Location::No),
         Some("internal") => fail!(
             OperationUnsupported,
             "internal snapshot of disk '{name}' is not supported for this guest: use snapshot='external', or 'no' to \
              leave the disk out"
-        ),
-        Some("manual") => fail!(
-            OperationUnsupported,
-            "snapshot='manual' of disk '{name}' needs a storage hook, which this guest does not have: use \
-             snapshot='external', or 'no' to leave the disk out"
         ),
         Some(other) => fail!(XmlError, "unknown disk snapshot setting '{other}' of disk '{name}'"),
     };
@@ -124,7 +122,7 @@ fn disk(node: Node) -> Result<DiskRequest> {
     let source = xml::attribute(node, "source", "file").map(str::to_owned);
     if let Some(source) = &source {
         check_path(&format!("external snapshot file of disk '{name}'"), source)?;
-        if location == Some(Location::No) {
+        if matches!(location, Some(Location::Manual | Location::No)) {
             fail!(XmlError, "file '{source}' for disk '{name}' requires use of external snapshot mode");
         }
     }

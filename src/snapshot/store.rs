@@ -53,6 +53,11 @@ impl Store {
         Ok(Store { directory })
     }
 
+    /// The directory.
+    pub fn directory(&self) -> &Path {
+        &self.directory
+    }
+
     /// Where a file of this name is in the directory.
     pub fn path(&self, file: &str) -> PathBuf {
         self.directory.join(file)

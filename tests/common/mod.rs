@@ -2,9 +2,15 @@
 
 #![allow(dead_code)] // Each test program uses its own part.
 
+pub mod driver;
+pub mod jobs;
+pub mod virt;
+
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
+use driver::TestDriver;
 use instantsnap::engine::{Handle, Observer, Phase, prepare_revert};
 use instantsnap::error::{Code, Error};
 use instantsnap::flags::{INSTANT, LIVE};
@@ -13,6 +19,18 @@ use instantsnap_testkit::{Binary, Fingerprint, Format, Guest, Machine, Proxy, fi
 
 /// An instant snapshot.
 pub const INSTANTLY: u32 = LIVE | INSTANT;
+
+/// The phases of a snapshot that succeeds.
+pub const PHASES: [Phase; 8] = [
+    Phase::Validate,
+    Phase::Plan,
+    Phase::Prepare,
+    Phase::Pause,
+    Phase::Switch,
+    Phase::Arm,
+    Phase::Drain,
+    Phase::Finish,
+];
 
 /// A guest of the kit, opened by the library, with a state directory of its own.
 pub struct Opened {
@@ -55,7 +73,7 @@ impl Opened {
 
     /// Takes a snapshot; returns its name.
     pub fn create(&self, xml: &str, flags: u32) -> Result<String, Error> {
-        self.handle.create(xml, flags, &mut ()).map(|record| record.name)
+        self.handle.create(xml, flags, &mut ())
     }
 
     /// What a failure must leave as it is: QEMU, its files, the directory's content.
@@ -84,6 +102,23 @@ impl Opened {
         let guest = self.guest.machine().for_revert(&disks).start();
         let handle = Handle::open_qmp(&guest.qmp(), None, &self.state_dir()).unwrap();
         Opened { handle, guest }
+    }
+}
+
+impl Opened {
+    /// Opens a guest by a driver; see [`TestDriver::new`].
+    pub fn by_driver(guest: Guest, pauses: bool) -> (Opened, Arc<TestDriver>) {
+        let state_dir = guest.directory().join("state");
+        std::fs::create_dir_all(&state_dir).unwrap();
+        let driver = Arc::new(TestDriver::new(&guest, state_dir, pauses));
+        (Opened { handle: Handle::open_driver(driver.clone()).unwrap(), guest }, driver)
+    }
+
+    /// The same for a machine that is started, and counts.
+    pub fn start_by_driver(machine: &Machine, pauses: bool) -> (Opened, Arc<TestDriver>) {
+        let guest = machine.start();
+        guest.wait_ticks(2);
+        Opened::by_driver(guest, pauses)
     }
 }
 
@@ -239,7 +274,7 @@ impl Opened {
 
     /// What is recorded of a snapshot.
     pub fn record(&self, name: &str) -> Record {
-        self.handle.store().read(name).unwrap()
+        self.handle.store().unwrap().read(name).unwrap()
     }
 
     /// The image that a device of this QEMU is on now.

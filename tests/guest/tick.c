@@ -10,11 +10,13 @@
  *   pages=N      how many pages are checked, spread evenly from 2 MiB to the top of low memory (default 256)
  *   dense=MIB    also checks and writes one word in every page of that many MiB from 2 MiB up: load (default 0)
  *   delay=N      spins N thousand times between rounds (default 0)
+ *   rest=N       rests N microseconds between rounds, at most 50000, and leaves the host's CPU to others (default 0)
  *   halt=N       halts for good after N rounds: an idle guest (default 0: never)
  *   nodisk=1     leaves the disks alone
+ *   cpus=2       a second CPU counts too, without end and by itself, through the pages of `dense`, in a word of its own
  *   pflash=HEX   every 64 rounds programs a byte of the CFI flash at that physical address (UEFI variables)
  *
- * Serial line: "READY <pages> pages <disks> disks", then "T <n>" each round; last, if ever, "TORN <page|dense|disk> <i> has
+ * Serial line: "READY <pages> pages <disks> disks", then "T <n>" each round; last, if ever, "TORN <page|dense|cpu|disk> <i> has
  * <x> want <y>" or "FAIL <what> <i>".
  */
 typedef unsigned char u8;
@@ -34,6 +36,63 @@ __asm__(".section .text\n"
         ".lcomm stack, 16384\n"
         ".set stack_top, stack + 16384\n");
 
+/*
+ * What a second CPU begins with, copied to where a start-up IPI can point: from real mode to the first one's, a stack, and on
+ * to C.
+ */
+#define AP_START "0x8000"
+__asm__(".section .text\n"
+        ".code16\n"
+        "ap_begin: cli\n"
+        "  xor %ax, %ax\n"
+        "  mov %ax, %ds\n"
+        "  lgdtl " AP_START " + ap_gdtr - ap_begin\n"
+        "  mov %cr0, %eax\n"
+        "  or $1, %al\n"
+        "  mov %eax, %cr0\n"
+        "  ljmpl $8, $" AP_START " + ap_protected - ap_begin\n"
+        ".code32\n"
+        "ap_protected: mov $16, %ax\n"
+        "  mov %ax, %ds\n"
+        "  mov %ax, %es\n"
+        "  mov %ax, %ss\n"
+        "  mov $ap_stack_top, %esp\n"
+        "  mov $ap_tick, %eax\n"
+        "  call *%eax\n"
+        ".balign 8\n"
+        "ap_gdt: .quad 0, 0x00cf9a000000ffff, 0x00cf92000000ffff\n"
+        "ap_gdtr: .word 23\n"
+        "  .long " AP_START " + ap_gdt - ap_begin\n"
+        "ap_end:\n"
+        ".lcomm ap_stack, 4096\n"
+        ".set ap_stack_top, ap_stack + 4096\n");
+
+/*
+ * For resting: the processor's own tables, and what the timer's interrupt does, which is to end a `hlt`.
+ */
+__asm__(".section .text\n"
+        "load_tables: lgdtl rest_gdtr\n"
+        "  ljmpl $8, $1f\n"
+        "1: mov $16, %ax\n"
+        "  mov %ax, %ds\n"
+        "  mov %ax, %es\n"
+        "  mov %ax, %ss\n"
+        "  lidtl rest_idtr\n"
+        "  ret\n"
+        "timer_interrupt: push %eax\n"
+        "  mov $0x20, %al\n" /* end of interrupt */
+        "  out %al, $0x20\n"
+        "  pop %eax\n"
+        "  iret\n"
+        ".balign 8\n"
+        "rest_gdtr: .word 23\n"
+        "  .long ap_gdt\n"
+        "rest_idtr: .word 33 * 8 - 1\n"
+        "  .long interrupts\n");
+extern const u8 timer_interrupt[];
+void load_tables(void);
+u32 interrupts[33][2] __attribute__((aligned(8)));
+
 struct multiboot {
     u32 flags, mem_lower, mem_upper /* KiB from 1 MiB up */, boot_device;
     const char *cmdline;
@@ -45,6 +104,31 @@ static inline void outl(u16 port, u32 v) { __asm__ volatile("outl %0, %1" ::"a"(
 static inline u8 inb(u16 port) { u8 v; __asm__ volatile("inb %1, %0" : "=a"(v) : "Nd"(port) : "memory"); return v; }
 static inline u16 inw(u16 port) { u16 v; __asm__ volatile("inw %1, %0" : "=a"(v) : "Nd"(port) : "memory"); return v; }
 static inline u32 inl(u16 port) { u32 v; __asm__ volatile("inl %1, %0" : "=a"(v) : "Nd"(port) : "memory"); return v; }
+
+/* ---- resting ---- */
+
+enum { PIC1 = 0x20, PIC2 = 0xa0, PIT = 0x40, TIMER_VECTOR = 32 };
+
+static void rest_start(void)
+{
+    u32 handler = (u32)timer_interrupt;
+
+    interrupts[TIMER_VECTOR][0] = 8 << 16 | (handler & 0xffff);
+    interrupts[TIMER_VECTOR][1] = (handler & 0xffff0000) | 0x8e00; /* present, an interrupt gate */
+    load_tables();
+    outb(PIC1, 0x11), outb(PIC1 + 1, TIMER_VECTOR), outb(PIC1 + 1, 4), outb(PIC1 + 1, 1);
+    outb(PIC2, 0x11), outb(PIC2 + 1, TIMER_VECTOR + 8), outb(PIC2 + 1, 2), outb(PIC2 + 1, 1);
+    outb(PIC1 + 1, 0xfe), outb(PIC2 + 1, 0xff); /* the timer alone */
+}
+
+static void rest(u32 microseconds)
+{
+    u32 count = microseconds * 1193 / 1000;
+
+    outb(PIT + 3, 0x30); /* counter 0: one interrupt when it has counted down */
+    outb(PIT, count), outb(PIT, count >> 8);
+    __asm__ volatile("sti; hlt; cli" ::: "memory");
+}
 
 /* ---- serial line ---- */
 
@@ -126,7 +210,7 @@ static u32 parameter(const char *line, const char *key, u32 base, u32 otherwise)
 
 enum {
     MAX_DISKS = 8,
-    MAX_QUEUE = 256,
+    MAX_QUEUE = 1024,          /* QEMU 10.0.13 has this size whatever its queue-size */
     SECTOR_WORDS = 128,
     ROTATION = 64,             /* besides the fixed sector, one of this many is written each round, ... */
     ROTATION_START = 1024,     /* ... from this sector on, ... */
@@ -145,7 +229,7 @@ static struct disk {
     struct { u32 address, address_high, length; u16 flags, next; } *descriptors;
 } disks[MAX_DISKS];
 static u32 disk_count;
-static u8 rings[MAX_DISKS][3 * 4096] __attribute__((aligned(4096)));
+static u8 rings[MAX_DISKS][8 * 4096] __attribute__((aligned(4096)));
 static struct { u32 type, reserved; u32 sector, sector_high; } request;
 static volatile u32 sector_data[SECTOR_WORDS];
 static volatile u8 request_status;
@@ -261,6 +345,50 @@ static void page_check(u32 i, u32 want)
 
 static volatile u32 *dense_at(u32 i) { return (volatile u32 *)(MEMORY_START + i * PAGE) + DENSE_WORD; }
 
+/* ---- a second CPU ---- */
+
+extern const u8 ap_begin[], ap_end[];
+static volatile u32 ap_rounds, ap_torn_at, ap_torn_has, ap_torn_want, ap_torn;
+
+/* The first CPU tells of what this one finds: it has the serial line. */
+void __attribute__((noreturn)) ap_tick(void);
+void __attribute__((noreturn)) ap_tick(void)
+{
+    for (u32 n = 1;; n++) {
+        for (u32 i = 0; i < dense_count; i++) {
+            volatile u32 *word = dense_at(i) + 1;
+
+            if (*word != n - 1) {
+                ap_torn_at = i, ap_torn_has = *word, ap_torn_want = n - 1, ap_torn = 1;
+                stop();
+            }
+            *word = n;
+        }
+        ap_rounds = n;
+    }
+}
+
+static void ap_start(void)
+{
+    volatile u32 *command = (volatile u32 *)0xfee00300;
+    volatile u8 *to = (volatile u8 *)0x8000;
+
+    for (u32 i = 0; i < (u32)(ap_end - ap_begin); i++)
+        to[i] = ap_begin[i];
+    *command = 0xc4500; /* INIT to all others */
+    for (volatile u32 spin = 100000; spin; spin--)
+        ;
+    *command = 0xc4600 | 0x8; /* start-up, at page 8 */
+    while (!ap_rounds)
+        __asm__ volatile("pause" ::: "memory");
+}
+
+static void ap_check(void)
+{
+    if (ap_torn)
+        expect("cpu", ap_torn_at, ap_torn_has, ap_torn_want);
+}
+
 /* ---- UEFI variable storage ---- */
 
 static void pflash_program(u32 address, u32 n)
@@ -279,7 +407,7 @@ void tick(const struct multiboot *boot)
 {
     const char *line = boot->flags & 4 ? boot->cmdline : "";
     u32 delay = parameter(line, "delay", 10, 0), pflash = parameter(line, "pflash", 16, 0);
-    u32 halt = parameter(line, "halt", 10, 0);
+    u32 halt = parameter(line, "halt", 10, 0), resting = parameter(line, "rest", 10, 0);
     /* The BIOS keeps tables in the last 256 KiB or so of low memory. */
     u32 memory_end = (1u << 20) + boot->mem_upper * 1024 - (1u << 20);
     u32 pages_there = (memory_end - MEMORY_START) / PAGE;
@@ -295,12 +423,18 @@ void tick(const struct multiboot *boot)
     for (u32 i = 0; i < page_count; i++)
         page_write(i, 0);
     for (u32 i = 0; i < dense_count; i++)
-        *dense_at(i) = 0;
+        dense_at(i)[0] = dense_at(i)[1] = 0;
     for (u32 i = 0; i < disk_count; i++) {
         disk_write(i, FIXED_SECTOR, 0);
         for (u32 r = 0; r < ROTATION; r++)
             disk_write(i, rotating_sector(r), 0);
     }
+    if (parameter(line, "cpus", 10, 1) > 1)
+        ap_start();
+    if (resting > 50000)
+        fail("rest", resting);
+    if (resting)
+        rest_start();
     put("READY "), put_number(page_count), put(" pages "), put_number(disk_count), put(" disks\n");
 
     for (u32 n = 1;; n++) {
@@ -323,6 +457,7 @@ void tick(const struct multiboot *boot)
             disk_check(i, rotating_sector(n), n > ROTATION ? n - ROTATION : 0);
             disk_write(i, rotating_sector(n), n);
         }
+        ap_check();
         if (pflash && n % 64 == 0)
             pflash_program(pflash, n);
         put("T "), put_number(n), put("\n");
@@ -330,5 +465,7 @@ void tick(const struct multiboot *boot)
             __asm__ volatile("cli; hlt");
         for (volatile u32 spin = delay * 1000; spin; spin--)
             ;
+        if (resting)
+            rest(resting);
     }
 }

@@ -1,13 +1,13 @@
-//! What a QEMU tells of itself: its drives, its machine, who else writes its memory.
+//! What a QEMU tells of itself: its drives, its machine.
 
 use std::path::Path;
 
 use serde_json::{Value, json};
 
 use super::process::absolute;
-use crate::error::{Code, Result, fail};
+use crate::error::Result;
 use crate::guest::PATIENCE;
-use crate::monitor::{Command, Deadline, Execute, Monitor};
+use crate::monitor::{Command, Deadline, Execute};
 use crate::snapshot::domain::{Domain, DomainDisk, Machine};
 use crate::snapshot::drive::OpenOptions;
 use crate::snapshot::{Bitmap, Drive, Role};
@@ -28,16 +28,14 @@ const FILTERS: [&str; 8] = [
 ];
 /// Drivers of files and devices of the host.
 const PROTOCOLS: [&str; 3] = ["file", "host_device", "host_cdrom"];
-/// Devices whose backend writes guest RAM from another process, through a mapping of its own.
-const FOREIGN_WRITERS: [&str; 5] = ["vhost-user", "vhost-vdpa", "ivshmem", "vfio-user", "x-pci-proxy"];
 
-fn query(monitor: &mut Monitor, command: &str, arguments: Value) -> Result<Value> {
+fn query(monitor: &mut dyn Execute, command: &str, arguments: Value) -> Result<Value> {
     let step = format!("cannot ask the guest ({command})");
     monitor.run(&step, Command::new(command, arguments), Deadline::after(PATIENCE))
 }
 
 /// The drives that a guest's device has, with a medium in them.
-pub fn drives(monitor: &mut Monitor, domain: Option<&Domain>, pid: Option<u32>) -> Result<Vec<Drive>> {
+pub fn drives(monitor: &mut dyn Execute, domain: Option<&Domain>, pid: Option<u32>) -> Result<Vec<Drive>> {
     let blocks = query(monitor, "query-block", json!({}))?;
     let mut drives = Vec::new();
     for block in blocks.as_array().into_iter().flatten() {
@@ -56,7 +54,7 @@ pub fn drives(monitor: &mut Monitor, domain: Option<&Domain>, pid: Option<u32>) 
     Ok(drives)
 }
 
-fn drive(monitor: &mut Monitor, block: &Value, pid: Option<u32>) -> Result<Drive> {
+fn drive(monitor: &mut dyn Execute, block: &Value, pid: Option<u32>) -> Result<Drive> {
     let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
     let inserted = &block["inserted"];
     let (qdev, device) = (text(&block["qdev"]), text(&block["device"]));
@@ -116,7 +114,7 @@ fn drive(monitor: &mut Monitor, block: &Value, pid: Option<u32>) -> Result<Drive
 /// it names itself; one and the same by another name (a relative path, ours being absolute) is no such case.
 fn image_path(file: &str, info: &Value, pid: Option<u32>) -> String {
     let plain = || {
-        let opened: Value = serde_json::from_str(file.strip_prefix("json:")?).ok()?;
+        let opened: Value = crate::monitor::json::parse(file.strip_prefix("json:")?.as_bytes()).ok()?;
         let only = |value: &Value, known: &[&str]| {
             value.as_object().is_some_and(|options| options.keys().all(|key| known.contains(&key.as_str())))
         };
@@ -143,7 +141,7 @@ fn device_id(qdev: &str) -> Option<String> {
     }
 }
 
-fn is_firmware(monitor: &mut Monitor, qdev: &str, device: &str) -> Result<bool> {
+fn is_firmware(monitor: &mut dyn Execute, qdev: &str, device: &str) -> Result<bool> {
     if !device.starts_with("pflash") && !qdev.contains("flash") {
         return Ok(false);
     }
@@ -159,17 +157,36 @@ fn bitmap(value: &Value) -> Option<Bitmap> {
     Some(Bitmap { name: value["name"].as_str()?.into(), granularity: value["granularity"].as_u64()? })
 }
 
+/// A node of an image.
+pub struct Node {
+    /// Its name.
+    pub name: String,
+    /// The image.
+    pub file: String,
+    /// It is that of the file, and not of the format.
+    pub protocol: bool,
+}
+
+/// The nodes of images, filters left out. `flat`: without a look at what is below each, by which some could be called otherwise.
+pub fn nodes(monitor: &mut dyn Execute, pid: Option<u32>, flat: bool) -> Result<Vec<Node>> {
+    let nodes = query(monitor, "query-named-block-nodes", json!({ "flat": flat }))?;
+    let node = |node: &Value| {
+        let (name, driver, image) = (node["node-name"].as_str()?, node["drv"].as_str()?, &node["image"]);
+        let file = image_path(node["file"].as_str()?, image, pid);
+        let protocol = PROTOCOLS.contains(&driver);
+        (image["format"] == driver).then(|| Node { name: name.into(), file, protocol })
+    };
+    Ok(nodes.as_array().into_iter().flatten().filter_map(node).collect())
+}
+
 /// Drives known by their node only: the node's name goes with the image, so once a snapshot has put an overlay of ours on
 /// top, the drive goes on by the name of the topmost image that its user named.
-fn name_by_nodes(monitor: &mut Monitor, drives: &mut [Drive], pid: Option<u32>) -> Result<()> {
-    let nodes = query(monitor, "query-named-block-nodes", json!({ "flat": true }))?;
+fn name_by_nodes(monitor: &mut dyn Execute, drives: &mut [Drive], pid: Option<u32>) -> Result<()> {
+    let nodes = nodes(monitor, pid, true)?;
     let named = |file: &str, protocol: bool| {
-        nodes.as_array().into_iter().flatten().find_map(|node| {
-            let (name, driver) = (node["node-name"].as_str()?, node["drv"].as_str()?);
-            let own = !name.starts_with('#') && !name.starts_with(NODE_PREFIX);
-            let image = node["image"]["format"] == driver && PROTOCOLS.contains(&driver) == protocol;
-            (own && image && image_path(node["file"].as_str()?, &node["image"], pid) == file).then(|| name.to_owned())
-        })
+        let own = |node: &&Node| !node.name.starts_with('#') && !node.name.starts_with(NODE_PREFIX);
+        let mut own = nodes.iter().filter(own);
+        own.find(|node| node.protocol == protocol && node.file == file).map(|node| node.name.clone())
     };
     // The node of the format, where there is one on top of that of the file.
     let named = |file: &str| named(file, false).or_else(|| named(file, true));
@@ -209,7 +226,7 @@ fn name_by_domain(domain: &Domain, drives: &mut [Drive]) {
 }
 
 /// The machine, for a domain XML of our own making.
-pub fn machine(monitor: &mut Monitor, emulator: Option<String>) -> Result<Machine> {
+pub fn machine(monitor: &mut dyn Execute, emulator: Option<String>) -> Result<Machine> {
     let text = |value: &Value| value.as_str().map(str::to_owned);
     let name = text(&query(monitor, "query-name", json!({}))?["name"]);
     let uuid = text(&query(monitor, "query-uuid", json!({}))?["UUID"]);
@@ -230,43 +247,4 @@ pub fn machine(monitor: &mut Monitor, emulator: Option<String>) -> Result<Machin
         machine: kind.strip_suffix("-machine").unwrap_or(&kind).into(),
         emulator,
     })
-}
-
-/// Refuses a guest whose RAM another process writes: userfaultfd sees QEMU's own mapping only.
-pub fn check_memory_is_its_own(monitor: &mut Monitor) -> Result<()> {
-    for path in ["/machine/peripheral", "/machine/peripheral-anon", "/objects"] {
-        let devices = query(monitor, "qom-list", json!({ "path": path }))?;
-        for device in devices.as_array().into_iter().flatten() {
-            let kind = device["type"].as_str().unwrap_or_default();
-            if FOREIGN_WRITERS.iter().any(|writer| kind.contains(writer)) {
-                let kind = kind.trim_start_matches("child<").trim_end_matches('>');
-                let name = device["name"].as_str().unwrap_or_default();
-                return refuse_foreign_writer(&format!("device '{name}' ({kind})"));
-            }
-        }
-    }
-    // No QMP command tells a network backend's type.
-    let network = query(monitor, "human-monitor-command", json!({ "command-line": "info network" }));
-    let network = match network {
-        Ok(network) => network,
-        // A QEMU built without the human monitor has no vhost-user to speak of either.
-        Err(error) if error.code == Code::OperationFailed => return Ok(()),
-        Err(error) => return Err(error),
-    };
-    for line in network.as_str().unwrap_or_default().lines() {
-        let kind = line.split("type=").nth(1).and_then(|rest| rest.split(',').next()).unwrap_or_default();
-        if FOREIGN_WRITERS.iter().any(|writer| kind.contains(writer)) {
-            let name = line.trim_start_matches([' ', '\\']).split(':').next().unwrap_or_default();
-            return refuse_foreign_writer(&format!("network backend '{name}' ({kind})"));
-        }
-    }
-    Ok(())
-}
-
-fn refuse_foreign_writer(writer: &str) -> Result<()> {
-    fail!(
-        ConfigUnsupported,
-        "{writer} writes the guest's memory from another process, where QEMU cannot hold it at the instant: take a plain \
-         snapshot (without INSTANT), or remove the device first"
-    )
 }

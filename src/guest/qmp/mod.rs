@@ -2,33 +2,36 @@
 //!
 //! The library is the driver here: it keeps the metadata, creates the overlays and switches the disks by QMP.
 
+mod delete;
 mod drives;
+mod jobs;
+mod monitored;
 mod overlays;
 mod process;
 
-use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use self::overlays::Overlay;
-use self::process::Exclusive;
-use super::{Connector, Guest, PATIENCE, Presence};
-use crate::error::{Code, Result, fail};
+pub(super) use self::delete::delete;
+pub(super) use self::monitored::{Channel, MonitorGuest};
+pub use self::overlays::Switch;
+pub(super) use self::overlays::{Overlay, switch};
+pub(super) use self::process::hold_qemu;
+use self::process::hold_socket;
+use super::{Catalog, Connector, Deputy, Guest, Presence, Reserved, check_version};
+use crate::error::{Code, Result};
 use crate::flags;
-use crate::monitor::commands::{self, Status};
 use crate::monitor::{Command, Deadline, Event, Execute, Failure, Monitor};
-use crate::snapshot::domain::{Domain, Machine};
-use crate::snapshot::{DiskPlan, Drive, Store};
+use crate::snapshot::Store;
+use crate::snapshot::domain::Domain;
 
 /// For QEMU to accept a client and greet it.
 const GREETING: Duration = Duration::from_secs(5);
-/// The first QEMU with background snapshots.
-const OLDEST: (u64, u64) = (6, 0);
 
-/// The oldest of the newer ones whose behaviour was measured, where it differs from 7.2's.
-const MEASURED: (u64, u64) = (10, 0);
+/// What is built where overlays and metadata are ours.
+pub(super) const BUILT_FLAGS: u32 = flags::NO_METADATA | flags::HALT | flags::ATOMIC | flags::LIVE | flags::INSTANT;
 
 /// A QEMU with a QMP socket.
 #[derive(Debug)]
@@ -46,158 +49,80 @@ impl QmpConnector {
         let connector = QmpConnector { socket: socket.into(), domain, store };
         let deadline = Deadline::after(GREETING);
         // Where one of our own operations has the monitor, it would greet us only after that; and it is QEMU's.
-        match Exclusive::take_socket(socket) {
+        match hold_socket(socket) {
             Err(error) if error.code == Code::OperationInvalid => return Ok(connector),
             held => drop(held?),
         }
-        check_version(&Monitor::connect(socket, deadline)?)?;
+        check_version(Monitor::connect(socket, deadline)?.version)?;
         Ok(connector)
     }
 }
 
 impl Connector for QmpConnector {
     fn built_flags(&self) -> u32 {
-        flags::NO_METADATA | flags::HALT | flags::ATOMIC | flags::LIVE | flags::INSTANT
+        BUILT_FLAGS
     }
 
-    fn store(&self) -> &Store {
+    fn catalog(&self) -> &dyn Catalog {
         &self.store
     }
 
-    fn domain(&self) -> Option<&Domain> {
-        self.domain.as_ref()
+    fn store(&self) -> Option<&Store> {
+        Some(&self.store)
+    }
+
+    fn reserve(&self, name: Option<&str>) -> Result<Reserved> {
+        Reserved::in_store(&self.store, name)
     }
 
     fn begin(&self) -> Result<Box<dyn Guest + '_>> {
         let deadline = Deadline::after(GREETING);
-        let mut exclusive = vec![Exclusive::take_socket(&self.socket)?];
+        let mut exclusive = vec![hold_socket(&self.socket)?];
         let monitor = Monitor::connect(&self.socket, deadline)?;
         if let Some(qemu) = &monitor.qemu {
-            exclusive.push(Exclusive::take_qemu(&self.socket, qemu)?);
+            exclusive.push(hold_qemu(&self.socket, qemu)?);
         }
-        check_version(&monitor)?;
-        Ok(Box::new(QmpGuest {
-            connector: self,
-            monitor,
-            _exclusive: exclusive,
-            overlays: Vec::new(),
-            events: Vec::new(),
-        }))
+        check_version(monitor.version)?;
+        let channel = Socket { path: &self.socket, monitor };
+        Ok(Box::new(MonitorGuest::new(channel, self.domain.clone(), Some(&self.store), exclusive)))
+    }
+
+    fn delete(&self, name: &str, flags: u32) -> Result<()> {
+        delete(self, &self.store, name, flags)
     }
 }
 
-fn check_version(monitor: &Monitor) -> Result<()> {
-    if monitor.version < OLDEST {
-        let (major, minor) = monitor.version;
-        fail!(ConfigUnsupported, "QEMU {major}.{minor} is too old: background snapshots need 6.0 or later");
-    }
-    Ok(())
-}
-
-/// A QEMU during one operation.
-struct QmpGuest<'a> {
-    connector: &'a QmpConnector,
+/// The monitor's socket during one operation.
+struct Socket<'a> {
+    path: &'a Path,
     monitor: Monitor,
-    _exclusive: Vec<Exclusive>,
-    overlays: Vec<Overlay>,
-    events: Vec<Event>,
 }
 
-impl Execute for QmpGuest<'_> {
+impl Execute for Socket<'_> {
     fn execute(&mut self, command: Command, deadline: Deadline) -> std::result::Result<Value, Failure> {
         self.monitor.execute(command, deadline)
     }
 }
 
-impl Guest for QmpGuest<'_> {
-    fn status(&mut self) -> Result<Status> {
-        commands::query_status(self, Deadline::after(PATIENCE))
+impl Channel for Socket<'_> {
+    fn version(&self) -> (u64, u64) {
+        self.monitor.version
     }
 
-    fn drives(&mut self) -> Result<Vec<Drive>> {
-        let domain = self.connector.domain.as_ref();
-        let pid = self.monitor.qemu.as_ref().map(|qemu| qemu.pid);
-        drives::drives(&mut self.monitor, domain, pid)
+    fn pid(&self) -> Option<u32> {
+        self.monitor.qemu.as_ref().map(|qemu| qemu.pid)
     }
 
-    fn machine(&mut self) -> Result<Machine> {
-        let emulator = self.monitor.qemu.as_ref().and_then(|qemu| process::executable(qemu.pid));
-        drives::machine(&mut self.monitor, emulator)
+    fn identity(&self) -> String {
+        format!("{} {:?}", self.path.display(), self.pid())
     }
 
-    fn check_memory_is_its_own(&mut self) -> Result<()> {
-        drives::check_memory_is_its_own(&mut self.monitor)
+    fn take_events(&mut self) -> Vec<Event> {
+        self.monitor.take_events()
     }
 
-    fn background_keeps_paused(&self) -> bool {
-        // Measured: 7.2 starts the guest by itself once tracking is armed, 10.0 restores the state it found. What those
-        // in between do cannot be asked, and was not tried.
-        self.monitor.version >= MEASURED
-    }
-
-    fn background_can_be_cancelled(&self) -> bool {
-        // Measured likewise: 7.2 leaves it protected, 10.0 does not.
-        self.monitor.version >= MEASURED
-    }
-
-    fn create_overlays(&mut self, disks: &[DiskPlan]) -> Result<()> {
-        for (index, disk) in disks.iter().enumerate() {
-            // Kept before it is made, so that whatever was made of it is undone.
-            self.overlays.push(Overlay::new(disk, index));
-            overlays::create(&mut self.monitor, self.overlays.last_mut().expect("just pushed"))?;
-        }
-        Ok(())
-    }
-
-    fn pause(&mut self, deadline: Deadline) -> Result<()> {
-        self.monitor.take_events();
-        self.events.clear();
-        commands::stop(self, deadline)
-    }
-
-    fn switch_disks(&mut self, deadline: Deadline) -> Result<()> {
-        overlays::switch(&mut self.monitor, &self.overlays, deadline)
-    }
-
-    fn resume(&mut self, deadline: Deadline) -> Result<()> {
-        let status = commands::query_status(self, deadline)?;
-        match status.status.as_str() {
-            // On a running guest `cont` would be harmless, but tell everybody of a stop that never was.
-            _ if status.running => Ok(()),
-            "paused" | "postmigrate" | "finish-migrate" | "prelaunch" | "io-error" => commands::cont(self, deadline),
-            other => fail!(OperationFailed, "cannot resume the guest: its state is now '{other}'"),
-        }
-    }
-
-    fn last_pause(&mut self) -> Option<Duration> {
-        self.events.extend(self.monitor.take_events());
-        let stop = self.events.iter().position(|event| event.name == "STOP")?;
-        let resume = self.events[stop..].iter().find(|event| event.name == "RESUME")?;
-        resume.time.checked_sub(self.events[stop].time)
-    }
-
-    fn merge_disks(&mut self) -> Result<()> {
-        overlays::merge(&mut self.monitor, &mut self.overlays)
-    }
-
-    fn discard_overlays(&mut self) -> Result<()> {
-        overlays::discard(&mut self.monitor, &mut self.overlays)
-    }
-
-    fn merge_and_discard_offline(&mut self, switched: bool) -> Result<()> {
-        overlays::merge_and_discard_offline(&mut self.overlays, switched)
-    }
-
-    fn monitor_socket(&self) -> Option<BorrowedFd<'_>> {
-        Some(self.monitor.socket())
-    }
-
-    fn halt(&mut self) -> Result<()> {
-        let command = Command::new("quit", json!({}));
-        match self.monitor.execute(command, Deadline::after(PATIENCE)) {
-            Ok(_) | Err(Failure::Lost(_)) => Ok(()),
-            Err(failure) => Err(failure.into_error("cannot end the guest")),
-        }
+    fn deputy(&self) -> Deputy<'_> {
+        Deputy::Monitor(self.monitor.socket())
     }
 
     fn presence(&mut self) -> Presence {
@@ -211,7 +136,7 @@ impl Guest for QmpGuest<'_> {
             if self.monitor.qemu.as_ref().is_some_and(|qemu| qemu.has_ended()) {
                 return Presence::Gone;
             }
-            if let Ok(monitor) = Monitor::connect(&self.connector.socket, deadline) {
+            if let Ok(monitor) = Monitor::connect(self.path, deadline) {
                 // Another QEMU can have taken the socket over: that one is not ours to touch. Where one of them is not known,
                 // the socket is all there is to go by.
                 let same = match (&monitor.qemu, &self.monitor.qemu) {

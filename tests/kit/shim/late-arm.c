@@ -6,9 +6,12 @@
  * guest there gets memory that is younger than the disks; with the gap held open, it does so every time.
  *
  * The thread reads the host's clock twice: at its start, and right after it has set the status to `active`, when it
- * does not yet hold QEMU's big lock. From the second reading on, once, it waits here until the file that
+ * does not yet hold QEMU's big lock. At the second reading, once, it waits here until the file that
  * INSTANTSNAP_LATE_ARM_RELEASE names exists, at most 5 seconds. The thread is known by its name, so QEMU must run with
  * `-name NAME,debug-threads=on`.
+ *
+ * At the first reading it waits for as many microseconds as INSTANTSNAP_SETUP_US says: as long as a guest of much memory
+ * takes to set up.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -40,14 +43,28 @@ static void wait_for_release(void)
         nanosleep(&millisecond, NULL);
 }
 
+static void wait_in_setup(void)
+{
+    const char *text = getenv("INSTANTSNAP_SETUP_US");
+
+    if (text)
+        usleep(atoi(text));
+}
+
 int gettimeofday(struct timeval *restrict now, void *restrict zone)
 {
     static __thread int readings;
     static int (*real)(struct timeval *restrict, void *restrict);
+    int result;
 
     if (!real)
         *(void **)&real = dlsym(RTLD_NEXT, "gettimeofday");
-    if (in_snapshot_thread() && ++readings == 2)
+    if (!in_snapshot_thread())
+        return real(now, zone);
+    if (++readings == 2)
         wait_for_release();
-    return real(now, zone);
+    result = real(now, zone);
+    if (readings == 1)
+        wait_in_setup();
+    return result;
 }

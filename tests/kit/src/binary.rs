@@ -1,14 +1,16 @@
 //! The QEMU binaries to test with: the system's, and unpacked package trees of other versions.
 //!
 //! A tree is a Debian package of QEMU unpacked into a directory (`usr/bin/qemu-system-x86_64` and so
-//! on). Trees are found in `INSTANTSNAP_QEMU_DIRS` (separated by colons), by default in
-//! `target/qemu-10.0`. `INSTANTSNAP_TEST_QEMU=7.2` restricts the tests to that version.
+//! on). Trees are found in `INSTANTSNAP_QEMU_DIRS` (separated by colons; none where it is empty), by
+//! default in `target/qemu-10.0`. `INSTANTSNAP_TEST_QEMU=7.2` restricts the tests to that version.
 
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
 
 use crate::compile::workspace;
+use crate::thorough;
 
 /// One QEMU binary, with what it needs around it.
 #[derive(Debug)]
@@ -43,6 +45,16 @@ impl Binary {
         })
     }
 
+    /// Those to test what is the library's own affair, more than QEMU's: the first, and all where it may take longer.
+    pub fn any() -> &'static [Binary] {
+        if thorough() { Binary::all() } else { &Binary::all()[..1] }
+    }
+
+    /// Those to test with under libvirt: the system's, which goes with its libvirt.
+    pub fn under_libvirt() -> &'static [Binary] {
+        &Binary::all()[..1]
+    }
+
     /// A command that runs this binary, with its firmware and modules but no other options.
     pub fn command(&self) -> Command {
         let mut command = Command::new(&self.path);
@@ -53,6 +65,43 @@ impl Binary {
             command.env("QEMU_MODULE_DIR", modules);
         }
         command
+    }
+
+    /// A program that libvirt can be told to run: this binary, or a script that gives it firmware and modules.
+    pub fn emulator(&self) -> PathBuf {
+        let modules = match &self.modules {
+            Some(modules) => modules,
+            None => return in_path(&self.path),
+        };
+        let firmware: String = self.firmware.iter().map(|directory| format!(" -L '{}'", directory.display())).collect();
+        let text = format!(
+            "#!/bin/sh\nQEMU_MODULE_DIR='{}'\nexport QEMU_MODULE_DIR\nexec '{}'{firmware} \"$@\"\n",
+            self.own_modules(modules).display(),
+            self.path.display()
+        );
+        let script = workspace().join("target/testkit").join(format!("qemu-{}", self.name));
+        // Written once: libvirt looks at its time stamps to see whether it is still the QEMU that it knows.
+        if std::fs::read_to_string(&script).ok().as_ref() != Some(&text) {
+            make_script(&script, &text);
+        }
+        script
+    }
+
+    /// The tree's modules, and in place of each that only the system's QEMU has an empty file, which cannot be
+    /// loaded: libvirt asks for all types, QEMU then loads all modules, and aborts when it finds one of another version.
+    fn own_modules(&self, modules: &Path) -> PathBuf {
+        let own = workspace().join("target/testkit").join(format!("qemu-{}.modules", self.name));
+        std::fs::create_dir_all(&own).expect("target/testkit cannot be created");
+        let names =
+            |directory: &Path| std::fs::read_dir(directory).into_iter().flatten().flatten().map(|e| e.file_name());
+        // Others do the same at the same time: what is there already is right.
+        for name in names(modules) {
+            let _ = std::os::unix::fs::symlink(modules.join(&name), own.join(&name));
+        }
+        for name in names(Path::new("/usr/lib/x86_64-linux-gnu/qemu")) {
+            let _ = std::fs::File::create_new(own.join(&name));
+        }
+        own
     }
 
     fn probe(path: PathBuf, tree: Option<&Path>) -> Option<Binary> {
@@ -83,9 +132,26 @@ impl Binary {
     }
 }
 
+fn in_path(program: &Path) -> PathBuf {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let mut places = std::env::split_paths(&path).map(|directory| directory.join(program));
+    places.find(|place| place.exists()).unwrap_or_else(|| program.to_owned())
+}
+
+/// Visible only whole: others may do the same at the same time.
+fn make_script(script: &Path, text: &str) {
+    let directory = script.parent().expect("a directory");
+    std::fs::create_dir_all(directory).expect("target/testkit cannot be created");
+    let own = script.with_extension(std::process::id().to_string());
+    std::fs::write(&own, text)
+        .and_then(|()| std::fs::set_permissions(&own, std::fs::Permissions::from_mode(0o755)))
+        .and_then(|()| std::fs::rename(&own, script))
+        .unwrap_or_else(|error| panic!("{}: {error}", script.display()));
+}
+
 fn trees() -> Vec<PathBuf> {
     match std::env::var_os("INSTANTSNAP_QEMU_DIRS") {
-        Some(list) => std::env::split_paths(&list).collect(),
+        Some(list) => std::env::split_paths(&list).filter(|tree| tree.is_absolute()).collect(),
         None => vec![workspace().join("target/qemu-10.0")],
     }
 }

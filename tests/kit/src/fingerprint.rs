@@ -1,10 +1,11 @@
 //! What a failed snapshot must leave as it was: QEMU's settings, block nodes, jobs and fd sets, in a
 //! form that can be compared.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde_json::{Value, json};
 
+use crate::guest::Guest;
 use crate::qmp::Client;
 
 /// The state of a QEMU, without what changes by itself (counters, sizes, generated names).
@@ -14,8 +15,10 @@ pub struct Fingerprint(pub BTreeMap<&'static str, Value>);
 impl Fingerprint {
     /// Where two differ, one line each; empty when they are equal.
     pub fn differences(&self, other: &Fingerprint) -> String {
-        let lines = self.0.iter().filter(|(key, value)| other.0.get(*key) != Some(value));
-        lines.map(|(key, value)| format!("{key}:\n  {value}\n  {}\n", other.0[key])).collect()
+        let keys: BTreeSet<_> = self.0.keys().chain(other.0.keys()).collect();
+        let of = |one: &Fingerprint, key: &str| one.0.get(key).cloned().unwrap_or_default();
+        let different = keys.into_iter().filter(|key| of(self, key) != of(other, key));
+        different.map(|key| format!("{key}:\n  {}\n  {}\n", of(self, key), of(other, key))).collect()
     }
 }
 
@@ -36,6 +39,30 @@ pub fn fingerprint(client: &mut Client) -> Fingerprint {
         ("jobs", sorted(&ask("query-jobs", json!({})), Value::clone)),
         ("block jobs", sorted(&ask("query-block-jobs", json!({})), Value::clone)),
     ]))
+}
+
+/// Takes the fingerprint of a domain of libvirt's: what libvirt knows of it, and, where it runs, of its QEMU.
+pub fn domain_fingerprint(guest: &Guest) -> Fingerprint {
+    let daemon = guest.daemon();
+    // What is not there (an inactive XML, a current snapshot) is told apart from what is by the message.
+    let ask = |command: &str, options: &[&str]| {
+        let answer = daemon.try_virsh(&[&[command, guest.name()], options].concat());
+        json!(answer.unwrap_or_else(|error| error))
+    };
+    // libvirt forgets the alias of this one when it is restarted.
+    let usb = ["<controller type='usb' index='0' model='none'", ">\n      <alias name='usb'/>\n    </controller>"];
+    let live = ask("dumpxml", &[]).as_str().map(|xml| xml.replace(&usb.concat(), &format!("{}/>", usb[0])));
+    let mut all = if guest.alive() { fingerprint(&mut guest.control()).0 } else { BTreeMap::new() };
+    all.extend([
+        ("domain", json!(live)),
+        ("inactive domain", ask("dumpxml", &["--inactive"])),
+        ("domain's state", ask("domstate", &[])),
+        ("domain's job", ask("domjobinfo", &[])),
+        ("snapshots", ask("snapshot-list", &["--parent"])),
+        ("current snapshot", ask("snapshot-current", &["--name"])),
+        ("checkpoints", ask("checkpoint-list", &["--name"])),
+    ]);
+    Fingerprint(all)
 }
 
 fn sorted(list: &Value, keep: impl Fn(&Value) -> Value) -> Value {

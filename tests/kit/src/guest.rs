@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use tempfile::TempDir;
 
+use crate::daemon::Daemon;
 use crate::machine::{Format, Machine};
 use crate::qmp::Client;
 use crate::serial::Serial;
@@ -17,9 +18,9 @@ use crate::wait::{DEADLINE, wait_for};
 /// A disk of a guest, as it was at the start.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Disk {
-    /// Id of the device: `vd0`.
+    /// Id of the device (`vd0`); under libvirt the target (`vda`).
     pub device: String,
-    /// Id of the drive (`drive-0`) or name of the node (`disk-0`), by how it was attached.
+    /// Id of the drive (`drive-0`) or name of the node (`disk-0`), by how it was attached; empty under libvirt.
     pub backend: String,
     pub file: PathBuf,
     pub format: Format,
@@ -29,18 +30,34 @@ pub struct Disk {
 #[derive(Debug)]
 pub struct Guest {
     machine: Machine,
-    directory: TempDir,
-    child: Mutex<Child>,
-    pid: u32,
+    runner: Runner,
     disks: Vec<Disk>,
+    directory: TempDir,
+}
+
+/// Who has started QEMU.
+#[derive(Debug)]
+enum Runner {
+    Kit { child: Mutex<Child>, pid: u32 },
+    Libvirt { daemon: Daemon, name: String },
 }
 
 impl Guest {
     pub(crate) fn running(machine: Machine, directory: TempDir, child: Child, disks: Vec<Disk>) -> Guest {
         let pid = child.id();
-        let guest = Guest { machine, directory, child: Mutex::new(child), pid, disks };
+        let guest = Guest { machine, runner: Runner::Kit { child: Mutex::new(child), pid }, disks, directory };
         drop(guest.control());
         guest
+    }
+
+    pub(crate) fn of_libvirt(
+        machine: Machine,
+        directory: TempDir,
+        daemon: Daemon,
+        name: String,
+        disks: Vec<Disk>,
+    ) -> Guest {
+        Guest { machine, runner: Runner::Libvirt { daemon, name }, disks, directory }
     }
 
     /// What it was started as.
@@ -54,9 +71,46 @@ impl Guest {
         self.directory.path()
     }
 
-    /// The QMP socket for the library under test.
+    /// The QMP socket for the library under test. There is none under libvirt.
     pub fn qmp(&self) -> PathBuf {
+        assert!(matches!(self.runner, Runner::Kit { .. }), "libvirt has this QEMU's monitor for itself");
         self.directory().join("qmp.sock")
+    }
+
+    /// The libvirtd that it is a domain of. Panics where it is none.
+    pub fn daemon(&self) -> &Daemon {
+        self.domain().0
+    }
+
+    /// Its name as a domain. Panics where it is none.
+    pub fn name(&self) -> &str {
+        self.domain().1
+    }
+
+    fn domain(&self) -> (&Daemon, &str) {
+        match &self.runner {
+            Runner::Libvirt { daemon, name } => (daemon, name),
+            Runner::Kit { .. } => panic!("not a domain of libvirt's"),
+        }
+    }
+
+    /// A virsh command for this domain: its name follows the first word.
+    #[track_caller]
+    pub fn virsh(&self, command: &str, args: &[&str]) -> String {
+        let (daemon, name) = self.domain();
+        daemon.virsh(&[&[command, name], args].concat())
+    }
+
+    /// Starts the domain, which is shut off.
+    pub fn start_domain(&self) {
+        self.start_domain_with(&[]);
+    }
+
+    pub(crate) fn start_domain_with(&self, options: &[&str]) {
+        let (daemon, name) = self.domain();
+        daemon
+            .try_virsh(&[&["start", name], options].concat())
+            .unwrap_or_else(|error| self.fail(&format!("virsh start: {error}")));
     }
 
     /// The disks, in the order in which they were asked for.
@@ -64,12 +118,20 @@ impl Guest {
         &self.disks
     }
 
+    /// The process id of QEMU. Under libvirt it is of the QEMU that runs now: panics when the domain is shut off.
     pub fn pid(&self) -> u32 {
-        self.pid
+        match &self.runner {
+            Runner::Kit { pid, .. } => *pid,
+            Runner::Libvirt { daemon, name } => daemon.qemu_pid(name).unwrap_or_else(|| self.fail("no QEMU runs")),
+        }
     }
 
-    /// A client of the kit's own QMP socket. QEMU serves one at a time: drop it before the next.
+    /// A client of the kit's own QMP socket. QEMU serves one at a time: drop it before the next. Under libvirt it goes
+    /// through `virsh qemu-monitor-command`, which takes the domain's job for each command, and knows no events.
     pub fn control(&self) -> Client {
+        if let Runner::Libvirt { daemon, name } = &self.runner {
+            return Client::through_libvirt(daemon.clone(), name.clone());
+        }
         let socket = self.directory().join("control.sock");
         wait_for(DEADLINE, || match Client::connect(&socket) {
             Err(error) if !self.alive() => self.fail(&format!("QEMU has ended ({error})")),
@@ -110,14 +172,22 @@ impl Guest {
 
     /// Whether the QEMU process is there.
     pub fn alive(&self) -> bool {
-        matches!(self.child.lock().expect("poisoned").try_wait(), Ok(None))
+        match &self.runner {
+            Runner::Kit { child, .. } => matches!(child.lock().expect("poisoned").try_wait(), Ok(None)),
+            Runner::Libvirt { daemon, name } => daemon.qemu_pid(name).is_some(),
+        }
     }
 
-    /// Ends QEMU as by `kill -9`, and reaps it.
+    /// Ends QEMU as by `kill -9`, and waits until it is gone.
     pub fn kill(&self) {
-        let mut child = self.child.lock().expect("poisoned");
-        let _ = child.kill();
-        let _ = child.wait();
+        match &self.runner {
+            Runner::Kit { child, .. } => {
+                let mut child = child.lock().expect("poisoned");
+                let _ = child.kill();
+                let _ = child.wait();
+            }
+            Runner::Libvirt { daemon, name } => daemon.kill_qemu(name),
+        }
     }
 
     /// The files that QEMU has open, with how often: a test compares them to find leaks. Pipes are
@@ -125,7 +195,7 @@ impl Guest {
     /// `/dev/userfaultfd` (QEMU 8.0 and later open it once, at the first snapshot, for good).
     pub fn open_files(&self) -> BTreeMap<String, usize> {
         let mut files = BTreeMap::new();
-        let entries = std::fs::read_dir(format!("/proc/{}/fd", self.pid)).expect("/proc/PID/fd");
+        let entries = std::fs::read_dir(format!("/proc/{}/fd", self.pid())).expect("/proc/PID/fd");
         for entry in entries.flatten() {
             let Ok(target) = std::fs::read_link(entry.path()) else {
                 continue;
@@ -144,12 +214,18 @@ impl Guest {
 
     /// Panics with `message` and all that QEMU and the guest have said.
     pub fn fail(&self, message: &str) -> ! {
-        let tail = |name: &str| {
-            let bytes = std::fs::read(self.directory().join(name)).unwrap_or_default();
+        let tail = |path: &Path| {
+            let bytes = std::fs::read(path).unwrap_or_default();
             let text = String::from_utf8_lossy(&bytes[bytes.len().saturating_sub(600)..]);
-            format!("--- {name}\n{text}")
+            format!("--- {}\n{text}", path.display())
         };
-        panic!("{message}\n{}\n{}\n--- {:?}", tail("stderr.log"), tail("serial.log"), self.machine)
+        let logs = match &self.runner {
+            Runner::Kit { .. } => tail(&self.directory().join("stderr.log")),
+            Runner::Libvirt { daemon, name } => {
+                format!("{}\n--- libvirtd\n{}", tail(&daemon.qemu_log(name)), daemon.log())
+            }
+        };
+        panic!("{message}\n{logs}\n{}\n--- {:?}", tail(&self.directory().join("serial.log")), self.machine)
     }
 }
 

@@ -1,7 +1,8 @@
-//! A QEMU whose snapshot thread can be held between "active" and "armed": `shim/late-arm.c`.
+//! A QEMU whose snapshot thread can be held, while it sets up or between "active" and "armed": `shim/late-arm.c`.
 
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
+use std::time::Duration;
 
 use crate::compile::{gcc, workspace};
 use crate::machine::Machine;
@@ -10,11 +11,17 @@ impl Machine {
     /// Each background snapshot waits, after its migration has become `active` and before the device
     /// state is saved and write tracking is armed, until the file `release` exists; 5 seconds at most.
     pub fn late_arm(self, release: &Path) -> Machine {
+        self.shimmed().env("INSTANTSNAP_LATE_ARM_RELEASE", release)
+    }
+
+    /// Each background snapshot sets up for so much longer.
+    pub fn long_setup(self, time: Duration) -> Machine {
+        self.shimmed().env("INSTANTSNAP_SETUP_US", Path::new(&time.as_micros().to_string()))
+    }
+
+    fn shimmed(self) -> Machine {
         // QEMU names its threads only when asked, and the library knows the thread by its name.
-        self.arg("-name")
-            .arg("tick,debug-threads=on")
-            .env("LD_PRELOAD", library())
-            .env("INSTANTSNAP_LATE_ARM_RELEASE", release)
+        self.arg("-name").arg("tick,debug-threads=on").env("LD_PRELOAD", library())
     }
 }
 

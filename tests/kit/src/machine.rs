@@ -6,6 +6,7 @@ use std::process::{Command, Stdio};
 
 use crate::binary::Binary;
 use crate::compile::tick_guest;
+use crate::domain::{DiskExtras, Extras};
 use crate::guest::{Disk, Guest};
 
 /// Size of the disks made for a machine: the tick guest uses the first 5 MiB.
@@ -32,6 +33,16 @@ pub enum Format {
     Qcow2,
 }
 
+impl MachineType {
+    /// QEMU's name for it.
+    pub fn name(self) -> &'static str {
+        match self {
+            MachineType::Pc => "pc",
+            MachineType::Q35 => "q35",
+        }
+    }
+}
+
 impl Format {
     /// QEMU's name for it.
     pub fn name(self) -> &'static str {
@@ -52,30 +63,37 @@ pub enum Attach {
 }
 
 #[derive(Clone, Debug)]
-struct DiskWanted {
-    format: Format,
+pub(crate) struct DiskWanted {
+    pub(crate) format: Format,
     /// An image that exists; else one is made in the guest's directory.
-    file: Option<PathBuf>,
+    pub(crate) file: Option<PathBuf>,
+    pub(crate) extras: DiskExtras,
 }
 
 /// A virtual machine to be started: a builder. What is not asked for is as in [`Machine::new`].
 #[derive(Clone, Debug)]
 pub struct Machine {
-    binary: &'static Binary,
-    machine_type: MachineType,
-    accel: Accel,
-    memory_mib: u32,
-    prealloc: bool,
-    attach: Attach,
-    disks: Vec<DiskWanted>,
-    device_options: String,
-    append: String,
-    args: Vec<String>,
-    env: Vec<(String, PathBuf)>,
-    paused: bool,
-    incoming: bool,
-    uid: Option<u32>,
+    pub(crate) binary: &'static Binary,
+    pub(crate) machine_type: MachineType,
+    pub(crate) accel: Accel,
+    pub(crate) memory_mib: u32,
+    pub(crate) cpus: u32,
+    pub(crate) prealloc: bool,
+    pub(crate) attach: Attach,
+    pub(crate) disks: Vec<DiskWanted>,
+    pub(crate) device_options: String,
+    pub(crate) append: String,
+    pub(crate) restless: bool,
+    pub(crate) args: Vec<String>,
+    pub(crate) env: Vec<(String, PathBuf)>,
+    pub(crate) paused: bool,
+    pub(crate) incoming: bool,
+    pub(crate) uid: Option<u32>,
+    pub(crate) extras: Extras,
 }
+
+/// How long a guest rests between its rounds: not so long that it is a rest that is snapshotted as a rule.
+const REST_US: u32 = 500;
 
 impl Machine {
     /// A `pc` with 64 MiB and no disks, under TCG, that boots the tick guest.
@@ -85,16 +103,19 @@ impl Machine {
             machine_type: MachineType::Pc,
             accel: Accel::Tcg,
             memory_mib: 64,
+            cpus: 1,
             prealloc: false,
             attach: Attach::Drive,
             disks: Vec::new(),
             device_options: String::new(),
             append: String::new(),
+            restless: false,
             args: Vec::new(),
             env: Vec::new(),
             paused: false,
             incoming: false,
             uid: None,
+            extras: Extras::default(),
         }
     }
 
@@ -113,6 +134,12 @@ impl Machine {
         self
     }
 
+    /// So many CPUs; the tick guest uses two where its parameter `cpus=2` says so.
+    pub fn cpus(mut self, cpus: u32) -> Machine {
+        self.cpus = cpus;
+        self
+    }
+
     /// All memory is allocated at the start.
     pub fn prealloc(mut self) -> Machine {
         self.prealloc = true;
@@ -127,13 +154,13 @@ impl Machine {
 
     /// One more disk, on a new image.
     pub fn disk(mut self, format: Format) -> Machine {
-        self.disks.push(DiskWanted { format, file: None });
+        self.disks.push(DiskWanted { format, file: None, extras: DiskExtras::default() });
         self
     }
 
     /// One more disk, on an image that exists.
     pub fn disk_on(mut self, file: &Path, format: Format) -> Machine {
-        self.disks.push(DiskWanted { format, file: Some(file.to_owned()) });
+        self.disks.push(DiskWanted { format, file: Some(file.to_owned()), extras: DiskExtras::default() });
         self
     }
 
@@ -147,6 +174,22 @@ impl Machine {
     pub fn append(mut self, parameters: &str) -> Machine {
         self.append = parameters.to_owned();
         self
+    }
+
+    /// The guest writes all the time. Otherwise it rests between its rounds under TCG, unless it writes densely: so that many of
+    /// them do not keep each other, and what is tested, from the CPUs.
+    pub fn restless(mut self) -> Machine {
+        self.restless = true;
+        self
+    }
+
+    /// The tick guest's command line.
+    pub(crate) fn command_line(&self) -> String {
+        let writes = ["dense=", "halt=", "delay="].iter().any(|key| self.append.contains(key));
+        match self.restless || writes || self.accel != Accel::Tcg {
+            true => self.append.clone(),
+            false => format!("{} rest={REST_US}", self.append).trim_start().to_owned(),
+        }
     }
 
     /// One more QEMU option.
@@ -184,8 +227,9 @@ impl Machine {
     pub fn for_revert(&self, disks: &[(PathBuf, Format)]) -> Machine {
         assert_eq!(disks.len(), self.disks.len(), "a snapshot has as many disks as its guest");
         let mut clone = self.clone().incoming();
-        clone.disks =
-            disks.iter().map(|(file, format)| DiskWanted { format: *format, file: Some(file.clone()) }).collect();
+        for (disk, (file, format)) in clone.disks.iter_mut().zip(disks) {
+            (disk.file, disk.format) = (Some(file.clone()), *format);
+        }
         clone.env.clear();
         clone.paused = false;
         clone
@@ -208,7 +252,7 @@ impl Machine {
         Guest::running(self.clone(), directory, child, disks)
     }
 
-    fn make_disks(&self, directory: &Path) -> Vec<Disk> {
+    pub(crate) fn make_disks(&self, directory: &Path) -> Vec<Disk> {
         let disk = |(index, wanted): (usize, &DiskWanted)| {
             let file = wanted.file.clone().unwrap_or_else(|| {
                 let file = directory.join(format!("disk-{index}.{}", wanted.format.name()));
@@ -231,12 +275,9 @@ impl Machine {
     fn command(&self, directory: &Path, kernel: &Path, disks: &[Disk]) -> Command {
         let mut command = self.binary.command();
         command.args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]);
-        let machine = match self.machine_type {
-            MachineType::Pc => "pc",
-            MachineType::Q35 => "q35",
-        };
+        let machine = self.machine_type.name();
         command.args(["-accel", if self.accel == Accel::Kvm { "kvm" } else { "tcg" }]);
-        command.args(["-m", &self.memory_mib.to_string()]);
+        command.args(["-m", &self.memory_mib.to_string(), "-smp", &self.cpus.to_string()]);
         if self.prealloc {
             let memory = format!("memory-backend-ram,id=ram0,size={}M,prealloc=on", self.memory_mib);
             command.args(["-object", &memory]);
@@ -251,7 +292,7 @@ impl Machine {
         command.args(["-serial", &format!("file:{}", directory.join("serial.log").display())]);
         command.arg("-kernel").arg(kernel);
         // The guest looks for " KEY=": the space before the first is QEMU's, after the kernel's name.
-        command.args(["-append", &self.append]);
+        command.args(["-append", &self.command_line()]);
         for disk in disks {
             self.attach_disk(&mut command, disk);
         }
@@ -309,7 +350,7 @@ pub fn make_image(file: &Path, format: Format, backing: Option<(&Path, Format)>)
     assert!(output.status.success(), "{command:?}: {}", String::from_utf8_lossy(&output.stderr));
 }
 
-fn give_to(uid: u32, directory: &Path) {
+pub(crate) fn give_to(uid: u32, directory: &Path) {
     let entries = std::fs::read_dir(directory).expect("the guest's directory cannot be read");
     let files = entries.map(|entry| entry.expect("a directory entry").path());
     for path in files.chain([directory.to_owned()]) {

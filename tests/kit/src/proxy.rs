@@ -94,7 +94,8 @@ impl Gate {
         self.0.1.notify_all();
     }
 
-    fn pass(&self) {
+    /// Comes to the gate, and waits there.
+    pub fn pass(&self) {
         let (state, changed) = &*self.0;
         let mut state = lock(state);
         state.arrived = true;

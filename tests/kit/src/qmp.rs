@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use serde_json::{Value, json};
 
+use crate::daemon::Daemon;
 use crate::wait::{DEADLINE, wait_for};
 
 /// An event of QEMU's.
@@ -22,9 +23,19 @@ pub struct Event {
     pub timestamp_us: u64,
 }
 
+/// A way to give a QEMU commands.
+#[derive(Debug)]
+pub struct Client(Way);
+
+#[derive(Debug)]
+enum Way {
+    Socket(Connection),
+    Libvirt(Daemon, String),
+}
+
 /// A connection to a QMP socket, past its greeting.
 #[derive(Debug)]
-pub struct Client {
+struct Connection {
     stream: UnixStream,
     reader: BufReader<UnixStream>,
     /// A line of which only the beginning has come yet.
@@ -34,43 +45,75 @@ pub struct Client {
 }
 
 impl Client {
-    /// Connects, and enters command mode. Fails after five seconds where QEMU has another client.
+    /// Connects to a socket, and enters command mode. Fails after five seconds where QEMU has another client.
     pub fn connect(path: &Path) -> io::Result<Client> {
-        let stream = UnixStream::connect(path)?;
-        let reader = BufReader::new(stream.try_clone()?);
-        let mut client = Client { stream, reader, partial: Vec::new(), events: VecDeque::new(), next_id: 1 };
-        client.read(Duration::from_secs(5))?;
-        client.execute("qmp_capabilities", json!({})).map_err(|error| io::Error::other(error.to_string()))?;
-        Ok(client)
+        Ok(Client(Way::Socket(Connection::open(path)?)))
+    }
+
+    /// A client by way of `virsh qemu-monitor-command`.
+    pub(crate) fn through_libvirt(daemon: Daemon, domain: String) -> Client {
+        Client(Way::Libvirt(daemon, domain))
     }
 
     /// Executes a command; the error is QEMU's (`class`, `desc`), or of the class `Disconnected`.
     pub fn execute(&mut self, command: &str, arguments: Value) -> Result<Value, Value> {
-        self.request(command, arguments, &[])
+        match &mut self.0 {
+            Way::Socket(connection) => connection.request(command, arguments, &[]),
+            Way::Libvirt(daemon, domain) => through_virsh(daemon, domain, command, &arguments),
+        }
     }
 
     /// Executes a command that takes a file descriptor: `getfd`, `add-fd`.
     pub fn execute_with_fd(&mut self, command: &str, arguments: Value, fd: BorrowedFd) -> Result<Value, Value> {
-        self.request(command, arguments, &[fd])
+        self.connection().request(command, arguments, &[fd])
     }
 
     /// The events that have come so far, taken out.
     pub fn events(&mut self) -> Vec<Event> {
-        let _ = self.collect(Duration::ZERO);
-        self.events.drain(..).collect()
+        let connection = self.connection();
+        let _ = connection.collect(Duration::ZERO);
+        connection.events.drain(..).collect()
     }
 
     /// Waits for an event, and takes it out, with those before it.
     pub fn wait_event(&mut self, name: &str) -> Option<Event> {
+        let connection = self.connection();
         wait_for(DEADLINE, || {
-            while let Some(event) = self.events.pop_front() {
+            while let Some(event) = connection.events.pop_front() {
                 if event.name == name {
                     return Some(event);
                 }
             }
-            let _ = self.collect(Duration::from_millis(100));
+            let _ = connection.collect(Duration::from_millis(100));
             None
         })
+    }
+
+    fn connection(&mut self) -> &mut Connection {
+        match &mut self.0 {
+            Way::Socket(connection) => connection,
+            Way::Libvirt(..) => panic!("virsh passes on neither events nor file descriptors"),
+        }
+    }
+}
+
+fn through_virsh(daemon: &Daemon, domain: &str, command: &str, arguments: &Value) -> Result<Value, Value> {
+    let line = json!({"execute": command, "arguments": arguments}).to_string();
+    let reply = daemon.try_virsh(&["qemu-monitor-command", domain, &line]);
+    let reply = reply.map_err(|error| json!({"class": "Disconnected", "desc": error}))?;
+    let mut reply: Value = serde_json::from_str(&reply).unwrap_or_else(|error| panic!("{error}: {reply}"));
+    if reply.get("error").is_some() { Err(reply["error"].take()) } else { Ok(reply["return"].take()) }
+}
+
+impl Connection {
+    fn open(path: &Path) -> io::Result<Connection> {
+        let stream = UnixStream::connect(path)?;
+        let reader = BufReader::new(stream.try_clone()?);
+        let mut connection = Connection { stream, reader, partial: Vec::new(), events: VecDeque::new(), next_id: 1 };
+        connection.read(Duration::from_secs(5))?;
+        let entered = connection.request("qmp_capabilities", json!({}), &[]);
+        entered.map_err(|error| io::Error::other(error.to_string()))?;
+        Ok(connection)
     }
 
     fn request(&mut self, command: &str, arguments: Value, fds: &[BorrowedFd]) -> Result<Value, Value> {

@@ -23,7 +23,7 @@ fn counts(what: &str, machine: Machine) {
 fn counts_on_every_qemu_and_machine_type() {
     for binary in Binary::all() {
         for machine_type in [MachineType::Pc, MachineType::Q35] {
-            let machine = Machine::new(binary).machine_type(machine_type);
+            let machine = Machine::new(binary).restless().machine_type(machine_type);
             let what = format!("{} {machine_type:?}", binary.name);
             let two = machine.clone().disk(Format::Raw).disk(Format::Qcow2);
             counts(&format!("{what} tcg, 2 drives"), two.clone());

@@ -1,0 +1,310 @@
+//! For how long a snapshot pauses guests that differ in the size of their memory alone, and write all the time.
+//!
+//!     cargo bench --bench memory -- [--rounds N] [--memory MIB,MIB] [--ways direct,libvirt] [--json FILE]
+//!
+//! Directly, on a QEMU of its own:
+//!
+//! * `overlap`: this library, which has QEMU touch the guest's memory while the guest still runs.
+//! * `classical`: this library told not to: the guest is stopped first.
+//! * `floor`: the shortest sequence of QMP commands that stops the guest first, as in `benches/pause.rs`.
+//!
+//! And on a domain of a private libvirtd:
+//!
+//! * `libvirt`, `libvirt classical`: the first two through libvirt.
+//! * `libvirt plain`, `libvirt live`: libvirt's own full snapshots, as in `benches/libvirt.rs`.
+//!
+//! All ways are interleaved on one guest, and there is one guest at a time. All but libvirt's own are cancelled right after
+//! the instant, because a large guest's memory drains for minutes; that takes QEMU 10. The pause is that of QEMU's own
+//! STOP and RESUME events, the last one's where tries were lost: what those have cost the guest is told beside it. A size is
+//! skipped where the machine has not 2 GiB more than that available.
+
+mod common;
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::time::Duration;
+
+use common::domain::OpenedDomain;
+use common::monitor::Monitor;
+use common::{Options, interleave, kib, list, machine, median, spread};
+use instantsnap::engine::{Event, Handle, Observer, Overlap, What};
+use instantsnap::error::Code;
+use instantsnap::flags::{INSTANT, LIVE, NO_METADATA};
+use instantsnap_testkit::{Binary, Client, Daemon, Guest, Machine, wait_for};
+use serde_json::{Value, json};
+
+const CLASSICAL: Overlap = Overlap { tries: 0, aim: None };
+/// To spare, beside the guest's memory.
+const SPARE_MIB: u64 = 2048;
+/// How long memory that was given back takes to be free.
+const ROOM: Duration = Duration::from_secs(10);
+/// A large guest boots slowly without KVM.
+const BOOT: Duration = Duration::from_secs(600);
+
+/// A way in, and what is compared by it.
+struct WayIn {
+    name: &'static str,
+    ways: &'static [&'static str],
+    /// Of these, the one that tries to overlap.
+    overlap: &'static str,
+    /// Of these, what the others' pauses are set against.
+    classical: &'static str,
+}
+
+const WAYS_IN: [WayIn; 2] = [
+    WayIn { name: "direct", ways: &["overlap", "classical", "floor"], overlap: "overlap", classical: "classical" },
+    WayIn {
+        name: "libvirt",
+        ways: &["libvirt", "libvirt classical", "libvirt plain", "libvirt live"],
+        overlap: "libvirt",
+        classical: "libvirt classical",
+    },
+];
+
+/// One size's figures, by way.
+type Measured = BTreeMap<&'static str, Vec<Taken>>;
+
+fn main() -> common::Result<()> {
+    let mut wanted: Vec<String> = WAYS_IN.iter().map(|way_in| way_in.name.to_owned()).collect();
+    let sizes = [512, 2048, 4096, 8192, 12288];
+    let options = Options::parse(7, &sizes, "bench-memory.json", |name, parser| {
+        if name == "ways" {
+            wanted = list(parser)?;
+        }
+        Ok(name == "ways")
+    })?;
+    let known = |name: &String| WAYS_IN.iter().any(|way_in| way_in.name == name);
+    if let Some(unknown) = wanted.iter().find(|name| !known(name)) {
+        return Err(format!("unknown way {unknown}: direct or libvirt").into());
+    }
+    let able = Binary::all().iter().filter(|binary| binary.version >= (10, 0, 0));
+    let Some(binary) = able.max_by_key(|binary| binary.version) else {
+        println!(
+            "Not measured: there is no QEMU 10 or later here, and an earlier one's snapshots cannot be cancelled."
+        );
+        return Ok(());
+    };
+    let (major, minor, micro) = binary.version;
+    println!("QEMU {major}.{minor}.{micro}, {} rounds", options.rounds);
+
+    let mut document = json!({ "qemu": format!("{major}.{minor}.{micro}"), "rounds": options.rounds });
+    let daemon = wanted.iter().any(|name| name == "libvirt").then(Daemon::session);
+    if daemon.is_some() {
+        let (major, minor, micro) = Daemon::version();
+        document["libvirt"] = json!(format!("{major}.{minor}.{micro}"));
+    }
+    let mut all: Vec<(u32, Measured)> = Vec::new();
+    for &memory in &options.memory {
+        if let Err(available) = wait_for_room(memory) {
+            println!(
+                "\n{memory} MiB is skipped: the machine has {available} MiB available, and {SPARE_MIB} are to spare"
+            );
+            continue;
+        }
+        let mut measured = Measured::new();
+        for way_in in WAYS_IN.iter().filter(|way_in| wanted.iter().any(|name| name == way_in.name)) {
+            let machine = machine(binary, memory, "tick");
+            measured.extend(match &daemon {
+                Some(daemon) if way_in.name == "libvirt" => under_libvirt(&machine, daemon, way_in, options.rounds),
+                _ => directly(&machine, way_in, options.rounds),
+            });
+        }
+        report(memory, &measured);
+        all.push((memory, measured));
+    }
+    report_growth(&all);
+    let results = all.iter().map(|(memory, ways)| json!({ "memory_mib": memory, "ways": ways }));
+    document["results"] = results.collect::<Value>();
+    options.write(&document);
+    println!("\nWritten to {}", options.json.display());
+    Ok(())
+}
+
+/// A snapshot, as it was for the guest.
+#[derive(serde::Serialize)]
+struct Taken {
+    pause_us: u64,
+    /// The library's.
+    #[serde(flatten, skip_serializing_if = "Option::is_none")]
+    library: Option<ByLibrary>,
+}
+
+#[derive(serde::Serialize)]
+struct ByLibrary {
+    /// How long QEMU touched memory.
+    setup_us: u64,
+    /// The guest ran meanwhile.
+    overlapped: bool,
+    /// Tries lost.
+    lost: u32,
+    /// For how long they have paused the guest, in all.
+    lost_pause_us: u64,
+}
+
+fn directly(machine: &Machine, way_in: &WayIn, rounds: usize) -> Measured {
+    let guest = machine.start();
+    wait_until_it_writes(&guest);
+    let state_dir = guest.directory().join("state");
+    std::fs::create_dir(&state_dir).unwrap();
+    let handle = Handle::open_qmp(&guest.qmp(), None, &state_dir).unwrap();
+    let mut monitor = Monitor::new(guest.control(), guest.directory());
+    interleave(way_in.ways, rounds, |way| {
+        guest.wait_ticks(3);
+        match way {
+            "overlap" => by_library(&handle, Overlap::default(), "<domainsnapshot/>", &mut monitor),
+            "classical" => by_library(&handle, CLASSICAL, "<domainsnapshot/>", &mut monitor),
+            "floor" => {
+                let cat = monitor.begin(true, File::options().write(true).open("/dev/null").unwrap());
+                monitor.cancel(cat);
+                monitor.flatten();
+                Taken { pause_us: monitor.pauses().iter().sum(), library: None }
+            }
+            _ => unreachable!(),
+        }
+    })
+}
+
+fn under_libvirt(machine: &Machine, daemon: &Daemon, way_in: &WayIn, rounds: usize) -> Measured {
+    // libvirt has QEMU's first monitor for itself.
+    let socket = daemon.directory().join("guests/monitor.sock");
+    let second = format!("unix:{},server=on,wait=off", socket.display());
+    let guest = machine.clone().arg("-qmp").arg(&second).start_under(daemon);
+    wait_until_it_writes(&guest);
+    let mut monitor = Monitor::new(Client::connect(&socket).unwrap(), guest.directory());
+    let mut opened = OpenedDomain::open(&guest);
+    interleave(way_in.ways, rounds, |way| {
+        guest.wait_ticks(3);
+        let (_, xml) = opened.next();
+        let taken = match way {
+            "libvirt" => by_library(&opened.handle, Overlap::default(), &xml, &mut monitor),
+            "libvirt classical" => by_library(&opened.handle, CLASSICAL, &xml, &mut monitor),
+            "libvirt plain" => by_libvirt(&opened, NO_METADATA, &xml, &mut monitor),
+            "libvirt live" => by_libvirt(&opened, NO_METADATA | LIVE, &xml, &mut monitor),
+            _ => unreachable!(),
+        };
+        assert_eq!(opened.left(), [""; 0], "{way} leaves something");
+        taken
+    })
+}
+
+/// What a QEMU had that was killed is free only some time later. The error is what is available.
+fn wait_for_room(memory: u32) -> Result<(), u64> {
+    let available = || kib("/proc/meminfo", "MemAvailable") / 1024;
+    let wanted = u64::from(memory) + SPARE_MIB;
+    wait_for(ROOM, || (available() >= wanted).then_some(())).ok_or_else(available)
+}
+
+fn wait_until_it_writes(guest: &Guest) {
+    guest.try_ticks(1, BOOT).unwrap_or_else(|trouble| guest.fail(&trouble));
+}
+
+/// The library takes a snapshot, and undoes it when it is cancelled.
+fn by_library(handle: &Handle, overlap: Overlap, xml: &str, monitor: &mut Monitor) -> Taken {
+    handle.set_overlap(overlap);
+    let error = handle
+        .create(xml, LIVE | INSTANT | NO_METADATA, &mut CancelAtInstant(handle))
+        .expect_err("cancelled at the instant");
+    assert_eq!(error.code, Code::OperationAborted, "{error}");
+    assert!(!error.message.contains(';'), "something is left: {error}");
+    let stats = handle.stats().unwrap();
+    let mut pauses = monitor.pauses();
+    let pause_us = pauses.pop().expect("a pause");
+    // QEMU that was not stopped in time may have stopped and resumed the guest by itself before.
+    assert_eq!(pauses.is_empty(), stats.lost == 0, "{pauses:?} and {pause_us} µs: {stats:?}");
+    let library = ByLibrary {
+        setup_us: stats.setup.as_micros() as u64,
+        overlapped: stats.overlapped,
+        lost: stats.lost,
+        lost_pause_us: pauses.iter().sum(),
+    };
+    Taken { pause_us, library: Some(library) }
+}
+
+struct CancelAtInstant<'a>(&'a Handle);
+
+impl Observer for CancelAtInstant<'_> {
+    fn event(&mut self, event: &Event) {
+        if event.what == What::Instant {
+            self.0.cancel().unwrap();
+        }
+    }
+}
+
+fn by_libvirt(opened: &OpenedDomain, flags: u32, xml: &str, monitor: &mut Monitor) -> Taken {
+    drop(opened.domain.create_snapshot(xml, flags).unwrap());
+    opened.flatten();
+    Taken { pause_us: monitor.pauses().iter().sum(), library: None }
+}
+
+fn pauses(taken: &[Taken]) -> Vec<u64> {
+    taken.iter().map(|taken| taken.pause_us).collect()
+}
+
+fn report(memory: u32, measured: &Measured) {
+    println!("\n{memory} MiB:\n");
+    println!(
+        "| way | pause ms, median (min to max) | ratio to classical | populate ms | overlapped | tries lost | a lost try's pause ms |"
+    );
+    println!(
+        "|-----|-------------------------------|--------------------|-------------|------------|------------|-----------------------|"
+    );
+    for way_in in &WAYS_IN {
+        let Some(classical) = measured.get(way_in.classical) else { continue };
+        let setups: Vec<u64> = classical.iter().filter_map(|taken| Some(taken.library.as_ref()?.setup_us)).collect();
+        for way in way_in.ways {
+            let taken = &measured[way];
+            let own = pauses(taken);
+            println!(
+                "| {way} | {} | {:.2} | {} | {} |",
+                spread(&own),
+                median(&own) / median(&pauses(classical)),
+                if *way == way_in.classical { format!("{:.0}", median(&setups) / 1e3) } else { "-".into() },
+                if *way == way_in.overlap { tries(taken) } else { "- | - | -".into() }
+            );
+        }
+    }
+}
+
+/// What became of the tries to overlap: the last three cells of a line.
+fn tries(taken: &[Taken]) -> String {
+    let library: Vec<_> = taken.iter().filter_map(|taken| taken.library.as_ref()).collect();
+    let won = library.iter().filter(|library| library.overlapped).count();
+    let lost: u32 = library.iter().map(|library| library.lost).sum();
+    let tried = won + lost as usize;
+    let share = if tried == 0 { String::new() } else { format!(" ({:.0} %)", 100.0 * f64::from(lost) / tried as f64) };
+    // Several of one snapshot are told in all.
+    let with_lost = library.iter().filter(|library| library.lost > 0);
+    let costs: Vec<u64> = with_lost.map(|library| library.lost_pause_us / u64::from(library.lost)).collect();
+    let cost = if costs.is_empty() { "-".into() } else { format!("{:.1}", median(&costs) / 1e3) };
+    format!("{won} of {} | {lost} of {tried}{share} | {cost}", library.len())
+}
+
+/// How much longer the median pause is for each GiB more.
+fn report_growth(all: &[(u32, Measured)]) {
+    if all.len() < 2 {
+        return;
+    }
+    println!("\n| way | pause grows by, ms for each GiB |");
+    println!("|-----|---------------------------------|");
+    for way in WAYS_IN.iter().flat_map(|way_in| way_in.ways) {
+        let points: Vec<(f64, f64)> = all
+            .iter()
+            .filter_map(|(memory, measured)| {
+                Some((f64::from(*memory) / 1024.0, median(&pauses(measured.get(way)?)) / 1e3))
+            })
+            .collect();
+        if !points.is_empty() {
+            println!("| {way} | {:.2} |", slope(&points));
+        }
+    }
+}
+
+/// Of the straight line that is nearest to the points, by least squares.
+fn slope(points: &[(f64, f64)]) -> f64 {
+    let count = points.len() as f64;
+    let mean = |of: fn(&(f64, f64)) -> f64| points.iter().map(of).sum::<f64>() / count;
+    let (x_mean, y_mean) = (mean(|point| point.0), mean(|point| point.1));
+    let product: f64 = points.iter().map(|(x, y)| (x - x_mean) * (y - y_mean)).sum();
+    let square: f64 = points.iter().map(|(x, _)| (x - x_mean).powi(2)).sum();
+    product / square
+}

@@ -1,0 +1,257 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A snapshot that is being taken."""
+
+import asyncio
+import collections
+import ctypes
+import math
+import select
+import threading
+import time
+from collections.abc import AsyncIterator, Generator, Iterator
+from types import TracebackType
+from typing import Any, Optional
+
+from . import _library
+from ._errors import Error, ErrorCode
+from ._events import Event, EventType, JobInfo, Stats, event_of, info_of, stats_of
+from ._interrupt import SLICE
+from ._library import check, library, take_string
+from ._storage import Hook
+from ._waiters import Waiters
+
+
+class Job:
+    """A snapshot that is being taken, started by Guest.start_snapshot().
+
+    A context manager: leaving the block waits for the end, and raises the job's Error where it failed. Leaving it by an
+    exception, KeyboardInterrupt too, cancels the snapshot and waits for the undo; then the exception goes on. (A
+    snapshot that was complete already stays.) The job can be asked afterwards too.
+
+    With asyncio: `async with job` is the same without blocking the event loop; `await job` is result(), and cancels the
+    snapshot when its task is cancelled, with CancelledError raised when everything is undone (asyncio.shield(job) only
+    stops to wait); `async for event in job` is events(), and cancels nothing. One event loop at a time. The other
+    methods may be used there too, but those that block.
+
+    Its methods may be called from any thread. Those that wait let signals be handled at once: what a handler raises, as
+    KeyboardInterrupt, goes on, and the snapshot too, unless it is in such a block. Every method of a closed job raises
+    Error (INVALID_ARG), but close().
+
+    A job that is not waited for goes on, whether it is closed or forgotten. So it does when its guest is closed. The
+    end of the process cuts it off: see "Processes" in instantsnap.h.
+    """
+
+    def __init__(self, handle: int, hook: Optional[Hook] = None) -> None:
+        """Not for callers: use Guest.start_snapshot()."""
+        self._handle: Optional[int] = handle
+        self._hook = hook
+        self._lock = threading.Lock()  # for the order of the events that are taken
+        self._events: collections.deque[Event] = collections.deque()  # taken already, by a task that waited for the end
+        self._waiters = Waiters()
+
+    def done(self) -> bool:
+        """Whether it has ended, completely or by an error. Does not block."""
+        return self.wait(0)
+
+    def wait(self, timeout: Optional[float] = None) -> bool:
+        """Waits until it has ended, completely or by an error. Blocks, for `timeout` seconds at most; None: without
+        end. Returns whether it has."""
+        deadline = math.inf if timeout is None else time.monotonic() + timeout
+        while True:
+            left = min(SLICE, deadline - time.monotonic())
+            if check(library().instantsnap_job_wait(self._open(), math.ceil(left * 1000) if left > 0 else 0)):
+                return True
+            if left <= 0:
+                return False
+
+    def result(self, timeout: Optional[float] = None) -> str:
+        """The snapshot's name, when it is complete. Blocks until then, for `timeout` seconds at most; None: for ever.
+
+        Raises TimeoutError, Cancelled, or the Error that Guest.snapshot() would have raised, with everything as it was
+        before the call.
+        """
+        if not self.wait(timeout):
+            raise TimeoutError("the snapshot is still being taken")
+        return self.name
+
+    @property
+    def name(self) -> str:
+        """The snapshot's name, once it is complete. Does not block. Raises the Error of result(), or
+        OPERATION_INVALID when it has not ended yet."""
+        try:
+            return take_string(library().instantsnap_job_get_name(self._open()))
+        except Error as error:
+            raise error if self._hook is None else self._hook.reason(error)
+
+    def xml(self) -> str:
+        """The snapshot's `<domainsnapshot>` XML, once it is complete: what was recorded then, or, for one that is not
+        recorded (CREATE_NO_METADATA), what would have been. Does not block. Raises as `name` does."""
+        return take_string(library().instantsnap_job_get_xml(self._open()))
+
+    def stats(self) -> Stats:
+        """What it took, once it has ended. Does not block. Raises Error (OPERATION_INVALID) when it has not."""
+        stats = _library.CStats(size=ctypes.sizeof(_library.CStats))
+        check(library().instantsnap_job_get_stats(self._open(), ctypes.byref(stats)))
+        return stats_of(stats)
+
+    def info(self) -> JobInfo:
+        """Where it is. Does not block."""
+        info = _library.CJobInfo(size=ctypes.sizeof(_library.CJobInfo))
+        check(library().instantsnap_job_get_info(self._open(), ctypes.byref(info)))
+        return info_of(info)
+
+    def cancel(self) -> None:
+        """Cancels it, in whatever phase it is: everything is undone, and it ends by Cancelled, unless it was complete
+        already. Does not wait for that."""
+        check(library().instantsnap_job_cancel(self._open()))
+
+    def fileno(self) -> int:
+        """A file descriptor that is readable as long as next_event() has an event to give, for select, selectors and
+        event loops: the job itself can be given to them. Valid until close(), and not to be read or closed."""
+        return check(library().instantsnap_job_get_fd(self._open()))
+
+    def next_event(self) -> Optional[Event]:
+        """Takes the oldest event that was not taken yet; None: there is none now. PROGRESS events that nobody takes
+        replace each other. Does not block."""
+        with self._lock:
+            return self._events.popleft() if self._events else self._take()
+
+    def events(self) -> Iterator[Event]:
+        """Takes the events one by one, from the oldest that was not taken yet to the last, COMPLETE or FAILED. Blocks
+        for each until it has happened. Raises nothing when the snapshot fails: result() does."""
+        while True:
+            done = self.done()  # asked first: the last event is there by then
+            event = self.next_event()
+            if event is not None:
+                yield event
+            elif done:
+                return
+            else:
+                poll = select.poll()
+                poll.register(self, select.POLLIN)
+                poll.poll(SLICE * 1000)
+
+    def close(self) -> None:
+        """Frees the job, without cancelling it; a second time does nothing. Does not block. Raises nothing."""
+        handle, self._handle = self._handle, None
+        if handle:
+            self._waiters.wake()
+            library().instantsnap_job_free(handle)
+
+    def __enter__(self) -> "Job":
+        return self
+
+    def __exit__(self, kind: Optional[type[BaseException]], value: Optional[BaseException],
+                 traceback: Optional[TracebackType]) -> None:
+        if self._handle is None:
+            return
+        if kind is not None:
+            self._undo()
+            return
+        try:
+            self.wait()
+        except BaseException:
+            self._undo()
+            raise
+        self.result()
+
+    async def __aenter__(self) -> "Job":
+        return self
+
+    async def __aexit__(self, kind: Optional[type[BaseException]], value: Optional[BaseException],
+                        traceback: Optional[TracebackType]) -> None:
+        if self._handle is None:
+            return
+        if kind is None:
+            await self
+        elif kind is GeneratorExit:
+            self.cancel()  # the coroutine is being thrown away, and cannot wait any more
+        else:
+            await self._undo_async()
+
+    def __await__(self) -> Generator[Any, None, str]:
+        return self._result_async().__await__()
+
+    def __aiter__(self) -> AsyncIterator[Event]:
+        return self._events_async()
+
+    def __del__(self) -> None:
+        if getattr(self, "_handle", None):
+            self.close()
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {'open' if self._handle else 'closed'}>"
+
+    def _undo(self) -> None:
+        """Cancels it, and waits until it has ended, whatever else is raised meanwhile."""
+        while True:
+            try:
+                self.cancel()
+                self.wait()
+                return
+            except Error:
+                return  # closed by another thread
+            except BaseException:
+                continue
+
+    async def _undo_async(self) -> None:
+        """Cancels it, and waits until it has ended, however often the task is cancelled meanwhile."""
+        self.cancel()
+        cancelled = None
+        while True:
+            try:
+                await self._wait_async()
+                break
+            except asyncio.CancelledError as error:
+                cancelled = error
+        if cancelled is not None:
+            raise cancelled
+
+    async def _result_async(self) -> str:
+        try:
+            await self._wait_async()
+        except asyncio.CancelledError:
+            await self._undo_async()
+            raise
+        return self.result(0)
+
+    async def _wait_async(self) -> None:
+        while True:
+            # The descriptor tells of events that were not taken. They are for others.
+            with self._lock:
+                while (event := self._take()) is not None:
+                    _append(self._events, event)
+            if self.done():
+                return
+            await self._waiters.wait(self.fileno())
+
+    async def _events_async(self) -> AsyncIterator[Event]:
+        while True:
+            done = self.done()
+            event = self.next_event()
+            if event is not None:
+                yield event
+            elif done:
+                return
+            else:
+                await self._waiters.wait(self.fileno())
+
+    def _take(self) -> Optional[Event]:
+        """The library's next event; with self._lock held."""
+        event = _library.CEvent(size=ctypes.sizeof(_library.CEvent))
+        if not check(library().instantsnap_job_next_event(self._open(), ctypes.byref(event))):
+            return None
+        self._waiters.wake()  # what they wait for may be no longer where it wakes them
+        return event_of(event)
+
+    def _open(self) -> int:
+        if self._handle is None:
+            raise Error(ErrorCode.INVALID_ARG, 10, "the job is closed")
+        return self._handle
+
+
+def _append(events: "collections.deque[Event]", event: Event) -> None:
+    """As the library keeps them: progress replaces progress."""
+    if events and events[-1].type == event.type == EventType.PROGRESS:
+        events.pop()
+    events.append(event)

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The caller's storage, which snapshots the disks that QEMU does not."""
+
+import ctypes
+import dataclasses
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, Optional
+
+from . import _library
+from ._errors import Error
+from ._events import milliseconds
+from ._library import StrPath
+
+
+@dataclasses.dataclass(frozen=True)
+class StorageDisk:
+    """A disk that is left to a storage hook."""
+    name: str    #: its name: `vda`, a qdev id, a drive alias or a node name
+    source: str  #: its image or device, as QEMU (for a domain of libvirt: its XML) has it: a path as a rule
+    format: str  #: the format of that: "raw", "qcow2"
+
+
+@dataclasses.dataclass(frozen=True)
+class StorageCall:
+    """What a storage hook is called for."""
+    snapshot: str             #: the snapshot's name
+    disks: list[StorageDisk]  #: the disks with snapshot='manual'
+    paused_us: int            #: microseconds for which the guest has been paused so far; 0 where it was paused already
+    deadline_us: int          #: microseconds that it may take; 0: no limit
+
+
+#: Snapshots the storage of the disks, or removes that again; what it returns does not matter.
+OnStorage = Callable[[StorageCall], object]
+#: Names the files or devices for the disks, one for each.
+OnRevert = Callable[[StorageCall], Sequence[StrPath]]
+
+
+class Hook:
+    """A hook of the C library's that calls Python functions. It must live for as long as the library may call.
+
+    The last exception of one of them is kept, and is known by the number that C is given in its place.
+    """
+
+    def __init__(self, snapshot: Optional[OnStorage] = None, undo: Optional[OnStorage] = None,
+                 revert: Optional[OnRevert] = None, deadline: Optional[float] = None) -> None:
+        self._snapshot = snapshot
+        self._undo = undo
+        self._revert = revert
+        self._raised: Optional[BaseException] = None
+        self._number = 0
+        self.structure = _library.CStorageHook(size=ctypes.sizeof(_library.CStorageHook))
+        if snapshot is not None:
+            self.structure.snapshot = _library.StorageSnapshot(self._call_snapshot)
+        if undo is not None:
+            self.structure.undo = _library.StorageUndo(self._call_undo)
+        if revert is not None:
+            self.structure.revert = _library.StorageRevert(self._call_revert)
+        if deadline is not None:
+            self.structure.deadline_ms = milliseconds(deadline, "deadline")
+
+    def reason(self, error: Error) -> BaseException:
+        """What a function has raised, where that is why the library has failed; else the error itself."""
+        number = re.search(r"it returned (\d+)", error.message)
+        if self._raised is not None and number is not None and int(number[1]) == self._number:
+            return self._raised
+        return error
+
+    def _call_snapshot(self, call: Any, opaque: Optional[int]) -> int:
+        assert self._snapshot is not None
+        try:
+            self._snapshot(_call_of(call.contents))
+            return 0
+        except BaseException as error:
+            return self._keep(error)
+
+    def _call_undo(self, call: Any, opaque: Optional[int]) -> None:
+        assert self._undo is not None
+        self._undo(_call_of(call.contents))  # ctypes tells sys.unraisablehook what it raises
+
+    def _call_revert(self, call: Any, files: Any, opaque: Optional[int]) -> int:
+        assert self._revert is not None
+        try:
+            told = _call_of(call.contents)
+            named = [_library.encode(file, "the path of a disk") for file in self._revert(told)]
+            if len(named) != len(told.disks):
+                raise ValueError(f"{len(named)} paths for {len(told.disks)} disks")
+            for index, path in enumerate(named):
+                files[index] = _strdup(path)
+            return 0
+        except BaseException as error:
+            return self._keep(error)
+
+    def _keep(self, error: BaseException) -> int:
+        self._raised = error
+        self._number = self._number % (2**31 - 1) + 1
+        return self._number
+
+
+def _call_of(call: _library.CStorageCall) -> StorageCall:
+    disks = [call.disks[index].contents for index in range(call.disk_count)]
+    return StorageCall(
+        snapshot=_library.decode(call.snapshot),
+        disks=[StorageDisk(*map(_library.decode, (disk.name, disk.source, disk.format))) for disk in disks],
+        paused_us=call.paused_us,
+        deadline_us=call.deadline_us)
+
+
+def _strdup(text: bytes) -> int:
+    """A string of malloc()'s, which the C library frees."""
+    strdup = ctypes.CDLL(None).strdup
+    strdup.restype, strdup.argtypes = ctypes.c_void_p, [ctypes.c_char_p]
+    copy = strdup(text)
+    if not copy:
+        raise MemoryError
+    assert isinstance(copy, int)
+    return copy

@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Tasks of an asyncio event loop that wait for news of a job. Nothing here knows what a job is."""
+
+import asyncio
+import contextlib
+import os
+from typing import Optional
+
+
+class Waiters:
+    """Any number of tasks of one event loop that wait until a descriptor is readable, for which asyncio itself knows a
+    single callback; or until they are woken."""
+
+    def __init__(self) -> None:
+        self._futures: set["asyncio.Future[None]"] = set()
+        self._loop: Optional[asyncio.AbstractEventLoop] = None
+        self._fd = -1  # a duplicate: its owner may close his at any time, and the number be another's
+
+    async def wait(self, fd: int) -> None:
+        """Returns when there may be news. Raises RuntimeError while tasks of another loop wait."""
+        loop = asyncio.get_running_loop()
+        if not self._futures:
+            self._fd = os.dup(fd)
+            self._loop = loop
+            loop.add_reader(self._fd, self._wake)
+        elif self._loop is not loop:
+            raise RuntimeError("tasks of another event loop wait for this job")
+        future = loop.create_future()
+        self._futures.add(future)
+        try:
+            await future
+        finally:
+            self._futures.remove(future)
+            if not self._futures:
+                loop.remove_reader(self._fd)
+                os.close(self._fd)
+                self._loop = None
+
+    def wake(self) -> None:
+        """Wakes all that wait. May be called from any thread."""
+        loop = self._loop
+        if loop is not None:
+            with contextlib.suppress(RuntimeError):  # it was closed
+                loop.call_soon_threadsafe(self._wake)
+
+    def _wake(self) -> None:
+        for future in self._futures:
+            if not future.done():
+                future.set_result(None)

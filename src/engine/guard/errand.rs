@@ -1,0 +1,96 @@
+//! Programs that the guard runs: libvirt's own client, where a domain is libvirt's.
+
+use std::ffi::{CString, c_char};
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+use std::ptr;
+
+use super::child::Remaining;
+use crate::guest;
+use crate::sys;
+
+/// A daemon that restarts is there again after some time.
+const TRIES: u32 = 10;
+const PAUSE_MS: i32 = 1000;
+
+/// A program and its arguments, as the kernel wants them.
+#[derive(Debug)]
+struct Errand {
+    /// What `pointers` point to.
+    _words: Vec<CString>,
+    pointers: Vec<*const c_char>,
+    /// Removed once it has succeeded.
+    then_remove: Option<CString>,
+}
+
+impl Errand {
+    fn new(errand: guest::Errand) -> Errand {
+        let words: Vec<CString> = errand.words.into_iter().filter_map(|word| CString::new(word).ok()).collect();
+        let pointers = words.iter().map(|word| word.as_ptr()).chain([ptr::null()]).collect();
+        Errand { _words: words, pointers, then_remove: errand.then_remove.as_deref().and_then(c_path) }
+    }
+
+    /// Whether it succeeded.
+    fn run(&self, stream: &mut Remaining) -> bool {
+        let Some(program) = sys::Program::start(&self.pointers) else { return false };
+        // Meanwhile QEMU may be waiting for its stream to be read.
+        while !program.wait_ended((!stream.ended).then_some(&stream.pipe)) {
+            stream.throw_away();
+        }
+        program.succeeded()
+    }
+}
+
+fn c_path(path: &Path) -> Option<CString> {
+    CString::new(path.as_os_str().as_bytes()).ok()
+}
+
+/// What is to be done, in order.
+#[derive(Debug)]
+pub struct Errands {
+    resume: Errand,
+    restore: Vec<Errand>,
+    merge: Vec<Errand>,
+    files: Vec<CString>,
+}
+
+impl Errands {
+    /// `files` are removed with the overlays.
+    pub fn new(errands: guest::Errands, files: &[PathBuf]) -> Errands {
+        let all = |errands: Vec<guest::Errand>| errands.into_iter().map(Errand::new).collect();
+        Errands {
+            resume: Errand::new(errands.resume),
+            restore: all(errands.restore),
+            merge: all(errands.merge),
+            files: files.iter().filter_map(|file| c_path(file)).collect(),
+        }
+    }
+
+    /// Resumes the guest.
+    pub fn resume(&self, stream: &mut Remaining) {
+        for _ in 0..TRIES {
+            if self.resume.run(stream) {
+                return;
+            }
+            if !stream.ended {
+                sys::wait_ready([Some(&stream.pipe), None], PAUSE_MS);
+                stream.throw_away();
+            } else {
+                sys::wait_ready([None, None], PAUSE_MS);
+            }
+        }
+    }
+
+    /// Puts settings back, then disks: those whose overlays may be in use are merged first.
+    pub fn undo(&self, switched: bool, stream: &mut Remaining) {
+        for errand in &self.restore {
+            errand.run(stream);
+        }
+        for errand in &self.merge {
+            if !switched || errand.run(stream) {
+                errand.then_remove.iter().for_each(|file| sys::unlink(file));
+            }
+        }
+        self.files.iter().for_each(|file| sys::unlink(file));
+    }
+}

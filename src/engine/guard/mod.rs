@@ -1,0 +1,182 @@
+//! A process that outlives the caller's: should that be killed, its guest runs on.
+//!
+//! A caller that dies inside the pause would leave its guest paused. One that dies while memory drains would close the pipe,
+//! and QEMU 7.2, whose background snapshot then fails, leaves the guest frozen. So a child of its own session holds the
+//! pipe and the monitor's socket, and a lifeline on which it is told how far the snapshot has come. When the caller ends, it
+//! resumes the guest, reads QEMU's stream to its end, and puts the migration settings back.
+//!
+//! It is a fork, not a program, so that there is nothing to install, and nothing to forbid. Between fork and exit it makes
+//! system calls only, on memory that was there before. How it speaks to the guest is the way in's affair ([`Deputy`]): by
+//! words on the monitor's socket, or by errands, programs that it runs. Errands can do more: they merge the overlays back.
+
+mod child;
+mod errand;
+mod words;
+
+use std::ffi::c_int;
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::path::PathBuf;
+
+use rustix::net::{AddressFamily, SendFlags, SocketFlags, SocketType, send, socketpair};
+use rustix::process::{PidfdFlags, getpid, pidfd_open};
+use serde_json::Value;
+
+use self::child::{Child, Script};
+use self::errand::Errands;
+use self::words::Words;
+use crate::guest::Deputy;
+use crate::sys::{self, wait_ready};
+
+/// How far a snapshot has come, as far as its guest is concerned. Entered before what it stands for is tried.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Stage {
+    /// Nothing has happened to the guest.
+    #[default]
+    Prepared = b'-',
+    /// A migration has begun, and sets up while the guest runs, its disks on their images.
+    Begun = b'B',
+    /// The same, and the guest is being paused. It may be too late for that: then it must not be resumed before QEMU has
+    /// armed. QEMU would overlook it, or wait for a pause that is no more.
+    Racing = b'R',
+    /// The guest, which ran, is paused.
+    Paused = b'P',
+    /// Its disks may be on their overlays.
+    Switching = b'S',
+    /// The same, and a migration has begun.
+    Migrating = b'M',
+    /// A migration has begun, and the guest runs again, or was paused by its user and stays so.
+    Draining = b'D',
+}
+
+impl Stage {
+    /// The guest is ours to resume.
+    pub fn is_paused(self) -> bool {
+        matches!(self, Stage::Racing | Stage::Paused | Stage::Switching | Stage::Migrating)
+    }
+
+    /// QEMU's stream must be read to its end.
+    pub fn is_migrating(self) -> bool {
+        matches!(self, Stage::Begun | Stage::Racing | Stage::Migrating | Stage::Draining)
+    }
+
+    /// The disks may be on their overlays.
+    pub fn is_switched(self) -> bool {
+        matches!(self, Stage::Switching | Stage::Migrating | Stage::Draining)
+    }
+
+    /// As it was told.
+    fn from_byte(byte: u8) -> Option<Stage> {
+        use Stage::{Begun, Draining, Migrating, Paused, Prepared, Racing, Switching};
+        [Prepared, Begun, Racing, Paused, Switching, Migrating, Draining].into_iter().find(|stage| *stage as u8 == byte)
+    }
+}
+
+/// All is well: the guard is not needed any more.
+const DISMISSED: u8 = b'Q';
+/// The guard has its own descriptors only.
+const READY: u8 = b'r';
+/// For it to get there.
+const READY_MS: c_int = 10_000;
+
+/// The stage of a snapshot, and who takes over should this process end in it.
+#[derive(Debug, Default)]
+pub struct Guarded {
+    stage: Stage,
+    guard: Option<Guard>,
+}
+
+impl Guarded {
+    /// Starts the guard. Where no process can be started there is none, and the caller must not be killed.
+    ///
+    /// `restore` are QMP commands that put the settings back; `files` are the snapshot's, to be removed where the overlays are.
+    pub fn start(&mut self, deputy: Deputy, pipe: BorrowedFd, restore: &[(&str, Value)], files: &[PathBuf]) {
+        self.guard = match deputy {
+            Deputy::Nobody => Guard::start(None, pipe, &Script::Silence),
+            Deputy::Monitor(monitor) => Guard::start(Some(monitor), pipe, &Script::Words(Words::new(restore))),
+            Deputy::Programs(make) => Guard::start(None, pipe, &Script::Errands(Errands::new(make(restore), files))),
+        };
+    }
+
+    /// The stage.
+    pub fn stage(&self) -> Stage {
+        self.stage
+    }
+
+    /// Enters a stage.
+    pub fn enter(&mut self, stage: Stage) {
+        self.stage = stage;
+        if let Some(guard) = &self.guard {
+            guard.tell(stage as u8);
+        }
+    }
+
+    /// Leaves the rest to the guard, as if this process had ended. False where there is none.
+    pub fn hand_over(&mut self) -> bool {
+        self.guard.take().map(Guard::hand_over).is_some()
+    }
+}
+
+/// The guard of one snapshot. Dropping it dismisses it, unless that is for a panic.
+#[derive(Debug)]
+struct Guard {
+    lifeline: Option<OwnedFd>,
+    pid: libc::pid_t,
+}
+
+impl Guard {
+    fn start(monitor: Option<BorrowedFd>, pipe: BorrowedFd, script: &Script) -> Option<Guard> {
+        // A socket, not a pipe: writing to one whose reader was killed need not raise SIGPIPE.
+        let (theirs, ours) = socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None).ok()?;
+        // The lifeline alone would not do: a child that the caller forks has it too.
+        let caller = pidfd_open(getpid(), PidfdFlags::empty()).ok()?;
+        let child = Child {
+            lifeline: theirs.as_raw_fd(),
+            caller: caller.as_raw_fd(),
+            // Something must be in its place.
+            monitor: monitor.unwrap_or(pipe).as_raw_fd(),
+            pipe: pipe.as_raw_fd(),
+            script,
+        };
+        // Until it has closed them it holds a copy of every descriptor of this process, locks and marks of other snapshots
+        // among them.
+        let pid = sys::while_forking(|| {
+            // SAFETY: the child makes system calls only, on memory that exists already, and never returns.
+            let pid = unsafe { sys::fork_quiet(|| child.run()) }.ok()?;
+            drop(theirs);
+            wait_ready([Some(&ours), None], READY_MS);
+            Some(pid)
+        })?;
+        let guard = Guard { lifeline: Some(ours), pid };
+        let mut byte = [0];
+        match guard.lifeline.as_ref().map(|ours| rustix::io::read(ours, &mut byte)) {
+            Some(Ok(1)) if byte[0] == READY => Some(guard),
+            _ => None,
+        }
+    }
+
+    fn tell(&self, what: u8) {
+        if let Some(lifeline) = &self.lifeline {
+            // A guard that is gone cannot be told, and the snapshot is none the worse for it.
+            let _ = send(lifeline, &[what], SendFlags::NOSIGNAL);
+        }
+    }
+
+    fn hand_over(mut self) {
+        self.lifeline = None;
+        let pid = self.pid;
+        // It takes its time; somebody has to take note of its end.
+        let _ = sys::spawn_quiet("instantsnap", move || sys::reap(pid));
+        std::mem::forget(self);
+    }
+}
+
+impl Drop for Guard {
+    fn drop(&mut self) {
+        if !std::thread::panicking() {
+            self.tell(DISMISSED);
+            self.lifeline = None;
+            sys::reap(self.pid);
+        }
+    }
+}

@@ -1,0 +1,274 @@
+//! A snapshot that is taken by a thread of its own.
+//!
+//! The thread does what [`Handle::create`](super::Handle::create) does on its caller's. Who follows it holds a [`Job`], which
+//! can be dropped at any time: the thread has all it needs, and goes on.
+
+mod shared;
+mod sync {
+    pub use std::sync::{Condvar, Mutex, MutexGuard};
+}
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use rustix::event::{EventfdFlags, eventfd};
+
+use self::shared::{News, Shared, Signal};
+use super::{Cancel, Event, Flow, Observer, Operation, Phase, Stats, Taken, What, lock};
+use crate::error::{Code, Error, Result, fail};
+use crate::sys::{self, now};
+
+/// How often there is progress, unless the listener says otherwise.
+const INTERVAL: Duration = Duration::from_millis(500);
+
+/// When [`Handle::start`](super::Handle::start) returns.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Returns {
+    /// When the instant has passed.
+    AtInstant,
+    /// When the thread has been started.
+    AtOnce,
+}
+
+/// A snapshot that is being taken, or was.
+pub struct Job {
+    state: Arc<State>,
+}
+
+struct State {
+    shared: Shared<Event, Outcome, Readable>,
+    position: Mutex<Position>,
+    cancel: Arc<Cancel>,
+    started: Duration,
+}
+
+struct Outcome {
+    result: Result<Complete>,
+    stats: Stats,
+}
+
+/// A snapshot that is complete.
+struct Complete {
+    name: String,
+    xml: Result<String>,
+}
+
+/// Where a job is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Info {
+    /// The phase; none once it has ended.
+    pub phase: Option<Phase>,
+    /// The instant has passed.
+    pub instant: bool,
+    /// Since the call, until now or until the end.
+    pub elapsed: Duration,
+    /// For how long the guest has been paused so far.
+    pub paused: Duration,
+    /// How far memory had come, when that was last looked at.
+    pub flow: Flow,
+}
+
+#[derive(Debug, Default)]
+struct Position {
+    phase: Phase,
+    instant: bool,
+    /// Since when the guest is paused.
+    pausing: Option<Duration>,
+    paused: Duration,
+    flow: Flow,
+    ended: Option<Duration>,
+}
+
+impl Position {
+    fn event(&mut self, event: &Event) {
+        match event.what {
+            What::Paused => self.pausing = Some(event.time - event.paused),
+            What::Switched => {}
+            What::Instant | What::Progress | What::Complete => {
+                self.instant |= event.what == What::Instant;
+                self.flow = event.flow;
+            }
+            What::Failed(_) => {}
+        }
+    }
+
+    fn end(&mut self, last: &Event) {
+        self.event(last);
+        self.ended = Some(last.time);
+        self.resumed(last.paused);
+    }
+
+    fn resumed(&mut self, paused: Duration) {
+        (self.pausing, self.paused) = (None, paused);
+    }
+}
+
+impl News for Event {
+    fn is_instant(&self) -> bool {
+        self.what == What::Instant
+    }
+
+    fn replaces(&self, earlier: &Event) -> bool {
+        self.what == What::Progress && earlier.what == What::Progress
+    }
+}
+
+/// A descriptor that can be read as long as there are news.
+struct Readable(OwnedFd);
+
+impl Readable {
+    fn new() -> Result<Readable> {
+        let event = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
+        Ok(Readable(event.map_err(|error| Error::system("cannot create an eventfd", error))?))
+    }
+}
+
+impl Signal for Readable {
+    fn raise(&self) {
+        // It refuses only at its highest count: then it is readable, which is all that is wanted.
+        let _ = rustix::io::write(&self.0, &1u64.to_ne_bytes());
+    }
+
+    fn lower(&self) {
+        let _ = rustix::io::read(&self.0, &mut [0; 8]);
+    }
+}
+
+impl Job {
+    /// Starts it. An error before the instant is the job's where this returns at once, and else this call's.
+    pub(super) fn start(
+        operation: Operation,
+        xml: &str,
+        flags: u32,
+        listener: Box<dyn Observer + Send>,
+        returns: Returns,
+    ) -> Result<Job> {
+        let state = Arc::new(State {
+            shared: Shared::new(Readable::new()?),
+            position: Mutex::default(),
+            cancel: Arc::clone(operation.cancel()),
+            started: now(),
+        });
+        let (theirs, xml) = (Arc::clone(&state), xml.to_owned());
+        sys::spawn_quiet("instantsnap-job", move || theirs.run(operation, &xml, flags, listener))?;
+        let job = Job { state };
+        if returns == Returns::AtInstant && !job.state.shared.wait_instant() {
+            job.result()?;
+        }
+        Ok(job)
+    }
+
+    /// Waits until it has ended, for so long at most, or for ever; whether it has. By then its listener has been told of
+    /// everything, and is not called any more.
+    pub fn wait(&self, timeout: Option<Duration>) -> bool {
+        self.state.shared.wait_ended(timeout)
+    }
+
+    /// Can be read as long as there are events to be taken.
+    pub fn readable(&self) -> BorrowedFd<'_> {
+        self.state.shared.signal().0.as_fd()
+    }
+
+    /// The oldest event that was not taken yet.
+    pub fn next_event(&self) -> Option<Event> {
+        self.state.shared.take()
+    }
+
+    /// Where it is.
+    pub fn info(&self) -> Info {
+        let position = lock(&self.state.position);
+        let now = position.ended.unwrap_or_else(now);
+        Info {
+            phase: position.ended.is_none().then_some(position.phase),
+            instant: position.instant,
+            elapsed: now - self.state.started,
+            paused: position.pausing.map_or(position.paused, |since| now - since),
+            flow: position.flow,
+        }
+    }
+
+    /// What has become of it: the snapshot's name, or the error; an error of its own where it has not ended.
+    pub fn result(&self) -> Result<String> {
+        let outcome = self.outcome()?;
+        outcome.result.as_ref().map(|complete| complete.name.clone()).map_err(Clone::clone)
+    }
+
+    /// The snapshot's `<domainsnapshot>`, where [`Job::result`] gives its name.
+    pub fn xml(&self) -> Result<String> {
+        let outcome = self.outcome()?;
+        outcome.result.as_ref().map_err(Clone::clone).and_then(|complete| complete.xml.clone())
+    }
+
+    /// What it took.
+    pub fn stats(&self) -> Result<Stats> {
+        Ok(self.outcome()?.stats.clone())
+    }
+
+    /// Cancels it.
+    pub fn cancel(&self) {
+        self.state.cancel.request();
+    }
+
+    fn outcome(&self) -> Result<Arc<Outcome>> {
+        match self.state.shared.outcome() {
+            Some(outcome) => Ok(outcome),
+            None => fail!(OperationInvalid, "the snapshot is still being taken: wait for its job to end first"),
+        }
+    }
+}
+
+impl State {
+    /// The thread.
+    fn run(&self, operation: Operation, xml: &str, flags: u32, listener: Box<dyn Observer + Send>) {
+        let mut listener = Listener { state: self, listener };
+        let taken = catch_unwind(AssertUnwindSafe(|| {
+            let Taken { result, last, stats } = operation.take(xml, flags, &mut listener);
+            let result = result.map(|created| Complete { xml: created.xml(operation.catalog()), name: created.name });
+            (Outcome { result, stats }, last)
+        }));
+        // The guest is free from here on: whoever hears of the end can take the next snapshot.
+        drop(operation);
+        let (outcome, last) = taken.unwrap_or_else(|_| defect());
+        lock(&self.position).end(&last);
+        self.shared.decide(outcome);
+        let _ = catch_unwind(AssertUnwindSafe(|| listener.listener.event(&last)));
+        self.shared.end(last);
+    }
+}
+
+fn defect() -> (Outcome, Event) {
+    let error = Error::new(Code::InternalError, "a defect of instantsnap, please report it");
+    let what = What::Failed(error.number());
+    let last = Event { what, time: now(), paused: Duration::ZERO, flow: Flow::default() };
+    (Outcome { result: Err(error), stats: Stats::default() }, last)
+}
+
+/// Keeps what is told, and passes it on.
+struct Listener<'a> {
+    state: &'a State,
+    listener: Box<dyn Observer + Send>,
+}
+
+impl Observer for Listener<'_> {
+    fn phase(&mut self, phase: Phase) {
+        lock(&self.state.position).phase = phase;
+        self.listener.phase(phase);
+    }
+
+    fn event(&mut self, event: &Event) {
+        lock(&self.state.position).event(event);
+        self.state.shared.publish(*event);
+        self.listener.event(event);
+    }
+
+    fn resumed(&mut self, paused: Duration) {
+        lock(&self.state.position).resumed(paused);
+        self.listener.resumed(paused);
+    }
+
+    fn interval(&self) -> Option<Duration> {
+        Some(self.listener.interval().unwrap_or(INTERVAL))
+    }
+}

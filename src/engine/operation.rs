@@ -1,0 +1,100 @@
+//! The operation that a handle has under way, on whatever thread.
+
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use super::clock::{Clock, Observer, Stats};
+use super::create::{self, Created};
+use super::{Cancel, Event, Overlap, StorageHook, lock};
+use crate::error::{Result, fail};
+use crate::guest::{Catalog, Connector};
+
+/// For how long a snapshot may pause the guest, unless the caller says otherwise.
+const PAUSE_LIMIT: Duration = Duration::from_secs(30);
+
+/// How snapshots are taken.
+#[derive(Clone)]
+pub struct Options {
+    /// For how long they may pause the guest.
+    pub pause_limit: Duration,
+    /// How they keep the guest's memory out of the pause.
+    pub overlap: Overlap,
+    /// Who snapshots the disks that QEMU does not.
+    pub storage: Option<Arc<dyn StorageHook>>,
+}
+
+impl Default for Options {
+    fn default() -> Options {
+        Options { pause_limit: PAUSE_LIMIT, overlap: Overlap::default(), storage: None }
+    }
+}
+
+/// What a handle stands for. Its operation has it too, and can outlive the handle.
+pub struct Opened {
+    pub connector: Arc<dyn Connector>,
+    /// Of operations that begin later.
+    pub options: Mutex<Options>,
+    /// Of the snapshot that is being taken.
+    pub cancel: Mutex<Option<Arc<Cancel>>>,
+    /// Of the last one.
+    pub last: Mutex<Option<Stats>>,
+}
+
+impl Opened {
+    pub fn new(connector: Arc<dyn Connector>) -> Opened {
+        Opened { connector, options: Mutex::default(), cancel: Mutex::default(), last: Mutex::default() }
+    }
+}
+
+/// The one operation that a handle can have under way; dropping it makes room for the next.
+pub struct Operation {
+    opened: Arc<Opened>,
+    cancel: Arc<Cancel>,
+}
+
+/// What an operation came to.
+pub struct Taken {
+    pub result: Result<Created>,
+    /// What is yet to be told to the observer.
+    pub last: Event,
+    pub stats: Stats,
+}
+
+impl Operation {
+    /// Begins it; an error where there is one.
+    pub fn begin(opened: &Arc<Opened>) -> Result<Operation> {
+        let mut current = lock(&opened.cancel);
+        if current.is_some() {
+            fail!(OperationInvalid, "another snapshot of this guest is being taken: wait for it to end, or cancel it");
+        }
+        let cancel = Arc::new(Cancel::new()?);
+        *current = Some(Arc::clone(&cancel));
+        Ok(Operation { opened: Arc::clone(opened), cancel })
+    }
+
+    /// What cancels it.
+    pub fn cancel(&self) -> &Arc<Cancel> {
+        &self.cancel
+    }
+
+    /// The guest's snapshots.
+    pub fn catalog(&self) -> &dyn Catalog {
+        self.opened.connector.catalog()
+    }
+
+    /// Takes the snapshot.
+    pub fn take(&self, xml: &str, flags: u32, observer: &mut dyn Observer) -> Taken {
+        let mut clock = Clock::start(observer);
+        let options = lock(&self.opened.options).clone();
+        let result = create::create(&*self.opened.connector, xml, flags, options, &self.cancel, &mut clock);
+        let (last, stats) = clock.stop(&result);
+        *lock(&self.opened.last) = Some(stats.clone());
+        Taken { result, last, stats }
+    }
+}
+
+impl Drop for Operation {
+    fn drop(&mut self) {
+        *lock(&self.opened.cancel) = None;
+    }
+}

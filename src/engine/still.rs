@@ -1,0 +1,75 @@
+//! Whether the guest has stood still from the switch of its disks to the instant.
+//!
+//! It is paused, but nothing keeps another client from resuming it. What it writes before the tracking is armed would be
+//! in its memory and on an overlay, and not in the images of the snapshot. A guest that was resumed and paused again, and
+//! wrote nothing, is as good as one that stood still. One that ran at the instant is known by its stream
+//! ([`MemoryImage::ran_at_instant`](crate::image::MemoryImage::ran_at_instant)).
+
+use std::fs;
+
+use serde_json::{Value, json};
+
+use crate::error::{Result, fail};
+use crate::guest::Guest;
+use crate::monitor::{Command, Deadline};
+use crate::snapshot::DiskPlan;
+
+/// The overlays as they were before the pause, empty.
+#[derive(Debug)]
+pub struct Still<'a> {
+    disks: Vec<(&'a DiskPlan, Option<u64>)>,
+}
+
+impl Still<'_> {
+    /// Looks at them.
+    pub fn new(disks: &[DiskPlan]) -> Still<'_> {
+        Still { disks: disks.iter().map(|disk| (disk, length(disk))).collect() }
+    }
+
+    /// Nothing must have been written through them.
+    pub fn check(&self, guest: &mut dyn Guest, deadline: Deadline) -> Result<()> {
+        let (told, asked): (Vec<_>, Vec<_>) = self.disks.iter().partition(|(_, length)| length.is_some());
+        if let Some((disk, _)) = told.into_iter().find(|(disk, before)| length(disk) != *before) {
+            return written(disk);
+        }
+        if asked.is_empty() {
+            return Ok(());
+        }
+        let step = "cannot ask whether the guest has written to its disks";
+        let reply = guest.run(step, Command::new("query-blockstats", json!({})), deadline)?;
+        for (disk, _) in asked {
+            let mut devices = reply.as_array().into_iter().flatten();
+            let Some(device) = devices.find(|device| is_of(device, disk)) else {
+                fail!(OperationFailed, "disk '{}' has gone in the pause of its snapshot", disk.drive.name());
+            };
+            // QEMU counts from when it opened the overlay.
+            if device["stats"]["wr_highest_offset"] != 0 {
+                return written(disk);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The length of an overlay that we made, in a file: the first write through an empty qcow2 image makes that longer. It is
+/// had without asking QEMU, and costs the pause nothing.
+fn length(disk: &DiskPlan) -> Option<u64> {
+    if disk.reuse {
+        return None;
+    }
+    fs::metadata(&disk.overlay).ok().filter(fs::Metadata::is_file).map(|file| file.len())
+}
+
+fn written(disk: &DiskPlan) -> Result<()> {
+    fail!(
+        OperationFailed,
+        "disk '{}' was written to in the pause of its snapshot: somebody has resumed the guest, or changed the disk's images",
+        disk.drive.name()
+    );
+}
+
+fn is_of(device: &Value, disk: &DiskPlan) -> bool {
+    let known = |name: &str| disk.drive.names.iter().any(|known| known == name);
+    let text = |what: &str| device[what].as_str().unwrap_or_default();
+    known(text("device")) || text("qdev").split('/').any(known)
+}

@@ -1,0 +1,72 @@
+//! Touching the guest's memory from outside, while the guest runs.
+//!
+//! QEMU touches every page before it arms. A page that is not there yet (never used, or swapped out) makes that slow: it is
+//! fetched then, in the pause if the guest has been stopped. Here one byte of each page is read beforehand, from QEMU's memory
+//! by the kernel's `process_vm_readv`. Where that is not permitted, or QEMU's process is not known, nothing is lost but time. It
+//! takes several times as long as QEMU takes for pages that are there, and puts the instant off by that: so it has an end.
+
+use std::fs;
+use std::time::{Duration, Instant};
+
+use super::cancel::Cancel;
+use crate::error::Result;
+use crate::sys;
+
+/// Smaller mappings are QEMU's own, or not worth it.
+const SMALLEST: u64 = 16 << 20;
+/// A multiple of how many pages the kernel reads at once.
+const PIECE: u64 = 4 << 20;
+/// For so long at most.
+const LIMIT: Duration = Duration::from_secs(3);
+
+/// Touches the memory of the guest that this process runs.
+pub fn warm(pid: u32, cancel: &Cancel) -> Result<()> {
+    let Ok(maps) = fs::read_to_string(format!("/proc/{pid}/maps")) else { return Ok(()) };
+    let until = Instant::now() + LIMIT;
+    for (begin, end) in maps.lines().filter_map(memory) {
+        for piece in (begin..end).step_by(PIECE as usize) {
+            cancel.check()?;
+            if sys::touch(pid, piece, end.min(piece + PIECE)).is_err() {
+                break;
+            }
+            if Instant::now() > until {
+                return Ok(());
+            }
+        }
+    }
+    Ok(())
+}
+
+/// A mapping that can be guest memory: large, and to be read and written, but not executed as translated code is.
+fn memory(line: &str) -> Option<(u64, u64)> {
+    let mut fields = line.split_ascii_whitespace();
+    let (begin, end) = fields.next()?.split_once('-')?;
+    let [begin, end] = [begin, end].map(|address| u64::from_str_radix(address, 16));
+    let (begin, end) = (begin.ok()?, end.ok()?);
+    (fields.next()?.starts_with("rw-") && end.checked_sub(begin)? >= SMALLEST).then_some((begin, end))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn guest_memory_is_told_from_other_mappings() {
+        let anonymous = "7f0000000000-7f0020000000 rw-p 00000000 00:00 0 ";
+        assert_eq!(memory(anonymous), Some((0x7f00_0000_0000, 0x7f00_2000_0000)));
+        let memfd = "7f0000000000-7f0020000000 rw-s 00000000 00:01 5 /memfd:memory-backend-memfd (deleted)";
+        assert!(memory(memfd).is_some());
+        assert_eq!(memory("7f0000000000-7f0040000000 rwxp 00000000 00:00 0"), None);
+        assert_eq!(memory("7f0000000000-7f0000021000 rw-p 00000000 00:00 0"), None);
+        assert_eq!(memory("7f0000000000-7f0020000000 ---p 00000000 00:00 0"), None);
+        assert_eq!(memory("no mapping"), None);
+    }
+
+    #[test]
+    fn memory_is_touched_and_what_is_none_is_an_error() {
+        let memory = vec![1u8; 3 << 20];
+        let begin = memory.as_ptr() as u64;
+        sys::touch(std::process::id(), begin, begin + memory.len() as u64).unwrap();
+        sys::touch(std::process::id(), 4096, 8192).expect_err("nothing is mapped there");
+    }
+}

@@ -1,0 +1,131 @@
+//! How far QEMU has come with touching the guest's memory, seen from outside.
+//!
+//! It says nothing of it. But it is always the same work, done by one thread that does nothing else: the CPU time of that
+//! thread tells more than the clock, which goes on while the thread waits for a CPU. The kernel tells it
+//! (`/proc/PID/task/TID/schedstat`) whoever may see the process; otherwise there is the clock.
+
+use std::fs;
+use std::time::{Duration, Instant};
+
+/// A thread that runs can have run for so long without the kernel's having counted it: it is looked at as often.
+const UNCOUNTED: Duration = Duration::from_millis(1);
+
+/// The work of one migration's setup.
+#[derive(Debug)]
+pub struct Work {
+    process: Option<u32>,
+    /// Threads that were there before, and are others.
+    others: Vec<u32>,
+    /// Those that may be it.
+    threads: Vec<u32>,
+    begun: Instant,
+    /// When its CPU time was seen to change, and to what.
+    seen: Vec<(Duration, Duration)>,
+}
+
+impl Work {
+    /// Of a migration that begins now, by QEMU's process; `None`: by the clock.
+    pub fn begins(process: Option<u32>) -> Work {
+        let others = process.map(threads).unwrap_or_default();
+        Work { process, others, threads: Vec::new(), begun: Instant::now(), seen: Vec::new() }
+    }
+
+    /// How much was done; at most, rather than at least. Of a migration that has begun.
+    pub fn done(&mut self) -> Duration {
+        let cpu = self.cpu_time();
+        let now = self.begun.elapsed();
+        match cpu {
+            Some(cpu) => self.note(now, cpu),
+            None => now,
+        }
+    }
+
+    /// For how long nothing need be looked at until so much is done.
+    pub fn pause(rest: Duration) -> Duration {
+        if rest > 8 * UNCOUNTED { rest / 2 } else { rest.min(UNCOUNTED) }
+    }
+
+    /// How much all of it was, by when it was done.
+    pub fn until(&self, end: Duration) -> Duration {
+        let Some(last) = self.seen.iter().rposition(|(at, _)| *at <= end) else { return end };
+        let (at, done) = self.seen[last];
+        let rest = end - at;
+        // It was looked at until the guest was stopped. From then on the thread has had a CPU for itself.
+        let Some((next_at, next)) = self.seen.get(last + 1) else { return done + rest };
+        done + (*next - done).mul_f64(rest.as_secs_f64() / (*next_at - at).as_secs_f64())
+    }
+
+    fn note(&mut self, now: Duration, cpu: Duration) -> Duration {
+        let last = self.seen.last().copied();
+        let (at, done) = match last.filter(|(_, done)| *done >= cpu) {
+            Some(unchanged) => unchanged,
+            None => {
+                self.seen.push((now, cpu));
+                (now, cpu)
+            }
+        };
+        (done + (now - at)).min(now)
+    }
+
+    /// Other threads can begin at the same time: what has worked most is it.
+    fn cpu_time(&mut self) -> Option<Duration> {
+        let process = self.process?;
+        if self.threads.is_empty() {
+            self.threads = threads(process);
+            self.threads.retain(|thread| !self.others.contains(thread));
+        }
+        self.threads.iter().filter_map(|thread| cpu_time(process, *thread)).max()
+    }
+}
+
+fn threads(process: u32) -> Vec<u32> {
+    let Ok(entries) = fs::read_dir(format!("/proc/{process}/task")) else { return Vec::new() };
+    entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok()).collect()
+}
+
+fn cpu_time(process: u32, thread: u32) -> Option<Duration> {
+    let text = fs::read_to_string(format!("/proc/{process}/task/{thread}/schedstat")).ok()?;
+    text.split_ascii_whitespace().next()?.parse().ok().map(Duration::from_nanos)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MS: Duration = Duration::from_millis(1);
+
+    #[test]
+    fn between_two_looks_the_thread_is_taken_to_run() {
+        let mut work = Work::begins(None);
+        assert_eq!(work.note(10 * MS, 8 * MS), 8 * MS);
+        assert_eq!(work.note(13 * MS, 8 * MS), 11 * MS);
+        assert_eq!(work.note(14 * MS, 9 * MS), 9 * MS);
+        // Never more than the time that has passed.
+        assert_eq!(work.note(15 * MS, 20 * MS), 15 * MS);
+    }
+
+    #[test]
+    fn the_whole_is_what_was_done_by_the_end() {
+        let mut work = Work::begins(None);
+        assert_eq!(work.until(50 * MS), 50 * MS);
+        work.note(10 * MS, 5 * MS);
+        work.note(30 * MS, 15 * MS);
+        assert_eq!(work.until(40 * MS), 25 * MS);
+        assert_eq!(work.until(20 * MS), 10 * MS);
+        assert_eq!(work.until(5 * MS), 5 * MS);
+    }
+
+    #[test]
+    fn a_thread_of_this_process_is_seen_to_work() {
+        let mut work = Work::begins(Some(std::process::id()));
+        let worker = std::thread::spawn(|| {
+            let begun = Instant::now();
+            while begun.elapsed() < 50 * MS {}
+        });
+        while work.done() < 5 * MS {
+            std::thread::sleep(MS);
+        }
+        worker.join().unwrap();
+        assert!(work.done() <= work.begun.elapsed());
+    }
+}

@@ -1,0 +1,506 @@
+//! The driver's way in: a table of C callbacks as a [`Driver`].
+
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::ffi::{CString, c_char, c_int, c_uint, c_void};
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::PathBuf;
+use std::ptr;
+use std::sync::{Arc, Mutex, Weak};
+use std::time::Duration;
+
+use once_cell::sync::Lazy;
+
+use super::abi::{self, instantsnap_driver_ops as Ops};
+use super::handles::is_handle;
+use super::header::{instantsnap_guest, instantsnap_snapshot};
+use super::native::{self, GUESTS, SNAPSHOTS, Snapshot};
+use super::storage::Hook;
+use super::{boundary, c_string, defect, last_error, optional_text, take_bytes, text, view};
+use crate::engine::{Handle, StorageHook};
+use crate::error::{Code, DOMAIN, Error, Result, fail};
+use crate::flags;
+use crate::guest::driver::{Answer, Driver, Reason, RunState};
+use crate::guest::qmp::Switch;
+use crate::monitor::{Event, json};
+use crate::sys::lock;
+
+/// As many events are kept of a domain: STOP and RESUME of one pause are the last of them.
+const EVENTS: usize = 64;
+
+/// What a driver has passed on, by its domain.
+type Events = Mutex<Vec<Event>>;
+
+static PASSED_ON: Lazy<Mutex<HashMap<usize, Weak<Events>>>> = Lazy::new(Mutex::default);
+static REGISTERED: Mutex<Option<Registered>> = Mutex::new(None);
+
+/// A driver that is this process's own.
+#[derive(Clone, Copy)]
+struct Registered {
+    ops: Ops,
+    storage: Option<abi::instantsnap_storage_hook>,
+}
+
+// SAFETY: callbacks that can be called from any thread, by the promise of whoever gave them; and a pointer that is not used.
+unsafe impl Send for Registered {}
+
+thread_local! {
+    static REASON: RefCell<Option<String>> = const { RefCell::new(None) };
+}
+
+/// A domain of a driver's.
+struct Domain {
+    ops: Ops,
+    opaque: *mut c_void,
+    events: Arc<Events>,
+}
+
+// SAFETY: by the promise of whoever gave the table, its callbacks can be called with `opaque` from any thread, one at a time for
+// one operation; nothing else is done with either.
+unsafe impl Send for Domain {}
+// SAFETY: as above.
+unsafe impl Sync for Domain {}
+
+impl Domain {
+    fn new(ops: Ops, opaque: *mut c_void) -> Domain {
+        let mut domains = lock(&PASSED_ON);
+        domains.retain(|_, events| events.strong_count() > 0);
+        let known = domains.get(&(opaque as usize)).and_then(Weak::upgrade);
+        let events = known.unwrap_or_else(|| {
+            let events = Arc::new(Events::default());
+            domains.insert(opaque as usize, Arc::downgrade(&events));
+            events
+        });
+        Domain { ops, opaque, events }
+    }
+
+    /// Makes a callback, with the driver's lock held.
+    fn call<T>(&self, call: impl FnOnce(*mut c_void) -> T) -> T {
+        REASON.take();
+        if let Some(lock) = self.ops.lock {
+            // SAFETY: by the promise of whoever gave the table; the lock is not held by this thread.
+            unsafe { lock(self.opaque) };
+        }
+        let result = call(self.opaque);
+        self.unlock();
+        result
+    }
+
+    fn unlock(&self) {
+        if let Some(unlock) = self.ops.unlock {
+            // SAFETY: by the promise of whoever gave the table; this thread holds the lock.
+            unsafe { unlock(self.opaque) };
+        }
+    }
+
+    /// Makes one that returns 0 or fails.
+    fn check(&self, call: impl FnOnce(*mut c_void) -> c_int) -> Answer<()> {
+        match self.call(call) {
+            0 => Ok(()),
+            _ => Err(reason()),
+        }
+    }
+
+    /// Makes one that returns a string; `None` where it returns none, and gives no reason.
+    fn string(&self, call: impl FnOnce(*mut c_void) -> *mut c_char) -> Answer<Option<String>> {
+        let returned = self.call(call);
+        // SAFETY: by the promise of whoever gave the table.
+        match (unsafe { take_string(returned) }?, reason()) {
+            (Some(string), _) => Ok(Some(string)),
+            (None, reason) if reason.is_empty() => Ok(None),
+            (None, reason) => Err(reason),
+        }
+    }
+
+    fn switches(
+        &self,
+        switches: &[Switch],
+        call: impl FnOnce(*const abi::instantsnap_driver_disk, usize) -> c_int,
+    ) -> Answer<()> {
+        let strings: std::result::Result<Vec<_>, _> = switches
+            .iter()
+            .flat_map(|switch| [&switch.disk, &switch.node, &switch.overlay_node, &switch.overlay])
+            .map(|text| CString::new(text.as_str()))
+            .collect();
+        let Ok(strings) = strings else { return Err(": a name holds a NUL".into()) };
+        let disk = |strings: &[CString]| abi::instantsnap_driver_disk {
+            size: size_of::<abi::instantsnap_driver_disk>(),
+            name: strings[0].as_ptr(),
+            node: strings[1].as_ptr(),
+            overlay_node: strings[2].as_ptr(),
+            overlay: strings[3].as_ptr(),
+        };
+        let disks: Vec<_> = strings.chunks(4).map(disk).collect();
+        self.check(|_| call(disks.as_ptr(), disks.len()))
+    }
+}
+
+/// What the callback that has failed says, as the rest of a sentence.
+fn reason() -> Reason {
+    REASON.take().map_or_else(String::new, |reason| format!(": {reason}"))
+}
+
+/// A string that a callback has returned.
+///
+/// # Safety
+/// `string` is NULL, or NUL-terminated and from malloc(), and is nobody else's.
+unsafe fn take_string(string: *mut c_char) -> Answer<Option<String>> {
+    // SAFETY: by the caller's promise.
+    let bytes = unsafe { take_bytes(string) };
+    bytes.map(String::from_utf8).transpose().map_err(|_| ": it returned what is not UTF-8".into())
+}
+
+fn milliseconds(timeout: Duration) -> c_uint {
+    // Never 0, which might be taken for none.
+    c_uint::try_from(timeout.as_millis()).unwrap_or(c_uint::MAX).max(1)
+}
+
+fn text_for_c(text: &str) -> Answer<CString> {
+    CString::new(text).map_err(|_| ": its argument holds a NUL".into())
+}
+
+const MISSING: &str = ": it is NULL";
+
+// Each callback of the table is called as the header says; that is the promise of whoever gave it.
+impl Driver for Domain {
+    fn identity(&self) -> usize {
+        self.opaque as usize
+    }
+
+    fn run(&self, command: &str, fd: Option<BorrowedFd>, timeout: Duration) -> Answer<String> {
+        let (monitor, command) = (self.ops.monitor.ok_or(MISSING)?, text_for_c(command)?);
+        let fds: Vec<c_int> = fd.iter().map(AsRawFd::as_raw_fd).collect();
+        let mut reply = ptr::null_mut();
+        // SAFETY: see above; command, descriptors and `reply` live for the call.
+        let call = |opaque| unsafe {
+            monitor(opaque, command.as_ptr(), fds.as_ptr(), fds.len(), milliseconds(timeout), &raw mut reply)
+        };
+        let done = self.check(call);
+        // SAFETY: by the promise of whoever gave the table, also where it failed.
+        let reply = unsafe { take_string(reply) };
+        done.and(reply)?.ok_or_else(|| ": it gave no reply".into())
+    }
+
+    fn state(&self) -> Answer<RunState> {
+        let state = self.ops.state.ok_or(MISSING)?;
+        // SAFETY: see above.
+        match self.call(|opaque| unsafe { state(opaque) }) {
+            state if state == abi::INSTANTSNAP_DRIVER_RUNNING as c_int => Ok(RunState::Running),
+            state if state == abi::INSTANTSNAP_DRIVER_PAUSED as c_int => Ok(RunState::Paused),
+            state if state == abi::INSTANTSNAP_DRIVER_SHUTOFF as c_int => Ok(RunState::Off),
+            -1 => Err(reason()),
+            state => Err(format!(": {state} is no state")),
+        }
+    }
+
+    fn domain_xml(&self) -> Answer<String> {
+        let domain_xml = self.ops.domain_xml.ok_or(MISSING)?;
+        // SAFETY: see above.
+        self.string(|opaque| unsafe { domain_xml(opaque) })?.ok_or_else(|| ": it returned NULL".into())
+    }
+
+    fn state_dir(&self) -> Answer<Option<PathBuf>> {
+        let Some(state_dir) = self.ops.state_dir else { return Ok(None) };
+        // SAFETY: see above.
+        let directory = self.string(|opaque| unsafe { state_dir(opaque) })?;
+        match directory {
+            None if self.ops.record.is_none() => Err(": it returned NULL".into()),
+            directory => Ok(directory.map(PathBuf::from)),
+        }
+    }
+
+    fn guard_socket(&self) -> Option<PathBuf> {
+        let guard_socket = self.ops.guard_socket?;
+        // SAFETY: see above.
+        self.string(|opaque| unsafe { guard_socket(opaque) }).ok().flatten().map(PathBuf::from)
+    }
+
+    fn pause(&self, timeout: Duration) -> Option<Answer<()>> {
+        let pause = self.ops.pause?;
+        // SAFETY: see above.
+        Some(self.check(|opaque| unsafe { pause(opaque, milliseconds(timeout)) }))
+    }
+
+    fn resume(&self, timeout: Duration) -> Option<Answer<()>> {
+        let resume = self.ops.resume?;
+        // SAFETY: see above.
+        Some(self.check(|opaque| unsafe { resume(opaque, milliseconds(timeout)) }))
+    }
+
+    fn switch_disks(&self, switches: &[Switch], timeout: Duration) -> Option<Answer<()>> {
+        let switch_disks = self.ops.switch_disks?;
+        // SAFETY: see above; the disks live for the call.
+        let call = |disks, count| unsafe { switch_disks(self.opaque, disks, count, milliseconds(timeout)) };
+        Some(self.switches(switches, call))
+    }
+
+    fn disks_merged(&self, switches: &[Switch]) {
+        let Some(disks_merged) = self.ops.disks_merged else { return };
+        let _ = self.switches(switches, |disks, count| {
+            // SAFETY: see above; the disks live for the call.
+            unsafe { disks_merged(self.opaque, disks, count) };
+            0
+        });
+    }
+
+    fn begin_job(&self) -> Answer<()> {
+        let Some(begin_job) = self.ops.begin_job else { return Ok(()) };
+        // SAFETY: see above.
+        self.check(|opaque| unsafe { begin_job(opaque) })
+    }
+
+    fn end_job(&self) {
+        if let Some(end_job) = self.ops.end_job {
+            // SAFETY: see above.
+            self.call(|opaque| unsafe { end_job(opaque) });
+        }
+    }
+
+    fn record(&self, name: &str, xml: &str) -> Answer<()> {
+        let (record, name, xml) = (self.ops.record.ok_or(MISSING)?, text_for_c(name)?, text_for_c(xml)?);
+        // SAFETY: see above; the strings live for the call.
+        self.check(|opaque| unsafe { record(opaque, name.as_ptr(), xml.as_ptr()) })
+    }
+
+    fn forget(&self, name: &str) -> Answer<()> {
+        let (forget, name) = (self.ops.forget.ok_or(MISSING)?, text_for_c(name)?);
+        // SAFETY: see above; the string lives for the call.
+        self.check(|opaque| unsafe { forget(opaque, name.as_ptr()) })
+    }
+
+    fn snapshot_xml(&self, name: &str) -> Answer<Option<String>> {
+        let (snapshot_xml, name) = (self.ops.snapshot_xml.ok_or(MISSING)?, text_for_c(name)?);
+        // SAFETY: see above; the string lives for the call.
+        self.string(|opaque| unsafe { snapshot_xml(opaque, name.as_ptr()) })
+    }
+
+    fn current(&self) -> Answer<Option<String>> {
+        let Some(current_snapshot) = self.ops.current_snapshot else { return Ok(None) };
+        // SAFETY: see above.
+        self.string(|opaque| unsafe { current_snapshot(opaque) })
+    }
+
+    fn take_events(&self) -> Vec<Event> {
+        std::mem::take(&mut *lock(&self.events))
+    }
+}
+
+/// Copies a table, if it is one.
+///
+/// # Safety
+/// `ops` is NULL, or its size says how many bytes of it are valid.
+unsafe fn read_ops(ops: *const Ops) -> Result<Ops> {
+    // SAFETY: by the caller's promise.
+    let ops = unsafe { view("ops", ops) }?;
+    let required = [
+        ("monitor", ops.monitor.is_some()),
+        ("state", ops.state.is_some()),
+        ("domain_xml", ops.domain_xml.is_some()),
+        ("state_dir (or record)", ops.state_dir.is_some() || ops.record.is_some()),
+        ("forget", ops.forget.is_some() || ops.record.is_none()),
+        ("snapshot_xml", ops.snapshot_xml.is_some() || ops.record.is_none()),
+        ("lock", ops.lock.is_some() || ops.unlock.is_none()),
+        ("unlock", ops.unlock.is_some() || ops.lock.is_none()),
+    ];
+    if let Some((missing, _)) = required.iter().find(|(_, there)| !there) {
+        fail!(InvalidArg, "ops->{missing} must not be NULL");
+    }
+    Ok(ops)
+}
+
+/// The same, with its storage hook.
+///
+/// # Safety
+/// As for [`read_ops`], and so with the hook's size.
+unsafe fn read_driver(ops: *const Ops) -> Result<Registered> {
+    // SAFETY: by the caller's promise.
+    let ops = unsafe { read_ops(ops) }?;
+    // SAFETY: by the caller's promise.
+    let hook = unsafe { Hook::read(ops.storage_hook) }?;
+    hook.as_ref().map_or(Ok(()), Hook::check)?;
+    Ok(Registered { ops, storage: hook.map(|hook| hook.0) })
+}
+
+/// `instantsnap_register_driver`.
+///
+/// # Safety
+/// `ops` is NULL, or its size says how many bytes of it are valid; its callbacks can be called as the header says.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn instantsnap_register_driver(ops: *const Ops) -> c_int {
+    boundary(-1, || {
+        // SAFETY: by the caller's promise.
+        let driver = if ops.is_null() { None } else { Some(unsafe { read_driver(ops) }?) };
+        let mut registered = lock(&REGISTERED);
+        if driver.is_some() && registered.is_some() {
+            fail!(OperationInvalid, "a driver is registered already: register NULL first");
+        }
+        *registered = driver;
+        Ok(0)
+    })
+}
+
+/// `instantsnap_open_driver`.
+///
+/// # Safety
+/// `ops` is NULL, or its size says how many bytes of it are valid; its callbacks can be called with `opaque` as the header says.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn instantsnap_open_driver(ops: *const Ops, opaque: *mut c_void) -> *mut instantsnap_guest {
+    boundary(ptr::null_mut(), || {
+        // SAFETY: by the caller's promise.
+        let ops = unsafe { read_ops(ops) }?;
+        Ok(GUESTS.add(Handle::open_driver(Arc::new(Domain::new(ops, opaque)))?))
+    })
+}
+
+/// `instantsnap_driver_set_reason`.
+///
+/// # Safety
+/// `reason` is NULL or NUL-terminated.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn instantsnap_driver_set_reason(reason: *const c_char) {
+    boundary((), || {
+        // SAFETY: by the caller's promise.
+        let reason = unsafe { optional_text("reason", reason) }?;
+        REASON.set(reason.map(str::to_owned));
+        Ok(())
+    });
+}
+
+/// `instantsnap_driver_event`.
+///
+/// # Safety
+/// `event` is NULL or NUL-terminated.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn instantsnap_driver_event(opaque: *mut c_void, event: *const c_char) {
+    boundary((), || {
+        // SAFETY: by the caller's promise.
+        let event = unsafe { text("event", event) }?;
+        let event = json::parse(event.as_bytes()).ok().and_then(|message| Event::read(&message));
+        let events = lock(&PASSED_ON).get(&(opaque as usize)).and_then(Weak::upgrade);
+        if let (Some(event), Some(events)) = (event, events) {
+            let mut events = lock(&events);
+            if events.len() >= EVENTS {
+                events.remove(0);
+            }
+            events.push(event);
+        }
+        Ok(())
+    });
+}
+
+/// The driver that `vm` belongs to, where that is neither NULL nor a handle.
+fn registered(vm: *mut c_void) -> Option<Called> {
+    if vm.is_null() || is_handle(vm) {
+        return None;
+    }
+    let Registered { ops, storage } = (*lock(&REGISTERED))?;
+    let storage = storage.map(|hook| Hook(abi::instantsnap_storage_hook { opaque: vm, ..hook }));
+    Some(Called { domain: Domain::new(ops, vm), storage })
+}
+
+/// A domain for which one of libvirt's functions was called.
+struct Called {
+    domain: Domain,
+    storage: Option<Hook>,
+}
+
+/// Runs the body of one of libvirt's functions, which is called with the driver's lock held.
+fn enter<T>(failed: T, called: Called, body: impl FnOnce(&Arc<Domain>, &Handle) -> Result<T>) -> T {
+    let Called { domain, storage } = called;
+    let domain = Arc::new(domain);
+    domain.unlock();
+    let result = catch_unwind(AssertUnwindSafe(|| {
+        let handle = Handle::open_driver(domain.clone())?;
+        handle.set_storage_hook(storage.map(|hook| Arc::new(hook) as Arc<dyn StorageHook>));
+        body(&domain, &handle)
+    }));
+    if let Some(lock) = domain.ops.lock {
+        // SAFETY: by the promise of whoever gave the table; this thread does not hold the lock.
+        unsafe { lock(domain.opaque) };
+    }
+    let error = match result {
+        Ok(Ok(value)) => return value,
+        Ok(Err(error)) => error,
+        Err(panic) => defect(&*panic),
+    };
+    if let Some(report_error) = domain.ops.report_error {
+        let message = CString::new(error.message.replace('\0', "\\0")).unwrap_or_default();
+        // SAFETY: by the promise of whoever gave the table, which is called with its lock held; the message lives for the call.
+        unsafe { report_error(domain.opaque, error.number(), DOMAIN, message.as_ptr()) };
+    }
+    last_error::set(error);
+    failed
+}
+
+/// `qemuSnapshotCreateXML` of a registered driver; `None` where there is none.
+///
+/// # Safety
+/// `xml` is NULL or NUL-terminated.
+pub unsafe fn create(domain: *mut c_void, vm: *mut c_void, xml: *const c_char, bits: c_uint) -> Option<*mut c_void> {
+    Some(enter(ptr::null_mut(), registered(vm)?, |driver, handle| {
+        // SAFETY: by the caller's promise.
+        let name = c_string(handle.create(unsafe { text("xmlDesc", xml) }?, bits, &mut ())?)?;
+        let Some(make_snapshot) = driver.ops.make_snapshot else {
+            return Ok(SNAPSHOTS.add::<instantsnap_snapshot>(Snapshot { name }).cast());
+        };
+        // SAFETY: by the promise of whoever gave the table; the name lives for the call.
+        let snapshot = driver.call(|opaque| unsafe { make_snapshot(opaque, domain, name.as_ptr()) });
+        if snapshot.is_null() {
+            let (name, reason) = (name.to_string_lossy(), reason());
+            fail!(
+                OperationFailed,
+                "the snapshot '{name}' is complete, but the driver has made no object of it{reason}"
+            );
+        }
+        Ok(snapshot)
+    }))
+}
+
+/// `qemuSnapshotRevert` of a registered driver; `None` where there is none.
+pub fn revert(vm: *mut c_void, snapshot: *mut c_void, bits: c_uint) -> Option<c_int> {
+    Some(enter(-1, registered(vm)?, |driver, handle| {
+        flags::revert::check(bits)?;
+        let Some(restart) = driver.ops.restart else {
+            fail!(OperationUnsupported, "the driver cannot start QEMU anew for a snapshot: it has no `restart`");
+        };
+        let name = name_of(driver, snapshot)?;
+        handle.revert(&name, bits, |plan| {
+            let plan = native::Borrowed::plan(plan)?;
+            // SAFETY: by the promise of whoever gave the table; the plan lives for the call.
+            let restarted = driver.check(|opaque| unsafe { restart(opaque, plan.handle()) });
+            restarted.map_err(|reason| {
+                let message = format!("cannot start QEMU for snapshot '{name}': the driver's callback failed{reason}");
+                Error::new(Code::OperationFailed, message)
+            })
+        })?;
+        Ok(0)
+    }))
+}
+
+/// `qemuSnapshotDelete` of a registered driver; `None` where there is none.
+pub fn delete(vm: *mut c_void, snapshot: *mut c_void, bits: c_uint) -> Option<c_int> {
+    Some(enter(-1, registered(vm)?, |driver, handle| {
+        flags::delete::check(bits)?;
+        let name = name_of(driver, snapshot)?;
+        handle.delete(&name, bits).map(|()| 0)
+    }))
+}
+
+/// The name of a snapshot, ours or the driver's.
+fn name_of(driver: &Domain, snapshot: *mut c_void) -> Result<String> {
+    if snapshot.is_null() || is_handle(snapshot) {
+        let snapshot = SNAPSHOTS.get(snapshot.cast::<instantsnap_snapshot>())?;
+        return Ok(snapshot.name.to_string_lossy().into_owned());
+    }
+    let Some(snapshot_name) = driver.ops.snapshot_name else {
+        fail!(InvalidArg, "snapshot is none of this library's, and the driver has no `snapshot_name`");
+    };
+    // SAFETY: by the promise of whoever gave the table.
+    let name = driver.string(|opaque| unsafe { snapshot_name(opaque, snapshot) });
+    match name {
+        Ok(Some(name)) => Ok(name),
+        Ok(None) => fail!(OperationFailed, "the driver gives the snapshot no name"),
+        Err(reason) => fail!(OperationFailed, "the driver does not give the snapshot's name{reason}"),
+    }
+}

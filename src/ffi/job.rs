@@ -1,0 +1,313 @@
+//! `instantsnap.h`: snapshots with events, and jobs.
+
+use std::ffi::{CString, c_char, c_int, c_uint, c_void};
+use std::os::fd::AsRawFd;
+use std::ptr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+
+use super::header::{instantsnap_guest, instantsnap_job};
+use super::native::{GUESTS, convert_stats, micros};
+use super::{Registry, abi, boundary, c_string, fill, text, view};
+use crate::engine::{Event, Job, Observer, Phase, Returns, What};
+use crate::error::{Result, fail};
+
+static JOBS: Registry<Owned> = Registry::new("job");
+/// The process whose jobs are in [`JOBS`]: looked at before its lock is taken, which a forked child may find held for ever by
+/// a thread that it does not have.
+static PROCESS: AtomicU32 = AtomicU32::new(0);
+
+/// A job, and the process that has its thread.
+struct Owned {
+    job: Job,
+    process: u32,
+}
+
+/// Puts a job into the registry.
+fn add(job: Job) -> *mut instantsnap_job {
+    let process = std::process::id();
+    PROCESS.store(process, Ordering::Relaxed);
+    JOBS.add(Owned { job, process })
+}
+
+/// Finds a job of this process.
+fn find(job: *const instantsnap_job) -> Result<Arc<Owned>> {
+    let process = std::process::id();
+    let is_ours = |of: u32| [0, process].contains(&of);
+    if is_ours(PROCESS.load(Ordering::Relaxed)) {
+        let found = JOBS.get(job)?;
+        if is_ours(found.process) {
+            return Ok(found);
+        }
+    }
+    fail!(OperationInvalid, "the job is of the process that this one was forked from: here nobody takes its snapshot")
+}
+
+/// Who is told of the events of a snapshot.
+struct Listener {
+    callback: abi::instantsnap_event_callback,
+    opaque: *mut c_void,
+    interval: Option<Duration>,
+}
+
+// SAFETY: the pointer is not used, only handed to the callback; the header says on which thread that is called.
+unsafe impl Send for Listener {}
+
+impl Observer for Listener {
+    fn event(&mut self, event: &Event) {
+        if let Some(callback) = self.callback {
+            let event = convert_event(event);
+            // SAFETY: by the promise of whoever gave the options, the callback can be called with their `opaque` until the
+            // last event; `event` lives for the call.
+            unsafe { callback(&raw const event, self.opaque) };
+        }
+    }
+
+    fn interval(&self) -> Option<Duration> {
+        self.interval
+    }
+}
+
+/// How a snapshot is to be taken.
+struct Options {
+    listener: Listener,
+    flags: u32,
+}
+
+impl Options {
+    /// # Safety
+    /// `options` is NULL, or its size says how many bytes of it are valid; its callback can be called with its `opaque`.
+    unsafe fn read(options: *const abi::instantsnap_create_options) -> Result<Options> {
+        /// Unless the caller says otherwise.
+        const INTERVAL_MS: u32 = 500;
+        if options.is_null() {
+            return Ok(Options {
+                listener: Listener { callback: None, opaque: ptr::null_mut(), interval: None },
+                flags: 0,
+            });
+        }
+        // SAFETY: by the caller's promise.
+        let options = unsafe { view("options", options) }?;
+        let unknown = options.flags & !abi::INSTANTSNAP_CREATE_AT_ONCE;
+        if unknown != 0 {
+            fail!(InvalidArg, "unsupported flags (0x{unknown:x}) in options");
+        }
+        let interval = match options.progress_interval_ms {
+            0 => INTERVAL_MS,
+            interval => interval,
+        };
+        let interval = Some(Duration::from_millis(interval.into()));
+        let listener = Listener { callback: options.callback, opaque: options.opaque, interval };
+        Ok(Options { listener, flags: options.flags })
+    }
+}
+
+/// `instantsnap_snapshot_create`.
+///
+/// # Safety
+/// `xml` is NULL or NUL-terminated, `name` NULL or valid for a write. `options` is NULL, or its size says how many bytes of it
+/// are valid; its callback can be called with its `opaque`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn instantsnap_snapshot_create(
+    guest: *mut instantsnap_guest,
+    xml: *const c_char,
+    flags: c_uint,
+    options: *const abi::instantsnap_create_options,
+    name: *mut *mut c_char,
+) -> c_int {
+    boundary(-1, || {
+        let guest = GUESTS.get(guest)?;
+        // SAFETY: by the caller's promise.
+        let (xml, options) = unsafe { (text("xml", xml)?, Options::read(options)?) };
+        if options.flags != 0 {
+            fail!(InvalidArg, "INSTANTSNAP_CREATE_AT_ONCE is for instantsnap_snapshot_create_start()");
+        }
+        let mut listener = options.listener;
+        if listener.callback.is_none() {
+            // Nobody is told, so QEMU need not be asked.
+            listener.interval = None;
+        }
+        let created = c_string(guest.create(xml, flags, &mut listener)?)?;
+        if !name.is_null() {
+            // SAFETY: not NULL, and valid for a write by the caller's promise.
+            unsafe { name.write(created.into_raw()) };
+        }
+        Ok(0)
+    })
+}
+
+/// `instantsnap_snapshot_create_start`.
+///
+/// # Safety
+/// `xml` is NULL or NUL-terminated. `options` is NULL, or its size says how many bytes of it are valid; its callback can be
+/// called with its `opaque`, on any thread, until the job has ended.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn instantsnap_snapshot_create_start(
+    guest: *mut instantsnap_guest,
+    xml: *const c_char,
+    flags: c_uint,
+    options: *const abi::instantsnap_create_options,
+) -> *mut instantsnap_job {
+    boundary(ptr::null_mut(), || {
+        let guest = GUESTS.get(guest)?;
+        // SAFETY: by the caller's promise.
+        let (xml, options) = unsafe { (text("xml", xml)?, Options::read(options)?) };
+        let returns = match options.flags & abi::INSTANTSNAP_CREATE_AT_ONCE {
+            0 => Returns::AtInstant,
+            _ => Returns::AtOnce,
+        };
+        Ok(add(guest.start(xml, flags, Box::new(options.listener), returns)?))
+    })
+}
+
+/// `instantsnap_job_wait`.
+#[unsafe(no_mangle)]
+pub extern "C" fn instantsnap_job_wait(job: *mut instantsnap_job, timeout_ms: c_int) -> c_int {
+    boundary(-1, || {
+        // Negative: without end.
+        let timeout = u64::try_from(timeout_ms).ok().map(Duration::from_millis);
+        Ok(find(job)?.job.wait(timeout).into())
+    })
+}
+
+/// `instantsnap_job_get_fd`.
+#[unsafe(no_mangle)]
+pub extern "C" fn instantsnap_job_get_fd(job: *mut instantsnap_job) -> c_int {
+    // The registry holds the job on, and with it the descriptor.
+    boundary(-1, || Ok(find(job)?.job.readable().as_raw_fd()))
+}
+
+/// `instantsnap_job_next_event`.
+///
+/// # Safety
+/// `event` is NULL, or its size says how many bytes of it are valid.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn instantsnap_job_next_event(
+    job: *mut instantsnap_job,
+    event: *mut abi::instantsnap_event,
+) -> c_int {
+    boundary(-1, || {
+        let job = find(job)?;
+        // First once for its size, so that no event is lost by a mistake in it.
+        // SAFETY: by the caller's promise; the structure has no padding.
+        unsafe { fill("event", event, abi::instantsnap_event::default()) }?;
+        let Some(next) = job.job.next_event() else { return Ok(0) };
+        // SAFETY: as above.
+        unsafe { fill("event", event, convert_event(&next)) }.map(|()| 1)
+    })
+}
+
+/// `instantsnap_job_get_info`.
+///
+/// # Safety
+/// `info` is NULL, or its size says how many bytes of it are valid.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn instantsnap_job_get_info(
+    job: *mut instantsnap_job,
+    info: *mut abi::instantsnap_job_info,
+) -> c_int {
+    boundary(-1, || {
+        let now = find(job)?.job.info();
+        let converted = abi::instantsnap_job_info {
+            size: size_of::<abi::instantsnap_job_info>(),
+            phase: now.phase.map_or(abi::INSTANTSNAP_PHASE_ENDED, convert_phase),
+            instant: now.instant.into(),
+            elapsed_us: micros(now.elapsed),
+            paused_us: micros(now.paused),
+            bytes_done: now.flow.done,
+            bytes_total: now.flow.total,
+            bytes_per_second: now.flow.per_second,
+            pages_left: now.flow.pages_left,
+        };
+        // SAFETY: by the caller's promise; the structure has no padding.
+        unsafe { fill("info", info, converted) }.map(|()| 0)
+    })
+}
+
+/// `instantsnap_job_get_result`.
+#[unsafe(no_mangle)]
+pub extern "C" fn instantsnap_job_get_result(job: *mut instantsnap_job) -> c_int {
+    boundary(-1, || find(job)?.job.result().map(|_| 0))
+}
+
+/// `instantsnap_job_get_name`.
+#[unsafe(no_mangle)]
+pub extern "C" fn instantsnap_job_get_name(job: *mut instantsnap_job) -> *mut c_char {
+    boundary(ptr::null_mut(), || c_string(find(job)?.job.result()?).map(CString::into_raw))
+}
+
+/// `instantsnap_job_get_xml`.
+#[unsafe(no_mangle)]
+pub extern "C" fn instantsnap_job_get_xml(job: *mut instantsnap_job) -> *mut c_char {
+    boundary(ptr::null_mut(), || c_string(find(job)?.job.xml()?).map(CString::into_raw))
+}
+
+/// `instantsnap_job_get_stats`.
+///
+/// # Safety
+/// `stats` is NULL, or its size says how many bytes of it are valid.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn instantsnap_job_get_stats(
+    job: *mut instantsnap_job,
+    stats: *mut abi::instantsnap_stats,
+) -> c_int {
+    boundary(-1, || {
+        let known = find(job)?.job.stats()?;
+        // SAFETY: by the caller's promise; the structure has no padding.
+        unsafe { fill("stats", stats, convert_stats(&known)) }.map(|()| 0)
+    })
+}
+
+/// `instantsnap_job_cancel`.
+#[unsafe(no_mangle)]
+pub extern "C" fn instantsnap_job_cancel(job: *mut instantsnap_job) -> c_int {
+    boundary(-1, || {
+        find(job)?.job.cancel();
+        Ok(0)
+    })
+}
+
+/// `instantsnap_job_free`.
+#[unsafe(no_mangle)]
+pub extern "C" fn instantsnap_job_free(job: *mut instantsnap_job) {
+    if !job.is_null() {
+        boundary((), || find(job).and_then(|_| JOBS.remove(job)));
+    }
+}
+
+fn convert_phase(phase: Phase) -> u32 {
+    match phase {
+        Phase::Validate => abi::INSTANTSNAP_PHASE_VALIDATE,
+        Phase::Plan => abi::INSTANTSNAP_PHASE_PLAN,
+        Phase::Prepare => abi::INSTANTSNAP_PHASE_PREPARE,
+        Phase::Pause => abi::INSTANTSNAP_PHASE_PAUSE,
+        Phase::Switch => abi::INSTANTSNAP_PHASE_SWITCH,
+        Phase::Arm => abi::INSTANTSNAP_PHASE_ARM,
+        Phase::Drain => abi::INSTANTSNAP_PHASE_DRAIN,
+        Phase::Finish => abi::INSTANTSNAP_PHASE_FINISH,
+        Phase::Undo => abi::INSTANTSNAP_PHASE_UNDO,
+    }
+}
+
+fn convert_event(event: &Event) -> abi::instantsnap_event {
+    let (what, error_code) = match event.what {
+        What::Paused => (abi::INSTANTSNAP_EVENT_PAUSED, 0),
+        What::Switched => (abi::INSTANTSNAP_EVENT_SWITCHED, 0),
+        What::Instant => (abi::INSTANTSNAP_EVENT_INSTANT, 0),
+        What::Progress => (abi::INSTANTSNAP_EVENT_PROGRESS, 0),
+        What::Complete => (abi::INSTANTSNAP_EVENT_COMPLETE, 0),
+        What::Failed(code) => (abi::INSTANTSNAP_EVENT_FAILED, code),
+    };
+    abi::instantsnap_event {
+        size: size_of::<abi::instantsnap_event>(),
+        r#type: what,
+        error_code,
+        time_us: micros(event.time),
+        paused_us: micros(event.paused),
+        bytes_done: event.flow.done,
+        bytes_total: event.flow.total,
+        bytes_per_second: event.flow.per_second,
+        pages_left: event.flow.pages_left,
+    }
+}

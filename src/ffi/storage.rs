@@ -1,0 +1,182 @@
+//! `instantsnap.h`: the caller's storage.
+
+use std::ffi::{CStr, CString, OsString, c_char, c_int};
+use std::os::unix::ffi::OsStringExt;
+use std::path::{Path, PathBuf};
+use std::ptr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::header::{instantsnap_guest, instantsnap_revert_plan};
+use super::native::{GUESTS, add_plan, micros};
+use super::{abi, boundary, c_string, optional_text, take_bytes, text, view};
+use crate::engine::{Answer, StorageCall, StorageHook, prepare_revert_hooked};
+use crate::error::{Result, fail};
+
+/// A hook as C gave it.
+pub(super) struct Hook(pub(super) abi::instantsnap_storage_hook);
+
+// SAFETY: the pointer is not used, only handed to the callbacks; the header says on which threads those are called.
+unsafe impl Send for Hook {}
+// SAFETY: as above.
+unsafe impl Sync for Hook {}
+
+impl Hook {
+    /// # Safety
+    /// `hook` is NULL, or its size says how many bytes of it are valid; its callbacks can be called with its `opaque`.
+    pub(super) unsafe fn read(hook: *const abi::instantsnap_storage_hook) -> Result<Option<Hook>> {
+        if hook.is_null() {
+            return Ok(None);
+        }
+        // SAFETY: by the caller's promise.
+        let hook = unsafe { view("hook", hook) }?;
+        if hook.reserved != 0 {
+            fail!(InvalidArg, "hook->reserved must be 0");
+        }
+        Ok(Some(Hook(hook)))
+    }
+
+    /// Whether it can be called for a snapshot.
+    pub(super) fn check(&self) -> Result<()> {
+        if self.0.snapshot.is_none() {
+            fail!(InvalidArg, "hook->snapshot must not be NULL");
+        }
+        Ok(())
+    }
+}
+
+impl StorageHook for Hook {
+    fn snapshot(&self, call: &StorageCall) -> Answer<()> {
+        let Some(snapshot) = self.0.snapshot else { return Err("it has no snapshot callback".into()) };
+        let call = Call::new(call)?;
+        // SAFETY: by the promise of whoever gave the hook; the call lives until it returns.
+        returned(call.with(|call| unsafe { snapshot(call, self.0.opaque) }))
+    }
+
+    fn undo(&self, call: &StorageCall) {
+        if let (Some(undo), Ok(call)) = (self.0.undo, Call::new(call)) {
+            // SAFETY: as above.
+            call.with(|call| unsafe { undo(call, self.0.opaque) });
+        }
+    }
+
+    fn revert(&self, call: &StorageCall) -> Answer<Vec<PathBuf>> {
+        let Some(revert) = self.0.revert else { return Err("it has no revert callback".into()) };
+        let call = Call::new(call)?;
+        let mut files = vec![ptr::null_mut(); call.disks.len()];
+        // SAFETY: as above; there is room for as many strings as there are disks.
+        let status = call.with(|call| unsafe { revert(call, files.as_mut_ptr(), self.0.opaque) });
+        // Whatever it returns, they are ours now.
+        // SAFETY: NULL, or what the callback has put there.
+        let named: Vec<_> = files.into_iter().map(|file| unsafe { take_bytes(file) }).collect();
+        returned(status)?;
+        let path = |bytes| PathBuf::from(OsString::from_vec(bytes));
+        let unnamed = |name: &CStr| format!("it named none for disk '{}'", name.to_string_lossy());
+        let named = named.into_iter().zip(&call.disks);
+        named.map(|(file, disk)| file.map(path).ok_or_else(|| unnamed(&disk.name))).collect()
+    }
+
+    fn deadline(&self) -> Option<Duration> {
+        (self.0.deadline_ms != 0).then(|| Duration::from_millis(self.0.deadline_ms.into()))
+    }
+}
+
+fn returned(status: c_int) -> Answer<()> {
+    if status == 0 { Ok(()) } else { Err(format!("it returned {status}")) }
+}
+
+/// What a hook is called for, in C's strings.
+struct Call {
+    snapshot: CString,
+    disks: Vec<Disk>,
+    paused_us: u64,
+    deadline_us: u64,
+}
+
+struct Disk {
+    name: CString,
+    source: CString,
+    format: CString,
+}
+
+impl Call {
+    fn new(call: &StorageCall) -> Answer<Call> {
+        let string = |text: &str| c_string(text).map_err(|error| error.message);
+        let disk = |disk: &crate::engine::StorageDisk| {
+            Ok(Disk { name: string(&disk.name)?, source: string(&disk.source)?, format: string(&disk.format)? })
+        };
+        Ok(Call {
+            snapshot: string(&call.snapshot)?,
+            disks: call.disks.iter().map(disk).collect::<Answer<_>>()?,
+            paused_us: micros(call.paused),
+            deadline_us: micros(call.left),
+        })
+    }
+
+    /// As a structure, which lives as long as `body` takes.
+    fn with<T>(&self, body: impl FnOnce(*const abi::instantsnap_storage_call) -> T) -> T {
+        let disk = |disk: &Disk| abi::instantsnap_storage_disk {
+            size: size_of::<abi::instantsnap_storage_disk>(),
+            name: disk.name.as_ptr(),
+            source: disk.source.as_ptr(),
+            format: disk.format.as_ptr(),
+        };
+        let disks: Vec<_> = self.disks.iter().map(disk).collect();
+        let pointers: Vec<_> = disks.iter().map(ptr::from_ref).collect();
+        body(&abi::instantsnap_storage_call {
+            size: size_of::<abi::instantsnap_storage_call>(),
+            snapshot: self.snapshot.as_ptr(),
+            disks: pointers.as_ptr(),
+            disk_count: pointers.len(),
+            paused_us: self.paused_us,
+            deadline_us: self.deadline_us,
+        })
+    }
+}
+
+/// `instantsnap_set_storage_hook`.
+///
+/// # Safety
+/// `hook` is NULL, or its size says how many bytes of it are valid. Its callbacks can be called with its `opaque`, on any
+/// thread, until it is replaced or the guest closed, and every operation that began before has ended.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn instantsnap_set_storage_hook(
+    guest: *mut instantsnap_guest,
+    hook: *const abi::instantsnap_storage_hook,
+) -> c_int {
+    boundary(-1, || {
+        let guest = GUESTS.get(guest)?;
+        // SAFETY: by the caller's promise.
+        let hook = unsafe { Hook::read(hook) }?;
+        hook.as_ref().map_or(Ok(()), Hook::check)?;
+        guest.set_storage_hook(hook.map(|hook| Arc::new(hook) as Arc<dyn StorageHook>));
+        Ok(0)
+    })
+}
+
+/// `instantsnap_snapshot_prepare_revert_hooked`.
+///
+/// # Safety
+/// The strings are NULL or NUL-terminated. `hook` is NULL, or its size says how many bytes of it are valid; its callbacks can
+/// be called with its `opaque` until this returns.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn instantsnap_snapshot_prepare_revert_hooked(
+    state_dir: *const c_char,
+    name: *const c_char,
+    directory: *const c_char,
+    hook: *const abi::instantsnap_storage_hook,
+) -> *mut instantsnap_revert_plan {
+    boundary(ptr::null_mut(), || {
+        // SAFETY: by the caller's promise.
+        let (state_dir, name, directory, hook) = unsafe {
+            (
+                text("state_dir", state_dir)?,
+                text("name", name)?,
+                optional_text("directory", directory)?,
+                Hook::read(hook)?,
+            )
+        };
+        let hook = hook.as_ref().map(|hook| hook as &dyn StorageHook);
+        add_plan(prepare_revert_hooked(Path::new(state_dir), name, directory.map(Path::new), hook)?)
+    })
+}

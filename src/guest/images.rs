@@ -1,0 +1,135 @@
+//! The images of a domain and of its snapshots: which is the backing file of which.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io::Read;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use serde_json::Value;
+
+use crate::error::{Code, Error, Result};
+use crate::sys;
+
+/// An image file, however it is called.
+pub type Id = PathBuf;
+
+/// Images by what they are, whatever paths lead to them.
+#[derive(Debug, Default)]
+pub struct Graph {
+    images: BTreeMap<Id, Image>,
+}
+
+/// One image.
+#[derive(Clone, Debug)]
+pub struct Image {
+    /// A path of it, as whoever named it calls it.
+    pub path: String,
+    /// Its format.
+    pub format: String,
+    /// What it is an overlay of.
+    pub backing: Option<Id>,
+}
+
+/// What a path leads to.
+pub fn id(path: &str) -> Id {
+    let path = Path::new(path);
+    path.canonicalize().unwrap_or_else(|_| path.to_owned())
+}
+
+/// What the names of images end with that a revert has made.
+pub const REVERT: &str = ".revert";
+
+/// Whether an image is called as those are: IMAGE.SNAPSHOT-XXXXXX.revert.
+pub fn is_of_revert(image: &Id) -> bool {
+    let name = image.file_name().unwrap_or_default().to_string_lossy();
+    let random = name.strip_suffix(REVERT).and_then(|name| name.rsplit_once('-')).map(|(_, random)| random);
+    random.is_some_and(|random| random.len() == 6 && random.chars().all(|c| c.is_ascii_alphanumeric()))
+}
+
+impl Graph {
+    /// Adds an image and all below it. One that is not there (any more) is passed over.
+    pub fn add(&mut self, path: &str, format: &str) -> Result<()> {
+        if self.images.contains_key(&id(path)) || !Path::new(path).exists() {
+            return Ok(());
+        }
+        let layers = chain(path, format)?;
+        for (n, (path, format)) in layers.iter().enumerate() {
+            let backing = layers.get(n + 1).map(|(backing, _)| id(backing));
+            let image = Image { path: path.clone(), format: format.clone(), backing };
+            self.images.entry(id(path)).or_insert(image);
+        }
+        Ok(())
+    }
+
+    /// The image.
+    pub fn get(&self, id: &Id) -> Option<&Image> {
+        self.images.get(id)
+    }
+
+    /// It and all below it, from the top down.
+    pub fn chain<'a>(&'a self, top: &'a Id) -> impl Iterator<Item = &'a Id> {
+        std::iter::successors(Some(top), |id| self.images.get(*id)?.backing.as_ref())
+    }
+
+    /// These and all below them.
+    pub fn with_all_below<'a>(&self, tops: impl IntoIterator<Item = &'a Id>) -> BTreeSet<Id> {
+        tops.into_iter().flat_map(|top| self.chain(top).cloned().collect::<Vec<_>>()).collect()
+    }
+
+    /// The overlays of an image.
+    pub fn overlays<'a>(&'a self, image: &'a Id) -> impl Iterator<Item = &'a Id> {
+        self.images.iter().filter(move |(_, overlay)| overlay.backing.as_ref() == Some(image)).map(|(id, _)| id)
+    }
+}
+
+/// An image and all below it, with their formats. Nothing is locked: QEMU may have them open.
+pub fn chain(path: &str, format: &str) -> Result<Vec<(String, String)>> {
+    let step = || format!("cannot read the image '{path}' and those below it");
+    let mut info = Command::new("qemu-img");
+    info.args(["info", "-U", "--backing-chain", "--output=json", "-f", format, path]);
+    let said =
+        output_of(&mut info).map_err(|reason| Error::new(Code::OperationFailed, format!("{}: {reason}", step())))?;
+    let layers: Vec<Value> = serde_json::from_slice(&said)
+        .map_err(|error| Error::new(Code::InternalError, format!("{}: qemu-img says {error}", step())))?;
+    let text = |layer: &Value, key: &str| layer[key].as_str().unwrap_or_default().to_owned();
+    Ok(layers.iter().map(|layer| (text(layer, "filename"), text(layer, "format"))).collect())
+}
+
+/// Writes what is in `top`, and in the images between, to `base`. `top` stays as it is.
+pub fn commit(top: &Image, base: &str) -> Result<()> {
+    let mut commit = Command::new("qemu-img");
+    commit.args(["commit", "-q", "-d", "-f", &top.format, "-b", base, &top.path]);
+    sys::run_tool(&mut commit)
+        .map_err(|reason| failed(format!("cannot merge the image '{}' into '{base}': {reason}", top.path)))
+}
+
+/// Makes an image an overlay of another with the same content as its backing file has.
+pub fn rebase(overlay: &Image, base: &str, format: &str) -> Result<()> {
+    let mut rebase = Command::new("qemu-img");
+    rebase.args(["rebase", "-q", "-u", "-f", &overlay.format, "-F", format, "-b", base, &overlay.path]);
+    sys::run_tool(&mut rebase)
+        .map_err(|reason| failed(format!("cannot make '{base}' the backing file of '{}': {reason}", overlay.path)))
+}
+
+fn failed(message: String) -> Error {
+    Error::new(Code::OperationFailed, message)
+}
+
+/// What a tool says. As with [`sys::run_tool`] its exit status may be lost; then it has failed if it has complained.
+fn output_of(command: &mut Command) -> std::result::Result<Vec<u8>, String> {
+    let program = command.get_program().to_string_lossy().into_owned();
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = command.spawn().map_err(|error| format!("cannot run {program} (install qemu-utils): {error}"))?;
+    let (mut said, mut complaint) = (Vec::new(), String::new());
+    if let (Some(mut stdout), Some(mut stderr)) = (child.stdout.take(), child.stderr.take()) {
+        // Complaints are short: they fit into the pipe.
+        let _ = stdout.read_to_end(&mut said);
+        let _ = stderr.read_to_string(&mut complaint);
+    }
+    match child.wait() {
+        Ok(status) if status.success() => Ok(said),
+        Err(_) if complaint.is_empty() => Ok(said),
+        Ok(status) if complaint.is_empty() => Err(format!("{program}: {status}")),
+        _ => Err(complaint.trim().to_owned()),
+    }
+}

@@ -1,0 +1,178 @@
+//! Calls of libvirt with an end.
+//!
+//! Each of libvirt's calls on a domain waits for the job of another client's call on it, up to 30 seconds. So they are made
+//! by a thread of ours, and given up when a deadline passes. The call itself cannot be taken back: it is kept, and whoever
+//! undoes what it may yet do waits for its end first ([`Caller::settle`]).
+
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
+use std::time::Duration;
+
+use crate::error::{Code, Result};
+use crate::libvirt::{Connect, Domain, VirError, VirResult};
+use crate::monitor::Deadline;
+use crate::sys;
+
+type Task = Box<dyn FnOnce() + Send>;
+
+/// Why a call gave no result.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Trouble {
+    /// libvirt's error.
+    Refused(VirError),
+    /// No answer in time. The call goes on.
+    Late,
+    /// The daemon is gone, and did not come back in time.
+    Lost(String),
+}
+
+impl Trouble {
+    /// The error for a caller: `step` says what was tried on what.
+    pub fn into_error(self, step: &str) -> crate::error::Error {
+        use crate::error::Error;
+        match self {
+            Trouble::Refused(error) => error.into_error(step),
+            Trouble::Late => Error::new(
+                Code::OperationTimeout,
+                format!("{step}: libvirt did not answer in time; another client's job on the domain can make it wait"),
+            ),
+            Trouble::Lost(reason) => {
+                Error::new(Code::Rpc, format!("{step}: lost the connection to the libvirt daemon ({reason})"))
+            }
+        }
+    }
+}
+
+/// What is done when the connection is lost in a call.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Again {
+    /// It can be done twice: once more, through a new connection.
+    Harmless,
+    /// It may have been done.
+    Never,
+}
+
+/// A domain, called through a thread.
+#[derive(Debug)]
+pub struct Caller {
+    domain: Domain,
+    uri: String,
+    uuid: String,
+    worker: Option<Sender<Task>>,
+    /// Calls that were given up.
+    pending: Vec<Receiver<()>>,
+    refused: bool,
+}
+
+impl Caller {
+    /// Of a domain.
+    pub fn new(domain: Domain, uri: String, uuid: String) -> Caller {
+        Caller { domain, uri, uuid, worker: None, pending: Vec::new(), refused: false }
+    }
+
+    /// Makes a call.
+    pub fn call<T: Send + 'static>(
+        &mut self,
+        deadline: Deadline,
+        again: Again,
+        call: impl Fn(&Domain) -> VirResult<T> + Clone + Send + 'static,
+    ) -> std::result::Result<T, Trouble> {
+        let result = self.once(deadline, call.clone());
+        match result {
+            Err(Trouble::Refused(error)) if self.is_lost(&error) => match self.reconnect(deadline) {
+                Ok(()) if again == Again::Harmless => self.once(deadline, call),
+                Ok(()) => Err(Trouble::Lost(error.message)),
+                Err(trouble) => Err(trouble),
+            },
+            other => {
+                self.refused |= matches!(other, Err(Trouble::Refused(_)));
+                other
+            }
+        }
+    }
+
+    /// Whether libvirt has refused a call since this was asked last.
+    pub fn take_refused(&mut self) -> bool {
+        std::mem::take(&mut self.refused)
+    }
+
+    fn once<T: Send + 'static>(
+        &mut self,
+        deadline: Deadline,
+        call: impl FnOnce(&Domain) -> VirResult<T> + Send + 'static,
+    ) -> std::result::Result<T, Trouble> {
+        let (answer, answered) = mpsc::channel();
+        let (ended, pending) = mpsc::channel();
+        let domain = self.domain.clone();
+        self.send(Box::new(move || {
+            let result = call(&domain);
+            // Whoever has the answer may close the connection, and be told whether somebody else has it still.
+            drop(domain);
+            let _ = answer.send(result);
+            drop(ended);
+        }))
+        .map_err(|error| Trouble::Lost(error.message))?;
+        match answered.recv_timeout(deadline.left().unwrap_or_default()) {
+            Ok(result) => result.map_err(Trouble::Refused),
+            Err(RecvTimeoutError::Timeout) => {
+                // The next call needs another thread.
+                self.worker = None;
+                self.pending.push(pending);
+                Err(Trouble::Late)
+            }
+            Err(RecvTimeoutError::Disconnected) => Err(Trouble::Lost("a thread of ours has ended".into())),
+        }
+    }
+
+    fn send(&mut self, task: Task) -> Result<()> {
+        let task = match &self.worker {
+            Some(worker) => match worker.send(task) {
+                Ok(()) => return Ok(()),
+                Err(unsent) => unsent.0,
+            },
+            None => task,
+        };
+        let (worker, tasks) = mpsc::channel::<Task>();
+        // It ends with its sender.
+        sys::spawn_quiet("instantsnap-virt", move || tasks.into_iter().for_each(|task| task()))?;
+        let _ = worker.send(task);
+        self.worker = Some(worker);
+        Ok(())
+    }
+
+    /// Waits until calls that were given up have ended; false when the deadline passes first.
+    pub fn settle(&mut self, deadline: Deadline) -> bool {
+        self.pending.retain(|call| {
+            matches!(call.recv_timeout(deadline.left().unwrap_or_default()), Err(RecvTimeoutError::Timeout))
+        });
+        self.pending.is_empty()
+    }
+
+    /// Whether the connection is what failed.
+    fn is_lost(&self, error: &VirError) -> bool {
+        let alive = self.domain.connect().is_ok_and(|connect| connect.is_alive());
+        !alive || error.is(Code::Rpc)
+    }
+
+    /// Connects anew, to a daemon that may be starting.
+    pub fn reconnect(&mut self, deadline: Deadline) -> std::result::Result<(), Trouble> {
+        let mut nap = Duration::from_millis(20);
+        loop {
+            let reason = match Connect::open(&self.uri) {
+                Ok(Ok(connect)) => match connect.domain(&self.uuid) {
+                    Ok(domain) => {
+                        self.domain = domain;
+                        self.worker = None;
+                        return Ok(());
+                    }
+                    // The daemon is there: it may still be looking for its domains.
+                    Err(error) => error.message,
+                },
+                Ok(Err(error)) => error.message,
+                Err(error) => error.message,
+            };
+            let Some(left) = deadline.left() else { return Err(Trouble::Lost(reason)) };
+            std::thread::sleep(nap.min(left));
+            nap = (nap * 2).min(Duration::from_secs(1));
+        }
+    }
+}

@@ -1,0 +1,519 @@
+//! Deleting snapshots of a domain of a stock libvirt.
+//!
+//! libvirt 9.9 and later can delete one that has at most one child and is in the chains that the domain is on; what it can, it
+//! does ([`stock_can`]). The rest is done here, on a graph of images and the images below them:
+//!
+//! * An image is *needed* if the domain is on it, or a snapshot that stays, or if it is below such an image.
+//! * What was written by a snapshot that goes is removed if it is not needed: overlays only, never the image that the user made.
+//! * The image of a snapshot that goes, if it is needed, takes in the overlay above it, so that chains do not grow: but only
+//!   if that overlay is its only one, and no snapshot that stays is on it, and the domain neither. Otherwise both stay. More
+//!   space would be had by copying; nothing is lost by not.
+//!
+//! A file is taken for an overlay of ours if a snapshot's record names it as one, or if it is an overlay of a snapshot's
+//! image, or is called as our reverts call theirs.
+//! In doubt a file stays. So does what another snapshot had left when it was deleted and its overlays were needed, once they
+//! are not needed any more.
+//!
+//! The order is such that nothing is lost wherever it is cut short: the memory images of what goes are renamed to
+//! `….deleting`, so that nobody reverts to a snapshot whose images are half merged; images are merged, and after each the
+//! records that name it are changed; what goes is forgotten by libvirt; only then files are removed. What was cut short can be
+//! done again.
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use super::LibvirtConnector;
+use super::recorded::{DiskImage, Recorded, Replaced, Tree, domain_images, domain_with_replaced};
+use super::revert::{is_ours, within_reach};
+use crate::error::{Code, Error, Result, fail};
+use crate::flags::delete::{self, CHILDREN_ONLY, METADATA_ONLY};
+use crate::flags::{CURRENT, REDEFINE};
+use crate::guest::images::{self, Graph, Id, id};
+use crate::image::deleting;
+use crate::libvirt::{Connect, Domain, Snapshot, VirError, block, xml};
+use crate::snapshot::domain::Source;
+use crate::sys;
+
+/// The first libvirt that deletes snapshots with a memory image, and that crashes when it reverts without a current one.
+const STOCK_DELETES: (u64, u64, u64) = (9, 9, 0);
+
+/// `qemuSnapshotDelete` of a client of stock libvirt.
+pub fn delete(snapshot: &Snapshot, flags: u32) -> Result<()> {
+    delete::check(flags)?;
+    let Some((domain, connect)) = within_reach(snapshot)? else { return Ok(snapshot.delete(flags)?) };
+    let connector = LibvirtConnector::open(domain.clone())?;
+    let _exclusive = connector.hold()?;
+    let tree = Tree::read(&domain)?;
+    let target = tree.get(&snapshot.name())?;
+    if flags & METADATA_ONLY != 0 {
+        return forget_alone(&domain, &tree, target, flags);
+    }
+    let version = connect.version().map_err(|error| error.into_error("cannot ask libvirt for its version"))?;
+    if flags == 0 && version >= STOCK_DELETES && stock_can(&domain, &tree, target)? {
+        return Ok(snapshot.delete(flags)?);
+    }
+    Delete::prepare(connect, domain, version, &tree, target, flags)?.run()
+}
+
+/// Has libvirt forget the snapshot of this name, if there is one.
+pub fn forget(domain: &Domain, name: &str) -> Result<()> {
+    let tree = Tree::read(domain)?;
+    match tree.get(name) {
+        Ok(snapshot) => forget_alone(domain, &tree, snapshot, METADATA_ONLY),
+        Err(_) => Ok(()),
+    }
+}
+
+/// Has libvirt forget a snapshot, and nothing else: it would put the children on the snapshot's images, as if theirs had been
+/// merged into them (see [`Recorded::without_overlays`]).
+fn forget_alone(domain: &Domain, tree: &Tree, target: &Recorded, flags: u32) -> Result<()> {
+    if flags != METADATA_ONLY || tree.children(&target.name).next().is_none() {
+        return Ok(target.handle.delete(flags)?);
+    }
+    let step = format!("cannot change the record of snapshot '{}' to delete it", target.name);
+    let redefine = if tree.is_current(target) { REDEFINE | CURRENT } else { REDEFINE };
+    domain.create_snapshot(&target.without_overlays()?, redefine).map_err(|error| error.into_error(&step))?;
+    target.handle.delete(flags).map_err(|error| {
+        let _ = domain.create_snapshot(target.xml(), redefine);
+        error.into()
+    })
+}
+
+/// Whether libvirt's own delete, where it has one, works: on a running domain that is on the snapshot's overlays, right above
+/// its images. (Of any other snapshot without children it removes the images without looking whether somebody needs them.)
+fn stock_can(domain: &Domain, tree: &Tree, target: &Recorded) -> Result<bool> {
+    let step = "cannot look at the domain";
+    if !domain.is_active().map_err(|error| error.into_error(step))? {
+        return Ok(false);
+    }
+    let live = domain_images(&domain.xml(0).map_err(|error| error.into_error(step))?)?;
+    let is_on = |(disk, image): (&super::recorded::SnapshotDisk, Option<&DiskImage>)| {
+        let (Some(overlay), Some(image)) = (&disk.overlay, image.and_then(|image| image.file.as_ref())) else {
+            return false;
+        };
+        let layers = live.iter().find(|live| live.target == disk.target).map(layers).unwrap_or_default();
+        layers.windows(2).any(|pair| id(pair[0]) == id(overlay) && id(pair[1]) == id(image))
+    };
+    let children = tree.children(&target.name).count();
+    let files = target.images().filter_map(|image| image.file.as_deref()).all(|file| Path::new(file).is_file());
+    let shared =
+        tree.snapshots.iter().filter(|other| other.name != target.name).flat_map(Recorded::images).any(|image| {
+            let theirs = image.file.as_deref().map(id);
+            target.external().any(|(_, own)| own.and_then(|own| own.file.as_deref()).map(id) == theirs)
+        });
+    let begun = target.memory.as_deref().is_some_and(|memory| deleting(Path::new(memory)).exists());
+    let rooted = target.parent.is_some() || !tree.is_current(target) || tree.snapshots.len() == 1;
+    let alone = children <= usize::from(!tree.is_current(target)) && !shared && rooted;
+    Ok(alone && files && !begun && target.external().all(is_on))
+}
+
+/// The images of a disk from the top down, as libvirt calls them.
+fn layers(disk: &DiskImage) -> Vec<&str> {
+    disk.file.iter().chain(&disk.backing).map(String::as_str).collect()
+}
+
+struct Delete<'a> {
+    connect: Connect,
+    domain: Domain,
+    version: (u64, u64, u64),
+    tree: &'a Tree,
+    /// What goes, children first.
+    doomed: Vec<&'a Recorded>,
+    kept: Vec<&'a Recorded>,
+    /// The disks of the running domain; empty where it is shut off.
+    live: Vec<DiskImage>,
+    /// The disks at its next start.
+    config: Vec<DiskImage>,
+}
+
+/// Images that become one: a base, and the overlays above it, from the bottom up, that it takes in.
+#[derive(Debug)]
+struct Merge {
+    base: Id,
+    overlays: Vec<Id>,
+}
+
+struct Plan {
+    graph: Graph,
+    merges: Vec<Merge>,
+    /// Files that nobody needs when it is done.
+    removed: BTreeSet<Id>,
+}
+
+/// A merge that failed, and whether it may have changed something.
+struct Failure {
+    error: Error,
+    begun: bool,
+}
+
+impl<'a> Delete<'a> {
+    fn prepare(
+        connect: Connect,
+        domain: Domain,
+        version: (u64, u64, u64),
+        tree: &'a Tree,
+        target: &'a Recorded,
+        flags: u32,
+    ) -> Result<Delete<'a>> {
+        let mut names = if flags == CHILDREN_ONLY { vec![] } else { vec![target.name.as_str()] };
+        if flags != 0 {
+            names.extend(tree.descendants(&target.name));
+        }
+        let (mut doomed, kept): (Vec<_>, Vec<_>) =
+            tree.snapshots.iter().partition(|snapshot| names.contains(&snapshot.name.as_str()));
+        doomed.reverse();
+        if let Some(internal) = doomed.iter().find(|snapshot| snapshot.is_internal()) {
+            fail!(
+                OperationUnsupported,
+                "cannot delete snapshot '{}' with the others: it is inside of its images; delete it first (virsh \
+                 snapshot-delete)",
+                internal.name
+            );
+        }
+        let step = "cannot read the domain's XML";
+        let refused = |error: VirError| error.into_error(step);
+        let read = |flags| domain_images(&domain.xml(flags).map_err(refused)?);
+        let live = if domain.is_active().map_err(refused)? { read(0)? } else { Vec::new() };
+        let config = if domain.is_persistent().map_err(refused)? { read(xml::INACTIVE)? } else { Vec::new() };
+        Ok(Delete { connect, domain, version, tree, doomed, kept, live, config })
+    }
+
+    fn run(&self) -> Result<()> {
+        let plan = self.plan()?;
+        self.check(&plan)?;
+        // Until the records of its children are safe from libvirt, a snapshot that goes must not be reverted to.
+        let disarmed =
+            if plan.merges.is_empty() && self.kept_children().next().is_none() { vec![] } else { self.disarm()? };
+        let replaced = self.merge_all(&plan, &disarmed)?;
+        self.change_config(&replaced)?;
+        self.forget()?;
+        self.remove_files(&plan)
+    }
+
+    /// Which images become one, and which go.
+    fn plan(&self) -> Result<Plan> {
+        let graph = self.graph()?;
+        let files =
+            |disks: &[DiskImage]| disks.iter().filter_map(|disk| disk.file.as_deref()).map(id).collect::<Vec<_>>();
+        let in_use = [files(&self.live), files(&self.config)].concat();
+        let pinned: BTreeSet<Id> =
+            self.kept.iter().flat_map(|kept| kept.images()).filter_map(|image| image.file.as_deref()).map(id).collect();
+        let needed = graph.with_all_below(in_use.iter().chain(&pinned));
+        let own = |doomed: &&'a Recorded| external_images(doomed).collect::<Vec<_>>();
+        let images: BTreeSet<Id> = self.doomed.iter().flat_map(own).collect();
+
+        let written = graph.with_all_below(&images).into_iter();
+        let written = written.chain(self.doomed.iter().flat_map(|doomed| doomed.overlays()).map(|(file, _)| id(file)));
+        let removed: BTreeSet<Id> =
+            written.filter(|image| !needed.contains(image) && self.is_overlay(&graph, image)).collect();
+
+        let internal: BTreeSet<Id> = self
+            .kept
+            .iter()
+            .filter(|kept| kept.is_internal() || kept.disks.is_empty())
+            .flat_map(|kept| kept.images())
+            .filter_map(|image| image.file.as_deref())
+            .map(id)
+            .collect();
+        let differs =
+            |image: &Id| in_use.contains(image) && !self.live.is_empty() && !files(&self.live).contains(image);
+        // The one overlay that an image can take in.
+        let taken_in = |image: &Id| -> Option<Id> {
+            if !images.contains(image) || !needed.contains(image) || pinned.contains(image) || in_use.contains(image) {
+                return None;
+            }
+            let mut overlays = graph.overlays(image).filter(|overlay| !removed.contains(*overlay));
+            let (overlay, None) = (overlays.next()?, overlays.next()) else { return None };
+            let whole = !internal.contains(overlay) && !differs(overlay);
+            (whole && self.is_overlay(&graph, overlay)).then(|| overlay.clone())
+        };
+        let uppers: BTreeSet<Id> = images.iter().filter_map(taken_in).collect();
+        let bases = images.iter().filter(|image| !uppers.contains(*image));
+        let merges = bases
+            .map(|base| Merge {
+                base: base.clone(),
+                overlays: std::iter::successors(taken_in(base), taken_in).collect(),
+            })
+            .filter(|merge| !merge.overlays.is_empty())
+            .collect();
+        Ok(Plan { merges, removed, graph })
+    }
+
+    /// All images that are known.
+    fn graph(&self) -> Result<Graph> {
+        let mut graph = Graph::default();
+        let disks = self.tree.snapshots.iter().flat_map(Recorded::images).chain(&self.live).chain(&self.config);
+        let images = disks.filter_map(|disk| Some((disk.file.as_deref()?, disk.format.as_str())));
+        let overlays = self.tree.snapshots.iter().flat_map(Recorded::overlays);
+        for (file, format) in images.chain(overlays) {
+            graph.add(file, format)?;
+        }
+        Ok(graph)
+    }
+
+    /// Whether an image was made by a snapshot or a revert.
+    fn is_overlay(&self, graph: &Graph, image: &Id) -> bool {
+        let snapshots = || self.tree.snapshots.iter();
+        let backing = graph.get(image).and_then(|image| image.backing.as_ref());
+        snapshots().flat_map(Recorded::overlays).any(|(overlay, _)| id(overlay) == *image)
+            || (backing.is_some() && images::is_of_revert(image))
+            || backing.is_some_and(|backing| snapshots().flat_map(external_images).any(|image| image == *backing))
+    }
+
+    fn check(&self, plan: &Plan) -> Result<()> {
+        if plan.merges.is_empty() {
+            return Ok(());
+        }
+        let step = "cannot look at the domain";
+        if self.domain.has_managed_save().map_err(|error| error.into_error(step))? {
+            fail!(
+                OperationInvalid,
+                "cannot delete snapshot '{}': the domain has a managed save image, which needs its disks as they are: start the \
+                 domain, or remove the image (virsh managedsave-remove)",
+                self.name()
+            );
+        }
+        for disk in self.live.iter().filter(|disk| disk.present) {
+            if self.domain.block_job(&disk.target).map_err(|error| error.into_error(step))?.is_some() {
+                fail!(
+                    OperationInvalid,
+                    "cannot delete snapshot '{}': disk '{}' has an active block job: wait for it, or abort it (virsh blockjob)",
+                    self.name(),
+                    disk.target
+                );
+            }
+        }
+        Ok(())
+    }
+
+    /// What messages call it.
+    fn name(&self) -> &str {
+        self.doomed.last().map_or("", |doomed| &doomed.name)
+    }
+
+    /// Snapshots that stay, and whose parents go.
+    fn kept_children(&self) -> impl Iterator<Item = &Recorded> {
+        let goes = |name: &String| self.doomed.iter().any(|doomed| doomed.name == *name);
+        self.kept.iter().copied().filter(move |kept| kept.parent.as_ref().is_some_and(goes))
+    }
+
+    /// Renames the memory images of what goes; those that were.
+    fn disarm(&self) -> Result<Vec<PathBuf>> {
+        let mut disarmed = Vec::new();
+        for memory in self.memory_files() {
+            match std::fs::rename(&memory, deleting(&memory)) {
+                Ok(()) => disarmed.push(memory),
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+                Err(error) => {
+                    arm(&disarmed);
+                    return Err(Error::system(
+                        format!(
+                            "cannot delete snapshot '{}': cannot rename its memory image '{}'",
+                            self.name(),
+                            memory.display()
+                        ),
+                        error,
+                    ));
+                }
+            }
+        }
+        Ok(disarmed)
+    }
+
+    /// The memory images of what goes, unless a snapshot that stays names them too.
+    fn memory_files(&self) -> BTreeSet<PathBuf> {
+        let files = |snapshots: &[&Recorded]| -> BTreeSet<PathBuf> {
+            snapshots.iter().filter_map(|snapshot| snapshot.memory.as_ref()).map(PathBuf::from).collect()
+        };
+        &files(&self.doomed) - &files(&self.kept)
+    }
+
+    /// Merges, and changes the records after each merge. What has been replaced by what.
+    fn merge_all(&self, plan: &Plan, disarmed: &[PathBuf]) -> Result<Vec<Replaced>> {
+        let mut replaced = Vec::new();
+        for merge in &plan.merges {
+            self.merge(&plan.graph, merge).map_err(|failure| {
+                if failure.begun || !replaced.is_empty() {
+                    let more = format!(
+                        "the domain and its other snapshots are whole, but '{}' cannot be reverted to any more: delete it again",
+                        self.name()
+                    );
+                    return failure.error.and(more);
+                }
+                arm(disarmed);
+                failure.error.and("nothing was changed")
+            })?;
+            let base = plan.graph.get(&merge.base).expect("an image of the graph");
+            replaced.push(Replaced {
+                images: merge.overlays.clone(),
+                by: base.path.clone(),
+                format: base.format.clone(),
+            });
+            self.change_records(&replaced)?;
+        }
+        Ok(replaced)
+    }
+
+    fn merge(&self, graph: &Graph, merge: &Merge) -> std::result::Result<(), Failure> {
+        let (base, top) = (&merge.base, merge.overlays.last().expect("at least one"));
+        let (base_image, top_image) = (graph.get(base).expect("of the graph"), graph.get(top).expect("of the graph"));
+        let live = self.live.iter().find(|disk| layers(disk).iter().any(|layer| id(layer) == *top));
+        match live {
+            Some(disk) => self.merge_live(disk, base, top)?,
+            None => {
+                images::commit(top_image, &base_image.path).map_err(|error| Failure { error, begun: true })?;
+            }
+        }
+        // QEMU has done it for the images that it has open.
+        let open = |overlay: &Id| live.is_some_and(|disk| layers(disk).iter().any(|layer| id(layer) == *overlay));
+        for overlay in graph.overlays(top).filter(|overlay| !open(overlay)) {
+            let overlay = graph.get(overlay).expect("of the graph");
+            images::rebase(overlay, &base_image.path, &base_image.format)
+                .map_err(|error| Failure { error, begun: true })?;
+        }
+        Ok(())
+    }
+
+    /// Has libvirt merge images that a running domain has open.
+    fn merge_live(&self, disk: &DiskImage, base: &Id, top: &Id) -> std::result::Result<(), Failure> {
+        let called = |image: &Id| layers(disk).into_iter().find(|layer| id(layer) == *image);
+        let active = disk.file.as_deref().map(id).as_ref() == Some(top);
+        let flags = if active { block::COMMIT_ACTIVE } else { 0 };
+        let step = format!("cannot merge images of disk '{}' to delete snapshot '{}'", disk.target, self.name());
+        let begun = |error: VirError| Failure { error: error.into_error(&step), begun: true };
+        self.domain
+            .block_commit(&disk.target, called(base), called(top), flags)
+            .map_err(|error| Failure { error: error.into_error(&step), begun: false })?;
+        let mut nap = Duration::from_millis(10);
+        while self.domain.block_job(&disk.target).map_err(begun)?.is_some() {
+            if active && self.live_disk(disk).map_err(begun)?.is_some_and(|disk| disk.job_ready) {
+                let pivoted = self.domain.block_job_abort(&disk.target, block::ABORT_PIVOT);
+                pivoted.map_err(|error| {
+                    let _ = self.domain.block_job_abort(&disk.target, 0);
+                    begun(error)
+                })?;
+                break;
+            }
+            std::thread::sleep(nap);
+            nap = (nap * 2).min(Duration::from_millis(200));
+        }
+        let now = self.live_disk(disk).map_err(begun)?;
+        if now.is_some_and(|disk| layers(&disk).iter().any(|layer| id(layer) == *top)) {
+            let message = format!("{step}: QEMU's block job failed (libvirt's log of the domain has the reason)");
+            return Err(Failure { error: Error::new(Code::OperationFailed, message), begun: true });
+        }
+        Ok(())
+    }
+
+    fn live_disk(&self, disk: &DiskImage) -> std::result::Result<Option<DiskImage>, VirError> {
+        let images = domain_images(&self.domain.xml(0)?).unwrap_or_default();
+        Ok(images.into_iter().find(|other| other.target == disk.target))
+    }
+
+    /// Puts the snapshots that stay on the images that have the content of theirs.
+    fn change_records(&self, replaced: &[Replaced]) -> Result<()> {
+        for kept in &self.kept {
+            if let Some(record) = kept.with_replaced(replaced)? {
+                self.redefine(kept, &record)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn redefine(&self, snapshot: &Recorded, record: &str) -> Result<()> {
+        let flags = if self.tree.is_current(snapshot) { REDEFINE | CURRENT } else { REDEFINE };
+        let redefined = self.domain.create_snapshot(record, flags);
+        redefined.map(drop).map_err(|error| {
+            error
+                .into_error(&format!(
+                    "cannot change the record of snapshot '{}' to delete '{}'",
+                    snapshot.name,
+                    self.name()
+                ))
+                .and(format!("the images that it names are all there and right: delete '{}' again", self.name()))
+        })
+    }
+
+    /// Puts the domain, at its next start, on the images that have the content of its own.
+    fn change_config(&self, replaced: &[Replaced]) -> Result<()> {
+        if self.config.is_empty() || replaced.is_empty() {
+            return Ok(());
+        }
+        let step = "cannot change the domain's disks";
+        let xml = self.domain.xml(xml::INACTIVE | xml::SECURE).map_err(|error| error.into_error(step))?;
+        if let Some(xml) = domain_with_replaced(&xml, replaced)? {
+            self.connect.define(&xml, 0).map_err(|error| error.into_error(step))?;
+        }
+        Ok(())
+    }
+
+    /// Has libvirt forget what goes.
+    fn forget(&self) -> Result<()> {
+        for doomed in &self.doomed {
+            let step = format!("cannot delete the record of snapshot '{}'", doomed.name);
+            if self.kept_children().any(|kept| kept.parent.as_ref() == Some(&doomed.name)) {
+                self.redefine(doomed, &doomed.without_overlays()?)?;
+            }
+            doomed.handle.delete(METADATA_ONLY).map_err(|error| {
+                error
+                    .into_error(&step)
+                    .and("its memory image is renamed to '….deleting' or still there: delete it again")
+            })?;
+        }
+        self.avoid_no_current()
+    }
+
+    /// Makes a snapshot current where none is. libvirt >= 9.9 crashes when it reverts without a current snapshot, and removes
+    /// the overlays of the current one when it does: so it is one at the end of a branch, and its overlays are those that
+    /// the domain is on.
+    fn avoid_no_current(&self) -> Result<()> {
+        if self.version < STOCK_DELETES || self.tree.current.is_none() {
+            return Ok(());
+        }
+        let tree = Tree::read(&self.domain)?;
+        let leaf = tree.snapshots.iter().rev().find(|snapshot| is_ours(snapshot));
+        let (None, Some(leaf)) = (&tree.current, leaf) else { return Ok(()) };
+        let disks = if self.live.is_empty() { self.domain.xml(xml::INACTIVE) } else { self.domain.xml(0) };
+        let disks = domain_images(&disks.map_err(|error| error.into_error("cannot read the domain's XML"))?)?;
+        let source = |disk: &'_ DiskImage| -> Option<(String, String, String)> {
+            Some((disk.target.clone(), disk.file.clone()?, disk.format.clone()))
+        };
+        let tops: Vec<_> = disks.iter().filter_map(source).collect();
+        let sources: Vec<Source> = tops.iter().map(|(target, file, format)| Source { target, file, format }).collect();
+        let record = leaf.with_overlays(&sources)?;
+        let step = format!("cannot make snapshot '{}' the current one", leaf.name);
+        self.domain.create_snapshot(&record, REDEFINE | CURRENT).map(drop).map_err(|error| error.into_error(&step))
+    }
+
+    /// The last step: the snapshots are gone, and only files are left of them.
+    fn remove_files(&self, plan: &Plan) -> Result<()> {
+        let memory = self.memory_files().into_iter().flat_map(|memory| [deleting(&memory), memory]);
+        let merged = plan.merges.iter().flat_map(|merge| merge.overlays.iter().cloned());
+        let files: Vec<PathBuf> = memory.chain(merged).chain(plan.removed.iter().cloned()).collect();
+        let left: Vec<_> = files
+            .iter()
+            .filter_map(|file| Some(format!("'{}' ({})", file.display(), sys::remove_file(file).err()?)))
+            .collect();
+        if left.is_empty() {
+            return Ok(());
+        }
+        fail!(
+            OperationFailed,
+            "snapshot '{}' is deleted, but files of it could not be removed, which nobody needs: remove them: {}",
+            self.name(),
+            left.join(", ")
+        )
+    }
+}
+
+/// The images of the disks that a snapshot took.
+fn external_images(snapshot: &Recorded) -> impl Iterator<Item = Id> {
+    snapshot.external().filter_map(|(_, image)| image?.file.as_deref().map(id))
+}
+
+fn arm(disarmed: &[PathBuf]) {
+    for memory in disarmed {
+        let _ = std::fs::rename(deleting(memory), memory);
+    }
+}

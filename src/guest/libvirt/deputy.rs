@@ -1,0 +1,58 @@
+//! What is left to do for a process that was killed, as commands of virsh.
+
+use std::os::unix::fs::PermissionsExt;
+use std::path::PathBuf;
+
+use serde_json::{Value, json};
+
+use crate::guest::{Errand, Errands};
+use crate::snapshot::DiskPlan;
+
+/// virsh, on a connection.
+#[derive(Clone, Debug)]
+pub struct Virsh {
+    program: String,
+    uri: String,
+}
+
+/// It, where it is installed and the daemon is another process.
+pub fn virsh(uri: &str) -> Option<Virsh> {
+    if uri.contains("/embed") {
+        return None;
+    }
+    let path = std::env::var_os("PATH")?;
+    let mut candidates = std::env::split_paths(&path).map(|directory| directory.join("virsh"));
+    let runs = |file: &PathBuf| {
+        file.is_absolute() && file.metadata().is_ok_and(|meta| meta.is_file() && meta.permissions().mode() & 0o111 != 0)
+    };
+    let program = candidates.find(runs)?.into_os_string().into_string().ok()?;
+    Some(Virsh { program, uri: uri.into() })
+}
+
+impl Virsh {
+    fn run(&self, words: &[&str]) -> Errand {
+        let own = [&self.program, "--quiet", "--connect", &self.uri];
+        let words = own.iter().chain(words).map(|word| (*word).to_owned());
+        Errand { words: words.collect(), then_remove: None }
+    }
+}
+
+/// The commands for a snapshot of the domain of this UUID.
+pub fn errands(virsh: &Virsh, uuid: &str, restore: &[(&str, Value)], disks: &[DiskPlan], snapshot: &str) -> Errands {
+    let settings = restore.iter().map(|(name, arguments)| {
+        let command = json!({ "execute": name, "arguments": arguments }).to_string();
+        virsh.run(&["qemu-monitor-command", uuid, &command])
+    });
+    let forget = virsh.run(&["snapshot-delete", uuid, snapshot, "--metadata"]);
+    let merge = |disk: &DiskPlan| {
+        let (target, overlay, image) = (disk.drive.name(), &disk.overlay, &disk.drive.file);
+        // By their names: where the disk was not switched there is nothing to be merged, and it fails.
+        let words = ["blockcommit", uuid, target, "--top", overlay, "--base", image, "--active", "--pivot"];
+        Errand { then_remove: (!disk.reuse).then(|| overlay.into()), ..virsh.run(&words) }
+    };
+    Errands {
+        resume: virsh.run(&["resume", uuid]),
+        restore: settings.chain([forget]).collect(),
+        merge: disks.iter().map(merge).collect(),
+    }
+}

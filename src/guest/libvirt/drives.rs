@@ -1,0 +1,160 @@
+//! A domain's drives, from its XML.
+
+use roxmltree::Node;
+
+use crate::error::{Error, Result, fail};
+use crate::snapshot::drive::OpenOptions;
+use crate::snapshot::{Drive, Role, xml};
+
+/// The drives of a running domain that have a medium, in the order of its XML. Sizes are not in it.
+pub fn drives(domain_xml: &str) -> Result<Vec<Drive>> {
+    let mut drives = disks(domain_xml)?;
+    let document = xml::parse(domain_xml, "domain", &xml::GIVEN)?;
+    drives.extend(firmware(document.root_element())?);
+    Ok(drives)
+}
+
+/// The same without UEFI variables.
+pub fn disks(domain_xml: &str) -> Result<Vec<Drive>> {
+    let document = xml::parse(domain_xml, "domain", &xml::GIVEN)?;
+    let devices = xml::child(document.root_element(), "devices");
+    let Some(devices) = devices else { fail!(XmlError, "the domain has no <devices>") };
+    Ok(xml::children(devices, "disk").filter_map(drive).collect())
+}
+
+/// Targets of all disks: those without a medium too.
+pub fn targets(domain_xml: &str) -> Result<Vec<String>> {
+    let document = xml::parse(domain_xml, "domain", &xml::GIVEN)?;
+    let devices = xml::child(document.root_element(), "devices");
+    let disks = devices.into_iter().flat_map(|devices| xml::children(devices, "disk"));
+    Ok(disks.filter_map(|disk| xml::attribute(disk, "target", "dev").map(str::to_owned)).collect())
+}
+
+/// The image that each disk is on, and those below it, from the top down.
+pub fn chains(domain_xml: &str) -> Result<Vec<(String, Vec<String>)>> {
+    let drives = drives(domain_xml)?;
+    let chain = |drive: Drive| {
+        let name = drive.name().to_owned();
+        (name, [vec![drive.file], drive.backing].concat())
+    };
+    Ok(drives.into_iter().filter(|drive| drive.role != Role::Firmware).map(chain).collect())
+}
+
+/// Targets of disks whose block job is done but for its last step.
+pub fn ready_jobs(domain_xml: &str) -> Result<Vec<String>> {
+    mirrored(domain_xml, ("ready", "yes"))
+}
+
+/// Targets of disks whose image is being merged into one below.
+pub fn merging(domain_xml: &str) -> Result<Vec<String>> {
+    mirrored(domain_xml, ("job", "active-commit"))
+}
+
+fn mirrored(domain_xml: &str, (name, value): (&str, &str)) -> Result<Vec<String>> {
+    let document = xml::parse(domain_xml, "domain", &xml::GIVEN)?;
+    let devices = xml::child(document.root_element(), "devices");
+    let disks = devices.into_iter().flat_map(|devices| xml::children(devices, "disk"));
+    let mirrored = disks.filter(|disk| xml::attribute(*disk, "mirror", name) == Some(value));
+    Ok(mirrored.filter_map(|disk| xml::attribute(disk, "target", "dev").map(str::to_owned)).collect())
+}
+
+fn drive(disk: Node) -> Option<Drive> {
+    let target = xml::attribute(disk, "target", "dev")?.to_owned();
+    let source = xml::child(disk, "source")?;
+    let kind = disk.attribute("type").unwrap_or("file");
+    let local = source.attribute("file").or(source.attribute("dev"));
+    let hindrance = match (kind, local) {
+        ("file" | "block", Some(_)) if xml::child(source, "encryption").is_some() => {
+            Some("is encrypted: instant snapshots of encrypted images are not supported".to_owned())
+        }
+        ("file" | "block", Some(_)) => None,
+        _ => Some(format!(
+            "is on storage of type '{kind}': instant snapshots of it are not supported; leave it out (snapshot='no') or \
+             to a storage hook (snapshot='manual'), or take a plain snapshot"
+        )),
+    };
+    if xml::child(disk, "transient").is_some() {
+        return Some(Drive {
+            hindrance: Some("is transient: libvirt takes no snapshots of it".into()),
+            ..plain(target, disk, source, Role::Disk)
+        });
+    }
+    // libvirt leaves out what is read only, a CD-ROM's medium included.
+    let role = match xml::child(disk, "readonly") {
+        Some(_) => Role::ReadOnly,
+        None => Role::Disk,
+    };
+    Some(Drive { hindrance, ..plain(target, disk, source, role) })
+}
+
+fn plain(target: String, disk: Node, source: Node, role: Role) -> Drive {
+    let attribute = |child, name| xml::attribute(disk, child, name).map(str::to_owned);
+    let path = |source: Node| source.attribute("file").or(source.attribute("dev")).map(str::to_owned);
+    let mut backing = Vec::new();
+    let mut below = xml::child(disk, "backingStore");
+    while let Some(image) = below {
+        let Some(file) = xml::child(image, "source").and_then(path) else { break };
+        backing.push(file);
+        below = xml::child(image, "backingStore");
+    }
+    let mut names = vec![target];
+    names.extend(attribute("alias", "name"));
+    Drive {
+        names,
+        role,
+        node: String::new(),
+        file: path(source).or_else(|| source.attribute("name").map(str::to_owned)).unwrap_or_default(),
+        backing,
+        format: attribute("driver", "type").unwrap_or_else(|| "raw".into()),
+        size: 0,
+        bitmaps: Vec::new(),
+        options: OpenOptions::default(),
+        hindrance: None,
+        snapshot: disk.attribute("snapshot").map(str::to_owned),
+    }
+}
+
+/// UEFI variables: `<os><nvram>`, whose file is its text, or a `<source>` in it.
+fn firmware(root: Node) -> Result<Option<Drive>> {
+    let Some(nvram) = xml::child(root, "os").and_then(|os| xml::child(os, "nvram")) else { return Ok(None) };
+    let source = xml::child(nvram, "source");
+    let file = source.and_then(|source| source.attribute("file")).or(nvram.text().map(str::trim)).unwrap_or_default();
+    if file.is_empty() {
+        return Err(Error::new(
+            crate::error::Code::ConfigUnsupported,
+            "the UEFI variables of the domain (<nvram>) are not in a file: they cannot be compared",
+        ));
+    }
+    Ok(Some(Drive {
+        names: vec!["nvram".into()],
+        role: Role::Firmware,
+        node: String::new(),
+        file: file.into(),
+        format: nvram.attribute("format").unwrap_or("raw").into(),
+        backing: Vec::new(),
+        size: 0,
+        bitmaps: Vec::new(),
+        options: OpenOptions::default(),
+        hindrance: None,
+        snapshot: None,
+    }))
+}
+
+/// libvirt's save cookie: the CPU that the guest really has, which the XML of a memory image need not say; and that a network
+/// card of type `user` may have its helper process.
+pub fn cookie(live_xml: &str) -> Result<Option<String>> {
+    let document = xml::parse(live_xml, "domain", &xml::GIVEN)?;
+    let cpu = xml::child(document.root_element(), "cpu");
+    Ok(cpu.map(|cpu| format!("<cookie>\n  {}\n  <slirpHelper/>\n</cookie>\n", &live_xml[cpu.range()])))
+}
+
+/// Whether resuming takes more than starting the vCPUs: libvirt gives disk leases and macvtap devices away while a domain is
+/// paused.
+pub fn holds_leases(domain_xml: &str) -> bool {
+    let Ok(document) = xml::parse(domain_xml, "domain", &xml::GIVEN) else { return true };
+    let Some(devices) = xml::child(document.root_element(), "devices") else { return false };
+    let macvtap = xml::children(devices, "interface").any(|interface| {
+        interface.attribute("type") == Some("direct") || xml::attribute(interface, "actual", "type") == Some("direct")
+    });
+    macvtap || xml::child(devices, "lease").is_some()
+}

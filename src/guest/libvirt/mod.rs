@@ -1,0 +1,714 @@
+//! The way in through a stock libvirt: the domain is its daemon's, and we are a client.
+//!
+//! Everything that libvirt can do, it does, so that its own view of the domain stays true: it pauses and resumes, switches the
+//! disks and merges them back, and records the snapshot. Only what it has no function for goes past it, by its monitor
+//! passthrough: the background snapshot, and what belongs to it.
+
+mod call;
+mod delete;
+mod deputy;
+mod drives;
+mod lease;
+mod overlays;
+mod recorded;
+mod revert;
+mod xml;
+
+use std::cell::OnceCell;
+use std::path::PathBuf;
+use std::sync::Mutex;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use serde_json::{Value, json};
+
+use self::call::{Again, Caller, Trouble};
+pub use self::delete::delete;
+use self::overlays::Overlays;
+pub use self::revert::revert;
+use super::exclusive::Exclusive;
+use super::{
+    Catalog, Connector, Deputy, Description, Guest, MEASURED, PATIENCE, Presence, Reserved, check_version, foreign,
+};
+use crate::error::{Code, Error, Result, fail};
+use crate::flags::{self, Flags};
+use crate::libvirt::{self, Connect, Domain, Snapshot, State};
+use crate::monitor::commands::{self, Status};
+use crate::monitor::{Command, Deadline, Execute, Failure, read_reply};
+use crate::snapshot::{DiskPlan, Drive, Record, Request, Role, Store, check_name, manual};
+use crate::sys;
+
+/// A resume that libvirt does not come to is tried past it.
+const RESUME_SOON: Duration = Duration::from_secs(2);
+
+/// A domain of a stock libvirt.
+#[derive(Debug)]
+pub struct LibvirtConnector {
+    domain: Domain,
+    uri: String,
+    name: String,
+    uuid: String,
+    /// The snapshot taken last, for whoever wants libvirt's own object of it.
+    taken: Mutex<Option<Snapshot>>,
+}
+
+impl LibvirtConnector {
+    /// Opens it. A connection to another machine, or to another driver, is an error.
+    pub fn open(domain: Domain) -> Result<LibvirtConnector> {
+        let step = "cannot open the domain";
+        let connect = domain.connect().map_err(|error| error.into_error(step))?;
+        check_connection(&connect)?;
+        let text = |result: libvirt::VirResult<String>| result.map_err(|error| error.into_error(step));
+        let (uri, name, uuid) = (text(connect.uri())?, text(domain.name())?, text(domain.uuid())?);
+        Ok(LibvirtConnector { domain, uri, name, uuid, taken: Mutex::default() })
+    }
+
+    /// libvirt's own object of the snapshot that was taken last; once.
+    pub fn taken(&self) -> Option<Snapshot> {
+        sys::lock(&self.taken).take()
+    }
+
+    /// Holds the domain for one operation.
+    fn hold(&self) -> Result<Exclusive> {
+        // By its connection too, or as much of it as there is room for: the same UUID can be another daemon's too.
+        let uri: String = self.uri.chars().rev().filter(char::is_ascii).take(50).collect();
+        let held = format!("instantsnap/{}/{uri}", self.uuid);
+        Exclusive::take(&format!("domain '{}'", self.name), held)
+    }
+
+    fn keep(&self, snapshot: Snapshot) {
+        *sys::lock(&self.taken) = Some(snapshot);
+    }
+
+    /// libvirt calls nobody for the disks that it leaves to others.
+    fn check_no_hook_is_due(&self, snapshot_xml: &str) -> Result<()> {
+        let step = format!("cannot read the XML of domain '{}'", self.name);
+        let disks = drives::disks(&self.domain.xml(0).map_err(|error| error.into_error(&step))?)?;
+        if let Some(disk) = manual(&disks, &Request::parse(snapshot_xml)?).first() {
+            fail!(
+                OperationUnsupported,
+                "snapshot='manual' of disk '{}' is supported for a running domain only, and '{}' is paused: resume it, or use \
+                 snapshot='external', or 'no' to leave the disk out",
+                disk.name(),
+                self.name
+            );
+        }
+        Ok(())
+    }
+
+    fn find(&self, name: &str) -> Result<Snapshot> {
+        let found = self.domain.find(name).map_err(|error| error.into_error("cannot list the domain's snapshots"))?;
+        found.ok_or_else(|| {
+            let message = format!("domain '{}' has no snapshot '{name}'", self.name);
+            Error::new(Code::NoDomainSnapshot, message)
+        })
+    }
+}
+
+/// Memory and disks are files of the daemon's machine, and descriptors are passed to it.
+fn check_connection(connect: &Connect) -> Result<()> {
+    let step = "cannot look at the connection to libvirt";
+    let driver = connect.driver().map_err(|error| error.into_error(step))?;
+    let uri = connect.uri().map_err(|error| error.into_error(step))?;
+    if driver != "QEMU" {
+        fail!(
+            OperationUnsupported,
+            "the domain is run by libvirt's {driver} driver ('{uri}'): only QEMU's is supported"
+        );
+    }
+    if !is_local(&uri) {
+        fail!(
+            OperationUnsupported,
+            "the connection '{uri}' is to a remote machine: memory and disks are written where the guest runs, so the \
+             snapshot has to be taken there, by a connection like qemu:///system"
+        );
+    }
+    Ok(())
+}
+
+/// `qemu:///...` and `qemu+unix:///...`.
+fn is_local(uri: &str) -> bool {
+    uri.split_once("://").is_some_and(|(scheme, rest)| {
+        matches!(scheme, "qemu" | "qemu+unix") && (rest.is_empty() || rest.starts_with(['/', '?']))
+    })
+}
+
+impl Connector for LibvirtConnector {
+    fn built_flags(&self) -> u32 {
+        flags::NO_METADATA
+            | flags::HALT
+            | flags::REUSE_EXT
+            | flags::ATOMIC
+            | flags::LIVE
+            | flags::VALIDATE
+            | flags::INSTANT
+    }
+
+    fn catalog(&self) -> &dyn Catalog {
+        self
+    }
+
+    fn store(&self) -> Option<&Store> {
+        None
+    }
+
+    fn reserve(&self, name: Option<&str>) -> Result<Reserved> {
+        let known = self.names()?;
+        let taken = |name: &str| known.iter().any(|known| known == name);
+        let name = match name {
+            Some(name) => name.to_owned(),
+            None => {
+                let seconds = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+                (seconds..).map(|seconds| seconds.to_string()).find(|name| !taken(name)).unwrap_or_default()
+            }
+        };
+        check_name(&name)?;
+        if taken(&name) {
+            fail!(OperationInvalid, "domain snapshot '{name}' of domain '{}' already exists", self.name);
+        }
+        Ok(Reserved { name, memory_file: None, held: None })
+    }
+
+    /// Without INSTANT, and of a domain that is paused, it is libvirt's own.
+    fn delegate(&self, xml: &str, bits: u32) -> Option<Result<String>> {
+        let plain = match bits & flags::INSTANT {
+            0 => bits,
+            _ => match self.check_no_hook_is_due(xml) {
+                Ok(()) => bits & !(flags::INSTANT | flags::LIVE),
+                Err(error) => return Some(Err(error)),
+            },
+        };
+        let step = format!("cannot take libvirt's own snapshot of domain '{}'", self.name);
+        // As long as it takes.
+        let taken = self.domain.create_snapshot(xml, plain).map_err(|error| error.into_error(&step));
+        Some(taken.map(|snapshot| {
+            let name = snapshot.name();
+            self.keep(snapshot);
+            name
+        }))
+    }
+
+    fn begin(&self) -> Result<Box<dyn Guest + '_>> {
+        let exclusive = self.hold()?;
+        let step = format!("cannot look at domain '{}'", self.name);
+        if !self.domain.is_active().map_err(|error| error.into_error(&step))? {
+            fail!(
+                OperationInvalid,
+                "domain '{}' is not running: an instant snapshot is of a running guest; without INSTANT its disks can be \
+                 snapshotted",
+                self.name
+            );
+        }
+        if self.domain.is_persistent().is_err() {
+            fail!(NoDomain, "domain '{}' is gone", self.name);
+        }
+        let caller = Caller::new(self.domain.clone(), self.uri.clone(), self.uuid.clone());
+        let mut guest = LibvirtGuest {
+            connector: self,
+            caller,
+            _exclusive: exclusive,
+            version: (0, 0),
+            id: None,
+            pid: OnceCell::new(),
+            snapshot: String::new(),
+            live_xml: String::new(),
+            inactive_xml: None,
+            left_out: Vec::new(),
+            overlays: Overlays::default(),
+            lease: lease::Lease::default(),
+            current_before: None,
+            switched: None,
+            registered: None,
+        };
+        guest.version = guest.query_version()?;
+        check_version(guest.version)?;
+        guest.id = guest.look_up_id()?;
+        Ok(Box::new(guest))
+    }
+
+    fn delete(&self, name: &str, flags: u32) -> Result<()> {
+        delete(&self.find(name)?, flags)
+    }
+}
+
+impl Catalog for LibvirtConnector {
+    fn names(&self) -> Result<Vec<String>> {
+        let step = format!("cannot list the snapshots of domain '{}'", self.name);
+        let snapshots = self.domain.snapshots().map_err(|error| error.into_error(&step))?;
+        Ok(snapshots.iter().map(Snapshot::name).collect())
+    }
+
+    fn xml(&self, name: &str) -> Result<String> {
+        self.find(name)?.xml(0).map_err(|error| error.into_error(&format!("cannot describe snapshot '{name}'")))
+    }
+
+    fn current(&self) -> Result<Option<String>> {
+        let step = format!("cannot look for the current snapshot of domain '{}'", self.name);
+        let current = self.domain.current_snapshot().map_err(|error| error.into_error(&step))?;
+        Ok(current.as_ref().map(Snapshot::name))
+    }
+
+    fn forget(&self, name: &str) -> Result<()> {
+        self.find(name).and_then(|_| delete::forget(&self.domain, name))
+    }
+}
+
+/// A domain during one operation.
+struct LibvirtGuest<'a> {
+    connector: &'a LibvirtConnector,
+    caller: Caller,
+    _exclusive: Exclusive,
+    version: (u64, u64),
+    /// It changes when the domain is started anew.
+    id: Option<u32>,
+    /// QEMU's process, once it was looked for.
+    pid: OnceCell<Option<u32>>,
+    /// The name of the snapshot that is being taken.
+    snapshot: String,
+    live_xml: String,
+    inactive_xml: Option<String>,
+    left_out: xml::LeftOut,
+    overlays: Overlays,
+    lease: lease::Lease,
+    /// The snapshot that was current before.
+    current_before: Option<String>,
+    /// libvirt's object of the switch.
+    switched: Option<Snapshot>,
+    /// The snapshot as libvirt has recorded it, and its parent.
+    registered: Option<Registered>,
+}
+
+/// Who has started the vCPUs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Resumed {
+    ByLibvirt,
+    ByItself,
+}
+
+struct Registered {
+    snapshot: Snapshot,
+    parent: Option<String>,
+}
+
+impl Execute for LibvirtGuest<'_> {
+    fn execute(&mut self, command: Command, deadline: Deadline) -> std::result::Result<Value, Failure> {
+        let again = match command.name {
+            "migrate" | "migrate_cancel" => Again::Never,
+            _ => Again::Harmless,
+        };
+        let text = json!({ "execute": command.name, "arguments": command.arguments }).to_string();
+        let fd = match command.fd.map(|fd| rustix::io::fcntl_dupfd_cloexec(fd, 0)).transpose() {
+            Ok(fd) => fd.map(std::sync::Arc::new),
+            Err(error) => return Err(Failure::Lost(format!("cannot duplicate a descriptor: {error}"))),
+        };
+        let reply = self.caller.call(deadline, again, move |domain| {
+            let fd = fd.as_deref().map(std::os::fd::AsFd::as_fd);
+            domain.monitor_command(&text, fd)
+        });
+        let reply = match reply {
+            Ok(reply) => reply,
+            Err(Trouble::Late) => return Err(Failure::Late),
+            Err(Trouble::Refused(error)) if error.is(Code::OperationTimeout) => return Err(Failure::Late),
+            Err(Trouble::Refused(error)) => return Err(Failure::Lost(error.message)),
+            Err(Trouble::Lost(reason)) => return Err(Failure::Lost(reason)),
+        };
+        let mut reply: Value = crate::monitor::json::parse(reply.as_bytes())
+            .map_err(|error| Failure::Lost(format!("the reply makes no sense: {error}")))?;
+        read_reply(&mut reply)
+    }
+}
+
+impl LibvirtGuest<'_> {
+    /// A call outside the pause.
+    fn patiently<T: Send + 'static>(
+        &mut self,
+        step: &str,
+        again: Again,
+        call: impl Fn(&Domain) -> libvirt::VirResult<T> + Clone + Send + 'static,
+    ) -> Result<T> {
+        self.caller.call(Deadline::after(PATIENCE), again, call).map_err(|trouble| trouble.into_error(step))
+    }
+
+    fn query_version(&mut self) -> Result<(u64, u64)> {
+        let command = Command::new("query-version", json!({}));
+        let reply = self.run("cannot ask for QEMU's version", command, Deadline::after(PATIENCE))?;
+        let number = |what: &str| reply["qemu"][what].as_u64().unwrap_or_default();
+        Ok((number("major"), number("minor")))
+    }
+
+    fn look_up_id(&mut self) -> Result<Option<u32>> {
+        let uuid = self.connector.uuid.clone();
+        self.patiently("cannot look the domain up", Again::Harmless, move |domain| {
+            Ok(domain.connect()?.domain(&uuid)?.id())
+        })
+    }
+
+    fn xml(&mut self, flags: u32) -> Result<String> {
+        self.patiently("cannot read the domain's XML", Again::Harmless, move |domain| domain.xml(flags))
+    }
+
+    fn current_snapshot(&mut self) -> Result<Option<String>> {
+        self.patiently("cannot look for the current snapshot", Again::Harmless, |domain| {
+            Ok(domain.current_snapshot()?.as_ref().map(Snapshot::name))
+        })
+    }
+
+    fn libvirt_state(&mut self, deadline: Deadline) -> std::result::Result<State, Trouble> {
+        self.caller.call(deadline, Again::Harmless, Domain::state)
+    }
+
+    fn resume_by_libvirt(&mut self, deadline: Deadline) -> std::result::Result<Resumed, Trouble> {
+        if self.libvirt_state(deadline)? == State::Running {
+            return Ok(Resumed::ByItself);
+        }
+        match self.caller.call(deadline, Again::Harmless, Domain::resume) {
+            Ok(()) => Ok(Resumed::ByLibvirt),
+            // QEMU before 9 has started its guest by itself, and libvirt has come to know of it since it was asked.
+            Err(Trouble::Refused(error)) if error.is(Code::OperationInvalid) => match self.libvirt_state(deadline)? {
+                State::Running => Ok(Resumed::ByItself),
+                _ => Err(Trouble::Refused(error)),
+            },
+            Err(trouble) => Err(trouble),
+        }
+    }
+
+    /// The images that each disk is on now, from the top down.
+    fn chains(&mut self) -> Result<Vec<(String, Vec<String>)>> {
+        let xml = self.xml(0)?;
+        drives::chains(&xml)
+    }
+
+    fn pause_again_for_leases(&mut self) -> Result<()> {
+        let step = "cannot take the disk leases of the domain back";
+        let deadline = Deadline::after(PATIENCE);
+        self.caller.call(deadline, Again::Harmless, Domain::suspend).map_err(|trouble| trouble.into_error(step))?;
+        self.resume_by_libvirt(deadline).map_err(|trouble| trouble.into_error(step)).map(drop)
+    }
+
+    /// The parent of a snapshot that is recorded now: the current one, unless that was taken after ours.
+    fn parent_of(&mut self, record: &Record) -> Result<(Option<String>, Option<String>)> {
+        let current = self.current_snapshot()?;
+        let Some(name) = current.clone().filter(|_| current != self.current_before) else { return Ok((current, None)) };
+        let overlays: Vec<_> = record.disks.iter().map(|disk| disk.overlay.clone()).collect();
+        let xml = self.patiently("cannot describe the current snapshot", Again::Harmless, {
+            let name = name.clone();
+            move |domain| domain.find(&name)?.map(|snapshot| snapshot.xml(0)).transpose()
+        })?;
+        // Its disks' images are our overlays: it is younger.
+        let on_ours = xml.is_some_and(|xml| xml::domain_files(&xml).iter().any(|file| overlays.contains(file)));
+        Ok(if on_ours { (self.current_before.clone(), Some(name)) } else { (current, None) })
+    }
+}
+
+impl Guest for LibvirtGuest<'_> {
+    fn status(&mut self) -> Result<Status> {
+        commands::query_status(self, Deadline::after(PATIENCE))
+    }
+
+    fn drives(&mut self) -> Result<Vec<Drive>> {
+        self.live_xml = self.xml(libvirt::xml::SECURE)?;
+        let mut drives = drives::drives(&self.live_xml)?;
+        for drive in drives.iter_mut().filter(|drive| drive.role == Role::Disk && drive.hindrance.is_none()) {
+            let target = drive.name().to_owned();
+            let step = format!("cannot ask for the size of disk '{target}'");
+            drive.size = self.patiently(&step, Again::Harmless, move |domain| domain.disk_size(&target))?;
+        }
+        Ok(drives)
+    }
+
+    fn describe(&mut self, drives: &[Drive]) -> Result<Description> {
+        let domain_xml = self.xml(libvirt::xml::SECURE | libvirt::xml::MIGRATABLE)?;
+        let persistent =
+            self.patiently("cannot look at the domain", Again::Harmless, |domain| domain.is_persistent())?;
+        if persistent {
+            self.inactive_xml = Some(self.xml(libvirt::xml::SECURE | libvirt::xml::INACTIVE)?);
+        }
+        self.current_before = self.current_snapshot()?;
+        let first = drives.iter().find(|drive| drive.role == Role::Disk);
+        // A session's files are its user's, root's doing on his behalf included.
+        let foreign_session = self.connector.uri.contains("/session") && rustix::process::geteuid().is_root();
+        let owner = first.filter(|_| foreign_session).map(|drive| PathBuf::from(&drive.file));
+        Ok(Description { domain_xml, cookie: drives::cookie(&self.live_xml)?, owner })
+    }
+
+    fn accept(&mut self, name: &str, flags: Flags) -> Result<()> {
+        if flags.has(flags::HALT)
+            && !self.patiently("cannot look at the domain", Again::Harmless, Domain::is_persistent)?
+        {
+            fail!(OperationInvalid, "cannot halt transient domain '{}' after its snapshot", self.connector.name);
+        }
+        self.snapshot = name.into();
+        Ok(())
+    }
+
+    fn check_memory_is_its_own(&mut self) -> Result<()> {
+        foreign::check_memory_is_its_own(self)
+    }
+
+    fn identity(&self) -> String {
+        format!("{} {} {:?}", self.connector.uri, self.connector.uuid, self.id)
+    }
+
+    /// libvirt does not tell, but gives QEMU the UUID on its command line.
+    fn pid(&self) -> Option<u32> {
+        let option = format!("-uuid\0{}\0", self.connector.uuid);
+        let contains = |text: &[u8]| text.windows(option.len()).any(|window| window == option.as_bytes());
+        *self.pid.get_or_init(|| {
+            std::fs::read_dir("/proc").ok()?.find_map(|entry| {
+                let pid = entry.ok()?.file_name().to_str()?.parse().ok()?;
+                contains(&std::fs::read(format!("/proc/{pid}/cmdline")).ok()?).then_some(pid)
+            })
+        })
+    }
+
+    fn is_shared(&self) -> bool {
+        true
+    }
+
+    fn background_keeps_paused(&self) -> bool {
+        self.version >= MEASURED
+    }
+
+    fn background_can_be_cancelled(&self) -> bool {
+        self.version >= MEASURED
+    }
+
+    /// libvirt's snapshots have no place for them; and what is loaded with memory are the variables of the instant, which
+    /// QEMU writes back to the file.
+    fn keeps_firmware_copies(&self) -> bool {
+        false
+    }
+
+    /// Its own revert would load memory beside these disks as they are by then.
+    fn records_manual_disks(&self) -> bool {
+        false
+    }
+
+    fn create_overlays(&mut self, disks: &[DiskPlan]) -> Result<()> {
+        let targets = drives::targets(&self.live_xml)?;
+        let planned = |target: &String| disks.iter().any(|disk| disk.drive.name() == target);
+        self.left_out = targets.into_iter().filter(|target| !planned(target)).collect();
+        self.lease = lease::Lease::look(&self.live_xml, disks);
+        self.overlays.create(disks)
+    }
+
+    fn pause(&mut self, deadline: Deadline) -> Result<()> {
+        self.caller
+            .call(deadline, Again::Harmless, Domain::suspend)
+            .map_err(|trouble| trouble.into_error("cannot pause the domain"))
+    }
+
+    fn switch_disks(&mut self, deadline: Deadline) -> Result<()> {
+        if self.overlays.disks().is_empty() {
+            return Ok(());
+        }
+        let xml = xml::switch(&self.snapshot, self.overlays.disks(), &self.left_out);
+        let bits = flags::DISK_ONLY | flags::NO_METADATA | flags::ATOMIC | flags::REUSE_EXT;
+        let switched = self.caller.call(deadline, Again::Never, move |domain| domain.create_snapshot(&xml, bits));
+        self.switched =
+            Some(switched.map_err(|trouble| trouble.into_error("cannot switch the domain's disks to their overlays"))?);
+        Ok(())
+    }
+
+    fn resume(&mut self, deadline: Deadline) -> Result<()> {
+        let step = "cannot resume the domain";
+        let soon = Deadline::after(RESUME_SOON.min(deadline.left().unwrap_or_default()));
+        // What was given up may yet pause it.
+        let mut resumed = match self.caller.settle(soon) {
+            true => self.resume_by_libvirt(soon),
+            false => Err(Trouble::Late),
+        };
+        if resumed == Err(Trouble::Late) {
+            // It waits for another client's job, which the monitor's passthrough need not.
+            let _ = commands::cont(self, Deadline::after(RESUME_SOON));
+            self.caller.settle(deadline);
+            resumed = self.resume_by_libvirt(deadline);
+        }
+        let resumed = resumed.map_err(|trouble| trouble.into_error(step))?;
+        if resumed == Resumed::ByItself && self.lease.is_lost() {
+            self.pause_again_for_leases()?;
+        }
+        Ok(())
+    }
+
+    fn register(&mut self, record: &Record) -> Result<()> {
+        let (parent, younger) = self.parent_of(record)?;
+        let xml = xml::record(record, parent.as_deref(), &self.left_out, self.inactive_xml.as_deref());
+        let step = format!("cannot record snapshot '{}' in libvirt", record.name);
+        let snapshot = self.patiently(&step, Again::Harmless, move |domain| {
+            domain.create_snapshot(&xml, flags::REDEFINE | flags::CURRENT)
+        })?;
+        self.registered = Some(Registered { snapshot, parent });
+        if let Some(younger) = younger {
+            let parent = record.name.clone();
+            let step = format!("cannot make snapshot '{younger}' a child of '{parent}'");
+            self.patiently(&step, Again::Harmless, move |domain| {
+                let Some(child) = domain.find(&younger)? else { return Ok(()) };
+                let xml = xml::with_parent(&child.xml(libvirt::xml::SECURE)?, &parent);
+                domain.create_snapshot(&xml, flags::REDEFINE | flags::CURRENT).map(drop)
+            })?;
+        }
+        Ok(())
+    }
+
+    fn confirm(&mut self) -> Result<()> {
+        let xml = self.xml(0)?;
+        self.overlays.check_chains(&drives::chains(&xml)?)?;
+        self.overlays.check_not_merging(&drives::merging(&xml)?)?;
+        let Some(Registered { snapshot, parent }) = &self.registered else { return Ok(()) };
+        let (name, parent) = (snapshot.name(), parent.clone());
+        let lookup = name.clone();
+        let found = self.patiently("cannot look the snapshot up", Again::Harmless, move |domain| {
+            domain.find(&lookup)?.map(|snapshot| snapshot.xml(0)).transpose()
+        })?;
+        let Some(xml) = found else {
+            fail!(OperationFailed, "somebody has deleted snapshot '{name}' while its memory was being saved");
+        };
+        let now = xml::parent(&xml);
+        // Its parent can have been deleted meanwhile; then the grandparent is it.
+        if now != parent && parent.is_some_and(|parent| self.connector.names().is_ok_and(|all| all.contains(&parent))) {
+            fail!(OperationFailed, "somebody has moved snapshot '{name}' while its memory was being saved");
+        }
+        Ok(())
+    }
+
+    fn commit(&mut self, _reserved: &Reserved, mut record: Record) -> Result<Record> {
+        if let Some(Registered { parent, .. }) = &self.registered {
+            record.parent.clone_from(parent);
+        }
+        Ok(record)
+    }
+
+    fn withdraw(&mut self) -> Result<()> {
+        let Some(Registered { snapshot, .. }) = self.registered.take() else { return Ok(()) };
+        let name = snapshot.name();
+        let step = format!("cannot forget snapshot '{name}'");
+        self.patiently(&step, Again::Harmless, move |domain| Ok(delete::forget(domain, &name)?))
+    }
+
+    fn merge_disks(&mut self) -> Result<()> {
+        // A switch that was given up must have come to its end.
+        if !self.caller.settle(Deadline::after(2 * PATIENCE)) {
+            fail!(
+                OperationTimeout,
+                "libvirt does not come to the switch of the disks: when it does, the domain goes on with the overlays {}, \
+                 which must not be removed",
+                self.overlays.paths()
+            );
+        }
+        let xml = self.xml(0)?;
+        self.overlays.merge(&mut self.caller, &drives::chains(&xml)?)?;
+        if self.overlays.merge_detached(&drives::targets(&xml)?)? {
+            self.put_definition_back()?;
+        }
+        Ok(())
+    }
+
+    fn discard_overlays(&mut self) -> Result<()> {
+        self.overlays.discard()
+    }
+
+    fn merge_and_discard_offline(&mut self, switched: bool) -> Result<()> {
+        self.caller.settle(Deadline::after(2 * PATIENCE));
+        if switched {
+            let active = self.patiently("cannot look at the domain", Again::Harmless, Domain::is_active);
+            if active == Ok(true) {
+                // It was started again, on the overlays.
+                let chains = self.chains()?;
+                self.overlays.merge(&mut self.caller, &chains)?;
+            } else {
+                self.check_not_saved()?;
+                self.overlays.merge_offline()?;
+                self.put_definition_back()?;
+            }
+        }
+        self.overlays.discard()
+    }
+
+    fn deputy<'a>(&'a self, snapshot: &'a str) -> Deputy<'a> {
+        match deputy::virsh(&self.connector.uri) {
+            Some(virsh) => Deputy::Programs(Box::new(move |restore| {
+                deputy::errands(&virsh, &self.connector.uuid, restore, self.overlays.disks(), snapshot)
+            })),
+            None => Deputy::Nobody,
+        }
+    }
+
+    fn halt(&mut self) -> Result<()> {
+        self.patiently("cannot end the guest", Again::Harmless, |domain| match domain.is_active()? {
+            true => domain.destroy(),
+            false => Ok(()),
+        })
+    }
+
+    fn presence(&mut self) -> Presence {
+        let deadline = Deadline::after(PATIENCE);
+        let uuid = self.connector.uuid.clone();
+        let look = move |domain: &Domain| match domain.connect()?.domain(&uuid) {
+            Ok(domain) => domain.is_active().map(|active| active.then(|| domain.id()).flatten()),
+            Err(error) if error.is(Code::NoDomain) => Ok(None),
+            Err(error) => Err(error),
+        };
+        // QEMU may have ended, and libvirt not have come to that yet.
+        let mut in_doubt = self.caller.take_refused();
+        loop {
+            match self.caller.call(deadline, Again::Harmless, look.clone()) {
+                Ok(Some(id)) if Some(id) == self.id => {}
+                Ok(_) => return Presence::Gone,
+                Err(_) => return Presence::Silent,
+            }
+            let status = Command::new("query-status", json!({}));
+            in_doubt = in_doubt && matches!(self.execute(status, Deadline::after(RESUME_SOON)), Err(Failure::Lost(_)));
+            if !in_doubt {
+                return Presence::Here;
+            }
+            if deadline.left().is_none() {
+                return Presence::Silent;
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+}
+
+impl LibvirtGuest<'_> {
+    /// A domain that was saved, or migrated, goes on from there: with its overlays, where it had them by then.
+    fn check_not_saved(&mut self) -> Result<()> {
+        // A transient one is gone, and nobody knows how it ended.
+        if self.inactive_xml.is_none()
+            || !self.patiently("cannot look at the domain", Again::Harmless, Domain::is_saved_or_gone)?
+        {
+            return Ok(());
+        }
+        let now = self.xml(libvirt::xml::SECURE | libvirt::xml::INACTIVE)?;
+        if self.overlays.without(&now)?.is_some() {
+            fail!(
+                OperationFailed,
+                "somebody has saved the domain, or migrated it, meanwhile: what was saved may go on with the overlays {}, as \
+                 the domain's definition does, and they must not be removed",
+                self.overlays.paths()
+            );
+        }
+        Ok(())
+    }
+
+    /// libvirt has put the overlays into the definition of a persistent domain too.
+    fn put_definition_back(&mut self) -> Result<()> {
+        if self.inactive_xml.is_none() {
+            return Ok(());
+        }
+        let now = self.xml(libvirt::xml::SECURE | libvirt::xml::INACTIVE)?;
+        let Some(mended) = self.overlays.without(&now)? else { return Ok(()) };
+        self.patiently("cannot put the domain's definition back", Again::Harmless, move |domain| {
+            domain.connect()?.define(&mended, 0).map(drop)
+        })
+    }
+}
+
+impl Drop for LibvirtGuest<'_> {
+    fn drop(&mut self) {
+        // Whoever has asked for the snapshot gets the object that stands for it in libvirt.
+        let object = self.registered.take().map(|registered| registered.snapshot).or(self.switched.take());
+        if let Some(object) = object {
+            self.connector.keep(object);
+        }
+    }
+}

@@ -1,0 +1,265 @@
+//! Overlays under libvirt: made beforehand by `qemu-img`, merged back by libvirt's block commit.
+
+use std::path::Path;
+use std::process::Command;
+use std::thread::sleep;
+use std::time::Duration;
+
+use super::call::{Again, Caller};
+use super::drives;
+use crate::error::{Code, Error, Result, fail};
+use crate::guest::{PATIENCE, overlay_file};
+use crate::libvirt::block;
+use crate::monitor::Deadline;
+use crate::snapshot::domain::{Domain, Source};
+use crate::snapshot::{DiskPlan, Drive};
+use crate::sys;
+
+/// A merge that makes no progress for so long is given up.
+const STALLED: Duration = Duration::from_secs(60);
+
+/// The images that each disk is on, from the top down, by target.
+type Chains = [(String, Vec<String>)];
+
+/// The overlays of one snapshot.
+#[derive(Debug, Default)]
+pub struct Overlays {
+    disks: Vec<DiskPlan>,
+    /// How many of them, in order, have files that we made, or may have.
+    made: usize,
+}
+
+impl Overlays {
+    /// The disks that have one.
+    pub fn disks(&self) -> &[DiskPlan] {
+        &self.disks
+    }
+
+    /// Creates them.
+    pub fn create(&mut self, disks: &[DiskPlan]) -> Result<()> {
+        self.disks = disks.to_vec();
+        for disk in disks {
+            if disk.reuse {
+                check_reused(disk)?;
+            } else {
+                create(disk)?;
+            }
+            self.made += 1;
+        }
+        Ok(())
+    }
+
+    /// Whether each disk is still on its overlay or on something above, and the overlay on the snapshot's image.
+    pub fn check_chains(&self, chains: &Chains) -> Result<()> {
+        for disk in &self.disks {
+            if place(disk, chains).is_none_or(|(_, below)| below != Some(disk.drive.file.as_str())) {
+                fail!(
+                    OperationFailed,
+                    "somebody has changed the images of disk '{}' while memory was being saved: '{}' is no longer on '{}'",
+                    disk.drive.name(),
+                    disk.overlay,
+                    disk.drive.file
+                );
+            }
+        }
+        Ok(())
+    }
+
+    /// No disk may be about to lose its overlay: until then its image is written.
+    pub fn check_not_merging(&self, merging: &[String]) -> Result<()> {
+        if let Some(disk) = self.disks.iter().find(|disk| merging.iter().any(|target| target == disk.drive.name())) {
+            fail!(
+                OperationFailed,
+                "somebody has begun to merge '{}' of disk '{}' back while memory was being saved: its images are no longer \
+                 those of the instant",
+                disk.overlay,
+                disk.drive.name()
+            );
+        }
+        Ok(())
+    }
+
+    /// Merges those of disks that were detached; whether there were any. What the guest wrote is in them alone.
+    pub fn merge_detached(&self, targets: &[String]) -> Result<bool> {
+        let detached = |disk: &&DiskPlan| !targets.iter().any(|target| target == disk.drive.name());
+        let mut found = false;
+        for disk in self.disks.iter().filter(detached).filter(|disk| Path::new(&disk.overlay).exists()) {
+            found = true;
+            overlay_file::commit(&disk.overlay).map_err(|error| {
+                error.and(format!(
+                    "disk '{}' was detached meanwhile, and what the guest wrote to it is in '{}', which could not be merged \
+                     and must not be removed: run `qemu-img commit` on it when the cause is mended",
+                    disk.drive.name(),
+                    disk.overlay
+                ))
+            })?;
+        }
+        Ok(found)
+    }
+
+    /// Merges those that are in use back into the images below.
+    pub fn merge(&mut self, caller: &mut Caller, chains: &Chains) -> Result<()> {
+        let mut in_use = self.disks.iter().filter_map(|disk| Some((disk, place(disk, chains)?))).collect::<Vec<_>>();
+        if let Some((disk, _)) = in_use.iter().find(|(_, (depth, _))| *depth > 0) {
+            fail!(
+                OperationFailed,
+                "disk '{}' has another image on top of '{}' by now (somebody took a snapshot meanwhile): the overlays {} \
+                 stay in use, and must not be removed",
+                disk.drive.name(),
+                disk.overlay,
+                self.paths()
+            );
+        }
+        let merged = in_use.drain(..).try_for_each(|(disk, _)| merge(disk, caller));
+        merged.map_err(|error| {
+            error.and(format!(
+                "the domain goes on with the overlays {}, which must not be removed: merge them with `virsh blockcommit \
+                 DOMAIN DISK --shallow --active --pivot` when the cause is mended",
+                self.paths()
+            ))
+        })
+    }
+
+    /// The same for a domain that does not run.
+    pub fn merge_offline(&mut self) -> Result<()> {
+        for disk in &self.disks {
+            if !Path::new(&disk.overlay).exists() {
+                continue;
+            }
+            overlay_file::commit(&disk.overlay).map_err(|error| {
+                Error::new(
+                    error.code,
+                    format!(
+                        "the domain has ended, and what the guest wrote after the instant is in {}, which could not be \
+                         merged and must not be removed ({}): run `qemu-img commit` on each when the cause is mended, and \
+                         put the domain's definition back, before it is started again",
+                        self.paths(),
+                        error.message
+                    ),
+                )
+            })?;
+        }
+        Ok(())
+    }
+
+    /// A domain's definition with the images below in the overlays' place; `None` where it names none.
+    pub fn without(&self, domain_xml: &str) -> Result<Option<String>> {
+        let chains = drives::chains(domain_xml)?;
+        let named = |disk: &&DiskPlan| place(disk, &chains).is_some_and(|(depth, _)| depth == 0);
+        let sources: Vec<_> = self.disks.iter().filter(named).map(|disk| source(&disk.drive)).collect();
+        if sources.is_empty() {
+            return Ok(None);
+        }
+        Domain::parse(domain_xml)?.with_sources(&sources).map(Some)
+    }
+
+    /// Removes those that we made. They are not in use.
+    pub fn discard(&mut self) -> Result<()> {
+        while let Some(disk) = self.made.checked_sub(1).and_then(|last| self.disks.get(last)) {
+            if !disk.reuse {
+                sys::remove_file(Path::new(&disk.overlay))
+                    .map_err(|error| Error::system(format!("cannot remove '{}'", disk.overlay), error))?;
+            }
+            self.made -= 1;
+        }
+        Ok(())
+    }
+
+    /// Their paths, for a message.
+    pub fn paths(&self) -> String {
+        self.disks.iter().map(|disk| format!("'{}'", disk.overlay)).collect::<Vec<_>>().join(", ")
+    }
+}
+
+fn source(drive: &Drive) -> Source<'_> {
+    Source { target: drive.name(), file: &drive.file, format: &drive.format }
+}
+
+/// How deep a disk's overlay is in its chain, and what is below it.
+fn place<'a>(disk: &DiskPlan, chains: &'a Chains) -> Option<(usize, Option<&'a str>)> {
+    let (_, chain) = chains.iter().find(|(target, _)| target == disk.drive.name())?;
+    let depth = chain.iter().position(|image| *image == disk.overlay)?;
+    Some((depth, chain.get(depth + 1).map(String::as_str)))
+}
+
+fn create(disk: &DiskPlan) -> Result<()> {
+    let (drive, path) = (&disk.drive, &disk.overlay);
+    let file = overlay_file::create(path, &drive.file, drive.name())?;
+    let mut create = Command::new("qemu-img");
+    // QEMU has the image open, so that it cannot be asked for its size.
+    create.args(["create", "-q", "-u", "-f", "qcow2", "-F", &drive.format, "-b", &drive.file, path]);
+    create.arg(drive.size.to_string());
+    let step = format!("cannot create external snapshot file '{path}' of disk '{}'", drive.name());
+    let created = sys::run_tool(&mut create)
+        .map_err(|reason| Error::new(Code::OperationFailed, format!("{step}: {reason}")))
+        // From the switch on the guest's data is in it: its name must not be lost in a crash of the host.
+        .and_then(|()| {
+            let synced = file.sync_all().and_then(|()| sys::sync_parent(Path::new(path)));
+            synced.map_err(|error| Error::system(&step, error))
+        });
+    created.inspect_err(|_| {
+        let _ = sys::remove_file(Path::new(path));
+    })
+}
+
+/// The caller's own overlay: there, and a qcow2 image; libvirt opens it, and puts the disk's image below.
+fn check_reused(disk: &DiskPlan) -> Result<()> {
+    use std::io::Read;
+    let mut magic = [0; 4];
+    let read = std::fs::File::open(&disk.overlay).and_then(|mut file| file.read_exact(&mut magic));
+    if let Err(error) = read {
+        fail!(
+            ConfigUnsupported,
+            "external snapshot file '{}' of disk '{}', which is to be reused, cannot be read: {error}",
+            disk.overlay,
+            disk.drive.name()
+        );
+    }
+    if magic != *b"QFI\xfb" {
+        fail!(
+            ConfigUnsupported,
+            "external snapshot file '{}' of disk '{}', which is to be reused, is no qcow2 image",
+            disk.overlay,
+            disk.drive.name()
+        );
+    }
+    Ok(())
+}
+
+fn merge(disk: &DiskPlan, caller: &mut Caller) -> Result<()> {
+    let target = disk.drive.name().to_owned();
+    let step = format!("cannot merge '{}' back into '{}'", disk.overlay, disk.drive.file);
+    let started = caller.call(Deadline::after(PATIENCE), Again::Never, {
+        let target = target.clone();
+        move |domain| domain.block_commit(&target, None, None, block::COMMIT_ACTIVE | block::COMMIT_SHALLOW)
+    });
+    started.map_err(|trouble| trouble.into_error(&step))?;
+    let mut seen = None;
+    let mut deadline = Deadline::after(STALLED);
+    let mut nap = Duration::from_micros(500);
+    loop {
+        let (xml, job) = caller
+            .call(Deadline::after(PATIENCE), Again::Harmless, {
+                let target = target.clone();
+                move |domain| Ok((domain.xml(0)?, domain.block_job(&target)?))
+            })
+            .map_err(|trouble| trouble.into_error(&step))?;
+        if drives::ready_jobs(&xml)?.contains(&target) {
+            break;
+        }
+        let Some(progress) = job else { fail!(OperationFailed, "{step}: the block job has failed") };
+        if seen != Some(progress) {
+            seen = Some(progress);
+            deadline = Deadline::after(STALLED);
+        } else if deadline.left().is_none() {
+            fail!(OperationTimeout, "{step}: it makes no progress");
+        }
+        sleep(nap);
+        nap = (nap * 2).min(Duration::from_millis(20));
+    }
+    caller
+        .call(Deadline::after(PATIENCE), Again::Never, move |domain| {
+            domain.block_job_abort(&target, block::ABORT_PIVOT)
+        })
+        .map_err(|trouble| trouble.into_error(&step))
+}

@@ -1,0 +1,220 @@
+//! A guest by QEMU's monitor, whoever holds the connection: overlays are created, switched to and merged back by QMP.
+
+use std::time::Duration;
+
+use serde_json::{Value, json};
+
+use super::overlays::{self, Overlay};
+use super::{drives, process};
+use crate::error::{Code, Error, Result, fail};
+use crate::guest::exclusive::Exclusive;
+use crate::guest::{Deputy, Description, Guest, MEASURED, PATIENCE, Presence, Reserved, foreign};
+use crate::monitor::commands::{self, Status};
+use crate::monitor::{Command, Deadline, Event, Execute, Failure};
+use crate::snapshot::domain::{Domain, Source};
+use crate::snapshot::{DiskPlan, Drive, Record, Role, Store};
+
+/// QEMU's monitor during one operation, and what its owner does in QMP's place.
+pub trait Channel: Execute + Sized {
+    /// QEMU's version.
+    fn version(&self) -> (u64, u64);
+
+    /// QEMU's process, where it is known.
+    fn pid(&self) -> Option<u32>;
+
+    /// What stands for this run of QEMU, in this process.
+    fn identity(&self) -> String;
+
+    /// The events that have come since the last call.
+    fn take_events(&mut self) -> Vec<Event>;
+
+    /// Stops the vCPUs.
+    fn pause(&mut self, deadline: Deadline) -> Result<()> {
+        commands::stop(self, deadline)
+    }
+
+    /// Starts the vCPUs.
+    fn resume(&mut self, deadline: Deadline) -> Result<()> {
+        commands::cont(self, deadline)
+    }
+
+    /// Switches all disks to their overlays, or none.
+    fn switch(&mut self, overlays: &[Overlay], deadline: Deadline) -> Result<()> {
+        overlays::switch(self, overlays, deadline)
+    }
+
+    /// The disks are off their overlays again.
+    fn merged(&mut self, _overlays: &[Overlay]) {}
+
+    /// Records a snapshot, where its owner keeps the metadata.
+    fn record(&mut self, record: Record) -> Result<Record> {
+        fail!(InternalError, "there is nowhere to record snapshot '{}'", record.name)
+    }
+
+    /// Who can act for this process once it has ended.
+    fn deputy(&self) -> Deputy<'_>;
+
+    /// Ends the guest.
+    fn end(&mut self) -> Result<()> {
+        match self.execute(Command::new("quit", json!({})), Deadline::after(PATIENCE)) {
+            Ok(_) | Err(Failure::Lost(_)) => Ok(()),
+            Err(failure) => Err(failure.into_error("cannot end the guest")),
+        }
+    }
+
+    /// Whether QEMU is there; reconnects if the connection was lost.
+    fn presence(&mut self) -> Presence;
+}
+
+/// A QEMU during one operation.
+pub struct MonitorGuest<'a, C> {
+    channel: C,
+    domain: Option<Domain>,
+    store: Option<&'a Store>,
+    _exclusive: Vec<Exclusive>,
+    overlays: Vec<Overlay>,
+    events: Vec<Event>,
+}
+
+impl<'a, C> MonitorGuest<'a, C> {
+    /// One that is held for this operation. `store`: where its snapshots are recorded, if not by the monitor's owner.
+    pub fn new(
+        channel: C,
+        domain: Option<Domain>,
+        store: Option<&'a Store>,
+        exclusive: Vec<Exclusive>,
+    ) -> MonitorGuest<'a, C> {
+        MonitorGuest { channel, domain, store, _exclusive: exclusive, overlays: Vec::new(), events: Vec::new() }
+    }
+}
+
+impl<C: Channel> Execute for MonitorGuest<'_, C> {
+    fn execute(&mut self, command: Command, deadline: Deadline) -> std::result::Result<Value, Failure> {
+        self.channel.execute(command, deadline)
+    }
+}
+
+impl<C: Channel> Guest for MonitorGuest<'_, C> {
+    fn status(&mut self) -> Result<Status> {
+        commands::query_status(self, Deadline::after(PATIENCE))
+    }
+
+    fn drives(&mut self) -> Result<Vec<Drive>> {
+        let pid = self.pid();
+        drives::drives(&mut self.channel, self.domain.as_ref(), pid)
+    }
+
+    fn describe(&mut self, drives: &[Drive]) -> Result<Description> {
+        let source = |drive| {
+            let Drive { file, format, .. }: &Drive = drive;
+            Source { target: drive.name(), file, format }
+        };
+        let disks: Vec<_> = drives.iter().filter(|drive| drive.role != Role::Firmware).map(source).collect();
+        let domain_xml = match &self.domain {
+            Some(domain) => domain.with_sources(&disks)?,
+            None => {
+                let emulator = self.pid().and_then(process::executable);
+                Domain::minimal(&drives::machine(&mut self.channel, emulator)?, &disks)
+            }
+        };
+        Ok(Description { domain_xml, cookie: None, owner: None })
+    }
+
+    fn check_memory_is_its_own(&mut self) -> Result<()> {
+        foreign::check_memory_is_its_own(self)
+    }
+
+    fn identity(&self) -> String {
+        self.channel.identity()
+    }
+
+    fn pid(&self) -> Option<u32> {
+        self.channel.pid()
+    }
+
+    /// It is its caller's, who has come to us with it.
+    fn is_shared(&self) -> bool {
+        false
+    }
+
+    fn background_keeps_paused(&self) -> bool {
+        // Measured: 7.2 starts the guest by itself once tracking is armed, 10.0 restores the state it found. What those
+        // in between do cannot be asked, and was not tried.
+        self.channel.version() >= MEASURED
+    }
+
+    fn background_can_be_cancelled(&self) -> bool {
+        // Measured likewise: 7.2 leaves it protected, 10.0 does not.
+        self.channel.version() >= MEASURED
+    }
+
+    fn create_overlays(&mut self, disks: &[DiskPlan]) -> Result<()> {
+        for (index, disk) in disks.iter().enumerate() {
+            // Kept before it is made, so that whatever was made of it is undone.
+            self.overlays.push(Overlay::new(disk, index));
+            overlays::create(&mut self.channel, self.overlays.last_mut().expect("just pushed"))?;
+        }
+        Ok(())
+    }
+
+    fn pause(&mut self, deadline: Deadline) -> Result<()> {
+        self.channel.take_events();
+        self.events.clear();
+        self.channel.pause(deadline)
+    }
+
+    fn switch_disks(&mut self, deadline: Deadline) -> Result<()> {
+        self.channel.switch(&self.overlays, deadline)
+    }
+
+    fn resume(&mut self, deadline: Deadline) -> Result<()> {
+        let status = commands::query_status(self, deadline)?;
+        match status.status.as_str() {
+            // On a running guest `cont` would be harmless, but tell everybody of a stop that never was.
+            _ if status.running => Ok(()),
+            "paused" | "postmigrate" | "finish-migrate" | "prelaunch" | "io-error" => self.channel.resume(deadline),
+            other => fail!(OperationFailed, "cannot resume the guest: its state is now '{other}'"),
+        }
+    }
+
+    fn last_pause(&mut self) -> Option<Duration> {
+        self.events.extend(self.channel.take_events());
+        let stop = self.events.iter().position(|event| event.name == "STOP")?;
+        let resume = self.events[stop..].iter().find(|event| event.name == "RESUME")?;
+        resume.time.checked_sub(self.events[stop].time)
+    }
+
+    fn commit(&mut self, reserved: &Reserved, record: Record) -> Result<Record> {
+        match (self.store, &reserved.held) {
+            (Some(store), Some(held)) => store.commit(held, record),
+            (Some(_), None) => Err(Error::new(Code::InternalError, "the snapshot's name is not held")),
+            (None, _) => self.channel.record(record),
+        }
+    }
+
+    fn merge_disks(&mut self) -> Result<()> {
+        overlays::merge(&mut self.channel, &mut self.overlays)?;
+        self.channel.merged(&self.overlays);
+        Ok(())
+    }
+
+    fn discard_overlays(&mut self) -> Result<()> {
+        overlays::discard(&mut self.channel, &mut self.overlays)
+    }
+
+    fn merge_and_discard_offline(&mut self, switched: bool) -> Result<()> {
+        overlays::merge_and_discard_offline(&mut self.overlays, switched)
+    }
+
+    fn deputy<'a>(&'a self, _snapshot: &'a str) -> Deputy<'a> {
+        self.channel.deputy()
+    }
+
+    fn halt(&mut self) -> Result<()> {
+        self.channel.end()
+    }
+
+    fn presence(&mut self) -> Presence {
+        self.channel.presence()
+    }
+}

@@ -1,0 +1,81 @@
+//! libvirt's errors.
+
+use std::ffi::{CStr, CString, c_int};
+use std::ptr;
+
+use super::table::{Table, virError};
+use crate::error::{Code, DOMAIN, Error};
+
+/// What libvirt said.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct VirError {
+    /// Its `virErrorNumber`.
+    pub code: i32,
+    /// Its message.
+    pub message: String,
+}
+
+impl VirError {
+    /// The last error of this thread.
+    pub fn last(table: &Table) -> VirError {
+        // SAFETY: returns NULL or this thread's error, which no other thread changes; it is copied before the next call.
+        unsafe {
+            let last = (table.virGetLastError)();
+            if last.is_null() || (*last).code == 0 {
+                return VirError { code: Code::InternalError as i32, message: "libvirt gives no reason".into() };
+            }
+            let message = (*last).message;
+            let message = match message.is_null() {
+                true => "libvirt gives no message".into(),
+                false => CStr::from_ptr(message).to_string_lossy().into_owned(),
+            };
+            VirError { code: (*last).code, message }
+        }
+    }
+
+    /// Whether this is its code.
+    pub fn is(&self, code: Code) -> bool {
+        self.code == code as i32
+    }
+
+    /// The error for a caller: `step` says what was tried on what.
+    pub fn into_error(self, step: &str) -> Error {
+        Error::of_libvirt(self.code, format!("{step}: {}", self.message))
+    }
+}
+
+impl From<VirError> for Error {
+    fn from(error: VirError) -> Error {
+        Error::of_libvirt(error.code, error.message)
+    }
+}
+
+impl From<Error> for VirError {
+    fn from(error: Error) -> VirError {
+        VirError { code: error.number(), message: error.message }
+    }
+}
+
+/// Makes an error this thread's last one in libvirt. False where this libvirt does not let us.
+pub fn set_last(table: &Table, error: &Error) -> bool {
+    let Some(set_error) = table.virSetError else { return false };
+    const LEVEL_ERROR: c_int = 2;
+    let message = CString::new(error.message.replace('\0', "\\0")).unwrap_or_default();
+    // libvirt's own messages begin with the text of their code, to which str1 is what was filled in.
+    let mut shown = virError {
+        code: error.number(),
+        domain: DOMAIN,
+        message: message.as_ptr().cast_mut(),
+        level: LEVEL_ERROR,
+        conn: ptr::null_mut(),
+        dom: ptr::null_mut(),
+        str1: message.as_ptr().cast_mut(),
+        str2: ptr::null_mut(),
+        str3: ptr::null_mut(),
+        int1: -1,
+        int2: -1,
+        net: ptr::null_mut(),
+    };
+    // SAFETY: a whole virError, whose strings live on until after the call; libvirt copies them.
+    unsafe { set_error(&raw mut shown) == 0 }
+}

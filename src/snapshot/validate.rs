@@ -1,0 +1,32 @@
+//! VALIDATE: a caller's XML against libvirt's own schema.
+
+use std::path::Path;
+use std::process::Command;
+
+use crate::error::{Code, Error, Result, fail};
+use crate::sys;
+
+/// Where libvirt installs it.
+const SCHEMA: &str = "/usr/share/libvirt/schemas/domainsnapshot.rng";
+
+/// An error where `xml` is not what the schema of `<domainsnapshot>` says. It is checked by xmllint.
+pub fn validate(xml: &str) -> Result<()> {
+    if !Path::new(SCHEMA).exists() {
+        fail!(OperationUnsupported, "flag 'VIR_DOMAIN_SNAPSHOT_CREATE_VALIDATE' needs libvirt's schema '{SCHEMA}'");
+    }
+    let step = |error: std::io::Error| Error::system("cannot write the XML to be validated", error);
+    let file = tempfile::NamedTempFile::new().map_err(step)?;
+    std::fs::write(file.path(), xml).map_err(step)?;
+    let mut lint = Command::new("xmllint");
+    lint.args(["--noout", "--nonet", "--relaxng", SCHEMA]).arg(file.path());
+    let path = file.path().display().to_string();
+    sys::run_tool(&mut lint).map_err(|reason| {
+        if reason.contains("cannot run") {
+            return Error::new(Code::OperationUnsupported, reason);
+        }
+        // Its file is nobody else's; its last line says only that it failed.
+        let lines = reason.lines().filter(|line| !line.ends_with(" fails to validate"));
+        let reason = lines.map(|line| line.replace(&path, "XML")).collect::<Vec<_>>().join("; ");
+        Error::new(Code::XmlInvalidSchema, format!("XML document failed to validate against schema: {reason}"))
+    })
+}

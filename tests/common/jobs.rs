@@ -1,0 +1,146 @@
+//! Following a job.
+
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use instantsnap::engine::{Event, Job, Observer, Phase, Returns, What};
+use instantsnap::error::Error;
+use instantsnap_testkit::{Client, DEADLINE, Gate, Guest};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use serde_json::json;
+
+use super::Opened;
+
+type Action = Box<dyn FnMut() + Send>;
+
+/// Keeps what it is told, and does something when a phase begins.
+#[derive(Default)]
+pub struct Listener {
+    heard: Heard,
+    actions: Vec<(Phase, Action)>,
+    at_instant: Option<Action>,
+    interval: Option<Duration>,
+}
+
+/// What a listener has heard.
+#[derive(Clone, Debug, Default)]
+pub struct Heard(Arc<Mutex<Vec<Event>>>);
+
+impl Heard {
+    pub fn events(&self) -> Vec<Event> {
+        self.0.lock().unwrap().clone()
+    }
+}
+
+impl Listener {
+    /// Does this when a phase begins.
+    pub fn at(mut self, phase: Phase, action: impl FnMut() + Send + 'static) -> Listener {
+        self.actions.push((phase, Box::new(action)));
+        self
+    }
+
+    /// Stops there when a phase begins.
+    pub fn hold(self, phase: Phase, gate: &Gate) -> Listener {
+        let gate = gate.clone();
+        self.at(phase, move || gate.pass())
+    }
+
+    /// Wants to hear of progress that often.
+    pub fn every(mut self, interval: Duration) -> Listener {
+        self.interval = Some(interval);
+        self
+    }
+
+    pub fn heard(&self) -> Heard {
+        self.heard.clone()
+    }
+}
+
+impl Observer for Listener {
+    fn phase(&mut self, phase: Phase) {
+        self.actions.iter_mut().filter(|(at, _)| *at == phase).for_each(|(_, action)| action());
+    }
+
+    fn event(&mut self, event: &Event) {
+        if let (What::Instant, Some(action)) = (event.what, &mut self.at_instant) {
+            action();
+        }
+        self.heard.0.lock().unwrap().push(*event);
+    }
+
+    fn interval(&self) -> Option<Duration> {
+        self.interval
+    }
+}
+
+impl Opened {
+    /// Starts a job, which does not wait for the instant.
+    pub fn start_at_once(&self, xml: &str, flags: u32, listener: Listener) -> Job {
+        self.start_job(xml, flags, listener, Returns::AtOnce).unwrap()
+    }
+
+    /// Starts a job.
+    pub fn start_job(&self, xml: &str, flags: u32, listener: Listener, returns: Returns) -> Result<Job, Error> {
+        self.handle.start(xml, flags, Box::new(listener), returns)
+    }
+}
+
+/// What happened, without progress.
+pub fn steps(events: &[Event]) -> Vec<What> {
+    events.iter().map(|event| event.what).filter(|what| *what != What::Progress).collect()
+}
+
+/// Whether a job's descriptor can be read within that time.
+pub fn readable(job: &Job, within: Duration) -> bool {
+    let within = Timespec { tv_sec: within.as_secs() as i64, tv_nsec: within.subsec_nanos().into() };
+    let mut fds = [PollFd::from_borrowed_fd(job.readable(), PollFlags::IN)];
+    poll(&mut fds, Some(&within)).unwrap() > 0
+}
+
+/// The next event, by its descriptor.
+#[track_caller]
+pub fn next(job: &Job) -> Event {
+    assert!(readable(job, DEADLINE), "no event comes");
+    job.next_event().expect("readable, and there is no event")
+}
+
+/// All events up to the last.
+#[track_caller]
+pub fn rest(job: &Job) -> Vec<Event> {
+    let mut all = Vec::new();
+    loop {
+        all.push(next(job));
+        if matches!(all.last().unwrap().what, What::Complete | What::Failed(_)) {
+            return all;
+        }
+    }
+}
+
+/// Lets memory of a background snapshot flow slowly, as long as this lives.
+pub struct Slow<'a> {
+    guest: &'a Guest,
+    before: serde_json::Value,
+}
+
+impl Slow<'_> {
+    /// QEMU begins a background snapshot without a limit: the listener, which is told of the instant, sets it then.
+    pub fn down(guest: &Guest, bytes_per_second: u64, listener: Listener) -> (Slow<'_>, Listener) {
+        let parameters = guest.control().execute("query-migrate-parameters", json!({})).unwrap();
+        let slow = Slow { guest, before: parameters["max-bandwidth"].clone() };
+        let control = guest.directory().join("control.sock");
+        let set = move || {
+            let mut control = Client::connect(&control).unwrap();
+            control.execute("migrate-set-parameters", json!({ "max-bandwidth": bytes_per_second })).unwrap();
+        };
+        (slow, Listener { at_instant: Some(Box::new(set)), ..listener })
+    }
+}
+
+impl Drop for Slow<'_> {
+    fn drop(&mut self) {
+        if self.guest.alive() && !std::thread::panicking() {
+            let bandwidth = json!({ "max-bandwidth": self.before });
+            self.guest.control().execute("migrate-set-parameters", bandwidth).unwrap();
+        }
+    }
+}

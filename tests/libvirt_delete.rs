@@ -1,0 +1,267 @@
+//! Deleting snapshots with memory of domains of a stock libvirt.
+
+mod common;
+#[path = "common/tree.rs"]
+mod tree;
+
+use common::machine;
+use instantsnap::error::Code;
+use instantsnap::flags::delete::{CHILDREN, CHILDREN_ONLY, METADATA_ONLY};
+use instantsnap_testkit::{Binary, Daemon, thorough};
+use tree::{Maker, Tree};
+
+/// a - b - c, and back to b, and on to d.
+fn forked(daemon: &Daemon, maker: Maker) -> Tree {
+    let mut tree = Tree::start(&machine(&Binary::all()[0], 2), daemon, maker);
+    for name in ["a", "b", "c"] {
+        tree.snapshot(name);
+    }
+    tree.revert("b");
+    tree.snapshot("d");
+    tree.assert_shape("a< b<a c<b d<b", Some("d"));
+    tree
+}
+
+#[test]
+fn a_leaf_that_the_domain_is_not_on_goes_with_its_files() {
+    if !thorough() {
+        return;
+    }
+    let tree = forked(&Daemon::session(), Maker::Instant);
+    tree.delete("c", 0);
+    tree.assert_shape("a< b<a d<b", Some("d"));
+    assert!(!tree.images().iter().any(|image| image.ends_with(".c")), "{:?}", tree.images());
+    tree.assert_all_can_be_reverted_to();
+}
+
+#[test]
+fn the_current_leaf_is_merged() {
+    let tree = forked(&Daemon::session(), Maker::Libvirt);
+    tree.delete("d", 0);
+    tree.assert_shape("a< b<a c<b", Some("b"));
+    assert!(!tree.images().iter().any(|image| image.ends_with(".d")), "{:?}", tree.images());
+    tree.assert_all_can_be_reverted_to();
+}
+
+#[test]
+fn one_with_several_children_goes_and_they_stay() {
+    let tree = forked(&Daemon::session(), Maker::Instant);
+    tree.delete("b", 0);
+    tree.assert_shape("a< c<a d<a", Some("d"));
+    tree.assert_all_can_be_reverted_to();
+}
+
+#[test]
+fn a_root_is_merged_into_what_is_above() {
+    if !thorough() {
+        return;
+    }
+    let tree = forked(&Daemon::session(), Maker::Instant);
+    tree.delete("a", 0);
+    tree.assert_shape("b< c<b d<b", Some("d"));
+    assert!(!tree.images().iter().any(|image| image.ends_with(".a")), "{:?}", tree.images());
+    tree.assert_all_can_be_reverted_to();
+}
+
+#[test]
+fn one_goes_with_all_that_came_after_it() {
+    let tree = forked(&Daemon::session(), Maker::Libvirt);
+    tree.delete("b", CHILDREN);
+    tree.assert_shape("a<", Some("a"));
+    tree.assert_all_can_be_reverted_to();
+}
+
+#[test]
+fn all_go_and_the_domain_is_on_its_own_images_again() {
+    if !thorough() {
+        return;
+    }
+    let tree = forked(&Daemon::session(), Maker::Instant);
+    tree.delete("a", CHILDREN);
+    tree.assert_shape("", None);
+    assert_eq!(tree.images(), ["disk-0.raw", "disk-1.qcow2"]);
+    tree.assert_images_are_sound();
+    tree.opened.guest.start_domain();
+    tree.opened.guest.wait_ticks(3);
+}
+
+#[test]
+fn only_the_children_go() {
+    if !thorough() {
+        return;
+    }
+    let tree = forked(&Daemon::session(), Maker::Instant);
+    tree.delete("b", CHILDREN_ONLY);
+    tree.assert_shape("a< b<a", Some("b"));
+    tree.assert_all_can_be_reverted_to();
+}
+
+#[test]
+fn the_current_one_goes_and_its_children_stay() {
+    for daemon in Daemon::all() {
+        let tree = forked(&daemon, Maker::Instant);
+        tree.revert("b");
+        tree.delete("b", 0);
+        tree.assert_shape("a< c<a d<a", Some("a"));
+        tree.assert_all_can_be_reverted_to();
+    }
+}
+
+#[test]
+fn the_current_root_goes_and_its_children_stay() {
+    if !thorough() {
+        return;
+    }
+    let tree = forked(&Daemon::session(), Maker::Instant);
+    tree.revert("a");
+    tree.delete("a", 0);
+    assert_eq!(tree.shape(), "b< c<b d<b");
+    // libvirt >= 9.9 must not be without a current one.
+    assert_eq!(tree.current().is_some(), Daemon::version() >= (9, 9, 0));
+    // libvirt's own revert lives with what is left.
+    if Daemon::version() >= (9, 9, 0) {
+        tree.opened.guest.virsh("snapshot-revert", &["c"]);
+        tree.assert_is_at("c");
+    }
+    tree.assert_all_can_be_reverted_to();
+}
+
+#[test]
+fn a_domain_that_is_shut_off_is_pruned_too() {
+    if !thorough() {
+        return;
+    }
+    for (name, flags, shape) in
+        [("a", 0, "b< c<b d<b"), ("b", 0, "a< c<a d<a"), ("d", 0, "a< b<a c<b"), ("b", CHILDREN, "a<")]
+    {
+        let tree = forked(&Daemon::session(), Maker::Instant);
+        tree.opened.guest.virsh("destroy", &[]);
+        tree.delete(name, flags);
+        assert_eq!(tree.shape(), shape);
+        tree.opened.guest.start_domain();
+        tree.opened.guest.wait_ticks(3);
+        tree.assert_all_can_be_reverted_to();
+    }
+}
+
+#[test]
+fn a_transient_domain_is_pruned_too() {
+    if !thorough() {
+        return;
+    }
+    let mut tree = Tree::start(&machine(&Binary::all()[0], 1).transient(), &Daemon::session(), Maker::Instant);
+    for name in ["a", "b", "c"] {
+        tree.snapshot(name);
+    }
+    tree.delete("b", 0);
+    tree.assert_shape("a< c<a", Some("c"));
+    tree.revert("a");
+    tree.delete("a", 0);
+    assert_eq!(tree.shape(), "c<");
+    tree.revert("c");
+    tree.delete("c", 0);
+    tree.assert_shape("", None);
+    // What a had left to both of its children stays in the chain.
+    assert_eq!(tree.images(), ["disk-0.a", "disk-0.raw"]);
+}
+
+#[test]
+fn after_every_revert_and_snapshot_all_can_go_one_by_one() {
+    if !thorough() {
+        return;
+    }
+    let mut tree = forked(&Daemon::session(), Maker::Instant);
+    tree.revert("a");
+    tree.snapshot("e");
+    tree.revert("c");
+    tree.snapshot("f");
+    tree.assert_shape("a< b<a c<b d<b e<a f<c", Some("f"));
+    for (name, shape) in
+        [("b", "a< c<a d<a e<a f<c"), ("a", "c< d< e< f<c"), ("c", "d< e< f<"), ("e", "d< f<"), ("f", "d<")]
+    {
+        tree.delete(name, 0);
+        assert_eq!(tree.shape(), shape);
+    }
+    tree.assert_all_can_be_reverted_to();
+    tree.opened.guest.start_domain();
+    tree.delete("d", 0);
+    tree.assert_images_are_sound();
+}
+
+#[test]
+fn snapshots_of_somebody_else_stay_or_go_with_the_others() {
+    if !thorough() {
+        return;
+    }
+    let made = || {
+        let mut tree = Tree::start(&machine(&Binary::all()[0], 1), &Daemon::session(), Maker::Instant);
+        tree.snapshot("a");
+        tree.opened.guest.virsh("snapshot-create-as", &["disks", "--disk-only"]);
+        tree.snapshot("b");
+        tree
+    };
+    let tree = made();
+    tree.delete("a", 0);
+    tree.assert_shape("b<disks disks<", Some("b"));
+    tree.revert("b");
+
+    let tree = made();
+    tree.delete("b", 0);
+    tree.assert_shape("a< disks<a", Some("disks"));
+    tree.revert("a");
+    tree.delete("a", CHILDREN_ONLY);
+    tree.assert_shape("a<", Some("a"));
+    tree.assert_all_can_be_reverted_to();
+
+    let tree = made();
+    tree.delete("a", CHILDREN);
+    tree.assert_shape("", None);
+    assert_eq!(tree.images(), ["disk-0.raw"]);
+}
+
+#[test]
+fn what_stands_in_the_way_is_said_and_nothing_is_changed() {
+    let tree = forked(&Daemon::session(), Maker::Instant);
+    let before = tree.opened.trace();
+    common::assert_error(tree.try_delete("a", CHILDREN | CHILDREN_ONLY), Code::InvalidArg, "mutually exclusive");
+    common::assert_error(tree.try_delete("a", 1 << 9), Code::InvalidArg, "0x200");
+    tree.opened.assert_untouched(&before);
+    let copy = tree.memory("copy").display().to_string();
+    tree.opened.guest.virsh("blockcopy", &["vda", &copy, "--transient-job"]);
+    let files = common::files_below(tree.opened.guest.directory());
+    assert!(tree.try_delete("d", 0).unwrap_err().message.contains("block job"));
+    assert_eq!(files, common::files_below(tree.opened.guest.directory()));
+    tree.opened.guest.virsh("blockjob", &["vda", "--abort"]);
+    tree.assert_shape("a< b<a c<b d<b", Some("d"));
+    tree.opened.guest.virsh("managedsave", &[]);
+    let error = tree.try_delete("d", 0).unwrap_err();
+    eprintln!("{error}");
+    tree.opened.guest.start_domain();
+    tree.assert_shape("a< b<a c<b d<b", Some("d"));
+    tree.assert_all_can_be_reverted_to();
+}
+
+/// A delete that was cut short can be done again, and until then its snapshot cannot be reverted to.
+#[test]
+fn a_delete_that_was_cut_short_can_be_done_again() {
+    if !thorough() {
+        return;
+    }
+    let tree = forked(&Daemon::session(), Maker::Instant);
+    let memory = tree.memory("a");
+    std::fs::rename(&memory, memory.with_extension("mem.deleting")).unwrap();
+    common::assert_error(tree.try_revert("a", 0), Code::InvalidDomainSnapshot, "is missing");
+    tree.delete("a", 0);
+    assert!(!memory.with_extension("mem.deleting").exists());
+    tree.assert_shape("b< c<b d<b", Some("d"));
+    tree.assert_all_can_be_reverted_to();
+}
+
+#[test]
+fn only_metadata_goes_and_the_others_stay_right() {
+    let tree = forked(&Daemon::session(), Maker::Instant);
+    tree.try_delete("b", METADATA_ONLY).unwrap();
+    tree.assert_shape("a< c<a d<a", Some("d"));
+    assert!(tree.memory("b").exists());
+    tree.assert_all_can_be_reverted_to();
+}

@@ -1,0 +1,471 @@
+//! Which disks of a domain are in a snapshot, and on which overlays; what cannot be is said before anything is touched.
+
+mod common;
+
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+
+use common::virt::OpenedDomain;
+use common::{ALL_SECTORS, At, INSTANTLY, run};
+use instantsnap::engine::Phase;
+use instantsnap::error::{Code, Error};
+use instantsnap::flags::{NO_METADATA, REUSE_EXT};
+use instantsnap_testkit::machine::make_image;
+use instantsnap_testkit::{Binary, DEADLINE, Daemon, Format, Guest, Machine, wait_for};
+use tempfile::TempDir;
+
+/// A daemon for clones, one after the other.
+struct Clones(Daemon);
+
+impl Clones {
+    /// Brings a memory image back, and has the clone count.
+    #[track_caller]
+    fn check(&self, original: &Guest, image: &Path) {
+        let clone = self.0.restore(original, image);
+        clone.wait_ticks(5);
+        let name = clone.name().to_owned();
+        drop(clone);
+        let gone = wait_for(DEADLINE, || self.0.try_virsh(&["domstate", &name]).is_err().then_some(()));
+        gone.unwrap_or_else(|| panic!("{name} does not go"));
+    }
+}
+
+fn machine(binary: &'static Binary) -> Machine {
+    Machine::new(binary).disk(Format::Qcow2).disk(Format::Raw)
+}
+
+/// A directory that QEMU may use.
+fn directory_for(daemon: &Daemon) -> TempDir {
+    let directory = tempfile::Builder::new().prefix("d-").tempdir_in(daemon.directory().join("guests")).unwrap();
+    give(daemon, directory.path());
+    directory
+}
+
+fn give(daemon: &Daemon, path: &Path) {
+    std::os::unix::fs::chown(path, Some(daemon.user()), Some(daemon.user())).unwrap();
+}
+
+/// An image that QEMU may use.
+fn image_for(daemon: &Daemon, path: &Path, format: Format) -> PathBuf {
+    make_image(path, format, None);
+    give(daemon, path);
+    path.to_owned()
+}
+
+/// What a disk is on: its target and its image.
+fn sources(guest: &Guest) -> Vec<(String, String)> {
+    let list = guest.virsh("domblklist", &[]);
+    let row = |line: &str| {
+        line.trim().split_once(char::is_whitespace).map(|(disk, file)| (disk.to_owned(), file.trim().to_owned()))
+    };
+    list.lines().filter_map(row).collect()
+}
+
+fn source(guest: &Guest, target: &str) -> String {
+    let all = sources(guest);
+    all.iter().find(|(disk, _)| disk == target).unwrap_or_else(|| panic!("no {target} in {all:?}")).1.clone()
+}
+
+fn disks(xml: &str) -> String {
+    format!("<disks>{xml}</disks>")
+}
+
+/// One disk with an overlay of the caller's choice.
+fn onto(target: &str, overlay: &Path) -> String {
+    format!("<disk name='{target}' snapshot='external'><source file='{}'/></disk>", overlay.display())
+}
+
+/// Asserts that it is refused while nothing is made yet; whoever has the trace looks what is left.
+#[track_caller]
+fn refused(opened: &OpenedDomain, xml: &str, flags: u32, code: Code, parts: &[&str]) -> Error {
+    let mut early = At(|phase| assert!([Phase::Validate, Phase::Plan].contains(&phase), "{phase:?} is too late"));
+    let error = opened.handle.create(xml, flags, &mut early).expect_err(xml);
+    assert_eq!(error.code, code, "{error}");
+    for part in parts {
+        assert!(error.message.contains(part), "{part:?} is not in {error}");
+    }
+    error
+}
+
+#[test]
+fn disks_in_several_directories_get_their_overlays_beside_them() {
+    let daemon = Daemon::session();
+    let clones = Clones(daemon.another());
+    let (one, other) = (directory_for(&daemon), directory_for(&daemon));
+    let first = image_for(&daemon, &one.path().join("first.img"), Format::Raw);
+    let second = image_for(&daemon, &other.path().join("second & 'last'.qcow2"), Format::Qcow2);
+    let binary = &Binary::all()[0];
+    let machine = Machine::new(binary).disk_on(&first, Format::Raw).disk_on(&second, Format::Qcow2).disk(Format::Qcow2);
+    let opened = OpenedDomain::start(&machine, &daemon);
+    let name = format!("on-{}", binary.name);
+    opened.snapshot(&name).unwrap();
+    assert_eq!(Path::new(&source(&opened.guest, "vda")), one.path().join(format!("first.{name}")));
+    assert_eq!(Path::new(&source(&opened.guest, "vdb")), other.path().join(format!("second & 'last'.{name}")));
+    assert_eq!(Path::new(&source(&opened.guest, "vdc")), opened.guest.disks()[2].file.with_extension(&name));
+    opened.guest.wait_ticks(3);
+    // The kit does not unescape XML: the second disk is looked at by what libvirt says.
+    let xml = daemon.virsh(&["save-image-dumpxml", opened.memory_file(&name).to_str().unwrap()]);
+    assert!(xml.contains(&format!("<source file='{}", first.display())), "{xml}");
+    assert!(xml.contains("second &amp; &apos;last&apos;.qcow2"), "{xml}");
+    // On failure too.
+    let before = opened.trace();
+    let mut observer = At(|phase| {
+        if phase == Phase::Drain {
+            opened.handle.cancel().unwrap();
+        }
+    });
+    opened.snapshot_observed("cancelled", &mut observer).expect_err("it was cancelled");
+    opened.assert_untouched(&before);
+    opened.guest.wait_ticks(ALL_SECTORS);
+    drop(opened);
+    let machine = Machine::new(binary).disk(Format::Qcow2).disk_on(&first, Format::Raw);
+    let opened = OpenedDomain::start(&machine, &daemon);
+    opened.snapshot("plain").unwrap();
+    clones.check(&opened.guest, &opened.memory_file("plain"));
+}
+
+#[test]
+fn overlays_are_named_as_libvirt_names_them() {
+    let daemon = Daemon::session();
+    let directory = directory_for(&daemon);
+    std::fs::create_dir(directory.path().join("v1.2")).unwrap();
+    give(&daemon, &directory.path().join("v1.2"));
+    let mut machine = Machine::new(&Binary::all()[0]);
+    for name in ["disk.qcow2", "nosuffix", "two.dots.img", "v1.2/nosuffix", "ends.", "white space.img"] {
+        let image = image_for(&daemon, &directory.path().join(name), Format::Qcow2);
+        machine = machine.disk_on(&image, Format::Qcow2);
+    }
+    let opened = OpenedDomain::start(&machine, &daemon);
+    let rename = |all: &[(String, String)], from: &str, to: &str| {
+        let other = |file: &str| format!("{}{to}", file.strip_suffix(from).unwrap_or_else(|| panic!("{file}")));
+        all.iter().map(|(disk, file)| (disk.clone(), other(file))).collect::<Vec<_>>()
+    };
+    // libvirt's own, back, ours.
+    opened.guest.virsh("snapshot-create-as", &["stock", "--disk-only"]);
+    let stock = sources(&opened.guest);
+    assert_eq!(stock.len(), 6);
+    for (disk, _) in &stock {
+        opened.guest.virsh("blockcommit", &[disk, "--active", "--pivot", "--wait"]);
+    }
+    opened.snapshot("ours").unwrap();
+    assert_eq!(sources(&opened.guest), rename(&stock, "stock", "ours"));
+    // The suffix of an overlay is the snapshot's name, and is replaced in its turn.
+    opened.snapshot("next.one").unwrap();
+    assert_eq!(sources(&opened.guest), rename(&stock, "stock", "next.one"));
+    opened.guest.virsh("snapshot-create-as", &["stock-too", "--disk-only"]);
+    let again = sources(&opened.guest);
+    opened.snapshot("ours-too").unwrap();
+    let last = sources(&opened.guest);
+    assert!(again[0].1.ends_with("disk.next.stock-too"), "{again:?}");
+    assert!(last[0].1.ends_with("disk.next.ours-too"), "{last:?}");
+    opened.guest.wait_ticks(3);
+}
+
+#[test]
+fn overlays_that_would_be_one_file_or_exist_are_refused() {
+    let daemon = Daemon::session();
+    let directory = directory_for(&daemon);
+    let at = |name: &str| directory.path().join(name);
+    let first = image_for(&daemon, &at("a.img"), Format::Raw);
+    let second = image_for(&daemon, &at("a.qcow2"), Format::Qcow2);
+    let machine = Machine::new(&Binary::all()[0]).disk_on(&first, Format::Raw).disk_on(&second, Format::Qcow2);
+    let opened = OpenedDomain::start(&machine, &daemon);
+    std::fs::write(at("taken"), "a user's file").unwrap();
+    std::os::unix::fs::symlink(at("nowhere"), at("link")).unwrap();
+    let before = opened.trace();
+    let collide = ["'vda'", "'vdb'", "a.s", "give each its own"];
+    refused(&opened, &opened.xml("s", ""), INSTANTLY, Code::ConfigUnsupported, &collide);
+    let same = disks(&(onto("vda", &at("same")) + &onto("vdb", &at("same"))));
+    refused(&opened, &opened.xml("s", &same), INSTANTLY, Code::ConfigUnsupported, &["give each its own"]);
+    // Of two, the first is made before the second is found to be there, and has to go again.
+    for taken in [at("taken"), at("link"), first.clone()] {
+        let xml = opened.xml("s", &disks(&onto("vdb", &taken)));
+        let error = opened.handle.create(&xml, INSTANTLY, &mut ()).expect_err("it exists");
+        assert_eq!(error.code, Code::ConfigUnsupported, "{error}");
+        for part in ["'vdb'", "already exists", taken.to_str().unwrap()] {
+            assert!(error.message.contains(part), "{part:?} is not in {error}");
+        }
+    }
+    opened.assert_untouched(&before);
+    assert_eq!(std::fs::read(at("taken")).unwrap(), b"a user's file");
+    assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 4);
+    assert!(!at("nowhere").exists());
+    opened.guest.wait_ticks(ALL_SECTORS);
+    // With a name for one of them it can be done.
+    opened.handle.create(&opened.xml("s", &disks(&onto("vdb", &at("b.s")))), INSTANTLY, &mut ()).unwrap();
+}
+
+#[test]
+fn what_cannot_change_is_left_out_and_wishes_are_heard() {
+    let daemon = Daemon::session();
+    let clones = Clones(daemon.another());
+    let directory = directory_for(&daemon);
+    let fixed = image_for(&daemon, &directory.path().join("fixed.img"), Format::Raw);
+    let medium = image_for(&daemon, &directory.path().join("medium.iso"), Format::Raw);
+    let binary = &Binary::all()[0];
+    let machine = Machine::new(binary)
+        .disk(Format::Qcow2)
+        .cdrom(Some(&medium))
+        .devices("<controller type='scsi' model='virtio-scsi'/>")
+        .devices(&format!(
+            "<disk type='file' device='disk'><driver name='qemu' type='raw'/><source file='{}'/>\
+             <target dev='sda' bus='scsi'/><readonly/></disk><disk type='file' device='cdrom'>\
+             <target dev='sdb' bus='scsi'/><readonly/></disk>",
+            fixed.display()
+        ));
+    let opened = OpenedDomain::start(&machine, &daemon);
+    opened.snapshot("s").unwrap();
+    assert_eq!(source(&opened.guest, "vda"), opened.guest.disks()[0].file.with_extension("s").display().to_string());
+    assert_eq!(source(&opened.guest, "sda"), fixed.display().to_string());
+    assert_eq!(source(&opened.guest, "hda"), medium.display().to_string());
+    let xml = opened.guest.virsh("snapshot-dumpxml", &["s"]);
+    for target in ["sda", "sdb", "hda"] {
+        assert!(xml.contains(&format!("<disk name='{target}' snapshot='no'/>")), "{xml}");
+    }
+    let before = opened.trace();
+    for target in ["sda", "hda"] {
+        let xml = opened.xml("t", &disks(&onto(target, &directory.path().join("overlay"))));
+        refused(&opened, &xml, INSTANTLY, Code::ConfigUnsupported, &["readonly", target]);
+    }
+    let unknown = opened.xml("t", &disks("<disk name='vdz'/>"));
+    refused(&opened, &unknown, INSTANTLY, Code::ConfigUnsupported, &["'vdz'", "vda"]);
+    let twice = opened.xml("t", &disks("<disk name='vda'/><disk name='vda'/>"));
+    refused(&opened, &twice, INSTANTLY, Code::XmlError, &["'vda'", "twice"]);
+    opened.assert_untouched(&before);
+    opened.guest.wait_ticks(3);
+    clones.check(&opened.guest, &opened.memory_file("s"));
+}
+
+#[test]
+fn a_disk_that_is_to_stay_out_stays_on_its_image() {
+    let daemon = Daemon::session();
+    // The guest checks what it writes: it leaves alone what is not in the snapshot, or a clone would miss it.
+    let machine = machine(&Binary::all()[0]).disk_attributes("snapshot='no'").append("nodisk=1");
+    let opened = OpenedDomain::start(&machine, &daemon);
+    let guest = &opened.guest;
+    let image = |n: usize| guest.disks()[n].file.display().to_string();
+    let overlay = |n: usize, name: &str| guest.disks()[n].file.with_extension(name).display().to_string();
+    let now = || (source(guest, "vda"), source(guest, "vdb"));
+    opened.snapshot("domains-wish").unwrap();
+    assert_eq!(now(), (overlay(0, "domains-wish"), image(1)));
+    let also = opened.xml("also", &disks("<disk name='vdb' snapshot='external'/>"));
+    opened.handle.create(&also, INSTANTLY, &mut ()).unwrap();
+    assert_eq!(now(), (overlay(0, "also"), overlay(1, "also")));
+    // By its target or by its image.
+    let by_image = format!("<disk name='{}' snapshot='no'/>", overlay(0, "also"));
+    for (n, out) in ["<disk name='vda' snapshot='no'/>", &by_image].into_iter().enumerate() {
+        let name = format!("out-{n}");
+        opened.handle.create(&opened.xml(&name, &disks(out)), INSTANTLY, &mut ()).unwrap();
+        assert_eq!(now(), (overlay(0, "also"), overlay(1, "also")));
+        let xml = guest.virsh("snapshot-dumpxml", &[&name]);
+        assert!(
+            xml.contains("<disk name='vda' snapshot='no'/>") && xml.contains("<disk name='vdb' snapshot='no'/>"),
+            "{xml}"
+        );
+    }
+    // Memory alone, of which nothing is recorded.
+    let out = "<disk name='vda' snapshot='no'/><disk name='vdb' snapshot='no'/>";
+    opened.handle.create(&opened.xml("memory", &disks(out)), INSTANTLY | NO_METADATA, &mut ()).unwrap();
+    guest.wait_ticks(3);
+    for wish in ["internal", "manual"] {
+        let xml = opened.xml("x", &disks(&format!("<disk name='vda' snapshot='{wish}'/>")));
+        refused(&opened, &xml, INSTANTLY, Code::OperationUnsupported, &["'vda'", wish, "external"]);
+    }
+}
+
+/// Somebody's own overlay.
+fn own_overlay(opened: &OpenedDomain, disk: usize, name: &str) -> PathBuf {
+    let (daemon, disk) = (opened.guest.daemon(), &opened.guest.disks()[disk]);
+    let overlay = opened.guest.directory().join(name);
+    let create = ["create", "-q", "-u", "-f", "qcow2", "-F", disk.format.name(), "-b", disk.file.to_str().unwrap()];
+    run("qemu-img", &[&create[..], &[overlay.to_str().unwrap(), "16M"]].concat());
+    give(daemon, &overlay);
+    overlay
+}
+
+#[test]
+fn overlays_of_the_callers_own_are_used_and_never_removed() {
+    let daemon = Daemon::session();
+    let clones = Clones(daemon.another());
+    let binary = &Binary::all()[0];
+    let opened = OpenedDomain::start(&machine(binary), &daemon);
+    let guest = &opened.guest;
+    let (first, second) = (own_overlay(&opened, 0, "own-0"), own_overlay(&opened, 1, "own-1"));
+    let both = disks(&(onto("vda", &first) + &onto("vdb", &second)));
+    let flags = INSTANTLY | REUSE_EXT;
+    let before = opened.trace();
+
+    let missing = guest.directory().join("missing");
+    let not_qcow2 = guest.directory().join("tick.elf");
+    for (file, part) in [(&missing, "No such file"), (&not_qcow2, "is no qcow2 image")] {
+        let xml = opened.xml("s", &disks(&(onto("vda", &first) + &onto("vdb", file))));
+        let error = opened.handle.create(&xml, flags, &mut ()).expect_err(part);
+        assert_eq!(error.code, Code::ConfigUnsupported, "{error}");
+        for part in ["'vdb'", "which is to be reused", part, file.to_str().unwrap()] {
+            assert!(error.message.contains(part), "{part:?} is not in {error}");
+        }
+    }
+    // Generated names must exist too.
+    opened.handle.create(&opened.xml("s", ""), flags, &mut ()).expect_err("there are none of these names");
+    let mut observer = At(|phase| {
+        if phase == Phase::Drain {
+            guest.wait_ticks(5);
+            opened.handle.cancel().unwrap();
+        }
+    });
+    let error = opened.handle.create(&opened.xml("s", &both), flags, &mut observer).expect_err("it was cancelled");
+    assert_eq!(error.code, Code::OperationAborted, "{error}");
+    opened.assert_untouched(&before);
+    assert!(first.exists() && second.exists());
+    guest.wait_ticks(ALL_SECTORS);
+
+    // What the cancelled one has written there is of another time: fresh ones.
+    let (first, second) = (own_overlay(&opened, 0, "fresh-0"), own_overlay(&opened, 1, "fresh-1"));
+    let both = disks(&(onto("vda", &first) + &onto("vdb", &second)));
+    opened.handle.create(&opened.xml("s", &both), flags, &mut ()).unwrap();
+    assert_eq!(
+        (source(guest, "vda"), source(guest, "vdb")),
+        (first.display().to_string(), second.display().to_string())
+    );
+    guest.wait_ticks(3);
+    clones.check(guest, &opened.memory_file("s"));
+    guest.wait_ticks(ALL_SECTORS);
+}
+
+/// A loop device of QEMU's user, detached when dropped.
+struct Loop(String);
+
+impl Loop {
+    fn on(daemon: &Daemon, file: &Path) -> Option<Loop> {
+        let output = Command::new("losetup").args(["--find", "--show"]).arg(file).output();
+        match output {
+            Ok(output) if output.status.success() => {
+                let device = Loop(String::from_utf8(output.stdout).unwrap().trim().to_owned());
+                give(daemon, Path::new(&device.0));
+                Some(device)
+            }
+            output => {
+                eprintln!("skipped: no loop device: {output:?}");
+                None
+            }
+        }
+    }
+}
+
+impl Drop for Loop {
+    fn drop(&mut self) {
+        let _ = Command::new("losetup").args(["-d", &self.0]).status();
+        let _ = std::os::unix::fs::chown(&self.0, Some(0), None);
+    }
+}
+
+#[test]
+fn a_block_device_gets_an_overlay_where_one_is_named() {
+    for daemon in Daemon::all() {
+        let clones = Clones(daemon.another());
+        let directory = directory_for(&daemon);
+        let file = image_for(&daemon, &directory.path().join("backing"), Format::Raw);
+        let Some(device) = Loop::on(&daemon, &file) else { return };
+        let machine = Machine::new(&Binary::all()[0]).disk_on(Path::new(&device.0), Format::Raw).disk(Format::Qcow2);
+        let opened = OpenedDomain::start(&machine, &daemon);
+        let before = opened.trace();
+        let parts = ["'vda'", &device.0, "<source file='...'/>"];
+        refused(&opened, &opened.xml("s", ""), INSTANTLY, Code::ConfigUnsupported, &parts);
+        let xml = |name: &str| opened.xml(name, &disks(&onto("vda", &directory.path().join(name))));
+        let mut observer = At(|phase| {
+            if phase == Phase::Drain {
+                opened.guest.wait_ticks(3);
+                opened.handle.cancel().unwrap();
+            }
+        });
+        opened.handle.create(&xml("cancelled"), INSTANTLY, &mut observer).expect_err("it was cancelled");
+        opened.assert_untouched(&before);
+        opened.guest.wait_ticks(ALL_SECTORS);
+        opened.handle.create(&xml("s"), INSTANTLY, &mut ()).unwrap();
+        assert_eq!(Path::new(&source(&opened.guest, "vda")), directory.path().join("s"));
+        opened.guest.wait_ticks(3);
+        // The clone shares the device: its user may have to be another, for which libvirt sees where it is root's.
+        clones.check(&opened.guest, &opened.memory_file("s"));
+        opened.guest.wait_ticks(3);
+    }
+}
+
+/// A server of a disk, ended when dropped.
+struct Server(Child);
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[test]
+fn a_disk_on_network_storage_is_refused_and_can_be_left_out() {
+    let daemon = Daemon::session();
+    let directory = directory_for(&daemon);
+    let (image, socket) = (directory.path().join("remote.img"), directory.path().join("nbd.sock"));
+    make_image(&image, Format::Raw, None);
+    let mut serve = Command::new("qemu-nbd");
+    serve.args(["-f", "raw", "-t", "-x", "remote", "-k"]).arg(&socket).arg(&image).stdin(Stdio::null());
+    let _server = Server(serve.spawn().unwrap());
+    wait_for(DEADLINE, || socket.exists().then_some(())).expect("qemu-nbd does not listen");
+    give(&daemon, &socket);
+    let machine =
+        machine(&Binary::all()[0]).devices("<controller type='scsi' model='virtio-scsi'/>").devices(&format!(
+            "<disk type='network' device='disk'><driver name='qemu' type='raw'/><source protocol='nbd' name='remote'>\
+         <host transport='unix' socket='{}'/></source><target dev='sda' bus='scsi'/></disk>",
+            socket.display()
+        ));
+    let opened = OpenedDomain::start(&machine, &daemon);
+    let before = opened.trace();
+    let parts = ["'sda'", "'network'", "snapshot='no'", "plain snapshot"];
+    refused(&opened, &opened.xml("s", ""), INSTANTLY, Code::ConfigUnsupported, &parts);
+    let named = opened.xml("s", &disks(&onto("sda", &directory.path().join("overlay"))));
+    refused(&opened, &named, INSTANTLY, Code::ConfigUnsupported, &parts);
+    opened.assert_untouched(&before);
+    opened.handle.create(&opened.xml("s", &disks("<disk name='sda' snapshot='no'/>")), INSTANTLY, &mut ()).unwrap();
+    opened.guest.wait_ticks(ALL_SECTORS);
+}
+
+#[test]
+fn an_encrypted_disk_is_refused_and_can_be_left_out() {
+    let daemon = Daemon::session();
+    // It keeps the key.
+    let driver = "libvirt_driver_secret.so";
+    let drivers = Path::new("/usr/lib/x86_64-linux-gnu/libvirt/connection-driver");
+    if !drivers.join(driver).exists() {
+        eprintln!("skipped: no {driver}");
+        return;
+    }
+    std::os::unix::fs::symlink(drivers.join(driver), daemon.directory().join("drivers").join(driver)).unwrap();
+    daemon.kill();
+    daemon.start_again();
+    let directory = directory_for(&daemon);
+    let (image, secret) = (directory.path().join("luks"), directory.path().join("secret.xml"));
+    let uuid = "11111111-2222-3333-4444-555555555555";
+    std::fs::write(&secret, format!("<secret ephemeral='no' private='no'><uuid>{uuid}</uuid></secret>")).unwrap();
+    daemon.virsh(&["secret-define", secret.to_str().unwrap()]);
+    std::fs::write(&secret, "c2VjcmV0").unwrap();
+    daemon.virsh(&["secret-set-value", uuid, "--file", secret.to_str().unwrap()]);
+    let create =
+        ["create", "-q", "--object", "secret,id=k,data=secret", "-f", "luks", "-o", "key-secret=k,iter-time=10"];
+    // It measures how fast it is, and gives up where that cannot be told on a busy machine.
+    let created = wait_for(DEADLINE, || {
+        let output = Command::new("qemu-img").args(create).arg(&image).arg("16M").output().unwrap();
+        output.status.success().then_some(())
+    });
+    created.expect("no encrypted image");
+    give(&daemon, &image);
+    let machine = machine(&Binary::all()[0]).devices("<controller type='scsi' model='virtio-scsi'/>").devices(&format!(
+        "<disk type='file' device='disk'><driver name='qemu' type='raw'/><source file='{}'><encryption format='luks'>\
+         <secret type='passphrase' uuid='{uuid}'/></encryption></source><target dev='sda' bus='scsi'/></disk>",
+        image.display()
+    ));
+    let opened = OpenedDomain::start(&machine, &daemon);
+    let before = opened.trace();
+    refused(&opened, &opened.xml("s", ""), INSTANTLY, Code::ConfigUnsupported, &["'sda'", "encrypted"]);
+    opened.assert_untouched(&before);
+    opened.handle.create(&opened.xml("s", &disks("<disk name='sda' snapshot='no'/>")), INSTANTLY, &mut ()).unwrap();
+    opened.guest.wait_ticks(3);
+}

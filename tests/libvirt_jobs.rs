@@ -1,0 +1,78 @@
+//! Jobs of a domain of a stock libvirt: as those of a guest by QMP.
+
+mod common;
+
+use std::time::Duration;
+
+use common::jobs::{Listener, next, readable, rest, steps};
+use common::virt::OpenedDomain;
+use common::{ALL_SECTORS, INSTANTLY, assert_error, machine};
+use instantsnap::engine::{Phase, Returns, What};
+use instantsnap::error::Code;
+use instantsnap::flags::NO_METADATA;
+use instantsnap_testkit::{Binary, DEADLINE, Daemon, Gate};
+
+use What::{Complete, Failed, Instant, Paused, Switched};
+
+impl OpenedDomain {
+    fn start_job(&self, name: &str, flags: u32, listener: Listener, returns: Returns) -> instantsnap::engine::Job {
+        self.handle.start(&self.xml(name, ""), flags, Box::new(listener), returns).unwrap()
+    }
+}
+
+#[test]
+fn a_job_of_a_domain_returns_at_the_instant_and_tells_what_happens() {
+    let daemon = Daemon::session();
+    for binary in Binary::under_libvirt() {
+        let domain = OpenedDomain::start(&machine(binary, 2), &daemon);
+        let gate = Gate::default();
+        let listener = Listener::default().hold(Phase::Drain, &gate);
+        let heard = listener.heard();
+        let job = domain.start_job("s", INSTANTLY, listener, Returns::AtInstant);
+        // The domain is its owner's again.
+        domain.guest.wait_ticks(ALL_SECTORS);
+        assert!(!job.wait(Some(Duration::ZERO)) && job.info().instant);
+        for what in [Paused, Switched, Instant] {
+            assert_eq!(next(&job).what, what);
+        }
+        assert!(!readable(&job, Duration::ZERO));
+        gate.release();
+        assert_eq!(steps(&rest(&job)), [Complete]);
+        assert_eq!(steps(&heard.events()), [Paused, Switched, Instant, Complete]);
+        assert_eq!(job.result().unwrap(), "s");
+        let xml = domain.guest.virsh("snapshot-dumpxml", &["s"]);
+        assert_eq!(job.xml().unwrap().trim(), xml.trim(), "as libvirt has recorded it");
+        domain.bring_back("s");
+
+        // What libvirt does not know is told by what it would have been given.
+        let job = domain.start_job("unrecorded", INSTANTLY | NO_METADATA, Listener::default(), Returns::AtOnce);
+        assert!(job.wait(None));
+        assert_eq!(job.result().unwrap(), "unrecorded");
+        let (xml, memory) = (job.xml().unwrap(), domain.memory_file("unrecorded"));
+        assert!(xml.contains("<name>unrecorded</name>") && xml.contains(memory.to_str().unwrap()), "{xml}");
+        assert!(domain.find("unrecorded").is_none());
+        domain.guest.wait_ticks(3);
+    }
+}
+
+#[test]
+fn a_job_of_a_domain_can_be_cancelled_before_in_and_after_the_pause() {
+    let daemon = Daemon::session();
+    for binary in Binary::under_libvirt() {
+        let domain = OpenedDomain::start(&machine(binary, 1), &daemon);
+        let before = domain.trace();
+        for phase in [Phase::Prepare, Phase::Switch, Phase::Drain] {
+            let gate = Gate::default();
+            let job = domain.start_job("s", INSTANTLY, Listener::default().hold(phase, &gate), Returns::AtOnce);
+            assert!(gate.wait_arrived(DEADLINE));
+            job.cancel();
+            gate.release();
+            let events = rest(&job);
+            assert_eq!(events.last().unwrap().what, Failed(Code::OperationAborted as i32), "{phase:?}");
+            assert_error(job.result(), Code::OperationAborted, "cancelled");
+            domain.assert_untouched(&before);
+            domain.guest.wait_ticks(1);
+        }
+        domain.guest.wait_ticks(ALL_SECTORS);
+    }
+}

@@ -1,0 +1,77 @@
+//! P3 and P4 through a stock libvirt: a caller that is killed leaves a guest that runs, and nothing else.
+
+mod common;
+
+use std::os::unix::process::ExitStatusExt;
+use std::process::Command;
+use std::time::Duration;
+
+use common::virt::{DomainTrace, OpenedDomain};
+use common::{At, INSTANTLY, machine};
+use instantsnap::engine::{Handle, Phase};
+use instantsnap::guest::LibvirtConnector;
+use instantsnap::libvirt::Connect;
+use instantsnap_testkit::{Binary, Daemon, wait_for};
+
+const PHASES: [Phase; 5] = [Phase::Pause, Phase::Switch, Phase::Arm, Phase::Drain, Phase::Finish];
+
+/// Not a test of its own: the process that the test below starts, which kills itself in the phase it is told.
+#[test]
+#[ignore = "run by the other test"]
+fn child() {
+    let Ok(uri) = std::env::var("INSTANTSNAP_TEST_URI") else { return };
+    let variable = |name: &str| std::env::var(format!("INSTANTSNAP_TEST_{name}")).unwrap();
+    let phase: usize = variable("PHASE").parse().unwrap();
+    let domain = Connect::open(&uri).unwrap().unwrap().domain(&variable("UUID")).unwrap();
+    let handle = Handle::open_libvirt(std::sync::Arc::new(LibvirtConnector::open(domain).unwrap()));
+    let mut observer = At(|now| {
+        if now == PHASES[phase] {
+            rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL).unwrap();
+        }
+    });
+    handle.create(&variable("XML"), INSTANTLY, &mut observer).unwrap();
+    panic!("it was to be killed");
+}
+
+fn take_snapshot_and_die(opened: &OpenedDomain, phase: usize) {
+    let status = Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "child", "--ignored"])
+        .env("INSTANTSNAP_TEST_URI", opened.guest.daemon().uri())
+        .env("INSTANTSNAP_TEST_UUID", opened.guest.virsh("domuuid", &[]).trim())
+        .env("INSTANTSNAP_TEST_XML", opened.xml("killed", ""))
+        .env("INSTANTSNAP_TEST_PHASE", phase.to_string())
+        .stdout(std::process::Stdio::null())
+        .status()
+        .unwrap();
+    assert_eq!(status.signal(), Some(9), "{status}");
+}
+
+/// A guest that is still paused, or being merged, is not there yet.
+fn wait_untouched(opened: &OpenedDomain, before: &DomainTrace, phase: Phase) {
+    let settled = wait_for(Duration::from_secs(90), || (opened.trace() == *before).then_some(()));
+    if settled.is_none() {
+        eprintln!("killed in {phase:?}");
+        opened.assert_untouched(before);
+    }
+}
+
+#[test]
+fn a_domain_whose_snapshot_loses_its_caller_is_as_before_and_can_be_snapshotted_again() {
+    let daemon = Daemon::session();
+    for binary in Binary::under_libvirt() {
+        // Memory enough for the drain to be long, and a guest that writes into all of it.
+        let machine = machine(binary, 2).memory(128).prealloc().append("dense=64");
+        let opened = OpenedDomain::start(&machine, &daemon);
+        for (index, phase) in PHASES.iter().enumerate() {
+            eprintln!("{}: killed in {phase:?}", binary.name);
+            let before = opened.trace();
+            take_snapshot_and_die(&opened, index);
+            wait_untouched(&opened, &before, *phase);
+            // It counts, and its memory is not write-protected: each round writes every page.
+            opened.guest.wait_ticks(5);
+        }
+        opened.snapshot("next").unwrap_or_else(|error| opened.guest.fail(&error.message));
+        opened.bring_back("next");
+        opened.guest.wait_ticks(3);
+    }
+}
