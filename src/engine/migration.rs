@@ -481,19 +481,29 @@ pub fn wait_armed(guest: &mut dyn Guest, cancel: &Cancel, deadline: Deadline) ->
     }
 }
 
-/// Waits until a guest can be resumed that was paused while its migration set up, by somebody who does not know whether that
-/// was in time. QEMU is either still setting up, or has armed. In between it would overlook the resume, or wait for a pause
-/// that is no more.
-pub fn wait_resumable(guest: &mut dyn Guest) -> Result<()> {
+/// Waits until a guest can be resumed that was to be paused while its migration set up, by somebody who does not know whether
+/// that was done, and in time. Returns whether it is to be resumed now.
+///
+/// When it has set up, QEMU stops a guest that runs, arms, and resumes it by itself; a `cont` in between it overlooks, or it
+/// waits for good for a pause that is no more. It does not stop one that is paused already. So a guest that runs is left
+/// alone, and one that was seen paused before QEMU was seen setting up was not paused by QEMU.
+pub fn wait_resumable(guest: &mut dyn Guest) -> bool {
     let (nap, deadline) = (Nap::default(), Deadline::after(PATIENCE));
-    while deadline.left().is_some() {
+    let mut look = || {
+        let running = guest.status()?.running;
         let migration = commands::query_migrate(guest, deadline)?;
-        if migration.is_setting_up() || migration.has_pages() || migration.progress() != Progress::UnderWay {
-            return Ok(());
+        let stopping = migration.progress() == Progress::UnderWay && !migration.is_setting_up() && !migration.has_pages();
+        Ok::<_, Error>((running, stopping))
+    };
+    while deadline.left().is_some() {
+        match look() {
+            Ok((true, _)) => return false,
+            Ok((false, false)) => return true,
+            // What is not known now may be in a moment.
+            Ok((false, true)) | Err(_) => nap.sleep(),
         }
-        nap.sleep();
     }
-    Ok(())
+    true
 }
 
 /// Waits for what QEMU does not announce: for a fiftieth of what the waiting has taken so far, so that the end is noticed

@@ -127,10 +127,8 @@ impl Made {
         let mut ended = true;
         if let Some(stream) = self.stream.as_ref().filter(|_| stage.is_migrating()) {
             note(stream.give_up(guest, mode));
-            if stage == Stage::Racing {
-                note(wait_resumable(guest));
-            }
-            if stage.is_paused() {
+            let resumable = stage.is_paused() && (stage != Stage::Racing || wait_resumable(guest));
+            if resumable {
                 // QEMU refuses it while it finishes a migration; then it is done below.
                 if guest.resume(Deadline::after(PATIENCE)).is_ok() {
                     clock.resumed(guest.last_pause());
