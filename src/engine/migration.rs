@@ -492,7 +492,8 @@ pub fn wait_resumable(guest: &mut dyn Guest) -> bool {
     let mut look = || {
         let running = guest.status()?.running;
         let migration = commands::query_migrate(guest, deadline)?;
-        let stopping = migration.progress() == Progress::UnderWay && !migration.is_setting_up() && !migration.has_pages();
+        let stopping =
+            migration.progress() == Progress::UnderWay && !migration.is_setting_up() && !migration.has_pages();
         Ok::<_, Error>((running, stopping))
     };
     while deadline.left().is_some() {
