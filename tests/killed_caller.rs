@@ -7,8 +7,9 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
+use common::way::open;
 use common::{At, INSTANTLY, Opened, machine, named};
-use instantsnap::engine::{Handle, Overlap, Phase};
+use instantsnap::engine::{Overlap, Phase};
 use instantsnap_testkit::{Binary, Fingerprint, Guest, Machine, fingerprint, wait_for};
 use serde_json::json;
 
@@ -21,7 +22,7 @@ fn child() {
     let Ok(directory) = std::env::var("INSTANTSNAP_TEST_DIRECTORY") else { return };
     let phase: usize = std::env::var("INSTANTSNAP_TEST_PHASE").unwrap().parse().unwrap();
     let directory = Path::new(&directory);
-    let handle = Handle::open_qmp(&directory.join("qmp.sock"), None, &directory.join("state")).unwrap();
+    let handle = open(directory, &directory.join("qmp.sock"), None, &directory.join("state")).unwrap();
     if std::env::var_os("INSTANTSNAP_TEST_OVERLAP").is_some() {
         handle.set_overlap(Overlap { tries: 1, aim: Some(Duration::from_millis(50)) });
     }

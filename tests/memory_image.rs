@@ -58,7 +58,7 @@ fn the_header_is_libvirts_byte_for_byte() {
             assert_eq!(header.unused, [0; 56]);
             assert!(header.padding >= 64 << 10, "the XML can grow by {} bytes only", header.padding);
             assert_eq!(&header.stream[..4], b"QEVM");
-            assert_eq!(header.xml, opened.record("s").domain_xml.clone() + "\n", "the XML is the recorded one");
+            assert_eq!(header.xml.trim_end(), opened.record("s").domain_xml, "the XML is the recorded one");
             assert_eq!(path.metadata().unwrap().mode() & 0o7777, 0o600);
             // All of it was counted.
             let size = opened.handle.stats().unwrap().memory_image_bytes;

@@ -8,6 +8,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::time::Duration;
 
+use common::way::{by_driver, by_socket_only};
 use common::{INSTANTLY, Opened, assert_error, assert_untouched, machine, named, through_proxy};
 use instantsnap::engine::Handle;
 use instantsnap::error::Code;
@@ -100,6 +101,9 @@ fn a_socket_that_says_nothing_is_given_up() {
 
 #[test]
 fn a_socket_with_another_client_is_given_up_and_says_so() {
+    if !by_socket_only() {
+        return;
+    }
     let binary = &Binary::all()[0];
     let opened = Opened::start(&machine(binary, 1));
     let other = Client::connect(&opened.guest.qmp()).unwrap();
@@ -124,7 +128,9 @@ fn sequence(opened: &Opened, proxy: &Proxy) -> Vec<(String, u32)> {
             "query-jobs" | "qom-list" | "query-status" => 2,
             _ => 4,
         };
-        if *occurrence <= most {
+        // A driver's own, before the operation has begun.
+        let drivers = by_driver() && command == "qmp_capabilities";
+        if *occurrence <= most && !drivers {
             sequence.push((command, *occurrence));
         }
     }
@@ -194,11 +200,17 @@ fn any_command_can_fail() {
 
 #[test]
 fn the_connection_can_be_lost_before_any_command() {
+    if !by_socket_only() {
+        return;
+    }
     at_each_command("hangs-up", || Fault::Hangup, &[]);
 }
 
 #[test]
 fn the_connection_can_be_lost_after_any_command() {
+    if !by_socket_only() {
+        return;
+    }
     at_each_command("hangs-up-after", || Fault::HangupAfter, &[]);
 }
 
@@ -278,6 +290,9 @@ fn late_answers_are_waited_for() {
 /// Neither a proxy's death nor its end of the socket is QEMU's: the guest behind it is not given up for dead.
 #[test]
 fn a_reconnection_finds_the_same_qemu() {
+    if !by_socket_only() {
+        return;
+    }
     for binary in Binary::all() {
         let (opened, proxy) = through_proxy(&machine(binary, 2));
         // Twice: the connection is lost again while everything is being put back.

@@ -5,8 +5,9 @@ mod common;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use common::way::open_guest;
 use common::{INSTANTLY, Opened, assert_error, assert_untouched, machine, named};
-use instantsnap::engine::{Handle, RevertPlan, prepare_revert};
+use instantsnap::engine::{RevertPlan, prepare_revert};
 use instantsnap::error::Code;
 use instantsnap::flags::{NO_METADATA, revert};
 use instantsnap_testkit::{Binary, Format, Guest, Machine, MachineType};
@@ -25,7 +26,7 @@ fn images(plan: &RevertPlan) -> Vec<(PathBuf, Format)> {
 
 /// A QEMU that waits, opened with the original's state directory.
 fn open(original: &Opened, guest: Guest) -> Opened {
-    let handle = Handle::open_qmp(&guest.qmp(), None, &original.state_dir()).unwrap();
+    let handle = open_guest(&guest, &guest.qmp(), None, &original.state_dir()).unwrap();
     Opened { handle, guest }
 }
 

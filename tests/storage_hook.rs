@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use common::jobs::Listener;
 use common::virt::OpenedDomain;
+use common::way::open_guest;
 use common::{
     ALL_SECTORS, At, INSTANTLY, Opened, assert_error, assert_untouched, files_below, first_tick, machine, run,
 };
@@ -167,7 +168,7 @@ fn images(plan: &RevertPlan) -> Vec<(PathBuf, Format)> {
 
 fn start_clone(opened: &Opened, images: &[(PathBuf, Format)]) -> Opened {
     let guest = opened.guest.machine().for_revert(images).start();
-    let handle = Handle::open_qmp(&guest.qmp(), None, &opened.state_dir()).unwrap();
+    let handle = open_guest(&guest, &guest.qmp(), None, &opened.state_dir()).unwrap();
     Opened { handle, guest }
 }
 

@@ -7,8 +7,9 @@ use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
+use common::way::open_guest;
 use common::{At, INSTANTLY, Opened, assert_error, assert_untouched, machine, named};
-use instantsnap::engine::{Handle, Phase, prepare_revert};
+use instantsnap::engine::{Phase, prepare_revert};
 use instantsnap::error::Code;
 use instantsnap::snapshot::Record;
 use instantsnap_testkit::{Binary, Format, Machine};
@@ -164,7 +165,7 @@ fn variables(directory: &Path) -> PathBuf {
 /// A QEMU that waits, on these disks and variables.
 fn clone_on(original: &Opened, machine: Machine, disk: &Path) -> Opened {
     let guest = machine.for_revert(&[(disk.to_owned(), Format::Qcow2)]).start();
-    let handle = Handle::open_qmp(&guest.qmp(), None, &original.state_dir()).unwrap();
+    let handle = open_guest(&guest, &guest.qmp(), None, &original.state_dir()).unwrap();
     Opened { handle, guest }
 }
 

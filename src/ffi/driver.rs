@@ -151,9 +151,9 @@ unsafe fn take_string(string: *mut c_char) -> Answer<Option<String>> {
     bytes.map(String::from_utf8).transpose().map_err(|_| ": it returned what is not UTF-8".into())
 }
 
+/// Rounded up: a callback that has waited so long is late, and does not seem to have failed.
 fn milliseconds(timeout: Duration) -> c_uint {
-    // Never 0, which might be taken for none.
-    c_uint::try_from(timeout.as_millis()).unwrap_or(c_uint::MAX).max(1)
+    c_uint::try_from(timeout.as_millis() + 1).unwrap_or(c_uint::MAX)
 }
 
 fn text_for_c(text: &str) -> Answer<CString> {
@@ -340,6 +340,16 @@ pub unsafe extern "C" fn instantsnap_register_driver(ops: *const Ops) -> c_int {
     })
 }
 
+/// Opens a domain by a driver's callbacks.
+///
+/// # Safety
+/// As for [`instantsnap_open_driver`].
+pub unsafe fn open(ops: *const Ops, opaque: *mut c_void) -> Result<Handle> {
+    // SAFETY: by the caller's promise.
+    let ops = unsafe { read_ops(ops) }?;
+    Handle::open_driver(Arc::new(Domain::new(ops, opaque)))
+}
+
 /// `instantsnap_open_driver`.
 ///
 /// # Safety
@@ -348,8 +358,7 @@ pub unsafe extern "C" fn instantsnap_register_driver(ops: *const Ops) -> c_int {
 pub unsafe extern "C" fn instantsnap_open_driver(ops: *const Ops, opaque: *mut c_void) -> *mut instantsnap_guest {
     boundary(ptr::null_mut(), || {
         // SAFETY: by the caller's promise.
-        let ops = unsafe { read_ops(ops) }?;
-        Ok(GUESTS.add(Handle::open_driver(Arc::new(Domain::new(ops, opaque)))?))
+        Ok(GUESTS.add(unsafe { open(ops, opaque) }?))
     })
 }
 

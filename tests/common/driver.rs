@@ -11,6 +11,8 @@ use instantsnap::monitor::Event;
 use instantsnap_testkit::{Client, Guest};
 use serde_json::{Value, json};
 
+use super::way::domain_of;
+
 /// What becomes of the next command.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Wrong {
@@ -34,21 +36,12 @@ pub struct TestDriver {
 impl TestDriver {
     /// One that `pauses` stops and starts the vCPUs itself.
     pub fn new(guest: &Guest, state_dir: PathBuf, pauses: bool) -> TestDriver {
-        let disk = |disk: &instantsnap_testkit::Disk| {
-            format!(
-                "<disk type='file' device='disk'><driver name='qemu' type='{}'/><source file='{}'/><target dev='{}'/></disk>",
-                disk.format.name(),
-                disk.file.display(),
-                disk.device
-            )
-        };
-        let disks: String = guest.disks().iter().map(disk).collect();
         TestDriver {
             socket: guest.qmp(),
             client: Mutex::default(),
             next: Mutex::default(),
             state_dir,
-            domain_xml: format!("<domain type='qemu'><name>guest</name><devices>{disks}</devices></domain>"),
+            domain_xml: domain_of(guest.disks()),
             pauses,
         }
     }

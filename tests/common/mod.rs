@@ -5,6 +5,7 @@
 pub mod driver;
 pub mod jobs;
 pub mod virt;
+pub mod way;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -50,7 +51,7 @@ impl Opened {
     pub fn open(guest: Guest) -> Opened {
         let state_dir = guest.directory().join("state");
         std::fs::create_dir_all(&state_dir).unwrap();
-        let handle = Handle::open_qmp(&guest.qmp(), None, &state_dir).unwrap();
+        let handle = way::open_guest(&guest, &guest.qmp(), None, &state_dir).unwrap();
         Opened { handle, guest }
     }
 
@@ -58,7 +59,7 @@ impl Opened {
     pub fn through(guest: Guest, socket: &Path) -> Opened {
         let state_dir = guest.directory().join("state");
         std::fs::create_dir_all(&state_dir).unwrap();
-        let handle = Handle::open_qmp(socket, None, &state_dir).unwrap();
+        let handle = way::open_guest(&guest, socket, None, &state_dir).unwrap();
         Opened { handle, guest }
     }
 
@@ -100,7 +101,7 @@ impl Opened {
         let plan = prepare_revert(&self.state_dir(), name, None).unwrap();
         let disks: Vec<_> = plan.disks.iter().map(|disk| (disk.file.clone(), Format::Qcow2)).collect();
         let guest = self.guest.machine().for_revert(&disks).start();
-        let handle = Handle::open_qmp(&guest.qmp(), None, &self.state_dir()).unwrap();
+        let handle = way::open_guest(&guest, &guest.qmp(), None, &self.state_dir()).unwrap();
         Opened { handle, guest }
     }
 }
@@ -268,7 +269,7 @@ impl Opened {
     pub fn with_domain(guest: Guest, domain_xml: &str) -> Opened {
         let state_dir = guest.directory().join("state");
         std::fs::create_dir_all(&state_dir).unwrap();
-        let handle = Handle::open_qmp(&guest.qmp(), Some(domain_xml), &state_dir).unwrap();
+        let handle = way::open_guest(&guest, &guest.qmp(), Some(domain_xml), &state_dir).unwrap();
         Opened { handle, guest }
     }
 

@@ -285,7 +285,7 @@ impl Machine {
         } else {
             command.args(["-machine", machine]);
         }
-        for name in ["qmp.sock", "control.sock"] {
+        for name in ["qmp.sock", "control.sock", "guard.sock"] {
             let socket = directory.join(name);
             command.args(["-qmp", &format!("unix:{},server=on,wait=off", socket.display())]);
         }

@@ -1,0 +1,106 @@
+//! By which way in the tests of the socket's open a guest: by its socket, or, with INSTANTSNAP_TEST_WAY=driver, by a driver in C
+//! (`driver.c`), as far as they do not test the socket itself.
+
+use std::ffi::{CStr, CString, c_char, c_void};
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+use std::sync::OnceLock;
+
+use instantsnap::engine::Handle;
+use instantsnap::error::Error;
+use instantsnap::ffi::abi::instantsnap_driver_ops;
+use instantsnap::ffi::driver;
+use instantsnap_testkit::compile::{gcc, workspace};
+use instantsnap_testkit::{Disk, Guest};
+use quick_xml::escape::escape;
+
+/// Whether it is the driver's.
+pub fn by_driver() -> bool {
+    static BY_DRIVER: OnceLock<bool> = OnceLock::new();
+    *BY_DRIVER.get_or_init(|| match std::env::var("INSTANTSNAP_TEST_WAY").as_deref() {
+        Err(_) | Ok("" | "qmp") => false,
+        Ok("driver") => true,
+        Ok(other) => panic!("INSTANTSNAP_TEST_WAY={other}: what is that? It is qmp or driver"),
+    })
+}
+
+/// For a test of what only the socket's way in has: whether it is the way of this run. Says that the test is skipped.
+pub fn by_socket_only() -> bool {
+    if by_driver() {
+        eprintln!("skipped: it is about the way in by a socket");
+    }
+    !by_driver()
+}
+
+/// Opens a guest whose QEMU has its sockets in `directory`.
+pub fn open(directory: &Path, socket: &Path, domain_xml: Option<&str>, state_dir: &Path) -> Result<Handle, Error> {
+    if !by_driver() {
+        return Handle::open_qmp(socket, domain_xml, state_dir);
+    }
+    let noted = directory.join("domain.xml");
+    let domain_xml = domain_xml.map_or_else(|| std::fs::read_to_string(&noted).unwrap_or_default(), str::to_owned);
+    open_driver(socket, &directory.join("guard.sock"), &domain_xml, state_dir)
+}
+
+/// Opens a guest of the kit, by another socket than its own where a proxy is in between.
+pub fn open_guest(guest: &Guest, socket: &Path, domain_xml: Option<&str>, state_dir: &Path) -> Result<Handle, Error> {
+    if by_driver() {
+        // For a process that knows the directory only.
+        std::fs::write(guest.directory().join("domain.xml"), domain_of(guest.disks())).unwrap();
+    }
+    open(guest.directory(), socket, domain_xml, state_dir)
+}
+
+/// What a driver knows of its domain.
+pub fn domain_of(disks: &[Disk]) -> String {
+    let disk = |disk: &Disk| {
+        format!(
+            "<disk type='file' device='disk'><driver name='qemu' type='{}'/><source file='{}'/><target dev='{}'/></disk>",
+            disk.format.name(),
+            escape(disk.file.to_str().unwrap()),
+            disk.device
+        )
+    };
+    let disks: String = disks.iter().map(disk).collect();
+    format!("<domain type='qemu'><name>guest</name><devices>{disks}</devices></domain>")
+}
+
+#[repr(C)]
+struct Library {
+    event: unsafe extern "C" fn(*mut c_void, *const c_char),
+    set_reason: unsafe extern "C" fn(*const c_char),
+}
+
+type Ops = unsafe extern "C" fn() -> *const instantsnap_driver_ops;
+type Domain =
+    unsafe extern "C" fn(*const Library, *const c_char, *const c_char, *const c_char, *const c_char) -> *mut c_void;
+
+fn open_driver(socket: &Path, guard: &Path, domain_xml: &str, state_dir: &Path) -> Result<Handle, Error> {
+    static LOADED: OnceLock<(Ops, Domain)> = OnceLock::new();
+    let (ops, domain) = LOADED.get_or_init(|| {
+        let options = format!("-shared -fPIC -I{} -lpthread", workspace().join("include").display());
+        let file =
+            c_string(gcc(&workspace().join("tests/common/driver.c"), "driver.so", &options).as_os_str().as_bytes());
+        // SAFETY: the file was just made of driver.c, which has both, with these signatures.
+        unsafe {
+            let loaded = libc::dlopen(file.as_ptr(), libc::RTLD_NOW | libc::RTLD_LOCAL);
+            let find = |name: &CStr| libc::dlsym(loaded, name.as_ptr());
+            let (ops, domain) = (find(c"test_driver_ops"), find(c"test_driver_domain"));
+            assert!(!ops.is_null() && !domain.is_null(), "{file:?} cannot be loaded");
+            (std::mem::transmute::<*mut c_void, Ops>(ops), std::mem::transmute::<*mut c_void, Domain>(domain))
+        }
+    });
+    let library =
+        Library { event: driver::instantsnap_driver_event, set_reason: driver::instantsnap_driver_set_reason };
+    let [socket, guard, state_dir] = [socket, guard, state_dir].map(|path| c_string(path.as_os_str().as_bytes()));
+    let xml = c_string(domain_xml.as_bytes());
+    // SAFETY: the strings and the table live for the call, which copies them; the domain lives for ever.
+    unsafe {
+        let domain = domain(&library, socket.as_ptr(), guard.as_ptr(), state_dir.as_ptr(), xml.as_ptr());
+        driver::open(ops(), domain)
+    }
+}
+
+fn c_string(bytes: &[u8]) -> CString {
+    CString::new(bytes).unwrap()
+}
