@@ -401,6 +401,7 @@ static int on_restart(void *opaque, const instantsnap_revert_plan *plan)
 {
     struct domain *domain = opaque;
     instantsnap_revert_disk disk = {.size = sizeof(disk)};
+    const char *socket_name;
 
     if (fails(domain, RESTART))
         return refuse();
@@ -410,9 +411,10 @@ static int on_restart(void *opaque, const instantsnap_revert_plan *plan)
     fclose(domain->monitor);
     harness_wait_for_end(domain->qemu);
     domain->disk = harness_text("%s", disk.file);
-    domain->format = "qcow2";
-    domain->qemu = harness_qemu("well/reverted", domain->disk, domain->format, 1);
-    connect_monitor(domain, "well/reverted");
+    domain->format = harness_text("%s", disk.format);
+    socket_name = harness_text("well/reverted-%u", domain->calls[RESTART]);
+    domain->qemu = harness_qemu(socket_name, domain->disk, domain->format, 1);
+    connect_monitor(domain, socket_name);
     return 0;
 }
 
@@ -706,6 +708,15 @@ static void libvirts_driver(struct domain *domain)
     domain->fault = (struct fault) {.kind = FAILS, .in = MAKE, .nth = 1};
     CHECK_FAILS(!qemuSnapshotCreateXML(domain, domain, named(domain, "third"), INSTANT), VIR_ERR_OPERATION_FAILED);
     CHECK(*find(domain, "third"));
+    /* Those that are given no name have one each, in one second too. */
+    for (unsigned int n = 0; n < 2; n++) {
+        char *unnamed = qemuSnapshotCreateXML(domain, domain,
+                                              harness_text("<domainsnapshot><memory snapshot='external' file='%s/unnamed-%u.mem'/>"
+                                                           "<disks><disk name='vda' snapshot='no'/></disks></domainsnapshot>",
+                                                           domain->directory, n), INSTANT);
+        CHECK(unnamed && *find(domain, unnamed));
+        free(unnamed);
+    }
     on_unlock(domain);
     CHECK(instantsnap_register_driver(NULL) == 0);
     free(first);
@@ -755,6 +766,113 @@ static void recorded_by_the_library(struct domain *domain)
     CHECK(qemuSnapshotDelete(domain, snapshot, VIR_DOMAIN_SNAPSHOT_DELETE_METADATA_ONLY) == 0);
     CHECK_FAILS(qemuSnapshotDelete(domain, snapshot, VIR_DOMAIN_SNAPSHOT_DELETE_METADATA_ONLY) == -1,
                 VIR_ERR_NO_DOMAIN_SNAPSHOT);
+    on_unlock(domain);
+    instantsnap_snapshot_free(snapshot);
+    CHECK(instantsnap_register_driver(NULL) == 0);
+}
+
+/* A registered driver's storage: its `opaque` is the domain, and the driver's lock is free meanwhile. */
+
+static struct {
+    unsigned int snapshots, undone, reverted;
+    int result;
+} storage;
+
+static const char *copy_of(const instantsnap_storage_call *call)
+{
+    return harness_text("%s.%s", call->disks[0]->source, call->snapshot);
+}
+
+static void check_storage(const instantsnap_storage_call *call, struct domain *domain)
+{
+    CHECK(pthread_mutex_trylock(&domain->lock) == 0);
+    CHECK(pthread_mutex_unlock(&domain->lock) == 0);
+    CHECK(call->disk_count == 1);
+    CHECK(strcmp(call->disks[0]->name, "vda") == 0);
+}
+
+static int copy(const char *from, const char *to)
+{
+    const char *words[] = {"cp", from, to, NULL};
+
+    return harness_run(words);
+}
+
+static int on_storage_snapshot(const instantsnap_storage_call *call, void *opaque)
+{
+    check_storage(call, opaque);
+    CHECK(strcmp(call->disks[0]->source, ((struct domain *) opaque)->disk) == 0);
+    storage.snapshots++;
+    return storage.result ? storage.result : copy(call->disks[0]->source, copy_of(call));
+}
+
+static void on_storage_undo(const instantsnap_storage_call *call, void *opaque)
+{
+    check_storage(call, opaque);
+    CHECK(remove(copy_of(call)) == 0);
+    storage.undone++;
+}
+
+/* The continued guest writes to a copy: the snapshot can be reverted to again. */
+static int on_storage_revert(const instantsnap_storage_call *call, char **files, void *opaque)
+{
+    const char *file = harness_text("%s.reverted-%u", copy_of(call), ++storage.reverted);
+
+    check_storage(call, opaque);
+    if (copy(copy_of(call), file) != 0)
+        return -1;
+    files[0] = strdup(file);
+    return 0;
+}
+
+static void with_storage(struct domain *domain)
+{
+    static const char manual[] = "<domainsnapshot>%s<disks><disk name='vda' snapshot='manual'/></disks></domainsnapshot>";
+    instantsnap_storage_hook hook = {.size = sizeof(hook), .snapshot = on_storage_snapshot, .undo = on_storage_undo,
+                                     .revert = on_storage_revert};
+    instantsnap_driver_ops ops = libvirts_ops();
+    struct trace before;
+    void *snapshot;
+    const char *xml = harness_text(manual, "<name>hooked</name>");
+
+    ops.record = NULL;
+    ops.forget = NULL;
+    ops.snapshot_xml = NULL;
+    ops.current_snapshot = NULL;
+    ops.state_dir = on_state_dir;
+    ops.make_snapshot = NULL;
+    CHECK(instantsnap_register_driver(&ops) == 0);
+    on_lock(domain);
+    CHECK_FAILS(!qemuSnapshotCreateXML(domain, domain, xml, INSTANT), VIR_ERR_OPERATION_UNSUPPORTED);
+    CHECK(instantsnap_register_driver(NULL) == 0);
+
+    hook.reserved = 1;
+    ops.storage_hook = &hook;
+    CHECK_FAILS(instantsnap_register_driver(&ops) == -1, VIR_ERR_INVALID_ARG);
+    hook.reserved = 0;
+    CHECK(instantsnap_register_driver(&ops) == 0);
+    /* It was copied. */
+    memset(&hook, 0xff, sizeof(hook));
+
+    before = trace(domain);
+    storage.result = 28;
+    CHECK_FAILS(!qemuSnapshotCreateXML(domain, domain, xml, INSTANT), VIR_ERR_OPERATION_FAILED);
+    CHECK(strstr(domain->message, "28"));
+    check_locked(domain);
+    check_untouched(domain, &before);
+    storage.result = 0;
+    snapshot = qemuSnapshotCreateXML(domain, domain, xml, INSTANT);
+    check_locked(domain);
+    CHECK(snapshot && storage.snapshots == 2 && storage.undone == 0);
+    release(&before);
+
+    CHECK(qemuSnapshotRevert(domain, snapshot, VIR_DOMAIN_SNAPSHOT_REVERT_RUNNING) == 0);
+    check_locked(domain);
+    CHECK(storage.reverted == 1 && strstr(domain->disk, ".hooked.reverted-1"));
+    CHECK(says(domain, "query-status", "\"running\": true"));
+    CHECK(qemuSnapshotDelete(domain, snapshot, 0) == 0);
+    check_locked(domain);
+    CHECK(storage.undone == 1);
     on_unlock(domain);
     instantsnap_snapshot_free(snapshot);
     CHECK(instantsnap_register_driver(NULL) == 0);
@@ -936,6 +1054,7 @@ int main(void)
     stop(&domains[1]);
 
     recorded_by_the_library(&domains[0]);
+    with_storage(&domains[0]);
     stop(&domains[0]);
     return 0;
 }

@@ -789,7 +789,8 @@ typedef struct instantsnap_driver_ops {
     /** Stops, and starts, the vCPUs; returns when they have. */
     int (*pause)(void *opaque, unsigned int timeout_ms);
     int (*resume)(void *opaque, unsigned int timeout_ms);
-    /** Switches all disks, or none (`transaction` of `blockdev-snapshot`), in the pause. */
+    /** Switches all disks, or none (`transaction` of `blockdev-snapshot`), in the pause. `count` is 1 or more. A driver that does it
+     * carries dirty bitmaps over itself; over the monitor, that is done. */
     int (*switch_disks)(void *opaque, const instantsnap_driver_disk *disks, size_t count, unsigned int timeout_ms);
     /** Is told, in an undo, that the disks are off these overlays again. */
     void (*disks_merged)(void *opaque, const instantsnap_driver_disk *disks, size_t count);

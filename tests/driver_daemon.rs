@@ -3,7 +3,7 @@
 use std::os::unix::fs::symlink;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command};
+use std::process::{Child, Command, ExitStatus};
 use std::sync::OnceLock;
 
 use instantsnap_testkit::compile::{gcc, tick_guest, workspace};
@@ -39,7 +39,10 @@ impl Daemon {
         let directory = tempfile::Builder::new().prefix("instantsnap-").tempdir().unwrap();
         symlink(library(), directory.path().join("libinstantsnap.so.0")).unwrap();
         let qemu = binary.command();
-        let mut command = Command::new(program());
+        let mut command = match std::env::var_os("INSTANTSNAP_TEST_VALGRIND") {
+            Some(_) => valgrind(program()),
+            None => Command::new(program()),
+        };
         command.arg(directory.path().join("daemon.sock")).arg(directory.path());
         for guest in GUESTS {
             let image = directory.path().join(format!("{guest}.qcow2"));
@@ -100,17 +103,33 @@ impl Daemon {
     }
 }
 
+impl Daemon {
+    /// Ends it, and its guests with it.
+    fn end(&mut self) -> std::io::Result<ExitStatus> {
+        let _ = kill_process(Pid::from_child(&self.child), Signal::TERM);
+        self.child.wait()
+    }
+}
+
 impl Drop for Daemon {
     fn drop(&mut self) {
-        let _ = kill_process(Pid::from_child(&self.child), Signal::TERM);
-        let _ = self.child.wait();
+        let _ = self.end();
     }
+}
+
+/// The same program with its memory watched; not QEMU's.
+fn valgrind(program: &Path) -> Command {
+    let mut command = Command::new("valgrind");
+    let options = ["--quiet", "--error-exitcode=99", "--leak-check=full", "--errors-for-leak-kinds=definite"];
+    command.args(options).args(["--show-leak-kinds=definite", "--trace-children-skip=*qemu*", "--trace-children=yes"]);
+    command.arg(program);
+    command
 }
 
 #[test]
 fn a_daemon_with_one_event_loop_takes_and_brings_back_snapshots_of_four_guests() {
     for binary in Binary::any() {
-        let daemon = Daemon::start(binary);
+        let mut daemon = Daemon::start(binary);
         let before = GUESTS.map(|guest| daemon.wait_ticks(guest, 2));
         let mut requests = GUESTS.map(|guest| format!("snapshot {guest} first")).to_vec();
         requests.push("stats".into());
@@ -158,5 +177,7 @@ fn a_daemon_with_one_event_loop_takes_and_brings_back_snapshots_of_four_guests()
             daemon.wait_ticks(guest, 65);
         }
         daemon.get("stats");
+        let ended = daemon.end().unwrap();
+        assert!(ended.success(), "{ended}");
     }
 }

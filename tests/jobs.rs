@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use common::jobs::{Listener, Slow, next, readable, rest, steps};
+use common::way::{by_driver, open_guest};
 use common::{ALL_SECTORS, INSTANTLY, Opened, assert_error, assert_untouched, machine, named, through_proxy};
 use instantsnap::engine::{Event, Handle, Job, Phase, Returns, What};
 use instantsnap::error::Code;
@@ -377,7 +378,7 @@ fn a_job_that_nobody_follows_and_whose_guest_is_closed_goes_on() {
         let opened = Opened::start(&machine(binary, 2));
         let (gate, listener) = (Gate::default(), Listener::default());
         let heard = listener.heard();
-        let another = Handle::open_qmp(&opened.guest.qmp(), None, &opened.state_dir()).unwrap();
+        let another = open_guest(&opened.guest, &opened.guest.qmp(), None, &opened.state_dir()).unwrap();
         let listener = listener.hold(Phase::Drain, &gate);
         let job = another.start(&named("s"), INSTANTLY, Box::new(listener), Returns::AtInstant).unwrap();
         assert!(gate.wait_arrived(DEADLINE));
@@ -398,7 +399,9 @@ fn a_second_job_is_refused_and_touches_nothing() {
         let opened = Opened::start(&machine(binary, 2));
         let other_state = opened.guest.directory().join("other");
         std::fs::create_dir_all(&other_state).unwrap();
-        let other = Handle::open_qmp(&opened.guest.qmp(), None, &other_state).unwrap();
+        // A driver has its own socket for itself.
+        let socket = if by_driver() { "control.sock" } else { "qmp.sock" };
+        let other = Handle::open_qmp(&opened.guest.directory().join(socket), None, &other_state).unwrap();
         let gate = Gate::default();
         let first = opened.start_at_once(&named("first"), INSTANTLY, Listener::default().hold(Phase::Prepare, &gate));
         assert!(gate.wait_arrived(DEADLINE));

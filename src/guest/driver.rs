@@ -5,7 +5,7 @@
 use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use serde_json::{Value, json};
 
@@ -16,7 +16,7 @@ use crate::error::{Code, Error, Result, fail};
 use crate::flags::delete::METADATA_ONLY;
 use crate::monitor::{Command, Deadline, Event, Execute, Failure, Monitor, Peer, json, read_reply};
 use crate::snapshot::domain::Domain;
-use crate::snapshot::{Record, Store, check_name};
+use crate::snapshot::{Record, Store, check_name, generated_names};
 
 /// A command that only asks gets as long.
 const ASKING: Duration = Duration::from_secs(5);
@@ -131,13 +131,24 @@ impl Connector for DriverConnector {
         if let Some(store) = &self.store {
             return Reserved::in_store(store, name);
         }
-        let seconds = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
-        let name = name.map_or_else(|| seconds.to_string(), str::to_owned);
-        check_name(&name)?;
-        let known = self.driver.snapshot_xml(&name).map_err(failed("cannot look for a snapshot of this name"))?;
-        if known.is_some() {
-            fail!(OperationInvalid, "domain snapshot '{name}' already exists");
-        }
+        let is_known = |name: &str| {
+            let known = self.driver.snapshot_xml(name).map_err(failed("cannot look for a snapshot of this name"))?;
+            Ok::<_, Error>(known.is_some())
+        };
+        let name = match name {
+            Some(name) => {
+                check_name(name)?;
+                if is_known(name)? {
+                    fail!(OperationInvalid, "domain snapshot '{name}' already exists");
+                }
+                name.to_owned()
+            }
+            None => {
+                let mut names = generated_names();
+                let free = names.find_map(|name| is_known(&name).map(|known| (!known).then_some(name)).transpose());
+                free.unwrap_or_else(|| fail!(OperationInvalid, "no name is free for the snapshot: give it one"))?
+            }
+        };
         Ok(Reserved { name, memory_file: None, held: None })
     }
 

@@ -7,12 +7,11 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, ErrorKind, Write};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use rustix::fs::{FlockOperation, flock};
 use tempfile::NamedTempFile;
 
-use super::{Record, check_name};
+use super::{Record, check_name, generated_names};
 use crate::error::{Code, Error, Result, fail};
 use crate::sys;
 
@@ -71,10 +70,8 @@ impl Store {
         if let Some(name) = name {
             return self.reserve_locked(name);
         }
-        let seconds = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
-        let candidates = (0..1000).map(|n| if n == 0 { seconds.to_string() } else { format!("{seconds}-{n}") });
         let mut last = None;
-        for candidate in candidates {
+        for candidate in generated_names() {
             match self.reserve_locked(&candidate) {
                 Err(error) if error.code == Code::OperationInvalid => last = Some(error),
                 other => return other,

@@ -164,7 +164,10 @@ impl<C: Channel> Guest for MonitorGuest<'_, C> {
     }
 
     fn switch_disks(&mut self, deadline: Deadline) -> Result<()> {
-        self.channel.switch(&self.overlays, deadline)
+        match self.overlays.is_empty() {
+            true => Ok(()),
+            false => self.channel.switch(&self.overlays, deadline),
+        }
     }
 
     fn resume(&mut self, deadline: Deadline) -> Result<()> {
@@ -193,8 +196,10 @@ impl<C: Channel> Guest for MonitorGuest<'_, C> {
     }
 
     fn merge_disks(&mut self) -> Result<()> {
-        overlays::merge(&mut self.channel, &mut self.overlays)?;
-        self.channel.merged(&self.overlays);
+        if !self.overlays.is_empty() {
+            overlays::merge(&mut self.channel, &mut self.overlays)?;
+            self.channel.merged(&self.overlays);
+        }
         Ok(())
     }
 

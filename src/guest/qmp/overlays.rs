@@ -154,9 +154,6 @@ fn blockdev_add(monitor: &mut dyn Execute, step: &str, options: Value) -> Result
 
 /// Switches all of them, with their bitmaps, in one transaction.
 pub fn switch(monitor: &mut dyn Execute, overlays: &[Overlay], deadline: Deadline) -> Result<()> {
-    if overlays.is_empty() {
-        return Ok(());
-    }
     let mut actions = Vec::new();
     for overlay in overlays {
         for bitmap in &overlay.disk.drive.bitmaps {
