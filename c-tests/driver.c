@@ -454,6 +454,20 @@ static instantsnap_driver_ops libvirts_ops(void)
     return ops;
 }
 
+/* The same, whose snapshots the library records. */
+static instantsnap_driver_ops recording_ops(void)
+{
+    instantsnap_driver_ops ops = libvirts_ops();
+
+    ops.record = NULL;
+    ops.forget = NULL;
+    ops.snapshot_xml = NULL;
+    ops.current_snapshot = NULL;
+    ops.state_dir = on_state_dir;
+    ops.make_snapshot = NULL;
+    return ops;
+}
+
 /* Domains, and what is to be seen of them. */
 
 static void start(struct domain *domain, const char *name)
@@ -726,17 +740,11 @@ static void libvirts_driver(struct domain *domain)
 /* The library records the snapshots, and brings them back. */
 static void recorded_by_the_library(struct domain *domain)
 {
-    instantsnap_driver_ops ops = libvirts_ops();
+    instantsnap_driver_ops ops = recording_ops();
     struct trace before;
     void *snapshot;
     int files;
 
-    ops.record = NULL;
-    ops.forget = NULL;
-    ops.snapshot_xml = NULL;
-    ops.current_snapshot = NULL;
-    ops.state_dir = on_state_dir;
-    ops.make_snapshot = NULL;
     CHECK(instantsnap_register_driver(&ops) == 0);
     domain->uses_lock = 1;
     on_lock(domain);
@@ -830,17 +838,11 @@ static void with_storage(struct domain *domain)
     static const char manual[] = "<domainsnapshot>%s<disks><disk name='vda' snapshot='manual'/></disks></domainsnapshot>";
     instantsnap_storage_hook hook = {.size = sizeof(hook), .snapshot = on_storage_snapshot, .undo = on_storage_undo,
                                      .revert = on_storage_revert};
-    instantsnap_driver_ops ops = libvirts_ops();
+    instantsnap_driver_ops ops = recording_ops();
     struct trace before;
     void *snapshot;
     const char *xml = harness_text(manual, "<name>hooked</name>");
 
-    ops.record = NULL;
-    ops.forget = NULL;
-    ops.snapshot_xml = NULL;
-    ops.current_snapshot = NULL;
-    ops.state_dir = on_state_dir;
-    ops.make_snapshot = NULL;
     CHECK(instantsnap_register_driver(&ops) == 0);
     on_lock(domain);
     CHECK_FAILS(!qemuSnapshotCreateXML(domain, domain, xml, INSTANT), VIR_ERR_OPERATION_UNSUPPORTED);
