@@ -152,6 +152,10 @@ pub type MakeErrands<'a> = Box<dyn Fn(&[(&str, Value)]) -> Errands + 'a>;
 /// Programs to be run for a process that has ended.
 #[derive(Clone, Debug)]
 pub struct Errands {
+    /// Succeeds where the daemon that does the others is there.
+    pub look: Errand,
+    /// So often that is tried, once a second.
+    pub tries: u32,
     /// Resumes the guest.
     pub resume: Errand,
     /// Put everything back but the disks.
