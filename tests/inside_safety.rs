@@ -11,7 +11,7 @@ use std::time::Duration;
 use common::inside::{INSTANT, LIVE, Subject, answer, library, session};
 use common::{files_below, machine};
 use instantsnap_testkit::compile::{gcc, workspace};
-use instantsnap_testkit::{Binary, Daemon, Fingerprint, Machine, Mode, domain_fingerprint, wait_for};
+use instantsnap_testkit::{Binary, Daemon, Fingerprint, Machine, Mode, domain_fingerprint, thorough, wait_for};
 use rustix::process::{Pid, Signal, kill_process};
 
 const INVALID_ARG: i64 = 8;
@@ -70,7 +70,9 @@ fn where_libvirt_is_not_as_we_know_it_instant_is_off_and_everything_is_libvirts(
         ("INSTANTSNAP_TEST_VERSION", "13000000", "libvirt 13.0 is not one that this version of instantsnap knows"),
         ("INSTANTSNAP_TEST_VERSION", "8010000", "libvirt 8.10 is not one that this version of instantsnap knows"),
     ];
-    for (variable, value, reason) in lacks {
+    let few = [0, 3];
+    let chosen = lacks.into_iter().enumerate().filter(|(n, _)| thorough() || few.contains(n));
+    for (_, (variable, value, reason)) in chosen {
         let daemon = Daemon::preloaded(Mode::Session, &[&library(), &lacking()], &[(variable, value)]).unwrap();
         let subject = Subject::start(&machine(binary(), 1), &daemon);
         for _ in 0..2 {
@@ -219,8 +221,10 @@ fn a_daemon_that_is_killed_leaves_a_guest_that_runs_and_nothing_else() {
     let subject = Subject::start(&machine(binary(), 2).late_arm(&release), &daemon);
     let before = trace(&subject);
     let child = subject.spawn("pause");
+    // And libvirt has recorded the switch of the disks: killed before that, it would forget one of its own too.
     let paused = wait_for(Duration::from_secs(60), || {
-        (subject.guest.virsh("domstate", &[]).trim() == "paused").then_some(())
+        let paused = subject.guest.virsh("domstate", &[]).trim() == "paused";
+        (paused && subject.guest.virsh("domblklist", &[]).contains(".pause")).then_some(())
     });
     assert!(paused.is_some(), "{:?}", client_of(child));
     daemon.kill();
@@ -237,7 +241,6 @@ fn a_daemon_that_is_killed_leaves_a_guest_that_runs_and_nothing_else() {
     let slowed = subject.slow_down("drain");
     daemon.kill();
     assert!(!child.wait_with_output().unwrap().status.success());
-    subject.guest.wait_ticks(3);
     drop(slowed);
     daemon.start_again();
     assert_untouched(&subject, &before);

@@ -118,7 +118,13 @@ impl Subject {
         self.create(name, INSTANT).spawn().unwrap()
     }
 
-    /// Reverts to a snapshot, or deletes it, by a method of its.
+    /// Reverts to a snapshot.
+    pub fn revert(&self, name: &str) -> Result<String, Refused> {
+        let script = "attempt(lambda: str(domain.revertToSnapshot(domain.snapshotLookupByName(sys.argv[3]))))";
+        answer(self.client(script, &[name]).output().unwrap())
+    }
+
+    /// Calls a method of a snapshot.
     pub fn on_snapshot(&self, name: &str, call: &str) -> Result<String, Refused> {
         let script = format!("attempt(lambda: str(domain.snapshotLookupByName(sys.argv[3]).{call}))");
         answer(self.client(&script, &[name]).output().unwrap())
