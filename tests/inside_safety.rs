@@ -25,9 +25,9 @@ fn binary() -> &'static Binary {
     &Binary::under_libvirt()[0]
 }
 
-/// A guest whose drain is long enough to be slowed down.
+/// A guest whose drain is long enough to be slowed down, and which leaves the CPUs to others.
 fn busy_machine() -> Machine {
-    machine(binary(), 1).prealloc().append("dense=32")
+    machine(binary(), 1).prealloc().append("dense=32 rest=20000")
 }
 
 /// A preloaded library that makes functions of libvirt missing, or old.
