@@ -4,6 +4,7 @@ mod common;
 
 use std::fs::Permissions;
 use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
 use std::process::Command;
 
 use common::inside::{INSTANT, LIVE, Subject, answer, session};
@@ -28,17 +29,28 @@ fn create_live(subject: &Subject, name: &str) {
 }
 
 #[test]
-fn clients_in_c_and_in_python_over_a_socket_and_over_a_programs_pipe_pass_the_bit() {
+fn a_client_in_c_passes_the_bit() {
+    if !Path::new("/usr/include/libvirt/libvirt.h").exists() {
+        eprintln!("skipped: libvirt's headers are not installed");
+        return;
+    }
     let subject = start(&[]);
-    let daemon = subject.guest.daemon();
     let program = gcc(&workspace().join("c-tests/plain_client.c"), "plain_client", "-Wl,--no-as-needed -lvirt");
     let output = Command::new(&program)
-        .args([&daemon.uri(), subject.guest.name(), &subject.xml("c"), &INSTANT.to_string()])
+        .args([&subject.guest.daemon().uri(), subject.guest.name(), &subject.xml("c"), &INSTANT.to_string()])
         .env_clear()
         .output()
         .unwrap();
     assert_eq!(String::from_utf8_lossy(&output.stdout), "c\n", "{output:?}");
-    // As over ssh: a program that somebody else runs passes everything on.
+    subject.guest.wait_ticks(3);
+    subject.bring_back("c", &Daemon::session());
+}
+
+/// As over ssh: a program that somebody else runs passes everything on.
+#[test]
+fn a_client_over_a_programs_pipe_passes_the_bit() {
+    let subject = start(&[]);
+    let daemon = subject.guest.daemon();
     let relay = subject.guest.directory().join("relay");
     let own = workspace().join("tests/inside/relay.py");
     let text = format!("#!/bin/sh\nexec '{}' '{}'\n", own.display(), daemon.socket().display());
@@ -48,12 +60,9 @@ fn clients_in_c_and_in_python_over_a_socket_and_over_a_programs_pipe_pass_the_bi
     let script = "attempt(lambda: domain.snapshotCreateXML(sys.argv[3], int(sys.argv[4])).getName())";
     let mut client = subject.client_of(&uri, script, &[&subject.xml("relayed"), &INSTANT.to_string()]);
     assert_eq!(answer(client.output().unwrap()), Ok("relayed".into()));
-    assert_eq!(subject.snapshots(), ["c", "relayed"]);
+    assert_eq!(subject.snapshots(), ["relayed"]);
     subject.guest.wait_ticks(3);
-    let clones = Daemon::session();
-    for name in ["c", "relayed"] {
-        subject.bring_back(name, &clones);
-    }
+    subject.bring_back("relayed", &Daemon::session());
 }
 
 #[test]

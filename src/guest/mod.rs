@@ -158,6 +158,8 @@ pub struct Errands {
     pub tries: u32,
     /// Resumes the guest.
     pub resume: Errand,
+    /// The same where that fails, because the guest runs already, or the daemon takes it for one that does.
+    pub resume_all_the_same: Errand,
     /// Put everything back but the disks.
     pub restore: Vec<Errand>,
     /// Merge one overlay each, if it is in use, and fail if it was not.

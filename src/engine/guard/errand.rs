@@ -50,7 +50,7 @@ fn c_path(path: &Path) -> Option<CString> {
 pub struct Errands {
     look: Errand,
     tries: u32,
-    resume: Errand,
+    resume: [Errand; 2],
     restore: Vec<Errand>,
     merge: Vec<Errand>,
     files: Vec<CString>,
@@ -63,7 +63,7 @@ impl Errands {
         Errands {
             look: Errand::new(errands.look),
             tries: errands.tries,
-            resume: Errand::new(errands.resume),
+            resume: [errands.resume, errands.resume_all_the_same].map(Errand::new),
             restore: all(errands.restore),
             merge: all(errands.merge),
             files: files.iter().filter_map(|file| c_path(file)).collect(),
@@ -78,7 +78,7 @@ impl Errands {
 
     /// A daemon that restarts is there again after some time.
     fn wait_for_daemon(&self, stream: &mut Remaining) {
-        repeat(&self.look, self.tries, stream);
+        repeat(std::slice::from_ref(&self.look), self.tries, stream);
     }
 
     /// Puts settings back, then disks: those whose overlays may be in use are merged first.
@@ -96,10 +96,10 @@ impl Errands {
     }
 }
 
-/// Runs an errand until it succeeds, once a second.
-fn repeat(errand: &Errand, tries: u32, stream: &mut Remaining) {
+/// Runs errands until one of them succeeds, once a second.
+fn repeat(errands: &[Errand], tries: u32, stream: &mut Remaining) {
     for _ in 0..tries {
-        if errand.run(stream) {
+        if errands.iter().any(|errand| errand.run(stream)) {
             return;
         }
         if !stream.ended {

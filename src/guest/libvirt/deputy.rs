@@ -55,6 +55,7 @@ pub fn errands(virsh: &Virsh, uuid: &str, restore: &[(&str, Value)], disks: &[Di
         look: virsh.run(&["uri"]),
         tries: virsh.tries,
         resume: virsh.run(&["resume", uuid]),
+        resume_all_the_same: virsh.run(&["qemu-monitor-command", uuid, r#"{"execute":"cont"}"#]),
         restore: settings.chain([forget]).collect(),
         merge: disks.iter().map(merge).collect(),
     }
