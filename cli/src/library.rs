@@ -28,7 +28,9 @@ pub fn check(library: &Path) -> Result<()> {
         return Err(format!("{shown}: an absolute path is needed, for the daemon's directory is another"));
     }
     if text.contains(|letter: char| letter.is_whitespace() || letter == ':' || letter == '"' || letter == '$') {
-        return Err(format!("{shown}: the loader takes no path with a space or a colon, systemd none with a quote or a $"));
+        return Err(format!(
+            "{shown}: the loader takes no path with a space or a colon, systemd none with a quote or a $"
+        ));
     }
     let data = fs::metadata(library).map_err(|error| format!("{shown}: {error}"))?;
     if !data.is_file() {
@@ -63,8 +65,11 @@ fn is_ours(bytes: &[u8]) -> bool {
 /// Its version, as far as it has one.
 pub fn version(bytes: &[u8]) -> Option<String> {
     let at = bytes.windows(MARK.len()).position(|window| window == MARK)? + MARK.len();
-    let version: String =
-        bytes[at..].iter().map(|byte| char::from(*byte)).take_while(|c| c.is_ascii_alphanumeric() || "-.+".contains(*c)).collect();
+    let version: String = bytes[at..]
+        .iter()
+        .map(|byte| char::from(*byte))
+        .take_while(|c| c.is_ascii_alphanumeric() || "-.+".contains(*c))
+        .collect();
     (!version.is_empty()).then_some(version)
 }
 

@@ -98,7 +98,10 @@ fn what_the_unit_preloads_already_stays_and_what_would_override_us_is_told() {
         "usr/lib/systemd/system/libvirtd.service",
         "[Service]\nEnvironmentFile=-/etc/default/libvirtd\nEnvironment=LD_PRELOAD=/usr/lib/old.so\n",
     );
-    system.write("etc/systemd/system/libvirtd.service.d/own.conf", "[Service]\nEnvironment='LD_PRELOAD=/usr/lib/own.so'\n");
+    system.write(
+        "etc/systemd/system/libvirtd.service.d/own.conf",
+        "[Service]\nEnvironment='LD_PRELOAD=/usr/lib/own.so'\n",
+    );
     for _ in 0..2 {
         ok(system.enable(&[]));
         let text = fs::read_to_string(system.drop_in("libvirtd")).unwrap();

@@ -64,10 +64,9 @@ impl Daemon {
                 virIdentityGetSystem: std::mem::transmute::<*mut c_void, unsafe extern "C" fn() -> *mut c_void>(
                     symbol(c"virIdentityGetSystem")?,
                 ),
-                virIdentitySetCurrent: std::mem::transmute::<
-                    *mut c_void,
-                    unsafe extern "C" fn(*mut c_void) -> c_int,
-                >(symbol(c"virIdentitySetCurrent")?),
+                virIdentitySetCurrent: std::mem::transmute::<*mut c_void, unsafe extern "C" fn(*mut c_void) -> c_int>(
+                    symbol(c"virIdentitySetCurrent")?,
+                ),
                 g_object_unref: std::mem::transmute::<*mut c_void, OnObject>(symbol(c"g_object_unref")?),
             })
         }
@@ -176,9 +175,8 @@ fn check_version(library: *mut c_void, any_version: bool) -> Result<(), String> 
     let get = symbol(library, c"virGetVersion")?;
     let mut number: c_ulong = 0;
     // SAFETY: a public function of this type, and storage for the number; the others may be NULL.
-    let got = unsafe {
-        std::mem::transmute::<*mut c_void, GetVersion>(get)(&raw mut number, ptr::null(), ptr::null_mut())
-    };
+    let got =
+        unsafe { std::mem::transmute::<*mut c_void, GetVersion>(get)(&raw mut number, ptr::null(), ptr::null_mut()) };
     let version = (number / 1_000_000, number / 1000 % 1000);
     if got != 0 || (!KNOWN.contains(&version) && !any_version) {
         let (major, minor) = version;
@@ -221,16 +219,8 @@ static SOURCE: Shared =
 
 /// A line in the daemon's log; on standard error, which is its journal, where libvirt has no log.
 pub fn log(priority: Priority, message: &str) {
-    type LogMessage = unsafe extern "C" fn(
-        *mut Source,
-        c_uint,
-        *const c_char,
-        c_int,
-        *const c_char,
-        *mut c_void,
-        *const c_char,
-        ...
-    );
+    type LogMessage =
+        unsafe extern "C" fn(*mut Source, c_uint, *const c_char, c_int, *const c_char, *mut c_void, *const c_char, ...);
     let found = libvirt().and_then(|library| symbol(library, c"virLogMessage").ok());
     let text = CString::new(message.replace('\0', "\\0")).unwrap_or_default();
     let Some(found) = found else {

@@ -47,11 +47,8 @@ mod tests {
     #[test]
     fn what_is_not_set_or_makes_no_sense_is_as_by_default() {
         assert_eq!(of(&[]), (false, MOST, false));
-        let nonsense = [
-            ("INSTANTSNAP_UPGRADE_LIVE", "yes"),
-            ("INSTANTSNAP_MAX_SNAPSHOTS", "-1"),
-            ("INSTANTSNAP_ANY_LIBVIRT", ""),
-        ];
+        let nonsense =
+            [("INSTANTSNAP_UPGRADE_LIVE", "yes"), ("INSTANTSNAP_MAX_SNAPSHOTS", "-1"), ("INSTANTSNAP_ANY_LIBVIRT", "")];
         assert_eq!(of(&nonsense), (false, MOST, false));
         let all =
             [("INSTANTSNAP_UPGRADE_LIVE", "1"), ("INSTANTSNAP_MAX_SNAPSHOTS", "3"), ("INSTANTSNAP_ANY_LIBVIRT", "1")];

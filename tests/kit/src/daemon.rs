@@ -76,6 +76,16 @@ impl Daemon {
     /// Starts a daemon into which libraries are preloaded, with more variables in its environment. None where one of the
     /// system's kind is wanted, and not possible.
     pub fn preloaded(mode: Mode, libraries: &[&Path], variables: &[(&'static str, &str)]) -> Option<Daemon> {
+        Daemon::configured(mode, libraries, variables, "")
+    }
+
+    /// The same with more lines in its libvirtd.conf.
+    pub fn configured(
+        mode: Mode,
+        libraries: &[&Path],
+        variables: &[(&'static str, &str)],
+        conf: &str,
+    ) -> Option<Daemon> {
         if mode == Mode::System && !rustix::process::geteuid().is_root() {
             eprintln!("not root: a libvirtd of the system's kind is not tried");
             return None;
@@ -85,7 +95,7 @@ impl Daemon {
             let more = variables.iter().map(|(name, value)| (*name, PathBuf::from(value)));
             [("LD_PRELOAD", PathBuf::from(libraries.join(":")))].into_iter().chain(more).collect()
         };
-        match Daemon::start(mode, environment) {
+        match Daemon::start_configured(mode, environment, conf) {
             Ok(daemon) => Some(daemon),
             Err(error) if mode == Mode::System => {
                 eprintln!("a libvirtd of the system's kind is not tried: {error}");
@@ -127,8 +137,17 @@ impl Daemon {
     }
 
     fn start(mode: Mode, environment: impl FnOnce(&Path) -> Environment) -> Result<Daemon, String> {
+        Daemon::start_configured(mode, environment, "")
+    }
+
+    fn start_configured(
+        mode: Mode,
+        environment: impl FnOnce(&Path) -> Environment,
+        conf: &str,
+    ) -> Result<Daemon, String> {
         let directory = tempfile::Builder::new().prefix("isl-").tempdir().expect("no temporary directory");
         let layout = Layout::make(mode, directory.path());
+        layout.configure(conf);
         let keeper = Keeper::start(&layout, environment(directory.path()))?;
         cache::seed(&layout);
         let daemon =

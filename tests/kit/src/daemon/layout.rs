@@ -46,6 +46,20 @@ impl Layout {
         layout
     }
 
+    /// Adds lines to its libvirtd.conf.
+    pub fn configure(&self, lines: &str) {
+        let file = self.config();
+        let before = std::fs::read_to_string(&file).unwrap_or_else(|error| panic!("{}: {error}", file.display()));
+        write(&file, &(before + lines));
+    }
+
+    fn config(&self) -> PathBuf {
+        self.directory.join(match self.mode {
+            Mode::Session => "etc/libvirt/libvirtd.conf",
+            Mode::System => "etc/libvirtd.conf",
+        })
+    }
+
     fn configure_session(&self) {
         write(&self.directory.join("etc/libvirt/qemu.conf"), "stdio_handler = \"file\"\n");
         write(&self.directory.join("etc/libvirt/libvirtd.conf"), "auth_unix_rw = \"none\"\nauth_unix_ro = \"none\"\n");
@@ -141,10 +155,7 @@ impl Layout {
     /// Its command line.
     pub fn libvirtd(&self) -> Vec<String> {
         let own = |name: &str| self.directory.join(name).display().to_string();
-        let config = match self.mode {
-            Mode::Session => own("etc/libvirt/libvirtd.conf"),
-            Mode::System => own("etc/libvirtd.conf"),
-        };
+        let config = self.config().display().to_string();
         [LIBVIRTD.to_owned(), "--config".to_owned(), config, "--pid-file".to_owned(), own("run/libvirtd.pid")].into()
     }
 
