@@ -3,14 +3,15 @@
 mod common;
 
 use std::fs::Permissions;
+use std::net::TcpListener;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::Command;
 
-use common::inside::{INSTANT, LIVE, Subject, answer, session};
+use common::inside::{INSTANT, LIVE, Subject, answer, library, session};
 use common::machine;
 use instantsnap_testkit::compile::{gcc, workspace};
-use instantsnap_testkit::{Binary, Daemon, Machine};
+use instantsnap_testkit::{Binary, Daemon, Machine, Mode};
 
 const UPGRADE: (&str, &str) = ("INSTANTSNAP_UPGRADE_LIVE", "1");
 
@@ -63,6 +64,23 @@ fn a_client_over_a_programs_pipe_passes_the_bit() {
     assert_eq!(subject.snapshots(), ["relayed"]);
     subject.guest.wait_ticks(3);
     subject.bring_back("relayed", &Daemon::session());
+}
+
+#[test]
+fn a_client_over_tcp_passes_the_bit() {
+    // Somebody else may take the port before the daemon does: then it does not start, and the test says so.
+    let port = TcpListener::bind(("127.0.0.1", 0)).unwrap().local_addr().unwrap().port();
+    let conf = format!(
+        "listen_tls = 0\nlisten_tcp = 1\nauth_tcp = \"none\"\nlisten_addr = \"127.0.0.1\"\ntcp_port = \"{port}\"\n"
+    );
+    let daemon = Daemon::configured(Mode::Session, &[&library()], &[], &conf).unwrap();
+    let subject = Subject::start(&one_disk(), &daemon);
+    let script = "attempt(lambda: domain.snapshotCreateXML(sys.argv[3], int(sys.argv[4])).getName())";
+    let uri = format!("qemu+tcp://127.0.0.1:{port}/session");
+    let mut client = subject.client_of(&uri, script, &[&subject.xml("tcp"), &INSTANT.to_string()]);
+    assert_eq!(answer(client.output().unwrap()), Ok("tcp".into()));
+    subject.guest.wait_ticks(3);
+    subject.bring_back("tcp", &Daemon::session());
 }
 
 #[test]

@@ -38,7 +38,7 @@ pub fn preloaded(root: &Path, unit: &str) -> Result<String> {
 fn files(root: &Path, unit: &str) -> Vec<PathBuf> {
     let directories = DIRECTORIES.iter().map(|directory| root.join(directory));
     let main = directories.clone().map(|directory| directory.join(format!("{unit}.service")));
-    let main = main.filter(|file| file.is_file()).last();
+    let main = main.rev().find(|file| file.is_file());
     let mut drop_ins: Vec<PathBuf> = directories
         .filter_map(|directory| fs::read_dir(directory.join(format!("{unit}.service.d"))).ok())
         .flat_map(|entries| entries.flatten().map(|entry| entry.path()))
@@ -54,7 +54,7 @@ pub fn preload_of(text: &str) -> Option<String> {
     let lines = text.lines().filter_map(|line| line.trim().strip_prefix("Environment="));
     let words = lines.flat_map(words);
     let values = words.filter_map(|word| word.strip_prefix("LD_PRELOAD=").map(str::to_owned));
-    values.last().filter(|value| !value.is_empty()).map(|value| value.replace("%%", "%"))
+    values.reduce(|_, last| last).filter(|value| !value.is_empty()).map(|value| value.replace("%%", "%"))
 }
 
 fn environment_files(text: &str) -> impl Iterator<Item = String> + '_ {

@@ -156,3 +156,31 @@ pub unsafe extern "C" fn instantsnap_open_libvirt(domain: *mut c_void) -> *mut i
         Ok(GUESTS.add(Handle::open_libvirt(Arc::new(LibvirtConnector::open(domain)?))))
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::Code;
+
+    #[test]
+    fn a_panic_is_an_error_and_what_it_unwinds_is_dropped() {
+        struct Held<'a>(&'a std::cell::Cell<bool>);
+        impl Drop for Held<'_> {
+            fn drop(&mut self) {
+                self.0.set(false);
+            }
+        }
+        if table::table().is_err() {
+            return;
+        }
+        let held = std::cell::Cell::new(true);
+        let result = attempt(|_| -> Result<()> {
+            let _held = Held(&held);
+            panic!("on purpose")
+        });
+        let error = result.unwrap_err();
+        assert_eq!(error.code, Code::InternalError);
+        assert!(error.message.contains("on purpose"), "{error}");
+        assert!(!held.get());
+    }
+}

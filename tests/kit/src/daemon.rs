@@ -146,7 +146,7 @@ impl Daemon {
         conf: &str,
     ) -> Result<Daemon, String> {
         let directory = tempfile::Builder::new().prefix("isl-").tempdir().expect("no temporary directory");
-        let layout = Layout::make(mode, directory.path());
+        let mut layout = Layout::make(mode, directory.path());
         layout.configure(conf);
         let keeper = Keeper::start(&layout, environment(directory.path()))?;
         cache::seed(&layout);
