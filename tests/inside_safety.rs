@@ -138,10 +138,12 @@ fn eight_domains_at_once_leave_workers_for_everybody_else() {
         assert_eq!(subject.guest.virsh("domstate", &[]).trim(), "running");
     }
     drop(slowed);
-    for (subject, child) in subjects.iter().zip(children) {
+    for (n, (subject, child)) in subjects.iter().zip(children).enumerate() {
         assert_eq!(client_of(child), Ok("side".into()));
         subject.guest.wait_ticks(3);
-        subject.bring_back("side", &clones);
+        if thorough() || n < 2 {
+            subject.bring_back("side", &clones);
+        }
     }
 }
 
