@@ -88,14 +88,16 @@ impl Subject {
         )
     }
 
-    /// An unmodified python3-libvirt with `domain`, and `attempt` for the call whose result or error is wanted.
+    /// An unmodified python3-libvirt (or that of the Python that INSTANTSNAP_TEST_PYTHON names) with `domain`, and `attempt` for
+    /// the call whose result or error is wanted.
     pub fn client(&self, script: &str, args: &[&str]) -> Command {
         self.client_of(&self.guest.daemon().uri(), script, args)
     }
 
     /// The same by another URI.
     pub fn client_of(&self, uri: &str, script: &str, args: &[&str]) -> Command {
-        let mut command = Command::new("/usr/bin/python3");
+        let python = std::env::var_os("INSTANTSNAP_TEST_PYTHON").unwrap_or_else(|| "/usr/bin/python3".into());
+        let mut command = Command::new(python);
         command.arg("-c").arg(format!("{PRELUDE}{script}")).args([uri, self.guest.name()]).args(args);
         command.env_clear().envs([("LC_ALL", "C"), ("PATH", "/usr/bin:/bin")]).env("HOME", "/nonexistent");
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());

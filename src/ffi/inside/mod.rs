@@ -139,8 +139,8 @@ unsafe fn on_snapshot(
     }
 }
 
-/// By this the instantsnap command finds the version in the library's file.
-const MARK: &str = concat!("instantsnap-library/", env!("CARGO_PKG_VERSION"));
+/// By this the instantsnap command finds the version in the library's file; the colon ends it there.
+const MARK: &str = concat!("instantsnap-library/", env!("CARGO_PKG_VERSION"), ":");
 
 /// The daemon that this process is, for a call that is not a step of another one of ours.
 fn the_daemon() -> Option<&'static Daemon> {
@@ -152,7 +152,7 @@ fn the_daemon() -> Option<&'static Daemon> {
     let found = Daemon::get(settings.any_version).map_err(str::to_owned);
     let found = found.and_then(|daemon| table::table().map(|_| daemon).map_err(|error| error.message));
     SAID.call_once(|| match &found {
-        Ok(_) => log(Priority::Info, &format!("{MARK}: instant snapshots are on, at most {} at once", settings.most)),
+        Ok(_) => log(Priority::Info, &format!("{MARK} instant snapshots are on, at most {} at once", settings.most)),
         Err(why) => log(Priority::Error, &format!("instant snapshots are off: {why}")),
     });
     found.ok()
