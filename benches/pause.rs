@@ -17,6 +17,9 @@ mod common;
 #[allow(dead_code)] // Nothing goes wrong here.
 #[path = "../tests/common/driver.rs"]
 mod driver;
+#[allow(dead_code)] // What a driver knows of its domain, and nothing else.
+#[path = "../tests/common/way.rs"]
+mod way;
 
 use std::collections::BTreeMap;
 use std::fs::File;

@@ -23,8 +23,10 @@
  *   instantsnap_snapshot_ functions only, never to libvirt. Errors are in instantsnap_last_error().
  * - anything else: the domain object of a driver, libvirt's or one like it, that has made itself known by
  *   instantsnap_register_driver(): it is called back with `vm`, whatever the flags, its lock is held at the call, and it is told of
- *   errors. See "The driver's way in" in instantsnap.h. Where no driver is registered, the call goes without INSTANT to the next
- *   definition of the symbol in the process, untouched; with INSTANT, and where there is none, VIR_ERR_OPERATION_UNSUPPORTED.
+ *   errors. See "The driver's way in" in instantsnap.h. Where no driver is registered, the call goes to the next definition of the
+ *   symbol in the process, untouched; where there is none, VIR_ERR_OPERATION_UNSUPPORTED. But in a stock libvirt daemon into which
+ *   this library is preloaded, INSTANT is done as for its clients, and so are revert and delete of a snapshot with its memory in a
+ *   file: see docs/inside-the-daemon.md.
  *
  * Snapshots of one guest of instantsnap_open_qmp() can be given with another that has the same state directory: a
  * clone's, to revert.

@@ -21,6 +21,9 @@ mod error;
 #[path = "../../src/flags.rs"]
 mod flags;
 #[allow(unused)]
+#[path = "../../src/snapshot/upgrade.rs"]
+mod upgrade;
+#[allow(unused)]
 #[path = "../../src/snapshot/xml.rs"]
 mod xml;
 
@@ -161,7 +164,7 @@ fn attempt<T>(libvirt: &Libvirt, call: impl FnOnce(&Ours) -> T, good: impl FnOnc
         Err(error) => libvirt.set_last_error(&error),
     }
     match libvirt.last_error() {
-        Some(error) if request::is_refusal(error.code) => Outcome::Refused(error.message),
+        Some(error) if upgrade::is_refusal(error.code) => Outcome::Refused(error.message),
         _ => Outcome::Failed,
     }
 }

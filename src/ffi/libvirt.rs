@@ -1,16 +1,16 @@
 //! `instantsnap-libvirt.h`: the entry points of libvirt's qemu driver, by its own names.
 //!
-//! `vm` decides: ours, a client's (NULL: `client`), or a driver's own object.
+//! `vm` decides: ours, a client's (NULL: `client`), or a driver's own object: of a driver that was registered (`driver`), or of
+//! one that has these functions itself (`inside`).
 
 use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
-use std::ptr;
+use std::ptr::{self, NonNull};
 
 use super::handles::is_handle;
 use super::header::{instantsnap_guest, instantsnap_snapshot};
 use super::native::{self, GUESTS, SNAPSHOTS, Snapshot};
-use super::{boundary, client, driver, text};
+use super::{boundary, client, driver, inside, text};
 use crate::error::{Result, fail};
-use crate::flags;
 
 /// `virDomainObj`, which is libvirt's affair.
 type DomainObj = c_void;
@@ -27,17 +27,15 @@ pub unsafe extern "C" fn qemuSnapshotCreateXML(
     xml: *const c_char,
     flags: c_uint,
 ) -> *mut c_void {
-    type Function = unsafe extern "C" fn(*mut c_void, *mut DomainObj, *const c_char, c_uint) -> *mut c_void;
     // SAFETY: by the caller's promise.
     if let Some(snapshot) = unsafe { driver::create(domain, vm, xml, flags) } {
         return snapshot;
     }
-    if !is_ours_or_null(vm)
-        && flags & flags::INSTANT == 0
-        && let Some(next) = next_definition(c"qemuSnapshotCreateXML")
-    {
+    if let Some((vm, next)) = drivers_own(vm, c"qemuSnapshotCreateXML") {
         // SAFETY: the next definition of this symbol has libvirt's signature, and the arguments are its caller's.
-        return unsafe { std::mem::transmute::<*mut c_void, Function>(next)(domain, vm, xml, flags) };
+        return unsafe {
+            inside::create(domain, vm, xml, flags, std::mem::transmute::<*mut c_void, inside::Create>(next))
+        };
     }
     if vm.is_null() {
         // SAFETY: by the caller's promise.
@@ -63,9 +61,11 @@ pub unsafe extern "C" fn qemuSnapshotRevert(vm: *mut DomainObj, snapshot: *mut c
     if let Some(result) = driver::revert(vm, snapshot, flags) {
         return result;
     }
-    // SAFETY: by the caller's promise.
-    if let Some(result) = unsafe { forward(c"qemuSnapshotRevert", vm, snapshot, flags) } {
-        return result;
+    if let Some((vm, next)) = drivers_own(vm, c"qemuSnapshotRevert") {
+        // SAFETY: the next definition of this symbol has libvirt's signature, and the arguments are its caller's.
+        return unsafe {
+            inside::revert(vm, snapshot, flags, std::mem::transmute::<*mut c_void, inside::OnSnapshot>(next))
+        };
     }
     if vm.is_null() {
         // SAFETY: by the caller's promise.
@@ -89,9 +89,11 @@ pub unsafe extern "C" fn qemuSnapshotDelete(vm: *mut DomainObj, snapshot: *mut c
     if let Some(result) = driver::delete(vm, snapshot, flags) {
         return result;
     }
-    // SAFETY: by the caller's promise.
-    if let Some(result) = unsafe { forward(c"qemuSnapshotDelete", vm, snapshot, flags) } {
-        return result;
+    if let Some((vm, next)) = drivers_own(vm, c"qemuSnapshotDelete") {
+        // SAFETY: the next definition of this symbol has libvirt's signature, and the arguments are its caller's.
+        return unsafe {
+            inside::delete(vm, snapshot, flags, std::mem::transmute::<*mut c_void, inside::OnSnapshot>(next))
+        };
     }
     if vm.is_null() {
         // SAFETY: by the caller's promise.
@@ -107,10 +109,6 @@ pub unsafe extern "C" fn qemuSnapshotDelete(vm: *mut DomainObj, snapshot: *mut c
     })
 }
 
-fn is_ours_or_null(vm: *mut DomainObj) -> bool {
-    vm.is_null() || is_handle(vm)
-}
-
 fn check_vm(vm: *mut DomainObj) -> Result<()> {
     if !is_handle(vm) {
         fail!(
@@ -121,18 +119,10 @@ fn check_vm(vm: *mut DomainObj) -> Result<()> {
     GUESTS.get(vm.cast::<instantsnap_guest>()).map(drop)
 }
 
-/// Revert and Delete of a driver's own object go to the driver's own function, where there is one.
-///
-/// # Safety
-/// Unless `vm` is ours or NULL, everything is as libvirt's own function wants it.
-unsafe fn forward(symbol: &CStr, vm: *mut DomainObj, snapshot: *mut c_void, flags: c_uint) -> Option<c_int> {
-    type Function = unsafe extern "C" fn(*mut DomainObj, *mut c_void, c_uint) -> c_int;
-    if is_ours_or_null(vm) {
-        return None;
-    }
-    let next = next_definition(symbol)?;
-    // SAFETY: the next definition of this symbol has libvirt's signature, and the arguments are its caller's.
-    Some(unsafe { std::mem::transmute::<*mut c_void, Function>(next)(vm, snapshot, flags) })
+/// Where `vm` is a driver's own object, and the driver has this function itself: both.
+fn drivers_own(vm: *mut DomainObj, symbol: &CStr) -> Option<(NonNull<DomainObj>, *mut c_void)> {
+    let vm = NonNull::new(vm).filter(|vm| !is_handle(vm.as_ptr()))?;
+    Some((vm, next_definition(symbol)?))
 }
 
 /// The definition of a symbol that would be found if this library had none.

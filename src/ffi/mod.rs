@@ -17,6 +17,7 @@ pub mod abi;
 pub mod client;
 pub mod driver;
 mod handles;
+mod inside;
 pub mod job;
 mod last_error;
 pub mod libvirt;

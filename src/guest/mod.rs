@@ -152,8 +152,14 @@ pub type MakeErrands<'a> = Box<dyn Fn(&[(&str, Value)]) -> Errands + 'a>;
 /// Programs to be run for a process that has ended.
 #[derive(Clone, Debug)]
 pub struct Errands {
+    /// Succeeds where the daemon that does the others is there.
+    pub look: Errand,
+    /// So often that is tried, once a second.
+    pub tries: u32,
     /// Resumes the guest.
     pub resume: Errand,
+    /// The same where that fails, because the guest runs already, or the daemon takes it for one that does.
+    pub resume_all_the_same: Errand,
     /// Put everything back but the disks.
     pub restore: Vec<Errand>,
     /// Merge one overlay each, if it is in use, and fail if it was not.

@@ -4,6 +4,7 @@
 //! several threads at once, as libvirt's own. Every call blocks until libvirt answers, which can take as long as another
 //! client's job on the domain.
 
+pub mod daemon;
 mod error;
 #[allow(missing_docs, non_camel_case_types)]
 pub mod table;

@@ -9,6 +9,7 @@ pub mod plan;
 pub mod record;
 pub mod request;
 pub mod store;
+pub mod upgrade;
 mod validate;
 pub mod xml;
 

@@ -3,6 +3,7 @@
 #![allow(dead_code)] // Each test program uses its own part.
 
 pub mod driver;
+pub mod inside;
 pub mod jobs;
 pub mod virt;
 pub mod way;

@@ -23,7 +23,7 @@ pub enum Script {
     /// It speaks to QEMU.
     Words(Words),
     /// It runs programs.
-    Errands(Errands),
+    Errands(Box<Errands>),
 }
 
 /// The guard's side. Descriptors are by number: the child has them all, until it keeps only these.

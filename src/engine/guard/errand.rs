@@ -9,7 +9,7 @@ use super::child::Remaining;
 use crate::guest;
 use crate::sys;
 
-/// A daemon that restarts is there again after some time.
+/// A guest that does not run is resumed so often.
 const TRIES: u32 = 10;
 const PAUSE_MS: i32 = 1000;
 
@@ -48,7 +48,9 @@ fn c_path(path: &Path) -> Option<CString> {
 /// What is to be done, in order.
 #[derive(Debug)]
 pub struct Errands {
-    resume: Errand,
+    look: Errand,
+    tries: u32,
+    resume: [Errand; 2],
     restore: Vec<Errand>,
     merge: Vec<Errand>,
     files: Vec<CString>,
@@ -59,7 +61,9 @@ impl Errands {
     pub fn new(errands: guest::Errands, files: &[PathBuf]) -> Errands {
         let all = |errands: Vec<guest::Errand>| errands.into_iter().map(Errand::new).collect();
         Errands {
-            resume: Errand::new(errands.resume),
+            look: Errand::new(errands.look),
+            tries: errands.tries,
+            resume: [errands.resume, errands.resume_all_the_same].map(Errand::new),
             restore: all(errands.restore),
             merge: all(errands.merge),
             files: files.iter().filter_map(|file| c_path(file)).collect(),
@@ -68,21 +72,18 @@ impl Errands {
 
     /// Resumes the guest.
     pub fn resume(&self, stream: &mut Remaining) {
-        for _ in 0..TRIES {
-            if self.resume.run(stream) {
-                return;
-            }
-            if !stream.ended {
-                sys::wait_ready([Some(&stream.pipe), None], PAUSE_MS);
-                stream.throw_away();
-            } else {
-                sys::wait_ready([None, None], PAUSE_MS);
-            }
-        }
+        self.wait_for_daemon(stream);
+        repeat(&self.resume, TRIES, stream);
+    }
+
+    /// A daemon that restarts is there again after some time.
+    fn wait_for_daemon(&self, stream: &mut Remaining) {
+        repeat(std::slice::from_ref(&self.look), self.tries, stream);
     }
 
     /// Puts settings back, then disks: those whose overlays may be in use are merged first.
     pub fn undo(&self, switched: bool, stream: &mut Remaining) {
+        self.wait_for_daemon(stream);
         for errand in &self.restore {
             errand.run(stream);
         }
@@ -92,5 +93,20 @@ impl Errands {
             }
         }
         self.files.iter().for_each(|file| sys::unlink(file));
+    }
+}
+
+/// Runs errands until one of them succeeds, once a second.
+fn repeat(errands: &[Errand], tries: u32, stream: &mut Remaining) {
+    for _ in 0..tries {
+        if errands.iter().any(|errand| errand.run(stream)) {
+            return;
+        }
+        if !stream.ended {
+            sys::wait_ready([Some(&stream.pipe), None], PAUSE_MS);
+            stream.throw_away();
+        } else {
+            sys::wait_ready([None, None], PAUSE_MS);
+        }
     }
 }

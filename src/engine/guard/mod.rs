@@ -94,7 +94,9 @@ impl Guarded {
         self.guard = match deputy {
             Deputy::Nobody => Guard::start(None, pipe, &Script::Silence),
             Deputy::Monitor(monitor) => Guard::start(Some(monitor), pipe, &Script::Words(Words::new(restore))),
-            Deputy::Programs(make) => Guard::start(None, pipe, &Script::Errands(Errands::new(make(restore), files))),
+            Deputy::Programs(make) => {
+                Guard::start(None, pipe, &Script::Errands(Box::new(Errands::new(make(restore), files))))
+            }
         };
     }
 

@@ -8,6 +8,7 @@ use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::time::Duration;
 
 use crate::error::{Code, Result};
+use crate::libvirt::daemon::Daemon;
 use crate::libvirt::{Connect, Domain, VirError, VirResult};
 use crate::monitor::Deadline;
 use crate::sys;
@@ -51,12 +52,19 @@ pub enum Again {
     Never,
 }
 
+/// A daemon, and the UUID of a domain of its.
+#[derive(Debug)]
+struct Address {
+    uri: String,
+    uuid: String,
+}
+
 /// A domain, called through a thread.
 #[derive(Debug)]
 pub struct Caller {
     domain: Domain,
-    uri: String,
-    uuid: String,
+    /// How the daemon is reached once more; it is not where it is this process.
+    again: Option<Address>,
     worker: Option<Sender<Task>>,
     /// Calls that were given up.
     pending: Vec<Receiver<()>>,
@@ -66,7 +74,12 @@ pub struct Caller {
 impl Caller {
     /// Of a domain.
     pub fn new(domain: Domain, uri: String, uuid: String) -> Caller {
-        Caller { domain, uri, uuid, worker: None, pending: Vec::new(), refused: false }
+        Caller { again: Some(Address { uri, uuid }), ..Caller::inside(domain) }
+    }
+
+    /// Of a domain of the daemon that this process is.
+    pub fn inside(domain: Domain) -> Caller {
+        Caller { domain, again: None, worker: None, pending: Vec::new(), refused: false }
     }
 
     /// Makes a call.
@@ -133,7 +146,11 @@ impl Caller {
         };
         let (worker, tasks) = mpsc::channel::<Task>();
         // It ends with its sender.
-        sys::spawn_quiet("instantsnap-virt", move || tasks.into_iter().for_each(|task| task()))?;
+        sys::spawn_quiet("instantsnap-virt", move || {
+            // A client's thread is its client's; one of ours in a daemon would be nobody's.
+            let _itself = Daemon::of_this_process().map(Daemon::itself);
+            tasks.into_iter().for_each(|task| task());
+        })?;
         let _ = worker.send(task);
         self.worker = Some(worker);
         Ok(())
@@ -149,16 +166,20 @@ impl Caller {
 
     /// Whether the connection is what failed.
     fn is_lost(&self, error: &VirError) -> bool {
+        if self.again.is_none() {
+            return false;
+        }
         let alive = self.domain.connect().is_ok_and(|connect| connect.is_alive());
         !alive || error.is(Code::Rpc)
     }
 
     /// Connects anew, to a daemon that may be starting.
-    pub fn reconnect(&mut self, deadline: Deadline) -> std::result::Result<(), Trouble> {
+    fn reconnect(&mut self, deadline: Deadline) -> std::result::Result<(), Trouble> {
+        let Some(Address { uri, uuid }) = &self.again else { return Err(Trouble::Lost("it is this process".into())) };
         let mut nap = Duration::from_millis(20);
         loop {
-            let reason = match Connect::open(&self.uri) {
-                Ok(Ok(connect)) => match connect.domain(&self.uuid) {
+            let reason = match Connect::open(uri) {
+                Ok(Ok(connect)) => match connect.domain(uuid) {
                     Ok(domain) => {
                         self.domain = domain;
                         self.worker = None;

@@ -13,10 +13,11 @@ use crate::snapshot::DiskPlan;
 pub struct Virsh {
     program: String,
     uri: String,
+    tries: u32,
 }
 
-/// It, where it is installed and the daemon is another process.
-pub fn virsh(uri: &str) -> Option<Virsh> {
+/// It, where it is installed and there is a daemon: `tries` is for how many seconds it may be away.
+pub fn virsh(uri: &str, tries: u32) -> Option<Virsh> {
     if uri.contains("/embed") {
         return None;
     }
@@ -26,7 +27,7 @@ pub fn virsh(uri: &str) -> Option<Virsh> {
         file.is_absolute() && file.metadata().is_ok_and(|meta| meta.is_file() && meta.permissions().mode() & 0o111 != 0)
     };
     let program = candidates.find(runs)?.into_os_string().into_string().ok()?;
-    Some(Virsh { program, uri: uri.into() })
+    Some(Virsh { program, uri: uri.into(), tries })
 }
 
 impl Virsh {
@@ -51,7 +52,10 @@ pub fn errands(virsh: &Virsh, uuid: &str, restore: &[(&str, Value)], disks: &[Di
         Errand { then_remove: (!disk.reuse).then(|| overlay.into()), ..virsh.run(&words) }
     };
     Errands {
+        look: virsh.run(&["uri"]),
+        tries: virsh.tries,
         resume: virsh.run(&["resume", uuid]),
+        resume_all_the_same: virsh.run(&["qemu-monitor-command", uuid, r#"{"execute":"cont"}"#]),
         restore: settings.chain([forget]).collect(),
         merge: disks.iter().map(merge).collect(),
     }

@@ -24,7 +24,7 @@ use serde_json::{Value, json};
 use self::call::{Again, Caller, Trouble};
 pub use self::delete::delete;
 use self::overlays::Overlays;
-pub use self::revert::revert;
+pub use self::revert::{revert, within_reach};
 use super::exclusive::Exclusive;
 use super::{
     Catalog, Connector, Deputy, Description, Guest, MEASURED, PATIENCE, Presence, Reserved, check_version, foreign,
@@ -40,10 +40,25 @@ use crate::sys;
 /// A resume that libvirt does not come to is tried past it.
 const RESUME_SOON: Duration = Duration::from_secs(2);
 
+/// Where the daemon is, seen from here.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Way {
+    /// At the other end of a connection.
+    Connected,
+    /// In this process: the connection is its driver. Others connect to this address.
+    Inside(String),
+}
+
+/// For so many seconds a daemon that is restarted may be away: what it was taking a snapshot of waits for it.
+const CALLER_KILLED: u32 = 10;
+/// The same where the daemon was the caller, which may be being upgraded.
+const DAEMON_KILLED: u32 = 300;
+
 /// A domain of a stock libvirt.
 #[derive(Debug)]
 pub struct LibvirtConnector {
     domain: Domain,
+    way: Way,
     uri: String,
     name: String,
     uuid: String,
@@ -54,12 +69,21 @@ pub struct LibvirtConnector {
 impl LibvirtConnector {
     /// Opens it. A connection to another machine, or to another driver, is an error.
     pub fn open(domain: Domain) -> Result<LibvirtConnector> {
+        LibvirtConnector::new(domain, |_| Way::Connected)
+    }
+
+    /// The same in the daemon itself, to whose driver the domain's connection is.
+    pub fn inside(domain: Domain) -> Result<LibvirtConnector> {
+        LibvirtConnector::new(domain, |uri| Way::Inside(libvirt::daemon::address(uri)))
+    }
+
+    fn new(domain: Domain, way: impl FnOnce(&str) -> Way) -> Result<LibvirtConnector> {
         let step = "cannot open the domain";
         let connect = domain.connect().map_err(|error| error.into_error(step))?;
         check_connection(&connect)?;
         let text = |result: libvirt::VirResult<String>| result.map_err(|error| error.into_error(step));
         let (uri, name, uuid) = (text(connect.uri())?, text(domain.name())?, text(domain.uuid())?);
-        Ok(LibvirtConnector { domain, uri, name, uuid, taken: Mutex::default() })
+        Ok(LibvirtConnector { domain, way: way(&uri), uri, name, uuid, taken: Mutex::default() })
     }
 
     /// libvirt's own object of the snapshot that was taken last; once.
@@ -201,7 +225,10 @@ impl Connector for LibvirtConnector {
         if self.domain.is_persistent().is_err() {
             fail!(NoDomain, "domain '{}' is gone", self.name);
         }
-        let caller = Caller::new(self.domain.clone(), self.uri.clone(), self.uuid.clone());
+        let caller = match self.way {
+            Way::Connected => Caller::new(self.domain.clone(), self.uri.clone(), self.uuid.clone()),
+            Way::Inside(_) => Caller::inside(self.domain.clone()),
+        };
         let mut guest = LibvirtGuest {
             connector: self,
             caller,
@@ -625,7 +652,11 @@ impl Guest for LibvirtGuest<'_> {
     }
 
     fn deputy<'a>(&'a self, snapshot: &'a str) -> Deputy<'a> {
-        match deputy::virsh(&self.connector.uri) {
+        let virsh = match &self.connector.way {
+            Way::Connected => deputy::virsh(&self.connector.uri, CALLER_KILLED),
+            Way::Inside(address) => deputy::virsh(address, DAEMON_KILLED),
+        };
+        match virsh {
             Some(virsh) => Deputy::Programs(Box::new(move |restore| {
                 deputy::errands(&virsh, &self.connector.uuid, restore, self.overlays.disks(), snapshot)
             })),

@@ -73,6 +73,38 @@ impl Daemon {
         Daemon::start(Mode::Session, environment).unwrap_or_else(|error| panic!("no session daemon: {error}"))
     }
 
+    /// Starts a daemon into which libraries are preloaded, with more variables in its environment. None where one of the
+    /// system's kind is wanted, and not possible.
+    pub fn preloaded(mode: Mode, libraries: &[&Path], variables: &[(&'static str, &str)]) -> Option<Daemon> {
+        Daemon::configured(mode, libraries, variables, "")
+    }
+
+    /// The same with more lines in its libvirtd.conf.
+    pub fn configured(
+        mode: Mode,
+        libraries: &[&Path],
+        variables: &[(&'static str, &str)],
+        conf: &str,
+    ) -> Option<Daemon> {
+        if mode == Mode::System && !rustix::process::geteuid().is_root() {
+            eprintln!("not root: a libvirtd of the system's kind is not tried");
+            return None;
+        }
+        let libraries: Vec<_> = libraries.iter().map(|library| library.display().to_string()).collect();
+        let environment = |_: &Path| {
+            let more = variables.iter().map(|(name, value)| (*name, PathBuf::from(value)));
+            [("LD_PRELOAD", PathBuf::from(libraries.join(":")))].into_iter().chain(more).collect()
+        };
+        match Daemon::start_configured(mode, environment, conf) {
+            Ok(daemon) => Some(daemon),
+            Err(error) if mode == Mode::System => {
+                eprintln!("a libvirtd of the system's kind is not tried: {error}");
+                None
+            }
+            Err(error) => panic!("no session daemon: {error}"),
+        }
+    }
+
     /// From now on, until [`Daemon::release_events`], it heeds none. Of [`Daemon::with_late_events`].
     pub fn hold_events(&self) {
         File::create(self.directory().join(HOLD)).expect("a file of the daemon's");
@@ -105,8 +137,17 @@ impl Daemon {
     }
 
     fn start(mode: Mode, environment: impl FnOnce(&Path) -> Environment) -> Result<Daemon, String> {
+        Daemon::start_configured(mode, environment, "")
+    }
+
+    fn start_configured(
+        mode: Mode,
+        environment: impl FnOnce(&Path) -> Environment,
+        conf: &str,
+    ) -> Result<Daemon, String> {
         let directory = tempfile::Builder::new().prefix("isl-").tempdir().expect("no temporary directory");
-        let layout = Layout::make(mode, directory.path());
+        let mut layout = Layout::make(mode, directory.path());
+        layout.configure(conf);
         let keeper = Keeper::start(&layout, environment(directory.path()))?;
         cache::seed(&layout);
         let daemon =
@@ -199,6 +240,13 @@ impl Daemon {
             .env("LC_ALL", "C")
             .env("HOME", self.directory().join("client"));
         command
+    }
+
+    /// The process id of libvirtd.
+    pub fn pid(&self) -> u32 {
+        let file = self.directory().join("run/libvirtd.pid");
+        let text = std::fs::read_to_string(&file).unwrap_or_else(|error| panic!("{}: {error}", file.display()));
+        text.trim().parse().expect("a process id")
     }
 
     /// Kills libvirtd. Its QEMUs live on.

@@ -9,6 +9,8 @@ use std::time::Duration;
 
 use tempfile::TempDir;
 
+use serde_json::json;
+
 use crate::daemon::Daemon;
 use crate::machine::{Format, Machine};
 use crate::qmp::Client;
@@ -220,12 +222,34 @@ impl Guest {
             format!("--- {}\n{text}", path.display())
         };
         let logs = match &self.runner {
-            Runner::Kit { .. } => tail(&self.directory().join("stderr.log")),
+            Runner::Kit { .. } => format!("{}\n{}", tail(&self.directory().join("stderr.log")), self.qemus_view()),
             Runner::Libvirt { daemon, name } => {
                 format!("{}\n--- libvirtd\n{}", tail(&daemon.qemu_log(name)), daemon.log())
             }
         };
         panic!("{message}\n{logs}\n{}\n--- {:?}", tail(&self.directory().join("serial.log")), self.machine)
+    }
+}
+
+impl Guest {
+    /// What QEMU says of a guest that does not do what it should.
+    fn qemus_view(&self) -> String {
+        let Ok(mut client) = Client::connect(&self.directory().join("control.sock")) else { return String::new() };
+        let human = |line: &str| ("human-monitor-command", json!({ "command-line": line }));
+        let questions = [
+            ("query-status", json!({})),
+            ("query-migrate", json!({})),
+            ("query-block-jobs", json!({})),
+            human("info registers"),
+            human("info block"),
+        ];
+        let answers = questions.into_iter().map(|(command, arguments)| match client.execute(command, arguments) {
+            Ok(answer) => {
+                format!("--- {command}\n{}\n", answer.as_str().map_or_else(|| answer.to_string(), str::to_owned))
+            }
+            Err(error) => format!("--- {command}\n{error:?}\n"),
+        });
+        answers.collect()
     }
 }
 

@@ -26,12 +26,14 @@ pub struct Layout {
     mode: Mode,
     directory: PathBuf,
     covered: Vec<(PathBuf, String)>,
+    /// By TCP too.
+    listens: bool,
 }
 
 impl Layout {
     /// Makes directories and configuration.
     pub fn make(mode: Mode, directory: &Path) -> Layout {
-        let mut layout = Layout { mode, directory: directory.to_owned(), covered: Vec::new() };
+        let mut layout = Layout { mode, directory: directory.to_owned(), covered: Vec::new(), listens: false };
         set_mode(directory, 0o755);
         for name in ["etc/libvirt", "run", "cache", "data", "lib", "log", "client", "guests", "drivers", "sockets"] {
             std::fs::create_dir_all(directory.join(name)).expect("a directory of the daemon's");
@@ -44,6 +46,21 @@ impl Layout {
             Mode::System => layout.configure_system(),
         }
         layout
+    }
+
+    /// Adds lines to its libvirtd.conf.
+    pub fn configure(&mut self, lines: &str) {
+        self.listens = lines.contains("listen_tcp");
+        let file = self.config();
+        let before = std::fs::read_to_string(&file).unwrap_or_else(|error| panic!("{}: {error}", file.display()));
+        write(&file, &(before + lines));
+    }
+
+    fn config(&self) -> PathBuf {
+        self.directory.join(match self.mode {
+            Mode::Session => "etc/libvirt/libvirtd.conf",
+            Mode::System => "etc/libvirtd.conf",
+        })
     }
 
     fn configure_session(&self) {
@@ -141,11 +158,13 @@ impl Layout {
     /// Its command line.
     pub fn libvirtd(&self) -> Vec<String> {
         let own = |name: &str| self.directory.join(name).display().to_string();
-        let config = match self.mode {
-            Mode::Session => own("etc/libvirt/libvirtd.conf"),
-            Mode::System => own("etc/libvirtd.conf"),
-        };
-        [LIBVIRTD.to_owned(), "--config".to_owned(), config, "--pid-file".to_owned(), own("run/libvirtd.pid")].into()
+        let config = self.config().display().to_string();
+        let mut words = vec![LIBVIRTD.to_owned(), "--config".to_owned(), config];
+        words.extend(["--pid-file".to_owned(), own("run/libvirtd.pid")]);
+        if self.listens {
+            words.push("--listen".to_owned());
+        }
+        words
     }
 
     /// Its environment, whole.

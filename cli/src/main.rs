@@ -1,0 +1,193 @@
+//! The `instantsnap` command.
+
+mod dropin;
+mod library;
+mod process;
+mod units;
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use dropin::DropIn;
+
+/// Why something was not done, for who has asked for it.
+type Result<T> = std::result::Result<T, String>;
+
+/// Instant snapshots of running virtual machines.
+#[derive(Parser)]
+#[command(name = "instantsnap", version)]
+struct Cli {
+    #[command(subcommand)]
+    command: Topic,
+}
+
+#[derive(Subcommand)]
+enum Topic {
+    /// Instant snapshots for every client of libvirt's daemon, by way of the daemon itself
+    #[command(subcommand)]
+    Daemon(Daemon),
+}
+
+#[derive(Subcommand)]
+enum Daemon {
+    /// Has systemd start the daemon with libinstantsnap.so in it
+    Enable {
+        #[command(flatten)]
+        place: Place,
+        /// The library, by its absolute path; by default the one that is installed
+        #[arg(long, value_name = "PATH")]
+        library: Option<PathBuf>,
+        /// Make LIVE external snapshots with memory instant too, for clients that cannot ask for INSTANT
+        #[arg(long)]
+        upgrade_live: bool,
+        /// How many instant snapshots can be taken at once (10); stay below the daemon's max_workers
+        #[arg(long, value_name = "NUMBER")]
+        max_snapshots: Option<u32>,
+        /// Restart the daemon; guests run on
+        #[arg(long)]
+        now: bool,
+    },
+    /// Undoes that
+    Disable {
+        #[command(flatten)]
+        place: Place,
+        /// Restart the daemon; guests run on
+        #[arg(long)]
+        now: bool,
+    },
+    /// Says whether the daemon is to have the library, and whether the one that runs has it. Exits with 0 where both are so,
+    /// and with 3 where not
+    Status {
+        #[command(flatten)]
+        place: Place,
+        /// Look at this process, instead of all of the unit's name
+        #[arg(long)]
+        pid: Option<u32>,
+    },
+}
+
+#[derive(Args)]
+struct Place {
+    /// Which daemon
+    #[arg(long, value_enum, default_value = "libvirtd")]
+    unit: Unit,
+    /// The directory that is taken for /, for images of systems; nothing is reloaded or restarted then
+    #[arg(long, value_name = "DIRECTORY", default_value = "/")]
+    root: PathBuf,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Unit {
+    /// The one daemon for everything
+    Libvirtd,
+    /// The daemon for QEMU alone
+    Virtqemud,
+}
+
+impl Unit {
+    fn name(self) -> &'static str {
+        match self {
+            Unit::Libvirtd => "libvirtd",
+            Unit::Virtqemud => "virtqemud",
+        }
+    }
+}
+
+fn main() -> ExitCode {
+    let Topic::Daemon(command) = Cli::parse().command;
+    let done = match command {
+        Daemon::Enable { place, library, upgrade_live, max_snapshots, now } => {
+            enable(&place, library.as_deref(), upgrade_live, max_snapshots, now).map(|()| ExitCode::SUCCESS)
+        }
+        Daemon::Disable { place, now } => disable(&place, now).map(|()| ExitCode::SUCCESS),
+        Daemon::Status { place, pid } => status(&place, pid),
+    };
+    done.unwrap_or_else(|error| {
+        eprintln!("instantsnap: {error}");
+        ExitCode::FAILURE
+    })
+}
+
+fn enable(
+    place: &Place,
+    library: Option<&Path>,
+    upgrade_live: bool,
+    max_snapshots: Option<u32>,
+    now: bool,
+) -> Result<()> {
+    let library = match library {
+        Some(library) => library.to_owned(),
+        None => library::installed()?,
+    };
+    library::check(&library)?;
+    let unit = place.unit.name();
+    let others = units::preloaded(&place.root, unit)?;
+    let drop_in = DropIn::of(&place.root, unit);
+    drop_in.write(&others, &library, upgrade_live, max_snapshots)?;
+    println!("{unit} will be started with {} ({})", library.display(), drop_in.path().display());
+    take_effect(place, now)
+}
+
+fn disable(place: &Place, now: bool) -> Result<()> {
+    let unit = place.unit.name();
+    let drop_in = DropIn::of(&place.root, unit);
+    if !drop_in.remove()? {
+        println!("{unit} is not to be started with libinstantsnap: there is no {}", drop_in.path().display());
+        return Ok(());
+    }
+    println!("{unit} will be started as ever ({} is removed)", drop_in.path().display());
+    take_effect(place, now)
+}
+
+/// systemd reads what has changed; the daemon that runs stays as it is until it is started again.
+fn take_effect(place: &Place, now: bool) -> Result<()> {
+    let unit = place.unit.name();
+    let systemd_runs = place.root == Path::new("/") && Path::new("/run/systemd/system").is_dir();
+    if !systemd_runs {
+        println!("systemd does not run here: this holds from the daemon's next start by systemd");
+        return Ok(());
+    }
+    systemctl(&["daemon-reload"])?;
+    if now {
+        systemctl(&["restart", unit])?;
+        println!("{unit} was restarted; guests run on");
+    } else {
+        println!("restart it for that to take effect: systemctl restart {unit} (guests run on)");
+    }
+    Ok(())
+}
+
+fn systemctl(words: &[&str]) -> Result<()> {
+    let status = Command::new("systemctl").args(words).status().map_err(|error| format!("systemctl: {error}"))?;
+    if status.success() { Ok(()) } else { Err(format!("systemctl {} failed: {status}", words.join(" "))) }
+}
+
+fn status(place: &Place, pid: Option<u32>) -> Result<ExitCode> {
+    let unit = place.unit.name();
+    let drop_in = DropIn::of(&place.root, unit);
+    let wanted = drop_in.library()?;
+    match &wanted {
+        Some(library) => println!("{unit} is to be started with {library} ({})", drop_in.path().display()),
+        None => println!("{unit} is not to be started with libinstantsnap: there is no {}", drop_in.path().display()),
+    }
+    let pids = match pid {
+        Some(pid) => vec![pid],
+        None => process::called(unit),
+    };
+    if pids.is_empty() {
+        println!("{unit} does not run");
+    }
+    let mut all_have = !pids.is_empty();
+    for pid in pids {
+        match process::mapped(pid)? {
+            Some(library) => println!("process {pid} has {library}"),
+            None => {
+                all_have = false;
+                println!("process {pid} does not have it: restart it");
+            }
+        }
+    }
+    Ok(if wanted.is_some() && all_have { ExitCode::SUCCESS } else { ExitCode::from(3) })
+}

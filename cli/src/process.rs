@@ -1,0 +1,54 @@
+//! The daemons that run.
+
+use std::fs;
+use std::path::Path;
+
+use crate::{Result, library};
+
+/// The processes of this name.
+pub fn called(name: &str) -> Vec<u32> {
+    let Ok(entries) = fs::read_dir("/proc") else { return Vec::new() };
+    let pids = entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    let is_called = |pid: &u32| fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|comm| comm.trim() == name);
+    let mut pids: Vec<u32> = pids.filter(is_called).collect();
+    pids.sort_unstable();
+    pids
+}
+
+/// The library that a process has, and its version; none where it has none.
+pub fn mapped(pid: u32) -> Result<Option<String>> {
+    let maps = fs::read_to_string(format!("/proc/{pid}/maps"))
+        .map_err(|error| format!("cannot look into process {pid} (are you root?): {error}"))?;
+    let Some(path) = library_of(&maps) else { return Ok(None) };
+    Ok(Some(match path.strip_suffix(" (deleted)") {
+        Some(path) => format!("{path}, which was replaced since: restart it to have the new one"),
+        None => {
+            // As the process sees it.
+            let bytes = fs::read(Path::new(&format!("/proc/{pid}/root")).join(path.trim_start_matches('/')));
+            let version = bytes.ok().and_then(|bytes| library::version(&bytes));
+            format!("{path}, version {}", version.as_deref().unwrap_or("unknown"))
+        }
+    }))
+}
+
+/// The library among all that is mapped.
+fn library_of(maps: &str) -> Option<&str> {
+    maps.lines().find_map(|line| {
+        let path = &line[line.find('/')?..];
+        path.rsplit_once('/')?.1.starts_with("libinstantsnap.so").then_some(path)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_library_is_told_from_others() {
+        let line = |path: &str| format!("7f00-7f01 r-xp 00000000 fe:01 42                 {path}\n");
+        let others = line("/usr/lib/libinstantsnap-preload.so") + &line("[heap]") + &line("/usr/lib/libvirt.so.0");
+        assert_eq!(library_of(&others), None);
+        let path = "/usr/lib/libinstantsnap.so.0.1.0 (deleted)";
+        assert_eq!(library_of(&(others + &line(path))), Some(path));
+    }
+}

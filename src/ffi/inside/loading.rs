@@ -1,0 +1,54 @@
+//! What happens as the daemon's process loads this library.
+//!
+//! libvirt hands `LD_PRELOAD` on to each QEMU that it starts, and to its helpers, where this library has nothing to do, and where
+//! their own security policy may not let them read it. So the daemon forgets that it was preloaded. What else is preloaded stays.
+
+use std::env;
+use std::ffi::OsStr;
+use std::path::Path;
+
+const PRELOAD: &str = "LD_PRELOAD";
+const DAEMONS: [&str; 2] = ["libvirtd", "virtqemud"];
+
+#[used]
+#[unsafe(link_section = ".init_array")]
+static AT_LOAD: extern "C" fn() = forget_ourselves;
+
+extern "C" fn forget_ourselves() {
+    let Some(preload) = env::var_os(PRELOAD) else { return };
+    let Some(others) = preload.to_str().and_then(without_us) else { return };
+    let name = std::fs::read_to_string("/proc/self/comm").unwrap_or_default();
+    if !DAEMONS.contains(&name.trim_end()) {
+        return;
+    }
+    // SAFETY: the process is being started, or it would not be named in `LD_PRELOAD`: it has one thread.
+    unsafe {
+        match others.is_empty() {
+            true => env::remove_var(PRELOAD),
+            false => env::set_var(PRELOAD, others),
+        }
+    }
+}
+
+/// The others in a list of libraries; nothing where this one is not in it.
+fn without_us(list: &str) -> Option<String> {
+    let libraries: Vec<_> = list.split([':', ' ']).filter(|library| !library.is_empty()).collect();
+    let is_us = |library: &&str| {
+        let name = Path::new(library).file_name().and_then(OsStr::to_str);
+        name.is_some_and(|name| name.starts_with("libinstantsnap.so"))
+    };
+    let others: Vec<_> = libraries.iter().filter(|library| !is_us(library)).copied().collect();
+    (others.len() < libraries.len()).then(|| others.join(":"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn others_that_are_preloaded_stay() {
+        assert_eq!(without_us("/usr/lib/libinstantsnap.so.0").as_deref(), Some(""));
+        assert_eq!(without_us("/a.so:/usr/lib/libinstantsnap.so /b.so").as_deref(), Some("/a.so:/b.so"));
+        assert_eq!(without_us("/a.so:/usr/lib/libinstantsnap-preload.so"), None);
+    }
+}

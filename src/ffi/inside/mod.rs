@@ -1,0 +1,166 @@
+//! The entry points inside a stock libvirt daemon: `vm` is its driver's own object, and the next definition of the symbol is
+//! its driver's own function.
+//!
+//! Without INSTANT that function is called, with the same arguments. With it, the domain object is let go of, and the snapshot
+//! taken as a client takes it ([`client`]), on the domain that was given: in the daemon its connection is the driver, and
+//! libvirt's public functions run in the thread that calls them. The driver's callers of these functions let go of the object
+//! next, and do nothing else with it; no job is held. What they allowed the client to do is this snapshot, and we do
+//! nothing else: its steps are taken in the daemon's own name ([`daemon::Itself`]).
+//!
+//! Where this process is not a daemon that we know, everything is the driver's own function's.
+
+mod loading;
+mod settings;
+mod slots;
+
+use std::ffi::{c_char, c_int, c_uint, c_void};
+use std::ptr::NonNull;
+use std::sync::Once;
+
+use self::settings::Settings;
+use self::slots::Slot;
+use super::client::{attempt, share_domain, share_snapshot, take, tell};
+use super::text;
+use crate::error::{Error, Result};
+use crate::flags::{self, Flags};
+use crate::guest::{LibvirtConnector, libvirt as guest};
+use crate::libvirt::daemon::{self, Daemon, Priority, log};
+use crate::libvirt::{Snapshot, table};
+use crate::snapshot::upgrade;
+
+/// `qemuSnapshotCreateXML` of the driver.
+pub type Create = unsafe extern "C" fn(*mut c_void, *mut c_void, *const c_char, c_uint) -> *mut c_void;
+/// `qemuSnapshotRevert` and `qemuSnapshotDelete` of the driver.
+pub type OnSnapshot = unsafe extern "C" fn(*mut c_void, *mut c_void, c_uint) -> c_int;
+
+/// `qemuSnapshotCreateXML`.
+///
+/// # Safety
+/// The arguments are those of a call of `next`, which is the driver's own function.
+pub unsafe fn create(
+    domain: *mut c_void,
+    vm: NonNull<c_void>,
+    xml: *const c_char,
+    bits: c_uint,
+    next: Create,
+) -> *mut c_void {
+    // SAFETY: by the caller's promise.
+    let theirs = || unsafe { next(domain, vm.as_ptr(), xml, bits) };
+    let asked = bits & flags::INSTANT != 0;
+    if !(asked || upgrade::is_live(bits) && Settings::get().upgrade_live) {
+        return theirs();
+    }
+    let Some(daemon) = the_daemon() else { return theirs() };
+    let result = attempt(|table| {
+        // SAFETY: by the caller's promise.
+        let (domain, xml) = unsafe { (share_domain(table, domain)?, text("xmlDesc", xml)?) };
+        if !asked && !upgrade::memory_goes_to_a_file(xml) {
+            return Ok(None);
+        }
+        Flags::check(bits | flags::INSTANT)?;
+        let _slot = Slot::take(Settings::get().most)?;
+        let _itself = daemon.itself();
+        // SAFETY: the driver's own object, which its caller has locked, and unlocks as the next thing.
+        let _unlocked = unsafe { daemon.unlocked(vm) };
+        if !asked && domain.is_active() != Ok(true) {
+            return Ok(None);
+        }
+        let connector = LibvirtConnector::inside(domain.clone())?;
+        take(&domain, connector, xml, bits | flags::INSTANT).map(Some)
+    });
+    match result {
+        Ok(Some(snapshot)) => snapshot.into_raw().cast(),
+        // Nobody has asked for INSTANT.
+        Ok(None) => theirs(),
+        Err(error) if !asked && (upgrade::is_refusal(error.number()) || slots::is_refusal(&error)) => {
+            log(Priority::Info, &format!("a LIVE snapshot stays libvirt's own: {error}"));
+            theirs()
+        }
+        Err(error) => {
+            failed(error);
+            std::ptr::null_mut()
+        }
+    }
+}
+
+/// `qemuSnapshotRevert`: of a snapshot that is our affair too, by libvirt where that works and does no harm.
+///
+/// # Safety
+/// The arguments are those of a call of `next`, which is the driver's own function.
+pub unsafe fn revert(vm: NonNull<c_void>, snapshot: *mut c_void, bits: c_uint, next: OnSnapshot) -> c_int {
+    // What the flags are to the driver it says itself.
+    let ours = flags::revert::check(bits).is_ok().then_some(guest::revert as Ours);
+    // SAFETY: by the caller's promise.
+    unsafe { on_snapshot(vm, snapshot, bits, next, ours) }
+}
+
+/// `qemuSnapshotDelete`, likewise.
+///
+/// # Safety
+/// The arguments are those of a call of `next`, which is the driver's own function.
+pub unsafe fn delete(vm: NonNull<c_void>, snapshot: *mut c_void, bits: c_uint, next: OnSnapshot) -> c_int {
+    let ours = flags::delete::check(bits).is_ok().then_some(guest::delete as Ours);
+    // SAFETY: by the caller's promise.
+    unsafe { on_snapshot(vm, snapshot, bits, next, ours) }
+}
+
+type Ours = fn(&Snapshot, u32) -> Result<()>;
+
+/// # Safety
+/// As [`revert`].
+unsafe fn on_snapshot(
+    vm: NonNull<c_void>,
+    snapshot: *mut c_void,
+    bits: c_uint,
+    next: OnSnapshot,
+    ours: Option<Ours>,
+) -> c_int {
+    // SAFETY: by the caller's promise.
+    let theirs = || unsafe { next(vm.as_ptr(), snapshot, bits) };
+    let (Some(ours), Some(daemon)) = (ours, the_daemon()) else { return theirs() };
+    let result = attempt(|table| {
+        let _itself = daemon.itself();
+        // SAFETY: the driver's own object, which its caller has locked, and unlocks as the next thing.
+        let _unlocked = unsafe { daemon.unlocked(vm) };
+        // SAFETY: by the caller's promise.
+        let snapshot = unsafe { share_snapshot(table, snapshot) }?;
+        match guest::within_reach(&snapshot) {
+            Ok(Some(_)) => ours(&snapshot, bits).map(|()| true),
+            // Another kind of snapshot, or none of which anything is known.
+            Ok(None) | Err(_) => Ok(false),
+        }
+    });
+    match result {
+        Ok(true) => 0,
+        Ok(false) => theirs(),
+        Err(error) => {
+            failed(error);
+            -1
+        }
+    }
+}
+
+/// By this the instantsnap command finds the version in the library's file; the colon ends it there.
+const MARK: &str = concat!("instantsnap-library/", env!("CARGO_PKG_VERSION"), ":");
+
+/// The daemon that this process is, for a call that is not a step of another one of ours.
+fn the_daemon() -> Option<&'static Daemon> {
+    static SAID: Once = Once::new();
+    if daemon::is_itself() {
+        return None;
+    }
+    let settings = Settings::get();
+    let found = Daemon::get(settings.any_version).map_err(str::to_owned);
+    let found = found.and_then(|daemon| table::table().map(|_| daemon).map_err(|error| error.message));
+    SAID.call_once(|| match &found {
+        Ok(_) => log(Priority::Info, &format!("{MARK} instant snapshots are on, at most {} at once", settings.most)),
+        Err(why) => log(Priority::Error, &format!("instant snapshots are off: {why}")),
+    });
+    found.ok()
+}
+
+/// Tells the client, and the daemon's log.
+fn failed(error: Error) {
+    log(Priority::Error, &error.message);
+    tell(error);
+}

@@ -1,0 +1,308 @@
+//! The libvirt daemon that this process is, where it is one: libvirt's private functions, which its driver uses too.
+//!
+//! They are found at run time, and all or none: where one is missing, or where this libvirt is one that nobody has looked
+//! at, [`Daemon::get`] says so and nothing here is used.
+
+use std::cell::{Cell, UnsafeCell};
+use std::ffi::{CStr, CString, c_char, c_int, c_uint, c_ulong, c_void};
+use std::marker::PhantomData;
+use std::ptr::{self, NonNull};
+
+use once_cell::sync::OnceCell;
+
+/// The versions of libvirt whose driver is known to leave its functions' domain objects alone after they return.
+const KNOWN: std::ops::Range<(u64, u64)> = (9, 0)..(13, 0);
+
+type OnObject = unsafe extern "C" fn(*mut c_void);
+type Refer = unsafe extern "C" fn(*mut c_void) -> *mut c_void;
+
+/// The functions.
+#[derive(Debug)]
+#[allow(non_snake_case)]
+pub struct Daemon {
+    virObjectLock: OnObject,
+    virObjectUnlock: OnObject,
+    virObjectRef: Refer,
+    virObjectUnref: OnObject,
+    virIdentityGetCurrent: unsafe extern "C" fn() -> *mut c_void,
+    virIdentityGetSystem: unsafe extern "C" fn() -> *mut c_void,
+    virIdentitySetCurrent: unsafe extern "C" fn(*mut c_void) -> c_int,
+    g_object_unref: OnObject,
+}
+
+static DAEMON: OnceCell<Result<Daemon, String>> = OnceCell::new();
+
+impl Daemon {
+    /// The daemon; or why it is not taken for one. To be called where libvirt's driver is known to be in this process.
+    pub fn get(any_version: bool) -> Result<&'static Daemon, &'static str> {
+        DAEMON.get_or_init(|| Daemon::find(any_version)).as_ref().map_err(String::as_str)
+    }
+
+    /// The same, for whoever does not know whether this process is one.
+    pub fn of_this_process() -> Option<&'static Daemon> {
+        DAEMON.get()?.as_ref().ok()
+    }
+
+    fn find(any_version: bool) -> Result<Daemon, String> {
+        let library = libvirt().ok_or("libvirt.so.0 is not in this process")?;
+        check_version(library, any_version)?;
+        let symbol = |name: &CStr| symbol(library, name);
+        // What virGetDomainSnapshot and virSetError are for, `Table` finds; without them nothing can be answered.
+        symbol(c"virGetDomainSnapshot")?;
+        symbol(c"virSetError")?;
+        // SAFETY: the symbols are libvirt's and GLib's functions of these names, and the fields have their types, in all
+        // versions that were let through.
+        unsafe {
+            Ok(Daemon {
+                virObjectLock: std::mem::transmute::<*mut c_void, OnObject>(symbol(c"virObjectLock")?),
+                virObjectUnlock: std::mem::transmute::<*mut c_void, OnObject>(symbol(c"virObjectUnlock")?),
+                virObjectRef: std::mem::transmute::<*mut c_void, Refer>(symbol(c"virObjectRef")?),
+                virObjectUnref: std::mem::transmute::<*mut c_void, OnObject>(symbol(c"virObjectUnref")?),
+                virIdentityGetCurrent: std::mem::transmute::<*mut c_void, unsafe extern "C" fn() -> *mut c_void>(
+                    symbol(c"virIdentityGetCurrent")?,
+                ),
+                virIdentityGetSystem: std::mem::transmute::<*mut c_void, unsafe extern "C" fn() -> *mut c_void>(
+                    symbol(c"virIdentityGetSystem")?,
+                ),
+                virIdentitySetCurrent: std::mem::transmute::<*mut c_void, unsafe extern "C" fn(*mut c_void) -> c_int>(
+                    symbol(c"virIdentitySetCurrent")?,
+                ),
+                g_object_unref: std::mem::transmute::<*mut c_void, OnObject>(symbol(c"g_object_unref")?),
+            })
+        }
+    }
+
+    /// Lets go of a domain object's lock, until what is returned is dropped. Nobody can free the object meanwhile.
+    ///
+    /// # Safety
+    /// `object` is a live `virDomainObj` whose lock this thread holds, and may let go of.
+    pub unsafe fn unlocked(&'static self, object: NonNull<c_void>) -> Unlocked {
+        // SAFETY: by the caller's promise.
+        unsafe {
+            (self.virObjectRef)(object.as_ptr());
+            (self.virObjectUnlock)(object.as_ptr());
+        }
+        Unlocked { daemon: self, object, _of_this_thread: PhantomData }
+    }
+
+    /// From here on this thread is the daemon itself, whatever client it works for, until what is returned is dropped.
+    ///
+    /// libvirt keeps who asks by thread, and asks its access driver about him at each call. Ours are steps of one that was
+    /// allowed already, and some are made by threads of our own, which nobody asks by.
+    pub fn itself(&'static self) -> Itself {
+        // SAFETY: no arguments; the references are ours. NULL is nobody, whom an access driver refuses.
+        let before = unsafe {
+            let before = (self.virIdentityGetCurrent)();
+            let system = (self.virIdentityGetSystem)();
+            if system.is_null() || (self.virIdentitySetCurrent)(system) != 0 {
+                log(Priority::Error, "libvirt does not let a thread have the daemon's own identity");
+            }
+            if !system.is_null() {
+                (self.g_object_unref)(system);
+            }
+            before
+        };
+        Itself { daemon: self, before, was: IS_ITSELF.replace(true), _of_this_thread: PhantomData }
+    }
+}
+
+/// See [`Daemon::unlocked`].
+#[derive(Debug)]
+pub struct Unlocked {
+    daemon: &'static Daemon,
+    object: NonNull<c_void>,
+    /// The thread that unlocks a mutex has to be the one that locks it again: its caller relies on that.
+    _of_this_thread: PhantomData<*const ()>,
+}
+
+impl Drop for Unlocked {
+    fn drop(&mut self) {
+        // SAFETY: the object lives by our reference, and this thread does not hold its lock. The caller has a reference of his
+        // own, so that ours is not the last.
+        unsafe {
+            (self.daemon.virObjectLock)(self.object.as_ptr());
+            (self.daemon.virObjectUnref)(self.object.as_ptr());
+        }
+    }
+}
+
+thread_local! {
+    static IS_ITSELF: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Whether this thread is in a call of ours: what the driver is asked for then is a step of it.
+pub fn is_itself() -> bool {
+    IS_ITSELF.get()
+}
+
+/// See [`Daemon::itself`].
+#[derive(Debug)]
+pub struct Itself {
+    daemon: &'static Daemon,
+    before: *mut c_void,
+    was: bool,
+    _of_this_thread: PhantomData<*const ()>,
+}
+
+impl Drop for Itself {
+    fn drop(&mut self) {
+        IS_ITSELF.set(self.was);
+        // SAFETY: NULL, or an identity that we hold a reference of; libvirt takes its own.
+        unsafe {
+            (self.daemon.virIdentitySetCurrent)(self.before);
+            if !self.before.is_null() {
+                (self.daemon.g_object_unref)(self.before);
+            }
+        }
+    }
+}
+
+/// libvirt, where somebody has loaded it.
+fn libvirt() -> Option<*mut c_void> {
+    // SAFETY: a NUL-terminated name; nothing is loaded by this.
+    let library = unsafe { libc::dlopen(c"libvirt.so.0".as_ptr(), libc::RTLD_NOW | libc::RTLD_NOLOAD) };
+    (!library.is_null()).then_some(library)
+}
+
+fn symbol(library: *mut c_void, name: &CStr) -> Result<*mut c_void, String> {
+    // SAFETY: an open library and a NUL-terminated name; dlsym only looks.
+    let found = unsafe { libc::dlsym(library, name.as_ptr()) };
+    if found.is_null() { Err(format!("this libvirt has no {}()", name.to_string_lossy())) } else { Ok(found) }
+}
+
+fn check_version(library: *mut c_void, any_version: bool) -> Result<(), String> {
+    type GetVersion = unsafe extern "C" fn(*mut c_ulong, *const c_char, *mut c_ulong) -> c_int;
+    let get = symbol(library, c"virGetVersion")?;
+    let mut number: c_ulong = 0;
+    // SAFETY: a public function of this type, and storage for the number; the others may be NULL.
+    let got =
+        unsafe { std::mem::transmute::<*mut c_void, GetVersion>(get)(&raw mut number, ptr::null(), ptr::null_mut()) };
+    let version = (number / 1_000_000, number / 1000 % 1000);
+    if got != 0 || (!KNOWN.contains(&version) && !any_version) {
+        let (major, minor) = version;
+        return Err(format!(
+            "libvirt {major}.{minor} is not one that this version of instantsnap knows ({}.{} or later, before {}.{}; \
+             INSTANTSNAP_ANY_LIBVIRT=1 in the daemon's environment tries it all the same)",
+            KNOWN.start.0, KNOWN.start.1, KNOWN.end.0, KNOWN.end.1
+        ));
+    }
+    Ok(())
+}
+
+/// `virLogPriority`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub enum Priority {
+    /// For whoever looks for something.
+    Info = 2,
+    /// Something does not work that was asked for.
+    Warning = 3,
+    /// A call has failed.
+    Error = 4,
+}
+
+/// `virLogSource`, which libvirt changes.
+#[repr(C)]
+struct Source {
+    name: *const c_char,
+    priority: c_uint,
+    serial: c_uint,
+}
+
+struct Shared(UnsafeCell<Source>);
+
+// SAFETY: only libvirt's log looks into it, and locks before it changes it.
+unsafe impl Sync for Shared {}
+
+static SOURCE: Shared =
+    Shared(UnsafeCell::new(Source { name: c"instantsnap".as_ptr(), priority: Priority::Error as c_uint, serial: 0 }));
+
+/// A line in the daemon's log; on standard error, which is its journal, where libvirt has no log.
+pub fn log(priority: Priority, message: &str) {
+    type LogMessage =
+        unsafe extern "C" fn(*mut Source, c_uint, *const c_char, c_int, *const c_char, *mut c_void, *const c_char, ...);
+    let found = libvirt().and_then(|library| symbol(library, c"virLogMessage").ok());
+    let text = CString::new(message.replace('\0', "\\0")).unwrap_or_default();
+    let Some(found) = found else {
+        eprintln!("instantsnap: {message}");
+        return;
+    };
+    // SAFETY: libvirt's function of this name and type; source and strings are live, and the format takes one string.
+    unsafe {
+        std::mem::transmute::<*mut c_void, LogMessage>(found)(
+            SOURCE.0.get(),
+            priority as c_uint,
+            c"instantsnap".as_ptr(),
+            0,
+            c"instantsnap".as_ptr(),
+            ptr::null_mut(),
+            c"%s".as_ptr(),
+            text.as_ptr(),
+        );
+    }
+}
+
+/// What a client of this daemon on this machine connects to, given what its driver is called: the socket that it listens on,
+/// wherever that is. The driver's own URI where there is none.
+pub fn address(uri: &str) -> String {
+    let Some(socket) = own_socket() else { return uri.to_owned() };
+    let path = uri.split_once("://").map_or("/system", |(_, path)| path.split('?').next().unwrap_or_default());
+    format!("qemu+unix://{path}?socket={}", escape(&socket))
+}
+
+fn own_socket() -> Option<String> {
+    let own: Vec<String> = std::fs::read_dir("/proc/self/fd")
+        .ok()?
+        .filter_map(|entry| std::fs::read_link(entry.ok()?.path()).ok()?.into_os_string().into_string().ok())
+        .filter_map(|link| Some(link.strip_prefix("socket:[")?.strip_suffix(']')?.to_owned()))
+        .collect();
+    listening(&std::fs::read_to_string("/proc/self/net/unix").ok()?, &own)
+}
+
+/// The socket for clients among those of `/proc/net/unix` that listen, and are one of ours by their inode.
+fn listening(table: &str, own: &[String]) -> Option<String> {
+    const ACCEPTS: &str = "00010000";
+    table.lines().find_map(|line| {
+        // Num RefCount Protocol Flags Type St Inode Path
+        let mut words = line.split_whitespace();
+        let (flags, inode) = (words.nth(3)?, words.nth(2)?);
+        let path = words.next()?;
+        let name = path.rsplit_once('/')?.1;
+        let ours = flags == ACCEPTS && matches!(name, "libvirt-sock" | "virtqemud-sock");
+        (ours && own.iter().any(|own| own == inode)).then(|| path.to_owned())
+    })
+}
+
+/// For a URI's query.
+fn escape(path: &str) -> String {
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"/-._~".contains(&byte);
+    path.bytes().map(|byte| if plain(byte) { char::from(byte).to_string() } else { format!("%{byte:02X}") }).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_socket_for_clients_is_found_among_all() {
+        let table = "Num       RefCount Protocol Flags    Type St Inode Path\n\
+                     0000: 00000002 00000000 00010000 0001 01 101 /run/libvirt/libvirt-sock-ro\n\
+                     0000: 00000003 00000000 00000000 0001 03 102 /run/libvirt/libvirt-sock\n\
+                     0000: 00000002 00000000 00010000 0001 01 103 /run/other/libvirt-sock\n\
+                     0000: 00000002 00000000 00000000 0002 01 104\n\
+                     0000: 00000002 00000000 00010000 0001 01 105 /run/libvirt/libvirt-sock\n";
+        let own = |inodes: &[&str]| inodes.iter().map(|inode| (*inode).to_owned()).collect::<Vec<_>>();
+        assert_eq!(listening(table, &own(&["101", "102", "105"])).as_deref(), Some("/run/libvirt/libvirt-sock"));
+        assert_eq!(listening(table, &own(&["101", "102", "104"])), None);
+    }
+
+    #[test]
+    fn a_path_is_fit_for_a_uri() {
+        assert_eq!(escape("/run/a b&c/libvirt-sock"), "/run/a%20b%26c/libvirt-sock");
+    }
+
+    #[test]
+    fn a_process_without_a_driver_is_no_daemon() {
+        assert!(Daemon::of_this_process().is_none());
+    }
+}

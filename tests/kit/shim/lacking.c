@@ -1,0 +1,35 @@
+/*
+ * lacking.c: an LD_PRELOAD library for libvirtd, behind the library under test, that makes its libvirt another one.
+ *
+ * INSTANTSNAP_TEST_LACKS=NAME: dlsym() does not find that symbol.
+ * INSTANTSNAP_TEST_VERSION=NUMBER: the virGetVersion() that dlsym() finds says so: 9000000 is 9.0.0.
+ */
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <stdlib.h>
+#include <string.h>
+
+static int get_version(unsigned long *number, const char *type, unsigned long *type_number)
+{
+    (void)type, (void)type_number;
+    *number = strtoul(getenv("INSTANTSNAP_TEST_VERSION"), NULL, 10);
+    return 0;
+}
+
+void *dlsym(void *library, const char *name)
+{
+    static void *(*real)(void *, const char *);
+    const char *lacks = getenv("INSTANTSNAP_TEST_LACKS");
+
+    if (!real) {
+        /* The version that glibc has given it on every machine of this kind. */
+        void *found = dlvsym(RTLD_NEXT, "dlsym", "GLIBC_2.34");
+
+        *(void **)&real = found ? found : dlvsym(RTLD_NEXT, "dlsym", "GLIBC_2.2.5");
+    }
+    if (lacks && !strcmp(name, lacks))
+        return NULL;
+    if (getenv("INSTANTSNAP_TEST_VERSION") && !strcmp(name, "virGetVersion"))
+        return (void *)get_version;
+    return real(library, name);
+}
