@@ -87,7 +87,7 @@ fn assert_clean(opened: &Opened, images: [&str; 2]) {
 
 #[test]
 fn the_youngest_is_merged_and_then_the_one_before() {
-    for binary in Binary::all() {
+    for binary in Binary::any() {
         for attach in [Attach::Drive, Attach::Blockdev] {
             let opened = Opened::start(&machine(binary, 2).attach(attach));
             let nodes = opened.trace().qemu.0["nodes"].clone();
@@ -144,7 +144,7 @@ fn one_with_a_child_is_refused_and_untouched() {
 
 #[test]
 fn a_paused_guest_stays_paused() {
-    for binary in Binary::all() {
+    for binary in Binary::any() {
         let opened = twice(&machine(binary, 2));
         opened.guest.control().execute("stop", json!({})).unwrap();
         delete(&opened, "s2");
@@ -178,7 +178,7 @@ fn a_guest_that_is_busy_is_refused() {
 /// killed. Then it is done again.
 #[test]
 fn what_was_cut_short_is_done_again() {
-    for binary in Binary::all() {
+    for binary in Binary::any() {
         let (opened, proxy) = through_proxy(&machine(binary, 2));
         let lost: fn() -> Fault = || Fault::Hangup;
         let refused: fn() -> Fault = || Fault::fail("not today");
@@ -250,7 +250,7 @@ fn a_branch_that_the_guest_was_brought_back_from_goes_with_its_files_alone() {
 /// QEMU's locks, before anything is changed.
 #[test]
 fn images_that_a_clone_stands_on_are_not_merged_into() {
-    for binary in Binary::all() {
+    for binary in Binary::any() {
         let opened = twice(&machine(binary, 2));
         let (clone, _) = opened.bring_back("s2");
         let before = opened.trace();

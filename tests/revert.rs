@@ -101,7 +101,7 @@ fn an_image_whose_directory_is_gone_is_a_missing_image() {
 
 #[test]
 fn a_qemu_that_does_not_wait_is_refused() {
-    for binary in Binary::all() {
+    for binary in Binary::any() {
         let opened = Opened::start(&machine(binary, 1));
         opened.snapshot("s").unwrap();
         let before = opened.trace();
@@ -123,7 +123,7 @@ fn a_qemu_that_does_not_wait_is_refused() {
 
 #[test]
 fn wrong_disks_are_refused_before_qemu_is_given_a_byte() {
-    for binary in Binary::all() {
+    for binary in Binary::any() {
         let opened = Opened::start(&machine(binary, 2));
         opened.snapshot("s").unwrap();
         opened.snapshot("t").unwrap();
@@ -160,7 +160,7 @@ fn wrong_disks_are_refused_before_qemu_is_given_a_byte() {
 
 #[test]
 fn another_machine_is_an_error_with_qemus_reason_or_its_end() {
-    for binary in Binary::all() {
+    for binary in Binary::any() {
         let opened = Opened::start(&machine(binary, 1));
         opened.snapshot("s").unwrap();
         opened.snapshot("t").unwrap();
@@ -186,7 +186,7 @@ fn another_machine_is_an_error_with_qemus_reason_or_its_end() {
 
 #[test]
 fn flags_say_whether_it_runs_and_what_was_paused_stays_so() {
-    for binary in Binary::all() {
+    for binary in Binary::any() {
         let opened = Opened::start(&machine(binary, 1));
         opened.snapshot("ran").unwrap();
         opened.guest.control().execute("stop", json!({})).unwrap();
@@ -229,7 +229,7 @@ fn flags_say_whether_it_runs_and_what_was_paused_stays_so() {
 
 #[test]
 fn a_snapshot_of_a_clone_of_a_snapshot_can_be_brought_back_and_all_images_stay_as_they_were() {
-    for binary in Binary::all() {
+    for binary in Binary::any() {
         let opened = Opened::start(&machine(binary, 2));
         opened.snapshot("s").unwrap();
         let of_s = content(&opened, "s");
@@ -254,7 +254,7 @@ fn a_snapshot_of_a_clone_of_a_snapshot_can_be_brought_back_and_all_images_stay_a
 
 #[test]
 fn a_machine_with_preallocated_memory_can_be_brought_back() {
-    for binary in Binary::all() {
+    for binary in Binary::any() {
         let opened = Opened::start(&machine(binary, 1).prealloc());
         opened.snapshot("s").unwrap();
         opened.guest.wait_ticks(2);
