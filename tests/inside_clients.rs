@@ -47,6 +47,30 @@ fn a_client_in_c_passes_the_bit() {
     subject.bring_back("c", &Daemon::session());
 }
 
+#[test]
+fn a_client_in_perl_passes_the_bit() {
+    let perl = |script: &str| {
+        let mut command = Command::new("perl");
+        command.args(["-MSys::Virt", "-e", script]).env_clear().env("PATH", "/usr/bin:/bin");
+        command
+    };
+    if !perl("1").output().is_ok_and(|output| output.status.success()) {
+        eprintln!("skipped: Perl's Sys::Virt is not installed");
+        return;
+    }
+    let subject = start(&[]);
+    let script = "my ($uri, $name, $xml, $flags) = @ARGV;
+        my $domain = Sys::Virt->new(uri => $uri)->get_domain_by_name($name);
+        print $domain->create_snapshot($xml, $flags)->get_name();";
+    let output = perl(script)
+        .args([&subject.guest.daemon().uri(), subject.guest.name(), &subject.xml("perl"), &INSTANT.to_string()])
+        .output()
+        .unwrap();
+    assert_eq!(String::from_utf8_lossy(&output.stdout), "perl", "{output:?}");
+    subject.guest.wait_ticks(3);
+    subject.bring_back("perl", &Daemon::session());
+}
+
 /// As over ssh: a program that somebody else runs passes everything on.
 #[test]
 fn a_client_over_a_programs_pipe_passes_the_bit() {

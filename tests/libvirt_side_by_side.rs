@@ -11,7 +11,7 @@ use instantsnap::engine::{Handle, Phase};
 use instantsnap::error::Code;
 use instantsnap::guest::LibvirtConnector;
 use instantsnap::libvirt::Connect;
-use instantsnap_testkit::{Binary, Daemon};
+use instantsnap_testkit::{Binary, Daemon, thorough};
 
 const DOMAINS: usize = 8;
 
@@ -40,10 +40,12 @@ fn eight_domains_are_snapshotted_side_by_side() {
             scope.spawn(move || domain.snapshot_observed("side", &mut meet).unwrap());
         }
     });
-    for domain in &domains {
+    for (n, domain) in domains.iter().enumerate() {
         domain.guest.wait_ticks(3);
-        let clone = clones.restore(&domain.guest, &domain.memory_file("side"));
-        clone.wait_ticks(5);
+        if thorough() || n < 2 {
+            let clone = clones.restore(&domain.guest, &domain.memory_file("side"));
+            clone.wait_ticks(5);
+        }
     }
 }
 

@@ -21,7 +21,7 @@ use self::settings::Settings;
 use self::slots::Slot;
 use super::client::{attempt, share_domain, share_snapshot, take, tell};
 use super::text;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, fail};
 use crate::flags::{self, Flags};
 use crate::guest::{LibvirtConnector, libvirt as guest};
 use crate::libvirt::daemon::{self, Daemon, Priority, log};
@@ -58,6 +58,13 @@ pub unsafe fn create(
             return Ok(None);
         }
         Flags::check(bits | flags::INSTANT)?;
+        if bits & flags::REUSE_EXT != 0 {
+            // An undo could have to merge an overlay of the client's own making, with the daemon's rights.
+            fail!(
+                OperationUnsupported,
+                "VIR_DOMAIN_SNAPSHOT_CREATE_REUSE_EXT is not for instant snapshots inside the daemon"
+            );
+        }
         let _slot = Slot::take(Settings::get().most)?;
         let _itself = daemon.itself();
         // SAFETY: the driver's own object, which its caller has locked, and unlocks as the next thing.

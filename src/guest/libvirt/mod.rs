@@ -551,8 +551,14 @@ impl Guest for LibvirtGuest<'_> {
             resumed = self.resume_by_libvirt(deadline);
         }
         let resumed = resumed.map_err(|trouble| trouble.into_error(step))?;
-        if resumed == Resumed::ByItself && self.lease.is_lost() {
-            self.pause_again_for_leases()?;
+        if resumed == Resumed::ByItself {
+            // QEMU 10 that was resumed in the very moment of arming can take its guest for paused afterwards, and libvirt not.
+            if self.background_keeps_paused() && !self.status()?.running {
+                commands::cont(self, deadline)?;
+            }
+            if self.lease.is_lost() {
+                self.pause_again_for_leases()?;
+            }
         }
         Ok(())
     }
