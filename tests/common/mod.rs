@@ -144,11 +144,7 @@ impl Opened {
     ) -> Error {
         let before = self.trace();
         let error = self.handle.create(xml, flags, observer).expect_err("this must fail");
-        eprintln!("{:?}: {error}", error.code);
-        assert_eq!(error.code, code, "{error}");
-        for part in parts {
-            assert!(error.message.contains(part), "{part:?} is not in {:?}", error.message);
-        }
+        assert_says(&error, code, parts);
         assert_untouched(self, &before);
         if before.is_running() {
             self.guest.wait_ticks(3);
@@ -254,6 +250,16 @@ pub struct At<F: FnMut(Phase)>(pub F);
 impl<F: FnMut(Phase)> instantsnap::engine::Observer for At<F> {
     fn phase(&mut self, phase: Phase) {
         (self.0)(phase);
+    }
+}
+
+/// Asserts code and all of these in the message.
+#[track_caller]
+pub fn assert_says(error: &Error, code: Code, parts: &[&str]) {
+    eprintln!("{:?}: {error}", error.code);
+    assert_eq!(error.code, code, "{error}");
+    for part in parts {
+        assert!(error.message.contains(part), "{part:?} is not in {:?}", error.message);
     }
 }
 

@@ -9,7 +9,7 @@ use instantsnap::guest::LibvirtConnector;
 use instantsnap::libvirt::{Connect, Domain, Snapshot};
 use instantsnap_testkit::{Daemon, Fingerprint, Guest, Machine, domain_fingerprint};
 
-use super::{INSTANTLY, files_below};
+use super::{INSTANTLY, assert_says, files_below};
 
 /// A domain of the kit, opened by the library.
 pub struct OpenedDomain {
@@ -89,11 +89,7 @@ impl OpenedDomain {
     ) -> Error {
         let before = self.trace();
         let error = self.handle.create(xml, flags, observer).expect_err("this must fail");
-        eprintln!("{:?}: {error}", error.code);
-        assert_eq!(error.code, code, "{error}");
-        for part in parts {
-            assert!(error.message.contains(part), "{part:?} is not in {:?}", error.message);
-        }
+        assert_says(&error, code, parts);
         self.assert_untouched(&before);
         error
     }
