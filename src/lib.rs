@@ -26,5 +26,6 @@ pub mod guest;
 pub mod image;
 pub mod libvirt;
 pub mod monitor;
+mod own_file;
 pub mod snapshot;
 mod sys;

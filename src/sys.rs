@@ -116,7 +116,17 @@ pub fn reap(pid: libc::pid_t) -> Option<c_int> {
 /// Its exit status may be lost: a caller that ignores SIGCHLD, or that waits for whatever child there is, takes it away.
 /// Then it has failed if it has said anything.
 pub fn run_tool(command: &mut Command) -> std::result::Result<(), String> {
-    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
+    run(command.stdin(Stdio::null()))
+}
+
+/// The same with a file as its standard input.
+pub fn run_tool_on(file: &File, command: &mut Command) -> std::result::Result<(), String> {
+    let file = file.try_clone().map_err(|error| format!("cannot duplicate a descriptor: {error}"))?;
+    run(command.stdin(file))
+}
+
+fn run(command: &mut Command) -> std::result::Result<(), String> {
+    command.stdout(Stdio::null()).stderr(Stdio::piped());
     let program = command.get_program().to_string_lossy().into_owned();
     let package = if program == "xmllint" { "libxml2-utils" } else { "qemu-utils" };
     let mut child = command.spawn().map_err(|error| format!("cannot run {program} (install {package}): {error}"))?;

@@ -1,6 +1,8 @@
 //! Clients of a stock libvirtd with the library in it: with nothing of ours, over every transport, and what is not ours as ever.
 
 mod common;
+#[path = "common/tree.rs"]
+mod tree;
 
 use std::fs::Permissions;
 use std::net::TcpListener;
@@ -10,8 +12,10 @@ use std::process::Command;
 
 use common::inside::{INSTANT, LIVE, Subject, answer, library, session};
 use common::machine;
+use instantsnap::flags::delete::CHILDREN;
 use instantsnap_testkit::compile::{gcc, workspace};
 use instantsnap_testkit::{Binary, Daemon, Machine, Mode};
+use tree::{Maker, Tree};
 
 const UPGRADE: (&str, &str) = ("INSTANTSNAP_UPGRADE_LIVE", "1");
 
@@ -165,6 +169,24 @@ fn live_snapshots_are_instant_with_the_setting_and_libvirts_own_without_it_or_wh
         answer(subject.create("off", LIVE).output().unwrap()).unwrap_err()
     });
     assert_eq!(ours, theirs);
+}
+
+/// Its steps arrive as any client's calls do.
+#[test]
+fn a_client_that_has_the_library_too_does_all_it_does_elsewhere() {
+    let daemon = session(&[UPGRADE]);
+    let mut tree = Tree::start(&one_disk(), &daemon, Maker::Instant);
+    for name in ["a", "b", "c", "d"] {
+        tree.snapshot(name);
+    }
+    tree.delete("b", 0);
+    tree.revert("a");
+    tree.snapshot("e");
+    tree.delete("d", 0);
+    tree.revert("c");
+    tree.delete("a", CHILDREN);
+    assert_eq!(tree.opened.guest.virsh("snapshot-list", &["--name"]).trim(), "");
+    tree.opened.guest.wait_ticks(3);
 }
 
 /// What the calls of `inside/calls.py` answer.

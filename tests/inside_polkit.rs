@@ -1,4 +1,5 @@
-//! libvirt's fine-grained permissions inside the daemon: whoever may take snapshots may take instant ones, and nothing else.
+//! libvirt's fine-grained permissions inside the daemon: whoever may take snapshots may take instant ones, and nothing else. What is
+//! done with the files that a snapshot's record names is done for those only who may change the domain.
 
 mod common;
 
@@ -129,9 +130,32 @@ fn a_client_that_may_snapshot_needs_no_more_for_an_instant_snapshot_and_gets_no_
     for refused in [call("suspend()"), call("destroy()"), call("XMLDesc(1)"), call("setMemory(1024)")] {
         assert_eq!(refused.as_ref().map_err(|refused| refused.code), Err(ACCESS_DENIED), "{refused:?}");
     }
+
+    // A record that names a file of root's, and a disk that is none of the domain's: whoever may snapshot can write one.
+    let victim = daemon.directory().join("victim");
+    std::fs::write(&victim, "root's").unwrap();
+    let record = subject.guest.virsh("snapshot-dumpxml", &["allowed"]);
+    let record = record.replace(subject.memory("allowed").to_str().unwrap(), victim.to_str().unwrap());
+    let record = record.replacen("<name>allowed</name>", "<name>hostile</name>", 1);
+    let redefine = "attempt(lambda: domain.snapshotCreateXML(sys.argv[3], 1).getName())";
+    assert_eq!(client(redefine, &[&record]), Ok("hostile".into()));
     let revert = "revertToSnapshot(domain.snapshotLookupByName('allowed'))";
+    let delete = "snapshotLookupByName('hostile').delete(0)";
+    bus.asked_of_client();
+    if Daemon::version() < (9, 9, 0) {
+        // libvirt's own, which cannot.
+        let refused = call(revert);
+        assert!(refused.as_ref().is_err_and(|refused| refused.message.contains("not supported yet")), "{refused:?}");
+        assert!(bus.asked_of_client().contains(&"domain.write no".to_owned()));
+        subject.guest.wait_ticks(3);
+    }
+
+    bus.allow(&["domain.snapshot", "domain.write"]);
     assert_eq!(call(revert), Ok("0".into()));
+    assert_eq!(call(delete), Ok("0".into()));
+    assert_eq!(std::fs::read_to_string(&victim).unwrap(), "root's");
     assert_eq!(call("snapshotLookupByName('allowed').delete(0)"), Ok("0".into()));
+    assert!(!subject.memory("allowed").exists());
     bus.allow(&[]);
     assert_eq!(snapshot("again").unwrap_err().code, ACCESS_DENIED);
     subject.guest.wait_ticks(3);

@@ -151,12 +151,18 @@ pointer = ctypes.pythonapi.PyCapsule_GetPointer
 pointer.restype = ctypes.c_void_p
 pointer.argtypes = [ctypes.py_object, ctypes.c_char_p]
 print("started", flush=True)
+delete = instantsnap.qemuSnapshotDelete
+delete.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint]
 for line in sys.stdin:
-    flags, file = line.split()
-    with open(file) as file:
-        made = create(pointer(domain._o, b"virDomainPtr"), None, file.read().encode(), int(flags))
-    if made:
-        print("made", domain.snapshotCurrent().getName(), domain.state()[0], flush=True)
+    what, flags, word = line.split()
+    if what == "delete":
+        snapshot = domain.snapshotLookupByName(word)
+        done = delete(None, pointer(snapshot._o, b"virDomainSnapshotPtr"), int(flags)) == 0
+    else:
+        with open(word) as file:
+            done = create(pointer(domain._o, b"virDomainPtr"), None, file.read().encode(), int(flags))
+    if done:
+        print("done", ",".join(sorted(domain.snapshotListNames())), domain.state()[0], flush=True)
     else:
         print("failed", libvirt.virGetLastError()[0], libvirt.virGetLastErrorMessage(), flush=True)
 domain.destroy()
@@ -174,8 +180,10 @@ impl Embedder {
         let library = std::env::current_exe().unwrap().with_file_name("libinstantsnap.so");
         assert!(library.exists(), "{}", library.display());
         let mut command = Command::new("/usr/bin/python3");
-        command.args(["-c", EMBEDDER]).arg(library).args([root, definition]);
+        command.args(["-c", EMBEDDER]).arg(&library).args([root, definition]);
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).env("LC_ALL", "C.UTF-8").env("HOME", root);
+        // As in a program that is linked with it: the driver finds our functions before its own.
+        command.env("LD_PRELOAD", &library);
         if rustix::process::geteuid().is_root() {
             command.uid(user).gid(user);
         }
@@ -200,7 +208,12 @@ impl Embedder {
             memory.display()
         );
         std::fs::write(&file, xml).unwrap();
-        writeln!(self.commands.as_ref().unwrap(), "{INSTANTLY} {}", file.display()).unwrap();
+        writeln!(self.commands.as_ref().unwrap(), "create {INSTANTLY} {}", file.display()).unwrap();
+        self.answer()
+    }
+
+    fn delete(&mut self, name: &str) -> String {
+        writeln!(self.commands.as_ref().unwrap(), "delete 0 {name}").unwrap();
         self.answer()
     }
 }
@@ -262,7 +275,7 @@ fn libvirt_within_the_caller_is_as_any_other() {
     };
     wait_ticks(2);
     let memory = directory.join("s.mem");
-    assert_eq!(embedder.create(directory, "s", &memory), "made s 1");
+    assert_eq!(embedder.create(directory, "s", &memory), "done s 1");
     wait_ticks(common::ALL_SECTORS);
     let expected = format!("failed {} ", Code::OperationInvalid as i32);
     let answer = embedder.create(directory, "s", &directory.join("other.mem"));
@@ -272,6 +285,10 @@ fn libvirt_within_the_caller_is_as_any_other() {
     clone.wait_ticks(5);
     wait_ticks(3);
     drop(clone);
+    assert_eq!(embedder.create(directory, "t", &directory.join("t.mem")), "done s,t 1");
+    assert_eq!(embedder.delete("s"), "done t 1");
+    assert!(!memory.exists());
+    wait_ticks(3);
     let gone = wait_for(DEADLINE, || clones.try_virsh(&["domstate", "embedded"]).is_err().then_some(()));
     gone.expect("the clone does not go");
 }

@@ -537,7 +537,7 @@ impl Task<'_> {
         let image = MemoryImage::create(&self.memory_file, domain_xml, cookie.as_deref(), self.running)?;
         if let Some(owner) = owner {
             sys::give_to_owner_of(owner, &image.file()?).map_err(|error| {
-                let _ = sys::remove_file(image.path());
+                let _ = image.remove();
                 Error::system(format!("cannot set the owner of '{}'", self.memory_file.display()), error)
             })?;
         }

@@ -174,12 +174,11 @@ impl Made {
     }
 
     fn remove_files(&self) -> Result<()> {
-        let image = self.image.as_ref().map(|image| image.path().to_owned());
-        for path in self.files.iter().chain(&image) {
+        for path in &self.files {
             sys::remove_file(path)
                 .map_err(|error| Error::system(format!("cannot remove '{}'", path.display()), error))?;
         }
-        Ok(())
+        self.image.as_ref().map_or(Ok(()), MemoryImage::remove)
     }
 }
 

@@ -1,6 +1,8 @@
 //! Holding a guest for one operation.
 
+use std::collections::BTreeSet;
 use std::os::fd::OwnedFd;
+use std::sync::Mutex;
 use std::thread::sleep;
 use std::time::Duration;
 
@@ -23,33 +25,59 @@ use crate::sys;
 #[derive(Debug)]
 pub struct Exclusive {
     held: OwnedFd,
+    name: String,
+}
+
+/// The names that this process holds.
+static OWN: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
+
+/// Who holds a name that is not to be had.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Holder {
+    /// This process.
+    Us,
+    /// Another one.
+    Another,
 }
 
 impl Drop for Exclusive {
     fn drop(&mut self) {
+        let mut own = sys::lock(&OWN);
         let _ = shutdown(&self.held, Shutdown::Both);
+        own.remove(&self.name);
     }
 }
 
 impl Exclusive {
     /// Takes it; `whose` says in an error what is held by another.
     pub fn take(whose: &str, name: String) -> Result<Exclusive> {
+        match Exclusive::try_take(name)? {
+            Ok(exclusive) => Ok(exclusive),
+            Err(_) => fail!(OperationInvalid, "another snapshot operation on {whose} is under way: wait for it to end"),
+        }
+    }
+
+    /// The same; who has it where it is held.
+    pub fn try_take(name: String) -> Result<std::result::Result<Exclusive, Holder>> {
         let system = |errno: Errno| Error::system("cannot take the guest for this operation", errno);
         let address = SocketAddrUnix::new_abstract_name(name.as_bytes()).map_err(system)?;
         let held = socket_with(AddressFamily::UNIX, SocketType::DGRAM, SocketFlags::CLOEXEC, None).map_err(system)?;
         sys::wait_until_forked();
         let deadline = Deadline::after(PATIENCE);
         loop {
+            let mut own = sys::lock(&OWN);
             match bind(&held, &address) {
-                Ok(()) => return Ok(Exclusive { held }),
-                Err(Errno::ADDRINUSE) if is_let_go(&address) && deadline.left().is_some() => {
-                    sleep(Duration::from_millis(1));
+                Ok(()) => {
+                    own.insert(name.clone());
+                    return Ok(Ok(Exclusive { held, name }));
                 }
-                Err(Errno::ADDRINUSE) => {
-                    fail!(OperationInvalid, "another snapshot operation on {whose} is under way: wait for it to end")
-                }
+                Err(Errno::ADDRINUSE) if own.contains(&name) => return Ok(Err(Holder::Us)),
+                Err(Errno::ADDRINUSE) if is_let_go(&address) && deadline.left().is_some() => {}
+                Err(Errno::ADDRINUSE) => return Ok(Err(Holder::Another)),
                 Err(errno) => return Err(system(errno)),
             }
+            drop(own);
+            sleep(Duration::from_millis(1));
         }
     }
 }

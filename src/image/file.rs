@@ -9,12 +9,13 @@
 //!
 //! Numbers are in the host's order, as libvirt writes them.
 
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io::{self, Read};
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use crate::error::{Code, Error, Result, fail};
+use crate::own_file::OwnFile;
 use crate::sys;
 
 const COMPLETE: &[u8; 16] = b"LibvirtQemudSave";
@@ -35,11 +36,23 @@ pub fn deleting(memory: &Path) -> PathBuf {
     name.into()
 }
 
+/// Whether a file is no memory image, not even a partial one. What may not be read is not known to be none.
+pub fn is_another(path: &Path) -> bool {
+    let Ok(metadata) = path.metadata() else { return false };
+    if !metadata.is_file() {
+        return true;
+    }
+    let mut magic = [0; COMPLETE.len()];
+    match File::open(path).and_then(|mut file| file.read_exact(&mut magic)) {
+        Ok(()) => magic != *COMPLETE && magic != *PARTIAL,
+        Err(error) => error.kind() == io::ErrorKind::UnexpectedEof,
+    }
+}
+
 /// A memory image that is being written.
 #[derive(Debug)]
 pub struct MemoryImage {
-    path: PathBuf,
-    file: File,
+    own: OwnFile,
     stream_offset: u64,
 }
 
@@ -47,9 +60,8 @@ impl MemoryImage {
     /// Creates the file, mode 0600, marked partial. A file that exists is an error, and not touched.
     /// `cookie` is what libvirt needs to know besides.
     pub fn create(path: &Path, domain_xml: &str, cookie: Option<&str>, was_running: bool) -> Result<MemoryImage> {
-        let file = OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(path);
-        let file = match file {
-            Ok(file) => file,
+        let own = match OwnFile::create(path) {
+            Ok(own) => own,
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => fail!(
                 ConfigUnsupported,
                 "memory snapshot file '{}' already exists: remove it or name another",
@@ -73,16 +85,21 @@ impl MemoryImage {
             head.push(0);
         }
         head.resize(begin, 0);
-        if let Err(error) = file.write_all_at(&head, 0) {
-            let _ = sys::remove_file(path);
+        if let Err(error) = own.file().write_all_at(&head, 0) {
+            let _ = own.remove();
             return Err(Error::system(format!("cannot write memory snapshot file '{}'", path.display()), error));
         }
-        Ok(MemoryImage { path: path.into(), file, stream_offset: begin as u64 })
+        Ok(MemoryImage { own, stream_offset: begin as u64 })
     }
 
     /// Where it is.
     pub fn path(&self) -> &Path {
-        &self.path
+        self.own.path()
+    }
+
+    /// Removes it.
+    pub fn remove(&self) -> Result<()> {
+        self.own.remove().map_err(|error| Error::system(format!("cannot remove '{}'", self.path().display()), error))
     }
 
     /// Where QEMU's stream begins.
@@ -92,13 +109,13 @@ impl MemoryImage {
 
     /// The file, for a drain to write to.
     pub fn file(&self) -> Result<File> {
-        self.file.try_clone().map_err(|error| Error::system("cannot duplicate a file descriptor", error))
+        self.own.file().try_clone().map_err(|error| Error::system("cannot duplicate a file descriptor", error))
     }
 
     /// Cuts off what there is of a stream.
     pub fn discard_stream(&self) -> Result<()> {
-        self.file.set_len(self.stream_offset).map_err(|error| {
-            Error::system(format!("cannot truncate memory snapshot file '{}'", self.path.display()), error)
+        self.own.file().set_len(self.stream_offset).map_err(|error| {
+            Error::system(format!("cannot truncate memory snapshot file '{}'", self.path().display()), error)
         })
     }
 
@@ -106,7 +123,7 @@ impl MemoryImage {
     /// QEMU notes the state that it found, as a device; devices come last in the stream. False where it makes no such note.
     pub fn ran_at_instant(&self) -> Result<bool> {
         self.look_for_state().map_err(|error| {
-            Error::system(format!("cannot read memory snapshot file '{}'", self.path.display()), error)
+            Error::system(format!("cannot read memory snapshot file '{}'", self.path().display()), error)
         })
     }
 
@@ -114,7 +131,8 @@ impl MemoryImage {
         /// A section's name with its length, its instance and its version; then the length of the text, and the text.
         const STATE: &[u8] = b"\x0bglobalstate\0\0\0\0\0\0\0\x01\0\0\0";
         const PIECE: u64 = 1 << 20;
-        let mut end = self.file.metadata()?.len();
+        let file = self.own.file();
+        let mut end = file.metadata()?.len();
         let mut piece = Vec::new();
         while end > self.stream_offset {
             let begin = end.saturating_sub(PIECE).max(self.stream_offset);
@@ -123,7 +141,7 @@ impl MemoryImage {
             let overlap = piece.len().min(2 * STATE.len());
             piece.truncate(overlap);
             piece.splice(..0, std::iter::repeat_n(0, length));
-            self.file.read_exact_at(&mut piece[..length], begin)?;
+            file.read_exact_at(&mut piece[..length], begin)?;
             if let Some(at) = piece.windows(STATE.len()).rposition(|window| window == STATE) {
                 // After the length's last byte.
                 return Ok(piece[at + STATE.len() + 1..].starts_with(b"running\0"));
@@ -136,13 +154,14 @@ impl MemoryImage {
     /// The stream is whole: puts it on disk, and only then marks the image complete.
     pub fn complete(&self) -> Result<()> {
         let complete = || -> io::Result<()> {
-            self.file.sync_data()?;
-            self.file.write_all_at(COMPLETE, 0)?;
-            self.file.sync_all()?;
-            sys::sync_parent(&self.path)
+            let file = self.own.file();
+            file.sync_data()?;
+            file.write_all_at(COMPLETE, 0)?;
+            file.sync_all()?;
+            sys::sync_parent(self.path())
         };
         complete().map_err(|error| {
-            Error::system(format!("cannot complete memory snapshot file '{}'", self.path.display()), error)
+            Error::system(format!("cannot complete memory snapshot file '{}'", self.path().display()), error)
         })
     }
 }
@@ -208,5 +227,23 @@ impl Image {
             was_running: was_running != 0,
             domain_xml: String::from_utf8(xml.to_vec()).map_err(|_| damaged("has a damaged domain XML"))?,
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_no_memory_image_is_told_and_a_pipe_is_not_waited_for() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = |name: &str| directory.path().join(name);
+        MemoryImage::create(&path("partial"), "<domain/>", None, true).unwrap();
+        MemoryImage::create(&path("complete"), "<domain/>", None, true).unwrap().complete().unwrap();
+        std::fs::write(path("short"), "LibvirtQemud").unwrap();
+        std::fs::write(path("other"), "root:x:0:0:root:/root:/bin/bash\n").unwrap();
+        rustix::fs::mknodat(rustix::fs::CWD, path("pipe"), rustix::fs::FileType::Fifo, 0o600.into(), 0).unwrap();
+        let others = ["partial", "complete", "short", "other", "pipe", "missing"].map(|name| is_another(&path(name)));
+        assert_eq!(others, [false, false, true, true, true, false]);
     }
 }

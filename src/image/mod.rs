@@ -9,7 +9,7 @@ mod file;
 
 pub use drain::{Drain, throw_away};
 pub use feed::Feed;
-pub use file::{Image, MemoryImage, deleting};
+pub use file::{Image, MemoryImage, deleting, is_another};
 
 use std::os::fd::OwnedFd;
 

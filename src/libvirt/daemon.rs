@@ -7,6 +7,7 @@ use std::cell::{Cell, UnsafeCell};
 use std::ffi::{CStr, CString, c_char, c_int, c_uint, c_ulong, c_void};
 use std::marker::PhantomData;
 use std::ptr::{self, NonNull};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use once_cell::sync::OnceCell;
 
@@ -30,6 +31,9 @@ pub struct Daemon {
     g_object_unref: OnObject,
 }
 
+/// Whether this libvirt is one whose private functions are known.
+static HAS_KNOWN_LOG: AtomicBool = AtomicBool::new(false);
+
 static DAEMON: OnceCell<Result<Daemon, String>> = OnceCell::new();
 
 impl Daemon {
@@ -46,6 +50,7 @@ impl Daemon {
     fn find(any_version: bool) -> Result<Daemon, String> {
         let library = libvirt().ok_or("libvirt.so.0 is not in this process")?;
         check_version(library, any_version)?;
+        HAS_KNOWN_LOG.store(true, Ordering::Relaxed);
         let symbol = |name: &CStr| symbol(library, name);
         // What virGetDomainSnapshot and virSetError are for, `Table` finds; without them nothing can be answered.
         symbol(c"virGetDomainSnapshot")?;
@@ -102,7 +107,7 @@ impl Daemon {
             }
             before
         };
-        Itself { daemon: self, before, was: IS_ITSELF.replace(true), _of_this_thread: PhantomData }
+        Itself { daemon: self, before, _step: step() }
     }
 }
 
@@ -127,12 +132,31 @@ impl Drop for Unlocked {
 }
 
 thread_local! {
-    static IS_ITSELF: Cell<bool> = const { Cell::new(false) };
+    static IN_A_CALL: Cell<bool> = const { Cell::new(false) };
 }
 
-/// Whether this thread is in a call of ours: what the driver is asked for then is a step of it.
-pub fn is_itself() -> bool {
-    IS_ITSELF.get()
+/// From here on this thread is in a call of ours, until what is returned is dropped: should the driver be in this process, what
+/// it is asked for is a step of that.
+pub fn step() -> Step {
+    Step { was: IN_A_CALL.replace(true), _of_this_thread: PhantomData }
+}
+
+/// Whether this thread is in a call of ours.
+pub fn is_in_a_call() -> bool {
+    IN_A_CALL.get()
+}
+
+/// See [`step`].
+#[derive(Debug)]
+pub struct Step {
+    was: bool,
+    _of_this_thread: PhantomData<*const ()>,
+}
+
+impl Drop for Step {
+    fn drop(&mut self) {
+        IN_A_CALL.set(self.was);
+    }
 }
 
 /// See [`Daemon::itself`].
@@ -140,13 +164,11 @@ pub fn is_itself() -> bool {
 pub struct Itself {
     daemon: &'static Daemon,
     before: *mut c_void,
-    was: bool,
-    _of_this_thread: PhantomData<*const ()>,
+    _step: Step,
 }
 
 impl Drop for Itself {
     fn drop(&mut self) {
-        IS_ITSELF.set(self.was);
         // SAFETY: NULL, or an identity that we hold a reference of; libvirt takes its own.
         unsafe {
             (self.daemon.virIdentitySetCurrent)(self.before);
@@ -217,11 +239,12 @@ unsafe impl Sync for Shared {}
 static SOURCE: Shared =
     Shared(UnsafeCell::new(Source { name: c"instantsnap".as_ptr(), priority: Priority::Error as c_uint, serial: 0 }));
 
-/// A line in the daemon's log; on standard error, which is its journal, where libvirt has no log.
+/// A line in the daemon's log; on standard error, which is its journal, where libvirt's is not known.
 pub fn log(priority: Priority, message: &str) {
     type LogMessage =
         unsafe extern "C" fn(*mut Source, c_uint, *const c_char, c_int, *const c_char, *mut c_void, *const c_char, ...);
-    let found = libvirt().and_then(|library| symbol(library, c"virLogMessage").ok());
+    let library = libvirt().filter(|_| HAS_KNOWN_LOG.load(Ordering::Relaxed));
+    let found = library.and_then(|library| symbol(library, c"virLogMessage").ok());
     let text = CString::new(message.replace('\0', "\\0")).unwrap_or_default();
     let Some(found) = found else {
         eprintln!("instantsnap: {message}");
@@ -299,6 +322,43 @@ mod tests {
     #[test]
     fn a_path_is_fit_for_a_uri() {
         assert_eq!(escape("/run/a b&c/libvirt-sock"), "/run/a%20b%26c/libvirt-sock");
+    }
+
+    #[test]
+    fn a_thread_is_the_daemon_only_as_long_as_it_is_in_a_call() {
+        type Make = unsafe extern "C" fn() -> *mut c_void;
+        if crate::libvirt::table::table().is_err() {
+            return;
+        }
+        let daemon: &'static Daemon = Box::leak(Box::new(Daemon::find(true).unwrap()));
+        let current = || {
+            // SAFETY: no arguments; the reference is given back, and the address alone kept.
+            unsafe {
+                let current = (daemon.virIdentityGetCurrent)();
+                if !current.is_null() {
+                    (daemon.g_object_unref)(current);
+                }
+                current
+            }
+        };
+        // SAFETY: libvirt's function of this name and type; the new identity is this thread's from here on.
+        let client = unsafe {
+            let client =
+                std::mem::transmute::<*mut c_void, Make>(symbol(libvirt().unwrap(), c"virIdentityNew").unwrap())();
+            (daemon.virIdentitySetCurrent)(client);
+            client
+        };
+        for _ in 0..2 {
+            let itself = daemon.itself();
+            assert!(is_in_a_call() && !current().is_null() && current() != client);
+            drop(itself);
+            assert!(!is_in_a_call() && current() == client);
+        }
+        let panicked = std::panic::catch_unwind(|| {
+            let _itself = daemon.itself();
+            panic!("on purpose");
+        });
+        assert!(panicked.is_err() && !is_in_a_call() && current() == client);
     }
 
     #[test]

@@ -336,6 +336,21 @@ impl Domain {
         Ok(self.done(unsafe { (self.table.virDomainIsPersistent)(self.as_ptr()) })? == 1)
     }
 
+    /// Whether the caller may change it, as far as libvirt asks an access driver about him: where he may, he can give it whatever
+    /// file there is as a disk. Asked by a change that changes nothing.
+    pub fn may_be_changed(&self) -> bool {
+        let mut autostart = 0;
+        // SAFETY: a live domain, and storage for the number.
+        let got = self.done(unsafe { (self.table.virDomainGetAutostart)(self.as_ptr(), &raw mut autostart) });
+        // SAFETY: a live domain.
+        let set = || self.done(unsafe { (self.table.virDomainSetAutostart)(self.as_ptr(), autostart) });
+        match got.and_then(|_| set()) {
+            Ok(_) => true,
+            // After it was allowed: a transient domain is not started by itself.
+            Err(error) => error.is(Code::OperationInvalid),
+        }
+    }
+
     /// Pauses it.
     pub fn suspend(&self) -> VirResult<()> {
         // SAFETY: a live domain.

@@ -142,6 +142,8 @@ table! {
     fn virDomainGetBlockInfo(*mut virDomain, *const c_char, *mut virDomainBlockInfo, c_uint) -> c_int;
     fn virDomainIsActive(*mut virDomain) -> c_int;
     fn virDomainIsPersistent(*mut virDomain) -> c_int;
+    fn virDomainGetAutostart(*mut virDomain, *mut c_int) -> c_int;
+    fn virDomainSetAutostart(*mut virDomain, c_int) -> c_int;
     fn virDomainSuspend(*mut virDomain) -> c_int;
     fn virDomainResume(*mut virDomain) -> c_int;
     fn virDomainDestroyFlags(*mut virDomain, c_uint) -> c_int;

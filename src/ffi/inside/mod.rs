@@ -12,6 +12,7 @@
 mod loading;
 mod settings;
 mod slots;
+mod turns;
 
 use std::ffi::{c_char, c_int, c_uint, c_void};
 use std::ptr::NonNull;
@@ -19,13 +20,15 @@ use std::sync::Once;
 
 use self::settings::Settings;
 use self::slots::Slot;
+use self::turns::Turn;
 use super::client::{attempt, share_domain, share_snapshot, take, tell};
 use super::text;
 use crate::error::{Error, Result, fail};
 use crate::flags::{self, Flags};
-use crate::guest::{LibvirtConnector, libvirt as guest};
+use crate::guest::libvirt::{Held, Reach};
+use crate::guest::{LibvirtConnector, PATIENCE};
 use crate::libvirt::daemon::{self, Daemon, Priority, log};
-use crate::libvirt::{Snapshot, table};
+use crate::libvirt::table;
 use crate::snapshot::upgrade;
 
 /// `qemuSnapshotCreateXML` of the driver.
@@ -96,7 +99,7 @@ pub unsafe fn create(
 /// The arguments are those of a call of `next`, which is the driver's own function.
 pub unsafe fn revert(vm: NonNull<c_void>, snapshot: *mut c_void, bits: c_uint, next: OnSnapshot) -> c_int {
     // What the flags are to the driver it says itself.
-    let ours = flags::revert::check(bits).is_ok().then_some(guest::revert as Ours);
+    let ours = flags::revert::check(bits).is_ok().then_some(Held::revert as Ours);
     // SAFETY: by the caller's promise.
     unsafe { on_snapshot(vm, snapshot, bits, next, ours) }
 }
@@ -106,12 +109,12 @@ pub unsafe fn revert(vm: NonNull<c_void>, snapshot: *mut c_void, bits: c_uint, n
 /// # Safety
 /// The arguments are those of a call of `next`, which is the driver's own function.
 pub unsafe fn delete(vm: NonNull<c_void>, snapshot: *mut c_void, bits: c_uint, next: OnSnapshot) -> c_int {
-    let ours = flags::delete::check(bits).is_ok().then_some(guest::delete as Ours);
+    let ours = flags::delete::check(bits).is_ok().then_some(Held::delete as Ours);
     // SAFETY: by the caller's promise.
     unsafe { on_snapshot(vm, snapshot, bits, next, ours) }
 }
 
-type Ours = fn(&Snapshot, u32) -> Result<()>;
+type Ours = fn(&Held, u32) -> Result<()>;
 
 /// # Safety
 /// As [`revert`].
@@ -126,15 +129,24 @@ unsafe fn on_snapshot(
     let theirs = || unsafe { next(vm.as_ptr(), snapshot, bits) };
     let (Some(ours), Some(daemon)) = (ours, the_daemon()) else { return theirs() };
     let result = attempt(|table| {
-        let _itself = daemon.itself();
         // SAFETY: the driver's own object, which its caller has locked, and unlocks as the next thing.
         let _unlocked = unsafe { daemon.unlocked(vm) };
         // SAFETY: by the caller's promise.
         let snapshot = unsafe { share_snapshot(table, snapshot) }?;
-        match guest::within_reach(&snapshot) {
-            Ok(Some(_)) => ours(&snapshot, bits).map(|()| true),
-            // Another kind of snapshot, or none of which anything is known.
-            Ok(None) | Err(_) => Ok(false),
+        let reach = {
+            let _itself = daemon.itself();
+            // An error: nothing is known of it.
+            Reach::of(&snapshot).ok().flatten()
+        };
+        // The files that its record names are removed, merged and restored with the daemon's rights, and a client can write that
+        // record (REDEFINE). Asked in his own name.
+        let Some(reach) = reach.filter(|reach| reach.domain().may_be_changed()) else { return Ok(false) };
+        let _itself = daemon.itself();
+        let _turn = Turn::wait(reach.domain_uuid(), PATIENCE)?;
+        match reach.hold_unless_another()? {
+            Some(held) => ours(&held, bits).map(|()| true),
+            // A client that has the library too: this is a step of what it does.
+            None => Ok(false),
         }
     });
     match result {
@@ -153,7 +165,7 @@ const MARK: &str = concat!("instantsnap-library/", env!("CARGO_PKG_VERSION"), ":
 /// The daemon that this process is, for a call that is not a step of another one of ours.
 fn the_daemon() -> Option<&'static Daemon> {
     static SAID: Once = Once::new();
-    if daemon::is_itself() {
+    if daemon::is_in_a_call() {
         return None;
     }
     let settings = Settings::get();

@@ -8,7 +8,7 @@ use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::time::Duration;
 
 use crate::error::{Code, Result};
-use crate::libvirt::daemon::Daemon;
+use crate::libvirt::daemon::{Daemon, step};
 use crate::libvirt::{Connect, Domain, VirError, VirResult};
 use crate::monitor::Deadline;
 use crate::sys;
@@ -71,10 +71,20 @@ pub struct Caller {
     refused: bool,
 }
 
+impl Drop for Caller {
+    fn drop(&mut self) {
+        // A daemon's call is not over while threads of it are in the driver: more of them than are counted would be there, and
+        // when the daemon ends, its domains would go from under them.
+        if self.again.is_none() {
+            self.join();
+        }
+    }
+}
+
 impl Caller {
     /// Of a domain.
     pub fn new(domain: Domain, uri: String, uuid: String) -> Caller {
-        Caller { again: Some(Address { uri, uuid }), ..Caller::inside(domain) }
+        Caller { domain, again: Some(Address { uri, uuid }), worker: None, pending: Vec::new(), refused: false }
     }
 
     /// Of a domain of the daemon that this process is.
@@ -147,6 +157,7 @@ impl Caller {
         let (worker, tasks) = mpsc::channel::<Task>();
         // It ends with its sender.
         sys::spawn_quiet("instantsnap-virt", move || {
+            let _step = step();
             // A client's thread is its client's; one of ours in a daemon would be nobody's.
             let _itself = Daemon::of_this_process().map(Daemon::itself);
             tasks.into_iter().for_each(|task| task());
@@ -162,6 +173,14 @@ impl Caller {
             matches!(call.recv_timeout(deadline.left().unwrap_or_default()), Err(RecvTimeoutError::Timeout))
         });
         self.pending.is_empty()
+    }
+
+    /// Waits until they have ended, however long that takes.
+    fn join(&mut self) {
+        // Nothing is sent: it is an error when the call has ended.
+        self.pending.drain(..).for_each(|call| {
+            let _ = call.recv();
+        });
     }
 
     /// Whether the connection is what failed.

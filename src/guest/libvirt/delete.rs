@@ -23,34 +23,30 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use super::LibvirtConnector;
+use super::reach::{Reach, is_ours};
 use super::recorded::{DiskImage, Recorded, Replaced, Tree, domain_images, domain_with_replaced};
-use super::revert::{is_ours, within_reach};
 use crate::error::{Code, Error, Result, fail};
-use crate::flags::delete::{self, CHILDREN_ONLY, METADATA_ONLY};
+use crate::flags::delete::{CHILDREN_ONLY, METADATA_ONLY};
 use crate::flags::{CURRENT, REDEFINE};
 use crate::guest::images::{self, Graph, Id, id};
-use crate::image::deleting;
-use crate::libvirt::{Connect, Domain, Snapshot, VirError, block, xml};
+use crate::image::{deleting, is_another};
+use crate::libvirt::{Connect, Domain, VirError, block, xml};
 use crate::snapshot::domain::Source;
 use crate::sys;
 
 /// The first libvirt that deletes snapshots with a memory image, and that crashes when it reverts without a current one.
 const STOCK_DELETES: (u64, u64, u64) = (9, 9, 0);
 
-/// `qemuSnapshotDelete` of a client of stock libvirt.
-pub fn delete(snapshot: &Snapshot, flags: u32) -> Result<()> {
-    delete::check(flags)?;
-    let Some((domain, connect)) = within_reach(snapshot)? else { return Ok(snapshot.delete(flags)?) };
-    let connector = LibvirtConnector::open(domain.clone())?;
-    let _exclusive = connector.hold()?;
-    let tree = Tree::read(&domain)?;
+/// Deletes a snapshot of a domain that is held.
+pub fn run(reach: &Reach, flags: u32) -> Result<()> {
+    let Reach { snapshot, domain, connect, .. } = reach;
+    let tree = Tree::read(domain)?;
     let target = tree.get(&snapshot.name())?;
     if flags & METADATA_ONLY != 0 {
-        return forget_alone(&domain, &tree, target, flags);
+        return forget_alone(domain, &tree, target, flags);
     }
     let version = connect.version().map_err(|error| error.into_error("cannot ask libvirt for its version"))?;
-    if flags == 0 && version >= STOCK_DELETES && stock_can(&domain, &tree, target)? {
+    if flags == 0 && version >= STOCK_DELETES && stock_can(domain, &tree, target)? {
         return Ok(snapshot.delete(flags)?);
     }
     Delete::prepare(connect, domain, version, &tree, target, flags)?.run()
@@ -114,8 +110,8 @@ fn layers(disk: &DiskImage) -> Vec<&str> {
 }
 
 struct Delete<'a> {
-    connect: Connect,
-    domain: Domain,
+    connect: &'a Connect,
+    domain: &'a Domain,
     version: (u64, u64, u64),
     tree: &'a Tree,
     /// What goes, children first.
@@ -149,8 +145,8 @@ struct Failure {
 
 impl<'a> Delete<'a> {
     fn prepare(
-        connect: Connect,
-        domain: Domain,
+        connect: &'a Connect,
+        domain: &'a Domain,
         version: (u64, u64, u64),
         tree: &'a Tree,
         target: &'a Recorded,
@@ -326,7 +322,10 @@ impl<'a> Delete<'a> {
         let files = |snapshots: &[&Recorded]| -> BTreeSet<PathBuf> {
             snapshots.iter().filter_map(|snapshot| snapshot.memory.as_ref()).map(PathBuf::from).collect()
         };
-        &files(&self.doomed) - &files(&self.kept)
+        // A record can name anything.
+        let mut files = &files(&self.doomed) - &files(&self.kept);
+        files.retain(|file| !is_another(file));
+        files
     }
 
     /// Merges, and changes the records after each merge. What has been replaced by what.
@@ -471,7 +470,7 @@ impl<'a> Delete<'a> {
         if self.version < STOCK_DELETES || self.tree.current.is_none() {
             return Ok(());
         }
-        let tree = Tree::read(&self.domain)?;
+        let tree = Tree::read(self.domain)?;
         let leaf = tree.snapshots.iter().rev().find(|snapshot| is_ours(snapshot));
         let (None, Some(leaf)) = (&tree.current, leaf) else { return Ok(()) };
         let disks = if self.live.is_empty() { self.domain.xml(xml::INACTIVE) } else { self.domain.xml(0) };

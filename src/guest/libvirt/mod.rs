@@ -10,6 +10,7 @@ mod deputy;
 mod drives;
 mod lease;
 mod overlays;
+mod reach;
 mod recorded;
 mod revert;
 mod xml;
@@ -22,9 +23,8 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use serde_json::{Value, json};
 
 use self::call::{Again, Caller, Trouble};
-pub use self::delete::delete;
 use self::overlays::Overlays;
-pub use self::revert::{revert, within_reach};
+pub use self::reach::{Held, Reach, delete, revert};
 use super::exclusive::Exclusive;
 use super::{
     Catalog, Connector, Deputy, Description, Guest, MEASURED, PATIENCE, Presence, Reserved, check_version, foreign,
@@ -93,10 +93,13 @@ impl LibvirtConnector {
 
     /// Holds the domain for one operation.
     fn hold(&self) -> Result<Exclusive> {
-        // By its connection too, or as much of it as there is room for: the same UUID can be another daemon's too.
+        Exclusive::take(&format!("domain '{}'", self.name), self.held_name())
+    }
+
+    /// By its connection too, or as much of it as there is room for: the same UUID can be another daemon's too.
+    fn held_name(&self) -> String {
         let uri: String = self.uri.chars().rev().filter(char::is_ascii).take(50).collect();
-        let held = format!("instantsnap/{}/{uri}", self.uuid);
-        Exclusive::take(&format!("domain '{}'", self.name), held)
+        format!("instantsnap/{}/{uri}", self.uuid)
     }
 
     fn keep(&self, snapshot: Snapshot) {

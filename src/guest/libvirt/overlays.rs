@@ -1,7 +1,7 @@
 //! Overlays under libvirt: made beforehand by `qemu-img`, merged back by libvirt's block commit.
 
+use std::fs::File;
 use std::path::Path;
-use std::process::Command;
 use std::thread::sleep;
 use std::time::Duration;
 
@@ -11,6 +11,7 @@ use crate::error::{Code, Error, Result, fail};
 use crate::guest::{PATIENCE, overlay_file};
 use crate::libvirt::block;
 use crate::monitor::Deadline;
+use crate::own_file::OwnFile;
 use crate::snapshot::domain::{Domain, Source};
 use crate::snapshot::{DiskPlan, Drive};
 use crate::sys;
@@ -25,8 +26,8 @@ type Chains = [(String, Vec<String>)];
 #[derive(Debug, Default)]
 pub struct Overlays {
     disks: Vec<DiskPlan>,
-    /// How many of them, in order, have files that we made, or may have.
-    made: usize,
+    /// Their files, so far; none of one that is the caller's own.
+    made: Vec<Option<OwnFile>>,
 }
 
 impl Overlays {
@@ -39,12 +40,10 @@ impl Overlays {
     pub fn create(&mut self, disks: &[DiskPlan]) -> Result<()> {
         self.disks = disks.to_vec();
         for disk in disks {
-            if disk.reuse {
-                check_reused(disk)?;
-            } else {
-                create(disk)?;
-            }
-            self.made += 1;
+            self.made.push(match disk.reuse {
+                true => check_reused(disk).map(|()| None)?,
+                false => Some(create(disk)?),
+            });
         }
         Ok(())
     }
@@ -81,11 +80,14 @@ impl Overlays {
 
     /// Merges those of disks that were detached; whether there were any. What the guest wrote is in them alone.
     pub fn merge_detached(&self, targets: &[String]) -> Result<bool> {
-        let detached = |disk: &&DiskPlan| !targets.iter().any(|target| target == disk.drive.name());
+        let detached = |disk: &DiskPlan| !targets.iter().any(|target| target == disk.drive.name());
         let mut found = false;
-        for disk in self.disks.iter().filter(detached).filter(|disk| Path::new(&disk.overlay).exists()) {
+        for (disk, own) in self.disks.iter().zip(&self.made).filter(|(disk, _)| detached(disk)) {
+            if !Path::new(&disk.overlay).exists() {
+                continue;
+            }
             found = true;
-            overlay_file::commit(&disk.overlay).map_err(|error| {
+            commit(disk, own.as_ref()).map_err(|error| {
                 error.and(format!(
                     "disk '{}' was detached meanwhile, and what the guest wrote to it is in '{}', which could not be merged \
                      and must not be removed: run `qemu-img commit` on it when the cause is mended",
@@ -122,11 +124,11 @@ impl Overlays {
 
     /// The same for a domain that does not run.
     pub fn merge_offline(&mut self) -> Result<()> {
-        for disk in &self.disks {
+        for (disk, own) in self.disks.iter().zip(&self.made) {
             if !Path::new(&disk.overlay).exists() {
                 continue;
             }
-            overlay_file::commit(&disk.overlay).map_err(|error| {
+            commit(disk, own.as_ref()).map_err(|error| {
                 Error::new(
                     error.code,
                     format!(
@@ -155,12 +157,12 @@ impl Overlays {
 
     /// Removes those that we made. They are not in use.
     pub fn discard(&mut self) -> Result<()> {
-        while let Some(disk) = self.made.checked_sub(1).and_then(|last| self.disks.get(last)) {
-            if !disk.reuse {
-                sys::remove_file(Path::new(&disk.overlay))
-                    .map_err(|error| Error::system(format!("cannot remove '{}'", disk.overlay), error))?;
+        while let Some(last) = self.made.last() {
+            if let Some(own) = last {
+                own.remove()
+                    .map_err(|error| Error::system(format!("cannot remove '{}'", own.path().display()), error))?;
             }
-            self.made -= 1;
+            self.made.pop();
         }
         Ok(())
     }
@@ -182,24 +184,36 @@ fn place<'a>(disk: &DiskPlan, chains: &'a Chains) -> Option<(usize, Option<&'a s
     Some((depth, chain.get(depth + 1).map(String::as_str)))
 }
 
-fn create(disk: &DiskPlan) -> Result<()> {
+fn create(disk: &DiskPlan) -> Result<OwnFile> {
     let (drive, path) = (&disk.drive, &disk.overlay);
-    let file = overlay_file::create(path, &drive.file, drive.name())?;
-    let mut create = Command::new("qemu-img");
-    // QEMU has the image open, so that it cannot be asked for its size.
-    create.args(["create", "-q", "-u", "-f", "qcow2", "-F", &drive.format, "-b", &drive.file, path]);
-    create.arg(drive.size.to_string());
+    let own = overlay_file::create(path, &drive.file, drive.name())?;
     let step = format!("cannot create external snapshot file '{path}' of disk '{}'", drive.name());
-    let created = sys::run_tool(&mut create)
+    let created = overlay_file::format(&own, &drive.file, &drive.format, drive.size)
         .map_err(|reason| Error::new(Code::OperationFailed, format!("{step}: {reason}")))
         // From the switch on the guest's data is in it: its name must not be lost in a crash of the host.
         .and_then(|()| {
-            let synced = file.sync_all().and_then(|()| sys::sync_parent(Path::new(path)));
+            let synced = own.file().sync_all().and_then(|()| sys::sync_parent(Path::new(path)));
             synced.map_err(|error| Error::system(&step, error))
         });
-    created.inspect_err(|_| {
-        let _ = sys::remove_file(Path::new(path));
-    })
+    match created {
+        Ok(()) => Ok(own),
+        Err(error) => {
+            let _ = own.remove();
+            Err(error)
+        }
+    }
+}
+
+/// Merges an overlay that no QEMU has open.
+fn commit(disk: &DiskPlan, own: Option<&OwnFile>) -> Result<()> {
+    let merge = |file: &File| overlay_file::commit(file, &disk.drive.file, &disk.drive.format);
+    match own {
+        Some(own) => merge(own.file()),
+        None => {
+            let opened = File::open(&disk.overlay);
+            merge(&opened.map_err(|error| Error::system(format!("cannot open '{}'", disk.overlay), error))?)
+        }
+    }
 }
 
 /// The caller's own overlay: there, and a qcow2 image; libvirt opens it, and puts the disk's image below.

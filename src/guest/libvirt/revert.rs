@@ -21,14 +21,14 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use tempfile::TempPath;
 
+use super::reach::Reach;
 use super::recorded::{DiskImage, Recorded, Tree, domain_images};
-use super::{LibvirtConnector, check_connection};
 use crate::error::{Code, Error, Result, fail};
-use crate::flags::revert::{self, FORCE, PAUSED, RESET_NVRAM, RUNNING};
+use crate::flags::revert::{FORCE, PAUSED, RESET_NVRAM, RUNNING};
 use crate::guest::images::{self, Graph, Id, id};
 use crate::guest::overlay_file;
 use crate::image::Image;
-use crate::libvirt::{Connect, Domain, Snapshot, VirError, restore, undefine, xml};
+use crate::libvirt::{Connect, Domain, VirError, restore, undefine, xml};
 use crate::monitor::Deadline;
 use crate::snapshot::domain::Source;
 use crate::snapshot::generated_name;
@@ -39,13 +39,10 @@ const STOCK_REVERTS: (u64, u64, u64) = (9, 9, 0);
 /// The first libvirt with `VIR_DOMAIN_UNDEFINE_KEEP_TPM`.
 const KEEPS_TPM: (u64, u64, u64) = (8, 9, 0);
 
-/// `qemuSnapshotRevert` of a client of stock libvirt.
-pub fn revert(snapshot: &Snapshot, flags: u32) -> Result<()> {
-    revert::check(flags)?;
-    let Some((domain, connect)) = within_reach(snapshot)? else { return Ok(snapshot.revert(flags)?) };
-    let connector = LibvirtConnector::open(domain.clone())?;
-    let _exclusive = connector.hold()?;
-    let tree = Tree::read(&domain)?;
+/// Reverts a domain that is held.
+pub fn run(reach: &Reach, flags: u32) -> Result<()> {
+    let Reach { snapshot, domain, connect, .. } = reach;
+    let tree = Tree::read(domain)?;
     let target = tree.get(&snapshot.name())?;
     let version = connect.version().map_err(|error| error.into_error("cannot ask libvirt for its version"))?;
     let revert = Revert { connect, domain, version, tree: &tree, target, flags };
@@ -57,21 +54,6 @@ pub fn revert(snapshot: &Snapshot, flags: u32) -> Result<()> {
         return Ok(snapshot.revert(flags)?);
     }
     revert.run(&state)
-}
-
-/// Domain and connection of a snapshot that is our affair too; `None` where it is libvirt's alone.
-pub fn within_reach(snapshot: &Snapshot) -> Result<Option<(Domain, Connect)>> {
-    let domain = snapshot.domain().map_err(|error| error.into_error("cannot find the domain of the snapshot"))?;
-    let connect = domain.connect().map_err(|error| error.into_error("cannot find the connection of the snapshot"))?;
-    // On another machine the files are out of reach.
-    let remote = check_connection(&connect).is_err();
-    let ours = !remote && is_ours(&Recorded::read(snapshot.clone())?);
-    Ok(ours.then_some((domain, connect)))
-}
-
-/// Whether a snapshot is one of memory in a file and disks on overlays.
-pub fn is_ours(snapshot: &Recorded) -> bool {
-    snapshot.memory.is_some() && matches!(snapshot.state.as_str(), "running" | "paused") && !snapshot.is_internal()
 }
 
 /// Whether libvirt's own revert, where it has one, works and does no harm:
@@ -121,8 +103,8 @@ fn needed_by_snapshots(tree: &Tree) -> Result<BTreeSet<Id>> {
 }
 
 struct Revert<'a> {
-    connect: Connect,
-    domain: Domain,
+    connect: &'a Connect,
+    domain: &'a Domain,
     version: (u64, u64, u64),
     tree: &'a Tree,
     target: &'a Recorded,
@@ -264,6 +246,10 @@ impl Revert<'_> {
             );
             Error::new(Code::InvalidDomainSnapshot, message)
         };
+        // A pipe would never be opened.
+        if Path::new(memory).metadata().is_ok_and(|metadata| !metadata.is_file()) {
+            return Err(useless("is not a file"));
+        }
         match File::open(memory) {
             Ok(file) if !Image::is_complete(&file) => return Err(useless("is damaged, or was never completed")),
             Err(error) if error.kind() == ErrorKind::NotFound => return Err(useless("is missing")),

@@ -8,6 +8,7 @@ use super::jobs::{self, Merge, Until};
 use crate::error::{Code, Error, Result, fail};
 use crate::guest::{PATIENCE, overlay_file};
 use crate::monitor::{Command, Deadline, Execute, Failure};
+use crate::own_file::OwnFile;
 use crate::snapshot::DiskPlan;
 use crate::sys;
 
@@ -22,6 +23,8 @@ pub struct Overlay {
     node: String,
     file_node: String,
     made: Made,
+    /// Its file, once there is one.
+    own: Option<OwnFile>,
     merge: Merge,
 }
 
@@ -41,7 +44,14 @@ impl Overlay {
         let got = rustix::rand::getrandom(&mut random, rustix::rand::GetRandomFlags::NONBLOCK);
         let random = got.map_or(std::process::id(), |_| u32::from_ne_bytes(random));
         let node = format!("{NODE_PREFIX}{random:08x}-{index}");
-        Overlay { disk: disk.clone(), file_node: format!("{node}f"), node, made: Made::Nothing, merge: Merge::Not }
+        Overlay {
+            disk: disk.clone(),
+            file_node: format!("{node}f"),
+            node,
+            made: Made::Nothing,
+            own: None,
+            merge: Merge::Not,
+        }
     }
 }
 
@@ -91,7 +101,7 @@ pub fn create(monitor: &mut dyn Execute, overlay: &mut Overlay) -> Result<()> {
             drive.file
         );
     }
-    let file = overlay_file::create(path, &drive.file, drive.name())?;
+    let own = overlay.own.insert(overlay_file::create(path, &drive.file, drive.name())?);
     overlay.made = Made::File;
 
     let step = format!("cannot create external snapshot file '{path}' of disk '{}'", drive.name());
@@ -145,7 +155,7 @@ pub fn create(monitor: &mut dyn Execute, overlay: &mut Overlay) -> Result<()> {
     overlay.made = Made::Node;
 
     // From the switch on the guest's data is in it: its name must not be lost in a crash of the host.
-    file.sync_all().and_then(|()| sys::sync_parent(Path::new(path))).map_err(|error| Error::system(step, error))
+    own.file().sync_all().and_then(|()| sys::sync_parent(Path::new(path))).map_err(|error| Error::system(step, error))
 }
 
 fn blockdev_add(monitor: &mut dyn Execute, step: &str, options: Value) -> Result<()> {
@@ -243,21 +253,20 @@ fn discard_one(monitor: &mut dyn Execute, overlay: &Overlay) -> Result<()> {
 }
 
 fn remove(overlay: &Overlay) -> Result<()> {
-    if overlay.made < Made::File {
-        return Ok(());
-    }
-    let path = &overlay.disk.overlay;
-    sys::remove_file(Path::new(path)).map_err(|error| Error::system(format!("cannot remove '{path}'"), error))
+    let Some(own) = &overlay.own else { return Ok(()) };
+    own.remove().map_err(|error| Error::system(format!("cannot remove '{}'", overlay.disk.overlay), error))
 }
 
 /// For a QEMU that has ended. `switched`: the overlays may hold what the guest wrote; then they are merged by `qemu-img`, or
 /// kept.
 pub fn merge_and_discard_offline(overlays: &mut Vec<Overlay>, switched: bool) -> Result<()> {
     for overlay in overlays.iter().filter(|overlay| switched && overlay.made == Made::Node) {
-        let merged = match overlay.merge {
-            Merge::Not => overlay_file::commit(&overlay.disk.overlay),
-            Merge::Done => Ok(()),
-            Merge::Completing => Err(Error::new(
+        let merged = match (&overlay.merge, &overlay.own) {
+            (Merge::Not, Some(own)) => {
+                overlay_file::commit(own.file(), &overlay.disk.drive.file, &overlay.disk.drive.format)
+            }
+            (Merge::Not | Merge::Done, _) => Ok(()),
+            (Merge::Completing, _) => Err(Error::new(
                 Code::OperationFailed,
                 format!(
                     "it ended just when '{}' was merged: which of the two was written last is the newer",

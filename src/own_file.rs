@@ -1,0 +1,95 @@
+//! A file that we have made, and may have to remove: it, and no other that is called so by then.
+
+use std::ffi::{OsStr, OsString};
+use std::fs::File;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{AtFlags, CWD, Mode, OFlags, openat, statat, unlinkat};
+use rustix::io::Errno;
+
+/// See the module. The directory is held as it was when the file was made: whoever may rename what is above it cannot have another
+/// directory's file removed.
+#[derive(Debug)]
+pub struct OwnFile {
+    path: PathBuf,
+    directory: OwnedFd,
+    name: OsString,
+    file: File,
+    /// Its device and its inode, which nobody else's has while the file is open.
+    id: (u64, u64),
+}
+
+impl OwnFile {
+    /// Makes it, for reading and writing, mode 0600. One that exists is an error, and not touched.
+    pub fn create(path: &Path) -> io::Result<OwnFile> {
+        let name = path.file_name().ok_or_else(|| io::Error::from(io::ErrorKind::IsADirectory))?;
+        let parent = path.parent().map(Path::as_os_str).filter(|parent| !parent.is_empty());
+        let directory = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let directory = openat(CWD, parent.unwrap_or(OsStr::new(".")), directory, Mode::empty())?;
+        let flags = OFlags::CREATE | OFlags::EXCL | OFlags::RDWR | OFlags::CLOEXEC;
+        let file = File::from(openat(&directory, name, flags, Mode::RUSR | Mode::WUSR)?);
+        let metadata = file.metadata()?;
+        let id = (metadata.dev(), metadata.ino());
+        Ok(OwnFile { path: path.into(), directory, name: name.into(), file, id })
+    }
+
+    /// What it was called.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The file.
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// Removes it, and does not mind that it is gone already.
+    pub fn remove(&self) -> io::Result<()> {
+        match statat(&self.directory, &self.name, AtFlags::SYMLINK_NOFOLLOW) {
+            Ok(found) if (found.st_dev, found.st_ino) != self.id => return Ok(()),
+            Err(Errno::NOENT) => return Ok(()),
+            Err(errno) => return Err(errno.into()),
+            Ok(_) => {}
+        }
+        match unlinkat(&self.directory, &self.name, AtFlags::empty()) {
+            Ok(()) | Err(Errno::NOENT) => Ok(()),
+            Err(errno) => Err(errno.into()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn it_is_removed_wherever_its_directory_is_now_and_another_of_its_name_is_not() {
+        let directory = tempfile::tempdir().unwrap();
+        let (here, there) = (directory.path().join("here"), directory.path().join("there"));
+        std::fs::create_dir(&here).unwrap();
+        let own = OwnFile::create(&here.join("file")).unwrap();
+        assert_eq!(OwnFile::create(&here.join("file")).unwrap_err().kind(), io::ErrorKind::AlreadyExists);
+        // Somebody puts another directory in its place, with a file of that name.
+        std::fs::rename(&here, &there).unwrap();
+        std::fs::create_dir(&here).unwrap();
+        std::fs::write(here.join("file"), "another").unwrap();
+        own.remove().unwrap();
+        assert!(!there.join("file").exists());
+        assert!(here.join("file").exists());
+        own.remove().unwrap();
+    }
+
+    #[test]
+    fn what_has_taken_its_name_stays() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("file");
+        let own = OwnFile::create(&path).unwrap();
+        std::fs::remove_file(&path).unwrap();
+        std::os::unix::fs::symlink("/nonexistent", &path).unwrap();
+        own.remove().unwrap();
+        assert!(path.symlink_metadata().is_ok());
+    }
+}
