@@ -66,7 +66,7 @@ fn run(client: &mut Client, command: &str, arguments: Value) -> Value {
 
 #[test]
 fn a_name_that_exists_is_refused() {
-    for binary in Binary::all() {
+    for binary in Binary::any() {
         let opened = Opened::start(&machine(binary, 1));
         opened.snapshot("taken").unwrap();
         for flags in [INSTANTLY, 0] {
@@ -80,7 +80,7 @@ fn a_name_that_exists_is_refused() {
 
 #[test]
 fn files_that_exist_are_refused_and_not_touched() {
-    for binary in Binary::all() {
+    for binary in Binary::any() {
         let opened = Opened::start(&machine(binary, 2));
         let directory = opened.guest.directory().to_owned();
         let write = |path: &Path| std::fs::write(path, "a user's file").unwrap();
@@ -123,7 +123,7 @@ fn files_that_exist_are_refused_and_not_touched() {
 
 #[test]
 fn a_directory_that_is_missing_is_named() {
-    for binary in Binary::all() {
+    for binary in Binary::any() {
         let opened = Opened::start(&machine(binary, 2));
         let file = opened.guest.directory().join("no-such-directory/file");
         let parts = ["No such file or directory", file.to_str().unwrap()];
@@ -146,7 +146,7 @@ fn a_place_that_cannot_be_written_to_is_named() {
         Some(Some(tmpfs)) => tmpfs.path("file"),
         None => sealed.path().join("file"),
     };
-    for binary in Binary::all() {
+    for binary in Binary::any() {
         let opened = Opened::start(&machine(binary, 2));
         let parts =
             [file.to_str().unwrap(), if tmpfs.is_some() { "Read-only file system" } else { "ermission denied" }];
@@ -162,7 +162,7 @@ fn a_place_that_cannot_be_written_to_is_named() {
 fn a_file_system_too_small_for_the_memory_image_costs_nothing() {
     let Some(tmpfs) = Tmpfs::mount("size=4m") else { return };
     let memory = tmpfs.path("memory");
-    for binary in Binary::all() {
+    for binary in Binary::any() {
         let opened = Opened::start(&machine(binary, 2).append("dense=16"));
         for flags in [INSTANTLY, 0] {
             let mut at_drain = None;
@@ -187,7 +187,7 @@ fn a_file_system_too_small_for_the_memory_image_costs_nothing() {
 #[test]
 fn a_full_file_system_is_named() {
     let Some(tmpfs) = Tmpfs::mount("size=4k") else { return };
-    for binary in Binary::all() {
+    for binary in Binary::any() {
         let opened = Opened::start(&machine(binary, 2));
         let memory = tmpfs.path("memory");
         let parts = ["No space left on device", memory.to_str().unwrap()];
@@ -206,7 +206,7 @@ fn a_full_file_system_is_named() {
 fn a_guest_stopped_by_the_full_file_system_of_its_overlay_runs_again() {
     let Some(tmpfs) = Tmpfs::mount("size=2m") else { return };
     let (memory, overlay) = (tmpfs.path("memory"), tmpfs.path("overlay"));
-    for binary in Binary::all() {
+    for binary in Binary::any() {
         let opened = Opened::start(&machine(binary, 2).append("dense=16"));
         let mut stopped = false;
         let mut observer = At(|phase| {
@@ -230,7 +230,7 @@ fn a_guest_stopped_by_the_full_file_system_of_its_overlay_runs_again() {
 fn a_snapshot_whose_overlay_has_no_room_for_the_guest_fails() {
     let Some(tmpfs) = Tmpfs::mount("size=400k") else { return };
     let overlay = tmpfs.path("overlay");
-    for binary in Binary::all() {
+    for binary in Binary::any() {
         let opened = Opened::start(&machine(binary, 2));
         let mut observer = At(|phase| {
             if phase == Phase::Drain {
@@ -252,7 +252,7 @@ fn a_snapshot_whose_overlay_has_no_room_for_the_guest_fails() {
 fn a_device_that_cannot_be_migrated_is_refused_with_qemus_reason() {
     let shared = tempfile::tempdir().unwrap();
     let fat = format!("if=none,id=fat,format=raw,file=fat:rw:{}", shared.path().display());
-    for binary in Binary::all() {
+    for binary in Binary::any() {
         let opened = Opened::start(&machine(binary, 1).arg("-drive").arg(&fat));
         for flags in [INSTANTLY, 0] {
             let parts = ["memory cannot be saved", "vvfat (rw) format", "does not support live migration"];
@@ -270,7 +270,7 @@ fn a_qemu_that_may_not_use_userfaultfd_is_refused_and_can_take_plain_snapshots()
         eprintln!("skipped: needs root, vm.unprivileged_userfaultfd=0 and a /dev/userfaultfd of root's");
         return;
     }
-    for binary in Binary::all() {
+    for binary in Binary::any() {
         let opened = Opened::start(&machine(binary, 2).run_as(65534));
         let parts = ["userfaultfd", "sysctl vm.unprivileged_userfaultfd=1", "/dev/userfaultfd"];
         opened.assert_fails(&named("s"), INSTANTLY, Code::ArgumentUnsupported, &parts);
@@ -282,7 +282,7 @@ fn a_qemu_that_may_not_use_userfaultfd_is_refused_and_can_take_plain_snapshots()
 
 #[test]
 fn a_qemu_without_background_snapshots_is_refused() {
-    for binary in Binary::all() {
+    for binary in Binary::any() {
         let (opened, proxy) = through_proxy(&machine(binary, 1));
         proxy.rule(
             "query-migrate-capabilities",
@@ -302,7 +302,7 @@ fn a_qemu_without_background_snapshots_is_refused() {
 
 #[test]
 fn a_migration_in_progress_is_left_alone() {
-    for binary in Binary::all() {
+    for binary in Binary::any() {
         let opened = Opened::start(&machine(binary, 1));
         let before = opened.trace();
         // A destination that takes nothing.
@@ -363,7 +363,7 @@ fn assert_settings_survive(opened: &Opened, proxy: &Proxy, name: &str) {
 
 #[test]
 fn whatever_the_migration_settings_are_a_snapshot_works_and_leaves_them_so() {
-    for binary in Binary::all() {
+    for binary in Binary::any() {
         let (opened, proxy) = through_proxy(&machine(binary, 1));
         let mut control = opened.guest.control();
         let parameters = run(&mut control, "query-migrate-parameters", json!({}));
@@ -416,7 +416,7 @@ fn whatever_the_migration_settings_are_a_snapshot_works_and_leaves_them_so() {
 /// What a caller can get wrong about the disks is found before anything is touched.
 #[test]
 fn a_request_that_does_not_fit_the_guest_is_refused() {
-    for binary in Binary::all() {
+    for binary in Binary::any() {
         let opened = Opened::start(&machine(binary, 2).attach(Attach::Blockdev));
         let directory = opened.guest.directory().to_owned();
         let same = directory.join("same");

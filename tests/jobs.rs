@@ -31,7 +31,7 @@ fn large(binary: &'static Binary) -> Machine {
 
 #[test]
 fn whoever_starts_a_job_goes_on_at_the_instant_while_memory_drains() {
-    for binary in Binary::all() {
+    for binary in Binary::any() {
         let opened = Opened::start(&large(binary));
         let (slow, listener) = Slow::down(&opened.guest, 1 << 20, Listener::default());
         let before = opened.guest.wait_ticks(0);
@@ -69,7 +69,7 @@ fn whoever_starts_a_job_goes_on_at_the_instant_while_memory_drains() {
 
 #[test]
 fn its_descriptor_is_readable_exactly_as_long_as_there_are_events() {
-    for binary in Binary::all() {
+    for binary in Binary::any() {
         let opened = Opened::start(&large(binary));
         let gates = [Phase::Pause, Phase::Drain].map(|phase| (phase, Gate::default()));
         let held = |listener: Listener, (phase, gate): &(Phase, Gate)| listener.hold(*phase, gate);
@@ -105,7 +105,7 @@ fn its_descriptor_is_readable_exactly_as_long_as_there_are_events() {
 
 #[test]
 fn progress_is_that_of_the_image() {
-    for binary in Binary::all() {
+    for binary in Binary::any() {
         let opened = Opened::start(&large(binary));
         let (slow, listener) = Slow::down(&opened.guest, 8 << 20, Listener::default().every(Duration::from_millis(50)));
         let heard = listener.heard();
@@ -142,7 +142,7 @@ fn progress_is_that_of_the_image() {
 /// All of its memory is saved by then.
 #[test]
 fn progress_of_a_plain_snapshot_comes_before_its_instant() {
-    for binary in Binary::all() {
+    for binary in Binary::any() {
         let opened = Opened::start(&large(binary));
         let listener = Listener::default().every(Duration::from_millis(1));
         let heard = listener.heard();
@@ -179,7 +179,7 @@ fn assert_in_order(events: &[Event], expected: &[What]) {
 
 #[test]
 fn a_snapshot_that_succeeds_is_told_of_in_order() {
-    for binary in Binary::all() {
+    for binary in Binary::any() {
         let opened = Opened::start(&machine(binary, 2));
         let all = [Paused, Switched, Instant, Complete];
         let check = |name: &str, flags, expected: &[What]| {
@@ -234,7 +234,7 @@ const FAILURES: [Fails; 8] = [
 
 #[test]
 fn a_snapshot_that_fails_is_told_of_in_order_and_last_when_all_is_undone() {
-    for binary in Binary::all() {
+    for binary in Binary::any() {
         let (opened, proxy) = through_proxy(&machine(binary, 2));
         let proxy = Arc::new(proxy);
         for Fails { phase, command, after } in FAILURES {
@@ -285,7 +285,7 @@ fn a_job_can_be_cancelled_in_each_phase() {
         (Phase::Drain, 3..=3),
         (Phase::Finish, 3..=3),
     ];
-    for binary in Binary::all() {
+    for binary in Binary::any() {
         let opened = Opened::start(&machine(binary, 2));
         for (phase, happens) in &phases {
             eprintln!("{} {phase:?}", binary.name);
@@ -309,7 +309,7 @@ fn a_job_can_be_cancelled_in_each_phase() {
 
 #[test]
 fn a_job_cancelled_while_memory_drains_ends() {
-    for binary in Binary::all() {
+    for binary in Binary::any() {
         let opened = Opened::start(&large(binary));
         let before = opened.trace();
         let (slow, listener) = Slow::down(&opened.guest, 1 << 20, Listener::default());
@@ -340,7 +340,7 @@ fn a_job_that_is_complete_is_not_cancelled() {
 /// Nobody needs the numbers.
 #[test]
 fn progress_that_cannot_be_asked_for_fails_no_snapshot() {
-    for binary in Binary::all() {
+    for binary in Binary::any() {
         let (opened, proxy) = through_proxy(&large(binary));
         let proxy = Arc::new(proxy);
         let theirs = Arc::clone(&proxy);
@@ -374,7 +374,7 @@ fn progress_that_cannot_be_asked_for_fails_no_snapshot() {
 
 #[test]
 fn a_job_that_nobody_follows_and_whose_guest_is_closed_goes_on() {
-    for binary in Binary::all() {
+    for binary in Binary::any() {
         let opened = Opened::start(&machine(binary, 2));
         let (gate, listener) = (Gate::default(), Listener::default());
         let heard = listener.heard();
@@ -395,7 +395,7 @@ fn a_job_that_nobody_follows_and_whose_guest_is_closed_goes_on() {
 
 #[test]
 fn a_second_job_is_refused_and_touches_nothing() {
-    for binary in Binary::all() {
+    for binary in Binary::any() {
         let opened = Opened::start(&machine(binary, 2));
         let other_state = opened.guest.directory().join("other");
         std::fs::create_dir_all(&other_state).unwrap();
@@ -433,7 +433,7 @@ fn a_second_job_is_refused_and_touches_nothing() {
 
 #[test]
 fn a_snapshot_that_is_not_recorded_has_its_xml_all_the_same() {
-    for binary in Binary::all() {
+    for binary in Binary::any() {
         let opened = Opened::start(&machine(binary, 2));
         let xml = "<domainsnapshot><name>s</name><description>two &lt; three</description></domainsnapshot>";
         let job = opened.start_at_once(xml, INSTANTLY | NO_METADATA, Listener::default());

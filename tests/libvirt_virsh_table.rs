@@ -356,7 +356,8 @@ impl Meddled<'_> {
     }
 }
 
-fn go_through(binary: &'static Binary) {
+/// Half of the table, so that two of it can be gone through at once.
+fn go_through(binary: &'static Binary, half: usize) {
     let daemon = Daemon::session();
     let clones = daemon.another();
     let directory = tempfile::tempdir().unwrap();
@@ -373,14 +374,19 @@ fn go_through(binary: &'static Binary) {
         random,
         started: 0,
     };
-    for (number, row) in TABLE.iter().enumerate() {
+    for (number, row) in TABLE.iter().enumerate().filter(|(number, _)| number % 2 == half) {
         meddled.run(number, row);
     }
 }
 
 #[test]
 fn virsh_and_a_snapshot_of_one_domain_do_each_other_no_harm_with_the_systems_qemu() {
-    go_through(&Binary::all()[0]);
+    go_through(&Binary::all()[0], 0);
+}
+
+#[test]
+fn virsh_and_a_snapshot_of_one_domain_do_each_other_no_harm_in_the_tables_other_half() {
+    go_through(&Binary::all()[0], 1);
 }
 
 #[test]
@@ -389,7 +395,7 @@ fn virsh_and_a_snapshot_of_one_domain_do_each_other_no_harm_with_a_newer_qemu() 
         return;
     }
     match Binary::all().get(1) {
-        Some(binary) => go_through(binary),
+        Some(binary) => [0, 1].into_iter().for_each(|half| go_through(binary, half)),
         None => eprintln!("skipped: there is one QEMU only"),
     }
 }

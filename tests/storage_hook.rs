@@ -185,7 +185,7 @@ fn bring_back(opened: &Opened, name: &str, storage: &Storage) -> u32 {
 #[test]
 fn what_the_hook_copies_is_of_the_same_instant_as_memory_and_the_other_disks() {
     let volume = Volume::new();
-    for binary in Binary::all() {
+    for binary in Binary::any() {
         let disk = volume.raw_disk(&binary.name);
         let opened =
             Opened::start(&Machine::new(binary).disk(Format::Qcow2).disk_on(&disk, Format::Raw).append("dense=8"));
@@ -243,7 +243,7 @@ fn so_it_is_while_qemu_touches_the_guests_memory_already() {
 
 #[test]
 fn so_it_is_with_a_plain_snapshot_a_paused_guest_and_no_other_disk() {
-    for binary in Binary::all() {
+    for binary in Binary::any() {
         let opened = Opened::start(&two_disks(binary));
         let storage = Storage::copying().install(&opened.handle);
         opened.create(&request("plain"), 0).unwrap();
@@ -299,7 +299,7 @@ fn without_a_hook_nothing_is_touched() {
 
 #[test]
 fn a_hook_that_fails_fails_the_snapshot_and_is_not_asked_to_undo() {
-    for binary in Binary::all() {
+    for binary in Binary::any() {
         let opened = Opened::start(&two_disks(binary));
         let storage = Storage::new(|| Err("the pool is full".into())).install(&opened.handle);
         for flags in [INSTANTLY, 0] {
@@ -340,7 +340,7 @@ fn late(opened: &Opened, storage: Storage) -> Arc<Storage> {
 
 #[test]
 fn a_hook_that_is_late_is_not_waited_for_by_the_guest_and_undone_when_it_comes_back() {
-    for binary in Binary::all() {
+    for binary in Binary::any() {
         let opened = Opened::start(&two_disks(binary));
         assert_eq!(late(&opened, Storage::copying()).undone(), ["late"]);
         // One that was late, and failed, has nothing to undo.
@@ -377,7 +377,7 @@ fn the_pause_limit_holds_for_a_hook_without_a_deadline() {
 
 #[test]
 fn a_job_is_cancelled_while_the_hook_is_at_work() {
-    for binary in Binary::all() {
+    for binary in Binary::any() {
         let opened = Opened::start(&two_disks(binary));
         let gate = Gate::default();
         let held = gate.clone();
@@ -404,7 +404,7 @@ fn a_job_is_cancelled_while_the_hook_is_at_work() {
 
 #[test]
 fn what_the_hook_has_made_is_undone_once_when_a_later_phase_fails() {
-    for binary in Binary::all() {
+    for binary in Binary::any() {
         let opened = Opened::start(&two_disks(binary));
         for phase in [Phase::Arm, Phase::Drain, Phase::Finish] {
             let storage = Storage::copying().install(&opened.handle);

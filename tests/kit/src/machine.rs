@@ -92,8 +92,9 @@ pub struct Machine {
     pub(crate) extras: Extras,
 }
 
-/// How long a guest rests between its rounds: not so long that it is a rest that is snapshotted as a rule.
-const REST_US: u32 = 500;
+/// How long a guest rests between its rounds, of which one takes a tenth of a millisecond. Snapshots of it are nearly always of a rest:
+/// where that matters, it must not.
+const REST_US: u32 = 2500;
 
 impl Machine {
     /// A `pc` with 64 MiB and no disks, under TCG, that boots the tick guest.
