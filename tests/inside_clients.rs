@@ -14,7 +14,7 @@ use common::inside::{INSTANT, LIVE, Subject, answer, library, session};
 use common::machine;
 use instantsnap::flags::delete::CHILDREN;
 use instantsnap_testkit::compile::{gcc, workspace};
-use instantsnap_testkit::{Binary, Daemon, Machine, Mode};
+use instantsnap_testkit::{Binary, Daemon, Machine, Mode, missing_package};
 use tree::{Maker, Tree};
 
 const UPGRADE: (&str, &str) = ("INSTANTSNAP_UPGRADE_LIVE", "1");
@@ -36,7 +36,7 @@ fn create_live(subject: &Subject, name: &str) {
 #[test]
 fn a_client_in_c_passes_the_bit() {
     if !Path::new("/usr/include/libvirt/libvirt.h").exists() {
-        eprintln!("skipped: libvirt's headers are not installed");
+        missing_package("libvirt's headers are not installed");
         return;
     }
     let subject = start(&[]);
@@ -59,7 +59,7 @@ fn a_client_in_perl_passes_the_bit() {
         command
     };
     if !perl("1").output().is_ok_and(|output| output.status.success()) {
-        eprintln!("skipped: Perl's Sys::Virt is not installed");
+        missing_package("Perl's Sys::Virt is not installed");
         return;
     }
     let subject = start(&[]);

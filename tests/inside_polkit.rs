@@ -11,7 +11,7 @@ use std::process::{Child, Command, Stdio};
 use common::inside::{INSTANT, Subject, answer, library};
 use common::machine;
 use instantsnap_testkit::compile::workspace;
-use instantsnap_testkit::{Binary, Daemon, Mode};
+use instantsnap_testkit::{Binary, Daemon, Mode, missing_package};
 use tempfile::TempDir;
 
 /// Neither root's nor QEMU's.
@@ -38,7 +38,7 @@ impl Bus {
     fn start() -> Option<Bus> {
         let gi = Command::new("/usr/bin/python3").args(["-c", "import gi"]).stderr(Stdio::null()).status();
         if !Path::new("/usr/bin/dbus-daemon").exists() || !gi.is_ok_and(|status| status.success()) {
-            eprintln!("skipped: dbus-daemon or python3-gi is not installed");
+            missing_package("dbus-daemon or python3-gi is not installed");
             return None;
         }
         let directory = tempfile::Builder::new().prefix("instantsnap-").tempdir().unwrap();

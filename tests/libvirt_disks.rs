@@ -11,7 +11,7 @@ use instantsnap::engine::Phase;
 use instantsnap::error::{Code, Error};
 use instantsnap::flags::{NO_METADATA, REUSE_EXT};
 use instantsnap_testkit::machine::make_image;
-use instantsnap_testkit::{Binary, DEADLINE, Daemon, Format, Guest, Machine, wait_for};
+use instantsnap_testkit::{Binary, DEADLINE, Daemon, Format, Guest, Machine, missing_package, wait_for};
 use tempfile::TempDir;
 
 /// A daemon for clones, one after the other.
@@ -435,7 +435,7 @@ fn an_encrypted_disk_is_refused_and_can_be_left_out() {
     let driver = "libvirt_driver_secret.so";
     let drivers = Path::new("/usr/lib/x86_64-linux-gnu/libvirt/connection-driver");
     if !drivers.join(driver).exists() {
-        eprintln!("skipped: no {driver}");
+        missing_package(&format!("no {driver}"));
         return;
     }
     std::os::unix::fs::symlink(drivers.join(driver), daemon.directory().join("drivers").join(driver)).unwrap();

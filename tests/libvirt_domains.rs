@@ -12,7 +12,7 @@ use common::{ALL_SECTORS, At, INSTANTLY};
 use instantsnap::engine::Phase;
 use instantsnap::error::{Code, Error};
 use instantsnap::flags::{HALT, LIVE};
-use instantsnap_testkit::{Binary, DEADLINE, Daemon, Format, Guest, Machine, thorough, wait_for};
+use instantsnap_testkit::{Binary, DEADLINE, Daemon, Format, Guest, Machine, missing_package, thorough, wait_for};
 use serde_json::json;
 use tempfile::TempDir;
 
@@ -419,7 +419,7 @@ fn real_uefi_firmware_is_no_hindrance() {
     }
     let (code, template) = ("/usr/share/OVMF/OVMF_CODE_4M.fd", "/usr/share/OVMF/OVMF_VARS_4M.fd");
     if !Path::new(code).exists() {
-        eprintln!("skipped: no {code}");
+        missing_package(&format!("no {code}"));
         return;
     }
     let daemon = Daemon::session();

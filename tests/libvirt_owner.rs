@@ -19,7 +19,7 @@ use instantsnap::guest::LibvirtConnector;
 use instantsnap::libvirt::Connect;
 use instantsnap_testkit::compile::tick_guest;
 use instantsnap_testkit::machine::make_image;
-use instantsnap_testkit::{Binary, DEADLINE, Daemon, Disk, Format, Machine, Mode, Serial, wait_for};
+use instantsnap_testkit::{Binary, DEADLINE, Daemon, Disk, Format, Machine, Mode, Serial, missing_package, wait_for};
 
 fn machine(binary: &'static Binary) -> Machine {
     Machine::new(binary).disk(Format::Qcow2).disk(Format::Raw)
@@ -234,7 +234,7 @@ impl Drop for Embedder {
 fn libvirt_within_the_caller_is_as_any_other() {
     let has_module = Command::new("/usr/bin/python3").args(["-c", "import libvirt"]).status();
     if !has_module.is_ok_and(|status| status.success()) {
-        eprintln!("skipped: no libvirt for /usr/bin/python3");
+        missing_package("no libvirt for /usr/bin/python3");
         return;
     }
     let clones = Daemon::session();

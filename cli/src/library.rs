@@ -1,6 +1,7 @@
 //! The library that a daemon is to have.
 
 use std::fs;
+use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
@@ -10,18 +11,20 @@ const NAME: &str = "libinstantsnap.so.0";
 /// Before its version in the library, which has it for this.
 const MARK: &[u8] = b"instantsnap-library/";
 
-/// The one beside this command's prefix, or where distributions have theirs.
-pub fn installed() -> Result<PathBuf> {
+/// The one beside this command's prefix, or where distributions have theirs, as the system below `root` sees it.
+pub fn installed(root: &Path) -> Result<PathBuf> {
     let prefix = std::env::current_exe().ok().and_then(|program| Some(program.parent()?.parent()?.to_owned()));
     let prefixes = prefix.into_iter().chain(["/usr/local".into(), "/usr".into()]);
     let triplet = format!("lib/{}-linux-gnu", std::env::consts::ARCH);
     let below = |prefix: PathBuf| [triplet.as_str(), "lib64", "lib"].map(|directory| prefix.join(directory).join(NAME));
     let mut candidates = prefixes.flat_map(below);
-    candidates.find(|path| path.is_file()).ok_or_else(|| format!("{NAME} is not installed: give its path by --library"))
+    // A link may lead to what only that system sees: that it is there is enough.
+    let is_there = |path: &PathBuf| root.join(path.strip_prefix("/").unwrap_or(path)).symlink_metadata().is_ok();
+    candidates.find(is_there).ok_or_else(|| format!("{NAME} is not installed: give its path by --library"))
 }
 
-/// Refuses what a daemon of root's must not be given, or cannot use.
-pub fn check(library: &Path) -> Result<()> {
+/// Refuses what a daemon of root's must not be given, or cannot use. The path is as the system below `root` sees it.
+pub fn check(root: &Path, library: &Path) -> Result<()> {
     let shown = library.display();
     let text = library.to_str().ok_or_else(|| format!("{shown}: the path is not UTF-8"))?;
     if !library.is_absolute() {
@@ -32,25 +35,71 @@ pub fn check(library: &Path) -> Result<()> {
             "{shown}: the loader takes no path with a space or a colon, systemd none with a quote or a $"
         ));
     }
-    let data = fs::metadata(library).map_err(|error| format!("{shown}: {error}"))?;
-    if !data.is_file() {
+    let file = follow(root, library)?;
+    let shown = file.display();
+    if !file.is_file() {
         return Err(format!("{shown} is not a file"));
     }
-    let directory = library.parent().and_then(|directory| fs::metadata(directory).ok());
-    for (what, data) in [("it", Some(&data)), ("its directory", directory.as_ref())] {
-        let Some(data) = data else { continue };
-        if data.uid() != 0 || data.mode() & 0o002 != 0 {
-            return Err(format!(
-                "{shown}: {what} does not belong to root alone, and whoever can change it could do what the daemon can: \
-                 install the library as root (meson install), or give the path of one that is"
-            ));
-        }
-    }
-    let bytes = fs::read(library).map_err(|error| format!("{shown}: {error}"))?;
+    let bytes = fs::read(&file).map_err(|error| format!("{shown}: {error}"))?;
     if !is_ours(&bytes) {
         return Err(format!("{shown} is not a libinstantsnap for this machine"));
     }
     Ok(())
+}
+
+/// The file that a path leads to in the system below `root`. An error where others than root can change it, or any of the
+/// directories on the way, those that symbolic links lead through too: any of them could put another file there.
+fn follow(root: &Path, path: &Path) -> Result<PathBuf> {
+    /// As many as the kernel follows.
+    const MOST_LINKS: usize = 40;
+    let parts = |path: &Path| path.components().rev().map(|part| part.as_os_str().to_owned()).collect::<Vec<_>>();
+    let failed = |path: &Path, error: io::Error| format!("{}: {error}", path.display());
+    let root = fs::canonicalize(root).map_err(|error| failed(root, error))?;
+    let (mut at, mut left, mut links) = (root.clone(), parts(path), 0);
+    while let Some(part) = left.pop() {
+        match part.to_str() {
+            Some("/") => at.clone_from(&root),
+            Some("..") if at == root => {}
+            Some("..") => _ = at.pop(),
+            _ => at.push(part),
+        }
+        let data = fs::symlink_metadata(&at).map_err(|error| failed(&at, error))?;
+        if data.is_symlink() {
+            links += 1;
+            if links > MOST_LINKS {
+                return Err(format!("{}: too many symbolic links", path.display()));
+            }
+            let target = fs::read_link(&at).map_err(|error| failed(&at, error))?;
+            at.pop();
+            left.extend(parts(&target));
+            continue;
+        }
+        check_owner(&at, &data)?;
+    }
+    Ok(at)
+}
+
+/// Refuses what others than root can change, and says how that is mended.
+fn check_owner(path: &Path, data: &fs::Metadata) -> Result<()> {
+    const STICKY: u32 = 0o1000;
+    const GROUP_OR_OTHERS: u32 = 0o022;
+    let shown = path.display();
+    let owner = (data.uid() != 0).then(|| format!("chown root {shown}"));
+    let mode = (data.mode() & GROUP_OR_OTHERS != 0).then(|| format!("chmod go-w {shown}"));
+    let commands: Vec<String> = owner.into_iter().chain(mode).collect();
+    if commands.is_empty() {
+        return Ok(());
+    }
+    // One like /tmp is so on purpose.
+    let is_shared = data.is_dir() && data.mode() & STICKY != 0;
+    let mended = if is_shared {
+        "install the library somewhere else".to_owned()
+    } else {
+        format!("{}, or install the library as root (meson install)", commands.join(" && "))
+    };
+    Err(format!(
+        "{shown} does not belong to root alone, and whoever can change it could do what the daemon can: {mended}"
+    ))
 }
 
 /// A shared object of this machine's kind that has the driver's function.
@@ -83,10 +132,32 @@ mod tests {
         assert_eq!(version(b"nothing"), None);
     }
 
+    fn refused(path: &str) -> String {
+        check(Path::new("/"), Path::new(path)).unwrap_err()
+    }
+
     #[test]
     fn a_path_that_the_loader_cannot_take_is_refused() {
-        for path in ["lib.so", "/a b/lib.so", "/a:b/lib.so", "/nowhere/lib.so", "/tmp"] {
-            assert!(check(Path::new(path)).is_err(), "{path}");
-        }
+        assert!(refused("lib.so").contains("absolute path"));
+        assert!(refused("/a b/lib.so").contains("a space"));
+        assert!(refused("/a:b/lib.so").contains("a colon"));
+        assert!(refused("/nowhere/lib.so").contains("No such file"));
+    }
+
+    #[test]
+    fn what_is_no_library_is_refused() {
+        assert!(refused("/usr/bin").contains("is not a file"));
+        assert!(refused("/usr/bin/env").contains("is not a libinstantsnap"));
+        assert!(refused("/etc/passwd").contains("is not a libinstantsnap"));
+    }
+
+    #[test]
+    fn a_directory_that_all_may_write_to_is_refused_sticky_or_not() {
+        let directory = tempfile::tempdir_in("/tmp").unwrap();
+        let library = directory.path().join(NAME);
+        fs::write(&library, "").unwrap();
+        let said = refused(library.to_str().unwrap());
+        assert!(said.starts_with("/tmp does not belong to root alone") && said.contains("somewhere else"), "{said}");
+        assert!(!said.contains("chmod"), "{said}");
     }
 }

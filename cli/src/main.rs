@@ -36,7 +36,8 @@ enum Daemon {
     Enable {
         #[command(flatten)]
         place: Place,
-        /// The library, by its absolute path; by default the one that is installed
+        /// The library, by its absolute path; by default the one that is installed. With --root the path is as that system
+        /// sees it, without the directory
         #[arg(long, value_name = "PATH")]
         library: Option<PathBuf>,
         /// Make LIVE external snapshots with memory instant too, for clients that cannot ask for INSTANT
@@ -58,7 +59,7 @@ enum Daemon {
         now: bool,
     },
     /// Says whether the daemon is to have the library, and whether the one that runs has it. Exits with 0 where both are so,
-    /// and with 3 where not
+    /// and with 3 where not, or where another file of the unit overrides ours
     Status {
         #[command(flatten)]
         place: Place,
@@ -119,13 +120,16 @@ fn enable(
 ) -> Result<()> {
     let library = match library {
         Some(library) => library.to_owned(),
-        None => library::installed()?,
+        None => library::installed(&place.root)?,
     };
-    library::check(&library)?;
+    library::check(&place.root, &library)?;
     let unit = place.unit.name();
-    let others = units::preloaded(&place.root, unit)?;
+    let preload = units::preload(&place.root, unit)?;
+    if let Some(why) = preload.overridden {
+        return Err(why);
+    }
     let drop_in = DropIn::of(&place.root, unit);
-    drop_in.write(&others, &library, upgrade_live, max_snapshots)?;
+    drop_in.write(&preload.others, &library, upgrade_live, max_snapshots)?;
     println!("{unit} will be started with {} ({})", library.display(), drop_in.path().display());
     take_effect(place, now)
 }
@@ -172,6 +176,10 @@ fn status(place: &Place, pid: Option<u32>) -> Result<ExitCode> {
         Some(library) => println!("{unit} is to be started with {library} ({})", drop_in.path().display()),
         None => println!("{unit} is not to be started with libinstantsnap: there is no {}", drop_in.path().display()),
     }
+    let overridden = if wanted.is_some() { units::preload(&place.root, unit)?.overridden } else { None };
+    if let Some(why) = &overridden {
+        println!("that has no effect: {why}");
+    }
     let pids = match pid {
         Some(pid) => vec![pid],
         None => process::called(unit),
@@ -189,5 +197,6 @@ fn status(place: &Place, pid: Option<u32>) -> Result<ExitCode> {
             }
         }
     }
-    Ok(if wanted.is_some() && all_have { ExitCode::SUCCESS } else { ExitCode::from(3) })
+    let will_have = wanted.is_some() && overridden.is_none();
+    Ok(if will_have && all_have { ExitCode::SUCCESS } else { ExitCode::from(3) })
 }

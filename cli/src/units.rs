@@ -1,6 +1,9 @@
 //! What the files of a unit say of its environment.
 
+use std::collections::BTreeMap;
+use std::ffi::{OsStr, OsString};
 use std::fs;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use crate::Result;
@@ -8,58 +11,132 @@ use crate::Result;
 /// Our own file among the unit's.
 pub const OURS: &str = "instantsnap.conf";
 
-/// systemd's directories, the most important last.
-const DIRECTORIES: [&str; 4] =
-    ["lib/systemd/system", "usr/lib/systemd/system", "run/systemd/system", "etc/systemd/system"];
+const VARIABLE: &str = "LD_PRELOAD";
 
-/// What a unit preloads without us, which stays preloaded. An error where a file that comes after all of systemd's says so.
-pub fn preloaded(root: &Path, unit: &str) -> Result<String> {
-    let mut found = String::new();
-    for file in files(root, unit) {
-        let text = fs::read_to_string(&file).map_err(|error| format!("cannot read {}: {error}", file.display()))?;
-        if let Some(value) = preload_of(&text) {
-            found = value;
-        }
-        for other in environment_files(&text) {
-            let path = root.join(other.trim_start_matches('/'));
-            let Ok(lines) = fs::read_to_string(&path) else { continue };
-            if lines.lines().any(|line| line.trim_start().starts_with("LD_PRELOAD=")) {
-                return Err(format!(
-                    "{} sets LD_PRELOAD for {unit}, and systemd gives it precedence: add the library there, or remove it",
-                    path.display()
-                ));
+/// systemd's directories, the most important last.
+const DIRECTORIES: [&str; 5] = [
+    "lib/systemd/system",
+    "usr/lib/systemd/system",
+    "usr/local/lib/systemd/system",
+    "run/systemd/system",
+    "etc/systemd/system",
+];
+
+/// What a unit preloads, as far as other files than ours say so.
+pub struct Preload {
+    /// What comes before ours, and stays preloaded.
+    pub others: String,
+    /// Why ours has no effect, or would have none, and what to do about it.
+    pub overridden: Option<String>,
+}
+
+/// As systemd puts a daemon's environment together: `Environment=` of all files in their order, then what
+/// `EnvironmentFile=` names, whichever file that is in, and at last `UnsetEnvironment=` likewise. An empty value takes back
+/// what was said of the same before.
+pub fn preload(root: &Path, unit: &str) -> Result<Preload> {
+    let (mut others, mut overridden, mut unset, mut named) = (String::new(), None, None, Vec::new());
+    for (file, is_after_ours) in files(root, unit) {
+        let shown = file.display();
+        let moved = format!("and comes after {OURS}: remove that, or give the file a name that comes before");
+        for (name, value) in settings(&read(&file)?) {
+            match (name.as_str(), value.is_empty()) {
+                ("Environment", true) if is_after_ours => {
+                    overridden = Some(format!("{shown} empties the environment of {unit} (Environment=), {moved}"));
+                }
+                ("Environment", true) => others.clear(),
+                ("Environment", false) => match preload_in(&value) {
+                    Some(_) if is_after_ours => {
+                        overridden = Some(format!("{shown} sets {VARIABLE} for {unit}, {moved}"));
+                    }
+                    Some(preload) => others = preload,
+                    None => {}
+                },
+                ("EnvironmentFile", true) => named.clear(),
+                ("EnvironmentFile", false) => named.push(root.join(value.trim_start_matches(['-', '/']))),
+                ("UnsetEnvironment", true) => unset = None,
+                ("UnsetEnvironment", false)
+                    if words(&value).iter().any(|word| word == VARIABLE || assigned(word).is_some()) =>
+                {
+                    unset = Some(format!(
+                        "{shown} unsets {VARIABLE} for {unit} (UnsetEnvironment=), whoever has set it: remove that"
+                    ));
+                }
+                _ => {}
             }
         }
     }
-    Ok(found)
+    let sets = |text: String| text.lines().any(|line| assigned(line).is_some());
+    let set = named.iter().find(|file| fs::read_to_string(file).is_ok_and(sets)).map(|file| {
+        format!(
+            "{} sets {VARIABLE} for {unit}, and systemd gives it precedence: remove that, or move it to an Environment= in a \
+             drop-in with a name that comes before {OURS}",
+            file.display()
+        )
+    });
+    Ok(Preload { others, overridden: unset.or(set).or(overridden) })
 }
 
-/// The unit's file, and its drop-ins but ours.
-fn files(root: &Path, unit: &str) -> Vec<PathBuf> {
-    let directories = DIRECTORIES.iter().map(|directory| root.join(directory));
-    let main = directories.clone().map(|directory| directory.join(format!("{unit}.service")));
-    let main = main.rev().find(|file| file.is_file());
-    let mut drop_ins: Vec<PathBuf> = directories
-        .filter_map(|directory| fs::read_dir(directory.join(format!("{unit}.service.d"))).ok())
-        .flat_map(|entries| entries.flatten().map(|entry| entry.path()))
-        .filter(|path| path.extension().is_some_and(|end| end == "conf") && path.file_name() != Some(OURS.as_ref()))
-        .collect();
-    // In the order of their names, wherever they are.
-    drop_ins.sort_by(|a, b| a.file_name().cmp(&b.file_name()));
-    main.into_iter().chain(drop_ins).collect()
+/// The unit's file, and its drop-ins but ours, each with whether systemd reads it after ours.
+fn files(root: &Path, unit: &str) -> Vec<(PathBuf, bool)> {
+    let directories = || DIRECTORIES.iter().map(|directory| root.join(directory));
+    let main = directories().map(|directory| directory.join(format!("{unit}.service"))).rfind(|file| file.is_file());
+    // Those of all services are less important than its own.
+    let kinds = ["service.d".to_owned(), format!("{unit}.service.d")];
+    let places = kinds.iter().flat_map(|kind| directories().map(move |directory| directory.join(kind)));
+    let entries = places.filter_map(|place| fs::read_dir(place).ok()).flatten().flatten();
+    // In the order of their names, wherever they are; of those of one name the most important is the only one.
+    let mut drop_ins: BTreeMap<OsString, PathBuf> = entries.map(|entry| (entry.file_name(), entry.path())).collect();
+    drop_ins.retain(|name, path| path.extension().is_some_and(|end| end == "conf") && name != OURS);
+    let drop_ins = drop_ins.into_iter().map(|(name, path)| (path, name.as_os_str() > OsStr::new(OURS)));
+    main.map(|file| (file, false)).into_iter().chain(drop_ins).collect()
 }
 
-/// The last `LD_PRELOAD` in `Environment=` lines.
+/// A file of a unit; empty where it is a link that leads nowhere.
+fn read(file: &Path) -> Result<String> {
+    match fs::read_to_string(file) {
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(String::new()),
+        other => other.map_err(|error| format!("cannot read {}: {error}", file.display())),
+    }
+}
+
+/// What a file of a unit preloads.
 pub fn preload_of(text: &str) -> Option<String> {
-    let lines = text.lines().filter_map(|line| line.trim().strip_prefix("Environment="));
-    let words = lines.flat_map(words);
-    let values = words.filter_map(|word| word.strip_prefix("LD_PRELOAD=").map(str::to_owned));
-    values.reduce(|_, last| last).filter(|value| !value.is_empty()).map(|value| value.replace("%%", "%"))
+    let mut last = None;
+    for (_, value) in settings(text).into_iter().filter(|(name, _)| name == "Environment") {
+        last = if value.is_empty() { None } else { preload_in(&value).or(last) };
+    }
+    last.filter(|value| !value.is_empty())
 }
 
-fn environment_files(text: &str) -> impl Iterator<Item = String> + '_ {
-    let lines = text.lines().filter_map(|line| line.trim().strip_prefix("EnvironmentFile="));
-    lines.map(|path| path.trim().trim_start_matches('-').to_owned())
+/// The last `LD_PRELOAD` of an `Environment=`.
+fn preload_in(value: &str) -> Option<String> {
+    let words = words(value);
+    Some(words.iter().rev().find_map(|word| assigned(word))?.replace("%%", "%"))
+}
+
+/// What is assigned to `LD_PRELOAD`, if anything.
+fn assigned(assignment: &str) -> Option<&str> {
+    assignment.split_once('=').filter(|(name, _)| name.trim() == VARIABLE).map(|(_, value)| value)
+}
+
+/// What the `[Service]` of a file of a unit says: names and values.
+fn settings(text: &str) -> Vec<(String, String)> {
+    let (mut settings, mut in_service, mut whole) = (Vec::new(), false, String::new());
+    for line in text.lines().map(str::trim).filter(|line| !line.starts_with(['#', ';'])) {
+        if let Some(begin) = line.strip_suffix('\\') {
+            whole += begin;
+            whole.push(' ');
+            continue;
+        }
+        whole += line;
+        let line = std::mem::take(&mut whole);
+        if line.starts_with('[') {
+            in_service = line == "[Service]";
+        } else if let Some((name, value)) = line.split_once('=').filter(|_| in_service) {
+            settings.push((name.trim().to_owned(), value.trim().to_owned()));
+        }
+    }
+    settings
 }
 
 /// Words that spaces separate, unless they are quoted.
@@ -84,15 +161,15 @@ mod tests {
 
     #[test]
     fn the_last_preload_counts_however_it_is_quoted() {
-        let text = "[Service]\nEnvironment=A=b \"LD_PRELOAD=/a.so /b.so\"\nEnvironment='C=d e'\n";
-        assert_eq!(preload_of(text).as_deref(), Some("/a.so /b.so"));
-        assert_eq!(preload_of("Environment=LD_PRELOAD=/a\nEnvironment=LD_PRELOAD=/b\n").as_deref(), Some("/b"));
-        assert_eq!(preload_of("# Environment=LD_PRELOAD=/a\nEnvironmentFile=-/etc/default/libvirtd\n"), None);
-    }
-
-    #[test]
-    fn a_file_that_may_be_missing_is_one() {
-        let files: Vec<_> = environment_files("EnvironmentFile=-/etc/default/libvirtd\n").collect();
-        assert_eq!(files, ["/etc/default/libvirtd"]);
+        let last = |lines: &str| preload_of(&format!("[Service]\n{lines}"));
+        let quoted = "Environment=A=b \"LD_PRELOAD=/a.so /b.so\"\nEnvironment='C=d e'\n";
+        assert_eq!(last(quoted).as_deref(), Some("/a.so /b.so"));
+        assert_eq!(last("Environment=LD_PRELOAD=/a\nEnvironment = LD_PRELOAD=/b\n").as_deref(), Some("/b"));
+        assert_eq!(last("Environment=A=b \\\n# a comment\n  LD_PRELOAD=/a\n").as_deref(), Some("/a"));
+        assert_eq!(last("Environment=LD_PRELOAD=/a\nEnvironment=\n"), None);
+        assert_eq!(last("Environment=LD_PRELOAD=/a LD_PRELOAD=\n"), None);
+        assert_eq!(last("Environment=LD_PRELOAD LD_PRELOADED=/a\n"), None);
+        assert_eq!(last("# Environment=LD_PRELOAD=/a\nEnvironmentFile=-/etc/default/libvirtd\n"), None);
+        assert_eq!(last("[Unit]\nEnvironment=LD_PRELOAD=/a\n"), None);
     }
 }

@@ -1,17 +1,22 @@
 //! The command on a directory that stands for /, and on a libvirtd of the test's own.
 
 use std::fs;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt, chown, symlink};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 use instantsnap_testkit::{Daemon, Mode};
 use tempfile::TempDir;
 
+/// Where the library is in a [`System`], as that sees it.
+const LIBRARY: &str = "/usr/local/lib/libinstantsnap.so.0";
+
+/// Neither root's nor a daemon's.
+const SOMEBODY: u32 = 65534;
+
 /// A system, as far as the command looks at it, with a library that is fit for a daemon.
 struct System {
     root: TempDir,
-    library: PathBuf,
 }
 
 /// The library under test: cargo has put it where it has put this program.
@@ -30,10 +35,14 @@ impl System {
         }
         let root = tempfile::Builder::new().prefix("instantsnap-").tempdir().unwrap();
         fs::set_permissions(root.path(), fs::Permissions::from_mode(0o755)).unwrap();
-        let library = root.path().join("libinstantsnap.so.0");
-        fs::copy(built(), &library).unwrap();
-        fs::set_permissions(&library, fs::Permissions::from_mode(0o755)).unwrap();
-        Some(System { root, library })
+        let system = System { root };
+        system.copy(&built(), LIBRARY);
+        Some(system)
+    }
+
+    /// Where it really is.
+    fn path(&self, path: &str) -> PathBuf {
+        self.root.path().join(path.trim_start_matches('/')).components().collect()
     }
 
     fn run(&self, words: &[&str]) -> Output {
@@ -42,17 +51,62 @@ impl System {
     }
 
     fn enable(&self, more: &[&str]) -> Output {
-        self.run(&[&["enable", "--library", self.library.to_str().unwrap()], more].concat())
+        self.run(&[&["enable"], more].concat())
+    }
+
+    fn make_directory(&self, path: &str) {
+        fs::DirBuilder::new().recursive(true).mode(0o755).create(self.path(path)).unwrap();
+    }
+
+    fn make_parent(&self, path: &str) {
+        self.make_directory(Path::new(path).parent().unwrap().to_str().unwrap());
+    }
+
+    fn copy(&self, file: &Path, path: &str) {
+        self.make_parent(path);
+        fs::copy(file, self.path(path)).unwrap();
+        fs::set_permissions(self.path(path), fs::Permissions::from_mode(0o755)).unwrap();
     }
 
     fn write(&self, path: &str, text: &str) {
-        let path = self.root.path().join(path);
-        fs::create_dir_all(path.parent().unwrap()).unwrap();
-        fs::write(path, text).unwrap();
+        self.make_parent(path);
+        fs::write(self.path(path), text).unwrap();
+    }
+
+    fn link(&self, target: &str, path: &str) {
+        self.make_parent(path);
+        symlink(target, self.path(path)).unwrap();
+    }
+
+    /// That this alone keeps `enable` from taking a library: of another owner or mode it is refused, with the command that
+    /// mends it.
+    #[track_caller]
+    fn assert_must_be_roots(&self, path: &str, library: &str) {
+        let enable = || self.enable(&["--library", library]);
+        let path = self.path(path);
+        let named = path.display();
+        let set_mode = |mode| fs::set_permissions(&path, fs::Permissions::from_mode(mode)).unwrap();
+        ok(enable());
+        let before = fs::read(self.drop_in("libvirtd")).unwrap();
+        for mode in [0o775, 0o757] {
+            set_mode(mode);
+            fails(&enable(), &format!("{named} does not belong to root alone"));
+            fails(&enable(), &format!(": chmod go-w {named}, or"));
+        }
+        set_mode(0o755);
+        chown(&path, Some(SOMEBODY), None).unwrap();
+        fails(&enable(), &format!("{named} does not belong to root alone"));
+        fails(&enable(), &format!(": chown root {named}, or"));
+        set_mode(0o775);
+        fails(&enable(), &format!(": chown root {named} && chmod go-w {named}, or"));
+        chown(&path, Some(0), None).unwrap();
+        set_mode(0o755);
+        assert_eq!(fs::read(self.drop_in("libvirtd")).unwrap(), before);
+        ok(enable());
     }
 
     fn drop_in(&self, unit: &str) -> PathBuf {
-        self.root.path().join(format!("etc/systemd/system/{unit}.service.d/instantsnap.conf"))
+        self.path(&format!("etc/systemd/system/{unit}.service.d/instantsnap.conf"))
     }
 }
 
@@ -79,7 +133,8 @@ fn what_is_enabled_is_written_as_a_drop_in_and_removed_when_it_is_disabled() {
     assert!(said.contains("next start"), "{said}");
     let file = system.drop_in("virtqemud");
     let text = fs::read_to_string(&file).unwrap();
-    assert!(text.contains(&format!("Environment=\"LD_PRELOAD={}\"\n", system.library.display())), "{text}");
+    // As that system will see it, not as we do.
+    assert!(text.contains(&format!("Environment=\"LD_PRELOAD={LIBRARY}\"\n")), "{text}");
     assert!(text.contains("INSTANTSNAP_UPGRADE_LIVE=1\n") && text.contains("INSTANTSNAP_MAX_SNAPSHOTS=4\n"), "{text}");
     // Once more, and otherwise: the last word counts.
     ok(system.enable(&["--unit", "virtqemud"]));
@@ -92,64 +147,163 @@ fn what_is_enabled_is_written_as_a_drop_in_and_removed_when_it_is_disabled() {
 }
 
 #[test]
-fn what_the_unit_preloads_already_stays_and_what_would_override_us_is_told() {
+fn what_the_unit_preloads_already_stays() {
     let Some(system) = System::new() else { return };
+    let assert_preloads = |others: &str| {
+        // The second time our own file is among the unit's.
+        for _ in 0..2 {
+            ok(system.enable(&[]));
+            let text = fs::read_to_string(system.drop_in("libvirtd")).unwrap();
+            assert!(text.contains(&format!("\"LD_PRELOAD={others}{LIBRARY}\"\n")), "{text}");
+        }
+    };
     system.write(
         "usr/lib/systemd/system/libvirtd.service",
         "[Service]\nEnvironmentFile=-/etc/default/libvirtd\nEnvironment=LD_PRELOAD=/usr/lib/old.so\n",
     );
-    system.write(
-        "etc/systemd/system/libvirtd.service.d/own.conf",
-        "[Service]\nEnvironment='LD_PRELOAD=/usr/lib/own.so'\n",
-    );
-    for _ in 0..2 {
-        ok(system.enable(&[]));
-        let text = fs::read_to_string(system.drop_in("libvirtd")).unwrap();
-        let wanted = format!("LD_PRELOAD=/usr/lib/own.so:{}\"\n", system.library.display());
-        assert!(text.contains(&wanted), "{text}");
-    }
-    ok(system.run(&["disable"]));
-    assert!(system.root.path().join("etc/systemd/system/libvirtd.service.d/own.conf").exists());
+    assert_preloads("/usr/lib/old.so:");
+    let drop_in = |text: &str, path: &str| system.write(path, &format!("[Service]\n{text}\n"));
+    drop_in("Environment='LD_PRELOAD=/usr/lib/own.so'", "usr/lib/systemd/system/libvirtd.service.d/b.conf");
+    assert_preloads("/usr/lib/own.so:");
+    // The name counts more than the directory; but of files of one name, the directory.
+    drop_in("Environment='LD_PRELOAD=/usr/lib/first.so'", "etc/systemd/system/libvirtd.service.d/a.conf");
+    drop_in("Environment='LD_PRELOAD=/usr/lib/all.so'", "etc/systemd/system/service.d/b.conf");
+    assert_preloads("/usr/lib/own.so:");
+    drop_in("", "run/systemd/system/libvirtd.service.d/b.conf");
+    assert_preloads("/usr/lib/first.so:");
+    drop_in("Environment=", "etc/systemd/system/libvirtd.service.d/b.conf");
+    assert_preloads("");
+    // Where it is set again there is nothing to keep; what is not there sets nothing.
+    drop_in("EnvironmentFile=-/nowhere\nUnsetEnvironment=LD_LIBRARY_PATH", "etc/systemd/system/service.d/z.conf");
+    assert_preloads("");
 
-    system.write("etc/default/libvirtd", "LD_PRELOAD=/usr/lib/other.so\n");
-    fails(&system.enable(&[]), "etc/default/libvirtd sets LD_PRELOAD");
+    ok(system.run(&["disable"]));
+    assert!(system.path("etc/systemd/system/libvirtd.service.d/a.conf").exists());
+}
+
+#[test]
+fn a_file_that_overrides_ours_is_named_and_nothing_is_written() {
+    let Some(system) = System::new() else { return };
+    system.write("etc/default/libvirtd", " LD_PRELOAD =/usr/lib/other.so\n");
+    // What is said of each, and whether it counts before our file too.
+    let ways = [
+        ("Environment=LD_PRELOAD=/usr/lib/own.so", "sets LD_PRELOAD", false),
+        ("Environment=A=b \\\n  'LD_PRELOAD='", "sets LD_PRELOAD", false),
+        ("Environment=\nEnvironment=A=b", "empties the environment", false),
+        ("EnvironmentFile=-/etc/default/libvirtd", "sets LD_PRELOAD", true),
+        ("UnsetEnvironment=A LD_PRELOAD", "unsets LD_PRELOAD", true),
+    ];
+    let try_with = |file: &str, (line, said, always): (&str, &str, bool), is_after: bool| {
+        system.write(file, &format!("[Service]\n{line}\n"));
+        let output = system.enable(&[]);
+        if is_after || always {
+            let named = if line.contains("File") { "etc/default/libvirtd" } else { file };
+            fails(&output, &format!("{} {said}", system.path(named).display()));
+            assert!(!system.drop_in("libvirtd").exists());
+        } else {
+            ok(output);
+            ok(system.run(&["disable"]));
+        }
+        fs::remove_file(system.path(file)).unwrap();
+    };
+    for way in ways {
+        for (name, is_after) in [("zz-own.conf", true), ("instantsnap.conf.conf", true), ("a.conf", false)] {
+            try_with(&format!("etc/systemd/system/libvirtd.service.d/{name}"), way, is_after);
+        }
+    }
+    for directory in ["lib", "usr/lib", "usr/local/lib", "run", "etc"] {
+        for kind in ["libvirtd.service.d", "service.d"] {
+            try_with(&format!("{directory}/systemd/system/{kind}/zz-own.conf"), ways[0], true);
+        }
+    }
+    // What is taken back, or is of a file that another of its name stands for, is nothing.
+    let all = ways.map(|(line, ..)| line).join("\n");
+    system.write("usr/lib/systemd/system/libvirtd.service.d/zz.conf", &format!("[Service]\n{all}\n"));
+    fails(&system.enable(&[]), "LD_PRELOAD");
+    system.link("/dev/null", "etc/systemd/system/libvirtd.service.d/zz.conf");
+    ok(system.enable(&[]));
+    let taken_back = "[Service]\nEnvironmentFile=/etc/default/libvirtd\nUnsetEnvironment=LD_PRELOAD\n\
+                      EnvironmentFile=\nUnsetEnvironment=\n";
+    system.write("etc/systemd/system/libvirtd.service.d/zzz.conf", taken_back);
+    ok(system.enable(&[]));
+}
+
+#[test]
+fn a_library_that_is_none_is_refused() {
+    let Some(system) = System::new() else { return };
+    let with = |library: &str| system.enable(&["--library", library]);
+    fails(&with("libinstantsnap.so"), "absolute path");
+    // It is there, but not in that system.
+    fails(&with("/bin/true"), "No such file");
+    fails(&with(system.path(LIBRARY).to_str().unwrap()), "No such file");
+    system.copy(Path::new("/bin/true"), "/bin/true");
+    fails(&with("/bin/true"), "is not a libinstantsnap");
+    fs::remove_file(system.path(LIBRARY)).unwrap();
+    fails(&system.enable(&[]), "is not installed");
     assert!(!system.drop_in("libvirtd").exists());
 }
 
 #[test]
-fn a_library_that_is_none_or_that_others_can_change_is_refused() {
+fn neither_the_library_nor_a_directory_above_it_may_be_others() {
     let Some(system) = System::new() else { return };
-    let with = |library: &Path| system.run(&["enable", "--library", library.to_str().unwrap()]);
-    fails(&with(Path::new("libinstantsnap.so")), "absolute path");
-    fails(&with(Path::new("/nowhere/libinstantsnap.so")), "No such file");
-    fails(&with(Path::new("/etc/passwd")), "is not a libinstantsnap");
-    fails(&with(Path::new("/bin/true")), "is not a libinstantsnap");
-    fs::set_permissions(&system.library, fs::Permissions::from_mode(0o777)).unwrap();
-    fails(&system.enable(&[]), "does not belong to root alone");
-    fs::set_permissions(&system.library, fs::Permissions::from_mode(0o755)).unwrap();
-    std::os::unix::fs::chown(&system.library, Some(65534), None).unwrap();
-    fails(&system.enable(&[]), "does not belong to root alone");
-    assert!(!system.drop_in("libvirtd").exists());
+    for path in [LIBRARY, "/usr/local/lib", "/usr/local", "/usr", "/"] {
+        system.assert_must_be_roots(path, LIBRARY);
+    }
+    // Nobody else can replace a file in such a one. It is refused all the same, and not to be made another.
+    fs::set_permissions(system.path("/usr/local"), fs::Permissions::from_mode(0o1777)).unwrap();
+    let output = system.enable(&[]);
+    fails(&output, &format!("{} does not belong to root alone", system.path("/usr/local").display()));
+    assert!(!String::from_utf8_lossy(&output.stderr).contains("chmod"), "{output:?}");
+}
+
+#[test]
+fn no_directory_that_a_symbolic_link_leads_through_may_be_others() {
+    let Some(system) = System::new() else { return };
+    // /usr/lib -> /opt/lib, /opt/lib/libinstantsnap.so.0 -> ../../srv/current/lib.so, /srv/current -> 1
+    system.copy(&built(), "/srv/1/lib.so");
+    system.link("1", "/srv/current");
+    system.link("/opt/lib", "/usr/lib");
+    system.link("../../srv/current/lib.so", "/opt/lib/libinstantsnap.so.0");
+    let library = "/usr/lib/libinstantsnap.so.0";
+    for path in ["/usr", "/opt", "/opt/lib", "/srv", "/srv/1", "/srv/1/lib.so"] {
+        system.assert_must_be_roots(path, library);
+    }
+    let text = fs::read_to_string(system.drop_in("libvirtd")).unwrap();
+    assert!(text.contains(&format!("LD_PRELOAD={library}\"")), "{text}");
+    // Links do not lead out of that system, nor on for ever.
+    system.link("../../../../../../../../srv/1/lib.so", "/opt/up.so");
+    ok(system.enable(&["--library", "/opt/up.so"]));
+    system.link("again.so", "/opt/again.so");
+    fails(&system.enable(&["--library", "/opt/again.so"]), "too many symbolic links");
 }
 
 #[test]
 fn status_tells_a_daemon_that_has_the_library_from_one_that_has_not() {
     let Some(system) = System::new() else { return };
+    let library = system.path(LIBRARY);
     let status = |daemon: &Daemon| system.run(&["status", "--pid", &daemon.pid().to_string()]);
-    let with = Daemon::preloaded(Mode::Session, &[&system.library], &[]).unwrap();
+    let with = Daemon::preloaded(Mode::Session, &[&library], &[]).unwrap();
     let without = Daemon::session();
     // It is there, but not to be there at the next start.
     assert_eq!(status(&with).status.code(), Some(3));
     ok(system.enable(&[]));
     let said = ok(status(&with));
-    let wanted = format!("has {}, version {}", system.library.display(), env!("CARGO_PKG_VERSION"));
+    let wanted = format!("has {}, version {}", library.display(), env!("CARGO_PKG_VERSION"));
     assert!(said.lines().any(|line| line.ends_with(&wanted)), "{said}");
     let output = status(&without);
     assert_eq!(output.status.code(), Some(3), "{output:?}");
     assert!(String::from_utf8_lossy(&output.stdout).contains("does not have it: restart it"));
+    // At the next start it will not have it.
+    let other = "run/systemd/system/libvirtd.service.d/zz-own.conf";
+    system.write(other, "[Service]\nEnvironment=LD_PRELOAD=\n");
+    let output = status(&with);
+    assert_eq!(output.status.code(), Some(3), "{output:?}");
+    let wanted = format!("that has no effect: {} sets LD_PRELOAD", system.path(other).display());
+    assert!(String::from_utf8_lossy(&output.stdout).contains(&wanted), "{output:?}");
+    fs::remove_file(system.path(other)).unwrap();
     // An upgrade has put another file there.
-    fs::copy(&system.library, system.root.path().join("new")).unwrap();
-    fs::rename(system.root.path().join("new"), &system.library).unwrap();
+    fs::copy(&library, system.path("new")).unwrap();
+    fs::rename(system.path("new"), &library).unwrap();
     assert!(ok(status(&with)).contains("was replaced since"));
     fails(&system.run(&["status", "--pid", "4294967295"]), "cannot look into process");
 }
