@@ -1,6 +1,8 @@
 //! Clients of a stock libvirtd with the library in it: with nothing of ours, over every transport, and what is not ours as ever.
 
 mod common;
+#[path = "common/sshd.rs"]
+mod sshd;
 #[path = "common/tree.rs"]
 mod tree;
 
@@ -10,11 +12,12 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::Command;
 
-use common::inside::{INSTANT, LIVE, Subject, answer, library, session};
+use common::inside::{CREATE, INSTANT, LIVE, Subject, answer, library, session};
 use common::machine;
 use instantsnap::flags::delete::CHILDREN;
 use instantsnap_testkit::compile::{gcc, workspace};
 use instantsnap_testkit::{Binary, Daemon, Machine, Mode, missing_package};
+use sshd::Sshd;
 use tree::{Maker, Tree};
 
 const UPGRADE: (&str, &str) = ("INSTANTSNAP_UPGRADE_LIVE", "1");
@@ -86,8 +89,7 @@ fn a_client_over_a_programs_pipe_passes_the_bit() {
     std::fs::write(&relay, text).unwrap();
     std::fs::set_permissions(&relay, Permissions::from_mode(0o755)).unwrap();
     let uri = format!("qemu+ext:///session?command={}", relay.display());
-    let script = "attempt(lambda: domain.snapshotCreateXML(sys.argv[3], int(sys.argv[4])).getName())";
-    let mut client = subject.client_of(&uri, script, &[&subject.xml("relayed"), &INSTANT.to_string()]);
+    let mut client = subject.client_of(&uri, CREATE, &[&subject.xml("relayed"), &INSTANT.to_string()]);
     assert_eq!(answer(client.output().unwrap()), Ok("relayed".into()));
     assert_eq!(subject.snapshots(), ["relayed"]);
     subject.guest.wait_ticks(3);
@@ -103,12 +105,32 @@ fn a_client_over_tcp_passes_the_bit() {
     );
     let daemon = Daemon::configured(Mode::Session, &[&library()], &[], &conf).unwrap();
     let subject = Subject::start(&one_disk(), &daemon);
-    let script = "attempt(lambda: domain.snapshotCreateXML(sys.argv[3], int(sys.argv[4])).getName())";
     let uri = format!("qemu+tcp://127.0.0.1:{port}/session");
-    let mut client = subject.client_of(&uri, script, &[&subject.xml("tcp"), &INSTANT.to_string()]);
+    let mut client = subject.client_of(&uri, CREATE, &[&subject.xml("tcp"), &INSTANT.to_string()]);
     assert_eq!(answer(client.output().unwrap()), Ok("tcp".into()));
     subject.guest.wait_ticks(3);
     subject.bring_back("tcp", &Daemon::session());
+}
+
+#[test]
+fn a_client_over_ssh_passes_the_bit() {
+    let subject = start(&[]);
+    let daemon = subject.guest.daemon();
+    let Some(sshd) = Sshd::start(daemon) else { return };
+    let by_name = format!("proxy=netcat&socket={}", daemon.socket().display());
+    // What is at the server's end: a program that knows sockets, or libvirt's, which finds the daemon's.
+    for (name, program, parameters) in
+        [("nc", "/usr/bin/nc", &*by_name), ("helper", "/usr/bin/virt-ssh-helper", "proxy=native")]
+    {
+        if !Path::new(program).exists() {
+            eprintln!("skipped: no {program}");
+            continue;
+        }
+        let mut client = subject.client_of(&sshd.uri(parameters), CREATE, &[&subject.xml(name), &INSTANT.to_string()]);
+        assert_eq!(answer(client.output().unwrap()), Ok(name.into()));
+        subject.guest.wait_ticks(3);
+        subject.bring_back(name, &Daemon::session());
+    }
 }
 
 #[test]

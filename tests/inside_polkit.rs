@@ -8,7 +8,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
-use common::inside::{INSTANT, Subject, answer, library};
+use common::inside::{CREATE, INSTANT, Subject, answer, library};
 use common::machine;
 use instantsnap_testkit::compile::workspace;
 use instantsnap_testkit::{Binary, Daemon, Mode, missing_package};
@@ -110,8 +110,7 @@ fn a_client_that_may_snapshot_needs_no_more_for_an_instant_snapshot_and_gets_no_
         command.envs(plain.get_envs().filter_map(|(name, value)| Some((name, value?))));
         answer(command.stdin(Stdio::null()).output().unwrap())
     };
-    let create = "attempt(lambda: domain.snapshotCreateXML(sys.argv[3], int(sys.argv[4])).getName())";
-    let snapshot = |name: &str| client(create, &[&subject.xml(name), &INSTANT.to_string()]);
+    let snapshot = |name: &str| client(CREATE, &[&subject.xml(name), &INSTANT.to_string()]);
     let call = |call: &str| client(&format!("attempt(lambda: str(domain.{call}))"), &[]);
 
     let refused = snapshot("denied").unwrap_err();

@@ -9,7 +9,7 @@ use std::sync::OnceLock;
 use std::time::Duration;
 
 use common::inside::{INSTANT, LIVE, Subject, answer, library, session};
-use common::{files_below, machine};
+use common::{ALL_SECTORS, files_below, machine};
 use instantsnap_testkit::compile::{gcc, workspace};
 use instantsnap_testkit::{Binary, Daemon, Fingerprint, Machine, Mode, domain_fingerprint, thorough, wait_for};
 use rustix::process::{Pid, Signal, kill_process};
@@ -18,6 +18,7 @@ const INVALID_ARG: i64 = 8;
 const OPERATION_FAILED: i64 = 9;
 const NO_DOMAIN: i64 = 42;
 const OPERATION_INVALID: i64 = 55;
+const OPERATION_UNSUPPORTED: i64 = 84;
 const RESOURCE_BUSY: i64 = 87;
 const FROM_QEMU: i64 = 10;
 
@@ -106,6 +107,7 @@ fn a_client_sees_code_domain_and_message_of_what_is_refused_and_so_does_the_log(
     let refusals = [
         ("a", 0x400, INVALID_ARG, "VIR_DOMAIN_SNAPSHOT_CREATE_LIVE"),
         ("b", 0x510, INVALID_ARG, "mutually exclusive"),
+        ("r", 0x520, OPERATION_UNSUPPORTED, "VIR_DOMAIN_SNAPSHOT_CREATE_REUSE_EXT"),
         ("c/d", INSTANT, 35, "name can't contain '/'"),
     ];
     for (name, flags, code, part) in refusals {
@@ -198,13 +200,23 @@ fn a_domain_that_ends_is_redefined_or_undefined_meanwhile_is_no_harm() {
     assert_eq!(client_of(child), Ok("defined".into()));
     assert!(subject.guest.virsh("dumpxml", &["--inactive"]).contains("<on_crash>restart<"));
 
+    // Undefined it is a transient one from now on, until it is defined again.
+    let child = subject.spawn("undefined");
+    let slowed = subject.slow_down("undefined");
+    subject.guest.virsh("undefine", &["--snapshots-metadata"]);
+    drop(slowed);
+    assert_eq!(client_of(child), Ok("undefined".into()));
+    assert!(subject.guest.virsh("dominfo", &[]).contains("Persistent:     no"));
+    subject.guest.wait_ticks(3);
+    daemon.virsh(&["define", file.to_str().unwrap()]);
+
     let child = subject.spawn("ended");
     let slowed = subject.slow_down("ended");
     subject.guest.virsh("destroy", &[]);
     std::mem::forget(slowed);
     let refused = client_of(child).unwrap_err();
     assert_eq!(refused.code, OPERATION_FAILED, "{refused:?}");
-    assert_eq!(subject.snapshots(), ["defined"]);
+    assert_eq!(subject.snapshots(), ["defined", "undefined"]);
     assert!(!subject.memory("ended").exists());
     subject.guest.start_domain();
     subject.guest.wait_ticks(3);
@@ -219,6 +231,94 @@ fn a_domain_that_ends_is_redefined_or_undefined_meanwhile_is_no_harm() {
     assert!([OPERATION_FAILED, NO_DOMAIN].contains(&refused.code), "{refused:?}");
     assert!(!subject.memory("gone").exists());
     daemon.virsh(&["list", "--all"]);
+}
+
+/// `virsh migrate` to another daemon of this machine, which has files of its own for what the domain's QEMU writes beside disks.
+fn try_migrate(subject: &Subject, to: &Daemon) -> Result<String, String> {
+    let (guest, file) = (&subject.guest, subject.guest.directory().join("there.xml"));
+    let xml = guest.virsh("dumpxml", &["--migratable"]);
+    std::fs::write(&file, xml.replace("serial.log", "there.log").replace("m.sock", "there.sock")).unwrap();
+    let there = ["--migrateuri", "tcp://127.0.0.1", "--xml", file.to_str().unwrap()];
+    let migrate = ["migrate", "--live", "--unsafe", guest.name(), &to.uri()];
+    let said = guest.daemon().try_virsh(&[&migrate[..], &there].concat());
+    assert_eq!(to.virsh(&["list", "--all", "--name"]).trim(), "", "it is there");
+    for left in ["there.xml", "there.log", "there.sock"] {
+        let _ = std::fs::remove_file(guest.directory().join(left));
+    }
+    said
+}
+
+/// libvirt is not told that QEMU is saving memory: QEMU itself says so to what would save it too.
+#[test]
+fn a_domain_that_is_to_be_saved_or_to_go_elsewhere_meanwhile_stays_and_its_snapshot_completes() {
+    const NO_METADATA: u32 = 1 << 2;
+    const BUSY: &str = "There's a migration process in progress";
+    let daemon = session(&[]);
+    let elsewhere = Daemon::session();
+    let subject = Subject::start(&busy_machine(), &daemon);
+    let guest = &subject.guest;
+    let file = guest.directory().join("theirs");
+    // Of a domain with snapshots libvirt itself says that it stays; without, it begins.
+    for (name, flags, says) in [("recorded", INSTANT, "snapshots"), ("s", INSTANT | NO_METADATA, BUSY)] {
+        for recorded in subject.snapshots() {
+            subject.on_snapshot(&recorded, "delete(2)").unwrap();
+        }
+        let child = subject.create(name, flags).spawn().unwrap();
+        let slowed = subject.slow_down(name);
+        let said = [
+            ("migrate", try_migrate(&subject, &elsewhere), says),
+            ("save", daemon.try_virsh(&["save", guest.name(), file.to_str().unwrap()]), BUSY),
+            ("managedsave", daemon.try_virsh(&["managedsave", guest.name()]), BUSY),
+            ("dump", daemon.try_virsh(&["dump", "--live", guest.name(), file.to_str().unwrap()]), BUSY),
+        ];
+        for (what, said, part) in said {
+            eprintln!("{what}: {said:?}");
+            assert!(said.as_ref().is_err_and(|error| error.contains(part)), "{what}: {said:?}");
+        }
+        assert_eq!(guest.virsh("domstate", &[]).trim(), "running");
+        drop(slowed);
+        assert_eq!(client_of(child), Ok(name.into()), "{}", daemon.log());
+        assert!(!file.exists());
+        guest.wait_ticks(3);
+    }
+    // And when it is over it can go.
+    guest.virsh("save", &[file.to_str().unwrap()]);
+    for name in ["recorded", "s"] {
+        subject.bring_back(name, &Daemon::session());
+    }
+}
+
+/// As beside a client's snapshot: `tests/libvirt_virsh_table.rs` has more of them.
+#[test]
+fn what_others_do_to_the_domain_meanwhile_comes_to_what_they_want_and_harms_no_image() {
+    let daemon = session(&[]);
+    let clones = Daemon::session();
+    let subject = Subject::start(&busy_machine(), &daemon);
+    let guest = &subject.guest;
+    let during = |name: &str, command: &str, args: &[&str]| {
+        let child = subject.spawn(name);
+        let slowed = subject.slow_down(name);
+        guest.virsh(command, args);
+        drop(slowed);
+        client_of(child)
+    };
+    assert_eq!(during("paused", "suspend", &[]), Ok("paused".into()));
+    assert_eq!(guest.virsh("domstate", &[]).trim(), "paused");
+    guest.virsh("resume", &[]);
+
+    assert_eq!(during("parent", "snapshot-create-as", &["theirs", "--disk-only"]), Ok("parent".into()));
+    assert_eq!(subject.snapshots(), ["paused", "parent", "theirs"]);
+
+    // Into the lowest image, which destroys those of all snapshots.
+    let refused = during("merged", "blockcommit", &["vda", "--active", "--pivot", "--wait"]).unwrap_err();
+    assert_eq!(refused.code, OPERATION_FAILED, "{refused:?}");
+    assert!(refused.message.contains("somebody has changed the images of disk 'vda'"), "{refused:?}");
+    assert!(!subject.memory("merged").exists());
+    assert_eq!(subject.snapshots(), ["paused", "parent", "theirs"]);
+    guest.wait_ticks(ALL_SECTORS);
+    assert_eq!(subject.snapshot("after"), Ok("after".into()));
+    guest.wait_ticks(3);
+    subject.bring_back("after", &clones);
 }
 
 #[test]
@@ -280,4 +380,50 @@ fn a_daemon_that_is_stopped_completes_the_snapshot_first() {
     assert_eq!(subject.snapshots(), ["s"]);
     subject.guest.wait_ticks(3);
     subject.bring_back("s", &Daemon::session());
+}
+
+/// A guest with snapshots a, b and c.
+fn with_three(daemon: &Daemon) -> Subject {
+    let subject = Subject::start(&machine(binary(), 2), daemon);
+    for name in ["a", "b", "c"] {
+        assert_eq!(subject.snapshot(name).as_deref(), Ok(name));
+        subject.guest.wait_ticks(3);
+    }
+    subject
+}
+
+/// Both at the same time.
+fn at_once<A: Send, B: Send>(one: impl FnOnce() -> A + Send, other: impl FnOnce() -> B + Send) -> (A, B) {
+    std::thread::scope(|scope| {
+        let one = scope.spawn(one);
+        let other = other();
+        (one.join().unwrap(), other)
+    })
+}
+
+#[test]
+fn two_snapshots_of_a_domain_can_be_deleted_at_once() {
+    let subject = with_three(&session(&[]));
+    let delete = |name| subject.on_snapshot(name, "delete(0)");
+    let done = at_once(|| delete("a"), || delete("b"));
+    assert_eq!(done, (Ok("0".into()), Ok("0".into())));
+    assert_eq!(subject.snapshots(), ["c"]);
+    assert!(!subject.memory("a").exists() && !subject.memory("b").exists());
+    subject.guest.wait_ticks(ALL_SECTORS);
+    assert_eq!(subject.revert("c"), Ok("0".into()));
+    subject.guest.wait_ticks(ALL_SECTORS);
+}
+
+#[test]
+fn a_snapshot_can_be_deleted_while_the_domain_is_reverted_to_another() {
+    let subject = with_three(&session(&[]));
+    let done = at_once(|| subject.revert("a"), || subject.on_snapshot("b", "delete(0)"));
+    assert_eq!(done, (Ok("0".into()), Ok("0".into())));
+    assert_eq!(subject.snapshots(), ["a", "c"]);
+    assert_eq!(subject.guest.virsh("snapshot-current", &["--name"]).trim(), "a");
+    subject.guest.wait_ticks(ALL_SECTORS);
+    for name in ["c", "a"] {
+        assert_eq!(subject.revert(name), Ok("0".into()));
+        subject.guest.wait_ticks(3);
+    }
 }

@@ -3,7 +3,7 @@
 mod common;
 
 use common::machine;
-use common::virt::OpenedDomain;
+use common::virt::{self, OpenedDomain};
 use instantsnap_testkit::{Accel, Binary, Daemon, Machine, MachineType, kvm_works, thorough};
 
 /// Takes snapshots one after the other, on one growing chain, of a guest that writes all the time; brings each back.
@@ -26,7 +26,7 @@ fn snapshots_in_a_row(machine: &Machine, daemon: &Daemon, rounds: u32) {
 #[test]
 fn every_snapshot_in_a_row_is_of_one_moment() {
     for binary in Binary::under_libvirt() {
-        for daemon in Daemon::all() {
+        for daemon in virt::daemons() {
             for (machine_type, disks) in [(MachineType::Pc, 1), (MachineType::Q35, 3)] {
                 eprintln!("{} {:?} {machine_type:?}, {disks} disks", binary.name, daemon.mode());
                 snapshots_in_a_row(
@@ -47,6 +47,6 @@ fn every_snapshot_in_a_row_is_of_one_moment_under_kvm() {
     }
     for binary in Binary::under_libvirt() {
         // QEMU needs /dev/kvm, which a session's user may not have.
-        snapshots_in_a_row(&machine(binary, 2).accel(Accel::Kvm), &Daemon::system().unwrap_or_else(Daemon::session), 1);
+        snapshots_in_a_row(&machine(binary, 2).accel(Accel::Kvm), &virt::system().unwrap_or_else(virt::session), 1);
     }
 }

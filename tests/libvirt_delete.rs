@@ -4,7 +4,7 @@ mod common;
 #[path = "common/tree.rs"]
 mod tree;
 
-use common::machine;
+use common::{machine, virt};
 use instantsnap::error::Code;
 use instantsnap::flags::delete::{CHILDREN, CHILDREN_ONLY, METADATA_ONLY};
 use instantsnap_testkit::{Binary, Daemon, thorough};
@@ -27,7 +27,7 @@ fn a_leaf_that_the_domain_is_not_on_goes_with_its_files() {
     if !thorough() {
         return;
     }
-    let tree = forked(&Daemon::session(), Maker::Instant);
+    let tree = forked(&virt::session(), Maker::Instant);
     tree.delete("c", 0);
     tree.assert_shape("a< b<a d<b", Some("d"));
     assert!(!tree.images().iter().any(|image| image.ends_with(".c")), "{:?}", tree.images());
@@ -36,7 +36,7 @@ fn a_leaf_that_the_domain_is_not_on_goes_with_its_files() {
 
 #[test]
 fn the_current_leaf_is_merged() {
-    let tree = forked(&Daemon::session(), Maker::Libvirt);
+    let tree = forked(&virt::session(), Maker::Libvirt);
     tree.delete("d", 0);
     tree.assert_shape("a< b<a c<b", Some("b"));
     assert!(!tree.images().iter().any(|image| image.ends_with(".d")), "{:?}", tree.images());
@@ -45,7 +45,7 @@ fn the_current_leaf_is_merged() {
 
 #[test]
 fn one_with_several_children_goes_and_they_stay() {
-    let tree = forked(&Daemon::session(), Maker::Instant);
+    let tree = forked(&virt::session(), Maker::Instant);
     tree.delete("b", 0);
     tree.assert_shape("a< c<a d<a", Some("d"));
     tree.assert_all_can_be_reverted_to();
@@ -56,7 +56,7 @@ fn a_root_is_merged_into_what_is_above() {
     if !thorough() {
         return;
     }
-    let tree = forked(&Daemon::session(), Maker::Instant);
+    let tree = forked(&virt::session(), Maker::Instant);
     tree.delete("a", 0);
     tree.assert_shape("b< c<b d<b", Some("d"));
     assert!(!tree.images().iter().any(|image| image.ends_with(".a")), "{:?}", tree.images());
@@ -65,7 +65,7 @@ fn a_root_is_merged_into_what_is_above() {
 
 #[test]
 fn one_goes_with_all_that_came_after_it() {
-    let tree = forked(&Daemon::session(), Maker::Libvirt);
+    let tree = forked(&virt::session(), Maker::Libvirt);
     tree.delete("b", CHILDREN);
     tree.assert_shape("a<", Some("a"));
     tree.assert_all_can_be_reverted_to();
@@ -76,7 +76,7 @@ fn all_go_and_the_domain_is_on_its_own_images_again() {
     if !thorough() {
         return;
     }
-    let tree = forked(&Daemon::session(), Maker::Instant);
+    let tree = forked(&virt::session(), Maker::Instant);
     tree.delete("a", CHILDREN);
     tree.assert_shape("", None);
     assert_eq!(tree.images(), ["disk-0.raw", "disk-1.qcow2"]);
@@ -90,7 +90,7 @@ fn only_the_children_go() {
     if !thorough() {
         return;
     }
-    let tree = forked(&Daemon::session(), Maker::Instant);
+    let tree = forked(&virt::session(), Maker::Instant);
     tree.delete("b", CHILDREN_ONLY);
     tree.assert_shape("a< b<a", Some("b"));
     tree.assert_all_can_be_reverted_to();
@@ -98,7 +98,7 @@ fn only_the_children_go() {
 
 #[test]
 fn the_current_one_goes_and_its_children_stay() {
-    for daemon in Daemon::all() {
+    for daemon in virt::daemons() {
         let tree = forked(&daemon, Maker::Instant);
         tree.revert("b");
         tree.delete("b", 0);
@@ -112,7 +112,7 @@ fn the_current_root_goes_and_its_children_stay() {
     if !thorough() {
         return;
     }
-    let tree = forked(&Daemon::session(), Maker::Instant);
+    let tree = forked(&virt::session(), Maker::Instant);
     tree.revert("a");
     tree.delete("a", 0);
     assert_eq!(tree.shape(), "b< c<b d<b");
@@ -134,7 +134,7 @@ fn a_domain_that_is_shut_off_is_pruned_too() {
     for (name, flags, shape) in
         [("a", 0, "b< c<b d<b"), ("b", 0, "a< c<a d<a"), ("d", 0, "a< b<a c<b"), ("b", CHILDREN, "a<")]
     {
-        let tree = forked(&Daemon::session(), Maker::Instant);
+        let tree = forked(&virt::session(), Maker::Instant);
         tree.opened.guest.virsh("destroy", &[]);
         tree.delete(name, flags);
         assert_eq!(tree.shape(), shape);
@@ -149,7 +149,7 @@ fn a_transient_domain_is_pruned_too() {
     if !thorough() {
         return;
     }
-    let mut tree = Tree::start(&machine(&Binary::all()[0], 1).transient(), &Daemon::session(), Maker::Instant);
+    let mut tree = Tree::start(&machine(&Binary::all()[0], 1).transient(), &virt::session(), Maker::Instant);
     for name in ["a", "b", "c"] {
         tree.snapshot(name);
     }
@@ -170,7 +170,7 @@ fn after_every_revert_and_snapshot_all_can_go_one_by_one() {
     if !thorough() {
         return;
     }
-    let mut tree = forked(&Daemon::session(), Maker::Instant);
+    let mut tree = forked(&virt::session(), Maker::Instant);
     tree.revert("a");
     tree.snapshot("e");
     tree.revert("c");
@@ -194,7 +194,7 @@ fn snapshots_of_somebody_else_stay_or_go_with_the_others() {
         return;
     }
     let made = || {
-        let mut tree = Tree::start(&machine(&Binary::all()[0], 1), &Daemon::session(), Maker::Instant);
+        let mut tree = Tree::start(&machine(&Binary::all()[0], 1), &virt::session(), Maker::Instant);
         tree.snapshot("a");
         tree.opened.guest.virsh("snapshot-create-as", &["disks", "--disk-only"]);
         tree.snapshot("b");
@@ -221,7 +221,7 @@ fn snapshots_of_somebody_else_stay_or_go_with_the_others() {
 
 #[test]
 fn what_stands_in_the_way_is_said_and_nothing_is_changed() {
-    let tree = forked(&Daemon::session(), Maker::Instant);
+    let tree = forked(&virt::session(), Maker::Instant);
     let before = tree.opened.trace();
     common::assert_error(tree.try_delete("a", CHILDREN | CHILDREN_ONLY), Code::InvalidArg, "mutually exclusive");
     common::assert_error(tree.try_delete("a", 1 << 9), Code::InvalidArg, "0x200");
@@ -247,7 +247,7 @@ fn a_delete_that_was_cut_short_can_be_done_again() {
     if !thorough() {
         return;
     }
-    let tree = forked(&Daemon::session(), Maker::Instant);
+    let tree = forked(&virt::session(), Maker::Instant);
     let memory = tree.memory("a");
     std::fs::rename(&memory, memory.with_extension("mem.deleting")).unwrap();
     common::assert_error(tree.try_revert("a", 0), Code::InvalidDomainSnapshot, "is missing");
@@ -259,7 +259,7 @@ fn a_delete_that_was_cut_short_can_be_done_again() {
 
 #[test]
 fn only_metadata_goes_and_the_others_stay_right() {
-    let tree = forked(&Daemon::session(), Maker::Instant);
+    let tree = forked(&virt::session(), Maker::Instant);
     tree.try_delete("b", METADATA_ONLY).unwrap();
     tree.assert_shape("a< c<a d<a", Some("d"));
     assert!(tree.memory("b").exists());

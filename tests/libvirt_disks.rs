@@ -5,7 +5,8 @@ mod common;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
-use common::virt::OpenedDomain;
+use common::virt::{self, OpenedDomain};
+use common::way::by_client_only;
 use common::{ALL_SECTORS, At, INSTANTLY, run};
 use instantsnap::engine::Phase;
 use instantsnap::error::{Code, Error};
@@ -79,7 +80,7 @@ fn onto(target: &str, overlay: &Path) -> String {
 #[track_caller]
 fn refused(opened: &OpenedDomain, xml: &str, flags: u32, code: Code, parts: &[&str]) -> Error {
     let mut early = At(|phase| assert!([Phase::Validate, Phase::Plan].contains(&phase), "{phase:?} is too late"));
-    let error = opened.handle.create(xml, flags, &mut early).expect_err(xml);
+    let error = opened.create_observed(xml, flags, &mut early).expect_err(xml);
     assert_eq!(error.code, code, "{error}");
     for part in parts {
         assert!(error.message.contains(part), "{part:?} is not in {error}");
@@ -89,7 +90,7 @@ fn refused(opened: &OpenedDomain, xml: &str, flags: u32, code: Code, parts: &[&s
 
 #[test]
 fn disks_in_several_directories_get_their_overlays_beside_them() {
-    let daemon = Daemon::session();
+    let daemon = virt::session();
     let clones = Clones(daemon.another());
     let (one, other) = (directory_for(&daemon), directory_for(&daemon));
     let first = image_for(&daemon, &one.path().join("first.img"), Format::Raw);
@@ -108,14 +109,7 @@ fn disks_in_several_directories_get_their_overlays_beside_them() {
     assert!(xml.contains(&format!("<source file='{}", first.display())), "{xml}");
     assert!(xml.contains("second &amp; &apos;last&apos;.qcow2"), "{xml}");
     // On failure too.
-    let before = opened.trace();
-    let mut observer = At(|phase| {
-        if phase == Phase::Drain {
-            opened.handle.cancel().unwrap();
-        }
-    });
-    opened.snapshot_observed("cancelled", &mut observer).expect_err("it was cancelled");
-    opened.assert_untouched(&before);
+    opened.assert_cancelled_without_a_trace(&opened.xml("cancelled", ""), INSTANTLY, 0);
     opened.guest.wait_ticks(ALL_SECTORS);
     drop(opened);
     let machine = Machine::new(binary).disk(Format::Qcow2).disk_on(&first, Format::Raw);
@@ -126,7 +120,7 @@ fn disks_in_several_directories_get_their_overlays_beside_them() {
 
 #[test]
 fn overlays_are_named_as_libvirt_names_them() {
-    let daemon = Daemon::session();
+    let daemon = virt::session();
     let directory = directory_for(&daemon);
     std::fs::create_dir(directory.path().join("v1.2")).unwrap();
     give(&daemon, &directory.path().join("v1.2"));
@@ -163,7 +157,7 @@ fn overlays_are_named_as_libvirt_names_them() {
 
 #[test]
 fn overlays_that_would_be_one_file_or_exist_are_refused() {
-    let daemon = Daemon::session();
+    let daemon = virt::session();
     let directory = directory_for(&daemon);
     let at = |name: &str| directory.path().join(name);
     let first = image_for(&daemon, &at("a.img"), Format::Raw);
@@ -180,7 +174,7 @@ fn overlays_that_would_be_one_file_or_exist_are_refused() {
     // Of two, the first is made before the second is found to be there, and has to go again.
     for taken in [at("taken"), at("link"), first.clone()] {
         let xml = opened.xml("s", &disks(&onto("vdb", &taken)));
-        let error = opened.handle.create(&xml, INSTANTLY, &mut ()).expect_err("it exists");
+        let error = opened.create(&xml, INSTANTLY).expect_err("it exists");
         assert_eq!(error.code, Code::ConfigUnsupported, "{error}");
         for part in ["'vdb'", "already exists", taken.to_str().unwrap()] {
             assert!(error.message.contains(part), "{part:?} is not in {error}");
@@ -192,12 +186,12 @@ fn overlays_that_would_be_one_file_or_exist_are_refused() {
     assert!(!at("nowhere").exists());
     opened.guest.wait_ticks(ALL_SECTORS);
     // With a name for one of them it can be done.
-    opened.handle.create(&opened.xml("s", &disks(&onto("vdb", &at("b.s")))), INSTANTLY, &mut ()).unwrap();
+    opened.create(&opened.xml("s", &disks(&onto("vdb", &at("b.s")))), INSTANTLY).unwrap();
 }
 
 #[test]
 fn what_cannot_change_is_left_out_and_wishes_are_heard() {
-    let daemon = Daemon::session();
+    let daemon = virt::session();
     let clones = Clones(daemon.another());
     let directory = directory_for(&daemon);
     let fixed = image_for(&daemon, &directory.path().join("fixed.img"), Format::Raw);
@@ -238,7 +232,7 @@ fn what_cannot_change_is_left_out_and_wishes_are_heard() {
 
 #[test]
 fn a_disk_that_is_to_stay_out_stays_on_its_image() {
-    let daemon = Daemon::session();
+    let daemon = virt::session();
     // The guest checks what it writes: it leaves alone what is not in the snapshot, or a clone would miss it.
     let machine = machine(&Binary::all()[0]).disk_attributes("snapshot='no'").append("nodisk=1");
     let opened = OpenedDomain::start(&machine, &daemon);
@@ -249,13 +243,13 @@ fn a_disk_that_is_to_stay_out_stays_on_its_image() {
     opened.snapshot("domains-wish").unwrap();
     assert_eq!(now(), (overlay(0, "domains-wish"), image(1)));
     let also = opened.xml("also", &disks("<disk name='vdb' snapshot='external'/>"));
-    opened.handle.create(&also, INSTANTLY, &mut ()).unwrap();
+    opened.create(&also, INSTANTLY).unwrap();
     assert_eq!(now(), (overlay(0, "also"), overlay(1, "also")));
     // By its target or by its image.
     let by_image = format!("<disk name='{}' snapshot='no'/>", overlay(0, "also"));
     for (n, out) in ["<disk name='vda' snapshot='no'/>", &by_image].into_iter().enumerate() {
         let name = format!("out-{n}");
-        opened.handle.create(&opened.xml(&name, &disks(out)), INSTANTLY, &mut ()).unwrap();
+        opened.create(&opened.xml(&name, &disks(out)), INSTANTLY).unwrap();
         assert_eq!(now(), (overlay(0, "also"), overlay(1, "also")));
         let xml = guest.virsh("snapshot-dumpxml", &[&name]);
         assert!(
@@ -265,7 +259,7 @@ fn a_disk_that_is_to_stay_out_stays_on_its_image() {
     }
     // Memory alone, of which nothing is recorded.
     let out = "<disk name='vda' snapshot='no'/><disk name='vdb' snapshot='no'/>";
-    opened.handle.create(&opened.xml("memory", &disks(out)), INSTANTLY | NO_METADATA, &mut ()).unwrap();
+    opened.create(&opened.xml("memory", &disks(out)), INSTANTLY | NO_METADATA).unwrap();
     guest.wait_ticks(3);
     for wish in ["internal", "manual"] {
         let xml = opened.xml("x", &disks(&format!("<disk name='vda' snapshot='{wish}'/>")));
@@ -285,7 +279,10 @@ fn own_overlay(opened: &OpenedDomain, disk: usize, name: &str) -> PathBuf {
 
 #[test]
 fn overlays_of_the_callers_own_are_used_and_never_removed() {
-    let daemon = Daemon::session();
+    if !by_client_only() {
+        return;
+    }
+    let daemon = virt::session();
     let clones = Clones(daemon.another());
     let binary = &Binary::all()[0];
     let opened = OpenedDomain::start(&machine(binary), &daemon);
@@ -299,30 +296,23 @@ fn overlays_of_the_callers_own_are_used_and_never_removed() {
     let not_qcow2 = guest.directory().join("tick.elf");
     for (file, part) in [(&missing, "No such file"), (&not_qcow2, "is no qcow2 image")] {
         let xml = opened.xml("s", &disks(&(onto("vda", &first) + &onto("vdb", file))));
-        let error = opened.handle.create(&xml, flags, &mut ()).expect_err(part);
+        let error = opened.create(&xml, flags).expect_err(part);
         assert_eq!(error.code, Code::ConfigUnsupported, "{error}");
         for part in ["'vdb'", "which is to be reused", part, file.to_str().unwrap()] {
             assert!(error.message.contains(part), "{part:?} is not in {error}");
         }
     }
     // Generated names must exist too.
-    opened.handle.create(&opened.xml("s", ""), flags, &mut ()).expect_err("there are none of these names");
-    let mut observer = At(|phase| {
-        if phase == Phase::Drain {
-            guest.wait_ticks(5);
-            opened.handle.cancel().unwrap();
-        }
-    });
-    let error = opened.handle.create(&opened.xml("s", &both), flags, &mut observer).expect_err("it was cancelled");
-    assert_eq!(error.code, Code::OperationAborted, "{error}");
+    opened.create(&opened.xml("s", ""), flags).expect_err("there are none of these names");
     opened.assert_untouched(&before);
+    opened.assert_cancelled_without_a_trace(&opened.xml("s", &both), flags, 5);
     assert!(first.exists() && second.exists());
     guest.wait_ticks(ALL_SECTORS);
 
     // What the cancelled one has written there is of another time: fresh ones.
     let (first, second) = (own_overlay(&opened, 0, "fresh-0"), own_overlay(&opened, 1, "fresh-1"));
     let both = disks(&(onto("vda", &first) + &onto("vdb", &second)));
-    opened.handle.create(&opened.xml("s", &both), flags, &mut ()).unwrap();
+    opened.create(&opened.xml("s", &both), flags).unwrap();
     assert_eq!(
         (source(guest, "vda"), source(guest, "vdb")),
         (first.display().to_string(), second.display().to_string())
@@ -361,7 +351,7 @@ impl Drop for Loop {
 
 #[test]
 fn a_block_device_gets_an_overlay_where_one_is_named() {
-    for daemon in Daemon::all() {
+    for daemon in virt::daemons() {
         let clones = Clones(daemon.another());
         let directory = directory_for(&daemon);
         let file = image_for(&daemon, &directory.path().join("backing"), Format::Raw);
@@ -372,16 +362,10 @@ fn a_block_device_gets_an_overlay_where_one_is_named() {
         let parts = ["'vda'", &device.0, "<source file='...'/>"];
         refused(&opened, &opened.xml("s", ""), INSTANTLY, Code::ConfigUnsupported, &parts);
         let xml = |name: &str| opened.xml(name, &disks(&onto("vda", &directory.path().join(name))));
-        let mut observer = At(|phase| {
-            if phase == Phase::Drain {
-                opened.guest.wait_ticks(3);
-                opened.handle.cancel().unwrap();
-            }
-        });
-        opened.handle.create(&xml("cancelled"), INSTANTLY, &mut observer).expect_err("it was cancelled");
         opened.assert_untouched(&before);
+        opened.assert_cancelled_without_a_trace(&xml("cancelled"), INSTANTLY, 3);
         opened.guest.wait_ticks(ALL_SECTORS);
-        opened.handle.create(&xml("s"), INSTANTLY, &mut ()).unwrap();
+        opened.create(&xml("s"), INSTANTLY).unwrap();
         assert_eq!(Path::new(&source(&opened.guest, "vda")), directory.path().join("s"));
         opened.guest.wait_ticks(3);
         // The clone shares the device: its user may have to be another, for which libvirt sees where it is root's.
@@ -402,7 +386,7 @@ impl Drop for Server {
 
 #[test]
 fn a_disk_on_network_storage_is_refused_and_can_be_left_out() {
-    let daemon = Daemon::session();
+    let daemon = virt::session();
     let directory = directory_for(&daemon);
     let (image, socket) = (directory.path().join("remote.img"), directory.path().join("nbd.sock"));
     make_image(&image, Format::Raw, None);
@@ -424,13 +408,13 @@ fn a_disk_on_network_storage_is_refused_and_can_be_left_out() {
     let named = opened.xml("s", &disks(&onto("sda", &directory.path().join("overlay"))));
     refused(&opened, &named, INSTANTLY, Code::ConfigUnsupported, &parts);
     opened.assert_untouched(&before);
-    opened.handle.create(&opened.xml("s", &disks("<disk name='sda' snapshot='no'/>")), INSTANTLY, &mut ()).unwrap();
+    opened.create(&opened.xml("s", &disks("<disk name='sda' snapshot='no'/>")), INSTANTLY).unwrap();
     opened.guest.wait_ticks(ALL_SECTORS);
 }
 
 #[test]
 fn an_encrypted_disk_is_refused_and_can_be_left_out() {
-    let daemon = Daemon::session();
+    let daemon = virt::session();
     // It keeps the key.
     let driver = "libvirt_driver_secret.so";
     let drivers = Path::new("/usr/lib/x86_64-linux-gnu/libvirt/connection-driver");
@@ -466,6 +450,6 @@ fn an_encrypted_disk_is_refused_and_can_be_left_out() {
     let before = opened.trace();
     refused(&opened, &opened.xml("s", ""), INSTANTLY, Code::ConfigUnsupported, &["'sda'", "encrypted"]);
     opened.assert_untouched(&before);
-    opened.handle.create(&opened.xml("s", &disks("<disk name='sda' snapshot='no'/>")), INSTANTLY, &mut ()).unwrap();
+    opened.create(&opened.xml("s", &disks("<disk name='sda' snapshot='no'/>")), INSTANTLY).unwrap();
     opened.guest.wait_ticks(3);
 }

@@ -7,7 +7,8 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
-use common::virt::OpenedDomain;
+use common::virt::{self, OpenedDomain};
+use common::way::by_client_only;
 use common::{ALL_SECTORS, At, INSTANTLY};
 use instantsnap::engine::Phase;
 use instantsnap::error::{Code, Error};
@@ -67,7 +68,7 @@ fn path(path: &Path) -> &str {
 /// P5: libvirt's own operations come to what they did before.
 #[test]
 fn what_libvirt_does_after_an_instant_snapshot_is_right() {
-    let daemon = Daemon::session();
+    let daemon = virt::session();
     let clones = Clones::of(&daemon);
     for binary in Binary::under_libvirt() {
         let opened = OpenedDomain::start(&machine(binary).append("dense=8"), &daemon);
@@ -106,7 +107,10 @@ fn what_libvirt_does_after_an_instant_snapshot_is_right() {
 /// That the test above would notice: libvirt does not know of the capability, and takes the images of the disks at the end.
 #[test]
 fn a_capability_left_on_would_spoil_the_next_snapshot_of_libvirts() {
-    let daemon = Daemon::session();
+    if !by_client_only() {
+        return;
+    }
+    let daemon = virt::session();
     let clones = Clones::of(&daemon);
     for binary in Binary::under_libvirt() {
         let opened = OpenedDomain::start(&machine(binary).append("dense=8"), &daemon);
@@ -135,12 +139,21 @@ fn a_capability_left_on_would_spoil_the_next_snapshot_of_libvirts() {
 
 #[test]
 fn a_transient_domain_is_as_any_other_and_cannot_be_halted() {
-    let daemon = Daemon::session();
+    if !by_client_only() {
+        return;
+    }
+    let daemon = virt::session();
     let clones = Clones::of(&daemon);
     let opened = OpenedDomain::start(&machine(&Binary::all()[0]).transient(), &daemon);
     let parts = ["cannot halt transient domain", opened.guest.name()];
     let mut untouched = At(|phase| assert!(phase == Phase::Validate, "{phase:?}"));
-    opened.assert_fails(&opened.xml("s", ""), INSTANTLY | HALT, &mut untouched, Code::OperationInvalid, &parts);
+    opened.assert_fails_observed(
+        &opened.xml("s", ""),
+        INSTANTLY | HALT,
+        &mut untouched,
+        Code::OperationInvalid,
+        &parts,
+    );
     opened.snapshot("s").unwrap();
     let xml = opened.guest.virsh("snapshot-dumpxml", &["s"]);
     assert!(!xml.contains("<inactiveDomain"), "{xml}");
@@ -159,6 +172,9 @@ fn a_transient_domain_is_as_any_other_and_cannot_be_halted() {
 /// libvirt takes a domain whose QEMU has just ended for a running one, until it comes to that event.
 #[test]
 fn that_qemu_has_ended_is_found_out_before_libvirt_knows() {
+    if !by_client_only() {
+        return;
+    }
     let daemon = Daemon::with_late_events();
     let opened = OpenedDomain::start(&machine(&Binary::all()[0]), &daemon);
     let before = common::files_below(opened.guest.directory());
@@ -187,7 +203,7 @@ fn that_qemu_has_ended_is_found_out_before_libvirt_knows() {
 
 #[test]
 fn a_halted_guest_runs_until_its_snapshot_is_complete() {
-    let daemon = Daemon::session();
+    let daemon = virt::session();
     let clones = Clones::of(&daemon);
     let binary = &Binary::all()[0];
     let opened = OpenedDomain::start(&machine(binary), &daemon);
@@ -197,7 +213,7 @@ fn a_halted_guest_runs_until_its_snapshot_is_complete() {
             guest.wait_ticks(3);
         }
     });
-    opened.handle.create(&opened.xml("s", ""), INSTANTLY | HALT, &mut observer).unwrap();
+    opened.create_observed(&opened.xml("s", ""), INSTANTLY | HALT, &mut observer).unwrap();
     assert_eq!(guest.virsh("domstate", &["--reason"]).trim(), "shut off (destroyed)");
     assert_eq!(guest.virsh("snapshot-current", &["--name"]).trim(), "s");
     clones.check(guest, &opened.memory_file("s"));
@@ -209,7 +225,7 @@ fn a_halted_guest_runs_until_its_snapshot_is_complete() {
 
 #[test]
 fn a_paused_domain_gets_an_ordinary_snapshot_of_libvirts_and_stays_paused() {
-    let daemon = Daemon::session();
+    let daemon = virt::session();
     let clones = Clones::of(&daemon);
     for binary in Binary::under_libvirt() {
         let opened = OpenedDomain::start(&machine(binary), &daemon);
@@ -217,7 +233,7 @@ fn a_paused_domain_gets_an_ordinary_snapshot_of_libvirts_and_stays_paused() {
         guest.virsh("suspend", &[]);
         let last = guest.wait_ticks(0);
         opened.snapshot("s").unwrap();
-        assert_eq!(opened.connector.taken().unwrap().name(), "s");
+        assert_eq!(opened.taken().unwrap().name(), "s");
         assert_eq!(guest.virsh("domstate", &[]).trim(), "paused");
         assert_eq!(guest.serial().tick, Some(last));
         assert_eq!(guest.virsh("snapshot-current", &["--name"]).trim(), "s");
@@ -239,22 +255,22 @@ fn a_paused_domain_gets_an_ordinary_snapshot_of_libvirts_and_stays_paused() {
 
 #[test]
 fn a_snapshot_without_instant_is_libvirts_own() {
-    let daemon = Daemon::session();
+    let daemon = virt::session();
     let opened = OpenedDomain::start(&machine(&Binary::all()[0]), &daemon);
     for (name, flags) in [("s", 0), ("l", LIVE)] {
-        opened.handle.create(&opened.xml(name, ""), flags, &mut ()).unwrap();
-        assert_eq!(opened.connector.taken().unwrap().name(), name);
+        opened.create(&opened.xml(name, ""), flags).unwrap();
+        assert_eq!(opened.taken().unwrap().name(), name);
     }
     // libvirt marks a domain whose QEMU is told things past it.
     assert!(!opened.guest.virsh("dominfo", &[]).contains("custom monitor"));
-    let error = opened.handle.create(&opened.xml("t", "<nonsense"), 0, &mut ()).expect_err("that is no XML");
+    let error = opened.create(&opened.xml("t", "<nonsense"), 0).expect_err("that is no XML");
     assert_eq!(error.code, Code::XmlDetail, "{error}");
     opened.guest.wait_ticks(3);
 }
 
 #[test]
 fn a_domain_that_is_shut_off_is_refused() {
-    let daemon = Daemon::session();
+    let daemon = virt::session();
     let opened = OpenedDomain::open(machine(&Binary::all()[0]).define_under(&daemon));
     let before = (common::files_below(opened.guest.directory()), opened.guest.virsh("dumpxml", &[]));
     let error = opened.snapshot("s").expect_err("it does not run");
@@ -271,7 +287,7 @@ fn a_domain_that_is_shut_off_is_refused() {
 
 #[test]
 fn iothreads_and_shared_memory_are_no_hindrance() {
-    let daemon = Daemon::session();
+    let daemon = virt::session();
     let clones = Clones::of(&daemon);
     let mut backings = vec!["<source type='memfd'/><access mode='shared'/>"];
     let free = std::fs::read_to_string("/proc/meminfo").unwrap();
@@ -294,14 +310,7 @@ fn iothreads_and_shared_memory_are_no_hindrance() {
             opened.snapshot("s").unwrap();
             opened.guest.wait_ticks(3);
             // And back.
-            let mut observer = At(|phase| {
-                if phase == Phase::Drain {
-                    opened.guest.wait_ticks(3);
-                    opened.handle.cancel().unwrap();
-                }
-            });
-            let xml = opened.xml("t", "");
-            opened.assert_fails(&xml, INSTANTLY, &mut observer, Code::OperationAborted, &[]);
+            opened.assert_cancelled_without_a_trace(&opened.xml("t", ""), INSTANTLY, 3);
             opened.guest.wait_ticks(ALL_SECTORS);
             clones.check(&opened.guest, &opened.memory_file("s"));
         }
@@ -310,14 +319,14 @@ fn iothreads_and_shared_memory_are_no_hindrance() {
 
 #[test]
 fn a_device_that_cannot_be_migrated_is_refused_with_qemus_reason() {
-    let daemon = Daemon::session();
+    let daemon = virt::session();
     let binary = &Binary::all()[0];
     let shared = tempfile::Builder::new().tempdir_in(daemon.directory().join("guests")).unwrap();
     std::os::unix::fs::chown(shared.path(), Some(daemon.user()), None).unwrap();
     let fat = format!("if=none,id=fat,format=raw,file=fat:rw:{}", shared.path().display());
     let opened = OpenedDomain::start(&with(machine(binary), &["-drive", &fat]), &daemon);
     let parts = ["memory cannot be saved", "vvfat (rw) format", "does not support live migration"];
-    opened.assert_fails(&opened.xml("s", ""), INSTANTLY, &mut (), Code::ConfigUnsupported, &parts);
+    opened.assert_fails(&opened.xml("s", ""), INSTANTLY, Code::ConfigUnsupported, &parts);
     opened.guest.wait_ticks(ALL_SECTORS);
 }
 
@@ -325,14 +334,14 @@ fn a_device_that_cannot_be_migrated_is_refused_with_qemus_reason() {
 #[test]
 fn memory_that_is_a_shared_file_is_refused_with_qemus_reason() {
     const TMPFS: i64 = 0x0102_1994;
-    let daemon = Daemon::session();
+    let daemon = virt::session();
     let backing = "<memoryBacking><source type='file'/><access mode='shared'/></memoryBacking>";
     let opened = OpenedDomain::start(&machine(&Binary::all()[0]).domain_elements(backing), &daemon);
     if rustix::fs::statfs(daemon.directory()).unwrap().f_type == TMPFS {
         opened.snapshot("s").unwrap();
     } else {
         let parts = ["not compatible with guest memory configuration"];
-        opened.assert_fails(&opened.xml("s", ""), INSTANTLY, &mut (), Code::ArgumentUnsupported, &parts);
+        opened.assert_fails(&opened.xml("s", ""), INSTANTLY, Code::ArgumentUnsupported, &parts);
     }
     opened.guest.wait_ticks(ALL_SECTORS);
 }
@@ -370,7 +379,7 @@ fn uefi_variables_that_stay_the_same_are_no_hindrance_and_leave_no_copies() {
     if !thorough() {
         return;
     }
-    for daemon in Daemon::all() {
+    for daemon in virt::daemons() {
         let clones = Clones::of(&daemon);
         let directory = directory_for(&daemon);
         let machine = pflash(&Binary::all()[0], directory.path());
@@ -390,7 +399,10 @@ fn uefi_variables_that_stay_the_same_are_no_hindrance_and_leave_no_copies() {
 
 #[test]
 fn uefi_variables_that_change_during_the_drain_undo_everything() {
-    let daemon = Daemon::session();
+    if !by_client_only() {
+        return;
+    }
+    let daemon = virt::session();
     let binary = &Binary::all()[0];
     let directory = directory_for(&daemon);
     let variables = directory.path().join("vars.fd");
@@ -408,12 +420,15 @@ fn uefi_variables_that_change_during_the_drain_undo_everything() {
         _ => {}
     });
     let parts = ["UEFI variables", path(&variables), "take the snapshot again"];
-    opened.assert_fails(&opened.xml("s", ""), INSTANTLY, &mut observer, Code::OperationFailed, &parts);
+    opened.assert_fails_observed(&opened.xml("s", ""), INSTANTLY, &mut observer, Code::OperationFailed, &parts);
     opened.guest.wait_ticks(ALL_SECTORS);
 }
 
 #[test]
 fn real_uefi_firmware_is_no_hindrance() {
+    if !by_client_only() {
+        return;
+    }
     if !thorough() {
         return;
     }
@@ -422,7 +437,7 @@ fn real_uefi_firmware_is_no_hindrance() {
         missing_package(&format!("no {code}"));
         return;
     }
-    let daemon = Daemon::session();
+    let daemon = virt::session();
     let directory = directory_for(&daemon);
     let variables = directory.path().join("vars.fd");
     let machine = machine(&Binary::all()[0]).machine_type(instantsnap_testkit::MachineType::Q35).os(&format!(
@@ -492,7 +507,7 @@ fn vhost_user_backend(socket: &Path) -> std::thread::JoinHandle<()> {
 
 #[test]
 fn a_vhost_user_network_card_is_refused() {
-    let daemon = Daemon::session();
+    let daemon = virt::session();
     let binary = &Binary::all()[0];
     let directory = directory_for(&daemon);
     let socket = directory.path().join("backend.sock");
@@ -507,7 +522,7 @@ fn a_vhost_user_network_card_is_refused() {
         ));
     let opened = OpenedDomain::start(&machine, &daemon);
     let parts = ["vhost-user", "another process", "plain snapshot"];
-    opened.assert_fails(&opened.xml("s", ""), INSTANTLY, &mut (), Code::ConfigUnsupported, &parts);
+    opened.assert_fails(&opened.xml("s", ""), INSTANTLY, Code::ConfigUnsupported, &parts);
     opened.guest.wait_ticks(3);
     drop(opened);
     backend.join().unwrap();
@@ -553,7 +568,7 @@ fn what_cannot_be_created_is_named_and_nothing_is_left() {
     if !thorough() {
         return;
     }
-    let daemon = Daemon::session();
+    let daemon = virt::session();
     let opened = OpenedDomain::start(&machine(&Binary::all()[0]), &daemon);
     let directory = opened.guest.directory().to_owned();
     let memory = opened.memory_file("s");
@@ -569,7 +584,7 @@ fn what_cannot_be_created_is_named_and_nothing_is_left() {
         (with_files(&memory, Some(&memory)), Code::ConfigUnsupported, [path(&memory), "'vdb' and memory", "same"]),
     ];
     for (xml, code, parts) in cases {
-        let error = opened.handle.create(&xml, INSTANTLY, &mut ()).expect_err(&xml);
+        let error = opened.create(&xml, INSTANTLY).expect_err(&xml);
         assert_eq!(error.code, code, "{error}");
         for part in parts {
             assert!(error.message.contains(part), "{part:?} is not in {error}");
@@ -582,7 +597,7 @@ fn what_cannot_be_created_is_named_and_nothing_is_left() {
 
 #[test]
 fn a_full_file_system_is_named_and_what_the_guest_wrote_meanwhile_is_kept() {
-    let daemon = Daemon::session();
+    let daemon = virt::session();
     let Some(tmpfs) = Tmpfs::mount(&daemon, "4m") else { return };
     let memory = tmpfs.0.path().join("memory");
     let binary = &Binary::all()[0];
@@ -593,7 +608,7 @@ fn a_full_file_system_is_named_and_what_the_guest_wrote_meanwhile_is_kept() {
         }
     });
     let parts = ["No space left on device", path(&memory)];
-    opened.assert_fails(&with_files(&memory, None), INSTANTLY, &mut observer, Code::SystemError, &parts);
+    opened.assert_fails_observed(&with_files(&memory, None), INSTANTLY, &mut observer, Code::SystemError, &parts);
     assert!(common::files_below(tmpfs.0.path()).is_empty());
     opened.guest.wait_ticks(ALL_SECTORS);
 }
@@ -604,7 +619,7 @@ fn a_guest_stopped_by_a_full_file_system_runs_again() {
     if !thorough() {
         return;
     }
-    let daemon = Daemon::session();
+    let daemon = virt::session();
     let Some(tmpfs) = Tmpfs::mount(&daemon, "2m") else { return };
     let (memory, overlay) = (tmpfs.0.path().join("memory"), tmpfs.0.path().join("overlay"));
     for binary in Binary::under_libvirt() {
@@ -618,7 +633,7 @@ fn a_guest_stopped_by_a_full_file_system_runs_again() {
         });
         let parts = ["No space left on device", path(&memory)];
         let xml = with_files(&memory, Some(&overlay));
-        opened.assert_fails(&xml, INSTANTLY, &mut observer, Code::SystemError, &parts);
+        opened.assert_fails_observed(&xml, INSTANTLY, &mut observer, Code::SystemError, &parts);
         assert!(common::files_below(tmpfs.0.path()).is_empty());
         opened.guest.wait_ticks(ALL_SECTORS);
     }
@@ -626,8 +641,11 @@ fn a_guest_stopped_by_a_full_file_system_runs_again() {
 
 #[test]
 fn a_cancelled_snapshot_leaves_nothing_in_whichever_phase() {
+    if !by_client_only() {
+        return;
+    }
     use Phase::{Arm, Drain, Finish, Pause, Plan, Prepare, Switch, Validate};
-    let daemon = Daemon::session();
+    let daemon = virt::session();
     for binary in Binary::under_libvirt() {
         let opened = OpenedDomain::start(&machine(binary).append("dense=8"), &daemon);
         let before = opened.trace();
@@ -651,7 +669,10 @@ fn a_cancelled_snapshot_leaves_nothing_in_whichever_phase() {
 
 #[test]
 fn a_pause_that_passes_its_limit_is_ended_and_everything_undone() {
-    let daemon = Daemon::session();
+    if !by_client_only() {
+        return;
+    }
+    let daemon = virt::session();
     for binary in Binary::under_libvirt() {
         let opened = OpenedDomain::start(&machine(binary).append("dense=8"), &daemon);
         let before = opened.trace();
@@ -710,7 +731,10 @@ fn without_backing_stores(xml: String) -> String {
 
 #[test]
 fn a_qemu_that_is_killed_leaves_the_definition_and_all_that_was_written() {
-    let daemon = Daemon::session();
+    if !by_client_only() {
+        return;
+    }
+    let daemon = virt::session();
     for binary in Binary::under_libvirt() {
         let opened = OpenedDomain::start(&machine(binary).append("dense=8"), &daemon);
         opened.snapshot("s").unwrap();

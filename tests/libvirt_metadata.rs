@@ -4,7 +4,8 @@ mod common;
 
 use std::path::Path;
 
-use common::virt::OpenedDomain;
+use common::virt::{self, OpenedDomain};
+use common::way::by_client_only;
 use common::{At, INSTANTLY};
 use instantsnap::engine::Phase;
 use instantsnap::error::Code;
@@ -76,7 +77,10 @@ fn sources(xml: &str) -> Vec<(String, String)> {
 
 #[test]
 fn a_snapshot_is_current_and_has_its_parent_as_soon_as_it_is_taken() {
-    let daemon = Daemon::session();
+    if !by_client_only() {
+        return;
+    }
+    let daemon = virt::session();
     let clones = Clones(daemon.another());
     for binary in Binary::under_libvirt() {
         let opened = OpenedDomain::start(&machine(binary), &daemon);
@@ -140,7 +144,10 @@ fn a_snapshot_is_current_and_has_its_parent_as_soon_as_it_is_taken() {
 
 #[test]
 fn somebody_elses_snapshot_between_plan_and_switch_undoes_ours() {
-    let daemon = Daemon::session();
+    if !by_client_only() {
+        return;
+    }
+    let daemon = virt::session();
     for phase in [Phase::Prepare, Phase::Switch] {
         let opened = OpenedDomain::start(&machine(&Binary::all()[0]), &daemon);
         let mut between = None;
@@ -167,7 +174,7 @@ fn somebody_elses_snapshot_between_plan_and_switch_undoes_ours() {
 
 #[test]
 fn virsh_tells_the_truth_about_a_snapshot() {
-    for daemon in Daemon::all() {
+    for daemon in virt::daemons() {
         let opened = OpenedDomain::start(&machine(&Binary::all()[0]), &daemon);
         let guest = &opened.guest;
         let image = |n: usize| guest.disks()[n].file.display().to_string();
@@ -178,10 +185,7 @@ fn virsh_tells_the_truth_about_a_snapshot() {
         let escaped = "before &lt;the&gt; \"upgrade\" &amp; such\nsnö";
         let since = now();
         for name in ["one", "two"] {
-            opened
-                .handle
-                .create(&opened.xml(name, &format!("<description>{escaped}</description>")), INSTANTLY, &mut ())
-                .unwrap();
+            opened.create(&opened.xml(name, &format!("<description>{escaped}</description>")), INSTANTLY).unwrap();
             for flags in [&[][..], &["--inactive"]] {
                 assert_eq!(sources(&guest.virsh("dumpxml", flags)), both(&|n| overlay(n, name)), "{flags:?}");
             }
@@ -242,20 +246,20 @@ fn virsh_tells_the_truth_about_a_snapshot() {
 
 #[test]
 fn what_is_not_to_be_recorded_is_not() {
-    let daemon = Daemon::session();
+    let daemon = virt::session();
     let clones = Clones(daemon.another());
     let opened = OpenedDomain::start(&machine(&Binary::all()[0]), &daemon);
-    opened.handle.create(&opened.xml("s", ""), INSTANTLY | NO_METADATA, &mut ()).unwrap();
+    opened.create(&opened.xml("s", ""), INSTANTLY | NO_METADATA).unwrap();
     assert!(names(&opened.guest).is_empty());
     // The object of it can be had all the same.
-    assert_eq!(opened.connector.taken().unwrap().name(), "s");
+    assert_eq!(opened.taken().unwrap().name(), "s");
     opened.guest.wait_ticks(3);
     clones.check(&opened.guest, &opened.memory_file("s"));
 }
 
 #[test]
 fn names_are_taken_as_they_are() {
-    let daemon = Daemon::session();
+    let daemon = virt::session();
     let clones = Clones(daemon.another());
     let opened = OpenedDomain::start(&machine(&Binary::all()[0]), &daemon);
     let guest = &opened.guest;
@@ -266,10 +270,10 @@ fn names_are_taken_as_they_are() {
             "<domainsnapshot><name>{written}</name><memory snapshot='external' file='{}'/></domainsnapshot>",
             memory.display()
         );
-        let name = opened.handle.create(&xml, INSTANTLY, &mut ()).unwrap();
+        let name = opened.create(&xml, INSTANTLY).unwrap();
         let meant = written.replace("&lt;", "<").replace("&gt;", ">").replace("&apos;", "'").replace("&quot;", "\"");
         assert_eq!(name, meant.replace("&amp;", "&"));
-        assert_eq!(opened.connector.taken().unwrap().name(), name);
+        assert_eq!(opened.taken().unwrap().name(), name);
         assert_eq!(current(guest), name);
         assert_eq!(opened.handle.catalog().current().unwrap().as_deref(), Some(name.as_str()));
         // And so for the child.
@@ -284,15 +288,11 @@ fn names_are_taken_as_they_are() {
     // What libvirt would not take is refused before anything is touched.
     let before = opened.trace();
     for bad in ["a/b", ".hidden", "two\nlines"] {
-        let error = opened.handle.create(
-            &opened.xml("x", "").replace("<name>x<", &format!("<name>{bad}<")),
-            INSTANTLY,
-            &mut (),
-        );
+        let error = opened.create(&opened.xml("x", "").replace("<name>x<", &format!("<name>{bad}<")), INSTANTLY);
         assert_eq!(error.unwrap_err().code, Code::XmlDetail, "{bad}");
     }
     for (flags, name) in [(INSTANTLY, "100%s"), (INSTANTLY | NO_METADATA, "100%s")] {
-        let error = opened.handle.create(&opened.xml(name, ""), flags, &mut ()).unwrap_err();
+        let error = opened.create(&opened.xml(name, ""), flags).unwrap_err();
         assert_eq!(error.code, Code::OperationInvalid, "{error}");
         assert!(
             error.message.contains("domain snapshot '100%s'") && error.message.contains("already exists"),
@@ -304,7 +304,7 @@ fn names_are_taken_as_they_are() {
 
 #[test]
 fn a_name_that_is_not_given_is_the_time() {
-    let daemon = Daemon::session();
+    let daemon = virt::session();
     let opened = OpenedDomain::start(&machine(&Binary::all()[0]), &daemon);
     let now = || std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs();
     let since = now();
@@ -312,7 +312,7 @@ fn a_name_that_is_not_given_is_the_time() {
     for n in 0..3 {
         let memory = opened.memory_file(&n.to_string());
         let xml = format!("<domainsnapshot><memory snapshot='external' file='{}'/></domainsnapshot>", memory.display());
-        let name: u64 = opened.handle.create(&xml, INSTANTLY, &mut ()).unwrap().parse().unwrap();
+        let name: u64 = opened.create(&xml, INSTANTLY).unwrap().parse().unwrap();
         // Two in a second have two names.
         assert!(name > last && (since..=now() + 2).contains(&name), "{name} after {last}");
         last = name;
@@ -335,7 +335,7 @@ fn cookie(image: &Path) -> Option<String> {
 
 #[test]
 fn a_memory_image_has_the_cookie_that_libvirt_itself_would_write() {
-    let daemon = Daemon::session();
+    let daemon = virt::session();
     let clones = Clones(daemon.another());
     let custom = "<cpu mode='custom' match='exact'><model fallback='allow'>Nehalem</model>\
                   <feature policy='disable' name='sse4.2'/></cpu>";
@@ -368,7 +368,7 @@ fn a_guest_with_the_hosts_cpu_is_brought_back_under_kvm() {
         eprintln!("skipped: KVM does not work here");
         return;
     }
-    let Some(daemon) = Daemon::system() else { return };
+    let Some(daemon) = virt::system() else { return };
     let clones = Clones(daemon.another());
     for cpu in ["<cpu mode='host-model'/>", "<cpu mode='host-passthrough'/>"] {
         let machine = machine(&Binary::all()[0]).accel(Accel::Kvm).domain_elements(cpu);

@@ -12,7 +12,7 @@ use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::sync::Arc;
 
 use common::INSTANTLY;
-use common::virt::OpenedDomain;
+use common::virt::{self, OpenedDomain};
 use instantsnap::engine::Handle;
 use instantsnap::error::Code;
 use instantsnap::guest::LibvirtConnector;
@@ -27,7 +27,7 @@ fn machine(binary: &'static Binary) -> Machine {
 
 #[test]
 fn overlays_are_qemus_and_memory_is_for_nobody_else() {
-    for daemon in Daemon::all() {
+    for daemon in virt::daemons() {
         let opened = OpenedDomain::start(&machine(&Binary::all()[0]), &daemon);
         let qemu = Path::new("/proc").join(opened.guest.pid().to_string()).metadata().unwrap();
         assert_eq!(qemu.uid(), daemon.user(), "QEMU's user");

@@ -7,7 +7,7 @@ mod tree;
 use std::fs::OpenOptions;
 use std::os::unix::fs::FileExt;
 
-use common::machine;
+use common::{machine, virt};
 use instantsnap::error::Code;
 use instantsnap::flags::revert::{FORCE, PAUSED, RUNNING};
 use instantsnap_testkit::{Binary, Daemon, thorough};
@@ -15,7 +15,7 @@ use tree::{Maker, Tree};
 
 #[test]
 fn a_guest_goes_on_from_the_snapshot() {
-    for daemon in Daemon::all() {
+    for daemon in virt::daemons() {
         for maker in [Maker::Libvirt, Maker::Instant] {
             eprintln!("{:?} {maker:?}", daemon.mode());
             let mut tree = Tree::start(&machine(&Binary::all()[0], 2), &daemon, maker);
@@ -48,7 +48,7 @@ fn a_domain_that_is_shut_off_goes_on_from_the_snapshot() {
     if !thorough() {
         return;
     }
-    let tree = with_two(&Daemon::session());
+    let tree = with_two(&virt::session());
     tree.opened.guest.virsh("destroy", &[]);
     tree.revert("a");
     tree.opened.guest.virsh("destroy", &[]);
@@ -58,7 +58,7 @@ fn a_domain_that_is_shut_off_goes_on_from_the_snapshot() {
 
 #[test]
 fn after_a_revert_the_domain_starts_from_its_disks() {
-    let tree = with_two(&Daemon::session());
+    let tree = with_two(&virt::session());
     tree.revert("a");
     let inactive = tree.opened.guest.virsh("dumpxml", &["--inactive"]);
     let live = tree.opened.guest.virsh("domblklist", &[]);
@@ -72,7 +72,7 @@ fn after_a_revert_the_domain_starts_from_its_disks() {
 
 #[test]
 fn a_transient_domain_keeps_its_snapshots() {
-    for daemon in Daemon::all() {
+    for daemon in virt::daemons() {
         let mut tree = Tree::start(&machine(&Binary::all()[0], 1).transient(), &daemon, Maker::Instant);
         tree.snapshot("a");
         tree.snapshot("b");
@@ -93,7 +93,7 @@ fn a_snapshot_of_a_paused_guest_is_paused_again() {
     if !thorough() {
         return;
     }
-    let mut tree = Tree::start(&machine(&Binary::all()[0], 1), &Daemon::session(), Maker::Instant);
+    let mut tree = Tree::start(&machine(&Binary::all()[0], 1), &virt::session(), Maker::Instant);
     tree.snapshot("running");
     tree.opened.guest.virsh("suspend", &[]);
     tree.opened.snapshot("paused").unwrap();
@@ -117,7 +117,7 @@ fn a_snapshot_of_a_paused_guest_is_paused_again() {
 
 #[test]
 fn flags_are_checked() {
-    let tree = with_two(&Daemon::session());
+    let tree = with_two(&virt::session());
     let before = tree.opened.trace();
     for (flags, part) in [(RUNNING | PAUSED, "mutually exclusive"), (1 << 9, "0x200")] {
         common::assert_error(tree.try_revert("a", flags), Code::InvalidArg, part);
@@ -128,7 +128,7 @@ fn flags_are_checked() {
 /// Whatever is wrong with the snapshot is noticed before the domain is ended.
 #[test]
 fn a_damaged_snapshot_leaves_the_domain_running() {
-    let tree = with_two(&Daemon::session());
+    let tree = with_two(&virt::session());
     let (memory, moved) = (tree.memory("a"), tree.memory("moved"));
     let fails = |part: &str| {
         let before = tree.opened.trace();
@@ -174,7 +174,7 @@ fn a_memory_that_cannot_be_restored_leaves_a_domain_that_can_be_started() {
     for transient in [false, true] {
         let plain = machine(&Binary::all()[0], 1);
         let machine = if transient { plain.transient() } else { plain };
-        let mut tree = Tree::start(&machine, &Daemon::session(), Maker::Instant);
+        let mut tree = Tree::start(&machine, &virt::session(), Maker::Instant);
         tree.snapshot("a");
         tree.snapshot("b");
         let memory = tree.memory("a");
@@ -198,7 +198,7 @@ fn a_memory_that_cannot_be_restored_leaves_a_domain_that_can_be_started() {
 
 #[test]
 fn what_a_domain_was_on_goes_and_what_snapshots_are_on_stays() {
-    let mut tree = with_two(&Daemon::session());
+    let mut tree = with_two(&virt::session());
     tree.snapshot("c");
     tree.revert("b");
     let images = tree.images();
@@ -218,7 +218,7 @@ fn snapshots_of_somebody_else_stay() {
     if !thorough() {
         return;
     }
-    let mut tree = with_two(&Daemon::session());
+    let mut tree = with_two(&virt::session());
     tree.opened.guest.virsh("snapshot-create-as", &["disks", "--disk-only"]);
     tree.snapshot("c");
     tree.assert_shape("a< b<a c<disks disks<b", Some("c"));
@@ -236,7 +236,7 @@ fn a_managed_save_image_is_in_the_way() {
     if !thorough() {
         return;
     }
-    let tree = with_two(&Daemon::session());
+    let tree = with_two(&virt::session());
     tree.opened.guest.virsh("managedsave", &[]);
     common::assert_error(tree.try_revert("a", 0), Code::OperationInvalid, "managed save");
     tree.opened.guest.start_domain();

@@ -528,7 +528,7 @@ fn a_domain_of_libvirts_has_its_disks_snapshotted_by_the_hook_too() {
         }
     });
     let xml = opened.xml("t", "");
-    opened.assert_fails(&xml, INSTANTLY | NO_METADATA, &mut observer, Code::OperationAborted, &[]);
+    opened.assert_fails_observed(&xml, INSTANTLY | NO_METADATA, &mut observer, Code::OperationAborted, &[]);
     assert_eq!(storage.undone(), ["t"]);
 }
 
@@ -538,13 +538,13 @@ fn a_domains_snapshot_that_libvirt_would_spoil_or_take_without_the_hook_is_refus
     let opened = domain(&daemon);
     let xml = opened.xml("s", "");
     let hook = ["'vdb'", "instantsnap_set_storage_hook()"];
-    opened.assert_fails(&xml, INSTANTLY | NO_METADATA, &mut (), Code::OperationUnsupported, &hook);
+    opened.assert_fails(&xml, INSTANTLY | NO_METADATA, Code::OperationUnsupported, &hook);
     let storage = Storage::copying().install(&opened.handle);
     let flag = ["'vdb'", "VIR_DOMAIN_SNAPSHOT_CREATE_NO_METADATA"];
-    opened.assert_fails(&xml, INSTANTLY, &mut (), Code::OperationUnsupported, &flag);
+    opened.assert_fails(&xml, INSTANTLY, Code::OperationUnsupported, &flag);
     opened.guest.virsh("suspend", &[]);
     for flags in [INSTANTLY, INSTANTLY | NO_METADATA] {
-        opened.assert_fails(&xml, flags, &mut (), Code::OperationUnsupported, &["'vdb'", "paused"]);
+        opened.assert_fails(&xml, flags, Code::OperationUnsupported, &["'vdb'", "paused"]);
     }
     opened.guest.virsh("resume", &[]);
     assert!(storage.calls().is_empty());

@@ -14,6 +14,9 @@ pub const INSTANT: u32 = 0x500;
 /// libvirt's own snapshot of a guest that runs on.
 pub const LIVE: u32 = 0x100;
 
+/// What a [`Subject::client`] says to take a snapshot of XML and flags.
+pub const CREATE: &str = "attempt(lambda: domain.snapshotCreateXML(sys.argv[3], int(sys.argv[4])).getName())";
+
 /// The library under test: cargo has put it where it has put this program.
 pub fn library() -> PathBuf {
     let library = std::env::current_exe().unwrap().with_file_name("libinstantsnap.so");
@@ -106,8 +109,7 @@ impl Subject {
 
     /// A client that asks for a snapshot.
     pub fn create(&self, name: &str, flags: u32) -> Command {
-        let script = "attempt(lambda: domain.snapshotCreateXML(sys.argv[3], int(sys.argv[4])).getName())";
-        self.client(script, &[&self.xml(name), &flags.to_string()])
+        self.client(CREATE, &[&self.xml(name), &flags.to_string()])
     }
 
     /// Takes an instant snapshot, as whoever has nothing but libvirt.

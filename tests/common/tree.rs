@@ -7,7 +7,6 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use instantsnap::error::Error;
-use instantsnap::guest::libvirt;
 use instantsnap_testkit::{Daemon, Machine};
 
 use super::common::first_tick;
@@ -60,7 +59,7 @@ impl Tree {
 
     /// Reverts.
     pub fn try_revert(&self, name: &str, flags: u32) -> Result<(), Error> {
-        libvirt::revert(&self.opened.find(name).expect("the snapshot"), flags)
+        self.opened.revert(name, flags)
     }
 
     /// Reverts, and looks whether the guest counts on from where the snapshot was taken, memory and disks agreeing.
@@ -86,7 +85,7 @@ impl Tree {
 
     /// Deletes.
     pub fn try_delete(&self, name: &str, flags: u32) -> Result<(), Error> {
-        libvirt::delete(&self.opened.find(name).expect("the snapshot"), flags)
+        self.opened.delete(name, flags)
     }
 
     /// Deletes, while the guest counts on if it runs.

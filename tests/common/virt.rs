@@ -1,21 +1,44 @@
 //! The library on a domain of a private libvirtd, and a snapshot brought back and checked.
+//!
+//! By the other way in (`way.rs`) the library is in that daemon, and only libvirt's plain functions are called. What is asserted
+//! is the same.
 
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
-use instantsnap::engine::{Handle, Observer};
+use instantsnap::engine::{Handle, Observer, Phase};
 use instantsnap::error::{Code, Error};
-use instantsnap::guest::LibvirtConnector;
+use instantsnap::guest::{LibvirtConnector, libvirt};
 use instantsnap::libvirt::{Connect, Domain, Snapshot};
-use instantsnap_testkit::{Daemon, Fingerprint, Guest, Machine, domain_fingerprint};
+use instantsnap_testkit::{Daemon, Fingerprint, Guest, Machine, Mode, domain_fingerprint};
 
-use super::{INSTANTLY, assert_says, files_below};
+use super::inside::{has_mapped, library};
+use super::way::by_daemon;
+use super::{At, INSTANTLY, assert_says, files_below};
+
+/// A session daemon for the way in of this run.
+pub fn session() -> Daemon {
+    if by_daemon() { super::inside::session(&[]) } else { Daemon::session() }
+}
+
+/// A system daemon, likewise, where that is possible.
+pub fn system() -> Option<Daemon> {
+    if by_daemon() { Daemon::preloaded(Mode::System, &[&library()], &[]) } else { Daemon::system() }
+}
+
+/// A session daemon, and a system daemon where that is possible.
+pub fn daemons() -> Vec<Daemon> {
+    [Some(session()), system()].into_iter().flatten().collect()
+}
 
 /// A domain of the kit, opened by the library.
 pub struct OpenedDomain {
     pub handle: Handle,
-    pub connector: Arc<LibvirtConnector>,
+    connector: Arc<LibvirtConnector>,
     pub guest: Guest,
+    /// To be used plainly, where the library is in the daemon.
+    plain: Option<Domain>,
+    taken: Mutex<Option<Snapshot>>,
 }
 
 impl OpenedDomain {
@@ -29,7 +52,9 @@ impl OpenedDomain {
     /// Opens a guest.
     pub fn open(guest: Guest) -> OpenedDomain {
         let connector = Arc::new(LibvirtConnector::open(domain(&guest)).unwrap());
-        OpenedDomain { handle: Handle::open_libvirt(Arc::clone(&connector)), connector, guest }
+        let has_library = by_daemon() && has_mapped(guest.daemon().pid(), &library());
+        let (plain, taken) = (has_library.then(|| domain(&guest)), Mutex::default());
+        OpenedDomain { handle: Handle::open_libvirt(Arc::clone(&connector)), connector, guest, plain, taken }
     }
 
     /// Where the memory of a snapshot goes.
@@ -47,12 +72,48 @@ impl OpenedDomain {
 
     /// Takes an instant snapshot.
     pub fn snapshot(&self, name: &str) -> Result<String, Error> {
-        self.snapshot_observed(name, &mut ())
+        self.create(&self.xml(name, ""), INSTANTLY)
     }
 
-    /// The same with an observer: what it does in a phase's beginning happens then.
+    /// Takes a snapshot; returns its name.
+    pub fn create(&self, xml: &str, flags: u32) -> Result<String, Error> {
+        self.create_observed(xml, flags, &mut ())
+    }
+
+    /// An instant snapshot with an observer: what it does in a phase's beginning happens then.
     pub fn snapshot_observed(&self, name: &str, observer: &mut dyn Observer) -> Result<String, Error> {
-        self.handle.create(&self.xml(name, ""), INSTANTLY, observer)
+        self.create_observed(&self.xml(name, ""), INSTANTLY, observer)
+    }
+
+    /// The same for a snapshot of any kind. The daemon tells nobody: by that way in what an observer would look at is not looked
+    /// at. A test that relies on what it does there is not for that way (`way::by_client_only`).
+    pub fn create_observed(&self, xml: &str, flags: u32, observer: &mut dyn Observer) -> Result<String, Error> {
+        let (name, taken) = match &self.plain {
+            Some(domain) => {
+                let taken = domain.create_snapshot(xml, flags)?;
+                (taken.name(), Some(taken))
+            }
+            None => (self.handle.create(xml, flags, observer)?, self.connector.taken()),
+        };
+        *self.taken.lock().unwrap() = taken;
+        Ok(name)
+    }
+
+    /// libvirt's own object of the snapshot that was taken last; once.
+    pub fn taken(&self) -> Option<Snapshot> {
+        self.taken.lock().unwrap().take()
+    }
+
+    /// Reverts to a snapshot.
+    pub fn revert(&self, name: &str, flags: u32) -> Result<(), Error> {
+        let snapshot = self.find(name).expect("the snapshot");
+        if self.plain.is_some() { Ok(snapshot.revert(flags)?) } else { libvirt::revert(&snapshot, flags) }
+    }
+
+    /// Deletes a snapshot.
+    pub fn delete(&self, name: &str, flags: u32) -> Result<(), Error> {
+        let snapshot = self.find(name).expect("the snapshot");
+        if self.plain.is_some() { Ok(snapshot.delete(flags)?) } else { libvirt::delete(&snapshot, flags) }
     }
 
     /// Brings a snapshot back in another daemon, by `virsh restore`, and checks that memory, disks and serial line are of
@@ -79,7 +140,13 @@ impl OpenedDomain {
 
     /// Takes a snapshot that must fail, with this code and all of these in its message, and asserts that nothing is left of it.
     #[track_caller]
-    pub fn assert_fails(
+    pub fn assert_fails(&self, xml: &str, flags: u32, code: Code, parts: &[&str]) -> Error {
+        self.assert_fails_observed(xml, flags, &mut (), code, parts)
+    }
+
+    /// The same with an observer; see [`OpenedDomain::create_observed`].
+    #[track_caller]
+    pub fn assert_fails_observed(
         &self,
         xml: &str,
         flags: u32,
@@ -88,10 +155,26 @@ impl OpenedDomain {
         parts: &[&str],
     ) -> Error {
         let before = self.trace();
-        let error = self.handle.create(xml, flags, observer).expect_err("this must fail");
+        let error = self.create_observed(xml, flags, observer).expect_err("this must fail");
         assert_says(&error, code, parts);
         self.assert_untouched(&before);
         error
+    }
+
+    /// Cancels a snapshot while its memory is saved, after so many numbers, and asserts that nothing is left of it; where it can
+    /// be cancelled.
+    #[track_caller]
+    pub fn assert_cancelled_without_a_trace(&self, xml: &str, flags: u32, ticks: u32) {
+        if self.plain.is_some() {
+            return;
+        }
+        let mut cancel = At(|phase| {
+            if phase == Phase::Drain {
+                self.guest.wait_ticks(ticks);
+                self.handle.cancel().unwrap();
+            }
+        });
+        self.assert_fails_observed(xml, flags, &mut cancel, Code::OperationAborted, &[]);
     }
 
     /// Asserts that nothing is left of a failed attempt. What QEMU closes a moment later is waited for.

@@ -1,5 +1,8 @@
-//! By which way in the tests of the socket's open a guest: by its socket, or, with INSTANTSNAP_TEST_WAY=driver, by a driver in C
-//! (`driver.c`), as far as they do not test the socket itself.
+//! By which way in tests go, where there are two; as far as they do not test one of them itself.
+//!
+//! Those of the socket open a guest by its socket, or, with INSTANTSNAP_TEST_WAY=driver, by a driver in C (`driver.c`). Those of
+//! libvirt use the library, as its clients do, or, with INSTANTSNAP_TEST_WAY=inside, libvirt's plain functions and daemons with
+//! the library in them (`virt.rs`).
 
 use std::ffi::{CStr, CString, c_char, c_void};
 use std::os::unix::ffi::OsStrExt;
@@ -14,14 +17,32 @@ use instantsnap_testkit::compile::{gcc, workspace};
 use instantsnap_testkit::{Disk, Guest};
 use quick_xml::escape::escape;
 
+#[derive(Clone, Copy, PartialEq)]
+enum Way {
+    /// The first ones.
+    Plain,
+    Driver,
+    Inside,
+}
+
+fn way() -> Way {
+    static WAY: OnceLock<Way> = OnceLock::new();
+    *WAY.get_or_init(|| match std::env::var("INSTANTSNAP_TEST_WAY").as_deref() {
+        Err(_) | Ok("" | "qmp") => Way::Plain,
+        Ok("driver") => Way::Driver,
+        Ok("inside") => Way::Inside,
+        Ok(other) => panic!("INSTANTSNAP_TEST_WAY={other}: what is that? It is qmp, driver or inside"),
+    })
+}
+
 /// Whether it is the driver's.
 pub fn by_driver() -> bool {
-    static BY_DRIVER: OnceLock<bool> = OnceLock::new();
-    *BY_DRIVER.get_or_init(|| match std::env::var("INSTANTSNAP_TEST_WAY").as_deref() {
-        Err(_) | Ok("" | "qmp") => false,
-        Ok("driver") => true,
-        Ok(other) => panic!("INSTANTSNAP_TEST_WAY={other}: what is that? It is qmp or driver"),
-    })
+    way() == Way::Driver
+}
+
+/// Whether it is the daemon's.
+pub fn by_daemon() -> bool {
+    way() == Way::Inside
 }
 
 /// For a test of what only the socket's way in has: whether it is the way of this run. Says that the test is skipped.
@@ -30,6 +51,15 @@ pub fn by_socket_only() -> bool {
         eprintln!("skipped: it is about the way in by a socket");
     }
     !by_driver()
+}
+
+/// The same for what only a client with the library has: it observes a snapshot and does something meanwhile, cancels it, sets
+/// its limits, brings overlays of its own (`REUSE_EXT`).
+pub fn by_client_only() -> bool {
+    if by_daemon() {
+        eprintln!("skipped: it is about clients that have the library");
+    }
+    !by_daemon()
 }
 
 /// Opens a guest whose QEMU has its sockets in `directory`.
