@@ -221,6 +221,19 @@ impl Program {
     }
 }
 
+/// Device and inode of what a path leads to, symbolic links not followed; for a child that was forked.
+pub fn file_id(path: &CStr) -> Option<(u64, u64)> {
+    let mut found = std::mem::MaybeUninit::<libc::stat>::uninit();
+    // SAFETY: a NUL-terminated path, and storage for the answer, which is filled in where the call succeeds.
+    unsafe {
+        if libc::lstat(path.as_ptr(), found.as_mut_ptr()) != 0 {
+            return None;
+        }
+        let found = found.assume_init();
+        Some((found.st_dev, found.st_ino))
+    }
+}
+
 /// Removes a file, by a process that [`fork_quiet`] has started.
 pub fn unlink(path: &CStr) {
     // SAFETY: a NUL-terminated string.

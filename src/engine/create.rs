@@ -274,10 +274,8 @@ impl Task<'_> {
         clock.enter(Phase::Prepare);
         made.ran = self.running;
         made.image = Some(self.create_image()?);
-        let mut copies = Vec::new();
         for nvram in &self.nvram {
-            copies.push(nvram::Copy::take(nvram.clone())?);
-            made.files.push(PathBuf::from(&nvram.copy));
+            made.copies.push(nvram::Copy::take(nvram.clone())?);
         }
         cancel.check()?;
         made.overlays = true;
@@ -384,11 +382,11 @@ impl Task<'_> {
         }
         cancel.check()?;
         image.complete()?;
-        copies.iter().try_for_each(nvram::Copy::check_unchanged)?;
+        made.copies.iter().try_for_each(nvram::Copy::check_unchanged)?;
         cancel.check()?;
         guest.confirm()?;
         if !guest.keeps_firmware_copies() {
-            copies.iter().try_for_each(nvram::Copy::remove)?;
+            made.copies.iter().try_for_each(nvram::Copy::remove)?;
         }
         if self.flags.has(flags::NO_METADATA) {
             return Ok(record);
@@ -439,7 +437,8 @@ impl Task<'_> {
     /// The way of memory to its image, and a guard for the time that it is open.
     fn open_stream(&self, guest: &mut dyn Guest, settings: &Settings, made: &mut Made) -> Result<()> {
         made.stream = Some(Stream::open(made.image()?)?);
-        let files: Vec<_> = made.files.iter().chain([&self.memory_file]).cloned().collect();
+        let copies = made.copies.iter().map(|copy| Path::new(&copy.recorded.copy));
+        let files: Vec<PathBuf> = copies.chain([self.memory_file.as_path()]).map(Path::to_owned).collect();
         let restore = settings.script(self.mode);
         let deputy = guest.deputy(&self.reserved.name);
         let Made { stream: Some(stream), guarded, .. } = made else { unreachable!("just made") };

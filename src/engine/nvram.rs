@@ -4,12 +4,13 @@
 //! copied before, and compared after: if they changed, there is no snapshot. The copy is the snapshot's; clones get copies
 //! of it, because QEMU writes what it loads back into the file.
 
-use std::fs::{File, OpenOptions};
-use std::io::{self, Read};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::fs::File;
+use std::io::{self, Read, Seek};
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use crate::error::{Error, Result, fail};
+use crate::own_file::OwnFile;
 use crate::snapshot::{Drive, RecordedNvram};
 use crate::sys;
 
@@ -22,6 +23,7 @@ pub struct Copy {
     /// What is recorded of it.
     pub recorded: RecordedNvram,
     stamp: Stamp,
+    own: OwnFile,
 }
 
 type Stamp = (u64, i64, i64);
@@ -50,22 +52,22 @@ impl Copy {
         }
         let step = format!("cannot copy the UEFI variables '{}' to '{}'", recorded.original, recorded.copy);
         let stamp = stamp(original).map_err(|error| Error::system(&step, error))?;
-        copy_new(original, Path::new(&recorded.copy)).map_err(|error| Error::system(&step, error))?;
-        Ok(Copy { recorded, stamp })
+        let own = copy_new(original, Path::new(&recorded.copy)).map_err(|error| Error::system(&step, error))?;
+        Ok(Copy { recorded, stamp, own })
     }
 
     /// Removes the copy.
     pub fn remove(&self) -> Result<()> {
-        let copy = Path::new(&self.recorded.copy);
-        sys::remove_file(copy).map_err(|error| Error::system(format!("cannot remove '{}'", copy.display()), error))
+        self.own.remove().map_err(|error| Error::system(format!("cannot remove '{}'", self.recorded.copy), error))
     }
 
     /// An error if the original is not what was copied any more.
     pub fn check_unchanged(&self) -> Result<()> {
-        let (original, copy) = (Path::new(&self.recorded.original), Path::new(&self.recorded.copy));
+        let original = Path::new(&self.recorded.original);
         let step = || format!("cannot read the UEFI variables '{}'", original.display());
         // The stamp tells of a change that was taken back, the content of one within the clock's grain.
-        let unchanged = || Ok(stamp(original)? == self.stamp && read(original)? == read(copy)?);
+        let unchanged =
+            || Ok(stamp(original)? == self.stamp && read(&File::open(original)?)? == read(self.own.file())?);
         if !unchanged().map_err(|error: io::Error| Error::system(step(), error))? {
             fail!(
                 OperationFailed,
@@ -79,16 +81,20 @@ impl Copy {
 }
 
 /// Copies a file to one that must not exist, mode 0600, on disk.
-pub fn copy_new(from: &Path, to: &Path) -> io::Result<()> {
-    let mut to_file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(to)?;
-    let mut copy = || -> io::Result<()> {
-        io::copy(&mut File::open(from)?.take(LARGEST), &mut to_file)?;
-        to_file.sync_all()?;
+pub fn copy_new(from: &Path, to: &Path) -> io::Result<OwnFile> {
+    let own = OwnFile::create(to)?;
+    let copy = || -> io::Result<()> {
+        io::copy(&mut File::open(from)?.take(LARGEST), &mut own.file())?;
+        own.file().sync_all()?;
         sys::sync_parent(to)
     };
-    copy().inspect_err(|_| {
-        let _ = sys::remove_file(to);
-    })
+    match copy() {
+        Ok(()) => Ok(own),
+        Err(error) => {
+            let _ = own.remove();
+            Err(error)
+        }
+    }
 }
 
 fn stamp(path: &Path) -> io::Result<Stamp> {
@@ -96,8 +102,9 @@ fn stamp(path: &Path) -> io::Result<Stamp> {
     Ok((metadata.len(), metadata.mtime(), metadata.mtime_nsec()))
 }
 
-fn read(path: &Path) -> io::Result<Vec<u8>> {
+fn read(mut file: &File) -> io::Result<Vec<u8>> {
     let mut content = Vec::new();
-    File::open(path)?.take(LARGEST).read_to_end(&mut content)?;
+    file.rewind()?;
+    file.take(LARGEST).read_to_end(&mut content)?;
     Ok(content)
 }

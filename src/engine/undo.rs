@@ -2,12 +2,12 @@
 //!
 //! The guest comes first: it runs again before anything else is undone.
 
-use std::path::PathBuf;
 use std::time::Duration;
 
 use super::clock::Clock;
 use super::guard::{Guarded, Stage};
 use super::migration::{FD_NAME, Mode, Settings, Stream, wait_resumable};
+use super::nvram;
 use super::reactivate::reactivate_disks;
 use super::storage::Called;
 use crate::error::{Code, Error, Result};
@@ -15,7 +15,6 @@ use crate::guest::{Guest, PATIENCE, Presence};
 use crate::image::MemoryImage;
 use crate::monitor::Deadline;
 use crate::monitor::commands::{self, Progress};
-use crate::sys;
 
 /// A QEMU that hangs is asked to resume its guest for so long. There is nothing worse to leave behind than a guest that is
 /// paused.
@@ -26,8 +25,8 @@ const STUBBORN: Duration = Duration::from_secs(300);
 pub struct Made {
     /// The memory image.
     pub image: Option<MemoryImage>,
-    /// Other files of the snapshot.
-    pub files: Vec<PathBuf>,
+    /// Copies of UEFI variables.
+    pub copies: Vec<nvram::Copy>,
     /// Overlays.
     pub overlays: bool,
     /// Migration settings, and for which mode they were changed.
@@ -174,10 +173,7 @@ impl Made {
     }
 
     fn remove_files(&self) -> Result<()> {
-        for path in &self.files {
-            sys::remove_file(path)
-                .map_err(|error| Error::system(format!("cannot remove '{}'", path.display()), error))?;
-        }
+        self.copies.iter().try_for_each(nvram::Copy::remove)?;
         self.image.as_ref().map_or(Ok(()), MemoryImage::remove)
     }
 }

@@ -2,6 +2,7 @@
 
 use std::ffi::{CString, c_char};
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::ptr;
 
@@ -20,14 +21,14 @@ struct Errand {
     _words: Vec<CString>,
     pointers: Vec<*const c_char>,
     /// Removed once it has succeeded.
-    then_remove: Option<CString>,
+    then_remove: Option<KnownFile>,
 }
 
 impl Errand {
     fn new(errand: guest::Errand) -> Errand {
         let words: Vec<CString> = errand.words.into_iter().filter_map(|word| CString::new(word).ok()).collect();
         let pointers = words.iter().map(|word| word.as_ptr()).chain([ptr::null()]).collect();
-        Errand { _words: words, pointers, then_remove: errand.then_remove.as_deref().and_then(c_path) }
+        Errand { _words: words, pointers, then_remove: errand.then_remove.as_deref().and_then(KnownFile::of) }
     }
 
     /// Whether it succeeded.
@@ -41,8 +42,26 @@ impl Errand {
     }
 }
 
-fn c_path(path: &Path) -> Option<CString> {
-    CString::new(path.as_os_str().as_bytes()).ok()
+/// A file, by its name and by what it was when the guard was started.
+#[derive(Debug)]
+struct KnownFile {
+    path: CString,
+    id: (u64, u64),
+}
+
+impl KnownFile {
+    fn of(path: &Path) -> Option<KnownFile> {
+        let metadata = path.symlink_metadata().ok()?;
+        let path = CString::new(path.as_os_str().as_bytes()).ok()?;
+        Some(KnownFile { path, id: (metadata.dev(), metadata.ino()) })
+    }
+
+    /// Removes it, and not what may be called so by then.
+    fn remove(&self) {
+        if sys::file_id(&self.path) == Some(self.id) {
+            sys::unlink(&self.path);
+        }
+    }
 }
 
 /// What is to be done, in order.
@@ -53,7 +72,7 @@ pub struct Errands {
     resume: [Errand; 2],
     restore: Vec<Errand>,
     merge: Vec<Errand>,
-    files: Vec<CString>,
+    files: Vec<KnownFile>,
 }
 
 impl Errands {
@@ -66,7 +85,7 @@ impl Errands {
             resume: [errands.resume, errands.resume_all_the_same].map(Errand::new),
             restore: all(errands.restore),
             merge: all(errands.merge),
-            files: files.iter().filter_map(|file| c_path(file)).collect(),
+            files: files.iter().filter_map(|file| KnownFile::of(file)).collect(),
         }
     }
 
@@ -89,10 +108,10 @@ impl Errands {
         }
         for errand in &self.merge {
             if !switched || errand.run(stream) {
-                errand.then_remove.iter().for_each(|file| sys::unlink(file));
+                errand.then_remove.iter().for_each(KnownFile::remove);
             }
         }
-        self.files.iter().for_each(|file| sys::unlink(file));
+        self.files.iter().for_each(KnownFile::remove);
     }
 }
 
