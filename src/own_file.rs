@@ -46,6 +46,11 @@ impl OwnFile {
         &self.file
     }
 
+    /// What a process needs to know it by that has none of this one's descriptors.
+    pub fn known(&self) -> KnownFile {
+        KnownFile { path: self.path.clone(), id: self.id }
+    }
+
     /// Removes it, and does not mind that it is gone already.
     pub fn remove(&self) -> io::Result<()> {
         match statat(&self.directory, &self.name, AtFlags::SYMLINK_NOFOLLOW) {
@@ -59,6 +64,15 @@ impl OwnFile {
             Err(errno) => Err(errno.into()),
         }
     }
+}
+
+/// A file, by its path, and by what it was when it was made.
+#[derive(Clone, Debug)]
+pub struct KnownFile {
+    /// What it was called.
+    pub path: PathBuf,
+    /// Its device and its inode.
+    pub id: (u64, u64),
 }
 
 #[cfg(test)]

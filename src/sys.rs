@@ -246,9 +246,9 @@ pub fn exit_now() -> ! {
     unsafe { libc::_exit(0) }
 }
 
-/// Closes every descriptor but these, which become 0 to 3. For a process that [`fork_quiet`] has started.
-pub fn keep_only(fds: [c_int; 4]) -> Option<[c_int; 4]> {
-    let mut kept = [0, 1, 2, 3];
+/// Closes every descriptor but these, which become 0, 1 and so on. For a process that [`fork_quiet`] has started.
+pub fn keep_only<const N: usize>(fds: [c_int; N]) -> Option<[c_int; N]> {
+    let mut kept = [0; N];
     // First out of the way of each other, then to their places.
     for (to, from) in kept.iter_mut().zip(fds) {
         // SAFETY: duplicates a descriptor to a free number.
@@ -262,13 +262,13 @@ pub fn keep_only(fds: [c_int; 4]) -> Option<[c_int; 4]> {
         *from = unsafe { libc::dup2(*from, place as c_int) };
     }
     // SAFETY: as above; an error (Linux before 5.9 has no such call) is made good below.
-    if unsafe { libc::syscall(libc::SYS_close_range, 4, c_uint::MAX, 0) } == -1 {
+    if unsafe { libc::syscall(libc::SYS_close_range, N as c_uint, c_uint::MAX, 0) } == -1 {
         // SAFETY: closing a number that is not open is an error without effect.
-        (4..65536).for_each(|fd| unsafe {
+        (N as c_int..65536).for_each(|fd| unsafe {
             libc::close(fd);
         });
     }
-    Some([0, 1, 2, 3])
+    Some(std::array::from_fn(|place| place as c_int))
 }
 
 /// Waits until one of the descriptors can be read, its end included, for so many milliseconds (-1: for ever).

@@ -437,12 +437,11 @@ impl Task<'_> {
     /// The way of memory to its image, and a guard for the time that it is open.
     fn open_stream(&self, guest: &mut dyn Guest, settings: &Settings, made: &mut Made) -> Result<()> {
         made.stream = Some(Stream::open(made.image()?)?);
-        let copies = made.copies.iter().map(|copy| Path::new(&copy.recorded.copy));
-        let files: Vec<PathBuf> = copies.chain([self.memory_file.as_path()]).map(Path::to_owned).collect();
+        let files: Vec<_> = made.copies.iter().map(nvram::Copy::known).chain([made.image()?.known()]).collect();
         let restore = settings.script(self.mode);
         let deputy = guest.deputy(&self.reserved.name);
         let Made { stream: Some(stream), guarded, .. } = made else { unreachable!("just made") };
-        guarded.start(deputy, stream.pipe(), &restore, &files);
+        guarded.start(deputy, guest.held(), stream.pipe(), &restore, &files);
         Ok(())
     }
 

@@ -10,7 +10,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use crate::error::{Error, Result, fail};
-use crate::own_file::OwnFile;
+use crate::own_file::{KnownFile, OwnFile};
 use crate::snapshot::{Drive, RecordedNvram};
 use crate::sys;
 
@@ -54,6 +54,11 @@ impl Copy {
         let stamp = stamp(original).map_err(|error| Error::system(&step, error))?;
         let own = copy_new(original, Path::new(&recorded.copy)).map_err(|error| Error::system(&step, error))?;
         Ok(Copy { recorded, stamp, own })
+    }
+
+    /// The copy, for a guard.
+    pub fn known(&self) -> KnownFile {
+        self.own.known()
     }
 
     /// Removes the copy.

@@ -89,7 +89,9 @@ impl Made {
         if !ended || presence == Presence::Silent {
             // The stream must be read to its end, and a guest that is paused resumed, whenever QEMU comes to it.
             let stream = self.stream.take();
-            if !self.guarded.hand_over() {
+            if self.guarded.hand_over() {
+                guest.leave_held();
+            } else {
                 std::mem::forget(stream);
             }
         }

@@ -1,7 +1,7 @@
 //! Holding a guest for one operation.
 
 use std::collections::BTreeSet;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Mutex;
 use std::thread::sleep;
 use std::time::Duration;
@@ -11,8 +11,7 @@ use rustix::net::{
     AddressFamily, SendFlags, Shutdown, SocketAddrUnix, SocketFlags, SocketType, bind, sendto, shutdown, socket_with,
 };
 
-use super::PATIENCE;
-use crate::error::{Error, Result, fail};
+use crate::error::{Code, Error, Result};
 use crate::monitor::Deadline;
 use crate::sys;
 
@@ -26,6 +25,18 @@ use crate::sys;
 pub struct Exclusive {
     held: OwnedFd,
     name: String,
+    left: bool,
+}
+
+/// A child that another thread has forked executes its program in this time.
+const LETTING_GO: Duration = Duration::from_secs(5);
+/// A process that is done ends in this time.
+const ENDING: Duration = Duration::from_millis(500);
+
+/// What whoever wants it is told; `whose` says of what.
+pub fn busy(whose: &str) -> Error {
+    let message = format!("another snapshot operation on {whose} is under way: wait for it to end");
+    Error::new(Code::OperationInvalid, message)
 }
 
 /// The names that this process holds.
@@ -43,17 +54,34 @@ pub enum Holder {
 impl Drop for Exclusive {
     fn drop(&mut self) {
         let mut own = sys::lock(&OWN);
-        let _ = shutdown(&self.held, Shutdown::Both);
+        if !self.left {
+            let _ = shutdown(&self.held, Shutdown::Both);
+        }
         own.remove(&self.name);
     }
 }
 
 impl Exclusive {
+    /// What holds it: in a child of this process it is held until both have ended, or this one has let go.
+    pub fn as_fd(&self) -> BorrowedFd<'_> {
+        self.held.as_fd()
+    }
+
+    /// Leaves it to a child that has [`Exclusive::as_fd`].
+    pub fn leave(&mut self) {
+        self.left = true;
+    }
+
     /// Takes it; `whose` says in an error what is held by another.
     pub fn take(whose: &str, name: String) -> Result<Exclusive> {
-        match Exclusive::try_take(name)? {
-            Ok(exclusive) => Ok(exclusive),
-            Err(_) => fail!(OperationInvalid, "another snapshot operation on {whose} is under way: wait for it to end"),
+        let deadline = Deadline::after(ENDING);
+        loop {
+            match Exclusive::try_take(name.clone())? {
+                Ok(exclusive) => return Ok(exclusive),
+                // It may be a guard that has done what it was there for, and is about to end.
+                Err(Holder::Another) if deadline.left().is_some() => sleep(Duration::from_millis(20)),
+                Err(_) => return Err(busy(whose)),
+            }
         }
     }
 
@@ -63,13 +91,13 @@ impl Exclusive {
         let address = SocketAddrUnix::new_abstract_name(name.as_bytes()).map_err(system)?;
         let held = socket_with(AddressFamily::UNIX, SocketType::DGRAM, SocketFlags::CLOEXEC, None).map_err(system)?;
         sys::wait_until_forked();
-        let deadline = Deadline::after(PATIENCE);
+        let deadline = Deadline::after(LETTING_GO);
         loop {
             let mut own = sys::lock(&OWN);
             match bind(&held, &address) {
                 Ok(()) => {
                     own.insert(name.clone());
-                    return Ok(Ok(Exclusive { held, name }));
+                    return Ok(Ok(Exclusive { held, name, left: false }));
                 }
                 Err(Errno::ADDRINUSE) if own.contains(&name) => return Ok(Err(Holder::Us)),
                 Err(Errno::ADDRINUSE) if is_let_go(&address) && deadline.left().is_some() => {}

@@ -21,6 +21,7 @@ use crate::error::{Result, fail};
 use crate::flags::Flags;
 use crate::monitor::commands::Status;
 use crate::monitor::{Deadline, Execute};
+use crate::own_file::KnownFile;
 use crate::snapshot::{DiskPlan, Drive, Record, Reservation, Store};
 
 pub use driver::DriverConnector;
@@ -172,7 +173,7 @@ pub struct Errand {
     /// Its absolute path, and its arguments.
     pub words: Vec<String>,
     /// A file that is removed once it has succeeded.
-    pub then_remove: Option<PathBuf>,
+    pub then_remove: Option<KnownFile>,
 }
 
 /// A guest during one operation.
@@ -269,6 +270,14 @@ pub trait Guest: Execute {
 
     /// Who can act for this process once it has ended, while it takes the snapshot of this name.
     fn deputy<'a>(&'a self, snapshot: &'a str) -> Deputy<'a>;
+
+    /// What holds it for this operation, where a guard is to hold it too.
+    fn held(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
+
+    /// Leaves it to the guard, which has that.
+    fn leave_held(&mut self) {}
 
     /// Ends the guest.
     fn halt(&mut self) -> Result<()>;

@@ -15,7 +15,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use crate::error::{Code, Error, Result, fail};
-use crate::own_file::OwnFile;
+use crate::own_file::{KnownFile, OwnFile};
 use crate::sys;
 
 const COMPLETE: &[u8; 16] = b"LibvirtQemudSave";
@@ -95,6 +95,11 @@ impl MemoryImage {
     /// Where it is.
     pub fn path(&self) -> &Path {
         self.own.path()
+    }
+
+    /// The file, for a guard.
+    pub fn known(&self) -> KnownFile {
+        self.own.known()
     }
 
     /// Removes it.

@@ -32,14 +32,17 @@ pub struct Child<'a> {
     pub caller: c_int,
     pub monitor: c_int,
     pub pipe: c_int,
+    /// The name by which the guest is held: nobody else begins an operation on it while the guard is at work.
+    pub held: c_int,
     pub script: &'a Script,
 }
 
 impl Child<'_> {
     pub fn run(&self) -> ! {
-        let Some(kept) = sys::keep_only([self.lifeline, self.caller, self.monitor, self.pipe]) else { sys::exit_now() };
-        // SAFETY: the four were just made, and are nobody else's in this process.
-        let [lifeline, caller, monitor, pipe] = kept.map(|fd| unsafe { OwnedFd::from_raw_fd(fd) });
+        let kept = sys::keep_only([self.lifeline, self.caller, self.monitor, self.pipe, self.held]);
+        let Some(kept) = kept else { sys::exit_now() };
+        // SAFETY: they were just made, and are nobody else's in this process.
+        let [lifeline, caller, monitor, pipe, _held] = kept.map(|fd| unsafe { OwnedFd::from_raw_fd(fd) });
         let _ = send(&lifeline, &[READY], SendFlags::NOSIGNAL);
         let stage = Self::watch(&lifeline, &caller);
         let mut stream = Remaining { pipe, ended: !stage.is_migrating(), thrown_away: 0 };

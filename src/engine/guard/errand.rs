@@ -2,12 +2,11 @@
 
 use std::ffi::{CString, c_char};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
 use std::ptr;
 
 use super::child::Remaining;
 use crate::guest;
+use crate::own_file::KnownFile;
 use crate::sys;
 
 /// A guest that does not run is resumed so often.
@@ -21,14 +20,14 @@ struct Errand {
     _words: Vec<CString>,
     pointers: Vec<*const c_char>,
     /// Removed once it has succeeded.
-    then_remove: Option<KnownFile>,
+    then_remove: Option<Remove>,
 }
 
 impl Errand {
     fn new(errand: guest::Errand) -> Errand {
         let words: Vec<CString> = errand.words.into_iter().filter_map(|word| CString::new(word).ok()).collect();
         let pointers = words.iter().map(|word| word.as_ptr()).chain([ptr::null()]).collect();
-        Errand { _words: words, pointers, then_remove: errand.then_remove.as_deref().and_then(KnownFile::of) }
+        Errand { _words: words, pointers, then_remove: errand.then_remove.as_ref().and_then(Remove::new) }
     }
 
     /// Whether it succeeded.
@@ -42,22 +41,20 @@ impl Errand {
     }
 }
 
-/// A file, by its name and by what it was when the guard was started.
+/// A file, as the kernel wants it.
 #[derive(Debug)]
-struct KnownFile {
+struct Remove {
     path: CString,
     id: (u64, u64),
 }
 
-impl KnownFile {
-    fn of(path: &Path) -> Option<KnownFile> {
-        let metadata = path.symlink_metadata().ok()?;
-        let path = CString::new(path.as_os_str().as_bytes()).ok()?;
-        Some(KnownFile { path, id: (metadata.dev(), metadata.ino()) })
+impl Remove {
+    fn new(file: &KnownFile) -> Option<Remove> {
+        Some(Remove { path: CString::new(file.path.as_os_str().as_bytes()).ok()?, id: file.id })
     }
 
     /// Removes it, and not what may be called so by then.
-    fn remove(&self) {
+    fn run(&self) {
         if sys::file_id(&self.path) == Some(self.id) {
             sys::unlink(&self.path);
         }
@@ -72,12 +69,12 @@ pub struct Errands {
     resume: [Errand; 2],
     restore: Vec<Errand>,
     merge: Vec<Errand>,
-    files: Vec<KnownFile>,
+    files: Vec<Remove>,
 }
 
 impl Errands {
     /// `files` are removed with the overlays.
-    pub fn new(errands: guest::Errands, files: &[PathBuf]) -> Errands {
+    pub fn new(errands: guest::Errands, files: &[KnownFile]) -> Errands {
         let all = |errands: Vec<guest::Errand>| errands.into_iter().map(Errand::new).collect();
         Errands {
             look: Errand::new(errands.look),
@@ -85,7 +82,7 @@ impl Errands {
             resume: [errands.resume, errands.resume_all_the_same].map(Errand::new),
             restore: all(errands.restore),
             merge: all(errands.merge),
-            files: files.iter().filter_map(|file| KnownFile::of(file)).collect(),
+            files: files.iter().filter_map(Remove::new).collect(),
         }
     }
 
@@ -108,10 +105,10 @@ impl Errands {
         }
         for errand in &self.merge {
             if !switched || errand.run(stream) {
-                errand.then_remove.iter().for_each(KnownFile::remove);
+                errand.then_remove.iter().for_each(Remove::run);
             }
         }
-        self.files.iter().for_each(KnownFile::remove);
+        self.files.iter().for_each(Remove::run);
     }
 }
 

@@ -15,7 +15,6 @@ mod words;
 
 use std::ffi::c_int;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
-use std::path::PathBuf;
 
 use rustix::net::{AddressFamily, SendFlags, SocketFlags, SocketType, send, socketpair};
 use rustix::process::{PidfdFlags, getpid, pidfd_open};
@@ -25,6 +24,7 @@ use self::child::{Child, Script};
 use self::errand::Errands;
 use self::words::Words;
 use crate::guest::Deputy;
+use crate::own_file::KnownFile;
 use crate::sys::{self, wait_ready};
 
 /// How far a snapshot has come, as far as its guest is concerned. Entered before what it stands for is tried.
@@ -90,13 +90,20 @@ impl Guarded {
     /// Starts the guard. Where no process can be started there is none, and the caller must not be killed.
     ///
     /// `restore` are QMP commands that put the settings back; `files` are the snapshot's, to be removed where the overlays are.
-    pub fn start(&mut self, deputy: Deputy, pipe: BorrowedFd, restore: &[(&str, Value)], files: &[PathBuf]) {
+    /// `held` is what holds the guest for this operation.
+    pub fn start(
+        &mut self,
+        deputy: Deputy,
+        held: Option<BorrowedFd>,
+        pipe: BorrowedFd,
+        restore: &[(&str, Value)],
+        files: &[KnownFile],
+    ) {
+        let start = |monitor, script: &Script| Guard::start(monitor, held, pipe, script);
         self.guard = match deputy {
-            Deputy::Nobody => Guard::start(None, pipe, &Script::Silence),
-            Deputy::Monitor(monitor) => Guard::start(Some(monitor), pipe, &Script::Words(Words::new(restore))),
-            Deputy::Programs(make) => {
-                Guard::start(None, pipe, &Script::Errands(Box::new(Errands::new(make(restore), files))))
-            }
+            Deputy::Nobody => start(None, &Script::Silence),
+            Deputy::Monitor(monitor) => start(Some(monitor), &Script::Words(Words::new(restore))),
+            Deputy::Programs(make) => start(None, &Script::Errands(Box::new(Errands::new(make(restore), files)))),
         };
     }
 
@@ -127,7 +134,12 @@ struct Guard {
 }
 
 impl Guard {
-    fn start(monitor: Option<BorrowedFd>, pipe: BorrowedFd, script: &Script) -> Option<Guard> {
+    fn start(
+        monitor: Option<BorrowedFd>,
+        held: Option<BorrowedFd>,
+        pipe: BorrowedFd,
+        script: &Script,
+    ) -> Option<Guard> {
         // A socket, not a pipe: writing to one whose reader was killed need not raise SIGPIPE.
         let (theirs, ours) = socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None).ok()?;
         // The lifeline alone would not do: a child that the caller forks has it too.
@@ -135,8 +147,9 @@ impl Guard {
         let child = Child {
             lifeline: theirs.as_raw_fd(),
             caller: caller.as_raw_fd(),
-            // Something must be in its place.
+            // Something must be in the place of what there is not.
             monitor: monitor.unwrap_or(pipe).as_raw_fd(),
+            held: held.unwrap_or(pipe).as_raw_fd(),
             pipe: pipe.as_raw_fd(),
             script,
         };

@@ -23,9 +23,9 @@ use self::slots::Slot;
 use self::turns::Turn;
 use super::client::{attempt, share_domain, share_snapshot, take, tell};
 use super::text;
-use crate::error::{Error, Result, fail};
+use crate::error::{Error, fail};
 use crate::flags::{self, Flags};
-use crate::guest::libvirt::{Held, Reach};
+use crate::guest::libvirt::{Operation, Reach};
 use crate::guest::{LibvirtConnector, PATIENCE};
 use crate::libvirt::daemon::{self, Daemon, Priority, log};
 use crate::libvirt::table;
@@ -99,7 +99,7 @@ pub unsafe fn create(
 /// The arguments are those of a call of `next`, which is the driver's own function.
 pub unsafe fn revert(vm: NonNull<c_void>, snapshot: *mut c_void, bits: c_uint, next: OnSnapshot) -> c_int {
     // What the flags are to the driver it says itself.
-    let ours = flags::revert::check(bits).is_ok().then_some(Held::revert as Ours);
+    let ours = flags::revert::check(bits).is_ok().then_some(Operation::Revert);
     // SAFETY: by the caller's promise.
     unsafe { on_snapshot(vm, snapshot, bits, next, ours) }
 }
@@ -109,12 +109,10 @@ pub unsafe fn revert(vm: NonNull<c_void>, snapshot: *mut c_void, bits: c_uint, n
 /// # Safety
 /// The arguments are those of a call of `next`, which is the driver's own function.
 pub unsafe fn delete(vm: NonNull<c_void>, snapshot: *mut c_void, bits: c_uint, next: OnSnapshot) -> c_int {
-    let ours = flags::delete::check(bits).is_ok().then_some(Held::delete as Ours);
+    let ours = flags::delete::check(bits).is_ok().then_some(Operation::Delete);
     // SAFETY: by the caller's promise.
     unsafe { on_snapshot(vm, snapshot, bits, next, ours) }
 }
-
-type Ours = fn(&Held, u32) -> Result<()>;
 
 /// # Safety
 /// As [`revert`].
@@ -123,7 +121,7 @@ unsafe fn on_snapshot(
     snapshot: *mut c_void,
     bits: c_uint,
     next: OnSnapshot,
-    ours: Option<Ours>,
+    ours: Option<Operation>,
 ) -> c_int {
     // SAFETY: by the caller's promise.
     let theirs = || unsafe { next(vm.as_ptr(), snapshot, bits) };
@@ -143,8 +141,8 @@ unsafe fn on_snapshot(
         let Some(reach) = reach.filter(|reach| reach.domain().may_be_changed()) else { return Ok(false) };
         let _itself = daemon.itself();
         let _turn = Turn::wait(reach.domain_uuid(), PATIENCE)?;
-        match reach.hold_unless_another()? {
-            Some(held) => ours(&held, bits).map(|()| true),
+        match reach.hold_unless_it_is_a_step(ours, bits)? {
+            Some(held) => held.run(ours, bits).map(|()| true),
             // A client that has the library too: this is a step of what it does.
             None => Ok(false),
         }

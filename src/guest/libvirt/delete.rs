@@ -45,11 +45,21 @@ pub fn run(reach: &Reach, flags: u32) -> Result<()> {
     if flags & METADATA_ONLY != 0 {
         return forget_alone(domain, &tree, target, flags);
     }
-    let version = connect.version().map_err(|error| error.into_error("cannot ask libvirt for its version"))?;
+    let version = reach.version()?;
     if flags == 0 && version >= STOCK_DELETES && stock_can(domain, &tree, target)? {
         return Ok(snapshot.delete(flags)?);
     }
     Delete::prepare(connect, domain, version, &tree, target, flags)?.run()
+}
+
+/// Whether libvirt does it as well, or better.
+pub fn is_libvirts(reach: &Reach, flags: u32) -> Result<bool> {
+    if flags & METADATA_ONLY != 0 {
+        return Ok(true);
+    }
+    let tree = Tree::read(&reach.domain)?;
+    let target = tree.get(&reach.snapshot.name())?;
+    Ok(flags == 0 && reach.version()? >= STOCK_DELETES && stock_can(&reach.domain, &tree, target)?)
 }
 
 /// Has libvirt forget the snapshot of this name, if there is one.

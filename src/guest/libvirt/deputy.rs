@@ -5,7 +5,9 @@ use std::path::PathBuf;
 
 use serde_json::{Value, json};
 
+use super::overlays::Overlays;
 use crate::guest::{Errand, Errands};
+use crate::own_file::OwnFile;
 use crate::snapshot::DiskPlan;
 
 /// virsh, on a connection.
@@ -39,17 +41,17 @@ impl Virsh {
 }
 
 /// The commands for a snapshot of the domain of this UUID.
-pub fn errands(virsh: &Virsh, uuid: &str, restore: &[(&str, Value)], disks: &[DiskPlan], snapshot: &str) -> Errands {
+pub fn errands(virsh: &Virsh, uuid: &str, restore: &[(&str, Value)], overlays: &Overlays, snapshot: &str) -> Errands {
     let settings = restore.iter().map(|(name, arguments)| {
         let command = json!({ "execute": name, "arguments": arguments }).to_string();
         virsh.run(&["qemu-monitor-command", uuid, &command])
     });
-    let forget = virsh.run(&["snapshot-delete", uuid, snapshot, "--metadata"]);
-    let merge = |disk: &DiskPlan| {
+    let forget = virsh.run(&["snapshot-delete", uuid, &format!("--snapshotname={snapshot}"), "--metadata"]);
+    let merge = |(disk, own): (&DiskPlan, Option<&OwnFile>)| {
         let (target, overlay, image) = (disk.drive.name(), &disk.overlay, &disk.drive.file);
         // By their names: where the disk was not switched there is nothing to be merged, and it fails.
         let words = ["blockcommit", uuid, target, "--top", overlay, "--base", image, "--active", "--pivot"];
-        Errand { then_remove: (!disk.reuse).then(|| overlay.into()), ..virsh.run(&words) }
+        Errand { then_remove: own.map(OwnFile::known), ..virsh.run(&words) }
     };
     Errands {
         look: virsh.run(&["uri"]),
@@ -57,6 +59,6 @@ pub fn errands(virsh: &Virsh, uuid: &str, restore: &[(&str, Value)], disks: &[Di
         resume: virsh.run(&["resume", uuid]),
         resume_all_the_same: virsh.run(&["qemu-monitor-command", uuid, r#"{"execute":"cont"}"#]),
         restore: settings.chain([forget]).collect(),
-        merge: disks.iter().map(merge).collect(),
+        merge: overlays.made().map(merge).collect(),
     }
 }

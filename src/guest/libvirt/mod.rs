@@ -16,6 +16,7 @@ mod revert;
 mod xml;
 
 use std::cell::OnceCell;
+use std::os::fd::BorrowedFd;
 use std::path::PathBuf;
 use std::sync::Mutex;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -24,7 +25,7 @@ use serde_json::{Value, json};
 
 use self::call::{Again, Caller, Trouble};
 use self::overlays::Overlays;
-pub use self::reach::{Held, Reach, delete, revert};
+pub use self::reach::{Operation, Reach, delete, revert};
 use super::exclusive::Exclusive;
 use super::{
     Catalog, Connector, Deputy, Description, Guest, MEASURED, PATIENCE, Presence, Reserved, check_version, foreign,
@@ -93,13 +94,17 @@ impl LibvirtConnector {
 
     /// Holds the domain for one operation.
     fn hold(&self) -> Result<Exclusive> {
-        Exclusive::take(&format!("domain '{}'", self.name), self.held_name())
+        Exclusive::take(&self.whose(), self.held_name())
     }
 
-    /// By its connection too, or as much of it as there is room for: the same UUID can be another daemon's too.
+    /// What messages call it.
+    fn whose(&self) -> String {
+        format!("domain '{}'", self.name)
+    }
+
+    /// By nothing else, for a daemon has as many URIs as there are ways to it.
     fn held_name(&self) -> String {
-        let uri: String = self.uri.chars().rev().filter(char::is_ascii).take(50).collect();
-        format!("instantsnap/{}/{uri}", self.uuid)
+        format!("instantsnap/{}", self.uuid)
     }
 
     fn keep(&self, snapshot: Snapshot) {
@@ -235,7 +240,7 @@ impl Connector for LibvirtConnector {
         let mut guest = LibvirtGuest {
             connector: self,
             caller,
-            _exclusive: exclusive,
+            exclusive,
             version: (0, 0),
             id: None,
             pid: OnceCell::new(),
@@ -286,7 +291,7 @@ impl Catalog for LibvirtConnector {
 struct LibvirtGuest<'a> {
     connector: &'a LibvirtConnector,
     caller: Caller,
-    _exclusive: Exclusive,
+    exclusive: Exclusive,
     version: (u64, u64),
     /// It changes when the domain is started anew.
     id: Option<u32>,
@@ -667,10 +672,18 @@ impl Guest for LibvirtGuest<'_> {
         };
         match virsh {
             Some(virsh) => Deputy::Programs(Box::new(move |restore| {
-                deputy::errands(&virsh, &self.connector.uuid, restore, self.overlays.disks(), snapshot)
+                deputy::errands(&virsh, &self.connector.uuid, restore, &self.overlays, snapshot)
             })),
             None => Deputy::Nobody,
         }
+    }
+
+    fn held(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.exclusive.as_fd())
+    }
+
+    fn leave_held(&mut self) {
+        self.exclusive.leave();
     }
 
     fn halt(&mut self) -> Result<()> {

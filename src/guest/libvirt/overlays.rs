@@ -36,6 +36,11 @@ impl Overlays {
         &self.disks
     }
 
+    /// Those that are there so far, with their files where they are not the caller's own.
+    pub fn made(&self) -> impl Iterator<Item = (&DiskPlan, Option<&OwnFile>)> {
+        self.disks.iter().zip(self.made.iter().map(Option::as_ref))
+    }
+
     /// Creates them.
     pub fn create(&mut self, disks: &[DiskPlan]) -> Result<()> {
         self.disks = disks.to_vec();

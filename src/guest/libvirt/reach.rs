@@ -4,7 +4,7 @@ use super::recorded::Recorded;
 use super::{LibvirtConnector, check_connection};
 use crate::error::Result;
 use crate::flags;
-use crate::guest::exclusive::{Exclusive, Holder};
+use crate::guest::exclusive::{Exclusive, Holder, busy};
 use crate::libvirt::daemon::{Step, step};
 use crate::libvirt::{Connect, Domain, Snapshot};
 
@@ -25,11 +25,20 @@ pub struct Held {
     _step: Step,
 }
 
+/// What is done with a snapshot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Operation {
+    /// `qemuSnapshotRevert`.
+    Revert,
+    /// `qemuSnapshotDelete`.
+    Delete,
+}
+
 /// `qemuSnapshotRevert` of a client of stock libvirt.
 pub fn revert(snapshot: &Snapshot, flags: u32) -> Result<()> {
     flags::revert::check(flags)?;
     match Reach::of(snapshot)? {
-        Some(reach) => reach.hold()?.revert(flags),
+        Some(reach) => reach.hold()?.run(Operation::Revert, flags),
         None => Ok(snapshot.revert(flags)?),
     }
 }
@@ -38,7 +47,7 @@ pub fn revert(snapshot: &Snapshot, flags: u32) -> Result<()> {
 pub fn delete(snapshot: &Snapshot, flags: u32) -> Result<()> {
     flags::delete::check(flags)?;
     match Reach::of(snapshot)? {
-        Some(reach) => reach.hold()?.delete(flags),
+        Some(reach) => reach.hold()?.run(Operation::Delete, flags),
         None => Ok(snapshot.delete(flags)?),
     }
 }
@@ -62,6 +71,11 @@ impl Reach {
         &self.domain
     }
 
+    /// libvirt's version.
+    pub(super) fn version(&self) -> Result<(u64, u64, u64)> {
+        self.connect.version().map_err(|error| error.into_error("cannot ask libvirt for its version"))
+    }
+
     /// What stands for the domain in this process.
     pub fn domain_uuid(&self) -> &str {
         &self.connector.uuid
@@ -73,12 +87,19 @@ impl Reach {
         Ok(self.held(exclusive))
     }
 
-    /// The same; None where another process holds it.
-    pub fn hold_unless_another(self) -> Result<Option<Held>> {
+    /// The same; None where another process holds it, and this can be a step of what that does: what libvirt does without harm.
+    pub fn hold_unless_it_is_a_step(self, operation: Operation, flags: u32) -> Result<Option<Held>> {
         match Exclusive::try_take(self.connector.held_name())? {
             Ok(exclusive) => Ok(Some(self.held(exclusive))),
-            Err(Holder::Another) => Ok(None),
-            Err(Holder::Us) => self.hold().map(Some),
+            Err(Holder::Another) if self.is_libvirts(operation, flags)? => Ok(None),
+            Err(_) => Err(busy(&self.connector.whose())),
+        }
+    }
+
+    fn is_libvirts(&self, operation: Operation, flags: u32) -> Result<bool> {
+        match operation {
+            Operation::Revert => super::revert::is_libvirts(self),
+            Operation::Delete => super::delete::is_libvirts(self, flags),
         }
     }
 
@@ -88,14 +109,12 @@ impl Reach {
 }
 
 impl Held {
-    /// Reverts to it: by libvirt where that works and does no harm.
-    pub fn revert(&self, flags: u32) -> Result<()> {
-        super::revert::run(&self.reach, flags)
-    }
-
-    /// Deletes it, likewise.
-    pub fn delete(&self, flags: u32) -> Result<()> {
-        super::delete::run(&self.reach, flags)
+    /// Does it: by libvirt where that works and does no harm.
+    pub fn run(&self, operation: Operation, flags: u32) -> Result<()> {
+        match operation {
+            Operation::Revert => super::revert::run(&self.reach, flags),
+            Operation::Delete => super::delete::run(&self.reach, flags),
+        }
     }
 }
 

@@ -44,7 +44,7 @@ pub fn run(reach: &Reach, flags: u32) -> Result<()> {
     let Reach { snapshot, domain, connect, .. } = reach;
     let tree = Tree::read(domain)?;
     let target = tree.get(&snapshot.name())?;
-    let version = connect.version().map_err(|error| error.into_error("cannot ask libvirt for its version"))?;
+    let version = reach.version()?;
     let revert = Revert { connect, domain, version, tree: &tree, target, flags };
     let state = revert.look()?;
     // Before libvirt's own revert too: it ends the domain first, and looks then.
@@ -54,6 +54,12 @@ pub fn run(reach: &Reach, flags: u32) -> Result<()> {
         return Ok(snapshot.revert(flags)?);
     }
     revert.run(&state)
+}
+
+/// Whether libvirt does it as well, or better.
+pub fn is_libvirts(reach: &Reach) -> Result<bool> {
+    let tree = Tree::read(&reach.domain)?;
+    Ok(reach.version()? >= STOCK_REVERTS && stock_can(&tree, tree.get(&reach.snapshot.name())?))
 }
 
 /// Whether libvirt's own revert, where it has one, works and does no harm:
