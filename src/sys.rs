@@ -7,7 +7,7 @@ use std::io::{self, Read};
 use std::mem::MaybeUninit;
 use std::ops::Range;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
-use std::os::unix::fs::{MetadataExt, PermissionsExt, fchown};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt, fchown};
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -283,7 +283,26 @@ pub fn wait_ready(fds: [Option<&OwnedFd>; 2], milliseconds: c_int) -> bool {
 /// Makes the entry of `path` in its directory durable.
 pub fn sync_parent(path: &Path) -> io::Result<()> {
     let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
-    File::open(parent.unwrap_or(Path::new(".")))?.sync_all()
+    let flags = libc::O_DIRECTORY | libc::O_NONBLOCK;
+    File::options().read(true).custom_flags(flags).open(parent.unwrap_or(Path::new(".")))?.sync_all()
+}
+
+/// Opens a file for reading. What somebody has put in its place, a pipe that nobody writes to, is not waited for.
+pub fn open_file(path: &Path) -> io::Result<File> {
+    let file = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path)?;
+    let kind = file.metadata()?.file_type();
+    if kind.is_file() || kind.is_block_device() { Ok(file) } else { Err(io::Error::other("it is not a file")) }
+}
+
+/// The user that this process is.
+pub fn user() -> u32 {
+    rustix::process::geteuid().as_raw()
+}
+
+/// The user that a process was started as or has become, whatever it lets others see of itself.
+pub fn user_of(pid: u32) -> Option<u32> {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    status.lines().find_map(|line| line.strip_prefix("Uid:")?.split_whitespace().next()?.parse().ok())
 }
 
 /// Gives a new file the owner and the permissions of `model`, so that whoever could open that one can open this.

@@ -1,6 +1,5 @@
 //! Taking a snapshot: the phases, top down.
 
-use std::fs::File;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -547,7 +546,7 @@ impl Task<'_> {
         let drives = self.plan.disks.iter().map(|disk| &disk.drive).chain(&self.plan.manual);
         for drive in drives {
             // A wish: where it cannot be done, `stop` does it.
-            let _ = File::open(&drive.file).and_then(|image| image.sync_data());
+            let _ = sys::open_file(Path::new(&drive.file)).and_then(|image| image.sync_data());
         }
     }
 

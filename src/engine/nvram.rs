@@ -72,7 +72,7 @@ impl Copy {
         let step = || format!("cannot read the UEFI variables '{}'", original.display());
         // The stamp tells of a change that was taken back, the content of one within the clock's grain.
         let unchanged =
-            || Ok(stamp(original)? == self.stamp && read(&File::open(original)?)? == read(self.own.file())?);
+            || Ok(stamp(original)? == self.stamp && read(&sys::open_file(original)?)? == read(self.own.file())?);
         if !unchanged().map_err(|error: io::Error| Error::system(step(), error))? {
             fail!(
                 OperationFailed,
@@ -85,15 +85,16 @@ impl Copy {
     }
 }
 
+/// Copies a file to an open one, on disk.
+pub fn copy(from: &Path, mut to: &File) -> io::Result<()> {
+    io::copy(&mut sys::open_file(from)?.take(LARGEST), &mut to)?;
+    to.sync_all()
+}
+
 /// Copies a file to one that must not exist, mode 0600, on disk.
-pub fn copy_new(from: &Path, to: &Path) -> io::Result<OwnFile> {
+fn copy_new(from: &Path, to: &Path) -> io::Result<OwnFile> {
     let own = OwnFile::create(to)?;
-    let copy = || -> io::Result<()> {
-        io::copy(&mut File::open(from)?.take(LARGEST), &mut own.file())?;
-        own.file().sync_all()?;
-        sys::sync_parent(to)
-    };
-    match copy() {
+    match copy(from, own.file()).and_then(|()| sys::sync_parent(to)) {
         Ok(()) => Ok(own),
         Err(error) => {
             let _ = own.remove();

@@ -3,9 +3,9 @@
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 
-use tempfile::TempPath;
+use tempfile::{NamedTempFile, TempPath};
 
-use super::nvram::copy_new;
+use super::nvram::copy;
 use super::storage::{StorageCall, StorageDisk, StorageHook};
 use crate::error::{Error, Result, fail};
 use crate::guest::overlay_file;
@@ -82,8 +82,9 @@ pub fn prepare_revert_hooked(
     let mut fresh = Vec::new();
     for disk in &record.disks {
         check_image(&disk.image, directory.as_deref())?;
-        let path = fresh_path(&record, &disk.image, directory.as_deref())?;
-        overlay_file::create_on(&path, &disk.image, &disk.format)?;
+        let file = fresh_file(&record, &disk.image, directory.as_deref())?;
+        overlay_file::create_on(file.as_file(), &disk.image, &disk.format)?;
+        let path = file.into_temp_path();
         disks.push(RevertDisk {
             name: disk.name.clone(),
             file: path.to_path_buf(),
@@ -94,12 +95,12 @@ pub fn prepare_revert_hooked(
     }
     for nvram in &record.nvram {
         check_image(&nvram.copy, directory.as_deref())?;
-        let path = fresh_path(&record, &nvram.copy, directory.as_deref())?;
-        let copied = std::fs::remove_file(&path).and_then(|()| copy_new(Path::new(&nvram.copy), &path));
-        copied.map_err(|error| {
-            let step = format!("cannot copy the UEFI variables '{}' to '{}'", nvram.copy, path.display());
+        let file = fresh_file(&record, &nvram.copy, directory.as_deref())?;
+        copy(Path::new(&nvram.copy), file.as_file()).map_err(|error| {
+            let step = format!("cannot copy the UEFI variables '{}' to '{}'", nvram.copy, file.path().display());
             Error::system(step, error)
         })?;
+        let path = file.into_temp_path();
         disks.push(RevertDisk {
             name: nvram.name.clone(),
             file: path.to_path_buf(),
@@ -155,7 +156,7 @@ fn check_image(image: &str, directory: Option<&Path>) -> Result<()> {
 }
 
 /// A new file that is nobody else's, beside the image or in the directory, called after image and snapshot.
-fn fresh_path(record: &Record, image: &str, directory: Option<&Path>) -> Result<TempPath> {
+fn fresh_file(record: &Record, image: &str, directory: Option<&Path>) -> Result<NamedTempFile> {
     let image = Path::new(image);
     let parent = directory.or(image.parent()).unwrap_or(Path::new("/"));
     // A name may be as long as NAME_MAX (255) already.
@@ -167,5 +168,5 @@ fn fresh_path(record: &Record, image: &str, directory: Option<&Path>) -> Result<
         file.map_err(|error| Error::system(format!("cannot create a fresh image in '{}'", parent.display()), error))?;
     sys::liken(file.as_file(), image)
         .map_err(|error| Error::system(format!("cannot set the owner of '{}'", file.path().display()), error))?;
-    Ok(file.into_temp_path())
+    Ok(file)
 }

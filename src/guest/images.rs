@@ -28,6 +28,8 @@ pub struct Image {
     pub format: String,
     /// What it is an overlay of.
     pub backing: Option<Id>,
+    /// Its data is in another file, which it names.
+    pub has_data_elsewhere: bool,
 }
 
 /// What a path leads to.
@@ -53,10 +55,10 @@ impl Graph {
             return Ok(());
         }
         let layers = chain(path, format)?;
-        for (n, (path, format)) in layers.iter().enumerate() {
-            let backing = layers.get(n + 1).map(|(backing, _)| id(backing));
-            let image = Image { path: path.clone(), format: format.clone(), backing };
-            self.images.entry(id(path)).or_insert(image);
+        for (n, layer) in layers.iter().enumerate() {
+            let backing = layers.get(n + 1).map(|below| id(&below.path));
+            let Layer { path, format, has_data_elsewhere } = layer.clone();
+            self.images.entry(id(&path)).or_insert(Image { path, format, backing, has_data_elsewhere });
         }
         Ok(())
     }
@@ -82,8 +84,18 @@ impl Graph {
     }
 }
 
-/// An image and all below it, with their formats. Nothing is locked: QEMU may have them open.
-pub fn chain(path: &str, format: &str) -> Result<Vec<(String, String)>> {
+/// An image, as qemu-img tells of it.
+#[derive(Clone, Debug)]
+pub struct Layer {
+    /// Its path.
+    pub path: String,
+    /// Its format.
+    pub format: String,
+    has_data_elsewhere: bool,
+}
+
+/// An image and all below it. Nothing is locked: QEMU may have them open.
+pub fn chain(path: &str, format: &str) -> Result<Vec<Layer>> {
     let step = || format!("cannot read the image '{path}' and those below it");
     let mut info = Command::new("qemu-img");
     info.args(["info", "-U", "--backing-chain", "--output=json", "-f", format, path]);
@@ -92,7 +104,12 @@ pub fn chain(path: &str, format: &str) -> Result<Vec<(String, String)>> {
     let layers: Vec<Value> = serde_json::from_slice(&said)
         .map_err(|error| Error::new(Code::InternalError, format!("{}: qemu-img says {error}", step())))?;
     let text = |layer: &Value, key: &str| layer[key].as_str().unwrap_or_default().to_owned();
-    Ok(layers.iter().map(|layer| (text(layer, "filename"), text(layer, "format"))).collect())
+    let layer = |layer: &Value| Layer {
+        path: text(layer, "filename"),
+        format: text(layer, "format"),
+        has_data_elsewhere: layer["format-specific"]["data"]["data-file"].is_string(),
+    };
+    Ok(layers.iter().map(layer).collect())
 }
 
 /// Writes what is in `top`, and in the images between, to `base`. `top` stays as it is.

@@ -40,11 +40,11 @@ pub fn format(overlay: &OwnFile, image: &str, image_format: &str, size: u64) -> 
     sys::run_tool_on(overlay.file(), &mut create)
 }
 
-/// Makes `overlay`, which exists and is replaced, an overlay of an image.
-pub fn create_on(overlay: &Path, image: &str, format: &str) -> Result<()> {
+/// Makes a file an overlay of an image that nobody has open.
+pub fn create_on(overlay: &File, image: &str, format: &str) -> Result<()> {
     let mut create = Command::new("qemu-img");
-    create.args(["create", "-q", "-f", "qcow2", "-F", format, "-b", image]).arg(overlay);
-    sys::run_tool(&mut create)
+    create.args(["create", "-q", "-f", "qcow2", "-F", format, "-b", image, STDIN]);
+    sys::run_tool_on(overlay, &mut create)
         .map_err(|reason| Error::new(Code::OperationFailed, format!("cannot create an overlay of '{image}': {reason}")))
 }
 

@@ -43,7 +43,7 @@ pub fn is_another(path: &Path) -> bool {
         return true;
     }
     let mut magic = [0; COMPLETE.len()];
-    match File::open(path).and_then(|mut file| file.read_exact(&mut magic)) {
+    match sys::open_file(path).and_then(|mut file| file.read_exact(&mut magic)) {
         Ok(()) => magic != *COMPLETE && magic != *PARTIAL,
         Err(error) => error.kind() == io::ErrorKind::UnexpectedEof,
     }

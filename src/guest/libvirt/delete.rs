@@ -9,8 +9,8 @@
 //!   if that overlay is its only one, and no snapshot that stays is on it, and the domain neither. Otherwise both stay. More
 //!   space would be had by copying; nothing is lost by not.
 //!
-//! A file is taken for an overlay of ours if a snapshot's record names it as one, or if it is an overlay of a snapshot's
-//! image, or is called as our reverts call theirs.
+//! A file is taken for an overlay of ours if it is an overlay of a snapshot's image, or an overlay that is called as our reverts
+//! call theirs.
 //! In doubt a file stays. So does what another snapshot had left when it was deleted and its overlays were needed, once they
 //! are not needed any more.
 //!
@@ -147,6 +147,10 @@ struct Plan {
     removed: BTreeSet<Id>,
 }
 
+fn has_data_elsewhere(graph: &Graph, image: &Id) -> bool {
+    graph.get(image).is_some_and(|image| image.has_data_elsewhere)
+}
+
 /// A merge that failed, and whether it may have changed something.
 struct Failure {
     error: Error,
@@ -260,11 +264,10 @@ impl<'a> Delete<'a> {
 
     /// Whether an image was made by a snapshot or a revert.
     fn is_overlay(&self, graph: &Graph, image: &Id) -> bool {
-        let snapshots = || self.tree.snapshots.iter();
-        let backing = graph.get(image).and_then(|image| image.backing.as_ref());
-        snapshots().flat_map(Recorded::overlays).any(|(overlay, _)| id(overlay) == *image)
-            || (backing.is_some() && images::is_of_revert(image))
-            || backing.is_some_and(|backing| snapshots().flat_map(external_images).any(|image| image == *backing))
+        // A record that names it would not do: it can be wrong, or be meant to have another file removed.
+        let Some(backing) = graph.get(image).and_then(|image| image.backing.as_ref()) else { return false };
+        images::is_of_revert(image)
+            || self.tree.snapshots.iter().flat_map(external_images).any(|image| image == *backing)
     }
 
     fn check(&self, plan: &Plan) -> Result<()> {
@@ -367,6 +370,10 @@ impl<'a> Delete<'a> {
     fn merge(&self, graph: &Graph, merge: &Merge) -> std::result::Result<(), Failure> {
         let (base, top) = (&merge.base, merge.overlays.last().expect("at least one"));
         let (base_image, top_image) = (graph.get(base).expect("of the graph"), graph.get(top).expect("of the graph"));
+        if let Some(image) = [base].into_iter().chain(&merge.overlays).find(|image| has_data_elsewhere(graph, image)) {
+            let message = format!("the image '{}' has its data in another file: it cannot be merged", image.display());
+            return Err(Failure { error: Error::new(Code::OperationUnsupported, message), begun: false });
+        }
         let live = self.live.iter().find(|disk| layers(disk).iter().any(|layer| id(layer) == *top));
         match live {
             Some(disk) => self.merge_live(disk, base, top)?,

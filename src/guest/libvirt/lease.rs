@@ -5,6 +5,7 @@
 
 use std::fs::File;
 use std::ops::Range;
+use std::path::Path;
 
 use super::drives;
 use crate::snapshot::DiskPlan;
@@ -25,7 +26,7 @@ pub struct Lease {
 impl Lease {
     /// Looks at a domain that runs.
     pub fn look(domain_xml: &str, disks: &[DiskPlan]) -> Lease {
-        let images = disks.iter().filter_map(|disk| File::open(&disk.drive.file).ok());
+        let images = disks.iter().filter_map(|disk| sys::open_file(Path::new(&disk.drive.file)).ok());
         Lease {
             in_xml: drives::holds_leases(domain_xml),
             locked: images.into_iter().find(|image| sys::is_locked(image, LEASE)),

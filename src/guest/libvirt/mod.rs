@@ -17,6 +17,7 @@ mod xml;
 
 use std::cell::OnceCell;
 use std::os::fd::BorrowedFd;
+use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::sync::Mutex;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -483,14 +484,18 @@ impl Guest for LibvirtGuest<'_> {
         format!("{} {} {:?}", self.connector.uri, self.connector.uuid, self.id)
     }
 
-    /// libvirt does not tell, but gives QEMU the UUID on its command line.
+    /// libvirt does not tell, but gives QEMU the UUID on its command line. So can anybody: of other users' processes those are
+    /// believed whose the disks are.
     fn pid(&self) -> Option<u32> {
         let option = format!("-uuid\0{}\0", self.connector.uuid);
         let contains = |text: &[u8]| text.windows(option.len()).any(|window| window == option.as_bytes());
+        let owner = |disk: &DiskPlan| std::fs::metadata(&disk.drive.file).ok().map(|metadata| metadata.uid());
         *self.pid.get_or_init(|| {
+            let users: Vec<u32> = self.overlays.disks().iter().filter_map(owner).chain([0, sys::user()]).collect();
             std::fs::read_dir("/proc").ok()?.find_map(|entry| {
                 let pid = entry.ok()?.file_name().to_str()?.parse().ok()?;
-                contains(&std::fs::read(format!("/proc/{pid}/cmdline")).ok()?).then_some(pid)
+                let is_it = contains(&std::fs::read(format!("/proc/{pid}/cmdline")).ok()?);
+                (is_it && users.contains(&sys::user_of(pid)?)).then_some(pid)
             })
         })
     }

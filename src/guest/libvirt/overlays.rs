@@ -215,7 +215,7 @@ fn commit(disk: &DiskPlan, own: Option<&OwnFile>) -> Result<()> {
     match own {
         Some(own) => merge(own.file()),
         None => {
-            let opened = File::open(&disk.overlay);
+            let opened = sys::open_file(Path::new(&disk.overlay));
             merge(&opened.map_err(|error| Error::system(format!("cannot open '{}'", disk.overlay), error))?)
         }
     }

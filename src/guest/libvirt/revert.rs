@@ -14,12 +14,11 @@
 
 use std::collections::BTreeSet;
 use std::ffi::OsStr;
-use std::fs::File;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use tempfile::TempPath;
+use tempfile::{NamedTempFile, TempPath};
 
 use super::reach::Reach;
 use super::recorded::{DiskImage, Recorded, Tree, domain_images};
@@ -252,11 +251,7 @@ impl Revert<'_> {
             );
             Error::new(Code::InvalidDomainSnapshot, message)
         };
-        // A pipe would never be opened.
-        if Path::new(memory).metadata().is_ok_and(|metadata| !metadata.is_file()) {
-            return Err(useless("is not a file"));
-        }
-        match File::open(memory) {
+        match sys::open_file(Path::new(memory)) {
             Ok(file) if !Image::is_complete(&file) => return Err(useless("is damaged, or was never completed")),
             Err(error) if error.kind() == ErrorKind::NotFound => return Err(useless("is missing")),
             _ => {}
@@ -274,8 +269,9 @@ impl Revert<'_> {
         images
             .map(|(disk, image)| {
                 let file = image.file.as_deref().unwrap_or_default();
-                let path = fresh_file(Path::new(file), disk.overlay.as_deref(), &self.target.name)?;
-                overlay_file::create_on(&path, file, &image.format)?;
+                let fresh = fresh_file(Path::new(file), disk.overlay.as_deref(), &self.target.name)?;
+                overlay_file::create_on(fresh.as_file(), file, &image.format)?;
+                let path = fresh.into_temp_path();
                 let text = path.to_str().map(str::to_owned);
                 let text = text.ok_or_else(|| {
                     Error::new(Code::SystemError, format!("the path of the new image {path:?} is not UTF-8"))
@@ -389,7 +385,7 @@ impl Overlay {
 
 /// A new file that is nobody else's, called after image and snapshot: beside the image, or, where that is no file, beside the
 /// overlay that was made of it for the snapshot.
-fn fresh_file(image: &Path, overlay: Option<&str>, snapshot: &str) -> Result<TempPath> {
+fn fresh_file(image: &Path, overlay: Option<&str>, snapshot: &str) -> Result<NamedTempFile> {
     let model = match overlay {
         Some(overlay) if !image.is_file() => Path::new(overlay),
         _ => image,
@@ -406,5 +402,5 @@ fn fresh_file(image: &Path, overlay: Option<&str>, snapshot: &str) -> Result<Tem
     })?;
     sys::liken(file.as_file(), model)
         .map_err(|error| Error::system(format!("cannot set the owner of '{}'", file.path().display()), error))?;
-    Ok(file.into_temp_path())
+    Ok(file)
 }

@@ -63,7 +63,7 @@ fn images_of(records: &[Record]) -> Result<BTreeMap<Id, String>> {
     for record in records.iter().rev() {
         for disk in record.disks.iter().filter(|disk| Path::new(&disk.image).exists()) {
             if !images.contains_key(&id(&disk.image)) {
-                for (image, _) in images::chain(&disk.image, &disk.format)? {
+                for images::Layer { path: image, .. } in images::chain(&disk.image, &disk.format)? {
                     images.entry(id(&image)).or_insert_with(|| record.name.clone());
                 }
             }
