@@ -46,7 +46,7 @@ pub fn run(reach: &Reach, flags: u32) -> Result<()> {
         return forget_alone(domain, &tree, target, flags);
     }
     let version = reach.version()?;
-    if flags == 0 && version >= STOCK_DELETES && stock_can(domain, &tree, target)? {
+    if flags == 0 && stock_can(domain, version, &tree, target)? {
         return Ok(snapshot.delete(flags)?);
     }
     Delete::prepare(connect, domain, version, &tree, target, flags)?.run()
@@ -59,7 +59,7 @@ pub fn is_libvirts(reach: &Reach, flags: u32) -> Result<bool> {
     }
     let tree = Tree::read(&reach.domain)?;
     let target = tree.get(&reach.snapshot.name())?;
-    Ok(flags == 0 && reach.version()? >= STOCK_DELETES && stock_can(&reach.domain, &tree, target)?)
+    Ok(flags == 0 && stock_can(&reach.domain, reach.version()?, &tree, target)?)
 }
 
 /// Has libvirt forget the snapshot of this name, if there is one.
@@ -88,7 +88,10 @@ fn forget_alone(domain: &Domain, tree: &Tree, target: &Recorded, flags: u32) -> 
 
 /// Whether libvirt's own delete, where it has one, works: on a running domain that is on the snapshot's overlays, right above
 /// its images. (Of any other snapshot without children it removes the images without looking whether somebody needs them.)
-fn stock_can(domain: &Domain, tree: &Tree, target: &Recorded) -> Result<bool> {
+fn stock_can(domain: &Domain, version: (u64, u64, u64), tree: &Tree, target: &Recorded) -> Result<bool> {
+    if version < STOCK_DELETES {
+        return Ok(false);
+    }
     let step = "cannot look at the domain";
     if !domain.is_active().map_err(|error| error.into_error(step))? {
         return Ok(false);

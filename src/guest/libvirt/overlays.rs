@@ -87,12 +87,12 @@ impl Overlays {
     pub fn merge_detached(&self, targets: &[String]) -> Result<bool> {
         let detached = |disk: &DiskPlan| !targets.iter().any(|target| target == disk.drive.name());
         let mut found = false;
-        for (disk, own) in self.disks.iter().zip(&self.made).filter(|(disk, _)| detached(disk)) {
+        for (disk, own) in self.made().filter(|(disk, _)| detached(disk)) {
             if !Path::new(&disk.overlay).exists() {
                 continue;
             }
             found = true;
-            commit(disk, own.as_ref()).map_err(|error| {
+            commit(disk, own).map_err(|error| {
                 error.and(format!(
                     "disk '{}' was detached meanwhile, and what the guest wrote to it is in '{}', which could not be merged \
                      and must not be removed: run `qemu-img commit` on it when the cause is mended",
@@ -129,11 +129,11 @@ impl Overlays {
 
     /// The same for a domain that does not run.
     pub fn merge_offline(&mut self) -> Result<()> {
-        for (disk, own) in self.disks.iter().zip(&self.made) {
+        for (disk, own) in self.made() {
             if !Path::new(&disk.overlay).exists() {
                 continue;
             }
-            commit(disk, own.as_ref()).map_err(|error| {
+            commit(disk, own).map_err(|error| {
                 Error::new(
                     error.code,
                     format!(
