@@ -68,7 +68,9 @@ fn a_socket_that_is_not_qmp_is_refused() {
     assert_open_fails(say("[1, 2]\n"), Code::OperationFailed, "no QMP greeting");
     assert_open_fails(drop, Code::OperationFailed, "not a QMP socket");
     let forever = |mut client: UnixStream| while client.write_all(&[b'x'; 4096]).is_ok() {};
-    assert_open_fails(forever, Code::OperationFailed, "no end");
+    assert_open_fails(forever, Code::OperationFailed, "not JSON");
+    let without_end = |mut client: UnixStream| while client.write_all(&[b'['; 4096]).is_ok() {};
+    assert_open_fails(without_end, Code::OperationFailed, "no end");
     let half = |mut client: UnixStream| {
         let _ = client.write_all(b"{\"QMP\": ");
     };
@@ -97,6 +99,85 @@ fn an_old_qemu_is_refused() {
 #[test]
 fn a_socket_that_says_nothing_is_given_up() {
     assert_open_fails(wait_gone, Code::OperationTimeout, "no QMP greeting");
+}
+
+/// The reply does not come, and there is always something to read.
+#[test]
+fn a_flood_of_events_does_not_outlast_the_deadline() {
+    let flood = |mut client: UnixStream| {
+        let greeting = r#"{"QMP": {"version": {"qemu": {"micro": 0, "minor": 2, "major": 7}}, "capabilities": []}}"#;
+        let _ = client.write_all(greeting.as_bytes());
+        let events = r#"{"event": "STOP", "timestamp": {"seconds": 1, "microseconds": 1}} {"return": {}, "id": "x"} "#;
+        while client.write_all(events.repeat(1000).as_bytes()).is_ok() {}
+    };
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("socket");
+    let listener = UnixListener::bind(&path).unwrap();
+    std::thread::scope(|scope| {
+        scope.spawn(|| flood(listener.accept().unwrap().0));
+        let result = Handle::open_qmp(&path, None, directory.path()).map(drop);
+        assert_error(result, Code::OperationTimeout, "cannot begin QMP: QEMU did not answer in time");
+    });
+}
+
+/// Whether they are events that are used or others.
+#[test]
+fn a_flood_of_events_does_not_keep_a_snapshot_from_its_replies() {
+    for binary in Binary::any() {
+        for event in ["RTC_CHANGE", "STOP"] {
+            let (opened, proxy) = through_proxy(&machine(binary, 2));
+            proxy.flood(event, 3000);
+            opened.snapshot("s").unwrap();
+            opened.bring_back("s");
+        }
+    }
+}
+
+/// QEMU nests each image below in the one above. Programs in other languages have threads with small stacks.
+#[test]
+fn a_chain_of_hundreds_of_images_is_read_on_a_small_stack() {
+    for binary in Binary::any() {
+        let (opened, proxy) = through_proxy(&machine(binary, 2));
+        let deep = |mut reply: serde_json::Value| {
+            for block in reply["return"].as_array_mut().unwrap() {
+                let image = block["inserted"]["image"].clone();
+                let nest = |below, n| {
+                    let mut above = image.clone();
+                    above["filename"] = format!("json:{{\"driver\": \"qcow2\", \"n\": {n}}}").into();
+                    above["backing-image"] = below;
+                    above
+                };
+                block["inserted"]["image"] = (0..450).fold(image.clone(), nest);
+            }
+            reply
+        };
+        proxy.rule("query-block", 1, Fault::EditReply(Box::new(deep)));
+        std::thread::scope(|scope| {
+            let small = std::thread::Builder::new().stack_size(256 << 10);
+            small.spawn_scoped(scope, || opened.snapshot("s").unwrap()).unwrap().join().unwrap();
+        });
+        assert_eq!(proxy.rules_left(), 0);
+        opened.bring_back("s");
+    }
+}
+
+/// `pretty=on` is for people who look at the monitor themselves, and some leave it on.
+#[test]
+fn a_monitor_that_writes_json_on_several_lines_is_read() {
+    if !by_socket_only() {
+        return;
+    }
+    for binary in Binary::any() {
+        let directory = tempfile::tempdir().unwrap();
+        let socket = directory.path().join("pretty.sock");
+        let option = format!("unix:{},server=on,wait=off", socket.display());
+        let guest = machine(binary, 2).arg("-qmp-pretty").arg(&option).start();
+        guest.wait_ticks(2);
+        let opened = Opened::through(guest, &socket);
+        opened.snapshot("s").unwrap();
+        opened.snapshot("t").unwrap();
+        opened.handle.delete("t", 0).unwrap();
+    }
 }
 
 #[test]

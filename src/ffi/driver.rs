@@ -23,16 +23,11 @@ use crate::error::{Code, DOMAIN, Error, Result, fail};
 use crate::flags;
 use crate::guest::driver::{Answer, Driver, Reason, RunState};
 use crate::guest::qmp::Switch;
-use crate::monitor::{Event, json};
+use crate::monitor::{Event, Events, json};
 use crate::sys::lock;
 
-/// As many events are kept of a domain: STOP and RESUME of one pause are the last of them.
-const EVENTS: usize = 64;
-
 /// What a driver has passed on, by its domain.
-type Events = Mutex<Vec<Event>>;
-
-static PASSED_ON: Lazy<Mutex<HashMap<usize, Weak<Events>>>> = Lazy::new(Mutex::default);
+static PASSED_ON: Lazy<Mutex<HashMap<usize, Weak<Mutex<Events>>>>> = Lazy::new(Mutex::default);
 static REGISTERED: Mutex<Option<Registered>> = Mutex::new(None);
 
 /// A driver that is this process's own.
@@ -53,7 +48,7 @@ thread_local! {
 struct Domain {
     ops: Ops,
     opaque: *mut c_void,
-    events: Arc<Events>,
+    events: Arc<Mutex<Events>>,
 }
 
 // SAFETY: by the promise of whoever gave the table, its callbacks can be called with `opaque` from any thread, one at a time for
@@ -68,7 +63,7 @@ impl Domain {
         domains.retain(|_, events| events.strong_count() > 0);
         let known = domains.get(&(opaque as usize)).and_then(Weak::upgrade);
         let events = known.unwrap_or_else(|| {
-            let events = Arc::new(Events::default());
+            let events = Arc::<Mutex<Events>>::default();
             domains.insert(opaque as usize, Arc::downgrade(&events));
             events
         });
@@ -282,7 +277,7 @@ impl Driver for Domain {
     }
 
     fn take_events(&self) -> Vec<Event> {
-        std::mem::take(&mut *lock(&self.events))
+        lock(&self.events).take()
     }
 }
 
@@ -388,11 +383,7 @@ pub unsafe extern "C" fn instantsnap_driver_event(opaque: *mut c_void, event: *c
         let event = json::parse(event.as_bytes()).ok().and_then(|message| Event::read(&message));
         let events = lock(&PASSED_ON).get(&(opaque as usize)).and_then(Weak::upgrade);
         if let (Some(event), Some(events)) = (event, events) {
-            let mut events = lock(&events);
-            if events.len() >= EVENTS {
-                events.remove(0);
-            }
-            events.push(event);
+            lock(&events).keep(event);
         }
         Ok(())
     });

@@ -7,14 +7,15 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use serde_json::{Value, json};
+use serde_json::json;
 
 use super::exclusive::Exclusive;
 use super::qmp::{BUILT_FLAGS, Channel, MonitorGuest, Overlay, Switch, delete, hold_qemu, switch};
 use super::{Catalog, Connector, Deputy, Guest, Presence, Reserved, check_version};
 use crate::error::{Code, Error, Result, fail};
 use crate::flags::delete::METADATA_ONLY;
-use crate::monitor::{Command, Deadline, Event, Execute, Failure, Monitor, Peer, json, read_reply};
+use crate::monitor::json::{Json, parse};
+use crate::monitor::{Command, Deadline, Event, Execute, Failure, Monitor, Peer, read_reply};
 use crate::snapshot::domain::Domain;
 use crate::snapshot::{Record, Store, check_name, generated_names};
 
@@ -244,15 +245,15 @@ fn in_time<T>(deadline: Deadline, answer: T) -> std::result::Result<T, Failure> 
 }
 
 impl Execute for Callbacks<'_> {
-    fn execute(&mut self, command: Command, deadline: Deadline) -> std::result::Result<Value, Failure> {
+    fn execute(&mut self, command: Command, deadline: Deadline) -> std::result::Result<Json, Failure> {
         let text = json!({ "execute": command.name, "arguments": command.arguments }).to_string();
         let left = deadline.left().ok_or(Failure::Late)?;
         let reply = self.driver.run(&text, command.fd, left);
         let reply = in_time(deadline, reply)?;
         let reply = reply.map_err(|reason| Failure::Lost(format!("the driver's callback failed{reason}")))?;
-        let mut reply = json::parse(reply.as_bytes())
+        let reply = parse(reply.as_bytes())
             .map_err(|error| Failure::Lost(format!("the driver's reply makes no sense: {error}")))?;
-        read_reply(&mut reply)
+        read_reply(reply)
     }
 }
 

@@ -4,12 +4,13 @@ use serde_json::{Value, json};
 
 use super::PATIENCE;
 use crate::error::{Code, Result, fail};
+use crate::monitor::json::Json;
 use crate::monitor::{Command, Deadline, Execute};
 
 /// Devices whose backend writes guest RAM from another process, through a mapping of its own.
 const FOREIGN_WRITERS: [&str; 5] = ["vhost-user", "vhost-vdpa", "ivshmem", "vfio-user", "x-pci-proxy"];
 
-fn query(guest: &mut dyn Execute, command: &str, arguments: Value) -> Result<Value> {
+fn query(guest: &mut dyn Execute, command: &str, arguments: Value) -> Result<Json> {
     let step = format!("cannot ask the guest ({command})");
     guest.run(&step, Command::new(command, arguments), Deadline::after(PATIENCE))
 }

@@ -8,6 +8,7 @@ use std::process::{Command, Stdio};
 use serde_json::Value;
 
 use crate::error::{Code, Error, Result};
+use crate::monitor::json::parse;
 use crate::sys;
 
 /// An image file, however it is called.
@@ -101,15 +102,15 @@ pub fn chain(path: &str, format: &str) -> Result<Vec<Layer>> {
     info.args(["info", "-U", "--backing-chain", "--output=json", "-f", format, path]);
     let said =
         output_of(&mut info).map_err(|reason| Error::new(Code::OperationFailed, format!("{}: {reason}", step())))?;
-    let layers: Vec<Value> = serde_json::from_slice(&said)
-        .map_err(|error| Error::new(Code::InternalError, format!("{}: qemu-img says {error}", step())))?;
+    let layers =
+        parse(&said).map_err(|error| Error::new(Code::InternalError, format!("{}: qemu-img says {error}", step())))?;
     let text = |layer: &Value, key: &str| layer[key].as_str().unwrap_or_default().to_owned();
     let layer = |layer: &Value| Layer {
         path: text(layer, "filename"),
         format: text(layer, "format"),
         has_data_elsewhere: layer["format-specific"]["data"]["data-file"].is_string(),
     };
-    Ok(layers.iter().map(layer).collect())
+    Ok(layers.as_array().into_iter().flatten().map(layer).collect())
 }
 
 /// Writes what is in `top`, and in the images between, to `base`. `top` stays as it is.

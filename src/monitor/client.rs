@@ -1,6 +1,5 @@
 //! A QMP client on a Unix socket: one command at a time, each with a deadline.
 
-use std::collections::VecDeque;
 use std::io::IoSlice;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -14,14 +13,16 @@ use rustix::net::{
     SocketType, connect, recv, sendmsg, socket_with,
 };
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
-use serde_json::{Value, json};
+use serde_json::json;
 
-use super::{Command, Deadline, Event, Execute, Failure, read_reply};
+use super::json::{Json, parse};
+use super::messages::{Messages, Unreadable};
+use super::{Command, Deadline, Event, Events, Execute, Failure, read_reply};
 use crate::error::{Code, Error, Result, fail};
 use crate::sys;
 
-/// No reply of QEMU is as long as this; what is, is not QEMU.
-const LONGEST_LINE: usize = 64 << 20;
+/// No reply of QEMU's is as long as this, which is what libvirt accepts: what is, is not QEMU.
+const LONGEST_MESSAGE: usize = 10 << 20;
 /// The same for its greeting.
 const LONGEST_GREETING: usize = 64 << 10;
 
@@ -29,11 +30,9 @@ const LONGEST_GREETING: usize = 64 << 10;
 #[derive(Debug)]
 pub struct Monitor {
     socket: OwnedFd,
-    received: Vec<u8>,
-    /// How much of `received` is known to hold no line's end.
-    searched: usize,
+    messages: Messages,
     last_id: u64,
-    events: VecDeque<Event>,
+    events: Events,
     /// QEMU's major and minor version.
     pub version: (u64, u64),
     /// The process at the other end, where it is QEMU.
@@ -74,18 +73,17 @@ impl Monitor {
         let qemu = sys::peer_pid(socket.as_fd()).and_then(open_qemu);
         let mut monitor = Monitor {
             socket,
-            received: Vec::new(),
-            searched: 0,
+            messages: Messages::default(),
             last_id: 0,
-            events: VecDeque::new(),
+            events: Events::default(),
             version: (0, 0),
             qemu,
         };
         let not_qmp = |reason: &str| {
             Error::new(Code::OperationFailed, format!("'{}' is not a QMP socket: {reason}", path.display()))
         };
-        let greeting = match monitor.read_line(LONGEST_GREETING, deadline) {
-            Ok(line) => line,
+        let greeting = match monitor.read_message(LONGEST_GREETING, deadline) {
+            Ok(greeting) => greeting,
             Err(Failure::Late) => fail!(
                 OperationTimeout,
                 "no QMP greeting from '{}': another client is connected to it (QEMU serves one at a time, so give this \
@@ -95,7 +93,6 @@ impl Monitor {
             Err(Failure::Lost(reason)) => return Err(not_qmp(&reason)),
             Err(Failure::Refused(..)) => unreachable!("reading refuses nothing"),
         };
-        let greeting: Value = super::json::parse(&greeting).map_err(|_| not_qmp("what it sends is not JSON"))?;
         let version = &greeting["QMP"]["version"]["qemu"];
         let (Some(major), Some(minor)) = (version["major"].as_u64(), version["minor"].as_u64()) else {
             return Err(not_qmp("it sends no QMP greeting"));
@@ -114,7 +111,7 @@ impl Monitor {
 
     /// The events that have come since the last call.
     pub fn take_events(&mut self) -> Vec<Event> {
-        self.events.drain(..).collect()
+        self.events.take()
     }
 
     /// The socket, for a process that goes on where this one ends.
@@ -126,7 +123,11 @@ impl Monitor {
         let mut left = bytes;
         let mut fd = fd;
         while !left.is_empty() {
-            self.wait(PollFlags::OUT, deadline)?;
+            self.wait(PollFlags::OUT, deadline).map_err(|failure| match failure {
+                // The next command would be the end of this one.
+                Failure::Late if left.len() < bytes.len() => Failure::Lost("it takes no more".into()),
+                failure => failure,
+            })?;
             let fds = fd.as_slice();
             let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
             let mut ancillary = SendAncillaryBuffer::new(&mut space);
@@ -146,25 +147,24 @@ impl Monitor {
         Ok(())
     }
 
-    /// Reads one line, without its end.
-    fn read_line(&mut self, longest: usize, deadline: Deadline) -> std::result::Result<Vec<u8>, Failure> {
+    fn read_message(&mut self, longest: usize, deadline: Deadline) -> std::result::Result<Json, Failure> {
+        let lost = |reason: &str| Failure::Lost(reason.into());
         loop {
-            if let Some(at) = self.received[self.searched..].iter().position(|byte| *byte == b'\n') {
-                let rest = self.received.split_off(self.searched + at + 1);
-                self.searched = 0;
-                return Ok(std::mem::replace(&mut self.received, rest));
+            let message = self.messages.next(longest).map_err(|unreadable| match unreadable {
+                Unreadable::NotJson => lost("what it sends is not JSON"),
+                Unreadable::TooLong => lost("what it sends has no end"),
+            })?;
+            if let Some(message) = message {
+                return parse(&message).map_err(|error| lost(&format!("what it sends is not JSON: {error}")));
             }
-            self.searched = self.received.len();
-            if self.received.len() > longest {
-                return Err(Failure::Lost("what it sends has no end".into()));
-            }
+            // Looks at the deadline first: one that has passed ends the wait however much there is to read.
             self.wait(PollFlags::IN, deadline)?;
             let mut buffer = [MaybeUninit::uninit(); 16 << 10];
             match recv(&self.socket, &mut buffer, RecvFlags::empty()) {
-                Ok(((got, _), _)) if !got.is_empty() => self.received.extend_from_slice(got),
-                Ok(_) => return Err(Failure::Lost("it was closed".into())),
+                Ok(((got, _), _)) if !got.is_empty() => self.messages.add(got),
+                Ok(_) => return Err(lost("it was closed")),
                 Err(Errno::AGAIN | Errno::INTR) => {}
-                Err(error) => return Err(Failure::Lost(error.to_string())),
+                Err(error) => return Err(lost(&error.to_string())),
             }
         }
     }
@@ -180,30 +180,22 @@ impl Monitor {
             }
         }
     }
-
-    fn keep_event(&mut self, message: &Value) {
-        self.events.extend(Event::read(message));
-    }
 }
 
 impl Execute for Monitor {
-    fn execute(&mut self, command: Command, deadline: Deadline) -> std::result::Result<Value, Failure> {
+    fn execute(&mut self, command: Command, deadline: Deadline) -> std::result::Result<Json, Failure> {
         self.last_id += 1;
         let id = self.last_id;
         let mut line = json!({ "execute": command.name, "arguments": command.arguments, "id": id }).to_string();
         line.push('\n');
         self.send(line.as_bytes(), command.fd, deadline)?;
         loop {
-            let line = self.read_line(LONGEST_LINE, deadline)?;
-            let Ok(mut message) = super::json::parse(&line) else {
-                return Err(Failure::Lost("it sent what is not JSON".into()));
-            };
-            if message["id"] != json!(id) {
-                // An event, or the reply to a command that was given up on.
-                self.keep_event(&message);
-                continue;
+            let message = self.read_message(LONGEST_MESSAGE, deadline)?;
+            if message["id"] == json!(id) {
+                return read_reply(message);
             }
-            return read_reply(&mut message);
+            // An event, or the reply to a command that was given up on.
+            Event::read(&message).into_iter().for_each(|event| self.events.keep(event));
         }
     }
 }

@@ -6,6 +6,7 @@ use std::time::Duration;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
+use super::json::Json;
 use super::{Command, Deadline, Execute, Failure};
 use crate::error::{Code, Error, Result};
 
@@ -98,22 +99,23 @@ impl Migration {
     }
 }
 
-fn read<T: for<'a> Deserialize<'a>>(command: &str, value: Value) -> Result<T> {
-    serde_json::from_value(value)
+fn read<T: for<'a> Deserialize<'a>>(command: &str, reply: &Json) -> Result<T> {
+    reply
+        .read()
         .map_err(|error| Error::new(Code::InternalError, format!("QEMU's reply to {command} makes no sense: {error}")))
 }
 
 /// `query-status`.
 pub fn query_status(qemu: &mut dyn Execute, deadline: Deadline) -> Result<Status> {
     let reply = qemu.run("cannot ask for the guest's state", Command::new("query-status", json!({})), deadline)?;
-    read("query-status", reply)
+    read("query-status", &reply)
 }
 
 /// `query-migrate`.
 pub fn query_migrate(qemu: &mut dyn Execute, deadline: Deadline) -> Result<Migration> {
     let command = Command::new("query-migrate", json!({}));
     let reply = qemu.run("cannot ask for the migration's state", command, deadline)?;
-    read("query-migrate", reply)
+    read("query-migrate", &reply)
 }
 
 /// `query-memory-size-summary`: the guest's memory, plugged modules included; bytes.
@@ -127,7 +129,7 @@ pub fn query_memory_size(qemu: &mut dyn Execute, deadline: Deadline) -> Result<u
     }
     let command = Command::new("query-memory-size-summary", json!({}));
     let reply = qemu.run("cannot ask for the guest's memory", command, deadline)?;
-    let summary: Summary = read("query-memory-size-summary", reply)?;
+    let summary: Summary = read("query-memory-size-summary", &reply)?;
     Ok(summary.base_memory + summary.plugged_memory)
 }
 
@@ -140,7 +142,7 @@ pub fn query_migrate_capabilities(qemu: &mut dyn Execute, deadline: Deadline) ->
     }
     let command = Command::new("query-migrate-capabilities", json!({}));
     let reply = qemu.run("cannot ask for the migration capabilities", command, deadline)?;
-    let capabilities: Vec<Capability> = read("query-migrate-capabilities", reply)?;
+    let capabilities: Vec<Capability> = read("query-migrate-capabilities", &reply)?;
     Ok(capabilities.into_iter().map(|capability| (capability.capability, capability.state)).collect())
 }
 
@@ -160,7 +162,7 @@ pub fn migrate_set_capabilities(
 pub fn query_migrate_parameters(qemu: &mut dyn Execute, deadline: Deadline) -> Result<Map<String, Value>> {
     let command = Command::new("query-migrate-parameters", json!({}));
     let reply = qemu.run("cannot ask for the migration parameters", command, deadline)?;
-    read("query-migrate-parameters", reply)
+    read("query-migrate-parameters", &reply)
 }
 
 /// `migrate-set-parameters`.

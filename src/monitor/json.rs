@@ -1,60 +1,296 @@
-//! JSON as deep as QEMU's can be.
+//! JSON as deep as QEMU's can be, on any stack.
 //!
-//! QEMU describes an image with the images below nested in it. So a chain of more than a hundred is deeper than a parser that
-//! guards its stack accepts by itself.
+//! QEMU describes an image with the images below nested in it: a chain of a hundred overlays is some two hundred levels. The
+//! thread that reads it is the caller's, and may have a small stack. So nothing here recurses: neither reading, nor dropping
+//! what was read. [`Json`] must be walked by loops, too.
+
+use std::ops::Deref;
 
 use serde::Deserialize;
-use serde_json::Value;
+use serde_json::{Map, Value};
 
-/// As deep as QEMU itself accepts it. What is deeper is not QEMU's, and could exhaust the stack.
-const DEEPEST: usize = 1024;
+/// As deep as QEMU itself accepts it. What is deeper is not QEMU's.
+pub const DEEPEST: usize = 1024;
+/// What serde may be given: it recurses.
+const SHALLOW: usize = 32;
+/// What a text may become in memory, roughly. A chain of 200 images, described in full by each of its nodes, needs 90 MiB.
+const LARGEST: usize = 128 << 20;
+/// The same of an array or an object, and of each value in it.
+const CONTAINER: usize = 640;
+const MEMBER: usize = 64;
 
-/// Reads it; what is wrong with it otherwise.
-pub fn parse(text: &[u8]) -> Result<Value, String> {
-    if depth(text) > DEEPEST {
-        return Err("it is nested too deeply".into());
+/// What was read. It is taken apart without recursion.
+#[derive(Debug, Default)]
+pub struct Json(Value);
+
+impl Deref for Json {
+    type Target = Value;
+
+    fn deref(&self) -> &Value {
+        &self.0
     }
-    let mut deserializer = serde_json::Deserializer::from_slice(text);
-    deserializer.disable_recursion_limit();
-    let value = Value::deserialize(&mut deserializer).map_err(|error| error.to_string())?;
-    deserializer.end().map_err(|error| error.to_string())?;
-    Ok(value)
 }
 
-/// How deep it is, at most.
-fn depth(text: &[u8]) -> usize {
-    let (mut now, mut deepest) = (0usize, 0);
-    let (mut quoted, mut escaped) = (false, false);
-    for byte in text {
-        match byte {
-            _ if escaped => escaped = false,
-            b'\\' if quoted => escaped = true,
-            b'"' => quoted = !quoted,
-            b'[' | b'{' if !quoted => {
-                now += 1;
-                deepest = deepest.max(now);
-            }
-            b']' | b'}' if !quoted => now = now.saturating_sub(1),
+impl Drop for Json {
+    fn drop(&mut self) {
+        take_apart(vec![self.0.take()]);
+    }
+}
+
+impl Json {
+    /// Takes a member out of an object.
+    pub fn take(&mut self, member: &str) -> Option<Json> {
+        self.0.get_mut(member).map(|value| Json(value.take()))
+    }
+
+    /// Reads it as another type. What is too deep for that is no reply to a command that has such a type.
+    pub fn read<'a, T: Deserialize<'a>>(&'a self) -> Result<T, String> {
+        if is_deeper(&self.0, SHALLOW) {
+            return Err("it is nested too deeply".into());
+        }
+        T::deserialize(&self.0).map_err(|error| error.to_string())
+    }
+}
+
+fn is_deeper(value: &Value, most: usize) -> bool {
+    let mut left = vec![(value, 1)];
+    while let Some((value, depth)) = left.pop() {
+        if depth > most {
+            return true;
+        }
+        match value {
+            Value::Array(values) => left.extend(values.iter().map(|value| (value, depth + 1))),
+            Value::Object(members) => left.extend(members.values().map(|value| (value, depth + 1))),
             _ => {}
         }
     }
-    deepest
+    false
+}
+
+fn take_apart(mut left: Vec<Value>) {
+    let is_container = |value: &Value| value.is_array() || value.is_object();
+    while let Some(value) = left.pop() {
+        match value {
+            Value::Array(values) => left.extend(values.into_iter().filter(is_container)),
+            Value::Object(members) => left.extend(members.into_iter().map(|(_, value)| value).filter(is_container)),
+            _ => {}
+        }
+    }
+}
+
+/// Reads it; what is wrong with it otherwise.
+pub fn parse(text: &[u8]) -> Result<Json, String> {
+    let mut parser = Parser { text, at: 0, open: Vec::new(), size: 0 };
+    let value = parser.value()?;
+    match parser.peek() {
+        None => Ok(value),
+        Some(_) => Err(parser.unexpected()),
+    }
+}
+
+/// An array or an object of which not all was read yet.
+enum Open {
+    Array(Vec<Value>),
+    /// And the name of the member that is being read.
+    Object(Map<String, Value>, String),
+}
+
+struct Parser<'a> {
+    text: &'a [u8],
+    at: usize,
+    open: Vec<Open>,
+    size: usize,
+}
+
+impl Drop for Parser<'_> {
+    fn drop(&mut self) {
+        let open = self.open.drain(..).map(|open| match open {
+            Open::Array(values) => Value::Array(values),
+            Open::Object(members, _) => Value::Object(members),
+        });
+        take_apart(open.collect());
+    }
+}
+
+impl Parser<'_> {
+    fn value(&mut self) -> Result<Json, String> {
+        loop {
+            let mut whole = match self.peek() {
+                Some(b'[') => {
+                    self.open(Open::Array(Vec::new()))?;
+                    if !self.skip(b']') {
+                        continue;
+                    }
+                    self.close()
+                }
+                Some(b'{') => {
+                    self.open(Open::Object(Map::new(), String::new()))?;
+                    if !self.skip(b'}') {
+                        self.name()?;
+                        continue;
+                    }
+                    self.close()
+                }
+                _ => self.scalar()?,
+            };
+            // What is whole is a part of what is open, which may become whole by it.
+            loop {
+                let end = match self.open.last_mut() {
+                    None => return Ok(whole),
+                    Some(Open::Array(values)) => {
+                        values.push(whole.0.take());
+                        b']'
+                    }
+                    Some(Open::Object(members, name)) => {
+                        drop(members.insert(std::mem::take(name), whole.0.take()).map(Json));
+                        b'}'
+                    }
+                };
+                self.charge(MEMBER)?;
+                if self.skip(b',') {
+                    if end == b'}' {
+                        self.name()?;
+                    }
+                    break;
+                }
+                if !self.skip(end) {
+                    return Err(self.unexpected());
+                }
+                whole = self.close();
+            }
+        }
+    }
+
+    fn open(&mut self, open: Open) -> Result<(), String> {
+        if self.open.len() == DEEPEST {
+            return Err("it is nested too deeply".into());
+        }
+        self.charge(CONTAINER)?;
+        self.at += 1;
+        self.open.push(open);
+        Ok(())
+    }
+
+    fn close(&mut self) -> Json {
+        Json(match self.open.pop() {
+            Some(Open::Array(values)) => Value::Array(values),
+            Some(Open::Object(members, _)) => Value::Object(members),
+            None => Value::Null,
+        })
+    }
+
+    /// Reads the name of a member of the object that is open, and the colon.
+    fn name(&mut self) -> Result<(), String> {
+        let name = self.string()?;
+        if !self.skip(b':') {
+            return Err(self.unexpected());
+        }
+        if let Some(Open::Object(_, place)) = self.open.last_mut() {
+            *place = name;
+        }
+        Ok(())
+    }
+
+    fn scalar(&mut self) -> Result<Json, String> {
+        if self.peek() == Some(b'"') {
+            return Ok(Json(Value::String(self.string()?)));
+        }
+        let rest = &self.text[self.at..];
+        let is_part = |byte: &u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'+' | b'.');
+        let length = rest.iter().position(|byte| !is_part(byte)).unwrap_or(rest.len());
+        if length == 0 {
+            return Err(self.unexpected());
+        }
+        self.at += length;
+        serde_json::from_slice(&rest[..length]).map(Json).map_err(|error| error.to_string())
+    }
+
+    fn string(&mut self) -> Result<String, String> {
+        if self.peek() != Some(b'"') {
+            return Err(self.unexpected());
+        }
+        let rest = &self.text[self.at..];
+        let mut escaped = false;
+        let is_end = |byte: &u8| {
+            let end = *byte == b'"' && !escaped;
+            escaped = *byte == b'\\' && !escaped;
+            end
+        };
+        let Some(end) = rest[1..].iter().position(is_end) else {
+            self.at = self.text.len();
+            return Err(self.unexpected());
+        };
+        // With both its quotes.
+        let text = &rest[..end + 2];
+        self.charge(text.len())?;
+        self.at += text.len();
+        serde_json::from_slice(text).map_err(|error| error.to_string())
+    }
+
+    /// The next byte that is no white space.
+    fn peek(&mut self) -> Option<u8> {
+        while self.text.get(self.at).is_some_and(is_white_space) {
+            self.at += 1;
+        }
+        self.text.get(self.at).copied()
+    }
+
+    /// Passes over this byte, if it is the next one.
+    fn skip(&mut self, byte: u8) -> bool {
+        let is_next = self.peek() == Some(byte);
+        self.at += usize::from(is_next);
+        is_next
+    }
+
+    fn charge(&mut self, size: usize) -> Result<(), String> {
+        self.size += size;
+        if self.size > LARGEST { Err("it is too large".into()) } else { Ok(()) }
+    }
+
+    fn unexpected(&self) -> String {
+        match self.text.get(self.at) {
+            Some(byte) => format!("unexpected '{}' at byte {}", byte.escape_ascii(), self.at),
+            None => "it ends too early".into(),
+        }
+    }
+}
+
+/// What JSON takes for white space.
+pub fn is_white_space(byte: &u8) -> bool {
+    matches!(byte, b' ' | b'\t' | b'\r' | b'\n')
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::monitor::generated::Generator;
 
     fn nested(depth: usize) -> String {
-        "{\"a\":".repeat(depth) + "1" + &"}".repeat(depth)
+        "{\"a\":[".repeat(depth / 2) + "1" + &"]}".repeat(depth / 2)
     }
 
     #[test]
-    fn a_long_chain_of_images_can_be_read_and_nothing_deeper_than_qemu_says() {
-        let value = parse(nested(DEEPEST).as_bytes()).unwrap();
-        assert!(value["a"]["a"].is_object());
-        parse(nested(DEEPEST + 1).as_bytes()).unwrap_err();
-        parse("[".repeat(10_000_000).as_bytes()).unwrap_err();
+    fn a_long_chain_of_images_can_be_read_on_a_small_stack_and_nothing_deeper_than_qemu_says() {
+        let read = || {
+            let mut value = parse(nested(DEEPEST).as_bytes()).unwrap();
+            assert!(value["a"][0]["a"].is_array());
+            assert!(value.read::<Value>().is_err());
+            drop(value.take("a").unwrap());
+            assert!(value["a"].is_null());
+            parse(nested(DEEPEST + 2).as_bytes()).unwrap_err();
+            parse("[".repeat(10_000_000).as_bytes()).unwrap_err();
+            // What was read so far is dropped likewise: before an error, and by a second member of the same name.
+            parse((nested(DEEPEST) + "x").as_bytes()).unwrap_err();
+            parse(format!("[{}, x", nested(DEEPEST - 1)).as_bytes()).unwrap_err();
+            parse(format!("{{\"a\": {}, \"a\": 1}}", nested(DEEPEST - 1)).as_bytes()).unwrap();
+        };
+        std::thread::Builder::new().stack_size(32 << 10).spawn(read).unwrap().join().unwrap();
+    }
+
+    #[test]
+    fn small_text_cannot_become_much_in_memory() {
+        parse(format!("[{}0]", "{\"\":0},".repeat(1 << 20)).as_bytes()).unwrap_err();
+        parse(format!("[{}0]", "{\"\":0},".repeat(1 << 16)).as_bytes()).unwrap();
     }
 
     #[test]
@@ -65,8 +301,29 @@ mod tests {
 
     #[test]
     fn garbage_is_an_error() {
-        for text in ["", "{", "{} {}", "no", "\"\\"] {
+        for text in ["", "{", "{} {}", "no", "\"\\", "[1,]", "{,}", "{\"a\"}", "{\"a\":}", "{1:2}", "[1 2]", "[}", "01"]
+        {
             parse(text.as_bytes()).unwrap_err();
+        }
+    }
+
+    #[test]
+    fn it_reads_what_serde_reads_and_refuses_what_serde_refuses() {
+        let mut generator = Generator::new();
+        for _ in 0..2000 {
+            let mut text = generator.text().into_bytes();
+            if generator.below(2) == 0 {
+                let at = generator.below(text.len());
+                text[at] = b"{}[],:\"\\x1 -"[generator.below(12)];
+            }
+            let ours = parse(&text);
+            let theirs = serde_json::from_slice::<Value>(&text);
+            let text = String::from_utf8_lossy(&text);
+            match (ours, theirs) {
+                (Ok(ours), Ok(theirs)) => assert_eq!(*ours, theirs, "{text}"),
+                (Err(_), Err(_)) => {}
+                (ours, theirs) => panic!("{text}: {ours:?}, {theirs:?}"),
+            }
         }
     }
 }

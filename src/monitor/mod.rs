@@ -5,14 +5,20 @@
 
 mod client;
 pub mod commands;
+mod events;
+#[cfg(test)]
+mod generated;
 pub mod json;
+mod messages;
 
 use std::os::fd::BorrowedFd;
 use std::time::{Duration, Instant};
 
+use json::Json;
 use serde_json::Value;
 
 pub use client::{Monitor, Peer};
+pub use events::{Event, Events};
 
 use crate::error::{Code, Error, Result};
 
@@ -77,18 +83,18 @@ impl Failure {
 /// Who can run a command in QEMU's monitor.
 pub trait Execute {
     /// Runs one command and returns its `return`.
-    fn execute(&mut self, command: Command, deadline: Deadline) -> std::result::Result<Value, Failure>;
+    fn execute(&mut self, command: Command, deadline: Deadline) -> std::result::Result<Json, Failure>;
 
     /// The same, with an error that says what was being done.
-    fn run(&mut self, step: &str, command: Command, deadline: Deadline) -> Result<Value> {
+    fn run(&mut self, step: &str, command: Command, deadline: Deadline) -> Result<Json> {
         self.execute(command, deadline).map_err(|failure| failure.into_error(step))
     }
 }
 
 /// What a reply says.
-pub fn read_reply(reply: &mut Value) -> std::result::Result<Value, Failure> {
-    if let Some(result) = reply.get_mut("return") {
-        return Ok(result.take());
+pub fn read_reply(mut reply: Json) -> std::result::Result<Json, Failure> {
+    if let Some(result) = reply.take("return") {
+        return Ok(result);
     }
     match &reply["error"] {
         Value::Null => Err(Failure::Lost("the reply is none".into())),
@@ -96,24 +102,5 @@ pub fn read_reply(reply: &mut Value) -> std::result::Result<Value, Failure> {
             let text = |part: &str| error[part].as_str().unwrap_or("no reason given").to_owned();
             Err(Failure::Refused(text("class"), text("desc")))
         }
-    }
-}
-
-/// An event that QEMU sent.
-#[derive(Clone, Debug)]
-pub struct Event {
-    /// `event`.
-    pub name: String,
-    /// QEMU's own time stamp, since the epoch.
-    pub time: Duration,
-}
-
-impl Event {
-    /// Of a message, if it is one.
-    pub fn read(message: &Value) -> Option<Event> {
-        let name = message["event"].as_str()?;
-        let part = |part| message["timestamp"][part].as_u64().unwrap_or_default();
-        let time = Duration::from_secs(part("seconds")).checked_add(Duration::from_micros(part("microseconds")))?;
-        Some(Event { name: name.into(), time })
     }
 }

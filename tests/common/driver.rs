@@ -152,10 +152,9 @@ impl Driver for TestDriver {
     }
 
     fn take_events(&self) -> Vec<Event> {
-        let event = |event: instantsnap_testkit::Event| Event {
-            name: event.name,
-            time: Duration::from_micros(event.timestamp_us),
+        let event = |event: instantsnap_testkit::Event| {
+            Event::read(&json!({ "event": event.name, "timestamp": { "microseconds": event.timestamp_us } }))
         };
-        self.with(Client::events).into_iter().map(event).collect()
+        self.with(Client::events).into_iter().filter_map(event).collect()
     }
 }

@@ -22,7 +22,7 @@ use std::path::PathBuf;
 use std::sync::Mutex;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use serde_json::{Value, json};
+use serde_json::json;
 
 use self::call::{Again, Caller, Trouble};
 use self::overlays::Overlays;
@@ -35,6 +35,7 @@ use crate::error::{Code, Error, Result, fail};
 use crate::flags::{self, Flags};
 use crate::libvirt::{self, Connect, Domain, Snapshot, State};
 use crate::monitor::commands::{self, Status};
+use crate::monitor::json::{Json, parse};
 use crate::monitor::{Command, Deadline, Execute, Failure, read_reply};
 use crate::snapshot::{DiskPlan, Drive, Record, Request, Role, Store, check_name, manual};
 use crate::sys;
@@ -326,7 +327,7 @@ struct Registered {
 }
 
 impl Execute for LibvirtGuest<'_> {
-    fn execute(&mut self, command: Command, deadline: Deadline) -> std::result::Result<Value, Failure> {
+    fn execute(&mut self, command: Command, deadline: Deadline) -> std::result::Result<Json, Failure> {
         let again = match command.name {
             "migrate" | "migrate_cancel" => Again::Never,
             _ => Again::Harmless,
@@ -347,9 +348,9 @@ impl Execute for LibvirtGuest<'_> {
             Err(Trouble::Refused(error)) => return Err(Failure::Lost(error.message)),
             Err(Trouble::Lost(reason)) => return Err(Failure::Lost(reason)),
         };
-        let mut reply: Value = crate::monitor::json::parse(reply.as_bytes())
-            .map_err(|error| Failure::Lost(format!("the reply makes no sense: {error}")))?;
-        read_reply(&mut reply)
+        let reply =
+            parse(reply.as_bytes()).map_err(|error| Failure::Lost(format!("the reply makes no sense: {error}")))?;
+        read_reply(reply)
     }
 }
 

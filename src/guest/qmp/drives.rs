@@ -7,6 +7,7 @@ use serde_json::{Value, json};
 use super::process::absolute;
 use crate::error::Result;
 use crate::guest::PATIENCE;
+use crate::monitor::json::{Json, parse};
 use crate::monitor::{Command, Deadline, Execute};
 use crate::snapshot::domain::{Domain, DomainDisk, Machine};
 use crate::snapshot::drive::OpenOptions;
@@ -29,7 +30,7 @@ const FILTERS: [&str; 8] = [
 /// Drivers of files and devices of the host.
 const PROTOCOLS: [&str; 3] = ["file", "host_device", "host_cdrom"];
 
-fn query(monitor: &mut dyn Execute, command: &str, arguments: Value) -> Result<Value> {
+fn query(monitor: &mut dyn Execute, command: &str, arguments: Value) -> Result<Json> {
     let step = format!("cannot ask the guest ({command})");
     monitor.run(&step, Command::new(command, arguments), Deadline::after(PATIENCE))
 }
@@ -113,8 +114,25 @@ fn drive(monitor: &mut dyn Execute, block: &Value, pid: Option<u32>) -> Result<D
 /// The path of an image. QEMU calls it by `json:` and all that it was opened with where the image below is not the one that
 /// it names itself; one and the same by another name (a relative path, ours being absolute) is no such case.
 fn image_path(file: &str, info: &Value, pid: Option<u32>) -> String {
+    let mut layers = vec![(file, info)];
+    // What one is called depends on what the one below it is. A chain can be longer than a stack is deep.
+    while let Some((_, info)) = layers.last().filter(|(file, _)| file.starts_with(BY_OPTIONS)) {
+        let below = &info["backing-image"];
+        match below["filename"].as_str() {
+            Some(file) => layers.push((file, below)),
+            None => break,
+        }
+    }
+    let path_of = |below: Option<String>, (file, info): (&str, &Value)| Some(path_above(file, info, below, pid));
+    layers.into_iter().rev().fold(None, path_of).unwrap_or_default()
+}
+
+/// How QEMU calls an image by all that it was opened with.
+const BY_OPTIONS: &str = "json:";
+
+fn path_above(file: &str, info: &Value, below: Option<String>, pid: Option<u32>) -> String {
     let plain = || {
-        let opened: Value = crate::monitor::json::parse(file.strip_prefix("json:")?.as_bytes()).ok()?;
+        let opened = parse(file.strip_prefix(BY_OPTIONS)?.as_bytes()).ok()?;
         let only = |value: &Value, known: &[&str]| {
             value.as_object().is_some_and(|options| options.keys().all(|key| known.contains(&key.as_str())))
         };
@@ -122,11 +140,9 @@ fn image_path(file: &str, info: &Value, pid: Option<u32>) -> String {
         if !only(&opened, &["driver", "file", "backing"]) || !only(protocol, &["driver", "filename"]) {
             return None;
         }
-        let below = &info["backing-image"];
         let named = info["full-backing-filename"].as_str().or(info["backing-filename"].as_str())?;
-        let below = image_path(below["filename"].as_str()?, below, pid);
         let known = PROTOCOLS.contains(&protocol["driver"].as_str()?);
-        let same = sys::same_file(Path::new(named), Path::new(&below));
+        let same = sys::same_file(Path::new(named), Path::new(&below?));
         protocol["filename"].as_str().filter(|_| known && same).map(str::to_owned)
     };
     let file = plain().unwrap_or_else(|| file.to_owned());
@@ -235,7 +251,8 @@ pub fn machine(monitor: &mut dyn Execute, emulator: Option<String>) -> Result<Ma
     let bytes = |part: &str| memory[part].as_u64().unwrap_or_default();
     let vcpus = query(monitor, "query-cpus-fast", json!({}))?.as_array().map_or(1, Vec::len);
     let arch = text(&query(monitor, "query-target", json!({}))?["arch"]);
-    let kind = text(&query(monitor, "qom-get", json!({ "path": "/machine", "property": "type" }))?);
+    let kind = query(monitor, "qom-get", json!({ "path": "/machine", "property": "type" }))?;
+    let kind = text(&kind);
     let kind = kind.unwrap_or_default();
     Ok(Machine {
         name: name.unwrap_or_else(|| "guest".into()),

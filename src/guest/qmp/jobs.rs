@@ -47,27 +47,26 @@ pub fn wait(monitor: &mut dyn Execute, ids: &[String], until: Until, mut tell: i
     let mut deadline = Deadline::after(STALLED);
     let mut nap = Duration::from_micros(200);
     while !left.is_empty() {
-        let jobs: Vec<Value> =
-            query(monitor)?.into_iter().filter(|job| ids.iter().any(|id| job["id"] == **id)).collect();
+        let jobs: Vec<Job> = query(monitor)?.into_iter().filter(|job| ids.contains(&job.id)).collect();
         let mut ended = Vec::new();
         let mut ready = 0;
         for &id in &left {
-            let Some(job) = jobs.iter().find(|job| job["id"] == **id) else {
+            let Some(job) = jobs.iter().find(|job| job.id == *id) else {
                 first_error.get_or_insert(Error::new(Code::OperationFailed, format!("block job '{id}' is gone")));
                 ended.push(id);
                 continue;
             };
-            match job["status"].as_str() {
-                Some("ready") if until == Until::Completed => {
+            match job.status.as_str() {
+                "ready" if until == Until::Completed => {
                     tell(id, Merge::Completing);
                     job_command(monitor, "job-complete", id)?;
                 }
-                Some("ready") => ready += 1,
-                Some("concluded") if job_command(monitor, "job-dismiss", id)? => {
-                    match job["error"].as_str() {
+                "ready" => ready += 1,
+                "concluded" if job_command(monitor, "job-dismiss", id)? => {
+                    match &job.error {
                         Some(error) => {
                             tell(id, Merge::Not);
-                            first_error.get_or_insert(Error::new(Code::OperationFailed, error));
+                            first_error.get_or_insert(Error::new(Code::OperationFailed, error.clone()));
                         }
                         None => tell(id, Merge::Done),
                     }
@@ -110,14 +109,30 @@ pub fn give_up(monitor: &mut dyn Execute, ids: &[String]) -> Result<()> {
 
 /// The jobs of ours that a process left behind which was killed.
 pub fn left_over(monitor: &mut dyn Execute) -> Result<Vec<String>> {
-    let ids = query(monitor)?.into_iter().filter_map(|job| job["id"].as_str().map(str::to_owned));
+    let ids = query(monitor)?.into_iter().map(|job| job.id);
     Ok(ids.filter(|id| id.starts_with(NODE_PREFIX)).collect())
 }
 
-fn query(monitor: &mut dyn Execute) -> Result<Vec<Value>> {
+/// A job, as far as it matters here.
+#[derive(Debug, PartialEq, Eq)]
+struct Job {
+    id: String,
+    status: String,
+    error: Option<String>,
+    /// Of how much it has done how much.
+    progress: [u64; 2],
+}
+
+fn query(monitor: &mut dyn Execute) -> Result<Vec<Job>> {
     let command = Command::new("query-jobs", json!({}));
-    let mut jobs = monitor.run("cannot ask for block jobs", command, Deadline::after(PATIENCE))?;
-    Ok(jobs.as_array_mut().map(std::mem::take).unwrap_or_default())
+    let jobs = monitor.run("cannot ask for block jobs", command, Deadline::after(PATIENCE))?;
+    let job = |job: &Value| Job {
+        id: job["id"].as_str().unwrap_or_default().into(),
+        status: job["status"].as_str().unwrap_or_default().into(),
+        error: job["error"].as_str().map(str::to_owned),
+        progress: ["current-progress", "total-progress"].map(|which| job[which].as_u64().unwrap_or_default()),
+    };
+    Ok(jobs.as_array().into_iter().flatten().map(job).collect())
 }
 
 /// Whether it was done.

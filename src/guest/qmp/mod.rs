@@ -12,7 +12,7 @@ mod process;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use serde_json::{Value, json};
+use serde_json::json;
 
 pub(super) use self::delete::delete;
 pub(super) use self::monitored::{Channel, MonitorGuest};
@@ -23,6 +23,7 @@ use self::process::hold_socket;
 use super::{Catalog, Connector, Deputy, Guest, Presence, Reserved, check_version};
 use crate::error::{Code, Result};
 use crate::flags;
+use crate::monitor::json::Json;
 use crate::monitor::{Command, Deadline, Event, Execute, Failure, Monitor};
 use crate::snapshot::Store;
 use crate::snapshot::domain::Domain;
@@ -99,7 +100,7 @@ struct Socket<'a> {
 }
 
 impl Execute for Socket<'_> {
-    fn execute(&mut self, command: Command, deadline: Deadline) -> std::result::Result<Value, Failure> {
+    fn execute(&mut self, command: Command, deadline: Deadline) -> std::result::Result<Json, Failure> {
         self.monitor.execute(command, deadline)
     }
 }

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use serde_json::{Value, json};
+use serde_json::json;
 
 use super::overlays::{self, Overlay};
 use super::{drives, process};
@@ -10,6 +10,7 @@ use crate::error::{Code, Error, Result, fail};
 use crate::guest::exclusive::Exclusive;
 use crate::guest::{Deputy, Description, Guest, MEASURED, PATIENCE, Presence, Reserved, foreign};
 use crate::monitor::commands::{self, Status};
+use crate::monitor::json::Json;
 use crate::monitor::{Command, Deadline, Event, Execute, Failure};
 use crate::snapshot::domain::{Domain, Source};
 use crate::snapshot::{DiskPlan, Drive, Record, Role, Store};
@@ -89,7 +90,7 @@ impl<'a, C> MonitorGuest<'a, C> {
 }
 
 impl<C: Channel> Execute for MonitorGuest<'_, C> {
-    fn execute(&mut self, command: Command, deadline: Deadline) -> std::result::Result<Value, Failure> {
+    fn execute(&mut self, command: Command, deadline: Deadline) -> std::result::Result<Json, Failure> {
         self.channel.execute(command, deadline)
     }
 }

@@ -118,6 +118,8 @@ struct State {
     /// Commands that always fail, with the error's text.
     failing: Vec<(String, String)>,
     hidden_events: Vec<String>,
+    /// What the client gets before each reply.
+    flood: String,
     commands: Vec<String>,
     /// All that must be opened for the threads to end.
     gates: Vec<Gate>,
@@ -190,6 +192,12 @@ impl Proxy {
     /// Events of this name do not reach the client.
     pub fn hide_event(&self, name: &str) {
         lock(&self.state).hidden_events.push(name.to_owned());
+    }
+
+    /// From now on so many events of this name come before each reply.
+    pub fn flood(&self, event: &str, count: usize) {
+        let event = json!({ "event": event, "data": {}, "timestamp": { "seconds": 1, "microseconds": 2 } });
+        lock(&self.state).flood = format!("{event}\r\n").repeat(count);
     }
 
     /// The names of all commands that clients have sent, in order.
@@ -372,6 +380,8 @@ impl Connection {
         while server.read_until(b'\n', &mut line)? > 0 {
             let message: Value = serde_json::from_slice(&line).unwrap_or_default();
             if message.get("return").is_some() || message.get("error").is_some() {
+                let flood = lock(&self.state).flood.clone();
+                self.to_client(flood.as_bytes())?;
                 match self.expectation(&message["id"]) {
                     Expected::PassOn => self.to_client(&line)?,
                     Expected::Swallow => {}

@@ -1,0 +1,72 @@
+//! QEMU's events: those that are used, and the newest of them only.
+//!
+//! A guest can have QEMU send events as fast as it likes, and what is between QEMU and us can, too.
+
+use std::collections::VecDeque;
+use std::time::Duration;
+
+use serde_json::Value;
+
+/// The events that are used.
+const USED: [&str; 2] = ["STOP", "RESUME"];
+/// So many are kept: more than any pause has.
+const KEPT: usize = 256;
+
+/// An event that QEMU sent.
+#[derive(Clone, Debug)]
+pub struct Event {
+    /// `event`.
+    pub name: &'static str,
+    /// QEMU's own time stamp, since the epoch.
+    pub time: Duration,
+}
+
+impl Event {
+    /// Of a message, if it is one that is used.
+    pub fn read(message: &Value) -> Option<Event> {
+        let name = message["event"].as_str()?;
+        let name = USED.into_iter().find(|used| *used == name)?;
+        let part = |part| message["timestamp"][part].as_u64().unwrap_or_default();
+        let time = Duration::from_secs(part("seconds")).checked_add(Duration::from_micros(part("microseconds")))?;
+        Some(Event { name, time })
+    }
+}
+
+/// Events that nobody has taken yet, oldest first.
+#[derive(Debug, Default)]
+pub struct Events(VecDeque<Event>);
+
+impl Events {
+    /// Keeps one. The oldest goes where there are too many.
+    pub fn keep(&mut self, event: Event) {
+        if self.0.len() == KEPT {
+            self.0.pop_front();
+        }
+        self.0.push_back(event);
+    }
+
+    /// All that have come since the last call.
+    pub fn take(&mut self) -> Vec<Event> {
+        self.0.drain(..).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn the_newest_of_those_that_are_used_are_kept() {
+        let event = |name: &str, seconds: usize| {
+            Event::read(&json!({ "event": name, "timestamp": { "seconds": seconds, "microseconds": 0 } }))
+        };
+        assert!(event("RTC_CHANGE", 1).is_none());
+        let mut events = Events::default();
+        (0..KEPT + 2).for_each(|n| events.keep(event("STOP", n).unwrap()));
+        let kept = events.take();
+        assert_eq!((kept.len(), kept[0].time.as_secs()), (KEPT, 2));
+        assert!(events.take().is_empty());
+    }
+}
