@@ -41,6 +41,9 @@
  *   marked incomplete. The guard raises no SIGCHLD, and no wait() of the caller's sees it. It is in the caller's cgroup:
  *   what ends all of that (a container's end, systemd's KillMode=control-group) ends it too. `qemu-img` is run for
  *   instantsnap_snapshot_prepare_revert() and instantsnap_snapshot_delete(), and where QEMU itself ends during a snapshot.
+ *   Programs are found in PATH (in a setuid process in /usr/bin, /bin, /usr/sbin and /sbin), and have an environment of their
+ *   own: nothing that the caller is preloaded with, no INSTANTSNAP_ variable. They too raise no SIGCHLD in the caller and are
+ *   seen by no wait() of the caller's, so a caller may ignore SIGCHLD. A program whose end cannot be known has failed.
  *   A process that ends while a job is at work leaves its guest as one that was killed: wait for the job, or cancel it, first.
  * - fork(). A child has copies of the handles, and none of the library's threads. The jobs stay the parent's: in the child
  *   every instantsnap_job_ function fails at once with VIR_ERR_OPERATION_INVALID, and changes nothing. A guest handle with

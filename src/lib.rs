@@ -29,3 +29,4 @@ pub mod monitor;
 mod own_file;
 pub mod snapshot;
 mod sys;
+mod tool;

@@ -1,20 +1,20 @@
 //! The system calls that no safe wrapper covers, and small helpers around files that several modules share.
 
 use std::convert::Infallible;
-use std::ffi::{CStr, c_char, c_int, c_uint};
+use std::ffi::{CStr, c_int, c_uint};
 use std::fs::{File, Permissions};
-use std::io::{self, Read};
+use std::io;
 use std::mem::MaybeUninit;
 use std::ops::Range;
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt, fchown};
 use std::path::Path;
-use std::process::{Command, Stdio};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread::{Builder, JoinHandle};
 use std::time::Duration;
 
 use crate::error::{Error, Result};
+use crate::tool::Words;
 
 /// Blocks every signal in this thread for the time of `body`; what is started in it inherits that.
 fn with_signals_blocked<T>(body: impl FnOnce() -> T) -> T {
@@ -72,73 +72,90 @@ pub fn wait_until_forked() {
     while_forking(|| ());
 }
 
-/// Forks a process in a session of its own, with every signal blocked. Its end raises no SIGCHLD, and no `wait` of the
-/// caller's sees it: [`reap`] does.
-///
-/// # Safety
-/// `body` must be fit for the child of a process with threads: system calls on memory that exists already, no allocation,
-/// no lock, no panic.
-pub unsafe fn fork_quiet(body: impl FnOnce() -> Infallible) -> io::Result<libc::pid_t> {
-    with_signals_blocked(|| {
-        // A bare clone with no flags is a fork without SIGCHLD, and without the handlers of pthread_atfork.
-        // SAFETY: no flags, thus no shared memory and no new stack. The child goes on with a copy of this one.
-        match unsafe { libc::syscall(libc::SYS_clone, 0, 0, 0, 0, 0) } {
-            -1 => Err(io::Error::last_os_error()),
-            0 => {
-                // SAFETY: system calls; the name is NUL-terminated.
-                unsafe {
-                    libc::setsid();
-                    libc::prctl(libc::PR_SET_NAME, c"instantsnap".as_ptr());
-                }
-                match body() {}
-            }
-            child => Ok(child as libc::pid_t),
-        }
-    })
+/// A process that was forked from this one: in a session of its own, with every signal blocked. Its end raises no SIGCHLD,
+/// and no plain `wait` of the caller's sees it. Dropping it waits for its end.
+#[derive(Debug)]
+pub struct Child {
+    pid: libc::pid_t,
+    ended: OwnedFd,
+    reaped: bool,
 }
 
-/// Waits for the end of a process that [`fork_quiet`] has started; its status, where it has exited.
-pub fn reap(pid: libc::pid_t) -> Option<c_int> {
+impl Child {
+    /// Forks it.
+    ///
+    /// # Safety
+    /// `body` must be fit for the child of a process with threads: system calls on memory that exists already, no
+    /// allocation, no lock, no panic.
+    pub unsafe fn fork(body: impl FnOnce() -> Infallible) -> io::Result<Child> {
+        let pid = with_signals_blocked(|| {
+            // A bare clone with no flags is a fork without SIGCHLD, and without the handlers of pthread_atfork.
+            // SAFETY: no flags, thus no shared memory and no new stack. The child goes on with a copy of this one.
+            match unsafe { libc::syscall(libc::SYS_clone, 0, 0, 0, 0, 0) } {
+                -1 => Err(io::Error::last_os_error()),
+                0 => {
+                    // SAFETY: system calls; the name is NUL-terminated. Where the caller ignores SIGCHLD, the status of this
+                    // process's own children would be lost.
+                    unsafe {
+                        libc::signal(libc::SIGCHLD, libc::SIG_DFL);
+                        libc::setsid();
+                        libc::prctl(libc::PR_SET_NAME, c"instantsnap".as_ptr());
+                    }
+                    match body() {}
+                }
+                child => Ok(child as libc::pid_t),
+            }
+        })?;
+        // SAFETY: a child that nobody has waited for. The descriptor is new, close-on-exec, and nobody else's.
+        match unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) } {
+            -1 => {
+                let error = io::Error::last_os_error();
+                // SAFETY: its number is its own until it is reaped.
+                unsafe { libc::kill(pid, libc::SIGKILL) };
+                reap(pid);
+                Err(error)
+            }
+            // SAFETY: as above.
+            fd => Ok(Child { pid, ended: unsafe { OwnedFd::from_raw_fd(fd as c_int) }, reaped: false }),
+        }
+    }
+
+    /// Becomes readable when it has ended.
+    pub fn ended(&self) -> BorrowedFd<'_> {
+        self.ended.as_fd()
+    }
+
+    /// Waits for its end; its status as `waitpid` gives it, where that is known.
+    pub fn wait(mut self) -> Option<c_int> {
+        self.reaped = true;
+        reap(self.pid)
+    }
+
+    /// Ends it.
+    pub fn kill(self) {
+        // SAFETY: its number is its own until it is reaped.
+        unsafe { libc::kill(self.pid, libc::SIGKILL) };
+    }
+}
+
+impl Drop for Child {
+    fn drop(&mut self) {
+        if !self.reaped {
+            reap(self.pid);
+        }
+    }
+}
+
+fn reap(pid: libc::pid_t) -> Option<c_int> {
     let mut status = 0;
     loop {
-        // SAFETY: `status` is live; the child is ours. Should somebody else have reaped it, the call fails, and nothing is
-        // lost.
+        // SAFETY: `status` is live; the child is ours. Should another thread have reaped it, by a `wait` for such children too,
+        // the call fails, and the status is not known.
         match unsafe { libc::waitpid(pid, &raw mut status, libc::__WALL) } {
             -1 if io::Error::last_os_error().kind() == io::ErrorKind::Interrupted => {}
             -1 => return None,
-            _ => return libc::WIFEXITED(status).then(|| libc::WEXITSTATUS(status)),
+            _ => return Some(status),
         }
-    }
-}
-
-/// Runs a tool; what it says on its standard error where it fails.
-///
-/// Its exit status may be lost: a caller that ignores SIGCHLD, or that waits for whatever child there is, takes it away.
-/// Then it has failed if it has said anything.
-pub fn run_tool(command: &mut Command) -> std::result::Result<(), String> {
-    run(command.stdin(Stdio::null()))
-}
-
-/// The same with a file as its standard input.
-pub fn run_tool_on(file: &File, command: &mut Command) -> std::result::Result<(), String> {
-    let file = file.try_clone().map_err(|error| format!("cannot duplicate a descriptor: {error}"))?;
-    run(command.stdin(file))
-}
-
-fn run(command: &mut Command) -> std::result::Result<(), String> {
-    command.stdout(Stdio::null()).stderr(Stdio::piped());
-    let program = command.get_program().to_string_lossy().into_owned();
-    let package = if program == "xmllint" { "libxml2-utils" } else { "qemu-utils" };
-    let mut child = command.spawn().map_err(|error| format!("cannot run {program} (install {package}): {error}"))?;
-    let mut said = String::new();
-    if let Some(mut stderr) = child.stderr.take() {
-        let _ = stderr.read_to_string(&mut said);
-    }
-    match child.wait() {
-        Ok(status) if status.success() => Ok(()),
-        Err(_) if said.is_empty() => Ok(()),
-        Ok(status) if said.is_empty() => Err(format!("{program}: {status}")),
-        _ => Err(said.trim().to_owned()),
     }
 }
 
@@ -166,58 +183,68 @@ pub fn touch(pid: u32, begin: u64, end: u64) -> io::Result<()> {
     Ok(())
 }
 
-/// A program that a process of [`fork_quiet`] runs.
-#[derive(Debug)]
-pub struct Program {
-    pid: libc::pid_t,
-    ended: OwnedFd,
+/// What a program has as its standard input, output and error.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stdio {
+    /// Nothing.
+    Null,
+    /// Those of its parent, with which it ends.
+    Inherited,
 }
 
+/// A program that a process of [`Child::fork`] runs.
+#[derive(Debug)]
+pub struct Program(Child);
+
 impl Program {
-    /// Starts it, with this process's environment, without input or output. `words` are its path and arguments, and a NULL.
-    pub fn start(words: &[*const c_char]) -> Option<Program> {
-        let path =
-            words.first().copied().filter(|path| !path.is_null() && words.last().is_some_and(|end| end.is_null()))?;
-        unsafe extern "C" {
-            static environ: *const *const c_char;
-        }
-        let run = || {
-            // SAFETY: system calls. Strings and arrays are NUL-terminated, and live on in this process's memory; nobody else
-            // in it changes the environment.
-            unsafe {
+    /// Starts it.
+    pub fn start(words: &Words, stdio: Stdio) -> Option<Program> {
+        let (arguments, environment) = (words.arguments(), words.environment());
+        let path = *arguments.first()?;
+        // SAFETY: only looks.
+        let parent = unsafe { libc::getpid() };
+        // SAFETY: system calls, and the pointers live on in the new process's memory, NUL-terminated all.
+        let run = || unsafe {
+            if stdio == Stdio::Inherited {
+                libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+                if libc::getppid() != parent {
+                    libc::_exit(127);
+                }
+            } else {
                 let null = libc::open(c"/dev/null".as_ptr(), libc::O_RDWR);
                 for place in 0..3 {
                     libc::dup2(null, place);
                 }
-                let _ = libc::syscall(libc::SYS_close_range, 3, c_uint::MAX, 0);
-                let mut none = MaybeUninit::<libc::sigset_t>::uninit();
-                libc::sigemptyset(none.as_mut_ptr());
-                libc::sigprocmask(libc::SIG_SETMASK, none.as_ptr(), std::ptr::null_mut());
-                libc::execve(path, words.as_ptr(), environ);
-                libc::_exit(127)
             }
+            // After `dup2`, which leaves the three open.
+            let _ = libc::syscall(libc::SYS_close_range, 3, c_uint::MAX, 0);
+            for signal in 1..=libc::SIGRTMAX() {
+                libc::signal(signal, libc::SIG_DFL);
+            }
+            let mut none = MaybeUninit::<libc::sigset_t>::uninit();
+            libc::sigemptyset(none.as_mut_ptr());
+            libc::sigprocmask(libc::SIG_SETMASK, none.as_ptr(), std::ptr::null_mut());
+            libc::execve(path, arguments.as_ptr(), environment.as_ptr());
+            libc::_exit(127)
         };
         // SAFETY: the child makes system calls only.
-        let pid = unsafe { fork_quiet(run) }.ok()?;
-        // SAFETY: a process of ours that nobody has waited for; the descriptor is new, and nobody else's.
-        let ended = unsafe {
-            match libc::syscall(libc::SYS_pidfd_open, pid, 0) {
-                -1 => return None,
-                fd => OwnedFd::from_raw_fd(fd as c_int),
-            }
-        };
-        Some(Program { pid, ended })
+        unsafe { Child::fork(run) }.ok().map(Program)
     }
 
     /// Waits until it has ended, or until `other` can be read: false.
     pub fn wait_ended(&self, other: Option<&OwnedFd>) -> bool {
-        wait_ready([Some(&self.ended), other], -1);
-        wait_ready([Some(&self.ended), None], 0)
+        wait_ready([Some(&self.0.ended), other], -1);
+        wait_ready([Some(&self.0.ended), None], 0)
+    }
+
+    /// Waits for its end; its status as `waitpid` gives it, where that is known.
+    pub fn wait(self) -> Option<c_int> {
+        self.0.wait()
     }
 
     /// Whether it has ended well.
     pub fn succeeded(self) -> bool {
-        reap(self.pid) == Some(0)
+        self.wait() == Some(0)
     }
 }
 
@@ -234,19 +261,19 @@ pub fn file_id(path: &CStr) -> Option<(u64, u64)> {
     }
 }
 
-/// Removes a file, by a process that [`fork_quiet`] has started.
+/// Removes a file, by a process that [`Child::fork`] has started.
 pub fn unlink(path: &CStr) {
     // SAFETY: a NUL-terminated string.
     unsafe { libc::unlink(path.as_ptr()) };
 }
 
-/// Ends a process that [`fork_quiet`] has started.
+/// Ends a process that [`Child::fork`] has started.
 pub fn exit_now() -> ! {
     // SAFETY: ends the process without running anything of it.
     unsafe { libc::_exit(0) }
 }
 
-/// Closes every descriptor but these, which become 0, 1 and so on. For a process that [`fork_quiet`] has started.
+/// Closes every descriptor but these, which become 0, 1 and so on. For a process that [`Child::fork`] has started.
 pub fn keep_only<const N: usize>(fds: [c_int; N]) -> Option<[c_int; N]> {
     let mut kept = [0; N];
     // First out of the way of each other, then to their places.
@@ -271,13 +298,30 @@ pub fn keep_only<const N: usize>(fds: [c_int; N]) -> Option<[c_int; N]> {
     Some(std::array::from_fn(|place| place as c_int))
 }
 
-/// Waits until one of the descriptors can be read, its end included, for so many milliseconds (-1: for ever).
+/// Waits until one of the descriptors can be read, its end included, for so many milliseconds (-1: for ever). A signal
+/// handler of the caller's does not cut it short.
 pub fn wait_ready(fds: [Option<&OwnedFd>; 2], milliseconds: c_int) -> bool {
     // A negative number is passed over.
     let mut polls =
         fds.map(|fd| libc::pollfd { fd: fd.map_or(-1, |fd| fd.as_raw_fd()), events: libc::POLLIN, revents: 0 });
-    // SAFETY: points to as many live pollfds as it says.
-    unsafe { libc::poll(polls.as_mut_ptr(), 2, milliseconds) > 0 }
+    let end = now() + Duration::from_millis(milliseconds.max(0).unsigned_abs().into());
+    let mut left = milliseconds;
+    loop {
+        // SAFETY: points to as many live pollfds as it says.
+        let ready = unsafe { libc::poll(polls.as_mut_ptr(), 2, left) };
+        if ready != -1 || io::Error::last_os_error().kind() != io::ErrorKind::Interrupted {
+            return ready > 0;
+        }
+        if milliseconds >= 0 {
+            left = end.saturating_sub(now()).as_millis() as c_int;
+        }
+    }
+}
+
+/// Whether this process has more rights than the user who has started it: then that user's environment is not to be believed.
+pub fn is_secure() -> bool {
+    // SAFETY: only looks.
+    unsafe { libc::getauxval(libc::AT_SECURE) != 0 }
 }
 
 /// Makes the entry of `path` in its directory durable.

@@ -247,35 +247,85 @@ fn killed_after_migrate() {
     killed_after("migrate", 0);
 }
 
-/// In a process of its own, for PATH is the process's.
+/// Runs a test in a process of its own, for what it changes is the process's; whether this is that one.
+fn is_own_process(test: &str) -> bool {
+    const CHILD: &str = "INSTANTSNAP_TEST_CHILD";
+    if std::env::var_os(CHILD).is_some() {
+        return true;
+    }
+    let child = Command::new(std::env::current_exe().unwrap())
+        .args([test, "--exact", "--nocapture"])
+        .env(CHILD, "1")
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&child.stderr);
+    assert!(child.status.success() && String::from_utf8_lossy(&child.stdout).contains("1 passed"), "{text}");
+    false
+}
+
+/// The memory of the guest drains, and it has written to its overlays; QEMU is killed, and `before_merge` is called.
+fn fail_to_merge(opened: &Opened, mut before_merge: impl FnMut()) -> (Error, u32) {
+    let mut tick = 0;
+    let mut observer = At(|phase| {
+        if phase == Phase::Drain {
+            opened.guest.wait_ticks(60);
+            tick = stop(&opened.guest);
+            opened.guest.kill();
+            before_merge();
+        }
+    });
+    let error = opened.handle.create(&named("s"), INSTANTLY, &mut observer).expect_err("QEMU was killed");
+    (error, tick)
+}
+
+#[test]
+fn a_killed_merge_keeps_the_overlays_of_a_caller_that_ignores_its_children() {
+    if !is_own_process("a_killed_merge_keeps_the_overlays_of_a_caller_that_ignores_its_children") {
+        return;
+    }
+    let stand_in = tempfile::tempdir().unwrap();
+    let file = stand_in.path().join("qemu-img");
+    std::fs::write(&file, "#!/bin/sh\n[ \"$1\" = commit ] && kill -9 $$\nexec /usr/bin/qemu-img \"$@\"\n").unwrap();
+    std::fs::set_permissions(&file, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    let path = std::env::var_os("PATH").unwrap();
+    let mut directories = vec![stand_in.path().to_owned()];
+    directories.extend(std::env::split_paths(&path));
+    let with_stand_in = std::env::join_paths(directories).unwrap();
+    for binary in Binary::all() {
+        let opened = start(binary);
+        // SAFETY: this process runs this one test, and its other threads are the harness's, which waits, and ours, which
+        // read no environment meanwhile. It waits for no child of its own while their ends are ignored.
+        let (error, tick) = fail_to_merge(&opened, || unsafe {
+            std::env::set_var("PATH", &with_stand_in);
+            libc::signal(libc::SIGCHLD, libc::SIG_IGN);
+        });
+        // SAFETY: as above.
+        unsafe {
+            std::env::set_var("PATH", &path);
+            libc::signal(libc::SIGCHLD, libc::SIG_DFL);
+        }
+        for part in ["must not be removed", "SIGKILL"] {
+            assert!(error.message.contains(part), "{part}: {error}");
+        }
+        for (index, disk) in opened.guest.disks().iter().enumerate() {
+            let overlay = opened.guest.directory().join(format!("disk-{index}.s"));
+            common::run("qemu-img", &["commit", "-q", overlay.to_str().unwrap()]);
+            Content::read(disk, index as u32).assert_at(tick);
+        }
+    }
+}
+
 #[test]
 fn without_qemu_img_the_overlays_are_kept_and_named() {
-    const CHILD: &str = "INSTANTSNAP_TEST_CHILD";
-    if std::env::var_os(CHILD).is_none() {
-        let child = Command::new(std::env::current_exe().unwrap())
-            .args(["without_qemu_img_the_overlays_are_kept_and_named", "--exact", "--nocapture"])
-            .env(CHILD, "1")
-            .output()
-            .unwrap();
-        let text = String::from_utf8_lossy(&child.stderr);
-        assert!(child.status.success() && String::from_utf8_lossy(&child.stdout).contains("1 passed"), "{text}");
+    if !is_own_process("without_qemu_img_the_overlays_are_kept_and_named") {
         return;
     }
     let path = std::env::var_os("PATH").unwrap();
     for binary in Binary::all() {
         let opened = start(binary);
-        let mut tick = 0;
-        let mut observer = At(|phase| {
-            if phase == Phase::Drain {
-                opened.guest.wait_ticks(60);
-                tick = stop(&opened.guest);
-                opened.guest.kill();
-                // SAFETY: this process runs this one test, and its other threads are the harness's, which waits, and
-                // ours, which read no environment.
-                unsafe { std::env::set_var("PATH", "/nonexistent") };
-            }
-        });
-        let error = opened.handle.create(&named("s"), INSTANTLY, &mut observer).expect_err("QEMU was killed");
+        // SAFETY: this process runs this one test, and its other threads are the harness's, which waits, and ours, which
+        // read no environment.
+        let (error, tick) = fail_to_merge(&opened, || unsafe { std::env::set_var("PATH", "/nonexistent") });
         // SAFETY: as above.
         unsafe { std::env::set_var("PATH", &path) };
         eprintln!("{error}");

@@ -9,9 +9,13 @@ use std::time::Duration;
 use common::virt::{DomainTrace, OpenedDomain};
 use common::{At, INSTANTLY, machine};
 use instantsnap::engine::{Handle, Phase};
+use instantsnap::flags::HALT;
 use instantsnap::guest::LibvirtConnector;
+use instantsnap::image::Image;
 use instantsnap::libvirt::Connect;
 use instantsnap_testkit::{Binary, Daemon, wait_for};
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
 const PHASES: [Phase; 5] = [Phase::Pause, Phase::Switch, Phase::Arm, Phase::Drain, Phase::Finish];
 
@@ -24,25 +28,33 @@ fn child() {
     let phase: usize = variable("PHASE").parse().unwrap();
     let domain = Connect::open(&uri).unwrap().unwrap().domain(&variable("UUID")).unwrap();
     let handle = Handle::open_libvirt(std::sync::Arc::new(LibvirtConnector::open(domain).unwrap()));
+    let flags = if phase == PHASES.len() { INSTANTLY | HALT } else { INSTANTLY };
     let mut observer = At(|now| {
-        if now == PHASES[phase] {
+        if PHASES.get(phase) == Some(&now) {
             rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL).unwrap();
         }
     });
-    handle.create(&variable("XML"), INSTANTLY, &mut observer).unwrap();
-    panic!("it was to be killed");
+    handle.create(&variable("XML"), flags, &mut observer).unwrap();
+    assert_eq!(flags & HALT, HALT, "it was to be killed");
+    // Whatever it does now, it is killed by the test.
+    std::thread::sleep(Duration::from_secs(600));
 }
 
-fn take_snapshot_and_die(opened: &OpenedDomain, phase: usize) {
-    let status = Command::new(std::env::current_exe().unwrap())
+/// Such a process; after the last phase comes HALT.
+fn child_in(opened: &OpenedDomain, phase: usize) -> Command {
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    command
         .args(["--exact", "child", "--ignored"])
         .env("INSTANTSNAP_TEST_URI", opened.guest.daemon().uri())
         .env("INSTANTSNAP_TEST_UUID", opened.guest.virsh("domuuid", &[]).trim())
         .env("INSTANTSNAP_TEST_XML", opened.xml("killed", ""))
         .env("INSTANTSNAP_TEST_PHASE", phase.to_string())
-        .stdout(std::process::Stdio::null())
-        .status()
-        .unwrap();
+        .stdout(std::process::Stdio::null());
+    command
+}
+
+fn take_snapshot_and_die(opened: &OpenedDomain, phase: usize) {
+    let status = child_in(opened, phase).status().unwrap();
     assert_eq!(status.signal(), Some(9), "{status}");
 }
 
@@ -74,4 +86,28 @@ fn a_domain_whose_snapshot_loses_its_caller_is_as_before_and_can_be_snapshotted_
         opened.bring_back("next");
         opened.guest.wait_ticks(3);
     }
+}
+
+/// The memory is on disk, and the snapshot recorded: the guest ends, and nothing else has its memory.
+#[test]
+fn a_caller_that_is_killed_while_its_domain_is_halted_leaves_the_complete_snapshot() {
+    let daemon = Daemon::session();
+    let binary = &Binary::under_libvirt()[0];
+    let opened = OpenedDomain::start(&machine(binary, 1), &daemon);
+    let qemu = Pid::from_raw(opened.guest.pid() as i32).unwrap();
+    let qemu = pidfd_open(qemu, PidfdFlags::empty()).unwrap();
+    let mut caller = child_in(&opened, PHASES.len()).spawn().unwrap();
+    // libvirtd is about to hear of it, and the caller waits for libvirtd.
+    poll(&mut [PollFd::new(&qemu, PollFlags::IN)], None).unwrap();
+    caller.kill().unwrap();
+    caller.wait().unwrap();
+    // A watchdog that still stood would hold the domain, and let it go when it has undone the snapshot.
+    let ended = wait_for(Duration::from_secs(60), || {
+        let error = opened.snapshot("next").expect_err("the domain has ended");
+        error.message.contains("is not running").then_some(())
+    });
+    assert!(ended.is_some(), "the domain is held");
+    assert!(opened.find("killed").is_some(), "the record is gone");
+    assert!(Image::open(&opened.memory_file("killed")).is_ok());
+    opened.bring_back("killed").wait_ticks(3);
 }

@@ -6,7 +6,7 @@ use std::sync::OnceLock;
 
 use instantsnap::error::Code;
 use instantsnap_testkit::compile::{gcc, workspace};
-use instantsnap_testkit::{Binary, Daemon, Format, Guest, Machine};
+use instantsnap_testkit::{Binary, DEADLINE, Daemon, Format, Guest, Machine, wait_for};
 
 /// What libvirt before 9.9 says of a revert.
 const CANNOT_REVERT: &str = "revert to external snapshot not supported yet";
@@ -487,4 +487,23 @@ fn the_library_beside_it_is_found() {
     attempt().fails_with("instant snapshots need libinstantsnap.so.0: ");
     std::fs::copy(built("libinstantsnap.so"), directory.path().join("libinstantsnap.so.0")).unwrap();
     attempt().fails_with("libvirtError: the domain is run by libvirt's TEST driver");
+}
+
+/// What it runs in virsh's place must not be what it was itself: preloaded.
+#[test]
+fn the_watchdog_of_a_killed_virsh_takes_its_snapshot_back() {
+    let binary = &Binary::under_libvirt()[0];
+    // Memory enough for the drain to be long, and a guest that writes into all of it.
+    let machine = Machine::new(binary).disk(Format::Qcow2).memory(256).prealloc().append("dense=128");
+    let subject = Subject { guest: machine.start_under(&Daemon::session()) };
+    subject.guest.wait_ticks(2);
+    let mut command = subject.create_as(preloaded("virsh"), "s", &["--live"]);
+    let mut virsh = command.env(UPGRADE.0, UPGRADE.1).stdout(Stdio::null()).spawn().unwrap();
+    let recorded = wait_for(DEADLINE, || (subject.snapshots() == ["s"]).then_some(()));
+    assert!(recorded.is_some() && virsh.try_wait().unwrap().is_none());
+    virsh.kill().unwrap();
+    virsh.wait().unwrap();
+    let undone = wait_for(DEADLINE, || (subject.snapshots().is_empty() && !subject.memory("s").exists()).then_some(()));
+    assert!(undone.is_some(), "{:?}", subject.snapshots());
+    subject.guest.wait_ticks(3);
 }

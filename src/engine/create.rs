@@ -387,10 +387,12 @@ impl Task<'_> {
         if !guest.keeps_firmware_copies() {
             made.copies.iter().try_for_each(nvram::Copy::remove)?;
         }
-        if self.flags.has(flags::NO_METADATA) {
-            return Ok(record);
-        }
-        guest.commit(self.reserved, record)
+        let record = match self.flags.has(flags::NO_METADATA) {
+            true => record,
+            false => guest.commit(self.reserved, record)?,
+        };
+        made.guarded.dismiss();
+        Ok(record)
     }
 
     /// Has the caller's storage snapshot the disks that QEMU does not.

@@ -1,15 +1,13 @@
 //! The images of a domain and of its snapshots: which is the backing file of which.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::io::Read;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
 
 use serde_json::Value;
 
 use crate::error::{Code, Error, Result};
 use crate::monitor::json::parse;
-use crate::sys;
+use crate::tool::Tool;
 
 /// An image file, however it is called.
 pub type Id = PathBuf;
@@ -98,10 +96,9 @@ pub struct Layer {
 /// An image and all below it. Nothing is locked: QEMU may have them open.
 pub fn chain(path: &str, format: &str) -> Result<Vec<Layer>> {
     let step = || format!("cannot read the image '{path}' and those below it");
-    let mut info = Command::new("qemu-img");
+    let mut info = Tool::new("qemu-img");
     info.args(["info", "-U", "--backing-chain", "--output=json", "-f", format, path]);
-    let said =
-        output_of(&mut info).map_err(|reason| Error::new(Code::OperationFailed, format!("{}: {reason}", step())))?;
+    let said = info.output().map_err(|reason| Error::new(Code::OperationFailed, format!("{}: {reason}", step())))?;
     let layers =
         parse(&said).map_err(|error| Error::new(Code::InternalError, format!("{}: qemu-img says {error}", step())))?;
     let text = |layer: &Value, key: &str| layer[key].as_str().unwrap_or_default().to_owned();
@@ -115,39 +112,20 @@ pub fn chain(path: &str, format: &str) -> Result<Vec<Layer>> {
 
 /// Writes what is in `top`, and in the images between, to `base`. `top` stays as it is.
 pub fn commit(top: &Image, base: &str) -> Result<()> {
-    let mut commit = Command::new("qemu-img");
+    let mut commit = Tool::new("qemu-img");
     commit.args(["commit", "-q", "-d", "-f", &top.format, "-b", base, &top.path]);
-    sys::run_tool(&mut commit)
-        .map_err(|reason| failed(format!("cannot merge the image '{}' into '{base}': {reason}", top.path)))
+    commit.run().map_err(|reason| failed(format!("cannot merge the image '{}' into '{base}': {reason}", top.path)))
 }
 
 /// Makes an image an overlay of another with the same content as its backing file has.
 pub fn rebase(overlay: &Image, base: &str, format: &str) -> Result<()> {
-    let mut rebase = Command::new("qemu-img");
+    let mut rebase = Tool::new("qemu-img");
     rebase.args(["rebase", "-q", "-u", "-f", &overlay.format, "-F", format, "-b", base, &overlay.path]);
-    sys::run_tool(&mut rebase)
+    rebase
+        .run()
         .map_err(|reason| failed(format!("cannot make '{base}' the backing file of '{}': {reason}", overlay.path)))
 }
 
 fn failed(message: String) -> Error {
     Error::new(Code::OperationFailed, message)
-}
-
-/// What a tool says. As with [`sys::run_tool`] its exit status may be lost; then it has failed if it has complained.
-fn output_of(command: &mut Command) -> std::result::Result<Vec<u8>, String> {
-    let program = command.get_program().to_string_lossy().into_owned();
-    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
-    let mut child = command.spawn().map_err(|error| format!("cannot run {program} (install qemu-utils): {error}"))?;
-    let (mut said, mut complaint) = (Vec::new(), String::new());
-    if let (Some(mut stdout), Some(mut stderr)) = (child.stdout.take(), child.stderr.take()) {
-        // Complaints are short: they fit into the pipe.
-        let _ = stdout.read_to_end(&mut said);
-        let _ = stderr.read_to_string(&mut complaint);
-    }
-    match child.wait() {
-        Ok(status) if status.success() => Ok(said),
-        Err(_) if complaint.is_empty() => Ok(said),
-        Ok(status) if complaint.is_empty() => Err(format!("{program}: {status}")),
-        _ => Err(complaint.trim().to_owned()),
-    }
 }

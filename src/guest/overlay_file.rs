@@ -7,11 +7,11 @@ use std::fs::File;
 use std::io::ErrorKind;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
-use std::process::Command;
 
 use crate::error::{Code, Error, Result, fail};
 use crate::own_file::OwnFile;
 use crate::sys;
+use crate::tool::Tool;
 
 /// The standard input of whoever opens it.
 const STDIN: &str = "/proc/self/fd/0";
@@ -35,16 +35,17 @@ pub fn create(path: &str, image: &str, disk: &str) -> Result<OwnFile> {
 
 /// Formats the file as an overlay of an image, which QEMU has open: it is not asked for its size.
 pub fn format(overlay: &OwnFile, image: &str, image_format: &str, size: u64) -> std::result::Result<(), String> {
-    let mut create = Command::new("qemu-img");
+    let mut create = Tool::new("qemu-img");
     create.args(["create", "-q", "-u", "-f", "qcow2", "-F", image_format, "-b", image, STDIN]).arg(size.to_string());
-    sys::run_tool_on(overlay.file(), &mut create)
+    create.run_on(overlay.file())
 }
 
 /// Makes a file an overlay of an image that nobody has open.
 pub fn create_on(overlay: &File, image: &str, format: &str) -> Result<()> {
-    let mut create = Command::new("qemu-img");
+    let mut create = Tool::new("qemu-img");
     create.args(["create", "-q", "-f", "qcow2", "-F", format, "-b", image, STDIN]);
-    sys::run_tool_on(overlay, &mut create)
+    create
+        .run_on(overlay)
         .map_err(|reason| Error::new(Code::OperationFailed, format!("cannot create an overlay of '{image}': {reason}")))
 }
 
@@ -52,7 +53,7 @@ pub fn create_on(overlay: &File, image: &str, format: &str) -> Result<()> {
 pub fn commit(overlay: &File, image: &str, image_format: &str) -> Result<()> {
     let failed = |reason: String| Error::new(Code::OperationFailed, reason);
     check_own_data(overlay).map_err(failed)?;
-    let mut commit = Command::new("qemu-img");
+    let mut commit = Tool::new("qemu-img");
     commit.args(["commit", "-q", "-d"]);
     if image.starts_with('/') {
         let image = image.replace(',', ",,");
@@ -62,7 +63,7 @@ pub fn commit(overlay: &File, image: &str, image_format: &str) -> Result<()> {
         // Not a file: it is called in ways that only qemu-img understands.
         commit.args(["-f", "qcow2", STDIN]);
     }
-    sys::run_tool_on(overlay, &mut commit).map_err(failed)
+    commit.run_on(overlay).map_err(failed)
 }
 
 /// A qcow2 image can name another file that has its data: ours do not.
@@ -81,8 +82,8 @@ fn check_own_data(overlay: &File) -> std::result::Result<(), String> {
 mod tests {
     use super::*;
 
-    fn tool(words: &[&str]) {
-        sys::run_tool(Command::new(words[0]).args(&words[1..])).unwrap();
+    fn tool(name: &'static str, words: &[&str]) {
+        Tool::new(name).args(words).run().unwrap();
     }
 
     #[test]
@@ -95,8 +96,8 @@ mod tests {
         }
         let own = create(&overlay, &image, "vda").unwrap();
         format(&own, &image, "raw", 1 << 20).unwrap();
-        tool(&["qemu-io", "-f", "qcow2", "-c", "write -P 7 0 4k", &overlay]);
-        tool(&["qemu-img", "rebase", "-q", "-u", "-f", "qcow2", "-F", "raw", "-b", &victim, &overlay]);
+        tool("qemu-io", &["-f", "qcow2", "-c", "write -P 7 0 4k", &overlay]);
+        tool("qemu-img", &["rebase", "-q", "-u", "-f", "qcow2", "-F", "raw", "-b", &victim, &overlay]);
         commit(own.file(), &image, "raw").unwrap();
         assert_eq!(std::fs::read(&image).unwrap()[..4097], [vec![7; 4096], vec![0]].concat());
         assert!(std::fs::read(&victim).unwrap().iter().all(|byte| *byte == 0));
@@ -109,7 +110,7 @@ mod tests {
         let (image, overlay) = (path("image"), path("overlay"));
         std::fs::write(&image, vec![0; 1 << 20]).unwrap();
         let data = format!("data_file={},data_file_raw=off", path("data"));
-        tool(&["qemu-img", "create", "-q", "-f", "qcow2", "-o", &data, &overlay, "1M"]);
+        tool("qemu-img", &["create", "-q", "-f", "qcow2", "-o", &data, &overlay, "1M"]);
         let error = commit(&File::open(&overlay).unwrap(), &image, "raw").unwrap_err();
         assert!(error.message.contains("its data in another file"), "{error}");
     }

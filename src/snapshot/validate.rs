@@ -1,10 +1,9 @@
 //! VALIDATE: a caller's XML against libvirt's own schema.
 
 use std::path::Path;
-use std::process::Command;
 
 use crate::error::{Code, Error, Result, fail};
-use crate::sys;
+use crate::tool::Tool;
 
 /// Where libvirt installs it.
 const SCHEMA: &str = "/usr/share/libvirt/schemas/domainsnapshot.rng";
@@ -17,10 +16,10 @@ pub fn validate(xml: &str) -> Result<()> {
     let step = |error: std::io::Error| Error::system("cannot write the XML to be validated", error);
     let file = tempfile::NamedTempFile::new().map_err(step)?;
     std::fs::write(file.path(), xml).map_err(step)?;
-    let mut lint = Command::new("xmllint");
+    let mut lint = Tool::new("xmllint");
     lint.args(["--noout", "--nonet", "--relaxng", SCHEMA]).arg(file.path());
     let path = file.path().display().to_string();
-    sys::run_tool(&mut lint).map_err(|reason| {
+    lint.run().map_err(|reason| {
         if reason.contains("cannot run") {
             return Error::new(Code::OperationUnsupported, reason);
         }

@@ -1,13 +1,13 @@
 //! Programs that the guard runs: libvirt's own client, where a domain is libvirt's.
 
-use std::ffi::{CString, c_char};
+use std::ffi::CString;
 use std::os::unix::ffi::OsStrExt;
-use std::ptr;
 
 use super::child::Remaining;
 use crate::guest;
 use crate::own_file::KnownFile;
-use crate::sys;
+use crate::sys::{self, Program, Stdio};
+use crate::tool::Words;
 
 /// A guest that does not run is resumed so often.
 const TRIES: u32 = 10;
@@ -16,23 +16,20 @@ const PAUSE_MS: i32 = 1000;
 /// A program and its arguments, as the kernel wants them.
 #[derive(Debug)]
 struct Errand {
-    /// What `pointers` point to.
-    _words: Vec<CString>,
-    pointers: Vec<*const c_char>,
+    words: Option<Words>,
     /// Removed once it has succeeded.
     then_remove: Option<Remove>,
 }
 
 impl Errand {
     fn new(errand: guest::Errand) -> Errand {
-        let words: Vec<CString> = errand.words.into_iter().filter_map(|word| CString::new(word).ok()).collect();
-        let pointers = words.iter().map(|word| word.as_ptr()).chain([ptr::null()]).collect();
-        Errand { _words: words, pointers, then_remove: errand.then_remove.as_ref().and_then(Remove::new) }
+        Errand { words: Words::new(errand.words), then_remove: errand.then_remove.as_ref().and_then(Remove::new) }
     }
 
     /// Whether it succeeded.
     fn run(&self, stream: &mut Remaining) -> bool {
-        let Some(program) = sys::Program::start(&self.pointers) else { return false };
+        let Some(words) = &self.words else { return false };
+        let Some(program) = Program::start(words, Stdio::Null) else { return false };
         // Meanwhile QEMU may be waiting for its stream to be read.
         while !program.wait_ended((!stream.ended).then_some(&stream.pipe)) {
             stream.throw_away();

@@ -14,9 +14,10 @@ mod errand;
 mod words;
 
 use std::ffi::c_int;
+use std::mem::ManuallyDrop;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 
-use rustix::net::{AddressFamily, SendFlags, SocketFlags, SocketType, send, socketpair};
+use rustix::net::{AddressFamily, SendFlags, Shutdown, SocketFlags, SocketType, send, shutdown, socketpair};
 use rustix::process::{PidfdFlags, getpid, pidfd_open};
 use serde_json::Value;
 
@@ -120,6 +121,11 @@ impl Guarded {
         }
     }
 
+    /// The snapshot is complete, on disk and recorded: from here on nothing of it is undone, whatever becomes of this process.
+    pub fn dismiss(&mut self) {
+        self.guard = None;
+    }
+
     /// Leaves the rest to the guard, as if this process had ended. False where there is none.
     pub fn hand_over(&mut self) -> bool {
         self.guard.take().map(Guard::hand_over).is_some()
@@ -130,7 +136,8 @@ impl Guarded {
 #[derive(Debug)]
 struct Guard {
     lifeline: Option<OwnedFd>,
-    pid: libc::pid_t,
+    /// Its end is waited for only where it has been dismissed.
+    process: Option<sys::Child>,
 }
 
 impl Guard {
@@ -155,19 +162,20 @@ impl Guard {
         };
         // Until it has closed them it holds a copy of every descriptor of this process, locks and marks of other snapshots
         // among them.
-        let pid = sys::while_forking(|| {
+        let (process, ready) = sys::while_forking(|| {
             // SAFETY: the child makes system calls only, on memory that exists already, and never returns.
-            let pid = unsafe { sys::fork_quiet(|| child.run()) }.ok()?;
+            let process = unsafe { sys::Child::fork(|| child.run()) }.ok()?;
             drop(theirs);
-            wait_ready([Some(&ours), None], READY_MS);
-            Some(pid)
+            Some((process, wait_ready([Some(&ours), None], READY_MS)))
         })?;
-        let guard = Guard { lifeline: Some(ours), pid };
         let mut byte = [0];
-        match guard.lifeline.as_ref().map(|ours| rustix::io::read(ours, &mut byte)) {
-            Some(Ok(1)) if byte[0] == READY => Some(guard),
-            _ => None,
+        // What is not there by now is not waited for.
+        let read = ready.then(|| rustix::io::retry_on_intr(|| rustix::io::read(&ours, &mut byte)));
+        if read != Some(Ok(1)) || byte[0] != READY {
+            process.kill();
+            return None;
         }
+        Some(Guard { lifeline: Some(ours), process: Some(process) })
     }
 
     fn tell(&self, what: u8) {
@@ -177,21 +185,28 @@ impl Guard {
         }
     }
 
+    /// Ends the lifeline, which a child that the caller has forked may have too.
+    fn cut(&mut self) {
+        if let Some(lifeline) = self.lifeline.take() {
+            let _ = shutdown(&lifeline, Shutdown::Both);
+        }
+    }
+
     fn hand_over(mut self) {
-        self.lifeline = None;
-        let pid = self.pid;
-        // It takes its time; somebody has to take note of its end.
-        let _ = sys::spawn_quiet("instantsnap", move || sys::reap(pid));
-        std::mem::forget(self);
+        self.cut();
+        let process = ManuallyDrop::new(self.process.take());
+        // It takes its time, and its end has to be taken note of; not by this thread, where there can be no other.
+        let _ = sys::spawn_quiet("instantsnap", move || ManuallyDrop::into_inner(process).map(sys::Child::wait));
     }
 }
 
 impl Drop for Guard {
     fn drop(&mut self) {
-        if !std::thread::panicking() {
+        if std::thread::panicking() {
+            std::mem::forget(self.process.take());
+        } else {
             self.tell(DISMISSED);
-            self.lifeline = None;
-            sys::reap(self.pid);
         }
+        self.cut();
     }
 }

@@ -1,14 +1,12 @@
 //! What is left to do for a process that was killed, as commands of virsh.
 
-use std::os::unix::fs::PermissionsExt;
-use std::path::PathBuf;
-
 use serde_json::{Value, json};
 
 use super::overlays::Overlays;
 use crate::guest::{Errand, Errands};
 use crate::own_file::OwnFile;
 use crate::snapshot::DiskPlan;
+use crate::tool;
 
 /// virsh, on a connection.
 #[derive(Clone, Debug)]
@@ -23,12 +21,7 @@ pub fn virsh(uri: &str, tries: u32) -> Option<Virsh> {
     if uri.contains("/embed") {
         return None;
     }
-    let path = std::env::var_os("PATH")?;
-    let mut candidates = std::env::split_paths(&path).map(|directory| directory.join("virsh"));
-    let runs = |file: &PathBuf| {
-        file.is_absolute() && file.metadata().is_ok_and(|meta| meta.is_file() && meta.permissions().mode() & 0o111 != 0)
-    };
-    let program = candidates.find(runs)?.into_os_string().into_string().ok()?;
+    let program = tool::find("virsh")?.into_os_string().into_string().ok()?;
     Some(Virsh { program, uri: uri.into(), tries })
 }
 

@@ -1,0 +1,321 @@
+//! The programs that the library runs: qemu-img, xmllint, virsh.
+//!
+//! A program is found at an absolute path, gets an environment of its own, and nobody but the library takes its exit status.
+//!
+//! A caller that ignores SIGCHLD, or a thread of the caller's that waits for any child, takes away the status of a plain
+//! child process. So a process in between starts the program and reports the status through a socket: it raises no SIGCHLD,
+//! no plain `wait` sees it, and in it SIGCHLD is not ignored. A status that does not arrive is a failure: what the program
+//! has done is not known then.
+
+use std::env;
+use std::ffi::{CString, OsStr, OsString, c_char, c_int};
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::ffi::OsStringExt;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::ExitStatusExt;
+use std::path::PathBuf;
+use std::process::ExitStatus;
+use std::ptr;
+
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::fs::{Mode, OFlags};
+use rustix::io::Errno;
+use rustix::net::{AddressFamily, SendFlags, SocketFlags, SocketType, send, socketpair};
+use rustix::pipe::{PipeFlags, pipe_with};
+
+use crate::sys::{self, Child, Program, Stdio};
+
+/// Where programs are looked for when the caller's PATH is not to be trusted, or there is none.
+const DIRECTORIES: &str = "/usr/bin:/bin:/usr/sbin:/sbin";
+
+/// What a program keeps of the caller's environment: where a user's files and sockets are, and where the program's own
+/// libraries and modules are. What is preloaded into the caller is not for the program, nor are this library's settings.
+const KEPT: [&str; 12] = [
+    "HOME",
+    "USER",
+    "LOGNAME",
+    "TMPDIR",
+    "XDG_CACHE_HOME",
+    "XDG_CONFIG_HOME",
+    "XDG_DATA_HOME",
+    "XDG_RUNTIME_DIR",
+    "LIBVIRT_AUTH_FILE",
+    "KRB5CCNAME",
+    "LD_LIBRARY_PATH",
+    "QEMU_MODULE_DIR",
+];
+
+/// The process in between has its own descriptors only.
+const READY: u8 = b'r';
+/// For it to get there.
+const READY_MS: c_int = 10_000;
+/// Before the status in a report.
+const ENDED: u8 = b'e';
+
+/// A program to be run.
+#[derive(Debug)]
+pub struct Tool {
+    name: &'static str,
+    arguments: Vec<OsString>,
+}
+
+impl Tool {
+    /// By its name, without arguments.
+    pub fn new(name: &'static str) -> Tool {
+        Tool { name, arguments: Vec::new() }
+    }
+
+    /// One more argument.
+    pub fn arg(&mut self, argument: impl AsRef<OsStr>) -> &mut Tool {
+        self.arguments.push(argument.as_ref().to_owned());
+        self
+    }
+
+    /// More arguments.
+    pub fn args<S: AsRef<OsStr>>(&mut self, arguments: impl IntoIterator<Item = S>) -> &mut Tool {
+        self.arguments.extend(arguments.into_iter().map(|argument| argument.as_ref().to_owned()));
+        self
+    }
+
+    /// Runs it. An error is what it said on its standard error, or how it ended.
+    pub fn run(&self) -> Result<(), String> {
+        self.execute(None).map(drop)
+    }
+
+    /// The same with a file as its standard input.
+    pub fn run_on(&self, file: &File) -> Result<(), String> {
+        self.execute(Some(file)).map(drop)
+    }
+
+    /// The same; what it wrote to its standard output.
+    pub fn output(&self) -> Result<Vec<u8>, String> {
+        self.execute(None)
+    }
+
+    fn execute(&self, stdin: Option<&File>) -> Result<Vec<u8>, String> {
+        let (name, package) = (self.name, package(self.name));
+        let program = find(name).ok_or_else(|| format!("cannot run {name} (install {package}): it was not found"))?;
+        let words = std::iter::once(program.into_os_string()).chain(self.arguments.iter().cloned());
+        let Some(words) = Words::new(words) else { return Err(format!("cannot run {name}: an argument holds a NUL")) };
+        let Said { status, output, complaint } =
+            run(&words, stdin).map_err(|error| format!("cannot run {name}: {error}"))?;
+        let complaint = String::from_utf8_lossy(&complaint).trim().to_owned();
+        match status {
+            Some(status) if status.success() => Ok(output),
+            Some(status) if complaint.is_empty() => Err(format!("{name}: {status}")),
+            Some(_) => Err(complaint),
+            None => Err(format!("{name} was started, and how it ended cannot be known {complaint}").trim().to_owned()),
+        }
+    }
+}
+
+fn package(name: &str) -> &'static str {
+    match name {
+        "xmllint" => "libxml2-utils",
+        "virsh" => "libvirt-clients",
+        _ => "qemu-utils",
+    }
+}
+
+/// The absolute path of a program that can be run.
+pub fn find(name: &str) -> Option<PathBuf> {
+    let runs = |file: &PathBuf| {
+        file.is_absolute() && file.metadata().is_ok_and(|meta| meta.is_file() && meta.permissions().mode() & 0o111 != 0)
+    };
+    env::split_paths(&search_path(sys::is_secure(), env::var_os("PATH")))
+        .map(|directory| directory.join(name))
+        .find(runs)
+}
+
+/// Where programs are looked for. In a process with more rights than the user who has started it, PATH is that user's word.
+fn search_path(secure: bool, path: Option<OsString>) -> OsString {
+    path.filter(|path| !secure && !path.is_empty()).unwrap_or_else(|| DIRECTORIES.into())
+}
+
+/// A program's environment.
+fn environment(secure: bool) -> Vec<OsString> {
+    let variable = |name: &str, value: &OsStr| {
+        let mut variable = OsString::from(format!("{name}="));
+        variable.push(value);
+        variable
+    };
+    let path = search_path(secure, env::var_os("PATH"));
+    // The words of messages are read.
+    let own = [variable("PATH", &path), variable("LC_ALL", OsStr::new("C"))];
+    let kept = KEPT.iter().filter(|_| !secure).filter_map(|name| Some(variable(name, &env::var_os(name)?)));
+    own.into_iter().chain(kept).collect()
+}
+
+/// A program's path and arguments, and its environment, as the kernel wants them: made before they are needed.
+#[derive(Debug)]
+pub struct Words {
+    /// What the pointers point to.
+    _strings: [Vec<CString>; 2],
+    arguments: Vec<*const c_char>,
+    environment: Vec<*const c_char>,
+}
+
+impl Words {
+    /// Of an absolute path and arguments; nothing where one of them holds a NUL.
+    pub fn new(words: impl IntoIterator<Item = impl Into<OsString>>) -> Option<Words> {
+        let strings = |words: Vec<OsString>| -> Option<Vec<CString>> {
+            words.into_iter().map(|word| CString::new(word.into_vec()).ok()).collect()
+        };
+        let words = strings(words.into_iter().map(Into::into).collect())?;
+        let variables = strings(environment(sys::is_secure()))?;
+        let pointers =
+            |strings: &[CString]| strings.iter().map(|string| string.as_ptr()).chain([ptr::null()]).collect();
+        Some(Words { arguments: pointers(&words), environment: pointers(&variables), _strings: [words, variables] })
+    }
+
+    /// The arguments, the path first, and a NULL.
+    pub fn arguments(&self) -> &[*const c_char] {
+        &self.arguments
+    }
+
+    /// The environment, and a NULL.
+    pub fn environment(&self) -> &[*const c_char] {
+        &self.environment
+    }
+}
+
+/// What a program that has ended has said.
+struct Said {
+    /// How it ended, where that is known.
+    status: Option<ExitStatus>,
+    output: Vec<u8>,
+    complaint: Vec<u8>,
+}
+
+fn run(words: &Words, stdin: Option<&File>) -> io::Result<Said> {
+    let null = File::from(rustix::fs::open("/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())?);
+    let stdin = stdin.unwrap_or(&null);
+    let (output, stdout) = pipe_with(PipeFlags::CLOEXEC)?;
+    let (complaint, stderr) = pipe_with(PipeFlags::CLOEXEC)?;
+    let (report, theirs) = socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
+    for fd in [&output, &complaint, &report] {
+        rustix::io::ioctl_fionbio(fd, true)?;
+    }
+    let fds = [stdin.as_raw_fd(), stdout.as_raw_fd(), stderr.as_raw_fd(), theirs.as_raw_fd()];
+    // Until it has closed them it holds a copy of every descriptor of this process, locks and names among them.
+    let between = sys::while_forking(|| {
+        // SAFETY: the child makes system calls only, on memory that exists already, and never returns.
+        let child = unsafe { Child::fork(|| start_and_report(words, fds)) };
+        drop((stdout, stderr, theirs));
+        if child.is_ok() {
+            sys::wait_ready([Some(&report), None], READY_MS);
+        }
+        child
+    })?;
+
+    // The ends of the pipes are not waited for: a process that another thread has forked meanwhile may have them too.
+    let mut said = Said { status: None, output: Vec::new(), complaint: Vec::new() };
+    let mut reported = Vec::new();
+    let mut open = [true; 3];
+    let mut ended = false;
+    while !ended {
+        let fds = [&report, &output, &complaint];
+        let mut polls: Vec<_> = std::iter::once(PollFd::from_borrowed_fd(between.ended(), PollFlags::IN))
+            .chain(fds.iter().zip(open).filter(|(_, open)| *open).map(|(fd, _)| PollFd::new(*fd, PollFlags::IN)))
+            .collect();
+        rustix::io::retry_on_intr(|| poll(&mut polls, None))?;
+        // What it had written before is read below.
+        ended = !polls[0].revents().is_empty();
+        for ((fd, open), into) in fds.iter().zip(&mut open).zip([&mut reported, &mut said.output, &mut said.complaint])
+        {
+            *open = *open && read_what_is_there(fd, into)?;
+        }
+    }
+    said.status = status(&reported);
+    Ok(said)
+}
+
+/// Whether there may be more.
+fn read_what_is_there(fd: &OwnedFd, into: &mut Vec<u8>) -> io::Result<bool> {
+    let mut buffer = [0; 4096];
+    loop {
+        match rustix::io::read(fd.as_fd(), &mut buffer) {
+            Ok(0) => return Ok(false),
+            Ok(got) => into.extend_from_slice(&buffer[..got]),
+            Err(Errno::AGAIN) => return Ok(true),
+            Err(Errno::INTR) => {}
+            // Of a socket whose other end was killed.
+            Err(Errno::CONNRESET) => return Ok(false),
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
+/// The status in a report that is whole.
+fn status(report: &[u8]) -> Option<ExitStatus> {
+    let rest = report.strip_prefix(&[READY])?.strip_prefix(&[ENDED])?;
+    Some(ExitStatus::from_raw(c_int::from_ne_bytes(rest.try_into().ok()?)))
+}
+
+/// The process in between. `fds` become the program's standard input, output and error; the report goes to the last.
+fn start_and_report(words: &Words, fds: [c_int; 4]) -> ! {
+    let Some([.., report]) = sys::keep_only(fds) else { sys::exit_now() };
+    // SAFETY: it was just made, and is nobody else's in this process.
+    let report = unsafe { OwnedFd::from_raw_fd(report) };
+    let _ = send(&report, &[READY], SendFlags::NOSIGNAL);
+    if let Some(status) = Program::start(words, Stdio::Inherited).and_then(Program::wait) {
+        let [a, b, c, d] = status.to_ne_bytes();
+        let _ = send(&report, &[ENDED, a, b, c, d], SendFlags::NOSIGNAL);
+    }
+    sys::exit_now()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn shell(script: &str) -> Tool {
+        let mut tool = Tool::new("sh");
+        tool.args(["-c", script]);
+        tool
+    }
+
+    #[test]
+    fn a_program_that_fails_is_heard_and_one_that_is_killed_silently_has_failed() {
+        assert_eq!(shell("printf said").output().unwrap(), b"said");
+        assert_eq!(shell("echo why >&2; exit 1").run().unwrap_err(), "why");
+        assert_eq!(shell("exit 3").run().unwrap_err(), "sh: exit status: 3");
+        assert_eq!(shell("kill -9 $$").run().unwrap_err(), "sh: signal: 9 (SIGKILL)");
+        // More than a pipe holds.
+        assert_eq!(shell("head -c 300000 /dev/zero").output().unwrap().len(), 300_000);
+    }
+
+    /// The process between the library and the program is killed: nobody knows what the program has done.
+    #[test]
+    fn what_cannot_be_known_is_a_failure_and_the_program_does_not_go_on_alone() {
+        let directory = tempfile::tempdir().unwrap();
+        let pid = directory.path().join("pid");
+        let error = shell(&format!("echo $$ > {}; kill -9 $PPID; exec sleep 60", pid.display())).run().unwrap_err();
+        assert!(error.contains("cannot be known"), "{error}");
+        let pid = std::fs::read_to_string(pid).unwrap();
+        let stat = format!("/proc/{}/stat", pid.trim());
+        // Killed with it; nobody has to have taken note of that.
+        while std::fs::read_to_string(&stat).is_ok_and(|stat| !stat.contains(") Z")) {
+            std::thread::yield_now();
+        }
+    }
+
+    #[test]
+    fn a_program_has_no_preloaded_library_and_no_setting_of_ours() {
+        let said = String::from_utf8(Tool::new("env").output().unwrap()).unwrap();
+        let names: Vec<_> = said.lines().filter_map(|line| line.split_once('=')).map(|(name, _)| name).collect();
+        assert!(names.contains(&"PATH"), "{said}");
+        assert!(names.iter().all(|name| KEPT.contains(name) || ["PATH", "LC_ALL"].contains(name)), "{said}");
+    }
+
+    #[test]
+    fn a_setuid_process_does_not_search_the_path_of_its_user() {
+        let path = || Some(OsString::from("/home/user/bin"));
+        assert_eq!(search_path(false, path()), "/home/user/bin");
+        assert_eq!(search_path(true, path()), DIRECTORIES);
+        assert_eq!(search_path(false, None), DIRECTORIES);
+        assert_eq!(environment(true), [format!("PATH={DIRECTORIES}").into(), OsString::from("LC_ALL=C")]);
+    }
+}
