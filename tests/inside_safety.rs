@@ -4,14 +4,16 @@ mod common;
 
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
-use std::process::Child;
+use std::process::{Child, Command};
 use std::sync::OnceLock;
 use std::time::Duration;
 
 use common::inside::{INSTANT, LIVE, Subject, answer, library, session};
 use common::{ALL_SECTORS, files_below, machine};
 use instantsnap_testkit::compile::{gcc, workspace};
-use instantsnap_testkit::{Binary, Daemon, Fingerprint, Machine, Mode, domain_fingerprint, thorough, wait_for};
+use instantsnap_testkit::{
+    Binary, Daemon, Fingerprint, Machine, Mode, domain_fingerprint, missing_package, thorough, wait_for,
+};
 use rustix::process::{Pid, Signal, kill_process};
 
 const INVALID_ARG: i64 = 8;
@@ -65,11 +67,26 @@ fn client_of(child: Child) -> Result<String, common::inside::Refused> {
     answer(child.wait_with_output().unwrap())
 }
 
+/// Asks for an instant snapshot in a daemon that takes none, again and again. The client is told why, and so is the log, once.
+#[track_caller]
+fn assert_off(subject: &Subject, reason: &str) {
+    for _ in 0..2 {
+        let refused = subject.snapshot("s").unwrap_err();
+        assert_eq!((refused.code, refused.domain), (INVALID_ARG, FROM_QEMU), "{refused:?}");
+        let parts = ["instant snapshots are off in this daemon", reason, "0x400"];
+        assert!(parts.iter().all(|part| refused.message.contains(part)), "{refused:?}");
+    }
+    let log = subject.guest.daemon().log();
+    assert_eq!(log.matches("instant snapshots are off: ").count(), 1, "{log}");
+    assert!(log.contains(reason), "{log}");
+    assert_eq!(answer(subject.create("live", LIVE).output().unwrap()), Ok("live".into()));
+    assert_eq!(subject.on_snapshot("live", "delete(2)"), Ok("0".into()));
+    assert!(!subject.was_instant());
+    subject.guest.wait_ticks(3);
+}
+
 #[test]
-fn where_libvirt_is_not_as_we_know_it_instant_is_off_and_everything_is_libvirts() {
-    let stock = Subject::start(&machine(binary(), 1), &Daemon::session());
-    let refused = stock.snapshot("s").unwrap_err();
-    assert!(refused.code == INVALID_ARG && refused.message.contains("0x400"), "{refused:?}");
+fn where_libvirt_is_not_as_we_know_it_instant_is_refused_with_the_reason_and_everything_else_is_libvirts() {
     let lacks = [
         ("INSTANTSNAP_TEST_LACKS", "virObjectUnlock", "this libvirt has no virObjectUnlock()"),
         ("INSTANTSNAP_TEST_LACKS", "virIdentityGetSystem", "this libvirt has no virIdentityGetSystem()"),
@@ -81,22 +98,82 @@ fn where_libvirt_is_not_as_we_know_it_instant_is_off_and_everything_is_libvirts(
     let chosen = lacks.into_iter().enumerate().filter(|(n, _)| thorough() || few.contains(n));
     for (_, (variable, value, reason)) in chosen {
         let daemon = Daemon::preloaded(Mode::Session, &[&library(), &lacking()], &[(variable, value)]).unwrap();
-        let subject = Subject::start(&machine(binary(), 1), &daemon);
-        for _ in 0..2 {
-            assert_eq!(subject.snapshot("s").as_ref(), Err(&refused));
-        }
-        let log = daemon.log();
-        assert_eq!(log.matches("instant snapshots are off: ").count(), 1, "{log}");
-        assert!(log.contains(reason), "{log}");
-        assert_eq!(answer(subject.create("live", LIVE).output().unwrap()), Ok("live".into()));
-        assert_eq!(subject.on_snapshot("live", "delete(2)"), Ok("0".into()));
-        assert!(!subject.was_instant());
-        subject.guest.wait_ticks(3);
+        assert_off(&Subject::start(&machine(binary(), 1), &daemon), reason);
     }
     let any = [("INSTANTSNAP_TEST_VERSION", "13000000"), ("INSTANTSNAP_ANY_LIBVIRT", "1")];
     let daemon = Daemon::preloaded(Mode::Session, &[&library(), &lacking()], &any).unwrap();
     let subject = Subject::start(&machine(binary(), 1), &daemon);
     assert_eq!(subject.snapshot("s"), Ok("s".into()));
+}
+
+#[test]
+fn a_daemon_of_an_unknown_version_whose_standard_error_nobody_reads_lives_on() {
+    let variables = [("INSTANTSNAP_TEST_VERSION", "13000000"), ("INSTANTSNAP_TEST_NO_STDERR", "1")];
+    let daemon = Daemon::preloaded(Mode::Session, &[&library(), &lacking()], &variables).unwrap();
+    let subject = Subject::start(&machine(binary(), 1), &daemon);
+    for _ in 0..2 {
+        let refused = subject.snapshot("s").unwrap_err();
+        assert!(refused.message.contains("libvirt 13.0 is not one that"), "{refused:?}");
+    }
+    assert!(UnixStream::connect(daemon.socket()).is_ok());
+    subject.guest.wait_ticks(3);
+}
+
+#[test]
+fn a_libvirt_whose_driver_does_not_call_us_is_noticed_before_or_after_and_never_silently_takes_an_ordinary_snapshot() {
+    let elsewhere =
+        |name, how| gcc(&workspace().join("tests/kit/shim/elsewhere.c"), name, &format!("-shared -fPIC {how}"));
+    let start = |shim: PathBuf| {
+        let daemon = Daemon::preloaded(Mode::Session, &[&shim, &library()], &[]).unwrap();
+        Subject::start(&machine(binary(), 1), &daemon)
+    };
+    // What can be seen before.
+    let subject = start(elsewhere("by-itself.so", "-DBY_ITSELF"));
+    assert_off(&subject, "another library that is preloaded, or none, has qemuSnapshotCreateXML()");
+    // What is only seen when libvirt has taken it.
+    let subject = start(elsewhere("by-a-thread.so", "-pthread"));
+    let refused = subject.snapshot("ordinary").unwrap_err();
+    assert_eq!((refused.code, refused.domain), (OPERATION_FAILED, FROM_QEMU), "{refused:?}");
+    let says = "this libvirt has taken snapshot 'ordinary' in its ordinary way";
+    assert!(refused.message.contains(says), "{refused:?}");
+    assert!(subject.guest.daemon().log().contains(says));
+    assert_eq!(subject.snapshots(), ["ordinary"]);
+    let refused = subject.snapshot("next").unwrap_err();
+    assert_eq!(refused.code, INVALID_ARG, "{refused:?}");
+    assert!(refused.message.contains("takes snapshots without its qemuSnapshotCreateXML()"), "{refused:?}");
+    assert_eq!(subject.snapshots(), ["ordinary"]);
+    subject.guest.wait_ticks(3);
+}
+
+#[test]
+fn the_library_stands_before_libvirts_function_in_the_daemon_only_and_says_where_it_cannot() {
+    if !std::path::Path::new("/usr/include/libvirt/libvirt.h").exists() {
+        missing_package("libvirt's headers are not installed");
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let source = workspace().join("tests/kit/shim/imports.c");
+    let imports = gcc(&source, "imports", "-DIMPORTS -fPIE -pie -Wl,-z,now -Wl,-z,relro -Wl,--no-as-needed -lvirt");
+    let lazy = gcc(&source, "imports-lazily", "-DIMPORTS -fPIE -pie -Wl,-z,lazy -Wl,--no-as-needed -lvirt");
+    let none = gcc(&source, "imports-none", "");
+    let run = |program: &PathBuf, name: &str| {
+        let named = directory.path().join(name);
+        std::fs::copy(program, &named).unwrap();
+        let output = Command::new(&named).env_clear().env("LD_PRELOAD", library()).output().unwrap();
+        assert!(output.status.success(), "{output:?}");
+        (String::from_utf8(output.stdout).unwrap(), String::from_utf8(output.stderr).unwrap())
+    };
+    for program in [&imports, &lazy] {
+        for name in ["libvirtd", "virtqemud"] {
+            let (function, said) = run(program, name);
+            assert!(function.contains("libinstantsnap.so") && said.is_empty(), "{name}: {function}{said}");
+        }
+        let (function, said) = run(program, "client");
+        assert!(function.contains("libvirt.so.0") && said.is_empty(), "{function}{said}");
+    }
+    let (_, said) = run(&none, "libvirtd");
+    assert!(said.contains("it does not import virDomainSnapshotCreateXML()"), "{said}");
+    assert_eq!(run(&none, "client").1, "");
 }
 
 #[test]
@@ -241,7 +318,9 @@ fn try_migrate(subject: &Subject, to: &Daemon) -> Result<String, String> {
     let there = ["--migrateuri", "tcp://127.0.0.1", "--xml", file.to_str().unwrap()];
     let migrate = ["migrate", "--live", "--unsafe", guest.name(), &to.uri()];
     let said = guest.daemon().try_virsh(&[&migrate[..], &there].concat());
-    assert_eq!(to.virsh(&["list", "--all", "--name"]).trim(), "", "it is there");
+    // libvirt's daemon there may still be clearing up.
+    let is_empty = || to.virsh(&["list", "--all", "--name"]).trim().is_empty().then_some(());
+    assert!(wait_for(Duration::from_secs(30), is_empty).is_some(), "it is there: {said:?}");
     for left in ["there.xml", "there.log", "there.sock"] {
         let _ = std::fs::remove_file(guest.directory().join(left));
     }
@@ -273,6 +352,11 @@ fn a_domain_that_is_to_be_saved_or_to_go_elsewhere_meanwhile_stays_and_its_snaps
         ];
         for (what, said, part) in said {
             eprintln!("{what}: {said:?}");
+            // libvirt 12.8 has no dump of a guest that runs on.
+            let is_no_more = said.as_ref().is_err_and(|error| error.contains("unsupported flags"));
+            if what == "dump" && is_no_more {
+                continue;
+            }
             assert!(said.as_ref().is_err_and(|error| error.contains(part)), "{what}: {said:?}");
         }
         assert_eq!(guest.virsh("domstate", &[]).trim(), "running");

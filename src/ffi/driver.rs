@@ -389,6 +389,11 @@ pub unsafe extern "C" fn instantsnap_driver_event(opaque: *mut c_void, event: *c
     });
 }
 
+/// Whether this process has a driver of its own.
+pub fn is_registered() -> bool {
+    lock(&REGISTERED).is_some()
+}
+
 /// The driver that `vm` belongs to, where that is neither NULL nor a handle.
 fn registered(vm: *mut c_void) -> Option<Called> {
     if vm.is_null() || is_handle(vm) {

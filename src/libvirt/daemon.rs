@@ -5,14 +5,15 @@
 
 use std::cell::{Cell, UnsafeCell};
 use std::ffi::{CStr, CString, c_char, c_int, c_uint, c_ulong, c_void};
+use std::io::Write;
 use std::marker::PhantomData;
 use std::ptr::{self, NonNull};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use once_cell::sync::OnceCell;
 
-/// Versions of libvirt whose driver leaves its functions' domain objects alone after they return. 9.0 and 11.3 were tried; what lies
-/// between and a little beyond is taken to be alike.
+/// Versions of libvirt whose driver leaves its functions' domain objects alone after they return. 9.0, 11.3 and 12.8 were tried;
+/// what lies between and a little beyond is taken to be alike.
 const KNOWN: std::ops::Range<(u64, u64)> = (9, 0)..(13, 0);
 
 type OnObject = unsafe extern "C" fn(*mut c_void);
@@ -248,7 +249,8 @@ pub fn log(priority: Priority, message: &str) {
     let found = library.and_then(|library| symbol(library, c"virLogMessage").ok());
     let text = CString::new(message.replace('\0', "\\0")).unwrap_or_default();
     let Some(found) = found else {
-        eprintln!("instantsnap: {message}");
+        // Where nobody reads it, that is no reason to end the daemon, as `eprintln!` would.
+        let _ = writeln!(std::io::stderr(), "instantsnap: {message}");
         return;
     };
     // SAFETY: libvirt's function of this name and type; source and strings are live, and the format takes one string.

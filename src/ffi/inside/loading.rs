@@ -1,4 +1,5 @@
-//! What happens as the daemon's process loads this library.
+//! What happens as the daemon's process loads this library: it takes its place before libvirt's function ([`dispatcher`]), and
+//! goes out of the environment.
 //!
 //! libvirt hands `LD_PRELOAD` on to each QEMU that it starts, and to its helpers, where this library has nothing to do, and where
 //! their own security policy may not let them read it. So the daemon forgets that it was preloaded. What else is preloaded stays.
@@ -7,20 +8,29 @@ use std::env;
 use std::ffi::OsStr;
 use std::path::Path;
 
+use super::dispatcher;
+
 const PRELOAD: &str = "LD_PRELOAD";
 const DAEMONS: [&str; 2] = ["libvirtd", "virtqemud"];
 
 #[used]
 #[unsafe(link_section = ".init_array")]
-static AT_LOAD: extern "C" fn() = forget_ourselves;
+static AT_LOAD: extern "C" fn() = at_load;
 
-extern "C" fn forget_ourselves() {
+/// Nothing but in a daemon into which this library is preloaded. A panic must not end the process.
+extern "C" fn at_load() {
     let Some(preload) = env::var_os(PRELOAD) else { return };
-    let Some(others) = preload.to_str().and_then(without_us) else { return };
-    let name = std::fs::read_to_string("/proc/self/comm").unwrap_or_default();
-    if !DAEMONS.contains(&name.trim_end()) {
-        return;
-    }
+    let _ = std::panic::catch_unwind(|| {
+        let Some(others) = preload.to_str().and_then(without_us) else { return };
+        let name = std::fs::read_to_string("/proc/self/comm").unwrap_or_default();
+        if DAEMONS.contains(&name.trim_end()) {
+            dispatcher::stand_before_libvirt();
+            forget_ourselves(&others);
+        }
+    });
+}
+
+fn forget_ourselves(others: &str) {
     // SAFETY: the process is being started, or it would not be named in `LD_PRELOAD`: it has one thread.
     unsafe {
         match others.is_empty() {

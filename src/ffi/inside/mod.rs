@@ -7,14 +7,19 @@
 //! next, and do nothing else with it; no job is held. What they allowed the client to do is this snapshot, and we do
 //! nothing else: its steps are taken in the daemon's own name ([`daemon::Itself`]).
 //!
+//! A driver that does not know the flag may refuse it before: [`dispatcher`] takes it off before that, and notes it.
+//!
 //! Where this process is not a daemon that we know, everything is the driver's own function's.
 
+mod dispatcher;
+mod imports;
 mod loading;
 mod settings;
 mod slots;
 mod turns;
 
 use std::ffi::{c_char, c_int, c_uint, c_void};
+use std::panic::catch_unwind;
 use std::ptr::NonNull;
 use std::sync::Once;
 
@@ -22,7 +27,7 @@ use self::settings::Settings;
 use self::slots::Slot;
 use self::turns::Turn;
 use super::client::{attempt, share_domain, share_snapshot, take, tell};
-use super::text;
+use super::{defect, text};
 use crate::error::{Error, fail};
 use crate::flags::{self, Flags};
 use crate::guest::libvirt::{Operation, Reach};
@@ -49,11 +54,12 @@ pub unsafe fn create(
 ) -> *mut c_void {
     // SAFETY: by the caller's promise.
     let theirs = || unsafe { next(domain, vm.as_ptr(), xml, bits) };
-    let asked = bits & flags::INSTANT != 0;
+    let noted = dispatcher::take(domain);
+    let asked = noted.is_some() || bits & flags::INSTANT != 0;
     if !(asked || upgrade::is_live(bits) && Settings::get().upgrade_live) {
         return theirs();
     }
-    let Some(daemon) = the_daemon() else { return theirs() };
+    let Some(daemon) = noted.or_else(the_daemon) else { return theirs() };
     let result = attempt(|table| {
         // SAFETY: by the caller's promise.
         let (domain, xml) = unsafe { (share_domain(table, domain)?, text("xmlDesc", xml)?) };
@@ -162,18 +168,30 @@ const MARK: &str = concat!("instantsnap-library/", env!("CARGO_PKG_VERSION"), ":
 
 /// The daemon that this process is, for a call that is not a step of another one of ours.
 fn the_daemon() -> Option<&'static Daemon> {
-    static SAID: Once = Once::new();
     if daemon::is_in_a_call() {
         return None;
     }
-    let settings = Settings::get();
-    let found = Daemon::get(settings.any_version).map_err(str::to_owned);
-    let found = found.and_then(|daemon| table::table().map(|_| daemon).map_err(|error| error.message));
+    found().ok()
+}
+
+/// The daemon that this process is; or why instant snapshots are off in it, which its log says once too.
+fn found() -> std::result::Result<&'static Daemon, String> {
+    static SAID: Once = Once::new();
+    let look = || {
+        let settings = Settings::get();
+        let daemon = Daemon::get(settings.any_version)?;
+        table::table().map_err(|error| error.message)?;
+        dispatcher::check_driver()?;
+        Ok((daemon, settings))
+    };
+    let found = catch_unwind(look).unwrap_or_else(|panic| Err(defect(&*panic).message));
     SAID.call_once(|| match &found {
-        Ok(_) => log(Priority::Info, &format!("{MARK} instant snapshots are on, at most {} at once", settings.most)),
+        Ok((_, settings)) => {
+            log(Priority::Info, &format!("{MARK} instant snapshots are on, at most {} at once", settings.most));
+        }
         Err(why) => log(Priority::Error, &format!("instant snapshots are off: {why}")),
     });
-    found.ok()
+    found.map(|(daemon, _)| daemon)
 }
 
 /// Tells the client, and the daemon's log.

@@ -1,0 +1,182 @@
+//! Where the daemon's dispatcher calls libvirt's public function for a client.
+//!
+//! libvirt's driver may look at the flags before it calls `qemuSnapshotCreateXML` (12.8 does, 9.0
+//! and 11.3 do not), and refuses a bit that it does not know. So the bit is taken off before: the
+//! daemon's program imports `virDomainSnapshotCreateXML`, and calls [`dispatched`] in its place.
+//! That notes for this thread that INSTANT was asked for of this domain, and calls libvirt's
+//! function without the bit; [`take`] finds the note when the driver arrives at [`super::create`].
+//! All that libvirt checks on the way, its access driver included, it checks as ever.
+//!
+//! It is the program's own slot that is changed, and nothing is exported: in a client of libvirt
+//! that has this library nothing stands before libvirt's function.
+
+use std::cell::Cell;
+use std::ffi::{CStr, c_char, c_uint, c_void};
+use std::io::Write;
+use std::ptr;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use super::{failed, imports};
+use crate::error::{Code, Error, Result};
+use crate::ffi::client::{attempt, share_domain, share_snapshot, tell};
+use crate::ffi::driver;
+use crate::flags;
+use crate::libvirt::daemon::{self, Daemon};
+use crate::libvirt::{VirError, table};
+
+const FUNCTION: &CStr = c"virDomainSnapshotCreateXML";
+const DRIVERS: &CStr = c"qemuSnapshotCreateXML";
+
+/// `virDomainSnapshotCreateXML`.
+type Create = unsafe extern "C" fn(*mut c_void, *const c_char, c_uint) -> *mut c_void;
+
+/// A note: INSTANT was asked for of this domain.
+type Note = (*mut c_void, &'static Daemon);
+
+thread_local! {
+    static NOTED: Cell<Option<Note>> = const { Cell::new(None) };
+}
+
+/// This libvirt has taken an ordinary snapshot where an instant one was asked for.
+static IS_ELSEWHERE: AtomicBool = AtomicBool::new(false);
+
+/// Stands before libvirt's function in the program. To be called as the daemon is loaded.
+pub fn stand_before_libvirt() {
+    let program = imports::objects().first().copied();
+    let slots = program.map(|program| program.slots(FUNCTION)).unwrap_or_default();
+    let mut why = slots.is_empty().then(|| format!("it does not import {}()", FUNCTION.to_string_lossy()));
+    for slot in slots {
+        // SAFETY: a function of this signature, in a library that is never unloaded.
+        if let Err(error) = unsafe { slot.replace(dispatched as *mut c_void) } {
+            why = Some(error.to_string());
+        }
+    }
+    if let Some(why) = why {
+        say(&format!(
+            "this daemon's calls for its clients cannot be seen ({why}); a libvirt that checks their flags early will refuse \
+             VIR_DOMAIN_SNAPSHOT_CREATE_INSTANT"
+        ));
+    }
+}
+
+/// A line on standard error while the daemon is loaded, which has no log yet.
+fn say(message: &str) {
+    // SAFETY: the process has one thread, and gets back what it had. With nobody at the other end
+    // it would be ended here.
+    unsafe {
+        let before = libc::signal(libc::SIGPIPE, libc::SIG_IGN);
+        let _ = writeln!(std::io::stderr(), "instantsnap: {message}");
+        libc::signal(libc::SIGPIPE, before);
+    }
+}
+
+/// Why the driver's snapshots would not arrive at this library, if so.
+pub fn check_driver() -> std::result::Result<(), String> {
+    let name = DRIVERS.to_string_lossy();
+    if IS_ELSEWHERE.load(Ordering::Relaxed) {
+        return Err(format!("this libvirt takes snapshots without its {name}()"));
+    }
+    // SAFETY: the name is NUL-terminated; dlsym only looks.
+    let bound = unsafe { libc::dlsym(libc::RTLD_DEFAULT, DRIVERS.as_ptr()) };
+    if !imports::is_in_this_object(bound) {
+        return Err(format!("another library that is preloaded, or none, has {name}()"));
+    }
+    let others = imports::objects().into_iter().filter(|object| !object.is_this());
+    match others.map(|object| object.slots(DRIVERS).len()).sum() {
+        0 => Err(format!("this libvirt's QEMU driver does not call its {name}() by the symbol")),
+        _ => Ok(()),
+    }
+}
+
+/// Whether INSTANT was asked for of this domain by the call that this thread is in; once.
+pub fn take(domain: *mut c_void) -> Option<&'static Daemon> {
+    let (_, daemon) = NOTED.get().filter(|(noted, _)| ptr::eq(*noted, domain))?;
+    NOTED.set(None);
+    Some(daemon)
+}
+
+/// `virDomainSnapshotCreateXML` as the daemon's dispatcher calls it.
+unsafe extern "C" fn dispatched(domain: *mut c_void, xml: *const c_char, bits: c_uint) -> *mut c_void {
+    // SAFETY: the name is NUL-terminated; dlsym only looks.
+    let next = unsafe { libc::dlsym(libc::RTLD_DEFAULT, FUNCTION.as_ptr()) };
+    // SAFETY: libvirt's function of this name, or NULL.
+    let Some(next) = (unsafe { std::mem::transmute::<*mut c_void, Option<Create>>(next) }) else {
+        return ptr::null_mut();
+    };
+    // SAFETY: the arguments are those of a call of this very function; no bit is added.
+    let theirs = |bits: c_uint| unsafe { next(domain, xml, bits) };
+    if bits & flags::INSTANT == 0 || daemon::is_in_a_call() {
+        return theirs(bits);
+    }
+    // SAFETY: what the dispatcher passes is a domain.
+    match attempt(|table| unsafe { is_drivers(table, domain) }) {
+        Ok(true) => {}
+        // Another driver's, or another machine's, which is asked for what was asked for here.
+        Ok(false) | Err(_) => return theirs(bits),
+    }
+    let daemon = match super::found() {
+        Ok(daemon) => daemon,
+        Err(why) => {
+            let result = theirs(bits);
+            if result.is_null() {
+                say_why_it_is_off(&why);
+            }
+            return result;
+        }
+    };
+    NOTED.set(Some((domain, daemon)));
+    let result = theirs(bits & !flags::INSTANT);
+    if NOTED.take().is_none() || result.is_null() {
+        return result;
+    }
+    IS_ELSEWHERE.store(true, Ordering::Relaxed);
+    // SAFETY: libvirt has just returned it, and this is the only reference.
+    failed(unsafe { not_instant(result) });
+    ptr::null_mut()
+}
+
+/// Whether a domain is one of the driver in this process.
+///
+/// # Safety
+/// `domain` is NULL or a `virDomainPtr`.
+unsafe fn is_drivers(table: &'static table::Table, domain: *mut c_void) -> Result<bool> {
+    // SAFETY: by the caller's promise.
+    let connection = unsafe { share_domain(table, domain) }?.connect().map_err(|error| error.into_error("domain"))?;
+    let uri = connection.uri().map_err(|error| error.into_error("connection"))?;
+    Ok(uri.starts_with("qemu:///") && !driver::is_registered())
+}
+
+/// Adds to libvirt's refusal of the flag, which is this thread's last error, why it is refused.
+fn say_why_it_is_off(why: &str) {
+    let Ok(table) = table::table() else { return };
+    let said = VirError::last(table);
+    if said.is(Code::InvalidArg) {
+        let message = format!("instant snapshots are off in this daemon: {why}: {}", said.message);
+        tell(Error::new(Code::InvalidArg, message));
+    }
+}
+
+/// The error for a snapshot that is an ordinary one, which stays: the domain is on its overlays.
+///
+/// # Safety
+/// `snapshot` is a `virDomainSnapshotPtr` that nobody else has.
+unsafe fn not_instant(snapshot: *mut c_void) -> Error {
+    let named = attempt(|table| {
+        // SAFETY: by the caller's promise; the reference that was returned is given up.
+        let shared = unsafe {
+            let shared = share_snapshot(table, snapshot);
+            (table.virDomainSnapshotFree)(snapshot.cast());
+            shared?
+        };
+        Ok(shared.name())
+    });
+    let name = named.unwrap_or_else(|_| "without a name".to_owned());
+    Error::new(
+        Code::OperationFailed,
+        format!(
+            "this libvirt has taken snapshot '{name}' in its ordinary way, and not at the moment of the call, because its driver \
+             did not call qemuSnapshotCreateXML(): delete that snapshot if it is of no use; instant snapshots are off in this \
+             daemon from now on"
+        ),
+    )
+}
