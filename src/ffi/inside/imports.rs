@@ -213,7 +213,7 @@ fn page_size() -> u64 {
 mod tests {
     use super::*;
 
-    unsafe extern "C" fn instead() -> c_int {
+    unsafe extern "C" fn instead() -> libc::c_long {
         4711
     }
 
@@ -223,27 +223,27 @@ mod tests {
         assert!(program.is_this(), "these tests are a program's");
         assert!(program.slots(c"there_is_no_such_function").is_empty());
         // SAFETY: no arguments.
-        let before = unsafe { libc::getppid() };
-        let slots = program.slots(c"getppid");
+        let before = unsafe { libc::gethostid() };
+        let slots = program.slots(c"gethostid");
         assert!(!slots.is_empty());
         for slot in &slots {
             // SAFETY: a function of the same signature, which lives as long as the program.
             unsafe { slot.replace(instead as *mut c_void) }.unwrap();
         }
         // SAFETY: no arguments.
-        assert_eq!(unsafe { libc::getppid() }, 4711);
+        assert_eq!(unsafe { libc::gethostid() }, 4711);
         for slot in &slots {
             // SAFETY: the original's address.
-            unsafe { slot.replace(libc::dlsym(libc::RTLD_DEFAULT, c"getppid".as_ptr())) }.unwrap();
+            unsafe { slot.replace(libc::dlsym(libc::RTLD_DEFAULT, c"gethostid".as_ptr())) }.unwrap();
         }
         // SAFETY: no arguments.
-        assert_eq!(unsafe { libc::getppid() }, before);
+        assert_eq!(unsafe { libc::gethostid() }, before);
     }
 
     #[test]
     fn this_object_is_told_from_others() {
         // SAFETY: the name is NUL-terminated; dlsym only looks.
-        let theirs = unsafe { libc::dlsym(libc::RTLD_DEFAULT, c"getppid".as_ptr()) };
+        let theirs = unsafe { libc::dlsym(libc::RTLD_DEFAULT, c"gethostid".as_ptr()) };
         assert!(!is_in_this_object(theirs) && is_in_this_object(instead as *const c_void));
         assert_eq!(objects().iter().filter(|object| object.is_this()).count(), 1);
     }
