@@ -392,8 +392,12 @@ pub fn is_locked(file: &File, bytes: Range<i64>) -> bool {
     asked == 0 && lock.l_type != libc::F_UNLCK as libc::c_short
 }
 
-/// Removes a file, and does not mind that it is gone already.
+/// Removes a file, and does not mind that it is gone already. The node of a device stays, and so does a link to one: the device
+/// would be there as before, and its owner would miss its name.
 pub fn remove_file(path: &Path) -> io::Result<()> {
+    if std::fs::metadata(path).is_ok_and(|found| found.file_type().is_block_device()) {
+        return Ok(());
+    }
     match std::fs::remove_file(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
         _ => Ok(()),

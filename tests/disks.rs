@@ -216,15 +216,19 @@ fn what_cannot_change_or_is_not_there_is_left_out() {
         assert_eq!(disks(&opened, "s", "").unwrap(), ["vd0"]);
         // To say so is fine.
         assert_eq!(disks(&opened, "t", "<disk name='fixed' snapshot='no'/><disk name='full'/>").unwrap(), ["vd0"]);
+        let empty = "<disk name='empty' snapshot='no'/>";
+        assert_eq!(disks(&opened, "v", empty).unwrap(), ["vd0"]);
         let before = opened.trace();
+        for wish in ["external", "manual"] {
+            let disk = format!("<disk name='empty' snapshot='{wish}'/>");
+            assert_error(disks(&opened, "u", &disk), Code::ConfigUnsupported, "no medium is in it");
+        }
         for name in ["fixed", "full", "ro", "medium"] {
             let disk = format!("<disk name='{name}' snapshot='external'/>");
             assert_error(disks(&opened, "u", &disk), Code::ConfigUnsupported, "readonly");
         }
-        for name in ["loose", "empty"] {
-            let disk = format!("<disk name='{name}' snapshot='external'/>");
-            assert_error(disks(&opened, "u", &disk), Code::ConfigUnsupported, "no disk named");
-        }
+        let disk = "<disk name='loose' snapshot='external'/>";
+        assert_error(disks(&opened, "u", disk), Code::ConfigUnsupported, "no disk named");
         assert_untouched(&opened, &before);
     }
 }

@@ -374,6 +374,92 @@ fn a_block_device_gets_an_overlay_where_one_is_named() {
     }
 }
 
+/// What the domain's definition, and all that libvirt tells of it, says of a disk: type and source belong together.
+#[track_caller]
+fn assert_on_device(guest: &Guest, device: &str) {
+    let xml = guest.virsh("dumpxml", &["--inactive"]);
+    assert!(xml.contains("<disk type='block'") && xml.contains(&format!("<source dev='{device}'")), "{xml}");
+    assert!(!xml.contains(&format!("file='{device}'")), "{xml}");
+}
+
+#[test]
+fn a_block_device_is_one_in_the_definition_after_deletes_reverts_and_undo() {
+    let daemon = virt::session();
+    let directory = directory_for(&daemon);
+    let file = image_for(&daemon, &directory.path().join("backing"), Format::Raw);
+    let Some(device) = Loop::on(&daemon, &file) else { return };
+    let machine = Machine::new(&Binary::all()[0]).disk_on(Path::new(&device.0), Format::Raw);
+    let opened = OpenedDomain::start(&machine, &daemon);
+    let guest = &opened.guest;
+    let xml = |name: &str| opened.xml(name, &disks(&onto("vda", &directory.path().join(name))));
+    let start_again = || {
+        guest.start_domain();
+        guest.wait_ticks(2);
+    };
+    // Deleted while the domain is off: the overlay is merged into the device.
+    opened.create(&xml("s"), INSTANTLY).unwrap();
+    guest.virsh("destroy", &[]);
+    opened.delete("s", 0).unwrap();
+    assert_on_device(guest, &device.0);
+    start_again();
+    // Three of them, reverted to and deleted.
+    for name in ["a", "b", "c"] {
+        opened.create(&xml(name), INSTANTLY).unwrap();
+        guest.wait_ticks(2);
+    }
+    for name in ["b", "a"] {
+        opened.revert(name, 0).unwrap();
+        guest.wait_ticks(2);
+    }
+    for name in ["c", "b"] {
+        opened.delete(name, 0).unwrap();
+    }
+    let record = guest.virsh("snapshot-dumpxml", &["a"]);
+    assert!(!record.contains(&format!("file='{}'", device.0)), "{record}");
+    guest.virsh("destroy", &[]);
+    opened.delete("a", 0).unwrap();
+    assert_on_device(guest, &device.0);
+    start_again();
+    // QEMU ends at the instant: the overlay is merged by the library, and the definition put back.
+    if by_client_only() {
+        let mut kill = At(|phase| {
+            if phase == Phase::Drain {
+                guest.kill();
+            }
+        });
+        opened.create_observed(&xml("killed"), INSTANTLY, &mut kill).expect_err("QEMU has ended");
+        assert_on_device(guest, &device.0);
+        start_again();
+    }
+}
+
+#[test]
+fn an_empty_drive_can_be_left_out_by_name_and_cannot_have_an_overlay() {
+    let daemon = virt::session();
+    let machine = Machine::new(&Binary::all()[0])
+        .disk(Format::Qcow2)
+        .cdrom(None)
+        .devices("<disk type='file' device='floppy'><target dev='fda' bus='fdc'/></disk>");
+    let opened = OpenedDomain::start(&machine, &daemon);
+    let empty = disks("<disk name='hda' snapshot='no'/><disk name='fda' snapshot='no'/>");
+    opened.create(&opened.xml("s", &empty), INSTANTLY).unwrap();
+    // What libvirt tells of it, handed in again under another name.
+    let again = opened.guest.virsh("snapshot-dumpxml", &["s"]);
+    let (again, _) = again.split_once("<domain ").unwrap();
+    let again =
+        again.replace(&opened.memory_file("s").display().to_string(), &opened.memory_file("t").display().to_string());
+    let again =
+        again.replace("<name>s</name>", "<name>t</name>").replace("disk.s'", "disk.t'").replace(".s'/>", ".t'/>");
+    opened.create(&format!("{again}</domainsnapshot>"), INSTANTLY).unwrap();
+    let before = opened.trace();
+    for (target, wish) in [("hda", "external"), ("fda", "external")] {
+        let xml = opened.xml("u", &disks(&format!("<disk name='{target}' snapshot='{wish}'/>")));
+        refused(&opened, &xml, INSTANTLY, Code::ConfigUnsupported, &[target, "no medium"]);
+    }
+    opened.assert_untouched(&before);
+    opened.guest.wait_ticks(2);
+}
+
 /// A server of a disk, ended when dropped.
 struct Server(Child);
 

@@ -7,6 +7,7 @@ use std::process::Command;
 
 use common::{INSTANTLY, Opened, assert_error, assert_untouched, machine};
 use instantsnap::error::{Code, Error};
+use instantsnap::snapshot::domain::{Source, Storage};
 use instantsnap::snapshot::{
     Domain, Location, MemoryRequest, Record, RecordedDisk, RecordedManual, RecordedNvram, Request, State,
 };
@@ -341,6 +342,41 @@ fn random_bytes_never_panic() {
         if let Ok(domain) = Domain::parse(&text) {
             let _ = domain.with_sources(&[]);
         }
+    }
+}
+
+#[test]
+fn the_type_of_a_disk_follows_its_source() {
+    let disk = |kind: &str, source: &str| {
+        format!("<devices><disk type='{kind}'><driver type='raw'/>{source}<target dev='vda'/></disk></devices>")
+    };
+    let on = |before: &str, storage: Storage| {
+        let source = Source { target: "vda", storage, format: "qcow2" };
+        let text = domain(before).unwrap().with_sources(&[source]).unwrap();
+        text.strip_prefix("<domain><name>x</name>").unwrap().strip_suffix("</domain>").unwrap().to_owned()
+    };
+    let now = |kind: &str, source: &str| disk(kind, source).replace("'raw'", "'qcow2'");
+    let label = "<seclabel model='dac' relabel='no'/>";
+    let part = "<slices><slice type='storage' offset='0' size='1'/></slices>";
+    let pool = "<source pool='p' volume='v'/>";
+    let nbd = "<source protocol='nbd' name='n'><host name='h'/></source>";
+    let file = || Storage::at("/f");
+    assert_eq!(on(&disk("block", "<source dev='/b'/>"), file()), now("file", "<source file='/f'/>"));
+    assert_eq!(on(&disk("volume", pool), file()), now("file", "<source file='/f'/>"));
+    assert_eq!(on(&disk("network", nbd), file()), now("file", "<source file='/f'/>"));
+    // What is of the old image alone goes with it; labels are for whatever is in its place.
+    let both = format!("<source file='/g'>{part}{label}</source>");
+    assert_eq!(on(&disk("file", &both), file()), now("file", &format!("<source file='/f'>{label}</source>")));
+    // The way back, to what another document says.
+    for (kind, source) in [("volume", pool), ("network", nbd), ("file", &both), ("block", "<source dev='/b'/>")] {
+        let before = domain(&disk(kind, source)).unwrap().storage("vda").unwrap();
+        assert_eq!(on(&disk("file", "<source file='/f'/>"), before), now(kind, source));
+    }
+    // A device is one by what it is.
+    let loops = (0..8).map(|n| format!("/dev/loop{n}")).find(|path| std::path::Path::new(path).exists());
+    if let Some(device) = loops {
+        let block = now("block", &format!("<source dev='{device}'/>"));
+        assert_eq!(on(&disk("file", "<source file='/f'/>"), Storage::at(&device)), block);
     }
 }
 

@@ -76,7 +76,8 @@ pub fn check_flags(flags: u32) -> Result<()> {
 /// snapshot: both are refused.
 fn check_disks(record: &Record, drives: &[Drive]) -> Result<()> {
     let same = |a: &str, b: &str| sys::same_file(Path::new(a), Path::new(b));
-    for drive in drives {
+    let drives: Vec<Drive> = drives.iter().filter(|drive| drive.role != Role::Empty).cloned().collect();
+    for drive in &drives {
         let kept = record.disks.iter().map(|disk| &disk.image).chain(record.nvram.iter().map(|nvram| &nvram.copy));
         if let Some(image) = kept.into_iter().find(|image| drive.role != Role::ReadOnly && same(&drive.file, image)) {
             fail!(

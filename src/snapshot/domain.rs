@@ -1,6 +1,7 @@
 //! The guest's `<domain>` XML: which disks it names, and how it reads with the files that they have now.
 
 use std::ops::Range;
+use std::os::unix::fs::FileTypeExt;
 
 use quick_xml::escape::escape;
 use roxmltree::Node;
@@ -27,6 +28,8 @@ pub struct DomainDisk {
     pub alias: Option<String>,
     /// `<source file=>` or `dev=`.
     pub source: Option<String>,
+    /// There is no medium in it.
+    pub empty: bool,
     /// `snapshot=`.
     pub snapshot: Option<String>,
     /// `<driver io=>`.
@@ -40,10 +43,73 @@ pub struct DomainDisk {
 pub struct Source<'a> {
     /// `<target dev=>` of the disk.
     pub target: &'a str,
-    /// Its image.
-    pub file: &'a str,
+    /// Where its image is.
+    pub storage: Storage,
     /// The image's format.
     pub format: &'a str,
+}
+
+/// Where an image is, as a `<disk>` says it: `type=` and `<source>` belong together, and libvirt starts no domain in which
+/// they do not match what is there.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Storage {
+    kind: String,
+    source: String,
+    path: Option<String>,
+}
+
+impl Storage {
+    /// Of an image by its path: a device is `type='block'`, everything else a file.
+    pub fn at(path: &str) -> Storage {
+        let device = std::fs::metadata(path).is_ok_and(|found| found.file_type().is_block_device());
+        Storage::local(if device { "block" } else { "file" }, path)
+    }
+
+    /// Of a file that need not be there yet.
+    pub fn file(path: &str) -> Storage {
+        Storage::local("file", path)
+    }
+
+    fn local(kind: &str, path: &str) -> Storage {
+        let attribute = if kind == "block" { "dev" } else { "file" };
+        let source = format!("<source {attribute}='{}'/>", escape(path));
+        Storage { kind: kind.into(), source, path: Some(path.into()) }
+    }
+
+    /// Of an element with a `type=` and a `<source>`: a disk, or a disk's `<backingStore>`. `None` where it has no medium.
+    pub fn of(element: Node) -> Option<Storage> {
+        let source = xml::child(element, "source").filter(|source| !is_empty(*source))?;
+        let text = source.document().input_text()[source.range()].to_owned();
+        let kind = element.attribute("type").unwrap_or("file").to_owned();
+        Some(Storage { kind, source: text, path: local_path(source).map(str::to_owned) })
+    }
+
+    /// `type=`.
+    pub fn kind(&self) -> &str {
+        &self.kind
+    }
+
+    /// `<source>`, to the letter.
+    pub fn source(&self) -> &str {
+        &self.source
+    }
+
+    /// Its path, where it is a file or a device of the host that the XML names.
+    pub fn path(&self) -> Option<&str> {
+        self.path.as_deref()
+    }
+}
+
+/// `file=` or `dev=`.
+fn local_path<'a>(source: Node<'a, '_>) -> Option<&'a str> {
+    source.attribute("file").or_else(|| source.attribute("dev"))
+}
+
+/// Whether a `<source>` says nothing of a medium: libvirt 12 writes one, with the number of its node, for a drive that has
+/// none.
+fn is_empty(source: Node) -> bool {
+    let says = |name: &str| !matches!(name, "index" | "startupPolicy");
+    !source.attributes().any(|attribute| says(attribute.name())) && !source.children().any(|child| child.is_element())
 }
 
 /// What a QEMU tells of itself, for guests whose domain XML nobody knows.
@@ -78,6 +144,13 @@ impl Domain {
         Ok(Domain { text: text[root.range()].into(), name, disks })
     }
 
+    /// Where the image of a disk is; `None` where there is no such disk, or none with a medium.
+    pub fn storage(&self, target: &str) -> Option<Storage> {
+        let document = xml::parse(&self.text, "domain", &xml::GIVEN).ok()?;
+        let is_it = |disk: &Node| xml::attribute(*disk, "target", "dev") == Some(target);
+        disk_nodes(document.root_element()).find(is_it).and_then(Storage::of)
+    }
+
     /// A document of our own for a QEMU without one: enough for a person, and for libvirt's save image tools. Disks are called
     /// by their number there, as `vda`: a drive's own name is seldom one that libvirt takes.
     pub fn minimal(machine: &Machine, disks: &[Source]) -> String {
@@ -97,9 +170,9 @@ impl Domain {
             line(format!("    <emulator>{}</emulator>\n", escape(emulator)));
         }
         for (index, disk) in disks.iter().enumerate() {
-            line("    <disk type='file' device='disk'>\n".into());
+            line(format!("    <disk type='{}' device='disk'>\n", disk.storage.kind));
             line(format!("      <driver name='qemu' type='{}'/>\n", escape(disk.format)));
-            line(format!("      <source file='{}'/>\n", escape(disk.file)));
+            line(format!("      {}\n", disk.storage.source));
             line(format!("      <target dev='{}' bus='virtio'/>\n", target_name(index)));
             line("    </disk>\n".into());
         }
@@ -117,7 +190,8 @@ impl Domain {
                 edit_disk(node, source, &mut edits)?;
             }
         }
-        edits.sort_by_key(|(range, _)| range.start);
+        // What is put in before an element that is replaced goes before it.
+        edits.sort_by_key(|(range, _)| (range.start, range.end));
         let mut text = self.text.clone();
         for (range, replacement) in edits.into_iter().rev() {
             text.replace_range(range, &replacement);
@@ -149,6 +223,7 @@ fn disk(node: Node) -> Option<DomainDisk> {
         target: attribute("target", "dev")?,
         alias: attribute("alias", "name"),
         source: attribute("source", "file").or_else(|| attribute("source", "dev")),
+        empty: Storage::of(node).is_none(),
         snapshot: node.attribute("snapshot").map(str::to_owned),
         io: attribute("driver", "io"),
         discard: attribute("driver", "discard"),
@@ -162,22 +237,20 @@ fn edit_disk(disk: Node, source: &Source, edits: &mut Edits) -> Result<()> {
     let Some(old) = xml::child(disk, "source") else {
         fail!(XmlError, "disk '{}' has no <source> in the domain XML, and an image in QEMU", source.target);
     };
-    let file = old.attributes().find(|attribute| matches!(attribute.name(), "file" | "dev"));
-    if file.is_some_and(|file| file.value() == source.file) {
+    let Storage { kind, path, .. } = &source.storage;
+    if Storage::of(disk).is_some_and(|old| old == source.storage || old.path.is_some() && old.path == *path) {
         return Ok(());
     }
-    let Some(file) = file else {
-        fail!(
-            ConfigUnsupported,
-            "disk '{}' is on network storage in the domain XML, and on '{}' in QEMU",
-            source.target,
-            source.file
-        );
-    };
-    edits.push((file.range(), format!("file='{}'", escape(source.file))));
-    if let Some(kind) = disk.attribute_node("type") {
-        edits.push((kind.range(), "type='file'".into()));
+    put_source(old, &source.storage, edits);
+    match disk.attribute_node("type") {
+        Some(attribute) => edits.push((attribute.range(), format!("type='{}'", escape(kind.as_str())))),
+        None => {
+            let at = disk.range().start + "<disk".len();
+            edits.push((at..at, format!(" type='{}'", escape(kind.as_str()))));
+        }
     }
+    // Of network storage, where older XML has it beside the source.
+    edits.extend(xml::child(disk, "auth").map(|auth| (auth.range(), String::new())));
     match xml::child(disk, "driver") {
         Some(driver) => match driver.attribute_node("type") {
             Some(format) => edits.push((format.range(), format!("type='{}'", escape(source.format)))),
@@ -196,6 +269,24 @@ fn edit_disk(disk: Node, source: &Source, edits: &mut Edits) -> Result<()> {
         edits.push((backing.range(), String::new()));
     }
     Ok(())
+}
+
+/// The edits that put a new `<source>` in the place of another. Labels are for whatever QEMU opens, and stay; what else is in
+/// the old one is of its image alone: a part of it, hosts, reservations.
+fn put_source(old: Node, new: &Storage, edits: &mut Edits) {
+    let is_label = |child: &Node| child.tag_name().name() == "seclabel";
+    let old_path = old.attributes().find(|attribute| matches!(attribute.name(), "file" | "dev"));
+    if let (Some(attribute), Some(path), Some(_)) = (old_path, &new.path, new.source.strip_suffix("'/>")) {
+        let name = if new.kind == "block" { "dev" } else { "file" };
+        edits.push((attribute.range(), format!("{name}='{}'", escape(path.as_str()))));
+        let others = old.children().filter(|child| child.is_element() && !is_label(child));
+        edits.extend(others.map(|child| (child.range(), String::new())));
+        return;
+    }
+    let text = old.document().input_text();
+    let labels: String = old.children().filter(is_label).map(|label| &text[label.range()]).collect();
+    let labelled = new.source.strip_suffix("/>").filter(|_| !labels.is_empty());
+    edits.push((old.range(), labelled.map_or(new.source.clone(), |open| format!("{open}>{labels}</source>"))));
 }
 
 /// The text of a `<domain>` element inside a larger document; `None` where it has no name.

@@ -7,6 +7,8 @@ pub enum Role {
     Disk,
     /// Cannot change, or holds a removable medium that the guest reads: left out.
     ReadOnly,
+    /// No medium is in it: there is nothing to keep, and nothing to put an overlay on.
+    Empty,
     /// UEFI variables (pflash): QEMU does not write-protect them, so they are copied and compared instead.
     Firmware,
 }
@@ -20,7 +22,7 @@ pub struct Bitmap {
     pub granularity: u64,
 }
 
-/// A drive with a medium in it.
+/// A drive of a guest.
 #[derive(Clone, Debug)]
 pub struct Drive {
     /// By what it may be called, the best name first: target, qdev id, drive alias, node name.

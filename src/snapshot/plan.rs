@@ -41,6 +41,12 @@ pub fn plan(drives: Vec<Drive>, request: &Request, snapshot: &str, reuse: bool) 
                 drive.name()
             ),
             (Role::Firmware, Location::No) => plan.firmware.push(drive),
+            (Role::Empty, Location::External | Location::Manual) => fail!(
+                ConfigUnsupported,
+                "a snapshot of disk '{}' is not supported while no medium is in it: leave it out (snapshot='no'), or put one in",
+                drive.name()
+            ),
+            (Role::Empty, Location::No) => {}
             (Role::ReadOnly, Location::External) => {
                 fail!(ConfigUnsupported, "external snapshot for readonly disk '{}' is not supported", drive.name())
             }
@@ -99,7 +105,7 @@ fn location(drive: &Drive, wish: Option<&DiskRequest>) -> Location {
     match (wish.and_then(|wish| wish.location), drive.role, drive.snapshot.as_deref()) {
         (Some(location), _, _) => location,
         (None, Role::Disk, Some("manual")) => Location::Manual,
-        (None, Role::ReadOnly | Role::Firmware, _) | (None, Role::Disk, Some("no")) => Location::No,
+        (None, Role::ReadOnly | Role::Firmware | Role::Empty, _) | (None, Role::Disk, Some("no")) => Location::No,
         (None, Role::Disk, _) => Location::External,
     }
 }
@@ -115,7 +121,7 @@ fn find(drives: &[Drive], name: &str) -> Result<usize> {
         (Some(slot), None) => Ok(slot),
         (Some(_), Some(_)) => fail!(ConfigUnsupported, "more than one disk has the image '{name}': name it otherwise"),
         (None, _) => {
-            let known: Vec<_> = drives.iter().map(Drive::name).collect();
+            let known: Vec<_> = drives.iter().filter(|drive| drive.role != Role::Empty).map(Drive::name).collect();
             fail!(ConfigUnsupported, "no disk named '{name}', the guest has: {}", known.join(", "))
         }
     }

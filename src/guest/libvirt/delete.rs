@@ -31,7 +31,7 @@ use crate::flags::{CURRENT, REDEFINE};
 use crate::guest::images::{self, Graph, Id, id};
 use crate::image::{deleting, is_another};
 use crate::libvirt::{Connect, Domain, VirError, block, xml};
-use crate::snapshot::domain::Source;
+use crate::snapshot::domain::{Source, Storage};
 use crate::sys;
 
 /// The first libvirt that deletes snapshots with a memory image, and that crashes when it reverts without a current one.
@@ -499,7 +499,8 @@ impl<'a> Delete<'a> {
             Some((disk.target.clone(), disk.file.clone()?, disk.format.clone()))
         };
         let tops: Vec<_> = disks.iter().filter_map(source).collect();
-        let sources: Vec<Source> = tops.iter().map(|(target, file, format)| Source { target, file, format }).collect();
+        let sources: Vec<Source> =
+            tops.iter().map(|(target, file, format)| Source { target, storage: Storage::at(file), format }).collect();
         let record = leaf.with_overlays(&sources)?;
         let step = format!("cannot make snapshot '{}' the current one", leaf.name);
         self.domain.create_snapshot(&record, REDEFINE | CURRENT).map(drop).map_err(|error| error.into_error(&step))

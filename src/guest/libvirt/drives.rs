@@ -3,10 +3,11 @@
 use roxmltree::Node;
 
 use crate::error::{Error, Result, fail};
+use crate::snapshot::domain::Storage;
 use crate::snapshot::drive::OpenOptions;
 use crate::snapshot::{Drive, Role, xml};
 
-/// The drives of a running domain that have a medium, in the order of its XML. Sizes are not in it.
+/// The drives of a running domain, in the order of its XML. Sizes are not in it.
 pub fn drives(domain_xml: &str) -> Result<Vec<Drive>> {
     let mut drives = disks(domain_xml)?;
     let document = xml::parse(domain_xml, "domain", &xml::GIVEN)?;
@@ -37,7 +38,8 @@ pub fn chains(domain_xml: &str) -> Result<Vec<(String, Vec<String>)>> {
         let name = drive.name().to_owned();
         (name, [vec![drive.file], drive.backing].concat())
     };
-    Ok(drives.into_iter().filter(|drive| drive.role != Role::Firmware).map(chain).collect())
+    let has_chain = |drive: &Drive| !matches!(drive.role, Role::Firmware | Role::Empty);
+    Ok(drives.into_iter().filter(has_chain).map(chain).collect())
 }
 
 /// Targets of disks whose block job is done but for its last step.
@@ -60,10 +62,10 @@ fn mirrored(domain_xml: &str, (name, value): (&str, &str)) -> Result<Vec<String>
 
 fn drive(disk: Node) -> Option<Drive> {
     let target = xml::attribute(disk, "target", "dev")?.to_owned();
+    let Some(storage) = Storage::of(disk) else { return Some(plain(target, disk, Role::Empty)) };
     let source = xml::child(disk, "source")?;
-    let kind = disk.attribute("type").unwrap_or("file");
-    let local = source.attribute("file").or(source.attribute("dev"));
-    let hindrance = match (kind, local) {
+    let kind = storage.kind();
+    let hindrance = match (kind, storage.path()) {
         ("file" | "block", Some(_)) if xml::child(source, "encryption").is_some() => {
             Some("is encrypted: instant snapshots of encrypted images are not supported".to_owned())
         }
@@ -76,7 +78,7 @@ fn drive(disk: Node) -> Option<Drive> {
     if xml::child(disk, "transient").is_some() {
         return Some(Drive {
             hindrance: Some("is transient: libvirt takes no snapshots of it".into()),
-            ..plain(target, disk, source, Role::Disk)
+            ..plain(target, disk, Role::Disk)
         });
     }
     // libvirt leaves out what is read only, a CD-ROM's medium included.
@@ -84,16 +86,16 @@ fn drive(disk: Node) -> Option<Drive> {
         Some(_) => Role::ReadOnly,
         None => Role::Disk,
     };
-    Some(Drive { hindrance, ..plain(target, disk, source, role) })
+    Some(Drive { hindrance, ..plain(target, disk, role) })
 }
 
-fn plain(target: String, disk: Node, source: Node, role: Role) -> Drive {
+fn plain(target: String, disk: Node, role: Role) -> Drive {
     let attribute = |child, name| xml::attribute(disk, child, name).map(str::to_owned);
-    let path = |source: Node| source.attribute("file").or(source.attribute("dev")).map(str::to_owned);
+    let path = |image: Node| Storage::of(image).and_then(|storage| storage.path().map(str::to_owned));
     let mut backing = Vec::new();
     let mut below = xml::child(disk, "backingStore");
     while let Some(image) = below {
-        let Some(file) = xml::child(image, "source").and_then(path) else { break };
+        let Some(file) = path(image) else { break };
         backing.push(file);
         below = xml::child(image, "backingStore");
     }
@@ -103,7 +105,7 @@ fn plain(target: String, disk: Node, source: Node, role: Role) -> Drive {
         names,
         role,
         node: String::new(),
-        file: path(source).or_else(|| source.attribute("name").map(str::to_owned)).unwrap_or_default(),
+        file: path(disk).or_else(|| attribute("source", "name")).unwrap_or_default(),
         backing,
         format: attribute("driver", "type").unwrap_or_else(|| "raw".into()),
         size: 0,
@@ -157,4 +159,25 @@ pub fn holds_leases(domain_xml: &str) -> bool {
         interface.attribute("type") == Some("direct") || xml::attribute(interface, "actual", "type") == Some("direct")
     });
     macvtap || xml::child(devices, "lease").is_some()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_empty_drive_is_there_to_be_named_and_has_nothing_to_keep() {
+        // As libvirt 9 and libvirt 12.8 write them.
+        for source in ["", "<source index='1'/>", "<source startupPolicy='optional' index='2'/>"] {
+            for device in ["floppy", "cdrom"] {
+                let xml = format!(
+                    "<domain><name>x</name><devices><disk type='file' device='{device}'>\
+                     <driver name='qemu' type='raw'/>{source}<target dev='sda' bus='x'/></disk></devices></domain>"
+                );
+                let drives = drives(&xml).unwrap();
+                assert_eq!((drives[0].role, drives[0].name()), (Role::Empty, "sda"), "{xml}");
+                assert_eq!(chains(&xml).unwrap(), []);
+            }
+        }
+    }
 }

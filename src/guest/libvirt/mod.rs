@@ -737,8 +737,7 @@ impl LibvirtGuest<'_> {
         {
             return Ok(());
         }
-        let now = self.xml(libvirt::xml::SECURE | libvirt::xml::INACTIVE)?;
-        if self.overlays.without(&now)?.is_some() {
+        if self.definition_without_overlays()?.is_some() {
             fail!(
                 OperationFailed,
                 "somebody has saved the domain, or migrated it, meanwhile: what was saved may go on with the overlays {}, as \
@@ -749,13 +748,17 @@ impl LibvirtGuest<'_> {
         Ok(())
     }
 
+    /// The definition of a persistent domain with the images that it had before the overlays; `None` where it names none of
+    /// them.
+    fn definition_without_overlays(&mut self) -> Result<Option<String>> {
+        let Some(before) = self.inactive_xml.clone() else { return Ok(None) };
+        let now = self.xml(libvirt::xml::SECURE | libvirt::xml::INACTIVE)?;
+        self.overlays.without(&now, &before)
+    }
+
     /// libvirt has put the overlays into the definition of a persistent domain too.
     fn put_definition_back(&mut self) -> Result<()> {
-        if self.inactive_xml.is_none() {
-            return Ok(());
-        }
-        let now = self.xml(libvirt::xml::SECURE | libvirt::xml::INACTIVE)?;
-        let Some(mended) = self.overlays.without(&now)? else { return Ok(()) };
+        let Some(mended) = self.definition_without_overlays()? else { return Ok(()) };
         self.patiently("cannot put the domain's definition back", Again::Harmless, move |domain| {
             domain.connect()?.define(&mended, 0).map(drop)
         })

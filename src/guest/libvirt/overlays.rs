@@ -12,8 +12,8 @@ use crate::guest::{PATIENCE, overlay_file};
 use crate::libvirt::block;
 use crate::monitor::Deadline;
 use crate::own_file::OwnFile;
-use crate::snapshot::domain::{Domain, Source};
-use crate::snapshot::{DiskPlan, Drive};
+use crate::snapshot::DiskPlan;
+use crate::snapshot::domain::{Domain, Source, Storage};
 use crate::sys;
 
 /// A merge that makes no progress for so long is given up.
@@ -149,11 +149,19 @@ impl Overlays {
         Ok(())
     }
 
-    /// A domain's definition with the images below in the overlays' place; `None` where it names none.
-    pub fn without(&self, domain_xml: &str) -> Result<Option<String>> {
+    /// A domain's definition with the images below in the overlays' place, as it named them `before`; `None` where it names
+    /// no overlay.
+    pub fn without(&self, domain_xml: &str, before: &str) -> Result<Option<String>> {
         let chains = drives::chains(domain_xml)?;
         let named = |disk: &&DiskPlan| place(disk, &chains).is_some_and(|(depth, _)| depth == 0);
-        let sources: Vec<_> = self.disks.iter().filter(named).map(|disk| source(&disk.drive)).collect();
+        let before = Domain::parse(before)?;
+        let source = |disk| {
+            let DiskPlan { drive, overlay, .. }: &DiskPlan = disk;
+            let storage = before.storage(drive.name()).filter(|storage| storage.path() != Some(overlay));
+            let storage = storage.unwrap_or_else(|| Storage::at(&drive.file));
+            Source { target: drive.name(), storage, format: &drive.format }
+        };
+        let sources: Vec<_> = self.disks.iter().filter(named).map(source).collect();
         if sources.is_empty() {
             return Ok(None);
         }
@@ -176,10 +184,6 @@ impl Overlays {
     pub fn paths(&self) -> String {
         self.disks.iter().map(|disk| format!("'{}'", disk.overlay)).collect::<Vec<_>>().join(", ")
     }
-}
-
-fn source(drive: &Drive) -> Source<'_> {
-    Source { target: drive.name(), file: &drive.file, format: &drive.format }
 }
 
 /// How deep a disk's overlay is in its chain, and what is below it.

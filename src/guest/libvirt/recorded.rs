@@ -11,7 +11,7 @@ use roxmltree::Node;
 use crate::error::{Code, Error, Result, fail};
 use crate::guest::images::{Id, id};
 use crate::libvirt::{Domain, Snapshot, xml as xml_flags};
-use crate::snapshot::domain::Source;
+use crate::snapshot::domain::{Source, Storage};
 use crate::snapshot::{self, xml};
 
 /// All snapshots of a domain.
@@ -241,7 +241,8 @@ impl Recorded {
             for node in lists.flat_map(|list| xml::children(list, "disk")) {
                 let disk = snapshot_disk(node);
                 if let Some(replaced) = disk.overlay.as_deref().and_then(|overlay| find(replaced, overlay)) {
-                    let source = Source { target: &disk.target, file: &replaced.by, format: &replaced.format };
+                    let source =
+                        Source { target: &disk.target, storage: Storage::at(&replaced.by), format: &replaced.format };
                     edits.push((node.range(), external_disk(&source)));
                 }
             }
@@ -286,7 +287,7 @@ pub fn domain_with_replaced(domain_xml: &str, replaced: &[Replaced]) -> Result<O
     let sources: Vec<_> = images.iter().filter_map(source).collect();
     let sources: Vec<Source> = sources
         .iter()
-        .map(|(target, replaced)| Source { target, file: &replaced.by, format: &replaced.format })
+        .map(|(target, replaced)| Source { target, storage: Storage::at(&replaced.by), format: &replaced.format })
         .collect();
     let changed = snapshot::Domain::parse(domain_xml)?.with_sources(&sources)?;
     let changed = without_chains_of(&changed, replaced)?;
@@ -335,12 +336,13 @@ fn rename(element: &str, from: &str, to: &str) -> String {
 }
 
 fn external_disk(overlay: &Source) -> String {
-    let Source { target, file, format } = overlay;
+    let Source { target, storage, format } = overlay;
     format!(
-        "<disk name='{}' snapshot='external' type='file'><driver type='{}'/><source file='{}'/></disk>",
+        "<disk name='{}' snapshot='external' type='{}'><driver type='{}'/>{}</disk>",
         escape(*target),
+        storage.kind(),
         escape(*format),
-        escape(*file)
+        storage.source()
     )
 }
 
@@ -373,7 +375,7 @@ fn disk_image(disk: Node) -> Option<DiskImage> {
     Some(DiskImage {
         target: xml::attribute(disk, "target", "dev")?.into(),
         file: source.and_then(path).map(str::to_owned),
-        present: source.is_some(),
+        present: Storage::of(disk).is_some(),
         read_only: xml::child(disk, "readonly").is_some(),
         format: xml::attribute(disk, "driver", "type").unwrap_or("raw").into(),
         backing,

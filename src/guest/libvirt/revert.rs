@@ -29,7 +29,7 @@ use crate::guest::overlay_file;
 use crate::image::Image;
 use crate::libvirt::{Connect, Domain, VirError, restore, undefine, xml};
 use crate::monitor::Deadline;
-use crate::snapshot::domain::Source;
+use crate::snapshot::domain::{Source, Storage};
 use crate::snapshot::generated_name;
 use crate::sys;
 
@@ -379,7 +379,7 @@ const CURRENT_AGAIN: u32 = crate::flags::REDEFINE | crate::flags::CURRENT;
 
 impl Overlay {
     fn source(&self) -> Source<'_> {
-        Source { target: &self.target, file: &self.text, format: "qcow2" }
+        Source { target: &self.target, storage: Storage::file(&self.text), format: "qcow2" }
     }
 }
 

@@ -3,6 +3,7 @@
 use quick_xml::Writer;
 use quick_xml::events::{BytesText, Event};
 
+use crate::snapshot::domain::Storage;
 use crate::snapshot::{DiskPlan, Record, xml};
 
 type XmlWriter = Writer<Vec<u8>>;
@@ -56,10 +57,11 @@ fn write_disks<'a>(
 ) -> std::io::Result<()> {
     writer.create_element("disks").write_inner_content(|writer| {
         for (name, overlay) in external {
-            let attributes = [("name", name), ("snapshot", "external"), ("type", "file")];
+            let storage = Storage::at(overlay);
+            let attributes = [("name", name), ("snapshot", "external"), ("type", storage.kind())];
             writer.create_element("disk").with_attributes(attributes).write_inner_content(|writer| {
                 writer.create_element("driver").with_attribute(("type", "qcow2")).write_empty()?;
-                writer.create_element("source").with_attribute(("file", overlay)).write_empty().map(drop)
+                verbatim(writer, storage.source())
             })?;
         }
         for name in left_out {
@@ -93,7 +95,7 @@ pub fn domain_files(snapshot_xml: &str) -> Vec<String> {
         .and_then(|domain| xml::child(domain, "devices"))
         .into_iter()
         .flat_map(|devices| xml::children(devices, "disk"));
-    disks.filter_map(|disk| xml::attribute(disk, "source", "file").map(str::to_owned)).collect()
+    disks.filter_map(|disk| Storage::of(disk)?.path().map(str::to_owned)).collect()
 }
 
 /// The name of a snapshot's parent.

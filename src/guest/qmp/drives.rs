@@ -35,18 +35,18 @@ fn query(monitor: &mut dyn Execute, command: &str, arguments: Value) -> Result<J
     monitor.run(&step, Command::new(command, arguments), Deadline::after(PATIENCE))
 }
 
-/// The drives that a guest's device has, with a medium in them.
+/// The drives that a guest's devices have. Those without a medium are there to be named, and nothing more.
 pub fn drives(monitor: &mut dyn Execute, domain: Option<&Domain>, pid: Option<u32>) -> Result<Vec<Drive>> {
     let blocks = query(monitor, "query-block", json!({}))?;
     let mut drives = Vec::new();
     for block in blocks.as_array().into_iter().flatten() {
-        // A drive that no device has cannot change by the guest; one without a medium has nothing to keep.
-        if !block["inserted"].is_object() || !block["qdev"].is_string() {
+        // A drive that no device has cannot change by the guest.
+        if !block["qdev"].is_string() {
             continue;
         }
         drives.push(drive(monitor, block, pid)?);
     }
-    if drives.iter().any(|drive| drive.names.is_empty()) {
+    if drives.iter().any(|drive| drive.names.is_empty() && drive.role != Role::Empty) {
         name_by_nodes(monitor, &mut drives, pid)?;
     }
     if let Some(domain) = domain {
@@ -65,7 +65,9 @@ fn drive(monitor: &mut dyn Execute, block: &Value, pid: Option<u32>) -> Result<D
     names.extend(Some(device.clone()).filter(|device| !device.is_empty()));
     names.extend(Some(node.clone()).filter(|node| !node.starts_with('#') && !node.starts_with(NODE_PREFIX)));
 
-    let role = if inserted["ro"] == true {
+    let role = if !inserted.is_object() {
+        Role::Empty
+    } else if inserted["ro"] == true {
         Role::ReadOnly
     } else if is_firmware(monitor, &qdev, &device)? {
         Role::Firmware
@@ -90,7 +92,10 @@ fn drive(monitor: &mut dyn Execute, block: &Value, pid: Option<u32>) -> Result<D
         below = &below["backing-image"];
     }
     Ok(Drive {
-        file: image_path(&text(&inserted["file"]), &inserted["image"], pid),
+        file: match role {
+            Role::Empty => String::new(),
+            _ => image_path(&text(&inserted["file"]), &inserted["image"], pid),
+        },
         backing,
         role,
         node,

@@ -12,7 +12,7 @@ use crate::guest::{Deputy, Description, Guest, MEASURED, PATIENCE, Presence, Res
 use crate::monitor::commands::{self, Status};
 use crate::monitor::json::Json;
 use crate::monitor::{Command, Deadline, Event, Execute, Failure};
-use crate::snapshot::domain::{Domain, Source};
+use crate::snapshot::domain::{Domain, Source, Storage};
 use crate::snapshot::{DiskPlan, Drive, Record, Role, Store};
 
 /// QEMU's monitor during one operation, and what its owner does in QMP's place.
@@ -108,9 +108,19 @@ impl<C: Channel> Guest for MonitorGuest<'_, C> {
     fn describe(&mut self, drives: &[Drive]) -> Result<Description> {
         let source = |drive| {
             let Drive { file, format, .. }: &Drive = drive;
-            Source { target: drive.name(), file, format }
+            Source { target: drive.name(), storage: Storage::at(file), format }
         };
-        let disks: Vec<_> = drives.iter().filter(|drive| drive.role != Role::Firmware).map(source).collect();
+        let known = self.domain.as_ref();
+        // What is on the network, QEMU calls otherwise than libvirt does.
+        let is_remote = |drive: &Drive| {
+            let storage = known.and_then(|domain| domain.storage(drive.name()));
+            !drive.file.starts_with('/') && storage.is_some_and(|storage| storage.path().is_none())
+        };
+        let disks: Vec<_> = drives
+            .iter()
+            .filter(|drive| !matches!(drive.role, Role::Firmware | Role::Empty) && !is_remote(drive))
+            .map(source)
+            .collect();
         let domain_xml = match &self.domain {
             Some(domain) => domain.with_sources(&disks)?,
             None => {
