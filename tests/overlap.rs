@@ -230,3 +230,27 @@ fn memory_that_was_never_used_is_there_before_the_pause() {
         opened.bring_back("s");
     }
 }
+
+#[test]
+fn memory_that_is_not_plugged_in_is_not_populated() {
+    for binary in Binary::all() {
+        for kind in ["memory-backend-memfd,share=on", "memory-backend-ram"] {
+            let backend = format!("{kind},id=plug,size=256M");
+            let args = ["-m", "64,maxmem=512M", "-object", &backend, "-device", "virtio-mem-pci,id=vm0,memdev=plug"];
+            let opened = Opened::start(&args.into_iter().fold(machine(binary, 1), |machine, arg| machine.arg(arg)));
+            let resident = || {
+                let maps = std::fs::read_to_string(format!("/proc/{}/smaps", opened.guest.pid())).unwrap();
+                let kilobytes = |name: &'static str| {
+                    let values = maps.lines().filter_map(move |line| line.strip_prefix(name)?.strip_suffix("kB"));
+                    values.map(|value| value.trim().parse::<u64>().unwrap())
+                };
+                let mut sizes = kilobytes("Size:").zip(kilobytes("Rss:"));
+                sizes.find(|(size, _)| *size == 256 << 10).expect("the device's memory").1
+            };
+            assert_eq!(resident(), 0, "{kind}");
+            opened.snapshot("s").unwrap();
+            assert_eq!(resident(), 0, "{kind}");
+            opened.guest.wait_ticks(2);
+        }
+    }
+}

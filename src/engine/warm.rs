@@ -4,12 +4,17 @@
 //! fetched then, in the pause if the guest has been stopped. Here one byte of each page is read beforehand, from QEMU's memory
 //! by the kernel's `process_vm_readv`. Where that is not permitted, or QEMU's process is not known, nothing is lost but time. It
 //! takes several times as long as QEMU takes for pages that are there, and puts the instant off by that: so it has an end.
+//!
+//! Only what QEMU itself would touch is touched: memory that a virtio-mem device has, and the guest has not plugged in, QEMU
+//! passes over, and reading it would allocate it where it is shared or of huge pages. (What a balloon has taken QEMU touches.)
 
 use std::fs;
 use std::time::{Duration, Instant};
 
 use super::cancel::Cancel;
 use crate::error::Result;
+use crate::guest::{Guest, PATIENCE};
+use crate::monitor::{Deadline, commands};
 use crate::sys;
 
 /// Smaller mappings are QEMU's own, or not worth it.
@@ -20,10 +25,11 @@ const PIECE: u64 = 4 << 20;
 const LIMIT: Duration = Duration::from_secs(3);
 
 /// Touches the memory of the guest that this process runs.
-pub fn warm(pid: u32, cancel: &Cancel) -> Result<()> {
+pub fn warm(guest: &mut dyn Guest, pid: u32, cancel: &Cancel) -> Result<()> {
     let Ok(maps) = fs::read_to_string(format!("/proc/{pid}/maps")) else { return Ok(()) };
+    let partly_plugged = commands::query_partly_plugged(guest, Deadline::after(PATIENCE))?;
     let until = Instant::now() + LIMIT;
-    for (begin, end) in maps.lines().filter_map(memory) {
+    for (begin, end) in plugged(maps.lines().filter_map(memory).collect(), &partly_plugged) {
         for piece in (begin..end).step_by(PIECE as usize) {
             cancel.check()?;
             if sys::touch(pid, piece, end.min(piece + PIECE)).is_err() {
@@ -35,6 +41,18 @@ pub fn warm(pid: u32, cancel: &Cancel) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Leaves out the mappings of devices that have this much memory, not all of which is plugged in. Nothing is left where one of
+/// them is not found: it could be anywhere.
+fn plugged(mut mappings: Vec<(u64, u64)>, partly_plugged: &[u64]) -> Vec<(u64, u64)> {
+    let length = |(begin, end): &(u64, u64)| end - begin;
+    let found = |size: &u64| mappings.iter().filter(|mapping| length(mapping) == *size).count();
+    if partly_plugged.iter().any(|size| found(size) < partly_plugged.iter().filter(|other| *other == size).count()) {
+        return Vec::new();
+    }
+    mappings.retain(|mapping| !partly_plugged.contains(&length(mapping)));
+    mappings
 }
 
 /// A mapping that can be guest memory: large, and to be read and written, but not executed as translated code is.
@@ -60,6 +78,15 @@ mod tests {
         assert_eq!(memory("7f0000000000-7f0000021000 rw-p 00000000 00:00 0"), None);
         assert_eq!(memory("7f0000000000-7f0020000000 ---p 00000000 00:00 0"), None);
         assert_eq!(memory("no mapping"), None);
+    }
+
+    #[test]
+    fn memory_that_is_not_plugged_in_is_left_out() {
+        let (small, large) = ((0, 64 << 20), (1 << 40, (1 << 40) + (256 << 20)));
+        assert_eq!(plugged(vec![small, large], &[]), [small, large]);
+        assert_eq!(plugged(vec![small, large], &[256 << 20]), [small]);
+        assert!(plugged(vec![small, large], &[128 << 20]).is_empty());
+        assert!(plugged(vec![small, large], &[256 << 20, 256 << 20]).is_empty());
     }
 
     #[test]

@@ -133,6 +133,21 @@ pub fn query_memory_size(qemu: &mut dyn Execute, deadline: Deadline) -> Result<u
     Ok(summary.base_memory + summary.plugged_memory)
 }
 
+/// `query-memory-devices`: how much memory the virtio-mem devices have of which not all is plugged in, in bytes each.
+pub fn query_partly_plugged(qemu: &mut dyn Execute, deadline: Deadline) -> Result<Vec<u64>> {
+    let devices = match qemu.execute(Command::new("query-memory-devices", json!({})), deadline) {
+        Ok(devices) => devices,
+        // A machine that has none.
+        Err(Failure::Refused(..)) => return Ok(Vec::new()),
+        Err(failure) => return Err(failure.into_error("cannot ask for the guest's memory devices")),
+    };
+    let partly = |device: &Value| {
+        let (plugged, most) = (device["data"]["size"].as_u64()?, device["data"]["max-size"].as_u64()?);
+        (device["type"] == "virtio-mem" && plugged < most).then_some(most)
+    };
+    Ok(devices.as_array().into_iter().flatten().filter_map(partly).collect())
+}
+
 /// `query-migrate-capabilities`: names and states, in QEMU's order.
 pub fn query_migrate_capabilities(qemu: &mut dyn Execute, deadline: Deadline) -> Result<Vec<(String, bool)>> {
     #[derive(Deserialize)]
