@@ -338,17 +338,6 @@ pub fn open_file(path: &Path) -> io::Result<File> {
     if kind.is_file() || kind.is_block_device() { Ok(file) } else { Err(io::Error::other("it is not a file")) }
 }
 
-/// The user that this process is.
-pub fn user() -> u32 {
-    rustix::process::geteuid().as_raw()
-}
-
-/// The user that a process was started as or has become, whatever it lets others see of itself.
-pub fn user_of(pid: u32) -> Option<u32> {
-    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
-    status.lines().find_map(|line| line.strip_prefix("Uid:")?.split_whitespace().next()?.parse().ok())
-}
-
 /// Gives a new file the owner and the permissions of `model`, so that whoever could open that one can open this.
 pub fn liken(file: &File, model: &Path) -> io::Result<()> {
     // Network storage has no owner to go by.

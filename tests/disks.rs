@@ -849,3 +849,80 @@ fn an_image_whose_name_xml_cannot_hold_is_refused() {
     assert_error(opened.create(&request("s", &disk), INSTANTLY), Code::XmlError, "control characters");
     assert_untouched(&opened, &before);
 }
+
+/// Refused before anything is made.
+#[track_caller]
+fn refused_in_the_plan(opened: &Opened, xml: &str, code: Code, parts: &[&str]) {
+    let mut early = At(|phase| assert!([Phase::Validate, Phase::Plan].contains(&phase), "{phase:?} is too late"));
+    opened.assert_fails_observed(xml, INSTANTLY, &mut early, code, parts);
+}
+
+#[test]
+fn an_image_that_qemu_alone_knows_is_refused_before_anything_is_touched() {
+    for binary in Binary::any() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = |name: &str| directory.path().join(name);
+        let named = |disk: &str| {
+            let overlay = path("overlay");
+            request("s", &format!("<disk name='{disk}'><source file='{}'/></disk>", overlay.display()))
+        };
+        make_image(&path("below.raw"), Format::Raw, None);
+        make_image(&path("above.qcow2"), Format::Qcow2, Some((&path("below.raw"), Format::Raw)));
+        make_image(&path("temporary.qcow2"), Format::Qcow2, None);
+        let drive =
+            |name: &str, more: &str| format!("if=none,id=d-{name},format=qcow2,file={}{more}", path(name).display());
+        let args = [
+            "-drive",
+            &drive("above.qcow2", ""),
+            "-device",
+            "virtio-blk-pci,id=vd1,drive=d-above.qcow2",
+            "-drive",
+            &drive("temporary.qcow2", ",snapshot=on"),
+            "-device",
+            "virtio-blk-pci,id=vd2,drive=d-temporary.qcow2",
+        ];
+        let opened = Opened::start(&with(machine(binary, 1), &args));
+        let gone = "is not there any more under this name";
+        let only = |disk: &str| {
+            let others = ["vd0", "vd1", "vd2"].into_iter().filter(|other| *other != disk);
+            let others: String = others.map(|other| format!("<disk name='{other}' snapshot='no'/>")).collect();
+            named(disk).replace("</disks>", &format!("{others}</disks>"))
+        };
+        refused_in_the_plan(&opened, &only("vd2"), Code::ConfigUnsupported, &["'vd2'", gone, "never be brought back"]);
+        // One that is removed, and one that is replaced, under the running guest; and so below others.
+        let image = opened.guest.disks()[0].file.clone();
+        let aside = path("aside");
+        for (disk, image) in [("vd0", &image), ("vd1", &path("above.qcow2")), ("vd1", &path("below.raw"))] {
+            std::fs::hard_link(image, &aside).unwrap();
+            std::fs::remove_file(image).unwrap();
+            let text = image.display().to_string();
+            refused_in_the_plan(&opened, &only(disk), Code::ConfigUnsupported, &[disk, &text, gone]);
+            std::fs::copy(&aside, image).unwrap();
+            let replaced = "is not the file of this name any more";
+            refused_in_the_plan(&opened, &only(disk), Code::ConfigUnsupported, &[disk, &text, replaced]);
+            std::fs::rename(&aside, image).unwrap();
+        }
+        assert_eq!(disks(&opened, "s", "<disk name='vd2' snapshot='no'/>").unwrap(), ["vd0", "vd1"]);
+        opened.guest.wait_ticks(2);
+    }
+}
+
+#[test]
+fn a_disk_with_a_block_job_is_refused_before_the_guest_is_paused_and_others_are_not() {
+    for binary in Binary::any() {
+        let opened = Opened::start(&machine(binary, 2));
+        let run = |command: &str, arguments: Value| opened.guest.control().execute(command, arguments).unwrap();
+        run("blockdev-add", json!({ "driver": "null-co", "node-name": "target", "size": 16 << 20 }));
+        let node = block_of(&opened.guest, "vd1")["inserted"]["node-name"].clone();
+        let job = json!({ "job-id": "theirs", "device": node, "target": "target", "sync": "full", "speed": 1 });
+        run("blockdev-mirror", job);
+        let parts = ["'vd1'", "'theirs'", "mirror", "cancel it"];
+        refused_in_the_plan(&opened, &named("s"), Code::OperationInvalid, &parts);
+        // It works on images of the other.
+        assert_eq!(disks(&opened, "other", "<disk name='vd1' snapshot='no'/>").unwrap(), ["vd0"]);
+        run("block-job-cancel", json!({ "device": "theirs", "force": true }));
+        let ended = || (run("query-block-jobs", json!({})) == json!([])).then_some(());
+        wait_for(instantsnap_testkit::DEADLINE, ended).expect("the job does not end");
+        opened.assert_well();
+    }
+}

@@ -539,3 +539,41 @@ fn an_encrypted_disk_is_refused_and_can_be_left_out() {
     opened.create(&opened.xml("s", &disks("<disk name='sda' snapshot='no'/>")), INSTANTLY).unwrap();
     opened.guest.wait_ticks(3);
 }
+
+#[test]
+fn what_libvirt_would_refuse_in_the_pause_is_refused_in_the_plan() {
+    if !by_client_only() {
+        return;
+    }
+    let daemon = virt::session();
+    let directory = directory_for(&daemon);
+    let shared = image_for(&daemon, &directory.path().join("shared.raw"), Format::Raw);
+    let disk = format!(
+        "<disk type='file' device='disk'><driver name='qemu' type='raw' cache='none'/><source file='{}'/>\
+         <target dev='vdz' bus='virtio'/><shareable/></disk>",
+        shared.display()
+    );
+    let opened = OpenedDomain::start(&machine(&Binary::all()[0]).devices(&disk), &daemon);
+    let before = opened.trace();
+    let xml = opened.xml("s", &disks(&onto("vdz", &directory.path().join("overlay"))));
+    refused(
+        &opened,
+        &xml,
+        INSTANTLY,
+        Code::ConfigUnsupported,
+        &["'vdz'", "shared with other domains", "snapshot='no'"],
+    );
+    // The image is known to QEMU alone.
+    let image = opened.guest.disks()[0].file.clone();
+    let (aside, xml) = (image.with_extension("aside"), opened.xml("s", &disks("<disk name='vdz' snapshot='no'/>")));
+    std::fs::rename(&image, &aside).unwrap();
+    let overlay = image.with_extension("overlay");
+    let named = opened.xml("s", &disks(&format!("<disk name='vdz' snapshot='no'/>{}", onto("vda", &overlay))));
+    refused(&opened, &named, INSTANTLY, Code::ConfigUnsupported, &["'vda'", "not there any more under this name"]);
+    std::fs::copy(&aside, &image).unwrap();
+    refused(&opened, &xml, INSTANTLY, Code::ConfigUnsupported, &["'vda'", "not the file of this name any more"]);
+    std::fs::rename(&aside, &image).unwrap();
+    opened.assert_untouched(&before);
+    opened.create(&xml, INSTANTLY).unwrap();
+    opened.guest.wait_ticks(3);
+}

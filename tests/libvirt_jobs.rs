@@ -1,4 +1,4 @@
-//! Jobs of a domain of a stock libvirt: as those of a guest by QMP.
+//! Jobs of a domain of a stock libvirt: as those of a guest by QMP; and jobs of others.
 
 mod common;
 
@@ -6,11 +6,12 @@ use std::time::Duration;
 
 use common::jobs::{Listener, next, readable, rest, steps};
 use common::virt::OpenedDomain;
-use common::{ALL_SECTORS, INSTANTLY, assert_error, machine};
+use common::{ALL_SECTORS, At, INSTANTLY, assert_error, files_below, machine};
 use instantsnap::engine::{Phase, Returns, What};
 use instantsnap::error::Code;
 use instantsnap::flags::NO_METADATA;
-use instantsnap_testkit::{Binary, DEADLINE, Daemon, Gate};
+use instantsnap_testkit::{Binary, DEADLINE, Daemon, Gate, wait_for};
+use serde_json::json;
 
 use What::{Complete, Failed, Instant, Paused, Switched};
 
@@ -75,4 +76,47 @@ fn a_job_of_a_domain_can_be_cancelled_before_in_and_after_the_pause() {
         }
         domain.guest.wait_ticks(ALL_SECTORS);
     }
+}
+
+#[test]
+fn a_job_of_another_client_is_refused_before_the_guest_is_paused() {
+    let daemon = Daemon::session();
+    let domain = OpenedDomain::start(&machine(&Binary::under_libvirt()[0], 2), &daemon);
+    let file = |name: &str| domain.guest.directory().join(name).display().to_string();
+    let virsh = |command: &str, args: &[&str]| domain.guest.virsh(command, args);
+    let refused = |parts: &[&str]| {
+        let mut early = At(|phase| assert!([Phase::Validate, Phase::Plan].contains(&phase), "{phase:?} is too late"));
+        let before = files_below(domain.guest.directory());
+        let error = domain.snapshot_observed("s", &mut early).unwrap_err();
+        assert_eq!(error.code, Code::OperationInvalid, "{error}");
+        parts.iter().for_each(|part| assert!(error.message.contains(part), "{part:?} is not in {error}"));
+        assert_eq!(files_below(domain.guest.directory()), before);
+        domain.guest.wait_ticks(1);
+    };
+    let backup = format!(
+        "<domainbackup mode='pull'><server transport='unix' socket='{}'/><disks><disk name='vda' backup='no'/>\
+         <disk name='vdb' type='file'><scratch file='{}'/></disk></disks></domainbackup>",
+        file("nbd.sock"),
+        file("scratch")
+    );
+    std::fs::write(file("backup.xml"), backup).unwrap();
+    virsh("backup-begin", &[&file("backup.xml")]);
+    refused(&["'vdb' has an active block job"]);
+    virsh("domjobabort", &[]);
+    // What libvirt knows, and what it does not.
+    virsh("blockcopy", &["vdb", &file("copy"), "--transient-job"]);
+    refused(&["'vdb' has an active block job"]);
+    virsh("blockjob", &["vdb", "--abort"]);
+    let mut monitor = domain.guest.control();
+    let blocks = monitor.execute("query-block", json!({})).unwrap();
+    let node = blocks[1]["inserted"]["node-name"].clone();
+    monitor.execute("blockdev-add", json!({ "driver": "null-co", "node-name": "theirs", "size": 16 << 20 })).unwrap();
+    let mirror = json!({ "job-id": "mirror0", "device": node, "target": "theirs", "sync": "full", "speed": 1 });
+    monitor.execute("blockdev-mirror", mirror).unwrap();
+    refused(&["'vdb'", "'mirror0'", "mirror"]);
+    monitor.execute("block-job-cancel", json!({ "device": "mirror0", "force": true })).unwrap();
+    let ended = || (domain.guest.control().execute("query-block-jobs", json!({})).unwrap() == json!([])).then_some(());
+    wait_for(DEADLINE, ended).expect("the job does not end");
+    domain.snapshot("s").unwrap();
+    domain.bring_back("s");
 }

@@ -3,15 +3,17 @@
 mod common;
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use common::virt::OpenedDomain;
 use instantsnap::engine::{Event, Observer, Phase, What};
 use instantsnap::error::Code;
 use instantsnap::libvirt::Domain;
+use instantsnap_testkit::machine::make_image;
 use instantsnap_testkit::{Binary, DEADLINE, Daemon, Format, Machine, thorough, wait_for};
 use serde_json::{Value, json};
 
-use Code::{ConfigUnsupported, OperationFailed};
+use Code::{ConfigUnsupported, OperationFailed, OperationTimeout, SystemError};
 use When::{Draining, Paused, Prepared, Switched};
 
 /// When virsh is run, from beginning to end.
@@ -59,7 +61,11 @@ const ENDED: Result<(), (Code, &str)> = Err((OperationFailed, "domain is not run
 const REBUILT: Result<(), (Code, &str)> = Err((OperationFailed, "somebody has changed the images of disk 'vda'"));
 const BUSY: Result<(), (Code, &str)> = Err((OperationFailed, "already in active block job"));
 const UNKNOWN: Result<(), (Code, &str)> = Err((ConfigUnsupported, "cannot switch the domain's disks"));
-const GONE: Result<(), (Code, &str)> = Err((OperationFailed, "somebody has changed the images of disk 'sda'"));
+const GONE: Result<(), (Code, &str)> = Err((OperationFailed, "(scsi-hd) was detached"));
+const RESIZED: Result<(), (Code, &str)> = Err((OperationFailed, "resized disk 'vda'"));
+const ATTACHED: Result<(), (Code, &str)> = Err((OperationFailed, "was attached by another client"));
+const UNNAMED: Result<(), (Code, &str)> = Err((SystemError, "missing existing file for disk vdc"));
+const LATE: Result<(), (Code, &str)> = Err((OperationTimeout, "another client's job on the domain"));
 const MERGED: Result<(), (Code, &str)> = Err((OperationFailed, "somebody has begun to merge"));
 
 const fn row(
@@ -127,6 +133,23 @@ const TABLE: &[Row] = &[
     row("snapshot", Switched, OK, TAKEN, ("running", "THEIRS")),
     row("snapshot", Draining, OK, TAKEN, ("running", "THEIRS")),
 
+    // The overlay is made with the old size.
+    row("blockresize 24M", Paused,   OK, RESIZED, ("running", "IMAGE")),
+    row("blockresize 28M", Switched, OK, RESIZED, ("running", "IMAGE")),
+    row("blockresize 32M", Draining, OK, TAKEN, ("running", "OVERLAY")),
+
+    // In the memory image, and not in the domain's XML beside it.
+    row("attach-device", Paused,   OK, ATTACHED, ("running", "IMAGE")),
+    row("attach-device", Switched, OK, ATTACHED, ("running", "IMAGE")),
+    row("attach-device", Draining, Err("device_add not allowed while migrating"), TAKEN, ("running", "OVERLAY")),
+    // libvirt wants it to have an overlay too.
+    row("attach-disk", Paused,   OK, UNNAMED, ("running", "IMAGE")),
+    row("attach-disk", Switched, OK, ATTACHED, ("running", "IMAGE")),
+
+    // The switch waits for the whole job; the pause ends at its limit.
+    row("backup-begin", Paused,   OK, LATE, ("running", "IMAGE")),
+    row("blockcopy", Paused,   OK, BUSY, ("running", "IMAGE")),
+
     row("detach-disk", Paused,   OK, UNKNOWN, ("running", "IMAGE")),
     row("detach-disk", Switched, OK, GONE, ("running", "IMAGE")),
     row("detach-disk", Draining, Err("device_del not allowed while migrating"), TAKEN, ("running", "OVERLAY")),
@@ -174,6 +197,32 @@ impl Meddler<'_> {
             "live snapshot" => run(&["snapshot-create-as", name, "theirs", "--live", "--memspec", file]),
             "migrate" => run(&["migrate", "--live", "--unsafe", name, &self.clones.uri(), "tcp://127.0.0.1"]),
             "detach-disk" => run(&["detach-disk", name, "sda"]),
+            "attach-device" => {
+                std::fs::write(file, "<rng model='virtio'><backend model='random'>/dev/urandom</backend></rng>")
+                    .unwrap();
+                run(&["attach-device", name, file])
+            }
+            "attach-disk" => {
+                let (disk, target) =
+                    (format!("{file}-{:?}", self.row.when), if self.row.when == Paused { "vdc" } else { "vdd" });
+                make_image(Path::new(&disk), Format::Raw, None);
+                guest.daemon().give(guest.directory());
+                run(&["attach-disk", name, &disk, target, "--driver", "qemu", "--subdriver", "raw"])
+            }
+            "backup-begin" => {
+                let backup = format!(
+                    "<domainbackup mode='pull'><server transport='unix' socket='{file}.sock'/><disks>\
+                     <disk name='sda' backup='no'/><disk name='vda' type='file'><scratch file='{file}-scratch'/></disk></disks>\
+                     </domainbackup>"
+                );
+                let described = guest.directory().join("backup.xml");
+                std::fs::write(&described, backup).unwrap();
+                run(&["backup-begin", name, described.to_str().unwrap()])
+            }
+            "blockcopy" => run(&["blockcopy", name, "vda", &format!("{file}-copy"), "--transient-job"]),
+            resize if resize.starts_with("blockresize") => {
+                run(&["blockresize", name, "vda", resize.split(' ').next_back().unwrap()])
+            }
             commit if commit.starts_with("blockcommit") => {
                 let options: Vec<_> = commit.split(' ').skip(1).collect();
                 run(&[&["blockcommit", name, "vda", "--wait"][..], &options].concat())
@@ -297,6 +346,9 @@ impl Meddled<'_> {
         let settings_before = settings(&domain);
         let name = format!("r{number}");
         let mut meddler = Meddler::new(&domain, self.clones, row);
+        if row.snapshot == LATE {
+            domain.handle.set_pause_limit(Duration::from_secs(2));
+        }
         let result = domain.snapshot_observed(&name, &mut meddler);
         let Some(said) = meddler.said else {
             eprintln!("{}: memory was saved too soon: once more, with another domain", row.virsh);
@@ -345,11 +397,12 @@ impl Meddled<'_> {
         if row.virsh == "save" && said.is_ok() {
             self.bring_back(&domain, &domain.guest.directory().join("theirs"));
         }
-        let whole = said.is_err() || !["detach-disk", "save", "dump", "snapshot"].contains(&row.virsh);
+        let whole = said.is_err()
+            || !["detach-disk", "save", "dump", "snapshot", "backup-begin", "blockcopy"].contains(&row.virsh);
         if whole
             && state_then == "running"
             && matches!(image_then, "IMAGE" | "OVERLAY")
-            && !row.virsh.starts_with("block")
+            && !row.virsh.starts_with("blockcommit")
         {
             self.domain = Some(domain);
         }

@@ -211,7 +211,9 @@ fn sequence(opened: &Opened, proxy: &Proxy) -> Vec<(String, u32)> {
         };
         // A driver's own, before the operation has begun.
         let drivers = by_driver() && command == "qmp_capabilities";
-        if *occurrence <= most && !drivers {
+        // Memory is touched before the first snapshot only.
+        let firsts = command == "query-memory-devices";
+        if *occurrence <= most && !drivers && !firsts {
             sequence.push((command, *occurrence));
         }
     }

@@ -1,4 +1,5 @@
-//! What would tear a snapshot is refused or noticed: guest memory that another process writes, UEFI variables that change.
+//! What would tear a snapshot is refused or noticed: guest memory that another process writes, UEFI variables that change,
+//! disks and devices that another client changes.
 
 mod common;
 
@@ -8,11 +9,11 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
 use common::way::open_guest;
-use common::{At, INSTANTLY, Opened, assert_error, assert_untouched, machine, named};
+use common::{At, INSTANTLY, Opened, assert_error, assert_untouched, block_of, machine, named, through_proxy};
 use instantsnap::engine::{Phase, prepare_revert};
 use instantsnap::error::Code;
 use instantsnap::snapshot::Record;
-use instantsnap_testkit::{Binary, Format, Machine};
+use instantsnap_testkit::{Binary, DEADLINE, Format, Machine};
 use serde_json::json;
 
 fn with(machine: Machine, args: &[&str]) -> Machine {
@@ -299,4 +300,128 @@ fn a_change_that_was_taken_back_is_noticed_too() {
     let result = opened.handle.create(&named("s"), INSTANTLY, &mut observer);
     assert_error(result, Code::OperationFailed, "UEFI variables");
     assert_untouched(&opened, &before);
+}
+
+/// The size of a disk, as the guest has it, and of the image that it is on.
+fn sizes(opened: &Opened, disk: &str) -> (u64, u64) {
+    let block = block_of(&opened.guest, disk);
+    let inserted = &block["inserted"];
+    let file = std::fs::File::open(inserted["file"].as_str().unwrap()).unwrap();
+    let in_file = match inserted["drv"].as_str() {
+        Some("qcow2") => {
+            let mut size = [0; 8];
+            std::os::unix::fs::FileExt::read_exact_at(&file, &mut size, 24).unwrap();
+            u64::from_be_bytes(size)
+        }
+        _ => file.metadata().unwrap().len(),
+    };
+    (inserted["image"]["virtual-size"].as_u64().unwrap(), in_file)
+}
+
+fn resize(opened: &Opened, disk: &str, size: u64) {
+    let node = block_of(&opened.guest, disk)["inserted"]["node-name"].clone();
+    opened.guest.control().execute("block_resize", json!({ "node-name": node, "size": size })).unwrap();
+}
+
+/// The disk kept its size in spite of a snapshot, which has failed, and nothing is left of that.
+fn assert_resized(
+    opened: &Opened,
+    disk: &str,
+    size: u64,
+    result: Result<String, instantsnap::error::Error>,
+    image: &str,
+) {
+    assert_error(result.clone(), Code::OperationFailed, &format!("resized disk '{disk}'"));
+    assert_error(result, Code::OperationFailed, "take the snapshot again");
+    assert_eq!(sizes(opened, disk), (size, size));
+    assert_eq!(opened.active_image(disk), image);
+    opened.guest.wait_ticks(3);
+}
+
+#[test]
+fn a_disk_that_another_client_resizes_meanwhile_keeps_its_new_size() {
+    for binary in Binary::any() {
+        let opened = Opened::start(&machine(binary, 2));
+        let mut mib = 16;
+        for disk in ["vd0", "vd1"] {
+            let image = opened.active_image(disk);
+            // Larger and smaller; before the switch, and between that and the instant.
+            for (phase, change) in [(Phase::Switch, 8), (Phase::Arm, 8), (Phase::Switch, -4)] {
+                mib += change;
+                let size = (mib as u64) << 20;
+                let mut observer = At(|at| {
+                    if at == phase {
+                        resize(&opened, disk, size);
+                    }
+                });
+                let result = opened.handle.create(&named("s"), INSTANTLY, &mut observer);
+                assert_resized(&opened, disk, size, result, &image);
+            }
+        }
+        opened.assert_well();
+    }
+}
+
+#[test]
+fn a_disk_that_is_resized_in_the_very_moment_of_the_switch_keeps_its_new_size() {
+    for binary in Binary::any() {
+        let (opened, proxy) = through_proxy(&machine(binary, 2));
+        for (disk, mib) in [("vd0", 24), ("vd1", 12)] {
+            let image = opened.active_image(disk);
+            let gate = proxy.hold("transaction", 1);
+            let result = std::thread::scope(|scope| {
+                let snapshot = scope.spawn(|| opened.snapshot("s"));
+                assert!(gate.wait_arrived(DEADLINE));
+                resize(&opened, disk, mib << 20);
+                gate.release();
+                snapshot.join().unwrap()
+            });
+            assert_resized(&opened, disk, mib << 20, result, &image);
+        }
+        opened.assert_well();
+    }
+}
+
+/// A machine with a CD-ROM drive that can be taken out without its guest's doing.
+fn with_drive(binary: &'static Binary) -> Machine {
+    with(machine(binary, 1), &["-device", "virtio-scsi-pci,id=scsi", "-device", "scsi-cd,id=cd,bus=scsi.0"])
+}
+
+#[test]
+fn a_device_that_is_attached_or_detached_meanwhile_is_noticed() {
+    for binary in Binary::any() {
+        let opened = Opened::start(&with_drive(binary));
+        let medium = opened.guest.directory().join("medium.iso");
+        std::fs::write(&medium, [0; 2048]).unwrap();
+        let change = |what: &str| {
+            let (command, arguments) = match what {
+                "rng" => ("device_add", json!({ "driver": "virtio-rng-pci" })),
+                "medium" => ("blockdev-change-medium", json!({ "id": "cd", "filename": medium, "format": "raw" })),
+                "cd" => ("device_del", json!({ "id": "cd" })),
+                id => ("device_add", json!({ "driver": "virtio-rng-pci", "id": id })),
+            };
+            opened.guest.control().execute(command, arguments).unwrap();
+        };
+        for (flags, phase, what, says) in [
+            (INSTANTLY, Phase::Prepare, "rng0", "device 'rng0' (virtio-rng-pci) was attached"),
+            (INSTANTLY, Phase::Switch, "rng", "(virtio-rng-pci) was attached"),
+            (INSTANTLY, Phase::Arm, "rng1", "device 'rng1' (virtio-rng-pci) was attached"),
+            (0, Phase::Prepare, "rng2", "device 'rng2' (virtio-rng-pci) was attached"),
+            (0, Phase::Arm, "medium", "medium.iso' of drive"),
+            (INSTANTLY, Phase::Switch, "cd", "device 'cd' (scsi-cd) was detached"),
+        ] {
+            let image = opened.active_image("vd0");
+            let mut observer = At(|at| {
+                if at == phase {
+                    change(what);
+                }
+            });
+            let result = opened.handle.create(&named("s"), flags, &mut observer);
+            assert_error(result, Code::OperationFailed, says);
+            assert_eq!(opened.active_image("vd0"), image);
+            opened.guest.wait_ticks(2);
+        }
+        // Of what is there now a snapshot can be taken.
+        opened.snapshot("s").unwrap();
+    }
 }

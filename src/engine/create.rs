@@ -6,6 +6,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use super::cancel::Cancel;
 use super::clock::{Clock, Phase};
+use super::devices::Devices;
 use super::event::Flow;
 use super::guard::Stage;
 use super::migration::{FD_NAME, Mode, Settings, Stream, wait_armed};
@@ -13,6 +14,7 @@ use super::nvram;
 use super::operation::Options;
 use super::overlap::{self, Lesson};
 use super::reactivate::reactivate_disks;
+use super::sizes::Sizes;
 use super::still::Still;
 use super::storage::{Called, StorageCall};
 use super::undo::Made;
@@ -42,6 +44,8 @@ struct Task<'a> {
     nvram: Vec<RecordedNvram>,
     memory_file: PathBuf,
     about: Description,
+    /// The devices that it was planned with.
+    devices: Devices,
 }
 
 /// A migration that was begun while the guest ran, of a guest that is paused now.
@@ -128,9 +132,13 @@ pub fn create(
     cancel.check()?;
 
     clock.enter(Phase::Plan);
+    // Before the domain's XML is read: what comes in between is noticed, and not only in one of the two.
+    let devices = Devices::read(guest)?;
     let drives = guest.drives()?;
     let about = guest.describe(&drives)?;
     let plan = plan(drives, &request, &reserved.name, flags.has(flags::REUSE_EXT))?;
+    guest.check_images_are_named(&plan.disks)?;
+    guest.check_not_busy(&plan.disks)?;
     let memory_file = match (request.memory, &reserved.memory_file) {
         (MemoryRequest::External(file), _) => file.into(),
         (_, Some(file)) => file.clone(),
@@ -155,6 +163,7 @@ pub fn create(
         nvram,
         memory_file,
         about,
+        devices,
     };
 
     let mut made = Made::default();
@@ -279,6 +288,7 @@ impl Task<'_> {
         cancel.check()?;
         made.overlays = true;
         guest.create_overlays(&self.plan.disks)?;
+        let sizes = Sizes::open(&self.plan.disks);
         cancel.check()?;
         self.open_stream(guest, &settings, made)?;
         // From here on QEMU is changed: there is a guard now.
@@ -293,6 +303,8 @@ impl Task<'_> {
         if self.running && !guest.status()?.running {
             fail!(OperationInvalid, "the guest was paused by somebody else while its snapshot was being prepared");
         }
+        // Again: it can take seconds until here.
+        guest.check_not_busy(&self.plan.disks)?;
 
         let begun = self.begin_while_it_runs(guest, &settings, cancel, clock, made)?;
         let deadline = begun.as_ref().map_or_else(|| self.pause_deadline(clock), |begun| begun.deadline);
@@ -305,11 +317,13 @@ impl Task<'_> {
             cancel.check()?;
         }
         clock.enter(Phase::Switch);
+        sizes.check_planned(guest, deadline)?;
         made.switched = true;
         if self.running && begun.is_none() {
             made.guarded.enter(Stage::Switching);
         }
         guest.switch_disks(deadline)?;
+        sizes.check_switched(guest, deadline)?;
         clock.switched();
         cancel.check()?;
         self.snapshot_storage(cancel, clock, made, deadline)?;
@@ -347,6 +361,9 @@ impl Task<'_> {
             reactivate_disks(guest)?;
         }
         let instant = SystemTime::now();
+        // From the event on the caller may change both.
+        sizes.check_captured(guest)?;
+        self.devices.check(guest)?;
         clock.instant(flow);
         if self.mode == Mode::Background {
             self.learn(&guest.identity(), clock, begun);
@@ -430,7 +447,7 @@ impl Task<'_> {
     fn warm(&self, guest: &mut dyn Guest, cancel: &Cancel) -> Result<()> {
         let first = self.running && self.mode == Mode::Background && !overlap::knows(&guest.identity());
         match first.then(|| guest.pid()).flatten() {
-            Some(pid) => warm(pid, cancel),
+            Some(pid) => warm(guest, pid, cancel),
             None => Ok(()),
         }
     }

@@ -6,6 +6,7 @@
 mod cancel;
 mod clock;
 mod create;
+mod devices;
 mod event;
 mod guard;
 mod job;
@@ -16,6 +17,7 @@ mod operation;
 mod overlap;
 mod reactivate;
 mod revert;
+mod sizes;
 mod still;
 mod storage;
 mod undo;

@@ -7,10 +7,10 @@
 
 use std::fs;
 
-use serde_json::{Value, json};
+use serde_json::json;
 
 use crate::error::{Result, fail};
-use crate::guest::Guest;
+use crate::guest::{Guest, is_block_of};
 use crate::monitor::{Command, Deadline};
 use crate::snapshot::DiskPlan;
 
@@ -39,7 +39,7 @@ impl Still<'_> {
         let reply = guest.run(step, Command::new("query-blockstats", json!({})), deadline)?;
         for (disk, _) in asked {
             let mut devices = reply.as_array().into_iter().flatten();
-            let Some(device) = devices.find(|device| is_of(device, disk)) else {
+            let Some(device) = devices.find(|device| is_block_of(device, &disk.drive)) else {
                 fail!(OperationFailed, "disk '{}' has gone in the pause of its snapshot", disk.drive.name());
             };
             // QEMU counts from when it opened the overlay.
@@ -66,10 +66,4 @@ fn written(disk: &DiskPlan) -> Result<()> {
         "disk '{}' was written to in the pause of its snapshot: somebody has resumed the guest, or changed the disk's images",
         disk.drive.name()
     );
-}
-
-fn is_of(device: &Value, disk: &DiskPlan) -> bool {
-    let known = |name: &str| disk.drive.names.iter().any(|known| known == name);
-    let text = |what: &str| device[what].as_str().unwrap_or_default();
-    known(text("device")) || text("qdev").split('/').any(known)
 }

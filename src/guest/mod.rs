@@ -3,11 +3,13 @@
 //! A [`Connector`] is a guest that was opened; it hands out a [`Guest`], exclusive to one operation, for as long as that
 //! operation takes. The engine does everything else, over these two traits.
 
+mod busy;
 pub mod driver;
 mod exclusive;
 mod foreign;
 mod images;
 pub mod libvirt;
+mod open_images;
 pub mod overlay_file;
 pub mod qmp;
 
@@ -24,6 +26,7 @@ use crate::monitor::{Deadline, Execute};
 use crate::own_file::KnownFile;
 use crate::snapshot::{DiskPlan, Drive, Record, Reservation, Store};
 
+pub use busy::is_block_of;
 pub use driver::DriverConnector;
 pub use libvirt::LibvirtConnector;
 pub use qmp::QmpConnector;
@@ -195,6 +198,12 @@ pub trait Guest: Execute {
     /// Refuses a guest whose RAM another process writes: its pages would be saved younger than the instant.
     fn check_memory_is_its_own(&mut self) -> Result<()>;
 
+    /// Refuses disks of which a snapshot could never be brought back: those on images that QEMU alone knows.
+    fn check_images_are_named(&mut self, disks: &[DiskPlan]) -> Result<()>;
+
+    /// Refuses a guest with a job under way that would make a step of the pause wait or fail.
+    fn check_not_busy(&mut self, disks: &[DiskPlan]) -> Result<()>;
+
     /// What stands for this run of it, in this process.
     fn identity(&self) -> String;
 
@@ -229,6 +238,9 @@ pub trait Guest: Execute {
 
     /// Switches all disks to their overlays, or none.
     fn switch_disks(&mut self, deadline: Deadline) -> Result<()>;
+
+    /// Gives an overlay that its disk is on this size, which the image below has got since the plan.
+    fn resize_overlay(&mut self, disk: &DiskPlan, size: u64, deadline: Deadline) -> Result<()>;
 
     /// Starts the vCPUs, unless they run.
     fn resume(&mut self, deadline: Deadline) -> Result<()>;

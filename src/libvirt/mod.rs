@@ -14,7 +14,9 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 use std::ptr::{self, NonNull};
 
 pub use error::{VirError, set_last};
-use table::{Table, virConnect, virDomain, virDomainBlockInfo, virDomainBlockJobInfo, virDomainSnapshot};
+use table::{
+    Table, virConnect, virDomain, virDomainBlockInfo, virDomainBlockJobInfo, virDomainJobInfo, virDomainSnapshot,
+};
 
 use crate::error::{Code, Result};
 
@@ -413,6 +415,14 @@ impl Domain {
         Ok(info.capacity)
     }
 
+    /// Gives a disk this size, in bytes.
+    pub fn resize_disk(&self, disk: &str, size: u64) -> VirResult<()> {
+        const BYTES: c_uint = 1;
+        let disk = c_text(disk)?;
+        // SAFETY: a live domain and a NUL-terminated string.
+        self.done(unsafe { (self.table.virDomainBlockResize)(self.as_ptr(), disk.as_ptr(), size, BYTES) }).map(drop)
+    }
+
     /// Its number while it is active.
     pub fn id(&self) -> Option<u32> {
         // SAFETY: a live domain.
@@ -456,6 +466,16 @@ impl Domain {
         let found = self
             .done(unsafe { (self.table.virDomainGetBlockJobInfo)(self.as_ptr(), disk.as_ptr(), &raw mut info, 0) })?;
         Ok((found == 1).then_some((info.cur, info.end)))
+    }
+
+    /// Whether it has a job under way that takes its time: a backup, a dump, a migration.
+    pub fn has_job(&self) -> VirResult<bool> {
+        const BOUNDED: c_int = 1;
+        const UNBOUNDED: c_int = 2;
+        let mut info = virDomainJobInfo::default();
+        // SAFETY: a live domain and storage for the result.
+        self.done(unsafe { (self.table.virDomainGetJobInfo)(self.as_ptr(), &raw mut info) })?;
+        Ok(matches!(info.kind, BOUNDED | UNBOUNDED))
     }
 
     /// Takes a snapshot, or records one.

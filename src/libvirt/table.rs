@@ -65,6 +65,15 @@ pub struct virDomainBlockInfo {
     pub physical: c_ulonglong,
 }
 
+/// `virDomainJobInfo`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub struct virDomainJobInfo {
+    pub kind: c_int,
+    /// Time, data, memory and files: how much in all, how much is done, how much is left.
+    pub figures: [c_ulonglong; 11],
+}
+
 /// The two libraries.
 #[derive(Debug)]
 struct Libraries {
@@ -140,6 +149,8 @@ table! {
     fn virDomainGetXMLDesc(*mut virDomain, c_uint) -> *mut c_char;
     fn virDomainGetState(*mut virDomain, *mut c_int, *mut c_int, c_uint) -> c_int;
     fn virDomainGetBlockInfo(*mut virDomain, *const c_char, *mut virDomainBlockInfo, c_uint) -> c_int;
+    fn virDomainBlockResize(*mut virDomain, *const c_char, c_ulonglong, c_uint) -> c_int;
+    fn virDomainGetJobInfo(*mut virDomain, *mut virDomainJobInfo) -> c_int;
     fn virDomainIsActive(*mut virDomain) -> c_int;
     fn virDomainIsPersistent(*mut virDomain) -> c_int;
     fn virDomainGetAutostart(*mut virDomain, *mut c_int) -> c_int;

@@ -81,12 +81,43 @@ fn drive(disk: Node) -> Option<Drive> {
             ..plain(target, disk, Role::Disk)
         });
     }
+    let hindrance = hindrance.or_else(|| unswitchable(disk));
     // libvirt leaves out what is read only, a CD-ROM's medium included.
     let role = match xml::child(disk, "readonly") {
         Some(_) => Role::ReadOnly,
         None => Role::Disk,
     };
     Some(Drive { hindrance, ..plain(target, disk, role) })
+}
+
+/// What libvirt finds in the switch, when the domain is paused: a disk that it gives no overlay.
+fn unswitchable(disk: Node) -> Option<String> {
+    /// libvirt's limit of a chain of images.
+    const DEEPEST: usize = 200;
+    let (mut depth, mut image) = (1, disk);
+    while let Some(below) = xml::child(image, "backingStore").filter(|image| xml::child(*image, "source").is_some()) {
+        (depth, image) = (depth + 1, below);
+    }
+    if disk.attribute("device") == Some("lun") {
+        Some(
+            "is a SCSI device passed through (device='lun'), which libvirt gives no overlay: leave it out (snapshot='no') or to \
+             a storage hook (snapshot='manual')"
+                .into(),
+        )
+    } else if xml::child(disk, "shareable").is_some() {
+        Some(
+            "is shared with other domains (<shareable/>), which would not see what is written to an overlay: leave it out \
+             (snapshot='no') or to a storage hook (snapshot='manual')"
+                .into(),
+        )
+    } else if depth + 1 > DEEPEST {
+        Some(format!(
+            "is on a chain of {depth} images, and libvirt takes no more than {DEEPEST}: merge some of them first (delete \
+             snapshots, or virsh blockcommit)"
+        ))
+    } else {
+        None
+    }
 }
 
 fn plain(target: String, disk: Node, role: Role) -> Drive {
@@ -179,5 +210,24 @@ mod tests {
                 assert_eq!(chains(&xml).unwrap(), []);
             }
         }
+    }
+
+    /// The only disk of a domain, on so many images.
+    fn disk(attributes: &str, depth: usize) -> Drive {
+        let below: String = (1..depth).map(|n| format!("<backingStore type='file'><source file='/{n}'/>")).collect();
+        let end = "<backingStore/>".to_owned() + &"</backingStore>".repeat(depth - 1);
+        let xml = format!(
+            "<domain><devices><disk type='block' {attributes}><source dev='/dev/sdx'/>{below}{end}\
+             <target dev='sda' bus='scsi'/></disk></devices></domain>"
+        );
+        disks(&xml).unwrap().remove(0)
+    }
+
+    #[test]
+    fn a_disk_that_libvirt_gives_no_overlay_is_known_by_its_xml() {
+        assert_eq!(disk("device='disk'", 1).hindrance, None);
+        assert!(disk("device='lun'", 1).hindrance.unwrap().contains("passed through"));
+        assert_eq!(disk("device='disk'", 199).hindrance, None);
+        assert!(disk("device='disk'", 200).hindrance.unwrap().contains("a chain of 200 images"));
     }
 }

@@ -15,9 +15,7 @@ mod recorded;
 mod revert;
 mod xml;
 
-use std::cell::OnceCell;
 use std::os::fd::BorrowedFd;
-use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::sync::Mutex;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -29,14 +27,15 @@ use self::overlays::Overlays;
 pub use self::reach::{Operation, Reach, delete, revert};
 use super::exclusive::Exclusive;
 use super::{
-    Catalog, Connector, Deputy, Description, Guest, MEASURED, PATIENCE, Presence, Reserved, check_version, foreign,
+    Catalog, Connector, Deputy, Description, Guest, MEASURED, PATIENCE, Presence, Reserved, busy, check_version,
+    foreign, open_images,
 };
 use crate::error::{Code, Error, Result, fail};
 use crate::flags::{self, Flags};
 use crate::libvirt::{self, Connect, Domain, Snapshot, State};
 use crate::monitor::commands::{self, Status};
 use crate::monitor::json::{Json, parse};
-use crate::monitor::{Command, Deadline, Execute, Failure, read_reply};
+use crate::monitor::{Command, Deadline, Execute, Failure, Peer, read_reply};
 use crate::snapshot::{DiskPlan, Drive, Record, Request, Role, Store, check_name, manual};
 use crate::sys;
 
@@ -245,7 +244,7 @@ impl Connector for LibvirtConnector {
             exclusive,
             version: (0, 0),
             id: None,
-            pid: OnceCell::new(),
+            qemu: None,
             snapshot: String::new(),
             live_xml: String::new(),
             inactive_xml: None,
@@ -259,6 +258,7 @@ impl Connector for LibvirtConnector {
         guest.version = guest.query_version()?;
         check_version(guest.version)?;
         guest.id = guest.look_up_id()?;
+        guest.qemu = guest.look_up_process();
         Ok(Box::new(guest))
     }
 
@@ -297,8 +297,8 @@ struct LibvirtGuest<'a> {
     version: (u64, u64),
     /// It changes when the domain is started anew.
     id: Option<u32>,
-    /// QEMU's process, once it was looked for.
-    pid: OnceCell<Option<u32>>,
+    /// QEMU's process, where it can be seen from here.
+    qemu: Option<Peer>,
     /// The name of the snapshot that is being taken.
     snapshot: String,
     live_xml: String,
@@ -377,6 +377,16 @@ impl LibvirtGuest<'_> {
         self.patiently("cannot look the domain up", Again::Harmless, move |domain| {
             Ok(domain.connect()?.domain(&uuid)?.id())
         })
+    }
+
+    /// libvirt does not tell, but QEMU by its threads; and libvirt gives it the UUID on its command line.
+    fn look_up_process(&mut self) -> Option<Peer> {
+        let option = format!("-uuid\0{}\0", self.connector.uuid);
+        let is_it = |qemu: &Peer| {
+            let words = std::fs::read(format!("/proc/{}/cmdline", qemu.pid)).unwrap_or_default();
+            words.windows(option.len()).any(|window| window == option.as_bytes())
+        };
+        Peer::by_its_threads(self, Deadline::after(PATIENCE)).filter(is_it)
     }
 
     fn xml(&mut self, flags: u32) -> Result<String> {
@@ -481,24 +491,47 @@ impl Guest for LibvirtGuest<'_> {
         foreign::check_memory_is_its_own(self)
     }
 
+    fn check_images_are_named(&mut self, disks: &[DiskPlan]) -> Result<()> {
+        open_images::check_named(self.pid(), disks)
+    }
+
+    fn check_not_busy(&mut self, disks: &[DiskPlan]) -> Result<()> {
+        let name = &self.connector.name;
+        let step = format!("cannot ask for the jobs of domain '{name}'");
+        let targets: Vec<_> = disks.iter().map(|disk| disk.drive.name().to_owned()).collect();
+        let (job, on_disk) = self.patiently(&step, Again::Harmless, move |domain| {
+            let mut on_disk = None;
+            for target in &targets {
+                if domain.block_job(target)?.is_some() {
+                    on_disk = Some(target.clone());
+                    break;
+                }
+            }
+            Ok((domain.has_job()?, on_disk))
+        })?;
+        if let Some(target) = on_disk {
+            fail!(
+                OperationInvalid,
+                "disk '{target}' has an active block job: wait for it to end, or abort it (virsh blockjob)"
+            );
+        }
+        if job {
+            fail!(
+                OperationInvalid,
+                "domain '{}' has a job under way (a backup, a dump or the like), for which libvirt would make the snapshot wait: \
+                 wait for it to end, or abort it (virsh domjobabort)",
+                self.connector.name
+            );
+        }
+        busy::check_no_block_jobs(self, disks)
+    }
+
     fn identity(&self) -> String {
         format!("{} {} {:?}", self.connector.uri, self.connector.uuid, self.id)
     }
 
-    /// libvirt does not tell, but gives QEMU the UUID on its command line. So can anybody: of other users' processes those are
-    /// believed whose the disks are.
     fn pid(&self) -> Option<u32> {
-        let option = format!("-uuid\0{}\0", self.connector.uuid);
-        let contains = |text: &[u8]| text.windows(option.len()).any(|window| window == option.as_bytes());
-        let owner = |disk: &DiskPlan| std::fs::metadata(&disk.drive.file).ok().map(|metadata| metadata.uid());
-        *self.pid.get_or_init(|| {
-            let users: Vec<u32> = self.overlays.disks().iter().filter_map(owner).chain([0, sys::user()]).collect();
-            std::fs::read_dir("/proc").ok()?.find_map(|entry| {
-                let pid = entry.ok()?.file_name().to_str()?.parse().ok()?;
-                let is_it = contains(&std::fs::read(format!("/proc/{pid}/cmdline")).ok()?);
-                (is_it && users.contains(&sys::user_of(pid)?)).then_some(pid)
-            })
-        })
+        self.qemu.as_ref().map(|qemu| qemu.pid)
     }
 
     fn is_shared(&self) -> bool {
@@ -548,6 +581,13 @@ impl Guest for LibvirtGuest<'_> {
         self.switched =
             Some(switched.map_err(|trouble| trouble.into_error("cannot switch the domain's disks to their overlays"))?);
         Ok(())
+    }
+
+    fn resize_overlay(&mut self, disk: &DiskPlan, size: u64, deadline: Deadline) -> Result<()> {
+        let target = disk.drive.name().to_owned();
+        let step = format!("cannot give disk '{target}' its new size back");
+        let resized = self.caller.call(deadline, Again::Harmless, move |domain| domain.resize_disk(&target, size));
+        resized.map_err(|trouble| trouble.into_error(&step))
     }
 
     fn resume(&mut self, deadline: Deadline) -> Result<()> {

@@ -8,7 +8,7 @@ use super::overlays::{self, Overlay};
 use super::{drives, process};
 use crate::error::{Code, Error, Result, fail};
 use crate::guest::exclusive::Exclusive;
-use crate::guest::{Deputy, Description, Guest, MEASURED, PATIENCE, Presence, Reserved, foreign};
+use crate::guest::{Deputy, Description, Guest, MEASURED, PATIENCE, Presence, Reserved, busy, foreign, open_images};
 use crate::monitor::commands::{self, Status};
 use crate::monitor::json::Json;
 use crate::monitor::{Command, Deadline, Event, Execute, Failure};
@@ -135,6 +135,14 @@ impl<C: Channel> Guest for MonitorGuest<'_, C> {
         foreign::check_memory_is_its_own(self)
     }
 
+    fn check_images_are_named(&mut self, disks: &[DiskPlan]) -> Result<()> {
+        open_images::check_named(self.pid(), disks)
+    }
+
+    fn check_not_busy(&mut self, disks: &[DiskPlan]) -> Result<()> {
+        busy::check_no_block_jobs(self, disks)
+    }
+
     fn identity(&self) -> String {
         self.channel.identity()
     }
@@ -179,6 +187,10 @@ impl<C: Channel> Guest for MonitorGuest<'_, C> {
             true => Ok(()),
             false => self.channel.switch(&self.overlays, deadline),
         }
+    }
+
+    fn resize_overlay(&mut self, disk: &DiskPlan, size: u64, deadline: Deadline) -> Result<()> {
+        overlays::resize(&mut self.channel, &self.overlays, disk, size, deadline)
     }
 
     fn resume(&mut self, deadline: Deadline) -> Result<()> {

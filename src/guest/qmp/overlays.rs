@@ -92,15 +92,6 @@ pub fn create(monitor: &mut dyn Execute, overlay: &mut Overlay) -> Result<()> {
             drive.file
         );
     }
-    if drive.file.starts_with("/dev/fdset/") {
-        fail!(
-            ConfigUnsupported,
-            "the image of disk '{}' was opened as a file descriptor ('{}'), which no overlay can refer to: start QEMU with \
-             its path",
-            drive.name(),
-            drive.file
-        );
-    }
     let own = overlay.own.insert(overlay_file::create(path, &drive.file, drive.name())?);
     overlay.made = Made::File;
 
@@ -179,6 +170,22 @@ pub fn switch(monitor: &mut dyn Execute, overlays: &[Overlay], deadline: Deadlin
     }
     let command = Command::new("transaction", json!({ "actions": actions }));
     monitor.run("cannot switch the disks to their overlays", command, deadline).map(drop)
+}
+
+/// Gives the overlay of a disk this size.
+pub fn resize(
+    monitor: &mut dyn Execute,
+    overlays: &[Overlay],
+    disk: &DiskPlan,
+    size: u64,
+    deadline: Deadline,
+) -> Result<()> {
+    let step = format!("cannot give disk '{}' its new size back", disk.drive.name());
+    for overlay in overlays.iter().filter(|overlay| overlay.disk.overlay == disk.overlay) {
+        let command = Command::new("block_resize", json!({ "node-name": overlay.node, "size": size }));
+        monitor.run(&step, command, deadline)?;
+    }
+    Ok(())
 }
 
 /// Merges those that are active back into the images below, all at once.

@@ -1,0 +1,169 @@
+//! Disk sizes between the plan and the instant.
+//!
+//! An overlay is made with the size that its disk has in the plan. When another client resizes the disk after that, the switch
+//! would take the change back, under a guest that knows of it; and a resize between switch and instant would leave memory that
+//! knows of a larger disk than the snapshot's image is. Nothing keeps another client from it, so the sizes are compared right
+//! before the switch, right after it, and once the instant has passed.
+//!
+//! An image's size is read from the image's file where the file says what QEMU says in the plan: that takes microseconds, and
+//! no command. QEMU is asked only for the others: other formats, and files that this process may not read.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+use serde_json::{Value, json};
+
+use crate::error::{Result, fail};
+use crate::guest::{Guest, PATIENCE, is_block_of};
+use crate::monitor::json::Json;
+use crate::monitor::{Command, Deadline};
+use crate::snapshot::DiskPlan;
+use crate::sys;
+
+/// The sizes of a snapshot's disks.
+#[derive(Debug)]
+pub struct Sizes<'a> {
+    disks: Vec<Files<'a>>,
+}
+
+/// A disk's image and its overlay, as far as their files tell their sizes.
+#[derive(Debug)]
+struct Files<'a> {
+    disk: &'a DiskPlan,
+    image: Option<File>,
+    overlay: Option<File>,
+}
+
+/// Which image of a disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Layer {
+    /// The one that the guest's device is on.
+    Top,
+    /// The one below that.
+    Below,
+}
+
+impl Sizes<'_> {
+    /// Opens the files of disks whose overlays have been made.
+    pub fn open(disks: &[DiskPlan]) -> Sizes<'_> {
+        let open = |path: &str, format: &str, size: u64| {
+            let file = sys::open_file(Path::new(path)).ok()?;
+            (size_in(&file, format) == Some(size)).then_some(file)
+        };
+        let files = |disk| {
+            let DiskPlan { drive, overlay, .. }: &DiskPlan = disk;
+            let image = open(&drive.file, &drive.format, drive.size);
+            Files { disk, image, overlay: open(overlay, "qcow2", drive.size) }
+        };
+        Sizes { disks: disks.iter().map(files).collect() }
+    }
+
+    /// Right before the switch: the disks have the sizes of the plan.
+    pub fn check_planned(&self, guest: &mut dyn Guest, deadline: Deadline) -> Result<()> {
+        let mut qemu = Blocks::default();
+        for Files { disk, image, .. } in &self.disks {
+            let now = qemu.size(guest, disk, image.as_ref().zip(Some(&*disk.drive.format)), Layer::Top, deadline)?;
+            check(disk, now)?;
+        }
+        Ok(())
+    }
+
+    /// Right after the switch: the images below the overlays have these sizes still. The overlay of one that has not is given
+    /// that size, so that the guest never sees another.
+    pub fn check_switched(&self, guest: &mut dyn Guest, deadline: Deadline) -> Result<()> {
+        let mut qemu = Blocks::default();
+        let mut changed = Ok(());
+        for Files { disk, image, .. } in &self.disks {
+            let now = qemu.size(guest, disk, image.as_ref().zip(Some(&*disk.drive.format)), Layer::Below, deadline)?;
+            let Err(error) = check(disk, now) else { continue };
+            let put_back = guest.resize_overlay(disk, now, deadline);
+            changed = changed.and(Err(match put_back {
+                Ok(()) => error,
+                Err(failed) => error.and(failed.message),
+            }));
+        }
+        changed
+    }
+
+    /// After the instant: the overlays had these sizes when memory was captured.
+    pub fn check_captured(&self, guest: &mut dyn Guest) -> Result<()> {
+        let deadline = Deadline::after(PATIENCE);
+        let mut qemu = Blocks::default();
+        for Files { disk, overlay, .. } in &self.disks {
+            let now = qemu.size(guest, disk, overlay.as_ref().zip(Some("qcow2")), Layer::Top, deadline)?;
+            check(disk, now)?;
+        }
+        Ok(())
+    }
+}
+
+/// What QEMU says of its block devices, once it was asked.
+#[derive(Default)]
+struct Blocks(Option<Json>);
+
+impl Blocks {
+    /// The size of a disk's image: by its file, or else by QEMU.
+    fn size(
+        &mut self,
+        guest: &mut dyn Guest,
+        disk: &DiskPlan,
+        file: Option<(&File, &str)>,
+        layer: Layer,
+        deadline: Deadline,
+    ) -> Result<u64> {
+        if let Some(size) = file.and_then(|(file, format)| size_in(file, format)) {
+            return Ok(size);
+        }
+        if self.0.is_none() {
+            let step = "cannot ask for the sizes of the guest's disks";
+            self.0 = Some(guest.run(step, Command::new("query-block", json!({})), deadline)?);
+        }
+        let mut blocks = self.0.iter().flat_map(|blocks| blocks.as_array().into_iter().flatten());
+        let is_it = |block: &&Value| {
+            let inserted = &block["inserted"];
+            let file = inserted["file"].as_str().unwrap_or_default();
+            is_block_of(block, &disk.drive)
+                || inserted["node-name"] == *disk.drive.node
+                || [&disk.drive.file, &disk.overlay].iter().any(|known| *known == file)
+        };
+        let image = blocks.find(is_it).map(|block| &block["inserted"]["image"]);
+        let image = image.map(|image| if layer == Layer::Below { &image["backing-image"] } else { image });
+        match image.and_then(|image| image["virtual-size"].as_u64()) {
+            Some(size) => Ok(size),
+            None => fail!(
+                OperationFailed,
+                "QEMU does not tell the size of disk '{}' any more: another client has detached it, or changed its images",
+                disk.drive.name()
+            ),
+        }
+    }
+}
+
+fn check(disk: &DiskPlan, now: u64) -> Result<()> {
+    let planned = disk.drive.size;
+    if now != planned {
+        fail!(
+            OperationFailed,
+            "another client has resized disk '{}' while its snapshot was being taken ({planned} bytes before, {now} now): take \
+             the snapshot again",
+            disk.drive.name()
+        );
+    }
+    Ok(())
+}
+
+/// What the guest sees of an image, in bytes; `None` where the file does not tell.
+fn size_in(file: &File, format: &str) -> Option<u64> {
+    match format {
+        "raw" => file.metadata().ok().filter(std::fs::Metadata::is_file).map(|file| file.len()),
+        "qcow2" => {
+            const SIZE: std::ops::Range<usize> = 24..32;
+            let mut header = [0; SIZE.end];
+            file.read_exact_at(&mut header, 0).ok()?;
+            let size = header[SIZE].try_into().map(u64::from_be_bytes).ok()?;
+            header.starts_with(b"QFI\xfb").then_some(size)
+        }
+        _ => None,
+    }
+}
