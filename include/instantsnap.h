@@ -146,7 +146,7 @@ enum {
     VIR_ERR_OPERATION_ABORTED = 78,       /* cancelled: instantsnap_snapshot_cancel(), _job_cancel() */
     VIR_ERR_AGENT_UNRESPONSIVE = 86,      /* the guest's agent does not answer */
     VIR_ERR_XML_INVALID_SCHEMA = 92,      /* XML that is not what libvirt's schema says (VALIDATE) */
-    VIR_ERR_ACCESS_DENIED = 88,           /* the daemon's access rules forbid it */
+    VIR_ERR_ACCESS_DENIED = 88,           /* the daemon's access rules forbid it; or others can write to the state directory */
     VIR_ERR_OPERATION_UNSUPPORTED = 84    /* allowed, but this way in cannot do it */
 };
 enum { VIR_FROM_QEMU = 10 };
@@ -372,10 +372,13 @@ void instantsnap_free_string_list(char **strings);
  *              images hold it, with the disks' files as they are at the instant. Disks are matched by `<alias>`, else by
  *              the `<source>` file, else by a qdev id or drive name equal to the target.
  * @state_dir   an existing directory for the metadata of this guest's snapshots (one guest, one directory): a
- *              `<domainsnapshot>` file each, and memory images whose place the snapshot's XML leaves open.
+ *              `<domainsnapshot>` file each, and memory images whose place the snapshot's XML leaves open. It must
+ *              belong to this user or to root, and nobody else may write to it (unless it is sticky, like /tmp): what
+ *              its records name is merged and removed with the caller's rights.
  *
  * Returns the guest, to be closed with instantsnap_close(), or NULL: VIR_ERR_INVALID_ARG, VIR_ERR_XML_DETAIL or
- * VIR_ERR_XML_ERROR (domain_xml), VIR_ERR_SYSTEM_ERROR (socket or directory), VIR_ERR_OPERATION_TIMEOUT (another client
+ * VIR_ERR_XML_ERROR (domain_xml), VIR_ERR_SYSTEM_ERROR (socket or directory), VIR_ERR_ACCESS_DENIED (a directory that
+ * other users can write to), VIR_ERR_OPERATION_TIMEOUT (another client
  * has the socket), VIR_ERR_OPERATION_FAILED (not a QMP socket), VIR_ERR_CONFIG_UNSUPPORTED (QEMU older than 6.0).
  * Blocks for a few milliseconds, at most 5 seconds.
  */

@@ -338,6 +338,44 @@ pub fn open_file(path: &Path) -> io::Result<File> {
     if kind.is_file() || kind.is_block_device() { Ok(file) } else { Err(io::Error::other("it is not a file")) }
 }
 
+/// Opens a file for reading that only this user or root can have made: no link, and no pipe that would be waited for.
+pub fn open_trusted(path: &Path) -> io::Result<File> {
+    check_trusted(File::options().read(true).custom_flags(libc::O_NONBLOCK | libc::O_NOFOLLOW).open(path))
+}
+
+/// The same for reading and writing; a file that is not there is made, mode 0600.
+pub fn open_or_create_trusted(path: &Path) -> io::Result<File> {
+    let flags = libc::O_NONBLOCK | libc::O_NOFOLLOW;
+    check_trusted(File::options().read(true).write(true).create(true).mode(0o600).custom_flags(flags).open(path))
+}
+
+fn check_trusted(opened: io::Result<File>) -> io::Result<File> {
+    let file = opened.map_err(|error| match error.raw_os_error() {
+        Some(libc::ELOOP) => io::Error::other("it is a symbolic link"),
+        // A pipe or a socket.
+        Some(libc::ENXIO) => io::Error::other("it is not a regular file"),
+        _ => error,
+    })?;
+    let metadata = file.metadata()?;
+    if !metadata.is_file() {
+        return Err(io::Error::other("it is not a regular file"));
+    }
+    if !is_trusted(metadata.uid()) {
+        return Err(io::Error::other(format!("it belongs to another user ({})", metadata.uid())));
+    }
+    Ok(file)
+}
+
+/// Whether what this user has made can do us no harm.
+pub fn is_trusted(owner: u32) -> bool {
+    owner == 0 || owner == user()
+}
+
+/// The user that this process is.
+pub fn user() -> u32 {
+    rustix::process::geteuid().as_raw()
+}
+
 /// Gives a new file the owner and the permissions of `model`, so that whoever could open that one can open this.
 pub fn liken(file: &File, model: &Path) -> io::Result<()> {
     // Network storage has no owner to go by.

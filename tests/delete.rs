@@ -13,8 +13,10 @@ use instantsnap::engine::{Phase, prepare_revert};
 use instantsnap::error::{Code, Error};
 use instantsnap::flags::NO_METADATA;
 use instantsnap::flags::delete::{CHILDREN, CHILDREN_ONLY, METADATA_ONLY};
+use instantsnap::snapshot::nvram::content_id;
 use instantsnap::snapshot::{Record, RecordedNvram};
-use instantsnap_testkit::{Attach, Binary, DEADLINE, Daemon, Fault, Guest, Machine, wait_for};
+use instantsnap_testkit::machine::make_image;
+use instantsnap_testkit::{Attach, Binary, DEADLINE, Daemon, Fault, Format, Guest, Machine, wait_for};
 use serde_json::json;
 
 /// Two disks, and two snapshots.
@@ -65,6 +67,7 @@ fn add_nvram(opened: &Opened, name: &str) -> PathBuf {
         copy: copy.clone(),
         original: "/nowhere".into(),
         format: "raw".into(),
+        content: Some(content_id(b"variables")),
     });
     std::fs::write(opened.state_dir().join(format!("{name}.xml")), record.to_xml()).unwrap();
     copy.into()
@@ -112,6 +115,79 @@ fn the_youngest_is_merged_and_then_the_one_before() {
             opened.snapshot("s1").unwrap();
             opened.assert_well();
         }
+    }
+}
+
+/// The record says what is to be removed, and it can be wrong, or changed by others.
+#[test]
+fn what_an_edited_record_names_is_not_removed() {
+    for binary in Binary::any() {
+        let opened = twice(&machine(binary, 1));
+        let good = opened.record("s2");
+        let precious = opened.guest.directory().join("precious");
+        std::fs::write(&precious, "data").unwrap();
+        let image = opened.guest.directory().join("image");
+        make_image(&image, Format::Qcow2, None);
+        let path = |path: &Path| path.to_str().unwrap().to_owned();
+        let with_nvram = |copy: &Path, content: Option<&str>| {
+            let mut record = good.clone();
+            record.nvram.push(RecordedNvram {
+                name: "pflash1".into(),
+                copy: path(copy),
+                original: "/nowhere".into(),
+                format: "raw".into(),
+                content: content.map(str::to_owned),
+            });
+            record
+        };
+        let beside = PathBuf::from(format!("{}.pflash1.nvram", good.memory_file));
+        std::fs::write(&beside, "another").unwrap();
+        let on_other_overlay = [&precious, &image].map(|overlay| {
+            let mut record = good.clone();
+            record.disks[0].overlay = path(overlay);
+            record
+        });
+        let other_memory = opened.record("s1").memory_file;
+        let edited = [
+            Record { memory_file: path(&precious), ..good.clone() },
+            Record { memory_file: other_memory, ..good.clone() },
+            with_nvram(&precious, None),
+            with_nvram(&beside, Some(&content_id(b"variables"))),
+            on_other_overlay[0].clone(),
+            on_other_overlay[1].clone(),
+        ];
+        let file = opened.state_dir().join("s2.xml");
+        let before = opened.trace();
+        for record in edited {
+            std::fs::write(&file, record.to_xml()).unwrap();
+            let error = opened.handle.delete("s2", 0).expect_err("this must fail");
+            eprintln!("{error}");
+            assert!([Code::InvalidDomainSnapshot, Code::OperationFailed].contains(&error.code), "{error}");
+            assert_untouched(&opened, &before);
+        }
+        // Nor is it waited for.
+        let pipe = opened.guest.directory().join("pipe");
+        rustix::fs::mknodat(rustix::fs::CWD, &pipe, rustix::fs::FileType::Fifo, 0o600.into(), 0).unwrap();
+        let mut on_pipe = Record { memory_file: path(&pipe), ..good.clone() };
+        std::fs::write(&file, on_pipe.to_xml()).unwrap();
+        assert_error(opened.handle.delete("s2", 0), Code::InvalidDomainSnapshot, "pipe");
+        assert_error(prepare_revert(&opened.state_dir(), "s2", None), Code::InvalidDomainSnapshot, "pipe");
+        assert_error(opened.handle.load("s2", 0), Code::InvalidDomainSnapshot, "pipe");
+        on_pipe = good.clone();
+        (on_pipe.disks[0].overlay, on_pipe.disks[0].image) = (path(&pipe), path(&pipe));
+        std::fs::write(&file, on_pipe.to_xml()).unwrap();
+        opened.handle.delete("s2", 0).expect_err("this must fail");
+        let elsewhere = Some(opened.guest.directory());
+        assert_error(prepare_revert(&opened.state_dir(), "s2", elsewhere), Code::InvalidDomainSnapshot, "pipe");
+        std::fs::remove_file(&pipe).unwrap();
+        assert_untouched(&opened, &before);
+
+        // A stray file is in nobody's way.
+        std::fs::write(&file, good.to_xml()).unwrap();
+        std::fs::write(opened.state_dir().join("stray.xml"), "<x/>").unwrap();
+        delete(&opened, "s2");
+        assert!(precious.exists() && image.exists() && beside.exists());
+        opened.bring_back("s1");
     }
 }
 

@@ -276,14 +276,13 @@ fn a_damaged_record_is_named_and_nothing_else_is_lost() {
         std::fs::write(store.path("bad.xml"), damage).unwrap();
         let what = String::from_utf8_lossy(damage);
         let before = files(directory.path());
-        for result in
-            [store.read("bad").map(drop), store.list().map(drop), store.forget("bad"), store.set_current("bad")]
-        {
+        for result in [store.read("bad").map(drop), store.forget("bad"), store.set_current("bad")] {
             let error = result.expect_err(&what);
             assert_eq!(error.code, Code::InvalidDomainSnapshot, "{what}: {error}");
             assert!(error.message.contains("bad.xml"), "{what}: {error}");
         }
         // A snapshot of that name is still one, and the others are what they were.
+        assert_eq!(names(&store), ["good", "last"], "{what}");
         assert_error(store.reserve(Some("bad")), Code::OperationInvalid, "already exists");
         assert_eq!(store.read("good").unwrap().name, "good");
         assert_eq!(parent(&store, "last").as_deref(), Some("bad"));
@@ -314,6 +313,112 @@ fn files_that_are_no_records_are_passed_over() {
         std::fs::write(store.path(name), "x").unwrap();
     }
     assert_eq!(names(&store), ["s"]);
+}
+
+#[test]
+fn what_others_have_put_into_the_directory_is_no_record_and_in_nobodys_way() {
+    let (directory, store) = scratch();
+    commit(&store, "s", 1);
+    let path = |name: &str| directory.path().join(name);
+    let pipe = |name: &str| {
+        rustix::fs::mknodat(rustix::fs::CWD, path(name), rustix::fs::FileType::Fifo, 0o600.into(), 0).unwrap();
+    };
+    std::fs::write(path("stray.xml"), "<x/>").unwrap();
+    std::fs::create_dir(path("directory.xml")).unwrap();
+    pipe("pipe.xml");
+    std::os::unix::fs::symlink(path("s.xml"), path("link.xml")).unwrap();
+    std::os::unix::fs::symlink(path("nowhere"), path("dangling.xml")).unwrap();
+    let mut strangers = vec!["stray", "directory", "pipe", "link", "dangling"];
+    std::fs::write(path("foreign.xml"), record("foreign", 1).to_xml()).unwrap();
+    // Root can give files away.
+    if std::os::unix::fs::chown(path("foreign.xml"), Some(12345), None).is_ok() {
+        strangers.push("foreign");
+    } else {
+        std::fs::remove_file(path("foreign.xml")).unwrap();
+    }
+    assert_eq!(names(&store), ["s"]);
+    assert_eq!(store.others("s").unwrap(), []);
+    for name in strangers {
+        let error = store.read(name).expect_err(name);
+        eprintln!("{error}");
+        assert!(error.message.contains(&format!("{name}.xml")), "{error}");
+        // The next snapshot of that name would be in its place.
+        assert_error(store.reserve(Some(name)), Code::OperationInvalid, "already exists");
+    }
+    commit(&store, "t", 2);
+    store.forget("s").unwrap();
+    assert_eq!(names(&store), ["t"]);
+    // Where the library's own files should be.
+    for name in [".lock", ".current"] {
+        std::fs::remove_file(path(name)).unwrap();
+        pipe(name);
+        assert_error(store.reserve(Some("u")), Code::SystemError, "it is not a regular file");
+        std::fs::remove_file(path(name)).unwrap();
+        std::os::unix::fs::symlink(path("nowhere"), path(name)).unwrap();
+        assert_error(store.reserve(Some("u")), Code::SystemError, "it is a symbolic link");
+        std::fs::remove_file(path(name)).unwrap();
+        store.set_current("t").unwrap();
+    }
+    assert!(!path("nowhere").exists());
+}
+
+/// What is merged or removed must not be what a snapshot needs of which the record cannot be read, or has another name.
+#[test]
+fn records_that_were_damaged_or_renamed_still_protect_their_images() {
+    let (_directory, store) = scratch();
+    for name in ["a", "b", "c"] {
+        commit(&store, name, 1);
+    }
+    std::fs::copy(store.path("a.xml"), store.path("copy.xml")).unwrap();
+    std::fs::rename(store.path("b.xml"), store.path("renamed.xml")).unwrap();
+    assert_eq!(names(&store), ["a", "c"]);
+    let others =
+        |name: &str| store.others(name).map(|all| all.into_iter().map(|record| record.name).collect::<Vec<_>>());
+    assert_eq!(others("a").unwrap(), ["c", "b"]);
+    assert_error(store.read("renamed"), Code::InvalidDomainSnapshot, "'b'");
+    for damage in ["", "<domainsnapshot>"] {
+        std::fs::write(store.path("c.xml"), damage).unwrap();
+        assert_error(others("a"), Code::InvalidDomainSnapshot, "c.xml");
+    }
+}
+
+#[test]
+fn parents_that_form_a_circle_do_not_keep_snapshots_from_being_deleted() {
+    let (_directory, store) = scratch();
+    for (name, parent) in [("a", "c"), ("b", "a"), ("c", "b"), ("own", "own")] {
+        let record = Record { parent: Some(parent.into()), ..record(name, 1) };
+        std::fs::write(store.path(&format!("{name}.xml")), record.to_xml()).unwrap();
+    }
+    let parents = || store.list().unwrap().into_iter().map(|record| record.parent).collect::<Vec<_>>();
+    assert_eq!(names(&store), ["a", "b", "c", "own"]);
+    assert_eq!(parents(), [None, Some("a".into()), Some("b".into()), None]);
+    for name in ["own", "b", "a", "c"] {
+        store.forget(name).unwrap();
+    }
+    assert_eq!(names(&store), Vec::<String>::new());
+}
+
+#[test]
+fn a_directory_that_others_can_write_to_is_refused_and_the_command_that_mends_it_is_named() {
+    use std::os::unix::fs::PermissionsExt;
+    let (directory, store) = scratch();
+    commit(&store, "s", 1);
+    let set = |mode| std::fs::set_permissions(directory.path(), std::fs::Permissions::from_mode(mode)).unwrap();
+    for mode in [0o777, 0o775, 0o757, 0o722] {
+        set(mode);
+        assert_error(Store::open(directory.path()), Code::AccessDenied, "chmod go-w");
+        // It was opened before.
+        for result in [store.read("s").map(drop), store.list().map(drop), store.forget("s")] {
+            assert_error(result, Code::AccessDenied, "chmod go-w");
+        }
+    }
+    for mode in [0o700, 0o750, 0o755, 0o1777] {
+        set(mode);
+        assert_eq!(names(&Store::open(directory.path()).unwrap()), ["s"]);
+    }
+    if std::os::unix::fs::chown(directory.path(), Some(12345), None).is_ok() {
+        assert_error(Store::open(directory.path()), Code::AccessDenied, "chown");
+    }
 }
 
 #[test]

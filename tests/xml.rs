@@ -264,6 +264,7 @@ fn sample_record() -> Record {
             copy: "/c".into(),
             original: "/o".into(),
             format: "raw".into(),
+            content: Some("9-0123".into()),
         }],
         domain_xml: "<domain><name>x</name><devices/></domain>".into(),
     }

@@ -30,7 +30,7 @@ class ErrorCode(enum.IntEnum):
     OPERATION_ABORTED = 78        #: cancelled
     OPERATION_UNSUPPORTED = 84    #: allowed, but this way in cannot do it
     AGENT_UNRESPONSIVE = 86       #: the guest's agent does not answer
-    ACCESS_DENIED = 88            #: the daemon's access rules forbid it
+    ACCESS_DENIED = 88            #: the daemon's access rules forbid it, or others can write to the state directory
     XML_INVALID_SCHEMA = 92       #: XML that libvirt's schema does not allow
 
 

@@ -368,7 +368,7 @@ impl Task<'_> {
         if self.mode == Mode::Background {
             self.learn(&guest.identity(), clock, begun);
         }
-        let record = self.record(instant)?;
+        let record = self.record(instant, made)?;
         if !self.flags.has(flags::NO_METADATA) {
             made.registered = true;
             guest.register(&record)?;
@@ -569,7 +569,7 @@ impl Task<'_> {
         }
     }
 
-    fn record(&self, instant: SystemTime) -> Result<Record> {
+    fn record(&self, instant: SystemTime, made: &Made) -> Result<Record> {
         let since_epoch = instant.duration_since(UNIX_EPOCH);
         let disks = self.plan.disks.iter().map(|disk| RecordedDisk {
             name: disk.drive.name().into(),
@@ -594,7 +594,7 @@ impl Task<'_> {
             memory_file: memory_file.into(),
             disks: disks.collect(),
             manual: manual.collect(),
-            nvram: self.nvram.clone(),
+            nvram: made.copies.iter().map(|copy| copy.recorded.clone()).collect(),
             domain_xml: self.about.domain_xml.clone(),
         })
     }

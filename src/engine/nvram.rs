@@ -11,11 +11,9 @@ use std::path::Path;
 
 use crate::error::{Error, Result, fail};
 use crate::own_file::{KnownFile, OwnFile};
+use crate::snapshot::nvram::{LARGEST, content_id, copy_path};
 use crate::snapshot::{Drive, RecordedNvram};
 use crate::sys;
-
-/// More is not the variable storage of any firmware.
-const LARGEST: u64 = 256 << 20;
 
 /// A copy that was taken, and how the original looked then.
 #[derive(Debug)]
@@ -31,17 +29,17 @@ type Stamp = (u64, i64, i64);
 impl Copy {
     /// What will be copied where.
     pub fn plan(drive: &Drive, memory_file: &Path) -> RecordedNvram {
-        let name: String = drive.name().chars().map(|c| if c == '/' { '_' } else { c }).collect();
         RecordedNvram {
             name: drive.name().into(),
-            copy: format!("{}.{name}.nvram", memory_file.display()),
+            copy: copy_path(&memory_file.display().to_string(), drive.name()),
             original: drive.file.clone(),
             format: drive.format.clone(),
+            content: None,
         }
     }
 
     /// Copies.
-    pub fn take(recorded: RecordedNvram) -> Result<Copy> {
+    pub fn take(mut recorded: RecordedNvram) -> Result<Copy> {
         let original = Path::new(&recorded.original);
         if !original.is_file() {
             fail!(
@@ -53,6 +51,11 @@ impl Copy {
         let step = format!("cannot copy the UEFI variables '{}' to '{}'", recorded.original, recorded.copy);
         let stamp = stamp(original).map_err(|error| Error::system(&step, error))?;
         let own = copy_new(original, Path::new(&recorded.copy)).map_err(|error| Error::system(&step, error))?;
+        let content = read(own.file()).map_err(|error| {
+            let _ = own.remove();
+            Error::system(&step, error)
+        })?;
+        recorded.content = Some(content_id(&content));
         Ok(Copy { recorded, stamp, own })
     }
 

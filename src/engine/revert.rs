@@ -1,6 +1,7 @@
 //! Bringing a snapshot back, first step: fresh images on top of the snapshot's, for a new QEMU.
 
 use std::ffi::OsStr;
+use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
 use tempfile::{NamedTempFile, TempPath};
@@ -10,7 +11,8 @@ use super::storage::{StorageCall, StorageDisk, StorageHook};
 use crate::error::{Error, Result, fail};
 use crate::guest::overlay_file;
 use crate::image::Image;
-use crate::snapshot::{Record, Store};
+use crate::snapshot::nvram::Found;
+use crate::snapshot::{Record, RecordedNvram, Store};
 use crate::sys;
 
 /// What a QEMU that is to continue a snapshot must be started with.
@@ -95,6 +97,7 @@ pub fn prepare_revert_hooked(
     }
     for nvram in &record.nvram {
         check_image(&nvram.copy, directory.as_deref())?;
+        check_copy(nvram, &record)?;
         let file = fresh_file(&record, &nvram.copy, directory.as_deref())?;
         copy(Path::new(&nvram.copy), file.as_file()).map_err(|error| {
             let step = format!("cannot copy the UEFI variables '{}' to '{}'", nvram.copy, file.path().display());
@@ -145,11 +148,30 @@ fn check_image(image: &str, directory: Option<&Path>) -> Result<()> {
     if path.is_absolute() && !path.exists() {
         fail!(InvalidDomainSnapshot, "the snapshot's image '{image}' is missing");
     }
+    let kind = path.metadata().map(|metadata| metadata.file_type());
+    if kind.is_ok_and(|kind| !kind.is_file() && !kind.is_block_device()) {
+        fail!(InvalidDomainSnapshot, "the snapshot's image '{image}' is neither a file nor a block device");
+    }
     // Beside a block device there is /dev, which is memory; beside what is no file at all, nothing.
     if directory.is_none() && !path.is_file() {
         fail!(
             ConfigUnsupported,
             "the snapshot's image '{image}' is not a regular file: name the directory where the fresh images are to be made"
+        );
+    }
+    Ok(())
+}
+
+/// Variables of another time would be beside memory that does not know them, and an edited record can name another's file.
+fn check_copy(nvram: &RecordedNvram, record: &Record) -> Result<()> {
+    let found = nvram
+        .look(&record.memory_file)
+        .map_err(|error| Error::system(format!("cannot read the UEFI variables '{}'", nvram.copy), error))?;
+    if found != Found::Whole {
+        fail!(
+            InvalidDomainSnapshot,
+            "the copy of the UEFI variables '{}' is not the one that was made with the snapshot",
+            nvram.copy
         );
     }
     Ok(())

@@ -1,6 +1,7 @@
 //! The images of a domain and of its snapshots: which is the backing file of which.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
 use serde_json::Value;
@@ -96,6 +97,11 @@ pub struct Layer {
 /// An image and all below it. Nothing is locked: QEMU may have them open.
 pub fn chain(path: &str, format: &str) -> Result<Vec<Layer>> {
     let step = || format!("cannot read the image '{path}' and those below it");
+    // A pipe that nobody writes to would be waited for.
+    let kind = Path::new(path).metadata().map(|metadata| metadata.file_type());
+    if kind.is_ok_and(|kind| !kind.is_file() && !kind.is_block_device()) {
+        return Err(failed(format!("{}: it is neither a file nor a block device", step())));
+    }
     let mut info = Tool::new("qemu-img");
     info.args(["info", "-U", "--backing-chain", "--output=json", "-f", format, path]);
     let said = info.output().map_err(|reason| Error::new(Code::OperationFailed, format!("{}: {reason}", step())))?;

@@ -196,7 +196,7 @@ impl Image {
         let damaged = |what: &str| {
             Error::new(Code::InvalidDomainSnapshot, format!("memory snapshot file '{}' {what}", path.display()))
         };
-        let mut file = File::open(path).map_err(|error| match error.kind() {
+        let mut file = sys::open_file(path).map_err(|error| match error.kind() {
             io::ErrorKind::NotFound if deleting(path).exists() => {
                 damaged("is gone, because its snapshot is being deleted: if that was cut short, delete it again")
             }

@@ -5,6 +5,7 @@
 
 pub mod domain;
 pub mod drive;
+pub mod nvram;
 pub mod plan;
 pub mod record;
 pub mod request;

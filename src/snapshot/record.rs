@@ -8,7 +8,7 @@ use quick_xml::Writer;
 use quick_xml::events::{BytesText, Event};
 use roxmltree::Node;
 
-use super::{check_name, domain, xml};
+use super::{check_name, check_path, domain, xml};
 use crate::error::{Code, Error, Result, fail};
 
 const NAMESPACE: &str = "https://instantsnap.invalid/domainsnapshot/1";
@@ -82,6 +82,8 @@ pub struct RecordedNvram {
     pub original: String,
     /// The format of both.
     pub format: String,
+    /// By what the copy's content is known again; of records of earlier versions it is not.
+    pub content: Option<String>,
 }
 
 impl State {
@@ -143,7 +145,7 @@ impl Record {
         let domain = xml::child(root, "domain").ok_or_else(|| damaged("has no <domain>"))?;
         let (manual, switched): (Vec<_>, Vec<_>) =
             xml::children(disks, "disk").partition(|disk| disk.attribute("snapshot") == Some("manual"));
-        Ok(Record {
+        let record = Record {
             name,
             description: xml::text(root, "description"),
             parent: xml::child(root, "parent").and_then(|parent| xml::text(parent, "name")),
@@ -154,7 +156,14 @@ impl Record {
             manual: manual.into_iter().map(RecordedManual::parse).collect::<Result<_>>()?,
             nvram: xml::children(disks, "nvram").map(RecordedNvram::parse).collect::<Result<_>>()?,
             domain_xml: domain::element_text(domain).ok_or_else(|| damaged("has a <domain> without a name"))?,
-        })
+        };
+        // What was recorded was: a relative path would be one thing here and another there.
+        let overlays = record.disks.iter().map(|disk| ("overlay", &disk.overlay));
+        let copies = record.nvram.iter().map(|nvram| ("copy of UEFI variables", &nvram.copy));
+        for (what, path) in overlays.chain(copies).chain([("memory image", &record.memory_file)]) {
+            check_path(what, path).map_err(|error| damaged(&format!("is damaged: {error}")))?;
+        }
+        Ok(record)
     }
 }
 
@@ -211,7 +220,9 @@ impl RecordedNvram {
             ("original", &self.original),
             ("format", &self.format),
         ];
-        writer.create_element("instantsnap:nvram").with_attributes(attributes).write_empty().map(drop)
+        let content = self.content.as_deref().map(|content| ("content", content));
+        let nvram = writer.create_element("instantsnap:nvram").with_attributes(attributes).with_attributes(content);
+        nvram.write_empty().map(drop)
     }
 
     fn parse(node: Node) -> Result<RecordedNvram> {
@@ -220,6 +231,7 @@ impl RecordedNvram {
             copy: attribute(node, "file")?,
             original: attribute(node, "original")?,
             format: attribute(node, "format")?,
+            content: node.attribute("content").map(str::to_owned),
         })
     }
 }

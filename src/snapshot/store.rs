@@ -2,16 +2,20 @@
 //!
 //! Files are mode 0600 and replaced atomically, so readers need no lock. Writers hold `.lock` for the moment of a change
 //! only. A snapshot that is being made holds its name by a lock of its own, which the kernel drops should its maker die.
+//!
+//! What a record names is merged and removed with the rights of this process. So nobody else may write to the directory, and
+//! what others have put into it all the same is no record.
 
-use std::fs::{File, OpenOptions};
-use std::io::{self, ErrorKind, Write};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::collections::HashSet;
+use std::fs::File;
+use std::io::{self, ErrorKind, Read, Write};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{FlockOperation, flock};
 use tempfile::NamedTempFile;
 
-use super::{Record, check_name, generated_names};
+use super::{Record, check_name, generated_names, xml};
 use crate::error::{Code, Error, Result, fail};
 use crate::sys;
 
@@ -49,6 +53,7 @@ impl Store {
         if directory.to_str().is_none_or(|path| path.chars().any(char::is_control)) {
             fail!(SystemError, "the state directory {directory:?} has a name that XML cannot hold");
         }
+        check_owner(&directory)?;
         Ok(Store { directory })
     }
 
@@ -83,7 +88,8 @@ impl Store {
     fn reserve_locked(&self, name: &str) -> Result<Reservation> {
         check_name(name)?;
         sys::wait_until_forked();
-        if self.record_path(name).exists() {
+        // A symbolic link that leads nowhere is in the way, too.
+        if self.record_path(name).symlink_metadata().is_ok() {
             fail!(OperationInvalid, "domain snapshot '{name}' already exists in '{}'", self.directory.display());
         }
         let path = self.path(&format!(".{name}.reserved"));
@@ -114,58 +120,102 @@ impl Store {
         Ok(record)
     }
 
-    /// Names and records, oldest first.
+    /// Records, oldest first, a parent before its children. What cannot be read is passed over: see [`Store::read`] of it.
     pub fn list(&self) -> Result<Vec<Record>> {
+        Ok(self.look_through()?.records)
+    }
+
+    /// All records but that of this name, for what merges or removes images: also of snapshots whose records were renamed. An
+    /// error where one is damaged, since what its snapshot needs is not known.
+    pub fn others(&self, name: &str) -> Result<Vec<Record>> {
+        let Contents { records, renamed, damaged } = self.look_through()?;
+        if let Some(error) = damaged.into_iter().next() {
+            return Err(error.and(
+                "so it is not known which images that snapshot needs: mend the file, or move it out of the directory",
+            ));
+        }
+        Ok(records.into_iter().filter(|record| record.name != name).chain(renamed).collect())
+    }
+
+    fn look_through(&self) -> Result<Contents> {
         let step =
             |error| Error::system(format!("cannot read the state directory '{}'", self.directory.display()), error);
-        let mut records = Vec::new();
+        let (mut records, mut others) = (Vec::new(), Vec::new());
+        let mut damaged = Vec::new();
+        check_owner(&self.directory)?;
         for entry in self.directory.read_dir().map_err(step)? {
             let file = entry.map_err(step)?.file_name();
             let name = file.to_str().and_then(|file| file.strip_suffix(".xml"));
-            if let Some(name) = name.filter(|name| check_name(name).is_ok()) {
-                match self.read(name) {
-                    // Deleted since the directory was read.
-                    Err(error) if error.code == Code::NoDomainSnapshot => {}
-                    other => records.push(other?),
-                }
+            let Some(name) = name.filter(|name| check_name(name).is_ok()) else { continue };
+            match self.read_file(name) {
+                Ok(record) if record.name == name => records.push(record),
+                Ok(record) => others.push(record),
+                Err(Unread::NotOurs(_)) => {}
+                Err(Unread::Damaged(error)) => damaged.push(error),
             }
         }
         records.sort_by(|a, b| (a.creation_time, &a.name).cmp(&(b.creation_time, &b.name)));
-        Ok(parents_first(records))
+        // A copy of a record that is there says nothing new.
+        let is_copy =
+            |other: &Record| records.iter().any(|record| (&record.name, &record.disks) == (&other.name, &other.disks));
+        let renamed = others.into_iter().filter(|other| !is_copy(other)).collect();
+        Ok(Contents { records: parents_first(records), renamed, damaged })
     }
 
     /// One record.
     pub fn read(&self, name: &str) -> Result<Record> {
         check_name(name)?;
-        let path = self.record_path(name);
-        let text = match std::fs::read_to_string(&path) {
-            Ok(text) => text,
-            Err(error) if error.kind() == ErrorKind::NotFound => {
-                fail!(
-                    NoDomainSnapshot,
-                    "no domain snapshot with matching name '{name}' in '{}'",
-                    self.directory.display()
-                )
-            }
-            Err(error) if error.kind() == ErrorKind::InvalidData => {
-                fail!(InvalidDomainSnapshot, "'{}': snapshot metadata is damaged: it is not UTF-8", path.display())
-            }
-            Err(error) => return Err(Error::system(format!("cannot read '{}'", path.display()), error)),
-        };
-        let record = Record::parse(&text)
-            .map_err(|error| Error::new(error.code, format!("'{}': {}", path.display(), error.message)))?;
+        check_owner(&self.directory)?;
+        let record = self.read_file(name).map_err(|unread| match unread {
+            Unread::NotOurs(error) | Unread::Damaged(error) => error,
+        })?;
         if record.name != name {
-            fail!(InvalidDomainSnapshot, "'{}' is the metadata of '{}'", path.display(), record.name);
+            fail!(InvalidDomainSnapshot, "'{}' is the metadata of '{}'", self.record_path(name).display(), record.name);
         }
         Ok(record)
+    }
+
+    fn read_file(&self, name: &str) -> std::result::Result<Record, Unread> {
+        let path = self.record_path(name);
+        let damaged = |code, reason: &str| Error::new(code, format!("'{}': {reason}", path.display()));
+        let text = match read_trusted(&path) {
+            Ok(text) => text,
+            Err(error) if error.kind() == ErrorKind::NotFound => {
+                return Err(Unread::NotOurs(Error::new(
+                    Code::NoDomainSnapshot,
+                    format!("no domain snapshot with matching name '{name}' in '{}'", self.directory.display()),
+                )));
+            }
+            // What is no file, or somebody else's.
+            Err(error) if error.kind() == ErrorKind::Other => {
+                return Err(Unread::NotOurs(damaged(
+                    Code::InvalidDomainSnapshot,
+                    &format!("it is no record: {error}"),
+                )));
+            }
+            Err(error) => {
+                return Err(Unread::Damaged(Error::system(format!("cannot read '{}'", path.display()), error)));
+            }
+        };
+        let Ok(text) = String::from_utf8(text) else {
+            let reason = "snapshot metadata is damaged: it is not UTF-8";
+            return Err(Unread::Damaged(damaged(Code::InvalidDomainSnapshot, reason)));
+        };
+        Record::parse(&text).map_err(|error| {
+            let error = damaged(error.code, &error.message);
+            // XML that is whole and something else was never a record.
+            if xml::is_another(&text, "domainsnapshot") { Unread::NotOurs(error) } else { Unread::Damaged(error) }
+        })
     }
 
     /// The name of the current snapshot.
     pub fn current(&self) -> Result<Option<String>> {
         let path = self.path(".current");
-        match std::fs::read_to_string(&path) {
+        match read_trusted(&path) {
             // It can name one that was removed by hand, or whose commit was cut short by a crash.
-            Ok(name) => Ok(Some(name).filter(|name| check_name(name).is_ok() && self.record_path(name).exists())),
+            Ok(name) => Ok(String::from_utf8(name)
+                .ok()
+                .filter(|name| check_name(name).is_ok() && self.record_path(name).exists())),
             Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
             Err(error) => Err(Error::system(format!("cannot read '{}'", path.display()), error)),
         }
@@ -182,12 +232,13 @@ impl Store {
     pub fn forget(&self, name: &str) -> Result<()> {
         let _lock = self.lock()?;
         let record = self.read(name)?;
+        let parent = record.parent.filter(|parent| parent != name);
         for mut child in self.list()?.into_iter().filter(|child| child.parent.as_deref() == Some(name)) {
-            child.parent.clone_from(&record.parent);
+            child.parent.clone_from(&parent);
             self.write(&self.record_path(&child.name), child.to_xml().as_bytes(), true)?;
         }
         if self.current()?.as_deref() == Some(name) {
-            self.write_current(record.parent.as_deref())?;
+            self.write_current(parent.as_deref())?;
         }
         let path = self.record_path(name);
         sys::remove_file(&path)
@@ -230,14 +281,66 @@ impl Store {
         let lock = self.open_file(&path)?;
         rustix::io::retry_on_intr(|| flock(&lock, FlockOperation::LockExclusive))
             .map_err(|error| Error::system(format!("cannot lock '{}'", path.display()), error))?;
+        check_owner(&self.directory)?;
         Ok(lock)
     }
 
     fn open_file(&self, path: &Path) -> Result<File> {
-        let mut options = OpenOptions::new();
-        options.read(true).write(true).create(true).truncate(false).mode(0o600);
-        options.open(path).map_err(|error| Error::system(format!("cannot open '{}'", path.display()), error))
+        sys::open_or_create_trusted(path)
+            .map_err(|error| Error::system(format!("cannot open '{}'", path.display()), error))
     }
+}
+
+/// What is in a state directory.
+struct Contents {
+    records: Vec<Record>,
+    /// Those of which the file was renamed.
+    renamed: Vec<Record>,
+    /// Why others cannot be read.
+    damaged: Vec<Error>,
+}
+
+/// Why a file is not read.
+enum Unread {
+    /// It is not there, or was never a record of ours.
+    NotOurs(Error),
+    /// It may have been one.
+    Damaged(Error),
+}
+
+/// As sshd has it of its users' files: nobody may write to the directory whom this process does not trust anyway.
+fn check_owner(directory: &Path) -> Result<()> {
+    const OTHERS_WRITE: u32 = 0o022;
+    const STICKY: u32 = 0o1000;
+    let shown = directory.display();
+    let metadata = directory
+        .metadata()
+        .map_err(|error| Error::system(format!("cannot look at the state directory '{shown}'"), error))?;
+    if !sys::is_trusted(metadata.uid()) {
+        fail!(
+            AccessDenied,
+            "the state directory '{shown}' belongs to user {}, and this is user {}: files that its records name are removed              with the rights of this process; work as that user, or take the directory over (chown {} '{shown}')",
+            metadata.uid(),
+            sys::user(),
+            sys::user()
+        );
+    }
+    // In a sticky one others can only add files, and theirs are passed over.
+    if metadata.mode() & OTHERS_WRITE != 0 && metadata.mode() & STICKY == 0 {
+        fail!(
+            AccessDenied,
+            "other users may write to the state directory '{shown}' (its mode is {:04o}), and could have any file removed by              its records: chmod go-w '{shown}'",
+            metadata.mode() & 0o7777
+        );
+    }
+    Ok(())
+}
+
+fn read_trusted(path: &Path) -> io::Result<Vec<u8>> {
+    let mut content = Vec::new();
+    let longest = xml::RECORDED.bytes() as u64;
+    sys::open_trusted(path)?.take(longest + 1).read_to_end(&mut content)?;
+    Ok(content)
 }
 
 /// Whether an open file is the one of this path.
@@ -248,16 +351,20 @@ fn is_at(file: &File, path: &Path) -> bool {
     }
 }
 
-/// Snapshots of one second are in the order of their names; a parent still comes before its child.
+/// Snapshots of one second are in the order of their names; a parent still comes before its child. Where parents form a circle
+/// (an edited file), its oldest has none.
 fn parents_first(mut left: Vec<Record>) -> Vec<Record> {
+    let mut names: HashSet<String> = left.iter().map(|record| record.name.clone()).collect();
     let mut sorted: Vec<Record> = Vec::with_capacity(left.len());
     while !left.is_empty() {
-        let waits = |record: &Record| {
-            record.parent.as_ref().is_some_and(|parent| left.iter().any(|other| &other.name == parent))
-        };
-        // Where parents form a circle (an edited file), the oldest goes first.
-        let next = left.iter().position(|record| !waits(record)).unwrap_or(0);
-        sorted.push(left.remove(next));
+        let waits = |record: &Record| record.parent.as_ref().is_some_and(|parent| names.contains(parent));
+        let next = left.iter().position(|record| !waits(record));
+        let mut record = left.remove(next.unwrap_or(0));
+        if next.is_none() {
+            record.parent = None;
+        }
+        names.remove(&record.name);
+        sorted.push(record);
     }
     sorted
 }

@@ -15,6 +15,13 @@ pub struct Limits {
     attributes: usize,
 }
 
+impl Limits {
+    /// So many bytes.
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+}
+
 /// What comes from outside: more than any XML that libvirt writes.
 pub const GIVEN: Limits = Limits { bytes: 8 << 20, nodes: 1 << 20, namespaces: 256, attributes: 1000 };
 /// What we wrote ourselves: whatever was accepted, with its texts escaped, and some more.
@@ -31,6 +38,12 @@ pub fn parse<'a>(text: &'a str, root: &str, limits: &Limits) -> Result<Document<
         fail!(XmlError, "unexpected root element <{found}>, expecting <{root}>");
     }
     Ok(document)
+}
+
+/// Whether a text is XML that is whole, with another root than this one.
+pub fn is_another(text: &str, root: &str) -> bool {
+    let found = |document: Document| document.root_element().tag_name().name() != root;
+    check_limits(text, root, &RECORDED).is_ok() && Document::parse(text).is_ok_and(found)
 }
 
 /// Looks before the parser does, which makes room for all that there may be first.

@@ -4,9 +4,12 @@
 //! From the first merge on the snapshot is spoilt, since its images take in what is younger. So its memory image is renamed
 //! before, to `….deleting`, and nobody goes back to it any more. The record goes last: until then a deletion that failed, or whose
 //! caller was killed, is done again from the beginning, and finds done what was done.
+//!
+//! A record can be wrong, or be meant to have another file removed. So what it names is removed only if it is proven to be what
+//! the record says: a memory image by how it begins, an overlay by the image that it stands on, a copy of UEFI variables by its
+//! name and content. Where a file is another, the snapshot is not deleted, and nothing is changed.
 
 use std::collections::BTreeMap;
-use std::fs::File;
 use std::io::ErrorKind;
 use std::path::Path;
 
@@ -19,8 +22,9 @@ use crate::error::{Error, Result, fail};
 use crate::flags::delete::{CHILDREN_ONLY, METADATA_ONLY};
 use crate::guest::images::{self, Id, id};
 use crate::guest::{Connector, Guest, PATIENCE};
-use crate::image::deleting;
+use crate::image::{deleting, is_another};
 use crate::monitor::{Command, Deadline};
+use crate::snapshot::nvram::Found;
 use crate::snapshot::{Drive, Record, RecordedDisk, Store};
 use crate::sys;
 
@@ -32,8 +36,8 @@ pub fn delete(connector: &dyn Connector, store: &Store, name: &str, flags: u32) 
     // Taken first: nobody makes the snapshot a child meanwhile.
     let guest = if flags & (METADATA_ONLY | CHILDREN_ONLY) == 0 { Some(connector.begin()?) } else { None };
     let record = store.read(name)?;
-    let others: Vec<Record> = store.list()?.into_iter().filter(|other| other.name != name).collect();
-    let child = others.iter().find(|other| other.parent.as_deref() == Some(name));
+    let listed = store.list()?;
+    let child = listed.iter().find(|other| other.name != name && other.parent.as_deref() == Some(name));
     if let Some(child) = child.filter(|_| flags != METADATA_ONLY) {
         fail!(
             OperationUnsupported,
@@ -44,8 +48,10 @@ pub fn delete(connector: &dyn Connector, store: &Store, name: &str, flags: u32) 
     }
     match guest {
         Some(mut guest) => {
-            let deleted =
-                images_of(&others).and_then(|kept| Delete { guest: &mut *guest, record: &record, kept }.run());
+            let deleted = store
+                .others(name)
+                .and_then(|others| Ok((images_of(&others)?, others)))
+                .and_then(|(kept, others)| Delete { guest: &mut *guest, record: &record, others, kept }.run());
             let named =
                 |error: Error| Error::new(error.code, format!("cannot delete snapshot '{name}': {}", error.message));
             deleted.map_err(named)?;
@@ -75,6 +81,7 @@ fn images_of(records: &[Record]) -> Result<BTreeMap<Id, String>> {
 struct Delete<'a> {
     guest: &'a mut dyn Guest,
     record: &'a Record,
+    others: Vec<Record>,
     /// Images that other snapshots need.
     kept: BTreeMap<Id, String>,
 }
@@ -100,6 +107,7 @@ impl<'a> Delete<'a> {
         self.check_no_jobs()?;
         let drives = self.guest.drives()?;
         let mut merges = self.plan(&drives)?;
+        self.check_files()?;
         self.disarm()?;
         self.merge(&mut merges)?;
         self.remove_files().map_err(|error| {
@@ -107,6 +115,50 @@ impl<'a> Delete<'a> {
                 "the guest runs on without the snapshot's overlays: delete the snapshot again when the cause is mended",
             )
         })
+    }
+
+    /// What will be removed must be what the record says that it is.
+    fn check_files(&self) -> Result<()> {
+        let memory = Path::new(&self.record.memory_file);
+        for file in [memory, &deleting(memory)] {
+            if is_another(file) {
+                return self.refuse("memory image", file, "is none");
+            }
+            let is_its = |other: &&Record| sys::same_file(Path::new(&other.memory_file), file);
+            if let Some(other) = self.others.iter().find(is_its) {
+                return self.refuse("memory image", file, &format!("is that of snapshot '{}', too", other.name));
+            }
+        }
+        for nvram in &self.record.nvram {
+            let found = nvram.look(&self.record.memory_file).map_err(|error| {
+                Error::system(format!("cannot look at the copy of UEFI variables '{}'", nvram.copy), error)
+            })?;
+            if found == Found::Another {
+                return self.refuse("copy of UEFI variables", Path::new(&nvram.copy), "is not the one that was made");
+            }
+        }
+        for disk in &self.record.disks {
+            let overlay = Path::new(&disk.overlay);
+            // What does not go needs no proof.
+            if !overlay.exists() || self.kept.contains_key(&id(&disk.overlay)) {
+                continue;
+            }
+            let layers = images::chain(&disk.overlay, "qcow2")?;
+            if !layers.get(1).is_some_and(|below| same(&below.path, &disk.image)) {
+                let what = format!("overlay of disk '{}'", disk.name);
+                return self.refuse(&what, overlay, &format!("does not stand on its image '{}'", disk.image));
+            }
+        }
+        Ok(())
+    }
+
+    fn refuse(&self, what: &str, file: &Path, reason: &str) -> Result<()> {
+        fail!(
+            InvalidDomainSnapshot,
+            "the {what} that its metadata names ('{}') {reason}: mend the metadata, or delete it alone \
+             (VIR_DOMAIN_SNAPSHOT_DELETE_METADATA_ONLY) and remove what is left of the snapshot yourself",
+            file.display()
+        )
     }
 
     /// What is to be merged. All that stands in the way is found here, and nothing is changed.
@@ -319,7 +371,8 @@ fn is_in_chain(drive: &Drive, image: &str) -> bool {
 
 /// An error where some QEMU has the file open.
 fn check_unused(overlay: &str) -> Result<()> {
-    let file = File::open(overlay).map_err(|error| Error::system(format!("cannot open '{overlay}'"), error))?;
+    let file =
+        sys::open_file(Path::new(overlay)).map_err(|error| Error::system(format!("cannot open '{overlay}'"), error))?;
     if sys::is_locked(&file, QEMU_LOCKS) {
         fail!(
             OperationInvalid,
