@@ -116,17 +116,28 @@ impl Machine {
     /// Starts it as a domain of this libvirt.
     pub fn start_under(&self, daemon: &Daemon) -> Guest {
         let guest = self.make(daemon);
+        self.start_made(&guest).unwrap_or_else(|error| guest.fail(&error));
+        daemon.keep_capabilities();
+        guest
+    }
+
+    /// The same for one whose QEMU may not start here. The error is what virsh says.
+    pub(crate) fn try_start_under(&self, daemon: &Daemon) -> Result<Guest, String> {
+        let guest = self.make(daemon);
+        self.start_made(&guest).map(|()| guest)
+    }
+
+    fn start_made(&self, guest: &Guest) -> Result<(), String> {
+        let daemon = guest.daemon();
         let xml = guest.directory().join("domain.xml");
         let xml = xml.to_str().expect("a path of UTF-8");
         let paused: &[&str] = if self.paused { &["--paused"] } else { &[] };
         if self.extras.transient {
-            daemon.virsh(&[&["create", xml], paused].concat());
+            daemon.try_virsh(&[&["create", xml], paused].concat()).map(drop)
         } else {
-            daemon.virsh(&["define", xml]);
-            guest.start_domain_with(paused);
+            daemon.try_virsh(&["define", xml])?;
+            guest.try_start_domain_with(paused)
         }
-        daemon.keep_capabilities();
-        guest
     }
 
     /// Defines it as a domain of this libvirt, and leaves it shut off.

@@ -45,11 +45,10 @@ enum Runner {
 }
 
 impl Guest {
-    pub(crate) fn running(machine: Machine, directory: TempDir, child: Child, disks: Vec<Disk>) -> Guest {
+    /// One whose QEMU has just been started, and may yet end.
+    pub(crate) fn spawned(machine: Machine, directory: TempDir, child: Child, disks: Vec<Disk>) -> Guest {
         let pid = child.id();
-        let guest = Guest { machine, runner: Runner::Kit { child: Mutex::new(child), pid }, disks, directory };
-        drop(guest.control());
-        guest
+        Guest { machine, runner: Runner::Kit { child: Mutex::new(child), pid }, disks, directory }
     }
 
     pub(crate) fn of_libvirt(
@@ -109,10 +108,15 @@ impl Guest {
     }
 
     pub(crate) fn start_domain_with(&self, options: &[&str]) {
+        self.try_start_domain_with(options).unwrap_or_else(|error| self.fail(&error));
+    }
+
+    pub(crate) fn try_start_domain_with(&self, options: &[&str]) -> Result<(), String> {
         let (daemon, name) = self.domain();
         daemon
             .try_virsh(&[&["start", name], options].concat())
-            .unwrap_or_else(|error| self.fail(&format!("virsh start: {error}")));
+            .map(drop)
+            .map_err(|error| format!("virsh start: {error}"))
     }
 
     /// The disks, in the order in which they were asked for.

@@ -36,7 +36,7 @@ pub use binary::Binary;
 pub use daemon::{Daemon, Mode};
 pub use fingerprint::{Fingerprint, domain_fingerprint, fingerprint};
 pub use guest::{Disk, Guest};
-pub use kvm::kvm_works;
+pub use kvm::{kvm_runs, kvm_works};
 pub use machine::{Accel, Attach, Format, Machine, MachineType};
 pub use packages::missing_package;
 pub use proxy::{Fault, Gate, Proxy};

@@ -238,6 +238,13 @@ impl Machine {
 
     /// Starts it, in a temporary directory of its own. Returns when QEMU answers.
     pub fn start(&self) -> Guest {
+        let guest = self.spawn();
+        drop(guest.control());
+        guest
+    }
+
+    /// Starts it, and does not wait for anything: its QEMU may yet end.
+    pub(crate) fn spawn(&self) -> Guest {
         let directory = tempfile::Builder::new().prefix("instantsnap-").tempdir().expect("no temporary directory");
         let disks = self.make_disks(directory.path());
         // A copy, so that a QEMU run as another user can read it.
@@ -250,7 +257,7 @@ impl Machine {
         let stderr = std::fs::File::create(directory.path().join("stderr.log")).expect("stderr.log");
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(stderr);
         let child = command.spawn().expect("QEMU cannot be run");
-        Guest::running(self.clone(), directory, child, disks)
+        Guest::spawned(self.clone(), directory, child, disks)
     }
 
     pub(crate) fn make_disks(&self, directory: &Path) -> Vec<Disk> {

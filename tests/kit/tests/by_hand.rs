@@ -29,7 +29,7 @@ fn the_right_order_is_right() {
         for attach in [Attach::Drive, Attach::Blockdev] {
             let machine = Machine::new(binary).restless().attach(attach).disk(Format::Raw).disk(Format::Qcow2);
             round_trip(&format!("{} tcg {attach:?}", binary.name), machine.clone());
-            if kvm_works() {
+            if kvm_works(binary) {
                 round_trip(&format!("{} kvm {attach:?}", binary.name), machine.accel(Accel::Kvm));
             }
         }

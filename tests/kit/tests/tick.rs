@@ -30,7 +30,7 @@ fn counts_on_every_qemu_and_machine_type() {
             counts(&format!("{what} tcg, 2 blockdevs"), two.clone().attach(Attach::Blockdev));
             counts(&format!("{what} tcg, 512 MiB prealloc"), machine.memory(512).prealloc());
             // Under nested KVM it takes seconds until it counts.
-            if kvm_works() && machine_type == MachineType::Q35 {
+            if kvm_works(binary) && machine_type == MachineType::Q35 {
                 counts(&format!("{what} kvm, 2 drives"), two.accel(Accel::Kvm));
             } else {
                 eprintln!("{what}: not tried with KVM");
