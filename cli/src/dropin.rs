@@ -1,63 +1,72 @@
 //! The drop-in of a unit, by which systemd starts its daemon with the library.
 
-use std::fs;
-use std::io::{ErrorKind, Write};
+use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
 
+use crate::root::Root;
 use crate::{Result, units};
 
+/// The directory of the units' own files and drop-ins.
+const SYSTEM: &str = "etc/systemd/system";
+
 /// The file, there or not.
-pub struct DropIn {
-    path: PathBuf,
+pub struct DropIn<'a> {
+    root: &'a Root,
+    /// Its directory's name.
+    directory: String,
 }
 
-impl DropIn {
-    /// Of a unit of the system below `root`.
-    pub fn of(root: &Path, unit: &str) -> DropIn {
-        DropIn { path: root.join(format!("etc/systemd/system/{unit}.service.d/{}", units::OURS)) }
+impl DropIn<'_> {
+    /// Of a unit of a system.
+    pub fn of<'a>(root: &'a Root, unit: &str) -> DropIn<'a> {
+        DropIn { root, directory: format!("{unit}.service.d") }
     }
 
-    /// Its path.
-    pub fn path(&self) -> &Path {
-        &self.path
+    /// What it is called.
+    pub fn path(&self) -> PathBuf {
+        self.root.shown(self.file())
+    }
+
+    fn place(&self) -> PathBuf {
+        Path::new(SYSTEM).join(&self.directory)
+    }
+
+    fn file(&self) -> PathBuf {
+        self.place().join(units::OURS)
+    }
+
+    fn failed(&self, what: &str, error: &io::Error) -> String {
+        format!("cannot {what} {}: {error}", self.path().display())
     }
 
     /// Writes it, whole or not at all. `others` is what the unit preloads by itself.
     pub fn write(&self, others: &str, library: &Path, upgrade_live: bool, most: Option<u32>) -> Result<()> {
-        let failed = |error| format!("cannot write {}: {error}", self.path.display());
         let text = text(others, &library.display().to_string(), upgrade_live, most);
-        let directory = self.path.parent().unwrap_or(Path::new("/"));
-        fs::create_dir_all(directory).map_err(failed)?;
-        let fresh = self.path.with_extension("conf.new");
-        let written = fs::File::create(&fresh).and_then(|mut file| {
-            file.write_all(text.as_bytes())?;
-            file.sync_all()
-        });
-        written.and_then(|()| fs::rename(&fresh, &self.path)).map_err(|error| {
-            let _ = fs::remove_file(&fresh);
-            failed(error)
-        })
+        let directory = self.root.make_directory(self.place());
+        directory
+            .and_then(|directory| directory.write(units::OURS, &text))
+            .map_err(|error| self.failed("write", &error))
     }
 
     /// Removes it, and its directory where that is empty then. False where there is none.
     pub fn remove(&self) -> Result<bool> {
-        match fs::remove_file(&self.path) {
+        match self.root.directory(self.place()).and_then(|directory| directory.remove_file(units::OURS)) {
             Ok(()) => {}
             Err(error) if error.kind() == ErrorKind::NotFound => return Ok(false),
-            Err(error) => return Err(format!("cannot remove {}: {error}", self.path.display())),
+            Err(error) => return Err(self.failed("remove", &error)),
         }
-        if let Some(directory) = self.path.parent() {
-            let _ = fs::remove_dir(directory);
+        if let Ok(above) = self.root.directory(SYSTEM) {
+            let _ = above.remove_directory(&self.directory);
         }
         Ok(true)
     }
 
     /// What it preloads; none where there is no such file.
     pub fn library(&self) -> Result<Option<String>> {
-        match fs::read_to_string(&self.path) {
+        match self.root.read(self.file()) {
             Ok(text) => Ok(units::preload_of(&text)),
             Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
-            Err(error) => Err(format!("cannot read {}: {error}", self.path.display())),
+            Err(error) => Err(self.failed("read", &error)),
         }
     }
 }

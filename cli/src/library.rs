@@ -1,30 +1,30 @@
 //! The library that a daemon is to have.
 
 use std::fs;
-use std::io;
+use std::io::{self, Read};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use crate::Result;
+use crate::root::Root;
 
 const NAME: &str = "libinstantsnap.so.0";
 /// Before its version in the library, which has it for this.
 const MARK: &[u8] = b"instantsnap-library/";
 
-/// The one beside this command's prefix, or where distributions have theirs, as the system below `root` sees it.
-pub fn installed(root: &Path) -> Result<PathBuf> {
+/// The one beside this command's prefix, or where distributions have theirs, as that system sees it.
+pub fn installed(root: &Root) -> Result<PathBuf> {
     let prefix = std::env::current_exe().ok().and_then(|program| Some(program.parent()?.parent()?.to_owned()));
     let prefixes = prefix.into_iter().chain(["/usr/local".into(), "/usr".into()]);
     let triplet = format!("lib/{}-linux-gnu", std::env::consts::ARCH);
     let below = |prefix: PathBuf| [triplet.as_str(), "lib64", "lib"].map(|directory| prefix.join(directory).join(NAME));
     let mut candidates = prefixes.flat_map(below);
     // A link may lead to what only that system sees: that it is there is enough.
-    let is_there = |path: &PathBuf| root.join(path.strip_prefix("/").unwrap_or(path)).symlink_metadata().is_ok();
-    candidates.find(is_there).ok_or_else(|| format!("{NAME} is not installed: give its path by --library"))
+    candidates.find(|path| root.has(path)).ok_or_else(|| format!("{NAME} is not installed: give its path by --library"))
 }
 
-/// Refuses what a daemon of root's must not be given, or cannot use. The path is as the system below `root` sees it.
-pub fn check(root: &Path, library: &Path) -> Result<()> {
+/// Refuses what a daemon of root's must not be given, or cannot use. The path is as that system sees it.
+pub fn check(root: &Root, library: &Path) -> Result<()> {
     let shown = library.display();
     let text = library.to_str().ok_or_else(|| format!("{shown}: the path is not UTF-8"))?;
     if !library.is_absolute() {
@@ -35,12 +35,14 @@ pub fn check(root: &Path, library: &Path) -> Result<()> {
             "{shown}: the loader takes no path with a space or a colon, systemd none with a quote or a $"
         ));
     }
-    let file = follow(root, library)?;
+    let file = follow(root.path(), library)?;
     let shown = file.display();
-    if !file.is_file() {
+    if !root.has_file(library) {
         return Err(format!("{shown} is not a file"));
     }
-    let bytes = fs::read(&file).map_err(|error| format!("{shown}: {error}"))?;
+    let mut bytes = Vec::new();
+    let read = root.open_file(library).and_then(|mut file| file.read_to_end(&mut bytes));
+    read.map_err(|error| format!("{shown}: {error}"))?;
     if !is_ours(&bytes) {
         return Err(format!("{shown} is not a libinstantsnap for this machine"));
     }
@@ -133,7 +135,7 @@ mod tests {
     }
 
     fn refused(path: &str) -> String {
-        check(Path::new("/"), Path::new(path)).unwrap_err()
+        check(&Root::open(Path::new("/")).unwrap(), Path::new(path)).unwrap_err()
     }
 
     #[test]

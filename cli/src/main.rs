@@ -3,6 +3,7 @@
 mod dropin;
 mod library;
 mod process;
+mod root;
 mod units;
 
 use std::path::{Path, PathBuf};
@@ -11,6 +12,7 @@ use std::process::{Command, ExitCode};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use dropin::DropIn;
+use root::Root;
 
 /// Why something was not done, for who has asked for it.
 type Result<T> = std::result::Result<T, String>;
@@ -79,6 +81,12 @@ struct Place {
     root: PathBuf,
 }
 
+impl Place {
+    fn open(&self) -> Result<Root> {
+        Root::open(&self.root).map_err(|error| format!("{}: {error}", self.root.display()))
+    }
+}
+
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum Unit {
     /// The one daemon for everything
@@ -118,37 +126,37 @@ fn enable(
     max_snapshots: Option<u32>,
     now: bool,
 ) -> Result<()> {
+    let root = place.open()?;
     let library = match library {
         Some(library) => library.to_owned(),
-        None => library::installed(&place.root)?,
+        None => library::installed(&root)?,
     };
-    library::check(&place.root, &library)?;
+    library::check(&root, &library)?;
     let unit = place.unit.name();
-    let preload = units::preload(&place.root, unit)?;
+    let preload = units::preload(&root, unit)?;
     if let Some(why) = preload.overridden {
         return Err(why);
     }
-    let drop_in = DropIn::of(&place.root, unit);
+    let drop_in = DropIn::of(&root, unit);
     drop_in.write(&preload.others, &library, upgrade_live, max_snapshots)?;
     println!("{unit} will be started with {} ({})", library.display(), drop_in.path().display());
-    take_effect(place, now)
+    take_effect(&root, unit, now)
 }
 
 fn disable(place: &Place, now: bool) -> Result<()> {
-    let unit = place.unit.name();
-    let drop_in = DropIn::of(&place.root, unit);
+    let (root, unit) = (place.open()?, place.unit.name());
+    let drop_in = DropIn::of(&root, unit);
     if !drop_in.remove()? {
         println!("{unit} is not to be started with libinstantsnap: there is no {}", drop_in.path().display());
         return Ok(());
     }
     println!("{unit} will be started as ever ({} is removed)", drop_in.path().display());
-    take_effect(place, now)
+    take_effect(&root, unit, now)
 }
 
 /// systemd reads what has changed; the daemon that runs stays as it is until it is started again.
-fn take_effect(place: &Place, now: bool) -> Result<()> {
-    let unit = place.unit.name();
-    let systemd_runs = place.root == Path::new("/") && Path::new("/run/systemd/system").is_dir();
+fn take_effect(root: &Root, unit: &str, now: bool) -> Result<()> {
+    let systemd_runs = root.is_own() && Path::new("/run/systemd/system").is_dir();
     if !systemd_runs {
         println!("systemd does not run here: this holds from the daemon's next start by systemd");
         return Ok(());
@@ -169,14 +177,14 @@ fn systemctl(words: &[&str]) -> Result<()> {
 }
 
 fn status(place: &Place, pid: Option<u32>) -> Result<ExitCode> {
-    let unit = place.unit.name();
-    let drop_in = DropIn::of(&place.root, unit);
+    let (root, unit) = (place.open()?, place.unit.name());
+    let drop_in = DropIn::of(&root, unit);
     let wanted = drop_in.library()?;
     match &wanted {
         Some(library) => println!("{unit} is to be started with {library} ({})", drop_in.path().display()),
         None => println!("{unit} is not to be started with libinstantsnap: there is no {}", drop_in.path().display()),
     }
-    let overridden = if wanted.is_some() { units::preload(&place.root, unit)?.overridden } else { None };
+    let overridden = if wanted.is_some() { units::preload(&root, unit)?.overridden } else { None };
     if let Some(why) = &overridden {
         println!("that has no effect: {why}");
     }

@@ -1,8 +1,10 @@
 //! The daemons that run.
 
 use std::fs;
+use std::io::Read;
 use std::path::Path;
 
+use crate::root::Root;
 use crate::{Result, library};
 
 /// The processes of this name.
@@ -24,8 +26,11 @@ pub fn mapped(pid: u32) -> Result<Option<String>> {
         Some(path) => format!("{path}, which was replaced since: restart it to have the new one"),
         None => {
             // As the process sees it.
-            let bytes = fs::read(Path::new(&format!("/proc/{pid}/root")).join(path.trim_start_matches('/')));
-            let version = bytes.ok().and_then(|bytes| library::version(&bytes));
+            let mut bytes = Vec::new();
+            let read = Root::open(Path::new(&format!("/proc/{pid}/root")))
+                .and_then(|root| root.open_file(path))
+                .and_then(|mut file| file.read_to_end(&mut bytes));
+            let version = read.ok().and_then(|_| library::version(&bytes));
             format!("{path}, version {}", version.as_deref().unwrap_or("unknown"))
         }
     }))

@@ -2,11 +2,11 @@
 
 use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
-use std::fs;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use crate::Result;
+use crate::root::Root;
 
 /// Our own file among the unit's.
 pub const OURS: &str = "instantsnap.conf";
@@ -33,12 +33,13 @@ pub struct Preload {
 /// As systemd puts a daemon's environment together: `Environment=` of all files in their order, then what
 /// `EnvironmentFile=` names, whichever file that is in, and at last `UnsetEnvironment=` likewise. An empty value takes back
 /// what was said of the same before.
-pub fn preload(root: &Path, unit: &str) -> Result<Preload> {
+pub fn preload(root: &Root, unit: &str) -> Result<Preload> {
     let (mut others, mut overridden, mut unset, mut named) = (String::new(), None, None, Vec::new());
     for (file, is_after_ours) in files(root, unit) {
-        let shown = file.display();
+        let shown = root.shown(&file);
+        let shown = shown.display();
         let moved = format!("and comes after {OURS}: remove that, or give the file a name that comes before");
-        for (name, value) in settings(&read(&file)?) {
+        for (name, value) in settings(&read(root, &file)?) {
             match (name.as_str(), value.is_empty()) {
                 ("Environment", true) if is_after_ours => {
                     overridden = Some(format!("{shown} empties the environment of {unit} (Environment=), {moved}"));
@@ -52,7 +53,7 @@ pub fn preload(root: &Path, unit: &str) -> Result<Preload> {
                     None => {}
                 },
                 ("EnvironmentFile", true) => named.clear(),
-                ("EnvironmentFile", false) => named.push(root.join(value.trim_start_matches(['-', '/']))),
+                ("EnvironmentFile", false) => named.push(value.trim_start_matches('-').to_owned()),
                 ("UnsetEnvironment", true) => unset = None,
                 ("UnsetEnvironment", false)
                     if words(&value).iter().any(|word| word == VARIABLE || assigned(word).is_some()) =>
@@ -66,36 +67,40 @@ pub fn preload(root: &Path, unit: &str) -> Result<Preload> {
         }
     }
     let sets = |text: String| text.lines().any(|line| assigned(line).is_some());
-    let set = named.iter().find(|file| fs::read_to_string(file).is_ok_and(sets)).map(|file| {
+    let set = named.iter().find(|file| root.read(file).is_ok_and(sets)).map(|file| {
         format!(
             "{} sets {VARIABLE} for {unit}, and systemd gives it precedence: remove that, or move it to an Environment= in a \
              drop-in with a name that comes before {OURS}",
-            file.display()
+            root.shown(file).display()
         )
     });
     Ok(Preload { others, overridden: unset.or(set).or(overridden) })
 }
 
 /// The unit's file, and its drop-ins but ours, each with whether systemd reads it after ours.
-fn files(root: &Path, unit: &str) -> Vec<(PathBuf, bool)> {
-    let directories = || DIRECTORIES.iter().map(|directory| root.join(directory));
-    let main = directories().map(|directory| directory.join(format!("{unit}.service"))).rfind(|file| file.is_file());
+fn files(root: &Root, unit: &str) -> Vec<(PathBuf, bool)> {
+    let directories = || DIRECTORIES.iter().map(Path::new);
+    let main =
+        directories().map(|directory| directory.join(format!("{unit}.service"))).rfind(|file| root.has_file(file));
     // Those of all services are less important than its own.
     let kinds = ["service.d".to_owned(), format!("{unit}.service.d")];
     let places = kinds.iter().flat_map(|kind| directories().map(move |directory| directory.join(kind)));
-    let entries = places.filter_map(|place| fs::read_dir(place).ok()).flatten().flatten();
     // In the order of their names, wherever they are; of those of one name the most important is the only one.
-    let mut drop_ins: BTreeMap<OsString, PathBuf> = entries.map(|entry| (entry.file_name(), entry.path())).collect();
+    let mut drop_ins: BTreeMap<OsString, PathBuf> = BTreeMap::new();
+    for place in places {
+        let names = root.names(&place).unwrap_or_default();
+        drop_ins.extend(names.into_iter().map(|name| (name.clone(), place.join(name))));
+    }
     drop_ins.retain(|name, path| path.extension().is_some_and(|end| end == "conf") && name != OURS);
     let drop_ins = drop_ins.into_iter().map(|(name, path)| (path, name.as_os_str() > OsStr::new(OURS)));
     main.map(|file| (file, false)).into_iter().chain(drop_ins).collect()
 }
 
 /// A file of a unit; empty where it is a link that leads nowhere.
-fn read(file: &Path) -> Result<String> {
-    match fs::read_to_string(file) {
+fn read(root: &Root, file: &Path) -> Result<String> {
+    match root.read(file) {
         Err(error) if error.kind() == ErrorKind::NotFound => Ok(String::new()),
-        other => other.map_err(|error| format!("cannot read {}: {error}", file.display())),
+        other => other.map_err(|error| format!("cannot read {}: {error}", root.shown(file).display())),
     }
 }
 

@@ -277,6 +277,64 @@ fn no_directory_that_a_symbolic_link_leads_through_may_be_others() {
     fails(&system.enable(&["--library", "/opt/again.so"]), "too many symbolic links");
 }
 
+/// An image may have been made by others, whose links are those of a system of their own.
+#[test]
+fn no_symbolic_link_of_an_image_leads_out_of_it() {
+    const PLACE: &str = "/etc/systemd/system/libvirtd.service.d";
+    let Some(system) = System::new() else { return };
+    let host = tempfile::tempdir().unwrap();
+    let outside = |name: &str| host.path().join(name).to_str().unwrap().to_owned();
+    let untouched = "[Service]\nEnvironment=LD_PRELOAD=/usr/lib/hosts.so\n";
+    for name in ["instantsnap.conf", "elsewhere", "environment"] {
+        fs::write(outside(name), untouched).unwrap();
+    }
+    let assert_untouched = || {
+        let mut names: Vec<_> = fs::read_dir(host.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        names.sort();
+        assert_eq!(names, ["elsewhere", "environment", "instantsnap.conf"]);
+        assert!(names.iter().all(|name| fs::read_to_string(host.path().join(name)).unwrap() == untouched));
+    };
+    // The drop-ins' directory, absolute and by parents.
+    let up = "../".repeat(20);
+    for target in [outside(""), format!("{up}{}", outside(""))] {
+        system.link(&target, PLACE);
+        fails(&system.enable(&[]), "libvirtd.service.d is a symbolic link that leads nowhere in that system");
+        ok(system.run(&["disable"]));
+        let said = system.run(&["status", "--pid", "1"]);
+        assert!(String::from_utf8_lossy(&said.stdout).contains("is not to be started with"), "{said:?}");
+        assert_untouched();
+        fs::remove_file(system.path(PLACE)).unwrap();
+    }
+    // The files in it; and what the unit's files name.
+    for name in ["instantsnap.conf", "instantsnap.conf.new"] {
+        system.link(&outside("elsewhere"), &format!("{PLACE}/{name}"));
+    }
+    system.link(&outside("elsewhere"), &format!("{PLACE}/zz.conf"));
+    system.link(&outside("elsewhere"), "/usr/lib/systemd/system/libvirtd.service");
+    system.link(&outside("environment"), "/etc/default/libvirtd");
+    let named = "[Service]\nEnvironmentFile=/etc/default/libvirtd\n";
+    system.write(&format!("{PLACE}/own.conf"), named);
+    ok(system.enable(&[]));
+    let text = fs::read_to_string(system.drop_in("libvirtd")).unwrap();
+    assert!(text.contains(&format!("\"LD_PRELOAD={LIBRARY}\"\n")), "{text}");
+    assert!(!system.drop_in("libvirtd").is_symlink());
+    assert_untouched();
+    ok(system.run(&["disable"]));
+    assert_untouched();
+    // Links that stay within are followed: as that system has it.
+    fs::remove_dir_all(system.path(PLACE)).unwrap();
+    system.make_directory("/srv/drop-ins");
+    system.link("/srv/drop-ins", PLACE);
+    ok(system.enable(&[]));
+    assert!(system.path("/srv/drop-ins/instantsnap.conf").exists());
+    ok(system.run(&["disable"]));
+    assert!(!system.path("/srv/drop-ins/instantsnap.conf").exists());
+    // A library outside is none.
+    fs::copy(built(), outside("library.so")).unwrap();
+    system.link(&outside("library.so"), "/usr/lib/outside.so");
+    fails(&system.enable(&["--library", "/usr/lib/outside.so"]), "No such file");
+}
+
 #[test]
 fn status_tells_a_daemon_that_has_the_library_from_one_that_has_not() {
     let Some(system) = System::new() else { return };
