@@ -473,7 +473,7 @@ int instantsnap_set_storage_hook(instantsnap_guest *guest, const instantsnap_sto
  * until it has run again. Returns 0, or -1 with everything as it was before the call: VIR_ERR_INVALID_ARG (flags),
  * VIR_ERR_XML_DETAIL and VIR_ERR_XML_ERROR (xml), VIR_ERR_OPERATION_UNSUPPORTED (allowed, not built),
  * VIR_ERR_ARGUMENT_UNSUPPORTED (no background snapshots: the message says why and what to do), VIR_ERR_OPERATION_INVALID
- * (busy, wrong state, name exists), VIR_ERR_CONFIG_UNSUPPORTED (a disk, file or device that stands in the way),
+ * (busy, a block job on a disk, wrong state, name exists), VIR_ERR_CONFIG_UNSUPPORTED (a disk, file or device that stands in the way),
  * VIR_ERR_SYSTEM_ERROR (files), VIR_ERR_OPERATION_FAILED (QEMU's reason is in the message), VIR_ERR_OPERATION_TIMEOUT,
  * VIR_ERR_OPERATION_ABORTED. Where something could not be put back, the message ends with what is left and how to
  * mend it.

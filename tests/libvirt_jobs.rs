@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use common::jobs::{Listener, next, readable, rest, steps};
 use common::virt::OpenedDomain;
-use common::{ALL_SECTORS, At, INSTANTLY, assert_error, files_below, machine};
-use instantsnap::engine::{Phase, Returns, What};
+use common::{ALL_SECTORS, At, INSTANTLY, assert_error, files_below, machine, named};
+use instantsnap::engine::{Handle, Phase, Returns, What};
 use instantsnap::error::Code;
 use instantsnap::flags::NO_METADATA;
 use instantsnap_testkit::{Binary, DEADLINE, Daemon, Gate, wait_for};
@@ -119,4 +119,36 @@ fn a_job_of_another_client_is_refused_before_the_guest_is_paused() {
     wait_for(DEADLINE, ended).expect("the job does not end");
     domain.snapshot("s").unwrap();
     domain.bring_back("s");
+}
+
+#[test]
+fn a_domain_and_the_same_qemu_by_a_socket_of_its_own_exclude_each_other() {
+    let daemon = Daemon::session();
+    let directory = tempfile::tempdir().unwrap();
+    std::os::unix::fs::chown(directory.path(), Some(daemon.user()), None).unwrap();
+    let socket = directory.path().join("second.sock");
+    let second = format!("unix:{},server=on,wait=off", socket.display());
+    let machine = machine(&Binary::under_libvirt()[0], 1).arg("-qmp").arg(&second);
+    let domain = OpenedDomain::start(&machine, &daemon);
+    let state = directory.path().join("state");
+    std::fs::create_dir(&state).unwrap();
+    let by_socket = Handle::open_qmp(&socket, None, &state).unwrap();
+    let busy = "another snapshot operation";
+    let mut meanwhile = At(|phase| {
+        if [Phase::Prepare, Phase::Drain].contains(&phase) {
+            assert_error(by_socket.create(&named("theirs"), INSTANTLY, &mut ()), Code::OperationInvalid, busy);
+        }
+    });
+    domain.snapshot_observed("s", &mut meanwhile).unwrap();
+    let mut meanwhile = At(|phase| {
+        if [Phase::Prepare, Phase::Drain].contains(&phase) {
+            assert_error(domain.snapshot("theirs"), Code::OperationInvalid, busy);
+        }
+    });
+    // libvirt does not know of overlays that it has not made: none is.
+    let nothing =
+        "<domainsnapshot><name>t</name><disks><disk name='virtio-disk0' snapshot='no'/></disks></domainsnapshot>";
+    by_socket.create(nothing, INSTANTLY, &mut meanwhile).unwrap();
+    domain.snapshot("u").unwrap();
+    domain.guest.wait_ticks(2);
 }

@@ -10,7 +10,7 @@ use common::{INSTANTLY, Opened, assert_error, assert_untouched, machine, named};
 use instantsnap::engine::{RevertPlan, prepare_revert};
 use instantsnap::error::Code;
 use instantsnap::flags::{NO_METADATA, revert};
-use instantsnap_testkit::{Binary, Format, Guest, Machine, MachineType};
+use instantsnap_testkit::{Binary, Fault, Format, Guest, Machine, MachineType, Proxy};
 use serde_json::json;
 
 /// Content of all files of a snapshot.
@@ -118,6 +118,25 @@ fn a_qemu_that_does_not_wait_is_refused() {
         clone.guest.wait_ticks(3);
         // Once only.
         assert_error(clone.handle.load("s", 0), Code::OperationInvalid, "-incoming defer");
+    }
+}
+
+#[test]
+fn a_load_that_qemu_refuses_leaves_nothing_and_can_be_tried_again() {
+    for binary in Binary::any() {
+        let opened = Opened::start(&machine(binary, 1));
+        opened.snapshot("s").unwrap();
+        let plan = prepare_revert(&opened.state_dir(), "s", None).unwrap();
+        let guest = opened.guest.machine().for_revert(&images(&plan)).start();
+        let proxy = Proxy::start(&guest.directory().join("proxy.sock"), &guest.qmp());
+        let handle = open_guest(&guest, proxy.path(), None, &opened.state_dir()).unwrap();
+        let clone = Opened { handle, guest };
+        let before = clone.trace();
+        proxy.rule("migrate-incoming", 1, Fault::fail("not today"));
+        assert_error(clone.handle.load("s", 0), Code::OperationFailed, "not today");
+        assert_untouched(&clone, &before);
+        clone.handle.load("s", 0).unwrap();
+        clone.guest.wait_ticks(3);
     }
 }
 

@@ -13,7 +13,7 @@ use common::{At, INSTANTLY, Opened, assert_error, assert_untouched, block_of, ma
 use instantsnap::engine::{Phase, prepare_revert};
 use instantsnap::error::Code;
 use instantsnap::snapshot::Record;
-use instantsnap_testkit::{Binary, DEADLINE, Format, Machine};
+use instantsnap_testkit::{Binary, DEADLINE, Fault, Format, Machine};
 use serde_json::json;
 
 fn with(machine: Machine, args: &[&str]) -> Machine {
@@ -113,6 +113,22 @@ fn an_ivshmem_device_is_refused_and_a_plain_snapshot_is_what_can_be_taken_instea
             opened.guest.wait_ticks(2);
         }
     }
+}
+
+#[test]
+fn storage_whose_driver_lets_others_write_guest_memory_is_refused() {
+    let (opened, proxy) = through_proxy(&machine(&Binary::all()[0], 1));
+    // There is no such device here: QEMU's answer is made up.
+    for driver in ["nvme", "nvme-io_uring", "virtio-blk-vfio-pci", "virtio-blk-vhost-user", "virtio-blk-vhost-vdpa"] {
+        let node = json!({ "node-name": "theirs", "drv": driver, "file": "made up", "image": { "format": driver } });
+        let add = move |mut reply: serde_json::Value| {
+            reply["return"].as_array_mut().unwrap().push(node);
+            reply
+        };
+        proxy.rule("query-named-block-nodes", 1, Fault::EditReply(Box::new(add)));
+        refused(&opened, &["block node 'theirs'", driver]);
+    }
+    opened.snapshot("s").unwrap();
 }
 
 /// How pflash is given to QEMU.

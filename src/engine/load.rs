@@ -1,6 +1,6 @@
 //! Bringing a snapshot back, second step: its memory into a QEMU that waits for it.
 
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 
 use serde_json::json;
@@ -9,7 +9,7 @@ use super::migration::{FD_NAME, Mode, Settings, wait_loaded};
 use super::reactivate::reactivate_disks;
 use crate::error::{Code, Error, Result, fail};
 use crate::flags::revert;
-use crate::guest::{Connector, Guest, PATIENCE};
+use crate::guest::{Connector, Guest, PATIENCE, Presence};
 use crate::image::{self, Feed, Image};
 use crate::monitor::{Command, Deadline, Failure, commands};
 use crate::snapshot::{Drive, Record, Role};
@@ -44,10 +44,17 @@ pub fn load(connector: &dyn Connector, name: &str, flags: u32) -> Result<()> {
     check_disks(&record, &guest.drives()?)?;
 
     let settings = Settings::read(guest)?;
-    settings.apply(guest, Mode::Paused)?;
-    let loaded = feed(guest, image);
+    let begun = settings.apply(guest, Mode::Paused).and_then(|()| begin(guest));
+    let write = begun.map_err(|error| {
+        // QEMU waits still, for another try; unless it has ended.
+        let restored = match guest.presence() {
+            Presence::Here => settings.restore(guest, Mode::Paused),
+            Presence::Gone | Presence::Silent => Ok(()),
+        };
+        restored.err().into_iter().fold(error, |error, left| error.and(left.message))
+    })?;
     // Of a QEMU that could not load, nothing is wanted any more.
-    loaded.and_then(|()| settings.restore(guest, Mode::Paused))?;
+    feed(guest, image, write).and_then(|()| settings.restore(guest, Mode::Paused))?;
 
     let deadline = Deadline::after(PATIENCE);
     match (running, guest.status()?.running) {
@@ -131,14 +138,21 @@ fn check_disks(record: &Record, drives: &[Drive]) -> Result<()> {
     Ok(())
 }
 
-fn feed(guest: &mut dyn Guest, image: Image) -> Result<()> {
+/// Has QEMU begin to load from a pipe, whose other end is returned.
+fn begin(guest: &mut dyn Guest) -> Result<OwnedFd> {
     let (read, write) = image::pipe()?;
     commands::getfd(guest, FD_NAME, read.as_fd(), Deadline::after(PATIENCE))?;
-    drop(read);
-    start_incoming(guest)?;
+    start_incoming(guest).inspect_err(|_| {
+        // It was not taken: QEMU would keep it.
+        let _ = commands::closefd(guest, FD_NAME, Deadline::after(PATIENCE));
+    })?;
+    Ok(write)
+}
+
+fn feed(guest: &mut dyn Guest, image: Image, write: OwnedFd) -> Result<()> {
     let feed = Feed::start(image.file, image.stream_offset, write)?;
     wait_loaded(guest).map_err(|error| match guest.presence() {
-        crate::guest::Presence::Gone => Error::new(
+        Presence::Gone => Error::new(
             Code::OperationFailed,
             "QEMU ended while it loaded the memory image, which it does when the machine is not that of the snapshot: see \
              what it wrote on its standard error",

@@ -3,7 +3,7 @@
 //! Everything else is done as over a monitor of our own: this is [`MonitorGuest`](super::qmp) with another channel.
 
 use std::os::fd::BorrowedFd;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -167,7 +167,7 @@ impl Connector for DriverConnector {
         channel.qemu = Peer::by_its_threads(&mut channel, deadline);
         if let Some(qemu) = &channel.qemu {
             // By whatever way in it is opened elsewhere.
-            exclusive.push(hold_qemu(Path::new(whose), qemu)?);
+            exclusive.push(hold_qemu(whose, qemu)?);
         }
         let reply = channel.run("cannot ask for QEMU's version", Command::new("query-version", json!({})), deadline)?;
         let number = |what: &str| reply["qemu"][what].as_u64().unwrap_or_default();

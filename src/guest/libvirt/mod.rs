@@ -26,6 +26,7 @@ use self::call::{Again, Caller, Trouble};
 use self::overlays::Overlays;
 pub use self::reach::{Operation, Reach, delete, revert};
 use super::exclusive::Exclusive;
+use super::qmp::hold_qemu;
 use super::{
     Catalog, Connector, Deputy, Description, Guest, MEASURED, PATIENCE, Presence, Reserved, busy, check_version,
     foreign, open_images,
@@ -245,6 +246,7 @@ impl Connector for LibvirtConnector {
             version: (0, 0),
             id: None,
             qemu: None,
+            _process: None,
             snapshot: String::new(),
             live_xml: String::new(),
             inactive_xml: None,
@@ -259,6 +261,9 @@ impl Connector for LibvirtConnector {
         check_version(guest.version)?;
         guest.id = guest.look_up_id()?;
         guest.qemu = guest.look_up_process();
+        if let Some(qemu) = &guest.qemu {
+            guest._process = Some(hold_qemu(&self.whose(), qemu)?);
+        }
         Ok(Box::new(guest))
     }
 
@@ -299,6 +304,8 @@ struct LibvirtGuest<'a> {
     id: Option<u32>,
     /// QEMU's process, where it can be seen from here.
     qemu: Option<Peer>,
+    /// Holds that process: it can be opened by a socket of its own too.
+    _process: Option<Exclusive>,
     /// The name of the snapshot that is being taken.
     snapshot: String,
     live_xml: String,

@@ -19,7 +19,7 @@ pub(super) use self::monitored::{Channel, MonitorGuest};
 pub use self::overlays::Switch;
 pub(super) use self::overlays::{Overlay, switch};
 pub(super) use self::process::hold_qemu;
-use self::process::hold_socket;
+use self::process::{hold_socket, whose};
 use super::{Catalog, Connector, Deputy, Guest, Presence, Reserved, check_version};
 use crate::error::{Code, Result};
 use crate::flags;
@@ -81,7 +81,7 @@ impl Connector for QmpConnector {
         let mut exclusive = vec![hold_socket(&self.socket)?];
         let monitor = Monitor::connect(&self.socket, deadline)?;
         if let Some(qemu) = &monitor.qemu {
-            exclusive.push(hold_qemu(&self.socket, qemu)?);
+            exclusive.push(hold_qemu(&whose(&self.socket), qemu)?);
         }
         check_version(monitor.version)?;
         let channel = Socket { path: &self.socket, monitor };

@@ -15,13 +15,14 @@ pub fn hold_socket(socket: &Path) -> Result<Exclusive> {
     Exclusive::take(&whose(socket), format!("instantsnap/{:x}:{:x}", metadata.dev(), metadata.ino()))
 }
 
-/// Holds the process behind a socket, whatever other sockets it has.
-pub fn hold_qemu(socket: &Path, qemu: &Peer) -> Result<Exclusive> {
+/// Holds a QEMU process, by whatever way in it is opened elsewhere; `whose` says in an error what is held by another.
+pub fn hold_qemu(whose: &str, qemu: &Peer) -> Result<Exclusive> {
     // A pid is used again one day; with its start time it is not.
-    Exclusive::take(&whose(socket), format!("instantsnap/{}/{}", qemu.pid, start_time(qemu.pid).unwrap_or_default()))
+    Exclusive::take(whose, format!("instantsnap/{}/{}", qemu.pid, start_time(qemu.pid).unwrap_or_default()))
 }
 
-fn whose(socket: &Path) -> String {
+/// What messages call the guest behind a socket.
+pub fn whose(socket: &Path) -> String {
     format!("the guest of QMP socket '{}'", socket.display())
 }
 
