@@ -143,7 +143,7 @@ enum {
     VIR_ERR_INVALID_DOMAIN_SNAPSHOT = 71, /* a snapshot whose metadata or memory image is damaged */
     VIR_ERR_NO_DOMAIN_SNAPSHOT = 72,      /* no snapshot of that name */
     VIR_ERR_ARGUMENT_UNSUPPORTED = 74,    /* this QEMU or this host has no background snapshots */
-    VIR_ERR_OPERATION_ABORTED = 78,       /* cancelled: instantsnap_snapshot_cancel(), _job_cancel() */
+    VIR_ERR_OPERATION_ABORTED = 78,       /* cancelled by instantsnap_snapshot_cancel() or _job_cancel(), all undone */
     VIR_ERR_AGENT_UNRESPONSIVE = 86,      /* the guest's agent does not answer */
     VIR_ERR_XML_INVALID_SCHEMA = 92,      /* XML that is not what libvirt's schema says (VALIDATE) */
     VIR_ERR_ACCESS_DENIED = 88,           /* the daemon's access rules forbid it; or others can write to the state directory */
@@ -476,7 +476,7 @@ int instantsnap_set_storage_hook(instantsnap_guest *guest, const instantsnap_sto
  * (busy, a block job on a disk, wrong state, name exists), VIR_ERR_CONFIG_UNSUPPORTED (a disk, file or device that stands in the way),
  * VIR_ERR_SYSTEM_ERROR (files), VIR_ERR_OPERATION_FAILED (QEMU's reason is in the message), VIR_ERR_OPERATION_TIMEOUT,
  * VIR_ERR_OPERATION_ABORTED. Where something could not be put back, the message ends with what is left and how to
- * mend it.
+ * mend it; the code of a snapshot that was cancelled is VIR_ERR_OPERATION_FAILED then.
  */
 int instantsnap_snapshot_create_xml(instantsnap_guest *guest, const char *xml, unsigned int flags, char **name);
 
@@ -563,7 +563,8 @@ int instantsnap_job_get_stats(instantsnap_job *job, instantsnap_stats *stats);
 
 /**
  * Cancels a job in whatever phase it is, as instantsnap_snapshot_cancel() does. Returns 0 at once; the job ends when
- * everything is undone, by VIR_ERR_OPERATION_ABORTED, unless it was complete already. -1: VIR_ERR_INVALID_ARG.
+ * everything is undone, by VIR_ERR_OPERATION_ABORTED, unless it was complete already; by VIR_ERR_OPERATION_FAILED, whose message
+ * says what is left, where something could not be undone. -1: VIR_ERR_INVALID_ARG.
  */
 int instantsnap_job_cancel(instantsnap_job *job);
 

@@ -2,6 +2,7 @@
 
 mod common;
 
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -925,4 +926,64 @@ fn a_disk_with_a_block_job_is_refused_before_the_guest_is_paused_and_others_are_
         wait_for(instantsnap_testkit::DEADLINE, ended).expect("the job does not end");
         opened.assert_well();
     }
+}
+
+/// How many pages of a file the kernel has not written yet; `None` where it does not say (Linux before 6.5).
+fn unwritten(file: &str) -> Option<u64> {
+    const CACHESTAT: libc::c_long = 451;
+    let file = std::fs::File::open(file).unwrap();
+    let (range, mut pages) = ([0_u64; 2], [0_u64; 5]);
+    // SAFETY: an open file, a range of it (all), and room for the five numbers of `struct cachestat`.
+    let result = unsafe { libc::syscall(CACHESTAT, file.as_raw_fd(), range.as_ptr(), pages.as_mut_ptr(), 0) };
+    (result == 0).then(|| pages[1] + pages[2])
+}
+
+#[test]
+fn images_of_disks_that_ignore_flushes_are_on_disk_when_success_is_reported() {
+    for flags in [INSTANTLY, 0] {
+        let directory = tempfile::tempdir().unwrap();
+        let image = directory.path().join("image");
+        make_image(&image, Format::Qcow2, None);
+        let drive = format!("if=none,id=vd0,format=qcow2,cache=unsafe,file={}", image.display());
+        let machine =
+            with(Machine::new(&Binary::all()[0]), &["-drive", &drive, "-device", "virtio-blk-pci,id=vd0,drive=vd0"]);
+        let opened = Opened::start(&machine);
+        let image = image.to_str().unwrap();
+        match unwritten(image) {
+            None => return eprintln!("skipped: this kernel does not tell what it has not written"),
+            Some(pages) => assert!(pages > 0, "it is written already, and proves nothing"),
+        }
+        opened.create("<domainsnapshot><name>s</name></domainsnapshot>", flags).unwrap();
+        assert_eq!(unwritten(image), Some(0));
+    }
+}
+
+#[test]
+fn an_image_that_qemu_could_not_write_once_more_is_refused_before_the_pause_or_named_by_the_undo() {
+    const USER: u32 = 65534;
+    let root = rustix::process::geteuid().is_root();
+    let machine = machine(&Binary::all()[0], 1);
+    let machine = if root { machine.run_as(USER) } else { machine };
+    let opened = Opened::start(&machine);
+    let image = opened.guest.disks()[0].file.clone();
+    let set = |mode: u32| std::fs::set_permissions(&image, std::fs::Permissions::from_mode(mode)).unwrap();
+    set(0o444);
+    let mut early = At(|phase| assert!([Phase::Validate, Phase::Plan, Phase::Prepare, Phase::Undo].contains(&phase)));
+    let parts = ["'vd0'", image.to_str().unwrap(), "444", "snapshot='no'"];
+    opened.assert_fails_observed(&request("s", ""), INSTANTLY, &mut early, Code::ConfigUnsupported, &parts);
+    set(0o644);
+    let mut late = At(|phase| {
+        if phase == Phase::Drain {
+            set(0o444);
+            opened.handle.cancel().unwrap();
+        }
+    });
+    let error = opened.handle.create(&request("s", ""), INSTANTLY, &mut late).expect_err("it was cancelled");
+    assert_eq!(error.code, Code::OperationFailed, "{error}");
+    let overlay = image.with_extension("s");
+    for part in ["cancelled", "'vd0'", overlay.to_str().unwrap(), "must not be removed"] {
+        assert!(error.message.contains(part), "{part:?} is not in {error}");
+    }
+    opened.guest.wait_ticks(ALL_SECTORS);
+    assert_eq!(opened.active_image("vd0"), overlay.display().to_string());
 }

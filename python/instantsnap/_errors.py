@@ -57,6 +57,19 @@ class Cancelled(Error):
     (ErrorCode.OPERATION_ABORTED)."""
 
 
+def carry(raised: BaseException, left: BaseException) -> None:
+    """Has an exception that cancelled a snapshot tell, as the cause at the end of its own, that the undo failed: what is left
+    is in that one's message. A snapshot that was cancelled and undone has nothing to tell."""
+    if isinstance(left, Cancelled):
+        return
+    seen = {id(left)}
+    while raised.__cause__ is not None and id(raised) not in seen:
+        seen.add(id(raised))
+        raised = raised.__cause__
+    if id(raised) not in seen:
+        raised.__cause__ = left
+
+
 class NotFound(Error):
     """There is no such snapshot (ErrorCode.NO_DOMAIN_SNAPSHOT)."""
 

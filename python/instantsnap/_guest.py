@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Optional
 from xml.etree import ElementTree
 
 from . import _binding, _library
-from ._errors import Error, ErrorCode, NotFound
+from ._errors import Error, ErrorCode, NotFound, carry
 from ._events import Listener, OnEvent, Stats, create_options, milliseconds, stats_of
 from ._interrupt import interruptible
 from ._job import Job
@@ -173,12 +173,15 @@ class Guest:
             try:
                 check(library().instantsnap_snapshot_create(handle, text, bits, ctypes.byref(options),
                                                             ctypes.byref(created)))
-                return _library.take_string(created.value)
+                name = _library.take_string(created.value)
             except Error as error:
-                raise error if hook is None else hook.reason(error)
-            finally:
                 if listener is not None and listener.raised is not None:
+                    carry(listener.raised, error)
                     raise listener.raised
+                raise error if hook is None else hook.reason(error)
+            if listener is not None and listener.raised is not None:
+                raise listener.raised
+            return name
 
         return interruptible(create, cancel)
 
@@ -218,9 +221,9 @@ class Guest:
             return started[0]
         try:
             interruptible(start, lambda: library().instantsnap_snapshot_cancel(handle))
-        except BaseException:
+        except BaseException as raised:
             for job in started:
-                job._undo()
+                job._undo(raised)
             raise
         return started[0]
 

@@ -5,6 +5,8 @@ import threading
 from collections.abc import Callable
 from typing import TypeVar
 
+from ._errors import carry
+
 _Result = TypeVar("_Result")
 
 #: Seconds. The kernel may hand a signal to another thread than the one that is to handle it, and that one sleeps on: so
@@ -33,7 +35,7 @@ def interruptible(work: Callable[[], _Result], cancel: Callable[[], object]) -> 
         threading.Thread(target=run, name="instantsnap").start()
         while not ended.wait(SLICE):
             pass
-    except BaseException:
+    except BaseException as raised:
         if not _take(permit):
             # Asked again and again, for the work's first step may be yet to come. Waited for, whatever else is
             # raised here: until it has ended the guest may be paused.
@@ -43,6 +45,8 @@ def interruptible(work: Callable[[], _Result], cancel: Callable[[], object]) -> 
                     ended.wait(0.01)
                 except BaseException:
                     continue
+        if failures:
+            carry(raised, failures[0])
         raise
     if failures:
         raise failures[0]

@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any, Optional
 
 from . import _library
-from ._errors import Error, ErrorCode
+from ._errors import Error, ErrorCode, carry
 from ._events import Event, EventType, JobInfo, Stats, event_of, info_of, stats_of
 from ._interrupt import SLICE
 from ._library import check, library, take_string
@@ -145,13 +145,13 @@ class Job:
                  traceback: Optional[TracebackType]) -> None:
         if self._handle is None:
             return
-        if kind is not None:
-            self._undo()
+        if value is not None:
+            self._undo(value)
             return
         try:
             self.wait()
-        except BaseException:
-            self._undo()
+        except BaseException as raised:
+            self._undo(raised)
             raise
         self.result()
 
@@ -167,7 +167,7 @@ class Job:
         elif kind is GeneratorExit:
             self.cancel()  # the coroutine is being thrown away, and cannot wait any more
         else:
-            await self._undo_async()
+            await self._undo_async(value)
 
     def __await__(self) -> Generator[Any, None, str]:
         return self._result_async().__await__()
@@ -182,20 +182,31 @@ class Job:
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {'open' if self._handle else 'closed'}>"
 
-    def _undo(self) -> None:
-        """Cancels it, and waits until it has ended, whatever else is raised meanwhile."""
+    def _undo(self, raised: BaseException) -> None:
+        """Cancels it, and waits until it has ended, whatever else is raised meanwhile. What could not be undone, `raised`
+        tells."""
         while True:
             try:
                 self.cancel()
                 self.wait()
+                self._tell_left(raised)
                 return
             except Error:
                 return  # closed by another thread
             except BaseException:
                 continue
 
-    async def _undo_async(self) -> None:
-        """Cancels it, and waits until it has ended, however often the task is cancelled meanwhile."""
+    def _tell_left(self, raised: Optional[BaseException]) -> None:
+        """Has an exception tell of an undo that failed; of the job, once it has ended."""
+        try:
+            self.name
+        except Exception as error:
+            if raised is not None:
+                carry(raised, error)
+
+    async def _undo_async(self, raised: Optional[BaseException]) -> None:
+        """Cancels it, and waits until it has ended, however often the task is cancelled meanwhile. What could not be undone,
+        `raised` tells."""
         self.cancel()
         cancelled = None
         while True:
@@ -204,14 +215,15 @@ class Job:
                 break
             except asyncio.CancelledError as error:
                 cancelled = error
+        self._tell_left(raised if cancelled is None else cancelled)
         if cancelled is not None:
             raise cancelled
 
     async def _result_async(self) -> str:
         try:
             await self._wait_async()
-        except asyncio.CancelledError:
-            await self._undo_async()
+        except asyncio.CancelledError as raised:
+            await self._undo_async(raised)
             raise
         return self.result(0)
 

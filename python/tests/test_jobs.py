@@ -190,6 +190,37 @@ class Callback(JobTestCase):
             guest.snapshot(name="one", on_event=lambda event: 1 // 0)
         self.assertEqual(caught.exception.__context__.code, ErrorCode.OPERATION_INVALID)
 
+    def test_an_exception_tells_of_an_undo_that_failed(self):
+        # QEMU may not open the image for writing once more, which it needs to merge the overlay back.
+        arguments, user = (), os.geteuid()
+        image = self.directory / "disk.raw"
+        image.write_bytes(bytes(1 << 20))
+        if user == 0:
+            arguments, user = ("-runas", "nobody"), 65534
+            self.directory.chmod(0o755)
+            os.chown(image, user, -1)
+        machine = self.machine(disk=image, arguments=arguments)
+        guest = Guest.open_qmp(machine.qmp, self.state)
+        self.addCleanup(guest.close)
+
+        def forbid_and_raise(event):
+            if event.type == EventType.INSTANT:
+                image.chmod(0o444)
+                raise ZeroDivisionError
+
+        with self.assertRaises(ZeroDivisionError) as caught:
+            guest.snapshot(name="one", on_event=forbid_and_raise)
+        left = caught.exception.__cause__
+        self.assertEqual(left.code, ErrorCode.OPERATION_FAILED)
+        for part in ("cancelled", "'vda'", f"'{self.directory / 'disk.one'}'", "must not be removed"):
+            self.assertIn(part, left.message)
+        self.assertEqual(machine.disk_file(), self.directory / "disk.one")
+        self.assertEqual(machine.status(), "running")
+        # Of an undo that did not fail there is nothing to tell.
+        with self.assertRaises(ZeroDivisionError) as caught, guest.start_snapshot(name="two"):
+            raise ZeroDivisionError
+        self.assertIsNone(caught.exception.__cause__)
+
     def test_a_plain_snapshot_has_events(self):
         _, guest = self.open()
         events = []

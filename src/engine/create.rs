@@ -7,6 +7,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use super::cancel::Cancel;
 use super::clock::{Clock, Phase};
 use super::devices::Devices;
+use super::durable::sync_images;
 use super::event::Flow;
 use super::guard::Stage;
 use super::migration::{FD_NAME, Mode, Settings, Stream, wait_armed};
@@ -22,7 +23,7 @@ use super::warm::warm;
 use super::work::Work;
 use crate::error::{Error, Result, fail};
 use crate::flags::{self, Flags};
-use crate::guest::{Catalog, Connector, Description, Guest, PATIENCE, Reserved};
+use crate::guest::{Catalog, Connector, Description, Guest, PATIENCE, Reserved, write_access};
 use crate::image::MemoryImage;
 use crate::monitor::commands::{self, Progress};
 use crate::monitor::{Deadline, Failure};
@@ -286,6 +287,7 @@ impl Task<'_> {
             made.copies.push(nvram::Copy::take(nvram.clone())?);
         }
         cancel.check()?;
+        write_access::check(guest, &self.plan.disks)?;
         made.overlays = true;
         guest.create_overlays(&self.plan.disks)?;
         let sizes = Sizes::open(&self.plan.disks);
@@ -397,6 +399,7 @@ impl Task<'_> {
             fail!(OperationFailed, "somebody has resumed the guest in the pause of its snapshot");
         }
         cancel.check()?;
+        sync_images(&self.plan.disks)?;
         image.complete()?;
         made.copies.iter().try_for_each(nvram::Copy::check_unchanged)?;
         cancel.check()?;

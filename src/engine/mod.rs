@@ -7,6 +7,7 @@ mod cancel;
 mod clock;
 mod create;
 mod devices;
+mod durable;
 mod event;
 mod guard;
 mod job;

@@ -98,6 +98,11 @@ impl Made {
         left.extend(self.remove_files().err().map(|error| error.message));
         // Last: a hook that is late is waited for.
         left.extend(self.storage.take().and_then(|called| called.undo().err()).map(|error| error.message));
+        // A caller that is told that its snapshot was cancelled takes all for undone.
+        let cause = match cause.code == Code::OperationAborted && !left.is_empty() {
+            true => Error::new(Code::OperationFailed, cause.message),
+            false => cause,
+        };
         left.into_iter().fold(cause, |cause, left| cause.and(left))
     }
 

@@ -12,6 +12,7 @@ pub mod libvirt;
 mod open_images;
 pub mod overlay_file;
 pub mod qmp;
+pub mod write_access;
 
 use std::os::fd::BorrowedFd;
 use std::path::PathBuf;
@@ -282,6 +283,11 @@ pub trait Guest: Execute {
 
     /// Who can act for this process once it has ended, while it takes the snapshot of this name.
     fn deputy<'a>(&'a self, snapshot: &'a str) -> Deputy<'a>;
+
+    /// Whether somebody with more rights gives QEMU the images that it is to write before it opens them.
+    fn is_given_images(&self) -> bool {
+        false
+    }
 
     /// What holds it for this operation, where a guard is to hold it too.
     fn held(&self) -> Option<BorrowedFd<'_>> {

@@ -141,7 +141,10 @@ fn plain(target: String, disk: Node, role: Role) -> Drive {
         format: attribute("driver", "type").unwrap_or_else(|| "raw".into()),
         size: 0,
         bitmaps: Vec::new(),
-        options: OpenOptions::default(),
+        options: OpenOptions {
+            no_flush: xml::attribute(disk, "driver", "cache") == Some("unsafe"),
+            ..OpenOptions::default()
+        },
         hindrance: None,
         snapshot: disk.attribute("snapshot").map(str::to_owned),
     }

@@ -731,6 +731,11 @@ impl Guest for LibvirtGuest<'_> {
         }
     }
 
+    /// libvirt makes QEMU's user their owner.
+    fn is_given_images(&self) -> bool {
+        !self.connector.uri.contains("/session")
+    }
+
     fn held(&self) -> Option<BorrowedFd<'_>> {
         Some(self.exclusive.as_fd())
     }

@@ -182,7 +182,8 @@ impl Overlays {
 
     /// Their paths, for a message.
     pub fn paths(&self) -> String {
-        self.disks.iter().map(|disk| format!("'{}'", disk.overlay)).collect::<Vec<_>>().join(", ")
+        let of_disk = |disk: &DiskPlan| format!("'{}' of disk '{}'", disk.overlay, disk.drive.name());
+        self.disks.iter().map(of_disk).collect::<Vec<_>>().join(", ")
     }
 }
 

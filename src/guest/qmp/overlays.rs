@@ -298,5 +298,6 @@ pub fn merge_and_discard_offline(overlays: &mut Vec<Overlay>, switched: bool) ->
 }
 
 fn paths(overlays: &[Overlay]) -> String {
-    overlays.iter().map(|overlay| format!("'{}'", overlay.disk.overlay)).collect::<Vec<_>>().join(", ")
+    let of_disk = |overlay: &Overlay| format!("'{}' of disk '{}'", overlay.disk.overlay, overlay.disk.drive.name());
+    overlays.iter().map(of_disk).collect::<Vec<_>>().join(", ")
 }
