@@ -97,7 +97,7 @@ impl Child {
                     // SAFETY: system calls; the name is NUL-terminated. Where the caller ignores SIGCHLD, the status of this
                     // process's own children would be lost.
                     unsafe {
-                        libc::signal(libc::SIGCHLD, libc::SIG_DFL);
+                        default_action(libc::SIGCHLD);
                         libc::setsid();
                         libc::prctl(libc::PR_SET_NAME, c"instantsnap".as_ptr());
                     }
@@ -183,6 +183,24 @@ pub fn touch(pid: u32, begin: u64, end: u64) -> io::Result<()> {
     Ok(())
 }
 
+/// As many signals as the kernel has.
+const SIGNALS: c_int = 64;
+
+/// Gives a signal its default action, in a process of [`Child::fork`].
+///
+/// By the system call: glibc's `sigaction` takes a lock for SIGABRT (2.41 and later). A thread of
+/// the caller's that held it when this process was forked, as one does that starts a program, does
+/// not exist here to release it.
+fn default_action(signal: c_int) {
+    /// More than the kernel's structure of handler, flags, restorer and mask, which is all zero.
+    const ACTION: [u64; 8] = [0; 8];
+    // SAFETY: the structure is read, and nothing is written; what cannot be changed stays (SIGKILL).
+    unsafe {
+        let none = std::ptr::null_mut::<libc::c_void>();
+        libc::syscall(libc::SYS_rt_sigaction, signal, ACTION.as_ptr(), none, SIGNALS as usize / 8);
+    }
+}
+
 /// What a program has as its standard input, output and error.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Stdio {
@@ -218,9 +236,7 @@ impl Program {
             }
             // After `dup2`, which leaves the three open.
             let _ = libc::syscall(libc::SYS_close_range, 3, c_uint::MAX, 0);
-            for signal in 1..=libc::SIGRTMAX() {
-                libc::signal(signal, libc::SIG_DFL);
-            }
+            (1..=SIGNALS).for_each(default_action);
             let mut none = MaybeUninit::<libc::sigset_t>::uninit();
             libc::sigemptyset(none.as_mut_ptr());
             libc::sigprocmask(libc::SIG_SETMASK, none.as_ptr(), std::ptr::null_mut());

@@ -302,6 +302,23 @@ mod tests {
         }
     }
 
+    /// A lock of the C library's that another thread holds at the fork is held for good in the new process.
+    #[test]
+    fn programs_start_while_another_thread_holds_the_c_librarys_lock_of_signals() {
+        let done = std::sync::atomic::AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !done.load(std::sync::atomic::Ordering::Relaxed) {
+                    // SAFETY: the action that it has already.
+                    unsafe { libc::signal(libc::SIGABRT, libc::SIG_DFL) };
+                }
+            });
+            let results: Vec<_> = (0..30).map(|_| Tool::new("true").run()).collect();
+            done.store(true, std::sync::atomic::Ordering::Relaxed);
+            assert!(results.iter().all(Result::is_ok), "{results:?}");
+        });
+    }
+
     #[test]
     fn a_program_has_no_preloaded_library_and_no_setting_of_ours() {
         let said = String::from_utf8(Tool::new("env").output().unwrap()).unwrap();
