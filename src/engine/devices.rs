@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 
 use crate::error::{Result, fail};
 use crate::guest::{Guest, PATIENCE};
-use crate::monitor::{Command, Deadline};
+use crate::monitor::{Command, Deadline, Failure};
 
 /// What a guest has: devices, vCPUs, media in drives. Each by the words that messages call it by.
 #[derive(Debug)]
@@ -35,8 +35,7 @@ impl Devices {
             let path = vcpu["qom-path"].as_str()?;
             Some(format!("vCPU {} ({path})", vcpu["cpu-index"]))
         }));
-        let blocks = query("query-block", json!({}))?;
-        found.extend(blocks.as_array().into_iter().flatten().filter_map(medium));
+        found.extend(media(guest)?);
         Ok(Devices(found))
     }
 
@@ -61,14 +60,47 @@ fn device(entry: &Value) -> Option<String> {
     Some(format!("device '{}' ({kind})", entry["name"].as_str()?))
 }
 
-/// Of what is written only that it is there: its images are the snapshot's affair.
-fn medium(block: &Value) -> Option<String> {
-    let (drive, inserted) = (block["qdev"].as_str()?, &block["inserted"]);
-    if !inserted.is_object() {
-        return None;
+/// The media in the guest's drives. Of what is written only that it is there: its images are the snapshot's affair.
+///
+/// `query-block` nests each image in the one above it, deeper than libvirt passes on; so the human monitor is asked.
+fn media(guest: &mut dyn Guest) -> Result<Vec<String>> {
+    let command = Command::new("human-monitor-command", json!({ "command-line": "info block" }));
+    match guest.execute(command, Deadline::after(PATIENCE)) {
+        Ok(reply) => Ok(read_media(reply.as_str().unwrap_or_default())),
+        // A QEMU that was built without it.
+        Err(Failure::Refused(class, _)) if class == "CommandNotFound" => Ok(Vec::new()),
+        Err(failure) => Err(failure.into_error("cannot ask for the guest's devices (info block)")),
     }
-    Some(match inserted["ro"] == true {
-        true => format!("the medium '{}' of drive '{drive}'", inserted["file"].as_str()?),
-        false => format!("the disk of drive '{drive}'"),
-    })
+}
+
+fn read_media(info: &str) -> Vec<String> {
+    let mut media = Vec::new();
+    let mut medium = None;
+    for line in info.lines() {
+        if let Some(drive) = line.trim_start().strip_prefix("Attached to:") {
+            let drive = drive.trim();
+            media.extend(medium.take().map(|medium: &str| match medium.rsplit_once(" (") {
+                Some((file, how)) if how.contains("read-only") => format!("the medium '{file}' of drive '{drive}'"),
+                _ => format!("the disk of drive '{drive}'"),
+            }));
+        } else if !line.starts_with(char::is_whitespace) {
+            medium = line.split_once(": ").map(|(_, medium)| medium).filter(|medium| *medium != "[not inserted]");
+        }
+    }
+    media
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn media_are_read_as_qemu_tells_of_them() {
+        let info = "d0 (#block159): /images/d: isk (1).qcow2 (qcow2)\r\n    Attached to:      /machine/peripheral/vda/x\r\n    \
+                    Cache mode:       writeback\r\n\r\nfree (#block2): /images/f (raw)\r\n    Cache mode:       writeback\r\n\r\n\
+                    cd (#block3): /images/a.iso (raw, read-only)\r\n    Attached to:      cd\r\n    Removable device: not \
+                    locked, tray closed\r\n\r\nfd: [not inserted]\r\n    Attached to:      fd\r\n";
+        let found = ["the disk of drive '/machine/peripheral/vda/x'", "the medium '/images/a.iso' of drive 'cd'"];
+        assert_eq!(read_media(info), found);
+    }
 }
