@@ -577,3 +577,61 @@ fn what_libvirt_would_refuse_in_the_pause_is_refused_in_the_plan() {
     opened.create(&xml, INSTANTLY).unwrap();
     opened.guest.wait_ticks(3);
 }
+
+#[test]
+fn a_disk_on_a_volume_is_as_any_other_and_stays_one_where_a_snapshot_is_undone() {
+    let daemon = virt::session();
+    let driver = "libvirt_driver_storage.so";
+    let drivers = Path::new("/usr/lib/x86_64-linux-gnu/libvirt/connection-driver");
+    if !drivers.join(driver).exists() {
+        missing_package(&format!("no {driver}"));
+        return;
+    }
+    std::os::unix::fs::symlink(drivers.join(driver), daemon.directory().join("drivers").join(driver)).unwrap();
+    daemon.kill();
+    daemon.start_again();
+    let directory = directory_for(&daemon);
+    let volume = image_for(&daemon, &directory.path().join("v & w.qcow2"), Format::Qcow2);
+    daemon.virsh(&["pool-create-as", "p", "dir", "--target", directory.path().to_str().unwrap()]);
+    let (pooled, path) = ("<source pool='p' volume='v &amp; w.qcow2'/>", volume.display().to_string());
+    let file = format!("<source file='{}'/>", path.replace('&', "&amp;"));
+    let machine = Machine::new(&Binary::all()[0]).disk_on(&volume, Format::Qcow2).edit_xml(move |xml| {
+        assert!(xml.contains(&file), "{xml}");
+        xml.replace(&file, pooled).replace("<disk type='file' device='disk'>", "<disk type='volume' device='disk'>")
+    });
+    let opened = OpenedDomain::start(&machine, &daemon);
+    let guest = &opened.guest;
+    let assert_on_volume = || {
+        let xml = guest.virsh("dumpxml", &["--inactive"]);
+        assert!(xml.contains(pooled) && xml.contains("<disk type='volume'"), "{xml}");
+    };
+    opened.assert_cancelled_without_a_trace(&opened.xml("cancelled", ""), INSTANTLY, 3);
+    assert_on_volume();
+    if by_client_only() {
+        let mut kill = At(|phase| {
+            if phase == Phase::Drain {
+                guest.kill();
+            }
+        });
+        opened.snapshot_observed("killed", &mut kill).expect_err("QEMU has ended");
+        assert_on_volume();
+        guest.start_domain();
+        guest.wait_ticks(2);
+    }
+    for name in ["s", "t"] {
+        opened.snapshot(name).unwrap();
+        guest.wait_ticks(3);
+    }
+    assert_eq!(Path::new(&source(guest, "vda")), directory.path().join("v & w.t"));
+    opened.revert("s", 0).unwrap();
+    guest.wait_ticks(3);
+    opened.delete("t", 0).unwrap();
+    // The overlay is merged into the volume, whether the domain runs or not.
+    opened.delete("s", 0).unwrap();
+    guest.wait_ticks(ALL_SECTORS);
+    guest.virsh("destroy", &[]);
+    let live = source(guest, "vda");
+    assert!(live == path || live == "v & w.qcow2", "{live}");
+    guest.start_domain();
+    guest.wait_ticks(ALL_SECTORS);
+}

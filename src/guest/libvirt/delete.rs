@@ -379,7 +379,7 @@ impl<'a> Delete<'a> {
         }
         let live = self.live.iter().find(|disk| layers(disk).iter().any(|layer| id(layer) == *top));
         match live {
-            Some(disk) => self.merge_live(disk, base, top)?,
+            Some(disk) => self.merge_live(disk, merge)?,
             None => {
                 images::commit(top_image, &base_image.path).map_err(|error| Failure { error, begun: true })?;
             }
@@ -395,12 +395,24 @@ impl<'a> Delete<'a> {
     }
 
     /// Has libvirt merge images that a running domain has open.
-    fn merge_live(&self, disk: &DiskImage, base: &Id, top: &Id) -> std::result::Result<(), Failure> {
+    fn merge_live(&self, disk: &DiskImage, merge: &Merge) -> std::result::Result<(), Failure> {
+        let (base, top) = (&merge.base, merge.overlays.last().expect("at least one"));
         let called = |image: &Id| layers(disk).into_iter().find(|layer| id(layer) == *image);
         let active = disk.file.as_deref().map(id).as_ref() == Some(top);
-        let flags = if active { block::COMMIT_ACTIVE } else { 0 };
+        let mut flags = if active { block::COMMIT_ACTIVE } else { 0 };
         let step = format!("cannot merge images of disk '{}' to delete snapshot '{}'", disk.target, self.name());
         let begun = |error: VirError| Failure { error: error.into_error(&step), begun: true };
+        // A volume of a pool is not called by its path here. No base would be the lowest image of all.
+        if called(base).is_none() {
+            if merge.overlays.len() > 1 {
+                let message = format!(
+                    "{step}: libvirt does not call '{}' by its path: shut the domain off, and delete the snapshot then",
+                    base.display()
+                );
+                return Err(Failure { error: Error::new(Code::OperationUnsupported, message), begun: false });
+            }
+            flags |= block::COMMIT_SHALLOW;
+        }
         self.domain
             .block_commit(&disk.target, called(base), called(top), flags)
             .map_err(|error| Failure { error: error.into_error(&step), begun: false })?;

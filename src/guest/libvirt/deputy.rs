@@ -41,9 +41,10 @@ pub fn errands(virsh: &Virsh, uuid: &str, restore: &[(&str, Value)], overlays: &
     });
     let forget = virsh.run(&["snapshot-delete", uuid, &format!("--snapshotname={snapshot}"), "--metadata"]);
     let merge = |(disk, own): (&DiskPlan, Option<&OwnFile>)| {
-        let (target, overlay, image) = (disk.drive.name(), &disk.overlay, &disk.drive.file);
-        // By their names: where the disk was not switched there is nothing to be merged, and it fails.
-        let words = ["blockcommit", uuid, target, "--top", overlay, "--base", image, "--active", "--pivot"];
+        let (target, overlay) = (disk.drive.name(), &disk.overlay);
+        // By its name: where the disk was not switched there is nothing to be merged, and it fails. libvirt can know the image
+        // below by another name than its path.
+        let words = ["blockcommit", uuid, target, "--top", overlay, "--shallow", "--active", "--pivot"];
         Errand { then_remove: own.map(OwnFile::known), ..virsh.run(&words) }
     };
     Errands {

@@ -70,6 +70,7 @@ fn drive(disk: Node) -> Option<Drive> {
             Some("is encrypted: instant snapshots of encrypted images are not supported".to_owned())
         }
         ("file" | "block", Some(_)) => None,
+        // A volume that is a file or a device of this machine is called by its path by now.
         _ => Some(format!(
             "is on storage of type '{kind}': instant snapshots of it are not supported; leave it out (snapshot='no') or \
              to a storage hook (snapshot='manual'), or take a plain snapshot"

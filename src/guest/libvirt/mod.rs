@@ -13,6 +13,7 @@ mod overlays;
 mod reach;
 mod recorded;
 mod revert;
+mod volumes;
 mod xml;
 
 use std::os::fd::BorrowedFd;
@@ -246,6 +247,7 @@ impl Connector for LibvirtConnector {
             version: (0, 0),
             id: None,
             qemu: None,
+            volumes: Vec::new(),
             _process: None,
             snapshot: String::new(),
             live_xml: String::new(),
@@ -306,6 +308,8 @@ struct LibvirtGuest<'a> {
     qemu: Option<Peer>,
     /// Holds that process: it can be opened by a socket of its own too.
     _process: Option<Exclusive>,
+    /// The volumes that its disks are on.
+    volumes: Vec<volumes::Volume>,
     /// The name of the snapshot that is being taken.
     snapshot: String,
     live_xml: String,
@@ -427,8 +431,13 @@ impl LibvirtGuest<'_> {
 
     /// The images that each disk is on now, from the top down.
     fn chains(&mut self) -> Result<Vec<(String, Vec<String>)>> {
-        let xml = self.xml(0)?;
-        drives::chains(&xml)
+        drives::chains(&self.xml_with_paths(0)?)
+    }
+
+    /// Its XML, where volumes are called by their paths.
+    fn xml_with_paths(&mut self, flags: u32) -> Result<String> {
+        let xml = self.xml(flags)?;
+        volumes::with_paths(&xml, &self.volumes)
     }
 
     fn pause_again_for_leases(&mut self) -> Result<()> {
@@ -459,7 +468,13 @@ impl Guest for LibvirtGuest<'_> {
     }
 
     fn drives(&mut self) -> Result<Vec<Drive>> {
-        self.live_xml = self.xml(libvirt::xml::SECURE)?;
+        let live_xml = self.xml(libvirt::xml::SECURE)?;
+        if volumes::are_in(&live_xml) {
+            let step = "cannot ask for the paths of the domain's volumes";
+            let blocks = self.run(step, Command::new("query-block", json!({})), Deadline::after(PATIENCE))?;
+            self.volumes = volumes::of_domain(&live_xml, &blocks)?;
+        }
+        self.live_xml = volumes::with_paths(&live_xml, &self.volumes)?;
         let mut drives = drives::drives(&self.live_xml)?;
         for drive in drives.iter_mut().filter(|drive| drive.role == Role::Disk && drive.hindrance.is_none()) {
             let target = drive.name().to_owned();
@@ -470,7 +485,7 @@ impl Guest for LibvirtGuest<'_> {
     }
 
     fn describe(&mut self, drives: &[Drive]) -> Result<Description> {
-        let domain_xml = self.xml(libvirt::xml::SECURE | libvirt::xml::MIGRATABLE)?;
+        let domain_xml = self.xml_with_paths(libvirt::xml::SECURE | libvirt::xml::MIGRATABLE)?;
         let persistent =
             self.patiently("cannot look at the domain", Again::Harmless, |domain| domain.is_persistent())?;
         if persistent {
@@ -626,7 +641,8 @@ impl Guest for LibvirtGuest<'_> {
 
     fn register(&mut self, record: &Record) -> Result<()> {
         let (parent, younger) = self.parent_of(record)?;
-        let xml = xml::record(record, parent.as_deref(), &self.left_out, self.inactive_xml.as_deref());
+        let inactive = self.inactive_xml.as_deref().map(|xml| volumes::with_paths(xml, &self.volumes)).transpose()?;
+        let xml = xml::record(record, parent.as_deref(), &self.left_out, inactive.as_deref());
         let step = format!("cannot record snapshot '{}' in libvirt", record.name);
         let snapshot = self.patiently(&step, Again::Harmless, move |domain| {
             domain.create_snapshot(&xml, flags::REDEFINE | flags::CURRENT)
@@ -645,7 +661,7 @@ impl Guest for LibvirtGuest<'_> {
     }
 
     fn confirm(&mut self) -> Result<()> {
-        let xml = self.xml(0)?;
+        let xml = self.xml_with_paths(0)?;
         self.overlays.check_chains(&drives::chains(&xml)?)?;
         self.overlays.check_not_merging(&drives::merging(&xml)?)?;
         let Some(Registered { snapshot, parent }) = &self.registered else { return Ok(()) };
@@ -689,7 +705,7 @@ impl Guest for LibvirtGuest<'_> {
                 self.overlays.paths()
             );
         }
-        let xml = self.xml(0)?;
+        let xml = self.xml_with_paths(0)?;
         self.overlays.merge(&mut self.caller, &drives::chains(&xml)?)?;
         if self.overlays.merge_detached(&drives::targets(&xml)?)? {
             self.put_definition_back()?;

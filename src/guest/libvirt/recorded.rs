@@ -67,6 +67,8 @@ pub struct DiskImage {
     pub target: String,
     /// The image: `None` where there is no medium, or one that is not local.
     pub file: Option<String>,
+    /// `type=` of the disk.
+    pub kind: String,
     /// There is a medium.
     pub present: bool,
     /// The guest only reads it.
@@ -375,6 +377,7 @@ fn disk_image(disk: Node) -> Option<DiskImage> {
     Some(DiskImage {
         target: xml::attribute(disk, "target", "dev")?.into(),
         file: source.and_then(path).map(str::to_owned),
+        kind: disk.attribute("type").unwrap_or("file").into(),
         present: Storage::of(disk).is_some(),
         read_only: xml::child(disk, "readonly").is_some(),
         format: xml::attribute(disk, "driver", "type").unwrap_or("raw").into(),

@@ -63,7 +63,7 @@ pub fn is_libvirts(reach: &Reach) -> Result<bool> {
 
 /// Whether libvirt's own revert, where it has one, works and does no harm:
 ///
-/// * it wants all images to be files;
+/// * it wants all images to be files, also of disks that the snapshot left out;
 /// * it would give a disk that somebody else snapshots today's content;
 /// * without a current snapshot it crashes the daemon;
 /// * it removes the overlays that the current snapshot names, also those that another snapshot needs.
@@ -72,6 +72,12 @@ fn stock_can(tree: &Tree, target: &Recorded) -> bool {
         let file = image.and_then(|image| image.file.as_deref());
         file.is_some_and(|file| Path::new(file).is_file())
     });
+    // It looks at all disks that the domain is to have, those that the snapshot left out included.
+    let on_files = on_files
+        && target.images().filter(|image| image.present).all(|image| {
+            let file = image.file.as_deref();
+            image.kind == "file" && file.is_some_and(|file| Path::new(file).is_file())
+        });
     let manual = target.disks.iter().any(|disk| disk.location == "manual");
     let Some(current) = tree.current.as_deref().and_then(|current| tree.get(current).ok()) else { return false };
     let leaves = if current.revert_disks.is_empty() { &current.disks } else { &current.revert_disks };
