@@ -635,3 +635,22 @@ fn a_disk_on_a_volume_is_as_any_other_and_stays_one_where_a_snapshot_is_undone()
     guest.start_domain();
     guest.wait_ticks(ALL_SECTORS);
 }
+
+#[test]
+fn a_domain_that_left_out_a_block_device_can_be_reverted() {
+    let daemon = virt::session();
+    let directory = directory_for(&daemon);
+    let file = image_for(&daemon, &directory.path().join("backing"), Format::Raw);
+    let Some(device) = Loop::on(&daemon, &file) else { return };
+    // The guest checks what it writes: it leaves alone what is not in the snapshot.
+    let machine = Machine::new(&Binary::all()[0])
+        .disk(Format::Qcow2)
+        .disk_on(Path::new(&device.0), Format::Raw)
+        .append("nodisk=1");
+    let opened = OpenedDomain::start(&machine, &daemon);
+    opened.create(&opened.xml("s", &disks("<disk name='vdb' snapshot='no'/>")), INSTANTLY).unwrap();
+    opened.guest.wait_ticks(2);
+    opened.revert("s", 0).unwrap();
+    opened.guest.wait_ticks(ALL_SECTORS);
+    assert_on_device(&opened.guest, &device.0);
+}
