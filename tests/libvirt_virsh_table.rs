@@ -14,7 +14,7 @@ use instantsnap_testkit::{Binary, DEADLINE, Daemon, Format, Machine, thorough, w
 use serde_json::{Value, json};
 
 use Code::{ConfigUnsupported, OperationFailed, OperationTimeout, SystemError};
-use When::{Draining, Paused, Prepared, Switched};
+use When::{Draining, Paused, Prepared, Saved, Switched};
 
 /// When virsh is run, from beginning to end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -27,6 +27,8 @@ enum When {
     Switched,
     /// It runs again, and its memory is being saved.
     Draining,
+    /// Its memory is saved, and QEMU's settings are still the snapshot's.
+    Saved,
 }
 
 impl When {
@@ -36,6 +38,7 @@ impl When {
             Paused => Phase::Switch,
             Switched => Phase::Arm,
             Draining => Phase::Drain,
+            Saved => Phase::Finish,
         }
     }
 }
@@ -55,7 +58,8 @@ const OK: Result<(), &str> = Ok(());
 const LOCKED: Result<(), &str> = Err("instantsnap: a snapshot of this guest is being taken");
 /// The snapshot is taken, and brought back.
 const TAKEN: Result<(), (Code, &str)> = Ok(());
-const RESUMED: Result<(), (Code, &str)> = Err((OperationFailed, "somebody has resumed the guest"));
+const RESUMED: Result<(), (Code, &str)> = Err((OperationFailed, "has resumed the guest"));
+const RESET: Result<(), (Code, &str)> = Err((OperationFailed, "the guest was reset in the pause"));
 const WRITTEN: Result<(), (Code, &str)> = Err((OperationFailed, "disk 'vda' was written to in the pause"));
 const ENDED: Result<(), (Code, &str)> = Err((OperationFailed, "domain is not running"));
 const REBUILT: Result<(), (Code, &str)> = Err((OperationFailed, "somebody has changed the images of disk 'vda'"));
@@ -100,6 +104,9 @@ const TABLE: &[Row] = &[
     row("resume",   Paused,   OK, RESUMED, ("running", "IMAGE")),
     row("resume",   Switched, OK, RESUMED, ("running", "IMAGE")),
     row("resume",   Draining, Err("domain is already running"), TAKEN, ("running", "OVERLAY")),
+    // QEMU would end by abort() where it came to capture such a guest.
+    row("reset",    Paused,   OK, RESET, ("running", "IMAGE")),
+    row("reset",    Switched, OK, RESET, ("running", "IMAGE")),
     // Before the switch it does no harm: the snapshot is of the later moment.
     row("resume; suspend", Paused,   OK, TAKEN, ("running", "OVERLAY")),
     row("resume; suspend", Switched, OK, WRITTEN, ("running", "IMAGE")),
@@ -113,6 +120,9 @@ const TABLE: &[Row] = &[
     row("save",     Draining, Err("There's a migration process in progress"), TAKEN, ("running", "OVERLAY")),
     row("dump",     Paused,   LOCKED, TAKEN, ("running", "OVERLAY")),
     row("dump",     Switched, LOCKED, TAKEN, ("running", "OVERLAY")),
+    // Until the capability is off it would be a background snapshot: the lock is lifted after that.
+    row("save",     Saved,    LOCKED, TAKEN, ("running", "OVERLAY")),
+    row("dump",     Saved,    LOCKED, TAKEN, ("running", "OVERLAY")),
     row("dump",     Draining, Err("There's a migration process in progress"), TAKEN, ("running", "OVERLAY")),
 
     row("destroy",  Paused,   OK, ENDED, ("shut off", "IMAGE")),
@@ -273,7 +283,7 @@ impl Observer for Meddler<'_> {
 }
 
 /// 96 MiB, of which 48 are random and never written, on two disks, of which QEMU lets the second go without its guest's
-/// doing. The first is on an image on another.
+/// doing. A reset does not end it. The first is on an image on another.
 fn machine(binary: &'static Binary, random: &Path, second: &Path) -> Machine {
     let loader = format!("loader,file={},addr=0x2000000,force-raw=on", random.display());
     let second = format!(
@@ -281,7 +291,8 @@ fn machine(binary: &'static Binary, random: &Path, second: &Path) -> Machine {
          <driver name='qemu' type='raw'/><source file='{}'/><target dev='sda' bus='scsi'/></disk>",
         second.display()
     );
-    Machine::new(binary).memory(96).disk(Format::Qcow2).devices(&second).arg("-device").arg(&loader)
+    let machine = Machine::new(binary).memory(96).disk(Format::Qcow2).devices(&second).arg("-device").arg(&loader);
+    machine.edit_xml(|xml| xml.replace("<on_reboot>destroy<", "<on_reboot>restart<"))
 }
 
 fn settings(domain: &OpenedDomain) -> [Value; 2] {

@@ -197,7 +197,7 @@ fn the_callers_domain_xml_is_in_the_image() {
 #[test]
 fn an_image_says_whether_the_guest_ran_when_it_was_taken() {
     for binary in Binary::any() {
-        for (ran, prepare) in [(true, "query-status"), (false, "stop")] {
+        for (state, prepare) in [("running", "query-status"), ("paused", "stop")] {
             let guest = common::machine(binary, 1).start();
             guest.wait_ticks(2);
             let stream = guest.directory().join("stream");
@@ -212,7 +212,7 @@ fn an_image_says_whether_the_guest_ran_when_it_was_taken() {
             let mut file = image.file().unwrap();
             file.seek(SeekFrom::Start(image.stream_offset())).unwrap();
             std::io::copy(&mut File::open(&stream).unwrap(), &mut file).unwrap();
-            assert_eq!(image.ran_at_instant().unwrap(), ran, "QEMU {}", binary.name);
+            assert_eq!(image.state_at_instant().unwrap().as_deref(), Some(state), "QEMU {}", binary.name);
         }
     }
 }

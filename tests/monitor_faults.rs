@@ -277,6 +277,8 @@ fn any_command_can_fail() {
         // Asked for again.
         ("job-dismiss", 1),
         ("job-dismiss", 2),
+        // Those that are refused are set once more, the background snapshot's first.
+        ("migrate-set-capabilities", 2),
     ];
     at_each_command("fails", || Fault::fail("not today"), &dispensable);
 }

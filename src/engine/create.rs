@@ -15,6 +15,7 @@ use super::nvram;
 use super::operation::Options;
 use super::overlap::{self, Lesson};
 use super::reactivate::reactivate_disks;
+use super::run_state;
 use super::sizes::Sizes;
 use super::still::Still;
 use super::storage::{Called, StorageCall};
@@ -39,6 +40,8 @@ struct Task<'a> {
     flags: Flags,
     /// The guest runs, and is to run again.
     running: bool,
+    /// QEMU's word for the state in which it is to be saved.
+    stands: &'static str,
     mode: Mode,
     options: Options,
     plan: Plan,
@@ -158,6 +161,7 @@ pub fn create(
         description: request.description,
         flags,
         running,
+        stands: if state == GuestState::NotStarted { run_state::PRELAUNCH } else { run_state::PAUSED },
         mode,
         options,
         plan,
@@ -299,8 +303,8 @@ impl Task<'_> {
         made.stream()?.pass(guest)?;
         self.flush_disks();
         self.warm(guest, cancel)?;
-        // Others' doing in the pause must be noticed.
-        let still = (self.mode == Mode::Background && guest.is_shared()).then(|| Still::new(&self.plan.disks));
+        // Notices what other clients let the guest write in the pause.
+        let still = Still::new(&self.plan.disks, self.mode);
         cancel.check()?;
         if self.running && !guest.status()?.running {
             fail!(OperationInvalid, "the guest was paused by somebody else while its snapshot was being prepared");
@@ -334,24 +338,30 @@ impl Task<'_> {
         let keeps_paused = guest.background_keeps_paused();
         if begun.is_none() {
             settings.unlock(guest, deadline)?;
-            if let Some(still) = still.as_ref().filter(|_| !keeps_paused) {
+            if self.mode == Mode::Background && !keeps_paused {
                 // By the time that it is armed the guest runs, and writes.
                 still.check(guest, deadline)?;
             }
-            self.migrate(guest, made, if self.running { Stage::Migrating } else { Stage::Draining }, deadline)?;
+            cancel.check()?;
+            // Last: QEMU cannot capture it in another state.
+            run_state::check(guest, self.stands, deadline)?;
+            let stage = if self.running { Stage::Migrating } else { Stage::Draining };
+            self.migrate(guest, &settings, made, stage, deadline)?;
         }
         let (flow, saved) = match self.mode {
             Mode::Background => {
-                let migration = wait_armed(guest, cancel, deadline)?;
+                let migration = wait_armed(guest, self.running, cancel, deadline)?;
                 clock.stats.setup = migration.setup_time();
                 clock.stats.overlapped = begun.is_some();
-                if let Some(still) = still.filter(|_| keeps_paused) {
+                if keeps_paused {
                     still.check(guest, deadline)?;
                 }
                 (made.stream()?.flow(Some(&migration)), None)
             }
             Mode::Paused => {
-                let bytes = made.stream()?.wait_saved(guest, cancel, clock)?;
+                let bytes = made.wait_saved(guest, cancel, clock)?;
+                // QEMU saves what the guest wrote meanwhile to its memory; what it wrote to disks is on the overlays.
+                still.check(guest, Deadline::after(PATIENCE))?;
                 (Flow { done: bytes, total: bytes, ..Flow::default() }, Some(bytes))
             }
         };
@@ -380,7 +390,7 @@ impl Task<'_> {
             Some(bytes) => bytes,
             None => {
                 clock.enter(Phase::Drain);
-                made.stream()?.wait_saved(guest, cancel, clock)?
+                made.wait_saved(guest, cancel, clock)?
             }
         };
         cancel.check()?;
@@ -395,8 +405,8 @@ impl Task<'_> {
             );
         }
         let image = made.image()?;
-        if self.mode == Mode::Background && image.ran_at_instant()? {
-            fail!(OperationFailed, "somebody has resumed the guest in the pause of its snapshot");
+        if let Some(state) = image.state_at_instant()? {
+            run_state::check_text(&state, self.stands)?;
         }
         cancel.check()?;
         sync_images(&self.plan.disks)?;
@@ -466,8 +476,16 @@ impl Task<'_> {
         Ok(())
     }
 
-    /// Begins the migration, and the stage that the guest is in from then on.
-    fn migrate(&self, guest: &mut dyn Guest, made: &mut Made, stage: Stage, deadline: Deadline) -> Result<()> {
+    /// Begins the migration, and the stage that the guest is in from then on. Others are locked out again while it sets up:
+    /// what they begin after its end must not be a background snapshot.
+    fn migrate(
+        &self,
+        guest: &mut dyn Guest,
+        settings: &Settings,
+        made: &mut Made,
+        stage: Stage,
+        deadline: Deadline,
+    ) -> Result<()> {
         let before = made.guarded.stage();
         made.guarded.enter(stage);
         commands::migrate(guest, FD_NAME, deadline).map_err(|failure| {
@@ -476,7 +494,8 @@ impl Task<'_> {
                 made.guarded.enter(before);
             }
             failure.into_error("cannot start saving memory")
-        })
+        })?;
+        settings.lock(guest, deadline)
     }
 
     /// Begins the migration while the guest runs, and pauses the guest in time, where that is worth it: see [`overlap`].
@@ -500,8 +519,7 @@ impl Task<'_> {
             settings.unlock(guest, Deadline::after(PATIENCE))?;
             let process = if self.options.overlap.aim.is_none() { guest.pid() } else { None };
             let mut work = Work::begins(process);
-            self.migrate(guest, made, Stage::Begun, Deadline::after(PATIENCE))?;
-            settings.lock(guest)?;
+            self.migrate(guest, settings, made, Stage::Begun, Deadline::after(PATIENCE))?;
             while let Some(rest) = aim.checked_sub(work.done()).filter(|rest| *rest >= overlap::NEAR) {
                 cancel.wait(Work::pause(rest))?;
             }
@@ -512,16 +530,18 @@ impl Task<'_> {
             clock.pausing();
             let order = Instant::now();
             guest.pause(deadline)?;
+            // First: where it was reset, QEMU must not come to the capture before the guest runs.
+            let stands = run_state::stands(guest, deadline)?;
             let migration = commands::query_migrate(guest, deadline)?;
             let stopping = order.elapsed();
-            if migration.is_setting_up() {
+            if stands && migration.is_setting_up() {
                 made.guarded.enter(Stage::Migrating);
                 clock.paused();
                 cancel.check()?;
                 return Ok(Some(Begun { deadline, work, stopping }));
             }
-            // Too late.
-            let setup = wait_armed(guest, cancel, deadline)?.setup_time();
+            // Too late; or it was reset, and runs again.
+            let setup = wait_armed(guest, self.running, cancel, deadline)?.setup_time();
             guest.resume(Deadline::after(PATIENCE))?;
             clock.lost();
             clock.enter(Phase::Prepare);

@@ -43,7 +43,7 @@ pub fn load(connector: &dyn Connector, name: &str, flags: u32) -> Result<()> {
     }
     check_disks(&record, &guest.drives()?)?;
 
-    let settings = Settings::read(guest)?;
+    let settings = Settings::read_incoming(guest)?;
     let begun = settings.apply(guest, Mode::Paused).and_then(|()| begin(guest));
     let write = begun.map_err(|error| {
         // QEMU waits still, for another try; unless it has ended.

@@ -12,6 +12,7 @@ use serde_json::{Map, Value, json};
 use super::cancel::{Cancel, timeout};
 use super::clock::Clock;
 use super::event::Flow;
+use super::run_state;
 use crate::error::{Code, Error, Result, fail};
 use crate::guest::{Guest, PATIENCE};
 use crate::image::{self, Drain, MemoryImage, throw_away};
@@ -24,6 +25,12 @@ const TLS: &str = "tls-creds";
 /// A migration for which QEMU is to use credentials that it does not have fails as it begins, and changes nothing. This is
 /// their name, which whoever begins it is told.
 const LOCK: &str = "instantsnap: a snapshot of this guest is being taken";
+/// Where the settings are noted as they were: QEMU uses it with credentials only.
+const RECORD: &str = "tls-hostname";
+/// What the note begins with.
+const RECORDED: &str = "instantsnap: ";
+/// The capabilities that QEMU refuses beside credentials, and beside which it refuses them.
+const EXCLUDE_TLS: [&str; 2] = ["mapped-ram", "zero-copy-send"];
 /// The name under which QEMU keeps our pipe until a migration takes it.
 pub const FD_NAME: &str = "instantsnap-memory";
 
@@ -41,17 +48,31 @@ pub enum Mode {
 pub struct Settings {
     capabilities: Vec<(String, bool)>,
     parameters: Map<String, Value>,
-    /// Others are locked out while a migration is prepared.
+    /// Other clients are locked out while our settings are in force.
     locked: bool,
 }
 
 impl Settings {
-    /// Reads them.
+    /// Reads them, for a snapshot. What a snapshot has left whose process and watchdog were killed is put back first.
     pub fn read(guest: &mut dyn Guest) -> Result<Settings> {
+        let mut settings = Settings::query(guest)?;
+        if let Some(leftover) = Leftover::find(&settings, guest.never_sets_background_snapshot()) {
+            leftover.mend(guest)?;
+            settings = Settings::query(guest)?;
+        }
+        settings.locked = settings.parameters.contains_key(TLS);
+        Ok(settings)
+    }
+
+    /// Reads them, for memory that is to be loaded: the migration is the one that QEMU waits for, and no one is locked out.
+    pub fn read_incoming(guest: &mut dyn Guest) -> Result<Settings> {
+        Settings::query(guest)
+    }
+
+    fn query(guest: &mut dyn Guest) -> Result<Settings> {
         let capabilities = commands::query_migrate_capabilities(guest, Deadline::after(PATIENCE))?;
         let parameters = commands::query_migrate_parameters(guest, Deadline::after(PATIENCE))?;
-        let locked = guest.is_shared() && parameters.contains_key(TLS);
-        Ok(Settings { capabilities, parameters, locked })
+        Ok(Settings { capabilities, parameters, locked: false })
     }
 
     /// Whether this QEMU knows background snapshots at all.
@@ -65,13 +86,19 @@ impl Settings {
     /// Prepares for `mode`. Everything that changes the stream or excludes a background snapshot is off: the stream goes
     /// through one pipe, in the plainest form, and whatever the guest's next migration was set up for is back before that.
     ///
-    /// As long as it is so, another client's save or dump of a guest that is shared would be a background snapshot too, and
-    /// before QEMU 9 its guest would run on behind its back. So others are locked out until [`Settings::unlock`].
+    /// As long as it is so, another client's save or dump would be a background snapshot too, and before QEMU 9 its guest
+    /// would run on behind its back. So others are locked out, but for the moment in which our own migration begins
+    /// ([`Settings::unlock`], [`Settings::lock`]), until [`Settings::restore`].
     pub fn apply(&self, guest: &mut dyn Guest, mode: Mode) -> Result<()> {
+        // First of all what the settings were, where the next snapshot finds it should this process be killed.
+        let mut parameters = self.parameters_for(mode);
+        if let Some(record) = parameters.remove(RECORD) {
+            let record = Map::from_iter([(RECORD.to_owned(), record)]);
+            commands::migrate_set_parameters(guest, record, Deadline::after(PATIENCE))?;
+        }
         let on = self.changeable().filter(|(_, state)| *state);
         let off: Vec<_> = on.map(|(name, _)| (name.clone(), false)).collect();
         set_capabilities(guest, &off, Deadline::after(PATIENCE)).map_err(|failure| explain(failure, mode))?;
-        let parameters = self.parameters_for(mode);
         if !parameters.is_empty() {
             commands::migrate_set_parameters(guest, parameters, Deadline::after(PATIENCE))?;
         }
@@ -88,9 +115,9 @@ impl Settings {
         self.set_lock(guest, "", deadline)
     }
 
-    /// Locks others out again.
-    pub fn lock(&self, guest: &mut dyn Guest) -> Result<()> {
-        self.set_lock(guest, LOCK, Deadline::after(PATIENCE))
+    /// Locks others out again: QEMU lets it be set while our migration is under way, which has no use for it any more.
+    pub fn lock(&self, guest: &mut dyn Guest, deadline: Deadline) -> Result<()> {
+        self.set_lock(guest, LOCK, deadline)
     }
 
     fn set_lock(&self, guest: &mut dyn Guest, credentials: &str, deadline: Deadline) -> Result<()> {
@@ -100,40 +127,72 @@ impl Settings {
         commands::migrate_set_parameters(guest, Map::from_iter([(TLS.to_owned(), json!(credentials))]), deadline)
     }
 
-    /// Puts back what [`Settings::apply`] and [`Settings::unlock`] can have changed.
-    pub fn restore(&self, guest: &mut dyn Guest, mode: Mode) -> Result<()> {
-        let parameters = self.original_parameters(mode);
-        // Before the capabilities: with some of them set (`mapped-ram`), QEMU refuses parameters that it let be set first.
-        let parameters = match parameters.is_empty() {
-            true => Ok(()),
-            false => commands::migrate_set_parameters(guest, parameters, Deadline::after(PATIENCE)),
-        };
-        let now = commands::query_migrate_capabilities(guest, Deadline::after(PATIENCE))?;
-        let changes: Vec<_> = self.changeable().filter(|capability| !now.contains(capability)).cloned().collect();
-        set_capabilities(guest, &changes, Deadline::after(PATIENCE))
-            .map_err(|failure| failure.into_error("cannot put the migration capabilities back"))?;
-        parameters
+    /// Whether no other client's migration can have begun since [`Settings::lock`], as far as QEMU can tell.
+    fn is_still_locked(&self, guest: &mut dyn Guest) -> Result<bool> {
+        let parameters = commands::query_migrate_parameters(guest, Deadline::after(PATIENCE))?;
+        Ok(!self.locked || parameters.get(TLS).is_some_and(|credentials| credentials == LOCK))
     }
 
-    /// What [`Settings::restore`] would say, for whoever says it in its place.
+    /// Puts back what [`Settings::apply`], [`Settings::unlock`] and [`Settings::lock`] can have changed.
+    pub fn restore(&self, guest: &mut dyn Guest, mode: Mode) -> Result<()> {
+        self.put_back(guest, self.original_parameters(mode))
+    }
+
+    /// The capabilities come first and the lock last, so that there is no instant at which another client's migration is a
+    /// background snapshot. Only the capabilities that QEMU refuses beside the lock follow it.
+    fn put_back(&self, guest: &mut dyn Guest, parameters: Map<String, Value>) -> Result<()> {
+        let explain = |failure: Failure| failure.into_error("cannot put the migration capabilities back");
+        match self.put_capabilities_back(guest, |name| !EXCLUDE_TLS.contains(&name))? {
+            Ok(()) => {}
+            // Whichever it refuses: as long as this one is on, no one may be let in.
+            Err(Failure::Refused(..)) => {
+                self.put_capabilities_back(guest, |name| name == BACKGROUND)?.map_err(explain)?;
+            }
+            Err(failure) => return Err(explain(failure)),
+        }
+        if !parameters.is_empty() {
+            commands::migrate_set_parameters(guest, parameters, Deadline::after(PATIENCE))?;
+        }
+        self.put_capabilities_back(guest, |_| true)?.map_err(explain)
+    }
+
+    /// Sets those capabilities that are not as they were found, all at once.
+    fn put_capabilities_back(
+        &self,
+        guest: &mut dyn Guest,
+        which: impl Fn(&str) -> bool,
+    ) -> Result<std::result::Result<(), Failure>> {
+        let now = commands::query_migrate_capabilities(guest, Deadline::after(PATIENCE))?;
+        let changed = self.changeable().filter(|capability| which(&capability.0) && !now.contains(capability));
+        let changes: Vec<_> = changed.cloned().collect();
+        Ok(set_capabilities(guest, &changes, Deadline::after(PATIENCE)))
+    }
+
+    /// What [`Settings::restore`] would say, for whoever says it in its place: in the same order, for the same reason.
     pub fn script(&self, mode: Mode) -> Vec<(&'static str, Value)> {
-        let parameters = self.original_parameters(mode);
-        let capabilities: Vec<_> =
-            self.changeable().map(|(name, state)| json!({ "capability": name, "state": state })).collect();
-        vec![
+        let capabilities = |which: &dyn Fn(&str) -> bool| {
+            let capabilities = self.changeable().filter(|(name, _)| which(name));
+            let list: Vec<_> =
+                capabilities.map(|(name, state)| json!({ "capability": name, "state": state })).collect();
+            ("migrate-set-capabilities", json!({ "capabilities": list }))
+        };
+        let mut script = vec![
+            // At once, and alone, so that no other one's being refused keeps it from being put back.
+            capabilities(&|name| name == BACKGROUND),
             ("closefd", json!({ "fdname": FD_NAME })),
-            ("migrate-set-parameters", Value::Object(parameters)),
-            ("migrate-set-capabilities", json!({ "capabilities": capabilities })),
-        ]
+            capabilities(&|name| !EXCLUDE_TLS.contains(&name)),
+            ("migrate-set-parameters", Value::Object(self.original_parameters(mode))),
+        ];
+        if self.changeable().any(|(name, state)| *state && EXCLUDE_TLS.contains(&name.as_str())) {
+            script.push(capabilities(&|_| true));
+        }
+        script
     }
 
     /// The parameters that `mode` changes, as they were found.
     fn original_parameters(&self, mode: Mode) -> Map<String, Value> {
-        let mut parameters = self.parameters_for(mode);
-        for (name, value) in &mut parameters {
-            *value = self.parameters[name].clone();
-        }
-        parameters
+        let changed = self.parameters_for(mode);
+        changed.into_iter().map(|(name, _)| (name.clone(), self.parameters[&name].clone())).collect()
     }
 
     /// `events` changes nothing but what is told.
@@ -153,7 +212,72 @@ impl Settings {
                 parameters.insert(name.into(), json!(plain));
             }
         }
+        if self.locked && self.parameters.contains_key(RECORD) {
+            let changed = parameters.keys().map(String::as_str).chain([RECORD]);
+            let record = Leftover::describe(self, changed);
+            parameters.insert(RECORD.into(), json!(record));
+        }
         parameters
+    }
+}
+
+/// What a snapshot has left in QEMU whose process and watchdog were killed, or could not reach QEMU any more.
+///
+/// QEMU itself keeps what its settings were before: in the parameter `tls-hostname`, which QEMU has no use for as long as
+/// there are no credentials to go with it. So it outlives all of our processes, and ends with QEMU.
+#[derive(Debug)]
+struct Leftover {
+    /// As they were before that snapshot, as far as it is known.
+    capabilities: Vec<(String, bool)>,
+    /// Those that it has changed.
+    parameters: Map<String, Value>,
+}
+
+impl Leftover {
+    /// What is noted of the settings: the capabilities that are on, and the parameters that will be changed.
+    fn describe<'a>(settings: &Settings, changed: impl Iterator<Item = &'a str>) -> String {
+        let on = settings.capabilities.iter().filter(|(_, state)| *state);
+        let capabilities: Vec<_> = on.map(|(name, _)| name).collect();
+        let parameters: Map<_, _> = changed.map(|name| (name.to_owned(), settings.parameters[name].clone())).collect();
+        format!("{RECORDED}{}", json!({ "capabilities": capabilities, "parameters": parameters }))
+    }
+
+    /// Finds it; `never_set`: nobody but us sets `background-snapshot` in this guest.
+    fn find(found: &Settings, never_set: bool) -> Option<Leftover> {
+        let text = |name: &str| found.parameters.get(name).and_then(Value::as_str).unwrap_or_default();
+        let recorded = text(RECORD).strip_prefix(RECORDED);
+        if let Some(leftover) = recorded.and_then(|recorded| Leftover::parse(recorded, found)) {
+            return Some(leftover);
+        }
+        let is_on = found.capabilities.iter().any(|(name, state)| name == BACKGROUND && *state);
+        if text(TLS) != LOCK && !(is_on && never_set) {
+            return None;
+        }
+        // What else it has switched off is not known.
+        let off = |(name, state): &(String, bool)| (name.clone(), *state && name != BACKGROUND);
+        let locked = (text(TLS) == LOCK).then(|| (TLS.to_owned(), json!("")));
+        let capabilities = found.capabilities.iter().map(off).collect();
+        Some(Leftover { capabilities, parameters: locked.into_iter().collect() })
+    }
+
+    fn parse(recorded: &str, found: &Settings) -> Option<Leftover> {
+        let mut recorded: Value = serde_json::from_str(recorded).ok()?;
+        let Value::Object(parameters) = recorded["parameters"].take() else { return None };
+        let on = recorded["capabilities"].as_array()?;
+        let was = |(name, _): &(String, bool)| (name.clone(), on.iter().any(|on| on == name));
+        Some(Leftover { capabilities: found.capabilities.iter().map(was).collect(), parameters })
+    }
+
+    /// Puts the settings back.
+    fn mend(self, guest: &mut dyn Guest) -> Result<()> {
+        // The pipe that QEMU may have been passed; refused where there is none.
+        let _ = commands::closefd(guest, FD_NAME, Deadline::after(PATIENCE));
+        let Leftover { capabilities, parameters } = self;
+        let settings = Settings { capabilities, parameters: Map::new(), locked: false };
+        settings.put_back(guest, parameters).map_err(|error| {
+            let left = "what an earlier snapshot of this guest, which was killed, has left in QEMU cannot be put back";
+            Error::new(error.code, format!("{left}: {}", error.message))
+        })
     }
 }
 
@@ -234,7 +358,14 @@ impl Stream {
     }
 
     /// Waits until all of memory is in the file, and QEMU says so. Returns the image's bytes.
-    pub fn wait_saved(&self, guest: &mut dyn Guest, cancel: &Cancel, clock: &mut Clock) -> Result<u64> {
+    pub fn wait_saved(
+        &self,
+        guest: &mut dyn Guest,
+        image: &MemoryImage,
+        settings: &Settings,
+        cancel: &Cancel,
+        clock: &mut Clock,
+    ) -> Result<u64> {
         let so_far = Flow { done: self.flow(None).done, ..clock.flow() };
         let mut meter = clock.interval().map(|interval| Meter::new(interval, so_far));
         let bytes = loop {
@@ -249,8 +380,10 @@ impl Stream {
             wait_either(self.drain.done(), cancel, meter.as_ref().map(Meter::left))?;
         };
         // The stream's end comes a moment before QEMU's word on it.
-        match wait_ended(guest, Deadline::after(PATIENCE))? {
+        match wait_ended(guest, settings, Deadline::after(PATIENCE))? {
             Ended::Completed => Ok(self.offset + bytes),
+            // This is what QEMU says of another client's that came after ours. Then the stream itself tells.
+            Ended::Failed(reason) if reason.contains(LOCK) && image.has_whole_stream()? => Ok(self.offset + bytes),
             Ended::Failed(reason) => fail!(OperationFailed, "cannot save memory: {reason}"),
         }
     }
@@ -287,6 +420,12 @@ impl Stream {
         Ok(())
     }
 
+    /// Whether QEMU has closed the stream. Then our migration is over: one that is under way is another client's.
+    fn is_closed(&self) -> bool {
+        let mut fds = [PollFd::new(&self.spare, PollFlags::empty())];
+        poll(&mut fds, Some(&timeout(Duration::ZERO))).is_ok() && fds[0].revents().contains(PollFlags::HUP)
+    }
+
     /// Returns when QEMU has closed the stream. Its thread is at its end then; the status says so before, and a migration
     /// begun in between would be one beside it.
     fn wait_closed(&self) -> Result<()> {
@@ -317,6 +456,9 @@ impl Stream {
         let mut progress = Progressing::new(self.drain.bytes());
         let mut cancellable = mode == Mode::Background && guest.background_can_be_cancelled();
         loop {
+            if self.is_closed() {
+                return Ok(());
+            }
             let migration = commands::query_migrate(guest, Deadline::after(PATIENCE))?;
             if migration.progress() != Progress::UnderWay {
                 // Where it never began, QEMU keeps its end; refused where a migration has taken it.
@@ -441,11 +583,19 @@ fn query_ended(guest: &mut dyn Guest) -> Result<Option<Ended>> {
     })
 }
 
-fn wait_ended(guest: &mut dyn Guest, deadline: Deadline) -> Result<Ended> {
+/// Waits for the end of a migration whose stream has come to its end.
+fn wait_ended(guest: &mut dyn Guest, settings: &Settings, deadline: Deadline) -> Result<Ended> {
     let nap = Nap::default();
     loop {
         if let Some(ended) = query_ended(guest)? {
             return Ok(ended);
+        }
+        if !settings.is_still_locked(guest)? {
+            fail!(
+                OperationFailed,
+                "another client has changed QEMU's migration parameter '{TLS}', and begun a migration of the guest, before \
+                 QEMU could be asked whether memory was saved: take the snapshot again"
+            );
         }
         if deadline.left().is_none() {
             fail!(OperationTimeout, "memory is saved, and QEMU does not say so");
@@ -458,7 +608,9 @@ fn wait_ended(guest: &mut dyn Guest, deadline: Deadline) -> Result<Ended> {
 ///
 /// Only page counts prove it (or that the migration has ended): see [`commands::Migration::has_pages`]. Their reply came
 /// through QEMU's main loop, so a `cont` sent after it is carried out after the arming. Returns that reply.
-pub fn wait_armed(guest: &mut dyn Guest, cancel: &Cancel, deadline: Deadline) -> Result<Migration> {
+///
+/// While it sets up, the guest must stay in a state that QEMU can capture: see [`run_state`]. `ran`: it ran before.
+pub fn wait_armed(guest: &mut dyn Guest, ran: bool, cancel: &Cancel, deadline: Deadline) -> Result<Migration> {
     let nap = Nap::default();
     loop {
         let migration = match commands::query_migrate(guest, deadline) {
@@ -471,6 +623,12 @@ pub fn wait_armed(guest: &mut dyn Guest, cancel: &Cancel, deadline: Deadline) ->
         match migration.progress() {
             Progress::Completed => return Ok(migration),
             Progress::UnderWay if migration.has_pages() => return Ok(migration),
+            Progress::UnderWay if migration.is_setting_up() => run_state::keep_capturable(guest, deadline)
+                .inspect_err(|_| {
+                    if !ran {
+                        pause_once_armed(guest);
+                    }
+                })?,
             Progress::UnderWay => {}
             Progress::None | Progress::Failed => {
                 fail!(OperationFailed, "cannot arm the tracking of memory writes: {}", migration.reason())
@@ -479,6 +637,18 @@ pub fn wait_armed(guest: &mut dyn Guest, cancel: &Cancel, deadline: Deadline) ->
         cancel.check()?;
         nap.sleep();
     }
+}
+
+/// Pauses a guest that was resumed for the sake of QEMU, which is going to stop and resume it by itself before that.
+fn pause_once_armed(guest: &mut dyn Guest) {
+    let (nap, deadline) = (Nap::default(), Deadline::after(PATIENCE));
+    while deadline.left().is_some()
+        && commands::query_migrate(guest, deadline)
+            .is_ok_and(|migration| migration.progress() == Progress::UnderWay && !migration.has_pages())
+    {
+        nap.sleep();
+    }
+    let _ = guest.pause(deadline);
 }
 
 /// Waits until a guest can be resumed that was to be paused while its migration set up, by somebody who does not know whether

@@ -18,6 +18,7 @@ mod operation;
 mod overlap;
 mod reactivate;
 mod revert;
+mod run_state;
 mod sizes;
 mod still;
 mod storage;

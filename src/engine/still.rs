@@ -1,14 +1,16 @@
 //! Whether the guest has stood still from the switch of its disks to the instant.
 //!
-//! It is paused, but nothing keeps another client from resuming it. What it writes before the tracking is armed would be
-//! in its memory and on an overlay, and not in the images of the snapshot. A guest that was resumed and paused again, and
+//! It is paused, but nothing keeps another client from resuming it, by a second monitor, or by the daemon or the driver that
+//! runs it. What it writes before the tracking is armed, or before a plain migration has ended, would be in its memory and on
+//! an overlay, and not in the images of the snapshot. A guest that was resumed and paused again, and
 //! wrote nothing, is as good as one that stood still. One that ran at the instant is known by its stream
-//! ([`MemoryImage::ran_at_instant`](crate::image::MemoryImage::ran_at_instant)).
+//! ([`MemoryImage::state_at_instant`](crate::image::MemoryImage::state_at_instant)).
 
 use std::fs;
 
 use serde_json::json;
 
+use super::migration::Mode;
 use crate::error::{Result, fail};
 use crate::guest::{Guest, is_block_of};
 use crate::monitor::{Command, Deadline};
@@ -21,8 +23,10 @@ pub struct Still<'a> {
 }
 
 impl Still<'_> {
-    /// Looks at them.
-    pub fn new(disks: &[DiskPlan]) -> Still<'_> {
+    /// Looks at them. At the end of a plain migration QEMU closes its images, which can make their files longer: then it is
+    /// QEMU that is asked.
+    pub fn new(disks: &[DiskPlan], mode: Mode) -> Still<'_> {
+        let length = |disk| if mode == Mode::Background { length(disk) } else { None };
         Still { disks: disks.iter().map(|disk| (disk, length(disk))).collect() }
     }
 
@@ -63,7 +67,8 @@ fn length(disk: &DiskPlan) -> Option<u64> {
 fn written(disk: &DiskPlan) -> Result<()> {
     fail!(
         OperationFailed,
-        "disk '{}' was written to in the pause of its snapshot: somebody has resumed the guest, or changed the disk's images",
+        "disk '{}' was written to in the pause of its snapshot: another client has resumed the guest, or changed the \
+         disk's images: take the snapshot again",
         disk.drive.name()
     );
 }

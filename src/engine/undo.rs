@@ -4,6 +4,7 @@
 
 use std::time::Duration;
 
+use super::cancel::Cancel;
 use super::clock::Clock;
 use super::guard::{Guarded, Stage};
 use super::migration::{FD_NAME, Mode, Settings, Stream, wait_resumable};
@@ -54,6 +55,14 @@ impl Made {
     /// The stream, which is opened before QEMU is changed.
     pub fn stream(&mut self) -> Result<&mut Stream> {
         self.stream.as_mut().ok_or_else(|| Error::new(Code::InternalError, "there is no memory stream yet"))
+    }
+
+    /// Waits until all of memory is in the image. Returns the image's bytes.
+    pub fn wait_saved(&self, guest: &mut dyn Guest, cancel: &Cancel, clock: &mut Clock) -> Result<u64> {
+        match (&self.stream, &self.settings) {
+            (Some(stream), Some((settings, _))) => stream.wait_saved(guest, self.image()?, settings, cancel, clock),
+            _ => Err(Error::new(Code::InternalError, "there is no memory stream yet")),
+        }
     }
 
     /// Puts everything back. `cause` is why; what cannot be put back is added to it.
@@ -171,7 +180,11 @@ impl Made {
             }
         }
         if let Some((settings, mode)) = &self.settings {
-            note(settings.restore(guest, *mode));
+            note(settings.restore(guest, *mode).map_err(|error| {
+                error.and(
+                    "until the guest's next snapshot has put them back, it may be kept from being saved or migrated",
+                )
+            }));
         }
         if self.overlays && merged {
             note(guest.discard_overlays());

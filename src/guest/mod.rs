@@ -211,8 +211,11 @@ pub trait Guest: Execute {
     /// QEMU's process, where it is known.
     fn pid(&self) -> Option<u32>;
 
-    /// Whether others can resume it, save it or the like while we have it.
-    fn is_shared(&self) -> bool;
+    /// Whether those who run it never set QEMU's migration capability `background-snapshot`: one that is on is then what a
+    /// snapshot has left whose process was killed.
+    fn never_sets_background_snapshot(&self) -> bool {
+        false
+    }
 
     /// Whether a background snapshot leaves a paused guest paused.
     fn background_keeps_paused(&self) -> bool;

@@ -124,18 +124,20 @@ impl MemoryImage {
         })
     }
 
-    /// Whether the guest's vCPUs ran when QEMU began to save its devices, which for a background snapshot is the instant.
-    /// QEMU notes the state that it found, as a device; devices come last in the stream. False where it makes no such note.
-    pub fn ran_at_instant(&self) -> Result<bool> {
+    /// QEMU's word for the guest's state when it began to save its devices, which for a background snapshot is the instant:
+    /// `running`, `paused`, ... QEMU notes the state that it found, as a device; devices come last in the stream. `None` where
+    /// it makes no such note.
+    pub fn state_at_instant(&self) -> Result<Option<String>> {
         self.look_for_state().map_err(|error| {
             Error::system(format!("cannot read memory snapshot file '{}'", self.path().display()), error)
         })
     }
 
-    fn look_for_state(&self) -> io::Result<bool> {
+    fn look_for_state(&self) -> io::Result<Option<String>> {
         /// A section's name with its length, its instance and its version; then the length of the text, and the text.
         const STATE: &[u8] = b"\x0bglobalstate\0\0\0\0\0\0\0\x01\0\0\0";
         const PIECE: u64 = 1 << 20;
+        const LONGEST_WORD: usize = 100;
         let file = self.own.file();
         let mut end = file.metadata()?.len();
         let mut piece = Vec::new();
@@ -149,11 +151,31 @@ impl MemoryImage {
             file.read_exact_at(&mut piece[..length], begin)?;
             if let Some(at) = piece.windows(STATE.len()).rposition(|window| window == STATE) {
                 // After the length's last byte.
-                return Ok(piece[at + STATE.len() + 1..].starts_with(b"running\0"));
+                let state = piece[at + STATE.len() + 1..].split(|byte| *byte == 0).next().unwrap_or_default();
+                // It is a short word; anything else is no note of QEMU's.
+                let is_word = state.len() <= LONGEST_WORD && state.iter().all(|byte| byte.is_ascii_graphic());
+                return Ok(is_word.then(|| String::from_utf8_lossy(state).into_owned()));
             }
             end = begin;
         }
-        Ok(false)
+        Ok(None)
+    }
+
+    /// Whether QEMU has written its stream to the end. What it writes last, once everything else is written, is a description
+    /// of the devices: the end of the devices, a section's type, the text's length, the text. False where it writes none.
+    pub fn has_whole_stream(&self) -> Result<bool> {
+        let look = || -> io::Result<bool> {
+            const LONGEST_TEXT: u64 = 32 << 20;
+            let file = self.own.file();
+            let end = file.metadata()?.len();
+            let begin = end.saturating_sub(LONGEST_TEXT).max(self.stream_offset);
+            let mut tail = vec![0; end.saturating_sub(begin) as usize];
+            file.read_exact_at(&mut tail, begin)?;
+            Ok(ends_with_description(&tail))
+        };
+        look().map_err(|error| {
+            Error::system(format!("cannot read memory snapshot file '{}'", self.path().display()), error)
+        })
     }
 
     /// The stream is whole: puts it on disk, and only then marks the image complete.
@@ -169,6 +191,20 @@ impl MemoryImage {
             Error::system(format!("cannot complete memory snapshot file '{}'", self.path().display()), error)
         })
     }
+}
+
+fn ends_with_description(tail: &[u8]) -> bool {
+    const END_OF_DEVICES: u8 = 0;
+    const DESCRIPTION: u8 = 6;
+    const BEFORE_TEXT: usize = 6;
+    let is_description = |(at, head): (usize, &[u8])| {
+        let length = tail.len() - at - BEFORE_TEXT;
+        head[..2] == [END_OF_DEVICES, DESCRIPTION]
+            && u32::try_from(length).is_ok_and(|length| head[2..] == length.to_be_bytes())
+            && tail[at + BEFORE_TEXT..].starts_with(b"{")
+            && tail.ends_with(b"}")
+    };
+    tail.windows(BEFORE_TEXT).enumerate().rev().any(is_description)
 }
 
 /// A complete memory image, opened for reading.
@@ -238,6 +274,16 @@ impl Image {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_stream_that_was_cut_off_is_not_whole() {
+        let stream = [&b"pages, devices\0\x06\0\0\0\x0d"[..], b"{\"devices\":6}"].concat();
+        assert!(ends_with_description(&stream));
+        for cut in 0..stream.len() {
+            assert!(!ends_with_description(&stream[..cut]), "{cut}");
+        }
+        assert!(!ends_with_description(&[&stream[..], b"}"].concat()));
+    }
 
     #[test]
     fn what_is_no_memory_image_is_told_and_a_pipe_is_not_waited_for() {

@@ -53,10 +53,29 @@ pub enum Again {
 }
 
 /// A daemon, and the UUID of a domain of its.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct Address {
     uri: String,
     uuid: String,
+}
+
+/// Connects, and looks the domain up; why not, where it cannot be done. A daemon can accept a connection and not answer: so
+/// this is done by a thread of its own, which is left behind when the deadline passes.
+fn look_up(address: Address, deadline: Deadline) -> std::result::Result<Domain, String> {
+    let (answer, answered) = mpsc::channel();
+    let open = move || {
+        let connect = Connect::open(&address.uri).map_err(|error| error.message)?;
+        // The daemon is there: it may still be looking for its domains.
+        connect.and_then(|connect| connect.domain(&address.uuid)).map_err(|error| error.message)
+    };
+    sys::spawn_quiet("instantsnap-virt", move || {
+        let _ = answer.send(open());
+    })
+    .map_err(|error| error.message)?;
+    match answered.recv_timeout(deadline.left().unwrap_or_default()) {
+        Ok(result) => result,
+        Err(_) => Err("the daemon accepts a connection, and does not answer in time".into()),
+    }
 }
 
 /// A domain, called through a thread.
@@ -194,21 +213,19 @@ impl Caller {
 
     /// Connects anew, to a daemon that may be starting.
     fn reconnect(&mut self, deadline: Deadline) -> std::result::Result<(), Trouble> {
-        let Some(Address { uri, uuid }) = &self.again else { return Err(Trouble::Lost("it is this process".into())) };
+        let Some(address) = &self.again else { return Err(Trouble::Lost("it is this process".into())) };
         let mut nap = Duration::from_millis(20);
         loop {
-            let reason = match Connect::open(uri) {
-                Ok(Ok(connect)) => match connect.domain(uuid) {
-                    Ok(domain) => {
-                        self.domain = domain;
-                        self.worker = None;
-                        return Ok(());
+            let reason = match look_up(address.clone(), deadline) {
+                Ok(domain) => {
+                    // Letting the old one go can take a word with the daemon; the thread that has made the calls does it.
+                    let old = std::mem::replace(&mut self.domain, domain);
+                    if let Some(worker) = self.worker.take() {
+                        let _ = worker.send(Box::new(move || drop(old)));
                     }
-                    // The daemon is there: it may still be looking for its domains.
-                    Err(error) => error.message,
-                },
-                Ok(Err(error)) => error.message,
-                Err(error) => error.message,
+                    return Ok(());
+                }
+                Err(reason) => reason,
             };
             let Some(left) = deadline.left() else { return Err(Trouble::Lost(reason)) };
             std::thread::sleep(nap.min(left));

@@ -556,7 +556,8 @@ impl Guest for LibvirtGuest<'_> {
         self.qemu.as_ref().map(|qemu| qemu.pid)
     }
 
-    fn is_shared(&self) -> bool {
+    /// libvirt does not know it.
+    fn never_sets_background_snapshot(&self) -> bool {
         true
     }
 

@@ -151,11 +151,6 @@ impl<C: Channel> Guest for MonitorGuest<'_, C> {
         self.channel.pid()
     }
 
-    /// It is its caller's, who has come to us with it.
-    fn is_shared(&self) -> bool {
-        false
-    }
-
     fn background_keeps_paused(&self) -> bool {
         // Measured: 7.2 starts the guest by itself once tracking is armed, 10.0 restores the state it found. What those
         // in between do cannot be asked, and was not tried.
@@ -199,6 +194,8 @@ impl<C: Channel> Guest for MonitorGuest<'_, C> {
             // On a running guest `cont` would be harmless, but tell everybody of a stop that never was.
             _ if status.running => Ok(()),
             "paused" | "postmigrate" | "finish-migrate" | "prelaunch" | "io-error" => self.channel.resume(deadline),
+            // It stands by its own doing, and would without a snapshot too.
+            "suspended" | "shutdown" | "guest-panicked" | "internal-error" | "watchdog" => Ok(()),
             other => fail!(OperationFailed, "cannot resume the guest: its state is now '{other}'"),
         }
     }
