@@ -38,9 +38,9 @@ pub fn of_domain(live_xml: &str, blocks: &Value) -> Result<Vec<Volume>> {
     Ok(disks.filter_map(volume).collect())
 }
 
-/// Whether a disk of a domain is on a volume.
+/// Whether a disk of a domain is on a volume itself, and not only on an overlay of one.
 pub fn are_in(domain_xml: &str) -> bool {
-    domain_xml.contains("type='volume'")
+    domain_xml.contains("<disk type='volume'")
 }
 
 /// A domain's XML with paths in the place of volumes.
@@ -102,7 +102,7 @@ mod tests {
             { "qdev": "/machine/peripheral/virtio-disk0/virtio-backend", "inserted": { "file": "/pool/v&" } },
         ]);
         let volumes = of_domain(&live, &blocks).unwrap();
-        assert!(are_in(&live));
+        assert!(are_in(&live) && !are_in(&xml("type='file'><source file='/s'/>", volume)));
         let file = "type='file'><source file='/pool/v&amp;'  index='1'/>";
         assert_eq!(with_paths(&live, &volumes).unwrap(), xml(file, file));
         // One of another machine stays what it is.
