@@ -151,8 +151,12 @@ impl Made {
             }
             ended = note(stream.wait_given_up(guest, mode));
         }
+        // An ordinary migration, which it becomes where another client switches the capability off in the pause, stops the guest at
+        // its end, and takes its disks away.
+        let stopped =
+            self.ran && stage == Stage::Draining && guest.status().is_ok_and(|status| status.status == "postmigrate");
         // Again, where there was a migration: one that was given up while it set up has stopped the guest once more.
-        if stage.is_paused() {
+        if stage.is_paused() || stopped {
             let resumed = guest.resume(Deadline::after(PATIENCE));
             // Another client's save or dump, begun in the pause, lets nobody near the guest, and stops it at its end.
             let again = ended && outlast_migration(guest) || resumed.is_err();

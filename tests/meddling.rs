@@ -1,0 +1,449 @@
+//! P1, P3, P4 at random: while a snapshot is taken, other clients of the same QEMU do what administrators, management programs and
+//! backup jobs do. Whatever becomes of the snapshot: the guest counts on, what is reported as good is brought back whole, and
+//! what failed leaves nothing.
+//!
+//! `INSTANTSNAP_TEST_SEED` has the same rounds once more; the moments that are a matter of time come as they come. With
+//! `INSTANTSNAP_TEST_LONG` there are 1,000 snapshots, or as many as there is time for.
+
+mod common;
+
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use common::{At, INSTANTLY, Opened, block_of, machine, named, way};
+use instantsnap::engine::{Phase, prepare_revert};
+use instantsnap::error::Error;
+use instantsnap::flags::revert;
+use instantsnap_testkit::{Binary, Client, DEADLINE, Format, Guest, thorough, wait_for};
+use serde_json::{Value, json};
+
+/// In the long run.
+const SNAPSHOTS: usize = 1000;
+const TIME: Duration = Duration::from_secs(30 * 60);
+/// Rounds of one guest, whose chain grows; in the short run there is one guest of each QEMU.
+const ROUNDS: usize = 10;
+const ROUNDS_SHORT: usize = 4;
+
+/// SplitMix64.
+struct Random(u64);
+
+impl Random {
+    /// A round has its own, so that it is the same whatever the others were.
+    fn of_round(seed: u64, round: usize) -> Random {
+        Random(seed.wrapping_add((round as u64).wrapping_mul(0xd1b5_4a32_d192_ed03)))
+    }
+
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut mixed = self.0;
+        mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        mixed ^ (mixed >> 31)
+    }
+
+    fn below(&mut self, limit: usize) -> usize {
+        (self.next() % limit as u64) as usize
+    }
+
+    fn one_of<T: Copy>(&mut self, all: &[T]) -> T {
+        all[self.below(all.len())]
+    }
+}
+
+fn seed() -> u64 {
+    match std::env::var("INSTANTSNAP_TEST_SEED") {
+        Ok(seed) => seed.parse().expect("INSTANTSNAP_TEST_SEED is a number"),
+        Err(_) => SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_micros() as u64,
+    }
+}
+
+/// What another client does.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Meddling {
+    Reset,
+    Cont,
+    Stop,
+    StopAndCont,
+    /// Saves the guest into a file, as `virsh save` does.
+    Save,
+    Resize,
+    Plug,
+    Unplug,
+    /// Takes a disk snapshot of its own.
+    Overlay,
+    Cancel,
+    Capability,
+    Kill,
+}
+
+const USUAL: [Meddling; 9] = [
+    Meddling::Cont,
+    Meddling::Stop,
+    Meddling::StopAndCont,
+    Meddling::Save,
+    Meddling::Resize,
+    Meddling::Plug,
+    Meddling::Unplug,
+    Meddling::Overlay,
+    Meddling::Capability,
+];
+
+/// When it does.
+#[derive(Clone, Copy, Debug)]
+enum When {
+    /// When this phase begins, which waits for it.
+    In(Phase),
+    /// So long after this phase has begun, while it goes on.
+    After(Phase, Duration),
+}
+
+const MOMENTS: [Phase; 7] =
+    [Phase::Validate, Phase::Plan, Phase::Prepare, Phase::Pause, Phase::Switch, Phase::Arm, Phase::Drain];
+
+#[derive(Clone, Copy, Debug)]
+struct Deed {
+    what: Meddling,
+    when: When,
+}
+
+impl Deed {
+    fn new(random: &mut Random, can_cancel: bool, long: bool) -> Deed {
+        let what = match random.below(40) {
+            0 => Meddling::Kill,
+            // QEMU 10.0 does not always come to an end of it: too seldom for the short run.
+            3..7 if long => Meddling::Reset,
+            // QEMU 7.2 itself freezes a guest whose background snapshot is cancelled, and 10.0 closes another descriptor
+            // where it is not armed yet.
+            1..3 if can_cancel => Meddling::Cancel,
+            _ => random.one_of(&USUAL),
+        };
+        let phase = if what == Meddling::Cancel { Phase::Drain } else { random.one_of(&MOMENTS) };
+        let when = match random.below(2) {
+            0 => When::In(phase),
+            _ => When::After(phase, Duration::from_micros(random.below(20_000) as u64)),
+        };
+        Deed { what, when }
+    }
+
+    fn phase(self) -> Phase {
+        match self.when {
+            When::In(phase) | When::After(phase, _) => phase,
+        }
+    }
+}
+
+/// Runs `snapshot`, whose observer does deeds, or has them done beside it.
+fn meddle<T: Send>(
+    deeds: &[Deed],
+    mut act: impl FnMut(Meddling) + Send,
+    snapshot: impl FnOnce(&mut dyn FnMut(Phase)) -> T,
+) -> T {
+    let (send, deeds_beside) = std::sync::mpsc::channel::<Deed>();
+    let act = std::sync::Mutex::new(&mut act);
+    std::thread::scope(|scope| {
+        let act = &act;
+        scope.spawn(move || {
+            for deed in deeds_beside {
+                if let When::After(_, delay) = deed.when {
+                    std::thread::sleep(delay);
+                }
+                act.lock().unwrap()(deed.what);
+            }
+        });
+        let mut left = deeds.to_vec();
+        let mut at = |phase: Phase| {
+            let now = |deed: &mut Deed| deed.phase() == phase;
+            for deed in left.extract_if(.., now) {
+                match deed.when {
+                    When::In(_) => act.lock().unwrap()(deed.what),
+                    When::After(..) => send.send(deed).unwrap(),
+                }
+            }
+        };
+        let result = snapshot(&mut at);
+        drop(send);
+        result
+    })
+}
+
+/// Counts on, from wherever it is: a reset begins anew.
+#[track_caller]
+fn assert_counts(guest: &Guest, what: &str) {
+    let mut last = guest.serial().tick;
+    for _ in 0..3 {
+        let counted = wait_for(DEADLINE, || {
+            let serial = guest.serial();
+            if let Some(trouble) = serial.trouble {
+                guest.fail(&format!("{what}: {trouble}"));
+            }
+            if !guest.alive() {
+                guest.fail(&format!("{what}: QEMU has ended"));
+            }
+            (serial.tick.is_some() && serial.tick != last).then_some(serial.tick)
+        });
+        last = counted.unwrap_or_else(|| guest.fail(&format!("{what}: it does not count")));
+    }
+}
+
+/// What others have done in a round.
+#[derive(Debug, Default)]
+struct Done {
+    stopped: bool,
+    saved: bool,
+    plugged: bool,
+    killed: bool,
+    size: Option<u64>,
+}
+
+/// A guest of the socket's way, and another client of its QEMU.
+struct Meddled {
+    opened: Opened,
+    others: AtomicUsize,
+    size: u64,
+}
+
+impl Meddled {
+    fn start(binary: &'static Binary, random: &mut Random) -> Meddled {
+        let mut machine = machine(binary, 2).arg("-device").arg("piix3-usb-uhci,id=usb");
+        // A reset is one, and not the end. SeaBIOS makes two of it, of which the second can come after the instant.
+        machine = machine.arg("-action").arg("reboot=reset");
+        if random.below(2) == 0 {
+            machine = machine.restless();
+        }
+        let opened = Opened::start(&machine);
+        let size = size_of(&opened.guest);
+        Meddled { opened, others: AtomicUsize::new(0), size }
+    }
+
+    fn act(&self, what: Meddling, done: &mut Done) {
+        let guest = &self.opened.guest;
+        if what == Meddling::Kill {
+            done.killed = true;
+            return guest.kill();
+        }
+        if !guest.alive() {
+            return;
+        }
+        let Ok(mut control) = Client::connect(&guest.directory().join("control.sock")) else { return };
+        let mut say = |command: &str, arguments: Value| control.execute(command, arguments);
+        match what {
+            Meddling::Reset => drop(say("system_reset", json!({}))),
+            Meddling::Cont => drop(say("cont", json!({}))),
+            Meddling::Stop => done.stopped |= say("stop", json!({})).is_ok(),
+            Meddling::StopAndCont => {
+                let _ = say("stop", json!({}));
+                let _ = say("cont", json!({}));
+            }
+            Meddling::Save => {
+                let file = guest.directory().join("saved");
+                let uri = format!("exec:cat > {}", file.display());
+                if say("migrate", json!({ "uri": uri })).is_ok() {
+                    done.saved = true;
+                    let ended = || match say("query-migrate", json!({})) {
+                        Ok(migration) => {
+                            let status = migration["status"].as_str().unwrap_or_default();
+                            ["completed", "failed", "cancelled"].contains(&status).then_some(())
+                        }
+                        Err(_) => Some(()),
+                    };
+                    let _ = wait_for(DEADLINE, ended);
+                    let _ = say("cont", json!({}));
+                }
+            }
+            Meddling::Resize => {
+                let size = done.size.unwrap_or(self.size) + (1 << 20);
+                if say("block_resize", json!({ "device": "drive-0", "size": size })).is_ok() {
+                    done.size = Some(size);
+                }
+            }
+            Meddling::Plug => {
+                let device = json!({ "driver": "usb-tablet", "bus": "usb.0", "id": "others" });
+                done.plugged |= say("device_add", device).is_ok();
+            }
+            Meddling::Unplug => drop(say("device_del", json!({ "id": "others" }))),
+            Meddling::Overlay => {
+                let number = self.others.fetch_add(1, Ordering::Relaxed);
+                let file = guest.directory().join(format!("others-{number}.qcow2"));
+                let _ = say("blockdev-snapshot-sync", json!({ "device": "drive-1", "snapshot-file": file }));
+            }
+            Meddling::Cancel => drop(say("migrate_cancel", json!({}))),
+            Meddling::Capability => {
+                let capabilities = json!([{ "capability": "background-snapshot", "state": false }]);
+                let _ = say("migrate-set-capabilities", json!({ "capabilities": capabilities }));
+            }
+            Meddling::Kill => unreachable!("done above"),
+        }
+    }
+
+    /// One snapshot. Whether the guest is fit for another.
+    fn round(&mut self, name: &str, deeds: &[Deed], what: &str) -> bool {
+        let mut done = Done::default();
+        let opened = &self.opened;
+        let begun = meddle(
+            deeds,
+            |meddling| self.act(meddling, &mut done),
+            |at| opened.handle.create(&named(name), INSTANTLY, &mut At(at)),
+        );
+        eprintln!("{what}: {}", begun.as_ref().map_or_else(ToString::to_string, |_| "good".into()));
+        let guest = &opened.guest;
+        if !done.killed {
+            self.assert_guest_is_well(&done, what);
+            self.size = done.size.unwrap_or(self.size);
+        }
+        match begun {
+            Ok(_) => assert_whole(opened, name, &done, what),
+            Err(error) => assert_no_trace(opened, name, &error, what),
+        }
+        guest.alive()
+    }
+
+    fn assert_guest_is_well(&self, done: &Done, what: &str) {
+        let guest = &self.opened.guest;
+        if !guest.alive() {
+            guest.fail(&format!("{what}: the guest is lost"));
+        }
+        let mut control = guest.control();
+        let mut ask = |command: &str| control.execute(command, json!({})).unwrap();
+        let status = ask("query-status");
+        if status["running"] == false {
+            if !done.stopped && !done.saved {
+                guest.fail(&format!("{what}: the guest is left paused"));
+            }
+            ask("cont");
+        }
+        let capabilities = ask("query-migrate-capabilities");
+        let on = |capability: &&Value| capability["state"] == true;
+        assert_eq!(capabilities.as_array().unwrap().iter().find(on), None, "{what}");
+        assert_eq!(ask("query-migrate-parameters")["tls-creds"], "", "{what}");
+        assert_eq!(ask("query-block-jobs"), json!([]), "{what}");
+        let _ = control.execute("device_del", json!({ "id": "others" }));
+        drop(control);
+        assert_counts(guest, what);
+        if let Some(size) = done.size {
+            assert_eq!(size_of(guest), size, "{what}: what others have resized has another size");
+        }
+    }
+}
+
+fn size_of(guest: &Guest) -> u64 {
+    block_of(guest, "vd0")["inserted"]["image"]["virtual-size"].as_u64().unwrap()
+}
+
+/// Brings a snapshot back, on a machine that has what others have plugged in, or not.
+fn assert_whole(opened: &Opened, name: &str, done: &Done, what: &str) {
+    let plain = opened.guest.machine().clone();
+    let plugged = plain.clone().arg("-device").arg("usb-tablet,bus=usb.0,id=others");
+    let machines = if done.plugged { vec![plain, plugged] } else { vec![plain] };
+    let mut refused = Vec::new();
+    for machine in machines {
+        let plan = prepare_revert(&opened.state_dir(), name, None).unwrap_or_else(|error| panic!("{what}: {error}"));
+        let disks: Vec<_> = plan.disks.iter().map(|disk| (disk.file.clone(), Format::Qcow2)).collect();
+        let clone = machine.for_revert(&disks).start();
+        let handle = way::open_guest(&clone, &clone.qmp(), None, &opened.state_dir()).unwrap();
+        let loaded = handle.load(name, revert::RUNNING);
+        if loaded.is_ok() {
+            assert_counts(&clone, &format!("{what}: brought back"));
+        }
+        drop((handle, clone));
+        plan.discard();
+        match loaded {
+            Ok(()) => return,
+            Err(error) => refused.push(error.message),
+        }
+    }
+    panic!("{what}: it is reported as good, and cannot be brought back: {refused:?}");
+}
+
+/// Nothing is left of a snapshot that failed, but what the error names.
+fn assert_no_trace(opened: &Opened, name: &str, error: &Error, what: &str) {
+    let names = opened.handle.catalog().names().unwrap();
+    assert!(!names.iter().any(|other| other == name), "{what}: it is recorded");
+    let left = || -> Vec<PathBuf> {
+        let mut files = common::files_below(opened.guest.directory());
+        files.retain(|file| is_of(file, name) && !error.message.contains(&*file.to_string_lossy()));
+        files
+    };
+    let gone = wait_for(Duration::from_secs(10), || left().is_empty().then_some(()));
+    assert!(gone.is_some(), "{what}: left: {:?}", left());
+}
+
+fn is_of(file: &Path, name: &str) -> bool {
+    let file = file.file_name().unwrap().to_string_lossy();
+    file.ends_with(&format!(".{name}")) || file.starts_with(&format!("{name}."))
+}
+
+/// Rounds until there were enough: of each of `binaries` at once.
+fn rounds(binaries: &'static [Binary], rounds_of_guest: impl Fn(&'static Binary, u64, std::ops::Range<usize>) + Sync) {
+    let seed = seed();
+    let (long, begin, taken) = (thorough(), Instant::now(), AtomicUsize::new(0));
+    let rounds = if long { ROUNDS } else { ROUNDS_SHORT };
+    std::thread::scope(|scope| {
+        for (number, binary) in binaries.iter().enumerate() {
+            let (rounds_of_guest, taken) = (&rounds_of_guest, &taken);
+            scope.spawn(move || {
+                let seed = seed.wrapping_add(number as u64);
+                for guest in 0.. {
+                    let enough = match long {
+                        true => taken.load(Ordering::Relaxed) >= SNAPSHOTS || begin.elapsed() > TIME,
+                        false => guest > 0,
+                    };
+                    if enough {
+                        break;
+                    }
+                    rounds_of_guest(binary, seed, guest * rounds..(guest + 1) * rounds);
+                    taken.fetch_add(rounds, Ordering::Relaxed);
+                }
+            });
+        }
+    });
+    eprintln!("seed {seed}: about {} snapshots in {:?}", taken.into_inner(), begin.elapsed());
+}
+
+/// QEMU saves memory by an ordinary migration then, during which the guest runs, and after which it stands.
+#[test]
+fn a_capability_that_others_switch_off_in_the_pause_leaves_no_guest_paused() {
+    for binary in Binary::all() {
+        for restless in [false, true] {
+            let machine = machine(binary, 2);
+            let opened = Opened::start(&if restless { machine.restless() } else { machine });
+            let before = opened.trace();
+            let result = opened.handle.create(
+                &named("s"),
+                INSTANTLY,
+                &mut At(|phase| {
+                    if phase == Phase::Switch {
+                        let off = json!({ "capabilities": [{ "capability": "background-snapshot", "state": false }] });
+                        opened.guest.control().execute("migrate-set-capabilities", off).unwrap();
+                    }
+                }),
+            );
+            // All of memory can be saved before the guest is resumed: then nothing is wrong with it.
+            match result {
+                Ok(_) => drop(opened.bring_back("s")),
+                Err(error) => {
+                    eprintln!("{}: {error}", binary.name);
+                    common::assert_untouched(&opened, &before);
+                }
+            }
+            opened.guest.wait_ticks(3);
+        }
+    }
+}
+
+#[test]
+fn whatever_other_clients_of_qemu_do_nothing_is_torn_and_no_guest_is_lost() {
+    rounds(Binary::all(), |binary, seed, rounds| {
+        let long = thorough();
+        let can_cancel = binary.name != Binary::all()[0].name;
+        let mut meddled = Meddled::start(binary, &mut Random::of_round(seed, rounds.start));
+        for round in rounds {
+            let mut random = Random::of_round(seed, round);
+            let deeds: Vec<_> = (0..1 + random.below(2)).map(|_| Deed::new(&mut random, can_cancel, long)).collect();
+            let what = format!("{}, seed {seed}, round {round}, {deeds:?}", binary.name);
+            if !meddled.round(&format!("s{round}"), &deeds, &what) {
+                break;
+            }
+        }
+    });
+}
