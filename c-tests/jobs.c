@@ -761,6 +761,41 @@ static void *wait_while_it_is_freed(void *data)
     return NULL;
 }
 
+static void cancel_this_thread(const instantsnap_event *event, void *opaque)
+{
+    (void) opaque;
+    if (event->type == INSTANTSNAP_EVENT_INSTANT)
+        CHECK(pthread_cancel(pthread_self()) == 0);
+}
+
+struct cancelled {
+    instantsnap_guest *guest;
+    int returned;
+};
+
+static void *snapshot_until_cancelled(void *data)
+{
+    struct cancelled *cancelled = data;
+    instantsnap_create_options options = {.size = sizeof(options), .callback = cancel_this_thread};
+
+    CHECK(instantsnap_snapshot_create(cancelled->guest, named("thread"), INSTANT, &options, NULL) == 0);
+    cancelled->returned = 1;
+    pthread_testcancel();
+    return NULL;
+}
+
+/* A thread is cancelled while it is in the library: the call ends as it would have, and then the thread. */
+static void cancelled_thread(instantsnap_guest *guest)
+{
+    struct cancelled cancelled = {.guest = guest};
+    pthread_t thread;
+    void *result;
+
+    CHECK(pthread_create(&thread, NULL, snapshot_until_cancelled, &cancelled) == 0);
+    CHECK(pthread_join(thread, &result) == 0);
+    CHECK(result == PTHREAD_CANCELED && cancelled.returned);
+}
+
 static void start_threads(pthread_t *threads, size_t how_many, void *(*function)(void *), void *data)
 {
     for (size_t i = 0; i < how_many; i++)
@@ -998,6 +1033,7 @@ int main(void)
     freed_and_closed();
     busy(guest, big);
     many_threads(guest);
+    cancelled_thread(guest);
     forked(guest);
     nonsense(guest);
 

@@ -35,10 +35,12 @@
  *   does not know must be zeros: a newer field that is set is VIR_ERR_INVALID_ARG.
  * - Signals and file descriptors. Threads of the library block every signal; every descriptor it opens is
  *   close-on-exec. It neither installs signal handlers nor changes the umask or the working directory.
+ * - pthread_cancel(). A thread is not cancelled while it is in the library, nor in a callback: the request is carried out
+ *   at its next cancellation point after the call. No callback may leave by pthread_exit() or longjmp().
  * - Processes. A snapshot forks one process of its own session, the guard, which ends with it. Should the caller
  *   be killed before that, the guard resumes the guest, takes QEMU's memory stream to its end (QEMU 7.2 would freeze
- *   the guest otherwise) and puts the migration settings back. The overlays stay in use then, and the memory image is
- *   marked incomplete. The guard raises no SIGCHLD, and no wait() of the caller's sees it. It is in the caller's cgroup:
+ *   the guest otherwise), puts the migration settings back, merges the overlays (not those of a driver's domain that its
+ *   disks were switched to) and removes what was made for the snapshot. The guard raises no SIGCHLD, and no wait() of the caller's sees it. It is in the caller's cgroup:
  *   what ends all of that (a container's end, systemd's KillMode=control-group) ends it too. `qemu-img` is run for
  *   instantsnap_snapshot_prepare_revert() and instantsnap_snapshot_delete(), and where QEMU itself ends during a snapshot.
  *   Programs are found in PATH (in a setuid process in /usr/bin, /bin, /usr/sbin and /sbin), and have an environment of their
@@ -49,7 +51,8 @@
  *   every instantsnap_job_ function fails at once with VIR_ERR_OPERATION_INVALID, and changes nothing. A guest handle with
  *   which the parent is taking a snapshot stays busy in the child for good; the child opens the guest anew. As with
  *   malloc(), a child of a process with threads that does not exec is safe only where no other thread was in the library
- *   at the time of the fork.
+ *   at the time of the fork. A child that does not exec keeps nothing of a snapshot: not its end, not the guest, not QEMU's
+ *   monitor, not a name.
  * - dlclose(). The library stays loaded (it is linked with `-z nodelete`), and its threads go on. Handles stay valid too.
  * - POSIX record locks (fcntl F_SETLK) that the caller holds on disk images are lost, as a process loses them whenever it
  *   closes a file: the library opens and closes the images that it flushes and copies.

@@ -30,3 +30,4 @@ mod own_file;
 pub mod snapshot;
 mod sys;
 mod tool;
+mod uncancelled;

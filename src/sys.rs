@@ -15,6 +15,7 @@ use std::time::Duration;
 
 use crate::error::{Error, Result};
 use crate::tool::Words;
+use crate::uncancelled::Uncancelled;
 
 /// Blocks every signal in this thread for the time of `body`; what is started in it inherits that.
 fn with_signals_blocked<T>(body: impl FnOnce() -> T) -> T {
@@ -53,6 +54,11 @@ pub fn now() -> Duration {
 /// Starts a thread in which every signal is blocked, so that the caller's handlers never run in it, and a pipe whose
 /// reader is gone answers EPIPE rather than SIGPIPE.
 pub fn spawn_quiet<T: Send + 'static>(name: &str, body: impl FnOnce() -> T + Send + 'static) -> Result<JoinHandle<T>> {
+    let body = move || {
+        // A callback could have it cancelled.
+        let _uncancelled = Uncancelled::enter();
+        body()
+    };
     with_signals_blocked(|| Builder::new().name(name.into()).spawn(body))
         .map_err(|error| Error::system("cannot start a thread", error))
 }
@@ -206,6 +212,8 @@ fn default_action(signal: c_int) {
 pub enum Stdio {
     /// Nothing.
     Null,
+    /// Nothing, but for its output, which goes to this descriptor, none of the first three.
+    Output(c_int),
     /// Those of its parent, with which it ends.
     Inherited,
 }
@@ -230,8 +238,9 @@ impl Program {
                 }
             } else {
                 let null = libc::open(c"/dev/null".as_ptr(), libc::O_RDWR);
-                for place in 0..3 {
-                    libc::dup2(null, place);
+                let output = if let Stdio::Output(fd) = stdio { fd } else { null };
+                for (place, fd) in (0..).zip([null, output, null]) {
+                    libc::dup2(fd, place);
                 }
             }
             // After `dup2`, which leaves the three open.
@@ -275,6 +284,20 @@ pub fn file_id(path: &CStr) -> Option<(u64, u64)> {
         let found = found.assume_init();
         Some((found.st_dev, found.st_ino))
     }
+}
+
+/// Lets go of what holds a guest or a name, for every process that has it: by what kind it is.
+pub fn let_go(fd: &OwnedFd) {
+    // SAFETY: refused where it is no socket, or nothing that is locked.
+    unsafe {
+        libc::shutdown(fd.as_raw_fd(), libc::SHUT_RDWR);
+        libc::flock(fd.as_raw_fd(), libc::LOCK_UN);
+    }
+}
+
+/// Whether there is a file of this path; for a child that was forked.
+pub fn exists(path: &CStr) -> bool {
+    file_id(path).is_some()
 }
 
 /// Removes a file, by a process that [`Child::fork`] has started.
@@ -445,6 +468,22 @@ pub fn remove_file(path: &Path) -> io::Result<()> {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
         _ => Ok(()),
     }
+}
+
+/// Whether another process has this pipe open; none where it cannot be looked into.
+pub fn has_open(pid: u32, pipe: &OwnedFd) -> Option<bool> {
+    let pipe = rustix::fs::fstat(pipe).ok()?;
+    let link = format!("pipe:[{}]", pipe.st_ino);
+    for fd in std::fs::read_dir(format!("/proc/{pid}/fd")).ok()? {
+        match fd.ok()?.path().read_link() {
+            Ok(file) if file.as_os_str() == link.as_str() => return Some(true),
+            Ok(_) => {}
+            // Closed since.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(_) => return None,
+        }
+    }
+    Some(false)
 }
 
 /// The process at the other end of a Unix socket; none where it is in a pid namespace that cannot be seen from here.

@@ -20,6 +20,8 @@ mod error;
 #[allow(unused)]
 #[path = "../../src/flags.rs"]
 mod flags;
+#[path = "../../src/uncancelled.rs"]
+mod uncancelled;
 #[allow(unused)]
 #[path = "../../src/snapshot/upgrade.rs"]
 mod upgrade;
@@ -40,6 +42,7 @@ use std::ptr;
 use error::{Code, Error, Result};
 use libvirt::{Domain, Libvirt, OnSnapshot, Snapshot};
 use ours::Ours;
+use uncancelled::Uncancelled;
 
 /// libvirt's, and instant with bit 10.
 ///
@@ -51,6 +54,7 @@ pub unsafe extern "C" fn virDomainSnapshotCreateXML(
     xml: *const c_char,
     flags: c_uint,
 ) -> *mut Snapshot {
+    let _uncancelled = Uncancelled::enter();
     let Some(libvirt) = Libvirt::get() else { return ptr::null_mut() };
     // SAFETY: the arguments are those of a call of this very function.
     let theirs = || unsafe { (libvirt.virDomainSnapshotCreateXML)(domain, xml, flags) };
@@ -85,6 +89,7 @@ pub unsafe extern "C" fn virDomainSnapshotCreateXML(
 /// As of libvirt's own.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn virDomainRevertToSnapshot(snapshot: *mut Snapshot, flags: c_uint) -> c_int {
+    let _uncancelled = Uncancelled::enter();
     let Some(libvirt) = Libvirt::get() else { return -1 };
     // SAFETY: by the caller's promise.
     unsafe { on_snapshot(libvirt, snapshot, flags, libvirt.virDomainRevertToSnapshot, |ours| ours.revert) }
@@ -96,6 +101,7 @@ pub unsafe extern "C" fn virDomainRevertToSnapshot(snapshot: *mut Snapshot, flag
 /// As of libvirt's own.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn virDomainSnapshotDelete(snapshot: *mut Snapshot, flags: c_uint) -> c_int {
+    let _uncancelled = Uncancelled::enter();
     let Some(libvirt) = Libvirt::get() else { return -1 };
     // SAFETY: by the caller's promise.
     unsafe { on_snapshot(libvirt, snapshot, flags, libvirt.virDomainSnapshotDelete, |ours| ours.delete) }

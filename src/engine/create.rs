@@ -9,7 +9,7 @@ use super::clock::{Clock, Phase};
 use super::devices::Devices;
 use super::durable::sync_images;
 use super::event::Flow;
-use super::guard::Stage;
+use super::guard::{self, Stage};
 use super::migration::{FD_NAME, Mode, Settings, Stream, wait_armed};
 use super::nvram;
 use super::operation::Options;
@@ -417,9 +417,10 @@ impl Task<'_> {
         if !guest.keeps_firmware_copies() {
             made.copies.iter().try_for_each(nvram::Copy::remove)?;
         }
+        made.guarded.enter(Stage::Committing);
         let record = match self.flags.has(flags::NO_METADATA) {
             true => record,
-            false => guest.commit(self.reserved, record)?,
+            false => guest.commit(self.reserved, record).inspect_err(|_| made.guarded.enter(Stage::Draining))?,
         };
         made.guarded.dismiss();
         Ok(record)
@@ -472,7 +473,15 @@ impl Task<'_> {
         let restore = settings.script(self.mode);
         let deputy = guest.deputy(&self.reserved.name);
         let Made { stream: Some(stream), guarded, .. } = made else { unreachable!("just made") };
-        guarded.start(deputy, guest.held(), stream.pipe(), &restore, &files);
+        let task = guard::Task {
+            held: &guest.held(),
+            reservation: self.reserved.held(),
+            record: guest.record_file(&self.reserved.name).filter(|_| !self.flags.has(flags::NO_METADATA)),
+            pipe: stream.pipe(),
+            restore: &restore,
+            files: &files,
+        };
+        guarded.start(deputy, &task);
         Ok(())
     }
 

@@ -16,9 +16,9 @@ use super::run_state;
 use crate::error::{Code, Error, Result, fail};
 use crate::guest::{Guest, PATIENCE};
 use crate::image::{self, Drain, MemoryImage, throw_away};
-use crate::monitor::commands::{self, Migration, Progress};
+use crate::monitor::commands::{self, Migration, MigrationRam, Progress};
 use crate::monitor::{Deadline, Failure};
-use crate::sys::now;
+use crate::sys::{self, now};
 
 const BACKGROUND: &str = "background-snapshot";
 const TLS: &str = "tls-creds";
@@ -368,16 +368,22 @@ impl Stream {
     ) -> Result<u64> {
         let so_far = Flow { done: self.flow(None).done, ..clock.flow() };
         let mut meter = clock.interval().map(|interval| Meter::new(interval, so_far));
+        let mut quiet = Quiet::new(self.drain.bytes());
         let bytes = loop {
             cancel.check()?;
             if let Some(outcome) = self.drain.outcome() {
                 break outcome?;
             }
+            if quiet.is_long(self.drain.bytes()) {
+                self.look_for_end(guest)?;
+                quiet = Quiet::new(self.drain.bytes());
+            }
             if let Some(meter) = meter.as_mut().filter(|meter| meter.left().is_zero()) {
                 clock.progress(meter.read(self, guest));
                 continue;
             }
-            wait_either(self.drain.done(), cancel, meter.as_ref().map(Meter::left))?;
+            let at_most = meter.as_ref().map_or(QUIET, |meter| meter.left().min(QUIET));
+            wait_either(self.drain.done(), cancel, Some(at_most))?;
         };
         // The stream's end comes a moment before QEMU's word on it.
         match wait_ended(guest, settings, Deadline::after(PATIENCE))? {
@@ -386,6 +392,36 @@ impl Stream {
             Ended::Failed(reason) if reason.contains(LOCK) && image.has_whole_stream()? => Ok(self.offset + bytes),
             Ended::Failed(reason) => fail!(OperationFailed, "cannot save memory: {reason}"),
         }
+    }
+
+    /// Nothing has come for a while. A process that the caller has forked, before QEMU had its end of the pipe, has that end
+    /// too as long as it does not execute a program: then the pipe does not end, though QEMU has closed it. What a migration
+    /// has written is in the pipe before QEMU says that it has completed.
+    fn look_for_end(&self, guest: &mut dyn Guest) -> Result<()> {
+        let migration = match commands::query_migrate(guest, Deadline::after(QUIET)) {
+            Ok(migration) => migration,
+            // QEMU may be too busy to answer.
+            Err(error) if error.code == Code::OperationTimeout => return Ok(()),
+            Err(error) => return Err(error),
+        };
+        match migration.progress() {
+            Progress::UnderWay => return Ok(()),
+            Progress::Completed => {
+                let waiting = rustix::io::ioctl_fionread(&self.spare).unwrap_or_default();
+                let came = self.drain.bytes() + waiting;
+                let sent = migration.ram.as_ref().map_or(0, MigrationRam::least);
+                if came < sent {
+                    fail!(
+                        OperationFailed,
+                        "QEMU has saved {sent} bytes of memory, and {came} have come here: another client has saved the guest \
+                         meanwhile"
+                    );
+                }
+            }
+            Progress::None | Progress::Failed => {}
+        }
+        self.drain.end_when_empty();
+        Ok(())
     }
 
     /// How far memory has come, by what QEMU says of it.
@@ -411,8 +447,9 @@ impl Stream {
         }
     }
 
-    /// Returns when nothing is written to the image any more, after [`Stream::give_up`].
+    /// Returns when nothing is written to the image any more, after [`Stream::wait_given_up`].
     pub fn wait_discarded(&self, cancel: &Cancel) -> Result<()> {
+        self.drain.end_when_empty();
         while self.drain.outcome().is_none() {
             cancel.check()?;
             wait_either(self.drain.done(), cancel, None)?;
@@ -428,16 +465,20 @@ impl Stream {
 
     /// Returns when QEMU has closed the stream. Its thread is at its end then; the status says so before, and a migration
     /// begun in between would be one beside it.
-    fn wait_closed(&self) -> Result<()> {
+    fn wait_closed(&self, guest: &dyn Guest) -> Result<()> {
         let deadline = Instant::now() + PATIENCE;
         // Asked for nothing, it tells of the other end's having gone.
         let mut fds = [PollFd::new(&self.spare, PollFlags::empty())];
         while !fds[0].revents().contains(PollFlags::HUP) {
+            // Another process may have that end too.
+            if guest.pid().and_then(|pid| sys::has_open(pid, &self.spare)) == Some(false) {
+                return Ok(());
+            }
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 fail!(OperationTimeout, "saving memory has ended, and QEMU does not close its stream");
             }
-            match poll(&mut fds, Some(&timeout(left))) {
+            match poll(&mut fds, Some(&timeout(left.min(LOOK)))) {
                 Ok(_) | Err(Errno::INTR) => {}
                 Err(errno) => return Err(Error::system("cannot wait for QEMU to close its stream", errno)),
             }
@@ -463,7 +504,7 @@ impl Stream {
             if migration.progress() != Progress::UnderWay {
                 // Where it never began, QEMU keeps its end; refused where a migration has taken it.
                 let _ = commands::closefd(guest, FD_NAME, Deadline::after(PATIENCE));
-                return self.wait_closed();
+                return self.wait_closed(guest);
             }
             if cancellable && migration.has_pages() {
                 commands::migrate_cancel(guest, Deadline::after(PATIENCE))?;
@@ -492,6 +533,30 @@ impl Stream {
             fail!(OperationTimeout, "saving memory was given up, and does not come to its end");
         }
         Ok(())
+    }
+}
+
+/// For so long nothing comes before QEMU is asked whether anything more does.
+const QUIET: Duration = Duration::from_secs(1);
+/// How often it is looked whether QEMU has closed its end.
+const LOOK: Duration = Duration::from_millis(20);
+
+/// Since when nothing has come.
+struct Quiet {
+    bytes: u64,
+    since: Instant,
+}
+
+impl Quiet {
+    fn new(bytes: u64) -> Quiet {
+        Quiet { bytes, since: Instant::now() }
+    }
+
+    fn is_long(&mut self, bytes: u64) -> bool {
+        if bytes != self.bytes {
+            *self = Quiet::new(bytes);
+        }
+        self.since.elapsed() >= QUIET
     }
 }
 

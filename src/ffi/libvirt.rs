@@ -11,6 +11,7 @@ use super::header::{instantsnap_guest, instantsnap_snapshot};
 use super::native::{self, GUESTS, SNAPSHOTS, Snapshot};
 use super::{boundary, client, driver, inside, text};
 use crate::error::{Result, fail};
+use crate::uncancelled::Uncancelled;
 
 /// `virDomainObj`, which is libvirt's affair.
 type DomainObj = c_void;
@@ -27,6 +28,7 @@ pub unsafe extern "C" fn qemuSnapshotCreateXML(
     xml: *const c_char,
     flags: c_uint,
 ) -> *mut c_void {
+    let _uncancelled = Uncancelled::enter();
     // SAFETY: by the caller's promise.
     if let Some(snapshot) = unsafe { driver::create(domain, vm, xml, flags) } {
         return snapshot;
@@ -58,6 +60,7 @@ pub unsafe extern "C" fn qemuSnapshotCreateXML(
 /// Unless `vm` is ours, everything is as libvirt's own function wants it.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn qemuSnapshotRevert(vm: *mut DomainObj, snapshot: *mut c_void, flags: c_uint) -> c_int {
+    let _uncancelled = Uncancelled::enter();
     if let Some(result) = driver::revert(vm, snapshot, flags) {
         return result;
     }
@@ -86,6 +89,7 @@ pub unsafe extern "C" fn qemuSnapshotRevert(vm: *mut DomainObj, snapshot: *mut c
 /// Unless `vm` is ours, everything is as libvirt's own function wants it.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn qemuSnapshotDelete(vm: *mut DomainObj, snapshot: *mut c_void, flags: c_uint) -> c_int {
+    let _uncancelled = Uncancelled::enter();
     if let Some(result) = driver::delete(vm, snapshot, flags) {
         return result;
     }

@@ -28,6 +28,7 @@ use std::ffi::{CStr, CString, c_char};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use crate::error::{Code, Error, Result, fail};
+use crate::uncancelled::Uncancelled;
 use handles::Registry;
 
 /// The header as bindgen reads it.
@@ -38,6 +39,7 @@ pub mod header {
 
 /// Runs the body of a C function. Errors are kept for the thread, a panic becomes one, and `failed` is returned for both.
 fn boundary<T>(failed: T, body: impl FnOnce() -> Result<T>) -> T {
+    let _uncancelled = Uncancelled::enter();
     let error = match catch_unwind(AssertUnwindSafe(body)) {
         Ok(Ok(value)) => return value,
         Ok(Err(error)) => error,

@@ -10,8 +10,8 @@ use std::time::Duration;
 use serde_json::json;
 
 use super::exclusive::Exclusive;
-use super::qmp::{BUILT_FLAGS, Channel, MonitorGuest, Overlay, Switch, delete, hold_qemu, switch};
-use super::{Catalog, Connector, Deputy, Guest, Presence, Reserved, check_version};
+use super::qmp::{BUILT_FLAGS, Channel, MonitorGuest, Overlay, Recovery, Switch, delete, hold_qemu, switch};
+use super::{Catalog, Connector, Guest, Presence, Reserved, check_version};
 use crate::error::{Code, Error, Result, fail};
 use crate::flags::delete::METADATA_ONLY;
 use crate::monitor::json::{Json, parse};
@@ -332,10 +332,14 @@ impl Channel for Callbacks<'_> {
         Ok(record)
     }
 
-    fn deputy(&self) -> Deputy<'_> {
-        match &self.guard {
-            Some(monitor) => Deputy::Monitor(monitor.socket()),
-            None => Deputy::Nobody,
+    /// The driver takes the disks for switched until it is told otherwise, which nobody does any more.
+    fn recovery(&self) -> Recovery<'_> {
+        Recovery { monitor: self.guard.as_ref().map(Monitor::socket), merges: false }
+    }
+
+    fn leave(&mut self) {
+        if let Some(guard) = &mut self.guard {
+            guard.leave();
         }
     }
 

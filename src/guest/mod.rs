@@ -111,6 +111,11 @@ pub struct Reserved {
 }
 
 impl Reserved {
+    /// What holds it in a state directory.
+    pub fn held(&self) -> Option<&Reservation> {
+        self.held.as_ref()
+    }
+
     /// Holds it in a state directory, where memory goes too.
     fn in_store(store: &Store, name: Option<&str>) -> Result<Reserved> {
         let held = store.reserve(name)?;
@@ -145,10 +150,23 @@ pub struct Description {
 pub enum Deputy<'a> {
     /// Not at all.
     Nobody,
-    /// By the monitor's socket, which only this operation uses.
-    Monitor(BorrowedFd<'a>),
+    /// By the monitor's socket, which only this operation uses; with the overlays, which it undoes.
+    Monitor(BorrowedFd<'a>, Vec<MonitorOverlay>),
     /// By programs.
     Programs(MakeErrands<'a>),
+}
+
+/// An overlay that a process which outlives this one undoes by the monitor.
+#[derive(Clone, Debug)]
+pub struct MonitorOverlay {
+    /// The node of its format.
+    pub node: String,
+    /// The node of its file.
+    pub file_node: String,
+    /// The node below, where it is to be merged into that: not where its owner believes the disk to be on the overlay.
+    pub image_node: Option<String>,
+    /// Its file.
+    pub file: Option<KnownFile>,
 }
 
 /// Makes the programs, given the QMP commands that put the migration settings back.
@@ -165,6 +183,8 @@ pub struct Errands {
     pub resume: Errand,
     /// The same where that fails, because the guest runs already, or the daemon takes it for one that does.
     pub resume_all_the_same: Errand,
+    /// Says how its migration is.
+    pub query_migrate: Errand,
     /// Put everything back but the disks.
     pub restore: Vec<Errand>,
     /// Merge one overlay each, if it is in use, and fail if it was not.
@@ -269,6 +289,11 @@ pub trait Guest: Execute {
         Ok(record)
     }
 
+    /// The file that there is once a snapshot of this name is recorded, where it is one.
+    fn record_file(&self, _name: &str) -> Option<PathBuf> {
+        None
+    }
+
     /// Undoes the record.
     fn withdraw(&mut self) -> Result<()> {
         Ok(())
@@ -292,13 +317,11 @@ pub trait Guest: Execute {
         false
     }
 
-    /// What holds it for this operation, where a guard is to hold it too.
-    fn held(&self) -> Option<BorrowedFd<'_>> {
-        None
-    }
+    /// What holds it for this operation, which a guard holds too.
+    fn held(&self) -> Vec<BorrowedFd<'_>>;
 
-    /// Leaves it to the guard, which has that.
-    fn leave_held(&mut self) {}
+    /// Leaves it to the guard, which has that, and what it acts by.
+    fn leave_held(&mut self);
 
     /// Ends the guest.
     fn halt(&mut self) -> Result<()>;

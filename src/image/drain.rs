@@ -38,6 +38,9 @@ struct Shared {
     outcome: OnceLock<io::Result<()>>,
     /// What still comes is not wanted.
     discard: AtomicBool,
+    /// Nothing more comes: the stream ends where the pipe is empty. Readable with it.
+    last: AtomicBool,
+    emptied: OwnedFd,
     /// Taken from the pipe so far.
     bytes: AtomicU64,
 }
@@ -54,6 +57,8 @@ impl Drain {
             done: event()?,
             outcome: OnceLock::new(),
             discard: AtomicBool::new(false),
+            last: AtomicBool::new(false),
+            emptied: event()?,
             bytes: AtomicU64::new(0),
         });
         let theirs = Arc::clone(&shared);
@@ -75,6 +80,13 @@ impl Drain {
     /// From now on nothing is written any more.
     pub fn discard(&self) {
         self.shared.discard.store(true, Ordering::Relaxed);
+    }
+
+    /// QEMU has written all that it will: the stream ends where the pipe is empty. A process that the caller has forked, and
+    /// that has QEMU's end of the pipe too, would keep it from ending otherwise.
+    pub fn end_when_empty(&self) {
+        self.shared.last.store(true, Ordering::Release);
+        signal(&self.shared.emptied);
     }
 
     /// Once it is known: the stream's bytes, all of them in the file; or why they are not.
@@ -108,9 +120,11 @@ impl Shared {
         signal(&self.done);
         if unread {
             while self.wait(pipe) {
+                let last = self.last.load(Ordering::Acquire);
                 match throw_away(pipe) {
                     Ok(0) => return,
                     Ok(got) => self.count(got),
+                    Err(Errno::AGAIN) if last => return,
                     Err(Errno::AGAIN | Errno::INTR) => {}
                     Err(_) => return,
                 }
@@ -128,9 +142,12 @@ impl Shared {
                 return Err(io::Error::other("it is not wanted any more"));
             }
             let flags = SpliceFlags::MOVE | SpliceFlags::NONBLOCK;
+            // Known before it is looked whether there is something.
+            let last = self.last.load(Ordering::Acquire);
             let moved = match splice(pipe, None, &own_write, None, CHUNK, flags) {
                 Ok(0) => return Ok(()),
                 Ok(moved) => moved,
+                Err(Errno::AGAIN) if last => return Ok(()),
                 Err(Errno::AGAIN | Errno::INTR) => continue,
                 Err(error) => return Err(error.into()),
             };
@@ -157,7 +174,7 @@ impl Shared {
 
     /// Waits for something in the pipe, its end included; false when the drain is to end.
     fn wait(&self, pipe: &OwnedFd) -> bool {
-        let mut fds = [PollFd::new(pipe, PollFlags::IN), PollFd::new(&self.stop, PollFlags::IN)];
+        let mut fds = [pipe, &self.stop, &self.emptied].map(|fd| PollFd::new(fd, PollFlags::IN));
         match rustix::io::retry_on_intr(|| poll(&mut fds, None)) {
             Ok(_) => fds[1].revents().is_empty(),
             Err(_) => false,
@@ -183,4 +200,28 @@ fn copy_chunk(pipe: &OwnedFd, file: &File, offset: u64, length: usize) -> rustix
 /// Takes what is in a pipe that does not block, and forgets it; 0 at its end.
 pub fn throw_away(pipe: &OwnedFd) -> rustix::io::Result<usize> {
     rustix::io::read(pipe, &mut [0; 64 << 10])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+
+    #[test]
+    fn a_stream_whose_other_end_is_still_held_ends_where_the_pipe_is_empty_when_nothing_more_comes() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("image");
+        let (read, write) = super::super::pipe().unwrap();
+        rustix::io::ioctl_fionbio(&read, true).unwrap();
+        let file = File::create(&path).unwrap();
+        let mut write = File::from(write);
+        let drain = Drain::start(read, file, &path, 0).unwrap();
+        write.write_all(&[7; 300_000]).unwrap();
+        // The other end stays open.
+        drain.end_when_empty();
+        let done = drain.done();
+        poll(&mut [PollFd::new(&done, PollFlags::IN)], None).unwrap();
+        assert_eq!(drain.outcome().unwrap().unwrap(), 300_000);
+        assert_eq!(std::fs::read(&path).unwrap(), [7; 300_000]);
+    }
 }

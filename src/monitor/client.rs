@@ -9,8 +9,8 @@ use std::time::Duration;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{
-    AddressFamily, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags,
-    SocketType, connect, recv, sendmsg, socket_with,
+    AddressFamily, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, Shutdown, SocketAddrUnix,
+    SocketFlags, SocketType, connect, recv, sendmsg, shutdown, socket_with,
 };
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use serde_json::json;
@@ -37,6 +37,18 @@ pub struct Monitor {
     pub version: (u64, u64),
     /// The process at the other end, where it is QEMU.
     pub qemu: Option<Peer>,
+    left: bool,
+}
+
+/// QEMU has one client at a time: it is to see that this one has gone, though a process that the caller has forked meanwhile
+/// has the socket too.
+impl Drop for Monitor {
+    fn drop(&mut self) {
+        // A panic leaves it to the guard.
+        if !self.left && !std::thread::panicking() {
+            let _ = shutdown(&self.socket, Shutdown::Both);
+        }
+    }
 }
 
 /// The QEMU process that made the socket listen.
@@ -78,6 +90,7 @@ impl Monitor {
             events: Events::default(),
             version: (0, 0),
             qemu,
+            left: false,
         };
         let not_qmp = |reason: &str| {
             Error::new(Code::OperationFailed, format!("'{}' is not a QMP socket: {reason}", path.display()))
@@ -112,6 +125,11 @@ impl Monitor {
     /// The events that have come since the last call.
     pub fn take_events(&mut self) -> Vec<Event> {
         self.events.take()
+    }
+
+    /// Leaves the connection to a process that has its socket.
+    pub fn leave(&mut self) {
+        self.left = true;
     }
 
     /// The socket, for a process that goes on where this one ends.

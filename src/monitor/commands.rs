@@ -49,6 +49,13 @@ pub struct MigrationRam {
     pub page_size: u64,
 }
 
+impl MigrationRam {
+    /// The stream has so many bytes at least: `transferred` counts some of them twice.
+    pub fn least(&self) -> u64 {
+        self.normal * self.page_size
+    }
+}
+
 /// What a migration is doing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Progress {

@@ -11,13 +11,20 @@ use std::fs::File;
 use std::io::{self, ErrorKind, Read, Write};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use rustix::fs::{FlockOperation, flock};
+use rustix::io::Errno;
 use tempfile::NamedTempFile;
 
 use super::{Record, check_name, generated_names, xml};
 use crate::error::{Code, Error, Result, fail};
+use crate::monitor::Deadline;
+use crate::own_file::KnownFile;
 use crate::sys;
+
+/// Nobody changes a state directory for so long.
+const LOCKED: Duration = Duration::from_secs(30);
 
 /// A guest's state directory.
 #[derive(Clone, Debug)]
@@ -31,7 +38,30 @@ pub struct Reservation {
     /// The name.
     pub name: String,
     path: PathBuf,
-    _lock: File,
+    lock: Lock,
+}
+
+/// A file that is locked. A process that the caller has forked meanwhile has the file too; the lock goes all the same.
+#[derive(Debug)]
+struct Lock(File);
+
+impl Drop for Lock {
+    fn drop(&mut self) {
+        let _ = flock(&self.0, FlockOperation::Unlock);
+    }
+}
+
+impl Reservation {
+    /// What holds the name.
+    pub fn held(&self) -> &File {
+        &self.lock.0
+    }
+
+    /// Its file, for a process that goes on where this one ends.
+    pub fn known(&self) -> io::Result<KnownFile> {
+        let metadata = self.lock.0.metadata()?;
+        Ok(KnownFile { path: self.path.clone(), id: (metadata.dev(), metadata.ino()) })
+    }
 }
 
 impl Drop for Reservation {
@@ -96,10 +126,12 @@ impl Store {
         loop {
             let lock = self.open_file(&path)?;
             match flock(&lock, FlockOperation::NonBlockingLockExclusive) {
-                Ok(()) if is_at(&lock, &path) => return Ok(Reservation { name: name.into(), path, _lock: lock }),
+                Ok(()) if is_at(&lock, &path) => {
+                    return Ok(Reservation { name: name.into(), path, lock: Lock(lock) });
+                }
                 // Its last holder removed it after we had opened it: the next to come would have another file.
                 Ok(()) => {}
-                Err(rustix::io::Errno::WOULDBLOCK) => {
+                Err(Errno::WOULDBLOCK) => {
                     fail!(OperationInvalid, "domain snapshot '{name}' is being created already")
                 }
                 Err(error) => return Err(Error::system(format!("cannot lock '{}'", path.display()), error)),
@@ -246,7 +278,8 @@ impl Store {
             .map_err(|error| Error::system(format!("cannot remove '{}'", path.display()), error))
     }
 
-    fn record_path(&self, name: &str) -> PathBuf {
+    /// Where a snapshot of this name is recorded.
+    pub fn record_path(&self, name: &str) -> PathBuf {
         self.path(&format!("{name}.xml"))
     }
 
@@ -276,13 +309,26 @@ impl Store {
     }
 
     /// Held for the moment of a change only, so waiting for it is short.
-    fn lock(&self) -> Result<File> {
+    fn lock(&self) -> Result<Lock> {
         let path = self.path(".lock");
         let lock = self.open_file(&path)?;
-        rustix::io::retry_on_intr(|| flock(&lock, FlockOperation::LockExclusive))
-            .map_err(|error| Error::system(format!("cannot lock '{}'", path.display()), error))?;
+        let deadline = Deadline::after(LOCKED);
+        loop {
+            match flock(&lock, FlockOperation::NonBlockingLockExclusive) {
+                Ok(()) => break,
+                Err(Errno::INTR) => {}
+                Err(Errno::WOULDBLOCK) if deadline.left().is_some() => std::thread::sleep(Duration::from_millis(2)),
+                Err(Errno::WOULDBLOCK) => fail!(
+                    OperationTimeout,
+                    "the state directory is locked ('{}'), by a process that was stopped or killed while it changed it, or by a \
+                     child of that: end it (`fuser` names it), and try again",
+                    path.display()
+                ),
+                Err(error) => return Err(Error::system(format!("cannot lock '{}'", path.display()), error)),
+            }
+        }
         check_owner(&self.directory)?;
-        Ok(lock)
+        Ok(Lock(lock))
     }
 
     fn open_file(&self, path: &Path) -> Result<File> {

@@ -1,12 +1,13 @@
 //! The guard's side: the child of a process with threads, which makes system calls only.
 
-use std::ffi::c_int;
+use std::ffi::{CStr, c_int};
 use std::os::fd::{FromRawFd, OwnedFd};
 
 use rustix::io::Errno;
 use rustix::net::{SendFlags, send};
 
 use super::errand::Errands;
+use super::files::Remove;
 use super::words::{Words, say};
 use super::{DISMISSED, READY, Stage};
 use crate::image::throw_away;
@@ -26,53 +27,95 @@ pub enum Script {
     Errands(Box<Errands>),
 }
 
+/// So many descriptors hold the guest for an operation, at most.
+pub const HELD: usize = 3;
+
+/// For so long nothing comes of the stream before QEMU is asked whether anything more does.
+const QUIET_MS: c_int = 1000;
+
 /// The guard's side. Descriptors are by number: the child has them all, until it keeps only these.
 pub struct Child<'a> {
     pub lifeline: c_int,
     pub caller: c_int,
     pub monitor: c_int,
     pub pipe: c_int,
-    /// The name by which the guest is held: nobody else begins an operation on it while the guard is at work.
-    pub held: c_int,
+    /// The names by which the guest is held: nobody else begins an operation on it while the guard is at work.
+    pub held: [c_int; HELD],
+    /// What holds the snapshot's name.
+    pub reservation: c_int,
+    pub reserved: Option<&'a Remove>,
+    /// The file that there is once the snapshot is recorded, where that is known.
+    pub record: Option<&'a CStr>,
     pub script: &'a Script,
 }
 
 impl Child<'_> {
     pub fn run(&self) -> ! {
-        let kept = sys::keep_only([self.lifeline, self.caller, self.monitor, self.pipe, self.held]);
-        let Some(kept) = kept else { sys::exit_now() };
+        let [held0, held1, held2] = self.held;
+        let own = [self.lifeline, self.caller, self.monitor, self.pipe, self.reservation, held0, held1, held2];
+        let Some(kept) = sys::keep_only(own) else { sys::exit_now() };
         // SAFETY: they were just made, and are nobody else's in this process.
-        let [lifeline, caller, monitor, pipe, _held] = kept.map(|fd| unsafe { OwnedFd::from_raw_fd(fd) });
+        let [lifeline, caller, monitor, pipe, reservation, held @ ..] =
+            kept.map(|fd| unsafe { OwnedFd::from_raw_fd(fd) });
         let _ = send(&lifeline, &[READY], SendFlags::NOSIGNAL);
         let stage = Self::watch(&lifeline, &caller);
+        // A snapshot that is recorded is complete.
+        let recorded = self.record.is_none_or(sys::exists);
+        if stage != Stage::Committing || !recorded {
+            self.undo(stage, &monitor, pipe);
+        }
+        // In this order: whoever has the name next has a file of its own.
+        self.reserved.into_iter().for_each(Remove::run);
+        sys::let_go(&reservation);
+        // Processes that the caller has forked can have them too.
+        sys::let_go(&monitor);
+        held.iter().for_each(sys::let_go);
+        sys::exit_now()
+    }
+
+    /// Undoes the snapshot, the guest first.
+    fn undo(&self, stage: Stage, monitor: &OwnedFd, pipe: OwnedFd) {
         let mut stream = Remaining { pipe, ended: !stage.is_migrating(), thrown_away: 0 };
         if stage == Stage::Racing {
-            while !stream.ended && stream.thrown_away < BEFORE_ARMED && wait_ready([Some(&stream.pipe), None], -1) {
-                stream.throw_away();
-            }
+            self.read_until(&mut stream, monitor, |stream| stream.thrown_away >= BEFORE_ARMED);
         }
         if stage.is_paused() {
-            self.resume(&monitor, &mut stream);
+            self.resume(monitor, &mut stream);
         }
-        while !stream.ended && wait_ready([Some(&stream.pipe), None], -1) {
-            stream.throw_away();
-        }
+        self.read_until(&mut stream, monitor, |_| false);
         // A migration that was still setting up has stopped the guest once more.
         if stage.is_paused() && stage.is_migrating() {
-            self.resume(&monitor, &mut stream);
+            self.resume(monitor, &mut stream);
         }
         match self.script {
             Script::Silence => {}
-            Script::Words(words) => say(&monitor, &words.restore, &mut stream),
+            Script::Words(words) => words.undo(monitor, stage.is_switched(), &mut stream),
             Script::Errands(errands) => errands.undo(stage.is_switched(), &mut stream),
         }
-        sys::exit_now()
+    }
+
+    /// Throws the stream away until `enough`, or to its end. A process that the caller has forked can have QEMU's end of the
+    /// pipe too, so that it does not end: then QEMU knows.
+    fn read_until(&self, stream: &mut Remaining, monitor: &OwnedFd, enough: impl Fn(&Remaining) -> bool) {
+        while !stream.ended && !enough(stream) {
+            if wait_ready([Some(&stream.pipe), None], QUIET_MS) {
+                stream.throw_away();
+                continue;
+            }
+            let migrating = match self.script {
+                Script::Silence => None,
+                Script::Words(words) => words.is_migrating(monitor, stream),
+                Script::Errands(errands) => errands.is_migrating(stream),
+            };
+            // What QEMU had written until it said so is in the pipe, and not wanted.
+            stream.ended |= migrating == Some(false);
+        }
     }
 
     fn resume(&self, monitor: &OwnedFd, stream: &mut Remaining) {
         match self.script {
             Script::Silence => {}
-            Script::Words(words) => say(monitor, &words.resume, stream),
+            Script::Words(words) => drop(say(monitor, &words.resume, stream)),
             Script::Errands(errands) => errands.resume(stream),
         }
     }

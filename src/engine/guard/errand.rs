@@ -1,9 +1,13 @@
 //! Programs that the guard runs: libvirt's own client, where a domain is libvirt's.
 
-use std::ffi::CString;
-use std::os::unix::ffi::OsStrExt;
+use std::os::fd::AsRawFd;
+
+use rustix::io::Errno;
+use rustix::pipe::{PipeFlags, pipe_with};
 
 use super::child::Remaining;
+use super::files::Remove;
+use super::reply::Reader;
 use crate::guest;
 use crate::own_file::KnownFile;
 use crate::sys::{self, Program, Stdio};
@@ -28,33 +32,17 @@ impl Errand {
 
     /// Whether it succeeded.
     fn run(&self, stream: &mut Remaining) -> bool {
+        self.run_with(Stdio::Null, stream)
+    }
+
+    fn run_with(&self, stdio: Stdio, stream: &mut Remaining) -> bool {
         let Some(words) = &self.words else { return false };
-        let Some(program) = Program::start(words, Stdio::Null) else { return false };
+        let Some(program) = Program::start(words, stdio) else { return false };
         // Meanwhile QEMU may be waiting for its stream to be read.
         while !program.wait_ended((!stream.ended).then_some(&stream.pipe)) {
             stream.throw_away();
         }
         program.succeeded()
-    }
-}
-
-/// A file, as the kernel wants it.
-#[derive(Debug)]
-struct Remove {
-    path: CString,
-    id: (u64, u64),
-}
-
-impl Remove {
-    fn new(file: &KnownFile) -> Option<Remove> {
-        Some(Remove { path: CString::new(file.path.as_os_str().as_bytes()).ok()?, id: file.id })
-    }
-
-    /// Removes it, and not what may be called so by then.
-    fn run(&self) {
-        if sys::file_id(&self.path) == Some(self.id) {
-            sys::unlink(&self.path);
-        }
     }
 }
 
@@ -64,6 +52,7 @@ pub struct Errands {
     look: Errand,
     tries: u32,
     resume: [Errand; 2],
+    query_migrate: Errand,
     restore: Vec<Errand>,
     merge: Vec<Errand>,
     files: Vec<Remove>,
@@ -77,6 +66,7 @@ impl Errands {
             look: Errand::new(errands.look),
             tries: errands.tries,
             resume: [errands.resume, errands.resume_all_the_same].map(Errand::new),
+            query_migrate: Errand::new(errands.query_migrate),
             restore: all(errands.restore),
             merge: all(errands.merge),
             files: files.iter().filter_map(Remove::new).collect(),
@@ -87,6 +77,29 @@ impl Errands {
     pub fn resume(&self, stream: &mut Remaining) {
         self.wait_for_daemon(stream);
         repeat(&self.resume, TRIES, stream);
+    }
+
+    /// Whether a migration is under way; none where that cannot be learnt now.
+    pub fn is_migrating(&self, stream: &mut Remaining) -> Option<bool> {
+        // What it says is less than a pipe holds.
+        let (output, theirs) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK).ok()?;
+        if !self.query_migrate.run_with(Stdio::Output(theirs.as_raw_fd()), stream) {
+            return None;
+        }
+        let mut reader = Reader::new();
+        let mut buffer = [0; 4096];
+        loop {
+            let got = match rustix::io::read(&output, &mut buffer) {
+                Ok(0) => return None,
+                Ok(got) => got,
+                Err(Errno::INTR) => continue,
+                Err(_) => return None,
+            };
+            let mut replies = buffer.iter().take(got).filter_map(|byte| reader.read(*byte));
+            if let Some(reply) = replies.find(|reply| reply.done) {
+                return Some(reply.migrating);
+            }
+        }
     }
 
     /// A daemon that restarts is there again after some time.
@@ -115,11 +128,11 @@ fn repeat(errands: &[Errand], tries: u32, stream: &mut Remaining) {
         if errands.iter().any(|errand| errand.run(stream)) {
             return;
         }
-        if !stream.ended {
+        if stream.ended {
+            sys::wait_ready([None, None], PAUSE_MS);
+        } else {
             sys::wait_ready([Some(&stream.pipe), None], PAUSE_MS);
             stream.throw_away();
-        } else {
-            sys::wait_ready([None, None], PAUSE_MS);
         }
     }
 }

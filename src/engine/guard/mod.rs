@@ -7,25 +7,31 @@
 //!
 //! It is a fork, not a program, so that there is nothing to install, and nothing to forbid. Between fork and exit it makes
 //! system calls only, on memory that was there before. How it speaks to the guest is the way in's affair ([`Deputy`]): by
-//! words on the monitor's socket, or by errands, programs that it runs. Errands can do more: they merge the overlays back.
+//! words on the monitor's socket, or by errands, programs that it runs. Either way it merges the overlays back, unless they
+//! are a driver's, and removes what was made for the snapshot.
 
 mod child;
 mod errand;
+mod files;
+mod reply;
 mod words;
 
 use std::ffi::c_int;
 use std::mem::ManuallyDrop;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::path::PathBuf;
 
 use rustix::net::{AddressFamily, SendFlags, Shutdown, SocketFlags, SocketType, send, shutdown, socketpair};
 use rustix::process::{PidfdFlags, getpid, pidfd_open};
 use serde_json::Value;
 
-use self::child::{Child, Script};
+use self::child::{Child, HELD, Script};
 use self::errand::Errands;
+use self::files::Remove;
 use self::words::Words;
 use crate::guest::Deputy;
 use crate::own_file::KnownFile;
+use crate::snapshot::Reservation;
 use crate::sys::{self, wait_ready};
 
 /// How far a snapshot has come, as far as its guest is concerned. Entered before what it stands for is tried.
@@ -48,6 +54,8 @@ pub enum Stage {
     Migrating = b'M',
     /// A migration has begun, and the guest runs again, or was paused by its user and stays so.
     Draining = b'D',
+    /// All is done and on disk, and the snapshot is being recorded.
+    Committing = b'C',
 }
 
 impl Stage {
@@ -63,13 +71,15 @@ impl Stage {
 
     /// The disks may be on their overlays.
     pub fn is_switched(self) -> bool {
-        matches!(self, Stage::Switching | Stage::Migrating | Stage::Draining)
+        matches!(self, Stage::Switching | Stage::Migrating | Stage::Draining | Stage::Committing)
     }
 
     /// As it was told.
     fn from_byte(byte: u8) -> Option<Stage> {
-        use Stage::{Begun, Draining, Migrating, Paused, Prepared, Racing, Switching};
-        [Prepared, Begun, Racing, Paused, Switching, Migrating, Draining].into_iter().find(|stage| *stage as u8 == byte)
+        use Stage::{Begun, Committing, Draining, Migrating, Paused, Prepared, Racing, Switching};
+        [Prepared, Begun, Racing, Paused, Switching, Migrating, Draining, Committing]
+            .into_iter()
+            .find(|stage| *stage as u8 == byte)
     }
 }
 
@@ -80,6 +90,22 @@ const READY: u8 = b'r';
 /// For it to get there.
 const READY_MS: c_int = 10_000;
 
+/// What a guard is there for.
+pub struct Task<'a> {
+    /// What holds the guest for this operation.
+    pub held: &'a [BorrowedFd<'a>],
+    /// What holds the snapshot's name in a state directory.
+    pub reservation: Option<&'a Reservation>,
+    /// The file that there is once it is recorded, where that is known.
+    pub record: Option<PathBuf>,
+    /// QEMU's stream.
+    pub pipe: BorrowedFd<'a>,
+    /// QMP commands that put the settings back.
+    pub restore: &'a [(&'a str, Value)],
+    /// The snapshot's, to be removed.
+    pub files: &'a [KnownFile],
+}
+
 /// The stage of a snapshot, and who takes over should this process end in it.
 #[derive(Debug, Default)]
 pub struct Guarded {
@@ -89,21 +115,14 @@ pub struct Guarded {
 
 impl Guarded {
     /// Starts the guard. Where no process can be started there is none, and the caller must not be killed.
-    ///
-    /// `restore` are QMP commands that put the settings back; `files` are the snapshot's, to be removed where the overlays are.
-    /// `held` is what holds the guest for this operation.
-    pub fn start(
-        &mut self,
-        deputy: Deputy,
-        held: Option<BorrowedFd>,
-        pipe: BorrowedFd,
-        restore: &[(&str, Value)],
-        files: &[KnownFile],
-    ) {
-        let start = |monitor, script: &Script| Guard::start(monitor, held, pipe, script);
+    pub fn start(&mut self, deputy: Deputy, task: &Task) {
+        let Task { restore, files, .. } = *task;
+        let start = |monitor, script: &Script| Guard::start(monitor, task, script);
         self.guard = match deputy {
             Deputy::Nobody => start(None, &Script::Silence),
-            Deputy::Monitor(monitor) => start(Some(monitor), &Script::Words(Words::new(restore))),
+            Deputy::Monitor(monitor, overlays) => {
+                start(Some(monitor), &Script::Words(Words::new(restore, &overlays, files)))
+            }
             Deputy::Programs(make) => start(None, &Script::Errands(Box::new(Errands::new(make(restore), files)))),
         };
     }
@@ -141,23 +160,27 @@ struct Guard {
 }
 
 impl Guard {
-    fn start(
-        monitor: Option<BorrowedFd>,
-        held: Option<BorrowedFd>,
-        pipe: BorrowedFd,
-        script: &Script,
-    ) -> Option<Guard> {
+    fn start(monitor: Option<BorrowedFd>, task: &Task, script: &Script) -> Option<Guard> {
         // A socket, not a pipe: writing to one whose reader was killed need not raise SIGPIPE.
         let (theirs, ours) = socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None).ok()?;
         // The lifeline alone would not do: a child that the caller forks has it too.
         let caller = pidfd_open(getpid(), PidfdFlags::empty()).ok()?;
+        let reserved = task.reservation.and_then(|reservation| reservation.known().ok());
+        let reserved = reserved.as_ref().and_then(Remove::new);
+        let record = task.record.as_deref().and_then(files::path);
+        // Something must be in the place of what there is not.
+        let nothing = task.pipe.as_raw_fd();
+        let mut held = [nothing; HELD];
+        held.iter_mut().zip(task.held).for_each(|(place, fd)| *place = fd.as_raw_fd());
         let child = Child {
             lifeline: theirs.as_raw_fd(),
             caller: caller.as_raw_fd(),
-            // Something must be in the place of what there is not.
-            monitor: monitor.unwrap_or(pipe).as_raw_fd(),
-            held: held.unwrap_or(pipe).as_raw_fd(),
-            pipe: pipe.as_raw_fd(),
+            monitor: monitor.map_or(nothing, |monitor| monitor.as_raw_fd()),
+            pipe: task.pipe.as_raw_fd(),
+            held,
+            reservation: task.reservation.map_or(nothing, |reservation| reservation.held().as_raw_fd()),
+            reserved: reserved.as_ref(),
+            record: record.as_deref(),
             script,
         };
         // Until it has closed them it holds a copy of every descriptor of this process, locks and marks of other snapshots

@@ -7,37 +7,109 @@ use rustix::net::{SendFlags, send};
 use serde_json::{Value, json};
 
 use super::child::Remaining;
+use super::files::Remove;
+use super::reply::{MARK, Reader, Reply};
+use crate::guest::MonitorOverlay;
+use crate::own_file::KnownFile;
 use crate::sys::wait_ready;
+
+/// Between two questions whether a job has come further.
+const PAUSE_MS: i32 = 50;
 
 /// Made before they are needed.
 #[derive(Debug)]
 pub struct Words {
     pub resume: String,
-    pub restore: String,
+    restore: Vec<String>,
+    query_migrate: String,
+    overlays: Vec<Overlay>,
+    files: Vec<Remove>,
 }
 
-/// In QEMU's reply to the last command of a script, and nowhere else.
-const MARK: &str = "instantsnap-guard-done";
+/// What is said to undo one overlay.
+#[derive(Debug)]
+struct Overlay {
+    /// Empty where merging is not the guard's to do.
+    commit: String,
+    complete: String,
+    delete: String,
+    delete_file_node: String,
+    file: Option<Remove>,
+}
 
-impl Words {
-    /// Commands, by name and arguments, that put everything but the guest's state back.
-    pub fn new(restore: &[(&str, Value)]) -> Words {
-        Words { resume: lines(&[("cont", json!({}))]), restore: lines(restore) }
+impl Overlay {
+    fn new(overlay: &MonitorOverlay) -> Overlay {
+        let MonitorOverlay { node, file_node, image_node, file } = overlay;
+        let job = format!("{node}-undo");
+        let delete = |node: &str| line("blockdev-del", &json!({ "node-name": node }));
+        let commit =
+            |image: &String| line("block-commit", &json!({ "job-id": job, "device": node, "base-node": image }));
+        Overlay {
+            commit: image_node.as_ref().map(commit).unwrap_or_default(),
+            complete: line("block-job-complete", &json!({ "device": job })),
+            delete: delete(node),
+            delete_file_node: delete(file_node),
+            file: file.as_ref().and_then(Remove::new),
+        }
+    }
+
+    /// Merges it into the image below, where it is in use, and removes it once it is not.
+    fn undo(&self, monitor: &OwnedFd, switched: bool, stream: &mut Remaining) {
+        let mut say = |words: &str| say(monitor, words, stream);
+        if switched && !self.commit.is_empty() && say(&self.commit).is_some_and(|reply| reply.done) {
+            // QEMU refuses to complete it before all is merged; when it has ended, there is no such job.
+            loop {
+                match say(&self.complete) {
+                    None => return,
+                    Some(reply) if reply.no_job => break,
+                    Some(_) => wait_ready([None, None], PAUSE_MS),
+                };
+            }
+        }
+        // What is in use QEMU keeps.
+        if say(&self.delete).is_some_and(|reply| reply.done) {
+            say(&self.delete_file_node);
+            self.file.iter().for_each(Remove::run);
+        }
     }
 }
 
-fn lines(commands: &[(&str, Value)]) -> String {
-    let last = commands.len().saturating_sub(1);
-    let line = |(n, (name, arguments)): (usize, &(&str, Value))| {
-        let id = if n == last { MARK } else { "instantsnap-guard" };
-        json!({ "execute": name, "arguments": arguments, "id": id }).to_string() + "\n"
-    };
-    commands.iter().enumerate().map(line).collect()
+impl Words {
+    /// `restore` are commands, by name and arguments, that put the settings back; `files` are the snapshot's.
+    pub fn new(restore: &[(&str, Value)], overlays: &[MonitorOverlay], files: &[KnownFile]) -> Words {
+        Words {
+            resume: line("cont", &json!({})),
+            restore: restore.iter().map(|(name, arguments)| line(name, arguments)).collect(),
+            query_migrate: line("query-migrate", &json!({})),
+            overlays: overlays.iter().map(Overlay::new).collect(),
+            files: files.iter().filter_map(Remove::new).collect(),
+        }
+    }
+
+    /// Whether a migration is under way; none where QEMU is gone.
+    pub fn is_migrating(&self, monitor: &OwnedFd, stream: &mut Remaining) -> Option<bool> {
+        say(monitor, &self.query_migrate, stream).map(|reply| reply.migrating)
+    }
+
+    /// Puts everything but the guest's state back. `switched`: the disks may be on their overlays.
+    pub fn undo(&self, monitor: &OwnedFd, switched: bool, stream: &mut Remaining) {
+        for words in &self.restore {
+            say(monitor, words, stream);
+        }
+        for overlay in &self.overlays {
+            overlay.undo(monitor, switched, stream);
+        }
+        self.files.iter().for_each(Remove::run);
+    }
+}
+
+fn line(name: &str, arguments: &Value) -> String {
+    json!({ "execute": name, "arguments": arguments, "id": MARK }).to_string() + "\n"
 }
 
 /// Says something, and waits for the reply, however long: what is still unread when the connection ends, QEMU
-/// forgets. Meanwhile the stream is read, for which QEMU may be waiting in its turn.
-pub fn say(monitor: &OwnedFd, words: &str, stream: &mut Remaining) {
+/// forgets. Meanwhile the stream is read, for which QEMU may be waiting in its turn. Nothing where QEMU is gone.
+pub fn say(monitor: &OwnedFd, words: &str, stream: &mut Remaining) -> Option<Reply> {
     let mut left = words.as_bytes();
     while !left.is_empty() {
         match send(monitor, left, SendFlags::NOSIGNAL) {
@@ -46,17 +118,14 @@ pub fn say(monitor: &OwnedFd, words: &str, stream: &mut Remaining) {
             // A reader that is that far behind; there is no hurry.
             Err(Errno::AGAIN) => {
                 wait_ready([(!stream.ended).then_some(&stream.pipe), None], 10);
-                stream.ended = stream.ended || {
+                if !stream.ended {
                     stream.throw_away();
-                    stream.ended
-                };
+                }
             }
-            Err(_) => return,
+            Err(_) => return None,
         }
     }
-    let mark = MARK.as_bytes();
-    // How much of the mark has been seen: it can come in two pieces.
-    let mut seen = 0;
+    let mut reader = Reader::new();
     loop {
         wait_ready([Some(monitor), (!stream.ended).then_some(&stream.pipe)], -1);
         if !stream.ended {
@@ -67,17 +136,15 @@ pub fn say(monitor: &OwnedFd, words: &str, stream: &mut Remaining) {
         }
         let mut buffer = [0; 4096];
         let got = match rustix::io::read(monitor, &mut buffer) {
-            Ok(0) => return,
+            Ok(0) => return None,
             Ok(got) => got,
             Err(Errno::AGAIN | Errno::INTR) => continue,
-            Err(_) => return,
+            Err(_) => return None,
         };
-        for byte in buffer.iter().take(got) {
-            let expected = mark.get(seen);
-            seen = if expected == Some(byte) { seen + 1 } else { usize::from(mark.first() == Some(byte)) };
-            if seen == mark.len() {
-                return;
-            }
+        let mut replies = buffer.iter().take(got).filter_map(|byte| reader.read(*byte));
+        // One command at a time is answered, so nothing of its reply is lost.
+        if let Some(reply) = replies.find(|reply| reply.ours) {
+            return Some(reply);
         }
     }
 }

@@ -753,8 +753,8 @@ impl Guest for LibvirtGuest<'_> {
         !self.connector.uri.contains("/session")
     }
 
-    fn held(&self) -> Option<BorrowedFd<'_>> {
-        Some(self.exclusive.as_fd())
+    fn held(&self) -> Vec<BorrowedFd<'_>> {
+        vec![self.exclusive.as_fd()]
     }
 
     fn leave_held(&mut self) {

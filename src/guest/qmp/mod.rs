@@ -15,12 +15,12 @@ use std::time::Duration;
 use serde_json::json;
 
 pub(super) use self::delete::delete;
-pub(super) use self::monitored::{Channel, MonitorGuest};
+pub(super) use self::monitored::{Channel, MonitorGuest, Recovery};
 pub use self::overlays::Switch;
 pub(super) use self::overlays::{Overlay, switch};
 pub(super) use self::process::hold_qemu;
 use self::process::{hold_socket, whose};
-use super::{Catalog, Connector, Deputy, Guest, Presence, Reserved, check_version};
+use super::{Catalog, Connector, Guest, Presence, Reserved, check_version};
 use crate::error::{Code, Result};
 use crate::flags;
 use crate::monitor::json::Json;
@@ -122,8 +122,12 @@ impl Channel for Socket<'_> {
         self.monitor.take_events()
     }
 
-    fn deputy(&self) -> Deputy<'_> {
-        Deputy::Monitor(self.monitor.socket())
+    fn recovery(&self) -> Recovery<'_> {
+        Recovery { monitor: Some(self.monitor.socket()), merges: true }
+    }
+
+    fn leave(&mut self) {
+        self.monitor.leave();
     }
 
     fn presence(&mut self) -> Presence {

@@ -1,5 +1,7 @@
 //! A guest by QEMU's monitor, whoever holds the connection: overlays are created, switched to and merged back by QMP.
 
+use std::os::fd::BorrowedFd;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use serde_json::json;
@@ -52,8 +54,11 @@ pub trait Channel: Execute + Sized {
         fail!(InternalError, "there is nowhere to record snapshot '{}'", record.name)
     }
 
-    /// Who can act for this process once it has ended.
-    fn deputy(&self) -> Deputy<'_>;
+    /// How a process that outlives this one reaches QEMU.
+    fn recovery(&self) -> Recovery<'_>;
+
+    /// Leaves that to it.
+    fn leave(&mut self);
 
     /// Ends the guest.
     fn end(&mut self) -> Result<()> {
@@ -67,12 +72,20 @@ pub trait Channel: Execute + Sized {
     fn presence(&mut self) -> Presence;
 }
 
+/// How a process that outlives this one reaches QEMU.
+pub struct Recovery<'a> {
+    /// The monitor's socket, which only this operation uses, where there is one.
+    pub monitor: Option<BorrowedFd<'a>>,
+    /// Whether it is to merge the overlays back.
+    pub merges: bool,
+}
+
 /// A QEMU during one operation.
 pub struct MonitorGuest<'a, C> {
     channel: C,
     domain: Option<Domain>,
     store: Option<&'a Store>,
-    _exclusive: Vec<Exclusive>,
+    exclusive: Vec<Exclusive>,
     overlays: Vec<Overlay>,
     events: Vec<Event>,
 }
@@ -85,7 +98,7 @@ impl<'a, C> MonitorGuest<'a, C> {
         store: Option<&'a Store>,
         exclusive: Vec<Exclusive>,
     ) -> MonitorGuest<'a, C> {
-        MonitorGuest { channel, domain, store, _exclusive: exclusive, overlays: Vec::new(), events: Vec::new() }
+        MonitorGuest { channel, domain, store, exclusive, overlays: Vec::new(), events: Vec::new() }
     }
 }
 
@@ -215,6 +228,10 @@ impl<C: Channel> Guest for MonitorGuest<'_, C> {
         }
     }
 
+    fn record_file(&self, name: &str) -> Option<PathBuf> {
+        self.store.map(|store| store.record_path(name))
+    }
+
     fn merge_disks(&mut self) -> Result<()> {
         if !self.overlays.is_empty() {
             overlays::merge(&mut self.channel, &mut self.overlays)?;
@@ -232,7 +249,18 @@ impl<C: Channel> Guest for MonitorGuest<'_, C> {
     }
 
     fn deputy<'a>(&'a self, _snapshot: &'a str) -> Deputy<'a> {
-        self.channel.deputy()
+        let Recovery { monitor, merges } = self.channel.recovery();
+        let overlays = self.overlays.iter().map(|overlay| overlay.for_recovery(merges)).collect();
+        monitor.map_or(Deputy::Nobody, |monitor| Deputy::Monitor(monitor, overlays))
+    }
+
+    fn held(&self) -> Vec<BorrowedFd<'_>> {
+        self.exclusive.iter().map(Exclusive::as_fd).collect()
+    }
+
+    fn leave_held(&mut self) {
+        self.exclusive.iter_mut().for_each(Exclusive::leave);
+        self.channel.leave();
     }
 
     fn halt(&mut self) -> Result<()> {

@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 
 use super::jobs::{self, Merge, Until};
 use crate::error::{Code, Error, Result, fail};
-use crate::guest::{PATIENCE, overlay_file};
+use crate::guest::{MonitorOverlay, PATIENCE, overlay_file};
 use crate::monitor::{Command, Deadline, Execute, Failure};
 use crate::own_file::OwnFile;
 use crate::snapshot::DiskPlan;
@@ -51,6 +51,18 @@ impl Overlay {
             made: Made::Nothing,
             own: None,
             merge: Merge::Not,
+        }
+    }
+}
+
+impl Overlay {
+    /// What a process needs to know that undoes it in this one's place.
+    pub fn for_recovery(&self, merges: bool) -> MonitorOverlay {
+        MonitorOverlay {
+            node: self.node.clone(),
+            file_node: self.file_node.clone(),
+            image_node: merges.then(|| self.disk.drive.node.clone()),
+            file: self.own.as_ref().map(OwnFile::known),
         }
     }
 }
