@@ -99,7 +99,11 @@ virDomainSnapshotPtr qemuSnapshotCreateXML(virDomainPtr domain, virDomainObj *vm
  * For a client, libvirt does it where it can: virDomainRevertToSnapshot(). libvirt before 9.9 cannot for a snapshot
  * with a memory image, and later ones not for every one; there it is done here: the domain is ended, and started again
  * with the snapshot's memory and fresh overlays on the snapshot's images, which stay as they are. What the guest has
- * written since the last snapshot is lost. All that can be checked is checked before the domain is ended.
+ * written since the last snapshot is lost. All that can be checked is checked before the domain is ended. An image that was
+ * written or replaced since the snapshot froze it would be newer than the memory: VIR_ERR_SNAPSHOT_REVERT_RISKY, which names it,
+ * unless VIR_DOMAIN_SNAPSHOT_REVERT_FORCE says that its content is the same (snapshots of libvirt's own are not looked at so; a
+ * snapshot-delete by a client without this library counts as a change). Overlays that another guest uses, or of disks that the
+ * domain does not get back, stay.
  *
  * For a guest of instantsnap_open_qmp() it is instantsnap_snapshot_load(), into a QEMU that waits with `-incoming
  * defer`, started as instantsnap_snapshot_prepare_revert() said. A registered driver's `restart` starts that QEMU.
@@ -117,7 +121,9 @@ int qemuSnapshotRevert(virDomainObj *vm, virDomainSnapshotPtr snapshot, unsigned
  * For a client, libvirt does it where it can: virDomainSnapshotDelete(). libvirt before 9.9 cannot for a snapshot with
  * a memory image, and later ones not for every one; there it is done here: its memory image is removed, images that
  * neither the domain nor another snapshot needs are removed, and others are merged where that loses nothing. Images
- * that the user made stay. METADATA_ONLY is always libvirt's: the record goes, all files stay.
+ * that the user made stay. VIR_ERR_OPERATION_INVALID, with nothing changed, where an image that would be changed or removed is
+ * open in another QEMU, or another domain of the connection stands on it, and where the overlay of a disk that the domain does
+ * not have any more can hold what was written to it last. METADATA_ONLY is always libvirt's: the record goes, all files stay.
  *
  * For a guest of instantsnap_open_qmp(), and for a registered driver's domain, it is instantsnap_snapshot_delete(): of snapshots
  * without children, and of the record alone (METADATA_ONLY).

@@ -146,6 +146,7 @@ enum {
     VIR_ERR_INVALID_DOMAIN_SNAPSHOT = 71, /* a snapshot whose metadata or memory image is damaged */
     VIR_ERR_NO_DOMAIN_SNAPSHOT = 72,      /* no snapshot of that name */
     VIR_ERR_ARGUMENT_UNSUPPORTED = 74,    /* this QEMU or this host has no background snapshots */
+    VIR_ERR_SNAPSHOT_REVERT_RISKY = 77,   /* an image is not as it was: VIR_DOMAIN_SNAPSHOT_REVERT_FORCE */
     VIR_ERR_OPERATION_ABORTED = 78,       /* cancelled by instantsnap_snapshot_cancel() or _job_cancel(), all undone */
     VIR_ERR_AGENT_UNRESPONSIVE = 86,      /* the guest's agent does not answer */
     VIR_ERR_XML_INVALID_SCHEMA = 92,      /* XML that is not what libvirt's schema says (VALIDATE) */
@@ -672,14 +673,17 @@ void instantsnap_revert_plan_free(instantsnap_revert_plan *plan);
  * @guest  that QEMU, opened with the same state directory.
  * @name   the snapshot.
  * @flags  0: runs if the guest ran at the instant, else stays paused. VIR_DOMAIN_SNAPSHOT_REVERT_RUNNING or
- *         VIR_DOMAIN_SNAPSHOT_REVERT_PAUSED, not both: as asked.
+ *         VIR_DOMAIN_SNAPSHOT_REVERT_PAUSED, not both: as asked. VIR_DOMAIN_SNAPSHOT_REVERT_FORCE: images that are not as they
+ *         were are taken all the same.
  *
  * The snapshot becomes the current one. Before QEMU is given a byte, each of its disks is compared with the snapshot's: a
  * missing disk, a disk on another image, and a disk that would write to the snapshot's own image are
- * VIR_ERR_CONFIG_UNSUPPORTED. Blocks until memory is loaded and, where asked, the guest runs. Returns 0, or -1:
+ * VIR_ERR_CONFIG_UNSUPPORTED. An image that was written or replaced since the snapshot froze it (its inode, its size or its time
+ * of modification is another) would be newer than the memory: VIR_ERR_SNAPSHOT_REVERT_RISKY, unless FORCE says that its content
+ * is the same, as that of a copy is. Blocks until memory is loaded and, where asked, the guest runs. Returns 0, or -1:
  * VIR_ERR_INVALID_ARG, VIR_ERR_NO_DOMAIN_SNAPSHOT, VIR_ERR_INVALID_DOMAIN_SNAPSHOT, VIR_ERR_OPERATION_INVALID (QEMU was not
  * started with `-incoming defer`, or is busy), VIR_ERR_OPERATION_FAILED (QEMU's reason). After a failure during the load that
- * QEMU is of no more use: end it, and start it anew. VIR_DOMAIN_SNAPSHOT_REVERT_FORCE and _RESET_NVRAM are not built:
+ * QEMU is of no more use: end it, and start it anew. VIR_DOMAIN_SNAPSHOT_REVERT_RESET_NVRAM is not built:
  * VIR_ERR_OPERATION_UNSUPPORTED.
  */
 int instantsnap_snapshot_load(instantsnap_guest *guest, const char *name, unsigned int flags);

@@ -65,6 +65,8 @@ codes! {
     ArgumentUnsupported = VIR_ERR_ARGUMENT_UNSUPPORTED = 74,
     /// XML that is not what libvirt's schema says.
     XmlInvalidSchema = VIR_ERR_XML_INVALID_SCHEMA = 92,
+    /// An image is not as it was at the snapshot: the caller must insist.
+    SnapshotRevertRisky = VIR_ERR_SNAPSHOT_REVERT_RISKY = 77,
     /// Cancelled by the caller.
     OperationAborted = VIR_ERR_OPERATION_ABORTED = 78,
     /// The guest's agent does not answer.

@@ -7,7 +7,8 @@ use std::path::{Path, PathBuf};
 
 use common::virt::OpenedDomain;
 use common::{
-    ALL_SECTORS, At, INSTANTLY, Opened, assert_error, assert_untouched, files_below, machine, named, through_proxy,
+    ALL_SECTORS, At, INSTANTLY, Opened, OtherQemu, assert_error, assert_says, assert_untouched, files_below, machine,
+    named, through_proxy,
 };
 use instantsnap::engine::{Phase, prepare_revert};
 use instantsnap::error::{Code, Error};
@@ -379,6 +380,24 @@ fn what_stands_in_the_way_is_named_and_nothing_changes() {
     refused("stands on the snapshot's overlay");
     opened.guest.wait_ticks(2);
     opened.bring_back("s2");
+}
+
+/// Of the second disk, whose merge would begin when the first one's is under way.
+#[test]
+fn an_image_that_another_guest_stands_on_is_found_before_the_first_disk_is_merged() {
+    for binary in Binary::any() {
+        let opened = twice(&machine(binary, 2));
+        let clone = opened.guest.directory().join("clone.qcow2");
+        make_image(&clone, Format::Qcow2, Some((Path::new(&opened.record("s2").disks[1].image), Format::Qcow2)));
+        let other = OtherQemu::open(&clone, false);
+        let before = opened.trace();
+        let error = opened.handle.delete("s2", 0).expect_err("another guest stands on it");
+        assert_says(&error, Code::OperationInvalid, &["disk-1.s1", "another QEMU", "nothing was changed"]);
+        assert_untouched(&opened, &before);
+        drop(other);
+        delete(&opened, "s2");
+        opened.assert_well();
+    }
 }
 
 /// As if the disk had been taken out since.

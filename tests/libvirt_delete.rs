@@ -4,10 +4,13 @@ mod common;
 #[path = "common/tree.rs"]
 mod tree;
 
-use common::{machine, virt};
+use std::path::{Path, PathBuf};
+
+use common::{OtherQemu, machine, virt};
 use instantsnap::error::Code;
 use instantsnap::flags::delete::{CHILDREN, CHILDREN_ONLY, METADATA_ONLY};
-use instantsnap_testkit::{Binary, Daemon, thorough};
+use instantsnap_testkit::machine::make_image;
+use instantsnap_testkit::{Binary, Daemon, Format, thorough};
 use tree::{Maker, Tree};
 
 /// a - b - c, and back to b, and on to d.
@@ -161,8 +164,7 @@ fn a_transient_domain_is_pruned_too() {
     tree.revert("c");
     tree.delete("c", 0);
     tree.assert_shape("", None);
-    // What a had left to both of its children stays in the chain.
-    assert_eq!(tree.images(), ["disk-0.a", "disk-0.raw"]);
+    assert_eq!(tree.images(), ["disk-0.raw"]);
 }
 
 #[test]
@@ -264,4 +266,170 @@ fn only_metadata_goes_and_the_others_stay_right() {
     tree.assert_shape("a< c<a d<a", Some("d"));
     assert!(tree.memory("b").exists());
     tree.assert_all_can_be_reverted_to();
+}
+
+/// A domain with a disk `sda` that can be taken out, and its snapshot `s`.
+fn with_scsi_disk() -> (Tree, PathBuf) {
+    let daemon = virt::session();
+    let directory = tempfile::Builder::new().prefix("disks-").tempdir_in(daemon.directory()).unwrap().keep();
+    let image = directory.join("sda.img");
+    make_image(&image, Format::Qcow2, None);
+    daemon.give(&directory);
+    let disk = format!(
+        "<controller type='scsi' model='virtio-scsi'/><disk type='file' device='disk'>\
+         <driver name='qemu' type='qcow2'/><source file='{}'/><target dev='sda' bus='scsi'/></disk>",
+        image.display()
+    );
+    let mut tree = Tree::start(&machine(&Binary::all()[0], 1).devices(&disk), &daemon, Maker::Instant);
+    tree.snapshot("s");
+    (tree, directory.join("sda.s"))
+}
+
+/// `delete` is refused, naming the file, and nothing is changed; the metadata alone can go.
+#[track_caller]
+fn assert_delete_refused(tree: &Tree, file: &Path, parts: &[&str]) {
+    let files = || {
+        let mut files = common::files_below(tree.opened.guest.directory());
+        files.extend(common::files_below(file.parent().unwrap()));
+        files
+    };
+    let of_disk = format!("'{}.", file.with_extension("").display());
+    let (before, shape) = (files(), tree.shape());
+    for flags in [0, CHILDREN] {
+        let error = tree.try_delete("s", flags).expect_err("this must be refused");
+        common::assert_says(&error, Code::OperationInvalid, &[&of_disk, "nothing was changed"]);
+        common::assert_says(&error, Code::OperationInvalid, parts);
+        assert_eq!(files(), before);
+        assert_eq!(tree.shape(), shape);
+    }
+}
+
+#[test]
+fn the_newest_data_of_a_disk_that_was_detached_is_never_deleted() {
+    let (tree, overlay) = with_scsi_disk();
+    let guest = &tree.opened.guest;
+    guest.virsh("detach-disk", &["sda", "--live", "--config"]);
+    assert_delete_refused(&tree, &overlay, &["'sda'", "hold what was written to it last", "attach the disk"]);
+    guest.wait_ticks(3);
+    guest.virsh("destroy", &[]);
+    assert_delete_refused(&tree, &overlay, &["'sda'"]);
+    // Where the domain has it again, it is merged.
+    guest.virsh("attach-disk", &[overlay.to_str().unwrap(), "sda", "--config", "--subdriver", "qcow2"]);
+    tree.delete("s", 0);
+    assert!(!overlay.exists());
+    let xml = guest.virsh("dumpxml", &["--inactive"]);
+    assert!(xml.contains("sda.img") && !xml.contains("sda.s"), "{xml}");
+    tree.assert_images_are_sound();
+    guest.start_domain();
+    guest.wait_ticks(3);
+}
+
+#[test]
+fn the_newest_data_of_a_disk_that_was_detached_while_its_domain_was_off_is_never_deleted() {
+    let (tree, overlay) = with_scsi_disk();
+    tree.opened.guest.virsh("destroy", &[]);
+    tree.opened.guest.virsh("detach-disk", &["sda", "--config"]);
+    assert_delete_refused(&tree, &overlay, &["'sda'"]);
+    // Another disk of that name is not it.
+    let other = overlay.with_file_name("other.qcow2");
+    make_image(&other, Format::Qcow2, None);
+    tree.opened.guest.virsh("attach-disk", &[other.to_str().unwrap(), "sda", "--config", "--subdriver", "qcow2"]);
+    assert_delete_refused(&tree, &overlay, &["'sda'"]);
+    tree.try_delete("s", METADATA_ONLY).unwrap();
+    assert!(overlay.exists());
+}
+
+#[test]
+fn the_newest_data_of_a_disk_that_the_domain_only_had_while_it_ran_is_never_deleted() {
+    let daemon = virt::session();
+    let controller = "<controller type='scsi' model='virtio-scsi'/>";
+    let mut tree = Tree::start(&machine(&Binary::all()[0], 1).devices(controller), &daemon, Maker::Instant);
+    let guest = &tree.opened.guest;
+    let image = guest.directory().join("sdb.img");
+    make_image(&image, Format::Qcow2, None);
+    daemon.give(guest.directory());
+    guest.virsh("attach-disk", &[image.to_str().unwrap(), "sdb", "--live", "--subdriver", "qcow2"]);
+    tree.snapshot("s");
+    tree.opened.guest.virsh("destroy", &[]);
+    assert_delete_refused(&tree, &image.with_extension("s"), &["'sdb'"]);
+}
+
+#[test]
+fn images_that_another_guest_has_open_or_stands_on_are_not_touched() {
+    let (mut tree, overlay) = with_scsi_disk();
+    tree.snapshot("t");
+    let (daemon, directory) = (tree.opened.guest.daemon().clone(), tree.opened.guest.directory().to_owned());
+    // Running: the domain's own QEMU has the image open, and so has another.
+    let clone = overlay.with_file_name("clone.qcow2");
+    make_image(&clone, Format::Qcow2, Some((&overlay, Format::Qcow2)));
+    daemon.give(clone.parent().unwrap());
+    let running = OtherQemu::open(&clone, false);
+    assert_delete_refused(&tree, &overlay, &["another QEMU has it open"]);
+    drop(running);
+    // A domain that is shut off stands on it.
+    let xml = format!(
+        "<domain type='qemu'><name>other</name><memory>1024</memory><os><type>hvm</type></os><devices>\
+         <emulator>{}</emulator><disk type='file' device='disk'><driver name='qemu' type='qcow2'/><source file='{}'/>\
+         <target dev='vda' bus='virtio'/></disk></devices></domain>",
+        Binary::all()[0].emulator().display(),
+        clone.display()
+    );
+    let file = directory.join("other.xml");
+    std::fs::write(&file, xml).unwrap();
+    daemon.virsh(&["define", file.to_str().unwrap()]);
+    std::fs::remove_file(&file).unwrap();
+    assert_delete_refused(&tree, &overlay, &["domain 'other' stands on it"]);
+    tree.opened.guest.virsh("destroy", &[]);
+    assert_delete_refused(&tree, &overlay, &["domain 'other' stands on it"]);
+    let running = OtherQemu::open(&clone, false);
+    daemon.virsh(&["undefine", "other"]);
+    assert_delete_refused(&tree, &overlay, &["another QEMU has it open"]);
+    drop(running);
+    tree.delete("s", CHILDREN);
+    assert!(!overlay.exists());
+    std::fs::remove_file(&clone).unwrap();
+    tree.assert_images_are_sound();
+}
+
+#[test]
+fn the_newest_data_of_a_detached_disk_outlives_a_revert_and_a_delete() {
+    let (tree, overlay) = with_scsi_disk();
+    tree.opened.guest.virsh("detach-disk", &["sda", "--live", "--config"]);
+    let before = std::fs::read(&overlay).unwrap();
+    let base = std::fs::read(overlay.with_extension("img")).unwrap();
+    for _ in 0..2 {
+        tree.revert("s");
+        assert_delete_refused(&tree, &overlay, &["'sda'", "sda.s"]);
+    }
+    assert_eq!(std::fs::read(&overlay).unwrap(), before);
+    assert_eq!(std::fs::read(overlay.with_extension("img")).unwrap(), base);
+    // Where it is of no use, the snapshot goes, and the disk is on its own image again.
+    std::fs::remove_file(&overlay).unwrap();
+    tree.delete("s", 0);
+    let images: Vec<_> = common::files_below(overlay.parent().unwrap());
+    assert_eq!(images, [overlay.with_extension("img")]);
+    assert_eq!(tree.images(), ["disk-0.raw"]);
+}
+
+/// Where branches have forked an image cannot take in what is above; when but one of them is left, it does.
+#[test]
+fn when_the_last_snapshot_goes_no_overlay_is_left_and_the_domain_is_on_its_own_images() {
+    for off in [false, true] {
+        let mut tree = Tree::start(&machine(&Binary::all()[0], 2), &virt::session(), Maker::Instant);
+        tree.snapshot("a");
+        tree.snapshot("b");
+        tree.revert("a");
+        if off {
+            tree.opened.guest.virsh("destroy", &[]);
+        }
+        tree.delete("a", 0);
+        assert_eq!(tree.shape(), "b<");
+        tree.delete("b", 0);
+        assert_eq!(tree.images(), ["disk-0.raw", "disk-1.qcow2"]);
+        let xml = tree.opened.guest.virsh("dumpxml", &["--inactive"]);
+        assert!(xml.contains("disk-0.raw") && xml.contains("disk-1.qcow2") && !xml.contains(".revert"), "{xml}");
+        tree.assert_images_are_sound();
+        tree.opened.guest.start_domain();
+        tree.opened.guest.wait_ticks(3);
+    }
 }

@@ -6,11 +6,13 @@ mod tree;
 
 use std::fs::OpenOptions;
 use std::os::unix::fs::FileExt;
+use std::path::Path;
 
-use common::{machine, virt};
+use common::{OtherQemu, machine, virt};
 use instantsnap::error::Code;
 use instantsnap::flags::revert::{FORCE, PAUSED, RUNNING};
-use instantsnap_testkit::{Binary, Daemon, thorough};
+use instantsnap_testkit::machine::make_image;
+use instantsnap_testkit::{Binary, Daemon, Format, thorough};
 use tree::{Maker, Tree};
 
 #[test]
@@ -244,4 +246,99 @@ fn a_managed_save_image_is_in_the_way() {
     tree.opened.guest.start_domain();
     tree.opened.guest.wait_ticks(3);
     tree.assert_all_can_be_reverted_to();
+}
+
+/// Whoever uses them: another QEMU that runs on them, or a domain that is shut off and names an image that stands on them.
+#[test]
+fn what_others_use_of_a_domain_that_is_reverted_stays() {
+    let mut tree = Tree::start(&machine(&Binary::all()[0], 2), &virt::session(), Maker::Instant);
+    tree.snapshot("s");
+    let guest = &tree.opened.guest;
+    guest.virsh("destroy", &[]);
+    let overlay = |index: usize| guest.directory().join(format!("disk-{index}.s"));
+    let clone = guest.directory().join("clone.qcow2");
+    make_image(&clone, Format::Qcow2, Some((&overlay(0), Format::Qcow2)));
+    guest.daemon().give(guest.directory());
+    // While another writes to what the domain is to stand on, it would be torn.
+    let frozen = guest.disks()[1].file.clone();
+    let writer = OtherQemu::open(&frozen, false);
+    common::assert_error(tree.try_revert("s", 0), Code::OperationInvalid, frozen.to_str().unwrap());
+    drop(writer);
+    let running = OtherQemu::open(&clone, true);
+    tree.revert("s");
+    drop(running);
+    assert!(overlay(0).exists() && !overlay(1).exists(), "{:?}", tree.images());
+}
+
+/// By a block job of another client, by a copy that takes its place, or by a tool: memory would be older than the disks.
+#[test]
+fn an_image_that_was_written_or_replaced_since_the_snapshot_is_refused_by_name() {
+    let mut tree = Tree::start(&machine(&Binary::all()[0], 2), &virt::session(), Maker::Instant);
+    tree.snapshot("s");
+    let guest = &tree.opened.guest;
+    let images: Vec<_> = guest.disks().iter().map(|disk| disk.file.clone()).collect();
+    let refused = |image: &Path, change: &str| {
+        let before = tree.opened.trace();
+        let error = tree.try_revert("s", 0).expect_err("it would be torn");
+        common::assert_says(&error, Code::SnapshotRevertRisky, &[image.to_str().unwrap(), change, "FORCE"]);
+        tree.opened.assert_untouched(&before);
+    };
+    // A copy with the same content, under the same name.
+    let copy = images[1].with_extension("copy");
+    let kept = images[1].with_extension("kept");
+    std::fs::copy(&images[1], &copy).unwrap();
+    guest.daemon().give(guest.directory());
+    std::fs::rename(&images[1], &kept).unwrap();
+    std::fs::rename(&copy, &images[1]).unwrap();
+    refused(&images[1], "was replaced");
+    guest.virsh("destroy", &[]);
+    let error = tree.try_revert("s", 0).expect_err("it was replaced");
+    common::assert_says(&error, Code::SnapshotRevertRisky, &[images[1].to_str().unwrap(), "was replaced"]);
+    tree.try_revert("s", FORCE).unwrap();
+    tree.assert_is_at("s");
+    guest.virsh("destroy", &[]);
+    std::fs::rename(&kept, &images[1]).unwrap();
+    tree.revert("s");
+    // Its domain is on the image itself again, and writes to it.
+    guest.virsh("blockcommit", &["vda", "--active", "--pivot", "--wait"]);
+    guest.wait_ticks(3);
+    refused(&images[0], "was written to");
+    guest.virsh("destroy", &[]);
+    let error = tree.try_revert("s", 0).expect_err("it was written to");
+    common::assert_says(&error, Code::SnapshotRevertRisky, &[images[0].to_str().unwrap(), "was written to"]);
+}
+
+/// Nor do the notes by which it is known get into the domain's own XML.
+#[test]
+fn an_image_that_a_delete_has_merged_into_is_as_it_should_be() {
+    let mut tree = with_two(&virt::session());
+    tree.snapshot("c");
+    tree.try_delete("a", 0).unwrap();
+    tree.revert("c");
+    tree.try_delete("b", 0).unwrap();
+    tree.revert("c");
+    let frozen = |tree: &Tree| {
+        let xml = tree.opened.guest.virsh("snapshot-dumpxml", &["c"]);
+        let images: Vec<_> = tree.opened.guest.disks().iter().map(|disk| disk.file.clone()).collect();
+        images.iter().all(|image| {
+            xml.contains(&format!(
+                "<instantsnap:image disk=\"vd{}\" file=\"{}\"",
+                if *image == images[0] { 'a' } else { 'b' },
+                image.display()
+            ))
+        })
+    };
+    assert!(frozen(&tree), "{}", tree.opened.guest.virsh("snapshot-dumpxml", &["c"]));
+    for flags in [&[][..], &["--inactive"]] {
+        let xml = tree.opened.guest.virsh("dumpxml", flags);
+        assert!(Daemon::version() >= (9, 9, 0) || !xml.contains("instantsnap"), "{xml}");
+    }
+    // What others have changed before stays refused.
+    let image = tree.opened.guest.disks()[0].file.clone();
+    tree.snapshot("d");
+    tree.opened.guest.virsh("destroy", &[]);
+    let file = OpenOptions::new().write(true).open(&image).unwrap();
+    file.write_all_at(&[0], image.metadata().unwrap().len() - 1).unwrap();
+    tree.try_delete("d", 0).unwrap();
+    common::assert_error(tree.try_revert("c", 0), Code::SnapshotRevertRisky, image.to_str().unwrap());
 }

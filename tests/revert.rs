@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use common::way::open_guest;
-use common::{INSTANTLY, Opened, assert_error, assert_untouched, machine, named};
+use common::{INSTANTLY, Opened, assert_error, assert_says, assert_untouched, machine, named};
 use instantsnap::engine::{RevertPlan, prepare_revert};
 use instantsnap::error::Code;
 use instantsnap::flags::{NO_METADATA, revert};
@@ -279,4 +279,34 @@ fn a_machine_with_preallocated_memory_can_be_brought_back() {
         opened.guest.wait_ticks(2);
         opened.bring_back("s");
     }
+}
+
+#[test]
+fn an_image_that_was_written_or_replaced_since_the_snapshot_is_refused_by_name() {
+    let opened = Opened::start(&machine(&Binary::all()[0], 2));
+    opened.snapshot("s").unwrap();
+    opened.guest.kill();
+    let record = opened.record("s");
+    let image = Path::new(&record.disks[1].image);
+    let refused = |clone: &Opened, change: &str| {
+        let error = clone.handle.load("s", 0).expect_err("it would be torn");
+        assert_says(&error, Code::SnapshotRevertRisky, &[&record.disks[1].image, change, "FORCE"]);
+    };
+    let copy = image.with_extension("copy");
+    std::fs::copy(image, &copy).unwrap();
+    std::fs::rename(&copy, image).unwrap();
+    let clone = opened.start_clone("s");
+    refused(&clone, "was replaced");
+    // QEMU was not given a byte, and the content is the same.
+    clone.handle.load("s", revert::FORCE).unwrap();
+    clone.guest.wait_ticks(3);
+    drop(clone);
+
+    let raw = Path::new(&record.disks[0].image);
+    let length = raw.metadata().unwrap().len();
+    let written = std::fs::OpenOptions::new().write(true).open(raw).unwrap();
+    std::os::unix::fs::FileExt::write_all_at(&written, &[0], length - 1).unwrap();
+    let clone = opened.start_clone("s");
+    let error = clone.handle.load("s", 0).expect_err("it would be torn");
+    assert_says(&error, Code::SnapshotRevertRisky, &[&record.disks[0].image, "was written to"]);
 }

@@ -9,7 +9,7 @@ use common::{INSTANTLY, Opened, assert_error, assert_untouched, machine};
 use instantsnap::error::{Code, Error};
 use instantsnap::snapshot::domain::{Source, Storage};
 use instantsnap::snapshot::{
-    Domain, Location, MemoryRequest, Record, RecordedDisk, RecordedManual, RecordedNvram, Request, State,
+    Domain, Frozen, Location, MemoryRequest, Record, RecordedDisk, RecordedManual, RecordedNvram, Request, State,
 };
 use instantsnap_testkit::Binary;
 
@@ -257,6 +257,7 @@ fn sample_record() -> Record {
             overlay: "/o<>&'\"".into(),
             image: "/i,é".into(),
             format: "raw".into(),
+            frozen: Frozen::of("/proc/self/exe").into_iter().collect(),
         }],
         manual: vec![RecordedManual { name: "v<db".into(), source: "/dev/v&g/l'v".into(), format: "raw".into() }],
         nvram: vec![RecordedNvram {

@@ -29,7 +29,7 @@ use crate::image::MemoryImage;
 use crate::monitor::commands::{self, Progress};
 use crate::monitor::{Deadline, Failure};
 use crate::snapshot::{
-    MemoryRequest, Plan, Record, RecordedDisk, RecordedManual, RecordedNvram, Request, State, plan, validate,
+    Frozen, MemoryRequest, Plan, Record, RecordedDisk, RecordedManual, RecordedNvram, Request, State, plan, validate,
 };
 use crate::sys;
 
@@ -608,6 +608,7 @@ impl Task<'_> {
             overlay: disk.overlay.clone(),
             image: disk.drive.file.clone(),
             format: disk.drive.format.clone(),
+            frozen: Frozen::of_all(std::iter::once(&disk.drive.file).chain(&disk.drive.backing)),
         });
         let manual = self.plan.manual.iter().map(|drive| RecordedManual {
             name: drive.name().into(),

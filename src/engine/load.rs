@@ -12,7 +12,7 @@ use crate::flags::revert;
 use crate::guest::{Connector, Guest, PATIENCE, Presence};
 use crate::image::{self, Feed, Image};
 use crate::monitor::{Command, Deadline, Failure, commands};
-use crate::snapshot::{Drive, Record, Role};
+use crate::snapshot::{Drive, Record, RecordedDisk, Role};
 use crate::sys;
 
 /// Loads a snapshot.
@@ -42,6 +42,7 @@ pub fn load(connector: &dyn Connector, name: &str, flags: u32) -> Result<()> {
         );
     }
     check_disks(&record, &guest.drives()?)?;
+    check_frozen(&record, flags)?;
 
     let settings = Settings::read_incoming(guest)?;
     let begun = settings.apply(guest, Mode::Paused).and_then(|()| begin(guest));
@@ -71,12 +72,22 @@ pub fn load(connector: &dyn Connector, name: &str, flags: u32) -> Result<()> {
 /// Refuses what cannot be had.
 pub fn check_flags(flags: u32) -> Result<()> {
     revert::check(flags)?;
-    for (bit, name) in [(revert::FORCE, "FORCE"), (revert::RESET_NVRAM, "RESET_NVRAM")] {
-        if flags & bit != 0 {
-            fail!(OperationUnsupported, "flag 'VIR_DOMAIN_SNAPSHOT_REVERT_{name}' is not supported for this guest yet");
-        }
+    if flags & revert::RESET_NVRAM != 0 {
+        fail!(
+            OperationUnsupported,
+            "flag 'VIR_DOMAIN_SNAPSHOT_REVERT_RESET_NVRAM' is not supported for this guest yet"
+        );
     }
     Ok(())
+}
+
+/// Images that were written or replaced since the snapshot are refused, unless the caller insists.
+pub fn check_frozen(record: &Record, flags: u32) -> Result<()> {
+    if flags & revert::FORCE != 0 {
+        return Ok(());
+    }
+    let frozen = |disk: &RecordedDisk| disk.frozen.iter().try_for_each(|frozen| frozen.check(&disk.name, &record.name));
+    record.disks.iter().try_for_each(frozen)
 }
 
 /// Memory beside the wrong disks is a corrupted guest, and a guest that writes to the snapshot's own images the end of that

@@ -121,6 +121,7 @@ impl Handle {
         let Some(store) = self.store() else {
             fail!(OperationUnsupported, "a snapshot that the driver has recorded itself is not reverted to here");
         };
+        load::check_frozen(&store.read(name)?, flags)?;
         let storage = lock(&self.opened.options).storage.clone();
         let plan = prepare_revert_hooked(store.directory(), name, None, storage.as_deref())?;
         restart(&plan).inspect_err(|_| plan.discard())?;

@@ -1,13 +1,14 @@
 //! The images of a domain and of its snapshots: which is the backing file of which.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::os::unix::fs::FileTypeExt;
+use std::os::unix::fs::{FileExt, FileTypeExt};
 use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
 use crate::error::{Code, Error, Result};
 use crate::monitor::json::parse;
+use crate::sys;
 use crate::tool::Tool;
 
 /// An image file, however it is called.
@@ -63,6 +64,15 @@ impl Graph {
         Ok(())
     }
 
+    /// An image that no file is looked at for.
+    #[cfg(test)]
+    pub fn insert(&mut self, image: &Id, backing: Option<&Id>) {
+        let path = image.to_string_lossy().into_owned();
+        let image = image.clone();
+        let backing = backing.cloned();
+        self.images.insert(image, Image { path, format: "qcow2".into(), backing, has_data_elsewhere: false });
+    }
+
     /// The image.
     pub fn get(&self, id: &Id) -> Option<&Image> {
         self.images.get(id)
@@ -82,6 +92,30 @@ impl Graph {
     pub fn overlays<'a>(&'a self, image: &'a Id) -> impl Iterator<Item = &'a Id> {
         self.images.iter().filter(move |(_, overlay)| overlay.backing.as_ref() == Some(image)).map(|(id, _)| id)
     }
+}
+
+/// The file below an image and its format, read from the image itself. None where there is none, or
+/// where it cannot be read, or is named otherwise than by its path.
+pub fn below(path: &str, format: &str) -> Option<(String, String)> {
+    const LONGEST: usize = 1023;
+    if format != "qcow2" {
+        return None;
+    }
+    let file = sys::open_file(Path::new(path)).ok()?;
+    let mut header = [0; 20];
+    file.read_exact_at(&mut header, 0).ok()?;
+    let offset = u64::from_be_bytes(header[8..16].try_into().ok()?);
+    let length = u32::from_be_bytes(header[16..20].try_into().ok()?) as usize;
+    if header[..4] != *b"QFI\xfb" || offset == 0 || length > LONGEST {
+        return None;
+    }
+    let mut name = vec![0; length];
+    file.read_exact_at(&mut name, offset).ok()?;
+    let name = String::from_utf8(name).ok()?;
+    let name = name.strip_prefix("file:").unwrap_or(&name);
+    let below = Path::new(path).parent()?.join(name).to_str()?.to_owned();
+    // What the image says of the format is in an extension; a file that begins as qcow2 is taken for it.
+    Some((below, "qcow2".into()))
 }
 
 /// An image, as qemu-img tells of it.

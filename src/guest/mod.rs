@@ -9,8 +9,10 @@ mod exclusive;
 mod foreign;
 mod images;
 pub mod libvirt;
+mod locks;
 mod open_images;
 pub mod overlay_file;
+mod progress;
 pub mod qmp;
 pub mod write_access;
 

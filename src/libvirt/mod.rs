@@ -244,6 +244,21 @@ impl Connect {
         })
     }
 
+    /// All its domains that the caller may see.
+    pub fn domains(&self) -> VirResult<Vec<Domain>> {
+        let mut array: *mut *mut virDomain = ptr::null_mut();
+        // SAFETY: a live connection and storage for the array.
+        let count = self.done(unsafe { (self.table.virConnectListAllDomains)(self.as_ptr(), &raw mut array, 0) })?;
+        // SAFETY: libvirt returned an array of `count` objects and a NULL, from malloc; it and each of
+        // them is ours now.
+        unsafe {
+            let taken =
+                (0..count as usize).filter_map(|n| Domain::take(self.table, array.add(n).read()).ok()).collect();
+            libc::free(array.cast());
+            Ok(taken)
+        }
+    }
+
     /// The domain XML in a memory image; [`xml::SECURE`] is allowed.
     pub fn saved_xml(&self, image: &str, flags: u32) -> VirResult<String> {
         let image = c_text(image)?;

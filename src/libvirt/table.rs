@@ -136,6 +136,7 @@ table! {
     fn virConnectRef(*mut virConnect) -> c_int;
     fn virConnectClose(*mut virConnect) -> c_int;
     fn virConnectGetURI(*mut virConnect) -> *mut c_char;
+    fn virConnectListAllDomains(*mut virConnect, *mut *mut *mut virDomain, c_uint) -> c_int;
     fn virConnectGetLibVersion(*mut virConnect, *mut c_ulong) -> c_int;
     fn virConnectGetType(*mut virConnect) -> *const c_char;
     fn virConnectIsAlive(*mut virConnect) -> c_int;

@@ -5,6 +5,8 @@
 
 pub mod domain;
 pub mod drive;
+pub mod frozen;
+pub mod notes;
 pub mod nvram;
 pub mod plan;
 pub mod record;
@@ -16,6 +18,8 @@ pub mod xml;
 
 pub use domain::Domain;
 pub use drive::{Bitmap, Drive, Role};
+pub use frozen::Frozen;
+pub use notes::Notes;
 pub use plan::{DiskPlan, Plan, generated_name, manual, plan};
 pub use record::{Record, RecordedDisk, RecordedManual, RecordedNvram, State};
 pub use request::{DiskRequest, Location, MemoryRequest, Request};

@@ -8,7 +8,7 @@ use quick_xml::Writer;
 use quick_xml::events::{BytesText, Event};
 use roxmltree::Node;
 
-use super::{check_name, check_path, domain, xml};
+use super::{Frozen, check_name, check_path, domain, xml};
 use crate::error::{Code, Error, Result, fail};
 
 const NAMESPACE: &str = "https://instantsnap.invalid/domainsnapshot/1";
@@ -58,6 +58,8 @@ pub struct RecordedDisk {
     pub image: String,
     /// That image's format.
     pub format: String,
+    /// The image and all below it, as they were at the instant. Empty in records of versions that did not look.
+    pub frozen: Vec<Frozen>,
 }
 
 /// A disk that somebody else has snapshotted.
@@ -176,7 +178,11 @@ impl RecordedDisk {
             writer.create_element("driver").with_attribute(("type", "qcow2")).write_empty()?;
             writer.create_element("source").with_attribute(("file", self.overlay.as_str())).write_empty()?;
             let image = [("file", self.image.as_str()), ("format", self.format.as_str())];
-            writer.create_element("instantsnap:image").with_attributes(image).write_empty().map(drop)
+            writer.create_element("instantsnap:image").with_attributes(image).write_empty()?;
+            self.frozen.iter().try_for_each(|frozen| {
+                let element = BytesText::from_escaped(format!("<instantsnap:frozen{}/>", frozen.attributes()));
+                writer.write_event(Event::Text(element))
+            })
         })?;
         Ok(())
     }
@@ -188,6 +194,7 @@ impl RecordedDisk {
             overlay: attribute(source, "file")?,
             image: attribute(image, "file")?,
             format: attribute(image, "format")?,
+            frozen: xml::children(node, "frozen").filter_map(Frozen::read).collect(),
         })
     }
 }

@@ -306,3 +306,27 @@ pub fn run(program: &str, args: &[&str]) -> String {
     assert!(output.status.success(), "{program} {args:?}: {}", String::from_utf8_lossy(&output.stderr));
     String::from_utf8(output.stdout).unwrap()
 }
+
+/// Another guest's QEMU, as far as its images go.
+pub struct OtherQemu(std::process::Child);
+
+impl OtherQemu {
+    pub fn open(image: &Path, read_only: bool) -> OtherQemu {
+        let mut command = std::process::Command::new("qemu-io");
+        command.args(["-f", "qcow2"]).args(read_only.then_some("-r")).arg(image);
+        let mut child =
+            command.stdin(std::process::Stdio::piped()).stdout(std::process::Stdio::piped()).spawn().unwrap();
+        use std::io::Read;
+        // It has the image open when it asks for a command.
+        let mut prompt = [0; 1];
+        child.stdout.as_mut().unwrap().read_exact(&mut prompt).unwrap();
+        OtherQemu(child)
+    }
+}
+
+impl Drop for OtherQemu {
+    fn drop(&mut self) {
+        drop(self.0.stdin.take());
+        let _ = self.0.wait();
+    }
+}

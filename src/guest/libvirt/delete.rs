@@ -1,39 +1,37 @@
 //! Deleting snapshots of a domain of a stock libvirt.
 //!
 //! libvirt 9.9 and later can delete one that has at most one child and is in the chains that the domain is on; what it can, it
-//! does ([`stock_can`]). The rest is done here, on a graph of images and the images below them:
+//! does ([`stock_can`]). The rest is done here, as [`prune`](super::prune) plans it.
 //!
-//! * An image is *needed* if the domain is on it, or a snapshot that stays, or if it is below such an image.
-//! * What was written by a snapshot that goes is removed if it is not needed: overlays only, never the image that the user made.
-//! * The image of a snapshot that goes, if it is needed, takes in the overlay above it, so that chains do not grow: but only
-//!   if that overlay is its only one, and no snapshot that stays is on it, and the domain neither. Otherwise both stay. More
-//!   space would be had by copying; nothing is lost by not.
-//!
-//! A file is taken for an overlay of ours if it is an overlay of a snapshot's image, or an overlay that is called as our reverts
-//! call theirs.
-//! In doubt a file stays. So does what another snapshot had left when it was deleted and its overlays were needed, once they
-//! are not needed any more.
+//! Nothing is touched while another QEMU has an image open that would be changed or removed, or another domain of the connection
+//! stands on it.
 //!
 //! The order is such that nothing is lost wherever it is cut short: the memory images of what goes are renamed to
-//! `….deleting`, so that nobody reverts to a snapshot whose images are half merged; images are merged, and after each the
-//! records that name it are changed; what goes is forgotten by libvirt; only then files are removed. What was cut short can be
-//! done again.
+//! `….deleting`, and that is on disk, so that nobody reverts to a snapshot whose images are half merged; images are merged, and
+//! after each the records that name it are changed; what goes is forgotten by libvirt; only then files are removed. What was cut
+//! short can be done again.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use super::others::Users;
+use super::prune::{self, Merge, Obstacle, Plan, Switched, World};
 use super::reach::{Reach, is_ours};
-use super::recorded::{DiskImage, Recorded, Replaced, Tree, domain_images, domain_with_replaced};
+use super::recorded::{DiskImage, Recorded, Replaced, SnapshotDisk, Tree, domain_images, domain_with_replaced, noted};
+use super::renew::Renewal;
 use crate::error::{Code, Error, Result, fail};
 use crate::flags::delete::{CHILDREN_ONLY, METADATA_ONLY};
 use crate::flags::{CURRENT, REDEFINE};
 use crate::guest::images::{self, Graph, Id, id};
+use crate::guest::progress::Progress;
 use crate::image::{deleting, is_another};
 use crate::libvirt::{Connect, Domain, VirError, block, xml};
 use crate::snapshot::domain::{Source, Storage};
 use crate::sys;
 
+/// A merge that makes no progress for so long is given up.
+const STALLED: Duration = Duration::from_secs(60);
 /// The first libvirt that deletes snapshots with a memory image, and that crashes when it reverts without a current one.
 const STOCK_DELETES: (u64, u64, u64) = (9, 9, 0);
 
@@ -46,10 +44,18 @@ pub fn run(reach: &Reach, flags: u32) -> Result<()> {
         return forget_alone(domain, &tree, target, flags);
     }
     let version = reach.version()?;
+    let users = Users::look(connect, domain)?;
     if flags == 0 && stock_can(domain, version, &tree, target)? {
-        return Ok(snapshot.delete(flags)?);
+        let touched = target.external().filter_map(stock_touches).flatten().collect();
+        check_unused(&users, &target.name, &touched)?;
+        let kept: Vec<&Recorded> = tree.snapshots.iter().filter(|other| other.name != target.name).collect();
+        let renewal = Renewal::begin(domain, &tree, &kept, &touched)?;
+        let deleted = snapshot.delete(flags);
+        // What libvirt may have begun keeps the content of the others' images, too.
+        renewal.end(domain, None)?;
+        return Ok(deleted?);
     }
-    Delete::prepare(connect, domain, version, &tree, target, flags)?.run()
+    Delete::prepare(connect, domain, version, &tree, target, flags)?.run(&users)
 }
 
 /// Whether libvirt does it as well, or better.
@@ -97,11 +103,11 @@ fn stock_can(domain: &Domain, version: (u64, u64, u64), tree: &Tree, target: &Re
         return Ok(false);
     }
     let live = domain_images(&domain.xml(0).map_err(|error| error.into_error(step))?)?;
-    let is_on = |(disk, image): (&super::recorded::SnapshotDisk, Option<&DiskImage>)| {
+    let is_on = |(disk, image): (&SnapshotDisk, Option<&DiskImage>)| {
         let (Some(overlay), Some(image)) = (&disk.overlay, image.and_then(|image| image.file.as_ref())) else {
             return false;
         };
-        let layers = live.iter().find(|live| live.target == disk.target).map(layers).unwrap_or_default();
+        let layers = live.iter().find(|live| live.target == disk.target).map(DiskImage::layers).unwrap_or_default();
         layers.windows(2).any(|pair| id(pair[0]) == id(overlay) && id(pair[1]) == id(image))
     };
     let children = tree.children(&target.name).count();
@@ -117,9 +123,25 @@ fn stock_can(domain: &Domain, version: (u64, u64, u64), tree: &Tree, target: &Re
     Ok(alone && files && !begun && target.external().all(is_on))
 }
 
-/// The images of a disk from the top down, as libvirt calls them.
-fn layers(disk: &DiskImage) -> Vec<&str> {
-    disk.file.iter().chain(&disk.backing).map(String::as_str).collect()
+/// What libvirt's own delete changes and removes of a disk.
+fn stock_touches((disk, image): (&SnapshotDisk, Option<&DiskImage>)) -> Option<[Id; 2]> {
+    Some([id(disk.overlay.as_deref()?), id(image?.file.as_deref()?)])
+}
+
+/// Refuses to touch images that others use.
+fn check_unused(users: &Users, target: &str, touched: &BTreeSet<Id>) -> Result<()> {
+    for image in touched {
+        if let Some(user) = users.of(image) {
+            fail!(
+                OperationInvalid,
+                "cannot delete snapshot '{}': the image '{}' would be changed or removed, and {user}: end that guest, or take \
+                 the image from it, or delete the metadata alone (VIR_DOMAIN_SNAPSHOT_DELETE_METADATA_ONLY); nothing was changed",
+                target,
+                image.display()
+            );
+        }
+    }
+    Ok(())
 }
 
 struct Delete<'a> {
@@ -134,20 +156,6 @@ struct Delete<'a> {
     live: Vec<DiskImage>,
     /// The disks at its next start.
     config: Vec<DiskImage>,
-}
-
-/// Images that become one: a base, and the overlays above it, from the bottom up, that it takes in.
-#[derive(Debug)]
-struct Merge {
-    base: Id,
-    overlays: Vec<Id>,
-}
-
-struct Plan {
-    graph: Graph,
-    merges: Vec<Merge>,
-    /// Files that nobody needs when it is done.
-    removed: BTreeSet<Id>,
 }
 
 fn has_data_elsewhere(graph: &Graph, image: &Id) -> bool {
@@ -192,65 +200,73 @@ impl<'a> Delete<'a> {
         Ok(Delete { connect, domain, version, tree, doomed, kept, live, config })
     }
 
-    fn run(&self) -> Result<()> {
-        let plan = self.plan()?;
+    fn run(&self, users: &Users) -> Result<()> {
+        let world = self.world()?;
+        let plan = world.plan().map_err(|obstacle| self.refusal(&obstacle))?;
         self.check(&plan)?;
+        check_unused(users, self.name(), &plan.touched(&world.graph))?;
         // Until the records of its children are safe from libvirt, a snapshot that goes must not be reverted to.
         let disarmed =
             if plan.merges.is_empty() && self.kept_children().next().is_none() { vec![] } else { self.disarm()? };
-        let replaced = self.merge_all(&plan, &disarmed)?;
+        let touched = plan.touched(&world.graph);
+        let renewal = Renewal::begin(self.domain, self.tree, &self.kept, &touched).inspect_err(|_| arm(&disarmed))?;
+        let merged = self.merge_all(&world.graph, &plan, &disarmed);
+        let replaced = match merged {
+            Ok(replaced) => replaced,
+            Err(error) => {
+                // What was merged has kept the content of the images of the snapshots that stay.
+                let _ = renewal.end(self.domain, None);
+                return Err(error);
+            }
+        };
         self.change_config(&replaced)?;
+        renewal.end(self.domain, Some(&plan.former))?;
         self.forget()?;
         self.remove_files(&plan)
     }
 
-    /// Which images become one, and which go.
-    fn plan(&self) -> Result<Plan> {
-        let graph = self.graph()?;
-        let files =
-            |disks: &[DiskImage]| disks.iter().filter_map(|disk| disk.file.as_deref()).map(id).collect::<Vec<_>>();
-        let in_use = [files(&self.live), files(&self.config)].concat();
-        let pinned: BTreeSet<Id> =
-            self.kept.iter().flat_map(|kept| kept.images()).filter_map(|image| image.file.as_deref()).map(id).collect();
-        let needed = graph.with_all_below(in_use.iter().chain(&pinned));
-        let own = |doomed: &&'a Recorded| external_images(doomed).collect::<Vec<_>>();
-        let images: BTreeSet<Id> = self.doomed.iter().flat_map(own).collect();
-
-        let written = graph.with_all_below(&images).into_iter();
-        let written = written.chain(self.doomed.iter().flat_map(|doomed| doomed.overlays()).map(|(file, _)| id(file)));
-        let removed: BTreeSet<Id> =
-            written.filter(|image| !needed.contains(image) && self.is_overlay(&graph, image)).collect();
-
-        let internal: BTreeSet<Id> = self
-            .kept
-            .iter()
-            .filter(|kept| kept.is_internal() || kept.disks.is_empty())
-            .flat_map(|kept| kept.images())
-            .filter_map(|image| image.file.as_deref())
-            .map(id)
-            .collect();
-        let differs =
-            |image: &Id| in_use.contains(image) && !self.live.is_empty() && !files(&self.live).contains(image);
-        // The one overlay that an image can take in.
-        let taken_in = |image: &Id| -> Option<Id> {
-            if !images.contains(image) || !needed.contains(image) || pinned.contains(image) || in_use.contains(image) {
-                return None;
-            }
-            let mut overlays = graph.overlays(image).filter(|overlay| !removed.contains(*overlay));
-            let (overlay, None) = (overlays.next()?, overlays.next()) else { return None };
-            let whole = !internal.contains(overlay) && !differs(overlay);
-            (whole && self.is_overlay(&graph, overlay)).then(|| overlay.clone())
+    /// What is known, for a plan.
+    fn world(&self) -> Result<World> {
+        let disks = |disks: &[DiskImage]| {
+            let known = disks.iter().filter_map(|disk| Some((disk.target.clone(), id(disk.file.as_deref()?))));
+            known.collect()
         };
-        let uppers: BTreeSet<Id> = images.iter().filter_map(taken_in).collect();
-        let bases = images.iter().filter(|image| !uppers.contains(*image));
-        let merges = bases
-            .map(|base| Merge {
-                base: base.clone(),
-                overlays: std::iter::successors(taken_in(base), taken_in).collect(),
-            })
-            .filter(|merge| !merge.overlays.is_empty())
-            .collect();
-        Ok(Plan { merges, removed, graph })
+        let memory = self.memory_files();
+        Ok(World {
+            graph: self.graph()?,
+            doomed: self.doomed.iter().copied().map(known).collect(),
+            kept: self.kept.iter().copied().map(known).collect(),
+            live: disks(&self.live),
+            config: disks(&self.config),
+            former: self
+                .tree
+                .snapshots
+                .iter()
+                .flat_map(|snapshot| &snapshot.notes.former)
+                .map(|file| id(file))
+                .collect(),
+            begun: memory.iter().all(|file| !file.exists()) && memory.iter().any(|file| deleting(file).exists()),
+        })
+    }
+
+    fn refusal(&self, obstacle: &Obstacle) -> Error {
+        let message = match obstacle {
+            Obstacle::Stray { target, overlay } => format!(
+                "neither the domain nor a snapshot refers to '{}' any more, the overlay of disk '{target}', which can hold what \
+                 was written to it last: attach the disk with it again, or, where it is of no use, remove the file",
+                overlay.display()
+            ),
+            Obstacle::Detached { target, image } => format!(
+                "the domain has no disk '{target}' on its images any more, of which '{}' would be removed: attach the disk again",
+                image.display()
+            ),
+        };
+        let message = format!(
+            "cannot delete snapshot '{}': {message}; or delete the metadata alone (VIR_DOMAIN_SNAPSHOT_DELETE_METADATA_ONLY) and \
+             keep or remove the files yourself; nothing was changed",
+            self.name()
+        );
+        Error::new(Code::OperationInvalid, message)
     }
 
     /// All images that are known.
@@ -259,18 +275,12 @@ impl<'a> Delete<'a> {
         let disks = self.tree.snapshots.iter().flat_map(Recorded::images).chain(&self.live).chain(&self.config);
         let images = disks.filter_map(|disk| Some((disk.file.as_deref()?, disk.format.as_str())));
         let overlays = self.tree.snapshots.iter().flat_map(Recorded::overlays);
-        for (file, format) in images.chain(overlays) {
+        let left = self.tree.snapshots.iter().flat_map(|snapshot| &snapshot.notes.left);
+        let left = left.map(|(_, overlay)| (overlay.as_str(), "qcow2"));
+        for (file, format) in images.chain(overlays).chain(left) {
             graph.add(file, format)?;
         }
         Ok(graph)
-    }
-
-    /// Whether an image was made by a snapshot or a revert.
-    fn is_overlay(&self, graph: &Graph, image: &Id) -> bool {
-        // A record that names it would not do: it can be wrong, or be meant to have another file removed.
-        let Some(backing) = graph.get(image).and_then(|image| image.backing.as_ref()) else { return false };
-        images::is_of_revert(image)
-            || self.tree.snapshots.iter().flat_map(external_images).any(|image| image == *backing)
     }
 
     fn check(&self, plan: &Plan) -> Result<()> {
@@ -315,22 +325,29 @@ impl<'a> Delete<'a> {
         let mut disarmed = Vec::new();
         for memory in self.memory_files() {
             match std::fs::rename(&memory, deleting(&memory)) {
-                Ok(()) => disarmed.push(memory),
+                Ok(()) => disarmed.push(memory.clone()),
                 Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
                 Err(error) => {
                     arm(&disarmed);
-                    return Err(Error::system(
-                        format!(
-                            "cannot delete snapshot '{}': cannot rename its memory image '{}'",
-                            self.name(),
-                            memory.display()
-                        ),
-                        error,
-                    ));
+                    return Err(self.cannot_rename(&memory, error));
                 }
+            }
+            // A power cut must not bring the old name back once images are being merged. What was renamed
+            // by a delete that was cut short may not be on disk yet either.
+            if deleting(&memory).exists()
+                && let Err(error) = sys::sync_parent(&memory)
+            {
+                arm(&disarmed);
+                return Err(self.cannot_rename(&memory, error));
             }
         }
         Ok(disarmed)
+    }
+
+    fn cannot_rename(&self, memory: &Path, error: std::io::Error) -> Error {
+        let step =
+            format!("cannot delete snapshot '{}': cannot rename its memory image '{}'", self.name(), memory.display());
+        Error::system(step, error)
     }
 
     /// The memory images of what goes, unless a snapshot that stays names them too.
@@ -345,10 +362,10 @@ impl<'a> Delete<'a> {
     }
 
     /// Merges, and changes the records after each merge. What has been replaced by what.
-    fn merge_all(&self, plan: &Plan, disarmed: &[PathBuf]) -> Result<Vec<Replaced>> {
+    fn merge_all(&self, graph: &Graph, plan: &Plan, disarmed: &[PathBuf]) -> Result<Vec<Replaced>> {
         let mut replaced = Vec::new();
         for merge in &plan.merges {
-            self.merge(&plan.graph, merge).map_err(|failure| {
+            self.merge(graph, merge).map_err(|failure| {
                 if failure.begun || !replaced.is_empty() {
                     let more = format!(
                         "the domain and its other snapshots are whole, but '{}' cannot be reverted to any more: delete it again",
@@ -359,7 +376,7 @@ impl<'a> Delete<'a> {
                 arm(disarmed);
                 failure.error.and("nothing was changed")
             })?;
-            let base = plan.graph.get(&merge.base).expect("an image of the graph");
+            let base = graph.get(&merge.base).expect("an image of the graph");
             replaced.push(Replaced {
                 images: merge.overlays.clone(),
                 by: base.path.clone(),
@@ -377,7 +394,7 @@ impl<'a> Delete<'a> {
             let message = format!("the image '{}' has its data in another file: it cannot be merged", image.display());
             return Err(Failure { error: Error::new(Code::OperationUnsupported, message), begun: false });
         }
-        let live = self.live.iter().find(|disk| layers(disk).iter().any(|layer| id(layer) == *top));
+        let live = self.live.iter().find(|disk| disk.layers().iter().any(|layer| id(layer) == *top));
         match live {
             Some(disk) => self.merge_live(disk, merge)?,
             None => {
@@ -385,7 +402,7 @@ impl<'a> Delete<'a> {
             }
         }
         // QEMU has done it for the images that it has open.
-        let open = |overlay: &Id| live.is_some_and(|disk| layers(disk).iter().any(|layer| id(layer) == *overlay));
+        let open = |overlay: &Id| live.is_some_and(|disk| disk.layers().iter().any(|layer| id(layer) == *overlay));
         for overlay in graph.overlays(top).filter(|overlay| !open(overlay)) {
             let overlay = graph.get(overlay).expect("of the graph");
             images::rebase(overlay, &base_image.path, &base_image.format)
@@ -397,7 +414,7 @@ impl<'a> Delete<'a> {
     /// Has libvirt merge images that a running domain has open.
     fn merge_live(&self, disk: &DiskImage, merge: &Merge) -> std::result::Result<(), Failure> {
         let (base, top) = (&merge.base, merge.overlays.last().expect("at least one"));
-        let called = |image: &Id| layers(disk).into_iter().find(|layer| id(layer) == *image);
+        let called = |image: &Id| disk.layers().into_iter().find(|layer| id(layer) == *image);
         let active = disk.file.as_deref().map(id).as_ref() == Some(top);
         let mut flags = if active { block::COMMIT_ACTIVE } else { 0 };
         let step = format!("cannot merge images of disk '{}' to delete snapshot '{}'", disk.target, self.name());
@@ -416,8 +433,8 @@ impl<'a> Delete<'a> {
         self.domain
             .block_commit(&disk.target, called(base), called(top), flags)
             .map_err(|error| Failure { error: error.into_error(&step), begun: false })?;
-        let mut nap = Duration::from_millis(10);
-        while self.domain.block_job(&disk.target).map_err(begun)?.is_some() {
+        let mut progress = Progress::new(STALLED);
+        while let Some(seen) = self.domain.block_job(&disk.target).map_err(begun)? {
             if active && self.live_disk(disk).map_err(begun)?.is_some_and(|disk| disk.job_ready) {
                 let pivoted = self.domain.block_job_abort(&disk.target, block::ABORT_PIVOT);
                 pivoted.map_err(|error| {
@@ -426,11 +443,21 @@ impl<'a> Delete<'a> {
                 })?;
                 break;
             }
-            std::thread::sleep(nap);
-            nap = (nap * 2).min(Duration::from_millis(200));
+            if !progress.wait(seen) {
+                let message = format!("{step}: QEMU's block job makes no progress; it was ended");
+                let error = Error::new(Code::OperationTimeout, message);
+                let error = match self.domain.block_job_abort(&disk.target, 0) {
+                    Ok(()) => error,
+                    Err(left) => error.and(format!(
+                        "ending it failed ({}): end it by `virsh blockjob '{}' --abort`",
+                        left.message, disk.target
+                    )),
+                };
+                return Err(Failure { error, begun: true });
+            }
         }
         let now = self.live_disk(disk).map_err(begun)?;
-        if now.is_some_and(|disk| layers(&disk).iter().any(|layer| id(layer) == *top)) {
+        if now.is_some_and(|disk| disk.layers().iter().any(|layer| id(layer) == *top)) {
             let message = format!("{step}: QEMU's block job failed (libvirt's log of the domain has the reason)");
             return Err(Failure { error: Error::new(Code::OperationFailed, message), begun: true });
         }
@@ -445,7 +472,11 @@ impl<'a> Delete<'a> {
     /// Puts the snapshots that stay on the images that have the content of theirs.
     fn change_records(&self, replaced: &[Replaced]) -> Result<()> {
         for kept in &self.kept {
-            if let Some(record) = kept.with_replaced(replaced)? {
+            // As it is by now: what was noted down of its images may have been taken out.
+            let step = format!("cannot read the record of snapshot '{}'", kept.name);
+            let found = self.domain.find(&kept.name).map_err(|error| error.into_error(&step))?;
+            let Some(now) = found.map(Recorded::read).transpose()? else { continue };
+            if let Some(record) = now.with_replaced(replaced)? {
                 self.redefine(kept, &record)?;
             }
         }
@@ -513,7 +544,7 @@ impl<'a> Delete<'a> {
         let tops: Vec<_> = disks.iter().filter_map(source).collect();
         let sources: Vec<Source> =
             tops.iter().map(|(target, file, format)| Source { target, storage: Storage::at(file), format }).collect();
-        let record = leaf.with_overlays(&sources)?;
+        let record = noted(&leaf.with_overlays(&sources)?, &leaf.notes_afterwards())?;
         let step = format!("cannot make snapshot '{}' the current one", leaf.name);
         self.domain.create_snapshot(&record, REDEFINE | CURRENT).map(drop).map_err(|error| error.into_error(&step))
     }
@@ -539,9 +570,17 @@ impl<'a> Delete<'a> {
     }
 }
 
-/// The images of the disks that a snapshot took.
-fn external_images(snapshot: &Recorded) -> impl Iterator<Item = Id> {
-    snapshot.external().filter_map(|(_, image)| image?.file.as_deref().map(id))
+/// A snapshot as a plan sees it.
+fn known(recorded: &Recorded) -> prune::Snapshot {
+    let file = |image: &DiskImage| image.file.as_deref().map(id);
+    let switched =
+        recorded.external().map(|(disk, image)| Switched { target: disk.target.clone(), image: image.and_then(file) });
+    prune::Snapshot {
+        switched: switched.collect(),
+        images: recorded.images().filter_map(file).collect(),
+        overlays: recorded.overlays_of_disks().map(|(target, overlay)| (target.to_owned(), id(overlay))).collect(),
+        fixed: recorded.is_internal() || recorded.disks.is_empty(),
+    }
 }
 
 fn arm(disarmed: &[PathBuf]) {

@@ -4,6 +4,7 @@
 //! on with, and `<revertDisks>` (libvirt >= 9.9) those of the last revert.
 
 use std::ops::Range;
+use std::path::Path;
 
 use quick_xml::escape::escape;
 use roxmltree::Node;
@@ -12,7 +13,7 @@ use crate::error::{Code, Error, Result, fail};
 use crate::guest::images::{Id, id};
 use crate::libvirt::{Domain, Snapshot, xml as xml_flags};
 use crate::snapshot::domain::{Source, Storage};
-use crate::snapshot::{self, xml};
+use crate::snapshot::{self, Notes, xml};
 
 /// All snapshots of a domain.
 #[derive(Debug)]
@@ -44,6 +45,8 @@ pub struct Recorded {
     pub images: Vec<DiskImage>,
     /// The disks of `<inactiveDomain>`.
     pub inactive_images: Vec<DiskImage>,
+    /// What we have noted down of it.
+    pub notes: Notes,
     xml: String,
 }
 
@@ -90,6 +93,13 @@ pub struct Replaced {
     pub by: String,
     /// That image's format.
     pub format: String,
+}
+
+impl DiskImage {
+    /// The images from the top down, as libvirt calls them.
+    pub fn layers(&self) -> Vec<&str> {
+        self.file.iter().chain(&self.backing).map(String::as_str).collect()
+    }
 }
 
 impl Tree {
@@ -152,6 +162,7 @@ impl Recorded {
             revert_disks: snapshot_disks("revertDisks"),
             images: images("domain"),
             inactive_images: images("inactiveDomain"),
+            notes: xml::child(root, "domain").map(Notes::read).unwrap_or_default(),
             handle,
             xml: text.clone(),
         })
@@ -187,7 +198,10 @@ impl Recorded {
     /// Its `<domain>`, with these disks on these images.
     pub fn domain_on(&self, sources: &[Source]) -> Result<String> {
         match self.part("domain")? {
-            Some(range) => snapshot::Domain::parse(&self.xml[range])?.with_sources(sources),
+            Some(range) => {
+                let domain = Notes::strip(&self.xml[range], "domain")?;
+                snapshot::Domain::parse(&domain)?.with_sources(sources)
+            }
             None => fail!(InvalidDomainSnapshot, "the record of snapshot '{}' has no <domain>", self.name),
         }
     }
@@ -217,6 +231,18 @@ impl Recorded {
             }
             Ok(())
         })
+    }
+
+    /// What is noted down of it once it names other overlays: those of before may have to stay.
+    pub fn notes_afterwards(&self) -> Notes {
+        let mut left: Vec<(String, String)> = self
+            .overlays_of_disks()
+            .filter(|(_, overlay)| Path::new(overlay).exists())
+            .map(|(target, overlay)| (target.to_owned(), overlay.to_owned()))
+            .collect();
+        left.sort();
+        left.dedup();
+        Notes { left, ..self.notes.clone() }
     }
 
     /// The record without overlays. libvirt, when it forgets a snapshot, puts its images in the place of its overlays in the
@@ -253,6 +279,13 @@ impl Recorded {
         Ok(Some(edited).filter(|edited| *edited != self.xml))
     }
 
+    /// All overlays that it names, and those that it named before it was reverted to; with their disks.
+    pub fn overlays_of_disks(&self) -> impl Iterator<Item = (&str, &str)> {
+        let external = self.disks.iter().chain(&self.revert_disks).filter(|disk| disk.location == "external");
+        let named = external.filter_map(|disk| Some((disk.target.as_str(), disk.overlay.as_deref()?)));
+        named.chain(self.notes.left.iter().map(|(target, file)| (target.as_str(), file.as_str())))
+    }
+
     fn part(&self, element: &str) -> Result<Option<Range<usize>>> {
         let document = xml::parse(&self.xml, "domainsnapshot", &xml::RECORDED)?;
         Ok(xml::child(document.root_element(), element).map(|node| node.range()))
@@ -269,6 +302,17 @@ impl Recorded {
         }
         Ok(text)
     }
+}
+
+/// A record with these notes in the place of others. One without a `<domain>` stays as it is.
+pub fn noted(record_xml: &str, notes: &Notes) -> Result<String> {
+    let document = xml::parse(record_xml, "domainsnapshot", &xml::RECORDED)?;
+    let Some(domain) = xml::child(document.root_element(), "domain").map(|domain| domain.range()) else {
+        return Ok(record_xml.to_owned());
+    };
+    let mut text = record_xml.to_owned();
+    text.replace_range(domain.clone(), &notes.put_into(&record_xml[domain], "domain")?);
+    Ok(text)
 }
 
 type Edits = Vec<(Range<usize>, String)>;

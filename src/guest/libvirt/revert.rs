@@ -20,12 +20,13 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use tempfile::{NamedTempFile, TempPath};
 
+use super::others::Users;
 use super::reach::Reach;
-use super::recorded::{DiskImage, Recorded, Tree, domain_images};
+use super::recorded::{DiskImage, Recorded, Tree, domain_images, noted};
 use crate::error::{Code, Error, Result, fail};
 use crate::flags::revert::{FORCE, PAUSED, RESET_NVRAM, RUNNING};
 use crate::guest::images::{self, Graph, Id, id};
-use crate::guest::overlay_file;
+use crate::guest::{locks, overlay_file};
 use crate::image::Image;
 use crate::libvirt::{Connect, Domain, VirError, restore, undefine, xml};
 use crate::monitor::Deadline;
@@ -44,11 +45,12 @@ pub fn run(reach: &Reach, flags: u32) -> Result<()> {
     let tree = Tree::read(domain)?;
     let target = tree.get(&snapshot.name())?;
     let version = reach.version()?;
-    let revert = Revert { connect, domain, version, tree: &tree, target, flags };
+    let users = Users::look(connect, domain)?;
+    let revert = Revert { connect, domain, version, tree: &tree, target, flags, users: &users };
     let state = revert.look()?;
     // Before libvirt's own revert too: it ends the domain first, and looks then.
     revert.check(&state)?;
-    if version >= STOCK_REVERTS && stock_can(&tree, target) {
+    if version >= STOCK_REVERTS && stock_can(&tree, target, &state.disks, &users) {
         wait_for_free_names(target);
         return Ok(snapshot.revert(flags)?);
     }
@@ -57,8 +59,12 @@ pub fn run(reach: &Reach, flags: u32) -> Result<()> {
 
 /// Whether libvirt does it as well, or better.
 pub fn is_libvirts(reach: &Reach) -> Result<bool> {
-    let tree = Tree::read(&reach.domain)?;
-    Ok(reach.version()? >= STOCK_REVERTS && stock_can(&tree, tree.get(&reach.snapshot.name())?))
+    if reach.version()? < STOCK_REVERTS {
+        return Ok(false);
+    }
+    let (tree, domain) = (Tree::read(&reach.domain)?, &reach.domain);
+    let disks = disks_of(domain).map_err(|error| error.into_error("cannot look at the domain"))?;
+    Ok(stock_can(&tree, tree.get(&reach.snapshot.name())?, &disks, &Users::look(&reach.connect, domain)?))
 }
 
 /// Whether libvirt's own revert, where it has one, works and does no harm:
@@ -66,8 +72,9 @@ pub fn is_libvirts(reach: &Reach) -> Result<bool> {
 /// * it wants all images to be files, also of disks that the snapshot left out;
 /// * it would give a disk that somebody else snapshots today's content;
 /// * without a current snapshot it crashes the daemon;
-/// * it removes the overlays that the current snapshot names, also those that another snapshot needs.
-fn stock_can(tree: &Tree, target: &Recorded) -> bool {
+/// * it removes the overlays that the current snapshot names, also those that another snapshot needs, or another guest, and
+///   those of disks that the domain does not have any more.
+fn stock_can(tree: &Tree, target: &Recorded, disks: &[DiskImage], users: &Users) -> bool {
     let on_files = target.external().all(|(_, image)| {
         let file = image.and_then(|image| image.file.as_deref());
         file.is_some_and(|file| Path::new(file).is_file())
@@ -83,7 +90,17 @@ fn stock_can(tree: &Tree, target: &Recorded) -> bool {
     let leaves = if current.revert_disks.is_empty() { &current.disks } else { &current.revert_disks };
     let removed = leaves.iter().filter(|disk| disk.location == "external").filter_map(|disk| disk.overlay.as_deref());
     let Ok(needed) = needed_by_snapshots(tree) else { return false };
-    on_files && !manual && !removed.map(id).any(|overlay| needed.contains(&overlay))
+    let is_on = |overlay: &Id| disks.iter().filter_map(|disk| disk.file.as_deref()).any(|file| id(file) == *overlay);
+    let harmed = |overlay: Id| {
+        overlay.exists() && (needed.contains(&overlay) || !is_on(&overlay) || users.of(&overlay).is_some())
+    };
+    on_files && !manual && !removed.map(id).any(harmed)
+}
+
+/// The disks of the running domain, or at its next start.
+fn disks_of(domain: &Domain) -> std::result::Result<Vec<DiskImage>, VirError> {
+    let xml = domain.xml(if domain.is_active()? { 0 } else { xml::INACTIVE })?;
+    Ok(domain_images(&xml).unwrap_or_default())
 }
 
 /// libvirt calls the overlays that it makes after the second, and refuses where there are some: after a revert in the same
@@ -120,6 +137,7 @@ struct Revert<'a> {
     tree: &'a Tree,
     target: &'a Recorded,
     flags: u32,
+    users: &'a Users,
 }
 
 /// The domain before it is reverted.
@@ -152,7 +170,7 @@ impl Revert<'_> {
         let sources: Vec<Source> = overlays.iter().map(Overlay::source).collect();
         let domain_xml = self.target.domain_on(&sources)?;
         let config = self.target.config_on(&sources)?;
-        let record = self.target.with_overlays(&sources)?;
+        let record = noted(&self.target.with_overlays(&sources)?, &self.target.notes_afterwards())?;
 
         if *active {
             self.end_domain(*persistent)?;
@@ -186,6 +204,17 @@ impl Revert<'_> {
                     disk.target
                 );
             }
+            // The domain's own QEMU is ended for the revert.
+            let own = state.active
+                && state.disks.iter().filter_map(|disk| disk.file.as_deref()).any(|own| id(own) == id(file));
+            if !own && locks::is_written(Path::new(file)) {
+                fail!(
+                    OperationInvalid,
+                    "cannot revert to snapshot '{name}': another QEMU writes to the image '{file}' of disk '{}': end that guest; \
+                     the domain was left as it is",
+                    disk.target
+                );
+            }
         }
         if let Some(disk) = self.target.disks.iter().find(|disk| disk.location == "manual")
             && self.flags & FORCE == 0
@@ -198,6 +227,9 @@ impl Revert<'_> {
             );
         }
         self.check_not_half_deleted()?;
+        if self.flags & FORCE == 0 {
+            self.check_frozen()?;
+        }
         self.check_memory()?;
         if self.domain.has_managed_save().map_err(|error| error.into_error("cannot look at the domain"))? {
             fail!(
@@ -215,6 +247,19 @@ impl Revert<'_> {
                      blockjob)",
                     disk.target
                 );
+            }
+        }
+        Ok(())
+    }
+
+    /// Images that were written or replaced since the snapshot are newer than its memory.
+    fn check_frozen(&self) -> Result<()> {
+        for (disk, image) in self.target.external() {
+            let mut layers = self.target.notes.frozen.iter().filter(|(target, _)| *target == disk.target).peekable();
+            // Where libvirt has changed the record itself, to delete another snapshot, the notes are not of these images.
+            let noted = layers.peek().map(|(_, top)| id(&top.file));
+            if noted.is_some() && noted == image.and_then(|image| image.file.as_deref()).map(id) {
+                layers.try_for_each(|(target, frozen)| frozen.check(target, &self.target.name))?;
             }
         }
         Ok(())
@@ -277,6 +322,12 @@ impl Revert<'_> {
                 let file = image.file.as_deref().unwrap_or_default();
                 let fresh = fresh_file(Path::new(file), disk.overlay.as_deref(), &self.target.name)?;
                 overlay_file::create_on(fresh.as_file(), file, &image.format)?;
+                // The domain's definition will name it, and is on disk when libvirt says so.
+                fresh
+                    .as_file()
+                    .sync_all()
+                    .and_then(|()| sys::sync_parent(fresh.path()))
+                    .map_err(|error| Error::system(format!("cannot write '{}'", fresh.path().display()), error))?;
                 let path = fresh.into_temp_path();
                 let text = path.to_str().map(str::to_owned);
                 let text = text.ok_or_else(|| {
@@ -364,19 +415,49 @@ impl Revert<'_> {
         self.domain.undefine(undefine::KEEP_NVRAM | tpm)
     }
 
-    /// Removes the overlays that the domain was on, where that is safe. They are garbage at worst, so nothing of it is an error.
+    /// Removes the overlays that the domain was on, where that is safe: those of disks that were brought back, and that nothing
+    /// else needs. They are garbage at worst, so nothing of it is an error.
     fn remove_left(&self, left: &[DiskImage], fresh: &[PathBuf]) {
         let Ok(mut needed) = needed_by_snapshots(self.tree) else { return };
         needed.extend(fresh.iter().map(|path| id(&path.to_string_lossy())));
         let recorded: BTreeSet<Id> =
             self.tree.snapshots.iter().flat_map(Recorded::overlays).map(|(overlay, _)| id(overlay)).collect();
-        for file in left.iter().filter_map(|disk| disk.file.as_deref()) {
-            let overlay = id(file);
-            let ours = recorded.contains(&overlay) || images::is_of_revert(&overlay);
-            if ours && !needed.contains(&overlay) {
+        for disk in left {
+            let Some(overlay) = disk.file.as_deref().map(id) else { continue };
+            let ours = recorded.contains(&overlay) || images::is_of_revert(&overlay) || self.stands_on_frozen(disk);
+            let unused = || self.users.other_domain_on(&overlay).is_none() && !locks::is_in_use(&overlay);
+            if ours && !needed.contains(&overlay) && self.was_brought_back(disk) && unused() {
                 let _ = sys::remove_file(&overlay);
             }
         }
+    }
+
+    /// Images that snapshots froze, deleted ones included.
+    fn frozen(&self) -> BTreeSet<Id> {
+        let images =
+            self.tree.snapshots.iter().flat_map(Recorded::external).filter_map(|(_, image)| image?.file.as_deref());
+        let former = self.tree.snapshots.iter().flat_map(|snapshot| &snapshot.notes.former).map(String::as_str);
+        images.chain(former).map(id).collect()
+    }
+
+    fn stands_on_frozen(&self, disk: &DiskImage) -> bool {
+        let below = disk.file.as_deref().and_then(|file| images::below(file, &disk.format));
+        below.is_some_and(|(below, _)| self.frozen().contains(&id(&below)))
+    }
+
+    /// Whether the domain has the disk again, as it was at the snapshot: what is above is left behind.
+    fn was_brought_back(&self, left: &DiskImage) -> bool {
+        let again = self.target.external().find(|(disk, _)| disk.target == left.target).and_then(|(_, image)| image);
+        let (Some(again), Some(file)) = (again, left.file.as_deref()) else { return false };
+        let Some(image) = again.file.as_deref() else { return false };
+        let mut graph = Graph::default();
+        if graph.add(file, &left.format).is_err() || graph.add(image, &again.format).is_err() {
+            return false;
+        }
+        let frozen = self.frozen();
+        let (left, image) = (id(file), id(image));
+        let lineage: BTreeSet<&Id> = graph.chain(&image).collect();
+        graph.chain(&left).any(|layer| lineage.contains(layer) && frozen.contains(layer))
     }
 }
 

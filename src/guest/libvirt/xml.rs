@@ -4,7 +4,7 @@ use quick_xml::Writer;
 use quick_xml::events::{BytesText, Event};
 
 use crate::snapshot::domain::Storage;
-use crate::snapshot::{DiskPlan, Record, xml};
+use crate::snapshot::{DiskPlan, Notes, Record, RecordedDisk, xml};
 
 type XmlWriter = Writer<Vec<u8>>;
 
@@ -36,12 +36,21 @@ pub fn record(record: &Record, parent: Option<&str>, left_out: &LeftOut, inactiv
         writer.create_element("memory").with_attributes(memory).write_empty()?;
         let disks = record.disks.iter().map(|disk| (disk.name.as_str(), disk.overlay.as_str()));
         write_disks(writer, disks, left_out)?;
-        verbatim(writer, &record.domain_xml)?;
+        verbatim(writer, &noted(record))?;
         match inactive_domain.and_then(as_inactive_domain) {
             Some(inactive) => verbatim(writer, &inactive),
             None => Ok(()),
         }
     })
+}
+
+/// The record's domain, with what we note down of the snapshot.
+fn noted(record: &Record) -> String {
+    let of_disk =
+        |disk: &RecordedDisk| disk.frozen.iter().map(|frozen| (disk.name.clone(), frozen.clone())).collect::<Vec<_>>();
+    let notes = Notes { frozen: record.disks.iter().flat_map(of_disk).collect(), ..Notes::default() };
+    // Without notes it is a snapshot as libvirt takes them.
+    notes.put_into(&record.domain_xml, "domain").unwrap_or_else(|_| record.domain_xml.clone())
 }
 
 fn write(content: impl FnOnce(&mut XmlWriter) -> std::io::Result<()>) -> String {

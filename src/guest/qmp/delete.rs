@@ -9,7 +9,7 @@
 //! the record says: a memory image by how it begins, an overlay by the image that it stands on, a copy of UEFI variables by its
 //! name and content. Where a file is another, the snapshot is not deleted, and nothing is changed.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::ErrorKind;
 use std::path::Path;
 
@@ -21,15 +21,12 @@ use super::overlays::NODE_PREFIX;
 use crate::error::{Error, Result, fail};
 use crate::flags::delete::{CHILDREN_ONLY, METADATA_ONLY};
 use crate::guest::images::{self, Id, id};
-use crate::guest::{Connector, Guest, PATIENCE};
+use crate::guest::{Connector, Guest, PATIENCE, locks};
 use crate::image::{deleting, is_another};
 use crate::monitor::{Command, Deadline};
 use crate::snapshot::nvram::Found;
 use crate::snapshot::{Drive, Record, RecordedDisk, Store};
 use crate::sys;
-
-/// The bytes that QEMU locks of every image that it has open.
-const QEMU_LOCKS: std::ops::Range<i64> = 100..300;
 
 /// `instantsnap_snapshot_delete`.
 pub fn delete(connector: &dyn Connector, store: &Store, name: &str, flags: u32) -> Result<()> {
@@ -199,6 +196,15 @@ impl<'a> Delete<'a> {
             );
         }
         let pid = self.guest.pid();
+        // QEMU itself finds out too, but only when the merges of the disks before are under way.
+        let open = |file: &&String| pid.is_some_and(|pid| locks::is_in_use_besides(Path::new(file), pid));
+        if let Some(file) = [image, overlay].into_iter().find(open) {
+            fail!(
+                OperationInvalid,
+                "another QEMU has '{file}' of disk '{name}' open (it holds a lock on it), and it would be changed or removed: end \
+                 that guest first; nothing was changed"
+            );
+        }
         let nodes = drives::nodes(self.guest, pid, false)?;
         let on_image = |protocol| nodes.iter().filter(move |node| node.protocol == protocol && same(&node.file, image));
         // The node of the format, where there is one on top of that of the file.
@@ -225,7 +231,16 @@ impl<'a> Delete<'a> {
         if !Path::new(overlay).exists() || self.kept.contains_key(&id(overlay)) {
             return Ok(());
         }
-        let is_it = |drive: &Drive| drive.names.contains(name) || is_in_chain(drive, image);
+        // The disk is the same where it stands on images of its snapshots; another can have its name by now.
+        let below = images::chain(overlay, "qcow2").unwrap_or_default();
+        let below: BTreeSet<Id> = below.iter().map(|layer| id(&layer.path)).collect();
+        let all = self.others.iter().chain([self.record]).flat_map(|record| &record.disks);
+        let frozen: BTreeSet<Id> = all.map(|disk| id(&disk.image)).collect();
+        let stands_on = |file: &String| below.contains(&id(file)) && frozen.contains(&id(file));
+        let is_it = |drive: &Drive| {
+            is_in_chain(drive, image)
+                || drive.names.contains(name) && [&drive.file].into_iter().chain(&drive.backing).any(stands_on)
+        };
         if !drives.iter().any(is_it) {
             fail!(
                 OperationInvalid,
@@ -256,13 +271,20 @@ impl<'a> Delete<'a> {
     /// From now on nobody goes back to the snapshot.
     fn disarm(&self) -> Result<()> {
         let memory = Path::new(&self.record.memory_file);
+        let failed = |error| Error::system(format!("cannot rename its memory image '{}'", memory.display()), error);
         match std::fs::rename(memory, deleting(memory)) {
             // It is gone, or was renamed before.
-            Err(error) if error.kind() != ErrorKind::NotFound => {
-                Err(Error::system(format!("cannot rename its memory image '{}'", memory.display()), error))
-            }
-            _ => Ok(()),
+            Err(error) if error.kind() != ErrorKind::NotFound => return Err(failed(error)),
+            _ => {}
         }
+        if deleting(memory).exists() {
+            // A power cut must not bring the old name back once images are being merged.
+            sys::sync_parent(memory).map_err(|error| {
+                self.arm();
+                failed(error)
+            })?;
+        }
+        Ok(())
     }
 
     fn arm(&self) {
@@ -371,9 +393,9 @@ fn is_in_chain(drive: &Drive, image: &str) -> bool {
 
 /// An error where some QEMU has the file open.
 fn check_unused(overlay: &str) -> Result<()> {
-    let file =
-        sys::open_file(Path::new(overlay)).map_err(|error| Error::system(format!("cannot open '{overlay}'"), error))?;
-    if sys::is_locked(&file, QEMU_LOCKS) {
+    // What cannot be looked at is not known to be unused.
+    sys::open_file(Path::new(overlay)).map_err(|error| Error::system(format!("cannot open '{overlay}'"), error))?;
+    if locks::is_in_use(Path::new(overlay)) {
         fail!(
             OperationInvalid,
             "the snapshot's overlay '{overlay}' is in use, and not by a disk of this guest: delete the snapshot through the \

@@ -1,0 +1,113 @@
+//! Who has an image open, by the byte-range locks that QEMU takes on it.
+//!
+//! QEMU locks one byte for each permission that it uses ([`USED`]), and one for each that it does not
+//! share ([`UNSHARED`]), unless it was told not to (`locking=off`).
+
+use std::fs::File;
+use std::ops::Range;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+
+use crate::sys;
+
+/// All bytes that QEMU locks.
+const ALL: Range<i64> = 100..300;
+/// A lock on this byte says that its holder writes.
+const WRITES: Range<i64> = 101..102;
+
+/// Whether a process other than this one has the image open as QEMU opens it.
+pub fn is_in_use(image: &Path) -> bool {
+    has_lock(image, ALL)
+}
+
+/// Whether a process other than this one writes to the image.
+pub fn is_written(image: &Path) -> bool {
+    has_lock(image, WRITES)
+}
+
+/// Whether a process other than this QEMU, which has the image open itself, has it open too. What the
+/// kernel does not tell is not known: QEMU then refuses itself to write to the image.
+pub fn is_in_use_besides(image: &Path, qemu: u32) -> bool {
+    let (Ok(metadata), Ok(all)) = (image.metadata(), std::fs::read_to_string("/proc/locks")) else { return false };
+    let Some(own) = locks_of(qemu, (metadata.dev(), metadata.ino())) else { return false };
+    // The kernel names the file by numbers that `stat` need not know: by those of QEMU's own locks.
+    let Some(file) = own.first().and_then(|line| file_of(line)).map(str::to_owned) else { return is_in_use(image) };
+    let of_file = |line: &&str| file_of(line) == Some(&file) && !line.contains("->");
+    all.lines().filter(of_file).count() > own.len()
+}
+
+/// The process of a domain's QEMU: libvirt gives it the UUID on its command line.
+pub fn qemu_of_domain(uuid: &str) -> Option<u32> {
+    let option = format!("-uuid\0{uuid}\0");
+    let contains = |text: &[u8]| text.windows(option.len()).any(|window| window == option.as_bytes());
+    std::fs::read_dir("/proc").ok()?.find_map(|entry| {
+        let pid = entry.ok()?.file_name().to_str()?.parse().ok()?;
+        contains(&std::fs::read(format!("/proc/{pid}/cmdline")).ok()?).then_some(pid)
+    })
+}
+
+fn has_lock(image: &Path, bytes: Range<i64>) -> bool {
+    sys::open_file(image).is_ok_and(|file: File| sys::is_locked(&file, bytes))
+}
+
+/// The locks that a process has on a file, as the kernel writes them.
+fn locks_of(pid: u32, id: (u64, u64)) -> Option<Vec<String>> {
+    let mut locks = Vec::new();
+    for entry in std::fs::read_dir(format!("/proc/{pid}/fd")).ok()? {
+        let fd = entry.ok()?;
+        let is_it = fd.path().metadata().is_ok_and(|file| (file.dev(), file.ino()) == id);
+        if !is_it {
+            continue;
+        }
+        let number = fd.file_name();
+        let info = std::fs::read_to_string(format!("/proc/{pid}/fdinfo/{}", number.to_string_lossy())).ok()?;
+        locks.extend(info.lines().filter_map(|line| line.strip_prefix("lock:")).map(str::to_owned));
+    }
+    Some(locks)
+}
+
+/// `MAJOR:MINOR:INODE` of `1: OFDLCK  ADVISORY  READ  -1 fe:00:131 100 100`.
+fn file_of(line: &str) -> Option<&str> {
+    line.split_whitespace().find(|word| word.matches(':').count() == 2)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::AsRawFd;
+
+    use super::*;
+
+    fn lock(file: &File, byte: i64) {
+        let mut lock = libc::flock {
+            l_type: libc::F_RDLCK as libc::c_short,
+            l_whence: libc::SEEK_SET as libc::c_short,
+            l_start: byte,
+            l_len: 1,
+            l_pid: 0,
+        };
+        // SAFETY: an open file and a whole flock.
+        assert_eq!(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &raw mut lock) }, 0);
+    }
+
+    #[test]
+    fn locks_of_others_are_told_from_those_of_one_process() {
+        let image = tempfile::NamedTempFile::new().unwrap();
+        let (path, itself) = (image.path(), std::process::id());
+        assert!(!is_in_use(path) && !is_in_use_besides(path, itself));
+        let first = File::open(path).unwrap();
+        lock(&first, 100);
+        assert!(is_in_use(path) && !is_written(path) && !is_in_use_besides(path, itself));
+        lock(&first, 101);
+        assert!(is_written(path));
+        // A child has a copy of the descriptor; with the original closed it is the only holder.
+        let mut child = std::process::Command::new("sleep").arg("100").stdin(first).spawn().unwrap();
+        let second = File::open(path).unwrap();
+        lock(&second, 100);
+        assert!(is_in_use_besides(path, itself) && is_in_use_besides(path, child.id()));
+        drop(second);
+        assert!(!is_in_use_besides(path, child.id()));
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert!(!is_in_use(path));
+    }
+}

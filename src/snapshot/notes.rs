@@ -1,0 +1,138 @@
+//! What we note down of a snapshot that libvirt records: an element of our own in the `<metadata>` of the record's `<domain>`,
+//! which libvirt keeps as it is.
+
+use quick_xml::escape::escape;
+use roxmltree::Node;
+
+use super::frozen::Frozen;
+use super::xml;
+use crate::error::Result;
+
+const NAMESPACE: &str = "https://instantsnap.invalid/snapshot/1";
+
+/// The notes.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Notes {
+    /// The images that the snapshot is on, by disk, from the top down, as they were when they were frozen.
+    pub frozen: Vec<(String, Frozen)>,
+    /// Overlays that it named before it was reverted to, with their disks, that may still be there.
+    pub left: Vec<(String, String)>,
+    /// Images that snapshots froze which were deleted, and which stayed because others needed them.
+    pub former: Vec<String>,
+}
+
+impl Notes {
+    /// Reads those of a `<domain>`; none where there are none.
+    pub fn read(domain: Node) -> Notes {
+        let Some(element) = element(domain) else { return Notes::default() };
+        let mut notes = Notes::default();
+        for node in element.children().filter(Node::is_element) {
+            let text = |name: &str| node.attribute(name).map(str::to_owned);
+            match node.tag_name().name() {
+                "image" => notes.frozen.extend(text("disk").zip(Frozen::read(node))),
+                "left" => notes.left.extend(text("disk").zip(text("file"))),
+                "former" => notes.former.extend(text("file")),
+                _ => {}
+            }
+        }
+        notes
+    }
+
+    /// The text of a `<domain>` (or `<inactiveDomain>`) element with these notes in the place of others.
+    pub fn put_into(&self, domain_xml: &str, root: &str) -> Result<String> {
+        let mut text = Notes::strip(domain_xml, root)?;
+        if *self == Notes::default() {
+            return Ok(text);
+        }
+        let document = xml::parse(&text, root, &xml::RECORDED)?;
+        let domain = document.root_element();
+        let inner = |node: Node| xml_end(&text, node);
+        // libvirt writes it behind the names.
+        let behind = ["description", "title", "uuid", "name"].into_iter().find_map(|name| xml::child(domain, name));
+        match (xml::child(domain, "metadata").map(inner), behind) {
+            (Some(Some(end)), _) => text.insert_str(end, &self.to_xml()),
+            (None, Some(behind)) => {
+                text.insert_str(behind.range().end, &format!("<metadata>{}</metadata>", self.to_xml()));
+            }
+            // `<metadata/>`, or a domain without a name.
+            _ => {}
+        }
+        Ok(text)
+    }
+
+    /// The text of such an element without notes.
+    pub fn strip(domain_xml: &str, root: &str) -> Result<String> {
+        let document = xml::parse(domain_xml, root, &xml::RECORDED)?;
+        let mut text = domain_xml.to_owned();
+        let metadata = xml::child(document.root_element(), "metadata");
+        if let Some(notes) = element(document.root_element()) {
+            let alone = metadata.filter(|metadata| metadata.children().filter(Node::is_element).count() == 1);
+            text.replace_range(alone.unwrap_or(notes).range(), "");
+        } else if let Some(empty) = metadata.filter(|metadata| !metadata.has_children()) {
+            text.replace_range(empty.range(), "");
+        }
+        Ok(text)
+    }
+
+    fn to_xml(&self) -> String {
+        let mut text = format!("<instantsnap:notes xmlns:instantsnap=\"{NAMESPACE}\">");
+        for (disk, frozen) in &self.frozen {
+            text.push_str(&format!("<instantsnap:image disk=\"{}\"{}/>", escape(disk), frozen.attributes()));
+        }
+        for (disk, file) in &self.left {
+            text.push_str(&format!("<instantsnap:left disk=\"{}\" file=\"{}\"/>", escape(disk), escape(file)));
+        }
+        for file in &self.former {
+            text.push_str(&format!("<instantsnap:former file=\"{}\"/>", escape(file)));
+        }
+        text.push_str("</instantsnap:notes>");
+        text
+    }
+}
+
+fn element<'a, 'i>(domain: Node<'a, 'i>) -> Option<Node<'a, 'i>> {
+    let metadata = xml::child(domain, "metadata")?;
+    metadata.children().find(|child| child.tag_name().namespace() == Some(NAMESPACE))
+}
+
+/// Where the end tag of an element begins; none of `<name/>`.
+fn xml_end(text: &str, node: Node) -> Option<usize> {
+    let range = node.range();
+    let end = text[range.clone()].rfind("</")?;
+    Some(range.start + end)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PLAIN: &str = "<domain><name>a</name><os/></domain>";
+    const WITH_OTHERS: &str = "<domain><name>a</name><metadata><x:y xmlns:x='urn:x'/></metadata><os/></domain>";
+
+    fn read(text: &str) -> Notes {
+        Notes::read(xml::parse(text, "domain", &xml::RECORDED).unwrap().root_element())
+    }
+
+    #[test]
+    fn notes_are_read_as_they_were_written_and_leave_no_trace() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let frozen = Frozen::of(file.path().to_str().unwrap()).unwrap();
+        let notes = Notes {
+            frozen: vec![("vda".into(), frozen)],
+            left: vec![("v\"b".into(), "/a<b&'c".into())],
+            former: vec!["/d".into(), "/e".into()],
+        };
+        for plain in [PLAIN, WITH_OTHERS] {
+            let noted = notes.put_into(plain, "domain").unwrap();
+            assert_eq!(read(&noted), notes);
+            assert_eq!(Notes::strip(&noted, "domain").unwrap(), plain);
+            let fewer = Notes { left: vec![], ..notes.clone() };
+            let changed = fewer.put_into(&noted, "domain").unwrap();
+            assert_eq!(read(&changed), fewer);
+            assert_eq!(Notes::default().put_into(&changed, "domain").unwrap(), plain);
+            assert_eq!(read(plain), Notes::default());
+        }
+        let empty = "<domain><name>a</name><metadata/></domain>";
+        assert_eq!(read(&notes.put_into(empty, "domain").unwrap()), notes);
+    }
+}
