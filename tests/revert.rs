@@ -229,7 +229,6 @@ fn flags_say_whether_it_runs_and_what_was_paused_stays_so() {
                 (revert::RUNNING | revert::PAUSED, Code::InvalidArg),
                 (1 << 4, Code::InvalidArg),
                 (1 << 31 | revert::RUNNING, Code::InvalidArg),
-                (revert::FORCE, Code::OperationUnsupported),
                 (revert::RESET_NVRAM, Code::OperationUnsupported),
             ] {
                 assert_error(clone.handle.load(name, bad), code, "flag");

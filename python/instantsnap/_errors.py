@@ -27,7 +27,7 @@ class ErrorCode(enum.IntEnum):
     INVALID_DOMAIN_SNAPSHOT = 71  #: a snapshot whose metadata or memory image is damaged
     NO_DOMAIN_SNAPSHOT = 72       #: no snapshot of that name
     ARGUMENT_UNSUPPORTED = 74     #: this QEMU or this host has no background snapshots
-    SNAPSHOT_REVERT_RISKY = 77    #: an image is not as it was at the snapshot: Flag.REVERT_FORCE reverts all the same
+    SNAPSHOT_REVERT_RISKY = 77    #: an image is not as it was at the snapshot; forced, it is reverted to
     OPERATION_ABORTED = 78        #: cancelled
     OPERATION_UNSUPPORTED = 84    #: allowed, but this way in cannot do it
     AGENT_UNRESPONSIVE = 86       #: the guest's agent does not answer

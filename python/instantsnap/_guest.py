@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 _REVERT_RUNNING = 1 << 0
 _REVERT_PAUSED = 1 << 1
+_REVERT_FORCE = 1 << 2
 
 #: A snapshot that goes on may call the hook that it began with, also when its guest and its job are forgotten: hooks are
 #: kept for good.
@@ -326,11 +327,13 @@ class Guest:
         except NotFound:
             return None
 
-    def load(self, name: str, running: Optional[bool] = None) -> None:
+    def load(self, name: str, running: Optional[bool] = None, *, force: bool = False) -> None:
         """Feeds a snapshot's memory to this QEMU, which was started as prepare_revert() says, with
         `-incoming defer`. The snapshot becomes the current one.
 
         running: True: the guest runs afterwards; False: it stays paused; None: as it was at the instant.
+        force: Images that were written or replaced since the snapshot froze them are taken all the same, which
+            else is Error: SNAPSHOT_REVERT_RISKY. For copies with the same content.
 
         Blocks until memory is loaded: seconds for a guest of some GiB. Signals are handled when it is done. Raises
         NotFound, or Error: CONFIG_UNSUPPORTED (a disk is not as the plan says; nothing was loaded),
@@ -338,6 +341,7 @@ class Guest:
         reason). After a failure during the load that QEMU is of no more use: end it, and start it anew.
         """
         flags = 0 if running is None else _REVERT_RUNNING if running else _REVERT_PAUSED
+        flags |= _REVERT_FORCE if force else 0
         check(library().instantsnap_snapshot_load(self._open(), _library.encode(name, "name"), flags))
 
     def delete(self, name: str, flags: int = 0) -> None:
