@@ -2,15 +2,15 @@
 //! backup jobs do. Whatever becomes of the snapshot: the guest counts on, what is reported as good is brought back whole, and
 //! what failed leaves nothing.
 //!
-//! `INSTANTSNAP_TEST_SEED` has the same rounds once more; the moments that are a matter of time come as they come. With
-//! `INSTANTSNAP_TEST_LONG` there are 1,000 snapshots, or as many as there is time for.
+//! `INSTANTSNAP_TEST_LONG` takes 1,000 snapshots, or as many as there is time for.
+//! `common/meddling.rs` says how to repeat a run.
 
 mod common;
 
-use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
+use common::meddling::{Deed, Extent, Random, When, assert_counts, assert_no_files, meddle, rounds};
 use common::{At, INSTANTLY, Opened, block_of, machine, named, way};
 use instantsnap::engine::{Phase, prepare_revert};
 use instantsnap::error::Error;
@@ -18,45 +18,7 @@ use instantsnap::flags::revert;
 use instantsnap_testkit::{Binary, Client, DEADLINE, Format, Guest, thorough, wait_for};
 use serde_json::{Value, json};
 
-/// In the long run.
-const SNAPSHOTS: usize = 1000;
-const TIME: Duration = Duration::from_secs(30 * 60);
-/// Rounds of one guest, whose chain grows; in the short run there is one guest of each QEMU.
-const ROUNDS: usize = 10;
-const ROUNDS_SHORT: usize = 4;
-
-/// SplitMix64.
-struct Random(u64);
-
-impl Random {
-    /// A round has its own, so that it is the same whatever the others were.
-    fn of_round(seed: u64, round: usize) -> Random {
-        Random(seed.wrapping_add((round as u64).wrapping_mul(0xd1b5_4a32_d192_ed03)))
-    }
-
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut mixed = self.0;
-        mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        mixed ^ (mixed >> 31)
-    }
-
-    fn below(&mut self, limit: usize) -> usize {
-        (self.next() % limit as u64) as usize
-    }
-
-    fn one_of<T: Copy>(&mut self, all: &[T]) -> T {
-        all[self.below(all.len())]
-    }
-}
-
-fn seed() -> u64 {
-    match std::env::var("INSTANTSNAP_TEST_SEED") {
-        Ok(seed) => seed.parse().expect("INSTANTSNAP_TEST_SEED is a number"),
-        Err(_) => SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_micros() as u64,
-    }
-}
+const EXTENT: Extent = Extent { snapshots: 1000, time: Duration::from_secs(30 * 60), rounds: 10, rounds_short: 4 };
 
 /// What another client does.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -89,101 +51,21 @@ const USUAL: [Meddling; 9] = [
     Meddling::Capability,
 ];
 
-/// When it does.
-#[derive(Clone, Copy, Debug)]
-enum When {
-    /// When this phase begins, which waits for it.
-    In(Phase),
-    /// So long after this phase has begun, while it goes on.
-    After(Phase, Duration),
-}
-
 const MOMENTS: [Phase; 7] =
     [Phase::Validate, Phase::Plan, Phase::Prepare, Phase::Pause, Phase::Switch, Phase::Arm, Phase::Drain];
 
-#[derive(Clone, Copy, Debug)]
-struct Deed {
-    what: Meddling,
-    when: When,
-}
-
-impl Deed {
-    fn new(random: &mut Random, can_cancel: bool, long: bool) -> Deed {
-        let what = match random.below(40) {
-            0 => Meddling::Kill,
-            // QEMU 10.0 does not always come to an end of it: too seldom for the short run.
-            3..7 if long => Meddling::Reset,
-            // QEMU 7.2 itself freezes a guest whose background snapshot is cancelled, and 10.0 closes another descriptor
-            // where it is not armed yet.
-            1..3 if can_cancel => Meddling::Cancel,
-            _ => random.one_of(&USUAL),
-        };
-        let phase = if what == Meddling::Cancel { Phase::Drain } else { random.one_of(&MOMENTS) };
-        let when = match random.below(2) {
-            0 => When::In(phase),
-            _ => When::After(phase, Duration::from_micros(random.below(20_000) as u64)),
-        };
-        Deed { what, when }
-    }
-
-    fn phase(self) -> Phase {
-        match self.when {
-            When::In(phase) | When::After(phase, _) => phase,
-        }
-    }
-}
-
-/// Runs `snapshot`, whose observer does deeds, or has them done beside it.
-fn meddle<T: Send>(
-    deeds: &[Deed],
-    mut act: impl FnMut(Meddling) + Send,
-    snapshot: impl FnOnce(&mut dyn FnMut(Phase)) -> T,
-) -> T {
-    let (send, deeds_beside) = std::sync::mpsc::channel::<Deed>();
-    let act = std::sync::Mutex::new(&mut act);
-    std::thread::scope(|scope| {
-        let act = &act;
-        scope.spawn(move || {
-            for deed in deeds_beside {
-                if let When::After(_, delay) = deed.when {
-                    std::thread::sleep(delay);
-                }
-                act.lock().unwrap()(deed.what);
-            }
-        });
-        let mut left = deeds.to_vec();
-        let mut at = |phase: Phase| {
-            let now = |deed: &mut Deed| deed.phase() == phase;
-            for deed in left.extract_if(.., now) {
-                match deed.when {
-                    When::In(_) => act.lock().unwrap()(deed.what),
-                    When::After(..) => send.send(deed).unwrap(),
-                }
-            }
-        };
-        let result = snapshot(&mut at);
-        drop(send);
-        result
-    })
-}
-
-/// Counts on, from wherever it is: a reset begins anew.
-#[track_caller]
-fn assert_counts(guest: &Guest, what: &str) {
-    let mut last = guest.serial().tick;
-    for _ in 0..3 {
-        let counted = wait_for(DEADLINE, || {
-            let serial = guest.serial();
-            if let Some(trouble) = serial.trouble {
-                guest.fail(&format!("{what}: {trouble}"));
-            }
-            if !guest.alive() {
-                guest.fail(&format!("{what}: QEMU has ended"));
-            }
-            (serial.tick.is_some() && serial.tick != last).then_some(serial.tick)
-        });
-        last = counted.unwrap_or_else(|| guest.fail(&format!("{what}: it does not count")));
-    }
+fn deed(random: &mut Random, can_cancel: bool, long: bool) -> Deed<Meddling> {
+    let what = match random.below(40) {
+        0 => Meddling::Kill,
+        // QEMU 10.0 does not always come to an end of it: too seldom for the short run.
+        3..7 if long => Meddling::Reset,
+        // QEMU 7.2 itself freezes a guest whose background snapshot is cancelled, and 10.0 closes
+        // another descriptor where it is not armed yet.
+        1..3 if can_cancel => Meddling::Cancel,
+        _ => random.one_of(&USUAL),
+    };
+    let phase = if what == Meddling::Cancel { Phase::Drain } else { random.one_of(&MOMENTS) };
+    Deed { what, when: When::random(random, phase, Duration::from_millis(20)) }
 }
 
 /// What others have done in a round.
@@ -277,12 +159,12 @@ impl Meddled {
     }
 
     /// One snapshot. Whether the guest is fit for another.
-    fn round(&mut self, name: &str, deeds: &[Deed], what: &str) -> bool {
+    fn round(&mut self, name: &str, deeds: &[Deed<Meddling>], what: &str) -> bool {
         let mut done = Done::default();
         let opened = &self.opened;
         let begun = meddle(
             deeds,
-            |meddling| self.act(meddling, &mut done),
+            |deed| self.act(deed.what, &mut done),
             |at| opened.handle.create(&named(name), INSTANTLY, &mut At(at)),
         );
         eprintln!("{what}: {}", begun.as_ref().map_or_else(ToString::to_string, |_| "good".into()));
@@ -359,45 +241,7 @@ fn assert_whole(opened: &Opened, name: &str, done: &Done, what: &str) {
 fn assert_no_trace(opened: &Opened, name: &str, error: &Error, what: &str) {
     let names = opened.handle.catalog().names().unwrap();
     assert!(!names.iter().any(|other| other == name), "{what}: it is recorded");
-    let left = || -> Vec<PathBuf> {
-        let mut files = common::files_below(opened.guest.directory());
-        files.retain(|file| is_of(file, name) && !error.message.contains(&*file.to_string_lossy()));
-        files
-    };
-    let gone = wait_for(Duration::from_secs(10), || left().is_empty().then_some(()));
-    assert!(gone.is_some(), "{what}: left: {:?}", left());
-}
-
-fn is_of(file: &Path, name: &str) -> bool {
-    let file = file.file_name().unwrap().to_string_lossy();
-    file.ends_with(&format!(".{name}")) || file.starts_with(&format!("{name}."))
-}
-
-/// Rounds until there were enough: of each of `binaries` at once.
-fn rounds(binaries: &'static [Binary], rounds_of_guest: impl Fn(&'static Binary, u64, std::ops::Range<usize>) + Sync) {
-    let seed = seed();
-    let (long, begin, taken) = (thorough(), Instant::now(), AtomicUsize::new(0));
-    let rounds = if long { ROUNDS } else { ROUNDS_SHORT };
-    std::thread::scope(|scope| {
-        for (number, binary) in binaries.iter().enumerate() {
-            let (rounds_of_guest, taken) = (&rounds_of_guest, &taken);
-            scope.spawn(move || {
-                let seed = seed.wrapping_add(number as u64);
-                for guest in 0.. {
-                    let enough = match long {
-                        true => taken.load(Ordering::Relaxed) >= SNAPSHOTS || begin.elapsed() > TIME,
-                        false => guest > 0,
-                    };
-                    if enough {
-                        break;
-                    }
-                    rounds_of_guest(binary, seed, guest * rounds..(guest + 1) * rounds);
-                    taken.fetch_add(rounds, Ordering::Relaxed);
-                }
-            });
-        }
-    });
-    eprintln!("seed {seed}: about {} snapshots in {:?}", taken.into_inner(), begin.elapsed());
+    assert_no_files(opened.guest.directory(), name, &error.message, what);
 }
 
 /// QEMU saves memory by an ordinary migration then, during which the guest runs, and after which it stands.
@@ -433,13 +277,13 @@ fn a_capability_that_others_switch_off_in_the_pause_leaves_no_guest_paused() {
 
 #[test]
 fn whatever_other_clients_of_qemu_do_nothing_is_torn_and_no_guest_is_lost() {
-    rounds(Binary::all(), |binary, seed, rounds| {
+    rounds(Binary::all(), &EXTENT, |binary, seed, rounds| {
         let long = thorough();
         let can_cancel = binary.name != Binary::all()[0].name;
         let mut meddled = Meddled::start(binary, &mut Random::of_round(seed, rounds.start));
         for round in rounds {
             let mut random = Random::of_round(seed, round);
-            let deeds: Vec<_> = (0..1 + random.below(2)).map(|_| Deed::new(&mut random, can_cancel, long)).collect();
+            let deeds: Vec<_> = (0..1 + random.below(2)).map(|_| deed(&mut random, can_cancel, long)).collect();
             let what = format!("{}, seed {seed}, round {round}, {deeds:?}", binary.name);
             if !meddled.round(&format!("s{round}"), &deeds, &what) {
                 break;

@@ -5,6 +5,7 @@
 pub mod driver;
 pub mod inside;
 pub mod jobs;
+pub mod meddling;
 pub mod virt;
 pub mod way;
 

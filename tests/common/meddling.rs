@@ -1,0 +1,193 @@
+//! Other clients at random: what both ways of meddling with a snapshot share (`meddling.rs` by QMP,
+//! `libvirt_meddling.rs` by libvirt).
+//!
+//! `INSTANTSNAP_TEST_SEED` repeats the rounds of a seed; the moments that are a matter of time come
+//! as they come. `INSTANTSNAP_TEST_ROUNDS` sets how many snapshots are taken, of both runs.
+
+use std::path::Path;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc::channel;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use instantsnap::engine::Phase;
+use instantsnap_testkit::{Binary, DEADLINE, Guest, thorough, wait_for};
+
+/// SplitMix64.
+pub struct Random(u64);
+
+impl Random {
+    /// A round has its own, so that it is the same whatever the others were.
+    pub fn of_round(seed: u64, round: usize) -> Random {
+        Random(seed.wrapping_add((round as u64).wrapping_mul(0xd1b5_4a32_d192_ed03)))
+    }
+
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut mixed = self.0;
+        mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        mixed ^ (mixed >> 31)
+    }
+
+    pub fn below(&mut self, limit: usize) -> usize {
+        (self.next() % limit as u64) as usize
+    }
+
+    pub fn one_of<T: Copy>(&mut self, all: &[T]) -> T {
+        all[self.below(all.len())]
+    }
+}
+
+fn seed() -> u64 {
+    match std::env::var("INSTANTSNAP_TEST_SEED") {
+        Ok(seed) => seed.parse().expect("INSTANTSNAP_TEST_SEED is a number"),
+        Err(_) => SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_micros() as u64,
+    }
+}
+
+/// When another client acts.
+#[derive(Clone, Copy, Debug)]
+pub enum When {
+    /// When this phase begins, which waits for it.
+    In(Phase),
+    /// So long after this phase has begun, while it goes on.
+    After(Phase, Duration),
+}
+
+impl When {
+    pub fn random(random: &mut Random, phase: Phase, longest: Duration) -> When {
+        match random.below(2) {
+            0 => When::In(phase),
+            _ => When::After(phase, Duration::from_micros(random.below(longest.as_micros() as usize) as u64)),
+        }
+    }
+
+    fn phase(self) -> Phase {
+        match self {
+            When::In(phase) | When::After(phase, _) => phase,
+        }
+    }
+}
+
+/// What another client does, and when.
+#[derive(Clone, Copy, Debug)]
+pub struct Deed<W> {
+    pub what: W,
+    pub when: When,
+}
+
+/// Runs `snapshot`, whose observer does deeds, or has them done beside it.
+pub fn meddle<W: Copy + Send, T: Send>(
+    deeds: &[Deed<W>],
+    mut act: impl FnMut(Deed<W>) + Send,
+    snapshot: impl FnOnce(&mut dyn FnMut(Phase)) -> T,
+) -> T {
+    let (send, deeds_beside) = channel::<Deed<W>>();
+    let act = Mutex::new(&mut act);
+    std::thread::scope(|scope| {
+        let act = &act;
+        scope.spawn(move || {
+            for deed in deeds_beside {
+                if let When::After(_, delay) = deed.when {
+                    std::thread::sleep(delay);
+                }
+                act.lock().unwrap()(deed);
+            }
+        });
+        let mut left = deeds.to_vec();
+        let mut at = |phase: Phase| {
+            let now = |deed: &mut Deed<W>| deed.when.phase() == phase;
+            for deed in left.extract_if(.., now) {
+                match deed.when {
+                    When::In(_) => act.lock().unwrap()(deed),
+                    When::After(..) => send.send(deed).unwrap(),
+                }
+            }
+        };
+        let result = snapshot(&mut at);
+        drop(send);
+        result
+    })
+}
+
+/// Counts on, from wherever it is: a reset begins anew.
+#[track_caller]
+pub fn assert_counts(guest: &Guest, what: &str) {
+    let mut last = guest.serial().tick;
+    for _ in 0..3 {
+        let counted = wait_for(DEADLINE, || {
+            let serial = guest.serial();
+            if let Some(trouble) = serial.trouble {
+                guest.fail(&format!("{what}: {trouble}"));
+            }
+            if !guest.alive() {
+                guest.fail(&format!("{what}: QEMU has ended"));
+            }
+            (serial.tick.is_some() && serial.tick != last).then_some(serial.tick)
+        });
+        last = counted.unwrap_or_else(|| guest.fail(&format!("{what}: it does not count")));
+    }
+}
+
+/// Asserts that no file of a failed snapshot is left below a directory, but what its error names.
+#[track_caller]
+pub fn assert_no_files(directory: &Path, name: &str, error: &str, what: &str) {
+    let left = || {
+        let mut files = super::files_below(directory);
+        files.retain(|file| is_of(file, name) && !error.contains(&*file.to_string_lossy()));
+        files
+    };
+    let gone = wait_for(Duration::from_secs(10), || left().is_empty().then_some(()));
+    assert!(gone.is_some(), "{what}: left: {:?}", left());
+}
+
+fn is_of(file: &Path, name: &str) -> bool {
+    let file = file.file_name().unwrap().to_string_lossy();
+    file.ends_with(&format!(".{name}")) || file.starts_with(&format!("{name}."))
+}
+
+/// How much is done.
+pub struct Extent {
+    /// In the long run.
+    pub snapshots: usize,
+    /// The long run's.
+    pub time: Duration,
+    /// Rounds of one guest, whose chain grows; in the short run there is one guest of each QEMU.
+    pub rounds: usize,
+    pub rounds_short: usize,
+}
+
+/// Rounds until there were enough: of each of `binaries` at once.
+pub fn rounds(
+    binaries: &'static [Binary],
+    extent: &Extent,
+    rounds_of_guest: impl Fn(&'static Binary, u64, std::ops::Range<usize>) + Sync,
+) {
+    let seed = seed();
+    eprintln!("seed {seed}");
+    let asked = std::env::var("INSTANTSNAP_TEST_ROUNDS").ok();
+    let asked: Option<usize> = asked.map(|rounds| rounds.parse().expect("INSTANTSNAP_TEST_ROUNDS is a number"));
+    let (long, begin, taken) = (thorough(), Instant::now(), AtomicUsize::new(0));
+    let rounds = if long { extent.rounds } else { extent.rounds_short };
+    let goal = asked.unwrap_or(if long { extent.snapshots } else { 1 });
+    std::thread::scope(|scope| {
+        for (number, binary) in binaries.iter().enumerate() {
+            let (rounds_of_guest, taken) = (&rounds_of_guest, &taken);
+            scope.spawn(move || {
+                let seed = seed.wrapping_add(number as u64);
+                for guest in 0.. {
+                    // The short run has one guest of each QEMU, however soon the other one is ready.
+                    let first = guest == 0;
+                    let enough = taken.load(Ordering::Relaxed) >= goal || begin.elapsed() > extent.time;
+                    if enough && !first {
+                        break;
+                    }
+                    rounds_of_guest(binary, seed, guest * rounds..(guest + 1) * rounds);
+                    taken.fetch_add(rounds, Ordering::Relaxed);
+                }
+            });
+        }
+    });
+    eprintln!("seed {seed}: about {} snapshots in {:?}", taken.into_inner(), begin.elapsed());
+}
