@@ -322,6 +322,34 @@ fn the_lock_is_lifted_after_the_capability_is_off() {
     }
 }
 
+/// Once the settings are back the guest may be another client's, who has saved it, or moved it to another host where it runs:
+/// a snapshot that fails by then must not start it once more, nor change the settings again.
+#[test]
+fn a_guest_that_another_client_has_moved_before_the_snapshot_fails_is_not_resumed() {
+    for binary in Binary::any() {
+        let (opened, proxy) = through_proxy(&machine(binary, 1));
+        let guest = &opened.guest;
+        let error = std::thread::scope(|scope| {
+            // The last of them puts the settings back.
+            let restored = proxy.hold_reply("migrate-set-parameters", 5);
+            let handle = &opened.handle;
+            scope.spawn(move || {
+                assert!(restored.wait_arrived(DEADLINE));
+                let _release = Releases(&restored);
+                let told = Save { guest, at: What::Paused, told: None }.save();
+                assert!(told.contains("\"completed\""), "{told}");
+                run(guest, "migrate-set-parameters", json!({ "tls-hostname": "theirs" }));
+                handle.cancel().unwrap();
+            });
+            opened.snapshot("s").unwrap_err()
+        });
+        assert!(error.message.contains("cancelled"), "{}", error.message);
+        assert_eq!(status(&mut guest.control()), "postmigrate", "{}", binary.name);
+        let parameters = run(guest, "query-migrate-parameters", json!({}));
+        assert_eq!(parameters["tls-hostname"], "theirs", "{}", binary.name);
+    }
+}
+
 /// What a snapshot sets in QEMU.
 #[derive(Clone, Debug, Default, PartialEq)]
 struct Settings {

@@ -241,6 +241,23 @@ fn check_state(guest: &mut dyn Guest) -> Result<GuestState> {
     }
 }
 
+/// The guest's run state once its memory is saved must not be one that the snapshot has brought about.
+fn check_runs_on(guest: &mut dyn Guest) -> Result<()> {
+    match guest.status()?.status.as_str() {
+        "io-error" => fail!(
+            OperationFailed,
+            "the guest was stopped by an I/O error (its state is 'io-error') while its memory was being saved: the file \
+             system of an overlay is full, or fails"
+        ),
+        "postmigrate" => fail!(
+            OperationFailed,
+            "the guest was stopped when its memory was saved, because another client has switched QEMU's migration \
+             capability 'background-snapshot' off: take the snapshot again"
+        ),
+        _ => Ok(()),
+    }
+}
+
 /// Disks that are left to others need somebody who snapshots them, and somebody who knows of it when the snapshot is brought
 /// back.
 fn check_storage_hook(guest: &dyn Guest, plan: &Plan, flags: Flags, options: &Options) -> Result<()> {
@@ -396,14 +413,12 @@ impl Task<'_> {
         cancel.check()?;
 
         clock.enter(Phase::Finish);
-        settings.restore(guest, self.mode)?;
-        if self.running && guest.status()?.status == "io-error" {
-            fail!(
-                OperationFailed,
-                "the guest was stopped by an I/O error (its state is 'io-error') while its memory was being saved: the file \
-                 system of an overlay is full, or fails"
-            );
+        if self.running {
+            // While others are locked out: a guest that has stopped now was not stopped by their migration.
+            check_runs_on(guest)?;
         }
+        settings.restore(guest, self.mode)?;
+        made.settings_are_back();
         let image = made.image()?;
         if let Some(state) = image.state_at_instant()? {
             run_state::check_text(&state, self.stands)?;
@@ -420,7 +435,7 @@ impl Task<'_> {
         made.guarded.enter(Stage::Committing);
         let record = match self.flags.has(flags::NO_METADATA) {
             true => record,
-            false => guest.commit(self.reserved, record).inspect_err(|_| made.guarded.enter(Stage::Draining))?,
+            false => guest.commit(self.reserved, record).inspect_err(|_| made.guarded.enter(Stage::Finishing))?,
         };
         made.guarded.dismiss();
         Ok(record)

@@ -14,7 +14,7 @@ use super::clock::Clock;
 use super::event::Flow;
 use super::run_state;
 use crate::error::{Code, Error, Result, fail};
-use crate::guest::{Guest, PATIENCE};
+use crate::guest::{Guest, PATIENCE, Presence};
 use crate::image::{self, Drain, MemoryImage, throw_away};
 use crate::monitor::commands::{self, Migration, MigrationRam, Progress};
 use crate::monitor::{Deadline, Failure};
@@ -400,9 +400,10 @@ impl Stream {
     fn look_for_end(&self, guest: &mut dyn Guest) -> Result<()> {
         let migration = match commands::query_migrate(guest, Deadline::after(QUIET)) {
             Ok(migration) => migration,
-            // QEMU may be too busy to answer.
+            // QEMU may be too busy to answer, or the daemon be restarted.
             Err(error) if error.code == Code::OperationTimeout => return Ok(()),
-            Err(error) => return Err(error),
+            Err(error) if guest.presence() == Presence::Gone => return Err(error),
+            Err(_) => return Ok(()),
         };
         match migration.progress() {
             Progress::UnderWay => return Ok(()),
@@ -443,6 +444,8 @@ impl Stream {
         self.drain.discard();
         match mode {
             Mode::Background => Ok(()),
+            // Ours is over: what could be cancelled now is another client's.
+            Mode::Paused if self.is_closed() => Ok(()),
             Mode::Paused => commands::migrate_cancel(guest, Deadline::after(PATIENCE)),
         }
     }

@@ -65,6 +65,13 @@ impl Made {
         }
     }
 
+    /// QEMU's settings were put back, and its migration is over: a migration that is under way from here on, and what the
+    /// settings are by then, is another client's.
+    pub fn settings_are_back(&mut self) {
+        self.settings = None;
+        self.guarded.enter(Stage::Finishing);
+    }
+
     /// Puts everything back. `cause` is why; what cannot be put back is added to it.
     pub fn undo(mut self, guest: &mut dyn Guest, cause: Error, clock: &mut Clock) -> Error {
         let mut left = Vec::new();
@@ -174,7 +181,7 @@ impl Made {
         let mut merged = true;
         if self.switched {
             // A guest that was saved while it was paused has handed its disks over, and does not take them back by itself.
-            if !self.ran && guest.status().is_ok_and(|status| status.status == "postmigrate") {
+            if !self.ran && !stage.is_restored() && guest.status().is_ok_and(|status| status.status == "postmigrate") {
                 note(reactivate_disks(guest));
             }
             merged = note(guest.merge_disks());

@@ -187,8 +187,10 @@ pub struct Errands {
     pub resume_all_the_same: Errand,
     /// Says how its migration is.
     pub query_migrate: Errand,
-    /// Put everything back but the disks.
+    /// Put QEMU's migration settings back.
     pub restore: Vec<Errand>,
+    /// Removes the record of the snapshot.
+    pub forget: Errand,
     /// Merge one overlay each, if it is in use, and fail if it was not.
     pub merge: Vec<Errand>,
 }

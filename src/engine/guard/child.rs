@@ -89,8 +89,8 @@ impl Child<'_> {
         }
         match self.script {
             Script::Silence => {}
-            Script::Words(words) => words.undo(monitor, stage.is_switched(), &mut stream),
-            Script::Errands(errands) => errands.undo(stage.is_switched(), &mut stream),
+            Script::Words(words) => words.undo(monitor, stage, &mut stream),
+            Script::Errands(errands) => errands.undo(stage, &mut stream),
         }
     }
 

@@ -5,6 +5,7 @@ use std::os::fd::AsRawFd;
 use rustix::io::Errno;
 use rustix::pipe::{PipeFlags, pipe_with};
 
+use super::Stage;
 use super::child::Remaining;
 use super::files::Remove;
 use super::reply::Reader;
@@ -54,6 +55,7 @@ pub struct Errands {
     resume: [Errand; 2],
     query_migrate: Errand,
     restore: Vec<Errand>,
+    forget: Errand,
     merge: Vec<Errand>,
     files: Vec<Remove>,
 }
@@ -68,6 +70,7 @@ impl Errands {
             resume: [errands.resume, errands.resume_all_the_same].map(Errand::new),
             query_migrate: Errand::new(errands.query_migrate),
             restore: all(errands.restore),
+            forget: Errand::new(errands.forget),
             merge: all(errands.merge),
             files: files.iter().filter_map(Remove::new).collect(),
         }
@@ -107,14 +110,15 @@ impl Errands {
         repeat(std::slice::from_ref(&self.look), self.tries, stream);
     }
 
-    /// Puts settings back, then disks: those whose overlays may be in use are merged first.
-    pub fn undo(&self, switched: bool, stream: &mut Remaining) {
+    /// Puts settings back, removes the record, then undoes the switch: overlays that may be in use are merged first.
+    pub fn undo(&self, stage: Stage, stream: &mut Remaining) {
         self.wait_for_daemon(stream);
-        for errand in &self.restore {
+        for errand in self.restore.iter().filter(|_| !stage.is_restored()) {
             errand.run(stream);
         }
+        self.forget.run(stream);
         for errand in &self.merge {
-            if !switched || errand.run(stream) {
+            if !stage.is_switched() || errand.run(stream) {
                 errand.then_remove.iter().for_each(Remove::run);
             }
         }

@@ -54,6 +54,8 @@ pub enum Stage {
     Migrating = b'M',
     /// A migration has begun, and the guest runs again, or was paused by its user and stays so.
     Draining = b'D',
+    /// The stream has ended and QEMU's settings are back: from here on others may save or migrate the guest.
+    Finishing = b'F',
     /// All is done and on disk, and the snapshot is being recorded.
     Committing = b'C',
 }
@@ -71,13 +73,18 @@ impl Stage {
 
     /// The disks may be on their overlays.
     pub fn is_switched(self) -> bool {
-        matches!(self, Stage::Switching | Stage::Migrating | Stage::Draining | Stage::Committing)
+        matches!(self, Stage::Switching | Stage::Migrating | Stage::Draining | Stage::Finishing | Stage::Committing)
+    }
+
+    /// The settings were put back: they are others' to change again.
+    pub fn is_restored(self) -> bool {
+        matches!(self, Stage::Finishing | Stage::Committing)
     }
 
     /// As it was told.
     fn from_byte(byte: u8) -> Option<Stage> {
-        use Stage::{Begun, Committing, Draining, Migrating, Paused, Prepared, Racing, Switching};
-        [Prepared, Begun, Racing, Paused, Switching, Migrating, Draining, Committing]
+        use Stage::{Begun, Committing, Draining, Finishing, Migrating, Paused, Prepared, Racing, Switching};
+        [Prepared, Begun, Racing, Paused, Switching, Migrating, Draining, Finishing, Committing]
             .into_iter()
             .find(|stage| *stage as u8 == byte)
     }

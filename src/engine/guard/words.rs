@@ -6,6 +6,7 @@ use rustix::io::Errno;
 use rustix::net::{SendFlags, send};
 use serde_json::{Value, json};
 
+use super::Stage;
 use super::child::Remaining;
 use super::files::Remove;
 use super::reply::{MARK, Reader, Reply};
@@ -91,13 +92,13 @@ impl Words {
         say(monitor, &self.query_migrate, stream).map(|reply| reply.migrating)
     }
 
-    /// Puts everything but the guest's state back. `switched`: the disks may be on their overlays.
-    pub fn undo(&self, monitor: &OwnedFd, switched: bool, stream: &mut Remaining) {
-        for words in &self.restore {
+    /// Puts everything but the guest's state back.
+    pub fn undo(&self, monitor: &OwnedFd, stage: Stage, stream: &mut Remaining) {
+        for words in self.restore.iter().filter(|_| !stage.is_restored()) {
             say(monitor, words, stream);
         }
         for overlay in &self.overlays {
-            overlay.undo(monitor, switched, stream);
+            overlay.undo(monitor, stage.is_switched(), stream);
         }
         self.files.iter().for_each(Remove::run);
     }

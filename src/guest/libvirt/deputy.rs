@@ -53,7 +53,8 @@ pub fn errands(virsh: &Virsh, uuid: &str, restore: &[(&str, Value)], overlays: &
         resume: virsh.run(&["resume", uuid]),
         resume_all_the_same: virsh.run(&["qemu-monitor-command", uuid, r#"{"execute":"cont"}"#]),
         query_migrate: virsh.run(&["qemu-monitor-command", uuid, r#"{"execute":"query-migrate"}"#]),
-        restore: settings.chain([forget]).collect(),
+        restore: settings.collect(),
+        forget,
         merge: overlays.made().map(merge).collect(),
     }
 }
