@@ -3,7 +3,9 @@
 mod common;
 
 use std::fs::File;
+use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
+use std::sync::mpsc;
 use std::time::Duration;
 
 use common::virt::OpenedDomain;
@@ -218,5 +220,46 @@ fn another_clients_job_in_the_pause_is_not_waited_for_beyond_the_limit() {
         assert_eq!(error.code, Code::OperationTimeout, "{error}");
         assert!(error.message.contains("cannot switch the domain's disks"), "{error}");
         check(&domain, &before, &Err(error), &binary.name);
+    }
+}
+
+/// As a daemon that hangs, or a service manager's socket whose daemon does not start.
+#[test]
+fn a_daemon_that_accepts_and_does_not_answer_in_the_pause_is_not_waited_for_beyond_the_limit() {
+    for binary in Binary::under_libvirt() {
+        let daemon = Daemon::session();
+        let domain = OpenedDomain::start(&dense(binary), &daemon);
+        domain.handle.set_pause_limit(Duration::from_secs(1));
+        let (before, settings_before) = (domain.trace(), settings(&domain));
+        let (undone, wait_undone) = mpsc::channel();
+        let mut wait_undone = Some(wait_undone);
+        let mut starting = None;
+        let mut hang = At(|phase| match phase {
+            Phase::Switch => {
+                daemon.kill();
+                std::fs::remove_file(daemon.socket()).unwrap();
+                let silent = UnixListener::bind(daemon.socket()).unwrap();
+                let (daemon, wait_undone) = (daemon.clone(), wait_undone.take().unwrap());
+                starting = Some(std::thread::spawn(move || {
+                    let in_time = wait_undone.recv_timeout(DEADLINE).is_ok();
+                    drop(silent);
+                    std::fs::remove_file(daemon.socket()).unwrap();
+                    daemon.start_again();
+                    in_time
+                }));
+            }
+            Phase::Undo => undone.send(()).unwrap(),
+            _ => {}
+        });
+        let error = domain.snapshot_observed("silent", &mut hang).unwrap_err();
+        let in_time = starting.expect("the disks were to be switched").join().unwrap();
+        assert!(in_time, "QEMU {}: it is undone while the daemon is still silent: {error}", binary.name);
+        common::assert_says(
+            &error,
+            Code::Rpc,
+            &["lost the connection to the libvirt daemon", "does not answer in time"],
+        );
+        check(&domain, &before, &Err(error), &binary.name);
+        assert_eq!(settings(&domain), settings_before, "QEMU {}", binary.name);
     }
 }

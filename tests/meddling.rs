@@ -7,12 +7,12 @@
 
 mod common;
 
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use common::meddling::{Deed, Extent, Random, When, assert_counts, assert_no_files, meddle, rounds};
 use common::{At, INSTANTLY, Opened, block_of, machine, named, way};
-use instantsnap::engine::{Phase, prepare_revert};
+use instantsnap::engine::{Overlap, Phase, prepare_revert};
 use instantsnap::error::Error;
 use instantsnap::flags::revert;
 use instantsnap_testkit::{Binary, Client, DEADLINE, Format, Guest, thorough, wait_for};
@@ -272,6 +272,57 @@ fn a_capability_that_others_switch_off_in_the_pause_leaves_no_guest_paused() {
             }
             opened.guest.wait_ticks(3);
         }
+    }
+}
+
+/// QEMU stops a guest that runs before it captures it, and waits until its CPUs have stopped: for good, where another client's
+/// `cont` has them run again before QEMU's thread has seen it.
+#[test]
+fn a_stop_of_qemus_own_that_another_clients_cont_takes_back_leaves_no_migration_that_hangs() {
+    let rounds = if thorough() { 60 } else { 3 };
+    for binary in Binary::all().iter().filter(|binary| binary.version >= (9, 0, 0)) {
+        let opened = Opened::start(&machine(binary, 2).cpus(2).append("dense=16 cpus=2"));
+        // Too late, each time: QEMU begins to capture a guest that runs.
+        opened.handle.set_overlap(Overlap { tries: 3, aim: Some(Duration::from_millis(100)) });
+        opened.handle.set_pause_limit(Duration::from_secs(2));
+        let settings = || opened.guest.control().execute("query-migrate-capabilities", json!({})).unwrap();
+        let before = settings();
+        for round in 0..rounds {
+            let over = AtomicBool::new(false);
+            let name = format!("s{round}");
+            let result = std::thread::scope(|scope| {
+                scope.spawn(|| {
+                    let mut control = opened.guest.control();
+                    while !over.load(Ordering::Relaxed) {
+                        let status = &control.execute("query-migrate", json!({})).unwrap()["status"];
+                        if status == "active" || status == "setup" {
+                            control.execute("cont", json!({})).unwrap();
+                        }
+                    }
+                });
+                let mut until_undone = At(|phase| {
+                    if phase == Phase::Undo {
+                        over.store(true, Ordering::Relaxed);
+                    }
+                });
+                let result = opened.handle.create(&named(&name), INSTANTLY, &mut until_undone);
+                over.store(true, Ordering::Relaxed);
+                result
+            });
+            let what = format!("{}, round {round}", binary.name);
+            eprintln!("{what}: {:?}", result.as_ref().map_err(ToString::to_string).map(drop));
+            assert_counts(&opened.guest, &what);
+            match result {
+                Ok(_) => assert_whole(&opened, &name, &Done::default(), &what),
+                Err(error) => {
+                    assert!(!error.message.contains("does not come to its end"), "{what}: {error}");
+                    assert_no_trace(&opened, &name, &error, &what);
+                }
+            }
+            assert_eq!(settings(), before, "{what}");
+        }
+        opened.handle.set_overlap(Overlap::default());
+        opened.assert_well();
     }
 }
 

@@ -499,6 +499,7 @@ impl Stream {
         let nap = Nap::default();
         let mut progress = Progressing::new(self.drain.bytes());
         let mut cancellable = mode == Mode::Background && guest.background_can_be_cancelled();
+        let mut stopping = None;
         loop {
             if self.is_closed() {
                 return Ok(());
@@ -512,6 +513,12 @@ impl Stream {
             if cancellable && migration.has_pages() {
                 commands::migrate_cancel(guest, Deadline::after(PATIENCE))?;
                 cancellable = false;
+            }
+            if !migration.is_between_setup_and_armed() || mode != Mode::Background {
+                stopping = None;
+            } else if stopping.get_or_insert_with(Instant::now).elapsed() > LOST_STOP {
+                repeat_stop(guest)?;
+                stopping = None;
             }
             // While it sets up no byte can come, however long that takes.
             if migration.is_setting_up() {
@@ -707,6 +714,32 @@ pub fn wait_armed(guest: &mut dyn Guest, ran: bool, cancel: &Cancel, deadline: D
     }
 }
 
+/// QEMU's own stop of the guest, before the capture, is over sooner by far.
+const LOST_STOP: Duration = Duration::from_secs(1);
+
+/// Frees a migration whose thread waits for the CPUs of a guest that runs. QEMU stops a guest that it finds running before it
+/// captures it, and waits until all CPUs stand. Another client's `cont`, or a reset, can have them run again before the thread
+/// has seen that: then the thread waits for good, and the migration can be neither completed nor cancelled. When the guest is
+/// stopped once more, the thread goes on. The guest runs again after that.
+fn repeat_stop(guest: &mut dyn Guest) -> Result<()> {
+    if !guest.status()?.running {
+        return Ok(());
+    }
+    let deadline = Deadline::after(LOST_STOP);
+    // Where it comes too late, the guest may be paused all the same.
+    let paused = guest.pause(deadline);
+    let nap = Nap::default();
+    while deadline.left().is_some()
+        && commands::query_migrate(guest, deadline).is_ok_and(|migration| migration.is_between_setup_and_armed())
+    {
+        nap.sleep();
+    }
+    if !guest.status()?.running {
+        guest.resume(Deadline::after(PATIENCE))?;
+    }
+    paused
+}
+
 /// Pauses a guest that was resumed for the sake of QEMU, which is going to stop and resume it by itself before that.
 fn pause_once_armed(guest: &mut dyn Guest) {
     let (nap, deadline) = (Nap::default(), Deadline::after(PATIENCE));
@@ -725,14 +758,12 @@ fn pause_once_armed(guest: &mut dyn Guest) {
 /// When it has set up, QEMU stops a guest that runs, arms, and resumes it by itself; a `cont` in between it overlooks, or it
 /// waits for good for a pause that is no more. It does not stop one that is paused already. So a guest that runs is left
 /// alone, and one that was seen paused before QEMU was seen setting up was not paused by QEMU.
-pub fn wait_resumable(guest: &mut dyn Guest) -> bool {
-    let (nap, deadline) = (Nap::default(), Deadline::after(PATIENCE));
+pub fn wait_resumable(guest: &mut dyn Guest, deadline: Deadline) -> bool {
+    let nap = Nap::default();
     let mut look = || {
-        let running = guest.status()?.running;
+        let running = commands::query_status(guest, deadline)?.running;
         let migration = commands::query_migrate(guest, deadline)?;
-        let stopping =
-            migration.progress() == Progress::UnderWay && !migration.is_setting_up() && !migration.has_pages();
-        Ok::<_, Error>((running, stopping))
+        Ok::<_, Error>((running, migration.is_between_setup_and_armed()))
     };
     while deadline.left().is_some() {
         match look() {

@@ -21,6 +21,9 @@ use crate::monitor::commands::{self, Progress};
 /// paused.
 const STUBBORN: Duration = Duration::from_secs(300);
 
+/// QEMU takes less to stop a guest, save its devices and arm. A guest that stands for that long is resumed.
+const CAPTURE: Duration = Duration::from_secs(1);
+
 /// What a snapshot has changed, or may have: each is noted before it is tried.
 #[derive(Debug, Default)]
 pub struct Made {
@@ -149,7 +152,9 @@ impl Made {
         let mut ended = true;
         if let Some(stream) = self.stream.as_ref().filter(|_| stage.is_migrating()) {
             note(stream.give_up(guest, mode));
-            let resumable = stage.is_paused() && (stage != Stage::Racing || wait_resumable(guest));
+            // A guest that was reset was resumed for QEMU's sake, which stops it by itself: then it is no time for that.
+            let moment = Deadline::after(if stage == Stage::Racing { PATIENCE } else { CAPTURE });
+            let resumable = stage.is_paused() && wait_resumable(guest, moment);
             if resumable {
                 // QEMU refuses it while it finishes a migration; then it is done below.
                 if guest.resume(Deadline::after(PATIENCE)).is_ok() {

@@ -91,6 +91,11 @@ impl Migration {
         self.status.as_deref() == Some("setup")
     }
 
+    /// Whether QEMU stops the guest, saves its devices and arms write tracking: all of it takes a moment.
+    pub fn is_between_setup_and_armed(&self) -> bool {
+        self.progress() == Progress::UnderWay && !self.is_setting_up() && !self.has_pages()
+    }
+
     /// How long it has set up; once it has.
     pub fn setup_time(&self) -> Duration {
         Duration::from_millis(self.setup_time)

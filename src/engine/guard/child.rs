@@ -87,6 +87,7 @@ impl Child<'_> {
         if stage.is_paused() && stage.is_migrating() {
             self.resume(monitor, &mut stream);
         }
+        self.outlast_migration(&mut stream, monitor);
         match self.script {
             Script::Silence => {}
             Script::Words(words) => words.undo(monitor, stage, &mut stream),
@@ -102,13 +103,24 @@ impl Child<'_> {
                 stream.throw_away();
                 continue;
             }
-            let migrating = match self.script {
-                Script::Silence => None,
-                Script::Words(words) => words.is_migrating(monitor, stream),
-                Script::Errands(errands) => errands.is_migrating(stream),
-            };
             // What QEMU had written until it said so is in the pipe, and not wanted.
-            stream.ended |= migrating == Some(false);
+            stream.ended |= self.is_migrating(monitor, stream) == Some(false);
+        }
+    }
+
+    /// Another client's migration can have begun in the pause. QEMU puts no capability back while it is under way, and the lock
+    /// must not be lifted while ours is on.
+    fn outlast_migration(&self, stream: &mut Remaining, monitor: &OwnedFd) {
+        while self.is_migrating(monitor, stream) == Some(true) {
+            wait_ready([None, None], QUIET_MS);
+        }
+    }
+
+    fn is_migrating(&self, monitor: &OwnedFd, stream: &mut Remaining) -> Option<bool> {
+        match self.script {
+            Script::Silence => None,
+            Script::Words(words) => words.is_migrating(monitor, stream),
+            Script::Errands(errands) => errands.is_migrating(stream),
         }
     }
 
