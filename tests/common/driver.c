@@ -166,6 +166,14 @@ static int refuse_as_qemu(struct domain *domain, char *reply)
     return refuse(domain, description + 1);
 }
 
+/* A process that the test has forked can have the connection too: shut down, it ends all the same. */
+static void hang_up(struct domain *domain)
+{
+    shutdown(domain->socket, SHUT_RDWR);
+    close(domain->socket);
+    domain->socket = -1;
+}
+
 static int on_begin(void *opaque)
 {
     struct domain *domain = opaque;
@@ -186,8 +194,7 @@ static int on_begin(void *opaque)
         if (line)
             return 0;
     }
-    close(domain->socket);
-    domain->socket = -1;
+    hang_up(domain);
     return refuse(domain, "QEMU's monitor is not to be had");
 }
 
@@ -197,8 +204,7 @@ static void on_end(void *opaque)
 
     check_locked(domain);
     check(domain->socket >= 0, "an operation ends that has not begun");
-    close(domain->socket);
-    domain->socket = -1;
+    hang_up(domain);
 }
 
 static int on_monitor(void *opaque, const char *command, const int *fds, size_t fd_count, unsigned int timeout_ms, char **reply)
