@@ -376,9 +376,11 @@ void instantsnap_free_string_list(char **strings);
  *              images hold it, with the disks' files as they are at the instant. Disks are matched by `<alias>`, else by
  *              the `<source>` file, else by a qdev id or drive name equal to the target.
  * @state_dir   an existing directory for the metadata of this guest's snapshots (one guest, one directory): a
- *              `<domainsnapshot>` file each, and memory images whose place the snapshot's XML leaves open. It must
- *              belong to this user or to root, and nobody else may write to it (unless it is sticky, like /tmp): what
- *              its records name is merged and removed with the caller's rights.
+ *              `<domainsnapshot>` file each, and memory images whose place the snapshot's XML leaves open. Snapshots
+ *              are taken, deleted and brought back only where it belongs to this user or to root, and no other user may
+ *              write to it (the owner's private group may, and anyone where it is sticky, like /tmp): what its records
+ *              name is merged and removed with the caller's rights. Elsewhere these calls fail with
+ *              VIR_ERR_ACCESS_DENIED; listing and reading work in any directory.
  *
  * Returns the guest, to be closed with instantsnap_close(), or NULL: VIR_ERR_INVALID_ARG, VIR_ERR_XML_DETAIL or
  * VIR_ERR_XML_ERROR (domain_xml), VIR_ERR_SYSTEM_ERROR (socket or directory), VIR_ERR_ACCESS_DENIED (a directory that

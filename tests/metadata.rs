@@ -399,25 +399,48 @@ fn parents_that_form_a_circle_do_not_keep_snapshots_from_being_deleted() {
 }
 
 #[test]
-fn a_directory_that_others_can_write_to_is_refused_and_the_command_that_mends_it_is_named() {
-    use std::os::unix::fs::PermissionsExt;
+fn in_a_directory_that_others_can_write_to_records_are_read_and_nothing_else_is_done() {
+    use std::os::unix::fs::{PermissionsExt, chown};
     let (directory, store) = scratch();
     commit(&store, "s", 1);
+    let held = store.reserve(Some("held")).unwrap();
     let set = |mode| std::fs::set_permissions(directory.path(), std::fs::Permissions::from_mode(mode)).unwrap();
-    for mode in [0o777, 0o775, 0o757, 0o722] {
-        set(mode);
-        assert_error(Store::open(directory.path()), Code::AccessDenied, "chmod go-w");
-        // It was opened before.
-        for result in [store.read("s").map(drop), store.list().map(drop), store.forget("s")] {
-            assert_error(result, Code::AccessDenied, "chmod go-w");
+    let check_refused = |mends: &str| {
+        let store = Store::open(directory.path()).unwrap();
+        assert_eq!(names(&store), ["s"]);
+        assert_eq!(store.read("s").unwrap().name, "s");
+        assert_eq!(store.current().unwrap().as_deref(), Some("s"));
+        for result in [
+            store.reserve(Some("new")).map(drop),
+            store.commit(&held, record("held", 2)).map(drop),
+            store.read_to_use("s").map(drop),
+            store.others("s").map(drop),
+            store.set_current("s"),
+            store.forget("s"),
+            instantsnap::engine::prepare_revert(directory.path(), "s", None).map(drop),
+        ] {
+            let error = result.unwrap_err();
+            assert!(!error.message.contains("  "), "{error}");
+            assert_error(Err::<(), _>(error), Code::AccessDenied, mends);
         }
-    }
-    for mode in [0o700, 0o750, 0o755, 0o1777] {
+    };
+    for mode in [0o777, 0o757, 0o722] {
         set(mode);
-        assert_eq!(names(&Store::open(directory.path()).unwrap()), ["s"]);
+        check_refused("chmod go-w");
     }
-    if std::os::unix::fs::chown(directory.path(), Some(12345), None).is_ok() {
-        assert_error(Store::open(directory.path()), Code::AccessDenied, "chown");
+    // The group that may write is the owner's own, unless it is said to have others in it.
+    for mode in [0o700, 0o750, 0o755, 0o775, 0o1777] {
+        set(mode);
+        assert_eq!(Store::open(directory.path()).unwrap().read_to_use("s").unwrap().name, "s");
+    }
+    if chown(directory.path(), None, Some(12345)).is_ok() {
+        set(0o775);
+        check_refused("chmod go-w");
+        set(0o755);
+        store.read_to_use("s").unwrap();
+    }
+    if chown(directory.path(), Some(12345), None).is_ok() {
+        check_refused("chown");
     }
 }
 
@@ -492,6 +515,6 @@ fn a_directory_that_goes_or_cannot_be_written_stops_a_snapshot_before_it_begins(
     assert_error(opened.snapshot("s"), Code::OperationInvalid, "already exists");
     std::fs::remove_dir_all(opened.state_dir()).unwrap();
     let before = opened.trace();
-    assert_error(opened.snapshot("s"), Code::SystemError, ".lock");
+    assert_error(opened.snapshot("s"), Code::SystemError, "state directory");
     assert_untouched(&opened, &before);
 }

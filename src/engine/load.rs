@@ -24,7 +24,7 @@ pub fn load(connector: &dyn Connector, name: &str, flags: u32) -> Result<()> {
             "a snapshot that libvirt has recorded is not loaded: revert to it, qemuSnapshotRevert()"
         );
     };
-    let record = store.read(name)?;
+    let record = store.read_to_use(name)?;
     let image = Image::open(Path::new(&record.memory_file))?;
     let running = match flags {
         _ if flags & revert::RUNNING != 0 => true,

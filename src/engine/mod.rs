@@ -121,7 +121,7 @@ impl Handle {
         let Some(store) = self.store() else {
             fail!(OperationUnsupported, "a snapshot that the driver has recorded itself is not reverted to here");
         };
-        load::check_frozen(&store.read(name)?, flags)?;
+        load::check_frozen(&store.read_to_use(name)?, flags)?;
         let storage = lock(&self.opened.options).storage.clone();
         let plan = prepare_revert_hooked(store.directory(), name, None, storage.as_deref())?;
         restart(&plan).inspect_err(|_| plan.discard())?;
@@ -144,7 +144,7 @@ impl Handle {
     fn left_to_storage(&self, name: &str, flags: u32) -> Result<Option<(Arc<dyn StorageHook>, StorageCall)>> {
         let files_stay = flags & (delete::METADATA_ONLY | delete::CHILDREN_ONLY) != 0;
         let Some(store) = self.store().filter(|_| !files_stay) else { return Ok(None) };
-        let call = StorageCall::of(&store.read(name)?);
+        let call = StorageCall::of(&store.read_to_use(name)?);
         if call.disks.is_empty() {
             return Ok(None);
         }

@@ -62,7 +62,7 @@ pub fn prepare_revert_hooked(
     directory: Option<&Path>,
     hook: Option<&dyn StorageHook>,
 ) -> Result<RevertPlan> {
-    let record = Store::open(state_dir)?.read(name)?;
+    let record = Store::open(state_dir)?.read_to_use(name)?;
     Image::open(Path::new(&record.memory_file))?;
     if let (Some(disk), None) = (record.manual.first(), hook) {
         fail!(

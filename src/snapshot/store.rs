@@ -3,11 +3,11 @@
 //! Files are mode 0600 and replaced atomically, so readers need no lock. Writers hold `.lock` for the moment of a change
 //! only. A snapshot that is being made holds its name by a lock of its own, which the kernel drops should its maker die.
 //!
-//! What a record names is merged and removed with the rights of this process. So nobody else may write to the directory, and
-//! what others have put into it all the same is no record.
+//! What a record names is merged and removed with the rights of this process. So a directory that others may write to is for
+//! reading only: nothing is made, deleted or brought back in it. What others have put into it all the same is no record.
 
 use std::collections::HashSet;
-use std::fs::File;
+use std::fs::{File, Metadata};
 use std::io::{self, ErrorKind, Read, Write};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -83,7 +83,6 @@ impl Store {
         if directory.to_str().is_none_or(|path| path.chars().any(char::is_control)) {
             fail!(SystemError, "the state directory {directory:?} has a name that XML cannot hold");
         }
-        check_owner(&directory)?;
         Ok(Store { directory })
     }
 
@@ -160,6 +159,7 @@ impl Store {
     /// All records but that of this name, for what merges or removes images: also of snapshots whose records were renamed. An
     /// error where one is damaged, since what its snapshot needs is not known.
     pub fn others(&self, name: &str) -> Result<Vec<Record>> {
+        check_owner(&self.directory)?;
         let Contents { records, renamed, damaged } = self.look_through()?;
         if let Some(error) = damaged.into_iter().next() {
             return Err(error.and(
@@ -174,7 +174,6 @@ impl Store {
             |error| Error::system(format!("cannot read the state directory '{}'", self.directory.display()), error);
         let (mut records, mut others) = (Vec::new(), Vec::new());
         let mut damaged = Vec::new();
-        check_owner(&self.directory)?;
         for entry in self.directory.read_dir().map_err(step)? {
             let file = entry.map_err(step)?.file_name();
             let name = file.to_str().and_then(|file| file.strip_suffix(".xml"));
@@ -194,10 +193,15 @@ impl Store {
         Ok(Contents { records: parents_first(records), renamed, damaged })
     }
 
+    /// One record, by which files are removed, merged or brought back: an error where others could have written it.
+    pub fn read_to_use(&self, name: &str) -> Result<Record> {
+        check_owner(&self.directory)?;
+        self.read(name)
+    }
+
     /// One record.
     pub fn read(&self, name: &str) -> Result<Record> {
         check_name(name)?;
-        check_owner(&self.directory)?;
         let record = self.read_file(name).map_err(|unread| match unread {
             Unread::NotOurs(error) | Unread::Damaged(error) => error,
         })?;
@@ -310,6 +314,7 @@ impl Store {
 
     /// Held for the moment of a change only, so waiting for it is short.
     fn lock(&self) -> Result<Lock> {
+        check_owner(&self.directory)?;
         let path = self.path(".lock");
         let lock = self.open_file(&path)?;
         let deadline = Deadline::after(LOCKED);
@@ -327,7 +332,6 @@ impl Store {
                 Err(error) => return Err(Error::system(format!("cannot lock '{}'", path.display()), error)),
             }
         }
-        check_owner(&self.directory)?;
         Ok(Lock(lock))
     }
 
@@ -356,7 +360,8 @@ enum Unread {
 
 /// As sshd has it of its users' files: nobody may write to the directory whom this process does not trust anyway.
 fn check_owner(directory: &Path) -> Result<()> {
-    const OTHERS_WRITE: u32 = 0o022;
+    const GROUP_WRITES: u32 = 0o020;
+    const OTHERS_WRITE: u32 = 0o002;
     const STICKY: u32 = 0o1000;
     let shown = directory.display();
     let metadata = directory
@@ -365,21 +370,52 @@ fn check_owner(directory: &Path) -> Result<()> {
     if !sys::is_trusted(metadata.uid()) {
         fail!(
             AccessDenied,
-            "the state directory '{shown}' belongs to user {}, and this is user {}: files that its records name are removed              with the rights of this process; work as that user, or take the directory over (chown {} '{shown}')",
+            "the state directory '{shown}' belongs to user {}, and this is user {}: files that its records name are removed \
+             with the rights of this process; work as that user, or take the directory over (chown {} '{shown}')",
             metadata.uid(),
             sys::user(),
             sys::user()
         );
     }
+    let mode = metadata.mode();
+    let written = mode & OTHERS_WRITE != 0 || mode & GROUP_WRITES != 0 && !is_of_private_group(directory, &metadata);
     // In a sticky one others can only add files, and theirs are passed over.
-    if metadata.mode() & OTHERS_WRITE != 0 && metadata.mode() & STICKY == 0 {
+    if written && mode & STICKY == 0 {
         fail!(
             AccessDenied,
-            "other users may write to the state directory '{shown}' (its mode is {:04o}), and could have any file removed by              its records: chmod go-w '{shown}'",
-            metadata.mode() & 0o7777
+            "other users may write to the state directory '{shown}' (its mode is {:04o}), and could have any file removed by \
+             its records: chmod go-w '{shown}'",
+            mode & 0o7777
         );
     }
     Ok(())
+}
+
+/// Whether the group that may write to a directory is its owner alone: the group that many systems give each user, whose
+/// umask is 002 then. An access control list can let others write by the same bit.
+fn is_of_private_group(directory: &Path, metadata: &Metadata) -> bool {
+    let (user, group) = (metadata.uid(), metadata.gid());
+    let own = user == sys::user() && group == rustix::process::getegid().as_raw();
+    if user != group && !own {
+        return false;
+    }
+    let has_acl = rustix::fs::getxattr(directory, c"system.posix_acl_access", &mut [0_u8; 0][..]).is_ok();
+    let [users, groups] = ["/etc/passwd", "/etc/group"].map(|path| std::fs::read_to_string(path).unwrap_or_default());
+    !has_acl && !is_shared(user, group, &users, &groups)
+}
+
+/// Whether users other than this one are known to be in a group, by the lines of passwd(5) and group(5).
+fn is_shared(user: u32, group: u32, users: &str, groups: &str) -> bool {
+    let is = |field: Option<&&str>, number: u32| field.is_some_and(|field| field.parse() == Ok(number));
+    let fields = |line| str::split(line, ':').collect::<Vec<_>>();
+    let users: Vec<Vec<&str>> = users.lines().map(fields).collect();
+    let is_user = |name: &str| users.iter().any(|known| known[0] == name && is(known.get(2), user));
+    let is_others = |known: &Vec<&str>| is(known.get(3), group) && !is(known.get(2), user);
+    let has_others = |known: &Vec<&str>| {
+        let mut members = known.get(3).into_iter().flat_map(|members| members.split(','));
+        is(known.get(2), group) && members.any(|member| !member.is_empty() && !is_user(member))
+    };
+    users.iter().any(is_others) || groups.lines().map(fields).any(|known| has_others(&known))
 }
 
 fn read_trusted(path: &Path) -> io::Result<Vec<u8>> {
@@ -413,4 +449,20 @@ fn parents_first(mut left: Vec<Record>) -> Vec<Record> {
         sorted.push(record);
     }
     sorted
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_group_is_shared_where_another_user_has_it_or_is_a_member() {
+        let users = "root:x:0:0::/root:/bin/sh\nann:x:1000:1000::/:/bin/sh\nbob:x:1001:100::/:/bin/sh\n";
+        assert!(!is_shared(1000, 1000, users, "ann:x:1000:\nusers:x:100:bob\n"));
+        assert!(!is_shared(1000, 1000, users, "ann:x:1000:ann\n"));
+        assert!(is_shared(1000, 1000, users, "ann:x:1000:ann,bob\n"));
+        assert!(is_shared(1000, 100, users, "users:x:100:\n"), "it is bob's first group");
+        assert!(!is_shared(1001, 100, users, "users:x:100:bob\n"));
+        assert!(!is_shared(7, 7, "", ""));
+    }
 }

@@ -32,7 +32,7 @@ use crate::sys;
 pub fn delete(connector: &dyn Connector, store: &Store, name: &str, flags: u32) -> Result<()> {
     // Taken first: nobody makes the snapshot a child meanwhile.
     let guest = if flags & (METADATA_ONLY | CHILDREN_ONLY) == 0 { Some(connector.begin()?) } else { None };
-    let record = store.read(name)?;
+    let record = store.read_to_use(name)?;
     let listed = store.list()?;
     let child = listed.iter().find(|other| other.name != name && other.parent.as_deref() == Some(name));
     if let Some(child) = child.filter(|_| flags != METADATA_ONLY) {
