@@ -14,7 +14,7 @@ pub const DEEPEST: usize = 1024;
 /// What serde may be given: it recurses.
 const SHALLOW: usize = 32;
 /// What a text may become in memory, roughly. A chain of 200 images, described in full by each of its nodes, needs 90 MiB.
-const LARGEST: usize = 128 << 20;
+const LARGEST: usize = 256 << 20;
 /// The same of an array or an object, and of each value in it.
 const CONTAINER: usize = 640;
 const MEMBER: usize = 64;
