@@ -7,7 +7,7 @@ use std::collections::BTreeSet;
 use std::fs::Metadata;
 use std::io::ErrorKind;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
@@ -60,8 +60,11 @@ fn check_file(pid: Option<u32>, open: Option<&BTreeSet<FileId>>, disk: &str, ima
     let looked = [Some(PathBuf::from(image)), root].into_iter().flatten().map(|path| path.metadata());
     let (found, missing): (Vec<_>, Vec<_>) = looked.partition(|metadata| metadata.is_ok());
     let found: Vec<Metadata> = found.into_iter().flatten().collect();
-    let gone =
-        missing.into_iter().filter_map(|metadata| metadata.err()).all(|error| error.kind() == ErrorKind::NotFound);
+    // What is gone is missing in a place that was looked at: where QEMU sees it, or in a directory that is here, too.
+    let looked_at = pid.is_some_and(|pid| Path::new(&format!("/proc/{pid}/root")).metadata().is_ok())
+        || Path::new(image).parent().is_some_and(Path::is_dir);
+    let gone = looked_at
+        && missing.into_iter().filter_map(|metadata| metadata.err()).all(|error| error.kind() == ErrorKind::NotFound);
     let why = match open {
         _ if found.is_empty() && gone => {
             "is not there any more under this name (it was removed, or is a temporary one)"
@@ -92,4 +95,30 @@ fn open_files(pid: u32) -> Option<BTreeSet<FileId>> {
     let entries = std::fs::read_dir(format!("/proc/{pid}/fd")).ok()?;
     let files: BTreeSet<_> = entries.filter_map(|entry| Some(id(&entry.ok()?.path().metadata().ok()?))).collect();
     (!files.is_empty()).then_some(files)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_image_is_gone_only_where_its_place_was_looked_at() {
+        let directory = tempfile::tempdir().unwrap();
+        let image = directory.path().join("image");
+        let image = image.to_str().unwrap();
+        let elsewhere = directory.path().join("nowhere/image");
+        let elsewhere = elsewhere.to_str().unwrap();
+        let check = |pid, image| check_file(pid, None, "vda", image);
+        let gone = |result: Result<()>| assert!(result.unwrap_err().message.contains("is not there any more"));
+        gone(check(None, image));
+        // A directory that only QEMU has, on a host or in a container of its own.
+        check(None, elsewhere).unwrap();
+        // No process has this number.
+        check(Some(u32::MAX), elsewhere).unwrap();
+        // As QEMU sees it.
+        gone(check(Some(std::process::id()), elsewhere));
+        std::fs::write(image, "").unwrap();
+        check(None, image).unwrap();
+        check(Some(std::process::id()), image).unwrap();
+    }
 }
