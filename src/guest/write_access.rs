@@ -7,6 +7,8 @@
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
+use rustix::io::Errno;
+
 use super::Guest;
 use crate::error::{Result, fail};
 use crate::snapshot::DiskPlan;
@@ -31,8 +33,9 @@ pub fn check(guest: &dyn Guest, disks: &[DiskPlan]) -> Result<()> {
         // As QEMU sees it, which can be in a mount namespace.
         let path = format!("/proc/{pid}/root{}", drive.file);
         let Ok(metadata) = std::fs::metadata(&path) else { continue };
+        let Some(rules) = Rules::of(Path::new(&path)) else { continue };
         let given = guest.is_given_images() && metadata.mode() & 0o200 != 0;
-        if credentials.may_write(&metadata) || given || has_acl(Path::new(&path)) {
+        if credentials.may_write(&metadata) || given || has_acl(Path::new(&path), rules) {
             continue;
         }
         fail!(
@@ -78,13 +81,49 @@ impl Credentials {
     }
 }
 
-/// Its mode is not all that counts.
-fn has_acl(path: &Path) -> bool {
+/// What a file system decides by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Rules {
+    /// The mode, and POSIX access control lists where it has them.
+    Posix,
+    /// The mode, and perhaps lists that are read otherwise.
+    PosixAndOthers,
+}
+
+impl Rules {
+    /// `None` where a server decides, or a program, whatever the mode is.
+    fn of(path: &Path) -> Option<Rules> {
+        // A type that is wider than 32 bits can be extended by a sign.
+        rustix::fs::statfs(path).ok().and_then(|found| Rules::of_type(found.f_type as u32))
+    }
+
+    fn of_type(magic: u32) -> Option<Rules> {
+        const FUSE: u32 = 0x6573_5546;
+        const SMB: u32 = 0x517b;
+        const CIFS: u32 = 0xff53_4d42;
+        const SMB2: u32 = 0xfe53_4d42;
+        const NINE_P: u32 = 0x0102_1997;
+        const NFS: u32 = 0x6969;
+        const EXT4: u32 = 0xef53;
+        const XFS: u32 = 0x5846_5342;
+        const BTRFS: u32 = 0x9123_683e;
+        const TMPFS: u32 = 0x0102_1994;
+        match magic {
+            FUSE | SMB | CIFS | SMB2 | NINE_P | NFS => None,
+            EXT4 | XFS | BTRFS | TMPFS => Some(Rules::Posix),
+            _ => Some(Rules::PosixAndOthers),
+        }
+    }
+}
+
+/// Its mode is not all that counts, as far as is known.
+fn has_acl(path: &Path, rules: Rules) -> bool {
     let mut value = [0_u8; 1];
-    !matches!(
-        rustix::fs::getxattr(path, c"system.posix_acl_access", &mut value),
-        Err(rustix::io::Errno::NODATA | rustix::io::Errno::OPNOTSUPP)
-    )
+    match rustix::fs::getxattr(path, c"system.posix_acl_access", &mut value) {
+        Err(Errno::NODATA) => false,
+        Err(Errno::OPNOTSUPP) => rules != Rules::Posix,
+        _ => true,
+    }
 }
 
 #[cfg(test)]
@@ -92,6 +131,18 @@ mod tests {
     use std::os::unix::fs::PermissionsExt;
 
     use super::*;
+
+    #[test]
+    fn where_a_server_or_a_program_decides_the_mode_is_not_looked_at() {
+        let [fuse, smb, cifs, smb2, nine_p, nfs] = [0x6573_5546, 0x517b, 0xff53_4d42, 0xfe53_4d42, 0x0102_1997, 0x6969];
+        for magic in [fuse, smb, cifs, smb2, nine_p, nfs] {
+            assert_eq!(Rules::of_type(magic), None, "{magic:x}");
+        }
+        assert_eq!(Rules::of_type(0xef53), Some(Rules::Posix));
+        let overlayfs = 0x794c_7630;
+        assert_eq!(Rules::of_type(overlayfs), Some(Rules::PosixAndOthers));
+        assert_eq!(Rules::of(Path::new("/proc/self/no such file")), None);
+    }
 
     #[test]
     fn owner_group_and_capability_decide_in_the_kernels_order() {
