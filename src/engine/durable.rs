@@ -13,6 +13,12 @@ use crate::error::{Error, Result};
 use crate::snapshot::DiskPlan;
 use crate::sys;
 
+/// Whether it is the file system that has nothing to write out, or no way to.
+fn cannot_sync(error: &std::io::Error) -> bool {
+    let errno = Errno::from_io_error(error);
+    errno.is_some_and(|errno| [Errno::INVAL, Errno::ROFS, Errno::NOTSUP, Errno::NOSYS].contains(&errno))
+}
+
 /// Writes out what the host still has of these disks' images, which nobody changes any more. Those further below are as old
 /// as the snapshots before, which need not have been ours.
 pub fn sync_images(disks: &[DiskPlan]) -> Result<()> {
@@ -24,7 +30,7 @@ pub fn sync_images(disks: &[DiskPlan]) -> Result<()> {
         for image in images {
             match sys::open_file(Path::new(image)) {
                 Ok(file) => match file.sync_data() {
-                    Err(error) if Errno::from_io_error(&error) != Some(Errno::INVAL) => {
+                    Err(error) if !cannot_sync(&error) => {
                         let step = format!("cannot write the image '{image}' of disk '{}' out", drive.name());
                         return Err(Error::system(step, error));
                     }
