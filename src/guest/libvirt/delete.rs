@@ -118,9 +118,12 @@ fn stock_can(domain: &Domain, version: (u64, u64, u64), tree: &Tree, target: &Re
             target.external().any(|(_, own)| own.and_then(|own| own.file.as_deref()).map(id) == theirs)
         });
     let begun = target.memory.as_deref().is_some_and(|memory| deleting(Path::new(memory)).exists());
+    // libvirt does not know of overlays that the snapshot named before it was reverted to: a merge would pull the image away from
+    // under them.
+    let left = target.notes.left.iter().any(|(_, file)| Path::new(file).exists());
     let rooted = target.parent.is_some() || !tree.is_current(target) || tree.snapshots.len() == 1;
     let alone = children <= usize::from(!tree.is_current(target)) && !shared && rooted;
-    Ok(alone && files && !begun && target.external().all(is_on))
+    Ok(alone && files && !begun && !left && target.external().all(is_on))
 }
 
 /// What libvirt's own delete changes and removes of a disk.
