@@ -344,6 +344,9 @@ fn a_domain_that_is_to_be_saved_or_to_go_elsewhere_meanwhile_stays_and_its_snaps
         }
         let child = subject.create(name, flags).spawn().unwrap();
         let slowed = subject.slow_down(name);
+        // The record follows the instant, which the memory image's first pages may precede.
+        let is_recorded = || (flags & NO_METADATA != 0 || subject.snapshots() == [name]).then_some(());
+        assert!(wait_for(Duration::from_secs(30), is_recorded).is_some(), "{}", daemon.log());
         let said = [
             ("migrate", try_migrate(&subject, &elsewhere), says),
             ("save", daemon.try_virsh(&["save", guest.name(), file.to_str().unwrap()]), BUSY),
