@@ -6,6 +6,9 @@
 //! child process. So a process in between starts the program and reports the status through a socket: it raises no SIGCHLD,
 //! no plain `wait` sees it, and in it SIGCHLD is not ignored. A status that does not arrive is a failure: what the program
 //! has done is not known then.
+//!
+//! A program that only looks at images has a deadline: an image can name another on a server that never answers. One that
+//! changes an image has none, as it must not be ended halfway.
 
 use std::env;
 use std::ffi::{CString, OsStr, OsString, c_char, c_int};
@@ -18,13 +21,15 @@ use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
 use std::process::ExitStatus;
 use std::ptr;
+use std::time::{Duration, Instant};
 
-use rustix::event::{PollFd, PollFlags, poll};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SendFlags, SocketFlags, SocketType, send, socketpair};
 use rustix::pipe::{PipeFlags, pipe_with};
 
+use crate::error::{Code, Error};
 use crate::sys::{self, Child, Program, Stdio};
 
 /// Where programs are looked for when the caller's PATH is not to be trusted, or there is none.
@@ -89,18 +94,43 @@ impl Tool {
         self.execute(Some(file)).map(drop)
     }
 
-    /// The same; what it wrote to its standard output.
-    pub fn output(&self) -> Result<Vec<u8>, String> {
-        self.execute(None)
+    /// Runs a program that changes nothing but this file of ours, its standard input. After this time it is ended, and the
+    /// code of the error is `OperationTimeout`.
+    pub fn run_on_within(&self, file: &File, limit: Duration) -> Result<(), Error> {
+        self.execute_within(Some(file), limit).map(drop)
+    }
+
+    /// The same for one that changes nothing; what it wrote to its standard output.
+    pub fn output_within(&self, limit: Duration) -> Result<Vec<u8>, Error> {
+        self.execute_within(None, limit)
+    }
+
+    fn execute_within(&self, stdin: Option<&File>, limit: Duration) -> Result<Vec<u8>, Error> {
+        let late = || {
+            let name = self.name;
+            let waits = "an image that it opens can be on a server, or in a file system, that does not answer";
+            Error::new(Code::OperationTimeout, format!("{name} did not end within {limit:?} ({waits})"))
+        };
+        let said = self.start(stdin, Some(Instant::now() + limit));
+        self.judge(said.map_err(failed)?.ok_or_else(late)?).map_err(failed)
     }
 
     fn execute(&self, stdin: Option<&File>) -> Result<Vec<u8>, String> {
+        // Without a deadline there is always something said.
+        self.start(stdin, None)?.map_or_else(|| Err(self.name.into()), |said| self.judge(said))
+    }
+
+    /// Runs it; nothing where it was ended at the deadline.
+    fn start(&self, stdin: Option<&File>, deadline: Option<Instant>) -> Result<Option<Said>, String> {
         let (name, package) = (self.name, package(self.name));
         let program = find(name).ok_or_else(|| format!("cannot run {name} (install {package}): it was not found"))?;
         let words = std::iter::once(program.into_os_string()).chain(self.arguments.iter().cloned());
         let Some(words) = Words::new(words) else { return Err(format!("cannot run {name}: an argument holds a NUL")) };
-        let Said { status, output, complaint } =
-            run(&words, stdin).map_err(|error| format!("cannot run {name}: {error}"))?;
+        run(&words, stdin, deadline).map_err(|error| format!("cannot run {name}: {error}"))
+    }
+
+    fn judge(&self, said: Said) -> Result<Vec<u8>, String> {
+        let (name, Said { status, output, complaint }) = (self.name, said);
         let complaint = String::from_utf8_lossy(&complaint).trim().to_owned();
         match status {
             Some(status) if status.success() => Ok(output),
@@ -109,6 +139,10 @@ impl Tool {
             None => Err(format!("{name} was started, and how it ended cannot be known {complaint}").trim().to_owned()),
         }
     }
+}
+
+fn failed(reason: String) -> Error {
+    Error::new(Code::OperationFailed, reason)
 }
 
 fn package(name: &str) -> &'static str {
@@ -189,7 +223,8 @@ struct Said {
     complaint: Vec<u8>,
 }
 
-fn run(words: &Words, stdin: Option<&File>) -> io::Result<Said> {
+/// Nothing where the deadline has passed: then the program was ended.
+fn run(words: &Words, stdin: Option<&File>, deadline: Option<Instant>) -> io::Result<Option<Said>> {
     let null = File::from(rustix::fs::open("/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())?);
     let stdin = stdin.unwrap_or(&null);
     let (output, stdout) = pipe_with(PipeFlags::CLOEXEC)?;
@@ -220,7 +255,17 @@ fn run(words: &Words, stdin: Option<&File>) -> io::Result<Said> {
         let mut polls: Vec<_> = std::iter::once(PollFd::from_borrowed_fd(between.ended(), PollFlags::IN))
             .chain(fds.iter().zip(open).filter(|(_, open)| *open).map(|(fd, _)| PollFd::new(*fd, PollFlags::IN)))
             .collect();
-        rustix::io::retry_on_intr(|| poll(&mut polls, None))?;
+        let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+        if left.is_some_and(|left| left.is_zero()) {
+            // The program ends with it.
+            between.kill();
+            return Ok(None);
+        }
+        let timespec = |left: Duration| Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() };
+        match poll(&mut polls, left.map(timespec).as_ref()) {
+            Err(Errno::INTR) => continue,
+            polled => polled?,
+        };
         // What it had written before is read below.
         ended = !polls[0].revents().is_empty();
         for ((fd, open), into) in fds.iter().zip(&mut open).zip([&mut reported, &mut said.output, &mut said.complaint])
@@ -229,7 +274,7 @@ fn run(words: &Words, stdin: Option<&File>) -> io::Result<Said> {
         }
     }
     said.status = status(&reported);
-    Ok(said)
+    Ok(Some(said))
 }
 
 /// Whether there may be more.
@@ -271,6 +316,9 @@ fn start_and_report(words: &Words, fds: [c_int; 4]) -> ! {
 mod tests {
     use super::*;
 
+    /// More than a test needs.
+    const LIMIT: Duration = Duration::from_secs(60);
+
     fn shell(script: &str) -> Tool {
         let mut tool = Tool::new("sh");
         tool.args(["-c", script]);
@@ -279,12 +327,12 @@ mod tests {
 
     #[test]
     fn a_program_that_fails_is_heard_and_one_that_is_killed_silently_has_failed() {
-        assert_eq!(shell("printf said").output().unwrap(), b"said");
+        assert_eq!(shell("printf said").output_within(LIMIT).unwrap(), b"said");
         assert_eq!(shell("echo why >&2; exit 1").run().unwrap_err(), "why");
         assert_eq!(shell("exit 3").run().unwrap_err(), "sh: exit status: 3");
         assert_eq!(shell("kill -9 $$").run().unwrap_err(), "sh: signal: 9 (SIGKILL)");
         // More than a pipe holds.
-        assert_eq!(shell("head -c 300000 /dev/zero").output().unwrap().len(), 300_000);
+        assert_eq!(shell("head -c 300000 /dev/zero").output_within(LIMIT).unwrap().len(), 300_000);
     }
 
     /// The process between the library and the program is killed: nobody knows what the program has done.
@@ -294,12 +342,32 @@ mod tests {
         let pid = directory.path().join("pid");
         let error = shell(&format!("echo $$ > {}; kill -9 $PPID; exec sleep 60", pid.display())).run().unwrap_err();
         assert!(error.contains("cannot be known"), "{error}");
+        wait_ended(&pid);
+    }
+
+    /// Waits until the process whose number is in the file has ended; nobody has to have taken note of that.
+    fn wait_ended(pid: &std::path::Path) {
         let pid = std::fs::read_to_string(pid).unwrap();
         let stat = format!("/proc/{}/stat", pid.trim());
-        // Killed with it; nobody has to have taken note of that.
         while std::fs::read_to_string(&stat).is_ok_and(|stat| !stat.contains(") Z")) {
             std::thread::yield_now();
         }
+    }
+
+    #[test]
+    fn a_program_that_only_looks_is_ended_at_its_deadline() {
+        let directory = tempfile::tempdir().unwrap();
+        let pid = directory.path().join("pid");
+        let mut limit = Duration::from_millis(100);
+        // Until it had the time to say who it is.
+        while !std::fs::read_to_string(&pid).is_ok_and(|pid| pid.ends_with('\n')) {
+            let hangs = shell(&format!("echo $$ > {}; exec sleep 600", pid.display()));
+            let error = hangs.output_within(limit).unwrap_err();
+            assert_eq!(error.code, Code::OperationTimeout, "{error}");
+            assert!(error.message.contains("sh did not end within"), "{error}");
+            limit *= 2;
+        }
+        wait_ended(&pid);
     }
 
     /// A lock of the C library's that another thread holds at the fork is held for good in the new process.
@@ -321,7 +389,7 @@ mod tests {
 
     #[test]
     fn a_program_has_no_preloaded_library_and_no_setting_of_ours() {
-        let said = String::from_utf8(Tool::new("env").output().unwrap()).unwrap();
+        let said = String::from_utf8(Tool::new("env").output_within(LIMIT).unwrap()).unwrap();
         let names: Vec<_> = said.lines().filter_map(|line| line.split_once('=')).map(|(name, _)| name).collect();
         assert!(names.contains(&"PATH"), "{said}");
         assert!(names.iter().all(|name| KEPT.contains(name) || ["PATH", "LC_ALL"].contains(name)), "{said}");

@@ -3,9 +3,11 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::unix::fs::{FileExt, FileTypeExt};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use serde_json::Value;
 
+use super::PATIENCE;
 use crate::error::{Code, Error, Result};
 use crate::monitor::json::parse;
 use crate::sys;
@@ -112,10 +114,19 @@ pub fn below(path: &str, format: &str) -> Option<(String, String)> {
     let mut name = vec![0; length];
     file.read_exact_at(&mut name, offset).ok()?;
     let name = String::from_utf8(name).ok()?;
-    let name = name.strip_prefix("file:").unwrap_or(&name);
-    let below = Path::new(path).parent()?.join(name).to_str()?.to_owned();
+    let below = Path::new(path).parent()?.join(file_named(&name)?).to_str()?.to_owned();
     // What the image says of the format is in an extension; a file that begins as qcow2 is taken for it.
     Some((below, "qcow2".into()))
+}
+
+/// The file that QEMU opens by a name, by QEMU's rule: a colon before the first slash ends the name of a protocol. None where
+/// that is no file's (`nbd:...`, `nbd://...`), or where there is more to it than a file (`json:...`).
+fn file_named(name: &str) -> Option<&str> {
+    if let Some(file) = name.strip_prefix("file:") {
+        return Some(file);
+    }
+    let has_protocol = name.find([':', '/']).is_some_and(|at| name[at..].starts_with(':'));
+    (!has_protocol).then_some(name)
 }
 
 /// An image, as qemu-img tells of it.
@@ -130,6 +141,11 @@ pub struct Layer {
 
 /// An image and all below it. Nothing is locked: QEMU may have them open.
 pub fn chain(path: &str, format: &str) -> Result<Vec<Layer>> {
+    chain_within(path, format, PATIENCE)
+}
+
+/// The same within this time: one below can be on a server that does not answer.
+fn chain_within(path: &str, format: &str, limit: Duration) -> Result<Vec<Layer>> {
     let step = || format!("cannot read the image '{path}' and those below it");
     // A pipe that nobody writes to would be waited for.
     let kind = Path::new(path).metadata().map(|metadata| metadata.file_type());
@@ -138,7 +154,8 @@ pub fn chain(path: &str, format: &str) -> Result<Vec<Layer>> {
     }
     let mut info = Tool::new("qemu-img");
     info.args(["info", "-U", "--backing-chain", "--output=json", "-f", format, path]);
-    let said = info.output().map_err(|reason| Error::new(Code::OperationFailed, format!("{}: {reason}", step())))?;
+    let said =
+        info.output_within(limit).map_err(|error| Error::new(error.code, format!("{}: {}", step(), error.message)))?;
     let layers =
         parse(&said).map_err(|error| Error::new(Code::InternalError, format!("{}: qemu-img says {error}", step())))?;
     let text = |layer: &Value, key: &str| layer[key].as_str().unwrap_or_default().to_owned();
@@ -168,4 +185,51 @@ pub fn rebase(overlay: &Image, base: &str, format: &str) -> Result<()> {
 
 fn failed(message: String) -> Error {
     Error::new(Code::OperationFailed, message)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixListener;
+
+    use super::*;
+
+    /// A qcow2 image that names this one below it, which is not looked at.
+    fn image_on(image: &Path, below: &str) {
+        let mut create = Tool::new("qemu-img");
+        create.args(["create", "-q", "-u", "-f", "qcow2", "-F", "raw", "-b", below]).arg(image).arg("1M");
+        create.run().unwrap();
+    }
+
+    #[test]
+    fn an_image_below_by_a_protocol_or_by_options_is_no_file_beside_the_image() {
+        let directory = tempfile::tempdir().unwrap();
+        let image = directory.path().join("image");
+        let path = |name: &str| Some((directory.path().join(name).to_str().unwrap().to_owned(), "qcow2".to_owned()));
+        for (name, found) in [
+            ("base", path("base")),
+            ("./a:b", path("./a:b")),
+            ("file:nbd:odd", path("nbd:odd")),
+            ("/images/base", Some(("/images/base".into(), "qcow2".into()))),
+            ("nbd:unix:/run/nbd", None),
+            ("nbd://server/export", None),
+            ("json:{\"driver\":\"raw\",\"file\":{\"driver\":\"file\",\"filename\":\"/base\"}}", None),
+        ] {
+            image_on(&image, name);
+            assert_eq!(below(image.to_str().unwrap(), "qcow2"), found, "{name}");
+            std::fs::remove_file(&image).unwrap();
+        }
+    }
+
+    #[test]
+    fn a_chain_on_a_server_that_does_not_answer_is_not_waited_for_without_end() {
+        let directory = tempfile::tempdir().unwrap();
+        let (image, socket) = (directory.path().join("image"), directory.path().join("nbd"));
+        // Clients are let in by the kernel, and never answered.
+        let _silent = UnixListener::bind(&socket).unwrap();
+        image_on(&image, &format!("nbd:unix:{}", socket.display()));
+        let image = image.to_str().unwrap();
+        let error = chain_within(image, "qcow2", Duration::from_millis(300)).unwrap_err();
+        assert_eq!(error.code, Code::OperationTimeout, "{error}");
+        assert!(error.message.contains(image) && error.message.contains("qemu-img did not end"), "{error}");
+    }
 }

@@ -8,6 +8,7 @@ use std::io::ErrorKind;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
+use super::PATIENCE;
 use crate::error::{Code, Error, Result, fail};
 use crate::own_file::OwnFile;
 use crate::sys;
@@ -44,9 +45,10 @@ pub fn format(overlay: &OwnFile, image: &str, image_format: &str, size: u64) -> 
 pub fn create_on(overlay: &File, image: &str, format: &str) -> Result<()> {
     let mut create = Tool::new("qemu-img");
     create.args(["create", "-q", "-f", "qcow2", "-F", format, "-b", image, STDIN]);
+    // It opens the image and all below, for its size.
     create
-        .run_on(overlay)
-        .map_err(|reason| Error::new(Code::OperationFailed, format!("cannot create an overlay of '{image}': {reason}")))
+        .run_on_within(overlay, PATIENCE)
+        .map_err(|error| Error::new(error.code, format!("cannot create an overlay of '{image}': {}", error.message)))
 }
 
 /// Merges an overlay that no QEMU has open into the image that it was made on.
