@@ -8,9 +8,9 @@ use std::process::Command;
 use std::time::Duration;
 
 use common::way::{by_driver, open};
-use common::{At, INSTANTLY, Opened, files_below, machine, named};
+use common::{At, INSTANTLY, Opened, files_below, machine, named, through_proxy};
 use instantsnap::engine::{Overlap, Phase};
-use instantsnap_testkit::{Binary, Fingerprint, Guest, Machine, fingerprint, wait_for};
+use instantsnap_testkit::{Binary, DEADLINE, Fingerprint, Guest, Machine, fingerprint, wait_for};
 use serde_json::json;
 
 const PHASES: [Phase; 5] = [Phase::Pause, Phase::Switch, Phase::Arm, Phase::Drain, Phase::Finish];
@@ -22,12 +22,13 @@ fn child() {
     let Ok(directory) = std::env::var("INSTANTSNAP_TEST_DIRECTORY") else { return };
     let phase: usize = std::env::var("INSTANTSNAP_TEST_PHASE").unwrap().parse().unwrap();
     let directory = Path::new(&directory);
-    let handle = open(directory, &directory.join("qmp.sock"), None, &directory.join("state")).unwrap();
+    let socket = std::env::var("INSTANTSNAP_TEST_SOCKET").unwrap_or("qmp.sock".into());
+    let handle = open(directory, &directory.join(socket), None, &directory.join("state")).unwrap();
     if std::env::var_os("INSTANTSNAP_TEST_OVERLAP").is_some() {
         handle.set_overlap(Overlap { tries: 1, aim: Some(Duration::from_millis(50)) });
     }
     let mut observer = At(|now| {
-        if now == PHASES[phase] {
+        if PHASES.get(phase) == Some(&now) {
             rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL).unwrap();
         }
     });
@@ -35,18 +36,23 @@ fn child() {
     panic!("it was to be killed");
 }
 
-fn take_snapshot_and_die(guest: &Guest, phase: usize, overlap: bool) {
+/// The process, which is killed by another when it is none of the phases.
+fn child_process(guest: &Guest, phase: usize) -> Command {
     let mut command = Command::new(std::env::current_exe().unwrap());
-    if overlap {
-        command.env("INSTANTSNAP_TEST_OVERLAP", "1");
-    }
-    let status = command
+    command
         .args(["--exact", "child", "--ignored"])
         .env("INSTANTSNAP_TEST_DIRECTORY", guest.directory())
         .env("INSTANTSNAP_TEST_PHASE", phase.to_string())
-        .stdout(std::process::Stdio::null())
-        .status()
-        .unwrap();
+        .stdout(std::process::Stdio::null());
+    command
+}
+
+fn take_snapshot_and_die(guest: &Guest, phase: usize, overlap: bool) {
+    let mut command = child_process(guest, phase);
+    if overlap {
+        command.env("INSTANTSNAP_TEST_OVERLAP", "1");
+    }
+    let status = command.status().unwrap();
     assert_eq!(status.signal(), Some(9), "{status}");
 }
 
@@ -111,5 +117,45 @@ fn a_guest_whose_memory_is_touched_while_it_runs_survives_its_caller_too() {
         for index in [0, 1] {
             lose_the_caller(&machine(binary, 1).append("dense=16").long_setup(Duration::from_millis(500)), index, true);
         }
+    }
+}
+
+/// The caller is killed when its migration has begun; its watchdog has the rest of memory to read, and a user pauses the guest
+/// meanwhile.
+#[test]
+fn a_watchdog_does_not_resume_a_guest_that_its_user_pauses_during_the_drain() {
+    if by_driver() {
+        return;
+    }
+    for binary in Binary::any() {
+        let (opened, proxy) = through_proxy(&machine(binary, 1).memory(256).prealloc().append("dense=128"));
+        let nothing = nodes_and_files(&opened);
+        let say = |command: &str, arguments| opened.guest.control().execute(command, arguments).unwrap();
+        let bandwidth = say("query-migrate-parameters", json!({}))["max-bandwidth"].clone();
+        let gate = proxy.hold_reply("migrate", 1);
+        let mut caller =
+            child_process(&opened.guest, PHASES.len()).env("INSTANTSNAP_TEST_SOCKET", "proxy.sock").spawn();
+        let caller = caller.as_mut().unwrap();
+        assert!(gate.wait_arrived(DEADLINE));
+        let armed = wait_for(DEADLINE, || {
+            let ram = say("query-migrate", json!({}))["ram"].clone();
+            (ram["normal"].as_u64().unwrap_or(0) + ram["duplicate"].as_u64().unwrap_or(0) > 0).then_some(())
+        });
+        armed.expect("it is armed");
+        // From now on it is slow.
+        say("migrate-set-parameters", json!({ "max-bandwidth": 1 << 20 }));
+        caller.kill().unwrap();
+        caller.wait().unwrap();
+        gate.release();
+        let resumed = || proxy.commands().iter().filter(|command| *command == "cont").count();
+        wait_for(DEADLINE, || (resumed() == 2).then_some(())).expect("the guest is resumed as soon as it is armed");
+        assert_eq!(say("query-migrate", json!({}))["status"], "active");
+        say("stop", json!({}));
+        say("migrate-set-parameters", json!({ "max-bandwidth": bandwidth }));
+        let undone = wait_for(DEADLINE, || (nodes_and_files(&opened) == nothing).then_some(()));
+        assert!(undone.is_some(), "{:?} is left of {nothing:?}", nodes_and_files(&opened));
+        assert_eq!(say("query-status", json!({}))["status"], "paused");
+        say("cont", json!({}));
+        opened.guest.wait_ticks(3);
     }
 }

@@ -187,6 +187,8 @@ pub struct Errands {
     pub resume_all_the_same: Errand,
     /// Says how its migration is.
     pub query_migrate: Errand,
+    /// Says what state the guest is in.
+    pub query_status: Errand,
     /// Put QEMU's migration settings back.
     pub restore: Vec<Errand>,
     /// Removes the record of the snapshot.

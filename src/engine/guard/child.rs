@@ -64,7 +64,7 @@ impl Child<'_> {
         if stage != Stage::Committing || !recorded {
             self.undo(stage, &monitor, pipe);
         }
-        // In this order: whoever has the name next has a file of its own.
+        // The file goes before the name: the next snapshot of this name makes a file of its own.
         self.reserved.into_iter().for_each(Remove::run);
         sys::let_go(&reservation);
         // Processes that the caller has forked can have them too.
@@ -76,15 +76,25 @@ impl Child<'_> {
     /// Undoes the snapshot, the guest first.
     fn undo(&self, stage: Stage, monitor: &OwnedFd, pipe: OwnedFd) {
         let mut stream = Remaining { pipe, ended: !stage.is_migrating(), thrown_away: 0 };
+        let is_armed = |stream: &Remaining| stream.thrown_away >= BEFORE_ARMED;
         if stage == Stage::Racing {
-            self.read_until(&mut stream, monitor, |stream| stream.thrown_away >= BEFORE_ARMED);
+            self.read_until(&mut stream, monitor, is_armed);
         }
         if stage.is_paused() {
+            // In the stage Migrating QEMU may not have armed yet. What the guest then writes to its memory is in an image
+            // that is thrown away; a guest that QEMU finds running it stops, captures and starts by itself. No other client
+            // can have begun to save or migrate it, as long as the snapshot's own migration is under way.
+            self.resume(monitor, &mut stream);
+        }
+        if stage == Stage::Migrating {
+            // A migration that was given up while it set up has stopped the guest once more.
+            self.read_until(&mut stream, monitor, is_armed);
             self.resume(monitor, &mut stream);
         }
         self.read_until(&mut stream, monitor, |_| false);
-        // A migration that was still setting up has stopped the guest once more.
-        if stage.is_paused() && stage.is_migrating() {
+        // One that is no background snapshot stops it at its end. It can take minutes until then: a guest that stands for any
+        // other reason was paused by another client, and stays so.
+        if stage.is_paused() && stage.is_migrating() && self.is_stopped_by_migration(monitor, &mut stream) {
             self.resume(monitor, &mut stream);
         }
         self.outlast_migration(&mut stream, monitor);
@@ -121,6 +131,14 @@ impl Child<'_> {
             Script::Silence => None,
             Script::Words(words) => words.is_migrating(monitor, stream),
             Script::Errands(errands) => errands.is_migrating(stream),
+        }
+    }
+
+    fn is_stopped_by_migration(&self, monitor: &OwnedFd, stream: &mut Remaining) -> bool {
+        match self.script {
+            Script::Silence => false,
+            Script::Words(words) => words.is_stopped_by_migration(monitor, stream),
+            Script::Errands(errands) => errands.is_stopped_by_migration(stream),
         }
     }
 

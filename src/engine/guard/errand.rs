@@ -8,7 +8,7 @@ use rustix::pipe::{PipeFlags, pipe_with};
 use super::Stage;
 use super::child::Remaining;
 use super::files::Remove;
-use super::reply::Reader;
+use super::reply::{Reader, Reply};
 use crate::guest;
 use crate::own_file::KnownFile;
 use crate::sys::{self, Program, Stdio};
@@ -45,6 +45,29 @@ impl Errand {
         }
         program.succeeded()
     }
+
+    /// QEMU's reply, where it says one.
+    fn ask(&self, stream: &mut Remaining) -> Option<Reply> {
+        // What it says is less than a pipe holds.
+        let (output, theirs) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK).ok()?;
+        if !self.run_with(Stdio::Output(theirs.as_raw_fd()), stream) {
+            return None;
+        }
+        let mut reader = Reader::new();
+        let mut buffer = [0; 4096];
+        loop {
+            let got = match rustix::io::read(&output, &mut buffer) {
+                Ok(0) => return None,
+                Ok(got) => got,
+                Err(Errno::INTR) => continue,
+                Err(_) => return None,
+            };
+            let mut replies = buffer.iter().take(got).filter_map(|byte| reader.read(*byte));
+            if let Some(reply) = replies.find(|reply| reply.done) {
+                return Some(reply);
+            }
+        }
+    }
 }
 
 /// What is to be done, in order.
@@ -54,6 +77,7 @@ pub struct Errands {
     tries: u32,
     resume: [Errand; 2],
     query_migrate: Errand,
+    query_status: Errand,
     restore: Vec<Errand>,
     forget: Errand,
     merge: Vec<Errand>,
@@ -69,6 +93,7 @@ impl Errands {
             tries: errands.tries,
             resume: [errands.resume, errands.resume_all_the_same].map(Errand::new),
             query_migrate: Errand::new(errands.query_migrate),
+            query_status: Errand::new(errands.query_status),
             restore: all(errands.restore),
             forget: Errand::new(errands.forget),
             merge: all(errands.merge),
@@ -84,25 +109,12 @@ impl Errands {
 
     /// Whether a migration is under way; none where that cannot be learnt now.
     pub fn is_migrating(&self, stream: &mut Remaining) -> Option<bool> {
-        // What it says is less than a pipe holds.
-        let (output, theirs) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK).ok()?;
-        if !self.query_migrate.run_with(Stdio::Output(theirs.as_raw_fd()), stream) {
-            return None;
-        }
-        let mut reader = Reader::new();
-        let mut buffer = [0; 4096];
-        loop {
-            let got = match rustix::io::read(&output, &mut buffer) {
-                Ok(0) => return None,
-                Ok(got) => got,
-                Err(Errno::INTR) => continue,
-                Err(_) => return None,
-            };
-            let mut replies = buffer.iter().take(got).filter_map(|byte| reader.read(*byte));
-            if let Some(reply) = replies.find(|reply| reply.done) {
-                return Some(reply.migrating);
-            }
-        }
+        self.query_migrate.ask(stream).map(|reply| reply.migrating)
+    }
+
+    /// Whether the end of a migration has stopped the guest.
+    pub fn is_stopped_by_migration(&self, stream: &mut Remaining) -> bool {
+        self.query_status.ask(stream).is_some_and(|reply| reply.stopped_by_migration)
     }
 
     /// A daemon that restarts is there again after some time.

@@ -17,6 +17,8 @@ pub struct Reply {
     pub no_job: bool,
     /// It says of a migration that one is under way.
     pub migrating: bool,
+    /// It says of the guest that it was stopped by the end of a migration.
+    pub stopped_by_migration: bool,
 }
 
 /// A string, as far as it matters.
@@ -131,6 +133,7 @@ impl Reader {
                 const UNDER_WAY: [&str; 7] =
                     ["setup", "active", "device", "cancelling", "pre-switchover", "wait-unplug", "postcopy-active"];
                 self.reply.migrating = UNDER_WAY.iter().any(|status| text.is(status));
+                self.reply.stopped_by_migration = text.is("postmigrate");
             }
             Key::Return | Key::Error | Key::Other => {}
         }
@@ -154,6 +157,15 @@ mod tests {
         let ours: Vec<_> = replies(text).into_iter().filter(|reply| reply.ours).collect();
         assert_eq!(ours, [Reply { ours: true, done: true, ..Reply::default() }]);
         assert_eq!(replies(text).len(), 3);
+    }
+
+    #[test]
+    fn a_guest_that_a_migration_has_stopped_is_told_from_one_that_is_paused() {
+        for (status, stopped_by_migration) in [("postmigrate", true), ("paused", false)] {
+            let text = format!("{{\"return\": {{\"status\": \"{status}\", \"running\": false}}, \"id\": \"{MARK}\"}}");
+            let reply = Reply { ours: true, done: true, stopped_by_migration, ..Reply::default() };
+            assert_eq!(replies(&text), [reply]);
+        }
     }
 
     #[test]

@@ -23,6 +23,7 @@ pub struct Words {
     pub resume: String,
     restore: Vec<String>,
     query_migrate: String,
+    query_status: String,
     overlays: Vec<Overlay>,
     files: Vec<Remove>,
 }
@@ -82,6 +83,7 @@ impl Words {
             resume: line("cont", &json!({})),
             restore: restore.iter().map(|(name, arguments)| line(name, arguments)).collect(),
             query_migrate: line("query-migrate", &json!({})),
+            query_status: line("query-status", &json!({})),
             overlays: overlays.iter().map(Overlay::new).collect(),
             files: files.iter().filter_map(Remove::new).collect(),
         }
@@ -90,6 +92,11 @@ impl Words {
     /// Whether a migration is under way; none where QEMU is gone.
     pub fn is_migrating(&self, monitor: &OwnedFd, stream: &mut Remaining) -> Option<bool> {
         say(monitor, &self.query_migrate, stream).map(|reply| reply.migrating)
+    }
+
+    /// Whether the end of a migration has stopped the guest.
+    pub fn is_stopped_by_migration(&self, monitor: &OwnedFd, stream: &mut Remaining) -> bool {
+        say(monitor, &self.query_status, stream).is_some_and(|reply| reply.stopped_by_migration)
     }
 
     /// Puts everything but the guest's state back.

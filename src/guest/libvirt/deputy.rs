@@ -53,6 +53,7 @@ pub fn errands(virsh: &Virsh, uuid: &str, restore: &[(&str, Value)], overlays: &
         resume: virsh.run(&["resume", uuid]),
         resume_all_the_same: virsh.run(&["qemu-monitor-command", uuid, r#"{"execute":"cont"}"#]),
         query_migrate: virsh.run(&["qemu-monitor-command", uuid, r#"{"execute":"query-migrate"}"#]),
+        query_status: virsh.run(&["qemu-monitor-command", uuid, r#"{"execute":"query-status"}"#]),
         restore: settings.collect(),
         forget,
         merge: overlays.made().map(merge).collect(),
