@@ -151,8 +151,25 @@ fn a_damaged_snapshot_leaves_the_domain_running() {
     std::fs::copy(&moved, &memory).unwrap();
     let user = tree.opened.guest.daemon().user();
     std::os::unix::fs::chown(&memory, Some(user), Some(user)).unwrap();
-    OpenOptions::new().write(true).open(&memory).unwrap().write_all_at(b"LibvirtQemudPart", 0).unwrap();
+    let overwrite = |at: u64, bytes: &[u8]| {
+        OpenOptions::new().write(true).open(&memory).unwrap().write_all_at(bytes, at).unwrap();
+    };
+    overwrite(0, b"LibvirtQemudPart");
     fails("is damaged");
+    overwrite(0, b"LibvirtQemudSave");
+    // What QEMU would find when it loads the memory, and the domain has ended.
+    let whole = std::fs::read(&moved).unwrap();
+    let stream = 92 + u32::from_ne_bytes(whole[20..24].try_into().unwrap()) as usize;
+    overwrite(stream as u64, b"QEVX");
+    fails("no stream of QEMU's");
+    overwrite(stream as u64, b"QEVM");
+    // The last digit of its version.
+    let digit = stream + 12 + usize::from(whole[stream + 12]);
+    overwrite(digit as u64, b"9");
+    fails("of a machine of type");
+    overwrite(digit as u64, &whole[digit..=digit]);
+    OpenOptions::new().write(true).open(&memory).unwrap().set_len(whole.len() as u64 / 2).unwrap();
+    fails("cut off");
     std::fs::rename(&moved, &memory).unwrap();
 
     let image = tree.opened.guest.disks()[0].file.clone();
@@ -165,7 +182,7 @@ fn a_damaged_snapshot_leaves_the_domain_running() {
     tree.assert_all_can_be_reverted_to();
 }
 
-/// That the stream in the image is damaged shows only when QEMU loads it.
+/// That a stream is damaged in the middle shows only when QEMU loads it.
 #[test]
 fn a_memory_that_cannot_be_restored_leaves_a_domain_that_can_be_started() {
     if !thorough() {
@@ -184,8 +201,10 @@ fn a_memory_that_cannot_be_restored_leaves_a_domain_that_can_be_started() {
         let memory = tree.memory("a");
         let kept = tree.memory("kept");
         std::fs::copy(&memory, &kept).unwrap();
-        let length = memory.metadata().unwrap().len();
-        OpenOptions::new().write(true).open(&memory).unwrap().set_len(length / 2).unwrap();
+        // QEMU knows no section of this name.
+        let whole = std::fs::read(&memory).unwrap();
+        let name = whole.windows(5).position(|bytes| bytes == b"\x03ram\0").unwrap() as u64;
+        OpenOptions::new().write(true).open(&memory).unwrap().write_all_at(b"\x03rax", name).unwrap();
         let images = tree.images();
         let error = tree.try_revert("a", 0).expect_err("damaged");
         eprintln!("{:?} {error}", error.code);

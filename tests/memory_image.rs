@@ -105,7 +105,7 @@ fn the_image_is_partial_until_all_of_it_is_there() {
 fn sample(directory: &Path) -> PathBuf {
     let path = directory.join("sample.mem");
     let image = MemoryImage::create(&path, "<domain><name>x</name></domain>", None, true).unwrap();
-    image.file().unwrap().write_all_at(b"QEVM", image.stream_offset()).unwrap();
+    image.file().unwrap().write_all_at(b"QEVM\0\0\0\x03\0", image.stream_offset()).unwrap();
     image.complete().unwrap();
     path
 }
@@ -149,14 +149,39 @@ fn load_and_prepare_refuse_a_damaged_image_and_leave_nothing() {
     let clone = opened.start_clone("s");
     let path = opened.state_dir().join("s.mem");
     let files = opened.trace();
-    for (at, bytes) in [(0, b"LibvirtQemudPart".as_slice()), (0, b"LibvirtQemudXXXX"), (28, &2u32.to_ne_bytes())] {
-        let whole = std::fs::read(&path).unwrap()[..100].to_vec();
+    let whole = std::fs::read(&path).unwrap();
+    let refused = |what: &str| {
+        let path = path.to_str().unwrap();
+        for result in [clone.handle.load("s", 0), prepare_revert(&opened.state_dir(), "s", None).map(drop)] {
+            assert_error(result.clone(), Code::InvalidDomainSnapshot, path);
+            assert_error(result, Code::InvalidDomainSnapshot, what);
+        }
+    };
+    let stream = 92 + u64::from(u32::from_ne_bytes(whole[20..24].try_into().unwrap()));
+    for (at, bytes, what) in [
+        (0, b"LibvirtQemudPart".as_slice(), "incomplete"),
+        (0, b"LibvirtQemudXXXX", "not a memory image"),
+        (28, &2u32.to_ne_bytes(), "compressed"),
+        (stream, b"QEVX", "no stream of QEMU's"),
+        (stream + 4, &9u32.to_be_bytes(), "version 9"),
+    ] {
         overwrite(&path, at, bytes);
-        assert_error(clone.handle.load("s", 0), Code::InvalidDomainSnapshot, "s.mem");
-        let plan = prepare_revert(&opened.state_dir(), "s", None);
-        assert_error(plan, Code::InvalidDomainSnapshot, "s.mem");
-        overwrite(&path, 0, &whole);
+        refused(what);
+        overwrite(&path, at, &whole[at as usize..][..bytes.len()]);
     }
+    // QEMU would find out when it has read all that is there.
+    for rest in [stream as usize + 4, whole.len() / 2, whole.len() - 1] {
+        std::fs::OpenOptions::new().write(true).open(&path).unwrap().set_len(rest as u64).unwrap();
+        refused(if rest < stream as usize + 9 { "too short" } else { "cut off" });
+        overwrite(&path, rest as u64, &whole[rest..]);
+    }
+    // So it would find out that its machine is another.
+    let digit = stream + 13 + u64::from(whole[stream as usize + 12]) - 1;
+    overwrite(&path, digit, b"9");
+    for part in ["of a machine of type", "this QEMU has the type", "`-machine"] {
+        assert_error(clone.handle.load("s", 0), Code::ConfigUnsupported, part);
+    }
+    overwrite(&path, digit, &whole[digit as usize..][..1]);
     common::assert_untouched(&opened, &files);
     // The QEMU that waits was not given a byte: it can still be used.
     clone.handle.load("s", 0).unwrap();

@@ -186,7 +186,6 @@ fn another_machine_is_an_error_with_qemus_reason_or_its_end() {
         for (what, change) in [
             ("more memory", (|machine| machine.memory(96)) as fn(Machine) -> Machine),
             ("less memory", |machine| machine.memory(48)),
-            ("another machine type", |machine| machine.machine_type(MachineType::Q35)),
         ] {
             let plan = prepare_revert(&opened.state_dir(), "s", None).unwrap();
             let clone = open(&opened, change(opened.guest.machine().for_revert(&images(&plan))).start());
@@ -197,6 +196,13 @@ fn another_machine_is_an_error_with_qemus_reason_or_its_end() {
             assert!(error.message.contains(said), "{what}: {error}");
             assert!(!error.message.contains("no reason"), "{what}: {error}");
         }
+        // The image says what it is of.
+        let plan = prepare_revert(&opened.state_dir(), "s", None).unwrap();
+        let other = opened.guest.machine().for_revert(&images(&plan)).machine_type(MachineType::Q35);
+        let clone = open(&opened, other.start());
+        let error = clone.handle.load("s", 0).expect_err("another machine type");
+        assert_says(&error, Code::ConfigUnsupported, &["of a machine of type 'pc-i440fx-", "has the type 'pc-q35-"]);
+        assert_eq!(clone.guest.control().execute("query-status", json!({})).unwrap()["status"], "inmigrate");
         // What was not loaded is not current.
         assert_eq!(opened.handle.store().unwrap().current().unwrap().as_deref(), Some("t"));
         opened.bring_back("s");

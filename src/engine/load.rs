@@ -41,6 +41,7 @@ pub fn load(connector: &dyn Connector, name: &str, flags: u32) -> Result<()> {
              that instantsnap_snapshot_prepare_revert() names"
         );
     }
+    check_machine(guest, &image)?;
     check_disks(&record, &guest.drives()?)?;
     check_frozen(&record, flags)?;
 
@@ -88,6 +89,23 @@ pub fn check_frozen(record: &Record, flags: u32) -> Result<()> {
     }
     let frozen = |disk: &RecordedDisk| disk.frozen.iter().try_for_each(|frozen| frozen.check(&disk.name, &record.name));
     record.disks.iter().try_for_each(frozen)
+}
+
+/// QEMU before 9.1 ends where it is to load the memory of another machine type.
+fn check_machine(guest: &mut dyn Guest, image: &Image) -> Result<()> {
+    let Some(noted) = &image.machine else { return Ok(()) };
+    let command = Command::new("qom-get", json!({ "path": "/machine", "property": "type" }));
+    let kind = guest.run("cannot ask for the machine type", command, Deadline::after(PATIENCE))?;
+    let kind = kind.as_str().unwrap_or_default();
+    let machine = kind.strip_suffix("-machine").unwrap_or(kind);
+    if !machine.is_empty() && machine != noted {
+        fail!(
+            ConfigUnsupported,
+            "the snapshot is of a machine of type '{noted}', and this QEMU has the type '{machine}': start it with `-machine \
+             {noted}`"
+        );
+    }
+    Ok(())
 }
 
 /// Memory beside the wrong disks is a corrupted guest, and a guest that writes to the snapshot's own images the end of that

@@ -14,6 +14,7 @@ use std::io::{self, Read};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
+use super::stream;
 use crate::error::{Code, Error, Result, fail};
 use crate::own_file::{KnownFile, OwnFile};
 use crate::sys;
@@ -161,19 +162,9 @@ impl MemoryImage {
         Ok(None)
     }
 
-    /// Whether QEMU has written its stream to the end. What it writes last, once everything else is written, is a description
-    /// of the devices: the end of the devices, a section's type, the text's length, the text. False where it writes none.
+    /// Whether QEMU has written its stream to the end: see [`stream::is_described`].
     pub fn has_whole_stream(&self) -> Result<bool> {
-        let look = || -> io::Result<bool> {
-            const LONGEST_TEXT: u64 = 32 << 20;
-            let file = self.own.file();
-            let end = file.metadata()?.len();
-            let begin = end.saturating_sub(LONGEST_TEXT).max(self.stream_offset);
-            let mut tail = vec![0; end.saturating_sub(begin) as usize];
-            file.read_exact_at(&mut tail, begin)?;
-            Ok(ends_with_description(&tail))
-        };
-        look().map_err(|error| {
+        stream::is_described(self.own.file(), self.stream_offset).map_err(|error| {
             Error::system(format!("cannot read memory snapshot file '{}'", self.path().display()), error)
         })
     }
@@ -193,18 +184,10 @@ impl MemoryImage {
     }
 }
 
-fn ends_with_description(tail: &[u8]) -> bool {
-    const END_OF_DEVICES: u8 = 0;
-    const DESCRIPTION: u8 = 6;
-    const BEFORE_TEXT: usize = 6;
-    let is_description = |(at, head): (usize, &[u8])| {
-        let length = tail.len() - at - BEFORE_TEXT;
-        head[..2] == [END_OF_DEVICES, DESCRIPTION]
-            && u32::try_from(length).is_ok_and(|length| head[2..] == length.to_be_bytes())
-            && tail[at + BEFORE_TEXT..].starts_with(b"{")
-            && tail.ends_with(b"}")
-    };
-    tail.windows(BEFORE_TEXT).enumerate().rev().any(is_description)
+/// The numbers of a header, from the version on.
+fn numbers<const N: usize>(header: &[u8; HEADER]) -> [u32; N] {
+    let mut numbers = header[COMPLETE.len()..].chunks_exact(4);
+    std::array::from_fn(|_| numbers.next().and_then(|bytes| bytes.try_into().ok()).map_or(0, u32::from_ne_bytes))
 }
 
 /// A complete memory image, opened for reading.
@@ -218,13 +201,25 @@ pub struct Image {
     pub was_running: bool,
     /// The domain XML.
     pub domain_xml: String,
+    /// The machine type that it was saved of, where QEMU has noted it.
+    pub machine: Option<String>,
 }
 
 impl Image {
-    /// Whether a file begins as a complete image does; its stream may be compressed.
-    pub fn is_complete(mut file: impl Read) -> bool {
-        let mut magic = [0; COMPLETE.len()];
-        file.read_exact(&mut magic).is_ok() && magic == *COMPLETE
+    /// Looks at the file of a complete image, which can be compressed: the machine type that it was saved of, where that can
+    /// be told. An error is why it cannot be loaded.
+    pub fn look(file: &File) -> std::result::Result<Option<String>, String> {
+        let mut header = [0; HEADER];
+        let read = file.read_exact_at(&mut header, 0);
+        if read.is_err() || &header[..COMPLETE.len()] != COMPLETE {
+            return Err("is damaged, or was never completed".into());
+        }
+        let [version, data_len, _, format] = numbers(&header);
+        // Of another kind of host, which libvirt can read, or compressed.
+        if version != VERSION || format != 0 {
+            return Ok(None);
+        }
+        stream::check(file, HEADER as u64 + u64::from(data_len))
     }
 
     /// Opens a complete, uncompressed image.
@@ -246,9 +241,7 @@ impl Image {
         if &header[..16] != COMPLETE {
             return Err(damaged("is not a memory image"));
         }
-        let number = |at: usize| u32::from_ne_bytes(header[at..at + 4].try_into().expect("four bytes"));
-        let (version, data_len, was_running, format, cookie) =
-            (number(16), number(20), number(24), number(28), number(32));
+        let [version, data_len, was_running, format, cookie] = numbers(&header);
         if version != VERSION {
             return Err(damaged(&format!("has version {version}, {VERSION} is supported")));
         }
@@ -262,9 +255,12 @@ impl Image {
         file.read_exact(&mut data).map_err(|_| damaged("is too short"))?;
         let xml = &data[..if cookie == 0 { data.len() } else { data.len().min(cookie as usize) }];
         let xml = xml.split(|byte| *byte == 0).next().unwrap_or_default();
+        let stream_offset = HEADER as u64 + u64::from(data_len);
+        let machine = stream::check(&file, stream_offset).map_err(|what| damaged(&what))?;
         Ok(Image {
             file,
-            stream_offset: HEADER as u64 + u64::from(data_len),
+            stream_offset,
+            machine,
             was_running: was_running != 0,
             domain_xml: String::from_utf8(xml.to_vec()).map_err(|_| damaged("has a damaged domain XML"))?,
         })
@@ -274,16 +270,6 @@ impl Image {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_stream_that_was_cut_off_is_not_whole() {
-        let stream = [&b"pages, devices\0\x06\0\0\0\x0d"[..], b"{\"devices\":6}"].concat();
-        assert!(ends_with_description(&stream));
-        for cut in 0..stream.len() {
-            assert!(!ends_with_description(&stream[..cut]), "{cut}");
-        }
-        assert!(!ends_with_description(&[&stream[..], b"}"].concat()));
-    }
 
     #[test]
     fn what_is_no_memory_image_is_told_and_a_pipe_is_not_waited_for() {

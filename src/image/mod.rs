@@ -6,10 +6,12 @@
 mod drain;
 mod feed;
 mod file;
+mod stream;
 
 pub use drain::{Drain, throw_away};
 pub use feed::Feed;
 pub use file::{Image, MemoryImage, deleting, is_another};
+pub use stream::is_other_machine;
 
 use std::os::fd::OwnedFd;
 

@@ -206,6 +206,13 @@ impl Recorded {
         }
     }
 
+    /// The machine type of its domain.
+    pub fn machine(&self) -> Result<Option<String>> {
+        let document = xml::parse(&self.xml, "domainsnapshot", &xml::RECORDED)?;
+        let os = xml::child(document.root_element(), "domain").and_then(|domain| xml::child(domain, "os"));
+        Ok(os.and_then(|os| xml::attribute(os, "type", "machine")).map(str::to_owned))
+    }
+
     /// What its domain is to be at its next start, with these disks on these images where they are on the snapshot's.
     pub fn config_on(&self, sources: &[Source]) -> Result<String> {
         let Some(range) = self.part("inactiveDomain")? else { return self.domain_on(sources) };

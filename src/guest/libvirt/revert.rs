@@ -27,7 +27,7 @@ use crate::error::{Code, Error, Result, fail};
 use crate::flags::revert::{FORCE, PAUSED, RESET_NVRAM, RUNNING};
 use crate::guest::images::{self, Graph, Id, id};
 use crate::guest::{locks, overlay_file};
-use crate::image::Image;
+use crate::image::{Image, is_other_machine};
 use crate::libvirt::{Connect, Domain, VirError, restore, undefine, xml};
 use crate::monitor::Deadline;
 use crate::snapshot::domain::{Source, Storage};
@@ -303,9 +303,19 @@ impl Revert<'_> {
             Error::new(Code::InvalidDomainSnapshot, message)
         };
         match sys::open_file(Path::new(memory)) {
-            Ok(file) if !Image::is_complete(&file) => return Err(useless("is damaged, or was never completed")),
+            Ok(file) => {
+                let noted = Image::look(&file).map_err(|what| useless(&what))?;
+                let wanted = self.target.machine()?;
+                if let (Some(noted), Some(wanted)) = (noted, wanted)
+                    && is_other_machine(&wanted, &noted)
+                {
+                    let what =
+                        format!("is of a machine of type '{noted}', and the snapshot's domain has the type '{wanted}'");
+                    return Err(useless(&what));
+                }
+            }
             Err(error) if error.kind() == ErrorKind::NotFound => return Err(useless("is missing")),
-            _ => {}
+            Err(_) => {}
         }
         let header = self.connect.saved_xml(memory, 0).map(drop);
         header.map_err(|error| useless(&format!("cannot be used ({})", error.message)))

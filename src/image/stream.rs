@@ -1,0 +1,166 @@
+//! QEMU's migration stream, as far as it can be judged without loading it.
+//!
+//! QEMU finds out that it cannot load a stream while it loads it, and can end then. By that time the domain that was to be
+//! brought back has been ended. So what can be read is looked at before:
+//!
+//! ```text
+//! 0    magic     QEVM, u32 version (3)
+//! 8    u8        7, where QEMU notes its machine: u32 length, the machine type's name, more
+//! ...            memory, devices; each section ends with 0x7e and its number (u32), where QEMU notes its machine
+//! ...  u8        0: the end
+//!      u8        6: a description of the devices: u32 length, JSON. QEMU can be told to write none
+//! ```
+//!
+//! Numbers are big-endian.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+
+const MAGIC: &[u8; 4] = b"QEVM";
+const VERSION: u32 = 3;
+const MACHINE: u8 = 7;
+const END_OF_SECTION: u8 = 0x7e;
+const END: u8 = 0;
+const DESCRIPTION: u8 = 6;
+/// More than any machine type's name.
+const LONGEST_NAME: u32 = 255;
+/// More than any description of devices.
+const LONGEST_TEXT: u64 = 32 << 20;
+
+/// Looks at a stream that begins here and ends with the file: the machine type that QEMU has noted, where it has noted one. An
+/// error is why no QEMU can load it.
+pub fn check(file: &File, begin: u64) -> Result<Option<String>, String> {
+    let failed = |error: io::Error| match error.kind() {
+        io::ErrorKind::UnexpectedEof => "is too short: QEMU's stream is missing".into(),
+        _ => format!("cannot be read: {error}"),
+    };
+    let machine = read_head(file, begin).map_err(failed)??;
+    let tail = read_tail(file, begin).map_err(failed)?;
+    let is_whole = ends_with_description(&tail) || ends_without_description(&tail, machine.is_some());
+    if !is_whole {
+        return Err("is cut off, or damaged at its end: QEMU's stream has no end".into());
+    }
+    Ok(machine)
+}
+
+/// Whether QEMU has written its stream, which begins here and ends with the file, to the end. What it writes last, once
+/// everything else is written, is a description of the devices. False where it writes none.
+pub fn is_described(file: &File, begin: u64) -> io::Result<bool> {
+    Ok(ends_with_description(&read_tail(file, begin)?))
+}
+
+/// Whether a domain of this machine type cannot load a stream of that one. A name without a version stands for another one.
+pub fn is_other_machine(wanted: &str, noted: &str) -> bool {
+    let has_version = |name: &str| name.contains('.');
+    has_version(wanted) && has_version(noted) && wanted != noted
+}
+
+fn read_head(file: &File, begin: u64) -> io::Result<Result<Option<String>, String>> {
+    let mut head = [0; 9];
+    file.read_exact_at(&mut head, begin)?;
+    let number = |bytes: &[u8]| bytes.iter().fold(0, |number: u32, byte| number << 8 | u32::from(*byte));
+    if !head.starts_with(MAGIC) {
+        return Ok(Err("has no stream of QEMU's in it: it is damaged".into()));
+    }
+    let version = number(&head[4..8]);
+    if version != VERSION {
+        return Ok(Err(format!("has a stream of version {version} in it, and QEMU loads {VERSION}: it is damaged")));
+    }
+    if head[8] != MACHINE {
+        return Ok(Ok(None));
+    }
+    let mut length = [0; 4];
+    file.read_exact_at(&mut length, begin + 9)?;
+    let length = number(&length);
+    if length > LONGEST_NAME {
+        return Ok(Err("has a damaged machine type in it".into()));
+    }
+    let mut name = vec![0; length as usize];
+    file.read_exact_at(&mut name, begin + 13)?;
+    Ok(String::from_utf8(name).map(Some).map_err(|_| "has a damaged machine type in it".into()))
+}
+
+fn read_tail(file: &File, begin: u64) -> io::Result<Vec<u8>> {
+    let end = file.metadata()?.len();
+    let begin = end.saturating_sub(LONGEST_TEXT).max(begin);
+    let mut tail = vec![0; end.saturating_sub(begin) as usize];
+    file.read_exact_at(&mut tail, begin)?;
+    Ok(tail)
+}
+
+fn ends_with_description(tail: &[u8]) -> bool {
+    const BEFORE_TEXT: usize = 6;
+    let is_description = |(at, head): (usize, &[u8])| {
+        let length = tail.len() - at - BEFORE_TEXT;
+        head[..2] == [END, DESCRIPTION]
+            && u32::try_from(length).is_ok_and(|length| head[2..] == length.to_be_bytes())
+            && tail[at + BEFORE_TEXT..].starts_with(b"{")
+            && tail.ends_with(b"}")
+    };
+    tail.windows(BEFORE_TEXT).enumerate().rev().any(is_description)
+}
+
+/// The machines that note nothing (those of QEMU 2.3 and before) do not mark the ends of sections either.
+fn ends_without_description(tail: &[u8], marks_sections: bool) -> bool {
+    const AFTER_MARK: usize = 6;
+    let marked = || tail.len() >= AFTER_MARK && tail[tail.len() - AFTER_MARK] == END_OF_SECTION;
+    tail.ends_with(&[END]) && (!marks_sections || marked())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use super::*;
+
+    const HEAD: &[u8] = b"QEVM\0\0\0\x03";
+    const NOTE: &[u8] = b"\x07\0\0\0\x09pc-q35-10";
+    const DEVICES: &[u8] = b"pages, devices\x7e\0\0\0\x09\0";
+    const TEXT: &[u8] = b"\x06\0\0\0\x0d{\"devices\":6}";
+
+    fn look(parts: &[&[u8]]) -> Result<Option<String>, String> {
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(b"libvirt's").unwrap();
+        file.write_all(&parts.concat()).unwrap();
+        check(&file, 9)
+    }
+
+    #[test]
+    fn a_stream_that_was_cut_off_is_not_whole() {
+        let machine = Some("pc-q35-10".to_owned());
+        assert_eq!(look(&[HEAD, NOTE, DEVICES, TEXT]), Ok(machine.clone()));
+        let whole = [HEAD, NOTE, DEVICES, TEXT].concat();
+        // Where QEMU describes nothing, that is all.
+        let undescribed = whole.len() - TEXT.len();
+        for cut in (0..whole.len()).filter(|cut| *cut != undescribed) {
+            assert!(look(&[&whole[..cut]]).is_err(), "{cut}");
+        }
+        assert_eq!(look(&[&whole[..undescribed]]), Ok(machine));
+        assert!(look(&[&whole, b"}"]).is_err());
+        // Of an old machine.
+        assert_eq!(look(&[HEAD, b"\x01devices\0"]), Ok(None));
+        assert!(look(&[HEAD, b"\x01devices"]).is_err());
+    }
+
+    #[test]
+    fn what_is_no_stream_of_qemus_is_told() {
+        for (head, what) in [
+            (&b"QEVN\0\0\0\x03\0"[..], "no stream of QEMU's"),
+            (b"QEVM\0\0\0\x02\0", "version 2"),
+            (b"QEVM\0\0\0\x03\x07\x7f\0\0\0\0", "damaged machine type"),
+            (b"QEVM\0\0", "too short"),
+        ] {
+            let error = look(&[head]).unwrap_err();
+            assert!(error.contains(what), "{error}");
+        }
+    }
+
+    #[test]
+    fn machine_types_are_compared_where_both_have_a_version() {
+        assert!(is_other_machine("pc-q35-7.2", "pc-q35-10.0"));
+        for (wanted, noted) in [("pc-q35-7.2", "pc-q35-7.2"), ("q35", "pc-q35-7.2"), ("pc-q35-7.2", "none")] {
+            assert!(!is_other_machine(wanted, noted), "{wanted} {noted}");
+        }
+    }
+}
