@@ -86,6 +86,7 @@ pub fn prepare_revert_hooked(
         check_image(&disk.image, directory.as_deref())?;
         let file = fresh_file(&record, &disk.image, directory.as_deref())?;
         overlay_file::create_on(file.as_file(), &disk.image, &disk.format)?;
+        sync_fresh(&file)?;
         let path = file.into_temp_path();
         disks.push(RevertDisk {
             name: disk.name.clone(),
@@ -103,6 +104,7 @@ pub fn prepare_revert_hooked(
             let step = format!("cannot copy the UEFI variables '{}' to '{}'", nvram.copy, file.path().display());
             Error::system(step, error)
         })?;
+        sync_fresh(&file)?;
         let path = file.into_temp_path();
         disks.push(RevertDisk {
             name: nvram.name.clone(),
@@ -175,6 +177,12 @@ fn check_copy(nvram: &RecordedNvram, record: &Record) -> Result<()> {
         );
     }
     Ok(())
+}
+
+/// The guest's data will be in it: neither its name nor what makes it an overlay may be lost in a crash of the host.
+fn sync_fresh(file: &NamedTempFile) -> Result<()> {
+    let synced = file.as_file().sync_all().and_then(|()| sys::sync_parent(file.path()));
+    synced.map_err(|error| Error::system(format!("cannot write the fresh image '{}'", file.path().display()), error))
 }
 
 /// A new file that is nobody else's, beside the image or in the directory, called after image and snapshot.
