@@ -2,7 +2,6 @@
 
 mod common;
 
-use std::os::fd::AsRawFd;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -10,13 +9,14 @@ use std::process::Command;
 use common::way::{by_driver, open_guest};
 use common::{
     ALL_SECTORS, At, INSTANTLY, Opened, assert_error, assert_untouched, block_of, machine, named, run, through_proxy,
+    unwritten,
 };
 use instantsnap::engine::{Phase, prepare_revert};
 use instantsnap::error::{Code, Error};
 use instantsnap::image::Image;
 use instantsnap::snapshot::Record;
 use instantsnap_testkit::machine::make_image;
-use instantsnap_testkit::{Attach, Binary, Format, Guest, Machine, wait_for};
+use instantsnap_testkit::{Attach, Binary, DEADLINE, Format, Guest, Machine, Proxy, wait_for};
 use serde_json::{Value, json};
 
 fn with(machine: Machine, args: &[&str]) -> Machine {
@@ -504,6 +504,56 @@ fn a_block_device_gets_an_overlay_where_one_is_named_and_can_be_brought_back() {
     }
 }
 
+/// The commands of the pause, before the switch and after it.
+fn commands_in_the_pause(proxy: &Proxy) -> (Vec<String>, Vec<String>) {
+    let commands = proxy.commands();
+    let place = |name: &str| commands.iter().rposition(|command| command == name).expect(name);
+    let (stop, switch, begin) = (place("stop"), place("transaction"), place("migrate"));
+    (commands[stop..switch].to_vec(), commands[switch..begin].to_vec())
+}
+
+#[test]
+fn the_pause_does_not_ask_for_sizes_that_devices_tell_and_asks_once_for_others() {
+    for binary in Binary::any() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = |name: &str| directory.path().join(name).display().to_string();
+        make_image(Path::new(&path("backing")), Format::Raw, None);
+        let Some(device) = Loop::on(Path::new(&path("backing"))) else { return };
+        // A format whose header is not read.
+        run("qemu-img", &["create", "-q", "-f", "qed", &path("qed"), "16M"]);
+        let device = format!("driver=raw,node-name=blk0,file.driver=host_device,file.filename={}", device.0);
+        let other = format!("driver=qed,node-name=blk0,file.driver=file,file.filename={}", path("qed"));
+        for (drive, questions) in [(device, 0), (other, 1)] {
+            let machine =
+                with(Machine::new(binary), &["-blockdev", &drive, "-device", "virtio-blk-pci,id=vd0,drive=blk0"]);
+            let (opened, proxy) = through_proxy(&machine);
+            let overlay = path(&format!("overlay-{questions}"));
+            let xml = request("s", &format!("<disk name='vd0'><source file='{overlay}'/></disk>"));
+            opened.create(&xml, INSTANTLY).unwrap();
+            let (before, after) = commands_in_the_pause(&proxy);
+            assert!(!before.contains(&"query-block".into()), "{before:?}");
+            assert_eq!(after.iter().filter(|command| *command == "query-block").count(), questions, "{after:?}");
+            delete(&opened, "s");
+            if questions > 0 {
+                // Sizes that are asked for before the pause can still change until the switch.
+                let gate = proxy.hold("stop", 1);
+                let error = std::thread::scope(|scope| {
+                    let snapshot = scope.spawn(|| opened.create(&xml, INSTANTLY));
+                    assert!(gate.wait_arrived(DEADLINE));
+                    let size = json!({ "node-name": "blk0", "size": 24 << 20 });
+                    opened.guest.control().execute("block_resize", size).unwrap();
+                    gate.release();
+                    snapshot.join().unwrap()
+                });
+                assert_error(error, Code::OperationFailed, "resized disk 'vd0'");
+                assert_eq!(block_of(&opened.guest, "vd0")["inserted"]["image"]["virtual-size"], 24 << 20);
+                assert_eq!(opened.active_image("vd0"), path("qed"));
+                opened.guest.wait_ticks(3);
+            }
+        }
+    }
+}
+
 #[test]
 fn three_disks_switch_in_one_transaction() {
     for binary in Binary::any() {
@@ -931,16 +981,6 @@ fn a_disk_with_a_block_job_is_refused_before_the_guest_is_paused_and_others_are_
         wait_for(instantsnap_testkit::DEADLINE, ended).expect("the job does not end");
         opened.assert_well();
     }
-}
-
-/// How many pages of a file the kernel has not written yet; `None` where it does not say (Linux before 6.5).
-fn unwritten(file: &str) -> Option<u64> {
-    const CACHESTAT: libc::c_long = 451;
-    let file = std::fs::File::open(file).unwrap();
-    let (range, mut pages) = ([0_u64; 2], [0_u64; 5]);
-    // SAFETY: an open file, a range of it (all), and room for the five numbers of `struct cachestat`.
-    let result = unsafe { libc::syscall(CACHESTAT, file.as_raw_fd(), range.as_ptr(), pages.as_mut_ptr(), 0) };
-    (result == 0).then(|| pages[1] + pages[2])
 }
 
 #[test]

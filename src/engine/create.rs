@@ -328,6 +328,7 @@ impl Task<'_> {
         }
         // Again: it can take seconds until here.
         guest.check_not_busy(&self.plan.disks)?;
+        sizes.ask_planned(guest)?;
 
         let begun = self.begin_while_it_runs(guest, &settings, cancel, clock, made)?;
         let deadline = begun.as_ref().map_or_else(|| self.pause_deadline(clock), |begun| begun.deadline);

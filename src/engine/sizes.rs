@@ -5,11 +5,14 @@
 //! knows of a larger disk than the snapshot's image is. Nothing keeps another client from it, so the sizes are compared right
 //! before the switch, right after it, and once the instant has passed.
 //!
-//! An image's size is read from the image's file where the file says what QEMU says in the plan: that takes microseconds, and
-//! no command. QEMU is asked only for the others: other formats, and files that this process may not read.
+//! An image's size is read from the image's file or block device where that says what QEMU says in the plan: it takes
+//! microseconds, and no command. QEMU is asked for the others: other formats, and files that this process may not read.
+//! Before the switch QEMU is asked while the guest still runs. A resize that comes after that is found by the one question
+//! that has to be asked in the pause, after the switch: the guest must not run on an overlay of another size.
 
 use std::fs::File;
-use std::os::unix::fs::FileExt;
+use std::io::{Seek, SeekFrom};
+use std::os::unix::fs::{FileExt, FileTypeExt};
 use std::path::Path;
 
 use serde_json::{Value, json};
@@ -59,10 +62,25 @@ impl Sizes<'_> {
         Sizes { disks: disks.iter().map(files).collect() }
     }
 
-    /// Right before the switch: the disks have the sizes of the plan.
+    /// Before the pause: the disks whose files do not tell their sizes have those of the plan.
+    pub fn ask_planned(&self, guest: &mut dyn Guest) -> Result<()> {
+        let deadline = Deadline::after(PATIENCE);
+        self.check_top(guest, deadline, |image| image.is_none())
+    }
+
+    /// Right before the switch: so have the others.
     pub fn check_planned(&self, guest: &mut dyn Guest, deadline: Deadline) -> Result<()> {
+        self.check_top(guest, deadline, |image| image.is_some())
+    }
+
+    fn check_top(
+        &self,
+        guest: &mut dyn Guest,
+        deadline: Deadline,
+        which: impl Fn(&Option<File>) -> bool,
+    ) -> Result<()> {
         let mut qemu = Blocks::default();
-        for Files { disk, image, .. } in &self.disks {
+        for Files { disk, image, .. } in self.disks.iter().filter(|files| which(&files.image)) {
             let now = qemu.size(guest, disk, image.as_ref().zip(Some(&*disk.drive.format)), Layer::Top, deadline)?;
             check(disk, now)?;
         }
@@ -103,7 +121,8 @@ impl Sizes<'_> {
 struct Blocks(Option<Json>);
 
 impl Blocks {
-    /// The size of a disk's image: by its file, or else by QEMU.
+    /// The size of a disk's image: by its file, where that still says what the plan does, or else by QEMU. A file can be
+    /// made longer, and a device larger, before QEMU is told of it.
     fn size(
         &mut self,
         guest: &mut dyn Guest,
@@ -112,8 +131,9 @@ impl Blocks {
         layer: Layer,
         deadline: Deadline,
     ) -> Result<u64> {
-        if let Some(size) = file.and_then(|(file, format)| size_in(file, format)) {
-            return Ok(size);
+        let planned = disk.drive.size;
+        if file.is_some_and(|(file, format)| size_in(file, format) == Some(planned)) {
+            return Ok(planned);
         }
         if self.0.is_none() {
             let step = "cannot ask for the sizes of the guest's disks";
@@ -156,7 +176,15 @@ fn check(disk: &DiskPlan, now: u64) -> Result<()> {
 /// What the guest sees of an image, in bytes; `None` where the file does not tell.
 fn size_in(file: &File, format: &str) -> Option<u64> {
     match format {
-        "raw" => file.metadata().ok().filter(std::fs::Metadata::is_file).map(|file| file.len()),
+        "raw" => {
+            let metadata = file.metadata().ok()?;
+            match metadata.file_type() {
+                kind if kind.is_file() => Some(metadata.len()),
+                // `stat` does not tell it.
+                kind if kind.is_block_device() => (&*file).seek(SeekFrom::End(0)).ok(),
+                _ => None,
+            }
+        }
         "qcow2" => {
             const SIZE: std::ops::Range<usize> = 24..32;
             let mut header = [0; SIZE.end];
@@ -165,5 +193,33 @@ fn size_in(file: &File, format: &str) -> Option<u64> {
             header.starts_with(b"QFI\xfb").then_some(size)
         }
         _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What the kernel says of a block device, in sectors of 512 bytes.
+    fn known_size(device: &Path) -> Option<u64> {
+        let sectors = std::fs::read_to_string(device.join("size")).ok()?;
+        sectors.trim().parse::<u64>().ok().map(|sectors| sectors * 512)
+    }
+
+    #[test]
+    fn the_size_of_a_block_device_is_read_from_the_device() {
+        let devices = std::fs::read_dir("/sys/class/block").unwrap().flatten();
+        let opened = devices.filter_map(|entry| {
+            let file = sys::open_file(&Path::new("/dev").join(entry.file_name())).ok()?;
+            known_size(&entry.path()).filter(|size| *size > 0).map(|size| (file, size))
+        });
+        let mut found = 0;
+        for (file, size) in opened {
+            assert_eq!(size_in(&file, "raw"), Some(size));
+            found += 1;
+        }
+        if found == 0 {
+            eprintln!("skipped: no block device can be opened here");
+        }
     }
 }

@@ -308,6 +308,18 @@ pub fn run(program: &str, args: &[&str]) -> String {
     String::from_utf8(output.stdout).unwrap()
 }
 
+/// How many pages of a file the kernel has not written yet; `None` where it does not say (Linux before 6.5).
+pub fn unwritten(file: &str) -> Option<u64> {
+    const CACHESTAT: libc::c_long = 451;
+    let file = std::fs::File::open(file).unwrap();
+    let (range, mut pages) = ([0_u64; 2], [0_u64; 5]);
+    // SAFETY: an open file, a range of it (all), and room for the five numbers of `struct cachestat`.
+    let result = unsafe {
+        libc::syscall(CACHESTAT, std::os::fd::AsRawFd::as_raw_fd(&file), range.as_ptr(), pages.as_mut_ptr(), 0)
+    };
+    (result == 0).then(|| pages[1] + pages[2])
+}
+
 /// Another guest's QEMU, as far as its images go.
 pub struct OtherQemu(std::process::Child);
 
