@@ -13,6 +13,7 @@ use common::virt::OpenedDomain;
 use common::way::open_guest;
 use common::{
     ALL_SECTORS, At, INSTANTLY, Opened, assert_error, assert_untouched, files_below, first_tick, machine, run,
+    unwritten,
 };
 use instantsnap::engine::{
     Answer, Handle, Overlap, Phase, RevertPlan, StorageCall, StorageDisk, StorageHook, prepare_revert,
@@ -552,4 +553,39 @@ fn a_domains_snapshot_that_libvirt_would_spoil_or_take_without_the_hook_is_refus
     let external = opened.xml("s", "<disks><disk name='vdb' snapshot='external'/></disks>");
     opened.handle.create(&external, INSTANTLY, &mut ()).unwrap();
     assert!(opened.find("s").is_some() && storage.calls().is_empty());
+}
+
+/// A snapshot of the device below would lack what is in the host's page cache only.
+#[test]
+fn a_disk_that_ignores_flushes_is_written_out_before_the_hook_is_called() {
+    let directory = tempfile::tempdir().unwrap();
+    let image = directory.path().join("image").display().to_string();
+    make_image(Path::new(&image), Format::Raw, None);
+    let drive = format!("if=none,id=vd1,format=raw,cache=unsafe,file={image}");
+    let machine = ["-drive", &drive, "-device", "virtio-blk-pci,id=vd1,drive=vd1"];
+    let machine = machine.iter().fold(Machine::new(&Binary::all()[0]), |machine, arg| machine.arg(arg));
+    let opened = Opened::start(&machine);
+    let (left, file) = (Arc::new(Mutex::new(Vec::new())), image.clone());
+    let look = {
+        let left = Arc::clone(&left);
+        move || {
+            left.lock().unwrap().push(unwritten(&file));
+            Ok(())
+        }
+    };
+    Storage::new(look).install(&opened.handle);
+    let mut before = None;
+    let mut write = At(|phase| {
+        if phase == Phase::Pause {
+            // After the last time that the host was asked to write.
+            opened.guest.wait_ticks(3);
+            before = unwritten(&image);
+        }
+    });
+    opened.handle.create(&request("s"), INSTANTLY, &mut write).unwrap();
+    match before {
+        None => eprintln!("skipped: this kernel does not tell what it has not written"),
+        Some(0) => eprintln!("skipped: on this file system, or by now, all of it is written"),
+        Some(_) => assert_eq!(*left.lock().unwrap(), [Some(0)]),
+    }
 }

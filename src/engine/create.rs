@@ -7,7 +7,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use super::cancel::Cancel;
 use super::clock::{Clock, Phase};
 use super::devices::Devices;
-use super::durable::sync_images;
+use super::durable::{Unflushed, sync_images};
 use super::event::Flow;
 use super::guard::{self, Stage};
 use super::migration::{FD_NAME, Mode, Settings, Stream, wait_armed};
@@ -307,6 +307,7 @@ impl Task<'_> {
         for nvram in &self.nvram {
             made.copies.push(nvram::Copy::take(nvram.clone())?);
         }
+        let unflushed = Unflushed::open(&self.plan.manual)?;
         cancel.check()?;
         write_access::check(guest, &self.plan.disks)?;
         made.overlays = true;
@@ -350,7 +351,7 @@ impl Task<'_> {
         sizes.check_switched(guest, deadline)?;
         clock.switched();
         cancel.check()?;
-        self.snapshot_storage(cancel, clock, made, deadline)?;
+        self.snapshot_storage(cancel, clock, made, unflushed, deadline)?;
 
         clock.enter(Phase::Arm);
         let keeps_paused = guest.background_keeps_paused();
@@ -425,7 +426,7 @@ impl Task<'_> {
             run_state::check_text(&state, self.stands)?;
         }
         cancel.check()?;
-        sync_images(&self.plan.disks)?;
+        sync_images(&self.plan.disks, guest.pid())?;
         image.complete()?;
         made.copies.iter().try_for_each(nvram::Copy::check_unchanged)?;
         cancel.check()?;
@@ -443,7 +444,14 @@ impl Task<'_> {
     }
 
     /// Has the caller's storage snapshot the disks that QEMU does not.
-    fn snapshot_storage(&self, cancel: &Cancel, clock: &Clock, made: &mut Made, deadline: Deadline) -> Result<()> {
+    fn snapshot_storage(
+        &self,
+        cancel: &Cancel,
+        clock: &Clock,
+        made: &mut Made,
+        unflushed: Unflushed,
+        deadline: Deadline,
+    ) -> Result<()> {
         let Some(hook) = self.options.storage.clone().filter(|_| !self.plan.manual.is_empty()) else { return Ok(()) };
         let left = deadline.left().unwrap_or_default();
         let call = StorageCall {
@@ -452,7 +460,7 @@ impl Task<'_> {
             paused: clock.pause_so_far(),
             left: hook.deadline().map_or(left, |own| own.min(left)),
         };
-        made.storage.insert(Called::begin(hook, call)?).wait(cancel)
+        made.storage.insert(Called::begin(hook, call, unflushed)?).wait(cancel)
     }
 
     /// For the next one's sake.

@@ -15,6 +15,7 @@ use std::time::Duration;
 use rustix::event::{EventfdFlags, eventfd};
 
 use super::cancel::Cancel;
+use super::durable::Unflushed;
 use crate::error::{Code, Error, Result, fail};
 use crate::snapshot::{Drive, Record, RecordedManual};
 use crate::sys;
@@ -107,15 +108,16 @@ pub struct Called {
 }
 
 impl Called {
-    /// Calls it.
-    pub fn begin(hook: Arc<dyn StorageHook>, call: StorageCall) -> Result<Called> {
+    /// Calls it, once what the host still has of its disks is written out: within its time, as that can take some.
+    pub fn begin(hook: Arc<dyn StorageHook>, call: StorageCall, unflushed: Unflushed) -> Result<Called> {
         let back = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
         let back = Arc::new(back.map_err(|error| Error::system("cannot create an eventfd", error))?);
         let call = Arc::new(call);
         let thread = sys::spawn_quiet("instantsnap", {
             let (hook, call, back) = (Arc::clone(&hook), Arc::clone(&call), Arc::clone(&back));
             move || {
-                let answer = catch_unwind(AssertUnwindSafe(|| hook.snapshot(&call)));
+                let snapshot = || unflushed.sync().and_then(|()| hook.snapshot(&call));
+                let answer = catch_unwind(AssertUnwindSafe(snapshot));
                 // It refuses only at its highest count.
                 let _ = rustix::io::write(&*back, &1u64.to_ne_bytes());
                 answer.unwrap_or_else(|_| Err("it panicked".into()))
