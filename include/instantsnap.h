@@ -315,8 +315,9 @@ typedef struct instantsnap_storage_hook {
     size_t size;   /* set by the caller: sizeof(instantsnap_storage_hook) */
     void *opaque;  /* handed to the callbacks */
     /**
-     * Snapshots the storage of all disks of the call, the guest standing still. QEMU has flushed them (not those that it was
-     * told not to flush, `cache=unsafe`). Returns 0 when that is done, or anything else with nothing left of it: the snapshot
+     * Snapshots the storage of all disks of the call, the guest standing still. They are flushed: by QEMU, and those that
+     * QEMU was told not to flush (`cache=unsafe`) by the library, right before this call and within its time. Where the library
+     * cannot open one of those the snapshot is refused (VIR_ERR_CONFIG_UNSUPPORTED). Returns 0 when that is done, or anything else with nothing left of it: the snapshot
      * fails with VIR_ERR_OPERATION_FAILED, and the message has the number. On a thread of its own.
      */
     int (*snapshot)(const instantsnap_storage_call *call, void *opaque);
@@ -383,8 +384,7 @@ void instantsnap_free_string_list(char **strings);
  *              VIR_ERR_ACCESS_DENIED; listing and reading work in any directory.
  *
  * Returns the guest, to be closed with instantsnap_close(), or NULL: VIR_ERR_INVALID_ARG, VIR_ERR_XML_DETAIL or
- * VIR_ERR_XML_ERROR (domain_xml), VIR_ERR_SYSTEM_ERROR (socket or directory), VIR_ERR_ACCESS_DENIED (a directory that
- * other users can write to), VIR_ERR_OPERATION_TIMEOUT (another client
+ * VIR_ERR_XML_ERROR (domain_xml), VIR_ERR_SYSTEM_ERROR (socket or directory), VIR_ERR_OPERATION_TIMEOUT (another client
  * has the socket), VIR_ERR_OPERATION_FAILED (not a QMP socket), VIR_ERR_CONFIG_UNSUPPORTED (QEMU older than 6.0).
  * Blocks for a few milliseconds, at most 5 seconds.
  */
@@ -631,7 +631,9 @@ char *instantsnap_snapshot_current(instantsnap_guest *guest);
  *             VIR_ERR_CONFIG_UNSUPPORTED). They are the caller's from now on: they hold what the continued guest writes.
  *
  * Returns the plan, or NULL with nothing left behind: VIR_ERR_NO_DOMAIN_SNAPSHOT, VIR_ERR_INVALID_DOMAIN_SNAPSHOT (an image
- * is missing, memory incomplete), VIR_ERR_SYSTEM_ERROR, VIR_ERR_OPERATION_FAILED. Blocks for some 10 ms a disk.
+ * is missing; the memory image is incomplete, cut off or damaged), VIR_ERR_ACCESS_DENIED (other users can write to
+ * @state_dir), VIR_ERR_SYSTEM_ERROR, VIR_ERR_OPERATION_TIMEOUT (a server that an image below is on does not answer),
+ * VIR_ERR_OPERATION_FAILED. Blocks for some 10 ms a disk, where a server does not answer for 30 s.
  */
 instantsnap_revert_plan *instantsnap_snapshot_prepare_revert(const char *state_dir, const char *name,
                                                              const char *directory);
@@ -679,11 +681,13 @@ void instantsnap_revert_plan_free(instantsnap_revert_plan *plan);
  *         were are taken all the same.
  *
  * The snapshot becomes the current one. Before QEMU is given a byte, each of its disks is compared with the snapshot's: a
- * missing disk, a disk on another image, and a disk that would write to the snapshot's own image are
- * VIR_ERR_CONFIG_UNSUPPORTED. An image that was written or replaced since the snapshot froze it (its inode, its size or its time
- * of modification is another) would be newer than the memory: VIR_ERR_SNAPSHOT_REVERT_RISKY, unless FORCE says that its content
- * is the same, as that of a copy is. Blocks until memory is loaded and, where asked, the guest runs. Returns 0, or -1:
- * VIR_ERR_INVALID_ARG, VIR_ERR_NO_DOMAIN_SNAPSHOT, VIR_ERR_INVALID_DOMAIN_SNAPSHOT, VIR_ERR_OPERATION_INVALID (QEMU was not
+ * missing disk, a disk on another image, a disk that would write to the snapshot's own image, and another machine type than
+ * the snapshot's are VIR_ERR_CONFIG_UNSUPPORTED. An image that was written or replaced since the snapshot froze it (its inode,
+ * its size or its time of modification is another) would be newer than the memory: VIR_ERR_SNAPSHOT_REVERT_RISKY, unless FORCE
+ * says that its content is the same, as that of a copy is. Blocks until memory is loaded and, where asked, the guest runs.
+ * Returns 0, or -1:
+ * VIR_ERR_INVALID_ARG, VIR_ERR_NO_DOMAIN_SNAPSHOT, VIR_ERR_INVALID_DOMAIN_SNAPSHOT (the memory image is incomplete, cut off or
+ * damaged), VIR_ERR_ACCESS_DENIED (other users can write to the state directory), VIR_ERR_OPERATION_INVALID (QEMU was not
  * started with `-incoming defer`, or is busy), VIR_ERR_OPERATION_FAILED (QEMU's reason). After a failure during the load that
  * QEMU is of no more use: end it, and start it anew. VIR_DOMAIN_SNAPSHOT_REVERT_RESET_NVRAM is not built:
  * VIR_ERR_OPERATION_UNSUPPORTED.

@@ -73,7 +73,10 @@ class Guest:
 
         socket: path of a Unix socket on which QEMU serves QMP (`-qmp unix:PATH,server=on,wait=off`), not used by
             anybody else.
-        state_dir: an existing directory for the metadata of this guest's snapshots, one a guest.
+        state_dir: an existing directory for the metadata of this guest's snapshots, one a guest. It must belong to this
+            user or to root, and no other user may write to it (the owner's private group may, and anyone where it is
+            sticky, like /tmp): elsewhere snapshots can be listed and read, but not taken, deleted or brought back
+            (ACCESS_DENIED).
         domain_xml: the guest's libvirt `<domain>` XML. With it disks are named by their target (`vda`).
 
         Raises Error: INVALID_ARG, XML_DETAIL or XML_ERROR (domain_xml), SYSTEM_ERROR (socket or directory),
