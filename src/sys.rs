@@ -126,6 +126,11 @@ impl Child {
         }
     }
 
+    /// Its number.
+    pub fn id(&self) -> u32 {
+        self.pid.unsigned_abs()
+    }
+
     /// Becomes readable when it has ended.
     pub fn ended(&self) -> BorrowedFd<'_> {
         self.ended.as_fd()

@@ -8,9 +8,11 @@ use std::process::Command;
 use std::time::Duration;
 
 use common::way::{by_driver, open};
-use common::{At, INSTANTLY, Opened, files_below, machine, named, through_proxy};
+use common::{At, INSTANTLY, Opened, assert_says, files_below, machine, named, through_proxy};
 use instantsnap::engine::{Overlap, Phase};
+use instantsnap::error::Code;
 use instantsnap_testkit::{Binary, DEADLINE, Fingerprint, Guest, Machine, fingerprint, wait_for};
+use rustix::process::Pid;
 use serde_json::json;
 
 const PHASES: [Phase; 5] = [Phase::Pause, Phase::Switch, Phase::Arm, Phase::Drain, Phase::Finish];
@@ -156,6 +158,72 @@ fn a_watchdog_does_not_resume_a_guest_that_its_user_pauses_during_the_drain() {
         assert!(undone.is_some(), "{:?} is left of {nothing:?}", nodes_and_files(&opened));
         assert_eq!(say("query-status", json!({}))["status"], "paused");
         say("cont", json!({}));
+        opened.guest.wait_ticks(3);
+    }
+}
+
+/// A guest is held by names that one network namespace knows: two processes of two namespaces do not keep each other away.
+#[test]
+fn a_snapshot_of_another_network_namespace_is_not_taken_for_what_a_killed_one_has_left() {
+    if by_driver() {
+        return;
+    }
+    if !Command::new("unshare").args(["--net", "true"]).status().is_ok_and(|status| status.success()) {
+        return eprintln!("skipped: no network namespace can be made here");
+    }
+    for binary in Binary::any() {
+        let (opened, proxy) = through_proxy(&machine(binary, 1));
+        let directory = opened.guest.directory();
+        std::fs::create_dir(directory.join("other-state")).unwrap();
+        let here = open(directory, &directory.join("control.sock"), None, &directory.join("other-state")).unwrap();
+        let settings = || {
+            let mut control = opened.guest.control();
+            let mut ask = |command: &str| control.execute(command, json!({})).unwrap();
+            (ask("query-migrate-capabilities"), ask("query-migrate-parameters"))
+        };
+        let before = settings();
+        let there = || {
+            let gate = proxy.hold_reply("getfd", 1);
+            let exe = child_process(&opened.guest, PHASES.len());
+            let child = Command::new("unshare")
+                .args(["--net", "--"])
+                .arg(exe.get_program())
+                .args(exe.get_args())
+                .envs(exe.get_envs().filter_map(|(name, value)| Some((name, value?))))
+                .env("INSTANTSNAP_TEST_SOCKET", "proxy.sock")
+                .stdout(std::process::Stdio::null())
+                .spawn()
+                .unwrap();
+            // QEMU's settings are the snapshot's.
+            assert!(gate.wait_arrived(DEADLINE));
+            (gate, child)
+        };
+        let (gate, mut child) = there();
+        let error = here.create(&named("s"), INSTANTLY, &mut ()).expect_err("the other is being taken");
+        assert_says(&error, Code::OperationInvalid, &["another network namespace", "Wait", "'tls-hostname'"]);
+        gate.release();
+        child.wait().unwrap();
+        assert_eq!(settings(), before);
+        opened.bring_back("killed");
+        opened.handle.delete("killed", 0).unwrap();
+
+        let (_gate, mut child) = there();
+        // The snapshot's process and its watchdog.
+        let note = settings().1["tls-hostname"].as_str().unwrap().to_owned();
+        let note: serde_json::Value = serde_json::from_str(note.strip_prefix("instantsnap: ").unwrap()).unwrap();
+        let processes = note["maker"]["processes"].as_array().unwrap();
+        assert_eq!((processes.len(), processes[0]["pid"].as_u64()), (2, Some(child.id().into())), "{note}");
+        for process in processes.iter().rev() {
+            let pid = Pid::from_raw(process["pid"].as_i64().unwrap() as i32).unwrap();
+            rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
+            let stat = format!("/proc/{}/stat", pid.as_raw_nonzero());
+            // Nobody has to have taken note of it.
+            let lives = || std::fs::read_to_string(&stat).is_ok_and(|stat| !stat.contains(") Z"));
+            wait_for(DEADLINE, || (!lives()).then_some(())).expect("it was killed");
+        }
+        child.wait().unwrap();
+        here.create(&named("next"), INSTANTLY, &mut ()).unwrap();
+        assert_eq!(settings(), before);
         opened.guest.wait_ticks(3);
     }
 }

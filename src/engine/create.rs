@@ -296,7 +296,7 @@ impl Task<'_> {
     fn make(
         &self,
         guest: &mut dyn Guest,
-        settings: Settings,
+        mut settings: Settings,
         cancel: &Cancel,
         clock: &mut Clock,
         made: &mut Made,
@@ -316,6 +316,7 @@ impl Task<'_> {
         cancel.check()?;
         self.open_stream(guest, &settings, made)?;
         // From here on QEMU is changed: there is a guard now.
+        settings.watchdog = made.guarded.process();
         made.settings = Some((settings.clone(), self.mode));
         settings.apply(guest, self.mode)?;
         made.stream()?.pass(guest)?;
@@ -601,6 +602,7 @@ impl Task<'_> {
         made.image()?.discard_stream()?;
         self.open_stream(guest, settings, made)?;
         made.guarded.enter(Stage::Prepared);
+        settings.watch(guest, self.mode, made.guarded.process())?;
         made.stream()?.pass(guest)
     }
 

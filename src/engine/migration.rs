@@ -12,7 +12,7 @@ use serde_json::{Map, Value, json};
 use super::cancel::{Cancel, timeout};
 use super::clock::Clock;
 use super::event::Flow;
-use super::run_state;
+use super::{maker, run_state};
 use crate::error::{Code, Error, Result, fail};
 use crate::guest::{Guest, PATIENCE, Presence};
 use crate::image::{self, Drain, MemoryImage, throw_away};
@@ -50,6 +50,8 @@ pub struct Settings {
     parameters: Map<String, Value>,
     /// Other clients are locked out while our settings are in force.
     locked: bool,
+    /// The process that puts them back where this one cannot.
+    pub watchdog: Option<u32>,
 }
 
 impl Settings {
@@ -57,6 +59,7 @@ impl Settings {
     pub fn read(guest: &mut dyn Guest) -> Result<Settings> {
         let mut settings = Settings::query(guest)?;
         if let Some(leftover) = Leftover::find(&settings, guest.never_sets_background_snapshot()) {
+            leftover.check_maker()?;
             leftover.mend(guest)?;
             settings = Settings::query(guest)?;
         }
@@ -72,7 +75,7 @@ impl Settings {
     fn query(guest: &mut dyn Guest) -> Result<Settings> {
         let capabilities = commands::query_migrate_capabilities(guest, Deadline::after(PATIENCE))?;
         let parameters = commands::query_migrate_parameters(guest, Deadline::after(PATIENCE))?;
-        Ok(Settings { capabilities, parameters, locked: false })
+        Ok(Settings { capabilities, parameters, locked: false, watchdog: None })
     }
 
     /// Whether this QEMU knows background snapshots at all.
@@ -92,9 +95,8 @@ impl Settings {
     pub fn apply(&self, guest: &mut dyn Guest, mode: Mode) -> Result<()> {
         // First of all what the settings were, where the next snapshot finds it should this process be killed.
         let mut parameters = self.parameters_for(mode);
-        if let Some(record) = parameters.remove(RECORD) {
-            let record = Map::from_iter([(RECORD.to_owned(), record)]);
-            commands::migrate_set_parameters(guest, record, Deadline::after(PATIENCE))?;
+        if let Some(record) = parameters.remove_entry(RECORD) {
+            commands::migrate_set_parameters(guest, Map::from_iter([record]), Deadline::after(PATIENCE))?;
         }
         let on = self.changeable().filter(|(_, state)| *state);
         let off: Vec<_> = on.map(|(name, _)| (name.clone(), false)).collect();
@@ -108,6 +110,17 @@ impl Settings {
                 .map_err(|failure| explain(failure, mode))?;
         }
         Ok(())
+    }
+
+    /// Notes another watchdog, where the settings are noted.
+    pub fn watch(&self, guest: &mut dyn Guest, mode: Mode, watchdog: Option<u32>) -> Result<()> {
+        let watched = Settings { watchdog, ..self.clone() };
+        match watched.parameters_for(mode).remove_entry(RECORD) {
+            Some(record) => {
+                commands::migrate_set_parameters(guest, Map::from_iter([record]), Deadline::after(PATIENCE))
+            }
+            None => Ok(()),
+        }
     }
 
     /// Lets the next migration begin, which is to be ours.
@@ -231,6 +244,8 @@ struct Leftover {
     capabilities: Vec<(String, bool)>,
     /// Those that it has changed.
     parameters: Map<String, Value>,
+    /// Who has made it: see [`maker`].
+    maker: Value,
 }
 
 impl Leftover {
@@ -239,7 +254,8 @@ impl Leftover {
         let on = settings.capabilities.iter().filter(|(_, state)| *state);
         let capabilities: Vec<_> = on.map(|(name, _)| name).collect();
         let parameters: Map<_, _> = changed.map(|name| (name.to_owned(), settings.parameters[name].clone())).collect();
-        format!("{RECORDED}{}", json!({ "capabilities": capabilities, "parameters": parameters }))
+        let maker = maker::note(settings.watchdog);
+        format!("{RECORDED}{}", json!({ "capabilities": capabilities, "parameters": parameters, "maker": maker }))
     }
 
     /// Finds it; `never_set`: nobody but us sets `background-snapshot` in this guest.
@@ -257,7 +273,7 @@ impl Leftover {
         let off = |(name, state): &(String, bool)| (name.clone(), *state && name != BACKGROUND);
         let locked = (text(TLS) == LOCK).then(|| (TLS.to_owned(), json!("")));
         let capabilities = found.capabilities.iter().map(off).collect();
-        Some(Leftover { capabilities, parameters: locked.into_iter().collect() })
+        Some(Leftover { capabilities, parameters: locked.into_iter().collect(), maker: Value::Null })
     }
 
     fn parse(recorded: &str, found: &Settings) -> Option<Leftover> {
@@ -265,15 +281,29 @@ impl Leftover {
         let Value::Object(parameters) = recorded["parameters"].take() else { return None };
         let on = recorded["capabilities"].as_array()?;
         let was = |(name, _): &(String, bool)| (name.clone(), on.iter().any(|on| on == name));
-        Some(Leftover { capabilities: found.capabilities.iter().map(was).collect(), parameters })
+        let capabilities = found.capabilities.iter().map(was).collect();
+        Some(Leftover { capabilities, parameters, maker: recorded["maker"].take() })
+    }
+
+    /// Refuses what another snapshot may need still, which this process cannot know to have ended.
+    fn check_maker(&self) -> Result<()> {
+        match maker::at_work(&self.maker) {
+            None => Ok(()),
+            Some(who) => fail!(
+                OperationInvalid,
+                "another snapshot of this guest is under way, or has left its settings in QEMU: it is {who}. Wait for it to \
+                 end; if it was killed, take a snapshot from where it was begun, or clear QEMU's migration parameter '{RECORD}' \
+                 (migrate-set-parameters) and try again"
+            ),
+        }
     }
 
     /// Puts the settings back.
     fn mend(self, guest: &mut dyn Guest) -> Result<()> {
         // The pipe that QEMU may have been passed; refused where there is none.
         let _ = commands::closefd(guest, FD_NAME, Deadline::after(PATIENCE));
-        let Leftover { capabilities, parameters } = self;
-        let settings = Settings { capabilities, parameters: Map::new(), locked: false };
+        let Leftover { capabilities, parameters, maker: _ } = self;
+        let settings = Settings { capabilities, parameters: Map::new(), locked: false, watchdog: None };
         settings.put_back(guest, parameters).map_err(|error| {
             let left = "what an earlier snapshot of this guest, which was killed, has left in QEMU cannot be put back";
             Error::new(error.code, format!("{left}: {}", error.message))

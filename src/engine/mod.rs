@@ -12,6 +12,7 @@ mod event;
 mod guard;
 mod job;
 mod load;
+mod maker;
 mod migration;
 mod nvram;
 mod operation;

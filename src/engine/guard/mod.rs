@@ -139,6 +139,11 @@ impl Guarded {
         self.stage
     }
 
+    /// The watchdog's process, where there is one.
+    pub fn process(&self) -> Option<u32> {
+        self.guard.as_ref()?.process.as_ref().map(sys::Child::id)
+    }
+
     /// Enters a stage.
     pub fn enter(&mut self, stage: Stage) {
         self.stage = stage;
