@@ -74,7 +74,8 @@ typedef struct _virDomainObj virDomainObj;
  *
  * For a client, without INSTANT this is virDomainSnapshotCreateXML(), its result and its error as they are. With
  * INSTANT, and LIVE, which belongs to it, it is an instant snapshot of the running domain; NO_METADATA, HALT,
- * REUSE_EXT, ATOMIC and VALIDATE (which takes libvirt's schema and xmllint) go with it, in libvirt's meaning;
+ * REUSE_EXT, ATOMIC and VALIDATE (which takes libvirt's schema and xmllint) go with it, in libvirt's meaning (of overlays that are
+ * there beforehand see instantsnap_snapshot_create_xml(); inside a daemon none are taken);
  * DISK_ONLY, REDEFINE, CURRENT and QUIESCE do not. libvirt records the snapshot like one of its own, as the current
  * one. A domain that is paused gets a snapshot of libvirt's own, and stays paused.
  *

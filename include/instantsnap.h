@@ -78,7 +78,7 @@ extern "C" {
  * | NO_METADATA | 2   | nothing is recorded in the state directory                | yes          |
  * | HALT        | 3   | the guest is ended when its memory is on disk             | yes          |
  * | DISK_ONLY   | 4   | not with INSTANT                                          | not built    |
- * | REUSE_EXT   | 5   | the overlay files exist                                   | not built    |
+ * | REUSE_EXT   | 5   | the overlays exist                                        | yes          |
  * | QUIESCE     | 6   | only with DISK_ONLY                                       | not built    |
  * | ATOMIC      | 7   | always so                                                 | yes          |
  * | LIVE        | 8   | active guest, external memory                             | with INSTANT |
@@ -89,7 +89,7 @@ extern "C" {
  * VIR_ERR_OPERATION_UNSUPPORTED, and the message names it. Flags are checked before anything is touched.
  *
  * Domains of libvirt (instantsnap_open_libvirt()): without INSTANT the call is libvirt's own, with all its flags. With INSTANT,
- * REUSE_EXT and VALIDATE are built too; the latter takes libvirt's schema and xmllint.
+ * VALIDATE is built too; it takes libvirt's schema and xmllint.
  */
 #ifndef LIBVIRT_DOMAIN_SNAPSHOT_H
 enum {
@@ -467,9 +467,17 @@ int instantsnap_set_storage_hook(instantsnap_guest *guest, const instantsnap_sto
  * @xml    libvirt's `<domainsnapshot>`. `<domainsnapshot/>` is enough: the name is then the time in seconds, every
  *         writable disk gets an overlay beside it by libvirt's rule (`disk.qcow2`: `disk.NAME`), memory goes to
  *         `STATE_DIR/NAME.mem`. Disks in the XML are named by target, qdev id, drive alias, node name or the path of
- *         their image. Files that exist are never overwritten. Read-only and empty drives are left out; UEFI variables
+ *         their image. Read-only and empty drives are left out; UEFI variables
  *         (pflash) are copied to `MEMORY_IMAGE.DRIVE.nvram`. Disks with snapshot='no' are left out, those with
  *         snapshot='manual' are left to the hook of instantsnap_set_storage_hook().
+ *
+ *         An overlay that is named (`<source file='...'/>`, or `<source dev='...'/>` with type='block') is a new file, or, by
+ *         libvirt's rule, a file that is there and empty, or a block device: these are formatted, and what was on the
+ *         device is lost. A file with content is never overwritten, nor is anything that is in use, or is an image of the guest
+ *         or of one of its recorded snapshots. If the snapshot is undone, the empty file is empty again, and the device stays,
+ *         without an overlay on it. With REUSE_EXT overlays are the caller's own qcow2 images (`qemu-img create -f qcow2 -F
+ *         FORMAT -b IMAGE OVERLAY`): on the disk's image, of the disk's size, and empty; an undo leaves them as they are by then.
+ *         A delete removes each overlay that is a file, and takes the qcow2 header off a device.
  * @flags  VIR_DOMAIN_SNAPSHOT_CREATE_LIVE | VIR_DOMAIN_SNAPSHOT_CREATE_INSTANT for an instant snapshot; 0 for a plain one,
  *         through which the guest is paused throughout. See the table above.
  * @name   where to store the snapshot's name, for instantsnap_free_string(); may be NULL.

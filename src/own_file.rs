@@ -48,7 +48,7 @@ impl OwnFile {
 
     /// What a process needs to know it by that has none of this one's descriptors.
     pub fn known(&self) -> KnownFile {
-        KnownFile { path: self.path.clone(), id: self.id }
+        KnownFile { path: self.path.clone(), id: self.id, undo: Undo::Remove }
     }
 
     /// Removes it, and does not mind that it is gone already.
@@ -73,6 +73,17 @@ pub struct KnownFile {
     pub path: PathBuf,
     /// Its device and its inode.
     pub id: (u64, u64),
+    /// What becomes of it.
+    pub undo: Undo,
+}
+
+/// What an undo makes of a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Undo {
+    /// It was made, and goes.
+    Remove,
+    /// It was there before, and empty, and is so again.
+    Empty,
 }
 
 #[cfg(test)]

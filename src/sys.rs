@@ -2,7 +2,7 @@
 
 use std::convert::Infallible;
 use std::ffi::{CStr, c_int, c_uint};
-use std::fs::{File, Permissions};
+use std::fs::{File, Metadata, Permissions};
 use std::io;
 use std::mem::MaybeUninit;
 use std::ops::Range;
@@ -311,6 +311,29 @@ pub fn unlink(path: &CStr) {
     unsafe { libc::unlink(path.as_ptr()) };
 }
 
+/// Empties a file, where it is still that of this device and inode, and no process has it open as QEMU opens an image. For a
+/// process that [`Child::fork`] has started.
+pub fn empty(path: &CStr, id: (u64, u64)) {
+    // SAFETY: a NUL-terminated string, an open descriptor, and structures that live for the call.
+    unsafe {
+        let file = libc::open(path.as_ptr(), libc::O_WRONLY | libc::O_NOFOLLOW | libc::O_NONBLOCK | libc::O_CLOEXEC);
+        if file == -1 {
+            return;
+        }
+        let mut found = MaybeUninit::<libc::stat>::uninit();
+        let mut lock = image_lock(IMAGE_LOCKS);
+        let same = libc::fstat(file, found.as_mut_ptr()) == 0 && {
+            let found = found.assume_init();
+            (found.st_dev, found.st_ino) == id
+        };
+        let asked = libc::fcntl(file, libc::F_GETLK, &raw mut lock);
+        if same && asked == 0 && lock.l_type == libc::F_UNLCK as libc::c_short {
+            libc::ftruncate(file, 0);
+        }
+        libc::close(file);
+    }
+}
+
 /// Ends a process that [`Child::fork`] has started.
 pub fn exit_now() -> ! {
     // SAFETY: ends the process without running anything of it.
@@ -441,23 +464,33 @@ pub fn give_to_owner_of(model: &Path, file: &File) -> io::Result<()> {
     fchown(file, Some(model.uid()), Some(model.gid()))
 }
 
-/// Whether two paths name one and the same file.
+/// Whether two paths name one and the same file, or nodes of one and the same block device.
 pub fn same_file(a: &Path, b: &Path) -> bool {
+    let is_device = |found: &Metadata| found.file_type().is_block_device();
     match (a.metadata(), b.metadata()) {
+        (Ok(a), Ok(b)) if is_device(&a) && is_device(&b) => a.rdev() == b.rdev(),
         (Ok(a), Ok(b)) => (a.dev(), a.ino()) == (b.dev(), b.ino()),
         _ => a == b,
     }
 }
 
-/// Whether another process has a lock on some of these bytes of a file.
-pub fn is_locked(file: &File, bytes: Range<i64>) -> bool {
-    let mut lock = libc::flock {
+/// The bytes of an image that QEMU locks while it has it open.
+pub const IMAGE_LOCKS: Range<i64> = 100..300;
+
+/// A lock of these bytes, to be asked for.
+fn image_lock(bytes: Range<i64>) -> libc::flock {
+    libc::flock {
         l_type: libc::F_WRLCK as libc::c_short,
         l_whence: libc::SEEK_SET as libc::c_short,
         l_start: bytes.start,
         l_len: bytes.end - bytes.start,
         l_pid: 0,
-    };
+    }
+}
+
+/// Whether another process has a lock on some of these bytes of a file.
+pub fn is_locked(file: &File, bytes: Range<i64>) -> bool {
+    let mut lock = image_lock(bytes);
     // SAFETY: an open file and a whole flock, which the call fills in.
     let asked = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GETLK, &raw mut lock) };
     asked == 0 && lock.l_type != libc::F_UNLCK as libc::c_short

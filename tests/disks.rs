@@ -13,6 +13,7 @@ use common::{
 };
 use instantsnap::engine::{Phase, prepare_revert};
 use instantsnap::error::{Code, Error};
+use instantsnap::flags::REUSE_EXT;
 use instantsnap::image::Image;
 use instantsnap::snapshot::Record;
 use instantsnap_testkit::machine::make_image;
@@ -550,6 +551,96 @@ fn the_pause_does_not_ask_for_sizes_that_devices_tell_and_asks_once_for_others()
                 assert_eq!(opened.active_image("vd0"), path("qed"));
                 opened.guest.wait_ticks(3);
             }
+        }
+    }
+}
+
+/// Cancels a snapshot while its memory is saved, the guest having written on, and asserts that nothing is left of it.
+#[track_caller]
+fn assert_cancelled_without_a_trace(opened: &Opened, xml: &str, flags: u32) {
+    let mut cancel = At(|phase| {
+        if phase == Phase::Drain {
+            opened.guest.wait_ticks(5);
+            opened.handle.cancel().unwrap();
+        }
+    });
+    opened.assert_fails_observed(xml, flags, &mut cancel, Code::OperationAborted, &[]);
+}
+
+#[test]
+fn an_empty_file_made_beforehand_is_taken_and_is_empty_again_when_the_snapshot_is_undone() {
+    for binary in Binary::any() {
+        let directory = tempfile::tempdir().unwrap();
+        let empty = directory.path().join("empty");
+        std::fs::write(&empty, "").unwrap();
+        let opened = Opened::start(&machine(binary, 1));
+        let xml = |name: &str| request(name, &format!("<disk name='vd0'><source file='{}'/></disk>", empty.display()));
+        assert_cancelled_without_a_trace(&opened, &xml("cancelled"), INSTANTLY);
+        assert_eq!(std::fs::read(&empty).unwrap(), b"");
+        opened.create(&xml("s"), INSTANTLY).unwrap();
+        opened.guest.wait_ticks(3);
+        opened.bring_back("s");
+        delete(&opened, "s");
+        // QEMU ends: it is merged by the library.
+        std::fs::write(&empty, "").unwrap();
+        let mut kill = At(|phase| {
+            if phase == Phase::Drain {
+                opened.guest.wait_ticks(5);
+                opened.guest.kill();
+            }
+        });
+        opened.handle.create(&xml("killed"), INSTANTLY, &mut kill).expect_err("QEMU has ended");
+        assert_eq!(std::fs::read(&empty).unwrap(), b"");
+    }
+}
+
+#[test]
+fn a_block_device_can_be_an_overlay_and_stays_in_place() {
+    for binary in Binary::any() {
+        let directory = tempfile::tempdir().unwrap();
+        let file = directory.path().join("backing");
+        std::fs::File::create(&file).unwrap().set_len(32 << 20).unwrap();
+        let Some(device) = Loop::on(&file) else { return };
+        let opened = Opened::start(&machine(binary, 1));
+        let image = opened.guest.disks()[0].file.clone();
+        let (image, format) = (image.to_str().unwrap(), opened.guest.disks()[0].format.name());
+        let xml =
+            |name: &str| request(name, &format!("<disk name='vd0' type='block'><source dev='{}'/></disk>", device.0));
+        let make = || {
+            run("qemu-img", &["create", "-q", "-u", "-f", "qcow2", "-F", format, "-b", image, &device.0, "16M"]);
+        };
+        for flags in [INSTANTLY, INSTANTLY | REUSE_EXT] {
+            if flags & REUSE_EXT != 0 {
+                // What was merged is no overlay any more.
+                assert_error(opened.create(&xml("s"), flags), Code::ConfigUnsupported, "is no qcow2 image");
+                make();
+            }
+            assert_cancelled_without_a_trace(&opened, &xml("cancelled"), flags);
+            if flags & REUSE_EXT != 0 {
+                assert_error(opened.create(&xml("s"), flags), Code::ConfigUnsupported, "has content already");
+                make();
+            }
+            opened.create(&xml("s"), flags).unwrap();
+            let record = opened.handle.store().unwrap().read("s").unwrap();
+            assert_eq!(record.disks[0].overlay, device.0);
+            let said = record.to_xml();
+            assert!(
+                said.contains(&format!("<source dev=\"{}\"", device.0)) && said.contains("type=\"block\""),
+                "{said}"
+            );
+            opened.guest.wait_ticks(3);
+            opened.bring_back("s");
+            // The snapshot after it is on it.
+            let onto = directory.path().join(format!("t-{flags:x}"));
+            let next = request("t", &format!("<disk name='vd0'><source file='{}'/></disk>", onto.display()));
+            opened.create(&next, INSTANTLY).unwrap();
+            assert_error(opened.create(&xml("u"), flags), Code::ConfigUnsupported, "is an image of disk 'vd0'");
+            bring_back_in(&opened, "t", directory.path(), 1);
+            delete(&opened, "t");
+            opened.handle.delete("s", 0).unwrap();
+            assert_eq!(opened.active_image("vd0"), image);
+            opened.guest.wait_ticks(ALL_SECTORS);
+            assert!(Path::new(&device.0).exists());
         }
     }
 }

@@ -129,10 +129,8 @@ fn a_broken_rule_and_a_flag_not_built_are_refused_before_anything_is_touched() {
             (REDEFINE | CURRENT, "REDEFINE"),
             (DISK_ONLY, "DISK_ONLY"),
             (DISK_ONLY | QUIESCE, "DISK_ONLY"),
-            (REUSE_EXT, "REUSE_EXT"),
             (VALIDATE, "VALIDATE"),
             (LIVE, "LIVE"),
-            (LIVE | INSTANT | REUSE_EXT, "REUSE_EXT"),
             (LIVE | INSTANT | VALIDATE, "VALIDATE"),
         ] {
             let name = format!("'VIR_DOMAIN_SNAPSHOT_CREATE_{name}'");

@@ -34,7 +34,8 @@ fn child() {
             rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL).unwrap();
         }
     });
-    handle.create(&named("killed"), INSTANTLY, &mut observer).unwrap();
+    let xml = std::env::var("INSTANTSNAP_TEST_XML").unwrap_or_else(|_| named("killed"));
+    handle.create(&xml, INSTANTLY, &mut observer).unwrap();
     panic!("it was to be killed");
 }
 
@@ -225,5 +226,36 @@ fn a_snapshot_of_another_network_namespace_is_not_taken_for_what_a_killed_one_ha
         here.create(&named("next"), INSTANTLY, &mut ()).unwrap();
         assert_eq!(settings(), before);
         opened.guest.wait_ticks(3);
+    }
+}
+
+#[test]
+fn a_caller_that_is_killed_leaves_its_empty_file_empty() {
+    if by_driver() {
+        // A driver is not told that its disks are off the overlays, so they stay there.
+        return;
+    }
+    for binary in Binary::any() {
+        let opened = Opened::start(&machine(binary, 1).memory(128).prealloc().append("dense=64"));
+        let empty = opened.guest.directory().join("empty");
+        std::fs::write(&empty, "").unwrap();
+        let xml = format!(
+            "<domainsnapshot><name>killed</name><disks><disk name='vd0'><source file='{}'/></disk></disks></domainsnapshot>",
+            empty.display()
+        );
+        for phase in [Phase::Pause, Phase::Drain] {
+            let before = fingerprint(&mut opened.guest.control());
+            let nothing = nodes_and_files(&opened);
+            let index = PHASES.iter().position(|known| *known == phase).unwrap();
+            let status = child_process(&opened.guest, index).env("INSTANTSNAP_TEST_XML", &xml).status().unwrap();
+            assert_eq!(status.signal(), Some(9), "{status}");
+            opened.guest.wait_ticks(3);
+            wait_until_settled(&opened.guest, &before);
+            let is_empty = || std::fs::metadata(&empty).unwrap().len() == 0;
+            let undone =
+                wait_for(Duration::from_secs(60), || (nodes_and_files(&opened) == nothing && is_empty()).then_some(()));
+            assert!(undone.is_some(), "killed in {phase:?}: {:?}, of {nothing:?}", nodes_and_files(&opened));
+        }
+        opened.guest.wait_ticks(65);
     }
 }

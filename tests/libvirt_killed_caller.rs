@@ -54,7 +54,11 @@ fn child_in(opened: &OpenedDomain, phase: usize) -> Command {
 }
 
 fn take_snapshot_and_die(opened: &OpenedDomain, phase: usize) {
-    let status = child_in(opened, phase).status().unwrap();
+    run_and_die(&mut child_in(opened, phase));
+}
+
+fn run_and_die(caller: &mut Command) {
+    let status = caller.status().unwrap();
     assert_eq!(status.signal(), Some(9), "{status}");
 }
 
@@ -86,6 +90,24 @@ fn a_domain_whose_snapshot_loses_its_caller_is_as_before_and_can_be_snapshotted_
         opened.bring_back("next");
         opened.guest.wait_ticks(3);
     }
+}
+
+#[test]
+fn a_caller_that_is_killed_leaves_its_empty_file_empty() {
+    let daemon = Daemon::session();
+    let machine = machine(&Binary::under_libvirt()[0], 1).memory(128).prealloc().append("dense=64");
+    let opened = OpenedDomain::start(&machine, &daemon);
+    let empty = opened.guest.directory().join("empty");
+    std::fs::write(&empty, "").unwrap();
+    std::os::unix::fs::chown(&empty, Some(daemon.user()), Some(daemon.user())).unwrap();
+    let overlay = format!("<disks><disk name='vda'><source file='{}'/></disk></disks>", empty.display());
+    let before = opened.trace();
+    let mut caller = child_in(&opened, 3);
+    run_and_die(caller.env("INSTANTSNAP_TEST_XML", opened.xml("killed", &overlay)));
+    wait_untouched(&opened, &before, Phase::Drain);
+    let is_empty = wait_for(Duration::from_secs(30), || (std::fs::metadata(&empty).unwrap().len() == 0).then_some(()));
+    assert!(is_empty.is_some(), "{} bytes are left", std::fs::metadata(&empty).unwrap().len());
+    opened.guest.wait_ticks(65);
 }
 
 /// The memory is on disk, and the snapshot recorded: the guest ends, and nothing else has its memory.

@@ -1,7 +1,8 @@
 //! The images of a domain and of its snapshots: which is the backing file of which.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::os::unix::fs::{FileExt, FileTypeExt};
+use std::fs::File;
+use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -54,7 +55,7 @@ pub fn is_of_revert(image: &Id) -> bool {
 impl Graph {
     /// Adds an image and all below it. One that is not there (any more) is passed over.
     pub fn add(&mut self, path: &str, format: &str) -> Result<()> {
-        if self.images.contains_key(&id(path)) || !Path::new(path).exists() {
+        if self.images.contains_key(&id(path)) || !is_there(path, format) {
             return Ok(());
         }
         let layers = chain(path, format)?;
@@ -96,27 +97,123 @@ impl Graph {
     }
 }
 
+/// What a qcow2 image says of itself.
+#[derive(Clone, Debug)]
+pub struct Header {
+    /// The name of its backing file.
+    pub backing: Option<String>,
+    /// What a guest sees, in bytes.
+    pub size: u64,
+    /// Where the table of its tables of clusters is, and how many these are.
+    clusters: (u64, u32),
+}
+
+impl Header {
+    /// Reads it; `None` where the file is no qcow2 image.
+    pub fn read(file: &File) -> Option<Header> {
+        const LONGEST: usize = 1023;
+        let mut header = [0; 48];
+        file.read_exact_at(&mut header, 0).ok()?;
+        let long = |at: usize| header[at..at + 8].try_into().map_or(0, u64::from_be_bytes);
+        let short = |at: usize| header[at..at + 4].try_into().map_or(0, u32::from_be_bytes);
+        if header[..4] != *b"QFI\xfb" {
+            return None;
+        }
+        let (offset, length) = (long(8), short(16) as usize);
+        let backing = || {
+            let mut name = vec![0; length];
+            file.read_exact_at(&mut name, offset).ok()?;
+            String::from_utf8(name).ok()
+        };
+        let backing = if offset == 0 || length > LONGEST { None } else { backing() };
+        Some(Header { backing, size: long(24), clusters: (long(40), short(36)) })
+    }
+
+    /// Whether all that a guest sees is that of the backing file.
+    pub fn is_empty(&self, file: &File) -> std::io::Result<bool> {
+        const AT_ONCE: usize = 1 << 16;
+        let (mut offset, tables) = self.clusters;
+        let mut left = tables as usize * size_of::<u64>();
+        let mut entries = [0; AT_ONCE];
+        while left > 0 {
+            let part = &mut entries[..left.min(AT_ONCE)];
+            file.read_exact_at(part, offset)?;
+            if part.iter().any(|byte| *byte != 0) {
+                return Ok(false);
+            }
+            (left, offset) = (left - part.len(), offset.saturating_add(part.len() as u64));
+        }
+        Ok(true)
+    }
+}
+
+/// Whether there is such an image. A block device stays where it is when the overlay on it goes ([`remove`]): then it has none
+/// any more.
+pub fn is_there(path: &str, format: &str) -> bool {
+    let Ok(found) = Path::new(path).metadata() else { return false };
+    let is_gone = || sys::open_file(Path::new(path)).is_ok_and(|device| Header::read(&device).is_none());
+    !(format == "qcow2" && found.file_type().is_block_device() && is_gone())
+}
+
+/// Removes an overlay that nobody needs. Of one on a block device the header goes, so that nobody takes what is left for one.
+pub fn remove(path: &Path) -> std::io::Result<()> {
+    match path.metadata() {
+        Ok(found) if found.file_type().is_block_device() => {
+            let flags = libc::O_NONBLOCK;
+            wipe(&File::options().read(true).write(true).custom_flags(flags).open(path)?)
+        }
+        _ => sys::remove_file(path),
+    }
+}
+
+/// Takes the header of a qcow2 image away.
+pub fn wipe(image: &File) -> std::io::Result<()> {
+    const SECTOR: [u8; 512] = [0; 512];
+    if Header::read(image).is_none() {
+        return Ok(());
+    }
+    image.write_all_at(&SECTOR, 0)?;
+    image.sync_all()
+}
+
+/// Whether a name is that of an image on a server.
+fn is_of_server(name: &str) -> bool {
+    const SERVERS: [&str; 10] = ["nbd", "rbd", "iscsi", "ssh", "http", "https", "ftp", "ftps", "gluster", "nfs"];
+    let is_server = |driver: &str| SERVERS.contains(&driver);
+    match name.strip_prefix("json:") {
+        Some(options) => {
+            let Ok(options) = parse(options.as_bytes()) else { return false };
+            let below = |options: &'_ Value| options["file"].is_object();
+            let mut layers = vec![&*options];
+            while let Some(layer) = layers.last().filter(|layer| below(layer)) {
+                layers.push(&layer["file"]);
+            }
+            let drivers = layers.iter().flat_map(|layer| [&layer["driver"], &layer["file.driver"]]);
+            drivers.filter_map(Value::as_str).any(is_server)
+        }
+        // `nbd+unix://...`, `rbd:...`
+        None if file_named(name).is_some() => false,
+        None => name.split([':', '+']).next().is_some_and(is_server),
+    }
+}
+
+/// A backing file's path, by the name that an image of this path has for it: relative names are relative to the image. What is
+/// no path stays as it is.
+pub fn beside(image: &str, name: &str) -> String {
+    let path = file_named(name).and_then(|name| Some(Path::new(image).parent()?.join(name)));
+    path.and_then(|path| path.to_str().map(str::to_owned)).unwrap_or_else(|| name.to_owned())
+}
+
 /// The file below an image and its format, read from the image itself. None where there is none, or
 /// where it cannot be read, or is named otherwise than by its path.
 pub fn below(path: &str, format: &str) -> Option<(String, String)> {
-    const LONGEST: usize = 1023;
     if format != "qcow2" {
         return None;
     }
-    let file = sys::open_file(Path::new(path)).ok()?;
-    let mut header = [0; 20];
-    file.read_exact_at(&mut header, 0).ok()?;
-    let offset = u64::from_be_bytes(header[8..16].try_into().ok()?);
-    let length = u32::from_be_bytes(header[16..20].try_into().ok()?) as usize;
-    if header[..4] != *b"QFI\xfb" || offset == 0 || length > LONGEST {
-        return None;
-    }
-    let mut name = vec![0; length];
-    file.read_exact_at(&mut name, offset).ok()?;
-    let name = String::from_utf8(name).ok()?;
-    let below = Path::new(path).parent()?.join(file_named(&name)?).to_str()?.to_owned();
+    let name = Header::read(&sys::open_file(Path::new(path)).ok()?)?.backing?;
+    file_named(&name)?;
     // What the image says of the format is in an extension; a file that begins as qcow2 is taken for it.
-    Some((below, "qcow2".into()))
+    Some((beside(path, &name), "qcow2".into()))
 }
 
 /// The file that QEMU opens by a name, by QEMU's rule: a colon before the first slash ends the name of a protocol. None where
@@ -139,13 +236,52 @@ pub struct Layer {
     has_data_elsewhere: bool,
 }
 
-/// An image and all below it. Nothing is locked: QEMU may have them open.
+/// An image and all below it. Nothing is locked: QEMU may have them open. No server is asked for an image, which could let
+/// nobody but QEMU in, and have others wait: a chain ends with such a one.
 pub fn chain(path: &str, format: &str) -> Result<Vec<Layer>> {
-    chain_within(path, format, PATIENCE)
+    if !ends_elsewhere(path, format) {
+        return look(path, format, &["--backing-chain"], PATIENCE)
+            .map(|layers| layers.into_iter().map(|(layer, _)| layer).collect());
+    }
+    let mut layers: Vec<Layer> = Vec::new();
+    let mut next = Some((path.to_owned(), format.to_owned()));
+    while let Some((path, format)) = next.take() {
+        if is_of_server(&path) {
+            layers.push(Layer { path, format, has_data_elsewhere: false });
+            break;
+        }
+        // A chain that comes back to itself ends here.
+        if layers.iter().any(|layer| layer.path == path) {
+            return Err(failed(format!("the image '{path}' stands on itself")));
+        }
+        for (layer, below) in look(&path, &format, &[], PATIENCE)? {
+            layers.push(layer);
+            next = below;
+        }
+    }
+    Ok(layers)
 }
 
-/// The same within this time: one below can be on a server that does not answer.
-fn chain_within(path: &str, format: &str, limit: Duration) -> Result<Vec<Layer>> {
+/// Whether an image, or one below it, is a server's.
+fn ends_elsewhere(path: &str, format: &str) -> bool {
+    let mut seen = BTreeSet::new();
+    let mut next = Some(path.to_owned()).filter(|_| format == "qcow2");
+    while let Some(path) = next.take().filter(|path| seen.insert(path.clone())) {
+        let header = sys::open_file(Path::new(&path)).ok().and_then(|file| Header::read(&file));
+        let Some(name) = header.and_then(|header| header.backing) else { break };
+        if is_of_server(&name) {
+            return true;
+        }
+        next = Some(beside(&path, &name));
+    }
+    false
+}
+
+/// An image's name and its format.
+type Below = (String, String);
+
+/// What qemu-img tells within this time of images, each with the one below it and that one's format.
+fn look(path: &str, format: &str, options: &[&str], limit: Duration) -> Result<Vec<(Layer, Option<Below>)>> {
     let step = || format!("cannot read the image '{path}' and those below it");
     // A pipe that nobody writes to would be waited for.
     let kind = Path::new(path).metadata().map(|metadata| metadata.file_type());
@@ -153,18 +289,24 @@ fn chain_within(path: &str, format: &str, limit: Duration) -> Result<Vec<Layer>>
         return Err(failed(format!("{}: it is neither a file nor a block device", step())));
     }
     let mut info = Tool::new("qemu-img");
-    info.args(["info", "-U", "--backing-chain", "--output=json", "-f", format, path]);
+    info.args(["info", "-U", "--output=json"]).args(options).args(["-f", format, path]);
     let said =
         info.output_within(limit).map_err(|error| Error::new(error.code, format!("{}: {}", step(), error.message)))?;
-    let layers =
+    let said =
         parse(&said).map_err(|error| Error::new(Code::InternalError, format!("{}: qemu-img says {error}", step())))?;
-    let text = |layer: &Value, key: &str| layer[key].as_str().unwrap_or_default().to_owned();
-    let layer = |layer: &Value| Layer {
-        path: text(layer, "filename"),
-        format: text(layer, "format"),
-        has_data_elsewhere: layer["format-specific"]["data"]["data-file"].is_string(),
+    let text = |layer: &Value, key: &str| layer[key].as_str().map(str::to_owned);
+    let layer = |layer: &Value| {
+        let path = text(layer, "filename").unwrap_or_default();
+        let below = text(layer, "backing-filename").map(|name| beside(&path, &name));
+        let below = below.map(|below| (below, text(layer, "backing-filename-format").unwrap_or_else(|| "raw".into())));
+        let format = text(layer, "format").unwrap_or_default();
+        let has_data_elsewhere = layer["format-specific"]["data"]["data-file"].is_string();
+        (Layer { path, format, has_data_elsewhere }, below)
     };
-    Ok(layers.as_array().into_iter().flatten().map(layer).collect())
+    Ok(match said.as_array() {
+        Some(layers) => layers.iter().map(layer).collect(),
+        None => vec![layer(&said)],
+    })
 }
 
 /// Writes what is in `top`, and in the images between, to `base`. `top` stays as it is.
@@ -228,8 +370,32 @@ mod tests {
         let _silent = UnixListener::bind(&socket).unwrap();
         image_on(&image, &format!("nbd:unix:{}", socket.display()));
         let image = image.to_str().unwrap();
-        let error = chain_within(image, "qcow2", Duration::from_millis(300)).unwrap_err();
+        let error = look(image, "qcow2", &["--backing-chain"], Duration::from_millis(300)).unwrap_err();
         assert_eq!(error.code, Code::OperationTimeout, "{error}");
         assert!(error.message.contains(image) && error.message.contains("qemu-img did not end"), "{error}");
+        // It is known by its name, and not asked.
+        let layers = chain(image, "qcow2").unwrap();
+        let names: Vec<_> = layers.iter().map(|layer| layer.path.as_str()).collect();
+        assert_eq!(names, [image, &format!("nbd:unix:{}", socket.display())]);
+    }
+
+    #[test]
+    fn names_of_servers_are_told_from_paths_and_paths_from_options() {
+        for name in [
+            "nbd:localhost:10809",
+            "nbd+unix:///remote?socket=/run/nbd",
+            "rbd:pool/image",
+            "https://host/disk",
+            r#"json:{"driver": "qcow2", "file": {"driver": "nbd", "server": {"type": "unix", "path": "/run/nbd"}}}"#,
+            r#"json:{"driver":"raw","file.driver":"rbd","file.pool":"p"}"#,
+        ] {
+            assert!(is_of_server(name) && beside("/images/overlay", name) == name, "{name}");
+        }
+        let local = r#"json:{"driver": "qcow2", "file": {"driver": "file", "filename": "/nbd/image"}}"#;
+        for name in ["/images/a:b", "image", "nbd", "dir/nbd:image", "file:nbd:image", local, "json:{"] {
+            assert!(!is_of_server(name), "{name}");
+        }
+        assert_eq!(beside("/images/overlay", "file:image"), "/images/image");
+        assert_eq!(beside("/images/overlay", "/image"), "/image");
     }
 }

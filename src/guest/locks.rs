@@ -8,16 +8,14 @@ use std::ops::Range;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
-use crate::sys;
+use crate::sys::{self, IMAGE_LOCKS};
 
-/// All bytes that QEMU locks.
-const ALL: Range<i64> = 100..300;
 /// A lock on this byte says that its holder writes.
 const WRITES: Range<i64> = 101..102;
 
 /// Whether a process other than this one has the image open as QEMU opens it.
 pub fn is_in_use(image: &Path) -> bool {
-    has_lock(image, ALL)
+    has_lock(image, IMAGE_LOCKS)
 }
 
 /// Whether a process other than this one writes to the image.

@@ -202,8 +202,8 @@ pub struct Errands {
 pub struct Errand {
     /// Its absolute path, and its arguments.
     pub words: Vec<String>,
-    /// A file that is removed once it has succeeded.
-    pub then_remove: Option<KnownFile>,
+    /// A file that is discarded once it has succeeded.
+    pub then_discard: Option<KnownFile>,
 }
 
 /// A guest during one operation.

@@ -54,6 +54,11 @@ impl Drive {
     pub fn name(&self) -> &str {
         self.names.first().unwrap_or(&self.node)
     }
+
+    /// Its images, from the top down.
+    pub fn images(&self) -> Vec<String> {
+        std::iter::once(&self.file).chain(&self.backing).cloned().collect()
+    }
 }
 
 /// How an image is opened, as far as QEMU tells or the domain XML says.

@@ -4,6 +4,7 @@ use std::path::Path;
 
 use super::{DiskRequest, Drive, Location, Request, Role};
 use crate::error::{Result, fail};
+use crate::sys;
 
 /// A disk that is switched to an overlay.
 #[derive(Clone, Debug)]
@@ -14,6 +15,8 @@ pub struct DiskPlan {
     pub overlay: String,
     /// The overlay is there already, and the caller's.
     pub reuse: bool,
+    /// The caller says that it is a block device.
+    pub on_device: bool,
 }
 
 /// What a snapshot does with the drives of a guest.
@@ -31,6 +34,7 @@ pub struct Plan {
 /// `reuse`: overlays that are named exist already.
 pub fn plan(drives: Vec<Drive>, request: &Request, snapshot: &str, reuse: bool) -> Result<Plan> {
     let wanted = align(&drives, request)?;
+    let images: Vec<_> = drives.iter().map(|drive| (drive.name().to_owned(), drive.images())).collect();
     let mut plan = Plan::default();
     for (drive, wish) in drives.into_iter().zip(wanted) {
         match (drive.role, location(&drive, wish)) {
@@ -68,7 +72,8 @@ pub fn plan(drives: Vec<Drive>, request: &Request, snapshot: &str, reuse: bool) 
                     Some(source) => source,
                     None => overlay_name(&drive, snapshot)?,
                 };
-                plan.disks.push(DiskPlan { drive, overlay, reuse });
+                let on_device = wish.is_some_and(|wish| wish.on_device);
+                plan.disks.push(DiskPlan { drive, overlay, reuse, on_device });
             }
             (Role::Disk | Role::ReadOnly, Location::Manual) => {
                 check_recordable(&drive)?;
@@ -78,6 +83,7 @@ pub fn plan(drives: Vec<Drive>, request: &Request, snapshot: &str, reuse: bool) 
         }
     }
     check_distinct(&plan.disks)?;
+    check_no_image(&plan.disks, &images)?;
     Ok(plan)
 }
 
@@ -162,13 +168,32 @@ pub fn generated_name(image: &str, snapshot: &str) -> String {
 
 fn check_distinct(disks: &[DiskPlan]) -> Result<()> {
     for (n, disk) in disks.iter().enumerate() {
-        if let Some(other) = disks[..n].iter().find(|other| other.overlay == disk.overlay) {
+        let same = |other: &&DiskPlan| {
+            other.overlay == disk.overlay || sys::same_file(Path::new(&other.overlay), Path::new(&disk.overlay))
+        };
+        if let Some(other) = disks[..n].iter().find(same) {
             fail!(
                 ConfigUnsupported,
                 "disks '{}' and '{}' would have the same external snapshot file '{}': give each its own",
                 other.drive.name(),
                 disk.drive.name(),
                 disk.overlay
+            );
+        }
+    }
+    Ok(())
+}
+
+/// What the guest has its data in can be nobody's overlay, not even where an overlay may be there beforehand.
+fn check_no_image(disks: &[DiskPlan], images: &[(String, Vec<String>)]) -> Result<()> {
+    for DiskPlan { drive, overlay, .. } in disks {
+        let path = Path::new(overlay);
+        let is_overlay = |image: &String| path.exists() && sys::same_file(Path::new(image), path);
+        if let Some((owner, _)) = images.iter().find(|(_, images)| images.iter().any(is_overlay)) {
+            fail!(
+                ConfigUnsupported,
+                "external snapshot file for disk '{}' already exists, and is an image of disk '{owner}': '{overlay}'; name another",
+                drive.name()
             );
         }
     }

@@ -8,6 +8,7 @@ use quick_xml::Writer;
 use quick_xml::events::{BytesText, Event};
 use roxmltree::Node;
 
+use super::domain::Storage;
 use super::{Frozen, check_name, check_path, domain, xml};
 use crate::error::{Code, Error, Result, fail};
 
@@ -173,10 +174,12 @@ type XmlWriter = Writer<Vec<u8>>;
 
 impl RecordedDisk {
     fn write(&self, writer: &mut XmlWriter) -> std::io::Result<()> {
-        let attributes = [("name", self.name.as_str()), ("snapshot", "external"), ("type", "file")];
+        let overlay = Storage::at(&self.overlay);
+        let place = if overlay.kind() == "block" { "dev" } else { "file" };
+        let attributes = [("name", self.name.as_str()), ("snapshot", "external"), ("type", overlay.kind())];
         writer.create_element("disk").with_attributes(attributes).write_inner_content(|writer| {
             writer.create_element("driver").with_attribute(("type", "qcow2")).write_empty()?;
-            writer.create_element("source").with_attribute(("file", self.overlay.as_str())).write_empty()?;
+            writer.create_element("source").with_attribute((place, self.overlay.as_str())).write_empty()?;
             let image = [("file", self.image.as_str()), ("format", self.format.as_str())];
             writer.create_element("instantsnap:image").with_attributes(image).write_empty()?;
             self.frozen.iter().try_for_each(|frozen| {
@@ -191,7 +194,7 @@ impl RecordedDisk {
         let (source, image) = (child(node, "source")?, child(node, "image")?);
         Ok(RecordedDisk {
             name: attribute(node, "name")?,
-            overlay: attribute(source, "file")?,
+            overlay: source.attribute("dev").map_or_else(|| attribute(source, "file"), |device| Ok(device.into()))?,
             image: attribute(image, "file")?,
             format: attribute(image, "format")?,
             frozen: xml::children(node, "frozen").filter_map(Frozen::read).collect(),

@@ -50,6 +50,8 @@ pub struct DiskRequest {
     pub location: Option<Location>,
     /// The overlay's path; absent, made from the disk's.
     pub source: Option<String>,
+    /// The overlay is on a block device (`type='block'`).
+    pub on_device: bool,
 }
 
 impl Request {
@@ -106,25 +108,30 @@ fn disk(node: Node) -> Result<DiskRequest> {
         ),
         Some(other) => fail!(XmlError, "unknown disk snapshot setting '{other}' of disk '{name}'"),
     };
-    match node.attribute("type") {
-        None | Some("file") => {}
+    let on_device = match node.attribute("type") {
+        None | Some("file") => false,
+        Some("block") => true,
         Some(kind) => fail!(
             ConfigUnsupported,
-            "external snapshot of disk '{name}' to storage of type '{kind}' is not supported: use type='file'"
+            "external snapshot of disk '{name}' to storage of type '{kind}' is not supported: use type='file', or type='block' \
+             with <source dev='...'/>"
         ),
-    }
+    };
     match xml::attribute(node, "driver", "type") {
         None | Some("qcow2") => {}
         Some(format) => {
             fail!(ConfigUnsupported, "external snapshot format for disk '{name}' is unsupported: {format}, use qcow2")
         }
     }
-    let source = xml::attribute(node, "source", "file").map(str::to_owned);
+    let place = if on_device { "dev" } else { "file" };
+    let source = xml::attribute(node, "source", place).map(str::to_owned);
     if let Some(source) = &source {
         check_path(&format!("external snapshot file of disk '{name}'"), source)?;
         if matches!(location, Some(Location::Manual | Location::No)) {
             fail!(XmlError, "file '{source}' for disk '{name}' requires use of external snapshot mode");
         }
+    } else if on_device && matches!(location, None | Some(Location::External)) {
+        fail!(XmlError, "external snapshot of disk '{name}' to a block device names none: add <source dev='...'/>");
     }
-    Ok(DiskRequest { name: name.into(), location, source })
+    Ok(DiskRequest { name: name.into(), location, source, on_device })
 }

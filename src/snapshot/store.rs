@@ -20,7 +20,7 @@ use tempfile::NamedTempFile;
 use super::{Record, check_name, generated_names, xml};
 use crate::error::{Code, Error, Result, fail};
 use crate::monitor::Deadline;
-use crate::own_file::KnownFile;
+use crate::own_file::{KnownFile, Undo};
 use crate::sys;
 
 /// Nobody changes a state directory for so long.
@@ -60,7 +60,7 @@ impl Reservation {
     /// Its file, for a process that goes on where this one ends.
     pub fn known(&self) -> io::Result<KnownFile> {
         let metadata = self.lock.0.metadata()?;
-        Ok(KnownFile { path: self.path.clone(), id: (metadata.dev(), metadata.ino()) })
+        Ok(KnownFile { path: self.path.clone(), id: (metadata.dev(), metadata.ino()), undo: Undo::Remove })
     }
 }
 

@@ -7,7 +7,7 @@ use rustix::io::Errno;
 use rustix::net::{SendFlags, send};
 
 use super::errand::Errands;
-use super::files::Remove;
+use super::files::Discard;
 use super::words::{Words, say};
 use super::{DISMISSED, READY, Stage};
 use crate::image::throw_away;
@@ -43,7 +43,7 @@ pub struct Child<'a> {
     pub held: [c_int; HELD],
     /// What holds the snapshot's name.
     pub reservation: c_int,
-    pub reserved: Option<&'a Remove>,
+    pub reserved: Option<&'a Discard>,
     /// The file that there is once the snapshot is recorded, where that is known.
     pub record: Option<&'a CStr>,
     pub script: &'a Script,
@@ -65,7 +65,7 @@ impl Child<'_> {
             self.undo(stage, &monitor, pipe);
         }
         // The file goes before the name: the next snapshot of this name makes a file of its own.
-        self.reserved.into_iter().for_each(Remove::run);
+        self.reserved.into_iter().for_each(Discard::run);
         sys::let_go(&reservation);
         // Processes that the caller has forked can have them too.
         sys::let_go(&monitor);

@@ -7,7 +7,7 @@ use rustix::pipe::{PipeFlags, pipe_with};
 
 use super::Stage;
 use super::child::Remaining;
-use super::files::Remove;
+use super::files::Discard;
 use super::reply::{Reader, Reply};
 use crate::guest;
 use crate::own_file::KnownFile;
@@ -22,13 +22,13 @@ const PAUSE_MS: i32 = 1000;
 #[derive(Debug)]
 struct Errand {
     words: Option<Words>,
-    /// Removed once it has succeeded.
-    then_remove: Option<Remove>,
+    /// Discarded once it has succeeded.
+    then_discard: Option<Discard>,
 }
 
 impl Errand {
     fn new(errand: guest::Errand) -> Errand {
-        Errand { words: Words::new(errand.words), then_remove: errand.then_remove.as_ref().and_then(Remove::new) }
+        Errand { words: Words::new(errand.words), then_discard: errand.then_discard.as_ref().and_then(Discard::new) }
     }
 
     /// Whether it succeeded.
@@ -81,7 +81,7 @@ pub struct Errands {
     restore: Vec<Errand>,
     forget: Errand,
     merge: Vec<Errand>,
-    files: Vec<Remove>,
+    files: Vec<Discard>,
 }
 
 impl Errands {
@@ -97,7 +97,7 @@ impl Errands {
             restore: all(errands.restore),
             forget: Errand::new(errands.forget),
             merge: all(errands.merge),
-            files: files.iter().filter_map(Remove::new).collect(),
+            files: files.iter().filter_map(Discard::new).collect(),
         }
     }
 
@@ -131,10 +131,10 @@ impl Errands {
         self.forget.run(stream);
         for errand in &self.merge {
             if !stage.is_switched() || errand.run(stream) {
-                errand.then_remove.iter().for_each(Remove::run);
+                errand.then_discard.iter().for_each(Discard::run);
             }
         }
-        self.files.iter().for_each(Remove::run);
+        self.files.iter().for_each(Discard::run);
     }
 }
 

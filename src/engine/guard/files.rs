@@ -1,28 +1,32 @@
-//! Files that the guard removes: those that were made for the snapshot, and not what may be called so by then.
+//! Files that the guard removes, or empties: those that were made, or taken, for the snapshot, and not what may be called so by
+//! then.
 
 use std::ffi::CString;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
-use crate::own_file::KnownFile;
+use crate::own_file::{KnownFile, Undo};
 use crate::sys;
 
 /// A file, as the kernel wants it.
 #[derive(Debug)]
-pub struct Remove {
+pub struct Discard {
     path: CString,
     id: (u64, u64),
+    undo: Undo,
 }
 
-impl Remove {
-    pub fn new(file: &KnownFile) -> Option<Remove> {
-        Some(Remove { path: path(&file.path)?, id: file.id })
+impl Discard {
+    pub fn new(file: &KnownFile) -> Option<Discard> {
+        Some(Discard { path: path(&file.path)?, id: file.id, undo: file.undo })
     }
 
-    /// Removes it.
+    /// Removes it, or empties it.
     pub fn run(&self) {
-        if sys::file_id(&self.path) == Some(self.id) {
-            sys::unlink(&self.path);
+        match self.undo {
+            Undo::Remove if sys::file_id(&self.path) == Some(self.id) => sys::unlink(&self.path),
+            Undo::Remove => {}
+            Undo::Empty => sys::empty(&self.path, self.id),
         }
     }
 }

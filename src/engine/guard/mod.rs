@@ -27,7 +27,7 @@ use serde_json::Value;
 
 use self::child::{Child, HELD, Script};
 use self::errand::Errands;
-use self::files::Remove;
+use self::files::Discard;
 use self::words::Words;
 use crate::guest::Deputy;
 use crate::own_file::KnownFile;
@@ -178,7 +178,7 @@ impl Guard {
         // The lifeline alone would not do: a child that the caller forks has it too.
         let caller = pidfd_open(getpid(), PidfdFlags::empty()).ok()?;
         let reserved = task.reservation.and_then(|reservation| reservation.known().ok());
-        let reserved = reserved.as_ref().and_then(Remove::new);
+        let reserved = reserved.as_ref().and_then(Discard::new);
         let record = task.record.as_deref().and_then(files::path);
         // Something must be in the place of what there is not.
         let nothing = task.pipe.as_raw_fd();

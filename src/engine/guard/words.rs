@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use super::Stage;
 use super::child::Remaining;
-use super::files::Remove;
+use super::files::Discard;
 use super::reply::{MARK, Reader, Reply};
 use crate::guest::MonitorOverlay;
 use crate::own_file::KnownFile;
@@ -25,7 +25,7 @@ pub struct Words {
     query_migrate: String,
     query_status: String,
     overlays: Vec<Overlay>,
-    files: Vec<Remove>,
+    files: Vec<Discard>,
 }
 
 /// What is said to undo one overlay.
@@ -36,7 +36,7 @@ struct Overlay {
     complete: String,
     delete: String,
     delete_file_node: String,
-    file: Option<Remove>,
+    file: Option<Discard>,
 }
 
 impl Overlay {
@@ -51,7 +51,7 @@ impl Overlay {
             complete: line("block-job-complete", &json!({ "device": job })),
             delete: delete(node),
             delete_file_node: delete(file_node),
-            file: file.as_ref().and_then(Remove::new),
+            file: file.as_ref().and_then(Discard::new),
         }
     }
 
@@ -71,7 +71,7 @@ impl Overlay {
         // What is in use QEMU keeps.
         if say(&self.delete).is_some_and(|reply| reply.done) {
             say(&self.delete_file_node);
-            self.file.iter().for_each(Remove::run);
+            self.file.iter().for_each(Discard::run);
         }
     }
 }
@@ -85,7 +85,7 @@ impl Words {
             query_migrate: line("query-migrate", &json!({})),
             query_status: line("query-status", &json!({})),
             overlays: overlays.iter().map(Overlay::new).collect(),
-            files: files.iter().filter_map(Remove::new).collect(),
+            files: files.iter().filter_map(Discard::new).collect(),
         }
     }
 
@@ -107,7 +107,7 @@ impl Words {
         for overlay in &self.overlays {
             overlay.undo(monitor, stage.is_switched(), stream);
         }
-        self.files.iter().for_each(Remove::run);
+        self.files.iter().for_each(Discard::run);
     }
 }
 

@@ -20,6 +20,7 @@ use super::prune::{self, Merge, Obstacle, Plan, Switched, World};
 use super::reach::{Reach, is_ours};
 use super::recorded::{DiskImage, Recorded, Replaced, SnapshotDisk, Tree, domain_images, domain_with_replaced, noted};
 use super::renew::Renewal;
+use super::volumes;
 use crate::error::{Code, Error, Result, fail};
 use crate::flags::delete::{CHILDREN_ONLY, METADATA_ONLY};
 use crate::flags::{CURRENT, REDEFINE};
@@ -44,7 +45,7 @@ pub fn run(reach: &Reach, flags: u32) -> Result<()> {
         return forget_alone(domain, &tree, target, flags);
     }
     let version = reach.version()?;
-    let users = Users::look(connect, domain)?;
+    let users = Users::look(connect, domain, &tree.volumes)?;
     if flags == 0 && stock_can(domain, version, &tree, target)? {
         let touched = target.external().filter_map(stock_touches).flatten().collect();
         check_unused(&users, &target.name, &touched)?;
@@ -120,8 +121,13 @@ fn stock_can(domain: &Domain, version: (u64, u64, u64), tree: &Tree, target: &Re
     let begun = target.memory.as_deref().is_some_and(|memory| deleting(Path::new(memory)).exists());
     // libvirt does not know of overlays that the snapshot named before it was reverted to: a merge would pull the image away from
     // under them.
-    let left = target.notes.left.iter().any(|(_, file)| Path::new(file).exists());
+    let left = target.notes.left.iter().any(|(_, file)| images::is_there(file, "qcow2"));
+    // Of block devices it does not know how to get rid of an overlay.
+    let overlays = target.external().filter_map(|(disk, _)| disk.overlay.as_deref());
+    let files = files && overlays.map(Path::new).all(Path::is_file);
     let rooted = target.parent.is_some() || !tree.is_current(target) || tree.snapshots.len() == 1;
+    // Of volumes it has no paths.
+    let rooted = rooted && !tree.snapshots.iter().any(|snapshot| snapshot.on_volumes);
     let alone = children <= usize::from(!tree.is_current(target)) && !shared && rooted;
     Ok(alone && files && !begun && !left && target.external().all(is_on))
 }
@@ -159,6 +165,8 @@ struct Delete<'a> {
     live: Vec<DiskImage>,
     /// The disks at its next start.
     config: Vec<DiskImage>,
+    /// The images that it is on now, and at its next start, by target: those on volumes too.
+    tops: [Vec<(String, Id)>; 2],
 }
 
 fn has_data_elsewhere(graph: &Graph, image: &Id) -> bool {
@@ -197,14 +205,22 @@ impl<'a> Delete<'a> {
         }
         let step = "cannot read the domain's XML";
         let refused = |error: VirError| error.into_error(step);
-        let read = |flags| domain_images(&domain.xml(flags).map_err(refused)?);
-        let live = if domain.is_active().map_err(refused)? { read(0)? } else { Vec::new() };
-        let config = if domain.is_persistent().map_err(refused)? { read(xml::INACTIVE)? } else { Vec::new() };
-        Ok(Delete { connect, domain, version, tree, doomed, kept, live, config })
+        let read = |flags| {
+            let text = domain.xml(flags).map_err(refused)?;
+            let named = domain_images(&volumes::with_paths(&text, &tree.volumes)?)?;
+            let known = named.into_iter().filter_map(|disk| Some((disk.target, id(disk.file.as_deref()?))));
+            // libvirt itself is told of images as it calls them.
+            Ok::<_, Error>((domain_images(&text)?, known.collect()))
+        };
+        let none = || (Vec::new(), Vec::new());
+        let (live, on) = if domain.is_active().map_err(refused)? { read(0)? } else { none() };
+        let (config, later) = if domain.is_persistent().map_err(refused)? { read(xml::INACTIVE)? } else { none() };
+        Ok(Delete { connect, domain, version, tree, doomed, kept, live, config, tops: [on, later] })
     }
 
     fn run(&self, users: &Users) -> Result<()> {
         let world = self.world()?;
+        self.check_images_are_known(&world)?;
         let plan = world.plan().map_err(|obstacle| self.refusal(&obstacle))?;
         self.check(&plan)?;
         check_unused(users, self.name(), &plan.touched(&world.graph))?;
@@ -230,17 +246,14 @@ impl<'a> Delete<'a> {
 
     /// What is known, for a plan.
     fn world(&self) -> Result<World> {
-        let disks = |disks: &[DiskImage]| {
-            let known = disks.iter().filter_map(|disk| Some((disk.target.clone(), id(disk.file.as_deref()?))));
-            known.collect()
-        };
+        let [live, config] = self.tops.clone();
         let memory = self.memory_files();
         Ok(World {
             graph: self.graph()?,
             doomed: self.doomed.iter().copied().map(known).collect(),
             kept: self.kept.iter().copied().map(known).collect(),
-            live: disks(&self.live),
-            config: disks(&self.config),
+            live,
+            config,
             former: self
                 .tree
                 .snapshots
@@ -250,6 +263,39 @@ impl<'a> Delete<'a> {
                 .collect(),
             begun: memory.iter().all(|file| !file.exists()) && memory.iter().any(|file| deleting(file).exists()),
         })
+    }
+
+    /// An overlay that is in use cannot be merged into an image that is not known by its path.
+    fn check_images_are_known(&self, world: &World) -> Result<()> {
+        let tops: Vec<&Id> = world.live.iter().chain(&world.config).map(|(_, top)| top).collect();
+        let pinned = world.kept.iter().flat_map(|kept| &kept.images);
+        let used = world.graph.with_all_below(tops.iter().copied().chain(pinned));
+        for doomed in &self.doomed {
+            for (disk, image) in doomed.external() {
+                let Some(overlay) = disk.overlay.as_deref().filter(|overlay| used.contains(&id(overlay))) else {
+                    continue;
+                };
+                let Some(image) = image.filter(|image| image.file.is_none()) else { continue };
+                let what_to_do = match tops.contains(&&id(overlay)) {
+                    true => format!(
+                        "merge it while the domain runs (virsh blockcommit '{}' {} --shallow --active --pivot), remove the file, \
+                         and delete the snapshot again",
+                        self.domain.name().unwrap_or_default(),
+                        disk.target
+                    ),
+                    false => "delete the snapshots that came after it first".to_owned(),
+                };
+                fail!(
+                    OperationUnsupported,
+                    "cannot delete snapshot '{}': the image of disk '{}' is on storage of type '{}', and the overlay '{overlay}' \
+                     cannot be merged into it: {what_to_do}; nothing was changed",
+                    doomed.name,
+                    disk.target,
+                    image.kind
+                );
+            }
+        }
+        Ok(())
     }
 
     fn refusal(&self, obstacle: &Obstacle) -> Error {
@@ -479,6 +525,7 @@ impl<'a> Delete<'a> {
             let step = format!("cannot read the record of snapshot '{}'", kept.name);
             let found = self.domain.find(&kept.name).map_err(|error| error.into_error(&step))?;
             let Some(now) = found.map(Recorded::read).transpose()? else { continue };
+            let now = now.with_paths(&self.tree.volumes)?;
             if let Some(record) = now.with_replaced(replaced)? {
                 self.redefine(kept, &record)?;
             }
@@ -507,6 +554,7 @@ impl<'a> Delete<'a> {
         }
         let step = "cannot change the domain's disks";
         let xml = self.domain.xml(xml::INACTIVE | xml::SECURE).map_err(|error| error.into_error(step))?;
+        let xml = volumes::with_paths(&xml, &self.tree.volumes)?;
         if let Some(xml) = domain_with_replaced(&xml, replaced)? {
             self.connect.define(&xml, 0).map_err(|error| error.into_error(step))?;
         }
@@ -556,11 +604,11 @@ impl<'a> Delete<'a> {
     fn remove_files(&self, plan: &Plan) -> Result<()> {
         let memory = self.memory_files().into_iter().flat_map(|memory| [deleting(&memory), memory]);
         let merged = plan.merges.iter().flat_map(|merge| merge.overlays.iter().cloned());
-        let files: Vec<PathBuf> = memory.chain(merged).chain(plan.removed.iter().cloned()).collect();
-        let left: Vec<_> = files
-            .iter()
-            .filter_map(|file| Some(format!("'{}' ({})", file.display(), sys::remove_file(file).err()?)))
-            .collect();
+        let overlays = merged.chain(plan.removed.iter().cloned());
+        let removed = memory.map(|file| (sys::remove_file(&file), file));
+        let removed = removed.chain(overlays.map(|file| (images::remove(&file), file)));
+        let left: Vec<_> =
+            removed.filter_map(|(removed, file)| Some(format!("'{}' ({})", file.display(), removed.err()?))).collect();
         if left.is_empty() {
             return Ok(());
         }

@@ -3,8 +3,8 @@
 use serde_json::{Value, json};
 
 use super::overlays::Overlays;
+use crate::guest::overlay_file::OverlayFile;
 use crate::guest::{Errand, Errands};
-use crate::own_file::OwnFile;
 use crate::snapshot::DiskPlan;
 use crate::tool;
 
@@ -29,7 +29,7 @@ impl Virsh {
     fn run(&self, words: &[&str]) -> Errand {
         let own = [&self.program, "--quiet", "--connect", &self.uri];
         let words = own.iter().chain(words).map(|word| (*word).to_owned());
-        Errand { words: words.collect(), then_remove: None }
+        Errand { words: words.collect(), then_discard: None }
     }
 }
 
@@ -40,12 +40,12 @@ pub fn errands(virsh: &Virsh, uuid: &str, restore: &[(&str, Value)], overlays: &
         virsh.run(&["qemu-monitor-command", uuid, &command])
     });
     let forget = virsh.run(&["snapshot-delete", uuid, &format!("--snapshotname={snapshot}"), "--metadata"]);
-    let merge = |(disk, own): (&DiskPlan, Option<&OwnFile>)| {
+    let merge = |(disk, file): (&DiskPlan, &OverlayFile)| {
         let (target, overlay) = (disk.drive.name(), &disk.overlay);
         // By its name: where the disk was not switched there is nothing to be merged, and it fails. libvirt can know the image
         // below by another name than its path.
         let words = ["blockcommit", uuid, target, "--top", overlay, "--shallow", "--active", "--pivot"];
-        Errand { then_remove: own.map(OwnFile::known), ..virsh.run(&words) }
+        Errand { then_discard: file.known(), ..virsh.run(&words) }
     };
     Errands {
         look: virsh.run(&["uri"]),

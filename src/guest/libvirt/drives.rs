@@ -73,7 +73,8 @@ fn drive(disk: Node) -> Option<Drive> {
         // A volume that is a file or a device of this machine is called by its path by now.
         _ => Some(format!(
             "is on storage of type '{kind}': instant snapshots of it are not supported; leave it out (snapshot='no') or \
-             to a storage hook (snapshot='manual'), or take a plain snapshot"
+             to a storage hook (snapshot='manual'), or take libvirt's own snapshot, which pauses the domain until its memory is \
+             saved (without VIR_DOMAIN_SNAPSHOT_CREATE_INSTANT, and with a file named for the overlay, <source file='...'/>)"
         )),
     };
     if xml::child(disk, "transient").is_some() {

@@ -20,7 +20,7 @@ mod volumes;
 mod xml;
 
 use std::os::fd::BorrowedFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -30,6 +30,7 @@ use self::call::{Again, Caller, Trouble};
 use self::overlays::Overlays;
 pub use self::reach::{Operation, Reach, delete, revert};
 use super::exclusive::Exclusive;
+use super::overlay_file::{self, Beforehand};
 use super::qmp::hold_qemu;
 use super::{
     Catalog, Connector, Deputy, Description, Guest, MEASURED, PATIENCE, Presence, Reserved, busy, check_version,
@@ -443,6 +444,20 @@ impl LibvirtGuest<'_> {
         volumes::with_paths(&xml, &self.volumes)
     }
 
+    /// Overlays that are there beforehand must be no images of the domain's snapshots.
+    fn check_not_of_snapshots(&mut self, disks: &[DiskPlan]) -> Result<()> {
+        if !disks.iter().any(|disk| Path::new(&disk.overlay).exists()) {
+            return Ok(());
+        }
+        let records = self.patiently("cannot read the domain's snapshots", Again::Harmless, |domain| {
+            let read = |snapshot: &Snapshot| Ok((snapshot.name(), snapshot.xml(0)?));
+            domain.snapshots()?.iter().map(read).collect::<libvirt::VirResult<Vec<_>>>()
+        })?;
+        let files: Vec<_> = records.iter().map(|(name, record)| (name, xml::domain_files(record))).collect();
+        let images = files.iter().flat_map(|(name, files)| files.iter().map(|file| (name.as_str(), file.as_str())));
+        overlay_file::check_not_of_snapshots(disks, images)
+    }
+
     fn pause_again_for_leases(&mut self) -> Result<()> {
         let step = "cannot take the disk leases of the domain back";
         let deadline = Deadline::after(PATIENCE);
@@ -588,7 +603,13 @@ impl Guest for LibvirtGuest<'_> {
         let planned = |target: &String| disks.iter().any(|disk| disk.drive.name() == target);
         self.left_out = targets.into_iter().filter(|target| !planned(target)).collect();
         self.lease = lease::Lease::look(&self.live_xml, disks);
-        self.overlays.create(disks)
+        let beforehand = match self.connector.way {
+            Way::Connected => Beforehand::Taken,
+            // It writes with the daemon's rights, for a client that need not have them.
+            Way::Inside(_) => Beforehand::Refused,
+        };
+        self.check_not_of_snapshots(disks)?;
+        self.overlays.create(disks, beforehand)
     }
 
     fn pause(&mut self, deadline: Deadline) -> Result<()> {

@@ -4,6 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::recorded::{DiskImage, domain_images};
+use super::volumes::{self, Volume};
 use crate::error::Result;
 use crate::guest::images::{self, Id, id};
 use crate::guest::locks;
@@ -18,13 +19,13 @@ pub struct Users {
 }
 
 impl Users {
-    /// Looks at the domain, and at the connection's others.
-    pub fn look(connect: &Connect, domain: &Domain) -> Result<Users> {
+    /// Looks at the domain, and at the connection's others. `volumes`: those that are known.
+    pub fn look(connect: &Connect, domain: &Domain, volumes: &[Volume]) -> Result<Users> {
         let refused = |error: VirError| error.into_error("cannot look at the domain");
         let uuid = domain.uuid().map_err(refused)?;
-        let mut users = Users { others: Others::look(connect, &uuid), live: BTreeSet::new(), qemu: None };
+        let mut users = Users { others: Others::look(connect, &uuid, volumes), live: BTreeSet::new(), qemu: None };
         if domain.is_active().map_err(refused)? {
-            let disks = domain_images(&domain.xml(0).map_err(refused)?)?;
+            let disks = domain_images(&volumes::with_paths(&domain.xml(0).map_err(refused)?, volumes)?)?;
             users.live = disks.iter().flat_map(DiskImage::layers).map(id).collect();
             users.qemu = locks::qemu_of_domain(&uuid);
         }
@@ -56,12 +57,12 @@ struct Others(BTreeMap<Id, String>);
 
 impl Others {
     /// Asks libvirt. What the caller may not see of other domains is not known.
-    fn look(connect: &Connect, uuid: &str) -> Others {
+    fn look(connect: &Connect, uuid: &str, volumes: &[Volume]) -> Others {
         let mut others = Others::default();
         for domain in connect.domains().unwrap_or_default() {
             if domain.uuid().is_ok_and(|other| other != uuid) {
                 let name = domain.name().unwrap_or_default();
-                for image in images_of(&domain) {
+                for image in images_of(&domain, volumes) {
                     others.0.entry(image).or_insert_with(|| name.clone());
                 }
             }
@@ -75,10 +76,11 @@ impl Others {
     }
 }
 
-fn images_of(domain: &Domain) -> Vec<Id> {
+fn images_of(domain: &Domain, volumes: &[Volume]) -> Vec<Id> {
     let read = |flags| -> VirResult<String> { domain.xml(flags) };
     let texts = [read(0), read(xml::INACTIVE)].into_iter().flatten();
-    let disks = texts.flat_map(|text| domain_images(&text).unwrap_or_default());
+    let named = texts.map(|text| volumes::with_paths(&text, volumes).unwrap_or(text));
+    let disks = named.flat_map(|text| domain_images(&text).unwrap_or_default());
     let mut found = Vec::new();
     for disk in disks {
         found.extend(disk.backing.iter().map(|below| id(below)));

@@ -1,6 +1,5 @@
 //! Overlays under libvirt: made beforehand by `qemu-img`, merged back by libvirt's block commit.
 
-use std::fs::File;
 use std::path::Path;
 use std::thread::sleep;
 use std::time::Duration;
@@ -8,13 +7,12 @@ use std::time::Duration;
 use super::call::{Again, Caller};
 use super::drives;
 use crate::error::{Code, Error, Result, fail};
+use crate::guest::overlay_file::{Beforehand, OverlayFile};
 use crate::guest::{PATIENCE, overlay_file};
 use crate::libvirt::block;
 use crate::monitor::Deadline;
-use crate::own_file::OwnFile;
 use crate::snapshot::DiskPlan;
 use crate::snapshot::domain::{Domain, Source, Storage};
-use crate::sys;
 
 /// A merge that makes no progress for so long is given up.
 const STALLED: Duration = Duration::from_secs(60);
@@ -26,8 +24,8 @@ type Chains = [(String, Vec<String>)];
 #[derive(Debug, Default)]
 pub struct Overlays {
     disks: Vec<DiskPlan>,
-    /// Their files, so far; none of one that is the caller's own.
-    made: Vec<Option<OwnFile>>,
+    /// Their files, so far.
+    made: Vec<OverlayFile>,
 }
 
 impl Overlays {
@@ -36,19 +34,16 @@ impl Overlays {
         &self.disks
     }
 
-    /// Those that are there so far, with their files where they are not the caller's own.
-    pub fn made(&self) -> impl Iterator<Item = (&DiskPlan, Option<&OwnFile>)> {
-        self.disks.iter().zip(self.made.iter().map(Option::as_ref))
+    /// Those that are there so far, with their files.
+    pub fn made(&self) -> impl Iterator<Item = (&DiskPlan, &OverlayFile)> {
+        self.disks.iter().zip(&self.made)
     }
 
     /// Creates them.
-    pub fn create(&mut self, disks: &[DiskPlan]) -> Result<()> {
+    pub fn create(&mut self, disks: &[DiskPlan], beforehand: Beforehand) -> Result<()> {
         self.disks = disks.to_vec();
         for disk in disks {
-            self.made.push(match disk.reuse {
-                true => check_reused(disk).map(|()| None)?,
-                false => Some(create(disk)?),
-            });
+            self.made.push(create(disk, beforehand)?);
         }
         Ok(())
     }
@@ -87,12 +82,12 @@ impl Overlays {
     pub fn merge_detached(&self, targets: &[String]) -> Result<bool> {
         let detached = |disk: &DiskPlan| !targets.iter().any(|target| target == disk.drive.name());
         let mut found = false;
-        for (disk, own) in self.made().filter(|(disk, _)| detached(disk)) {
+        for (disk, file) in self.made().filter(|(disk, _)| detached(disk)) {
             if !Path::new(&disk.overlay).exists() {
                 continue;
             }
             found = true;
-            commit(disk, own).map_err(|error| {
+            commit(disk, file).map_err(|error| {
                 error.and(format!(
                     "disk '{}' was detached meanwhile, and what the guest wrote to it is in '{}', which could not be merged \
                      and must not be removed: run `qemu-img commit` on it when the cause is mended",
@@ -129,11 +124,11 @@ impl Overlays {
 
     /// The same for a domain that does not run.
     pub fn merge_offline(&mut self) -> Result<()> {
-        for (disk, own) in self.made() {
+        for (disk, file) in self.made() {
             if !Path::new(&disk.overlay).exists() {
                 continue;
             }
-            commit(disk, own).map_err(|error| {
+            commit(disk, file).map_err(|error| {
                 Error::new(
                     error.code,
                     format!(
@@ -168,13 +163,10 @@ impl Overlays {
         Domain::parse(domain_xml)?.with_sources(&sources).map(Some)
     }
 
-    /// Removes those that we made. They are not in use.
+    /// Removes those that we made, and empties those that were empty. They are not in use.
     pub fn discard(&mut self) -> Result<()> {
-        while let Some(last) = self.made.last() {
-            if let Some(own) = last {
-                own.remove()
-                    .map_err(|error| Error::system(format!("cannot remove '{}'", own.path().display()), error))?;
-            }
+        while let (Some(file), Some(disk)) = (self.made.last(), self.disks.iter().take(self.made.len()).next_back()) {
+            file.discard().map_err(|error| Error::system(format!("cannot discard '{}'", disk.overlay), error))?;
             self.made.pop();
         }
         Ok(())
@@ -194,60 +186,29 @@ fn place<'a>(disk: &DiskPlan, chains: &'a Chains) -> Option<(usize, Option<&'a s
     Some((depth, chain.get(depth + 1).map(String::as_str)))
 }
 
-fn create(disk: &DiskPlan) -> Result<OwnFile> {
+fn create(disk: &DiskPlan, beforehand: Beforehand) -> Result<OverlayFile> {
     let (drive, path) = (&disk.drive, &disk.overlay);
-    let own = overlay_file::create(path, &drive.file, drive.name())?;
+    let file = OverlayFile::open(disk, beforehand)?;
+    if !file.is_new() {
+        return Ok(file);
+    }
     let step = format!("cannot create external snapshot file '{path}' of disk '{}'", drive.name());
-    let created = overlay_file::format(&own, &drive.file, &drive.format, drive.size)
+    let created = file
+        .format(&drive.file, &drive.format, drive.size)
         .map_err(|reason| Error::new(Code::OperationFailed, format!("{step}: {reason}")))
-        // From the switch on the guest's data is in it: its name must not be lost in a crash of the host.
-        .and_then(|()| {
-            let synced = own.file().sync_all().and_then(|()| sys::sync_parent(Path::new(path)));
-            synced.map_err(|error| Error::system(&step, error))
-        });
+        .and_then(|()| file.sync(path).map_err(|error| Error::system(&step, error)));
     match created {
-        Ok(()) => Ok(own),
+        Ok(()) => Ok(file),
         Err(error) => {
-            let _ = own.remove();
+            let _ = file.discard();
             Err(error)
         }
     }
 }
 
 /// Merges an overlay that no QEMU has open.
-fn commit(disk: &DiskPlan, own: Option<&OwnFile>) -> Result<()> {
-    let merge = |file: &File| overlay_file::commit(file, &disk.drive.file, &disk.drive.format);
-    match own {
-        Some(own) => merge(own.file()),
-        None => {
-            let opened = sys::open_file(Path::new(&disk.overlay));
-            merge(&opened.map_err(|error| Error::system(format!("cannot open '{}'", disk.overlay), error))?)
-        }
-    }
-}
-
-/// The caller's own overlay: there, and a qcow2 image; libvirt opens it, and puts the disk's image below.
-fn check_reused(disk: &DiskPlan) -> Result<()> {
-    use std::io::Read;
-    let mut magic = [0; 4];
-    let read = std::fs::File::open(&disk.overlay).and_then(|mut file| file.read_exact(&mut magic));
-    if let Err(error) = read {
-        fail!(
-            ConfigUnsupported,
-            "external snapshot file '{}' of disk '{}', which is to be reused, cannot be read: {error}",
-            disk.overlay,
-            disk.drive.name()
-        );
-    }
-    if magic != *b"QFI\xfb" {
-        fail!(
-            ConfigUnsupported,
-            "external snapshot file '{}' of disk '{}', which is to be reused, is no qcow2 image",
-            disk.overlay,
-            disk.drive.name()
-        );
-    }
-    Ok(())
+fn commit(disk: &DiskPlan, file: &OverlayFile) -> Result<()> {
+    overlay_file::commit(file.file(), &disk.drive.file, &disk.drive.format)
 }
 
 fn merge(disk: &DiskPlan, caller: &mut Caller) -> Result<()> {

@@ -4,13 +4,13 @@
 //! on with, and `<revertDisks>` (libvirt >= 9.9) those of the last revert.
 
 use std::ops::Range;
-use std::path::Path;
 
 use quick_xml::escape::escape;
 use roxmltree::Node;
 
+use super::volumes::{self, Volume};
 use crate::error::{Code, Error, Result, fail};
-use crate::guest::images::{Id, id};
+use crate::guest::images::{self, Id, id};
 use crate::libvirt::{Domain, Snapshot, xml as xml_flags};
 use crate::snapshot::domain::{Source, Storage};
 use crate::snapshot::{self, Notes, xml};
@@ -22,6 +22,8 @@ pub struct Tree {
     pub snapshots: Vec<Recorded>,
     /// The name of the current one.
     pub current: Option<String>,
+    /// The volumes that their disks are on.
+    pub volumes: Vec<Volume>,
 }
 
 /// One of them.
@@ -47,6 +49,8 @@ pub struct Recorded {
     pub inactive_images: Vec<DiskImage>,
     /// What we have noted down of it.
     pub notes: Notes,
+    /// libvirt calls images of it by pool and volume.
+    pub on_volumes: bool,
     xml: String,
 }
 
@@ -108,8 +112,11 @@ impl Tree {
         let step = "cannot read the domain's snapshots";
         let handles = domain.snapshots().map_err(|error| error.into_error(step))?;
         let snapshots = handles.into_iter().map(Recorded::read).collect::<Result<Vec<_>>>()?;
+        let volumes = volumes::of_records(snapshots.iter().map(Recorded::xml))?;
+        let named = snapshots.into_iter().map(|snapshot| snapshot.with_paths(&volumes));
+        let snapshots = named.collect::<Result<Vec<_>>>()?;
         let current = domain.current_snapshot().map_err(|error| error.into_error(step))?;
-        Ok(Tree { snapshots, current: current.map(|current| current.name()) })
+        Ok(Tree { snapshots, current: current.map(|current| current.name()), volumes })
     }
 
     /// The snapshot of this name.
@@ -147,6 +154,20 @@ impl Recorded {
     pub fn read(handle: Snapshot) -> Result<Recorded> {
         let step = format!("cannot read the record of snapshot '{}'", handle.name());
         let text = handle.xml(xml_flags::SECURE).map_err(|error| error.into_error(&step))?;
+        Recorded::parse(handle, text)
+    }
+
+    /// It, with paths in the place of these volumes.
+    pub fn with_paths(self, volumes: &[Volume]) -> Result<Recorded> {
+        let text = volumes::record_with_paths(&self.xml, volumes)?;
+        if text == self.xml {
+            return Ok(self);
+        }
+        Ok(Recorded { on_volumes: true, ..Recorded::parse(self.handle, text)? })
+    }
+
+    fn parse(handle: Snapshot, text: String) -> Result<Recorded> {
+        let step = format!("cannot read the record of snapshot '{}'", handle.name());
         let document = xml::parse(&text, "domainsnapshot", &xml::RECORDED)
             .map_err(|error| Error::new(error.code, format!("{step}: {}", error.message)))?;
         let root = document.root_element();
@@ -164,6 +185,7 @@ impl Recorded {
             inactive_images: images("inactiveDomain"),
             notes: xml::child(root, "domain").map(Notes::read).unwrap_or_default(),
             handle,
+            on_volumes: false,
             xml: text.clone(),
         })
     }
@@ -244,7 +266,7 @@ impl Recorded {
     pub fn notes_afterwards(&self) -> Notes {
         let mut left: Vec<(String, String)> = self
             .overlays_of_disks()
-            .filter(|(_, overlay)| Path::new(overlay).exists())
+            .filter(|(_, overlay)| images::is_there(overlay, "qcow2"))
             .map(|(target, overlay)| (target.to_owned(), overlay.to_owned()))
             .collect();
         left.sort();

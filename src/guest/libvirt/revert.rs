@@ -45,7 +45,7 @@ pub fn run(reach: &Reach, flags: u32) -> Result<()> {
     let tree = Tree::read(domain)?;
     let target = tree.get(&snapshot.name())?;
     let version = reach.version()?;
-    let users = Users::look(connect, domain)?;
+    let users = Users::look(connect, domain, &tree.volumes)?;
     let revert = Revert { connect, domain, version, tree: &tree, target, flags, users: &users };
     let state = revert.look()?;
     // Before libvirt's own revert too: it ends the domain first, and looks then.
@@ -64,7 +64,12 @@ pub fn is_libvirts(reach: &Reach) -> Result<bool> {
     }
     let (tree, domain) = (Tree::read(&reach.domain)?, &reach.domain);
     let disks = disks_of(domain).map_err(|error| error.into_error("cannot look at the domain"))?;
-    Ok(stock_can(&tree, tree.get(&reach.snapshot.name())?, &disks, &Users::look(&reach.connect, domain)?))
+    Ok(stock_can(
+        &tree,
+        tree.get(&reach.snapshot.name())?,
+        &disks,
+        &Users::look(&reach.connect, domain, &tree.volumes)?,
+    ))
 }
 
 /// Whether libvirt's own revert, where it has one, works and does no harm:
@@ -73,7 +78,7 @@ pub fn is_libvirts(reach: &Reach) -> Result<bool> {
 /// * it would give a disk that somebody else snapshots today's content;
 /// * without a current snapshot it crashes the daemon;
 /// * it removes the overlays that the current snapshot names, also those that another snapshot needs, or another guest, and
-///   those of disks that the domain does not have any more.
+///   those of disks that the domain does not have any more; of block devices it does not know how.
 fn stock_can(tree: &Tree, target: &Recorded, disks: &[DiskImage], users: &Users) -> bool {
     let on_files = target.external().all(|(_, image)| {
         let file = image.and_then(|image| image.file.as_deref());
@@ -85,6 +90,8 @@ fn stock_can(tree: &Tree, target: &Recorded, disks: &[DiskImage], users: &Users)
             let file = image.file.as_deref();
             image.kind == "file" && file.is_some_and(|file| Path::new(file).is_file())
         });
+    // Of volumes it has no paths.
+    let on_files = on_files && !target.on_volumes;
     let manual = target.disks.iter().any(|disk| disk.location == "manual");
     let Some(current) = tree.current.as_deref().and_then(|current| tree.get(current).ok()) else { return false };
     let leaves = if current.revert_disks.is_empty() { &current.disks } else { &current.revert_disks };
@@ -92,7 +99,8 @@ fn stock_can(tree: &Tree, target: &Recorded, disks: &[DiskImage], users: &Users)
     let Ok(needed) = needed_by_snapshots(tree) else { return false };
     let is_on = |overlay: &Id| disks.iter().filter_map(|disk| disk.file.as_deref()).any(|file| id(file) == *overlay);
     let harmed = |overlay: Id| {
-        overlay.exists() && (needed.contains(&overlay) || !is_on(&overlay) || users.of(&overlay).is_some())
+        overlay.exists()
+            && (!overlay.is_file() || needed.contains(&overlay) || !is_on(&overlay) || users.of(&overlay).is_some())
     };
     on_files && !manual && !removed.map(id).any(harmed)
 }
@@ -437,7 +445,7 @@ impl Revert<'_> {
             let ours = recorded.contains(&overlay) || images::is_of_revert(&overlay) || self.stands_on_frozen(disk);
             let unused = || self.users.other_domain_on(&overlay).is_none() && !locks::is_in_use(&overlay);
             if ours && !needed.contains(&overlay) && self.was_brought_back(disk) && unused() {
-                let _ = sys::remove_file(&overlay);
+                let _ = images::remove(&overlay);
             }
         }
     }

@@ -4,12 +4,14 @@
 //! becomes of the pool; what libvirt itself keeps of the domain is put back to the letter.
 
 use std::ops::Range;
+use std::path::Path;
 
 use quick_xml::escape::escape;
 use roxmltree::Node;
 use serde_json::Value;
 
 use crate::error::Result;
+use crate::guest::images;
 use crate::snapshot::domain::Storage;
 use crate::snapshot::xml;
 
@@ -38,6 +40,30 @@ pub fn of_domain(live_xml: &str, blocks: &Value) -> Result<Vec<Volume>> {
     Ok(disks.filter_map(volume).collect())
 }
 
+/// The volumes that disks of snapshots are on, as libvirt records its own: what is below the overlay that such a disk got.
+pub fn of_records<'a>(records: impl IntoIterator<Item = &'a str>) -> Result<Vec<Volume>> {
+    let mut found: Vec<Volume> = Vec::new();
+    for record in records.into_iter().filter(|record| record.contains("type='volume'")) {
+        let document = xml::parse(record, "domainsnapshot", &xml::RECORDED)?;
+        let root = document.root_element();
+        let lists = ["disks", "revertDisks"].into_iter().flat_map(|list| xml::children(root, list));
+        let overlays: Vec<Node> = lists.flat_map(|list| xml::children(list, "disk")).collect();
+        let disks = xml::children(root, "domain").flat_map(|domain| xml::children(domain, "devices"));
+        for disk in disks.flat_map(|devices| xml::children(devices, "disk")) {
+            let (Some((pool, name)), Some(target)) = (names(disk), xml::attribute(disk, "target", "dev")) else {
+                continue;
+            };
+            let of_disk = overlays.iter().filter(|overlay| overlay.attribute("name") == Some(target));
+            let paths = of_disk.filter_map(|overlay| Storage::of(*overlay)?.path().map(str::to_owned));
+            let below = paths.filter_map(|overlay| images::below(&overlay, "qcow2")).map(|(below, _)| below);
+            if let Some(path) = below.into_iter().find(|below| Path::new(below).exists()) {
+                found.push(Volume { pool: pool.into(), name: name.into(), path });
+            }
+        }
+    }
+    Ok(found)
+}
+
 /// Whether a disk of a domain is on a volume itself, and not only on an overlay of one.
 pub fn are_in(domain_xml: &str) -> bool {
     domain_xml.contains("<disk type='volume'")
@@ -45,9 +71,17 @@ pub fn are_in(domain_xml: &str) -> bool {
 
 /// A domain's XML with paths in the place of volumes.
 pub fn with_paths(domain_xml: &str, volumes: &[Volume]) -> Result<String> {
-    let document = xml::parse(domain_xml, "domain", &xml::GIVEN)?;
+    Ok(replaced(domain_xml, xml::parse(domain_xml, "domain", &xml::GIVEN)?.root_element(), volumes))
+}
+
+/// The same of a snapshot's record.
+pub fn record_with_paths(record: &str, volumes: &[Volume]) -> Result<String> {
+    Ok(replaced(record, xml::parse(record, "domainsnapshot", &xml::RECORDED)?.root_element(), volumes))
+}
+
+fn replaced(text: &str, root: Node, volumes: &[Volume]) -> String {
     let mut edits: Vec<(Range<usize>, String)> = Vec::new();
-    for element in document.root_element().descendants() {
+    for element in root.descendants() {
         let Some((pool, name)) = names(element) else { continue };
         let Some(volume) = volumes.iter().find(|volume| volume.pool == pool && volume.name == name) else { continue };
         let storage = Storage::at(&volume.path);
@@ -66,11 +100,11 @@ pub fn with_paths(domain_xml: &str, volumes: &[Volume]) -> Result<String> {
         }
     }
     edits.sort_by_key(|(range, _)| range.start);
-    let mut text = domain_xml.to_owned();
+    let mut text = text.to_owned();
     for (range, replacement) in edits.into_iter().rev() {
         text.replace_range(range, &replacement);
     }
-    Ok(text)
+    text
 }
 
 /// The pool and the volume of a disk, or of an image below one.

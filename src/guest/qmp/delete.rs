@@ -137,7 +137,7 @@ impl<'a> Delete<'a> {
         for disk in &self.record.disks {
             let overlay = Path::new(&disk.overlay);
             // What does not go needs no proof.
-            if !overlay.exists() || self.kept.contains_key(&id(&disk.overlay)) {
+            if !is_there(&disk.overlay) || self.kept.contains_key(&id(&disk.overlay)) {
                 continue;
             }
             let layers = images::chain(&disk.overlay, "qcow2")?;
@@ -228,7 +228,7 @@ impl<'a> Delete<'a> {
     /// that of a disk that was taken out of the guest, nor in anybody's use.
     fn check_abandoned(&mut self, drives: &[Drive], disk: &RecordedDisk) -> Result<()> {
         let RecordedDisk { name, overlay, image, .. } = disk;
-        if !Path::new(overlay).exists() || self.kept.contains_key(&id(overlay)) {
+        if !is_there(overlay) || self.kept.contains_key(&id(overlay)) {
             return Ok(());
         }
         // The disk is the same where it stands on images of its snapshots; another can have its name by now.
@@ -351,7 +351,7 @@ impl<'a> Delete<'a> {
     fn remove_files(&mut self) -> Result<()> {
         for disk in &self.record.disks {
             let overlay = &disk.overlay;
-            if !Path::new(overlay).exists() || self.kept.contains_key(&id(overlay)) {
+            if !is_there(overlay) || self.kept.contains_key(&id(overlay)) {
                 continue;
             }
             self.close(overlay)?;
@@ -359,7 +359,8 @@ impl<'a> Delete<'a> {
                 fail!(OperationFailed, "disk '{}' still needs the overlay '{overlay}'", drive.name());
             }
             check_unused(overlay)?;
-            remove(overlay)?;
+            images::remove(Path::new(overlay))
+                .map_err(|error| Error::system(format!("cannot remove '{overlay}'"), error))?;
         }
         for nvram in &self.record.nvram {
             remove(&nvram.copy)?;
@@ -385,6 +386,10 @@ impl<'a> Delete<'a> {
 
 fn same(a: &str, b: &str) -> bool {
     a == b || sys::same_file(Path::new(a), Path::new(b))
+}
+
+fn is_there(overlay: &str) -> bool {
+    images::is_there(overlay, "qcow2")
 }
 
 fn is_in_chain(drive: &Drive, image: &str) -> bool {

@@ -32,7 +32,8 @@ use crate::snapshot::domain::Domain;
 const GREETING: Duration = Duration::from_secs(5);
 
 /// What is built where overlays and metadata are ours.
-pub(super) const BUILT_FLAGS: u32 = flags::NO_METADATA | flags::HALT | flags::ATOMIC | flags::LIVE | flags::INSTANT;
+pub(super) const BUILT_FLAGS: u32 =
+    flags::NO_METADATA | flags::HALT | flags::REUSE_EXT | flags::ATOMIC | flags::LIVE | flags::INSTANT;
 
 /// A QEMU with a QMP socket.
 #[derive(Debug)]

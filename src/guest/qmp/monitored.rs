@@ -10,7 +10,9 @@ use super::overlays::{self, Overlay};
 use super::{drives, process};
 use crate::error::{Code, Error, Result, fail};
 use crate::guest::exclusive::Exclusive;
-use crate::guest::{Deputy, Description, Guest, MEASURED, PATIENCE, Presence, Reserved, busy, foreign, open_images};
+use crate::guest::{
+    Deputy, Description, Guest, MEASURED, PATIENCE, Presence, Reserved, busy, foreign, open_images, overlay_file,
+};
 use crate::monitor::commands::{self, Status};
 use crate::monitor::json::Json;
 use crate::monitor::{Command, Deadline, Event, Execute, Failure};
@@ -176,6 +178,9 @@ impl<C: Channel> Guest for MonitorGuest<'_, C> {
     }
 
     fn create_overlays(&mut self, disks: &[DiskPlan]) -> Result<()> {
+        let records = self.store.map(Store::list).transpose()?.unwrap_or_default();
+        let images = records.iter().flat_map(|record| record.disks.iter().map(|disk| (&*record.name, &*disk.image)));
+        overlay_file::check_not_of_snapshots(disks, images)?;
         for (index, disk) in disks.iter().enumerate() {
             // Kept before it is made, so that whatever was made of it is undone.
             self.overlays.push(Overlay::new(disk, index));

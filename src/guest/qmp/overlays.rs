@@ -1,16 +1,13 @@
 //! Overlays by QMP: created while the guest runs, switched to in one transaction, merged back when a snapshot fails.
 
-use std::path::Path;
-
 use serde_json::{Value, json};
 
 use super::jobs::{self, Merge, Until};
 use crate::error::{Code, Error, Result, fail};
+use crate::guest::overlay_file::{Beforehand, OverlayFile};
 use crate::guest::{MonitorOverlay, PATIENCE, overlay_file};
 use crate::monitor::{Command, Deadline, Execute, Failure};
-use crate::own_file::OwnFile;
 use crate::snapshot::DiskPlan;
-use crate::sys;
 
 /// Of every node that we add.
 pub const NODE_PREFIX: &str = "instantsnap-";
@@ -24,7 +21,7 @@ pub struct Overlay {
     file_node: String,
     made: Made,
     /// Its file, once there is one.
-    own: Option<OwnFile>,
+    own: Option<OverlayFile>,
     merge: Merge,
 }
 
@@ -62,7 +59,7 @@ impl Overlay {
             node: self.node.clone(),
             file_node: self.file_node.clone(),
             image_node: merges.then(|| self.disk.drive.node.clone()),
-            file: self.own.as_ref().map(OwnFile::known),
+            file: self.own.as_ref().and_then(OverlayFile::known),
         }
     }
 }
@@ -92,7 +89,7 @@ impl From<&Overlay> for Switch {
 }
 
 /// Creates one: file, node of the file, qcow2 format, node of the format. QEMU itself formats it, with the backing file as
-/// it knows it.
+/// it knows it, unless it is an overlay already.
 pub fn create(monitor: &mut dyn Execute, overlay: &mut Overlay) -> Result<()> {
     let drive = &overlay.disk.drive;
     let path = &overlay.disk.overlay;
@@ -104,13 +101,13 @@ pub fn create(monitor: &mut dyn Execute, overlay: &mut Overlay) -> Result<()> {
             drive.file
         );
     }
-    let own = overlay.own.insert(overlay_file::create(path, &drive.file, drive.name())?);
+    let own = overlay.own.insert(OverlayFile::open(&overlay.disk, Beforehand::Taken)?);
     overlay.made = Made::File;
 
     let step = format!("cannot create external snapshot file '{path}' of disk '{}'", drive.name());
     let cache = json!({ "direct": drive.options.direct, "no-flush": drive.options.no_flush });
     let mut options = json!({
-        "driver": "file",
+        "driver": if own.is_device() { "host_device" } else { "file" },
         "node-name": overlay.file_node,
         "filename": path,
         "auto-read-only": true,
@@ -128,18 +125,20 @@ pub fn create(monitor: &mut dyn Execute, overlay: &mut Overlay) -> Result<()> {
     blockdev_add(monitor, &step, options)?;
     overlay.made = Made::FileNode;
 
-    let format = json!({
-        "driver": "qcow2",
-        "file": overlay.file_node,
-        "size": drive.size,
-        "backing-file": drive.file,
-        "backing-fmt": drive.format,
-    });
-    let job = format!("{}-create", overlay.node);
-    let command = Command::new("blockdev-create", json!({ "job-id": job, "options": format }));
-    monitor.run(&step, command, Deadline::after(PATIENCE))?;
-    jobs::wait(monitor, &[job], Until::Completed, |_, _| ())
-        .map_err(|error| Error::new(error.code, format!("{step}: {}", error.message)))?;
+    if own.is_new() {
+        let format = json!({
+            "driver": "qcow2",
+            "file": overlay.file_node,
+            "size": drive.size,
+            "backing-file": drive.file,
+            "backing-fmt": drive.format,
+        });
+        let job = format!("{}-create", overlay.node);
+        let command = Command::new("blockdev-create", json!({ "job-id": job, "options": format }));
+        monitor.run(&step, command, Deadline::after(PATIENCE))?;
+        jobs::wait(monitor, &[job], Until::Completed, |_, _| ())
+            .map_err(|error| Error::new(error.code, format!("{step}: {}", error.message)))?;
+    }
 
     let mut options = json!({
         "driver": "qcow2",
@@ -158,7 +157,7 @@ pub fn create(monitor: &mut dyn Execute, overlay: &mut Overlay) -> Result<()> {
     overlay.made = Made::Node;
 
     // From the switch on the guest's data is in it: its name must not be lost in a crash of the host.
-    own.file().sync_all().and_then(|()| sys::sync_parent(Path::new(path))).map_err(|error| Error::system(step, error))
+    own.sync(path).map_err(|error| Error::system(step, error))
 }
 
 fn blockdev_add(monitor: &mut dyn Execute, step: &str, options: Value) -> Result<()> {
@@ -268,12 +267,12 @@ fn discard_one(monitor: &mut dyn Execute, overlay: &Overlay) -> Result<()> {
             }
         }
     }
-    remove(overlay)
+    discard_file(overlay)
 }
 
-fn remove(overlay: &Overlay) -> Result<()> {
+fn discard_file(overlay: &Overlay) -> Result<()> {
     let Some(own) = &overlay.own else { return Ok(()) };
-    own.remove().map_err(|error| Error::system(format!("cannot remove '{}'", overlay.disk.overlay), error))
+    own.discard().map_err(|error| Error::system(format!("cannot discard '{}'", overlay.disk.overlay), error))
 }
 
 /// For a QEMU that has ended. `switched`: the overlays may hold what the guest wrote; then they are merged by `qemu-img`, or
@@ -306,7 +305,7 @@ pub fn merge_and_discard_offline(overlays: &mut Vec<Overlay>, switched: bool) ->
             )
         })?;
     }
-    overlays.drain(..).rev().try_for_each(|overlay| remove(&overlay))
+    overlays.drain(..).rev().try_for_each(|overlay| discard_file(&overlay))
 }
 
 fn paths(overlays: &[Overlay]) -> String {
