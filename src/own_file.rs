@@ -84,6 +84,8 @@ pub enum Undo {
     Remove,
     /// It was there before, and empty, and is so again.
     Empty,
+    /// A block device, which stays. The header of the overlay on it goes.
+    Wipe,
 }
 
 #[cfg(test)]

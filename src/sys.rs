@@ -311,26 +311,50 @@ pub fn unlink(path: &CStr) {
     unsafe { libc::unlink(path.as_ptr()) };
 }
 
-/// Empties a file, where it is still that of this device and inode, and no process has it open as QEMU opens an image. For a
+/// Changes a file, where it is still that of this device and inode, and no process has it open as QEMU opens an image. For a
 /// process that [`Child::fork`] has started.
-pub fn empty(path: &CStr, id: (u64, u64)) {
-    // SAFETY: a NUL-terminated string, an open descriptor, and structures that live for the call.
-    unsafe {
-        let file = libc::open(path.as_ptr(), libc::O_WRONLY | libc::O_NOFOLLOW | libc::O_NONBLOCK | libc::O_CLOEXEC);
-        if file == -1 {
-            return;
+pub fn change_unused(path: &CStr, id: (u64, u64), change: fn(&OwnedFd)) {
+    // SAFETY: a NUL-terminated string; the descriptor is new, and nobody else's.
+    let file = unsafe {
+        match libc::open(path.as_ptr(), libc::O_RDWR | libc::O_NOFOLLOW | libc::O_NONBLOCK | libc::O_CLOEXEC) {
+            -1 => return,
+            fd => OwnedFd::from_raw_fd(fd),
         }
-        let mut found = MaybeUninit::<libc::stat>::uninit();
-        let mut lock = image_lock(IMAGE_LOCKS);
-        let same = libc::fstat(file, found.as_mut_ptr()) == 0 && {
+    };
+    let mut found = MaybeUninit::<libc::stat>::uninit();
+    // SAFETY: an open descriptor, and storage for the answer, which is filled in where the call succeeds.
+    let same = unsafe {
+        libc::fstat(file.as_raw_fd(), found.as_mut_ptr()) == 0 && {
             let found = found.assume_init();
             (found.st_dev, found.st_ino) == id
-        };
-        let asked = libc::fcntl(file, libc::F_GETLK, &raw mut lock);
-        if same && asked == 0 && lock.l_type == libc::F_UNLCK as libc::c_short {
-            libc::ftruncate(file, 0);
         }
-        libc::close(file);
+    };
+    let mut lock = image_lock(IMAGE_LOCKS);
+    // SAFETY: an open descriptor and a whole flock, which the call fills in.
+    let asked = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GETLK, &raw mut lock) };
+    if same && asked == 0 && lock.l_type == libc::F_UNLCK as libc::c_short {
+        change(&file);
+    }
+}
+
+/// Empties a file.
+pub fn empty(file: &OwnedFd) {
+    // SAFETY: an open descriptor.
+    unsafe { libc::ftruncate(file.as_raw_fd(), 0) };
+}
+
+/// Takes the header of a qcow2 image away.
+pub fn wipe(file: &OwnedFd) {
+    const MAGIC: [u8; 4] = *b"QFI\xfb";
+    const SECTOR: [u8; 512] = [0; 512];
+    let mut magic = [0_u8; MAGIC.len()];
+    // SAFETY: an open descriptor, and buffers of the lengths said.
+    unsafe {
+        let read = libc::pread(file.as_raw_fd(), magic.as_mut_ptr().cast(), magic.len(), 0);
+        if read == MAGIC.len() as isize && magic == MAGIC {
+            libc::pwrite(file.as_raw_fd(), SECTOR.as_ptr().cast(), SECTOR.len(), 0);
+            libc::fsync(file.as_raw_fd());
+        }
     }
 }
 

@@ -8,8 +8,8 @@ use std::process::Command;
 
 use common::way::{by_driver, open_guest};
 use common::{
-    ALL_SECTORS, At, INSTANTLY, Opened, assert_error, assert_untouched, block_of, machine, named, run, through_proxy,
-    unwritten,
+    ALL_SECTORS, At, INSTANTLY, Loop, Opened, assert_error, assert_untouched, block_of, machine, named, run,
+    through_proxy, unwritten,
 };
 use instantsnap::engine::{Phase, prepare_revert};
 use instantsnap::error::{Code, Error};
@@ -443,30 +443,6 @@ fn an_overlay_knows_its_image_and_the_images_format() {
                 );
             }
         }
-    }
-}
-
-/// A loop device, detached when dropped.
-struct Loop(String);
-
-impl Loop {
-    fn on(file: &Path) -> Option<Loop> {
-        let output = Command::new("losetup").args(["--find", "--show"]).arg(file).output();
-        match output {
-            Ok(output) if output.status.success() => {
-                Some(Loop(String::from_utf8(output.stdout).unwrap().trim().to_owned()))
-            }
-            output => {
-                eprintln!("skipped: no loop device: {output:?}");
-                None
-            }
-        }
-    }
-}
-
-impl Drop for Loop {
-    fn drop(&mut self) {
-        let _ = Command::new("losetup").args(["-d", &self.0]).status();
     }
 }
 

@@ -8,7 +8,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use common::way::{by_driver, open};
-use common::{At, INSTANTLY, Opened, assert_says, files_below, machine, named, through_proxy};
+use common::{At, INSTANTLY, Loop, Opened, assert_says, files_below, machine, named, run, through_proxy};
 use instantsnap::engine::{Overlap, Phase};
 use instantsnap::error::Code;
 use instantsnap_testkit::{Binary, DEADLINE, Fingerprint, Guest, Machine, fingerprint, wait_for};
@@ -230,19 +230,23 @@ fn a_snapshot_of_another_network_namespace_is_not_taken_for_what_a_killed_one_ha
 }
 
 #[test]
-fn a_caller_that_is_killed_leaves_its_empty_file_empty() {
+fn a_caller_that_is_killed_leaves_its_empty_file_empty_and_its_device_without_an_overlay() {
     if by_driver() {
         // A driver is not told that its disks are off the overlays, so they stay there.
         return;
     }
     for binary in Binary::any() {
-        let opened = Opened::start(&machine(binary, 1).memory(128).prealloc().append("dense=64"));
+        let opened = Opened::start(&machine(binary, 2).memory(128).prealloc().append("dense=64"));
         let empty = opened.guest.directory().join("empty");
         std::fs::write(&empty, "").unwrap();
-        let xml = format!(
-            "<domainsnapshot><name>killed</name><disks><disk name='vd0'><source file='{}'/></disk></disks></domainsnapshot>",
-            empty.display()
-        );
+        let backing = opened.guest.directory().join("backing");
+        std::fs::File::create(&backing).unwrap().set_len(32 << 20).unwrap();
+        let device = Loop::on(&backing);
+        let file = format!("<disk name='vd0'><source file='{}'/></disk>", empty.display());
+        let block =
+            device.iter().map(|device| format!("<disk name='vd1' type='block'><source dev='{}'/></disk>", device.0));
+        let disks = file + &block.collect::<String>();
+        let xml = format!("<domainsnapshot><name>killed</name><disks>{disks}</disks></domainsnapshot>");
         for phase in [Phase::Pause, Phase::Drain] {
             let before = fingerprint(&mut opened.guest.control());
             let nothing = nodes_and_files(&opened);
@@ -251,7 +255,8 @@ fn a_caller_that_is_killed_leaves_its_empty_file_empty() {
             assert_eq!(status.signal(), Some(9), "{status}");
             opened.guest.wait_ticks(3);
             wait_until_settled(&opened.guest, &before);
-            let is_empty = || std::fs::metadata(&empty).unwrap().len() == 0;
+            let is_raw = |device: &Loop| run("qemu-img", &["info", "-U", &device.0]).contains("file format: raw");
+            let is_empty = || std::fs::metadata(&empty).unwrap().len() == 0 && device.iter().all(is_raw);
             let undone =
                 wait_for(Duration::from_secs(60), || (nodes_and_files(&opened) == nothing && is_empty()).then_some(()));
             assert!(undone.is_some(), "killed in {phase:?}: {:?}, of {nothing:?}", nodes_and_files(&opened));

@@ -7,7 +7,7 @@ use std::process::{Child, Command, Stdio};
 
 use common::virt::{self, OpenedDomain};
 use common::way::by_client_only;
-use common::{ALL_SECTORS, At, INSTANTLY, run};
+use common::{ALL_SECTORS, At, INSTANTLY, Loop, run};
 use instantsnap::engine::Phase;
 use instantsnap::error::{Code, Error};
 use instantsnap::flags::{NO_METADATA, REUSE_EXT};
@@ -324,31 +324,9 @@ fn overlays_of_the_callers_own_are_used_and_never_removed() {
     guest.wait_ticks(ALL_SECTORS);
 }
 
-/// A loop device of QEMU's user, detached when dropped.
-struct Loop(String);
-
-impl Loop {
-    fn on(daemon: &Daemon, file: &Path) -> Option<Loop> {
-        let output = Command::new("losetup").args(["--find", "--show"]).arg(file).output();
-        match output {
-            Ok(output) if output.status.success() => {
-                let device = Loop(String::from_utf8(output.stdout).unwrap().trim().to_owned());
-                give(daemon, Path::new(&device.0));
-                Some(device)
-            }
-            output => {
-                eprintln!("skipped: no loop device: {output:?}");
-                None
-            }
-        }
-    }
-}
-
-impl Drop for Loop {
-    fn drop(&mut self) {
-        let _ = Command::new("losetup").args(["-d", &self.0]).status();
-        let _ = std::os::unix::fs::chown(&self.0, Some(0), None);
-    }
+/// A loop device of QEMU's user.
+fn loop_on(daemon: &Daemon, file: &Path) -> Option<Loop> {
+    Loop::on(file).inspect(|device| give(daemon, Path::new(&device.0)))
 }
 
 #[test]
@@ -357,7 +335,7 @@ fn a_block_device_gets_an_overlay_where_one_is_named() {
         let clones = Clones(daemon.another());
         let directory = directory_for(&daemon);
         let file = image_for(&daemon, &directory.path().join("backing"), Format::Raw);
-        let Some(device) = Loop::on(&daemon, &file) else { return };
+        let Some(device) = loop_on(&daemon, &file) else { return };
         let machine = Machine::new(&Binary::all()[0]).disk_on(Path::new(&device.0), Format::Raw).disk(Format::Qcow2);
         let opened = OpenedDomain::start(&machine, &daemon);
         let before = opened.trace();
@@ -389,7 +367,7 @@ fn a_block_device_is_one_in_the_definition_after_deletes_reverts_and_undo() {
     let daemon = virt::session();
     let directory = directory_for(&daemon);
     let file = image_for(&daemon, &directory.path().join("backing"), Format::Raw);
-    let Some(device) = Loop::on(&daemon, &file) else { return };
+    let Some(device) = loop_on(&daemon, &file) else { return };
     let machine = Machine::new(&Binary::all()[0]).disk_on(Path::new(&device.0), Format::Raw);
     let opened = OpenedDomain::start(&machine, &daemon);
     let guest = &opened.guest;
@@ -546,7 +524,7 @@ fn a_block_device_can_be_an_overlay_and_stays_in_place() {
         let backing = |name: &str| {
             let file = directory.path().join(name);
             std::fs::File::create(&file).unwrap().set_len(32 << 20).unwrap();
-            Loop::on(&daemon, &file)
+            loop_on(&daemon, &file)
         };
         let (Some(first), Some(second)) = (backing("first"), backing("second")) else { return };
         let opened = OpenedDomain::start(&machine(&Binary::all()[0]), &daemon);
@@ -621,7 +599,7 @@ fn an_overlay_made_beforehand_on_a_block_device_is_used_and_never_touched_by_an_
     let directory = directory_for(&daemon);
     let file = directory.path().join("backing");
     std::fs::File::create(&file).unwrap().set_len(32 << 20).unwrap();
-    let Some(device) = Loop::on(&daemon, &file) else { return };
+    let Some(device) = loop_on(&daemon, &file) else { return };
     let opened = OpenedDomain::start(&Machine::new(&Binary::all()[0]).disk(Format::Qcow2), &daemon);
     let guest = &opened.guest;
     let image = guest.disks()[0].file.clone();
@@ -907,7 +885,7 @@ fn a_domain_that_left_out_a_block_device_can_be_reverted() {
     let daemon = virt::session();
     let directory = directory_for(&daemon);
     let file = image_for(&daemon, &directory.path().join("backing"), Format::Raw);
-    let Some(device) = Loop::on(&daemon, &file) else { return };
+    let Some(device) = loop_on(&daemon, &file) else { return };
     // The guest checks what it writes: it leaves alone what is not in the snapshot.
     let machine = Machine::new(&Binary::all()[0])
         .disk(Format::Qcow2)

@@ -40,7 +40,12 @@ pub enum OverlayFile {
         file: File,
     },
     /// A block device, which stays, without an overlay on it. What was on it before is lost.
-    Device(File),
+    Device {
+        /// Its node: no link leads there.
+        path: PathBuf,
+        /// It.
+        file: File,
+    },
     /// An overlay that the caller has made beforehand, and that stays what it is.
     Reused(File),
 }
@@ -80,7 +85,7 @@ impl OverlayFile {
     pub fn file(&self) -> &File {
         match self {
             OverlayFile::Made(own) => own.file(),
-            OverlayFile::Emptied { file, .. } | OverlayFile::Device(file) | OverlayFile::Reused(file) => file,
+            OverlayFile::Emptied { file, .. } | OverlayFile::Device { file, .. } | OverlayFile::Reused(file) => file,
         }
     }
 
@@ -96,14 +101,14 @@ impl OverlayFile {
 
     /// What a process needs to know that undoes it in this one's place.
     pub fn known(&self) -> Option<KnownFile> {
-        match self {
-            OverlayFile::Made(own) => Some(own.known()),
-            OverlayFile::Emptied { path, file } => {
-                let found = file.metadata().ok()?;
-                Some(KnownFile { path: path.clone(), id: (found.dev(), found.ino()), undo: Undo::Empty })
-            }
-            OverlayFile::Device(_) | OverlayFile::Reused(_) => None,
-        }
+        let (path, file, undo) = match self {
+            OverlayFile::Made(own) => return Some(own.known()),
+            OverlayFile::Emptied { path, file } => (path, file, Undo::Empty),
+            OverlayFile::Device { path, file } => (path, file, Undo::Wipe),
+            OverlayFile::Reused(_) => return None,
+        };
+        let found = file.metadata().ok()?;
+        Some(KnownFile { path: path.clone(), id: (found.dev(), found.ino()), undo })
     }
 
     /// Undoes it: no QEMU has it open any more.
@@ -111,11 +116,13 @@ impl OverlayFile {
         match self {
             OverlayFile::Made(own) => own.remove(),
             OverlayFile::Reused(_) => Ok(()),
-            OverlayFile::Emptied { file, .. } | OverlayFile::Device(file) if sys::is_locked(file, sys::IMAGE_LOCKS) => {
+            OverlayFile::Emptied { file, .. } | OverlayFile::Device { file, .. }
+                if sys::is_locked(file, sys::IMAGE_LOCKS) =>
+            {
                 Err(io::Error::other("a QEMU has it open, and its content stays"))
             }
             OverlayFile::Emptied { file, .. } => file.set_len(0),
-            OverlayFile::Device(file) => images::wipe(file),
+            OverlayFile::Device { file, .. } => images::wipe(file),
         }
     }
 
@@ -195,7 +202,7 @@ fn take(disk: &DiskPlan, beforehand: Beforehand) -> Result<OverlayFile> {
     if sys::is_locked(&file, sys::IMAGE_LOCKS) {
         return Err(in_use(disk, "a QEMU has it open"));
     }
-    Ok(if is_device { OverlayFile::Device(file) } else { OverlayFile::Emptied { path: real, file } })
+    Ok(if is_device { OverlayFile::Device { path: real, file } } else { OverlayFile::Emptied { path: real, file } })
 }
 
 fn in_use(disk: &DiskPlan, why: &str) -> Error {
@@ -339,9 +346,11 @@ mod tests {
             // By a process that was forked.
             taken.format(&image, "raw", 1 << 20).unwrap();
             let as_c = std::ffi::CString::new(empty.clone()).unwrap();
-            sys::empty(&as_c, (known.id.0, known.id.1 + 1));
+            sys::change_unused(&as_c, (known.id.0, known.id.1 + 1), sys::empty);
             assert_ne!(std::fs::read(&empty).unwrap(), b"");
-            sys::empty(&as_c, known.id);
+            sys::change_unused(&as_c, known.id, sys::wipe);
+            assert!(images::Header::read(taken.file()).is_none());
+            sys::change_unused(&as_c, known.id, sys::empty);
             assert_eq!(std::fs::read(&empty).unwrap(), b"");
         }
         let refused = |name: &str, beforehand, part: &str| {

@@ -343,3 +343,29 @@ impl Drop for OtherQemu {
         let _ = self.0.wait();
     }
 }
+
+/// A loop device, detached when dropped.
+pub struct Loop(pub String);
+
+impl Loop {
+    /// None where the machine has none.
+    pub fn on(file: &Path) -> Option<Loop> {
+        let output = std::process::Command::new("losetup").args(["--find", "--show"]).arg(file).output();
+        match output {
+            Ok(output) if output.status.success() => {
+                Some(Loop(String::from_utf8(output.stdout).unwrap().trim().to_owned()))
+            }
+            output => {
+                eprintln!("skipped: no loop device: {output:?}");
+                None
+            }
+        }
+    }
+}
+
+impl Drop for Loop {
+    fn drop(&mut self) {
+        let _ = std::process::Command::new("losetup").args(["-d", &self.0]).status();
+        let _ = std::os::unix::fs::chown(&self.0, Some(0), None);
+    }
+}

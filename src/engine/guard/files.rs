@@ -26,7 +26,8 @@ impl Discard {
         match self.undo {
             Undo::Remove if sys::file_id(&self.path) == Some(self.id) => sys::unlink(&self.path),
             Undo::Remove => {}
-            Undo::Empty => sys::empty(&self.path, self.id),
+            Undo::Empty => sys::change_unused(&self.path, self.id, sys::empty),
+            Undo::Wipe => sys::change_unused(&self.path, self.id, sys::wipe),
         }
     }
 }
