@@ -40,8 +40,9 @@
  * - Processes. A snapshot forks one process of its own session, the guard, which ends with it. Should the caller
  *   be killed before that, the guard resumes the guest, takes QEMU's memory stream to its end (QEMU 7.2 would freeze
  *   the guest otherwise), puts the migration settings back, merges the overlays (not those of a driver's domain that its
- *   disks were switched to) and removes what was made for the snapshot. The guard raises no SIGCHLD, and no wait() of the caller's sees it. It is in the caller's cgroup:
- *   what ends all of that (a container's end, systemd's KillMode=control-group) ends it too. `qemu-img` is run for
+ *   disks were switched to) and removes what was made for the snapshot. An overlay that it cannot merge stays in use, and
+ *   the machine's log (/dev/log) is told of it. The guard raises no SIGCHLD, and no wait() of the caller's sees it. It is
+ *   in the caller's cgroup: what ends all of that (a container's end, systemd's KillMode=control-group) ends it too. `qemu-img` is run for
  *   instantsnap_snapshot_prepare_revert() and instantsnap_snapshot_delete(), and where QEMU itself ends during a snapshot.
  *   Programs are found in PATH (in a setuid process in /usr/bin, /bin, /usr/sbin and /sbin), and have an environment of their
  *   own: nothing that the caller is preloaded with, no INSTANTSNAP_ variable. They too raise no SIGCHLD in the caller and are

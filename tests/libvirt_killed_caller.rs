@@ -2,7 +2,10 @@
 
 mod common;
 
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixDatagram;
 use std::os::unix::process::ExitStatusExt;
+use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
@@ -31,6 +34,9 @@ fn child() {
     let flags = if phase == PHASES.len() { INSTANTLY | HALT } else { INSTANTLY };
     let mut observer = At(|now| {
         if PHASES.get(phase) == Some(&now) {
+            if let Ok(image) = std::env::var("INSTANTSNAP_TEST_WRITE_PROTECT") {
+                set_mode(Path::new(&image), 0o444);
+            }
             rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL).unwrap();
         }
     });
@@ -51,6 +57,35 @@ fn child_in(opened: &OpenedDomain, phase: usize) -> Command {
         .env("INSTANTSNAP_TEST_PHASE", phase.to_string())
         .stdout(std::process::Stdio::null());
     command
+}
+
+fn set_mode(file: &Path, mode: u32) {
+    std::fs::set_permissions(file, std::fs::Permissions::from_mode(mode)).unwrap();
+}
+
+/// The machine's log, on a machine that has none.
+struct Log(UnixDatagram);
+
+impl Log {
+    const PLACE: &str = "/dev/log";
+
+    fn start() -> Option<Log> {
+        let log = UnixDatagram::bind(Log::PLACE).ok()?;
+        log.set_read_timeout(Some(Duration::from_secs(90))).unwrap();
+        Some(Log(log))
+    }
+
+    fn line(&self) -> String {
+        let mut buffer = [0; 4096];
+        let got = self.0.recv(&mut buffer).expect("the log is told of nothing");
+        String::from_utf8(buffer[..got].to_vec()).unwrap()
+    }
+}
+
+impl Drop for Log {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(Log::PLACE);
+    }
 }
 
 fn take_snapshot_and_die(opened: &OpenedDomain, phase: usize) {
@@ -108,6 +143,29 @@ fn a_caller_that_is_killed_leaves_its_empty_file_empty() {
     let is_empty = wait_for(Duration::from_secs(30), || (std::fs::metadata(&empty).unwrap().len() == 0).then_some(()));
     assert!(is_empty.is_some(), "{} bytes are left", std::fs::metadata(&empty).unwrap().len());
     opened.guest.wait_ticks(65);
+}
+
+/// Nobody else is left who could be told.
+#[test]
+fn an_overlay_that_the_watchdog_of_a_killed_caller_cannot_merge_stays_and_the_log_says_so() {
+    let Some(log) = Log::start() else { return eprintln!("skipped: this machine has a log") };
+    let daemon = Daemon::session();
+    let opened = OpenedDomain::start(&machine(&Binary::under_libvirt()[0], 1), &daemon);
+    let image = opened.guest.disks()[0].file.clone();
+    let drain = PHASES.iter().position(|phase| *phase == Phase::Drain).unwrap();
+    let mut caller = child_in(&opened, drain);
+    assert!(!caller.env("INSTANTSNAP_TEST_WRITE_PROTECT", &image).status().unwrap().success());
+    let (line, overlay) = (log.line(), image.with_extension("killed"));
+    for part in ["'killed'", overlay.to_str().unwrap(), "'vda'", image.to_str().unwrap()] {
+        assert!(line.contains(part), "{line}");
+    }
+    opened.guest.wait_ticks(3);
+    // As it says.
+    set_mode(&image, 0o644);
+    let words = line.split('`').nth(1).unwrap().strip_prefix("virsh ").unwrap();
+    daemon.virsh(&words.split(' ').collect::<Vec<_>>());
+    assert!(opened.guest.virsh("domblklist", &[]).contains(&*format!("{}\n", image.display())));
+    opened.guest.wait_ticks(3);
 }
 
 /// The memory is on disk, and the snapshot recorded: the guest ends, and nothing else has its memory.

@@ -62,6 +62,8 @@ const RESUMED: Result<(), (Code, &str)> = Err((OperationFailed, "has resumed the
 const RESET: Result<(), (Code, &str)> = Err((OperationFailed, "the guest was reset in the pause"));
 const WRITTEN: Result<(), (Code, &str)> = Err((OperationFailed, "disk 'vda' was written to in the pause"));
 const ENDED: Result<(), (Code, &str)> = Err((OperationFailed, "domain is not running"));
+const ENDED_ONCE: Result<(), (Code, &str)> = Err((OperationFailed, ""));
+const ANEW: Result<(), (Code, &str)> = Err((OperationFailed, "has ended while its snapshot was being taken"));
 const REBUILT: Result<(), (Code, &str)> = Err((OperationFailed, "somebody has changed the images of disk 'vda'"));
 const BUSY: Result<(), (Code, &str)> = Err((OperationFailed, "already in active block job"));
 const UNKNOWN: Result<(), (Code, &str)> = Err((ConfigUnsupported, "cannot switch the domain's disks"));
@@ -125,9 +127,13 @@ const TABLE: &[Row] = &[
     row("dump",     Saved,    LOCKED, TAKEN, ("running", "OVERLAY")),
     row("dump",     Draining, Err("There's a migration process in progress"), TAKEN, ("running", "OVERLAY")),
 
-    row("destroy",  Paused,   OK, ENDED, ("shut off", "IMAGE")),
+    row("destroy",  Paused,   OK, ANEW, ("shut off", "IMAGE")),
     row("destroy",  Switched, OK, ENDED, ("shut off", "IMAGE")),
     row("destroy",  Draining, OK, ENDED, ("shut off", "IMAGE")),
+    // Another QEMU, which libvirt pauses, or switches, in the place of the first.
+    row("destroy; start", Prepared, OK, ANEW, ("running", "IMAGE")),
+    row("destroy; start", Paused,   OK, ANEW, ("running", "IMAGE")),
+    row("destroy; start", Switched, OK, ENDED_ONCE, ("running", "IMAGE")),
 
     // Down to the lowest image, which destroys the snapshot's.
     row("blockcommit --active --pivot", Paused,   OK, REBUILT, ("running", "BASE")),
@@ -201,6 +207,10 @@ impl Meddler<'_> {
                 run(&["resume", name])?;
                 guest.wait_ticks(3);
                 Ok(())
+            }
+            "destroy; start" => {
+                run(&["destroy", name])?;
+                run(&["start", name])
             }
             "save" | "dump" => run(&[self.row.virsh, name, file]),
             "snapshot" => run(&["snapshot-create-as", name, "theirs", "--disk-only"]),

@@ -357,14 +357,15 @@ impl Task<'_> {
         clock.enter(Phase::Arm);
         let keeps_paused = guest.background_keeps_paused();
         if begun.is_none() {
-            settings.unlock(guest, deadline)?;
             if self.mode == Mode::Background && !keeps_paused {
                 // By the time that it is armed the guest runs, and writes.
                 still.check(guest, deadline)?;
             }
             cancel.check()?;
-            // Last: QEMU cannot capture it in another state.
+            // Late: QEMU cannot capture it in another state.
             run_state::check(guest, self.stands, deadline)?;
+            // Last: until `migrate`, another client's save would be the background snapshot.
+            settings.unlock(guest, deadline)?;
             let stage = if self.running { Stage::Migrating } else { Stage::Draining };
             self.migrate(guest, &settings, made, stage, deadline)?;
         }
@@ -524,8 +525,9 @@ impl Task<'_> {
         made.guarded.enter(stage);
         commands::migrate(guest, FD_NAME, deadline).map_err(|failure| {
             if matches!(failure, Failure::Refused(..)) {
-                // The migration that there may be is somebody else's.
+                // The migration that there may be is another client's.
                 made.guarded.enter(before);
+                made.outrun = self.mode == Mode::Background;
             }
             failure.into_error("cannot start saving memory")
         })?;

@@ -43,6 +43,8 @@ pub struct Made {
     pub registered: bool,
     /// The disks are on their overlays.
     pub switched: bool,
+    /// Another client's migration may have begun in the place of ours: a background snapshot.
+    pub outrun: bool,
     /// The storage hook was called.
     pub storage: Option<Called>,
     /// How far the guest's own part has come, and who takes over should this process be killed.
@@ -80,6 +82,9 @@ impl Made {
         let mut left = Vec::new();
         let mut ended = false;
         let mut presence = self.insist(guest);
+        if presence == Presence::Here && self.outrun {
+            presence = sit_out(guest);
+        }
         if presence == Presence::Here {
             ended = self.undo_online(guest, &mut left, clock);
             if !left.is_empty() {
@@ -94,6 +99,10 @@ impl Made {
                 ended = true;
                 if self.registered {
                     left.extend(guest.withdraw().err().map(|error| error.message));
+                }
+                if self.outrun && self.switched && !guest.background_keeps_paused() {
+                    // What the guest wrote since is no part of what the other client has saved.
+                    left.extend(guest.empty_overlays().err().map(|error| error.message));
                 }
                 if self.overlays {
                     left.extend(guest.merge_and_discard_offline(self.switched).err().map(|error| error.message));
@@ -211,6 +220,29 @@ impl Made {
     fn remove_files(&self) -> Result<()> {
         self.copies.iter().try_for_each(nvram::Copy::remove)?;
         self.image.as_ref().map_or(Ok(()), MemoryImage::remove)
+    }
+}
+
+/// Another client may have begun to save the guest, which was paused by us: then it saves the moment of our pause, and the
+/// guest must not write to its disks until that client is done with it, which may end QEMU.
+fn sit_out(guest: &mut dyn Guest) -> Presence {
+    let keeps_paused = guest.background_keeps_paused();
+    let deadline = Deadline::after(STUBBORN);
+    let mut seen = false;
+    loop {
+        let migrating = commands::query_migrate(guest, Deadline::after(PATIENCE))
+            .is_ok_and(|migration| migration.progress() == Progress::UnderWay);
+        seen |= migrating;
+        // An old QEMU starts the vCPUs once it has armed.
+        if migrating && !keeps_paused && guest.status().is_ok_and(|status| status.running) {
+            let _ = commands::stop(guest, Deadline::after(PATIENCE));
+        }
+        let presence = guest.presence();
+        let done = !seen || !migrating && guest.check_not_busy(&[]).is_ok();
+        if done || presence != Presence::Here || deadline.left().is_none() {
+            return presence;
+        }
+        std::thread::sleep(Duration::from_millis(5));
     }
 }
 

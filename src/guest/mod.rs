@@ -169,6 +169,8 @@ pub struct MonitorOverlay {
     pub image_node: Option<String>,
     /// Its file.
     pub file: Option<KnownFile>,
+    /// What is to be said where it stays in use.
+    pub complaint: String,
 }
 
 /// Makes the programs, given the QMP commands that put the migration settings back.
@@ -193,8 +195,19 @@ pub struct Errands {
     pub restore: Vec<Errand>,
     /// Removes the record of the snapshot.
     pub forget: Errand,
-    /// Merge one overlay each, if it is in use, and fail if it was not.
-    pub merge: Vec<Errand>,
+    /// Merge one overlay each.
+    pub merge: Vec<MergeErrand>,
+}
+
+/// Merges an overlay.
+#[derive(Clone, Debug)]
+pub struct MergeErrand {
+    /// Fails if it is not in use.
+    pub merge: Errand,
+    /// Succeeds if it is in use.
+    pub is_in_use: Errand,
+    /// What is to be said where it stays in use.
+    pub complaint: String,
 }
 
 /// A program.
@@ -311,6 +324,11 @@ pub trait Guest: Execute {
 
     /// Undoes the creation of overlays that are not in use.
     fn discard_overlays(&mut self) -> Result<()>;
+
+    /// Takes out of the overlays what the guest has written since the switch. QEMU has ended.
+    fn empty_overlays(&mut self) -> Result<()> {
+        Ok(())
+    }
 
     /// The same as the last two for a QEMU that has ended. `switched`: the disks may be on their overlays.
     fn merge_and_discard_offline(&mut self, switched: bool) -> Result<()>;

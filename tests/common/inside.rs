@@ -153,6 +153,9 @@ impl Subject {
         limit(&mut control, 4096);
         let status = control.execute("query-migrate", serde_json::json!({})).unwrap();
         assert_eq!(status["status"], "active", "too late: {status}");
+        // The first pages can come before the guest is resumed, and libvirt knows of that.
+        let runs = || (self.guest.virsh("domstate", &[]).trim() == "running").then_some(());
+        wait_for(Duration::from_secs(60), runs).unwrap_or_else(|| self.guest.fail("it is not resumed"));
         Slowed { control, before: parameters["max-bandwidth"].as_u64().unwrap() }
     }
 

@@ -7,6 +7,7 @@ use rustix::pipe::{PipeFlags, pipe_with};
 
 use super::Stage;
 use super::child::Remaining;
+use super::complaint::Complaint;
 use super::files::Discard;
 use super::reply::{Reader, Reply};
 use crate::guest;
@@ -70,6 +71,29 @@ impl Errand {
     }
 }
 
+/// Merges an overlay.
+#[derive(Debug)]
+struct Merge {
+    merge: Errand,
+    is_in_use: Errand,
+    complaint: Complaint,
+}
+
+impl Merge {
+    fn new(errand: guest::MergeErrand) -> Merge {
+        let guest::MergeErrand { merge, is_in_use, complaint } = errand;
+        Merge { merge: Errand::new(merge), is_in_use: Errand::new(is_in_use), complaint: Complaint::new(&complaint) }
+    }
+
+    fn run(&self, stage: Stage, stream: &mut Remaining) {
+        if !stage.is_switched() || self.merge.run(stream) {
+            self.merge.then_discard.iter().for_each(Discard::run);
+        } else if self.is_in_use.run(stream) {
+            self.complaint.send();
+        }
+    }
+}
+
 /// What is to be done, in order.
 #[derive(Debug)]
 pub struct Errands {
@@ -80,7 +104,7 @@ pub struct Errands {
     query_status: Errand,
     restore: Vec<Errand>,
     forget: Errand,
-    merge: Vec<Errand>,
+    merge: Vec<Merge>,
     files: Vec<Discard>,
 }
 
@@ -96,7 +120,7 @@ impl Errands {
             query_status: Errand::new(errands.query_status),
             restore: all(errands.restore),
             forget: Errand::new(errands.forget),
-            merge: all(errands.merge),
+            merge: errands.merge.into_iter().map(Merge::new).collect(),
             files: files.iter().filter_map(Discard::new).collect(),
         }
     }
@@ -129,11 +153,7 @@ impl Errands {
             errand.run(stream);
         }
         self.forget.run(stream);
-        for errand in &self.merge {
-            if !stage.is_switched() || errand.run(stream) {
-                errand.then_discard.iter().for_each(Discard::run);
-            }
-        }
+        self.merge.iter().for_each(|merge| merge.run(stage, stream));
         self.files.iter().for_each(Discard::run);
     }
 }

@@ -8,9 +8,11 @@
 //! It is a fork, not a program, so that there is nothing to install, and nothing to forbid. Between fork and exit it makes
 //! system calls only, on memory that was there before. How it speaks to the guest is the way in's affair ([`Deputy`]): by
 //! words on the monitor's socket, or by errands, programs that it runs. Either way it merges the overlays back, unless they
-//! are a driver's, and removes what was made for the snapshot.
+//! are a driver's, and removes what was made for the snapshot. What it cannot merge it leaves, and says so in the machine's
+//! log.
 
 mod child;
+mod complaint;
 mod errand;
 mod files;
 mod reply;

@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 
 use super::Stage;
 use super::child::Remaining;
+use super::complaint::Complaint;
 use super::files::Discard;
 use super::reply::{MARK, Reader, Reply};
 use crate::guest::MonitorOverlay;
@@ -37,11 +38,12 @@ struct Overlay {
     delete: String,
     delete_file_node: String,
     file: Option<Discard>,
+    complaint: Complaint,
 }
 
 impl Overlay {
     fn new(overlay: &MonitorOverlay) -> Overlay {
-        let MonitorOverlay { node, file_node, image_node, file } = overlay;
+        let MonitorOverlay { node, file_node, image_node, file, complaint } = overlay;
         let job = format!("{node}-undo");
         let delete = |node: &str| line("blockdev-del", &json!({ "node-name": node }));
         let commit =
@@ -52,6 +54,7 @@ impl Overlay {
             delete: delete(node),
             delete_file_node: delete(file_node),
             file: file.as_ref().and_then(Discard::new),
+            complaint: Complaint::new(complaint),
         }
     }
 
@@ -68,10 +71,14 @@ impl Overlay {
                 };
             }
         }
-        // What is in use QEMU keeps.
-        if say(&self.delete).is_some_and(|reply| reply.done) {
-            say(&self.delete_file_node);
-            self.file.iter().for_each(Discard::run);
+        match say(&self.delete) {
+            Some(reply) if reply.done => {
+                say(&self.delete_file_node);
+                self.file.iter().for_each(Discard::run);
+            }
+            // What is in use QEMU keeps. A driver's are its own to merge.
+            Some(_) if switched && !self.commit.is_empty() => self.complaint.send(),
+            _ => {}
         }
     }
 }

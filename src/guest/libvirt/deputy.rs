@@ -4,7 +4,7 @@ use serde_json::{Value, json};
 
 use super::overlays::Overlays;
 use crate::guest::overlay_file::OverlayFile;
-use crate::guest::{Errand, Errands};
+use crate::guest::{Errand, Errands, MergeErrand};
 use crate::snapshot::DiskPlan;
 use crate::tool;
 
@@ -45,7 +45,16 @@ pub fn errands(virsh: &Virsh, uuid: &str, restore: &[(&str, Value)], overlays: &
         // By its name: where the disk was not switched there is nothing to be merged, and it fails. libvirt can know the image
         // below by another name than its path.
         let words = ["blockcommit", uuid, target, "--top", overlay, "--shallow", "--active", "--pivot"];
-        Errand { then_discard: file.known(), ..virsh.run(&words) }
+        MergeErrand {
+            merge: Errand { then_discard: file.known(), ..virsh.run(&words) },
+            is_in_use: virsh.run(&["domblkinfo", uuid, overlay]),
+            complaint: format!(
+                "the caller that took snapshot '{snapshot}' of domain {uuid} was killed, and its overlay '{overlay}' of disk \
+                 '{target}' could not be merged back into '{}': the domain goes on with it, and it must not be removed; merge it \
+                 with `virsh blockcommit {uuid} {target} --shallow --active --pivot` when the cause is mended",
+                disk.drive.file
+            ),
+        }
     };
     Errands {
         look: virsh.run(&["uri"]),

@@ -251,6 +251,7 @@ impl Connector for LibvirtConnector {
             version: (0, 0),
             id: None,
             qemu: None,
+            another_is_paused: false,
             volumes: Vec::new(),
             _process: None,
             snapshot: String::new(),
@@ -310,6 +311,8 @@ struct LibvirtGuest<'a> {
     id: Option<u32>,
     /// QEMU's process, where it can be seen from here.
     qemu: Option<Peer>,
+    /// Another QEMU may have been paused in its place.
+    another_is_paused: bool,
     /// Holds that process: it can be opened by a socket of its own too.
     _process: Option<Exclusive>,
     /// The volumes that its disks are on.
@@ -613,9 +616,11 @@ impl Guest for LibvirtGuest<'_> {
     }
 
     fn pause(&mut self, deadline: Deadline) -> Result<()> {
-        self.caller
-            .call(deadline, Again::Harmless, Domain::suspend)
-            .map_err(|trouble| trouble.into_error("cannot pause the domain"))
+        let paused = self.caller.call(deadline, Again::Harmless, Domain::suspend);
+        // Which QEMU a late one pauses is not known.
+        self.another_is_paused = paused == Err(Trouble::Late);
+        paused.map_err(|trouble| trouble.into_error("cannot pause the domain"))?;
+        self.check_not_started_anew(deadline).inspect_err(|_| self.another_is_paused = true)
     }
 
     fn switch_disks(&mut self, deadline: Deadline) -> Result<()> {
@@ -627,7 +632,7 @@ impl Guest for LibvirtGuest<'_> {
         let switched = self.caller.call(deadline, Again::Never, move |domain| domain.create_snapshot(&xml, bits));
         self.switched =
             Some(switched.map_err(|trouble| trouble.into_error("cannot switch the domain's disks to their overlays"))?);
-        Ok(())
+        self.check_not_started_anew(deadline)
     }
 
     fn resize_overlay(&mut self, disk: &DiskPlan, size: u64, deadline: Deadline) -> Result<()> {
@@ -742,8 +747,17 @@ impl Guest for LibvirtGuest<'_> {
         self.overlays.discard()
     }
 
+    fn empty_overlays(&mut self) -> Result<()> {
+        match self.patiently("cannot look at the domain", Again::Harmless, Domain::is_active)? {
+            // It was started again, and goes on with what is in them.
+            true => Ok(()),
+            false => self.overlays.empty(),
+        }
+    }
+
     fn merge_and_discard_offline(&mut self, switched: bool) -> Result<()> {
         self.caller.settle(Deadline::after(2 * PATIENCE));
+        self.resume_another()?;
         if switched {
             let active = self.patiently("cannot look at the domain", Again::Harmless, Domain::is_active);
             if active == Ok(true) {
@@ -822,6 +836,43 @@ impl Guest for LibvirtGuest<'_> {
 }
 
 impl LibvirtGuest<'_> {
+    /// libvirt knows a domain by its UUID: one that another client has ended and started again since is another QEMU.
+    fn check_not_started_anew(&mut self, deadline: Deadline) -> Result<()> {
+        let has_ended = match &self.qemu {
+            // Without a question, for this is in the pause.
+            Some(qemu) => qemu.has_ended(),
+            None => {
+                let uuid = self.connector.uuid.clone();
+                let look = move |domain: &Domain| Ok(domain.connect()?.domain(&uuid)?.id());
+                let id = self.caller.call(deadline, Again::Harmless, look);
+                id.map_err(|trouble| trouble.into_error("cannot look the domain up"))? != self.id
+            }
+        };
+        if has_ended {
+            fail!(
+                OperationFailed,
+                "domain '{}' has ended while its snapshot was being taken; where another client has started it again, take the \
+                 snapshot again",
+                self.connector.name
+            );
+        }
+        Ok(())
+    }
+
+    /// Resumes the QEMU that was paused in the place of the one that is gone.
+    fn resume_another(&mut self) -> Result<()> {
+        if !std::mem::take(&mut self.another_is_paused) {
+            return Ok(());
+        }
+        let resumed = self.caller.call(Deadline::after(PATIENCE), Again::Harmless, |domain| {
+            let paused = domain.is_active()? && domain.state()? == State::Paused;
+            if paused { domain.resume() } else { Ok(()) }
+        });
+        resumed.map_err(|trouble| {
+            trouble.into_error("cannot resume the domain, which was paused as another client had just started it again")
+        })
+    }
+
     /// A domain that was saved, or migrated, goes on from there: with its overlays, where it had them by then.
     fn check_not_saved(&mut self) -> Result<()> {
         // A transient one is gone, and nobody knows how it ended.

@@ -7,12 +7,13 @@ use std::time::Duration;
 use super::call::{Again, Caller};
 use super::drives;
 use crate::error::{Code, Error, Result, fail};
-use crate::guest::overlay_file::{Beforehand, OverlayFile};
-use crate::guest::{PATIENCE, overlay_file};
+use crate::guest::PATIENCE;
+use crate::guest::overlay_file::{self, Beforehand, OverlayFile};
 use crate::libvirt::block;
 use crate::monitor::Deadline;
 use crate::snapshot::DiskPlan;
 use crate::snapshot::domain::{Domain, Source, Storage};
+use crate::sys;
 
 /// A merge that makes no progress for so long is given up.
 const STALLED: Duration = Duration::from_secs(60);
@@ -144,6 +145,21 @@ impl Overlays {
         Ok(())
     }
 
+    /// Takes everything out of those that were formatted for the snapshot. They are not in use.
+    pub fn empty(&self) -> Result<()> {
+        for (disk, file) in self.made().filter(|(_, file)| file.is_new()) {
+            let step = format!("cannot empty '{}' of disk '{}'", disk.overlay, disk.drive.name());
+            if sys::is_locked(file.file(), sys::IMAGE_LOCKS) {
+                fail!(OperationFailed, "{step}: it is in use");
+            }
+            if !file.is_device() {
+                file.file().set_len(0).map_err(|error| Error::system(&step, error))?;
+            }
+            format(disk, file)?;
+        }
+        Ok(())
+    }
+
     /// A domain's definition with the images below in the overlays' place, as it named them `before`; `None` where it names
     /// no overlay.
     pub fn without(&self, domain_xml: &str, before: &str) -> Result<Option<String>> {
@@ -187,23 +203,25 @@ fn place<'a>(disk: &DiskPlan, chains: &'a Chains) -> Option<(usize, Option<&'a s
 }
 
 fn create(disk: &DiskPlan, beforehand: Beforehand) -> Result<OverlayFile> {
-    let (drive, path) = (&disk.drive, &disk.overlay);
     let file = OverlayFile::open(disk, beforehand)?;
     if !file.is_new() {
         return Ok(file);
     }
-    let step = format!("cannot create external snapshot file '{path}' of disk '{}'", drive.name());
-    let created = file
-        .format(&drive.file, &drive.format, drive.size)
-        .map_err(|reason| Error::new(Code::OperationFailed, format!("{step}: {reason}")))
-        .and_then(|()| file.sync(path).map_err(|error| Error::system(&step, error)));
-    match created {
+    match format(disk, &file) {
         Ok(()) => Ok(file),
         Err(error) => {
             let _ = file.discard();
             Err(error)
         }
     }
+}
+
+fn format(disk: &DiskPlan, file: &OverlayFile) -> Result<()> {
+    let (drive, path) = (&disk.drive, &disk.overlay);
+    let step = format!("cannot create external snapshot file '{path}' of disk '{}'", drive.name());
+    file.format(&drive.file, &drive.format, drive.size)
+        .map_err(|reason| Error::new(Code::OperationFailed, format!("{step}: {reason}")))?;
+    file.sync(path).map_err(|error| Error::system(&step, error))
 }
 
 /// Merges an overlay that no QEMU has open.

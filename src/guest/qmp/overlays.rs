@@ -60,6 +60,14 @@ impl Overlay {
             file_node: self.file_node.clone(),
             image_node: merges.then(|| self.disk.drive.node.clone()),
             file: self.own.as_ref().and_then(OverlayFile::known),
+            complaint: format!(
+                "a caller that took a snapshot was killed, and the overlay '{}' of disk '{}' could not be merged back into \
+                 '{}': the guest goes on with it, and it must not be removed; merge it (QMP block-commit) when the cause is \
+                 mended",
+                self.disk.overlay,
+                self.disk.drive.name(),
+                self.disk.drive.file
+            ),
         }
     }
 }
