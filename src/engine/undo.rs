@@ -96,6 +96,7 @@ impl Made {
             Presence::Gone => {
                 // A QEMU that has ended takes its settings, its nodes and its migration with it.
                 left.clear();
+                left.push("the guest's QEMU has ended meanwhile".into());
                 ended = true;
                 if self.registered {
                     left.extend(guest.withdraw().err().map(|error| error.message));
