@@ -362,10 +362,10 @@ impl Task<'_> {
                 still.check(guest, deadline)?;
             }
             cancel.check()?;
-            // Late: QEMU cannot capture it in another state.
-            run_state::check(guest, self.stands, deadline)?;
-            // Last: until `migrate`, another client's save would be the background snapshot.
+            // Late: until `migrate`, another client's save would be a background snapshot ([`Made::outrun`]).
             settings.unlock(guest, deadline)?;
+            // Last: QEMU cannot capture it in another state.
+            run_state::check(guest, self.stands, deadline)?;
             let stage = if self.running { Stage::Migrating } else { Stage::Draining };
             self.migrate(guest, &settings, made, stage, deadline)?;
         }

@@ -98,6 +98,11 @@ impl Made {
                 left.clear();
                 left.push("the guest's QEMU has ended meanwhile".into());
                 ended = true;
+                if let Some((settings, mode)) = self.settings.as_ref().filter(|_| guest.is_started_again()) {
+                    // They can have been set in the one that was started since.
+                    left.extend(settings.restore(guest, *mode).err().map(|error| error.message));
+                    let _ = commands::closefd(guest, FD_NAME, Deadline::after(PATIENCE));
+                }
                 if self.registered {
                     left.extend(guest.withdraw().err().map(|error| error.message));
                 }

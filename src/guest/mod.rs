@@ -350,6 +350,11 @@ pub trait Guest: Execute {
     /// Ends the guest.
     fn halt(&mut self) -> Result<()>;
 
+    /// Whether there is another QEMU by now in the place of one that is gone, which has got what was said since.
+    fn is_started_again(&mut self) -> bool {
+        false
+    }
+
     /// Whether QEMU is there; reconnects if the connection was lost.
     fn presence(&mut self) -> Presence;
 }

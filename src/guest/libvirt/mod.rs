@@ -539,6 +539,7 @@ impl Guest for LibvirtGuest<'_> {
     }
 
     fn check_not_busy(&mut self, disks: &[DiskPlan]) -> Result<()> {
+        self.check_not_started_anew(Deadline::after(PATIENCE))?;
         let name = &self.connector.name;
         let step = format!("cannot ask for the jobs of domain '{name}'");
         let targets: Vec<_> = disks.iter().map(|disk| disk.drive.name().to_owned()).collect();
@@ -804,6 +805,10 @@ impl Guest for LibvirtGuest<'_> {
             true => domain.destroy(),
             false => Ok(()),
         })
+    }
+
+    fn is_started_again(&mut self) -> bool {
+        self.patiently("cannot look at the domain", Again::Harmless, Domain::is_active) == Ok(true)
     }
 
     fn presence(&mut self) -> Presence {
