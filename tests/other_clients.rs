@@ -454,3 +454,34 @@ fn another_clients_migration_is_not_taken_for_the_snapshots_own() {
         opened.assert_well();
     }
 }
+
+/// In the moment in which the lock is lifted for ours, another client can begin to save the guest: that is a background
+/// snapshot, of which QEMU before 9 resumes the guest as soon as it has armed. What the guest writes then is not in it.
+#[test]
+fn a_guest_that_another_client_saves_in_the_place_of_the_snapshot_stands_until_that_is_done() {
+    for binary in Binary::all() {
+        let (opened, proxy) = through_proxy(&machine(binary, 2).append("dense=16"));
+        let guest = &opened.guest;
+        stop_first(&opened);
+        let saved = guest.directory().join("saved");
+        let ours = proxy.hold("migrate", 1);
+        let slow = |bytes: u64| run(guest, "migrate-set-parameters", json!({ "max-bandwidth": bytes }));
+        let error = std::thread::scope(|scope| {
+            let snapshot = scope.spawn(|| opened.handle.create(&named("s"), INSTANTLY, &mut ()));
+            assert!(ours.wait_arrived(DEADLINE));
+            run(guest, "migrate", json!({ "uri": format!("exec:cat > {}", saved.display()) }));
+            slow(1 << 20);
+            wait_migration(guest, "active");
+            ours.release();
+            let looks = || (proxy.commands().iter().filter(|said| *said == "query-migrate").count() > 5).then_some(());
+            wait_for(DEADLINE, looks).expect("the undo waits for the other client");
+            assert_eq!(status(&mut guest.control()), "paused", "{}", binary.name);
+            slow(1 << 27);
+            snapshot.join().unwrap().expect_err("the guest is saved by another client")
+        });
+        assert_says(&error, Code::OperationFailed, &["cannot start saving memory"]);
+        wait_migration(guest, "completed");
+        opened.assert_well();
+        guest.wait_ticks(3);
+    }
+}
