@@ -93,14 +93,14 @@ impl Settings {
     /// would run on behind its back. So others are locked out, but for the moment in which our own migration begins
     /// ([`Settings::unlock`], [`Settings::lock`]), until [`Settings::restore`].
     pub fn apply(&self, guest: &mut dyn Guest, mode: Mode) -> Result<()> {
-        // First of all what the settings were, where the next snapshot finds it should this process be killed.
+        // Beside these QEMU can refuse every parameter, having taken the others before it took these.
+        self.switch_off(guest, mode, |name| EXCLUDE_TLS.contains(&name))?;
+        // Then what the settings were, where the next snapshot finds it should this process be killed.
         let mut parameters = self.parameters_for(mode);
         if let Some(record) = parameters.remove_entry(RECORD) {
             commands::migrate_set_parameters(guest, Map::from_iter([record]), Deadline::after(PATIENCE))?;
         }
-        let on = self.changeable().filter(|(_, state)| *state);
-        let off: Vec<_> = on.map(|(name, _)| (name.clone(), false)).collect();
-        set_capabilities(guest, &off, Deadline::after(PATIENCE)).map_err(|failure| explain(failure, mode))?;
+        self.switch_off(guest, mode, |_| true)?;
         if !parameters.is_empty() {
             commands::migrate_set_parameters(guest, parameters, Deadline::after(PATIENCE))?;
         }
@@ -110,6 +110,12 @@ impl Settings {
                 .map_err(|failure| explain(failure, mode))?;
         }
         Ok(())
+    }
+
+    fn switch_off(&self, guest: &mut dyn Guest, mode: Mode, which: impl Fn(&str) -> bool) -> Result<()> {
+        let on = self.changeable().filter(|(name, state)| *state && which(name));
+        let off: Vec<_> = on.map(|(name, _)| (name.clone(), false)).collect();
+        set_capabilities(guest, &off, Deadline::after(PATIENCE)).map_err(|failure| explain(failure, mode))
     }
 
     /// Notes another watchdog, where the settings are noted.
@@ -163,6 +169,9 @@ impl Settings {
             }
             Err(failure) => return Err(explain(failure)),
         }
+        let now = commands::query_migrate_parameters(guest, Deadline::after(PATIENCE))?;
+        let changed = parameters.into_iter().filter(|(name, value)| now.get(name) != Some(value));
+        let parameters: Map<_, _> = changed.collect();
         if !parameters.is_empty() {
             commands::migrate_set_parameters(guest, parameters, Deadline::after(PATIENCE))?;
         }
