@@ -140,7 +140,7 @@ impl Meddled {
                 }
             }
             Meddling::Plug => {
-                let device = json!({ "driver": "usb-tablet", "bus": "usb.0", "id": "others" });
+                let device = json!({ "driver": "usb-tablet", "bus": "usb.0", "port": "1", "id": "others" });
                 done.plugged |= say("device_add", device).is_ok();
             }
             Meddling::Unplug => drop(say("device_del", json!({ "id": "others" }))),
@@ -215,7 +215,7 @@ fn size_of(guest: &Guest) -> u64 {
 /// Brings a snapshot back, on a machine that has what others have plugged in, or not.
 fn assert_whole(opened: &Opened, name: &str, done: &Done, what: &str) {
     let plain = opened.guest.machine().clone();
-    let plugged = plain.clone().arg("-device").arg("usb-tablet,bus=usb.0,id=others");
+    let plugged = plain.clone().arg("-device").arg("usb-tablet,bus=usb.0,port=1,id=others");
     let machines = if done.plugged { vec![plain, plugged] } else { vec![plain] };
     let mut refused = Vec::new();
     for machine in machines {
