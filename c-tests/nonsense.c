@@ -113,8 +113,6 @@ static void bad_flags(instantsnap_guest *guest)
         {CREATE(REDEFINE) | CREATE(CURRENT), "CREATE_REDEFINE"},
         {CREATE(DISK_ONLY), "CREATE_DISK_ONLY"},
         {CREATE(DISK_ONLY) | CREATE(QUIESCE), "CREATE_DISK_ONLY"},
-        {CREATE(REUSE_EXT), "CREATE_REUSE_EXT"},
-        {INSTANT | CREATE(REUSE_EXT), "CREATE_REUSE_EXT"},
         {CREATE(LIVE), "CREATE_LIVE"},
         {CREATE(VALIDATE), "CREATE_VALIDATE"},
         {INSTANT | CREATE(VALIDATE), "CREATE_VALIDATE"},
@@ -131,6 +129,10 @@ static void bad_flags(instantsnap_guest *guest)
                     VIR_ERR_OPERATION_UNSUPPORTED);
         CHECK(strstr(instantsnap_last_error()->message, not_built[i].named));
     }
+    /* An overlay to be reused has to be there. */
+    CHECK_FAILS(instantsnap_snapshot_create_xml(guest, "<domainsnapshot/>", INSTANT | CREATE(REUSE_EXT), NULL) == -1,
+                VIR_ERR_CONFIG_UNSUPPORTED);
+    CHECK(strstr(instantsnap_last_error()->message, "to be reused"));
     CHECK_FAILS(instantsnap_snapshot_load(guest, "none", VIR_DOMAIN_SNAPSHOT_REVERT_RUNNING |
                                           VIR_DOMAIN_SNAPSHOT_REVERT_PAUSED) == -1, VIR_ERR_INVALID_ARG);
     CHECK_FAILS(instantsnap_snapshot_load(guest, "none", 1u << 31) == -1, VIR_ERR_INVALID_ARG);
