@@ -206,12 +206,15 @@ fn eight_domains_at_once_leave_workers_for_everybody_else() {
     let daemon = session(&[]);
     let clones = Daemon::session();
     let subjects: Vec<_> = (0..DOMAINS).map(|_| Subject::start(&busy_machine(), &daemon)).collect();
-    let (children, slowed): (Vec<_>, Vec<_>) = std::thread::scope(|scope| {
-        let begin = |subject: &'_ Subject| (subject.spawn("side"), subject.slow_down("side"));
+    let (children, slowed): (Vec<_>, Vec<Result<_, String>>) = std::thread::scope(|scope| {
+        let begin = |subject: &'_ Subject| (subject.spawn("side"), subject.try_slow_down("side"));
         let threads: Vec<_> = subjects.iter().map(|subject| scope.spawn(move || begin(subject))).collect();
         threads.into_iter().map(|thread| thread.join().unwrap()).unzip()
     });
-    // All are in the drain, and whoever asks is answered, what needs a domain's job included.
+    // They are in the drain, but for one whose memory was saved too soon, and other clients are answered, what needs a domain's
+    // job included.
+    let missed: Vec<_> = slowed.iter().filter_map(|slowed| slowed.as_ref().err()).collect();
+    assert!(missed.len() <= DOMAINS / 4, "{missed:?}");
     for subject in &subjects {
         subject.guest.virsh("dommemstat", &[]);
         assert_eq!(subject.guest.virsh("domstate", &[]).trim(), "running");
@@ -348,10 +351,11 @@ fn a_domain_that_is_to_be_saved_or_to_go_elsewhere_meanwhile_stays_and_its_snaps
         let is_recorded = || (flags & NO_METADATA != 0 || subject.snapshots() == [name]).then_some(());
         assert!(wait_for(Duration::from_secs(30), is_recorded).is_some(), "{}", daemon.log());
         let said = [
-            ("migrate", try_migrate(&subject, &elsewhere), says),
             ("save", daemon.try_virsh(&["save", guest.name(), file.to_str().unwrap()]), BUSY),
             ("managedsave", daemon.try_virsh(&["managedsave", guest.name()]), BUSY),
             ("dump", daemon.try_virsh(&["dump", "--live", guest.name(), file.to_str().unwrap()]), BUSY),
+            // Last: where it fails, libvirt lifts the limit that the drain is slowed by.
+            ("migrate", try_migrate(&subject, &elsewhere), says),
         ];
         for (what, said, part) in said {
             eprintln!("{what}: {said:?}");

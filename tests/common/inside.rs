@@ -141,6 +141,11 @@ impl Subject {
 
     /// Waits until memory is being drained, and slows that down so that it does not end before [`Slowed`] is dropped.
     pub fn slow_down(&self, name: &str) -> Slowed {
+        self.try_slow_down(name).unwrap_or_else(|why| self.guest.fail(&why))
+    }
+
+    /// The same; why not, where memory is not being saved, or is saved already.
+    pub fn try_slow_down(&self, name: &str) -> Result<Slowed, String> {
         let memory = self.memory(name);
         let mut control = self.control();
         wait_for(Duration::from_secs(60), || {
@@ -148,15 +153,18 @@ impl Subject {
             // The header of the image is 64 KiB and more.
             (written > 128 << 10).then_some(())
         })
-        .unwrap_or_else(|| self.guest.fail("no memory is being saved"));
+        .ok_or("no memory is being saved")?;
         let parameters = control.execute("query-migrate-parameters", serde_json::json!({})).unwrap();
         limit(&mut control, 4096);
         let status = control.execute("query-migrate", serde_json::json!({})).unwrap();
-        assert_eq!(status["status"], "active", "too late: {status}");
+        let slowed = Slowed { control, before: parameters["max-bandwidth"].as_u64().unwrap() };
+        if status["status"] != "active" {
+            return Err(format!("too late: {status}"));
+        }
         // The first pages can come before the guest is resumed, and libvirt knows of that.
         let runs = || (self.guest.virsh("domstate", &[]).trim() == "running").then_some(());
-        wait_for(Duration::from_secs(60), runs).unwrap_or_else(|| self.guest.fail("it is not resumed"));
-        Slowed { control, before: parameters["max-bandwidth"].as_u64().unwrap() }
+        wait_for(Duration::from_secs(60), runs).ok_or("it is not resumed")?;
+        Ok(slowed)
     }
 
     /// Waits until the memory image is complete.
