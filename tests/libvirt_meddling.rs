@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use common::meddling::{Deed, Extent, Random, When, assert_counts, assert_no_files, meddle, rounds};
 use common::virt::OpenedDomain;
-use common::{At, machine};
+use common::{At, PHASES, machine};
 use instantsnap::engine::Phase;
 use instantsnap::error::Error;
 use instantsnap_testkit::{Binary, DEADLINE, Daemon, thorough, wait_for};
@@ -56,23 +56,12 @@ const USUAL: [Meddling; 12] = [
     Meddling::AbortJob,
 ];
 
-const MOMENTS: [Phase; 8] = [
-    Phase::Validate,
-    Phase::Plan,
-    Phase::Prepare,
-    Phase::Pause,
-    Phase::Switch,
-    Phase::Arm,
-    Phase::Drain,
-    Phase::Finish,
-];
-
 fn deed(random: &mut Random) -> Deed<Meddling> {
     let what = match random.below(30) {
         0 => Meddling::DestroyAndStart,
         _ => random.one_of(&USUAL),
     };
-    let phase = random.one_of(&MOMENTS);
+    let phase = random.one_of(&PHASES);
     let when = match what {
         // In the last moment before QEMU captures the guest a reset ends it (docs/how-it-works.md).
         Meddling::Reset => When::In(phase),
