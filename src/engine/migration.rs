@@ -408,12 +408,18 @@ impl Stream {
         let so_far = Flow { done: self.flow(None).done, ..clock.flow() };
         let mut meter = clock.interval().map(|interval| Meter::new(interval, so_far));
         let mut quiet = Quiet::new(self.drain.bytes());
+        let mut muddled = false;
         let bytes = loop {
             cancel.check()?;
             if let Some(outcome) = self.drain.outcome() {
                 break outcome?;
             }
             if quiet.is_long(self.drain.bytes()) {
+                muddled |= self.is_muddled(guest, image, settings)?;
+                if muddled {
+                    // Otherwise QEMU would refuse every other migration, and new settings, for good.
+                    commands::migrate_cancel(guest, Deadline::after(PATIENCE))?;
+                }
                 self.look_for_end(guest)?;
                 quiet = Quiet::new(self.drain.bytes());
             }
@@ -428,9 +434,20 @@ impl Stream {
         match wait_ended(guest, settings, Deadline::after(PATIENCE))? {
             Ended::Completed => Ok(self.offset + bytes),
             // This is what QEMU says of another client's that came after ours. Then the stream itself tells.
-            Ended::Failed(reason) if reason.contains(LOCK) && image.has_whole_stream()? => Ok(self.offset + bytes),
+            Ended::Failed(reason) if (muddled || reason.contains(LOCK)) && image.has_whole_stream()? => {
+                Ok(self.offset + bytes)
+            }
             Ended::Failed(reason) => fail!(OperationFailed, "cannot save memory: {reason}"),
         }
+    }
+
+    /// Nothing has come for a while. Whether QEMU is setting up for ever: it has saved memory, said so, and had not closed its
+    /// end of the pipe when another client's `migrate` came, which QEMU refused for the lock. Then it has forgotten the pipe
+    /// (seen with QEMU 10.0; QEMU 7.2 ends there). Under the lock no migration can be another client's, and before its own
+    /// has set up the stream is not whole.
+    fn is_muddled(&self, guest: &mut dyn Guest, image: &MemoryImage, settings: &Settings) -> Result<bool> {
+        let Ok(migration) = commands::query_migrate(guest, Deadline::after(QUIET)) else { return Ok(false) };
+        Ok(migration.is_setting_up() && image.has_whole_stream()? && settings.is_still_locked(guest)?)
     }
 
     /// Nothing has come for a while. A process that the caller has forked, before QEMU had its end of the pipe, has that end
