@@ -149,6 +149,7 @@ impl Machine {
 
     /// Directory, disks and XML.
     fn make(&self, daemon: &Daemon) -> Guest {
+        crate::limit::begin();
         let directory = daemon.guest_directory();
         let disks: Vec<Disk> = self.make_disks(directory.path()).into_iter().enumerate().map(target).collect();
         std::fs::copy(crate::compile::tick_guest(), directory.path().join("tick.elf")).expect("the tick guest");

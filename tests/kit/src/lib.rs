@@ -23,6 +23,7 @@ pub mod fingerprint;
 pub mod guest;
 pub mod kvm;
 pub mod late_arm;
+pub mod limit;
 pub mod machine;
 pub mod packages;
 pub mod proxy;

@@ -245,6 +245,7 @@ impl Machine {
 
     /// Starts it, and does not wait for anything: its QEMU may yet end.
     pub(crate) fn spawn(&self) -> Guest {
+        crate::limit::begin();
         let directory = tempfile::Builder::new().prefix("instantsnap-").tempdir().expect("no temporary directory");
         let disks = self.make_disks(directory.path());
         // A copy, so that a QEMU run as another user can read it.

@@ -2,9 +2,12 @@
 
 /// Whether `INSTANTSNAP_TEST_LONG` is set; says so where it is not, and the test that asks is to return.
 pub fn thorough() -> bool {
-    let thorough = std::env::var_os("INSTANTSNAP_TEST_LONG").is_some();
-    if !thorough {
+    if !is_thorough() {
         eprintln!("skipped: it is run with INSTANTSNAP_TEST_LONG=1");
     }
-    thorough
+    is_thorough()
+}
+
+pub(crate) fn is_thorough() -> bool {
+    std::env::var_os("INSTANTSNAP_TEST_LONG").is_some()
 }
