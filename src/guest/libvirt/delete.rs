@@ -238,10 +238,34 @@ impl<'a> Delete<'a> {
                 return Err(error);
             }
         };
-        self.change_config(&replaced)?;
+        if let Err(error) = self.change_config(&replaced, &plan) {
+            let _ = renewal.end(self.domain, None);
+            return Err(error);
+        }
         renewal.end(self.domain, Some(&plan.former))?;
         self.forget()?;
         self.remove_files(&plan)
+    }
+
+    /// Whether a domain that was off is still, or on no image that goes: it can have been started before its definition was
+    /// changed.
+    fn check_not_started(&self, plan: &Plan) -> Result<()> {
+        let step = "cannot see whether the domain was started meanwhile";
+        if !self.live.is_empty() || !self.domain.is_active().map_err(|error| error.into_error(step))? {
+            return Ok(());
+        }
+        let xml = self.domain.xml(0).map_err(|error| error.into_error(step))?;
+        let images = domain_images(&volumes::with_paths(&xml, &self.tree.volumes)?)?;
+        let goes = |image: &Id| plan.goes().any(|going| going == image);
+        match images.iter().flat_map(DiskImage::layers).find(|image| goes(&id(image))) {
+            Some(image) => fail!(
+                OperationFailed,
+                "another client has started the domain while snapshot '{}' was being deleted, and it goes on with '{image}': delete \
+                 the snapshot again",
+                self.name()
+            ),
+            None => Ok(()),
+        }
     }
 
     /// What is known, for a plan.
@@ -547,18 +571,20 @@ impl<'a> Delete<'a> {
         })
     }
 
-    /// Puts the domain, at its next start, on the images that have the content of its own.
-    fn change_config(&self, replaced: &[Replaced]) -> Result<()> {
-        if self.config.is_empty() || replaced.is_empty() {
-            return Ok(());
-        }
+    /// Puts the domain, at its next start, on the images that have the content of its own. One that another client has started
+    /// meanwhile, on an image that goes, must find that at its next start too: what it writes is there.
+    fn change_config(&self, replaced: &[Replaced], plan: &Plan) -> Result<()> {
         let step = "cannot change the domain's disks";
-        let xml = self.domain.xml(xml::INACTIVE | xml::SECURE).map_err(|error| error.into_error(step))?;
-        let xml = volumes::with_paths(&xml, &self.tree.volumes)?;
-        if let Some(xml) = domain_with_replaced(&xml, replaced)? {
-            self.connect.define(&xml, 0).map_err(|error| error.into_error(step))?;
+        let define = |xml: &str| self.connect.define(xml, 0).map(drop).map_err(|error| error.into_error(step));
+        let mut before = None;
+        if !self.config.is_empty() && !replaced.is_empty() {
+            let xml = self.domain.xml(xml::INACTIVE | xml::SECURE).map_err(|error| error.into_error(step))?;
+            if let Some(changed) = domain_with_replaced(&volumes::with_paths(&xml, &self.tree.volumes)?, replaced)? {
+                define(&changed)?;
+                before = Some(xml);
+            }
         }
-        Ok(())
+        self.check_not_started(plan).or_else(|error| before.map_or(Ok(()), |xml| define(&xml)).and(Err(error)))
     }
 
     /// Has libvirt forget what goes.
@@ -603,8 +629,7 @@ impl<'a> Delete<'a> {
     /// The last step: the snapshots are gone, and only files are left of them.
     fn remove_files(&self, plan: &Plan) -> Result<()> {
         let memory = self.memory_files().into_iter().flat_map(|memory| [deleting(&memory), memory]);
-        let merged = plan.merges.iter().flat_map(|merge| merge.overlays.iter().cloned());
-        let overlays = merged.chain(plan.removed.iter().cloned());
+        let overlays = plan.goes().cloned();
         let removed = memory.map(|file| (sys::remove_file(&file), file));
         let removed = removed.chain(overlays.map(|file| (images::remove(&file), file)));
         let left: Vec<_> =

@@ -48,6 +48,9 @@ use crate::sys;
 /// A resume that libvirt does not come to is tried past it.
 const RESUME_SOON: Duration = Duration::from_secs(2);
 
+/// A domain that is started and ended by others is looked at so often before it is given up.
+const STARTS: u32 = 5;
+
 /// Where the daemon is, seen from here.
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Way {
@@ -760,16 +763,7 @@ impl Guest for LibvirtGuest<'_> {
         self.caller.settle(Deadline::after(2 * PATIENCE));
         self.resume_another()?;
         if switched {
-            let active = self.patiently("cannot look at the domain", Again::Harmless, Domain::is_active);
-            if active == Ok(true) {
-                // It was started again, on the overlays.
-                let chains = self.chains()?;
-                self.overlays.merge(&mut self.caller, &chains)?;
-            } else {
-                self.check_not_saved()?;
-                self.overlays.merge_offline()?;
-                self.put_definition_back()?;
-            }
+            self.merge_ended()?;
         }
         self.overlays.discard()
     }
@@ -876,6 +870,37 @@ impl LibvirtGuest<'_> {
         resumed.map_err(|trouble| {
             trouble.into_error("cannot resume the domain, which was paused as another client had just started it again")
         })
+    }
+
+    /// Merges the overlays of a domain that has ended. Another client may start it at any time, on the overlays as long as its
+    /// definition names them; until it is seen that it was not, they must not be removed.
+    fn merge_ended(&mut self) -> Result<()> {
+        let mut active = self.is_started_again();
+        for _ in 0..STARTS {
+            let merged = if active { self.merge_started() } else { self.merge_offline() };
+            let now = self.is_started_again();
+            if now == active || active && merged.is_ok() {
+                return merged;
+            }
+            active = now;
+        }
+        fail!(
+            OperationFailed,
+            "domain '{}' is started and ended again and again: the overlays {} may be in use, and must not be removed",
+            self.connector.name,
+            self.overlays.paths()
+        )
+    }
+
+    fn merge_started(&mut self) -> Result<()> {
+        let chains = self.chains()?;
+        self.overlays.merge(&mut self.caller, &chains)
+    }
+
+    fn merge_offline(&mut self) -> Result<()> {
+        self.check_not_saved()?;
+        self.overlays.merge_offline()?;
+        self.put_definition_back()
     }
 
     /// A domain that was saved, or migrated, goes on from there: with its overlays, where it had them by then.

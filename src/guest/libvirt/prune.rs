@@ -193,6 +193,11 @@ impl Snapshot {
 }
 
 impl Plan {
+    /// The overlays that are removed, once they are merged or without that.
+    pub fn goes(&self) -> impl Iterator<Item = &Id> {
+        self.merges.iter().flat_map(|merge| &merge.overlays).chain(&self.removed)
+    }
+
     /// All images that are changed or removed.
     pub fn touched(&self, graph: &Graph) -> BTreeSet<Id> {
         let mut touched = self.removed.clone();
