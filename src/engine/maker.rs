@@ -100,6 +100,8 @@ impl Process {
 
 #[cfg(test)]
 mod tests {
+    use rustix::process::WaitIdOptions;
+
     use super::*;
 
     #[test]
@@ -124,7 +126,10 @@ mod tests {
         noted["processes"].as_array_mut().unwrap().remove(0);
         assert!(of("net:[1]", &here.pid, &noted).unwrap().contains(&format!("process {}", watchdog.id())));
         watchdog.kill().unwrap();
-        assert_eq!(of("net:[1]", &here.pid, &noted), None, "its status was not even waited for");
+        let pid = rustix::process::Pid::from_child(&watchdog);
+        let ends = WaitIdOptions::EXITED | WaitIdOptions::NOWAIT;
+        rustix::process::waitid(rustix::process::WaitId::Pid(pid), ends).unwrap();
+        assert_eq!(of("net:[1]", &here.pid, &noted), None, "its status was not taken yet");
         watchdog.wait().unwrap();
         let from_within = Place { pid: "pid:[2]".into(), ..Place::here() };
         let unseen = at_work_seen_from(&noted, &from_within).unwrap();
