@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::process::Command;
 
-use common::{At, INSTANTLY, Opened, named, through_proxy};
+use common::{At, INSTANTLY, Opened, is_own_process, named, path_with_qemu_img, through_proxy};
 use instantsnap::engine::Phase;
 use instantsnap::error::{Code, Error};
 use instantsnap_testkit::{Binary, Disk, Fault, Format, Guest, Machine};
@@ -247,22 +247,6 @@ fn killed_after_migrate() {
     killed_after("migrate", 0);
 }
 
-/// Runs a test in a process of its own, for what it changes is the process's; whether this is that one.
-fn is_own_process(test: &str) -> bool {
-    const CHILD: &str = "INSTANTSNAP_TEST_CHILD";
-    if std::env::var_os(CHILD).is_some() {
-        return true;
-    }
-    let child = Command::new(std::env::current_exe().unwrap())
-        .args([test, "--exact", "--nocapture"])
-        .env(CHILD, "1")
-        .output()
-        .unwrap();
-    let text = String::from_utf8_lossy(&child.stderr);
-    assert!(child.status.success() && String::from_utf8_lossy(&child.stdout).contains("1 passed"), "{text}");
-    false
-}
-
 /// The memory of the guest drains, and it has written to its overlays; QEMU is killed, and `before_merge` is called.
 fn fail_to_merge(opened: &Opened, mut before_merge: impl FnMut()) -> (Error, u32) {
     let mut tick = 0;
@@ -284,13 +268,9 @@ fn a_killed_merge_keeps_the_overlays_of_a_caller_that_ignores_its_children() {
         return;
     }
     let stand_in = tempfile::tempdir().unwrap();
-    let file = stand_in.path().join("qemu-img");
-    std::fs::write(&file, "#!/bin/sh\n[ \"$1\" = commit ] && kill -9 $$\nexec /usr/bin/qemu-img \"$@\"\n").unwrap();
-    std::fs::set_permissions(&file, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    let script = "#!/bin/sh\n[ \"$1\" = commit ] && kill -9 $$\nexec /usr/bin/qemu-img \"$@\"\n";
     let path = std::env::var_os("PATH").unwrap();
-    let mut directories = vec![stand_in.path().to_owned()];
-    directories.extend(std::env::split_paths(&path));
-    let with_stand_in = std::env::join_paths(directories).unwrap();
+    let with_stand_in = path_with_qemu_img(stand_in.path(), script);
     for binary in Binary::all() {
         let opened = start(binary);
         // SAFETY: this process runs this one test, and its other threads are the harness's, which waits, and ours, which

@@ -4,31 +4,13 @@
 mod common;
 
 use std::ffi::OsString;
-use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
-use std::process::Command;
 
 use common::virt::OpenedDomain;
-use common::{ALL_SECTORS, At, assert_error, files_below, machine};
+use common::{ALL_SECTORS, At, assert_error, files_below, is_own_process, machine, path_with_qemu_img};
 use instantsnap::engine::Phase;
 use instantsnap::error::Code;
 use instantsnap_testkit::{Binary, Daemon};
-
-/// Runs a test in a process of its own, for the environment is the process's; whether this is that one.
-fn is_own_process(test: &str) -> bool {
-    const CHILD: &str = "INSTANTSNAP_TEST_CHILD";
-    if std::env::var_os(CHILD).is_some() {
-        return true;
-    }
-    let child = Command::new(std::env::current_exe().unwrap())
-        .args([test, "--exact", "--nocapture"])
-        .env(CHILD, "1")
-        .output()
-        .unwrap();
-    let said = [&child.stdout, &child.stderr].map(|said| String::from_utf8_lossy(said).into_owned()).concat();
-    assert!(child.status.success() && said.contains("1 passed"), "{said}");
-    false
-}
 
 /// A PATH with a qemu-img that starts a domain when it has merged an image for the `nth` time.
 fn starts_after_merge(directory: &Path, domain: &OpenedDomain, nth: usize) -> OsString {
@@ -42,11 +24,7 @@ fn starts_after_merge(directory: &Path, domain: &OpenedDomain, nth: usize) -> Os
          exit 0\n",
         directory.display()
     );
-    let file = directory.join("qemu-img");
-    std::fs::write(&file, script).unwrap();
-    std::fs::set_permissions(&file, PermissionsExt::from_mode(0o755)).unwrap();
-    let path = std::env::var_os("PATH").unwrap();
-    std::env::join_paths([directory.to_owned()].into_iter().chain(std::env::split_paths(&path))).unwrap()
+    path_with_qemu_img(directory, &script)
 }
 
 /// Calls it with this PATH.

@@ -308,6 +308,31 @@ pub fn run(program: &str, args: &[&str]) -> String {
     String::from_utf8(output.stdout).unwrap()
 }
 
+/// Runs a test in a process of its own, for the environment is the process's; whether this is that one.
+pub fn is_own_process(test: &str) -> bool {
+    const CHILD: &str = "INSTANTSNAP_TEST_CHILD";
+    if std::env::var_os(CHILD).is_some() {
+        return true;
+    }
+    let child = std::process::Command::new(std::env::current_exe().unwrap())
+        .args([test, "--exact", "--nocapture"])
+        .env(CHILD, "1")
+        .output()
+        .unwrap();
+    let said = [&child.stdout, &child.stderr].map(|said| String::from_utf8_lossy(said).into_owned()).concat();
+    assert!(child.status.success() && said.contains("1 passed"), "{said}");
+    false
+}
+
+/// A PATH that begins with a directory, in which this script stands for qemu-img.
+pub fn path_with_qemu_img(directory: &Path, script: &str) -> std::ffi::OsString {
+    let file = directory.join("qemu-img");
+    std::fs::write(&file, script).unwrap();
+    std::fs::set_permissions(&file, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    let path = std::env::var_os("PATH").unwrap();
+    std::env::join_paths([directory.to_owned()].into_iter().chain(std::env::split_paths(&path))).unwrap()
+}
+
 /// How many pages of a file the kernel has not written yet; `None` where it does not say (Linux before 6.5).
 pub fn unwritten(file: &str) -> Option<u64> {
     const CACHESTAT: libc::c_long = 451;
