@@ -472,6 +472,7 @@ int instantsnap_set_storage_hook(instantsnap_guest *guest, const instantsnap_sto
  *         (pflash) are copied to `MEMORY_IMAGE.DRIVE.nvram`. Disks with snapshot='no' are left out, those with
  *         snapshot='manual' are left to the hook of instantsnap_set_storage_hook().
  *
+ *         The overlay of a disk whose image is no file (a block device; network storage) must be named.
  *         An overlay that is named (`<source file='...'/>`, or `<source dev='...'/>` with type='block') is a new file, or, by
  *         libvirt's rule, a file that is there and empty, or a block device: these are formatted, and what was on the
  *         device is lost. A file with content is never overwritten, nor is anything that is in use, or is an image of the guest

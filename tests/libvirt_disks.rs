@@ -3,7 +3,7 @@
 mod common;
 
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::Command;
 
 use common::virt::{self, OpenedDomain};
 use common::way::by_client_only;
@@ -629,65 +629,6 @@ fn an_overlay_made_beforehand_on_a_block_device_is_used_and_never_touched_by_an_
     opened.delete("s", 0).unwrap();
     guest.wait_ticks(ALL_SECTORS);
     assert!(Path::new(&device.0).exists());
-}
-
-/// A server of a disk, ended when dropped.
-struct Server(Child);
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
-#[test]
-fn a_disk_on_network_storage_is_refused_and_can_be_left_out() {
-    let daemon = virt::session();
-    let directory = directory_for(&daemon);
-    let (image, socket) = (directory.path().join("remote.img"), directory.path().join("nbd.sock"));
-    make_image(&image, Format::Raw, None);
-    let mut serve = Command::new("qemu-nbd");
-    serve.args(["-f", "raw", "-t", "-x", "remote", "-k"]).arg(&socket).arg(&image).stdin(Stdio::null());
-    let _server = Server(serve.spawn().unwrap());
-    wait_for(DEADLINE, || socket.exists().then_some(())).expect("qemu-nbd does not listen");
-    give(&daemon, &socket);
-    let machine =
-        machine(&Binary::all()[0]).devices("<controller type='scsi' model='virtio-scsi'/>").devices(&format!(
-            "<disk type='network' device='disk'><driver name='qemu' type='raw'/><source protocol='nbd' name='remote'>\
-         <host transport='unix' socket='{}'/></source><target dev='sda' bus='scsi'/></disk>",
-            socket.display()
-        ));
-    let opened = OpenedDomain::start(&machine, &daemon);
-    let before = opened.trace();
-    let parts =
-        ["'sda'", "'network'", "snapshot='no'", "without VIR_DOMAIN_SNAPSHOT_CREATE_INSTANT", "<source file='...'/>"];
-    refused(&opened, &opened.xml("s", ""), INSTANTLY, Code::ConfigUnsupported, &parts);
-    let overlay = directory.path().join("overlay");
-    let named = opened.xml("s", &disks(&onto("sda", &overlay)));
-    refused(&opened, &named, INSTANTLY, Code::ConfigUnsupported, &parts);
-    opened.assert_untouched(&before);
-    // What the error advises: without the disk, and libvirt's own snapshot with it.
-    opened.create(&opened.xml("without", &disks("<disk name='sda' snapshot='no'/>")), INSTANTLY).unwrap();
-    let guest = &opened.guest;
-    opened.create(&named, 0).unwrap();
-    assert_eq!(source(guest, "sda"), overlay.display().to_string());
-    guest.wait_ticks(3);
-    // It is not forgotten as long as the overlay holds what the disk has been written; what the error advises helps.
-    let error = opened.delete("s", 0).expect_err("it cannot be merged");
-    assert_eq!(error.code, Code::OperationUnsupported, "{error}");
-    for part in
-        ["'s'", "'sda'", overlay.to_str().unwrap(), "virsh blockcommit", "remove the file", "delete the snapshot again"]
-    {
-        assert!(error.message.contains(part), "{part:?} is not in {error}");
-    }
-    assert!(overlay.exists() && opened.memory_file("s").exists() && opened.find("s").is_some());
-    guest.virsh("blockcommit", &["sda", "--shallow", "--active", "--pivot", "--wait"]);
-    std::fs::remove_file(&overlay).unwrap();
-    opened.delete("s", 0).unwrap();
-    opened.delete("without", 0).unwrap();
-    assert_eq!(source(guest, "vda"), guest.disks()[0].file.display().to_string());
-    guest.wait_ticks(ALL_SECTORS);
 }
 
 #[test]

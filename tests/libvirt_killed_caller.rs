@@ -9,8 +9,9 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
+use common::nbd::OnServer;
 use common::virt::{DomainTrace, OpenedDomain};
-use common::{At, INSTANTLY, machine};
+use common::{ALL_SECTORS, At, INSTANTLY, machine};
 use instantsnap::engine::{Handle, Phase};
 use instantsnap::flags::HALT;
 use instantsnap::guest::LibvirtConnector;
@@ -103,6 +104,20 @@ fn wait_untouched(opened: &OpenedDomain, before: &DomainTrace, phase: Phase) {
     if settled.is_none() {
         eprintln!("killed in {phase:?}");
         opened.assert_untouched(before);
+    }
+}
+
+#[test]
+fn a_disk_on_a_server_is_on_it_again_when_the_caller_of_its_snapshot_was_killed() {
+    let daemon = Daemon::session();
+    let remote = OnServer::start(&daemon);
+    let before = remote.opened.trace();
+    for phase in [1, 3] {
+        run_and_die(child_in(&remote.opened, phase).env("INSTANTSNAP_TEST_XML", remote.xml("killed")));
+        wait_untouched(&remote.opened, &before, PHASES[phase]);
+        remote.assert_on_server();
+        assert!(!remote.overlay("killed").exists());
+        remote.guest().wait_ticks(ALL_SECTORS);
     }
 }
 

@@ -11,6 +11,7 @@ use serde_json::Value;
 use super::PATIENCE;
 use crate::error::{Code, Error, Result};
 use crate::monitor::json::parse;
+use crate::snapshot::nbd::Export;
 use crate::sys;
 use crate::tool::Tool;
 
@@ -36,8 +37,11 @@ pub struct Image {
     pub has_data_elsewhere: bool,
 }
 
-/// What a path leads to.
+/// What a path leads to, or a server's name is another one for.
 pub fn id(path: &str) -> Id {
+    if let Some(export) = Export::named(path) {
+        return export.uri().into();
+    }
     let path = Path::new(path);
     path.canonicalize().unwrap_or_else(|_| path.to_owned())
 }
@@ -177,7 +181,7 @@ pub fn wipe(image: &File) -> std::io::Result<()> {
 }
 
 /// Whether a name is that of an image on a server.
-fn is_of_server(name: &str) -> bool {
+pub fn is_of_server(name: &str) -> bool {
     const SERVERS: [&str; 10] = ["nbd", "rbd", "iscsi", "ssh", "http", "https", "ftp", "ftps", "gluster", "nfs"];
     let is_server = |driver: &str| SERVERS.contains(&driver);
     match name.strip_prefix("json:") {
@@ -216,6 +220,21 @@ pub fn below(path: &str, format: &str) -> Option<(String, String)> {
     Some((beside(path, &name), "qcow2".into()))
 }
 
+/// The name of the image below an overlay, where that is a server's.
+pub fn server_below(overlay: &str) -> Option<String> {
+    Header::read(&sys::open_file(Path::new(overlay)).ok()?)?.backing.filter(|below| is_of_server(below))
+}
+
+/// What a guest sees of a server's image, in bytes. The server is asked, and not waited for without end.
+pub fn size_on_server(name: &str, format: &str) -> Result<u64> {
+    let mut info = Tool::new("qemu-img");
+    info.args(["info", "-U", "--output=json", "-f", format, name]);
+    let step = |error: &dyn std::fmt::Display| format!("cannot ask the server of the image '{name}': {error}");
+    let said = info.output_within(PATIENCE).map_err(|error| Error::new(error.code, step(&error.message)))?;
+    let said = parse(&said).map_err(|error| Error::new(Code::InternalError, step(&error)))?;
+    said["virtual-size"].as_u64().ok_or_else(|| failed(step(&"qemu-img does not tell its size")))
+}
+
 /// The file that QEMU opens by a name, by QEMU's rule: a colon before the first slash ends the name of a protocol. None where
 /// that is no file's (`nbd:...`, `nbd://...`), or where there is more to it than a file (`json:...`).
 fn file_named(name: &str) -> Option<&str> {
@@ -239,7 +258,7 @@ pub struct Layer {
 /// An image and all below it. Nothing is locked: QEMU may have them open. No server is asked for an image, which could let
 /// nobody but QEMU in, and have others wait: a chain ends with such a one.
 pub fn chain(path: &str, format: &str) -> Result<Vec<Layer>> {
-    if !ends_elsewhere(path, format) {
+    if !is_of_server(path) && !ends_elsewhere(path, format) {
         return look(path, format, &["--backing-chain"], PATIENCE)
             .map(|layers| layers.into_iter().map(|(layer, _)| layer).collect());
     }
@@ -262,8 +281,8 @@ pub fn chain(path: &str, format: &str) -> Result<Vec<Layer>> {
     Ok(layers)
 }
 
-/// Whether an image, or one below it, is a server's.
-fn ends_elsewhere(path: &str, format: &str) -> bool {
+/// Whether an image below one is a server's.
+pub fn ends_elsewhere(path: &str, format: &str) -> bool {
     let mut seen = BTreeSet::new();
     let mut next = Some(path.to_owned()).filter(|_| format == "qcow2");
     while let Some(path) = next.take().filter(|path| seen.insert(path.clone())) {
@@ -311,9 +330,24 @@ fn look(path: &str, format: &str, options: &[&str], limit: Duration) -> Result<V
 
 /// Writes what is in `top`, and in the images between, to `base`. `top` stays as it is.
 pub fn commit(top: &Image, base: &str) -> Result<()> {
+    let called = called_above(top, base);
     let mut commit = Tool::new("qemu-img");
-    commit.args(["commit", "-q", "-d", "-f", &top.format, "-b", base, &top.path]);
+    commit.args(["commit", "-q", "-d", "-f", &top.format, "-b", &called, &top.path]);
     commit.run().map_err(|reason| failed(format!("cannot merge the image '{}' into '{base}': {reason}", top.path)))
+}
+
+/// What the overlay on an image calls it, of those below `top`: qemu-img compares names of servers by the letter.
+fn called_above(top: &Image, base: &str) -> String {
+    let mut seen = BTreeSet::new();
+    let mut next = Some(top.path.clone()).filter(|_| is_of_server(base));
+    while let Some(path) = next.take().filter(|path| seen.insert(path.clone())) {
+        let header = sys::open_file(Path::new(&path)).ok().and_then(|file| Header::read(&file));
+        next = header.and_then(|header| header.backing).map(|name| beside(&path, &name));
+        if let Some(name) = next.take_if(|name| id(name) == id(base)) {
+            return name;
+        }
+    }
+    base.to_owned()
 }
 
 /// Makes an image an overlay of another with the same content as its backing file has.

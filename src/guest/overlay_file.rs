@@ -134,9 +134,7 @@ impl OverlayFile {
 
     /// Formats it as an overlay of an image, which QEMU has open: it is not asked for its size.
     pub fn format(&self, image: &str, image_format: &str, size: u64) -> std::result::Result<(), String> {
-        let mut create = Tool::new("qemu-img");
-        create.args(["create", "-q", "-u", "-f", "qcow2", "-F", image_format, "-b", image, STDIN]);
-        create.arg(size.to_string()).run_on(self.file())
+        format(self.file(), image, image_format, size)
     }
 }
 
@@ -260,6 +258,13 @@ fn reuse(disk: &DiskPlan) -> Result<File> {
     Ok(file)
 }
 
+/// Makes a file an overlay of an image that is not opened.
+pub fn format(overlay: &File, image: &str, image_format: &str, size: u64) -> std::result::Result<(), String> {
+    let mut create = Tool::new("qemu-img");
+    create.args(["create", "-q", "-u", "-f", "qcow2", "-F", image_format, "-b", image, STDIN]);
+    create.arg(size.to_string()).run_on(overlay)
+}
+
 /// Makes a file an overlay of an image that nobody has open.
 pub fn create_on(overlay: &File, image: &str, format: &str) -> Result<()> {
     let mut create = Tool::new("qemu-img");
@@ -280,6 +285,14 @@ pub fn commit(overlay: &File, image: &str, image_format: &str) -> Result<()> {
         let image = image.replace(',', ",,");
         let below = format!("backing.driver={image_format},backing.file.filename={image}");
         commit.args(["--image-opts", &format!("driver=qcow2,file.filename={STDIN},{below}")]);
+    } else if images::is_of_server(image) {
+        let below = images::Header::read(overlay).and_then(|header| header.backing);
+        if below.is_none_or(|below| images::id(&below) != images::id(image)) {
+            fail!(OperationFailed, "the overlay is not on '{image}'");
+        }
+        // A server that does not answer is not waited for without end.
+        images::size_on_server(image, image_format).map_err(|error| failed(error.message))?;
+        commit.args(["-f", "qcow2", STDIN]);
     } else {
         // Not a file: it is called in ways that only qemu-img understands.
         commit.args(["-f", "qcow2", STDIN]);

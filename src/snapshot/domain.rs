@@ -6,6 +6,7 @@ use std::os::unix::fs::FileTypeExt;
 use quick_xml::escape::escape;
 use roxmltree::Node;
 
+use super::nbd::{self, Export};
 use super::xml;
 use crate::error::{Result, fail};
 
@@ -55,12 +56,15 @@ pub struct Source<'a> {
 pub struct Storage {
     kind: String,
     source: String,
-    path: Option<String>,
+    name: Option<String>,
 }
 
 impl Storage {
-    /// Of an image by its path: a device is `type='block'`, everything else a file.
+    /// Of an image by its path, or by QEMU's name of a server's: a device is `type='block'`, everything else a file.
     pub fn at(path: &str) -> Storage {
+        if let Some(export) = Export::named(path) {
+            return Storage { kind: "network".into(), source: export.source(), name: Some(export.uri()) };
+        }
         let device = std::fs::metadata(path).is_ok_and(|found| found.file_type().is_block_device());
         Storage::local(if device { "block" } else { "file" }, path)
     }
@@ -73,7 +77,7 @@ impl Storage {
     fn local(kind: &str, path: &str) -> Storage {
         let attribute = if kind == "block" { "dev" } else { "file" };
         let source = format!("<source {attribute}='{}'/>", escape(path));
-        Storage { kind: kind.into(), source, path: Some(path.into()) }
+        Storage { kind: kind.into(), source, name: Some(path.into()) }
     }
 
     /// Of an element with a `type=` and a `<source>`: a disk, or a disk's `<backingStore>`. `None` where it has no medium.
@@ -81,7 +85,11 @@ impl Storage {
         let source = xml::child(element, "source").filter(|source| !is_empty(*source))?;
         let text = source.document().input_text()[source.range()].to_owned();
         let kind = element.attribute("type").unwrap_or("file").to_owned();
-        Some(Storage { kind, source: text, path: local_path(source).map(str::to_owned) })
+        let name = match kind.as_str() {
+            "network" => Export::of(source).filter(|_| !nbd::needs_secret(element)).map(|export| export.uri()),
+            _ => local_path(source).map(str::to_owned),
+        };
+        Some(Storage { kind, source: text, name })
     }
 
     /// `type=`.
@@ -94,9 +102,9 @@ impl Storage {
         &self.source
     }
 
-    /// Its path, where it is a file or a device of the host that the XML names.
-    pub fn path(&self) -> Option<&str> {
-        self.path.as_deref()
+    /// The image's name: the path of a file or a device of the host that the XML names, or an NBD export's URI.
+    pub fn name(&self) -> Option<&str> {
+        self.name.as_deref()
     }
 }
 
@@ -237,8 +245,8 @@ fn edit_disk(disk: Node, source: &Source, edits: &mut Edits) -> Result<()> {
     let Some(old) = xml::child(disk, "source") else {
         fail!(XmlError, "disk '{}' has no <source> in the domain XML, and an image in QEMU", source.target);
     };
-    let Storage { kind, path, .. } = &source.storage;
-    if Storage::of(disk).is_some_and(|old| old == source.storage || old.path.is_some() && old.path == *path) {
+    let Storage { kind, name, .. } = &source.storage;
+    if Storage::of(disk).is_some_and(|old| old == source.storage || old.name.is_some() && old.name == *name) {
         return Ok(());
     }
     put_source(old, &source.storage, edits);
@@ -276,7 +284,7 @@ fn edit_disk(disk: Node, source: &Source, edits: &mut Edits) -> Result<()> {
 fn put_source(old: Node, new: &Storage, edits: &mut Edits) {
     let is_label = |child: &Node| child.tag_name().name() == "seclabel";
     let old_path = old.attributes().find(|attribute| matches!(attribute.name(), "file" | "dev"));
-    if let (Some(attribute), Some(path), Some(_)) = (old_path, &new.path, new.source.strip_suffix("'/>")) {
+    if let (Some(attribute), Some(path), Some(_)) = (old_path, &new.name, new.source.strip_suffix("'/>")) {
         let name = if new.kind == "block" { "dev" } else { "file" };
         edits.push((attribute.range(), format!("{name}='{}'", escape(path.as_str()))));
         let others = old.children().filter(|child| child.is_element() && !is_label(child));

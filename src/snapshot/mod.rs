@@ -6,6 +6,7 @@
 pub mod domain;
 pub mod drive;
 pub mod frozen;
+pub mod nbd;
 pub mod notes;
 pub mod nvram;
 pub mod plan;

@@ -6,6 +6,7 @@ pub mod driver;
 pub mod inside;
 pub mod jobs;
 pub mod meddling;
+pub mod nbd;
 pub mod virt;
 pub mod way;
 

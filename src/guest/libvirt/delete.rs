@@ -24,7 +24,7 @@ use super::volumes;
 use crate::error::{Code, Error, Result, fail};
 use crate::flags::delete::{CHILDREN_ONLY, METADATA_ONLY};
 use crate::flags::{CURRENT, REDEFINE};
-use crate::guest::images::{self, Graph, Id, id};
+use crate::guest::images::{self, Graph, Id, Image, id};
 use crate::guest::progress::Progress;
 use crate::image::{deleting, is_another};
 use crate::libvirt::{Connect, Domain, VirError, block, xml};
@@ -222,7 +222,7 @@ impl<'a> Delete<'a> {
         let world = self.world()?;
         self.check_images_are_known(&world)?;
         let plan = world.plan().map_err(|obstacle| self.refusal(&obstacle))?;
-        self.check(&plan)?;
+        self.check(&plan, &world.graph)?;
         check_unused(users, self.name(), &plan.touched(&world.graph))?;
         // Until the records of its children are safe from libvirt, a snapshot that goes must not be reverted to.
         let disarmed =
@@ -356,7 +356,7 @@ impl<'a> Delete<'a> {
         Ok(graph)
     }
 
-    fn check(&self, plan: &Plan) -> Result<()> {
+    fn check(&self, plan: &Plan, graph: &Graph) -> Result<()> {
         if plan.merges.is_empty() {
             return Ok(());
         }
@@ -369,6 +369,7 @@ impl<'a> Delete<'a> {
                 self.name()
             );
         }
+        self.check_servers(plan, graph)?;
         for disk in self.live.iter().filter(|disk| disk.present) {
             if self.domain.block_job(&disk.target).map_err(|error| error.into_error(step))?.is_some() {
                 fail!(
@@ -378,6 +379,25 @@ impl<'a> Delete<'a> {
                     disk.target
                 );
             }
+        }
+        Ok(())
+    }
+
+    /// A server must let qemu-img in, which would wait for it without end, where images are merged that stand on a server's.
+    fn check_servers(&self, plan: &Plan, graph: &Graph) -> Result<()> {
+        let is_live = |top: &Id| self.live.iter().any(|disk| disk.layers().iter().any(|layer| id(layer) == *top));
+        for merge in plan.merges.iter().filter(|merge| !merge.overlays.last().is_some_and(is_live)) {
+            let lowest = graph.chain(&merge.base).last().and_then(|lowest| graph.get(lowest));
+            let Some(lowest) = lowest.filter(|lowest| images::is_of_server(&lowest.path)) else { continue };
+            images::size_on_server(&lowest.path, &lowest.format).map_err(|error| {
+                let way_out = match self.live.is_empty() {
+                    true => "delete it when the server answers",
+                    false => {
+                        "where the server lets in the domain's QEMU alone, shut the domain off, and delete it then"
+                    }
+                };
+                error.and(format!("snapshot '{}' cannot be deleted so: {way_out}; nothing was changed", self.name()))
+            })?;
         }
         Ok(())
     }
@@ -452,7 +472,7 @@ impl<'a> Delete<'a> {
             let base = graph.get(&merge.base).expect("an image of the graph");
             replaced.push(Replaced {
                 images: merge.overlays.clone(),
-                by: base.path.clone(),
+                by: Storage::at(&base.path),
                 format: base.format.clone(),
             });
             self.change_records(&replaced)?;
@@ -469,7 +489,7 @@ impl<'a> Delete<'a> {
         }
         let live = self.live.iter().find(|disk| disk.layers().iter().any(|layer| id(layer) == *top));
         match live {
-            Some(disk) => self.merge_live(disk, merge)?,
+            Some(disk) => self.merge_live(disk, merge, base_image)?,
             None => {
                 images::commit(top_image, &base_image.path).map_err(|error| Failure { error, begun: true })?;
             }
@@ -485,15 +505,19 @@ impl<'a> Delete<'a> {
     }
 
     /// Has libvirt merge images that a running domain has open.
-    fn merge_live(&self, disk: &DiskImage, merge: &Merge) -> std::result::Result<(), Failure> {
+    fn merge_live(&self, disk: &DiskImage, merge: &Merge, base_image: &Image) -> std::result::Result<(), Failure> {
         let (base, top) = (&merge.base, merge.overlays.last().expect("at least one"));
         let called = |image: &Id| disk.layers().into_iter().find(|layer| id(layer) == *image);
         let active = disk.file.as_deref().map(id).as_ref() == Some(top);
         let mut flags = if active { block::COMMIT_ACTIVE } else { 0 };
         let step = format!("cannot merge images of disk '{}' to delete snapshot '{}'", disk.target, self.name());
         let begun = |error: VirError| Failure { error: error.into_error(&step), begun: true };
-        // A volume of a pool is not called by its path here. No base would be the lowest image of all.
-        if called(base).is_none() {
+        // libvirt finds no image of a server by a name: no base is the lowest image of all, which those are as far as it knows.
+        let below = called(base).filter(|name| !images::is_of_server(name));
+        let is_last = disk.layers().last().is_some_and(|layer| id(layer) == *base);
+        let is_lowest = is_last && base_image.format == "raw";
+        // A volume of a pool is not called by its path here.
+        if below.is_none() && !is_lowest {
             if merge.overlays.len() > 1 {
                 let message = format!(
                     "{step}: libvirt does not call '{}' by its path: shut the domain off, and delete the snapshot then",
@@ -504,7 +528,7 @@ impl<'a> Delete<'a> {
             flags |= block::COMMIT_SHALLOW;
         }
         self.domain
-            .block_commit(&disk.target, called(base), called(top), flags)
+            .block_commit(&disk.target, below, called(top), flags)
             .map_err(|error| Failure { error: error.into_error(&step), begun: false })?;
         let mut progress = Progress::new(STALLED);
         while let Some(seen) = self.domain.block_job(&disk.target).map_err(begun)? {

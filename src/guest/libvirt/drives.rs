@@ -5,7 +5,7 @@ use roxmltree::Node;
 use crate::error::{Error, Result, fail};
 use crate::snapshot::domain::Storage;
 use crate::snapshot::drive::OpenOptions;
-use crate::snapshot::{Drive, Role, xml};
+use crate::snapshot::{Drive, Role, nbd, xml};
 
 /// The drives of a running domain, in the order of its XML. Sizes are not in it.
 pub fn drives(domain_xml: &str) -> Result<Vec<Drive>> {
@@ -65,17 +65,29 @@ fn drive(disk: Node) -> Option<Drive> {
     let Some(storage) = Storage::of(disk) else { return Some(plain(target, disk, Role::Empty)) };
     let source = xml::child(disk, "source")?;
     let kind = storage.kind();
-    let hindrance = match (kind, storage.path()) {
+    let hindrance = match (kind, storage.name()) {
+        ("network", _) if nbd::needs_secret(disk) => Some(
+            "is on network storage that needs a secret (<auth>, <cookies>, <encryption> or TLS): an overlay does not \
+             name it, so that the domain could not be started on one again, nor an undo merge it by qemu-img; leave \
+             the disk out (snapshot='no') or to a storage hook (snapshot='manual')"
+                .to_owned(),
+        ),
         ("file" | "block", Some(_)) if xml::child(source, "encryption").is_some() => {
             Some("is encrypted: instant snapshots of encrypted images are not supported".to_owned())
         }
-        ("file" | "block", Some(_)) => None,
+        ("file" | "block" | "network", Some(_)) => None,
         // A volume that is a file or a device of this machine is called by its path by now.
-        _ => Some(format!(
-            "is on storage of type '{kind}': instant snapshots of it are not supported; leave it out (snapshot='no') or \
-             to a storage hook (snapshot='manual'), or take libvirt's own snapshot, which pauses the domain until its memory is \
-             saved (without VIR_DOMAIN_SNAPSHOT_CREATE_INSTANT, and with a file named for the overlay, <source file='...'/>)"
-        )),
+        _ => {
+            let protocol =
+                source.attribute("protocol").map(|name| format!(" ({name}; what is supported is plain NBD)"));
+            Some(format!(
+                "is on storage of type '{kind}'{}: instant snapshots of it are not supported; leave it out (snapshot='no') \
+                 or to a storage hook (snapshot='manual'), or take libvirt's own snapshot, which pauses the domain until \
+                 its memory is saved (without VIR_DOMAIN_SNAPSHOT_CREATE_INSTANT, and with a file named for the overlay, \
+                 <source file='...'/>)",
+                protocol.unwrap_or_default()
+            ))
+        }
     };
     if xml::child(disk, "transient").is_some() {
         return Some(Drive {
@@ -124,7 +136,7 @@ fn unswitchable(disk: Node) -> Option<String> {
 
 fn plain(target: String, disk: Node, role: Role) -> Drive {
     let attribute = |child, name| xml::attribute(disk, child, name).map(str::to_owned);
-    let path = |image: Node| Storage::of(image).and_then(|storage| storage.path().map(str::to_owned));
+    let path = |image: Node| Storage::of(image).and_then(|storage| storage.name().map(str::to_owned));
     let mut backing = Vec::new();
     let mut below = xml::child(disk, "backingStore");
     while let Some(image) = below {

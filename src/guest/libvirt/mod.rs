@@ -444,6 +444,14 @@ impl LibvirtGuest<'_> {
         drives::chains(&self.xml_with_paths(0)?)
     }
 
+    /// Whose new files are, as the owner of this image, or of QEMU's process: a session's are its user's, also where root
+    /// acts on it. None where libvirt gives them to QEMU's user itself.
+    fn owner(&self, image: Option<&str>) -> Option<PathBuf> {
+        let foreign_session = self.connector.uri.contains("/session") && rustix::process::geteuid().is_root();
+        let process = || self.qemu.as_ref().map(|qemu| PathBuf::from(format!("/proc/{}", qemu.pid)));
+        if foreign_session { image.map(PathBuf::from).or_else(process) } else { None }
+    }
+
     /// Its XML, where volumes are called by their paths.
     fn xml_with_paths(&mut self, flags: u32) -> Result<String> {
         let xml = self.xml(flags)?;
@@ -516,10 +524,8 @@ impl Guest for LibvirtGuest<'_> {
             self.inactive_xml = Some(self.xml(libvirt::xml::SECURE | libvirt::xml::INACTIVE)?);
         }
         self.current_before = self.current_snapshot()?;
-        let first = drives.iter().find(|drive| drive.role == Role::Disk);
-        // A session's files are its user's, root's doing on his behalf included.
-        let foreign_session = self.connector.uri.contains("/session") && rustix::process::geteuid().is_root();
-        let owner = first.filter(|_| foreign_session).map(|drive| PathBuf::from(&drive.file));
+        let first = drives.iter().find(|drive| drive.role == Role::Disk && drive.file.starts_with('/'));
+        let owner = self.owner(first.map(|drive| drive.file.as_str()));
         Ok(Description { domain_xml, cookie: drives::cookie(&self.live_xml)?, owner })
     }
 
@@ -616,7 +622,8 @@ impl Guest for LibvirtGuest<'_> {
             Way::Inside(_) => Beforehand::Refused,
         };
         self.check_not_of_snapshots(disks)?;
-        self.overlays.create(disks, beforehand)
+        let owner = self.owner(None);
+        self.overlays.create(disks, beforehand, owner.as_deref())
     }
 
     fn pause(&mut self, deadline: Deadline) -> Result<()> {

@@ -90,6 +90,7 @@ fn images_of(domain: &Domain, volumes: &[Volume]) -> Vec<Id> {
             let image = id(&file);
             // A chain that comes back to itself ends here.
             if !found.contains(&image) {
+                found.extend(images::server_below(&file).map(|below| id(&below)));
                 next = images::below(&file, &format);
                 found.push(image);
             }

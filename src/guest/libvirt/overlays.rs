@@ -40,11 +40,11 @@ impl Overlays {
         self.disks.iter().zip(&self.made)
     }
 
-    /// Creates them.
-    pub fn create(&mut self, disks: &[DiskPlan], beforehand: Beforehand) -> Result<()> {
+    /// Creates them. One whose image is not here, to be owned alike, is given to the owner of `owner`.
+    pub fn create(&mut self, disks: &[DiskPlan], beforehand: Beforehand, owner: Option<&Path>) -> Result<()> {
         self.disks = disks.to_vec();
         for disk in disks {
-            self.made.push(create(disk, beforehand)?);
+            self.made.push(create(disk, beforehand, owner)?);
         }
         Ok(())
     }
@@ -168,7 +168,7 @@ impl Overlays {
         let before = Domain::parse(before)?;
         let source = |disk| {
             let DiskPlan { drive, overlay, .. }: &DiskPlan = disk;
-            let storage = before.storage(drive.name()).filter(|storage| storage.path() != Some(overlay));
+            let storage = before.storage(drive.name()).filter(|storage| storage.name() != Some(overlay));
             let storage = storage.unwrap_or_else(|| Storage::at(&drive.file));
             Source { target: drive.name(), storage, format: &drive.format }
         };
@@ -202,12 +202,15 @@ fn place<'a>(disk: &DiskPlan, chains: &'a Chains) -> Option<(usize, Option<&'a s
     Some((depth, chain.get(depth + 1).map(String::as_str)))
 }
 
-fn create(disk: &DiskPlan, beforehand: Beforehand) -> Result<OverlayFile> {
+fn create(disk: &DiskPlan, beforehand: Beforehand, owner: Option<&Path>) -> Result<OverlayFile> {
     let file = OverlayFile::open(disk, beforehand)?;
     if !file.is_new() {
         return Ok(file);
     }
-    match format(disk, &file) {
+    let owner = owner.filter(|_| !disk.drive.file.starts_with('/') && matches!(file, OverlayFile::Made(_)));
+    let given = owner.map_or(Ok(()), |owner| sys::give_to_owner_of(owner, file.file()));
+    let given = given.map_err(|error| Error::system(format!("cannot set the owner of '{}'", disk.overlay), error));
+    match given.and_then(|()| format(disk, &file)) {
         Ok(()) => Ok(file),
         Err(error) => {
             let _ = file.discard();

@@ -72,7 +72,7 @@ pub struct SnapshotDisk {
 pub struct DiskImage {
     /// Its target.
     pub target: String,
-    /// The image: `None` where there is no medium, or one that is not local.
+    /// The image, by its path or an NBD export's URI: `None` where there is no medium, or one that has no such name.
     pub file: Option<String>,
     /// `type=` of the disk.
     pub kind: String,
@@ -94,7 +94,7 @@ pub struct Replaced {
     /// It, and others to which the same happened.
     pub images: Vec<Id>,
     /// The image that has its content now.
-    pub by: String,
+    pub by: Storage,
     /// That image's format.
     pub format: String,
 }
@@ -299,7 +299,7 @@ impl Recorded {
                 let disk = snapshot_disk(node);
                 if let Some(replaced) = disk.overlay.as_deref().and_then(|overlay| find(replaced, overlay)) {
                     let source =
-                        Source { target: &disk.target, storage: Storage::at(&replaced.by), format: &replaced.format };
+                        Source { target: &disk.target, storage: replaced.by.clone(), format: &replaced.format };
                     edits.push((node.range(), external_disk(&source)));
                 }
             }
@@ -362,7 +362,7 @@ pub fn domain_with_replaced(domain_xml: &str, replaced: &[Replaced]) -> Result<O
     let sources: Vec<_> = images.iter().filter_map(source).collect();
     let sources: Vec<Source> = sources
         .iter()
-        .map(|(target, replaced)| Source { target, storage: Storage::at(&replaced.by), format: &replaced.format })
+        .map(|(target, replaced)| Source { target, storage: replaced.by.clone(), format: &replaced.format })
         .collect();
     let changed = snapshot::Domain::parse(domain_xml)?.with_sources(&sources)?;
     let changed = without_chains_of(&changed, replaced)?;
@@ -429,7 +429,7 @@ fn snapshot_disk(node: Node) -> SnapshotDisk {
     SnapshotDisk {
         target: node.attribute("name").unwrap_or_default().into(),
         location: node.attribute("snapshot").unwrap_or_default().into(),
-        overlay: xml::child(node, "source").and_then(path).map(str::to_owned),
+        overlay: name(node),
         format: xml::attribute(node, "driver", "type").unwrap_or("qcow2").into(),
     }
 }
@@ -440,16 +440,15 @@ fn disk_images(domain: Node) -> Vec<DiskImage> {
 }
 
 fn disk_image(disk: Node) -> Option<DiskImage> {
-    let source = xml::child(disk, "source");
     let mut backing = Vec::new();
     let mut below = xml::child(disk, "backingStore");
-    while let Some(file) = below.and_then(|below| xml::child(below, "source")).and_then(path) {
-        backing.push(file.to_owned());
+    while let Some(file) = below.and_then(name) {
+        backing.push(file);
         below = below.and_then(|below| xml::child(below, "backingStore"));
     }
     Some(DiskImage {
         target: xml::attribute(disk, "target", "dev")?.into(),
-        file: source.and_then(path).map(str::to_owned),
+        file: name(disk),
         kind: disk.attribute("type").unwrap_or("file").into(),
         present: Storage::of(disk).is_some(),
         read_only: xml::child(disk, "readonly").is_some(),
@@ -459,6 +458,7 @@ fn disk_image(disk: Node) -> Option<DiskImage> {
     })
 }
 
-fn path<'a>(source: Node<'a, '_>) -> Option<&'a str> {
-    source.attribute("file").or_else(|| source.attribute("dev"))
+/// What the image of a disk, or one below it, is called.
+fn name(image: Node) -> Option<String> {
+    Storage::of(image)?.name().map(str::to_owned)
 }

@@ -18,6 +18,7 @@ use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use serde_json::Value;
 use tempfile::{NamedTempFile, TempPath};
 
 use super::others::Users;
@@ -29,7 +30,7 @@ use crate::guest::images::{self, Graph, Id, id};
 use crate::guest::{locks, overlay_file};
 use crate::image::{Image, is_other_machine};
 use crate::libvirt::{Connect, Domain, VirError, restore, undefine, xml};
-use crate::monitor::Deadline;
+use crate::monitor::{Deadline, json};
 use crate::snapshot::domain::{Source, Storage};
 use crate::snapshot::generated_name;
 use crate::sys;
@@ -174,7 +175,7 @@ impl Revert<'_> {
 
     fn run(&self, state: &State) -> Result<()> {
         let State { active, persistent, disks } = state;
-        let overlays = self.create_overlays()?;
+        let overlays = self.create_overlays(*active)?;
         let sources: Vec<Source> = overlays.iter().map(Overlay::source).collect();
         let domain_xml = self.target.domain_on(&sources)?;
         let config = self.target.config_on(&sources)?;
@@ -205,6 +206,9 @@ impl Revert<'_> {
                     disk.target
                 );
             };
+            if images::is_of_server(file) {
+                continue;
+            }
             if !Path::new(file).exists() {
                 fail!(
                     InvalidDomainSnapshot,
@@ -333,13 +337,21 @@ impl Revert<'_> {
         self.target.memory.as_deref().unwrap_or_default()
     }
 
-    fn create_overlays(&self) -> Result<Vec<Overlay>> {
+    fn create_overlays(&self, active: bool) -> Result<Vec<Overlay>> {
         let images = self.target.external().filter_map(|(disk, image)| Some((disk, image?)));
         images
             .map(|(disk, image)| {
                 let file = image.file.as_deref().unwrap_or_default();
                 let fresh = fresh_file(Path::new(file), disk.overlay.as_deref(), &self.target.name)?;
-                overlay_file::create_on(fresh.as_file(), file, &image.format)?;
+                if images::is_of_server(file) || images::ends_elsewhere(file, &image.format) {
+                    let size = self.size_of(file, &image.format, active)?;
+                    let made = overlay_file::format(fresh.as_file(), file, &image.format, size);
+                    made.map_err(|reason| {
+                        Error::new(Code::OperationFailed, format!("cannot create an overlay of '{file}': {reason}"))
+                    })?;
+                } else {
+                    overlay_file::create_on(fresh.as_file(), file, &image.format)?;
+                }
                 // The domain's definition will name it, and is on disk when libvirt says so.
                 fresh
                     .as_file()
@@ -354,6 +366,23 @@ impl Revert<'_> {
                 Ok(Overlay { target: disk.target.clone(), path, text })
             })
             .collect()
+    }
+
+    /// The size of a server's image, or of an overlay on one. The domain's QEMU is asked first: it can be the only one that the
+    /// server lets in.
+    fn size_of(&self, name: &str, format: &str, active: bool) -> Result<u64> {
+        let overlay = sys::open_file(Path::new(name)).ok().filter(|_| !images::is_of_server(name));
+        if let Some(header) = overlay.and_then(|file| images::Header::read(&file)) {
+            return Ok(header.size);
+        }
+        let blocks = r#"{"execute":"query-block"}"#;
+        let told = active.then(|| self.domain.monitor_command(blocks, None).ok()).flatten();
+        let told = told.and_then(|reply| json::parse(reply.as_bytes()).ok());
+        let size = told.and_then(|reply| {
+            let mut blocks = reply["return"].as_array()?.iter();
+            blocks.find_map(|block| size_in_chain(&block["inserted"]["image"], name))
+        });
+        size.map_or_else(|| images::size_on_server(name, format), Ok)
     }
 
     /// From here on there is no way back to what the guest was doing.
@@ -479,6 +508,13 @@ impl Revert<'_> {
     }
 }
 
+/// The size of an image in a chain, as QEMU tells of it.
+fn size_in_chain(top: &Value, name: &str) -> Option<u64> {
+    let mut layers = std::iter::successors(Some(top), |layer| layer.get("backing-image"));
+    let is_it = |layer: &&Value| layer["filename"].as_str().is_some_and(|other| id(other) == id(name));
+    layers.find(is_it)?["virtual-size"].as_u64()
+}
+
 /// Changes a record and makes it the current one.
 const CURRENT_AGAIN: u32 = crate::flags::REDEFINE | crate::flags::CURRENT;
 
@@ -497,7 +533,8 @@ fn fresh_file(image: &Path, overlay: Option<&str>, snapshot: &str) -> Result<Nam
     };
     let directory = model.parent().unwrap_or(Path::new("/"));
     // A name may be as long as NAME_MAX (255) already.
-    let stem = image.file_stem().unwrap_or(OsStr::new("disk")).to_string_lossy();
+    let named_after = if images::is_of_server(&image.to_string_lossy()) { model } else { image };
+    let stem = named_after.file_stem().unwrap_or(OsStr::new("disk")).to_string_lossy();
     let stem: String = stem.chars().take(40).collect();
     let snapshot: String = snapshot.chars().take(20).collect();
     let file =

@@ -54,7 +54,7 @@ pub fn of_records<'a>(records: impl IntoIterator<Item = &'a str>) -> Result<Vec<
                 continue;
             };
             let of_disk = overlays.iter().filter(|overlay| overlay.attribute("name") == Some(target));
-            let paths = of_disk.filter_map(|overlay| Storage::of(*overlay)?.path().map(str::to_owned));
+            let paths = of_disk.filter_map(|overlay| Storage::of(*overlay)?.name().map(str::to_owned));
             let below = paths.filter_map(|overlay| images::below(&overlay, "qcow2")).map(|(below, _)| below);
             if let Some(path) = below.into_iter().find(|below| Path::new(below).exists()) {
                 found.push(Volume { pool: pool.into(), name: name.into(), path });

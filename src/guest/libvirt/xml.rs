@@ -104,7 +104,7 @@ pub fn domain_files(snapshot_xml: &str) -> Vec<String> {
         .and_then(|domain| xml::child(domain, "devices"))
         .into_iter()
         .flat_map(|devices| xml::children(devices, "disk"));
-    disks.filter_map(|disk| Storage::of(disk)?.path().map(str::to_owned)).collect()
+    disks.filter_map(|disk| Storage::of(disk)?.name().map(str::to_owned)).collect()
 }
 
 /// The name of a snapshot's parent.

@@ -129,7 +129,7 @@ impl<C: Channel> Guest for MonitorGuest<'_, C> {
         // What is on the network, QEMU calls otherwise than libvirt does.
         let is_remote = |drive: &Drive| {
             let storage = known.and_then(|domain| domain.storage(drive.name()));
-            !drive.file.starts_with('/') && storage.is_some_and(|storage| storage.path().is_none())
+            !drive.file.starts_with('/') && storage.is_some_and(|storage| storage.name().is_none())
         };
         let disks: Vec<_> = drives
             .iter()
