@@ -296,6 +296,40 @@ fn a_killed_merge_keeps_the_overlays_of_a_caller_that_ignores_its_children() {
 }
 
 #[test]
+fn an_overlay_that_another_qemu_opens_when_it_has_been_merged_is_not_removed() {
+    if !is_own_process("an_overlay_that_another_qemu_opens_when_it_has_been_merged_is_not_removed") {
+        return;
+    }
+    let path = std::env::var_os("PATH").unwrap();
+    let binary = &Binary::any()[0];
+    let opened = start(binary);
+    let stand_in = tempfile::tempdir().unwrap();
+    let overlay = |index: usize| opened.guest.directory().join(format!("disk-{index}.s"));
+    // It goes on when qemu-nbd has the image open.
+    let script = format!(
+        "#!/bin/sh\n\
+         [ \"$1\" = commit ] || exec /usr/bin/qemu-img \"$@\"\n\
+         /usr/bin/qemu-img \"$@\" || exit\n\
+         [ -e {0}/pid ] || qemu-nbd -f qcow2 -t -k {0}/nbd --fork --pid-file={0}/pid {1} </dev/null >{0}/said 2>&1\n",
+        stand_in.path().display(),
+        overlay(0).display()
+    );
+    let with_stand_in = path_with_qemu_img(stand_in.path(), &script);
+    // SAFETY: this process runs this one test, and its other threads are the harness's, which waits, and ours, which read no
+    // environment.
+    let (error, tick) = fail_to_merge(&opened, || unsafe { std::env::set_var("PATH", &with_stand_in) });
+    // SAFETY: as above.
+    unsafe { std::env::set_var("PATH", &path) };
+    let server = std::fs::read_to_string(stand_in.path().join("pid")).expect("the other QEMU");
+    assert_eq!(overlay(0).exists().then(|| overlay(1).exists()), Some(false));
+    common::run("kill", &[server.trim()]);
+    assert!(error.message.contains(&format!("another one has the overlay '{}'", overlay(0).display())), "{error}");
+    for (index, disk) in opened.guest.disks().iter().enumerate() {
+        Content::read(disk, index as u32).assert_at(tick);
+    }
+}
+
+#[test]
 fn without_qemu_img_the_overlays_are_kept_and_named() {
     if !is_own_process("without_qemu_img_the_overlays_are_kept_and_named") {
         return;

@@ -415,12 +415,7 @@ impl Stream {
                 break outcome?;
             }
             if quiet.is_long(self.drain.bytes()) {
-                muddled |= self.is_muddled(guest, image, settings)?;
-                if muddled {
-                    // Otherwise QEMU would refuse every other migration, and new settings, for good.
-                    commands::migrate_cancel(guest, Deadline::after(PATIENCE))?;
-                }
-                self.look_for_end(guest)?;
+                muddled |= self.look_for_end(guest, image, settings)?;
                 quiet = Quiet::new(self.drain.bytes());
             }
             if let Some(meter) = meter.as_mut().filter(|meter| meter.left().is_zero()) {
@@ -441,28 +436,29 @@ impl Stream {
         }
     }
 
-    /// Nothing has come for a while. Whether QEMU is setting up for ever: it has saved memory, said so, and had not closed its
-    /// end of the pipe when another client's `migrate` came, which QEMU refused for the lock. Then it has forgotten the pipe
-    /// (seen with QEMU 10.0; QEMU 7.2 ends there). Under the lock no migration can be another client's, and before its own
-    /// has set up the stream is not whole.
-    fn is_muddled(&self, guest: &mut dyn Guest, image: &MemoryImage, settings: &Settings) -> Result<bool> {
-        let Ok(migration) = commands::query_migrate(guest, Deadline::after(QUIET)) else { return Ok(false) };
-        Ok(migration.is_setting_up() && image.has_whole_stream()? && settings.is_still_locked(guest)?)
-    }
-
-    /// Nothing has come for a while. A process that the caller has forked, before QEMU had its end of the pipe, has that end
-    /// too as long as it does not execute a program: then the pipe does not end, though QEMU has closed it. What a migration
-    /// has written is in the pipe before QEMU says that it has completed.
-    fn look_for_end(&self, guest: &mut dyn Guest) -> Result<()> {
+    /// Nothing has come for a while. There are two reasons for which nothing ever will, not even the end:
+    ///
+    /// * A process that the caller has forked, before QEMU had its end of the pipe, has that end too as long as it does not
+    ///   execute a program: then the pipe does not end, though QEMU has closed it. What a migration has written is in the
+    ///   pipe before QEMU says that it has completed.
+    /// * QEMU is setting up for ever: it has saved memory, said so, and had not closed its end of the pipe when another
+    ///   client's `migrate` came, which QEMU refused for the lock. Then it has forgotten the pipe (seen with QEMU 10.0; QEMU
+    ///   7.2 ends there). Under the lock no migration can be another client's, and before its own has set up the stream
+    ///   is not whole. It is cancelled, as QEMU would refuse every other migration, and new settings, for good.
+    ///
+    /// Returns whether it was the latter.
+    fn look_for_end(&self, guest: &mut dyn Guest, image: &MemoryImage, settings: &Settings) -> Result<bool> {
         let migration = match commands::query_migrate(guest, Deadline::after(QUIET)) {
             Ok(migration) => migration,
             // QEMU may be too busy to answer, or the daemon be restarted.
-            Err(error) if error.code == Code::OperationTimeout => return Ok(()),
+            Err(error) if error.code == Code::OperationTimeout => return Ok(false),
             Err(error) if guest.presence() == Presence::Gone => return Err(error),
-            Err(_) => return Ok(()),
+            Err(_) => return Ok(false),
         };
+        let muddled = migration.is_setting_up() && image.has_whole_stream()? && settings.is_still_locked(guest)?;
         match migration.progress() {
-            Progress::UnderWay => return Ok(()),
+            _ if muddled => commands::migrate_cancel(guest, Deadline::after(PATIENCE))?,
+            Progress::UnderWay => return Ok(false),
             Progress::Completed => {
                 let waiting = rustix::io::ioctl_fionread(&self.spare).unwrap_or_default();
                 let came = self.drain.bytes() + waiting;
@@ -478,7 +474,7 @@ impl Stream {
             Progress::None | Progress::Failed => {}
         }
         self.drain.end_when_empty();
-        Ok(())
+        Ok(muddled)
     }
 
     /// How far memory has come, by what QEMU says of it.

@@ -8,6 +8,7 @@ use crate::guest::overlay_file::{Beforehand, OverlayFile};
 use crate::guest::{MonitorOverlay, PATIENCE, overlay_file};
 use crate::monitor::{Command, Deadline, Execute, Failure};
 use crate::snapshot::DiskPlan;
+use crate::sys;
 
 /// Of every node that we add.
 pub const NODE_PREFIX: &str = "instantsnap-";
@@ -313,7 +314,27 @@ pub fn merge_and_discard_offline(overlays: &mut Vec<Overlay>, switched: bool) ->
             )
         })?;
     }
-    overlays.drain(..).rev().try_for_each(|overlay| discard_file(&overlay))
+    let mut first_error = None;
+    for overlay in overlays.drain(..).rev() {
+        if let Err(error) = check_closed(&overlay).and_then(|()| discard_file(&overlay)) {
+            first_error.get_or_insert(error);
+        }
+    }
+    first_error.map_or(Ok(()), Err)
+}
+
+/// Somebody can have started a QEMU on an overlay, once it was merged.
+fn check_closed(overlay: &Overlay) -> Result<()> {
+    if overlay.own.as_ref().is_some_and(|own| sys::is_locked(own.file(), sys::IMAGE_LOCKS)) {
+        fail!(
+            OperationFailed,
+            "QEMU has ended, and another one has the overlay '{}' of disk '{}' open, which stays: what it had until then is \
+             in the image below",
+            overlay.disk.overlay,
+            overlay.disk.drive.name()
+        );
+    }
+    Ok(())
 }
 
 fn paths(overlays: &[Overlay]) -> String {
