@@ -11,6 +11,8 @@
  *   dense=MIB    also checks and writes one word in every page of that many MiB from 2 MiB up: load (default 0)
  *   delay=N      spins N thousand times between rounds (default 0)
  *   rest=N       rests N microseconds between rounds, at most 50000, and leaves the host's CPU to others (default 0)
+ *   wait=1       halts while a disk does what it is told, as it does where it rests, instead of looking for that again and
+ *                again (default 0: KVM may know no `iret`)
  *   halt=N       halts for good after N rounds: an idle guest (default 0: never)
  *   nodisk=1     leaves the disks alone
  *   cpus=2       a second CPU counts too, without end and by itself, through the pages of `dense`, in a word of its own
@@ -68,30 +70,38 @@ __asm__(".section .text\n"
         ".set ap_stack_top, ap_stack + 4096\n");
 
 /*
- * For resting: the processor's own tables, and what the timer's interrupt does, which is to end a `hlt`.
+ * For waiting: the processor's own tables, and what an interrupt does, which is to end a `hlt`. A disk holds its
+ * interrupt until its status is read.
  */
 __asm__(".section .text\n"
-        "load_tables: lgdtl rest_gdtr\n"
+        "load_tables: lgdtl own_gdtr\n"
         "  ljmpl $8, $1f\n"
         "1: mov $16, %ax\n"
         "  mov %ax, %ds\n"
         "  mov %ax, %es\n"
         "  mov %ax, %ss\n"
-        "  lidtl rest_idtr\n"
+        "  lidtl own_idtr\n"
         "  ret\n"
         "timer_interrupt: push %eax\n"
         "  mov $0x20, %al\n" /* end of interrupt */
         "  out %al, $0x20\n"
         "  pop %eax\n"
         "  iret\n"
+        "disk_interrupt: pusha\n"
+        "  call disks_acknowledge\n"
+        "  mov $0x20, %al\n"
+        "  out %al, $0xa0\n"
+        "  out %al, $0x20\n"
+        "  popa\n"
+        "  iret\n"
         ".balign 8\n"
-        "rest_gdtr: .word 23\n"
+        "own_gdtr: .word 23\n"
         "  .long ap_gdt\n"
-        "rest_idtr: .word 33 * 8 - 1\n"
+        "own_idtr: .word 48 * 8 - 1\n"
         "  .long interrupts\n");
-extern const u8 timer_interrupt[];
-void load_tables(void);
-u32 interrupts[33][2] __attribute__((aligned(8)));
+extern const u8 timer_interrupt[], disk_interrupt[];
+void load_tables(void), disks_acknowledge(void);
+u32 interrupts[48][2] __attribute__((aligned(8)));
 
 struct multiboot {
     u32 flags, mem_lower, mem_upper /* KiB from 1 MiB up */, boot_device;
@@ -105,28 +115,49 @@ static inline u8 inb(u16 port) { u8 v; __asm__ volatile("inb %1, %0" : "=a"(v) :
 static inline u16 inw(u16 port) { u16 v; __asm__ volatile("inw %1, %0" : "=a"(v) : "Nd"(port) : "memory"); return v; }
 static inline u32 inl(u16 port) { u32 v; __asm__ volatile("inl %1, %0" : "=a"(v) : "Nd"(port) : "memory"); return v; }
 
-/* ---- resting ---- */
+/* ---- waiting ---- */
 
-enum { PIC1 = 0x20, PIC2 = 0xa0, PIT = 0x40, TIMER_VECTOR = 32 };
+enum { PIC1 = 0x20, PIC2 = 0xa0, PIT = 0x40, FIRST_VECTOR = 32, TIMER = 0, CASCADE = 2, INTERRUPTS = 16 };
 
-static void rest_start(void)
+static int interrupts_wanted;
+static u16 unmasked;
+
+static void interrupt_gate(u32 number, const u8 *handler)
 {
-    u32 handler = (u32)timer_interrupt;
-
-    interrupts[TIMER_VECTOR][0] = 8 << 16 | (handler & 0xffff);
-    interrupts[TIMER_VECTOR][1] = (handler & 0xffff0000) | 0x8e00; /* present, an interrupt gate */
-    load_tables();
-    outb(PIC1, 0x11), outb(PIC1 + 1, TIMER_VECTOR), outb(PIC1 + 1, 4), outb(PIC1 + 1, 1);
-    outb(PIC2, 0x11), outb(PIC2 + 1, TIMER_VECTOR + 8), outb(PIC2 + 1, 2), outb(PIC2 + 1, 1);
-    outb(PIC1 + 1, 0xfe), outb(PIC2 + 1, 0xff); /* the timer alone */
+    interrupts[FIRST_VECTOR + number][0] = 8 << 16 | ((u32)handler & 0xffff);
+    interrupts[FIRST_VECTOR + number][1] = ((u32)handler & 0xffff0000) | 0x8e00; /* present, an interrupt gate */
 }
 
-static void rest(u32 microseconds)
+static void interrupt_on(u32 number)
+{
+    unmasked |= 1 << number;
+    outb(PIC1 + 1, ~unmasked), outb(PIC2 + 1, ~unmasked >> 8);
+}
+
+static void interrupts_start(void)
+{
+    /* Also those that are masked: one that a disk takes back just when it is served has another's number. */
+    for (u32 number = 0; number < INTERRUPTS; number++)
+        interrupt_gate(number, number == TIMER ? timer_interrupt : disk_interrupt);
+    load_tables();
+    outb(PIC1, 0x11), outb(PIC1 + 1, FIRST_VECTOR), outb(PIC1 + 1, 1 << CASCADE), outb(PIC1 + 1, 1);
+    outb(PIC2, 0x11), outb(PIC2 + 1, FIRST_VECTOR + 8), outb(PIC2 + 1, CASCADE), outb(PIC2 + 1, 1);
+    interrupt_on(CASCADE);
+    interrupt_on(TIMER);
+}
+
+/* One interrupt of the timer, in so many microseconds. */
+static void timer(u32 microseconds)
 {
     u32 count = microseconds * 1193 / 1000;
 
     outb(PIT + 3, 0x30); /* counter 0: one interrupt when it has counted down */
     outb(PIT, count), outb(PIT, count >> 8);
+}
+
+/* Until there is an interrupt. */
+static void await_interrupt(void)
+{
     __asm__ volatile("sti; hlt; cli" ::: "memory");
 }
 
@@ -206,7 +237,12 @@ static u32 parameter(const char *line, const char *key, u32 base, u32 otherwise)
     return otherwise;
 }
 
-/* ---- disks: virtio-blk by its legacy interface, one request at a time, polled ---- */
+/*
+ * ---- disks: virtio-blk by its legacy interface, one request at a time ----
+ *
+ * Looking again and again whether it is done keeps QEMU's other threads, which do it, from the host's CPUs. So the guest
+ * halts meanwhile, but looks after PATIENCE all the same: it is not about interrupts that are lost.
+ */
 
 enum {
     MAX_DISKS = 8,
@@ -220,10 +256,11 @@ enum {
     FEATURE_FLUSH = 1 << 9,    /* without it QEMU makes every write a write-through: slow */
     READ = 0,
     WRITE = 1,
+    PATIENCE = 50000,          /* microseconds */
 };
 
 static struct disk {
-    u16 port, queue_size, next;
+    u16 port, queue_size, next, interrupts;
     volatile u16 *avail; /* flags, index, ring */
     volatile u16 *used;  /* flags, index, ring */
     struct { u32 address, address_high, length; u16 flags, next; } *descriptors;
@@ -233,6 +270,13 @@ static u8 rings[MAX_DISKS][8 * 4096] __attribute__((aligned(4096)));
 static struct { u32 type, reserved; u32 sector, sector_high; } request;
 static volatile u32 sector_data[SECTOR_WORDS];
 static volatile u8 request_status;
+
+/* All of them: they share an interrupt, and one may come when its disk is not waited for any more. */
+void disks_acknowledge(void)
+{
+    for (u32 i = 0; i < disk_count; i++)
+        inb(disks[i].port + 19);
+}
 
 static void disk_io(u32 i, u32 type, u32 sector)
 {
@@ -247,13 +291,20 @@ static void disk_io(u32 i, u32 type, u32 sector)
     d->avail[1] = ++d->next;
     __asm__ volatile("mfence" ::: "memory");
     outw(d->port + 16, 0); /* notify queue 0 */
-    while (d->used[1] != d->next)
-        __asm__ volatile("pause" ::: "memory");
+    for (u32 again = 0; d->used[1] != d->next; again = 1) {
+        if (!d->interrupts) {
+            __asm__ volatile("pause" ::: "memory");
+            continue;
+        }
+        if (again)
+            timer(PATIENCE);
+        await_interrupt();
+    }
     if (request_status != 0)
         fail("disk", i);
 }
 
-static void disk_start(u16 port)
+static void disk_start(u16 port, u8 interrupt)
 {
     struct disk *d = &disks[disk_count];
     u8 *ring = rings[disk_count];
@@ -269,7 +320,11 @@ static void disk_start(u16 port)
     d->descriptors = (void *)ring;
     d->avail = (void *)(ring + 16 * d->queue_size);
     d->used = (void *)(ring + ((16 * d->queue_size + 6 + 2 * d->queue_size + 4095) & ~4095));
-    d->avail[0] = 1; /* no interrupts */
+    /* The BIOS says which one it is. */
+    d->interrupts = interrupts_wanted && interrupt != TIMER && interrupt != CASCADE && interrupt < INTERRUPTS;
+    d->avail[0] = !d->interrupts;
+    if (d->interrupts)
+        interrupt_on(interrupt);
     d->descriptors[0].address = (u32)&request, d->descriptors[0].length = sizeof request;
     d->descriptors[0].flags = 1, d->descriptors[0].next = 1;
     d->descriptors[1].address = (u32)sector_data, d->descriptors[1].length = sizeof sector_data;
@@ -314,7 +369,7 @@ static void disks_find(void)
             fail("bar", slot);
         pci_read(slot, 4);
         outw(0xcfc, 1 | 2 | 4); /* command: I/O, memory, bus mastering */
-        disk_start(pci_read(slot, 0x10) & ~3);
+        disk_start(pci_read(slot, 0x10) & ~3, pci_read(slot, 0x3c));
     }
 }
 
@@ -417,6 +472,9 @@ void tick(const struct multiboot *boot)
     if (page_count == 0 || page_count > pages_there || dense_count > pages_there)
         fail("memory", pages_there);
     page_stride = pages_there / page_count * PAGE;
+    interrupts_wanted = resting || parameter(line, "wait", 10, 0);
+    if (interrupts_wanted)
+        interrupts_start();
     if (!parameter(line, "nodisk", 10, 0))
         disks_find();
 
@@ -433,8 +491,6 @@ void tick(const struct multiboot *boot)
         ap_start();
     if (resting > 50000)
         fail("rest", resting);
-    if (resting)
-        rest_start();
     put("READY "), put_number(page_count), put(" pages "), put_number(disk_count), put(" disks\n");
 
     for (u32 n = 1;; n++) {
@@ -450,6 +506,8 @@ void tick(const struct multiboot *boot)
          * Two sectors a disk, because the instant may fall between the check of one and the write that hides what is
          * wrong with it: the other then is still to be checked.
          */
+        if (interrupts_wanted && disk_count)
+            timer(PATIENCE);
         for (u32 i = 0; i < disk_count; i++) {
             disk_check(i, FIXED_SECTOR, n - 1);
             disk_write(i, FIXED_SECTOR, n);
@@ -466,6 +524,6 @@ void tick(const struct multiboot *boot)
         for (volatile u32 spin = delay * 1000; spin; spin--)
             ;
         if (resting)
-            rest(resting);
+            timer(resting), await_interrupt();
     }
 }

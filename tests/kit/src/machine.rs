@@ -187,10 +187,12 @@ impl Machine {
     /// The tick guest's command line.
     pub(crate) fn command_line(&self) -> String {
         let writes = ["dense=", "halt=", "delay="].iter().any(|key| self.append.contains(key));
-        match self.restless || writes || self.accel != Accel::Tcg {
-            true => self.append.clone(),
-            false => format!("{} rest={REST_US}", self.append).trim_start().to_owned(),
-        }
+        let more = match self.accel {
+            Accel::Kvm => String::new(),
+            Accel::Tcg if self.restless || writes => " wait=1".to_owned(),
+            Accel::Tcg => format!(" rest={REST_US}"),
+        };
+        format!("{}{more}", self.append).trim_start().to_owned()
     }
 
     /// One more QEMU option.
