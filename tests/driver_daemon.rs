@@ -52,6 +52,7 @@ impl Daemon {
         command.arg("--").arg(&binary.path).args(qemu.get_args());
         command.args(["-nodefaults", "-no-user-config", "-display", "none", "-accel", "tcg", "-m", "64"]);
         command.args(["-serial", "file:serial.log"]).arg("-kernel").arg(tick_guest());
+        command.args(["-append", "wait=1"]);
         command.envs(qemu.get_envs().filter_map(|(name, value)| Some((name, value?))));
         command.env("LD_LIBRARY_PATH", directory.path());
         let daemon = Daemon { child: command.spawn().unwrap(), directory };
