@@ -14,10 +14,14 @@
 //!     └ image    the memory image: header, and the threads that move QEMU's stream
 //! ```
 //!
+//! `boundary`, `pointers` and `symbols` are for the floors that meet C: what every function that C
+//! calls begins with, what C passes as types, and functions that are found at run time.
+//!
 //! `error` and `flags` know nobody. A snapshot in one sentence: overlays, memory image and pipe are prepared while the guest
 //! runs; the guest is stopped; one transaction switches all disks; QEMU's background snapshot is started and, the moment its
 //! write tracking is armed, the guest runs again, while its memory, as it was, flows into the image.
 
+mod boundary;
 pub mod engine;
 pub mod error;
 pub mod ffi;
@@ -27,7 +31,9 @@ pub mod image;
 pub mod libvirt;
 pub mod monitor;
 mod own_file;
+pub mod pointers;
 pub mod snapshot;
+mod symbols;
 mod sys;
 mod tool;
 mod uncancelled;

@@ -13,6 +13,7 @@ use instantsnap::error::Code;
 use instantsnap::ffi::abi::{self, instantsnap_create_options, instantsnap_event, instantsnap_job_info};
 use instantsnap::ffi::header::{instantsnap_guest, instantsnap_job};
 use instantsnap::ffi::{job, native};
+use instantsnap::pointers::{Fill, In, Out, Text};
 use instantsnap_testkit::{Binary, DEADLINE, Gate, wait_for};
 
 use abi::{
@@ -31,22 +32,23 @@ impl Native {
         let opened = Opened::start(&machine(&Binary::all()[0], 1));
         let text = |path: &std::path::Path| CString::new(path.to_str().unwrap()).unwrap();
         let (socket, state) = (text(&opened.guest.qmp()), text(&opened.state_dir()));
-        // SAFETY: the strings live for the call.
-        let guest = unsafe { native::instantsnap_open_qmp(socket.as_ptr(), ptr::null(), state.as_ptr()) };
+        let guest = native::instantsnap_open_qmp(Text::from(&socket), Text::NULL, Text::from(&state));
         assert!(!guest.is_null());
         Native { guest, opened }
     }
 
     fn start_job(&self, name: &str, options: *const instantsnap_create_options) -> *mut instantsnap_job {
         let xml = CString::new(named(name)).unwrap();
-        // SAFETY: the string lives for the call; the options are the test's affair.
-        unsafe { job::instantsnap_snapshot_create_start(self.guest, xml.as_ptr(), INSTANTLY, options) }
+        // SAFETY: the options are the test's affair.
+        let options = unsafe { In::from_ptr(options) };
+        job::instantsnap_snapshot_create_start(self.guest, Text::from(&xml), INSTANTLY, options)
     }
 
     fn create(&self, name: &str, options: *const instantsnap_create_options) -> c_int {
         let xml = CString::new(named(name)).unwrap();
         // SAFETY: as above.
-        unsafe { job::instantsnap_snapshot_create(self.guest, xml.as_ptr(), INSTANTLY, options, ptr::null_mut()) }
+        let options = unsafe { In::from_ptr(options) };
+        job::instantsnap_snapshot_create(self.guest, Text::from(&xml), INSTANTLY, options, Out::from(None))
     }
 }
 
@@ -92,7 +94,7 @@ fn text(string: *mut std::ffi::c_char) -> Option<String> {
     // SAFETY: a string of the library's, which is freed here.
     unsafe {
         let text = CStr::from_ptr(string).to_str().unwrap().to_owned();
-        native::instantsnap_free_string(string);
+        native::instantsnap_free_string(native::Given::from_ptr(string));
         Some(text)
     }
 }
@@ -108,9 +110,10 @@ fn call_all(handle: *mut instantsnap_job) -> Vec<(&'static str, c_int, c_int)> {
     note("get_fd", job::instantsnap_job_get_fd(handle));
     // SAFETY: each points to a live structure of the size it says.
     unsafe {
-        note("next_event", job::instantsnap_job_next_event(handle, &raw mut *Box::new(event())));
-        note("get_info", job::instantsnap_job_get_info(handle, &raw mut info));
-        note("get_stats", job::instantsnap_job_get_stats(handle, &raw mut stats));
+        let mut event = event();
+        note("next_event", job::instantsnap_job_next_event(handle, Fill::from_ptr(&raw mut event)));
+        note("get_info", job::instantsnap_job_get_info(handle, Fill::from_ptr(&raw mut info)));
+        note("get_stats", job::instantsnap_job_get_stats(handle, Fill::from_ptr(&raw mut stats)));
     }
     note("get_result", job::instantsnap_job_get_result(handle));
     note("get_name", null(job::instantsnap_job_get_name(handle)));
@@ -174,12 +177,13 @@ fn options_can_be_of_another_version() {
     // An event is filled up with zeros, and one too small to be filled is not lost.
     let mut small = instantsnap_event { size: 8, ..event() };
     // SAFETY: it is larger than it says.
-    let result = unsafe { job::instantsnap_job_next_event(handle, &raw mut small) };
+    let result = unsafe { job::instantsnap_job_next_event(handle, Fill::from_ptr(&raw mut small)) };
     assert_refused(result == -1, Code::InvalidArg, "event->size");
     let mut event = Later { known: event(), newer: 7 };
     event.known.size = size_of_val(&event);
     // SAFETY: as large as it says.
-    assert_eq!(unsafe { job::instantsnap_job_next_event(handle, (&raw mut event).cast()) }, 1);
+    let place = unsafe { Fill::from_ptr((&raw mut event).cast()) };
+    assert_eq!(job::instantsnap_job_next_event(handle, place), 1);
     assert_eq!((event.known.r#type, event.newer), (INSTANTSNAP_EVENT_PAUSED, 0));
     assert_eq!(event.known.size, size_of_val(&event), "the size is the caller's");
     job::instantsnap_job_free(handle);
@@ -249,7 +253,8 @@ fn a_callback_is_told_of_everything_with_its_own_pointer() {
     assert!(text(job::instantsnap_job_get_xml(handle)).unwrap().contains("<name>s</name>"));
     let mut info = instantsnap_job_info { size: size_of::<instantsnap_job_info>(), ..Default::default() };
     // SAFETY: as large as it says.
-    assert_eq!(unsafe { job::instantsnap_job_get_info(handle, &raw mut info) }, 0);
+    let place = unsafe { Fill::from_ptr(&raw mut info) };
+    assert_eq!(job::instantsnap_job_get_info(handle, place), 0);
     assert_eq!((info.phase, info.instant), (INSTANTSNAP_PHASE_ENDED, 1));
     assert_eq!(info.bytes_done, told.events.lock().unwrap().last().unwrap().bytes_done);
     job::instantsnap_job_free(handle);

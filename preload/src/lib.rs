@@ -13,13 +13,22 @@
 //! `docs/preload.md` is for users. Here, [`libvirt`] and [`ours`] hold the functions of the two libraries, found at run time,
 //! so that preloading loads neither.
 
-// Numbers, names and limits are the main library's, from its own files.
+// The boundary, numbers, names and limits are the main library's, from its own files.
+#[allow(unused)]
+#[path = "../../src/boundary.rs"]
+mod boundary;
 #[allow(unused)]
 #[path = "../../src/error.rs"]
 mod error;
 #[allow(unused)]
 #[path = "../../src/flags.rs"]
 mod flags;
+#[allow(unused, missing_docs)]
+#[path = "../../src/pointers.rs"]
+mod pointers;
+#[allow(unused)]
+#[path = "../../src/symbols.rs"]
+mod symbols;
 #[path = "../../src/uncancelled.rs"]
 mod uncancelled;
 #[allow(unused)]
@@ -35,109 +44,96 @@ mod ours;
 mod request;
 
 use std::cell::Cell;
-use std::ffi::{c_char, c_int, c_uint};
-use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::ffi::{c_int, c_uint};
 use std::ptr;
 
-use error::{Code, Error, Result};
+use boundary::{boundary, caught};
+use error::Error;
 use libvirt::{Domain, Libvirt, OnSnapshot, Snapshot};
 use ours::Ours;
-use uncancelled::Uncancelled;
+use pointers::Text;
 
 /// libvirt's, and instant with bit 10.
-///
-/// # Safety
-/// As of libvirt's own.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn virDomainSnapshotCreateXML(
-    domain: *mut Domain,
-    xml: *const c_char,
-    flags: c_uint,
-) -> *mut Snapshot {
-    let _uncancelled = Uncancelled::enter();
-    let Some(libvirt) = Libvirt::get() else { return ptr::null_mut() };
-    // SAFETY: the arguments are those of a call of this very function.
-    let theirs = || unsafe { (libvirt.virDomainSnapshotCreateXML)(domain, xml, flags) };
-    let Some(_inside) = Inside::enter() else { return theirs() };
+pub extern "C" fn virDomainSnapshotCreateXML(domain: Option<&Domain>, xml: Text, flags: c_uint) -> *mut Snapshot {
+    boundary(tell, || {
+        let Some(libvirt) = Libvirt::get() else { return Ok(ptr::null_mut()) };
+        let theirs = || Ok((libvirt.next.virDomainSnapshotCreateXML)(domain, xml, flags));
+        let Some(_inside) = Inside::enter() else { return theirs() };
 
-    let asked = flags & flags::INSTANT != 0;
-    // SAFETY: by the caller's promise.
-    if !asked && !guarded(|| unsafe { request::is_to_be_upgraded(libvirt, domain, xml, flags) }).unwrap_or(false) {
-        return theirs();
-    }
-    // SAFETY: by the caller's promise. Asked for now, because that resets the last error.
-    let connection = unsafe { libvirt.connection_of_domain(domain) };
-    // SAFETY: without a driver's own object this function is for what a client has.
-    let instant = |ours: &Ours| unsafe { (ours.create)(domain, ptr::null_mut(), xml, flags | flags::INSTANT) };
-    match attempt(libvirt, instant, |snapshot| !snapshot.is_null()) {
-        Outcome::Done(snapshot) => snapshot,
-        Outcome::Refused(why) if !asked => {
-            environment::debug(&format!("a LIVE snapshot stays libvirt's own: {why}"));
-            theirs()
+        let asked = flags & flags::INSTANT != 0;
+        let is_to_be_upgraded = || Ok(request::is_to_be_upgraded(libvirt, domain, xml, flags));
+        if !asked && !caught(is_to_be_upgraded).unwrap_or(false) {
+            return theirs();
         }
-        Outcome::Refused(_) | Outcome::Failed => {
-            // SAFETY: the domain's connection, which lives as long as the domain.
-            unsafe { libvirt.dispatch(connection) };
-            ptr::null_mut()
+        // Asked for now, because that resets the last error.
+        let connection = libvirt.connection_of_domain(domain);
+        let instant = |ours: &Ours| (ours.qemuSnapshotCreateXML)(domain, None, xml, flags | flags::INSTANT);
+        match attempt(libvirt, instant, |snapshot| !snapshot.is_null()) {
+            Outcome::Done(snapshot) => Ok(snapshot),
+            Outcome::Refused(why) if !asked => {
+                environment::debug(&format!("a LIVE snapshot stays libvirt's own: {why}"));
+                theirs()
+            }
+            Outcome::Refused(_) | Outcome::Failed => {
+                libvirt.dispatch(connection);
+                Ok(ptr::null_mut())
+            }
         }
-    }
+    })
 }
 
 /// libvirt's, or instantsnap's where libvirt cannot.
-///
-/// # Safety
-/// As of libvirt's own.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn virDomainRevertToSnapshot(snapshot: *mut Snapshot, flags: c_uint) -> c_int {
-    let _uncancelled = Uncancelled::enter();
-    let Some(libvirt) = Libvirt::get() else { return -1 };
-    // SAFETY: by the caller's promise.
-    unsafe { on_snapshot(libvirt, snapshot, flags, libvirt.virDomainRevertToSnapshot, |ours| ours.revert) }
+pub extern "C" fn virDomainRevertToSnapshot(snapshot: Option<&Snapshot>, flags: c_uint) -> c_int {
+    boundary(tell, || {
+        let Some(libvirt) = Libvirt::get() else { return Ok(-1) };
+        let theirs = libvirt.next.virDomainRevertToSnapshot;
+        Ok(on_snapshot(libvirt, snapshot, flags, theirs, |ours| ours.qemuSnapshotRevert))
+    })
 }
 
 /// libvirt's, or instantsnap's where libvirt cannot.
-///
-/// # Safety
-/// As of libvirt's own.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn virDomainSnapshotDelete(snapshot: *mut Snapshot, flags: c_uint) -> c_int {
-    let _uncancelled = Uncancelled::enter();
-    let Some(libvirt) = Libvirt::get() else { return -1 };
-    // SAFETY: by the caller's promise.
-    unsafe { on_snapshot(libvirt, snapshot, flags, libvirt.virDomainSnapshotDelete, |ours| ours.delete) }
+pub extern "C" fn virDomainSnapshotDelete(snapshot: Option<&Snapshot>, flags: c_uint) -> c_int {
+    boundary(tell, || {
+        let Some(libvirt) = Libvirt::get() else { return Ok(-1) };
+        let theirs = libvirt.next.virDomainSnapshotDelete;
+        Ok(on_snapshot(libvirt, snapshot, flags, theirs, |ours| ours.qemuSnapshotDelete))
+    })
+}
+
+/// Makes an error, of which libvirt knows nothing yet, the thread's last one there.
+fn tell(error: Error) {
+    if let Some(libvirt) = Libvirt::get() {
+        libvirt.set_last_error(&error);
+    }
 }
 
 /// `mine` for a snapshot that is instantsnap's affair, if it is there; else `theirs`.
-///
-/// # Safety
-/// As of `theirs`.
-unsafe fn on_snapshot(
+fn on_snapshot(
     libvirt: &Libvirt,
-    snapshot: *mut Snapshot,
+    snapshot: Option<&Snapshot>,
     flags: c_uint,
     theirs: OnSnapshot,
     mine: fn(&Ours) -> ours::OnSnapshot,
 ) -> c_int {
-    // SAFETY: the arguments are those of a call of this very function.
-    let theirs = || unsafe { theirs(snapshot, flags) };
+    let theirs = || theirs(snapshot, flags);
     let Some(_inside) = Inside::enter() else { return theirs() };
-    // SAFETY: by the caller's promise.
-    if !guarded(|| unsafe { request::is_with_memory(libvirt, snapshot) }).unwrap_or(false) {
+    if !caught(|| Ok(request::is_with_memory(libvirt, snapshot))).unwrap_or(false) {
         return theirs();
     }
-    if let Err(error) = guarded(Ours::get).and_then(|ours| ours) {
+    if let Err(error) = caught(Ours::get) {
         environment::debug(&format!("this is left to libvirt: {error}"));
         return theirs();
     }
-    // SAFETY: libvirt has given the snapshot's XML, so it is one. Asked for now, because that resets the last error.
-    let connection = unsafe { libvirt.connection_of_snapshot(snapshot) };
-    // SAFETY: without a driver's own object these functions are for what a client has.
-    let call = |ours: &Ours| unsafe { mine(ours)(ptr::null_mut(), snapshot, flags) };
+    // Asked for now, because that resets the last error.
+    let connection = libvirt.connection_of_snapshot(snapshot);
+    let call = |ours: &Ours| mine(ours)(None, snapshot, flags);
     match attempt(libvirt, call, |result| *result >= 0) {
         Outcome::Done(result) => result,
         Outcome::Refused(_) | Outcome::Failed => {
-            // SAFETY: the snapshot's connection, which lives as long as the snapshot.
-            unsafe { libvirt.dispatch(connection) };
+            libvirt.dispatch(connection);
             -1
         }
     }
@@ -155,12 +151,12 @@ enum Outcome<T> {
 /// A call of instantsnap, which returns something `good`, or has failed.
 fn attempt<T>(libvirt: &Libvirt, call: impl FnOnce(&Ours) -> T, good: impl FnOnce(&T) -> bool) -> Outcome<T> {
     libvirt.reset_last_error();
-    let result = guarded(|| {
+    let result = caught(|| {
         let ours = Ours::get()?;
         let result = call(ours);
         if good(&result) { Ok(result) } else { Err(ours.last_error()) }
     });
-    match result.and_then(|result| result) {
+    match result {
         Ok(result) => {
             libvirt.reset_last_error(); // a step may have failed that was not needed
             return Outcome::Done(result);
@@ -173,12 +169,6 @@ fn attempt<T>(libvirt: &Libvirt, call: impl FnOnce(&Ours) -> T, good: impl FnOnc
         Some(error) if upgrade::is_refusal(error.code) => Outcome::Refused(error.message),
         _ => Outcome::Failed,
     }
-}
-
-/// Keeps a panic, which is a defect of this library's, from the program.
-fn guarded<T>(body: impl FnOnce() -> T) -> Result<T> {
-    catch_unwind(AssertUnwindSafe(body))
-        .map_err(|_| Error::new(Code::InternalError, "a defect of libinstantsnap-preload.so, please report it"))
 }
 
 /// A thread in one of the three functions. What it calls from there is passed on as it is.

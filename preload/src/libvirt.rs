@@ -1,34 +1,39 @@
 //! The libvirt that the program has loaded.
 
-use std::ffi::{CStr, CString, c_char, c_int, c_uint, c_void};
+use std::ffi::{CString, c_int, c_uint, c_void};
 use std::ptr;
 use std::sync::OnceLock;
 
 use crate::environment;
 use crate::error::{DOMAIN, Error};
+use crate::pointers::{Malloced, Text};
+use crate::symbols::{Library, symbols};
 
 /// `virConnect`.
-pub type Connect = c_void;
+#[repr(C)]
+pub struct Connect([u8; 0]);
 /// `virDomain`.
-pub type Domain = c_void;
+#[repr(C)]
+pub struct Domain([u8; 0]);
 /// `virDomainSnapshot`.
-pub type Snapshot = c_void;
+#[repr(C)]
+pub struct Snapshot([u8; 0]);
 
 /// What reverts to a snapshot or deletes it.
-pub type OnSnapshot = unsafe extern "C" fn(*mut Snapshot, c_uint) -> c_int;
+pub type OnSnapshot = extern "C" fn(Option<&Snapshot>, c_uint) -> c_int;
 
-/// `virError`.
+/// `virError`, whose strings libvirt only reads where it is given one.
 #[repr(C)]
-struct RawError {
+struct RawError<'a> {
     code: c_int,
     domain: c_int,
-    message: *mut c_char,
+    message: Text<'a>,
     level: c_int,
     conn: *mut Connect,
     dom: *mut Domain,
-    str1: *mut c_char,
-    str2: *mut c_char,
-    str3: *mut c_char,
+    str1: Text<'a>,
+    str2: Text<'a>,
+    str3: Text<'a>,
     int1: c_int,
     int2: c_int,
     net: *mut c_void,
@@ -40,82 +45,42 @@ pub struct LastError {
     pub message: String,
 }
 
-macro_rules! functions {
-    (
-        next { $(fn $next:ident: $next_type:ty;)+ }
-        public { $(fn $name:ident: $type:ty;)+ }
-        private { $(fn $private:ident: $private_type:ty;)+ }
-    ) => {
-        /// The functions.
-        #[allow(non_snake_case)]
-        pub struct Libvirt {
-            // Those that this library stands before.
-            $(pub $next: $next_type,)+
-            $($name: $type,)+
-            // Not of the public API: the daemon's and the drivers', which another libvirt may not have.
-            $($private: Option<$private_type>,)+
-        }
+symbols! {
+    /// Those that this library stands before.
+    pub struct Next;
 
-        impl Libvirt {
-            /// libvirt is there, because somebody has called one of its functions. None where it is something else.
-            fn find() -> Option<Libvirt> {
-                // SAFETY: a NUL-terminated name; nothing is loaded by this.
-                let library = unsafe { libc::dlopen(c"libvirt.so.0".as_ptr(), libc::RTLD_LAZY | libc::RTLD_NOLOAD) };
-                if library.is_null() {
-                    return None;
-                }
-                // SAFETY: the symbols are libvirt's functions of these names, and the types are theirs in all versions; of
-                // those that may be missing, NULL is None.
-                unsafe {
-                    Some(Libvirt {
-                        $($next: std::mem::transmute::<*mut c_void, Option<$next_type>>(
-                            next(library, concat!(stringify!($next), "\0")),
-                        )?,)+
-                        $($name: std::mem::transmute::<*mut c_void, Option<$type>>(
-                            symbol(library, concat!(stringify!($name), "\0")),
-                        )?,)+
-                        $($private: std::mem::transmute::<*mut c_void, Option<$private_type>>(
-                            symbol(library, concat!(stringify!($private), "\0")),
-                        ),)+
-                    })
-                }
-            }
-        }
-    };
-}
-
-functions! {
-    next {
-        fn virDomainSnapshotCreateXML: unsafe extern "C" fn(*mut Domain, *const c_char, c_uint) -> *mut Snapshot;
-        fn virDomainRevertToSnapshot: OnSnapshot;
-        fn virDomainSnapshotDelete: OnSnapshot;
-    }
-    public {
-        fn virConnectGetType: unsafe extern "C" fn(*mut Connect) -> *const c_char;
-        fn virDomainGetConnect: unsafe extern "C" fn(*mut Domain) -> *mut Connect;
-        fn virDomainIsActive: unsafe extern "C" fn(*mut Domain) -> c_int;
-        fn virDomainSnapshotGetConnect: unsafe extern "C" fn(*mut Snapshot) -> *mut Connect;
-        fn virDomainSnapshotGetXMLDesc: unsafe extern "C" fn(*mut Snapshot, c_uint) -> *mut c_char;
-        fn virGetLastError: unsafe extern "C" fn() -> *mut RawError;
-        fn virResetLastError: unsafe extern "C" fn();
-    }
-    private {
-        fn virSetError: unsafe extern "C" fn(*mut RawError) -> c_int;
-        fn virDispatchError: unsafe extern "C" fn(*mut Connect);
+    unsafe extern "C" {
+        safe fn virDomainSnapshotCreateXML(Option<&Domain>, Text, c_uint) -> *mut Snapshot;
+        safe fn virDomainRevertToSnapshot(Option<&Snapshot>, c_uint) -> c_int;
+        safe fn virDomainSnapshotDelete(Option<&Snapshot>, c_uint) -> c_int;
     }
 }
 
-/// The definition that comes after ours: another preloaded library's, or libvirt's.
-fn next(library: *mut c_void, name: &str) -> *mut c_void {
-    let found = symbol(libc::RTLD_NEXT, name);
-    // A program that opened libvirt, as Python does, has it to itself: it is not among those that come next.
-    if found.is_null() { symbol(library, name) } else { found }
+symbols! {
+    /// Those that it calls.
+    struct Functions;
+
+    unsafe extern "C" {
+        safe fn virConnectGetType(&Connect) -> Text;
+        safe fn virDomainGetConnect(&Domain) -> Option<&Connect>;
+        safe fn virDomainIsActive(&Domain) -> c_int;
+        safe fn virDomainSnapshotGetConnect(&Snapshot) -> Option<&Connect>;
+        safe fn virDomainSnapshotGetXMLDesc(&Snapshot, c_uint) -> Malloced;
+        safe fn virGetLastError() -> *const RawError<'static>;
+        safe fn virResetLastError();
+    }
+
+    // Not of the public API: the daemon's and the drivers', which another libvirt may not have.
+    optional {
+        safe fn virSetError(&mut RawError) -> c_int;
+        safe fn virDispatchError(Option<&Connect>);
+    }
 }
 
-fn symbol(library: *mut c_void, name: &str) -> *mut c_void {
-    let name = CStr::from_bytes_with_nul(name.as_bytes()).expect("written with its NUL");
-    // SAFETY: an open library or RTLD_NEXT, and a NUL-terminated name; dlsym only looks.
-    unsafe { libc::dlsym(library, name.as_ptr()) }
+/// The functions.
+pub struct Libvirt {
+    pub next: Next,
+    functions: Functions,
 }
 
 impl Libvirt {
@@ -128,117 +93,81 @@ impl Libvirt {
         LIBVIRT.get()
     }
 
+    /// libvirt is there, because somebody has called one of its functions. None where it is something else.
+    fn find() -> Option<Libvirt> {
+        let library = Library::loaded(c"libvirt.so.0")?;
+        // The definition that comes after ours: another preloaded library's, or libvirt's.
+        let next = |name| {
+            let found = Library::NEXT.find(name);
+            // A program that opened libvirt, as Python does, has it to itself: it is not among those that come next.
+            if found.is_null() { library.find(name) } else { found }
+        };
+        Some(Libvirt { next: Next::find(next).ok()?, functions: Functions::find(|name| library.find(name)).ok()? })
+    }
+
     /// Whether this is QEMU's driver, and the guest is there.
-    ///
-    /// # Safety
-    /// `domain` is one of libvirt's.
-    pub unsafe fn is_running_under_qemu(&self, domain: *mut Domain) -> bool {
-        // SAFETY: by the caller's promise.
-        unsafe { self.is_qemu(self.connection_of_domain(domain)) && (self.virDomainIsActive)(domain) == 1 }
+    pub fn is_running_under_qemu(&self, domain: &Domain) -> bool {
+        self.is_qemu(self.connection_of_domain(Some(domain))) && (self.functions.virDomainIsActive)(domain) == 1
     }
 
-    /// # Safety
-    /// `domain` is NULL or one of libvirt's.
-    pub unsafe fn connection_of_domain(&self, domain: *mut Domain) -> *mut Connect {
-        if domain.is_null() {
-            return ptr::null_mut();
-        }
-        // SAFETY: by the caller's promise.
-        unsafe { (self.virDomainGetConnect)(domain) }
+    pub fn connection_of_domain<'a>(&self, domain: Option<&'a Domain>) -> Option<&'a Connect> {
+        (self.functions.virDomainGetConnect)(domain?)
     }
 
-    /// # Safety
-    /// `snapshot` is NULL or one of libvirt's.
-    pub unsafe fn connection_of_snapshot(&self, snapshot: *mut Snapshot) -> *mut Connect {
-        if snapshot.is_null() {
-            return ptr::null_mut();
-        }
-        // SAFETY: by the caller's promise.
-        unsafe { (self.virDomainSnapshotGetConnect)(snapshot) }
+    pub fn connection_of_snapshot<'a>(&self, snapshot: Option<&'a Snapshot>) -> Option<&'a Connect> {
+        (self.functions.virDomainSnapshotGetConnect)(snapshot?)
     }
 
-    /// # Safety
-    /// `connection` is NULL or one of libvirt's.
-    pub unsafe fn is_qemu(&self, connection: *mut Connect) -> bool {
-        if connection.is_null() {
-            return false;
-        }
-        // SAFETY: by the caller's promise; the string is the connection's or a constant.
-        unsafe {
-            let kind = (self.virConnectGetType)(connection);
-            !kind.is_null() && CStr::from_ptr(kind) == c"QEMU"
-        }
+    pub fn is_qemu(&self, connection: Option<&Connect>) -> bool {
+        connection.is_some_and(|connection| (self.functions.virConnectGetType)(connection).get() == Some(c"QEMU"))
     }
 
     /// The snapshot's XML.
-    ///
-    /// # Safety
-    /// `snapshot` is one of libvirt's.
-    pub unsafe fn snapshot_xml(&self, snapshot: *mut Snapshot) -> Option<String> {
-        // SAFETY: by the caller's promise; the text is NUL-terminated, from malloc, and the caller's.
-        unsafe {
-            let text = (self.virDomainSnapshotGetXMLDesc)(snapshot, 0);
-            if text.is_null() {
-                return None;
-            }
-            let owned = CStr::from_ptr(text).to_string_lossy().into_owned();
-            libc::free(text.cast());
-            Some(owned)
-        }
+    pub fn snapshot_xml(&self, snapshot: &Snapshot) -> Option<String> {
+        let text = (self.functions.virDomainSnapshotGetXMLDesc)(snapshot, 0);
+        text.get().map(|text| text.to_string_lossy().into_owned())
     }
 
     /// This thread's last error.
     pub fn last_error(&self) -> Option<LastError> {
         // SAFETY: NULL, or this thread's error, which nobody changes meanwhile.
-        unsafe {
-            let last = (self.virGetLastError)();
-            if last.is_null() || (*last).code == 0 {
-                return None;
-            }
-            let message = (*last).message;
-            let message = if message.is_null() { c"no reason is given" } else { CStr::from_ptr(message) };
-            Some(LastError { code: (*last).code, message: message.to_string_lossy().into_owned() })
-        }
+        let last = unsafe { (self.functions.virGetLastError)().as_ref() }.filter(|last| last.code != 0)?;
+        let message = last.message.lossy().unwrap_or_else(|| "no reason is given".into());
+        Some(LastError { code: last.code, message })
     }
 
     pub fn reset_last_error(&self) {
-        // SAFETY: of this thread only.
-        unsafe { (self.virResetLastError)() }
+        (self.functions.virResetLastError)();
     }
 
     /// Makes an error this thread's last one; where this libvirt does not let us, it is on stderr.
     pub fn set_last_error(&self, error: &Error) {
         const LEVEL_ERROR: c_int = 2;
-        let Some(set_error) = self.virSetError else {
+        let Some(set_error) = self.functions.virSetError else {
             return environment::say(&error.message);
         };
         let message = CString::new(error.message.replace('\0', "\\0")).expect("there is no NUL any more");
         let mut raw = RawError {
             code: error.code as c_int,
             domain: DOMAIN,
-            message: message.as_ptr().cast_mut(),
+            message: Text::from(&message),
             level: LEVEL_ERROR,
             conn: ptr::null_mut(),
             dom: ptr::null_mut(),
-            str1: message.as_ptr().cast_mut(),
-            str2: ptr::null_mut(),
-            str3: ptr::null_mut(),
+            str1: Text::from(&message),
+            str2: Text::NULL,
+            str3: Text::NULL,
             int1: -1,
             int2: -1,
             net: ptr::null_mut(),
         };
-        // SAFETY: a whole virError, which libvirt copies.
-        unsafe { set_error(&raw mut raw) };
+        set_error(&mut raw);
     }
 
     /// Tells the program's error handler of the last error, as each of libvirt's functions does at its end.
-    ///
-    /// # Safety
-    /// `connection` is NULL or one of libvirt's.
-    pub unsafe fn dispatch(&self, connection: *mut Connect) {
-        if let Some(dispatch) = self.virDispatchError {
-            // SAFETY: by the caller's promise.
-            unsafe { dispatch(connection) }
+    pub fn dispatch(&self, connection: Option<&Connect>) {
+        if let Some(dispatch) = self.functions.virDispatchError {
+            dispatch(connection);
         }
     }
 }

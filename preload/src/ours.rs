@@ -1,6 +1,6 @@
 //! libinstantsnap, opened when it is needed.
 
-use std::ffi::{CStr, CString, OsStr, c_char, c_int, c_uint, c_void};
+use std::ffi::{CStr, CString, OsStr, c_int, c_uint};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
@@ -8,29 +8,35 @@ use std::sync::OnceLock;
 use crate::environment;
 use crate::error::{Code, Error, Result};
 use crate::libvirt::{Domain, Snapshot};
+use crate::pointers::Text;
+use crate::symbols::{Library, symbols};
 
 const SONAME: &str = "libinstantsnap.so.0";
 
-/// What reverts to a snapshot or deletes it; the first argument is NULL.
-pub type OnSnapshot = unsafe extern "C" fn(*mut c_void, *mut Snapshot, c_uint) -> c_int;
+/// What reverts to a snapshot or deletes it, for a client: the first argument is NULL.
+pub type OnSnapshot = extern "C" fn(Option<&Nobody>, Option<&Snapshot>, c_uint) -> c_int;
 
-type Create = unsafe extern "C" fn(*mut Domain, *mut c_void, *const c_char, c_uint) -> *mut Snapshot;
-type LastError = unsafe extern "C" fn() -> *const RawError;
+/// A driver's own object, which a client has none of.
+pub enum Nobody {}
 
-/// Its functions.
-pub struct Ours {
-    pub create: Create,
-    pub revert: OnSnapshot,
-    pub delete: OnSnapshot,
-    last_error: LastError,
+symbols! {
+    /// Its functions, which have these types in instantsnap.h and instantsnap-libvirt.h, where the soname is this.
+    pub struct Ours;
+
+    unsafe extern "C" {
+        safe fn qemuSnapshotCreateXML(Option<&Domain>, Option<&Nobody>, Text, c_uint) -> *mut Snapshot;
+        safe fn qemuSnapshotRevert(Option<&Nobody>, Option<&Snapshot>, c_uint) -> c_int;
+        safe fn qemuSnapshotDelete(Option<&Nobody>, Option<&Snapshot>, c_uint) -> c_int;
+        safe fn instantsnap_last_error() -> *const RawError;
+    }
 }
 
 /// `instantsnap_error`.
 #[repr(C)]
-struct RawError {
+pub struct RawError {
     code: c_int,
     domain: c_int,
-    message: *const c_char,
+    message: Text<'static>,
 }
 
 impl Ours {
@@ -39,37 +45,21 @@ impl Ours {
         static OURS: OnceLock<Ours> = OnceLock::new();
         match OURS.get() {
             Some(ours) => Ok(ours),
-            None => Ours::find().map(|ours| OURS.get_or_init(|| ours)),
+            None => Ours::look().map(|ours| OURS.get_or_init(|| ours)),
         }
     }
 
-    fn find() -> Result<Ours> {
+    fn look() -> Result<Ours> {
         let library = open()?;
-        let symbol = |name: &CStr| {
-            // SAFETY: an open library and a NUL-terminated name; dlsym only looks.
-            let found = unsafe { libc::dlsym(library, name.as_ptr()) };
-            let missing = || missing(&format!("it has no {}()", name.to_string_lossy()));
-            if found.is_null() { Err(missing()) } else { Ok(found) }
-        };
-        // SAFETY: the symbols have these types in instantsnap.h and instantsnap-libvirt.h, where the soname is this.
-        unsafe {
-            Ok(Ours {
-                create: std::mem::transmute::<*mut c_void, Create>(symbol(c"qemuSnapshotCreateXML")?),
-                revert: std::mem::transmute::<*mut c_void, OnSnapshot>(symbol(c"qemuSnapshotRevert")?),
-                delete: std::mem::transmute::<*mut c_void, OnSnapshot>(symbol(c"qemuSnapshotDelete")?),
-                last_error: std::mem::transmute::<*mut c_void, LastError>(symbol(c"instantsnap_last_error")?),
-            })
-        }
+        Ours::find(|name| library.find(name)).map_err(|name| missing(&format!("it has no {name}()")))
     }
 
     /// Its own last error of this thread.
     pub fn last_error(&self) -> Error {
         // SAFETY: never NULL; code and message are this thread's until its next call.
-        let (code, message) = unsafe {
-            let last = &*(self.last_error)();
-            (last.code, CStr::from_ptr(last.message).to_string_lossy().into_owned())
-        };
-        Error::new(Code::from_number(code).unwrap_or(Code::InternalError), message)
+        let last = unsafe { &*(self.instantsnap_last_error)() };
+        let code = Code::from_number(last.code).unwrap_or(Code::InternalError);
+        Error::new(code, last.message.lossy().unwrap_or_default())
     }
 }
 
@@ -82,20 +72,13 @@ fn missing(why: &str) -> Error {
     )
 }
 
-fn open() -> Result<*mut c_void> {
+fn open() -> Result<Library> {
     let mut why = String::new();
     for candidate in candidates() {
         let Ok(name) = CString::new(candidate.into_os_string().into_vec()) else { continue };
-        // SAFETY: a NUL-terminated name; the library's initialisers are fit for any process.
-        let library = unsafe { libc::dlopen(name.as_ptr(), libc::RTLD_NOW | libc::RTLD_LOCAL) };
-        if !library.is_null() {
-            return Ok(library);
-        }
-        // SAFETY: after a failure NULL or a string of this thread's.
-        let reason = unsafe { libc::dlerror() };
-        if !reason.is_null() {
-            // SAFETY: as above; copied before the next call of its family.
-            why = unsafe { CStr::from_ptr(reason) }.to_string_lossy().into_owned();
+        match Library::open(&name) {
+            Ok(library) => return Ok(library),
+            Err(reason) => why = reason,
         }
     }
     Err(missing(&why))

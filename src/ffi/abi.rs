@@ -29,6 +29,8 @@ pub struct Field {
     pub offset: usize,
     /// `sizeof` it.
     pub size: usize,
+    /// Its type in Rust.
+    pub kind: &'static str,
 }
 
 macro_rules! structures {
@@ -43,6 +45,9 @@ macro_rules! structures {
                     pub $field: $type,
                 )+
             }
+
+            // Without padding: it is filled byte by byte.
+            const _: () = assert!(size_of::<$name>() == 0 $(+ size_of::<$type>())+);
         )+
 
         /// Every structure that crosses the border.
@@ -53,6 +58,7 @@ macro_rules! structures {
                 name: in_c(stringify!($field)),
                 offset: offset_of!($name, $field),
                 size: size_of::<$type>(),
+                kind: stringify!($type),
             },)+],
         },)+];
     };

@@ -1,35 +1,23 @@
 //! The entry points of a client of a stock libvirt: `vm` is NULL, objects and errors are libvirt's own.
 
-use std::ffi::{c_char, c_int, c_uint, c_void};
-use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::ptr::{self, NonNull};
+use std::ffi::{c_int, c_uint};
 use std::sync::Arc;
 
 use super::header::instantsnap_guest;
+use super::last_error;
 use super::native::GUESTS;
-use super::{boundary, defect, last_error, text};
+use crate::boundary::{boundary, caught};
 use crate::engine::Handle;
 use crate::error::{Error, Result, fail};
 use crate::flags;
 use crate::guest::{LibvirtConnector, libvirt as guest};
-use crate::libvirt::{self, Domain, Snapshot, VirError, table};
+use crate::libvirt::table::{self, virDomain, virDomainSnapshot};
+use crate::libvirt::{self, Domain, Snapshot, VirError};
+use crate::pointers::Text;
 
-/// Runs the body of one of libvirt's functions. Its error is put where libvirt's callers look, and where ours do.
-fn virtually<T>(failed: T, body: impl FnOnce(&'static table::Table) -> Result<T>) -> T {
-    attempt(body).unwrap_or_else(|error| {
-        tell(error);
-        failed
-    })
-}
-
-/// The same, but that nobody is told of the error yet.
+/// Runs a body that needs libvirt. What libvirt has said on the way is no error of one that succeeds.
 pub fn attempt<T>(body: impl FnOnce(&'static table::Table) -> Result<T>) -> Result<T> {
-    let result = catch_unwind(AssertUnwindSafe(|| {
-        let table = table::table()?;
-        body(table)
-    }));
-    let result = result.unwrap_or_else(|panic| Err(defect(&*panic)));
-    // What libvirt has said on the way is no error of the call.
+    let result = caught(|| body(table::table()?));
     if let (Ok(_), Ok(table)) = (&result, table::table()) {
         libvirt::reset_last_error(table);
     }
@@ -47,41 +35,30 @@ pub fn tell(error: Error) {
     last_error::set(error);
 }
 
-/// # Safety
-/// `domain` is NULL or a `virDomainPtr`.
-pub unsafe fn share_domain(table: &'static table::Table, domain: *mut c_void) -> Result<Domain> {
-    let Some(domain) = NonNull::new(domain) else { fail!(InvalidArg, "domain must not be NULL") };
-    // SAFETY: by the caller's promise.
-    unsafe { Domain::share(table, domain.cast()) }.map_err(|error| error.into_error("domain"))
+/// A reference to the caller's domain.
+pub fn share_domain(table: &'static table::Table, domain: Option<&virDomain>) -> Result<Domain> {
+    let Some(domain) = domain else { fail!(InvalidArg, "domain must not be NULL") };
+    Domain::share(table, domain).map_err(|error| error.into_error("domain"))
 }
 
-/// # Safety
-/// `snapshot` is NULL or a `virDomainSnapshotPtr`.
-pub unsafe fn share_snapshot(table: &'static table::Table, snapshot: *mut c_void) -> Result<Snapshot> {
-    let Some(snapshot) = NonNull::new(snapshot) else { fail!(InvalidArg, "snapshot must not be NULL") };
-    if super::handles::is_handle(snapshot.as_ptr()) {
-        fail!(InvalidArg, "snapshot is one of instantsnap_open_qmp()'s guest: vm must be that guest");
-    }
-    // SAFETY: by the caller's promise.
-    unsafe { Snapshot::share(table, snapshot.cast()) }.map_err(|error| error.into_error("snapshot"))
+/// A reference to the caller's snapshot.
+pub fn share_snapshot(table: &'static table::Table, snapshot: Option<&virDomainSnapshot>) -> Result<Snapshot> {
+    let Some(snapshot) = snapshot else { fail!(InvalidArg, "snapshot must not be NULL") };
+    Snapshot::share(table, snapshot).map_err(|error| error.into_error("snapshot"))
 }
 
 /// `qemuSnapshotCreateXML` with `vm` NULL.
-///
-/// # Safety
-/// `domain` is NULL or a `virDomainPtr`, `xml` NULL or NUL-terminated.
-pub unsafe fn create(domain: *mut c_void, xml: *const c_char, bits: c_uint) -> *mut c_void {
+pub fn create(domain: Option<&virDomain>, xml: Text, bits: c_uint) -> *mut virDomainSnapshot {
     if bits & flags::INSTANT == 0 {
-        // SAFETY: by the caller's promise.
-        return unsafe { pass_through(domain, xml, bits) };
+        return boundary(last_error::set, || pass_through(domain, xml, bits));
     }
-    virtually(ptr::null_mut(), |table| {
+    let take = |table| {
         flags::Flags::check(bits)?;
-        // SAFETY: by the caller's promise.
-        let (domain, xml) = unsafe { (share_domain(table, domain)?, text("xmlDesc", xml)?) };
+        let (domain, xml) = (share_domain(table, domain)?, xml.required("xmlDesc")?);
         let connector = LibvirtConnector::open(domain.clone())?;
-        Ok(take(&domain, connector, xml, bits)?.into_raw().cast())
-    })
+        Ok(take(&domain, connector, xml, bits)?.into_raw())
+    };
+    boundary(tell, || attempt(take))
 }
 
 /// Takes a snapshot; libvirt's object of it.
@@ -98,61 +75,34 @@ pub fn take(domain: &Domain, connector: LibvirtConnector, xml: &str, bits: c_uin
 }
 
 /// libvirt's own, its result and its error as they are.
-///
-/// # Safety
-/// As [`create`].
-unsafe fn pass_through(domain: *mut c_void, xml: *const c_char, bits: c_uint) -> *mut c_void {
-    let table = match table::table() {
-        Ok(table) => table,
-        Err(error) => {
-            last_error::set(error);
-            return ptr::null_mut();
-        }
-    };
-    // SAFETY: by the caller's promise; libvirt checks all of them itself.
-    let snapshot = unsafe { (table.virDomainSnapshotCreateXML)(domain.cast(), xml, bits) };
-    if snapshot.is_null() {
-        last_error::set(VirError::last(table).into());
-    }
-    snapshot.cast()
+fn pass_through(domain: Option<&virDomain>, xml: Text, bits: c_uint) -> Result<*mut virDomainSnapshot> {
+    let table = table::table()?;
+    // libvirt checks all of them itself.
+    let snapshot = (table.virDomainSnapshotCreateXML)(domain, xml, bits);
+    if snapshot.is_null() { Err(VirError::last(table).into()) } else { Ok(snapshot) }
 }
 
 /// `qemuSnapshotRevert` with `vm` NULL.
-///
-/// # Safety
-/// `snapshot` is NULL or a `virDomainSnapshotPtr`.
-pub unsafe fn revert(snapshot: *mut c_void, bits: c_uint) -> c_int {
-    virtually(-1, |table| {
+pub fn revert(snapshot: Option<&virDomainSnapshot>, bits: c_uint) -> Result<c_int> {
+    attempt(|table| {
         flags::revert::check(bits)?;
-        // SAFETY: by the caller's promise.
-        let snapshot = unsafe { share_snapshot(table, snapshot) }?;
-        guest::revert(&snapshot, bits).map(|()| 0)
+        guest::revert(&share_snapshot(table, snapshot)?, bits).map(|()| 0)
     })
 }
 
 /// `qemuSnapshotDelete` with `vm` NULL.
-///
-/// # Safety
-/// `snapshot` is NULL or a `virDomainSnapshotPtr`.
-pub unsafe fn delete(snapshot: *mut c_void, bits: c_uint) -> c_int {
-    virtually(-1, |table| {
+pub fn delete(snapshot: Option<&virDomainSnapshot>, bits: c_uint) -> Result<c_int> {
+    attempt(|table| {
         flags::delete::check(bits)?;
-        // SAFETY: by the caller's promise.
-        let snapshot = unsafe { share_snapshot(table, snapshot) }?;
-        guest::delete(&snapshot, bits).map(|()| 0)
+        guest::delete(&share_snapshot(table, snapshot)?, bits).map(|()| 0)
     })
 }
 
 /// `instantsnap_open_libvirt`.
-///
-/// # Safety
-/// `domain` is NULL or a `virDomainPtr`.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn instantsnap_open_libvirt(domain: *mut c_void) -> *mut instantsnap_guest {
-    boundary(ptr::null_mut(), || {
-        let table = table::table()?;
-        // SAFETY: by the caller's promise.
-        let domain = unsafe { share_domain(table, domain) }?;
+pub extern "C" fn instantsnap_open_libvirt(domain: Option<&virDomain>) -> *mut instantsnap_guest {
+    boundary(last_error::set, || {
+        let domain = share_domain(table::table()?, domain)?;
         Ok(GUESTS.add(Handle::open_libvirt(Arc::new(LibvirtConnector::open(domain)?))))
     })
 }

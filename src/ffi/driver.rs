@@ -4,9 +4,7 @@ use std::cell::RefCell;
 use std::collections::HashMap;
 use std::ffi::{CString, c_char, c_int, c_uint, c_void};
 use std::os::fd::{AsRawFd, BorrowedFd};
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
-use std::ptr;
 use std::sync::{Arc, Mutex, Weak};
 use std::time::Duration;
 
@@ -17,13 +15,16 @@ use super::handles::is_handle;
 use super::header::{instantsnap_guest, instantsnap_snapshot};
 use super::native::{self, GUESTS, SNAPSHOTS, Snapshot};
 use super::storage::Hook;
-use super::{boundary, c_string, defect, last_error, optional_text, take_bytes, text, view};
+use super::{c_string, last_error};
+use crate::boundary::{Returned, boundary};
 use crate::engine::{Handle, StorageHook};
 use crate::error::{Code, DOMAIN, Error, Result, fail};
 use crate::flags;
 use crate::guest::driver::{Answer, Driver, Reason, RunState};
 use crate::guest::qmp::Switch;
+use crate::libvirt::table::{virDomain, virDomainSnapshot};
 use crate::monitor::{Event, Events, json};
+use crate::pointers::{In, Malloced, Text};
 use crate::sys::lock;
 
 /// What a driver has passed on, by its domain.
@@ -70,16 +71,20 @@ impl Domain {
         Domain { ops, opaque, events }
     }
 
-    /// Makes a callback, with the driver's lock held.
+    /// Runs what makes a callback, with the driver's lock held. For [`callback!`].
     fn call<T>(&self, call: impl FnOnce(*mut c_void) -> T) -> T {
         REASON.take();
+        self.lock();
+        let result = call(self.opaque);
+        self.unlock();
+        result
+    }
+
+    fn lock(&self) {
         if let Some(lock) = self.ops.lock {
             // SAFETY: by the promise of whoever gave the table; the lock is not held by this thread.
             unsafe { lock(self.opaque) };
         }
-        let result = call(self.opaque);
-        self.unlock();
-        result
     }
 
     fn unlock(&self) {
@@ -87,6 +92,17 @@ impl Domain {
             // SAFETY: by the promise of whoever gave the table; this thread holds the lock.
             unsafe { unlock(self.opaque) };
         }
+    }
+
+    /// Tells the driver, which has its lock again, of the error with which one of libvirt's functions fails; and the thread.
+    fn report(&self, error: Error) {
+        if let Some(report_error) = self.ops.report_error {
+            let message = CString::new(error.message.replace('\0', "\\0")).unwrap_or_default();
+            // SAFETY: by the promise of whoever gave the table, which is called with its lock held; the message lives for the
+            // call.
+            unsafe { report_error(self.opaque, error.number(), DOMAIN, message.as_ptr()) };
+        }
+        last_error::set(error);
     }
 
     /// Makes one that returns 0 or fails.
@@ -100,8 +116,8 @@ impl Domain {
     /// Makes one that returns a string; `None` where it returns none, and gives no reason.
     fn string(&self, call: impl FnOnce(*mut c_void) -> *mut c_char) -> Answer<Option<String>> {
         let returned = self.call(call);
-        // SAFETY: by the promise of whoever gave the table.
-        match (unsafe { take_string(returned) }?, reason()) {
+        // SAFETY: NULL or of malloc()'s, and ours, by the promise of whoever gave the table.
+        match (text_of(&unsafe { Malloced::from_ptr(returned) })?, reason()) {
             (Some(string), _) => Ok(Some(string)),
             (None, reason) if reason.is_empty() => Ok(None),
             (None, reason) => Err(reason),
@@ -111,7 +127,7 @@ impl Domain {
     fn switches(
         &self,
         switches: &[Switch],
-        call: impl FnOnce(*const abi::instantsnap_driver_disk, usize) -> c_int,
+        call: impl FnOnce(*const abi::instantsnap_driver_disk, usize) -> Answer<()>,
     ) -> Answer<()> {
         let strings: std::result::Result<Vec<_>, _> = switches
             .iter()
@@ -127,7 +143,7 @@ impl Domain {
             overlay: strings[3].as_ptr(),
         };
         let disks: Vec<_> = strings.chunks(4).map(disk).collect();
-        self.check(|_| call(disks.as_ptr(), disks.len()))
+        call(disks.as_ptr(), disks.len())
     }
 }
 
@@ -137,13 +153,17 @@ fn reason() -> Reason {
 }
 
 /// A string that a callback has returned.
-///
-/// # Safety
-/// `string` is NULL, or NUL-terminated and from malloc(), and is nobody else's.
-unsafe fn take_string(string: *mut c_char) -> Answer<Option<String>> {
-    // SAFETY: by the caller's promise.
-    let bytes = unsafe { take_bytes(string) };
-    bytes.map(String::from_utf8).transpose().map_err(|_| ": it returned what is not UTF-8".into())
+fn text_of(string: &Malloced) -> Answer<Option<String>> {
+    string.bytes().map(String::from_utf8).transpose().map_err(|_| ": it returned what is not UTF-8".into())
+}
+
+/// What makes a callback of a table, given the table's `opaque`, with what the callback takes besides.
+macro_rules! callback {
+    ($function:expr $(, $argument:expr)*) => {
+        // SAFETY: each callback of the table can be called as the header says, by the promise of whoever gave it. The lock is
+        // held, as [`Domain::call`] runs this, and what is passed lives for the call.
+        |opaque| unsafe { $function(opaque $(, $argument)*) }
+    };
 }
 
 /// Rounded up: a callback that has waited so long is late, and does not seem to have failed.
@@ -157,7 +177,6 @@ fn text_for_c(text: &str) -> Answer<CString> {
 
 const MISSING: &str = ": it is NULL";
 
-// Each callback of the table is called as the header says; that is the promise of whoever gave it.
 impl Driver for Domain {
     fn identity(&self) -> usize {
         self.opaque as usize
@@ -166,21 +185,18 @@ impl Driver for Domain {
     fn run(&self, command: &str, fd: Option<BorrowedFd>, timeout: Duration) -> Answer<String> {
         let (monitor, command) = (self.ops.monitor.ok_or(MISSING)?, text_for_c(command)?);
         let fds: Vec<c_int> = fd.iter().map(AsRawFd::as_raw_fd).collect();
-        let mut reply = ptr::null_mut();
-        // SAFETY: see above; command, descriptors and `reply` live for the call.
-        let call = |opaque| unsafe {
-            monitor(opaque, command.as_ptr(), fds.as_ptr(), fds.len(), milliseconds(timeout), &raw mut reply)
-        };
-        let done = self.check(call);
-        // SAFETY: by the promise of whoever gave the table, also where it failed.
-        let reply = unsafe { take_string(reply) };
+        let mut reply = Malloced::NULL;
+        let place = (&raw mut reply).cast();
+        let done =
+            self.check(callback!(monitor, command.as_ptr(), fds.as_ptr(), fds.len(), milliseconds(timeout), place));
+        // There can be one also where it failed.
+        let reply = text_of(&reply);
         done.and(reply)?.ok_or_else(|| ": it gave no reply".into())
     }
 
     fn state(&self) -> Answer<RunState> {
         let state = self.ops.state.ok_or(MISSING)?;
-        // SAFETY: see above.
-        match self.call(|opaque| unsafe { state(opaque) }) {
+        match self.call(callback!(state)) {
             state if state == abi::INSTANTSNAP_DRIVER_RUNNING as c_int => Ok(RunState::Running),
             state if state == abi::INSTANTSNAP_DRIVER_PAUSED as c_int => Ok(RunState::Paused),
             state if state == abi::INSTANTSNAP_DRIVER_SHUTOFF as c_int => Ok(RunState::Off),
@@ -191,14 +207,12 @@ impl Driver for Domain {
 
     fn domain_xml(&self) -> Answer<String> {
         let domain_xml = self.ops.domain_xml.ok_or(MISSING)?;
-        // SAFETY: see above.
-        self.string(|opaque| unsafe { domain_xml(opaque) })?.ok_or_else(|| ": it returned NULL".into())
+        self.string(callback!(domain_xml))?.ok_or_else(|| ": it returned NULL".into())
     }
 
     fn state_dir(&self) -> Answer<Option<PathBuf>> {
         let Some(state_dir) = self.ops.state_dir else { return Ok(None) };
-        // SAFETY: see above.
-        let directory = self.string(|opaque| unsafe { state_dir(opaque) })?;
+        let directory = self.string(callback!(state_dir))?;
         match directory {
             None if self.ops.record.is_none() => Err(": it returned NULL".into()),
             directory => Ok(directory.map(PathBuf::from)),
@@ -207,73 +221,63 @@ impl Driver for Domain {
 
     fn guard_socket(&self) -> Option<PathBuf> {
         let guard_socket = self.ops.guard_socket?;
-        // SAFETY: see above.
-        self.string(|opaque| unsafe { guard_socket(opaque) }).ok().flatten().map(PathBuf::from)
+        self.string(callback!(guard_socket)).ok().flatten().map(PathBuf::from)
     }
 
     fn pause(&self, timeout: Duration) -> Option<Answer<()>> {
         let pause = self.ops.pause?;
-        // SAFETY: see above.
-        Some(self.check(|opaque| unsafe { pause(opaque, milliseconds(timeout)) }))
+        Some(self.check(callback!(pause, milliseconds(timeout))))
     }
 
     fn resume(&self, timeout: Duration) -> Option<Answer<()>> {
         let resume = self.ops.resume?;
-        // SAFETY: see above.
-        Some(self.check(|opaque| unsafe { resume(opaque, milliseconds(timeout)) }))
+        Some(self.check(callback!(resume, milliseconds(timeout))))
     }
 
     fn switch_disks(&self, switches: &[Switch], timeout: Duration) -> Option<Answer<()>> {
         let switch_disks = self.ops.switch_disks?;
-        // SAFETY: see above; the disks live for the call.
-        let call = |disks, count| unsafe { switch_disks(self.opaque, disks, count, milliseconds(timeout)) };
-        Some(self.switches(switches, call))
+        Some(self.switches(switches, |disks, count| {
+            self.check(callback!(switch_disks, disks, count, milliseconds(timeout)))
+        }))
     }
 
     fn disks_merged(&self, switches: &[Switch]) {
         let Some(disks_merged) = self.ops.disks_merged else { return };
         let _ = self.switches(switches, |disks, count| {
-            // SAFETY: see above; the disks live for the call.
-            unsafe { disks_merged(self.opaque, disks, count) };
-            0
+            self.call(callback!(disks_merged, disks, count));
+            Ok(())
         });
     }
 
     fn begin_job(&self) -> Answer<()> {
         let Some(begin_job) = self.ops.begin_job else { return Ok(()) };
-        // SAFETY: see above.
-        self.check(|opaque| unsafe { begin_job(opaque) })
+        self.check(callback!(begin_job))
     }
 
     fn end_job(&self) {
         if let Some(end_job) = self.ops.end_job {
-            // SAFETY: see above.
-            self.call(|opaque| unsafe { end_job(opaque) });
+            self.call(callback!(end_job));
         }
     }
 
     fn record(&self, name: &str, xml: &str) -> Answer<()> {
         let (record, name, xml) = (self.ops.record.ok_or(MISSING)?, text_for_c(name)?, text_for_c(xml)?);
-        // SAFETY: see above; the strings live for the call.
-        self.check(|opaque| unsafe { record(opaque, name.as_ptr(), xml.as_ptr()) })
+        self.check(callback!(record, name.as_ptr(), xml.as_ptr()))
     }
 
     fn forget(&self, name: &str) -> Answer<()> {
         let (forget, name) = (self.ops.forget.ok_or(MISSING)?, text_for_c(name)?);
-        // SAFETY: see above; the string lives for the call.
-        self.check(|opaque| unsafe { forget(opaque, name.as_ptr()) })
+        self.check(callback!(forget, name.as_ptr()))
     }
 
     fn snapshot_xml(&self, name: &str) -> Answer<Option<String>> {
         let (snapshot_xml, name) = (self.ops.snapshot_xml.ok_or(MISSING)?, text_for_c(name)?);
-        // SAFETY: see above; the string lives for the call.
-        self.string(|opaque| unsafe { snapshot_xml(opaque, name.as_ptr()) })
+        self.string(callback!(snapshot_xml, name.as_ptr()))
     }
 
     fn current(&self) -> Answer<Option<String>> {
         let Some(current_snapshot) = self.ops.current_snapshot else { return Ok(None) };
-        // SAFETY: see above.
-        self.string(|opaque| unsafe { current_snapshot(opaque) })
+        self.string(callback!(current_snapshot))
     }
 
     fn take_events(&self) -> Vec<Event> {
@@ -282,12 +286,8 @@ impl Driver for Domain {
 }
 
 /// Copies a table, if it is one.
-///
-/// # Safety
-/// `ops` is NULL, or its size says how many bytes of it are valid.
-unsafe fn read_ops(ops: *const Ops) -> Result<Ops> {
-    // SAFETY: by the caller's promise.
-    let ops = unsafe { view("ops", ops) }?;
+fn read_ops(ops: In<Ops>) -> Result<Ops> {
+    let Some(ops) = ops.read("ops")? else { fail!(InvalidArg, "ops must not be NULL") };
     let required = [
         ("monitor", ops.monitor.is_some()),
         ("state", ops.state.is_some()),
@@ -304,28 +304,23 @@ unsafe fn read_ops(ops: *const Ops) -> Result<Ops> {
     Ok(ops)
 }
 
-/// The same, with its storage hook.
-///
-/// # Safety
-/// As for [`read_ops`], and so with the hook's size.
-unsafe fn read_driver(ops: *const Ops) -> Result<Registered> {
-    // SAFETY: by the caller's promise.
-    let ops = unsafe { read_ops(ops) }?;
-    // SAFETY: by the caller's promise.
-    let hook = unsafe { Hook::read(ops.storage_hook) }?;
+/// A table with its storage hook; none of NULL.
+fn read_driver(ops: In<Ops>) -> Result<Option<Registered>> {
+    if ops.is_null() {
+        return Ok(None);
+    }
+    let ops = read_ops(ops)?;
+    // SAFETY: by the promise of whoever gave the table.
+    let hook = Hook::read(unsafe { In::from_ptr(ops.storage_hook) })?;
     hook.as_ref().map_or(Ok(()), Hook::check)?;
-    Ok(Registered { ops, storage: hook.map(|hook| hook.0) })
+    Ok(Some(Registered { ops, storage: hook.map(|hook| hook.0) }))
 }
 
 /// `instantsnap_register_driver`.
-///
-/// # Safety
-/// `ops` is NULL, or its size says how many bytes of it are valid; its callbacks can be called as the header says.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn instantsnap_register_driver(ops: *const Ops) -> c_int {
-    boundary(-1, || {
-        // SAFETY: by the caller's promise.
-        let driver = if ops.is_null() { None } else { Some(unsafe { read_driver(ops) }?) };
+pub extern "C" fn instantsnap_register_driver(ops: In<abi::instantsnap_driver_ops>) -> c_int {
+    boundary(last_error::set, || {
+        let driver = read_driver(ops)?;
         let mut registered = lock(&REGISTERED);
         if driver.is_some() && registered.is_some() {
             fail!(OperationInvalid, "a driver is registered already: register NULL first");
@@ -335,52 +330,35 @@ pub unsafe extern "C" fn instantsnap_register_driver(ops: *const Ops) -> c_int {
     })
 }
 
-/// Opens a domain by a driver's callbacks.
-///
-/// # Safety
-/// As for [`instantsnap_open_driver`].
-pub unsafe fn open(ops: *const Ops, opaque: *mut c_void) -> Result<Handle> {
-    // SAFETY: by the caller's promise.
-    let ops = unsafe { read_ops(ops) }?;
-    Handle::open_driver(Arc::new(Domain::new(ops, opaque)))
+/// Opens a domain by a driver's callbacks, which can be called with `opaque` as the header says.
+pub fn open(ops: In<Ops>, opaque: *mut c_void) -> Result<Handle> {
+    Handle::open_driver(Arc::new(Domain::new(read_ops(ops)?, opaque)))
 }
 
 /// `instantsnap_open_driver`.
-///
-/// # Safety
-/// `ops` is NULL, or its size says how many bytes of it are valid; its callbacks can be called with `opaque` as the header says.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn instantsnap_open_driver(ops: *const Ops, opaque: *mut c_void) -> *mut instantsnap_guest {
-    boundary(ptr::null_mut(), || {
-        // SAFETY: by the caller's promise.
-        Ok(GUESTS.add(unsafe { open(ops, opaque) }?))
-    })
+pub extern "C" fn instantsnap_open_driver(
+    ops: In<abi::instantsnap_driver_ops>,
+    opaque: *mut c_void,
+) -> *mut instantsnap_guest {
+    boundary(last_error::set, || Ok(GUESTS.add(open(ops, opaque)?)))
 }
 
 /// `instantsnap_driver_set_reason`.
-///
-/// # Safety
-/// `reason` is NULL or NUL-terminated.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn instantsnap_driver_set_reason(reason: *const c_char) {
-    boundary((), || {
-        // SAFETY: by the caller's promise.
-        let reason = unsafe { optional_text("reason", reason) }?;
-        REASON.set(reason.map(str::to_owned));
+pub extern "C" fn instantsnap_driver_set_reason(reason: Text) {
+    boundary(last_error::set, || {
+        REASON.set(reason.optional("reason")?.map(str::to_owned));
         Ok(())
     });
 }
 
 /// `instantsnap_driver_event`.
-///
-/// # Safety
-/// `event` is NULL or NUL-terminated.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn instantsnap_driver_event(opaque: *mut c_void, event: *const c_char) {
-    boundary((), || {
-        // SAFETY: by the caller's promise.
-        let event = unsafe { text("event", event) }?;
-        let event = json::parse(event.as_bytes()).ok().and_then(|message| Event::read(&message));
+pub extern "C" fn instantsnap_driver_event(opaque: *mut c_void, event: Text) {
+    boundary(last_error::set, || {
+        let event = json::parse(event.required("event")?.as_bytes()).ok();
+        let event = event.and_then(|message| Event::read(&message));
         let events = lock(&PASSED_ON).get(&(opaque as usize)).and_then(Weak::upgrade);
         if let (Some(event), Some(events)) = (event, events) {
             lock(&events).keep(event);
@@ -395,7 +373,7 @@ pub fn is_registered() -> bool {
 }
 
 /// The driver that `vm` belongs to, where that is neither NULL nor a handle.
-fn registered(vm: *mut c_void) -> Option<Called> {
+pub fn called(vm: *mut c_void) -> Option<Called> {
     if vm.is_null() || is_handle(vm) {
         return None;
     }
@@ -405,52 +383,43 @@ fn registered(vm: *mut c_void) -> Option<Called> {
 }
 
 /// A domain for which one of libvirt's functions was called.
-struct Called {
+pub struct Called {
     domain: Domain,
     storage: Option<Hook>,
 }
 
 /// Runs the body of one of libvirt's functions, which is called with the driver's lock held.
-fn enter<T>(failed: T, called: Called, body: impl FnOnce(&Arc<Domain>, &Handle) -> Result<T>) -> T {
+fn enter<T: Returned>(called: Called, body: impl FnOnce(&Arc<Domain>, &Handle) -> Result<T>) -> T {
+    /// Without the driver's lock until it is dropped.
+    struct Unlocked<'a>(&'a Domain);
+    impl Drop for Unlocked<'_> {
+        fn drop(&mut self) {
+            self.0.lock();
+        }
+    }
+
     let Called { domain, storage } = called;
     let domain = Arc::new(domain);
-    domain.unlock();
-    let result = catch_unwind(AssertUnwindSafe(|| {
-        let handle = Handle::open_driver(domain.clone())?;
-        handle.set_storage_hook(storage.map(|hook| Arc::new(hook) as Arc<dyn StorageHook>));
-        body(&domain, &handle)
-    }));
-    if let Some(lock) = domain.ops.lock {
-        // SAFETY: by the promise of whoever gave the table; this thread does not hold the lock.
-        unsafe { lock(domain.opaque) };
-    }
-    let error = match result {
-        Ok(Ok(value)) => return value,
-        Ok(Err(error)) => error,
-        Err(panic) => defect(&*panic),
-    };
-    if let Some(report_error) = domain.ops.report_error {
-        let message = CString::new(error.message.replace('\0', "\\0")).unwrap_or_default();
-        // SAFETY: by the promise of whoever gave the table, which is called with its lock held; the message lives for the call.
-        unsafe { report_error(domain.opaque, error.number(), DOMAIN, message.as_ptr()) };
-    }
-    last_error::set(error);
-    failed
+    boundary(
+        |error| domain.report(error),
+        || {
+            domain.unlock();
+            let _unlocked = Unlocked(&domain);
+            let handle = Handle::open_driver(domain.clone())?;
+            handle.set_storage_hook(storage.map(|hook| Arc::new(hook) as Arc<dyn StorageHook>));
+            body(&domain, &handle)
+        },
+    )
 }
 
-/// `qemuSnapshotCreateXML` of a registered driver; `None` where there is none.
-///
-/// # Safety
-/// `xml` is NULL or NUL-terminated.
-pub unsafe fn create(domain: *mut c_void, vm: *mut c_void, xml: *const c_char, bits: c_uint) -> Option<*mut c_void> {
-    Some(enter(ptr::null_mut(), registered(vm)?, |driver, handle| {
-        // SAFETY: by the caller's promise.
-        let name = c_string(handle.create(unsafe { text("xmlDesc", xml) }?, bits, &mut ())?)?;
+/// `qemuSnapshotCreateXML` of a registered driver.
+pub fn create(called: Called, domain: *mut virDomain, xml: Text, bits: c_uint) -> *mut virDomainSnapshot {
+    enter(called, |driver, handle| {
+        let name = c_string(handle.create(xml.required("xmlDesc")?, bits, &mut ())?)?;
         let Some(make_snapshot) = driver.ops.make_snapshot else {
-            return Ok(SNAPSHOTS.add::<instantsnap_snapshot>(Snapshot { name }).cast());
+            return Ok(SNAPSHOTS.add(Snapshot { name }));
         };
-        // SAFETY: by the promise of whoever gave the table; the name lives for the call.
-        let snapshot = driver.call(|opaque| unsafe { make_snapshot(opaque, domain, name.as_ptr()) });
+        let snapshot = driver.call(callback!(make_snapshot, domain.cast(), name.as_ptr()));
         if snapshot.is_null() {
             let (name, reason) = (name.to_string_lossy(), reason());
             fail!(
@@ -458,13 +427,13 @@ pub unsafe fn create(domain: *mut c_void, vm: *mut c_void, xml: *const c_char, b
                 "the snapshot '{name}' is complete, but the driver has made no object of it{reason}"
             );
         }
-        Ok(snapshot)
-    }))
+        Ok(snapshot.cast())
+    })
 }
 
-/// `qemuSnapshotRevert` of a registered driver; `None` where there is none.
-pub fn revert(vm: *mut c_void, snapshot: *mut c_void, bits: c_uint) -> Option<c_int> {
-    Some(enter(-1, registered(vm)?, |driver, handle| {
+/// `qemuSnapshotRevert` of a registered driver.
+pub fn revert(called: Called, snapshot: *mut virDomainSnapshot, bits: c_uint) -> c_int {
+    enter(called, |driver, handle| {
         flags::revert::check(bits)?;
         let Some(restart) = driver.ops.restart else {
             fail!(OperationUnsupported, "the driver cannot start QEMU anew for a snapshot: it has no `restart`");
@@ -472,28 +441,27 @@ pub fn revert(vm: *mut c_void, snapshot: *mut c_void, bits: c_uint) -> Option<c_
         let name = name_of(driver, snapshot)?;
         handle.revert(&name, bits, |plan| {
             let plan = native::Borrowed::plan(plan)?;
-            // SAFETY: by the promise of whoever gave the table; the plan lives for the call.
-            let restarted = driver.check(|opaque| unsafe { restart(opaque, plan.handle()) });
+            let restarted = driver.check(callback!(restart, plan.handle()));
             restarted.map_err(|reason| {
                 let message = format!("cannot start QEMU for snapshot '{name}': the driver's callback failed{reason}");
                 Error::new(Code::OperationFailed, message)
             })
         })?;
         Ok(0)
-    }))
+    })
 }
 
-/// `qemuSnapshotDelete` of a registered driver; `None` where there is none.
-pub fn delete(vm: *mut c_void, snapshot: *mut c_void, bits: c_uint) -> Option<c_int> {
-    Some(enter(-1, registered(vm)?, |driver, handle| {
+/// `qemuSnapshotDelete` of a registered driver.
+pub fn delete(called: Called, snapshot: *mut virDomainSnapshot, bits: c_uint) -> c_int {
+    enter(called, |driver, handle| {
         flags::delete::check(bits)?;
         let name = name_of(driver, snapshot)?;
         handle.delete(&name, bits).map(|()| 0)
-    }))
+    })
 }
 
 /// The name of a snapshot, ours or the driver's.
-fn name_of(driver: &Domain, snapshot: *mut c_void) -> Result<String> {
+fn name_of(driver: &Domain, snapshot: *mut virDomainSnapshot) -> Result<String> {
     if snapshot.is_null() || is_handle(snapshot) {
         let snapshot = SNAPSHOTS.get(snapshot.cast::<instantsnap_snapshot>())?;
         return Ok(snapshot.name.to_string_lossy().into_owned());
@@ -501,8 +469,7 @@ fn name_of(driver: &Domain, snapshot: *mut c_void) -> Result<String> {
     let Some(snapshot_name) = driver.ops.snapshot_name else {
         fail!(InvalidArg, "snapshot is none of this library's, and the driver has no `snapshot_name`");
     };
-    // SAFETY: by the promise of whoever gave the table.
-    let name = driver.string(|opaque| unsafe { snapshot_name(opaque, snapshot) });
+    let name = driver.string(callback!(snapshot_name, snapshot.cast()));
     match name {
         Ok(Some(name)) => Ok(name),
         Ok(None) => fail!(OperationFailed, "the driver gives the snapshot no name"),

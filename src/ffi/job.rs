@@ -9,9 +9,11 @@ use std::time::Duration;
 
 use super::header::{instantsnap_guest, instantsnap_job};
 use super::native::{GUESTS, convert_stats, micros};
-use super::{Registry, abi, boundary, c_string, fill, text, view};
+use super::{Registry, abi, c_string, last_error};
+use crate::boundary::boundary;
 use crate::engine::{Event, Job, Observer, Phase, Returns, What};
 use crate::error::{Result, fail};
+use crate::pointers::{Fill, In, Out, Text};
 
 static JOBS: Registry<Owned> = Registry::new("job");
 /// The process whose jobs are in [`JOBS`]: looked at before its lock is taken, which a forked child may find held for ever by
@@ -76,19 +78,15 @@ struct Options {
 }
 
 impl Options {
-    /// # Safety
-    /// `options` is NULL, or its size says how many bytes of it are valid; its callback can be called with its `opaque`.
-    unsafe fn read(options: *const abi::instantsnap_create_options) -> Result<Options> {
+    fn read(options: In<abi::instantsnap_create_options>) -> Result<Options> {
         /// Unless the caller says otherwise.
         const INTERVAL_MS: u32 = 500;
-        if options.is_null() {
+        let Some(options) = options.read("options")? else {
             return Ok(Options {
                 listener: Listener { callback: None, opaque: ptr::null_mut(), interval: None },
                 flags: 0,
             });
-        }
-        // SAFETY: by the caller's promise.
-        let options = unsafe { view("options", options) }?;
+        };
         let unknown = options.flags & !abi::INSTANTSNAP_CREATE_AT_ONCE;
         if unknown != 0 {
             fail!(InvalidArg, "unsupported flags (0x{unknown:x}) in options");
@@ -104,22 +102,17 @@ impl Options {
 }
 
 /// `instantsnap_snapshot_create`.
-///
-/// # Safety
-/// `xml` is NULL or NUL-terminated, `name` NULL or valid for a write. `options` is NULL, or its size says how many bytes of it
-/// are valid; its callback can be called with its `opaque`.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn instantsnap_snapshot_create(
+pub extern "C" fn instantsnap_snapshot_create(
     guest: *mut instantsnap_guest,
-    xml: *const c_char,
+    xml: Text,
     flags: c_uint,
-    options: *const abi::instantsnap_create_options,
-    name: *mut *mut c_char,
+    options: In<abi::instantsnap_create_options>,
+    name: Out<*mut c_char>,
 ) -> c_int {
-    boundary(-1, || {
+    boundary(last_error::set, || {
         let guest = GUESTS.get(guest)?;
-        // SAFETY: by the caller's promise.
-        let (xml, options) = unsafe { (text("xml", xml)?, Options::read(options)?) };
+        let (xml, options) = (xml.required("xml")?, Options::read(options)?);
         if options.flags != 0 {
             fail!(InvalidArg, "INSTANTSNAP_CREATE_AT_ONCE is for instantsnap_snapshot_create_start()");
         }
@@ -129,30 +122,22 @@ pub unsafe extern "C" fn instantsnap_snapshot_create(
             listener.interval = None;
         }
         let created = c_string(guest.create(xml, flags, &mut listener)?)?;
-        if !name.is_null() {
-            // SAFETY: not NULL, and valid for a write by the caller's promise.
-            unsafe { name.write(created.into_raw()) };
-        }
+        name.put(|| created.into_raw());
         Ok(0)
     })
 }
 
 /// `instantsnap_snapshot_create_start`.
-///
-/// # Safety
-/// `xml` is NULL or NUL-terminated. `options` is NULL, or its size says how many bytes of it are valid; its callback can be
-/// called with its `opaque`, on any thread, until the job has ended.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn instantsnap_snapshot_create_start(
+pub extern "C" fn instantsnap_snapshot_create_start(
     guest: *mut instantsnap_guest,
-    xml: *const c_char,
+    xml: Text,
     flags: c_uint,
-    options: *const abi::instantsnap_create_options,
+    options: In<abi::instantsnap_create_options>,
 ) -> *mut instantsnap_job {
-    boundary(ptr::null_mut(), || {
+    boundary(last_error::set, || {
         let guest = GUESTS.get(guest)?;
-        // SAFETY: by the caller's promise.
-        let (xml, options) = unsafe { (text("xml", xml)?, Options::read(options)?) };
+        let (xml, options) = (xml.required("xml")?, Options::read(options)?);
         let returns = match options.flags & abi::INSTANTSNAP_CREATE_AT_ONCE {
             0 => Returns::AtInstant,
             _ => Returns::AtOnce,
@@ -164,7 +149,7 @@ pub unsafe extern "C" fn instantsnap_snapshot_create_start(
 /// `instantsnap_job_wait`.
 #[unsafe(no_mangle)]
 pub extern "C" fn instantsnap_job_wait(job: *mut instantsnap_job, timeout_ms: c_int) -> c_int {
-    boundary(-1, || {
+    boundary(last_error::set, || {
         // Negative: without end.
         let timeout = u64::try_from(timeout_ms).ok().map(Duration::from_millis);
         Ok(find(job)?.job.wait(timeout).into())
@@ -174,40 +159,31 @@ pub extern "C" fn instantsnap_job_wait(job: *mut instantsnap_job, timeout_ms: c_
 /// `instantsnap_job_get_fd`.
 #[unsafe(no_mangle)]
 pub extern "C" fn instantsnap_job_get_fd(job: *mut instantsnap_job) -> c_int {
-    // The registry holds the job on, and with it the descriptor.
-    boundary(-1, || Ok(find(job)?.job.readable().as_raw_fd()))
+    boundary(last_error::set, || Ok(find(job)?.job.readable().as_raw_fd())) // which the registry holds on with the job
 }
 
 /// `instantsnap_job_next_event`.
-///
-/// # Safety
-/// `event` is NULL, or its size says how many bytes of it are valid.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn instantsnap_job_next_event(
+pub extern "C" fn instantsnap_job_next_event(
     job: *mut instantsnap_job,
-    event: *mut abi::instantsnap_event,
+    mut event: Fill<abi::instantsnap_event>,
 ) -> c_int {
-    boundary(-1, || {
+    boundary(last_error::set, || {
         let job = find(job)?;
         // First once for its size, so that no event is lost by a mistake in it.
-        // SAFETY: by the caller's promise; the structure has no padding.
-        unsafe { fill("event", event, abi::instantsnap_event::default()) }?;
+        event.put("event", abi::instantsnap_event::default())?;
         let Some(next) = job.job.next_event() else { return Ok(0) };
-        // SAFETY: as above.
-        unsafe { fill("event", event, convert_event(&next)) }.map(|()| 1)
+        event.put("event", convert_event(&next)).map(|()| 1)
     })
 }
 
 /// `instantsnap_job_get_info`.
-///
-/// # Safety
-/// `info` is NULL, or its size says how many bytes of it are valid.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn instantsnap_job_get_info(
+pub extern "C" fn instantsnap_job_get_info(
     job: *mut instantsnap_job,
-    info: *mut abi::instantsnap_job_info,
+    mut info: Fill<abi::instantsnap_job_info>,
 ) -> c_int {
-    boundary(-1, || {
+    boundary(last_error::set, || {
         let now = find(job)?.job.info();
         let converted = abi::instantsnap_job_info {
             size: size_of::<abi::instantsnap_job_info>(),
@@ -220,49 +196,44 @@ pub unsafe extern "C" fn instantsnap_job_get_info(
             bytes_per_second: now.flow.per_second,
             pages_left: now.flow.pages_left,
         };
-        // SAFETY: by the caller's promise; the structure has no padding.
-        unsafe { fill("info", info, converted) }.map(|()| 0)
+        info.put("info", converted).map(|()| 0)
     })
 }
 
 /// `instantsnap_job_get_result`.
 #[unsafe(no_mangle)]
 pub extern "C" fn instantsnap_job_get_result(job: *mut instantsnap_job) -> c_int {
-    boundary(-1, || find(job)?.job.result().map(|_| 0))
+    boundary(last_error::set, || find(job)?.job.result().map(|_| 0))
 }
 
 /// `instantsnap_job_get_name`.
 #[unsafe(no_mangle)]
 pub extern "C" fn instantsnap_job_get_name(job: *mut instantsnap_job) -> *mut c_char {
-    boundary(ptr::null_mut(), || c_string(find(job)?.job.result()?).map(CString::into_raw))
+    boundary(last_error::set, || c_string(find(job)?.job.result()?).map(CString::into_raw))
 }
 
 /// `instantsnap_job_get_xml`.
 #[unsafe(no_mangle)]
 pub extern "C" fn instantsnap_job_get_xml(job: *mut instantsnap_job) -> *mut c_char {
-    boundary(ptr::null_mut(), || c_string(find(job)?.job.xml()?).map(CString::into_raw))
+    boundary(last_error::set, || c_string(find(job)?.job.xml()?).map(CString::into_raw))
 }
 
 /// `instantsnap_job_get_stats`.
-///
-/// # Safety
-/// `stats` is NULL, or its size says how many bytes of it are valid.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn instantsnap_job_get_stats(
+pub extern "C" fn instantsnap_job_get_stats(
     job: *mut instantsnap_job,
-    stats: *mut abi::instantsnap_stats,
+    mut stats: Fill<abi::instantsnap_stats>,
 ) -> c_int {
-    boundary(-1, || {
+    boundary(last_error::set, || {
         let known = find(job)?.job.stats()?;
-        // SAFETY: by the caller's promise; the structure has no padding.
-        unsafe { fill("stats", stats, convert_stats(&known)) }.map(|()| 0)
+        stats.put("stats", convert_stats(&known)).map(|()| 0)
     })
 }
 
 /// `instantsnap_job_cancel`.
 #[unsafe(no_mangle)]
 pub extern "C" fn instantsnap_job_cancel(job: *mut instantsnap_job) -> c_int {
-    boundary(-1, || {
+    boundary(last_error::set, || {
         find(job)?.job.cancel();
         Ok(0)
     })
@@ -271,9 +242,7 @@ pub extern "C" fn instantsnap_job_cancel(job: *mut instantsnap_job) -> c_int {
 /// `instantsnap_job_free`.
 #[unsafe(no_mangle)]
 pub extern "C" fn instantsnap_job_free(job: *mut instantsnap_job) {
-    if !job.is_null() {
-        boundary((), || find(job).and_then(|_| JOBS.remove(job)));
-    }
+    boundary(last_error::set, || if job.is_null() { Ok(()) } else { find(job).and_then(|_| JOBS.remove(job)) });
 }
 
 fn convert_phase(phase: Phase) -> u32 {

@@ -2,13 +2,15 @@
 
 use std::ffi::{CStr, CString, c_char, c_int, c_uint};
 use std::path::Path;
-use std::ptr;
+use std::ptr::{self, NonNull};
 use std::time::Duration;
 
 use super::header::{instantsnap_guest, instantsnap_revert_plan, instantsnap_snapshot};
-use super::{Registry, abi, boundary, c_string, fill, last_error, optional_text, text};
+use super::{Registry, abi, c_string, last_error};
+use crate::boundary::boundary;
 use crate::engine::{self, Handle, Overlap, Phase, RevertPlan, Stats};
 use crate::error::{Result, fail};
+use crate::pointers::{Fill, Out, Text};
 
 pub(super) static GUESTS: Registry<Handle> = Registry::new("guest");
 pub(super) static SNAPSHOTS: Registry<Snapshot> = Registry::new("snapshot");
@@ -37,65 +39,79 @@ struct PlanDisk {
 /// `instantsnap_version`.
 #[unsafe(no_mangle)]
 pub extern "C" fn instantsnap_version() -> *const c_char {
-    const VERSION: &CStr = match CStr::from_bytes_with_nul(concat!(env!("CARGO_PKG_VERSION"), "\0").as_bytes()) {
-        Ok(version) => version,
-        Err(_) => panic!("a version without NUL"),
-    };
-    VERSION.as_ptr()
+    boundary(last_error::set, || {
+        const VERSION: &CStr = match CStr::from_bytes_with_nul(concat!(env!("CARGO_PKG_VERSION"), "\0").as_bytes()) {
+            Ok(version) => version,
+            Err(_) => panic!("a version without NUL"),
+        };
+        Ok(VERSION.as_ptr())
+    })
 }
 
 /// `instantsnap_last_error`.
 #[unsafe(no_mangle)]
 pub extern "C" fn instantsnap_last_error() -> *const abi::instantsnap_error {
-    last_error::get()
+    boundary(last_error::set, || Ok(last_error::get()))
 }
 
 /// `instantsnap_free_string`.
-///
-/// # Safety
-/// `string` is NULL, or was returned by this library as `char *` and not freed since.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn instantsnap_free_string(string: *mut c_char) {
-    if !string.is_null() {
-        // SAFETY: it came from CString::into_raw by the caller's promise.
-        drop(unsafe { CString::from_raw(string) });
-    }
+pub extern "C" fn instantsnap_free_string(string: Option<Given>) {
+    boundary(last_error::set, || {
+        drop(string);
+        Ok(())
+    });
 }
 
 /// `instantsnap_free_string_list`.
-///
-/// # Safety
-/// `strings` is NULL, or was returned by `instantsnap_snapshot_list` and not freed since, nor changed.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn instantsnap_free_string_list(strings: *mut *mut c_char) {
-    if strings.is_null() {
-        return;
+pub extern "C" fn instantsnap_free_string_list(strings: Option<GivenList>) {
+    boundary(last_error::set, || {
+        drop(strings);
+        Ok(())
+    });
+}
+
+/// `char *` that this library has returned, and gets back. Dropping it frees it.
+#[repr(transparent)]
+pub struct Given(NonNull<c_char>);
+
+impl Given {
+    /// # Safety
+    /// `string` was returned by this library as `char *`, and not freed since.
+    pub unsafe fn from_ptr(string: *mut c_char) -> Option<Given> {
+        NonNull::new(string).map(Given)
     }
-    // SAFETY: by the caller's promise it is a boxed slice of ours, which ends with its only NULL, and each string before
-    // that came from CString::into_raw.
-    unsafe {
-        let length = (0..).take_while(|&n| !strings.add(n).read().is_null()).count() + 1;
-        for string in Box::from_raw(ptr::slice_from_raw_parts_mut(strings, length)) {
-            instantsnap_free_string(string);
+}
+
+impl Drop for Given {
+    fn drop(&mut self) {
+        // SAFETY: it came from CString::into_raw, and is used no more, by the type.
+        drop(unsafe { CString::from_raw(self.0.as_ptr()) });
+    }
+}
+
+/// `char **` that `instantsnap_snapshot_list` has returned, and that is unchanged. Dropping it frees it.
+#[repr(transparent)]
+pub struct GivenList(NonNull<Option<Given>>);
+
+impl Drop for GivenList {
+    fn drop(&mut self) {
+        let first = self.0.as_ptr();
+        // SAFETY: by the type a boxed slice of ours, of strings of ours, which ends with its only NULL.
+        unsafe {
+            let length = (0..).take_while(|&n| (*first.add(n)).is_some()).count() + 1;
+            drop(Box::from_raw(ptr::slice_from_raw_parts_mut(first, length)));
         }
     }
 }
 
 /// `instantsnap_open_qmp`.
-///
-/// # Safety
-/// The strings are NULL or NUL-terminated.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn instantsnap_open_qmp(
-    qmp_socket: *const c_char,
-    domain_xml: *const c_char,
-    state_dir: *const c_char,
-) -> *mut instantsnap_guest {
-    boundary(ptr::null_mut(), || {
-        // SAFETY: by the caller's promise.
-        let (socket, domain_xml, state_dir) = unsafe {
-            (text("qmp_socket", qmp_socket)?, optional_text("domain_xml", domain_xml)?, text("state_dir", state_dir)?)
-        };
+pub extern "C" fn instantsnap_open_qmp(qmp_socket: Text, domain_xml: Text, state_dir: Text) -> *mut instantsnap_guest {
+    boundary(last_error::set, || {
+        let (socket, domain_xml) = (qmp_socket.required("qmp_socket")?, domain_xml.optional("domain_xml")?);
+        let state_dir = state_dir.required("state_dir")?;
         Ok(GUESTS.add(Handle::open_qmp(Path::new(socket), domain_xml, Path::new(state_dir))?))
     })
 }
@@ -103,15 +119,13 @@ pub unsafe extern "C" fn instantsnap_open_qmp(
 /// `instantsnap_close`.
 #[unsafe(no_mangle)]
 pub extern "C" fn instantsnap_close(guest: *mut instantsnap_guest) {
-    if !guest.is_null() {
-        boundary((), || GUESTS.remove(guest));
-    }
+    boundary(last_error::set, || if guest.is_null() { Ok(()) } else { GUESTS.remove(guest) });
 }
 
 /// `instantsnap_set_pause_limit`.
 #[unsafe(no_mangle)]
 pub extern "C" fn instantsnap_set_pause_limit(guest: *mut instantsnap_guest, milliseconds: c_uint) -> c_int {
-    boundary(-1, || {
+    boundary(last_error::set, || {
         let guest = GUESTS.get(guest)?;
         if milliseconds == 0 {
             fail!(InvalidArg, "milliseconds must be 1 or more");
@@ -124,67 +138,51 @@ pub extern "C" fn instantsnap_set_pause_limit(guest: *mut instantsnap_guest, mil
 /// `instantsnap_set_overlap_tries`.
 #[unsafe(no_mangle)]
 pub extern "C" fn instantsnap_set_overlap_tries(guest: *mut instantsnap_guest, tries: c_uint) -> c_int {
-    boundary(-1, || {
+    boundary(last_error::set, || {
         GUESTS.get(guest)?.set_overlap(Overlap { tries, ..Overlap::default() });
         Ok(0)
     })
 }
 
 /// `instantsnap_snapshot_create_xml`.
-///
-/// # Safety
-/// `xml` is NULL or NUL-terminated, `name` NULL or valid for a write.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn instantsnap_snapshot_create_xml(
+pub extern "C" fn instantsnap_snapshot_create_xml(
     guest: *mut instantsnap_guest,
-    xml: *const c_char,
+    xml: Text,
     flags: c_uint,
-    name: *mut *mut c_char,
+    name: Out<*mut c_char>,
 ) -> c_int {
-    boundary(-1, || {
-        // SAFETY: by the caller's promise.
-        let created = unsafe { create(guest, xml, flags) }?;
-        if !name.is_null() {
-            // SAFETY: not NULL, and valid for a write by the caller's promise.
-            unsafe { name.write(created.into_raw()) };
-        }
+    boundary(last_error::set, || {
+        let created = create(guest, xml, flags)?;
+        name.put(|| created.into_raw());
         Ok(0)
     })
 }
 
 /// Takes a snapshot; returns its name.
-///
-/// # Safety
-/// `xml` is NULL or NUL-terminated.
-pub(super) unsafe fn create(guest: *mut instantsnap_guest, xml: *const c_char, flags: c_uint) -> Result<CString> {
+pub(super) fn create(guest: *mut instantsnap_guest, xml: Text, flags: c_uint) -> Result<CString> {
     let guest = GUESTS.get(guest)?;
-    // SAFETY: by the caller's promise.
-    let xml = unsafe { text("xml", xml) }?;
-    c_string(guest.create(xml, flags, &mut ())?)
+    c_string(guest.create(xml.required("xml")?, flags, &mut ())?)
 }
 
 /// `instantsnap_snapshot_cancel`.
 #[unsafe(no_mangle)]
 pub extern "C" fn instantsnap_snapshot_cancel(guest: *mut instantsnap_guest) -> c_int {
-    boundary(-1, || GUESTS.get(guest)?.cancel().map(|()| 0))
+    boundary(last_error::set, || GUESTS.get(guest)?.cancel().map(|()| 0))
 }
 
 /// `instantsnap_get_stats`.
-///
-/// # Safety
-/// `stats` is NULL, or its size says how many bytes of it are valid.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn instantsnap_get_stats(
+pub extern "C" fn instantsnap_get_stats(
     guest: *mut instantsnap_guest,
-    stats: *mut abi::instantsnap_stats,
+    mut stats: Fill<abi::instantsnap_stats>,
 ) -> c_int {
-    boundary(-1, || {
+    boundary(last_error::set, || {
         let guest = GUESTS.get(guest)?;
         let Some(last) = guest.stats() else {
             fail!(OperationInvalid, "no snapshot of this guest was taken through this handle yet");
         };
-        // SAFETY: by the caller's promise; the structure has no padding.
-        unsafe { fill("stats", stats, convert_stats(&last)) }.map(|()| 0)
+        stats.put("stats", convert_stats(&last)).map(|()| 0)
     })
 }
 
@@ -234,41 +232,26 @@ pub(super) fn convert_stats(stats: &Stats) -> abi::instantsnap_stats {
 }
 
 /// `instantsnap_snapshot_list`.
-///
-/// # Safety
-/// `names` is NULL or valid for a write.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn instantsnap_snapshot_list(
-    guest: *mut instantsnap_guest,
-    names: *mut *mut *mut c_char,
-) -> c_int {
-    boundary(-1, || {
+pub extern "C" fn instantsnap_snapshot_list(guest: *mut instantsnap_guest, names: Out<*mut *mut c_char>) -> c_int {
+    boundary(last_error::set, || {
         let known = GUESTS.get(guest)?.catalog().names()?;
         let list = known.into_iter().map(c_string).collect::<Result<Vec<_>>>()?;
         let count = list.len() as c_int;
-        if !names.is_null() {
+        names.put(|| {
             let ended = list.into_iter().map(CString::into_raw).chain([ptr::null_mut()]);
-            let list = Box::into_raw(ended.collect::<Box<[*mut c_char]>>());
-            // SAFETY: not NULL, and valid for a write by the caller's promise.
-            unsafe { names.write(list.cast()) };
-        }
+            Box::into_raw(ended.collect::<Box<[*mut c_char]>>()).cast()
+        });
         Ok(count)
     })
 }
 
 /// `instantsnap_snapshot_get_xml`.
-///
-/// # Safety
-/// `name` is NULL or NUL-terminated.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn instantsnap_snapshot_get_xml(
-    guest: *mut instantsnap_guest,
-    name: *const c_char,
-) -> *mut c_char {
-    boundary(ptr::null_mut(), || {
+pub extern "C" fn instantsnap_snapshot_get_xml(guest: *mut instantsnap_guest, name: Text) -> *mut c_char {
+    boundary(last_error::set, || {
         let guest = GUESTS.get(guest)?;
-        // SAFETY: by the caller's promise.
-        let name = unsafe { text("name", name) }?;
+        let name = name.required("name")?;
         Ok(c_string(guest.catalog().xml(name)?)?.into_raw())
     })
 }
@@ -276,26 +259,22 @@ pub unsafe extern "C" fn instantsnap_snapshot_get_xml(
 /// `instantsnap_snapshot_current`.
 #[unsafe(no_mangle)]
 pub extern "C" fn instantsnap_snapshot_current(guest: *mut instantsnap_guest) -> *mut c_char {
-    boundary(ptr::null_mut(), || match GUESTS.get(guest)?.catalog().current()? {
+    boundary(last_error::set, || match GUESTS.get(guest)?.catalog().current()? {
         Some(name) => Ok(c_string(name)?.into_raw()),
         None => fail!(NoDomainSnapshot, "the guest does not have a current snapshot"),
     })
 }
 
 /// `instantsnap_snapshot_prepare_revert`.
-///
-/// # Safety
-/// The strings are NULL or NUL-terminated.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn instantsnap_snapshot_prepare_revert(
-    state_dir: *const c_char,
-    name: *const c_char,
-    directory: *const c_char,
+pub extern "C" fn instantsnap_snapshot_prepare_revert(
+    state_dir: Text,
+    name: Text,
+    directory: Text,
 ) -> *mut instantsnap_revert_plan {
-    boundary(ptr::null_mut(), || {
-        // SAFETY: by the caller's promise.
-        let (state_dir, name, directory) =
-            unsafe { (text("state_dir", state_dir)?, text("name", name)?, optional_text("directory", directory)?) };
+    boundary(last_error::set, || {
+        let (state_dir, name) = (state_dir.required("state_dir")?, name.required("name")?);
+        let directory = directory.optional("directory")?;
         add_plan(engine::prepare_revert(Path::new(state_dir), name, directory.map(Path::new))?)
     })
 }
@@ -344,20 +323,17 @@ impl Drop for Borrowed {
 /// `instantsnap_revert_plan_disk_count`.
 #[unsafe(no_mangle)]
 pub extern "C" fn instantsnap_revert_plan_disk_count(plan: *const instantsnap_revert_plan) -> usize {
-    boundary(0, || Ok(PLANS.get(plan)?.disks.len()))
+    boundary(last_error::set, || Ok(PLANS.get(plan)?.disks.len()))
 }
 
 /// `instantsnap_revert_plan_get_disk`.
-///
-/// # Safety
-/// `disk` is NULL, or its size says how many bytes of it are valid.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn instantsnap_revert_plan_get_disk(
+pub extern "C" fn instantsnap_revert_plan_get_disk(
     plan: *const instantsnap_revert_plan,
     index: usize,
-    disk: *mut abi::instantsnap_revert_disk,
+    mut disk: Fill<abi::instantsnap_revert_disk>,
 ) -> c_int {
-    boundary(-1, || {
+    boundary(last_error::set, || {
         let plan = PLANS.get(plan)?;
         let Some(found) = plan.disks.get(index) else {
             fail!(InvalidArg, "disk {index} of a plan that has {}", plan.disks.len());
@@ -369,8 +345,7 @@ pub unsafe extern "C" fn instantsnap_revert_plan_get_disk(
             format: found.format.as_ptr(),
             backing_file: found.backing_file.as_ref().map_or(ptr::null(), |file| file.as_ptr()),
         };
-        // SAFETY: by the caller's promise; the structure has no padding.
-        unsafe { fill("disk", disk, converted) }.map(|()| 0)
+        disk.put("disk", converted).map(|()| 0)
     })
 }
 
@@ -378,55 +353,37 @@ pub unsafe extern "C" fn instantsnap_revert_plan_get_disk(
 #[unsafe(no_mangle)]
 pub extern "C" fn instantsnap_revert_plan_memory_file(plan: *const instantsnap_revert_plan) -> *const c_char {
     // The registry holds the plan on, and with it the string.
-    boundary(ptr::null(), || Ok(PLANS.get(plan)?.memory_file.as_ptr()))
+    boundary(last_error::set, || Ok(PLANS.get(plan)?.memory_file.as_ptr()))
 }
 
 /// `instantsnap_revert_plan_domain_xml`.
 #[unsafe(no_mangle)]
 pub extern "C" fn instantsnap_revert_plan_domain_xml(plan: *const instantsnap_revert_plan) -> *const c_char {
-    boundary(ptr::null(), || Ok(PLANS.get(plan)?.domain_xml.as_ptr()))
+    boundary(last_error::set, || Ok(PLANS.get(plan)?.domain_xml.as_ptr()))
 }
 
 /// `instantsnap_revert_plan_free`.
 #[unsafe(no_mangle)]
 pub extern "C" fn instantsnap_revert_plan_free(plan: *mut instantsnap_revert_plan) {
-    if !plan.is_null() {
-        boundary((), || PLANS.remove(plan));
-    }
+    boundary(last_error::set, || if plan.is_null() { Ok(()) } else { PLANS.remove(plan) });
 }
 
 /// `instantsnap_snapshot_load`.
-///
-/// # Safety
-/// `name` is NULL or NUL-terminated.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn instantsnap_snapshot_load(
-    guest: *mut instantsnap_guest,
-    name: *const c_char,
-    flags: c_uint,
-) -> c_int {
-    boundary(-1, || {
+pub extern "C" fn instantsnap_snapshot_load(guest: *mut instantsnap_guest, name: Text, flags: c_uint) -> c_int {
+    boundary(last_error::set, || {
         let guest = GUESTS.get(guest)?;
-        // SAFETY: by the caller's promise.
-        let name = unsafe { text("name", name) }?;
+        let name = name.required("name")?;
         guest.load(name, flags).map(|()| 0)
     })
 }
 
 /// `instantsnap_snapshot_delete`.
-///
-/// # Safety
-/// `name` is NULL or NUL-terminated.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn instantsnap_snapshot_delete(
-    guest: *mut instantsnap_guest,
-    name: *const c_char,
-    flags: c_uint,
-) -> c_int {
-    boundary(-1, || {
+pub extern "C" fn instantsnap_snapshot_delete(guest: *mut instantsnap_guest, name: Text, flags: c_uint) -> c_int {
+    boundary(last_error::set, || {
         let guest = GUESTS.get(guest)?;
-        // SAFETY: by the caller's promise.
-        let name = unsafe { text("name", name) }?;
+        let name = name.required("name")?;
         guest.delete(name, flags).map(|()| 0)
     })
 }
@@ -434,13 +391,11 @@ pub unsafe extern "C" fn instantsnap_snapshot_delete(
 /// `instantsnap_snapshot_get_name`.
 #[unsafe(no_mangle)]
 pub extern "C" fn instantsnap_snapshot_get_name(snapshot: *const instantsnap_snapshot) -> *const c_char {
-    boundary(ptr::null(), || Ok(SNAPSHOTS.get(snapshot)?.name.as_ptr()))
+    boundary(last_error::set, || Ok(SNAPSHOTS.get(snapshot)?.name.as_ptr()))
 }
 
 /// `instantsnap_snapshot_free`.
 #[unsafe(no_mangle)]
 pub extern "C" fn instantsnap_snapshot_free(snapshot: *mut instantsnap_snapshot) {
-    if !snapshot.is_null() {
-        boundary((), || SNAPSHOTS.remove(snapshot));
-    }
+    boundary(last_error::set, || if snapshot.is_null() { Ok(()) } else { SNAPSHOTS.remove(snapshot) });
 }

@@ -1,6 +1,6 @@
 //! `instantsnap.h`: the caller's storage.
 
-use std::ffi::{CStr, CString, OsString, c_char, c_int};
+use std::ffi::{CStr, CString, OsString, c_int};
 use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
 use std::ptr;
@@ -9,9 +9,11 @@ use std::time::Duration;
 
 use super::header::{instantsnap_guest, instantsnap_revert_plan};
 use super::native::{GUESTS, add_plan, micros};
-use super::{abi, boundary, c_string, optional_text, take_bytes, text, view};
+use super::{abi, c_string, last_error};
+use crate::boundary::boundary;
 use crate::engine::{Answer, StorageCall, StorageHook, prepare_revert_hooked};
 use crate::error::{Result, fail};
+use crate::pointers::{In, Malloced, Text};
 
 /// A hook as C gave it.
 pub(super) struct Hook(pub(super) abi::instantsnap_storage_hook);
@@ -22,14 +24,8 @@ unsafe impl Send for Hook {}
 unsafe impl Sync for Hook {}
 
 impl Hook {
-    /// # Safety
-    /// `hook` is NULL, or its size says how many bytes of it are valid; its callbacks can be called with its `opaque`.
-    pub(super) unsafe fn read(hook: *const abi::instantsnap_storage_hook) -> Result<Option<Hook>> {
-        if hook.is_null() {
-            return Ok(None);
-        }
-        // SAFETY: by the caller's promise.
-        let hook = unsafe { view("hook", hook) }?;
+    pub(super) fn read(hook: In<abi::instantsnap_storage_hook>) -> Result<Option<Hook>> {
+        let Some(hook) = hook.read("hook")? else { return Ok(None) };
         if hook.reserved != 0 {
             fail!(InvalidArg, "hook->reserved must be 0");
         }
@@ -63,12 +59,12 @@ impl StorageHook for Hook {
     fn revert(&self, call: &StorageCall) -> Answer<Vec<PathBuf>> {
         let Some(revert) = self.0.revert else { return Err("it has no revert callback".into()) };
         let call = Call::new(call)?;
-        let mut files = vec![ptr::null_mut(); call.disks.len()];
-        // SAFETY: as above; there is room for as many strings as there are disks.
-        let status = call.with(|call| unsafe { revert(call, files.as_mut_ptr(), self.0.opaque) });
+        let mut files: Vec<_> = call.disks.iter().map(|_| Malloced::NULL).collect();
+        // SAFETY: as above; there is room for as many strings as there are disks, and by the header what the callback puts
+        // there is NULL or of malloc()'s.
+        let status = call.with(|call| unsafe { revert(call, files.as_mut_ptr().cast(), self.0.opaque) });
         // Whatever it returns, they are ours now.
-        // SAFETY: NULL, or what the callback has put there.
-        let named: Vec<_> = files.into_iter().map(|file| unsafe { take_bytes(file) }).collect();
+        let named: Vec<_> = files.into_iter().map(|file| file.bytes()).collect();
         returned(status)?;
         let path = |bytes| PathBuf::from(OsString::from_vec(bytes));
         let unnamed = |name: &CStr| format!("it named none for disk '{}'", name.to_string_lossy());
@@ -135,19 +131,14 @@ impl Call {
 }
 
 /// `instantsnap_set_storage_hook`.
-///
-/// # Safety
-/// `hook` is NULL, or its size says how many bytes of it are valid. Its callbacks can be called with its `opaque`, on any
-/// thread, until it is replaced or the guest closed, and every operation that began before has ended.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn instantsnap_set_storage_hook(
+pub extern "C" fn instantsnap_set_storage_hook(
     guest: *mut instantsnap_guest,
-    hook: *const abi::instantsnap_storage_hook,
+    hook: In<abi::instantsnap_storage_hook>,
 ) -> c_int {
-    boundary(-1, || {
+    boundary(last_error::set, || {
         let guest = GUESTS.get(guest)?;
-        // SAFETY: by the caller's promise.
-        let hook = unsafe { Hook::read(hook) }?;
+        let hook = Hook::read(hook)?;
         hook.as_ref().map_or(Ok(()), Hook::check)?;
         guest.set_storage_hook(hook.map(|hook| Arc::new(hook) as Arc<dyn StorageHook>));
         Ok(0)
@@ -155,27 +146,16 @@ pub unsafe extern "C" fn instantsnap_set_storage_hook(
 }
 
 /// `instantsnap_snapshot_prepare_revert_hooked`.
-///
-/// # Safety
-/// The strings are NULL or NUL-terminated. `hook` is NULL, or its size says how many bytes of it are valid; its callbacks can
-/// be called with its `opaque` until this returns.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn instantsnap_snapshot_prepare_revert_hooked(
-    state_dir: *const c_char,
-    name: *const c_char,
-    directory: *const c_char,
-    hook: *const abi::instantsnap_storage_hook,
+pub extern "C" fn instantsnap_snapshot_prepare_revert_hooked(
+    state_dir: Text,
+    name: Text,
+    directory: Text,
+    hook: In<abi::instantsnap_storage_hook>,
 ) -> *mut instantsnap_revert_plan {
-    boundary(ptr::null_mut(), || {
-        // SAFETY: by the caller's promise.
-        let (state_dir, name, directory, hook) = unsafe {
-            (
-                text("state_dir", state_dir)?,
-                text("name", name)?,
-                optional_text("directory", directory)?,
-                Hook::read(hook)?,
-            )
-        };
+    boundary(last_error::set, || {
+        let (state_dir, name) = (state_dir.required("state_dir")?, name.required("name")?);
+        let (directory, hook) = (directory.optional("directory")?, Hook::read(hook)?);
         let hook = hook.as_ref().map(|hook| hook as &dyn StorageHook);
         add_plan(prepare_revert_hooked(Path::new(state_dir), name, directory.map(Path::new), hook)?)
     })

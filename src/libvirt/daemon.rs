@@ -4,7 +4,7 @@
 //! at, [`Daemon::get`] says so and nothing here is used.
 
 use std::cell::{Cell, UnsafeCell};
-use std::ffi::{CStr, CString, c_char, c_int, c_uint, c_ulong, c_void};
+use std::ffi::{CString, c_char, c_int, c_uint, c_ulong, c_void};
 use std::io::Write;
 use std::marker::PhantomData;
 use std::ptr::{self, NonNull};
@@ -12,25 +12,46 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use once_cell::sync::OnceCell;
 
+use crate::pointers::Text;
+use crate::symbols::{Library, symbols};
+
 /// Versions of libvirt whose driver leaves its functions' domain objects alone after they return. 9.0, 11.3 and 12.8 were tried;
 /// what lies between and a little beyond is taken to be alike.
 const KNOWN: std::ops::Range<(u64, u64)> = (9, 0)..(13, 0);
 
-type OnObject = unsafe extern "C" fn(*mut c_void);
-type Refer = unsafe extern "C" fn(*mut c_void) -> *mut c_void;
+symbols! {
+    /// The functions, libvirt's and GLib's, of these types in all versions that are let through.
+    #[derive(Debug)]
+    pub struct Daemon;
 
-/// The functions.
-#[derive(Debug)]
-#[allow(non_snake_case)]
-pub struct Daemon {
-    virObjectLock: OnObject,
-    virObjectUnlock: OnObject,
-    virObjectRef: Refer,
-    virObjectUnref: OnObject,
-    virIdentityGetCurrent: unsafe extern "C" fn() -> *mut c_void,
-    virIdentityGetSystem: unsafe extern "C" fn() -> *mut c_void,
-    virIdentitySetCurrent: unsafe extern "C" fn(*mut c_void) -> c_int,
-    g_object_unref: OnObject,
+    unsafe extern "C" {
+        unsafe fn virObjectLock(*mut c_void);
+        unsafe fn virObjectUnlock(*mut c_void);
+        unsafe fn virObjectRef(*mut c_void) -> *mut c_void;
+        unsafe fn virObjectUnref(*mut c_void);
+        safe fn virIdentityGetCurrent() -> *mut c_void;
+        safe fn virIdentityGetSystem() -> *mut c_void;
+        unsafe fn virIdentitySetCurrent(*mut c_void) -> c_int;
+        unsafe fn g_object_unref(*mut c_void);
+    }
+}
+
+symbols! {
+    /// The public function that says which libvirt this is.
+    struct Version;
+
+    unsafe extern "C" {
+        safe fn virGetVersion(Option<&mut c_ulong>, Text, Option<&mut c_ulong>) -> c_int;
+    }
+}
+
+symbols! {
+    /// The log.
+    struct Log;
+
+    unsafe extern "C" {
+        variadic fn virLogMessage(*mut Source, c_uint, Text, c_int, Text, *mut c_void, Text);
+    }
 }
 
 /// Whether this libvirt is one whose private functions are known.
@@ -41,7 +62,7 @@ static DAEMON: OnceCell<Result<Daemon, String>> = OnceCell::new();
 impl Daemon {
     /// The daemon; or why it is not taken for one. To be called where libvirt's driver is known to be in this process.
     pub fn get(any_version: bool) -> Result<&'static Daemon, &'static str> {
-        DAEMON.get_or_init(|| Daemon::find(any_version)).as_ref().map_err(String::as_str)
+        DAEMON.get_or_init(|| Daemon::look(any_version)).as_ref().map_err(String::as_str)
     }
 
     /// The same, for whoever does not know whether this process is one.
@@ -49,34 +70,17 @@ impl Daemon {
         DAEMON.get()?.as_ref().ok()
     }
 
-    fn find(any_version: bool) -> Result<Daemon, String> {
+    fn look(any_version: bool) -> Result<Daemon, String> {
         let library = libvirt().ok_or("libvirt.so.0 is not in this process")?;
         check_version(library, any_version)?;
         HAS_KNOWN_LOG.store(true, Ordering::Relaxed);
-        let symbol = |name: &CStr| symbol(library, name);
-        // What virGetDomainSnapshot and virSetError are for, `Table` finds; without them nothing can be answered.
-        symbol(c"virGetDomainSnapshot")?;
-        symbol(c"virSetError")?;
-        // SAFETY: the symbols are libvirt's and GLib's functions of these names, and the fields have their types, in all
-        // versions that were let through.
-        unsafe {
-            Ok(Daemon {
-                virObjectLock: std::mem::transmute::<*mut c_void, OnObject>(symbol(c"virObjectLock")?),
-                virObjectUnlock: std::mem::transmute::<*mut c_void, OnObject>(symbol(c"virObjectUnlock")?),
-                virObjectRef: std::mem::transmute::<*mut c_void, Refer>(symbol(c"virObjectRef")?),
-                virObjectUnref: std::mem::transmute::<*mut c_void, OnObject>(symbol(c"virObjectUnref")?),
-                virIdentityGetCurrent: std::mem::transmute::<*mut c_void, unsafe extern "C" fn() -> *mut c_void>(
-                    symbol(c"virIdentityGetCurrent")?,
-                ),
-                virIdentityGetSystem: std::mem::transmute::<*mut c_void, unsafe extern "C" fn() -> *mut c_void>(
-                    symbol(c"virIdentityGetSystem")?,
-                ),
-                virIdentitySetCurrent: std::mem::transmute::<*mut c_void, unsafe extern "C" fn(*mut c_void) -> c_int>(
-                    symbol(c"virIdentitySetCurrent")?,
-                ),
-                g_object_unref: std::mem::transmute::<*mut c_void, OnObject>(symbol(c"g_object_unref")?),
-            })
+        // What they are for, `Table` finds; without them nothing can be answered.
+        for name in [c"virGetDomainSnapshot", c"virSetError"] {
+            if library.find(name).is_null() {
+                return Err(missing(&name.to_string_lossy()));
+            }
         }
+        Daemon::find(|name| library.find(name)).map_err(missing)
     }
 
     /// Lets go of a domain object's lock, until what is returned is dropped. Nobody can free the object meanwhile.
@@ -97,19 +101,37 @@ impl Daemon {
     /// libvirt keeps who asks by thread, and asks its access driver about him at each call. Ours are steps of one that was
     /// allowed already, and some are made by threads of our own, which nobody asks by.
     pub fn itself(&'static self) -> Itself {
-        // SAFETY: no arguments; the references are ours. NULL is nobody, whom an access driver refuses.
-        let before = unsafe {
-            let before = (self.virIdentityGetCurrent)();
-            let system = (self.virIdentityGetSystem)();
-            if system.is_null() || (self.virIdentitySetCurrent)(system) != 0 {
-                log(Priority::Error, "libvirt does not let a thread have the daemon's own identity");
-            }
-            if !system.is_null() {
-                (self.g_object_unref)(system);
-            }
-            before
-        };
-        Itself { daemon: self, before, _step: step() }
+        let identity = |object| Identity { daemon: self, object };
+        let before = identity((self.virIdentityGetCurrent)());
+        let system = identity((self.virIdentityGetSystem)());
+        if system.object.is_null() || !system.set() {
+            log(Priority::Error, "libvirt does not let a thread have the daemon's own identity");
+        }
+        Itself { before, _step: step() }
+    }
+}
+
+/// Who asks; NULL is nobody, whom an access driver refuses. A reference of our own.
+#[derive(Debug)]
+struct Identity {
+    daemon: &'static Daemon,
+    object: *mut c_void,
+}
+
+impl Identity {
+    /// Makes it this thread's, where libvirt lets us.
+    fn set(&self) -> bool {
+        // SAFETY: NULL, or an identity that lives by our reference; libvirt takes its own.
+        unsafe { (self.daemon.virIdentitySetCurrent)(self.object) == 0 }
+    }
+}
+
+impl Drop for Identity {
+    fn drop(&mut self) {
+        if !self.object.is_null() {
+            // SAFETY: the reference is ours, and used no more.
+            unsafe { (self.daemon.g_object_unref)(self.object) };
+        }
     }
 }
 
@@ -164,43 +186,29 @@ impl Drop for Step {
 /// See [`Daemon::itself`].
 #[derive(Debug)]
 pub struct Itself {
-    daemon: &'static Daemon,
-    before: *mut c_void,
+    before: Identity,
     _step: Step,
 }
 
 impl Drop for Itself {
     fn drop(&mut self) {
-        // SAFETY: NULL, or an identity that we hold a reference of; libvirt takes its own.
-        unsafe {
-            (self.daemon.virIdentitySetCurrent)(self.before);
-            if !self.before.is_null() {
-                (self.daemon.g_object_unref)(self.before);
-            }
-        }
+        self.before.set();
     }
 }
 
 /// libvirt, where somebody has loaded it.
-fn libvirt() -> Option<*mut c_void> {
-    // SAFETY: a NUL-terminated name; nothing is loaded by this.
-    let library = unsafe { libc::dlopen(c"libvirt.so.0".as_ptr(), libc::RTLD_NOW | libc::RTLD_NOLOAD) };
-    (!library.is_null()).then_some(library)
+fn libvirt() -> Option<Library> {
+    Library::loaded(c"libvirt.so.0")
 }
 
-fn symbol(library: *mut c_void, name: &CStr) -> Result<*mut c_void, String> {
-    // SAFETY: an open library and a NUL-terminated name; dlsym only looks.
-    let found = unsafe { libc::dlsym(library, name.as_ptr()) };
-    if found.is_null() { Err(format!("this libvirt has no {}()", name.to_string_lossy())) } else { Ok(found) }
+fn missing(name: &str) -> String {
+    format!("this libvirt has no {name}()")
 }
 
-fn check_version(library: *mut c_void, any_version: bool) -> Result<(), String> {
-    type GetVersion = unsafe extern "C" fn(*mut c_ulong, *const c_char, *mut c_ulong) -> c_int;
-    let get = symbol(library, c"virGetVersion")?;
+fn check_version(library: Library, any_version: bool) -> Result<(), String> {
+    let functions = Version::find(|name| library.find(name)).map_err(missing)?;
     let mut number: c_ulong = 0;
-    // SAFETY: a public function of this type, and storage for the number; the others may be NULL.
-    let got =
-        unsafe { std::mem::transmute::<*mut c_void, GetVersion>(get)(&raw mut number, ptr::null(), ptr::null_mut()) };
+    let got = (functions.virGetVersion)(Some(&mut number), Text::NULL, None);
     let version = (number / 1_000_000, number / 1000 % 1000);
     if got != 0 || (!KNOWN.contains(&version) && !any_version) {
         let (major, minor) = version;
@@ -243,26 +251,25 @@ static SOURCE: Shared =
 
 /// A line in the daemon's log; on standard error, which is its journal, where libvirt's is not known.
 pub fn log(priority: Priority, message: &str) {
-    type LogMessage =
-        unsafe extern "C" fn(*mut Source, c_uint, *const c_char, c_int, *const c_char, *mut c_void, *const c_char, ...);
     let library = libvirt().filter(|_| HAS_KNOWN_LOG.load(Ordering::Relaxed));
-    let found = library.and_then(|library| symbol(library, c"virLogMessage").ok());
+    let functions = library.and_then(|library| Log::find(|name| library.find(name)).ok());
     let text = CString::new(message.replace('\0', "\\0")).unwrap_or_default();
-    let Some(found) = found else {
+    let Some(functions) = functions else {
         // Where nobody reads it, that is no reason to end the daemon, as `eprintln!` would.
         let _ = writeln!(std::io::stderr(), "instantsnap: {message}");
         return;
     };
-    // SAFETY: libvirt's function of this name and type; source and strings are live, and the format takes one string.
+    let name = Text::from(c"instantsnap");
+    // SAFETY: source and strings are live, and the format takes one string.
     unsafe {
-        std::mem::transmute::<*mut c_void, LogMessage>(found)(
+        (functions.virLogMessage)(
             SOURCE.0.get(),
             priority as c_uint,
-            c"instantsnap".as_ptr(),
+            name,
             0,
-            c"instantsnap".as_ptr(),
+            name,
             ptr::null_mut(),
-            c"%s".as_ptr(),
+            Text::from(c"%s"),
             text.as_ptr(),
         );
     }
@@ -309,6 +316,14 @@ fn escape(path: &str) -> String {
 mod tests {
     use super::*;
 
+    symbols! {
+        struct Make;
+
+        unsafe extern "C" {
+            safe fn virIdentityNew() -> *mut c_void;
+        }
+    }
+
     #[test]
     fn the_socket_for_clients_is_found_among_all() {
         let table = "Num       RefCount Protocol Flags    Type St Inode Path\n\
@@ -329,28 +344,18 @@ mod tests {
 
     #[test]
     fn a_thread_is_the_daemon_only_as_long_as_it_is_in_a_call() {
-        type Make = unsafe extern "C" fn() -> *mut c_void;
         if crate::libvirt::table::table().is_err() {
             return;
         }
-        let daemon: &'static Daemon = Box::leak(Box::new(Daemon::find(true).unwrap()));
-        let current = || {
-            // SAFETY: no arguments; the reference is given back, and the address alone kept.
-            unsafe {
-                let current = (daemon.virIdentityGetCurrent)();
-                if !current.is_null() {
-                    (daemon.g_object_unref)(current);
-                }
-                current
-            }
-        };
-        // SAFETY: libvirt's function of this name and type; the new identity is this thread's from here on.
-        let client = unsafe {
-            let client =
-                std::mem::transmute::<*mut c_void, Make>(symbol(libvirt().unwrap(), c"virIdentityNew").unwrap())();
-            (daemon.virIdentitySetCurrent)(client);
-            client
-        };
+        let daemon: &'static Daemon = Box::leak(Box::new(Daemon::look(true).unwrap()));
+        let identity = |object| Identity { daemon, object };
+        // The reference is given back, and the address alone kept.
+        let current = || identity((daemon.virIdentityGetCurrent)()).object;
+        let make = Make::find(|name| libvirt().unwrap().find(name)).unwrap();
+        let client = identity((make.virIdentityNew)());
+        // This thread's from here on.
+        assert!(client.set());
+        let client = client.object;
         for _ in 0..2 {
             let itself = daemon.itself();
             assert!(is_in_a_call() && !current().is_null() && current() != client);

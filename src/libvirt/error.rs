@@ -1,10 +1,11 @@
 //! libvirt's errors.
 
-use std::ffi::{CStr, CString, c_int};
+use std::ffi::{CString, c_int};
 use std::ptr;
 
 use super::table::{Table, virError};
 use crate::error::{Code, DOMAIN, Error};
+use crate::pointers::Text;
 
 /// What libvirt said.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -18,18 +19,13 @@ pub struct VirError {
 impl VirError {
     /// The last error of this thread.
     pub fn last(table: &Table) -> VirError {
-        // SAFETY: returns NULL or this thread's error, which no other thread changes; it is copied before the next call.
-        unsafe {
-            let last = (table.virGetLastError)();
-            if last.is_null() || (*last).code == 0 {
-                return VirError { code: Code::InternalError as i32, message: "libvirt gives no reason".into() };
+        // SAFETY: NULL or this thread's error, which no other thread changes; it is copied before the next call.
+        match unsafe { (table.virGetLastError)().as_ref() } {
+            Some(last) if last.code != 0 => {
+                let message = last.message.lossy().unwrap_or_else(|| "libvirt gives no message".into());
+                VirError { code: last.code, message }
             }
-            let message = (*last).message;
-            let message = match message.is_null() {
-                true => "libvirt gives no message".into(),
-                false => CStr::from_ptr(message).to_string_lossy().into_owned(),
-            };
-            VirError { code: (*last).code, message }
+            _ => VirError { code: Code::InternalError as i32, message: "libvirt gives no reason".into() },
         }
     }
 
@@ -65,17 +61,16 @@ pub fn set_last(table: &Table, error: &Error) -> bool {
     let mut shown = virError {
         code: error.number(),
         domain: DOMAIN,
-        message: message.as_ptr().cast_mut(),
+        message: Text::from(&message),
         level: LEVEL_ERROR,
         conn: ptr::null_mut(),
         dom: ptr::null_mut(),
-        str1: message.as_ptr().cast_mut(),
-        str2: ptr::null_mut(),
-        str3: ptr::null_mut(),
+        str1: Text::from(&message),
+        str2: Text::NULL,
+        str3: Text::NULL,
         int1: -1,
         int2: -1,
         net: ptr::null_mut(),
     };
-    // SAFETY: a whole virError, whose strings live on until after the call; libvirt copies them.
-    unsafe { set_error(&raw mut shown) == 0 }
+    set_error(&mut shown) == 0
 }

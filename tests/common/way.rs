@@ -13,6 +13,7 @@ use instantsnap::engine::Handle;
 use instantsnap::error::Error;
 use instantsnap::ffi::abi::instantsnap_driver_ops;
 use instantsnap::ffi::driver;
+use instantsnap::pointers::{In, Text};
 use instantsnap_testkit::compile::{gcc, workspace};
 use instantsnap_testkit::{Disk, Guest};
 use quick_xml::escape::escape;
@@ -97,8 +98,8 @@ pub fn domain_of(disks: &[Disk]) -> String {
 
 #[repr(C)]
 struct Library {
-    event: unsafe extern "C" fn(*mut c_void, *const c_char),
-    set_reason: unsafe extern "C" fn(*const c_char),
+    event: extern "C" fn(*mut c_void, Text),
+    set_reason: extern "C" fn(Text),
 }
 
 type Ops = unsafe extern "C" fn() -> *const instantsnap_driver_ops;
@@ -127,7 +128,7 @@ fn open_driver(socket: &Path, guard: &Path, domain_xml: &str, state_dir: &Path) 
     // SAFETY: the strings and the table live for the call, which copies them; the domain lives for ever.
     unsafe {
         let domain = domain(&library, socket.as_ptr(), guard.as_ptr(), state_dir.as_ptr(), xml.as_ptr());
-        driver::open(ops(), domain)
+        driver::open(In::from_ptr(ops()), domain)
     }
 }
 

@@ -11,27 +11,37 @@
 //! that has this library nothing stands before libvirt's function.
 
 use std::cell::Cell;
-use std::ffi::{CStr, c_char, c_uint, c_void};
+use std::ffi::{CStr, c_uint, c_void};
 use std::io::Write;
 use std::ptr;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::{failed, imports};
+use crate::boundary::boundary;
 use crate::error::{Code, Error, Result};
-use crate::ffi::client::{attempt, share_domain, share_snapshot, tell};
+use crate::ffi::client::{attempt, share_domain, tell};
 use crate::ffi::driver;
 use crate::flags;
 use crate::libvirt::daemon::{self, Daemon};
-use crate::libvirt::{VirError, table};
+use crate::libvirt::table::{self, virDomain, virDomainSnapshot};
+use crate::libvirt::{Snapshot, VirError};
+use crate::pointers::Text;
+use crate::symbols::{Library, symbols};
 
 const FUNCTION: &CStr = c"virDomainSnapshotCreateXML";
 const DRIVERS: &CStr = c"qemuSnapshotCreateXML";
 
-/// `virDomainSnapshotCreateXML`.
-type Create = unsafe extern "C" fn(*mut c_void, *const c_char, c_uint) -> *mut c_void;
+symbols! {
+    /// libvirt's function, as the program finds it.
+    struct Theirs;
+
+    unsafe extern "C" {
+        safe fn virDomainSnapshotCreateXML(Option<&virDomain>, Text, c_uint) -> *mut virDomainSnapshot;
+    }
+}
 
 /// A note: INSTANT was asked for of this domain.
-type Note = (*mut c_void, &'static Daemon);
+type Note = (*const virDomain, &'static Daemon);
 
 thread_local! {
     static NOTED: Cell<Option<Note>> = const { Cell::new(None) };
@@ -76,9 +86,7 @@ pub fn check_driver() -> std::result::Result<(), String> {
     if IS_ELSEWHERE.load(Ordering::Relaxed) {
         return Err(format!("this libvirt takes snapshots without its {name}()"));
     }
-    // SAFETY: the name is NUL-terminated; dlsym only looks.
-    let bound = unsafe { libc::dlsym(libc::RTLD_DEFAULT, DRIVERS.as_ptr()) };
-    if !imports::is_in_this_object(bound) {
+    if !imports::is_in_this_object(Library::DEFAULT.find(DRIVERS)) {
         return Err(format!("another library that is preloaded, or none, has {name}()"));
     }
     let others = imports::objects().into_iter().filter(|object| !object.is_this());
@@ -89,30 +97,37 @@ pub fn check_driver() -> std::result::Result<(), String> {
 }
 
 /// Whether INSTANT was asked for of this domain by the call that this thread is in; once.
-pub fn take(domain: *mut c_void) -> Option<&'static Daemon> {
-    let (_, daemon) = NOTED.get().filter(|(noted, _)| ptr::eq(*noted, domain))?;
+pub fn take(domain: Option<&virDomain>) -> Option<&'static Daemon> {
+    let (_, daemon) = NOTED.get().filter(|(noted, _)| ptr::eq(*noted, address(domain)))?;
     NOTED.set(None);
     Some(daemon)
 }
 
+fn address(domain: Option<&virDomain>) -> *const virDomain {
+    domain.map_or(ptr::null(), ptr::from_ref)
+}
+
 /// `virDomainSnapshotCreateXML` as the daemon's dispatcher calls it.
-unsafe extern "C" fn dispatched(domain: *mut c_void, xml: *const c_char, bits: c_uint) -> *mut c_void {
-    // SAFETY: the name is NUL-terminated; dlsym only looks.
-    let next = unsafe { libc::dlsym(libc::RTLD_DEFAULT, FUNCTION.as_ptr()) };
-    // SAFETY: libvirt's function of this name, or NULL.
-    let Some(next) = (unsafe { std::mem::transmute::<*mut c_void, Option<Create>>(next) }) else {
-        return ptr::null_mut();
-    };
-    // SAFETY: the arguments are those of a call of this very function; no bit is added.
-    let theirs = |bits: c_uint| unsafe { next(domain, xml, bits) };
+extern "C" fn dispatched(domain: Option<&virDomain>, xml: Text, bits: c_uint) -> *mut virDomainSnapshot {
+    boundary(failed, || {
+        let Ok(theirs) = Theirs::find(|name| Library::DEFAULT.find(name)) else { return Ok(ptr::null_mut()) };
+        dispatch(domain, bits, |bits| (theirs.virDomainSnapshotCreateXML)(domain, xml, bits))
+    })
+}
+
+/// Passes a call on to `theirs`, in which no bit is added.
+fn dispatch(
+    domain: Option<&virDomain>,
+    bits: c_uint,
+    theirs: impl Fn(c_uint) -> *mut virDomainSnapshot,
+) -> Result<*mut virDomainSnapshot> {
     if bits & flags::INSTANT == 0 || daemon::is_in_a_call() {
-        return theirs(bits);
+        return Ok(theirs(bits));
     }
-    // SAFETY: what the dispatcher passes is a domain.
-    match attempt(|table| unsafe { is_drivers(table, domain) }) {
+    match attempt(|table| is_drivers(table, domain)) {
         Ok(true) => {}
         // Another driver's, or another machine's, which is asked for what was asked for here.
-        Ok(false) | Err(_) => return theirs(bits),
+        Ok(false) | Err(_) => return Ok(theirs(bits)),
     }
     let daemon = match super::found() {
         Ok(daemon) => daemon,
@@ -121,27 +136,21 @@ unsafe extern "C" fn dispatched(domain: *mut c_void, xml: *const c_char, bits: c
             if result.is_null() {
                 say_why_it_is_off(&why);
             }
-            return result;
+            return Ok(result);
         }
     };
-    NOTED.set(Some((domain, daemon)));
+    NOTED.set(Some((address(domain), daemon)));
     let result = theirs(bits & !flags::INSTANT);
     if NOTED.take().is_none() || result.is_null() {
-        return result;
+        return Ok(result);
     }
     IS_ELSEWHERE.store(true, Ordering::Relaxed);
-    // SAFETY: libvirt has just returned it, and this is the only reference.
-    failed(unsafe { not_instant(result) });
-    ptr::null_mut()
+    Err(not_instant(result))
 }
 
 /// Whether a domain is one of the driver in this process.
-///
-/// # Safety
-/// `domain` is NULL or a `virDomainPtr`.
-unsafe fn is_drivers(table: &'static table::Table, domain: *mut c_void) -> Result<bool> {
-    // SAFETY: by the caller's promise.
-    let connection = unsafe { share_domain(table, domain) }?.connect().map_err(|error| error.into_error("domain"))?;
+fn is_drivers(table: &'static table::Table, domain: Option<&virDomain>) -> Result<bool> {
+    let connection = share_domain(table, domain)?.connect().map_err(|error| error.into_error("domain"))?;
     let uri = connection.uri().map_err(|error| error.into_error("connection"))?;
     Ok(uri.starts_with("qemu:///") && !driver::is_registered())
 }
@@ -156,20 +165,11 @@ fn say_why_it_is_off(why: &str) {
     }
 }
 
-/// The error for a snapshot that is an ordinary one, which stays: the domain is on its overlays.
-///
-/// # Safety
-/// `snapshot` is a `virDomainSnapshotPtr` that nobody else has.
-unsafe fn not_instant(snapshot: *mut c_void) -> Error {
-    let named = attempt(|table| {
-        // SAFETY: by the caller's promise; the reference that was returned is given up.
-        let shared = unsafe {
-            let shared = share_snapshot(table, snapshot);
-            (table.virDomainSnapshotFree)(snapshot.cast());
-            shared?
-        };
-        Ok(shared.name())
-    });
+/// The error for a snapshot that is an ordinary one, which stays: the domain is on its overlays. What libvirt has
+/// returned is given up.
+fn not_instant(snapshot: *mut virDomainSnapshot) -> Error {
+    let named =
+        attempt(|table| Ok(Snapshot::take(table, snapshot).map_err(|error| error.into_error("snapshot"))?.name()));
     let name = named.unwrap_or_else(|_| "without a name".to_owned());
     Error::new(
         Code::OperationFailed,

@@ -9,6 +9,7 @@ use std::ffi::OsStr;
 use std::path::Path;
 
 use super::dispatcher;
+use crate::boundary::boundary;
 
 const PRELOAD: &str = "LD_PRELOAD";
 const DAEMONS: [&str; 2] = ["libvirtd", "virtqemud"];
@@ -17,16 +18,17 @@ const DAEMONS: [&str; 2] = ["libvirtd", "virtqemud"];
 #[unsafe(link_section = ".init_array")]
 static AT_LOAD: extern "C" fn() = at_load;
 
-/// Nothing but in a daemon into which this library is preloaded. A panic must not end the process.
+/// Nothing but in a daemon into which this library is preloaded. Nobody is told of an error.
 extern "C" fn at_load() {
-    let Some(preload) = env::var_os(PRELOAD) else { return };
-    let _ = std::panic::catch_unwind(|| {
-        let Some(others) = preload.to_str().and_then(without_us) else { return };
+    boundary(drop, || {
+        let preload = env::var_os(PRELOAD);
+        let Some(others) = preload.as_ref().and_then(|preload| without_us(preload.to_str()?)) else { return Ok(()) };
         let name = std::fs::read_to_string("/proc/self/comm").unwrap_or_default();
         if DAEMONS.contains(&name.trim_end()) {
             dispatcher::stand_before_libvirt();
             forget_ourselves(&others);
         }
+        Ok(())
     });
 }
 

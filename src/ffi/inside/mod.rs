@@ -18,8 +18,7 @@ mod settings;
 mod slots;
 mod turns;
 
-use std::ffi::{c_char, c_int, c_uint, c_void};
-use std::panic::catch_unwind;
+use std::ffi::{c_int, c_uint, c_void};
 use std::ptr::NonNull;
 use std::sync::Once;
 
@@ -27,42 +26,42 @@ use self::settings::Settings;
 use self::slots::Slot;
 use self::turns::Turn;
 use super::client::{attempt, share_domain, share_snapshot, take, tell};
-use super::{defect, text};
-use crate::error::{Error, fail};
+use crate::boundary::{boundary, caught};
+use crate::error::{Error, Result, fail};
 use crate::flags::{self, Flags};
 use crate::guest::libvirt::{Operation, Reach};
 use crate::guest::{LibvirtConnector, PATIENCE};
-use crate::libvirt::daemon::{self, Daemon, Priority, log};
-use crate::libvirt::table;
+use crate::libvirt::daemon::{self, Daemon, Priority, Unlocked, log};
+use crate::libvirt::table::{self, virDomain, virDomainSnapshot};
+use crate::pointers::Text;
 use crate::snapshot::upgrade;
 
-/// `qemuSnapshotCreateXML` of the driver.
-pub type Create = unsafe extern "C" fn(*mut c_void, *mut c_void, *const c_char, c_uint) -> *mut c_void;
-/// `qemuSnapshotRevert` and `qemuSnapshotDelete` of the driver.
-pub type OnSnapshot = unsafe extern "C" fn(*mut c_void, *mut c_void, c_uint) -> c_int;
-
-/// `qemuSnapshotCreateXML`.
-///
-/// # Safety
-/// The arguments are those of a call of `next`, which is the driver's own function.
-pub unsafe fn create(
-    domain: *mut c_void,
+/// `qemuSnapshotCreateXML`; the driver's own is `theirs`.
+pub fn create(
     vm: NonNull<c_void>,
-    xml: *const c_char,
+    domain: Option<&virDomain>,
+    xml: Text,
     bits: c_uint,
-    next: Create,
-) -> *mut c_void {
-    // SAFETY: by the caller's promise.
-    let theirs = || unsafe { next(domain, vm.as_ptr(), xml, bits) };
+    theirs: impl Fn() -> *mut virDomainSnapshot,
+) -> *mut virDomainSnapshot {
+    boundary(failed, || create_or(vm, domain, xml, bits, theirs))
+}
+
+fn create_or(
+    vm: NonNull<c_void>,
+    domain: Option<&virDomain>,
+    xml: Text,
+    bits: c_uint,
+    theirs: impl Fn() -> *mut virDomainSnapshot,
+) -> Result<*mut virDomainSnapshot> {
     let noted = dispatcher::take(domain);
     let asked = noted.is_some() || bits & flags::INSTANT != 0;
     if !(asked || upgrade::is_live(bits) && Settings::get().upgrade_live) {
-        return theirs();
+        return Ok(theirs());
     }
-    let Some(daemon) = noted.or_else(the_daemon) else { return theirs() };
+    let Some(daemon) = noted.or_else(the_daemon) else { return Ok(theirs()) };
     let result = attempt(|table| {
-        // SAFETY: by the caller's promise.
-        let (domain, xml) = unsafe { (share_domain(table, domain)?, text("xmlDesc", xml)?) };
+        let (domain, xml) = (share_domain(table, domain)?, xml.required("xmlDesc")?);
         if !asked && !upgrade::memory_goes_to_a_file(xml) {
             return Ok(None);
         }
@@ -76,8 +75,7 @@ pub unsafe fn create(
         }
         let _slot = Slot::take(Settings::get().most)?;
         let _itself = daemon.itself();
-        // SAFETY: the driver's own object, which its caller has locked, and unlocks as the next thing.
-        let _unlocked = unsafe { daemon.unlocked(vm) };
+        let _unlocked = unlocked(daemon, vm);
         if !asked && domain.is_active() != Ok(true) {
             return Ok(None);
         }
@@ -85,58 +83,58 @@ pub unsafe fn create(
         take(&domain, connector, xml, bits | flags::INSTANT).map(Some)
     });
     match result {
-        Ok(Some(snapshot)) => snapshot.into_raw().cast(),
+        Ok(Some(snapshot)) => Ok(snapshot.into_raw()),
         // Nobody has asked for INSTANT.
-        Ok(None) => theirs(),
+        Ok(None) => Ok(theirs()),
         Err(error) if !asked && (upgrade::is_refusal(error.number()) || slots::is_refusal(&error)) => {
             log(Priority::Info, &format!("a LIVE snapshot stays libvirt's own: {error}"));
-            theirs()
+            Ok(theirs())
         }
-        Err(error) => {
-            failed(error);
-            std::ptr::null_mut()
-        }
+        Err(error) => Err(error),
     }
 }
 
+/// The driver's own object without its lock, until what is returned is dropped.
+fn unlocked(daemon: &'static Daemon, vm: NonNull<c_void>) -> Unlocked {
+    // SAFETY: the driver calls these functions with its live domain object, which it has locked, and unlocks as the next
+    // thing.
+    unsafe { daemon.unlocked(vm) }
+}
+
 /// `qemuSnapshotRevert`: of a snapshot that is our affair too, by libvirt where that works and does no harm.
-///
-/// # Safety
-/// The arguments are those of a call of `next`, which is the driver's own function.
-pub unsafe fn revert(vm: NonNull<c_void>, snapshot: *mut c_void, bits: c_uint, next: OnSnapshot) -> c_int {
+pub fn revert(
+    vm: NonNull<c_void>,
+    snapshot: Result<Option<&virDomainSnapshot>>,
+    bits: c_uint,
+    theirs: impl Fn() -> c_int,
+) -> c_int {
     // What the flags are to the driver it says itself.
     let ours = flags::revert::check(bits).is_ok().then_some(Operation::Revert);
-    // SAFETY: by the caller's promise.
-    unsafe { on_snapshot(vm, snapshot, bits, next, ours) }
+    boundary(failed, || on_snapshot(vm, snapshot, bits, theirs, ours))
 }
 
 /// `qemuSnapshotDelete`, likewise.
-///
-/// # Safety
-/// The arguments are those of a call of `next`, which is the driver's own function.
-pub unsafe fn delete(vm: NonNull<c_void>, snapshot: *mut c_void, bits: c_uint, next: OnSnapshot) -> c_int {
+pub fn delete(
+    vm: NonNull<c_void>,
+    snapshot: Result<Option<&virDomainSnapshot>>,
+    bits: c_uint,
+    theirs: impl Fn() -> c_int,
+) -> c_int {
     let ours = flags::delete::check(bits).is_ok().then_some(Operation::Delete);
-    // SAFETY: by the caller's promise.
-    unsafe { on_snapshot(vm, snapshot, bits, next, ours) }
+    boundary(failed, || on_snapshot(vm, snapshot, bits, theirs, ours))
 }
 
-/// # Safety
-/// As [`revert`].
-unsafe fn on_snapshot(
+fn on_snapshot(
     vm: NonNull<c_void>,
-    snapshot: *mut c_void,
+    snapshot: Result<Option<&virDomainSnapshot>>,
     bits: c_uint,
-    next: OnSnapshot,
+    theirs: impl Fn() -> c_int,
     ours: Option<Operation>,
-) -> c_int {
-    // SAFETY: by the caller's promise.
-    let theirs = || unsafe { next(vm.as_ptr(), snapshot, bits) };
-    let (Some(ours), Some(daemon)) = (ours, the_daemon()) else { return theirs() };
+) -> Result<c_int> {
+    let (Some(ours), Some(daemon)) = (ours, the_daemon()) else { return Ok(theirs()) };
     let result = attempt(|table| {
-        // SAFETY: the driver's own object, which its caller has locked, and unlocks as the next thing.
-        let _unlocked = unsafe { daemon.unlocked(vm) };
-        // SAFETY: by the caller's promise.
-        let snapshot = unsafe { share_snapshot(table, snapshot) }?;
+        let _unlocked = unlocked(daemon, vm);
+        let snapshot = share_snapshot(table, snapshot?)?;
         let reach = {
             let _itself = daemon.itself();
             // An error: nothing is known of it.
@@ -153,14 +151,7 @@ unsafe fn on_snapshot(
             None => Ok(false),
         }
     });
-    match result {
-        Ok(true) => 0,
-        Ok(false) => theirs(),
-        Err(error) => {
-            failed(error);
-            -1
-        }
-    }
+    Ok(if result? { 0 } else { theirs() })
 }
 
 /// By this the instantsnap command finds the version in the library's file; the colon ends it there.
@@ -184,7 +175,7 @@ fn found() -> std::result::Result<&'static Daemon, String> {
         dispatcher::check_driver()?;
         Ok((daemon, settings))
     };
-    let found = catch_unwind(look).unwrap_or_else(|panic| Err(defect(&*panic).message));
+    let found = caught(|| Ok(look())).unwrap_or_else(|error| Err(error.message));
     SAID.call_once(|| match &found {
         Ok((_, settings)) => {
             log(Priority::Info, &format!("{MARK} instant snapshots are on, at most {} at once", settings.most));
