@@ -1,8 +1,9 @@
 //! What cargo does not do by itself: the soname, the header as Rust sees it, and proof that header and Rust agree.
 //!
-//! Two checks from two sides. `bindings.rs` is the header as bindgen reads it, for `src/ffi` to compare its functions
-//! with. `abi_check.c` is the Rust side written out as static assertions for the C compiler: every constant, every
-//! structure, every field. Nothing of that unit is linked.
+//! `bindings.rs` is the header as bindgen reads it, whose handles `src/ffi` uses. `abi_check.c` is
+//! the Rust side written out for the C compiler: every constant, every structure, every field, and,
+//! read from the sources of `src/ffi`, the prototype of every function; then the functions of
+//! libvirt's that `src/libvirt/table.rs` declares. Nothing of that unit is linked.
 
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
@@ -11,6 +12,11 @@ use std::{env, fs, panic};
 
 use bindgen::callbacks::{EnumVariantCustomBehavior, EnumVariantValue, ParseCallbacks};
 use bindgen::{EnumVariation, RustEdition, RustTarget};
+
+use prototypes::Prototypes;
+
+#[path = "build_prototypes.rs"]
+mod prototypes;
 
 #[allow(unused)]
 #[path = "src/ffi/abi.rs"]
@@ -26,7 +32,8 @@ mod flags;
 const CONSTANTS: [&str; 4] = ["INSTANTSNAP_", "VIR_DOMAIN_SNAPSHOT_", "VIR_ERR_", "VIR_FROM_QEMU"];
 
 fn main() {
-    for path in ["build.rs", "include", "src/ffi/abi.rs", "src/error.rs", "src/flags.rs"] {
+    let sources = ["src/ffi", "src/libvirt/table.rs", "src/pointers.rs", "src/error.rs", "src/flags.rs"];
+    for path in ["build.rs", "build_prototypes.rs", "include"].iter().chain(&sources) {
         println!("cargo::rerun-if-changed={path}");
     }
     println!("cargo::rerun-if-env-changed=PKG_CONFIG");
@@ -42,8 +49,9 @@ fn main() {
     if libvirt.is_some() {
         println!("cargo::rustc-cfg=have_libvirt_headers");
     }
-    write_bindings(&out.join("bindings.rs"), libvirt.as_deref());
-    check_abi(&out.join("abi_check.c"), libvirt.as_deref());
+    let bindings = out.join("bindings.rs");
+    write_bindings(&bindings, libvirt.as_deref());
+    check_abi(&out.join("abi_check.c"), &bindings, libvirt.as_deref());
 }
 
 /// Ends the build with a message that is for the user, not for us. With status 0, because cargo fails a build for the
@@ -125,8 +133,13 @@ fn require_libclang() {
 }
 
 /// Has the C compiler compare what Rust has with what the headers say.
-fn check_abi(unit: &Path, libvirt: Option<&[String]>) {
-    if let Err(error) = fs::write(unit, abi_assertions()) {
+fn check_abi(unit: &Path, bindings: &Path, libvirt: Option<&[String]>) {
+    let prototypes = Prototypes::read().unwrap_or_else(|why| stop(&why));
+    let header = fs::read_to_string(bindings).expect("it was just written");
+    if let Some(missing) = prototypes.missing(&header) {
+        stop(&format!("the header has a function that src/ffi has not: {missing}()"));
+    }
+    if let Err(error) = fs::write(unit, abi_assertions() + &prototypes.in_c()) {
         stop(&format!("cannot write {}: {error}", unit.display()));
     }
     compile(unit, None);
@@ -155,6 +168,7 @@ fn abi_assertions() -> String {
         "#include <stddef.h>\n\
          #ifdef WITH_LIBVIRT\n\
          # include <instantsnap-libvirt.h>\n\
+         # include <libvirt/libvirt-qemu.h>\n\
          #else\n\
          # include <instantsnap.h>\n\
          #endif\n",
