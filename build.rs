@@ -32,8 +32,9 @@ mod flags;
 const CONSTANTS: [&str; 4] = ["INSTANTSNAP_", "VIR_DOMAIN_SNAPSHOT_", "VIR_ERR_", "VIR_FROM_QEMU"];
 
 fn main() {
-    let sources = ["src/ffi", "src/libvirt/table.rs", "src/pointers.rs", "src/error.rs", "src/flags.rs"];
-    for path in ["build.rs", "build_prototypes.rs", "include"].iter().chain(&sources) {
+    let sources = ["src/ffi", "src/pointers.rs", "src/error.rs", "src/flags.rs", "include"];
+    let own = ["build.rs", "build_prototypes.rs"];
+    for path in sources.iter().chain(&own).chain(&prototypes::DECLARING) {
         println!("cargo::rerun-if-changed={path}");
     }
     println!("cargo::rerun-if-env-changed=PKG_CONFIG");
@@ -158,7 +159,7 @@ fn compile(unit: &Path, libvirt: Option<&[String]>) {
     }
     if let Err(error) = build.try_compile_intermediates() {
         let whose = if libvirt.is_some() { "libvirt's headers" } else { "include/instantsnap.h" };
-        stop(&format!("the Rust side and {whose} do not agree, see the assertions above: {error}"));
+        stop(&format!("the Rust side and {whose} do not agree, see the errors above: {error}"));
     }
 }
 

@@ -13,6 +13,9 @@ use syn::{PathArguments, ReturnType, Stmt, Token, Type, braced, parenthesized};
 
 use crate::abi;
 
+/// Where functions are declared that libvirt's headers have, or, for the library for LD_PRELOAD, ours.
+pub const DECLARING: [&str; 3] = ["src/libvirt/table.rs", "preload/src/libvirt.rs", "preload/src/ours.rs"];
+
 /// What a type in Rust is made of: names with the types that they stand for.
 type Names = BTreeMap<String, Type>;
 
@@ -24,8 +27,8 @@ type Function = (String, Vec<Type>, ReturnType);
 pub struct Prototypes {
     /// The functions that C calls.
     exported: Vec<Function>,
-    /// libvirt's functions.
-    of_libvirt: Vec<Function>,
+    /// Functions that are found at run time: libvirt's, and for the library for LD_PRELOAD ours.
+    of_others: Vec<Function>,
     /// The types of callbacks.
     callbacks: Vec<(String, Type)>,
     /// The types that are a pointer to the ABI: their parameters, and the pointer.
@@ -43,12 +46,15 @@ impl Prototypes {
         for file in files.iter().map(|file| file.as_path()).chain([Path::new("src/pointers.rs")]) {
             all.read_file(file)?;
         }
-        for item in parse(Path::new("src/libvirt/table.rs"))?.items {
-            if let Item::Macro(found) = item
-                && found.mac.path.is_ident("symbols")
-            {
-                let functions = symbols.parse2(found.mac.tokens);
-                all.of_libvirt.extend(functions.map_err(|error| format!("src/libvirt/table.rs: {error}"))?);
+        for file in DECLARING.map(Path::new).into_iter().filter(|file| file.exists()) {
+            for item in parse(file)?.items {
+                if let Item::Macro(found) = item
+                    && found.mac.path.is_ident("symbols")
+                {
+                    let functions = symbols.parse2(found.mac.tokens);
+                    let why = |error| format!("{}: {error}", file.display());
+                    all.of_others.extend(functions.map_err(why)?);
+                }
             }
         }
         Ok(all)
@@ -116,7 +122,7 @@ impl Prototypes {
             self.exported.iter().partition(|(name, ..)| name.starts_with("qemuSnapshot"));
         alone.into_iter().for_each(|function| line(self.prototype(function)));
         line("#ifdef WITH_LIBVIRT".into());
-        with_libvirt.into_iter().chain(&self.of_libvirt).for_each(|function| line(self.prototype(function)));
+        with_libvirt.into_iter().chain(&self.of_others).for_each(|function| line(self.prototype(function)));
         line("#endif".into());
         c
     }
@@ -203,9 +209,9 @@ fn base(name: &str) -> &str {
         "u32" => "uint32_t",
         "u64" => "uint64_t",
         "usize" => "size_t",
-        "virConnect" => "struct _virConnect",
-        "virDomain" => "struct _virDomain",
-        "virDomainSnapshot" => "struct _virDomainSnapshot",
+        "virConnect" | "Connect" => "struct _virConnect",
+        "virDomain" | "Domain" => "struct _virDomain",
+        "virDomainSnapshot" | "Snapshot" => "struct _virDomainSnapshot",
         other => other,
     }
 }

@@ -1,5 +1,6 @@
 //! The libvirt that the program has loaded.
 
+use std::cell::UnsafeCell;
 use std::ffi::{CString, c_int, c_uint, c_void};
 use std::ptr;
 use std::sync::OnceLock;
@@ -9,22 +10,23 @@ use crate::error::{DOMAIN, Error};
 use crate::pointers::{Malloced, Text};
 use crate::symbols::{Library, symbols};
 
-/// `virConnect`.
+/// `virConnect`. Behind a shared reference libvirt writes to it, as to the others.
 #[repr(C)]
-pub struct Connect([u8; 0]);
+pub struct Connect(UnsafeCell<[u8; 0]>);
 /// `virDomain`.
 #[repr(C)]
-pub struct Domain([u8; 0]);
+pub struct Domain(UnsafeCell<[u8; 0]>);
 /// `virDomainSnapshot`.
 #[repr(C)]
-pub struct Snapshot([u8; 0]);
+pub struct Snapshot(UnsafeCell<[u8; 0]>);
 
 /// What reverts to a snapshot or deletes it.
 pub type OnSnapshot = extern "C" fn(Option<&Snapshot>, c_uint) -> c_int;
 
 /// `virError`, whose strings libvirt only reads where it is given one.
 #[repr(C)]
-struct RawError<'a> {
+#[allow(non_camel_case_types)]
+struct virError<'a> {
     code: c_int,
     domain: c_int,
     message: Text<'a>,
@@ -66,13 +68,13 @@ symbols! {
         safe fn virDomainIsActive(&Domain) -> c_int;
         safe fn virDomainSnapshotGetConnect(&Snapshot) -> Option<&Connect>;
         safe fn virDomainSnapshotGetXMLDesc(&Snapshot, c_uint) -> Malloced;
-        safe fn virGetLastError() -> *const RawError<'static>;
+        safe fn virGetLastError() -> *mut virError<'static>;
         safe fn virResetLastError();
     }
 
     // Not of the public API: the daemon's and the drivers', which another libvirt may not have.
     optional {
-        safe fn virSetError(&mut RawError) -> c_int;
+        safe fn virSetError(&mut virError) -> c_int;
         safe fn virDispatchError(Option<&Connect>);
     }
 }
@@ -147,7 +149,7 @@ impl Libvirt {
             return environment::say(&error.message);
         };
         let message = CString::new(error.message.replace('\0', "\\0")).expect("there is no NUL any more");
-        let mut raw = RawError {
+        let mut raw = virError {
             code: error.code as c_int,
             domain: DOMAIN,
             message: Text::from(&message),

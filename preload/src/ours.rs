@@ -14,26 +14,29 @@ use crate::symbols::{Library, symbols};
 const SONAME: &str = "libinstantsnap.so.0";
 
 /// What reverts to a snapshot or deletes it, for a client: the first argument is NULL.
-pub type OnSnapshot = extern "C" fn(Option<&Nobody>, Option<&Snapshot>, c_uint) -> c_int;
+pub type OnSnapshot = extern "C" fn(Option<&virDomainObj>, Option<&Snapshot>, c_uint) -> c_int;
 
 /// A driver's own object, which a client has none of.
-pub enum Nobody {}
+#[allow(non_camel_case_types)]
+#[repr(C)]
+pub struct virDomainObj([u8; 0]);
 
 symbols! {
     /// Its functions, which have these types in instantsnap.h and instantsnap-libvirt.h, where the soname is this.
     pub struct Ours;
 
     unsafe extern "C" {
-        safe fn qemuSnapshotCreateXML(Option<&Domain>, Option<&Nobody>, Text, c_uint) -> *mut Snapshot;
-        safe fn qemuSnapshotRevert(Option<&Nobody>, Option<&Snapshot>, c_uint) -> c_int;
-        safe fn qemuSnapshotDelete(Option<&Nobody>, Option<&Snapshot>, c_uint) -> c_int;
-        safe fn instantsnap_last_error() -> *const RawError;
+        safe fn qemuSnapshotCreateXML(Option<&Domain>, Option<&virDomainObj>, Text, c_uint) -> *mut Snapshot;
+        safe fn qemuSnapshotRevert(Option<&virDomainObj>, Option<&Snapshot>, c_uint) -> c_int;
+        safe fn qemuSnapshotDelete(Option<&virDomainObj>, Option<&Snapshot>, c_uint) -> c_int;
+        safe fn instantsnap_last_error() -> *const instantsnap_error;
     }
 }
 
 /// `instantsnap_error`.
 #[repr(C)]
-pub struct RawError {
+#[allow(non_camel_case_types)]
+pub struct instantsnap_error {
     code: c_int,
     domain: c_int,
     message: Text<'static>,
