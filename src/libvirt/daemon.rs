@@ -88,7 +88,7 @@ impl Daemon {
     /// # Safety
     /// `object` is a live `virDomainObj` whose lock this thread holds, and may let go of.
     pub unsafe fn unlocked(&'static self, object: NonNull<c_void>) -> Unlocked {
-        // SAFETY: by the caller's promise.
+        // SAFETY: the object lives and is locked by this thread, as the caller promises.
         unsafe {
             (self.virObjectRef)(object.as_ptr());
             (self.virObjectUnlock)(object.as_ptr());

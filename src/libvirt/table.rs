@@ -1,5 +1,6 @@
 //! libvirt's public functions, found at run time: the library loads where libvirt is not installed.
 
+use std::cell::UnsafeCell;
 use std::ffi::{c_char, c_int, c_uint, c_ulong, c_ulonglong, c_void};
 use std::ptr;
 
@@ -16,7 +17,8 @@ macro_rules! opaque {
             #[repr(C)]
             #[derive(Debug)]
             pub struct $name {
-                _opaque: [u8; 0],
+                // Behind a shared reference libvirt writes to it.
+                _opaque: UnsafeCell<[u8; 0]>,
             }
         )+
     };

@@ -9,6 +9,8 @@ use std::sync::atomic::{AtomicPtr, Ordering};
 
 use libc::{Elf64_Phdr, dl_phdr_info};
 
+use crate::boundary::boundary;
+
 /// The types of relocation of a function's slot, by the processor; where none is known, no slot is
 /// found.
 const SLOTS: &[u64] = if cfg!(target_arch = "x86_64") {
@@ -75,17 +77,17 @@ pub struct Slot {
 /// The objects that are loaded, the program itself first.
 pub fn objects() -> Vec<Object> {
     unsafe extern "C" fn add(info: *mut dl_phdr_info, _: usize, objects: *mut c_void) -> c_int {
-        // SAFETY: the loader's own record, and the vector that was passed, which nobody else uses
-        // meanwhile.
-        unsafe {
-            let (info, objects) = (&*info, &mut *objects.cast::<Vec<Object>>());
+        boundary(drop, || {
+            // SAFETY: the loader's own record, and the vector that was passed, which nobody else
+            // uses meanwhile.
+            let (info, objects) = unsafe { (&*info, &mut *objects.cast::<Vec<Object>>()) };
             objects.push(Object {
                 base: info.dlpi_addr,
                 headers: info.dlpi_phdr.cast(),
                 count: usize::from(info.dlpi_phnum),
             });
-        }
-        0
+            Ok(0)
+        })
     }
     let mut objects = Vec::new();
     // SAFETY: `add` expects the vector that it is given.
@@ -212,6 +214,7 @@ fn page_size() -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::symbols::Library;
 
     unsafe extern "C" fn instead() -> libc::c_long {
         4711
@@ -234,7 +237,7 @@ mod tests {
         assert_eq!(unsafe { libc::gethostid() }, 4711);
         for slot in &slots {
             // SAFETY: the original's address.
-            unsafe { slot.replace(libc::dlsym(libc::RTLD_DEFAULT, c"gethostid".as_ptr())) }.unwrap();
+            unsafe { slot.replace(Library::DEFAULT.find(c"gethostid")) }.unwrap();
         }
         // SAFETY: no arguments.
         assert_eq!(unsafe { libc::gethostid() }, before);
@@ -242,8 +245,7 @@ mod tests {
 
     #[test]
     fn this_object_is_told_from_others() {
-        // SAFETY: the name is NUL-terminated; dlsym only looks.
-        let theirs = unsafe { libc::dlsym(libc::RTLD_DEFAULT, c"gethostid".as_ptr()) };
+        let theirs = Library::DEFAULT.find(c"gethostid");
         assert!(!is_in_this_object(theirs) && is_in_this_object(instead as *const c_void));
         assert_eq!(objects().iter().filter(|object| object.is_this()).count(), 1);
     }
