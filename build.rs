@@ -34,7 +34,9 @@ const CONSTANTS: [&str; 4] = ["INSTANTSNAP_", "VIR_DOMAIN_SNAPSHOT_", "VIR_ERR_"
 fn main() {
     let sources = ["src/ffi", "src/pointers.rs", "src/error.rs", "src/flags.rs", "include"];
     let own = ["build.rs", "build_prototypes.rs"];
-    for path in sources.iter().chain(&own).chain(&prototypes::DECLARING) {
+    // A package of this crate has no preload/.
+    let is_there = |path: &&&str| std::path::Path::new(path).exists();
+    for path in sources.iter().chain(&own).chain(&prototypes::DECLARING).filter(is_there) {
         println!("cargo::rerun-if-changed={path}");
     }
     println!("cargo::rerun-if-env-changed=PKG_CONFIG");
