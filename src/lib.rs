@@ -17,11 +17,12 @@
 //! `boundary`, `pointers` and `symbols` are for the floors that meet C: what every function that C
 //! calls begins with, what C passes as types, and functions that are found at run time.
 //!
-//! `error` and `flags` know nobody. A snapshot in one sentence: overlays, memory image and pipe are prepared while the guest
+//! `deadline`, `error` and `flags` know nobody. A snapshot in one sentence: overlays, memory image and pipe are prepared while the guest
 //! runs; the guest is stopped; one transaction switches all disks; QEMU's background snapshot is started and, the moment its
 //! write tracking is armed, the guest runs again, while its memory, as it was, flows into the image.
 
 mod boundary;
+pub mod deadline;
 pub mod engine;
 pub mod error;
 pub mod ffi;

@@ -1,12 +1,13 @@
 //! The system calls that no safe wrapper covers, and small helpers around files that several modules share.
 
 use std::convert::Infallible;
-use std::ffi::{CStr, c_int, c_uint};
+use std::ffi::{CStr, CString, OsString, c_char, c_int, c_uint};
 use std::fs::{File, Metadata, Permissions};
 use std::io;
 use std::mem::MaybeUninit;
 use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::unix::ffi::OsStringExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt, fchown};
 use std::path::Path;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -14,7 +15,6 @@ use std::thread::{Builder, JoinHandle};
 use std::time::Duration;
 
 use crate::error::{Error, Result};
-use crate::tool::Words;
 use crate::uncancelled::Uncancelled;
 
 /// Blocks every signal in this thread for the time of `body`; what is started in it inherits that.
@@ -209,6 +209,39 @@ fn default_action(signal: c_int) {
     unsafe {
         let none = std::ptr::null_mut::<libc::c_void>();
         libc::syscall(libc::SYS_rt_sigaction, signal, ACTION.as_ptr(), none, SIGNALS as usize / 8);
+    }
+}
+
+/// A program's path and arguments, and its environment, as the kernel wants them: made before they are needed.
+#[derive(Debug)]
+pub struct Words {
+    /// What the pointers point to.
+    _strings: [Vec<CString>; 2],
+    arguments: Vec<*const c_char>,
+    environment: Vec<*const c_char>,
+}
+
+impl Words {
+    /// Of an absolute path and arguments, and an environment; nothing where one of them holds a NUL.
+    pub fn new(words: Vec<OsString>, environment: Vec<OsString>) -> Option<Words> {
+        let strings = |words: Vec<OsString>| -> Option<Vec<CString>> {
+            words.into_iter().map(|word| CString::new(word.into_vec()).ok()).collect()
+        };
+        let words = strings(words)?;
+        let variables = strings(environment)?;
+        let pointers =
+            |strings: &[CString]| strings.iter().map(|string| string.as_ptr()).chain([std::ptr::null()]).collect();
+        Some(Words { arguments: pointers(&words), environment: pointers(&variables), _strings: [words, variables] })
+    }
+
+    /// The arguments, the path first, and a NULL.
+    pub fn arguments(&self) -> &[*const c_char] {
+        &self.arguments
+    }
+
+    /// The environment, and a NULL.
+    pub fn environment(&self) -> &[*const c_char] {
+        &self.environment
     }
 }
 

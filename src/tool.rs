@@ -11,16 +11,14 @@
 //! changes an image has none, as it must not be ended halfway.
 
 use std::env;
-use std::ffi::{CString, OsStr, OsString, c_char, c_int};
+use std::ffi::{OsStr, OsString, c_int};
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
-use std::os::unix::ffi::OsStringExt;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
 use std::process::ExitStatus;
-use std::ptr;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -30,7 +28,7 @@ use rustix::net::{AddressFamily, SendFlags, SocketFlags, SocketType, send, socke
 use rustix::pipe::{PipeFlags, pipe_with};
 
 use crate::error::{Code, Error};
-use crate::sys::{self, Child, Program, Stdio};
+use crate::sys::{self, Child, Program, Stdio, Words};
 
 /// Where programs are looked for when the caller's PATH is not to be trusted, or there is none.
 const DIRECTORIES: &str = "/usr/bin:/bin:/usr/sbin:/sbin";
@@ -125,7 +123,7 @@ impl Tool {
         let (name, package) = (self.name, package(self.name));
         let program = find(name).ok_or_else(|| format!("cannot run {name} (install {package}): it was not found"))?;
         let words = std::iter::once(program.into_os_string()).chain(self.arguments.iter().cloned());
-        let Some(words) = Words::new(words) else { return Err(format!("cannot run {name}: an argument holds a NUL")) };
+        let Some(words) = words_of(words) else { return Err(format!("cannot run {name}: an argument holds a NUL")) };
         run(&words, stdin, deadline).map_err(|error| format!("cannot run {name}: {error}"))
     }
 
@@ -182,37 +180,9 @@ fn environment(secure: bool) -> Vec<OsString> {
     own.into_iter().chain(kept).collect()
 }
 
-/// A program's path and arguments, and its environment, as the kernel wants them: made before they are needed.
-#[derive(Debug)]
-pub struct Words {
-    /// What the pointers point to.
-    _strings: [Vec<CString>; 2],
-    arguments: Vec<*const c_char>,
-    environment: Vec<*const c_char>,
-}
-
-impl Words {
-    /// Of an absolute path and arguments; nothing where one of them holds a NUL.
-    pub fn new(words: impl IntoIterator<Item = impl Into<OsString>>) -> Option<Words> {
-        let strings = |words: Vec<OsString>| -> Option<Vec<CString>> {
-            words.into_iter().map(|word| CString::new(word.into_vec()).ok()).collect()
-        };
-        let words = strings(words.into_iter().map(Into::into).collect())?;
-        let variables = strings(environment(sys::is_secure()))?;
-        let pointers =
-            |strings: &[CString]| strings.iter().map(|string| string.as_ptr()).chain([ptr::null()]).collect();
-        Some(Words { arguments: pointers(&words), environment: pointers(&variables), _strings: [words, variables] })
-    }
-
-    /// The arguments, the path first, and a NULL.
-    pub fn arguments(&self) -> &[*const c_char] {
-        &self.arguments
-    }
-
-    /// The environment, and a NULL.
-    pub fn environment(&self) -> &[*const c_char] {
-        &self.environment
-    }
+/// A program's absolute path and arguments, with the environment that it gets; nothing where one of them holds a NUL.
+pub fn words_of(words: impl IntoIterator<Item = impl Into<OsString>>) -> Option<Words> {
+    Words::new(words.into_iter().map(Into::into).collect(), environment(sys::is_secure()))
 }
 
 /// What a program that has ended has said.

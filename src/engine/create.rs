@@ -12,7 +12,7 @@ use super::event::Flow;
 use super::guard::{self, Stage};
 use super::migration::{FD_NAME, Mode, Settings, Stream, wait_armed};
 use super::nvram;
-use super::operation::Options;
+use super::options::Options;
 use super::overlap::{self, Lesson};
 use super::reactivate::reactivate_disks;
 use super::run_state;
@@ -22,12 +22,13 @@ use super::storage::{Called, StorageCall};
 use super::undo::Made;
 use super::warm::warm;
 use super::work::Work;
+use crate::deadline::Deadline;
 use crate::error::{Error, Result, fail};
 use crate::flags::{self, Flags};
 use crate::guest::{Catalog, Connector, Description, Guest, PATIENCE, Reserved, write_access};
 use crate::image::MemoryImage;
+use crate::monitor::Failure;
 use crate::monitor::commands::{self, Progress};
-use crate::monitor::{Deadline, Failure};
 use crate::snapshot::{
     Frozen, MemoryRequest, Plan, Record, RecordedDisk, RecordedManual, RecordedNvram, Request, State, plan, validate,
 };

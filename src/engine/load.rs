@@ -7,11 +7,12 @@ use serde_json::json;
 
 use super::migration::{FD_NAME, Mode, Settings, wait_loaded};
 use super::reactivate::reactivate_disks;
+use crate::deadline::Deadline;
 use crate::error::{Code, Error, Result, fail};
 use crate::flags::revert;
 use crate::guest::{Connector, Guest, PATIENCE, Presence};
 use crate::image::{self, Feed, Image};
-use crate::monitor::{Command, Deadline, Failure, commands};
+use crate::monitor::{Command, Failure, commands};
 use crate::snapshot::{Drive, Record, RecordedDisk, Role};
 use crate::sys;
 

@@ -13,11 +13,12 @@ use super::cancel::{Cancel, timeout};
 use super::clock::Clock;
 use super::event::Flow;
 use super::{maker, run_state};
+use crate::deadline::Deadline;
 use crate::error::{Code, Error, Result, fail};
 use crate::guest::{Guest, PATIENCE, Presence};
 use crate::image::{self, Drain, MemoryImage, throw_away};
+use crate::monitor::Failure;
 use crate::monitor::commands::{self, Migration, MigrationRam, Progress};
-use crate::monitor::{Deadline, Failure};
 use crate::sys::{self, now};
 
 const BACKGROUND: &str = "background-snapshot";

@@ -1,33 +1,15 @@
 //! The operation that a handle has under way, on whatever thread.
 
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
 
+use super::cancel::Cancel;
 use super::clock::{Clock, Observer, Stats};
 use super::create::{self, Created};
-use super::{Cancel, Event, Overlap, StorageHook, lock};
+use super::event::Event;
+use super::options::Options;
 use crate::error::{Result, fail};
 use crate::guest::{Catalog, Connector};
-
-/// For how long a snapshot may pause the guest, unless the caller says otherwise.
-const PAUSE_LIMIT: Duration = Duration::from_secs(30);
-
-/// How snapshots are taken.
-#[derive(Clone)]
-pub struct Options {
-    /// For how long they may pause the guest.
-    pub pause_limit: Duration,
-    /// How they keep the guest's memory out of the pause.
-    pub overlap: Overlap,
-    /// Who snapshots the disks that QEMU does not.
-    pub storage: Option<Arc<dyn StorageHook>>,
-}
-
-impl Default for Options {
-    fn default() -> Options {
-        Options { pause_limit: PAUSE_LIMIT, overlap: Overlap::default(), storage: None }
-    }
-}
+use crate::sys::lock;
 
 /// What a handle stands for. Its operation has it too, and can outlive the handle.
 pub struct Opened {

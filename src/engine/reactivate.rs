@@ -7,9 +7,10 @@
 
 use serde_json::json;
 
+use crate::deadline::Deadline;
 use crate::error::Result;
 use crate::guest::{Guest, PATIENCE};
-use crate::monitor::{Command, Deadline, commands};
+use crate::monitor::{Command, commands};
 
 const STEP: &str = "cannot activate the disks of the paused guest again";
 const EXPORT: &str = "instantsnap-reactivate";

@@ -7,9 +7,9 @@
 //! can take a while. A guest that is found so then is resumed, which is what saves QEMU: it stops and captures a guest that
 //! runs by itself. What remains is a reset in the last moment before the capture, between a question and the next.
 
+use crate::deadline::Deadline;
 use crate::error::{Error, Result, fail};
 use crate::guest::Guest;
-use crate::monitor::Deadline;
 use crate::monitor::commands::{self, Status};
 
 /// The state of a guest that was paused.

@@ -17,10 +17,11 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
+use crate::deadline::Deadline;
 use crate::error::{Result, fail};
 use crate::guest::{Guest, PATIENCE, is_block_of};
+use crate::monitor::Command;
 use crate::monitor::json::Json;
-use crate::monitor::{Command, Deadline};
 use crate::snapshot::DiskPlan;
 use crate::sys;
 

@@ -11,10 +11,10 @@ use super::migration::{FD_NAME, Mode, Settings, Stream, wait_resumable};
 use super::nvram;
 use super::reactivate::reactivate_disks;
 use super::storage::Called;
+use crate::deadline::Deadline;
 use crate::error::{Code, Error, Result};
 use crate::guest::{Guest, PATIENCE, Presence};
 use crate::image::MemoryImage;
-use crate::monitor::Deadline;
 use crate::monitor::commands::{self, Progress};
 
 /// A QEMU that hangs is asked to resume its guest for so long. There is nothing worse to leave behind than a guest that is

@@ -12,9 +12,10 @@ use std::fs;
 use std::time::{Duration, Instant};
 
 use super::cancel::Cancel;
+use crate::deadline::Deadline;
 use crate::error::Result;
 use crate::guest::{Guest, PATIENCE};
-use crate::monitor::{Deadline, commands};
+use crate::monitor::commands;
 use crate::sys;
 
 /// Smaller mappings are QEMU's own, or not worth it.

@@ -7,9 +7,10 @@ use std::collections::BTreeSet;
 
 use serde_json::{Value, json};
 
-use super::{Guest, PATIENCE};
+use super::backend::{Guest, PATIENCE};
+use crate::deadline::Deadline;
 use crate::error::{Result, fail};
-use crate::monitor::{Command, Deadline, Failure};
+use crate::monitor::{Command, Failure};
 use crate::snapshot::{DiskPlan, Drive};
 
 /// Whether a block device, as QEMU describes it, is this drive by its names.

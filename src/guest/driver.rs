@@ -9,13 +9,14 @@ use std::time::Duration;
 
 use serde_json::json;
 
+use super::backend::{Catalog, Connector, Guest, Presence, Reserved, check_version};
 use super::exclusive::Exclusive;
 use super::qmp::{BUILT_FLAGS, Channel, MonitorGuest, Overlay, Recovery, Switch, delete, hold_qemu, switch};
-use super::{Catalog, Connector, Guest, Presence, Reserved, check_version};
+use crate::deadline::Deadline;
 use crate::error::{Code, Error, Result, fail};
 use crate::flags::delete::METADATA_ONLY;
 use crate::monitor::json::{Json, parse};
-use crate::monitor::{Command, Deadline, Event, Execute, Failure, Monitor, Peer, read_reply};
+use crate::monitor::{Command, Event, Execute, Failure, Monitor, Peer, read_reply};
 use crate::snapshot::domain::Domain;
 use crate::snapshot::{Record, Store, check_name, generated_names};
 
@@ -150,7 +151,7 @@ impl Connector for DriverConnector {
                 free.unwrap_or_else(|| fail!(OperationInvalid, "no name is free for the snapshot: give it one"))?
             }
         };
-        Ok(Reserved { name, memory_file: None, held: None })
+        Ok(Reserved::by_others(name))
     }
 
     fn begin(&self) -> Result<Box<dyn Guest + '_>> {

@@ -11,8 +11,8 @@ use rustix::net::{
     AddressFamily, SendFlags, Shutdown, SocketAddrUnix, SocketFlags, SocketType, bind, sendto, shutdown, socket_with,
 };
 
+use crate::deadline::Deadline;
 use crate::error::{Code, Error, Result};
-use crate::monitor::Deadline;
 use crate::sys;
 
 /// Held while one operation changes a QEMU, by whatever process, handle or monitor socket.

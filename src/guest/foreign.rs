@@ -2,10 +2,11 @@
 
 use serde_json::{Value, json};
 
-use super::PATIENCE;
+use super::backend::PATIENCE;
+use crate::deadline::Deadline;
 use crate::error::{Code, Result, fail};
 use crate::monitor::json::Json;
-use crate::monitor::{Command, Deadline, Execute};
+use crate::monitor::{Command, Execute};
 
 /// Devices whose backend writes guest RAM from another process, through a mapping of its own.
 const FOREIGN_WRITERS: [&str; 5] = ["vhost-user", "vhost-vdpa", "ivshmem", "vfio-user", "x-pci-proxy"];

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use serde_json::Value;
 
-use super::PATIENCE;
+use super::backend::PATIENCE;
 use crate::error::{Code, Error, Result};
 use crate::monitor::json::parse;
 use crate::snapshot::nbd::Export;

@@ -8,7 +8,8 @@ use std::io::{self, ErrorKind};
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use super::{PATIENCE, images};
+use super::backend::PATIENCE;
+use super::images;
 use crate::error::{Code, Error, Result, fail};
 use crate::own_file::{KnownFile, OwnFile, Undo};
 use crate::snapshot::DiskPlan;

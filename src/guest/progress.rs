@@ -3,7 +3,7 @@
 use std::thread::sleep;
 use std::time::Duration;
 
-use crate::monitor::Deadline;
+use crate::deadline::Deadline;
 
 /// See the module.
 #[derive(Debug)]

@@ -9,7 +9,7 @@ use std::path::Path;
 
 use rustix::io::Errno;
 
-use super::Guest;
+use super::backend::Guest;
 use crate::error::{Result, fail};
 use crate::snapshot::DiskPlan;
 

@@ -17,7 +17,7 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use rustix::io::Errno;
 use rustix::pipe::{SpliceFlags, splice};
 
-use super::CHUNK;
+use super::pipe::{self, CHUNK};
 use crate::error::{Code, Error, Result};
 use crate::sys;
 
@@ -135,7 +135,7 @@ impl Shared {
     fn fill(&self, pipe: &OwnedFd, file: &File, mut offset: u64) -> io::Result<()> {
         // A pipe is locked while it is spliced into a file, however long the file system takes; nobody could write to it or
         // empty it meanwhile. So that is a pipe of our own, and QEMU's is locked for no longer than it takes to move pages.
-        let (own_read, own_write) = super::pipe().map_err(|error| io::Error::other(error.message))?;
+        let (own_read, own_write) = pipe::pipe().map_err(|error| io::Error::other(error.message))?;
         let mut spliced = true;
         loop {
             if !self.wait(pipe) || self.discard.load(Ordering::Relaxed) {
@@ -211,7 +211,7 @@ mod tests {
     fn a_stream_whose_other_end_is_still_held_ends_where_the_pipe_is_empty_when_nothing_more_comes() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("image");
-        let (read, write) = super::super::pipe().unwrap();
+        let (read, write) = pipe::pipe().unwrap();
         rustix::io::ioctl_fionbio(&read, true).unwrap();
         let file = File::create(&path).unwrap();
         let mut write = File::from(write);

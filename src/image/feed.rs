@@ -8,7 +8,7 @@ use std::thread::JoinHandle;
 use rustix::io::Errno;
 use rustix::pipe::{SpliceFlags, splice};
 
-use super::CHUNK;
+use super::pipe::CHUNK;
 use crate::error::{Code, Error, Result};
 use crate::sys;
 

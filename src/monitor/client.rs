@@ -15,9 +15,11 @@ use rustix::net::{
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use serde_json::json;
 
+use super::command::{Command, Execute, Failure, read_reply};
+use super::events::{Event, Events};
 use super::json::{Json, parse};
 use super::messages::{Messages, Unreadable};
-use super::{Command, Deadline, Event, Events, Execute, Failure, read_reply};
+use crate::deadline::Deadline;
 use crate::error::{Code, Error, Result, fail};
 use crate::sys;
 

@@ -6,8 +6,9 @@ use std::time::Duration;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
+use super::command::{Command, Execute, Failure};
 use super::json::Json;
-use super::{Command, Deadline, Execute, Failure};
+use crate::deadline::Deadline;
 use crate::error::{Code, Error, Result};
 
 /// Whether vCPUs run, and QEMU's word for the state.

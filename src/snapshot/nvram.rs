@@ -3,7 +3,7 @@
 use std::io::{self, Read};
 use std::path::Path;
 
-use super::RecordedNvram;
+use super::record::RecordedNvram;
 use crate::sys;
 
 /// More is not the variable storage of any firmware.

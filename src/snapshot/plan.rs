@@ -2,7 +2,8 @@
 
 use std::path::Path;
 
-use super::{DiskRequest, Drive, Location, Request, Role};
+use super::drive::{Drive, Role};
+use super::request::{DiskRequest, Location, Request};
 use crate::error::{Result, fail};
 use crate::sys;
 

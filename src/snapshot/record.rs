@@ -9,7 +9,9 @@ use quick_xml::events::{BytesText, Event};
 use roxmltree::Node;
 
 use super::domain::Storage;
-use super::{Frozen, check_name, check_path, domain, xml};
+use super::frozen::Frozen;
+use super::names::{check_name, check_path};
+use super::{domain, xml};
 use crate::error::{Code, Error, Result, fail};
 
 const NAMESPACE: &str = "https://instantsnap.invalid/domainsnapshot/1";

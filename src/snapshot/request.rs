@@ -2,7 +2,8 @@
 
 use roxmltree::Node;
 
-use super::{check_name, check_path, xml};
+use super::names::{check_name, check_path};
+use super::xml;
 use crate::error::{Result, fail};
 
 /// What the caller asks for.

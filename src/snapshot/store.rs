@@ -17,9 +17,11 @@ use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
 use tempfile::NamedTempFile;
 
-use super::{Record, check_name, generated_names, xml};
+use super::names::{check_name, generated_names};
+use super::record::Record;
+use super::xml;
+use crate::deadline::Deadline;
 use crate::error::{Code, Error, Result, fail};
-use crate::monitor::Deadline;
 use crate::own_file::{KnownFile, Undo};
 use crate::sys;
 

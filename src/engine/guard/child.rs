@@ -8,9 +8,9 @@ use rustix::net::{SendFlags, send};
 
 use super::errand::Errands;
 use super::files::Discard;
+use super::remaining::Remaining;
+use super::stage::{DISMISSED, READY, Stage};
 use super::words::{Words, say};
-use super::{DISMISSED, READY, Stage};
-use crate::image::throw_away;
 use crate::sys::{self, wait_ready};
 
 /// Before QEMU has armed, its stream has a header and a list of memory blocks: less than this.
@@ -168,24 +168,6 @@ impl Child<'_> {
             if wait_ready([Some(caller), None], 0) {
                 return stage;
             }
-        }
-    }
-}
-
-/// QEMU's stream, of which nothing is wanted.
-pub struct Remaining {
-    pub pipe: OwnedFd,
-    pub ended: bool,
-    thrown_away: usize,
-}
-
-impl Remaining {
-    pub fn throw_away(&mut self) {
-        match throw_away(&self.pipe) {
-            Ok(0) => self.ended = true,
-            Ok(bytes) => self.thrown_away += bytes,
-            Err(Errno::AGAIN | Errno::INTR) => {}
-            Err(_) => self.ended = true,
         }
     }
 }

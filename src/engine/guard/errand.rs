@@ -5,15 +5,15 @@ use std::os::fd::AsRawFd;
 use rustix::io::Errno;
 use rustix::pipe::{PipeFlags, pipe_with};
 
-use super::Stage;
-use super::child::Remaining;
 use super::complaint::Complaint;
 use super::files::Discard;
+use super::remaining::Remaining;
 use super::reply::{Reader, Reply};
+use super::stage::Stage;
 use crate::guest;
 use crate::own_file::KnownFile;
-use crate::sys::{self, Program, Stdio};
-use crate::tool::Words;
+use crate::sys::{self, Program, Stdio, Words};
+use crate::tool::words_of;
 
 /// A guest that does not run is resumed so often.
 const TRIES: u32 = 10;
@@ -29,7 +29,7 @@ struct Errand {
 
 impl Errand {
     fn new(errand: guest::Errand) -> Errand {
-        Errand { words: Words::new(errand.words), then_discard: errand.then_discard.as_ref().and_then(Discard::new) }
+        Errand { words: words_of(errand.words), then_discard: errand.then_discard.as_ref().and_then(Discard::new) }
     }
 
     /// Whether it succeeded.

@@ -6,11 +6,11 @@ use rustix::io::Errno;
 use rustix::net::{SendFlags, send};
 use serde_json::{Value, json};
 
-use super::Stage;
-use super::child::Remaining;
 use super::complaint::Complaint;
 use super::files::Discard;
+use super::remaining::Remaining;
 use super::reply::{MARK, Reader, Reply};
+use super::stage::Stage;
 use crate::guest::MonitorOverlay;
 use crate::own_file::KnownFile;
 use crate::sys::wait_ready;

@@ -4,9 +4,7 @@
 //! can be dropped at any time: the thread has all it needs, and goes on.
 
 mod shared;
-mod sync {
-    pub use std::sync::{Condvar, Mutex, MutexGuard};
-}
+mod sync;
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -16,9 +14,12 @@ use std::time::Duration;
 use rustix::event::{EventfdFlags, eventfd};
 
 use self::shared::{News, Shared, Signal};
-use super::{Cancel, Event, Flow, Observer, Operation, Phase, Stats, Taken, What, lock};
+use super::cancel::Cancel;
+use super::clock::{Observer, Phase, Stats};
+use super::event::{Event, Flow, What};
+use super::operation::{Operation, Taken};
 use crate::error::{Code, Error, Result, fail};
-use crate::sys::{self, now};
+use crate::sys::{self, lock, now};
 
 /// How often there is progress, unless the listener says otherwise.
 const INTERVAL: Duration = Duration::from_millis(500);

@@ -7,10 +7,10 @@
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::time::Duration;
 
+use crate::deadline::Deadline;
 use crate::error::{Code, Result};
 use crate::libvirt::daemon::{Daemon, step};
 use crate::libvirt::{Connect, Domain, VirError, VirResult};
-use crate::monitor::Deadline;
 use crate::sys;
 
 type Task = Box<dyn FnOnce() + Send>;

@@ -3,8 +3,8 @@
 use serde_json::{Value, json};
 
 use super::overlays::Overlays;
+use crate::guest::backend::{Errand, Errands, MergeErrand};
 use crate::guest::overlay_file::OverlayFile;
-use crate::guest::{Errand, Errands, MergeErrand};
 use crate::snapshot::DiskPlan;
 use crate::tool;
 

@@ -5,10 +5,12 @@
 //! passthrough: the background snapshot, and what belongs to it.
 
 mod call;
+mod connector;
 mod delete;
 mod deputy;
 mod drives;
 mod lease;
+mod operations;
 mod others;
 mod overlays;
 mod prune;
@@ -21,29 +23,31 @@ mod xml;
 
 use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use serde_json::json;
 
 use self::call::{Again, Caller, Trouble};
+pub use self::connector::LibvirtConnector;
+use self::connector::Way;
+pub use self::operations::{Operation, delete, revert};
 use self::overlays::Overlays;
-pub use self::reach::{Operation, Reach, delete, revert};
+pub use self::reach::Reach;
+use super::backend::{
+    Catalog, Connector, Deputy, Description, Guest, MEASURED, PATIENCE, Presence, Reserved, check_version,
+};
 use super::exclusive::Exclusive;
 use super::overlay_file::{self, Beforehand};
 use super::qmp::hold_qemu;
-use super::{
-    Catalog, Connector, Deputy, Description, Guest, MEASURED, PATIENCE, Presence, Reserved, busy, check_version,
-    foreign, open_images,
-};
-use crate::error::{Code, Error, Result, fail};
+use super::{busy, foreign, open_images};
+use crate::deadline::Deadline;
+use crate::error::{Code, Result, fail};
 use crate::flags::{self, Flags};
-use crate::libvirt::{self, Connect, Domain, Snapshot, State};
+use crate::libvirt::{self, Domain, Snapshot, State};
 use crate::monitor::commands::{self, Status};
 use crate::monitor::json::{Json, parse};
-use crate::monitor::{Command, Deadline, Execute, Failure, Peer, read_reply};
-use crate::snapshot::{DiskPlan, Drive, Record, Request, Role, Store, check_name, manual};
-use crate::sys;
+use crate::monitor::{Command, Execute, Failure, Peer, read_reply};
+use crate::snapshot::{DiskPlan, Drive, Record, Role, Store, check_name};
 
 /// A resume that libvirt does not come to is tried past it.
 const RESUME_SOON: Duration = Duration::from_secs(2);
@@ -51,128 +55,10 @@ const RESUME_SOON: Duration = Duration::from_secs(2);
 /// A domain that is started and ended by others is looked at so often before it is given up.
 const STARTS: u32 = 5;
 
-/// Where the daemon is, seen from here.
-#[derive(Clone, Debug, PartialEq, Eq)]
-enum Way {
-    /// At the other end of a connection.
-    Connected,
-    /// In this process: the connection is its driver. Others connect to this address.
-    Inside(String),
-}
-
 /// For so many seconds a daemon that is restarted may be away: what it was taking a snapshot of waits for it.
 const CALLER_KILLED: u32 = 10;
 /// The same where the daemon was the caller, which may be being upgraded.
 const DAEMON_KILLED: u32 = 300;
-
-/// A domain of a stock libvirt.
-#[derive(Debug)]
-pub struct LibvirtConnector {
-    domain: Domain,
-    way: Way,
-    uri: String,
-    name: String,
-    uuid: String,
-    /// The snapshot taken last, for whoever wants libvirt's own object of it.
-    taken: Mutex<Option<Snapshot>>,
-}
-
-impl LibvirtConnector {
-    /// Opens it. A connection to another machine, or to another driver, is an error.
-    pub fn open(domain: Domain) -> Result<LibvirtConnector> {
-        LibvirtConnector::new(domain, |_| Way::Connected)
-    }
-
-    /// The same in the daemon itself, to whose driver the domain's connection is.
-    pub fn inside(domain: Domain) -> Result<LibvirtConnector> {
-        LibvirtConnector::new(domain, |uri| Way::Inside(libvirt::daemon::address(uri)))
-    }
-
-    fn new(domain: Domain, way: impl FnOnce(&str) -> Way) -> Result<LibvirtConnector> {
-        let step = "cannot open the domain";
-        let connect = domain.connect().map_err(|error| error.into_error(step))?;
-        check_connection(&connect)?;
-        let text = |result: libvirt::VirResult<String>| result.map_err(|error| error.into_error(step));
-        let (uri, name, uuid) = (text(connect.uri())?, text(domain.name())?, text(domain.uuid())?);
-        Ok(LibvirtConnector { domain, way: way(&uri), uri, name, uuid, taken: Mutex::default() })
-    }
-
-    /// libvirt's own object of the snapshot that was taken last; once.
-    pub fn taken(&self) -> Option<Snapshot> {
-        sys::lock(&self.taken).take()
-    }
-
-    /// Holds the domain for one operation.
-    fn hold(&self) -> Result<Exclusive> {
-        Exclusive::take(&self.whose(), self.held_name())
-    }
-
-    /// What messages call it.
-    fn whose(&self) -> String {
-        format!("domain '{}'", self.name)
-    }
-
-    /// By nothing else, for a daemon has as many URIs as there are ways to it.
-    fn held_name(&self) -> String {
-        format!("instantsnap/{}", self.uuid)
-    }
-
-    fn keep(&self, snapshot: Snapshot) {
-        *sys::lock(&self.taken) = Some(snapshot);
-    }
-
-    /// libvirt calls nobody for the disks that it leaves to others.
-    fn check_no_hook_is_due(&self, snapshot_xml: &str) -> Result<()> {
-        let step = format!("cannot read the XML of domain '{}'", self.name);
-        let disks = drives::disks(&self.domain.xml(0).map_err(|error| error.into_error(&step))?)?;
-        if let Some(disk) = manual(&disks, &Request::parse(snapshot_xml)?).first() {
-            fail!(
-                OperationUnsupported,
-                "snapshot='manual' of disk '{}' is supported for a running domain only, and '{}' is paused: resume it, or use \
-                 snapshot='external', or 'no' to leave the disk out",
-                disk.name(),
-                self.name
-            );
-        }
-        Ok(())
-    }
-
-    fn find(&self, name: &str) -> Result<Snapshot> {
-        let found = self.domain.find(name).map_err(|error| error.into_error("cannot list the domain's snapshots"))?;
-        found.ok_or_else(|| {
-            let message = format!("domain '{}' has no snapshot '{name}'", self.name);
-            Error::new(Code::NoDomainSnapshot, message)
-        })
-    }
-}
-
-/// Memory and disks are files of the daemon's machine, and descriptors are passed to it.
-fn check_connection(connect: &Connect) -> Result<()> {
-    let step = "cannot look at the connection to libvirt";
-    let driver = connect.driver().map_err(|error| error.into_error(step))?;
-    let uri = connect.uri().map_err(|error| error.into_error(step))?;
-    if driver != "QEMU" {
-        fail!(
-            OperationUnsupported,
-            "the domain is run by libvirt's {driver} driver ('{uri}'): only QEMU's is supported"
-        );
-    }
-    if !is_local(&uri) {
-        fail!(
-            OperationUnsupported,
-            "the connection '{uri}' is to a remote machine: memory and disks are written where the guest runs, so the \
-             snapshot has to be taken there, by a connection like qemu:///system"
-        );
-    }
-    Ok(())
-}
-
-/// `qemu:///...` and `qemu+unix:///...`.
-fn is_local(uri: &str) -> bool {
-    uri.split_once("://").is_some_and(|(scheme, rest)| {
-        matches!(scheme, "qemu" | "qemu+unix") && (rest.is_empty() || rest.starts_with(['/', '?']))
-    })
-}
 
 impl Connector for LibvirtConnector {
     fn built_flags(&self) -> u32 {
@@ -207,7 +93,7 @@ impl Connector for LibvirtConnector {
         if taken(&name) {
             fail!(OperationInvalid, "domain snapshot '{name}' of domain '{}' already exists", self.name);
         }
-        Ok(Reserved { name, memory_file: None, held: None })
+        Ok(Reserved::by_others(name))
     }
 
     /// Without INSTANT, and of a domain that is paused, it is libvirt's own.

@@ -6,11 +6,11 @@ use std::time::Duration;
 
 use super::call::{Again, Caller};
 use super::drives;
+use crate::deadline::Deadline;
 use crate::error::{Code, Error, Result, fail};
-use crate::guest::PATIENCE;
+use crate::guest::backend::PATIENCE;
 use crate::guest::overlay_file::{self, Beforehand, OverlayFile};
 use crate::libvirt::block;
-use crate::monitor::Deadline;
 use crate::snapshot::DiskPlan;
 use crate::snapshot::domain::{Domain, Source, Storage};
 use crate::sys;

@@ -5,16 +5,17 @@ use std::path::Path;
 use serde_json::{Value, json};
 
 use super::process::absolute;
+use crate::deadline::Deadline;
 use crate::error::Result;
-use crate::guest::PATIENCE;
+use crate::guest::backend::PATIENCE;
 use crate::monitor::json::{Json, parse};
-use crate::monitor::{Command, Deadline, Execute};
+use crate::monitor::{Command, Execute};
 use crate::snapshot::domain::{Domain, DomainDisk, Machine};
 use crate::snapshot::drive::OpenOptions;
 use crate::snapshot::{Bitmap, Drive, Role};
 use crate::sys;
 
-use super::overlays::NODE_PREFIX;
+use super::jobs::NODE_PREFIX;
 
 /// Drivers that pass a disk's data through: what is below them is the image.
 const FILTERS: [&str; 8] = [

@@ -5,10 +5,13 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use super::overlays::NODE_PREFIX;
+use crate::deadline::Deadline;
 use crate::error::{Code, Error, Result, fail};
-use crate::guest::PATIENCE;
-use crate::monitor::{Command, Deadline, Execute, Failure};
+use crate::guest::backend::PATIENCE;
+use crate::monitor::{Command, Execute, Failure};
+
+/// What the ids of all jobs, and of all nodes, begin with that we add.
+pub const NODE_PREFIX: &str = "instantsnap-";
 
 /// A job that makes no progress for so long is given up.
 const STALLED: Duration = Duration::from_secs(60);

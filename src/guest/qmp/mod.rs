@@ -20,11 +20,12 @@ pub use self::overlays::Switch;
 pub(super) use self::overlays::{Overlay, switch};
 pub(super) use self::process::hold_qemu;
 use self::process::{hold_socket, whose};
-use super::{Catalog, Connector, Guest, Presence, Reserved, check_version};
+use super::backend::{Catalog, Connector, Guest, Presence, Reserved, check_version};
+use crate::deadline::Deadline;
 use crate::error::{Code, Result};
 use crate::flags;
 use crate::monitor::json::Json;
-use crate::monitor::{Command, Deadline, Event, Execute, Failure, Monitor};
+use crate::monitor::{Command, Event, Execute, Failure, Monitor};
 use crate::snapshot::Store;
 use crate::snapshot::domain::Domain;
 

@@ -8,14 +8,14 @@ use serde_json::json;
 
 use super::overlays::{self, Overlay};
 use super::{drives, process};
+use crate::deadline::Deadline;
 use crate::error::{Code, Error, Result, fail};
+use crate::guest::backend::{Deputy, Description, Guest, MEASURED, PATIENCE, Presence, Reserved};
 use crate::guest::exclusive::Exclusive;
-use crate::guest::{
-    Deputy, Description, Guest, MEASURED, PATIENCE, Presence, Reserved, busy, foreign, open_images, overlay_file,
-};
+use crate::guest::{busy, foreign, open_images, overlay_file};
 use crate::monitor::commands::{self, Status};
 use crate::monitor::json::Json;
-use crate::monitor::{Command, Deadline, Event, Execute, Failure};
+use crate::monitor::{Command, Event, Execute, Failure};
 use crate::snapshot::domain::{Domain, Source, Storage};
 use crate::snapshot::{DiskPlan, Drive, Record, Role, Store};
 
@@ -226,7 +226,7 @@ impl<C: Channel> Guest for MonitorGuest<'_, C> {
     }
 
     fn commit(&mut self, reserved: &Reserved, record: Record) -> Result<Record> {
-        match (self.store, &reserved.held) {
+        match (self.store, reserved.held()) {
             (Some(store), Some(held)) => store.commit(held, record),
             (Some(_), None) => Err(Error::new(Code::InternalError, "the snapshot's name is not held")),
             (None, _) => self.channel.record(record),

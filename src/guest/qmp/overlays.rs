@@ -2,16 +2,15 @@
 
 use serde_json::{Value, json};
 
-use super::jobs::{self, Merge, Until};
+use super::jobs::{self, Merge, NODE_PREFIX, Until};
+use crate::deadline::Deadline;
 use crate::error::{Code, Error, Result, fail};
+use crate::guest::backend::{MonitorOverlay, PATIENCE};
+use crate::guest::overlay_file;
 use crate::guest::overlay_file::{Beforehand, OverlayFile};
-use crate::guest::{MonitorOverlay, PATIENCE, overlay_file};
-use crate::monitor::{Command, Deadline, Execute, Failure};
+use crate::monitor::{Command, Execute, Failure};
 use crate::snapshot::DiskPlan;
 use crate::sys;
-
-/// Of every node that we add.
-pub const NODE_PREFIX: &str = "instantsnap-";
 
 /// An overlay, and how far it has come.
 #[derive(Debug)]

@@ -1,0 +1,148 @@
+//! A guest that was opened: what is done with it.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::clock::{Observer, Stats};
+use super::job::{Job, Returns};
+use super::load;
+use super::operation::{Opened, Operation, Taken};
+use super::overlap::Overlap;
+use super::revert::{RevertPlan, prepare_revert_hooked};
+use super::storage::{StorageCall, StorageHook};
+use crate::error::{Result, fail};
+use crate::flags::delete;
+use crate::guest::driver::Driver;
+use crate::guest::{Catalog, Connector, DriverConnector, LibvirtConnector, QmpConnector};
+use crate::snapshot::Store;
+use crate::sys::lock;
+
+/// A guest that was opened.
+pub struct Handle {
+    opened: Arc<Opened>,
+}
+
+impl Handle {
+    /// Opens a QEMU by its QMP socket.
+    pub fn open_qmp(socket: &Path, domain_xml: Option<&str>, state_dir: &Path) -> Result<Handle> {
+        Ok(Handle::new(Arc::new(QmpConnector::open(socket, domain_xml, state_dir)?)))
+    }
+
+    /// Opens a domain of a stock libvirt.
+    pub fn open_libvirt(connector: Arc<LibvirtConnector>) -> Handle {
+        Handle::new(connector)
+    }
+
+    /// Opens a domain of a driver's.
+    pub fn open_driver(driver: Arc<dyn Driver>) -> Result<Handle> {
+        Ok(Handle::new(Arc::new(DriverConnector::open(driver)?)))
+    }
+
+    fn new(connector: Arc<dyn Connector>) -> Handle {
+        Handle { opened: Arc::new(Opened::new(connector)) }
+    }
+
+    /// Bounds the pause of snapshots that begin later.
+    pub fn set_pause_limit(&self, limit: Duration) {
+        lock(&self.opened.options).pause_limit = limit;
+    }
+
+    /// How snapshots that begin later keep the guest's memory out of the pause.
+    pub fn set_overlap(&self, overlap: Overlap) {
+        lock(&self.opened.options).overlap = overlap;
+    }
+
+    /// Who snapshots the disks that snapshots which begin later leave to others (`snapshot='manual'`).
+    pub fn set_storage_hook(&self, hook: Option<Arc<dyn StorageHook>>) {
+        // The one before may be dropped, without the lock held.
+        let _before = std::mem::replace(&mut lock(&self.opened.options).storage, hook);
+    }
+
+    /// Takes a snapshot; returns its name when it is complete, and recorded unless the flags say otherwise.
+    pub fn create(&self, xml: &str, flags: u32, observer: &mut dyn Observer) -> Result<String> {
+        let operation = Operation::begin(&self.opened)?;
+        let Taken { result, last, .. } = operation.take(xml, flags, observer);
+        drop(operation);
+        observer.event(&last);
+        result.map(|created| created.name)
+    }
+
+    /// Takes a snapshot by a thread of its own.
+    pub fn start(&self, xml: &str, flags: u32, listener: Box<dyn Observer + Send>, returns: Returns) -> Result<Job> {
+        Job::start(Operation::begin(&self.opened)?, xml, flags, listener, returns)
+    }
+
+    /// Cancels the snapshot that is being taken.
+    pub fn cancel(&self) -> Result<()> {
+        match &*lock(&self.opened.cancel) {
+            Some(cancel) => cancel.request(),
+            None => fail!(OperationInvalid, "no snapshot of this guest is being taken through this handle"),
+        }
+        Ok(())
+    }
+
+    /// Feeds a snapshot's memory to a QEMU that waits for it.
+    pub fn load(&self, name: &str, flags: u32) -> Result<()> {
+        load::load(&*self.opened.connector, name, flags)
+    }
+
+    /// Brings a snapshot back: `restart` ends QEMU, and starts one that waits for the snapshot, on the plan's disks.
+    pub fn revert(&self, name: &str, flags: u32, restart: impl FnOnce(&RevertPlan) -> Result<()>) -> Result<()> {
+        load::check_flags(flags)?;
+        let Some(store) = self.store() else {
+            fail!(OperationUnsupported, "a snapshot that the driver has recorded itself is not reverted to here");
+        };
+        load::check_frozen(&store.read_to_use(name)?, flags)?;
+        let storage = lock(&self.opened.options).storage.clone();
+        let plan = prepare_revert_hooked(store.directory(), name, None, storage.as_deref())?;
+        restart(&plan).inspect_err(|_| plan.discard())?;
+        self.load(name, flags)
+    }
+
+    /// Deletes a snapshot, with its files unless the flags say otherwise.
+    pub fn delete(&self, name: &str, flags: u32) -> Result<()> {
+        delete::check(flags)?;
+        let left = self.left_to_storage(name, flags)?;
+        self.opened.connector.delete(name, flags)?;
+        // Last: until then the deletion can fail, and be done again.
+        if let Some((storage, call)) = left {
+            storage.undo(&call);
+        }
+        Ok(())
+    }
+
+    /// Who has to remove what he made for a snapshot that is to be deleted with its files.
+    fn left_to_storage(&self, name: &str, flags: u32) -> Result<Option<(Arc<dyn StorageHook>, StorageCall)>> {
+        let files_stay = flags & (delete::METADATA_ONLY | delete::CHILDREN_ONLY) != 0;
+        let Some(store) = self.store().filter(|_| !files_stay) else { return Ok(None) };
+        let call = StorageCall::of(&store.read_to_use(name)?);
+        if call.disks.is_empty() {
+            return Ok(None);
+        }
+        let Some(storage) = lock(&self.opened.options).storage.clone() else {
+            fail!(
+                OperationUnsupported,
+                "the snapshot {} was left to a storage hook, which this guest does not have: set it, or delete the metadata \
+                 alone (VIR_DOMAIN_SNAPSHOT_DELETE_METADATA_ONLY)",
+                call.subject()
+            );
+        };
+        Ok(Some((storage, call)))
+    }
+
+    /// Figures of the last snapshot taken, or tried.
+    pub fn stats(&self) -> Option<Stats> {
+        lock(&self.opened.last).clone()
+    }
+
+    /// Its snapshots' metadata.
+    pub fn catalog(&self) -> &dyn Catalog {
+        self.opened.connector.catalog()
+    }
+
+    /// The state directory, where it has one.
+    pub fn store(&self) -> Option<&Store> {
+        self.opened.connector.store()
+    }
+}

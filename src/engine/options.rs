@@ -1,0 +1,27 @@
+//! How snapshots are taken.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::overlap::Overlap;
+use super::storage::StorageHook;
+
+/// For how long a snapshot may pause the guest, unless the caller says otherwise.
+const PAUSE_LIMIT: Duration = Duration::from_secs(30);
+
+/// How snapshots are taken.
+#[derive(Clone)]
+pub struct Options {
+    /// For how long they may pause the guest.
+    pub pause_limit: Duration,
+    /// How they keep the guest's memory out of the pause.
+    pub overlap: Overlap,
+    /// Who snapshots the disks that QEMU does not.
+    pub storage: Option<Arc<dyn StorageHook>>,
+}
+
+impl Default for Options {
+    fn default() -> Options {
+        Options { pause_limit: PAUSE_LIMIT, overlap: Overlap::default(), storage: None }
+    }
+}
