@@ -6,6 +6,7 @@ mod tree;
 
 use std::path::{Path, PathBuf};
 
+use common::virt::OpenedDomain;
 use common::{OtherQemu, machine, virt};
 use instantsnap::error::Code;
 use instantsnap::flags::delete::{CHILDREN, CHILDREN_ONLY, METADATA_ONLY};
@@ -44,6 +45,33 @@ fn the_current_leaf_is_merged() {
     tree.assert_shape("a< b<a c<b", Some("b"));
     assert!(!tree.images().iter().any(|image| image.ends_with(".d")), "{:?}", tree.images());
     tree.assert_all_can_be_reverted_to();
+}
+
+/// libvirt >= 9.9 needs a current snapshot: another becomes that, and its record names the disks' overlays anew.
+#[test]
+fn a_disk_that_was_left_out_stays_so_when_the_current_snapshot_is_deleted() {
+    let daemon = virt::session();
+    let directory = tempfile::tempdir_in(daemon.directory().join("guests")).unwrap();
+    let medium = directory.path().join("medium.iso");
+    make_image(&medium, Format::Raw, None);
+    for path in [directory.path(), &medium] {
+        std::os::unix::fs::chown(path, Some(daemon.user()), Some(daemon.user())).unwrap();
+    }
+    let machine = machine(&Binary::all()[0], 1).cdrom(Some(&medium));
+    let opened = OpenedDomain::start(&machine, &daemon);
+    for name in ["s", "t"] {
+        opened.snapshot(name).unwrap();
+        opened.guest.wait_ticks(3);
+    }
+    opened.revert("s", 0).unwrap();
+    opened.delete("s", 0).unwrap();
+    let record = opened.guest.virsh("snapshot-dumpxml", &["t"]);
+    let disks = record.split_once("<disks>").unwrap().1.split_once("</disks>").unwrap().0;
+    assert_eq!(disks.matches("snapshot='external'").count(), 1, "{disks}");
+    opened.revert("t", 0).unwrap();
+    opened.guest.wait_ticks(3);
+    let sources = opened.guest.virsh("domblklist", &[]);
+    assert!(sources.contains(&format!(" {}\n", medium.display())), "{sources}");
 }
 
 #[test]

@@ -11,6 +11,7 @@ use common::way::by_client_only;
 use common::{ALL_SECTORS, At, INSTANTLY, assert_says};
 use instantsnap::engine::Phase;
 use instantsnap::error::Code;
+use instantsnap::flags::REUSE_EXT;
 
 #[test]
 fn a_disk_on_a_server_needs_a_named_overlay_and_is_undone_and_deleted_while_the_domain_runs() {
@@ -24,6 +25,7 @@ fn a_disk_on_a_server_needs_a_named_overlay_and_is_undone_and_deleted_while_the_
     opened.create(&opened.xml("without", "<disks><disk name='vdb' snapshot='no'/></disks>"), INSTANTLY).unwrap();
     opened.delete("without", 0).unwrap();
     opened.assert_cancelled_without_a_trace(&remote.xml("cancelled"), INSTANTLY, 3);
+    refuse_an_overlay_on_another(&remote);
     guest.wait_ticks(ALL_SECTORS);
     remote.assert_on_server();
     // The snapshot is of the instant, and the guest has it all when it is deleted. Libvirt's own likewise.
@@ -36,6 +38,20 @@ fn a_disk_on_a_server_needs_a_named_overlay_and_is_undone_and_deleted_while_the_
         remote.assert_on_server();
         guest.wait_ticks(ALL_SECTORS);
     }
+}
+
+/// An overlay that was made beforehand, on something else of the same server.
+fn refuse_an_overlay_on_another(remote: &OnServer) {
+    if !by_client_only() {
+        return;
+    }
+    let (overlay, another) = (remote.overlay("other"), remote.name().replace("/remote?", "/another?"));
+    let create = ["create", "-q", "-u", "-f", "qcow2", "-F", "raw", "-b", &another, overlay.to_str().unwrap(), "16M"];
+    common::run("qemu-img", &create);
+    let xml = remote.xml("other").replace("<disks>", "<disks><disk name='vda' snapshot='no'/>");
+    let refused = remote.opened.create(&xml, INSTANTLY | REUSE_EXT).expect_err("on another image");
+    assert!(refused.message.contains(&another) && refused.message.contains("make it anew"), "{refused}");
+    std::fs::remove_file(&overlay).unwrap();
 }
 
 /// What an overlay's name of its image would not say: here, that the disk is a part of it.
@@ -133,17 +149,20 @@ fn a_snapshot_of_a_disk_on_a_server_is_reverted_to_and_deleted_while_the_domain_
     assert_eq!(remote.guest().virsh("dumpxml", &["--inactive"]), before);
     assert!(remote.overlay("s").exists() && remote.opened.memory_file("s").exists());
     remote.start_server();
-    // The second is libvirt's own, whose overlay calls the image otherwise.
-    for (name, flags) in [("s", None), ("plain", Some(0))] {
+    // The others are libvirt's own, whose overlays call the image otherwise; the last is deleted as it is.
+    for (name, flags) in [("s", None), ("plain", Some(0)), ("deleted", Some(0))] {
         if let Some(flags) = flags {
             remote.opened.create(&remote.xml(name), flags).unwrap();
             remote.guest().wait_ticks(3);
             remote.guest().virsh("destroy", &[]);
         }
-        remote.opened.revert(name, 0).unwrap();
-        remote.guest().wait_ticks(3);
-        remote.guest().virsh("destroy", &[]);
+        if name != "deleted" {
+            remote.opened.revert(name, 0).unwrap();
+            remote.guest().wait_ticks(3);
+            remote.guest().virsh("destroy", &[]);
+        }
         remote.opened.delete(name, 0).unwrap();
+        assert!(!remote.overlay(name).exists());
         remote.assert_on_server();
         remote.guest().start_domain();
         remote.guest().wait_ticks(ALL_SECTORS);

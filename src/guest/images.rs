@@ -227,10 +227,15 @@ pub fn server_below(overlay: &str) -> Option<String> {
 
 /// What a guest sees of a server's image, in bytes. The server is asked, and not waited for without end.
 pub fn size_on_server(name: &str, format: &str) -> Result<u64> {
+    size_on_server_within(name, format, PATIENCE)
+}
+
+/// The same within this time.
+pub fn size_on_server_within(name: &str, format: &str, limit: Duration) -> Result<u64> {
     let mut info = Tool::new("qemu-img");
     info.args(["info", "-U", "--output=json", "-f", format, name]);
     let step = |error: &dyn std::fmt::Display| format!("cannot ask the server of the image '{name}': {error}");
-    let said = info.output_within(PATIENCE).map_err(|error| Error::new(error.code, step(&error.message)))?;
+    let said = info.output_within(limit).map_err(|error| Error::new(error.code, step(&error.message)))?;
     let said = parse(&said).map_err(|error| Error::new(Code::InternalError, step(&error)))?;
     said["virtual-size"].as_u64().ok_or_else(|| failed(step(&"qemu-img does not tell its size")))
 }
@@ -258,7 +263,7 @@ pub struct Layer {
 /// An image and all below it. Nothing is locked: QEMU may have them open. No server is asked for an image, which could let
 /// nobody but QEMU in, and have others wait: a chain ends with such a one.
 pub fn chain(path: &str, format: &str) -> Result<Vec<Layer>> {
-    if !is_of_server(path) && !ends_elsewhere(path, format) {
+    if server_of(path, format).is_none() {
         return look(path, format, &["--backing-chain"], PATIENCE)
             .map(|layers| layers.into_iter().map(|(layer, _)| layer).collect());
     }
@@ -281,19 +286,19 @@ pub fn chain(path: &str, format: &str) -> Result<Vec<Layer>> {
     Ok(layers)
 }
 
-/// Whether an image below one is a server's.
-pub fn ends_elsewhere(path: &str, format: &str) -> bool {
+/// The server's image that an image of this format is, or stands on, by whatever images between.
+pub fn server_of(path: &str, format: &str) -> Option<String> {
     let mut seen = BTreeSet::new();
-    let mut next = Some(path.to_owned()).filter(|_| format == "qcow2");
+    let mut next = Some(path.to_owned());
     while let Some(path) = next.take().filter(|path| seen.insert(path.clone())) {
-        let header = sys::open_file(Path::new(&path)).ok().and_then(|file| Header::read(&file));
-        let Some(name) = header.and_then(|header| header.backing) else { break };
-        if is_of_server(&name) {
-            return true;
+        if is_of_server(&path) {
+            return Some(path);
         }
-        next = Some(beside(&path, &name));
+        let header = sys::open_file(Path::new(&path)).ok().filter(|_| format == "qcow2");
+        let below = header.and_then(|file| Header::read(&file)?.backing);
+        next = below.map(|name| beside(&path, &name));
     }
-    false
+    None
 }
 
 /// An image's name and its format.

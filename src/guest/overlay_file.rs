@@ -7,12 +7,14 @@ use std::fs::{File, Metadata};
 use std::io::{self, ErrorKind};
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use super::backend::PATIENCE;
 use super::images;
 use crate::error::{Code, Error, Result, fail};
 use crate::own_file::{KnownFile, OwnFile, Undo};
 use crate::snapshot::DiskPlan;
+use crate::snapshot::nbd::Export;
 use crate::sys;
 use crate::tool::Tool;
 
@@ -237,9 +239,10 @@ fn reuse(disk: &DiskPlan) -> Result<File> {
     // What is not a file can be called in many ways.
     let below = header.backing.as_deref().map(|below| images::beside(overlay, below));
     let is_image = |below: &String| sys::same_file(Path::new(below), Path::new(&drive.file));
+    let is_other = |below: &str| Export::named(&drive.file).is_some() && images::id(below) != images::id(&drive.file);
     match &below {
         None => return Err(refuse(&format!("has no backing file: {anew}"))),
-        Some(below) if drive.file.starts_with('/') && below.starts_with('/') && !is_image(below) => {
+        Some(below) if drive.file.starts_with('/') && below.starts_with('/') && !is_image(below) || is_other(below) => {
             return Err(refuse(&format!(
                 "has '{below}' for its backing file, and the disk is on '{}': {anew}",
                 drive.file
@@ -278,8 +281,17 @@ pub fn create_on(overlay: &File, image: &str, format: &str) -> Result<()> {
 
 /// Merges an overlay that no QEMU has open into the image that it was made on.
 pub fn commit(overlay: &File, image: &str, image_format: &str) -> Result<()> {
+    commit_asking(overlay, image, image_format, PATIENCE)
+}
+
+/// The same, where a server that one of the images is on answers within this time: qemu-img would wait for it without end.
+fn commit_asking(overlay: &File, image: &str, image_format: &str, limit: Duration) -> Result<()> {
     let failed = |reason: String| Error::new(Code::OperationFailed, reason);
     check_own_data(overlay).map_err(failed)?;
+    if let Some(server) = images::server_of(image, image_format) {
+        // Of whatever format it is.
+        images::size_on_server_within(&server, "raw", limit)?;
+    }
     let mut commit = Tool::new("qemu-img");
     commit.args(["commit", "-q", "-d"]);
     if image.starts_with('/') {
@@ -291,8 +303,6 @@ pub fn commit(overlay: &File, image: &str, image_format: &str) -> Result<()> {
         if below.is_none_or(|below| images::id(&below) != images::id(image)) {
             fail!(OperationFailed, "the overlay is not on '{image}'");
         }
-        // A server that does not answer is not waited for without end.
-        images::size_on_server(image, image_format).map_err(|error| failed(error.message))?;
         commit.args(["-f", "qcow2", STDIN]);
     } else {
         // Not a file: it is called in ways that only qemu-img understands.
@@ -315,7 +325,30 @@ fn check_own_data(overlay: &File) -> std::result::Result<(), String> {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::net::UnixListener;
+
     use super::*;
+
+    #[test]
+    fn a_server_below_that_does_not_answer_is_not_waited_for_without_end_by_a_merge() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = |name: &str| directory.path().join(name).to_str().unwrap().to_owned();
+        // Clients are let in by the kernel, and never answered.
+        let _silent = UnixListener::bind(path("nbd")).unwrap();
+        let server = format!("nbd+unix:///x?socket={}", path("nbd"));
+        let overlay = |name: &str, below: &str, below_format: &str| {
+            let file = File::options().read(true).write(true).create_new(true).open(path(name)).unwrap();
+            format(&file, below, below_format, 1 << 20).unwrap();
+            file
+        };
+        let (lower, image) = (overlay("lower", &server, "raw"), path("lower"));
+        let upper = overlay("upper", &image, "qcow2");
+        for (top, image, image_format) in [(&lower, &server, "raw"), (&upper, &image, "qcow2")] {
+            let error = commit_asking(top, image, image_format, Duration::from_millis(300)).unwrap_err();
+            assert_eq!(error.code, Code::OperationTimeout, "{error}");
+            assert!(error.message.contains(&server), "{error}");
+        }
+    }
     use crate::snapshot::drive::OpenOptions;
     use crate::snapshot::{Drive, Role};
 

@@ -65,14 +65,19 @@ impl Export {
             && source.attributes().all(|attribute| is_said(attribute.name()))
             && children.all(|child| child.has_tag_name("seclabel"));
         let server = match host.attribute("transport") {
-            Some("unix") => Server::Unix { socket: host.attribute("socket")?.into() },
+            // QEMUs differ in how often they decode a `%`.
+            Some("unix") => {
+                Server::Unix { socket: host.attribute("socket").filter(|path| !path.contains('%'))?.into() }
+            }
             None | Some("tcp") => Server::Tcp {
                 host: host.attribute("name")?.into(),
                 port: host.attribute("port").filter(|port| *port != "0").unwrap_or(PORT).into(),
             },
             Some(_) => return None,
         };
-        Export::new(server, attribute("name").unwrap_or_default()).filter(|_| is_plain)
+        let export = Export::new(server, attribute("name").unwrap_or_default()).filter(|_| is_plain)?;
+        // An address with a zone (`fe80::1%eth0`) has no URI.
+        (Export::named(&export.uri()).as_ref() == Some(&export)).then_some(export)
     }
 
     /// Its one name here, which is one of QEMU's: its own, where nothing in it must be escaped.
@@ -179,7 +184,8 @@ fn decoded(text: &str) -> Option<String> {
     let mut rest = text;
     while let Some((before, after)) = rest.split_once('%') {
         bytes.extend(before.as_bytes());
-        bytes.push(u8::from_str_radix(after.get(..2)?, 16).ok()?);
+        let digits = after.get(..2).filter(|digits| digits.bytes().all(|digit| digit.is_ascii_hexdigit()))?;
+        bytes.push(u8::from_str_radix(digits, 16).ok()?);
         rest = &after[2..];
     }
     bytes.extend(rest.as_bytes());
@@ -272,6 +278,7 @@ mod tests {
             "nbd://user@host/x",
             "nbd+unix:///x?socket=/s&tls=1",
             "nbd://host:0/x",
+            "nbd://host/%+f",
             r#"json:{"driver":"raw","offset":512,"file":{"driver":"nbd","path":"/s"}}"#,
             r#"json:{"driver":"nbd","path":"/s","tls-creds":"t"}"#,
             r#"json:{"driver":"luks","file":{"driver":"nbd","path":"/s"}}"#,
@@ -288,6 +295,8 @@ mod tests {
                 "<source protocol='nbd'>{host}<slices><slice type='storage' offset='0' size='1'/></slices></source>"
             ),
             format!("<source protocol='nbd'>{host}<reconnect delay='10'/></source>"),
+            "<source protocol='nbd'><host transport='unix' socket='/a%20b'/></source>".into(),
+            "<source protocol='nbd'><host name='fe80::1%eth0' port='1'/></source>".into(),
             "<source protocol='nbd'/>".into(),
             "<source file='/s'/>".into(),
         ] {

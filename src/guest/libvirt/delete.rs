@@ -290,6 +290,22 @@ impl<'a> Delete<'a> {
     }
 
     /// An overlay that is in use cannot be merged into an image that is not known by its path.
+    /// An overlay of a server's image can call that in a way which is not known for the same: then it would not be merged, and
+    /// nobody be told.
+    fn check_is_on(&self, world: &World, doomed: &Recorded, (disk, overlay): (&str, &str), image: &str) -> Result<()> {
+        let overlay_id = id(overlay);
+        if images::is_of_server(image) && !world.graph.chain(&overlay_id).any(|below| *below == id(image)) {
+            fail!(
+                OperationUnsupported,
+                "cannot delete snapshot '{}': the overlay '{overlay}' of disk '{disk}' does not call the image below it \
+                 '{image}', as the snapshot does, but {}: nothing was changed",
+                doomed.name,
+                images::server_of(overlay, "qcow2").map_or("otherwise".into(), |name| format!("'{name}'"))
+            );
+        }
+        Ok(())
+    }
+
     fn check_images_are_known(&self, world: &World) -> Result<()> {
         let tops: Vec<&Id> = world.live.iter().chain(&world.config).map(|(_, top)| top).collect();
         let pinned = world.kept.iter().flat_map(|kept| &kept.images);
@@ -299,7 +315,11 @@ impl<'a> Delete<'a> {
                 let Some(overlay) = disk.overlay.as_deref().filter(|overlay| used.contains(&id(overlay))) else {
                     continue;
                 };
-                let Some(image) = image.filter(|image| image.file.is_none()) else { continue };
+                let Some(image) = image else { continue };
+                if let Some(file) = image.file.as_deref() {
+                    self.check_is_on(world, doomed, (&disk.target, overlay), file)?;
+                    continue;
+                }
                 let what_to_do = match tops.contains(&&id(overlay)) {
                     true => format!(
                         "merge it while the domain runs (virsh blockcommit '{}' {} --shallow --active --pivot), remove the file, \
@@ -512,20 +532,20 @@ impl<'a> Delete<'a> {
         let mut flags = if active { block::COMMIT_ACTIVE } else { 0 };
         let step = format!("cannot merge images of disk '{}' to delete snapshot '{}'", disk.target, self.name());
         let begun = |error: VirError| Failure { error: error.into_error(&step), begun: true };
-        // libvirt finds no image of a server by a name: no base is the lowest image of all, which those are as far as it knows.
+        // libvirt finds no image of a server by a name, and a volume of a pool is not called by its path here.
         let below = called(base).filter(|name| !images::is_of_server(name));
-        let is_last = disk.layers().last().is_some_and(|layer| id(layer) == *base);
-        let is_lowest = is_last && base_image.format == "raw";
-        // A volume of a pool is not called by its path here.
-        if below.is_none() && !is_lowest {
-            if merge.overlays.len() > 1 {
+        if below.is_none() {
+            let is_last = disk.is_whole && disk.layers().last().is_some_and(|layer| id(layer) == *base);
+            if merge.overlays.len() == 1 {
+                flags |= block::COMMIT_SHALLOW;
+            } else if !is_last || base_image.format != "raw" {
+                // Without a base it would be the lowest image of all, and that may be another one.
                 let message = format!(
                     "{step}: libvirt does not call '{}' by its path: shut the domain off, and delete the snapshot then",
                     base.display()
                 );
                 return Err(Failure { error: Error::new(Code::OperationUnsupported, message), begun: false });
             }
-            flags |= block::COMMIT_SHALLOW;
         }
         self.domain
             .block_commit(&disk.target, below, called(top), flags)
@@ -639,10 +659,11 @@ impl<'a> Delete<'a> {
         let (None, Some(leaf)) = (&tree.current, leaf) else { return Ok(()) };
         let disks = if self.live.is_empty() { self.domain.xml(xml::INACTIVE) } else { self.domain.xml(0) };
         let disks = domain_images(&disks.map_err(|error| error.into_error("cannot read the domain's XML"))?)?;
+        let is_switched = |disk: &&DiskImage| leaf.external().any(|(switched, _)| switched.target == disk.target);
         let source = |disk: &'_ DiskImage| -> Option<(String, String, String)> {
             Some((disk.target.clone(), disk.file.clone()?, disk.format.clone()))
         };
-        let tops: Vec<_> = disks.iter().filter_map(source).collect();
+        let tops: Vec<_> = disks.iter().filter(is_switched).filter_map(source).collect();
         let sources: Vec<Source> =
             tops.iter().map(|(target, file, format)| Source { target, storage: Storage::at(file), format }).collect();
         let record = noted(&leaf.with_overlays(&sources)?, &leaf.notes_afterwards())?;

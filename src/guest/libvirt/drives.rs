@@ -66,7 +66,7 @@ fn drive(disk: Node) -> Option<Drive> {
     let source = xml::child(disk, "source")?;
     let kind = storage.kind();
     let hindrance = match (kind, storage.name()) {
-        ("network", _) if nbd::needs_secret(disk) => Some(
+        ("network", _) if source.attribute("protocol") == Some("nbd") && nbd::needs_secret(disk) => Some(
             "is on network storage that needs a secret (<auth>, <cookies>, <encryption> or TLS): an overlay does not \
              name it, so that the domain could not be started on one again, nor an undo merge it by qemu-img; leave \
              the disk out (snapshot='no') or to a storage hook (snapshot='manual')"

@@ -84,6 +84,8 @@ pub struct DiskImage {
     pub format: String,
     /// The images that libvirt knows below it.
     pub backing: Vec<String>,
+    /// libvirt tells of no image below those.
+    pub is_whole: bool,
     /// A block job that only waits to be ended.
     pub job_ready: bool,
 }
@@ -454,6 +456,7 @@ fn disk_image(disk: Node) -> Option<DiskImage> {
         read_only: xml::child(disk, "readonly").is_some(),
         format: xml::attribute(disk, "driver", "type").unwrap_or("raw").into(),
         backing,
+        is_whole: below.is_none_or(|below| xml::child(below, "source").is_none()),
         job_ready: xml::attribute(disk, "mirror", "ready") == Some("yes"),
     })
 }

@@ -76,7 +76,8 @@ pub fn is_libvirts(reach: &Reach) -> Result<bool> {
 
 /// Whether libvirt's own revert, where it has one, works and does no harm:
 ///
-/// * it wants all images to be files, also of disks that the snapshot left out;
+/// * it wants all images to be files, also of disks that the snapshot left out, and puts those, a CD-ROM too, on overlays: what
+///   is written to such a disk from then on would be lost at the next revert;
 /// * it would give a disk that somebody else snapshots today's content;
 /// * without a current snapshot it crashes the daemon;
 /// * it removes the overlays that the current snapshot names, also those that another snapshot needs, or another guest, and
@@ -86,11 +87,12 @@ fn stock_can(tree: &Tree, target: &Recorded, disks: &[DiskImage], users: &Users)
         let file = image.and_then(|image| image.file.as_deref());
         file.is_some_and(|file| Path::new(file).is_file())
     });
-    // It looks at all disks that the domain is to have, those that the snapshot left out included.
+    // It looks at all disks that the domain is to have.
+    let is_switched = |image: &DiskImage| target.external().any(|(disk, _)| disk.target == image.target);
     let on_files = on_files
         && target.images().filter(|image| image.present).all(|image| {
             let file = image.file.as_deref();
-            image.kind == "file" && file.is_some_and(|file| Path::new(file).is_file())
+            image.kind == "file" && file.is_some_and(|file| Path::new(file).is_file()) && is_switched(image)
         });
     // Of volumes it has no paths.
     let on_files = on_files && !target.on_volumes;
@@ -344,7 +346,7 @@ impl Revert<'_> {
             .map(|(disk, image)| {
                 let file = image.file.as_deref().unwrap_or_default();
                 let fresh = fresh_file(Path::new(file), disk.overlay.as_deref(), &self.target.name)?;
-                if images::is_of_server(file) || images::ends_elsewhere(file, &image.format) {
+                if images::server_of(file, &image.format).is_some() {
                     let size = self.size_of(file, &image.format, active)?;
                     let made = overlay_file::format(fresh.as_file(), file, &image.format, size);
                     made.map_err(|reason| {

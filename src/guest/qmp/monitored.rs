@@ -17,6 +17,7 @@ use crate::monitor::commands::{self, Status};
 use crate::monitor::json::Json;
 use crate::monitor::{Command, Event, Execute, Failure};
 use crate::snapshot::domain::{Domain, Source, Storage};
+use crate::snapshot::nbd::Export;
 use crate::snapshot::{DiskPlan, Drive, Record, Role, Store};
 
 /// QEMU's monitor during one operation, and what its owner does in QMP's place.
@@ -129,7 +130,8 @@ impl<C: Channel> Guest for MonitorGuest<'_, C> {
         // What is on the network, QEMU calls otherwise than libvirt does.
         let is_remote = |drive: &Drive| {
             let storage = known.and_then(|domain| domain.storage(drive.name()));
-            !drive.file.starts_with('/') && storage.is_some_and(|storage| storage.name().is_none())
+            let is_unknown = |storage: Storage| storage.name().is_none() || Export::named(&drive.file).is_none();
+            !drive.file.starts_with('/') && storage.is_some_and(is_unknown)
         };
         let disks: Vec<_> = drives
             .iter()
