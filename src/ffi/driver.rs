@@ -98,8 +98,8 @@ impl Domain {
     fn report(&self, error: Error) {
         if let Some(report_error) = self.ops.report_error {
             let message = CString::new(error.message.replace('\0', "\\0")).unwrap_or_default();
-            // SAFETY: by the promise of whoever gave the table, which is called with its lock held; the message lives for the
-            // call.
+            // SAFETY: the driver promises that its table's functions can be called; this thread holds its lock, and the
+            // message lives for the call.
             unsafe { report_error(self.opaque, error.number(), DOMAIN, message.as_ptr()) };
         }
         last_error::set(error);
@@ -116,7 +116,7 @@ impl Domain {
     /// Makes one that returns a string; `None` where it returns none, and gives no reason.
     fn string(&self, call: impl FnOnce(*mut c_void) -> *mut c_char) -> Answer<Option<String>> {
         let returned = self.call(call);
-        // SAFETY: NULL or of malloc()'s, and ours, by the promise of whoever gave the table.
+        // SAFETY: the driver promises that its callback returns NULL or a string of malloc()'s, which is ours.
         match (text_of(&unsafe { Malloced::from_ptr(returned) })?, reason()) {
             (Some(string), _) => Ok(Some(string)),
             (None, reason) if reason.is_empty() => Ok(None),
@@ -160,8 +160,8 @@ fn text_of(string: &Malloced) -> Answer<Option<String>> {
 /// What makes a callback of a table, given the table's `opaque`, with what the callback takes besides.
 macro_rules! callback {
     ($function:expr $(, $argument:expr)*) => {
-        // SAFETY: each callback of the table can be called as the header says, by the promise of whoever gave it. The lock is
-        // held, as [`Domain::call`] runs this, and what is passed lives for the call.
+        // SAFETY: the driver promises that each callback of its table can be called as the header says. The lock is held, as
+        // [`Domain::call`] runs this, and what is passed lives for the call.
         |opaque| unsafe { $function(opaque $(, $argument)*) }
     };
 }
@@ -310,7 +310,7 @@ fn read_driver(ops: In<Ops>) -> Result<Option<Registered>> {
         return Ok(None);
     }
     let ops = read_ops(ops)?;
-    // SAFETY: by the promise of whoever gave the table.
+    // SAFETY: the driver promises that its table's hook is NULL or a structure that begins with its size.
     let hook = Hook::read(unsafe { In::from_ptr(ops.storage_hook) })?;
     hook.as_ref().map_or(Ok(()), Hook::check)?;
     Ok(Some(Registered { ops, storage: hook.map(|hook| hook.0) }))

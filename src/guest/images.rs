@@ -113,6 +113,11 @@ pub struct Header {
 }
 
 impl Header {
+    /// Reads that of the file at a path; `None` where it cannot be read, or is no qcow2 image.
+    pub fn at(path: &str) -> Option<Header> {
+        Header::read(&sys::open_file(Path::new(path)).ok()?)
+    }
+
     /// Reads it; `None` where the file is no qcow2 image.
     pub fn read(file: &File) -> Option<Header> {
         const LONGEST: usize = 1023;
@@ -214,7 +219,7 @@ pub fn below(path: &str, format: &str) -> Option<(String, String)> {
     if format != "qcow2" {
         return None;
     }
-    let name = Header::read(&sys::open_file(Path::new(path)).ok()?)?.backing?;
+    let name = Header::at(path)?.backing?;
     file_named(&name)?;
     // What the image says of the format is in an extension; a file that begins as qcow2 is taken for it.
     Some((beside(path, &name), "qcow2".into()))
@@ -222,7 +227,7 @@ pub fn below(path: &str, format: &str) -> Option<(String, String)> {
 
 /// The name of the image below an overlay, where that is a server's.
 pub fn server_below(overlay: &str) -> Option<String> {
-    Header::read(&sys::open_file(Path::new(overlay)).ok()?)?.backing.filter(|below| is_of_server(below))
+    Header::at(overlay)?.backing.filter(|below| is_of_server(below))
 }
 
 /// What a guest sees of a server's image, in bytes. The server is asked, and not waited for without end.
@@ -294,9 +299,8 @@ pub fn server_of(path: &str, format: &str) -> Option<String> {
         if is_of_server(&path) {
             return Some(path);
         }
-        let header = sys::open_file(Path::new(&path)).ok().filter(|_| format == "qcow2");
-        let below = header.and_then(|file| Header::read(&file)?.backing);
-        next = below.map(|name| beside(&path, &name));
+        let header = if format == "qcow2" { Header::at(&path) } else { None };
+        next = header.and_then(|header| header.backing).map(|name| beside(&path, &name));
     }
     None
 }
@@ -343,16 +347,8 @@ pub fn commit(top: &Image, base: &str) -> Result<()> {
 
 /// What the overlay on an image calls it, of those below `top`: qemu-img compares names of servers by the letter.
 fn called_above(top: &Image, base: &str) -> String {
-    let mut seen = BTreeSet::new();
-    let mut next = Some(top.path.clone()).filter(|_| is_of_server(base));
-    while let Some(path) = next.take().filter(|path| seen.insert(path.clone())) {
-        let header = sys::open_file(Path::new(&path)).ok().and_then(|file| Header::read(&file));
-        next = header.and_then(|header| header.backing).map(|name| beside(&path, &name));
-        if let Some(name) = next.take_if(|name| id(name) == id(base)) {
-            return name;
-        }
-    }
-    base.to_owned()
+    let server = server_of(&top.path, &top.format).filter(|name| id(name) == id(base));
+    server.unwrap_or_else(|| base.to_owned())
 }
 
 /// Makes an image an overlay of another with the same content as its backing file has.

@@ -298,13 +298,11 @@ fn commit_asking(overlay: &File, image: &str, image_format: &str, limit: Duratio
         let image = image.replace(',', ",,");
         let below = format!("backing.driver={image_format},backing.file.filename={image}");
         commit.args(["--image-opts", &format!("driver=qcow2,file.filename={STDIN},{below}")]);
-    } else if images::is_of_server(image) {
+    } else {
         let below = images::Header::read(overlay).and_then(|header| header.backing);
-        if below.is_none_or(|below| images::id(&below) != images::id(image)) {
+        if images::is_of_server(image) && below.is_none_or(|below| images::id(&below) != images::id(image)) {
             fail!(OperationFailed, "the overlay is not on '{image}'");
         }
-        commit.args(["-f", "qcow2", STDIN]);
-    } else {
         // Not a file: it is called in ways that only qemu-img understands.
         commit.args(["-f", "qcow2", STDIN]);
     }

@@ -374,8 +374,8 @@ impl Revert<'_> {
     /// The size of a server's image, or of an overlay on one. The domain's QEMU is asked first: it can be the only one that the
     /// server lets in.
     fn size_of(&self, name: &str, format: &str, active: bool) -> Result<u64> {
-        let overlay = sys::open_file(Path::new(name)).ok().filter(|_| !images::is_of_server(name));
-        if let Some(header) = overlay.and_then(|file| images::Header::read(&file)) {
+        let overlay = if images::is_of_server(name) { None } else { images::Header::at(name) };
+        if let Some(header) = overlay {
             return Ok(header.size);
         }
         let blocks = r#"{"execute":"query-block"}"#;
