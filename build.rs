@@ -1,4 +1,5 @@
-//! What cargo does not do by itself: the soname, the header as Rust sees it, and proof that header and Rust agree.
+//! What cargo does not do by itself: the soname, the header as Rust sees it, and proof that header
+//! and Rust agree.
 //!
 //! `bindings.rs` is the header as bindgen reads it, whose handles `src/ffi` uses. `abi_check.c` is
 //! the Rust side written out for the C compiler: every constant, every structure, every field, and,
@@ -57,8 +58,9 @@ fn main() {
     check_abi(&out.join("abi_check.c"), &bindings, libvirt.as_deref());
 }
 
-/// Ends the build with a message that is for the user, not for us. With status 0, because cargo fails a build for the
-/// message alone, and would otherwise print everything this program wrote beneath it.
+/// Ends the build with a message that is for the user, not for us. With status 0, because cargo
+/// fails a build for the message alone, and would otherwise print everything this program wrote
+/// beneath it.
 fn stop(message: &str) -> ! {
     println!("cargo::error={message}");
     exit(0)
@@ -101,27 +103,35 @@ fn write_bindings(to: &Path, libvirt: Option<&[String]>) {
         .clang_args(libvirt.unwrap_or_default())
         .allowlist_function("instantsnap_.*|qemuSnapshot.*")
         .allowlist_type("instantsnap_.*")
-        // libvirt's enumerations have names, and are found by them; ours have none: their constants are variables here.
-        .allowlist_type("virDomainSnapshot(Create|Revert|Delete)Flags|virErrorNumber|virErrorDomain")
+        // libvirt's enumerations have names, and are found by them; ours have none: their constants
+        // are variables here.
+        .allowlist_type(
+            "virDomainSnapshot(Create|Revert|Delete)Flags|virErrorNumber|virErrorDomain",
+        )
         .default_enum_style(EnumVariation::Consts)
         .prepend_enum_name(false)
         .generate_comments(false)
         .layout_tests(true)
         .wrap_unsafe_ops(true)
         .use_core()
-        .rust_target(RustTarget::stable(88, 0).unwrap_or_else(|_| stop("bindgen does not know Rust 1.88")))
+        .rust_target(
+            RustTarget::stable(88, 0).unwrap_or_else(|_| stop("bindgen does not know Rust 1.88")),
+        )
         .rust_edition(RustEdition::Edition2024)
         .parse_callbacks(Box::new(OnlyOurs));
     for prefix in CONSTANTS {
         builder = builder.allowlist_var(format!("{prefix}.*"));
     }
-    let bindings = builder.generate().unwrap_or_else(|error| stop(&format!("bindgen cannot read {header}: {error}")));
+    let bindings = builder
+        .generate()
+        .unwrap_or_else(|error| stop(&format!("bindgen cannot read {header}: {error}")));
     if let Err(error) = bindings.write_to_file(to) {
         stop(&format!("cannot write {}: {error}", to.display()));
     }
 }
 
-/// bindgen panics where it finds no libclang. Its reason says where it looked; what to do about it we say.
+/// bindgen panics where it finds no libclang. Its reason says where it looked; what to do about it
+/// we say.
 fn require_libclang() {
     let hook = panic::take_hook();
     panic::set_hook(Box::new(|_| ()));
@@ -129,8 +139,9 @@ fn require_libclang() {
     panic::set_hook(hook);
     if loaded.is_err() {
         stop(
-            "libclang is missing, which reads the C headers for this build: install the package libclang-dev \
-             (Debian, Ubuntu), or set LIBCLANG_PATH to the directory that has libclang.so",
+            "libclang is missing, which reads the C headers for this build: install the package \
+             libclang-dev (Debian, Ubuntu), or set LIBCLANG_PATH to the directory that has \
+             libclang.so",
         );
     }
 }
@@ -151,7 +162,8 @@ fn check_abi(unit: &Path, bindings: &Path, libvirt: Option<&[String]>) {
     }
 }
 
-/// Compiles the assertions: against our header's own numbers, or against libvirt's, which are then included first.
+/// Compiles the assertions: against our header's own numbers, or against libvirt's, which are then
+/// included first.
 fn compile(unit: &Path, libvirt: Option<&[String]>) {
     let mut build = cc::Build::new();
     build.file(unit).include("include").std("c11").cargo_metadata(false);
@@ -177,7 +189,8 @@ fn abi_assertions() -> String {
          #endif\n",
     );
     let mut equal = |what: &str, value: i64| {
-        writeln!(c, "_Static_assert({what} == {value}, \"{what} is {value} in Rust\");").expect("a string can grow");
+        writeln!(c, "_Static_assert({what} == {value}, \"{what} is {value} in Rust\");")
+            .expect("a string can grow");
     };
     for (name, value) in constants() {
         equal(&name, value);
@@ -195,7 +208,8 @@ fn abi_assertions() -> String {
     c
 }
 
-/// The layouts are those of the machine that builds; they hold for the target where pointers are as wide.
+/// The layouts are those of the machine that builds; they hold for the target where pointers are as
+/// wide.
 fn same_pointers() -> bool {
     env::var("CARGO_CFG_TARGET_POINTER_WIDTH").is_ok_and(|width| width == usize::BITS.to_string())
 }

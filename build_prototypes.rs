@@ -13,8 +13,10 @@ use syn::{PathArguments, ReturnType, Stmt, Token, Type, braced, parenthesized};
 
 use crate::abi;
 
-/// Where functions are declared that libvirt's headers have, or, for the library for LD_PRELOAD, ours.
-pub const DECLARING: [&str; 3] = ["src/libvirt/table.rs", "preload/src/libvirt.rs", "preload/src/ours.rs"];
+/// Where functions are declared that libvirt's headers have, or, for the library for LD_PRELOAD,
+/// ours.
+pub const DECLARING: [&str; 3] =
+    ["src/libvirt/table.rs", "preload/src/libvirt.rs", "preload/src/ours.rs"];
 
 /// What a type in Rust is made of: names with the types that they stand for.
 type Names = BTreeMap<String, Type>;
@@ -39,7 +41,8 @@ impl Prototypes {
     /// Reads the sources.
     pub fn read() -> Result<Prototypes, String> {
         let mut all = Prototypes::default();
-        let folder = fs::read_dir("src/ffi").map_err(|error| format!("cannot list src/ffi: {error}"))?;
+        let folder =
+            fs::read_dir("src/ffi").map_err(|error| format!("cannot list src/ffi: {error}"))?;
         let mut files: Vec<_> = folder.flatten().map(|entry| entry.path()).collect();
         files.retain(|file| file.extension().is_some_and(|extension| extension == "rs"));
         files.sort();
@@ -66,22 +69,28 @@ impl Prototypes {
                 Item::Fn(function) if is_c(&function) => {
                     let name = function.sig.ident.to_string();
                     if !begins_with_boundary(&function) {
-                        return Err(format!("{}: {name}() does not begin with boundary()", file.display()));
+                        return Err(format!(
+                            "{}: {name}() does not begin with boundary()",
+                            file.display()
+                        ));
                     }
-                    let arguments = function.sig.inputs.into_iter().filter_map(|argument| match argument {
-                        syn::FnArg::Typed(argument) => Some(*argument.ty),
-                        syn::FnArg::Receiver(_) => None,
-                    });
+                    let arguments =
+                        function.sig.inputs.into_iter().filter_map(|argument| match argument {
+                            syn::FnArg::Typed(argument) => Some(*argument.ty),
+                            syn::FnArg::Receiver(_) => None,
+                        });
                     self.exported.push((name, arguments.collect(), function.sig.output));
                 }
                 Item::Struct(found) if is_transparent(&found) => {
-                    let parameters = found.generics.params.iter().filter_map(|parameter| match parameter {
-                        GenericParam::Type(parameter) => Some(parameter.ident.to_string()),
-                        _ => None,
-                    });
+                    let parameters =
+                        found.generics.params.iter().filter_map(|parameter| match parameter {
+                            GenericParam::Type(parameter) => Some(parameter.ident.to_string()),
+                            _ => None,
+                        });
                     let Fields::Unnamed(fields) = found.fields else { continue };
                     let Some(field) = fields.unnamed.into_iter().next() else { continue };
-                    self.transparent.insert(found.ident.to_string(), (parameters.collect(), field.ty));
+                    self.transparent
+                        .insert(found.ident.to_string(), (parameters.collect(), field.ty));
                 }
                 Item::Type(found)
                     if file.ends_with("abi.rs")
@@ -99,8 +108,13 @@ impl Prototypes {
     pub fn missing(&self, bindings: &str) -> Option<String> {
         let ours: BTreeSet<_> = self.exported.iter().map(|(name, ..)| name.as_str()).collect();
         // In one line where there is no rustfmt.
-        let declared = bindings.split("pub fn ").skip(1).filter_map(|rest| rest.split('(').next()).map(str::trim);
-        let mut declared = declared.filter(|name| name.starts_with("instantsnap_") || name.starts_with("qemuSnapshot"));
+        let declared = bindings
+            .split("pub fn ")
+            .skip(1)
+            .filter_map(|rest| rest.split('(').next())
+            .map(str::trim);
+        let mut declared = declared
+            .filter(|name| name.starts_with("instantsnap_") || name.starts_with("qemuSnapshot"));
         declared.find(|name| !ours.contains(name)).map(str::to_owned)
     }
 
@@ -115,7 +129,10 @@ impl Prototypes {
             for field in layout.fields {
                 let variable = format!("check_{}_{}", layout.name, field.name);
                 let kind = syn::parse_str(field.kind).expect("it is a type, as it was compiled");
-                line(format!("extern __typeof__((({} *) 0)->{}) {variable};", layout.name, field.name));
+                line(format!(
+                    "extern __typeof__((({} *) 0)->{}) {variable};",
+                    layout.name, field.name
+                ));
                 line(format!("extern {};", self.declare(&kind, &variable, false, &Names::new())));
             }
         }
@@ -123,7 +140,10 @@ impl Prototypes {
             self.exported.iter().partition(|(name, ..)| name.starts_with("qemuSnapshot"));
         alone.into_iter().for_each(|function| line(self.prototype(function)));
         line("#ifdef WITH_LIBVIRT".into());
-        with_libvirt.into_iter().chain(&self.of_others).for_each(|function| line(self.prototype(function)));
+        with_libvirt
+            .into_iter()
+            .chain(&self.of_others)
+            .for_each(|function| line(self.prototype(function)));
         line("#endif".into());
         c
     }
@@ -134,8 +154,15 @@ impl Prototypes {
         format!("_Static_assert(sizeof(&{name}) != 0, \"\");\n{declared};")
     }
 
-    fn function(&self, name: &str, arguments: &[Type], result: &ReturnType, names: &Names) -> String {
-        let arguments: Vec<_> = arguments.iter().map(|argument| self.declare(argument, "", false, names)).collect();
+    fn function(
+        &self,
+        name: &str,
+        arguments: &[Type],
+        result: &ReturnType,
+        names: &Names,
+    ) -> String {
+        let arguments: Vec<_> =
+            arguments.iter().map(|argument| self.declare(argument, "", false, names)).collect();
         let arguments = if arguments.is_empty() { "void".into() } else { arguments.join(", ") };
         let declarator = format!("{name}({arguments})");
         match result {
@@ -149,13 +176,17 @@ impl Prototypes {
         let qualifier = if is_const { "const " } else { "" };
         let pointer = format!("*{qualifier}{declarator}");
         match kind {
-            Type::Ptr(found) => {
-                self.declare(&found.elem, &pointer, matches!(found.mutability, syn::PointerMutability::Const(_)), names)
-            }
+            Type::Ptr(found) => self.declare(
+                &found.elem,
+                &pointer,
+                matches!(found.mutability, syn::PointerMutability::Const(_)),
+                names,
+            ),
             // Of an object of libvirt's, or a place for a result: const neither.
             Type::Reference(found) => self.declare(&found.elem, &pointer, false, names),
             Type::FnPtr(found) => {
-                let arguments: Vec<_> = found.inputs.iter().map(|argument| argument.ty.clone()).collect();
+                let arguments: Vec<_> =
+                    found.inputs.iter().map(|argument| argument.ty.clone()).collect();
                 self.function(&format!("({pointer})"), &arguments, &found.output, names)
             }
             Type::Path(found) => {
@@ -191,7 +222,9 @@ impl Prototypes {
 /// A type argument, which can be a parameter of what it is in.
 fn substitute(kind: &Type, names: &Names) -> Type {
     match kind {
-        Type::Path(found) => found.path.get_ident().and_then(|name| names.get(&name.to_string())).unwrap_or(kind),
+        Type::Path(found) => {
+            found.path.get_ident().and_then(|name| names.get(&name.to_string())).unwrap_or(kind)
+        }
         _ => kind,
     }
     .clone()
@@ -218,18 +251,21 @@ fn base(name: &str) -> &str {
 }
 
 fn parse(file: &Path) -> Result<syn::File, String> {
-    let text = fs::read_to_string(file).map_err(|error| format!("cannot read {}: {error}", file.display()))?;
+    let text = fs::read_to_string(file)
+        .map_err(|error| format!("cannot read {}: {error}", file.display()))?;
     syn::parse_file(&text).map_err(|error| format!("{}: {error}", file.display()))
 }
 
 /// Whether C can call it by its name.
 fn is_c(function: &ItemFn) -> bool {
-    function.sig.abi.is_some() && function.attrs.iter().any(|attribute| attribute.path().is_ident("unsafe"))
+    function.sig.abi.is_some()
+        && function.attrs.iter().any(|attribute| attribute.path().is_ident("unsafe"))
 }
 
 fn is_transparent(found: &ItemStruct) -> bool {
     let is = |attribute: &syn::Attribute| {
-        attribute.path().is_ident("repr") && attribute.parse_args::<Ident>().is_ok_and(|kind| kind == "transparent")
+        attribute.path().is_ident("repr")
+            && attribute.parse_args::<Ident>().is_ok_and(|kind| kind == "transparent")
     };
     found.attrs.iter().any(is)
 }

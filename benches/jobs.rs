@@ -1,14 +1,15 @@
-//! How long a program waits for a job to be started, and what its guest notices while memory drains.
+//! How long a program waits for a job to be started, and what its guest notices while memory
+//! drains.
 //!
 //!     cargo bench --bench jobs -- [--rounds N] [--memory MIB,MIB] [--json FILE]
 //!
 //! * `at instant`: from the call of the asynchronous create to its return at the instant.
 //! * `at once`: the same with the return before anything is done.
 //!
-//! The guest counts all the time, writing 16 MiB in each round. Its rate is measured for a second before the snapshot, from
-//! the instant until all memory is saved, and for a second afterwards; its longest gap is the longest time without a round.
-//! `fast`: memory goes to the disk. `slow`: from the instant on QEMU sends no more than 32 MiB a second, as to a disk that
-//! takes no more.
+//! The guest counts all the time, writing 16 MiB in each round. Its rate is measured for a second
+//! before the snapshot, from the instant until all memory is saved, and for a second afterwards;
+//! its longest gap is the longest time without a round. `fast`: memory goes to the disk. `slow`:
+//! from the instant on QEMU sends no more than 32 MiB a second, as to a disk that takes no more.
 
 mod common;
 
@@ -36,7 +37,8 @@ fn main() -> common::Result<()> {
     for binary in Binary::all() {
         for &memory in &options.memory {
             let taken = measure(binary, memory, options.rounds);
-            let latency = |way| taken[way].iter().map(|round: &Round| round.latency_us).collect::<Vec<_>>();
+            let latency =
+                |way| taken[way].iter().map(|round: &Round| round.latency_us).collect::<Vec<_>>();
             println!(
                 "| {} | {memory} MiB | {} | {} |",
                 binary.name,
@@ -46,12 +48,14 @@ fn main() -> common::Result<()> {
             for (target, way) in [("fast", "at instant"), ("slow", "slow")] {
                 slowed.push(row(&binary.name, memory, target, &taken[way]));
             }
-            let ways: Value = taken.iter().map(|(way, rounds)| (way.to_string(), json!(rounds))).collect();
+            let ways: Value =
+                taken.iter().map(|(way, rounds)| (way.to_string(), json!(rounds))).collect();
             results.push(json!({ "qemu": binary.name, "memory_mib": memory, "ways": ways }));
         }
     }
     println!(
-        "\n| QEMU | guest | target | drain, s | rounds/s before | draining | after | longest gap, ms: before | draining | after |"
+        "\n| QEMU | guest | target | drain, s | rounds/s before | draining | after | longest gap, \
+         ms: before | draining | after |"
     );
     println!(
         "|------|-------|--------|----------|-----------------|----------|-------|-------------------------|----------|-------|"
@@ -128,7 +132,8 @@ fn measure(
     memory: u32,
     rounds: usize,
 ) -> std::collections::BTreeMap<&'static str, Vec<Round>> {
-    let machine = Machine::new(binary).memory(memory).prealloc().disk(Format::Raw).append("dense=16");
+    let machine =
+        Machine::new(binary).memory(memory).prealloc().disk(Format::Raw).append("dense=16");
     let guest = machine.start();
     guest.wait_ticks(2);
     let state_dir = guest.directory().join("state");
@@ -139,11 +144,14 @@ fn measure(
         let (before, ()) = watch(&guest, || std::thread::sleep(WINDOW));
         let returns = if way == "at once" { Returns::AtOnce } else { Returns::AtInstant };
         let started = Instant::now();
-        let job = handle.start("<domainsnapshot/>", LIVE | INSTANT | NO_METADATA, Box::new(()), returns).unwrap();
+        let job = handle
+            .start("<domainsnapshot/>", LIVE | INSTANT | NO_METADATA, Box::new(()), returns)
+            .unwrap();
         let latency_us = started.elapsed().as_micros() as u64;
         let mut bandwidth = Value::Null;
         if way == "slow" {
-            bandwidth = monitor.command("query-migrate-parameters", json!({}))["max-bandwidth"].take();
+            bandwidth =
+                monitor.command("query-migrate-parameters", json!({}))["max-bandwidth"].take();
             monitor.command("migrate-set-parameters", json!({ "max-bandwidth": SLOW }));
         }
         while !job.info().instant {

@@ -1,19 +1,20 @@
-//! For how long a snapshot of a stock libvirt's domain pauses it, and how long it takes: four ways, interleaved on one
-//! guest.
+//! For how long a snapshot of a stock libvirt's domain pauses it, and how long it takes: four ways,
+//! interleaved on one guest.
 //!
 //!     cargo bench --bench libvirt -- [--rounds N] [--memory MIB,MIB] [--load idle,tick] [--qemu 7.2]
 //!         [--daemon session|system] [--json FILE]
 //!
 //! * `library`: this library.
-//! * `by hand`: the shortest sequence of libvirt's functions that does the same, in `libvirt_by_hand.py`: with everything
-//!   prepared beforehand, and QEMU asked without a rest.
+//! * `by hand`: the shortest sequence of libvirt's functions that does the same, in
+//!   `libvirt_by_hand.py`: with everything prepared beforehand, and QEMU asked without a rest.
 //! * `plain`: libvirt's own full snapshot; the guest is paused until its memory is written.
-//! * `live`: libvirt's own with LIVE; the guest runs while its memory is written, and the snapshot is of the end of
-//!   that.
+//! * `live`: libvirt's own with LIVE; the guest runs while its memory is written, and the snapshot
+//!   is of the end of that.
 //!
-//! The pause is that of QEMU's own STOP and RESUME events, which a program of its own hears by way of libvirt. `total`
-//! is the whole call; for `by hand` with QEMU's stream going into `cat > file`, which does not wait until the file is
-//! on disk. After each snapshot its overlay is merged back, so that each finds the guest as the first did.
+//! The pause is that of QEMU's own STOP and RESUME events, which a program of its own hears by way
+//! of libvirt. `total` is the whole call; for `by hand` with QEMU's stream going into `cat > file`,
+//! which does not wait until the file is on disk. After each snapshot its overlay is merged back,
+//! so that each finds the guest as the first did.
 
 mod common;
 
@@ -52,10 +53,17 @@ fn main() -> common::Result<()> {
         true => Daemon::system().expect("no daemon of the system's kind"),
         false => Daemon::session(),
     };
-    let results = guests.measure(&WAYS, "by hand", |machine| measure(machine, &daemon, guests.options.rounds));
+    let results = guests
+        .measure(&WAYS, "by hand", |machine| measure(machine, &daemon, guests.options.rounds));
     let (major, minor, micro) = Daemon::version();
-    guests.options.write(&json!({ "libvirt": format!("{major}.{minor}.{micro}"), "results": results }));
-    println!("\nlibvirt {major}.{minor}.{micro}, {:?}. Written to {}", daemon.mode(), guests.options.json.display());
+    guests
+        .options
+        .write(&json!({ "libvirt": format!("{major}.{minor}.{micro}"), "results": results }));
+    println!(
+        "\nlibvirt {major}.{minor}.{micro}, {:?}. Written to {}",
+        daemon.mode(),
+        guests.options.json.display()
+    );
     Ok(())
 }
 
@@ -63,7 +71,8 @@ fn main() -> common::Result<()> {
 struct Way {
     #[serde(flatten)]
     figures: Figures,
-    /// What the steps of the pause took, by the clock of who took them: for the library and by hand.
+    /// What the steps of the pause took, by the clock of who took them: for the library and by
+    /// hand.
     steps_us: BTreeMap<&'static str, Vec<u64>>,
 }
 
@@ -133,7 +142,11 @@ impl<'a> Bench<'a> {
                 self.opened.handle.create(&xml, LIVE | INSTANT | NO_METADATA, &mut ()).unwrap();
                 let stats = self.opened.handle.stats().unwrap();
                 let phases = [Phase::Pause, Phase::Switch, Phase::Arm];
-                steps.extend(STEPS.into_iter().zip(phases.map(|phase| stats.phase(phase).as_micros() as u64)));
+                steps.extend(
+                    STEPS
+                        .into_iter()
+                        .zip(phases.map(|phase| stats.phase(phase).as_micros() as u64)),
+                );
             }
             "by hand" => steps = self.by_hand(&memory, &name),
             "plain" => drop(self.opened.domain.create_snapshot(&xml, NO_METADATA).unwrap()),
@@ -149,7 +162,14 @@ impl<'a> Bench<'a> {
         let disk = &self.opened.guest.disks()[0].file;
         let overlay = disk.with_extension(name);
         let user = self.opened.guest.daemon().user();
-        writeln!(self.input, "{} {} {} {user}", disk.display(), overlay.display(), memory.display()).unwrap();
+        writeln!(
+            self.input,
+            "{} {} {} {user}",
+            disk.display(),
+            overlay.display(),
+            memory.display()
+        )
+        .unwrap();
         let took: Value = serde_json::from_str(&self.by_hand.line()).expect("JSON");
         STEPS.into_iter().map(|step| (step, took[step].as_u64().expect("a number"))).collect()
     }
@@ -182,12 +202,24 @@ struct Script {
 impl Script {
     fn start(guest: &Guest, what: &str) -> Script {
         let mut command = Command::new(PYTHON);
-        command.arg(workspace().join("benches/libvirt_by_hand.py")).args([what, &guest.daemon().uri(), guest.name()]);
+        command.arg(workspace().join("benches/libvirt_by_hand.py")).args([
+            what,
+            &guest.daemon().uri(),
+            guest.name(),
+        ]);
         command.env("HOME", guest.daemon().directory().join("client"));
-        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("python3 cannot be run");
+        let mut child = command
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("python3 cannot be run");
         let output = child.stdout.take().map(BufReader::new);
         let mut script = Script { child, output };
-        assert_eq!(script.line(), "ready", "libvirt_by_hand.py does not start: is python3-libvirt installed?");
+        assert_eq!(
+            script.line(),
+            "ready",
+            "libvirt_by_hand.py does not start: is python3-libvirt installed?"
+        );
         script
     }
 

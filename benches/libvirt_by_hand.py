@@ -2,11 +2,11 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """What benches/libvirt.rs measures the library against, and with.
 
-libvirt_by_hand.py snapshot URI DOMAIN
-    takes an instant snapshot for each line `BASE OVERLAY MEMORY USER` on standard input, by the shortest sequence of
-    libvirt's own functions, and says what the steps of its pause took: a line of JSON, in microseconds
-libvirt_by_hand.py events URI DOMAIN
-    says when QEMU has stopped and resumed the domain, by QEMU's own time stamps: a line "STOP MICROSECONDS"
+libvirt_by_hand.py snapshot URI DOMAIN takes an instant snapshot for each line `BASE OVERLAY MEMORY
+    USER` on standard input, by the shortest sequence of libvirt's own functions, and says what the
+    steps of its pause took: a line of JSON, in microseconds
+libvirt_by_hand.py events URI DOMAIN says when QEMU has stopped and resumed the domain, by QEMU's
+    own time stamps: a line "STOP MICROSECONDS"
 """
 
 import json

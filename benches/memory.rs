@@ -1,4 +1,5 @@
-//! For how long a snapshot pauses guests that differ in the size of their memory alone, and write all the time.
+//! For how long a snapshot pauses guests that differ in the size of their memory alone, and write
+//! all the time.
 //!
 //!     cargo bench --bench memory -- [--rounds N] [--memory MIB,MIB] [--ways direct,libvirt] [--json FILE]
 //!
@@ -6,17 +7,19 @@
 //!
 //! * `overlap`: this library, which has QEMU touch the guest's memory while the guest still runs.
 //! * `classical`: this library told not to: the guest is stopped first.
-//! * `floor`: the shortest sequence of QMP commands that stops the guest first, as in `benches/pause.rs`.
+//! * `floor`: the shortest sequence of QMP commands that stops the guest first, as in
+//!   `benches/pause.rs`.
 //!
 //! And on a domain of a private libvirtd:
 //!
 //! * `libvirt`, `libvirt classical`: the first two through libvirt.
 //! * `libvirt plain`, `libvirt live`: libvirt's own full snapshots, as in `benches/libvirt.rs`.
 //!
-//! All ways are interleaved on one guest, and there is one guest at a time. All but libvirt's own are cancelled right after
-//! the instant, because a large guest's memory drains for minutes; that takes QEMU 10. The pause is that of QEMU's own
-//! STOP and RESUME events, the last one's where tries were lost: what those have cost the guest is told beside it. A size is
-//! skipped where the machine has not 2 GiB more than that available.
+//! All ways are interleaved on one guest, and there is one guest at a time. All but libvirt's own
+//! are cancelled right after the instant, because a large guest's memory drains for minutes; that
+//! takes QEMU 10. The pause is that of QEMU's own STOP and RESUME events, the last one's where
+//! tries were lost: what those have cost the guest is told beside it. A size is skipped where the
+//! machine has not 2 GiB more than that available.
 
 mod common;
 
@@ -52,7 +55,12 @@ struct WayIn {
 }
 
 const WAYS_IN: [WayIn; 2] = [
-    WayIn { name: "direct", ways: &["overlap", "classical", "floor"], overlap: "overlap", classical: "classical" },
+    WayIn {
+        name: "direct",
+        ways: &["overlap", "classical", "floor"],
+        overlap: "overlap",
+        classical: "classical",
+    },
     WayIn {
         name: "libvirt",
         ways: &["libvirt", "libvirt classical", "libvirt plain", "libvirt live"],
@@ -80,14 +88,16 @@ fn main() -> common::Result<()> {
     let able = Binary::all().iter().filter(|binary| binary.version >= (10, 0, 0));
     let Some(binary) = able.max_by_key(|binary| binary.version) else {
         println!(
-            "Not measured: there is no QEMU 10 or later here, and an earlier one's snapshots cannot be cancelled."
+            "Not measured: there is no QEMU 10 or later here, and an earlier one's snapshots \
+             cannot be cancelled."
         );
         return Ok(());
     };
     let (major, minor, micro) = binary.version;
     println!("QEMU {major}.{minor}.{micro}, {} rounds", options.rounds);
 
-    let mut document = json!({ "qemu": format!("{major}.{minor}.{micro}"), "rounds": options.rounds });
+    let mut document =
+        json!({ "qemu": format!("{major}.{minor}.{micro}"), "rounds": options.rounds });
     let daemon = wanted.iter().any(|name| name == "libvirt").then(Daemon::session);
     if daemon.is_some() {
         let (major, minor, micro) = Daemon::version();
@@ -97,15 +107,19 @@ fn main() -> common::Result<()> {
     for &memory in &options.memory {
         if let Err(available) = wait_for_room(memory) {
             println!(
-                "\n{memory} MiB is skipped: the machine has {available} MiB available, and {SPARE_MIB} are to spare"
+                "\n{memory} MiB is skipped: the machine has {available} MiB available, and \
+                 {SPARE_MIB} are to spare"
             );
             continue;
         }
         let mut measured = Measured::new();
-        for way_in in WAYS_IN.iter().filter(|way_in| wanted.iter().any(|name| name == way_in.name)) {
+        for way_in in WAYS_IN.iter().filter(|way_in| wanted.iter().any(|name| name == way_in.name))
+        {
             let machine = machine(binary, memory, "tick");
             measured.extend(match &daemon {
-                Some(daemon) if way_in.name == "libvirt" => under_libvirt(&machine, daemon, way_in, options.rounds),
+                Some(daemon) if way_in.name == "libvirt" => {
+                    under_libvirt(&machine, daemon, way_in, options.rounds)
+                }
                 _ => directly(&machine, way_in, options.rounds),
             });
         }
@@ -154,7 +168,8 @@ fn directly(machine: &Machine, way_in: &WayIn, rounds: usize) -> Measured {
             "overlap" => by_library(&handle, Overlap::default(), "<domainsnapshot/>", &mut monitor),
             "classical" => by_library(&handle, CLASSICAL, "<domainsnapshot/>", &mut monitor),
             "floor" => {
-                let cat = monitor.begin(true, File::options().write(true).open("/dev/null").unwrap());
+                let cat =
+                    monitor.begin(true, File::options().write(true).open("/dev/null").unwrap());
                 monitor.cancel(cat);
                 monitor.flatten();
                 Taken { pause_us: monitor.pauses().iter().sum(), library: None }
@@ -243,14 +258,16 @@ fn pauses(taken: &[Taken]) -> Vec<u64> {
 fn report(memory: u32, measured: &Measured) {
     println!("\n{memory} MiB:\n");
     println!(
-        "| way | pause ms, median (min to max) | ratio to classical | populate ms | overlapped | tries lost | a lost try's pause ms |"
+        "| way | pause ms, median (min to max) | ratio to classical | populate ms | overlapped | \
+         tries lost | a lost try's pause ms |"
     );
     println!(
         "|-----|-------------------------------|--------------------|-------------|------------|------------|-----------------------|"
     );
     for way_in in &WAYS_IN {
         let Some(classical) = measured.get(way_in.classical) else { continue };
-        let setups: Vec<u64> = classical.iter().filter_map(|taken| Some(taken.library.as_ref()?.setup_us)).collect();
+        let setups: Vec<u64> =
+            classical.iter().filter_map(|taken| Some(taken.library.as_ref()?.setup_us)).collect();
         for way in way_in.ways {
             let taken = &measured[way];
             let own = pauses(taken);
@@ -258,7 +275,11 @@ fn report(memory: u32, measured: &Measured) {
                 "| {way} | {} | {:.2} | {} | {} |",
                 spread(&own),
                 median(&own) / median(&pauses(classical)),
-                if *way == way_in.classical { format!("{:.0}", median(&setups) / 1e3) } else { "-".into() },
+                if *way == way_in.classical {
+                    format!("{:.0}", median(&setups) / 1e3)
+                } else {
+                    "-".into()
+                },
                 if *way == way_in.overlap { tries(taken) } else { "- | - | -".into() }
             );
         }
@@ -271,10 +292,15 @@ fn tries(taken: &[Taken]) -> String {
     let won = library.iter().filter(|library| library.overlapped).count();
     let lost: u32 = library.iter().map(|library| library.lost).sum();
     let tried = won + lost as usize;
-    let share = if tried == 0 { String::new() } else { format!(" ({:.0} %)", 100.0 * f64::from(lost) / tried as f64) };
+    let share = if tried == 0 {
+        String::new()
+    } else {
+        format!(" ({:.0} %)", 100.0 * f64::from(lost) / tried as f64)
+    };
     // Several of one snapshot are told in all.
     let with_lost = library.iter().filter(|library| library.lost > 0);
-    let costs: Vec<u64> = with_lost.map(|library| library.lost_pause_us / u64::from(library.lost)).collect();
+    let costs: Vec<u64> =
+        with_lost.map(|library| library.lost_pause_us / u64::from(library.lost)).collect();
     let cost = if costs.is_empty() { "-".into() } else { format!("{:.1}", median(&costs) / 1e3) };
     format!("{won} of {} | {lost} of {tried}{share} | {cost}", library.len())
 }

@@ -1,17 +1,21 @@
-//! For how long a snapshot pauses the guest, and how long it takes: five ways of doing the same, interleaved on one guest.
+//! For how long a snapshot pauses the guest, and how long it takes: five ways of doing the same,
+//! interleaved on one guest.
 //!
 //!     cargo bench --bench pause -- [--rounds N] [--memory MIB,MIB] [--load idle,tick] [--qemu 7.2]
 //!         [--json FILE]
 //!
 //! * `library`: this library, by QEMU's QMP socket.
 //! * `driver`: the same by a driver's callbacks, whose monitor is a client of that socket.
-//! * `floor`: the shortest sequence of QMP commands, with everything prepared beforehand, and QEMU asked every 20 µs.
-//! * `patch`: the order of the libvirt patch that this project began with: overlays are created inside the pause.
+//! * `floor`: the shortest sequence of QMP commands, with everything prepared beforehand, and QEMU
+//!   asked every 20 µs.
+//! * `patch`: the order of the libvirt patch that this project began with: overlays are created
+//!   inside the pause.
 //! * `plain`: a full snapshot without INSTANT; the guest is paused until its memory is written.
 //!
-//! The pause is that of QEMU's own STOP and RESUME events. `total` is the whole call of the library, and for `floor` the
-//! same from its first command, with QEMU's stream going into `cat > file`. After each snapshot its overlays are merged
-//! back, so that each finds the guest as the first did.
+//! The pause is that of QEMU's own STOP and RESUME events. `total` is the whole call of the
+//! library, and for `floor` the same from its first command, with QEMU's stream going into `cat >
+//! file`. After each snapshot its overlays are merged back, so that each finds the guest as the
+//! first did.
 
 mod common;
 #[allow(dead_code)] // Nothing goes wrong here.

@@ -1,10 +1,11 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * daemon SOCKET DIRECTORY GUEST=IMAGE... -- QEMU [ARGUMENT]...: runs a QEMU for each guest, and takes snapshots of them and
- * brings them back for whoever connects to SOCKET: the driver's way in, as a program with one event loop uses it.
+ * daemon SOCKET DIRECTORY GUEST=IMAGE... -- QEMU [ARGUMENT]...: runs a QEMU for each guest, and
+ * takes snapshots of them and brings them back for whoever connects to SOCKET: the driver's way in,
+ * as a program with one event loop uses it.
  *
- * The command after `--` is every guest's; the daemon adds the disk (a qcow2 IMAGE) and the monitor. It is run in
- * DIRECTORY/GUEST, where the guest's snapshots are recorded too.
+ * The command after `--` is every guest's; the daemon adds the disk (a qcow2 IMAGE) and the
+ * monitor. It is run in DIRECTORY/GUEST, where the guest's snapshots are recorded too.
  *
  * A client sends lines, and gets lines:
  *
@@ -16,8 +17,9 @@
  *
  * or, in place of any of these, error GUEST WHY. SIGTERM ends the daemon and its guests.
  *
- * Who does what: the event loop alone reads QEMU's monitors. The library calls back from threads of its own, one for each job:
- * such a callback writes a command, and sleeps until the loop hands it QEMU's reply. The loop itself never waits for QEMU.
+ * Who does what: the event loop alone reads QEMU's monitors. The library calls back from threads of
+ * its own, one for each job: such a callback writes a command, and sleeps until the loop hands it
+ * QEMU's reply. The loop itself never waits for QEMU.
  */
 #define _GNU_SOURCE
 #include <errno.h>

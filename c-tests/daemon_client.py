@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""daemon_client.py SOCKET REQUEST...: sends these requests to c-tests/daemon.c, all at once, and prints what it answers.
+"""daemon_client.py SOCKET REQUEST...: sends these requests to c-tests/daemon.c, all at once, and
+prints what it answers.
 
     daemon_client.py daemon.sock "snapshot web before" "snapshot db before"
     daemon_client.py daemon.sock "list web" stats

@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * The driver's way in, by a driver like libvirt's: it has a lock of its own, held when it calls, a monitor and metadata of
- * its own. Then its callbacks fail, lie, stall and call back, one after the other, and the guest must be none the worse.
+ * The driver's way in, by a driver like libvirt's: it has a lock of its own, held when it calls, a
+ * monitor and metadata of its own. Then its callbacks fail, lie, stall and call back, one after the
+ * other, and the guest must be none the worse.
  */
 #define _GNU_SOURCE
 #include <dirent.h>
@@ -557,8 +558,8 @@ static void check_untouched(struct domain *domain, const struct trace *before)
 }
 
 /*
- * Takes a snapshot, with this going wrong. One that fails must leave nothing; returns whether it succeeded. Where it did
- * not come to the fault, the fault has no hits.
+ * Takes a snapshot, with this going wrong. One that fails must leave nothing; returns whether it
+ * succeeded. Where it did not come to the fault, the fault has no hits.
  */
 static int try_with(struct domain *domain, struct fault fault, unsigned int flags)
 {

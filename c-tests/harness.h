@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * What the tests need around the library: a private directory, real QEMUs in it, and an end to both however the test
- * ends. Include the library's header before this one.
+ * What the tests need around the library: a private directory, real QEMUs in it, and an end to both
+ * however the test ends. Include the library's header before this one.
  */
 #ifndef HARNESS_H
 #define HARNESS_H
@@ -47,9 +47,10 @@ const char *harness_path(const char *name);
 const char *harness_text(const char *format, ...) __attribute__((format(printf, 1, 2)));
 
 /*
- * Starts an empty machine that runs, with one disk `vda` on this image, and waits until its QMP socket of this name
- * accepts. With `incoming` it waits for a snapshot instead of running. Skips where QEMU has no background snapshots.
- * There is a second socket, NAME.aside, for while a snapshot has the first.
+ * Starts an empty machine that runs, with one disk `vda` on this image, and waits until its QMP
+ * socket of this name accepts. With `incoming` it waits for a snapshot instead of running. Skips
+ * where QEMU has no background snapshots. There is a second socket, NAME.aside, for while a
+ * snapshot has the first.
  */
 pid_t harness_qemu(const char *socket_name, const char *image, const char *format, int incoming);
 

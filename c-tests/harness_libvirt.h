@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * A private libvirtd for the tests, and guests in it: the machine's own is never touched, and nothing is left of this
- * one however the test ends. Include the library's headers and harness.h before this one.
+ * A private libvirtd for the tests, and guests in it: the machine's own is never touched, and
+ * nothing is left of this one however the test ends. Include the library's headers and harness.h
+ * before this one.
  */
 #ifndef HARNESS_LIBVIRT_H
 #define HARNESS_LIBVIRT_H
@@ -18,8 +19,9 @@
     } while (0)
 
 /*
- * Starts a session's libvirtd in the private directory of harness_begin(), as nobody when the test is root. `keeper` is
- * the program of that name, which looks after it. Returns what clients connect to. Skips where there is no libvirtd.
+ * Starts a session's libvirtd in the private directory of harness_begin(), as nobody when the test
+ * is root. `keeper` is the program of that name, which looks after it. Returns what clients connect
+ * to. Skips where there is no libvirtd.
  */
 const char *harness_libvirtd(const char *keeper);
 

@@ -1,8 +1,9 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * hello_libvirt URI DOMAIN MEMORY_FILE: takes an instant snapshot of a running domain of a stock libvirt. Its disks get
- * overlays beside them, its memory goes to MEMORY_FILE; `virsh snapshot-list DOMAIN` then shows it like any other.
- * What virsh cannot revert to (libvirt before 9.9), qemuSnapshotRevert(NULL, snapshot, 0) can.
+ * hello_libvirt URI DOMAIN MEMORY_FILE: takes an instant snapshot of a running domain of a stock
+ * libvirt. Its disks get overlays beside them, its memory goes to MEMORY_FILE; `virsh snapshot-list
+ * DOMAIN` then shows it like any other. What virsh cannot revert to (libvirt before 9.9),
+ * qemuSnapshotRevert(NULL, snapshot, 0) can.
  */
 #include <stdio.h>
 

@@ -838,8 +838,9 @@ static void many_threads(instantsnap_guest *guest)
 }
 
 /*
- * Runs a function in a child; one that hangs ends by SIGALRM. One that does not is killed: what the threads that it lacks
- * hold is none of the leaks that valgrind is to find, and must not be looked for.
+ * Runs a function in a child; one that hangs ends by SIGALRM. One that does not is killed: what the
+ * threads that it lacks hold is none of the leaks that valgrind is to find, and must not be looked
+ * for.
  */
 static void in_a_child(void (*function)(instantsnap_job *job), instantsnap_job *job)
 {

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * libvirt_client KEEPER TICK: a client of a stock libvirt, who knows instantsnap by its headers only. He has libvirt's
- * objects before a call, and after it; no event loop of libvirt's runs.
+ * libvirt_client KEEPER TICK: a client of a stock libvirt, who knows instantsnap by its headers
+ * only. He has libvirt's objects before a call, and after it; no event loop of libvirt's runs.
  */
 #define _POSIX_C_SOURCE 200809L
 

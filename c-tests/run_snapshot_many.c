@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * run_snapshot_many PROGRAM [interrupt]: runs snapshot_many on four guests; to its end, or with a Ctrl-C as soon as the
- * first of them is past its instant.
+ * run_snapshot_many PROGRAM [interrupt]: runs snapshot_many on four guests; to its end, or with a
+ * Ctrl-C as soon as the first of them is past its instant.
  */
 #define _POSIX_C_SOURCE 200809L
 

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * run_with_domain KEEPER TICK PROGRAM: starts a libvirtd and a domain in it, and runs PROGRAM with the URI, the
- * domain's name, and a file for its memory.
+ * run_with_domain KEEPER TICK PROGRAM: starts a libvirtd and a domain in it, and runs PROGRAM with
+ * the URI, the domain's name, and a file for its memory.
  */
 #include <instantsnap-libvirt.h>
 

@@ -1,8 +1,9 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * snapshot_many QMP_SOCKET STATE_DIR [QMP_SOCKET STATE_DIR]...: takes an instant snapshot of each of these guests, all at
- * once, from one thread with an event loop, and tells what happens. Ctrl-C cancels them all, and ends when each guest is
- * as it was. Exit status: 0 all are complete, 1 not all are, 130 some were cancelled.
+ * snapshot_many QMP_SOCKET STATE_DIR [QMP_SOCKET STATE_DIR]...: takes an instant snapshot of each
+ * of these guests, all at once, from one thread with an event loop, and tells what happens. Ctrl-C
+ * cancels them all, and ends when each guest is as it was. Exit status: 0 all are complete, 1 not
+ * all are, 130 some were cancelled.
  */
 #define _GNU_SOURCE
 

@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""symbols.py LIBRARY SONAME HEADER...: the library exports what the headers declare, no more and no less."""
+"""symbols.py LIBRARY SONAME HEADER...: the library exports what the headers declare, no more and no
+less."""
 
 import re
 import subprocess

@@ -17,7 +17,8 @@ quietly() {
     return "$code"
 }
 
-# Runs a command as root, by sudo if need be; sudo asks for a password only where somebody can see it ask.
+# Runs a command as root, by sudo if need be; sudo asks for a password only where somebody can see
+# it ask.
 as_root() {
     if [ "$(id -u)" = 0 ]; then
         "$@"
@@ -27,7 +28,8 @@ as_root() {
 }
 [ -t 2 ] && unattended= || unattended=yes
 
-# Prints "KEYRING URI" of the machine's own source of Debian packages: deb822 (`URIs:`) or one-line (`deb ...`).
+# Prints "KEYRING URI" of the machine's own source of Debian packages: deb822 (`URIs:`) or one-line
+# (`deb ...`).
 debian_source() {
     local file
     for file in /etc/apt/sources.list.d/*.sources; do

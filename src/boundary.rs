@@ -13,8 +13,8 @@ use crate::uncancelled::Uncancelled;
 
 #[cfg(panic = "abort")]
 compile_error!(
-    "instantsnap must be built with panic = \"unwind\": it turns panics into errors where C calls it, and a guest that is \
-     paused is resumed as the stack unwinds"
+    "instantsnap must be built with panic = \"unwind\": it turns panics into errors where C calls \
+     it, and a guest that is paused is resumed as the stack unwinds"
 );
 
 /// What a C function returns.

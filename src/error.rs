@@ -1,7 +1,8 @@
-//! One error type: a libvirt error code and a message that names the step, the object and what to do.
+//! One error type: a libvirt error code and a message that names the step, the object and what to
+//! do.
 //!
-//! This file depends on nothing, because the build includes it too: the C compiler checks the numbers
-//! against the header's, and against libvirt's own where those are installed.
+//! This file depends on nothing, because the build includes it too: the C compiler checks the
+//! numbers against the header's, and against libvirt's own where those are installed.
 
 use std::fmt;
 

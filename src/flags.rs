@@ -1,7 +1,7 @@
 //! The flags of a snapshot and their rules, as one table.
 //!
-//! Codes and wording follow libvirt: the rules of its public API, then its driver's, then those of INSTANT.
-//! What a way in has not built is its own affair ([`Flags::require_built`]).
+//! Codes and wording follow libvirt: the rules of its public API, then its driver's, then those of
+//! INSTANT. What a way in has not built is its own affair ([`Flags::require_built`]).
 
 use crate::error::{Code, Error, Result};
 
@@ -77,11 +77,14 @@ pub mod revert {
     pub fn check(bits: u32) -> Result<()> {
         let unknown = bits & !(RUNNING | PAUSED | FORCE | RESET_NVRAM);
         if unknown != 0 {
-            return invalid(format!("unsupported flags (0x{unknown:x}): not a snapshot revert flag"));
+            return invalid(format!(
+                "unsupported flags (0x{unknown:x}): not a snapshot revert flag"
+            ));
         }
         if bits & RUNNING != 0 && bits & PAUSED != 0 {
             return invalid(
-                "flags 'VIR_DOMAIN_SNAPSHOT_REVERT_RUNNING' and 'VIR_DOMAIN_SNAPSHOT_REVERT_PAUSED' are mutually exclusive",
+                "flags 'VIR_DOMAIN_SNAPSHOT_REVERT_RUNNING' and \
+                 'VIR_DOMAIN_SNAPSHOT_REVERT_PAUSED' are mutually exclusive",
             );
         }
         Ok(())
@@ -103,12 +106,14 @@ pub mod delete {
     pub fn check(bits: u32) -> Result<()> {
         let unknown = bits & !(CHILDREN | METADATA_ONLY | CHILDREN_ONLY);
         if unknown != 0 {
-            return invalid(format!("unsupported flags (0x{unknown:x}): not a snapshot deletion flag"));
+            return invalid(format!(
+                "unsupported flags (0x{unknown:x}): not a snapshot deletion flag"
+            ));
         }
         if bits & CHILDREN != 0 && bits & CHILDREN_ONLY != 0 {
             return invalid(
-                "flags 'VIR_DOMAIN_SNAPSHOT_DELETE_CHILDREN' and 'VIR_DOMAIN_SNAPSHOT_DELETE_CHILDREN_ONLY' are mutually \
-                 exclusive",
+                "flags 'VIR_DOMAIN_SNAPSHOT_DELETE_CHILDREN' and \
+                 'VIR_DOMAIN_SNAPSHOT_DELETE_CHILDREN_ONLY' are mutually exclusive",
             );
         }
         Ok(())
@@ -128,21 +133,31 @@ impl Flags {
     pub fn check(bits: u32) -> Result<Flags> {
         let unknown = TABLE.iter().fold(bits, |left, rule| left & !rule.bit);
         if unknown != 0 {
-            return invalid(format!("unsupported flags (0x{unknown:x}): not a snapshot creation flag"));
+            return invalid(format!(
+                "unsupported flags (0x{unknown:x}): not a snapshot creation flag"
+            ));
         }
         for rule in TABLE.iter().filter(|rule| bits & rule.bit != 0) {
             if let Some(other) = first(bits & rule.excludes) {
-                return invalid(format!("flags '{}' and '{}' are mutually exclusive", full(rule), full(other)));
+                return invalid(format!(
+                    "flags '{}' and '{}' are mutually exclusive",
+                    full(rule),
+                    full(other)
+                ));
             }
             if let Some(other) = first(rule.requires & !bits) {
-                return invalid(format!("flag '{}' is required by flag '{}'", full(other), full(rule)));
+                return invalid(format!(
+                    "flag '{}' is required by flag '{}'",
+                    full(other),
+                    full(rule)
+                ));
             }
         }
         Ok(Flags(bits))
     }
 
-    /// Refuses flags that a way in has not built. LIVE without INSTANT is one of its own: it asks for a snapshot
-    /// whose moment is the end of a migration.
+    /// Refuses flags that a way in has not built. LIVE without INSTANT is one of its own: it asks
+    /// for a snapshot whose moment is the end of a migration.
     pub fn require_built(self, built: u32) -> Result<()> {
         let missing = match first(self.0 & !built) {
             Some(rule) => full(rule),
@@ -151,7 +166,10 @@ impl Flags {
             }
             None => return Ok(()),
         };
-        Err(Error::new(Code::OperationUnsupported, format!("flag '{missing}' is not supported for this guest yet")))
+        Err(Error::new(
+            Code::OperationUnsupported,
+            format!("flag '{missing}' is not supported for this guest yet"),
+        ))
     }
 
     /// Whether this bit is set.

@@ -1,8 +1,8 @@
-//! Full snapshots of running virtual machines, memory and disks, taken at the moment of the call; the guest pauses for
-//! milliseconds.
+//! Full snapshots of running virtual machines, memory and disks, taken at the moment of the call;
+//! the guest pauses for milliseconds.
 //!
-//! The library is a C library: `include/instantsnap.h` is its reference, [`ffi`] its thin adapter. Beneath that, arrows
-//! point one way:
+//! The library is a C library: `include/instantsnap.h` is its reference, [`ffi`] its thin adapter.
+//! Beneath that, arrows point one way:
 //!
 //! ```text
 //! ffi       extern "C": convert, call, convert back
@@ -17,9 +17,10 @@
 //! `boundary`, `pointers` and `symbols` are for the floors that meet C: what every function that C
 //! calls begins with, what C passes as types, and functions that are found at run time.
 //!
-//! `deadline`, `error` and `flags` know nobody. A snapshot in one sentence: overlays, memory image and pipe are prepared while the guest
-//! runs; the guest is stopped; one transaction switches all disks; QEMU's background snapshot is started and, the moment its
-//! write tracking is armed, the guest runs again, while its memory, as it was, flows into the image.
+//! `deadline`, `error` and `flags` know nobody. A snapshot in one sentence: overlays, memory image
+//! and pipe are prepared while the guest runs; the guest is stopped; one transaction switches all
+//! disks; QEMU's background snapshot is started and, the moment its write tracking is armed, the
+//! guest runs again, while its memory, as it was, flows into the image.
 
 mod boundary;
 pub mod deadline;

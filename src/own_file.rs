@@ -10,8 +10,8 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{AtFlags, CWD, Mode, OFlags, openat, statat, unlinkat};
 use rustix::io::Errno;
 
-/// See the module. The directory is held as it was when the file was made: whoever may rename what is above it cannot have another
-/// directory's file removed.
+/// See the module. The directory is held as it was when the file was made: whoever may rename what
+/// is above it cannot have another directory's file removed.
 #[derive(Debug)]
 pub struct OwnFile {
     path: PathBuf,
@@ -98,7 +98,10 @@ mod tests {
         let (here, there) = (directory.path().join("here"), directory.path().join("there"));
         std::fs::create_dir(&here).unwrap();
         let own = OwnFile::create(&here.join("file")).unwrap();
-        assert_eq!(OwnFile::create(&here.join("file")).unwrap_err().kind(), io::ErrorKind::AlreadyExists);
+        assert_eq!(
+            OwnFile::create(&here.join("file")).unwrap_err().kind(),
+            io::ErrorKind::AlreadyExists
+        );
         // Somebody puts another directory in its place, with a file of that name.
         std::fs::rename(&here, &there).unwrap();
         std::fs::create_dir(&here).unwrap();

@@ -154,9 +154,13 @@ impl<T: Growing> In<'_, T> {
         let size = size(what, self.0)?;
         let known = size_of::<T>();
         // SAFETY: readable for `size` bytes by the type, which are not less than the structure's.
-        let beyond = unsafe { std::slice::from_raw_parts(self.0.cast::<u8>().add(known), size - known) };
+        let beyond =
+            unsafe { std::slice::from_raw_parts(self.0.cast::<u8>().add(known), size - known) };
         if beyond.iter().any(|byte| *byte != 0) {
-            fail!(InvalidArg, "a field of {what} is set that is newer than this version of the library");
+            fail!(
+                InvalidArg,
+                "a field of {what} is set that is newer than this version of the library"
+            );
         }
         // SAFETY: readable throughout; nothing is assumed of its alignment.
         Ok(Some(unsafe { self.0.read_unaligned() }))
@@ -187,7 +191,9 @@ impl<T: Growing> Fill<'_, T> {
         // do not overlap, as `value` is ours, and it has no padding.
         unsafe {
             let bytes = self.0.cast::<u8>();
-            bytes.add(head).copy_from_nonoverlapping((&raw const value).cast::<u8>().add(head), known - head);
+            bytes
+                .add(head)
+                .copy_from_nonoverlapping((&raw const value).cast::<u8>().add(head), known - head);
             bytes.add(known).write_bytes(0, size - known);
         }
         Ok(())
@@ -202,7 +208,11 @@ fn size<T: Growing>(what: &str, structure: *const T) -> Result<usize> {
     let size = unsafe { structure.cast::<usize>().read_unaligned() };
     // So far there is one version of each structure, so none can be smaller.
     if size < size_of::<T>() || size > 64 << 10 {
-        fail!(InvalidArg, "{what}->size is {size}, it must be set to the structure's size ({}) first", size_of::<T>());
+        fail!(
+            InvalidArg,
+            "{what}->size is {size}, it must be set to the structure's size ({}) first",
+            size_of::<T>()
+        );
     }
     Ok(size)
 }

@@ -1,4 +1,5 @@
-//! The system calls that no safe wrapper covers, and small helpers around files that several modules share.
+//! The system calls that no safe wrapper covers, and small helpers around files that several
+//! modules share.
 
 use std::convert::Infallible;
 use std::ffi::{CStr, CString, OsString, c_char, c_int, c_uint};
@@ -21,8 +22,9 @@ use crate::uncancelled::Uncancelled;
 fn with_signals_blocked<T>(body: impl FnOnce() -> T) -> T {
     let mut all = MaybeUninit::<libc::sigset_t>::uninit();
     let mut before = MaybeUninit::<libc::sigset_t>::uninit();
-    // SAFETY: both point to storage for a sigset_t; sigfillset initialises `all` before it is read, and the first
-    // pthread_sigmask initialises `before`. Only this thread's mask changes, and it is put back below.
+    // SAFETY: both point to storage for a sigset_t; sigfillset initialises `all` before it is read,
+    // and the first pthread_sigmask initialises `before`. Only this thread's mask changes, and it
+    // is put back below.
     unsafe {
         libc::sigfillset(all.as_mut_ptr());
         libc::pthread_sigmask(libc::SIG_SETMASK, all.as_ptr(), before.as_mut_ptr());
@@ -51,9 +53,12 @@ pub fn now() -> Duration {
     Duration::new(now.tv_sec.unsigned_abs(), now.tv_nsec as u32)
 }
 
-/// Starts a thread in which every signal is blocked, so that the caller's handlers never run in it, and a pipe whose
-/// reader is gone answers EPIPE rather than SIGPIPE.
-pub fn spawn_quiet<T: Send + 'static>(name: &str, body: impl FnOnce() -> T + Send + 'static) -> Result<JoinHandle<T>> {
+/// Starts a thread in which every signal is blocked, so that the caller's handlers never run in it,
+/// and a pipe whose reader is gone answers EPIPE rather than SIGPIPE.
+pub fn spawn_quiet<T: Send + 'static>(
+    name: &str,
+    body: impl FnOnce() -> T + Send + 'static,
+) -> Result<JoinHandle<T>> {
     let body = move || {
         // A callback could have it cancelled.
         let _uncancelled = Uncancelled::enter();
@@ -72,14 +77,15 @@ pub fn while_forking<T>(body: impl FnOnce() -> T) -> T {
     body()
 }
 
-/// Waits until no forked process of ours holds a copy of what this process has closed: a lock, or a name that only one
-/// socket can have. For before it is taken again.
+/// Waits until no forked process of ours holds a copy of what this process has closed: a lock, or a
+/// name that only one socket can have. For before it is taken again.
 pub fn wait_until_forked() {
     while_forking(|| ());
 }
 
-/// A process that was forked from this one: in a session of its own, with every signal blocked. Its end raises no SIGCHLD,
-/// and no plain `wait` of the caller's sees it. Dropping it waits for its end.
+/// A process that was forked from this one: in a session of its own, with every signal blocked. Its
+/// end raises no SIGCHLD, and no plain `wait` of the caller's sees it. Dropping it waits for its
+/// end.
 #[derive(Debug)]
 pub struct Child {
     pid: libc::pid_t,
@@ -91,17 +97,18 @@ impl Child {
     /// Forks it.
     ///
     /// # Safety
-    /// `body` must be fit for the child of a process with threads: system calls on memory that exists already, no
-    /// allocation, no lock, no panic.
+    /// `body` must be fit for the child of a process with threads: system calls on memory that
+    /// exists already, no allocation, no lock, no panic.
     pub unsafe fn fork(body: impl FnOnce() -> Infallible) -> io::Result<Child> {
         let pid = with_signals_blocked(|| {
-            // A bare clone with no flags is a fork without SIGCHLD, and without the handlers of pthread_atfork.
-            // SAFETY: no flags, thus no shared memory and no new stack. The child goes on with a copy of this one.
+            // A bare clone with no flags is a fork without SIGCHLD, and without the handlers of
+            // pthread_atfork. SAFETY: no flags, thus no shared memory and no new stack. The child
+            // goes on with a copy of this one.
             match unsafe { libc::syscall(libc::SYS_clone, 0, 0, 0, 0, 0) } {
                 -1 => Err(io::Error::last_os_error()),
                 0 => {
-                    // SAFETY: system calls; the name is NUL-terminated. Where the caller ignores SIGCHLD, the status of this
-                    // process's own children would be lost.
+                    // SAFETY: system calls; the name is NUL-terminated. Where the caller ignores
+                    // SIGCHLD, the status of this process's own children would be lost.
                     unsafe {
                         default_action(libc::SIGCHLD);
                         libc::setsid();
@@ -112,7 +119,8 @@ impl Child {
                 child => Ok(child as libc::pid_t),
             }
         })?;
-        // SAFETY: a child that nobody has waited for. The descriptor is new, close-on-exec, and nobody else's.
+        // SAFETY: a child that nobody has waited for. The descriptor is new, close-on-exec, and
+        // nobody else's.
         match unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) } {
             -1 => {
                 let error = io::Error::last_os_error();
@@ -122,7 +130,11 @@ impl Child {
                 Err(error)
             }
             // SAFETY: as above.
-            fd => Ok(Child { pid, ended: unsafe { OwnedFd::from_raw_fd(fd as c_int) }, reaped: false }),
+            fd => Ok(Child {
+                pid,
+                ended: unsafe { OwnedFd::from_raw_fd(fd as c_int) },
+                reaped: false,
+            }),
         }
     }
 
@@ -160,8 +172,8 @@ impl Drop for Child {
 fn reap(pid: libc::pid_t) -> Option<c_int> {
     let mut status = 0;
     loop {
-        // SAFETY: `status` is live; the child is ours. Should another thread have reaped it, by a `wait` for such children too,
-        // the call fails, and the status is not known.
+        // SAFETY: `status` is live; the child is ours. Should another thread have reaped it, by a
+        // `wait` for such children too, the call fails, and the status is not known.
         match unsafe { libc::waitpid(pid, &raw mut status, libc::__WALL) } {
             -1 if io::Error::last_os_error().kind() == io::ErrorKind::Interrupted => {}
             -1 => return None,
@@ -178,11 +190,21 @@ pub fn touch(pid: u32, begin: u64, end: u64) -> io::Result<()> {
     let mut bytes = [0u8; AT_ONCE];
     for pages in pages.chunks(AT_ONCE) {
         let local = libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: pages.len() };
-        let remote: Vec<_> = pages.iter().map(|&page| libc::iovec { iov_base: page as *mut _, iov_len: 1 }).collect();
-        // SAFETY: `local` is `bytes`, of which no more than there is is written; the other addresses are another process's,
-        // and what is not there is an error.
+        let remote: Vec<_> = pages
+            .iter()
+            .map(|&page| libc::iovec { iov_base: page as *mut _, iov_len: 1 })
+            .collect();
+        // SAFETY: `local` is `bytes`, of which no more than there is is written; the other
+        // addresses are another process's, and what is not there is an error.
         let read = unsafe {
-            libc::process_vm_readv(pid as libc::pid_t, &raw const local, 1, remote.as_ptr(), remote.len() as u64, 0)
+            libc::process_vm_readv(
+                pid as libc::pid_t,
+                &raw const local,
+                1,
+                remote.as_ptr(),
+                remote.len() as u64,
+                0,
+            )
         };
         if read < 0 {
             return Err(io::Error::last_os_error());
@@ -205,14 +227,16 @@ const SIGNALS: c_int = 64;
 fn default_action(signal: c_int) {
     /// More than the kernel's structure of handler, flags, restorer and mask, which is all zero.
     const ACTION: [u64; 8] = [0; 8];
-    // SAFETY: the structure is read, and nothing is written; what cannot be changed stays (SIGKILL).
+    // SAFETY: the structure is read, and nothing is written; what cannot be changed stays
+    // (SIGKILL).
     unsafe {
         let none = std::ptr::null_mut::<libc::c_void>();
         libc::syscall(libc::SYS_rt_sigaction, signal, ACTION.as_ptr(), none, SIGNALS as usize / 8);
     }
 }
 
-/// A program's path and arguments, and its environment, as the kernel wants them: made before they are needed.
+/// A program's path and arguments, and its environment, as the kernel wants them: made before they
+/// are needed.
 #[derive(Debug)]
 pub struct Words {
     /// What the pointers point to.
@@ -222,16 +246,22 @@ pub struct Words {
 }
 
 impl Words {
-    /// Of an absolute path and arguments, and an environment; nothing where one of them holds a NUL.
+    /// Of an absolute path and arguments, and an environment; nothing where one of them holds a
+    /// NUL.
     pub fn new(words: Vec<OsString>, environment: Vec<OsString>) -> Option<Words> {
         let strings = |words: Vec<OsString>| -> Option<Vec<CString>> {
             words.into_iter().map(|word| CString::new(word.into_vec()).ok()).collect()
         };
         let words = strings(words)?;
         let variables = strings(environment)?;
-        let pointers =
-            |strings: &[CString]| strings.iter().map(|string| string.as_ptr()).chain([std::ptr::null()]).collect();
-        Some(Words { arguments: pointers(&words), environment: pointers(&variables), _strings: [words, variables] })
+        let pointers = |strings: &[CString]| {
+            strings.iter().map(|string| string.as_ptr()).chain([std::ptr::null()]).collect()
+        };
+        Some(Words {
+            arguments: pointers(&words),
+            environment: pointers(&variables),
+            _strings: [words, variables],
+        })
     }
 
     /// The arguments, the path first, and a NULL.
@@ -267,7 +297,8 @@ impl Program {
         let path = *arguments.first()?;
         // SAFETY: only looks.
         let parent = unsafe { libc::getpid() };
-        // SAFETY: system calls, and the pointers live on in the new process's memory, NUL-terminated all.
+        // SAFETY: system calls, and the pointers live on in the new process's memory,
+        // NUL-terminated all.
         let run = || unsafe {
             if stdio == Stdio::Inherited {
                 libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
@@ -311,10 +342,12 @@ impl Program {
     }
 }
 
-/// Device and inode of what a path leads to, symbolic links not followed; for a child that was forked.
+/// Device and inode of what a path leads to, symbolic links not followed; for a child that was
+/// forked.
 pub fn file_id(path: &CStr) -> Option<(u64, u64)> {
     let mut found = std::mem::MaybeUninit::<libc::stat>::uninit();
-    // SAFETY: a NUL-terminated path, and storage for the answer, which is filled in where the call succeeds.
+    // SAFETY: a NUL-terminated path, and storage for the answer, which is filled in where the call
+    // succeeds.
     unsafe {
         if libc::lstat(path.as_ptr(), found.as_mut_ptr()) != 0 {
             return None;
@@ -344,18 +377,22 @@ pub fn unlink(path: &CStr) {
     unsafe { libc::unlink(path.as_ptr()) };
 }
 
-/// Changes a file, where it is still that of this device and inode, and no process has it open as QEMU opens an image. For a
-/// process that [`Child::fork`] has started.
+/// Changes a file, where it is still that of this device and inode, and no process has it open as
+/// QEMU opens an image. For a process that [`Child::fork`] has started.
 pub fn change_unused(path: &CStr, id: (u64, u64), change: fn(&OwnedFd)) {
     // SAFETY: a NUL-terminated string; the descriptor is new, and nobody else's.
     let file = unsafe {
-        match libc::open(path.as_ptr(), libc::O_RDWR | libc::O_NOFOLLOW | libc::O_NONBLOCK | libc::O_CLOEXEC) {
+        match libc::open(
+            path.as_ptr(),
+            libc::O_RDWR | libc::O_NOFOLLOW | libc::O_NONBLOCK | libc::O_CLOEXEC,
+        ) {
             -1 => return,
             fd => OwnedFd::from_raw_fd(fd),
         }
     };
     let mut found = MaybeUninit::<libc::stat>::uninit();
-    // SAFETY: an open descriptor, and storage for the answer, which is filled in where the call succeeds.
+    // SAFETY: an open descriptor, and storage for the answer, which is filled in where the call
+    // succeeds.
     let same = unsafe {
         libc::fstat(file.as_raw_fd(), found.as_mut_ptr()) == 0 && {
             let found = found.assume_init();
@@ -397,7 +434,8 @@ pub fn exit_now() -> ! {
     unsafe { libc::_exit(0) }
 }
 
-/// Closes every descriptor but these, which become 0, 1 and so on. For a process that [`Child::fork`] has started.
+/// Closes every descriptor but these, which become 0, 1 and so on. For a process that
+/// [`Child::fork`] has started.
 pub fn keep_only<const N: usize>(fds: [c_int; N]) -> Option<[c_int; N]> {
     let mut kept = [0; N];
     // First out of the way of each other, then to their places.
@@ -422,12 +460,15 @@ pub fn keep_only<const N: usize>(fds: [c_int; N]) -> Option<[c_int; N]> {
     Some(std::array::from_fn(|place| place as c_int))
 }
 
-/// Waits until one of the descriptors can be read, its end included, for so many milliseconds (-1: for ever). A signal
-/// handler of the caller's does not cut it short.
+/// Waits until one of the descriptors can be read, its end included, for so many milliseconds (-1:
+/// for ever). A signal handler of the caller's does not cut it short.
 pub fn wait_ready(fds: [Option<&OwnedFd>; 2], milliseconds: c_int) -> bool {
     // A negative number is passed over.
-    let mut polls =
-        fds.map(|fd| libc::pollfd { fd: fd.map_or(-1, |fd| fd.as_raw_fd()), events: libc::POLLIN, revents: 0 });
+    let mut polls = fds.map(|fd| libc::pollfd {
+        fd: fd.map_or(-1, |fd| fd.as_raw_fd()),
+        events: libc::POLLIN,
+        revents: 0,
+    });
     let end = now() + Duration::from_millis(milliseconds.max(0).unsigned_abs().into());
     let mut left = milliseconds;
     loop {
@@ -442,7 +483,8 @@ pub fn wait_ready(fds: [Option<&OwnedFd>; 2], milliseconds: c_int) -> bool {
     }
 }
 
-/// Whether this process has more rights than the user who has started it: then that user's environment is not to be believed.
+/// Whether this process has more rights than the user who has started it: then that user's
+/// environment is not to be believed.
 pub fn is_secure() -> bool {
     // SAFETY: only looks.
     unsafe { libc::getauxval(libc::AT_SECURE) != 0 }
@@ -452,25 +494,45 @@ pub fn is_secure() -> bool {
 pub fn sync_parent(path: &Path) -> io::Result<()> {
     let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
     let flags = libc::O_DIRECTORY | libc::O_NONBLOCK;
-    File::options().read(true).custom_flags(flags).open(parent.unwrap_or(Path::new(".")))?.sync_all()
+    File::options()
+        .read(true)
+        .custom_flags(flags)
+        .open(parent.unwrap_or(Path::new(".")))?
+        .sync_all()
 }
 
-/// Opens a file for reading. What somebody has put in its place, a pipe that nobody writes to, is not waited for.
+/// Opens a file for reading. What somebody has put in its place, a pipe that nobody writes to, is
+/// not waited for.
 pub fn open_file(path: &Path) -> io::Result<File> {
     let file = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path)?;
     let kind = file.metadata()?.file_type();
-    if kind.is_file() || kind.is_block_device() { Ok(file) } else { Err(io::Error::other("it is not a file")) }
+    if kind.is_file() || kind.is_block_device() {
+        Ok(file)
+    } else {
+        Err(io::Error::other("it is not a file"))
+    }
 }
 
-/// Opens a file for reading that only this user or root can have made: no link, and no pipe that would be waited for.
+/// Opens a file for reading that only this user or root can have made: no link, and no pipe that
+/// would be waited for.
 pub fn open_trusted(path: &Path) -> io::Result<File> {
-    check_trusted(File::options().read(true).custom_flags(libc::O_NONBLOCK | libc::O_NOFOLLOW).open(path))
+    check_trusted(
+        File::options().read(true).custom_flags(libc::O_NONBLOCK | libc::O_NOFOLLOW).open(path),
+    )
 }
 
 /// The same for reading and writing; a file that is not there is made, mode 0600.
 pub fn open_or_create_trusted(path: &Path) -> io::Result<File> {
     let flags = libc::O_NONBLOCK | libc::O_NOFOLLOW;
-    check_trusted(File::options().read(true).write(true).create(true).mode(0o600).custom_flags(flags).open(path))
+    check_trusted(
+        File::options()
+            .read(true)
+            .write(true)
+            .create(true)
+            .mode(0o600)
+            .custom_flags(flags)
+            .open(path),
+    )
 }
 
 fn check_trusted(opened: io::Result<File>) -> io::Result<File> {
@@ -500,14 +562,16 @@ pub fn user() -> u32 {
     rustix::process::geteuid().as_raw()
 }
 
-/// Gives a new file the owner and the permissions of `model`, so that whoever could open that one can open this.
+/// Gives a new file the owner and the permissions of `model`, so that whoever could open that one
+/// can open this.
 pub fn liken(file: &File, model: &Path) -> io::Result<()> {
     // Network storage has no owner to go by.
     let Ok(model) = model.metadata() else { return Ok(()) };
     let own = file.metadata()?;
     if (own.uid(), own.gid()) != (model.uid(), model.gid()) {
         match fchown(file, Some(model.uid()), Some(model.gid())) {
-            // Not root, and a member of neither: then QEMU runs as us, or will say that it cannot open it.
+            // Not root, and a member of neither: then QEMU runs as us, or will say that it cannot
+            // open it.
             Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {}
             other => other?,
         }
@@ -553,8 +617,8 @@ pub fn is_locked(file: &File, bytes: Range<i64>) -> bool {
     asked == 0 && lock.l_type != libc::F_UNLCK as libc::c_short
 }
 
-/// Removes a file, and does not mind that it is gone already. The node of a device stays, and so does a link to one: the device
-/// would be there as before, and its owner would miss its name.
+/// Removes a file, and does not mind that it is gone already. The node of a device stays, and so
+/// does a link to one: the device would be there as before, and its owner would miss its name.
 pub fn remove_file(path: &Path) -> io::Result<()> {
     if std::fs::metadata(path).is_ok_and(|found| found.file_type().is_block_device()) {
         return Ok(());
@@ -581,7 +645,8 @@ pub fn has_open(pid: u32, pipe: &OwnedFd) -> Option<bool> {
     Some(false)
 }
 
-/// The process at the other end of a Unix socket; none where it is in a pid namespace that cannot be seen from here.
+/// The process at the other end of a Unix socket; none where it is in a pid namespace that cannot
+/// be seen from here.
 pub fn peer_pid(socket: BorrowedFd) -> Option<u32> {
     let mut credentials = libc::ucred { pid: 0, uid: 0, gid: 0 };
     let mut size = size_of::<libc::ucred>() as libc::socklen_t;

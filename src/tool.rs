@@ -1,14 +1,16 @@
 //! The programs that the library runs: qemu-img, xmllint, virsh.
 //!
-//! A program is found at an absolute path, gets an environment of its own, and nobody but the library takes its exit status.
+//! A program is found at an absolute path, gets an environment of its own, and nobody but the
+//! library takes its exit status.
 //!
-//! A caller that ignores SIGCHLD, or a thread of the caller's that waits for any child, takes away the status of a plain
-//! child process. So a process in between starts the program and reports the status through a socket: it raises no SIGCHLD,
-//! no plain `wait` sees it, and in it SIGCHLD is not ignored. A status that does not arrive is a failure: what the program
-//! has done is not known then.
+//! A caller that ignores SIGCHLD, or a thread of the caller's that waits for any child, takes away
+//! the status of a plain child process. So a process in between starts the program and reports the
+//! status through a socket: it raises no SIGCHLD, no plain `wait` sees it, and in it SIGCHLD is not
+//! ignored. A status that does not arrive is a failure: what the program has done is not known
+//! then.
 //!
-//! A program that only looks at images has a deadline: an image can name another on a server that never answers. One that
-//! changes an image has none, as it must not be ended halfway.
+//! A program that only looks at images has a deadline: an image can name another on a server that
+//! never answers. One that changes an image has none, as it must not be ended halfway.
 
 use std::env;
 use std::ffi::{OsStr, OsString, c_int};
@@ -33,8 +35,9 @@ use crate::sys::{self, Child, Program, Stdio, Words};
 /// Where programs are looked for when the caller's PATH is not to be trusted, or there is none.
 const DIRECTORIES: &str = "/usr/bin:/bin:/usr/sbin:/sbin";
 
-/// What a program keeps of the caller's environment: where a user's files and sockets are, and where the program's own
-/// libraries and modules are. What is preloaded into the caller is not for the program, nor are this library's settings.
+/// What a program keeps of the caller's environment: where a user's files and sockets are, and
+/// where the program's own libraries and modules are. What is preloaded into the caller is not for
+/// the program, nor are this library's settings.
 const KEPT: [&str; 12] = [
     "HOME",
     "USER",
@@ -92,8 +95,8 @@ impl Tool {
         self.execute(Some(file)).map(drop)
     }
 
-    /// Runs a program that changes nothing but this file of ours, its standard input. After this time it is ended, and the
-    /// code of the error is `OperationTimeout`.
+    /// Runs a program that changes nothing but this file of ours, its standard input. After this
+    /// time it is ended, and the code of the error is `OperationTimeout`.
     pub fn run_on_within(&self, file: &File, limit: Duration) -> Result<(), Error> {
         self.execute_within(Some(file), limit).map(drop)
     }
@@ -107,7 +110,10 @@ impl Tool {
         let late = || {
             let name = self.name;
             let waits = "an image that it opens can be on a server, or in a file system, that does not answer";
-            Error::new(Code::OperationTimeout, format!("{name} did not end within {limit:?} ({waits})"))
+            Error::new(
+                Code::OperationTimeout,
+                format!("{name} did not end within {limit:?} ({waits})"),
+            )
         };
         let said = self.start(stdin, Some(Instant::now() + limit));
         self.judge(said.map_err(failed)?.ok_or_else(late)?).map_err(failed)
@@ -119,11 +125,18 @@ impl Tool {
     }
 
     /// Runs it; nothing where it was ended at the deadline.
-    fn start(&self, stdin: Option<&File>, deadline: Option<Instant>) -> Result<Option<Said>, String> {
+    fn start(
+        &self,
+        stdin: Option<&File>,
+        deadline: Option<Instant>,
+    ) -> Result<Option<Said>, String> {
         let (name, package) = (self.name, package(self.name));
-        let program = find(name).ok_or_else(|| format!("cannot run {name} (install {package}): it was not found"))?;
+        let program = find(name)
+            .ok_or_else(|| format!("cannot run {name} (install {package}): it was not found"))?;
         let words = std::iter::once(program.into_os_string()).chain(self.arguments.iter().cloned());
-        let Some(words) = words_of(words) else { return Err(format!("cannot run {name}: an argument holds a NUL")) };
+        let Some(words) = words_of(words) else {
+            return Err(format!("cannot run {name}: an argument holds a NUL"));
+        };
         run(&words, stdin, deadline).map_err(|error| format!("cannot run {name}: {error}"))
     }
 
@@ -134,7 +147,11 @@ impl Tool {
             Some(status) if status.success() => Ok(output),
             Some(status) if complaint.is_empty() => Err(format!("{name}: {status}")),
             Some(_) => Err(complaint),
-            None => Err(format!("{name} was started, and how it ended cannot be known {complaint}").trim().to_owned()),
+            None => {
+                Err(format!("{name} was started, and how it ended cannot be known {complaint}")
+                    .trim()
+                    .to_owned())
+            }
         }
     }
 }
@@ -154,14 +171,18 @@ fn package(name: &str) -> &'static str {
 /// The absolute path of a program that can be run.
 pub fn find(name: &str) -> Option<PathBuf> {
     let runs = |file: &PathBuf| {
-        file.is_absolute() && file.metadata().is_ok_and(|meta| meta.is_file() && meta.permissions().mode() & 0o111 != 0)
+        file.is_absolute()
+            && file
+                .metadata()
+                .is_ok_and(|meta| meta.is_file() && meta.permissions().mode() & 0o111 != 0)
     };
     env::split_paths(&search_path(sys::is_secure(), env::var_os("PATH")))
         .map(|directory| directory.join(name))
         .find(runs)
 }
 
-/// Where programs are looked for. In a process with more rights than the user who has started it, PATH is that user's word.
+/// Where programs are looked for. In a process with more rights than the user who has started it,
+/// PATH is that user's word.
 fn search_path(secure: bool, path: Option<OsString>) -> OsString {
     path.filter(|path| !secure && !path.is_empty()).unwrap_or_else(|| DIRECTORIES.into())
 }
@@ -176,11 +197,15 @@ fn environment(secure: bool) -> Vec<OsString> {
     let path = search_path(secure, env::var_os("PATH"));
     // The words of messages are read.
     let own = [variable("PATH", &path), variable("LC_ALL", OsStr::new("C"))];
-    let kept = KEPT.iter().filter(|_| !secure).filter_map(|name| Some(variable(name, &env::var_os(name)?)));
+    let kept = KEPT
+        .iter()
+        .filter(|_| !secure)
+        .filter_map(|name| Some(variable(name, &env::var_os(name)?)));
     own.into_iter().chain(kept).collect()
 }
 
-/// A program's absolute path and arguments, with the environment that it gets; nothing where one of them holds a NUL.
+/// A program's absolute path and arguments, with the environment that it gets; nothing where one of
+/// them holds a NUL.
 pub fn words_of(words: impl IntoIterator<Item = impl Into<OsString>>) -> Option<Words> {
     Words::new(words.into_iter().map(Into::into).collect(), environment(sys::is_secure()))
 }
@@ -195,18 +220,22 @@ struct Said {
 
 /// Nothing where the deadline has passed: then the program was ended.
 fn run(words: &Words, stdin: Option<&File>, deadline: Option<Instant>) -> io::Result<Option<Said>> {
-    let null = File::from(rustix::fs::open("/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())?);
+    let null =
+        File::from(rustix::fs::open("/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())?);
     let stdin = stdin.unwrap_or(&null);
     let (output, stdout) = pipe_with(PipeFlags::CLOEXEC)?;
     let (complaint, stderr) = pipe_with(PipeFlags::CLOEXEC)?;
-    let (report, theirs) = socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
+    let (report, theirs) =
+        socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
     for fd in [&output, &complaint, &report] {
         rustix::io::ioctl_fionbio(fd, true)?;
     }
     let fds = [stdin.as_raw_fd(), stdout.as_raw_fd(), stderr.as_raw_fd(), theirs.as_raw_fd()];
-    // Until it has closed them it holds a copy of every descriptor of this process, locks and names among them.
+    // Until it has closed them it holds a copy of every descriptor of this process, locks and names
+    // among them.
     let between = sys::while_forking(|| {
-        // SAFETY: the child makes system calls only, on memory that exists already, and never returns.
+        // SAFETY: the child makes system calls only, on memory that exists already, and never
+        // returns.
         let child = unsafe { Child::fork(|| start_and_report(words, fds)) };
         drop((stdout, stderr, theirs));
         if child.is_ok() {
@@ -215,30 +244,41 @@ fn run(words: &Words, stdin: Option<&File>, deadline: Option<Instant>) -> io::Re
         child
     })?;
 
-    // The ends of the pipes are not waited for: a process that another thread has forked meanwhile may have them too.
+    // The ends of the pipes are not waited for: a process that another thread has forked meanwhile
+    // may have them too.
     let mut said = Said { status: None, output: Vec::new(), complaint: Vec::new() };
     let mut reported = Vec::new();
     let mut open = [true; 3];
     let mut ended = false;
     while !ended {
         let fds = [&report, &output, &complaint];
-        let mut polls: Vec<_> = std::iter::once(PollFd::from_borrowed_fd(between.ended(), PollFlags::IN))
-            .chain(fds.iter().zip(open).filter(|(_, open)| *open).map(|(fd, _)| PollFd::new(*fd, PollFlags::IN)))
-            .collect();
+        let mut polls: Vec<_> =
+            std::iter::once(PollFd::from_borrowed_fd(between.ended(), PollFlags::IN))
+                .chain(
+                    fds.iter()
+                        .zip(open)
+                        .filter(|(_, open)| *open)
+                        .map(|(fd, _)| PollFd::new(*fd, PollFlags::IN)),
+                )
+                .collect();
         let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
         if left.is_some_and(|left| left.is_zero()) {
             // The program ends with it.
             between.kill();
             return Ok(None);
         }
-        let timespec = |left: Duration| Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() };
+        let timespec = |left: Duration| Timespec {
+            tv_sec: left.as_secs() as i64,
+            tv_nsec: left.subsec_nanos().into(),
+        };
         match poll(&mut polls, left.map(timespec).as_ref()) {
             Err(Errno::INTR) => continue,
             polled => polled?,
         };
         // What it had written before is read below.
         ended = !polls[0].revents().is_empty();
-        for ((fd, open), into) in fds.iter().zip(&mut open).zip([&mut reported, &mut said.output, &mut said.complaint])
+        for ((fd, open), into) in
+            fds.iter().zip(&mut open).zip([&mut reported, &mut said.output, &mut said.complaint])
         {
             *open = *open && read_what_is_there(fd, into)?;
         }
@@ -269,7 +309,8 @@ fn status(report: &[u8]) -> Option<ExitStatus> {
     Some(ExitStatus::from_raw(c_int::from_ne_bytes(rest.try_into().ok()?)))
 }
 
-/// The process in between. `fds` become the program's standard input, output and error; the report goes to the last.
+/// The process in between. `fds` become the program's standard input, output and error; the report
+/// goes to the last.
 fn start_and_report(words: &Words, fds: [c_int; 4]) -> ! {
     let Some([.., report]) = sys::keep_only(fds) else { sys::exit_now() };
     // SAFETY: it was just made, and is nobody else's in this process.
@@ -305,17 +346,21 @@ mod tests {
         assert_eq!(shell("head -c 300000 /dev/zero").output_within(LIMIT).unwrap().len(), 300_000);
     }
 
-    /// The process between the library and the program is killed: nobody knows what the program has done.
+    /// The process between the library and the program is killed: nobody knows what the program has
+    /// done.
     #[test]
     fn what_cannot_be_known_is_a_failure_and_the_program_does_not_go_on_alone() {
         let directory = tempfile::tempdir().unwrap();
         let pid = directory.path().join("pid");
-        let error = shell(&format!("echo $$ > {}; kill -9 $PPID; exec sleep 60", pid.display())).run().unwrap_err();
+        let error = shell(&format!("echo $$ > {}; kill -9 $PPID; exec sleep 60", pid.display()))
+            .run()
+            .unwrap_err();
         assert!(error.contains("cannot be known"), "{error}");
         wait_ended(&pid);
     }
 
-    /// Waits until the process whose number is in the file has ended; nobody has to have taken note of that.
+    /// Waits until the process whose number is in the file has ended; nobody has to have taken note
+    /// of that.
     fn wait_ended(pid: &std::path::Path) {
         let pid = std::fs::read_to_string(pid).unwrap();
         let stat = format!("/proc/{}/stat", pid.trim());
@@ -340,7 +385,8 @@ mod tests {
         wait_ended(&pid);
     }
 
-    /// A lock of the C library's that another thread holds at the fork is held for good in the new process.
+    /// A lock of the C library's that another thread holds at the fork is held for good in the new
+    /// process.
     #[test]
     fn programs_start_while_another_thread_holds_the_c_librarys_lock_of_signals() {
         let done = std::sync::atomic::AtomicBool::new(false);
@@ -360,9 +406,13 @@ mod tests {
     #[test]
     fn a_program_has_no_preloaded_library_and_no_setting_of_ours() {
         let said = String::from_utf8(Tool::new("env").output_within(LIMIT).unwrap()).unwrap();
-        let names: Vec<_> = said.lines().filter_map(|line| line.split_once('=')).map(|(name, _)| name).collect();
+        let names: Vec<_> =
+            said.lines().filter_map(|line| line.split_once('=')).map(|(name, _)| name).collect();
         assert!(names.contains(&"PATH"), "{said}");
-        assert!(names.iter().all(|name| KEPT.contains(name) || ["PATH", "LC_ALL"].contains(name)), "{said}");
+        assert!(
+            names.iter().all(|name| KEPT.contains(name) || ["PATH", "LC_ALL"].contains(name)),
+            "{said}"
+        );
     }
 
     #[test]
@@ -371,6 +421,9 @@ mod tests {
         assert_eq!(search_path(false, path()), "/home/user/bin");
         assert_eq!(search_path(true, path()), DIRECTORIES);
         assert_eq!(search_path(false, None), DIRECTORIES);
-        assert_eq!(environment(true), [format!("PATH={DIRECTORIES}").into(), OsString::from("LC_ALL=C")]);
+        assert_eq!(
+            environment(true),
+            [format!("PATH={DIRECTORIES}").into(), OsString::from("LC_ALL=C")]
+        );
     }
 }

@@ -1,8 +1,9 @@
 //! A thread that is not cancelled.
 //!
-//! pthread_cancel() unwinds the stack of the thread that it ends, which Rust's functions cannot be part of: the process would
-//! be aborted. So a thread of the caller's is not cancelled while it is in the library, callbacks of the caller's included; the
-//! request stays pending, and is carried out at the thread's next cancellation point after the call.
+//! pthread_cancel() unwinds the stack of the thread that it ends, which Rust's functions cannot be
+//! part of: the process would be aborted. So a thread of the caller's is not cancelled while it is
+//! in the library, callbacks of the caller's included; the request stays pending, and is carried
+//! out at the thread's next cancellation point after the call.
 
 use std::ffi::c_int;
 use std::marker::PhantomData;
@@ -35,7 +36,8 @@ impl Uncancelled {
 impl Drop for Uncancelled {
     fn drop(&mut self) {
         let mut ours = 0;
-        // SAFETY: `ours` is live for the call, and the other is a state that this function has given.
+        // SAFETY: `ours` is live for the call, and the other is a state that this function has
+        // given.
         unsafe { pthread_setcancelstate(self.before, &raw mut ours) };
     }
 }

@@ -1,6 +1,8 @@
-//! P1, P2: the guest runs again when write tracking is armed, not before; and never later than the limit of the pause.
+//! P1, P2: the guest runs again when write tracking is armed, not before; and never later than the
+//! limit of the pause.
 //!
-//! A shim holds QEMU's snapshot thread in the gap between "the migration is active" and "tracking is armed".
+//! A shim holds QEMU's snapshot thread in the gap between "the migration is active" and "tracking
+//! is armed".
 
 mod common;
 
@@ -32,7 +34,10 @@ fn a_snapshot_that_is_active_but_not_armed_is_waited_for() {
                 let asked = || {
                     let commands = proxy.commands();
                     let migrate = commands.iter().position(|command| command == "migrate")?;
-                    let asked = commands[migrate..].iter().filter(|command| *command == "query-migrate").count();
+                    let asked = commands[migrate..]
+                        .iter()
+                        .filter(|command| *command == "query-migrate")
+                        .count();
                     (asked > 5).then_some(())
                 };
                 wait_for(DEADLINE, asked).expect("the library asks");
@@ -40,10 +45,14 @@ fn a_snapshot_that_is_active_but_not_armed_is_waited_for() {
                 let mut ask = |command: &str| control.execute(command, json!({})).unwrap();
                 let (migration, status) = (ask("query-migrate"), ask("query-status"));
                 let before = proxy.commands().len();
-                wait_for(DEADLINE, || (proxy.commands().len() > before + 5).then_some(())).expect("it goes on asking");
+                wait_for(DEADLINE, || (proxy.commands().len() > before + 5).then_some(()))
+                    .expect("it goes on asking");
                 std::fs::write(&release, "").unwrap();
                 assert_eq!(migration["status"], "active");
-                assert_eq!(status["running"], false, "the guest must not run before tracking is armed");
+                assert_eq!(
+                    status["running"], false,
+                    "the guest must not run before tracking is armed"
+                );
             });
             opened.snapshot("late").unwrap();
         });
@@ -76,14 +85,18 @@ fn a_pause_that_reaches_its_limit_is_ended() {
         let before = opened.trace();
         opened.handle.set_pause_limit(Duration::from_secs(2));
         let error = std::thread::scope(|scope| {
-            let call = scope.spawn(|| opened.handle.create(&named("s"), INSTANTLY, &mut ()).expect_err("too long"));
-            // The guest runs again while the migration is still held: it does not wait for QEMU to give in.
+            let call = scope.spawn(|| {
+                opened.handle.create(&named("s"), INSTANTLY, &mut ()).expect_err("too long")
+            });
+            // The guest runs again while the migration is still held: it does not wait for QEMU to
+            // give in.
             let mut control = opened.guest.control();
             let mut running = |wanted: bool| {
                 let status = |control: &mut instantsnap_testkit::Client| {
                     control.execute("query-status", json!({})).unwrap()["running"] == wanted
                 };
-                wait_for(DEADLINE, || status(&mut control).then_some(())).expect("the guest is paused, and runs again");
+                wait_for(DEADLINE, || status(&mut control).then_some(()))
+                    .expect("the guest is paused, and runs again");
             };
             running(false);
             running(true);
@@ -108,7 +121,12 @@ fn a_pause_that_reaches_its_limit_is_undone_when_qemu_comes_to_its_senses() {
         let (machine, release, _directory) = late(binary);
         let opened = Opened::start(&machine);
         opened.handle.set_pause_limit(Duration::from_secs(2));
-        opened.assert_fails(&named("s"), INSTANTLY, Code::OperationTimeout, &["limit of the pause"]);
+        opened.assert_fails(
+            &named("s"),
+            INSTANTLY,
+            Code::OperationTimeout,
+            &["limit of the pause"],
+        );
         assert!(!release.exists());
         std::fs::write(&release, "").unwrap();
         opened.handle.set_pause_limit(Duration::from_secs(30));
@@ -116,8 +134,8 @@ fn a_pause_that_reaches_its_limit_is_undone_when_qemu_comes_to_its_senses() {
     }
 }
 
-/// QEMU 10.0 closes its descriptor 0 when a background snapshot is cancelled before it is armed. At the second time that is
-/// an image that it has opened meanwhile.
+/// QEMU 10.0 closes its descriptor 0 when a background snapshot is cancelled before it is armed. At
+/// the second time that is an image that it has opened meanwhile.
 #[test]
 fn a_snapshot_given_up_before_it_is_armed_closes_nothing_of_qemus() {
     for binary in Binary::all() {

@@ -1,11 +1,14 @@
-//! P8: a snapshot can be cancelled in every phase; and a second one on the same guest is refused at once.
+//! P8: a snapshot can be cancelled in every phase; and a second one on the same guest is refused at
+//! once.
 
 mod common;
 
 use std::sync::mpsc::channel;
 
 use common::way::by_driver;
-use common::{ALL_SECTORS, At, INSTANTLY, Opened, PHASES, assert_error, assert_untouched, machine, named};
+use common::{
+    ALL_SECTORS, At, INSTANTLY, Opened, PHASES, assert_error, assert_untouched, machine, named,
+};
 use instantsnap::engine::{Handle, Phase};
 use instantsnap::error::Code;
 use instantsnap_testkit::{Binary, Client, DEADLINE, Guest, wait_for};
@@ -77,7 +80,8 @@ fn a_snapshot_can_be_cancelled_in_the_midst_of_its_drain() {
                     migration["ram"]["transferred"].as_u64().unwrap()
                 };
                 let first = transferred(&mut control);
-                wait_for(DEADLINE, || (transferred(&mut control) > first).then_some(())).expect("memory drains");
+                wait_for(DEADLINE, || (transferred(&mut control) > first).then_some(()))
+                    .expect("memory drains");
                 opened.handle.cancel().unwrap();
                 // A QEMU that cannot be told to end is not to be waited for longer than needed.
                 set_bandwidth(&mut control, bandwidth);
@@ -88,7 +92,10 @@ fn a_snapshot_can_be_cancelled_in_the_midst_of_its_drain() {
                     slow.recv().unwrap();
                 }
             });
-            let error = opened.handle.create(&named("s"), INSTANTLY, &mut observer).expect_err("it was cancelled");
+            let error = opened
+                .handle
+                .create(&named("s"), INSTANTLY, &mut observer)
+                .expect_err("it was cancelled");
             canceller.join().unwrap();
             error
         });
@@ -123,8 +130,10 @@ fn a_second_snapshot_of_the_same_guest_is_refused_at_once() {
     for binary in Binary::all() {
         let opened = Opened::start(&machine(binary, 2));
         // A driver's socket is the driver's.
-        let sockets = if by_driver() { &["control.sock"][..] } else { &["qmp.sock", "control.sock"] };
-        let others: Vec<_> = sockets.iter().map(|socket| another_handle(&opened.guest, socket)).collect();
+        let sockets =
+            if by_driver() { &["control.sock"][..] } else { &["qmp.sock", "control.sock"] };
+        let others: Vec<_> =
+            sockets.iter().map(|socket| another_handle(&opened.guest, socket)).collect();
         let beside = opened.guest.directory();
         let mut tried = 0;
         let mut observer = At(|phase| {
@@ -132,10 +141,15 @@ fn a_second_snapshot_of_the_same_guest_is_refused_at_once() {
                 return; // The guest is not taken yet.
             }
             let own = (&opened.handle, "another snapshot of this guest is being taken");
-            let others = others.iter().map(|handle| (handle, "another snapshot operation on the guest"));
+            let others =
+                others.iter().map(|handle| (handle, "another snapshot operation on the guest"));
             for (handle, busy) in others.chain([own]) {
                 for flags in [INSTANTLY, 0] {
-                    assert_error(handle.create(&named("second"), flags, &mut ()), Code::OperationInvalid, busy);
+                    assert_error(
+                        handle.create(&named("second"), flags, &mut ()),
+                        Code::OperationInvalid,
+                        busy,
+                    );
                     tried += 1;
                 }
             }

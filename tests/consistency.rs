@@ -1,4 +1,5 @@
-//! P1: memory, every disk and the serial line of a snapshot are of one moment, between call and return.
+//! P1: memory, every disk and the serial line of a snapshot are of one moment, between call and
+//! return.
 
 mod common;
 
@@ -11,10 +12,18 @@ fn rounds(short: u32, long: u32) -> u32 {
     if thorough() { long } else { short }
 }
 
-/// Takes snapshots one after the other, on one growing chain, of a guest that writes all the time; brings each back.
-fn snapshots_in_a_row(binary: &'static Binary, machine_type: MachineType, accel: Accel, disks: usize, rounds: u32) {
+/// Takes snapshots one after the other, on one growing chain, of a guest that writes all the time;
+/// brings each back.
+fn snapshots_in_a_row(
+    binary: &'static Binary,
+    machine_type: MachineType,
+    accel: Accel,
+    disks: usize,
+    rounds: u32,
+) {
     let attach = if disks > 1 { Attach::Blockdev } else { Attach::Drive };
-    let machine = machine(binary, disks).restless().machine_type(machine_type).accel(accel).attach(attach);
+    let machine =
+        machine(binary, disks).restless().machine_type(machine_type).accel(accel).attach(attach);
     let original = Opened::start(&machine);
     for round in 0..rounds {
         let before = original.guest.wait_ticks(1);
@@ -24,7 +33,8 @@ fn snapshots_in_a_row(binary: &'static Binary, machine_type: MachineType, accel:
         // The line of the instant's number can have been said before it, or be cut off.
         assert!(
             (before..=after + 2).contains(&first),
-            "round {round}: the clone goes on from {first}, the snapshot was taken between {before} and {after}"
+            "round {round}: the clone goes on from {first}, the snapshot was taken between \
+             {before} and {after}"
         );
         drop(clone);
     }
@@ -40,7 +50,10 @@ fn on_all_machines(binaries: impl Iterator<Item = &'static Binary>, accel: Accel
         // In the short run half of them: no two alike in either.
         let step = if thorough() { 1 } else { 3 };
         for (machine_type, disks) in MACHINES.into_iter().step_by(step) {
-            eprintln!("{} {machine_type:?} {accel:?}, {disks} disks: {rounds} snapshots", binary.name);
+            eprintln!(
+                "{} {machine_type:?} {accel:?}, {disks} disks: {rounds} snapshots",
+                binary.name
+            );
             snapshots_in_a_row(binary, machine_type, accel, disks, rounds);
         }
     }
@@ -53,7 +66,11 @@ fn every_snapshot_in_a_row_is_of_one_moment_under_tcg() {
 
 #[test]
 fn every_snapshot_in_a_row_is_of_one_moment_under_kvm() {
-    on_all_machines(Binary::all().iter().filter(|binary| kvm_works(binary)), Accel::Kvm, rounds(1, 5));
+    on_all_machines(
+        Binary::all().iter().filter(|binary| kvm_works(binary)),
+        Accel::Kvm,
+        rounds(1, 5),
+    );
 }
 
 /// The chain of images is as long as that.

@@ -1,5 +1,5 @@
-//! Deleting snapshots of a guest by its QMP socket: what it has written since stays, the snapshot's files go, and a deletion
-//! that was cut short is done again.
+//! Deleting snapshots of a guest by its QMP socket: what it has written since stays, the snapshot's
+//! files go, and a deletion that was cut short is done again.
 
 mod common;
 
@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 
 use common::virt::OpenedDomain;
 use common::{
-    ALL_SECTORS, At, INSTANTLY, Opened, OtherQemu, assert_error, assert_says, assert_untouched, files_below, machine,
-    named, through_proxy,
+    ALL_SECTORS, At, INSTANTLY, Opened, OtherQemu, assert_error, assert_says, assert_untouched,
+    files_below, machine, named, through_proxy,
 };
 use instantsnap::engine::{Phase, prepare_revert};
 use instantsnap::error::{Code, Error};
@@ -17,7 +17,9 @@ use instantsnap::flags::delete::{CHILDREN, CHILDREN_ONLY, METADATA_ONLY};
 use instantsnap::snapshot::nvram::content_id;
 use instantsnap::snapshot::{Record, RecordedNvram};
 use instantsnap_testkit::machine::make_image;
-use instantsnap_testkit::{Attach, Binary, DEADLINE, Daemon, Fault, Format, Guest, Machine, wait_for};
+use instantsnap_testkit::{
+    Attach, Binary, DEADLINE, Daemon, Fault, Format, Guest, Machine, wait_for,
+};
 use serde_json::json;
 
 /// Two disks, and two snapshots.
@@ -55,7 +57,10 @@ fn files_of(opened: &Opened, name: &str) -> Vec<PathBuf> {
 }
 
 fn status(guest: &Guest) -> String {
-    guest.control().execute("query-status", json!({})).unwrap()["status"].as_str().unwrap().to_owned()
+    guest.control().execute("query-status", json!({})).unwrap()["status"]
+        .as_str()
+        .unwrap()
+        .to_owned()
 }
 
 /// As if the guest had UEFI variables: their copy.
@@ -85,7 +90,12 @@ fn assert_clean(opened: &Opened, images: [&str; 2]) {
     assert_eq!(control.execute("query-jobs", json!({})).unwrap(), json!([]));
     let nodes = control.execute("query-named-block-nodes", json!({ "flat": true })).unwrap();
     let gone = |file: &str| file.starts_with('/') && !Path::new(file).exists();
-    let left: Vec<_> = nodes.as_array().unwrap().iter().filter(|node| gone(node["file"].as_str().unwrap())).collect();
+    let left: Vec<_> = nodes
+        .as_array()
+        .unwrap()
+        .iter()
+        .filter(|node| gone(node["file"].as_str().unwrap()))
+        .collect();
     assert!(left.is_empty(), "{left:?}");
 }
 
@@ -163,23 +173,35 @@ fn what_an_edited_record_names_is_not_removed() {
             std::fs::write(&file, record.to_xml()).unwrap();
             let error = opened.handle.delete("s2", 0).expect_err("this must fail");
             eprintln!("{error}");
-            assert!([Code::InvalidDomainSnapshot, Code::OperationFailed].contains(&error.code), "{error}");
+            assert!(
+                [Code::InvalidDomainSnapshot, Code::OperationFailed].contains(&error.code),
+                "{error}"
+            );
             assert_untouched(&opened, &before);
         }
         // Nor is it waited for.
         let pipe = opened.guest.directory().join("pipe");
-        rustix::fs::mknodat(rustix::fs::CWD, &pipe, rustix::fs::FileType::Fifo, 0o600.into(), 0).unwrap();
+        rustix::fs::mknodat(rustix::fs::CWD, &pipe, rustix::fs::FileType::Fifo, 0o600.into(), 0)
+            .unwrap();
         let mut on_pipe = Record { memory_file: path(&pipe), ..good.clone() };
         std::fs::write(&file, on_pipe.to_xml()).unwrap();
         assert_error(opened.handle.delete("s2", 0), Code::InvalidDomainSnapshot, "pipe");
-        assert_error(prepare_revert(&opened.state_dir(), "s2", None), Code::InvalidDomainSnapshot, "pipe");
+        assert_error(
+            prepare_revert(&opened.state_dir(), "s2", None),
+            Code::InvalidDomainSnapshot,
+            "pipe",
+        );
         assert_error(opened.handle.load("s2", 0), Code::InvalidDomainSnapshot, "pipe");
         on_pipe = good.clone();
         (on_pipe.disks[0].overlay, on_pipe.disks[0].image) = (path(&pipe), path(&pipe));
         std::fs::write(&file, on_pipe.to_xml()).unwrap();
         opened.handle.delete("s2", 0).expect_err("this must fail");
         let elsewhere = Some(opened.guest.directory());
-        assert_error(prepare_revert(&opened.state_dir(), "s2", elsewhere), Code::InvalidDomainSnapshot, "pipe");
+        assert_error(
+            prepare_revert(&opened.state_dir(), "s2", elsewhere),
+            Code::InvalidDomainSnapshot,
+            "pipe",
+        );
         std::fs::remove_file(&pipe).unwrap();
         assert_untouched(&opened, &before);
 
@@ -197,7 +219,9 @@ fn one_with_a_child_is_refused_and_untouched() {
     for binary in Binary::any() {
         let opened = twice(&machine(binary, 2));
         let before = opened.trace();
-        for flags in [0, CHILDREN, CHILDREN_ONLY, CHILDREN | METADATA_ONLY, CHILDREN_ONLY | METADATA_ONLY] {
+        for flags in
+            [0, CHILDREN, CHILDREN_ONLY, CHILDREN | METADATA_ONLY, CHILDREN_ONLY | METADATA_ONLY]
+        {
             assert_error(opened.handle.delete("s1", flags), Code::OperationUnsupported, "'s2'");
         }
         for (flags, part) in [(CHILDREN | CHILDREN_ONLY, "mutually exclusive"), (1 << 3, "0x8")] {
@@ -251,8 +275,8 @@ fn a_guest_that_is_busy_is_refused() {
     opened.bring_back("s2");
 }
 
-/// At each of these steps the deletion fails, once by QEMU's error, and once by the connection's end, as when the caller is
-/// killed. Then it is done again.
+/// At each of these steps the deletion fails, once by QEMU's error, and once by the connection's
+/// end, as when the caller is killed. Then it is done again.
 #[test]
 fn what_was_cut_short_is_done_again() {
     for binary in Binary::any() {
@@ -279,7 +303,11 @@ fn what_was_cut_short_is_done_again() {
             assert_eq!(error.code, Code::OperationFailed, "{what}: {error}");
             assert!(error.message.starts_with("cannot delete snapshot 's': "), "{what}: {error}");
             let again = error.message.contains("again when the cause is mended");
-            assert_eq!((again, error.message.contains("nothing was changed")), (spoilt, !spoilt), "{what}: {error}");
+            assert_eq!(
+                (again, error.message.contains("nothing was changed")),
+                (spoilt, !spoilt),
+                "{what}: {error}"
+            );
             opened.guest.wait_ticks(1);
             if spoilt {
                 let prepared = prepare_revert(&opened.state_dir(), "s", None).map(drop);
@@ -301,7 +329,8 @@ fn a_branch_that_the_guest_was_brought_back_from_goes_with_its_files_alone() {
     for binary in Binary::any() {
         let opened = twice(&machine(binary, 2));
         let (clone, _) = opened.bring_back("s1");
-        // While the original is on its overlays, they are not the clone's to remove; nor may images that it stands on change.
+        // While the original is on its overlays, they are not the clone's to remove; nor may images
+        // that it stands on change.
         assert_error(clone.handle.delete("s2", 0), Code::OperationInvalid, "is in use");
         assert_eq!(files_of(&opened, "s2").len(), 4);
         opened.guest.wait_ticks(2);
@@ -314,7 +343,8 @@ fn a_branch_that_the_guest_was_brought_back_from_goes_with_its_files_alone() {
         assert_eq!([clone.active_image("vd0"), clone.active_image("vd1")], fresh);
         opened.bring_back("s1");
 
-        // The one that it was brought back to: its memory goes, and the images below stay, on which the guest is.
+        // The one that it was brought back to: its memory goes, and the images below stay, on which
+        // the guest is.
         delete(&clone, "s1");
         assert_eq!(files_of(&opened, "s1"), Vec::<PathBuf>::new());
         assert_eq!([clone.active_image("vd0"), clone.active_image("vd1")], fresh);
@@ -332,7 +362,10 @@ fn images_that_a_clone_stands_on_are_not_merged_into() {
         let (clone, _) = opened.bring_back("s2");
         let before = opened.trace();
         let error = opened.handle.delete("s2", 0).expect_err("a clone is on it");
-        assert!(error.message.contains("nothing was changed") && error.message.contains("lock"), "{error}");
+        assert!(
+            error.message.contains("nothing was changed") && error.message.contains("lock"),
+            "{error}"
+        );
         assert_untouched(&opened, &before);
         clone.guest.wait_ticks(ALL_SECTORS);
         drop(clone);
@@ -360,8 +393,13 @@ fn what_stands_in_the_way_is_named_and_nothing_changes() {
     let before = opened.trace();
     opened.guest.control().execute("drive-backup", backup).unwrap();
     assert_error(opened.handle.delete("s2", 0), Code::OperationInvalid, "'backup'");
-    opened.guest.control().execute("block-job-cancel", json!({ "device": "backup", "force": true })).unwrap();
-    let dismissed = || opened.guest.control().execute("job-dismiss", json!({ "id": "backup" })).ok();
+    opened
+        .guest
+        .control()
+        .execute("block-job-cancel", json!({ "device": "backup", "force": true }))
+        .unwrap();
+    let dismissed =
+        || opened.guest.control().execute("job-dismiss", json!({ "id": "backup" })).ok();
     wait_for(DEADLINE, dismissed).expect("the end of the backup");
     std::fs::remove_file(&file).unwrap();
     assert_untouched(&opened, &before);
@@ -388,11 +426,19 @@ fn an_image_that_another_guest_stands_on_is_found_before_the_first_disk_is_merge
     for binary in Binary::any() {
         let opened = twice(&machine(binary, 2));
         let clone = opened.guest.directory().join("clone.qcow2");
-        make_image(&clone, Format::Qcow2, Some((Path::new(&opened.record("s2").disks[1].image), Format::Qcow2)));
+        make_image(
+            &clone,
+            Format::Qcow2,
+            Some((Path::new(&opened.record("s2").disks[1].image), Format::Qcow2)),
+        );
         let other = OtherQemu::open(&clone, false);
         let before = opened.trace();
         let error = opened.handle.delete("s2", 0).expect_err("another guest stands on it");
-        assert_says(&error, Code::OperationInvalid, &["disk-1.s1", "another QEMU", "nothing was changed"]);
+        assert_says(
+            &error,
+            Code::OperationInvalid,
+            &["disk-1.s1", "another QEMU", "nothing was changed"],
+        );
         assert_untouched(&opened, &before);
         drop(other);
         delete(&opened, "s2");
@@ -408,8 +454,11 @@ fn the_overlay_of_a_disk_that_the_guest_does_not_have_stays() {
     std::fs::write(&overlay, "written last").unwrap();
     let record = opened.state_dir().join("s2.xml");
     let xml = std::fs::read_to_string(&record).unwrap();
-    std::fs::write(&record, xml.replace("'vd1'", "'vd9'").replace("\"vd1\"", "\"vd9\"").replace("disk-1", "disk-9"))
-        .unwrap();
+    std::fs::write(
+        &record,
+        xml.replace("'vd1'", "'vd9'").replace("\"vd1\"", "\"vd9\"").replace("disk-1", "disk-9"),
+    )
+    .unwrap();
     let before = opened.trace();
     assert_error(opened.handle.delete("s2", 0), Code::OperationInvalid, overlay.to_str().unwrap());
     assert_untouched(&opened, &before);

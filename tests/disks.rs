@@ -1,4 +1,5 @@
-//! Which disks are in a snapshot, by which name, on which overlay, and that the overlay is as its image.
+//! Which disks are in a snapshot, by which name, on which overlay, and that the overlay is as its
+//! image.
 
 mod common;
 
@@ -8,8 +9,8 @@ use std::process::Command;
 
 use common::way::{by_driver, open_guest};
 use common::{
-    ALL_SECTORS, At, INSTANTLY, Loop, Opened, assert_error, assert_untouched, block_of, machine, named, run,
-    through_proxy, unwritten,
+    ALL_SECTORS, At, INSTANTLY, Loop, Opened, assert_error, assert_untouched, block_of, machine,
+    named, run, through_proxy, unwritten,
 };
 use instantsnap::engine::{Phase, prepare_revert};
 use instantsnap::error::{Code, Error};
@@ -39,7 +40,8 @@ fn disks(opened: &Opened, name: &str, disks: &str) -> Result<Vec<String>, Error>
 }
 
 fn hmp(guest: &Guest, line: &str) -> String {
-    let reply = guest.control().execute("human-monitor-command", json!({ "command-line": line })).unwrap();
+    let reply =
+        guest.control().execute("human-monitor-command", json!({ "command-line": line })).unwrap();
     reply.as_str().unwrap().to_owned()
 }
 
@@ -65,7 +67,10 @@ fn bring_back_in(opened: &Opened, name: &str, directory: &Path, disks: usize) ->
     assert_eq!(plan.disks.len(), disks);
     let images: Vec<_> = plan.disks.iter().map(|disk| (disk.file.clone(), Format::Qcow2)).collect();
     let guest = machine(opened_binary(opened), disks).for_revert(&images).start();
-    let clone = Opened { handle: open_guest(&guest, &guest.qmp(), None, &opened.state_dir()).unwrap(), guest };
+    let clone = Opened {
+        handle: open_guest(&guest, &guest.qmp(), None, &opened.state_dir()).unwrap(),
+        guest,
+    };
     clone.handle.load(name, 0).unwrap_or_else(|error| clone.guest.fail(&error.message));
     clone.guest.wait_ticks(5);
     clone
@@ -77,8 +82,12 @@ fn delete(opened: &Opened, name: &str) {
     let disks = opened.record(name).disks;
     opened.handle.delete(name, 0).unwrap_or_else(|error| panic!("delete {name}: {error}"));
     let blocks = opened.guest.control().execute("query-block", json!({})).unwrap();
-    let active: Vec<_> =
-        blocks.as_array().unwrap().iter().filter_map(|block| block["inserted"]["file"].as_str()).collect();
+    let active: Vec<_> = blocks
+        .as_array()
+        .unwrap()
+        .iter()
+        .filter_map(|block| block["inserted"]["file"].as_str())
+        .collect();
     for disk in disks {
         let image = Path::new(&disk.image).file_name().unwrap().to_str().unwrap();
         assert!(active.iter().any(|file| file.contains(image)), "{image} is not in {active:?}");
@@ -103,7 +112,12 @@ fn a_disk_goes_by_device_id_drive_or_node_and_path() {
             let path = opened.guest.disks()[1].file.display().to_string();
             for (n, name) in ["vd1", &backend, &path].iter().enumerate() {
                 // Each name leaves the second disk out, so that it stays on its image.
-                let left = disks(&opened, &format!("s{n}"), &format!("<disk name='{name}' snapshot='no'/>")).unwrap();
+                let left = disks(
+                    &opened,
+                    &format!("s{n}"),
+                    &format!("<disk name='{name}' snapshot='no'/>"),
+                )
+                .unwrap();
                 assert_eq!(left, ["vd0"], "{name}");
                 assert_eq!(opened.active_image("vd1"), path);
             }
@@ -113,7 +127,11 @@ fn a_disk_goes_by_device_id_drive_or_node_and_path() {
             assert_eq!(opened.active_image("vd1"), overlay.display().to_string());
             // It goes by the path that it has now.
             let before = opened.trace();
-            assert_error(disks(&opened, "y", &format!("<disk name='{path}'/>")), Code::ConfigUnsupported, &path);
+            assert_error(
+                disks(&opened, "y", &format!("<disk name='{path}'/>")),
+                Code::ConfigUnsupported,
+                &path,
+            );
             assert_untouched(&opened, &before);
             opened.guest.wait_ticks(2);
         }
@@ -143,7 +161,12 @@ fn nameless(binary: &'static Binary, directory: &Path, drivers: &[&str]) -> Mach
             "file" => with(machine, &["-blockdev", &protocol.replace("proto", "node")]),
             driver => with(
                 machine,
-                &["-blockdev", &protocol, "-blockdev", &format!("driver={driver},node-name=node{n},file=proto{n}")],
+                &[
+                    "-blockdev",
+                    &protocol,
+                    "-blockdev",
+                    &format!("driver={driver},node-name=node{n},file=proto{n}"),
+                ],
             ),
         };
         machine = with(machine, &["-device", &format!("virtio-blk-pci,drive=node{n}")]);
@@ -164,7 +187,10 @@ fn a_disk_known_by_its_node_only_keeps_its_name_over_snapshots() {
         }
         delete(&opened, "c");
         // By which it can be asked for.
-        assert_eq!(disks(&opened, "d", "<disk name='node1' snapshot='no'/>").unwrap(), ["node0", "node2"]);
+        assert_eq!(
+            disks(&opened, "d", "<disk name='node1' snapshot='no'/>").unwrap(),
+            ["node0", "node2"]
+        );
         opened.guest.wait_ticks(2);
     }
 }
@@ -209,7 +235,10 @@ fn what_cannot_change_or_is_not_there_is_left_out() {
                 "-device",
                 "ide-cd,id=empty,bus=ide.0",
                 "-drive",
-                &format!("if=none,id=medium,media=cdrom,format=raw,readonly=on,file={}", image("cd")),
+                &format!(
+                    "if=none,id=medium,media=cdrom,format=raw,readonly=on,file={}",
+                    image("cd")
+                ),
                 "-device",
                 "ide-cd,id=full,drive=medium,bus=ide.1",
             ],
@@ -217,7 +246,10 @@ fn what_cannot_change_or_is_not_there_is_left_out() {
         let opened = Opened::start(&machine);
         assert_eq!(disks(&opened, "s", "").unwrap(), ["vd0"]);
         // To say so is fine.
-        assert_eq!(disks(&opened, "t", "<disk name='fixed' snapshot='no'/><disk name='full'/>").unwrap(), ["vd0"]);
+        assert_eq!(
+            disks(&opened, "t", "<disk name='fixed' snapshot='no'/><disk name='full'/>").unwrap(),
+            ["vd0"]
+        );
         let empty = "<disk name='empty' snapshot='no'/>";
         assert_eq!(disks(&opened, "v", empty).unwrap(), ["vd0"]);
         let before = opened.trace();
@@ -256,7 +288,10 @@ fn domain_disk(target: &str, attributes: &str, content: &str) -> String {
 }
 
 fn domain(disks: &[String]) -> String {
-    format!("<domain type='qemu'>\n  <name>dom</name>\n  <devices>\n{}  </devices>\n</domain>\n", disks.concat())
+    format!(
+        "<domain type='qemu'>\n  <name>dom</name>\n  <devices>\n{}  </devices>\n</domain>\n",
+        disks.concat()
+    )
 }
 
 #[test]
@@ -268,7 +303,11 @@ fn a_disk_goes_by_the_target_of_the_domain_xml() {
             let source = |n: usize| format!("<source file='{}'/>", guest.disks()[n].file.display());
             let xml = domain(&[
                 // By its alias, which is the device's id, whatever source there is.
-                domain_disk("vdc", "", &format!("<source file='/nowhere'/><alias name='{}'/>", "vd0")),
+                domain_disk(
+                    "vdc",
+                    "",
+                    &format!("<source file='/nowhere'/><alias name='{}'/>", "vd0"),
+                ),
                 // By its source, at first the image itself, then one below the overlay.
                 domain_disk("vdb", "", &source(1)),
                 // By a target that is the device's id.
@@ -281,9 +320,15 @@ fn a_disk_goes_by_the_target_of_the_domain_xml() {
                 let names: Vec<_> = record.disks.iter().map(|disk| disk.name.as_str()).collect();
                 assert_eq!(names, ["vdc", "vdb", "vd2"], "{name}");
             }
-            assert_eq!(disks(&opened, "v", "<disk name='vdc' snapshot='no'/>").unwrap(), ["vdb", "vd2"]);
+            assert_eq!(
+                disks(&opened, "v", "<disk name='vdc' snapshot='no'/>").unwrap(),
+                ["vdb", "vd2"]
+            );
             // The other names are good still.
-            assert_eq!(disks(&opened, "w", "<disk name='vd0' snapshot='no'/>").unwrap(), ["vdb", "vd2"]);
+            assert_eq!(
+                disks(&opened, "w", "<disk name='vd0' snapshot='no'/>").unwrap(),
+                ["vdb", "vd2"]
+            );
             opened.guest.wait_ticks(2);
         }
     }
@@ -295,13 +340,20 @@ fn the_wishes_of_the_domain_xml_hold_until_the_request_says_otherwise() {
     let guest = machine(binary, 2).start();
     guest.wait_ticks(2);
     let disk = |n: usize, target: &str, attributes: &str| {
-        domain_disk(target, attributes, &format!("<source file='{}'/>", guest.disks()[n].file.display()))
+        domain_disk(
+            target,
+            attributes,
+            &format!("<source file='{}'/>", guest.disks()[n].file.display()),
+        )
     };
     let without = domain(&[disk(0, "vda", ""), disk(1, "vdb", " snapshot='no'")]);
     let unsupported = domain(&[disk(0, "vda", ""), disk(1, "vdb", " snapshot='manual'")]);
     let mut opened = Opened::with_domain(guest, &without);
     assert_eq!(disks(&opened, "s", "").unwrap(), ["vda"]);
-    assert_eq!(disks(&opened, "t", "<disk name='vdb' snapshot='external'/>").unwrap(), ["vda", "vdb"]);
+    assert_eq!(
+        disks(&opened, "t", "<disk name='vdb' snapshot='external'/>").unwrap(),
+        ["vda", "vdb"]
+    );
     opened = Opened::with_domain(opened.guest, &unsupported);
     let before = opened.trace();
     assert_error(disks(&opened, "u", ""), Code::OperationUnsupported, "snapshot='manual'");
@@ -336,8 +388,14 @@ fn the_domain_xml_is_kept_to_the_letter_but_for_the_sources_that_changed() {
         assert_eq!(s.domain_xml, xml);
         opened.snapshot("t").unwrap();
         let expected = xml
-            .replace(&format!("file=\"{}\"", s.disks[0].image), &format!("file='{}'", s.disks[0].overlay))
-            .replace(&format!("file='{}'", s.disks[1].image), &format!("file='{}'", s.disks[1].overlay))
+            .replace(
+                &format!("file=\"{}\"", s.disks[0].image),
+                &format!("file='{}'", s.disks[0].overlay),
+            )
+            .replace(
+                &format!("file='{}'", s.disks[1].image),
+                &format!("file='{}'", s.disks[1].overlay),
+            )
             .replace("type=\"file\"", "type='file'")
             .replace("type=\"raw\"", "type='qcow2'")
             .replace("<backingStore/>", "")
@@ -381,25 +439,33 @@ fn overlays_that_would_be_one_file_or_exist_are_refused() {
     let (first, second) = (directory.path().join("a.img"), directory.path().join("a.qcow2"));
     make_image(&first, Format::Raw, None);
     make_image(&second, Format::Qcow2, None);
-    let opened = Opened::start(&Machine::new(binary).disk_on(&first, Format::Raw).disk_on(&second, Format::Qcow2));
+    let opened = Opened::start(
+        &Machine::new(binary).disk_on(&first, Format::Raw).disk_on(&second, Format::Qcow2),
+    );
     let before = opened.trace();
     for part in ["'vd0'", "'vd1'", "a.s", "give each its own"] {
         assert_error(disks(&opened, "s", ""), Code::ConfigUnsupported, part);
     }
     let same = directory.path().join("same").display().to_string();
-    let both =
-        format!("<disk name='vd0'><source file='{same}'/></disk><disk name='vd1'><source file='{same}'/></disk>");
+    let both = format!(
+        "<disk name='vd0'><source file='{same}'/></disk><disk name='vd1'><source \
+         file='{same}'/></disk>"
+    );
     assert_error(disks(&opened, "s", &both), Code::ConfigUnsupported, "give each its own");
     // One file by two paths: the second finds what the first has made.
-    let detour = format!("{}/../{}/same", directory.path().display(), directory.path().file_name().unwrap().display());
+    let detour = format!(
+        "{}/../{}/same",
+        directory.path().display(),
+        directory.path().file_name().unwrap().display()
+    );
     let both = both.replacen(&same, &detour, 1);
     assert_error(disks(&opened, "s", &both), Code::ConfigUnsupported, "already exists");
     // The image of another disk, and the memory image.
     let onto = format!("<disk name='vd0'><source file='{}'/></disk>", second.display());
     assert_error(disks(&opened, "s", &onto), Code::ConfigUnsupported, "already exists");
     let memory = format!(
-        "<domainsnapshot><memory file='{same}'/><disks><disk name='vd1'><source file='{same}'/></disk></disks>\
-         </domainsnapshot>"
+        "<domainsnapshot><memory file='{same}'/><disks><disk name='vd1'><source \
+         file='{same}'/></disk></disks></domainsnapshot>"
     );
     assert_error(opened.create(&memory, INSTANTLY), Code::ConfigUnsupported, "memory");
     assert_error(
@@ -455,17 +521,25 @@ fn a_block_device_gets_an_overlay_where_one_is_named_and_can_be_brought_back() {
         let Some(device) = Loop::on(&file) else { return };
         for driver in ["raw", "host_device"] {
             let drive = match driver {
-                "raw" => format!("driver=raw,node-name=blk0,file.driver=host_device,file.filename={}", device.0),
+                "raw" => format!(
+                    "driver=raw,node-name=blk0,file.driver=host_device,file.filename={}",
+                    device.0
+                ),
                 _ => format!("driver=host_device,node-name=blk0,filename={}", device.0),
             };
-            let machine =
-                with(Machine::new(binary), &["-blockdev", &drive, "-device", "virtio-blk-pci,id=vd0,drive=blk0"]);
+            let machine = with(
+                Machine::new(binary),
+                &["-blockdev", &drive, "-device", "virtio-blk-pci,id=vd0,drive=blk0"],
+            );
             let opened = Opened::start(&machine);
             let before = opened.trace();
             assert_error(opened.snapshot("s"), Code::ConfigUnsupported, "<source file='...'/>");
             assert_untouched(&opened, &before);
             let overlay = directory.path().join(format!("overlay-{driver}"));
-            let xml = request("s", &format!("<disk name='vd0'><source file='{}'/></disk>", overlay.display()));
+            let xml = request(
+                "s",
+                &format!("<disk name='vd0'><source file='{}'/></disk>", overlay.display()),
+            );
             opened.create(&xml, INSTANTLY).unwrap();
             let disk = &opened.record("s").disks[0];
             assert_eq!((&disk.image, disk.format.as_str()), (&device.0, "raw"), "{driver}");
@@ -473,7 +547,11 @@ fn a_block_device_gets_an_overlay_where_one_is_named_and_can_be_brought_back() {
             // The device's own mode is not for everybody to read.
             let mode = Path::new(&device.0).metadata().unwrap().mode() & 0o666;
             assert_eq!(overlay.metadata().unwrap().mode() & 0o7777, mode);
-            assert_error(prepare_revert(&opened.state_dir(), "s", None), Code::ConfigUnsupported, "directory");
+            assert_error(
+                prepare_revert(&opened.state_dir(), "s", None),
+                Code::ConfigUnsupported,
+                "directory",
+            );
             opened.guest.wait_ticks(2);
             bring_back_in(&opened, "s", directory.path(), 1);
             delete(&opened, "s");
@@ -498,18 +576,26 @@ fn the_pause_does_not_ask_for_sizes_that_devices_tell_and_asks_once_for_others()
         let Some(device) = Loop::on(Path::new(&path("backing"))) else { return };
         // A format whose header is not read.
         run("qemu-img", &["create", "-q", "-f", "qed", &path("qed"), "16M"]);
-        let device = format!("driver=raw,node-name=blk0,file.driver=host_device,file.filename={}", device.0);
-        let other = format!("driver=qed,node-name=blk0,file.driver=file,file.filename={}", path("qed"));
+        let device =
+            format!("driver=raw,node-name=blk0,file.driver=host_device,file.filename={}", device.0);
+        let other =
+            format!("driver=qed,node-name=blk0,file.driver=file,file.filename={}", path("qed"));
         for (drive, questions) in [(device, 0), (other, 1)] {
-            let machine =
-                with(Machine::new(binary), &["-blockdev", &drive, "-device", "virtio-blk-pci,id=vd0,drive=blk0"]);
+            let machine = with(
+                Machine::new(binary),
+                &["-blockdev", &drive, "-device", "virtio-blk-pci,id=vd0,drive=blk0"],
+            );
             let (opened, proxy) = through_proxy(&machine);
             let overlay = path(&format!("overlay-{questions}"));
             let xml = request("s", &format!("<disk name='vd0'><source file='{overlay}'/></disk>"));
             opened.create(&xml, INSTANTLY).unwrap();
             let (before, after) = commands_in_the_pause(&proxy);
             assert!(!before.contains(&"query-block".into()), "{before:?}");
-            assert_eq!(after.iter().filter(|command| *command == "query-block").count(), questions, "{after:?}");
+            assert_eq!(
+                after.iter().filter(|command| *command == "query-block").count(),
+                questions,
+                "{after:?}"
+            );
             delete(&opened, "s");
             if questions > 0 {
                 // Sizes that are asked for before the pause can still change until the switch.
@@ -523,7 +609,10 @@ fn the_pause_does_not_ask_for_sizes_that_devices_tell_and_asks_once_for_others()
                     snapshot.join().unwrap()
                 });
                 assert_error(error, Code::OperationFailed, "resized disk 'vd0'");
-                assert_eq!(block_of(&opened.guest, "vd0")["inserted"]["image"]["virtual-size"], 24 << 20);
+                assert_eq!(
+                    block_of(&opened.guest, "vd0")["inserted"]["image"]["virtual-size"],
+                    24 << 20
+                );
                 assert_eq!(opened.active_image("vd0"), path("qed"));
                 opened.guest.wait_ticks(3);
             }
@@ -531,7 +620,8 @@ fn the_pause_does_not_ask_for_sizes_that_devices_tell_and_asks_once_for_others()
     }
 }
 
-/// Cancels a snapshot while its memory is saved, the guest having written on, and asserts that nothing is left of it.
+/// Cancels a snapshot while its memory is saved, the guest having written on, and asserts that
+/// nothing is left of it.
 #[track_caller]
 fn assert_cancelled_without_a_trace(opened: &Opened, xml: &str, flags: u32) {
     let mut cancel = At(|phase| {
@@ -550,7 +640,9 @@ fn an_empty_file_made_beforehand_is_taken_and_is_empty_again_when_the_snapshot_i
         let empty = directory.path().join("empty");
         std::fs::write(&empty, "").unwrap();
         let opened = Opened::start(&machine(binary, 1));
-        let xml = |name: &str| request(name, &format!("<disk name='vd0'><source file='{}'/></disk>", empty.display()));
+        let xml = |name: &str| {
+            request(name, &format!("<disk name='vd0'><source file='{}'/></disk>", empty.display()))
+        };
         assert_cancelled_without_a_trace(&opened, &xml("cancelled"), INSTANTLY);
         assert_eq!(std::fs::read(&empty).unwrap(), b"");
         opened.create(&xml("s"), INSTANTLY).unwrap();
@@ -580,20 +672,35 @@ fn a_block_device_can_be_an_overlay_and_stays_in_place() {
         let opened = Opened::start(&machine(binary, 1));
         let image = opened.guest.disks()[0].file.clone();
         let (image, format) = (image.to_str().unwrap(), opened.guest.disks()[0].format.name());
-        let xml =
-            |name: &str| request(name, &format!("<disk name='vd0' type='block'><source dev='{}'/></disk>", device.0));
+        let xml = |name: &str| {
+            request(
+                name,
+                &format!("<disk name='vd0' type='block'><source dev='{}'/></disk>", device.0),
+            )
+        };
         let make = || {
-            run("qemu-img", &["create", "-q", "-u", "-f", "qcow2", "-F", format, "-b", image, &device.0, "16M"]);
+            run(
+                "qemu-img",
+                &["create", "-q", "-u", "-f", "qcow2", "-F", format, "-b", image, &device.0, "16M"],
+            );
         };
         for flags in [INSTANTLY, INSTANTLY | REUSE_EXT] {
             if flags & REUSE_EXT != 0 {
                 // What was merged is no overlay any more.
-                assert_error(opened.create(&xml("s"), flags), Code::ConfigUnsupported, "is no qcow2 image");
+                assert_error(
+                    opened.create(&xml("s"), flags),
+                    Code::ConfigUnsupported,
+                    "is no qcow2 image",
+                );
                 make();
             }
             assert_cancelled_without_a_trace(&opened, &xml("cancelled"), flags);
             if flags & REUSE_EXT != 0 {
-                assert_error(opened.create(&xml("s"), flags), Code::ConfigUnsupported, "has content already");
+                assert_error(
+                    opened.create(&xml("s"), flags),
+                    Code::ConfigUnsupported,
+                    "has content already",
+                );
                 make();
             }
             opened.create(&xml("s"), flags).unwrap();
@@ -601,16 +708,24 @@ fn a_block_device_can_be_an_overlay_and_stays_in_place() {
             assert_eq!(record.disks[0].overlay, device.0);
             let said = record.to_xml();
             assert!(
-                said.contains(&format!("<source dev=\"{}\"", device.0)) && said.contains("type=\"block\""),
+                said.contains(&format!("<source dev=\"{}\"", device.0))
+                    && said.contains("type=\"block\""),
                 "{said}"
             );
             opened.guest.wait_ticks(3);
             opened.bring_back("s");
             // The snapshot after it is on it.
             let onto = directory.path().join(format!("t-{flags:x}"));
-            let next = request("t", &format!("<disk name='vd0'><source file='{}'/></disk>", onto.display()));
+            let next = request(
+                "t",
+                &format!("<disk name='vd0'><source file='{}'/></disk>", onto.display()),
+            );
             opened.create(&next, INSTANTLY).unwrap();
-            assert_error(opened.create(&xml("u"), flags), Code::ConfigUnsupported, "is an image of disk 'vd0'");
+            assert_error(
+                opened.create(&xml("u"), flags),
+                Code::ConfigUnsupported,
+                "is an image of disk 'vd0'",
+            );
             bring_back_in(&opened, "t", directory.path(), 1);
             delete(&opened, "t");
             opened.handle.delete("s", 0).unwrap();
@@ -629,9 +744,12 @@ fn three_disks_switch_in_one_transaction() {
         let commands = proxy.commands();
         let at = |name: &str| commands.iter().position(|command| command == name).unwrap();
         assert_eq!(commands.iter().filter(|command| *command == "transaction").count(), 1);
-        assert!(!commands.iter().any(|command| command.starts_with("blockdev-snapshot")), "{commands:?}");
-        // In the pause there is nothing that could be before or after: other clients are let in last, and the guest must not
-        // have been reset by then.
+        assert!(
+            !commands.iter().any(|command| command.starts_with("blockdev-snapshot")),
+            "{commands:?}"
+        );
+        // In the pause there is nothing that could be before or after: other clients are let in
+        // last, and the guest must not have been reset by then.
         let pause = &commands[at("stop")..at("migrate")];
         assert!(
             pause == ["stop", "transaction"]
@@ -677,8 +795,10 @@ fn a_disk_without_host_cache_stays_without() {
             eprintln!("skipped: no O_DIRECT in {}", directory.path().display());
             return;
         }
-        let drive =
-            format!("if=none,id=d,file={},format=qcow2,cache=none,aio=native,detect-zeroes=on", image.display());
+        let drive = format!(
+            "if=none,id=d,file={},format=qcow2,cache=none,aio=native,detect-zeroes=on",
+            image.display()
+        );
         let args = ["-drive", &drive, "-device", "virtio-blk-pci,id=vd0,drive=d"];
         let opened = Opened::start(&with(Machine::new(binary), &args));
         let options = |opened: &Opened| {
@@ -768,9 +888,20 @@ fn after_a_failed_snapshot_bitmaps_are_as_before_and_cover_what_was_written_mean
         std::fs::remove_dir(&in_the_way).unwrap();
         assert_untouched(&opened, &trace);
         let after = bitmaps(&opened.guest, "vd0");
-        let expected =
-            [("kept", 131_072, true, 2 * 131_072), ("off", 65_536, false, 0), ("transient", 65_536, true, 131_072)];
-        assert_eq!(after, expected.map(|(name, granularity, on, count)| (name.to_owned(), granularity, on, count)));
+        let expected = [
+            ("kept", 131_072, true, 2 * 131_072),
+            ("off", 65_536, false, 0),
+            ("transient", 65_536, true, 131_072),
+        ];
+        assert_eq!(
+            after,
+            expected.map(|(name, granularity, on, count)| (
+                name.to_owned(),
+                granularity,
+                on,
+                count
+            ))
+        );
         // What was written is in the image, which is active again.
         let image = opened.guest.disks()[0].file.display().to_string();
         let read = run("qemu-io", &["-r", "-U", "-f", "qcow2", "-c", "read -P 3 8M 64k", &image]);
@@ -783,7 +914,8 @@ fn after_a_failed_snapshot_bitmaps_are_as_before_and_cover_what_was_written_mean
 #[test]
 fn a_disk_with_an_iothread_is_as_any_other() {
     for binary in Binary::any() {
-        let machine = machine(binary, 2).arg("-object").arg("iothread,id=io0").device_options("iothread=io0");
+        let machine =
+            machine(binary, 2).arg("-object").arg("iothread,id=io0").device_options("iothread=io0");
         let opened = Opened::start(&machine);
         opened.snapshot("s").unwrap();
         opened.snapshot("t").unwrap();
@@ -795,7 +927,10 @@ fn a_disk_with_an_iothread_is_as_any_other() {
                 std::fs::create_dir(&in_the_way).unwrap();
             }
         });
-        opened.handle.create(&named("late"), INSTANTLY, &mut observer).expect_err("its record cannot be written");
+        opened
+            .handle
+            .create(&named("late"), INSTANTLY, &mut observer)
+            .expect_err("its record cannot be written");
         std::fs::remove_dir(&in_the_way).unwrap();
         assert_untouched(&opened, &before);
         opened.guest.wait_ticks(3);
@@ -817,7 +952,10 @@ fn a_filter_on_top_is_refused_and_throttling_of_the_drive_is_not() {
                 "-object",
                 "throttle-group,id=group,x-iops-total=100000",
                 "-blockdev",
-                &format!("driver=raw,node-name=base,file.driver=file,file.filename={}", image.display()),
+                &format!(
+                    "driver=raw,node-name=base,file.driver=file,file.filename={}",
+                    image.display()
+                ),
                 "-blockdev",
                 "driver=throttle,node-name=top,throttle-group=group,file=base",
                 "-device",
@@ -830,7 +968,10 @@ fn a_filter_on_top_is_refused_and_throttling_of_the_drive_is_not() {
         assert_untouched(&opened, &before);
         drop(opened);
 
-        let drive = format!("if=none,id=d,file={},format=raw,throttling.iops-total=100000", image.display());
+        let drive = format!(
+            "if=none,id=d,file={},format=raw,throttling.iops-total=100000",
+            image.display()
+        );
         let device = ["-drive", &drive, "-device", "virtio-blk-pci,id=vd0,drive=d"];
         let opened = Opened::start(&with(Machine::new(binary), &device));
         opened.snapshot("s").unwrap();
@@ -842,7 +983,9 @@ fn a_filter_on_top_is_refused_and_throttling_of_the_drive_is_not() {
 fn an_encrypted_image_is_refused() {
     for binary in Binary::any() {
         let directory = tempfile::tempdir().unwrap();
-        for (format, option) in [("luks", "key-secret=k"), ("qcow2", "encrypt.format=luks,encrypt.key-secret=k")] {
+        for (format, option) in
+            [("luks", "key-secret=k"), ("qcow2", "encrypt.format=luks,encrypt.key-secret=k")]
+        {
             let image = directory.path().join(format);
             let image = image.to_str().unwrap();
             let secret = "secret,id=k,data=secret";
@@ -851,17 +994,20 @@ fn an_encrypted_image_is_refused() {
                 _ => ("encrypt.iter-time=10", "encrypt.format=luks,encrypt.key-secret=k"),
             };
             let options = format!("{option},{iterations}");
-            let create = ["create", "-q", "--object", secret, "-f", format, "-o", &options, image, "16M"];
+            let create =
+                ["create", "-q", "--object", secret, "-f", format, "-o", &options, image, "16M"];
             // It measures how fast it is, and gives up where that cannot be told on a busy machine.
             let created = wait_for(instantsnap_testkit::DEADLINE, || {
                 let output = Command::new("qemu-img").args(create).output().unwrap();
-                (output.status.success() || !String::from_utf8_lossy(&output.stderr).contains("CPU usage"))
-                    .then_some(output)
+                (output.status.success()
+                    || !String::from_utf8_lossy(&output.stderr).contains("CPU usage"))
+                .then_some(output)
             });
             let created = created.expect("qemu-img cannot tell how fast it is");
             assert!(created.status.success(), "{}", String::from_utf8_lossy(&created.stderr));
             let drive = format!("if=none,id=d,file={image},format={format},{key}");
-            let args = ["-object", secret, "-drive", &drive, "-device", "virtio-blk-pci,id=vd0,drive=d"];
+            let args =
+                ["-object", secret, "-drive", &drive, "-device", "virtio-blk-pci,id=vd0,drive=d"];
             let opened = Opened::start(&with(Machine::new(binary), &args));
             let before = opened.trace();
             assert_error(opened.snapshot("s"), Code::ConfigUnsupported, "encrypted");
@@ -881,7 +1027,8 @@ fn a_relative_path_is_relative_to_where_qemu_was_started() {
         // QEMU started elsewhere than we are.
         let script = directory.path().join("qemu");
         let path = binary.path.display();
-        let text = format!("#!/bin/sh\ncd '{}' && exec '{path}' \"$@\"\n", directory.path().display());
+        let text =
+            format!("#!/bin/sh\ncd '{}' && exec '{path}' \"$@\"\n", directory.path().display());
         std::fs::write(&script, text).unwrap();
         std::fs::set_permissions(&script, PermissionsExt::from_mode(0o755)).unwrap();
         let elsewhere: &'static Binary = Box::leak(Box::new(Binary {
@@ -891,8 +1038,12 @@ fn a_relative_path_is_relative_to_where_qemu_was_started() {
             firmware: binary.firmware.clone(),
             modules: binary.modules.clone(),
         }));
-        let drive =
-            ["-drive", "if=none,id=d,file=images/disk.raw,format=raw", "-device", "virtio-blk-pci,id=vd0,drive=d"];
+        let drive = [
+            "-drive",
+            "if=none,id=d,file=images/disk.raw,format=raw",
+            "-device",
+            "virtio-blk-pci,id=vd0,drive=d",
+        ];
         let opened = Opened::start(&with(Machine::new(elsewhere), &drive));
         opened.snapshot("s").unwrap();
         let image = directory.path().canonicalize().unwrap().join("images/disk.raw");
@@ -901,7 +1052,12 @@ fn a_relative_path_is_relative_to_where_qemu_was_started() {
         assert_eq!(Path::new(&disk.overlay), image.with_file_name("disk.s"));
         assert_eq!(chain(&disk.overlay).len(), 2);
         // By its absolute path too.
-        assert_eq!(disks(&opened, "t", &format!("<disk name='{}' snapshot='no'/>", disk.overlay)).unwrap().len(), 0);
+        assert_eq!(
+            disks(&opened, "t", &format!("<disk name='{}' snapshot='no'/>", disk.overlay))
+                .unwrap()
+                .len(),
+            0
+        );
         opened.guest.wait_ticks(2);
         bring_back_in(&opened, "s", directory.path(), 1);
         delete(&opened, "s");
@@ -946,15 +1102,25 @@ fn an_image_by_any_other_name_is_as_any_other() {
         let machine = (0..2).fold(Machine::new(binary), |machine, n| {
             let file = plan.disks[n].file.display().to_string().replace(',', ",,");
             let drive = format!("if=none,id=d{n},format=qcow2,file={file}");
-            with(machine, &["-drive", &drive, "-device", &format!("virtio-blk-pci,id=vd{n},drive=d{n}")])
+            with(
+                machine,
+                &["-drive", &drive, "-device", &format!("virtio-blk-pci,id=vd{n},drive=d{n}")],
+            )
         });
         let guest = machine.incoming().start();
-        let clone = Opened { handle: open_guest(&guest, &guest.qmp(), None, &opened.state_dir()).unwrap(), guest };
+        let clone = Opened {
+            handle: open_guest(&guest, &guest.qmp(), None, &opened.state_dir()).unwrap(),
+            guest,
+        };
         clone.handle.load("s", 0).unwrap_or_else(|error| clone.guest.fail(&error.message));
         clone.guest.wait_ticks(5);
         // Beside the images too.
         let plan = prepare_revert(&opened.state_dir(), "s", None).unwrap();
-        assert!(plan.disks.iter().all(|disk| disk.file.parent() == Some(&strange.canonicalize().unwrap())));
+        assert!(
+            plan.disks
+                .iter()
+                .all(|disk| disk.file.parent() == Some(&strange.canonicalize().unwrap()))
+        );
         delete(&opened, "t");
     }
 }
@@ -969,14 +1135,20 @@ fn an_image_whose_name_xml_cannot_hold_is_refused() {
     assert_error(opened.snapshot("s"), Code::XmlError, "control characters");
     let overlay = directory.path().join("overlay").display().to_string();
     let disk = format!("<disk name='vd0'><source file='{overlay}'/></disk>");
-    assert_error(opened.create(&request("s", &disk), INSTANTLY), Code::XmlError, "control characters");
+    assert_error(
+        opened.create(&request("s", &disk), INSTANTLY),
+        Code::XmlError,
+        "control characters",
+    );
     assert_untouched(&opened, &before);
 }
 
 /// Refused before anything is made.
 #[track_caller]
 fn refused_in_the_plan(opened: &Opened, xml: &str, code: Code, parts: &[&str]) {
-    let mut early = At(|phase| assert!([Phase::Validate, Phase::Plan].contains(&phase), "{phase:?} is too late"));
+    let mut early = At(|phase| {
+        assert!([Phase::Validate, Phase::Plan].contains(&phase), "{phase:?} is too late")
+    });
     opened.assert_fails_observed(xml, INSTANTLY, &mut early, code, parts);
 }
 
@@ -987,13 +1159,17 @@ fn an_image_that_qemu_alone_knows_is_refused_before_anything_is_touched() {
         let path = |name: &str| directory.path().join(name);
         let named = |disk: &str| {
             let overlay = path("overlay");
-            request("s", &format!("<disk name='{disk}'><source file='{}'/></disk>", overlay.display()))
+            request(
+                "s",
+                &format!("<disk name='{disk}'><source file='{}'/></disk>", overlay.display()),
+            )
         };
         make_image(&path("below.raw"), Format::Raw, None);
         make_image(&path("above.qcow2"), Format::Qcow2, Some((&path("below.raw"), Format::Raw)));
         make_image(&path("temporary.qcow2"), Format::Qcow2, None);
-        let drive =
-            |name: &str, more: &str| format!("if=none,id=d-{name},format=qcow2,file={}{more}", path(name).display());
+        let drive = |name: &str, more: &str| {
+            format!("if=none,id=d-{name},format=qcow2,file={}{more}", path(name).display())
+        };
         let args = [
             "-drive",
             &drive("above.qcow2", ""),
@@ -1008,24 +1184,46 @@ fn an_image_that_qemu_alone_knows_is_refused_before_anything_is_touched() {
         let gone = "is not there any more under this name";
         let only = |disk: &str| {
             let others = ["vd0", "vd1", "vd2"].into_iter().filter(|other| *other != disk);
-            let others: String = others.map(|other| format!("<disk name='{other}' snapshot='no'/>")).collect();
+            let others: String =
+                others.map(|other| format!("<disk name='{other}' snapshot='no'/>")).collect();
             named(disk).replace("</disks>", &format!("{others}</disks>"))
         };
-        refused_in_the_plan(&opened, &only("vd2"), Code::ConfigUnsupported, &["'vd2'", gone, "never be brought back"]);
-        // One that is removed, and one that is replaced, under the running guest; and so below others.
+        refused_in_the_plan(
+            &opened,
+            &only("vd2"),
+            Code::ConfigUnsupported,
+            &["'vd2'", gone, "never be brought back"],
+        );
+        // One that is removed, and one that is replaced, under the running guest; and so below
+        // others.
         let image = opened.guest.disks()[0].file.clone();
         let aside = path("aside");
-        for (disk, image) in [("vd0", &image), ("vd1", &path("above.qcow2")), ("vd1", &path("below.raw"))] {
+        for (disk, image) in
+            [("vd0", &image), ("vd1", &path("above.qcow2")), ("vd1", &path("below.raw"))]
+        {
             std::fs::hard_link(image, &aside).unwrap();
             std::fs::remove_file(image).unwrap();
             let text = image.display().to_string();
-            refused_in_the_plan(&opened, &only(disk), Code::ConfigUnsupported, &[disk, &text, gone]);
+            refused_in_the_plan(
+                &opened,
+                &only(disk),
+                Code::ConfigUnsupported,
+                &[disk, &text, gone],
+            );
             std::fs::copy(&aside, image).unwrap();
             let replaced = "is not the file of this name any more";
-            refused_in_the_plan(&opened, &only(disk), Code::ConfigUnsupported, &[disk, &text, replaced]);
+            refused_in_the_plan(
+                &opened,
+                &only(disk),
+                Code::ConfigUnsupported,
+                &[disk, &text, replaced],
+            );
             std::fs::rename(&aside, image).unwrap();
         }
-        assert_eq!(disks(&opened, "s", "<disk name='vd2' snapshot='no'/>").unwrap(), ["vd0", "vd1"]);
+        assert_eq!(
+            disks(&opened, "s", "<disk name='vd2' snapshot='no'/>").unwrap(),
+            ["vd0", "vd1"]
+        );
         opened.guest.wait_ticks(2);
     }
 }
@@ -1034,8 +1232,13 @@ fn an_image_that_qemu_alone_knows_is_refused_before_anything_is_touched() {
 fn a_disk_with_a_block_job_is_refused_before_the_guest_is_paused_and_others_are_not() {
     for binary in Binary::any() {
         let opened = Opened::start(&machine(binary, 2));
-        let run = |command: &str, arguments: Value| opened.guest.control().execute(command, arguments).unwrap();
-        run("blockdev-add", json!({ "driver": "null-co", "node-name": "target", "size": 16 << 20 }));
+        let run = |command: &str, arguments: Value| {
+            opened.guest.control().execute(command, arguments).unwrap()
+        };
+        run(
+            "blockdev-add",
+            json!({ "driver": "null-co", "node-name": "target", "size": 16 << 20 }),
+        );
         let node = block_of(&opened.guest, "vd1")["inserted"]["node-name"].clone();
         let job = json!({ "job-id": "theirs", "device": node, "target": "target", "sync": "full", "speed": 1 });
         run("blockdev-mirror", job);
@@ -1057,13 +1260,17 @@ fn images_of_disks_that_ignore_flushes_are_on_disk_when_success_is_reported() {
         let image = directory.path().join("image");
         make_image(&image, Format::Qcow2, None);
         let drive = format!("if=none,id=vd0,format=qcow2,cache=unsafe,file={}", image.display());
-        let machine =
-            with(Machine::new(&Binary::all()[0]), &["-drive", &drive, "-device", "virtio-blk-pci,id=vd0,drive=vd0"]);
+        let machine = with(
+            Machine::new(&Binary::all()[0]),
+            &["-drive", &drive, "-device", "virtio-blk-pci,id=vd0,drive=vd0"],
+        );
         let opened = Opened::start(&machine);
         let image = image.to_str().unwrap();
         match unwritten(image) {
             None => return eprintln!("skipped: this kernel does not tell what it has not written"),
-            Some(0) => return eprintln!("skipped: on this file system, or by now, all of it is written"),
+            Some(0) => {
+                return eprintln!("skipped: on this file system, or by now, all of it is written");
+            }
             Some(_) => {}
         }
         opened.create("<domainsnapshot><name>s</name></domainsnapshot>", flags).unwrap();
@@ -1079,11 +1286,21 @@ fn an_image_that_qemu_could_not_write_once_more_is_refused_before_the_pause_or_n
     let machine = if root { machine.run_as(USER) } else { machine };
     let opened = Opened::start(&machine);
     let image = opened.guest.disks()[0].file.clone();
-    let set = |mode: u32| std::fs::set_permissions(&image, std::fs::Permissions::from_mode(mode)).unwrap();
+    let set = |mode: u32| {
+        std::fs::set_permissions(&image, std::fs::Permissions::from_mode(mode)).unwrap()
+    };
     set(0o444);
-    let mut early = At(|phase| assert!([Phase::Validate, Phase::Plan, Phase::Prepare, Phase::Undo].contains(&phase)));
+    let mut early = At(|phase| {
+        assert!([Phase::Validate, Phase::Plan, Phase::Prepare, Phase::Undo].contains(&phase))
+    });
     let parts = ["'vd0'", image.to_str().unwrap(), "444", "snapshot='no'"];
-    opened.assert_fails_observed(&request("s", ""), INSTANTLY, &mut early, Code::ConfigUnsupported, &parts);
+    opened.assert_fails_observed(
+        &request("s", ""),
+        INSTANTLY,
+        &mut early,
+        Code::ConfigUnsupported,
+        &parts,
+    );
     set(0o644);
     let mut late = At(|phase| {
         if phase == Phase::Drain {
@@ -1091,7 +1308,10 @@ fn an_image_that_qemu_could_not_write_once_more_is_refused_before_the_pause_or_n
             opened.handle.cancel().unwrap();
         }
     });
-    let error = opened.handle.create(&request("s", ""), INSTANTLY, &mut late).expect_err("it was cancelled");
+    let error = opened
+        .handle
+        .create(&request("s", ""), INSTANTLY, &mut late)
+        .expect_err("it was cancelled");
     assert_eq!(error.code, Code::OperationFailed, "{error}");
     let overlay = image.with_extension("s");
     for part in ["cancelled", "'vd0'", overlay.to_str().unwrap(), "must not be removed"] {

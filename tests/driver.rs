@@ -1,12 +1,14 @@
-//! The driver's way in keeps what the others promise: one moment, nothing left of a failure, cancelled at any time, and one
-//! operation at a time by whatever way in.
+//! The driver's way in keeps what the others promise: one moment, nothing left of a failure,
+//! cancelled at any time, and one operation at a time by whatever way in.
 
 mod common;
 
 use std::sync::Arc;
 
 use common::driver::{TestDriver, Wrong};
-use common::{ALL_SECTORS, At, INSTANTLY, Opened, PHASES, assert_error, assert_untouched, machine, named};
+use common::{
+    ALL_SECTORS, At, INSTANTLY, Opened, PHASES, assert_error, assert_untouched, machine, named,
+};
 use instantsnap::engine::{By, Handle, Phase, prepare_revert};
 use instantsnap::error::Code;
 use instantsnap_testkit::{Binary, Format};
@@ -25,7 +27,10 @@ fn snapshots_by_a_driver_are_of_one_moment() {
                 // STOP and RESUME were passed on.
                 assert!(matches!(stats.paused, Some((_, By::Events))), "{stats:?}");
                 let (clone, first) = original.bring_back(name);
-                assert!((before..=after + 2).contains(&first), "{first} is not from {before} to {after}");
+                assert!(
+                    (before..=after + 2).contains(&first),
+                    "{first} is not from {before} to {after}"
+                );
                 drop(clone);
             }
             assert_eq!(original.handle.catalog().names().unwrap(), ["instant", "plain"]);
@@ -41,9 +46,14 @@ fn a_snapshot_is_loaded_by_a_driver() {
     for binary in Binary::all() {
         let (original, _) = Opened::start_by_driver(&machine(binary, 1), false);
         original.snapshot("s").unwrap();
-        assert_error(original.handle.load("s", 0), Code::OperationInvalid, "does not wait for a snapshot");
+        assert_error(
+            original.handle.load("s", 0),
+            Code::OperationInvalid,
+            "does not wait for a snapshot",
+        );
         let plan = prepare_revert(&original.state_dir(), "s", None).unwrap();
-        let disks: Vec<_> = plan.disks.iter().map(|disk| (disk.file.clone(), Format::Qcow2)).collect();
+        let disks: Vec<_> =
+            plan.disks.iter().map(|disk| (disk.file.clone(), Format::Qcow2)).collect();
         let guest = original.guest.machine().for_revert(&disks).start();
         let driver = Arc::new(TestDriver::new(&guest, original.state_dir(), true));
         let clone = Opened { handle: Handle::open_driver(driver).unwrap(), guest };
@@ -59,7 +69,9 @@ fn a_callback_that_fails_in_any_phase_leaves_everything_as_it_was() {
         for flags in [INSTANTLY, 0] {
             for wrong in [Wrong::Fails, Wrong::FailsAfterwards] {
                 // What is asked first is dispensable, and a plain snapshot has no drain.
-                let has = |phase: &Phase| *phase != Phase::Validate && (flags != 0 || *phase != Phase::Drain);
+                let has = |phase: &Phase| {
+                    *phase != Phase::Validate && (flags != 0 || *phase != Phase::Drain)
+                };
                 for phase in PHASES.into_iter().filter(has) {
                     let mut observer = At(|now| {
                         if now == phase {
@@ -69,7 +81,11 @@ fn a_callback_that_fails_in_any_phase_leaves_everything_as_it_was() {
                     let before = opened.trace();
                     let result = opened.handle.create(&named("s"), flags, &mut observer);
                     eprintln!("{} {wrong:?} {phase:?}: {result:?}", binary.name);
-                    assert_error(result.clone(), Code::OperationFailed, "the driver's callback failed: not today");
+                    assert_error(
+                        result.clone(),
+                        Code::OperationFailed,
+                        "the driver's callback failed: not today",
+                    );
                     assert!(!result.unwrap_err().message.contains(';'));
                     assert_untouched(&opened, &before);
                     opened.guest.wait_ticks(1);
@@ -91,8 +107,13 @@ fn a_snapshot_by_a_driver_is_cancelled_in_any_phase() {
                 }
             });
             let parts = ["the snapshot was cancelled"];
-            let error =
-                opened.assert_fails_observed(&named("s"), INSTANTLY, &mut observer, Code::OperationAborted, &parts);
+            let error = opened.assert_fails_observed(
+                &named("s"),
+                INSTANTLY,
+                &mut observer,
+                Code::OperationAborted,
+                &parts,
+            );
             assert!(!error.message.contains(';'), "{error}");
         }
         opened.assert_well();
@@ -106,9 +127,15 @@ fn another_way_in_is_refused_meanwhile() {
         let (opened, _) = Opened::start_by_driver(&machine(binary, 1), false);
         let other_dir = opened.guest.directory().join("other");
         std::fs::create_dir(&other_dir).unwrap();
-        let other = Handle::open_qmp(&opened.guest.directory().join("control.sock"), None, &other_dir).unwrap();
+        let other =
+            Handle::open_qmp(&opened.guest.directory().join("control.sock"), None, &other_dir)
+                .unwrap();
         let busy = |handle: &Handle| {
-            assert_error(handle.create(&named("t"), INSTANTLY, &mut ()), Code::OperationInvalid, "is under way");
+            assert_error(
+                handle.create(&named("t"), INSTANTLY, &mut ()),
+                Code::OperationInvalid,
+                "is under way",
+            );
         };
         let mut refused = 0;
         let mut observer = At(|phase| {

@@ -1,4 +1,5 @@
-//! The example of the driver's way in, c-tests/daemon.c: one event loop, four guests, and a client in Python.
+//! The example of the driver's way in, c-tests/daemon.c: one event loop, four guests, and a client
+//! in Python.
 
 use std::os::unix::fs::symlink;
 use std::os::unix::net::UnixStream;
@@ -23,7 +24,8 @@ fn program() -> &'static Path {
     static PROGRAM: OnceLock<PathBuf> = OnceLock::new();
     PROGRAM.get_or_init(|| {
         let include = workspace().join("include");
-        let options = format!("-Wl,--no-as-needed -I{} {} -lpthread", include.display(), library().display());
+        let options =
+            format!("-Wl,--no-as-needed -I{} {} -lpthread", include.display(), library().display());
         gcc(&workspace().join("c-tests/daemon.c"), "daemon", &options)
     })
 }
@@ -50,13 +52,23 @@ impl Daemon {
             command.arg(format!("{guest}={}", image.display()));
         }
         command.arg("--").arg(&binary.path).args(qemu.get_args());
-        command.args(["-nodefaults", "-no-user-config", "-display", "none", "-accel", "tcg", "-m", "64"]);
+        command.args([
+            "-nodefaults",
+            "-no-user-config",
+            "-display",
+            "none",
+            "-accel",
+            "tcg",
+            "-m",
+            "64",
+        ]);
         command.args(["-serial", "file:serial.log"]).arg("-kernel").arg(tick_guest());
         command.args(["-append", "wait=1"]);
         command.envs(qemu.get_envs().filter_map(|(name, value)| Some((name, value?))));
         command.env("LD_LIBRARY_PATH", directory.path());
         let daemon = Daemon { child: command.spawn().unwrap(), directory };
-        wait_for(DEADLINE, || UnixStream::connect(daemon.socket()).ok()).expect("the daemon does not listen");
+        wait_for(DEADLINE, || UnixStream::connect(daemon.socket()).ok())
+            .expect("the daemon does not listen");
         daemon
     }
 
@@ -67,7 +79,8 @@ impl Daemon {
     /// Whether the client was content, and the answers that it has got.
     fn ask(&self, requests: &[String]) -> (bool, Vec<String>) {
         let client = workspace().join("c-tests/daemon_client.py");
-        let output = Command::new("python3").arg(client).arg(self.socket()).args(requests).output().unwrap();
+        let output =
+            Command::new("python3").arg(client).arg(self.socket()).args(requests).output().unwrap();
         let answers = String::from_utf8(output.stdout).unwrap();
         eprint!("{answers}{}", String::from_utf8_lossy(&output.stderr));
         (output.status.success(), answers.lines().map(str::to_owned).collect())
@@ -100,7 +113,9 @@ impl Daemon {
     /// The first number that a guest that was brought back says whole.
     fn first_tick(&self, guest: &str) -> u32 {
         let log = std::fs::read_to_string(self.log(guest)).unwrap();
-        log.lines().find_map(|line| line.strip_prefix("T ")?.parse().ok()).expect("the guest has said a number")
+        log.lines()
+            .find_map(|line| line.strip_prefix("T ")?.parse().ok())
+            .expect("the guest has said a number")
     }
 }
 
@@ -121,8 +136,13 @@ impl Drop for Daemon {
 /// The same program with its memory watched; not QEMU's.
 fn valgrind(program: &Path) -> Command {
     let mut command = Command::new("valgrind");
-    let options = ["--quiet", "--error-exitcode=99", "--leak-check=full", "--errors-for-leak-kinds=definite"];
-    command.args(options).args(["--show-leak-kinds=definite", "--trace-children-skip=*qemu*", "--trace-children=yes"]);
+    let options =
+        ["--quiet", "--error-exitcode=99", "--leak-check=full", "--errors-for-leak-kinds=definite"];
+    command.args(options).args([
+        "--show-leak-kinds=definite",
+        "--trace-children-skip=*qemu*",
+        "--trace-children=yes",
+    ]);
     command.arg(program);
     command
 }
@@ -138,21 +158,31 @@ fn a_daemon_with_one_event_loop_takes_and_brings_back_snapshots_of_four_guests()
         assert!(content, "{answers:?}");
         let after = GUESTS.map(|guest| daemon.wait_ticks(guest, 1));
         for guest in GUESTS {
-            let place = |answer: String| answers.iter().position(|line| *line == answer).expect("an answer is missing");
+            let place = |answer: String| {
+                answers.iter().position(|line| *line == answer).expect("an answer is missing")
+            };
             assert!(place(format!("instant {guest} first")) < place(format!("done {guest} first")));
         }
         // Whoever asks meanwhile has an answer at once.
         assert!(answers[0].starts_with("ok longest iteration"), "{answers:?}");
         assert_eq!(answers.len(), 2 * GUESTS.len() + 1);
-        assert_eq!(daemon.ask(&GUESTS.map(|guest| format!("list {guest}"))), (true, vec!["ok first".into(); 4]));
+        assert_eq!(
+            daemon.ask(&GUESTS.map(|guest| format!("list {guest}"))),
+            (true, vec!["ok first".into(); 4])
+        );
 
-        // Two at once on one guest, one of a guest that there is not, and one that is there already.
-        let (content, answers) = daemon.ask(&["snapshot a second".into(), "snapshot a third".into()]);
+        // Two at once on one guest, one of a guest that there is not, and one that is there
+        // already.
+        let (content, answers) =
+            daemon.ask(&["snapshot a second".into(), "snapshot a third".into()]);
         assert!(!content && answers.contains(&"error a the guest is busy".into()));
         assert!(answers.contains(&"done a second".into()));
         let (content, answers) = daemon.ask(&["snapshot nobody".into(), "snapshot b first".into()]);
         assert!(!content && answers[0].starts_with("error nobody "), "{answers:?}");
-        assert!(answers[1].starts_with("error b ") && answers[1].contains("'first' already exists"), "{answers:?}");
+        assert!(
+            answers[1].starts_with("error b ") && answers[1].contains("'first' already exists"),
+            "{answers:?}"
+        );
         assert_eq!(daemon.get("list a"), "ok first second");
 
         // Each page and each sector is as it was at that number: else it would say TORN.
@@ -160,7 +190,12 @@ fn a_daemon_with_one_event_loop_takes_and_brings_back_snapshots_of_four_guests()
         assert_eq!(daemon.get("revert a first"), "done a first");
         daemon.wait_ticks("a", 65);
         let first = daemon.first_tick("a");
-        assert!((before[0]..=after[0] + 2).contains(&first), "{first} is not from {} to {}", before[0], after[0]);
+        assert!(
+            (before[0]..=after[0] + 2).contains(&first),
+            "{first} is not from {} to {}",
+            before[0],
+            after[0]
+        );
         // What was brought back is a guest like any other, and the others have seen nothing of it.
         assert_eq!(daemon.get("snapshot a again"), "done a again");
         for guest in GUESTS {
@@ -169,7 +204,12 @@ fn a_daemon_with_one_event_loop_takes_and_brings_back_snapshots_of_four_guests()
 
         // Deleted, the youngest first, a guest goes on with what it has written since.
         let (content, answers) = daemon.ask(&["delete a first".into(), "delete b first".into()]);
-        assert!(!content && answers.iter().any(|line| line.starts_with("error a ") && line.contains("children")));
+        assert!(
+            !content
+                && answers
+                    .iter()
+                    .any(|line| line.starts_with("error a ") && line.contains("children"))
+        );
         assert!(answers.contains(&"done b first".into()), "{answers:?}");
         assert_eq!(daemon.get("delete a again"), "done a again");
         assert_eq!(daemon.get("list a"), "ok first second");

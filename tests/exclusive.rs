@@ -1,4 +1,5 @@
-//! A guest is held for one operation, and let go: also where a process is forked at the wrong moment, and executes nothing.
+//! A guest is held for one operation, and let go: also where a process is forked at the wrong
+//! moment, and executes nothing.
 
 mod common;
 
@@ -61,7 +62,8 @@ fn children_that_are_forked_and_execute_nothing_keep_nothing_of_a_snapshot() {
             (opened, children)
         });
         assert_eq!(children.len(), 3);
-        // By the same handle, by another one, and to the end: nothing is busy, nothing is waited for.
+        // By the same handle, by another one, and to the end: nothing is busy, nothing is waited
+        // for.
         opened.snapshot("t").unwrap();
         let state_dir = opened.state_dir();
         let another = open_guest(&opened.guest, &opened.guest.qmp(), None, &state_dir).unwrap();

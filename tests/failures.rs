@@ -6,20 +6,28 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use common::{At, INSTANTLY, Opened, Trace, assert_error, assert_untouched, machine, named, through_proxy};
+use common::{
+    At, INSTANTLY, Opened, Trace, assert_error, assert_untouched, machine, named, through_proxy,
+};
 use instantsnap::engine::Phase;
 use instantsnap::error::Code;
-use instantsnap_testkit::{Attach, Binary, Client, DEADLINE, Fault, Format, Machine, Proxy, wait_for};
+use instantsnap_testkit::{
+    Attach, Binary, Client, DEADLINE, Fault, Format, Machine, Proxy, wait_for,
+};
 use rustix::process::geteuid;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
 /// `<domainsnapshot>` with these files.
 fn with_files(name: &str, memory: Option<&Path>, overlays: &[(&str, &Path)]) -> String {
-    let memory =
-        memory.map_or(String::new(), |file| format!("<memory snapshot='external' file='{}'/>", file.display()));
+    let memory = memory.map_or(String::new(), |file| {
+        format!("<memory snapshot='external' file='{}'/>", file.display())
+    });
     let disk = |(disk, file): &(&str, &Path)| {
-        format!("<disk name='{disk}' snapshot='external'><source file='{}'/></disk>", file.display())
+        format!(
+            "<disk name='{disk}' snapshot='external'><source file='{}'/></disk>",
+            file.display()
+        )
     };
     let disks: String = overlays.iter().map(disk).collect();
     format!("<domainsnapshot><name>{name}</name>{memory}<disks>{disks}</disks></domainsnapshot>")
@@ -32,7 +40,10 @@ impl Tmpfs {
     /// Mounts it; none, and a word on that, where this may not mount.
     fn mount(options: &str) -> Option<Tmpfs> {
         let directory = tempfile::Builder::new().prefix("instantsnap-tmpfs-").tempdir().unwrap();
-        let run = Command::new("mount").args(["-t", "tmpfs", "-o", options, "tmpfs"]).arg(directory.path()).output();
+        let run = Command::new("mount")
+            .args(["-t", "tmpfs", "-o", options, "tmpfs"])
+            .arg(directory.path())
+            .output();
         match run {
             Ok(run) if run.status.success() => Some(Tmpfs(directory)),
             other => {
@@ -48,7 +59,8 @@ impl Tmpfs {
 
     #[track_caller]
     fn assert_empty(&self) {
-        let entries: Vec<_> = self.0.path().read_dir().unwrap().flatten().map(|entry| entry.path()).collect();
+        let entries: Vec<_> =
+            self.0.path().read_dir().unwrap().flatten().map(|entry| entry.path()).collect();
         assert!(entries.is_empty(), "{entries:?}");
     }
 }
@@ -70,7 +82,12 @@ fn a_name_that_exists_is_refused() {
         let opened = Opened::start(&machine(binary, 1));
         opened.snapshot("taken").unwrap();
         for flags in [INSTANTLY, 0] {
-            opened.assert_fails(&named("taken"), flags, Code::OperationInvalid, &["'taken' already exists"]);
+            opened.assert_fails(
+                &named("taken"),
+                flags,
+                Code::OperationInvalid,
+                &["'taken' already exists"],
+            );
         }
         opened.assert_well();
         // The one that was there first is not harmed.
@@ -109,9 +126,19 @@ fn files_that_exist_are_refused_and_not_touched() {
         let link = directory.join("link");
         std::os::unix::fs::symlink(directory.join("nowhere"), &link).unwrap();
         let xml = with_files("s", Some(&link), &[]);
-        opened.assert_fails(&xml, INSTANTLY, Code::ConfigUnsupported, &["already exists", link.to_str().unwrap()]);
+        opened.assert_fails(
+            &xml,
+            INSTANTLY,
+            Code::ConfigUnsupported,
+            &["already exists", link.to_str().unwrap()],
+        );
         let xml = with_files("s", None, &[("vd0", &link)]);
-        opened.assert_fails(&xml, INSTANTLY, Code::ConfigUnsupported, &["already exists", link.to_str().unwrap()]);
+        opened.assert_fails(
+            &xml,
+            INSTANTLY,
+            Code::ConfigUnsupported,
+            &["already exists", link.to_str().unwrap()],
+        );
         assert!(!directory.join("nowhere").exists());
 
         for file in [&overlay, &elsewhere, &memory] {
@@ -128,8 +155,18 @@ fn a_directory_that_is_missing_is_named() {
         let file = opened.guest.directory().join("no-such-directory/file");
         let parts = ["No such file or directory", file.to_str().unwrap()];
         for flags in [INSTANTLY, 0] {
-            opened.assert_fails(&with_files("s", Some(&file), &[]), flags, Code::SystemError, &parts);
-            opened.assert_fails(&with_files("s", None, &[("vd1", &file)]), flags, Code::SystemError, &parts);
+            opened.assert_fails(
+                &with_files("s", Some(&file), &[]),
+                flags,
+                Code::SystemError,
+                &parts,
+            );
+            opened.assert_fails(
+                &with_files("s", None, &[("vd1", &file)]),
+                flags,
+                Code::SystemError,
+                &parts,
+            );
         }
         opened.assert_well();
     }
@@ -148,16 +185,28 @@ fn a_place_that_cannot_be_written_to_is_named() {
     };
     for binary in Binary::any() {
         let opened = Opened::start(&machine(binary, 2));
-        let parts =
-            [file.to_str().unwrap(), if tmpfs.is_some() { "Read-only file system" } else { "ermission denied" }];
-        opened.assert_fails(&with_files("s", Some(&file), &[]), INSTANTLY, Code::SystemError, &parts);
-        opened.assert_fails(&with_files("s", None, &[("vd1", &file)]), INSTANTLY, Code::SystemError, &parts);
+        let parts = [
+            file.to_str().unwrap(),
+            if tmpfs.is_some() { "Read-only file system" } else { "ermission denied" },
+        ];
+        opened.assert_fails(
+            &with_files("s", Some(&file), &[]),
+            INSTANTLY,
+            Code::SystemError,
+            &parts,
+        );
+        opened.assert_fails(
+            &with_files("s", None, &[("vd1", &file)]),
+            INSTANTLY,
+            Code::SystemError,
+            &parts,
+        );
         opened.assert_well();
     }
 }
 
-/// The guest has run on its overlays for a while when the file system with the memory image is full: what it wrote is merged
-/// back beneath it, while it runs.
+/// The guest has run on its overlays for a while when the file system with the memory image is
+/// full: what it wrote is merged back beneath it, while it runs.
 #[test]
 fn a_file_system_too_small_for_the_memory_image_costs_nothing() {
     let Some(tmpfs) = Tmpfs::mount("size=4m") else { return };
@@ -191,17 +240,28 @@ fn a_full_file_system_is_named() {
         let opened = Opened::start(&machine(binary, 2));
         let memory = tmpfs.path("memory");
         let parts = ["No space left on device", memory.to_str().unwrap()];
-        opened.assert_fails(&with_files("s", Some(&memory), &[]), INSTANTLY, Code::SystemError, &parts);
+        opened.assert_fails(
+            &with_files("s", Some(&memory), &[]),
+            INSTANTLY,
+            Code::SystemError,
+            &parts,
+        );
         // It is QEMU that formats an overlay.
         let overlay = tmpfs.path("overlay");
         let parts = ["No space left on device", overlay.to_str().unwrap(), "'vd1'"];
-        opened.assert_fails(&with_files("s", None, &[("vd1", &overlay)]), INSTANTLY, Code::OperationFailed, &parts);
+        opened.assert_fails(
+            &with_files("s", None, &[("vd1", &overlay)]),
+            INSTANTLY,
+            Code::OperationFailed,
+            &parts,
+        );
         tmpfs.assert_empty();
         opened.assert_well();
     }
 }
 
-/// Memory and overlay fill one file system: QEMU stops the guest at the write for which there is no room. It must run again.
+/// Memory and overlay fill one file system: QEMU stops the guest at the write for which there is no
+/// room. It must run again.
 #[test]
 fn a_guest_stopped_by_the_full_file_system_of_its_overlay_runs_again() {
     let Some(tmpfs) = Tmpfs::mount("size=2m") else { return };
@@ -212,8 +272,11 @@ fn a_guest_stopped_by_the_full_file_system_of_its_overlay_runs_again() {
         let mut observer = At(|phase| {
             if phase == Phase::Drain {
                 let mut control = opened.guest.control();
-                let status = |control: &mut Client| run(control, "query-status", json!({}))["status"].clone();
-                stopped = wait_for(DEADLINE, || (status(&mut control) == "io-error").then_some(())).is_some();
+                let status = |control: &mut Client| {
+                    run(control, "query-status", json!({}))["status"].clone()
+                };
+                stopped = wait_for(DEADLINE, || (status(&mut control) == "io-error").then_some(()))
+                    .is_some();
             }
         });
         let xml = with_files("s", Some(&memory), &[("vd0", &overlay)]);
@@ -236,13 +299,20 @@ fn a_snapshot_whose_overlay_has_no_room_for_the_guest_fails() {
             if phase == Phase::Drain {
                 let mut control = opened.guest.control();
                 wait_for(DEADLINE, || {
-                    (run(&mut control, "query-status", json!({}))["status"] == "io-error").then_some(())
+                    (run(&mut control, "query-status", json!({}))["status"] == "io-error")
+                        .then_some(())
                 })
                 .unwrap_or_else(|| opened.guest.fail("the overlay has room enough"));
             }
         });
         let xml = with_files("s", None, &[("vd0", &overlay)]);
-        opened.assert_fails_observed(&xml, INSTANTLY, &mut observer, Code::OperationFailed, &["io-error", "full"]);
+        opened.assert_fails_observed(
+            &xml,
+            INSTANTLY,
+            &mut observer,
+            Code::OperationFailed,
+            &["io-error", "full"],
+        );
         tmpfs.assert_empty();
         opened.assert_well();
     }
@@ -255,7 +325,8 @@ fn a_device_that_cannot_be_migrated_is_refused_with_qemus_reason() {
     for binary in Binary::any() {
         let opened = Opened::start(&machine(binary, 1).arg("-drive").arg(&fat));
         for flags in [INSTANTLY, 0] {
-            let parts = ["memory cannot be saved", "vvfat (rw) format", "does not support live migration"];
+            let parts =
+                ["memory cannot be saved", "vvfat (rw) format", "does not support live migration"];
             opened.assert_fails(&named("s"), flags, Code::ConfigUnsupported, &parts);
         }
         opened.guest.wait_ticks(common::ALL_SECTORS);
@@ -264,10 +335,15 @@ fn a_device_that_cannot_be_migrated_is_refused_with_qemus_reason() {
 
 #[test]
 fn a_qemu_that_may_not_use_userfaultfd_is_refused_and_can_take_plain_snapshots() {
-    let allowed = std::fs::read_to_string("/proc/sys/vm/unprivileged_userfaultfd").unwrap_or_default();
-    let device_open = Path::new("/dev/userfaultfd").metadata().is_ok_and(|it| it.permissions().mode() & 0o006 != 0);
+    let allowed =
+        std::fs::read_to_string("/proc/sys/vm/unprivileged_userfaultfd").unwrap_or_default();
+    let device_open = Path::new("/dev/userfaultfd")
+        .metadata()
+        .is_ok_and(|it| it.permissions().mode() & 0o006 != 0);
     if !geteuid().is_root() || allowed.trim() != "0" || device_open {
-        eprintln!("skipped: needs root, vm.unprivileged_userfaultfd=0 and a /dev/userfaultfd of root's");
+        eprintln!(
+            "skipped: needs root, vm.unprivileged_userfaultfd=0 and a /dev/userfaultfd of root's"
+        );
         return;
     }
     for binary in Binary::any() {
@@ -308,8 +384,13 @@ fn a_migration_in_progress_is_left_alone() {
         // A destination that takes nothing.
         let destination = opened.guest.directory().join("destination.sock");
         let listener = std::os::unix::net::UnixListener::bind(&destination).unwrap();
-        let status = || run(&mut opened.guest.control(), "query-migrate", json!({}))["status"].clone();
-        run(&mut opened.guest.control(), "migrate", json!({ "uri": format!("unix:{}", destination.display()) }));
+        let status =
+            || run(&mut opened.guest.control(), "query-migrate", json!({}))["status"].clone();
+        run(
+            &mut opened.guest.control(),
+            "migrate",
+            json!({ "uri": format!("unix:{}", destination.display()) }),
+        );
         let (accepted, _) = listener.accept().unwrap();
         wait_for(DEADLINE, || (status() == "active").then_some(())).unwrap();
         for flags in [INSTANTLY, 0] {
@@ -319,7 +400,8 @@ fn a_migration_in_progress_is_left_alone() {
         }
         drop((accepted, listener));
         run(&mut opened.guest.control(), "migrate_cancel", json!({}));
-        wait_for(DEADLINE, || ["cancelled", "failed"].contains(&status().as_str()?).then_some(())).unwrap();
+        wait_for(DEADLINE, || ["cancelled", "failed"].contains(&status().as_str()?).then_some(()))
+            .unwrap();
         std::fs::remove_file(&destination).unwrap();
         assert_untouched(&opened, &before);
         opened.assert_well();
@@ -336,7 +418,8 @@ fn set_capabilities(client: &mut Client, names: &[String]) -> Vec<String> {
 }
 
 fn unset_capabilities(client: &mut Client, names: &[String]) {
-    let list: Vec<_> = names.iter().map(|name| json!({ "capability": name, "state": false })).collect();
+    let list: Vec<_> =
+        names.iter().map(|name| json!({ "capability": name, "state": false })).collect();
     run(client, "migrate-set-capabilities", json!({ "capabilities": list }));
 }
 
@@ -382,15 +465,21 @@ fn whatever_the_migration_settings_are_a_snapshot_works_and_leaves_them_so() {
             "direct-io": true,
             "multifd-compression": "zlib",
         });
-        let known = odd.as_object().unwrap().iter().filter(|(name, _)| parameters.get(*name).is_some());
-        let odd: serde_json::Map<_, _> = known.map(|(name, value)| (name.clone(), value.clone())).collect();
+        let known =
+            odd.as_object().unwrap().iter().filter(|(name, _)| parameters.get(*name).is_some());
+        let odd: serde_json::Map<_, _> =
+            known.map(|(name, value)| (name.clone(), value.clone())).collect();
         run(&mut control, "migrate-set-parameters", Value::Object(odd));
 
         let capabilities = run(&mut control, "query-migrate-capabilities", json!({}));
         let capabilities = capabilities.as_array().unwrap().iter();
-        let names: Vec<_> = capabilities.map(|it| it["capability"].as_str().unwrap().to_owned()).collect();
-        let some = |wanted: &[&str]| names.iter().filter(|it| wanted.contains(&&***it)).cloned().collect::<Vec<_>>();
-        let others: Vec<_> = names.iter().filter(|name| *name != "background-snapshot").cloned().collect();
+        let names: Vec<_> =
+            capabilities.map(|it| it["capability"].as_str().unwrap().to_owned()).collect();
+        let some = |wanted: &[&str]| {
+            names.iter().filter(|it| wanted.contains(&&***it)).cloned().collect::<Vec<_>>()
+        };
+        let others: Vec<_> =
+            names.iter().filter(|name| *name != "background-snapshot").cloned().collect();
         let reversed: Vec<_> = others.iter().rev().cloned().collect();
         let sets = [
             // What excludes one another is in one or the other.

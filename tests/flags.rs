@@ -1,4 +1,5 @@
-//! The flags of section 4 of the design: which may go together, which are built, and what each does.
+//! The flags of section 4 of the design: which may go together, which are built, and what each
+//! does.
 
 mod common;
 
@@ -34,7 +35,8 @@ const LIVE: u32 = 0x100;
 const VALIDATE: u32 = 0x200;
 const INSTANT: u32 = 0x400;
 
-/// The rules in the order of the design's table, in its words; `None`: allowed; else the flags that the message may name.
+/// The rules in the order of the design's table, in its words; `None`: allowed; else the flags that
+/// the message may name.
 fn broken_rule(flags: u32) -> Option<u32> {
     let has = |flag: u32| flags & flag != 0;
     let mut named = 0;
@@ -66,7 +68,9 @@ fn check(flags: u32) {
             assert_eq!(error.code, Code::InvalidArg, "{flags:#x}");
             // Two whole names, both of the rule that is broken.
             let found: Vec<usize> = (0..NAMES.len())
-                .filter(|bit| error.message.contains(&format!("'VIR_DOMAIN_SNAPSHOT_CREATE_{}'", NAMES[*bit])))
+                .filter(|bit| {
+                    error.message.contains(&format!("'VIR_DOMAIN_SNAPSHOT_CREATE_{}'", NAMES[*bit]))
+                })
                 .collect();
             assert_eq!(found.len(), 2, "{flags:#x}: {error}");
             assert!(found.iter().all(|bit| named & 1 << bit != 0), "{flags:#x}: {error}");
@@ -112,7 +116,11 @@ fn what_is_allowed_is_known_by_example_too() {
 fn unknown_bits_are_refused_whatever_else_is_set() {
     for bit in NAMES.len()..32 {
         for rest in [0, LIVE | INSTANT, REDEFINE | LIVE] {
-            assert_error(Flags::check(1 << bit | rest), Code::InvalidArg, &format!("0x{:x}", 1u32 << bit));
+            assert_error(
+                Flags::check(1 << bit | rest),
+                Code::InvalidArg,
+                &format!("0x{:x}", 1u32 << bit),
+            );
         }
     }
     assert_error(Flags::check(u32::MAX), Code::InvalidArg, "0xfffff800");
@@ -136,7 +144,15 @@ fn a_broken_rule_and_a_flag_not_built_are_refused_before_anything_is_touched() {
             let name = format!("'VIR_DOMAIN_SNAPSHOT_CREATE_{name}'");
             assert_error(opened.create(&named("s"), flags), Code::OperationUnsupported, &name);
         }
-        for flags in [INSTANT, CURRENT, REDEFINE | LIVE, QUIESCE, DISK_ONLY | INSTANT | LIVE, 1 << 11, 1 << 31] {
+        for flags in [
+            INSTANT,
+            CURRENT,
+            REDEFINE | LIVE,
+            QUIESCE,
+            DISK_ONLY | INSTANT | LIVE,
+            1 << 11,
+            1 << 31,
+        ] {
             assert_error(opened.create(&named("s"), flags), Code::InvalidArg, "flag");
         }
         // The flags come first: this XML would be an error too.
@@ -164,7 +180,10 @@ fn no_metadata_leaves_no_record_and_atomic_changes_nothing() {
         assert!(opened.handle.store().unwrap().list().unwrap().is_empty());
         assert_eq!(opened.handle.store().unwrap().current().unwrap(), None);
         assert!(opened.state_dir().join("unrecorded.mem").exists());
-        let names: Vec<_> = std::fs::read_dir(opened.state_dir()).unwrap().map(|e| e.unwrap().file_name()).collect();
+        let names: Vec<_> = std::fs::read_dir(opened.state_dir())
+            .unwrap()
+            .map(|e| e.unwrap().file_name())
+            .collect();
         assert!(names.iter().all(|name| name == ".lock" || name == "unrecorded.mem"), "{names:?}");
 
         opened.create(&named("recorded"), INSTANTLY | ATOMIC).unwrap();
@@ -182,7 +201,8 @@ fn halt_ends_qemu_with_a_snapshot_that_can_be_brought_back() {
             let opened = Opened::start(&machine(binary, 2));
             let before = opened.guest.wait_ticks(1);
             opened.create(&named("last"), flags).unwrap();
-            let ended = wait_for(instantsnap_testkit::DEADLINE, || (!opened.guest.alive()).then_some(()));
+            let ended =
+                wait_for(instantsnap_testkit::DEADLINE, || (!opened.guest.alive()).then_some(()));
             assert!(ended.is_some(), "QEMU goes on");
             let after = opened.guest.serial().tick.unwrap();
             let (_clone, first) = opened.bring_back("last");

@@ -1,4 +1,5 @@
-//! Clients of a stock libvirtd with the library in it: with nothing of ours, over every transport, and what is not ours as ever.
+//! Clients of a stock libvirtd with the library in it: with nothing of ours, over every transport,
+//! and what is not ours as ever.
 
 mod common;
 #[path = "common/sshd.rs"]
@@ -43,9 +44,18 @@ fn a_client_in_c_passes_the_bit() {
         return;
     }
     let subject = start(&[]);
-    let program = gcc(&workspace().join("c-tests/plain_client.c"), "plain_client", "-Wl,--no-as-needed -lvirt");
+    let program = gcc(
+        &workspace().join("c-tests/plain_client.c"),
+        "plain_client",
+        "-Wl,--no-as-needed -lvirt",
+    );
     let output = Command::new(&program)
-        .args([&subject.guest.daemon().uri(), subject.guest.name(), &subject.xml("c"), &INSTANT.to_string()])
+        .args([
+            &subject.guest.daemon().uri(),
+            subject.guest.name(),
+            &subject.xml("c"),
+            &INSTANT.to_string(),
+        ])
         .env_clear()
         .output()
         .unwrap();
@@ -70,7 +80,12 @@ fn a_client_in_perl_passes_the_bit() {
         my $domain = Sys::Virt->new(uri => $uri)->get_domain_by_name($name);
         print $domain->create_snapshot($xml, $flags)->get_name();";
     let output = perl(script)
-        .args([&subject.guest.daemon().uri(), subject.guest.name(), &subject.xml("perl"), &INSTANT.to_string()])
+        .args([
+            &subject.guest.daemon().uri(),
+            subject.guest.name(),
+            &subject.xml("perl"),
+            &INSTANT.to_string(),
+        ])
         .output()
         .unwrap();
     assert_eq!(String::from_utf8_lossy(&output.stdout), "perl", "{output:?}");
@@ -89,7 +104,8 @@ fn a_client_over_a_programs_pipe_passes_the_bit() {
     std::fs::write(&relay, text).unwrap();
     std::fs::set_permissions(&relay, Permissions::from_mode(0o755)).unwrap();
     let uri = format!("qemu+ext:///session?command={}", relay.display());
-    let mut client = subject.client_of(&uri, CREATE, &[&subject.xml("relayed"), &INSTANT.to_string()]);
+    let mut client =
+        subject.client_of(&uri, CREATE, &[&subject.xml("relayed"), &INSTANT.to_string()]);
     assert_eq!(answer(client.output().unwrap()), Ok("relayed".into()));
     assert_eq!(subject.snapshots(), ["relayed"]);
     subject.guest.wait_ticks(3);
@@ -98,10 +114,12 @@ fn a_client_over_a_programs_pipe_passes_the_bit() {
 
 #[test]
 fn a_client_over_tcp_passes_the_bit() {
-    // Somebody else may take the port before the daemon does: then it does not start, and the test says so.
+    // Somebody else may take the port before the daemon does: then it does not start, and the test
+    // says so.
     let port = TcpListener::bind(("127.0.0.1", 0)).unwrap().local_addr().unwrap().port();
     let conf = format!(
-        "listen_tls = 0\nlisten_tcp = 1\nauth_tcp = \"none\"\nlisten_addr = \"127.0.0.1\"\ntcp_port = \"{port}\"\n"
+        "listen_tls = 0\nlisten_tcp = 1\nauth_tcp = \"none\"\nlisten_addr = \
+         \"127.0.0.1\"\ntcp_port = \"{port}\"\n"
     );
     let daemon = Daemon::configured(Mode::Session, &[&library()], &[], &conf).unwrap();
     let subject = Subject::start(&one_disk(), &daemon);
@@ -118,7 +136,8 @@ fn a_client_over_ssh_passes_the_bit() {
     let daemon = subject.guest.daemon();
     let Some(sshd) = Sshd::start(daemon) else { return };
     let by_name = format!("proxy=netcat&socket={}", daemon.socket().display());
-    // What is at the server's end: a program that knows sockets, or libvirt's, which finds the daemon's.
+    // What is at the server's end: a program that knows sockets, or libvirt's, which finds the
+    // daemon's.
     for (name, program, parameters) in
         [("nc", "/usr/bin/nc", &*by_name), ("helper", "/usr/bin/virt-ssh-helper", "proxy=native")]
     {
@@ -126,7 +145,11 @@ fn a_client_over_ssh_passes_the_bit() {
             eprintln!("skipped: no {program}");
             continue;
         }
-        let mut client = subject.client_of(&sshd.uri(parameters), CREATE, &[&subject.xml(name), &INSTANT.to_string()]);
+        let mut client = subject.client_of(
+            &sshd.uri(parameters),
+            CREATE,
+            &[&subject.xml(name), &INSTANT.to_string()],
+        );
         assert_eq!(answer(client.output().unwrap()), Ok(name.into()));
         subject.guest.wait_ticks(3);
         subject.bring_back(name, &Daemon::session());
@@ -165,7 +188,8 @@ fn snapshots_are_reverted_to_and_deleted_by_the_plain_functions() {
 }
 
 #[test]
-fn live_snapshots_are_instant_with_the_setting_and_libvirts_own_without_it_or_where_they_are_refused() {
+fn live_snapshots_are_instant_with_the_setting_and_libvirts_own_without_it_or_where_they_are_refused()
+ {
     let subject = start(&[]);
     create_live(&subject, "stock");
     assert!(!subject.was_instant());
@@ -214,7 +238,8 @@ fn a_client_that_has_the_library_too_does_all_it_does_elsewhere() {
 /// What the calls of `inside/calls.py` answer.
 fn answers(daemon: &Daemon) -> Vec<String> {
     const UUID: &str = "5f0c0a0e-7a4c-4d57-9a54-0e6f3f2f1d11";
-    let with_uuid = |xml: String| xml.replacen("</name>", &format!("</name><uuid>{UUID}</uuid>"), 1);
+    let with_uuid =
+        |xml: String| xml.replacen("</name>", &format!("</name><uuid>{UUID}</uuid>"), 1);
     let machine = machine(&Binary::under_libvirt()[0], 2).name("same").edit_xml(with_uuid);
     let guest = machine.start_under(daemon);
     guest.wait_ticks(2);

@@ -1,5 +1,5 @@
-//! P1 inside a stock libvirtd: memory, every disk and the serial line of a snapshot are of one moment, for clients that have
-//! nothing of ours.
+//! P1 inside a stock libvirtd: memory, every disk and the serial line of a snapshot are of one
+//! moment, for clients that have nothing of ours.
 
 mod common;
 
@@ -17,7 +17,10 @@ fn every_snapshot_in_a_row_is_of_one_moment() {
             let all = [(MachineType::Q35, 3), (MachineType::Pc, 1)];
             for (machine_type, disks) in all.into_iter().take(if thorough() { 2 } else { 1 }) {
                 eprintln!("{} {:?} {machine_type:?}, {disks} disks", binary.name, daemon.mode());
-                let subject = Subject::start(&machine(binary, disks).restless().machine_type(machine_type), &daemon);
+                let subject = Subject::start(
+                    &machine(binary, disks).restless().machine_type(machine_type),
+                    &daemon,
+                );
                 // libvirt would hand it on.
                 assert!(!has_mapped(subject.guest.pid(), &library()));
                 for round in 0..2 {
@@ -25,12 +28,14 @@ fn every_snapshot_in_a_row_is_of_one_moment() {
                     let before = subject.guest.wait_ticks(1);
                     assert_eq!(subject.snapshot(&name), Ok(name.clone()), "{}", daemon.log());
                     let after = subject.guest.wait_ticks(1);
-                    let clones = if daemon.mode() == Mode::System { &daemon.another() } else { &clones };
+                    let clones =
+                        if daemon.mode() == Mode::System { &daemon.another() } else { &clones };
                     let clone = subject.bring_back(&name, clones);
                     let first = common::first_tick(&clone);
                     assert!(
                         (before..=after + 2).contains(&first),
-                        "round {round}: the clone goes on from {first}, the snapshot was taken between {before} and {after}"
+                        "round {round}: the clone goes on from {first}, the snapshot was taken \
+                         between {before} and {after}"
                     );
                 }
                 assert_eq!(subject.snapshots(), ["s0", "s1"]);

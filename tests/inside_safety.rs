@@ -12,7 +12,8 @@ use common::inside::{INSTANT, LIVE, Subject, answer, library, session};
 use common::{ALL_SECTORS, files_below, machine};
 use instantsnap_testkit::compile::{gcc, workspace};
 use instantsnap_testkit::{
-    Binary, Daemon, Fingerprint, Machine, Mode, domain_fingerprint, missing_package, thorough, wait_for,
+    Binary, Daemon, Fingerprint, Machine, Mode, domain_fingerprint, missing_package, thorough,
+    wait_for,
 };
 use rustix::process::{Pid, Signal, kill_process};
 
@@ -36,7 +37,11 @@ fn busy_machine() -> Machine {
 /// A preloaded library that makes functions of libvirt missing, or old.
 fn lacking() -> PathBuf {
     static LIBRARY: OnceLock<PathBuf> = OnceLock::new();
-    LIBRARY.get_or_init(|| gcc(&workspace().join("tests/kit/shim/lacking.c"), "lacking.so", "-shared -fPIC")).clone()
+    LIBRARY
+        .get_or_init(|| {
+            gcc(&workspace().join("tests/kit/shim/lacking.c"), "lacking.so", "-shared -fPIC")
+        })
+        .clone()
 }
 
 /// What a failed snapshot must leave as it is.
@@ -54,11 +59,17 @@ fn assert_untouched(subject: &Subject, before: &Trace) {
         after = trace(subject);
         (after == *before).then_some(())
     });
-    assert!(same.is_some(), "something is left:\n{}{:?}\n{:?}", before.0.differences(&after.0), before.1, after.1);
+    assert!(
+        same.is_some(),
+        "something is left:\n{}{:?}\n{:?}",
+        before.0.differences(&after.0),
+        before.1,
+        after.1
+    );
 }
 
-/// libvirt cancels what it takes for a migration of its own when it is started after it was killed in a snapshot job. QEMU 7.2
-/// freezes its guest then.
+/// libvirt cancels what it takes for a migration of its own when it is started after it was killed
+/// in a snapshot job. QEMU 7.2 freezes its guest then.
 fn wait_for_no_job(subject: &Subject) {
     subject.guest.virsh("dommemstat", &[]);
 }
@@ -67,7 +78,8 @@ fn client_of(child: Child) -> Result<String, common::inside::Refused> {
     answer(child.wait_with_output().unwrap())
 }
 
-/// Asks for an instant snapshot in a daemon that takes none, again and again. The client is told why, and so is the log, once.
+/// Asks for an instant snapshot in a daemon that takes none, again and again. The client is told
+/// why, and so is the log, once.
 #[track_caller]
 fn assert_off(subject: &Subject, reason: &str) {
     for _ in 0..2 {
@@ -86,18 +98,37 @@ fn assert_off(subject: &Subject, reason: &str) {
 }
 
 #[test]
-fn where_libvirt_is_not_as_we_know_it_instant_is_refused_with_the_reason_and_everything_else_is_libvirts() {
+fn where_libvirt_is_not_as_we_know_it_instant_is_refused_with_the_reason_and_everything_else_is_libvirts()
+ {
     let lacks = [
         ("INSTANTSNAP_TEST_LACKS", "virObjectUnlock", "this libvirt has no virObjectUnlock()"),
-        ("INSTANTSNAP_TEST_LACKS", "virIdentityGetSystem", "this libvirt has no virIdentityGetSystem()"),
-        ("INSTANTSNAP_TEST_LACKS", "virGetDomainSnapshot", "this libvirt has no virGetDomainSnapshot()"),
-        ("INSTANTSNAP_TEST_VERSION", "13000000", "libvirt 13.0 is not one that this version of instantsnap knows"),
-        ("INSTANTSNAP_TEST_VERSION", "8010000", "libvirt 8.10 is not one that this version of instantsnap knows"),
+        (
+            "INSTANTSNAP_TEST_LACKS",
+            "virIdentityGetSystem",
+            "this libvirt has no virIdentityGetSystem()",
+        ),
+        (
+            "INSTANTSNAP_TEST_LACKS",
+            "virGetDomainSnapshot",
+            "this libvirt has no virGetDomainSnapshot()",
+        ),
+        (
+            "INSTANTSNAP_TEST_VERSION",
+            "13000000",
+            "libvirt 13.0 is not one that this version of instantsnap knows",
+        ),
+        (
+            "INSTANTSNAP_TEST_VERSION",
+            "8010000",
+            "libvirt 8.10 is not one that this version of instantsnap knows",
+        ),
     ];
     let few = [0, 3];
     let chosen = lacks.into_iter().enumerate().filter(|(n, _)| thorough() || few.contains(n));
     for (_, (variable, value, reason)) in chosen {
-        let daemon = Daemon::preloaded(Mode::Session, &[&library(), &lacking()], &[(variable, value)]).unwrap();
+        let daemon =
+            Daemon::preloaded(Mode::Session, &[&library(), &lacking()], &[(variable, value)])
+                .unwrap();
         assert_off(&Subject::start(&machine(binary(), 1), &daemon), reason);
     }
     let any = [("INSTANTSNAP_TEST_VERSION", "13000000"), ("INSTANTSNAP_ANY_LIBVIRT", "1")];
@@ -120,9 +151,11 @@ fn a_daemon_of_an_unknown_version_whose_standard_error_nobody_reads_lives_on() {
 }
 
 #[test]
-fn a_libvirt_whose_driver_does_not_call_us_is_noticed_before_or_after_and_never_silently_takes_an_ordinary_snapshot() {
-    let elsewhere =
-        |name, how| gcc(&workspace().join("tests/kit/shim/elsewhere.c"), name, &format!("-shared -fPIC {how}"));
+fn a_libvirt_whose_driver_does_not_call_us_is_noticed_before_or_after_and_never_silently_takes_an_ordinary_snapshot()
+ {
+    let elsewhere = |name, how| {
+        gcc(&workspace().join("tests/kit/shim/elsewhere.c"), name, &format!("-shared -fPIC {how}"))
+    };
     let start = |shim: PathBuf| {
         let daemon = Daemon::preloaded(Mode::Session, &[&shim, &library()], &[]).unwrap();
         Subject::start(&machine(binary(), 1), &daemon)
@@ -140,7 +173,10 @@ fn a_libvirt_whose_driver_does_not_call_us_is_noticed_before_or_after_and_never_
     assert_eq!(subject.snapshots(), ["ordinary"]);
     let refused = subject.snapshot("next").unwrap_err();
     assert_eq!(refused.code, INVALID_ARG, "{refused:?}");
-    assert!(refused.message.contains("takes snapshots without its qemuSnapshotCreateXML()"), "{refused:?}");
+    assert!(
+        refused.message.contains("takes snapshots without its qemuSnapshotCreateXML()"),
+        "{refused:?}"
+    );
     assert_eq!(subject.snapshots(), ["ordinary"]);
     subject.guest.wait_ticks(3);
 }
@@ -153,20 +189,32 @@ fn the_library_stands_before_libvirts_function_in_the_daemon_only_and_says_where
     }
     let directory = tempfile::tempdir().unwrap();
     let source = workspace().join("tests/kit/shim/imports.c");
-    let imports = gcc(&source, "imports", "-DIMPORTS -fPIE -pie -Wl,-z,now -Wl,-z,relro -Wl,--no-as-needed -lvirt");
-    let lazy = gcc(&source, "imports-lazily", "-DIMPORTS -fPIE -pie -Wl,-z,lazy -Wl,--no-as-needed -lvirt");
+    let imports = gcc(
+        &source,
+        "imports",
+        "-DIMPORTS -fPIE -pie -Wl,-z,now -Wl,-z,relro -Wl,--no-as-needed -lvirt",
+    );
+    let lazy = gcc(
+        &source,
+        "imports-lazily",
+        "-DIMPORTS -fPIE -pie -Wl,-z,lazy -Wl,--no-as-needed -lvirt",
+    );
     let none = gcc(&source, "imports-none", "");
     let run = |program: &PathBuf, name: &str| {
         let named = directory.path().join(name);
         std::fs::copy(program, &named).unwrap();
-        let output = Command::new(&named).env_clear().env("LD_PRELOAD", library()).output().unwrap();
+        let output =
+            Command::new(&named).env_clear().env("LD_PRELOAD", library()).output().unwrap();
         assert!(output.status.success(), "{output:?}");
         (String::from_utf8(output.stdout).unwrap(), String::from_utf8(output.stderr).unwrap())
     };
     for program in [&imports, &lazy] {
         for name in ["libvirtd", "virtqemud"] {
             let (function, said) = run(program, name);
-            assert!(function.contains("libinstantsnap.so") && said.is_empty(), "{name}: {function}{said}");
+            assert!(
+                function.contains("libinstantsnap.so") && said.is_empty(),
+                "{name}: {function}{said}"
+            );
         }
         let (function, said) = run(program, "client");
         assert!(function.contains("libvirt.so.0") && said.is_empty(), "{function}{said}");
@@ -191,7 +239,11 @@ fn a_client_sees_code_domain_and_message_of_what_is_refused_and_so_does_the_log(
         let refused = answer(subject.create(name, flags).output().unwrap()).unwrap_err();
         assert!(refused.message.contains(part), "{refused:?}");
         assert_eq!((refused.code, refused.domain), (code, FROM_QEMU), "{refused:?}");
-        assert!(daemon.log().contains(&format!("instantsnap:0 : {}", refused.message)), "{}", daemon.log());
+        assert!(
+            daemon.log().contains(&format!("instantsnap:0 : {}", refused.message)),
+            "{}",
+            daemon.log()
+        );
     }
     assert_untouched(&subject, &before);
     subject.guest.virsh("destroy", &[]);
@@ -208,11 +260,12 @@ fn eight_domains_at_once_leave_workers_for_everybody_else() {
     let subjects: Vec<_> = (0..DOMAINS).map(|_| Subject::start(&busy_machine(), &daemon)).collect();
     let (children, slowed): (Vec<_>, Vec<Result<_, String>>) = std::thread::scope(|scope| {
         let begin = |subject: &'_ Subject| (subject.spawn("side"), subject.try_slow_down("side"));
-        let threads: Vec<_> = subjects.iter().map(|subject| scope.spawn(move || begin(subject))).collect();
+        let threads: Vec<_> =
+            subjects.iter().map(|subject| scope.spawn(move || begin(subject))).collect();
         threads.into_iter().map(|thread| thread.join().unwrap()).unzip()
     });
-    // They are in the drain, but for one whose memory was saved too soon, and other clients are answered, what needs a domain's
-    // job included.
+    // They are in the drain, but for one whose memory was saved too soon, and other clients are
+    // answered, what needs a domain's job included.
     let missed: Vec<_> = slowed.iter().filter_map(|slowed| slowed.as_ref().err()).collect();
     assert!(missed.len() <= DOMAINS / 4, "{missed:?}");
     for subject in &subjects {
@@ -263,7 +316,8 @@ fn a_client_that_is_killed_or_wants_the_job_aborted_does_not_end_the_snapshot() 
     subject.guest.wait_ticks(3);
     subject.bring_back("s", &Daemon::session());
     // Its place is free again as soon as the call is over.
-    wait_for(Duration::from_secs(60), || subject.snapshot("next").ok()).expect("no snapshot any more");
+    wait_for(Duration::from_secs(60), || subject.snapshot("next").ok())
+        .expect("no snapshot any more");
 }
 
 #[test]
@@ -313,11 +367,13 @@ fn a_domain_that_ends_is_redefined_or_undefined_meanwhile_is_no_harm() {
     daemon.virsh(&["list", "--all"]);
 }
 
-/// `virsh migrate` to another daemon of this machine, which has files of its own for what the domain's QEMU writes beside disks.
+/// `virsh migrate` to another daemon of this machine, which has files of its own for what the
+/// domain's QEMU writes beside disks.
 fn try_migrate(subject: &Subject, to: &Daemon) -> Result<String, String> {
     let (guest, file) = (&subject.guest, subject.guest.directory().join("there.xml"));
     let xml = guest.virsh("dumpxml", &["--migratable"]);
-    std::fs::write(&file, xml.replace("serial.log", "there.log").replace("m.sock", "there.sock")).unwrap();
+    std::fs::write(&file, xml.replace("serial.log", "there.log").replace("m.sock", "there.sock"))
+        .unwrap();
     let there = ["--migrateuri", "tcp://127.0.0.1", "--xml", file.to_str().unwrap()];
     let migrate = ["migrate", "--live", "--unsafe", guest.name(), &to.uri()];
     let said = guest.daemon().try_virsh(&[&migrate[..], &there].concat());
@@ -341,19 +397,26 @@ fn a_domain_that_is_to_be_saved_or_to_go_elsewhere_meanwhile_stays_and_its_snaps
     let guest = &subject.guest;
     let file = guest.directory().join("theirs");
     // Of a domain with snapshots libvirt itself says that it stays; without, it begins.
-    for (name, flags, says) in [("recorded", INSTANT, "snapshots"), ("s", INSTANT | NO_METADATA, BUSY)] {
+    for (name, flags, says) in
+        [("recorded", INSTANT, "snapshots"), ("s", INSTANT | NO_METADATA, BUSY)]
+    {
         for recorded in subject.snapshots() {
             subject.on_snapshot(&recorded, "delete(2)").unwrap();
         }
         let child = subject.create(name, flags).spawn().unwrap();
         let slowed = subject.slow_down(name);
         // The record follows the instant, which the memory image's first pages may precede.
-        let is_recorded = || (flags & NO_METADATA != 0 || subject.snapshots() == [name]).then_some(());
+        let is_recorded =
+            || (flags & NO_METADATA != 0 || subject.snapshots() == [name]).then_some(());
         assert!(wait_for(Duration::from_secs(30), is_recorded).is_some(), "{}", daemon.log());
         let said = [
             ("save", daemon.try_virsh(&["save", guest.name(), file.to_str().unwrap()]), BUSY),
             ("managedsave", daemon.try_virsh(&["managedsave", guest.name()]), BUSY),
-            ("dump", daemon.try_virsh(&["dump", "--live", guest.name(), file.to_str().unwrap()]), BUSY),
+            (
+                "dump",
+                daemon.try_virsh(&["dump", "--live", guest.name(), file.to_str().unwrap()]),
+                BUSY,
+            ),
             // Last: where it fails, libvirt lifts the limit that the drain is slowed by.
             ("migrate", try_migrate(&subject, &elsewhere), says),
         ];
@@ -397,13 +460,20 @@ fn what_others_do_to_the_domain_meanwhile_comes_to_what_they_want_and_harms_no_i
     assert_eq!(guest.virsh("domstate", &[]).trim(), "paused");
     guest.virsh("resume", &[]);
 
-    assert_eq!(during("parent", "snapshot-create-as", &["theirs", "--disk-only"]), Ok("parent".into()));
+    assert_eq!(
+        during("parent", "snapshot-create-as", &["theirs", "--disk-only"]),
+        Ok("parent".into())
+    );
     assert_eq!(subject.snapshots(), ["paused", "parent", "theirs"]);
 
     // Into the lowest image, which destroys those of all snapshots.
-    let refused = during("merged", "blockcommit", &["vda", "--active", "--pivot", "--wait"]).unwrap_err();
+    let refused =
+        during("merged", "blockcommit", &["vda", "--active", "--pivot", "--wait"]).unwrap_err();
     assert_eq!(refused.code, OPERATION_FAILED, "{refused:?}");
-    assert!(refused.message.contains("somebody has changed the images of disk 'vda'"), "{refused:?}");
+    assert!(
+        refused.message.contains("somebody has changed the images of disk 'vda'"),
+        "{refused:?}"
+    );
     assert!(!subject.memory("merged").exists());
     assert_eq!(subject.snapshots(), ["paused", "parent", "theirs"]);
     guest.wait_ticks(ALL_SECTORS);
@@ -420,7 +490,8 @@ fn a_daemon_that_is_killed_leaves_a_guest_that_runs_and_nothing_else() {
     let subject = Subject::start(&machine(binary(), 2).late_arm(&release), &daemon);
     let before = trace(&subject);
     let child = subject.spawn("pause");
-    // And libvirt has recorded the switch of the disks: killed before that, it would forget one of its own too.
+    // And libvirt has recorded the switch of the disks: killed before that, it would forget one of
+    // its own too.
     let paused = wait_for(Duration::from_secs(60), || {
         let paused = subject.guest.virsh("domstate", &[]).trim() == "paused";
         (paused && subject.guest.virsh("domblklist", &[]).contains(".pause")).then_some(())
@@ -439,14 +510,16 @@ fn a_daemon_that_is_killed_leaves_a_guest_that_runs_and_nothing_else() {
     let before = trace(&subject);
     let child = subject.spawn("drain");
     let slowed = subject.slow_down("drain");
-    wait_for(Duration::from_secs(60), || (subject.snapshots() == ["drain"]).then_some(())).expect("it is not recorded");
+    wait_for(Duration::from_secs(60), || (subject.snapshots() == ["drain"]).then_some(()))
+        .expect("it is not recorded");
     wait_for_no_job(&subject);
     daemon.kill();
     assert!(!child.wait_with_output().unwrap().status.success());
     daemon.start_again();
     // Whoever wants the next one must wait until all is undone.
-    let is_refused =
-        |why: &common::inside::Refused| why.code == OPERATION_INVALID && why.message.contains("is under way");
+    let is_refused = |why: &common::inside::Refused| {
+        why.code == OPERATION_INVALID && why.message.contains("is under way")
+    };
     let why = subject.snapshot("next").unwrap_err();
     assert!(is_refused(&why), "{why:?}");
     drop(slowed);
@@ -473,13 +546,17 @@ fn a_daemon_that_is_stopped_completes_the_snapshot_first() {
     let slowed = subject.slow_down("s");
     let pid = daemon.pid();
     kill_process(Pid::from_raw(pid as i32).unwrap(), Signal::TERM).unwrap();
-    wait_for(Duration::from_secs(30), || UnixStream::connect(daemon.socket()).is_err().then_some(()))
-        .expect("it still takes connections");
+    wait_for(Duration::from_secs(30), || {
+        UnixStream::connect(daemon.socket()).is_err().then_some(())
+    })
+    .expect("it still takes connections");
     drop(slowed);
     // As from any daemon that is stopped, its client gets no answer.
     child.wait_with_output().unwrap();
-    wait_for(Duration::from_secs(60), || (!std::path::Path::new(&format!("/proc/{pid}")).exists()).then_some(()))
-        .expect("it does not end");
+    wait_for(Duration::from_secs(60), || {
+        (!std::path::Path::new(&format!("/proc/{pid}")).exists()).then_some(())
+    })
+    .expect("it does not end");
     daemon.start_again();
     subject.wait_complete("s");
     assert_eq!(subject.snapshots(), ["s"]);
@@ -498,7 +575,10 @@ fn with_three(daemon: &Daemon) -> Subject {
 }
 
 /// Both at the same time.
-fn at_once<A: Send, B: Send>(one: impl FnOnce() -> A + Send, other: impl FnOnce() -> B + Send) -> (A, B) {
+fn at_once<A: Send, B: Send>(
+    one: impl FnOnce() -> A + Send,
+    other: impl FnOnce() -> B + Send,
+) -> (A, B) {
     std::thread::scope(|scope| {
         let one = scope.spawn(one);
         let other = other();

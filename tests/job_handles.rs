@@ -1,5 +1,5 @@
-//! Jobs as C has them: handles, structures that can grow, a callback with its pointer; and a forked child, in which they are
-//! somebody else's.
+//! Jobs as C has them: handles, structures that can grow, a callback with its pointer; and a forked
+//! child, in which they are somebody else's.
 
 mod common;
 
@@ -10,15 +10,18 @@ use std::sync::Mutex;
 
 use common::{INSTANTLY, Opened, machine, named};
 use instantsnap::error::Code;
-use instantsnap::ffi::abi::{self, instantsnap_create_options, instantsnap_event, instantsnap_job_info};
+use instantsnap::ffi::abi::{
+    self, instantsnap_create_options, instantsnap_event, instantsnap_job_info,
+};
 use instantsnap::ffi::header::{instantsnap_guest, instantsnap_job};
 use instantsnap::ffi::{job, native};
 use instantsnap::pointers::{Fill, In, Out, Text};
 use instantsnap_testkit::{Binary, DEADLINE, Gate, wait_for};
 
 use abi::{
-    INSTANTSNAP_CREATE_AT_ONCE, INSTANTSNAP_EVENT_COMPLETE, INSTANTSNAP_EVENT_FAILED, INSTANTSNAP_EVENT_INSTANT,
-    INSTANTSNAP_EVENT_PAUSED, INSTANTSNAP_EVENT_PROGRESS, INSTANTSNAP_EVENT_SWITCHED, INSTANTSNAP_PHASE_ENDED,
+    INSTANTSNAP_CREATE_AT_ONCE, INSTANTSNAP_EVENT_COMPLETE, INSTANTSNAP_EVENT_FAILED,
+    INSTANTSNAP_EVENT_INSTANT, INSTANTSNAP_EVENT_PAUSED, INSTANTSNAP_EVENT_PROGRESS,
+    INSTANTSNAP_EVENT_SWITCHED, INSTANTSNAP_PHASE_ENDED,
 };
 
 /// A guest opened as C opens it.
@@ -32,12 +35,17 @@ impl Native {
         let opened = Opened::start(&machine(&Binary::all()[0], 1));
         let text = |path: &std::path::Path| CString::new(path.to_str().unwrap()).unwrap();
         let (socket, state) = (text(&opened.guest.qmp()), text(&opened.state_dir()));
-        let guest = native::instantsnap_open_qmp(Text::from(&socket), Text::NULL, Text::from(&state));
+        let guest =
+            native::instantsnap_open_qmp(Text::from(&socket), Text::NULL, Text::from(&state));
         assert!(!guest.is_null());
         Native { guest, opened }
     }
 
-    fn start_job(&self, name: &str, options: *const instantsnap_create_options) -> *mut instantsnap_job {
+    fn start_job(
+        &self,
+        name: &str,
+        options: *const instantsnap_create_options,
+    ) -> *mut instantsnap_job {
         let xml = CString::new(named(name)).unwrap();
         // SAFETY: the options are the test's affair.
         let options = unsafe { In::from_ptr(options) };
@@ -48,7 +56,13 @@ impl Native {
         let xml = CString::new(named(name)).unwrap();
         // SAFETY: as above.
         let options = unsafe { In::from_ptr(options) };
-        job::instantsnap_snapshot_create(self.guest, Text::from(&xml), INSTANTLY, options, Out::from(None))
+        job::instantsnap_snapshot_create(
+            self.guest,
+            Text::from(&xml),
+            INSTANTLY,
+            options,
+            Out::from(None),
+        )
     }
 }
 
@@ -84,7 +98,10 @@ fn last_error() -> (c_int, String) {
 #[track_caller]
 fn assert_refused(failed: bool, code: Code, part: &str) {
     let (number, message) = last_error();
-    assert!(failed && number == code as c_int && message.contains(part), "{failed} {number} {message}");
+    assert!(
+        failed && number == code as c_int && message.contains(part),
+        "{failed} {number} {message}"
+    );
 }
 
 fn text(string: *mut std::ffi::c_char) -> Option<String> {
@@ -103,8 +120,10 @@ fn text(string: *mut std::ffi::c_char) -> Option<String> {
 fn call_all(handle: *mut instantsnap_job) -> Vec<(&'static str, c_int, c_int)> {
     let mut calls = Vec::new();
     let mut note = |what, result| calls.push((what, result, last_error().0));
-    let mut info = instantsnap_job_info { size: size_of::<instantsnap_job_info>(), ..Default::default() };
-    let mut stats = abi::instantsnap_stats { size: size_of::<abi::instantsnap_stats>(), ..Default::default() };
+    let mut info =
+        instantsnap_job_info { size: size_of::<instantsnap_job_info>(), ..Default::default() };
+    let mut stats =
+        abi::instantsnap_stats { size: size_of::<abi::instantsnap_stats>(), ..Default::default() };
     let null = |string: *mut std::ffi::c_char| if text(string).is_some() { 0 } else { -1 };
     note("wait", job::instantsnap_job_wait(handle, -1));
     note("get_fd", job::instantsnap_job_get_fd(handle));
@@ -129,7 +148,10 @@ fn assert_all_fail(handle: *mut instantsnap_job, code: Code) {
     let skipped = handle.is_null();
     for (what, result, error) in call_all(handle) {
         // Freeing NULL is fine.
-        assert!(skipped && what == "free" || result == -1 && error == code as c_int, "{what}: {result}, error {error}");
+        assert!(
+            skipped && what == "free" || result == -1 && error == code as c_int,
+            "{what}: {result}, error {error}"
+        );
     }
 }
 
@@ -159,13 +181,25 @@ fn options_can_be_of_another_version() {
     small.size -= 4;
     for size in [0, small.size, usize::MAX] {
         small.size = size;
-        assert_refused(native.start_job("s", &raw const small).is_null(), Code::InvalidArg, "options->size");
-        assert_refused(native.create("s", &raw const small) == -1, Code::InvalidArg, "options->size");
+        assert_refused(
+            native.start_job("s", &raw const small).is_null(),
+            Code::InvalidArg,
+            "options->size",
+        );
+        assert_refused(
+            native.create("s", &raw const small) == -1,
+            Code::InvalidArg,
+            "options->size",
+        );
     }
     let mut later = Later { known: options(0), newer: 1 };
     later.known.size = size_of_val(&later);
     let seen = (&raw const later).cast();
-    assert_refused(native.start_job("s", seen).is_null(), Code::InvalidArg, "newer than this version");
+    assert_refused(
+        native.start_job("s", seen).is_null(),
+        Code::InvalidArg,
+        "newer than this version",
+    );
     let unknown = options(1 << 7);
     assert_refused(native.start_job("s", &raw const unknown).is_null(), Code::InvalidArg, "0x80");
     let at_once = options(INSTANTSNAP_CREATE_AT_ONCE);
@@ -218,7 +252,8 @@ unsafe extern "C" fn tell(event: *const instantsnap_event, opaque: *mut c_void) 
     if [INSTANTSNAP_EVENT_COMPLETE, INSTANTSNAP_EVENT_FAILED].contains(&event.r#type)
         && let Some(handle) = *told.job.lock().unwrap()
     {
-        *told.result.lock().unwrap() = Some(job::instantsnap_job_get_result(handle as *mut instantsnap_job));
+        *told.result.lock().unwrap() =
+            Some(job::instantsnap_job_get_result(handle as *mut instantsnap_job));
     }
 }
 
@@ -228,30 +263,52 @@ fn types(told: &Told) -> Vec<u32> {
     types.filter(|what| *what != INSTANTSNAP_EVENT_PROGRESS).collect()
 }
 
-const ALL: [u32; 4] =
-    [INSTANTSNAP_EVENT_PAUSED, INSTANTSNAP_EVENT_SWITCHED, INSTANTSNAP_EVENT_INSTANT, INSTANTSNAP_EVENT_COMPLETE];
+const ALL: [u32; 4] = [
+    INSTANTSNAP_EVENT_PAUSED,
+    INSTANTSNAP_EVENT_SWITCHED,
+    INSTANTSNAP_EVENT_INSTANT,
+    INSTANTSNAP_EVENT_COMPLETE,
+];
 
 #[test]
 fn a_callback_is_told_of_everything_with_its_own_pointer() {
     let native = Native::start();
     let told = Told::default();
     let opaque = (&raw const told).cast_mut().cast();
-    let options = instantsnap_create_options { callback: Some(tell), opaque, ..options(INSTANTSNAP_CREATE_AT_ONCE) };
+    let options = instantsnap_create_options {
+        callback: Some(tell),
+        opaque,
+        ..options(INSTANTSNAP_CREATE_AT_ONCE)
+    };
     let handle = native.start_job("s", &raw const options);
     *told.job.lock().unwrap() = Some(handle as usize);
     assert!(told.gate.wait_arrived(DEADLINE));
     assert_eq!(job::instantsnap_job_wait(handle, 0), 0);
-    assert_refused(job::instantsnap_job_get_result(handle) == -1, Code::OperationInvalid, "still being taken");
+    assert_refused(
+        job::instantsnap_job_get_result(handle) == -1,
+        Code::OperationInvalid,
+        "still being taken",
+    );
     told.gate.release();
     assert_eq!(job::instantsnap_job_wait(handle, -1), 1);
 
     assert_eq!(types(&told), ALL);
-    assert!(told.events.lock().unwrap().iter().all(|event| event.size == size_of::<instantsnap_event>()));
-    assert!(*told.signals_blocked.lock().unwrap(), "no handler of the caller's runs in the job's thread");
+    assert!(
+        told.events
+            .lock()
+            .unwrap()
+            .iter()
+            .all(|event| event.size == size_of::<instantsnap_event>())
+    );
+    assert!(
+        *told.signals_blocked.lock().unwrap(),
+        "no handler of the caller's runs in the job's thread"
+    );
     assert_eq!(*told.result.lock().unwrap(), Some(0), "the end is known when it is told");
     assert_eq!(text(job::instantsnap_job_get_name(handle)).as_deref(), Some("s"));
     assert!(text(job::instantsnap_job_get_xml(handle)).unwrap().contains("<name>s</name>"));
-    let mut info = instantsnap_job_info { size: size_of::<instantsnap_job_info>(), ..Default::default() };
+    let mut info =
+        instantsnap_job_info { size: size_of::<instantsnap_job_info>(), ..Default::default() };
     // SAFETY: as large as it says.
     let place = unsafe { Fill::from_ptr(&raw mut info) };
     assert_eq!(job::instantsnap_job_get_info(handle, place), 0);
@@ -268,7 +325,10 @@ fn a_callback_is_told_of_everything_with_its_own_pointer() {
     assert!(!*told.signals_blocked.lock().unwrap());
     assert_eq!(native.create("t", &raw const blocking), -1);
     let last = *told.events.lock().unwrap().last().unwrap();
-    assert_eq!((last.r#type, last.error_code), (INSTANTSNAP_EVENT_FAILED, Code::OperationInvalid as i32));
+    assert_eq!(
+        (last.r#type, last.error_code),
+        (INSTANTSNAP_EVENT_FAILED, Code::OperationInvalid as i32)
+    );
 }
 
 #[test]
@@ -277,16 +337,25 @@ fn a_job_goes_on_without_its_handle_and_its_guests() {
     // Nothing says when the callback has returned for the last time.
     let told: &Told = Box::leak(Box::default());
     let opaque = ptr::from_ref(told).cast_mut().cast();
-    let options = instantsnap_create_options { callback: Some(tell), opaque, ..options(INSTANTSNAP_CREATE_AT_ONCE) };
+    let options = instantsnap_create_options {
+        callback: Some(tell),
+        opaque,
+        ..options(INSTANTSNAP_CREATE_AT_ONCE)
+    };
     let handle = native.start_job("s", &raw const options);
     assert!(told.gate.wait_arrived(DEADLINE));
     // The guest is busy still, and can be opened anew meanwhile.
-    assert_refused(native.start_job("t", ptr::null()).is_null(), Code::OperationInvalid, "another snapshot");
+    assert_refused(
+        native.start_job("t", ptr::null()).is_null(),
+        Code::OperationInvalid,
+        "another snapshot",
+    );
     let Native { guest, opened } = &native;
     native::instantsnap_close(*guest);
     job::instantsnap_job_free(handle);
     told.gate.release();
-    wait_for(DEADLINE, || (types(told) == ALL).then_some(())).expect("it ends, and its callback is told");
+    wait_for(DEADLINE, || (types(told) == ALL).then_some(()))
+        .expect("it ends, and its callback is told");
     opened.bring_back("s");
 }
 
@@ -295,15 +364,21 @@ fn in_a_forked_child_a_job_is_the_parents() {
     let native = Native::start();
     let told = Told::default();
     let opaque = (&raw const told).cast_mut().cast();
-    let options = instantsnap_create_options { callback: Some(tell), opaque, ..options(INSTANTSNAP_CREATE_AT_ONCE) };
+    let options = instantsnap_create_options {
+        callback: Some(tell),
+        opaque,
+        ..options(INSTANTSNAP_CREATE_AT_ONCE)
+    };
     let handle = native.start_job("s", &raw const options);
     assert!(told.gate.wait_arrived(DEADLINE));
-    // SAFETY: the child calls functions of the library, which are to fail at once, and ends without running anything else.
+    // SAFETY: the child calls functions of the library, which are to fail at once, and ends without
+    // running anything else.
     let status = unsafe {
         match libc::fork() {
             0 => {
-                let refused =
-                    |&(_, result, error): &(_, c_int, c_int)| result == -1 && error == Code::OperationInvalid as c_int;
+                let refused = |&(_, result, error): &(_, c_int, c_int)| {
+                    result == -1 && error == Code::OperationInvalid as c_int
+                };
                 let right = call_all(handle).iter().all(refused);
                 libc::_exit(if right { 0 } else { 1 })
             }

@@ -1,5 +1,5 @@
-//! A snapshot that is taken by a thread of its own: it is told of what happens, in order; whoever started it goes on at the
-//! instant, and can wait for it, follow it and cancel it, or forget it.
+//! A snapshot that is taken by a thread of its own: it is told of what happens, in order; whoever
+//! started it goes on at the instant, and can wait for it, follow it and cancel it, or forget it.
 
 mod common;
 
@@ -10,7 +10,9 @@ use std::time::Duration;
 
 use common::jobs::{Listener, Slow, next, readable, rest, steps};
 use common::way::{by_driver, open_guest};
-use common::{ALL_SECTORS, INSTANTLY, Opened, assert_error, assert_untouched, machine, named, through_proxy};
+use common::{
+    ALL_SECTORS, INSTANTLY, Opened, assert_error, assert_untouched, machine, named, through_proxy,
+};
 use instantsnap::engine::{Event, Handle, Job, Phase, Returns, What};
 use instantsnap::error::Code;
 use instantsnap::flags::NO_METADATA;
@@ -38,7 +40,8 @@ fn whoever_starts_a_job_goes_on_at_the_instant_while_memory_drains() {
         let job = opened.start_job(&named("s"), INSTANTLY, listener, Returns::AtInstant).unwrap();
         let after = opened.guest.serial().tick.unwrap();
         assert!(job.info().instant);
-        wait_for(DEADLINE, || (job.info().phase == Some(Phase::Drain)).then_some(())).expect("it drains");
+        wait_for(DEADLINE, || (job.info().phase == Some(Phase::Drain)).then_some(()))
+            .expect("it drains");
         let migration = opened.guest.control().execute("query-migrate", json!({})).unwrap();
         assert_eq!(migration["status"], "active");
 
@@ -63,7 +66,10 @@ fn whoever_starts_a_job_goes_on_at_the_instant_while_memory_drains() {
         assert_eq!(late, job.info(), "its time has stopped");
 
         let (_clone, first) = opened.bring_back("s");
-        assert!((before..=after + 2).contains(&first), "from {first}, and taken between {before} and {after}");
+        assert!(
+            (before..=after + 2).contains(&first),
+            "from {first}, and taken between {before} and {after}"
+        );
     }
 }
 
@@ -73,7 +79,8 @@ fn its_descriptor_is_readable_exactly_as_long_as_there_are_events() {
         let opened = Opened::start(&large(binary));
         let gates = [Phase::Pause, Phase::Drain].map(|phase| (phase, Gate::default()));
         let held = |listener: Listener, (phase, gate): &(Phase, Gate)| listener.hold(*phase, gate);
-        let listener = gates.iter().fold(Listener::default(), held).every(Duration::from_millis(20));
+        let listener =
+            gates.iter().fold(Listener::default(), held).every(Duration::from_millis(20));
         let (slow, listener) = Slow::down(&opened.guest, 4 << 20, listener);
         let job = opened.start_at_once(&named("s"), INSTANTLY, listener);
         let [before_the_pause, draining] = &gates.map(|(_, gate)| gate);
@@ -92,9 +99,14 @@ fn its_descriptor_is_readable_exactly_as_long_as_there_are_events() {
         // Progress that nobody takes does not pile up.
         let progress = next(&job);
         assert_eq!(progress.what, Progress);
-        wait_for(DEADLINE, || (job.info().flow.done > progress.flow.done + (1 << 20)).then_some(()))
-            .expect("it drains");
-        assert!(next(&job).flow.done > progress.flow.done + (1 << 19), "it is not the one after the first");
+        wait_for(DEADLINE, || {
+            (job.info().flow.done > progress.flow.done + (1 << 20)).then_some(())
+        })
+        .expect("it drains");
+        assert!(
+            next(&job).flow.done > progress.flow.done + (1 << 19),
+            "it is not the one after the first"
+        );
         drop(slow);
         assert!(job.wait(None));
         let last = rest(&job);
@@ -107,7 +119,11 @@ fn its_descriptor_is_readable_exactly_as_long_as_there_are_events() {
 fn progress_is_that_of_the_image() {
     for binary in Binary::any() {
         let opened = Opened::start(&large(binary));
-        let (slow, listener) = Slow::down(&opened.guest, 8 << 20, Listener::default().every(Duration::from_millis(50)));
+        let (slow, listener) = Slow::down(
+            &opened.guest,
+            8 << 20,
+            Listener::default().every(Duration::from_millis(50)),
+        );
         let heard = listener.heard();
         let job = opened.start_job(&named("s"), INSTANTLY, listener, Returns::AtInstant).unwrap();
         let flowing = || heard.events().iter().filter(|event| event.what == Progress).count() > 5;
@@ -117,7 +133,8 @@ fn progress_is_that_of_the_image() {
 
         let events = heard.events();
         let image = opened.state_dir().join("s.mem").metadata().unwrap().size();
-        let flow: Vec<_> = events.iter().filter(|event| matches!(event.what, Instant | Progress)).collect();
+        let flow: Vec<_> =
+            events.iter().filter(|event| matches!(event.what, Instant | Progress)).collect();
         let pages = (64 << 20) / 4096;
         assert!((pages / 2..pages + 1024).contains(&flow[0].flow.pages_left), "{:?}", flow[0]);
         for pair in flow.windows(2) {
@@ -129,13 +146,19 @@ fn progress_is_that_of_the_image() {
             let rate = (later.done - earlier.done) as f64 / took;
             let said = later.per_second as f64;
             // The first one's time is that of its own look, which comes a little after the instant.
-            assert!(pair[0].what == Instant || (said - rate).abs() <= rate * 0.5 + 1e6, "{said} and {rate}: {pair:?}");
+            assert!(
+                pair[0].what == Instant || (said - rate).abs() <= rate * 0.5 + 1e6,
+                "{said} and {rate}: {pair:?}"
+            );
         }
         let (first, last) = (flow[0].flow, flow[flow.len() - 1].flow);
         assert!(first.done < last.done && first.pages_left > last.pages_left, "{first:?} {last:?}");
         assert!(first.total >= image, "at most {}, and it has become {image}", first.total);
         let end = events.last().unwrap();
-        assert_eq!((end.what, end.flow.done, end.flow.total, end.flow.pages_left), (Complete, image, image, 0));
+        assert_eq!(
+            (end.what, end.flow.done, end.flow.total, end.flow.pages_left),
+            (Complete, image, image, 0)
+        );
     }
 }
 
@@ -172,7 +195,13 @@ fn assert_in_order(events: &[Event], expected: &[What]) {
         assert!(events.iter().all(|event| event.paused == NOW), "{events:?}");
     }
     if let Some(all) = instant {
-        assert!(events.iter().rev().take_while(|event| event.what != Instant).all(|event| event.paused == all));
+        assert!(
+            events
+                .iter()
+                .rev()
+                .take_while(|event| event.what != Instant)
+                .all(|event| event.paused == all)
+        );
         assert_eq!(all > NOW, paused_at.is_some(), "{events:?}");
     }
 }
@@ -197,7 +226,10 @@ fn a_snapshot_that_succeeds_is_told_of_in_order() {
 
             // The call that blocks tells the same.
             let mut listener = Listener::default();
-            opened.handle.create(&named(&format!("{name}-blocking")), flags, &mut listener).unwrap();
+            opened
+                .handle
+                .create(&named(&format!("{name}-blocking")), flags, &mut listener)
+                .unwrap();
             assert_in_order(&listener.heard().events(), expected);
         };
         check("running", INSTANTLY, &all);
@@ -229,7 +261,11 @@ const FAILURES: [Fails; 8] = [
     Fails { phase: Phase::Switch, command: "transaction", after: &[Paused] },
     Fails { phase: Phase::Arm, command: "migrate", after: &[Paused, Switched] },
     Fails { phase: Phase::Drain, command: "query-migrate", after: &[Paused, Switched, Instant] },
-    Fails { phase: Phase::Finish, command: "query-migrate-capabilities", after: &[Paused, Switched, Instant] },
+    Fails {
+        phase: Phase::Finish,
+        command: "query-migrate-capabilities",
+        after: &[Paused, Switched, Instant],
+    },
 ];
 
 #[test]
@@ -261,7 +297,8 @@ fn a_snapshot_that_fails_is_told_of_in_order_and_last_when_all_is_undone() {
                     Err(error) => error,
                 };
                 assert!(error.message.contains("not today"), "{error}");
-                let expected: Vec<_> = after.iter().copied().chain([Failed(error.number())]).collect();
+                let expected: Vec<_> =
+                    after.iter().copied().chain([Failed(error.number())]).collect();
                 assert_in_order(&heard.events(), &expected);
                 assert_untouched(&opened, &before);
                 assert_eq!(proxy.rules_left(), 0);
@@ -290,14 +327,21 @@ fn a_job_can_be_cancelled_in_each_phase() {
         for (phase, happens) in &phases {
             eprintln!("{} {phase:?}", binary.name);
             let (before, gate) = (opened.trace(), Gate::default());
-            let job = opened.start_at_once(&named("s"), INSTANTLY, Listener::default().hold(*phase, &gate));
+            let job = opened.start_at_once(
+                &named("s"),
+                INSTANTLY,
+                Listener::default().hold(*phase, &gate),
+            );
             assert!(gate.wait_arrived(DEADLINE));
             assert_eq!(job.info().phase, Some(*phase));
             job.cancel();
             gate.release();
             let mut expected = steps(&rest(&job));
             assert_eq!(expected.pop(), Some(Failed(Code::OperationAborted as i32)));
-            assert!(happens.contains(&expected.len()) && [Paused, Switched, Instant].starts_with(&expected));
+            assert!(
+                happens.contains(&expected.len())
+                    && [Paused, Switched, Instant].starts_with(&expected)
+            );
             let error = job.result().unwrap_err();
             assert_eq!(error.message, "the snapshot was cancelled");
             assert_untouched(&opened, &before);
@@ -314,7 +358,8 @@ fn a_job_cancelled_while_memory_drains_ends() {
         let before = opened.trace();
         let (slow, listener) = Slow::down(&opened.guest, 1 << 20, Listener::default());
         let job = opened.start_job(&named("s"), INSTANTLY, listener, Returns::AtInstant).unwrap();
-        wait_for(DEADLINE, || (job.info().phase == Some(Phase::Drain)).then_some(())).expect("it drains");
+        wait_for(DEADLINE, || (job.info().phase == Some(Phase::Drain)).then_some(()))
+            .expect("it drains");
         job.cancel();
         // A QEMU that cannot be told to end is not to be waited for longer than needed.
         drop(slow);
@@ -360,8 +405,9 @@ fn progress_that_cannot_be_asked_for_fails_no_snapshot() {
         let progress = events.iter().filter(|event| event.what == Progress).map(|event| event.flow);
         let at_instant = events.iter().find(|event| event.what == Instant).unwrap().flow;
         assert!(progress.clone().is_sorted_by_key(|flow| flow.done), "{events:?}");
-        let as_told =
-            |flow: instantsnap::engine::Flow| flow.pages_left == at_instant.pages_left && flow.total >= flow.done;
+        let as_told = |flow: instantsnap::engine::Flow| {
+            flow.pages_left == at_instant.pages_left && flow.total >= flow.done
+        };
         assert!(progress.take(3).all(as_told), "what is not known is as it was: {events:?}");
         // QEMU is left alone for a while then.
         let drain = &proxy.commands()[..asked];
@@ -378,9 +424,11 @@ fn a_job_that_nobody_follows_and_whose_guest_is_closed_goes_on() {
         let opened = Opened::start(&machine(binary, 2));
         let (gate, listener) = (Gate::default(), Listener::default());
         let heard = listener.heard();
-        let another = open_guest(&opened.guest, &opened.guest.qmp(), None, &opened.state_dir()).unwrap();
+        let another =
+            open_guest(&opened.guest, &opened.guest.qmp(), None, &opened.state_dir()).unwrap();
         let listener = listener.hold(Phase::Drain, &gate);
-        let job = another.start(&named("s"), INSTANTLY, Box::new(listener), Returns::AtInstant).unwrap();
+        let job =
+            another.start(&named("s"), INSTANTLY, Box::new(listener), Returns::AtInstant).unwrap();
         assert!(gate.wait_arrived(DEADLINE));
         drop(another);
         drop(job);
@@ -401,13 +449,20 @@ fn a_second_job_is_refused_and_touches_nothing() {
         std::fs::create_dir_all(&other_state).unwrap();
         // A driver has its own socket for itself.
         let socket = if by_driver() { "control.sock" } else { "qmp.sock" };
-        let other = Handle::open_qmp(&opened.guest.directory().join(socket), None, &other_state).unwrap();
+        let other =
+            Handle::open_qmp(&opened.guest.directory().join(socket), None, &other_state).unwrap();
         let gate = Gate::default();
-        let first = opened.start_at_once(&named("first"), INSTANTLY, Listener::default().hold(Phase::Prepare, &gate));
+        let first = opened.start_at_once(
+            &named("first"),
+            INSTANTLY,
+            Listener::default().hold(Phase::Prepare, &gate),
+        );
         assert!(gate.wait_arrived(DEADLINE));
         let files = common::files_below(opened.guest.directory());
 
-        let second = |handle: &Handle, returns| handle.start(&named("second"), INSTANTLY, Box::new(()), returns);
+        let second = |handle: &Handle, returns| {
+            handle.start(&named("second"), INSTANTLY, Box::new(()), returns)
+        };
         for returns in [Returns::AtInstant, Returns::AtOnce] {
             let busy = "another snapshot of this guest is being taken";
             assert_error(second(&opened.handle, returns).map(drop), Code::OperationInvalid, busy);
@@ -422,9 +477,14 @@ fn a_second_job_is_refused_and_touches_nothing() {
         gate.release();
         rest(&first);
         // Whoever has been told that it has ended can begin the next.
-        let next = opened.start_job(&named("next"), INSTANTLY, Listener::default(), Returns::AtInstant).unwrap();
+        let next = opened
+            .start_job(&named("next"), INSTANTLY, Listener::default(), Returns::AtInstant)
+            .unwrap();
         next.wait(None);
-        assert_eq!((first.result().unwrap(), next.result().unwrap()), ("first".into(), "next".into()));
+        assert_eq!(
+            (first.result().unwrap(), next.result().unwrap()),
+            ("first".into(), "next".into())
+        );
         second(&other, Returns::AtInstant).unwrap().wait(None);
         opened.guest.wait_ticks(ALL_SECTORS);
         opened.bring_back("first");
@@ -441,7 +501,10 @@ fn a_snapshot_that_is_not_recorded_has_its_xml_all_the_same() {
         assert_eq!(job.result().unwrap(), "s");
         assert_eq!(opened.handle.store().unwrap().list().unwrap(), []);
         let record = Record::parse(&job.xml().unwrap()).unwrap();
-        assert_eq!((record.name.as_str(), record.description.as_deref()), ("s", Some("two < three")));
+        assert_eq!(
+            (record.name.as_str(), record.description.as_deref()),
+            ("s", Some("two < three"))
+        );
         assert!(Path::new(&record.memory_file).exists());
         assert_eq!(record.disks.len(), 2);
         for (disk, name) in record.disks.iter().zip(["vd0", "vd1"]) {
@@ -456,8 +519,11 @@ fn a_listener_that_panics_costs_the_snapshot_and_nothing_else() {
     let opened = Opened::start(&machine(&Binary::all()[0], 2));
     for phase in [Phase::Validate, Phase::Switch, Phase::Drain] {
         let before = opened.trace();
-        let job: Job =
-            opened.start_at_once(&named("s"), INSTANTLY, Listener::default().at(phase, || panic!("on purpose")));
+        let job: Job = opened.start_at_once(
+            &named("s"),
+            INSTANTLY,
+            Listener::default().at(phase, || panic!("on purpose")),
+        );
         assert!(job.wait(None));
         assert_error(job.result(), Code::InternalError, "a defect of instantsnap");
         assert_eq!(rest(&job).last().unwrap().what, Failed(Code::InternalError as i32));

@@ -1,7 +1,9 @@
-//! P1, P3, P4, P5, P8 at random: many jobs at once, on many guests, each cancelled at some moment, or not. Whatever became of
-//! them, the guests are none the worse, and what is complete can be brought back.
+//! P1, P3, P4, P5, P8 at random: many jobs at once, on many guests, each cancelled at some moment,
+//! or not. Whatever became of them, the guests are none the worse, and what is complete can be
+//! brought back.
 //!
-//! `INSTANTSNAP_TEST_SEED` has the same jobs once more; the moments that are a matter of time come as they come.
+//! `INSTANTSNAP_TEST_SEED` has the same jobs once more; the moments that are a matter of time come
+//! as they come.
 
 mod common;
 
@@ -108,10 +110,12 @@ impl Plan {
                 let _ = opened.handle.cancel();
                 gate.release();
             });
-            let result = opened.start_job(&named(name), self.flags, listener, self.returns).and_then(|job| {
-                assert!(job.wait(None));
-                job.result()
-            });
+            let result = opened
+                .start_job(&named(name), self.flags, listener, self.returns)
+                .and_then(|job| {
+                    assert!(job.wait(None));
+                    job.result()
+                });
             ended.store(true, Ordering::Relaxed);
             result
         })
@@ -131,7 +135,8 @@ fn go_through(opened: &Opened, seed: u64, numbers: impl Iterator<Item = usize>) 
             Ok(name) => {
                 complete.push(name);
                 let after = opened.trace();
-                for part in ["status", "capabilities", "parameters", "jobs", "block jobs", "fdsets"] {
+                for part in ["status", "capabilities", "parameters", "jobs", "block jobs", "fdsets"]
+                {
                     assert_eq!(before.qemu.0[part], after.qemu.0[part], "{plan:?}");
                 }
             }
@@ -173,15 +178,18 @@ fn jobs_at_random(guests: usize, jobs: usize, brought_back: usize) {
     let seed = seed();
     println!("INSTANTSNAP_TEST_SEED={seed}");
     let binaries = Binary::all().iter().cycle();
-    let opened: Vec<_> = binaries.take(guests).map(|binary| Opened::start(&machine(binary, 2).memory(32))).collect();
+    let opened: Vec<_> =
+        binaries.take(guests).map(|binary| Opened::start(&machine(binary, 2).memory(32))).collect();
     let files = own_files();
     let complete: Vec<(&Opened, String)> = std::thread::scope(|scope| {
-        let threads = opened
-            .iter()
-            .enumerate()
-            .map(|(first, opened)| scope.spawn(move || go_through(opened, seed, (first..jobs).step_by(guests))));
+        let threads = opened.iter().enumerate().map(|(first, opened)| {
+            scope.spawn(move || go_through(opened, seed, (first..jobs).step_by(guests)))
+        });
         let threads: Vec<_> = threads.collect();
-        let all = threads.into_iter().zip(&opened).map(|(thread, opened)| (opened, thread.join().unwrap()));
+        let all = threads
+            .into_iter()
+            .zip(&opened)
+            .map(|(thread, opened)| (opened, thread.join().unwrap()));
         all.flat_map(|(opened, names)| names.into_iter().map(move |name| (opened, name))).collect()
     });
     println!("{} of {jobs} are complete", complete.len());

@@ -1,5 +1,5 @@
-//! P3, P4: QEMU is killed in the middle of a snapshot. Nothing of the snapshot is left, and the images that the guest had
-//! are whole, with all that it wrote.
+//! P3, P4: QEMU is killed in the middle of a snapshot. Nothing of the snapshot is left, and the
+//! images that the guest had are whole, with all that it wrote.
 
 mod common;
 
@@ -33,7 +33,15 @@ impl Content {
         let raw = disk.file.with_extension("read");
         common::run(
             "qemu-img",
-            &["convert", "-f", disk.format.name(), "-O", "raw", disk.file.to_str().unwrap(), raw.to_str().unwrap()],
+            &[
+                "convert",
+                "-f",
+                disk.format.name(),
+                "-O",
+                "raw",
+                disk.file.to_str().unwrap(),
+                raw.to_str().unwrap(),
+            ],
         );
         let bytes = std::fs::read(&raw).unwrap();
         std::fs::remove_file(&raw).unwrap();
@@ -44,7 +52,10 @@ impl Content {
             };
             assert_eq!(word(0), word(SECTOR / 4 - 1), "disk {index}, sector {sector} is torn");
             // One that was never written has no number of its disk.
-            assert!(word(1) == index || word(0) == 0, "disk {index}, sector {sector} is not its own");
+            assert!(
+                word(1) == index || word(0) == 0,
+                "disk {index}, sector {sector} is not its own"
+            );
             word(0)
         };
         let rotating = (0..ROTATION as usize).map(|n| number(ROTATION_START + n * ROTATION_STRIDE));
@@ -54,9 +65,14 @@ impl Content {
     /// Asserts that it is what the guest had written when it had said `tick` and nothing since.
     #[track_caller]
     fn assert_at(&self, tick: u32) {
-        assert!((tick..=tick + 1).contains(&self.fixed), "{} is on the disk, {tick} was said last", self.fixed);
+        assert!(
+            (tick..=tick + 1).contains(&self.fixed),
+            "{} is on the disk, {tick} was said last",
+            self.fixed
+        );
         for (n, &has) in self.rotating.iter().enumerate() {
-            // The last number to come here, up to the one in the fixed sector, which is written first.
+            // The last number to come here, up to the one in the fixed sector, which is written
+            // first.
             let n = n as u32;
             let last = if n > self.fixed { 0 } else { self.fixed - (self.fixed - n) % ROTATION };
             let before = last.saturating_sub(ROTATION);
@@ -71,17 +87,20 @@ fn files(opened: &Opened) -> Vec<PathBuf> {
     common::files_below(opened.guest.directory())
 }
 
-/// The kit's sockets and a socket's file outlive a killed QEMU, so files are compared as they were before the snapshot.
+/// The kit's sockets and a socket's file outlive a killed QEMU, so files are compared as they were
+/// before the snapshot.
 #[track_caller]
 fn assert_nothing_left(opened: &Opened, before: &[PathBuf]) {
     assert_eq!(files(opened), before);
     assert_eq!(opened.handle.store().unwrap().list().unwrap(), []);
     for disk in opened.guest.disks() {
         if disk.format == Format::Qcow2 {
-            let info = common::run("qemu-img", &["info", "--output=json", disk.file.to_str().unwrap()]);
+            let info =
+                common::run("qemu-img", &["info", "--output=json", disk.file.to_str().unwrap()]);
             assert!(!info.contains("backing-filename"), "{info}");
             // Clusters that nobody refers to (3) are no harm: QEMU could not finish.
-            let check = Command::new("qemu-img").args(["check", "-q"]).arg(&disk.file).status().unwrap();
+            let check =
+                Command::new("qemu-img").args(["check", "-q"]).arg(&disk.file).status().unwrap();
             assert!([Some(0), Some(3)].contains(&check.code()), "{check}");
         }
     }
@@ -90,7 +109,8 @@ fn assert_nothing_left(opened: &Opened, before: &[PathBuf]) {
 /// The same machine anew, on the images as they are.
 fn start_cold(binary: &'static Binary, guest: &Guest) {
     let disks = guest.disks().iter();
-    let machine = disks.fold(Machine::new(binary), |machine, disk| machine.disk_on(&disk.file, disk.format));
+    let machine =
+        disks.fold(Machine::new(binary), |machine, disk| machine.disk_on(&disk.file, disk.format));
     machine.start().wait_ticks(3);
 }
 
@@ -98,8 +118,8 @@ fn start(binary: &'static Binary) -> Opened {
     Opened::start(&common::machine(binary, 2))
 }
 
-/// What QEMU had not passed on to the kernel dies with it: on a qcow2 image that can be much. Everything has been passed on
-/// when it has stopped the guest.
+/// What QEMU had not passed on to the kernel dies with it: on a qcow2 image that can be much.
+/// Everything has been passed on when it has stopped the guest.
 fn stop(guest: &Guest) -> u32 {
     guest.control().execute("stop", json!({})).unwrap();
     guest.serial().tick.unwrap()
@@ -108,7 +128,10 @@ fn stop(guest: &Guest) -> u32 {
 fn assert_says_that_qemu_has_gone(error: &Error) {
     assert_eq!(error.code, Code::OperationFailed, "{error}");
     // The second where a driver's own callback had to do with it.
-    let said = ["lost the connection to QEMU", "the driver's callback failed: QEMU has closed its monitor"];
+    let said = [
+        "lost the connection to QEMU",
+        "the driver's callback failed: QEMU has closed its monitor",
+    ];
     assert!(said.iter().any(|said| error.message.contains(said)), "{error}");
     assert!(!error.message.contains("must not be removed"), "{error}");
 }
@@ -125,7 +148,8 @@ fn killed_in(phase: Phase, flags: u32) {
                 killed = true;
             }
         });
-        let error = opened.handle.create(&named("s"), flags, &mut observer).expect_err("QEMU was killed");
+        let error =
+            opened.handle.create(&named("s"), flags, &mut observer).expect_err("QEMU was killed");
         eprintln!("{} {phase:?}: {error}", binary.name);
         assert!(killed);
         assert_says_that_qemu_has_gone(&error);
@@ -175,7 +199,8 @@ fn killed_at_the_finish() {
     killed_in(Phase::Finish, INSTANTLY);
 }
 
-/// What the guest has written since the instant is in its overlays. It is its data, and must be in its images afterwards.
+/// What the guest has written since the instant is in its overlays. It is its data, and must be in
+/// its images afterwards.
 #[test]
 fn what_the_guest_wrote_after_the_instant_is_merged() {
     for phase in [Phase::Drain, Phase::Finish] {
@@ -194,7 +219,10 @@ fn what_the_guest_wrote_after_the_instant_is_merged() {
                     opened.guest.kill();
                 }
             });
-            let error = opened.handle.create(&named("s"), INSTANTLY, &mut observer).expect_err("QEMU was killed");
+            let error = opened
+                .handle
+                .create(&named("s"), INSTANTLY, &mut observer)
+                .expect_err("QEMU was killed");
             assert_says_that_qemu_has_gone(&error);
             assert_nothing_left(&opened, &before);
             assert!(ticks["killed"] >= ticks["instant"] + 60);
@@ -247,7 +275,8 @@ fn killed_after_migrate() {
     killed_after("migrate", 0);
 }
 
-/// The memory of the guest drains, and it has written to its overlays; QEMU is killed, and `before_merge` is called.
+/// The memory of the guest drains, and it has written to its overlays; QEMU is killed, and
+/// `before_merge` is called.
 fn fail_to_merge(opened: &Opened, mut before_merge: impl FnMut()) -> (Error, u32) {
     let mut tick = 0;
     let mut observer = At(|phase| {
@@ -258,7 +287,8 @@ fn fail_to_merge(opened: &Opened, mut before_merge: impl FnMut()) -> (Error, u32
             before_merge();
         }
     });
-    let error = opened.handle.create(&named("s"), INSTANTLY, &mut observer).expect_err("QEMU was killed");
+    let error =
+        opened.handle.create(&named("s"), INSTANTLY, &mut observer).expect_err("QEMU was killed");
     (error, tick)
 }
 
@@ -273,8 +303,9 @@ fn a_killed_merge_keeps_the_overlays_of_a_caller_that_ignores_its_children() {
     let with_stand_in = path_with_qemu_img(stand_in.path(), script);
     for binary in Binary::all() {
         let opened = start(binary);
-        // SAFETY: this process runs this one test, and its other threads are the harness's, which waits, and ours, which
-        // read no environment meanwhile. It waits for no child of its own while their ends are ignored.
+        // SAFETY: this process runs this one test, and its other threads are the harness's, which
+        // waits, and ours, which read no environment meanwhile. It waits for no child of its own
+        // while their ends are ignored.
         let (error, tick) = fail_to_merge(&opened, || unsafe {
             std::env::set_var("PATH", &with_stand_in);
             libc::signal(libc::SIGCHLD, libc::SIG_IGN);
@@ -297,7 +328,8 @@ fn a_killed_merge_keeps_the_overlays_of_a_caller_that_ignores_its_children() {
 
 #[test]
 fn an_overlay_that_another_qemu_opens_when_it_has_been_merged_is_not_removed() {
-    if !is_own_process("an_overlay_that_another_qemu_opens_when_it_has_been_merged_is_not_removed") {
+    if !is_own_process("an_overlay_that_another_qemu_opens_when_it_has_been_merged_is_not_removed")
+    {
         return;
     }
     let path = std::env::var_os("PATH").unwrap();
@@ -307,23 +339,26 @@ fn an_overlay_that_another_qemu_opens_when_it_has_been_merged_is_not_removed() {
     let overlay = |index: usize| opened.guest.directory().join(format!("disk-{index}.s"));
     // It goes on when qemu-nbd has the image open.
     let script = format!(
-        "#!/bin/sh\n\
-         [ \"$1\" = commit ] || exec /usr/bin/qemu-img \"$@\"\n\
-         /usr/bin/qemu-img \"$@\" || exit\n\
-         [ -e {0}/pid ] || qemu-nbd -f qcow2 -t -k {0}/nbd --fork --pid-file={0}/pid {1} </dev/null >{0}/said 2>&1\n",
+        "#!/bin/sh\n[ \"$1\" = commit ] || exec /usr/bin/qemu-img \"$@\"\n/usr/bin/qemu-img \"$@\" \
+         || exit\n[ -e {0}/pid ] || qemu-nbd -f qcow2 -t -k {0}/nbd --fork --pid-file={0}/pid {1} \
+         </dev/null >{0}/said 2>&1\n",
         stand_in.path().display(),
         overlay(0).display()
     );
     let with_stand_in = path_with_qemu_img(stand_in.path(), &script);
-    // SAFETY: this process runs this one test, and its other threads are the harness's, which waits, and ours, which read no
-    // environment.
-    let (error, tick) = fail_to_merge(&opened, || unsafe { std::env::set_var("PATH", &with_stand_in) });
+    // SAFETY: this process runs this one test, and its other threads are the harness's, which
+    // waits, and ours, which read no environment.
+    let (error, tick) =
+        fail_to_merge(&opened, || unsafe { std::env::set_var("PATH", &with_stand_in) });
     // SAFETY: as above.
     unsafe { std::env::set_var("PATH", &path) };
     let server = std::fs::read_to_string(stand_in.path().join("pid")).expect("the other QEMU");
     assert_eq!(overlay(0).exists().then(|| overlay(1).exists()), Some(false));
     common::run("kill", &[server.trim()]);
-    assert!(error.message.contains(&format!("another one has the overlay '{}'", overlay(0).display())), "{error}");
+    assert!(
+        error.message.contains(&format!("another one has the overlay '{}'", overlay(0).display())),
+        "{error}"
+    );
     for (index, disk) in opened.guest.disks().iter().enumerate() {
         Content::read(disk, index as u32).assert_at(tick);
     }
@@ -337,9 +372,10 @@ fn without_qemu_img_the_overlays_are_kept_and_named() {
     let path = std::env::var_os("PATH").unwrap();
     for binary in Binary::all() {
         let opened = start(binary);
-        // SAFETY: this process runs this one test, and its other threads are the harness's, which waits, and ours, which
-        // read no environment.
-        let (error, tick) = fail_to_merge(&opened, || unsafe { std::env::set_var("PATH", "/nonexistent") });
+        // SAFETY: this process runs this one test, and its other threads are the harness's, which
+        // waits, and ours, which read no environment.
+        let (error, tick) =
+            fail_to_merge(&opened, || unsafe { std::env::set_var("PATH", "/nonexistent") });
         // SAFETY: as above.
         unsafe { std::env::set_var("PATH", &path) };
         eprintln!("{error}");
@@ -349,7 +385,9 @@ fn without_qemu_img_the_overlays_are_kept_and_named() {
             assert!(error.message.contains(overlay.to_str().unwrap()), "{error}");
             assert!(overlay.exists());
         }
-        for part in ["lost the connection", "qemu-img commit", "must not be removed", "install qemu-utils"] {
+        for part in
+            ["lost the connection", "qemu-img commit", "must not be removed", "install qemu-utils"]
+        {
             assert!(error.message.contains(part), "{part}: {error}");
         }
         assert!(!opened.state_dir().join("s.mem").exists());

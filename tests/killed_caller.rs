@@ -8,7 +8,9 @@ use std::process::Command;
 use std::time::Duration;
 
 use common::way::{by_driver, open};
-use common::{At, INSTANTLY, Loop, Opened, assert_says, files_below, machine, named, run, through_proxy};
+use common::{
+    At, INSTANTLY, Loop, Opened, assert_says, files_below, machine, named, run, through_proxy,
+};
 use instantsnap::engine::{Overlap, Phase};
 use instantsnap::error::Code;
 use instantsnap_testkit::{Binary, DEADLINE, Fingerprint, Guest, Machine, fingerprint, wait_for};
@@ -17,7 +19,8 @@ use serde_json::json;
 
 const PHASES: [Phase; 5] = [Phase::Pause, Phase::Switch, Phase::Arm, Phase::Drain, Phase::Finish];
 
-/// Not a test of its own: the process that the tests below start, which kills itself in the phase it is told.
+/// Not a test of its own: the process that the tests below start, which kills itself in the phase
+/// it is told.
 #[test]
 #[ignore = "run by the other tests"]
 fn child() {
@@ -31,7 +34,8 @@ fn child() {
     }
     let mut observer = At(|now| {
         if PHASES.get(phase) == Some(&now) {
-            rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL).unwrap();
+            rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL)
+                .unwrap();
         }
     });
     let xml = std::env::var("INSTANTSNAP_TEST_XML").unwrap_or_else(|_| named("killed"));
@@ -65,8 +69,11 @@ fn wait_until_settled(guest: &Guest, before: &Fingerprint) {
         let mut client = guest.control();
         let now = fingerprint(&mut client);
         let migration = client.execute("query-migrate", json!({})).unwrap();
-        let under_way = ["setup", "active", "cancelling"].iter().any(|status| migration["status"] == *status);
-        let same = ["capabilities", "parameters", "status", "jobs"].iter().all(|part| now.0[part] == before.0[part]);
+        let under_way =
+            ["setup", "active", "cancelling"].iter().any(|status| migration["status"] == *status);
+        let same = ["capabilities", "parameters", "status", "jobs"]
+            .iter()
+            .all(|part| now.0[part] == before.0[part]);
         (same && !under_way).then_some(())
     });
     assert!(settled.is_some(), "the migration settings are not what they were");
@@ -74,12 +81,14 @@ fn wait_until_settled(guest: &Guest, before: &Fingerprint) {
 
 /// QEMU's block nodes, and the files of the guest and of its state directory.
 fn nodes_and_files(opened: &Opened) -> (Vec<String>, Vec<PathBuf>) {
-    let nodes = opened.guest.control().execute("query-named-block-nodes", json!({ "flat": true })).unwrap();
+    let nodes =
+        opened.guest.control().execute("query-named-block-nodes", json!({ "flat": true })).unwrap();
     let name = |node: &serde_json::Value| node["node-name"].as_str().unwrap_or_default().to_owned();
     let mut nodes: Vec<_> = nodes.as_array().unwrap().iter().map(name).collect();
     nodes.sort();
     // The directory's lock stays, and has nothing in it.
-    let files = files_below(opened.guest.directory()).into_iter().filter(|file| !file.ends_with(".lock"));
+    let files =
+        files_below(opened.guest.directory()).into_iter().filter(|file| !file.ends_with(".lock"));
     (nodes, files.collect())
 }
 
@@ -93,7 +102,9 @@ fn lose_the_caller(machine: &Machine, phase: usize, overlap: bool) {
     wait_until_settled(&opened.guest, &before);
     // A driver is not told that its disks are off the overlays, so they stay there.
     if !by_driver() || PHASES[phase] == Phase::Pause {
-        let nothing_left = wait_for(Duration::from_secs(60), || (nodes_and_files(&opened) == nothing).then_some(()));
+        let nothing_left = wait_for(Duration::from_secs(60), || {
+            (nodes_and_files(&opened) == nothing).then_some(())
+        });
         assert!(nothing_left.is_some(), "{:?} is left of {nothing:?}", nodes_and_files(&opened));
     }
     // And the next one works.
@@ -108,7 +119,11 @@ fn a_guest_whose_snapshot_loses_its_caller_runs_on_and_can_be_snapshotted_again(
         for (index, phase) in PHASES.iter().enumerate() {
             eprintln!("{}: killed in {phase:?}", binary.name);
             // Memory enough for the drain to be long, and a guest that writes into all of it.
-            lose_the_caller(&machine(binary, 1).memory(256).prealloc().append("dense=128"), index, false);
+            lose_the_caller(
+                &machine(binary, 1).memory(256).prealloc().append("dense=128"),
+                index,
+                false,
+            );
         }
     }
 }
@@ -118,31 +133,39 @@ fn a_guest_whose_snapshot_loses_its_caller_runs_on_and_can_be_snapshotted_again(
 fn a_guest_whose_memory_is_touched_while_it_runs_survives_its_caller_too() {
     for binary in Binary::all().iter().filter(|binary| binary.version >= (10, 0, 0)) {
         for index in [0, 1] {
-            lose_the_caller(&machine(binary, 1).append("dense=16").long_setup(Duration::from_millis(500)), index, true);
+            lose_the_caller(
+                &machine(binary, 1).append("dense=16").long_setup(Duration::from_millis(500)),
+                index,
+                true,
+            );
         }
     }
 }
 
-/// The caller is killed when its migration has begun; its watchdog has the rest of memory to read, and a user pauses the guest
-/// meanwhile.
+/// The caller is killed when its migration has begun; its watchdog has the rest of memory to read,
+/// and a user pauses the guest meanwhile.
 #[test]
 fn a_watchdog_does_not_resume_a_guest_that_its_user_pauses_during_the_drain() {
     if by_driver() {
         return;
     }
     for binary in Binary::any() {
-        let (opened, proxy) = through_proxy(&machine(binary, 1).memory(256).prealloc().append("dense=128"));
+        let (opened, proxy) =
+            through_proxy(&machine(binary, 1).memory(256).prealloc().append("dense=128"));
         let nothing = nodes_and_files(&opened);
-        let say = |command: &str, arguments| opened.guest.control().execute(command, arguments).unwrap();
+        let say =
+            |command: &str, arguments| opened.guest.control().execute(command, arguments).unwrap();
         let bandwidth = say("query-migrate-parameters", json!({}))["max-bandwidth"].clone();
         let gate = proxy.hold_reply("migrate", 1);
-        let mut caller =
-            child_process(&opened.guest, PHASES.len()).env("INSTANTSNAP_TEST_SOCKET", "proxy.sock").spawn();
+        let mut caller = child_process(&opened.guest, PHASES.len())
+            .env("INSTANTSNAP_TEST_SOCKET", "proxy.sock")
+            .spawn();
         let caller = caller.as_mut().unwrap();
         assert!(gate.wait_arrived(DEADLINE));
         let armed = wait_for(DEADLINE, || {
             let ram = say("query-migrate", json!({}))["ram"].clone();
-            (ram["normal"].as_u64().unwrap_or(0) + ram["duplicate"].as_u64().unwrap_or(0) > 0).then_some(())
+            (ram["normal"].as_u64().unwrap_or(0) + ram["duplicate"].as_u64().unwrap_or(0) > 0)
+                .then_some(())
         });
         armed.expect("it is armed");
         // From now on it is slow.
@@ -151,7 +174,8 @@ fn a_watchdog_does_not_resume_a_guest_that_its_user_pauses_during_the_drain() {
         caller.wait().unwrap();
         gate.release();
         let resumed = || proxy.commands().iter().filter(|command| *command == "cont").count();
-        wait_for(DEADLINE, || (resumed() == 2).then_some(())).expect("the guest is resumed as soon as it is armed");
+        wait_for(DEADLINE, || (resumed() == 2).then_some(()))
+            .expect("the guest is resumed as soon as it is armed");
         assert_eq!(say("query-migrate", json!({}))["status"], "active");
         say("stop", json!({}));
         say("migrate-set-parameters", json!({ "max-bandwidth": bandwidth }));
@@ -163,20 +187,27 @@ fn a_watchdog_does_not_resume_a_guest_that_its_user_pauses_during_the_drain() {
     }
 }
 
-/// A guest is held by names that one network namespace knows: two processes of two namespaces do not keep each other away.
+/// A guest is held by names that one network namespace knows: two processes of two namespaces do
+/// not keep each other away.
 #[test]
 fn a_snapshot_of_another_network_namespace_is_not_taken_for_what_a_killed_one_has_left() {
     if by_driver() {
         return;
     }
-    if !Command::new("unshare").args(["--net", "true"]).status().is_ok_and(|status| status.success()) {
+    if !Command::new("unshare")
+        .args(["--net", "true"])
+        .status()
+        .is_ok_and(|status| status.success())
+    {
         return eprintln!("skipped: no network namespace can be made here");
     }
     for binary in Binary::any() {
         let (opened, proxy) = through_proxy(&machine(binary, 1));
         let directory = opened.guest.directory();
         std::fs::create_dir(directory.join("other-state")).unwrap();
-        let here = open(directory, &directory.join("control.sock"), None, &directory.join("other-state")).unwrap();
+        let here =
+            open(directory, &directory.join("control.sock"), None, &directory.join("other-state"))
+                .unwrap();
         let settings = || {
             let mut control = opened.guest.control();
             let mut ask = |command: &str| control.execute(command, json!({})).unwrap();
@@ -200,8 +231,13 @@ fn a_snapshot_of_another_network_namespace_is_not_taken_for_what_a_killed_one_ha
             (gate, child)
         };
         let (gate, mut child) = there();
-        let error = here.create(&named("s"), INSTANTLY, &mut ()).expect_err("the other is being taken");
-        assert_says(&error, Code::OperationInvalid, &["another network namespace", "Wait", "'tls-hostname'"]);
+        let error =
+            here.create(&named("s"), INSTANTLY, &mut ()).expect_err("the other is being taken");
+        assert_says(
+            &error,
+            Code::OperationInvalid,
+            &["another network namespace", "Wait", "'tls-hostname'"],
+        );
         gate.release();
         child.wait().unwrap();
         assert_eq!(settings(), before);
@@ -211,9 +247,14 @@ fn a_snapshot_of_another_network_namespace_is_not_taken_for_what_a_killed_one_ha
         let (_gate, mut child) = there();
         // The snapshot's process and its watchdog.
         let note = settings().1["tls-hostname"].as_str().unwrap().to_owned();
-        let note: serde_json::Value = serde_json::from_str(note.strip_prefix("instantsnap: ").unwrap()).unwrap();
+        let note: serde_json::Value =
+            serde_json::from_str(note.strip_prefix("instantsnap: ").unwrap()).unwrap();
         let processes = note["maker"]["processes"].as_array().unwrap();
-        assert_eq!((processes.len(), processes[0]["pid"].as_u64()), (2, Some(child.id().into())), "{note}");
+        assert_eq!(
+            (processes.len(), processes[0]["pid"].as_u64()),
+            (2, Some(child.id().into())),
+            "{note}"
+        );
         for process in processes.iter().rev() {
             let pid = Pid::from_raw(process["pid"].as_i64().unwrap() as i32).unwrap();
             rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
@@ -243,23 +284,36 @@ fn a_caller_that_is_killed_leaves_its_empty_file_empty_and_its_device_without_an
         std::fs::File::create(&backing).unwrap().set_len(32 << 20).unwrap();
         let device = Loop::on(&backing);
         let file = format!("<disk name='vd0'><source file='{}'/></disk>", empty.display());
-        let block =
-            device.iter().map(|device| format!("<disk name='vd1' type='block'><source dev='{}'/></disk>", device.0));
+        let block = device.iter().map(|device| {
+            format!("<disk name='vd1' type='block'><source dev='{}'/></disk>", device.0)
+        });
         let disks = file + &block.collect::<String>();
-        let xml = format!("<domainsnapshot><name>killed</name><disks>{disks}</disks></domainsnapshot>");
+        let xml =
+            format!("<domainsnapshot><name>killed</name><disks>{disks}</disks></domainsnapshot>");
         for phase in [Phase::Pause, Phase::Drain] {
             let before = fingerprint(&mut opened.guest.control());
             let nothing = nodes_and_files(&opened);
             let index = PHASES.iter().position(|known| *known == phase).unwrap();
-            let status = child_process(&opened.guest, index).env("INSTANTSNAP_TEST_XML", &xml).status().unwrap();
+            let status = child_process(&opened.guest, index)
+                .env("INSTANTSNAP_TEST_XML", &xml)
+                .status()
+                .unwrap();
             assert_eq!(status.signal(), Some(9), "{status}");
             opened.guest.wait_ticks(3);
             wait_until_settled(&opened.guest, &before);
-            let is_raw = |device: &Loop| run("qemu-img", &["info", "-U", &device.0]).contains("file format: raw");
-            let is_empty = || std::fs::metadata(&empty).unwrap().len() == 0 && device.iter().all(is_raw);
-            let undone =
-                wait_for(Duration::from_secs(60), || (nodes_and_files(&opened) == nothing && is_empty()).then_some(()));
-            assert!(undone.is_some(), "killed in {phase:?}: {:?}, of {nothing:?}", nodes_and_files(&opened));
+            let is_raw = |device: &Loop| {
+                run("qemu-img", &["info", "-U", &device.0]).contains("file format: raw")
+            };
+            let is_empty =
+                || std::fs::metadata(&empty).unwrap().len() == 0 && device.iter().all(is_raw);
+            let undone = wait_for(Duration::from_secs(60), || {
+                (nodes_and_files(&opened) == nothing && is_empty()).then_some(())
+            });
+            assert!(
+                undone.is_some(),
+                "killed in {phase:?}: {:?}, of {nothing:?}",
+                nodes_and_files(&opened)
+            );
         }
         opened.guest.wait_ticks(65);
     }

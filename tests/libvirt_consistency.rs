@@ -1,4 +1,5 @@
-//! P1 through a stock libvirt: memory, every disk and the serial line of a snapshot are of one moment.
+//! P1 through a stock libvirt: memory, every disk and the serial line of a snapshot are of one
+//! moment.
 
 mod common;
 
@@ -6,7 +7,8 @@ use common::machine;
 use common::virt::{self, OpenedDomain};
 use instantsnap_testkit::{Accel, Binary, Daemon, Machine, MachineType, kvm_works, thorough};
 
-/// Takes snapshots one after the other, on one growing chain, of a guest that writes all the time; brings each back.
+/// Takes snapshots one after the other, on one growing chain, of a guest that writes all the time;
+/// brings each back.
 fn snapshots_in_a_row(machine: &Machine, daemon: &Daemon, rounds: u32) {
     let original = OpenedDomain::start(machine, daemon);
     for round in 0..rounds {
@@ -17,7 +19,8 @@ fn snapshots_in_a_row(machine: &Machine, daemon: &Daemon, rounds: u32) {
         let first = common::first_tick(&clone);
         assert!(
             (before..=after + 2).contains(&first),
-            "round {round}: the clone goes on from {first}, the snapshot was taken between {before} and {after}"
+            "round {round}: the clone goes on from {first}, the snapshot was taken between \
+             {before} and {after}"
         );
     }
     original.guest.wait_ticks(3);
@@ -43,6 +46,10 @@ fn every_snapshot_in_a_row_is_of_one_moment() {
 fn every_snapshot_in_a_row_is_of_one_moment_under_kvm() {
     for binary in Binary::under_libvirt().iter().filter(|binary| kvm_works(binary)) {
         // QEMU needs /dev/kvm, which a session's user may not have.
-        snapshots_in_a_row(&machine(binary, 2).accel(Accel::Kvm), &virt::system().unwrap_or_else(virt::session), 1);
+        snapshots_in_a_row(
+            &machine(binary, 2).accel(Accel::Kvm),
+            &virt::system().unwrap_or_else(virt::session),
+            1,
+        );
     }
 }

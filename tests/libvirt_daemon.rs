@@ -63,7 +63,12 @@ fn snapshot_with_restart(domain: &OpenedDomain, at: Phase, how: End) -> Result<S
 }
 
 /// A taken snapshot is whole; after a failed one nothing is left of it; the guest runs either way.
-fn check(domain: &OpenedDomain, before: &common::virt::DomainTrace, result: &Result<String, Error>, what: &str) {
+fn check(
+    domain: &OpenedDomain,
+    before: &common::virt::DomainTrace,
+    result: &Result<String, Error>,
+    what: &str,
+) {
     eprintln!("{what}: {result:?}");
     assert_eq!(domain.guest.virsh("domstate", &[]).trim(), "running", "{what}");
     domain.guest.wait_ticks(3);
@@ -95,7 +100,11 @@ fn a_daemon_that_is_restarted_while_memory_is_saved_costs_nothing() {
 #[test]
 fn a_daemon_that_is_restarted_in_the_pause_leaves_a_guest_that_runs() {
     for binary in Binary::under_libvirt() {
-        for (at, how) in [(Phase::Switch, End::Killed), (Phase::Arm, End::Killed), (Phase::Switch, End::Terminated)] {
+        for (at, how) in [
+            (Phase::Switch, End::Killed),
+            (Phase::Arm, End::Killed),
+            (Phase::Switch, End::Terminated),
+        ] {
             let daemon = Daemon::session();
             let domain = OpenedDomain::start(&dense(binary), &daemon);
             let (before, settings_before) = (domain.trace(), settings(&domain));
@@ -164,7 +173,8 @@ impl Dump {
     }
 }
 
-/// As if the other client had come before its QEMU was kept from beginning a migration that is not ours.
+/// As if the other client had come before its QEMU was kept from beginning a migration that is not
+/// ours.
 fn let_others_in(domain: &OpenedDomain) {
     let monitor = common::virt::domain(&domain.guest);
     for command in [
@@ -201,7 +211,8 @@ fn another_clients_job_in_the_pause_is_not_waited_for_beyond_the_limit() {
                 Phase::Undo => {
                     let (dump, ticked) = (dump.take().unwrap(), ticked.take().unwrap());
                     scope.spawn(move || {
-                        // The guest runs again although the other's job goes on; only then that ends.
+                        // The guest runs again although the other's job goes on; only then that
+                        // ends.
                         *ticked = Some(guest.try_ticks(3, DEADLINE));
                         dump.finish();
                     });
@@ -253,7 +264,11 @@ fn a_daemon_that_accepts_and_does_not_answer_in_the_pause_is_not_waited_for_beyo
         });
         let error = domain.snapshot_observed("silent", &mut hang).unwrap_err();
         let in_time = starting.expect("the disks were to be switched").join().unwrap();
-        assert!(in_time, "QEMU {}: it is undone while the daemon is still silent: {error}", binary.name);
+        assert!(
+            in_time,
+            "QEMU {}: it is undone while the daemon is still silent: {error}",
+            binary.name
+        );
         common::assert_says(
             &error,
             Code::Rpc,

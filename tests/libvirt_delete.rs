@@ -47,7 +47,8 @@ fn the_current_leaf_is_merged() {
     tree.assert_all_can_be_reverted_to();
 }
 
-/// libvirt >= 9.9 needs a current snapshot: another becomes that, and its record names the disks' overlays anew.
+/// libvirt >= 9.9 needs a current snapshot: another becomes that, and its record names the disks'
+/// overlays anew.
 #[test]
 fn a_disk_that_was_left_out_stays_so_when_the_current_snapshot_is_deleted() {
     let daemon = virt::session();
@@ -162,9 +163,12 @@ fn a_domain_that_is_shut_off_is_pruned_too() {
     if !thorough() {
         return;
     }
-    for (name, flags, shape) in
-        [("a", 0, "b< c<b d<b"), ("b", 0, "a< c<a d<a"), ("d", 0, "a< b<a c<b"), ("b", CHILDREN, "a<")]
-    {
+    for (name, flags, shape) in [
+        ("a", 0, "b< c<b d<b"),
+        ("b", 0, "a< c<a d<a"),
+        ("d", 0, "a< b<a c<b"),
+        ("b", CHILDREN, "a<"),
+    ] {
         let tree = forked(&virt::session(), Maker::Instant);
         tree.opened.guest.virsh("destroy", &[]);
         tree.delete(name, flags);
@@ -180,7 +184,8 @@ fn a_transient_domain_is_pruned_too() {
     if !thorough() {
         return;
     }
-    let mut tree = Tree::start(&machine(&Binary::all()[0], 1).transient(), &virt::session(), Maker::Instant);
+    let mut tree =
+        Tree::start(&machine(&Binary::all()[0], 1).transient(), &virt::session(), Maker::Instant);
     for name in ["a", "b", "c"] {
         tree.snapshot(name);
     }
@@ -206,9 +211,13 @@ fn after_every_revert_and_snapshot_all_can_go_one_by_one() {
     tree.revert("c");
     tree.snapshot("f");
     tree.assert_shape("a< b<a c<b d<b e<a f<c", Some("f"));
-    for (name, shape) in
-        [("b", "a< c<a d<a e<a f<c"), ("a", "c< d< e< f<c"), ("c", "d< e< f<"), ("e", "d< f<"), ("f", "d<")]
-    {
+    for (name, shape) in [
+        ("b", "a< c<a d<a e<a f<c"),
+        ("a", "c< d< e< f<c"),
+        ("c", "d< e< f<"),
+        ("e", "d< f<"),
+        ("f", "d<"),
+    ] {
         tree.delete(name, 0);
         assert_eq!(tree.shape(), shape);
     }
@@ -224,7 +233,8 @@ fn snapshots_of_somebody_else_stay_or_go_with_the_others() {
         return;
     }
     let made = || {
-        let mut tree = Tree::start(&machine(&Binary::all()[0], 1), &virt::session(), Maker::Instant);
+        let mut tree =
+            Tree::start(&machine(&Binary::all()[0], 1), &virt::session(), Maker::Instant);
         tree.snapshot("a");
         tree.opened.guest.virsh("snapshot-create-as", &["disks", "--disk-only"]);
         tree.snapshot("b");
@@ -253,7 +263,11 @@ fn snapshots_of_somebody_else_stay_or_go_with_the_others() {
 fn what_stands_in_the_way_is_said_and_nothing_is_changed() {
     let tree = forked(&virt::session(), Maker::Instant);
     let before = tree.opened.trace();
-    common::assert_error(tree.try_delete("a", CHILDREN | CHILDREN_ONLY), Code::InvalidArg, "mutually exclusive");
+    common::assert_error(
+        tree.try_delete("a", CHILDREN | CHILDREN_ONLY),
+        Code::InvalidArg,
+        "mutually exclusive",
+    );
     common::assert_error(tree.try_delete("a", 1 << 9), Code::InvalidArg, "0x200");
     tree.opened.assert_untouched(&before);
     let copy = tree.memory("copy").display().to_string();
@@ -271,7 +285,8 @@ fn what_stands_in_the_way_is_said_and_nothing_is_changed() {
     tree.assert_all_can_be_reverted_to();
 }
 
-/// A delete that was cut short can be done again, and until then its snapshot cannot be reverted to.
+/// A delete that was cut short can be done again, and until then its snapshot cannot be reverted
+/// to.
 #[test]
 fn a_delete_that_was_cut_short_can_be_done_again() {
     if !thorough() {
@@ -299,16 +314,18 @@ fn only_metadata_goes_and_the_others_stay_right() {
 /// A domain with a disk `sda` that can be taken out, and its snapshot `s`.
 fn with_scsi_disk() -> (Tree, PathBuf) {
     let daemon = virt::session();
-    let directory = tempfile::Builder::new().prefix("disks-").tempdir_in(daemon.directory()).unwrap().keep();
+    let directory =
+        tempfile::Builder::new().prefix("disks-").tempdir_in(daemon.directory()).unwrap().keep();
     let image = directory.join("sda.img");
     make_image(&image, Format::Qcow2, None);
     daemon.give(&directory);
     let disk = format!(
-        "<controller type='scsi' model='virtio-scsi'/><disk type='file' device='disk'>\
-         <driver name='qemu' type='qcow2'/><source file='{}'/><target dev='sda' bus='scsi'/></disk>",
+        "<controller type='scsi' model='virtio-scsi'/><disk type='file' device='disk'><driver \
+         name='qemu' type='qcow2'/><source file='{}'/><target dev='sda' bus='scsi'/></disk>",
         image.display()
     );
-    let mut tree = Tree::start(&machine(&Binary::all()[0], 1).devices(&disk), &daemon, Maker::Instant);
+    let mut tree =
+        Tree::start(&machine(&Binary::all()[0], 1).devices(&disk), &daemon, Maker::Instant);
     tree.snapshot("s");
     (tree, directory.join("sda.s"))
 }
@@ -337,12 +354,19 @@ fn the_newest_data_of_a_disk_that_was_detached_is_never_deleted() {
     let (tree, overlay) = with_scsi_disk();
     let guest = &tree.opened.guest;
     guest.virsh("detach-disk", &["sda", "--live", "--config"]);
-    assert_delete_refused(&tree, &overlay, &["'sda'", "hold what was written to it last", "attach the disk"]);
+    assert_delete_refused(
+        &tree,
+        &overlay,
+        &["'sda'", "hold what was written to it last", "attach the disk"],
+    );
     guest.wait_ticks(3);
     guest.virsh("destroy", &[]);
     assert_delete_refused(&tree, &overlay, &["'sda'"]);
     // Where the domain has it again, it is merged.
-    guest.virsh("attach-disk", &[overlay.to_str().unwrap(), "sda", "--config", "--subdriver", "qcow2"]);
+    guest.virsh(
+        "attach-disk",
+        &[overlay.to_str().unwrap(), "sda", "--config", "--subdriver", "qcow2"],
+    );
     tree.delete("s", 0);
     assert!(!overlay.exists());
     let xml = guest.virsh("dumpxml", &["--inactive"]);
@@ -361,7 +385,10 @@ fn the_newest_data_of_a_disk_that_was_detached_while_its_domain_was_off_is_never
     // Another disk of that name is not it.
     let other = overlay.with_file_name("other.qcow2");
     make_image(&other, Format::Qcow2, None);
-    tree.opened.guest.virsh("attach-disk", &[other.to_str().unwrap(), "sda", "--config", "--subdriver", "qcow2"]);
+    tree.opened.guest.virsh(
+        "attach-disk",
+        &[other.to_str().unwrap(), "sda", "--config", "--subdriver", "qcow2"],
+    );
     assert_delete_refused(&tree, &overlay, &["'sda'"]);
     tree.try_delete("s", METADATA_ONLY).unwrap();
     assert!(overlay.exists());
@@ -371,7 +398,8 @@ fn the_newest_data_of_a_disk_that_was_detached_while_its_domain_was_off_is_never
 fn the_newest_data_of_a_disk_that_the_domain_only_had_while_it_ran_is_never_deleted() {
     let daemon = virt::session();
     let controller = "<controller type='scsi' model='virtio-scsi'/>";
-    let mut tree = Tree::start(&machine(&Binary::all()[0], 1).devices(controller), &daemon, Maker::Instant);
+    let mut tree =
+        Tree::start(&machine(&Binary::all()[0], 1).devices(controller), &daemon, Maker::Instant);
     let guest = &tree.opened.guest;
     let image = guest.directory().join("sdb.img");
     make_image(&image, Format::Qcow2, None);
@@ -386,7 +414,8 @@ fn the_newest_data_of_a_disk_that_the_domain_only_had_while_it_ran_is_never_dele
 fn images_that_another_guest_has_open_or_stands_on_are_not_touched() {
     let (mut tree, overlay) = with_scsi_disk();
     tree.snapshot("t");
-    let (daemon, directory) = (tree.opened.guest.daemon().clone(), tree.opened.guest.directory().to_owned());
+    let (daemon, directory) =
+        (tree.opened.guest.daemon().clone(), tree.opened.guest.directory().to_owned());
     // Running: the domain's own QEMU has the image open, and so has another.
     let clone = overlay.with_file_name("clone.qcow2");
     make_image(&clone, Format::Qcow2, Some((&overlay, Format::Qcow2)));
@@ -396,9 +425,10 @@ fn images_that_another_guest_has_open_or_stands_on_are_not_touched() {
     drop(running);
     // A domain that is shut off stands on it.
     let xml = format!(
-        "<domain type='qemu'><name>other</name><memory>1024</memory><os><type>hvm</type></os><devices>\
-         <emulator>{}</emulator><disk type='file' device='disk'><driver name='qemu' type='qcow2'/><source file='{}'/>\
-         <target dev='vda' bus='virtio'/></disk></devices></domain>",
+        "<domain \
+         type='qemu'><name>other</name><memory>1024</memory><os><type>hvm</type></os><devices><emulator>{}</emulator><disk \
+         type='file' device='disk'><driver name='qemu' type='qcow2'/><source file='{}'/><target \
+         dev='vda' bus='virtio'/></disk></devices></domain>",
         Binary::all()[0].emulator().display(),
         clone.display()
     );
@@ -439,11 +469,13 @@ fn the_newest_data_of_a_detached_disk_outlives_a_revert_and_a_delete() {
     assert_eq!(tree.images(), ["disk-0.raw"]);
 }
 
-/// Where branches have forked an image cannot take in what is above; when but one of them is left, it does.
+/// Where branches have forked an image cannot take in what is above; when but one of them is left,
+/// it does.
 #[test]
 fn when_the_last_snapshot_goes_no_overlay_is_left_and_the_domain_is_on_its_own_images() {
     for off in [false, true] {
-        let mut tree = Tree::start(&machine(&Binary::all()[0], 2), &virt::session(), Maker::Instant);
+        let mut tree =
+            Tree::start(&machine(&Binary::all()[0], 2), &virt::session(), Maker::Instant);
         tree.snapshot("a");
         tree.snapshot("b");
         tree.revert("a");
@@ -455,7 +487,10 @@ fn when_the_last_snapshot_goes_no_overlay_is_left_and_the_domain_is_on_its_own_i
         tree.delete("b", 0);
         assert_eq!(tree.images(), ["disk-0.raw", "disk-1.qcow2"]);
         let xml = tree.opened.guest.virsh("dumpxml", &["--inactive"]);
-        assert!(xml.contains("disk-0.raw") && xml.contains("disk-1.qcow2") && !xml.contains(".revert"), "{xml}");
+        assert!(
+            xml.contains("disk-0.raw") && xml.contains("disk-1.qcow2") && !xml.contains(".revert"),
+            "{xml}"
+        );
         tree.assert_images_are_sound();
         tree.opened.guest.start_domain();
         tree.opened.guest.wait_ticks(3);

@@ -1,4 +1,5 @@
-//! Which disks of a domain are in a snapshot, and on which overlays; what cannot be is said before anything is touched.
+//! Which disks of a domain are in a snapshot, and on which overlays; what cannot be is said before
+//! anything is touched.
 
 mod common;
 
@@ -12,7 +13,9 @@ use instantsnap::engine::Phase;
 use instantsnap::error::{Code, Error};
 use instantsnap::flags::{NO_METADATA, REUSE_EXT};
 use instantsnap_testkit::machine::make_image;
-use instantsnap_testkit::{Binary, DEADLINE, Daemon, Format, Guest, Machine, missing_package, wait_for};
+use instantsnap_testkit::{
+    Binary, DEADLINE, Daemon, Format, Guest, Machine, missing_package, wait_for,
+};
 use tempfile::TempDir;
 
 /// A daemon for clones, one after the other.
@@ -26,7 +29,8 @@ impl Clones {
         clone.wait_ticks(5);
         let name = clone.name().to_owned();
         drop(clone);
-        let gone = wait_for(DEADLINE, || self.0.try_virsh(&["domstate", &name]).is_err().then_some(()));
+        let gone =
+            wait_for(DEADLINE, || self.0.try_virsh(&["domstate", &name]).is_err().then_some(()));
         gone.unwrap_or_else(|| panic!("{name} does not go"));
     }
 }
@@ -37,7 +41,10 @@ fn machine(binary: &'static Binary) -> Machine {
 
 /// A directory that QEMU may use.
 fn directory_for(daemon: &Daemon) -> TempDir {
-    let directory = tempfile::Builder::new().prefix("d-").tempdir_in(daemon.directory().join("guests")).unwrap();
+    let directory = tempfile::Builder::new()
+        .prefix("d-")
+        .tempdir_in(daemon.directory().join("guests"))
+        .unwrap();
     give(daemon, directory.path());
     directory
 }
@@ -57,14 +64,20 @@ fn image_for(daemon: &Daemon, path: &Path, format: Format) -> PathBuf {
 fn sources(guest: &Guest) -> Vec<(String, String)> {
     let list = guest.virsh("domblklist", &[]);
     let row = |line: &str| {
-        line.trim().split_once(char::is_whitespace).map(|(disk, file)| (disk.to_owned(), file.trim().to_owned()))
+        line.trim()
+            .split_once(char::is_whitespace)
+            .map(|(disk, file)| (disk.to_owned(), file.trim().to_owned()))
     };
     list.lines().filter_map(row).collect()
 }
 
 fn source(guest: &Guest, target: &str) -> String {
     let all = sources(guest);
-    all.iter().find(|(disk, _)| disk == target).unwrap_or_else(|| panic!("no {target} in {all:?}")).1.clone()
+    all.iter()
+        .find(|(disk, _)| disk == target)
+        .unwrap_or_else(|| panic!("no {target} in {all:?}"))
+        .1
+        .clone()
 }
 
 fn disks(xml: &str) -> String {
@@ -73,13 +86,18 @@ fn disks(xml: &str) -> String {
 
 /// One disk with an overlay of the caller's choice.
 fn onto(target: &str, overlay: &Path) -> String {
-    format!("<disk name='{target}' snapshot='external'><source file='{}'/></disk>", overlay.display())
+    format!(
+        "<disk name='{target}' snapshot='external'><source file='{}'/></disk>",
+        overlay.display()
+    )
 }
 
 /// Asserts that it is refused while nothing is made yet; whoever has the trace looks what is left.
 #[track_caller]
 fn refused(opened: &OpenedDomain, xml: &str, flags: u32, code: Code, parts: &[&str]) -> Error {
-    let mut early = At(|phase| assert!([Phase::Validate, Phase::Plan].contains(&phase), "{phase:?} is too late"));
+    let mut early = At(|phase| {
+        assert!([Phase::Validate, Phase::Plan].contains(&phase), "{phase:?} is too late")
+    });
     let error = opened.create_observed(xml, flags, &mut early).expect_err(xml);
     assert_eq!(error.code, code, "{error}");
     for part in parts {
@@ -96,13 +114,22 @@ fn disks_in_several_directories_get_their_overlays_beside_them() {
     let first = image_for(&daemon, &one.path().join("first.img"), Format::Raw);
     let second = image_for(&daemon, &other.path().join("second & 'last'.qcow2"), Format::Qcow2);
     let binary = &Binary::all()[0];
-    let machine = Machine::new(binary).disk_on(&first, Format::Raw).disk_on(&second, Format::Qcow2).disk(Format::Qcow2);
+    let machine = Machine::new(binary)
+        .disk_on(&first, Format::Raw)
+        .disk_on(&second, Format::Qcow2)
+        .disk(Format::Qcow2);
     let opened = OpenedDomain::start(&machine, &daemon);
     let name = format!("on-{}", binary.name);
     opened.snapshot(&name).unwrap();
     assert_eq!(Path::new(&source(&opened.guest, "vda")), one.path().join(format!("first.{name}")));
-    assert_eq!(Path::new(&source(&opened.guest, "vdb")), other.path().join(format!("second & 'last'.{name}")));
-    assert_eq!(Path::new(&source(&opened.guest, "vdc")), opened.guest.disks()[2].file.with_extension(&name));
+    assert_eq!(
+        Path::new(&source(&opened.guest, "vdb")),
+        other.path().join(format!("second & 'last'.{name}"))
+    );
+    assert_eq!(
+        Path::new(&source(&opened.guest, "vdc")),
+        opened.guest.disks()[2].file.with_extension(&name)
+    );
     opened.guest.wait_ticks(3);
     // The kit does not unescape XML: the second disk is looked at by what libvirt says.
     let xml = daemon.virsh(&["save-image-dumpxml", opened.memory_file(&name).to_str().unwrap()]);
@@ -125,13 +152,17 @@ fn overlays_are_named_as_libvirt_names_them() {
     std::fs::create_dir(directory.path().join("v1.2")).unwrap();
     give(&daemon, &directory.path().join("v1.2"));
     let mut machine = Machine::new(&Binary::all()[0]);
-    for name in ["disk.qcow2", "nosuffix", "two.dots.img", "v1.2/nosuffix", "ends.", "white space.img"] {
+    for name in
+        ["disk.qcow2", "nosuffix", "two.dots.img", "v1.2/nosuffix", "ends.", "white space.img"]
+    {
         let image = image_for(&daemon, &directory.path().join(name), Format::Qcow2);
         machine = machine.disk_on(&image, Format::Qcow2);
     }
     let opened = OpenedDomain::start(&machine, &daemon);
     let rename = |all: &[(String, String)], from: &str, to: &str| {
-        let other = |file: &str| format!("{}{to}", file.strip_suffix(from).unwrap_or_else(|| panic!("{file}")));
+        let other = |file: &str| {
+            format!("{}{to}", file.strip_suffix(from).unwrap_or_else(|| panic!("{file}")))
+        };
         all.iter().map(|(disk, file)| (disk.clone(), other(file))).collect::<Vec<_>>()
     };
     // libvirt's own, back, ours.
@@ -162,7 +193,9 @@ fn overlays_that_would_be_one_file_or_exist_are_refused() {
     let at = |name: &str| directory.path().join(name);
     let first = image_for(&daemon, &at("a.img"), Format::Raw);
     let second = image_for(&daemon, &at("a.qcow2"), Format::Qcow2);
-    let machine = Machine::new(&Binary::all()[0]).disk_on(&first, Format::Raw).disk_on(&second, Format::Qcow2);
+    let machine = Machine::new(&Binary::all()[0])
+        .disk_on(&first, Format::Raw)
+        .disk_on(&second, Format::Qcow2);
     let opened = OpenedDomain::start(&machine, &daemon);
     std::fs::write(at("taken"), "a user's file").unwrap();
     std::os::unix::fs::symlink(at("nowhere"), at("link")).unwrap();
@@ -170,7 +203,13 @@ fn overlays_that_would_be_one_file_or_exist_are_refused() {
     let collide = ["'vda'", "'vdb'", "a.s", "give each its own"];
     refused(&opened, &opened.xml("s", ""), INSTANTLY, Code::ConfigUnsupported, &collide);
     let same = disks(&(onto("vda", &at("same")) + &onto("vdb", &at("same"))));
-    refused(&opened, &opened.xml("s", &same), INSTANTLY, Code::ConfigUnsupported, &["give each its own"]);
+    refused(
+        &opened,
+        &opened.xml("s", &same),
+        INSTANTLY,
+        Code::ConfigUnsupported,
+        &["give each its own"],
+    );
     // Of two, the first is made before the second is found to be there, and has to go again.
     for taken in [at("taken"), at("link"), first.clone()] {
         let xml = opened.xml("s", &disks(&onto("vdb", &taken)));
@@ -209,7 +248,10 @@ fn what_cannot_change_is_left_out_and_wishes_are_heard() {
         ));
     let opened = OpenedDomain::start(&machine, &daemon);
     opened.snapshot("s").unwrap();
-    assert_eq!(source(&opened.guest, "vda"), opened.guest.disks()[0].file.with_extension("s").display().to_string());
+    assert_eq!(
+        source(&opened.guest, "vda"),
+        opened.guest.disks()[0].file.with_extension("s").display().to_string()
+    );
     assert_eq!(source(&opened.guest, "sda"), fixed.display().to_string());
     assert_eq!(source(&opened.guest, "hda"), medium.display().to_string());
     let xml = opened.guest.virsh("snapshot-dumpxml", &["s"]);
@@ -233,12 +275,14 @@ fn what_cannot_change_is_left_out_and_wishes_are_heard() {
 #[test]
 fn a_disk_that_is_to_stay_out_stays_on_its_image() {
     let daemon = virt::session();
-    // The guest checks what it writes: it leaves alone what is not in the snapshot, or a clone would miss it.
+    // The guest checks what it writes: it leaves alone what is not in the snapshot, or a clone
+    // would miss it.
     let machine = machine(&Binary::all()[0]).disk_attributes("snapshot='no'").append("nodisk=1");
     let opened = OpenedDomain::start(&machine, &daemon);
     let guest = &opened.guest;
     let image = |n: usize| guest.disks()[n].file.display().to_string();
-    let overlay = |n: usize, name: &str| guest.disks()[n].file.with_extension(name).display().to_string();
+    let overlay =
+        |n: usize, name: &str| guest.disks()[n].file.with_extension(name).display().to_string();
     let now = || (source(guest, "vda"), source(guest, "vdb"));
     opened.snapshot("domains-wish").unwrap();
     assert_eq!(now(), (overlay(0, "domains-wish"), image(1)));
@@ -253,7 +297,8 @@ fn a_disk_that_is_to_stay_out_stays_on_its_image() {
         assert_eq!(now(), (overlay(0, "also"), overlay(1, "also")));
         let xml = guest.virsh("snapshot-dumpxml", &[&name]);
         assert!(
-            xml.contains("<disk name='vda' snapshot='no'/>") && xml.contains("<disk name='vdb' snapshot='no'/>"),
+            xml.contains("<disk name='vda' snapshot='no'/>")
+                && xml.contains("<disk name='vdb' snapshot='no'/>"),
             "{xml}"
         );
     }
@@ -271,7 +316,17 @@ fn a_disk_that_is_to_stay_out_stays_on_its_image() {
 fn own_overlay(opened: &OpenedDomain, disk: usize, name: &str) -> PathBuf {
     let (daemon, disk) = (opened.guest.daemon(), &opened.guest.disks()[disk]);
     let overlay = opened.guest.directory().join(name);
-    let create = ["create", "-q", "-u", "-f", "qcow2", "-F", disk.format.name(), "-b", disk.file.to_str().unwrap()];
+    let create = [
+        "create",
+        "-q",
+        "-u",
+        "-f",
+        "qcow2",
+        "-F",
+        disk.format.name(),
+        "-b",
+        disk.file.to_str().unwrap(),
+    ];
     run("qemu-img", &[&create[..], &[overlay.to_str().unwrap(), "16M"]].concat());
     give(daemon, &overlay);
     overlay
@@ -311,7 +366,10 @@ fn overlays_of_the_callers_own_are_used_and_never_removed() {
 
     // What the cancelled one has written there is of another time: fresh ones.
     let error = opened.create(&opened.xml("s", &both), flags).expect_err("they have content");
-    assert!(error.message.contains("has content already") && error.message.contains("make it anew"), "{error}");
+    assert!(
+        error.message.contains("has content already") && error.message.contains("make it anew"),
+        "{error}"
+    );
     let (first, second) = (own_overlay(&opened, 0, "fresh-0"), own_overlay(&opened, 1, "fresh-1"));
     let both = disks(&(onto("vda", &first) + &onto("vdb", &second)));
     opened.create(&opened.xml("s", &both), flags).unwrap();
@@ -336,7 +394,9 @@ fn a_block_device_gets_an_overlay_where_one_is_named() {
         let directory = directory_for(&daemon);
         let file = image_for(&daemon, &directory.path().join("backing"), Format::Raw);
         let Some(device) = loop_on(&daemon, &file) else { return };
-        let machine = Machine::new(&Binary::all()[0]).disk_on(Path::new(&device.0), Format::Raw).disk(Format::Qcow2);
+        let machine = Machine::new(&Binary::all()[0])
+            .disk_on(Path::new(&device.0), Format::Raw)
+            .disk(Format::Qcow2);
         let opened = OpenedDomain::start(&machine, &daemon);
         let before = opened.trace();
         let parts = ["'vda'", &device.0, "<source file='...'/>"];
@@ -348,17 +408,22 @@ fn a_block_device_gets_an_overlay_where_one_is_named() {
         opened.create(&xml("s"), INSTANTLY).unwrap();
         assert_eq!(Path::new(&source(&opened.guest, "vda")), directory.path().join("s"));
         opened.guest.wait_ticks(3);
-        // The clone shares the device: its user may have to be another, for which libvirt sees where it is root's.
+        // The clone shares the device: its user may have to be another, for which libvirt sees
+        // where it is root's.
         clones.check(&opened.guest, &opened.memory_file("s"));
         opened.guest.wait_ticks(3);
     }
 }
 
-/// What the domain's definition, and all that libvirt tells of it, says of a disk: type and source belong together.
+/// What the domain's definition, and all that libvirt tells of it, says of a disk: type and source
+/// belong together.
 #[track_caller]
 fn assert_on_device(guest: &Guest, device: &str) {
     let xml = guest.virsh("dumpxml", &["--inactive"]);
-    assert!(xml.contains("<disk type='block'") && xml.contains(&format!("<source dev='{device}'")), "{xml}");
+    assert!(
+        xml.contains("<disk type='block'") && xml.contains(&format!("<source dev='{device}'")),
+        "{xml}"
+    );
     assert!(!xml.contains(&format!("file='{device}'")), "{xml}");
 }
 
@@ -426,10 +491,14 @@ fn an_empty_drive_can_be_left_out_by_name_and_cannot_have_an_overlay() {
     // What libvirt tells of it, handed in again under another name.
     let again = opened.guest.virsh("snapshot-dumpxml", &["s"]);
     let (again, _) = again.split_once("<domain ").unwrap();
-    let again =
-        again.replace(&opened.memory_file("s").display().to_string(), &opened.memory_file("t").display().to_string());
-    let again =
-        again.replace("<name>s</name>", "<name>t</name>").replace("disk.s'", "disk.t'").replace(".s'/>", ".t'/>");
+    let again = again.replace(
+        &opened.memory_file("s").display().to_string(),
+        &opened.memory_file("t").display().to_string(),
+    );
+    let again = again
+        .replace("<name>s</name>", "<name>t</name>")
+        .replace("disk.s'", "disk.t'")
+        .replace(".s'/>", ".t'/>");
     opened.create(&format!("{again}</domainsnapshot>"), INSTANTLY).unwrap();
     let before = opened.trace();
     for (target, wish) in [("hda", "external"), ("fda", "external")] {
@@ -442,7 +511,10 @@ fn an_empty_drive_can_be_left_out_by_name_and_cannot_have_an_overlay() {
 
 /// One disk with an overlay on a block device.
 fn onto_device(target: &str, device: &Loop) -> String {
-    format!("<disk name='{target}' snapshot='external' type='block'><source dev='{}'/></disk>", device.0)
+    format!(
+        "<disk name='{target}' snapshot='external' type='block'><source dev='{}'/></disk>",
+        device.0
+    )
 }
 
 /// A file of this daemon's user.
@@ -480,14 +552,23 @@ fn an_empty_file_made_beforehand_is_taken_and_is_empty_again_when_the_snapshot_i
     if !by_client_only() {
         // It would be written to with the daemon's rights.
         let error = opened.create(&xml("s"), INSTANTLY).expect_err("it exists");
-        for part in ["'vda'", "already exists", "inside the daemon", empty.to_str().unwrap(), "name another"] {
+        for part in [
+            "'vda'",
+            "already exists",
+            "inside the daemon",
+            empty.to_str().unwrap(),
+            "name another",
+        ] {
             assert!(error.message.contains(part), "{part:?} is not in {error}");
         }
         assert_eq!(std::fs::read(&empty).unwrap(), b"");
         return;
     }
     let assert_empty = || {
-        assert_eq!((std::fs::read(&empty).unwrap(), std::fs::read(&other).unwrap()), (vec![], vec![]));
+        assert_eq!(
+            (std::fs::read(&empty).unwrap(), std::fs::read(&other).unwrap()),
+            (vec![], vec![])
+        );
     };
     opened.assert_cancelled_without_a_trace(&xml("cancelled"), INSTANTLY, 5);
     assert_empty();
@@ -506,7 +587,8 @@ fn an_empty_file_made_beforehand_is_taken_and_is_empty_again_when_the_snapshot_i
     guest.wait_ticks(3);
     clones.check(guest, &opened.memory_file("s"));
     // What holds the guest's data now is not taken once more.
-    let again = opened.xml("t", &disks(&(onto("vda", &directory.path().join("t")) + &onto("vdb", &empty))));
+    let again =
+        opened.xml("t", &disks(&(onto("vda", &directory.path().join("t")) + &onto("vdb", &empty))));
     let error = opened.create(&again, INSTANTLY).expect_err("it is in use");
     assert!(error.message.contains("is an image of disk 'vda'"), "{error}");
     opened.revert("s", 0).unwrap();
@@ -553,11 +635,16 @@ fn a_block_device_can_be_an_overlay_and_stays_in_place() {
             )),
         );
         let error = opened.create(&no_device, INSTANTLY).expect_err("it is a file");
-        assert!(error.message.contains("'vda'") || error.message.contains("image of disk"), "{error}");
+        assert!(
+            error.message.contains("'vda'") || error.message.contains("image of disk"),
+            "{error}"
+        );
 
         opened.create(&xml("s", &first), INSTANTLY).unwrap();
         assert_eq!(source(guest, "vda"), first.0);
-        assert!(guest.virsh("dumpxml", &["--inactive"]).contains(&format!("<source dev='{}'", first.0)));
+        assert!(
+            guest.virsh("dumpxml", &["--inactive"]).contains(&format!("<source dev='{}'", first.0))
+        );
         guest.wait_ticks(3);
         clones.check(guest, &opened.memory_file("s"));
         // One on top of the other, which is an image now, and so no overlay for another snapshot.
@@ -606,16 +693,26 @@ fn an_overlay_made_beforehand_on_a_block_device_is_used_and_never_touched_by_an_
     let guest = &opened.guest;
     let image = guest.disks()[0].file.clone();
     let make = || {
-        let create = ["create", "-q", "-u", "-f", "qcow2", "-F", "qcow2", "-b", image.to_str().unwrap()];
+        let create =
+            ["create", "-q", "-u", "-f", "qcow2", "-F", "qcow2", "-b", image.to_str().unwrap()];
         run("qemu-img", &[&create[..], &[&device.0, "16M"]].concat());
     };
-    let (xml, flags) = (|name: &str| opened.xml(name, &disks(&onto_device("vda", &device))), INSTANTLY | REUSE_EXT);
-    opened.assert_fails(&xml("s"), flags, Code::ConfigUnsupported, &["'vda'", "is no qcow2 image", "qemu-img create"]);
+    let (xml, flags) = (
+        |name: &str| opened.xml(name, &disks(&onto_device("vda", &device))),
+        INSTANTLY | REUSE_EXT,
+    );
+    opened.assert_fails(
+        &xml("s"),
+        flags,
+        Code::ConfigUnsupported,
+        &["'vda'", "is no qcow2 image", "qemu-img create"],
+    );
     make();
     opened.assert_cancelled_without_a_trace(&xml("cancelled"), flags, 5);
     guest.wait_ticks(ALL_SECTORS);
     // It holds what the guest wrote until then: the guest must not see that again.
-    let parts = ["'vda'", "has content already", "make it anew: qemu-img create -f qcow2 -F qcow2 -b"];
+    let parts =
+        ["'vda'", "has content already", "make it anew: qemu-img create -f qcow2 -F qcow2 -b"];
     opened.assert_fails(&xml("s"), flags, Code::ConfigUnsupported, &parts);
     make();
     kill_in_the_drain(&opened, &xml("killed"), flags);
@@ -641,18 +738,34 @@ fn an_encrypted_disk_is_refused_and_can_be_left_out() {
         missing_package(&format!("no {driver}"));
         return;
     }
-    std::os::unix::fs::symlink(drivers.join(driver), daemon.directory().join("drivers").join(driver)).unwrap();
+    std::os::unix::fs::symlink(
+        drivers.join(driver),
+        daemon.directory().join("drivers").join(driver),
+    )
+    .unwrap();
     daemon.kill();
     daemon.start_again();
     let directory = directory_for(&daemon);
     let (image, secret) = (directory.path().join("luks"), directory.path().join("secret.xml"));
     let uuid = "11111111-2222-3333-4444-555555555555";
-    std::fs::write(&secret, format!("<secret ephemeral='no' private='no'><uuid>{uuid}</uuid></secret>")).unwrap();
+    std::fs::write(
+        &secret,
+        format!("<secret ephemeral='no' private='no'><uuid>{uuid}</uuid></secret>"),
+    )
+    .unwrap();
     daemon.virsh(&["secret-define", secret.to_str().unwrap()]);
     std::fs::write(&secret, "c2VjcmV0").unwrap();
     daemon.virsh(&["secret-set-value", uuid, "--file", secret.to_str().unwrap()]);
-    let create =
-        ["create", "-q", "--object", "secret,id=k,data=secret", "-f", "luks", "-o", "key-secret=k,iter-time=10"];
+    let create = [
+        "create",
+        "-q",
+        "--object",
+        "secret,id=k,data=secret",
+        "-f",
+        "luks",
+        "-o",
+        "key-secret=k,iter-time=10",
+    ];
     // It measures how fast it is, and gives up where that cannot be told on a busy machine.
     let created = wait_for(DEADLINE, || {
         let output = Command::new("qemu-img").args(create).arg(&image).arg("16M").output().unwrap();
@@ -660,14 +773,23 @@ fn an_encrypted_disk_is_refused_and_can_be_left_out() {
     });
     created.expect("no encrypted image");
     give(&daemon, &image);
-    let machine = machine(&Binary::all()[0]).devices("<controller type='scsi' model='virtio-scsi'/>").devices(&format!(
-        "<disk type='file' device='disk'><driver name='qemu' type='raw'/><source file='{}'><encryption format='luks'>\
-         <secret type='passphrase' uuid='{uuid}'/></encryption></source><target dev='sda' bus='scsi'/></disk>",
-        image.display()
-    ));
+    let machine = machine(&Binary::all()[0])
+        .devices("<controller type='scsi' model='virtio-scsi'/>")
+        .devices(&format!(
+            "<disk type='file' device='disk'><driver name='qemu' type='raw'/><source \
+         file='{}'><encryption format='luks'><secret type='passphrase' \
+         uuid='{uuid}'/></encryption></source><target dev='sda' bus='scsi'/></disk>",
+            image.display()
+        ));
     let opened = OpenedDomain::start(&machine, &daemon);
     let before = opened.trace();
-    refused(&opened, &opened.xml("s", ""), INSTANTLY, Code::ConfigUnsupported, &["'sda'", "encrypted"]);
+    refused(
+        &opened,
+        &opened.xml("s", ""),
+        INSTANTLY,
+        Code::ConfigUnsupported,
+        &["'sda'", "encrypted"],
+    );
     opened.assert_untouched(&before);
     opened.create(&opened.xml("s", &disks("<disk name='sda' snapshot='no'/>")), INSTANTLY).unwrap();
     opened.guest.wait_ticks(3);
@@ -682,8 +804,8 @@ fn what_libvirt_would_refuse_in_the_pause_is_refused_in_the_plan() {
     let directory = directory_for(&daemon);
     let shared = image_for(&daemon, &directory.path().join("shared.raw"), Format::Raw);
     let disk = format!(
-        "<disk type='file' device='disk'><driver name='qemu' type='raw' cache='none'/><source file='{}'/>\
-         <target dev='vdz' bus='virtio'/><shareable/></disk>",
+        "<disk type='file' device='disk'><driver name='qemu' type='raw' cache='none'/><source \
+         file='{}'/><target dev='vdz' bus='virtio'/><shareable/></disk>",
         shared.display()
     );
     let opened = OpenedDomain::start(&machine(&Binary::all()[0]).devices(&disk), &daemon);
@@ -698,13 +820,29 @@ fn what_libvirt_would_refuse_in_the_pause_is_refused_in_the_plan() {
     );
     // The image is known to QEMU alone.
     let image = opened.guest.disks()[0].file.clone();
-    let (aside, xml) = (image.with_extension("aside"), opened.xml("s", &disks("<disk name='vdz' snapshot='no'/>")));
+    let (aside, xml) = (
+        image.with_extension("aside"),
+        opened.xml("s", &disks("<disk name='vdz' snapshot='no'/>")),
+    );
     std::fs::rename(&image, &aside).unwrap();
     let overlay = image.with_extension("overlay");
-    let named = opened.xml("s", &disks(&format!("<disk name='vdz' snapshot='no'/>{}", onto("vda", &overlay))));
-    refused(&opened, &named, INSTANTLY, Code::ConfigUnsupported, &["'vda'", "not there any more under this name"]);
+    let named = opened
+        .xml("s", &disks(&format!("<disk name='vdz' snapshot='no'/>{}", onto("vda", &overlay))));
+    refused(
+        &opened,
+        &named,
+        INSTANTLY,
+        Code::ConfigUnsupported,
+        &["'vda'", "not there any more under this name"],
+    );
     std::fs::copy(&aside, &image).unwrap();
-    refused(&opened, &xml, INSTANTLY, Code::ConfigUnsupported, &["'vda'", "not the file of this name any more"]);
+    refused(
+        &opened,
+        &xml,
+        INSTANTLY,
+        Code::ConfigUnsupported,
+        &["'vda'", "not the file of this name any more"],
+    );
     std::fs::rename(&aside, &image).unwrap();
     opened.assert_untouched(&before);
     opened.create(&xml, INSTANTLY).unwrap();
@@ -729,22 +867,37 @@ impl OnVolume {
             missing_package(&format!("no {driver}"));
             return None;
         }
-        std::os::unix::fs::symlink(drivers.join(driver), daemon.directory().join("drivers").join(driver)).unwrap();
+        std::os::unix::fs::symlink(
+            drivers.join(driver),
+            daemon.directory().join("drivers").join(driver),
+        )
+        .unwrap();
         daemon.kill();
         daemon.start_again();
         let directory = directory_for(daemon);
         let volume = image_for(daemon, &directory.path().join("v & w.qcow2"), Format::Qcow2);
-        daemon.virsh(&["pool-create-as", "p", "dir", "--target", directory.path().to_str().unwrap()]);
+        daemon.virsh(&[
+            "pool-create-as",
+            "p",
+            "dir",
+            "--target",
+            directory.path().to_str().unwrap(),
+        ]);
         let path = volume.display().to_string();
         let file = format!("<source file='{}'/>", path.replace('&', "&amp;"));
-        let machine = Machine::new(&Binary::all()[0]).disk_on(&volume, Format::Qcow2).edit_xml(move |xml| {
-            assert!(xml.contains(&file), "{xml}");
-            xml.replace(&file, POOLED).replace("<disk type='file' device='disk'>", "<disk type='volume' device='disk'>")
-        });
+        let machine =
+            Machine::new(&Binary::all()[0]).disk_on(&volume, Format::Qcow2).edit_xml(move |xml| {
+                assert!(xml.contains(&file), "{xml}");
+                xml.replace(&file, POOLED).replace(
+                    "<disk type='file' device='disk'>",
+                    "<disk type='volume' device='disk'>",
+                )
+            });
         Some(OnVolume { opened: OpenedDomain::start(&machine, daemon), directory, path })
     }
 
-    /// The disk is on the volume itself, however libvirt calls that, and all that was written is there.
+    /// The disk is on the volume itself, however libvirt calls that, and all that was written is
+    /// there.
     #[track_caller]
     fn assert_on_volume(&self) {
         let live = source(&self.opened.guest, "vda");

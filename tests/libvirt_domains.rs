@@ -1,5 +1,5 @@
-//! Domains of every kind under a stock libvirt, what libvirt does with them after a snapshot, and failures that leave them as
-//! they were.
+//! Domains of every kind under a stock libvirt, what libvirt does with them after a snapshot, and
+//! failures that leave them as they were.
 
 mod common;
 
@@ -13,7 +13,9 @@ use common::{ALL_SECTORS, At, INSTANTLY};
 use instantsnap::engine::Phase;
 use instantsnap::error::{Code, Error};
 use instantsnap::flags::{HALT, LIVE};
-use instantsnap_testkit::{Binary, DEADLINE, Daemon, Format, Guest, Machine, missing_package, thorough, wait_for};
+use instantsnap_testkit::{
+    Binary, DEADLINE, Daemon, Format, Guest, Machine, missing_package, thorough, wait_for,
+};
 use serde_json::json;
 use tempfile::TempDir;
 
@@ -44,7 +46,8 @@ impl Clones {
     fn end(&self, clone: Guest) {
         let name = clone.name().to_owned();
         drop(clone);
-        let gone = wait_for(DEADLINE, || self.0.try_virsh(&["domstate", &name]).is_err().then_some(()));
+        let gone =
+            wait_for(DEADLINE, || self.0.try_virsh(&["domstate", &name]).is_err().then_some(()));
         gone.unwrap_or_else(|| panic!("{name} does not go"));
     }
 }
@@ -58,7 +61,10 @@ fn with(machine: Machine, args: &[&str]) -> Machine {
 }
 
 fn status(guest: &Guest) -> String {
-    guest.control().execute("query-status", json!({})).unwrap()["status"].as_str().unwrap().to_owned()
+    guest.control().execute("query-status", json!({})).unwrap()["status"]
+        .as_str()
+        .unwrap()
+        .to_owned()
 }
 
 fn path(path: &Path) -> &str {
@@ -82,13 +88,17 @@ fn what_libvirt_does_after_an_instant_snapshot_is_right() {
         assert_eq!(guest.virsh("snapshot-parent", &["stock"]).trim(), "instant");
         clones.check(guest, &memory);
 
-        // What was written since the snapshot goes into its images: only the guest's own state is left.
+        // What was written since the snapshot goes into its images: only the guest's own state is
+        // left.
         for disk in ["vda", "vdb"] {
             guest.virsh("blockcommit", &[disk, "--active", "--pivot", "--wait"]);
         }
         let xml = guest.virsh("dumpxml", &[]);
         assert!(
-            guest.disks().iter().all(|disk| xml.contains(&format!("<source file='{}'", disk.file.display()))),
+            guest
+                .disks()
+                .iter()
+                .all(|disk| xml.contains(&format!("<source file='{}'", disk.file.display()))),
             "{xml}"
         );
         guest.wait_ticks(ALL_SECTORS);
@@ -104,7 +114,8 @@ fn what_libvirt_does_after_an_instant_snapshot_is_right() {
     }
 }
 
-/// That the test above would notice: libvirt does not know of the capability, and takes the images of the disks at the end.
+/// That the test above would notice: libvirt does not know of the capability, and takes the images
+/// of the disks at the end.
 #[test]
 fn a_capability_left_on_would_spoil_the_next_snapshot_of_libvirts() {
     if !by_client_only() {
@@ -116,12 +127,16 @@ fn a_capability_left_on_would_spoil_the_next_snapshot_of_libvirts() {
         let opened = OpenedDomain::start(&machine(binary).append("dense=8"), &daemon);
         let guest = &opened.guest;
         let capability = json!([{ "capability": "background-snapshot", "state": true }]);
-        guest.control().execute("migrate-set-capabilities", json!({ "capabilities": capability })).unwrap();
+        guest
+            .control()
+            .execute("migrate-set-capabilities", json!({ "capabilities": capability }))
+            .unwrap();
         let memory = opened.memory_file("stock");
         let spec = format!("file={},snapshot=external", memory.display());
         guest.virsh("snapshot-create-as", &["stock", "--live", "--memspec", &spec]);
         let clone = clones.0.restore(guest, &memory);
-        let trouble = clone.try_ticks(ALL_SECTORS + 5, DEADLINE).expect_err("memory is as old as the disks");
+        let trouble =
+            clone.try_ticks(ALL_SECTORS + 5, DEADLINE).expect_err("memory is as old as the disks");
         assert!(trouble.starts_with("TORN disk "), "{}: {trouble}", binary.name);
         clones.end(clone);
         if binary.version >= (9, 0, 0) {
@@ -131,7 +146,8 @@ fn a_capability_left_on_would_spoil_the_next_snapshot_of_libvirts() {
         let saved = opened.memory_file("saved");
         guest.virsh("save", &[path(&saved)]);
         let clone = clones.0.restore(guest, &saved);
-        let trouble = clone.try_ticks(ALL_SECTORS + 5, DEADLINE).expect_err("memory is as old as the disks");
+        let trouble =
+            clone.try_ticks(ALL_SECTORS + 5, DEADLINE).expect_err("memory is as old as the disks");
         assert!(trouble.starts_with("TORN disk "), "{}: {trouble}", binary.name);
         clones.end(clone);
     }
@@ -164,12 +180,14 @@ fn a_transient_domain_is_as_any_other_and_cannot_be_halted() {
     let error = kill_in_drain(&opened);
     assert!(!error.message.contains("merge"), "{error}");
     let name = opened.guest.name().to_owned();
-    wait_for(DEADLINE, || daemon.try_virsh(&["domstate", &name]).is_err().then_some(())).expect("the domain stays");
+    wait_for(DEADLINE, || daemon.try_virsh(&["domstate", &name]).is_err().then_some(()))
+        .expect("the domain stays");
     assert_eq!(common::files_below(opened.guest.directory()), before);
     check_images(&opened.guest, "s");
 }
 
-/// libvirt takes a domain whose QEMU has just ended for a running one, until it comes to that event.
+/// libvirt takes a domain whose QEMU has just ended for a running one, until it comes to that
+/// event.
 #[test]
 fn that_qemu_has_ended_is_found_out_before_libvirt_knows() {
     if !by_client_only() {
@@ -244,7 +262,8 @@ fn a_paused_domain_gets_an_ordinary_snapshot_of_libvirts_and_stays_paused() {
             clone.virsh("resume", &[]);
         });
         assert!((last..=last + 2).contains(&first), "{first} after {last}");
-        // QEMU has saved it, and may not save it again until it has run: libvirt knows that, we do not stand in the way.
+        // QEMU has saved it, and may not save it again until it has run: libvirt knows that, we do
+        // not stand in the way.
         guest.virsh("resume", &[]);
         guest.wait_ticks(ALL_SECTORS);
         opened.snapshot("t").unwrap();
@@ -272,13 +291,17 @@ fn a_snapshot_without_instant_is_libvirts_own() {
 fn a_domain_that_is_shut_off_is_refused() {
     let daemon = virt::session();
     let opened = OpenedDomain::open(machine(&Binary::all()[0]).define_under(&daemon));
-    let before = (common::files_below(opened.guest.directory()), opened.guest.virsh("dumpxml", &[]));
+    let before =
+        (common::files_below(opened.guest.directory()), opened.guest.virsh("dumpxml", &[]));
     let error = opened.snapshot("s").expect_err("it does not run");
     assert_eq!(error.code, Code::OperationInvalid, "{error}");
     for part in [opened.guest.name(), "is not running", "without INSTANT"] {
         assert!(error.message.contains(part), "{part:?} is not in {error}");
     }
-    assert_eq!((common::files_below(opened.guest.directory()), opened.guest.virsh("dumpxml", &[])), before);
+    assert_eq!(
+        (common::files_below(opened.guest.directory()), opened.guest.virsh("dumpxml", &[])),
+        before
+    );
     // A domain that is no more, too.
     opened.guest.virsh("undefine", &[]);
     let error = opened.snapshot("s").expect_err("it is not there");
@@ -291,7 +314,9 @@ fn iothreads_and_shared_memory_are_no_hindrance() {
     let clones = Clones::of(&daemon);
     let mut backings = vec!["<source type='memfd'/><access mode='shared'/>"];
     let free = std::fs::read_to_string("/proc/meminfo").unwrap();
-    let free = free.lines().find_map(|line| line.strip_prefix("HugePages_Free:")?.trim().parse::<u32>().ok());
+    let free = free
+        .lines()
+        .find_map(|line| line.strip_prefix("HugePages_Free:")?.trim().parse::<u32>().ok());
     match free {
         Some(32..) => backings.push("<hugepages/>"),
         free => eprintln!("skipped: huge pages: {free:?} are free"),
@@ -346,7 +371,8 @@ fn memory_that_is_a_shared_file_is_refused_with_qemus_reason() {
     opened.guest.wait_ticks(ALL_SECTORS);
 }
 
-/// SeaBIOS in pflash, and variables right below it, which the tick guest can set; as in `tests/tearing.rs`.
+/// SeaBIOS in pflash, and variables right below it, which the tick guest can set; as in
+/// `tests/tearing.rs`.
 fn pflash(binary: &'static Binary, directory: &Path) -> Machine {
     let (code, variables) = (directory.join("code.fd"), directory.join("vars.fd"));
     std::fs::copy("/usr/share/seabios/bios-256k.bin", &code).unwrap();
@@ -354,8 +380,8 @@ fn pflash(binary: &'static Binary, directory: &Path) -> Machine {
     content[..9].copy_from_slice(b"variables");
     std::fs::write(&variables, content).unwrap();
     machine(binary).os(&format!(
-        "<os><type arch='x86_64' machine='pc'>hvm</type><loader readonly='yes' type='pflash'>{}</loader><nvram>{}</nvram>\
-         <kernel>KERNEL</kernel><cmdline>CMDLINE</cmdline></os>",
+        "<os><type arch='x86_64' machine='pc'>hvm</type><loader readonly='yes' \
+         type='pflash'>{}</loader><nvram>{}</nvram><kernel>KERNEL</kernel><cmdline>CMDLINE</cmdline></os>",
         code.display(),
         variables.display()
     ))
@@ -363,7 +389,10 @@ fn pflash(binary: &'static Binary, directory: &Path) -> Machine {
 
 /// A directory that QEMU may use.
 fn directory_for(daemon: &Daemon) -> TempDir {
-    let directory = tempfile::Builder::new().prefix("d-").tempdir_in(daemon.directory().join("guests")).unwrap();
+    let directory = tempfile::Builder::new()
+        .prefix("d-")
+        .tempdir_in(daemon.directory().join("guests"))
+        .unwrap();
     std::os::unix::fs::chown(directory.path(), Some(daemon.user()), Some(daemon.user())).unwrap();
     directory
 }
@@ -414,13 +443,20 @@ fn uefi_variables_that_change_during_the_drain_undo_everything() {
         Phase::Prepare => *content.borrow_mut() = std::fs::read(&variables).unwrap(),
         // The guest sets one every 64 ticks: the drain is not over before one is set.
         Phase::Drain => {
-            let changed = || (std::fs::read(&variables).unwrap() != *content.borrow()).then_some(());
+            let changed =
+                || (std::fs::read(&variables).unwrap() != *content.borrow()).then_some(());
             wait_for(DEADLINE, changed).expect("no variable is set");
         }
         _ => {}
     });
     let parts = ["UEFI variables", path(&variables), "take the snapshot again"];
-    opened.assert_fails_observed(&opened.xml("s", ""), INSTANTLY, &mut observer, Code::OperationFailed, &parts);
+    opened.assert_fails_observed(
+        &opened.xml("s", ""),
+        INSTANTLY,
+        &mut observer,
+        Code::OperationFailed,
+        &parts,
+    );
     opened.guest.wait_ticks(ALL_SECTORS);
 }
 
@@ -440,11 +476,13 @@ fn real_uefi_firmware_is_no_hindrance() {
     let daemon = virt::session();
     let directory = directory_for(&daemon);
     let variables = directory.path().join("vars.fd");
-    let machine = machine(&Binary::all()[0]).machine_type(instantsnap_testkit::MachineType::Q35).os(&format!(
-        "<os><type arch='x86_64' machine='q35'>hvm</type><loader readonly='yes' type='pflash'>{code}</loader>\
-         <nvram template='{template}'>{}</nvram></os>",
-        variables.display()
-    ));
+    let machine = machine(&Binary::all()[0])
+        .machine_type(instantsnap_testkit::MachineType::Q35)
+        .os(&format!(
+            "<os><type arch='x86_64' machine='q35'>hvm</type><loader readonly='yes' \
+         type='pflash'>{code}</loader><nvram template='{template}'>{}</nvram></os>",
+            variables.display()
+        ));
     let opened = OpenedDomain::open(machine.start_under(&daemon));
     // There is nothing for it to boot. It sets variables while it looks.
     let settled = wait_for(DEADLINE, || {
@@ -456,8 +494,10 @@ fn real_uefi_firmware_is_no_hindrance() {
     let clone = daemon.another().restore(&opened.guest, &opened.memory_file("s"));
     assert_eq!(status(&clone), "running");
     assert_eq!(clone.virsh("domstate", &[]).trim(), "running");
-    let before =
-        (instantsnap_testkit::domain_fingerprint(&opened.guest), common::files_below(opened.guest.directory()));
+    let before = (
+        instantsnap_testkit::domain_fingerprint(&opened.guest),
+        common::files_below(opened.guest.directory()),
+    );
     let mut observer = At(|phase| {
         if phase == Phase::Drain {
             use std::os::unix::fs::FileExt;
@@ -467,7 +507,8 @@ fn real_uefi_firmware_is_no_hindrance() {
     });
     let error = opened.snapshot_observed("t", &mut observer).expect_err("a variable was set");
     assert_eq!(error.code, Code::OperationFailed, "{error}");
-    // How many event descriptors there are changes with the drivers that the firmware starts and stops.
+    // How many event descriptors there are changes with the drivers that the firmware starts and
+    // stops.
     let after = instantsnap_testkit::domain_fingerprint(&opened.guest);
     assert!(before.0 == after, "{}", before.0.differences(&after));
     assert_eq!(common::files_below(opened.guest.directory()), before.1);
@@ -514,10 +555,12 @@ fn a_vhost_user_network_card_is_refused() {
     let backend = vhost_user_backend(&socket);
     give(&daemon, directory.path());
     let machine = machine(binary)
-        .domain_elements("<memoryBacking><source type='memfd'/><access mode='shared'/></memoryBacking>")
+        .domain_elements(
+            "<memoryBacking><source type='memfd'/><access mode='shared'/></memoryBacking>",
+        )
         .devices(&format!(
-            "<interface type='vhostuser'><mac address='52:54:00:00:00:01'/><source type='unix' path='{}' \
-             mode='client'/><model type='virtio'/></interface>",
+            "<interface type='vhostuser'><mac address='52:54:00:00:00:01'/><source type='unix' \
+             path='{}' mode='client'/><model type='virtio'/></interface>",
             socket.display()
         ));
     let opened = OpenedDomain::start(&machine, &daemon);
@@ -536,7 +579,10 @@ impl Tmpfs {
     fn mount(daemon: &Daemon, size: &str) -> Option<Tmpfs> {
         let directory = directory_for(daemon);
         let options = format!("size={size},uid={},mode=755", daemon.user());
-        let run = Command::new("mount").args(["-t", "tmpfs", "-o", &options, "tmpfs"]).arg(directory.path()).output();
+        let run = Command::new("mount")
+            .args(["-t", "tmpfs", "-o", &options, "tmpfs"])
+            .arg(directory.path())
+            .output();
         match run {
             Ok(run) if run.status.success() => Some(Tmpfs(directory)),
             other => {
@@ -557,7 +603,8 @@ impl Drop for Tmpfs {
 fn with_files(memory: &Path, overlay: Option<&Path>) -> String {
     let disk = |file: &Path| format!("<disk name='vdb'><source file='{}'/></disk>", file.display());
     format!(
-        "<domainsnapshot><name>s</name><memory snapshot='external' file='{}'/><disks>{}</disks></domainsnapshot>",
+        "<domainsnapshot><name>s</name><memory snapshot='external' \
+         file='{}'/><disks>{}</disks></domainsnapshot>",
         memory.display(),
         overlay.map_or(String::new(), disk)
     )
@@ -577,11 +624,31 @@ fn what_cannot_be_created_is_named_and_nothing_is_left() {
     let missing = directory.join("no-such-directory/file");
     let before = opened.trace();
     let cases = [
-        (with_files(&taken, None), Code::ConfigUnsupported, [path(&taken), "memory snapshot file", "already exists"]),
-        (with_files(&memory, Some(&taken)), Code::ConfigUnsupported, [path(&taken), "'vdb'", "already exists"]),
-        (with_files(&missing, None), Code::SystemError, [path(&missing), "memory snapshot file", "No such file"]),
-        (with_files(&memory, Some(&missing)), Code::SystemError, [path(&missing), "'vdb'", "No such file"]),
-        (with_files(&memory, Some(&memory)), Code::ConfigUnsupported, [path(&memory), "'vdb' and memory", "same"]),
+        (
+            with_files(&taken, None),
+            Code::ConfigUnsupported,
+            [path(&taken), "memory snapshot file", "already exists"],
+        ),
+        (
+            with_files(&memory, Some(&taken)),
+            Code::ConfigUnsupported,
+            [path(&taken), "'vdb'", "already exists"],
+        ),
+        (
+            with_files(&missing, None),
+            Code::SystemError,
+            [path(&missing), "memory snapshot file", "No such file"],
+        ),
+        (
+            with_files(&memory, Some(&missing)),
+            Code::SystemError,
+            [path(&missing), "'vdb'", "No such file"],
+        ),
+        (
+            with_files(&memory, Some(&memory)),
+            Code::ConfigUnsupported,
+            [path(&memory), "'vdb' and memory", "same"],
+        ),
     ];
     for (xml, code, parts) in cases {
         let error = opened.create(&xml, INSTANTLY).expect_err(&xml);
@@ -608,12 +675,19 @@ fn a_full_file_system_is_named_and_what_the_guest_wrote_meanwhile_is_kept() {
         }
     });
     let parts = ["No space left on device", path(&memory)];
-    opened.assert_fails_observed(&with_files(&memory, None), INSTANTLY, &mut observer, Code::SystemError, &parts);
+    opened.assert_fails_observed(
+        &with_files(&memory, None),
+        INSTANTLY,
+        &mut observer,
+        Code::SystemError,
+        &parts,
+    );
     assert!(common::files_below(tmpfs.0.path()).is_empty());
     opened.guest.wait_ticks(ALL_SECTORS);
 }
 
-/// Memory and overlay fill one file system: QEMU stops the guest at the write for which there is no room. It must run again.
+/// Memory and overlay fill one file system: QEMU stops the guest at the write for which there is no
+/// room. It must run again.
 #[test]
 fn a_guest_stopped_by_a_full_file_system_runs_again() {
     if !thorough() {
@@ -714,7 +788,11 @@ fn check_images(guest: &Guest, suffix: &str) {
         let content = std::fs::read(&raw).unwrap();
         std::fs::remove_file(&raw).unwrap();
         let number = u32::from_le_bytes(content[4096..4100].try_into().unwrap());
-        assert!((last..=last + 1).contains(&number), "{} holds {number}, not {last}", image.display());
+        assert!(
+            (last..=last + 1).contains(&number),
+            "{} holds {number}, not {last}",
+            image.display()
+        );
     }
 }
 
@@ -723,7 +801,8 @@ fn without_backing_stores(xml: String) -> String {
     let mut depth = 0i32;
     let outside = |line: &&str| {
         let before = depth;
-        depth += i32::from(line.contains("<backingStore ")) - i32::from(line.contains("</backingStore>"));
+        depth += i32::from(line.contains("<backingStore "))
+            - i32::from(line.contains("</backingStore>"));
         before + depth == 0
     };
     xml.lines().filter(outside).collect::<Vec<_>>().join("\n")

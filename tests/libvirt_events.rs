@@ -41,7 +41,9 @@ impl Listener {
     fn start(domain: &OpenedDomain) -> Listener {
         let uuid = domain.guest.virsh("domuuid", &[]);
         let mut command = Command::new("/usr/bin/python3");
-        command.args(["-c", LISTENER, &domain.guest.daemon().uri(), uuid.trim()]).stdout(Stdio::piped());
+        command
+            .args(["-c", LISTENER, &domain.guest.daemon().uri(), uuid.trim()])
+            .stdout(Stdio::piped());
         let mut child = command.spawn().expect("python3 cannot be run");
         let lines = BufReader::new(child.stdout.take().unwrap());
         let mut listener = Listener { child, lines };

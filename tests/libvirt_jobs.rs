@@ -16,7 +16,13 @@ use serde_json::json;
 use What::{Complete, Failed, Instant, Paused, Switched};
 
 impl OpenedDomain {
-    fn start_job(&self, name: &str, flags: u32, listener: Listener, returns: Returns) -> instantsnap::engine::Job {
+    fn start_job(
+        &self,
+        name: &str,
+        flags: u32,
+        listener: Listener,
+        returns: Returns,
+    ) -> instantsnap::engine::Job {
         self.handle.start(&self.xml(name, ""), flags, Box::new(listener), returns).unwrap()
     }
 }
@@ -46,11 +52,19 @@ fn a_job_of_a_domain_returns_at_the_instant_and_tells_what_happens() {
         domain.bring_back("s");
 
         // What libvirt does not know is told by what it would have been given.
-        let job = domain.start_job("unrecorded", INSTANTLY | NO_METADATA, Listener::default(), Returns::AtOnce);
+        let job = domain.start_job(
+            "unrecorded",
+            INSTANTLY | NO_METADATA,
+            Listener::default(),
+            Returns::AtOnce,
+        );
         assert!(job.wait(None));
         assert_eq!(job.result().unwrap(), "unrecorded");
         let (xml, memory) = (job.xml().unwrap(), domain.memory_file("unrecorded"));
-        assert!(xml.contains("<name>unrecorded</name>") && xml.contains(memory.to_str().unwrap()), "{xml}");
+        assert!(
+            xml.contains("<name>unrecorded</name>") && xml.contains(memory.to_str().unwrap()),
+            "{xml}"
+        );
         assert!(domain.find("unrecorded").is_none());
         domain.guest.wait_ticks(3);
     }
@@ -64,12 +78,21 @@ fn a_job_of_a_domain_can_be_cancelled_before_in_and_after_the_pause() {
         let before = domain.trace();
         for phase in [Phase::Prepare, Phase::Switch, Phase::Drain] {
             let gate = Gate::default();
-            let job = domain.start_job("s", INSTANTLY, Listener::default().hold(phase, &gate), Returns::AtOnce);
+            let job = domain.start_job(
+                "s",
+                INSTANTLY,
+                Listener::default().hold(phase, &gate),
+                Returns::AtOnce,
+            );
             assert!(gate.wait_arrived(DEADLINE));
             job.cancel();
             gate.release();
             let events = rest(&job);
-            assert_eq!(events.last().unwrap().what, Failed(Code::OperationAborted as i32), "{phase:?}");
+            assert_eq!(
+                events.last().unwrap().what,
+                Failed(Code::OperationAborted as i32),
+                "{phase:?}"
+            );
             assert_error(job.result(), Code::OperationAborted, "cancelled");
             domain.assert_untouched(&before);
             domain.guest.wait_ticks(1);
@@ -85,17 +108,22 @@ fn a_job_of_another_client_is_refused_before_the_guest_is_paused() {
     let file = |name: &str| domain.guest.directory().join(name).display().to_string();
     let virsh = |command: &str, args: &[&str]| domain.guest.virsh(command, args);
     let refused = |parts: &[&str]| {
-        let mut early = At(|phase| assert!([Phase::Validate, Phase::Plan].contains(&phase), "{phase:?} is too late"));
+        let mut early = At(|phase| {
+            assert!([Phase::Validate, Phase::Plan].contains(&phase), "{phase:?} is too late")
+        });
         let before = files_below(domain.guest.directory());
         let error = domain.snapshot_observed("s", &mut early).unwrap_err();
         assert_eq!(error.code, Code::OperationInvalid, "{error}");
-        parts.iter().for_each(|part| assert!(error.message.contains(part), "{part:?} is not in {error}"));
+        parts
+            .iter()
+            .for_each(|part| assert!(error.message.contains(part), "{part:?} is not in {error}"));
         assert_eq!(files_below(domain.guest.directory()), before);
         domain.guest.wait_ticks(1);
     };
     let backup = format!(
-        "<domainbackup mode='pull'><server transport='unix' socket='{}'/><disks><disk name='vda' backup='no'/>\
-         <disk name='vdb' type='file'><scratch file='{}'/></disk></disks></domainbackup>",
+        "<domainbackup mode='pull'><server transport='unix' socket='{}'/><disks><disk name='vda' \
+         backup='no'/><disk name='vdb' type='file'><scratch \
+         file='{}'/></disk></disks></domainbackup>",
         file("nbd.sock"),
         file("scratch")
     );
@@ -110,12 +138,20 @@ fn a_job_of_another_client_is_refused_before_the_guest_is_paused() {
     let mut monitor = domain.guest.control();
     let blocks = monitor.execute("query-block", json!({})).unwrap();
     let node = blocks[1]["inserted"]["node-name"].clone();
-    monitor.execute("blockdev-add", json!({ "driver": "null-co", "node-name": "theirs", "size": 16 << 20 })).unwrap();
+    monitor
+        .execute(
+            "blockdev-add",
+            json!({ "driver": "null-co", "node-name": "theirs", "size": 16 << 20 }),
+        )
+        .unwrap();
     let mirror = json!({ "job-id": "mirror0", "device": node, "target": "theirs", "sync": "full", "speed": 1 });
     monitor.execute("blockdev-mirror", mirror).unwrap();
     refused(&["'vdb'", "'mirror0'", "mirror"]);
     monitor.execute("block-job-cancel", json!({ "device": "mirror0", "force": true })).unwrap();
-    let ended = || (domain.guest.control().execute("query-block-jobs", json!({})).unwrap() == json!([])).then_some(());
+    let ended = || {
+        (domain.guest.control().execute("query-block-jobs", json!({})).unwrap() == json!([]))
+            .then_some(())
+    };
     wait_for(DEADLINE, ended).expect("the job does not end");
     domain.snapshot("s").unwrap();
     domain.bring_back("s");
@@ -136,7 +172,11 @@ fn a_domain_and_the_same_qemu_by_a_socket_of_its_own_exclude_each_other() {
     let busy = "another snapshot operation";
     let mut meanwhile = At(|phase| {
         if [Phase::Prepare, Phase::Drain].contains(&phase) {
-            assert_error(by_socket.create(&named("theirs"), INSTANTLY, &mut ()), Code::OperationInvalid, busy);
+            assert_error(
+                by_socket.create(&named("theirs"), INSTANTLY, &mut ()),
+                Code::OperationInvalid,
+                busy,
+            );
         }
     });
     domain.snapshot_observed("s", &mut meanwhile).unwrap();
@@ -146,8 +186,7 @@ fn a_domain_and_the_same_qemu_by_a_socket_of_its_own_exclude_each_other() {
         }
     });
     // libvirt does not know of overlays that it has not made: none is.
-    let nothing =
-        "<domainsnapshot><name>t</name><disks><disk name='virtio-disk0' snapshot='no'/></disks></domainsnapshot>";
+    let nothing = "<domainsnapshot><name>t</name><disks><disk name='virtio-disk0' snapshot='no'/></disks></domainsnapshot>";
     by_socket.create(nothing, INSTANTLY, &mut meanwhile).unwrap();
     domain.snapshot("u").unwrap();
     domain.guest.wait_ticks(2);

@@ -1,4 +1,5 @@
-//! P3 and P4 through a stock libvirt: a caller that is killed leaves a guest that runs, and nothing else.
+//! P3 and P4 through a stock libvirt: a caller that is killed leaves a guest that runs, and nothing
+//! else.
 
 mod common;
 
@@ -23,7 +24,8 @@ use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
 const PHASES: [Phase; 5] = [Phase::Pause, Phase::Switch, Phase::Arm, Phase::Drain, Phase::Finish];
 
-/// Not a test of its own: the process that the test below starts, which kills itself in the phase it is told.
+/// Not a test of its own: the process that the test below starts, which kills itself in the phase
+/// it is told.
 #[test]
 #[ignore = "run by the other test"]
 fn child() {
@@ -38,7 +40,8 @@ fn child() {
             if let Ok(image) = std::env::var("INSTANTSNAP_TEST_WRITE_PROTECT") {
                 set_mode(Path::new(&image), 0o444);
             }
-            rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL).unwrap();
+            rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL)
+                .unwrap();
         }
     });
     handle.create(&variable("XML"), flags, &mut observer).unwrap();
@@ -113,7 +116,9 @@ fn a_disk_on_a_server_is_on_it_again_when_the_caller_of_its_snapshot_was_killed(
     let remote = OnServer::start(&daemon);
     let before = remote.opened.trace();
     for phase in [1, 3] {
-        run_and_die(child_in(&remote.opened, phase).env("INSTANTSNAP_TEST_XML", remote.xml("killed")));
+        run_and_die(
+            child_in(&remote.opened, phase).env("INSTANTSNAP_TEST_XML", remote.xml("killed")),
+        );
         wait_untouched(&remote.opened, &before, PHASES[phase]);
         remote.assert_on_server();
         assert!(!remote.overlay("killed").exists());
@@ -150,12 +155,15 @@ fn a_caller_that_is_killed_leaves_its_empty_file_empty() {
     let empty = opened.guest.directory().join("empty");
     std::fs::write(&empty, "").unwrap();
     std::os::unix::fs::chown(&empty, Some(daemon.user()), Some(daemon.user())).unwrap();
-    let overlay = format!("<disks><disk name='vda'><source file='{}'/></disk></disks>", empty.display());
+    let overlay =
+        format!("<disks><disk name='vda'><source file='{}'/></disk></disks>", empty.display());
     let before = opened.trace();
     let mut caller = child_in(&opened, 3);
     run_and_die(caller.env("INSTANTSNAP_TEST_XML", opened.xml("killed", &overlay)));
     wait_untouched(&opened, &before, Phase::Drain);
-    let is_empty = wait_for(Duration::from_secs(30), || (std::fs::metadata(&empty).unwrap().len() == 0).then_some(()));
+    let is_empty = wait_for(Duration::from_secs(30), || {
+        (std::fs::metadata(&empty).unwrap().len() == 0).then_some(())
+    });
     assert!(is_empty.is_some(), "{} bytes are left", std::fs::metadata(&empty).unwrap().len());
     opened.guest.wait_ticks(65);
 }
@@ -183,7 +191,8 @@ fn an_overlay_that_the_watchdog_of_a_killed_caller_cannot_merge_stays_and_the_lo
     opened.guest.wait_ticks(3);
 }
 
-/// The memory is on disk, and the snapshot recorded: the guest ends, and nothing else has its memory.
+/// The memory is on disk, and the snapshot recorded: the guest ends, and nothing else has its
+/// memory.
 #[test]
 fn a_caller_that_is_killed_while_its_domain_is_halted_leaves_the_complete_snapshot() {
     let daemon = Daemon::session();
@@ -196,7 +205,8 @@ fn a_caller_that_is_killed_while_its_domain_is_halted_leaves_the_complete_snapsh
     poll(&mut [PollFd::new(&qemu, PollFlags::IN)], None).unwrap();
     caller.kill().unwrap();
     caller.wait().unwrap();
-    // A watchdog that still stood would hold the domain, and let it go when it has undone the snapshot.
+    // A watchdog that still stood would hold the domain, and let it go when it has undone the
+    // snapshot.
     let ended = wait_for(Duration::from_secs(60), || {
         let error = opened.snapshot("next").expect_err("the domain has ended");
         error.message.contains("is not running").then_some(())

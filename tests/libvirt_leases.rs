@@ -1,4 +1,5 @@
-//! libvirt's locks on disk images: it gives them away while a domain is paused, and a snapshot must leave them held.
+//! libvirt's locks on disk images: it gives them away while a domain is paused, and a snapshot must
+//! leave them held.
 
 mod common;
 
@@ -22,14 +23,17 @@ fn locking_daemon() -> Daemon {
     daemon
 }
 
-/// Which of its bytes virtlockd holds of a file, and how: lines of /proc/locks without their number.
+/// Which of its bytes virtlockd holds of a file, and how: lines of /proc/locks without their
+/// number.
 fn locks(file: &Path) -> Vec<String> {
     let inode = format!(":{}", std::fs::metadata(file).unwrap().ino());
     let all = std::fs::read_to_string("/proc/locks").unwrap();
-    let of_file = all.lines().filter(|line| line.split_whitespace().any(|word| word.ends_with(&inode)));
+    let of_file =
+        all.lines().filter(|line| line.split_whitespace().any(|word| word.ends_with(&inode)));
     // QEMU's own locks are OFDLCK.
     let posix = of_file.filter(|line| line.contains("POSIX"));
-    let mut locks: Vec<_> = posix.filter_map(|line| Some(line.split_once(": ")?.1.to_owned())).collect();
+    let mut locks: Vec<_> =
+        posix.filter_map(|line| Some(line.split_once(": ")?.1.to_owned())).collect();
     locks.sort();
     locks
 }
@@ -70,7 +74,8 @@ fn the_locks_on_the_images_are_held_again_after_a_snapshot() {
         assert_eq!(after_the_instant.len(), 1, "QEMU {}: while memory is being saved", binary.name);
         assert_eq!(held(&domain), after_the_instant, "QEMU {}", binary.name);
         // The same lock by the same holder, on another file.
-        let what = |lock: &String| lock.split_whitespace().take(4).map(str::to_owned).collect::<Vec<_>>();
+        let what =
+            |lock: &String| lock.split_whitespace().take(4).map(str::to_owned).collect::<Vec<_>>();
         assert_eq!(what(&after_the_instant[0]), what(&by_hand[0]), "QEMU {}", binary.name);
         domain.guest.wait_ticks(3);
 
@@ -96,7 +101,12 @@ fn the_locks_are_held_again_after_a_snapshot_that_failed() {
             });
             domain.snapshot_observed("failed", &mut cancel).unwrap_err();
             let again = wait_for(DEADLINE, || (held(&domain) == before).then_some(()));
-            assert!(again.is_some(), "QEMU {} in {at:?}: {before:?}, now {:?}", binary.name, held(&domain));
+            assert!(
+                again.is_some(),
+                "QEMU {} in {at:?}: {before:?}, now {:?}",
+                binary.name,
+                held(&domain)
+            );
             domain.guest.wait_ticks(3);
         }
     }

@@ -1,7 +1,7 @@
 //! P1, P3, P4, P5 at random under libvirt: while a snapshot is taken, other clients of the daemon
 //! use virsh on the domain, as administrators, management programs and backup jobs do. Whatever
-//! becomes of the snapshot: the guest counts on, what is reported as good is brought back whole, and
-//! what failed leaves nothing.
+//! becomes of the snapshot: the guest counts on, what is reported as good is brought back whole,
+//! and what failed leaves nothing.
 //!
 //! `INSTANTSNAP_TEST_LONG` takes 1,000 snapshots, or as many as there is time for.
 //! `common/meddling.rs` says how to repeat a run.
@@ -11,7 +11,9 @@ mod common;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
-use common::meddling::{Deed, Extent, Random, When, assert_counts, assert_no_files, meddle, rounds};
+use common::meddling::{
+    Deed, Extent, Random, When, assert_counts, assert_no_files, meddle, rounds,
+};
 use common::virt::OpenedDomain;
 use common::{At, PHASES, machine};
 use instantsnap::engine::Phase;
@@ -19,7 +21,8 @@ use instantsnap::error::Error;
 use instantsnap_testkit::{Binary, DEADLINE, Daemon, thorough, wait_for};
 use serde_json::{Value, json};
 
-const EXTENT: Extent = Extent { snapshots: 1000, time: Duration::from_secs(15 * 60), rounds: 10, rounds_short: 5 };
+const EXTENT: Extent =
+    Extent { snapshots: 1000, time: Duration::from_secs(15 * 60), rounds: 10, rounds_short: 5 };
 
 /// What another client does.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -88,22 +91,31 @@ struct Meddled {
     clones: Daemon,
     others: AtomicUsize,
     size: u64,
-    /// The snapshot has looked for the last time what others have done to its images, or is about to.
+    /// The snapshot has looked for the last time what others have done to its images, or is about
+    /// to.
     ends: AtomicBool,
 }
 
 impl Meddled {
     fn start(binary: &'static Binary, daemon: &Daemon, random: &mut Random) -> Meddled {
         let mut machine = machine(binary, 2).edit_xml(|xml| {
-            xml.replace("<on_reboot>destroy<", "<on_reboot>restart<")
-                .replace("<controller type='usb' model='none'/>", "<controller type='usb' model='piix3-uhci'/>")
+            xml.replace("<on_reboot>destroy<", "<on_reboot>restart<").replace(
+                "<controller type='usb' model='none'/>",
+                "<controller type='usb' model='piix3-uhci'/>",
+            )
         });
         if random.below(2) == 0 {
             machine = machine.restless();
         }
         let domain = OpenedDomain::start(&machine, daemon);
         let size = size_of(&domain);
-        Meddled { domain, clones: daemon.another(), others: AtomicUsize::new(0), size, ends: AtomicBool::new(false) }
+        Meddled {
+            domain,
+            clones: daemon.another(),
+            others: AtomicUsize::new(0),
+            size,
+            ends: AtomicBool::new(false),
+        }
     }
 
     fn act(&self, deed: Deed<Meddling>, done: &mut Done) {
@@ -111,7 +123,10 @@ impl Meddled {
         let directory = guest.directory();
         let run = |command: &str, args: &[&str]| {
             let said = guest.daemon().try_virsh(&[&[command, guest.name()], args].concat());
-            eprintln!("  {command} {args:?}: {:?}", said.as_ref().map(|said| said.trim()).map_err(|said| said.trim()));
+            eprintln!(
+                "  {command} {args:?}: {:?}",
+                said.as_ref().map(|said| said.trim()).map_err(|said| said.trim())
+            );
             said.is_ok()
         };
         // What others start while a failed snapshot's disks are merged back has to wait for that.
@@ -149,7 +164,8 @@ impl Meddled {
             Meddling::Attach | Meddling::Detach => {
                 let file = directory.join("others.xml");
                 std::fs::write(&file, "<input type='tablet' bus='usb'/>").unwrap();
-                let command = if deed.what == Meddling::Attach { "attach-device" } else { "detach-device" };
+                let command =
+                    if deed.what == Meddling::Attach { "attach-device" } else { "detach-device" };
                 run(command, &[file.to_str().unwrap()]);
             }
             Meddling::Overlay => {
@@ -219,18 +235,29 @@ impl Meddled {
         let background = capabilities.as_array().unwrap().iter().find(background).unwrap();
         assert_eq!(background["state"], false, "{what}");
         let parameters = ask("query-migrate-parameters");
-        assert_eq!((&parameters["tls-creds"], &parameters["tls-hostname"]), (&json!(""), &json!("")), "{what}");
+        assert_eq!(
+            (&parameters["tls-creds"], &parameters["tls-hostname"]),
+            (&json!(""), &json!("")),
+            "{what}"
+        );
         assert_eq!(ask("query-block-jobs"), json!([]), "{what}");
         drop(control);
         assert_counts(guest, what);
         if let Some(size) = done.size {
-            assert_eq!(size_of(&self.domain), size, "{what}: what others have resized has another size");
+            assert_eq!(
+                size_of(&self.domain),
+                size,
+                "{what}: what others have resized has another size"
+            );
         }
     }
 
     /// Brings a snapshot back in the other daemon, and waits until that forgets it.
     fn assert_whole(&self, name: &str, done: &Done, what: &str) {
-        assert!(self.domain.find(name).is_some(), "{what}: it is reported as good, and not recorded");
+        assert!(
+            self.domain.find(name).is_some(),
+            "{what}: it is reported as good, and not recorded"
+        );
         if done.merged {
             return eprintln!("  others have merged its images since");
         }
@@ -250,7 +277,8 @@ impl Meddled {
         let directory = self.domain.guest.directory();
         assert_no_files(directory, name, &error.message, what);
         let overlay = format!(".{name}");
-        let named = |line: &&str| line.ends_with(&overlay) && !error.message.contains(last_word(line));
+        let named =
+            |line: &&str| line.ends_with(&overlay) && !error.message.contains(last_word(line));
         let disks = self.domain.guest.virsh("domblklist", &["--inactive"]);
         assert_eq!(disks.lines().find(named), None, "{what}: it starts from an overlay");
     }
@@ -262,7 +290,8 @@ fn last_word(line: &str) -> &str {
 
 fn size_of(domain: &OpenedDomain) -> u64 {
     let info = domain.guest.virsh("domblkinfo", &["vda"]);
-    let capacity = info.lines().find_map(|line| line.strip_prefix("Capacity:")).expect("a capacity");
+    let capacity =
+        info.lines().find_map(|line| line.strip_prefix("Capacity:")).expect("a capacity");
     capacity.trim().parse().expect("a number")
 }
 

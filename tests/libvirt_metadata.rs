@@ -1,4 +1,5 @@
-//! What libvirt knows of an instant snapshot: at once, under the right parent, and no more and no less than is true.
+//! What libvirt knows of an instant snapshot: at once, under the right parent, and no more and no
+//! less than is true.
 
 mod common;
 
@@ -11,7 +12,9 @@ use instantsnap::engine::Phase;
 use instantsnap::error::Code;
 use instantsnap::flags::NO_METADATA;
 use instantsnap::image::Image;
-use instantsnap_testkit::{Accel, Binary, Daemon, Format, Guest, Machine, kvm_runs, kvm_works, wait_for};
+use instantsnap_testkit::{
+    Accel, Binary, Daemon, Format, Guest, Machine, kvm_runs, kvm_works, wait_for,
+};
 
 /// A daemon for clones, one after the other.
 struct Clones(Daemon);
@@ -24,8 +27,9 @@ impl Clones {
         clone.wait_ticks(5);
         let name = clone.name().to_owned();
         drop(clone);
-        let gone =
-            wait_for(instantsnap_testkit::DEADLINE, || self.0.try_virsh(&["domstate", &name]).is_err().then_some(()));
+        let gone = wait_for(instantsnap_testkit::DEADLINE, || {
+            self.0.try_virsh(&["domstate", &name]).is_err().then_some(())
+        });
         gone.unwrap_or_else(|| panic!("{name} does not go"));
     }
 }
@@ -70,7 +74,10 @@ fn sources(xml: &str) -> Vec<(String, String)> {
     let top = |disk: &str| disk.split("<backingStore").next().unwrap().to_owned();
     disks
         .map(|disk| {
-            (between(disk, "<target dev='", "'").to_owned(), between(&top(disk), "<source file='", "'").to_owned())
+            (
+                between(disk, "<target dev='", "'").to_owned(),
+                between(&top(disk), "<source file='", "'").to_owned(),
+            )
         })
         .collect()
 }
@@ -89,7 +96,12 @@ fn a_snapshot_is_current_and_has_its_parent_as_soon_as_it_is_taken() {
         let mut observer = At(|phase| {
             if phase == Phase::Drain {
                 let image = std::fs::read(opened.memory_file("first")).unwrap();
-                seen = Some((current(guest), names(guest), parent(guest, "first"), image[..16].to_vec()));
+                seen = Some((
+                    current(guest),
+                    names(guest),
+                    parent(guest, "first"),
+                    image[..16].to_vec(),
+                ));
             }
         });
         opened.snapshot_observed("first", &mut observer).unwrap();
@@ -107,7 +119,8 @@ fn a_snapshot_is_current_and_has_its_parent_as_soon_as_it_is_taken() {
         });
         opened.snapshot_observed("second", &mut observer).unwrap();
         assert_eq!(current(guest), "other");
-        // In the pause too, as soon as the disks are on our overlays, and before libvirt knows of ours.
+        // In the pause too, as soon as the disks are on our overlays, and before libvirt knows of
+        // ours.
         let mut observer = At(|phase| {
             if phase == Phase::Arm {
                 stock(guest, "within");
@@ -123,8 +136,11 @@ fn a_snapshot_is_current_and_has_its_parent_as_soon_as_it_is_taken() {
         for (child, above) in expected[1..].iter().zip(expected) {
             assert_eq!(parent(guest, child).as_deref(), Some(above), "{child}");
         }
-        let drawn: String =
-            tree(guest).split_whitespace().filter(|word| !["|", "+-"].contains(word)).collect::<Vec<_>>().join(" ");
+        let drawn: String = tree(guest)
+            .split_whitespace()
+            .filter(|word| !["|", "+-"].contains(word))
+            .collect::<Vec<_>>()
+            .join(" ");
         assert_eq!(drawn, expected.join(" "), "{}", tree(guest));
 
         // A parent that is deleted hands its children to its own.
@@ -158,7 +174,8 @@ fn somebody_elses_snapshot_between_plan_and_switch_undoes_ours() {
             }
         });
         // Memory would know the images before, and the disks are on those of the other.
-        let error = opened.snapshot_observed("ours", &mut observer).expect_err("the images are others");
+        let error =
+            opened.snapshot_observed("ours", &mut observer).expect_err("the images are others");
         assert_eq!(error.code, Code::OperationFailed, "{error}");
         assert!(error.message.contains("changed the images of disk"), "{error}");
         assert_eq!(names(&opened.guest), ["early"]);
@@ -178,16 +195,30 @@ fn virsh_tells_the_truth_about_a_snapshot() {
         let opened = OpenedDomain::start(&machine(&Binary::all()[0]), &daemon);
         let guest = &opened.guest;
         let image = |n: usize| guest.disks()[n].file.display().to_string();
-        let overlay = |n: usize, name: &str| guest.disks()[n].file.with_extension(name).display().to_string();
-        let both = |file: &dyn Fn(usize) -> String| vec![("vda".to_owned(), file(0)), ("vdb".to_owned(), file(1))];
-        let now = || std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs();
+        let overlay =
+            |n: usize, name: &str| guest.disks()[n].file.with_extension(name).display().to_string();
+        let both = |file: &dyn Fn(usize) -> String| {
+            vec![("vda".to_owned(), file(0)), ("vdb".to_owned(), file(1))]
+        };
+        let now = || {
+            std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs()
+        };
         let description = "before <the> \"upgrade\" & such\nsnö";
         let escaped = "before &lt;the&gt; \"upgrade\" &amp; such\nsnö";
         let since = now();
         for name in ["one", "two"] {
-            opened.create(&opened.xml(name, &format!("<description>{escaped}</description>")), INSTANTLY).unwrap();
+            opened
+                .create(
+                    &opened.xml(name, &format!("<description>{escaped}</description>")),
+                    INSTANTLY,
+                )
+                .unwrap();
             for flags in [&[][..], &["--inactive"]] {
-                assert_eq!(sources(&guest.virsh("dumpxml", flags)), both(&|n| overlay(n, name)), "{flags:?}");
+                assert_eq!(
+                    sources(&guest.virsh("dumpxml", flags)),
+                    both(&|n| overlay(n, name)),
+                    "{flags:?}"
+                );
             }
         }
         let until = now();
@@ -196,25 +227,36 @@ fn virsh_tells_the_truth_about_a_snapshot() {
         assert_eq!(between(&xml, "<name>", "</name>"), "two");
         let said = between(&xml, "<description>", "</description>");
         assert_eq!(
-            said.replace("&quot;", "\"").replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"),
+            said.replace("&quot;", "\"")
+                .replace("&lt;", "<")
+                .replace("&gt;", ">")
+                .replace("&amp;", "&"),
             description
         );
         assert_eq!(between(&xml, "<state>", "</state>"), "running");
         assert_eq!(between(between(&xml, "<parent>", "</parent>"), "<name>", "</name>"), "one");
         let created: u64 = between(&xml, "<creationTime>", "</creationTime>").parse().unwrap();
         assert!((since..=until).contains(&created), "{created} is not in {since}..={until}");
-        let memory = format!("<memory snapshot='external' file='{}'/>", opened.memory_file("two").display());
+        let memory =
+            format!("<memory snapshot='external' file='{}'/>", opened.memory_file("two").display());
         assert!(xml.contains(&memory), "{xml}");
         let disks = between(&xml, "<disks>", "</disks>");
         for (n, target) in ["vda", "vdb"].into_iter().enumerate() {
-            let disk = between(disks, &format!("<disk name='{target}' snapshot='external' type='file'>"), "</disk>");
+            let disk = between(
+                disks,
+                &format!("<disk name='{target}' snapshot='external' type='file'>"),
+                "</disk>",
+            );
             assert!(disk.contains("<driver type='qcow2'/>"), "{disk}");
             assert!(disk.contains(&format!("<source file='{}'/>", overlay(n, "two"))), "{disk}");
         }
         // The images that are the snapshot's: those that the guest was on.
         let active = between(&xml, "<domain type=", "</domain>");
         assert_eq!(sources(active), both(&|n| overlay(n, "one")));
-        assert_eq!(sources(between(&xml, "<inactiveDomain type=", "</inactiveDomain>")), both(&|n| overlay(n, "one")));
+        assert_eq!(
+            sources(between(&xml, "<inactiveDomain type=", "</inactiveDomain>")),
+            both(&|n| overlay(n, "one"))
+        );
         let first = guest.virsh("snapshot-dumpxml", &["one"]);
         assert_eq!(sources(between(&first, "<domain type=", "</domain>")), both(&image));
         // The memory image says the same.
@@ -263,15 +305,21 @@ fn names_are_taken_as_they_are() {
     let clones = Clones(daemon.another());
     let opened = OpenedDomain::start(&machine(&Binary::all()[0]), &daemon);
     let guest = &opened.guest;
-    let written = ["Schnappschuß 写真", "--looks-like-an-option", "100%s", "a&lt;b&gt;&amp;&apos;&quot;c"];
+    let written =
+        ["Schnappschuß 写真", "--looks-like-an-option", "100%s", "a&lt;b&gt;&amp;&apos;&quot;c"];
     for (n, written) in written.iter().enumerate() {
         let memory = opened.memory_file(&format!("name-{n}"));
         let xml = format!(
-            "<domainsnapshot><name>{written}</name><memory snapshot='external' file='{}'/></domainsnapshot>",
+            "<domainsnapshot><name>{written}</name><memory snapshot='external' \
+             file='{}'/></domainsnapshot>",
             memory.display()
         );
         let name = opened.create(&xml, INSTANTLY).unwrap();
-        let meant = written.replace("&lt;", "<").replace("&gt;", ">").replace("&apos;", "'").replace("&quot;", "\"");
+        let meant = written
+            .replace("&lt;", "<")
+            .replace("&gt;", ">")
+            .replace("&apos;", "'")
+            .replace("&quot;", "\"");
         assert_eq!(name, meant.replace("&amp;", "&"));
         assert_eq!(opened.taken().unwrap().name(), name);
         assert_eq!(current(guest), name);
@@ -288,14 +336,16 @@ fn names_are_taken_as_they_are() {
     // What libvirt would not take is refused before anything is touched.
     let before = opened.trace();
     for bad in ["a/b", ".hidden", "two\nlines"] {
-        let error = opened.create(&opened.xml("x", "").replace("<name>x<", &format!("<name>{bad}<")), INSTANTLY);
+        let error = opened
+            .create(&opened.xml("x", "").replace("<name>x<", &format!("<name>{bad}<")), INSTANTLY);
         assert_eq!(error.unwrap_err().code, Code::XmlDetail, "{bad}");
     }
     for (flags, name) in [(INSTANTLY, "100%s"), (INSTANTLY | NO_METADATA, "100%s")] {
         let error = opened.create(&opened.xml(name, ""), flags).unwrap_err();
         assert_eq!(error.code, Code::OperationInvalid, "{error}");
         assert!(
-            error.message.contains("domain snapshot '100%s'") && error.message.contains("already exists"),
+            error.message.contains("domain snapshot '100%s'")
+                && error.message.contains("already exists"),
             "{error}"
         );
     }
@@ -306,19 +356,26 @@ fn names_are_taken_as_they_are() {
 fn a_name_that_is_not_given_is_the_time() {
     let daemon = virt::session();
     let opened = OpenedDomain::start(&machine(&Binary::all()[0]), &daemon);
-    let now = || std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs();
+    let now =
+        || std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs();
     let since = now();
     let mut last = 0;
     for n in 0..3 {
         let memory = opened.memory_file(&n.to_string());
-        let xml = format!("<domainsnapshot><memory snapshot='external' file='{}'/></domainsnapshot>", memory.display());
+        let xml = format!(
+            "<domainsnapshot><memory snapshot='external' file='{}'/></domainsnapshot>",
+            memory.display()
+        );
         let name: u64 = opened.create(&xml, INSTANTLY).unwrap().parse().unwrap();
         // Two in a second have two names.
         assert!(name > last && (since..=now() + 2).contains(&name), "{name} after {last}");
         last = name;
         assert_eq!(current(&opened.guest), name.to_string());
         let overlay = opened.guest.disks()[0].file.with_extension(name.to_string());
-        assert_eq!(sources(&opened.guest.virsh("dumpxml", &[]))[0].1, overlay.display().to_string());
+        assert_eq!(
+            sources(&opened.guest.virsh("dumpxml", &[]))[0].1,
+            overlay.display().to_string()
+        );
     }
 }
 
@@ -357,7 +414,8 @@ fn check_cookie(opened: &OpenedDomain, clones: &Clones) {
     if stock.as_ref().is_some_and(|cookie| cookie.contains("<cpu")) {
         assert_eq!(ours, stock);
     } else {
-        let rest = |cookie: Option<String>| cookie.unwrap().split_whitespace().last() == Some("</cookie>");
+        let rest =
+            |cookie: Option<String>| cookie.unwrap().split_whitespace().last() == Some("</cookie>");
         assert!(rest(ours) && rest(stock));
     }
 }

@@ -1,5 +1,6 @@
-//! Disks on network storage (`<disk type='network'>`), by a real NBD server: snapshots are taken where an overlay is named, undone,
-//! brought back and deleted, and the guest finds all that it has written.
+//! Disks on network storage (`<disk type='network'>`), by a real NBD server: snapshots are taken
+//! where an overlay is named, undone, brought back and deleted, and the guest finds all that it has
+//! written.
 
 mod common;
 
@@ -20,15 +21,25 @@ fn a_disk_on_a_server_needs_a_named_overlay_and_is_undone_and_deleted_while_the_
     let (opened, guest) = (&remote.opened, remote.guest());
     let before = opened.trace();
     let error = opened.create(&opened.xml("s", ""), INSTANTLY).expect_err("no overlay is named");
-    assert_says(&error, Code::ConfigUnsupported, &["'vdb'", &remote.name(), "<source file='...'/>"]);
+    assert_says(
+        &error,
+        Code::ConfigUnsupported,
+        &["'vdb'", &remote.name(), "<source file='...'/>"],
+    );
     opened.assert_untouched(&before);
-    opened.create(&opened.xml("without", "<disks><disk name='vdb' snapshot='no'/></disks>"), INSTANTLY).unwrap();
+    opened
+        .create(
+            &opened.xml("without", "<disks><disk name='vdb' snapshot='no'/></disks>"),
+            INSTANTLY,
+        )
+        .unwrap();
     opened.delete("without", 0).unwrap();
     opened.assert_cancelled_without_a_trace(&remote.xml("cancelled"), INSTANTLY, 3);
     refuse_an_overlay_on_another(&remote);
     guest.wait_ticks(ALL_SECTORS);
     remote.assert_on_server();
-    // The snapshot is of the instant, and the guest has it all when it is deleted. Libvirt's own likewise.
+    // The snapshot is of the instant, and the guest has it all when it is deleted. Libvirt's own
+    // likewise.
     for (name, flags) in [("instant", INSTANTLY), ("plain", 0)] {
         opened.create(&remote.xml(name), flags).unwrap();
         assert!(guest.virsh("domblklist", &[]).contains(remote.overlay(name).to_str().unwrap()));
@@ -45,12 +56,28 @@ fn refuse_an_overlay_on_another(remote: &OnServer) {
     if !by_client_only() {
         return;
     }
-    let (overlay, another) = (remote.overlay("other"), remote.name().replace("/remote?", "/another?"));
-    let create = ["create", "-q", "-u", "-f", "qcow2", "-F", "raw", "-b", &another, overlay.to_str().unwrap(), "16M"];
+    let (overlay, another) =
+        (remote.overlay("other"), remote.name().replace("/remote?", "/another?"));
+    let create = [
+        "create",
+        "-q",
+        "-u",
+        "-f",
+        "qcow2",
+        "-F",
+        "raw",
+        "-b",
+        &another,
+        overlay.to_str().unwrap(),
+        "16M",
+    ];
     common::run("qemu-img", &create);
     let xml = remote.xml("other").replace("<disks>", "<disks><disk name='vda' snapshot='no'/>");
     let refused = remote.opened.create(&xml, INSTANTLY | REUSE_EXT).expect_err("on another image");
-    assert!(refused.message.contains(&another) && refused.message.contains("make it anew"), "{refused}");
+    assert!(
+        refused.message.contains(&another) && refused.message.contains("make it anew"),
+        "{refused}"
+    );
     std::fs::remove_file(&overlay).unwrap();
 }
 
@@ -58,7 +85,10 @@ fn refuse_an_overlay_on_another(remote: &OnServer) {
 #[test]
 fn a_disk_on_a_server_that_a_name_does_not_tell_all_of_is_refused_and_can_be_left_out() {
     let daemon = virt::session();
-    let remote = OnServer::start_with(&daemon, "<slices><slice type='storage' offset='0' size='16777216'/></slices>");
+    let remote = OnServer::start_with(
+        &daemon,
+        "<slices><slice type='storage' offset='0' size='16777216'/></slices>",
+    );
     let (opened, guest) = (&remote.opened, remote.guest());
     let before = opened.trace();
     let parts = [
@@ -70,15 +100,26 @@ fn a_disk_on_a_server_that_a_name_does_not_tell_all_of_is_refused_and_can_be_lef
         "<source file='...'/>",
     ];
     for xml in [opened.xml("s", ""), remote.xml("s")] {
-        assert_says(&opened.create(&xml, INSTANTLY).expect_err("refused"), Code::ConfigUnsupported, &parts);
+        assert_says(
+            &opened.create(&xml, INSTANTLY).expect_err("refused"),
+            Code::ConfigUnsupported,
+            &parts,
+        );
     }
     opened.assert_untouched(&before);
     // What the error advises: without the disk, and libvirt's own snapshot with it.
-    opened.create(&opened.xml("without", "<disks><disk name='vdb' snapshot='no'/></disks>"), INSTANTLY).unwrap();
+    opened
+        .create(
+            &opened.xml("without", "<disks><disk name='vdb' snapshot='no'/></disks>"),
+            INSTANTLY,
+        )
+        .unwrap();
     opened.create(&remote.xml("s"), 0).unwrap();
     guest.wait_ticks(3);
-    // It is not forgotten as long as the overlay holds what the disk has been written; what the error advises helps.
-    let (error, overlay) = (opened.delete("s", 0).expect_err("it cannot be merged"), remote.overlay("s"));
+    // It is not forgotten as long as the overlay holds what the disk has been written; what the
+    // error advises helps.
+    let (error, overlay) =
+        (opened.delete("s", 0).expect_err("it cannot be merged"), remote.overlay("s"));
     let parts = [
         "'s'",
         "'vdb'",
@@ -113,7 +154,11 @@ fn a_disk_on_a_server_is_reverted_and_its_snapshots_are_deleted_in_any_order() {
     guest.wait_ticks(ALL_SECTORS);
     // Images are to be merged that the domain is not on, and the server lets its QEMU alone in.
     let error = opened.delete("t", 0).expect_err("qemu-img is not let in");
-    assert_says(&error, Code::OperationTimeout, &[&remote.name(), "shut the domain off", "nothing was changed"]);
+    assert_says(
+        &error,
+        Code::OperationTimeout,
+        &[&remote.name(), "shut the domain off", "nothing was changed"],
+    );
     guest.wait_ticks(3);
     guest.virsh("destroy", &[]);
     opened.delete("t", 0).unwrap();
@@ -144,12 +189,17 @@ fn a_snapshot_of_a_disk_on_a_server_is_reverted_to_and_deleted_while_the_domain_
     let before = remote.guest().virsh("dumpxml", &["--inactive"]);
     for error in [remote.opened.delete("s", 0), remote.opened.revert("s", 0)] {
         let error = error.expect_err("there is no server");
-        assert!(error.message.contains("cannot ask the server") && error.message.contains(&remote.name()), "{error}");
+        assert!(
+            error.message.contains("cannot ask the server")
+                && error.message.contains(&remote.name()),
+            "{error}"
+        );
     }
     assert_eq!(remote.guest().virsh("dumpxml", &["--inactive"]), before);
     assert!(remote.overlay("s").exists() && remote.opened.memory_file("s").exists());
     remote.start_server();
-    // The others are libvirt's own, whose overlays call the image otherwise; the last is deleted as it is.
+    // The others are libvirt's own, whose overlays call the image otherwise; the last is deleted as
+    // it is.
     for (name, flags) in [("s", None), ("plain", Some(0)), ("deleted", Some(0))] {
         if let Some(flags) = flags {
             remote.opened.create(&remote.xml(name), flags).unwrap();
@@ -183,7 +233,10 @@ fn where_qemu_ends_the_overlay_is_merged_into_the_servers_image_or_kept_and_name
                 remote.guest().kill();
             }
         });
-        remote.opened.create_observed(&remote.xml(name), INSTANTLY, &mut kill).expect_err("QEMU has ended")
+        remote
+            .opened
+            .create_observed(&remote.xml(name), INSTANTLY, &mut kill)
+            .expect_err("QEMU has ended")
     };
     killed(&remote, "s");
     assert!(!remote.overlay("s").exists());
@@ -202,7 +255,8 @@ fn where_qemu_ends_the_overlay_is_merged_into_the_servers_image_or_kept_and_name
             guest.kill();
         }
     });
-    let error = opened.create_observed(&remote.xml("t"), INSTANTLY, &mut kill).expect_err("QEMU has ended");
+    let error =
+        opened.create_observed(&remote.xml("t"), INSTANTLY, &mut kill).expect_err("QEMU has ended");
     for part in [overlay.to_str().unwrap(), "must not be removed", "qemu-img commit"] {
         assert!(error.message.contains(part), "{part:?} is not in {error}");
     }
@@ -235,7 +289,10 @@ fn a_snapshot_of_a_disk_on_a_server_is_brought_back_by_virsh_restore_and_a_new_o
         std::os::unix::fs::chown(fresh(name), Some(daemon.user()), Some(daemon.user())).unwrap();
     }
     let xml = xml.replace("<backingStore/>", "");
-    let xml = xml.replace(&format!("<source file='{file}'"), &format!("<source file='{}'", fresh("vda").display()));
+    let xml = xml.replace(
+        &format!("<source file='{file}'"),
+        &format!("<source file='{}'", fresh("vda").display()),
+    );
     let (before, disk) = xml.split_once("<disk type='network'").expect("a disk on a server");
     let (driver, rest) = disk.split_once("<source ").unwrap();
     let (_, rest) = rest.split_once("</source>").unwrap();

@@ -1,4 +1,5 @@
-//! Whose files and whose processes: system and session daemons, libvirt within the caller, and connections that lead elsewhere.
+//! Whose files and whose processes: system and session daemons, libvirt within the caller, and
+//! connections that lead elsewhere.
 
 mod common;
 
@@ -19,7 +20,9 @@ use instantsnap::guest::LibvirtConnector;
 use instantsnap::libvirt::Connect;
 use instantsnap_testkit::compile::tick_guest;
 use instantsnap_testkit::machine::make_image;
-use instantsnap_testkit::{Binary, DEADLINE, Daemon, Disk, Format, Machine, Mode, Serial, missing_package, wait_for};
+use instantsnap_testkit::{
+    Binary, DEADLINE, Daemon, Disk, Format, Machine, Mode, Serial, missing_package, wait_for,
+};
 
 fn machine(binary: &'static Binary) -> Machine {
     Machine::new(binary).disk(Format::Qcow2).disk(Format::Raw)
@@ -41,7 +44,8 @@ fn overlays_are_qemus_and_memory_is_for_nobody_else() {
         }
         let memory = opened.memory_file("s").metadata().unwrap();
         assert_eq!(memory.mode() & 0o7777, 0o600);
-        // A session's is its user's, who is to bring it back; the system's is root's, and no QEMU can read it.
+        // A session's is its user's, who is to bring it back; the system's is root's, and no QEMU
+        // can read it.
         let owner = match daemon.mode() {
             Mode::Session => daemon.user(),
             Mode::System => rustix::process::geteuid().as_raw(),
@@ -63,7 +67,8 @@ fn tcp_to(socket: &Path) -> u16 {
     std::thread::spawn(move || {
         for client in listener.incoming().flatten() {
             let Ok(server) = UnixStream::connect(&socket) else { return };
-            let (mut from_client, mut to_server) = (client.try_clone().unwrap(), server.try_clone().unwrap());
+            let (mut from_client, mut to_server) =
+                (client.try_clone().unwrap(), server.try_clone().unwrap());
             std::thread::spawn(move || {
                 let _ = std::io::copy(&mut from_client, &mut to_server);
                 let _ = to_server.shutdown(std::net::Shutdown::Both);
@@ -106,12 +111,15 @@ fn a_domain_of_another_driver_is_refused() {
     }
 }
 
-/// Whoever has opened it another way reaches the same domain: a second connection, by the daemon's plain URI.
+/// Whoever has opened it another way reaches the same domain: a second connection, by the daemon's
+/// plain URI.
 #[test]
 fn two_connections_are_one_domain() {
     let daemon = Daemon::session();
     let opened = OpenedDomain::start(&machine(&Binary::all()[0]), &daemon);
-    let other = Handle::open_libvirt(Arc::new(LibvirtConnector::open(common::virt::domain(&opened.guest)).unwrap()));
+    let other = Handle::open_libvirt(Arc::new(
+        LibvirtConnector::open(common::virt::domain(&opened.guest)).unwrap(),
+    ));
     let mut refused = None;
     let mut observer = common::At(|phase| {
         if phase == instantsnap::engine::Phase::Drain {
@@ -175,13 +183,18 @@ struct Embedder {
 }
 
 impl Embedder {
-    /// As this user, where that is another than ours: root's would want users and groups that not every machine has.
+    /// As this user, where that is another than ours: root's would want users and groups that not
+    /// every machine has.
     fn start(root: &Path, definition: &Path, user: u32) -> Embedder {
         let library = std::env::current_exe().unwrap().with_file_name("libinstantsnap.so");
         assert!(library.exists(), "{}", library.display());
         let mut command = Command::new("/usr/bin/python3");
         command.args(["-c", EMBEDDER]).arg(&library).args([root, definition]);
-        command.stdin(Stdio::piped()).stdout(Stdio::piped()).env("LC_ALL", "C.UTF-8").env("HOME", root);
+        command
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .env("LC_ALL", "C.UTF-8")
+            .env("HOME", root);
         // As in a program that is linked with it: the driver finds our functions before its own.
         command.env("LD_PRELOAD", &library);
         if rustix::process::geteuid().is_root() {
@@ -204,7 +217,8 @@ impl Embedder {
     fn create(&mut self, directory: &Path, name: &str, memory: &Path) -> String {
         let file = directory.join("request.xml");
         let xml = format!(
-            "<domainsnapshot><name>{name}</name><memory snapshot='external' file='{}'/></domainsnapshot>",
+            "<domainsnapshot><name>{name}</name><memory snapshot='external' \
+             file='{}'/></domainsnapshot>",
             memory.display()
         );
         std::fs::write(&file, xml).unwrap();
@@ -247,8 +261,10 @@ fn libvirt_within_the_caller_is_as_any_other() {
     std::fs::create_dir_all(root.join("etc")).unwrap();
     std::fs::write(root.join("etc/qemu.conf"), "stdio_handler = \"file\"\n").unwrap();
     // What libvirt has found out about QEMU, which takes it seconds.
-    let (known, own) =
-        (clones.directory().join("cache/libvirt/qemu/cache/capabilities"), root.join("cache/qemu/capabilities"));
+    let (known, own) = (
+        clones.directory().join("cache/libvirt/qemu/cache/capabilities"),
+        root.join("cache/qemu/capabilities"),
+    );
     std::fs::create_dir_all(&own).unwrap();
     for file in common::files_below(&known) {
         std::fs::copy(&file, own.join(file.file_name().unwrap())).unwrap();
@@ -256,7 +272,12 @@ fn libvirt_within_the_caller_is_as_any_other() {
     std::fs::copy(tick_guest(), directory.join("tick.elf")).unwrap();
     let (image, serial) = (directory.join("disk.qcow2"), directory.join("serial.log"));
     make_image(&image, Format::Qcow2, None);
-    let disk = Disk { device: "vda".into(), backend: String::new(), file: image.clone(), format: Format::Qcow2 };
+    let disk = Disk {
+        device: "vda".into(),
+        backend: String::new(),
+        file: image.clone(),
+        format: Format::Qcow2,
+    };
     let machine = Machine::new(binary).disk_on(&image, Format::Qcow2);
     let definition = directory.join("domain.xml");
     std::fs::write(&definition, machine.domain_xml("embedded", directory, &[disk])).unwrap();
@@ -265,7 +286,8 @@ fn libvirt_within_the_caller_is_as_any_other() {
     common::run("chown", &["-R", &user.to_string(), directory.to_str().unwrap()]);
     let mut embedder = Embedder::start(&root, &definition, user);
     let wait_ticks = |more: u32| {
-        let start = wait_for(DEADLINE, || Serial::read(&serial).tick).expect("the guest does not count");
+        let start =
+            wait_for(DEADLINE, || Serial::read(&serial).tick).expect("the guest does not count");
         let counted = wait_for(DEADLINE, || {
             let now = Serial::read(&serial);
             assert_eq!(now.trouble, None);
@@ -289,6 +311,7 @@ fn libvirt_within_the_caller_is_as_any_other() {
     assert_eq!(embedder.delete("s"), "done t 1");
     assert!(!memory.exists());
     wait_ticks(3);
-    let gone = wait_for(DEADLINE, || clones.try_virsh(&["domstate", "embedded"]).is_err().then_some(()));
+    let gone =
+        wait_for(DEADLINE, || clones.try_virsh(&["domstate", "embedded"]).is_err().then_some(()));
     gone.expect("the clone does not go");
 }

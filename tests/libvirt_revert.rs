@@ -77,7 +77,8 @@ fn after_a_revert_the_domain_starts_from_its_disks() {
 #[test]
 fn a_transient_domain_keeps_its_snapshots() {
     for daemon in virt::daemons() {
-        let mut tree = Tree::start(&machine(&Binary::all()[0], 1).transient(), &daemon, Maker::Instant);
+        let mut tree =
+            Tree::start(&machine(&Binary::all()[0], 1).transient(), &daemon, Maker::Instant);
         tree.snapshot("a");
         tree.snapshot("b");
         let before = tree.opened.guest.virsh("snapshot-dumpxml", &["b", "--security-info"]);
@@ -204,7 +205,12 @@ fn a_memory_that_cannot_be_restored_leaves_a_domain_that_can_be_started() {
         // QEMU knows no section of this name.
         let whole = std::fs::read(&memory).unwrap();
         let name = whole.windows(5).position(|bytes| bytes == b"\x03ram\0").unwrap() as u64;
-        OpenOptions::new().write(true).open(&memory).unwrap().write_all_at(b"\x03rax", name).unwrap();
+        OpenOptions::new()
+            .write(true)
+            .open(&memory)
+            .unwrap()
+            .write_all_at(b"\x03rax", name)
+            .unwrap();
         let images = tree.images();
         let error = tree.try_revert("a", 0).expect_err("damaged");
         eprintln!("{:?} {error}", error.code);
@@ -230,7 +236,10 @@ fn what_a_domain_was_on_goes_and_what_snapshots_are_on_stays() {
     assert_eq!(images.len(), 8, "{images:?}");
     tree.revert("b");
     assert_eq!(images.len(), tree.images().len());
-    tree.opened.guest.virsh("blockcopy", &["vda", &tree.memory("copy").display().to_string(), "--transient-job"]);
+    tree.opened.guest.virsh(
+        "blockcopy",
+        &["vda", &tree.memory("copy").display().to_string(), "--transient-job"],
+    );
     common::assert_error(tree.try_revert("a", 0), Code::OperationInvalid, "block job");
     tree.opened.guest.virsh("blockjob", &["vda", "--abort"]);
     tree.assert_all_can_be_reverted_to();
@@ -267,7 +276,8 @@ fn a_managed_save_image_is_in_the_way() {
     tree.assert_all_can_be_reverted_to();
 }
 
-/// Whoever uses them: another QEMU that runs on them, or a domain that is shut off and names an image that stands on them.
+/// Whoever uses them: another QEMU that runs on them, or a domain that is shut off and names an
+/// image that stands on them.
 #[test]
 fn what_others_use_of_a_domain_that_is_reverted_stays() {
     let mut tree = Tree::start(&machine(&Binary::all()[0], 2), &virt::session(), Maker::Instant);
@@ -289,7 +299,8 @@ fn what_others_use_of_a_domain_that_is_reverted_stays() {
     assert!(overlay(0).exists() && !overlay(1).exists(), "{:?}", tree.images());
 }
 
-/// By a block job of another client, by a copy that takes its place, or by a tool: memory would be older than the disks.
+/// By a block job of another client, by a copy that takes its place, or by a tool: memory would be
+/// older than the disks.
 #[test]
 fn an_image_that_was_written_or_replaced_since_the_snapshot_is_refused_by_name() {
     let mut tree = Tree::start(&machine(&Binary::all()[0], 2), &virt::session(), Maker::Instant);
@@ -299,7 +310,11 @@ fn an_image_that_was_written_or_replaced_since_the_snapshot_is_refused_by_name()
     let refused = |image: &Path, change: &str| {
         let before = tree.opened.trace();
         let error = tree.try_revert("s", 0).expect_err("it would be torn");
-        common::assert_says(&error, Code::SnapshotRevertRisky, &[image.to_str().unwrap(), change, "FORCE"]);
+        common::assert_says(
+            &error,
+            Code::SnapshotRevertRisky,
+            &[image.to_str().unwrap(), change, "FORCE"],
+        );
         tree.opened.assert_untouched(&before);
     };
     // A copy with the same content, under the same name.
@@ -312,7 +327,11 @@ fn an_image_that_was_written_or_replaced_since_the_snapshot_is_refused_by_name()
     refused(&images[1], "was replaced");
     guest.virsh("destroy", &[]);
     let error = tree.try_revert("s", 0).expect_err("it was replaced");
-    common::assert_says(&error, Code::SnapshotRevertRisky, &[images[1].to_str().unwrap(), "was replaced"]);
+    common::assert_says(
+        &error,
+        Code::SnapshotRevertRisky,
+        &[images[1].to_str().unwrap(), "was replaced"],
+    );
     tree.try_revert("s", FORCE).unwrap();
     tree.assert_is_at("s");
     guest.virsh("destroy", &[]);
@@ -324,7 +343,11 @@ fn an_image_that_was_written_or_replaced_since_the_snapshot_is_refused_by_name()
     refused(&images[0], "was written to");
     guest.virsh("destroy", &[]);
     let error = tree.try_revert("s", 0).expect_err("it was written to");
-    common::assert_says(&error, Code::SnapshotRevertRisky, &[images[0].to_str().unwrap(), "was written to"]);
+    common::assert_says(
+        &error,
+        Code::SnapshotRevertRisky,
+        &[images[0].to_str().unwrap(), "was written to"],
+    );
 }
 
 /// Nor do the notes by which it is known get into the domain's own XML.
@@ -338,7 +361,8 @@ fn an_image_that_a_delete_has_merged_into_is_as_it_should_be() {
     tree.revert("c");
     let frozen = |tree: &Tree| {
         let xml = tree.opened.guest.virsh("snapshot-dumpxml", &["c"]);
-        let images: Vec<_> = tree.opened.guest.disks().iter().map(|disk| disk.file.clone()).collect();
+        let images: Vec<_> =
+            tree.opened.guest.disks().iter().map(|disk| disk.file.clone()).collect();
         images.iter().all(|image| {
             xml.contains(&format!(
                 "<instantsnap:image disk=\"vd{}\" file=\"{}\"",
@@ -359,5 +383,9 @@ fn an_image_that_a_delete_has_merged_into_is_as_it_should_be() {
     let file = OpenOptions::new().write(true).open(&image).unwrap();
     file.write_all_at(&[0], image.metadata().unwrap().len() - 1).unwrap();
     tree.try_delete("d", 0).unwrap();
-    common::assert_error(tree.try_revert("c", 0), Code::SnapshotRevertRisky, image.to_str().unwrap());
+    common::assert_error(
+        tree.try_revert("c", 0),
+        Code::SnapshotRevertRisky,
+        image.to_str().unwrap(),
+    );
 }

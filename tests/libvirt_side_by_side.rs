@@ -53,9 +53,15 @@ fn eight_domains_are_snapshotted_side_by_side() {
 fn second(uri: &str, uuid: &str, memory: &str) {
     let domain = Connect::open(uri).unwrap().unwrap().domain(uuid).unwrap();
     let handle = Handle::open_libvirt(Arc::new(LibvirtConnector::open(domain).unwrap()));
-    let xml =
-        format!("<domainsnapshot><name>second</name><memory snapshot='external' file='{memory}'/></domainsnapshot>");
-    assert_error(handle.create(&xml, INSTANTLY, &mut ()), Code::OperationInvalid, "is under way: wait for it to end");
+    let xml = format!(
+        "<domainsnapshot><name>second</name><memory snapshot='external' \
+         file='{memory}'/></domainsnapshot>"
+    );
+    assert_error(
+        handle.create(&xml, INSTANTLY, &mut ()),
+        Code::OperationInvalid,
+        "is under way: wait for it to end",
+    );
 }
 
 const SECOND: &str = "INSTANTSNAP_TEST_SECOND";
@@ -64,7 +70,9 @@ const SECOND: &str = "INSTANTSNAP_TEST_SECOND";
 fn a_second_snapshot_of_a_domain_is_refused_by_whatever_process_and_touches_nothing() {
     if let Ok(second_of) = std::env::var(SECOND) {
         // The other process.
-        let [uri, uuid, memory] = second_of.split('\n').collect::<Vec<_>>()[..] else { panic!("{second_of}") };
+        let [uri, uuid, memory] = second_of.split('\n').collect::<Vec<_>>()[..] else {
+            panic!("{second_of}")
+        };
         return second(uri, uuid, memory);
     }
     let daemon = Daemon::session();
@@ -78,7 +86,11 @@ fn a_second_snapshot_of_a_domain_is_refused_by_whatever_process_and_touches_noth
         }
         let before = files(&domain);
         second(&uri, uuid.trim(), &memory);
-        assert_error(domain.snapshot("third"), Code::OperationInvalid, "another snapshot of this guest is being taken");
+        assert_error(
+            domain.snapshot("third"),
+            Code::OperationInvalid,
+            "another snapshot of this guest is being taken",
+        );
         let program = std::env::current_exe().unwrap();
         let test = std::thread::current().name().unwrap().to_owned();
         let output = Command::new(program)

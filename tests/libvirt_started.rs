@@ -1,5 +1,6 @@
-//! What becomes of a domain that another client starts just when images of it are merged that nobody had open: by the end of a
-//! snapshot that failed, or by a delete. It must not go on with images that are removed.
+//! What becomes of a domain that another client starts just when images of it are merged that
+//! nobody had open: by the end of a snapshot that failed, or by a delete. It must not go on with
+//! images that are removed.
 
 mod common;
 
@@ -7,7 +8,9 @@ use std::ffi::OsString;
 use std::path::Path;
 
 use common::virt::OpenedDomain;
-use common::{ALL_SECTORS, At, assert_error, files_below, is_own_process, machine, path_with_qemu_img};
+use common::{
+    ALL_SECTORS, At, assert_error, files_below, is_own_process, machine, path_with_qemu_img,
+};
 use instantsnap::engine::Phase;
 use instantsnap::error::Code;
 use instantsnap_testkit::{Binary, Daemon};
@@ -16,12 +19,9 @@ use instantsnap_testkit::{Binary, Daemon};
 fn starts_after_merge(directory: &Path, domain: &OpenedDomain, nth: usize) -> OsString {
     let (uri, name) = (domain.guest.daemon().uri(), domain.guest.name());
     let script = format!(
-        "#!/bin/sh\n\
-         [ \"$1\" = commit ] || exec /usr/bin/qemu-img \"$@\"\n\
-         /usr/bin/qemu-img \"$@\" || exit\n\
-         echo >>{0}/merged\n\
-         [ \"$(wc -l <{0}/merged)\" -ne {nth} ] || /usr/bin/virsh -q -c '{uri}' start {name} >{0}/said 2>&1\n\
-         exit 0\n",
+        "#!/bin/sh\n[ \"$1\" = commit ] || exec /usr/bin/qemu-img \"$@\"\n/usr/bin/qemu-img \"$@\" \
+         || exit\necho >>{0}/merged\n[ \"$(wc -l <{0}/merged)\" -ne {nth} ] || /usr/bin/virsh -q \
+         -c '{uri}' start {name} >{0}/said 2>&1\nexit 0\n",
         directory.display()
     );
     path_with_qemu_img(directory, &script)
@@ -30,7 +30,8 @@ fn starts_after_merge(directory: &Path, domain: &OpenedDomain, nth: usize) -> Os
 /// Calls it with this PATH.
 fn with_path<T>(path: &OsString, call: impl FnOnce() -> T) -> T {
     let before = std::env::var_os("PATH").unwrap();
-    // SAFETY: this process runs this one test, and its other threads, the harness's and libvirt's, read no environment.
+    // SAFETY: this process runs this one test, and its other threads, the harness's and libvirt's,
+    // read no environment.
     unsafe { std::env::set_var("PATH", path) };
     let result = call();
     // SAFETY: as above.
@@ -43,10 +44,14 @@ fn assert_on_images(domain: &OpenedDomain, images: &[String], said: &Path) {
     assert_eq!(std::fs::read_to_string(said).unwrap(), "", "the domain is started");
     for flags in [&[][..], &["--inactive"]] {
         let sources = domain.guest.virsh("domblklist", flags);
-        assert!(images.iter().all(|image| sources.contains(&format!(" {image}\n"))), "{images:?}\n{sources}");
+        assert!(
+            images.iter().all(|image| sources.contains(&format!(" {image}\n"))),
+            "{images:?}\n{sources}"
+        );
     }
-    let overlays =
-        files_below(domain.guest.directory()).into_iter().filter(|file| file.extension() == Some("s".as_ref()));
+    let overlays = files_below(domain.guest.directory())
+        .into_iter()
+        .filter(|file| file.extension() == Some("s".as_ref()));
     assert_eq!(overlays.collect::<Vec<_>>(), Vec::<std::path::PathBuf>::new());
     domain.guest.wait_ticks(ALL_SECTORS);
 }
@@ -72,7 +77,11 @@ fn a_domain_that_is_started_while_its_snapshot_is_undone_is_on_its_images() {
             }
         });
         let snapshot = || domain.snapshot_observed("s", &mut destroy);
-        assert_error(with_path(&path, snapshot), Code::OperationFailed, "the guest's QEMU has ended meanwhile");
+        assert_error(
+            with_path(&path, snapshot),
+            Code::OperationFailed,
+            "the guest's QEMU has ended meanwhile",
+        );
         assert_on_images(&domain, &images, &directory.path().join("said"));
         domain.snapshot("again").unwrap();
         domain.bring_back("again");

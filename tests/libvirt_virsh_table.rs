@@ -1,4 +1,5 @@
-//! What becomes of virsh, and of a snapshot, when virsh is used on the domain while its snapshot is taken: one table.
+//! What becomes of virsh, and of a snapshot, when virsh is used on the domain while its snapshot is
+//! taken: one table.
 
 mod common;
 
@@ -60,18 +61,23 @@ const LOCKED: Result<(), &str> = Err("instantsnap: a snapshot of this guest is b
 const TAKEN: Result<(), (Code, &str)> = Ok(());
 const RESUMED: Result<(), (Code, &str)> = Err((OperationFailed, "has resumed the guest"));
 const RESET: Result<(), (Code, &str)> = Err((OperationFailed, "the guest was reset in the pause"));
-const WRITTEN: Result<(), (Code, &str)> = Err((OperationFailed, "disk 'vda' was written to in the pause"));
+const WRITTEN: Result<(), (Code, &str)> =
+    Err((OperationFailed, "disk 'vda' was written to in the pause"));
 const ENDED: Result<(), (Code, &str)> = Err((OperationFailed, "domain is not running"));
 const ENDED_ONCE: Result<(), (Code, &str)> = Err((OperationFailed, "QEMU has ended meanwhile"));
-const ANEW: Result<(), (Code, &str)> = Err((OperationFailed, "has ended while its snapshot was being taken"));
-const REBUILT: Result<(), (Code, &str)> = Err((OperationFailed, "somebody has changed the images of disk 'vda'"));
+const ANEW: Result<(), (Code, &str)> =
+    Err((OperationFailed, "has ended while its snapshot was being taken"));
+const REBUILT: Result<(), (Code, &str)> =
+    Err((OperationFailed, "somebody has changed the images of disk 'vda'"));
 const BUSY: Result<(), (Code, &str)> = Err((OperationFailed, "already in active block job"));
-const UNKNOWN: Result<(), (Code, &str)> = Err((ConfigUnsupported, "cannot switch the domain's disks"));
+const UNKNOWN: Result<(), (Code, &str)> =
+    Err((ConfigUnsupported, "cannot switch the domain's disks"));
 const GONE: Result<(), (Code, &str)> = Err((OperationFailed, "(scsi-hd) was detached"));
 const RESIZED: Result<(), (Code, &str)> = Err((OperationFailed, "resized disk 'vda'"));
 const ATTACHED: Result<(), (Code, &str)> = Err((OperationFailed, "was attached by another client"));
 const UNNAMED: Result<(), (Code, &str)> = Err((SystemError, "missing existing file for disk vdc"));
-const LATE: Result<(), (Code, &str)> = Err((OperationTimeout, "another client's job on the domain"));
+const LATE: Result<(), (Code, &str)> =
+    Err((OperationTimeout, "another client's job on the domain"));
 const MERGED: Result<(), (Code, &str)> = Err((OperationFailed, "somebody has begun to merge"));
 
 const fn row(
@@ -84,8 +90,8 @@ const fn row(
     Row { virsh, when, says, snapshot, then }
 }
 
-/// The same with every QEMU. `IMAGE`: what the disk was on; `BASE`: what is below that; `OVERLAY`: the snapshot's;
-/// `THEIRS`: another client's.
+/// The same with every QEMU. `IMAGE`: what the disk was on; `BASE`: what is below that; `OVERLAY`:
+/// the snapshot's; `THEIRS`: another client's.
 #[rustfmt::skip]
 const TABLE: &[Row] = &[
     // The first: libvirt does not migrate a domain that has snapshots.
@@ -96,13 +102,15 @@ const TABLE: &[Row] = &[
     row("domstats", Paused,   OK, TAKEN, ("running", "OVERLAY")),
     row("domstats", Draining, OK, TAKEN, ("running", "OVERLAY")),
 
-    // libvirt does nothing for a domain that is paused already, and nobody sees that it was asked: the guest is resumed.
+    // libvirt does nothing for a domain that is paused already, and nobody sees that it was asked:
+    // the guest is resumed.
     row("suspend",  Paused,   OK, TAKEN, ("running", "OVERLAY")),
     row("suspend",  Switched, OK, TAKEN, ("running", "OVERLAY")),
     // Here it is paused by somebody's will, and stays so.
     row("suspend",  Draining, OK, TAKEN, ("paused", "OVERLAY")),
 
-    // The guest would run on behind the snapshot's back: its memory would be younger than its disks.
+    // The guest would run on behind the snapshot's back: its memory would be younger than its
+    // disks.
     row("resume",   Paused,   OK, RESUMED, ("running", "IMAGE")),
     row("resume",   Switched, OK, RESUMED, ("running", "IMAGE")),
     row("resume",   Draining, Err("domain is already running"), TAKEN, ("running", "OVERLAY")),
@@ -140,7 +148,8 @@ const TABLE: &[Row] = &[
     row("blockcommit --active --pivot", Switched, OK, REBUILT, ("running", "BASE")),
     row("blockcommit --active --pivot", Draining, OK, REBUILT, ("running", "BASE")),
     row("blockcommit --active --shallow", Paused,   OK, BUSY,   ("running", "IMAGE")),
-    // As long as its last step is to come nobody else can merge: the overlay stays for whoever began.
+    // As long as its last step is to come nobody else can merge: the overlay stays for whoever
+    // began.
     row("blockcommit --active --shallow", Draining, OK, MERGED, ("running", "OVERLAY")),
 
     // Under ours: the images of the snapshot are not those that were planned.
@@ -171,7 +180,8 @@ const TABLE: &[Row] = &[
     row("detach-disk", Draining, Err("device_del not allowed while migrating"), TAKEN, ("running", "OVERLAY")),
 ];
 
-/// Runs virsh in a phase of a snapshot. For the drain, memory is made to flow so slowly that it does not end meanwhile.
+/// Runs virsh in a phase of a snapshot. For the drain, memory is made to flow so slowly that it
+/// does not end meanwhile.
 struct Meddler<'a> {
     domain: &'a OpenedDomain,
     /// Quicker than virsh.
@@ -186,8 +196,10 @@ struct Meddler<'a> {
 impl Meddler<'_> {
     fn new<'a>(domain: &'a OpenedDomain, clones: &'a Daemon, row: &'a Row) -> Meddler<'a> {
         let monitor = common::virt::domain(&domain.guest);
-        let mut meddler = Meddler { domain, monitor, clones, row, bandwidth: Value::Null, said: None };
-        meddler.bandwidth = meddler.ask("query-migrate-parameters", json!({}))["max-bandwidth"].take();
+        let mut meddler =
+            Meddler { domain, monitor, clones, row, bandwidth: Value::Null, said: None };
+        meddler.bandwidth =
+            meddler.ask("query-migrate-parameters", json!({}))["max-bandwidth"].take();
         meddler
     }
 
@@ -214,32 +226,43 @@ impl Meddler<'_> {
             }
             "save" | "dump" => run(&[self.row.virsh, name, file]),
             "snapshot" => run(&["snapshot-create-as", name, "theirs", "--disk-only"]),
-            "live snapshot" => run(&["snapshot-create-as", name, "theirs", "--live", "--memspec", file]),
-            "migrate" => run(&["migrate", "--live", "--unsafe", name, &self.clones.uri(), "tcp://127.0.0.1"]),
+            "live snapshot" => {
+                run(&["snapshot-create-as", name, "theirs", "--live", "--memspec", file])
+            }
+            "migrate" => {
+                run(&["migrate", "--live", "--unsafe", name, &self.clones.uri(), "tcp://127.0.0.1"])
+            }
             "detach-disk" => run(&["detach-disk", name, "sda"]),
             "attach-device" => {
-                std::fs::write(file, "<rng model='virtio'><backend model='random'>/dev/urandom</backend></rng>")
-                    .unwrap();
+                std::fs::write(
+                    file,
+                    "<rng model='virtio'><backend model='random'>/dev/urandom</backend></rng>",
+                )
+                .unwrap();
                 run(&["attach-device", name, file])
             }
             "attach-disk" => {
-                let (disk, target) =
-                    (format!("{file}-{:?}", self.row.when), if self.row.when == Paused { "vdc" } else { "vdd" });
+                let (disk, target) = (
+                    format!("{file}-{:?}", self.row.when),
+                    if self.row.when == Paused { "vdc" } else { "vdd" },
+                );
                 make_image(Path::new(&disk), Format::Raw, None);
                 guest.daemon().give(guest.directory());
                 run(&["attach-disk", name, &disk, target, "--driver", "qemu", "--subdriver", "raw"])
             }
             "backup-begin" => {
                 let backup = format!(
-                    "<domainbackup mode='pull'><server transport='unix' socket='{file}.sock'/><disks>\
-                     <disk name='sda' backup='no'/><disk name='vda' type='file'><scratch file='{file}-scratch'/></disk></disks>\
-                     </domainbackup>"
+                    "<domainbackup mode='pull'><server transport='unix' \
+                     socket='{file}.sock'/><disks><disk name='sda' backup='no'/><disk name='vda' \
+                     type='file'><scratch file='{file}-scratch'/></disk></disks></domainbackup>"
                 );
                 let described = guest.directory().join("backup.xml");
                 std::fs::write(&described, backup).unwrap();
                 run(&["backup-begin", name, described.to_str().unwrap()])
             }
-            "blockcopy" => run(&["blockcopy", name, "vda", &format!("{file}-copy"), "--transient-job"]),
+            "blockcopy" => {
+                run(&["blockcopy", name, "vda", &format!("{file}-copy"), "--transient-job"])
+            }
             resize if resize.starts_with("blockresize") => {
                 run(&["blockresize", name, "vda", resize.split(' ').next_back().unwrap()])
             }
@@ -253,7 +276,8 @@ impl Meddler<'_> {
 
     fn ask(&self, command: &str, arguments: Value) -> Value {
         let command = json!({ "execute": command, "arguments": arguments }).to_string();
-        let mut reply: Value = serde_json::from_str(&self.monitor.monitor_command(&command, None).unwrap()).unwrap();
+        let mut reply: Value =
+            serde_json::from_str(&self.monitor.monitor_command(&command, None).unwrap()).unwrap();
         reply["return"].take()
     }
 
@@ -292,8 +316,8 @@ impl Observer for Meddler<'_> {
     }
 }
 
-/// 96 MiB, of which 48 are random and never written, on two disks, of which QEMU lets the second go without its guest's
-/// doing. A reset does not end it. The first is on an image on another.
+/// 96 MiB, of which 48 are random and never written, on two disks, of which QEMU lets the second go
+/// without its guest's doing. A reset does not end it. The first is on an image on another.
 fn machine(binary: &'static Binary, random: &Path, second: &Path) -> Machine {
     let loader = format!("loader,file={},addr=0x2000000,force-raw=on", random.display());
     let second = format!(
@@ -301,7 +325,12 @@ fn machine(binary: &'static Binary, random: &Path, second: &Path) -> Machine {
          <driver name='qemu' type='raw'/><source file='{}'/><target dev='sda' bus='scsi'/></disk>",
         second.display()
     );
-    let machine = Machine::new(binary).memory(96).disk(Format::Qcow2).devices(&second).arg("-device").arg(&loader);
+    let machine = Machine::new(binary)
+        .memory(96)
+        .disk(Format::Qcow2)
+        .devices(&second)
+        .arg("-device")
+        .arg(&loader);
     machine.edit_xml(|xml| xml.replace("<on_reboot>destroy<", "<on_reboot>restart<"))
 }
 
@@ -336,7 +365,8 @@ struct Meddled<'a> {
 }
 
 impl Meddled<'_> {
-    /// Brings a memory image back in another daemon, checks that it is of one moment, and waits until that forgets it.
+    /// Brings a memory image back in another daemon, checks that it is of one moment, and waits
+    /// until that forgets it.
     fn bring_back(&self, domain: &OpenedDomain, image: &Path) {
         let clone = self.clones.restore(&domain.guest, image);
         if clone.virsh("domstate", &[]).trim() == "paused" {
@@ -344,8 +374,10 @@ impl Meddled<'_> {
         }
         clone.wait_ticks(5);
         drop(clone);
-        wait_for(DEADLINE, || self.clones.virsh(&["list", "--name"]).trim().is_empty().then_some(()))
-            .expect("the clone is gone");
+        wait_for(DEADLINE, || {
+            self.clones.virsh(&["list", "--name"]).trim().is_empty().then_some(())
+        })
+        .expect("the clone is gone");
     }
 
     fn run(&mut self, number: usize, row: &Row) {
@@ -385,7 +417,8 @@ impl Meddled<'_> {
         }
         match (&row.snapshot, &result) {
             (Ok(()), Ok(_)) => {}
-            (Err((code, part)), Err(error)) if error.code == *code && error.message.contains(part) => {}
+            (Err((code, part)), Err(error))
+                if error.code == *code && error.message.contains(part) => {}
             _ => panic!("the snapshot: {result:?}, expected {:?}", row.snapshot),
         }
         let overlay = before.with_extension(&name);
@@ -419,7 +452,8 @@ impl Meddled<'_> {
             self.bring_back(&domain, &domain.guest.directory().join("theirs"));
         }
         let whole = said.is_err()
-            || !["detach-disk", "save", "dump", "snapshot", "backup-begin", "blockcopy"].contains(&row.virsh);
+            || !["detach-disk", "save", "dump", "snapshot", "backup-begin", "blockcopy"]
+                .contains(&row.virsh);
         if whole
             && state_then == "running"
             && matches!(image_then, "IMAGE" | "OVERLAY")

@@ -1,5 +1,6 @@
-//! What the thread of a job and those who follow it share, in every way in which they can meet: `src/engine/job/shared.rs`,
-//! model-checked. A wake-up that is lost is a thread that waits for ever, which loom reports.
+//! What the thread of a job and those who follow it share, in every way in which they can meet:
+//! `src/engine/job/shared.rs`, model-checked. A wake-up that is lost is a thread that waits for
+//! ever, which loom reports.
 
 use std::sync::Arc;
 
@@ -74,7 +75,8 @@ impl Signal for Level {
 
 type Model = Shared<Happens, u32, Level>;
 
-/// Runs a model in every way, as far as threads are interrupted a few times only: that finds what can be found, and ends.
+/// Runs a model in every way, as far as threads are interrupted a few times only: that finds what
+/// can be found, and ends.
 fn check(model: impl Fn(Arc<Model>) + Sync + Send + 'static) {
     let mut builder = Builder::new();
     builder.preemption_bound = Some(3);
@@ -127,7 +129,8 @@ fn the_signal_is_up_exactly_as_long_as_there_are_news() {
         shared.publish(Paused);
         shared.publish(Progress(1));
         shared.publish(Progress(2));
-        let mut seen: Vec<_> = takers.into_iter().filter_map(|taker| taker.join().unwrap()).collect();
+        let mut seen: Vec<_> =
+            takers.into_iter().filter_map(|taker| taker.join().unwrap()).collect();
         // All is quiet.
         loop {
             let up = shared.signal().is_up();
@@ -136,9 +139,13 @@ fn the_signal_is_up_exactly_as_long_as_there_are_news() {
             let Some(next) = next else { break };
             seen.push(next);
         }
-        // Two that take at once can tell each other of it in any order; none was taken twice, and none got lost.
+        // Two that take at once can tell each other of it in any order; none was taken twice, and
+        // none got lost.
         seen.sort_by_key(|news| format!("{news:?}"));
-        assert!(seen == [Paused, Progress(1), Progress(2)] || seen == [Paused, Progress(2)], "{seen:?}");
+        assert!(
+            seen == [Paused, Progress(1), Progress(2)] || seen == [Paused, Progress(2)],
+            "{seen:?}"
+        );
     });
 }
 

@@ -1,6 +1,6 @@
-//! P1, P3, P4 at random: while a snapshot is taken, other clients of the same QEMU do what administrators, management programs and
-//! backup jobs do. Whatever becomes of the snapshot: the guest counts on, what is reported as good is brought back whole, and
-//! what failed leaves nothing.
+//! P1, P3, P4 at random: while a snapshot is taken, other clients of the same QEMU do what
+//! administrators, management programs and backup jobs do. Whatever becomes of the snapshot: the
+//! guest counts on, what is reported as good is brought back whole, and what failed leaves nothing.
 //!
 //! `INSTANTSNAP_TEST_LONG` takes 1,000 snapshots, or as many as there is time for.
 //! `common/meddling.rs` says how to repeat a run.
@@ -10,7 +10,9 @@ mod common;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
-use common::meddling::{Deed, Extent, Random, When, assert_counts, assert_no_files, meddle, rounds};
+use common::meddling::{
+    Deed, Extent, Random, When, assert_counts, assert_no_files, meddle, rounds,
+};
 use common::{At, INSTANTLY, Opened, block_of, machine, named, way};
 use instantsnap::engine::{Overlap, Phase, prepare_revert};
 use instantsnap::error::Error;
@@ -18,7 +20,8 @@ use instantsnap::flags::revert;
 use instantsnap_testkit::{Binary, Client, DEADLINE, Format, Guest, thorough, wait_for};
 use serde_json::{Value, json};
 
-const EXTENT: Extent = Extent { snapshots: 1000, time: Duration::from_secs(30 * 60), rounds: 10, rounds_short: 4 };
+const EXTENT: Extent =
+    Extent { snapshots: 1000, time: Duration::from_secs(30 * 60), rounds: 10, rounds_short: 4 };
 
 /// What another client does.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -51,8 +54,15 @@ const USUAL: [Meddling; 9] = [
     Meddling::Capability,
 ];
 
-const MOMENTS: [Phase; 7] =
-    [Phase::Validate, Phase::Plan, Phase::Prepare, Phase::Pause, Phase::Switch, Phase::Arm, Phase::Drain];
+const MOMENTS: [Phase; 7] = [
+    Phase::Validate,
+    Phase::Plan,
+    Phase::Prepare,
+    Phase::Pause,
+    Phase::Switch,
+    Phase::Arm,
+    Phase::Drain,
+];
 
 fn deed(random: &mut Random, can_cancel: bool, long: bool) -> Deed<Meddling> {
     let what = match random.below(40) {
@@ -88,7 +98,8 @@ struct Meddled {
 impl Meddled {
     fn start(binary: &'static Binary, random: &mut Random) -> Meddled {
         let mut machine = machine(binary, 2).arg("-device").arg("piix3-usb-uhci,id=usb");
-        // A reset is one, and not the end. SeaBIOS makes two of it, of which the second can come after the instant.
+        // A reset is one, and not the end. SeaBIOS makes two of it, of which the second can come
+        // after the instant.
         machine = machine.arg("-action").arg("reboot=reset");
         if random.below(2) == 0 {
             machine = machine.restless();
@@ -107,7 +118,9 @@ impl Meddled {
         if !guest.alive() {
             return;
         }
-        let Ok(mut control) = Client::connect(&guest.directory().join("control.sock")) else { return };
+        let Ok(mut control) = Client::connect(&guest.directory().join("control.sock")) else {
+            return;
+        };
         let mut say = |command: &str, arguments: Value| control.execute(command, arguments);
         match what {
             Meddling::Reset => drop(say("system_reset", json!({}))),
@@ -140,14 +153,18 @@ impl Meddled {
                 }
             }
             Meddling::Plug => {
-                let device = json!({ "driver": "usb-tablet", "bus": "usb.0", "port": "1", "id": "others" });
+                let device =
+                    json!({ "driver": "usb-tablet", "bus": "usb.0", "port": "1", "id": "others" });
                 done.plugged |= say("device_add", device).is_ok();
             }
             Meddling::Unplug => drop(say("device_del", json!({ "id": "others" }))),
             Meddling::Overlay => {
                 let number = self.others.fetch_add(1, Ordering::Relaxed);
                 let file = guest.directory().join(format!("others-{number}.qcow2"));
-                let _ = say("blockdev-snapshot-sync", json!({ "device": "drive-1", "snapshot-file": file }));
+                let _ = say(
+                    "blockdev-snapshot-sync",
+                    json!({ "device": "drive-1", "snapshot-file": file }),
+                );
             }
             Meddling::Cancel => drop(say("migrate_cancel", json!({}))),
             Meddling::Capability => {
@@ -230,8 +247,10 @@ fn assert_whole(opened: &Opened, name: &str, done: &Done, what: &str) {
     let machines = if done.plugged { vec![plain, plugged] } else { vec![plain] };
     let mut refused = Vec::new();
     for machine in machines {
-        let plan = prepare_revert(&opened.state_dir(), name, None).unwrap_or_else(|error| panic!("{what}: {error}"));
-        let disks: Vec<_> = plan.disks.iter().map(|disk| (disk.file.clone(), Format::Qcow2)).collect();
+        let plan = prepare_revert(&opened.state_dir(), name, None)
+            .unwrap_or_else(|error| panic!("{what}: {error}"));
+        let disks: Vec<_> =
+            plan.disks.iter().map(|disk| (disk.file.clone(), Format::Qcow2)).collect();
         let clone = machine.for_revert(&disks).start();
         let handle = way::open_guest(&clone, &clone.qmp(), None, &opened.state_dir()).unwrap();
         let loaded = handle.load(name, revert::RUNNING);
@@ -255,7 +274,8 @@ fn assert_no_trace(opened: &Opened, name: &str, error: &Error, what: &str) {
     assert_no_files(opened.guest.directory(), name, &error.message, what);
 }
 
-/// QEMU saves memory by an ordinary migration then, during which the guest runs, and after which it stands.
+/// QEMU saves memory by an ordinary migration then, during which the guest runs, and after which it
+/// stands.
 #[test]
 fn a_capability_that_others_switch_off_in_the_pause_leaves_no_guest_paused() {
     for binary in Binary::all() {
@@ -273,7 +293,8 @@ fn a_capability_that_others_switch_off_in_the_pause_leaves_no_guest_paused() {
                     }
                 }),
             );
-            // All of memory can be saved before the guest is resumed: then nothing is wrong with it.
+            // All of memory can be saved before the guest is resumed: then nothing is wrong with
+            // it.
             match result {
                 Ok(_) => drop(opened.bring_back("s")),
                 Err(error) => {
@@ -286,8 +307,8 @@ fn a_capability_that_others_switch_off_in_the_pause_leaves_no_guest_paused() {
     }
 }
 
-/// QEMU stops a guest that runs before it captures it, and waits until its CPUs have stopped: for good, where another client's
-/// `cont` has them run again before QEMU's thread has seen it.
+/// QEMU stops a guest that runs before it captures it, and waits until its CPUs have stopped: for
+/// good, where another client's `cont` has them run again before QEMU's thread has seen it.
 #[test]
 fn a_stop_of_qemus_own_that_another_clients_cont_takes_back_leaves_no_migration_that_hangs() {
     let rounds = if thorough() { 60 } else { 3 };
@@ -296,7 +317,8 @@ fn a_stop_of_qemus_own_that_another_clients_cont_takes_back_leaves_no_migration_
         // Too late, each time: QEMU begins to capture a guest that runs.
         opened.handle.set_overlap(Overlap { tries: 3, aim: Some(Duration::from_millis(100)) });
         opened.handle.set_pause_limit(Duration::from_secs(2));
-        let settings = || opened.guest.control().execute("query-migrate-capabilities", json!({})).unwrap();
+        let settings =
+            || opened.guest.control().execute("query-migrate-capabilities", json!({})).unwrap();
         let before = settings();
         for round in 0..rounds {
             let over = AtomicBool::new(false);
@@ -305,7 +327,8 @@ fn a_stop_of_qemus_own_that_another_clients_cont_takes_back_leaves_no_migration_
                 scope.spawn(|| {
                     let mut control = opened.guest.control();
                     while !over.load(Ordering::Relaxed) {
-                        let status = &control.execute("query-migrate", json!({})).unwrap()["status"];
+                        let status =
+                            &control.execute("query-migrate", json!({})).unwrap()["status"];
                         if status == "active" || status == "setup" {
                             control.execute("cont", json!({})).unwrap();
                         }
@@ -345,7 +368,8 @@ fn whatever_other_clients_of_qemu_do_nothing_is_torn_and_no_guest_is_lost() {
         let mut meddled = Meddled::start(binary, &mut Random::of_round(seed, rounds.start));
         for round in rounds {
             let mut random = Random::of_round(seed, round);
-            let deeds: Vec<_> = (0..1 + random.below(2)).map(|_| deed(&mut random, can_cancel, long)).collect();
+            let deeds: Vec<_> =
+                (0..1 + random.below(2)).map(|_| deed(&mut random, can_cancel, long)).collect();
             let what = format!("{}, seed {seed}, round {round}, {deeds:?}", binary.name);
             if !meddled.round(&format!("s{round}"), &deeds, &what) {
                 break;

@@ -1,4 +1,5 @@
-//! P6: the memory image is in libvirt's format, complete or recognisably partial, and nobody else's to read.
+//! P6: the memory image is in libvirt's format, complete or recognisably partial, and nobody else's
+//! to read.
 
 mod common;
 
@@ -56,9 +57,17 @@ fn the_header_is_libvirts_byte_for_byte() {
             let [version, _, was_running, format, cookie] = header.numbers;
             assert_eq!((version, was_running, format, cookie), (2, u32::from(!paused), 0, 0));
             assert_eq!(header.unused, [0; 56]);
-            assert!(header.padding >= 64 << 10, "the XML can grow by {} bytes only", header.padding);
+            assert!(
+                header.padding >= 64 << 10,
+                "the XML can grow by {} bytes only",
+                header.padding
+            );
             assert_eq!(&header.stream[..4], b"QEVM");
-            assert_eq!(header.xml.trim_end(), opened.record("s").domain_xml, "the XML is the recorded one");
+            assert_eq!(
+                header.xml.trim_end(),
+                opened.record("s").domain_xml,
+                "the XML is the recorded one"
+            );
             assert_eq!(path.metadata().unwrap().mode() & 0o7777, 0o600);
             // All of it was counted.
             let size = opened.handle.stats().unwrap().memory_image_bytes;
@@ -69,11 +78,14 @@ fn the_header_is_libvirts_byte_for_byte() {
 
 #[test]
 fn an_xml_that_was_edited_in_place_is_read_back() {
-    // As `virsh save-image-edit` does it: the header's data_len stays, the XML grows into the padding.
+    // As `virsh save-image-edit` does it: the header's data_len stays, the XML grows into the
+    // padding.
     let opened = Opened::start(&machine(&Binary::all()[0], 1));
     opened.snapshot("s").unwrap();
     let path = opened.state_dir().join("s.mem");
-    let longer = header(&path).xml.replace("</domain>", &format!("<!-- {} --></domain>", "x".repeat(60 << 10)));
+    let longer = header(&path)
+        .xml
+        .replace("</domain>", &format!("<!-- {} --></domain>", "x".repeat(60 << 10)));
     let file = std::fs::OpenOptions::new().write(true).open(&path).unwrap();
     file.write_all_at(longer.as_bytes(), 92).unwrap();
     assert_eq!(Image::open(&path).unwrap().domain_xml, longer);
@@ -91,7 +103,11 @@ fn the_image_is_partial_until_all_of_it_is_there() {
                 let magic = std::fs::read(&path).unwrap()[..16].to_vec();
                 let refused = Image::open(&path).expect_err("it is partial");
                 assert_eq!(refused.code, Code::InvalidDomainSnapshot);
-                seen.push((phase, String::from_utf8(magic).unwrap(), path.metadata().unwrap().mode() & 0o7777));
+                seen.push((
+                    phase,
+                    String::from_utf8(magic).unwrap(),
+                    path.metadata().unwrap().mode() & 0o7777,
+                ));
             }
         });
         opened.handle.create(&named("s"), INSTANTLY, &mut observer).unwrap();
@@ -120,10 +136,18 @@ fn a_damaged_image_is_refused_with_its_name_and_what_is_wrong() {
     let damages: [(&str, Damage); 11] = [
         ("incomplete", |path| overwrite(path, 0, b"LibvirtQemudPart")),
         ("not a memory image", |path| overwrite(path, 0, b"NotLibvirtAtAll!")),
-        ("too short", |path| std::fs::OpenOptions::new().write(true).open(path).unwrap().set_len(0).unwrap()),
-        ("too short", |path| std::fs::OpenOptions::new().write(true).open(path).unwrap().set_len(50).unwrap()),
-        ("too short", |path| std::fs::OpenOptions::new().write(true).open(path).unwrap().set_len(92).unwrap()),
-        ("too short", |path| std::fs::OpenOptions::new().write(true).open(path).unwrap().set_len(4000).unwrap()),
+        ("too short", |path| {
+            std::fs::OpenOptions::new().write(true).open(path).unwrap().set_len(0).unwrap()
+        }),
+        ("too short", |path| {
+            std::fs::OpenOptions::new().write(true).open(path).unwrap().set_len(50).unwrap()
+        }),
+        ("too short", |path| {
+            std::fs::OpenOptions::new().write(true).open(path).unwrap().set_len(92).unwrap()
+        }),
+        ("too short", |path| {
+            std::fs::OpenOptions::new().write(true).open(path).unwrap().set_len(4000).unwrap()
+        }),
         ("version 3", |path| overwrite(path, 16, &3u32.to_ne_bytes())),
         ("compressed", |path| overwrite(path, 28, &1u32.to_ne_bytes())),
         ("damaged header", |path| overwrite(path, 20, &0u32.to_ne_bytes())),
@@ -139,7 +163,11 @@ fn a_damaged_image_is_refused_with_its_name_and_what_is_wrong() {
         assert_error(Image::open(&path), Code::InvalidDomainSnapshot, path.to_str().unwrap());
         std::fs::remove_file(&path).unwrap();
     }
-    assert_error(Image::open(&directory.path().join("none")), Code::InvalidDomainSnapshot, "cannot be opened");
+    assert_error(
+        Image::open(&directory.path().join("none")),
+        Code::InvalidDomainSnapshot,
+        "cannot be opened",
+    );
 }
 
 #[test]
@@ -152,7 +180,9 @@ fn load_and_prepare_refuse_a_damaged_image_and_leave_nothing() {
     let whole = std::fs::read(&path).unwrap();
     let refused = |what: &str| {
         let path = path.to_str().unwrap();
-        for result in [clone.handle.load("s", 0), prepare_revert(&opened.state_dir(), "s", None).map(drop)] {
+        for result in
+            [clone.handle.load("s", 0), prepare_revert(&opened.state_dir(), "s", None).map(drop)]
+        {
             assert_error(result.clone(), Code::InvalidDomainSnapshot, path);
             assert_error(result, Code::InvalidDomainSnapshot, what);
         }
@@ -227,17 +257,25 @@ fn an_image_says_whether_the_guest_ran_when_it_was_taken() {
             guest.wait_ticks(2);
             let stream = guest.directory().join("stream");
             let mut control = guest.control();
-            let on = json!({ "capabilities": [{ "capability": "background-snapshot", "state": true }] });
+            let on =
+                json!({ "capabilities": [{ "capability": "background-snapshot", "state": true }] });
             control.execute("migrate-set-capabilities", on).unwrap();
             control.execute(prepare, json!({})).unwrap();
             let to_file = format!("exec:cat >{0}.part && mv {0}.part {0}", stream.display());
             control.execute("migrate", json!({ "uri": to_file })).unwrap();
             wait_for(DEADLINE, || stream.exists().then_some(())).expect("QEMU saves its memory");
-            let image = MemoryImage::create(&guest.directory().join("image"), "<domain/>", None, true).unwrap();
+            let image =
+                MemoryImage::create(&guest.directory().join("image"), "<domain/>", None, true)
+                    .unwrap();
             let mut file = image.file().unwrap();
             file.seek(SeekFrom::Start(image.stream_offset())).unwrap();
             std::io::copy(&mut File::open(&stream).unwrap(), &mut file).unwrap();
-            assert_eq!(image.state_at_instant().unwrap().as_deref(), Some(state), "QEMU {}", binary.name);
+            assert_eq!(
+                image.state_at_instant().unwrap().as_deref(),
+                Some(state),
+                "QEMU {}",
+                binary.name
+            );
         }
     }
 }

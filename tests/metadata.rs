@@ -49,7 +49,9 @@ fn parent(store: &Store, name: &str) -> Option<String> {
 }
 
 fn files(directory: &Path) -> Vec<String> {
-    let names = std::fs::read_dir(directory).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
+    let names = std::fs::read_dir(directory)
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap());
     let mut names: Vec<_> = names.collect();
     names.sort();
     names
@@ -63,8 +65,10 @@ fn three_snapshots_are_a_chain_and_loading_an_older_one_starts_a_branch() {
         assert_eq!(store.current().unwrap(), None);
         // Names against the order of time: all three can be of one second.
         for name in ["c", "b", "a"] {
-            let xml =
-                format!("<domainsnapshot><name>{name}</name><description>I am {name}</description></domainsnapshot>");
+            let xml = format!(
+                "<domainsnapshot><name>{name}</name><description>I am \
+                 {name}</description></domainsnapshot>"
+            );
             opened.create(&xml, INSTANTLY).unwrap();
             assert_eq!(store.current().unwrap().as_deref(), Some(name));
         }
@@ -75,7 +79,10 @@ fn three_snapshots_are_a_chain_and_loading_an_older_one_starts_a_branch() {
         for record in store.list().unwrap() {
             assert_eq!(record.description, Some(format!("I am {}", record.name)));
             assert_eq!(record.state, State::Running);
-            assert!(record.domain_xml.contains(&record.disks[0].image), "the image is the snapshot's");
+            assert!(
+                record.domain_xml.contains(&record.disks[0].image),
+                "the image is the snapshot's"
+            );
             assert!(!record.domain_xml.contains(&record.disks[0].overlay));
         }
         for file in files(&opened.state_dir()) {
@@ -100,7 +107,8 @@ fn three_snapshots_are_a_chain_and_loading_an_older_one_starts_a_branch() {
 fn snapshots_without_a_name_are_called_after_the_time_and_differ() {
     let (_directory, store) = scratch();
     let reservations: Vec<_> = (0..5).map(|_| store.reserve(None).unwrap()).collect();
-    let mut names: Vec<_> = reservations.iter().map(|reservation| reservation.name.clone()).collect();
+    let mut names: Vec<_> =
+        reservations.iter().map(|reservation| reservation.name.clone()).collect();
     names.sort();
     names.dedup();
     assert_eq!(names.len(), 5);
@@ -113,7 +121,11 @@ fn the_list_is_by_time_and_within_a_second_by_parent_then_name() {
     for (name, time) in [("z", 5), ("y", 5), ("x", 5), ("old", 3), ("b", 5)] {
         commit(&store, name, time);
     }
-    assert_eq!(names(&store), ["z", "y", "x", "old", "b"], "a parent comes before its child whatever the clock said");
+    assert_eq!(
+        names(&store),
+        ["z", "y", "x", "old", "b"],
+        "a parent comes before its child whatever the clock said"
+    );
     let (_directory, store) = scratch();
     for name in ["second", "first"] {
         commit(&store, name, if name == "first" { 1 } else { 2 });
@@ -174,7 +186,11 @@ fn a_name_is_held_by_one() {
     let (directory, store) = scratch();
     let held = store.reserve(Some("s")).unwrap();
     assert_error(store.reserve(Some("s")), Code::OperationInvalid, "being created already");
-    assert_error(Store::open(directory.path()).unwrap().reserve(Some("s")), Code::OperationInvalid, "already");
+    assert_error(
+        Store::open(directory.path()).unwrap().reserve(Some("s")),
+        Code::OperationInvalid,
+        "already",
+    );
     let other = store.reserve(Some("t")).unwrap();
     drop(held);
     let held = store.reserve(Some("s")).unwrap();
@@ -199,9 +215,16 @@ fn of_many_who_want_a_name_at_once_exactly_one_has_it() {
                     match store.reserve(Some("s")) {
                         Ok(held) => {
                             taken.fetch_add(1, Ordering::SeqCst);
-                            assert_eq!(holders.fetch_add(1, Ordering::SeqCst), 0, "two hold one name");
+                            assert_eq!(
+                                holders.fetch_add(1, Ordering::SeqCst),
+                                0,
+                                "two hold one name"
+                            );
                             std::thread::yield_now();
-                            assert!(directory.path().join(".s.reserved").exists(), "somebody else removed it");
+                            assert!(
+                                directory.path().join(".s.reserved").exists(),
+                                "somebody else removed it"
+                            );
                             holders.fetch_sub(1, Ordering::SeqCst);
                             drop(held);
                         }
@@ -321,7 +344,14 @@ fn what_others_have_put_into_the_directory_is_no_record_and_in_nobodys_way() {
     commit(&store, "s", 1);
     let path = |name: &str| directory.path().join(name);
     let pipe = |name: &str| {
-        rustix::fs::mknodat(rustix::fs::CWD, path(name), rustix::fs::FileType::Fifo, 0o600.into(), 0).unwrap();
+        rustix::fs::mknodat(
+            rustix::fs::CWD,
+            path(name),
+            rustix::fs::FileType::Fifo,
+            0o600.into(),
+            0,
+        )
+        .unwrap();
     };
     std::fs::write(path("stray.xml"), "<x/>").unwrap();
     std::fs::create_dir(path("directory.xml")).unwrap();
@@ -362,7 +392,8 @@ fn what_others_have_put_into_the_directory_is_no_record_and_in_nobodys_way() {
     assert!(!path("nowhere").exists());
 }
 
-/// What is merged or removed must not be what a snapshot needs of which the record cannot be read, or has another name.
+/// What is merged or removed must not be what a snapshot needs of which the record cannot be read,
+/// or has another name.
 #[test]
 fn records_that_were_damaged_or_renamed_still_protect_their_images() {
     let (_directory, store) = scratch();
@@ -372,8 +403,9 @@ fn records_that_were_damaged_or_renamed_still_protect_their_images() {
     std::fs::copy(store.path("a.xml"), store.path("copy.xml")).unwrap();
     std::fs::rename(store.path("b.xml"), store.path("renamed.xml")).unwrap();
     assert_eq!(names(&store), ["a", "c"]);
-    let others =
-        |name: &str| store.others(name).map(|all| all.into_iter().map(|record| record.name).collect::<Vec<_>>());
+    let others = |name: &str| {
+        store.others(name).map(|all| all.into_iter().map(|record| record.name).collect::<Vec<_>>())
+    };
     assert_eq!(others("a").unwrap(), ["c", "b"]);
     assert_error(store.read("renamed"), Code::InvalidDomainSnapshot, "'b'");
     for damage in ["", "<domainsnapshot>"] {
@@ -389,7 +421,8 @@ fn parents_that_form_a_circle_do_not_keep_snapshots_from_being_deleted() {
         let record = Record { parent: Some(parent.into()), ..record(name, 1) };
         std::fs::write(store.path(&format!("{name}.xml")), record.to_xml()).unwrap();
     }
-    let parents = || store.list().unwrap().into_iter().map(|record| record.parent).collect::<Vec<_>>();
+    let parents =
+        || store.list().unwrap().into_iter().map(|record| record.parent).collect::<Vec<_>>();
     assert_eq!(names(&store), ["a", "b", "c", "own"]);
     assert_eq!(parents(), [None, Some("a".into()), Some("b".into()), None]);
     for name in ["own", "b", "a", "c"] {
@@ -404,7 +437,9 @@ fn in_a_directory_that_others_can_write_to_records_are_read_and_nothing_else_is_
     let (directory, store) = scratch();
     commit(&store, "s", 1);
     let held = store.reserve(Some("held")).unwrap();
-    let set = |mode| std::fs::set_permissions(directory.path(), std::fs::Permissions::from_mode(mode)).unwrap();
+    let set = |mode| {
+        std::fs::set_permissions(directory.path(), std::fs::Permissions::from_mode(mode)).unwrap()
+    };
     let check_refused = |mends: &str| {
         let store = Store::open(directory.path()).unwrap();
         assert_eq!(names(&store), ["s"]);
@@ -499,13 +534,18 @@ fn a_directory_that_is_none_is_refused() {
     std::fs::create_dir(&control).unwrap();
     assert_error(Store::open(&control), Code::SystemError, "XML");
     let guest = machine(&Binary::all()[0], 0).start();
-    assert_error(Handle::open_qmp(&guest.qmp(), None, &missing).map(drop), Code::SystemError, "missing");
+    assert_error(
+        Handle::open_qmp(&guest.qmp(), None, &missing).map(drop),
+        Code::SystemError,
+        "missing",
+    );
 }
 
 #[test]
 fn a_directory_that_goes_or_cannot_be_written_stops_a_snapshot_before_it_begins() {
     let opened = Opened::start(&machine(&Binary::all()[0], 1));
-    // Root may do everything, but not this: what is to be a file is a directory, or its directory is none any more.
+    // Root may do everything, but not this: what is to be a file is a directory, or its directory
+    // is none any more.
     std::fs::create_dir(opened.state_dir().join(".current")).unwrap();
     let before = opened.trace();
     assert_error(opened.snapshot("s"), Code::SystemError, ".current");

@@ -1,4 +1,5 @@
-//! P3, P4, P7: the monitor goes wrong. Whatever it does, the guest runs again, and nothing of the snapshot is left.
+//! P3, P4, P7: the monitor goes wrong. Whatever it does, the guest runs again, and nothing of the
+//! snapshot is left.
 
 mod common;
 
@@ -26,7 +27,10 @@ fn assert_open_fails(serve: impl FnOnce(UnixStream) + Send, code: Code, part: &s
         let error = result.map(drop).expect_err("this is no QMP");
         eprintln!("{error}");
         assert_eq!(error.code, code, "{error}");
-        assert!(error.message.contains(part) && error.message.contains(path.to_str().unwrap()), "{error}");
+        assert!(
+            error.message.contains(part) && error.message.contains(path.to_str().unwrap()),
+            "{error}"
+        );
     });
 }
 
@@ -38,7 +42,9 @@ fn wait_gone(mut client: UnixStream) {
 #[test]
 fn a_socket_that_is_not_there_is_named() {
     let directory = tempfile::tempdir().unwrap();
-    for (path, reason) in [("missing", "No such file or directory"), ("file", "refused"), (".", "refused")] {
+    for (path, reason) in
+        [("missing", "No such file or directory"), ("file", "refused"), (".", "refused")]
+    {
         let path = directory.path().join(path);
         if path.ends_with("file") {
             std::fs::write(&path, "").unwrap();
@@ -51,7 +57,11 @@ fn a_socket_that_is_not_there_is_named() {
         }
     }
     let long = directory.path().join("x".repeat(200));
-    assert_error(Handle::open_qmp(&long, None, directory.path()).map(drop), Code::SystemError, "xxx");
+    assert_error(
+        Handle::open_qmp(&long, None, directory.path()).map(drop),
+        Code::SystemError,
+        "xxx",
+    );
 }
 
 #[test]
@@ -82,7 +92,10 @@ fn an_old_qemu_is_refused() {
     let greet = |mut client: UnixStream| {
         let greeting = r#"{"QMP": {"version": {"qemu": {"micro": 0, "minor": 2, "major": 5}}, "capabilities": []}}"#;
         let _ = client.write_all(
-            format!("{greeting}\r\n{{\"return\": {{}}, \"id\": 1}}\r\n{{\"return\": [], \"id\": 2}}\r\n").as_bytes(),
+            format!(
+                "{greeting}\r\n{{\"return\": {{}}, \"id\": 1}}\r\n{{\"return\": [], \"id\": 2}}\r\n"
+            )
+            .as_bytes(),
         );
         wait_gone(client);
     };
@@ -116,7 +129,11 @@ fn a_flood_of_events_does_not_outlast_the_deadline() {
     std::thread::scope(|scope| {
         scope.spawn(|| flood(listener.accept().unwrap().0));
         let result = Handle::open_qmp(&path, None, directory.path()).map(drop);
-        assert_error(result, Code::OperationTimeout, "cannot begin QMP: QEMU did not answer in time");
+        assert_error(
+            result,
+            Code::OperationTimeout,
+            "cannot begin QMP: QEMU did not answer in time",
+        );
     });
 }
 
@@ -133,7 +150,8 @@ fn a_flood_of_events_does_not_keep_a_snapshot_from_its_replies() {
     }
 }
 
-/// QEMU nests each image below in the one above. Programs in other languages have threads with small stacks.
+/// QEMU nests each image below in the one above. Programs in other languages have threads with
+/// small stacks.
 #[test]
 fn a_chain_of_hundreds_of_images_is_read_on_a_small_stack() {
     for binary in Binary::any() {
@@ -143,7 +161,8 @@ fn a_chain_of_hundreds_of_images_is_read_on_a_small_stack() {
                 let image = block["inserted"]["image"].clone();
                 let nest = |below, n| {
                     let mut above = image.clone();
-                    above["filename"] = format!("json:{{\"driver\": \"qcow2\", \"n\": {n}}}").into();
+                    above["filename"] =
+                        format!("json:{{\"driver\": \"qcow2\", \"n\": {n}}}").into();
                     above["backing-image"] = below;
                     above
                 };
@@ -188,14 +207,19 @@ fn a_socket_with_another_client_is_given_up_and_says_so() {
     let binary = &Binary::all()[0];
     let opened = Opened::start(&machine(binary, 1));
     let other = Client::connect(&opened.guest.qmp()).unwrap();
-    let error = opened.assert_fails(&named("s"), INSTANTLY, Code::OperationTimeout, &["another client is connected"]);
+    let error = opened.assert_fails(
+        &named("s"),
+        INSTANTLY,
+        Code::OperationTimeout,
+        &["another client is connected"],
+    );
     assert!(error.message.contains(opened.guest.qmp().to_str().unwrap()), "{error}");
     drop(other);
     opened.assert_well();
 }
 
-/// The commands of one snapshot, each with which of its name it is. Of those that are repeated until something is so, the
-/// first ones: there may be no more the next time.
+/// The commands of one snapshot, each with which of its name it is. Of those that are repeated
+/// until something is so, the first ones: there may be no more the next time.
 fn sequence(opened: &Opened, proxy: &Proxy) -> Vec<(String, u32)> {
     let from = proxy.commands().len();
     opened.snapshot("first").unwrap();
@@ -217,13 +241,16 @@ fn sequence(opened: &Opened, proxy: &Proxy) -> Vec<(String, u32)> {
             sequence.push((command, *occurrence));
         }
     }
-    for command in ["stop", "transaction", "migrate", "getfd", "blockdev-create", "migrate-set-capabilities"] {
+    for command in
+        ["stop", "transaction", "migrate", "getfd", "blockdev-create", "migrate-set-capabilities"]
+    {
         assert!(seen.contains_key(command), "{command} is not in {sequence:?}");
     }
     sequence
 }
 
-/// At each of the commands of a snapshot in turn, this fault. It is no failure for those that are dispensable.
+/// At each of the commands of a snapshot in turn, this fault. It is no failure for those that are
+/// dispensable.
 fn at_each_command(name: &str, fault: impl Fn() -> Fault, dispensable: &[(&str, u32)]) {
     for binary in Binary::any() {
         let (opened, proxy) = through_proxy(&machine(binary, 2));
@@ -248,14 +275,20 @@ fn at_each_command(name: &str, fault: impl Fn() -> Fault, dispensable: &[(&str, 
                     assert_eq!(error.code, code, "{what}: {error}");
                     // Nothing more than the cause: all could be put back.
                     assert!(!error.message.contains(';'), "{what}: {error}");
-                    let why = if name == "fails" { "not today" } else { "lost the connection to QEMU" };
+                    let why =
+                        if name == "fails" { "not today" } else { "lost the connection to QEMU" };
                     assert!(error.message.contains(why), "{what}: {error}");
                     assert_untouched(&opened, &before);
                 }
                 Ok(_) => {
-                    assert!(dispensable.contains(&(command, *occurrence)), "{what}: this cannot succeed");
+                    assert!(
+                        dispensable.contains(&(command, *occurrence)),
+                        "{what}: this cannot succeed"
+                    );
                     let after = opened.trace();
-                    for part in ["status", "capabilities", "parameters", "jobs", "block jobs", "fdsets"] {
+                    for part in
+                        ["status", "capabilities", "parameters", "jobs", "block jobs", "fdsets"]
+                    {
                         assert_eq!(before.qemu.0[part], after.qemu.0[part], "{what}");
                     }
                 }
@@ -305,14 +338,17 @@ fn an_answer_that_does_not_come_ends_the_pause_at_its_limit() {
     for binary in Binary::any() {
         let (opened, proxy) = through_proxy(&machine(binary, 2));
         opened.handle.set_pause_limit(Duration::from_secs(1));
-        for (command, occurrence) in [("stop", 1), ("transaction", 1), ("migrate", 1), ("query-migrate", 2)] {
+        for (command, occurrence) in
+            [("stop", 1), ("transaction", 1), ("migrate", 1), ("query-migrate", 2)]
+        {
             for fault in [Fault::SwallowReply, Fault::Drop] {
                 eprintln!("{}: {fault:?} at {command} {occurrence}", binary.name);
                 proxy.rule(command, occurrence, fault);
                 // On a machine with much to do the limit can pass before it comes to that command.
                 let mut reached = false;
                 for _ in 0..10 {
-                    let error = opened.assert_fails(&named("s"), INSTANTLY, Code::OperationTimeout, &[]);
+                    let error =
+                        opened.assert_fails(&named("s"), INSTANTLY, Code::OperationTimeout, &[]);
                     assert!(!error.message.contains(';'), "{error}");
                     reached = proxy.rules_left() == 0;
                     if reached {
@@ -336,7 +372,9 @@ fn a_guest_whose_qemu_hangs_for_a_while_runs_again() {
         let before = opened.trace();
         let gate = proxy.hold_reply("transaction", 1);
         let error = std::thread::scope(|scope| {
-            let call = scope.spawn(|| opened.handle.create(&named("s"), INSTANTLY, &mut ()).expect_err("it hangs"));
+            let call = scope.spawn(|| {
+                opened.handle.create(&named("s"), INSTANTLY, &mut ()).expect_err("it hangs")
+            });
             assert!(gate.wait_arrived(DEADLINE));
             // The library has waited for an answer, and insists.
             let insists = || proxy.commands().iter().any(|command| command == "cont").then_some(());
@@ -357,7 +395,9 @@ fn a_guest_whose_qemu_hangs_for_a_while_runs_again() {
 fn late_answers_are_waited_for() {
     for binary in Binary::any() {
         let (opened, proxy) = through_proxy(&machine(binary, 2));
-        for (command, occurrence) in [("blockdev-create", 2), ("stop", 1), ("transaction", 1), ("migrate", 1)] {
+        for (command, occurrence) in
+            [("blockdev-create", 2), ("stop", 1), ("transaction", 1), ("migrate", 1)]
+        {
             let gate = proxy.hold_reply(command, occurrence);
             std::thread::scope(|scope| {
                 let call = scope.spawn(|| opened.snapshot(&format!("{command}-late")));
@@ -372,7 +412,8 @@ fn late_answers_are_waited_for() {
     }
 }
 
-/// Neither a proxy's death nor its end of the socket is QEMU's: the guest behind it is not given up for dead.
+/// Neither a proxy's death nor its end of the socket is QEMU's: the guest behind it is not given up
+/// for dead.
 #[test]
 fn a_reconnection_finds_the_same_qemu() {
     if !by_socket_only() {
@@ -387,7 +428,8 @@ fn a_reconnection_finds_the_same_qemu() {
         let error = opened.snapshot("s").expect_err("the connection was lost");
         assert_eq!(error.code, Code::OperationFailed, "{error}");
         assert_eq!(proxy.rules_left(), 0);
-        // The disks could not be put back by a connection that was lost, so the overlays stay, and are named.
+        // The disks could not be put back by a connection that was lost, so the overlays stay, and
+        // are named.
         assert!(error.message.contains("must not be removed"), "{error}");
         let after = opened.trace();
         assert_eq!(before.qemu.0["status"], after.qemu.0["status"]);

@@ -1,5 +1,6 @@
-//! What becomes of a snapshot, and of QEMU, when another client of the same QEMU resets, resumes or saves the guest meanwhile, or
-//! when an earlier snapshot's process and watchdog were killed: by QMP and by a driver.
+//! What becomes of a snapshot, and of QEMU, when another client of the same QEMU resets, resumes or
+//! saves the guest meanwhile, or when an earlier snapshot's process and watchdog were killed: by
+//! QMP and by a driver.
 
 mod common;
 
@@ -40,7 +41,8 @@ fn reset(guest: &Guest) {
 fn wait_migration(guest: &Guest, status: &str) {
     // QEMU serves one client a socket at a time.
     let mut control = guest.control();
-    let is_so = || (control.execute("query-migrate", json!({})).unwrap()["status"] == status).then_some(());
+    let is_so =
+        || (control.execute("query-migrate", json!({})).unwrap()["status"] == status).then_some(());
     wait_for(DEADLINE, is_so).unwrap_or_else(|| panic!("it does not become {status}"));
 }
 
@@ -49,7 +51,8 @@ fn pipes(guest: &Guest) -> usize {
     guest.open_files().get("pipe").copied().unwrap_or_default()
 }
 
-/// Waits until the guest's migration has completed, and QEMU has closed the pipe: with a `migrate` in between QEMU 7.2 ends.
+/// Waits until the guest's migration has completed, and QEMU has closed the pipe: with a `migrate`
+/// in between QEMU 7.2 ends.
 fn wait_until_closed(guest: &Guest, others: usize) {
     wait_migration(guest, "completed");
     let has_closed = || (pipes(guest) <= others).then_some(());
@@ -57,7 +60,9 @@ fn wait_until_closed(guest: &Guest, others: usize) {
 }
 
 fn wait_until_it_sets_up(control: &mut Client) {
-    let sets_up = || (control.execute("query-migrate", json!({})).unwrap()["status"] == "setup").then_some(());
+    let sets_up = || {
+        (control.execute("query-migrate", json!({})).unwrap()["status"] == "setup").then_some(())
+    };
     wait_for(DEADLINE, sets_up).expect("the migration is begun");
 }
 
@@ -78,7 +83,13 @@ fn a_reset_in_the_pause_leaves_the_guest_running() {
                 }
             });
             let parts = ["the guest was reset in the pause of its snapshot"];
-            opened.assert_fails_observed(&named("s"), flags, &mut observer, Code::OperationFailed, &parts);
+            opened.assert_fails_observed(
+                &named("s"),
+                flags,
+                &mut observer,
+                Code::OperationFailed,
+                &parts,
+            );
             opened.assert_well();
         }
     }
@@ -93,7 +104,8 @@ fn a_reset_while_memory_is_touched_leaves_qemu_and_its_guest() {
                 continue;
             }
             eprintln!("{} {runs}", binary.name);
-            let opened = Opened::start(&resettable(binary, 1).long_setup(Duration::from_millis(500)));
+            let opened =
+                Opened::start(&resettable(binary, 1).long_setup(Duration::from_millis(500)));
             stop_first(&opened);
             if !runs {
                 run(&opened.guest, "stop", json!({}));
@@ -106,9 +118,16 @@ fn a_reset_while_memory_is_touched_leaves_qemu_and_its_guest() {
                 });
                 opened.snapshot("s").expect_err("it was reset")
             });
-            assert_says(&error, Code::OperationFailed, &["the guest was reset in the pause of its snapshot"]);
+            assert_says(
+                &error,
+                Code::OperationFailed,
+                &["the guest was reset in the pause of its snapshot"],
+            );
             assert!(!error.message.contains(';'), "nothing is left: {error}");
-            assert_eq!(status(&mut opened.guest.control()), if runs { "running" } else { "paused" });
+            assert_eq!(
+                status(&mut opened.guest.control()),
+                if runs { "running" } else { "paused" }
+            );
             if !runs {
                 run(&opened.guest, "cont", json!({}));
             }
@@ -121,7 +140,8 @@ fn a_reset_while_memory_is_touched_leaves_qemu_and_its_guest() {
 #[test]
 fn a_reset_right_after_the_stop_of_a_guest_that_is_being_migrated_costs_one_try() {
     for binary in Binary::all().iter().filter(|binary| binary.version >= (10, 0, 0)) {
-        let (opened, proxy) = through_proxy(&resettable(binary, 1).long_setup(Duration::from_millis(1000)));
+        let (opened, proxy) =
+            through_proxy(&resettable(binary, 1).long_setup(Duration::from_millis(1000)));
         opened.handle.set_overlap(Overlap { tries: 1, aim: Some(Duration::ZERO) });
         std::thread::scope(|scope| {
             let stopped = proxy.hold_reply("stop", 1);
@@ -143,7 +163,13 @@ fn a_reset_right_after_the_stop_of_a_guest_that_is_being_migrated_costs_one_try(
             }
         });
         let parts = ["the guest was reset in the pause of its snapshot"];
-        opened.assert_fails_observed(&named("t"), INSTANTLY, &mut observer, Code::OperationFailed, &parts);
+        opened.assert_fails_observed(
+            &named("t"),
+            INSTANTLY,
+            &mut observer,
+            Code::OperationFailed,
+            &parts,
+        );
         opened.assert_well();
     }
 }
@@ -151,15 +177,24 @@ fn a_reset_right_after_the_stop_of_a_guest_that_is_being_migrated_costs_one_try(
 #[test]
 fn a_guest_that_has_stopped_by_itself_is_not_captured() {
     for binary in Binary::all() {
-        let panics = machine(binary, 1).arg("-device").arg("pvpanic,ioport=0x505").arg("-action").arg("panic=pause");
+        let panics = machine(binary, 1)
+            .arg("-device")
+            .arg("pvpanic,ioport=0x505")
+            .arg("-action")
+            .arg("panic=pause");
         let opened = Opened::start(&panics);
         stop_first(&opened);
         let mut panic = At(|phase| {
             if phase == Phase::Pause {
-                run(&opened.guest, "human-monitor-command", json!({ "command-line": "o/b 0x505 1" }));
+                run(
+                    &opened.guest,
+                    "human-monitor-command",
+                    json!({ "command-line": "o/b 0x505 1" }),
+                );
             }
         });
-        let error = opened.handle.create(&named("s"), INSTANTLY, &mut panic).expect_err("it has panicked");
+        let error =
+            opened.handle.create(&named("s"), INSTANTLY, &mut panic).expect_err("it has panicked");
         assert_says(&error, Code::OperationFailed, &["its state is 'guest-panicked'"]);
         assert!(!error.message.contains(';'), "nothing is left: {error}");
         assert_eq!(status(&mut opened.guest.control()), "guest-panicked");
@@ -168,7 +203,8 @@ fn a_guest_that_has_stopped_by_itself_is_not_captured() {
     }
 }
 
-/// Another client's `cont`; the guest writes to its disks, and is stopped again where that is wanted.
+/// Another client's `cont`; the guest writes to its disks, and is stopped again where that is
+/// wanted.
 fn let_it_write(guest: &Guest, stop: bool) {
     run(guest, "cont", json!({}));
     guest.wait_ticks(3);
@@ -192,7 +228,13 @@ fn a_guest_that_another_client_lets_write_in_the_pause_is_no_snapshot() {
                     let_it_write(&opened.guest, stop);
                 }
             });
-            opened.assert_fails_observed(&named("s"), flags, &mut observer, Code::OperationFailed, &[part]);
+            opened.assert_fails_observed(
+                &named("s"),
+                flags,
+                &mut observer,
+                Code::OperationFailed,
+                &[part],
+            );
         }
         // Before the disks are switched it does no harm.
         let mut early = At(|phase| {
@@ -236,7 +278,12 @@ fn a_guest_that_another_client_lets_write_while_it_is_saved_is_no_snapshot() {
                     drop(control);
                     let_it_write(guest, stop);
                 });
-                opened.assert_fails(&named("s"), 0, Code::OperationFailed, &["was written to in the pause"]);
+                opened.assert_fails(
+                    &named("s"),
+                    0,
+                    Code::OperationFailed,
+                    &["was written to in the pause"],
+                );
             });
         }
         opened.create(&named("plain"), 0).unwrap();
@@ -288,13 +335,16 @@ impl Observer for Save<'_> {
     }
 }
 
-/// From the pause until the settings are back it would be a background snapshot, and torn with QEMU before 9.
+/// From the pause until the settings are back it would be a background snapshot, and torn with QEMU
+/// before 9.
 #[test]
 fn another_clients_save_is_refused_until_the_settings_are_back() {
     for binary in Binary::all() {
         let opened = Opened::start(&machine(binary, 2));
         // The last stands for the time after QEMU's word on the end of ours.
-        for (n, at) in [What::Paused, What::Switched, What::Instant, What::Complete].into_iter().enumerate() {
+        for (n, at) in
+            [What::Paused, What::Switched, What::Instant, What::Complete].into_iter().enumerate()
+        {
             eprintln!("{} {at:?}", binary.name);
             let name = format!("s{n}");
             let pipes = pipes(&opened.guest);
@@ -325,9 +375,12 @@ fn saves_that_are_tried_again_and_again_are_refused_and_do_the_snapshot_no_harm(
                     let mut control = opened.guest.control();
                     let mut told = BTreeSet::new();
                     while !unlocked.load(Ordering::Relaxed) {
-                        let save = control.execute("migrate", json!({ "uri": "exec:cat >/dev/null" }));
+                        let save =
+                            control.execute("migrate", json!({ "uri": "exec:cat >/dev/null" }));
                         // QEMU says of some only later that it has refused them.
-                        told.extend(save.err().map(|error| error["desc"].as_str().unwrap().to_owned()));
+                        told.extend(
+                            save.err().map(|error| error["desc"].as_str().unwrap().to_owned()),
+                        );
                     }
                     told
                 };
@@ -365,7 +418,8 @@ fn the_lock_is_lifted_after_the_capability_is_off() {
                 assert!(lifted.wait_arrived(DEADLINE));
                 let _release = Releases(&lifted);
                 let capabilities = run(guest, "query-migrate-capabilities", json!({}));
-                let on = |it: &Value| it["capability"] == "background-snapshot" && it["state"] == true;
+                let on =
+                    |it: &Value| it["capability"] == "background-snapshot" && it["state"] == true;
                 let is_on = capabilities.as_array().unwrap().iter().any(on);
                 assert!(!is_on, "others would be let in while it is on");
             });
@@ -374,14 +428,19 @@ fn the_lock_is_lifted_after_the_capability_is_off() {
         // A restore that fails half way lets no one in.
         proxy.fail_every("migrate-set-capabilities", "not today");
         let mut fail = At(|_| ());
-        assert_error(opened.handle.create(&named("t"), INSTANTLY, &mut fail), Code::ArgumentUnsupported, "not today");
+        assert_error(
+            opened.handle.create(&named("t"), INSTANTLY, &mut fail),
+            Code::ArgumentUnsupported,
+            "not today",
+        );
         proxy.mend("migrate-set-capabilities");
         opened.assert_well();
     }
 }
 
-/// Once the settings are back the guest may be another client's, who has saved it, or moved it to another host where it runs:
-/// a snapshot that fails by then must not start it once more, nor change the settings again.
+/// Once the settings are back the guest may be another client's, who has saved it, or moved it to
+/// another host where it runs: a snapshot that fails by then must not start it once more, nor
+/// change the settings again.
 #[test]
 fn a_guest_that_another_client_has_moved_before_the_snapshot_fails_is_not_resumed() {
     for binary in Binary::any() {
@@ -417,22 +476,25 @@ struct Settings {
 
 impl Settings {
     fn of(guest: &Guest) -> Settings {
-        let parameters = run(guest, "query-migrate-parameters", json!({})).as_object().unwrap().clone();
+        let parameters =
+            run(guest, "query-migrate-parameters", json!({})).as_object().unwrap().clone();
         Settings { capabilities: run(guest, "query-migrate-capabilities", json!({})), parameters }
     }
 
     /// Sets those that differ.
     fn set(&self, guest: &Guest) {
         let now = Settings::of(guest);
-        let changed = self.parameters.iter().filter(|(name, value)| now.parameters[*name] != **value);
-        let parameters: Map<_, _> = changed.map(|(name, value)| (name.clone(), value.clone())).collect();
+        let changed =
+            self.parameters.iter().filter(|(name, value)| now.parameters[*name] != **value);
+        let parameters: Map<_, _> =
+            changed.map(|(name, value)| (name.clone(), value.clone())).collect();
         run(guest, "migrate-set-capabilities", json!({ "capabilities": self.capabilities }));
         run(guest, "migrate-set-parameters", Value::Object(parameters));
     }
 }
 
-/// A snapshot whose process and watchdog were killed leaves its settings in QEMU, and with them what was there before: the next
-/// one puts that back, not what it finds.
+/// A snapshot whose process and watchdog were killed leaves its settings in QEMU, and with them
+/// what was there before: the next one puts that back, not what it finds.
 #[test]
 fn what_a_killed_snapshot_has_left_is_not_taken_for_the_users_own() {
     for binary in Binary::all() {
@@ -440,10 +502,16 @@ fn what_a_killed_snapshot_has_left_is_not_taken_for_the_users_own() {
         let guest = &opened.guest;
         let own = json!([{ "capability": "xbzrle", "state": true }, { "capability": "release-ram", "state": true }]);
         run(guest, "migrate-set-capabilities", json!({ "capabilities": own }));
-        run(guest, "migrate-set-parameters", json!({ "tls-hostname": "theirs", "max-bandwidth": 1 << 26 }));
+        run(
+            guest,
+            "migrate-set-parameters",
+            json!({ "tls-hostname": "theirs", "max-bandwidth": 1 << 26 }),
+        );
         let before = Settings::of(guest);
         for (n, (flags, at)) in
-            [(INSTANTLY, Phase::Pause), (INSTANTLY, Phase::Drain), (0, Phase::Switch)].into_iter().enumerate()
+            [(INSTANTLY, Phase::Pause), (INSTANTLY, Phase::Drain), (0, Phase::Switch)]
+                .into_iter()
+                .enumerate()
         {
             eprintln!("{} {flags} {at:?}", binary.name);
             let mut left = Settings::default();
@@ -485,7 +553,8 @@ fn what_a_killed_snapshot_has_left_is_not_taken_for_the_users_own() {
     }
 }
 
-/// The same for a migration of another client that has begun when ours has ended: it is not ours to wait for, or to cancel.
+/// The same for a migration of another client that has begun when ours has ended: it is not ours to
+/// wait for, or to cancel.
 #[test]
 fn another_clients_migration_is_not_taken_for_the_snapshots_own() {
     for binary in Binary::all() {
@@ -495,16 +564,26 @@ fn another_clients_migration_is_not_taken_for_the_snapshots_own() {
             if phase == Phase::Drain {
                 wait_migration(guest, "completed");
                 // It takes no notice of the lock.
-                run(guest, "migrate-set-parameters", json!({ "tls-creds": "", "max-bandwidth": 1 << 12 }));
+                run(
+                    guest,
+                    "migrate-set-parameters",
+                    json!({ "tls-creds": "", "max-bandwidth": 1 << 12 }),
+                );
                 let off = json!([{ "capability": "background-snapshot", "state": false }]);
                 run(guest, "migrate-set-capabilities", json!({ "capabilities": off }));
                 run(guest, "migrate", json!({ "uri": "exec:cat >/dev/null" }));
             }
         });
-        let error = opened.handle.create(&named("s"), INSTANTLY, &mut begin).expect_err("not known to be saved");
+        let error = opened
+            .handle
+            .create(&named("s"), INSTANTLY, &mut begin)
+            .expect_err("not known to be saved");
         assert_says(&error, Code::OperationFailed, &["another client", "begun a migration"]);
         let migration = run(guest, "query-migrate", json!({}));
-        assert!(["setup", "active"].contains(&migration["status"].as_str().unwrap()), "{migration}");
+        assert!(
+            ["setup", "active"].contains(&migration["status"].as_str().unwrap()),
+            "{migration}"
+        );
         run(guest, "migrate_cancel", json!({}));
         wait_migration(guest, "cancelled");
         run(guest, "migrate-set-parameters", json!({ "max-bandwidth": 1 << 27 }));
@@ -513,8 +592,9 @@ fn another_clients_migration_is_not_taken_for_the_snapshots_own() {
     }
 }
 
-/// In the moment in which the lock is lifted for ours, another client can begin to save the guest: that is a background
-/// snapshot, of which QEMU before 9 resumes the guest as soon as it has armed. What the guest writes then is not in it.
+/// In the moment in which the lock is lifted for ours, another client can begin to save the guest:
+/// that is a background snapshot, of which QEMU before 9 resumes the guest as soon as it has armed.
+/// What the guest writes then is not in it.
 #[test]
 fn a_guest_that_another_client_saves_in_the_place_of_the_snapshot_stands_until_that_is_done() {
     for binary in Binary::all() {
@@ -523,7 +603,8 @@ fn a_guest_that_another_client_saves_in_the_place_of_the_snapshot_stands_until_t
         stop_first(&opened);
         let saved = guest.directory().join("saved");
         let ours = proxy.hold("migrate", 1);
-        let slow = |bytes: u64| run(guest, "migrate-set-parameters", json!({ "max-bandwidth": bytes }));
+        let slow =
+            |bytes: u64| run(guest, "migrate-set-parameters", json!({ "max-bandwidth": bytes }));
         let error = std::thread::scope(|scope| {
             let snapshot = scope.spawn(|| opened.handle.create(&named("s"), INSTANTLY, &mut ()));
             assert!(ours.wait_arrived(DEADLINE));
@@ -531,7 +612,10 @@ fn a_guest_that_another_client_saves_in_the_place_of_the_snapshot_stands_until_t
             slow(1 << 20);
             wait_migration(guest, "active");
             ours.release();
-            let looks = || (proxy.commands().iter().filter(|said| *said == "query-migrate").count() > 5).then_some(());
+            let looks = || {
+                (proxy.commands().iter().filter(|said| *said == "query-migrate").count() > 5)
+                    .then_some(())
+            };
             wait_for(DEADLINE, looks).expect("the undo waits for the other client");
             assert_eq!(status(&mut guest.control()), "paused", "{}", binary.name);
             slow(1 << 27);

@@ -1,5 +1,5 @@
-//! P1, P2: memory is touched while the guest runs, and whatever comes of the race for the guest's stop, the snapshot is of one
-//! moment.
+//! P1, P2: memory is touched while the guest runs, and whatever comes of the race for the guest's
+//! stop, the snapshot is of one moment.
 
 mod common;
 
@@ -10,14 +10,17 @@ use common::virt::OpenedDomain;
 use common::{At, INSTANTLY, Opened, assert_untouched, machine, named, through_proxy};
 use instantsnap::engine::{Observer, Overlap, Phase};
 use instantsnap::error::Code;
-use instantsnap_testkit::{Accel, Binary, Client, DEADLINE, Daemon, Fault, Machine, kvm_works, thorough, wait_for};
+use instantsnap_testkit::{
+    Accel, Binary, Client, DEADLINE, Daemon, Fault, Machine, kvm_works, thorough, wait_for,
+};
 use serde_json::json;
 
 const MS: Duration = Duration::from_millis(1);
 
 /// The QEMUs that leave a guest paused that they find paused.
 fn binaries() -> impl Iterator<Item = &'static Binary> {
-    let (able, others): (Vec<_>, Vec<_>) = Binary::all().iter().partition(|binary| binary.version >= (10, 0, 0));
+    let (able, others): (Vec<_>, Vec<_>) =
+        Binary::all().iter().partition(|binary| binary.version >= (10, 0, 0));
     for binary in others {
         eprintln!("skipped: QEMU {} starts its guest by itself", binary.name);
     }
@@ -32,8 +35,8 @@ fn writing(binary: &'static Binary) -> Machine {
     machine(binary, 2).cpus(2).append("dense=16 cpus=2").long_setup(SETUP)
 }
 
-/// Takes a snapshot for which the guest is stopped so long after the migration's begin; brings it back. Returns whether it was in
-/// time, and how many tries were lost.
+/// Takes a snapshot for which the guest is stopped so long after the migration's begin; brings it
+/// back. Returns whether it was in time, and how many tries were lost.
 fn race(original: &Opened, name: &str, aim: Duration, tries: u32) -> (bool, u32) {
     original.handle.set_overlap(Overlap { tries, aim: Some(aim) });
     original.handle.create(&named(name), INSTANTLY, &mut ()).unwrap();
@@ -44,7 +47,8 @@ fn race(original: &Opened, name: &str, aim: Duration, tries: u32) -> (bool, u32)
     (stats.overlapped, stats.lost)
 }
 
-/// When the guest is stopped: from at once to 50 ms too late, the closer the nearer to the end of the setup.
+/// When the guest is stopped: from at once to 50 ms too late, the closer the nearer to the end of
+/// the setup.
 fn aims(steps: u32) -> impl Iterator<Item = Duration> {
     let early = (0..steps).map(move |n| SETUP * n / steps);
     let close = (0..4 * steps).map(move |n| SETUP - MS + 4 * MS * n / (4 * steps));
@@ -56,7 +60,8 @@ fn race_in_every_way(binary: &'static Binary, accel: Accel, steps: u32) {
     let original = Opened::start(&writing(binary).accel(accel));
     let (mut number, mut won, mut lost) = (0, 0, 0);
     for aim in aims(steps) {
-        // Where it is too late it is so again and again, at little cost: the guest is stopped first in the end.
+        // Where it is too late it is so again and again, at little cost: the guest is stopped first
+        // in the end.
         let (in_time, missed) = race(&original, &format!("s{number}"), aim, 5);
         won += u32::from(in_time);
         lost += missed;
@@ -82,7 +87,9 @@ fn whoever_wins_the_race_the_snapshot_is_of_one_moment_under_kvm() {
 }
 
 fn wait_until_it_sets_up(control: &mut Client) {
-    let sets_up = || (control.execute("query-migrate", json!({})).unwrap()["status"] == "setup").then_some(());
+    let sets_up = || {
+        (control.execute("query-migrate", json!({})).unwrap()["status"] == "setup").then_some(())
+    };
     wait_for(DEADLINE, sets_up).expect("the migration is begun");
 }
 
@@ -138,7 +145,13 @@ fn a_snapshot_that_fails_after_tries_were_lost_leaves_nothing() {
                     opened.handle.cancel().unwrap();
                 }
             });
-            opened.assert_fails_observed(&named("s"), INSTANTLY, &mut cancel, Code::OperationAborted, &[]);
+            opened.assert_fails_observed(
+                &named("s"),
+                INSTANTLY,
+                &mut cancel,
+                Code::OperationAborted,
+                &[],
+            );
             assert_eq!(opened.handle.stats().unwrap().lost, 2);
         }
         opened.assert_well();
@@ -183,7 +196,11 @@ fn a_domain_of_libvirt_is_stopped_in_time_or_tried_again() {
         let mut said = None;
         let mut save = At(|phase| {
             if phase == Phase::Pause && said.is_none() {
-                said = Some(domain.guest.daemon().try_virsh(&["save", domain.guest.name(), file.to_str().unwrap()]));
+                said = Some(domain.guest.daemon().try_virsh(&[
+                    "save",
+                    domain.guest.name(),
+                    file.to_str().unwrap(),
+                ]));
             }
         });
         take("saved", Duration::ZERO, &mut save);
@@ -232,12 +249,24 @@ fn memory_that_is_not_plugged_in_is_not_populated() {
     for binary in Binary::all() {
         for kind in ["memory-backend-memfd,share=on", "memory-backend-ram"] {
             let backend = format!("{kind},id=plug,size=256M");
-            let args = ["-m", "64,maxmem=512M", "-object", &backend, "-device", "virtio-mem-pci,id=vm0,memdev=plug"];
-            let opened = Opened::start(&args.into_iter().fold(machine(binary, 1), |machine, arg| machine.arg(arg)));
+            let args = [
+                "-m",
+                "64,maxmem=512M",
+                "-object",
+                &backend,
+                "-device",
+                "virtio-mem-pci,id=vm0,memdev=plug",
+            ];
+            let opened = Opened::start(
+                &args.into_iter().fold(machine(binary, 1), |machine, arg| machine.arg(arg)),
+            );
             let resident = || {
-                let maps = std::fs::read_to_string(format!("/proc/{}/smaps", opened.guest.pid())).unwrap();
+                let maps =
+                    std::fs::read_to_string(format!("/proc/{}/smaps", opened.guest.pid())).unwrap();
                 let kilobytes = |name: &'static str| {
-                    let values = maps.lines().filter_map(move |line| line.strip_prefix(name)?.strip_suffix("kB"));
+                    let values = maps
+                        .lines()
+                        .filter_map(move |line| line.strip_prefix(name)?.strip_suffix("kB"));
                     values.map(|value| value.trim().parse::<u64>().unwrap())
                 };
                 let mut sizes = kilobytes("Size:").zip(kilobytes("Rss:"));

@@ -1,11 +1,15 @@
-//! A paused guest: its snapshots leave it paused, with disks that can be worked with, and say that it was.
+//! A paused guest: its snapshots leave it paused, with disks that can be worked with, and say that
+//! it was.
 
 mod common;
 
 use std::path::Path;
 
 use common::way::by_driver;
-use common::{ALL_SECTORS, At, INSTANTLY, Opened, assert_error, assert_untouched, machine, named, through_proxy};
+use common::{
+    ALL_SECTORS, At, INSTANTLY, Opened, assert_error, assert_untouched, machine, named,
+    through_proxy,
+};
 use instantsnap::engine::Phase;
 use instantsnap::error::Code;
 use instantsnap::flags::{NO_METADATA, revert};
@@ -49,9 +53,13 @@ fn assert_still(guest: &Guest, tick: Option<u32>) {
     assert_eq!(guest.serial().tick, tick);
 }
 
-/// A disk can be switched once more, and what is on top merged: QEMU refuses both on disks that it has handed over.
+/// A disk can be switched once more, and what is on top merged: QEMU refuses both on disks that it
+/// has handed over.
 fn assert_disks_are_active(opened: &Opened) {
-    let node = common::block_of(&opened.guest, "vd0")["inserted"]["node-name"].as_str().unwrap().to_owned();
+    let node = common::block_of(&opened.guest, "vd0")["inserted"]["node-name"]
+        .as_str()
+        .unwrap()
+        .to_owned();
     let before = opened.active_image("vd0");
     let overlay = opened.guest.directory().join("by-hand");
     let arguments = json!({
@@ -66,9 +74,14 @@ fn assert_disks_are_active(opened: &Opened) {
 
 /// Merges an active image into the one beneath it.
 fn commit(opened: &Opened, node: &str, base: &str) {
-    run(&opened.guest, "block-commit", json!({ "job-id": "merge", "device": node, "base-node": base }));
+    run(
+        &opened.guest,
+        "block-commit",
+        json!({ "job-id": "merge", "device": node, "base-node": base }),
+    );
     let jobs = || run(&opened.guest, "query-block-jobs", json!({}));
-    wait_for(DEADLINE, || (jobs()[0]["ready"] == true).then_some(())).expect("the merge gets ready");
+    wait_for(DEADLINE, || (jobs()[0]["ready"] == true).then_some(()))
+        .expect("the merge gets ready");
     run(&opened.guest, "job-complete", json!({ "id": "merge" }));
     wait_for(DEADLINE, || (jobs() == json!([])).then_some(())).expect("the merge ends");
 }
@@ -136,7 +149,13 @@ fn a_guest_that_was_never_started_can_be_snapshotted() {
                     opened.handle.cancel().unwrap();
                 }
             });
-            opened.assert_fails_observed(&named("s"), flags, &mut observer, Code::OperationAborted, &["cancelled"]);
+            opened.assert_fails_observed(
+                &named("s"),
+                flags,
+                &mut observer,
+                Code::OperationAborted,
+                &["cancelled"],
+            );
             opened.create(&named(name), flags).unwrap();
             assert_still(&opened.guest, None);
             assert_recorded_as_paused(&opened, name);
@@ -188,16 +207,22 @@ fn a_failed_snapshot_of_a_paused_guest_leaves_it_as_it_was() {
                 let hangup = (!by_driver()).then_some(Fault::Hangup);
                 for fault in [Fault::fail("not today")].into_iter().chain(hangup) {
                     eprintln!("{} {flags} {fault:?} at {command}", binary.name);
-                    let part = if matches!(fault, Fault::Hangup) { "lost the connection" } else { "not today" };
+                    let part = if matches!(fault, Fault::Hangup) {
+                        "lost the connection"
+                    } else {
+                        "not today"
+                    };
                     proxy.rule(command, 1, fault);
-                    let error = opened.assert_fails(&named("s"), flags, Code::OperationFailed, &[part]);
+                    let error =
+                        opened.assert_fails(&named("s"), flags, Code::OperationFailed, &[part]);
                     assert_eq!(proxy.rules_left(), 0);
                     assert!(!error.message.contains(';'), "{error}");
                 }
             }
             let missing = Path::new("/no-such-directory/memory");
             let xml = format!(
-                "<domainsnapshot><name>s</name><memory snapshot='external' file='{}'/></domainsnapshot>",
+                "<domainsnapshot><name>s</name><memory snapshot='external' \
+                 file='{}'/></domainsnapshot>",
                 missing.display()
             );
             opened.assert_fails(&xml, flags, Code::SystemError, &[missing.to_str().unwrap()]);
@@ -209,7 +234,8 @@ fn a_failed_snapshot_of_a_paused_guest_leaves_it_as_it_was() {
     }
 }
 
-/// The first word that QEMU should say after it has saved a paused guest's memory is lost: its disks are handed over then.
+/// The first word that QEMU should say after it has saved a paused guest's memory is lost: its
+/// disks are handed over then.
 #[test]
 fn a_paused_guest_whose_snapshot_fails_late_has_its_disks_back() {
     for binary in Binary::any() {
@@ -232,7 +258,8 @@ fn a_paused_guest_whose_snapshot_fails_late_has_its_disks_back() {
     }
 }
 
-/// In each phase; once its memory is saved QEMU calls the guest `postmigrate` in place of `paused`, and has no way back.
+/// In each phase; once its memory is saved QEMU calls the guest `postmigrate` in place of `paused`,
+/// and has no way back.
 #[test]
 fn a_cancelled_snapshot_of_a_paused_guest_leaves_it_paused() {
     for binary in Binary::any() {
@@ -252,7 +279,8 @@ fn a_cancelled_snapshot_of_a_paused_guest_leaves_it_paused() {
                 assert!(!error.message.contains(';'), "{error}");
                 assert_still(&opened.guest, Some(tick));
                 let after = opened.trace();
-                for part in ["capabilities", "parameters", "devices", "nodes", "jobs", "block jobs"] {
+                for part in ["capabilities", "parameters", "devices", "nodes", "jobs", "block jobs"]
+                {
                     assert_eq!(before.qemu.0[part], after.qemu.0[part], "{part}");
                 }
                 assert_disks_are_active(&opened);

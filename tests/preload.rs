@@ -1,4 +1,5 @@
-//! The library for LD_PRELOAD, in unmodified programs: Debian's virsh and python3-libvirt, with a libvirtd of the test's own.
+//! The library for LD_PRELOAD, in unmodified programs: Debian's virsh and python3-libvirt, with a
+//! libvirtd of the test's own.
 
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
@@ -10,7 +11,8 @@ use instantsnap_testkit::{Binary, DEADLINE, Daemon, Format, Guest, Machine, wait
 
 /// What libvirt before 9.9 says of a revert.
 const CANNOT_REVERT: &str = "revert to external snapshot not supported yet";
-const FUNCTIONS: [&str; 3] = ["virDomainRevertToSnapshot", "virDomainSnapshotCreateXML", "virDomainSnapshotDelete"];
+const FUNCTIONS: [&str; 3] =
+    ["virDomainRevertToSnapshot", "virDomainSnapshotCreateXML", "virDomainSnapshotDelete"];
 const UPGRADE: (&str, &str) = ("INSTANTSNAP_UPGRADE_LIVE", "1");
 const DEBUG: (&str, &str) = ("INSTANTSNAP_DEBUG", "1");
 const NOWHERE: (&str, &str) = ("INSTANTSNAP_LIBRARY", "/nowhere/libinstantsnap.so.0");
@@ -29,13 +31,19 @@ fn preload() -> PathBuf {
 /// The stand-in for libinstantsnap.
 fn instead() -> &'static PathBuf {
     static LIBRARY: OnceLock<PathBuf> = OnceLock::new();
-    LIBRARY.get_or_init(|| gcc(&workspace().join("preload/tests/instead.c"), "libinstead.so", "-shared -fPIC"))
+    LIBRARY.get_or_init(|| {
+        gcc(&workspace().join("preload/tests/instead.c"), "libinstead.so", "-shared -fPIC")
+    })
 }
 
 /// A program as it is without us, away from the user's own files and settings.
 fn program(name: &str) -> Command {
     let mut command = Command::new(name);
-    command.env("LC_ALL", "C").env("HOME", "/nonexistent").env("XDG_CACHE_HOME", "/nonexistent").stdin(Stdio::null());
+    command
+        .env("LC_ALL", "C")
+        .env("HOME", "/nonexistent")
+        .env("XDG_CACHE_HOME", "/nonexistent")
+        .stdin(Stdio::null());
     for variable in ["LD_PRELOAD", "INSTANTSNAP_UPGRADE_LIVE", "INSTANTSNAP_DEBUG"] {
         command.env_remove(variable);
     }
@@ -92,14 +100,19 @@ impl Subject {
     /// virsh with a command for this guest.
     fn virsh(&self, command: Command, words: &[&str]) -> Command {
         let mut command = command;
-        command.args(["-q", "-c", &self.guest.daemon().uri(), words[0], self.guest.name()]).args(&words[1..]);
+        command
+            .args(["-q", "-c", &self.guest.daemon().uri(), words[0], self.guest.name()])
+            .args(&words[1..]);
         command
     }
 
     /// `virsh snapshot-create-as`, with the memory in a file.
     fn create_as(&self, command: Command, name: &str, words: &[&str]) -> Command {
         let memory = format!("file={}", self.memory(name).display());
-        self.virsh(command, &[&["snapshot-create-as", "--name", name, "--memspec", &memory], words].concat())
+        self.virsh(
+            command,
+            &[&["snapshot-create-as", "--name", name, "--memspec", &memory], words].concat(),
+        )
     }
 
     fn memory(&self, name: &str) -> PathBuf {
@@ -113,21 +126,31 @@ impl Subject {
                      domain = libvirt.open(sys.argv[1]).lookupByName(sys.argv[2])\n\
                      xml = sys.argv[3]\n";
         let xml = format!(
-            "<domainsnapshot><name>{name}</name><memory snapshot='external' file='{}'/></domainsnapshot>",
+            "<domainsnapshot><name>{name}</name><memory snapshot='external' \
+             file='{}'/></domainsnapshot>",
             self.memory(name).display()
         );
-        command.arg("-c").arg(format!("{begin}{script}")).args([&self.guest.daemon().uri(), self.guest.name(), &xml]);
+        command.arg("-c").arg(format!("{begin}{script}")).args([
+            &self.guest.daemon().uri(),
+            self.guest.name(),
+            &xml,
+        ]);
         command
     }
 
-    /// Whether an instant snapshot of it was taken, or tried: libvirt marks a domain whose QEMU is told things past it, and
-    /// nothing else here does that. When memory is saved says nothing: so little of it can be there before the guest runs again.
+    /// Whether an instant snapshot of it was taken, or tried: libvirt marks a domain whose QEMU is
+    /// told things past it, and nothing else here does that. When memory is saved says nothing: so
+    /// little of it can be there before the guest runs again.
     fn was_instant(&self) -> bool {
         self.guest.virsh("dominfo", &[]).contains("custom monitor")
     }
 
     fn snapshots(&self) -> Vec<String> {
-        self.guest.virsh("snapshot-list", &["--name"]).split_whitespace().map(str::to_owned).collect()
+        self.guest
+            .virsh("snapshot-list", &["--name"])
+            .split_whitespace()
+            .map(str::to_owned)
+            .collect()
     }
 }
 
@@ -138,13 +161,15 @@ fn three_functions_are_exported_and_no_library_is_needed_for_them() {
         String::from_utf8(output.stdout).unwrap()
     };
     let symbols = output("nm", &["-D", "--defined-only"]);
-    let mut symbols: Vec<_> = symbols.lines().filter_map(|line| line.split_whitespace().last()).collect();
+    let mut symbols: Vec<_> =
+        symbols.lines().filter_map(|line| line.split_whitespace().last()).collect();
     symbols.sort();
     assert_eq!(symbols, FUNCTIONS);
     assert!(!output("readelf", &["-d"]).contains("libvirt"));
 }
 
-/// virsh and Python's module ask for `virDomainSnapshotCreateXML@LIBVIRT_0.8.0`, and ours has no version.
+/// virsh and Python's module ask for `virDomainSnapshotCreateXML@LIBVIRT_0.8.0`, and ours has no
+/// version.
 #[test]
 fn versioned_references_are_bound_to_it() {
     let directory = tempfile::tempdir().unwrap();
@@ -153,9 +178,16 @@ fn versioned_references_are_bound_to_it() {
     {
         let log = directory.path().join(object);
         let mut command = preloaded(program);
-        Said::of(command.arg(arg).env("LD_BIND_NOW", "1").env("LD_DEBUG", "bindings").env("LD_DEBUG_OUTPUT", &log));
+        Said::of(
+            command
+                .arg(arg)
+                .env("LD_BIND_NOW", "1")
+                .env("LD_DEBUG", "bindings")
+                .env("LD_DEBUG_OUTPUT", &log),
+        );
         let logs = std::fs::read_dir(directory.path()).unwrap().map(|entry| entry.unwrap().path());
-        let mut logs = logs.filter(|path| path.to_str().unwrap().starts_with(log.to_str().unwrap()));
+        let mut logs =
+            logs.filter(|path| path.to_str().unwrap().starts_with(log.to_str().unwrap()));
         let log = std::fs::read_to_string(logs.next().expect("no log")).unwrap();
         for function in FUNCTIONS {
             let symbol = format!("`{function}' [LIBVIRT_0.8.0]");
@@ -174,7 +206,8 @@ fn versioned_references_are_bound_to_it() {
 fn another_driver_is_as_it_was() {
     let script = "snapshot-create-as test s --live --memspec file=/nowhere/s --diskspec vda,snapshot=no; \
                   snapshot-list test --name; snapshot-revert test s; snapshot-delete test s; snapshot-revert test s";
-    let virsh = |mut command: Command| Said::of(command.args(["-q", "-c", "test:///default", script]));
+    let virsh =
+        |mut command: Command| Said::of(command.args(["-q", "-c", "test:///default", script]));
     let without = virsh(program("virsh"));
     let with = virsh({
         let mut command = preloaded("virsh");
@@ -210,10 +243,16 @@ fn a_live_snapshot_of_virsh_is_instant_with_the_variable() {
         let subject = Subject::start(binary);
         let mut command = preloaded("virsh");
         command.envs([UPGRADE, DEBUG]);
-        Said::of(&mut subject.create_as(command, "s", &["--live", "--description", "before"])).quietly();
+        Said::of(&mut subject.create_as(command, "s", &["--live", "--description", "before"]))
+            .quietly();
         assert!(subject.was_instant());
         assert_eq!(subject.snapshots(), ["s"]);
-        assert!(subject.guest.virsh("snapshot-dumpxml", &["s"]).contains("<description>before</description>"));
+        assert!(
+            subject
+                .guest
+                .virsh("snapshot-dumpxml", &["s"])
+                .contains("<description>before</description>")
+        );
         subject.guest.wait_ticks(3);
         let clone = subject.guest.daemon().another().restore(&subject.guest, &subject.memory("s"));
         clone.wait_ticks(5);
@@ -227,7 +266,9 @@ fn other_snapshots_are_not_upgraded() {
     let virsh = |words: &[&str]| {
         let mut command = preloaded("virsh");
         command.envs([UPGRADE, DEBUG]).env("INSTANTSNAP_LIBRARY", instead());
-        let said = Said::of(&mut subject.virsh(command, &[&["snapshot-create-as", "--name", "s"], words].concat()));
+        let said = Said::of(
+            &mut subject.virsh(command, &[&["snapshot-create-as", "--name", "s"], words].concat()),
+        );
         assert!(!said.err.contains("instead:"), "{said:?}");
         said
     };
@@ -235,7 +276,8 @@ fn other_snapshots_are_not_upgraded() {
     virsh(&["--live", "--disk-only"]).fails_with("live snapshot creation is supported only");
     virsh(&["--disk-only", "--no-metadata"]).quietly();
     let memory = format!("file={}", subject.memory("s").display());
-    virsh(&["--memspec", &memory, "--diskspec", "vda,file=/nowhere/s", "--no-metadata"]).fails_with("/nowhere/s");
+    virsh(&["--memspec", &memory, "--diskspec", "vda,file=/nowhere/s", "--no-metadata"])
+        .fails_with("/nowhere/s");
     virsh(&["--live", "--memspec", "snapshot=external"]).fails_with("memory");
     virsh(&["--live"]).fails_with("live snapshot creation is supported only");
     // XML that cannot be read is for libvirt to complain of.
@@ -246,7 +288,8 @@ fn other_snapshots_are_not_upgraded() {
     said.fails_with("XML");
     assert!(!said.err.contains("instead:"), "{said:?}");
     subject.guest.virsh("destroy", &[]);
-    virsh(&["--live", "--memspec", &memory]).fails_with("memory state cannot be saved with offline");
+    virsh(&["--live", "--memspec", &memory])
+        .fails_with("memory state cannot be saved with offline");
     assert!(subject.snapshots().is_empty());
 }
 
@@ -254,7 +297,12 @@ fn other_snapshots_are_not_upgraded() {
 #[test]
 fn where_instantsnap_refuses_an_upgraded_snapshot_is_libvirts_own() {
     let subject = Subject::start(&Binary::all()[0]);
-    for code in [Code::ArgumentUnsupported, Code::OperationUnsupported, Code::ConfigUnsupported, Code::InvalidArg] {
+    for code in [
+        Code::ArgumentUnsupported,
+        Code::OperationUnsupported,
+        Code::ConfigUnsupported,
+        Code::InvalidArg,
+    ] {
         let create = |name: &str, debug: bool| {
             let mut command = preloaded("virsh");
             command
@@ -270,7 +318,8 @@ fn where_instantsnap_refuses_an_upgraded_snapshot_is_libvirts_own() {
         let said = create(&name, false);
         assert_eq!((said.ok, said.err.as_str()), (true, "instead: create 0x500"));
         let said = create(&format!("{name}d"), true);
-        let reason = "instantsnap-preload: a LIVE snapshot stays libvirt's own: instead of a snapshot";
+        let reason =
+            "instantsnap-preload: a LIVE snapshot stays libvirt's own: instead of a snapshot";
         assert_eq!((said.ok, said.err), (true, format!("instead: create 0x500\n{reason}")));
         assert!(!subject.was_instant());
     }
@@ -283,7 +332,8 @@ fn where_instantsnap_refuses_an_upgraded_snapshot_is_libvirts_own() {
     let mut command = preloaded("virsh");
     command.envs([UPGRADE]).env("INSTANTSNAP_LIBRARY", instead());
     command.env("INSTEAD_CODE", (Code::OperationFailed as i32).to_string());
-    Said::of(&mut subject.create_as(command, "failed", &["--live"])).fails_with("error: instead of a snapshot");
+    Said::of(&mut subject.create_as(command, "failed", &["--live"]))
+        .fails_with("error: instead of a snapshot");
     assert!(!subject.snapshots().contains(&"failed".to_owned()));
     subject.guest.wait_ticks(3);
 }
@@ -300,7 +350,8 @@ fn what_libvirt_refuses_has_libvirts_words() {
     assert_eq!(quiesce(preloaded("virsh")), without);
 }
 
-/// The stand-in calls the preloaded function, from the preloaded function, with the flag that brought it there.
+/// The stand-in calls the preloaded function, from the preloaded function, with the flag that
+/// brought it there.
 #[test]
 fn a_call_from_inside_goes_to_libvirt() {
     let subject = Subject::start(&Binary::all()[0]);
@@ -327,7 +378,8 @@ fn python_takes_an_instant_snapshot() {
     }
 }
 
-/// Without the library, bit 10 is what it always was; the error comes by exception, by the connection, and by the handler.
+/// Without the library, bit 10 is what it always was; the error comes by exception, by the
+/// connection, and by the handler.
 #[test]
 fn python_is_told_what_is_wrong() {
     let subject = Subject::start(&Binary::all()[0]);
@@ -351,7 +403,12 @@ fn python_is_told_what_is_wrong() {
     let mut command = preloaded("/usr/bin/python3");
     command.envs([NOWHERE]);
     let said = attempt(command, 0x500);
-    assert!(said.starts_with("84 10 ") && said.contains("INSTANTSNAP_LIBRARY") && said.contains(NOWHERE.1), "{said}");
+    assert!(
+        said.starts_with("84 10 ")
+            && said.contains("INSTANTSNAP_LIBRARY")
+            && said.contains(NOWHERE.1),
+        "{said}"
+    );
     assert!(subject.snapshots().is_empty());
     subject.guest.wait_ticks(3);
 }
@@ -362,14 +419,20 @@ fn virsh_reverts_to_an_external_snapshot() {
     let refuses = Daemon::version() < (9, 9, 0);
     for binary in Binary::under_libvirt() {
         let subject = Subject::start(binary);
-        Said::of(&mut subject.python(preloaded("/usr/bin/python3"), "s", "domain.snapshotCreateXML(xml, 0x500)"))
-            .quietly();
+        Said::of(&mut subject.python(
+            preloaded("/usr/bin/python3"),
+            "s",
+            "domain.snapshotCreateXML(xml, 0x500)",
+        ))
+        .quietly();
         let later = subject.guest.wait_ticks(20);
         if refuses {
-            Said::of(&mut subject.virsh(program("virsh"), &["snapshot-revert", "s"])).fails_with(CANNOT_REVERT);
+            Said::of(&mut subject.virsh(program("virsh"), &["snapshot-revert", "s"]))
+                .fails_with(CANNOT_REVERT);
             let mut command = preloaded("virsh");
             command.envs([NOWHERE]);
-            Said::of(&mut subject.virsh(command, &["snapshot-revert", "s"])).fails_with(CANNOT_REVERT);
+            Said::of(&mut subject.virsh(command, &["snapshot-revert", "s"]))
+                .fails_with(CANNOT_REVERT);
         }
         let mut command = preloaded("virsh");
         command.envs([DEBUG]);
@@ -394,7 +457,9 @@ fn revert_and_delete_of_a_snapshot_with_memory_are_instantsnaps() {
         command.env("INSTANTSNAP_LIBRARY", instead()).env("INSTEAD_CODE", code.to_string());
         command
     };
-    for (command, method) in [("revert", "domain.revertToSnapshot(snapshot)"), ("delete", "snapshot.delete()")] {
+    for (command, method) in
+        [("revert", "domain.revertToSnapshot(snapshot)"), ("delete", "snapshot.delete()")]
+    {
         let script = format!(
             "snapshot = domain.snapshotLookupByName('s')\n\
              try:\n    {method}\n    assert libvirt.virGetLastError() is None\n\
@@ -406,10 +471,15 @@ fn revert_and_delete_of_a_snapshot_with_memory_are_instantsnaps() {
         for code in [Code::OperationUnsupported as i32, Code::OperationFailed as i32] {
             let said = Said::of(&mut subject.python(under("/usr/bin/python3", code), "s", &script));
             assert_eq!(said.out, format!("{code} instead of a snapshot"));
-            assert_eq!(said.err, format!("{called}\nlibvirt: QEMU Driver error : instead of a snapshot"));
+            assert_eq!(
+                said.err,
+                format!("{called}\nlibvirt: QEMU Driver error : instead of a snapshot")
+            );
             let words = [&format!("snapshot-{command}"), "s"];
             let said = Said::of(&mut subject.virsh(under("virsh", code), &words));
-            said.fails_with(&format!("{called}\nerror: Failed to {command} snapshot s\nerror: instead of a snapshot"));
+            said.fails_with(&format!(
+                "{called}\nerror: Failed to {command} snapshot s\nerror: instead of a snapshot"
+            ));
         }
     }
     assert_eq!(subject.snapshots(), ["s"]);
@@ -420,7 +490,8 @@ fn revert_and_delete_of_a_snapshot_with_memory_are_instantsnaps() {
 #[test]
 fn revert_and_delete_of_other_snapshots_are_libvirts() {
     let subject = Subject::start(&Binary::all()[0]);
-    Said::of(&mut subject.virsh(program("virsh"), &["snapshot-create-as", "--name", "internal"])).quietly();
+    Said::of(&mut subject.virsh(program("virsh"), &["snapshot-create-as", "--name", "internal"]))
+        .quietly();
     for words in [
         &["snapshot-revert", "internal"][..],
         &["snapshot-delete", "internal"],
@@ -432,7 +503,11 @@ fn revert_and_delete_of_other_snapshots_are_libvirts() {
         command.env("INSTANTSNAP_LIBRARY", instead());
         let said = Said::of(&mut subject.virsh(command, words));
         assert!(!said.err.contains("instead:"), "{said:?}");
-        assert_eq!(said.ok, !said.err.contains("no domain snapshot with matching name"), "{words:?}: {said:?}");
+        assert_eq!(
+            said.ok,
+            !said.err.contains("no domain snapshot with matching name"),
+            "{words:?}: {said:?}"
+        );
     }
     assert!(subject.snapshots().is_empty());
     subject.guest.wait_ticks(3);
@@ -480,12 +555,15 @@ fn the_library_beside_it_is_found() {
     let attempt = || {
         let mut command = program("/usr/bin/python3");
         command.env("LD_PRELOAD", &preload).env_remove("INSTANTSNAP_LIBRARY").arg("-c").arg(
-            "import libvirt\nlibvirt.open('test:///default').lookupByName('test').snapshotCreateXML('<x/>', 0x500)",
+            "import \
+             libvirt\nlibvirt.open('test:///default').lookupByName('test').snapshotCreateXML('<x/>', \
+             0x500)",
         );
         Said::of(&mut command)
     };
     attempt().fails_with("instant snapshots need libinstantsnap.so.0: ");
-    std::fs::copy(built("libinstantsnap.so"), directory.path().join("libinstantsnap.so.0")).unwrap();
+    std::fs::copy(built("libinstantsnap.so"), directory.path().join("libinstantsnap.so.0"))
+        .unwrap();
     attempt().fails_with("libvirtError: the domain is run by libvirt's TEST driver");
 }
 
@@ -494,7 +572,8 @@ fn the_library_beside_it_is_found() {
 fn the_watchdog_of_a_killed_virsh_takes_its_snapshot_back() {
     let binary = &Binary::under_libvirt()[0];
     // Memory enough for the drain to be long, and a guest that writes into all of it.
-    let machine = Machine::new(binary).disk(Format::Qcow2).memory(256).prealloc().append("dense=128");
+    let machine =
+        Machine::new(binary).disk(Format::Qcow2).memory(256).prealloc().append("dense=128");
     let subject = Subject { guest: machine.start_under(&Daemon::session()) };
     subject.guest.wait_ticks(2);
     let mut command = subject.create_as(preloaded("virsh"), "s", &["--live"]);
@@ -503,7 +582,9 @@ fn the_watchdog_of_a_killed_virsh_takes_its_snapshot_back() {
     assert!(recorded.is_some() && virsh.try_wait().unwrap().is_none());
     virsh.kill().unwrap();
     virsh.wait().unwrap();
-    let undone = wait_for(DEADLINE, || (subject.snapshots().is_empty() && !subject.memory("s").exists()).then_some(()));
+    let undone = wait_for(DEADLINE, || {
+        (subject.snapshots().is_empty() && !subject.memory("s").exists()).then_some(())
+    });
     assert!(undone.is_some(), "{:?}", subject.snapshots());
     subject.guest.wait_ticks(3);
 }

@@ -1,4 +1,5 @@
-//! Bringing a snapshot back: fresh images, into the right machine only, and the snapshot stays what it was.
+//! Bringing a snapshot back: fresh images, into the right machine only, and the snapshot stays what
+//! it was.
 
 mod common;
 
@@ -16,7 +17,8 @@ use serde_json::json;
 /// Content of all files of a snapshot.
 fn content(opened: &Opened, name: &str) -> BTreeMap<String, Vec<u8>> {
     let record = opened.record(name);
-    let files = record.disks.iter().map(|disk| disk.image.clone()).chain([record.memory_file.clone()]);
+    let files =
+        record.disks.iter().map(|disk| disk.image.clone()).chain([record.memory_file.clone()]);
     files.map(|file| (file.clone(), std::fs::read(&file).unwrap())).collect()
 }
 
@@ -39,7 +41,8 @@ fn fresh_images_are_made_in_a_directory_and_differ_each_time() {
     let second = prepare_revert(&opened.state_dir(), "s", Some(directory.path())).unwrap();
     let beside = prepare_revert(&opened.state_dir(), "s", None).unwrap();
     assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 4);
-    let mut files: Vec<_> = [&first, &second, &beside].iter().flat_map(|plan| images(plan)).collect();
+    let mut files: Vec<_> =
+        [&first, &second, &beside].iter().flat_map(|plan| images(plan)).collect();
     files.sort_by(|a, b| a.0.cmp(&b.0));
     files.dedup();
     assert_eq!(files.len(), 6);
@@ -70,7 +73,11 @@ fn a_snapshot_with_a_file_missing_is_refused_and_nothing_is_left() {
     let record = opened.record("s");
     let directory = tempfile::tempdir().unwrap();
     let prepare = |directory: Option<&Path>| prepare_revert(&opened.state_dir(), "s", directory);
-    assert_error(prepare_revert(&opened.state_dir(), "none", None), Code::NoDomainSnapshot, "'none'");
+    assert_error(
+        prepare_revert(&opened.state_dir(), "none", None),
+        Code::NoDomainSnapshot,
+        "'none'",
+    );
     assert_error(prepare(Some(&directory.path().join("none"))), Code::SystemError, "none");
     // The second, so that there is something to take back.
     for missing in [&record.disks[1].image, &record.memory_file] {
@@ -113,7 +120,11 @@ fn a_qemu_that_does_not_wait_is_refused() {
         assert_untouched(&opened, &before);
         // And the other way round: no snapshot of a QEMU that waits.
         let clone = opened.start_clone("s");
-        assert_error(clone.handle.create(&named("t"), INSTANTLY, &mut ()), Code::OperationInvalid, "incoming");
+        assert_error(
+            clone.handle.create(&named("t"), INSTANTLY, &mut ()),
+            Code::OperationInvalid,
+            "incoming",
+        );
         clone.handle.load("s", 0).unwrap();
         clone.guest.wait_ticks(3);
         // Once only.
@@ -147,7 +158,8 @@ fn wrong_disks_are_refused_before_qemu_is_given_a_byte() {
         opened.snapshot("s").unwrap();
         opened.snapshot("t").unwrap();
         let before = content(&opened, "s");
-        let own: Vec<_> = opened.guest.disks().iter().map(|disk| (disk.file.clone(), disk.format)).collect();
+        let own: Vec<_> =
+            opened.guest.disks().iter().map(|disk| (disk.file.clone(), disk.format)).collect();
         let plan = || images(&prepare_revert(&opened.state_dir(), "s", None).unwrap());
         let mut swapped = plan();
         swapped.reverse();
@@ -188,21 +200,31 @@ fn another_machine_is_an_error_with_qemus_reason_or_its_end() {
             ("less memory", |machine| machine.memory(48)),
         ] {
             let plan = prepare_revert(&opened.state_dir(), "s", None).unwrap();
-            let clone = open(&opened, change(opened.guest.machine().for_revert(&images(&plan))).start());
+            let clone =
+                open(&opened, change(opened.guest.machine().for_revert(&images(&plan))).start());
             let error = clone.handle.load("s", 0).expect_err(what);
             eprintln!("{}: {what}: {error}", binary.name);
             assert_eq!(error.code, Code::OperationFailed, "{what}: {error}");
-            let said = if clone.guest.alive() { "cannot load the memory image: " } else { "QEMU ended" };
+            let said =
+                if clone.guest.alive() { "cannot load the memory image: " } else { "QEMU ended" };
             assert!(error.message.contains(said), "{what}: {error}");
             assert!(!error.message.contains("no reason"), "{what}: {error}");
         }
         // The image says what it is of.
         let plan = prepare_revert(&opened.state_dir(), "s", None).unwrap();
-        let other = opened.guest.machine().for_revert(&images(&plan)).machine_type(MachineType::Q35);
+        let other =
+            opened.guest.machine().for_revert(&images(&plan)).machine_type(MachineType::Q35);
         let clone = open(&opened, other.start());
         let error = clone.handle.load("s", 0).expect_err("another machine type");
-        assert_says(&error, Code::ConfigUnsupported, &["of a machine of type 'pc-i440fx-", "has the type 'pc-q35-"]);
-        assert_eq!(clone.guest.control().execute("query-status", json!({})).unwrap()["status"], "inmigrate");
+        assert_says(
+            &error,
+            Code::ConfigUnsupported,
+            &["of a machine of type 'pc-i440fx-", "has the type 'pc-q35-"],
+        );
+        assert_eq!(
+            clone.guest.control().execute("query-status", json!({})).unwrap()["status"],
+            "inmigrate"
+        );
         // What was not loaded is not current.
         assert_eq!(opened.handle.store().unwrap().current().unwrap().as_deref(), Some("t"));
         opened.bring_back("s");

@@ -1,5 +1,5 @@
-//! Disks that QEMU does not snapshot are snapshotted by the caller's hook, inside the pause: at the instant of memory and of the
-//! other disks, in bounded time, and undone with them.
+//! Disks that QEMU does not snapshot are snapshotted by the caller's hook, inside the pause: at the
+//! instant of memory and of the other disks, in bounded time, and undone with them.
 
 mod common;
 
@@ -12,12 +12,12 @@ use common::jobs::Listener;
 use common::virt::OpenedDomain;
 use common::way::open_guest;
 use common::{
-    ALL_SECTORS, At, INSTANTLY, Opened, assert_error, assert_untouched, files_below, first_tick, machine, run,
-    unwritten,
+    ALL_SECTORS, At, INSTANTLY, Opened, assert_error, assert_untouched, files_below, first_tick,
+    machine, run, unwritten,
 };
 use instantsnap::engine::{
-    Answer, Handle, Overlap, Phase, RevertPlan, StorageCall, StorageDisk, StorageHook, prepare_revert,
-    prepare_revert_hooked,
+    Answer, Handle, Overlap, Phase, RevertPlan, StorageCall, StorageDisk, StorageHook,
+    prepare_revert, prepare_revert_hooked,
 };
 use instantsnap::error::Code;
 use instantsnap::flags::{NO_METADATA, revert};
@@ -42,12 +42,20 @@ impl Volume {
         let mount = directory.path().join("mount");
         std::fs::create_dir(&mount).unwrap();
         std::fs::File::create(&image).and_then(|image| image.set_len(512 << 20)).unwrap();
-        let works = |command: &mut Command| command.output().is_ok_and(|output| output.status.success());
-        let made = ["mkfs.xfs", "mkfs.btrfs"].iter().any(|mkfs| works(Command::new(mkfs).arg("-q").arg(&image)));
-        let reflinks = made && works(Command::new("mount").args(["-o", "loop"]).args([&image, &mount]));
+        let works =
+            |command: &mut Command| command.output().is_ok_and(|output| output.status.success());
+        let made = ["mkfs.xfs", "mkfs.btrfs"]
+            .iter()
+            .any(|mkfs| works(Command::new(mkfs).arg("-q").arg(&image)));
+        let reflinks =
+            made && works(Command::new("mount").args(["-o", "loop"]).args([&image, &mount]));
         eprintln!(
             "copies {}",
-            if reflinks { "by reflink" } else { "byte by byte (no mkfs.xfs or mkfs.btrfs, or no mount)" }
+            if reflinks {
+                "by reflink"
+            } else {
+                "byte by byte (no mkfs.xfs or mkfs.btrfs, or no mount)"
+            }
         );
         Volume { directory, reflinks }
     }
@@ -130,7 +138,9 @@ impl StorageHook for Storage {
 
     fn undo(&self, call: &StorageCall) {
         self.undone.lock().unwrap().push(call.clone());
-        call.disks.iter().for_each(|disk| std::fs::remove_file(copy_of(disk, &call.snapshot)).unwrap());
+        call.disks
+            .iter()
+            .for_each(|disk| std::fs::remove_file(copy_of(disk, &call.snapshot)).unwrap());
     }
 
     /// A copy of the copy, so that it can be done again.
@@ -138,7 +148,10 @@ impl StorageHook for Storage {
         (self.before)()?;
         let clone = |disk: &StorageDisk| {
             let copy = copy_of(disk, &call.snapshot);
-            let clone = (0..).map(|n| format!("{copy}.{n}")).find(|clone| !Path::new(clone).exists()).unwrap();
+            let clone = (0..)
+                .map(|n| format!("{copy}.{n}"))
+                .find(|clone| !Path::new(clone).exists())
+                .unwrap();
             self.copy(&copy, &clone);
             PathBuf::from(clone)
         };
@@ -152,7 +165,10 @@ impl StorageHook for Storage {
 
 /// `vd0` is QEMU's, the raw `vd1` is the hook's.
 fn request(name: &str) -> String {
-    format!("<domainsnapshot><name>{name}</name><disks><disk name='vd1' snapshot='manual'/></disks></domainsnapshot>")
+    format!(
+        "<domainsnapshot><name>{name}</name><disks><disk name='vd1' \
+         snapshot='manual'/></disks></domainsnapshot>"
+    )
 }
 
 fn two_disks(binary: &'static Binary) -> Machine {
@@ -173,12 +189,16 @@ fn start_clone(opened: &Opened, images: &[(PathBuf, Format)]) -> Opened {
     Opened { handle, guest }
 }
 
-/// Brings a snapshot back on what the hook says. The clone verifies every page and every disk within one tick, so memory and
-/// disks are of one instant if it ticks on; returns its first number.
+/// Brings a snapshot back on what the hook says. The clone verifies every page and every disk
+/// within one tick, so memory and disks are of one instant if it ticks on; returns its first
+/// number.
 fn bring_back(opened: &Opened, name: &str, storage: &Storage) -> u32 {
     let plan = prepare_revert_hooked(&opened.state_dir(), name, None, Some(storage)).unwrap();
     let clone = start_clone(opened, &images(&plan));
-    clone.handle.load(name, revert::RUNNING).unwrap_or_else(|error| clone.guest.fail(&error.message));
+    clone
+        .handle
+        .load(name, revert::RUNNING)
+        .unwrap_or_else(|error| clone.guest.fail(&error.message));
     clone.guest.wait_ticks(5);
     first_tick(&clone.guest)
 }
@@ -188,8 +208,9 @@ fn what_the_hook_copies_is_of_the_same_instant_as_memory_and_the_other_disks() {
     let volume = Volume::new();
     for binary in Binary::any() {
         let disk = volume.raw_disk(&binary.name);
-        let opened =
-            Opened::start(&Machine::new(binary).disk(Format::Qcow2).disk_on(&disk, Format::Raw).append("dense=8"));
+        let opened = Opened::start(
+            &Machine::new(binary).disk(Format::Qcow2).disk_on(&disk, Format::Raw).append("dense=8"),
+        );
         let storage = Storage::copying_on(&volume).install(&opened.handle);
         assert_eq!(opened.create(&request("s"), INSTANTLY).unwrap(), "s");
         let after = opened.guest.serial().tick.unwrap();
@@ -199,7 +220,10 @@ fn what_the_hook_copies_is_of_the_same_instant_as_memory_and_the_other_disks() {
         let vd1 = StorageDisk { name: "vd1".into(), source: source.clone(), format: "raw".into() };
         assert_eq!((call.snapshot.as_str(), &call.disks[..]), ("s", &[vd1][..]));
         let stats = opened.handle.stats().unwrap();
-        assert!(call.paused > Duration::ZERO && call.paused < stats.paused.unwrap().0, "{call:?} {stats:?}");
+        assert!(
+            call.paused > Duration::ZERO && call.paused < stats.paused.unwrap().0,
+            "{call:?} {stats:?}"
+        );
         assert!(call.left > Duration::ZERO && call.left < Duration::from_secs(30), "{call:?}");
         assert_eq!(stats.disks, 1);
 
@@ -207,9 +231,19 @@ fn what_the_hook_copies_is_of_the_same_instant_as_memory_and_the_other_disks() {
         assert_eq!(opened.active_image("vd1"), source);
         assert_ne!(opened.active_image("vd0"), opened.guest.disks()[0].file.display().to_string());
         let record = opened.record("s");
-        assert_eq!(record.manual, [RecordedManual { name: "vd1".into(), source, format: "raw".into() }]);
+        assert_eq!(
+            record.manual,
+            [RecordedManual { name: "vd1".into(), source, format: "raw".into() }]
+        );
         assert_eq!(record.disks.len(), 1);
-        assert!(opened.handle.catalog().xml("s").unwrap().contains("<disk name=\"vd1\" snapshot=\"manual\""));
+        assert!(
+            opened
+                .handle
+                .catalog()
+                .xml("s")
+                .unwrap()
+                .contains("<disk name=\"vd1\" snapshot=\"manual\"")
+        );
 
         opened.guest.wait_ticks(5);
         let first = bring_back(&opened, "s", &storage);
@@ -223,7 +257,10 @@ fn what_the_hook_copies_is_of_the_same_instant_as_memory_and_the_other_disks() {
         storage.copy(&disk.display().to_string(), images[1].0.to_str().unwrap());
         let clone = start_clone(&opened, &images);
         clone.handle.load("s", 0).unwrap();
-        let trouble = clone.guest.try_ticks(ALL_SECTORS, DEADLINE).expect_err("memory is older than the disk");
+        let trouble = clone
+            .guest
+            .try_ticks(ALL_SECTORS, DEADLINE)
+            .expect_err("memory is older than the disk");
         assert!(trouble.starts_with("TORN disk 1 "), "{trouble}");
     }
 }
@@ -271,8 +308,8 @@ fn the_domain_xml_can_wish_for_it_and_the_request_overrules_it() {
     guest.wait_ticks(2);
     let source = guest.disks()[1].file.display().to_string();
     let xml = format!(
-        "<domain><name>d</name><devices><disk snapshot='manual'><source file='{source}'/><target dev='vdb'/></disk>\
-         </devices></domain>"
+        "<domain><name>d</name><devices><disk snapshot='manual'><source file='{source}'/><target \
+         dev='vdb'/></disk></devices></domain>"
     );
     let opened = Opened::with_domain(guest, &xml);
     let storage = Storage::copying().install(&opened.handle);
@@ -310,11 +347,17 @@ fn a_hook_that_fails_fails_the_snapshot_and_is_not_asked_to_undo() {
         assert_eq!(storage.calls().len(), 2);
         assert!(storage.undone().is_empty());
         Storage::new(|| panic!("a defect of the hook's")).install(&opened.handle);
-        opened.assert_fails(&request("s"), INSTANTLY, Code::OperationFailed, &["storage hook", "panicked"]);
+        opened.assert_fails(
+            &request("s"),
+            INSTANTLY,
+            Code::OperationFailed,
+            &["storage hook", "panicked"],
+        );
     }
 }
 
-/// A hook that comes back only when the guest, which it was to stand still for, has gone on. Returns what was asked of it.
+/// A hook that comes back only when the guest, which it was to stand still for, has gone on.
+/// Returns what was asked of it.
 #[track_caller]
 fn late(opened: &Opened, storage: Storage) -> Arc<Storage> {
     let (gate, Storage { before, .. }) = (Gate::default(), storage);
@@ -370,7 +413,12 @@ fn the_pause_limit_holds_for_a_hook_without_a_deadline() {
             gate.release();
             runs.unwrap();
         });
-        opened.assert_fails(&request("s"), INSTANTLY, Code::OperationTimeout, &["storage hook", "'vd1'"]);
+        opened.assert_fails(
+            &request("s"),
+            INSTANTLY,
+            Code::OperationTimeout,
+            &["storage hook", "'vd1'"],
+        );
     });
     assert!(storage.calls()[0].left <= 100 * MS);
     assert_eq!(storage.undone(), ["s"]);
@@ -415,10 +463,17 @@ fn what_the_hook_has_made_is_undone_once_when_a_later_phase_fails() {
                     opened.handle.cancel().unwrap();
                 }
             });
-            opened.assert_fails_observed(&request("s"), INSTANTLY, &mut observer, Code::OperationAborted, &[]);
+            opened.assert_fails_observed(
+                &request("s"),
+                INSTANTLY,
+                &mut observer,
+                Code::OperationAborted,
+                &[],
+            );
             assert_eq!(storage.undone(), ["s"], "{phase:?}");
         }
-        // One that is complete is never undone, and one that has not come to the hook has nothing to undo.
+        // One that is complete is never undone, and one that has not come to the hook has nothing
+        // to undo.
         let storage = Storage::copying().install(&opened.handle);
         opened.create(&request("s"), INSTANTLY).unwrap();
         opened.assert_fails(&request("s"), INSTANTLY, Code::OperationInvalid, &["'s'"]);
@@ -433,7 +488,8 @@ fn what_the_hook_has_made_goes_with_the_snapshot() {
     let storage = Storage::copying().install(&opened.handle);
     opened.handle.create(&request("s"), INSTANTLY, &mut ()).unwrap();
     opened.handle.set_storage_hook(None);
-    let error = opened.handle.delete("s", 0).expect_err("nobody could remove what was made of the disk");
+    let error =
+        opened.handle.delete("s", 0).expect_err("nobody could remove what was made of the disk");
     assert_eq!(error.code, Code::OperationUnsupported, "{error}");
     assert!(error.message.contains("storage hook"), "{error}");
     opened.handle.set_storage_hook(Some(storage.clone()));
@@ -451,13 +507,18 @@ fn memory_is_not_put_beside_a_disk_of_which_nobody_says_what_it_was() {
     let storage = Storage::copying().install(&opened.handle);
     opened.create(&request("s"), INSTANTLY).unwrap();
     let directory = tempfile::tempdir().unwrap();
-    let hooked =
-        |hook: Option<&dyn StorageHook>| prepare_revert_hooked(&opened.state_dir(), "s", Some(directory.path()), hook);
+    let hooked = |hook: Option<&dyn StorageHook>| {
+        prepare_revert_hooked(&opened.state_dir(), "s", Some(directory.path()), hook)
+    };
     let before = files_below(opened.guest.directory());
     let plain = prepare_revert(&opened.state_dir(), "s", Some(directory.path()));
     assert_error(plain, Code::OperationUnsupported, "'vd1'");
     assert_error(hooked(None), Code::OperationUnsupported, "'vd1'");
-    assert_error(hooked(Some(&Storage::new(|| Err("it is gone".into())))), Code::OperationFailed, "it is gone");
+    assert_error(
+        hooked(Some(&Storage::new(|| Err("it is gone".into())))),
+        Code::OperationFailed,
+        "it is gone",
+    );
     assert_error(hooked(Some(&Forgetful)), Code::OperationFailed, "named 0 images");
     assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 0);
     assert_eq!(files_below(opened.guest.directory()), before);
@@ -494,7 +555,10 @@ fn domain(daemon: &Daemon) -> OpenedDomain {
 
 /// Puts the overlay of `vdb` in the clone's XML onto the hook's copy.
 fn on_copy(xml: String, copy: &str) -> String {
-    let overlay = xml.split('\'').find(|word| word.ends_with("/overlay-vdb.qcow2")).expect("an overlay of vdb");
+    let overlay = xml
+        .split('\'')
+        .find(|word| word.ends_with("/overlay-vdb.qcow2"))
+        .expect("an overlay of vdb");
     run("qemu-img", &["rebase", "-u", "-F", "raw", "-b", copy, overlay]);
     xml
 }
@@ -512,14 +576,19 @@ fn a_domain_of_libvirts_has_its_disks_snapshotted_by_the_hook_too() {
     let storage = Storage::copying().install(&opened.handle);
     opened.handle.create(&opened.xml("s", ""), INSTANTLY | NO_METADATA, &mut ()).unwrap();
     let disk = storage.calls()[0].disks[0].clone();
-    assert_eq!((disk.name.as_str(), disk.source.as_str()), ("vdb", source(&opened.guest, "vdb").as_str()));
+    assert_eq!(
+        (disk.name.as_str(), disk.source.as_str()),
+        ("vdb", source(&opened.guest, "vdb").as_str())
+    );
     assert!(source(&opened.guest, "vda").ends_with(".s"));
     assert!(opened.find("s").is_none());
     opened.guest.wait_ticks(3);
 
     let copy = copy_of(&disk, "s");
     let clone =
-        daemon.another().restore_edited(opened.guest.machine(), &opened.memory_file("s"), |xml| on_copy(xml, &copy));
+        daemon.another().restore_edited(opened.guest.machine(), &opened.memory_file("s"), |xml| {
+            on_copy(xml, &copy)
+        });
     clone.wait_ticks(5);
     drop(clone);
 
@@ -529,7 +598,13 @@ fn a_domain_of_libvirts_has_its_disks_snapshotted_by_the_hook_too() {
         }
     });
     let xml = opened.xml("t", "");
-    opened.assert_fails_observed(&xml, INSTANTLY | NO_METADATA, &mut observer, Code::OperationAborted, &[]);
+    opened.assert_fails_observed(
+        &xml,
+        INSTANTLY | NO_METADATA,
+        &mut observer,
+        Code::OperationAborted,
+        &[],
+    );
     assert_eq!(storage.undone(), ["t"]);
 }
 
@@ -563,7 +638,8 @@ fn a_disk_that_ignores_flushes_is_written_out_before_the_hook_is_called() {
     make_image(Path::new(&image), Format::Raw, None);
     let drive = format!("if=none,id=vd1,format=raw,cache=unsafe,file={image}");
     let machine = ["-drive", &drive, "-device", "virtio-blk-pci,id=vd1,drive=vd1"];
-    let machine = machine.iter().fold(Machine::new(&Binary::all()[0]), |machine, arg| machine.arg(arg));
+    let machine =
+        machine.iter().fold(Machine::new(&Binary::all()[0]), |machine, arg| machine.arg(arg));
     let opened = Opened::start(&machine);
     let (left, file) = (Arc::new(Mutex::new(Vec::new())), image.clone());
     let look = {

@@ -1,5 +1,5 @@
-//! What would tear a snapshot is refused or noticed: guest memory that another process writes, UEFI variables that change,
-//! disks and devices that another client changes.
+//! What would tear a snapshot is refused or noticed: guest memory that another process writes, UEFI
+//! variables that change, disks and devices that another client changes.
 
 mod common;
 
@@ -9,7 +9,9 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
 use common::way::open_guest;
-use common::{At, INSTANTLY, Opened, assert_error, assert_untouched, block_of, machine, named, through_proxy};
+use common::{
+    At, INSTANTLY, Opened, assert_error, assert_untouched, block_of, machine, named, through_proxy,
+};
 use instantsnap::engine::{Phase, prepare_revert};
 use instantsnap::error::Code;
 use instantsnap::snapshot::Record;
@@ -31,8 +33,8 @@ fn refused(opened: &Opened, parts: &[&str]) {
     opened.guest.wait_ticks(2);
 }
 
-/// A backend that knows as little of vhost-user as QEMU lets it: an answer where there must be one, and the features without
-/// which QEMU would not save memory at all.
+/// A backend that knows as little of vhost-user as QEMU lets it: an answer where there must be one,
+/// and the features without which QEMU would not save memory at all.
 fn vhost_user_backend(socket: &Path) -> std::thread::JoinHandle<()> {
     const GET_FEATURES: u32 = 1;
     const GET_VRING_BASE: u32 = 11;
@@ -42,7 +44,11 @@ fn vhost_user_backend(socket: &Path) -> std::thread::JoinHandle<()> {
     let socket = socket.to_owned();
     std::thread::spawn(move || {
         let connect = || UnixStream::connect(&socket).ok();
-        let Some(mut stream) = instantsnap_testkit::wait_for(instantsnap_testkit::DEADLINE, connect) else { return };
+        let Some(mut stream) =
+            instantsnap_testkit::wait_for(instantsnap_testkit::DEADLINE, connect)
+        else {
+            return;
+        };
         let mut header = [0; 12];
         // The end comes with QEMU's.
         while stream.read_exact(&mut header).is_ok() {
@@ -69,7 +75,12 @@ fn vhost_user_backend(socket: &Path) -> std::thread::JoinHandle<()> {
 /// A machine with this backend as the chardev `c`.
 fn with_backend(binary: &'static Binary, socket: &Path) -> Machine {
     let chardev = format!("socket,id=c,path={},server=on,wait=on", socket.display());
-    let memory = ["-object", "memory-backend-memfd,id=shared0,size=64M,share=on", "-numa", "node,memdev=shared0"];
+    let memory = [
+        "-object",
+        "memory-backend-memfd,id=shared0,size=64M,share=on",
+        "-numa",
+        "node,memdev=shared0",
+    ];
     with(with(machine(binary, 1), &memory), &["-chardev", &chardev])
 }
 
@@ -80,7 +91,10 @@ fn a_vhost_user_network_card_is_refused() {
         let socket = directory.path().join("c.sock");
         let backend = vhost_user_backend(&socket);
         let device = ["-netdev", "vhost-user,id=n,chardev=c", "-device", "virtio-net-pci,netdev=n"];
-        refused(&Opened::start(&with(with_backend(binary, &socket), &device)), &["'n'", "vhost-user"]);
+        refused(
+            &Opened::start(&with(with_backend(binary, &socket), &device)),
+            &["'n'", "vhost-user"],
+        );
         backend.join().unwrap();
     }
 }
@@ -106,7 +120,8 @@ fn an_ivshmem_device_is_refused_and_a_plain_snapshot_is_what_can_be_taken_instea
     for binary in Binary::all() {
         for id in [",id=shm0", ""] {
             let device = format!("ivshmem-plain,memdev=hostmem,master=on{id}");
-            let args = ["-object", "memory-backend-memfd,id=hostmem,size=1M,share=on", "-device", &device];
+            let args =
+                ["-object", "memory-backend-memfd,id=hostmem,size=1M,share=on", "-device", &device];
             let opened = Opened::start(&with(machine(binary, 1), &args));
             refused(&opened, &["ivshmem-plain"]);
             opened.create(&named("plain"), 0).unwrap();
@@ -119,7 +134,13 @@ fn an_ivshmem_device_is_refused_and_a_plain_snapshot_is_what_can_be_taken_instea
 fn storage_whose_driver_lets_others_write_guest_memory_is_refused() {
     let (opened, proxy) = through_proxy(&machine(&Binary::all()[0], 1));
     // There is no such device here: QEMU's answer is made up.
-    for driver in ["nvme", "nvme-io_uring", "virtio-blk-vfio-pci", "virtio-blk-vhost-user", "virtio-blk-vhost-vdpa"] {
+    for driver in [
+        "nvme",
+        "nvme-io_uring",
+        "virtio-blk-vfio-pci",
+        "virtio-blk-vhost-user",
+        "virtio-blk-vhost-vdpa",
+    ] {
         let node = json!({ "node-name": "theirs", "drv": driver, "file": "made up", "image": { "format": driver } });
         let add = move |mut reply: serde_json::Value| {
             reply["return"].as_array_mut().unwrap().push(node);
@@ -160,7 +181,9 @@ fn pflash(binary: &'static Binary, given: Given, variables: &Path) -> Machine {
             machine(binary, 1),
             &[
                 "-blockdev",
-                &format!("driver=raw,node-name=code,read-only=on,file.driver=file,file.filename={code}"),
+                &format!(
+                    "driver=raw,node-name=code,read-only=on,file.driver=file,file.filename={code}"
+                ),
                 "-blockdev",
                 &format!("driver=raw,node-name=vars,file.driver=file,file.filename={variables}"),
                 "-machine",
@@ -207,7 +230,10 @@ fn variables_that_stay_the_same_are_copied_and_a_clone_gets_its_own() {
 
             let plan = prepare_revert(&opened.state_dir(), "s", None).unwrap();
             let private = &plan.disks[1];
-            assert_eq!((private.name.as_str(), private.format.as_str()), (nvram[0].name.as_str(), "raw"));
+            assert_eq!(
+                (private.name.as_str(), private.format.as_str()),
+                (nvram[0].name.as_str(), "raw")
+            );
             assert_eq!(private.backing_file, None);
             assert!(private.file != original && private.file != Path::new(&nvram[0].copy));
             assert_eq!(std::fs::read(&private.file).unwrap(), content);
@@ -218,18 +244,25 @@ fn variables_that_stay_the_same_are_copied_and_a_clone_gets_its_own() {
             std::fs::write(&original, &changed).unwrap();
 
             let load_onto = |variables: &Path| {
-                let clone = clone_on(&opened, pflash(binary, given, variables), &plan.disks[0].file);
+                let clone =
+                    clone_on(&opened, pflash(binary, given, variables), &plan.disks[0].file);
                 let loaded = clone.handle.load("s", 0);
                 (clone, loaded)
             };
-            for (file, part) in [(original.as_path(), "original guest"), (Path::new(&nvram[0].copy), "snapshot's own")]
-            {
+            for (file, part) in [
+                (original.as_path(), "original guest"),
+                (Path::new(&nvram[0].copy), "snapshot's own"),
+            ] {
                 assert_error(load_onto(file).1, Code::ConfigUnsupported, part);
             }
             let (clone, loaded) = load_onto(&private.file);
             loaded.unwrap();
             clone.guest.wait_ticks(3);
-            assert_eq!(std::fs::read(&original).unwrap(), changed, "the original's variables were touched");
+            assert_eq!(
+                std::fs::read(&original).unwrap(),
+                changed,
+                "the original's variables were touched"
+            );
             assert_eq!(std::fs::read(&nvram[0].copy).unwrap(), content);
             assert_eq!(std::fs::read(&private.file).unwrap(), content);
         }
@@ -249,7 +282,11 @@ fn a_clone_without_variables_is_refused() {
     let before = opened.trace();
     let copy = opened.record("s").nvram.remove(0).copy;
     std::fs::rename(&copy, format!("{copy}.aside")).unwrap();
-    assert_error(prepare_revert(&opened.state_dir(), "s", None), Code::InvalidDomainSnapshot, &copy);
+    assert_error(
+        prepare_revert(&opened.state_dir(), "s", None),
+        Code::InvalidDomainSnapshot,
+        &copy,
+    );
     std::fs::rename(format!("{copy}.aside"), &copy).unwrap();
     assert_untouched(&opened, &before);
 }
@@ -257,12 +294,13 @@ fn a_clone_without_variables_is_refused() {
 #[test]
 fn variables_are_not_for_an_overlay() {
     let directory = tempfile::tempdir().unwrap();
-    let opened = Opened::start(&pflash(&Binary::all()[0], Given::Drive, &variables(directory.path())));
+    let opened =
+        Opened::start(&pflash(&Binary::all()[0], Given::Drive, &variables(directory.path())));
     let before = opened.trace();
     for (name, part) in [("pflash1", "UEFI variables"), ("pflash0", "readonly")] {
         let xml = format!(
-            "<domainsnapshot><disks><disk name='{name}' snapshot='external'><source file='/tmp/x'/></disk></disks>\
-             </domainsnapshot>"
+            "<domainsnapshot><disks><disk name='{name}' snapshot='external'><source \
+             file='/tmp/x'/></disk></disks></domainsnapshot>"
         );
         assert_error(opened.create(&xml, INSTANTLY), Code::ConfigUnsupported, part);
     }
@@ -284,8 +322,10 @@ fn variables_that_the_guest_changes_during_the_drain_are_noticed_and_everything_
                     *start.borrow_mut() = std::fs::read(&file).unwrap();
                 }
                 if phase == Phase::Drain {
-                    let changed = || (std::fs::read(&file).unwrap() != *start.borrow()).then_some(());
-                    instantsnap_testkit::wait_for(instantsnap_testkit::DEADLINE, changed).expect("no variable is set");
+                    let changed =
+                        || (std::fs::read(&file).unwrap() != *start.borrow()).then_some(());
+                    instantsnap_testkit::wait_for(instantsnap_testkit::DEADLINE, changed)
+                        .expect("no variable is set");
                 }
             });
             let result = opened.handle.create(&named("s"), INSTANTLY, &mut observer).map(drop);
@@ -336,7 +376,11 @@ fn sizes(opened: &Opened, disk: &str) -> (u64, u64) {
 
 fn resize(opened: &Opened, disk: &str, size: u64) {
     let node = block_of(&opened.guest, disk)["inserted"]["node-name"].clone();
-    opened.guest.control().execute("block_resize", json!({ "node-name": node, "size": size })).unwrap();
+    opened
+        .guest
+        .control()
+        .execute("block_resize", json!({ "node-name": node, "size": size }))
+        .unwrap();
 }
 
 /// The disk kept its size in spite of a snapshot, which has failed, and nothing is left of that.
@@ -400,7 +444,10 @@ fn a_disk_that_is_resized_in_the_very_moment_of_the_switch_keeps_its_new_size() 
 
 /// A machine with a CD-ROM drive that can be taken out without its guest's doing.
 fn with_drive(binary: &'static Binary) -> Machine {
-    with(machine(binary, 1), &["-device", "virtio-scsi-pci,id=scsi", "-device", "scsi-cd,id=cd,bus=scsi.0"])
+    with(
+        machine(binary, 1),
+        &["-device", "virtio-scsi-pci,id=scsi", "-device", "scsi-cd,id=cd,bus=scsi.0"],
+    )
 }
 
 #[test]
@@ -412,7 +459,10 @@ fn a_device_that_is_attached_or_detached_meanwhile_is_noticed() {
         let change = |what: &str| {
             let (command, arguments) = match what {
                 "rng" => ("device_add", json!({ "driver": "virtio-rng-pci" })),
-                "medium" => ("blockdev-change-medium", json!({ "id": "cd", "filename": medium, "format": "raw" })),
+                "medium" => (
+                    "blockdev-change-medium",
+                    json!({ "id": "cd", "filename": medium, "format": "raw" }),
+                ),
                 "cd" => ("device_del", json!({ "id": "cd" })),
                 id => ("device_add", json!({ "driver": "virtio-rng-pci", "id": id })),
             };

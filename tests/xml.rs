@@ -1,4 +1,5 @@
-//! XML from outside: nothing in it crashes, hangs or gets past its place, and what is fine comes back as it was.
+//! XML from outside: nothing in it crashes, hangs or gets past its place, and what is fine comes
+//! back as it was.
 
 mod common;
 
@@ -9,7 +10,8 @@ use common::{INSTANTLY, Opened, assert_error, assert_untouched, machine};
 use instantsnap::error::{Code, Error};
 use instantsnap::snapshot::domain::{Source, Storage};
 use instantsnap::snapshot::{
-    Domain, Frozen, Location, MemoryRequest, Record, RecordedDisk, RecordedManual, RecordedNvram, Request, State,
+    Domain, Frozen, Location, MemoryRequest, Record, RecordedDisk, RecordedManual, RecordedNvram,
+    Request, State,
 };
 use instantsnap_testkit::Binary;
 
@@ -30,13 +32,32 @@ fn refused(content: &str, code: Code, part: &str) {
 
 #[test]
 fn xml_that_is_not_well_formed_is_refused() {
-    for text in ["", " ", "<", "<domainsnapshot", "<domainsnapshot>", "<domainsnapshot></domain>", "x", "\0", "{}"] {
+    for text in [
+        "",
+        " ",
+        "<",
+        "<domainsnapshot",
+        "<domainsnapshot>",
+        "<domainsnapshot></domain>",
+        "x",
+        "\0",
+        "{}",
+    ] {
         assert_error(Request::parse(text), Code::XmlDetail, "<domainsnapshot>");
         assert_error(Domain::parse(text), Code::XmlDetail, "<domain>");
     }
-    for content in
-        ["<a>", "</a>", "<a b>", "<a b=c/>", "<a b='1' b='2'/>", "&", "&nbsp;", "<a:b/>", "a ]]> b", "<!-- -- -->"]
-    {
+    for content in [
+        "<a>",
+        "</a>",
+        "<a b>",
+        "<a b=c/>",
+        "<a b='1' b='2'/>",
+        "&",
+        "&nbsp;",
+        "<a:b/>",
+        "a ]]> b",
+        "<!-- -- -->",
+    ] {
         refused(content, Code::XmlDetail, "cannot parse");
     }
 }
@@ -44,7 +65,11 @@ fn xml_that_is_not_well_formed_is_refused() {
 #[test]
 fn another_root_is_refused() {
     assert_error(Request::parse("<domain/>"), Code::XmlError, "expecting <domainsnapshot>");
-    assert_error(Request::parse("<domaincheckpoint/>"), Code::XmlError, "expecting <domainsnapshot>");
+    assert_error(
+        Request::parse("<domaincheckpoint/>"),
+        Code::XmlError,
+        "expecting <domainsnapshot>",
+    );
     assert_error(Domain::parse("<domainsnapshot/>"), Code::XmlError, "expecting <domain>");
     assert_error(Domain::parse("<domain/>"), Code::XmlError, "<name>");
 }
@@ -68,7 +93,11 @@ fn dtds_and_entities_are_refused() {
 #[test]
 fn characters_that_xml_cannot_hold_are_refused() {
     for number in ["0", "1", "8", "x0B", "x1F", "xFFFE", "xFFFF"] {
-        refused(&format!("<description>&#{number};</description>"), Code::XmlDetail, "cannot parse");
+        refused(
+            &format!("<description>&#{number};</description>"),
+            Code::XmlDetail,
+            "cannot parse",
+        );
     }
     // What is no character at all never becomes one that was not meant.
     for number in ["xD800", "xDFFF", "x110000", "xFFFFFFFFFF", "-1", ""] {
@@ -77,7 +106,11 @@ fn characters_that_xml_cannot_hold_are_refused() {
         }
     }
     for character in ['\0', '\u{1}', '\u{b}', '\u{1f}', '\u{fffe}', '\u{ffff}'] {
-        refused(&format!("<description>{character}</description>"), Code::XmlDetail, "cannot parse");
+        refused(
+            &format!("<description>{character}</description>"),
+            Code::XmlDetail,
+            "cannot parse",
+        );
         refused(&format!("<description a='{character}'/>"), Code::XmlDetail, "cannot parse");
     }
 }
@@ -105,16 +138,22 @@ fn a_name_cannot_lead_out_of_its_directory() {
     // An empty name is none, as in libvirt.
     assert_eq!(snapshot("<name></name>").unwrap().name, None);
     assert_eq!(snapshot("<name/>").unwrap().name, None);
-    for name in ["x".repeat(230), "a.b".into(), "a b".into(), "-rf".into(), "é".repeat(115), "日本".into()] {
+    for name in
+        ["x".repeat(230), "a.b".into(), "a b".into(), "-rf".into(), "é".repeat(115), "日本".into()]
+    {
         assert_eq!(snapshot(&format!("<name>{name}</name>")).unwrap().name, Some(name));
     }
 }
 
 #[test]
 fn paths_must_be_absolute_and_fit_into_xml() {
-    for (path, part) in
-        [("x.mem", "absolute"), ("", "absolute"), ("./x", "absolute"), ("/a&#10;b", "control"), ("/a&#9;b", "control")]
-    {
+    for (path, part) in [
+        ("x.mem", "absolute"),
+        ("", "absolute"),
+        ("./x", "absolute"),
+        ("/a&#10;b", "control"),
+        ("/a&#9;b", "control"),
+    ] {
         assert_error(snapshot(&format!("<memory file='{path}'/>")), Code::XmlError, part);
         let disk = format!("<disks><disk name='vda'><source file='{path}'/></disk></disks>");
         assert_error(snapshot(&disk), Code::XmlError, part);
@@ -123,10 +162,15 @@ fn paths_must_be_absolute_and_fit_into_xml() {
 
 #[test]
 fn settings_of_memory_are_checked() {
-    let memory = |attributes: &str| snapshot(&format!("<memory {attributes}/>")).map(|request| request.memory);
+    let memory = |attributes: &str| {
+        snapshot(&format!("<memory {attributes}/>")).map(|request| request.memory)
+    };
     assert_eq!(memory("").unwrap(), MemoryRequest::Default);
     assert_eq!(memory("snapshot='external'").unwrap(), MemoryRequest::Default);
-    assert_eq!(memory("snapshot='external' file='/m'").unwrap(), MemoryRequest::External("/m".into()));
+    assert_eq!(
+        memory("snapshot='external' file='/m'").unwrap(),
+        MemoryRequest::External("/m".into())
+    );
     assert_eq!(memory("file='/m'").unwrap(), MemoryRequest::External("/m".into()));
     assert_eq!(memory("snapshot='no'").unwrap(), MemoryRequest::No);
     assert_error(memory("snapshot='internal'"), Code::OperationUnsupported, "external");
@@ -140,7 +184,8 @@ fn settings_of_memory_are_checked() {
 #[test]
 fn settings_of_disks_are_checked() {
     let disk = |attributes: &str, content: &str| {
-        snapshot(&format!("<disks><disk {attributes}>{content}</disk></disks>")).map(|request| request.disks)
+        snapshot(&format!("<disks><disk {attributes}>{content}</disk></disks>"))
+            .map(|request| request.disks)
     };
     assert_error(disk("", ""), Code::XmlError, "name");
     assert_error(disk("name=''", ""), Code::XmlError, "name");
@@ -149,17 +194,28 @@ fn settings_of_disks_are_checked() {
     assert_error(result.clone(), Code::OperationUnsupported, "snapshot='external'");
     assert_error(result.clone(), Code::OperationUnsupported, "'no'");
     assert_error(result, Code::OperationUnsupported, "'vda'");
-    assert_eq!(disk("name='vda' snapshot='manual'", "").unwrap()[0].location, Some(Location::Manual));
-    assert_error(disk("name='vda' snapshot='manual'", "<source file='/x'/>"), Code::XmlError, "'/x'");
+    assert_eq!(
+        disk("name='vda' snapshot='manual'", "").unwrap()[0].location,
+        Some(Location::Manual)
+    );
+    assert_error(
+        disk("name='vda' snapshot='manual'", "<source file='/x'/>"),
+        Code::XmlError,
+        "'/x'",
+    );
     assert_error(disk("name='vda' type='network'", ""), Code::ConfigUnsupported, "'network'");
     assert_error(disk("name='vda'", "<driver type='raw'/>"), Code::ConfigUnsupported, "qcow2");
     assert_error(disk("name='vda' snapshot='no'", "<source file='/x'/>"), Code::XmlError, "'/x'");
-    assert_eq!(disk("name='vda' snapshot='external' type='file'", "<driver type='qcow2'/>").unwrap().len(), 1);
+    assert_eq!(
+        disk("name='vda' snapshot='external' type='file'", "<driver type='qcow2'/>").unwrap().len(),
+        1
+    );
 }
 
 /// Nested elements, long texts, many elements, many attributes, many namespaces.
 fn monsters() -> Vec<(&'static str, String)> {
-    let numbered = |count: usize, each: &dyn Fn(usize) -> String| (0..count).map(each).collect::<String>();
+    let numbered =
+        |count: usize, each: &dyn Fn(usize) -> String| (0..count).map(each).collect::<String>();
     vec![
         ("a million levels", "<a>".repeat(1_000_000) + &"</a>".repeat(1_000_000)),
         ("levels without end", "<a>".repeat(2_500_000)),
@@ -175,15 +231,24 @@ fn monsters() -> Vec<(&'static str, String)> {
             "many elements with many attributes",
             format!("<a {}/>", numbered(4_000, &|n| format!("a{n}='' "))).repeat(200),
         ),
-        ("many namespaces", format!("<a {}/>", numbered(60_000, &|n| format!("xmlns:a{n}='{n}' ")))),
-        ("nested namespaces", numbered(20_000, &|n| format!("<a xmlns:a{n}='{n}'>")) + &"</a>".repeat(20_000)),
-        ("disks", format!("<disks>{}</disks>", numbered(100_000, &|n| format!("<disk name='d{n}'/>")))),
+        (
+            "many namespaces",
+            format!("<a {}/>", numbered(60_000, &|n| format!("xmlns:a{n}='{n}' "))),
+        ),
+        (
+            "nested namespaces",
+            numbered(20_000, &|n| format!("<a xmlns:a{n}='{n}'>")) + &"</a>".repeat(20_000),
+        ),
+        (
+            "disks",
+            format!("<disks>{}</disks>", numbered(100_000, &|n| format!("<disk name='d{n}'/>"))),
+        ),
         ("same disk", format!("<disks>{}</disks>", "<disk name='vda'/>".repeat(100_000))),
     ]
 }
 
-/// In a process of its own, because memory and processor time are limited by process. Processor time is not the clock's:
-/// a loaded machine makes no difference.
+/// In a process of its own, because memory and processor time are limited by process. Processor
+/// time is not the clock's: a loaded machine makes no difference.
 #[test]
 fn monstrous_xml_takes_bounded_time_and_memory() {
     if std::env::var_os("INSTANTSNAP_TEST_MONSTERS").is_some() {
@@ -193,7 +258,8 @@ fn monstrous_xml_takes_bounded_time_and_memory() {
             if let Err(error) = snapshot(&content) {
                 assert!(error.message.len() < 1000, "{what}: {}", error.message.len());
             }
-            let _ = domain(&content).inspect_err(|error| assert!(error.message.len() < 1000, "{what}"));
+            let _ =
+                domain(&content).inspect_err(|error| assert!(error.message.len() < 1000, "{what}"));
             let _ = domain(&format!("<devices>{content}</devices>"));
             let _ = Record::parse(&format!("<domainsnapshot>{content}</domainsnapshot>"));
         }
@@ -202,18 +268,32 @@ fn monstrous_xml_takes_bounded_time_and_memory() {
     let output = Command::new("sh")
         .args(["-c", "ulimit -v 3000000; ulimit -t 60; exec \"$0\" \"$@\""])
         .arg(std::env::current_exe().unwrap())
-        .args(["--exact", "monstrous_xml_takes_bounded_time_and_memory", "--nocapture", "--test-threads=1"])
+        .args([
+            "--exact",
+            "monstrous_xml_takes_bounded_time_and_memory",
+            "--nocapture",
+            "--test-threads=1",
+        ])
         .env("INSTANTSNAP_TEST_MONSTERS", "1")
         .output()
         .unwrap();
-    assert!(output.status.success(), "{}\n{}", output.status, String::from_utf8_lossy(&output.stderr));
+    assert!(
+        output.status.success(),
+        "{}\n{}",
+        output.status,
+        String::from_utf8_lossy(&output.stderr)
+    );
 }
 
 #[test]
 fn a_million_levels_do_not_overflow_a_small_stack() {
     let text = "<a>".repeat(1_000_000) + &"</a>".repeat(1_000_000);
     let thread = std::thread::Builder::new().stack_size(128 << 10);
-    let parsed = thread.spawn(move || (snapshot(&text).is_ok(), domain(&text).is_ok())).unwrap().join().unwrap();
+    let parsed = thread
+        .spawn(move || (snapshot(&text).is_ok(), domain(&text).is_ok()))
+        .unwrap()
+        .join()
+        .unwrap();
     assert_eq!(parsed, (true, true));
 }
 
@@ -259,7 +339,11 @@ fn sample_record() -> Record {
             format: "raw".into(),
             frozen: Frozen::of("/proc/self/exe").into_iter().collect(),
         }],
-        manual: vec![RecordedManual { name: "v<db".into(), source: "/dev/v&g/l'v".into(), format: "raw".into() }],
+        manual: vec![RecordedManual {
+            name: "v<db".into(),
+            source: "/dev/v&g/l'v".into(),
+            format: "raw".into(),
+        }],
         nvram: vec![RecordedNvram {
             name: "pflash1".into(),
             copy: "/c".into(),
@@ -324,7 +408,11 @@ fn random_bytes_never_panic() {
             1 => (0..random.below(30)).map(|_| fragments[random.below(fragments.len())]).collect(),
             // What is right, with some bytes that are not.
             _ => {
-                let mut bytes = if round % 2 == 0 { record.as_bytes().to_vec() } else { request.as_bytes().to_vec() };
+                let mut bytes = if round % 2 == 0 {
+                    record.as_bytes().to_vec()
+                } else {
+                    request.as_bytes().to_vec()
+                };
                 for _ in 0..=random.below(4) {
                     if bytes.is_empty() {
                         break;
@@ -350,12 +438,19 @@ fn random_bytes_never_panic() {
 #[test]
 fn the_type_of_a_disk_follows_its_source() {
     let disk = |kind: &str, source: &str| {
-        format!("<devices><disk type='{kind}'><driver type='raw'/>{source}<target dev='vda'/></disk></devices>")
+        format!(
+            "<devices><disk type='{kind}'><driver type='raw'/>{source}<target \
+             dev='vda'/></disk></devices>"
+        )
     };
     let on = |before: &str, storage: Storage| {
         let source = Source { target: "vda", storage, format: "qcow2" };
         let text = domain(before).unwrap().with_sources(&[source]).unwrap();
-        text.strip_prefix("<domain><name>x</name>").unwrap().strip_suffix("</domain>").unwrap().to_owned()
+        text.strip_prefix("<domain><name>x</name>")
+            .unwrap()
+            .strip_suffix("</domain>")
+            .unwrap()
+            .to_owned()
     };
     let now = |kind: &str, source: &str| disk(kind, source).replace("'raw'", "'qcow2'");
     let label = "<seclabel model='dac' relabel='no'/>";
@@ -363,19 +458,28 @@ fn the_type_of_a_disk_follows_its_source() {
     let pool = "<source pool='p' volume='v'/>";
     let nbd = "<source protocol='nbd' name='n'><host name='h'/></source>";
     let file = || Storage::at("/f");
-    assert_eq!(on(&disk("block", "<source dev='/b'/>"), file()), now("file", "<source file='/f'/>"));
+    assert_eq!(
+        on(&disk("block", "<source dev='/b'/>"), file()),
+        now("file", "<source file='/f'/>")
+    );
     assert_eq!(on(&disk("volume", pool), file()), now("file", "<source file='/f'/>"));
     assert_eq!(on(&disk("network", nbd), file()), now("file", "<source file='/f'/>"));
     // What is of the old image alone goes with it; labels are for whatever is in its place.
     let both = format!("<source file='/g'>{part}{label}</source>");
-    assert_eq!(on(&disk("file", &both), file()), now("file", &format!("<source file='/f'>{label}</source>")));
+    assert_eq!(
+        on(&disk("file", &both), file()),
+        now("file", &format!("<source file='/f'>{label}</source>"))
+    );
     // The way back, to what another document says.
-    for (kind, source) in [("volume", pool), ("network", nbd), ("file", &both), ("block", "<source dev='/b'/>")] {
+    for (kind, source) in
+        [("volume", pool), ("network", nbd), ("file", &both), ("block", "<source dev='/b'/>")]
+    {
         let before = domain(&disk(kind, source)).unwrap().storage("vda").unwrap();
         assert_eq!(on(&disk("file", "<source file='/f'/>"), before), now(kind, source));
     }
     // A device is one by what it is.
-    let loops = (0..8).map(|n| format!("/dev/loop{n}")).find(|path| std::path::Path::new(path).exists());
+    let loops =
+        (0..8).map(|n| format!("/dev/loop{n}")).find(|path| std::path::Path::new(path).exists());
     if let Some(device) = loops {
         let block = now("block", &format!("<source dev='{device}'/>"));
         assert_eq!(on(&disk("file", "<source file='/f'/>"), Storage::at(&device)), block);
@@ -435,11 +539,19 @@ fn a_name_with_special_characters_goes_through_create_list_and_load() {
     for binary in Binary::any() {
         let opened = Opened::start(&machine(binary, 2));
         let xml = format!(
-            "<domainsnapshot><name>{escaped}</name><description>x &lt; y\n {escaped}</description></domainsnapshot>"
+            "<domainsnapshot><name>{escaped}</name><description>x &lt; y\n \
+             {escaped}</description></domainsnapshot>"
         );
         assert_eq!(opened.create(&xml, INSTANTLY).unwrap(), name);
-        let names: Vec<_> =
-            opened.handle.store().unwrap().list().unwrap().into_iter().map(|record| record.name).collect();
+        let names: Vec<_> = opened
+            .handle
+            .store()
+            .unwrap()
+            .list()
+            .unwrap()
+            .into_iter()
+            .map(|record| record.name)
+            .collect();
         assert_eq!(names, [name]);
         assert_eq!(opened.handle.store().unwrap().current().unwrap().as_deref(), Some(name));
         let record = opened.record(name);
@@ -460,10 +572,14 @@ fn xml_that_is_refused_leaves_the_guest_untouched() {
         ("<name>a</name><memory file='x'/>", Code::XmlError),
         ("<name>a</name><disks><disk name='vd0'/><disk name='drive-0'/></disks>", Code::XmlError),
         ("<name>a</name><disks><disk name='vd0'/><disk name='vd0'/></disks>", Code::XmlError),
-        ("<name>a</name><disks><disk name='vd0' snapshot='manual'/></disks>", Code::OperationUnsupported),
+        (
+            "<name>a</name><disks><disk name='vd0' snapshot='manual'/></disks>",
+            Code::OperationUnsupported,
+        ),
         ("<name>a</name><disks><disk name='nosuch'/></disks>", Code::ConfigUnsupported),
     ] {
-        let result = opened.create(&format!("<domainsnapshot>{content}</domainsnapshot>"), INSTANTLY);
+        let result =
+            opened.create(&format!("<domainsnapshot>{content}</domainsnapshot>"), INSTANTLY);
         assert_error(result, code, "");
     }
     assert_untouched(&opened, &before);

@@ -24,8 +24,15 @@ impl<'a> OpenedDomain<'a> {
         let uuid = guest.virsh("domuuid", &[]);
         let connect = Connect::open(&guest.daemon().uri()).unwrap().unwrap();
         let domain = connect.domain(uuid.trim()).unwrap();
-        let handle = Handle::open_libvirt(Arc::new(LibvirtConnector::open(domain.clone()).unwrap()));
-        OpenedDomain { guest, domain, handle, files: files_of(guest.directory()).collect(), count: 0 }
+        let handle =
+            Handle::open_libvirt(Arc::new(LibvirtConnector::open(domain.clone()).unwrap()));
+        OpenedDomain {
+            guest,
+            domain,
+            handle,
+            files: files_of(guest.directory()).collect(),
+            count: 0,
+        }
     }
 
     /// Where memory goes.
@@ -38,7 +45,8 @@ impl<'a> OpenedDomain<'a> {
         self.count += 1;
         let name = format!("s{}", self.count);
         let xml = format!(
-            "<domainsnapshot><name>{name}</name><memory snapshot='external' file='{}'/></domainsnapshot>",
+            "<domainsnapshot><name>{name}</name><memory snapshot='external' \
+             file='{}'/></domainsnapshot>",
             self.memory().display()
         );
         (name, xml)

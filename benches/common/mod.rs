@@ -1,4 +1,5 @@
-//! What the benchmarks share: their options, the guest that is measured, snapshots by hand, and what is made of the figures.
+//! What the benchmarks share: their options, the guest that is measured, snapshots by hand, and
+//! what is made of the figures.
 
 #![allow(dead_code)] // Each benchmark uses its own part.
 
@@ -24,8 +25,8 @@ pub struct Options {
 }
 
 impl Options {
-    /// By default so, and the figures in `target/`. An option that is not known here goes to `more`, which says whether it
-    /// knows it.
+    /// By default so, and the figures in `target/`. An option that is not known here goes to
+    /// `more`, which says whether it knows it.
     pub fn parse(
         rounds: usize,
         memory: &[u32],
@@ -57,7 +58,8 @@ impl Options {
 
     /// Writes what was measured.
     pub fn write(&self, document: &Value) {
-        std::fs::write(&self.json, format!("{document:#}\n")).expect("the JSON file cannot be written");
+        std::fs::write(&self.json, format!("{document:#}\n"))
+            .expect("the JSON file cannot be written");
     }
 }
 
@@ -114,7 +116,8 @@ impl Guests {
         mut measure: impl FnMut(&Machine) -> BTreeMap<&'static str, W>,
     ) -> Vec<Value> {
         let heading = format!(
-            "| QEMU | guest | load | way | pause ms, median (min to max) | ratio to {floor} | total ms, median | ratio |"
+            "| QEMU | guest | load | way | pause ms, median (min to max) | ratio to {floor} | \
+             total ms, median | ratio |"
         );
         println!("{heading}");
         // As long as what it is under.
@@ -144,7 +147,8 @@ impl Guests {
     }
 }
 
-/// A guest to measure. All its memory is there from the start, as that of one that has run for a while.
+/// A guest to measure. All its memory is there from the start, as that of one that has run for a
+/// while.
 pub fn machine(binary: &'static Binary, memory: u32, load: &str) -> Machine {
     let machine = Machine::new(binary).restless().memory(memory).prealloc().disk(Format::Raw);
     match load {
@@ -154,8 +158,8 @@ pub fn machine(binary: &'static Binary, memory: u32, load: &str) -> Machine {
     }
 }
 
-/// Takes a snapshot each way, again and again, another way being the first each time; what they took, but for the first
-/// round, which is for warming up.
+/// Takes a snapshot each way, again and again, another way being the first each time; what they
+/// took, but for the first round, which is for warming up.
 pub fn interleave<T>(
     ways: &[&'static str],
     rounds: usize,
@@ -222,6 +226,7 @@ pub fn median(figures: &[u64]) -> f64 {
 /// A line of a file in /proc that is in kB.
 pub fn kib(file: &str, name: &str) -> u64 {
     let text = std::fs::read_to_string(file).unwrap();
-    let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':')).expect(name);
+    let line =
+        text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':')).expect(name);
     line.trim().trim_end_matches(" kB").parse().unwrap()
 }

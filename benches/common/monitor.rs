@@ -23,7 +23,8 @@ impl Monitor {
         Monitor { client, directory: directory.to_owned() }
     }
 
-    /// For how long the guest stood still each time since the last call, by QEMU's own STOP and RESUME events: microseconds.
+    /// For how long the guest stood still each time since the last call, by QEMU's own STOP and
+    /// RESUME events: microseconds.
     pub fn pauses(&mut self) -> Vec<u64> {
         // All events that came before the answer are there then.
         self.command("query-status", json!({}));
@@ -31,7 +32,9 @@ impl Monitor {
         for event in self.client.events() {
             match event.name.as_str() {
                 "STOP" => stopped = stopped.or(Some(event.timestamp_us)),
-                "RESUME" => pauses.extend(stopped.take().map(|stopped| event.timestamp_us - stopped)),
+                "RESUME" => {
+                    pauses.extend(stopped.take().map(|stopped| event.timestamp_us - stopped))
+                }
                 _ => {}
             }
         }
@@ -40,8 +43,8 @@ impl Monitor {
         pauses
     }
 
-    /// Takes a snapshot up to the moment that the guest runs again, with QEMU's stream going through `cat`. Not `prepared`: the
-    /// overlay is made in the pause.
+    /// Takes a snapshot up to the moment that the guest runs again, with QEMU's stream going
+    /// through `cat`. Not `prepared`: the overlay is made in the pause.
     pub fn begin(&mut self, prepared: bool, memory: File) -> Child {
         let overlay = self.directory.join("by-hand.overlay");
         let top = self.top();
@@ -117,7 +120,9 @@ impl Monitor {
     fn send_pipe_to_cat(&mut self, memory: File) -> Child {
         let (read, write) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).unwrap();
         let cat = Command::new("cat").stdin(Stdio::from(read)).stdout(memory).spawn().unwrap();
-        self.client.execute_with_fd("getfd", json!({ "fdname": "by-hand" }), write.as_fd()).unwrap();
+        self.client
+            .execute_with_fd("getfd", json!({ "fdname": "by-hand" }), write.as_fd())
+            .unwrap();
         cat
     }
 
@@ -130,7 +135,10 @@ impl Monitor {
     pub fn flatten(&mut self) {
         let top = self.top();
         if top["image"]["backing-image"].is_object() {
-            self.command("block-commit", json!({ "job-id": "flatten", "device": top["node-name"] }));
+            self.command(
+                "block-commit",
+                json!({ "job-id": "flatten", "device": top["node-name"] }),
+            );
         }
         wait_for(LONG, || {
             let jobs = self.command("query-block-jobs", json!({}));
@@ -143,7 +151,8 @@ impl Monitor {
         let nodes = self.command("query-named-block-nodes", json!({ "flat": true }));
         let mut ours: Vec<(&str, &str)> = Vec::new();
         for node in nodes.as_array().unwrap() {
-            let (name, file) = (node["node-name"].as_str().unwrap(), node["file"].as_str().unwrap());
+            let (name, file) =
+                (node["node-name"].as_str().unwrap(), node["file"].as_str().unwrap());
             if name.starts_with("by-hand") || name.starts_with("instantsnap-") {
                 ours.push((name, file));
             }

@@ -40,7 +40,13 @@ impl DropIn<'_> {
     }
 
     /// Writes it, whole or not at all. `others` is what the unit preloads by itself.
-    pub fn write(&self, others: &str, library: &Path, upgrade_live: bool, most: Option<u32>) -> Result<()> {
+    pub fn write(
+        &self,
+        others: &str,
+        library: &Path,
+        upgrade_live: bool,
+        most: Option<u32>,
+    ) -> Result<()> {
         let text = text(others, &library.display().to_string(), upgrade_live, most);
         let directory = self.root.make_directory(self.place());
         directory
@@ -50,7 +56,11 @@ impl DropIn<'_> {
 
     /// Removes it, and its directory where that is empty then. False where there is none.
     pub fn remove(&self) -> Result<bool> {
-        match self.root.directory(self.place()).and_then(|directory| directory.remove_file(units::OURS)) {
+        match self
+            .root
+            .directory(self.place())
+            .and_then(|directory| directory.remove_file(units::OURS))
+        {
             Ok(()) => {}
             Err(error) if error.kind() == ErrorKind::NotFound => return Ok(false),
             Err(error) => return Err(self.failed("remove", &error)),
@@ -72,7 +82,8 @@ impl DropIn<'_> {
 }
 
 fn text(others: &str, library: &str, upgrade_live: bool, most: Option<u32>) -> String {
-    let preload = if others.is_empty() { library.to_owned() } else { format!("{others}:{library}") };
+    let preload =
+        if others.is_empty() { library.to_owned() } else { format!("{others}:{library}") };
     let mut text = format!(
         "# Written by `instantsnap daemon enable`; `instantsnap daemon disable` removes it.\n\
          [Service]\n\
@@ -96,7 +107,12 @@ mod tests {
     fn what_is_written_is_what_systemd_reads() {
         let text = text("/a.so", "/opt/100%/libinstantsnap.so.0", true, Some(4));
         assert!(text.contains("Environment=\"LD_PRELOAD=/a.so:/opt/100%%/libinstantsnap.so.0\"\n"));
-        assert!(text.contains("Environment=INSTANTSNAP_UPGRADE_LIVE=1\nEnvironment=INSTANTSNAP_MAX_SNAPSHOTS=4\n"));
-        assert_eq!(units::preload_of(&text).as_deref(), Some("/a.so:/opt/100%/libinstantsnap.so.0"));
+        assert!(text.contains(
+            "Environment=INSTANTSNAP_UPGRADE_LIVE=1\nEnvironment=INSTANTSNAP_MAX_SNAPSHOTS=4\n"
+        ));
+        assert_eq!(
+            units::preload_of(&text).as_deref(),
+            Some("/a.so:/opt/100%/libinstantsnap.so.0")
+        );
     }
 }

@@ -12,27 +12,40 @@ const NAME: &str = "libinstantsnap.so.0";
 /// Before its version in the library, which has it for this.
 const MARK: &[u8] = b"instantsnap-library/";
 
-/// The one beside this command's prefix, or where distributions have theirs, as that system sees it.
+/// The one beside this command's prefix, or where distributions have theirs, as that system sees
+/// it.
 pub fn installed(root: &Root) -> Result<PathBuf> {
-    let prefix = std::env::current_exe().ok().and_then(|program| Some(program.parent()?.parent()?.to_owned()));
+    let prefix = std::env::current_exe()
+        .ok()
+        .and_then(|program| Some(program.parent()?.parent()?.to_owned()));
     let prefixes = prefix.into_iter().chain(["/usr/local".into(), "/usr".into()]);
     let triplet = format!("lib/{}-linux-gnu", std::env::consts::ARCH);
-    let below = |prefix: PathBuf| [triplet.as_str(), "lib64", "lib"].map(|directory| prefix.join(directory).join(NAME));
+    let below = |prefix: PathBuf| {
+        [triplet.as_str(), "lib64", "lib"].map(|directory| prefix.join(directory).join(NAME))
+    };
     let mut candidates = prefixes.flat_map(below);
     // A link may lead to what only that system sees: that it is there is enough.
-    candidates.find(|path| root.has(path)).ok_or_else(|| format!("{NAME} is not installed: give its path by --library"))
+    candidates
+        .find(|path| root.has(path))
+        .ok_or_else(|| format!("{NAME} is not installed: give its path by --library"))
 }
 
-/// Refuses what a daemon of root's must not be given, or cannot use. The path is as that system sees it.
+/// Refuses what a daemon of root's must not be given, or cannot use. The path is as that system
+/// sees it.
 pub fn check(root: &Root, library: &Path) -> Result<()> {
     let shown = library.display();
     let text = library.to_str().ok_or_else(|| format!("{shown}: the path is not UTF-8"))?;
     if !library.is_absolute() {
-        return Err(format!("{shown}: an absolute path is needed, for the daemon's directory is another"));
-    }
-    if text.contains(|letter: char| letter.is_whitespace() || letter == ':' || letter == '"' || letter == '$') {
         return Err(format!(
-            "{shown}: the loader takes no path with a space or a colon, systemd none with a quote or a $"
+            "{shown}: an absolute path is needed, for the daemon's directory is another"
+        ));
+    }
+    if text.contains(|letter: char| {
+        letter.is_whitespace() || letter == ':' || letter == '"' || letter == '$'
+    }) {
+        return Err(format!(
+            "{shown}: the loader takes no path with a space or a colon, systemd none with a quote \
+             or a $"
         ));
     }
     let file = follow(root.path(), library)?;
@@ -49,12 +62,15 @@ pub fn check(root: &Root, library: &Path) -> Result<()> {
     Ok(())
 }
 
-/// The file that a path leads to in the system below `root`. An error where others than root can change it, or any of the
-/// directories on the way, those that symbolic links lead through too: any of them could put another file there.
+/// The file that a path leads to in the system below `root`. An error where others than root can
+/// change it, or any of the directories on the way, those that symbolic links lead through too: any
+/// of them could put another file there.
 fn follow(root: &Path, path: &Path) -> Result<PathBuf> {
     /// As many as the kernel follows.
     const MOST_LINKS: usize = 40;
-    let parts = |path: &Path| path.components().rev().map(|part| part.as_os_str().to_owned()).collect::<Vec<_>>();
+    let parts = |path: &Path| {
+        path.components().rev().map(|part| part.as_os_str().to_owned()).collect::<Vec<_>>()
+    };
     let failed = |path: &Path, error: io::Error| format!("{}: {error}", path.display());
     let root = fs::canonicalize(root).map_err(|error| failed(root, error))?;
     let (mut at, mut left, mut links) = (root.clone(), parts(path), 0);
@@ -100,7 +116,8 @@ fn check_owner(path: &Path, data: &fs::Metadata) -> Result<()> {
         format!("{}, or install the library as root (meson install)", commands.join(" && "))
     };
     Err(format!(
-        "{shown} does not belong to root alone, and whoever can change it could do what the daemon can: {mended}"
+        "{shown} does not belong to root alone, and whoever can change it could do what the daemon \
+         can: {mended}"
     ))
 }
 
@@ -108,7 +125,9 @@ fn check_owner(path: &Path, data: &fs::Metadata) -> Result<()> {
 fn is_ours(bytes: &[u8]) -> bool {
     const SHARED_OBJECT: u8 = 3;
     let class = if usize::BITS == 64 { 2 } else { 1 };
-    let is_elf = bytes.starts_with(b"\x7fELF") && bytes.get(4) == Some(&class) && bytes.get(16) == Some(&SHARED_OBJECT);
+    let is_elf = bytes.starts_with(b"\x7fELF")
+        && bytes.get(4) == Some(&class)
+        && bytes.get(16) == Some(&SHARED_OBJECT);
     let contains = |name: &[u8]| bytes.windows(name.len()).any(|window| window == name);
     is_elf && contains(b"\0qemuSnapshotCreateXML\0") && contains(MARK)
 }
@@ -159,7 +178,11 @@ mod tests {
         let library = directory.path().join(NAME);
         fs::write(&library, "").unwrap();
         let said = refused(library.to_str().unwrap());
-        assert!(said.starts_with("/tmp does not belong to root alone") && said.contains("somewhere else"), "{said}");
+        assert!(
+            said.starts_with("/tmp does not belong to root alone")
+                && said.contains("somewhere else"),
+            "{said}"
+        );
         assert!(!said.contains("chmod"), "{said}");
     }
 }

@@ -38,14 +38,16 @@ enum Daemon {
     Enable {
         #[command(flatten)]
         place: Place,
-        /// The library, by its absolute path; by default the one that is installed. With --root the path is as that system
-        /// sees it, without the directory
+        /// The library, by its absolute path; by default the one that is installed. With --root the
+        /// path is as that system sees it, without the directory
         #[arg(long, value_name = "PATH")]
         library: Option<PathBuf>,
-        /// Make LIVE external snapshots with memory instant too, for clients that cannot ask for INSTANT
+        /// Make LIVE external snapshots with memory instant too, for clients that cannot ask for
+        /// INSTANT
         #[arg(long)]
         upgrade_live: bool,
-        /// How many instant snapshots can be taken at once (10); stay below the daemon's max_workers
+        /// How many instant snapshots can be taken at once (10); stay below the daemon's
+        /// max_workers
         #[arg(long, value_name = "NUMBER")]
         max_snapshots: Option<u32>,
         /// Restart the daemon; guests run on
@@ -60,8 +62,9 @@ enum Daemon {
         #[arg(long)]
         now: bool,
     },
-    /// Says whether the daemon is to have the library, and whether the one that runs has it. Exits with 0 where both are so,
-    /// and with 3 where not, or where another file of the unit overrides ours
+    /// Says whether the daemon is to have the library, and whether the one that runs has it. Exits
+    /// with 0 where both are so, and with 3 where not, or where another file of the unit overrides
+    /// ours
     Status {
         #[command(flatten)]
         place: Place,
@@ -76,7 +79,8 @@ struct Place {
     /// Which daemon
     #[arg(long, value_enum, default_value = "libvirtd")]
     unit: Unit,
-    /// The directory that is taken for /, for images of systems; nothing is reloaded or restarted then
+    /// The directory that is taken for /, for images of systems; nothing is reloaded or restarted
+    /// then
     #[arg(long, value_name = "DIRECTORY", default_value = "/")]
     root: PathBuf,
 }
@@ -108,7 +112,8 @@ fn main() -> ExitCode {
     let Topic::Daemon(command) = Cli::parse().command;
     let done = match command {
         Daemon::Enable { place, library, upgrade_live, max_snapshots, now } => {
-            enable(&place, library.as_deref(), upgrade_live, max_snapshots, now).map(|()| ExitCode::SUCCESS)
+            enable(&place, library.as_deref(), upgrade_live, max_snapshots, now)
+                .map(|()| ExitCode::SUCCESS)
         }
         Daemon::Disable { place, now } => disable(&place, now).map(|()| ExitCode::SUCCESS),
         Daemon::Status { place, pid } => status(&place, pid),
@@ -147,7 +152,10 @@ fn disable(place: &Place, now: bool) -> Result<()> {
     let (root, unit) = (place.open()?, place.unit.name());
     let drop_in = DropIn::of(&root, unit);
     if !drop_in.remove()? {
-        println!("{unit} is not to be started with libinstantsnap: there is no {}", drop_in.path().display());
+        println!(
+            "{unit} is not to be started with libinstantsnap: there is no {}",
+            drop_in.path().display()
+        );
         return Ok(());
     }
     println!("{unit} will be started as ever ({} is removed)", drop_in.path().display());
@@ -172,8 +180,15 @@ fn take_effect(root: &Root, unit: &str, now: bool) -> Result<()> {
 }
 
 fn systemctl(words: &[&str]) -> Result<()> {
-    let status = Command::new("systemctl").args(words).status().map_err(|error| format!("systemctl: {error}"))?;
-    if status.success() { Ok(()) } else { Err(format!("systemctl {} failed: {status}", words.join(" "))) }
+    let status = Command::new("systemctl")
+        .args(words)
+        .status()
+        .map_err(|error| format!("systemctl: {error}"))?;
+    if status.success() {
+        Ok(())
+    } else {
+        Err(format!("systemctl {} failed: {status}", words.join(" ")))
+    }
 }
 
 fn status(place: &Place, pid: Option<u32>) -> Result<ExitCode> {
@@ -181,8 +196,13 @@ fn status(place: &Place, pid: Option<u32>) -> Result<ExitCode> {
     let drop_in = DropIn::of(&root, unit);
     let wanted = drop_in.library()?;
     match &wanted {
-        Some(library) => println!("{unit} is to be started with {library} ({})", drop_in.path().display()),
-        None => println!("{unit} is not to be started with libinstantsnap: there is no {}", drop_in.path().display()),
+        Some(library) => {
+            println!("{unit} is to be started with {library} ({})", drop_in.path().display())
+        }
+        None => println!(
+            "{unit} is not to be started with libinstantsnap: there is no {}",
+            drop_in.path().display()
+        ),
     }
     let overridden = if wanted.is_some() { units::preload(&root, unit)?.overridden } else { None };
     if let Some(why) = &overridden {

@@ -11,7 +11,9 @@ use crate::{Result, library};
 pub fn called(name: &str) -> Vec<u32> {
     let Ok(entries) = fs::read_dir("/proc") else { return Vec::new() };
     let pids = entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok());
-    let is_called = |pid: &u32| fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|comm| comm.trim() == name);
+    let is_called = |pid: &u32| {
+        fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|comm| comm.trim() == name)
+    };
     let mut pids: Vec<u32> = pids.filter(is_called).collect();
     pids.sort_unstable();
     pids
@@ -50,8 +52,11 @@ mod tests {
 
     #[test]
     fn the_library_is_told_from_others() {
-        let line = |path: &str| format!("7f00-7f01 r-xp 00000000 fe:01 42                 {path}\n");
-        let others = line("/usr/lib/libinstantsnap-preload.so") + &line("[heap]") + &line("/usr/lib/libvirt.so.0");
+        let line =
+            |path: &str| format!("7f00-7f01 r-xp 00000000 fe:01 42                 {path}\n");
+        let others = line("/usr/lib/libinstantsnap-preload.so")
+            + &line("[heap]")
+            + &line("/usr/lib/libvirt.so.0");
         assert_eq!(library_of(&others), None);
         let path = "/usr/lib/libinstantsnap.so.0.1.0 (deleted)";
         assert_eq!(library_of(&(others + &line(path))), Some(path));

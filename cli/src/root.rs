@@ -32,8 +32,16 @@ pub struct Root {
 impl Root {
     /// The system below a directory.
     pub fn open(path: &Path) -> io::Result<Root> {
-        let directory = rustix::fs::open(path, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
-        Ok(Root { directory, path: path.to_owned(), is_own: fs::canonicalize(path)? == Path::new("/") })
+        let directory = rustix::fs::open(
+            path,
+            OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
+            Mode::empty(),
+        )?;
+        Ok(Root {
+            directory,
+            path: path.to_owned(),
+            is_own: fs::canonicalize(path)? == Path::new("/"),
+        })
     }
 
     /// Whether it is the system that runs.
@@ -70,7 +78,8 @@ impl Root {
 
     /// Whether there is a file of this name.
     pub fn has_file(&self, path: impl AsRef<Path>) -> bool {
-        let kind = self.find(path.as_ref(), OFlags::PATH).and_then(|file| Ok(rustix::fs::fstat(&file)?));
+        let kind =
+            self.find(path.as_ref(), OFlags::PATH).and_then(|file| Ok(rustix::fs::fstat(&file)?));
         kind.is_ok_and(|data| FileType::from_raw_mode(data.st_mode) == FileType::RegularFile)
     }
 
@@ -97,7 +106,8 @@ impl Root {
     /// The names in a directory.
     pub fn names(&self, path: impl AsRef<Path>) -> io::Result<Vec<OsString>> {
         let directory = self.find(path.as_ref(), OFlags::RDONLY | OFlags::DIRECTORY)?;
-        let names = Dir::new(directory)?.map(|entry| Ok(OsString::from_vec(entry?.file_name().to_bytes().to_vec())));
+        let names = Dir::new(directory)?
+            .map(|entry| Ok(OsString::from_vec(entry?.file_name().to_bytes().to_vec())));
         let mut names: Vec<OsString> = names.collect::<io::Result<_>>()?;
         names.retain(|name| name != "." && name != "..");
         Ok(names)
@@ -124,7 +134,9 @@ impl Root {
 
 /// A path without what would lead out of where it is looked for.
 fn within(path: &Path) -> PathBuf {
-    let parts = path.components().filter(|part| matches!(part, Component::Normal(_) | Component::ParentDir));
+    let parts = path
+        .components()
+        .filter(|part| matches!(part, Component::Normal(_) | Component::ParentDir));
     let path: PathBuf = parts.collect();
     if path.as_os_str().is_empty() { ".".into() } else { path }
 }
@@ -146,7 +158,9 @@ impl Directory {
             Ok(made) => Ok(Directory(made)),
             Err(rustix::io::Errno::NOTDIR | rustix::io::Errno::LOOP) => {
                 let name = name.to_string_lossy();
-                Err(io::Error::other(format!("{name} is a symbolic link that leads nowhere in that system: remove it")))
+                Err(io::Error::other(format!(
+                    "{name} is a symbolic link that leads nowhere in that system: remove it"
+                )))
             }
             Err(error) => Err(error.into()),
         }
@@ -170,7 +184,8 @@ impl Directory {
 
     /// A new file beside one of this name. What other files there are, left by whatever, stays.
     fn fresh(&self, name: &str) -> io::Result<(String, File)> {
-        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let flags =
+            OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         for number in 0..100 {
             let fresh = format!("{name}.new-{}-{number}", std::process::id());
             match rustix::fs::openat(&self.0, &fresh, flags, Mode::from_raw_mode(0o600)) {
@@ -226,7 +241,8 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let root = Root::open(directory.path()).unwrap();
         let pipe = directory.path().join("pipe");
-        rustix::fs::mknodat(rustix::fs::CWD, &pipe, FileType::Fifo, Mode::from_raw_mode(0o600), 0).unwrap();
+        rustix::fs::mknodat(rustix::fs::CWD, &pipe, FileType::Fifo, Mode::from_raw_mode(0o600), 0)
+            .unwrap();
         assert!(root.read("pipe").unwrap_err().to_string().contains("not a file"));
         fs::File::create(directory.path().join("huge")).unwrap().set_len(LARGEST + 1).unwrap();
         assert!(root.read("huge").unwrap_err().to_string().contains("too large"));

@@ -30,19 +30,24 @@ pub struct Preload {
     pub overridden: Option<String>,
 }
 
-/// As systemd puts a daemon's environment together: `Environment=` of all files in their order, then what
-/// `EnvironmentFile=` names, whichever file that is in, and at last `UnsetEnvironment=` likewise. An empty value takes back
-/// what was said of the same before.
+/// As systemd puts a daemon's environment together: `Environment=` of all files in their order,
+/// then what `EnvironmentFile=` names, whichever file that is in, and at last `UnsetEnvironment=`
+/// likewise. An empty value takes back what was said of the same before.
 pub fn preload(root: &Root, unit: &str) -> Result<Preload> {
-    let (mut others, mut overridden, mut unset, mut named) = (String::new(), None, None, Vec::new());
+    let (mut others, mut overridden, mut unset, mut named) =
+        (String::new(), None, None, Vec::new());
     for (file, is_after_ours) in files(root, unit) {
         let shown = root.shown(&file);
         let shown = shown.display();
-        let moved = format!("and comes after {OURS}: remove that, or give the file a name that comes before");
+        let moved = format!(
+            "and comes after {OURS}: remove that, or give the file a name that comes before"
+        );
         for (name, value) in settings(&read(root, &file)?) {
             match (name.as_str(), value.is_empty()) {
                 ("Environment", true) if is_after_ours => {
-                    overridden = Some(format!("{shown} empties the environment of {unit} (Environment=), {moved}"));
+                    overridden = Some(format!(
+                        "{shown} empties the environment of {unit} (Environment=), {moved}"
+                    ));
                 }
                 ("Environment", true) => others.clear(),
                 ("Environment", false) => match preload_in(&value) {
@@ -56,10 +61,13 @@ pub fn preload(root: &Root, unit: &str) -> Result<Preload> {
                 ("EnvironmentFile", false) => named.push(value.trim_start_matches('-').to_owned()),
                 ("UnsetEnvironment", true) => unset = None,
                 ("UnsetEnvironment", false)
-                    if words(&value).iter().any(|word| word == VARIABLE || assigned(word).is_some()) =>
+                    if words(&value)
+                        .iter()
+                        .any(|word| word == VARIABLE || assigned(word).is_some()) =>
                 {
                     unset = Some(format!(
-                        "{shown} unsets {VARIABLE} for {unit} (UnsetEnvironment=), whoever has set it: remove that"
+                        "{shown} unsets {VARIABLE} for {unit} (UnsetEnvironment=), whoever has set \
+                         it: remove that"
                     ));
                 }
                 _ => {}
@@ -69,8 +77,8 @@ pub fn preload(root: &Root, unit: &str) -> Result<Preload> {
     let sets = |text: String| text.lines().any(|line| assigned(line).is_some());
     let set = named.iter().find(|file| root.read(file).is_ok_and(sets)).map(|file| {
         format!(
-            "{} sets {VARIABLE} for {unit}, and systemd gives it precedence: remove that, or move it to an Environment= in a \
-             drop-in with a name that comes before {OURS}",
+            "{} sets {VARIABLE} for {unit}, and systemd gives it precedence: remove that, or move \
+             it to an Environment= in a drop-in with a name that comes before {OURS}",
             root.shown(file).display()
         )
     });
@@ -80,19 +88,23 @@ pub fn preload(root: &Root, unit: &str) -> Result<Preload> {
 /// The unit's file, and its drop-ins but ours, each with whether systemd reads it after ours.
 fn files(root: &Root, unit: &str) -> Vec<(PathBuf, bool)> {
     let directories = || DIRECTORIES.iter().map(Path::new);
-    let main =
-        directories().map(|directory| directory.join(format!("{unit}.service"))).rfind(|file| root.has_file(file));
+    let main = directories()
+        .map(|directory| directory.join(format!("{unit}.service")))
+        .rfind(|file| root.has_file(file));
     // Those of all services are less important than its own.
     let kinds = ["service.d".to_owned(), format!("{unit}.service.d")];
-    let places = kinds.iter().flat_map(|kind| directories().map(move |directory| directory.join(kind)));
-    // In the order of their names, wherever they are; of those of one name the most important is the only one.
+    let places =
+        kinds.iter().flat_map(|kind| directories().map(move |directory| directory.join(kind)));
+    // In the order of their names, wherever they are; of those of one name the most important is
+    // the only one.
     let mut drop_ins: BTreeMap<OsString, PathBuf> = BTreeMap::new();
     for place in places {
         let names = root.names(&place).unwrap_or_default();
         drop_ins.extend(names.into_iter().map(|name| (name.clone(), place.join(name))));
     }
     drop_ins.retain(|name, path| path.extension().is_some_and(|end| end == "conf") && name != OURS);
-    let drop_ins = drop_ins.into_iter().map(|(name, path)| (path, name.as_os_str() > OsStr::new(OURS)));
+    let drop_ins =
+        drop_ins.into_iter().map(|(name, path)| (path, name.as_os_str() > OsStr::new(OURS)));
     main.map(|file| (file, false)).into_iter().chain(drop_ins).collect()
 }
 
@@ -100,7 +112,9 @@ fn files(root: &Root, unit: &str) -> Vec<(PathBuf, bool)> {
 fn read(root: &Root, file: &Path) -> Result<String> {
     match root.read(file) {
         Err(error) if error.kind() == ErrorKind::NotFound => Ok(String::new()),
-        other => other.map_err(|error| format!("cannot read {}: {error}", root.shown(file).display())),
+        other => {
+            other.map_err(|error| format!("cannot read {}: {error}", root.shown(file).display()))
+        }
     }
 }
 
@@ -169,12 +183,21 @@ mod tests {
         let last = |lines: &str| preload_of(&format!("[Service]\n{lines}"));
         let quoted = "Environment=A=b \"LD_PRELOAD=/a.so /b.so\"\nEnvironment='C=d e'\n";
         assert_eq!(last(quoted).as_deref(), Some("/a.so /b.so"));
-        assert_eq!(last("Environment=LD_PRELOAD=/a\nEnvironment = LD_PRELOAD=/b\n").as_deref(), Some("/b"));
-        assert_eq!(last("Environment=A=b \\\n# a comment\n  LD_PRELOAD=/a\n").as_deref(), Some("/a"));
+        assert_eq!(
+            last("Environment=LD_PRELOAD=/a\nEnvironment = LD_PRELOAD=/b\n").as_deref(),
+            Some("/b")
+        );
+        assert_eq!(
+            last("Environment=A=b \\\n# a comment\n  LD_PRELOAD=/a\n").as_deref(),
+            Some("/a")
+        );
         assert_eq!(last("Environment=LD_PRELOAD=/a\nEnvironment=\n"), None);
         assert_eq!(last("Environment=LD_PRELOAD=/a LD_PRELOAD=\n"), None);
         assert_eq!(last("Environment=LD_PRELOAD LD_PRELOADED=/a\n"), None);
-        assert_eq!(last("# Environment=LD_PRELOAD=/a\nEnvironmentFile=-/etc/default/libvirtd\n"), None);
+        assert_eq!(
+            last("# Environment=LD_PRELOAD=/a\nEnvironmentFile=-/etc/default/libvirtd\n"),
+            None
+        );
         assert_eq!(last("[Unit]\nEnvironment=LD_PRELOAD=/a\n"), None);
     }
 }

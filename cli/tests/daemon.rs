@@ -78,8 +78,8 @@ impl System {
         symlink(target, self.path(path)).unwrap();
     }
 
-    /// That this alone keeps `enable` from taking a library: of another owner or mode it is refused, with the command that
-    /// mends it.
+    /// That this alone keeps `enable` from taking a library: of another owner or mode it is
+    /// refused, with the command that mends it.
     #[track_caller]
     fn assert_must_be_roots(&self, path: &str, library: &str) {
         let enable = || self.enable(&["--library", library]);
@@ -111,7 +111,10 @@ impl System {
 }
 
 fn rustix_is_root() -> bool {
-    fs::read_to_string("/proc/self/status").unwrap().lines().any(|line| line.starts_with("Uid:\t0\t0"))
+    fs::read_to_string("/proc/self/status")
+        .unwrap()
+        .lines()
+        .any(|line| line.starts_with("Uid:\t0\t0"))
 }
 
 #[track_caller]
@@ -129,13 +132,18 @@ fn fails(output: &Output, part: &str) {
 #[test]
 fn what_is_enabled_is_written_as_a_drop_in_and_removed_when_it_is_disabled() {
     let Some(system) = System::new() else { return };
-    let said = ok(system.enable(&["--unit", "virtqemud", "--upgrade-live", "--max-snapshots", "4"]));
+    let said =
+        ok(system.enable(&["--unit", "virtqemud", "--upgrade-live", "--max-snapshots", "4"]));
     assert!(said.contains("next start"), "{said}");
     let file = system.drop_in("virtqemud");
     let text = fs::read_to_string(&file).unwrap();
     // As that system will see it, not as we do.
     assert!(text.contains(&format!("Environment=\"LD_PRELOAD={LIBRARY}\"\n")), "{text}");
-    assert!(text.contains("INSTANTSNAP_UPGRADE_LIVE=1\n") && text.contains("INSTANTSNAP_MAX_SNAPSHOTS=4\n"), "{text}");
+    assert!(
+        text.contains("INSTANTSNAP_UPGRADE_LIVE=1\n")
+            && text.contains("INSTANTSNAP_MAX_SNAPSHOTS=4\n"),
+        "{text}"
+    );
     // Once more, and otherwise: the last word counts.
     ok(system.enable(&["--unit", "virtqemud"]));
     assert!(!fs::read_to_string(&file).unwrap().contains("UPGRADE"));
@@ -163,10 +171,16 @@ fn what_the_unit_preloads_already_stays() {
     );
     assert_preloads("/usr/lib/old.so:");
     let drop_in = |text: &str, path: &str| system.write(path, &format!("[Service]\n{text}\n"));
-    drop_in("Environment='LD_PRELOAD=/usr/lib/own.so'", "usr/lib/systemd/system/libvirtd.service.d/b.conf");
+    drop_in(
+        "Environment='LD_PRELOAD=/usr/lib/own.so'",
+        "usr/lib/systemd/system/libvirtd.service.d/b.conf",
+    );
     assert_preloads("/usr/lib/own.so:");
     // The name counts more than the directory; but of files of one name, the directory.
-    drop_in("Environment='LD_PRELOAD=/usr/lib/first.so'", "etc/systemd/system/libvirtd.service.d/a.conf");
+    drop_in(
+        "Environment='LD_PRELOAD=/usr/lib/first.so'",
+        "etc/systemd/system/libvirtd.service.d/a.conf",
+    );
     drop_in("Environment='LD_PRELOAD=/usr/lib/all.so'", "etc/systemd/system/service.d/b.conf");
     assert_preloads("/usr/lib/own.so:");
     drop_in("", "run/systemd/system/libvirtd.service.d/b.conf");
@@ -174,7 +188,10 @@ fn what_the_unit_preloads_already_stays() {
     drop_in("Environment=", "etc/systemd/system/libvirtd.service.d/b.conf");
     assert_preloads("");
     // Where it is set again there is nothing to keep; what is not there sets nothing.
-    drop_in("EnvironmentFile=-/nowhere\nUnsetEnvironment=LD_LIBRARY_PATH", "etc/systemd/system/service.d/z.conf");
+    drop_in(
+        "EnvironmentFile=-/nowhere\nUnsetEnvironment=LD_LIBRARY_PATH",
+        "etc/systemd/system/service.d/z.conf",
+    );
     assert_preloads("");
 
     ok(system.run(&["disable"]));
@@ -207,7 +224,9 @@ fn a_file_that_overrides_ours_is_named_and_nothing_is_written() {
         fs::remove_file(system.path(file)).unwrap();
     };
     for way in ways {
-        for (name, is_after) in [("zz-own.conf", true), ("instantsnap.conf.conf", true), ("a.conf", false)] {
+        for (name, is_after) in
+            [("zz-own.conf", true), ("instantsnap.conf.conf", true), ("a.conf", false)]
+        {
             try_with(&format!("etc/systemd/system/libvirtd.service.d/{name}"), way, is_after);
         }
     }
@@ -218,7 +237,8 @@ fn a_file_that_overrides_ours_is_named_and_nothing_is_written() {
     }
     // What is taken back, or is of a file that another of its name stands for, is nothing.
     let all = ways.map(|(line, ..)| line).join("\n");
-    system.write("usr/lib/systemd/system/libvirtd.service.d/zz.conf", &format!("[Service]\n{all}\n"));
+    system
+        .write("usr/lib/systemd/system/libvirtd.service.d/zz.conf", &format!("[Service]\n{all}\n"));
     fails(&system.enable(&[]), "LD_PRELOAD");
     system.link("/dev/null", "etc/systemd/system/libvirtd.service.d/zz.conf");
     ok(system.enable(&[]));
@@ -249,17 +269,22 @@ fn neither_the_library_nor_a_directory_above_it_may_be_others() {
     for path in [LIBRARY, "/usr/local/lib", "/usr/local", "/usr", "/"] {
         system.assert_must_be_roots(path, LIBRARY);
     }
-    // Nobody else can replace a file in such a one. It is refused all the same, and not to be made another.
+    // Nobody else can replace a file in such a one. It is refused all the same, and not to be made
+    // another.
     fs::set_permissions(system.path("/usr/local"), fs::Permissions::from_mode(0o1777)).unwrap();
     let output = system.enable(&[]);
-    fails(&output, &format!("{} does not belong to root alone", system.path("/usr/local").display()));
+    fails(
+        &output,
+        &format!("{} does not belong to root alone", system.path("/usr/local").display()),
+    );
     assert!(!String::from_utf8_lossy(&output.stderr).contains("chmod"), "{output:?}");
 }
 
 #[test]
 fn no_directory_that_a_symbolic_link_leads_through_may_be_others() {
     let Some(system) = System::new() else { return };
-    // /usr/lib -> /opt/lib, /opt/lib/libinstantsnap.so.0 -> ../../srv/current/lib.so, /srv/current -> 1
+    // /usr/lib -> /opt/lib, /opt/lib/libinstantsnap.so.0 -> ../../srv/current/lib.so, /srv/current
+    // -> 1
     system.copy(&built(), "/srv/1/lib.so");
     system.link("1", "/srv/current");
     system.link("/opt/lib", "/usr/lib");
@@ -289,19 +314,30 @@ fn no_symbolic_link_of_an_image_leads_out_of_it() {
         fs::write(outside(name), untouched).unwrap();
     }
     let assert_untouched = || {
-        let mut names: Vec<_> = fs::read_dir(host.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        let mut names: Vec<_> =
+            fs::read_dir(host.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
         names.sort();
         assert_eq!(names, ["elsewhere", "environment", "instantsnap.conf"]);
-        assert!(names.iter().all(|name| fs::read_to_string(host.path().join(name)).unwrap() == untouched));
+        assert!(
+            names
+                .iter()
+                .all(|name| fs::read_to_string(host.path().join(name)).unwrap() == untouched)
+        );
     };
     // The drop-ins' directory, absolute and by parents.
     let up = "../".repeat(20);
     for target in [outside(""), format!("{up}{}", outside(""))] {
         system.link(&target, PLACE);
-        fails(&system.enable(&[]), "libvirtd.service.d is a symbolic link that leads nowhere in that system");
+        fails(
+            &system.enable(&[]),
+            "libvirtd.service.d is a symbolic link that leads nowhere in that system",
+        );
         ok(system.run(&["disable"]));
         let said = system.run(&["status", "--pid", "1"]);
-        assert!(String::from_utf8_lossy(&said.stdout).contains("is not to be started with"), "{said:?}");
+        assert!(
+            String::from_utf8_lossy(&said.stdout).contains("is not to be started with"),
+            "{said:?}"
+        );
         assert_untouched();
         fs::remove_file(system.path(PLACE)).unwrap();
     }

@@ -1,4 +1,5 @@
-//! What the environment says. A program with more rights than its user (setuid, capabilities) does not listen to it.
+//! What the environment says. A program with more rights than its user (setuid, capabilities) does
+//! not listen to it.
 
 use std::ffi::OsString;
 use std::io::Write;

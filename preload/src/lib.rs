@@ -1,17 +1,20 @@
-//! Instant snapshots for programs that know libvirt only: `LD_PRELOAD=/…/libinstantsnap-preload.so PROGRAM`.
+//! Instant snapshots for programs that know libvirt only: `LD_PRELOAD=/…/libinstantsnap-preload.so
+//! PROGRAM`.
 //!
 //! The library stands before three functions of `libvirt.so.0`, and passes every call on but these:
 //!
-//! * `virDomainSnapshotCreateXML` with `VIR_DOMAIN_SNAPSHOT_CREATE_INSTANT` (bit 10) is instantsnap's. So is, with
-//!   `INSTANTSNAP_UPGRADE_LIVE=1` in the environment, a LIVE snapshot of a running QEMU guest with its memory in a file of its
-//!   own; where instantsnap refuses that one, it is libvirt's after all, because nobody asked for INSTANT.
-//! * `virDomainRevertToSnapshot` and `virDomainSnapshotDelete` of a QEMU guest's snapshot with its memory in a file are
-//!   instantsnap's, which has libvirt do it where libvirt can. Not the other way round: libvirt's refusal would reach the
-//!   program's error handler (by default a line on stderr), and some of what it does not refuse does harm.
+//! * `virDomainSnapshotCreateXML` with `VIR_DOMAIN_SNAPSHOT_CREATE_INSTANT` (bit 10) is
+//!   instantsnap's. So is, with `INSTANTSNAP_UPGRADE_LIVE=1` in the environment, a LIVE snapshot of
+//!   a running QEMU guest with its memory in a file of its own; where instantsnap refuses that one,
+//!   it is libvirt's after all, because nobody asked for INSTANT.
+//! * `virDomainRevertToSnapshot` and `virDomainSnapshotDelete` of a QEMU guest's snapshot with its
+//!   memory in a file are instantsnap's, which has libvirt do it where libvirt can. Not the other
+//!   way round: libvirt's refusal would reach the program's error handler (by default a line on
+//!   stderr), and some of what it does not refuse does harm.
 //!
-//! instantsnap itself is opened at the first call that needs it; where it is missing, only calls with bit 10 notice.
-//! `docs/preload.md` is for users. Here, [`libvirt`] and [`ours`] hold the functions of the two libraries, found at run time,
-//! so that preloading loads neither.
+//! instantsnap itself is opened at the first call that needs it; where it is missing, only calls
+//! with bit 10 notice. `docs/preload.md` is for users. Here, [`libvirt`] and [`ours`] hold the
+//! functions of the two libraries, found at run time, so that preloading loads neither.
 
 // The boundary, numbers, names and limits are the main library's, from its own files.
 #[allow(unused)]
@@ -55,7 +58,11 @@ use pointers::Text;
 
 /// libvirt's, and instant with bit 10.
 #[unsafe(no_mangle)]
-pub extern "C" fn virDomainSnapshotCreateXML(domain: Option<&Domain>, xml: Text, flags: c_uint) -> *mut Snapshot {
+pub extern "C" fn virDomainSnapshotCreateXML(
+    domain: Option<&Domain>,
+    xml: Text,
+    flags: c_uint,
+) -> *mut Snapshot {
     boundary(tell, || {
         let Some(libvirt) = Libvirt::get() else { return Ok(ptr::null_mut()) };
         let theirs = || Ok((libvirt.next.virDomainSnapshotCreateXML)(domain, xml, flags));
@@ -68,7 +75,8 @@ pub extern "C" fn virDomainSnapshotCreateXML(domain: Option<&Domain>, xml: Text,
         }
         // Asked for now, because that resets the last error.
         let connection = libvirt.connection_of_domain(domain);
-        let instant = |ours: &Ours| (ours.qemuSnapshotCreateXML)(domain, None, xml, flags | flags::INSTANT);
+        let instant =
+            |ours: &Ours| (ours.qemuSnapshotCreateXML)(domain, None, xml, flags | flags::INSTANT);
         match attempt(libvirt, instant, |snapshot| !snapshot.is_null()) {
             Outcome::Done(snapshot) => Ok(snapshot),
             Outcome::Refused(why) if !asked => {
@@ -149,7 +157,11 @@ enum Outcome<T> {
 }
 
 /// A call of instantsnap, which returns something `good`, or has failed.
-fn attempt<T>(libvirt: &Libvirt, call: impl FnOnce(&Ours) -> T, good: impl FnOnce(&T) -> bool) -> Outcome<T> {
+fn attempt<T>(
+    libvirt: &Libvirt,
+    call: impl FnOnce(&Ours) -> T,
+    good: impl FnOnce(&T) -> bool,
+) -> Outcome<T> {
     libvirt.reset_last_error();
     let result = caught(|| {
         let ours = Ours::get()?;
@@ -181,7 +193,10 @@ thread_local! {
 impl Inside {
     /// None where the thread is inside already, or ending.
     fn enter() -> Option<Inside> {
-        INSIDE.try_with(|inside| !inside.replace(true)).is_ok_and(|entered| entered).then_some(Inside)
+        INSIDE
+            .try_with(|inside| !inside.replace(true))
+            .is_ok_and(|entered| entered)
+            .then_some(Inside)
     }
 }
 

@@ -95,33 +95,44 @@ impl Libvirt {
         LIBVIRT.get()
     }
 
-    /// libvirt is there, because somebody has called one of its functions. None where it is something else.
+    /// libvirt is there, because somebody has called one of its functions. None where it is
+    /// something else.
     fn find() -> Option<Libvirt> {
         let library = Library::loaded(c"libvirt.so.0")?;
         // The definition that comes after ours: another preloaded library's, or libvirt's.
         let next = |name| {
             let found = Library::NEXT.find(name);
-            // A program that opened libvirt, as Python does, has it to itself: it is not among those that come next.
+            // A program that opened libvirt, as Python does, has it to itself: it is not among
+            // those that come next.
             if found.is_null() { library.find(name) } else { found }
         };
-        Some(Libvirt { next: Next::find(next).ok()?, functions: Functions::find(|name| library.find(name)).ok()? })
+        Some(Libvirt {
+            next: Next::find(next).ok()?,
+            functions: Functions::find(|name| library.find(name)).ok()?,
+        })
     }
 
     /// Whether this is QEMU's driver, and the guest is there.
     pub fn is_running_under_qemu(&self, domain: &Domain) -> bool {
-        self.is_qemu(self.connection_of_domain(Some(domain))) && (self.functions.virDomainIsActive)(domain) == 1
+        self.is_qemu(self.connection_of_domain(Some(domain)))
+            && (self.functions.virDomainIsActive)(domain) == 1
     }
 
     pub fn connection_of_domain<'a>(&self, domain: Option<&'a Domain>) -> Option<&'a Connect> {
         (self.functions.virDomainGetConnect)(domain?)
     }
 
-    pub fn connection_of_snapshot<'a>(&self, snapshot: Option<&'a Snapshot>) -> Option<&'a Connect> {
+    pub fn connection_of_snapshot<'a>(
+        &self,
+        snapshot: Option<&'a Snapshot>,
+    ) -> Option<&'a Connect> {
         (self.functions.virDomainSnapshotGetConnect)(snapshot?)
     }
 
     pub fn is_qemu(&self, connection: Option<&Connect>) -> bool {
-        connection.is_some_and(|connection| (self.functions.virConnectGetType)(connection).get() == Some(c"QEMU"))
+        connection.is_some_and(|connection| {
+            (self.functions.virConnectGetType)(connection).get() == Some(c"QEMU")
+        })
     }
 
     /// The snapshot's XML.
@@ -133,7 +144,8 @@ impl Libvirt {
     /// This thread's last error.
     pub fn last_error(&self) -> Option<LastError> {
         // SAFETY: NULL, or this thread's error, which nobody changes meanwhile.
-        let last = unsafe { (self.functions.virGetLastError)().as_ref() }.filter(|last| last.code != 0)?;
+        let last =
+            unsafe { (self.functions.virGetLastError)().as_ref() }.filter(|last| last.code != 0)?;
         let message = last.message.lossy().unwrap_or_else(|| "no reason is given".into());
         Some(LastError { code: last.code, message })
     }
@@ -148,7 +160,8 @@ impl Libvirt {
         let Some(set_error) = self.functions.virSetError else {
             return environment::say(&error.message);
         };
-        let message = CString::new(error.message.replace('\0', "\\0")).expect("there is no NUL any more");
+        let message =
+            CString::new(error.message.replace('\0', "\\0")).expect("there is no NUL any more");
         let mut raw = virError {
             code: error.code as c_int,
             domain: DOMAIN,
@@ -166,7 +179,8 @@ impl Libvirt {
         set_error(&mut raw);
     }
 
-    /// Tells the program's error handler of the last error, as each of libvirt's functions does at its end.
+    /// Tells the program's error handler of the last error, as each of libvirt's functions does at
+    /// its end.
     pub fn dispatch(&self, connection: Option<&Connect>) {
         if let Some(dispatch) = self.functions.virDispatchError {
             dispatch(connection);

@@ -22,7 +22,8 @@ pub type OnSnapshot = extern "C" fn(Option<&virDomainObj>, Option<&Snapshot>, c_
 pub struct virDomainObj([u8; 0]);
 
 symbols! {
-    /// Its functions, which have these types in instantsnap.h and instantsnap-libvirt.h, where the soname is this.
+    /// Its functions, which have these types in instantsnap.h and instantsnap-libvirt.h, where the
+    /// soname is this.
     pub struct Ours;
 
     unsafe extern "C" {
@@ -54,7 +55,8 @@ impl Ours {
 
     fn look() -> Result<Ours> {
         let library = open()?;
-        Ours::find(|name| library.find(name)).map_err(|name| missing(&format!("it has no {name}()")))
+        Ours::find(|name| library.find(name))
+            .map_err(|name| missing(&format!("it has no {name}()")))
     }
 
     /// Its own last error of this thread.
@@ -70,7 +72,8 @@ fn missing(why: &str) -> Error {
     Error::new(
         Code::OperationUnsupported,
         format!(
-            "instant snapshots need {SONAME}: {why}; install it where the loader finds it, or set INSTANTSNAP_LIBRARY to its path"
+            "instant snapshots need {SONAME}: {why}; install it where the loader finds it, or set \
+             INSTANTSNAP_LIBRARY to its path"
         ),
     )
 }
@@ -87,17 +90,21 @@ fn open() -> Result<Library> {
     Err(missing(&why))
 }
 
-/// What was asked for and nothing else; or what is beside this library, then whatever the loader finds.
+/// What was asked for and nothing else; or what is beside this library, then whatever the loader
+/// finds.
 fn candidates() -> Vec<PathBuf> {
     if let Some(named) = environment::variable("INSTANTSNAP_LIBRARY") {
         return vec![named.into()];
     }
-    let beside = directory().into_iter().map(|directory| directory.join(SONAME)).filter(|file| file.exists());
+    let beside = directory()
+        .into_iter()
+        .map(|directory| directory.join(SONAME))
+        .filter(|file| file.exists());
     beside.chain([PathBuf::from(SONAME)]).collect()
 }
 
-/// Where this library was loaded from. A relative path would be of the directory that the program was started in, and it may
-/// be in another now: that is none.
+/// Where this library was loaded from. A relative path would be of the directory that the program
+/// was started in, and it may be in another now: that is none.
 fn directory() -> Option<PathBuf> {
     static HERE: u8 = 0;
     let mut info = libc::Dl_info {
@@ -106,7 +113,8 @@ fn directory() -> Option<PathBuf> {
         dli_sname: std::ptr::null(),
         dli_saddr: std::ptr::null_mut(),
     };
-    // SAFETY: any address may be asked for, and `info` is written; the name is the loader's, for as long as we are loaded.
+    // SAFETY: any address may be asked for, and `info` is written; the name is the loader's, for as
+    // long as we are loaded.
     let name = unsafe {
         if libc::dladdr((&raw const HERE).cast(), &raw mut info) == 0 || info.dli_fname.is_null() {
             return None;

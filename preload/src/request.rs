@@ -8,7 +8,12 @@ use crate::pointers::Text;
 use crate::{upgrade, xml};
 
 /// Whether this is a LIVE snapshot that the user wants to be INSTANT.
-pub fn is_to_be_upgraded(libvirt: &Libvirt, domain: Option<&Domain>, xml: Text, flags: c_uint) -> bool {
+pub fn is_to_be_upgraded(
+    libvirt: &Libvirt,
+    domain: Option<&Domain>,
+    xml: Text,
+    flags: c_uint,
+) -> bool {
     if !upgrade::is_live(flags) || !environment::upgrade_live() {
         return false;
     }

@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later
  *
- * Stands in for libinstantsnap where a test wants it to fail, or to call back. Every call says its name on stderr. With
- * INSTEAD_CODE=N it fails with that virErrorNumber; with 0 a revert or delete does nothing, successfully. Otherwise it calls
- * the function of libvirt's that the whole process sees, which is the preloaded one, with the very flags it was given,
- * INSTANT included.
+ * Stands in for libinstantsnap where a test wants it to fail, or to call back. Every call says its
+ * name on stderr. With INSTEAD_CODE=N it fails with that virErrorNumber; with 0 a revert or delete
+ * does nothing, successfully. Otherwise it calls the function of libvirt's that the whole process
+ * sees, which is the preloaded one, with the very flags it was given, INSTANT included.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>

@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Takes instant snapshots of several running QEMUs at once, from one event loop, and tells what happens to each.
+"""Takes instant snapshots of several running QEMUs at once, from one event loop, and tells what
+happens to each.
 
     snapshot_many.py --state-dir /var/lib/vm/snapshots /run/vm/one.qmp /run/vm/two.qmp
 
-Ctrl-C cancels them all, and ends when each guest is as it was. Exit status: 0 all are complete, 1 not all are,
-130 some were cancelled.
+Ctrl-C cancels them all, and ends when each guest is as it was. Exit status: 0 all are complete, 1
+not all are, 130 some were cancelled.
 """
 
 import argparse

@@ -15,7 +15,8 @@ While its memory is still being written, start_snapshot() returns at the instant
 
 or, in an event loop of asyncio, `name = await guest.snapshot_async()`.
 
-For a domain of libvirt, with libvirt-python (imported when it is needed; everything else works without it):
+For a domain of libvirt, with libvirt-python (imported when it is needed; everything else works
+without it):
 
     import instantsnap, libvirt
 
@@ -24,9 +25,10 @@ For a domain of libvirt, with libvirt-python (imported when it is needed; everyt
         dom, "<domainsnapshot><memory snapshot='external' file='/var/lib/vm/memory'/></domainsnapshot>")
     print(snapshot.getName())
 
-The C library, libinstantsnap.so.0, is loaded at the first call: the file that the environment variable
-INSTANTSNAP_LIBRARY names; else libinstantsnap.so or libinstantsnap.so.0 beside this package's files; else by the
-system's loader. LibraryNotFound, an ImportError, says where it was looked for.
+The C library, libinstantsnap.so.0, is loaded at the first call: the file that the environment
+variable INSTANTSNAP_LIBRARY names; else libinstantsnap.so or libinstantsnap.so.0 beside this
+package's files; else by the system's loader. LibraryNotFound, an ImportError, says where it was
+looked for.
 """
 
 from ._errors import Cancelled, Error, ErrorCode, LibraryNotFound, NotFound

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """libvirt-python's objects and errors, for functions of the C library and from them.
 
-The only place that knows libvirt-python. It is imported when it is first needed: the package works without it.
+The only place that knows libvirt-python. It is imported when it is first needed: the package works
+without it.
 """
 
 import ctypes
@@ -38,7 +39,8 @@ def _check_that_libvirt_is_shared(libvirt: Any) -> None:
     """A pointer of one libvirt would crash another; and its errors would never be seen."""
     path = libvirt.libvirtmod.__file__
     try:
-        # Both are loaded already: by libvirt-python's extension module, and as the C library loads it.
+        # Both are loaded already: by libvirt-python's extension module, and as the C library loads
+        # it.
         theirs, ours = (ctypes.cast(ctypes.CDLL(file).virDomainFree, ctypes.c_void_p).value
                         for file in (path, _LIBVIRT))
     except (OSError, AttributeError) as error:
@@ -57,7 +59,8 @@ def domain_pointer(dom: "libvirt.virDomain") -> int:
 
 
 def snapshot_pointer(snapshot: "libvirt.virDomainSnapshot") -> int:
-    """The virDomainSnapshotPtr of an object, which must outlive its use. Raises TypeError, ImportError."""
+    """The virDomainSnapshotPtr of an object, which must outlive its use. Raises TypeError,
+    ImportError."""
     return _pointer(snapshot, "virDomainSnapshot", "snapshot")
 
 
@@ -70,8 +73,8 @@ def _pointer(thing: Any, kind: str, what: str) -> int:
 
 
 def take_snapshot(dom: "libvirt.virDomain", pointer: int) -> "libvirt.virDomainSnapshot":
-    """The object for a virDomainSnapshotPtr that the library gave us. The reference is the object's from now on, which
-    calls virDomainSnapshotFree() at its end. The pointer may not be NULL."""
+    """The object for a virDomainSnapshotPtr that the library gave us. The reference is the object's
+    from now on, which calls virDomainSnapshotFree() at its end. The pointer may not be NULL."""
     capsule = _new_capsule(pointer, ctypes.addressof(_SNAPSHOT_CAPSULE), None)
     return binding().virDomainSnapshot(dom, _obj=capsule)
 
@@ -86,8 +89,8 @@ def error_of(error: Error) -> "libvirt.libvirtError":
 
 
 def last_error(what: str) -> "libvirt.libvirtError":
-    """Why the last call failed: to be called in the thread of that call, one that had no error before, and before any
-    other call. `what` has failed, for where nobody says why."""
+    """Why the last call failed: to be called in the thread of that call, one that had no error
+    before, and before any other call. `what` has failed, for where nobody says why."""
     ours = _library.last_error()
     theirs = binding().libvirtError(f"{what} failed")  # it takes the error that this thread has in libvirt
     if theirs.err is None and ours.code != ErrorCode.OK:

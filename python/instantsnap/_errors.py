@@ -8,7 +8,8 @@ _Enum = TypeVar("_Enum", bound=enum.IntEnum)
 
 
 class ErrorCode(enum.IntEnum):
-    """libvirt's error numbers (virErrorNumber) that this library gives, without their prefix VIR_ERR_."""
+    """libvirt's error numbers (virErrorNumber) that this library gives, without their prefix
+    VIR_ERR_."""
     OK = 0
     INTERNAL_ERROR = 1            #: a reply or a file that makes no sense, a defect of ours
     NO_CONNECT = 5                #: no connection to the libvirt daemon
@@ -59,8 +60,9 @@ class Cancelled(Error):
 
 
 def carry(raised: BaseException, left: BaseException) -> None:
-    """Has an exception that cancelled a snapshot tell, as the cause at the end of its own, that the undo failed: what is left
-    is in that one's message. A snapshot that was cancelled and undone has nothing to tell."""
+    """Has an exception that cancelled a snapshot tell, as the cause at the end of its own, that the
+    undo failed: what is left is in that one's message. A snapshot that was cancelled and undone has
+    nothing to tell."""
     if isinstance(left, Cancelled):
         return
     seen = {id(left)}
@@ -86,7 +88,8 @@ _CLASSES: dict[int, type[Error]] = {
 
 
 def known(kind: type[_Enum], number: int) -> Union[_Enum, int]:
-    """A number of the C library's as a member of `kind`; as it is when a newer library knows more of them."""
+    """A number of the C library's as a member of `kind`; as it is when a newer library knows more
+    of them."""
     try:
         return kind(number)
     except ValueError:

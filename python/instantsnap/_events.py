@@ -12,9 +12,10 @@ from ._errors import ErrorCode, known
 
 
 class EventType(enum.IntEnum):
-    """What happens to a snapshot that is being taken. Each of the first three comes at most once, in this order;
-    PROGRESS any number of times after INSTANT (of a plain snapshot, before it); then exactly one of COMPLETE and
-    FAILED, the last. FAILED comes from whichever phase. A guest that was paused already has no PAUSED."""
+    """What happens to a snapshot that is being taken. Each of the first three comes at most once,
+    in this order; PROGRESS any number of times after INSTANT (of a plain snapshot, before it); then
+    exactly one of COMPLETE and FAILED, the last. FAILED comes from whichever phase. A guest that
+    was paused already has no PAUSED."""
     PAUSED = 1    #: the vCPUs have stopped
     SWITCHED = 2  #: the disks are on their overlays
     INSTANT = 3   #: memory and disks are held; the guest, if it ran, runs again, and may be changed
@@ -65,8 +66,9 @@ class JobInfo:
 
 @dataclasses.dataclass(frozen=True)
 class Stats:
-    """What a snapshot took. Times are whole microseconds of CLOCK_MONOTONIC, 0 where a phase was not reached; the
-    phases (the first nine) follow each other without gaps, so that their sum is total_us."""
+    """What a snapshot took. Times are whole microseconds of CLOCK_MONOTONIC, 0 where a phase was
+    not reached; the phases (the first nine) follow each other without gaps, so that their sum is
+    total_us."""
     validate_us: int          #: flags, XML, connecting, the guest's state and abilities; the guest runs
     plan_us: int              #: disks, names, the domain's XML; the guest runs
     prepare_us: int           #: overlays created, memory image opened, capability set; the guest runs
@@ -118,10 +120,11 @@ def _values(kind: Any, structure: ctypes.Structure) -> dict[str, Any]:
 
 
 class Listener:
-    """A callback of the C library's that tells a Python one. Both must live for as long as the library may call.
+    """A callback of the C library's that tells a Python one. Both must live for as long as the
+    library may call.
 
-    The first exception of the Python one cancels the snapshot and is kept in `raised`, for C is no place for it; from
-    then on nothing is told.
+    The first exception of the Python one cancels the snapshot and is kept in `raised`, for C is no
+    place for it; from then on nothing is told.
     """
 
     def __init__(self, on_event: OnEvent, cancel: Callable[[], object]) -> None:

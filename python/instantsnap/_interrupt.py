@@ -9,14 +9,14 @@ from ._errors import carry
 
 _Result = TypeVar("_Result")
 
-#: Seconds. The kernel may hand a signal to another thread than the one that is to handle it, and that one sleeps on: so
-#: no wait is longer.
+#: Seconds. The kernel may hand a signal to another thread than the one that is to handle it, and
+#: that one sleeps on: so no wait is longer.
 SLICE = 0.05
 
 
 def interruptible(work: Callable[[], _Result], cancel: Callable[[], object]) -> _Result:
-    """Runs `work` in a thread of its own, so that signals reach this one meanwhile. An exception that one raises here
-    cancels the work, and goes on when the work has ended."""
+    """Runs `work` in a thread of its own, so that signals reach this one meanwhile. An exception
+    that one raises here cancels the work, and goes on when the work has ended."""
     results: list[_Result] = []
     failures: list[BaseException] = []
     ended = threading.Event()
@@ -37,8 +37,8 @@ def interruptible(work: Callable[[], _Result], cancel: Callable[[], object]) -> 
             pass
     except BaseException as raised:
         if not _take(permit):
-            # Asked again and again, for the work's first step may be yet to come. Waited for, whatever else is
-            # raised here: until it has ended the guest may be paused.
+            # Asked again and again, for the work's first step may be yet to come. Waited for,
+            # whatever else is raised here: until it has ended the guest may be paused.
             while not ended.is_set():
                 try:
                     cancel()

@@ -24,21 +24,23 @@ from ._waiters import Waiters
 class Job:
     """A snapshot that is being taken, started by Guest.start_snapshot().
 
-    A context manager: leaving the block waits for the end, and raises the job's Error where it failed. Leaving it by an
-    exception, KeyboardInterrupt too, cancels the snapshot and waits for the undo; then the exception goes on. (A
-    snapshot that was complete already stays.) The job can be asked afterwards too.
+    A context manager: leaving the block waits for the end, and raises the job's Error where it
+    failed. Leaving it by an exception, KeyboardInterrupt too, cancels the snapshot and waits for
+    the undo; then the exception goes on. (A snapshot that was complete already stays.) The job can
+    be asked afterwards too.
 
-    With asyncio: `async with job` is the same without blocking the event loop; `await job` is result(), and cancels the
-    snapshot when its task is cancelled, with CancelledError raised when everything is undone (asyncio.shield(job) only
-    stops to wait); `async for event in job` is events(), and cancels nothing. One event loop at a time. The other
-    methods may be used there too, but those that block.
+    With asyncio: `async with job` is the same without blocking the event loop; `await job` is
+    result(), and cancels the snapshot when its task is cancelled, with CancelledError raised when
+    everything is undone (asyncio.shield(job) only stops to wait); `async for event in job` is
+    events(), and cancels nothing. One event loop at a time. The other methods may be used there
+    too, but those that block.
 
-    Its methods may be called from any thread. Those that wait let signals be handled at once: what a handler raises, as
-    KeyboardInterrupt, goes on, and the snapshot too, unless it is in such a block. Every method of a closed job raises
-    Error (INVALID_ARG), but close().
+    Its methods may be called from any thread. Those that wait let signals be handled at once: what
+    a handler raises, as KeyboardInterrupt, goes on, and the snapshot too, unless it is in such a
+    block. Every method of a closed job raises Error (INVALID_ARG), but close().
 
-    A job that is not waited for goes on, whether it is closed or forgotten. So it does when its guest is closed. The
-    end of the process cuts it off: see "Processes" in instantsnap.h.
+    A job that is not waited for goes on, whether it is closed or forgotten. So it does when its
+    guest is closed. The end of the process cuts it off: see "Processes" in instantsnap.h.
     """
 
     def __init__(self, handle: int, hook: Optional[Hook] = None) -> None:
@@ -54,8 +56,8 @@ class Job:
         return self.wait(0)
 
     def wait(self, timeout: Optional[float] = None) -> bool:
-        """Waits until it has ended, completely or by an error. Blocks, for `timeout` seconds at most; None: without
-        end. Returns whether it has."""
+        """Waits until it has ended, completely or by an error. Blocks, for `timeout` seconds at
+        most; None: without end. Returns whether it has."""
         deadline = math.inf if timeout is None else time.monotonic() + timeout
         while True:
             left = min(SLICE, deadline - time.monotonic())
@@ -65,10 +67,11 @@ class Job:
                 return False
 
     def result(self, timeout: Optional[float] = None) -> str:
-        """The snapshot's name, when it is complete. Blocks until then, for `timeout` seconds at most; None: for ever.
+        """The snapshot's name, when it is complete. Blocks until then, for `timeout` seconds at
+        most; None: for ever.
 
-        Raises TimeoutError, Cancelled, or the Error that Guest.snapshot() would have raised, with everything as it was
-        before the call.
+        Raises TimeoutError, Cancelled, or the Error that Guest.snapshot() would have raised, with
+        everything as it was before the call.
         """
         if not self.wait(timeout):
             raise TimeoutError("the snapshot is still being taken")
@@ -76,20 +79,22 @@ class Job:
 
     @property
     def name(self) -> str:
-        """The snapshot's name, once it is complete. Does not block. Raises the Error of result(), or
-        OPERATION_INVALID when it has not ended yet."""
+        """The snapshot's name, once it is complete. Does not block. Raises the Error of result(),
+        or OPERATION_INVALID when it has not ended yet."""
         try:
             return take_string(library().instantsnap_job_get_name(self._open()))
         except Error as error:
             raise error if self._hook is None else self._hook.reason(error)
 
     def xml(self) -> str:
-        """The snapshot's `<domainsnapshot>` XML, once it is complete: what was recorded then, or, for one that is not
-        recorded (CREATE_NO_METADATA), what would have been. Does not block. Raises as `name` does."""
+        """The snapshot's `<domainsnapshot>` XML, once it is complete: what was recorded then, or,
+        for one that is not recorded (CREATE_NO_METADATA), what would have been. Does not block.
+        Raises as `name` does."""
         return take_string(library().instantsnap_job_get_xml(self._open()))
 
     def stats(self) -> Stats:
-        """What it took, once it has ended. Does not block. Raises Error (OPERATION_INVALID) when it has not."""
+        """What it took, once it has ended. Does not block. Raises Error (OPERATION_INVALID) when it
+        has not."""
         stats = _library.CStats(size=ctypes.sizeof(_library.CStats))
         check(library().instantsnap_job_get_stats(self._open(), ctypes.byref(stats)))
         return stats_of(stats)
@@ -101,24 +106,26 @@ class Job:
         return info_of(info)
 
     def cancel(self) -> None:
-        """Cancels it, in whatever phase it is: everything is undone, and it ends by Cancelled, unless it was complete
-        already. Does not wait for that."""
+        """Cancels it, in whatever phase it is: everything is undone, and it ends by Cancelled,
+        unless it was complete already. Does not wait for that."""
         check(library().instantsnap_job_cancel(self._open()))
 
     def fileno(self) -> int:
-        """A file descriptor that is readable as long as next_event() has an event to give, for select, selectors and
-        event loops: the job itself can be given to them. Valid until close(), and not to be read or closed."""
+        """A file descriptor that is readable as long as next_event() has an event to give, for
+        select, selectors and event loops: the job itself can be given to them. Valid until close(),
+        and not to be read or closed."""
         return check(library().instantsnap_job_get_fd(self._open()))
 
     def next_event(self) -> Optional[Event]:
-        """Takes the oldest event that was not taken yet; None: there is none now. PROGRESS events that nobody takes
-        replace each other. Does not block."""
+        """Takes the oldest event that was not taken yet; None: there is none now. PROGRESS events
+        that nobody takes replace each other. Does not block."""
         with self._lock:
             return self._events.popleft() if self._events else self._take()
 
     def events(self) -> Iterator[Event]:
-        """Takes the events one by one, from the oldest that was not taken yet to the last, COMPLETE or FAILED. Blocks
-        for each until it has happened. Raises nothing when the snapshot fails: result() does."""
+        """Takes the events one by one, from the oldest that was not taken yet to the last, COMPLETE
+        or FAILED. Blocks for each until it has happened. Raises nothing when the snapshot fails:
+        result() does."""
         while True:
             done = self.done()  # asked first: the last event is there by then
             event = self.next_event()
@@ -132,7 +139,8 @@ class Job:
                 poll.poll(SLICE * 1000)
 
     def close(self) -> None:
-        """Frees the job, without cancelling it; a second time does nothing. Does not block. Raises nothing."""
+        """Frees the job, without cancelling it; a second time does nothing. Does not block. Raises
+        nothing."""
         handle, self._handle = self._handle, None
         if handle:
             self._waiters.wake()
@@ -183,8 +191,8 @@ class Job:
         return f"<{type(self).__name__} {'open' if self._handle else 'closed'}>"
 
     def _undo(self, raised: BaseException) -> None:
-        """Cancels it, and waits until it has ended, whatever else is raised meanwhile. What could not be undone, `raised`
-        tells."""
+        """Cancels it, and waits until it has ended, whatever else is raised meanwhile. What could
+        not be undone, `raised` tells."""
         while True:
             try:
                 self.cancel()
@@ -205,8 +213,8 @@ class Job:
                 carry(raised, error)
 
     async def _undo_async(self, raised: Optional[BaseException]) -> None:
-        """Cancels it, and waits until it has ended, however often the task is cancelled meanwhile. What could not be undone,
-        `raised` tells."""
+        """Cancels it, and waits until it has ended, however often the task is cancelled meanwhile.
+        What could not be undone, `raised` tells."""
         self.cancel()
         cancelled = None
         while True:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The C library: where it is found, what its functions are, how its strings and errors become Python's.
+"""The C library: where it is found, what its functions are, how its strings and errors become
+Python's.
 
-Nothing here knows what a snapshot is. Every function of instantsnap.h is in FUNCTIONS, once, and every one of
-instantsnap-libvirt.h in LIBVIRT_FUNCTIONS.
+Nothing here knows what a snapshot is. Every function of instantsnap.h is in FUNCTIONS, once, and
+every one of instantsnap-libvirt.h in LIBVIRT_FUNCTIONS.
 """
 
 import ctypes
@@ -109,7 +110,8 @@ class CStorageCall(Structure):
                 ("deadline_us", c_uint64)]
 
 
-#: The callbacks of instantsnap_storage_hook. Instances must be kept for as long as the library may call them.
+#: The callbacks of instantsnap_storage_hook. Instances must be kept for as long as the library may
+#: call them.
 StorageSnapshot = CFUNCTYPE(c_int, POINTER(CStorageCall), c_void_p)
 StorageUndo = CFUNCTYPE(None, POINTER(CStorageCall), c_void_p)
 StorageRevert = CFUNCTYPE(c_int, POINTER(CStorageCall), POINTER(c_void_p), c_void_p)
@@ -135,8 +137,8 @@ class CRevertDisk(Structure):
                 ("backing_file", c_char_p)]
 
 
-# Handles are c_void_p. So are strings that are the caller's to free: ctypes turns a result of c_char_p into bytes
-# and forgets the pointer, which is right for borrowed strings only.
+# Handles are c_void_p. So are strings that are the caller's to free: ctypes turns a result of
+# c_char_p into bytes and forgets the pointer, which is right for borrowed strings only.
 _GUEST = _JOB = _PLAN = _SNAPSHOT = _OWNED_STRING = c_void_p
 # libvirt's virDomainPtr and virDomainSnapshotPtr, and its driver's virDomainObj *.
 _VIR_DOMAIN = _VIR_SNAPSHOT = _DOMAIN_OBJECT = c_void_p
@@ -239,13 +241,15 @@ def _declare(found: ctypes.CDLL, path: str) -> None:
 
 
 def last_error() -> Error:
-    """Why the last call failed. To be called in the thread of that call, and before any other call."""
+    """Why the last call failed. To be called in the thread of that call, and before any other
+    call."""
     error = library().instantsnap_last_error().contents
     return error_of(error.code, error.domain, (error.message or b"").decode("utf-8", "replace"))
 
 
 def check(result: int) -> int:
-    """The result of a call that returns -1 where it has failed, else its Error: see last_error()."""
+    """The result of a call that returns -1 where it has failed, else its Error: see
+    last_error()."""
     if result < 0:
         raise last_error()
     return result
@@ -265,12 +269,14 @@ def encode_optional(text: Optional[StrPath], what: str) -> Optional[bytes]:
 
 
 def decode(text: bytes) -> str:
-    """A string of the library; bytes of a path that are not UTF-8 survive the way back through encode()."""
+    """A string of the library; bytes of a path that are not UTF-8 survive the way back through
+    encode()."""
     return text.decode("utf-8", "surrogateescape")
 
 
 def take_string(pointer: Optional[int]) -> str:
-    """The text of a string that the library gave us, which is freed; for NULL its Error: see last_error()."""
+    """The text of a string that the library gave us, which is freed; for NULL its Error: see
+    last_error()."""
     if not pointer:
         raise last_error()
     try:

@@ -22,8 +22,8 @@ class RevertDisk:
 
 @dataclasses.dataclass(frozen=True)
 class RevertPlan:
-    """What a QEMU that is to continue a snapshot must be started with, besides `-incoming defer`. The images it names
-    stay until the caller removes them."""
+    """What a QEMU that is to continue a snapshot must be started with, besides `-incoming defer`.
+    The images it names stay until the caller removes them."""
     disks: list[RevertDisk]
     memory_file: Path  #: absolute path of the memory image
     domain_xml: str    #: the `<domain>` XML of the snapshot
@@ -33,22 +33,25 @@ def prepare_revert(state_dir: StrPath, name: str, directory: Optional[StrPath] =
                    revert: Optional[OnRevert] = None) -> RevertPlan:
     """Makes a fresh overlay on each disk image of a snapshot, and says what to start QEMU with.
 
-    Then start QEMU with the machine of the original (same machine type, CPU, memory size and devices), each disk on
-    the file that the plan names, and `-incoming defer`; then call Guest.load(). The snapshot stays as it is, so this
-    can be done any number of times, also while the original guest runs on. Needs `qemu-img`.
+    Then start QEMU with the machine of the original (same machine type, CPU, memory size and
+    devices), each disk on the file that the plan names, and `-incoming defer`; then call
+    Guest.load(). The snapshot stays as it is, so this can be done any number of times, also while
+    the original guest runs on. Needs `qemu-img`.
 
-    state_dir: the state directory with which the snapshot was taken. It must belong to this user or to root, and no
-        other user may write to it.
+    state_dir: the state directory with which the snapshot was taken. It must belong to this user or
+        to root, and no other user may write to it.
     directory: where the fresh images are made; None: beside each of the snapshot's images.
-    revert: for a snapshot with disks that were left to Guest.set_storage_hook(), and needed there: called with a
-        StorageCall when everything else has succeeded. Returns, for each disk of it, the path of a file or device with
-        what the disk was at the instant, in the disk's own format, which the continued guest may write to. They are the
-        last disks of the plan. What it raises is raised here.
+    revert: for a snapshot with disks that were left to Guest.set_storage_hook(), and needed there:
+        called with a StorageCall when everything else has succeeded. Returns, for each disk of it,
+        the path of a file or device with what the disk was at the instant, in the disk's own
+        format, which the continued guest may write to. They are the last disks of the plan. What it
+        raises is raised here.
 
-    Blocks for some 10 ms a disk, where a server of an image below does not answer for 30 s. Raises NotFound, or Error with
-    nothing left behind: INVALID_DOMAIN_SNAPSHOT (an image is missing; the memory image is incomplete, cut off or damaged),
-    OPERATION_UNSUPPORTED (`revert` is needed), ACCESS_DENIED (other users can write to state_dir), OPERATION_TIMEOUT (a
-    server of an image below does not answer), SYSTEM_ERROR, OPERATION_FAILED.
+    Blocks for some 10 ms a disk, where a server of an image below does not answer for 30 s. Raises
+    NotFound, or Error with nothing left behind: INVALID_DOMAIN_SNAPSHOT (an image is missing; the
+    memory image is incomplete, cut off or damaged), OPERATION_UNSUPPORTED (`revert` is needed),
+    ACCESS_DENIED (other users can write to state_dir), OPERATION_TIMEOUT (a server of an image
+    below does not answer), SYSTEM_ERROR, OPERATION_FAILED.
     """
     hook = Hook(revert=revert) if revert is not None else None
     plan = library().instantsnap_snapshot_prepare_revert_hooked(

@@ -37,9 +37,11 @@ OnRevert = Callable[[StorageCall], Sequence[StrPath]]
 
 
 class Hook:
-    """A hook of the C library's that calls Python functions. It must live for as long as the library may call.
+    """A hook of the C library's that calls Python functions. It must live for as long as the
+    library may call.
 
-    The last exception of one of them is kept, and is known by the number that C is given in its place.
+    The last exception of one of them is kept, and is known by the number that C is given in its
+    place.
     """
 
     def __init__(self, snapshot: Optional[OnStorage] = None, undo: Optional[OnStorage] = None,
@@ -60,7 +62,8 @@ class Hook:
             self.structure.deadline_ms = milliseconds(deadline, "deadline")
 
     def reason(self, error: Error) -> BaseException:
-        """What a function has raised, where that is why the library has failed; else the error itself."""
+        """What a function has raised, where that is why the library has failed; else the error
+        itself."""
         number = re.search(r"it returned (\d+)", error.message)
         if self._raised is not None and number is not None and int(number[1]) == self._number:
             return self._raised

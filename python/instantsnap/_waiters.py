@@ -8,8 +8,8 @@ from typing import Optional
 
 
 class Waiters:
-    """Any number of tasks of one event loop that wait until a descriptor is readable, for which asyncio itself knows a
-    single callback; or until they are woken."""
+    """Any number of tasks of one event loop that wait until a descriptor is readable, for which
+    asyncio itself knows a single callback; or until they are woken."""
 
     def __init__(self) -> None:
         self._futures: set["asyncio.Future[None]"] = set()

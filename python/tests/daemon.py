@@ -49,8 +49,8 @@ def wait_for(what, condition, seconds=60):
 
 
 class Daemon:
-    """A libvirtd with `qemu:///session`, as the user itself; as nobody when that is root. Everything of it is in one
-    directory, and ends with close(), or with this process."""
+    """A libvirtd with `qemu:///session`, as the user itself; as nobody when that is root.
+    Everything of it is in one directory, and ends with close(), or with this process."""
 
     def __init__(self):
         # Unix sockets are below it: short.
@@ -91,9 +91,10 @@ class Daemon:
         wait_for("libvirtd", self._answers)
 
     def _find_emulator(self):
-        """The QEMU under test, as libvirt can run it. libvirt asks it for all that it has; QEMU then loads all modules,
-        those of the system's QEMU too, and aborts when one is of another version. So a QEMU that scripts/deps has
-        unpacked gets a module directory in which those are empty, which it passes over."""
+        """The QEMU under test, as libvirt can run it. libvirt asks it for all that it has; QEMU
+        then loads all modules, those of the system's QEMU too, and aborts when one is of another
+        version. So a QEMU that scripts/deps has unpacked gets a module directory in which those are
+        empty, which it passes over."""
         program = Path(shutil.which(QEMU)).resolve()
         tree, modules = program.parent, "usr/lib/x86_64-linux-gnu/qemu"
         if not (tree / modules).is_dir():
@@ -200,8 +201,8 @@ class Guest:
         shutil.rmtree(self.directory)
 
     def tick(self):
-        """The last number that the guest has counted to; None before the first. Fails when its memory and its disk are
-        not of one moment."""
+        """The last number that the guest has counted to; None before the first. Fails when its
+        memory and its disk are not of one moment."""
         text = self.serial.read_text(errors="replace") if self.serial.exists() else ""
         if trouble := re.search(r"^(TORN|FAIL).*", text, re.MULTILINE):
             raise AssertionError(trouble[0])

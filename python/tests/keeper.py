@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Runs a command until its own standard input ends; then ends all that came of the command, and removes a directory.
+"""Runs a command until its own standard input ends; then ends all that came of the command, and
+removes a directory.
 
     keeper.py DIRECTORY COMMAND [ARGUMENT]...
 
-A daemon's QEMUs are its children's children, and outlive it. They become children of this process when they are
-orphans, so that nothing is left when the tests end, however they end.
+A daemon's QEMUs are its children's children, and outlive it. They become children of this process
+when they are orphans, so that nothing is left when the tests end, however they end.
 """
 
 import contextlib
@@ -17,8 +18,8 @@ import sys
 import time
 
 PR_SET_CHILD_SUBREAPER = 36
-#: Ignored here: Ctrl-C is for the tests, whose end is this process's; and a child that ends leaves no zombie, for which
-#: libvirtd would wait.
+#: Ignored here: Ctrl-C is for the tests, whose end is this process's; and a child that ends leaves
+#: no zombie, for which libvirtd would wait.
 SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD
 
 

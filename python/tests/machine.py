@@ -71,8 +71,8 @@ class Monitor:
 
 
 class Machine:
-    """qemu-system-x86_64 with nothing in it but a disk, and two monitors: `qmp` for the library, `monitor` for the
-    test. Ended and removed by close()."""
+    """qemu-system-x86_64 with nothing in it but a disk, and two monitors: `qmp` for the library,
+    `monitor` for the test. Ended and removed by close()."""
 
     def __init__(self, directory, name="a", memory=64, disk=None, disk_format="raw", arguments=()):
         self.directory = directory
@@ -112,7 +112,8 @@ class Machine:
 
 
 class TestCase(unittest.TestCase):
-    """A test with a directory of its own, a state directory in it, and machines that end with it."""
+    """A test with a directory of its own, a state directory in it, and machines that end with
+    it."""
 
     def setUp(self):
         self.directory = Path(tempfile.mkdtemp(prefix="instantsnap-test-"))
@@ -126,7 +127,8 @@ class TestCase(unittest.TestCase):
         return machine
 
     def assert_undone(self, machine, guest):
-        """The machine, whose state directory is `state` in its directory, is as if no snapshot had been tried."""
+        """The machine, whose state directory is `state` in its directory, is as if no snapshot had
+        been tried."""
         self.assertEqual(guest.snapshots(), [])
         state = machine.directory / "state"
         self.assertEqual([path.name for path in state.iterdir() if not path.name.startswith(".")], [])

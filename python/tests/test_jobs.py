@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Events of a snapshot, and snapshots that are taken while the caller does something else, against real QEMUs."""
+"""Events of a snapshot, and snapshots that are taken while the caller does something else, against
+real QEMUs."""
 
 import asyncio
 import dataclasses
@@ -52,7 +53,8 @@ class JobTestCase(TestCase):
         self.assertTrue(caught.exception.message)
 
     def wait_until_it_is_free(self, guest, name):
-        """Waits until no other snapshot of the guest is being taken: until one of its own, of that name, is."""
+        """Waits until no other snapshot of the guest is being taken: until one of its own, of that
+        name, is."""
         def take():
             try:
                 return guest.snapshot(name=name)
@@ -191,7 +193,8 @@ class Callback(JobTestCase):
         self.assertEqual(caught.exception.__context__.code, ErrorCode.OPERATION_INVALID)
 
     def test_an_exception_tells_of_an_undo_that_failed(self):
-        # QEMU may not open the image for writing once more, which it needs to merge the overlay back.
+        # QEMU may not open the image for writing once more, which it needs to merge the overlay
+        # back.
         arguments, user = (), os.geteuid()
         image = self.directory / "disk.raw"
         image.write_bytes(bytes(1 << 20))
@@ -526,7 +529,8 @@ class Asyncio(JobTestCase):
         self.assertEqual(names, ["one"] * 3)
 
     def cancel_at_the_instant(self, take):
-        """`take(guest, on_event)` is a task that takes a snapshot; it is cancelled at its instant, and once more."""
+        """`take(guest, on_event)` is a task that takes a snapshot; it is cancelled at its instant,
+        and once more."""
         machine, guest = self.open(memory=LARGE)
 
         async def main():

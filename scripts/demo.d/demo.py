@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The story of the demo: count, snapshot, ruin, bring back, check.
 
-Started by scripts/demo, which brings kernel, guest and library. Everything it makes is in one directory, and every
-QEMU it starts ends with it.
+Started by scripts/demo, which brings kernel, guest and library. Everything it makes is in one
+directory, and every QEMU it starts ends with it.
 """
 
 import argparse
@@ -29,7 +29,8 @@ class Failed(Exception):
 
 
 class Machine:
-    """A QEMU with the demo's guest, and what came over its serial line, by the time of its arrival."""
+    """A QEMU with the demo's guest, and what came over its serial line, by the time of its
+    arrival."""
 
     def __init__(self, options, directory, name, disk, disk_format, incoming=False):
         self.qmp = directory / f"{name}.qmp"
@@ -129,7 +130,8 @@ class Machine:
         return [count for at, line in list(self.lines) if begin <= at <= end and (count := count_of(line))]
 
     def longest_silence(self, begin, end):
-        """The longest time, in seconds, between two lines of which one arrived between the two times."""
+        """The longest time, in seconds, between two lines of which one arrived between the two
+        times."""
         times = [at for at, line in list(self.lines) if count_of(line)]
         return max((after - before for before, after in zip(times, times[1:]) if after >= begin and before <= end),
                    default=0.0)
@@ -173,7 +175,8 @@ class Timeline:
 
 
 def take(timeline, machine, guest, name, instant):
-    """Takes a snapshot of the counting guest, and tells what it took. Returns (time of the call, Stats)."""
+    """Takes a snapshot of the counting guest, and tells what it took. Returns (time of the call,
+    Stats)."""
     called = time.monotonic()
     guest.snapshot(name=name, instant=instant)
     stats = guest.stats()

@@ -1,14 +1,15 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * The whole user space of the demo's guest: process 1, statically linked, in an initramfs with nothing but a few
- * kernel modules.
+ * The whole user space of the demo's guest: process 1, statically linked, in an initramfs with
+ * nothing but a few kernel modules.
  *
- * It counts, TICKS times a second: first in COUNTERS pages spread over its memory, then on its disk, then on its serial
- * line. Before a counter is advanced it must hold the count before; so a snapshot whose memory and disk are of two
- * moments is found out at the next tick, as is one whose memory pages are.
+ * It counts, TICKS times a second: first in COUNTERS pages spread over its memory, then on its
+ * disk, then on its serial line. Before a counter is advanced it must hold the count before; so a
+ * snapshot whose memory and disk are of two moments is found out at the next tick, as is one whose
+ * memory pages are.
  *
- * On the serial line it prints `count N`, and takes two commands: `check` reads back every byte of its memory area and
- * its disk; `ruin` fills both with garbage.
+ * On the serial line it prints `count N`, and takes two commands: `check` reads back every byte of
+ * its memory area and its disk; `ruin` fills both with garbage.
  */
 #define _GNU_SOURCE
 #include <errno.h>

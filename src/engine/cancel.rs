@@ -44,9 +44,16 @@ impl Cancel {
         self.poll(&mut [PollFd::new(&self.event, PollFlags::IN)], time).map(drop)
     }
 
-    /// Waits until the descriptor can be read, so long at most: whether it can. An error as soon as it is cancelled.
+    /// Waits until the descriptor can be read, so long at most: whether it can. An error as soon as
+    /// it is cancelled.
     pub fn wait_readable(&self, fd: BorrowedFd, time: Duration) -> Result<bool> {
-        self.poll(&mut [PollFd::new(&self.event, PollFlags::IN), PollFd::from_borrowed_fd(fd, PollFlags::IN)], time)
+        self.poll(
+            &mut [
+                PollFd::new(&self.event, PollFlags::IN),
+                PollFd::from_borrowed_fd(fd, PollFlags::IN),
+            ],
+            time,
+        )
     }
 
     /// The first descriptor is our own.

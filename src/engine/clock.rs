@@ -20,7 +20,8 @@ pub enum Phase {
     Pause,
     /// Disks to their overlays.
     Switch,
-    /// Until write tracking is armed and the guest runs again; for a plain snapshot until memory is saved.
+    /// Until write tracking is armed and the guest runs again; for a plain snapshot until memory is
+    /// saved.
     Arm,
     /// Memory flows to the image.
     Drain,
@@ -30,8 +31,8 @@ pub enum Phase {
     Undo,
 }
 
-/// Who wants to know how far a snapshot is. Called on the thread that takes it, without a lock held: what takes long
-/// inside the pause makes the pause longer.
+/// Who wants to know how far a snapshot is. Called on the thread that takes it, without a lock
+/// held: what takes long inside the pause makes the pause longer.
 pub trait Observer {
     /// A phase begins.
     fn phase(&mut self, phase: Phase) {
@@ -67,7 +68,8 @@ pub struct Stats {
     pub instant: Option<Duration>,
     /// The guest's pause; by its own time stamps, or by our clock.
     pub paused: Option<(Duration, By)>,
-    /// How long QEMU set the background snapshot up, to whole milliseconds: it touches all of the guest's memory.
+    /// How long QEMU set the background snapshot up, to whole milliseconds: it touches all of the
+    /// guest's memory.
     pub setup: Duration,
     /// The guest ran meanwhile.
     pub overlapped: bool,
@@ -117,7 +119,16 @@ impl<'a> Clock<'a> {
         let now = now();
         observer.phase(Phase::Validate);
         let (phase, flow, stats) = (Phase::Validate, Flow::default(), Stats::default());
-        Clock { observer, started: now, phase, entered: now, pausing: None, stands: false, flow, stats }
+        Clock {
+            observer,
+            started: now,
+            phase,
+            entered: now,
+            pausing: None,
+            stands: false,
+            flow,
+            stats,
+        }
     }
 
     pub fn enter(&mut self, phase: Phase) {

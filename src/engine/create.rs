@@ -30,7 +30,8 @@ use crate::image::MemoryImage;
 use crate::monitor::Failure;
 use crate::monitor::commands::{self, Progress};
 use crate::snapshot::{
-    Frozen, MemoryRequest, Plan, Record, RecordedDisk, RecordedManual, RecordedNvram, Request, State, plan, validate,
+    Frozen, MemoryRequest, Plan, Record, RecordedDisk, RecordedManual, RecordedNvram, Request,
+    State, plan, validate,
 };
 use crate::sys;
 
@@ -137,7 +138,8 @@ pub fn create(
     cancel.check()?;
 
     clock.enter(Phase::Plan);
-    // Before the domain's XML is read: what comes in between is noticed, and not only in one of the two.
+    // Before the domain's XML is read: what comes in between is noticed, and not only in one of the
+    // two.
     let devices = Devices::read(guest)?;
     let drives = guest.drives()?;
     let about = guest.describe(&drives)?;
@@ -149,7 +151,8 @@ pub fn create(
         (_, Some(file)) => file.clone(),
         (_, None) => fail!(
             OperationUnsupported,
-            "an instant snapshot is supported only with external memory: name the file, <memory snapshot='external' file='...'/>"
+            "an instant snapshot is supported only with external memory: name the file, <memory \
+             snapshot='external' file='...'/>"
         ),
     };
     let nvram = plan.firmware.iter().map(|drive| nvram::Copy::plan(drive, &memory_file)).collect();
@@ -162,7 +165,11 @@ pub fn create(
         description: request.description,
         flags,
         running,
-        stands: if state == GuestState::NotStarted { run_state::PRELAUNCH } else { run_state::PAUSED },
+        stands: if state == GuestState::NotStarted {
+            run_state::PRELAUNCH
+        } else {
+            run_state::PAUSED
+        },
         mode,
         options,
         plan,
@@ -185,9 +192,15 @@ pub fn create(
         }
     };
     if flags.has(flags::HALT) {
-        guest.halt().map_err(|error| error.and(format!("the snapshot '{}' is complete", record.name)))?;
+        guest
+            .halt()
+            .map_err(|error| error.and(format!("the snapshot '{}' is complete", record.name)))?;
     }
-    Ok(Created { name: record.name.clone(), record: Some(record), recorded: !flags.has(flags::NO_METADATA) })
+    Ok(Created {
+        name: record.name.clone(),
+        record: Some(record),
+        recorded: !flags.has(flags::NO_METADATA),
+    })
 }
 
 fn check_memory_request(flags: Flags, request: &Request) -> Result<()> {
@@ -197,12 +210,14 @@ fn check_memory_request(flags: Flags, request: &Request) -> Result<()> {
     if flags.has(flags::LIVE) {
         fail!(
             OperationUnsupported,
-            "live snapshot creation is supported only with external memory: use <memory snapshot='external'/>"
+            "live snapshot creation is supported only with external memory: use <memory \
+             snapshot='external'/>"
         );
     }
     fail!(
         OperationUnsupported,
-        "a snapshot without memory is not supported for this guest yet: use <memory snapshot='external'/>"
+        "a snapshot without memory is not supported for this guest yet: use <memory \
+         snapshot='external'/>"
     );
 }
 
@@ -219,7 +234,10 @@ fn check_state(guest: &mut dyn Guest) -> Result<GuestState> {
     let status = guest.status()?;
     let migration = commands::query_migrate(guest, Deadline::after(PATIENCE))?;
     if status.status == "inmigrate" {
-        fail!(OperationInvalid, "the guest waits for an incoming migration: load a snapshot, or resume it, first");
+        fail!(
+            OperationInvalid,
+            "the guest waits for an incoming migration: load a snapshot, or resume it, first"
+        );
     }
     if migration.progress() == Progress::UnderWay {
         fail!(
@@ -228,7 +246,11 @@ fn check_state(guest: &mut dyn Guest) -> Result<GuestState> {
         );
     }
     if !migration.blocked_reasons.is_empty() {
-        fail!(ConfigUnsupported, "the guest's memory cannot be saved: {}", migration.blocked_reasons.join("; "));
+        fail!(
+            ConfigUnsupported,
+            "the guest's memory cannot be saved: {}",
+            migration.blocked_reasons.join("; ")
+        );
     }
     match status.status.as_str() {
         "running" => Ok(GuestState::Running),
@@ -236,46 +258,57 @@ fn check_state(guest: &mut dyn Guest) -> Result<GuestState> {
         "prelaunch" => Ok(GuestState::NotStarted),
         "postmigrate" => fail!(
             OperationInvalid,
-            "the guest was saved while it was paused, and QEMU saves it once only until it has run again: resume it first"
+            "the guest was saved while it was paused, and QEMU saves it once only until it has run \
+             again: resume it first"
         ),
-        other => fail!(OperationInvalid, "no snapshot can be taken of a guest in the state '{other}'"),
+        other => {
+            fail!(OperationInvalid, "no snapshot can be taken of a guest in the state '{other}'")
+        }
     }
 }
 
-/// The guest's run state once its memory is saved must not be one that the snapshot has brought about.
+/// The guest's run state once its memory is saved must not be one that the snapshot has brought
+/// about.
 fn check_runs_on(guest: &mut dyn Guest) -> Result<()> {
     match guest.status()?.status.as_str() {
         "io-error" => fail!(
             OperationFailed,
-            "the guest was stopped by an I/O error (its state is 'io-error') while its memory was being saved: the file \
-             system of an overlay is full, or fails"
+            "the guest was stopped by an I/O error (its state is 'io-error') while its memory was \
+             being saved: the file system of an overlay is full, or fails"
         ),
         "postmigrate" => fail!(
             OperationFailed,
-            "the guest was stopped when its memory was saved, because another client has switched QEMU's migration \
-             capability 'background-snapshot' off: take the snapshot again"
+            "the guest was stopped when its memory was saved, because another client has switched \
+             QEMU's migration capability 'background-snapshot' off: take the snapshot again"
         ),
         _ => Ok(()),
     }
 }
 
-/// Disks that are left to others need somebody who snapshots them, and somebody who knows of it when the snapshot is brought
-/// back.
-fn check_storage_hook(guest: &dyn Guest, plan: &Plan, flags: Flags, options: &Options) -> Result<()> {
+/// Disks that are left to others need somebody who snapshots them, and somebody who knows of it
+/// when the snapshot is brought back.
+fn check_storage_hook(
+    guest: &dyn Guest,
+    plan: &Plan,
+    flags: Flags,
+    options: &Options,
+) -> Result<()> {
     let Some(disk) = plan.manual.first() else { return Ok(()) };
     let name = disk.name();
     if options.storage.is_none() {
         fail!(
             OperationUnsupported,
-            "snapshot='manual' of disk '{name}' needs a storage hook, which this guest does not have: set one \
-             (instantsnap_set_storage_hook()), or use snapshot='external', or 'no' to leave the disk out"
+            "snapshot='manual' of disk '{name}' needs a storage hook, which this guest does not \
+             have: set one (instantsnap_set_storage_hook()), or use snapshot='external', or 'no' \
+             to leave the disk out"
         );
     }
     if !flags.has(flags::NO_METADATA) && !guest.records_manual_disks() {
         fail!(
             OperationUnsupported,
-            "a snapshot with memory and with snapshot='manual' of disk '{name}' is not recorded in libvirt, whose revert \
-             would put old memory beside the disk as it is then: add VIR_DOMAIN_SNAPSHOT_CREATE_NO_METADATA"
+            "a snapshot with memory and with snapshot='manual' of disk '{name}' is not recorded in \
+             libvirt, whose revert would put old memory beside the disk as it is then: add \
+             VIR_DOMAIN_SNAPSHOT_CREATE_NO_METADATA"
         );
     }
     Ok(())
@@ -285,7 +318,8 @@ fn check_paths_distinct(plan: &Plan, memory_file: &Path) -> Result<()> {
     match plan.disks.iter().find(|disk| Path::new(&disk.overlay) == memory_file) {
         Some(disk) => fail!(
             ConfigUnsupported,
-            "disk '{}' and memory would have the same external snapshot file '{}': give each its own",
+            "disk '{}' and memory would have the same external snapshot file '{}': give each its \
+             own",
             disk.drive.name(),
             disk.overlay
         ),
@@ -327,14 +361,18 @@ impl Task<'_> {
         let still = Still::new(&self.plan.disks, self.mode);
         cancel.check()?;
         if self.running && !guest.status()?.running {
-            fail!(OperationInvalid, "the guest was paused by somebody else while its snapshot was being prepared");
+            fail!(
+                OperationInvalid,
+                "the guest was paused by somebody else while its snapshot was being prepared"
+            );
         }
         // Again: it can take seconds until here.
         guest.check_not_busy(&self.plan.disks)?;
         sizes.ask_planned(guest)?;
 
         let begun = self.begin_while_it_runs(guest, &settings, cancel, clock, made)?;
-        let deadline = begun.as_ref().map_or_else(|| self.pause_deadline(clock), |begun| begun.deadline);
+        let deadline =
+            begun.as_ref().map_or_else(|| self.pause_deadline(clock), |begun| begun.deadline);
         if self.running && begun.is_none() {
             clock.enter(Phase::Pause);
             made.guarded.enter(Stage::Paused);
@@ -363,7 +401,8 @@ impl Task<'_> {
                 still.check(guest, deadline)?;
             }
             cancel.check()?;
-            // Late: until `migrate`, another client's save would be a background snapshot ([`Made::outrun`]).
+            // Late: until `migrate`, another client's save would be a background snapshot
+            // ([`Made::outrun`]).
             settings.unlock(guest, deadline)?;
             // Last: QEMU cannot capture it in another state.
             run_state::check(guest, self.stands, deadline)?;
@@ -382,7 +421,8 @@ impl Task<'_> {
             }
             Mode::Paused => {
                 let bytes = made.wait_saved(guest, cancel, clock)?;
-                // QEMU saves what the guest wrote meanwhile to its memory; what it wrote to disks is on the overlays.
+                // QEMU saves what the guest wrote meanwhile to its memory; what it wrote to disks
+                // is on the overlays.
                 still.check(guest, Deadline::after(PATIENCE))?;
                 (Flow { done: bytes, total: bytes, ..Flow::default() }, Some(bytes))
             }
@@ -419,7 +459,8 @@ impl Task<'_> {
 
         clock.enter(Phase::Finish);
         if self.running {
-            // While others are locked out: a guest that has stopped now was not stopped by their migration.
+            // While others are locked out: a guest that has stopped now was not stopped by their
+            // migration.
             check_runs_on(guest)?;
         }
         settings.restore(guest, self.mode)?;
@@ -440,7 +481,9 @@ impl Task<'_> {
         made.guarded.enter(Stage::Committing);
         let record = match self.flags.has(flags::NO_METADATA) {
             true => record,
-            false => guest.commit(self.reserved, record).inspect_err(|_| made.guarded.enter(Stage::Finishing))?,
+            false => guest
+                .commit(self.reserved, record)
+                .inspect_err(|_| made.guarded.enter(Stage::Finishing))?,
         };
         made.guarded.dismiss();
         Ok(record)
@@ -455,7 +498,10 @@ impl Task<'_> {
         unflushed: Unflushed,
         deadline: Deadline,
     ) -> Result<()> {
-        let Some(hook) = self.options.storage.clone().filter(|_| !self.plan.manual.is_empty()) else { return Ok(()) };
+        let Some(hook) = self.options.storage.clone().filter(|_| !self.plan.manual.is_empty())
+        else {
+            return Ok(());
+        };
         let left = deadline.left().unwrap_or_default();
         let call = StorageCall {
             snapshot: self.reserved.name.clone(),
@@ -478,15 +524,20 @@ impl Task<'_> {
                 overlap::learn(identity, Lesson::Stopped(setup));
                 if self.running {
                     // Without the question.
-                    overlap::learn(identity, Lesson::Stopping(clock.stats.phase(Phase::Pause) * 3 / 2));
+                    overlap::learn(
+                        identity,
+                        Lesson::Stopping(clock.stats.phase(Phase::Pause) * 3 / 2),
+                    );
                 }
             }
         }
     }
 
-    /// Has all of memory be there when QEMU touches it: before the first snapshot. What is there then stays.
+    /// Has all of memory be there when QEMU touches it: before the first snapshot. What is there
+    /// then stays.
     fn warm(&self, guest: &mut dyn Guest, cancel: &Cancel) -> Result<()> {
-        let first = self.running && self.mode == Mode::Background && !overlap::knows(&guest.identity());
+        let first =
+            self.running && self.mode == Mode::Background && !overlap::knows(&guest.identity());
         match first.then(|| guest.pid()).flatten() {
             Some(pid) => warm(guest, pid, cancel),
             None => Ok(()),
@@ -494,16 +545,24 @@ impl Task<'_> {
     }
 
     /// The way of memory to its image, and a guard for the time that it is open.
-    fn open_stream(&self, guest: &mut dyn Guest, settings: &Settings, made: &mut Made) -> Result<()> {
+    fn open_stream(
+        &self,
+        guest: &mut dyn Guest,
+        settings: &Settings,
+        made: &mut Made,
+    ) -> Result<()> {
         made.stream = Some(Stream::open(made.image()?)?);
-        let files: Vec<_> = made.copies.iter().map(nvram::Copy::known).chain([made.image()?.known()]).collect();
+        let files: Vec<_> =
+            made.copies.iter().map(nvram::Copy::known).chain([made.image()?.known()]).collect();
         let restore = settings.script(self.mode);
         let deputy = guest.deputy(&self.reserved.name);
         let Made { stream: Some(stream), guarded, .. } = made else { unreachable!("just made") };
         let task = guard::Task {
             held: &guest.held(),
             reservation: self.reserved.held(),
-            record: guest.record_file(&self.reserved.name).filter(|_| !self.flags.has(flags::NO_METADATA)),
+            record: guest
+                .record_file(&self.reserved.name)
+                .filter(|_| !self.flags.has(flags::NO_METADATA)),
             pipe: stream.pipe(),
             restore: &restore,
             files: &files,
@@ -512,8 +571,8 @@ impl Task<'_> {
         Ok(())
     }
 
-    /// Begins the migration, and the stage that the guest is in from then on. Others are locked out again while it sets up:
-    /// what they begin after its end must not be a background snapshot.
+    /// Begins the migration, and the stage that the guest is in from then on. Others are locked out
+    /// again while it sets up: what they begin after its end must not be a background snapshot.
     fn migrate(
         &self,
         guest: &mut dyn Guest,
@@ -535,8 +594,8 @@ impl Task<'_> {
         settings.lock(guest, deadline)
     }
 
-    /// Begins the migration while the guest runs, and pauses the guest in time, where that is worth it: see [`overlap`].
-    /// `None` where nothing was begun.
+    /// Begins the migration while the guest runs, and pauses the guest in time, where that is worth
+    /// it: see [`overlap`]. `None` where nothing was begun.
     fn begin_while_it_runs(
         &self,
         guest: &mut dyn Guest,
@@ -557,7 +616,9 @@ impl Task<'_> {
             let process = if self.options.overlap.aim.is_none() { guest.pid() } else { None };
             let mut work = Work::begins(process);
             self.migrate(guest, settings, made, Stage::Begun, Deadline::after(PATIENCE))?;
-            while let Some(rest) = aim.checked_sub(work.done()).filter(|rest| *rest >= overlap::NEAR) {
+            while let Some(rest) =
+                aim.checked_sub(work.done()).filter(|rest| *rest >= overlap::NEAR)
+            {
                 cancel.wait(Work::pause(rest))?;
             }
 
@@ -597,7 +658,13 @@ impl Task<'_> {
     }
 
     /// Throws away what was saved, and opens the way to the image once more.
-    fn begin_anew(&self, guest: &mut dyn Guest, settings: &Settings, cancel: &Cancel, made: &mut Made) -> Result<()> {
+    fn begin_anew(
+        &self,
+        guest: &mut dyn Guest,
+        settings: &Settings,
+        cancel: &Cancel,
+        made: &mut Made,
+    ) -> Result<()> {
         let stream = made.stream()?;
         stream.give_up(guest, self.mode)?;
         stream.wait_given_up(guest, self.mode)?;
@@ -611,11 +678,15 @@ impl Task<'_> {
 
     fn create_image(&self) -> Result<MemoryImage> {
         let Description { domain_xml, cookie, owner } = &self.about;
-        let image = MemoryImage::create(&self.memory_file, domain_xml, cookie.as_deref(), self.running)?;
+        let image =
+            MemoryImage::create(&self.memory_file, domain_xml, cookie.as_deref(), self.running)?;
         if let Some(owner) = owner {
             sys::give_to_owner_of(owner, &image.file()?).map_err(|error| {
                 let _ = image.remove();
-                Error::system(format!("cannot set the owner of '{}'", self.memory_file.display()), error)
+                Error::system(
+                    format!("cannot set the owner of '{}'", self.memory_file.display()),
+                    error,
+                )
             })?;
         }
         Ok(image)
@@ -645,7 +716,10 @@ impl Task<'_> {
             format: drive.format.clone(),
         });
         let Some(memory_file) = self.memory_file.to_str() else {
-            return Err(Error::system("the memory image's path", std::io::Error::other("is not UTF-8")));
+            return Err(Error::system(
+                "the memory image's path",
+                std::io::Error::other("is not UTF-8"),
+            ));
         };
         Ok(Record {
             name: self.reserved.name.clone(),

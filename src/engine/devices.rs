@@ -1,9 +1,10 @@
 //! The guest's devices between the plan and the instant.
 //!
-//! What is attached or detached meanwhile is in the memory image, and not in the domain XML beside it, or the other way round:
-//! no QEMU that is started by that XML can load the image. QEMU refuses to attach and to detach devices while a migration is
-//! under way, so once the guest is stopped and `migrate` was accepted, the devices are those of the image. They are looked at
-//! before the plan and again when the guest runs again, which costs the pause nothing.
+//! What is attached or detached meanwhile is in the memory image, and not in the domain XML beside
+//! it, or the other way round: no QEMU that is started by that XML can load the image. QEMU refuses
+//! to attach and to detach devices while a migration is under way, so once the guest is stopped and
+//! `migrate` was accepted, the devices are those of the image. They are looked at before the plan
+//! and again when the guest runs again, which costs the pause nothing.
 
 use std::collections::BTreeSet;
 
@@ -50,8 +51,9 @@ impl Devices {
         };
         fail!(
             OperationFailed,
-            "{change} by another client, or by the guest, while the snapshot was being taken: its memory could not be loaded by \
-             the domain that it was planned with; take the snapshot again"
+            "{change} by another client, or by the guest, while the snapshot was being taken: its \
+             memory could not be loaded by the domain that it was planned with; take the snapshot \
+             again"
         );
     }
 }
@@ -61,9 +63,11 @@ fn device(entry: &Value) -> Option<String> {
     Some(format!("device '{}' ({kind})", entry["name"].as_str()?))
 }
 
-/// The media in the guest's drives. Of what is written only that it is there: its images are the snapshot's affair.
+/// The media in the guest's drives. Of what is written only that it is there: its images are the
+/// snapshot's affair.
 ///
-/// `query-block` nests each image in the one above it, deeper than libvirt passes on; so the human monitor is asked.
+/// `query-block` nests each image in the one above it, deeper than libvirt passes on; so the human
+/// monitor is asked.
 fn media(guest: &mut dyn Guest) -> Result<Vec<String>> {
     let command = Command::new("human-monitor-command", json!({ "command-line": "info block" }));
     match guest.execute(command, Deadline::after(PATIENCE)) {
@@ -81,11 +85,16 @@ fn read_media(info: &str) -> Vec<String> {
         if let Some(drive) = line.trim_start().strip_prefix("Attached to:") {
             let drive = drive.trim();
             media.extend(medium.take().map(|medium: &str| match medium.rsplit_once(" (") {
-                Some((file, how)) if how.contains("read-only") => format!("the medium '{file}' of drive '{drive}'"),
+                Some((file, how)) if how.contains("read-only") => {
+                    format!("the medium '{file}' of drive '{drive}'")
+                }
                 _ => format!("the disk of drive '{drive}'"),
             }));
         } else if !line.starts_with(char::is_whitespace) {
-            medium = line.split_once(": ").map(|(_, medium)| medium).filter(|medium| *medium != "[not inserted]");
+            medium = line
+                .split_once(": ")
+                .map(|(_, medium)| medium)
+                .filter(|medium| *medium != "[not inserted]");
         }
     }
     media
@@ -101,7 +110,10 @@ mod tests {
                     Cache mode:       writeback\r\n\r\nfree (#block2): /images/f (raw)\r\n    Cache mode:       writeback\r\n\r\n\
                     cd (#block3): /images/a.iso (raw, read-only)\r\n    Attached to:      cd\r\n    Removable device: not \
                     locked, tray closed\r\n\r\nfd: [not inserted]\r\n    Attached to:      fd\r\n";
-        let found = ["the disk of drive '/machine/peripheral/vda/x'", "the medium '/images/a.iso' of drive 'cd'"];
+        let found = [
+            "the disk of drive '/machine/peripheral/vda/x'",
+            "the medium '/images/a.iso' of drive 'cd'",
+        ];
         assert_eq!(read_media(info), found);
     }
 }

@@ -1,9 +1,10 @@
 //! The images below the overlays, on stable storage.
 //!
-//! QEMU writes to the host what its guest has flushed when it switches a disk, unless it was told to ignore flushes
-//! (cache=unsafe). Then what the disk held at the instant is in the host's page cache for as long as the kernel likes, and a
-//! crash of the host would take it from a snapshot that was reported as complete. A storage hook's snapshot of the device
-//! below would lack it at once: so it is written out before the hook is called.
+//! QEMU writes to the host what its guest has flushed when it switches a disk, unless it was told
+//! to ignore flushes (cache=unsafe). Then what the disk held at the instant is in the host's page
+//! cache for as long as the kernel likes, and a crash of the host would take it from a snapshot
+//! that was reported as complete. A storage hook's snapshot of the device below would lack it at
+//! once: so it is written out before the hook is called.
 
 use std::fs::File;
 use std::io;
@@ -19,20 +20,25 @@ use crate::sys;
 /// Whether it is the file system that has nothing to write out, or no way to.
 fn cannot_sync(error: &io::Error) -> bool {
     let errno = Errno::from_io_error(error);
-    errno.is_some_and(|errno| [Errno::INVAL, Errno::ROFS, Errno::NOTSUP, Errno::NOSYS].contains(&errno))
+    errno.is_some_and(|errno| {
+        [Errno::INVAL, Errno::ROFS, Errno::NOTSUP, Errno::NOSYS].contains(&errno)
+    })
 }
 
 fn sync(file: &File) -> io::Result<()> {
     file.sync_data().or_else(|error| if cannot_sync(&error) { Ok(()) } else { Err(error) })
 }
 
-/// Writes out what the host still has of these disks' images, which nobody changes any more. Those further below are as old
-/// as the snapshots before, which need not have been ours. `pid` is QEMU's.
+/// Writes out what the host still has of these disks' images, which nobody changes any more. Those
+/// further below are as old as the snapshots before, which need not have been ours. `pid` is
+/// QEMU's.
 pub fn sync_images(disks: &[DiskPlan], pid: Option<u32>) -> Result<()> {
     for disk in disks {
         let drive = &disk.drive;
         // What is not local is its server's.
-        let images = std::iter::once(&drive.file).chain(&drive.backing).filter(|image| image.starts_with('/'));
+        let images = std::iter::once(&drive.file)
+            .chain(&drive.backing)
+            .filter(|image| image.starts_with('/'));
         for image in images {
             let synced = match sys::open_file(Path::new(image)) {
                 Ok(file) => sync(&file),
@@ -41,7 +47,8 @@ pub fn sync_images(disks: &[DiskPlan], pid: Option<u32>) -> Result<()> {
                 Err(_) => Ok(()),
             };
             synced.map_err(|error| {
-                let step = format!("cannot write the image '{image}' of disk '{}' out", drive.name());
+                let step =
+                    format!("cannot write the image '{image}' of disk '{}' out", drive.name());
                 Error::system(step, error)
             })?;
         }
@@ -72,18 +79,23 @@ fn sync_around(image: &Path, pid: Option<u32>) -> io::Result<Synced> {
     Ok(Synced::Host)
 }
 
-/// The nearest directory in an image's file system that can be opened. None for a block device, whose data is in none.
+/// The nearest directory in an image's file system that can be opened. None for a block device,
+/// whose data is in none.
 fn directory_around(image: &Path) -> Option<File> {
     // What a link leads to can be in another file system.
     let image = image.canonicalize().unwrap_or_else(|_| image.to_owned());
-    let metadata = image.metadata().ok().filter(|metadata| !metadata.file_type().is_block_device())?;
+    let metadata =
+        image.metadata().ok().filter(|metadata| !metadata.file_type().is_block_device())?;
     let flags = libc::O_DIRECTORY | libc::O_NONBLOCK;
-    let open = |directory: &Path| File::options().read(true).custom_flags(flags).open(directory).ok();
-    let is_around = |directory: &File| directory.metadata().is_ok_and(|found| found.dev() == metadata.dev());
+    let open =
+        |directory: &Path| File::options().read(true).custom_flags(flags).open(directory).ok();
+    let is_around =
+        |directory: &File| directory.metadata().is_ok_and(|found| found.dev() == metadata.dev());
     image.ancestors().skip(1).filter_map(open).find(is_around)
 }
 
-/// Disks that are left to a storage hook, and ignore flushes: opened before the pause, to be written out in it.
+/// Disks that are left to a storage hook, and ignore flushes: opened before the pause, to be
+/// written out in it.
 #[derive(Debug, Default)]
 pub struct Unflushed(Vec<(String, File)>);
 
@@ -96,9 +108,10 @@ impl Unflushed {
                 Ok(file) => opened.push((drive.name().to_owned(), file)),
                 Err(error) => fail!(
                     ConfigUnsupported,
-                    "disk '{}' is left to a storage hook (snapshot='manual') and ignores flushes (cache='unsafe'), and its \
-                     image '{}' cannot be opened to write out what the host still has of it ({error}): a snapshot of the \
-                     storage would lack that. Use another cache mode, or run this program with permission to read the image",
+                    "disk '{}' is left to a storage hook (snapshot='manual') and ignores flushes \
+                     (cache='unsafe'), and its image '{}' cannot be opened to write out what the \
+                     host still has of it ({error}): a snapshot of the storage would lack that. \
+                     Use another cache mode, or run this program with permission to read the image",
                     drive.name(),
                     drive.file
                 ),
@@ -110,8 +123,11 @@ impl Unflushed {
     /// Writes them out.
     pub fn sync(&self) -> std::result::Result<(), String> {
         self.0.iter().try_for_each(|(disk, file)| {
-            sync(file)
-                .map_err(|error| format!("what the host still had of disk '{disk}' could not be written out: {error}"))
+            sync(file).map_err(|error| {
+                format!(
+                    "what the host still had of disk '{disk}' could not be written out: {error}"
+                )
+            })
         })
     }
 }
@@ -135,13 +151,16 @@ mod tests {
     }
 
     #[test]
-    fn for_an_image_that_cannot_be_opened_its_file_system_is_written_out_and_not_all_of_the_hosts() {
+    fn for_an_image_that_cannot_be_opened_its_file_system_is_written_out_and_not_all_of_the_hosts()
+    {
         let directory = tempfile::tempdir().unwrap();
         let image = directory.path().join("image");
         std::fs::write(&image, "newest").unwrap();
         let link = directory.path().join("link");
         std::os::unix::fs::symlink(&image, &link).unwrap();
-        let mode = |path: &Path, mode| std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).unwrap();
+        let mode = |path: &Path, mode| {
+            std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).unwrap()
+        };
         mode(&image, 0);
         mode(directory.path(), 0o755);
         as_nobody(|| {

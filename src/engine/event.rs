@@ -15,8 +15,9 @@ pub struct Event {
     pub flow: Flow,
 }
 
-/// What can happen, in its order: the first three once at most, then progress any number of times, then one of the last two.
-/// (Memory of a plain snapshot is saved before the instant, and so is its progress.)
+/// What can happen, in its order: the first three once at most, then progress any number of times,
+/// then one of the last two. (Memory of a plain snapshot is saved before the instant, and so is its
+/// progress.)
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum What {
     /// The vCPUs have stopped. Not of a guest that was paused already.
@@ -38,7 +39,8 @@ pub enum What {
 pub struct Flow {
     /// Bytes of the image so far.
     pub done: u64,
-    /// How many they are expected to become at most, without the devices; 0 where that is not known.
+    /// How many they are expected to become at most, without the devices; 0 where that is not
+    /// known.
     pub total: u64,
     /// The rate since the last progress.
     pub per_second: u64,

@@ -53,13 +53,15 @@ impl Handle {
         lock(&self.opened.options).overlap = overlap;
     }
 
-    /// Who snapshots the disks that snapshots which begin later leave to others (`snapshot='manual'`).
+    /// Who snapshots the disks that snapshots which begin later leave to others
+    /// (`snapshot='manual'`).
     pub fn set_storage_hook(&self, hook: Option<Arc<dyn StorageHook>>) {
         // The one before may be dropped, without the lock held.
         let _before = std::mem::replace(&mut lock(&self.opened.options).storage, hook);
     }
 
-    /// Takes a snapshot; returns its name when it is complete, and recorded unless the flags say otherwise.
+    /// Takes a snapshot; returns its name when it is complete, and recorded unless the flags say
+    /// otherwise.
     pub fn create(&self, xml: &str, flags: u32, observer: &mut dyn Observer) -> Result<String> {
         let operation = Operation::begin(&self.opened)?;
         let Taken { result, last, .. } = operation.take(xml, flags, observer);
@@ -69,7 +71,13 @@ impl Handle {
     }
 
     /// Takes a snapshot by a thread of its own.
-    pub fn start(&self, xml: &str, flags: u32, listener: Box<dyn Observer + Send>, returns: Returns) -> Result<Job> {
+    pub fn start(
+        &self,
+        xml: &str,
+        flags: u32,
+        listener: Box<dyn Observer + Send>,
+        returns: Returns,
+    ) -> Result<Job> {
         Job::start(Operation::begin(&self.opened)?, xml, flags, listener, returns)
     }
 
@@ -77,7 +85,10 @@ impl Handle {
     pub fn cancel(&self) -> Result<()> {
         match &*lock(&self.opened.cancel) {
             Some(cancel) => cancel.request(),
-            None => fail!(OperationInvalid, "no snapshot of this guest is being taken through this handle"),
+            None => fail!(
+                OperationInvalid,
+                "no snapshot of this guest is being taken through this handle"
+            ),
         }
         Ok(())
     }
@@ -87,11 +98,20 @@ impl Handle {
         load::load(&*self.opened.connector, name, flags)
     }
 
-    /// Brings a snapshot back: `restart` ends QEMU, and starts one that waits for the snapshot, on the plan's disks.
-    pub fn revert(&self, name: &str, flags: u32, restart: impl FnOnce(&RevertPlan) -> Result<()>) -> Result<()> {
+    /// Brings a snapshot back: `restart` ends QEMU, and starts one that waits for the snapshot, on
+    /// the plan's disks.
+    pub fn revert(
+        &self,
+        name: &str,
+        flags: u32,
+        restart: impl FnOnce(&RevertPlan) -> Result<()>,
+    ) -> Result<()> {
         load::check_flags(flags)?;
         let Some(store) = self.store() else {
-            fail!(OperationUnsupported, "a snapshot that the driver has recorded itself is not reverted to here");
+            fail!(
+                OperationUnsupported,
+                "a snapshot that the driver has recorded itself is not reverted to here"
+            );
         };
         load::check_frozen(&store.read_to_use(name)?, flags)?;
         let storage = lock(&self.opened.options).storage.clone();
@@ -113,7 +133,11 @@ impl Handle {
     }
 
     /// Who has to remove what he made for a snapshot that is to be deleted with its files.
-    fn left_to_storage(&self, name: &str, flags: u32) -> Result<Option<(Arc<dyn StorageHook>, StorageCall)>> {
+    fn left_to_storage(
+        &self,
+        name: &str,
+        flags: u32,
+    ) -> Result<Option<(Arc<dyn StorageHook>, StorageCall)>> {
         let files_stay = flags & (delete::METADATA_ONLY | delete::CHILDREN_ONLY) != 0;
         let Some(store) = self.store().filter(|_| !files_stay) else { return Ok(None) };
         let call = StorageCall::of(&store.read_to_use(name)?);
@@ -123,8 +147,8 @@ impl Handle {
         let Some(storage) = lock(&self.opened.options).storage.clone() else {
             fail!(
                 OperationUnsupported,
-                "the snapshot {} was left to a storage hook, which this guest does not have: set it, or delete the metadata \
-                 alone (VIR_DOMAIN_SNAPSHOT_DELETE_METADATA_ONLY)",
+                "the snapshot {} was left to a storage hook, which this guest does not have: set \
+                 it, or delete the metadata alone (VIR_DOMAIN_SNAPSHOT_DELETE_METADATA_ONLY)",
                 call.subject()
             );
         };

@@ -38,8 +38,8 @@ pub fn load(connector: &dyn Connector, name: &str, flags: u32) -> Result<()> {
     if status != "inmigrate" {
         fail!(
             OperationInvalid,
-            "QEMU does not wait for a snapshot (its state is '{status}'): start it with `-incoming defer`, with the images \
-             that instantsnap_snapshot_prepare_revert() names"
+            "QEMU does not wait for a snapshot (its state is '{status}'): start it with `-incoming \
+             defer`, with the images that instantsnap_snapshot_prepare_revert() names"
         );
     }
     check_machine(guest, &image)?;
@@ -88,7 +88,9 @@ pub fn check_frozen(record: &Record, flags: u32) -> Result<()> {
     if flags & revert::FORCE != 0 {
         return Ok(());
     }
-    let frozen = |disk: &RecordedDisk| disk.frozen.iter().try_for_each(|frozen| frozen.check(&disk.name, &record.name));
+    let frozen = |disk: &RecordedDisk| {
+        disk.frozen.iter().try_for_each(|frozen| frozen.check(&disk.name, &record.name))
+    };
     record.disks.iter().try_for_each(frozen)
 }
 
@@ -102,32 +104,41 @@ fn check_machine(guest: &mut dyn Guest, image: &Image) -> Result<()> {
     if !machine.is_empty() && machine != noted {
         fail!(
             ConfigUnsupported,
-            "the snapshot is of a machine of type '{noted}', and this QEMU has the type '{machine}': start it with `-machine \
-             {noted}`"
+            "the snapshot is of a machine of type '{noted}', and this QEMU has the type \
+             '{machine}': start it with `-machine {noted}`"
         );
     }
     Ok(())
 }
 
-/// Memory beside the wrong disks is a corrupted guest, and a guest that writes to the snapshot's own images the end of that
-/// snapshot: both are refused.
+/// Memory beside the wrong disks is a corrupted guest, and a guest that writes to the snapshot's
+/// own images the end of that snapshot: both are refused.
 fn check_disks(record: &Record, drives: &[Drive]) -> Result<()> {
     let same = |a: &str, b: &str| sys::same_file(Path::new(a), Path::new(b));
-    let drives: Vec<Drive> = drives.iter().filter(|drive| drive.role != Role::Empty).cloned().collect();
+    let drives: Vec<Drive> =
+        drives.iter().filter(|drive| drive.role != Role::Empty).cloned().collect();
     for drive in &drives {
-        let kept = record.disks.iter().map(|disk| &disk.image).chain(record.nvram.iter().map(|nvram| &nvram.copy));
-        if let Some(image) = kept.into_iter().find(|image| drive.role != Role::ReadOnly && same(&drive.file, image)) {
+        let kept = record
+            .disks
+            .iter()
+            .map(|disk| &disk.image)
+            .chain(record.nvram.iter().map(|nvram| &nvram.copy));
+        if let Some(image) =
+            kept.into_iter().find(|image| drive.role != Role::ReadOnly && same(&drive.file, image))
+        {
             fail!(
                 ConfigUnsupported,
-                "disk '{}' would write to '{image}', which is the snapshot's own: use the image that \
-                 instantsnap_snapshot_prepare_revert() names",
+                "disk '{}' would write to '{image}', which is the snapshot's own: use the image \
+                 that instantsnap_snapshot_prepare_revert() names",
                 drive.name()
             );
         }
     }
-    let named = |name: &str| drives.iter().find(|drive| drive.names.iter().any(|known| known == name));
+    let named =
+        |name: &str| drives.iter().find(|drive| drive.names.iter().any(|known| known == name));
     for disk in &record.disks {
-        let on_image = |drive: &Drive| drive.backing.first().is_some_and(|backing| same(backing, &disk.image));
+        let on_image =
+            |drive: &Drive| drive.backing.first().is_some_and(|backing| same(backing, &disk.image));
         // A drive of this name must be it; where the names are others, any may be.
         let found = named(&disk.name).map_or_else(|| drives.iter().any(on_image), on_image);
         if !found {
@@ -145,7 +156,8 @@ fn check_disks(record: &Record, drives: &[Drive]) -> Result<()> {
         if named(&disk.name).is_none() && drives.len() < record.disks.len() + record.manual.len() {
             fail!(
                 ConfigUnsupported,
-                "no disk '{}' in this QEMU: start it with what instantsnap_snapshot_prepare_revert_hooked() names",
+                "no disk '{}' in this QEMU: start it with what \
+                 instantsnap_snapshot_prepare_revert_hooked() names",
                 disk.name
             );
         }
@@ -155,14 +167,18 @@ fn check_disks(record: &Record, drives: &[Drive]) -> Result<()> {
         if let Some(drive) = firmware.iter().find(|drive| same(&drive.file, &nvram.original)) {
             fail!(
                 ConfigUnsupported,
-                "'{}' has the UEFI variables of the original guest ('{}'), which loading would overwrite: use the copy that \
-                 instantsnap_snapshot_prepare_revert() names",
+                "'{}' has the UEFI variables of the original guest ('{}'), which loading would \
+                 overwrite: use the copy that instantsnap_snapshot_prepare_revert() names",
                 drive.name(),
                 nvram.original
             );
         }
         if firmware.is_empty() {
-            fail!(ConfigUnsupported, "this QEMU has no pflash for the UEFI variables '{}' of the snapshot", nvram.name);
+            fail!(
+                ConfigUnsupported,
+                "this QEMU has no pflash for the UEFI variables '{}' of the snapshot",
+                nvram.name
+            );
         }
     }
     Ok(())
@@ -184,8 +200,8 @@ fn feed(guest: &mut dyn Guest, image: Image, write: OwnedFd) -> Result<()> {
     wait_loaded(guest).map_err(|error| match guest.presence() {
         Presence::Gone => Error::new(
             Code::OperationFailed,
-            "QEMU ended while it loaded the memory image, which it does when the machine is not that of the snapshot: see \
-             what it wrote on its standard error",
+            "QEMU ended while it loaded the memory image, which it does when the machine is not \
+             that of the snapshot: see what it wrote on its standard error",
         ),
         _ => error,
     })?;

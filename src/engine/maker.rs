@@ -1,28 +1,32 @@
-//! Who has changed QEMU's settings for a snapshot, as it is noted beside them: whether that snapshot has ended.
+//! Who has changed QEMU's settings for a snapshot, as it is noted beside them: whether that
+//! snapshot has ended.
 //!
-//! A guest is held by a name that one network namespace knows, made of QEMU's process number, which is that of one PID
-//! namespace. So a process that holds the guest in the same two namespaces has proof that the maker of the note has ended. Between
-//! others, containers for example, the processes are looked for: the maker, and its watchdog. Where they cannot be seen, or are
-//! there, it is not known whether the snapshot is still being taken.
+//! A guest is held by a name that one network namespace knows, made of QEMU's process number, which
+//! is that of one PID namespace. So a process that holds the guest in the same two namespaces has
+//! proof that the maker of the note has ended. Between others, containers for example, the
+//! processes are looked for: the maker, and its watchdog. Where they cannot be seen, or are there,
+//! it is not known whether the snapshot is still being taken.
 
 use std::fs;
 
 use serde_json::{Value, json};
 
-/// The PID namespace of the host, from which all processes are seen: PROC_PID_INIT_INO of the kernel.
+/// The PID namespace of the host, from which all processes are seen: PROC_PID_INIT_INO of the
+/// kernel.
 const ALL_PROCESSES: &str = "pid:[4026531836]";
 
 /// Notes this process, and its watchdog.
 pub fn note(watchdog: Option<u32>) -> Value {
     let Place { boot, pid, net } = Place::here();
     let processes = [Some(std::process::id()), watchdog];
-    let started = |pid: u32| Some(json!({ "pid": pid, "started": Process::read(&pid.to_string())?.started }));
+    let started =
+        |pid: u32| Some(json!({ "pid": pid, "started": Process::read(&pid.to_string())?.started }));
     let processes: Vec<_> = processes.into_iter().flatten().filter_map(started).collect();
     json!({ "boot": boot, "pid-namespace": pid, "network-namespace": net, "processes": processes })
 }
 
-/// Why the maker of a note, which this process does not find among those that hold the guest, may be at work; none where it has
-/// ended.
+/// Why the maker of a note, which this process does not find among those that hold the guest, may
+/// be at work; none where it has ended.
 pub fn at_work(note: &Value) -> Option<String> {
     at_work_seen_from(note, &Place::here())
 }
@@ -37,16 +41,24 @@ fn at_work_seen_from(note: &Value, here: &Place) -> Option<String> {
         return None;
     }
     if boot != here.boot || !(same_pids || here.pid == ALL_PROCESSES) {
-        return Some(format!("of another container ({pid}), whose processes cannot be seen from here"));
+        return Some(format!(
+            "of another container ({pid}), whose processes cannot be seen from here"
+        ));
     }
     let Some(seen) = Process::all() else {
-        return Some(format!("of another network namespace ({net}), and /proc does not show all processes here"));
+        return Some(format!(
+            "of another network namespace ({net}), and /proc does not show all processes here"
+        ));
     };
     let is_there = |process: &&Value| {
-        seen.iter().any(|seen| process["pid"] == seen.innermost_pid && process["started"] == seen.started)
+        seen.iter()
+            .any(|seen| process["pid"] == seen.innermost_pid && process["started"] == seen.started)
     };
     let process = processes.iter().find(is_there)?;
-    Some(format!("of another network namespace ({net}), whose process {} (in {pid}) is there", process["pid"]))
+    Some(format!(
+        "of another network namespace ({net}), whose process {} (in {pid}) is there",
+        process["pid"]
+    ))
 }
 
 /// What says of which processes and of which names one speaks.
@@ -78,14 +90,18 @@ struct Process {
 impl Process {
     fn read(entry: &str) -> Option<Process> {
         let stat = fs::read_to_string(format!("/proc/{entry}/stat")).ok()?;
-        // The fields after the command, which is in parentheses and can hold anything; the start time is field 22.
+        // The fields after the command, which is in parentheses and can hold anything; the start
+        // time is field 22.
         let mut fields = stat.rsplit_once(')')?.1.split_ascii_whitespace();
         // One that has ended, and that nobody has waited for yet, does nothing any more.
         let state = fields.next()?;
         let started = fields.nth(18)?.parse().ok().filter(|_| state != "Z")?;
         let status = fs::read_to_string(format!("/proc/{entry}/status")).ok()?;
         let pids = status.lines().find_map(|line| line.strip_prefix("NSpid:"))?;
-        Some(Process { innermost_pid: pids.split_ascii_whitespace().next_back()?.parse().ok()?, started })
+        Some(Process {
+            innermost_pid: pids.split_ascii_whitespace().next_back()?.parse().ok()?,
+            started,
+        })
     }
 
     /// All that there are; none where some are hidden (`hidepid`), the first among them.
@@ -111,7 +127,8 @@ mod tests {
     }
 
     #[test]
-    fn a_maker_of_another_network_namespace_is_looked_for_and_one_that_cannot_be_seen_is_not_taken_for_dead() {
+    fn a_maker_of_another_network_namespace_is_looked_for_and_one_that_cannot_be_seen_is_not_taken_for_dead()
+     {
         let here = Place::here();
         let of = |net: &str, pid: &str, note: &Value| {
             let mut note = note.clone();
@@ -124,7 +141,11 @@ mod tests {
         assert!(alive.contains(&format!("process {}", std::process::id())), "{alive}");
         // The watchdog outlives its maker.
         noted["processes"].as_array_mut().unwrap().remove(0);
-        assert!(of("net:[1]", &here.pid, &noted).unwrap().contains(&format!("process {}", watchdog.id())));
+        assert!(
+            of("net:[1]", &here.pid, &noted)
+                .unwrap()
+                .contains(&format!("process {}", watchdog.id()))
+        );
         watchdog.kill().unwrap();
         let pid = rustix::process::Pid::from_child(&watchdog);
         let ends = WaitIdOptions::EXITED | WaitIdOptions::NOWAIT;

@@ -23,8 +23,8 @@ use crate::sys::{self, now};
 
 const BACKGROUND: &str = "background-snapshot";
 const TLS: &str = "tls-creds";
-/// A migration for which QEMU is to use credentials that it does not have fails as it begins, and changes nothing. This is
-/// their name, which whoever begins it is told.
+/// A migration for which QEMU is to use credentials that it does not have fails as it begins, and
+/// changes nothing. This is their name, which whoever begins it is told.
 const LOCK: &str = "instantsnap: a snapshot of this guest is being taken";
 /// Where the settings are noted as they were: QEMU uses it with credentials only.
 const RECORD: &str = "tls-hostname";
@@ -56,7 +56,8 @@ pub struct Settings {
 }
 
 impl Settings {
-    /// Reads them, for a snapshot. What a snapshot has left whose process and watchdog were killed is put back first.
+    /// Reads them, for a snapshot. What a snapshot has left whose process and watchdog were killed
+    /// is put back first.
     pub fn read(guest: &mut dyn Guest) -> Result<Settings> {
         let mut settings = Settings::query(guest)?;
         if let Some(leftover) = Leftover::find(&settings, guest.never_sets_background_snapshot()) {
@@ -68,7 +69,8 @@ impl Settings {
         Ok(settings)
     }
 
-    /// Reads them, for memory that is to be loaded: the migration is the one that QEMU waits for, and no one is locked out.
+    /// Reads them, for memory that is to be loaded: the migration is the one that QEMU waits for,
+    /// and no one is locked out.
     pub fn read_incoming(guest: &mut dyn Guest) -> Result<Settings> {
         Settings::query(guest)
     }
@@ -82,24 +84,35 @@ impl Settings {
     /// Whether this QEMU knows background snapshots at all.
     pub fn require_background(&self) -> Result<()> {
         if !self.capabilities.iter().any(|(name, _)| name == BACKGROUND) {
-            fail!(ArgumentUnsupported, "migration option '{BACKGROUND}' is not supported by this QEMU binary");
+            fail!(
+                ArgumentUnsupported,
+                "migration option '{BACKGROUND}' is not supported by this QEMU binary"
+            );
         }
         Ok(())
     }
 
-    /// Prepares for `mode`. Everything that changes the stream or excludes a background snapshot is off: the stream goes
-    /// through one pipe, in the plainest form, and whatever the guest's next migration was set up for is back before that.
+    /// Prepares for `mode`. Everything that changes the stream or excludes a background snapshot is
+    /// off: the stream goes through one pipe, in the plainest form, and whatever the guest's next
+    /// migration was set up for is back before that.
     ///
-    /// As long as it is so, another client's save or dump would be a background snapshot too, and before QEMU 9 its guest
-    /// would run on behind its back. So others are locked out, but for the moment in which our own migration begins
-    /// ([`Settings::unlock`], [`Settings::lock`]), until [`Settings::restore`].
+    /// As long as it is so, another client's save or dump would be a background snapshot too, and
+    /// before QEMU 9 its guest would run on behind its back. So others are locked out, but for the
+    /// moment in which our own migration begins ([`Settings::unlock`], [`Settings::lock`]), until
+    /// [`Settings::restore`].
     pub fn apply(&self, guest: &mut dyn Guest, mode: Mode) -> Result<()> {
-        // Beside these QEMU can refuse every parameter, having taken the others before it took these.
+        // Beside these QEMU can refuse every parameter, having taken the others before it took
+        // these.
         self.switch_off(guest, mode, |name| EXCLUDE_TLS.contains(&name))?;
-        // Then what the settings were, where the next snapshot finds it should this process be killed.
+        // Then what the settings were, where the next snapshot finds it should this process be
+        // killed.
         let mut parameters = self.parameters_for(mode);
         if let Some(record) = parameters.remove_entry(RECORD) {
-            commands::migrate_set_parameters(guest, Map::from_iter([record]), Deadline::after(PATIENCE))?;
+            commands::migrate_set_parameters(
+                guest,
+                Map::from_iter([record]),
+                Deadline::after(PATIENCE),
+            )?;
         }
         self.switch_off(guest, mode, |_| true)?;
         if !parameters.is_empty() {
@@ -113,19 +126,27 @@ impl Settings {
         Ok(())
     }
 
-    fn switch_off(&self, guest: &mut dyn Guest, mode: Mode, which: impl Fn(&str) -> bool) -> Result<()> {
+    fn switch_off(
+        &self,
+        guest: &mut dyn Guest,
+        mode: Mode,
+        which: impl Fn(&str) -> bool,
+    ) -> Result<()> {
         let on = self.changeable().filter(|(name, state)| *state && which(name));
         let off: Vec<_> = on.map(|(name, _)| (name.clone(), false)).collect();
-        set_capabilities(guest, &off, Deadline::after(PATIENCE)).map_err(|failure| explain(failure, mode))
+        set_capabilities(guest, &off, Deadline::after(PATIENCE))
+            .map_err(|failure| explain(failure, mode))
     }
 
     /// Notes another watchdog, where the settings are noted.
     pub fn watch(&self, guest: &mut dyn Guest, mode: Mode, watchdog: Option<u32>) -> Result<()> {
         let watched = Settings { watchdog, ..self.clone() };
         match watched.parameters_for(mode).remove_entry(RECORD) {
-            Some(record) => {
-                commands::migrate_set_parameters(guest, Map::from_iter([record]), Deadline::after(PATIENCE))
-            }
+            Some(record) => commands::migrate_set_parameters(
+                guest,
+                Map::from_iter([record]),
+                Deadline::after(PATIENCE),
+            ),
             None => Ok(()),
         }
     }
@@ -135,7 +156,8 @@ impl Settings {
         self.set_lock(guest, "", deadline)
     }
 
-    /// Locks others out again: QEMU lets it be set while our migration is under way, which has no use for it any more.
+    /// Locks others out again: QEMU lets it be set while our migration is under way, which has no
+    /// use for it any more.
     pub fn lock(&self, guest: &mut dyn Guest, deadline: Deadline) -> Result<()> {
         self.set_lock(guest, LOCK, deadline)
     }
@@ -144,24 +166,32 @@ impl Settings {
         if !self.locked {
             return Ok(());
         }
-        commands::migrate_set_parameters(guest, Map::from_iter([(TLS.to_owned(), json!(credentials))]), deadline)
+        commands::migrate_set_parameters(
+            guest,
+            Map::from_iter([(TLS.to_owned(), json!(credentials))]),
+            deadline,
+        )
     }
 
-    /// Whether no other client's migration can have begun since [`Settings::lock`], as far as QEMU can tell.
+    /// Whether no other client's migration can have begun since [`Settings::lock`], as far as QEMU
+    /// can tell.
     fn is_still_locked(&self, guest: &mut dyn Guest) -> Result<bool> {
         let parameters = commands::query_migrate_parameters(guest, Deadline::after(PATIENCE))?;
         Ok(!self.locked || parameters.get(TLS).is_some_and(|credentials| credentials == LOCK))
     }
 
-    /// Puts back what [`Settings::apply`], [`Settings::unlock`] and [`Settings::lock`] can have changed.
+    /// Puts back what [`Settings::apply`], [`Settings::unlock`] and [`Settings::lock`] can have
+    /// changed.
     pub fn restore(&self, guest: &mut dyn Guest, mode: Mode) -> Result<()> {
         self.put_back(guest, self.original_parameters(mode))
     }
 
-    /// The capabilities come first and the lock last, so that there is no instant at which another client's migration is a
-    /// background snapshot. Only the capabilities that QEMU refuses beside the lock follow it.
+    /// The capabilities come first and the lock last, so that there is no instant at which another
+    /// client's migration is a background snapshot. Only the capabilities that QEMU refuses beside
+    /// the lock follow it.
     fn put_back(&self, guest: &mut dyn Guest, parameters: Map<String, Value>) -> Result<()> {
-        let explain = |failure: Failure| failure.into_error("cannot put the migration capabilities back");
+        let explain =
+            |failure: Failure| failure.into_error("cannot put the migration capabilities back");
         match self.put_capabilities_back(guest, |name| !EXCLUDE_TLS.contains(&name))? {
             Ok(()) => {}
             // Whichever it refuses: as long as this one is on, no one may be let in.
@@ -186,21 +216,26 @@ impl Settings {
         which: impl Fn(&str) -> bool,
     ) -> Result<std::result::Result<(), Failure>> {
         let now = commands::query_migrate_capabilities(guest, Deadline::after(PATIENCE))?;
-        let changed = self.changeable().filter(|capability| which(&capability.0) && !now.contains(capability));
+        let changed = self
+            .changeable()
+            .filter(|capability| which(&capability.0) && !now.contains(capability));
         let changes: Vec<_> = changed.cloned().collect();
         Ok(set_capabilities(guest, &changes, Deadline::after(PATIENCE)))
     }
 
-    /// What [`Settings::restore`] would say, for whoever says it in its place: in the same order, for the same reason.
+    /// What [`Settings::restore`] would say, for whoever says it in its place: in the same order,
+    /// for the same reason.
     pub fn script(&self, mode: Mode) -> Vec<(&'static str, Value)> {
         let capabilities = |which: &dyn Fn(&str) -> bool| {
             let capabilities = self.changeable().filter(|(name, _)| which(name));
-            let list: Vec<_> =
-                capabilities.map(|(name, state)| json!({ "capability": name, "state": state })).collect();
+            let list: Vec<_> = capabilities
+                .map(|(name, state)| json!({ "capability": name, "state": state }))
+                .collect();
             ("migrate-set-capabilities", json!({ "capabilities": list }))
         };
         let mut script = vec![
-            // At once, and alone, so that no other one's being refused keeps it from being put back.
+            // At once, and alone, so that no other one's being refused keeps it from being put
+            // back.
             capabilities(&|name| name == BACKGROUND),
             ("closefd", json!({ "fdname": FD_NAME })),
             capabilities(&|name| !EXCLUDE_TLS.contains(&name)),
@@ -215,7 +250,10 @@ impl Settings {
     /// The parameters that `mode` changes, as they were found.
     fn original_parameters(&self, mode: Mode) -> Map<String, Value> {
         let changed = self.parameters_for(mode);
-        changed.into_iter().map(|(name, _)| (name.clone(), self.parameters[&name].clone())).collect()
+        changed
+            .into_iter()
+            .map(|(name, _)| (name.clone(), self.parameters[&name].clone()))
+            .collect()
     }
 
     /// `events` changes nothing but what is told.
@@ -244,10 +282,12 @@ impl Settings {
     }
 }
 
-/// What a snapshot has left in QEMU whose process and watchdog were killed, or could not reach QEMU any more.
+/// What a snapshot has left in QEMU whose process and watchdog were killed, or could not reach QEMU
+/// any more.
 ///
-/// QEMU itself keeps what its settings were before: in the parameter `tls-hostname`, which QEMU has no use for as long as
-/// there are no credentials to go with it. So it outlives all of our processes, and ends with QEMU.
+/// QEMU itself keeps what its settings were before: in the parameter `tls-hostname`, which QEMU has
+/// no use for as long as there are no credentials to go with it. So it outlives all of our
+/// processes, and ends with QEMU.
 #[derive(Debug)]
 struct Leftover {
     /// As they were before that snapshot, as far as it is known.
@@ -259,18 +299,24 @@ struct Leftover {
 }
 
 impl Leftover {
-    /// What is noted of the settings: the capabilities that are on, and the parameters that will be changed.
+    /// What is noted of the settings: the capabilities that are on, and the parameters that will be
+    /// changed.
     fn describe<'a>(settings: &Settings, changed: impl Iterator<Item = &'a str>) -> String {
         let on = settings.capabilities.iter().filter(|(_, state)| *state);
         let capabilities: Vec<_> = on.map(|(name, _)| name).collect();
-        let parameters: Map<_, _> = changed.map(|name| (name.to_owned(), settings.parameters[name].clone())).collect();
+        let parameters: Map<_, _> =
+            changed.map(|name| (name.to_owned(), settings.parameters[name].clone())).collect();
         let maker = maker::note(settings.watchdog);
-        format!("{RECORDED}{}", json!({ "capabilities": capabilities, "parameters": parameters, "maker": maker }))
+        format!(
+            "{RECORDED}{}",
+            json!({ "capabilities": capabilities, "parameters": parameters, "maker": maker })
+        )
     }
 
     /// Finds it; `never_set`: nobody but us sets `background-snapshot` in this guest.
     fn find(found: &Settings, never_set: bool) -> Option<Leftover> {
-        let text = |name: &str| found.parameters.get(name).and_then(Value::as_str).unwrap_or_default();
+        let text =
+            |name: &str| found.parameters.get(name).and_then(Value::as_str).unwrap_or_default();
         let recorded = text(RECORD).strip_prefix(RECORDED);
         if let Some(leftover) = recorded.and_then(|recorded| Leftover::parse(recorded, found)) {
             return Some(leftover);
@@ -283,7 +329,11 @@ impl Leftover {
         let off = |(name, state): &(String, bool)| (name.clone(), *state && name != BACKGROUND);
         let locked = (text(TLS) == LOCK).then(|| (TLS.to_owned(), json!("")));
         let capabilities = found.capabilities.iter().map(off).collect();
-        Some(Leftover { capabilities, parameters: locked.into_iter().collect(), maker: Value::Null })
+        Some(Leftover {
+            capabilities,
+            parameters: locked.into_iter().collect(),
+            maker: Value::Null,
+        })
     }
 
     fn parse(recorded: &str, found: &Settings) -> Option<Leftover> {
@@ -301,9 +351,10 @@ impl Leftover {
             None => Ok(()),
             Some(who) => fail!(
                 OperationInvalid,
-                "another snapshot of this guest is under way, or has left its settings in QEMU: it is {who}. Wait for it to \
-                 end; if it was killed, take a snapshot from where it was begun, or clear QEMU's migration parameter '{RECORD}' \
-                 (migrate-set-parameters) and try again"
+                "another snapshot of this guest is under way, or has left its settings in QEMU: it \
+                 is {who}. Wait for it to end; if it was killed, take a snapshot from where it was \
+                 begun, or clear QEMU's migration parameter '{RECORD}' (migrate-set-parameters) \
+                 and try again"
             ),
         }
     }
@@ -313,7 +364,8 @@ impl Leftover {
         // The pipe that QEMU may have been passed; refused where there is none.
         let _ = commands::closefd(guest, FD_NAME, Deadline::after(PATIENCE));
         let Leftover { capabilities, parameters, maker: _ } = self;
-        let settings = Settings { capabilities, parameters: Map::new(), locked: false, watchdog: None };
+        let settings =
+            Settings { capabilities, parameters: Map::new(), locked: false, watchdog: None };
         settings.put_back(guest, parameters).map_err(|error| {
             let left = "what an earlier snapshot of this guest, which was killed, has left in QEMU cannot be put back";
             Error::new(error.code, format!("{left}: {}", error.message))
@@ -335,20 +387,28 @@ fn set_capabilities(
 fn explain(failure: Failure, mode: Mode) -> Error {
     let step = "cannot set the migration capabilities";
     match failure {
-        Failure::Refused(_, reason) if mode == Mode::Background && reason.contains("host kernel") => Error::new(
-            Code::ArgumentUnsupported,
-            format!(
-                "background snapshots are refused by this QEMU ({reason}): it needs Linux 5.7 or later and permission to \
-                 use userfaultfd. Run it as root, or `sysctl vm.unprivileged_userfaultfd=1`, or, with QEMU 8.0 or later, \
-                 give its user access to /dev/userfaultfd; shared (memfd) guest memory needs Linux 5.19"
-            ),
-        ),
-        Failure::Refused(_, reason) if mode == Mode::Background && reason.contains("memory configuration") => {
+        Failure::Refused(_, reason)
+            if mode == Mode::Background && reason.contains("host kernel") =>
+        {
             Error::new(
                 Code::ArgumentUnsupported,
                 format!(
-                    "background snapshots are refused by this QEMU ({reason}): guest memory that is a shared file on a disk cannot \
-                 be write-protected; memory of memfd, of a file on tmpfs or hugetlbfs, or anonymous memory can"
+                    "background snapshots are refused by this QEMU ({reason}): it needs Linux 5.7 \
+                     or later and permission to use userfaultfd. Run it as root, or `sysctl \
+                     vm.unprivileged_userfaultfd=1`, or, with QEMU 8.0 or later, give its user \
+                     access to /dev/userfaultfd; shared (memfd) guest memory needs Linux 5.19"
+                ),
+            )
+        }
+        Failure::Refused(_, reason)
+            if mode == Mode::Background && reason.contains("memory configuration") =>
+        {
+            Error::new(
+                Code::ArgumentUnsupported,
+                format!(
+                    "background snapshots are refused by this QEMU ({reason}): guest memory that \
+                     is a shared file on a disk cannot be write-protected; memory of memfd, of a \
+                     file on tmpfs or hugetlbfs, or anonymous memory can"
                 ),
             )
         }
@@ -379,7 +439,8 @@ impl Stream {
             fcntl_setfl(&read, fcntl_getfl(&read)? | OFlags::NONBLOCK)?;
             rustix::io::fcntl_dupfd_cloexec(&read, 0)
         };
-        let spare = duplicate().map_err(|error| Error::system("cannot set up the memory pipe", error))?;
+        let spare =
+            duplicate().map_err(|error| Error::system("cannot set up the memory pipe", error))?;
         let drain = Drain::start(read, image.file()?, image.path(), image.stream_offset())?;
         Ok(Stream { drain, offset: image.stream_offset(), spare, write: Some(write) })
     }
@@ -387,7 +448,9 @@ impl Stream {
     /// Passes QEMU its end, as [`FD_NAME`].
     pub fn pass(&mut self, guest: &mut dyn Guest) -> Result<()> {
         match self.write.take() {
-            Some(write) => commands::getfd(guest, FD_NAME, write.as_fd(), Deadline::after(PATIENCE)),
+            Some(write) => {
+                commands::getfd(guest, FD_NAME, write.as_fd(), Deadline::after(PATIENCE))
+            }
             None => Ok(()),
         }
     }
@@ -429,26 +492,37 @@ impl Stream {
         // The stream's end comes a moment before QEMU's word on it.
         match wait_ended(guest, settings, Deadline::after(PATIENCE))? {
             Ended::Completed => Ok(self.offset + bytes),
-            // This is what QEMU says of another client's that came after ours. Then the stream itself tells.
-            Ended::Failed(reason) if (muddled || reason.contains(LOCK)) && image.has_whole_stream()? => {
+            // This is what QEMU says of another client's that came after ours. Then the stream
+            // itself tells.
+            Ended::Failed(reason)
+                if (muddled || reason.contains(LOCK)) && image.has_whole_stream()? =>
+            {
                 Ok(self.offset + bytes)
             }
             Ended::Failed(reason) => fail!(OperationFailed, "cannot save memory: {reason}"),
         }
     }
 
-    /// Nothing has come for a while. There are two reasons for which nothing ever will, not even the end:
+    /// Nothing has come for a while. There are two reasons for which nothing ever will, not even
+    /// the end:
     ///
-    /// * A process that the caller has forked, before QEMU had its end of the pipe, has that end too as long as it does not
-    ///   execute a program: then the pipe does not end, though QEMU has closed it. What a migration has written is in the
-    ///   pipe before QEMU says that it has completed.
-    /// * QEMU is setting up for ever: it has saved memory, said so, and had not closed its end of the pipe when another
-    ///   client's `migrate` came, which QEMU refused for the lock. Then it has forgotten the pipe (seen with QEMU 10.0; QEMU
-    ///   7.2 ends there). Under the lock no migration can be another client's, and before its own has set up the stream
-    ///   is not whole. It is cancelled, as QEMU would refuse every other migration, and new settings, for good.
+    /// * A process that the caller has forked, before QEMU had its end of the pipe, has that end
+    ///   too as long as it does not execute a program: then the pipe does not end, though QEMU has
+    ///   closed it. What a migration has written is in the pipe before QEMU says that it has
+    ///   completed.
+    /// * QEMU is setting up for ever: it has saved memory, said so, and had not closed its end of
+    ///   the pipe when another client's `migrate` came, which QEMU refused for the lock. Then it
+    ///   has forgotten the pipe (seen with QEMU 10.0; QEMU 7.2 ends there). Under the lock no
+    ///   migration can be another client's, and before its own has set up the stream is not whole.
+    ///   It is cancelled, as QEMU would refuse every other migration, and new settings, for good.
     ///
     /// Returns whether it was the latter.
-    fn look_for_end(&self, guest: &mut dyn Guest, image: &MemoryImage, settings: &Settings) -> Result<bool> {
+    fn look_for_end(
+        &self,
+        guest: &mut dyn Guest,
+        image: &MemoryImage,
+        settings: &Settings,
+    ) -> Result<bool> {
         let migration = match commands::query_migrate(guest, Deadline::after(QUIET)) {
             Ok(migration) => migration,
             // QEMU may be too busy to answer, or the daemon be restarted.
@@ -456,7 +530,9 @@ impl Stream {
             Err(error) if guest.presence() == Presence::Gone => return Err(error),
             Err(_) => return Ok(false),
         };
-        let muddled = migration.is_setting_up() && image.has_whole_stream()? && settings.is_still_locked(guest)?;
+        let muddled = migration.is_setting_up()
+            && image.has_whole_stream()?
+            && settings.is_still_locked(guest)?;
         match migration.progress() {
             _ if muddled => commands::migrate_cancel(guest, Deadline::after(PATIENCE))?,
             Progress::UnderWay => return Ok(false),
@@ -467,8 +543,8 @@ impl Stream {
                 if came < sent {
                     fail!(
                         OperationFailed,
-                        "QEMU has saved {sent} bytes of memory, and {came} have come here: another client has saved the guest \
-                         meanwhile"
+                        "QEMU has saved {sent} bytes of memory, and {came} have come here: another \
+                         client has saved the guest meanwhile"
                     );
                 }
             }
@@ -484,15 +560,20 @@ impl Stream {
         const HEADER: u64 = 8;
         let bytes = self.drain.bytes();
         let mut flow = Flow { done: self.offset + bytes, ..Flow::default() };
-        if let Some(ram) = migration.and_then(|migration| migration.ram.as_ref()).filter(|ram| ram.page_size > 0) {
+        if let Some(ram) =
+            migration.and_then(|migration| migration.ram.as_ref()).filter(|ram| ram.page_size > 0)
+        {
             flow.pages_left = ram.remaining / ram.page_size;
             // Some of what QEMU has sent is in the pipe still.
-            flow.total = self.offset + ram.transferred.max(bytes) + flow.pages_left * (ram.page_size + HEADER);
+            flow.total = self.offset
+                + ram.transferred.max(bytes)
+                + flow.pages_left * (ram.page_size + HEADER);
         }
         flow
     }
 
-    /// Memory is not wanted any more. The stream is read on, and thrown away. [`Stream::wait_given_up`] sees to the rest.
+    /// Memory is not wanted any more. The stream is read on, and thrown away.
+    /// [`Stream::wait_given_up`] sees to the rest.
     pub fn give_up(&self, guest: &mut dyn Guest, mode: Mode) -> Result<()> {
         self.drain.discard();
         match mode {
@@ -513,14 +594,16 @@ impl Stream {
         Ok(())
     }
 
-    /// Whether QEMU has closed the stream. Then our migration is over: one that is under way is another client's.
+    /// Whether QEMU has closed the stream. Then our migration is over: one that is under way is
+    /// another client's.
     fn is_closed(&self) -> bool {
         let mut fds = [PollFd::new(&self.spare, PollFlags::empty())];
-        poll(&mut fds, Some(&timeout(Duration::ZERO))).is_ok() && fds[0].revents().contains(PollFlags::HUP)
+        poll(&mut fds, Some(&timeout(Duration::ZERO))).is_ok()
+            && fds[0].revents().contains(PollFlags::HUP)
     }
 
-    /// Returns when QEMU has closed the stream. Its thread is at its end then; the status says so before, and a migration
-    /// begun in between would be one beside it.
+    /// Returns when QEMU has closed the stream. Its thread is at its end then; the status says so
+    /// before, and a migration begun in between would be one beside it.
     fn wait_closed(&self, guest: &dyn Guest) -> Result<()> {
         let deadline = Instant::now() + PATIENCE;
         // Asked for nothing, it tells of the other end's having gone.
@@ -532,22 +615,29 @@ impl Stream {
             }
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
-                fail!(OperationTimeout, "saving memory has ended, and QEMU does not close its stream");
+                fail!(
+                    OperationTimeout,
+                    "saving memory has ended, and QEMU does not close its stream"
+                );
             }
             match poll(&mut fds, Some(&timeout(left.min(LOOK)))) {
                 Ok(_) | Err(Errno::INTR) => {}
-                Err(errno) => return Err(Error::system("cannot wait for QEMU to close its stream", errno)),
+                Err(errno) => {
+                    return Err(Error::system("cannot wait for QEMU to close its stream", errno));
+                }
             }
         }
         Ok(())
     }
 
-    /// Returns when QEMU says that the migration has ended; before that, it may yet stop the guest to save its devices.
+    /// Returns when QEMU says that the migration has ended; before that, it may yet stop the guest
+    /// to save its devices.
     ///
-    /// A background snapshot is cancelled only where that is safe. QEMU 7.2 leaves the guest's memory write-protected when
-    /// one is cancelled or fails, its pipe's end closed included: the guest freezes for good at its next write. QEMU 10.0
-    /// does not, but where it is cancelled before it has armed, QEMU closes its own descriptor 0, whatever that is by then.
-    /// What cannot be cancelled is left to complete.
+    /// A background snapshot is cancelled only where that is safe. QEMU 7.2 leaves the guest's
+    /// memory write-protected when one is cancelled or fails, its pipe's end closed included: the
+    /// guest freezes for good at its next write. QEMU 10.0 does not, but where it is cancelled
+    /// before it has armed, QEMU closes its own descriptor 0, whatever that is by then. What cannot
+    /// be cancelled is left to complete.
     pub fn wait_given_up(&self, guest: &mut dyn Guest, mode: Mode) -> Result<()> {
         let nap = Nap::default();
         let mut progress = Progressing::new(self.drain.bytes());
@@ -582,7 +672,8 @@ impl Stream {
         }
     }
 
-    /// QEMU cannot look at anything while it waits for room in the pipe, and a drain whose file system hangs makes none.
+    /// QEMU cannot look at anything while it waits for room in the pipe, and a drain whose file
+    /// system hangs makes none.
     fn unblock(&self, progress: &mut Progressing) -> Result<()> {
         const HANGING: Duration = Duration::from_secs(1);
         let mut bytes = self.drain.bytes();
@@ -625,8 +716,10 @@ impl Quiet {
 
 /// Waits for one of the two.
 fn wait_either(done: BorrowedFd, cancel: &Cancel, at_most: Option<Duration>) -> Result<()> {
-    let mut fds =
-        [PollFd::from_borrowed_fd(done, PollFlags::IN), PollFd::from_borrowed_fd(cancel.event(), PollFlags::IN)];
+    let mut fds = [
+        PollFd::from_borrowed_fd(done, PollFlags::IN),
+        PollFd::from_borrowed_fd(cancel.event(), PollFlags::IN),
+    ];
     match poll(&mut fds, at_most.map(timeout).as_ref()) {
         Ok(_) | Err(Errno::INTR) => Ok(()),
         Err(errno) => Err(Error::system("cannot wait for memory to be saved", errno)),
@@ -657,7 +750,8 @@ impl Meter {
         const SOON: Duration = Duration::from_secs(1);
         // What is wrong with QEMU is found by whoever needs it.
         let asked = now() >= self.ask;
-        let migration = asked.then(|| commands::query_migrate(guest, Deadline::after(SOON)).ok()).flatten();
+        let migration =
+            asked.then(|| commands::query_migrate(guest, Deadline::after(SOON)).ok()).flatten();
         if asked && migration.is_none() {
             self.ask = now() + PATIENCE;
         }
@@ -721,8 +815,9 @@ fn wait_ended(guest: &mut dyn Guest, settings: &Settings, deadline: Deadline) ->
         if !settings.is_still_locked(guest)? {
             fail!(
                 OperationFailed,
-                "another client has changed QEMU's migration parameter '{TLS}', and begun a migration of the guest, before \
-                 QEMU could be asked whether memory was saved: take the snapshot again"
+                "another client has changed QEMU's migration parameter '{TLS}', and begun a \
+                 migration of the guest, before QEMU could be asked whether memory was saved: take \
+                 the snapshot again"
             );
         }
         if deadline.left().is_none() {
@@ -732,34 +827,50 @@ fn wait_ended(guest: &mut dyn Guest, settings: &Settings, deadline: Deadline) ->
     }
 }
 
-/// Waits until write tracking is armed: from then on the guest may run, and its memory is saved as it is now.
+/// Waits until write tracking is armed: from then on the guest may run, and its memory is saved as
+/// it is now.
 ///
-/// Only page counts prove it (or that the migration has ended): see [`commands::Migration::has_pages`]. Their reply came
-/// through QEMU's main loop, so a `cont` sent after it is carried out after the arming. Returns that reply.
+/// Only page counts prove it (or that the migration has ended): see
+/// [`commands::Migration::has_pages`]. Their reply came through QEMU's main loop, so a `cont` sent
+/// after it is carried out after the arming. Returns that reply.
 ///
-/// While it sets up, the guest must stay in a state that QEMU can capture: see [`run_state`]. `ran`: it ran before.
-pub fn wait_armed(guest: &mut dyn Guest, ran: bool, cancel: &Cancel, deadline: Deadline) -> Result<Migration> {
+/// While it sets up, the guest must stay in a state that QEMU can capture: see [`run_state`].
+/// `ran`: it ran before.
+pub fn wait_armed(
+    guest: &mut dyn Guest,
+    ran: bool,
+    cancel: &Cancel,
+    deadline: Deadline,
+) -> Result<Migration> {
     let nap = Nap::default();
     loop {
         let migration = match commands::query_migrate(guest, deadline) {
             // The limit has passed while it answered, or while we slept.
             Err(error) if error.code == Code::OperationTimeout => {
-                fail!(OperationTimeout, "the tracking of memory writes is not armed within the limit of the pause")
+                fail!(
+                    OperationTimeout,
+                    "the tracking of memory writes is not armed within the limit of the pause"
+                )
             }
             answer => answer?,
         };
         match migration.progress() {
             Progress::Completed => return Ok(migration),
             Progress::UnderWay if migration.has_pages() => return Ok(migration),
-            Progress::UnderWay if migration.is_setting_up() => run_state::keep_capturable(guest, deadline)
-                .inspect_err(|_| {
+            Progress::UnderWay if migration.is_setting_up() => {
+                run_state::keep_capturable(guest, deadline).inspect_err(|_| {
                     if !ran {
                         pause_once_armed(guest);
                     }
-                })?,
+                })?
+            }
             Progress::UnderWay => {}
             Progress::None | Progress::Failed => {
-                fail!(OperationFailed, "cannot arm the tracking of memory writes: {}", migration.reason())
+                fail!(
+                    OperationFailed,
+                    "cannot arm the tracking of memory writes: {}",
+                    migration.reason()
+                )
             }
         }
         cancel.check()?;
@@ -770,10 +881,11 @@ pub fn wait_armed(guest: &mut dyn Guest, ran: bool, cancel: &Cancel, deadline: D
 /// QEMU's own stop of the guest, before the capture, is over sooner by far.
 const LOST_STOP: Duration = Duration::from_secs(1);
 
-/// Frees a migration whose thread waits for the CPUs of a guest that runs. QEMU stops a guest that it finds running before it
-/// captures it, and waits until all CPUs stand. Another client's `cont`, or a reset, can have them run again before the thread
-/// has seen that: then the thread waits for good, and the migration can be neither completed nor cancelled. When the guest is
-/// stopped once more, the thread goes on. The guest runs again after that.
+/// Frees a migration whose thread waits for the CPUs of a guest that runs. QEMU stops a guest that
+/// it finds running before it captures it, and waits until all CPUs stand. Another client's `cont`,
+/// or a reset, can have them run again before the thread has seen that: then the thread waits for
+/// good, and the migration can be neither completed nor cancelled. When the guest is stopped once
+/// more, the thread goes on. The guest runs again after that.
 fn repeat_stop(guest: &mut dyn Guest) -> Result<()> {
     if !guest.status()?.running {
         return Ok(());
@@ -783,7 +895,8 @@ fn repeat_stop(guest: &mut dyn Guest) -> Result<()> {
     let paused = guest.pause(deadline);
     let nap = Nap::default();
     while deadline.left().is_some()
-        && commands::query_migrate(guest, deadline).is_ok_and(|migration| migration.is_between_setup_and_armed())
+        && commands::query_migrate(guest, deadline)
+            .is_ok_and(|migration| migration.is_between_setup_and_armed())
     {
         nap.sleep();
     }
@@ -793,24 +906,27 @@ fn repeat_stop(guest: &mut dyn Guest) -> Result<()> {
     paused
 }
 
-/// Pauses a guest that was resumed for the sake of QEMU, which is going to stop and resume it by itself before that.
+/// Pauses a guest that was resumed for the sake of QEMU, which is going to stop and resume it by
+/// itself before that.
 fn pause_once_armed(guest: &mut dyn Guest) {
     let (nap, deadline) = (Nap::default(), Deadline::after(PATIENCE));
     while deadline.left().is_some()
-        && commands::query_migrate(guest, deadline)
-            .is_ok_and(|migration| migration.progress() == Progress::UnderWay && !migration.has_pages())
+        && commands::query_migrate(guest, deadline).is_ok_and(|migration| {
+            migration.progress() == Progress::UnderWay && !migration.has_pages()
+        })
     {
         nap.sleep();
     }
     let _ = guest.pause(deadline);
 }
 
-/// Waits until a guest can be resumed that was to be paused while its migration set up, by somebody who does not know whether
-/// that was done, and in time. Returns whether it is to be resumed now.
+/// Waits until a guest can be resumed that was to be paused while its migration set up, by somebody
+/// who does not know whether that was done, and in time. Returns whether it is to be resumed now.
 ///
-/// When it has set up, QEMU stops a guest that runs, arms, and resumes it by itself; a `cont` in between it overlooks, or it
-/// waits for good for a pause that is no more. It does not stop one that is paused already. So a guest that runs is left
-/// alone, and one that was seen paused before QEMU was seen setting up was not paused by QEMU.
+/// When it has set up, QEMU stops a guest that runs, arms, and resumes it by itself; a `cont` in
+/// between it overlooks, or it waits for good for a pause that is no more. It does not stop one
+/// that is paused already. So a guest that runs is left alone, and one that was seen paused before
+/// QEMU was seen setting up was not paused by QEMU.
 pub fn wait_resumable(guest: &mut dyn Guest, deadline: Deadline) -> bool {
     let nap = Nap::default();
     let mut look = || {
@@ -829,8 +945,9 @@ pub fn wait_resumable(guest: &mut dyn Guest, deadline: Deadline) -> bool {
     true
 }
 
-/// Waits for what QEMU does not announce: for a fiftieth of what the waiting has taken so far, so that the end is noticed
-/// soon after a short wait, and QEMU is not asked more than it takes to answer in a long one.
+/// Waits for what QEMU does not announce: for a fiftieth of what the waiting has taken so far, so
+/// that the end is noticed soon after a short wait, and QEMU is not asked more than it takes to
+/// answer in a long one.
 #[derive(Debug)]
 struct Nap(Instant);
 
@@ -846,14 +963,17 @@ impl Nap {
     }
 }
 
-/// Waits until an incoming migration has ended. It can take as long as memory is large, so only QEMU's silence is bounded.
+/// Waits until an incoming migration has ended. It can take as long as memory is large, so only
+/// QEMU's silence is bounded.
 pub fn wait_loaded(guest: &mut dyn Guest) -> Result<()> {
     let nap = Nap::default();
     loop {
         let migration = commands::query_migrate(guest, Deadline::after(PATIENCE))?;
         match migration.progress() {
             Progress::Completed => return Ok(()),
-            Progress::Failed => fail!(OperationFailed, "QEMU cannot load the memory image: {}", migration.reason()),
+            Progress::Failed => {
+                fail!(OperationFailed, "QEMU cannot load the memory image: {}", migration.reason())
+            }
             // Not begun yet, or under way.
             Progress::None | Progress::UnderWay => {}
         }

@@ -1,7 +1,7 @@
 //! The phases of a snapshot, their undo, and bringing one back: the same for every way in.
 //!
-//! [`Handle`] is what the C API and the tests hold: a guest that was opened, with at most one operation under way. A [`Job`] is
-//! an operation on a thread of its own.
+//! [`Handle`] is what the C API and the tests hold: a guest that was opened, with at most one
+//! operation under way. A [`Job`] is an operation on a thread of its own.
 
 mod cancel;
 mod clock;

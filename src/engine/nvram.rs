@@ -1,8 +1,9 @@
 //! UEFI variables (pflash): QEMU saves them with memory, but does not write-protect them meanwhile.
 //!
-//! So a variable that the guest sets while memory is being saved would be in a snapshot that is older than it. They are
-//! copied before, and compared after: if they changed, there is no snapshot. The copy is the snapshot's; clones get copies
-//! of it, because QEMU writes what it loads back into the file.
+//! So a variable that the guest sets while memory is being saved would be in a snapshot that is
+//! older than it. They are copied before, and compared after: if they changed, there is no
+//! snapshot. The copy is the snapshot's; clones get copies of it, because QEMU writes what it loads
+//! back into the file.
 
 use std::fs::File;
 use std::io::{self, Read, Seek};
@@ -44,13 +45,18 @@ impl Copy {
         if !original.is_file() {
             fail!(
                 ConfigUnsupported,
-                "the UEFI variables of the guest are in '{}', which is not a regular file: they cannot be copied",
+                "the UEFI variables of the guest are in '{}', which is not a regular file: they \
+                 cannot be copied",
                 recorded.original
             );
         }
-        let step = format!("cannot copy the UEFI variables '{}' to '{}'", recorded.original, recorded.copy);
+        let step = format!(
+            "cannot copy the UEFI variables '{}' to '{}'",
+            recorded.original, recorded.copy
+        );
         let stamp = stamp(original).map_err(|error| Error::system(&step, error))?;
-        let own = copy_new(original, Path::new(&recorded.copy)).map_err(|error| Error::system(&step, error))?;
+        let own = copy_new(original, Path::new(&recorded.copy))
+            .map_err(|error| Error::system(&step, error))?;
         let content = read(own.file()).map_err(|error| {
             let _ = own.remove();
             Error::system(&step, error)
@@ -66,21 +72,26 @@ impl Copy {
 
     /// Removes the copy.
     pub fn remove(&self) -> Result<()> {
-        self.own.remove().map_err(|error| Error::system(format!("cannot remove '{}'", self.recorded.copy), error))
+        self.own.remove().map_err(|error| {
+            Error::system(format!("cannot remove '{}'", self.recorded.copy), error)
+        })
     }
 
     /// An error if the original is not what was copied any more.
     pub fn check_unchanged(&self) -> Result<()> {
         let original = Path::new(&self.recorded.original);
         let step = || format!("cannot read the UEFI variables '{}'", original.display());
-        // The stamp tells of a change that was taken back, the content of one within the clock's grain.
-        let unchanged =
-            || Ok(stamp(original)? == self.stamp && read(&sys::open_file(original)?)? == read(self.own.file())?);
+        // The stamp tells of a change that was taken back, the content of one within the clock's
+        // grain.
+        let unchanged = || {
+            Ok(stamp(original)? == self.stamp
+                && read(&sys::open_file(original)?)? == read(self.own.file())?)
+        };
         if !unchanged().map_err(|error: io::Error| Error::system(step(), error))? {
             fail!(
                 OperationFailed,
-                "the guest changed its UEFI variables ('{}') while its memory was being saved, so they are not those of the \
-                 instant: take the snapshot again",
+                "the guest changed its UEFI variables ('{}') while its memory was being saved, so \
+                 they are not those of the instant: take the snapshot again",
                 self.recorded.original
             );
         }

@@ -24,7 +24,12 @@ pub struct Opened {
 
 impl Opened {
     pub fn new(connector: Arc<dyn Connector>) -> Opened {
-        Opened { connector, options: Mutex::default(), cancel: Mutex::default(), last: Mutex::default() }
+        Opened {
+            connector,
+            options: Mutex::default(),
+            cancel: Mutex::default(),
+            last: Mutex::default(),
+        }
     }
 }
 
@@ -47,7 +52,10 @@ impl Operation {
     pub fn begin(opened: &Arc<Opened>) -> Result<Operation> {
         let mut current = lock(&opened.cancel);
         if current.is_some() {
-            fail!(OperationInvalid, "another snapshot of this guest is being taken: wait for it to end, or cancel it");
+            fail!(
+                OperationInvalid,
+                "another snapshot of this guest is being taken: wait for it to end, or cancel it"
+            );
         }
         let cancel = Arc::new(Cancel::new()?);
         *current = Some(Arc::clone(&cancel));
@@ -68,7 +76,8 @@ impl Operation {
     pub fn take(&self, xml: &str, flags: u32, observer: &mut dyn Observer) -> Taken {
         let mut clock = Clock::start(observer);
         let options = lock(&self.opened.options).clone();
-        let result = create::create(&*self.opened.connector, xml, flags, options, &self.cancel, &mut clock);
+        let result =
+            create::create(&*self.opened.connector, xml, flags, options, &self.cancel, &mut clock);
         let (last, stats) = clock.stop(&result);
         *lock(&self.opened.last) = Some(stats.clone());
         Taken { result, last, stats }

@@ -1,17 +1,19 @@
 //! Having QEMU touch the guest's memory while the guest still runs.
 //!
-//! Before a background snapshot is armed QEMU touches every page of guest memory once ("populate"), which takes longer the
-//! more memory there is. With the guest stopped first all of that is pause. So the migration is begun while the guest runs,
-//! and the guest stopped shortly before QEMU is done. Stopped too early it is paused for longer, and no harm is done.
-//! Stopped too late, QEMU has begun to capture a guest that ran, and memory is of another moment than the disks would be.
+//! Before a background snapshot is armed QEMU touches every page of guest memory once ("populate"),
+//! which takes longer the more memory there is. With the guest stopped first all of that is pause.
+//! So the migration is begun while the guest runs, and the guest stopped shortly before QEMU is
+//! done. Stopped too early it is paused for longer, and no harm is done. Stopped too late, QEMU has
+//! begun to capture a guest that ran, and memory is of another moment than the disks would be.
 //!
-//! Whether it was too late is not told by events, nor by the guest's being paused: QEMU calls the guest paused before its
-//! vCPUs have stopped, and its snapshot thread can begin to capture just then. What does tell: `stop` has been answered, and
-//! a `query-migrate` sent *after* that answer says `setup`. For the capture begins after `setup` ends, and the vCPUs had
-//! stopped before. Only then are the disks switched. `tests/overlap_model/` checks that rule exhaustively.
+//! Whether it was too late is not told by events, nor by the guest's being paused: QEMU calls the
+//! guest paused before its vCPUs have stopped, and its snapshot thread can begin to capture just
+//! then. What does tell: `stop` has been answered, and a `query-migrate` sent *after* that answer
+//! says `setup`. For the capture begins after `setup` ends, and the vCPUs had stopped before. Only
+//! then are the disks switched. `tests/overlap_model/` checks that rule exhaustively.
 //!
-//! It takes a QEMU that leaves a guest paused that it found paused (9.0). When to stop is learnt from how long `setup` took
-//! at this guest's earlier snapshots, and tries.
+//! It takes a QEMU that leaves a guest paused that it found paused (9.0). When to stop is learnt
+//! from how long `setup` took at this guest's earlier snapshots, and tries.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Mutex;
@@ -42,7 +44,8 @@ const MOST: usize = 1000;
 pub struct Overlap {
     /// How many tries may be lost; 0: none is made, and the guest is stopped first.
     pub tries: u32,
-    /// When to stop the guest, counted from the migration's begin; `None`: by what is known of the guest.
+    /// When to stop the guest, counted from the migration's begin; `None`: by what is known of the
+    /// guest.
     pub aim: Option<Duration>,
 }
 
@@ -58,7 +61,8 @@ static GUESTS: Lazy<Mutex<HashMap<String, Learnt>>> = Lazy::new(Mutex::default);
 /// The last few of each, the newest first.
 #[derive(Default)]
 struct Learnt {
-    /// How much work `setup` was while the guest ran: more than else, and these count where there are any.
+    /// How much work `setup` was while the guest ran: more than else, and these count where there
+    /// are any.
     running: VecDeque<Duration>,
     stopped: VecDeque<Duration>,
     /// How long it took from the order to stop until it was known whether that was in time.
@@ -94,7 +98,9 @@ pub fn learn(guest: &str, lesson: Lesson) {
 
 /// Whether the setup of a guest is known.
 pub fn knows(guest: &str) -> bool {
-    lock(&GUESTS).get(guest).is_some_and(|learnt| !learnt.running.is_empty() || !learnt.stopped.is_empty())
+    lock(&GUESTS)
+        .get(guest)
+        .is_some_and(|learnt| !learnt.running.is_empty() || !learnt.stopped.is_empty())
 }
 
 /// The one at a place when sorted, the quickest first.
@@ -104,17 +110,19 @@ fn sorted(last: &VecDeque<Duration>, place: impl FnOnce(usize) -> usize) -> Opti
     sorted.get(place(sorted.len())).copied()
 }
 
-/// When to stop a guest that has so many bytes of memory, in work done by then, the earlier the more tries were `lost`; `None`
-/// where that would come to nothing.
+/// When to stop a guest that has so many bytes of memory, in work done by then, the earlier the
+/// more tries were `lost`; `None` where that would come to nothing.
 ///
-/// The next setup will be as much work as the second quickest was, and the stop take half as long again as it usually does. A
-/// try that is lost costs the guest little, and a stop that is early by far costs all of that.
+/// The next setup will be as much work as the second quickest was, and the stop take half as long
+/// again as it usually does. A try that is lost costs the guest little, and a stop that is early by
+/// far costs all of that.
 pub fn aim(guest: &str, memory: u64, lost: u32) -> Option<Duration> {
     let guests = lock(&GUESTS);
     let learnt = guests.get(guest);
     let quick = |last| sorted(last, |count| usize::from(count > 2));
     let work = learnt.and_then(|learnt| quick(&learnt.running).or_else(|| quick(&learnt.stopped)));
-    let work = work.unwrap_or_else(|| QUICKEST_PAGE * u32::try_from(memory / PAGE).unwrap_or(u32::MAX));
+    let work =
+        work.unwrap_or_else(|| QUICKEST_PAGE * u32::try_from(memory / PAGE).unwrap_or(u32::MAX));
     let usual = learnt.and_then(|learnt| sorted(&learnt.stopping, |count| count / 2));
     let stopping = usual.map_or(STOPPING, |stopping| stopping * 3 / 2);
     let aim = (work * 95u32.saturating_sub(10 * lost) / 100).checked_sub(stopping)?;

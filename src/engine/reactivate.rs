@@ -1,9 +1,10 @@
 //! Taking the disks back after an ordinary migration.
 //!
-//! When a migration completes, QEMU hands its disks over to a destination, and there is none. A guest that runs takes them
-//! back when it resumes, and one that was loaded takes them over. One that stays paused would be left with disks that
-//! nothing can be done with, merging an overlay included. QEMU 10.0 and later have a command for it; before that, exporting
-//! a node by NBD does it on the way.
+//! When a migration completes, QEMU hands its disks over to a destination, and there is none. A
+//! guest that runs takes them back when it resumes, and one that was loaded takes them over. One
+//! that stays paused would be left with disks that nothing can be done with, merging an overlay
+//! included. QEMU 10.0 and later have a command for it; before that, exporting a node by NBD does
+//! it on the way.
 
 use serde_json::json;
 
@@ -21,13 +22,15 @@ pub fn reactivate_disks(guest: &mut dyn Guest) -> Result<()> {
         let command = Command::new("blockdev-set-active", json!({ "active": true }));
         return guest.run(STEP, command, deadline()).map(drop);
     }
-    // Abstract, so that there is no file; and nobody is told of it. The user's own server, where there is one, serves too.
-    // Other guests are snapshotted at the same time, by this process too.
+    // Abstract, so that there is no file; and nobody is told of it. The user's own server, where
+    // there is one, serves too. Other guests are snapshotted at the same time, by this process too.
     let mut random = [0; 8];
     let _ = rustix::rand::getrandom(&mut random, rustix::rand::GetRandomFlags::NONBLOCK);
     let name = format!("{EXPORT}-{}-{:016x}", std::process::id(), u64::from_ne_bytes(random));
     let address = json!({ "type": "unix", "data": { "path": name, "abstract": true } });
-    let started = guest.execute(Command::new("nbd-server-start", json!({ "addr": address })), deadline()).is_ok();
+    let started = guest
+        .execute(Command::new("nbd-server-start", json!({ "addr": address })), deadline())
+        .is_ok();
     let result = export_each(guest);
     if started {
         guest.run(STEP, Command::new("nbd-server-stop", json!({})), deadline())?;
@@ -41,7 +44,11 @@ fn export_each(guest: &mut dyn Guest) -> Result<()> {
         let Some(node) = block["inserted"]["node-name"].as_str() else { continue };
         let export = json!({ "type": "nbd", "id": EXPORT, "node-name": node, "writable": false });
         guest.run(STEP, Command::new("block-export-add", export), deadline())?;
-        guest.run(STEP, Command::new("block-export-del", json!({ "id": EXPORT, "mode": "hard" })), deadline())?;
+        guest.run(
+            STEP,
+            Command::new("block-export-del", json!({ "id": EXPORT, "mode": "hard" })),
+            deadline(),
+        )?;
     }
     Ok(())
 }

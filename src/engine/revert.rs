@@ -51,7 +51,11 @@ impl RevertPlan {
 }
 
 /// Makes the fresh images; all, or none.
-pub fn prepare_revert(state_dir: &Path, name: &str, directory: Option<&Path>) -> Result<RevertPlan> {
+pub fn prepare_revert(
+    state_dir: &Path,
+    name: &str,
+    directory: Option<&Path>,
+) -> Result<RevertPlan> {
     prepare_revert_hooked(state_dir, name, directory, None)
 }
 
@@ -67,18 +71,18 @@ pub fn prepare_revert_hooked(
     if let (Some(disk), None) = (record.manual.first(), hook) {
         fail!(
             OperationUnsupported,
-            "disk '{}' of snapshot '{name}' was left to a storage hook (snapshot='manual'), which has to say what the disk was \
-             at the instant: use instantsnap_snapshot_prepare_revert_hooked()",
+            "disk '{}' of snapshot '{name}' was left to a storage hook (snapshot='manual'), which \
+             has to say what the disk was at the instant: use \
+             instantsnap_snapshot_prepare_revert_hooked()",
             disk.name
         );
     }
-    let directory =
-        match directory {
-            Some(directory) => Some(directory.canonicalize().map_err(|error| {
-                Error::system(format!("cannot open the directory '{}'", directory.display()), error)
-            })?),
-            None => None,
-        };
+    let directory = match directory {
+        Some(directory) => Some(directory.canonicalize().map_err(|error| {
+            Error::system(format!("cannot open the directory '{}'", directory.display()), error)
+        })?),
+        None => None,
+    };
     let mut disks = Vec::new();
     // Files of temporary names: they go with the list, unless it is kept.
     let mut fresh = Vec::new();
@@ -101,7 +105,11 @@ pub fn prepare_revert_hooked(
         check_copy(nvram, &record)?;
         let file = fresh_file(&record, &nvram.copy, directory.as_deref())?;
         copy(Path::new(&nvram.copy), file.as_file()).map_err(|error| {
-            let step = format!("cannot copy the UEFI variables '{}' to '{}'", nvram.copy, file.path().display());
+            let step = format!(
+                "cannot copy the UEFI variables '{}' to '{}'",
+                nvram.copy,
+                file.path().display()
+            );
             Error::system(step, error)
         })?;
         sync_fresh(&file)?;
@@ -118,7 +126,9 @@ pub fn prepare_revert_hooked(
         // Last, so that nobody has to take back what it may make for it.
         disks.extend(ask_hook(hook, &record)?);
     }
-    let keep = |path: TempPath| path.keep().map_err(|error| Error::system("cannot keep a fresh image", error.error));
+    let keep = |path: TempPath| {
+        path.keep().map_err(|error| Error::system("cannot keep a fresh image", error.error))
+    };
     let fresh = fresh.into_iter().map(keep).collect::<Result<_>>()?;
     Ok(RevertPlan { disks, memory_file: record.memory_file, domain_xml: record.domain_xml, fresh })
 }
@@ -134,7 +144,11 @@ fn ask_hook(hook: &dyn StorageHook, record: &Record) -> Result<Vec<RevertDisk>> 
             call.disks.len(),
             call.subject()
         ),
-        Err(reason) => fail!(OperationFailed, "the storage hook could not name the image {}: {reason}", call.subject()),
+        Err(reason) => fail!(
+            OperationFailed,
+            "the storage hook could not name the image {}: {reason}",
+            call.subject()
+        ),
     };
     let named = |(disk, file): (StorageDisk, PathBuf)| RevertDisk {
         name: disk.name,
@@ -152,23 +166,28 @@ fn check_image(image: &str, directory: Option<&Path>) -> Result<()> {
     }
     let kind = path.metadata().map(|metadata| metadata.file_type());
     if kind.is_ok_and(|kind| !kind.is_file() && !kind.is_block_device()) {
-        fail!(InvalidDomainSnapshot, "the snapshot's image '{image}' is neither a file nor a block device");
+        fail!(
+            InvalidDomainSnapshot,
+            "the snapshot's image '{image}' is neither a file nor a block device"
+        );
     }
     // Beside a block device there is /dev, which is memory; beside what is no file at all, nothing.
     if directory.is_none() && !path.is_file() {
         fail!(
             ConfigUnsupported,
-            "the snapshot's image '{image}' is not a regular file: name the directory where the fresh images are to be made"
+            "the snapshot's image '{image}' is not a regular file: name the directory where the \
+             fresh images are to be made"
         );
     }
     Ok(())
 }
 
-/// Variables of another time would be beside memory that does not know them, and an edited record can name another's file.
+/// Variables of another time would be beside memory that does not know them, and an edited record
+/// can name another's file.
 fn check_copy(nvram: &RecordedNvram, record: &Record) -> Result<()> {
-    let found = nvram
-        .look(&record.memory_file)
-        .map_err(|error| Error::system(format!("cannot read the UEFI variables '{}'", nvram.copy), error))?;
+    let found = nvram.look(&record.memory_file).map_err(|error| {
+        Error::system(format!("cannot read the UEFI variables '{}'", nvram.copy), error)
+    })?;
     if found != Found::Whole {
         fail!(
             InvalidDomainSnapshot,
@@ -179,13 +198,17 @@ fn check_copy(nvram: &RecordedNvram, record: &Record) -> Result<()> {
     Ok(())
 }
 
-/// The guest's data will be in it: neither its name nor what makes it an overlay may be lost in a crash of the host.
+/// The guest's data will be in it: neither its name nor what makes it an overlay may be lost in a
+/// crash of the host.
 fn sync_fresh(file: &NamedTempFile) -> Result<()> {
     let synced = file.as_file().sync_all().and_then(|()| sys::sync_parent(file.path()));
-    synced.map_err(|error| Error::system(format!("cannot write the fresh image '{}'", file.path().display()), error))
+    synced.map_err(|error| {
+        Error::system(format!("cannot write the fresh image '{}'", file.path().display()), error)
+    })
 }
 
-/// A new file that is nobody else's, beside the image or in the directory, called after image and snapshot.
+/// A new file that is nobody else's, beside the image or in the directory, called after image and
+/// snapshot.
 fn fresh_file(record: &Record, image: &str, directory: Option<&Path>) -> Result<NamedTempFile> {
     let image = Path::new(image);
     let parent = directory.or(image.parent()).unwrap_or(Path::new("/"));
@@ -193,10 +216,15 @@ fn fresh_file(record: &Record, image: &str, directory: Option<&Path>) -> Result<
     let stem = image.file_stem().unwrap_or(OsStr::new("disk")).to_string_lossy();
     let stem: String = stem.chars().take(40).collect();
     let name: String = record.name.chars().take(20).collect();
-    let file = tempfile::Builder::new().prefix(&format!("{stem}.{name}-")).suffix(".revert").tempfile_in(parent);
-    let file =
-        file.map_err(|error| Error::system(format!("cannot create a fresh image in '{}'", parent.display()), error))?;
-    sys::liken(file.as_file(), image)
-        .map_err(|error| Error::system(format!("cannot set the owner of '{}'", file.path().display()), error))?;
+    let file = tempfile::Builder::new()
+        .prefix(&format!("{stem}.{name}-"))
+        .suffix(".revert")
+        .tempfile_in(parent);
+    let file = file.map_err(|error| {
+        Error::system(format!("cannot create a fresh image in '{}'", parent.display()), error)
+    })?;
+    sys::liken(file.as_file(), image).map_err(|error| {
+        Error::system(format!("cannot set the owner of '{}'", file.path().display()), error)
+    })?;
     Ok(file)
 }

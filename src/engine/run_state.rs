@@ -1,11 +1,13 @@
 //! Whether the guest is in a state in which QEMU can capture it.
 //!
-//! QEMU captures a background snapshot in the state `paused`. From another state of a guest that does not run it has no way
-//! there, and ends by abort(): a reset makes a paused guest `prelaunch`, be it another client's or the guest's own reboot,
-//! which QEMU carries out after it has answered `stop`; a guest can have suspended itself, panicked, or met an I/O error just
-//! before that. So the state is asked for right before `migrate`; and again as long as the migration sets up, for which QEMU
-//! can take a while. A guest that is found so then is resumed, which is what saves QEMU: it stops and captures a guest that
-//! runs by itself. What remains is a reset in the last moment before the capture, between a question and the next.
+//! QEMU captures a background snapshot in the state `paused`. From another state of a guest that
+//! does not run it has no way there, and ends by abort(): a reset makes a paused guest `prelaunch`,
+//! be it another client's or the guest's own reboot, which QEMU carries out after it has answered
+//! `stop`; a guest can have suspended itself, panicked, or met an I/O error just before that. So
+//! the state is asked for right before `migrate`; and again as long as the migration sets up, for
+//! which QEMU can take a while. A guest that is found so then is resumed, which is what saves QEMU:
+//! it stops and captures a guest that runs by itself. What remains is a reset in the last moment
+//! before the capture, between a question and the next.
 
 use crate::deadline::Deadline;
 use crate::error::{Error, Result, fail};
@@ -29,28 +31,29 @@ pub fn check_text(state: &str, expected: &str) -> Result<()> {
         state if state == expected => Ok(()),
         "running" => fail!(
             OperationFailed,
-            "another client has resumed the guest in the pause of its snapshot: take the snapshot again"
+            "another client has resumed the guest in the pause of its snapshot: take the snapshot \
+             again"
         ),
         PRELAUNCH => fail!(
             OperationFailed,
-            "the guest was reset in the pause of its snapshot, by another client or by its own reboot: take the snapshot \
-             again"
+            "the guest was reset in the pause of its snapshot, by another client or by its own \
+             reboot: take the snapshot again"
         ),
         PAUSED => fail!(
             OperationFailed,
-            "another client has started the guest, and paused it, while its snapshot was being taken: take the snapshot \
-             again"
+            "another client has started the guest, and paused it, while its snapshot was being \
+             taken: take the snapshot again"
         ),
         other => fail!(
             OperationFailed,
-            "the guest has stopped by itself as its snapshot was being taken (its state is '{other}'): no snapshot can be \
-             taken of it so"
+            "the guest has stopped by itself as its snapshot was being taken (its state is \
+             '{other}'): no snapshot can be taken of it so"
         ),
     }
 }
 
-/// Looks at a guest that is to be captured by a migration that sets up. An error where QEMU could not have captured it, and it
-/// was resumed for that reason.
+/// Looks at a guest that is to be captured by a migration that sets up. An error where QEMU could
+/// not have captured it, and it was resumed for that reason.
 pub fn keep_capturable(guest: &mut dyn Guest, deadline: Deadline) -> Result<()> {
     let status = commands::query_status(guest, deadline)?;
     if is_capturable(&status) {
@@ -59,8 +62,8 @@ pub fn keep_capturable(guest: &mut dyn Guest, deadline: Deadline) -> Result<()> 
     Err(rescue(guest, &status, deadline))
 }
 
-/// Whether a guest that was just stopped stands, and can be captured by a migration that has begun. One that cannot was
-/// resumed.
+/// Whether a guest that was just stopped stands, and can be captured by a migration that has begun.
+/// One that cannot was resumed.
 pub fn stands(guest: &mut dyn Guest, deadline: Deadline) -> Result<bool> {
     let status = commands::query_status(guest, deadline)?;
     if status.status == PRELAUNCH {

@@ -1,14 +1,16 @@
 //! Disk sizes between the plan and the instant.
 //!
-//! An overlay is made with the size that its disk has in the plan. When another client resizes the disk after that, the switch
-//! would take the change back, under a guest that knows of it; and a resize between switch and instant would leave memory that
-//! knows of a larger disk than the snapshot's image is. Nothing keeps another client from it, so the sizes are compared right
+//! An overlay is made with the size that its disk has in the plan. When another client resizes the
+//! disk after that, the switch would take the change back, under a guest that knows of it; and a
+//! resize between switch and instant would leave memory that knows of a larger disk than the
+//! snapshot's image is. Nothing keeps another client from it, so the sizes are compared right
 //! before the switch, right after it, and once the instant has passed.
 //!
-//! An image's size is read from the image's file or block device where that says what QEMU says in the plan: it takes
-//! microseconds, and no command. QEMU is asked for the others: other formats, and files that this process may not read.
-//! Before the switch QEMU is asked while the guest still runs. A resize that comes after that is found by the one question
-//! that has to be asked in the pause, after the switch: the guest must not run on an overlay of another size.
+//! An image's size is read from the image's file or block device where that says what QEMU says in
+//! the plan: it takes microseconds, and no command. QEMU is asked for the others: other formats,
+//! and files that this process may not read. Before the switch QEMU is asked while the guest still
+//! runs. A resize that comes after that is found by the one question that has to be asked in the
+//! pause, after the switch: the guest must not run on an overlay of another size.
 
 use std::fs::File;
 use std::io::{Seek, SeekFrom};
@@ -82,19 +84,31 @@ impl Sizes<'_> {
     ) -> Result<()> {
         let mut qemu = Blocks::default();
         for Files { disk, image, .. } in self.disks.iter().filter(|files| which(&files.image)) {
-            let now = qemu.size(guest, disk, image.as_ref().zip(Some(&*disk.drive.format)), Layer::Top, deadline)?;
+            let now = qemu.size(
+                guest,
+                disk,
+                image.as_ref().zip(Some(&*disk.drive.format)),
+                Layer::Top,
+                deadline,
+            )?;
             check(disk, now)?;
         }
         Ok(())
     }
 
-    /// Right after the switch: the images below the overlays have these sizes still. The overlay of one that has not is given
-    /// that size, so that the guest never sees another.
+    /// Right after the switch: the images below the overlays have these sizes still. The overlay of
+    /// one that has not is given that size, so that the guest never sees another.
     pub fn check_switched(&self, guest: &mut dyn Guest, deadline: Deadline) -> Result<()> {
         let mut qemu = Blocks::default();
         let mut changed = Ok(());
         for Files { disk, image, .. } in &self.disks {
-            let now = qemu.size(guest, disk, image.as_ref().zip(Some(&*disk.drive.format)), Layer::Below, deadline)?;
+            let now = qemu.size(
+                guest,
+                disk,
+                image.as_ref().zip(Some(&*disk.drive.format)),
+                Layer::Below,
+                deadline,
+            )?;
             let Err(error) = check(disk, now) else { continue };
             let put_back = guest.resize_overlay(disk, now, deadline);
             changed = changed.and(Err(match put_back {
@@ -110,7 +124,8 @@ impl Sizes<'_> {
         let deadline = Deadline::after(PATIENCE);
         let mut qemu = Blocks::default();
         for Files { disk, overlay, .. } in &self.disks {
-            let now = qemu.size(guest, disk, overlay.as_ref().zip(Some("qcow2")), Layer::Top, deadline)?;
+            let now =
+                qemu.size(guest, disk, overlay.as_ref().zip(Some("qcow2")), Layer::Top, deadline)?;
             check(disk, now)?;
         }
         Ok(())
@@ -122,8 +137,8 @@ impl Sizes<'_> {
 struct Blocks(Option<Json>);
 
 impl Blocks {
-    /// The size of a disk's image: by its file, where that still says what the plan does, or else by QEMU. A file can be
-    /// made longer, and a device larger, before QEMU is told of it.
+    /// The size of a disk's image: by its file, where that still says what the plan does, or else
+    /// by QEMU. A file can be made longer, and a device larger, before QEMU is told of it.
     fn size(
         &mut self,
         guest: &mut dyn Guest,
@@ -149,12 +164,14 @@ impl Blocks {
                 || [&disk.drive.file, &disk.overlay].iter().any(|known| *known == file)
         };
         let image = blocks.find(is_it).map(|block| &block["inserted"]["image"]);
-        let image = image.map(|image| if layer == Layer::Below { &image["backing-image"] } else { image });
+        let image =
+            image.map(|image| if layer == Layer::Below { &image["backing-image"] } else { image });
         match image.and_then(|image| image["virtual-size"].as_u64()) {
             Some(size) => Ok(size),
             None => fail!(
                 OperationFailed,
-                "QEMU does not tell the size of disk '{}' any more: another client has detached it, or changed its images",
+                "QEMU does not tell the size of disk '{}' any more: another client has detached \
+                 it, or changed its images",
                 disk.drive.name()
             ),
         }
@@ -166,8 +183,8 @@ fn check(disk: &DiskPlan, now: u64) -> Result<()> {
     if now != planned {
         fail!(
             OperationFailed,
-            "another client has resized disk '{}' while its snapshot was being taken ({planned} bytes before, {now} now): take \
-             the snapshot again",
+            "another client has resized disk '{}' while its snapshot was being taken ({planned} \
+             bytes before, {now} now): take the snapshot again",
             disk.drive.name()
         );
     }

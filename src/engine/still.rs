@@ -1,9 +1,10 @@
 //! Whether the guest has stood still from the switch of its disks to the instant.
 //!
-//! It is paused, but nothing keeps another client from resuming it, by a second monitor, or by the daemon or the driver that
-//! runs it. What it writes before the tracking is armed, or before a plain migration has ended, would be in its memory and on
-//! an overlay, and not in the images of the snapshot. A guest that was resumed and paused again, and
-//! wrote nothing, is as good as one that stood still. One that ran at the instant is known by its stream
+//! It is paused, but nothing keeps another client from resuming it, by a second monitor, or by the
+//! daemon or the driver that runs it. What it writes before the tracking is armed, or before a
+//! plain migration has ended, would be in its memory and on an overlay, and not in the images of
+//! the snapshot. A guest that was resumed and paused again, and wrote nothing, is as good as one
+//! that stood still. One that ran at the instant is known by its stream
 //! ([`MemoryImage::state_at_instant`](crate::image::MemoryImage::state_at_instant)).
 
 use std::fs;
@@ -24,8 +25,8 @@ pub struct Still<'a> {
 }
 
 impl Still<'_> {
-    /// Looks at them. At the end of a plain migration QEMU closes its images, which can make their files longer: then it is
-    /// QEMU that is asked.
+    /// Looks at them. At the end of a plain migration QEMU closes its images, which can make their
+    /// files longer: then it is QEMU that is asked.
     pub fn new(disks: &[DiskPlan], mode: Mode) -> Still<'_> {
         let length = |disk| if mode == Mode::Background { length(disk) } else { None };
         Still { disks: disks.iter().map(|disk| (disk, length(disk))).collect() }
@@ -33,7 +34,8 @@ impl Still<'_> {
 
     /// Nothing must have been written through them.
     pub fn check(&self, guest: &mut dyn Guest, deadline: Deadline) -> Result<()> {
-        let (told, asked): (Vec<_>, Vec<_>) = self.disks.iter().partition(|(_, length)| length.is_some());
+        let (told, asked): (Vec<_>, Vec<_>) =
+            self.disks.iter().partition(|(_, length)| length.is_some());
         if let Some((disk, _)) = told.into_iter().find(|(disk, before)| length(disk) != *before) {
             return written(disk);
         }
@@ -45,7 +47,11 @@ impl Still<'_> {
         for (disk, _) in asked {
             let mut devices = reply.as_array().into_iter().flatten();
             let Some(device) = devices.find(|device| is_block_of(device, &disk.drive)) else {
-                fail!(OperationFailed, "disk '{}' has gone in the pause of its snapshot", disk.drive.name());
+                fail!(
+                    OperationFailed,
+                    "disk '{}' has gone in the pause of its snapshot",
+                    disk.drive.name()
+                );
             };
             // QEMU counts from when it opened the overlay.
             if device["stats"]["wr_highest_offset"] != 0 {
@@ -56,8 +62,8 @@ impl Still<'_> {
     }
 }
 
-/// The length of an overlay that we made, in a file: the first write through an empty qcow2 image makes that longer. It is
-/// had without asking QEMU, and costs the pause nothing.
+/// The length of an overlay that we made, in a file: the first write through an empty qcow2 image
+/// makes that longer. It is had without asking QEMU, and costs the pause nothing.
 fn length(disk: &DiskPlan) -> Option<u64> {
     if disk.reuse {
         return None;
@@ -68,8 +74,8 @@ fn length(disk: &DiskPlan) -> Option<u64> {
 fn written(disk: &DiskPlan) -> Result<()> {
     fail!(
         OperationFailed,
-        "disk '{}' was written to in the pause of its snapshot: another client has resumed the guest, or changed the \
-         disk's images: take the snapshot again",
+        "disk '{}' was written to in the pause of its snapshot: another client has resumed the \
+         guest, or changed the disk's images: take the snapshot again",
         disk.drive.name()
     );
 }

@@ -1,8 +1,10 @@
-//! Disks that QEMU does not snapshot: the caller's storage does, by a hook, while the guest stands still.
+//! Disks that QEMU does not snapshot: the caller's storage does, by a hook, while the guest stands
+//! still.
 //!
-//! A hook is the caller's code and takes as long as it takes, and the guest does not wait for it without end. So it runs on a
-//! thread of its own. When its time has passed, or the snapshot is cancelled, the guest runs on and everything is undone at
-//! once; what the hook may have made all the same is undone when it has come back.
+//! A hook is the caller's code and takes as long as it takes, and the guest does not wait for it
+//! without end. So it runs on a thread of its own. When its time has passed, or the snapshot is
+//! cancelled, the guest runs on and everything is undone at once; what the hook may have made all
+//! the same is undone when it has come back.
 
 use std::fmt;
 use std::os::fd::{AsFd, OwnedFd};
@@ -25,10 +27,12 @@ pub type Answer<T> = std::result::Result<T, String>;
 
 /// The caller's storage.
 pub trait StorageHook: Send + Sync {
-    /// Snapshots the storage of the disks, while the guest stands still. Where it cannot, nothing of it may be left.
+    /// Snapshots the storage of the disks, while the guest stands still. Where it cannot, nothing
+    /// of it may be left.
     fn snapshot(&self, call: &StorageCall) -> Answer<()>;
 
-    /// Removes what [`StorageHook::snapshot`] has made: the snapshot of the guest has failed, or was deleted.
+    /// Removes what [`StorageHook::snapshot`] has made: the snapshot of the guest has failed, or
+    /// was deleted.
     fn undo(&self, call: &StorageCall) {
         let _ = call;
     }
@@ -68,13 +72,21 @@ pub struct StorageDisk {
 
 impl From<&Drive> for StorageDisk {
     fn from(drive: &Drive) -> StorageDisk {
-        StorageDisk { name: drive.name().into(), source: drive.file.clone(), format: drive.format.clone() }
+        StorageDisk {
+            name: drive.name().into(),
+            source: drive.file.clone(),
+            format: drive.format.clone(),
+        }
     }
 }
 
 impl From<&RecordedManual> for StorageDisk {
     fn from(disk: &RecordedManual) -> StorageDisk {
-        StorageDisk { name: disk.name.clone(), source: disk.source.clone(), format: disk.format.clone() }
+        StorageDisk {
+            name: disk.name.clone(),
+            source: disk.source.clone(),
+            format: disk.format.clone(),
+        }
     }
 }
 
@@ -108,10 +120,16 @@ pub struct Called {
 }
 
 impl Called {
-    /// Calls it, once what the host still has of its disks is written out: within its time, as that can take some.
-    pub fn begin(hook: Arc<dyn StorageHook>, call: StorageCall, unflushed: Unflushed) -> Result<Called> {
+    /// Calls it, once what the host still has of its disks is written out: within its time, as that
+    /// can take some.
+    pub fn begin(
+        hook: Arc<dyn StorageHook>,
+        call: StorageCall,
+        unflushed: Unflushed,
+    ) -> Result<Called> {
         let back = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
-        let back = Arc::new(back.map_err(|error| Error::system("cannot create an eventfd", error))?);
+        let back =
+            Arc::new(back.map_err(|error| Error::system("cannot create an eventfd", error))?);
         let call = Arc::new(call);
         let thread = sys::spawn_quiet("instantsnap", {
             let (hook, call, back) = (Arc::clone(&hook), Arc::clone(&call), Arc::clone(&back));
@@ -131,8 +149,8 @@ impl Called {
         if !cancel.wait_readable(self.back.as_fd(), self.call.left)? {
             fail!(
                 OperationTimeout,
-                "the storage hook took longer than {} ms for its snapshot {}: give it more time (its own deadline, or the \
-                 pause limit)",
+                "the storage hook took longer than {} ms for its snapshot {}: give it more time \
+                 (its own deadline, or the pause limit)",
                 self.call.left.as_millis(),
                 self.call.subject()
             );
@@ -140,15 +158,25 @@ impl Called {
         match self.answer().clone() {
             Ok(()) => Ok(()),
             Err(reason) => {
-                fail!(OperationFailed, "the storage hook could not make its snapshot {}: {reason}", self.call.subject())
+                fail!(
+                    OperationFailed,
+                    "the storage hook could not make its snapshot {}: {reason}",
+                    self.call.subject()
+                )
             }
         }
     }
 
-    /// Has undone what it has made, once it is back, which is waited for. One that failed has left nothing.
+    /// Has undone what it has made, once it is back, which is waited for. One that failed has left
+    /// nothing.
     pub fn undo(mut self) -> Result<()> {
-        if self.answer().is_ok() && catch_unwind(AssertUnwindSafe(|| self.hook.undo(&self.call))).is_err() {
-            let step = format!("the storage hook panicked when it was to undo its snapshot {}", self.call.subject());
+        if self.answer().is_ok()
+            && catch_unwind(AssertUnwindSafe(|| self.hook.undo(&self.call))).is_err()
+        {
+            let step = format!(
+                "the storage hook panicked when it was to undo its snapshot {}",
+                self.call.subject()
+            );
             return Err(Error::new(Code::OperationFailed, step));
         }
         Ok(())

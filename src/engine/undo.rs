@@ -17,11 +17,12 @@ use crate::guest::{Guest, PATIENCE, Presence};
 use crate::image::MemoryImage;
 use crate::monitor::commands::{self, Progress};
 
-/// A QEMU that hangs is asked to resume its guest for so long. There is nothing worse to leave behind than a guest that is
-/// paused.
+/// A QEMU that hangs is asked to resume its guest for so long. There is nothing worse to leave
+/// behind than a guest that is paused.
 const STUBBORN: Duration = Duration::from_secs(300);
 
-/// QEMU takes less to stop a guest, save its devices and arm. A guest that stands for that long is resumed.
+/// QEMU takes less to stop a guest, save its devices and arm. A guest that stands for that long is
+/// resumed.
 const CAPTURE: Duration = Duration::from_secs(1);
 
 /// What a snapshot has changed, or may have: each is noted before it is tried.
@@ -54,24 +55,35 @@ pub struct Made {
 impl Made {
     /// The memory image, which is made first.
     pub fn image(&self) -> Result<&MemoryImage> {
-        self.image.as_ref().ok_or_else(|| Error::new(Code::InternalError, "there is no memory image yet"))
+        self.image
+            .as_ref()
+            .ok_or_else(|| Error::new(Code::InternalError, "there is no memory image yet"))
     }
 
     /// The stream, which is opened before QEMU is changed.
     pub fn stream(&mut self) -> Result<&mut Stream> {
-        self.stream.as_mut().ok_or_else(|| Error::new(Code::InternalError, "there is no memory stream yet"))
+        self.stream
+            .as_mut()
+            .ok_or_else(|| Error::new(Code::InternalError, "there is no memory stream yet"))
     }
 
     /// Waits until all of memory is in the image. Returns the image's bytes.
-    pub fn wait_saved(&self, guest: &mut dyn Guest, cancel: &Cancel, clock: &mut Clock) -> Result<u64> {
+    pub fn wait_saved(
+        &self,
+        guest: &mut dyn Guest,
+        cancel: &Cancel,
+        clock: &mut Clock,
+    ) -> Result<u64> {
         match (&self.stream, &self.settings) {
-            (Some(stream), Some((settings, _))) => stream.wait_saved(guest, self.image()?, settings, cancel, clock),
+            (Some(stream), Some((settings, _))) => {
+                stream.wait_saved(guest, self.image()?, settings, cancel, clock)
+            }
             _ => Err(Error::new(Code::InternalError, "there is no memory stream yet")),
         }
     }
 
-    /// QEMU's settings were put back, and its migration is over: a migration that is under way from here on, and what the
-    /// settings are by then, is another client's.
+    /// QEMU's settings were put back, and its migration is over: a migration that is under way from
+    /// here on, and what the settings are by then, is another client's.
     pub fn settings_are_back(&mut self) {
         self.settings = None;
         self.guarded.enter(Stage::Finishing);
@@ -115,13 +127,14 @@ impl Made {
                 }
             }
             Presence::Silent => left.push(
-                "QEMU does not answer any more: what was changed in it could not be put back. When it answers again its guest \
-                 is resumed; do not remove the overlays"
+                "QEMU does not answer any more: what was changed in it could not be put back. When \
+                 it answers again its guest is resumed; do not remove the overlays"
                     .into(),
             ),
         }
         if !ended || presence == Presence::Silent {
-            // The stream must be read to its end, and a guest that is paused resumed, whenever QEMU comes to it.
+            // The stream must be read to its end, and a guest that is paused resumed, whenever QEMU
+            // comes to it.
             let stream = self.stream.take();
             if self.guarded.hand_over() {
                 guest.leave_held();
@@ -131,7 +144,9 @@ impl Made {
         }
         left.extend(self.remove_files().err().map(|error| error.message));
         // Last: a hook that is late is waited for.
-        left.extend(self.storage.take().and_then(|called| called.undo().err()).map(|error| error.message));
+        left.extend(
+            self.storage.take().and_then(|called| called.undo().err()).map(|error| error.message),
+        );
         // A caller that is told that its snapshot was cancelled takes all for undone.
         let cause = match cause.code == Code::OperationAborted && !left.is_empty() {
             true => Error::new(Code::OperationFailed, cause.message),
@@ -140,8 +155,8 @@ impl Made {
         left.into_iter().fold(cause, |cause, left| cause.and(left))
     }
 
-    /// Whether QEMU is there. One that does not answer is given time, after all that was changed in it; for a guest that is
-    /// paused `cont` is queued, for QEMU to find when it comes to.
+    /// Whether QEMU is there. One that does not answer is given time, after all that was changed in
+    /// it; for a guest that is paused `cont` is queued, for QEMU to find when it comes to.
     fn insist(&self, guest: &mut dyn Guest) -> Presence {
         let deadline = Deadline::after(STUBBORN);
         let mut presence = guest.presence();
@@ -156,7 +171,12 @@ impl Made {
     }
 
     /// Returns whether the migration has ended, as far as there was one.
-    fn undo_online(&mut self, guest: &mut dyn Guest, left: &mut Vec<String>, clock: &mut Clock) -> bool {
+    fn undo_online(
+        &mut self,
+        guest: &mut dyn Guest,
+        left: &mut Vec<String>,
+        clock: &mut Clock,
+    ) -> bool {
         let mut note = |result: Result<()>| {
             let done = result.is_ok();
             left.extend(result.err().map(|error| error.message));
@@ -167,7 +187,8 @@ impl Made {
         let mut ended = true;
         if let Some(stream) = self.stream.as_ref().filter(|_| stage.is_migrating()) {
             note(stream.give_up(guest, mode));
-            // A guest that was reset was resumed for QEMU's sake, which stops it by itself: then it is no time for that.
+            // A guest that was reset was resumed for QEMU's sake, which stops it by itself: then it
+            // is no time for that.
             let moment = Deadline::after(if stage == Stage::Racing { PATIENCE } else { CAPTURE });
             let resumable = stage.is_paused() && wait_resumable(guest, moment);
             if resumable {
@@ -178,14 +199,17 @@ impl Made {
             }
             ended = note(stream.wait_given_up(guest, mode));
         }
-        // An ordinary migration, which it becomes where another client switches the capability off in the pause, stops the guest at
-        // its end, and takes its disks away.
-        let stopped =
-            self.ran && stage == Stage::Draining && guest.status().is_ok_and(|status| status.status == "postmigrate");
-        // Again, where there was a migration: one that was given up while it set up has stopped the guest once more.
+        // An ordinary migration, which it becomes where another client switches the capability off
+        // in the pause, stops the guest at its end, and takes its disks away.
+        let stopped = self.ran
+            && stage == Stage::Draining
+            && guest.status().is_ok_and(|status| status.status == "postmigrate");
+        // Again, where there was a migration: one that was given up while it set up has stopped the
+        // guest once more.
         if stage.is_paused() || stopped {
             let resumed = guest.resume(Deadline::after(PATIENCE));
-            // Another client's save or dump, begun in the pause, lets nobody near the guest, and stops it at its end.
+            // Another client's save or dump, begun in the pause, lets nobody near the guest, and
+            // stops it at its end.
             let again = ended && outlast_migration(guest) || resumed.is_err();
             if note(if again { see_running(guest) } else { resumed }) {
                 clock.resumed(guest.last_pause());
@@ -200,12 +224,17 @@ impl Made {
         }
         let mut merged = true;
         if self.switched {
-            // A guest that was saved while it was paused has handed its disks over, and does not take them back by itself.
-            if !self.ran && !stage.is_restored() && guest.status().is_ok_and(|status| status.status == "postmigrate") {
+            // A guest that was saved while it was paused has handed its disks over, and does not
+            // take them back by itself.
+            if !self.ran
+                && !stage.is_restored()
+                && guest.status().is_ok_and(|status| status.status == "postmigrate")
+            {
                 note(reactivate_disks(guest));
             }
             merged = note(guest.merge_disks());
-            // It can have come to the end of an overlay's file system, and stand since. Now there is room again.
+            // It can have come to the end of an overlay's file system, and stand since. Now there
+            // is room again.
             if self.ran && guest.status().is_ok_and(|status| status.status == "io-error") {
                 note(guest.resume(Deadline::after(PATIENCE)));
             }
@@ -213,7 +242,8 @@ impl Made {
         if let Some((settings, mode)) = &self.settings {
             note(settings.restore(guest, *mode).map_err(|error| {
                 error.and(
-                    "until the guest's next snapshot has put them back, it may be kept from being saved or migrated",
+                    "until the guest's next snapshot has put them back, it may be kept from being \
+                     saved or migrated",
                 )
             }));
         }
@@ -229,8 +259,9 @@ impl Made {
     }
 }
 
-/// Another client may have begun to save the guest, which was paused by us: then it saves the moment of our pause, and the
-/// guest must not write to its disks until that client is done with it, which may end QEMU.
+/// Another client may have begun to save the guest, which was paused by us: then it saves the
+/// moment of our pause, and the guest must not write to its disks until that client is done with
+/// it, which may end QEMU.
 fn sit_out(guest: &mut dyn Guest) -> Presence {
     let keeps_paused = guest.background_keeps_paused();
     let deadline = Deadline::after(STUBBORN);

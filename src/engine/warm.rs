@@ -1,12 +1,15 @@
 //! Touching the guest's memory from outside, while the guest runs.
 //!
-//! QEMU touches every page before it arms. A page that is not there yet (never used, or swapped out) makes that slow: it is
-//! fetched then, in the pause if the guest has been stopped. Here one byte of each page is read beforehand, from QEMU's memory
-//! by the kernel's `process_vm_readv`. Where that is not permitted, or QEMU's process is not known, nothing is lost but time. It
-//! takes several times as long as QEMU takes for pages that are there, and puts the instant off by that: so it has an end.
+//! QEMU touches every page before it arms. A page that is not there yet (never used, or swapped
+//! out) makes that slow: it is fetched then, in the pause if the guest has been stopped. Here one
+//! byte of each page is read beforehand, from QEMU's memory by the kernel's `process_vm_readv`.
+//! Where that is not permitted, or QEMU's process is not known, nothing is lost but time. It takes
+//! several times as long as QEMU takes for pages that are there, and puts the instant off by that:
+//! so it has an end.
 //!
-//! Only what QEMU itself would touch is touched: memory that a virtio-mem device has, and the guest has not plugged in, QEMU
-//! passes over, and reading it would allocate it where it is shared or of huge pages. (What a balloon has taken QEMU touches.)
+//! Only what QEMU itself would touch is touched: memory that a virtio-mem device has, and the guest
+//! has not plugged in, QEMU passes over, and reading it would allocate it where it is shared or of
+//! huge pages. (What a balloon has taken QEMU touches.)
 
 use std::fs;
 use std::time::{Duration, Instant};
@@ -29,7 +32,10 @@ const LIMIT: Duration = Duration::from_secs(3);
 pub fn warm(guest: &mut dyn Guest, pid: u32, cancel: &Cancel) -> Result<()> {
     let Ok(maps) = fs::read_to_string(format!("/proc/{pid}/maps")) else { return Ok(()) };
     // Not worth a snapshot: where QEMU does not tell, nothing is touched.
-    let Ok(partly_plugged) = commands::query_partly_plugged(guest, Deadline::after(PATIENCE)) else { return Ok(()) };
+    let Ok(partly_plugged) = commands::query_partly_plugged(guest, Deadline::after(PATIENCE))
+    else {
+        return Ok(());
+    };
     let until = Instant::now() + LIMIT;
     for (begin, end) in plugged(maps.lines().filter_map(memory).collect(), &partly_plugged) {
         for piece in (begin..end).step_by(PIECE as usize) {
@@ -45,25 +51,30 @@ pub fn warm(guest: &mut dyn Guest, pid: u32, cancel: &Cancel) -> Result<()> {
     Ok(())
 }
 
-/// Leaves out the mappings of devices that have this much memory, not all of which is plugged in. Nothing is left where one of
-/// them is not found: it could be anywhere.
+/// Leaves out the mappings of devices that have this much memory, not all of which is plugged in.
+/// Nothing is left where one of them is not found: it could be anywhere.
 fn plugged(mut mappings: Vec<(u64, u64)>, partly_plugged: &[u64]) -> Vec<(u64, u64)> {
     let length = |(begin, end): &(u64, u64)| end - begin;
     let found = |size: &u64| mappings.iter().filter(|mapping| length(mapping) == *size).count();
-    if partly_plugged.iter().any(|size| found(size) < partly_plugged.iter().filter(|other| *other == size).count()) {
+    if partly_plugged
+        .iter()
+        .any(|size| found(size) < partly_plugged.iter().filter(|other| *other == size).count())
+    {
         return Vec::new();
     }
     mappings.retain(|mapping| !partly_plugged.contains(&length(mapping)));
     mappings
 }
 
-/// A mapping that can be guest memory: large, and to be read and written, but not executed as translated code is.
+/// A mapping that can be guest memory: large, and to be read and written, but not executed as
+/// translated code is.
 fn memory(line: &str) -> Option<(u64, u64)> {
     let mut fields = line.split_ascii_whitespace();
     let (begin, end) = fields.next()?.split_once('-')?;
     let [begin, end] = [begin, end].map(|address| u64::from_str_radix(address, 16));
     let (begin, end) = (begin.ok()?, end.ok()?);
-    (fields.next()?.starts_with("rw-") && end.checked_sub(begin)? >= SMALLEST).then_some((begin, end))
+    (fields.next()?.starts_with("rw-") && end.checked_sub(begin)? >= SMALLEST)
+        .then_some((begin, end))
 }
 
 #[cfg(test)]
@@ -74,7 +85,8 @@ mod tests {
     fn guest_memory_is_told_from_other_mappings() {
         let anonymous = "7f0000000000-7f0020000000 rw-p 00000000 00:00 0 ";
         assert_eq!(memory(anonymous), Some((0x7f00_0000_0000, 0x7f00_2000_0000)));
-        let memfd = "7f0000000000-7f0020000000 rw-s 00000000 00:01 5 /memfd:memory-backend-memfd (deleted)";
+        let memfd =
+            "7f0000000000-7f0020000000 rw-s 00000000 00:01 5 /memfd:memory-backend-memfd (deleted)";
         assert!(memory(memfd).is_some());
         assert_eq!(memory("7f0000000000-7f0040000000 rwxp 00000000 00:00 0"), None);
         assert_eq!(memory("7f0000000000-7f0000021000 rw-p 00000000 00:00 0"), None);

@@ -1,13 +1,15 @@
 //! How far QEMU has come with touching the guest's memory, seen from outside.
 //!
-//! It says nothing of it. But it is always the same work, done by one thread that does nothing else: the CPU time of that
-//! thread tells more than the clock, which goes on while the thread waits for a CPU. The kernel tells it
-//! (`/proc/PID/task/TID/schedstat`) whoever may see the process; otherwise there is the clock.
+//! It says nothing of it. But it is always the same work, done by one thread that does nothing
+//! else: the CPU time of that thread tells more than the clock, which goes on while the thread
+//! waits for a CPU. The kernel tells it (`/proc/PID/task/TID/schedstat`) whoever may see the
+//! process; otherwise there is the clock.
 
 use std::fs;
 use std::time::{Duration, Instant};
 
-/// A thread that runs can have run for so long without the kernel's having counted it: it is looked at as often.
+/// A thread that runs can have run for so long without the kernel's having counted it: it is looked
+/// at as often.
 const UNCOUNTED: Duration = Duration::from_millis(1);
 
 /// The work of one migration's setup.
@@ -50,7 +52,8 @@ impl Work {
         let Some(last) = self.seen.iter().rposition(|(at, _)| *at <= end) else { return end };
         let (at, done) = self.seen[last];
         let rest = end - at;
-        // It was looked at until the guest was stopped. From then on the thread has had a CPU for itself.
+        // It was looked at until the guest was stopped. From then on the thread has had a CPU for
+        // itself.
         let Some((next_at, next)) = self.seen.get(last + 1) else { return done + rest };
         done + (*next - done).mul_f64(rest.as_secs_f64() / (*next_at - at).as_secs_f64())
     }

@@ -1,7 +1,7 @@
 //! The structures of the C header, and where their fields are.
 //!
-//! The build includes this file as well, and has the C compiler compare every size and offset with the header's.
-//! It is therefore free of dependencies, and each field is written down once.
+//! The build includes this file as well, and has the C compiler compare every size and offset with
+//! the header's. It is therefore free of dependencies, and each field is written down once.
 
 // The crate uses the structures, the build their layouts: neither uses both.
 #![allow(dead_code)]
@@ -108,18 +108,21 @@ constants! {
 pub type instantsnap_revert_plan = c_void;
 
 /// Is told of an event.
-pub type instantsnap_event_callback = Option<unsafe extern "C" fn(*const instantsnap_event, *mut c_void)>;
+pub type instantsnap_event_callback =
+    Option<unsafe extern "C" fn(*const instantsnap_event, *mut c_void)>;
 
 /// Snapshots disks: 0 where it could.
 pub type instantsnap_storage_snapshot =
     Option<unsafe extern "C" fn(*const instantsnap_storage_call, *mut c_void) -> c_int>;
 
 /// Undoes that.
-pub type instantsnap_storage_undo = Option<unsafe extern "C" fn(*const instantsnap_storage_call, *mut c_void)>;
+pub type instantsnap_storage_undo =
+    Option<unsafe extern "C" fn(*const instantsnap_storage_call, *mut c_void)>;
 
 /// Names images, each by a string of malloc()'s: 0 where it could.
-pub type instantsnap_storage_revert =
-    Option<unsafe extern "C" fn(*const instantsnap_storage_call, *mut *mut c_char, *mut c_void) -> c_int>;
+pub type instantsnap_storage_revert = Option<
+    unsafe extern "C" fn(*const instantsnap_storage_call, *mut *mut c_char, *mut c_void) -> c_int,
+>;
 
 structures! {
     /// Why the last failed call of a thread failed.

@@ -1,4 +1,5 @@
-//! The entry points of a client of a stock libvirt: `vm` is NULL, objects and errors are libvirt's own.
+//! The entry points of a client of a stock libvirt: `vm` is NULL, objects and errors are libvirt's
+//! own.
 
 use std::ffi::{c_int, c_uint};
 use std::sync::Arc;
@@ -15,7 +16,8 @@ use crate::libvirt::table::{self, virDomain, virDomainSnapshot};
 use crate::libvirt::{self, Domain, Snapshot, VirError};
 use crate::pointers::Text;
 
-/// Runs a body that needs libvirt. What libvirt has said on the way is no error of one that succeeds.
+/// Runs a body that needs libvirt. What libvirt has said on the way is no error of one that
+/// succeeds.
 pub fn attempt<T>(body: impl FnOnce(&'static table::Table) -> Result<T>) -> Result<T> {
     let result = caught(|| body(table::table()?));
     if let (Ok(_), Ok(table)) = (&result, table::table()) {
@@ -42,7 +44,10 @@ pub fn share_domain(table: &'static table::Table, domain: Option<&virDomain>) ->
 }
 
 /// A reference to the caller's snapshot.
-pub fn share_snapshot(table: &'static table::Table, snapshot: Option<&virDomainSnapshot>) -> Result<Snapshot> {
+pub fn share_snapshot(
+    table: &'static table::Table,
+    snapshot: Option<&virDomainSnapshot>,
+) -> Result<Snapshot> {
     let Some(snapshot) = snapshot else { fail!(InvalidArg, "snapshot must not be NULL") };
     Snapshot::share(table, snapshot).map_err(|error| error.into_error("snapshot"))
 }
@@ -62,7 +67,12 @@ pub fn create(domain: Option<&virDomain>, xml: Text, bits: c_uint) -> *mut virDo
 }
 
 /// Takes a snapshot; libvirt's object of it.
-pub fn take(domain: &Domain, connector: LibvirtConnector, xml: &str, bits: c_uint) -> Result<Snapshot> {
+pub fn take(
+    domain: &Domain,
+    connector: LibvirtConnector,
+    xml: &str,
+    bits: c_uint,
+) -> Result<Snapshot> {
     let connector = Arc::new(connector);
     let name = Handle::open_libvirt(Arc::clone(&connector)).create(xml, bits, &mut ())?;
     match connector.taken() {
@@ -75,7 +85,11 @@ pub fn take(domain: &Domain, connector: LibvirtConnector, xml: &str, bits: c_uin
 }
 
 /// libvirt's own, its result and its error as they are.
-fn pass_through(domain: Option<&virDomain>, xml: Text, bits: c_uint) -> Result<*mut virDomainSnapshot> {
+fn pass_through(
+    domain: Option<&virDomain>,
+    xml: Text,
+    bits: c_uint,
+) -> Result<*mut virDomainSnapshot> {
     let table = table::table()?;
     // libvirt checks all of them itself.
     let snapshot = (table.virDomainSnapshotCreateXML)(domain, xml, bits);

@@ -38,7 +38,8 @@ struct Registered {
     storage: Option<abi::instantsnap_storage_hook>,
 }
 
-// SAFETY: callbacks that can be called from any thread, by the promise of whoever gave them; and a pointer that is not used.
+// SAFETY: callbacks that can be called from any thread, by the promise of whoever gave them; and a
+// pointer that is not used.
 unsafe impl Send for Registered {}
 
 thread_local! {
@@ -52,8 +53,8 @@ struct Domain {
     events: Arc<Mutex<Events>>,
 }
 
-// SAFETY: by the promise of whoever gave the table, its callbacks can be called with `opaque` from any thread, one at a time for
-// one operation; nothing else is done with either.
+// SAFETY: by the promise of whoever gave the table, its callbacks can be called with `opaque` from
+// any thread, one at a time for one operation; nothing else is done with either.
 unsafe impl Send for Domain {}
 // SAFETY: as above.
 unsafe impl Sync for Domain {}
@@ -82,7 +83,8 @@ impl Domain {
 
     fn lock(&self) {
         if let Some(lock) = self.ops.lock {
-            // SAFETY: by the promise of whoever gave the table; the lock is not held by this thread.
+            // SAFETY: by the promise of whoever gave the table; the lock is not held by this
+            // thread.
             unsafe { lock(self.opaque) };
         }
     }
@@ -94,12 +96,13 @@ impl Domain {
         }
     }
 
-    /// Tells the driver, which has its lock again, of the error with which one of libvirt's functions fails; and the thread.
+    /// Tells the driver, which has its lock again, of the error with which one of libvirt's
+    /// functions fails; and the thread.
     fn report(&self, error: Error) {
         if let Some(report_error) = self.ops.report_error {
             let message = CString::new(error.message.replace('\0', "\\0")).unwrap_or_default();
-            // SAFETY: the driver promises that its table's functions can be called; this thread holds its lock, and the
-            // message lives for the call.
+            // SAFETY: the driver promises that its table's functions can be called; this thread
+            // holds its lock, and the message lives for the call.
             unsafe { report_error(self.opaque, error.number(), DOMAIN, message.as_ptr()) };
         }
         last_error::set(error);
@@ -116,7 +119,8 @@ impl Domain {
     /// Makes one that returns a string; `None` where it returns none, and gives no reason.
     fn string(&self, call: impl FnOnce(*mut c_void) -> *mut c_char) -> Answer<Option<String>> {
         let returned = self.call(call);
-        // SAFETY: the driver promises that its callback returns NULL or a string of malloc()'s, which is ours.
+        // SAFETY: the driver promises that its callback returns NULL or a string of malloc()'s,
+        // which is ours.
         match (text_of(&unsafe { Malloced::from_ptr(returned) })?, reason()) {
             (Some(string), _) => Ok(Some(string)),
             (None, reason) if reason.is_empty() => Ok(None),
@@ -154,14 +158,20 @@ fn reason() -> Reason {
 
 /// A string that a callback has returned.
 fn text_of(string: &Malloced) -> Answer<Option<String>> {
-    string.bytes().map(String::from_utf8).transpose().map_err(|_| ": it returned what is not UTF-8".into())
+    string
+        .bytes()
+        .map(String::from_utf8)
+        .transpose()
+        .map_err(|_| ": it returned what is not UTF-8".into())
 }
 
-/// What makes a callback of a table, given the table's `opaque`, with what the callback takes besides.
+/// What makes a callback of a table, given the table's `opaque`, with what the callback takes
+/// besides.
 macro_rules! callback {
     ($function:expr $(, $argument:expr)*) => {
-        // SAFETY: the driver promises that each callback of its table can be called as the header says. The lock is held, as
-        // [`Domain::call`] runs this, and what is passed lives for the call.
+        // SAFETY: the driver promises that each callback of its table can be called as the header
+        // says. The lock is held, as [`Domain::call`] runs this, and what is passed lives for the
+        // call.
         |opaque| unsafe { $function(opaque $(, $argument)*) }
     };
 }
@@ -187,8 +197,14 @@ impl Driver for Domain {
         let fds: Vec<c_int> = fd.iter().map(AsRawFd::as_raw_fd).collect();
         let mut reply = Malloced::NULL;
         let place = (&raw mut reply).cast();
-        let done =
-            self.check(callback!(monitor, command.as_ptr(), fds.as_ptr(), fds.len(), milliseconds(timeout), place));
+        let done = self.check(callback!(
+            monitor,
+            command.as_ptr(),
+            fds.as_ptr(),
+            fds.len(),
+            milliseconds(timeout),
+            place
+        ));
         // There can be one also where it failed.
         let reply = text_of(&reply);
         done.and(reply)?.ok_or_else(|| ": it gave no reply".into())
@@ -261,7 +277,8 @@ impl Driver for Domain {
     }
 
     fn record(&self, name: &str, xml: &str) -> Answer<()> {
-        let (record, name, xml) = (self.ops.record.ok_or(MISSING)?, text_for_c(name)?, text_for_c(xml)?);
+        let (record, name, xml) =
+            (self.ops.record.ok_or(MISSING)?, text_for_c(name)?, text_for_c(xml)?);
         self.check(callback!(record, name.as_ptr(), xml.as_ptr()))
     }
 
@@ -310,7 +327,8 @@ fn read_driver(ops: In<Ops>) -> Result<Option<Registered>> {
         return Ok(None);
     }
     let ops = read_ops(ops)?;
-    // SAFETY: the driver promises that its table's hook is NULL or a structure that begins with its size.
+    // SAFETY: the driver promises that its table's hook is NULL or a structure that begins with its
+    // size.
     let hook = Hook::read(unsafe { In::from_ptr(ops.storage_hook) })?;
     hook.as_ref().map_or(Ok(()), Hook::check)?;
     Ok(Some(Registered { ops, storage: hook.map(|hook| hook.0) }))
@@ -413,7 +431,12 @@ fn enter<T: Returned>(called: Called, body: impl FnOnce(&Arc<Domain>, &Handle) -
 }
 
 /// `qemuSnapshotCreateXML` of a registered driver.
-pub fn create(called: Called, domain: *mut virDomain, xml: Text, bits: c_uint) -> *mut virDomainSnapshot {
+pub fn create(
+    called: Called,
+    domain: *mut virDomain,
+    xml: Text,
+    bits: c_uint,
+) -> *mut virDomainSnapshot {
     enter(called, |driver, handle| {
         let name = c_string(handle.create(xml.required("xmlDesc")?, bits, &mut ())?)?;
         let Some(make_snapshot) = driver.ops.make_snapshot else {
@@ -436,14 +459,19 @@ pub fn revert(called: Called, snapshot: *mut virDomainSnapshot, bits: c_uint) ->
     enter(called, |driver, handle| {
         flags::revert::check(bits)?;
         let Some(restart) = driver.ops.restart else {
-            fail!(OperationUnsupported, "the driver cannot start QEMU anew for a snapshot: it has no `restart`");
+            fail!(
+                OperationUnsupported,
+                "the driver cannot start QEMU anew for a snapshot: it has no `restart`"
+            );
         };
         let name = name_of(driver, snapshot)?;
         handle.revert(&name, bits, |plan| {
             let plan = native::Borrowed::plan(plan)?;
             let restarted = driver.check(callback!(restart, plan.handle()));
             restarted.map_err(|reason| {
-                let message = format!("cannot start QEMU for snapshot '{name}': the driver's callback failed{reason}");
+                let message = format!(
+                    "cannot start QEMU for snapshot '{name}': the driver's callback failed{reason}"
+                );
                 Error::new(Code::OperationFailed, message)
             })
         })?;
@@ -467,12 +495,17 @@ fn name_of(driver: &Domain, snapshot: *mut virDomainSnapshot) -> Result<String> 
         return Ok(snapshot.name.to_string_lossy().into_owned());
     }
     let Some(snapshot_name) = driver.ops.snapshot_name else {
-        fail!(InvalidArg, "snapshot is none of this library's, and the driver has no `snapshot_name`");
+        fail!(
+            InvalidArg,
+            "snapshot is none of this library's, and the driver has no `snapshot_name`"
+        );
     };
     let name = driver.string(callback!(snapshot_name, snapshot.cast()));
     match name {
         Ok(Some(name)) => Ok(name),
         Ok(None) => fail!(OperationFailed, "the driver gives the snapshot no name"),
-        Err(reason) => fail!(OperationFailed, "the driver does not give the snapshot's name{reason}"),
+        Err(reason) => {
+            fail!(OperationFailed, "the driver does not give the snapshot's name{reason}")
+        }
     }
 }

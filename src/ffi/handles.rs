@@ -1,8 +1,9 @@
-//! Handles: what C holds is a number in a pointer's clothes, and what is behind it is looked up, never dereferenced.
+//! Handles: what C holds is a number in a pointer's clothes, and what is behind it is looked up,
+//! never dereferenced.
 //!
-//! So a NULL, a handle that was closed, and a pointer to something else are errors, not crashes; and an object that is being
-//! used by one thread while another closes it lives until it is not. The numbers are odd, as no object's address is, and never
-//! used again.
+//! So a NULL, a handle that was closed, and a pointer to something else are errors, not crashes;
+//! and an object that is being used by one thread while another closes it lives until it is not.
+//! The numbers are odd, as no object's address is, and never used again.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicUsize, Ordering};

@@ -16,8 +16,8 @@ use crate::error::{Result, fail};
 use crate::pointers::{Fill, In, Out, Text};
 
 static JOBS: Registry<Owned> = Registry::new("job");
-/// The process whose jobs are in [`JOBS`]: looked at before its lock is taken, which a forked child may find held for ever by
-/// a thread that it does not have.
+/// The process whose jobs are in [`JOBS`]: looked at before its lock is taken, which a forked child
+/// may find held for ever by a thread that it does not have.
 static PROCESS: AtomicU32 = AtomicU32::new(0);
 
 /// A job, and the process that has its thread.
@@ -43,7 +43,10 @@ fn find(job: *const instantsnap_job) -> Result<Arc<Owned>> {
             return Ok(found);
         }
     }
-    fail!(OperationInvalid, "the job is of the process that this one was forked from: here nobody takes its snapshot")
+    fail!(
+        OperationInvalid,
+        "the job is of the process that this one was forked from: here nobody takes its snapshot"
+    )
 }
 
 /// Who is told of the events of a snapshot.
@@ -53,15 +56,16 @@ struct Listener {
     interval: Option<Duration>,
 }
 
-// SAFETY: the pointer is not used, only handed to the callback; the header says on which thread that is called.
+// SAFETY: the pointer is not used, only handed to the callback; the header says on which thread
+// that is called.
 unsafe impl Send for Listener {}
 
 impl Observer for Listener {
     fn event(&mut self, event: &Event) {
         if let Some(callback) = self.callback {
             let event = convert_event(event);
-            // SAFETY: by the promise of whoever gave the options, the callback can be called with their `opaque` until the
-            // last event; `event` lives for the call.
+            // SAFETY: by the promise of whoever gave the options, the callback can be called with
+            // their `opaque` until the last event; `event` lives for the call.
             unsafe { callback(&raw const event, self.opaque) };
         }
     }
@@ -114,7 +118,10 @@ pub extern "C" fn instantsnap_snapshot_create(
         let guest = GUESTS.get(guest)?;
         let (xml, options) = (xml.required("xml")?, Options::read(options)?);
         if options.flags != 0 {
-            fail!(InvalidArg, "INSTANTSNAP_CREATE_AT_ONCE is for instantsnap_snapshot_create_start()");
+            fail!(
+                InvalidArg,
+                "INSTANTSNAP_CREATE_AT_ONCE is for instantsnap_snapshot_create_start()"
+            );
         }
         let mut listener = options.listener;
         if listener.callback.is_none() {
@@ -242,7 +249,9 @@ pub extern "C" fn instantsnap_job_cancel(job: *mut instantsnap_job) -> c_int {
 /// `instantsnap_job_free`.
 #[unsafe(no_mangle)]
 pub extern "C" fn instantsnap_job_free(job: *mut instantsnap_job) {
-    boundary(last_error::set, || if job.is_null() { Ok(()) } else { find(job).and_then(|_| JOBS.remove(job)) });
+    boundary(last_error::set, || {
+        if job.is_null() { Ok(()) } else { find(job).and_then(|_| JOBS.remove(job)) }
+    });
 }
 
 fn convert_phase(phase: Phase) -> u32 {

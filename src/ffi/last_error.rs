@@ -19,8 +19,10 @@ thread_local! {
 }
 
 fn boxed(code: i32, message: CString) -> Box<LastError> {
-    let mut last =
-        Box::new(LastError { shown: instantsnap_error { code, domain: DOMAIN, message: ptr::null() }, message });
+    let mut last = Box::new(LastError {
+        shown: instantsnap_error { code, domain: DOMAIN, message: ptr::null() },
+        message,
+    });
     last.shown.message = last.message.as_ptr();
     last
 }
@@ -31,7 +33,8 @@ struct Nothing(instantsnap_error);
 // SAFETY: it is never changed, and its pointer is to a constant.
 unsafe impl Sync for Nothing {}
 
-static NOTHING: Nothing = Nothing(instantsnap_error { code: 0, domain: DOMAIN, message: c"".as_ptr() });
+static NOTHING: Nothing =
+    Nothing(instantsnap_error { code: 0, domain: DOMAIN, message: c"".as_ptr() });
 
 /// Keeps an error for this thread.
 pub fn set(error: Error) {

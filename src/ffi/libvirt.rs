@@ -1,7 +1,7 @@
 //! `instantsnap-libvirt.h`: the entry points of libvirt's qemu driver, by its own names.
 //!
-//! `vm` decides: ours, a client's (NULL: `client`), or a driver's own object: of a driver that was registered (`driver`), or of
-//! one that has these functions itself (`inside`).
+//! `vm` decides: ours, a client's (NULL: `client`), or a driver's own object: of a driver that was
+//! registered (`driver`), or of one that has these functions itself (`inside`).
 
 use std::ffi::{c_int, c_uint, c_void};
 use std::ptr::NonNull;
@@ -137,7 +137,8 @@ fn check_vm(vm: *mut virDomainObj) -> Result<()> {
     if !is_handle(vm) {
         fail!(
             OperationUnsupported,
-            "vm is not a guest of instantsnap_open_qmp(), and no driver is registered (instantsnap_register_driver())"
+            "vm is not a guest of instantsnap_open_qmp(), and no driver is registered \
+             (instantsnap_register_driver())"
         );
     }
     GUESTS.get(vm.cast::<instantsnap_guest>()).map(drop)
@@ -145,15 +146,19 @@ fn check_vm(vm: *mut virDomainObj) -> Result<()> {
 
 /// An object of libvirt's, for the time of the call.
 fn libvirts<'a, T>(object: *mut T) -> Option<&'a T> {
-    // SAFETY: by the header, an object that is given with `vm` NULL, or with an object of libvirt's own driver, is NULL or
-    // libvirt's, and lives for the call. Nothing of what it holds is seen from here.
+    // SAFETY: by the header, an object that is given with `vm` NULL, or with an object of libvirt's
+    // own driver, is NULL or libvirt's, and lives for the call. Nothing of what it holds is seen
+    // from here.
     if is_handle(object) { None } else { unsafe { object.as_ref() } }
 }
 
 /// A snapshot of a client's.
 fn clients<'a>(snapshot: *mut virDomainSnapshot) -> Result<Option<&'a virDomainSnapshot>> {
     if is_handle(snapshot) {
-        fail!(InvalidArg, "snapshot is one of instantsnap_open_qmp()'s guest: vm must be that guest");
+        fail!(
+            InvalidArg,
+            "snapshot is one of instantsnap_open_qmp()'s guest: vm must be that guest"
+        );
     }
     Ok(libvirts(snapshot))
 }

@@ -1,9 +1,10 @@
 //! The C API: convert, call, convert back, and nothing else.
 //!
-//! One convention for everything that crosses. [`boundary`](crate::boundary) is the first line of every function: it keeps
-//! panics in, and hands errors to the sink that the function names. Pointers are the types of
-//! [`pointers`](crate::pointers), which say what C promises, and handles are looked up in a [`Registry`]. What each function
-//! promises is written in `include/instantsnap.h`; the build compares the prototypes there with those here.
+//! One convention for everything that crosses. [`boundary`](crate::boundary) is the first line of
+//! every function: it keeps panics in, and hands errors to the sink that the function names.
+//! Pointers are the types of [`pointers`](crate::pointers), which say what C promises, and handles
+//! are looked up in a [`Registry`]. What each function promises is written in
+//! `include/instantsnap.h`; the build compares the prototypes there with those here.
 //!
 //! | C type                    | Rust type                | owned by                                    |
 //! |---------------------------|--------------------------|---------------------------------------------|
@@ -35,7 +36,14 @@ use crate::pointers::Growing;
 use handles::Registry;
 
 /// The header as bindgen reads it.
-#[allow(missing_docs, non_camel_case_types, non_upper_case_globals, non_snake_case, dead_code, clippy::all)]
+#[allow(
+    missing_docs,
+    non_camel_case_types,
+    non_upper_case_globals,
+    non_snake_case,
+    dead_code,
+    clippy::all
+)]
 pub mod header {
     include!(concat!(env!("OUT_DIR"), "/bindings.rs"));
 }
@@ -50,8 +58,9 @@ macro_rules! growing {
     ($($name:ident),+ $(,)?) => {
         $(
             const _: () = assert!(std::mem::offset_of!(abi::$name, size) == 0);
-            // SAFETY: `abi::structures!` makes it `repr(C)` and without padding; its first field is its size, see above, and
-            // the others are numbers, pointers and callbacks, which can be NULL.
+            // SAFETY: `abi::structures!` makes it `repr(C)` and without padding; its first field is
+            // its size, see above, and the others are numbers, pointers and callbacks, which can be
+            // NULL.
             unsafe impl Growing for abi::$name {}
         )+
     };

@@ -40,10 +40,11 @@ struct PlanDisk {
 #[unsafe(no_mangle)]
 pub extern "C" fn instantsnap_version() -> *const c_char {
     boundary(last_error::set, || {
-        const VERSION: &CStr = match CStr::from_bytes_with_nul(concat!(env!("CARGO_PKG_VERSION"), "\0").as_bytes()) {
-            Ok(version) => version,
-            Err(_) => panic!("a version without NUL"),
-        };
+        const VERSION: &CStr =
+            match CStr::from_bytes_with_nul(concat!(env!("CARGO_PKG_VERSION"), "\0").as_bytes()) {
+                Ok(version) => version,
+                Err(_) => panic!("a version without NUL"),
+            };
         Ok(VERSION.as_ptr())
     })
 }
@@ -91,14 +92,16 @@ impl Drop for Given {
     }
 }
 
-/// `char **` that `instantsnap_snapshot_list` has returned, and that is unchanged. Dropping it frees it.
+/// `char **` that `instantsnap_snapshot_list` has returned, and that is unchanged. Dropping it
+/// frees it.
 #[repr(transparent)]
 pub struct GivenList(NonNull<Option<Given>>);
 
 impl Drop for GivenList {
     fn drop(&mut self) {
         let first = self.0.as_ptr();
-        // SAFETY: by the type a boxed slice of ours, of strings of ours, which ends with its only NULL.
+        // SAFETY: by the type a boxed slice of ours, of strings of ours, which ends with its only
+        // NULL.
         unsafe {
             let length = (0..).take_while(|&n| (*first.add(n)).is_some()).count() + 1;
             drop(Box::from_raw(ptr::slice_from_raw_parts_mut(first, length)));
@@ -108,9 +111,14 @@ impl Drop for GivenList {
 
 /// `instantsnap_open_qmp`.
 #[unsafe(no_mangle)]
-pub extern "C" fn instantsnap_open_qmp(qmp_socket: Text, domain_xml: Text, state_dir: Text) -> *mut instantsnap_guest {
+pub extern "C" fn instantsnap_open_qmp(
+    qmp_socket: Text,
+    domain_xml: Text,
+    state_dir: Text,
+) -> *mut instantsnap_guest {
     boundary(last_error::set, || {
-        let (socket, domain_xml) = (qmp_socket.required("qmp_socket")?, domain_xml.optional("domain_xml")?);
+        let (socket, domain_xml) =
+            (qmp_socket.required("qmp_socket")?, domain_xml.optional("domain_xml")?);
         let state_dir = state_dir.required("state_dir")?;
         Ok(GUESTS.add(Handle::open_qmp(Path::new(socket), domain_xml, Path::new(state_dir))?))
     })
@@ -124,7 +132,10 @@ pub extern "C" fn instantsnap_close(guest: *mut instantsnap_guest) {
 
 /// `instantsnap_set_pause_limit`.
 #[unsafe(no_mangle)]
-pub extern "C" fn instantsnap_set_pause_limit(guest: *mut instantsnap_guest, milliseconds: c_uint) -> c_int {
+pub extern "C" fn instantsnap_set_pause_limit(
+    guest: *mut instantsnap_guest,
+    milliseconds: c_uint,
+) -> c_int {
     boundary(last_error::set, || {
         let guest = GUESTS.get(guest)?;
         if milliseconds == 0 {
@@ -137,7 +148,10 @@ pub extern "C" fn instantsnap_set_pause_limit(guest: *mut instantsnap_guest, mil
 
 /// `instantsnap_set_overlap_tries`.
 #[unsafe(no_mangle)]
-pub extern "C" fn instantsnap_set_overlap_tries(guest: *mut instantsnap_guest, tries: c_uint) -> c_int {
+pub extern "C" fn instantsnap_set_overlap_tries(
+    guest: *mut instantsnap_guest,
+    tries: c_uint,
+) -> c_int {
     boundary(last_error::set, || {
         GUESTS.get(guest)?.set_overlap(Overlap { tries, ..Overlap::default() });
         Ok(0)
@@ -233,7 +247,10 @@ pub(super) fn convert_stats(stats: &Stats) -> abi::instantsnap_stats {
 
 /// `instantsnap_snapshot_list`.
 #[unsafe(no_mangle)]
-pub extern "C" fn instantsnap_snapshot_list(guest: *mut instantsnap_guest, names: Out<*mut *mut c_char>) -> c_int {
+pub extern "C" fn instantsnap_snapshot_list(
+    guest: *mut instantsnap_guest,
+    names: Out<*mut *mut c_char>,
+) -> c_int {
     boundary(last_error::set, || {
         let known = GUESTS.get(guest)?.catalog().names()?;
         let list = known.into_iter().map(c_string).collect::<Result<Vec<_>>>()?;
@@ -248,7 +265,10 @@ pub extern "C" fn instantsnap_snapshot_list(guest: *mut instantsnap_guest, names
 
 /// `instantsnap_snapshot_get_xml`.
 #[unsafe(no_mangle)]
-pub extern "C" fn instantsnap_snapshot_get_xml(guest: *mut instantsnap_guest, name: Text) -> *mut c_char {
+pub extern "C" fn instantsnap_snapshot_get_xml(
+    guest: *mut instantsnap_guest,
+    name: Text,
+) -> *mut c_char {
     boundary(last_error::set, || {
         let guest = GUESTS.get(guest)?;
         let name = name.required("name")?;
@@ -322,7 +342,9 @@ impl Drop for Borrowed {
 
 /// `instantsnap_revert_plan_disk_count`.
 #[unsafe(no_mangle)]
-pub extern "C" fn instantsnap_revert_plan_disk_count(plan: *const instantsnap_revert_plan) -> usize {
+pub extern "C" fn instantsnap_revert_plan_disk_count(
+    plan: *const instantsnap_revert_plan,
+) -> usize {
     boundary(last_error::set, || Ok(PLANS.get(plan)?.disks.len()))
 }
 
@@ -351,14 +373,18 @@ pub extern "C" fn instantsnap_revert_plan_get_disk(
 
 /// `instantsnap_revert_plan_memory_file`.
 #[unsafe(no_mangle)]
-pub extern "C" fn instantsnap_revert_plan_memory_file(plan: *const instantsnap_revert_plan) -> *const c_char {
+pub extern "C" fn instantsnap_revert_plan_memory_file(
+    plan: *const instantsnap_revert_plan,
+) -> *const c_char {
     // The registry holds the plan on, and with it the string.
     boundary(last_error::set, || Ok(PLANS.get(plan)?.memory_file.as_ptr()))
 }
 
 /// `instantsnap_revert_plan_domain_xml`.
 #[unsafe(no_mangle)]
-pub extern "C" fn instantsnap_revert_plan_domain_xml(plan: *const instantsnap_revert_plan) -> *const c_char {
+pub extern "C" fn instantsnap_revert_plan_domain_xml(
+    plan: *const instantsnap_revert_plan,
+) -> *const c_char {
     boundary(last_error::set, || Ok(PLANS.get(plan)?.domain_xml.as_ptr()))
 }
 
@@ -370,7 +396,11 @@ pub extern "C" fn instantsnap_revert_plan_free(plan: *mut instantsnap_revert_pla
 
 /// `instantsnap_snapshot_load`.
 #[unsafe(no_mangle)]
-pub extern "C" fn instantsnap_snapshot_load(guest: *mut instantsnap_guest, name: Text, flags: c_uint) -> c_int {
+pub extern "C" fn instantsnap_snapshot_load(
+    guest: *mut instantsnap_guest,
+    name: Text,
+    flags: c_uint,
+) -> c_int {
     boundary(last_error::set, || {
         let guest = GUESTS.get(guest)?;
         let name = name.required("name")?;
@@ -380,7 +410,11 @@ pub extern "C" fn instantsnap_snapshot_load(guest: *mut instantsnap_guest, name:
 
 /// `instantsnap_snapshot_delete`.
 #[unsafe(no_mangle)]
-pub extern "C" fn instantsnap_snapshot_delete(guest: *mut instantsnap_guest, name: Text, flags: c_uint) -> c_int {
+pub extern "C" fn instantsnap_snapshot_delete(
+    guest: *mut instantsnap_guest,
+    name: Text,
+    flags: c_uint,
+) -> c_int {
     boundary(last_error::set, || {
         let guest = GUESTS.get(guest)?;
         let name = name.required("name")?;
@@ -390,12 +424,17 @@ pub extern "C" fn instantsnap_snapshot_delete(guest: *mut instantsnap_guest, nam
 
 /// `instantsnap_snapshot_get_name`.
 #[unsafe(no_mangle)]
-pub extern "C" fn instantsnap_snapshot_get_name(snapshot: *const instantsnap_snapshot) -> *const c_char {
+pub extern "C" fn instantsnap_snapshot_get_name(
+    snapshot: *const instantsnap_snapshot,
+) -> *const c_char {
     boundary(last_error::set, || Ok(SNAPSHOTS.get(snapshot)?.name.as_ptr()))
 }
 
 /// `instantsnap_snapshot_free`.
 #[unsafe(no_mangle)]
 pub extern "C" fn instantsnap_snapshot_free(snapshot: *mut instantsnap_snapshot) {
-    boundary(last_error::set, || if snapshot.is_null() { Ok(()) } else { SNAPSHOTS.remove(snapshot) });
+    boundary(
+        last_error::set,
+        || if snapshot.is_null() { Ok(()) } else { SNAPSHOTS.remove(snapshot) },
+    );
 }

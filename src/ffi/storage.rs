@@ -18,7 +18,8 @@ use crate::pointers::{In, Malloced, Text};
 /// A hook as C gave it.
 pub(super) struct Hook(pub(super) abi::instantsnap_storage_hook);
 
-// SAFETY: the pointer is not used, only handed to the callbacks; the header says on which threads those are called.
+// SAFETY: the pointer is not used, only handed to the callbacks; the header says on which threads
+// those are called.
 unsafe impl Send for Hook {}
 // SAFETY: as above.
 unsafe impl Sync for Hook {}
@@ -43,7 +44,9 @@ impl Hook {
 
 impl StorageHook for Hook {
     fn snapshot(&self, call: &StorageCall) -> Answer<()> {
-        let Some(snapshot) = self.0.snapshot else { return Err("it has no snapshot callback".into()) };
+        let Some(snapshot) = self.0.snapshot else {
+            return Err("it has no snapshot callback".into());
+        };
         let call = Call::new(call)?;
         // SAFETY: by the promise of whoever gave the hook; the call lives until it returns.
         returned(call.with(|call| unsafe { snapshot(call, self.0.opaque) }))
@@ -60,9 +63,10 @@ impl StorageHook for Hook {
         let Some(revert) = self.0.revert else { return Err("it has no revert callback".into()) };
         let call = Call::new(call)?;
         let mut files: Vec<_> = call.disks.iter().map(|_| Malloced::NULL).collect();
-        // SAFETY: as above; there is room for as many strings as there are disks, and by the header what the callback puts
-        // there is NULL or of malloc()'s.
-        let status = call.with(|call| unsafe { revert(call, files.as_mut_ptr().cast(), self.0.opaque) });
+        // SAFETY: as above; there is room for as many strings as there are disks, and by the header
+        // what the callback puts there is NULL or of malloc()'s.
+        let status =
+            call.with(|call| unsafe { revert(call, files.as_mut_ptr().cast(), self.0.opaque) });
         // Whatever it returns, they are ours now.
         let named: Vec<_> = files.into_iter().map(|file| file.bytes()).collect();
         returned(status)?;
@@ -99,7 +103,11 @@ impl Call {
     fn new(call: &StorageCall) -> Answer<Call> {
         let string = |text: &str| c_string(text).map_err(|error| error.message);
         let disk = |disk: &crate::engine::StorageDisk| {
-            Ok(Disk { name: string(&disk.name)?, source: string(&disk.source)?, format: string(&disk.format)? })
+            Ok(Disk {
+                name: string(&disk.name)?,
+                source: string(&disk.source)?,
+                format: string(&disk.format)?,
+            })
         };
         Ok(Call {
             snapshot: string(&call.snapshot)?,

@@ -33,10 +33,12 @@ pub trait Connector: Send + Sync {
     /// The state directory, where its snapshots are recorded by us.
     fn store(&self) -> Option<&Store>;
 
-    /// Holds the name of a snapshot to be made: this one, or, if none is given, one made of the time.
+    /// Holds the name of a snapshot to be made: this one, or, if none is given, one made of the
+    /// time.
     fn reserve(&self, name: Option<&str>) -> Result<Reserved>;
 
-    /// A snapshot without INSTANT, or of a guest that does not run, where that is somebody else's affair; its name.
+    /// A snapshot without INSTANT, or of a guest that does not run, where that is somebody else's
+    /// affair; its name.
     fn delegate(&self, _xml: &str, _flags: u32) -> Option<Result<String>> {
         None
     }
@@ -150,7 +152,8 @@ pub struct MonitorOverlay {
     pub node: String,
     /// The node of its file.
     pub file_node: String,
-    /// The node below, where it is to be merged into that: not where its owner believes the disk to be on the overlay.
+    /// The node below, where it is to be merged into that: not where its owner believes the disk to
+    /// be on the overlay.
     pub image_node: Option<String>,
     /// Its file.
     pub file: Option<KnownFile>,
@@ -170,7 +173,8 @@ pub struct Errands {
     pub tries: u32,
     /// Resumes the guest.
     pub resume: Errand,
-    /// The same where that fails, because the guest runs already, or the daemon takes it for one that does.
+    /// The same where that fails, because the guest runs already, or the daemon takes it for one
+    /// that does.
     pub resume_all_the_same: Errand,
     /// Says how its migration is.
     pub query_migrate: Errand,
@@ -215,15 +219,18 @@ pub trait Guest: Execute {
     /// Itself, for its memory image.
     fn describe(&mut self, drives: &[Drive]) -> Result<Description>;
 
-    /// Takes the order: a snapshot of this name, by these flags. An error where this guest cannot have it.
+    /// Takes the order: a snapshot of this name, by these flags. An error where this guest cannot
+    /// have it.
     fn accept(&mut self, _name: &str, _flags: Flags) -> Result<()> {
         Ok(())
     }
 
-    /// Refuses a guest whose RAM another process writes: its pages would be saved younger than the instant.
+    /// Refuses a guest whose RAM another process writes: its pages would be saved younger than the
+    /// instant.
     fn check_memory_is_its_own(&mut self) -> Result<()>;
 
-    /// Refuses disks of which a snapshot could never be brought back: those on images that QEMU alone knows.
+    /// Refuses disks of which a snapshot could never be brought back: those on images that QEMU
+    /// alone knows.
     fn check_images_are_named(&mut self, disks: &[DiskPlan]) -> Result<()>;
 
     /// Refuses a guest with a job under way that would make a step of the pause wait or fail.
@@ -235,8 +242,8 @@ pub trait Guest: Execute {
     /// QEMU's process, where it is known.
     fn pid(&self) -> Option<u32>;
 
-    /// Whether those who run it never set QEMU's migration capability `background-snapshot`: one that is on is then what a
-    /// snapshot has left whose process was killed.
+    /// Whether those who run it never set QEMU's migration capability `background-snapshot`: one
+    /// that is on is then what a snapshot has left whose process was killed.
     fn never_sets_background_snapshot(&self) -> bool {
         false
     }
@@ -244,21 +251,24 @@ pub trait Guest: Execute {
     /// Whether a background snapshot leaves a paused guest paused.
     fn background_keeps_paused(&self) -> bool;
 
-    /// Whether a background snapshot that is cancelled once it is armed leaves the guest's memory writable.
+    /// Whether a background snapshot that is cancelled once it is armed leaves the guest's memory
+    /// writable.
     fn background_can_be_cancelled(&self) -> bool;
 
-    /// Whether copies of UEFI variables are part of a snapshot here, and not only there to be compared.
+    /// Whether copies of UEFI variables are part of a snapshot here, and not only there to be
+    /// compared.
     fn keeps_firmware_copies(&self) -> bool {
         true
     }
 
-    /// Whether whoever has the record of a snapshot knows what to do with disks that were left to others.
+    /// Whether whoever has the record of a snapshot knows what to do with disks that were left to
+    /// others.
     fn records_manual_disks(&self) -> bool {
         true
     }
 
-    /// Creates the overlays, ready to be switched to. Files that exist are an error, and not touched, unless the plan is to
-    /// use them.
+    /// Creates the overlays, ready to be switched to. Files that exist are an error, and not
+    /// touched, unless the plan is to use them.
     fn create_overlays(&mut self, disks: &[DiskPlan]) -> Result<()>;
 
     /// Stops the vCPUs.
@@ -267,7 +277,8 @@ pub trait Guest: Execute {
     /// Switches all disks to their overlays, or none.
     fn switch_disks(&mut self, deadline: Deadline) -> Result<()>;
 
-    /// Gives an overlay that its disk is on this size, which the image below has got since the plan.
+    /// Gives an overlay that its disk is on this size, which the image below has got since the
+    /// plan.
     fn resize_overlay(&mut self, disk: &DiskPlan, size: u64, deadline: Deadline) -> Result<()>;
 
     /// Starts the vCPUs, unless they run.
@@ -278,12 +289,14 @@ pub trait Guest: Execute {
         None
     }
 
-    /// Records the snapshot the moment it is taken, where its record has to be there before it is complete.
+    /// Records the snapshot the moment it is taken, where its record has to be there before it is
+    /// complete.
     fn register(&mut self, _record: &Record) -> Result<()> {
         Ok(())
     }
 
-    /// Looks whether what was recorded, and the disks' chains, still are what they should be; the snapshot is complete.
+    /// Looks whether what was recorded, and the disks' chains, still are what they should be; the
+    /// snapshot is complete.
     fn confirm(&mut self) -> Result<()> {
         Ok(())
     }
@@ -303,8 +316,8 @@ pub trait Guest: Execute {
         Ok(())
     }
 
-    /// Undoes the switch: what the guest wrote since is merged into the images, which are active again. Does nothing where
-    /// nothing was switched, as far as QEMU knows.
+    /// Undoes the switch: what the guest wrote since is merged into the images, which are active
+    /// again. Does nothing where nothing was switched, as far as QEMU knows.
     fn merge_disks(&mut self) -> Result<()>;
 
     /// Undoes the creation of overlays that are not in use.
@@ -315,13 +328,15 @@ pub trait Guest: Execute {
         Ok(())
     }
 
-    /// The same as the last two for a QEMU that has ended. `switched`: the disks may be on their overlays.
+    /// The same as the last two for a QEMU that has ended. `switched`: the disks may be on their
+    /// overlays.
     fn merge_and_discard_offline(&mut self, switched: bool) -> Result<()>;
 
     /// Who can act for this process once it has ended, while it takes the snapshot of this name.
     fn deputy<'a>(&'a self, snapshot: &'a str) -> Deputy<'a>;
 
-    /// Whether somebody with more rights gives QEMU the images that it is to write before it opens them.
+    /// Whether somebody with more rights gives QEMU the images that it is to write before it opens
+    /// them.
     fn is_given_images(&self) -> bool {
         false
     }
@@ -335,7 +350,8 @@ pub trait Guest: Execute {
     /// Ends the guest.
     fn halt(&mut self) -> Result<()>;
 
-    /// Whether there is another QEMU by now in the place of one that is gone, which has got what was said since.
+    /// Whether there is another QEMU by now in the place of one that is gone, which has got what
+    /// was said since.
     fn is_started_again(&mut self) -> bool {
         false
     }
@@ -348,7 +364,10 @@ pub trait Guest: Execute {
 pub fn check_version(version: (u64, u64)) -> Result<()> {
     if version < OLDEST {
         let (major, minor) = version;
-        fail!(ConfigUnsupported, "QEMU {major}.{minor} is too old: background snapshots need 6.0 or later");
+        fail!(
+            ConfigUnsupported,
+            "QEMU {major}.{minor} is too old: background snapshots need 6.0 or later"
+        );
     }
     Ok(())
 }

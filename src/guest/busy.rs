@@ -1,7 +1,8 @@
 //! Whether QEMU works on the images of a snapshot's disks already.
 //!
-//! A disk with a block job (a mirror, a commit, a backup) cannot be switched to an overlay, or cannot be merged back should the
-//! snapshot fail. QEMU says so in the switch, when the guest is paused; so it is asked before.
+//! A disk with a block job (a mirror, a commit, a backup) cannot be switched to an overlay, or
+//! cannot be merged back should the snapshot fail. QEMU says so in the switch, when the guest is
+//! paused; so it is asked before.
 
 use std::collections::BTreeSet;
 
@@ -30,7 +31,8 @@ pub fn check_no_block_jobs(guest: &mut dyn Guest, disks: &[DiskPlan]) -> Result<
     let jobs = query("query-block-jobs")?;
     let Some(first) = jobs.as_array().and_then(|jobs| jobs.first()) else { return Ok(()) };
     let blocks = query("query-block")?;
-    let graph = match guest.execute(Command::new("x-debug-query-block-graph", json!({})), deadline) {
+    let graph = match guest.execute(Command::new("x-debug-query-block-graph", json!({})), deadline)
+    {
         Ok(graph) => Graph::read(&graph),
         Err(failure @ (Failure::Late | Failure::Lost(_))) => {
             return Err(failure.into_error("cannot ask which images block jobs work on"));
@@ -41,12 +43,17 @@ pub fn check_no_block_jobs(guest: &mut dyn Guest, disks: &[DiskPlan]) -> Result<
     };
     for disk in disks {
         let mut blocks = blocks.as_array().into_iter().flatten();
-        let block =
-            blocks.find(|block| is_block_of(block, &disk.drive) || block["inserted"]["node-name"] == *disk.drive.node);
-        let node = block.and_then(|block| block["inserted"]["node-name"].as_str()).unwrap_or(&disk.drive.node);
+        let block = blocks.find(|block| {
+            is_block_of(block, &disk.drive) || block["inserted"]["node-name"] == *disk.drive.node
+        });
+        let node = block
+            .and_then(|block| block["inserted"]["node-name"].as_str())
+            .unwrap_or(&disk.drive.node);
         let images = graph.around(node);
         let mut jobs = jobs.as_array().into_iter().flatten();
-        if let Some(job) = jobs.find(|job| graph.job(job).iter().any(|image| images.contains(image))) {
+        if let Some(job) =
+            jobs.find(|job| graph.job(job).iter().any(|image| images.contains(image)))
+        {
             return refuse(disk, job);
         }
     }
@@ -73,7 +80,8 @@ struct Graph {
 impl Graph {
     fn read(graph: &Value) -> Graph {
         let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
-        let node = |node: &Value| Some((node["id"].as_u64()?, text(&node["type"]), text(&node["name"])));
+        let node =
+            |node: &Value| Some((node["id"].as_u64()?, text(&node["type"]), text(&node["name"])));
         let edge = |edge: &Value| Some((edge["parent"].as_u64()?, edge["child"].as_u64()?));
         Graph {
             nodes: graph["nodes"].as_array().into_iter().flatten().filter_map(node).collect(),
@@ -89,21 +97,31 @@ impl Graph {
     /// The nodes that a job works on.
     fn job(&self, job: &Value) -> Vec<u64> {
         let id = job["device"].as_str().and_then(|name| self.find("block-job", name));
-        self.edges.iter().filter(|(parent, _)| Some(*parent) == id).map(|(_, child)| *child).collect()
+        self.edges
+            .iter()
+            .filter(|(parent, _)| Some(*parent) == id)
+            .map(|(_, child)| *child)
+            .collect()
     }
 
     /// An image's node, all below it, and filters that a job has put on top of it.
     fn around(&self, node: &str) -> BTreeSet<u64> {
-        let is_driver = |id: u64| self.nodes.iter().any(|(known, kind, _)| *known == id && kind == "block-driver");
+        let is_driver = |id: u64| {
+            self.nodes.iter().any(|(known, kind, _)| *known == id && kind == "block-driver")
+        };
         let start = self.find("block-driver", node);
         let mut found = BTreeSet::new();
         for down in [true, false] {
             let mut next: Vec<u64> = start.into_iter().collect();
             while let Some(id) = next.pop() {
                 found.insert(id);
-                let beside =
-                    self.edges.iter().map(|&(parent, child)| if down { (parent, child) } else { (child, parent) });
-                next.extend(beside.filter(|(from, to)| *from == id && is_driver(*to)).map(|(_, to)| to));
+                let beside = self
+                    .edges
+                    .iter()
+                    .map(|&(parent, child)| if down { (parent, child) } else { (child, parent) });
+                next.extend(
+                    beside.filter(|(from, to)| *from == id && is_driver(*to)).map(|(_, to)| to),
+                );
             }
         }
         found

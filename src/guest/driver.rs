@@ -1,6 +1,8 @@
-//! The driver's way in: the caller owns QEMU's monitor, its locks, its event loop and perhaps the metadata, and is called back.
+//! The driver's way in: the caller owns QEMU's monitor, its locks, its event loop and perhaps the
+//! metadata, and is called back.
 //!
-//! Everything else is done as over a monitor of our own: this is [`MonitorGuest`](super::qmp) with another channel.
+//! Everything else is done as over a monitor of our own: this is [`MonitorGuest`](super::qmp) with
+//! another channel.
 
 use std::os::fd::BorrowedFd;
 use std::path::PathBuf;
@@ -11,7 +13,9 @@ use serde_json::json;
 
 use super::backend::{Catalog, Connector, Guest, Presence, Reserved, check_version};
 use super::exclusive::Exclusive;
-use super::qmp::{BUILT_FLAGS, Channel, MonitorGuest, Overlay, Recovery, Switch, delete, hold_qemu, switch};
+use super::qmp::{
+    BUILT_FLAGS, Channel, MonitorGuest, Overlay, Recovery, Switch, delete, hold_qemu, switch,
+};
 use crate::deadline::Deadline;
 use crate::error::{Code, Error, Result, fail};
 use crate::flags::delete::METADATA_ONLY;
@@ -40,7 +44,8 @@ pub enum RunState {
     Off,
 }
 
-/// What a driver does for us. Callbacks are made one at a time for one operation, without a lock of ours held.
+/// What a driver does for us. Callbacks are made one at a time for one operation, without a lock of
+/// ours held.
 pub trait Driver: Send + Sync {
     /// What stands for its domain, in this process.
     fn identity(&self) -> usize;
@@ -95,7 +100,9 @@ pub trait Driver: Send + Sync {
 }
 
 fn failed(step: &str) -> impl Fn(Reason) -> Error + '_ {
-    move |reason| Error::new(Code::OperationFailed, format!("{step}: the driver's callback failed{reason}"))
+    move |reason| {
+        Error::new(Code::OperationFailed, format!("{step}: the driver's callback failed{reason}"))
+    }
 }
 
 /// A domain of a driver's.
@@ -134,7 +141,10 @@ impl Connector for DriverConnector {
             return Reserved::in_store(store, name);
         }
         let is_known = |name: &str| {
-            let known = self.driver.snapshot_xml(name).map_err(failed("cannot look for a snapshot of this name"))?;
+            let known = self
+                .driver
+                .snapshot_xml(name)
+                .map_err(failed("cannot look for a snapshot of this name"))?;
             Ok::<_, Error>(known.is_some())
         };
         let name = match name {
@@ -147,8 +157,12 @@ impl Connector for DriverConnector {
             }
             None => {
                 let mut names = generated_names();
-                let free = names.find_map(|name| is_known(&name).map(|known| (!known).then_some(name)).transpose());
-                free.unwrap_or_else(|| fail!(OperationInvalid, "no name is free for the snapshot: give it one"))?
+                let free = names.find_map(|name| {
+                    is_known(&name).map(|known| (!known).then_some(name)).transpose()
+                });
+                free.unwrap_or_else(|| {
+                    fail!(OperationInvalid, "no name is free for the snapshot: give it one")
+                })?
             }
         };
         Ok(Reserved::by_others(name))
@@ -157,8 +171,10 @@ impl Connector for DriverConnector {
     fn begin(&self) -> Result<Box<dyn Guest + '_>> {
         let driver = &self.driver;
         let whose = "the driver's domain";
-        let mut exclusive =
-            vec![Exclusive::take(whose, format!("instantsnap/driver/{}/{:x}", std::process::id(), driver.identity()))?];
+        let mut exclusive = vec![Exclusive::take(
+            whose,
+            format!("instantsnap/driver/{}/{:x}", std::process::id(), driver.identity()),
+        )?];
         let mut channel = Callbacks::begin(driver)?;
         let state = driver.state().map_err(failed("cannot ask for the domain's state"))?;
         if state == RunState::Off {
@@ -170,7 +186,11 @@ impl Connector for DriverConnector {
             // By whatever way in it is opened elsewhere.
             exclusive.push(hold_qemu(whose, qemu)?);
         }
-        let reply = channel.run("cannot ask for QEMU's version", Command::new("query-version", json!({})), deadline)?;
+        let reply = channel.run(
+            "cannot ask for QEMU's version",
+            Command::new("query-version", json!({})),
+            deadline,
+        )?;
         let number = |what: &str| reply["qemu"][what].as_u64().unwrap_or_default();
         channel.version = (number("major"), number("minor"));
         check_version(channel.version)?;
@@ -190,7 +210,8 @@ impl Connector for DriverConnector {
             None => fail!(
                 OperationUnsupported,
                 "a snapshot that the driver has recorded itself is deleted with just \
-                 VIR_DOMAIN_SNAPSHOT_DELETE_METADATA_ONLY here: its files are the driver's to merge and remove"
+                 VIR_DOMAIN_SNAPSHOT_DELETE_METADATA_ONLY here: its files are the driver's to \
+                 merge and remove"
             ),
         }
     }
@@ -203,8 +224,14 @@ impl Catalog for DriverConnector {
     }
 
     fn xml(&self, name: &str) -> Result<String> {
-        let xml = self.driver.snapshot_xml(name).map_err(failed("cannot ask for the snapshot's XML"))?;
-        xml.ok_or_else(|| Error::new(Code::NoDomainSnapshot, format!("no domain snapshot with matching name '{name}'")))
+        let xml =
+            self.driver.snapshot_xml(name).map_err(failed("cannot ask for the snapshot's XML"))?;
+        xml.ok_or_else(|| {
+            Error::new(
+                Code::NoDomainSnapshot,
+                format!("no domain snapshot with matching name '{name}'"),
+            )
+        })
     }
 
     fn current(&self) -> Result<Option<String>> {
@@ -228,7 +255,10 @@ struct Callbacks<'a> {
 impl<'a> Callbacks<'a> {
     fn begin(driver: &'a Arc<dyn Driver>) -> Result<Callbacks<'a>> {
         driver.begin_job().map_err(|reason| {
-            Error::new(Code::OperationInvalid, format!("the driver does not let a snapshot operation begin{reason}"))
+            Error::new(
+                Code::OperationInvalid,
+                format!("the driver does not let a snapshot operation begin{reason}"),
+            )
         })?;
         Ok(Callbacks { driver: &**driver, qemu: None, version: (0, 0), guard: None })
     }
@@ -246,21 +276,27 @@ fn in_time<T>(deadline: Deadline, answer: T) -> std::result::Result<T, Failure> 
 }
 
 impl Execute for Callbacks<'_> {
-    fn execute(&mut self, command: Command, deadline: Deadline) -> std::result::Result<Json, Failure> {
+    fn execute(
+        &mut self,
+        command: Command,
+        deadline: Deadline,
+    ) -> std::result::Result<Json, Failure> {
         let text = json!({ "execute": command.name, "arguments": command.arguments }).to_string();
         let left = deadline.left().ok_or(Failure::Late)?;
         let reply = self.driver.run(&text, command.fd, left);
         let reply = in_time(deadline, reply)?;
-        let reply = reply.map_err(|reason| Failure::Lost(format!("the driver's callback failed{reason}")))?;
-        let reply = parse(reply.as_bytes())
-            .map_err(|error| Failure::Lost(format!("the driver's reply makes no sense: {error}")))?;
+        let reply = reply
+            .map_err(|reason| Failure::Lost(format!("the driver's callback failed{reason}")))?;
+        let reply = parse(reply.as_bytes()).map_err(|error| {
+            Failure::Lost(format!("the driver's reply makes no sense: {error}"))
+        })?;
         read_reply(reply)
     }
 }
 
 impl Callbacks<'_> {
-    /// Whether QEMU has ended. The driver's word counts only where its process cannot be seen: the images of one that runs must
-    /// not be merged beneath it.
+    /// Whether QEMU has ended. The driver's word counts only where its process cannot be seen: the
+    /// images of one that runs must not be merged beneath it.
     fn has_ended(&self) -> bool {
         match &self.qemu {
             Some(qemu) => qemu.has_ended(),
@@ -327,13 +363,15 @@ impl Channel for Callbacks<'_> {
     }
 
     fn record(&mut self, mut record: Record) -> Result<Record> {
-        record.parent = self.driver.current().map_err(failed("cannot ask for the current snapshot"))?;
+        record.parent =
+            self.driver.current().map_err(failed("cannot ask for the current snapshot"))?;
         let step = format!("cannot record snapshot '{}'", record.name);
         self.driver.record(&record.name, &record.to_xml()).map_err(failed(&step))?;
         Ok(record)
     }
 
-    /// The driver takes the disks for switched until it is told otherwise, which nobody does any more.
+    /// The driver takes the disks for switched until it is told otherwise, which nobody does any
+    /// more.
     fn recovery(&self) -> Recovery<'_> {
         Recovery { monitor: self.guard.as_ref().map(Monitor::socket), merges: false }
     }

@@ -8,7 +8,8 @@ use std::time::Duration;
 
 use rustix::io::Errno;
 use rustix::net::{
-    AddressFamily, SendFlags, Shutdown, SocketAddrUnix, SocketFlags, SocketType, bind, sendto, shutdown, socket_with,
+    AddressFamily, SendFlags, Shutdown, SocketAddrUnix, SocketFlags, SocketType, bind, sendto,
+    shutdown, socket_with,
 };
 
 use crate::deadline::Deadline;
@@ -17,11 +18,12 @@ use crate::sys;
 
 /// Held while one operation changes a QEMU, by whatever process, handle or monitor socket.
 ///
-/// Two snapshots at once would each take the other's migration capabilities for the original ones. It is the name of an
-/// abstract Unix socket, which exactly one process can have, which leaves no file, and which the kernel frees when its
-/// holder dies. A child that another thread forks has it too until it executes its program, or ends; so whoever lets go
-/// shuts the socket down, which all of them see. The next holder takes the first of some further names then: of all of them
-/// no two are held at a time.
+/// Two snapshots at once would each take the other's migration capabilities for the original ones.
+/// It is the name of an abstract Unix socket, which exactly one process can have, which leaves no
+/// file, and which the kernel frees when its holder dies. A child that another thread forks has it
+/// too until it executes its program, or ends; so whoever lets go shuts the socket down, which all
+/// of them see. The next holder takes the first of some further names then: of all of them no two
+/// are held at a time.
 #[derive(Debug)]
 pub struct Exclusive {
     held: OwnedFd,
@@ -29,7 +31,8 @@ pub struct Exclusive {
     left: bool,
 }
 
-/// So many names there are for one thing to be held. Each can be kept from the next holder by children of earlier ones.
+/// So many names there are for one thing to be held. Each can be kept from the next holder by
+/// children of earlier ones.
 const NAMES: usize = 64;
 /// A process that is done ends in this time.
 const ENDING: Duration = Duration::from_millis(500);
@@ -63,7 +66,8 @@ impl Drop for Exclusive {
 }
 
 impl Exclusive {
-    /// What holds it: in a child of this process it is held until both have ended, or this one has let go.
+    /// What holds it: in a child of this process it is held until both have ended, or this one has
+    /// let go.
     pub fn as_fd(&self) -> BorrowedFd<'_> {
         self.held.as_fd()
     }
@@ -80,7 +84,9 @@ impl Exclusive {
             match Exclusive::try_take(name.clone())? {
                 Ok(exclusive) => return Ok(exclusive),
                 // It may be a guard that has done what it was there for, and is about to end.
-                Err(Holder::Another) if deadline.left().is_some() => sleep(Duration::from_millis(20)),
+                Err(Holder::Another) if deadline.left().is_some() => {
+                    sleep(Duration::from_millis(20))
+                }
                 Err(_) => return Err(busy(whose)),
             }
         }
@@ -88,9 +94,12 @@ impl Exclusive {
 
     /// The same; who has it where it is held.
     pub fn try_take(name: String) -> Result<std::result::Result<Exclusive, Holder>> {
-        let system = |errno: Errno| Error::system("cannot take the guest for this operation", errno);
-        let addresses: Vec<_> =
-            (0..NAMES).map(|n| address(&name, n)).collect::<std::result::Result<_, _>>().map_err(system)?;
+        let system =
+            |errno: Errno| Error::system("cannot take the guest for this operation", errno);
+        let addresses: Vec<_> = (0..NAMES)
+            .map(|n| address(&name, n))
+            .collect::<std::result::Result<_, _>>()
+            .map_err(system)?;
         sys::wait_until_forked();
         let mut own = sys::lock(&OWN);
         if own.contains(&name) {
@@ -98,10 +107,12 @@ impl Exclusive {
         }
         for (n, address) in addresses.iter().enumerate() {
             let held =
-                socket_with(AddressFamily::UNIX, SocketType::DGRAM, SocketFlags::CLOEXEC, None).map_err(system)?;
+                socket_with(AddressFamily::UNIX, SocketType::DGRAM, SocketFlags::CLOEXEC, None)
+                    .map_err(system)?;
             match bind(&held, address) {
                 Ok(()) => {
-                    // Another may have found one before it free, or one after it, at the same time: then neither has it.
+                    // Another may have found one before it free, or one after it, at the same time:
+                    // then neither has it.
                     let others = addresses.iter().enumerate().filter(|(other, _)| *other != n);
                     if others.map(|(_, other)| state(other)).any(|other| other == State::Held) {
                         let _ = shutdown(&held, Shutdown::Both);
@@ -140,7 +151,9 @@ enum State {
 
 fn state(address: &SocketAddrUnix) -> State {
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-    let Ok(probe) = socket_with(AddressFamily::UNIX, SocketType::DGRAM, flags, None) else { return State::Held };
+    let Ok(probe) = socket_with(AddressFamily::UNIX, SocketType::DGRAM, flags, None) else {
+        return State::Held;
+    };
     match sendto(&probe, b"", SendFlags::NOSIGNAL, address) {
         Err(Errno::CONNREFUSED) => State::Free,
         Err(Errno::PIPE) => State::LetGo,
@@ -182,7 +195,9 @@ mod tests {
     #[test]
     fn what_another_has_by_a_further_name_is_held() {
         let name = format!("instantsnap/test/{}/further", std::process::id());
-        let another = socket_with(AddressFamily::UNIX, SocketType::DGRAM, SocketFlags::CLOEXEC, None).unwrap();
+        let another =
+            socket_with(AddressFamily::UNIX, SocketType::DGRAM, SocketFlags::CLOEXEC, None)
+                .unwrap();
         bind(&another, &address(&name, 3).unwrap()).unwrap();
         assert_eq!(take("further").unwrap_err(), Holder::Another);
         shutdown(&another, Shutdown::Both).unwrap();

@@ -1,4 +1,5 @@
-//! Whether the guest's RAM is written past QEMU's mapping of it: by another process, or by a device.
+//! Whether the guest's RAM is written past QEMU's mapping of it: by another process, or by a
+//! device.
 
 use serde_json::{Value, json};
 
@@ -9,11 +10,17 @@ use crate::monitor::json::Json;
 use crate::monitor::{Command, Execute};
 
 /// Devices whose backend writes guest RAM from another process, through a mapping of its own.
-const FOREIGN_WRITERS: [&str; 5] = ["vhost-user", "vhost-vdpa", "ivshmem", "vfio-user", "x-pci-proxy"];
+const FOREIGN_WRITERS: [&str; 5] =
+    ["vhost-user", "vhost-vdpa", "ivshmem", "vfio-user", "x-pci-proxy"];
 
 /// Block drivers that give guest RAM to a device, or to another process, for it to read into.
-const FOREIGN_DRIVERS: [&str; 5] =
-    ["nvme", "nvme-io_uring", "virtio-blk-vfio-pci", "virtio-blk-vhost-user", "virtio-blk-vhost-vdpa"];
+const FOREIGN_DRIVERS: [&str; 5] = [
+    "nvme",
+    "nvme-io_uring",
+    "virtio-blk-vfio-pci",
+    "virtio-blk-vhost-user",
+    "virtio-blk-vhost-vdpa",
+];
 
 fn query(guest: &mut dyn Execute, command: &str, arguments: Value) -> Result<Json> {
     let step = format!("cannot ask the guest ({command})");
@@ -38,7 +45,9 @@ pub fn check_memory_is_its_own(guest: &mut dyn Execute) -> Result<()> {
         let driver = node["drv"].as_str().unwrap_or_default();
         if FOREIGN_DRIVERS.contains(&driver) {
             let name = node["node-name"].as_str().unwrap_or_default();
-            return refuse_foreign_writer(&format!("the storage of block node '{name}' (driver {driver})"));
+            return refuse_foreign_writer(&format!(
+                "the storage of block node '{name}' (driver {driver})"
+            ));
         }
     }
     // No QMP command tells a network backend's type.
@@ -50,7 +59,8 @@ pub fn check_memory_is_its_own(guest: &mut dyn Execute) -> Result<()> {
         Err(error) => return Err(error),
     };
     for line in network.as_str().unwrap_or_default().lines() {
-        let kind = line.split("type=").nth(1).and_then(|rest| rest.split(',').next()).unwrap_or_default();
+        let kind =
+            line.split("type=").nth(1).and_then(|rest| rest.split(',').next()).unwrap_or_default();
         if FOREIGN_WRITERS.iter().any(|writer| kind.contains(writer)) {
             let name = line.trim_start_matches([' ', '\\']).split(':').next().unwrap_or_default();
             return refuse_foreign_writer(&format!("network backend '{name}' ({kind})"));
@@ -62,7 +72,8 @@ pub fn check_memory_is_its_own(guest: &mut dyn Execute) -> Result<()> {
 fn refuse_foreign_writer(writer: &str) -> Result<()> {
     fail!(
         ConfigUnsupported,
-        "{writer} writes the guest's memory from another process or a device, where QEMU cannot hold it at the instant: take a \
-         plain snapshot (without INSTANT), or remove the device first"
+        "{writer} writes the guest's memory from another process or a device, where QEMU cannot \
+         hold it at the instant: take a plain snapshot (without INSTANT), or remove the device \
+         first"
     )
 }

@@ -52,8 +52,11 @@ pub const REVERT: &str = ".revert";
 /// Whether an image is called as those are: IMAGE.SNAPSHOT-XXXXXX.revert.
 pub fn is_of_revert(image: &Id) -> bool {
     let name = image.file_name().unwrap_or_default().to_string_lossy();
-    let random = name.strip_suffix(REVERT).and_then(|name| name.rsplit_once('-')).map(|(_, random)| random);
-    random.is_some_and(|random| random.len() == 6 && random.chars().all(|c| c.is_ascii_alphanumeric()))
+    let random =
+        name.strip_suffix(REVERT).and_then(|name| name.rsplit_once('-')).map(|(_, random)| random);
+    random.is_some_and(|random| {
+        random.len() == 6 && random.chars().all(|c| c.is_ascii_alphanumeric())
+    })
 }
 
 impl Graph {
@@ -66,7 +69,12 @@ impl Graph {
         for (n, layer) in layers.iter().enumerate() {
             let backing = layers.get(n + 1).map(|below| id(&below.path));
             let Layer { path, format, has_data_elsewhere } = layer.clone();
-            self.images.entry(id(&path)).or_insert(Image { path, format, backing, has_data_elsewhere });
+            self.images.entry(id(&path)).or_insert(Image {
+                path,
+                format,
+                backing,
+                has_data_elsewhere,
+            });
         }
         Ok(())
     }
@@ -77,7 +85,10 @@ impl Graph {
         let path = image.to_string_lossy().into_owned();
         let image = image.clone();
         let backing = backing.cloned();
-        self.images.insert(image, Image { path, format: "qcow2".into(), backing, has_data_elsewhere: false });
+        self.images.insert(
+            image,
+            Image { path, format: "qcow2".into(), backing, has_data_elsewhere: false },
+        );
     }
 
     /// The image.
@@ -97,7 +108,10 @@ impl Graph {
 
     /// The overlays of an image.
     pub fn overlays<'a>(&'a self, image: &'a Id) -> impl Iterator<Item = &'a Id> {
-        self.images.iter().filter(move |(_, overlay)| overlay.backing.as_ref() == Some(image)).map(|(id, _)| id)
+        self.images
+            .iter()
+            .filter(move |(_, overlay)| overlay.backing.as_ref() == Some(image))
+            .map(|(id, _)| id)
     }
 }
 
@@ -156,15 +170,17 @@ impl Header {
     }
 }
 
-/// Whether there is such an image. A block device stays where it is when the overlay on it goes ([`remove`]): then it has none
-/// any more.
+/// Whether there is such an image. A block device stays where it is when the overlay on it goes
+/// ([`remove`]): then it has none any more.
 pub fn is_there(path: &str, format: &str) -> bool {
     let Ok(found) = Path::new(path).metadata() else { return false };
-    let is_gone = || sys::open_file(Path::new(path)).is_ok_and(|device| Header::read(&device).is_none());
+    let is_gone =
+        || sys::open_file(Path::new(path)).is_ok_and(|device| Header::read(&device).is_none());
     !(format == "qcow2" && found.file_type().is_block_device() && is_gone())
 }
 
-/// Removes an overlay that nobody needs. Of one on a block device the header goes, so that nobody takes what is left for one.
+/// Removes an overlay that nobody needs. Of one on a block device the header goes, so that nobody
+/// takes what is left for one.
 pub fn remove(path: &Path) -> std::io::Result<()> {
     match path.metadata() {
         Ok(found) if found.file_type().is_block_device() => {
@@ -187,7 +203,8 @@ pub fn wipe(image: &File) -> std::io::Result<()> {
 
 /// Whether a name is that of an image on a server.
 pub fn is_of_server(name: &str) -> bool {
-    const SERVERS: [&str; 10] = ["nbd", "rbd", "iscsi", "ssh", "http", "https", "ftp", "ftps", "gluster", "nfs"];
+    const SERVERS: [&str; 10] =
+        ["nbd", "rbd", "iscsi", "ssh", "http", "https", "ftp", "ftps", "gluster", "nfs"];
     let is_server = |driver: &str| SERVERS.contains(&driver);
     match name.strip_prefix("json:") {
         Some(options) => {
@@ -206,8 +223,8 @@ pub fn is_of_server(name: &str) -> bool {
     }
 }
 
-/// A backing file's path, by the name that an image of this path has for it: relative names are relative to the image. What is
-/// no path stays as it is.
+/// A backing file's path, by the name that an image of this path has for it: relative names are
+/// relative to the image. What is no path stays as it is.
 pub fn beside(image: &str, name: &str) -> String {
     let path = file_named(name).and_then(|name| Some(Path::new(image).parent()?.join(name)));
     path.and_then(|path| path.to_str().map(str::to_owned)).unwrap_or_else(|| name.to_owned())
@@ -221,7 +238,8 @@ pub fn below(path: &str, format: &str) -> Option<(String, String)> {
     }
     let name = Header::at(path)?.backing?;
     file_named(&name)?;
-    // What the image says of the format is in an extension; a file that begins as qcow2 is taken for it.
+    // What the image says of the format is in an extension; a file that begins as qcow2 is taken
+    // for it.
     Some((beside(path, &name), "qcow2".into()))
 }
 
@@ -230,7 +248,8 @@ pub fn server_below(overlay: &str) -> Option<String> {
     Header::at(overlay)?.backing.filter(|below| is_of_server(below))
 }
 
-/// What a guest sees of a server's image, in bytes. The server is asked, and not waited for without end.
+/// What a guest sees of a server's image, in bytes. The server is asked, and not waited for without
+/// end.
 pub fn size_on_server(name: &str, format: &str) -> Result<u64> {
     size_on_server_within(name, format, PATIENCE)
 }
@@ -239,14 +258,18 @@ pub fn size_on_server(name: &str, format: &str) -> Result<u64> {
 pub fn size_on_server_within(name: &str, format: &str, limit: Duration) -> Result<u64> {
     let mut info = Tool::new("qemu-img");
     info.args(["info", "-U", "--output=json", "-f", format, name]);
-    let step = |error: &dyn std::fmt::Display| format!("cannot ask the server of the image '{name}': {error}");
-    let said = info.output_within(limit).map_err(|error| Error::new(error.code, step(&error.message)))?;
+    let step = |error: &dyn std::fmt::Display| {
+        format!("cannot ask the server of the image '{name}': {error}")
+    };
+    let said =
+        info.output_within(limit).map_err(|error| Error::new(error.code, step(&error.message)))?;
     let said = parse(&said).map_err(|error| Error::new(Code::InternalError, step(&error)))?;
     said["virtual-size"].as_u64().ok_or_else(|| failed(step(&"qemu-img does not tell its size")))
 }
 
-/// The file that QEMU opens by a name, by QEMU's rule: a colon before the first slash ends the name of a protocol. None where
-/// that is no file's (`nbd:...`, `nbd://...`), or where there is more to it than a file (`json:...`).
+/// The file that QEMU opens by a name, by QEMU's rule: a colon before the first slash ends the name
+/// of a protocol. None where that is no file's (`nbd:...`, `nbd://...`), or where there is more to
+/// it than a file (`json:...`).
 fn file_named(name: &str) -> Option<&str> {
     if let Some(file) = name.strip_prefix("file:") {
         return Some(file);
@@ -265,8 +288,8 @@ pub struct Layer {
     has_data_elsewhere: bool,
 }
 
-/// An image and all below it. Nothing is locked: QEMU may have them open. No server is asked for an image, which could let
-/// nobody but QEMU in, and have others wait: a chain ends with such a one.
+/// An image and all below it. Nothing is locked: QEMU may have them open. No server is asked for an
+/// image, which could let nobody but QEMU in, and have others wait: a chain ends with such a one.
 pub fn chain(path: &str, format: &str) -> Result<Vec<Layer>> {
     if server_of(path, format).is_none() {
         return look(path, format, &["--backing-chain"], PATIENCE)
@@ -308,8 +331,14 @@ pub fn server_of(path: &str, format: &str) -> Option<String> {
 /// An image's name and its format.
 type Below = (String, String);
 
-/// What qemu-img tells within this time of images, each with the one below it and that one's format.
-fn look(path: &str, format: &str, options: &[&str], limit: Duration) -> Result<Vec<(Layer, Option<Below>)>> {
+/// What qemu-img tells within this time of images, each with the one below it and that one's
+/// format.
+fn look(
+    path: &str,
+    format: &str,
+    options: &[&str],
+    limit: Duration,
+) -> Result<Vec<(Layer, Option<Below>)>> {
     let step = || format!("cannot read the image '{path}' and those below it");
     // A pipe that nobody writes to would be waited for.
     let kind = Path::new(path).metadata().map(|metadata| metadata.file_type());
@@ -318,15 +347,19 @@ fn look(path: &str, format: &str, options: &[&str], limit: Duration) -> Result<V
     }
     let mut info = Tool::new("qemu-img");
     info.args(["info", "-U", "--output=json"]).args(options).args(["-f", format, path]);
-    let said =
-        info.output_within(limit).map_err(|error| Error::new(error.code, format!("{}: {}", step(), error.message)))?;
-    let said =
-        parse(&said).map_err(|error| Error::new(Code::InternalError, format!("{}: qemu-img says {error}", step())))?;
+    let said = info
+        .output_within(limit)
+        .map_err(|error| Error::new(error.code, format!("{}: {}", step(), error.message)))?;
+    let said = parse(&said).map_err(|error| {
+        Error::new(Code::InternalError, format!("{}: qemu-img says {error}", step()))
+    })?;
     let text = |layer: &Value, key: &str| layer[key].as_str().map(str::to_owned);
     let layer = |layer: &Value| {
         let path = text(layer, "filename").unwrap_or_default();
         let below = text(layer, "backing-filename").map(|name| beside(&path, &name));
-        let below = below.map(|below| (below, text(layer, "backing-filename-format").unwrap_or_else(|| "raw".into())));
+        let below = below.map(|below| {
+            (below, text(layer, "backing-filename-format").unwrap_or_else(|| "raw".into()))
+        });
         let format = text(layer, "format").unwrap_or_default();
         let has_data_elsewhere = layer["format-specific"]["data"]["data-file"].is_string();
         (Layer { path, format, has_data_elsewhere }, below)
@@ -342,10 +375,13 @@ pub fn commit(top: &Image, base: &str) -> Result<()> {
     let called = called_above(top, base);
     let mut commit = Tool::new("qemu-img");
     commit.args(["commit", "-q", "-d", "-f", &top.format, "-b", &called, &top.path]);
-    commit.run().map_err(|reason| failed(format!("cannot merge the image '{}' into '{base}': {reason}", top.path)))
+    commit.run().map_err(|reason| {
+        failed(format!("cannot merge the image '{}' into '{base}': {reason}", top.path))
+    })
 }
 
-/// What the overlay on an image calls it, of those below `top`: qemu-img compares names of servers by the letter.
+/// What the overlay on an image calls it, of those below `top`: qemu-img compares names of servers
+/// by the letter.
 fn called_above(top: &Image, base: &str) -> String {
     let server = server_of(&top.path, &top.format).filter(|name| id(name) == id(base));
     server.unwrap_or_else(|| base.to_owned())
@@ -354,10 +390,21 @@ fn called_above(top: &Image, base: &str) -> String {
 /// Makes an image an overlay of another with the same content as its backing file has.
 pub fn rebase(overlay: &Image, base: &str, format: &str) -> Result<()> {
     let mut rebase = Tool::new("qemu-img");
-    rebase.args(["rebase", "-q", "-u", "-f", &overlay.format, "-F", format, "-b", base, &overlay.path]);
-    rebase
-        .run()
-        .map_err(|reason| failed(format!("cannot make '{base}' the backing file of '{}': {reason}", overlay.path)))
+    rebase.args([
+        "rebase",
+        "-q",
+        "-u",
+        "-f",
+        &overlay.format,
+        "-F",
+        format,
+        "-b",
+        base,
+        &overlay.path,
+    ]);
+    rebase.run().map_err(|reason| {
+        failed(format!("cannot make '{base}' the backing file of '{}': {reason}", overlay.path))
+    })
 }
 
 fn failed(message: String) -> Error {
@@ -373,7 +420,10 @@ mod tests {
     /// A qcow2 image that names this one below it, which is not looked at.
     fn image_on(image: &Path, below: &str) {
         let mut create = Tool::new("qemu-img");
-        create.args(["create", "-q", "-u", "-f", "qcow2", "-F", "raw", "-b", below]).arg(image).arg("1M");
+        create
+            .args(["create", "-q", "-u", "-f", "qcow2", "-F", "raw", "-b", below])
+            .arg(image)
+            .arg("1M");
         create.run().unwrap();
     }
 
@@ -381,7 +431,9 @@ mod tests {
     fn an_image_below_by_a_protocol_or_by_options_is_no_file_beside_the_image() {
         let directory = tempfile::tempdir().unwrap();
         let image = directory.path().join("image");
-        let path = |name: &str| Some((directory.path().join(name).to_str().unwrap().to_owned(), "qcow2".to_owned()));
+        let path = |name: &str| {
+            Some((directory.path().join(name).to_str().unwrap().to_owned(), "qcow2".to_owned()))
+        };
         for (name, found) in [
             ("base", path("base")),
             ("./a:b", path("./a:b")),
@@ -389,7 +441,10 @@ mod tests {
             ("/images/base", Some(("/images/base".into(), "qcow2".into()))),
             ("nbd:unix:/run/nbd", None),
             ("nbd://server/export", None),
-            ("json:{\"driver\":\"raw\",\"file\":{\"driver\":\"file\",\"filename\":\"/base\"}}", None),
+            (
+                "json:{\"driver\":\"raw\",\"file\":{\"driver\":\"file\",\"filename\":\"/base\"}}",
+                None,
+            ),
         ] {
             image_on(&image, name);
             assert_eq!(below(image.to_str().unwrap(), "qcow2"), found, "{name}");
@@ -405,9 +460,13 @@ mod tests {
         let _silent = UnixListener::bind(&socket).unwrap();
         image_on(&image, &format!("nbd:unix:{}", socket.display()));
         let image = image.to_str().unwrap();
-        let error = look(image, "qcow2", &["--backing-chain"], Duration::from_millis(300)).unwrap_err();
+        let error =
+            look(image, "qcow2", &["--backing-chain"], Duration::from_millis(300)).unwrap_err();
         assert_eq!(error.code, Code::OperationTimeout, "{error}");
-        assert!(error.message.contains(image) && error.message.contains("qemu-img did not end"), "{error}");
+        assert!(
+            error.message.contains(image) && error.message.contains("qemu-img did not end"),
+            "{error}"
+        );
         // It is known by its name, and not asked.
         let layers = chain(image, "qcow2").unwrap();
         let names: Vec<_> = layers.iter().map(|layer| layer.path.as_str()).collect();
@@ -426,8 +485,11 @@ mod tests {
         ] {
             assert!(is_of_server(name) && beside("/images/overlay", name) == name, "{name}");
         }
-        let local = r#"json:{"driver": "qcow2", "file": {"driver": "file", "filename": "/nbd/image"}}"#;
-        for name in ["/images/a:b", "image", "nbd", "dir/nbd:image", "file:nbd:image", local, "json:{"] {
+        let local =
+            r#"json:{"driver": "qcow2", "file": {"driver": "file", "filename": "/nbd/image"}}"#;
+        for name in
+            ["/images/a:b", "image", "nbd", "dir/nbd:image", "file:nbd:image", local, "json:{"]
+        {
             assert!(!is_of_server(name), "{name}");
         }
         assert_eq!(beside("/images/overlay", "file:image"), "/images/image");

@@ -1,7 +1,7 @@
 //! Who has an image open, by the byte-range locks that QEMU takes on it.
 //!
-//! QEMU locks one byte for each permission that it uses ([`USED`]), and one for each that it does not
-//! share ([`UNSHARED`]), unless it was told not to (`locking=off`).
+//! QEMU locks one byte for each permission that it uses ([`USED`]), and one for each that it does
+//! not share ([`UNSHARED`]), unless it was told not to (`locking=off`).
 
 use std::fs::File;
 use std::ops::Range;
@@ -23,13 +23,17 @@ pub fn is_written(image: &Path) -> bool {
     has_lock(image, WRITES)
 }
 
-/// Whether a process other than this QEMU, which has the image open itself, has it open too. What the
-/// kernel does not tell is not known: QEMU then refuses itself to write to the image.
+/// Whether a process other than this QEMU, which has the image open itself, has it open too. What
+/// the kernel does not tell is not known: QEMU then refuses itself to write to the image.
 pub fn is_in_use_besides(image: &Path, qemu: u32) -> bool {
-    let (Ok(metadata), Ok(all)) = (image.metadata(), std::fs::read_to_string("/proc/locks")) else { return false };
+    let (Ok(metadata), Ok(all)) = (image.metadata(), std::fs::read_to_string("/proc/locks")) else {
+        return false;
+    };
     let Some(own) = locks_of(qemu, (metadata.dev(), metadata.ino())) else { return false };
     // The kernel names the file by numbers that `stat` need not know: by those of QEMU's own locks.
-    let Some(file) = own.first().and_then(|line| file_of(line)).map(str::to_owned) else { return is_in_use(image) };
+    let Some(file) = own.first().and_then(|line| file_of(line)).map(str::to_owned) else {
+        return is_in_use(image);
+    };
     let of_file = |line: &&str| file_of(line) == Some(&file) && !line.contains("->");
     all.lines().filter(of_file).count() > own.len()
 }
@@ -37,7 +41,8 @@ pub fn is_in_use_besides(image: &Path, qemu: u32) -> bool {
 /// The process of a domain's QEMU: libvirt gives it the UUID on its command line.
 pub fn qemu_of_domain(uuid: &str) -> Option<u32> {
     let option = format!("-uuid\0{uuid}\0");
-    let contains = |text: &[u8]| text.windows(option.len()).any(|window| window == option.as_bytes());
+    let contains =
+        |text: &[u8]| text.windows(option.len()).any(|window| window == option.as_bytes());
     std::fs::read_dir("/proc").ok()?.find_map(|entry| {
         let pid = entry.ok()?.file_name().to_str()?.parse().ok()?;
         contains(&std::fs::read(format!("/proc/{pid}/cmdline")).ok()?).then_some(pid)
@@ -58,7 +63,9 @@ fn locks_of(pid: u32, id: (u64, u64)) -> Option<Vec<String>> {
             continue;
         }
         let number = fd.file_name();
-        let info = std::fs::read_to_string(format!("/proc/{pid}/fdinfo/{}", number.to_string_lossy())).ok()?;
+        let info =
+            std::fs::read_to_string(format!("/proc/{pid}/fdinfo/{}", number.to_string_lossy()))
+                .ok()?;
         locks.extend(info.lines().filter_map(|line| line.strip_prefix("lock:")).map(str::to_owned));
     }
     Some(locks)
@@ -98,7 +105,8 @@ mod tests {
         lock(&first, 101);
         assert!(is_written(path));
         // A child has a copy of the descriptor; with the original closed it is the only holder.
-        let mut child = std::process::Command::new("sleep").arg("100").stdin(first).spawn().unwrap();
+        let mut child =
+            std::process::Command::new("sleep").arg("100").stdin(first).spawn().unwrap();
         let second = File::open(path).unwrap();
         lock(&second, 100);
         assert!(is_in_use_besides(path, itself) && is_in_use_besides(path, child.id()));

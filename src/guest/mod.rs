@@ -1,7 +1,8 @@
 //! Who runs the guest: the one thing in which the ways in differ.
 //!
-//! A [`Connector`] is a guest that was opened; it hands out a [`Guest`], exclusive to one operation, for as long as that
-//! operation takes. The engine does everything else, over these two traits.
+//! A [`Connector`] is a guest that was opened; it hands out a [`Guest`], exclusive to one
+//! operation, for as long as that operation takes. The engine does everything else, over these two
+//! traits.
 
 mod backend;
 mod busy;
@@ -18,8 +19,8 @@ pub mod qmp;
 pub mod write_access;
 
 pub use backend::{
-    Catalog, Connector, Deputy, Description, Errand, Errands, Guest, MakeErrands, MergeErrand, MonitorOverlay,
-    PATIENCE, Presence, Reserved,
+    Catalog, Connector, Deputy, Description, Errand, Errands, Guest, MakeErrands, MergeErrand,
+    MonitorOverlay, PATIENCE, Presence, Reserved,
 };
 pub use busy::is_block_of;
 pub use driver::DriverConnector;

@@ -1,7 +1,8 @@
 //! The file of an overlay.
 //!
-//! qemu-img, which may run with more rights than whoever can change an image or the names that lead to it, is given the open file,
-//! and told what is below it: it believes neither a name nor what an image says of itself.
+//! qemu-img, which may run with more rights than whoever can change an image or the names that lead
+//! to it, is given the open file, and told what is below it: it believes neither a name nor what an
+//! image says of itself.
 
 use std::fs::{File, Metadata};
 use std::io::{self, ErrorKind};
@@ -26,7 +27,8 @@ const STDIN: &str = "/proc/self/fd/0";
 pub enum Beforehand {
     /// libvirt's rule: an empty file and a block device are taken, and formatted.
     Taken,
-    /// Nothing that is there is written to: the caller works with more rights than who names the file.
+    /// Nothing that is there is written to: the caller works with more rights than who names the
+    /// file.
     Refused,
 }
 
@@ -64,7 +66,8 @@ impl OverlayFile {
             return match path.metadata() {
                 Ok(found) if !found.file_type().is_block_device() => fail!(
                     ConfigUnsupported,
-                    "external snapshot device '{}' of disk '{name}' is no block device: use <source file='...'/> and type='file'",
+                    "external snapshot device '{}' of disk '{name}' is no block device: use \
+                     <source file='...'/> and type='file'",
                     disk.overlay
                 ),
                 Ok(_) => take(disk, beforehand),
@@ -73,7 +76,9 @@ impl OverlayFile {
         }
         let own = match OwnFile::create(path) {
             Ok(own) => own,
-            Err(error) if error.kind() == ErrorKind::AlreadyExists => return take(disk, beforehand),
+            Err(error) if error.kind() == ErrorKind::AlreadyExists => {
+                return take(disk, beforehand);
+            }
             Err(error) => return Err(Error::system(step(disk), error)),
         };
         // So that whoever could open the image below can open this.
@@ -88,7 +93,9 @@ impl OverlayFile {
     pub fn file(&self) -> &File {
         match self {
             OverlayFile::Made(own) => own.file(),
-            OverlayFile::Emptied { file, .. } | OverlayFile::Device { file, .. } | OverlayFile::Reused(file) => file,
+            OverlayFile::Emptied { file, .. }
+            | OverlayFile::Device { file, .. }
+            | OverlayFile::Reused(file) => file,
         }
     }
 
@@ -136,13 +143,18 @@ impl OverlayFile {
     }
 
     /// Formats it as an overlay of an image, which QEMU has open: it is not asked for its size.
-    pub fn format(&self, image: &str, image_format: &str, size: u64) -> std::result::Result<(), String> {
+    pub fn format(
+        &self,
+        image: &str,
+        image_format: &str,
+        size: u64,
+    ) -> std::result::Result<(), String> {
         format(self.file(), image, image_format, size)
     }
 }
 
-/// Refuses an overlay that is an image of a snapshot, by that one's name: it would be written to. What is there beforehand can
-/// be one, of a branch that the guest is not on.
+/// Refuses an overlay that is an image of a snapshot, by that one's name: it would be written to.
+/// What is there beforehand can be one, of a branch that the guest is not on.
 pub fn check_not_of_snapshots<'a>(
     disks: &[DiskPlan],
     images: impl IntoIterator<Item = (&'a str, &'a str)>,
@@ -153,7 +165,8 @@ pub fn check_not_of_snapshots<'a>(
         if let Some(disk) = found.iter().find(is_it) {
             fail!(
                 ConfigUnsupported,
-                "external snapshot file for disk '{}' already exists, and is an image of snapshot '{snapshot}': '{}'; name another",
+                "external snapshot file for disk '{}' already exists, and is an image of snapshot \
+                 '{snapshot}': '{}'; name another",
                 disk.drive.name(),
                 disk.overlay
             );
@@ -163,20 +176,28 @@ pub fn check_not_of_snapshots<'a>(
 }
 
 fn step(disk: &DiskPlan) -> String {
-    format!("cannot create external snapshot file '{}' of disk '{}'", disk.overlay, disk.drive.name())
+    format!(
+        "cannot create external snapshot file '{}' of disk '{}'",
+        disk.overlay,
+        disk.drive.name()
+    )
 }
 
 /// Takes what is there already: libvirt's rule.
 fn take(disk: &DiskPlan, beforehand: Beforehand) -> Result<OverlayFile> {
     let (path, name) = (&disk.overlay, disk.drive.name());
     let exists = |more: &str| {
-        let message = format!("external snapshot file for disk '{name}' already exists{more}: '{path}'; name another");
+        let message = format!(
+            "external snapshot file for disk '{name}' already exists{more}: '{path}'; name another"
+        );
         Error::new(Code::ConfigUnsupported, message)
     };
     if beforehand == Beforehand::Refused {
         return Err(exists(", and inside the daemon nothing is taken that is there beforehand"));
     }
-    let Ok(found) = Path::new(path).metadata() else { return Err(exists(", a link that leads nowhere")) };
+    let Ok(found) = Path::new(path).metadata() else {
+        return Err(exists(", a link that leads nowhere"));
+    };
     let is_device = found.file_type().is_block_device();
     if !is_device && !found.is_file() {
         return Err(exists(" and is neither a file nor a block device"));
@@ -185,64 +206,84 @@ fn take(disk: &DiskPlan, beforehand: Beforehand) -> Result<OverlayFile> {
         let hint = "where it is an overlay that was made for this snapshot beforehand, add VIR_DOMAIN_SNAPSHOT_CREATE_REUSE_EXT";
         return Err(exists(" and is neither empty nor a block device").and(hint));
     }
-    let open = |path: &Path, flags| File::options().read(true).write(true).custom_flags(flags).open(path);
+    let open =
+        |path: &Path, flags| File::options().read(true).write(true).custom_flags(flags).open(path);
     if is_device {
         // What is mounted, or part of a volume group, has an exclusive holder; QEMU is none.
         match open(Path::new(path), libc::O_NONBLOCK | libc::O_EXCL) {
-            Err(error) if error.raw_os_error() == Some(libc::EBUSY) => return Err(in_use(disk, "the host uses it")),
+            Err(error) if error.raw_os_error() == Some(libc::EBUSY) => {
+                return Err(in_use(disk, "the host uses it"));
+            }
             _ => {}
         }
     }
     let real = Path::new(path).canonicalize().map_err(|error| Error::system(step(disk), error))?;
-    let file = open(&real, libc::O_NONBLOCK | libc::O_NOFOLLOW).map_err(|error| Error::system(step(disk), error))?;
+    let file = open(&real, libc::O_NONBLOCK | libc::O_NOFOLLOW)
+        .map_err(|error| Error::system(step(disk), error))?;
     let opened = file.metadata().map_err(|error| Error::system(step(disk), error))?;
-    let same = |a: &Metadata, b: &Metadata| (a.dev(), a.ino(), a.len()) == (b.dev(), b.ino(), b.len());
+    let same =
+        |a: &Metadata, b: &Metadata| (a.dev(), a.ino(), a.len()) == (b.dev(), b.ino(), b.len());
     if !is_device && !same(&found, &opened) {
         return Err(exists(", and was changed just now"));
     }
     if sys::is_locked(&file, sys::IMAGE_LOCKS) {
         return Err(in_use(disk, "a QEMU has it open"));
     }
-    Ok(if is_device { OverlayFile::Device { path: real, file } } else { OverlayFile::Emptied { path: real, file } })
+    Ok(if is_device {
+        OverlayFile::Device { path: real, file }
+    } else {
+        OverlayFile::Emptied { path: real, file }
+    })
 }
 
 fn in_use(disk: &DiskPlan, why: &str) -> Error {
     let message = format!(
-        "external snapshot file '{}' of disk '{}' is in use ({why}), and would be written to: name another",
+        "external snapshot file '{}' of disk '{}' is in use ({why}), and would be written to: name \
+         another",
         disk.overlay,
         disk.drive.name()
     );
     Error::new(Code::ConfigUnsupported, message)
 }
 
-/// The caller's own overlay: QEMU puts the disk's image below, whatever is said in it; but at the guest's next start it is
-/// believed, and what is in it already the guest would see at once.
+/// The caller's own overlay: QEMU puts the disk's image below, whatever is said in it; but at the
+/// guest's next start it is believed, and what is in it already the guest would see at once.
 fn reuse(disk: &DiskPlan) -> Result<File> {
     let DiskPlan { drive, overlay, .. } = disk;
     let refuse = |what: &str| {
-        let message =
-            format!("external snapshot file '{overlay}' of disk '{}', which is to be reused, {what}", drive.name());
+        let message = format!(
+            "external snapshot file '{overlay}' of disk '{}', which is to be reused, {what}",
+            drive.name()
+        );
         Error::new(Code::ConfigUnsupported, message)
     };
     let anew = format!(
         "make it anew: qemu-img create -f qcow2 -F {} -b '{}' '{overlay}' {}",
         drive.format, drive.file, drive.size
     );
-    let file = sys::open_file(Path::new(overlay)).map_err(|error| refuse(&format!("cannot be read: {error}")))?;
+    let file = sys::open_file(Path::new(overlay))
+        .map_err(|error| refuse(&format!("cannot be read: {error}")))?;
     if disk.on_device && !file.metadata().is_ok_and(|found| found.file_type().is_block_device()) {
         return Err(refuse("is no block device: use <source file='...'/> and type='file'"));
     }
-    let Some(header) = images::Header::read(&file) else { return Err(refuse(&format!("is no qcow2 image: {anew}"))) };
+    let Some(header) = images::Header::read(&file) else {
+        return Err(refuse(&format!("is no qcow2 image: {anew}")));
+    };
     if sys::is_locked(&file, sys::IMAGE_LOCKS) {
         return Err(refuse("is in use (a QEMU has it open): name another"));
     }
     // What is not a file can be called in many ways.
     let below = header.backing.as_deref().map(|below| images::beside(overlay, below));
     let is_image = |below: &String| sys::same_file(Path::new(below), Path::new(&drive.file));
-    let is_other = |below: &str| Export::named(&drive.file).is_some() && images::id(below) != images::id(&drive.file);
+    let is_other = |below: &str| {
+        Export::named(&drive.file).is_some() && images::id(below) != images::id(&drive.file)
+    };
     match &below {
         None => return Err(refuse(&format!("has no backing file: {anew}"))),
-        Some(below) if drive.file.starts_with('/') && below.starts_with('/') && !is_image(below) || is_other(below) => {
+        Some(below)
+            if drive.file.starts_with('/') && below.starts_with('/') && !is_image(below)
+                || is_other(below) =>
+        {
             return Err(refuse(&format!(
                 "has '{below}' for its backing file, and the disk is on '{}': {anew}",
                 drive.file
@@ -251,19 +292,29 @@ fn reuse(disk: &DiskPlan) -> Result<File> {
         Some(_) => {}
     }
     if header.size != drive.size {
-        return Err(refuse(&format!("is of {} bytes, and the disk of {}: {anew}", header.size, drive.size)));
+        return Err(refuse(&format!(
+            "is of {} bytes, and the disk of {}: {anew}",
+            header.size, drive.size
+        )));
     }
-    let empty = header.is_empty(&file).map_err(|error| refuse(&format!("cannot be read: {error}")))?;
+    let empty =
+        header.is_empty(&file).map_err(|error| refuse(&format!("cannot be read: {error}")))?;
     if !empty {
         return Err(refuse(&format!(
-            "has content already (of a snapshot that was undone, perhaps), which the guest would see: {anew}"
+            "has content already (of a snapshot that was undone, perhaps), which the guest would \
+             see: {anew}"
         )));
     }
     Ok(file)
 }
 
 /// Makes a file an overlay of an image that is not opened.
-pub fn format(overlay: &File, image: &str, image_format: &str, size: u64) -> std::result::Result<(), String> {
+pub fn format(
+    overlay: &File,
+    image: &str,
+    image_format: &str,
+    size: u64,
+) -> std::result::Result<(), String> {
     let mut create = Tool::new("qemu-img");
     create.args(["create", "-q", "-u", "-f", "qcow2", "-F", image_format, "-b", image, STDIN]);
     create.arg(size.to_string()).run_on(overlay)
@@ -274,9 +325,9 @@ pub fn create_on(overlay: &File, image: &str, format: &str) -> Result<()> {
     let mut create = Tool::new("qemu-img");
     create.args(["create", "-q", "-f", "qcow2", "-F", format, "-b", image, STDIN]);
     // It opens the image and all below, for its size.
-    create
-        .run_on_within(overlay, PATIENCE)
-        .map_err(|error| Error::new(error.code, format!("cannot create an overlay of '{image}': {}", error.message)))
+    create.run_on_within(overlay, PATIENCE).map_err(|error| {
+        Error::new(error.code, format!("cannot create an overlay of '{image}': {}", error.message))
+    })
 }
 
 /// Merges an overlay that no QEMU has open into the image that it was made on.
@@ -284,7 +335,8 @@ pub fn commit(overlay: &File, image: &str, image_format: &str) -> Result<()> {
     commit_asking(overlay, image, image_format, PATIENCE)
 }
 
-/// The same, where a server that one of the images is on answers within this time: qemu-img would wait for it without end.
+/// The same, where a server that one of the images is on answers within this time: qemu-img would
+/// wait for it without end.
 fn commit_asking(overlay: &File, image: &str, image_format: &str, limit: Duration) -> Result<()> {
     let failed = |reason: String| Error::new(Code::OperationFailed, reason);
     check_own_data(overlay).map_err(failed)?;
@@ -300,7 +352,9 @@ fn commit_asking(overlay: &File, image: &str, image_format: &str, limit: Duratio
         commit.args(["--image-opts", &format!("driver=qcow2,file.filename={STDIN},{below}")]);
     } else {
         let below = images::Header::read(overlay).and_then(|header| header.backing);
-        if images::is_of_server(image) && below.is_none_or(|below| images::id(&below) != images::id(image)) {
+        if images::is_of_server(image)
+            && below.is_none_or(|below| images::id(&below) != images::id(image))
+        {
             fail!(OperationFailed, "the overlay is not on '{image}'");
         }
         // Not a file: it is called in ways that only qemu-img understands.
@@ -314,7 +368,9 @@ fn check_own_data(overlay: &File) -> std::result::Result<(), String> {
     const INCOMPATIBLE_FEATURES: u64 = 72;
     const EXTERNAL_DATA_FILE: u64 = 1 << 2;
     let mut features = [0; 8];
-    overlay.read_exact_at(&mut features, INCOMPATIBLE_FEATURES).map_err(|error| error.to_string())?;
+    overlay
+        .read_exact_at(&mut features, INCOMPATIBLE_FEATURES)
+        .map_err(|error| error.to_string())?;
     if u64::from_be_bytes(features) & EXTERNAL_DATA_FILE != 0 {
         return Err("it has its data in another file, which no overlay of a snapshot has".into());
     }
@@ -335,14 +391,16 @@ mod tests {
         let _silent = UnixListener::bind(path("nbd")).unwrap();
         let server = format!("nbd+unix:///x?socket={}", path("nbd"));
         let overlay = |name: &str, below: &str, below_format: &str| {
-            let file = File::options().read(true).write(true).create_new(true).open(path(name)).unwrap();
+            let file =
+                File::options().read(true).write(true).create_new(true).open(path(name)).unwrap();
             format(&file, below, below_format, 1 << 20).unwrap();
             file
         };
         let (lower, image) = (overlay("lower", &server, "raw"), path("lower"));
         let upper = overlay("upper", &image, "qcow2");
         for (top, image, image_format) in [(&lower, &server, "raw"), (&upper, &image, "qcow2")] {
-            let error = commit_asking(top, image, image_format, Duration::from_millis(300)).unwrap_err();
+            let error =
+                commit_asking(top, image, image_format, Duration::from_millis(300)).unwrap_err();
             assert_eq!(error.code, Code::OperationTimeout, "{error}");
             assert!(error.message.contains(&server), "{error}");
         }
@@ -400,7 +458,10 @@ mod tests {
         }
         let refused = |name: &str, beforehand, part: &str| {
             let error = OverlayFile::open(&plan(&image, name), beforehand).unwrap_err();
-            assert!(error.message.contains("already exists") && error.message.contains(part), "{error}");
+            assert!(
+                error.message.contains("already exists") && error.message.contains(part),
+                "{error}"
+            );
         };
         refused(&full, Beforehand::Taken, "neither empty");
         refused(&empty, Beforehand::Refused, "inside the daemon");
@@ -419,10 +480,15 @@ mod tests {
             std::fs::write(file, vec![0; 1 << 20]).unwrap();
         }
         let plan = DiskPlan { reuse: true, ..plan(&image, &overlay) };
-        let make = |words: &[&str]| tool("qemu-img", &[&["create", "-q", "-u", "-f", "qcow2"], words].concat());
+        let make = |words: &[&str]| {
+            tool("qemu-img", &[&["create", "-q", "-u", "-f", "qcow2"], words].concat())
+        };
         let refused = |part: &str| {
             let error = OverlayFile::open(&plan, Beforehand::Taken).unwrap_err();
-            assert!(error.message.contains("to be reused") && error.message.contains(part), "{error}");
+            assert!(
+                error.message.contains("to be reused") && error.message.contains(part),
+                "{error}"
+            );
         };
         refused("No such file");
         make(&[&overlay, "1M"]);
@@ -435,8 +501,11 @@ mod tests {
         OverlayFile::open(&plan, Beforehand::Taken).unwrap();
         tool("qemu-io", &["-f", "qcow2", "-c", "write -P 7 0 4k", &overlay]);
         refused("has content already");
-        std::fs::write(&overlay, "something else, and more of it than a header has bytes, which are over a hundred")
-            .unwrap();
+        std::fs::write(
+            &overlay,
+            "something else, and more of it than a header has bytes, which are over a hundred",
+        )
+        .unwrap();
         refused("is no qcow2 image");
     }
 
@@ -451,7 +520,10 @@ mod tests {
         let own = OverlayFile::open(&plan(&image, &overlay), Beforehand::Refused).unwrap();
         own.format(&image, "raw", 1 << 20).unwrap();
         tool("qemu-io", &["-f", "qcow2", "-c", "write -P 7 0 4k", &overlay]);
-        tool("qemu-img", &["rebase", "-q", "-u", "-f", "qcow2", "-F", "raw", "-b", &victim, &overlay]);
+        tool(
+            "qemu-img",
+            &["rebase", "-q", "-u", "-f", "qcow2", "-F", "raw", "-b", &victim, &overlay],
+        );
         commit(own.file(), &image, "raw").unwrap();
         assert_eq!(std::fs::read(&image).unwrap()[..4097], [vec![7; 4096], vec![0]].concat());
         assert!(std::fs::read(&victim).unwrap().iter().all(|byte| *byte == 0));

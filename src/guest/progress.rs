@@ -17,10 +17,16 @@ pub struct Progress<T> {
 impl<T: PartialEq> Progress<T> {
     /// `limit`: no progress for so long is none.
     pub fn new(limit: Duration) -> Progress<T> {
-        Progress { limit, seen: None, deadline: Deadline::after(limit), nap: Duration::from_millis(1) }
+        Progress {
+            limit,
+            seen: None,
+            deadline: Deadline::after(limit),
+            nap: Duration::from_millis(1),
+        }
     }
 
-    /// Waits a moment before the next look; false where what was seen has been the same for too long.
+    /// Waits a moment before the next look; false where what was seen has been the same for too
+    /// long.
     pub fn wait(&mut self, seen: T) -> bool {
         if self.seen.as_ref() != Some(&seen) {
             self.seen = Some(seen);

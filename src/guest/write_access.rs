@@ -1,8 +1,9 @@
 //! Whether QEMU could write an image again once it has let go of it.
 //!
-//! It has its disks' images open, and goes on writing to them whatever becomes of their permissions. After the switch it opens
-//! them for reading only; to merge an overlay back, it has to open the image below once more for writing. A snapshot that could
-//! not be undone is better not begun.
+//! It has its disks' images open, and goes on writing to them whatever becomes of their
+//! permissions. After the switch it opens them for reading only; to merge an overlay back, it has
+//! to open the image below once more for writing. A snapshot that could not be undone is better not
+//! begun.
 
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
@@ -26,7 +27,8 @@ struct Credentials {
 
 /// Refuses a disk whose image QEMU could not open for writing again, as far as that can be told.
 pub fn check(guest: &dyn Guest, disks: &[DiskPlan]) -> Result<()> {
-    let Some((pid, credentials)) = guest.pid().and_then(|pid| Some((pid, Credentials::of(pid)?))) else {
+    let Some((pid, credentials)) = guest.pid().and_then(|pid| Some((pid, Credentials::of(pid)?)))
+    else {
         return Ok(());
     };
     for drive in disks.iter().map(|disk| &disk.drive).filter(|drive| drive.file.starts_with('/')) {
@@ -40,9 +42,10 @@ pub fn check(guest: &dyn Guest, disks: &[DiskPlan]) -> Result<()> {
         }
         fail!(
             ConfigUnsupported,
-            "QEMU (process {pid}, user {}) has the image '{}' of disk '{}' open, but may not open it for writing any more (its \
-             mode is {:o}): if the snapshot had to be undone, what the guest has written could not be merged back; make it \
-             writable for that user, or leave the disk out (snapshot='no')",
+            "QEMU (process {pid}, user {}) has the image '{}' of disk '{}' open, but may not open \
+             it for writing any more (its mode is {:o}): if the snapshot had to be undone, what \
+             the guest has written could not be merged back; make it writable for that user, or \
+             leave the disk out (snapshot='no')",
             credentials.user,
             drive.file,
             drive.name(),
@@ -134,7 +137,8 @@ mod tests {
 
     #[test]
     fn where_a_server_or_a_program_decides_the_mode_is_not_looked_at() {
-        let [fuse, smb, cifs, smb2, nine_p, nfs] = [0x6573_5546, 0x517b, 0xff53_4d42, 0xfe53_4d42, 0x0102_1997, 0x6969];
+        let [fuse, smb, cifs, smb2, nine_p, nfs] =
+            [0x6573_5546, 0x517b, 0xff53_4d42, 0xfe53_4d42, 0x0102_1997, 0x6969];
         for magic in [fuse, smb, cifs, smb2, nine_p, nfs] {
             assert_eq!(Rules::of_type(magic), None, "{magic:x}");
         }
@@ -148,7 +152,11 @@ mod tests {
     fn owner_group_and_capability_decide_in_the_kernels_order() {
         let file = tempfile::NamedTempFile::new().unwrap();
         let owner = file.as_file().metadata().unwrap();
-        let as_user = |user, groups: &[u32], capabilities| Credentials { user, groups: groups.to_vec(), capabilities };
+        let as_user = |user, groups: &[u32], capabilities| Credentials {
+            user,
+            groups: groups.to_vec(),
+            capabilities,
+        };
         let may = |who: &Credentials, mode| {
             file.as_file().set_permissions(std::fs::Permissions::from_mode(mode)).unwrap();
             who.may_write(&file.as_file().metadata().unwrap())

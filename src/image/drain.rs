@@ -2,8 +2,9 @@
 //!
 //! It sees bytes; whoever wants to see page records reads them here, between the pipe and the file.
 //!
-//! The pipe is read to its end whatever happens: a stream that nobody reads any more freezes the guest at its next write to
-//! a page not yet saved. What cannot be written, or is not wanted any more, is thrown away.
+//! The pipe is read to its end whatever happens: a stream that nobody reads any more freezes the
+//! guest at its next write to a page not yet saved. What cannot be written, or is not wanted any
+//! more, is thrown away.
 
 use std::fs::File;
 use std::io;
@@ -46,7 +47,8 @@ struct Shared {
 }
 
 impl Drain {
-    /// Starts moving what comes out of `pipe`, which does not block, to `file`, which is `path`, from `offset` on.
+    /// Starts moving what comes out of `pipe`, which does not block, to `file`, which is `path`,
+    /// from `offset` on.
     pub fn start(pipe: OwnedFd, file: File, path: &Path, offset: u64) -> Result<Drain> {
         let event = || {
             eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
@@ -82,8 +84,9 @@ impl Drain {
         self.shared.discard.store(true, Ordering::Relaxed);
     }
 
-    /// QEMU has written all that it will: the stream ends where the pipe is empty. A process that the caller has forked, and
-    /// that has QEMU's end of the pipe too, would keep it from ending otherwise.
+    /// QEMU has written all that it will: the stream ends where the pipe is empty. A process that
+    /// the caller has forked, and that has QEMU's end of the pipe too, would keep it from ending
+    /// otherwise.
     pub fn end_when_empty(&self) {
         self.shared.last.store(true, Ordering::Release);
         signal(&self.shared.emptied);
@@ -108,7 +111,8 @@ impl Drop for Drain {
 }
 
 fn signal(event: &OwnedFd) {
-    // An eventfd refuses only when it is at its highest count: then it is readable, which is all that is wanted.
+    // An eventfd refuses only when it is at its highest count: then it is readable, which is all
+    // that is wanted.
     let _ = rustix::io::write(event, &1u64.to_ne_bytes());
 }
 
@@ -133,9 +137,11 @@ impl Shared {
     }
 
     fn fill(&self, pipe: &OwnedFd, file: &File, mut offset: u64) -> io::Result<()> {
-        // A pipe is locked while it is spliced into a file, however long the file system takes; nobody could write to it or
-        // empty it meanwhile. So that is a pipe of our own, and QEMU's is locked for no longer than it takes to move pages.
-        let (own_read, own_write) = pipe::pipe().map_err(|error| io::Error::other(error.message))?;
+        // A pipe is locked while it is spliced into a file, however long the file system takes;
+        // nobody could write to it or empty it meanwhile. So that is a pipe of our own, and QEMU's
+        // is locked for no longer than it takes to move pages.
+        let (own_read, own_write) =
+            pipe::pipe().map_err(|error| io::Error::other(error.message))?;
         let mut spliced = true;
         loop {
             if !self.wait(pipe) || self.discard.load(Ordering::Relaxed) {
@@ -186,14 +192,25 @@ impl Shared {
     }
 }
 
-fn splice_chunk(pipe: &OwnedFd, file: &File, mut offset: u64, length: usize) -> rustix::io::Result<usize> {
+fn splice_chunk(
+    pipe: &OwnedFd,
+    file: &File,
+    mut offset: u64,
+    length: usize,
+) -> rustix::io::Result<usize> {
     splice(pipe, None, file, Some(&mut offset), length, SpliceFlags::MOVE)
 }
 
-fn copy_chunk(pipe: &OwnedFd, file: &File, offset: u64, length: usize) -> rustix::io::Result<usize> {
+fn copy_chunk(
+    pipe: &OwnedFd,
+    file: &File,
+    offset: u64,
+    length: usize,
+) -> rustix::io::Result<usize> {
     let mut buffer = vec![0; length.min(CHUNK / 4)];
     let read = rustix::io::read(pipe, &mut buffer)?;
-    file.write_all_at(&buffer[..read], offset).map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO))?;
+    file.write_all_at(&buffer[..read], offset)
+        .map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO))?;
     Ok(read)
 }
 
@@ -208,7 +225,8 @@ mod tests {
     use std::io::Write;
 
     #[test]
-    fn a_stream_whose_other_end_is_still_held_ends_where_the_pipe_is_empty_when_nothing_more_comes() {
+    fn a_stream_whose_other_end_is_still_held_ends_where_the_pipe_is_empty_when_nothing_more_comes()
+    {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("image");
         let (read, write) = pipe::pipe().unwrap();

@@ -25,7 +25,8 @@ impl Feed {
         Ok(Feed { thread })
     }
 
-    /// Waits for its end. Only after QEMU has finished or the pipe's reader is closed: else it can wait for ever.
+    /// Waits for its end. Only after QEMU has finished or the pipe's reader is closed: else it can
+    /// wait for ever.
     pub fn join(self) -> Result<()> {
         match self.thread.join() {
             Ok(Ok(())) => Ok(()),

@@ -1,4 +1,5 @@
-//! The file of a memory image: libvirt's header, the domain XML, room for a longer one, QEMU's stream.
+//! The file of a memory image: libvirt's header, the domain XML, room for a longer one, QEMU's
+//! stream.
 //!
 //! ```text
 //! 0    magic     LibvirtQemudPart while incomplete, LibvirtQemudSave when complete
@@ -30,14 +31,16 @@ const LONGEST: u32 = 64 << 20;
 /// The stream begins on a boundary, for whoever moves it by pages.
 const ALIGN: usize = 4096;
 
-/// What a memory image is called from when its snapshot is being deleted on: nobody goes back to that one any more.
+/// What a memory image is called from when its snapshot is being deleted on: nobody goes back to
+/// that one any more.
 pub fn deleting(memory: &Path) -> PathBuf {
     let mut name = memory.as_os_str().to_owned();
     name.push(".deleting");
     name.into()
 }
 
-/// Whether a file is no memory image, not even a partial one. What may not be read is not known to be none.
+/// Whether a file is no memory image, not even a partial one. What may not be read is not known to
+/// be none.
 pub fn is_another(path: &Path) -> bool {
     let Ok(metadata) = path.metadata() else { return false };
     if !metadata.is_file() {
@@ -58,9 +61,14 @@ pub struct MemoryImage {
 }
 
 impl MemoryImage {
-    /// Creates the file, mode 0600, marked partial. A file that exists is an error, and not touched.
-    /// `cookie` is what libvirt needs to know besides.
-    pub fn create(path: &Path, domain_xml: &str, cookie: Option<&str>, was_running: bool) -> Result<MemoryImage> {
+    /// Creates the file, mode 0600, marked partial. A file that exists is an error, and not
+    /// touched. `cookie` is what libvirt needs to know besides.
+    pub fn create(
+        path: &Path,
+        domain_xml: &str,
+        cookie: Option<&str>,
+        was_running: bool,
+    ) -> Result<MemoryImage> {
         let own = match OwnFile::create(path) {
             Ok(own) => own,
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => fail!(
@@ -69,7 +77,10 @@ impl MemoryImage {
                 path.display()
             ),
             Err(error) => {
-                return Err(Error::system(format!("cannot create memory snapshot file '{}'", path.display()), error));
+                return Err(Error::system(
+                    format!("cannot create memory snapshot file '{}'", path.display()),
+                    error,
+                ));
             }
         };
         let texts = domain_xml.len() + 1 + cookie.map_or(0, |cookie| cookie.len() + 1);
@@ -88,7 +99,10 @@ impl MemoryImage {
         head.resize(begin, 0);
         if let Err(error) = own.file().write_all_at(&head, 0) {
             let _ = own.remove();
-            return Err(Error::system(format!("cannot write memory snapshot file '{}'", path.display()), error));
+            return Err(Error::system(
+                format!("cannot write memory snapshot file '{}'", path.display()),
+                error,
+            ));
         }
         Ok(MemoryImage { own, stream_offset: begin as u64 })
     }
@@ -105,7 +119,9 @@ impl MemoryImage {
 
     /// Removes it.
     pub fn remove(&self) -> Result<()> {
-        self.own.remove().map_err(|error| Error::system(format!("cannot remove '{}'", self.path().display()), error))
+        self.own.remove().map_err(|error| {
+            Error::system(format!("cannot remove '{}'", self.path().display()), error)
+        })
     }
 
     /// Where QEMU's stream begins.
@@ -115,27 +131,37 @@ impl MemoryImage {
 
     /// The file, for a drain to write to.
     pub fn file(&self) -> Result<File> {
-        self.own.file().try_clone().map_err(|error| Error::system("cannot duplicate a file descriptor", error))
+        self.own
+            .file()
+            .try_clone()
+            .map_err(|error| Error::system("cannot duplicate a file descriptor", error))
     }
 
     /// Cuts off what there is of a stream.
     pub fn discard_stream(&self) -> Result<()> {
         self.own.file().set_len(self.stream_offset).map_err(|error| {
-            Error::system(format!("cannot truncate memory snapshot file '{}'", self.path().display()), error)
+            Error::system(
+                format!("cannot truncate memory snapshot file '{}'", self.path().display()),
+                error,
+            )
         })
     }
 
-    /// QEMU's word for the guest's state when it began to save its devices, which for a background snapshot is the instant:
-    /// `running`, `paused`, ... QEMU notes the state that it found, as a device; devices come last in the stream. `None` where
-    /// it makes no such note.
+    /// QEMU's word for the guest's state when it began to save its devices, which for a background
+    /// snapshot is the instant: `running`, `paused`, ... QEMU notes the state that it found, as a
+    /// device; devices come last in the stream. `None` where it makes no such note.
     pub fn state_at_instant(&self) -> Result<Option<String>> {
         self.look_for_state().map_err(|error| {
-            Error::system(format!("cannot read memory snapshot file '{}'", self.path().display()), error)
+            Error::system(
+                format!("cannot read memory snapshot file '{}'", self.path().display()),
+                error,
+            )
         })
     }
 
     fn look_for_state(&self) -> io::Result<Option<String>> {
-        /// A section's name with its length, its instance and its version; then the length of the text, and the text.
+        /// A section's name with its length, its instance and its version; then the length of the
+        /// text, and the text.
         const STATE: &[u8] = b"\x0bglobalstate\0\0\0\0\0\0\0\x01\0\0\0";
         const PIECE: u64 = 1 << 20;
         const LONGEST_WORD: usize = 100;
@@ -152,9 +178,13 @@ impl MemoryImage {
             file.read_exact_at(&mut piece[..length], begin)?;
             if let Some(at) = piece.windows(STATE.len()).rposition(|window| window == STATE) {
                 // After the length's last byte.
-                let state = piece[at + STATE.len() + 1..].split(|byte| *byte == 0).next().unwrap_or_default();
+                let state = piece[at + STATE.len() + 1..]
+                    .split(|byte| *byte == 0)
+                    .next()
+                    .unwrap_or_default();
                 // It is a short word; anything else is no note of QEMU's.
-                let is_word = state.len() <= LONGEST_WORD && state.iter().all(|byte| byte.is_ascii_graphic());
+                let is_word =
+                    state.len() <= LONGEST_WORD && state.iter().all(|byte| byte.is_ascii_graphic());
                 return Ok(is_word.then(|| String::from_utf8_lossy(state).into_owned()));
             }
             end = begin;
@@ -165,7 +195,10 @@ impl MemoryImage {
     /// Whether QEMU has written its stream to the end: see [`stream::is_described`].
     pub fn has_whole_stream(&self) -> Result<bool> {
         stream::is_described(self.own.file(), self.stream_offset).map_err(|error| {
-            Error::system(format!("cannot read memory snapshot file '{}'", self.path().display()), error)
+            Error::system(
+                format!("cannot read memory snapshot file '{}'", self.path().display()),
+                error,
+            )
         })
     }
 
@@ -179,7 +212,10 @@ impl MemoryImage {
             sys::sync_parent(self.path())
         };
         complete().map_err(|error| {
-            Error::system(format!("cannot complete memory snapshot file '{}'", self.path().display()), error)
+            Error::system(
+                format!("cannot complete memory snapshot file '{}'", self.path().display()),
+                error,
+            )
         })
     }
 }
@@ -187,7 +223,9 @@ impl MemoryImage {
 /// The numbers of a header, from the version on.
 fn numbers<const N: usize>(header: &[u8; HEADER]) -> [u32; N] {
     let mut numbers = header[COMPLETE.len()..].chunks_exact(4);
-    std::array::from_fn(|_| numbers.next().and_then(|bytes| bytes.try_into().ok()).map_or(0, u32::from_ne_bytes))
+    std::array::from_fn(|_| {
+        numbers.next().and_then(|bytes| bytes.try_into().ok()).map_or(0, u32::from_ne_bytes)
+    })
 }
 
 /// A complete memory image, opened for reading.
@@ -206,8 +244,8 @@ pub struct Image {
 }
 
 impl Image {
-    /// Looks at the file of a complete image, which can be compressed: the machine type that it was saved of, where that can
-    /// be told. An error is why it cannot be loaded.
+    /// Looks at the file of a complete image, which can be compressed: the machine type that it was
+    /// saved of, where that can be told. An error is why it cannot be loaded.
     pub fn look(file: &File) -> std::result::Result<Option<String>, String> {
         let mut header = [0; HEADER];
         let read = file.read_exact_at(&mut header, 0);
@@ -225,7 +263,10 @@ impl Image {
     /// Opens a complete, uncompressed image.
     pub fn open(path: &Path) -> Result<Image> {
         let damaged = |what: &str| {
-            Error::new(Code::InvalidDomainSnapshot, format!("memory snapshot file '{}' {what}", path.display()))
+            Error::new(
+                Code::InvalidDomainSnapshot,
+                format!("memory snapshot file '{}' {what}", path.display()),
+            )
         };
         let mut file = sys::open_file(path).map_err(|error| match error.kind() {
             io::ErrorKind::NotFound if deleting(path).exists() => {
@@ -262,7 +303,8 @@ impl Image {
             stream_offset,
             machine,
             was_running: was_running != 0,
-            domain_xml: String::from_utf8(xml.to_vec()).map_err(|_| damaged("has a damaged domain XML"))?,
+            domain_xml: String::from_utf8(xml.to_vec())
+                .map_err(|_| damaged("has a damaged domain XML"))?,
         })
     }
 }
@@ -276,11 +318,22 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let path = |name: &str| directory.path().join(name);
         MemoryImage::create(&path("partial"), "<domain/>", None, true).unwrap();
-        MemoryImage::create(&path("complete"), "<domain/>", None, true).unwrap().complete().unwrap();
+        MemoryImage::create(&path("complete"), "<domain/>", None, true)
+            .unwrap()
+            .complete()
+            .unwrap();
         std::fs::write(path("short"), "LibvirtQemud").unwrap();
         std::fs::write(path("other"), "root:x:0:0:root:/root:/bin/bash\n").unwrap();
-        rustix::fs::mknodat(rustix::fs::CWD, path("pipe"), rustix::fs::FileType::Fifo, 0o600.into(), 0).unwrap();
-        let others = ["partial", "complete", "short", "other", "pipe", "missing"].map(|name| is_another(&path(name)));
+        rustix::fs::mknodat(
+            rustix::fs::CWD,
+            path("pipe"),
+            rustix::fs::FileType::Fifo,
+            0o600.into(),
+            0,
+        )
+        .unwrap();
+        let others = ["partial", "complete", "short", "other", "pipe", "missing"]
+            .map(|name| is_another(&path(name)));
         assert_eq!(others, [false, false, true, true, true, false]);
     }
 }

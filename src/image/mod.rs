@@ -1,7 +1,8 @@
-//! The memory image: libvirt's save format around QEMU's migration stream, and the threads that move the stream.
+//! The memory image: libvirt's save format around QEMU's migration stream, and the threads that
+//! move the stream.
 //!
-//! [`Drain`] moves it from QEMU's pipe to the file, [`Feed`] from the file to a QEMU that loads it. Neither needs anything
-//! but its descriptors, so that a helper process can take their place.
+//! [`Drain`] moves it from QEMU's pipe to the file, [`Feed`] from the file to a QEMU that loads it.
+//! Neither needs anything but its descriptors, so that a helper process can take their place.
 
 mod drain;
 mod feed;

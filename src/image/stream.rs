@@ -1,7 +1,7 @@
 //! QEMU's migration stream, as far as it can be judged without loading it.
 //!
-//! QEMU finds out that it cannot load a stream while it loads it, and can end then. By that time the domain that was to be
-//! brought back has been ended. So what can be read is looked at before:
+//! QEMU finds out that it cannot load a stream while it loads it, and can end then. By that time
+//! the domain that was to be brought back has been ended. So what can be read is looked at before:
 //!
 //! ```text
 //! 0    magic     QEVM, u32 version (3)
@@ -28,8 +28,8 @@ const LONGEST_NAME: u32 = 255;
 /// More than any description of devices.
 const LONGEST_TEXT: u64 = 32 << 20;
 
-/// Looks at a stream that begins here and ends with the file: the machine type that QEMU has noted, where it has noted one. An
-/// error is why no QEMU can load it.
+/// Looks at a stream that begins here and ends with the file: the machine type that QEMU has noted,
+/// where it has noted one. An error is why no QEMU can load it.
 pub fn check(file: &File, begin: u64) -> Result<Option<String>, String> {
     let failed = |error: io::Error| match error.kind() {
         io::ErrorKind::UnexpectedEof => "is too short: QEMU's stream is missing".into(),
@@ -37,20 +37,23 @@ pub fn check(file: &File, begin: u64) -> Result<Option<String>, String> {
     };
     let machine = read_head(file, begin).map_err(failed)??;
     let tail = read_tail(file, begin).map_err(failed)?;
-    let is_whole = ends_with_description(&tail) || ends_without_description(&tail, machine.is_some());
+    let is_whole =
+        ends_with_description(&tail) || ends_without_description(&tail, machine.is_some());
     if !is_whole {
         return Err("is cut off, or damaged at its end: QEMU's stream has no end".into());
     }
     Ok(machine)
 }
 
-/// Whether QEMU has written its stream, which begins here and ends with the file, to the end. What it writes last, once
-/// everything else is written, is a description of the devices. False where it writes none.
+/// Whether QEMU has written its stream, which begins here and ends with the file, to the end. What
+/// it writes last, once everything else is written, is a description of the devices. False where it
+/// writes none.
 pub fn is_described(file: &File, begin: u64) -> io::Result<bool> {
     Ok(ends_with_description(&read_tail(file, begin)?))
 }
 
-/// Whether a domain of this machine type cannot load a stream of that one. A name without a version stands for another one.
+/// Whether a domain of this machine type cannot load a stream of that one. A name without a version
+/// stands for another one.
 pub fn is_other_machine(wanted: &str, noted: &str) -> bool {
     let has_version = |name: &str| name.contains('.');
     has_version(wanted) && has_version(noted) && wanted != noted
@@ -59,13 +62,16 @@ pub fn is_other_machine(wanted: &str, noted: &str) -> bool {
 fn read_head(file: &File, begin: u64) -> io::Result<Result<Option<String>, String>> {
     let mut head = [0; 9];
     file.read_exact_at(&mut head, begin)?;
-    let number = |bytes: &[u8]| bytes.iter().fold(0, |number: u32, byte| number << 8 | u32::from(*byte));
+    let number =
+        |bytes: &[u8]| bytes.iter().fold(0, |number: u32, byte| number << 8 | u32::from(*byte));
     if !head.starts_with(MAGIC) {
         return Ok(Err("has no stream of QEMU's in it: it is damaged".into()));
     }
     let version = number(&head[4..8]);
     if version != VERSION {
-        return Ok(Err(format!("has a stream of version {version} in it, and QEMU loads {VERSION}: it is damaged")));
+        return Ok(Err(format!(
+            "has a stream of version {version} in it, and QEMU loads {VERSION}: it is damaged"
+        )));
     }
     if head[8] != MACHINE {
         return Ok(Ok(None));
@@ -101,7 +107,8 @@ fn ends_with_description(tail: &[u8]) -> bool {
     tail.windows(BEFORE_TEXT).enumerate().rev().any(is_description)
 }
 
-/// The machines that note nothing (those of QEMU 2.3 and before) do not mark the ends of sections either.
+/// The machines that note nothing (those of QEMU 2.3 and before) do not mark the ends of sections
+/// either.
 fn ends_without_description(tail: &[u8], marks_sections: bool) -> bool {
     const AFTER_MARK: usize = 6;
     let marked = || tail.len() >= AFTER_MARK && tail[tail.len() - AFTER_MARK] == END_OF_SECTION;
@@ -159,7 +166,9 @@ mod tests {
     #[test]
     fn machine_types_are_compared_where_both_have_a_version() {
         assert!(is_other_machine("pc-q35-7.2", "pc-q35-10.0"));
-        for (wanted, noted) in [("pc-q35-7.2", "pc-q35-7.2"), ("q35", "pc-q35-7.2"), ("pc-q35-7.2", "none")] {
+        for (wanted, noted) in
+            [("pc-q35-7.2", "pc-q35-7.2"), ("q35", "pc-q35-7.2"), ("pc-q35-7.2", "none")]
+        {
             assert!(!is_other_machine(wanted, noted), "{wanted} {noted}");
         }
     }

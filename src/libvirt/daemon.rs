@@ -1,7 +1,8 @@
-//! The libvirt daemon that this process is, where it is one: libvirt's private functions, which its driver uses too.
+//! The libvirt daemon that this process is, where it is one: libvirt's private functions, which its
+//! driver uses too.
 //!
-//! They are found at run time, and all or none: where one is missing, or where this libvirt is one that nobody has looked
-//! at, [`Daemon::get`] says so and nothing here is used.
+//! They are found at run time, and all or none: where one is missing, or where this libvirt is one
+//! that nobody has looked at, [`Daemon::get`] says so and nothing here is used.
 
 use std::cell::{Cell, UnsafeCell};
 use std::ffi::{CString, c_char, c_int, c_uint, c_ulong, c_void};
@@ -15,8 +16,8 @@ use once_cell::sync::OnceCell;
 use crate::pointers::Text;
 use crate::symbols::{Library, symbols};
 
-/// Versions of libvirt whose driver leaves its functions' domain objects alone after they return. 9.0, 11.3 and 12.8 were tried;
-/// what lies between and a little beyond is taken to be alike.
+/// Versions of libvirt whose driver leaves its functions' domain objects alone after they return.
+/// 9.0, 11.3 and 12.8 were tried; what lies between and a little beyond is taken to be alike.
 const KNOWN: std::ops::Range<(u64, u64)> = (9, 0)..(13, 0);
 
 symbols! {
@@ -60,7 +61,8 @@ static HAS_KNOWN_LOG: AtomicBool = AtomicBool::new(false);
 static DAEMON: OnceCell<Result<Daemon, String>> = OnceCell::new();
 
 impl Daemon {
-    /// The daemon; or why it is not taken for one. To be called where libvirt's driver is known to be in this process.
+    /// The daemon; or why it is not taken for one. To be called where libvirt's driver is known to
+    /// be in this process.
     pub fn get(any_version: bool) -> Result<&'static Daemon, &'static str> {
         DAEMON.get_or_init(|| Daemon::look(any_version)).as_ref().map_err(String::as_str)
     }
@@ -83,7 +85,8 @@ impl Daemon {
         Daemon::find(|name| library.find(name)).map_err(missing)
     }
 
-    /// Lets go of a domain object's lock, until what is returned is dropped. Nobody can free the object meanwhile.
+    /// Lets go of a domain object's lock, until what is returned is dropped. Nobody can free the
+    /// object meanwhile.
     ///
     /// # Safety
     /// `object` is a live `virDomainObj` whose lock this thread holds, and may let go of.
@@ -96,10 +99,12 @@ impl Daemon {
         Unlocked { daemon: self, object, _of_this_thread: PhantomData }
     }
 
-    /// From here on this thread is the daemon itself, whatever client it works for, until what is returned is dropped.
+    /// From here on this thread is the daemon itself, whatever client it works for, until what is
+    /// returned is dropped.
     ///
-    /// libvirt keeps who asks by thread, and asks its access driver about him at each call. Ours are steps of one that was
-    /// allowed already, and some are made by threads of our own, which nobody asks by.
+    /// libvirt keeps who asks by thread, and asks its access driver about him at each call. Ours
+    /// are steps of one that was allowed already, and some are made by threads of our own, which
+    /// nobody asks by.
     pub fn itself(&'static self) -> Itself {
         let identity = |object| Identity { daemon: self, object };
         let before = identity((self.virIdentityGetCurrent)());
@@ -140,14 +145,15 @@ impl Drop for Identity {
 pub struct Unlocked {
     daemon: &'static Daemon,
     object: NonNull<c_void>,
-    /// The thread that unlocks a mutex has to be the one that locks it again: its caller relies on that.
+    /// The thread that unlocks a mutex has to be the one that locks it again: its caller relies on
+    /// that.
     _of_this_thread: PhantomData<*const ()>,
 }
 
 impl Drop for Unlocked {
     fn drop(&mut self) {
-        // SAFETY: the object lives by our reference, and this thread does not hold its lock. The caller has a reference of his
-        // own, so that ours is not the last.
+        // SAFETY: the object lives by our reference, and this thread does not hold its lock. The
+        // caller has a reference of his own, so that ours is not the last.
         unsafe {
             (self.daemon.virObjectLock)(self.object.as_ptr());
             (self.daemon.virObjectUnref)(self.object.as_ptr());
@@ -159,8 +165,8 @@ thread_local! {
     static IN_A_CALL: Cell<bool> = const { Cell::new(false) };
 }
 
-/// From here on this thread is in a call of ours, until what is returned is dropped: should the driver be in this process, what
-/// it is asked for is a step of that.
+/// From here on this thread is in a call of ours, until what is returned is dropped: should the
+/// driver be in this process, what it is asked for is a step of that.
 pub fn step() -> Step {
     Step { was: IN_A_CALL.replace(true), _of_this_thread: PhantomData }
 }
@@ -213,8 +219,9 @@ fn check_version(library: Library, any_version: bool) -> Result<(), String> {
     if got != 0 || (!KNOWN.contains(&version) && !any_version) {
         let (major, minor) = version;
         return Err(format!(
-            "libvirt {major}.{minor} is not one that this version of instantsnap knows ({}.{} or later, before {}.{}; \
-             INSTANTSNAP_ANY_LIBVIRT=1 in the daemon's environment tries it all the same)",
+            "libvirt {major}.{minor} is not one that this version of instantsnap knows ({}.{} or \
+             later, before {}.{}; INSTANTSNAP_ANY_LIBVIRT=1 in the daemon's environment tries it \
+             all the same)",
             KNOWN.start.0, KNOWN.start.1, KNOWN.end.0, KNOWN.end.1
         ));
     }
@@ -246,10 +253,14 @@ struct Shared(UnsafeCell<Source>);
 // SAFETY: only libvirt's log looks into it, and locks before it changes it.
 unsafe impl Sync for Shared {}
 
-static SOURCE: Shared =
-    Shared(UnsafeCell::new(Source { name: c"instantsnap".as_ptr(), priority: Priority::Error as c_uint, serial: 0 }));
+static SOURCE: Shared = Shared(UnsafeCell::new(Source {
+    name: c"instantsnap".as_ptr(),
+    priority: Priority::Error as c_uint,
+    serial: 0,
+}));
 
-/// A line in the daemon's log; on standard error, which is its journal, where libvirt's is not known.
+/// A line in the daemon's log; on standard error, which is its journal, where libvirt's is not
+/// known.
 pub fn log(priority: Priority, message: &str) {
     let library = libvirt().filter(|_| HAS_KNOWN_LOG.load(Ordering::Relaxed));
     let functions = library.and_then(|library| Log::find(|name| library.find(name)).ok());
@@ -275,24 +286,29 @@ pub fn log(priority: Priority, message: &str) {
     }
 }
 
-/// What a client of this daemon on this machine connects to, given what its driver is called: the socket that it listens on,
-/// wherever that is. The driver's own URI where there is none.
+/// What a client of this daemon on this machine connects to, given what its driver is called: the
+/// socket that it listens on, wherever that is. The driver's own URI where there is none.
 pub fn address(uri: &str) -> String {
     let Some(socket) = own_socket() else { return uri.to_owned() };
-    let path = uri.split_once("://").map_or("/system", |(_, path)| path.split('?').next().unwrap_or_default());
+    let path = uri
+        .split_once("://")
+        .map_or("/system", |(_, path)| path.split('?').next().unwrap_or_default());
     format!("qemu+unix://{path}?socket={}", escape(&socket))
 }
 
 fn own_socket() -> Option<String> {
     let own: Vec<String> = std::fs::read_dir("/proc/self/fd")
         .ok()?
-        .filter_map(|entry| std::fs::read_link(entry.ok()?.path()).ok()?.into_os_string().into_string().ok())
+        .filter_map(|entry| {
+            std::fs::read_link(entry.ok()?.path()).ok()?.into_os_string().into_string().ok()
+        })
         .filter_map(|link| Some(link.strip_prefix("socket:[")?.strip_suffix(']')?.to_owned()))
         .collect();
     listening(&std::fs::read_to_string("/proc/self/net/unix").ok()?, &own)
 }
 
-/// The socket for clients among those of `/proc/net/unix` that listen, and are one of ours by their inode.
+/// The socket for clients among those of `/proc/net/unix` that listen, and are one of ours by their
+/// inode.
 fn listening(table: &str, own: &[String]) -> Option<String> {
     const ACCEPTS: &str = "00010000";
     table.lines().find_map(|line| {
@@ -309,7 +325,9 @@ fn listening(table: &str, own: &[String]) -> Option<String> {
 /// For a URI's query.
 fn escape(path: &str) -> String {
     let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"/-._~".contains(&byte);
-    path.bytes().map(|byte| if plain(byte) { char::from(byte).to_string() } else { format!("%{byte:02X}") }).collect()
+    path.bytes()
+        .map(|byte| if plain(byte) { char::from(byte).to_string() } else { format!("%{byte:02X}") })
+        .collect()
 }
 
 #[cfg(test)]
@@ -332,8 +350,12 @@ mod tests {
                      0000: 00000002 00000000 00010000 0001 01 103 /run/other/libvirt-sock\n\
                      0000: 00000002 00000000 00000000 0002 01 104\n\
                      0000: 00000002 00000000 00010000 0001 01 105 /run/libvirt/libvirt-sock\n";
-        let own = |inodes: &[&str]| inodes.iter().map(|inode| (*inode).to_owned()).collect::<Vec<_>>();
-        assert_eq!(listening(table, &own(&["101", "102", "105"])).as_deref(), Some("/run/libvirt/libvirt-sock"));
+        let own =
+            |inodes: &[&str]| inodes.iter().map(|inode| (*inode).to_owned()).collect::<Vec<_>>();
+        assert_eq!(
+            listening(table, &own(&["101", "102", "105"])).as_deref(),
+            Some("/run/libvirt/libvirt-sock")
+        );
         assert_eq!(listening(table, &own(&["101", "102", "104"])), None);
     }
 

@@ -19,13 +19,18 @@ pub struct VirError {
 impl VirError {
     /// The last error of this thread.
     pub fn last(table: &Table) -> VirError {
-        // SAFETY: NULL or this thread's error, which no other thread changes; it is copied before the next call.
+        // SAFETY: NULL or this thread's error, which no other thread changes; it is copied before
+        // the next call.
         match unsafe { (table.virGetLastError)().as_ref() } {
             Some(last) if last.code != 0 => {
-                let message = last.message.lossy().unwrap_or_else(|| "libvirt gives no message".into());
+                let message =
+                    last.message.lossy().unwrap_or_else(|| "libvirt gives no message".into());
                 VirError { code: last.code, message }
             }
-            _ => VirError { code: Code::InternalError as i32, message: "libvirt gives no reason".into() },
+            _ => VirError {
+                code: Code::InternalError as i32,
+                message: "libvirt gives no reason".into(),
+            },
         }
     }
 
@@ -57,7 +62,8 @@ pub fn set_last(table: &Table, error: &Error) -> bool {
     let Some(set_error) = table.virSetError else { return false };
     const LEVEL_ERROR: c_int = 2;
     let message = CString::new(error.message.replace('\0', "\\0")).unwrap_or_default();
-    // libvirt's own messages begin with the text of their code, to which str1 is what was filled in.
+    // libvirt's own messages begin with the text of their code, to which str1 is what was filled
+    // in.
     let mut shown = virError {
         code: error.number(),
         domain: DOMAIN,

@@ -1,8 +1,8 @@
 //! libvirt, as its clients see it: the public functions that we need, safe to call.
 //!
-//! Nothing here knows what a snapshot of ours is. Objects are counted references, as libvirt's own, and can be used by
-//! several threads at once, as libvirt's own. Every call blocks until libvirt answers, which can take as long as another
-//! client's job on the domain.
+//! Nothing here knows what a snapshot of ours is. Objects are counted references, as libvirt's own,
+//! and can be used by several threads at once, as libvirt's own. Every call blocks until libvirt
+//! answers, which can take as long as another client's job on the domain.
 
 pub mod daemon;
 mod error;
@@ -15,7 +15,8 @@ use std::ptr::{self, NonNull};
 
 pub use error::{VirError, set_last};
 use table::{
-    Table, virConnect, virDomain, virDomainBlockInfo, virDomainBlockJobInfo, virDomainJobInfo, virDomainSnapshot,
+    Table, virConnect, virDomain, virDomainBlockInfo, virDomainBlockJobInfo, virDomainJobInfo,
+    virDomainSnapshot,
 };
 
 use crate::error::{Code, Result};
@@ -87,7 +88,8 @@ pub mod list {
     pub const TOPOLOGICAL: u32 = 1 << 10;
 }
 
-/// What a function of libvirt's lists: an array of objects, which it puts where it is told, and their number.
+/// What a function of libvirt's lists: an array of objects, which it puts where it is told, and
+/// their number.
 fn listed<T, O>(
     table: &'static Table,
     list: impl FnOnce(&mut *mut *mut T) -> c_int,
@@ -95,7 +97,8 @@ fn listed<T, O>(
 ) -> VirResult<Vec<O>> {
     let mut array = ptr::null_mut();
     let count = usize::try_from(list(&mut array)).map_err(|_| VirError::last(table))?;
-    // SAFETY: libvirt returned an array of `count` objects and a NULL, from malloc; it and each of them is ours now.
+    // SAFETY: libvirt returned an array of `count` objects and a NULL, from malloc; it and each of
+    // them is ours now.
     unsafe {
         let taken = (0..count).filter_map(|n| take(table, array.add(n).read()).ok()).collect();
         libc::free(array.cast());
@@ -104,8 +107,10 @@ fn listed<T, O>(
 }
 
 fn c_text(text: &str) -> VirResult<CString> {
-    CString::new(text)
-        .map_err(|_| VirError { code: Code::InvalidArg as i32, message: "a string holds a NUL character".into() })
+    CString::new(text).map_err(|_| VirError {
+        code: Code::InvalidArg as i32,
+        message: "a string holds a NUL character".into(),
+    })
 }
 
 macro_rules! reference {
@@ -117,8 +122,8 @@ macro_rules! reference {
             pointer: NonNull<$raw>,
         }
 
-        // SAFETY: libvirt's objects are counted with atomic counters, and their functions may be called by any threads at
-        // once; libvirt keeps errors by thread.
+        // SAFETY: libvirt's objects are counted with atomic counters, and their functions may be
+        // called by any threads at once; libvirt keeps errors by thread.
         unsafe impl Send for $name {}
         // SAFETY: as above.
         unsafe impl Sync for $name {}
@@ -231,24 +236,38 @@ impl Connect {
     /// The domain of this UUID.
     pub fn domain(&self, uuid: &str) -> VirResult<Domain> {
         let uuid = c_text(uuid)?;
-        Domain::take(self.table, (self.table.virDomainLookupByUUIDString)(self.raw(), Text::from(&uuid)))
+        Domain::take(
+            self.table,
+            (self.table.virDomainLookupByUUIDString)(self.raw(), Text::from(&uuid)),
+        )
     }
 
     /// Defines a persistent domain, or changes its definition.
     pub fn define(&self, xml: &str, flags: u32) -> VirResult<Domain> {
         let xml = c_text(xml)?;
-        Domain::take(self.table, (self.table.virDomainDefineXMLFlags)(self.raw(), Text::from(&xml), flags as c_uint))
+        Domain::take(
+            self.table,
+            (self.table.virDomainDefineXMLFlags)(self.raw(), Text::from(&xml), flags as c_uint),
+        )
     }
 
     /// All its domains that the caller may see.
     pub fn domains(&self) -> VirResult<Vec<Domain>> {
-        listed(self.table, |array| (self.table.virConnectListAllDomains)(self.raw(), array, 0), Domain::take)
+        listed(
+            self.table,
+            |array| (self.table.virConnectListAllDomains)(self.raw(), array, 0),
+            Domain::take,
+        )
     }
 
     /// The domain XML in a memory image; [`xml::SECURE`] is allowed.
     pub fn saved_xml(&self, image: &str, flags: u32) -> VirResult<String> {
         let image = c_text(image)?;
-        self.string((self.table.virDomainSaveImageGetXMLDesc)(self.raw(), Text::from(&image), flags as c_uint))
+        self.string((self.table.virDomainSaveImageGetXMLDesc)(
+            self.raw(),
+            Text::from(&image),
+            flags as c_uint,
+        ))
     }
 
     /// Starts a domain from a memory image.
@@ -256,7 +275,12 @@ impl Connect {
         let image = c_text(image)?;
         let xml = xml.map(c_text).transpose()?;
         let xml = Text::from(xml.as_ref());
-        self.done((self.table.virDomainRestoreFlags)(self.raw(), Text::from(&image), xml, flags as c_uint))?;
+        self.done((self.table.virDomainRestoreFlags)(
+            self.raw(),
+            Text::from(&image),
+            xml,
+            flags as c_uint,
+        ))?;
         Ok(())
     }
 }
@@ -264,7 +288,8 @@ impl Connect {
 impl Domain {
     /// Its connection.
     pub fn connect(&self) -> VirResult<Connect> {
-        let connect = (self.table.virDomainGetConnect)(self.raw()).ok_or_else(|| VirError::last(self.table))?;
+        let connect = (self.table.virDomainGetConnect)(self.raw())
+            .ok_or_else(|| VirError::last(self.table))?;
         Connect::share(self.table, connect)
     }
 
@@ -278,7 +303,9 @@ impl Domain {
         const BUFFER: usize = 37;
         let mut buffer = [0u8; BUFFER];
         // SAFETY: as much room as VIR_UUID_STRING_BUFLEN.
-        self.done(unsafe { (self.table.virDomainGetUUIDString)(self.raw(), buffer.as_mut_ptr().cast()) })?;
+        self.done(unsafe {
+            (self.table.virDomainGetUUIDString)(self.raw(), buffer.as_mut_ptr().cast())
+        })?;
         let text = CStr::from_bytes_until_nul(&buffer).unwrap_or_default();
         Ok(text.to_string_lossy().into_owned())
     }
@@ -306,7 +333,12 @@ impl Domain {
         const MIGRATED: c_int = 4;
         const SAVED: c_int = 5;
         let (mut state, mut reason): (c_int, c_int) = (0, 0);
-        self.done((self.table.virDomainGetState)(self.raw(), Some(&mut state), Some(&mut reason), 0))?;
+        self.done((self.table.virDomainGetState)(
+            self.raw(),
+            Some(&mut state),
+            Some(&mut reason),
+            0,
+        ))?;
         Ok(state == SHUT_OFF && matches!(reason, MIGRATED | SAVED))
     }
 
@@ -320,8 +352,9 @@ impl Domain {
         Ok(self.done((self.table.virDomainIsPersistent)(self.raw()))? == 1)
     }
 
-    /// Whether the caller may change it, as far as libvirt asks an access driver about him: where he may, he can give it whatever
-    /// file there is as a disk. Asked by a change that changes nothing.
+    /// Whether the caller may change it, as far as libvirt asks an access driver about him: where
+    /// he may, he can give it whatever file there is as a disk. Asked by a change that changes
+    /// nothing.
     pub fn may_be_changed(&self) -> bool {
         let mut autostart = 0;
         let got = self.done((self.table.virDomainGetAutostart)(self.raw(), &mut autostart));
@@ -363,7 +396,8 @@ impl Domain {
         let command = c_text(command)?;
         let mut fds: Vec<c_int> = fd.iter().map(AsRawFd::as_raw_fd).collect();
         let mut reply = Malloced::NULL;
-        // SAFETY: as many open descriptors as are counted. There is no room for descriptors in return, which may be NULL.
+        // SAFETY: as many open descriptors as are counted. There is no room for descriptors in
+        // return, which may be NULL.
         let result = unsafe {
             (self.table.virDomainQemuMonitorCommandWithFiles)(
                 self.raw(),
@@ -392,7 +426,8 @@ impl Domain {
     pub fn resize_disk(&self, disk: &str, size: u64) -> VirResult<()> {
         const BYTES: c_uint = 1;
         let disk = c_text(disk)?;
-        self.done((self.table.virDomainBlockResize)(self.raw(), Text::from(&disk), size, BYTES)).map(drop)
+        self.done((self.table.virDomainBlockResize)(self.raw(), Text::from(&disk), size, BYTES))
+            .map(drop)
     }
 
     /// Its number while it is active.
@@ -402,7 +437,13 @@ impl Domain {
     }
 
     /// Starts to merge images of a disk; `None` is the bottom, or the top.
-    pub fn block_commit(&self, disk: &str, base: Option<&str>, top: Option<&str>, flags: u32) -> VirResult<()> {
+    pub fn block_commit(
+        &self,
+        disk: &str,
+        base: Option<&str>,
+        top: Option<&str>,
+        flags: u32,
+    ) -> VirResult<()> {
         let disk = c_text(disk)?;
         let base = base.map(c_text).transpose()?;
         let top = top.map(c_text).transpose()?;
@@ -420,14 +461,24 @@ impl Domain {
     /// Ends a disk's block job.
     pub fn block_job_abort(&self, disk: &str, flags: u32) -> VirResult<()> {
         let disk = c_text(disk)?;
-        self.done((self.table.virDomainBlockJobAbort)(self.raw(), Text::from(&disk), flags as c_uint)).map(drop)
+        self.done((self.table.virDomainBlockJobAbort)(
+            self.raw(),
+            Text::from(&disk),
+            flags as c_uint,
+        ))
+        .map(drop)
     }
 
     /// A disk's block job: how much is done, of how much; `None` where there is none.
     pub fn block_job(&self, disk: &str) -> VirResult<Option<(u64, u64)>> {
         let disk = c_text(disk)?;
         let mut info = virDomainBlockJobInfo::default();
-        let found = self.done((self.table.virDomainGetBlockJobInfo)(self.raw(), Text::from(&disk), &mut info, 0))?;
+        let found = self.done((self.table.virDomainGetBlockJobInfo)(
+            self.raw(),
+            Text::from(&disk),
+            &mut info,
+            0,
+        ))?;
         Ok((found == 1).then_some((info.cur, info.end)))
     }
 
@@ -445,7 +496,11 @@ impl Domain {
         let xml = c_text(xml)?;
         Snapshot::take(
             self.table,
-            (self.table.virDomainSnapshotCreateXML)(Some(self.raw()), Text::from(&xml), flags as c_uint),
+            (self.table.virDomainSnapshotCreateXML)(
+                Some(self.raw()),
+                Text::from(&xml),
+                flags as c_uint,
+            ),
         )
     }
 
@@ -459,16 +514,21 @@ impl Domain {
         Snapshot::take(self.table, get(self.raw(), Text::from(&name)))
     }
 
-    /// The snapshot of this name. Where there is none, libvirt's error may reach the application's log: [`Domain::find`].
+    /// The snapshot of this name. Where there is none, libvirt's error may reach the application's
+    /// log: [`Domain::find`].
     pub fn snapshot(&self, name: &str) -> VirResult<Snapshot> {
         let name = c_text(name)?;
-        Snapshot::take(self.table, (self.table.virDomainSnapshotLookupByName)(self.raw(), Text::from(&name), 0))
+        Snapshot::take(
+            self.table,
+            (self.table.virDomainSnapshotLookupByName)(self.raw(), Text::from(&name), 0),
+        )
     }
 
     /// All snapshots, parents first.
     pub fn snapshots(&self) -> VirResult<Vec<Snapshot>> {
-        let list =
-            |array: &mut _| (self.table.virDomainListAllSnapshots)(self.raw(), array, list::TOPOLOGICAL as c_uint);
+        let list = |array: &mut _| {
+            (self.table.virDomainListAllSnapshots)(self.raw(), array, list::TOPOLOGICAL as c_uint)
+        };
         listed(self.table, list, Snapshot::take)
     }
 
@@ -506,7 +566,9 @@ impl Snapshot {
     /// Its children; with [`list::DESCENDANTS`] all that come after it, parents first.
     pub fn children(&self, flags: u32) -> VirResult<Vec<Snapshot>> {
         let flags = flags | list::TOPOLOGICAL;
-        let list = |array: &mut _| (self.table.virDomainSnapshotListAllChildren)(self.raw(), array, flags as c_uint);
+        let list = |array: &mut _| {
+            (self.table.virDomainSnapshotListAllChildren)(self.raw(), array, flags as c_uint)
+        };
         listed(self.table, list, Snapshot::take)
     }
 

@@ -179,7 +179,10 @@ symbols! {
 }
 
 fn unusable(why: String) -> Error {
-    Error::new(Code::OperationUnsupported, format!("libvirt 8.2 or later is needed on this machine: {why}"))
+    Error::new(
+        Code::OperationUnsupported,
+        format!("libvirt 8.2 or later is needed on this machine: {why}"),
+    )
 }
 
 /// The table: looked up at the first call that finds libvirt, and kept for good.
@@ -192,8 +195,10 @@ pub fn table() -> Result<&'static Table> {
             let found = libraries.map(|library| library.find(name));
             found.into_iter().find(|found| !found.is_null()).unwrap_or(ptr::null_mut())
         };
-        let table = Table::find(address).map_err(|missing| unusable(format!("it has no {missing}()")))?;
-        // Opening a connection does it too, but before one is there, libvirt's errors would be kept in memory of others.
+        let table =
+            Table::find(address).map_err(|missing| unusable(format!("it has no {missing}()")))?;
+        // Opening a connection does it too, but before one is there, libvirt's errors would be kept
+        // in memory of others.
         match (table.virInitialize)() {
             0 => Ok(table),
             _ => Err(unusable("it does not initialise itself".into())),

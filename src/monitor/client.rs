@@ -9,8 +9,8 @@ use std::time::Duration;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{
-    AddressFamily, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, Shutdown, SocketAddrUnix,
-    SocketFlags, SocketType, connect, recv, sendmsg, shutdown, socket_with,
+    AddressFamily, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, Shutdown,
+    SocketAddrUnix, SocketFlags, SocketType, connect, recv, sendmsg, shutdown, socket_with,
 };
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use serde_json::json;
@@ -23,8 +23,8 @@ use crate::deadline::Deadline;
 use crate::error::{Code, Error, Result, fail};
 use crate::sys;
 
-/// No reply of QEMU's is as long as this: what is, is not QEMU. All nodes of two chains of 150 images, each described with all
-/// below it, take 11 MB.
+/// No reply of QEMU's is as long as this: what is, is not QEMU. All nodes of two chains of 150
+/// images, each described with all below it, take 11 MB.
 const LONGEST_MESSAGE: usize = 64 << 20;
 /// The same for its greeting.
 const LONGEST_GREETING: usize = 64 << 10;
@@ -43,8 +43,8 @@ pub struct Monitor {
     left: bool,
 }
 
-/// QEMU has one client at a time: it is to see that this one has gone, though a process that the caller has forked meanwhile
-/// has the socket too.
+/// QEMU has one client at a time: it is to see that this one has gone, though a process that the
+/// caller has forked meanwhile has the socket too.
 impl Drop for Monitor {
     fn drop(&mut self) {
         // A panic leaves it to the guard.
@@ -63,14 +63,17 @@ pub struct Peer {
 }
 
 impl Peer {
-    /// The one behind a monitor that somebody else has, where it can be seen from here: QEMU knows its vCPUs' threads by the
-    /// numbers that /proc has them by.
+    /// The one behind a monitor that somebody else has, where it can be seen from here: QEMU knows
+    /// its vCPUs' threads by the numbers that /proc has them by.
     pub fn by_its_threads(qemu: &mut dyn Execute, deadline: Deadline) -> Option<Peer> {
         let vcpus = qemu.execute(Command::new("query-cpus-fast", json!({})), deadline).ok()?;
-        let threads: Vec<_> = vcpus.as_array()?.iter().filter_map(|vcpu| vcpu["thread-id"].as_u64()).collect();
+        let threads: Vec<_> =
+            vcpus.as_array()?.iter().filter_map(|vcpu| vcpu["thread-id"].as_u64()).collect();
         let status = std::fs::read_to_string(format!("/proc/{}/status", threads.first()?)).ok()?;
-        let pid: u32 = status.lines().find_map(|line| line.strip_prefix("Tgid:"))?.trim().parse().ok()?;
-        let all = threads.iter().all(|thread| Path::new(&format!("/proc/{pid}/task/{thread}")).exists());
+        let pid: u32 =
+            status.lines().find_map(|line| line.strip_prefix("Tgid:"))?.trim().parse().ok()?;
+        let all =
+            threads.iter().all(|thread| Path::new(&format!("/proc/{pid}/task/{thread}")).exists());
         open_qemu(pid).filter(|_| all)
     }
 
@@ -82,7 +85,8 @@ impl Peer {
 }
 
 impl Monitor {
-    /// Connects, waits to be accepted (QEMU serves one client a socket at a time), and agrees on QMP.
+    /// Connects, waits to be accepted (QEMU serves one client a socket at a time), and agrees on
+    /// QMP.
     pub fn connect(path: &Path, deadline: Deadline) -> Result<Monitor> {
         let socket = connect_socket(path, deadline)?;
         let qemu = sys::peer_pid(socket.as_fd()).and_then(open_qemu);
@@ -96,27 +100,32 @@ impl Monitor {
             left: false,
         };
         let not_qmp = |reason: &str| {
-            Error::new(Code::OperationFailed, format!("'{}' is not a QMP socket: {reason}", path.display()))
+            Error::new(
+                Code::OperationFailed,
+                format!("'{}' is not a QMP socket: {reason}", path.display()),
+            )
         };
         let greeting = match monitor.read_message(LONGEST_GREETING, deadline) {
             Ok(greeting) => greeting,
             Err(Failure::Late) => fail!(
                 OperationTimeout,
-                "no QMP greeting from '{}': another client is connected to it (QEMU serves one at a time, so give this \
-                 library a QMP socket of its own), or it is not a QMP socket",
+                "no QMP greeting from '{}': another client is connected to it (QEMU serves one at \
+                 a time, so give this library a QMP socket of its own), or it is not a QMP socket",
                 path.display()
             ),
             Err(Failure::Lost(reason)) => return Err(not_qmp(&reason)),
             Err(Failure::Refused(..)) => unreachable!("reading refuses nothing"),
         };
         let version = &greeting["QMP"]["version"]["qemu"];
-        let (Some(major), Some(minor)) = (version["major"].as_u64(), version["minor"].as_u64()) else {
+        let (Some(major), Some(minor)) = (version["major"].as_u64(), version["minor"].as_u64())
+        else {
             return Err(not_qmp("it sends no QMP greeting"));
         };
         monitor.version = (major, minor);
         monitor.run("cannot begin QMP", Command::new("qmp_capabilities", json!({})), deadline)?;
         if monitor.qemu.is_none() {
-            // Another process listens on it. Where that one cannot be seen from here, QEMU cannot either.
+            // Another process listens on it. Where that one cannot be seen from here, QEMU cannot
+            // either.
             monitor.qemu = match sys::peer_pid(monitor.socket.as_fd()) {
                 Some(_) => Peer::by_its_threads(&mut monitor, deadline),
                 None => None,
@@ -140,13 +149,20 @@ impl Monitor {
         self.socket.as_fd()
     }
 
-    fn send(&self, bytes: &[u8], fd: Option<BorrowedFd>, deadline: Deadline) -> std::result::Result<(), Failure> {
+    fn send(
+        &self,
+        bytes: &[u8],
+        fd: Option<BorrowedFd>,
+        deadline: Deadline,
+    ) -> std::result::Result<(), Failure> {
         let mut left = bytes;
         let mut fd = fd;
         while !left.is_empty() {
             self.wait(PollFlags::OUT, deadline).map_err(|failure| match failure {
                 // The next command would be the end of this one.
-                Failure::Late if left.len() < bytes.len() => Failure::Lost("it takes no more".into()),
+                Failure::Late if left.len() < bytes.len() => {
+                    Failure::Lost("it takes no more".into())
+                }
                 failure => failure,
             })?;
             let fds = fd.as_slice();
@@ -155,7 +171,8 @@ impl Monitor {
             if !fds.is_empty() {
                 ancillary.push(SendAncillaryMessage::ScmRights(fds));
             }
-            match sendmsg(&self.socket, &[IoSlice::new(left)], &mut ancillary, SendFlags::NOSIGNAL) {
+            match sendmsg(&self.socket, &[IoSlice::new(left)], &mut ancillary, SendFlags::NOSIGNAL)
+            {
                 Ok(sent) => {
                     left = &left[sent..];
                     // It went with the first byte.
@@ -168,7 +185,11 @@ impl Monitor {
         Ok(())
     }
 
-    fn read_message(&mut self, longest: usize, deadline: Deadline) -> std::result::Result<Json, Failure> {
+    fn read_message(
+        &mut self,
+        longest: usize,
+        deadline: Deadline,
+    ) -> std::result::Result<Json, Failure> {
         let lost = |reason: &str| Failure::Lost(reason.into());
         loop {
             let message = self.messages.next(longest).map_err(|unreadable| match unreadable {
@@ -176,9 +197,11 @@ impl Monitor {
                 Unreadable::TooLong => lost("what it sends has no end"),
             })?;
             if let Some(message) = message {
-                return parse(&message).map_err(|error| lost(&format!("what it sends is not JSON: {error}")));
+                return parse(&message)
+                    .map_err(|error| lost(&format!("what it sends is not JSON: {error}")));
             }
-            // Looks at the deadline first: one that has passed ends the wait however much there is to read.
+            // Looks at the deadline first: one that has passed ends the wait however much there is
+            // to read.
             self.wait(PollFlags::IN, deadline)?;
             let mut buffer = [MaybeUninit::uninit(); 16 << 10];
             match recv(&self.socket, &mut buffer, RecvFlags::empty()) {
@@ -193,7 +216,8 @@ impl Monitor {
     fn wait(&self, what: PollFlags, deadline: Deadline) -> std::result::Result<(), Failure> {
         loop {
             let left = deadline.left().ok_or(Failure::Late)?;
-            let left = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() };
+            let left =
+                Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() };
             match poll(&mut [PollFd::new(&self.socket, what)], Some(&left)) {
                 Ok(0) | Err(Errno::INTR) => {}
                 Ok(_) => return Ok(()),
@@ -204,10 +228,15 @@ impl Monitor {
 }
 
 impl Execute for Monitor {
-    fn execute(&mut self, command: Command, deadline: Deadline) -> std::result::Result<Json, Failure> {
+    fn execute(
+        &mut self,
+        command: Command,
+        deadline: Deadline,
+    ) -> std::result::Result<Json, Failure> {
         self.last_id += 1;
         let id = self.last_id;
-        let mut line = json!({ "execute": command.name, "arguments": command.arguments, "id": id }).to_string();
+        let mut line = json!({ "execute": command.name, "arguments": command.arguments, "id": id })
+            .to_string();
         line.push('\n');
         self.send(line.as_bytes(), command.fd, deadline)?;
         loop {
@@ -221,12 +250,15 @@ impl Execute for Monitor {
     }
 }
 
-/// Who made the socket listen may be another: a proxy, or a service manager that handed it over. What is true of that
-/// process (that it has ended, say) is not true of QEMU, so only one that is called QEMU counts.
+/// Who made the socket listen may be another: a proxy, or a service manager that handed it over.
+/// What is true of that process (that it has ended, say) is not true of QEMU, so only one that is
+/// called QEMU counts.
 fn open_qemu(pid: u32) -> Option<Peer> {
     let comm = std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
     let exe = std::fs::read_link(format!("/proc/{pid}/exe")).unwrap_or_default();
-    if !comm.starts_with("qemu") && !exe.file_name().is_some_and(|name| name.to_string_lossy().contains("qemu")) {
+    if !comm.starts_with("qemu")
+        && !exe.file_name().is_some_and(|name| name.to_string_lossy().contains("qemu"))
+    {
         return None;
     }
     let pidfd = pidfd_open(Pid::from_raw(pid.try_into().ok()?)?, PidfdFlags::empty()).ok()?;
@@ -239,14 +271,17 @@ fn connect_socket(path: &Path, deadline: Deadline) -> Result<OwnedFd> {
     let system = |errno: Errno| Error::system(&step, errno);
     let address = SocketAddrUnix::new(path).map_err(system)?;
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-    let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None).map_err(system)?;
+    let socket =
+        socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None).map_err(system)?;
     loop {
         match connect(socket.as_fd(), &address) {
             Ok(()) => return Ok(socket),
             Err(Errno::AGAIN | Errno::INTR) if deadline.left().is_some() => {
                 std::thread::sleep(Duration::from_millis(5));
             }
-            Err(Errno::AGAIN) => fail!(OperationTimeout, "{step}: too many clients wait for it already"),
+            Err(Errno::AGAIN) => {
+                fail!(OperationTimeout, "{step}: too many clients wait for it already")
+            }
             Err(error) => return Err(system(error)),
         }
     }

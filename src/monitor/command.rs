@@ -41,11 +41,16 @@ impl Failure {
     /// The error for a caller: `step` says what was tried on what.
     pub fn into_error(self, step: &str) -> Error {
         match self {
-            Failure::Refused(_, reason) => Error::new(Code::OperationFailed, format!("{step}: {reason}")),
-            Failure::Late => Error::new(Code::OperationTimeout, format!("{step}: QEMU did not answer in time")),
-            Failure::Lost(reason) => {
-                Error::new(Code::OperationFailed, format!("{step}: lost the connection to QEMU ({reason})"))
+            Failure::Refused(_, reason) => {
+                Error::new(Code::OperationFailed, format!("{step}: {reason}"))
             }
+            Failure::Late => {
+                Error::new(Code::OperationTimeout, format!("{step}: QEMU did not answer in time"))
+            }
+            Failure::Lost(reason) => Error::new(
+                Code::OperationFailed,
+                format!("{step}: lost the connection to QEMU ({reason})"),
+            ),
         }
     }
 }
@@ -53,7 +58,11 @@ impl Failure {
 /// Who can run a command in QEMU's monitor.
 pub trait Execute {
     /// Runs one command and returns its `return`.
-    fn execute(&mut self, command: Command, deadline: Deadline) -> std::result::Result<Json, Failure>;
+    fn execute(
+        &mut self,
+        command: Command,
+        deadline: Deadline,
+    ) -> std::result::Result<Json, Failure>;
 
     /// The same, with an error that says what was being done.
     fn run(&mut self, step: &str, command: Command, deadline: Deadline) -> Result<Json> {

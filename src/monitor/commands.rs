@@ -81,8 +81,8 @@ impl Migration {
         }
     }
 
-    /// Whether pages have been saved: for a background snapshot the proof that write tracking is armed. The status
-    /// `active` is not: QEMU sets it before it saves the devices and arms.
+    /// Whether pages have been saved: for a background snapshot the proof that write tracking is
+    /// armed. The status `active` is not: QEMU sets it before it saves the devices and arms.
     pub fn has_pages(&self) -> bool {
         self.ram.as_ref().is_some_and(|ram| ram.normal + ram.duplicate > 0)
     }
@@ -92,7 +92,8 @@ impl Migration {
         self.status.as_deref() == Some("setup")
     }
 
-    /// Whether QEMU stops the guest, saves its devices and arms write tracking: all of it takes a moment.
+    /// Whether QEMU stops the guest, saves its devices and arms write tracking: all of it takes a
+    /// moment.
     pub fn is_between_setup_and_armed(&self) -> bool {
         self.progress() == Progress::UnderWay && !self.is_setting_up() && !self.has_pages()
     }
@@ -113,14 +114,21 @@ impl Migration {
 }
 
 fn read<T: for<'a> Deserialize<'a>>(command: &str, reply: &Json) -> Result<T> {
-    reply
-        .read()
-        .map_err(|error| Error::new(Code::InternalError, format!("QEMU's reply to {command} makes no sense: {error}")))
+    reply.read().map_err(|error| {
+        Error::new(
+            Code::InternalError,
+            format!("QEMU's reply to {command} makes no sense: {error}"),
+        )
+    })
 }
 
 /// `query-status`.
 pub fn query_status(qemu: &mut dyn Execute, deadline: Deadline) -> Result<Status> {
-    let reply = qemu.run("cannot ask for the guest's state", Command::new("query-status", json!({})), deadline)?;
+    let reply = qemu.run(
+        "cannot ask for the guest's state",
+        Command::new("query-status", json!({})),
+        deadline,
+    )?;
     read("query-status", &reply)
 }
 
@@ -146,7 +154,8 @@ pub fn query_memory_size(qemu: &mut dyn Execute, deadline: Deadline) -> Result<u
     Ok(summary.base_memory + summary.plugged_memory)
 }
 
-/// `query-memory-devices`: how much memory the virtio-mem devices have of which not all is plugged in, in bytes each.
+/// `query-memory-devices`: how much memory the virtio-mem devices have of which not all is plugged
+/// in, in bytes each.
 pub fn query_partly_plugged(qemu: &mut dyn Execute, deadline: Deadline) -> Result<Vec<u64>> {
     let devices = match qemu.execute(Command::new("query-memory-devices", json!({})), deadline) {
         Ok(devices) => devices,
@@ -155,14 +164,18 @@ pub fn query_partly_plugged(qemu: &mut dyn Execute, deadline: Deadline) -> Resul
         Err(failure) => return Err(failure.into_error("cannot ask for the guest's memory devices")),
     };
     let partly = |device: &Value| {
-        let (plugged, most) = (device["data"]["size"].as_u64()?, device["data"]["max-size"].as_u64()?);
+        let (plugged, most) =
+            (device["data"]["size"].as_u64()?, device["data"]["max-size"].as_u64()?);
         (device["type"] == "virtio-mem" && plugged < most).then_some(most)
     };
     Ok(devices.as_array().into_iter().flatten().filter_map(partly).collect())
 }
 
 /// `query-migrate-capabilities`: names and states, in QEMU's order.
-pub fn query_migrate_capabilities(qemu: &mut dyn Execute, deadline: Deadline) -> Result<Vec<(String, bool)>> {
+pub fn query_migrate_capabilities(
+    qemu: &mut dyn Execute,
+    deadline: Deadline,
+) -> Result<Vec<(String, bool)>> {
     #[derive(Deserialize)]
     struct Capability {
         capability: String,
@@ -171,7 +184,10 @@ pub fn query_migrate_capabilities(qemu: &mut dyn Execute, deadline: Deadline) ->
     let command = Command::new("query-migrate-capabilities", json!({}));
     let reply = qemu.run("cannot ask for the migration capabilities", command, deadline)?;
     let capabilities: Vec<Capability> = read("query-migrate-capabilities", &reply)?;
-    Ok(capabilities.into_iter().map(|capability| (capability.capability, capability.state)).collect())
+    Ok(capabilities
+        .into_iter()
+        .map(|capability| (capability.capability, capability.state))
+        .collect())
 }
 
 /// `migrate-set-capabilities`.
@@ -180,14 +196,19 @@ pub fn migrate_set_capabilities(
     capabilities: &[(String, bool)],
     deadline: Deadline,
 ) -> std::result::Result<(), Failure> {
-    let capabilities: Vec<_> =
-        capabilities.iter().map(|(name, state)| json!({ "capability": name, "state": state })).collect();
+    let capabilities: Vec<_> = capabilities
+        .iter()
+        .map(|(name, state)| json!({ "capability": name, "state": state }))
+        .collect();
     let command = Command::new("migrate-set-capabilities", json!({ "capabilities": capabilities }));
     qemu.execute(command, deadline).map(drop)
 }
 
 /// `query-migrate-parameters`.
-pub fn query_migrate_parameters(qemu: &mut dyn Execute, deadline: Deadline) -> Result<Map<String, Value>> {
+pub fn query_migrate_parameters(
+    qemu: &mut dyn Execute,
+    deadline: Deadline,
+) -> Result<Map<String, Value>> {
     let command = Command::new("query-migrate-parameters", json!({}));
     let reply = qemu.run("cannot ask for the migration parameters", command, deadline)?;
     read("query-migrate-parameters", &reply)
@@ -210,18 +231,27 @@ pub fn getfd(qemu: &mut dyn Execute, name: &str, fd: BorrowedFd, deadline: Deadl
 }
 
 /// `closefd`.
-pub fn closefd(qemu: &mut dyn Execute, name: &str, deadline: Deadline) -> std::result::Result<(), Failure> {
+pub fn closefd(
+    qemu: &mut dyn Execute,
+    name: &str,
+    deadline: Deadline,
+) -> std::result::Result<(), Failure> {
     qemu.execute(Command::new("closefd", json!({ "fdname": name })), deadline).map(drop)
 }
 
 /// `migrate` into a descriptor passed by [`getfd`].
-pub fn migrate(qemu: &mut dyn Execute, fd: &str, deadline: Deadline) -> std::result::Result<(), Failure> {
+pub fn migrate(
+    qemu: &mut dyn Execute,
+    fd: &str,
+    deadline: Deadline,
+) -> std::result::Result<(), Failure> {
     qemu.execute(Command::new("migrate", json!({ "uri": format!("fd:{fd}") })), deadline).map(drop)
 }
 
 /// `migrate_cancel`.
 pub fn migrate_cancel(qemu: &mut dyn Execute, deadline: Deadline) -> Result<()> {
-    qemu.run("cannot cancel saving memory", Command::new("migrate_cancel", json!({})), deadline).map(drop)
+    qemu.run("cannot cancel saving memory", Command::new("migrate_cancel", json!({})), deadline)
+        .map(drop)
 }
 
 /// `stop`: returns when vCPUs are stopped and disks flushed.
@@ -236,6 +266,12 @@ pub fn cont(qemu: &mut dyn Execute, deadline: Deadline) -> Result<()> {
 
 /// Whether QEMU has this command.
 pub fn has_command(qemu: &mut dyn Execute, name: &str, deadline: Deadline) -> Result<bool> {
-    let reply = qemu.run("cannot ask for QEMU's commands", Command::new("query-commands", json!({})), deadline)?;
-    Ok(reply.as_array().is_some_and(|commands| commands.iter().any(|command| command["name"] == name)))
+    let reply = qemu.run(
+        "cannot ask for QEMU's commands",
+        Command::new("query-commands", json!({})),
+        deadline,
+    )?;
+    Ok(reply
+        .as_array()
+        .is_some_and(|commands| commands.iter().any(|command| command["name"] == name)))
 }

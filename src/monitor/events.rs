@@ -27,7 +27,8 @@ impl Event {
         let name = message["event"].as_str()?;
         let name = USED.into_iter().find(|used| *used == name)?;
         let part = |part| message["timestamp"][part].as_u64().unwrap_or_default();
-        let time = Duration::from_secs(part("seconds")).checked_add(Duration::from_micros(part("microseconds")))?;
+        let time = Duration::from_secs(part("seconds"))
+            .checked_add(Duration::from_micros(part("microseconds")))?;
         Some(Event { name, time })
     }
 }
@@ -60,7 +61,9 @@ mod tests {
     #[test]
     fn the_newest_of_those_that_are_used_are_kept() {
         let event = |name: &str, seconds: usize| {
-            Event::read(&json!({ "event": name, "timestamp": { "seconds": seconds, "microseconds": 0 } }))
+            Event::read(
+                &json!({ "event": name, "timestamp": { "seconds": seconds, "microseconds": 0 } }),
+            )
         };
         assert!(event("RTC_CHANGE", 1).is_none());
         let mut events = Events::default();

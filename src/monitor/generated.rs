@@ -22,7 +22,11 @@ impl Generator {
     pub fn text(&mut self) -> String {
         let members = (0..self.below(4)).map(|_| (self.string(), self.value(4))).collect();
         let object = Value::Object(members);
-        if self.below(2) == 0 { object.to_string() } else { serde_json::to_string_pretty(&object).unwrap() }
+        if self.below(2) == 0 {
+            object.to_string()
+        } else {
+            serde_json::to_string_pretty(&object).unwrap()
+        }
     }
 
     fn value(&mut self, depth: usize) -> Value {
@@ -33,12 +37,15 @@ impl Generator {
             3 => json!(self.below(2000) as f64 / 64.0 - 10.0),
             4 => self.string().into(),
             5 => (0..self.below(4)).map(|_| self.value(depth - 1)).collect(),
-            _ => Value::Object((0..self.below(4)).map(|_| (self.string(), self.value(depth - 1))).collect()),
+            _ => Value::Object(
+                (0..self.below(4)).map(|_| (self.string(), self.value(depth - 1))).collect(),
+            ),
         }
     }
 
     fn string(&mut self) -> String {
-        const PARTS: [&str; 12] = ["a", "\"", "\\", "{", "}", "[", "]", "\n", "\u{1f980}", "\u{1}", ":", ","];
+        const PARTS: [&str; 12] =
+            ["a", "\"", "\\", "{", "}", "[", "]", "\n", "\u{1f980}", "\u{1}", ":", ","];
         (0..self.below(5)).map(|_| PARTS[self.below(PARTS.len())]).collect()
     }
 }

@@ -1,8 +1,9 @@
 //! JSON as deep as QEMU's can be, on any stack.
 //!
-//! QEMU describes an image with the images below nested in it: a chain of a hundred overlays is some two hundred levels. The
-//! thread that reads it is the caller's, and may have a small stack. So nothing here recurses: neither reading, nor dropping
-//! what was read. [`Json`] must be walked by loops, too.
+//! QEMU describes an image with the images below nested in it: a chain of a hundred overlays is
+//! some two hundred levels. The thread that reads it is the caller's, and may have a small stack.
+//! So nothing here recurses: neither reading, nor dropping what was read. [`Json`] must be walked
+//! by loops, too.
 
 use std::ops::Deref;
 
@@ -13,7 +14,8 @@ use serde_json::{Map, Value};
 pub const DEEPEST: usize = 1024;
 /// What serde may be given: it recurses.
 const SHALLOW: usize = 32;
-/// What a text may become in memory, roughly. A chain of 200 images, described in full by each of its nodes, needs 90 MiB.
+/// What a text may become in memory, roughly. A chain of 200 images, described in full by each of
+/// its nodes, needs 90 MiB.
 const LARGEST: usize = 256 << 20;
 /// The same of an array or an object, and of each value in it.
 const CONTAINER: usize = 640;
@@ -43,7 +45,8 @@ impl Json {
         self.0.get_mut(member).map(|value| Json(value.take()))
     }
 
-    /// Reads it as another type. What is too deep for that is no reply to a command that has such a type.
+    /// Reads it as another type. What is too deep for that is no reply to a command that has such a
+    /// type.
     pub fn read<'a, T: Deserialize<'a>>(&'a self) -> Result<T, String> {
         if is_deeper(&self.0, SHALLOW) {
             return Err("it is nested too deeply".into());
@@ -72,7 +75,9 @@ fn take_apart(mut left: Vec<Value>) {
     while let Some(value) = left.pop() {
         match value {
             Value::Array(values) => left.extend(values.into_iter().filter(is_container)),
-            Value::Object(members) => left.extend(members.into_iter().map(|(_, value)| value).filter(is_container)),
+            Value::Object(members) => {
+                left.extend(members.into_iter().map(|(_, value)| value).filter(is_container))
+            }
             _ => {}
         }
     }
@@ -196,7 +201,8 @@ impl Parser<'_> {
             return Ok(Json(Value::String(self.string()?)));
         }
         let rest = &self.text[self.at..];
-        let is_part = |byte: &u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'+' | b'.');
+        let is_part =
+            |byte: &u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'+' | b'.');
         let length = rest.iter().position(|byte| !is_part(byte)).unwrap_or(rest.len());
         if length == 0 {
             return Err(self.unexpected());
@@ -279,7 +285,8 @@ mod tests {
             assert!(value["a"].is_null());
             parse(nested(DEEPEST + 2).as_bytes()).unwrap_err();
             parse("[".repeat(10_000_000).as_bytes()).unwrap_err();
-            // What was read so far is dropped likewise: before an error, and by a second member of the same name.
+            // What was read so far is dropped likewise: before an error, and by a second member of
+            // the same name.
             parse((nested(DEEPEST) + "x").as_bytes()).unwrap_err();
             parse(format!("[{}, x", nested(DEEPEST - 1)).as_bytes()).unwrap_err();
             parse(format!("{{\"a\": {}, \"a\": 1}}", nested(DEEPEST - 1)).as_bytes()).unwrap();
@@ -301,8 +308,10 @@ mod tests {
 
     #[test]
     fn garbage_is_an_error() {
-        for text in ["", "{", "{} {}", "no", "\"\\", "[1,]", "{,}", "{\"a\"}", "{\"a\":}", "{1:2}", "[1 2]", "[}", "01"]
-        {
+        for text in [
+            "", "{", "{} {}", "no", "\"\\", "[1,]", "{,}", "{\"a\"}", "{\"a\":}", "{1:2}", "[1 2]",
+            "[}", "01",
+        ] {
             parse(text.as_bytes()).unwrap_err();
         }
     }

@@ -1,7 +1,8 @@
 //! Where one message of QEMU's ends and the next begins.
 //!
-//! A message is a JSON object, on one line or (`pretty=on`) on several: it ends where its brackets do. Each byte is looked at
-//! once, however the socket cuts them, and what is kept is bounded: of white space between the parts of a message one byte is.
+//! A message is a JSON object, on one line or (`pretty=on`) on several: it ends where its brackets
+//! do. Each byte is looked at once, however the socket cuts them, and what is kept is bounded: of
+//! white space between the parts of a message one byte is.
 
 use super::json::is_white_space;
 
@@ -45,7 +46,10 @@ impl Messages {
     pub fn next(&mut self, longest: usize) -> Result<Option<Vec<u8>>, Unreadable> {
         while let Some(byte) = self.received.get(self.next) {
             let byte = if self.place.quoted || !is_white_space(byte) { *byte } else { b' ' };
-            if byte == b' ' && !self.place.quoted && matches!(self.message.last(), None | Some(b' ')) {
+            if byte == b' '
+                && !self.place.quoted
+                && matches!(self.message.last(), None | Some(b' '))
+            {
                 self.next += 1;
                 continue;
             }
@@ -102,7 +106,8 @@ mod tests {
         let mut generator = Generator::new();
         for _ in 0..100 {
             let texts: Vec<String> = (0..3).map(|_| generator.text()).collect();
-            let expected: Vec<Value> = texts.iter().map(|text| serde_json::from_str(text).unwrap()).collect();
+            let expected: Vec<Value> =
+                texts.iter().map(|text| serde_json::from_str(text).unwrap()).collect();
             let stream = texts.join(["\r\n", "\n", "", " \t"][generator.below(4)]).into_bytes();
             for cut in 0..=stream.len() {
                 let mut messages = Messages::default();

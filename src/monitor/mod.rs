@@ -1,7 +1,8 @@
 //! QMP: a socket client, typed commands, events.
 //!
-//! [`Monitor`] is QEMU's monitor over a Unix socket. [`commands`] speak through anything that [`Execute`]s, so that a way
-//! in whose monitor is somebody else's (libvirt's, a driver's) uses the same commands.
+//! [`Monitor`] is QEMU's monitor over a Unix socket. [`commands`] speak through anything that
+//! [`Execute`]s, so that a way in whose monitor is somebody else's (libvirt's, a driver's) uses the
+//! same commands.
 
 mod client;
 mod command;

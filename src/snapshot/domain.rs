@@ -1,4 +1,5 @@
-//! The guest's `<domain>` XML: which disks it names, and how it reads with the files that they have now.
+//! The guest's `<domain>` XML: which disks it names, and how it reads with the files that they have
+//! now.
 
 use std::ops::Range;
 use std::os::unix::fs::FileTypeExt;
@@ -50,8 +51,8 @@ pub struct Source<'a> {
     pub format: &'a str,
 }
 
-/// Where an image is, as a `<disk>` says it: `type=` and `<source>` belong together, and libvirt starts no domain in which
-/// they do not match what is there.
+/// Where an image is, as a `<disk>` says it: `type=` and `<source>` belong together, and libvirt
+/// starts no domain in which they do not match what is there.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Storage {
     kind: String,
@@ -60,10 +61,15 @@ pub struct Storage {
 }
 
 impl Storage {
-    /// Of an image by its path, or by QEMU's name of a server's: a device is `type='block'`, everything else a file.
+    /// Of an image by its path, or by QEMU's name of a server's: a device is `type='block'`,
+    /// everything else a file.
     pub fn at(path: &str) -> Storage {
         if let Some(export) = Export::named(path) {
-            return Storage { kind: "network".into(), source: export.source(), name: Some(export.uri()) };
+            return Storage {
+                kind: "network".into(),
+                source: export.source(),
+                name: Some(export.uri()),
+            };
         }
         let device = std::fs::metadata(path).is_ok_and(|found| found.file_type().is_block_device());
         Storage::local(if device { "block" } else { "file" }, path)
@@ -80,13 +86,16 @@ impl Storage {
         Storage { kind: kind.into(), source, name: Some(path.into()) }
     }
 
-    /// Of an element with a `type=` and a `<source>`: a disk, or a disk's `<backingStore>`. `None` where it has no medium.
+    /// Of an element with a `type=` and a `<source>`: a disk, or a disk's `<backingStore>`. `None`
+    /// where it has no medium.
     pub fn of(element: Node) -> Option<Storage> {
         let source = xml::child(element, "source").filter(|source| !is_empty(*source))?;
         let text = source.document().input_text()[source.range()].to_owned();
         let kind = element.attribute("type").unwrap_or("file").to_owned();
         let name = match kind.as_str() {
-            "network" => Export::of(source).filter(|_| !nbd::needs_secret(element)).map(|export| export.uri()),
+            "network" => Export::of(source)
+                .filter(|_| !nbd::needs_secret(element))
+                .map(|export| export.uri()),
             _ => local_path(source).map(str::to_owned),
         };
         Some(Storage { kind, source: text, name })
@@ -102,7 +111,8 @@ impl Storage {
         &self.source
     }
 
-    /// The image's name: the path of a file or a device of the host that the XML names, or an NBD export's URI.
+    /// The image's name: the path of a file or a device of the host that the XML names, or an NBD
+    /// export's URI.
     pub fn name(&self) -> Option<&str> {
         self.name.as_deref()
     }
@@ -113,11 +123,12 @@ fn local_path<'a>(source: Node<'a, '_>) -> Option<&'a str> {
     source.attribute("file").or_else(|| source.attribute("dev"))
 }
 
-/// Whether a `<source>` says nothing of a medium: libvirt 12 writes one, with the number of its node, for a drive that has
-/// none.
+/// Whether a `<source>` says nothing of a medium: libvirt 12 writes one, with the number of its
+/// node, for a drive that has none.
 fn is_empty(source: Node) -> bool {
     let says = |name: &str| !matches!(name, "index" | "startupPolicy");
-    !source.attributes().any(|attribute| says(attribute.name())) && !source.children().any(|child| child.is_element())
+    !source.attributes().any(|attribute| says(attribute.name()))
+        && !source.children().any(|child| child.is_element())
 }
 
 /// What a QEMU tells of itself, for guests whose domain XML nobody knows.
@@ -146,9 +157,12 @@ impl Domain {
     pub fn parse(text: &str) -> Result<Domain> {
         let document = xml::parse(text, "domain", &xml::GIVEN)?;
         let root = document.root_element();
-        let Some(name) = xml::text(root, "name") else { fail!(XmlError, "<domain> XML has no <name>") };
+        let Some(name) = xml::text(root, "name") else {
+            fail!(XmlError, "<domain> XML has no <name>")
+        };
         let disks = disk_nodes(root).filter_map(disk).collect();
-        // Without what a file has around it (an XML declaration), and a document inside another cannot have.
+        // Without what a file has around it (an XML declaration), and a document inside another
+        // cannot have.
         Ok(Domain { text: text[root.range()].into(), name, disks })
     }
 
@@ -159,8 +173,9 @@ impl Domain {
         disk_nodes(document.root_element()).find(is_it).and_then(Storage::of)
     }
 
-    /// A document of our own for a QEMU without one: enough for a person, and for libvirt's save image tools. Disks are called
-    /// by their number there, as `vda`: a drive's own name is seldom one that libvirt takes.
+    /// A document of our own for a QEMU without one: enough for a person, and for libvirt's save
+    /// image tools. Disks are called by their number there, as `vda`: a drive's own name is seldom
+    /// one that libvirt takes.
     pub fn minimal(machine: &Machine, disks: &[Source]) -> String {
         let mut text = format!("<domain type='{}'>\n", if machine.kvm { "kvm" } else { "qemu" });
         let mut line = |line: String| text.push_str(&line);
@@ -172,7 +187,11 @@ impl Domain {
         line(format!("  <memory unit='KiB'>{}</memory>\n", machine.memory / 1024));
         line(format!("  <vcpu>{}</vcpu>\n", machine.vcpus));
         line("  <os>\n".into());
-        line(format!("    <type arch='{}' machine='{}'>hvm</type>\n", escape(&machine.arch), escape(&machine.machine)));
+        line(format!(
+            "    <type arch='{}' machine='{}'>hvm</type>\n",
+            escape(&machine.arch),
+            escape(&machine.machine)
+        ));
         line("  </os>\n  <devices>\n".into());
         if let Some(emulator) = &machine.emulator {
             line(format!("    <emulator>{}</emulator>\n", escape(emulator)));
@@ -240,18 +259,27 @@ fn disk(node: Node) -> Option<DomainDisk> {
 
 type Edits = Vec<(Range<usize>, String)>;
 
-/// The edits that put one `<disk>` onto another image. A disk that is on it already stays to the letter.
+/// The edits that put one `<disk>` onto another image. A disk that is on it already stays to the
+/// letter.
 fn edit_disk(disk: Node, source: &Source, edits: &mut Edits) -> Result<()> {
     let Some(old) = xml::child(disk, "source") else {
-        fail!(XmlError, "disk '{}' has no <source> in the domain XML, and an image in QEMU", source.target);
+        fail!(
+            XmlError,
+            "disk '{}' has no <source> in the domain XML, and an image in QEMU",
+            source.target
+        );
     };
     let Storage { kind, name, .. } = &source.storage;
-    if Storage::of(disk).is_some_and(|old| old == source.storage || old.name.is_some() && old.name == *name) {
+    if Storage::of(disk)
+        .is_some_and(|old| old == source.storage || old.name.is_some() && old.name == *name)
+    {
         return Ok(());
     }
     put_source(old, &source.storage, edits);
     match disk.attribute_node("type") {
-        Some(attribute) => edits.push((attribute.range(), format!("type='{}'", escape(kind.as_str())))),
+        Some(attribute) => {
+            edits.push((attribute.range(), format!("type='{}'", escape(kind.as_str()))))
+        }
         None => {
             let at = disk.range().start + "<disk".len();
             edits.push((at..at, format!(" type='{}'", escape(kind.as_str()))));
@@ -261,7 +289,9 @@ fn edit_disk(disk: Node, source: &Source, edits: &mut Edits) -> Result<()> {
     edits.extend(xml::child(disk, "auth").map(|auth| (auth.range(), String::new())));
     match xml::child(disk, "driver") {
         Some(driver) => match driver.attribute_node("type") {
-            Some(format) => edits.push((format.range(), format!("type='{}'", escape(source.format)))),
+            Some(format) => {
+                edits.push((format.range(), format!("type='{}'", escape(source.format))))
+            }
             None => {
                 let at = driver.range().start + "<driver".len();
                 edits.push((at..at, format!(" type='{}'", escape(source.format))));
@@ -269,7 +299,10 @@ fn edit_disk(disk: Node, source: &Source, edits: &mut Edits) -> Result<()> {
         },
         None => {
             let at = old.range().start;
-            edits.push((at..at, format!("<driver name='qemu' type='{}'/>\n      ", escape(source.format))));
+            edits.push((
+                at..at,
+                format!("<driver name='qemu' type='{}'/>\n      ", escape(source.format)),
+            ));
         }
     }
     // It tells the chain below the old image; without it libvirt looks for itself.
@@ -279,12 +312,14 @@ fn edit_disk(disk: Node, source: &Source, edits: &mut Edits) -> Result<()> {
     Ok(())
 }
 
-/// The edits that put a new `<source>` in the place of another. Labels are for whatever QEMU opens, and stay; what else is in
-/// the old one is of its image alone: a part of it, hosts, reservations.
+/// The edits that put a new `<source>` in the place of another. Labels are for whatever QEMU opens,
+/// and stay; what else is in the old one is of its image alone: a part of it, hosts, reservations.
 fn put_source(old: Node, new: &Storage, edits: &mut Edits) {
     let is_label = |child: &Node| child.tag_name().name() == "seclabel";
     let old_path = old.attributes().find(|attribute| matches!(attribute.name(), "file" | "dev"));
-    if let (Some(attribute), Some(path), Some(_)) = (old_path, &new.name, new.source.strip_suffix("'/>")) {
+    if let (Some(attribute), Some(path), Some(_)) =
+        (old_path, &new.name, new.source.strip_suffix("'/>"))
+    {
         let name = if new.kind == "block" { "dev" } else { "file" };
         edits.push((attribute.range(), format!("{name}='{}'", escape(path.as_str()))));
         let others = old.children().filter(|child| child.is_element() && !is_label(child));
@@ -292,9 +327,13 @@ fn put_source(old: Node, new: &Storage, edits: &mut Edits) {
         return;
     }
     let text = old.document().input_text();
-    let labels: String = old.children().filter(is_label).map(|label| &text[label.range()]).collect();
+    let labels: String =
+        old.children().filter(is_label).map(|label| &text[label.range()]).collect();
     let labelled = new.source.strip_suffix("/>").filter(|_| !labels.is_empty());
-    edits.push((old.range(), labelled.map_or(new.source.clone(), |open| format!("{open}>{labels}</source>"))));
+    edits.push((
+        old.range(),
+        labelled.map_or(new.source.clone(), |open| format!("{open}>{labels}</source>")),
+    ));
 }
 
 /// The text of a `<domain>` element inside a larger document; `None` where it has no name.

@@ -9,7 +9,8 @@ pub enum Role {
     ReadOnly,
     /// No medium is in it: there is nothing to keep, and nothing to put an overlay on.
     Empty,
-    /// UEFI variables (pflash): QEMU does not write-protect them, so they are copied and compared instead.
+    /// UEFI variables (pflash): QEMU does not write-protect them, so they are copied and compared
+    /// instead.
     Firmware,
 }
 

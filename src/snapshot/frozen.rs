@@ -1,4 +1,5 @@
-//! An image as it was when a snapshot froze it: by this a file is noticed that was written since, or replaced under its name.
+//! An image as it was when a snapshot froze it: by this a file is noticed that was written since,
+//! or replaced under its name.
 
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
@@ -8,8 +9,8 @@ use roxmltree::Node;
 
 use crate::error::{Result, fail};
 
-/// See the module. Times of other changes (owner, permissions) are left out, since libvirt changes those itself, and so is the
-/// device, whose number can be another after the host's next start.
+/// See the module. Times of other changes (owner, permissions) are left out, since libvirt changes
+/// those itself, and so is the device, whose number can be another after the host's next start.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Frozen {
     /// The image's path.
@@ -21,7 +22,8 @@ pub struct Frozen {
 }
 
 impl Frozen {
-    /// The file as it is now; none of what is no regular file, whose inode says nothing about its content.
+    /// The file as it is now; none of what is no regular file, whose inode says nothing about its
+    /// content.
     pub fn of(file: &str) -> Option<Frozen> {
         let metadata = Path::new(file).metadata().ok().filter(|metadata| metadata.is_file())?;
         Some(Frozen {
@@ -43,9 +45,10 @@ impl Frozen {
             None => Ok(()),
             Some(change) => fail!(
                 SnapshotRevertRisky,
-                "cannot revert to snapshot '{snapshot}': the image '{}' of disk '{disk}' {change} since the snapshot froze it, so \
-                 that memory and disks would not be of one moment; where you know that the content is the same (a copy), revert \
-                 with VIR_DOMAIN_SNAPSHOT_REVERT_FORCE (virsh snapshot-revert --force)",
+                "cannot revert to snapshot '{snapshot}': the image '{}' of disk '{disk}' {change} \
+                 since the snapshot froze it, so that memory and disks would not be of one moment; \
+                 where you know that the content is the same (a copy), revert with \
+                 VIR_DOMAIN_SNAPSHOT_REVERT_FORCE (virsh snapshot-revert --force)",
                 self.file
             ),
         }
@@ -64,7 +67,10 @@ impl Frozen {
     /// Its attributes in XML, with a space before each.
     pub fn attributes(&self) -> String {
         let Frozen { file, inode, size, written: (seconds, nanoseconds) } = self;
-        format!(" file=\"{}\" inode=\"{inode}\" size=\"{size}\" written=\"{seconds}.{nanoseconds:09}\"", escape(file))
+        format!(
+            " file=\"{}\" inode=\"{inode}\" size=\"{size}\" written=\"{seconds}.{nanoseconds:09}\"",
+            escape(file)
+        )
     }
 
     /// Reads them; none where one is missing, or makes no sense.

@@ -1,7 +1,8 @@
-//! What is asked for and what is recorded: `<domainsnapshot>` and `<domain>` XML, the disk plan, the state directory.
+//! What is asked for and what is recorded: `<domainsnapshot>` and `<domain>` XML, the disk plan,
+//! the state directory.
 //!
-//! Nothing here speaks to a guest. A way in describes its drives as [`Drive`]s, [`plan`] aligns them with what the
-//! caller asked for, and the engine carries the plan out.
+//! Nothing here speaks to a guest. A way in describes its drives as [`Drive`]s, [`plan`] aligns
+//! them with what the caller asked for, and the engine carries the plan out.
 
 pub mod domain;
 pub mod drive;

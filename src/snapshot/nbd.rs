@@ -1,8 +1,9 @@
 //! Images of NBD servers, which libvirt, QEMU and the overlays on them name in different ways.
 //!
-//! libvirt has an element (`<source protocol='nbd' name='x'><host .../></source>`); QEMU, and so a qcow2
-//! header, has a URI (`nbd+unix:///x?socket=/s`), an older form (`nbd:unix:/s:exportname=x`) or options
-//! (`json:{...}`). All become one [`Export`], whose URI stands where a local image has its path.
+//! libvirt has an element (`<source protocol='nbd' name='x'><host .../></source>`); QEMU, and so a
+//! qcow2 header, has a URI (`nbd+unix:///x?socket=/s`), an older form (`nbd:unix:/s:exportname=x`)
+//! or options (`json:{...}`). All become one [`Export`], whose URI stands where a local image has
+//! its path.
 
 use quick_xml::escape::escape;
 use roxmltree::Node;
@@ -28,18 +29,25 @@ enum Server {
 }
 
 impl Export {
-    /// By QEMU's name for it. `None` where that is no NBD export's, or says more than which one it is: a
-    /// part of it, a secret.
+    /// By QEMU's name for it. `None` where that is no NBD export's, or says more than which one it
+    /// is: a part of it, a secret.
     pub fn named(name: &str) -> Option<Export> {
         if let Some(options) = name.strip_prefix("json:") {
             return Export::of_options(&serde_json::from_str(options).ok()?);
         }
-        if let Some(rest) = name.strip_prefix("nbd+unix://").or_else(|| name.strip_prefix("nbd+unix:")) {
+        if let Some(rest) =
+            name.strip_prefix("nbd+unix://").or_else(|| name.strip_prefix("nbd+unix:"))
+        {
             let (export, socket) = rest.split_once('?')?;
-            let socket = decoded(socket.strip_prefix("socket=").filter(|socket| !socket.contains('&'))?)?;
-            return Export::new(Server::Unix { socket }, &decoded(export.strip_prefix('/').unwrap_or(export))?);
+            let socket =
+                decoded(socket.strip_prefix("socket=").filter(|socket| !socket.contains('&'))?)?;
+            return Export::new(
+                Server::Unix { socket },
+                &decoded(export.strip_prefix('/').unwrap_or(export))?,
+            );
         }
-        if let Some(rest) = name.strip_prefix("nbd://").or_else(|| name.strip_prefix("nbd+tcp://")) {
+        if let Some(rest) = name.strip_prefix("nbd://").or_else(|| name.strip_prefix("nbd+tcp://"))
+        {
             let (server, export) = rest.split_once('/').unwrap_or((rest, ""));
             let is_plain = !rest.contains(['?', '@', '#']);
             return Export::new(tcp(&decoded(server).filter(|_| is_plain)?)?, &decoded(export)?);
@@ -53,8 +61,8 @@ impl Export {
         Export::new(server, export)
     }
 
-    /// By libvirt's `<source>`. `None` where that is no NBD export's, or has in it what a name does not say:
-    /// TLS, a part of the image, how to reconnect.
+    /// By libvirt's `<source>`. `None` where that is no NBD export's, or has in it what a name does
+    /// not say: TLS, a part of the image, how to reconnect.
     pub fn of(source: Node) -> Option<Export> {
         let attribute = |name| source.attribute(name);
         let is_said = |name: &str| matches!(name, "protocol" | "name" | "index" | "tls");
@@ -66,16 +74,17 @@ impl Export {
             && children.all(|child| child.has_tag_name("seclabel"));
         let server = match host.attribute("transport") {
             // QEMUs differ in how often they decode a `%`.
-            Some("unix") => {
-                Server::Unix { socket: host.attribute("socket").filter(|path| !path.contains('%'))?.into() }
-            }
+            Some("unix") => Server::Unix {
+                socket: host.attribute("socket").filter(|path| !path.contains('%'))?.into(),
+            },
             None | Some("tcp") => Server::Tcp {
                 host: host.attribute("name")?.into(),
                 port: host.attribute("port").filter(|port| *port != "0").unwrap_or(PORT).into(),
             },
             Some(_) => return None,
         };
-        let export = Export::new(server, attribute("name").unwrap_or_default()).filter(|_| is_plain)?;
+        let export =
+            Export::new(server, attribute("name").unwrap_or_default()).filter(|_| is_plain)?;
         // An address with a zone (`fe80::1%eth0`) has no URI.
         (Export::named(&export.uri()).as_ref() == Some(&export)).then_some(export)
     }
@@ -84,7 +93,9 @@ impl Export {
     pub fn uri(&self) -> String {
         let export = encoded(&self.name);
         match &self.server {
-            Server::Unix { socket } if export.is_empty() => format!("nbd+unix://?socket={}", encoded(socket)),
+            Server::Unix { socket } if export.is_empty() => {
+                format!("nbd+unix://?socket={}", encoded(socket))
+            }
             Server::Unix { socket } => format!("nbd+unix:///{export}?socket={}", encoded(socket)),
             Server::Tcp { host, port } => {
                 let host = if host.contains(':') { format!("[{host}]") } else { encoded(host) };
@@ -101,8 +112,12 @@ impl Export {
             name => format!(" name='{}'", escape(name)),
         };
         let host = match &self.server {
-            Server::Unix { socket } => format!("<host transport='unix' socket='{}'/>", escape(socket.as_str())),
-            Server::Tcp { host, port } => format!("<host name='{}' port='{port}'/>", escape(host.as_str())),
+            Server::Unix { socket } => {
+                format!("<host transport='unix' socket='{}'/>", escape(socket.as_str()))
+            }
+            Server::Tcp { host, port } => {
+                format!("<host name='{}' port='{port}'/>", escape(host.as_str()))
+            }
         };
         format!("<source protocol='nbd'{name}>{host}</source>")
     }
@@ -110,7 +125,9 @@ impl Export {
     fn new(server: Server, name: &str) -> Option<Export> {
         let is_there = match &server {
             Server::Unix { socket } => !socket.is_empty(),
-            Server::Tcp { host, port } => !host.is_empty() && port.parse::<u16>().is_ok_and(|port| port > 0),
+            Server::Tcp { host, port } => {
+                !host.is_empty() && port.parse::<u16>().is_ok_and(|port| port > 0)
+            }
         };
         is_there.then(|| Export { server, name: name.into() })
     }
@@ -122,7 +139,9 @@ impl Export {
         // The format's node is above the server's; libvirt leaves out which one it is.
         if flat.keys().any(|key| key.starts_with("file.")) {
             flat.retain(|key, driver| key != "driver" || !is_format(driver));
-            let inner = flat.into_iter().map(|(key, value)| Some((key.strip_prefix("file.")?.to_owned(), value)));
+            let inner = flat
+                .into_iter()
+                .map(|(key, value)| Some((key.strip_prefix("file.")?.to_owned(), value)));
             flat = inner.collect::<Option<_>>()?;
         }
         let mut take = |key: &str| match flat.remove(key)? {
@@ -136,15 +155,27 @@ impl Export {
         let export = take("export").unwrap_or_default();
         let kind = take("server.type");
         let socket = take("server.path").or_else(|| take("path"));
-        let (host, port) = (take("server.host").or_else(|| take("host")), take("server.port").or_else(|| take("port")));
+        let (host, port) = (
+            take("server.host").or_else(|| take("host")),
+            take("server.port").or_else(|| take("port")),
+        );
         let server = match (kind.as_deref(), socket, host) {
             (None | Some("unix"), Some(socket), None) => Server::Unix { socket },
-            (None | Some("inet"), None, Some(host)) => Server::Tcp { host, port: port.unwrap_or_else(|| PORT.into()) },
+            (None | Some("inet"), None, Some(host)) => {
+                Server::Tcp { host, port: port.unwrap_or_else(|| PORT.into()) }
+            }
             _ => return None,
         };
         // How it is opened does not make it another one.
-        let how =
-            ["node-name", "read-only", "auto-read-only", "discard", "detect-zeroes", "reconnect-delay", "open-timeout"];
+        let how = [
+            "node-name",
+            "read-only",
+            "auto-read-only",
+            "discard",
+            "detect-zeroes",
+            "reconnect-delay",
+            "open-timeout",
+        ];
         let is_how = |key: &String| how.contains(&key.as_str()) || key.starts_with("cache.");
         Export::new(server, &export).filter(|_| flat.keys().all(is_how))
     }
@@ -171,7 +202,11 @@ fn flatten(prefix: &str, value: &Value, into: &mut Map<String, Value>) {
     match value {
         Value::Object(options) => {
             for (key, value) in options {
-                flatten(&format!("{prefix}{}{key}", if prefix.is_empty() { "" } else { "." }), value, into);
+                flatten(
+                    &format!("{prefix}{}{key}", if prefix.is_empty() { "" } else { "." }),
+                    value,
+                    into,
+                );
             }
         }
         value => drop(into.insert(prefix.into(), value.clone())),
@@ -184,7 +219,9 @@ fn decoded(text: &str) -> Option<String> {
     let mut rest = text;
     while let Some((before, after)) = rest.split_once('%') {
         bytes.extend(before.as_bytes());
-        let digits = after.get(..2).filter(|digits| digits.bytes().all(|digit| digit.is_ascii_hexdigit()))?;
+        let digits = after
+            .get(..2)
+            .filter(|digits| digits.bytes().all(|digit| digit.is_ascii_hexdigit()))?;
         bytes.push(u8::from_str_radix(digits, 16).ok()?);
         rest = &after[2..];
     }
@@ -194,7 +231,8 @@ fn decoded(text: &str) -> Option<String> {
 
 fn encoded(text: &str) -> String {
     let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-._~/:,=".contains(&byte);
-    let encode = |byte| if is_plain(byte) { char::from(byte).to_string() } else { format!("%{byte:02X}") };
+    let encode =
+        |byte| if is_plain(byte) { char::from(byte).to_string() } else { format!("%{byte:02X}") };
     text.bytes().map(encode).collect()
 }
 
@@ -202,7 +240,8 @@ fn encoded(text: &str) -> String {
 pub fn needs_secret(image: Node) -> bool {
     let Some(source) = xml::child(image, "source") else { return false };
     let secret = |name| xml::child(source, name).is_some() || xml::child(image, name).is_some();
-    ["auth", "cookies", "encryption"].into_iter().any(secret) || source.attribute("tls") == Some("yes")
+    ["auth", "cookies", "encryption"].into_iter().any(secret)
+        || source.attribute("tls") == Some("yes")
 }
 
 #[cfg(test)]
@@ -235,7 +274,8 @@ mod tests {
         for (names, source) in [
             (
                 &unix[..],
-                "<source protocol='nbd' name='remote' index='3'><host transport='unix' socket='/run/nbd.sock'/></source>",
+                "<source protocol='nbd' name='remote' index='3'><host transport='unix' \
+                 socket='/run/nbd.sock'/></source>",
             ),
             (&tcp[..], "<source protocol='nbd' name='a b' tls='no'><host name='::1'/></source>"),
         ] {
@@ -292,7 +332,8 @@ mod tests {
             format!("<source protocol='rbd' name='p/i'>{host}</source>"),
             format!("<source protocol='nbd' tls='yes'>{host}</source>"),
             format!(
-                "<source protocol='nbd'>{host}<slices><slice type='storage' offset='0' size='1'/></slices></source>"
+                "<source protocol='nbd'>{host}<slices><slice type='storage' offset='0' \
+                 size='1'/></slices></source>"
             ),
             format!("<source protocol='nbd'>{host}<reconnect delay='10'/></source>"),
             "<source protocol='nbd'><host transport='unix' socket='/a%20b'/></source>".into(),

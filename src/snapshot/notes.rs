@@ -1,5 +1,5 @@
-//! What we note down of a snapshot that libvirt records: an element of our own in the `<metadata>` of the record's `<domain>`,
-//! which libvirt keeps as it is.
+//! What we note down of a snapshot that libvirt records: an element of our own in the `<metadata>`
+//! of the record's `<domain>`, which libvirt keeps as it is.
 
 use quick_xml::escape::escape;
 use roxmltree::Node;
@@ -13,7 +13,8 @@ const NAMESPACE: &str = "https://instantsnap.invalid/snapshot/1";
 /// The notes.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Notes {
-    /// The images that the snapshot is on, by disk, from the top down, as they were when they were frozen.
+    /// The images that the snapshot is on, by disk, from the top down, as they were when they were
+    /// frozen.
     pub frozen: Vec<(String, Frozen)>,
     /// Overlays that it named before it was reverted to, with their disks, that may still be there.
     pub left: Vec<(String, String)>,
@@ -38,7 +39,8 @@ impl Notes {
         notes
     }
 
-    /// The text of a `<domain>` (or `<inactiveDomain>`) element with these notes in the place of others.
+    /// The text of a `<domain>` (or `<inactiveDomain>`) element with these notes in the place of
+    /// others.
     pub fn put_into(&self, domain_xml: &str, root: &str) -> Result<String> {
         let mut text = Notes::strip(domain_xml, root)?;
         if *self == Notes::default() {
@@ -48,11 +50,16 @@ impl Notes {
         let domain = document.root_element();
         let inner = |node: Node| xml_end(&text, node);
         // libvirt writes it behind the names.
-        let behind = ["description", "title", "uuid", "name"].into_iter().find_map(|name| xml::child(domain, name));
+        let behind = ["description", "title", "uuid", "name"]
+            .into_iter()
+            .find_map(|name| xml::child(domain, name));
         match (xml::child(domain, "metadata").map(inner), behind) {
             (Some(Some(end)), _) => text.insert_str(end, &self.to_xml()),
             (None, Some(behind)) => {
-                text.insert_str(behind.range().end, &format!("<metadata>{}</metadata>", self.to_xml()));
+                text.insert_str(
+                    behind.range().end,
+                    &format!("<metadata>{}</metadata>", self.to_xml()),
+                );
             }
             // `<metadata/>`, or a domain without a name.
             _ => {}
@@ -66,7 +73,8 @@ impl Notes {
         let mut text = domain_xml.to_owned();
         let metadata = xml::child(document.root_element(), "metadata");
         if let Some(notes) = element(document.root_element()) {
-            let alone = metadata.filter(|metadata| metadata.children().filter(Node::is_element).count() == 1);
+            let alone = metadata
+                .filter(|metadata| metadata.children().filter(Node::is_element).count() == 1);
             text.replace_range(alone.unwrap_or(notes).range(), "");
         } else if let Some(empty) = metadata.filter(|metadata| !metadata.has_children()) {
             text.replace_range(empty.range(), "");
@@ -77,10 +85,18 @@ impl Notes {
     fn to_xml(&self) -> String {
         let mut text = format!("<instantsnap:notes xmlns:instantsnap=\"{NAMESPACE}\">");
         for (disk, frozen) in &self.frozen {
-            text.push_str(&format!("<instantsnap:image disk=\"{}\"{}/>", escape(disk), frozen.attributes()));
+            text.push_str(&format!(
+                "<instantsnap:image disk=\"{}\"{}/>",
+                escape(disk),
+                frozen.attributes()
+            ));
         }
         for (disk, file) in &self.left {
-            text.push_str(&format!("<instantsnap:left disk=\"{}\" file=\"{}\"/>", escape(disk), escape(file)));
+            text.push_str(&format!(
+                "<instantsnap:left disk=\"{}\" file=\"{}\"/>",
+                escape(disk),
+                escape(file)
+            ));
         }
         for file in &self.former {
             text.push_str(&format!("<instantsnap:former file=\"{}\"/>", escape(file)));
@@ -107,7 +123,8 @@ mod tests {
     use super::*;
 
     const PLAIN: &str = "<domain><name>a</name><os/></domain>";
-    const WITH_OTHERS: &str = "<domain><name>a</name><metadata><x:y xmlns:x='urn:x'/></metadata><os/></domain>";
+    const WITH_OTHERS: &str =
+        "<domain><name>a</name><metadata><x:y xmlns:x='urn:x'/></metadata><os/></domain>";
 
     fn read(text: &str) -> Notes {
         Notes::read(xml::parse(text, "domain", &xml::RECORDED).unwrap().root_element())

@@ -1,4 +1,5 @@
-//! Whether a copy of UEFI variables is the one that was recorded: a record alone is no reason to remove a file, or to use it.
+//! Whether a copy of UEFI variables is the one that was recorded: a record alone is no reason to
+//! remove a file, or to use it.
 
 use std::io::{self, Read};
 use std::path::Path;
@@ -16,9 +17,9 @@ pub fn copy_path(memory_file: &str, drive: &str) -> String {
 
 /// By what the content of a copy is known again: its length, and a checksum (FNV-1a).
 pub fn content_id(content: &[u8]) -> String {
-    let sum = content
-        .iter()
-        .fold(0xcbf2_9ce4_8422_2325_u64, |sum, byte| (sum ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3));
+    let sum = content.iter().fold(0xcbf2_9ce4_8422_2325_u64, |sum, byte| {
+        (sum ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3)
+    });
     format!("{}-{sum:016x}", content.len())
 }
 
@@ -42,7 +43,10 @@ impl RecordedNvram {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Found::Missing),
             Err(error) => return Err(error),
         };
-        if self.copy != copy_path(memory_file, &self.name) || !metadata.is_file() || metadata.len() > LARGEST {
+        if self.copy != copy_path(memory_file, &self.name)
+            || !metadata.is_file()
+            || metadata.len() > LARGEST
+        {
             return Ok(Found::Another);
         }
         // Earlier versions did not record it.
@@ -79,7 +83,10 @@ mod tests {
         assert_eq!(look(&RecordedNvram { content: None, ..recorded.clone() }), Found::Whole);
         let precious = directory.path().join("precious").display().to_string();
         std::fs::write(&precious, "variables").unwrap();
-        assert_eq!(look(&RecordedNvram { copy: precious.clone(), ..recorded.clone() }), Found::Another);
+        assert_eq!(
+            look(&RecordedNvram { copy: precious.clone(), ..recorded.clone() }),
+            Found::Another
+        );
         std::fs::remove_file(&copy).unwrap();
         std::os::unix::fs::symlink(&precious, &copy).unwrap();
         assert_eq!(look(&recorded), Found::Another);

@@ -1,4 +1,5 @@
-//! Which drives get which overlay: the caller's disks aligned with the guest's, as libvirt aligns them.
+//! Which drives get which overlay: the caller's disks aligned with the guest's, as libvirt aligns
+//! them.
 
 use std::path::Path;
 
@@ -35,33 +36,43 @@ pub struct Plan {
 /// `reuse`: overlays that are named exist already.
 pub fn plan(drives: Vec<Drive>, request: &Request, snapshot: &str, reuse: bool) -> Result<Plan> {
     let wanted = align(&drives, request)?;
-    let images: Vec<_> = drives.iter().map(|drive| (drive.name().to_owned(), drive.images())).collect();
+    let images: Vec<_> =
+        drives.iter().map(|drive| (drive.name().to_owned(), drive.images())).collect();
     let mut plan = Plan::default();
     for (drive, wish) in drives.into_iter().zip(wanted) {
         match (drive.role, location(&drive, wish)) {
             (Role::Firmware, Location::External | Location::Manual) => fail!(
                 ConfigUnsupported,
-                "a snapshot of disk '{}' by itself is not supported: it holds UEFI variables, which are copied with every \
-                 snapshot anyway",
+                "a snapshot of disk '{}' by itself is not supported: it holds UEFI variables, \
+                 which are copied with every snapshot anyway",
                 drive.name()
             ),
             (Role::Firmware, Location::No) => plan.firmware.push(drive),
             (Role::Empty, Location::External | Location::Manual) => fail!(
                 ConfigUnsupported,
-                "a snapshot of disk '{}' is not supported while no medium is in it: leave it out (snapshot='no'), or put one in",
+                "a snapshot of disk '{}' is not supported while no medium is in it: leave it out \
+                 (snapshot='no'), or put one in",
                 drive.name()
             ),
             (Role::Empty, Location::No) => {}
             (Role::ReadOnly, Location::External) => {
-                fail!(ConfigUnsupported, "external snapshot for readonly disk '{}' is not supported", drive.name())
+                fail!(
+                    ConfigUnsupported,
+                    "external snapshot for readonly disk '{}' is not supported",
+                    drive.name()
+                )
             }
             (Role::Disk, Location::External) => {
-                // The domain XML can wish for what the request cannot have; the request's own words are checked there.
-                if wish.and_then(|wish| wish.location).is_none() && drive.snapshot.as_deref() == Some("internal") {
+                // The domain XML can wish for what the request cannot have; the request's own words
+                // are checked there.
+                if wish.and_then(|wish| wish.location).is_none()
+                    && drive.snapshot.as_deref() == Some("internal")
+                {
                     fail!(
                         OperationUnsupported,
-                        "disk '{}' has snapshot='internal' in the domain XML, which is not supported for this guest: name \
-                         it in the snapshot XML with snapshot='external' or 'no'",
+                        "disk '{}' has snapshot='internal' in the domain XML, which is not \
+                         supported for this guest: name it in the snapshot XML with \
+                         snapshot='external' or 'no'",
                         drive.name()
                     );
                 }
@@ -90,8 +101,12 @@ pub fn plan(drives: Vec<Drive>, request: &Request, snapshot: &str, reuse: bool) 
 
 /// The drives that are left to others. Names that no drive has are passed over.
 pub fn manual<'a>(drives: &'a [Drive], request: &Request) -> Vec<&'a Drive> {
-    let wish =
-        |drive: &Drive| request.disks.iter().find(|disk| drive.names.contains(&disk.name) || drive.file == disk.name);
+    let wish = |drive: &Drive| {
+        request
+            .disks
+            .iter()
+            .find(|disk| drive.names.contains(&disk.name) || drive.file == disk.name)
+    };
     drives.iter().filter(|drive| location(drive, wish(drive)) == Location::Manual).collect()
 }
 
@@ -107,12 +122,14 @@ fn align<'a>(drives: &[Drive], request: &'a Request) -> Result<Vec<Option<&'a Di
     Ok(wanted)
 }
 
-/// How a drive is snapshotted: as the request says, else as the domain XML does, else by an overlay.
+/// How a drive is snapshotted: as the request says, else as the domain XML does, else by an
+/// overlay.
 fn location(drive: &Drive, wish: Option<&DiskRequest>) -> Location {
     match (wish.and_then(|wish| wish.location), drive.role, drive.snapshot.as_deref()) {
         (Some(location), _, _) => location,
         (None, Role::Disk, Some("manual")) => Location::Manual,
-        (None, Role::ReadOnly | Role::Firmware | Role::Empty, _) | (None, Role::Disk, Some("no")) => Location::No,
+        (None, Role::ReadOnly | Role::Firmware | Role::Empty, _)
+        | (None, Role::Disk, Some("no")) => Location::No,
         (None, Role::Disk, _) => Location::External,
     }
 }
@@ -126,9 +143,12 @@ fn find(drives: &[Drive], name: &str) -> Result<usize> {
     let mut holders = (0..drives.len()).filter(|&slot| drives[slot].file == name);
     match (holders.next(), holders.next()) {
         (Some(slot), None) => Ok(slot),
-        (Some(_), Some(_)) => fail!(ConfigUnsupported, "more than one disk has the image '{name}': name it otherwise"),
+        (Some(_), Some(_)) => {
+            fail!(ConfigUnsupported, "more than one disk has the image '{name}': name it otherwise")
+        }
         (None, _) => {
-            let known: Vec<_> = drives.iter().filter(|drive| drive.role != Role::Empty).map(Drive::name).collect();
+            let known: Vec<_> =
+                drives.iter().filter(|drive| drive.role != Role::Empty).map(Drive::name).collect();
             fail!(ConfigUnsupported, "no disk named '{name}', the guest has: {}", known.join(", "))
         }
     }
@@ -137,7 +157,12 @@ fn find(drives: &[Drive], name: &str) -> Result<usize> {
 /// The path of its image must be expressible in XML.
 fn check_recordable(drive: &Drive) -> Result<()> {
     if drive.file.chars().any(char::is_control) {
-        fail!(XmlError, "image of disk '{}' {:?} can't contain control characters", drive.name(), drive.file);
+        fail!(
+            XmlError,
+            "image of disk '{}' {:?} can't contain control characters",
+            drive.name(),
+            drive.file
+        );
     }
     Ok(())
 }
@@ -148,8 +173,8 @@ fn overlay_name(drive: &Drive, snapshot: &str) -> Result<String> {
     if !image.is_file() {
         fail!(
             ConfigUnsupported,
-            "source for disk '{}' ('{}') is not a regular file; refusing to generate external snapshot name: give it as \
-             <source file='...'/>",
+            "source for disk '{}' ('{}') is not a regular file; refusing to generate external \
+             snapshot name: give it as <source file='...'/>",
             drive.name(),
             drive.file
         );
@@ -170,12 +195,14 @@ pub fn generated_name(image: &str, snapshot: &str) -> String {
 fn check_distinct(disks: &[DiskPlan]) -> Result<()> {
     for (n, disk) in disks.iter().enumerate() {
         let same = |other: &&DiskPlan| {
-            other.overlay == disk.overlay || sys::same_file(Path::new(&other.overlay), Path::new(&disk.overlay))
+            other.overlay == disk.overlay
+                || sys::same_file(Path::new(&other.overlay), Path::new(&disk.overlay))
         };
         if let Some(other) = disks[..n].iter().find(same) {
             fail!(
                 ConfigUnsupported,
-                "disks '{}' and '{}' would have the same external snapshot file '{}': give each its own",
+                "disks '{}' and '{}' would have the same external snapshot file '{}': give each \
+                 its own",
                 other.drive.name(),
                 disk.drive.name(),
                 disk.overlay
@@ -185,7 +212,8 @@ fn check_distinct(disks: &[DiskPlan]) -> Result<()> {
     Ok(())
 }
 
-/// What the guest has its data in can be nobody's overlay, not even where an overlay may be there beforehand.
+/// What the guest has its data in can be nobody's overlay, not even where an overlay may be there
+/// beforehand.
 fn check_no_image(disks: &[DiskPlan], images: &[(String, Vec<String>)]) -> Result<()> {
     for DiskPlan { drive, overlay, .. } in disks {
         let path = Path::new(overlay);
@@ -193,7 +221,8 @@ fn check_no_image(disks: &[DiskPlan], images: &[(String, Vec<String>)]) -> Resul
         if let Some((owner, _)) = images.iter().find(|(_, images)| images.iter().any(is_overlay)) {
             fail!(
                 ConfigUnsupported,
-                "external snapshot file for disk '{}' already exists, and is an image of disk '{owner}': '{overlay}'; name another",
+                "external snapshot file for disk '{}' already exists, and is an image of disk \
+                 '{owner}': '{overlay}'; name another",
                 drive.name()
             );
         }

@@ -1,8 +1,10 @@
-//! What is recorded of a snapshot: libvirt's `<domainsnapshot>`, as it stands in the state directory.
+//! What is recorded of a snapshot: libvirt's `<domainsnapshot>`, as it stands in the state
+//! directory.
 //!
-//! libvirt's format names, for each disk, the overlay that became active at the snapshot. The snapshot's own content is
-//! the image below, which a later block job can move away from under the overlay; so that image is written down too, as
-//! an element of our own namespace, which libvirt passes over.
+//! libvirt's format names, for each disk, the overlay that became active at the snapshot. The
+//! snapshot's own content is the image below, which a later block job can move away from under the
+//! overlay; so that image is written down too, as an element of our own namespace, which libvirt
+//! passes over.
 
 use quick_xml::Writer;
 use quick_xml::events::{BytesText, Event};
@@ -61,7 +63,8 @@ pub struct RecordedDisk {
     pub image: String,
     /// That image's format.
     pub format: String,
-    /// The image and all below it, as they were at the instant. Empty in records of versions that did not look.
+    /// The image and all below it, as they were at the instant. Empty in records of versions that
+    /// did not look.
     pub frozen: Vec<Frozen>,
 }
 
@@ -105,7 +108,9 @@ impl Record {
     /// Writes `<domainsnapshot>`.
     pub fn to_xml(&self) -> String {
         let mut writer = Writer::new_with_indent(Vec::new(), b' ', 2);
-        let root = writer.create_element("domainsnapshot").with_attribute(("xmlns:instantsnap", NAMESPACE));
+        let root = writer
+            .create_element("domainsnapshot")
+            .with_attribute(("xmlns:instantsnap", NAMESPACE));
         root.write_inner_content(|writer| {
             text(writer, "name", &self.name)?;
             if let Some(description) = &self.description {
@@ -113,7 +118,9 @@ impl Record {
             }
             text(writer, "state", self.state.as_str())?;
             if let Some(parent) = &self.parent {
-                writer.create_element("parent").write_inner_content(|writer| text(writer, "name", parent))?;
+                writer
+                    .create_element("parent")
+                    .write_inner_content(|writer| text(writer, "name", parent))?;
             }
             text(writer, "creationTime", &self.creation_time.to_string())?;
             let memory = [("snapshot", "external"), ("file", self.memory_file.as_str())];
@@ -124,7 +131,10 @@ impl Record {
                 self.nvram.iter().try_for_each(|nvram| nvram.write(writer))
             })?;
             // To the letter: not a text, and not ours to format.
-            writer.write_event(Event::Text(BytesText::from_escaped(format!("\n  {}\n", self.domain_xml.trim()))))
+            writer.write_event(Event::Text(BytesText::from_escaped(format!(
+                "\n  {}\n",
+                self.domain_xml.trim()
+            ))))
         })
         .expect("writing to memory cannot fail");
         let mut xml = String::from_utf8(writer.into_inner()).expect("only strings were written");
@@ -134,11 +144,14 @@ impl Record {
 
     /// Reads what [`Record::to_xml`] wrote.
     pub fn parse(text: &str) -> Result<Record> {
-        let damaged = |what: &str| Error::new(Code::InvalidDomainSnapshot, format!("snapshot metadata {what}"));
+        let damaged = |what: &str| {
+            Error::new(Code::InvalidDomainSnapshot, format!("snapshot metadata {what}"))
+        };
         let document = xml::parse(text, "domainsnapshot", &xml::RECORDED)
             .map_err(|error| damaged(&format!("is damaged: {error}")))?;
         let root = document.root_element();
-        let required = |what| xml::text(root, what).ok_or_else(|| damaged(&format!("has no <{what}>")));
+        let required =
+            |what| xml::text(root, what).ok_or_else(|| damaged(&format!("has no <{what}>")));
         let name = required("name")?;
         check_name(&name).map_err(|error| damaged(&format!("is damaged: {error}")))?;
         let state = match required("state")?.as_str() {
@@ -148,19 +161,26 @@ impl Record {
         };
         let disks = xml::child(root, "disks").ok_or_else(|| damaged("has no <disks>"))?;
         let domain = xml::child(root, "domain").ok_or_else(|| damaged("has no <domain>"))?;
-        let (manual, switched): (Vec<_>, Vec<_>) =
-            xml::children(disks, "disk").partition(|disk| disk.attribute("snapshot") == Some("manual"));
+        let (manual, switched): (Vec<_>, Vec<_>) = xml::children(disks, "disk")
+            .partition(|disk| disk.attribute("snapshot") == Some("manual"));
         let record = Record {
             name,
             description: xml::text(root, "description"),
             parent: xml::child(root, "parent").and_then(|parent| xml::text(parent, "name")),
-            creation_time: required("creationTime")?.parse().map_err(|_| damaged("has no time of creation"))?,
+            creation_time: required("creationTime")?
+                .parse()
+                .map_err(|_| damaged("has no time of creation"))?,
             state,
-            memory_file: xml::attribute(root, "memory", "file").ok_or_else(|| damaged("names no memory image"))?.into(),
+            memory_file: xml::attribute(root, "memory", "file")
+                .ok_or_else(|| damaged("names no memory image"))?
+                .into(),
             disks: switched.into_iter().map(RecordedDisk::parse).collect::<Result<_>>()?,
             manual: manual.into_iter().map(RecordedManual::parse).collect::<Result<_>>()?,
-            nvram: xml::children(disks, "nvram").map(RecordedNvram::parse).collect::<Result<_>>()?,
-            domain_xml: domain::element_text(domain).ok_or_else(|| damaged("has a <domain> without a name"))?,
+            nvram: xml::children(disks, "nvram")
+                .map(RecordedNvram::parse)
+                .collect::<Result<_>>()?,
+            domain_xml: domain::element_text(domain)
+                .ok_or_else(|| damaged("has a <domain> without a name"))?,
         };
         // What was recorded was: a relative path would be one thing here and another there.
         let overlays = record.disks.iter().map(|disk| ("overlay", &disk.overlay));
@@ -178,17 +198,26 @@ impl RecordedDisk {
     fn write(&self, writer: &mut XmlWriter) -> std::io::Result<()> {
         let overlay = Storage::at(&self.overlay);
         let place = if overlay.kind() == "block" { "dev" } else { "file" };
-        let attributes = [("name", self.name.as_str()), ("snapshot", "external"), ("type", overlay.kind())];
-        writer.create_element("disk").with_attributes(attributes).write_inner_content(|writer| {
-            writer.create_element("driver").with_attribute(("type", "qcow2")).write_empty()?;
-            writer.create_element("source").with_attribute((place, self.overlay.as_str())).write_empty()?;
-            let image = [("file", self.image.as_str()), ("format", self.format.as_str())];
-            writer.create_element("instantsnap:image").with_attributes(image).write_empty()?;
-            self.frozen.iter().try_for_each(|frozen| {
-                let element = BytesText::from_escaped(format!("<instantsnap:frozen{}/>", frozen.attributes()));
-                writer.write_event(Event::Text(element))
-            })
-        })?;
+        let attributes =
+            [("name", self.name.as_str()), ("snapshot", "external"), ("type", overlay.kind())];
+        writer.create_element("disk").with_attributes(attributes).write_inner_content(
+            |writer| {
+                writer.create_element("driver").with_attribute(("type", "qcow2")).write_empty()?;
+                writer
+                    .create_element("source")
+                    .with_attribute((place, self.overlay.as_str()))
+                    .write_empty()?;
+                let image = [("file", self.image.as_str()), ("format", self.format.as_str())];
+                writer.create_element("instantsnap:image").with_attributes(image).write_empty()?;
+                self.frozen.iter().try_for_each(|frozen| {
+                    let element = BytesText::from_escaped(format!(
+                        "<instantsnap:frozen{}/>",
+                        frozen.attributes()
+                    ));
+                    writer.write_event(Event::Text(element))
+                })
+            },
+        )?;
         Ok(())
     }
 
@@ -196,7 +225,9 @@ impl RecordedDisk {
         let (source, image) = (child(node, "source")?, child(node, "image")?);
         Ok(RecordedDisk {
             name: attribute(node, "name")?,
-            overlay: source.attribute("dev").map_or_else(|| attribute(source, "file"), |device| Ok(device.into()))?,
+            overlay: source
+                .attribute("dev")
+                .map_or_else(|| attribute(source, "file"), |device| Ok(device.into()))?,
             image: attribute(image, "file")?,
             format: attribute(image, "format")?,
             frozen: xml::children(node, "frozen").filter_map(Frozen::read).collect(),
@@ -207,10 +238,16 @@ impl RecordedDisk {
 impl RecordedManual {
     fn write(&self, writer: &mut XmlWriter) -> std::io::Result<()> {
         let attributes = [("name", self.name.as_str()), ("snapshot", "manual")];
-        writer.create_element("disk").with_attributes(attributes).write_inner_content(|writer| {
-            let image = [("file", self.source.as_str()), ("format", self.format.as_str())];
-            writer.create_element("instantsnap:image").with_attributes(image).write_empty().map(drop)
-        })?;
+        writer.create_element("disk").with_attributes(attributes).write_inner_content(
+            |writer| {
+                let image = [("file", self.source.as_str()), ("format", self.format.as_str())];
+                writer
+                    .create_element("instantsnap:image")
+                    .with_attributes(image)
+                    .write_empty()
+                    .map(drop)
+            },
+        )?;
         Ok(())
     }
 
@@ -233,7 +270,10 @@ impl RecordedNvram {
             ("format", &self.format),
         ];
         let content = self.content.as_deref().map(|content| ("content", content));
-        let nvram = writer.create_element("instantsnap:nvram").with_attributes(attributes).with_attributes(content);
+        let nvram = writer
+            .create_element("instantsnap:nvram")
+            .with_attributes(attributes)
+            .with_attributes(content);
         nvram.write_empty().map(drop)
     }
 

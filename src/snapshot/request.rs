@@ -68,7 +68,12 @@ impl Request {
             Some(disks) => xml::children(disks, "disk").map(disk).collect::<Result<_>>()?,
             None => Vec::new(),
         };
-        Ok(Request { name, description: xml::text(root, "description"), memory: memory(root)?, disks })
+        Ok(Request {
+            name,
+            description: xml::text(root, "description"),
+            memory: memory(root)?,
+            disks,
+        })
     }
 }
 
@@ -84,7 +89,8 @@ fn memory(root: Node) -> Result<MemoryRequest> {
         (Some("no"), None) => Ok(MemoryRequest::No),
         (Some("internal"), None) => fail!(
             OperationUnsupported,
-            "internal memory snapshots are not supported for this guest: use <memory snapshot='external' file='...'/>"
+            "internal memory snapshots are not supported for this guest: use <memory \
+             snapshot='external' file='...'/>"
         ),
         (Some("no" | "internal"), Some(file)) => {
             fail!(XmlError, "memory file '{file}' requires external snapshot")
@@ -104,8 +110,8 @@ fn disk(node: Node) -> Result<DiskRequest> {
         Some("no") => Some(Location::No),
         Some("internal") => fail!(
             OperationUnsupported,
-            "internal snapshot of disk '{name}' is not supported for this guest: use snapshot='external', or 'no' to \
-             leave the disk out"
+            "internal snapshot of disk '{name}' is not supported for this guest: use \
+             snapshot='external', or 'no' to leave the disk out"
         ),
         Some(other) => fail!(XmlError, "unknown disk snapshot setting '{other}' of disk '{name}'"),
     };
@@ -114,14 +120,17 @@ fn disk(node: Node) -> Result<DiskRequest> {
         Some("block") => true,
         Some(kind) => fail!(
             ConfigUnsupported,
-            "external snapshot of disk '{name}' to storage of type '{kind}' is not supported: use type='file', or type='block' \
-             with <source dev='...'/>"
+            "external snapshot of disk '{name}' to storage of type '{kind}' is not supported: use \
+             type='file', or type='block' with <source dev='...'/>"
         ),
     };
     match xml::attribute(node, "driver", "type") {
         None | Some("qcow2") => {}
         Some(format) => {
-            fail!(ConfigUnsupported, "external snapshot format for disk '{name}' is unsupported: {format}, use qcow2")
+            fail!(
+                ConfigUnsupported,
+                "external snapshot format for disk '{name}' is unsupported: {format}, use qcow2"
+            )
         }
     }
     let place = if on_device { "dev" } else { "file" };
@@ -129,10 +138,17 @@ fn disk(node: Node) -> Result<DiskRequest> {
     if let Some(source) = &source {
         check_path(&format!("external snapshot file of disk '{name}'"), source)?;
         if matches!(location, Some(Location::Manual | Location::No)) {
-            fail!(XmlError, "file '{source}' for disk '{name}' requires use of external snapshot mode");
+            fail!(
+                XmlError,
+                "file '{source}' for disk '{name}' requires use of external snapshot mode"
+            );
         }
     } else if on_device && matches!(location, None | Some(Location::External)) {
-        fail!(XmlError, "external snapshot of disk '{name}' to a block device names none: add <source dev='...'/>");
+        fail!(
+            XmlError,
+            "external snapshot of disk '{name}' to a block device names none: add <source \
+             dev='...'/>"
+        );
     }
     Ok(DiskRequest { name: name.into(), location, source, on_device })
 }

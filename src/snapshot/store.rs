@@ -1,10 +1,13 @@
-//! The state directory of one guest: a `<domainsnapshot>` file for each snapshot, and which of them is current.
+//! The state directory of one guest: a `<domainsnapshot>` file for each snapshot, and which of them
+//! is current.
 //!
-//! Files are mode 0600 and replaced atomically, so readers need no lock. Writers hold `.lock` for the moment of a change
-//! only. A snapshot that is being made holds its name by a lock of its own, which the kernel drops should its maker die.
+//! Files are mode 0600 and replaced atomically, so readers need no lock. Writers hold `.lock` for
+//! the moment of a change only. A snapshot that is being made holds its name by a lock of its own,
+//! which the kernel drops should its maker die.
 //!
-//! What a record names is merged and removed with the rights of this process. So a directory that others may write to is for
-//! reading only: nothing is made, deleted or brought back in it. What others have put into it all the same is no record.
+//! What a record names is merged and removed with the rights of this process. So a directory that
+//! others may write to is for reading only: nothing is made, deleted or brought back in it. What
+//! others have put into it all the same is no record.
 
 use std::collections::HashSet;
 use std::fs::{File, Metadata};
@@ -43,7 +46,8 @@ pub struct Reservation {
     lock: Lock,
 }
 
-/// A file that is locked. A process that the caller has forked meanwhile has the file too; the lock goes all the same.
+/// A file that is locked. A process that the caller has forked meanwhile has the file too; the lock
+/// goes all the same.
 #[derive(Debug)]
 struct Lock(File);
 
@@ -62,7 +66,11 @@ impl Reservation {
     /// Its file, for a process that goes on where this one ends.
     pub fn known(&self) -> io::Result<KnownFile> {
         let metadata = self.lock.0.metadata()?;
-        Ok(KnownFile { path: self.path.clone(), id: (metadata.dev(), metadata.ino()), undo: Undo::Remove })
+        Ok(KnownFile {
+            path: self.path.clone(),
+            id: (metadata.dev(), metadata.ino()),
+            undo: Undo::Remove,
+        })
     }
 }
 
@@ -77,7 +85,10 @@ impl Store {
     /// Opens an existing directory.
     pub fn open(directory: &Path) -> Result<Store> {
         let directory = directory.canonicalize().map_err(|error| {
-            Error::system(format!("cannot open the state directory '{}'", directory.display()), error)
+            Error::system(
+                format!("cannot open the state directory '{}'", directory.display()),
+                error,
+            )
         })?;
         if !directory.is_dir() {
             fail!(SystemError, "the state directory '{}' is not a directory", directory.display());
@@ -98,7 +109,8 @@ impl Store {
         self.directory.join(file)
     }
 
-    /// Holds a name for a snapshot to be made: this one, or, if none is given, one made of the time.
+    /// Holds a name for a snapshot to be made: this one, or, if none is given, one made of the
+    /// time.
     pub fn reserve(&self, name: Option<&str>) -> Result<Reservation> {
         let _lock = self.lock()?;
         // What could not be read at the end is better not begun.
@@ -121,7 +133,11 @@ impl Store {
         sys::wait_until_forked();
         // A symbolic link that leads nowhere is in the way, too.
         if self.record_path(name).symlink_metadata().is_ok() {
-            fail!(OperationInvalid, "domain snapshot '{name}' already exists in '{}'", self.directory.display());
+            fail!(
+                OperationInvalid,
+                "domain snapshot '{name}' already exists in '{}'",
+                self.directory.display()
+            );
         }
         let path = self.path(&format!(".{name}.reserved"));
         loop {
@@ -130,17 +146,21 @@ impl Store {
                 Ok(()) if is_at(&lock, &path) => {
                     return Ok(Reservation { name: name.into(), path, lock: Lock(lock) });
                 }
-                // Its last holder removed it after we had opened it: the next to come would have another file.
+                // Its last holder removed it after we had opened it: the next to come would have
+                // another file.
                 Ok(()) => {}
                 Err(Errno::WOULDBLOCK) => {
                     fail!(OperationInvalid, "domain snapshot '{name}' is being created already")
                 }
-                Err(error) => return Err(Error::system(format!("cannot lock '{}'", path.display()), error)),
+                Err(error) => {
+                    return Err(Error::system(format!("cannot lock '{}'", path.display()), error));
+                }
             }
         }
     }
 
-    /// Records a snapshot and makes it the current one; its parent is the one current until now, which is returned in it.
+    /// Records a snapshot and makes it the current one; its parent is the one current until now,
+    /// which is returned in it.
     pub fn commit(&self, reservation: &Reservation, mut record: Record) -> Result<Record> {
         let _lock = self.lock()?;
         record.parent = self.current()?;
@@ -153,27 +173,34 @@ impl Store {
         Ok(record)
     }
 
-    /// Records, oldest first, a parent before its children. What cannot be read is passed over: see [`Store::read`] of it.
+    /// Records, oldest first, a parent before its children. What cannot be read is passed over: see
+    /// [`Store::read`] of it.
     pub fn list(&self) -> Result<Vec<Record>> {
         Ok(self.look_through()?.records)
     }
 
-    /// All records but that of this name, for what merges or removes images: also of snapshots whose records were renamed. An
-    /// error where one is damaged, since what its snapshot needs is not known.
+    /// All records but that of this name, for what merges or removes images: also of snapshots
+    /// whose records were renamed. An error where one is damaged, since what its snapshot needs is
+    /// not known.
     pub fn others(&self, name: &str) -> Result<Vec<Record>> {
         check_owner(&self.directory)?;
         let Contents { records, renamed, damaged } = self.look_through()?;
         if let Some(error) = damaged.into_iter().next() {
             return Err(error.and(
-                "so it is not known which images that snapshot needs: mend the file, or move it out of the directory",
+                "so it is not known which images that snapshot needs: mend the file, or move it \
+                 out of the directory",
             ));
         }
         Ok(records.into_iter().filter(|record| record.name != name).chain(renamed).collect())
     }
 
     fn look_through(&self) -> Result<Contents> {
-        let step =
-            |error| Error::system(format!("cannot read the state directory '{}'", self.directory.display()), error);
+        let step = |error| {
+            Error::system(
+                format!("cannot read the state directory '{}'", self.directory.display()),
+                error,
+            )
+        };
         let (mut records, mut others) = (Vec::new(), Vec::new());
         let mut damaged = Vec::new();
         for entry in self.directory.read_dir().map_err(step)? {
@@ -189,13 +216,17 @@ impl Store {
         }
         records.sort_by(|a, b| (a.creation_time, &a.name).cmp(&(b.creation_time, &b.name)));
         // A copy of a record that is there says nothing new.
-        let is_copy =
-            |other: &Record| records.iter().any(|record| (&record.name, &record.disks) == (&other.name, &other.disks));
+        let is_copy = |other: &Record| {
+            records
+                .iter()
+                .any(|record| (&record.name, &record.disks) == (&other.name, &other.disks))
+        };
         let renamed = others.into_iter().filter(|other| !is_copy(other)).collect();
         Ok(Contents { records: parents_first(records), renamed, damaged })
     }
 
-    /// One record, by which files are removed, merged or brought back: an error where others could have written it.
+    /// One record, by which files are removed, merged or brought back: an error where others could
+    /// have written it.
     pub fn read_to_use(&self, name: &str) -> Result<Record> {
         check_owner(&self.directory)?;
         self.read(name)
@@ -208,20 +239,29 @@ impl Store {
             Unread::NotOurs(error) | Unread::Damaged(error) => error,
         })?;
         if record.name != name {
-            fail!(InvalidDomainSnapshot, "'{}' is the metadata of '{}'", self.record_path(name).display(), record.name);
+            fail!(
+                InvalidDomainSnapshot,
+                "'{}' is the metadata of '{}'",
+                self.record_path(name).display(),
+                record.name
+            );
         }
         Ok(record)
     }
 
     fn read_file(&self, name: &str) -> std::result::Result<Record, Unread> {
         let path = self.record_path(name);
-        let damaged = |code, reason: &str| Error::new(code, format!("'{}': {reason}", path.display()));
+        let damaged =
+            |code, reason: &str| Error::new(code, format!("'{}': {reason}", path.display()));
         let text = match read_trusted(&path) {
             Ok(text) => text,
             Err(error) if error.kind() == ErrorKind::NotFound => {
                 return Err(Unread::NotOurs(Error::new(
                     Code::NoDomainSnapshot,
-                    format!("no domain snapshot with matching name '{name}' in '{}'", self.directory.display()),
+                    format!(
+                        "no domain snapshot with matching name '{name}' in '{}'",
+                        self.directory.display()
+                    ),
                 )));
             }
             // What is no file, or somebody else's.
@@ -232,7 +272,10 @@ impl Store {
                 )));
             }
             Err(error) => {
-                return Err(Unread::Damaged(Error::system(format!("cannot read '{}'", path.display()), error)));
+                return Err(Unread::Damaged(Error::system(
+                    format!("cannot read '{}'", path.display()),
+                    error,
+                )));
             }
         };
         let Ok(text) = String::from_utf8(text) else {
@@ -242,7 +285,11 @@ impl Store {
         Record::parse(&text).map_err(|error| {
             let error = damaged(error.code, &error.message);
             // XML that is whole and something else was never a record.
-            if xml::is_another(&text, "domainsnapshot") { Unread::NotOurs(error) } else { Unread::Damaged(error) }
+            if xml::is_another(&text, "domainsnapshot") {
+                Unread::NotOurs(error)
+            } else {
+                Unread::Damaged(error)
+            }
         })
     }
 
@@ -266,12 +313,15 @@ impl Store {
         self.write_current(Some(name))
     }
 
-    /// Forgets a snapshot: its children become its parent's, and where it was current, its parent is.
+    /// Forgets a snapshot: its children become its parent's, and where it was current, its parent
+    /// is.
     pub fn forget(&self, name: &str) -> Result<()> {
         let _lock = self.lock()?;
         let record = self.read(name)?;
         let parent = record.parent.filter(|parent| parent != name);
-        for mut child in self.list()?.into_iter().filter(|child| child.parent.as_deref() == Some(name)) {
+        for mut child in
+            self.list()?.into_iter().filter(|child| child.parent.as_deref() == Some(name))
+        {
             child.parent.clone_from(&parent);
             self.write(&self.record_path(&child.name), child.to_xml().as_bytes(), true)?;
         }
@@ -293,7 +343,8 @@ impl Store {
         self.write(&self.path(".current"), name.unwrap_or_default().as_bytes(), true)
     }
 
-    /// Writes a file so that at any moment, a crash included, the old or the new one is there, whole.
+    /// Writes a file so that at any moment, a crash included, the old or the new one is there,
+    /// whole.
     fn write(&self, path: &Path, content: &[u8], replace: bool) -> Result<()> {
         let write = || -> io::Result<()> {
             let mut file = NamedTempFile::new_in(&self.directory)?;
@@ -324,14 +375,19 @@ impl Store {
             match flock(&lock, FlockOperation::NonBlockingLockExclusive) {
                 Ok(()) => break,
                 Err(Errno::INTR) => {}
-                Err(Errno::WOULDBLOCK) if deadline.left().is_some() => std::thread::sleep(Duration::from_millis(2)),
+                Err(Errno::WOULDBLOCK) if deadline.left().is_some() => {
+                    std::thread::sleep(Duration::from_millis(2))
+                }
                 Err(Errno::WOULDBLOCK) => fail!(
                     OperationTimeout,
-                    "the state directory is locked ('{}'), by a process that was stopped or killed while it changed it, or by a \
-                     child of that: end it (`fuser` names it), and try again",
+                    "the state directory is locked ('{}'), by a process that was stopped or killed \
+                     while it changed it, or by a child of that: end it (`fuser` names it), and \
+                     try again",
                     path.display()
                 ),
-                Err(error) => return Err(Error::system(format!("cannot lock '{}'", path.display()), error)),
+                Err(error) => {
+                    return Err(Error::system(format!("cannot lock '{}'", path.display()), error));
+                }
             }
         }
         Ok(Lock(lock))
@@ -360,55 +416,63 @@ enum Unread {
     Damaged(Error),
 }
 
-/// As sshd has it of its users' files: nobody may write to the directory whom this process does not trust anyway.
+/// As sshd has it of its users' files: nobody may write to the directory whom this process does not
+/// trust anyway.
 fn check_owner(directory: &Path) -> Result<()> {
     const GROUP_WRITES: u32 = 0o020;
     const OTHERS_WRITE: u32 = 0o002;
     const STICKY: u32 = 0o1000;
     let shown = directory.display();
-    let metadata = directory
-        .metadata()
-        .map_err(|error| Error::system(format!("cannot look at the state directory '{shown}'"), error))?;
+    let metadata = directory.metadata().map_err(|error| {
+        Error::system(format!("cannot look at the state directory '{shown}'"), error)
+    })?;
     if !sys::is_trusted(metadata.uid()) {
         fail!(
             AccessDenied,
-            "the state directory '{shown}' belongs to user {}, and this is user {}: files that its records name are removed \
-             with the rights of this process; work as that user, or take the directory over (chown {} '{shown}')",
+            "the state directory '{shown}' belongs to user {}, and this is user {}: files that its \
+             records name are removed with the rights of this process; work as that user, or take \
+             the directory over (chown {} '{shown}')",
             metadata.uid(),
             sys::user(),
             sys::user()
         );
     }
     let mode = metadata.mode();
-    let written = mode & OTHERS_WRITE != 0 || mode & GROUP_WRITES != 0 && !is_of_private_group(directory, &metadata);
+    let written = mode & OTHERS_WRITE != 0
+        || mode & GROUP_WRITES != 0 && !is_of_private_group(directory, &metadata);
     // In a sticky one others can only add files, and theirs are passed over.
     if written && mode & STICKY == 0 {
         fail!(
             AccessDenied,
-            "other users may write to the state directory '{shown}' (its mode is {:04o}), and could have any file removed by \
-             its records: chmod go-w '{shown}'",
+            "other users may write to the state directory '{shown}' (its mode is {:04o}), and \
+             could have any file removed by its records: chmod go-w '{shown}'",
             mode & 0o7777
         );
     }
     Ok(())
 }
 
-/// Whether the group that may write to a directory is its owner alone: the group that many systems give each user, whose
-/// umask is 002 then. An access control list can let others write by the same bit.
+/// Whether the group that may write to a directory is its owner alone: the group that many systems
+/// give each user, whose umask is 002 then. An access control list can let others write by the same
+/// bit.
 fn is_of_private_group(directory: &Path, metadata: &Metadata) -> bool {
     let (user, group) = (metadata.uid(), metadata.gid());
     let own = user == sys::user() && group == rustix::process::getegid().as_raw();
     if user != group && !own {
         return false;
     }
-    let has_acl = rustix::fs::getxattr(directory, c"system.posix_acl_access", &mut [0_u8; 0][..]).is_ok();
-    let [users, groups] = ["/etc/passwd", "/etc/group"].map(|path| std::fs::read_to_string(path).unwrap_or_default());
+    let has_acl =
+        rustix::fs::getxattr(directory, c"system.posix_acl_access", &mut [0_u8; 0][..]).is_ok();
+    let [users, groups] =
+        ["/etc/passwd", "/etc/group"].map(|path| std::fs::read_to_string(path).unwrap_or_default());
     !has_acl && !is_shared(user, group, &users, &groups)
 }
 
-/// Whether users other than this one are known to be in a group, by the lines of passwd(5) and group(5).
+/// Whether users other than this one are known to be in a group, by the lines of passwd(5) and
+/// group(5).
 fn is_shared(user: u32, group: u32, users: &str, groups: &str) -> bool {
-    let is = |field: Option<&&str>, number: u32| field.is_some_and(|field| field.parse() == Ok(number));
+    let is =
+        |field: Option<&&str>, number: u32| field.is_some_and(|field| field.parse() == Ok(number));
     let fields = |line| str::split(line, ':').collect::<Vec<_>>();
     let users: Vec<Vec<&str>> = users.lines().map(fields).collect();
     let is_user = |name: &str| users.iter().any(|known| known[0] == name && is(known.get(2), user));
@@ -435,13 +499,14 @@ fn is_at(file: &File, path: &Path) -> bool {
     }
 }
 
-/// Snapshots of one second are in the order of their names; a parent still comes before its child. Where parents form a circle
-/// (an edited file), its oldest has none.
+/// Snapshots of one second are in the order of their names; a parent still comes before its child.
+/// Where parents form a circle (an edited file), its oldest has none.
 fn parents_first(mut left: Vec<Record>) -> Vec<Record> {
     let mut names: HashSet<String> = left.iter().map(|record| record.name.clone()).collect();
     let mut sorted: Vec<Record> = Vec::with_capacity(left.len());
     while !left.is_empty() {
-        let waits = |record: &Record| record.parent.as_ref().is_some_and(|parent| names.contains(parent));
+        let waits =
+            |record: &Record| record.parent.as_ref().is_some_and(|parent| names.contains(parent));
         let next = left.iter().position(|record| !waits(record));
         let mut record = left.remove(next.unwrap_or(0));
         if next.is_none() {
@@ -459,7 +524,8 @@ mod tests {
 
     #[test]
     fn a_group_is_shared_where_another_user_has_it_or_is_a_member() {
-        let users = "root:x:0:0::/root:/bin/sh\nann:x:1000:1000::/:/bin/sh\nbob:x:1001:100::/:/bin/sh\n";
+        let users =
+            "root:x:0:0::/root:/bin/sh\nann:x:1000:1000::/:/bin/sh\nbob:x:1001:100::/:/bin/sh\n";
         assert!(!is_shared(1000, 1000, users, "ann:x:1000:\nusers:x:100:bob\n"));
         assert!(!is_shared(1000, 1000, users, "ann:x:1000:ann\n"));
         assert!(is_shared(1000, 1000, users, "ann:x:1000:ann,bob\n"));

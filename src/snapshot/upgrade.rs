@@ -1,6 +1,7 @@
 //! Which LIVE snapshots can be INSTANT ones, for programs that do not know of them.
 //!
-//! The library for LD_PRELOAD in clients has this file too: the rules are the same there and in the daemon.
+//! The library for LD_PRELOAD in clients has this file too: the rules are the same there and in the
+//! daemon.
 
 use super::xml;
 use crate::error::Code;
@@ -11,16 +12,20 @@ pub fn is_live(flags: u32) -> bool {
     flags & (LIVE | INSTANT | DISK_ONLY | REDEFINE) == LIVE
 }
 
-/// `<memory file=>` with `snapshot='external'`, which a file implies. False where it cannot be read: libvirt shall say why.
+/// `<memory file=>` with `snapshot='external'`, which a file implies. False where it cannot be
+/// read: libvirt shall say why.
 pub fn memory_goes_to_a_file(text: &str) -> bool {
     let Ok(document) = xml::parse(text, "domainsnapshot", &xml::GIVEN) else { return false };
     xml::child(document.root_element(), "memory").is_some_and(|memory| {
-        matches!((memory.attribute("snapshot"), memory.attribute("file")), (None | Some("external"), Some(_)))
+        matches!(
+            (memory.attribute("snapshot"), memory.attribute("file")),
+            (None | Some("external"), Some(_))
+        )
     })
 }
 
-/// What instantsnap says before it has touched anything: it cannot, it may not, or does not understand the request, which a
-/// newer libvirt may. Then the snapshot is libvirt's own after all.
+/// What instantsnap says before it has touched anything: it cannot, it may not, or does not
+/// understand the request, which a newer libvirt may. Then the snapshot is libvirt's own after all.
 pub fn is_refusal(code: i32) -> bool {
     const REFUSALS: [Code; 9] = [
         Code::OperationUnsupported,

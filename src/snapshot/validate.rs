@@ -8,10 +8,14 @@ use crate::tool::Tool;
 /// Where libvirt installs it.
 const SCHEMA: &str = "/usr/share/libvirt/schemas/domainsnapshot.rng";
 
-/// An error where `xml` is not what the schema of `<domainsnapshot>` says. It is checked by xmllint.
+/// An error where `xml` is not what the schema of `<domainsnapshot>` says. It is checked by
+/// xmllint.
 pub fn validate(xml: &str) -> Result<()> {
     if !Path::new(SCHEMA).exists() {
-        fail!(OperationUnsupported, "flag 'VIR_DOMAIN_SNAPSHOT_CREATE_VALIDATE' needs libvirt's schema '{SCHEMA}'");
+        fail!(
+            OperationUnsupported,
+            "flag 'VIR_DOMAIN_SNAPSHOT_CREATE_VALIDATE' needs libvirt's schema '{SCHEMA}'"
+        );
     }
     let step = |error: std::io::Error| Error::system("cannot write the XML to be validated", error);
     let file = tempfile::NamedTempFile::new().map_err(step)?;
@@ -26,6 +30,9 @@ pub fn validate(xml: &str) -> Result<()> {
         // Its file is nobody else's; its last line says only that it failed.
         let lines = reason.lines().filter(|line| !line.ends_with(" fails to validate"));
         let reason = lines.map(|line| line.replace(&path, "XML")).collect::<Vec<_>>().join("; ");
-        Error::new(Code::XmlInvalidSchema, format!("XML document failed to validate against schema: {reason}"))
+        Error::new(
+            Code::XmlInvalidSchema,
+            format!("XML document failed to validate against schema: {reason}"),
+        )
     })
 }

@@ -1,4 +1,5 @@
-//! Reading XML safely: bounded in every way, no DTD (thus no entities), and a few words for walking the tree.
+//! Reading XML safely: bounded in every way, no DTD (thus no entities), and a few words for walking
+//! the tree.
 
 use roxmltree::{Document, Node, ParsingOptions};
 
@@ -9,7 +10,8 @@ use crate::error::{Code, Error, Result, fail};
 pub struct Limits {
     bytes: usize,
     nodes: u32,
-    /// The parser compares every declaration with every other of the elements around it, and each time again.
+    /// The parser compares every declaration with every other of the elements around it, and each
+    /// time again.
     namespaces: usize,
     /// The parser compares every attribute of an element with every other.
     attributes: usize,
@@ -23,16 +25,20 @@ impl Limits {
 }
 
 /// What comes from outside: more than any XML that libvirt writes.
-pub const GIVEN: Limits = Limits { bytes: 8 << 20, nodes: 1 << 20, namespaces: 256, attributes: 1000 };
+pub const GIVEN: Limits =
+    Limits { bytes: 8 << 20, nodes: 1 << 20, namespaces: 256, attributes: 1000 };
 /// What we wrote ourselves: whatever was accepted, with its texts escaped, and some more.
-pub const RECORDED: Limits = Limits { bytes: 128 << 20, nodes: 2 << 20, namespaces: 512, attributes: 1000 };
+pub const RECORDED: Limits =
+    Limits { bytes: 128 << 20, nodes: 2 << 20, namespaces: 512, attributes: 1000 };
 
 /// Parses `text`, whose root must be `root`.
 pub fn parse<'a>(text: &'a str, root: &str, limits: &Limits) -> Result<Document<'a>> {
     check_limits(text, root, limits)?;
-    let options = ParsingOptions { allow_dtd: false, nodes_limit: limits.nodes, ..ParsingOptions::default() };
-    let document = Document::parse_with_options(text, options)
-        .map_err(|error| Error::new(Code::XmlDetail, format!("cannot parse <{root}> XML: {error}")))?;
+    let options =
+        ParsingOptions { allow_dtd: false, nodes_limit: limits.nodes, ..ParsingOptions::default() };
+    let document = Document::parse_with_options(text, options).map_err(|error| {
+        Error::new(Code::XmlDetail, format!("cannot parse <{root}> XML: {error}"))
+    })?;
     let found = document.root_element().tag_name().name();
     if found != root {
         fail!(XmlError, "unexpected root element <{found}>, expecting <{root}>");
@@ -61,8 +67,12 @@ fn check_limits(text: &str, root: &str, limits: &Limits) -> Result<()> {
     }
     // The next tag begins with the next `<`, which no attribute can hold.
     let is_value = |rest: &&str| rest.trim_start().starts_with(['\'', '"']);
-    if text.split('<').any(|tag| tag.split('=').skip(1).filter(is_value).nth(attributes).is_some()) {
-        fail!(XmlDetail, "<{root}> XML has too many attributes, at most {attributes} of an element are accepted");
+    if text.split('<').any(|tag| tag.split('=').skip(1).filter(is_value).nth(attributes).is_some())
+    {
+        fail!(
+            XmlDetail,
+            "<{root}> XML has too many attributes, at most {attributes} of an element are accepted"
+        );
     }
     Ok(())
 }

@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * A driver for the tests of the other ways in: one thread, a lock of its own that must be held in each callback, and QEMU's
- * monitor, which it has during an operation only. tests/common/way.rs loads it.
+ * A driver for the tests of the other ways in: one thread, a lock of its own that must be held in
+ * each callback, and QEMU's monitor, which it has during an operation only. tests/common/way.rs
+ * loads it.
  */
 #define _GNU_SOURCE
 #include <errno.h>

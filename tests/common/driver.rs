@@ -1,4 +1,5 @@
-//! A driver in Rust: during an operation it has QEMU's monitor to itself, and it fails when a test says so.
+//! A driver in Rust: during an operation it has QEMU's monitor to itself, and it fails when a test
+//! says so.
 
 use std::os::fd::BorrowedFd;
 use std::path::PathBuf;
@@ -75,7 +76,8 @@ impl Driver for TestDriver {
             return Err(": not today".into());
         }
         let command: Value = serde_json::from_str(command).unwrap();
-        let (name, arguments) = (command["execute"].as_str().unwrap(), command["arguments"].clone());
+        let (name, arguments) =
+            (command["execute"].as_str().unwrap(), command["arguments"].clone());
         let result = self.with(|client| match fd {
             Some(fd) => client.execute_with_fd(name, arguments, fd),
             None => client.execute(name, arguments),
@@ -153,7 +155,9 @@ impl Driver for TestDriver {
 
     fn take_events(&self) -> Vec<Event> {
         let event = |event: instantsnap_testkit::Event| {
-            Event::read(&json!({ "event": event.name, "timestamp": { "microseconds": event.timestamp_us } }))
+            Event::read(
+                &json!({ "event": event.name, "timestamp": { "microseconds": event.timestamp_us } }),
+            )
         };
         self.with(Client::events).into_iter().filter_map(event).collect()
     }

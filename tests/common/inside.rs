@@ -15,7 +15,8 @@ pub const INSTANT: u32 = 0x500;
 pub const LIVE: u32 = 0x100;
 
 /// What a [`Subject::client`] says to take a snapshot of XML and flags.
-pub const CREATE: &str = "attempt(lambda: domain.snapshotCreateXML(sys.argv[3], int(sys.argv[4])).getName())";
+pub const CREATE: &str =
+    "attempt(lambda: domain.snapshotCreateXML(sys.argv[3], int(sys.argv[4])).getName())";
 
 /// The library under test: cargo has put it where it has put this program.
 pub fn library() -> PathBuf {
@@ -63,7 +64,9 @@ impl Subject {
     /// Starts a machine, and waits until it counts.
     pub fn start(machine: &Machine, daemon: &Daemon) -> Subject {
         static STARTED: AtomicU32 = AtomicU32::new(0);
-        let directory = daemon.directory().join(format!("guests/m-{}", STARTED.fetch_add(1, Ordering::Relaxed)));
+        let directory = daemon
+            .directory()
+            .join(format!("guests/m-{}", STARTED.fetch_add(1, Ordering::Relaxed)));
         std::fs::create_dir(&directory).unwrap();
         daemon.give(&directory);
         let monitor = directory.join("m.sock");
@@ -86,23 +89,32 @@ impl Subject {
     /// `<domainsnapshot>` with a name and a memory image.
     pub fn xml(&self, name: &str) -> String {
         format!(
-            "<domainsnapshot><name>{name}</name><memory snapshot='external' file='{}'/></domainsnapshot>",
+            "<domainsnapshot><name>{name}</name><memory snapshot='external' \
+             file='{}'/></domainsnapshot>",
             self.memory(name).display()
         )
     }
 
-    /// An unmodified python3-libvirt (or that of the Python that INSTANTSNAP_TEST_PYTHON names) with `domain`, and `attempt` for
-    /// the call whose result or error is wanted.
+    /// An unmodified python3-libvirt (or that of the Python that INSTANTSNAP_TEST_PYTHON names)
+    /// with `domain`, and `attempt` for the call whose result or error is wanted.
     pub fn client(&self, script: &str, args: &[&str]) -> Command {
         self.client_of(&self.guest.daemon().uri(), script, args)
     }
 
     /// The same by another URI.
     pub fn client_of(&self, uri: &str, script: &str, args: &[&str]) -> Command {
-        let python = std::env::var_os("INSTANTSNAP_TEST_PYTHON").unwrap_or_else(|| "/usr/bin/python3".into());
+        let python = std::env::var_os("INSTANTSNAP_TEST_PYTHON")
+            .unwrap_or_else(|| "/usr/bin/python3".into());
         let mut command = Command::new(python);
-        command.arg("-c").arg(format!("{PRELUDE}{script}")).args([uri, self.guest.name()]).args(args);
-        command.env_clear().envs([("LC_ALL", "C"), ("PATH", "/usr/bin:/bin")]).env("HOME", "/nonexistent");
+        command
+            .arg("-c")
+            .arg(format!("{PRELUDE}{script}"))
+            .args([uri, self.guest.name()])
+            .args(args);
+        command
+            .env_clear()
+            .envs([("LC_ALL", "C"), ("PATH", "/usr/bin:/bin")])
+            .env("HOME", "/nonexistent");
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         command
     }
@@ -130,16 +142,22 @@ impl Subject {
 
     /// Calls a method of a snapshot.
     pub fn on_snapshot(&self, name: &str, call: &str) -> Result<String, Refused> {
-        let script = format!("attempt(lambda: str(domain.snapshotLookupByName(sys.argv[3]).{call}))");
+        let script =
+            format!("attempt(lambda: str(domain.snapshotLookupByName(sys.argv[3]).{call}))");
         answer(self.client(&script, &[name]).output().unwrap())
     }
 
     /// What libvirt has recorded.
     pub fn snapshots(&self) -> Vec<String> {
-        self.guest.virsh("snapshot-list", &["--name", "--topological"]).split_whitespace().map(str::to_owned).collect()
+        self.guest
+            .virsh("snapshot-list", &["--name", "--topological"])
+            .split_whitespace()
+            .map(str::to_owned)
+            .collect()
     }
 
-    /// Waits until memory is being drained, and slows that down so that it does not end before [`Slowed`] is dropped.
+    /// Waits until memory is being drained, and slows that down so that it does not end before
+    /// [`Slowed`] is dropped.
     pub fn slow_down(&self, name: &str) -> Slowed {
         self.try_slow_down(name).unwrap_or_else(|why| self.guest.fail(&why))
     }
@@ -154,7 +172,8 @@ impl Subject {
             (written > 128 << 10).then_some(())
         })
         .ok_or("no memory is being saved")?;
-        let parameters = control.execute("query-migrate-parameters", serde_json::json!({})).unwrap();
+        let parameters =
+            control.execute("query-migrate-parameters", serde_json::json!({})).unwrap();
         limit(&mut control, 4096);
         let status = control.execute("query-migrate", serde_json::json!({})).unwrap();
         let slowed = Slowed { control, before: parameters["max-bandwidth"].as_u64().unwrap() };
@@ -178,15 +197,17 @@ impl Subject {
         .unwrap_or_else(|| self.guest.fail("the memory image does not become complete"));
     }
 
-    /// Brings a snapshot back in a daemon without the library, and checks that memory, disks and serial line are of one moment:
-    /// the clone verifies every page and every disk within one tick, so it must tick on.
+    /// Brings a snapshot back in a daemon without the library, and checks that memory, disks and
+    /// serial line are of one moment: the clone verifies every page and every disk within one tick,
+    /// so it must tick on.
     pub fn bring_back(&self, name: &str, clones: &Daemon) -> Guest {
         let clone = clones.restore(&self.guest, &self.memory(name));
         clone.wait_ticks(5);
         clone
     }
 
-    /// Whether an instant snapshot of it was taken, or tried: libvirt marks a domain whose QEMU is told things past it.
+    /// Whether an instant snapshot of it was taken, or tried: libvirt marks a domain whose QEMU is
+    /// told things past it.
     pub fn was_instant(&self) -> bool {
         self.guest.virsh("dominfo", &[]).contains("custom monitor")
     }
@@ -207,15 +228,18 @@ impl Drop for Slowed {
 }
 
 fn limit(control: &mut Client, bytes: u64) {
-    control.execute("migrate-set-parameters", serde_json::json!({ "max-bandwidth": bytes })).unwrap();
+    control
+        .execute("migrate-set-parameters", serde_json::json!({ "max-bandwidth": bytes }))
+        .unwrap();
 }
 
 /// What a client got.
 #[track_caller]
 pub fn answer(output: Output) -> Result<String, Refused> {
-    let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
-    let value: serde_json::Value =
-        serde_json::from_str(out.trim()).unwrap_or_else(|_| panic!("{}: {out}{err}", output.status));
+    let (out, err) =
+        (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    let value: serde_json::Value = serde_json::from_str(out.trim())
+        .unwrap_or_else(|_| panic!("{}: {out}{err}", output.status));
     match output.status.code() {
         Some(0) => Ok(value.as_str().unwrap_or_default().to_owned()),
         _ => Err(Refused {

@@ -80,7 +80,13 @@ impl Opened {
     }
 
     /// Starts a job.
-    pub fn start_job(&self, xml: &str, flags: u32, listener: Listener, returns: Returns) -> Result<Job, Error> {
+    pub fn start_job(
+        &self,
+        xml: &str,
+        flags: u32,
+        listener: Listener,
+        returns: Returns,
+    ) -> Result<Job, Error> {
         self.handle.start(xml, flags, Box::new(listener), returns)
     }
 }
@@ -92,7 +98,8 @@ pub fn steps(events: &[Event]) -> Vec<What> {
 
 /// Whether a job's descriptor can be read within that time.
 pub fn readable(job: &Job, within: Duration) -> bool {
-    let within = Timespec { tv_sec: within.as_secs() as i64, tv_nsec: within.subsec_nanos().into() };
+    let within =
+        Timespec { tv_sec: within.as_secs() as i64, tv_nsec: within.subsec_nanos().into() };
     let mut fds = [PollFd::from_borrowed_fd(job.readable(), PollFlags::IN)];
     poll(&mut fds, Some(&within)).unwrap() > 0
 }
@@ -123,14 +130,17 @@ pub struct Slow<'a> {
 }
 
 impl Slow<'_> {
-    /// QEMU begins a background snapshot without a limit: the listener, which is told of the instant, sets it then.
+    /// QEMU begins a background snapshot without a limit: the listener, which is told of the
+    /// instant, sets it then.
     pub fn down(guest: &Guest, bytes_per_second: u64, listener: Listener) -> (Slow<'_>, Listener) {
         let parameters = guest.control().execute("query-migrate-parameters", json!({})).unwrap();
         let slow = Slow { guest, before: parameters["max-bandwidth"].clone() };
         let control = guest.directory().join("control.sock");
         let set = move || {
             let mut control = Client::connect(&control).unwrap();
-            control.execute("migrate-set-parameters", json!({ "max-bandwidth": bytes_per_second })).unwrap();
+            control
+                .execute("migrate-set-parameters", json!({ "max-bandwidth": bytes_per_second }))
+                .unwrap();
         };
         (slow, Listener { at_instant: Some(Box::new(set)), ..listener })
     }

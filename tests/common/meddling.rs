@@ -59,7 +59,10 @@ impl When {
     pub fn random(random: &mut Random, phase: Phase, longest: Duration) -> When {
         match random.below(2) {
             0 => When::In(phase),
-            _ => When::After(phase, Duration::from_micros(random.below(longest.as_micros() as usize) as u64)),
+            _ => When::After(
+                phase,
+                Duration::from_micros(random.below(longest.as_micros() as usize) as u64),
+            ),
         }
     }
 
@@ -167,7 +170,8 @@ pub fn rounds(
     let seed = seed();
     eprintln!("seed {seed}");
     let asked = std::env::var("INSTANTSNAP_TEST_ROUNDS").ok();
-    let asked: Option<usize> = asked.map(|rounds| rounds.parse().expect("INSTANTSNAP_TEST_ROUNDS is a number"));
+    let asked: Option<usize> =
+        asked.map(|rounds| rounds.parse().expect("INSTANTSNAP_TEST_ROUNDS is a number"));
     let (long, begin, taken) = (thorough(), Instant::now(), AtomicUsize::new(0));
     let rounds = if long { extent.rounds } else { extent.rounds_short };
     let goal = asked.unwrap_or(if long { extent.snapshots } else { 1 });
@@ -177,9 +181,11 @@ pub fn rounds(
             scope.spawn(move || {
                 let seed = seed.wrapping_add(number as u64);
                 for guest in 0.. {
-                    // The short run has one guest of each QEMU, however soon the other one is ready.
+                    // The short run has one guest of each QEMU, however soon the other one is
+                    // ready.
                     let first = guest == 0;
-                    let enough = taken.load(Ordering::Relaxed) >= goal || begin.elapsed() > extent.time;
+                    let enough =
+                        taken.load(Ordering::Relaxed) >= goal || begin.elapsed() > extent.time;
                     if enough && !first {
                         break;
                     }

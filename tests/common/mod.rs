@@ -1,4 +1,5 @@
-//! What several tests need: the library on a guest of the kit, and a snapshot brought back and checked.
+//! What several tests need: the library on a guest of the kit, and a snapshot brought back and
+//! checked.
 
 #![allow(dead_code)] // Each test program uses its own part.
 
@@ -89,8 +90,9 @@ impl Opened {
         }
     }
 
-    /// Brings a snapshot back in a new QEMU, and checks that memory, disks and serial line are of one moment: the clone
-    /// verifies every page and every disk within one tick, so it must tick on. Returns it, and the first number it says.
+    /// Brings a snapshot back in a new QEMU, and checks that memory, disks and serial line are of
+    /// one moment: the clone verifies every page and every disk within one tick, so it must tick
+    /// on. Returns it, and the first number it says.
     pub fn bring_back(&self, name: &str) -> (Opened, u32) {
         let clone = self.start_clone(name);
         clone.handle.load(name, 0).unwrap_or_else(|error| clone.guest.fail(&error.message));
@@ -102,7 +104,8 @@ impl Opened {
     /// A QEMU that waits for the memory of a snapshot.
     pub fn start_clone(&self, name: &str) -> Opened {
         let plan = prepare_revert(&self.state_dir(), name, None).unwrap();
-        let disks: Vec<_> = plan.disks.iter().map(|disk| (disk.file.clone(), Format::Qcow2)).collect();
+        let disks: Vec<_> =
+            plan.disks.iter().map(|disk| (disk.file.clone(), Format::Qcow2)).collect();
         let guest = self.guest.machine().for_revert(&disks).start();
         let handle = way::open_guest(&guest, &guest.qmp(), None, &self.state_dir()).unwrap();
         Opened { handle, guest }
@@ -127,8 +130,8 @@ impl Opened {
 }
 
 impl Opened {
-    /// Takes a snapshot that must fail, with this code and all of these in its message, and asserts that nothing is left of
-    /// it: QEMU is as it was, and the guest counts on.
+    /// Takes a snapshot that must fail, with this code and all of these in its message, and asserts
+    /// that nothing is left of it: QEMU is as it was, and the guest counts on.
     #[track_caller]
     pub fn assert_fails(&self, xml: &str, flags: u32, code: Code, parts: &[&str]) -> Error {
         self.assert_fails_observed(xml, flags, &mut (), code, parts)
@@ -154,8 +157,8 @@ impl Opened {
         error
     }
 
-    /// Asserts that the guest is none the worse for what it went through: it finds each of its sectors as it left it, a
-    /// snapshot of it succeeds, and can be brought back.
+    /// Asserts that the guest is none the worse for what it went through: it finds each of its
+    /// sectors as it left it, a snapshot of it succeeds, and can be brought back.
     #[track_caller]
     pub fn assert_well(&self) {
         self.guest.wait_ticks(ALL_SECTORS);
@@ -165,7 +168,8 @@ impl Opened {
     }
 }
 
-/// A machine that counts, opened through a proxy. The guest must outlive the proxy, as it does in `let (opened, proxy)`.
+/// A machine that counts, opened through a proxy. The guest must outlive the proxy, as it does in
+/// `let (opened, proxy)`.
 pub fn through_proxy(machine: &Machine) -> (Opened, Proxy) {
     let guest = machine.start();
     guest.wait_ticks(2);
@@ -198,7 +202,8 @@ impl Trace {
     }
 }
 
-/// Asserts that nothing is left of a failed attempt. What QEMU closes or the kernel frees a moment later is waited for.
+/// Asserts that nothing is left of a failed attempt. What QEMU closes or the kernel frees a moment
+/// later is waited for.
 #[track_caller]
 pub fn assert_untouched(opened: &Opened, before: &Trace) {
     let after = instantsnap_testkit::wait_for(Duration::from_secs(10), || {
@@ -242,8 +247,9 @@ pub fn named(name: &str) -> String {
 
 /// A machine with so many disks, raw and qcow2 in turn.
 pub fn machine(binary: &'static Binary, disks: usize) -> Machine {
-    (0..disks)
-        .fold(Machine::new(binary), |machine, n| machine.disk(if n % 2 == 0 { Format::Raw } else { Format::Qcow2 }))
+    (0..disks).fold(Machine::new(binary), |machine, n| {
+        machine.disk(if n % 2 == 0 { Format::Raw } else { Format::Qcow2 })
+    })
 }
 
 /// An observer that does something when a phase begins.
@@ -297,19 +303,29 @@ impl Opened {
 pub fn block_of(guest: &Guest, device: &str) -> serde_json::Value {
     let blocks = guest.control().execute("query-block", serde_json::json!({})).unwrap();
     let mut blocks = blocks.as_array().unwrap().iter();
-    let own = |block: &&serde_json::Value| block["qdev"].as_str().is_some_and(|qdev| qdev.contains(device));
+    let own = |block: &&serde_json::Value| {
+        block["qdev"].as_str().is_some_and(|qdev| qdev.contains(device))
+    };
     blocks.find(own).unwrap_or_else(|| panic!("no {device}")).clone()
 }
 
 /// Command, or panics with what it says.
 #[track_caller]
 pub fn run(program: &str, args: &[&str]) -> String {
-    let output = std::process::Command::new(program).args(args).output().unwrap_or_else(|e| panic!("{program}: {e}"));
-    assert!(output.status.success(), "{program} {args:?}: {}", String::from_utf8_lossy(&output.stderr));
+    let output = std::process::Command::new(program)
+        .args(args)
+        .output()
+        .unwrap_or_else(|e| panic!("{program}: {e}"));
+    assert!(
+        output.status.success(),
+        "{program} {args:?}: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
     String::from_utf8(output.stdout).unwrap()
 }
 
-/// Runs a test in a process of its own, for the environment is the process's; whether this is that one.
+/// Runs a test in a process of its own, for the environment is the process's; whether this is that
+/// one.
 pub fn is_own_process(test: &str) -> bool {
     const CHILD: &str = "INSTANTSNAP_TEST_CHILD";
     if std::env::var_os(CHILD).is_some() {
@@ -320,7 +336,9 @@ pub fn is_own_process(test: &str) -> bool {
         .env(CHILD, "1")
         .output()
         .unwrap();
-    let said = [&child.stdout, &child.stderr].map(|said| String::from_utf8_lossy(said).into_owned()).concat();
+    let said = [&child.stdout, &child.stderr]
+        .map(|said| String::from_utf8_lossy(said).into_owned())
+        .concat();
     assert!(child.status.success() && said.contains("1 passed"), "{said}");
     false
 }
@@ -331,17 +349,26 @@ pub fn path_with_qemu_img(directory: &Path, script: &str) -> std::ffi::OsString 
     std::fs::write(&file, script).unwrap();
     std::fs::set_permissions(&file, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
     let path = std::env::var_os("PATH").unwrap();
-    std::env::join_paths([directory.to_owned()].into_iter().chain(std::env::split_paths(&path))).unwrap()
+    std::env::join_paths([directory.to_owned()].into_iter().chain(std::env::split_paths(&path)))
+        .unwrap()
 }
 
-/// How many pages of a file the kernel has not written yet; `None` where it does not say (Linux before 6.5).
+/// How many pages of a file the kernel has not written yet; `None` where it does not say (Linux
+/// before 6.5).
 pub fn unwritten(file: &str) -> Option<u64> {
     const CACHESTAT: libc::c_long = 451;
     let file = std::fs::File::open(file).unwrap();
     let (range, mut pages) = ([0_u64; 2], [0_u64; 5]);
-    // SAFETY: an open file, a range of it (all), and room for the five numbers of `struct cachestat`.
+    // SAFETY: an open file, a range of it (all), and room for the five numbers of `struct
+    // cachestat`.
     let result = unsafe {
-        libc::syscall(CACHESTAT, std::os::fd::AsRawFd::as_raw_fd(&file), range.as_ptr(), pages.as_mut_ptr(), 0)
+        libc::syscall(
+            CACHESTAT,
+            std::os::fd::AsRawFd::as_raw_fd(&file),
+            range.as_ptr(),
+            pages.as_mut_ptr(),
+            0,
+        )
     };
     (result == 0).then(|| pages[1] + pages[2])
 }
@@ -353,8 +380,11 @@ impl OtherQemu {
     pub fn open(image: &Path, read_only: bool) -> OtherQemu {
         let mut command = std::process::Command::new("qemu-io");
         command.args(["-f", "qcow2"]).args(read_only.then_some("-r")).arg(image);
-        let mut child =
-            command.stdin(std::process::Stdio::piped()).stdout(std::process::Stdio::piped()).spawn().unwrap();
+        let mut child = command
+            .stdin(std::process::Stdio::piped())
+            .stdout(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
         use std::io::Read;
         // It has the image open when it asks for a command.
         let mut prompt = [0; 1];
@@ -376,7 +406,8 @@ pub struct Loop(pub String);
 impl Loop {
     /// None where the machine has none.
     pub fn on(file: &Path) -> Option<Loop> {
-        let output = std::process::Command::new("losetup").args(["--find", "--show"]).arg(file).output();
+        let output =
+            std::process::Command::new("losetup").args(["--find", "--show"]).arg(file).output();
         match output {
             Ok(output) if output.status.success() => {
                 Some(Loop(String::from_utf8(output.stdout).unwrap().trim().to_owned()))

@@ -9,14 +9,19 @@ use tempfile::TempDir;
 
 use super::virt::OpenedDomain;
 
-/// A server of an image, ended when dropped. It lets one client in at a time, as qemu-nbd does if it is told nothing else.
+/// A server of an image, ended when dropped. It lets one client in at a time, as qemu-nbd does if
+/// it is told nothing else.
 pub struct Server(Child);
 
 impl Server {
     /// Serves a raw image as `remote`.
     pub fn start(daemon: &Daemon, image: &Path, socket: &Path) -> Server {
         let mut serve = Command::new("qemu-nbd");
-        serve.args(["-f", "raw", "-t", "-x", "remote", "-k"]).arg(socket).arg(image).stdin(Stdio::null());
+        serve
+            .args(["-f", "raw", "-t", "-x", "remote", "-k"])
+            .arg(socket)
+            .arg(image)
+            .stdin(Stdio::null());
         let server = Server(serve.spawn().unwrap());
         wait_for(DEADLINE, || socket.exists().then_some(())).expect("qemu-nbd does not listen");
         std::os::unix::fs::chown(socket, Some(daemon.user()), Some(daemon.user())).unwrap();
@@ -46,7 +51,10 @@ impl OnServer {
 
     /// The same, with this in the disk's `<source>` too.
     pub fn start_with(daemon: &Daemon, more: &'static str) -> OnServer {
-        let directory = tempfile::Builder::new().prefix("n-").tempdir_in(daemon.directory().join("guests")).unwrap();
+        let directory = tempfile::Builder::new()
+            .prefix("n-")
+            .tempdir_in(daemon.directory().join("guests"))
+            .unwrap();
         let image = directory.path().join("remote.img");
         make_image(&image, Format::Raw, None);
         for path in [directory.path(), &image] {
@@ -54,8 +62,10 @@ impl OnServer {
         }
         let socket = directory.path().join("nbd.sock");
         let server = Server::start(daemon, &image, &socket);
-        let (file, source) = (format!("<source file='{}'/>", image.display()), source(&socket, more));
-        let machine = Machine::new(&Binary::all()[0]).disk(Format::Qcow2).disk_on(&image, Format::Raw);
+        let (file, source) =
+            (format!("<source file='{}'/>", image.display()), source(&socket, more));
+        let machine =
+            Machine::new(&Binary::all()[0]).disk(Format::Qcow2).disk_on(&image, Format::Raw);
         let machine = machine.edit_xml(move |xml| {
             let at = xml.find(&file).expect("the disk's source");
             let (before, after) = xml.split_at(at);
@@ -77,7 +87,10 @@ impl OnServer {
     /// The XML of a snapshot in which the disk has an overlay of that name.
     pub fn xml(&self, name: &str) -> String {
         let overlay = self.overlay(name);
-        let disk = format!("<disk name='vdb' snapshot='external'><source file='{}'/></disk>", overlay.display());
+        let disk = format!(
+            "<disk name='vdb' snapshot='external'><source file='{}'/></disk>",
+            overlay.display()
+        );
         self.opened.xml(name, &format!("<disks>{disk}</disks>"))
     }
 
@@ -103,7 +116,8 @@ impl OnServer {
         for which in [&[][..], &["--inactive"]] {
             let xml = self.guest().virsh("dumpxml", which);
             assert!(
-                xml.contains("<disk type='network'") && xml.contains("<source protocol='nbd' name='remote'"),
+                xml.contains("<disk type='network'")
+                    && xml.contains("<source protocol='nbd' name='remote'"),
                 "{xml}"
             );
         }

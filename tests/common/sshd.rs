@@ -22,8 +22,10 @@ pub struct Sshd {
 impl Sshd {
     /// For clients of this daemon. None where it is not possible: it lets root in, as root.
     pub fn start(daemon: &Daemon) -> Option<Sshd> {
-        let namespaces = Command::new("unshare").args(["--mount", "true"]).stderr(Stdio::null()).status();
-        if !rustix::process::geteuid().is_root() || !namespaces.is_ok_and(|status| status.success()) {
+        let namespaces =
+            Command::new("unshare").args(["--mount", "true"]).stderr(Stdio::null()).status();
+        if !rustix::process::geteuid().is_root() || !namespaces.is_ok_and(|status| status.success())
+        {
             eprintln!("skipped: not root, or no mount namespaces");
             return None;
         }
@@ -37,32 +39,38 @@ impl Sshd {
         for key in ["host", "key"] {
             run("ssh-keygen", &["-q", "-t", "ed25519", "-N", "", "-f", &file(key)]);
         }
-        // Somebody else may take the port before the server does: then it ends, and the test says so.
+        // Somebody else may take the port before the server does: then it ends, and the test says
+        // so.
         let port = TcpListener::bind(("127.0.0.1", 0)).unwrap().local_addr().unwrap().port();
         let server = [
             format!("ListenAddress 127.0.0.1:{port}"),
             format!("HostKey {}", file("host")),
             format!("AuthorizedKeysFile {}", file("key.pub")),
-            "AuthenticationMethods publickey\nPermitRootLogin yes\nStrictModes no\nUsePAM no\nPidFile none\n\
-             LogLevel FATAL\n"
+            "AuthenticationMethods publickey\nPermitRootLogin yes\nStrictModes no\nUsePAM \
+             no\nPidFile none\nLogLevel FATAL\n"
                 .into(),
         ];
         std::fs::write(file("server.conf"), server.join("\n")).unwrap();
         let host = std::fs::read_to_string(file("host.pub")).unwrap();
         std::fs::write(file("known_hosts"), format!("[127.0.0.1]:{port} {host}")).unwrap();
         let client = format!(
-            "UserKnownHostsFile {}\nGlobalKnownHostsFile /dev/null\nStrictHostKeyChecking yes\nIdentityAgent none\n\
-             IdentitiesOnly yes\n",
+            "UserKnownHostsFile {}\nGlobalKnownHostsFile /dev/null\nStrictHostKeyChecking \
+             yes\nIdentityAgent none\nIdentitiesOnly yes\n",
             file("known_hosts")
         );
         std::fs::write(file("client.conf"), client).unwrap();
-        std::fs::write(file("ssh"), format!("#!/bin/sh\nexec ssh -F '{}' \"$@\"\n", file("client.conf"))).unwrap();
+        std::fs::write(
+            file("ssh"),
+            format!("#!/bin/sh\nexec ssh -F '{}' \"$@\"\n", file("client.conf")),
+        )
+        .unwrap();
         std::fs::set_permissions(file("ssh"), Permissions::from_mode(0o755)).unwrap();
-        // It wants a directory of its own, which is not there where no service of the system has made it; and libvirt's helper looks
-        // for the socket of root's daemon. Both are in a /run of its own.
+        // It wants a directory of its own, which is not there where no service of the system has
+        // made it; and libvirt's helper looks for the socket of root's daemon. Both are in a /run
+        // of its own.
         let start = format!(
-            "mount -t tmpfs run /run && mkdir -m 755 /run/sshd /run/libvirt && ln -s \"$1\" /run/libvirt/libvirt-sock && \
-             exec {SERVER} -D -e -f \"$2\""
+            "mount -t tmpfs run /run && mkdir -m 755 /run/sshd /run/libvirt && ln -s \"$1\" \
+             /run/libvirt/libvirt-sock && exec {SERVER} -D -e -f \"$2\""
         );
         let mut command = Command::new("setpriv");
         command.args(["--pdeathsig", "KILL", "unshare", "--mount", "sh", "-c", &start, "sh"]);
@@ -80,7 +88,11 @@ impl Sshd {
     pub fn uri(&self, more: &str) -> String {
         let file = |name: &str| self.directory.join(name).display().to_string();
         let port = self.port;
-        format!("qemu+ssh://root@127.0.0.1:{port}/session?command={}&keyfile={}&{more}", file("ssh"), file("key"))
+        format!(
+            "qemu+ssh://root@127.0.0.1:{port}/session?command={}&keyfile={}&{more}",
+            file("ssh"),
+            file("key")
+        )
     }
 }
 

@@ -1,4 +1,5 @@
-//! A domain with a tree of snapshots, which is reverted and pruned, and what must be true of it after each step.
+//! A domain with a tree of snapshots, which is reverted and pruned, and what must be true of it
+//! after each step.
 
 #![allow(dead_code)] // Each test program uses its own part.
 
@@ -47,7 +48,8 @@ impl Tree {
                 self.opened.guest.virsh("snapshot-create-as", &[name, "--memspec", &memory]);
             }
         }
-        // The guest counts on while its memory is written, and what it has said reaches its log a moment later.
+        // The guest counts on while its memory is written, and what it has said reaches its log a
+        // moment later.
         let after = self.opened.guest.wait_ticks(2);
         self.taken.insert(name.to_owned(), (before, after));
     }
@@ -62,7 +64,8 @@ impl Tree {
         self.opened.revert(name, flags)
     }
 
-    /// Reverts, and looks whether the guest counts on from where the snapshot was taken, memory and disks agreeing.
+    /// Reverts, and looks whether the guest counts on from where the snapshot was taken, memory and
+    /// disks agreeing.
     #[track_caller]
     pub fn revert(&self, name: &str) {
         self.try_revert(name, 0).unwrap_or_else(|error| panic!("revert to {name}: {error}"));
@@ -127,7 +130,8 @@ impl Tree {
     /// Every snapshot can be reverted to, and in any order; then all images are sound.
     #[track_caller]
     pub fn assert_all_can_be_reverted_to(&self) {
-        let names: Vec<String> = domain(&self.opened.guest).snapshots().unwrap().iter().map(|one| one.name()).collect();
+        let names: Vec<String> =
+            domain(&self.opened.guest).snapshots().unwrap().iter().map(|one| one.name()).collect();
         for name in names.iter().chain(names.iter().rev()) {
             self.revert(name);
         }
@@ -155,7 +159,8 @@ impl Tree {
         let images = super::common::files_below(self.opened.guest.directory());
         for image in images.iter().filter(|image| is_qcow2(image)) {
             let output = Command::new("qemu-img").arg("check").arg(image).output().unwrap();
-            let said = [output.stdout, output.stderr].map(|said| String::from_utf8_lossy(&said).into_owned());
+            let said = [output.stdout, output.stderr]
+                .map(|said| String::from_utf8_lossy(&said).into_owned());
             assert!(output.status.success(), "{}: {said:?}", image.display());
         }
     }

@@ -1,7 +1,7 @@
 //! The library on a domain of a private libvirtd, and a snapshot brought back and checked.
 //!
-//! By the other way in (`way.rs`) the library is in that daemon, and only libvirt's plain functions are called. What is asserted
-//! is the same.
+//! By the other way in (`way.rs`) the library is in that daemon, and only libvirt's plain functions
+//! are called. What is asserted is the same.
 
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
@@ -54,7 +54,13 @@ impl OpenedDomain {
         let connector = Arc::new(LibvirtConnector::open(domain(&guest)).unwrap());
         let has_library = by_daemon() && has_mapped(guest.daemon().pid(), &library());
         let (plain, taken) = (has_library.then(|| domain(&guest)), Mutex::default());
-        OpenedDomain { handle: Handle::open_libvirt(Arc::clone(&connector)), connector, guest, plain, taken }
+        OpenedDomain {
+            handle: Handle::open_libvirt(Arc::clone(&connector)),
+            connector,
+            guest,
+            plain,
+            taken,
+        }
     }
 
     /// Where the memory of a snapshot goes.
@@ -65,7 +71,8 @@ impl OpenedDomain {
     /// `<domainsnapshot>` with a name, a memory image, and more.
     pub fn xml(&self, name: &str, more: &str) -> String {
         format!(
-            "<domainsnapshot><name>{name}</name><memory snapshot='external' file='{}'/>{more}</domainsnapshot>",
+            "<domainsnapshot><name>{name}</name><memory snapshot='external' \
+             file='{}'/>{more}</domainsnapshot>",
             self.memory_file(name).display()
         )
     }
@@ -81,13 +88,23 @@ impl OpenedDomain {
     }
 
     /// An instant snapshot with an observer: what it does in a phase's beginning happens then.
-    pub fn snapshot_observed(&self, name: &str, observer: &mut dyn Observer) -> Result<String, Error> {
+    pub fn snapshot_observed(
+        &self,
+        name: &str,
+        observer: &mut dyn Observer,
+    ) -> Result<String, Error> {
         self.create_observed(&self.xml(name, ""), INSTANTLY, observer)
     }
 
-    /// The same for a snapshot of any kind. The daemon tells nobody: by that way in what an observer would look at is not looked
-    /// at. A test that relies on what it does there is not for that way (`way::by_client_only`).
-    pub fn create_observed(&self, xml: &str, flags: u32, observer: &mut dyn Observer) -> Result<String, Error> {
+    /// The same for a snapshot of any kind. The daemon tells nobody: by that way in what an
+    /// observer would look at is not looked at. A test that relies on what it does there is not for
+    /// that way (`way::by_client_only`).
+    pub fn create_observed(
+        &self,
+        xml: &str,
+        flags: u32,
+        observer: &mut dyn Observer,
+    ) -> Result<String, Error> {
         let (name, taken) = match &self.plain {
             Some(domain) => {
                 let taken = domain.create_snapshot(xml, flags)?;
@@ -107,17 +124,26 @@ impl OpenedDomain {
     /// Reverts to a snapshot.
     pub fn revert(&self, name: &str, flags: u32) -> Result<(), Error> {
         let snapshot = self.find(name).expect("the snapshot");
-        if self.plain.is_some() { Ok(snapshot.revert(flags)?) } else { libvirt::revert(&snapshot, flags) }
+        if self.plain.is_some() {
+            Ok(snapshot.revert(flags)?)
+        } else {
+            libvirt::revert(&snapshot, flags)
+        }
     }
 
     /// Deletes a snapshot.
     pub fn delete(&self, name: &str, flags: u32) -> Result<(), Error> {
         let snapshot = self.find(name).expect("the snapshot");
-        if self.plain.is_some() { Ok(snapshot.delete(flags)?) } else { libvirt::delete(&snapshot, flags) }
+        if self.plain.is_some() {
+            Ok(snapshot.delete(flags)?)
+        } else {
+            libvirt::delete(&snapshot, flags)
+        }
     }
 
-    /// Brings a snapshot back in another daemon, by `virsh restore`, and checks that memory, disks and serial line are of
-    /// one moment: the clone verifies every page and every disk within one tick, so it must tick on.
+    /// Brings a snapshot back in another daemon, by `virsh restore`, and checks that memory, disks
+    /// and serial line are of one moment: the clone verifies every page and every disk within one
+    /// tick, so it must tick on.
     pub fn bring_back(&self, name: &str) -> Guest {
         let clone = self.guest.daemon().another().restore(&self.guest, &self.memory_file(name));
         clone.wait_ticks(5);
@@ -138,7 +164,8 @@ impl OpenedDomain {
         }
     }
 
-    /// Takes a snapshot that must fail, with this code and all of these in its message, and asserts that nothing is left of it.
+    /// Takes a snapshot that must fail, with this code and all of these in its message, and asserts
+    /// that nothing is left of it.
     #[track_caller]
     pub fn assert_fails(&self, xml: &str, flags: u32, code: Code, parts: &[&str]) -> Error {
         self.assert_fails_observed(xml, flags, &mut (), code, parts)
@@ -161,8 +188,8 @@ impl OpenedDomain {
         error
     }
 
-    /// Cancels a snapshot while its memory is saved, after so many numbers, and asserts that nothing is left of it; where it can
-    /// be cancelled.
+    /// Cancels a snapshot while its memory is saved, after so many numbers, and asserts that
+    /// nothing is left of it; where it can be cancelled.
     #[track_caller]
     pub fn assert_cancelled_without_a_trace(&self, xml: &str, flags: u32, ticks: u32) {
         if self.plain.is_some() {
@@ -177,7 +204,8 @@ impl OpenedDomain {
         self.assert_fails_observed(xml, flags, &mut cancel, Code::OperationAborted, &[]);
     }
 
-    /// Asserts that nothing is left of a failed attempt. What QEMU closes a moment later is waited for.
+    /// Asserts that nothing is left of a failed attempt. What QEMU closes a moment later is waited
+    /// for.
     #[track_caller]
     pub fn assert_untouched(&self, before: &DomainTrace) {
         let mut after = self.trace();

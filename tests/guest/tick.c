@@ -1,12 +1,14 @@
 /*
  * tick.c: the tick guest, a bare-metal i386 guest that proves that a snapshot is of one moment.
  *
- * It counts. For each n it goes, in a fixed order, through pages spread over its memory, through its disks, and to the
- * serial line: each place must still hold n - 1, and is then given n. A guest brought back from a snapshot therefore
- * checks all of its memory and disks against each other, and against its registers, within one round: it counts on
- * exactly when they are of the same moment, and else says TORN and stops.
+ * It counts. For each n it goes, in a fixed order, through pages spread over its memory, through
+ * its disks, and to the serial line: each place must still hold n - 1, and is then given n. A guest
+ * brought back from a snapshot therefore checks all of its memory and disks against each other, and
+ * against its registers, within one round: it counts on exactly when they are of the same moment,
+ * and else says TORN and stops.
  *
- * QEMU boots it with `-kernel tick.elf -append "KEY=VALUE ..."` (multiboot, 32-bit protected mode, no paging). Keys:
+ * QEMU boots it with `-kernel tick.elf -append "KEY=VALUE ..."` (multiboot, 32-bit protected mode,
+ * no paging). Keys:
  *   pages=N      how many pages are checked, spread evenly from 2 MiB to the top of low memory (default 256)
  *   dense=MIB    also checks and writes one word in every page of that many MiB from 2 MiB up: load (default 0)
  *   delay=N      spins N thousand times between rounds (default 0)
@@ -18,7 +20,8 @@
  *   cpus=2       a second CPU counts too, without end and by itself, through the pages of `dense`, in a word of its own
  *   pflash=HEX   every 64 rounds programs a byte of the CFI flash at that physical address (UEFI variables)
  *
- * Serial line: "READY <pages> pages <disks> disks", then "T <n>" each round; last, if ever, "TORN <page|dense|cpu|disk> <i> has
+ * Serial line: "READY <pages> pages <disks> disks", then "T <n>" each round; last, if ever, "TORN
+ * <page|dense|cpu|disk> <i> has
  * <x> want <y>" or "FAIL <what> <i>".
  */
 typedef unsigned char u8;
@@ -39,8 +42,8 @@ __asm__(".section .text\n"
         ".set stack_top, stack + 16384\n");
 
 /*
- * What a second CPU begins with, copied to where a start-up IPI can point: from real mode to the first one's, a stack, and on
- * to C.
+ * What a second CPU begins with, copied to where a start-up IPI can point: from real mode to the
+ * first one's, a stack, and on to C.
  */
 #define AP_START "0x8000"
 __asm__(".section .text\n"
@@ -70,8 +73,8 @@ __asm__(".section .text\n"
         ".set ap_stack_top, ap_stack + 4096\n");
 
 /*
- * For waiting: the processor's own tables, and what an interrupt does, which is to end a `hlt`. A disk holds its
- * interrupt until its status is read.
+ * For waiting: the processor's own tables, and what an interrupt does, which is to end a `hlt`. A
+ * disk holds its interrupt until its status is read.
  */
 __asm__(".section .text\n"
         "load_tables: lgdtl own_gdtr\n"
@@ -240,8 +243,9 @@ static u32 parameter(const char *line, const char *key, u32 base, u32 otherwise)
 /*
  * ---- disks: virtio-blk by its legacy interface, one request at a time ----
  *
- * Looking again and again whether it is done keeps QEMU's other threads, which do it, from the host's CPUs. So the guest
- * halts meanwhile, but looks after PATIENCE all the same: it is not about interrupts that are lost.
+ * Looking again and again whether it is done keeps QEMU's other threads, which do it, from the
+ * host's CPUs. So the guest halts meanwhile, but looks after PATIENCE all the same: it is not about
+ * interrupts that are lost.
  */
 
 enum {
@@ -503,8 +507,8 @@ void tick(const struct multiboot *boot)
             *dense_at(i) = n;
         }
         /*
-         * Two sectors a disk, because the instant may fall between the check of one and the write that hides what is
-         * wrong with it: the other then is still to be checked.
+         * Two sectors a disk, because the instant may fall between the check of one and the write
+         * that hides what is wrong with it: the other then is still to be checked.
          */
         if (interrupts_wanted && disk_count)
             timer(PATIENCE);

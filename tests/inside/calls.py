@@ -1,8 +1,10 @@
-"""Calls of libvirt's public functions on one connection and its one domain, and what is answered: a line each.
+"""Calls of libvirt's public functions on one connection and its one domain, and what is answered: a
+line each.
 
     calls.py URI DOMAIN DIRECTORY
 
-None involves instant snapshots. What changes by itself (times, counters, memory) is told by its type.
+None involves instant snapshots. What changes by itself (times, counters, memory) is told by its
+type.
 """
 
 import itertools

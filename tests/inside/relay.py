@@ -1,5 +1,6 @@
 #!/usr/bin/python3
-"""What ssh is to a client of qemu+ssh: passes on what comes, both ways, between its standard streams and a socket.
+"""What ssh is to a client of qemu+ssh: passes on what comes, both ways, between its standard
+streams and a socket.
 
     relay.py SOCKET
 """

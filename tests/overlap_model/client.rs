@@ -1,6 +1,8 @@
 //! Our client: what it sends, and what it concludes from the answers.
 
-use crate::qemu::Command::{self, Cont, Migrate, MigrateCancel, QueryMigrate, QueryStatus, Stop, Transaction};
+use crate::qemu::Command::{
+    self, Cont, Migrate, MigrateCancel, QueryMigrate, QueryStatus, Stop, Transaction,
+};
 use crate::qemu::{Answer, Status};
 
 /// How it decides that its `stop` was in time.
@@ -97,7 +99,8 @@ pub struct Client {
     in_time: bool,
     /// This try comes to nothing.
     pub losing: bool,
-    /// There will be no snapshot: the migration has failed, the caller has given up, or the rule rejects the image in the end.
+    /// There will be no snapshot: the migration has failed, the caller has given up, or the rule
+    /// rejects the image in the end.
     pub failed: bool,
 }
 
@@ -116,7 +119,13 @@ impl Client {
     }
 
     /// All answers are there: what it sends now.
-    pub fn step(&mut self, rule: &Rule, answers: &[Answer], switched: bool, stream_open: bool) -> Vec<Command> {
+    pub fn step(
+        &mut self,
+        rule: &Rule,
+        answers: &[Answer],
+        switched: bool,
+        stream_open: bool,
+    ) -> Vec<Command> {
         let status = answers.iter().find_map(|answer| match answer {
             Answer::Migration(status) => Some(*status),
             _ => None,
@@ -129,8 +138,12 @@ impl Client {
             At::Starts if answers == [Answer::Refused] => self.goes(At::Starts, &[Migrate]),
             At::Starts if self.is_classical(rule) => self.switched(rule),
             At::Starts => match rule.asks {
-                Asks::Pipelined | Asks::OnAnotherMonitor => self.goes(At::Asks, &[Stop, QueryMigrate]),
-                Asks::PipelinedWithTransaction => self.goes(At::Asks, &[Stop, QueryMigrate, Transaction]),
+                Asks::Pipelined | Asks::OnAnotherMonitor => {
+                    self.goes(At::Asks, &[Stop, QueryMigrate])
+                }
+                Asks::PipelinedWithTransaction => {
+                    self.goes(At::Asks, &[Stop, QueryMigrate, Transaction])
+                }
                 Asks::WhenStopHasAnswered | Asks::AfterTransaction => self.goes(At::Stops, &[Stop]),
             },
             At::Stops if self.is_classical(rule) => {
@@ -141,13 +154,17 @@ impl Client {
                 self.switches(rule, switched)
             }
             At::Stops => self.goes(At::Asks, &[QueryMigrate]),
-            At::Asks if status == Some(Status::Setup) || unarmed && rule.in_time == InTime::NoPages => {
+            At::Asks
+                if status == Some(Status::Setup) || unarmed && rule.in_time == InTime::NoPages =>
+            {
                 self.in_time = true;
                 if switched { self.switched(rule) } else { self.switches(rule, switched) }
             }
             At::Asks => self.loses(rule),
             At::Switches if self.is_classical(rule) => self.goes(At::Starts, &[Migrate]),
-            At::Switches if rule.asks == Asks::AfterTransaction => self.goes(At::Asks, &[QueryMigrate]),
+            At::Switches if rule.asks == Asks::AfterTransaction => {
+                self.goes(At::Asks, &[QueryMigrate])
+            }
             At::Switches => self.switched(rule),
 
             At::AwaitsArmed if self.losing && active && unarmed && rule.lost == Lost::Nudges => {
@@ -161,7 +178,10 @@ impl Client {
                 self.failed |= status == Some(Status::Failed);
                 if self.losing && rule.lost == Lost::ResumesOnce {
                     self.goes(At::Cancels, &[MigrateCancel])
-                } else if !self.losing && !self.is_classical(rule) && rule.in_time == InTime::OneStop {
+                } else if !self.losing
+                    && !self.is_classical(rule)
+                    && rule.in_time == InTime::OneStop
+                {
                     self.goes(At::Judges, &[QueryStatus])
                 } else {
                     self.goes(At::Resumes, &[Cont])
@@ -179,7 +199,9 @@ impl Client {
 
             At::Cancels if rule.lost == Lost::Forgets => self.goes(At::Resumes, &[Cont]),
             At::Cancels => self.goes(At::AwaitsEnd, &[QueryMigrate]),
-            At::AwaitsEnd if status.is_some_and(Status::under_way) => self.goes(At::AwaitsEnd, &[QueryMigrate]),
+            At::AwaitsEnd if status.is_some_and(Status::under_way) => {
+                self.goes(At::AwaitsEnd, &[QueryMigrate])
+            }
             At::AwaitsEnd if stream_open && rule.end == End::StatusAndStream => {
                 self.goes(At::AwaitsEnd, &[QueryMigrate])
             }
@@ -207,7 +229,8 @@ impl Client {
         }
     }
 
-    /// The caller gives up, or the limit of the pause has passed: what it sends instead of the next step.
+    /// The caller gives up, or the limit of the pause has passed: what it sends instead of the next
+    /// step.
     pub fn gives_up(&mut self, rule: &Rule) -> Vec<Command> {
         self.failed = true;
         self.loses(rule)
@@ -219,7 +242,9 @@ impl Client {
             // The migration may take its time to set up, and the guest must not wait for that.
             Lost::ArmsFirst if self.in_time => self.goes(At::ResumesEarly, &[Cont]),
             Lost::ArmsFirst => self.goes(At::AwaitsArmed, &[QueryMigrate]),
-            Lost::ResumesOnce | Lost::ResumesTwice | Lost::Nudges => self.goes(At::ResumesEarly, &[Cont]),
+            Lost::ResumesOnce | Lost::ResumesTwice | Lost::Nudges => {
+                self.goes(At::ResumesEarly, &[Cont])
+            }
             Lost::Forgets => self.goes(At::Cancels, &[MigrateCancel]),
         }
     }

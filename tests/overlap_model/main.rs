@@ -1,8 +1,9 @@
 //! The order "`migrate` first, `stop` while it sets up" checked in all interleavings, on a model.
 //!
-//! With `migrate` sent while the guest runs, QEMU may have begun to save the guest's state before our `stop` was complete: memory
-//! would then be of another moment than the disks. What proves that it has not? [`client`] is our side, with our rule and the
-//! rules that look as if they would do; [`qemu`] is QEMU's, and says where it was read.
+//! With `migrate` sent while the guest runs, QEMU may have begun to save the guest's state before
+//! our `stop` was complete: memory would then be of another moment than the disks. What proves that
+//! it has not? [`client`] is our side, with our rule and the rules that look as if they would do;
+//! [`qemu`] is QEMU's, and says where it was read.
 
 mod client;
 mod qemu;
@@ -13,8 +14,9 @@ use client::{Asks, At, Client, End, InTime, Lost, Resumes, Rule};
 use qemu::{Answer, Command, Image, MainLoop, Qemu, Run, Step, Thread, VCPUS, Vcpu};
 use stateright::{Checker, Model, Path, Property};
 
-/// `stop` has answered, and `query-migrate` sent after that says `setup`: then, and only then, the transaction. A try that is lost is
-/// waited for until it has armed; then the guest is resumed, the try cancelled, and its end waited for.
+/// `stop` has answered, and `query-migrate` sent after that says `setup`: then, and only then, the
+/// transaction. A try that is lost is waited for until it has armed; then the guest is resumed, the
+/// try cancelled, and its end waited for.
 const OURS: Rule = Rule {
     in_time: InTime::Setup,
     asks: Asks::WhenStopHasAnswered,
@@ -46,7 +48,8 @@ enum Action {
 enum Fault {
     /// A snapshot is reported that is not of one moment.
     Torn,
-    /// One is reported, and the snapshot thread did not look at the guest in the window inside `stop`.
+    /// One is reported, and the snapshot thread did not look at the guest in the window inside
+    /// `stop`.
     TornOutsideOfTheWindow,
     /// One is reported whose disks were switched while an earlier migration had not ended.
     TornBesideAnother,
@@ -93,9 +96,14 @@ impl Model for Protocol {
         if state.qemu.takes_commands() {
             let in_order = self.rule.asks != Asks::OnAnotherMonitor;
             let next = if in_order { 1 } else { 2 };
-            actions.extend(state.sent.iter().take(next).map(|command| Action::MainLoopTakes(*command)));
+            actions.extend(
+                state.sent.iter().take(next).map(|command| Action::MainLoopTakes(*command)),
+            );
         }
-        if state.sent.is_empty() && state.qemu.main_loop == MainLoop::Polls && state.client.at != At::Done {
+        if state.sent.is_empty()
+            && state.qemu.main_loop == MainLoop::Polls
+            && state.client.at != At::Done
+        {
             actions.push(Action::ClientActs);
             if !state.client.failed {
                 actions.push(Action::ClientGivesUp);
@@ -180,7 +188,8 @@ fn explore(rule: Rule) -> (Vec<State>, Vec<Vec<usize>>) {
 fn stuck(rule: Rule) -> Option<State> {
     let (states, before) = explore(rule);
     let mut ends = vec![false; states.len()];
-    let mut left: Vec<usize> = (0..states.len()).filter(|at| states[*at].client.at == At::Done).collect();
+    let mut left: Vec<usize> =
+        (0..states.len()).filter(|at| states[*at].client.at == At::Done).collect();
     while let Some(at) = left.pop() {
         if !std::mem::replace(&mut ends[at], true) {
             left.extend(&before[at]);
@@ -195,7 +204,10 @@ fn one_stop_no_resume_and_paused_in_the_end_prove_nothing() {
     let rule = Rule { in_time: InTime::OneStop, ..OURS };
     let trace = assert_found(rule, &[Fault::Torn]).into_vec();
     // It is the window inside `stop`: the guest is paused by name, and a vCPU still executes.
-    let (at_look, _) = trace.iter().find(|(_, action)| *action == Some(Action::Qemu(Step::ThreadFindsPaused))).unwrap();
+    let (at_look, _) = trace
+        .iter()
+        .find(|(_, action)| *action == Some(Action::Qemu(Step::ThreadFindsPaused)))
+        .unwrap();
     assert_eq!(at_look.qemu.main_loop, MainLoop::AwaitsVcpus);
     assert!(at_look.qemu.vcpus.contains(&Vcpu::Stopping));
     // And it is the only hole.
@@ -220,9 +232,11 @@ fn the_classical_order_is_always_right() {
 fn every_end_is_reached() {
     let (states, _) = explore(OURS);
     let ended = |failed, lost| {
-        states
-            .iter()
-            .any(|state| state.client.at == At::Done && state.client.failed == failed && state.client.lost == lost)
+        states.iter().any(|state| {
+            state.client.at == At::Done
+                && state.client.failed == failed
+                && state.client.lost == lost
+        })
     };
     for lost in 0..=OURS.tries {
         assert!(ended(false, lost), "a snapshot after {lost} lost tries");
@@ -236,7 +250,8 @@ fn every_end_is_reached() {
     assert!(states.iter().any(|state| late(state) && state.qemu.looked_in_window), "the window");
 }
 
-/// QEMU takes the commands of one monitor in the order sent, so this rule is as good as ours; not so with two monitors.
+/// QEMU takes the commands of one monitor in the order sent, so this rule is as good as ours; not
+/// so with two monitors.
 #[test]
 fn asking_before_stop_has_answered_is_right_on_the_same_monitor_only() {
     assert_never(Rule { asks: Asks::Pipelined, ..OURS }, &FAULTS);
@@ -264,16 +279,18 @@ fn resuming_before_it_has_armed_is_caught() {
     }
 }
 
-/// A thread that lives on stops and resumes the guest in the pause of the next try. And `completed` is not the end of it.
+/// A thread that lives on stops and resumes the guest in the pause of the next try. And `completed`
+/// is not the end of it.
 #[test]
 fn trying_again_before_a_lost_try_has_ended_is_caught() {
     assert_found(Rule { lost: Lost::Forgets, ..OURS }, &[Fault::TornBesideAnother]);
     assert_found(Rule { end: End::Status, ..OURS }, &[Fault::Clash]);
 }
 
-/// The thread has found the guest paused; then comes our `cont`; then QEMU puts back what it found, by name: the vCPUs execute, and
-/// the next `stop` does not wait for them. QEMU 10.0 did so in 232 of 300 tries (KVM, four vCPUs; the model's lock is dropped
-/// there with KVM only, and with TCG it was none).
+/// The thread has found the guest paused; then comes our `cont`; then QEMU puts back what it found,
+/// by name: the vCPUs execute, and the next `stop` does not wait for them. QEMU 10.0 did so in 232
+/// of 300 tries (KVM, four vCPUs; the model's lock is dropped there with KVM only, and with TCG it
+/// was none).
 #[test]
 fn resuming_a_lost_try_before_it_has_armed_is_caught() {
     let rule = Rule { lost: Lost::ResumesOnce, ..OURS };
@@ -281,8 +298,9 @@ fn resuming_a_lost_try_before_it_has_armed_is_caught() {
     assert_found(rule, &[Fault::Torn]);
 }
 
-/// `cont` also takes back the request to stop for which the thread waits: it waits on, until the next `stop`. QEMU 10.0 did so in 9 of
-/// 1500 tries with KVM, in 17 of 1500 with TCG, and in none of 3000 each where it had armed before `cont`.
+/// `cont` also takes back the request to stop for which the thread waits: it waits on, until the
+/// next `stop`. QEMU 10.0 did so in 9 of 1500 tries with KVM, in 17 of 1500 with TCG, and in none
+/// of 3000 each where it had armed before `cont`.
 #[test]
 fn resuming_a_lost_try_once_more_does_not_see_it_end() {
     let rule = Rule { lost: Lost::ResumesTwice, ..OURS };
@@ -295,8 +313,9 @@ fn resuming_a_lost_try_once_more_does_not_see_it_end() {
     assert_eq!(stuck(rule), None);
 }
 
-/// [`qemu::Image`] counts nothing. Here the guest does, and what each part of a snapshot contains is compared, as when a tick guest is
-/// brought back: there has to be a moment of which all parts are.
+/// [`qemu::Image`] counts nothing. Here the guest does, and what each part of a snapshot contains
+/// is compared, as when a tick guest is brought back: there has to be a moment of which all parts
+/// are.
 #[test]
 fn an_image_is_of_one_moment_exactly_when_the_counters_agree() {
     #[derive(Clone, Copy, PartialEq)]
@@ -306,7 +325,13 @@ fn an_image_is_of_one_moment_exactly_when_the_counters_agree() {
         disk: u8,
     }
 
-    fn go_on(history: &mut Vec<Counters>, saved: [Option<u8>; 4], image: Image, writes: u8, compared: &mut usize) {
+    fn go_on(
+        history: &mut Vec<Counters>,
+        saved: [Option<u8>; 4],
+        image: Image,
+        writes: u8,
+        compared: &mut usize,
+    ) {
         let now = *history.last().unwrap();
         let parts = |at: &Counters| [at.registers[0], at.registers[1], at.memory, at.disk];
         if saved.iter().all(Option::is_some) {
@@ -325,7 +350,9 @@ fn an_image_is_of_one_moment_exactly_when_the_counters_agree() {
             }
             go_on(history, saved, image, writes, compared);
         }
-        for (vcpu, to_disk) in [(0, false), (0, true), (1, false), (1, true)].into_iter().filter(|_| writes > 0) {
+        for (vcpu, to_disk) in
+            [(0, false), (0, true), (1, false), (1, true)].into_iter().filter(|_| writes > 0)
+        {
             let mut next = now;
             next.registers[vcpu] += 1;
             *(if to_disk { &mut next.disk } else { &mut next.memory }) += 1;

@@ -2,28 +2,37 @@
 //!
 //! Read in the source of QEMU 10.0.13 (10.2.2 differs in nothing of it):
 //!
-//! * `bg_migration_thread` (migration/migration.c), in this order: `ram_write_tracking_prepare` without the big lock; header and
-//!   setup under it; `qemu_savevm_wait_unplug` sets `active` without it; then, under it, `migration_stop_vm`,
-//!   `qemu_savevm_state_complete_precopy_non_iterable` (registers and devices) and `ram_write_tracking_start`;
-//!   `bg_migration_vm_start_bh` is scheduled; the lock is dropped, and pages flow. Where it cannot arm, that bottom half is
-//!   not scheduled, and nobody resumes the guest.
+//! * `bg_migration_thread` (migration/migration.c), in this order: `ram_write_tracking_prepare`
+//!   without the big lock; header and setup under it; `qemu_savevm_wait_unplug` sets `active`
+//!   without it; then, under it, `migration_stop_vm`,
+//!   `qemu_savevm_state_complete_precopy_non_iterable` (registers and devices) and
+//!   `ram_write_tracking_start`; `bg_migration_vm_start_bh` is scheduled; the lock is dropped, and
+//!   pages flow. Where it cannot arm, that bottom half is not scheduled, and nobody resumes the
+//!   guest.
 //! * `migration_stop_vm` looks at the run state (`vm_old_state`), under the lock, and not before.
-//! * `do_vm_stop` (system/cpus.c), which serves `stop` and `migration_stop_vm` alike, sets the run state first. Then
-//!   `pause_all_vcpus` drops the lock while it waits for the vCPUs, and once more after that. Whoever finds the guest already
-//!   paused does not wait for anything.
-//! * `cpu_synchronize_all_states`: with KVM, `run_on_cpu` drops the lock for each vCPU. (TCG does not: one interleaving fewer.)
-//! * `resume_all_vcpus` takes back the request to stop: who waits for the vCPUs in `pause_all_vcpus` then waits on.
-//! * `qmp_dispatch` (qapi/qmp-dispatch.c): commands that are no coroutines run in the main loop, one at a time, under the lock, each
-//!   in a bottom half of its own; those of one monitor in the order sent. All of ours are such, and none can run out of band. They run
-//!   in the context of the I/O handlers, which `bdrv_drain_all` and `bdrv_flush_all` (at the end of `do_vm_stop`) do not poll;
-//!   the bottom halves of the migration run in the context which those do poll, and which the main loop serves first
-//!   (`qemu_init_main_loop`), having taken the lock before it looks what there is to do (`os_host_main_loop_wait`).
-//! * `migration_cancel` sets `cancelling` and no more; `cancelled` is set by `migration_cleanup`, a bottom half, when the thread has been
-//!   joined, where the stream is closed too. `completed` and `failed` are set before, by the thread itself.
-//! * `migrate_prepare` refuses a second migration by the first one's status; whether its thread lives it does not look.
+//! * `do_vm_stop` (system/cpus.c), which serves `stop` and `migration_stop_vm` alike, sets the run
+//!   state first. Then `pause_all_vcpus` drops the lock while it waits for the vCPUs, and once more
+//!   after that. Whoever finds the guest already paused does not wait for anything.
+//! * `cpu_synchronize_all_states`: with KVM, `run_on_cpu` drops the lock for each vCPU. (TCG does
+//!   not: one interleaving fewer.)
+//! * `resume_all_vcpus` takes back the request to stop: who waits for the vCPUs in
+//!   `pause_all_vcpus` then waits on.
+//! * `qmp_dispatch` (qapi/qmp-dispatch.c): commands that are no coroutines run in the main loop,
+//!   one at a time, under the lock, each in a bottom half of its own; those of one monitor in the
+//!   order sent. All of ours are such, and none can run out of band. They run in the context of the
+//!   I/O handlers, which `bdrv_drain_all` and `bdrv_flush_all` (at the end of `do_vm_stop`) do not
+//!   poll; the bottom halves of the migration run in the context which those do poll, and which the
+//!   main loop serves first (`qemu_init_main_loop`), having taken the lock before it looks what
+//!   there is to do (`os_host_main_loop_wait`).
+//! * `migration_cancel` sets `cancelling` and no more; `cancelled` is set by `migration_cleanup`, a
+//!   bottom half, when the thread has been joined, where the stream is closed too. `completed` and
+//!   `failed` are set before, by the thread itself.
+//! * `migrate_prepare` refuses a second migration by the first one's status; whether its thread
+//!   lives it does not look.
 //!
-//! A step of the model is what happens between two droppings of the lock, or less. A write to disk is complete at once: `stop` has drained
-//! what was in flight before it answers. IOThreads write without the lock, so the model's vCPUs do.
+//! A step of the model is what happens between two droppings of the lock, or less. A write to disk
+//! is complete at once: `stop` has drained what was in flight before it answers. IOThreads write
+//! without the lock, so the model's vCPUs do.
 
 pub const VCPUS: usize = 2;
 
@@ -108,8 +117,8 @@ pub enum Thread {
     Ended,
 }
 
-/// A bottom half of the migration. The main loop runs what is pending before it takes a command. That one command overtakes it is
-/// granted here, with two there would be holes in everything.
+/// A bottom half of the migration. The main loop runs what is pending before it takes a command.
+/// That one command overtakes it is granted here, with two there would be holes in everything.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Bottom {
     Idle,
@@ -119,8 +128,9 @@ pub enum Bottom {
 
 /// Which of the guest's writes the snapshot contains.
 ///
-/// A write is in what is saved after it, and not in what was saved before. It changes memory or a disk, and the registers of its vCPU,
-/// which count it. As many writes as the guest makes: to know whether the counters agree, they need not be counted.
+/// A write is in what is saved after it, and not in what was saved before. It changes memory or a
+/// disk, and the registers of its vCPU, which count it. As many writes as the guest makes: to know
+/// whether the counters agree, they need not be counted.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Image {
     pub registers: [bool; VCPUS],
@@ -137,7 +147,12 @@ pub struct Image {
 impl Image {
     /// Memory is saved anew, and disks stay switched.
     fn renewed(self) -> Image {
-        Image { disks: self.disks, disks_are_old: self.disks_are_old, torn: self.disks_are_old, ..Image::default() }
+        Image {
+            disks: self.disks,
+            disks_are_old: self.disks_are_old,
+            torn: self.disks_are_old,
+            ..Image::default()
+        }
     }
 
     pub fn written(mut self, vcpu: usize, to_disk: bool) -> Image {
@@ -265,7 +280,8 @@ impl Qemu {
                 (self.stops, self.resumes, self.looked_in_window) = (0, 0, false);
             }
             Command::Stop => {
-                self.main_loop = if self.begin_stop() { MainLoop::AwaitsVcpus } else { MainLoop::Drains };
+                self.main_loop =
+                    if self.begin_stop() { MainLoop::AwaitsVcpus } else { MainLoop::Drains };
                 return None;
             }
             Command::Cont => self.start(),
@@ -280,7 +296,9 @@ impl Qemu {
                 }
             }
             Command::QueryStatus => {
-                return Some(Answer::Quiet(self.run == Run::Paused && (self.stops, self.resumes) == (1, 0)));
+                return Some(Answer::Quiet(
+                    self.run == Run::Paused && (self.stops, self.resumes) == (1, 0),
+                ));
             }
         }
         Some(Answer::Done)
@@ -309,8 +327,12 @@ impl Qemu {
 
     pub fn steps(&self, steps: &mut Vec<Step>) {
         for vcpu in 0..VCPUS {
-            for (to_disk, write) in [(false, Step::VcpuWritesMemory(vcpu)), (true, Step::VcpuWritesDisk(vcpu))] {
-                if self.vcpus[vcpu] != Vcpu::Stopped && self.image.written(vcpu, to_disk) != self.image {
+            for (to_disk, write) in
+                [(false, Step::VcpuWritesMemory(vcpu)), (true, Step::VcpuWritesDisk(vcpu))]
+            {
+                if self.vcpus[vcpu] != Vcpu::Stopped
+                    && self.image.written(vcpu, to_disk) != self.image
+                {
                     steps.push(write);
                 }
             }
@@ -405,7 +427,8 @@ impl Qemu {
             }
             Step::ThreadFindsPaused => {
                 self.found = Run::Paused;
-                self.looked_in_window = self.main_loop == MainLoop::AwaitsVcpus && !self.all_stopped();
+                self.looked_in_window =
+                    self.main_loop == MainLoop::AwaitsVcpus && !self.all_stopped();
                 self.thread = Thread::SavesRegisters(0);
             }
             Step::ThreadSeesAllStopped => self.thread = Thread::Relocks,
@@ -415,7 +438,8 @@ impl Qemu {
             }
             Step::ThreadSavesRegisters(vcpu) => {
                 self.image.registers[vcpu] = true;
-                self.thread = if vcpu + 1 < VCPUS { Thread::SavesRegisters(vcpu + 1) } else { Thread::Arms };
+                self.thread =
+                    if vcpu + 1 < VCPUS { Thread::SavesRegisters(vcpu + 1) } else { Thread::Arms };
             }
             Step::ThreadArms => {
                 self.image.memory = true;

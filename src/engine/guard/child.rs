@@ -39,7 +39,8 @@ pub struct Child<'a> {
     pub caller: c_int,
     pub monitor: c_int,
     pub pipe: c_int,
-    /// The names by which the guest is held: nobody else begins an operation on it while the guard is at work.
+    /// The names by which the guest is held: nobody else begins an operation on it while the guard
+    /// is at work.
     pub held: [c_int; HELD],
     /// What holds the snapshot's name.
     pub reservation: c_int,
@@ -52,7 +53,16 @@ pub struct Child<'a> {
 impl Child<'_> {
     pub fn run(&self) -> ! {
         let [held0, held1, held2] = self.held;
-        let own = [self.lifeline, self.caller, self.monitor, self.pipe, self.reservation, held0, held1, held2];
+        let own = [
+            self.lifeline,
+            self.caller,
+            self.monitor,
+            self.pipe,
+            self.reservation,
+            held0,
+            held1,
+            held2,
+        ];
         let Some(kept) = sys::keep_only(own) else { sys::exit_now() };
         // SAFETY: they were just made, and are nobody else's in this process.
         let [lifeline, caller, monitor, pipe, reservation, held @ ..] =
@@ -81,9 +91,10 @@ impl Child<'_> {
             self.read_until(&mut stream, monitor, is_armed);
         }
         if stage.is_paused() {
-            // In the stage Migrating QEMU may not have armed yet. What the guest then writes to its memory is in an image
-            // that is thrown away; a guest that QEMU finds running it stops, captures and starts by itself. No other client
-            // can have begun to save or migrate it, as long as the snapshot's own migration is under way.
+            // In the stage Migrating QEMU may not have armed yet. What the guest then writes to its
+            // memory is in an image that is thrown away; a guest that QEMU finds running it stops,
+            // captures and starts by itself. No other client can have begun to save or migrate it,
+            // as long as the snapshot's own migration is under way.
             self.resume(monitor, &mut stream);
         }
         if stage == Stage::Migrating {
@@ -92,9 +103,12 @@ impl Child<'_> {
             self.resume(monitor, &mut stream);
         }
         self.read_until(&mut stream, monitor, |_| false);
-        // One that is no background snapshot stops it at its end. It can take minutes until then: a guest that stands for any
-        // other reason was paused by another client, and stays so.
-        if stage.is_paused() && stage.is_migrating() && self.is_stopped_by_migration(monitor, &mut stream) {
+        // One that is no background snapshot stops it at its end. It can take minutes until then: a
+        // guest that stands for any other reason was paused by another client, and stays so.
+        if stage.is_paused()
+            && stage.is_migrating()
+            && self.is_stopped_by_migration(monitor, &mut stream)
+        {
             self.resume(monitor, &mut stream);
         }
         self.outlast_migration(&mut stream, monitor);
@@ -105,9 +119,14 @@ impl Child<'_> {
         }
     }
 
-    /// Throws the stream away until `enough`, or to its end. A process that the caller has forked can have QEMU's end of the
-    /// pipe too, so that it does not end: then QEMU knows.
-    fn read_until(&self, stream: &mut Remaining, monitor: &OwnedFd, enough: impl Fn(&Remaining) -> bool) {
+    /// Throws the stream away until `enough`, or to its end. A process that the caller has forked
+    /// can have QEMU's end of the pipe too, so that it does not end: then QEMU knows.
+    fn read_until(
+        &self,
+        stream: &mut Remaining,
+        monitor: &OwnedFd,
+        enough: impl Fn(&Remaining) -> bool,
+    ) {
         while !stream.ended && !enough(stream) {
             if wait_ready([Some(&stream.pipe), None], QUIET_MS) {
                 stream.throw_away();
@@ -118,8 +137,8 @@ impl Child<'_> {
         }
     }
 
-    /// Another client's migration can have begun in the pause. QEMU puts no capability back while it is under way, and the lock
-    /// must not be lifted while ours is on.
+    /// Another client's migration can have begun in the pause. QEMU puts no capability back while
+    /// it is under way, and the lock must not be lifted while ours is on.
     fn outlast_migration(&self, stream: &mut Remaining, monitor: &OwnedFd) {
         while self.is_migrating(monitor, stream) == Some(true) {
             wait_ready([None, None], QUIET_MS);

@@ -2,7 +2,9 @@
 
 use std::path::Path;
 
-use rustix::net::{AddressFamily, SendFlags, SocketAddrUnix, SocketFlags, SocketType, sendto, socket_with};
+use rustix::net::{
+    AddressFamily, SendFlags, SocketAddrUnix, SocketFlags, SocketType, sendto, socket_with,
+};
 
 /// Where the machine's log is told of something.
 const LOG: &str = "/dev/log";
@@ -23,7 +25,8 @@ impl Complaint {
 
     fn to(log: &Path, text: &str) -> Complaint {
         // A message is one line.
-        let text: String = text.chars().map(|letter| if letter.is_control() { ' ' } else { letter }).collect();
+        let text: String =
+            text.chars().map(|letter| if letter.is_control() { ' ' } else { letter }).collect();
         let datagram = format!("<{PRIORITY}>instantsnap: {text}").into_bytes();
         Complaint { log: SocketAddrUnix::new(log).ok(), datagram }
     }
@@ -32,7 +35,9 @@ impl Complaint {
     pub fn send(&self) {
         let Some(log) = &self.log else { return };
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-        let Ok(socket) = socket_with(AddressFamily::UNIX, SocketType::DGRAM, flags, None) else { return };
+        let Ok(socket) = socket_with(AddressFamily::UNIX, SocketType::DGRAM, flags, None) else {
+            return;
+        };
         let _ = sendto(&socket, &self.datagram, SendFlags::NOSIGNAL, log);
     }
 }

@@ -29,7 +29,10 @@ struct Errand {
 
 impl Errand {
     fn new(errand: guest::Errand) -> Errand {
-        Errand { words: words_of(errand.words), then_discard: errand.then_discard.as_ref().and_then(Discard::new) }
+        Errand {
+            words: words_of(errand.words),
+            then_discard: errand.then_discard.as_ref().and_then(Discard::new),
+        }
     }
 
     /// Whether it succeeded.
@@ -82,7 +85,11 @@ struct Merge {
 impl Merge {
     fn new(errand: guest::MergeErrand) -> Merge {
         let guest::MergeErrand { merge, is_in_use, complaint } = errand;
-        Merge { merge: Errand::new(merge), is_in_use: Errand::new(is_in_use), complaint: Complaint::new(&complaint) }
+        Merge {
+            merge: Errand::new(merge),
+            is_in_use: Errand::new(is_in_use),
+            complaint: Complaint::new(&complaint),
+        }
     }
 
     fn run(&self, stage: Stage, stream: &mut Remaining) {
@@ -146,7 +153,8 @@ impl Errands {
         repeat(std::slice::from_ref(&self.look), self.tries, stream);
     }
 
-    /// Puts settings back, removes the record, then undoes the switch: overlays that may be in use are merged first.
+    /// Puts settings back, removes the record, then undoes the switch: overlays that may be in use
+    /// are merged first.
     pub fn undo(&self, stage: Stage, stream: &mut Remaining) {
         self.wait_for_daemon(stream);
         for errand in self.restore.iter().filter(|_| !stage.is_restored()) {

@@ -1,5 +1,5 @@
-//! Files that the guard removes, or empties: those that were made, or taken, for the snapshot, and not what may be called so by
-//! then.
+//! Files that the guard removes, or empties: those that were made, or taken, for the snapshot, and
+//! not what may be called so by then.
 
 use std::ffi::CString;
 use std::os::unix::ffi::OsStrExt;

@@ -1,15 +1,17 @@
 //! A process that outlives the caller's: should that be killed, its guest runs on.
 //!
-//! A caller that dies inside the pause would leave its guest paused. One that dies while memory drains would close the pipe,
-//! and QEMU 7.2, whose background snapshot then fails, leaves the guest frozen. So a child of its own session holds the
-//! pipe and the monitor's socket, and a lifeline on which it is told how far the snapshot has come. When the caller ends, it
-//! resumes the guest, reads QEMU's stream to its end, and puts the migration settings back.
+//! A caller that dies inside the pause would leave its guest paused. One that dies while memory
+//! drains would close the pipe, and QEMU 7.2, whose background snapshot then fails, leaves the
+//! guest frozen. So a child of its own session holds the pipe and the monitor's socket, and a
+//! lifeline on which it is told how far the snapshot has come. When the caller ends, it resumes the
+//! guest, reads QEMU's stream to its end, and puts the migration settings back.
 //!
-//! It is a fork, not a program, so that there is nothing to install, and nothing to forbid. Between fork and exit it makes
-//! system calls only, on memory that was there before. How it speaks to the guest is the way in's affair ([`Deputy`]): by
-//! words on the monitor's socket, or by errands, programs that it runs. Either way it merges the overlays back, unless they
-//! are a driver's, and removes what was made for the snapshot. What it cannot merge it leaves, and says so in the machine's
-//! log.
+//! It is a fork, not a program, so that there is nothing to install, and nothing to forbid. Between
+//! fork and exit it makes system calls only, on memory that was there before. How it speaks to the
+//! guest is the way in's affair ([`Deputy`]): by words on the monitor's socket, or by errands,
+//! programs that it runs. Either way it merges the overlays back, unless they are a driver's, and
+//! removes what was made for the snapshot. What it cannot merge it leaves, and says so in the
+//! machine's log.
 
 mod child;
 mod complaint;
@@ -25,7 +27,9 @@ use std::mem::ManuallyDrop;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 
-use rustix::net::{AddressFamily, SendFlags, Shutdown, SocketFlags, SocketType, send, shutdown, socketpair};
+use rustix::net::{
+    AddressFamily, SendFlags, Shutdown, SocketFlags, SocketType, send, shutdown, socketpair,
+};
 use rustix::process::{PidfdFlags, getpid, pidfd_open};
 use serde_json::Value;
 
@@ -67,7 +71,8 @@ pub struct Guarded {
 }
 
 impl Guarded {
-    /// Starts the guard. Where no process can be started there is none, and the caller must not be killed.
+    /// Starts the guard. Where no process can be started there is none, and the caller must not be
+    /// killed.
     pub fn start(&mut self, deputy: Deputy, task: &Task) {
         let Task { restore, files, .. } = *task;
         let start = |monitor, script: &Script| Guard::start(monitor, task, script);
@@ -76,7 +81,9 @@ impl Guarded {
             Deputy::Monitor(monitor, overlays) => {
                 start(Some(monitor), &Script::Words(Words::new(restore, &overlays, files)))
             }
-            Deputy::Programs(make) => start(None, &Script::Errands(Box::new(Errands::new(make(restore), files)))),
+            Deputy::Programs(make) => {
+                start(None, &Script::Errands(Box::new(Errands::new(make(restore), files))))
+            }
         };
     }
 
@@ -98,7 +105,8 @@ impl Guarded {
         }
     }
 
-    /// The snapshot is complete, on disk and recorded: from here on nothing of it is undone, whatever becomes of this process.
+    /// The snapshot is complete, on disk and recorded: from here on nothing of it is undone,
+    /// whatever becomes of this process.
     pub fn dismiss(&mut self) {
         self.guard = None;
     }
@@ -120,7 +128,8 @@ struct Guard {
 impl Guard {
     fn start(monitor: Option<BorrowedFd>, task: &Task, script: &Script) -> Option<Guard> {
         // A socket, not a pipe: writing to one whose reader was killed need not raise SIGPIPE.
-        let (theirs, ours) = socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None).ok()?;
+        let (theirs, ours) =
+            socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None).ok()?;
         // The lifeline alone would not do: a child that the caller forks has it too.
         let caller = pidfd_open(getpid(), PidfdFlags::empty()).ok()?;
         let reserved = task.reservation.and_then(|reservation| reservation.known().ok());
@@ -136,15 +145,18 @@ impl Guard {
             monitor: monitor.map_or(nothing, |monitor| monitor.as_raw_fd()),
             pipe: task.pipe.as_raw_fd(),
             held,
-            reservation: task.reservation.map_or(nothing, |reservation| reservation.held().as_raw_fd()),
+            reservation: task
+                .reservation
+                .map_or(nothing, |reservation| reservation.held().as_raw_fd()),
             reserved: reserved.as_ref(),
             record: record.as_deref(),
             script,
         };
-        // Until it has closed them it holds a copy of every descriptor of this process, locks and marks of other snapshots
-        // among them.
+        // Until it has closed them it holds a copy of every descriptor of this process, locks and
+        // marks of other snapshots among them.
         let (process, ready) = sys::while_forking(|| {
-            // SAFETY: the child makes system calls only, on memory that exists already, and never returns.
+            // SAFETY: the child makes system calls only, on memory that exists already, and never
+            // returns.
             let process = unsafe { sys::Child::fork(|| child.run()) }.ok()?;
             drop(theirs);
             Some((process, wait_ready([Some(&ours), None], READY_MS)))
@@ -176,8 +188,11 @@ impl Guard {
     fn hand_over(mut self) {
         self.cut();
         let process = ManuallyDrop::new(self.process.take());
-        // It takes its time, and its end has to be taken note of; not by this thread, where there can be no other.
-        let _ = sys::spawn_quiet("instantsnap", move || ManuallyDrop::into_inner(process).map(sys::Child::wait));
+        // It takes its time, and its end has to be taken note of; not by this thread, where there
+        // can be no other.
+        let _ = sys::spawn_quiet("instantsnap", move || {
+            ManuallyDrop::into_inner(process).map(sys::Child::wait)
+        });
     }
 }
 

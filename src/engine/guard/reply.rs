@@ -1,4 +1,5 @@
-//! What QEMU answers, for a process that may not allocate: read byte by byte, and little of it kept.
+//! What QEMU answers, for a process that may not allocate: read byte by byte, and little of it
+//! kept.
 
 /// In the reply to a command of the guard's, and nowhere else.
 pub const MARK: &str = "instantsnap-guard-done";
@@ -130,8 +131,15 @@ impl Reader {
             Key::Class => self.reply.no_job = text.is("DeviceNotActive"),
             // Of others, `none` and what has ended, nothing more comes.
             Key::Status => {
-                const UNDER_WAY: [&str; 7] =
-                    ["setup", "active", "device", "cancelling", "pre-switchover", "wait-unplug", "postcopy-active"];
+                const UNDER_WAY: [&str; 7] = [
+                    "setup",
+                    "active",
+                    "device",
+                    "cancelling",
+                    "pre-switchover",
+                    "wait-unplug",
+                    "postcopy-active",
+                ];
                 self.reply.migrating = UNDER_WAY.iter().any(|status| text.is(status));
                 self.reply.stopped_by_migration = text.is("postmigrate");
             }
@@ -162,7 +170,10 @@ mod tests {
     #[test]
     fn a_guest_that_a_migration_has_stopped_is_told_from_one_that_is_paused() {
         for (status, stopped_by_migration) in [("postmigrate", true), ("paused", false)] {
-            let text = format!("{{\"return\": {{\"status\": \"{status}\", \"running\": false}}, \"id\": \"{MARK}\"}}");
+            let text = format!(
+                "{{\"return\": {{\"status\": \"{status}\", \"running\": false}}, \"id\": \
+                 \"{MARK}\"}}"
+            );
             let reply = Reply { ours: true, done: true, stopped_by_migration, ..Reply::default() };
             assert_eq!(replies(&text), [reply]);
         }
@@ -171,7 +182,10 @@ mod tests {
     #[test]
     fn a_reply_over_several_lines_is_read() {
         let text = "{\n  \"id\": \"instantsnap-guard-done\",\n  \"return\": {\n    \"status\": \"active\"\n  }\n}\n";
-        assert_eq!(replies(text), [Reply { ours: true, done: true, migrating: true, ..Reply::default() }]);
+        assert_eq!(
+            replies(text),
+            [Reply { ours: true, done: true, migrating: true, ..Reply::default() }]
+        );
     }
 
     #[test]
@@ -180,7 +194,11 @@ mod tests {
         let ours = "\n{\"return\": {}, \"id\": \"instantsnap-guard-done\"}\n";
         for begin in 0..line.len() {
             let text = line[begin..].to_owned() + ours;
-            assert_eq!(replies(&text).into_iter().filter(|reply| reply.ours && reply.done).count(), 1, "{text}");
+            assert_eq!(
+                replies(&text).into_iter().filter(|reply| reply.ours && reply.done).count(),
+                1,
+                "{text}"
+            );
         }
     }
 

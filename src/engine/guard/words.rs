@@ -46,8 +46,9 @@ impl Overlay {
         let MonitorOverlay { node, file_node, image_node, file, complaint } = overlay;
         let job = format!("{node}-undo");
         let delete = |node: &str| line("blockdev-del", &json!({ "node-name": node }));
-        let commit =
-            |image: &String| line("block-commit", &json!({ "job-id": job, "device": node, "base-node": image }));
+        let commit = |image: &String| {
+            line("block-commit", &json!({ "job-id": job, "device": node, "base-node": image }))
+        };
         Overlay {
             commit: image_node.as_ref().map(commit).unwrap_or_default(),
             complete: line("block-job-complete", &json!({ "device": job })),
@@ -61,8 +62,10 @@ impl Overlay {
     /// Merges it into the image below, where it is in use, and removes it once it is not.
     fn undo(&self, monitor: &OwnedFd, switched: bool, stream: &mut Remaining) {
         let mut say = |words: &str| say(monitor, words, stream);
-        if switched && !self.commit.is_empty() && say(&self.commit).is_some_and(|reply| reply.done) {
-            // QEMU refuses to complete it before all is merged; when it has ended, there is no such job.
+        if switched && !self.commit.is_empty() && say(&self.commit).is_some_and(|reply| reply.done)
+        {
+            // QEMU refuses to complete it before all is merged; when it has ended, there is no such
+            // job.
             loop {
                 match say(&self.complete) {
                     None => return,
@@ -84,8 +87,13 @@ impl Overlay {
 }
 
 impl Words {
-    /// `restore` are commands, by name and arguments, that put the settings back; `files` are the snapshot's.
-    pub fn new(restore: &[(&str, Value)], overlays: &[MonitorOverlay], files: &[KnownFile]) -> Words {
+    /// `restore` are commands, by name and arguments, that put the settings back; `files` are the
+    /// snapshot's.
+    pub fn new(
+        restore: &[(&str, Value)],
+        overlays: &[MonitorOverlay],
+        files: &[KnownFile],
+    ) -> Words {
         Words {
             resume: line("cont", &json!({})),
             restore: restore.iter().map(|(name, arguments)| line(name, arguments)).collect(),
@@ -122,8 +130,9 @@ fn line(name: &str, arguments: &Value) -> String {
     json!({ "execute": name, "arguments": arguments, "id": MARK }).to_string() + "\n"
 }
 
-/// Says something, and waits for the reply, however long: what is still unread when the connection ends, QEMU
-/// forgets. Meanwhile the stream is read, for which QEMU may be waiting in its turn. Nothing where QEMU is gone.
+/// Says something, and waits for the reply, however long: what is still unread when the connection
+/// ends, QEMU forgets. Meanwhile the stream is read, for which QEMU may be waiting in its turn.
+/// Nothing where QEMU is gone.
 pub fn say(monitor: &OwnedFd, words: &str, stream: &mut Remaining) -> Option<Reply> {
     let mut left = words.as_bytes();
     while !left.is_empty() {

@@ -1,7 +1,7 @@
 //! A snapshot that is taken by a thread of its own.
 //!
-//! The thread does what [`Handle::create`](super::Handle::create) does on its caller's. Who follows it holds a [`Job`], which
-//! can be dropped at any time: the thread has all it needs, and goes on.
+//! The thread does what [`Handle::create`](super::Handle::create) does on its caller's. Who follows
+//! it holds a [`Job`], which can be dropped at any time: the thread has all it needs, and goes on.
 
 mod shared;
 mod sync;
@@ -138,7 +138,8 @@ impl Signal for Readable {
 }
 
 impl Job {
-    /// Starts it. An error before the instant is the job's where this returns at once, and else this call's.
+    /// Starts it. An error before the instant is the job's where this returns at once, and else
+    /// this call's.
     pub(super) fn start(
         operation: Operation,
         xml: &str,
@@ -161,8 +162,8 @@ impl Job {
         Ok(job)
     }
 
-    /// Waits until it has ended, for so long at most, or for ever; whether it has. By then its listener has been told of
-    /// everything, and is not called any more.
+    /// Waits until it has ended, for so long at most, or for ever; whether it has. By then its
+    /// listener has been told of everything, and is not called any more.
     pub fn wait(&self, timeout: Option<Duration>) -> bool {
         self.state.shared.wait_ended(timeout)
     }
@@ -190,7 +191,8 @@ impl Job {
         }
     }
 
-    /// What has become of it: the snapshot's name, or the error; an error of its own where it has not ended.
+    /// What has become of it: the snapshot's name, or the error; an error of its own where it has
+    /// not ended.
     pub fn result(&self) -> Result<String> {
         let outcome = self.outcome()?;
         outcome.result.as_ref().map(|complete| complete.name.clone()).map_err(Clone::clone)
@@ -215,7 +217,10 @@ impl Job {
     fn outcome(&self) -> Result<Arc<Outcome>> {
         match self.state.shared.outcome() {
             Some(outcome) => Ok(outcome),
-            None => fail!(OperationInvalid, "the snapshot is still being taken: wait for its job to end first"),
+            None => fail!(
+                OperationInvalid,
+                "the snapshot is still being taken: wait for its job to end first"
+            ),
         }
     }
 }
@@ -226,7 +231,10 @@ impl State {
         let mut listener = Listener { state: self, listener };
         let taken = catch_unwind(AssertUnwindSafe(|| {
             let Taken { result, last, stats } = operation.take(xml, flags, &mut listener);
-            let result = result.map(|created| Complete { xml: created.xml(operation.catalog()), name: created.name });
+            let result = result.map(|created| Complete {
+                xml: created.xml(operation.catalog()),
+                name: created.name,
+            });
             (Outcome { result, stats }, last)
         }));
         // The guest is free from here on: whoever hears of the end can take the next snapshot.

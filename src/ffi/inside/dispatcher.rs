@@ -54,7 +54,8 @@ static IS_ELSEWHERE: AtomicBool = AtomicBool::new(false);
 pub fn stand_before_libvirt() {
     let program = imports::objects().first().copied();
     let slots = program.map(|program| program.slots(FUNCTION)).unwrap_or_default();
-    let mut why = slots.is_empty().then(|| format!("it does not import {}()", FUNCTION.to_string_lossy()));
+    let mut why =
+        slots.is_empty().then(|| format!("it does not import {}()", FUNCTION.to_string_lossy()));
     for slot in slots {
         // SAFETY: a function of this signature, in a library that is never unloaded.
         if let Err(error) = unsafe { slot.replace(dispatched as *mut c_void) } {
@@ -63,8 +64,8 @@ pub fn stand_before_libvirt() {
     }
     if let Some(why) = why {
         say(&format!(
-            "this daemon's calls for its clients cannot be seen ({why}); a libvirt that checks their flags early will refuse \
-             VIR_DOMAIN_SNAPSHOT_CREATE_INSTANT"
+            "this daemon's calls for its clients cannot be seen ({why}); a libvirt that checks \
+             their flags early will refuse VIR_DOMAIN_SNAPSHOT_CREATE_INSTANT"
         ));
     }
 }
@@ -108,9 +109,15 @@ fn address(domain: Option<&virDomain>) -> *const virDomain {
 }
 
 /// `virDomainSnapshotCreateXML` as the daemon's dispatcher calls it.
-extern "C" fn dispatched(domain: Option<&virDomain>, xml: Text, bits: c_uint) -> *mut virDomainSnapshot {
+extern "C" fn dispatched(
+    domain: Option<&virDomain>,
+    xml: Text,
+    bits: c_uint,
+) -> *mut virDomainSnapshot {
     boundary(failed, || {
-        let Ok(theirs) = Theirs::find(|name| Library::DEFAULT.find(name)) else { return Ok(ptr::null_mut()) };
+        let Ok(theirs) = Theirs::find(|name| Library::DEFAULT.find(name)) else {
+            return Ok(ptr::null_mut());
+        };
         dispatch(domain, bits, |bits| (theirs.virDomainSnapshotCreateXML)(domain, xml, bits))
     })
 }
@@ -150,7 +157,8 @@ fn dispatch(
 
 /// Whether a domain is one of the driver in this process.
 fn is_drivers(table: &'static table::Table, domain: Option<&virDomain>) -> Result<bool> {
-    let connection = share_domain(table, domain)?.connect().map_err(|error| error.into_error("domain"))?;
+    let connection =
+        share_domain(table, domain)?.connect().map_err(|error| error.into_error("domain"))?;
     let uri = connection.uri().map_err(|error| error.into_error("connection"))?;
     Ok(uri.starts_with("qemu:///") && !driver::is_registered())
 }
@@ -165,18 +173,19 @@ fn say_why_it_is_off(why: &str) {
     }
 }
 
-/// The error for a snapshot that is an ordinary one, which stays: the domain is on its overlays. What libvirt has
-/// returned is given up.
+/// The error for a snapshot that is an ordinary one, which stays: the domain is on its overlays.
+/// What libvirt has returned is given up.
 fn not_instant(snapshot: *mut virDomainSnapshot) -> Error {
-    let named =
-        attempt(|table| Ok(Snapshot::take(table, snapshot).map_err(|error| error.into_error("snapshot"))?.name()));
+    let named = attempt(|table| {
+        Ok(Snapshot::take(table, snapshot).map_err(|error| error.into_error("snapshot"))?.name())
+    });
     let name = named.unwrap_or_else(|_| "without a name".to_owned());
     Error::new(
         Code::OperationFailed,
         format!(
-            "this libvirt has taken snapshot '{name}' in its ordinary way, and not at the moment of the call, because its driver \
-             did not call qemuSnapshotCreateXML(): delete that snapshot if it is of no use; instant snapshots are off in this \
-             daemon from now on"
+            "this libvirt has taken snapshot '{name}' in its ordinary way, and not at the moment \
+             of the call, because its driver did not call qemuSnapshotCreateXML(): delete that \
+             snapshot if it is of no use; instant snapshots are off in this daemon from now on"
         ),
     )
 }

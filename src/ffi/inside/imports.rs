@@ -121,12 +121,15 @@ impl Object {
     /// Whether it is the one that this code is in.
     pub fn is_this(&self) -> bool {
         let dynamic = self.headers().iter().find(|header| header.p_type == libc::PT_DYNAMIC);
-        dynamic.is_some_and(|dynamic| is_in_this_object((self.base + dynamic.p_vaddr) as *const c_void))
+        dynamic.is_some_and(|dynamic| {
+            is_in_this_object((self.base + dynamic.p_vaddr) as *const c_void)
+        })
     }
 
     /// The slots of a function that it imports. None where it does not import it.
     pub fn slots(&self, function: &CStr) -> Vec<Slot> {
-        let Some(dynamic) = self.headers().iter().find(|header| header.p_type == libc::PT_DYNAMIC) else {
+        let Some(dynamic) = self.headers().iter().find(|header| header.p_type == libc::PT_DYNAMIC)
+        else {
             return Vec::new();
         };
         // SAFETY: the object's dynamic section, which lasts as long as the object.
@@ -134,11 +137,15 @@ impl Object {
             let count = dynamic.p_memsz as usize / size_of::<Dynamic>();
             std::slice::from_raw_parts((self.base + dynamic.p_vaddr) as *const Dynamic, count)
         };
-        let entry = |tag: u64| dynamic.iter().find(|entry| entry.tag == tag).map(|entry| entry.value);
+        let entry =
+            |tag: u64| dynamic.iter().find(|entry| entry.tag == tag).map(|entry| entry.value);
         // The loader has made addresses of offsets, but for processors where the section is
         // read-only.
-        let address = |tag: u64| entry(tag).map(|value| if value < self.base { self.base + value } else { value });
-        let (Some(symbols), Some(names), Some(names_size)) = (address(DT_SYMTAB), address(DT_STRTAB), entry(DT_STRSZ))
+        let address = |tag: u64| {
+            entry(tag).map(|value| if value < self.base { self.base + value } else { value })
+        };
+        let (Some(symbols), Some(names), Some(names_size)) =
+            (address(DT_SYMTAB), address(DT_STRTAB), entry(DT_STRSZ))
         else {
             return Vec::new();
         };
@@ -161,10 +168,15 @@ impl Object {
             let count = size as usize / size_of::<Relocation>();
             // SAFETY: the object's table of relocations, of that size.
             let table = unsafe { std::slice::from_raw_parts(table as *const Relocation, count) };
-            slots.extend(table.iter().filter(|relocation| is_function(relocation)).filter_map(|relocation| {
-                let at = self.base + relocation.offset;
-                Some(Slot { at: NonNull::new(at as *mut AtomicPtr<c_void>)?, protected: self.is_protected(at) })
-            }));
+            slots.extend(table.iter().filter(|relocation| is_function(relocation)).filter_map(
+                |relocation| {
+                    let at = self.base + relocation.offset;
+                    Some(Slot {
+                        at: NonNull::new(at as *mut AtomicPtr<c_void>)?,
+                        protected: self.is_protected(at),
+                    })
+                },
+            ));
         }
         slots
     }

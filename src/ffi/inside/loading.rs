@@ -1,8 +1,9 @@
-//! What happens as the daemon's process loads this library: it takes its place before libvirt's function ([`dispatcher`]), and
-//! goes out of the environment.
+//! What happens as the daemon's process loads this library: it takes its place before libvirt's
+//! function ([`dispatcher`]), and goes out of the environment.
 //!
-//! libvirt hands `LD_PRELOAD` on to each QEMU that it starts, and to its helpers, where this library has nothing to do, and where
-//! their own security policy may not let them read it. So the daemon forgets that it was preloaded. What else is preloaded stays.
+//! libvirt hands `LD_PRELOAD` on to each QEMU that it starts, and to its helpers, where this
+//! library has nothing to do, and where their own security policy may not let them read it. So the
+//! daemon forgets that it was preloaded. What else is preloaded stays.
 
 use std::env;
 use std::ffi::OsStr;
@@ -22,7 +23,10 @@ static AT_LOAD: extern "C" fn() = at_load;
 extern "C" fn at_load() {
     boundary(drop, || {
         let preload = env::var_os(PRELOAD);
-        let Some(others) = preload.as_ref().and_then(|preload| without_us(preload.to_str()?)) else { return Ok(()) };
+        let Some(others) = preload.as_ref().and_then(|preload| without_us(preload.to_str()?))
+        else {
+            return Ok(());
+        };
         let name = std::fs::read_to_string("/proc/self/comm").unwrap_or_default();
         if DAEMONS.contains(&name.trim_end()) {
             dispatcher::stand_before_libvirt();
@@ -33,7 +37,8 @@ extern "C" fn at_load() {
 }
 
 fn forget_ourselves(others: &str) {
-    // SAFETY: the process is being started, or it would not be named in `LD_PRELOAD`: it has one thread.
+    // SAFETY: the process is being started, or it would not be named in `LD_PRELOAD`: it has one
+    // thread.
     unsafe {
         match others.is_empty() {
             true => env::remove_var(PRELOAD),
@@ -60,7 +65,10 @@ mod tests {
     #[test]
     fn others_that_are_preloaded_stay() {
         assert_eq!(without_us("/usr/lib/libinstantsnap.so.0").as_deref(), Some(""));
-        assert_eq!(without_us("/a.so:/usr/lib/libinstantsnap.so /b.so").as_deref(), Some("/a.so:/b.so"));
+        assert_eq!(
+            without_us("/a.so:/usr/lib/libinstantsnap.so /b.so").as_deref(),
+            Some("/a.so:/b.so")
+        );
         assert_eq!(without_us("/a.so:/usr/lib/libinstantsnap-preload.so"), None);
     }
 }

@@ -1,13 +1,15 @@
-//! The entry points inside a stock libvirt daemon: `vm` is its driver's own object, and the next definition of the symbol is
-//! its driver's own function.
+//! The entry points inside a stock libvirt daemon: `vm` is its driver's own object, and the next
+//! definition of the symbol is its driver's own function.
 //!
-//! Without INSTANT that function is called, with the same arguments. With it, the domain object is let go of, and the snapshot
-//! taken as a client takes it ([`client`]), on the domain that was given: in the daemon its connection is the driver, and
-//! libvirt's public functions run in the thread that calls them. The driver's callers of these functions let go of the object
-//! next, and do nothing else with it; no job is held. What they allowed the client to do is this snapshot, and we do
-//! nothing else: its steps are taken in the daemon's own name ([`daemon::Itself`]).
+//! Without INSTANT that function is called, with the same arguments. With it, the domain object is
+//! let go of, and the snapshot taken as a client takes it ([`client`]), on the domain that was
+//! given: in the daemon its connection is the driver, and libvirt's public functions run in the
+//! thread that calls them. The driver's callers of these functions let go of the object next, and
+//! do nothing else with it; no job is held. What they allowed the client to do is this snapshot,
+//! and we do nothing else: its steps are taken in the daemon's own name ([`daemon::Itself`]).
 //!
-//! A driver that does not know the flag may refuse it before: [`dispatcher`] takes it off before that, and notes it.
+//! A driver that does not know the flag may refuse it before: [`dispatcher`] takes it off before
+//! that, and notes it.
 //!
 //! Where this process is not a daemon that we know, everything is the driver's own function's.
 
@@ -67,10 +69,12 @@ fn create_or(
         }
         Flags::check(bits | flags::INSTANT)?;
         if bits & flags::REUSE_EXT != 0 {
-            // An undo could have to merge an overlay of the client's own making, with the daemon's rights.
+            // An undo could have to merge an overlay of the client's own making, with the daemon's
+            // rights.
             fail!(
                 OperationUnsupported,
-                "VIR_DOMAIN_SNAPSHOT_CREATE_REUSE_EXT is not for instant snapshots inside the daemon"
+                "VIR_DOMAIN_SNAPSHOT_CREATE_REUSE_EXT is not for instant snapshots inside the \
+                 daemon"
             );
         }
         let _slot = Slot::take(Settings::get().most)?;
@@ -86,7 +90,9 @@ fn create_or(
         Ok(Some(snapshot)) => Ok(snapshot.into_raw()),
         // Nobody has asked for INSTANT.
         Ok(None) => Ok(theirs()),
-        Err(error) if !asked && (upgrade::is_refusal(error.number()) || slots::is_refusal(&error)) => {
+        Err(error)
+            if !asked && (upgrade::is_refusal(error.number()) || slots::is_refusal(&error)) =>
+        {
             log(Priority::Info, &format!("a LIVE snapshot stays libvirt's own: {error}"));
             Ok(theirs())
         }
@@ -96,12 +102,13 @@ fn create_or(
 
 /// The driver's own object without its lock, until what is returned is dropped.
 fn unlocked(daemon: &'static Daemon, vm: NonNull<c_void>) -> Unlocked {
-    // SAFETY: the driver calls these functions with its live domain object, which it has locked, and unlocks as the next
-    // thing.
+    // SAFETY: the driver calls these functions with its live domain object, which it has locked,
+    // and unlocks as the next thing.
     unsafe { daemon.unlocked(vm) }
 }
 
-/// `qemuSnapshotRevert`: of a snapshot that is our affair too, by libvirt where that works and does no harm.
+/// `qemuSnapshotRevert`: of a snapshot that is our affair too, by libvirt where that works and does
+/// no harm.
 pub fn revert(
     vm: NonNull<c_void>,
     snapshot: Result<Option<&virDomainSnapshot>>,
@@ -140,9 +147,11 @@ fn on_snapshot(
             // An error: nothing is known of it.
             Reach::of(&snapshot).ok().flatten()
         };
-        // The files that its record names are removed, merged and restored with the daemon's rights, and a client can write that
-        // record (REDEFINE). Asked in his own name.
-        let Some(reach) = reach.filter(|reach| reach.domain().may_be_changed()) else { return Ok(false) };
+        // The files that its record names are removed, merged and restored with the daemon's
+        // rights, and a client can write that record (REDEFINE). Asked in his own name.
+        let Some(reach) = reach.filter(|reach| reach.domain().may_be_changed()) else {
+            return Ok(false);
+        };
         let _itself = daemon.itself();
         let _turn = Turn::wait(reach.domain_uuid(), PATIENCE)?;
         match reach.hold_unless_it_is_a_step(ours, bits)? {
@@ -154,7 +163,8 @@ fn on_snapshot(
     Ok(if result? { 0 } else { theirs() })
 }
 
-/// By this the instantsnap command finds the version in the library's file; the colon ends it there.
+/// By this the instantsnap command finds the version in the library's file; the colon ends it
+/// there.
 const MARK: &str = concat!("instantsnap-library/", env!("CARGO_PKG_VERSION"), ":");
 
 /// The daemon that this process is, for a call that is not a step of another one of ours.
@@ -165,7 +175,8 @@ fn the_daemon() -> Option<&'static Daemon> {
     found().ok()
 }
 
-/// The daemon that this process is; or why instant snapshots are off in it, which its log says once too.
+/// The daemon that this process is; or why instant snapshots are off in it, which its log says once
+/// too.
 fn found() -> std::result::Result<&'static Daemon, String> {
     static SAID: Once = Once::new();
     let look = || {
@@ -178,7 +189,10 @@ fn found() -> std::result::Result<&'static Daemon, String> {
     let found = caught(|| Ok(look())).unwrap_or_else(|error| Err(error.message));
     SAID.call_once(|| match &found {
         Ok((_, settings)) => {
-            log(Priority::Info, &format!("{MARK} instant snapshots are on, at most {} at once", settings.most));
+            log(
+                Priority::Info,
+                &format!("{MARK} instant snapshots are on, at most {} at once", settings.most),
+            );
         }
         Err(why) => log(Priority::Error, &format!("instant snapshots are off: {why}")),
     });

@@ -2,7 +2,8 @@
 
 use once_cell::sync::OnceCell;
 
-/// A daemon's default limits allow 20 calls at once that take their time: half of them are for others.
+/// A daemon's default limits allow 20 calls at once that take their time: half of them are for
+/// others.
 const MOST: usize = 10;
 
 /// Read once: who starts the daemon sets them.
@@ -25,7 +26,8 @@ impl Settings {
 
     fn of(variable: impl Fn(&str) -> Option<String>) -> Settings {
         let is_on = |name: &str| variable(name).is_some_and(|value| value == "1");
-        let most = variable("INSTANTSNAP_MAX_SNAPSHOTS").and_then(|value| value.trim().parse().ok());
+        let most =
+            variable("INSTANTSNAP_MAX_SNAPSHOTS").and_then(|value| value.trim().parse().ok());
         Settings {
             upgrade_live: is_on("INSTANTSNAP_UPGRADE_LIVE"),
             most: most.unwrap_or(MOST),
@@ -39,19 +41,26 @@ mod tests {
     use super::*;
 
     fn of(pairs: &[(&str, &str)]) -> (bool, usize, bool) {
-        let settings =
-            Settings::of(|name| pairs.iter().find(|pair| pair.0 == name).map(|(_, value)| (*value).to_owned()));
+        let settings = Settings::of(|name| {
+            pairs.iter().find(|pair| pair.0 == name).map(|(_, value)| (*value).to_owned())
+        });
         (settings.upgrade_live, settings.most, settings.any_version)
     }
 
     #[test]
     fn what_is_not_set_or_makes_no_sense_is_as_by_default() {
         assert_eq!(of(&[]), (false, MOST, false));
-        let nonsense =
-            [("INSTANTSNAP_UPGRADE_LIVE", "yes"), ("INSTANTSNAP_MAX_SNAPSHOTS", "-1"), ("INSTANTSNAP_ANY_LIBVIRT", "")];
+        let nonsense = [
+            ("INSTANTSNAP_UPGRADE_LIVE", "yes"),
+            ("INSTANTSNAP_MAX_SNAPSHOTS", "-1"),
+            ("INSTANTSNAP_ANY_LIBVIRT", ""),
+        ];
         assert_eq!(of(&nonsense), (false, MOST, false));
-        let all =
-            [("INSTANTSNAP_UPGRADE_LIVE", "1"), ("INSTANTSNAP_MAX_SNAPSHOTS", "3"), ("INSTANTSNAP_ANY_LIBVIRT", "1")];
+        let all = [
+            ("INSTANTSNAP_UPGRADE_LIVE", "1"),
+            ("INSTANTSNAP_MAX_SNAPSHOTS", "3"),
+            ("INSTANTSNAP_ANY_LIBVIRT", "1"),
+        ];
         assert_eq!(of(&all), (true, 3, true));
     }
 }

@@ -1,5 +1,5 @@
-//! How many snapshots are taken at once. Each has one of the daemon's workers to itself until it is complete; with all of them
-//! taken, no client of the daemon would be answered.
+//! How many snapshots are taken at once. Each has one of the daemon's workers to itself until it is
+//! complete; with all of them taken, no client of the daemon would be answered.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -23,9 +23,9 @@ impl Slot {
             Err(taken) => Err(Error::of_libvirt(
                 RESOURCE_BUSY,
                 format!(
-                    "{taken} instant snapshots are being taken by this daemon, and no more than {most} may be at once: try \
-                     again when one has ended, or set INSTANTSNAP_MAX_SNAPSHOTS in the daemon's environment, below its \
-                     max_workers"
+                    "{taken} instant snapshots are being taken by this daemon, and no more than \
+                     {most} may be at once: try again when one has ended, or set \
+                     INSTANTSNAP_MAX_SNAPSHOTS in the daemon's environment, below its max_workers"
                 ),
             )),
         }

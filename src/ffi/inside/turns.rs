@@ -1,5 +1,5 @@
-//! Reverts and deletes of one domain's snapshots, which clients can ask for at once: one after another, as libvirt does it by the
-//! domain's job.
+//! Reverts and deletes of one domain's snapshots, which clients can ask for at once: one after
+//! another, as libvirt does it by the domain's job.
 
 use std::collections::BTreeSet;
 use std::sync::{Condvar, Mutex};
@@ -27,7 +27,8 @@ impl Turn {
         if waited.timed_out() {
             fail!(
                 OperationTimeout,
-                "another client's revert or delete of a snapshot of this domain has not ended in {} s",
+                "another client's revert or delete of a snapshot of this domain has not ended in \
+                 {} s",
                 patience.as_secs()
             );
         }

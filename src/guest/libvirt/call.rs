@@ -1,8 +1,9 @@
 //! Calls of libvirt with an end.
 //!
-//! Each of libvirt's calls on a domain waits for the job of another client's call on it, up to 30 seconds. So they are made
-//! by a thread of ours, and given up when a deadline passes. The call itself cannot be taken back: it is kept, and whoever
-//! undoes what it may yet do waits for its end first ([`Caller::settle`]).
+//! Each of libvirt's calls on a domain waits for the job of another client's call on it, up to 30
+//! seconds. So they are made by a thread of ours, and given up when a deadline passes. The call
+//! itself cannot be taken back: it is kept, and whoever undoes what it may yet do waits for its end
+//! first ([`Caller::settle`]).
 
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::time::Duration;
@@ -34,11 +35,15 @@ impl Trouble {
             Trouble::Refused(error) => error.into_error(step),
             Trouble::Late => Error::new(
                 Code::OperationTimeout,
-                format!("{step}: libvirt did not answer in time; another client's job on the domain can make it wait"),
+                format!(
+                    "{step}: libvirt did not answer in time; another client's job on the domain \
+                     can make it wait"
+                ),
             ),
-            Trouble::Lost(reason) => {
-                Error::new(Code::Rpc, format!("{step}: lost the connection to the libvirt daemon ({reason})"))
-            }
+            Trouble::Lost(reason) => Error::new(
+                Code::Rpc,
+                format!("{step}: lost the connection to the libvirt daemon ({reason})"),
+            ),
         }
     }
 }
@@ -59,8 +64,9 @@ struct Address {
     uuid: String,
 }
 
-/// Connects, and looks the domain up; why not, where it cannot be done. A daemon can accept a connection and not answer: so
-/// this is done by a thread of its own, which is left behind when the deadline passes.
+/// Connects, and looks the domain up; why not, where it cannot be done. A daemon can accept a
+/// connection and not answer: so this is done by a thread of its own, which is left behind when the
+/// deadline passes.
 fn look_up(address: Address, deadline: Deadline) -> std::result::Result<Domain, String> {
     let (answer, answered) = mpsc::channel();
     let open = move || {
@@ -92,8 +98,8 @@ pub struct Caller {
 
 impl Drop for Caller {
     fn drop(&mut self) {
-        // A daemon's call is not over while threads of it are in the driver: more of them than are counted would be there, and
-        // when the daemon ends, its domains would go from under them.
+        // A daemon's call is not over while threads of it are in the driver: more of them than are
+        // counted would be there, and when the daemon ends, its domains would go from under them.
         if self.again.is_none() {
             self.join();
         }
@@ -103,7 +109,13 @@ impl Drop for Caller {
 impl Caller {
     /// Of a domain.
     pub fn new(domain: Domain, uri: String, uuid: String) -> Caller {
-        Caller { domain, again: Some(Address { uri, uuid }), worker: None, pending: Vec::new(), refused: false }
+        Caller {
+            domain,
+            again: Some(Address { uri, uuid }),
+            worker: None,
+            pending: Vec::new(),
+            refused: false,
+        }
     }
 
     /// Of a domain of the daemon that this process is.
@@ -120,11 +132,13 @@ impl Caller {
     ) -> std::result::Result<T, Trouble> {
         let result = self.once(deadline, call.clone());
         match result {
-            Err(Trouble::Refused(error)) if self.is_lost(&error) => match self.reconnect(deadline) {
-                Ok(()) if again == Again::Harmless => self.once(deadline, call),
-                Ok(()) => Err(Trouble::Lost(error.message)),
-                Err(trouble) => Err(trouble),
-            },
+            Err(Trouble::Refused(error)) if self.is_lost(&error) => {
+                match self.reconnect(deadline) {
+                    Ok(()) if again == Again::Harmless => self.once(deadline, call),
+                    Ok(()) => Err(Trouble::Lost(error.message)),
+                    Err(trouble) => Err(trouble),
+                }
+            }
             other => {
                 self.refused |= matches!(other, Err(Trouble::Refused(_)));
                 other
@@ -147,7 +161,8 @@ impl Caller {
         let domain = self.domain.clone();
         self.send(Box::new(move || {
             let result = call(&domain);
-            // Whoever has the answer may close the connection, and be told whether somebody else has it still.
+            // Whoever has the answer may close the connection, and be told whether somebody else
+            // has it still.
             drop(domain);
             let _ = answer.send(result);
             drop(ended);
@@ -161,7 +176,9 @@ impl Caller {
                 self.pending.push(pending);
                 Err(Trouble::Late)
             }
-            Err(RecvTimeoutError::Disconnected) => Err(Trouble::Lost("a thread of ours has ended".into())),
+            Err(RecvTimeoutError::Disconnected) => {
+                Err(Trouble::Lost("a thread of ours has ended".into()))
+            }
         }
     }
 
@@ -189,7 +206,10 @@ impl Caller {
     /// Waits until calls that were given up have ended; false when the deadline passes first.
     pub fn settle(&mut self, deadline: Deadline) -> bool {
         self.pending.retain(|call| {
-            matches!(call.recv_timeout(deadline.left().unwrap_or_default()), Err(RecvTimeoutError::Timeout))
+            matches!(
+                call.recv_timeout(deadline.left().unwrap_or_default()),
+                Err(RecvTimeoutError::Timeout)
+            )
         });
         self.pending.is_empty()
     }
@@ -213,12 +233,15 @@ impl Caller {
 
     /// Connects anew, to a daemon that may be starting.
     fn reconnect(&mut self, deadline: Deadline) -> std::result::Result<(), Trouble> {
-        let Some(address) = &self.again else { return Err(Trouble::Lost("it is this process".into())) };
+        let Some(address) = &self.again else {
+            return Err(Trouble::Lost("it is this process".into()));
+        };
         let mut nap = Duration::from_millis(20);
         loop {
             let reason = match look_up(address.clone(), deadline) {
                 Ok(domain) => {
-                    // Letting the old one go can take a word with the daemon; the thread that has made the calls does it.
+                    // Letting the old one go can take a word with the daemon; the thread that has
+                    // made the calls does it.
                     let old = std::mem::replace(&mut self.domain, domain);
                     if let Some(worker) = self.worker.take() {
                         let _ = worker.send(Box::new(move || drop(old)));

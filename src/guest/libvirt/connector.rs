@@ -45,7 +45,8 @@ impl LibvirtConnector {
         let step = "cannot open the domain";
         let connect = domain.connect().map_err(|error| error.into_error(step))?;
         check_connection(&connect)?;
-        let text = |result: libvirt::VirResult<String>| result.map_err(|error| error.into_error(step));
+        let text =
+            |result: libvirt::VirResult<String>| result.map_err(|error| error.into_error(step));
         let (uri, name, uuid) = (text(connect.uri())?, text(domain.name())?, text(domain.uuid())?);
         Ok(LibvirtConnector { domain, way: way(&uri), uri, name, uuid, taken: Mutex::default() })
     }
@@ -81,8 +82,8 @@ impl LibvirtConnector {
         if let Some(disk) = manual(&disks, &Request::parse(snapshot_xml)?).first() {
             fail!(
                 OperationUnsupported,
-                "snapshot='manual' of disk '{}' is supported for a running domain only, and '{}' is paused: resume it, or use \
-                 snapshot='external', or 'no' to leave the disk out",
+                "snapshot='manual' of disk '{}' is supported for a running domain only, and '{}' \
+                 is paused: resume it, or use snapshot='external', or 'no' to leave the disk out",
                 disk.name(),
                 self.name
             );
@@ -91,7 +92,10 @@ impl LibvirtConnector {
     }
 
     pub(super) fn find(&self, name: &str) -> Result<Snapshot> {
-        let found = self.domain.find(name).map_err(|error| error.into_error("cannot list the domain's snapshots"))?;
+        let found = self
+            .domain
+            .find(name)
+            .map_err(|error| error.into_error("cannot list the domain's snapshots"))?;
         found.ok_or_else(|| {
             let message = format!("domain '{}' has no snapshot '{name}'", self.name);
             Error::new(Code::NoDomainSnapshot, message)
@@ -113,8 +117,9 @@ pub fn check_connection(connect: &Connect) -> Result<()> {
     if !is_local(&uri) {
         fail!(
             OperationUnsupported,
-            "the connection '{uri}' is to a remote machine: memory and disks are written where the guest runs, so the \
-             snapshot has to be taken there, by a connection like qemu:///system"
+            "the connection '{uri}' is to a remote machine: memory and disks are written where the \
+             guest runs, so the snapshot has to be taken there, by a connection like \
+             qemu:///system"
         );
     }
     Ok(())

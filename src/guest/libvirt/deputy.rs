@@ -34,24 +34,33 @@ impl Virsh {
 }
 
 /// The commands for a snapshot of the domain of this UUID.
-pub fn errands(virsh: &Virsh, uuid: &str, restore: &[(&str, Value)], overlays: &Overlays, snapshot: &str) -> Errands {
+pub fn errands(
+    virsh: &Virsh,
+    uuid: &str,
+    restore: &[(&str, Value)],
+    overlays: &Overlays,
+    snapshot: &str,
+) -> Errands {
     let settings = restore.iter().map(|(name, arguments)| {
         let command = json!({ "execute": name, "arguments": arguments }).to_string();
         virsh.run(&["qemu-monitor-command", uuid, &command])
     });
-    let forget = virsh.run(&["snapshot-delete", uuid, &format!("--snapshotname={snapshot}"), "--metadata"]);
+    let forget =
+        virsh.run(&["snapshot-delete", uuid, &format!("--snapshotname={snapshot}"), "--metadata"]);
     let merge = |(disk, file): (&DiskPlan, &OverlayFile)| {
         let (target, overlay) = (disk.drive.name(), &disk.overlay);
-        // By its name: where the disk was not switched there is nothing to be merged, and it fails. libvirt can know the image
-        // below by another name than its path.
-        let words = ["blockcommit", uuid, target, "--top", overlay, "--shallow", "--active", "--pivot"];
+        // By its name: where the disk was not switched there is nothing to be merged, and it fails.
+        // libvirt can know the image below by another name than its path.
+        let words =
+            ["blockcommit", uuid, target, "--top", overlay, "--shallow", "--active", "--pivot"];
         MergeErrand {
             merge: Errand { then_discard: file.known(), ..virsh.run(&words) },
             is_in_use: virsh.run(&["domblkinfo", uuid, overlay]),
             complaint: format!(
-                "the caller that took snapshot '{snapshot}' of domain {uuid} was killed, and its overlay '{overlay}' of disk \
-                 '{target}' could not be merged back into '{}': the domain goes on with it, and it must not be removed; merge it \
-                 with `virsh blockcommit {uuid} {target} --shallow --active --pivot` when the cause is mended",
+                "the caller that took snapshot '{snapshot}' of domain {uuid} was killed, and its \
+                 overlay '{overlay}' of disk '{target}' could not be merged back into '{}': the \
+                 domain goes on with it, and it must not be removed; merge it with `virsh \
+                 blockcommit {uuid} {target} --shallow --active --pivot` when the cause is mended",
                 disk.drive.file
             ),
         }

@@ -57,7 +57,9 @@ fn mirrored(domain_xml: &str, (name, value): (&str, &str)) -> Result<Vec<String>
     let devices = xml::child(document.root_element(), "devices");
     let disks = devices.into_iter().flat_map(|devices| xml::children(devices, "disk"));
     let mirrored = disks.filter(|disk| xml::attribute(*disk, "mirror", name) == Some(value));
-    Ok(mirrored.filter_map(|disk| xml::attribute(disk, "target", "dev").map(str::to_owned)).collect())
+    Ok(mirrored
+        .filter_map(|disk| xml::attribute(disk, "target", "dev").map(str::to_owned))
+        .collect())
 }
 
 fn drive(disk: Node) -> Option<Drive> {
@@ -67,9 +69,10 @@ fn drive(disk: Node) -> Option<Drive> {
     let kind = storage.kind();
     let hindrance = match (kind, storage.name()) {
         ("network", _) if source.attribute("protocol") == Some("nbd") && nbd::needs_secret(disk) => Some(
-            "is on network storage that needs a secret (<auth>, <cookies>, <encryption> or TLS): an overlay does not \
-             name it, so that the domain could not be started on one again, nor an undo merge it by qemu-img; leave \
-             the disk out (snapshot='no') or to a storage hook (snapshot='manual')"
+            "is on network storage that needs a secret (<auth>, <cookies>, <encryption> or TLS): \
+             an overlay does not name it, so that the domain could not be started on one again, \
+             nor an undo merge it by qemu-img; leave the disk out (snapshot='no') or to a storage \
+             hook (snapshot='manual')"
                 .to_owned(),
         ),
         ("file" | "block", Some(_)) if xml::child(source, "encryption").is_some() => {
@@ -81,10 +84,11 @@ fn drive(disk: Node) -> Option<Drive> {
             let protocol =
                 source.attribute("protocol").map(|name| format!(" ({name}; what is supported is plain NBD)"));
             Some(format!(
-                "is on storage of type '{kind}'{}: instant snapshots of it are not supported; leave it out (snapshot='no') \
-                 or to a storage hook (snapshot='manual'), or take libvirt's own snapshot, which pauses the domain until \
-                 its memory is saved (without VIR_DOMAIN_SNAPSHOT_CREATE_INSTANT, and with a file named for the overlay, \
-                 <source file='...'/>)",
+                "is on storage of type '{kind}'{}: instant snapshots of it are not supported; \
+                 leave it out (snapshot='no') or to a storage hook (snapshot='manual'), or take \
+                 libvirt's own snapshot, which pauses the domain until its memory is saved \
+                 (without VIR_DOMAIN_SNAPSHOT_CREATE_INSTANT, and with a file named for the \
+                 overlay, <source file='...'/>)",
                 protocol.unwrap_or_default()
             ))
         }
@@ -109,25 +113,27 @@ fn unswitchable(disk: Node) -> Option<String> {
     /// libvirt's limit of a chain of images.
     const DEEPEST: usize = 200;
     let (mut depth, mut image) = (1, disk);
-    while let Some(below) = xml::child(image, "backingStore").filter(|image| xml::child(*image, "source").is_some()) {
+    while let Some(below) =
+        xml::child(image, "backingStore").filter(|image| xml::child(*image, "source").is_some())
+    {
         (depth, image) = (depth + 1, below);
     }
     if disk.attribute("device") == Some("lun") {
         Some(
-            "is a SCSI device passed through (device='lun'), which libvirt gives no overlay: leave it out (snapshot='no') or to \
-             a storage hook (snapshot='manual')"
+            "is a SCSI device passed through (device='lun'), which libvirt gives no overlay: leave \
+             it out (snapshot='no') or to a storage hook (snapshot='manual')"
                 .into(),
         )
     } else if xml::child(disk, "shareable").is_some() {
         Some(
-            "is shared with other domains (<shareable/>), which would not see what is written to an overlay: leave it out \
-             (snapshot='no') or to a storage hook (snapshot='manual')"
+            "is shared with other domains (<shareable/>), which would not see what is written to \
+             an overlay: leave it out (snapshot='no') or to a storage hook (snapshot='manual')"
                 .into(),
         )
     } else if depth + 1 > DEEPEST {
         Some(format!(
-            "is on a chain of {depth} images, and libvirt takes no more than {DEEPEST}: merge some of them first (delete \
-             snapshots, or virsh blockcommit)"
+            "is on a chain of {depth} images, and libvirt takes no more than {DEEPEST}: merge some \
+             of them first (delete snapshots, or virsh blockcommit)"
         ))
     } else {
         None
@@ -136,7 +142,8 @@ fn unswitchable(disk: Node) -> Option<String> {
 
 fn plain(target: String, disk: Node, role: Role) -> Drive {
     let attribute = |child, name| xml::attribute(disk, child, name).map(str::to_owned);
-    let path = |image: Node| Storage::of(image).and_then(|storage| storage.name().map(str::to_owned));
+    let path =
+        |image: Node| Storage::of(image).and_then(|storage| storage.name().map(str::to_owned));
     let mut backing = Vec::new();
     let mut below = xml::child(disk, "backingStore");
     while let Some(image) = below {
@@ -166,9 +173,14 @@ fn plain(target: String, disk: Node, role: Role) -> Drive {
 
 /// UEFI variables: `<os><nvram>`, whose file is its text, or a `<source>` in it.
 fn firmware(root: Node) -> Result<Option<Drive>> {
-    let Some(nvram) = xml::child(root, "os").and_then(|os| xml::child(os, "nvram")) else { return Ok(None) };
+    let Some(nvram) = xml::child(root, "os").and_then(|os| xml::child(os, "nvram")) else {
+        return Ok(None);
+    };
     let source = xml::child(nvram, "source");
-    let file = source.and_then(|source| source.attribute("file")).or(nvram.text().map(str::trim)).unwrap_or_default();
+    let file = source
+        .and_then(|source| source.attribute("file"))
+        .or(nvram.text().map(str::trim))
+        .unwrap_or_default();
     if file.is_empty() {
         return Err(Error::new(
             crate::error::Code::ConfigUnsupported,
@@ -190,21 +202,24 @@ fn firmware(root: Node) -> Result<Option<Drive>> {
     }))
 }
 
-/// libvirt's save cookie: the CPU that the guest really has, which the XML of a memory image need not say; and that a network
-/// card of type `user` may have its helper process.
+/// libvirt's save cookie: the CPU that the guest really has, which the XML of a memory image need
+/// not say; and that a network card of type `user` may have its helper process.
 pub fn cookie(live_xml: &str) -> Result<Option<String>> {
     let document = xml::parse(live_xml, "domain", &xml::GIVEN)?;
     let cpu = xml::child(document.root_element(), "cpu");
-    Ok(cpu.map(|cpu| format!("<cookie>\n  {}\n  <slirpHelper/>\n</cookie>\n", &live_xml[cpu.range()])))
+    Ok(cpu.map(|cpu| {
+        format!("<cookie>\n  {}\n  <slirpHelper/>\n</cookie>\n", &live_xml[cpu.range()])
+    }))
 }
 
-/// Whether resuming takes more than starting the vCPUs: libvirt gives disk leases and macvtap devices away while a domain is
-/// paused.
+/// Whether resuming takes more than starting the vCPUs: libvirt gives disk leases and macvtap
+/// devices away while a domain is paused.
 pub fn holds_leases(domain_xml: &str) -> bool {
     let Ok(document) = xml::parse(domain_xml, "domain", &xml::GIVEN) else { return true };
     let Some(devices) = xml::child(document.root_element(), "devices") else { return false };
     let macvtap = xml::children(devices, "interface").any(|interface| {
-        interface.attribute("type") == Some("direct") || xml::attribute(interface, "actual", "type") == Some("direct")
+        interface.attribute("type") == Some("direct")
+            || xml::attribute(interface, "actual", "type") == Some("direct")
     });
     macvtap || xml::child(devices, "lease").is_some()
 }
@@ -219,8 +234,9 @@ mod tests {
         for source in ["", "<source index='1'/>", "<source startupPolicy='optional' index='2'/>"] {
             for device in ["floppy", "cdrom"] {
                 let xml = format!(
-                    "<domain><name>x</name><devices><disk type='file' device='{device}'>\
-                     <driver name='qemu' type='raw'/>{source}<target dev='sda' bus='x'/></disk></devices></domain>"
+                    "<domain><name>x</name><devices><disk type='file' device='{device}'><driver \
+                     name='qemu' type='raw'/>{source}<target dev='sda' \
+                     bus='x'/></disk></devices></domain>"
                 );
                 let drives = drives(&xml).unwrap();
                 assert_eq!((drives[0].role, drives[0].name()), (Role::Empty, "sda"), "{xml}");
@@ -231,7 +247,9 @@ mod tests {
 
     /// The only disk of a domain, on so many images.
     fn disk(attributes: &str, depth: usize) -> Drive {
-        let below: String = (1..depth).map(|n| format!("<backingStore type='file'><source file='/{n}'/>")).collect();
+        let below: String = (1..depth)
+            .map(|n| format!("<backingStore type='file'><source file='/{n}'/>"))
+            .collect();
         let end = "<backingStore/>".to_owned() + &"</backingStore>".repeat(depth - 1);
         let xml = format!(
             "<domain><devices><disk type='block' {attributes}><source dev='/dev/sdx'/>{below}{end}\

@@ -1,7 +1,9 @@
-//! What libvirt gives away while a domain is paused, and takes back when it resumes it: disk leases and macvtap devices.
+//! What libvirt gives away while a domain is paused, and takes back when it resumes it: disk leases
+//! and macvtap devices.
 //!
-//! QEMU before 9 starts its guest by itself at the end of the pause. libvirt takes note of it, and takes nothing back. Where
-//! that matters the domain is paused and resumed once more, through libvirt.
+//! QEMU before 9 starts its guest by itself at the end of the pause. libvirt takes note of it, and
+//! takes nothing back. Where that matters the domain is paused and resumed once more, through
+//! libvirt.
 
 use std::fs::File;
 use std::ops::Range;
@@ -26,7 +28,8 @@ pub struct Lease {
 impl Lease {
     /// Looks at a domain that runs.
     pub fn look(domain_xml: &str, disks: &[DiskPlan]) -> Lease {
-        let images = disks.iter().filter_map(|disk| sys::open_file(Path::new(&disk.drive.file)).ok());
+        let images =
+            disks.iter().filter_map(|disk| sys::open_file(Path::new(&disk.drive.file)).ok());
         Lease {
             in_xml: drives::holds_leases(domain_xml),
             locked: images.into_iter().find(|image| sys::is_locked(image, LEASE)),

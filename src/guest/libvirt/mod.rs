@@ -1,8 +1,9 @@
 //! The way in through a stock libvirt: the domain is its daemon's, and we are a client.
 //!
-//! Everything that libvirt can do, it does, so that its own view of the domain stays true: it pauses and resumes, switches the
-//! disks and merges them back, and records the snapshot. Only what it has no function for goes past it, by its monitor
-//! passthrough: the background snapshot, and what belongs to it.
+//! Everything that libvirt can do, it does, so that its own view of the domain stays true: it
+//! pauses and resumes, switches the disks and merges them back, and records the snapshot. Only what
+//! it has no function for goes past it, by its monitor passthrough: the background snapshot, and
+//! what belongs to it.
 
 mod call;
 mod connector;
@@ -34,7 +35,8 @@ pub use self::operations::{Operation, delete, revert};
 use self::overlays::Overlays;
 pub use self::reach::Reach;
 use super::backend::{
-    Catalog, Connector, Deputy, Description, Guest, MEASURED, PATIENCE, Presence, Reserved, check_version,
+    Catalog, Connector, Deputy, Description, Guest, MEASURED, PATIENCE, Presence, Reserved,
+    check_version,
 };
 use super::exclusive::Exclusive;
 use super::overlay_file::{self, Beforehand};
@@ -55,7 +57,8 @@ const RESUME_SOON: Duration = Duration::from_secs(2);
 /// A domain that is started and ended by others is looked at so often before it is given up.
 const STARTS: u32 = 5;
 
-/// For so many seconds a daemon that is restarted may be away: what it was taking a snapshot of waits for it.
+/// For so many seconds a daemon that is restarted may be away: what it was taking a snapshot of
+/// waits for it.
 const CALLER_KILLED: u32 = 10;
 /// The same where the daemon was the caller, which may be being upgraded.
 const DAEMON_KILLED: u32 = 300;
@@ -85,13 +88,21 @@ impl Connector for LibvirtConnector {
         let name = match name {
             Some(name) => name.to_owned(),
             None => {
-                let seconds = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
-                (seconds..).map(|seconds| seconds.to_string()).find(|name| !taken(name)).unwrap_or_default()
+                let seconds =
+                    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+                (seconds..)
+                    .map(|seconds| seconds.to_string())
+                    .find(|name| !taken(name))
+                    .unwrap_or_default()
             }
         };
         check_name(&name)?;
         if taken(&name) {
-            fail!(OperationInvalid, "domain snapshot '{name}' of domain '{}' already exists", self.name);
+            fail!(
+                OperationInvalid,
+                "domain snapshot '{name}' of domain '{}' already exists",
+                self.name
+            );
         }
         Ok(Reserved::by_others(name))
     }
@@ -107,7 +118,8 @@ impl Connector for LibvirtConnector {
         };
         let step = format!("cannot take libvirt's own snapshot of domain '{}'", self.name);
         // As long as it takes.
-        let taken = self.domain.create_snapshot(xml, plain).map_err(|error| error.into_error(&step));
+        let taken =
+            self.domain.create_snapshot(xml, plain).map_err(|error| error.into_error(&step));
         Some(taken.map(|snapshot| {
             let name = snapshot.name();
             self.keep(snapshot);
@@ -121,8 +133,8 @@ impl Connector for LibvirtConnector {
         if !self.domain.is_active().map_err(|error| error.into_error(&step))? {
             fail!(
                 OperationInvalid,
-                "domain '{}' is not running: an instant snapshot is of a running guest; without INSTANT its disks can be \
-                 snapshotted",
+                "domain '{}' is not running: an instant snapshot is of a running guest; without \
+                 INSTANT its disks can be snapshotted",
                 self.name
             );
         }
@@ -176,7 +188,9 @@ impl Catalog for LibvirtConnector {
     }
 
     fn xml(&self, name: &str) -> Result<String> {
-        self.find(name)?.xml(0).map_err(|error| error.into_error(&format!("cannot describe snapshot '{name}'")))
+        self.find(name)?
+            .xml(0)
+            .map_err(|error| error.into_error(&format!("cannot describe snapshot '{name}'")))
     }
 
     fn current(&self) -> Result<Option<String>> {
@@ -234,7 +248,11 @@ struct Registered {
 }
 
 impl Execute for LibvirtGuest<'_> {
-    fn execute(&mut self, command: Command, deadline: Deadline) -> std::result::Result<Json, Failure> {
+    fn execute(
+        &mut self,
+        command: Command,
+        deadline: Deadline,
+    ) -> std::result::Result<Json, Failure> {
         let again = match command.name {
             "migrate" | "migrate_cancel" => Again::Never,
             _ => Again::Harmless,
@@ -242,7 +260,9 @@ impl Execute for LibvirtGuest<'_> {
         let text = json!({ "execute": command.name, "arguments": command.arguments }).to_string();
         let fd = match command.fd.map(|fd| rustix::io::fcntl_dupfd_cloexec(fd, 0)).transpose() {
             Ok(fd) => fd.map(std::sync::Arc::new),
-            Err(error) => return Err(Failure::Lost(format!("cannot duplicate a descriptor: {error}"))),
+            Err(error) => {
+                return Err(Failure::Lost(format!("cannot duplicate a descriptor: {error}")));
+            }
         };
         let reply = self.caller.call(deadline, again, move |domain| {
             let fd = fd.as_deref().map(std::os::fd::AsFd::as_fd);
@@ -251,12 +271,14 @@ impl Execute for LibvirtGuest<'_> {
         let reply = match reply {
             Ok(reply) => reply,
             Err(Trouble::Late) => return Err(Failure::Late),
-            Err(Trouble::Refused(error)) if error.is(Code::OperationTimeout) => return Err(Failure::Late),
+            Err(Trouble::Refused(error)) if error.is(Code::OperationTimeout) => {
+                return Err(Failure::Late);
+            }
             Err(Trouble::Refused(error)) => return Err(Failure::Lost(error.message)),
             Err(Trouble::Lost(reason)) => return Err(Failure::Lost(reason)),
         };
-        let reply =
-            parse(reply.as_bytes()).map_err(|error| Failure::Lost(format!("the reply makes no sense: {error}")))?;
+        let reply = parse(reply.as_bytes())
+            .map_err(|error| Failure::Lost(format!("the reply makes no sense: {error}")))?;
         read_reply(reply)
     }
 }
@@ -269,12 +291,15 @@ impl LibvirtGuest<'_> {
         again: Again,
         call: impl Fn(&Domain) -> libvirt::VirResult<T> + Clone + Send + 'static,
     ) -> Result<T> {
-        self.caller.call(Deadline::after(PATIENCE), again, call).map_err(|trouble| trouble.into_error(step))
+        self.caller
+            .call(Deadline::after(PATIENCE), again, call)
+            .map_err(|trouble| trouble.into_error(step))
     }
 
     fn query_version(&mut self) -> Result<(u64, u64)> {
         let command = Command::new("query-version", json!({}));
-        let reply = self.run("cannot ask for QEMU's version", command, Deadline::after(PATIENCE))?;
+        let reply =
+            self.run("cannot ask for QEMU's version", command, Deadline::after(PATIENCE))?;
         let number = |what: &str| reply["qemu"][what].as_u64().unwrap_or_default();
         Ok((number("major"), number("minor")))
     }
@@ -286,7 +311,8 @@ impl LibvirtGuest<'_> {
         })
     }
 
-    /// libvirt does not tell, but QEMU by its threads; and libvirt gives it the UUID on its command line.
+    /// libvirt does not tell, but QEMU by its threads; and libvirt gives it the UUID on its command
+    /// line.
     fn look_up_process(&mut self) -> Option<Peer> {
         let option = format!("-uuid\0{}\0", self.connector.uuid);
         let is_it = |qemu: &Peer| {
@@ -297,7 +323,9 @@ impl LibvirtGuest<'_> {
     }
 
     fn xml(&mut self, flags: u32) -> Result<String> {
-        self.patiently("cannot read the domain's XML", Again::Harmless, move |domain| domain.xml(flags))
+        self.patiently("cannot read the domain's XML", Again::Harmless, move |domain| {
+            domain.xml(flags)
+        })
     }
 
     fn current_snapshot(&mut self) -> Result<Option<String>> {
@@ -316,11 +344,14 @@ impl LibvirtGuest<'_> {
         }
         match self.caller.call(deadline, Again::Harmless, Domain::resume) {
             Ok(()) => Ok(Resumed::ByLibvirt),
-            // QEMU before 9 has started its guest by itself, and libvirt has come to know of it since it was asked.
-            Err(Trouble::Refused(error)) if error.is(Code::OperationInvalid) => match self.libvirt_state(deadline)? {
-                State::Running => Ok(Resumed::ByItself),
-                _ => Err(Trouble::Refused(error)),
-            },
+            // QEMU before 9 has started its guest by itself, and libvirt has come to know of it
+            // since it was asked.
+            Err(Trouble::Refused(error)) if error.is(Code::OperationInvalid) => {
+                match self.libvirt_state(deadline)? {
+                    State::Running => Ok(Resumed::ByItself),
+                    _ => Err(Trouble::Refused(error)),
+                }
+            }
             Err(trouble) => Err(trouble),
         }
     }
@@ -330,11 +361,13 @@ impl LibvirtGuest<'_> {
         drives::chains(&self.xml_with_paths(0)?)
     }
 
-    /// Whose new files are, as the owner of this image, or of QEMU's process: a session's are its user's, also where root
-    /// acts on it. None where libvirt gives them to QEMU's user itself.
+    /// Whose new files are, as the owner of this image, or of QEMU's process: a session's are its
+    /// user's, also where root acts on it. None where libvirt gives them to QEMU's user itself.
     fn owner(&self, image: Option<&str>) -> Option<PathBuf> {
-        let foreign_session = self.connector.uri.contains("/session") && rustix::process::geteuid().is_root();
-        let process = || self.qemu.as_ref().map(|qemu| PathBuf::from(format!("/proc/{}", qemu.pid)));
+        let foreign_session =
+            self.connector.uri.contains("/session") && rustix::process::geteuid().is_root();
+        let process =
+            || self.qemu.as_ref().map(|qemu| PathBuf::from(format!("/proc/{}", qemu.pid)));
         if foreign_session { image.map(PathBuf::from).or_else(process) } else { None }
     }
 
@@ -349,33 +382,43 @@ impl LibvirtGuest<'_> {
         if !disks.iter().any(|disk| Path::new(&disk.overlay).exists()) {
             return Ok(());
         }
-        let records = self.patiently("cannot read the domain's snapshots", Again::Harmless, |domain| {
-            let read = |snapshot: &Snapshot| Ok((snapshot.name(), snapshot.xml(0)?));
-            domain.snapshots()?.iter().map(read).collect::<libvirt::VirResult<Vec<_>>>()
-        })?;
-        let files: Vec<_> = records.iter().map(|(name, record)| (name, xml::domain_files(record))).collect();
-        let images = files.iter().flat_map(|(name, files)| files.iter().map(|file| (name.as_str(), file.as_str())));
+        let records =
+            self.patiently("cannot read the domain's snapshots", Again::Harmless, |domain| {
+                let read = |snapshot: &Snapshot| Ok((snapshot.name(), snapshot.xml(0)?));
+                domain.snapshots()?.iter().map(read).collect::<libvirt::VirResult<Vec<_>>>()
+            })?;
+        let files: Vec<_> =
+            records.iter().map(|(name, record)| (name, xml::domain_files(record))).collect();
+        let images = files
+            .iter()
+            .flat_map(|(name, files)| files.iter().map(|file| (name.as_str(), file.as_str())));
         overlay_file::check_not_of_snapshots(disks, images)
     }
 
     fn pause_again_for_leases(&mut self) -> Result<()> {
         let step = "cannot take the disk leases of the domain back";
         let deadline = Deadline::after(PATIENCE);
-        self.caller.call(deadline, Again::Harmless, Domain::suspend).map_err(|trouble| trouble.into_error(step))?;
+        self.caller
+            .call(deadline, Again::Harmless, Domain::suspend)
+            .map_err(|trouble| trouble.into_error(step))?;
         self.resume_by_libvirt(deadline).map_err(|trouble| trouble.into_error(step)).map(drop)
     }
 
-    /// The parent of a snapshot that is recorded now: the current one, unless that was taken after ours.
+    /// The parent of a snapshot that is recorded now: the current one, unless that was taken after
+    /// ours.
     fn parent_of(&mut self, record: &Record) -> Result<(Option<String>, Option<String>)> {
         let current = self.current_snapshot()?;
-        let Some(name) = current.clone().filter(|_| current != self.current_before) else { return Ok((current, None)) };
+        let Some(name) = current.clone().filter(|_| current != self.current_before) else {
+            return Ok((current, None));
+        };
         let overlays: Vec<_> = record.disks.iter().map(|disk| disk.overlay.clone()).collect();
         let xml = self.patiently("cannot describe the current snapshot", Again::Harmless, {
             let name = name.clone();
             move |domain| domain.find(&name)?.map(|snapshot| snapshot.xml(0)).transpose()
         })?;
         // Its disks' images are our overlays: it is younger.
-        let on_ours = xml.is_some_and(|xml| xml::domain_files(&xml).iter().any(|file| overlays.contains(file)));
+        let on_ours = xml
+            .is_some_and(|xml| xml::domain_files(&xml).iter().any(|file| overlays.contains(file)));
         Ok(if on_ours { (self.current_before.clone(), Some(name)) } else { (current, None) })
     }
 }
@@ -388,16 +431,21 @@ impl Guest for LibvirtGuest<'_> {
     fn drives(&mut self) -> Result<Vec<Drive>> {
         let live_xml = self.xml(libvirt::xml::SECURE)?;
         if volumes::are_in(&live_xml) {
-            // libvirt does not pass it on where a disk is on hundreds of images: then those on volumes have no overlay.
-            let blocks = self.execute(Command::new("query-block", json!({})), Deadline::after(PATIENCE));
+            // libvirt does not pass it on where a disk is on hundreds of images: then those on
+            // volumes have no overlay.
+            let blocks =
+                self.execute(Command::new("query-block", json!({})), Deadline::after(PATIENCE));
             self.volumes = volumes::of_domain(&live_xml, &blocks.unwrap_or_default())?;
         }
         self.live_xml = volumes::with_paths(&live_xml, &self.volumes)?;
         let mut drives = drives::drives(&self.live_xml)?;
-        for drive in drives.iter_mut().filter(|drive| drive.role == Role::Disk && drive.hindrance.is_none()) {
+        for drive in
+            drives.iter_mut().filter(|drive| drive.role == Role::Disk && drive.hindrance.is_none())
+        {
             let target = drive.name().to_owned();
             let step = format!("cannot ask for the size of disk '{target}'");
-            drive.size = self.patiently(&step, Again::Harmless, move |domain| domain.disk_size(&target))?;
+            drive.size =
+                self.patiently(&step, Again::Harmless, move |domain| domain.disk_size(&target))?;
         }
         Ok(drives)
     }
@@ -405,21 +453,32 @@ impl Guest for LibvirtGuest<'_> {
     fn describe(&mut self, drives: &[Drive]) -> Result<Description> {
         let domain_xml = self.xml_with_paths(libvirt::xml::SECURE | libvirt::xml::MIGRATABLE)?;
         let persistent =
-            self.patiently("cannot look at the domain", Again::Harmless, |domain| domain.is_persistent())?;
+            self.patiently("cannot look at the domain", Again::Harmless, |domain| {
+                domain.is_persistent()
+            })?;
         if persistent {
             self.inactive_xml = Some(self.xml(libvirt::xml::SECURE | libvirt::xml::INACTIVE)?);
         }
         self.current_before = self.current_snapshot()?;
-        let first = drives.iter().find(|drive| drive.role == Role::Disk && drive.file.starts_with('/'));
+        let first =
+            drives.iter().find(|drive| drive.role == Role::Disk && drive.file.starts_with('/'));
         let owner = self.owner(first.map(|drive| drive.file.as_str()));
         Ok(Description { domain_xml, cookie: drives::cookie(&self.live_xml)?, owner })
     }
 
     fn accept(&mut self, name: &str, flags: Flags) -> Result<()> {
         if flags.has(flags::HALT)
-            && !self.patiently("cannot look at the domain", Again::Harmless, Domain::is_persistent)?
+            && !self.patiently(
+                "cannot look at the domain",
+                Again::Harmless,
+                Domain::is_persistent,
+            )?
         {
-            fail!(OperationInvalid, "cannot halt transient domain '{}' after its snapshot", self.connector.name);
+            fail!(
+                OperationInvalid,
+                "cannot halt transient domain '{}' after its snapshot",
+                self.connector.name
+            );
         }
         self.snapshot = name.into();
         Ok(())
@@ -451,14 +510,15 @@ impl Guest for LibvirtGuest<'_> {
         if let Some(target) = on_disk {
             fail!(
                 OperationInvalid,
-                "disk '{target}' has an active block job: wait for it to end, or abort it (virsh blockjob)"
+                "disk '{target}' has an active block job: wait for it to end, or abort it (virsh \
+                 blockjob)"
             );
         }
         if job {
             fail!(
                 OperationInvalid,
-                "domain '{}' has a job under way (a backup, a dump or the like), for which libvirt would make the snapshot wait: \
-                 wait for it to end, or abort it (virsh domjobabort)",
+                "domain '{}' has a job under way (a backup, a dump or the like), for which libvirt \
+                 would make the snapshot wait: wait for it to end, or abort it (virsh domjobabort)",
                 self.connector.name
             );
         }
@@ -486,8 +546,8 @@ impl Guest for LibvirtGuest<'_> {
         self.version >= MEASURED
     }
 
-    /// libvirt's snapshots have no place for them; and what is loaded with memory are the variables of the instant, which
-    /// QEMU writes back to the file.
+    /// libvirt's snapshots have no place for them; and what is loaded with memory are the variables
+    /// of the instant, which QEMU writes back to the file.
     fn keeps_firmware_copies(&self) -> bool {
         false
     }
@@ -526,16 +586,21 @@ impl Guest for LibvirtGuest<'_> {
         }
         let xml = xml::switch(&self.snapshot, self.overlays.disks(), &self.left_out);
         let bits = flags::DISK_ONLY | flags::NO_METADATA | flags::ATOMIC | flags::REUSE_EXT;
-        let switched = self.caller.call(deadline, Again::Never, move |domain| domain.create_snapshot(&xml, bits));
-        self.switched =
-            Some(switched.map_err(|trouble| trouble.into_error("cannot switch the domain's disks to their overlays"))?);
+        let switched = self
+            .caller
+            .call(deadline, Again::Never, move |domain| domain.create_snapshot(&xml, bits));
+        self.switched = Some(switched.map_err(|trouble| {
+            trouble.into_error("cannot switch the domain's disks to their overlays")
+        })?);
         self.check_not_started_anew(deadline)
     }
 
     fn resize_overlay(&mut self, disk: &DiskPlan, size: u64, deadline: Deadline) -> Result<()> {
         let target = disk.drive.name().to_owned();
         let step = format!("cannot give disk '{target}' its new size back");
-        let resized = self.caller.call(deadline, Again::Harmless, move |domain| domain.resize_disk(&target, size));
+        let resized = self
+            .caller
+            .call(deadline, Again::Harmless, move |domain| domain.resize_disk(&target, size));
         resized.map_err(|trouble| trouble.into_error(&step))
     }
 
@@ -555,7 +620,8 @@ impl Guest for LibvirtGuest<'_> {
         }
         let resumed = resumed.map_err(|trouble| trouble.into_error(step))?;
         if resumed == Resumed::ByItself {
-            // QEMU 10 that was resumed in the very moment of arming can take its guest for paused afterwards, and libvirt not.
+            // QEMU 10 that was resumed in the very moment of arming can take its guest for paused
+            // afterwards, and libvirt not.
             if self.background_keeps_paused() && !self.status()?.running {
                 commands::cont(self, deadline)?;
             }
@@ -568,7 +634,11 @@ impl Guest for LibvirtGuest<'_> {
 
     fn register(&mut self, record: &Record) -> Result<()> {
         let (parent, younger) = self.parent_of(record)?;
-        let inactive = self.inactive_xml.as_deref().map(|xml| volumes::with_paths(xml, &self.volumes)).transpose()?;
+        let inactive = self
+            .inactive_xml
+            .as_deref()
+            .map(|xml| volumes::with_paths(xml, &self.volumes))
+            .transpose()?;
         let xml = xml::record(record, parent.as_deref(), &self.left_out, inactive.as_deref());
         let step = format!("cannot record snapshot '{}' in libvirt", record.name);
         let snapshot = self.patiently(&step, Again::Harmless, move |domain| {
@@ -594,16 +664,26 @@ impl Guest for LibvirtGuest<'_> {
         let Some(Registered { snapshot, parent }) = &self.registered else { return Ok(()) };
         let (name, parent) = (snapshot.name(), parent.clone());
         let lookup = name.clone();
-        let found = self.patiently("cannot look the snapshot up", Again::Harmless, move |domain| {
-            domain.find(&lookup)?.map(|snapshot| snapshot.xml(0)).transpose()
-        })?;
+        let found =
+            self.patiently("cannot look the snapshot up", Again::Harmless, move |domain| {
+                domain.find(&lookup)?.map(|snapshot| snapshot.xml(0)).transpose()
+            })?;
         let Some(xml) = found else {
-            fail!(OperationFailed, "somebody has deleted snapshot '{name}' while its memory was being saved");
+            fail!(
+                OperationFailed,
+                "somebody has deleted snapshot '{name}' while its memory was being saved"
+            );
         };
         let now = xml::parent(&xml);
         // Its parent can have been deleted meanwhile; then the grandparent is it.
-        if now != parent && parent.is_some_and(|parent| self.connector.names().is_ok_and(|all| all.contains(&parent))) {
-            fail!(OperationFailed, "somebody has moved snapshot '{name}' while its memory was being saved");
+        if now != parent
+            && parent
+                .is_some_and(|parent| self.connector.names().is_ok_and(|all| all.contains(&parent)))
+        {
+            fail!(
+                OperationFailed,
+                "somebody has moved snapshot '{name}' while its memory was being saved"
+            );
         }
         Ok(())
     }
@@ -627,8 +707,8 @@ impl Guest for LibvirtGuest<'_> {
         if !self.caller.settle(Deadline::after(2 * PATIENCE)) {
             fail!(
                 OperationTimeout,
-                "libvirt does not come to the switch of the disks: when it does, the domain goes on with the overlays {}, \
-                 which must not be removed",
+                "libvirt does not come to the switch of the disks: when it does, the domain goes \
+                 on with the overlays {}, which must not be removed",
                 self.overlays.paths()
             );
         }
@@ -688,9 +768,11 @@ impl Guest for LibvirtGuest<'_> {
     }
 
     fn halt(&mut self) -> Result<()> {
-        self.patiently("cannot end the guest", Again::Harmless, |domain| match domain.is_active()? {
-            true => domain.destroy(),
-            false => Ok(()),
+        self.patiently("cannot end the guest", Again::Harmless, |domain| {
+            match domain.is_active()? {
+                true => domain.destroy(),
+                false => Ok(()),
+            }
         })
     }
 
@@ -715,7 +797,11 @@ impl Guest for LibvirtGuest<'_> {
                 Err(_) => return Presence::Silent,
             }
             let status = Command::new("query-status", json!({}));
-            in_doubt = in_doubt && matches!(self.execute(status, Deadline::after(RESUME_SOON)), Err(Failure::Lost(_)));
+            in_doubt = in_doubt
+                && matches!(
+                    self.execute(status, Deadline::after(RESUME_SOON)),
+                    Err(Failure::Lost(_))
+                );
             if !in_doubt {
                 return Presence::Here;
             }
@@ -728,7 +814,8 @@ impl Guest for LibvirtGuest<'_> {
 }
 
 impl LibvirtGuest<'_> {
-    /// libvirt knows a domain by its UUID: one that another client has ended and started again since is another QEMU.
+    /// libvirt knows a domain by its UUID: one that another client has ended and started again
+    /// since is another QEMU.
     fn check_not_started_anew(&mut self, deadline: Deadline) -> Result<()> {
         let has_ended = match &self.qemu {
             // Without a question, for this is in the pause.
@@ -743,8 +830,8 @@ impl LibvirtGuest<'_> {
         if has_ended {
             fail!(
                 OperationFailed,
-                "domain '{}' has ended while its snapshot was being taken; where another client has started it again, take the \
-                 snapshot again",
+                "domain '{}' has ended while its snapshot was being taken; where another client \
+                 has started it again, take the snapshot again",
                 self.connector.name
             );
         }
@@ -765,8 +852,9 @@ impl LibvirtGuest<'_> {
         })
     }
 
-    /// Merges the overlays of a domain that has ended. Another client may start it at any time, on the overlays as long as its
-    /// definition names them; until it is seen that it was not, they must not be removed.
+    /// Merges the overlays of a domain that has ended. Another client may start it at any time, on
+    /// the overlays as long as its definition names them; until it is seen that it was not, they
+    /// must not be removed.
     fn merge_ended(&mut self) -> Result<()> {
         let mut active = self.is_started_again();
         for _ in 0..STARTS {
@@ -779,7 +867,8 @@ impl LibvirtGuest<'_> {
         }
         fail!(
             OperationFailed,
-            "domain '{}' is started and ended again and again: the overlays {} may be in use, and must not be removed",
+            "domain '{}' is started and ended again and again: the overlays {} may be in use, and \
+             must not be removed",
             self.connector.name,
             self.overlays.paths()
         )
@@ -796,27 +885,33 @@ impl LibvirtGuest<'_> {
         self.put_definition_back()
     }
 
-    /// A domain that was saved, or migrated, goes on from there: with its overlays, where it had them by then.
+    /// A domain that was saved, or migrated, goes on from there: with its overlays, where it had
+    /// them by then.
     fn check_not_saved(&mut self) -> Result<()> {
         // A transient one is gone, and nobody knows how it ended.
         if self.inactive_xml.is_none()
-            || !self.patiently("cannot look at the domain", Again::Harmless, Domain::is_saved_or_gone)?
+            || !self.patiently(
+                "cannot look at the domain",
+                Again::Harmless,
+                Domain::is_saved_or_gone,
+            )?
         {
             return Ok(());
         }
         if self.definition_without_overlays()?.is_some() {
             fail!(
                 OperationFailed,
-                "somebody has saved the domain, or migrated it, meanwhile: what was saved may go on with the overlays {}, as \
-                 the domain's definition does, and they must not be removed",
+                "somebody has saved the domain, or migrated it, meanwhile: what was saved may go \
+                 on with the overlays {}, as the domain's definition does, and they must not be \
+                 removed",
                 self.overlays.paths()
             );
         }
         Ok(())
     }
 
-    /// The definition of a persistent domain with the images that it had before the overlays; `None` where it names none of
-    /// them.
+    /// The definition of a persistent domain with the images that it had before the overlays;
+    /// `None` where it names none of them.
     fn definition_without_overlays(&mut self) -> Result<Option<String>> {
         let Some(before) = self.inactive_xml.clone() else { return Ok(None) };
         let now = self.xml(libvirt::xml::SECURE | libvirt::xml::INACTIVE)?;
@@ -835,7 +930,8 @@ impl LibvirtGuest<'_> {
 impl Drop for LibvirtGuest<'_> {
     fn drop(&mut self) {
         // Whoever has asked for the snapshot gets the object that stands for it in libvirt.
-        let object = self.registered.take().map(|registered| registered.snapshot).or(self.switched.take());
+        let object =
+            self.registered.take().map(|registered| registered.snapshot).or(self.switched.take());
         if let Some(object) = object {
             self.connector.keep(object);
         }

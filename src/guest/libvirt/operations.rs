@@ -49,8 +49,13 @@ impl Reach {
         Ok(self.held(exclusive))
     }
 
-    /// The same; None where another process holds it, and this can be a step of what that does: what libvirt does without harm.
-    pub fn hold_unless_it_is_a_step(self, operation: Operation, flags: u32) -> Result<Option<Held>> {
+    /// The same; None where another process holds it, and this can be a step of what that does:
+    /// what libvirt does without harm.
+    pub fn hold_unless_it_is_a_step(
+        self,
+        operation: Operation,
+        flags: u32,
+    ) -> Result<Option<Held>> {
         match Exclusive::try_take(self.connector.held_name())? {
             Ok(exclusive) => Ok(Some(self.held(exclusive))),
             Err(Holder::Another) if self.is_libvirts(operation, flags)? => Ok(None),

@@ -1,5 +1,5 @@
-//! Who uses images besides the domain that they are of: QEMUs that have them open, and other domains of the connection that
-//! name them, or what stands on them.
+//! Who uses images besides the domain that they are of: QEMUs that have them open, and other
+//! domains of the connection that name them, or what stands on them.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -23,9 +23,14 @@ impl Users {
     pub fn look(connect: &Connect, domain: &Domain, volumes: &[Volume]) -> Result<Users> {
         let refused = |error: VirError| error.into_error("cannot look at the domain");
         let uuid = domain.uuid().map_err(refused)?;
-        let mut users = Users { others: Others::look(connect, &uuid, volumes), live: BTreeSet::new(), qemu: None };
+        let mut users = Users {
+            others: Others::look(connect, &uuid, volumes),
+            live: BTreeSet::new(),
+            qemu: None,
+        };
         if domain.is_active().map_err(refused)? {
-            let disks = domain_images(&volumes::with_paths(&domain.xml(0).map_err(refused)?, volumes)?)?;
+            let disks =
+                domain_images(&volumes::with_paths(&domain.xml(0).map_err(refused)?, volumes)?)?;
             users.live = disks.iter().flat_map(DiskImage::layers).map(id).collect();
             users.qemu = locks::qemu_of_domain(&uuid);
         }

@@ -40,8 +40,14 @@ impl Overlays {
         self.disks.iter().zip(&self.made)
     }
 
-    /// Creates them. One whose image is not here, to be owned alike, is given to the owner of `owner`.
-    pub fn create(&mut self, disks: &[DiskPlan], beforehand: Beforehand, owner: Option<&Path>) -> Result<()> {
+    /// Creates them. One whose image is not here, to be owned alike, is given to the owner of
+    /// `owner`.
+    pub fn create(
+        &mut self,
+        disks: &[DiskPlan],
+        beforehand: Beforehand,
+        owner: Option<&Path>,
+    ) -> Result<()> {
         self.disks = disks.to_vec();
         for disk in disks {
             self.made.push(create(disk, beforehand, owner)?);
@@ -49,13 +55,16 @@ impl Overlays {
         Ok(())
     }
 
-    /// Whether each disk is still on its overlay or on something above, and the overlay on the snapshot's image.
+    /// Whether each disk is still on its overlay or on something above, and the overlay on the
+    /// snapshot's image.
     pub fn check_chains(&self, chains: &Chains) -> Result<()> {
         for disk in &self.disks {
-            if place(disk, chains).is_none_or(|(_, below)| below != Some(disk.drive.file.as_str())) {
+            if place(disk, chains).is_none_or(|(_, below)| below != Some(disk.drive.file.as_str()))
+            {
                 fail!(
                     OperationFailed,
-                    "somebody has changed the images of disk '{}' while memory was being saved: '{}' is no longer on '{}'",
+                    "somebody has changed the images of disk '{}' while memory was being saved: \
+                     '{}' is no longer on '{}'",
                     disk.drive.name(),
                     disk.overlay,
                     disk.drive.file
@@ -67,11 +76,13 @@ impl Overlays {
 
     /// No disk may be about to lose its overlay: until then its image is written.
     pub fn check_not_merging(&self, merging: &[String]) -> Result<()> {
-        if let Some(disk) = self.disks.iter().find(|disk| merging.iter().any(|target| target == disk.drive.name())) {
+        if let Some(disk) =
+            self.disks.iter().find(|disk| merging.iter().any(|target| target == disk.drive.name()))
+        {
             fail!(
                 OperationFailed,
-                "somebody has begun to merge '{}' of disk '{}' back while memory was being saved: its images are no longer \
-                 those of the instant",
+                "somebody has begun to merge '{}' of disk '{}' back while memory was being saved: \
+                 its images are no longer those of the instant",
                 disk.overlay,
                 disk.drive.name()
             );
@@ -79,7 +90,8 @@ impl Overlays {
         Ok(())
     }
 
-    /// Merges those of disks that were detached; whether there were any. What the guest wrote is in them alone.
+    /// Merges those of disks that were detached; whether there were any. What the guest wrote is in
+    /// them alone.
     pub fn merge_detached(&self, targets: &[String]) -> Result<bool> {
         let detached = |disk: &DiskPlan| !targets.iter().any(|target| target == disk.drive.name());
         let mut found = false;
@@ -90,8 +102,9 @@ impl Overlays {
             found = true;
             commit(disk, file).map_err(|error| {
                 error.and(format!(
-                    "disk '{}' was detached meanwhile, and what the guest wrote to it is in '{}', which could not be merged \
-                     and must not be removed: run `qemu-img commit` on it when the cause is mended",
+                    "disk '{}' was detached meanwhile, and what the guest wrote to it is in '{}', \
+                     which could not be merged and must not be removed: run `qemu-img commit` on \
+                     it when the cause is mended",
                     disk.drive.name(),
                     disk.overlay
                 ))
@@ -102,12 +115,16 @@ impl Overlays {
 
     /// Merges those that are in use back into the images below.
     pub fn merge(&mut self, caller: &mut Caller, chains: &Chains) -> Result<()> {
-        let mut in_use = self.disks.iter().filter_map(|disk| Some((disk, place(disk, chains)?))).collect::<Vec<_>>();
+        let mut in_use = self
+            .disks
+            .iter()
+            .filter_map(|disk| Some((disk, place(disk, chains)?)))
+            .collect::<Vec<_>>();
         if let Some((disk, _)) = in_use.iter().find(|(_, (depth, _))| *depth > 0) {
             fail!(
                 OperationFailed,
-                "disk '{}' has another image on top of '{}' by now (somebody took a snapshot meanwhile): the overlays {} \
-                 stay in use, and must not be removed",
+                "disk '{}' has another image on top of '{}' by now (somebody took a snapshot \
+                 meanwhile): the overlays {} stay in use, and must not be removed",
                 disk.drive.name(),
                 disk.overlay,
                 self.paths()
@@ -116,8 +133,9 @@ impl Overlays {
         let merged = in_use.drain(..).try_for_each(|(disk, _)| merge(disk, caller));
         merged.map_err(|error| {
             error.and(format!(
-                "the domain goes on with the overlays {}, which must not be removed: merge them with `virsh blockcommit \
-                 DOMAIN DISK --shallow --active --pivot` when the cause is mended",
+                "the domain goes on with the overlays {}, which must not be removed: merge them \
+                 with `virsh blockcommit DOMAIN DISK --shallow --active --pivot` when the cause is \
+                 mended",
                 self.paths()
             ))
         })
@@ -133,9 +151,10 @@ impl Overlays {
                 Error::new(
                     error.code,
                     format!(
-                        "the domain has ended, and what the guest wrote after the instant is in {}, which could not be \
-                         merged and must not be removed ({}): run `qemu-img commit` on each when the cause is mended, and \
-                         put the domain's definition back, before it is started again",
+                        "the domain has ended, and what the guest wrote after the instant is in \
+                         {}, which could not be merged and must not be removed ({}): run `qemu-img \
+                         commit` on each when the cause is mended, and put the domain's definition \
+                         back, before it is started again",
                         self.paths(),
                         error.message
                     ),
@@ -160,15 +179,16 @@ impl Overlays {
         Ok(())
     }
 
-    /// A domain's definition with the images below in the overlays' place, as it named them `before`; `None` where it names
-    /// no overlay.
+    /// A domain's definition with the images below in the overlays' place, as it named them
+    /// `before`; `None` where it names no overlay.
     pub fn without(&self, domain_xml: &str, before: &str) -> Result<Option<String>> {
         let chains = drives::chains(domain_xml)?;
         let named = |disk: &&DiskPlan| place(disk, &chains).is_some_and(|(depth, _)| depth == 0);
         let before = Domain::parse(before)?;
         let source = |disk| {
             let DiskPlan { drive, overlay, .. }: &DiskPlan = disk;
-            let storage = before.storage(drive.name()).filter(|storage| storage.name() != Some(overlay));
+            let storage =
+                before.storage(drive.name()).filter(|storage| storage.name() != Some(overlay));
             let storage = storage.unwrap_or_else(|| Storage::at(&drive.file));
             Source { target: drive.name(), storage, format: &drive.format }
         };
@@ -181,8 +201,12 @@ impl Overlays {
 
     /// Removes those that we made, and empties those that were empty. They are not in use.
     pub fn discard(&mut self) -> Result<()> {
-        while let (Some(file), Some(disk)) = (self.made.last(), self.disks.iter().take(self.made.len()).next_back()) {
-            file.discard().map_err(|error| Error::system(format!("cannot discard '{}'", disk.overlay), error))?;
+        while let (Some(file), Some(disk)) =
+            (self.made.last(), self.disks.iter().take(self.made.len()).next_back())
+        {
+            file.discard().map_err(|error| {
+                Error::system(format!("cannot discard '{}'", disk.overlay), error)
+            })?;
             self.made.pop();
         }
         Ok(())
@@ -190,7 +214,8 @@ impl Overlays {
 
     /// Their paths, for a message.
     pub fn paths(&self) -> String {
-        let of_disk = |disk: &DiskPlan| format!("'{}' of disk '{}'", disk.overlay, disk.drive.name());
+        let of_disk =
+            |disk: &DiskPlan| format!("'{}' of disk '{}'", disk.overlay, disk.drive.name());
         self.disks.iter().map(of_disk).collect::<Vec<_>>().join(", ")
     }
 }
@@ -207,9 +232,12 @@ fn create(disk: &DiskPlan, beforehand: Beforehand, owner: Option<&Path>) -> Resu
     if !file.is_new() {
         return Ok(file);
     }
-    let owner = owner.filter(|_| !disk.drive.file.starts_with('/') && matches!(file, OverlayFile::Made(_)));
+    let owner =
+        owner.filter(|_| !disk.drive.file.starts_with('/') && matches!(file, OverlayFile::Made(_)));
     let given = owner.map_or(Ok(()), |owner| sys::give_to_owner_of(owner, file.file()));
-    let given = given.map_err(|error| Error::system(format!("cannot set the owner of '{}'", disk.overlay), error));
+    let given = given.map_err(|error| {
+        Error::system(format!("cannot set the owner of '{}'", disk.overlay), error)
+    });
     match given.and_then(|()| format(disk, &file)) {
         Ok(()) => Ok(file),
         Err(error) => {
@@ -237,7 +265,9 @@ fn merge(disk: &DiskPlan, caller: &mut Caller) -> Result<()> {
     let step = format!("cannot merge '{}' back into '{}'", disk.overlay, disk.drive.file);
     let started = caller.call(Deadline::after(PATIENCE), Again::Never, {
         let target = target.clone();
-        move |domain| domain.block_commit(&target, None, None, block::COMMIT_ACTIVE | block::COMMIT_SHALLOW)
+        move |domain| {
+            domain.block_commit(&target, None, None, block::COMMIT_ACTIVE | block::COMMIT_SHALLOW)
+        }
     });
     started.map_err(|trouble| trouble.into_error(&step))?;
     let mut seen = None;
@@ -253,7 +283,9 @@ fn merge(disk: &DiskPlan, caller: &mut Caller) -> Result<()> {
         if drives::ready_jobs(&xml)?.contains(&target) {
             break;
         }
-        let Some(progress) = job else { fail!(OperationFailed, "{step}: the block job has failed") };
+        let Some(progress) = job else {
+            fail!(OperationFailed, "{step}: the block job has failed")
+        };
         if seen != Some(progress) {
             seen = Some(progress);
             deadline = Deadline::after(STALLED);

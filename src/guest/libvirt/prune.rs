@@ -1,19 +1,20 @@
-//! What deleting snapshots makes of their images: a plan, made of nothing but what is known of them.
+//! What deleting snapshots makes of their images: a plan, made of nothing but what is known of
+//! them.
 //!
-//! * An image is *needed* if the domain is on it, or a snapshot that stays, or if it is below such an
-//!   image.
-//! * What was written by a snapshot that goes is removed if it is not needed: overlays only, never the
-//!   image that the user made.
-//! * The image of a snapshot that goes, if it is needed, takes in the overlay above it, so that chains
-//!   do not grow: but only if that overlay is its only one, and no snapshot that stays is on the image,
-//!   and the domain neither. Otherwise both stay. More space would be had by copying; nothing is lost
-//!   by not.
-//! * An overlay that a snapshot names, and that neither the domain nor another snapshot refers to any
-//!   more, is a *stray*: a revert removes what it leaves, so a stray can be the newest data of a disk
-//!   that was taken out of the domain. It is never removed, nor what is below it.
+//! * An image is *needed* if the domain is on it, or a snapshot that stays, or if it is below such
+//!   an image.
+//! * What was written by a snapshot that goes is removed if it is not needed: overlays only, never
+//!   the image that the user made.
+//! * The image of a snapshot that goes, if it is needed, takes in the overlay above it, so that
+//!   chains do not grow: but only if that overlay is its only one, and no snapshot that stays is on
+//!   the image, and the domain neither. Otherwise both stay. More space would be had by copying;
+//!   nothing is lost by not.
+//! * An overlay that a snapshot names, and that neither the domain nor another snapshot refers to
+//!   any more, is a *stray*: a revert removes what it leaves, so a stray can be the newest data of
+//!   a disk that was taken out of the domain. It is never removed, nor what is below it.
 //!
-//! A file is taken for an overlay of ours if it is an overlay of a snapshot's image, or an overlay that
-//! is called as our reverts call theirs. In doubt a file stays.
+//! A file is taken for an overlay of ours if it is an overlay of a snapshot's image, or an overlay
+//! that is called as our reverts call theirs. In doubt a file stays.
 
 use std::collections::BTreeSet;
 
@@ -81,8 +82,8 @@ pub struct Plan {
 pub enum Obstacle {
     /// An overlay that nothing refers to can hold what was written to a disk last.
     Stray { target: String, overlay: Id },
-    /// The domain has no disk that stands on the images of this disk of a snapshot any more, and they
-    /// would be removed.
+    /// The domain has no disk that stands on the images of this disk of a snapshot any more, and
+    /// they would be removed.
     Detached { target: String, image: Id },
 }
 
@@ -91,36 +92,55 @@ impl World {
     pub fn plan(&self) -> Result<Plan, Obstacle> {
         let graph = &self.graph;
         let live: Vec<Id> = self.live.iter().map(|(_, image)| image.clone()).collect();
-        let in_use: Vec<Id> = live.iter().chain(self.config.iter().map(|(_, image)| image)).cloned().collect();
-        let pinned: BTreeSet<Id> = self.kept.iter().flat_map(|kept| kept.images.iter().cloned()).collect();
+        let in_use: Vec<Id> =
+            live.iter().chain(self.config.iter().map(|(_, image)| image)).cloned().collect();
+        let pinned: BTreeSet<Id> =
+            self.kept.iter().flat_map(|kept| kept.images.iter().cloned()).collect();
         let anchored = graph.with_all_below(in_use.iter().chain(&pinned));
-        let images: BTreeSet<Id> = self.doomed.iter().flat_map(Snapshot::frozen).chain(&self.former).cloned().collect();
+        let images: BTreeSet<Id> =
+            self.doomed.iter().flat_map(Snapshot::frozen).chain(&self.former).cloned().collect();
         // What a snapshot froze is not a disk's newest data, whichever snapshot before it names it.
         let frozen = graph.with_all_below(&images);
-        let is_stray =
-            |overlay: &Id| graph.get(overlay).is_some() && !anchored.contains(overlay) && !frozen.contains(overlay);
+        let is_stray = |overlay: &Id| {
+            graph.get(overlay).is_some() && !anchored.contains(overlay) && !frozen.contains(overlay)
+        };
         let strays = self.kept.iter().flat_map(|kept| &kept.overlays).map(|(_, overlay)| overlay);
         let needed = &anchored | &graph.with_all_below(strays.filter(|overlay| is_stray(overlay)));
 
         for (target, overlay) in self.doomed.iter().flat_map(|doomed| &doomed.overlays) {
             if is_stray(overlay)
                 && !needed.contains(overlay)
-                && !self.was_merged(overlay, &images, |image| in_use.contains(image) || pinned.contains(image))
+                && !self.was_merged(overlay, &images, |image| {
+                    in_use.contains(image) || pinned.contains(image)
+                })
             {
                 return Err(Obstacle::Stray { target: target.clone(), overlay: overlay.clone() });
             }
         }
-        let overlays = self.doomed.iter().flat_map(|doomed| doomed.overlays.iter().map(|(_, overlay)| overlay.clone()));
+        let overlays = self
+            .doomed
+            .iter()
+            .flat_map(|doomed| doomed.overlays.iter().map(|(_, overlay)| overlay.clone()));
         let written = frozen.iter().cloned().chain(overlays);
-        let removed: BTreeSet<Id> = written.filter(|image| !needed.contains(image) && self.is_overlay(image)).collect();
+        let removed: BTreeSet<Id> =
+            written.filter(|image| !needed.contains(image) && self.is_overlay(image)).collect();
         self.check_attached(&removed)?;
 
-        let fixed: BTreeSet<Id> =
-            self.kept.iter().filter(|kept| kept.fixed).flat_map(|kept| kept.images.iter().cloned()).collect();
-        let differs = |image: &Id| in_use.contains(image) && !live.is_empty() && !live.contains(image);
+        let fixed: BTreeSet<Id> = self
+            .kept
+            .iter()
+            .filter(|kept| kept.fixed)
+            .flat_map(|kept| kept.images.iter().cloned())
+            .collect();
+        let differs =
+            |image: &Id| in_use.contains(image) && !live.is_empty() && !live.contains(image);
         // The one overlay that an image can take in.
         let taken_in = |image: &Id| -> Option<Id> {
-            if !images.contains(image) || !needed.contains(image) || pinned.contains(image) || in_use.contains(image) {
+            if !images.contains(image)
+                || !needed.contains(image)
+                || pinned.contains(image)
+                || in_use.contains(image)
+            {
                 return None;
             }
             let mut overlays = graph.overlays(image).filter(|overlay| !removed.contains(*overlay));
@@ -139,46 +159,75 @@ impl World {
             .collect();
         // An image that took in one that others stand on takes its place.
         let merged: BTreeSet<&Id> = merges.iter().flat_map(|merge| &merge.overlays).collect();
-        let took_in = |base: &Id| merges.iter().find(|merge| merge.base == *base).map(|merge| &merge.overlays);
+        let took_in = |base: &Id| {
+            merges.iter().find(|merge| merge.base == *base).map(|merge| &merge.overlays)
+        };
         let is_former = |image: &&Id| match took_in(image) {
             Some(overlays) => overlays.last().is_some_and(|top| images.contains(top)),
-            None => graph.overlays(image).next().is_some() && !removed.contains(*image) && !merged.contains(image),
+            None => {
+                graph.overlays(image).next().is_some()
+                    && !removed.contains(*image)
+                    && !merged.contains(image)
+            }
         };
         let former = images.iter().filter(is_former).cloned().collect();
         Ok(Plan { merges, removed, former })
     }
 
-    /// Whether an image was made by a snapshot or a revert. A record that names it would not do: it can
-    /// be wrong, or be meant to have another file removed.
+    /// Whether an image was made by a snapshot or a revert. A record that names it would not do: it
+    /// can be wrong, or be meant to have another file removed.
     pub fn is_overlay(&self, image: &Id) -> bool {
-        let Some(backing) = self.graph.get(image).and_then(|image| image.backing.as_ref()) else { return false };
+        let Some(backing) = self.graph.get(image).and_then(|image| image.backing.as_ref()) else {
+            return false;
+        };
         images::is_of_revert(image) || self.is_frozen(backing)
     }
 
     /// Whether a snapshot froze this image.
     fn is_frozen(&self, image: &Id) -> bool {
         self.former.contains(image)
-            || self.doomed.iter().chain(&self.kept).flat_map(Snapshot::frozen).any(|frozen| frozen == image)
+            || self
+                .doomed
+                .iter()
+                .chain(&self.kept)
+                .flat_map(Snapshot::frozen)
+                .any(|frozen| frozen == image)
     }
 
-    /// Whether an overlay was merged by a delete that was cut short: the domain or a snapshot is on the
-    /// image below that took it in.
-    fn was_merged(&self, overlay: &Id, images: &BTreeSet<Id>, is_used: impl Fn(&Id) -> bool) -> bool {
-        self.begun && self.graph.chain(overlay).skip(1).any(|below| images.contains(below) && is_used(below))
+    /// Whether an overlay was merged by a delete that was cut short: the domain or a snapshot is on
+    /// the image below that took it in.
+    fn was_merged(
+        &self,
+        overlay: &Id,
+        images: &BTreeSet<Id>,
+        is_used: impl Fn(&Id) -> bool,
+    ) -> bool {
+        self.begun
+            && self
+                .graph
+                .chain(overlay)
+                .skip(1)
+                .any(|below| images.contains(below) && is_used(below))
     }
 
     /// Of a disk that the domain does not have, nothing goes: not even what a snapshot froze, which
     /// others may have made the disk's newest image since.
     fn check_attached(&self, removed: &BTreeSet<Id>) -> Result<(), Obstacle> {
         for switched in self.doomed.iter().flat_map(|doomed| &doomed.switched) {
-            let Some(image) = switched.image.as_ref().filter(|image| removed.contains(*image)) else { continue };
+            let Some(image) = switched.image.as_ref().filter(|image| removed.contains(*image))
+            else {
+                continue;
+            };
             let lineage: BTreeSet<&Id> = self.graph.chain(image).collect();
             let stands_on_it = |(target, top): &(String, Id)| {
                 let mut common = self.graph.chain(top).filter(|layer| lineage.contains(layer));
                 common.any(|layer| *target == switched.target || self.is_frozen(layer))
             };
             if !self.live.iter().chain(&self.config).any(stands_on_it) {
-                return Err(Obstacle::Detached { target: switched.target.clone(), image: image.clone() });
+                return Err(Obstacle::Detached {
+                    target: switched.target.clone(),
+                    image: image.clone(),
+                });
             }
         }
         Ok(())
@@ -205,7 +254,9 @@ impl Plan {
             touched.insert(merge.base.clone());
             touched.extend(merge.overlays.iter().cloned());
             // These are put on the base.
-            touched.extend(merge.overlays.last().into_iter().flat_map(|top| graph.overlays(top)).cloned());
+            touched.extend(
+                merge.overlays.last().into_iter().flat_map(|top| graph.overlays(top)).cloned(),
+            );
         }
         touched
     }
@@ -264,7 +315,8 @@ mod tests {
     impl Simulated {
         fn content(&self, top: &Id) -> Content {
             let file = self.files.get(top).unwrap_or_else(|| panic!("{} is gone", top.display()));
-            let mut content = file.backing.as_ref().map(|below| self.content(below)).unwrap_or_default();
+            let mut content =
+                file.backing.as_ref().map(|below| self.content(below)).unwrap_or_default();
             content.extend(file.data.clone());
             content
         }
@@ -307,14 +359,16 @@ mod tests {
             for (target, image, overlay) in &mut to.disks {
                 to.left.push((target.clone(), overlay.clone()));
                 let number = self.next();
-                *overlay = self.create(format!("/{target}.{}-{number:06}.revert", to.name), Some(image));
+                *overlay =
+                    self.create(format!("/{target}.{}-{number:06}.revert", to.name), Some(image));
                 self.attached.push((target.clone(), overlay.clone()));
             }
             self.taken[place] = to.clone();
             // What it brings back, the domain had then: a disk that was put in since is taken out.
             left.retain(|(target, top)| {
                 let again = to.disks.iter().find(|(disk, ..)| disk == target);
-                let below: Vec<Id> = again.map(|(_, image, _)| self.chain(image)).unwrap_or_default();
+                let below: Vec<Id> =
+                    again.map(|(_, image, _)| self.chain(image)).unwrap_or_default();
                 !self.chain(top).iter().any(|layer| below.contains(layer))
             });
             for (target, top) in left {
@@ -331,16 +385,21 @@ mod tests {
 
         /// What a revert leaves.
         fn remove_garbage(&mut self) {
-            let taken = self.taken.iter().flat_map(|taken| taken.disks.iter().map(|(_, image, _)| image.clone()));
+            let taken = self
+                .taken
+                .iter()
+                .flat_map(|taken| taken.disks.iter().map(|(_, image, _)| image.clone()));
             let tops = self.attached.iter().map(|(_, top)| top.clone());
             let detached = self.detached.iter().map(|(_, top, _)| top.clone());
-            let needed: BTreeSet<Id> = taken.chain(tops).chain(detached).flat_map(|top| self.chain(&top)).collect();
+            let needed: BTreeSet<Id> =
+                taken.chain(tops).chain(detached).flat_map(|top| self.chain(&top)).collect();
             let named = self.taken.iter().flat_map(|taken| {
                 let left = taken.left.iter().map(|(_, left)| left.clone());
                 taken.disks.iter().map(|(.., overlay)| overlay.clone()).chain(left)
             });
             let named: Vec<Id> = named.collect();
-            let frozen = self.taken.iter().flat_map(|taken| taken.disks.iter().map(|(_, image, _)| image));
+            let frozen =
+                self.taken.iter().flat_map(|taken| taken.disks.iter().map(|(_, image, _)| image));
             let frozen: BTreeSet<Id> = frozen.chain(&self.former).cloned().collect();
             let is_ours = |id: &Id, file: &File| {
                 let on_frozen = file.backing.as_ref().is_some_and(|below| frozen.contains(below));
@@ -354,7 +413,10 @@ mod tests {
                 switched: taken
                     .disks
                     .iter()
-                    .map(|(target, image, _)| Switched { target: target.clone(), image: Some(image.clone()) })
+                    .map(|(target, image, _)| Switched {
+                        target: target.clone(),
+                        image: Some(image.clone()),
+                    })
                     .collect(),
                 images: taken.disks.iter().map(|(_, image, _)| image.clone()).collect(),
                 overlays: taken
@@ -367,16 +429,21 @@ mod tests {
             };
             // Others' files are not known.
             let mut graph = Graph::default();
-            let tops = self.taken.iter().flat_map(|taken| taken.disks.iter().flat_map(|(_, i, o)| [i, o]));
-            let tops = tops.chain(self.taken.iter().flat_map(|taken| taken.left.iter().map(|(_, left)| left)));
-            for top in tops.chain(self.attached.iter().map(|(_, top)| top)).filter(|top| self.files.contains_key(*top))
+            let tops =
+                self.taken.iter().flat_map(|taken| taken.disks.iter().flat_map(|(_, i, o)| [i, o]));
+            let tops = tops
+                .chain(self.taken.iter().flat_map(|taken| taken.left.iter().map(|(_, left)| left)));
+            for top in tops
+                .chain(self.attached.iter().map(|(_, top)| top))
+                .filter(|top| self.files.contains_key(*top))
             {
                 for layer in self.chain(top) {
                     graph.insert(&layer, self.files[&layer].backing.as_ref());
                 }
             }
             let part = |doom: bool| {
-                let taken = self.taken.iter().filter(move |taken| doomed.contains(&taken.name) == doom);
+                let taken =
+                    self.taken.iter().filter(move |taken| doomed.contains(&taken.name) == doom);
                 taken.map(snapshot).collect()
             };
             World {
@@ -487,14 +554,19 @@ mod tests {
                         continue;
                     }
                     6 if seed % 3 == 0 && !domain.attached.is_empty() => {
-                        let (target, top) = domain.attached.remove(random.below(domain.attached.len()));
+                        let (target, top) =
+                            domain.attached.remove(random.below(domain.attached.len()));
                         let content = domain.content(&top);
                         domain.detached.push((target, top, content));
                         continue;
                     }
                     7..=9 if !domain.taken.is_empty() => {
                         let name = domain.taken[random.below(domain.taken.len())].name;
-                        let mut doomed = if random.below(2) == 0 { vec![name] } else { domain.descendants(name) };
+                        let mut doomed = if random.below(2) == 0 {
+                            vec![name]
+                        } else {
+                            domain.descendants(name)
+                        };
                         doomed.reverse();
                         domain.delete(&doomed);
                     }
@@ -503,7 +575,10 @@ mod tests {
                 domain.check(&before);
                 if domain.taken.is_empty() && seed % 3 != 0 {
                     assert!(
-                        domain.attached.iter().all(|(_, top)| top.to_string_lossy().ends_with(".own")),
+                        domain
+                            .attached
+                            .iter()
+                            .all(|(_, top)| top.to_string_lossy().ends_with(".own")),
                         "{domain:#?}"
                     );
                     assert_eq!(domain.files.len(), 4, "{domain:#?}");

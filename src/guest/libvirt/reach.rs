@@ -1,4 +1,5 @@
-//! Snapshots of a domain of a stock libvirt that are our affair too: where its own revert and delete are lacking, or do harm.
+//! Snapshots of a domain of a stock libvirt that are our affair too: where its own revert and
+//! delete are lacking, or do harm.
 
 use super::connector::{LibvirtConnector, check_connection};
 use super::recorded::Recorded;
@@ -17,9 +18,12 @@ pub struct Reach {
 impl Reach {
     /// None where the snapshot is libvirt's alone. No file is looked at.
     pub fn of(snapshot: &Snapshot) -> Result<Option<Reach>> {
-        let domain = snapshot.domain().map_err(|error| error.into_error("cannot find the domain of the snapshot"))?;
-        let connect =
-            domain.connect().map_err(|error| error.into_error("cannot find the connection of the snapshot"))?;
+        let domain = snapshot
+            .domain()
+            .map_err(|error| error.into_error("cannot find the domain of the snapshot"))?;
+        let connect = domain
+            .connect()
+            .map_err(|error| error.into_error("cannot find the connection of the snapshot"))?;
         // On another machine the files are out of reach.
         if check_connection(&connect).is_err() || !is_ours(&Recorded::read(snapshot.clone())?) {
             return Ok(None);
@@ -35,7 +39,9 @@ impl Reach {
 
     /// libvirt's version.
     pub(super) fn version(&self) -> Result<(u64, u64, u64)> {
-        self.connect.version().map_err(|error| error.into_error("cannot ask libvirt for its version"))
+        self.connect
+            .version()
+            .map_err(|error| error.into_error("cannot ask libvirt for its version"))
     }
 
     /// What stands for the domain in this process.
@@ -46,5 +52,7 @@ impl Reach {
 
 /// Whether a snapshot is one of memory in a file and disks on overlays.
 pub fn is_ours(snapshot: &Recorded) -> bool {
-    snapshot.memory.is_some() && matches!(snapshot.state.as_str(), "running" | "paused") && !snapshot.is_internal()
+    snapshot.memory.is_some()
+        && matches!(snapshot.state.as_str(), "running" | "paused")
+        && !snapshot.is_internal()
 }

@@ -1,7 +1,9 @@
-//! A domain's snapshots as libvirt has them recorded, and the edits of their records that a revert or a delete needs.
+//! A domain's snapshots as libvirt has them recorded, and the edits of their records that a revert
+//! or a delete needs.
 //!
-//! In a record the images of `<domain>` are the disks' state at the instant; `<disks>` names the overlays that the guest went
-//! on with, and `<revertDisks>` (libvirt >= 9.9) those of the last revert.
+//! In a record the images of `<domain>` are the disks' state at the instant; `<disks>` names the
+//! overlays that the guest went on with, and `<revertDisks>` (libvirt >= 9.9) those of the last
+//! revert.
 
 use std::ops::Range;
 
@@ -72,7 +74,8 @@ pub struct SnapshotDisk {
 pub struct DiskImage {
     /// Its target.
     pub target: String,
-    /// The image, by its path or an NBD export's URI: `None` where there is no medium, or one that has no such name.
+    /// The image, by its path or an NBD export's URI: `None` where there is no medium, or one that
+    /// has no such name.
     pub file: Option<String>,
     /// `type=` of the disk.
     pub kind: String,
@@ -124,7 +127,10 @@ impl Tree {
     /// The snapshot of this name.
     pub fn get(&self, name: &str) -> Result<&Recorded> {
         self.snapshots.iter().find(|snapshot| snapshot.name == name).ok_or_else(|| {
-            Error::new(Code::NoDomainSnapshot, format!("no domain snapshot with matching name '{name}'"))
+            Error::new(
+                Code::NoDomainSnapshot,
+                format!("no domain snapshot with matching name '{name}'"),
+            )
         })
     }
 
@@ -173,8 +179,10 @@ impl Recorded {
         let document = xml::parse(&text, "domainsnapshot", &xml::RECORDED)
             .map_err(|error| Error::new(error.code, format!("{step}: {}", error.message)))?;
         let root = document.root_element();
-        let memory = xml::child(root, "memory").filter(|memory| memory.attribute("snapshot") == Some("external"));
-        let snapshot_disks = |element| xml::child(root, element).map(snapshot_disks).unwrap_or_default();
+        let memory = xml::child(root, "memory")
+            .filter(|memory| memory.attribute("snapshot") == Some("external"));
+        let snapshot_disks =
+            |element| xml::child(root, element).map(snapshot_disks).unwrap_or_default();
         let images = |element| xml::child(root, element).map(disk_images).unwrap_or_default();
         Ok(Recorded {
             name: handle.name(),
@@ -210,7 +218,8 @@ impl Recorded {
 
     /// All overlays that the record names, with their formats.
     pub fn overlays(&self) -> impl Iterator<Item = (&str, &str)> {
-        let external = self.disks.iter().chain(&self.revert_disks).filter(|disk| disk.location == "external");
+        let external =
+            self.disks.iter().chain(&self.revert_disks).filter(|disk| disk.location == "external");
         external.filter_map(|disk| Some((disk.overlay.as_deref()?, disk.format.as_str())))
     }
 
@@ -226,18 +235,24 @@ impl Recorded {
                 let domain = Notes::strip(&self.xml[range], "domain")?;
                 snapshot::Domain::parse(&domain)?.with_sources(sources)
             }
-            None => fail!(InvalidDomainSnapshot, "the record of snapshot '{}' has no <domain>", self.name),
+            None => fail!(
+                InvalidDomainSnapshot,
+                "the record of snapshot '{}' has no <domain>",
+                self.name
+            ),
         }
     }
 
     /// The machine type of its domain.
     pub fn machine(&self) -> Result<Option<String>> {
         let document = xml::parse(&self.xml, "domainsnapshot", &xml::RECORDED)?;
-        let os = xml::child(document.root_element(), "domain").and_then(|domain| xml::child(domain, "os"));
+        let os = xml::child(document.root_element(), "domain")
+            .and_then(|domain| xml::child(domain, "os"));
         Ok(os.and_then(|os| xml::attribute(os, "type", "machine")).map(str::to_owned))
     }
 
-    /// What its domain is to be at its next start, with these disks on these images where they are on the snapshot's.
+    /// What its domain is to be at its next start, with these disks on these images where they are
+    /// on the snapshot's.
     pub fn config_on(&self, sources: &[Source]) -> Result<String> {
         let Some(range) = self.part("inactiveDomain")? else { return self.domain_on(sources) };
         let file = |images: &[DiskImage], target: &str| {
@@ -245,7 +260,9 @@ impl Recorded {
         };
         let same: Vec<Source> = sources
             .iter()
-            .filter(|source| file(&self.images, source.target) == file(&self.inactive_images, source.target))
+            .filter(|source| {
+                file(&self.images, source.target) == file(&self.inactive_images, source.target)
+            })
             .cloned()
             .collect();
         snapshot::Domain::parse(&as_domain(&self.xml[range]))?.with_sources(&same)
@@ -255,8 +272,12 @@ impl Recorded {
     pub fn with_overlays(&self, overlays: &[Source]) -> Result<String> {
         self.edited(|root, edits| {
             edits.extend(xml::child(root, "revertDisks").map(|node| (node.range(), String::new())));
-            for node in xml::child(root, "disks").into_iter().flat_map(|disks| xml::children(disks, "disk")) {
-                if let Some(overlay) = overlays.iter().find(|overlay| Some(overlay.target) == node.attribute("name")) {
+            for node in
+                xml::child(root, "disks").into_iter().flat_map(|disks| xml::children(disks, "disk"))
+            {
+                if let Some(overlay) =
+                    overlays.iter().find(|overlay| Some(overlay.target) == node.attribute("name"))
+                {
                     edits.push((node.range(), external_disk(overlay)));
                 }
             }
@@ -276,13 +297,16 @@ impl Recorded {
         Notes { left, ..self.notes.clone() }
     }
 
-    /// The record without overlays. libvirt, when it forgets a snapshot, puts its images in the place of its overlays in the
-    /// records of its children: not of one without overlays.
+    /// The record without overlays. libvirt, when it forgets a snapshot, puts its images in the
+    /// place of its overlays in the records of its children: not of one without overlays.
     pub fn without_overlays(&self) -> Result<String> {
         self.edited(|root, edits| {
-            for node in xml::child(root, "disks").into_iter().flat_map(|disks| xml::children(disks, "disk")) {
+            for node in
+                xml::child(root, "disks").into_iter().flat_map(|disks| xml::children(disks, "disk"))
+            {
                 let name = node.attribute("name").unwrap_or_default();
-                edits.push((node.range(), format!("<disk name='{}' snapshot='no'/>", escape(name))));
+                edits
+                    .push((node.range(), format!("<disk name='{}' snapshot='no'/>", escape(name))));
             }
             Ok(())
         })
@@ -296,12 +320,19 @@ impl Recorded {
                     replace_in_domain(node, replaced, edits)?;
                 }
             }
-            let lists = ["disks", "revertDisks"].into_iter().filter_map(|element| xml::child(root, element));
+            let lists = ["disks", "revertDisks"]
+                .into_iter()
+                .filter_map(|element| xml::child(root, element));
             for node in lists.flat_map(|list| xml::children(list, "disk")) {
                 let disk = snapshot_disk(node);
-                if let Some(replaced) = disk.overlay.as_deref().and_then(|overlay| find(replaced, overlay)) {
-                    let source =
-                        Source { target: &disk.target, storage: replaced.by.clone(), format: &replaced.format };
+                if let Some(replaced) =
+                    disk.overlay.as_deref().and_then(|overlay| find(replaced, overlay))
+                {
+                    let source = Source {
+                        target: &disk.target,
+                        storage: replaced.by.clone(),
+                        format: &replaced.format,
+                    };
                     edits.push((node.range(), external_disk(&source)));
                 }
             }
@@ -310,10 +341,13 @@ impl Recorded {
         Ok(Some(edited).filter(|edited| *edited != self.xml))
     }
 
-    /// All overlays that it names, and those that it named before it was reverted to; with their disks.
+    /// All overlays that it names, and those that it named before it was reverted to; with their
+    /// disks.
     pub fn overlays_of_disks(&self) -> impl Iterator<Item = (&str, &str)> {
-        let external = self.disks.iter().chain(&self.revert_disks).filter(|disk| disk.location == "external");
-        let named = external.filter_map(|disk| Some((disk.target.as_str(), disk.overlay.as_deref()?)));
+        let external =
+            self.disks.iter().chain(&self.revert_disks).filter(|disk| disk.location == "external");
+        let named =
+            external.filter_map(|disk| Some((disk.target.as_str(), disk.overlay.as_deref()?)));
         named.chain(self.notes.left.iter().map(|(target, file)| (target.as_str(), file.as_str())))
     }
 
@@ -338,7 +372,8 @@ impl Recorded {
 /// A record with these notes in the place of others. One without a `<domain>` stays as it is.
 pub fn noted(record_xml: &str, notes: &Notes) -> Result<String> {
     let document = xml::parse(record_xml, "domainsnapshot", &xml::RECORDED)?;
-    let Some(domain) = xml::child(document.root_element(), "domain").map(|domain| domain.range()) else {
+    let Some(domain) = xml::child(document.root_element(), "domain").map(|domain| domain.range())
+    else {
         return Ok(record_xml.to_owned());
     };
     let mut text = record_xml.to_owned();
@@ -364,21 +399,29 @@ pub fn domain_with_replaced(domain_xml: &str, replaced: &[Replaced]) -> Result<O
     let sources: Vec<_> = images.iter().filter_map(source).collect();
     let sources: Vec<Source> = sources
         .iter()
-        .map(|(target, replaced)| Source { target, storage: replaced.by.clone(), format: &replaced.format })
+        .map(|(target, replaced)| Source {
+            target,
+            storage: replaced.by.clone(),
+            format: &replaced.format,
+        })
         .collect();
     let changed = snapshot::Domain::parse(domain_xml)?.with_sources(&sources)?;
     let changed = without_chains_of(&changed, replaced)?;
     Ok(Some(changed).filter(|changed| changed != domain_xml))
 }
 
-/// Without what a disk tells of the images below its own, where those were replaced: libvirt finds out itself.
+/// Without what a disk tells of the images below its own, where those were replaced: libvirt finds
+/// out itself.
 fn without_chains_of(domain_xml: &str, replaced: &[Replaced]) -> Result<String> {
     let document = xml::parse(domain_xml, "domain", &xml::GIVEN)?;
-    let disks = xml::children(document.root_element(), "devices").flat_map(|devices| xml::children(devices, "disk"));
+    let disks = xml::children(document.root_element(), "devices")
+        .flat_map(|devices| xml::children(devices, "disk"));
     let stale = |disk: &Node| {
-        disk_image(*disk).is_some_and(|image| image.backing.iter().any(|file| find(replaced, file).is_some()))
+        disk_image(*disk)
+            .is_some_and(|image| image.backing.iter().any(|file| find(replaced, file).is_some()))
     };
-    let chains: Vec<_> = disks.filter(stale).filter_map(|disk| xml::child(disk, "backingStore")).collect();
+    let chains: Vec<_> =
+        disks.filter(stale).filter_map(|disk| xml::child(disk, "backingStore")).collect();
     let mut text = domain_xml.to_owned();
     for chain in chains.into_iter().rev() {
         text.replace_range(chain.range(), "");
@@ -390,7 +433,10 @@ fn replace_in_domain(node: Node, replaced: &[Replaced], edits: &mut Edits) -> Re
     let text = &node.document().input_text()[node.range()];
     if let Some(domain) = domain_with_replaced(&as_domain(text), replaced)? {
         let name = node.tag_name().name();
-        edits.push((node.range(), if name == "domain" { domain } else { rename(&domain, "domain", name) }));
+        edits.push((
+            node.range(),
+            if name == "domain" { domain } else { rename(&domain, "domain", name) },
+        ));
     }
     Ok(())
 }

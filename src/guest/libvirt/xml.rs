@@ -21,7 +21,12 @@ pub fn switch(name: &str, disks: &[DiskPlan], left_out: &LeftOut) -> String {
 }
 
 /// `<domainsnapshot>` that libvirt records as its own.
-pub fn record(record: &Record, parent: Option<&str>, left_out: &LeftOut, inactive_domain: Option<&str>) -> String {
+pub fn record(
+    record: &Record,
+    parent: Option<&str>,
+    left_out: &LeftOut,
+    inactive_domain: Option<&str>,
+) -> String {
     write(|writer| {
         text(writer, "name", &record.name)?;
         if let Some(description) = &record.description {
@@ -29,7 +34,9 @@ pub fn record(record: &Record, parent: Option<&str>, left_out: &LeftOut, inactiv
         }
         text(writer, "state", record.state.as_str())?;
         if let Some(parent) = parent {
-            writer.create_element("parent").write_inner_content(|writer| text(writer, "name", parent))?;
+            writer
+                .create_element("parent")
+                .write_inner_content(|writer| text(writer, "name", parent))?;
         }
         text(writer, "creationTime", &record.creation_time.to_string())?;
         let memory = [("snapshot", "external"), ("file", record.memory_file.as_str())];
@@ -46,16 +53,21 @@ pub fn record(record: &Record, parent: Option<&str>, left_out: &LeftOut, inactiv
 
 /// The record's domain, with what we note down of the snapshot.
 fn noted(record: &Record) -> String {
-    let of_disk =
-        |disk: &RecordedDisk| disk.frozen.iter().map(|frozen| (disk.name.clone(), frozen.clone())).collect::<Vec<_>>();
-    let notes = Notes { frozen: record.disks.iter().flat_map(of_disk).collect(), ..Notes::default() };
+    let of_disk = |disk: &RecordedDisk| {
+        disk.frozen.iter().map(|frozen| (disk.name.clone(), frozen.clone())).collect::<Vec<_>>()
+    };
+    let notes =
+        Notes { frozen: record.disks.iter().flat_map(of_disk).collect(), ..Notes::default() };
     // Without notes it is a snapshot as libvirt takes them.
     notes.put_into(&record.domain_xml, "domain").unwrap_or_else(|_| record.domain_xml.clone())
 }
 
 fn write(content: impl FnOnce(&mut XmlWriter) -> std::io::Result<()>) -> String {
     let mut writer = Writer::new_with_indent(Vec::new(), b' ', 2);
-    writer.create_element("domainsnapshot").write_inner_content(content).expect("writing to memory cannot fail");
+    writer
+        .create_element("domainsnapshot")
+        .write_inner_content(content)
+        .expect("writing to memory cannot fail");
     String::from_utf8(writer.into_inner()).expect("only strings were written")
 }
 
@@ -68,10 +80,15 @@ fn write_disks<'a>(
         for (name, overlay) in external {
             let storage = Storage::at(overlay);
             let attributes = [("name", name), ("snapshot", "external"), ("type", storage.kind())];
-            writer.create_element("disk").with_attributes(attributes).write_inner_content(|writer| {
-                writer.create_element("driver").with_attribute(("type", "qcow2")).write_empty()?;
-                verbatim(writer, storage.source())
-            })?;
+            writer.create_element("disk").with_attributes(attributes).write_inner_content(
+                |writer| {
+                    writer
+                        .create_element("driver")
+                        .with_attribute(("type", "qcow2"))
+                        .write_empty()?;
+                    verbatim(writer, storage.source())
+                },
+            )?;
         }
         for name in left_out {
             let attributes = [("name", name.as_str()), ("snapshot", "no")];
@@ -99,7 +116,9 @@ fn as_inactive_domain(domain: &str) -> Option<String> {
 
 /// The files of all disks in the `<domain>` of a snapshot.
 pub fn domain_files(snapshot_xml: &str) -> Vec<String> {
-    let Ok(document) = xml::parse(snapshot_xml, "domainsnapshot", &xml::RECORDED) else { return Vec::new() };
+    let Ok(document) = xml::parse(snapshot_xml, "domainsnapshot", &xml::RECORDED) else {
+        return Vec::new();
+    };
     let disks = xml::child(document.root_element(), "domain")
         .and_then(|domain| xml::child(domain, "devices"))
         .into_iter()
@@ -116,7 +135,9 @@ pub fn parent(snapshot_xml: &str) -> Option<String> {
 /// The same snapshot with another parent.
 pub fn with_parent(snapshot_xml: &str, parent: &str) -> String {
     let mut changed = snapshot_xml.to_owned();
-    let Ok(document) = xml::parse(snapshot_xml, "domainsnapshot", &xml::RECORDED) else { return changed };
+    let Ok(document) = xml::parse(snapshot_xml, "domainsnapshot", &xml::RECORDED) else {
+        return changed;
+    };
     let root = document.root_element();
     let element = format!("<parent><name>{}</name></parent>", quick_xml::escape::escape(parent));
     match (xml::child(root, "parent"), xml::child(root, "name")) {

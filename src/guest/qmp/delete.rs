@@ -1,13 +1,15 @@
-//! Deleting a snapshot without children: what the guest has written since goes into the images below, and the snapshot's files
-//! go.
+//! Deleting a snapshot without children: what the guest has written since goes into the images
+//! below, and the snapshot's files go.
 //!
-//! From the first merge on the snapshot is spoilt, since its images take in what is younger. So its memory image is renamed
-//! before, to `….deleting`, and nobody goes back to it any more. The record goes last: until then a deletion that failed, or whose
-//! caller was killed, is done again from the beginning, and finds done what was done.
+//! From the first merge on the snapshot is spoilt, since its images take in what is younger. So its
+//! memory image is renamed before, to `….deleting`, and nobody goes back to it any more. The record
+//! goes last: until then a deletion that failed, or whose caller was killed, is done again from the
+//! beginning, and finds done what was done.
 //!
-//! A record can be wrong, or be meant to have another file removed. So what it names is removed only if it is proven to be what
-//! the record says: a memory image by how it begins, an overlay by the image that it stands on, a copy of UEFI variables by its
-//! name and content. Where a file is another, the snapshot is not deleted, and nothing is changed.
+//! A record can be wrong, or be meant to have another file removed. So what it names is removed
+//! only if it is proven to be what the record says: a memory image by how it begins, an overlay by
+//! the image that it stands on, a copy of UEFI variables by its name and content. Where a file is
+//! another, the snapshot is not deleted, and nothing is changed.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::ErrorKind;
@@ -33,15 +35,17 @@ use crate::sys;
 /// `instantsnap_snapshot_delete`.
 pub fn delete(connector: &dyn Connector, store: &Store, name: &str, flags: u32) -> Result<()> {
     // Taken first: nobody makes the snapshot a child meanwhile.
-    let guest = if flags & (METADATA_ONLY | CHILDREN_ONLY) == 0 { Some(connector.begin()?) } else { None };
+    let guest =
+        if flags & (METADATA_ONLY | CHILDREN_ONLY) == 0 { Some(connector.begin()?) } else { None };
     let record = store.read_to_use(name)?;
     let listed = store.list()?;
-    let child = listed.iter().find(|other| other.name != name && other.parent.as_deref() == Some(name));
+    let child =
+        listed.iter().find(|other| other.name != name && other.parent.as_deref() == Some(name));
     if let Some(child) = child.filter(|_| flags != METADATA_ONLY) {
         fail!(
             OperationUnsupported,
-            "snapshot '{name}' has children ('{}'): deleting such a one is not supported for this guest yet; delete them \
-             first, the youngest before the others",
+            "snapshot '{name}' has children ('{}'): deleting such a one is not supported for this \
+             guest yet; delete them first, the youngest before the others",
             child.name
         );
     }
@@ -50,9 +54,15 @@ pub fn delete(connector: &dyn Connector, store: &Store, name: &str, flags: u32) 
             let deleted = store
                 .others(name)
                 .and_then(|others| Ok((images_of(&others)?, others)))
-                .and_then(|(kept, others)| Delete { guest: &mut *guest, record: &record, others, kept }.run());
-            let named =
-                |error: Error| Error::new(error.code, format!("cannot delete snapshot '{name}': {}", error.message));
+                .and_then(|(kept, others)| {
+                    Delete { guest: &mut *guest, record: &record, others, kept }.run()
+                });
+            let named = |error: Error| {
+                Error::new(
+                    error.code,
+                    format!("cannot delete snapshot '{name}': {}", error.message),
+                )
+            };
             deleted.map_err(named)?;
             store.forget(name)
         }
@@ -111,7 +121,8 @@ impl<'a> Delete<'a> {
         self.merge(&mut merges)?;
         self.remove_files().map_err(|error| {
             error.and(
-                "the guest runs on without the snapshot's overlays: delete the snapshot again when the cause is mended",
+                "the guest runs on without the snapshot's overlays: delete the snapshot again when \
+                 the cause is mended",
             )
         })
     }
@@ -125,15 +136,26 @@ impl<'a> Delete<'a> {
             }
             let is_its = |other: &&Record| sys::same_file(Path::new(&other.memory_file), file);
             if let Some(other) = self.others.iter().find(is_its) {
-                return self.refuse("memory image", file, &format!("is that of snapshot '{}', too", other.name));
+                return self.refuse(
+                    "memory image",
+                    file,
+                    &format!("is that of snapshot '{}', too", other.name),
+                );
             }
         }
         for nvram in &self.record.nvram {
             let found = nvram.look(&self.record.memory_file).map_err(|error| {
-                Error::system(format!("cannot look at the copy of UEFI variables '{}'", nvram.copy), error)
+                Error::system(
+                    format!("cannot look at the copy of UEFI variables '{}'", nvram.copy),
+                    error,
+                )
             })?;
             if found == Found::Another {
-                return self.refuse("copy of UEFI variables", Path::new(&nvram.copy), "is not the one that was made");
+                return self.refuse(
+                    "copy of UEFI variables",
+                    Path::new(&nvram.copy),
+                    "is not the one that was made",
+                );
             }
         }
         for disk in &self.record.disks {
@@ -145,7 +167,11 @@ impl<'a> Delete<'a> {
             let layers = images::chain(&disk.overlay, "qcow2")?;
             if !layers.get(1).is_some_and(|below| same(&below.path, &disk.image)) {
                 let what = format!("overlay of disk '{}'", disk.name);
-                return self.refuse(&what, overlay, &format!("does not stand on its image '{}'", disk.image));
+                return self.refuse(
+                    &what,
+                    overlay,
+                    &format!("does not stand on its image '{}'", disk.image),
+                );
             }
         }
         Ok(())
@@ -154,8 +180,9 @@ impl<'a> Delete<'a> {
     fn refuse(&self, what: &str, file: &Path, reason: &str) -> Result<()> {
         fail!(
             InvalidDomainSnapshot,
-            "the {what} that its metadata names ('{}') {reason}: mend the metadata, or delete it alone \
-             (VIR_DOMAIN_SNAPSHOT_DELETE_METADATA_ONLY) and remove what is left of the snapshot yourself",
+            "the {what} that its metadata names ('{}') {reason}: mend the metadata, or delete it \
+             alone (VIR_DOMAIN_SNAPSHOT_DELETE_METADATA_ONLY) and remove what is left of the \
+             snapshot yourself",
             file.display()
         )
     }
@@ -172,20 +199,26 @@ impl<'a> Delete<'a> {
         Ok(merges)
     }
 
-    fn plan_merge(&mut self, drive: &Drive, disk: &'a RecordedDisk, index: usize) -> Result<Job<'a>> {
+    fn plan_merge(
+        &mut self,
+        drive: &Drive,
+        disk: &'a RecordedDisk,
+        index: usize,
+    ) -> Result<Job<'a>> {
         let (name, overlay, image) = (drive.name(), &disk.overlay, &disk.image);
         if !same(&drive.file, overlay) {
             fail!(
                 OperationInvalid,
-                "disk '{name}' is on '{}', which stands on the snapshot's overlay '{overlay}': merge it into that first \
-                 (block-commit)",
+                "disk '{name}' is on '{}', which stands on the snapshot's overlay '{overlay}': \
+                 merge it into that first (block-commit)",
                 drive.file
             );
         }
         if !drive.backing.first().is_some_and(|below| same(below, image)) {
             fail!(
                 OperationInvalid,
-                "the overlay '{overlay}' of disk '{name}' does not stand on the snapshot's image '{image}' any more"
+                "the overlay '{overlay}' of disk '{name}' does not stand on the snapshot's image \
+                 '{image}' any more"
             );
         }
         if let Some(hindrance) = &drive.hindrance {
@@ -194,23 +227,28 @@ impl<'a> Delete<'a> {
         if let Some(other) = self.kept.get(&id(image)).or(self.kept.get(&id(overlay))) {
             fail!(
                 OperationInvalid,
-                "snapshot '{other}' stands on '{image}', into which '{overlay}' would be merged: delete that one first"
+                "snapshot '{other}' stands on '{image}', into which '{overlay}' would be merged: \
+                 delete that one first"
             );
         }
         let pid = self.guest.pid();
         // QEMU itself finds out too, but only when the merges of the disks before are under way.
-        let open = |file: &&String| pid.is_some_and(|pid| locks::is_in_use_besides(Path::new(file), pid));
+        let open =
+            |file: &&String| pid.is_some_and(|pid| locks::is_in_use_besides(Path::new(file), pid));
         if let Some(file) = [image, overlay].into_iter().find(open) {
             fail!(
                 OperationInvalid,
-                "another QEMU has '{file}' of disk '{name}' open (it holds a lock on it), and it would be changed or removed: end \
-                 that guest first; nothing was changed"
+                "another QEMU has '{file}' of disk '{name}' open (it holds a lock on it), and it \
+                 would be changed or removed: end that guest first; nothing was changed"
             );
         }
         let nodes = drives::nodes(self.guest, pid, false)?;
-        let on_image = |protocol| nodes.iter().filter(move |node| node.protocol == protocol && same(&node.file, image));
+        let on_image = |protocol| {
+            nodes.iter().filter(move |node| node.protocol == protocol && same(&node.file, image))
+        };
         // The node of the format, where there is one on top of that of the file.
-        let mut found = if on_image(false).next().is_some() { on_image(false) } else { on_image(true) };
+        let mut found =
+            if on_image(false).next().is_some() { on_image(false) } else { on_image(true) };
         let (Some(node), None) = (found.next(), found.next()) else {
             fail!(
                 ConfigUnsupported,
@@ -226,14 +264,16 @@ impl<'a> Delete<'a> {
         })
     }
 
-    /// An overlay that the guest is not on was merged before, or left when the guest was brought back elsewhere. It must not be
-    /// that of a disk that was taken out of the guest, nor in anybody's use.
+    /// An overlay that the guest is not on was merged before, or left when the guest was brought
+    /// back elsewhere. It must not be that of a disk that was taken out of the guest, nor in
+    /// anybody's use.
     fn check_abandoned(&mut self, drives: &[Drive], disk: &RecordedDisk) -> Result<()> {
         let RecordedDisk { name, overlay, image, .. } = disk;
         if !is_there(overlay) || self.kept.contains_key(&id(overlay)) {
             return Ok(());
         }
-        // The disk is the same where it stands on images of its snapshots; another can have its name by now.
+        // The disk is the same where it stands on images of its snapshots; another can have its
+        // name by now.
         let below = images::chain(overlay, "qcow2").unwrap_or_default();
         let below: BTreeSet<Id> = below.iter().map(|layer| id(&layer.path)).collect();
         let all = self.others.iter().chain([self.record]).flat_map(|record| &record.disks);
@@ -241,23 +281,27 @@ impl<'a> Delete<'a> {
         let stands_on = |file: &String| below.contains(&id(file)) && frozen.contains(&id(file));
         let is_it = |drive: &Drive| {
             is_in_chain(drive, image)
-                || drive.names.contains(name) && [&drive.file].into_iter().chain(&drive.backing).any(stands_on)
+                || drive.names.contains(name)
+                    && [&drive.file].into_iter().chain(&drive.backing).any(stands_on)
         };
         if !drives.iter().any(is_it) {
             fail!(
                 OperationInvalid,
-                "the guest has no disk '{name}', whose overlay '{overlay}' can hold what was written last: attach the disk, or \
-                 delete the metadata alone (VIR_DOMAIN_SNAPSHOT_DELETE_METADATA_ONLY) and keep or remove the files yourself"
+                "the guest has no disk '{name}', whose overlay '{overlay}' can hold what was \
+                 written last: attach the disk, or delete the metadata alone \
+                 (VIR_DOMAIN_SNAPSHOT_DELETE_METADATA_ONLY) and keep or remove the files yourself"
             );
         }
         self.close(overlay)?;
         check_unused(overlay)
     }
 
-    /// Another's job can hide a disk's images, have them in use, or change its chain meanwhile; of which disk QEMU does not tell.
+    /// Another's job can hide a disk's images, have them in use, or change its chain meanwhile; of
+    /// which disk QEMU does not tell.
     fn check_no_jobs(&mut self) -> Result<()> {
         let command = Command::new("query-block-jobs", json!({}));
-        let others = self.guest.run("cannot ask for block jobs", command, Deadline::after(PATIENCE))?;
+        let others =
+            self.guest.run("cannot ask for block jobs", command, Deadline::after(PATIENCE))?;
         if let Some(job) = others.as_array().and_then(|jobs| jobs.first()) {
             let text = |what: &str| job[what].as_str().unwrap_or_default().to_owned();
             fail!(
@@ -273,7 +317,9 @@ impl<'a> Delete<'a> {
     /// From now on nobody goes back to the snapshot.
     fn disarm(&self) -> Result<()> {
         let memory = Path::new(&self.record.memory_file);
-        let failed = |error| Error::system(format!("cannot rename its memory image '{}'", memory.display()), error);
+        let failed = |error| {
+            Error::system(format!("cannot rename its memory image '{}'", memory.display()), error)
+        };
         match std::fs::rename(memory, deleting(memory)) {
             // It is gone, or was renamed before.
             Err(error) if error.kind() != ErrorKind::NotFound => return Err(failed(error)),
@@ -301,7 +347,8 @@ impl<'a> Delete<'a> {
         for job in merges.iter() {
             let started = jobs::start_merge(self.guest, step, &job.id, &job.overlay, &job.image);
             if let Err(error) = started {
-                // QEMU refuses it before it has written anything; where it did not answer, it may have begun.
+                // QEMU refuses it before it has written anything; where it did not answer, it may
+                // have begun.
                 if ids.is_empty() && jobs::left_over(self.guest).is_ok_and(|jobs| jobs.is_empty()) {
                     self.arm();
                     return Err(error.and("nothing was changed"));
@@ -337,14 +384,17 @@ impl<'a> Delete<'a> {
         let place = |job: &Job| match job.merge {
             Merge::Not => format!("disk '{}' is on '{}'", job.disk.name, job.disk.overlay),
             Merge::Completing => {
-                format!("disk '{}' is on '{}' or '{}'", job.disk.name, job.disk.overlay, job.disk.image)
+                format!(
+                    "disk '{}' is on '{}' or '{}'",
+                    job.disk.name, job.disk.overlay, job.disk.image
+                )
             }
             Merge::Done => format!("disk '{}' is on '{}'", job.disk.name, job.disk.image),
         };
         let places: Vec<String> = merges.iter().map(place).collect();
         error.and(format!(
-            "the guest has lost nothing ({}), but the snapshot cannot be reverted to any more: delete it again when the cause \
-             is mended",
+            "the guest has lost nothing ({}), but the snapshot cannot be reverted to any more: \
+             delete it again when the cause is mended",
             places.join(", ")
         ))
     }
@@ -357,8 +407,14 @@ impl<'a> Delete<'a> {
                 continue;
             }
             self.close(overlay)?;
-            if let Some(drive) = self.guest.drives()?.iter().find(|drive| is_in_chain(drive, overlay)) {
-                fail!(OperationFailed, "disk '{}' still needs the overlay '{overlay}'", drive.name());
+            if let Some(drive) =
+                self.guest.drives()?.iter().find(|drive| is_in_chain(drive, overlay))
+            {
+                fail!(
+                    OperationFailed,
+                    "disk '{}' still needs the overlay '{overlay}'",
+                    drive.name()
+                );
             }
             check_unused(overlay)?;
             images::remove(Path::new(overlay))
@@ -375,12 +431,17 @@ impl<'a> Delete<'a> {
     fn close(&mut self, overlay: &str) -> Result<()> {
         let pid = self.guest.pid();
         let mut nodes = drives::nodes(self.guest, pid, false)?;
-        // QEMU's own go by themselves. That of the format goes first, as it has that of the file in use.
+        // QEMU's own go by themselves. That of the format goes first, as it has that of the file in
+        // use.
         nodes.retain(|node| same(&node.file, overlay) && !node.name.starts_with('#'));
         nodes.sort_by_key(|node| node.protocol);
         for node in nodes {
             let command = Command::new("blockdev-del", json!({ "node-name": node.name }));
-            self.guest.run(&format!("cannot close the overlay '{overlay}'"), command, Deadline::after(PATIENCE))?;
+            self.guest.run(
+                &format!("cannot close the overlay '{overlay}'"),
+                command,
+                Deadline::after(PATIENCE),
+            )?;
         }
         Ok(())
     }
@@ -401,12 +462,13 @@ fn is_in_chain(drive: &Drive, image: &str) -> bool {
 /// An error where some QEMU has the file open.
 fn check_unused(overlay: &str) -> Result<()> {
     // What cannot be looked at is not known to be unused.
-    sys::open_file(Path::new(overlay)).map_err(|error| Error::system(format!("cannot open '{overlay}'"), error))?;
+    sys::open_file(Path::new(overlay))
+        .map_err(|error| Error::system(format!("cannot open '{overlay}'"), error))?;
     if locks::is_in_use(Path::new(overlay)) {
         fail!(
             OperationInvalid,
-            "the snapshot's overlay '{overlay}' is in use, and not by a disk of this guest: delete the snapshot through the \
-             guest that is on it, or end that one first"
+            "the snapshot's overlay '{overlay}' is in use, and not by a disk of this guest: delete \
+             the snapshot through the guest that is on it, or end that one first"
         );
     }
     Ok(())
@@ -414,5 +476,6 @@ fn check_unused(overlay: &str) -> Result<()> {
 
 fn remove(path: impl AsRef<Path>) -> Result<()> {
     let path = path.as_ref();
-    sys::remove_file(path).map_err(|error| Error::system(format!("cannot remove '{}'", path.display()), error))
+    sys::remove_file(path)
+        .map_err(|error| Error::system(format!("cannot remove '{}'", path.display()), error))
 }

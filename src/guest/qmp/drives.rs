@@ -36,8 +36,13 @@ fn query(monitor: &mut dyn Execute, command: &str, arguments: Value) -> Result<J
     monitor.run(&step, Command::new(command, arguments), Deadline::after(PATIENCE))
 }
 
-/// The drives that a guest's devices have. Those without a medium are there to be named, and nothing more.
-pub fn drives(monitor: &mut dyn Execute, domain: Option<&Domain>, pid: Option<u32>) -> Result<Vec<Drive>> {
+/// The drives that a guest's devices have. Those without a medium are there to be named, and
+/// nothing more.
+pub fn drives(
+    monitor: &mut dyn Execute,
+    domain: Option<&Domain>,
+    pid: Option<u32>,
+) -> Result<Vec<Drive>> {
     let blocks = query(monitor, "query-block", json!({}))?;
     let mut drives = Vec::new();
     for block in blocks.as_array().into_iter().flatten() {
@@ -64,7 +69,9 @@ fn drive(monitor: &mut dyn Execute, block: &Value, pid: Option<u32>) -> Result<D
     let mut names = Vec::new();
     names.extend(device_id(&qdev));
     names.extend(Some(device.clone()).filter(|device| !device.is_empty()));
-    names.extend(Some(node.clone()).filter(|node| !node.starts_with('#') && !node.starts_with(NODE_PREFIX)));
+    names.extend(
+        Some(node.clone()).filter(|node| !node.starts_with('#') && !node.starts_with(NODE_PREFIX)),
+    );
 
     let role = if !inserted.is_object() {
         Role::Empty
@@ -78,8 +85,9 @@ fn drive(monitor: &mut dyn Execute, block: &Value, pid: Option<u32>) -> Result<D
     let driver = text(&inserted["drv"]);
     let hindrance = if FILTERS.contains(&driver.as_str()) {
         Some(format!(
-            "has a filter ({driver}) on top of its image, beneath which QEMU switches no disk: remove it first (throttling \
-             by the drive's own options or a throttle group of the device is no hindrance)"
+            "has a filter ({driver}) on top of its image, beneath which QEMU switches no disk: \
+             remove it first (throttling by the drive's own options or a throttle group of the \
+             device is no hindrance)"
         ))
     } else if inserted["encrypted"] == true {
         Some("is encrypted: snapshots of encrypted images are not supported".into())
@@ -103,7 +111,12 @@ fn drive(monitor: &mut dyn Execute, block: &Value, pid: Option<u32>) -> Result<D
         // A file or a device without a format on top of it.
         format: if PROTOCOLS.contains(&driver.as_str()) { "raw".into() } else { driver },
         size: inserted["image"]["virtual-size"].as_u64().unwrap_or_default(),
-        bitmaps: inserted["dirty-bitmaps"].as_array().into_iter().flatten().filter_map(bitmap).collect(),
+        bitmaps: inserted["dirty-bitmaps"]
+            .as_array()
+            .into_iter()
+            .flatten()
+            .filter_map(bitmap)
+            .collect(),
         options: OpenOptions {
             direct: inserted["cache"]["direct"] == true,
             no_flush: inserted["cache"]["no-flush"] == true,
@@ -117,11 +130,13 @@ fn drive(monitor: &mut dyn Execute, block: &Value, pid: Option<u32>) -> Result<D
     })
 }
 
-/// The path of an image. QEMU calls it by `json:` and all that it was opened with where the image below is not the one that
-/// it names itself; one and the same by another name (a relative path, ours being absolute) is no such case.
+/// The path of an image. QEMU calls it by `json:` and all that it was opened with where the image
+/// below is not the one that it names itself; one and the same by another name (a relative path,
+/// ours being absolute) is no such case.
 fn image_path(file: &str, info: &Value, pid: Option<u32>) -> String {
     let mut layers = vec![(file, info)];
-    // What one is called depends on what the one below it is. A chain can be longer than a stack is deep.
+    // What one is called depends on what the one below it is. A chain can be longer than a stack is
+    // deep.
     while let Some((_, info)) = layers.last().filter(|(file, _)| file.starts_with(BY_OPTIONS)) {
         let below = &info["backing-image"];
         match below["filename"].as_str() {
@@ -129,7 +144,9 @@ fn image_path(file: &str, info: &Value, pid: Option<u32>) -> String {
             None => break,
         }
     }
-    let path_of = |below: Option<String>, (file, info): (&str, &Value)| Some(path_above(file, info, below, pid));
+    let path_of = |below: Option<String>, (file, info): (&str, &Value)| {
+        Some(path_above(file, info, below, pid))
+    };
     layers.into_iter().rev().fold(None, path_of).unwrap_or_default()
 }
 
@@ -140,10 +157,14 @@ fn path_above(file: &str, info: &Value, below: Option<String>, pid: Option<u32>)
     let plain = || {
         let opened = parse(file.strip_prefix(BY_OPTIONS)?.as_bytes()).ok()?;
         let only = |value: &Value, known: &[&str]| {
-            value.as_object().is_some_and(|options| options.keys().all(|key| known.contains(&key.as_str())))
+            value
+                .as_object()
+                .is_some_and(|options| options.keys().all(|key| known.contains(&key.as_str())))
         };
         let protocol = &opened["file"];
-        if !only(&opened, &["driver", "file", "backing"]) || !only(protocol, &["driver", "filename"]) {
+        if !only(&opened, &["driver", "file", "backing"])
+            || !only(protocol, &["driver", "filename"])
+        {
             return None;
         }
         let named = info["full-backing-filename"].as_str().or(info["backing-filename"].as_str())?;
@@ -155,7 +176,8 @@ fn path_above(file: &str, info: &Value, below: Option<String>, pid: Option<u32>)
     absolute(&file, pid).unwrap_or(file)
 }
 
-/// The id that the user gave a device: `/machine/peripheral/ID/...`, or the id itself, as some versions say it.
+/// The id that the user gave a device: `/machine/peripheral/ID/...`, or the id itself, as some
+/// versions say it.
 fn device_id(qdev: &str) -> Option<String> {
     match qdev.strip_prefix("/machine/peripheral/") {
         Some(path) => path.split('/').next().map(str::to_owned),
@@ -176,7 +198,10 @@ fn bitmap(value: &Value) -> Option<Bitmap> {
     if value["persistent"] != true || value["recording"] != true || value["inconsistent"] == true {
         return None;
     }
-    Some(Bitmap { name: value["name"].as_str()?.into(), granularity: value["granularity"].as_u64()? })
+    Some(Bitmap {
+        name: value["name"].as_str()?.into(),
+        granularity: value["granularity"].as_u64()?,
+    })
 }
 
 /// A node of an image.
@@ -189,11 +214,13 @@ pub struct Node {
     pub protocol: bool,
 }
 
-/// The nodes of images, filters left out. `flat`: without a look at what is below each, by which some could be called otherwise.
+/// The nodes of images, filters left out. `flat`: without a look at what is below each, by which
+/// some could be called otherwise.
 pub fn nodes(monitor: &mut dyn Execute, pid: Option<u32>, flat: bool) -> Result<Vec<Node>> {
     let nodes = query(monitor, "query-named-block-nodes", json!({ "flat": flat }))?;
     let node = |node: &Value| {
-        let (name, driver, image) = (node["node-name"].as_str()?, node["drv"].as_str()?, &node["image"]);
+        let (name, driver, image) =
+            (node["node-name"].as_str()?, node["drv"].as_str()?, &node["image"]);
         let file = image_path(node["file"].as_str()?, image, pid);
         let protocol = PROTOCOLS.contains(&driver);
         (image["format"] == driver).then(|| Node { name: name.into(), file, protocol })
@@ -201,14 +228,16 @@ pub fn nodes(monitor: &mut dyn Execute, pid: Option<u32>, flat: bool) -> Result<
     Ok(nodes.as_array().into_iter().flatten().filter_map(node).collect())
 }
 
-/// Drives known by their node only: the node's name goes with the image, so once a snapshot has put an overlay of ours on
-/// top, the drive goes on by the name of the topmost image that its user named.
+/// Drives known by their node only: the node's name goes with the image, so once a snapshot has put
+/// an overlay of ours on top, the drive goes on by the name of the topmost image that its user
+/// named.
 fn name_by_nodes(monitor: &mut dyn Execute, drives: &mut [Drive], pid: Option<u32>) -> Result<()> {
     let nodes = nodes(monitor, pid, true)?;
     let named = |file: &str, protocol: bool| {
         let own = |node: &&Node| !node.name.starts_with('#') && !node.name.starts_with(NODE_PREFIX);
         let mut own = nodes.iter().filter(own);
-        own.find(|node| node.protocol == protocol && node.file == file).map(|node| node.name.clone())
+        own.find(|node| node.protocol == protocol && node.file == file)
+            .map(|node| node.name.clone())
     };
     // The node of the format, where there is one on top of that of the file.
     let named = |file: &str| named(file, false).or_else(|| named(file, true));
@@ -218,23 +247,31 @@ fn name_by_nodes(monitor: &mut dyn Execute, drives: &mut [Drive], pid: Option<u3
     Ok(())
 }
 
-/// Gives each drive the target by which the domain XML knows it, and the options that only the XML tells.
+/// Gives each drive the target by which the domain XML knows it, and the options that only the XML
+/// tells.
 fn name_by_domain(domain: &Domain, drives: &mut [Drive]) {
     let mut free: Vec<&DomainDisk> = domain.disks.iter().collect();
     let rules: [fn(&DomainDisk, &Drive) -> bool; 3] = [
         |disk, drive| {
             disk.alias.as_ref().is_some_and(|alias| {
-                drive.names.iter().any(|name| name == alias || name.strip_prefix("drive-") == Some(alias))
+                drive
+                    .names
+                    .iter()
+                    .any(|name| name == alias || name.strip_prefix("drive-") == Some(alias))
             })
         },
         |disk, drive| {
-            disk.source.as_ref().is_some_and(|source| drive.file == *source || drive.backing.contains(source))
+            disk.source
+                .as_ref()
+                .is_some_and(|source| drive.file == *source || drive.backing.contains(source))
         },
         |disk, drive| drive.names.contains(&disk.target),
     ];
     let mut matched = vec![false; drives.len()];
     for rule in rules {
-        for (slot, drive) in drives.iter_mut().enumerate().filter(|(slot, _)| !matched[*slot]).collect::<Vec<_>>() {
+        for (slot, drive) in
+            drives.iter_mut().enumerate().filter(|(slot, _)| !matched[*slot]).collect::<Vec<_>>()
+        {
             let Some(at) = free.iter().position(|disk| rule(disk, drive)) else { continue };
             let disk = free.remove(at);
             drive.names.retain(|name| *name != disk.target);

@@ -37,25 +37,41 @@ pub enum Until {
 }
 
 /// Starts to merge an overlay that is active into a node below it.
-pub fn start_merge(monitor: &mut dyn Execute, step: &str, job: &str, overlay: &str, base: &str) -> Result<()> {
-    let arguments = json!({ "job-id": job, "device": overlay, "base-node": base, "auto-dismiss": false });
+pub fn start_merge(
+    monitor: &mut dyn Execute,
+    step: &str,
+    job: &str,
+    overlay: &str,
+    base: &str,
+) -> Result<()> {
+    let arguments =
+        json!({ "job-id": job, "device": overlay, "base-node": base, "auto-dismiss": false });
     monitor.run(step, Command::new("block-commit", arguments), Deadline::after(PATIENCE)).map(drop)
 }
 
 /// Waits for jobs, and dismisses those that have ended. `tell` learns how far each has come.
-pub fn wait(monitor: &mut dyn Execute, ids: &[String], until: Until, mut tell: impl FnMut(&str, Merge)) -> Result<()> {
+pub fn wait(
+    monitor: &mut dyn Execute,
+    ids: &[String],
+    until: Until,
+    mut tell: impl FnMut(&str, Merge),
+) -> Result<()> {
     let mut left: Vec<&String> = ids.iter().collect();
     let mut first_error = None;
     let mut seen = Vec::new();
     let mut deadline = Deadline::after(STALLED);
     let mut nap = Duration::from_micros(200);
     while !left.is_empty() {
-        let jobs: Vec<Job> = query(monitor)?.into_iter().filter(|job| ids.contains(&job.id)).collect();
+        let jobs: Vec<Job> =
+            query(monitor)?.into_iter().filter(|job| ids.contains(&job.id)).collect();
         let mut ended = Vec::new();
         let mut ready = 0;
         for &id in &left {
             let Some(job) = jobs.iter().find(|job| job.id == *id) else {
-                first_error.get_or_insert(Error::new(Code::OperationFailed, format!("block job '{id}' is gone")));
+                first_error.get_or_insert(Error::new(
+                    Code::OperationFailed,
+                    format!("block job '{id}' is gone"),
+                ));
                 ended.push(id);
                 continue;
             };
@@ -69,7 +85,8 @@ pub fn wait(monitor: &mut dyn Execute, ids: &[String], until: Until, mut tell: i
                     match &job.error {
                         Some(error) => {
                             tell(id, Merge::Not);
-                            first_error.get_or_insert(Error::new(Code::OperationFailed, error.clone()));
+                            first_error
+                                .get_or_insert(Error::new(Code::OperationFailed, error.clone()));
                         }
                         None => tell(id, Merge::Done),
                     }
@@ -133,7 +150,8 @@ fn query(monitor: &mut dyn Execute) -> Result<Vec<Job>> {
         id: job["id"].as_str().unwrap_or_default().into(),
         status: job["status"].as_str().unwrap_or_default().into(),
         error: job["error"].as_str().map(str::to_owned),
-        progress: ["current-progress", "total-progress"].map(|which| job[which].as_u64().unwrap_or_default()),
+        progress: ["current-progress", "total-progress"]
+            .map(|which| job[which].as_u64().unwrap_or_default()),
     };
     Ok(jobs.as_array().into_iter().flatten().map(job).collect())
 }

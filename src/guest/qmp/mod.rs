@@ -1,6 +1,7 @@
 //! The direct way in: the caller itself has started QEMU, and gives its QMP socket.
 //!
-//! The library is the driver here: it keeps the metadata, creates the overlays and switches the disks by QMP.
+//! The library is the driver here: it keeps the metadata, creates the overlays and switches the
+//! disks by QMP.
 
 mod delete;
 mod drives;
@@ -33,8 +34,12 @@ use crate::snapshot::domain::Domain;
 const GREETING: Duration = Duration::from_secs(5);
 
 /// What is built where overlays and metadata are ours.
-pub(super) const BUILT_FLAGS: u32 =
-    flags::NO_METADATA | flags::HALT | flags::REUSE_EXT | flags::ATOMIC | flags::LIVE | flags::INSTANT;
+pub(super) const BUILT_FLAGS: u32 = flags::NO_METADATA
+    | flags::HALT
+    | flags::REUSE_EXT
+    | flags::ATOMIC
+    | flags::LIVE
+    | flags::INSTANT;
 
 /// A QEMU with a QMP socket.
 #[derive(Debug)]
@@ -51,7 +56,8 @@ impl QmpConnector {
         let store = Store::open(state_dir)?;
         let connector = QmpConnector { socket: socket.into(), domain, store };
         let deadline = Deadline::after(GREETING);
-        // Where one of our own operations has the monitor, it would greet us only after that; and it is QEMU's.
+        // Where one of our own operations has the monitor, it would greet us only after that; and
+        // it is QEMU's.
         match hold_socket(socket) {
             Err(error) if error.code == Code::OperationInvalid => return Ok(connector),
             held => drop(held?),
@@ -102,7 +108,11 @@ struct Socket<'a> {
 }
 
 impl Execute for Socket<'_> {
-    fn execute(&mut self, command: Command, deadline: Deadline) -> std::result::Result<Json, Failure> {
+    fn execute(
+        &mut self,
+        command: Command,
+        deadline: Deadline,
+    ) -> std::result::Result<Json, Failure> {
         self.monitor.execute(command, deadline)
     }
 }
@@ -144,8 +154,8 @@ impl Channel for Socket<'_> {
                 return Presence::Gone;
             }
             if let Ok(monitor) = Monitor::connect(self.path, deadline) {
-                // Another QEMU can have taken the socket over: that one is not ours to touch. Where one of them is not known,
-                // the socket is all there is to go by.
+                // Another QEMU can have taken the socket over: that one is not ours to touch. Where
+                // one of them is not known, the socket is all there is to go by.
                 let same = match (&monitor.qemu, &self.monitor.qemu) {
                     (Some(new), Some(old)) => new.pid == old.pid && !old.has_ended(),
                     _ => true,

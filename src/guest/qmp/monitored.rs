@@ -1,4 +1,5 @@
-//! A guest by QEMU's monitor, whoever holds the connection: overlays are created, switched to and merged back by QMP.
+//! A guest by QEMU's monitor, whoever holds the connection: overlays are created, switched to and
+//! merged back by QMP.
 
 use std::os::fd::BorrowedFd;
 use std::path::PathBuf;
@@ -94,7 +95,8 @@ pub struct MonitorGuest<'a, C> {
 }
 
 impl<'a, C> MonitorGuest<'a, C> {
-    /// One that is held for this operation. `store`: where its snapshots are recorded, if not by the monitor's owner.
+    /// One that is held for this operation. `store`: where its snapshots are recorded, if not by
+    /// the monitor's owner.
     pub fn new(
         channel: C,
         domain: Option<Domain>,
@@ -106,7 +108,11 @@ impl<'a, C> MonitorGuest<'a, C> {
 }
 
 impl<C: Channel> Execute for MonitorGuest<'_, C> {
-    fn execute(&mut self, command: Command, deadline: Deadline) -> std::result::Result<Json, Failure> {
+    fn execute(
+        &mut self,
+        command: Command,
+        deadline: Deadline,
+    ) -> std::result::Result<Json, Failure> {
         self.channel.execute(command, deadline)
     }
 }
@@ -130,12 +136,15 @@ impl<C: Channel> Guest for MonitorGuest<'_, C> {
         // What is on the network, QEMU calls otherwise than libvirt does.
         let is_remote = |drive: &Drive| {
             let storage = known.and_then(|domain| domain.storage(drive.name()));
-            let is_unknown = |storage: Storage| storage.name().is_none() || Export::named(&drive.file).is_none();
+            let is_unknown =
+                |storage: Storage| storage.name().is_none() || Export::named(&drive.file).is_none();
             !drive.file.starts_with('/') && storage.is_some_and(is_unknown)
         };
         let disks: Vec<_> = drives
             .iter()
-            .filter(|drive| !matches!(drive.role, Role::Firmware | Role::Empty) && !is_remote(drive))
+            .filter(|drive| {
+                !matches!(drive.role, Role::Firmware | Role::Empty) && !is_remote(drive)
+            })
             .map(source)
             .collect();
         let domain_xml = match &self.domain {
@@ -169,8 +178,8 @@ impl<C: Channel> Guest for MonitorGuest<'_, C> {
     }
 
     fn background_keeps_paused(&self) -> bool {
-        // Measured: 7.2 starts the guest by itself once tracking is armed, 10.0 restores the state it found. What those
-        // in between do cannot be asked, and was not tried.
+        // Measured: 7.2 starts the guest by itself once tracking is armed, 10.0 restores the state
+        // it found. What those in between do cannot be asked, and was not tried.
         self.channel.version() >= MEASURED
     }
 
@@ -181,7 +190,9 @@ impl<C: Channel> Guest for MonitorGuest<'_, C> {
 
     fn create_overlays(&mut self, disks: &[DiskPlan]) -> Result<()> {
         let records = self.store.map(Store::list).transpose()?.unwrap_or_default();
-        let images = records.iter().flat_map(|record| record.disks.iter().map(|disk| (&*record.name, &*disk.image)));
+        let images = records
+            .iter()
+            .flat_map(|record| record.disks.iter().map(|disk| (&*record.name, &*disk.image)));
         overlay_file::check_not_of_snapshots(disks, images)?;
         for (index, disk) in disks.iter().enumerate() {
             // Kept before it is made, so that whatever was made of it is undone.
@@ -211,9 +222,12 @@ impl<C: Channel> Guest for MonitorGuest<'_, C> {
     fn resume(&mut self, deadline: Deadline) -> Result<()> {
         let status = commands::query_status(self, deadline)?;
         match status.status.as_str() {
-            // On a running guest `cont` would be harmless, but tell everybody of a stop that never was.
+            // On a running guest `cont` would be harmless, but tell everybody of a stop that never
+            // was.
             _ if status.running => Ok(()),
-            "paused" | "postmigrate" | "finish-migrate" | "prelaunch" | "io-error" => self.channel.resume(deadline),
+            "paused" | "postmigrate" | "finish-migrate" | "prelaunch" | "io-error" => {
+                self.channel.resume(deadline)
+            }
             // It stands by its own doing, and would without a snapshot too.
             "suspended" | "shutdown" | "guest-panicked" | "internal-error" | "watchdog" => Ok(()),
             other => fail!(OperationFailed, "cannot resume the guest: its state is now '{other}'"),
@@ -230,7 +244,9 @@ impl<C: Channel> Guest for MonitorGuest<'_, C> {
     fn commit(&mut self, reserved: &Reserved, record: Record) -> Result<Record> {
         match (self.store, reserved.held()) {
             (Some(store), Some(held)) => store.commit(held, record),
-            (Some(_), None) => Err(Error::new(Code::InternalError, "the snapshot's name is not held")),
+            (Some(_), None) => {
+                Err(Error::new(Code::InternalError, "the snapshot's name is not held"))
+            }
             (None, _) => self.channel.record(record),
         }
     }

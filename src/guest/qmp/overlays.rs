@@ -1,4 +1,5 @@
-//! Overlays by QMP: created while the guest runs, switched to in one transaction, merged back when a snapshot fails.
+//! Overlays by QMP: created while the guest runs, switched to in one transaction, merged back when
+//! a snapshot fails.
 
 use serde_json::{Value, json};
 
@@ -61,9 +62,9 @@ impl Overlay {
             image_node: merges.then(|| self.disk.drive.node.clone()),
             file: self.own.as_ref().and_then(OverlayFile::known),
             complaint: format!(
-                "a caller that took a snapshot was killed, and the overlay '{}' of disk '{}' could not be merged back into \
-                 '{}': the guest goes on with it, and it must not be removed; merge it (QMP block-commit) when the cause is \
-                 mended",
+                "a caller that took a snapshot was killed, and the overlay '{}' of disk '{}' could \
+                 not be merged back into '{}': the guest goes on with it, and it must not be \
+                 removed; merge it (QMP block-commit) when the cause is mended",
                 self.disk.overlay,
                 self.disk.drive.name(),
                 self.disk.drive.file
@@ -96,15 +97,16 @@ impl From<&Overlay> for Switch {
     }
 }
 
-/// Creates one: file, node of the file, qcow2 format, node of the format. QEMU itself formats it, with the backing file as
-/// it knows it, unless it is an overlay already.
+/// Creates one: file, node of the file, qcow2 format, node of the format. QEMU itself formats it,
+/// with the backing file as it knows it, unless it is an overlay already.
 pub fn create(monitor: &mut dyn Execute, overlay: &mut Overlay) -> Result<()> {
     let drive = &overlay.disk.drive;
     let path = &overlay.disk.overlay;
     if !drive.file.starts_with('/') && !drive.file.contains(':') {
         fail!(
             ConfigUnsupported,
-            "the image of disk '{}' has the relative path '{}', which cannot be resolved: start QEMU with an absolute one",
+            "the image of disk '{}' has the relative path '{}', which cannot be resolved: start \
+             QEMU with an absolute one",
             drive.name(),
             drive.file
         );
@@ -164,7 +166,8 @@ pub fn create(monitor: &mut dyn Execute, overlay: &mut Overlay) -> Result<()> {
     blockdev_add(monitor, &step, options)?;
     overlay.made = Made::Node;
 
-    // From the switch on the guest's data is in it: its name must not be lost in a crash of the host.
+    // From the switch on the guest's data is in it: its name must not be lost in a crash of the
+    // host.
     own.sync(path).map_err(|error| Error::system(step, error))
 }
 
@@ -201,7 +204,8 @@ pub fn resize(
 ) -> Result<()> {
     let step = format!("cannot give disk '{}' its new size back", disk.drive.name());
     for overlay in overlays.iter().filter(|overlay| overlay.disk.overlay == disk.overlay) {
-        let command = Command::new("block_resize", json!({ "node-name": overlay.node, "size": size }));
+        let command =
+            Command::new("block_resize", json!({ "node-name": overlay.node, "size": size }));
         monitor.run(&step, command, deadline)?;
     }
     Ok(())
@@ -213,12 +217,15 @@ pub fn merge(monitor: &mut dyn Execute, overlays: &mut [Overlay]) -> Result<()> 
     let started = start_merging(monitor, overlays, &mut jobs);
     // Those that did start are seen to their end, whatever became of the others.
     let ended = jobs::wait(monitor, &jobs, Until::Completed, |job, merge| {
-        overlays.iter_mut().filter(|overlay| merge_job(overlay) == job).for_each(|overlay| overlay.merge = merge);
+        overlays
+            .iter_mut()
+            .filter(|overlay| merge_job(overlay) == job)
+            .for_each(|overlay| overlay.merge = merge);
     });
     started.and(ended).map_err(|error| {
         error.and(format!(
-            "the guest goes on with the overlays {}, which must not be removed: merge them with block-commit when the \
-             cause is mended",
+            "the guest goes on with the overlays {}, which must not be removed: merge them with \
+             block-commit when the cause is mended",
             paths(overlays)
         ))
     })
@@ -228,9 +235,14 @@ fn merge_job(overlay: &Overlay) -> String {
     format!("{}-undo", overlay.node)
 }
 
-fn start_merging(monitor: &mut dyn Execute, overlays: &[Overlay], jobs: &mut Vec<String>) -> Result<()> {
+fn start_merging(
+    monitor: &mut dyn Execute,
+    overlays: &[Overlay],
+    jobs: &mut Vec<String>,
+) -> Result<()> {
     let step = "cannot merge the overlays back into their images";
-    let blocks = monitor.run(step, Command::new("query-block", json!({})), Deadline::after(PATIENCE))?;
+    let blocks =
+        monitor.run(step, Command::new("query-block", json!({})), Deadline::after(PATIENCE))?;
     let is_active = |overlay: &&Overlay| {
         let mut blocks = blocks.as_array().into_iter().flatten();
         blocks.any(|block| block["inserted"]["node-name"] == overlay.node)
@@ -243,7 +255,8 @@ fn start_merging(monitor: &mut dyn Execute, overlays: &[Overlay], jobs: &mut Vec
     Ok(())
 }
 
-/// Removes nodes and files of those that are not in use. Those that could not be removed are kept in the list.
+/// Removes nodes and files of those that are not in use. Those that could not be removed are kept
+/// in the list.
 pub fn discard(monitor: &mut dyn Execute, overlays: &mut Vec<Overlay>) -> Result<()> {
     let mut first_error = None;
     overlays.retain(|overlay| match discard_one(monitor, overlay) {
@@ -259,9 +272,10 @@ pub fn discard(monitor: &mut dyn Execute, overlays: &mut Vec<Overlay>) -> Result
 fn discard_one(monitor: &mut dyn Execute, overlay: &Overlay) -> Result<()> {
     let nodes = [(Made::Node, &overlay.node), (Made::FileNode, &overlay.file_node)];
     if overlay.made == Made::FileNode {
-        // Where an answer was lost, the job that formats it can be there still, and have the node in use. Where it is not,
-        // this says so.
-        let _ = jobs::wait(monitor, &[format!("{}-create", overlay.node)], Until::Completed, |_, _| ());
+        // Where an answer was lost, the job that formats it can be there still, and have the node
+        // in use. Where it is not, this says so.
+        let _ =
+            jobs::wait(monitor, &[format!("{}-create", overlay.node)], Until::Completed, |_, _| ());
     }
     // A command whose reply was lost can have made one step more than we know of.
     for (made, node) in nodes {
@@ -270,7 +284,8 @@ fn discard_one(monitor: &mut dyn Execute, overlay: &Overlay) -> Result<()> {
             Ok(_) => {}
             Err(Failure::Refused(..)) if overlay.made < made => {}
             Err(failure) => {
-                let step = format!("cannot remove the overlay '{}', which stays", overlay.disk.overlay);
+                let step =
+                    format!("cannot remove the overlay '{}', which stays", overlay.disk.overlay);
                 return Err(failure.into_error(&step));
             }
         }
@@ -280,22 +295,26 @@ fn discard_one(monitor: &mut dyn Execute, overlay: &Overlay) -> Result<()> {
 
 fn discard_file(overlay: &Overlay) -> Result<()> {
     let Some(own) = &overlay.own else { return Ok(()) };
-    own.discard().map_err(|error| Error::system(format!("cannot discard '{}'", overlay.disk.overlay), error))
+    own.discard()
+        .map_err(|error| Error::system(format!("cannot discard '{}'", overlay.disk.overlay), error))
 }
 
-/// For a QEMU that has ended. `switched`: the overlays may hold what the guest wrote; then they are merged by `qemu-img`, or
-/// kept.
+/// For a QEMU that has ended. `switched`: the overlays may hold what the guest wrote; then they are
+/// merged by `qemu-img`, or kept.
 pub fn merge_and_discard_offline(overlays: &mut Vec<Overlay>, switched: bool) -> Result<()> {
     for overlay in overlays.iter().filter(|overlay| switched && overlay.made == Made::Node) {
         let merged = match (&overlay.merge, &overlay.own) {
-            (Merge::Not, Some(own)) => {
-                overlay_file::commit(own.file(), &overlay.disk.drive.file, &overlay.disk.drive.format)
-            }
+            (Merge::Not, Some(own)) => overlay_file::commit(
+                own.file(),
+                &overlay.disk.drive.file,
+                &overlay.disk.drive.format,
+            ),
             (Merge::Not | Merge::Done, _) => Ok(()),
             (Merge::Completing, _) => Err(Error::new(
                 Code::OperationFailed,
                 format!(
-                    "it ended just when '{}' was merged: which of the two was written last is the newer",
+                    "it ended just when '{}' was merged: which of the two was written last is the \
+                     newer",
                     overlay.disk.overlay
                 ),
             )),
@@ -304,9 +323,9 @@ pub fn merge_and_discard_offline(overlays: &mut Vec<Overlay>, switched: bool) ->
             Error::new(
                 error.code,
                 format!(
-                    "QEMU has ended, and what the guest wrote after the instant is in {}, which could not be merged and \
-                     must not be removed ({}): run `qemu-img commit` on each when the cause is mended, before the guest is \
-                     started again",
+                    "QEMU has ended, and what the guest wrote after the instant is in {}, which \
+                     could not be merged and must not be removed ({}): run `qemu-img commit` on \
+                     each when the cause is mended, before the guest is started again",
                     paths(overlays),
                     error.message
                 ),
@@ -327,8 +346,8 @@ fn check_closed(overlay: &Overlay) -> Result<()> {
     if overlay.own.as_ref().is_some_and(|own| sys::is_locked(own.file(), sys::IMAGE_LOCKS)) {
         fail!(
             OperationFailed,
-            "QEMU has ended, and another one has the overlay '{}' of disk '{}' open, which stays: what it had until then is \
-             in the image below",
+            "QEMU has ended, and another one has the overlay '{}' of disk '{}' open, which stays: \
+             what it had until then is in the image below",
             overlay.disk.overlay,
             overlay.disk.drive.name()
         );
@@ -337,6 +356,8 @@ fn check_closed(overlay: &Overlay) -> Result<()> {
 }
 
 fn paths(overlays: &[Overlay]) -> String {
-    let of_disk = |overlay: &Overlay| format!("'{}' of disk '{}'", overlay.disk.overlay, overlay.disk.drive.name());
+    let of_disk = |overlay: &Overlay| {
+        format!("'{}' of disk '{}'", overlay.disk.overlay, overlay.disk.drive.name())
+    };
     overlays.iter().map(of_disk).collect::<Vec<_>>().join(", ")
 }

@@ -7,18 +7,27 @@ use crate::error::{Error, Result};
 use crate::guest::exclusive::Exclusive;
 use crate::monitor::Peer;
 
-/// Holds a socket: all that is known before it is connected to. A connection that QEMU does not accept while it has
-/// another client takes a place in its queue until then, and there are two.
+/// Holds a socket: all that is known before it is connected to. A connection that QEMU does not
+/// accept while it has another client takes a place in its queue until then, and there are two.
 pub fn hold_socket(socket: &Path) -> Result<Exclusive> {
-    let step = |error| Error::system(format!("cannot connect to QMP socket '{}'", socket.display()), error);
+    let step = |error| {
+        Error::system(format!("cannot connect to QMP socket '{}'", socket.display()), error)
+    };
     let metadata = socket.metadata().map_err(step)?;
-    Exclusive::take(&whose(socket), format!("instantsnap/{:x}:{:x}", metadata.dev(), metadata.ino()))
+    Exclusive::take(
+        &whose(socket),
+        format!("instantsnap/{:x}:{:x}", metadata.dev(), metadata.ino()),
+    )
 }
 
-/// Holds a QEMU process, by whatever way in it is opened elsewhere; `whose` says in an error what is held by another.
+/// Holds a QEMU process, by whatever way in it is opened elsewhere; `whose` says in an error what
+/// is held by another.
 pub fn hold_qemu(whose: &str, qemu: &Peer) -> Result<Exclusive> {
     // A pid is used again one day; with its start time it is not.
-    Exclusive::take(whose, format!("instantsnap/{}/{}", qemu.pid, start_time(qemu.pid).unwrap_or_default()))
+    Exclusive::take(
+        whose,
+        format!("instantsnap/{}/{}", qemu.pid, start_time(qemu.pid).unwrap_or_default()),
+    )
 }
 
 /// What messages call the guest behind a socket.
@@ -28,7 +37,8 @@ pub fn whose(socket: &Path) -> String {
 
 fn start_time(pid: u32) -> Option<u64> {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // The fields after the command, which is in parentheses and can hold anything; the start time is field 22.
+    // The fields after the command, which is in parentheses and can hold anything; the start time
+    // is field 22.
     stat.rsplit_once(')')?.1.split_ascii_whitespace().nth(19)?.parse().ok()
 }
 

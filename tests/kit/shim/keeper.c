@@ -3,16 +3,17 @@
  *
  *   keeper DIRECTORY UID [SOURCE=TARGET]... -- PROGRAM [ARGUMENT]...
  *
- * With SOURCE=TARGET pairs it takes a mount namespace of its own and mounts each SOURCE over its TARGET there.
- * PROGRAM runs as UID without groups ("-": as the keeper itself).
+ * With SOURCE=TARGET pairs it takes a mount namespace of its own and mounts each SOURCE over its
+ * TARGET there. PROGRAM runs as UID without groups ("-": as the keeper itself).
  *
  * Commands come on standard input, one a line; each is answered by a line on standard output:
  *   start  starts PROGRAM: "started PID"
  *   kill   kills PROGRAM, and nothing that it started: "killed"
- * At "quit", at the end of the input (the test is dead), and at SIGTERM it kills all, removes DIRECTORY, and ends.
+ * At "quit", at the end of the input (the test is dead), and at SIGTERM it kills all, removes
+ * DIRECTORY, and ends.
  *
- * QEMUs that libvirtd starts make themselves independent of it. They cannot of the keeper: as a child subreaper it
- * inherits every process whose parent ends.
+ * QEMUs that libvirtd starts make themselves independent of it. They cannot of the keeper: as a
+ * child subreaper it inherits every process whose parent ends.
  */
 #define _GNU_SOURCE
 #include <dirent.h>

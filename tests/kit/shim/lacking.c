@@ -1,9 +1,10 @@
 /*
- * lacking.c: an LD_PRELOAD library for libvirtd, behind the library under test, that makes its libvirt another one.
+ * lacking.c: an LD_PRELOAD library for libvirtd, behind the library under test, that makes its
+ * libvirt another one.
  *
- * INSTANTSNAP_TEST_LACKS=NAME: dlsym() does not find that symbol.
- * INSTANTSNAP_TEST_VERSION=NUMBER: the virGetVersion() that dlsym() finds says so: 9000000 is 9.0.0.
- * INSTANTSNAP_TEST_NO_STDERR=1: nobody reads the daemon's standard error any more.
+ * INSTANTSNAP_TEST_LACKS=NAME: dlsym() does not find that symbol. INSTANTSNAP_TEST_VERSION=NUMBER:
+ * the virGetVersion() that dlsym() finds says so: 9000000 is 9.0.0. INSTANTSNAP_TEST_NO_STDERR=1:
+ * nobody reads the daemon's standard error any more.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>

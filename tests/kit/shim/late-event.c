@@ -1,10 +1,11 @@
 /*
- * late-event.c: an LD_PRELOAD library for libvirtd that holds what QEMU's driver does upon an event, as for instance the end
- * of a QEMU.
+ * late-event.c: an LD_PRELOAD library for libvirtd that holds what QEMU's driver does upon an
+ * event, as for instance the end of a QEMU.
  *
- * The driver's event loop hands such events to a thread of its own pool; in between libvirt answers every client as before,
- * and still takes a domain whose QEMU has ended for a running one. That gap is there at every event, but short. While the file
- * that INSTANTSNAP_HOLD_EVENTS names exists, events wait in front of the pool.
+ * The driver's event loop hands such events to a thread of its own pool; in between libvirt answers
+ * every client as before, and still takes a domain whose QEMU has ended for a running one. That gap
+ * is there at every event, but short. While the file that INSTANTSNAP_HOLD_EVENTS names exists,
+ * events wait in front of the pool.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>

@@ -1,8 +1,9 @@
 //! The QEMU binaries to test with: the system's, and unpacked package trees of other versions.
 //!
-//! A tree is a Debian package of QEMU unpacked into a directory (`usr/bin/qemu-system-x86_64` and so
-//! on). Trees are found in `INSTANTSNAP_QEMU_DIRS` (separated by colons; none where it is empty), by
-//! default in `target/qemu-10.0`. `INSTANTSNAP_TEST_QEMU=7.2` restricts the tests to that version.
+//! A tree is a Debian package of QEMU unpacked into a directory (`usr/bin/qemu-system-x86_64` and
+//! so on). Trees are found in `INSTANTSNAP_QEMU_DIRS` (separated by colons; none where it is
+//! empty), by default in `target/qemu-10.0`. `INSTANTSNAP_TEST_QEMU=7.2` restricts the tests to
+//! that version.
 
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
@@ -33,9 +34,9 @@ impl Binary {
         static ALL: OnceLock<Vec<Binary>> = OnceLock::new();
         ALL.get_or_init(|| {
             let system = Binary::probe(PathBuf::from("qemu-system-x86_64"), None);
-            let unpacked = trees()
-                .into_iter()
-                .filter_map(|tree| Binary::probe(tree.join("usr/bin/qemu-system-x86_64"), Some(&tree)));
+            let unpacked = trees().into_iter().filter_map(|tree| {
+                Binary::probe(tree.join("usr/bin/qemu-system-x86_64"), Some(&tree))
+            });
             let mut all: Vec<Binary> = system.into_iter().chain(unpacked).collect();
             if let Ok(wanted) = std::env::var("INSTANTSNAP_TEST_QEMU") {
                 all.retain(|binary| binary.name == wanted);
@@ -45,7 +46,8 @@ impl Binary {
         })
     }
 
-    /// Those to test what is the library's own affair, more than QEMU's: the first, and all where it may take longer.
+    /// Those to test what is the library's own affair, more than QEMU's: the first, and all where
+    /// it may take longer.
     pub fn any() -> &'static [Binary] {
         if thorough() { Binary::all() } else { &Binary::all()[..1] }
     }
@@ -67,33 +69,41 @@ impl Binary {
         command
     }
 
-    /// A program that libvirt can be told to run: this binary, or a script that gives it firmware and modules.
+    /// A program that libvirt can be told to run: this binary, or a script that gives it firmware
+    /// and modules.
     pub fn emulator(&self) -> PathBuf {
         let modules = match &self.modules {
             Some(modules) => modules,
             None => return in_path(&self.path),
         };
-        let firmware: String = self.firmware.iter().map(|directory| format!(" -L '{}'", directory.display())).collect();
+        let firmware: String = self
+            .firmware
+            .iter()
+            .map(|directory| format!(" -L '{}'", directory.display()))
+            .collect();
         let text = format!(
             "#!/bin/sh\nQEMU_MODULE_DIR='{}'\nexport QEMU_MODULE_DIR\nexec '{}'{firmware} \"$@\"\n",
             self.own_modules(modules).display(),
             self.path.display()
         );
         let script = workspace().join("target/testkit").join(format!("qemu-{}", self.name));
-        // Written once: libvirt looks at its time stamps to see whether it is still the QEMU that it knows.
+        // Written once: libvirt looks at its time stamps to see whether it is still the QEMU that
+        // it knows.
         if std::fs::read_to_string(&script).ok().as_ref() != Some(&text) {
             make_script(&script, &text);
         }
         script
     }
 
-    /// The tree's modules, and in place of each that only the system's QEMU has an empty file, which cannot be
-    /// loaded: libvirt asks for all types, QEMU then loads all modules, and aborts when it finds one of another version.
+    /// The tree's modules, and in place of each that only the system's QEMU has an empty file,
+    /// which cannot be loaded: libvirt asks for all types, QEMU then loads all modules, and aborts
+    /// when it finds one of another version.
     fn own_modules(&self, modules: &Path) -> PathBuf {
         let own = workspace().join("target/testkit").join(format!("qemu-{}.modules", self.name));
         std::fs::create_dir_all(&own).expect("target/testkit cannot be created");
-        let names =
-            |directory: &Path| std::fs::read_dir(directory).into_iter().flatten().flatten().map(|e| e.file_name());
+        let names = |directory: &Path| {
+            std::fs::read_dir(directory).into_iter().flatten().flatten().map(|e| e.file_name())
+        };
         // Others do the same at the same time: what is there already is right.
         for name in names(modules) {
             let _ = std::os::unix::fs::symlink(modules.join(&name), own.join(&name));

@@ -38,7 +38,12 @@ pub fn gcc(source: &Path, output: &str, options: &str) -> PathBuf {
         .args([&own, source])
         .output()
         .expect("gcc cannot be run");
-    assert!(result.status.success(), "gcc {}: {}", source.display(), String::from_utf8_lossy(&result.stderr));
+    assert!(
+        result.status.success(),
+        "gcc {}: {}",
+        source.display(),
+        String::from_utf8_lossy(&result.stderr)
+    );
     let whole = directory.join(output);
     std::fs::rename(&own, &whole).expect("the compiled file cannot be renamed");
     whole

@@ -1,7 +1,9 @@
-//! A private libvirtd: the machine's own is never touched, and nothing of it is left when it is dropped.
+//! A private libvirtd: the machine's own is never touched, and nothing of it is left when it is
+//! dropped.
 //!
-//! It runs under a keeper (`shim/keeper.c`), which ends it and every QEMU that it has started, also when the test
-//! process is killed. All its files are in one directory with a short name, because Unix sockets are below it.
+//! It runs under a keeper (`shim/keeper.c`), which ends it and every QEMU that it has started, also
+//! when the test process is killed. All its files are in one directory with a short name, because
+//! Unix sockets are below it.
 
 mod cache;
 mod layout;
@@ -37,7 +39,8 @@ pub enum Mode {
     System,
 }
 
-/// A running libvirtd. Clones are the same daemon; it ends with the last of them, and of its guests.
+/// A running libvirtd. Clones are the same daemon; it ends with the last of them, and of its
+/// guests.
 #[derive(Clone)]
 pub struct Daemon {
     inner: Arc<Inner>,
@@ -60,22 +63,31 @@ struct Keeper {
 impl Daemon {
     /// Starts a session daemon.
     pub fn session() -> Daemon {
-        Daemon::start(Mode::Session, |_| Vec::new()).unwrap_or_else(|error| panic!("no session daemon: {error}"))
+        Daemon::start(Mode::Session, |_| Vec::new())
+            .unwrap_or_else(|error| panic!("no session daemon: {error}"))
     }
 
-    /// Starts a session daemon whose driver can be held before it heeds an event: `shim/late-event.c`.
+    /// Starts a session daemon whose driver can be held before it heeds an event:
+    /// `shim/late-event.c`.
     pub fn with_late_events() -> Daemon {
         static LIBRARY: OnceLock<PathBuf> = OnceLock::new();
         let source = || workspace().join("tests/kit/shim/late-event.c");
-        let library = LIBRARY.get_or_init(|| gcc(&source(), "late-event.so", "-shared -fPIC")).clone();
-        let environment =
-            |directory: &Path| vec![("LD_PRELOAD", library), ("INSTANTSNAP_HOLD_EVENTS", directory.join(HOLD))];
-        Daemon::start(Mode::Session, environment).unwrap_or_else(|error| panic!("no session daemon: {error}"))
+        let library =
+            LIBRARY.get_or_init(|| gcc(&source(), "late-event.so", "-shared -fPIC")).clone();
+        let environment = |directory: &Path| {
+            vec![("LD_PRELOAD", library), ("INSTANTSNAP_HOLD_EVENTS", directory.join(HOLD))]
+        };
+        Daemon::start(Mode::Session, environment)
+            .unwrap_or_else(|error| panic!("no session daemon: {error}"))
     }
 
-    /// Starts a daemon into which libraries are preloaded, with more variables in its environment. None where one of the
-    /// system's kind is wanted, and not possible.
-    pub fn preloaded(mode: Mode, libraries: &[&Path], variables: &[(&'static str, &str)]) -> Option<Daemon> {
+    /// Starts a daemon into which libraries are preloaded, with more variables in its environment.
+    /// None where one of the system's kind is wanted, and not possible.
+    pub fn preloaded(
+        mode: Mode,
+        libraries: &[&Path],
+        variables: &[(&'static str, &str)],
+    ) -> Option<Daemon> {
         Daemon::configured(mode, libraries, variables, "")
     }
 
@@ -90,7 +102,8 @@ impl Daemon {
             eprintln!("not root: a libvirtd of the system's kind is not tried");
             return None;
         }
-        let libraries: Vec<_> = libraries.iter().map(|library| library.display().to_string()).collect();
+        let libraries: Vec<_> =
+            libraries.iter().map(|library| library.display().to_string()).collect();
         let environment = |_: &Path| {
             let more = variables.iter().map(|(name, value)| (*name, PathBuf::from(value)));
             [("LD_PRELOAD", PathBuf::from(libraries.join(":")))].into_iter().chain(more).collect()
@@ -105,7 +118,8 @@ impl Daemon {
         }
     }
 
-    /// From now on, until [`Daemon::release_events`], it heeds none. Of [`Daemon::with_late_events`].
+    /// From now on, until [`Daemon::release_events`], it heeds none. Of
+    /// [`Daemon::with_late_events`].
     pub fn hold_events(&self) {
         File::create(self.directory().join(HOLD)).expect("a file of the daemon's");
     }
@@ -115,7 +129,8 @@ impl Daemon {
         std::fs::remove_file(self.directory().join(HOLD)).expect("a file of the daemon's");
     }
 
-    /// Starts a system daemon, where that is possible: as root, with mount namespaces. Otherwise says why not.
+    /// Starts a system daemon, where that is possible: as root, with mount namespaces. Otherwise
+    /// says why not.
     pub fn system() -> Option<Daemon> {
         if !rustix::process::geteuid().is_root() {
             eprintln!("not root: a libvirtd of the system's kind is not tried");
@@ -133,7 +148,8 @@ impl Daemon {
 
     /// Another daemon of the same mode.
     pub fn another(&self) -> Daemon {
-        Daemon::start(self.mode(), |_| Vec::new()).unwrap_or_else(|error| panic!("no second daemon: {error}"))
+        Daemon::start(self.mode(), |_| Vec::new())
+            .unwrap_or_else(|error| panic!("no second daemon: {error}"))
     }
 
     fn start(mode: Mode, environment: impl FnOnce(&Path) -> Environment) -> Result<Daemon, String> {
@@ -145,13 +161,20 @@ impl Daemon {
         environment: impl FnOnce(&Path) -> Environment,
         conf: &str,
     ) -> Result<Daemon, String> {
-        let directory = tempfile::Builder::new().prefix("isl-").tempdir().expect("no temporary directory");
+        let directory =
+            tempfile::Builder::new().prefix("isl-").tempdir().expect("no temporary directory");
         let mut layout = Layout::make(mode, directory.path());
         layout.configure(conf);
         let keeper = Keeper::start(&layout, environment(directory.path()))?;
         cache::seed(&layout);
-        let daemon =
-            Daemon { inner: Arc::new(Inner { mode, layout, keeper: Mutex::new(keeper), _directory: directory }) };
+        let daemon = Daemon {
+            inner: Arc::new(Inner {
+                mode,
+                layout,
+                keeper: Mutex::new(keeper),
+                _directory: directory,
+            }),
+        };
         daemon.start_again();
         Ok(daemon)
     }
@@ -206,7 +229,8 @@ impl Daemon {
             let text = String::from_utf8_lossy(&output.stdout);
             let version = text.split_whitespace().last().unwrap_or("");
             let mut numbers = version.split('.').map_while(|number| number.parse().ok());
-            let mut next = || numbers.next().unwrap_or_else(|| panic!("libvirtd --version says {text:?}"));
+            let mut next =
+                || numbers.next().unwrap_or_else(|| panic!("libvirtd --version says {text:?}"));
             (next(), next(), next())
         })
     }
@@ -214,12 +238,14 @@ impl Daemon {
     /// Output of a virsh command. Panics when it fails, with all that is known.
     #[track_caller]
     pub fn virsh(&self, args: &[&str]) -> String {
-        self.try_virsh(args).unwrap_or_else(|error| panic!("virsh {args:?}: {error}\n--- libvirtd\n{}", self.log()))
+        self.try_virsh(args)
+            .unwrap_or_else(|error| panic!("virsh {args:?}: {error}\n--- libvirtd\n{}", self.log()))
     }
 
     /// The same; the error is what virsh says.
     pub fn try_virsh(&self, args: &[&str]) -> Result<String, String> {
-        let output = self.virsh_command(args).stdin(Stdio::null()).output().expect("virsh cannot be run");
+        let output =
+            self.virsh_command(args).stdin(Stdio::null()).output().expect("virsh cannot be run");
         let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
         if output.status.success() { Ok(text(&output.stdout)) } else { Err(text(&output.stderr)) }
     }
@@ -245,20 +271,26 @@ impl Daemon {
     /// The process id of libvirtd.
     pub fn pid(&self) -> u32 {
         let file = self.directory().join("run/libvirtd.pid");
-        let text = std::fs::read_to_string(&file).unwrap_or_else(|error| panic!("{}: {error}", file.display()));
+        let text = std::fs::read_to_string(&file)
+            .unwrap_or_else(|error| panic!("{}: {error}", file.display()));
         text.trim().parse().expect("a process id")
     }
 
     /// Kills libvirtd. Its QEMUs live on.
     pub fn kill(&self) {
-        let answer = self.inner.keeper.lock().expect("poisoned").ask("kill").expect("the keeper has ended");
+        let answer =
+            self.inner.keeper.lock().expect("poisoned").ask("kill").expect("the keeper has ended");
         assert_eq!(answer, "killed");
     }
 
-    /// Starts libvirtd after [`Daemon::kill`]; returns when it answers and has found its QEMUs again.
+    /// Starts libvirtd after [`Daemon::kill`]; returns when it answers and has found its QEMUs
+    /// again.
     pub fn start_again(&self) {
-        let answer = self.inner.keeper.lock().expect("poisoned").ask("start").expect("the keeper has ended");
-        let pid = answer.strip_prefix("started ").unwrap_or_else(|| panic!("libvirtd is not started: {answer}"));
+        let answer =
+            self.inner.keeper.lock().expect("poisoned").ask("start").expect("the keeper has ended");
+        let pid = answer
+            .strip_prefix("started ")
+            .unwrap_or_else(|| panic!("libvirtd is not started: {answer}"));
         wait_for(DEADLINE, || {
             if !Path::new("/proc").join(pid).exists() {
                 panic!("libvirtd has ended\n{}", self.log());
@@ -266,8 +298,8 @@ impl Daemon {
             UnixStream::connect(self.socket()).ok()
         })
         .unwrap_or_else(|| panic!("libvirtd does not answer\n{}", self.log()));
-        // It accepts connections before its drivers are ready, and then holds each domain while it connects to its
-        // QEMU; a command that takes the domain's job comes after that.
+        // It accepts connections before its drivers are ready, and then holds each domain while it
+        // connects to its QEMU; a command that takes the domain's job comes after that.
         for domain in self.virsh(&["list", "--name"]).split_whitespace() {
             let _ = self.try_virsh(&["dommemstat", domain]); // QEMU may have died meanwhile
         }
@@ -277,11 +309,14 @@ impl Daemon {
     pub fn qemu_pid(&self, domain: &str) -> Option<u32> {
         let file = self.inner.layout.pid_files().join(format!("{domain}.pid"));
         let pid = std::fs::read_to_string(file).ok()?.trim().parse().ok()?;
-        // The file may be older than the last kill -9, and the number somebody else's by now. A zombie has no
-        // command line.
+        // The file may be older than the last kill -9, and the number somebody else's by now. A
+        // zombie has no command line.
         let command_line = std::fs::read(format!("/proc/{pid}/cmdline")).ok()?;
         let name = format!("guest={domain},");
-        command_line.split(|byte| *byte == 0).any(|arg| arg.starts_with(name.as_bytes())).then_some(pid)
+        command_line
+            .split(|byte| *byte == 0)
+            .any(|arg| arg.starts_with(name.as_bytes()))
+            .then_some(pid)
     }
 
     /// Ends the QEMU of a domain as by `kill -9`, and waits until it is gone.
@@ -289,27 +324,38 @@ impl Daemon {
         let Some(pid) = self.qemu_pid(domain) else {
             return;
         };
-        let process = i32::try_from(pid).ok().and_then(rustix::process::Pid::from_raw).expect("a process id");
+        let process =
+            i32::try_from(pid).ok().and_then(rustix::process::Pid::from_raw).expect("a process id");
         let _ = rustix::process::kill_process(process, rustix::process::Signal::KILL);
-        let gone = wait_for(DEADLINE, || self.qemu_pid(domain).is_none_or(|now| now != pid).then_some(()));
+        let gone =
+            wait_for(DEADLINE, || self.qemu_pid(domain).is_none_or(|now| now != pid).then_some(()));
         assert!(gone.is_some() || std::thread::panicking(), "QEMU {pid} survives kill -9");
     }
 
-    /// Brings back a memory image in libvirt's format, on fresh overlays of the disks that its XML names. This daemon
-    /// must not be the one in which the original still is: see [`Daemon::another`].
+    /// Brings back a memory image in libvirt's format, on fresh overlays of the disks that its XML
+    /// names. This daemon must not be the one in which the original still is: see
+    /// [`Daemon::another`].
     pub fn restore(&self, original: &Guest, image: &Path) -> Guest {
         self.restore_edited(original.machine(), image, |xml| xml)
     }
 
     /// The same for whatever machine, with a last edit of the XML.
-    pub fn restore_edited(&self, machine: &Machine, image: &Path, edit: impl FnOnce(String) -> String) -> Guest {
+    pub fn restore_edited(
+        &self,
+        machine: &Machine,
+        image: &Path,
+        edit: impl FnOnce(String) -> String,
+    ) -> Guest {
         crate::restore::restore(self, machine, image, edit)
     }
 
     /// A directory for a guest, that QEMU may use.
     pub(crate) fn guest_directory(&self) -> TempDir {
         let parent = self.directory().join("guests");
-        tempfile::Builder::new().prefix("g-").tempdir_in(parent).expect("no directory for the guest")
+        tempfile::Builder::new()
+            .prefix("g-")
+            .tempdir_in(parent)
+            .expect("no directory for the guest")
     }
 
     /// Gives a directory and what is in it (but not what is below that) to QEMU's user.
@@ -334,15 +380,21 @@ impl fmt::Debug for Daemon {
 impl Keeper {
     fn start(layout: &Layout, environment: Environment) -> Result<Keeper, String> {
         static PROGRAM: OnceLock<PathBuf> = OnceLock::new();
-        let program = PROGRAM.get_or_init(|| gcc(&workspace().join("tests/kit/shim/keeper.c"), "keeper", ""));
+        let program =
+            PROGRAM.get_or_init(|| gcc(&workspace().join("tests/kit/shim/keeper.c"), "keeper", ""));
         let mut command = Command::new(program);
-        command.arg(layout.directory()).arg(layout.daemon_user().map_or("-".to_owned(), |uid| uid.to_string()));
-        command.args(layout.mounts().iter().map(|(source, target)| format!("{}={target}", source.display())));
+        command
+            .arg(layout.directory())
+            .arg(layout.daemon_user().map_or("-".to_owned(), |uid| uid.to_string()));
+        command.args(
+            layout.mounts().iter().map(|(source, target)| format!("{}={target}", source.display())),
+        );
         command.arg("--").args(layout.libvirtd());
         command.env_clear().envs(layout.environment()).envs(environment);
         let log = File::create(layout.log()).expect("the log");
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(log).current_dir("/");
-        let mut child = command.spawn().map_err(|error| format!("{}: {error}", program.display()))?;
+        let mut child =
+            command.spawn().map_err(|error| format!("{}: {error}", program.display()))?;
         let commands = child.stdin.take().expect("a pipe");
         let answers = BufReader::new(child.stdout.take().expect("a pipe"));
         let mut keeper = Keeper { child, commands, answers };
@@ -369,7 +421,8 @@ impl Keeper {
 
 impl Drop for Keeper {
     fn drop(&mut self) {
-        // A guard that the library has forked may have the pipe open, so that closing it would not be enough.
+        // A guard that the library has forked may have the pipe open, so that closing it would not
+        // be enough.
         let _ = writeln!(self.commands, "quit");
         let _ = self.child.wait();
     }

@@ -47,7 +47,8 @@ impl Machine {
         self
     }
 
-    /// The domain is transient (`virsh create`) instead of persistent (`virsh define`, `virsh start`).
+    /// The domain is transient (`virsh create`) instead of persistent (`virsh define`, `virsh
+    /// start`).
     pub fn transient(mut self) -> Machine {
         self.extras.transient = true;
         self
@@ -59,8 +60,8 @@ impl Machine {
         self
     }
 
-    /// The `<os>` element, instead of one that boots the tick guest; `KERNEL` and `CMDLINE` in it become the tick
-    /// guest's.
+    /// The `<os>` element, instead of one that boots the tick guest; `KERNEL` and `CMDLINE` in it
+    /// become the tick guest's.
     pub fn os(mut self, xml: &str) -> Machine {
         self.extras.os = Some(xml.to_owned());
         self
@@ -72,13 +73,15 @@ impl Machine {
         self
     }
 
-    /// A CD-ROM drive `sda` or `hda`, empty or with an image in it. It is not among [`Guest::disks`].
+    /// A CD-ROM drive `sda` or `hda`, empty or with an image in it. It is not among
+    /// [`Guest::disks`].
     pub fn cdrom(self, image: Option<&Path>) -> Machine {
         let (target, bus) = match self.machine_type {
             MachineType::Pc => ("hda", "ide"),
             MachineType::Q35 => ("sda", "sata"),
         };
-        let source = image.map_or(String::new(), |image| format!("<source file='{}'/>", image.display()));
+        let source =
+            image.map_or(String::new(), |image| format!("<source file='{}'/>", image.display()));
         self.devices(&format!(
             "<disk type='file' device='cdrom'><driver name='qemu' type='raw'/>{source}\
              <target dev='{target}' bus='{bus}'/><readonly/></disk>"
@@ -143,7 +146,10 @@ impl Machine {
     /// Defines it as a domain of this libvirt, and leaves it shut off.
     pub fn define_under(&self, daemon: &Daemon) -> Guest {
         let guest = self.make(daemon);
-        daemon.virsh(&["define", guest.directory().join("domain.xml").to_str().expect("a path of UTF-8")]);
+        daemon.virsh(&[
+            "define",
+            guest.directory().join("domain.xml").to_str().expect("a path of UTF-8"),
+        ]);
         guest
     }
 
@@ -151,8 +157,10 @@ impl Machine {
     fn make(&self, daemon: &Daemon) -> Guest {
         crate::limit::begin();
         let directory = daemon.guest_directory();
-        let disks: Vec<Disk> = self.make_disks(directory.path()).into_iter().enumerate().map(target).collect();
-        std::fs::copy(crate::compile::tick_guest(), directory.path().join("tick.elf")).expect("the tick guest");
+        let disks: Vec<Disk> =
+            self.make_disks(directory.path()).into_iter().enumerate().map(target).collect();
+        std::fs::copy(crate::compile::tick_guest(), directory.path().join("tick.elf"))
+            .expect("the tick guest");
         let name = self.domain_name();
         let xml = self.domain_xml(&name, directory.path(), &disks);
         std::fs::write(directory.path().join("domain.xml"), &xml).expect("domain.xml");
@@ -172,7 +180,8 @@ impl Machine {
         let (memory, cpus, emulator) = (self.memory_mib, self.cpus, self.binary.emulator());
         let serial = directory.join("serial.log");
         let os = self.os_xml(machine, &directory.join("tick.elf"));
-        let disks: String = disks.iter().enumerate().map(|(index, disk)| self.disk_xml(index, disk)).collect();
+        let disks: String =
+            disks.iter().enumerate().map(|(index, disk)| self.disk_xml(index, disk)).collect();
         let xml = format!(
             "<domain type='{kind}' xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'>
   <name>{name}</name>
@@ -193,7 +202,11 @@ impl Machine {
 </domain>
 ",
             kind = if accel == Accel::Kvm { "kvm" } else { "qemu" },
-            prealloc = if self.prealloc { "<memoryBacking><allocation mode='immediate'/></memoryBacking>" } else { "" },
+            prealloc = if self.prealloc {
+                "<memoryBacking><allocation mode='immediate'/></memoryBacking>"
+            } else {
+                ""
+            },
             domain = self.extras.domain,
             emulator = emulator.display(),
             serial = serial.display(),
@@ -209,7 +222,9 @@ impl Machine {
              <kernel>KERNEL</kernel><cmdline>CMDLINE</cmdline></os>"
         );
         let os = self.extras.os.clone().unwrap_or(plain);
-        let os = os.replace("KERNEL", &kernel.display().to_string()).replace("CMDLINE", &escape(&self.command_line()));
+        let os = os
+            .replace("KERNEL", &kernel.display().to_string())
+            .replace("CMDLINE", &escape(&self.command_line()));
         os.replace("<cmdline></cmdline>", "")
     }
 
@@ -242,9 +257,11 @@ impl Machine {
         if args.is_empty() && env.is_empty() {
             return String::new();
         }
-        let args: String = args.iter().map(|arg| format!("<qemu:arg value='{}'/>", escape(arg))).collect();
-        let variable =
-            |(name, value): &(String, PathBuf)| format!("<qemu:env name='{name}' value='{}'/>", value.display());
+        let args: String =
+            args.iter().map(|arg| format!("<qemu:arg value='{}'/>", escape(arg))).collect();
+        let variable = |(name, value): &(String, PathBuf)| {
+            format!("<qemu:env name='{name}' value='{}'/>", value.display())
+        };
         let env: String = env.iter().map(variable).collect();
         format!("<qemu:commandline>{args}{env}</qemu:commandline>")
     }

@@ -1,5 +1,5 @@
-//! What a failed snapshot must leave as it was: QEMU's settings, block nodes, jobs and fd sets, in a
-//! form that can be compared.
+//! What a failed snapshot must leave as it was: QEMU's settings, block nodes, jobs and fd sets, in
+//! a form that can be compared.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -18,7 +18,9 @@ impl Fingerprint {
         let keys: BTreeSet<_> = self.0.keys().chain(other.0.keys()).collect();
         let of = |one: &Fingerprint, key: &str| one.0.get(key).cloned().unwrap_or_default();
         let different = keys.into_iter().filter(|key| of(self, key) != of(other, key));
-        different.map(|key| format!("{key}:\n  {}\n  {}\n", of(self, key), of(other, key))).collect()
+        different
+            .map(|key| format!("{key}:\n  {}\n  {}\n", of(self, key), of(other, key)))
+            .collect()
     }
 }
 
@@ -41,17 +43,24 @@ pub fn fingerprint(client: &mut Client) -> Fingerprint {
     ]))
 }
 
-/// Takes the fingerprint of a domain of libvirt's: what libvirt knows of it, and, where it runs, of its QEMU.
+/// Takes the fingerprint of a domain of libvirt's: what libvirt knows of it, and, where it runs, of
+/// its QEMU.
 pub fn domain_fingerprint(guest: &Guest) -> Fingerprint {
     let daemon = guest.daemon();
-    // What is not there (an inactive XML, a current snapshot) is told apart from what is by the message.
+    // What is not there (an inactive XML, a current snapshot) is told apart from what is by the
+    // message.
     let ask = |command: &str, options: &[&str]| {
         let answer = daemon.try_virsh(&[&[command, guest.name()], options].concat());
         json!(answer.unwrap_or_else(|error| error))
     };
     // libvirt forgets the alias of this one when it is restarted.
-    let usb = ["<controller type='usb' index='0' model='none'", ">\n      <alias name='usb'/>\n    </controller>"];
-    let live = ask("dumpxml", &[]).as_str().map(|xml| xml.replace(&usb.concat(), &format!("{}/>", usb[0])));
+    let usb = [
+        "<controller type='usb' index='0' model='none'",
+        ">\n      <alias name='usb'/>\n    </controller>",
+    ];
+    let live = ask("dumpxml", &[])
+        .as_str()
+        .map(|xml| xml.replace(&usb.concat(), &format!("{}/>", usb[0])));
     let mut all = if guest.alive() { fingerprint(&mut guest.control()).0 } else { BTreeMap::new() };
     all.extend([
         ("domain", json!(live)),

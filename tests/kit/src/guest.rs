@@ -22,7 +22,8 @@ use crate::wait::{DEADLINE, wait_for};
 pub struct Disk {
     /// Id of the device (`vd0`); under libvirt the target (`vda`).
     pub device: String,
-    /// Id of the drive (`drive-0`) or name of the node (`disk-0`), by how it was attached; empty under libvirt.
+    /// Id of the drive (`drive-0`) or name of the node (`disk-0`), by how it was attached; empty
+    /// under libvirt.
     pub backend: String,
     pub file: PathBuf,
     pub format: Format,
@@ -46,7 +47,12 @@ enum Runner {
 
 impl Guest {
     /// One whose QEMU has just been started, and may yet end.
-    pub(crate) fn spawned(machine: Machine, directory: TempDir, child: Child, disks: Vec<Disk>) -> Guest {
+    pub(crate) fn spawned(
+        machine: Machine,
+        directory: TempDir,
+        child: Child,
+        disks: Vec<Disk>,
+    ) -> Guest {
         let pid = child.id();
         Guest { machine, runner: Runner::Kit { child: Mutex::new(child), pid }, disks, directory }
     }
@@ -74,7 +80,10 @@ impl Guest {
 
     /// The QMP socket for the library under test. There is none under libvirt.
     pub fn qmp(&self) -> PathBuf {
-        assert!(matches!(self.runner, Runner::Kit { .. }), "libvirt has this QEMU's monitor for itself");
+        assert!(
+            matches!(self.runner, Runner::Kit { .. }),
+            "libvirt has this QEMU's monitor for itself"
+        );
         self.directory().join("qmp.sock")
     }
 
@@ -124,16 +133,20 @@ impl Guest {
         &self.disks
     }
 
-    /// The process id of QEMU. Under libvirt it is of the QEMU that runs now: panics when the domain is shut off.
+    /// The process id of QEMU. Under libvirt it is of the QEMU that runs now: panics when the
+    /// domain is shut off.
     pub fn pid(&self) -> u32 {
         match &self.runner {
             Runner::Kit { pid, .. } => *pid,
-            Runner::Libvirt { daemon, name } => daemon.qemu_pid(name).unwrap_or_else(|| self.fail("no QEMU runs")),
+            Runner::Libvirt { daemon, name } => {
+                daemon.qemu_pid(name).unwrap_or_else(|| self.fail("no QEMU runs"))
+            }
         }
     }
 
-    /// A client of the kit's own QMP socket. QEMU serves one at a time: drop it before the next. Under libvirt it goes
-    /// through `virsh qemu-monitor-command`, which takes the domain's job for each command, and knows no events.
+    /// A client of the kit's own QMP socket. QEMU serves one at a time: drop it before the next.
+    /// Under libvirt it goes through `virsh qemu-monitor-command`, which takes the domain's job for
+    /// each command, and knows no events.
     pub fn control(&self) -> Client {
         if let Runner::Libvirt { daemon, name } = &self.runner {
             return Client::through_libvirt(daemon.clone(), name.clone());
@@ -179,7 +192,9 @@ impl Guest {
     /// Whether the QEMU process is there.
     pub fn alive(&self) -> bool {
         match &self.runner {
-            Runner::Kit { child, .. } => matches!(child.lock().expect("poisoned").try_wait(), Ok(None)),
+            Runner::Kit { child, .. } => {
+                matches!(child.lock().expect("poisoned").try_wait(), Ok(None))
+            }
             Runner::Libvirt { daemon, name } => daemon.qemu_pid(name).is_some(),
         }
     }
@@ -226,19 +241,27 @@ impl Guest {
             format!("--- {}\n{text}", path.display())
         };
         let logs = match &self.runner {
-            Runner::Kit { .. } => format!("{}\n{}", tail(&self.directory().join("stderr.log")), self.qemus_view()),
+            Runner::Kit { .. } => {
+                format!("{}\n{}", tail(&self.directory().join("stderr.log")), self.qemus_view())
+            }
             Runner::Libvirt { daemon, name } => {
                 format!("{}\n--- libvirtd\n{}", tail(&daemon.qemu_log(name)), daemon.log())
             }
         };
-        panic!("{message}\n{logs}\n{}\n--- {:?}", tail(&self.directory().join("serial.log")), self.machine)
+        panic!(
+            "{message}\n{logs}\n{}\n--- {:?}",
+            tail(&self.directory().join("serial.log")),
+            self.machine
+        )
     }
 }
 
 impl Guest {
     /// What QEMU says of a guest that does not do what it should.
     fn qemus_view(&self) -> String {
-        let Ok(mut client) = Client::connect(&self.directory().join("control.sock")) else { return String::new() };
+        let Ok(mut client) = Client::connect(&self.directory().join("control.sock")) else {
+            return String::new();
+        };
         let human = |line: &str| ("human-monitor-command", json!({ "command-line": line }));
         let questions = [
             ("query-status", json!({})),
@@ -247,11 +270,16 @@ impl Guest {
             human("info registers"),
             human("info block"),
         ];
-        let answers = questions.into_iter().map(|(command, arguments)| match client.execute(command, arguments) {
-            Ok(answer) => {
-                format!("--- {command}\n{}\n", answer.as_str().map_or_else(|| answer.to_string(), str::to_owned))
+        let answers = questions.into_iter().map(|(command, arguments)| {
+            match client.execute(command, arguments) {
+                Ok(answer) => {
+                    format!(
+                        "--- {command}\n{}\n",
+                        answer.as_str().map_or_else(|| answer.to_string(), str::to_owned)
+                    )
+                }
+                Err(error) => format!("--- {command}\n{error:?}\n"),
             }
-            Err(error) => format!("--- {command}\n{error:?}\n"),
         });
         answers.collect()
     }

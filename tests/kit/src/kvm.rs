@@ -20,7 +20,8 @@ pub fn kvm_works(binary: &'static Binary) -> bool {
         match guest.try_ticks(3, Duration::from_secs(30)) {
             Ok(_) => true,
             Err(why) => {
-                let said = std::fs::read_to_string(guest.directory().join("stderr.log")).unwrap_or_default();
+                let said = std::fs::read_to_string(guest.directory().join("stderr.log"))
+                    .unwrap_or_default();
                 is_skipped(&format!("QEMU {} under KVM", binary.name), &format!("{why}\n{said}"))
             }
         }

@@ -1,4 +1,5 @@
-//! A QEMU whose snapshot thread can be held, while it sets up or between "active" and "armed": `shim/late-arm.c`.
+//! A QEMU whose snapshot thread can be held, while it sets up or between "active" and "armed":
+//! `shim/late-arm.c`.
 
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
@@ -8,8 +9,9 @@ use crate::compile::{gcc, workspace};
 use crate::machine::Machine;
 
 impl Machine {
-    /// Each background snapshot waits, after its migration has become `active` and before the device
-    /// state is saved and write tracking is armed, until the file `release` exists; 5 seconds at most.
+    /// Each background snapshot waits, after its migration has become `active` and before the
+    /// device state is saved and write tracking is armed, until the file `release` exists; 5
+    /// seconds at most.
     pub fn late_arm(self, release: &Path) -> Machine {
         self.shimmed().env("INSTANTSNAP_LATE_ARM_RELEASE", release)
     }

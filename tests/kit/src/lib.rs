@@ -2,8 +2,8 @@
 //! and a monitor that misbehaves on demand.
 //!
 //! The kit does not depend on the library under test. What it sees of QEMU it sees for itself, so
-//! that a mistake of the library's cannot hide behind the same mistake in its tests. It is for tests
-//! only: where something does not work, it panics with all that is known about why.
+//! that a mistake of the library's cannot hide behind the same mistake in its tests. It is for
+//! tests only: where something does not work, it panics with all that is known about why.
 //!
 //! ```no_run
 //! use instantsnap_testkit::{Binary, Format, Machine};

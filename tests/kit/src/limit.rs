@@ -1,4 +1,5 @@
-//! A test that hangs is no reason for its program to hang: after ten minutes it says where, and ends.
+//! A test that hangs is no reason for its program to hang: after ten minutes it says where, and
+//! ends.
 
 use std::process::{Command, id};
 use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
@@ -45,11 +46,14 @@ impl Watch {
     }
 }
 
-/// Says what the threads do, as far as there is a debugger; and takes the children along, which are QEMUs.
+/// Says what the threads do, as far as there is a debugger; and takes the children along, which are
+/// QEMUs.
 fn give_up(test: &str, limit: Duration) -> ! {
     eprintln!("{test} has not ended within {limit:?}: its program ends here");
     let own = id().to_string();
-    let _ = Command::new("timeout").args(["120", "gdb", "-p", &own, "-batch", "-ex", "thread apply all bt"]).status();
+    let _ = Command::new("timeout")
+        .args(["120", "gdb", "-p", &own, "-batch", "-ex", "thread apply all bt"])
+        .status();
     for child in children() {
         let _ = kill_process(child, Signal::KILL);
     }
@@ -58,7 +62,9 @@ fn give_up(test: &str, limit: Duration) -> ! {
 
 fn children() -> Vec<Pid> {
     let tasks = std::fs::read_dir("/proc/self/task").into_iter().flatten().flatten();
-    let of_task = |task: std::fs::DirEntry| std::fs::read_to_string(task.path().join("children")).unwrap_or_default();
+    let of_task = |task: std::fs::DirEntry| {
+        std::fs::read_to_string(task.path().join("children")).unwrap_or_default()
+    };
     let all: String = tasks.map(of_task).collect();
     all.split_whitespace().filter_map(|pid| Pid::from_raw(pid.parse().ok()?)).collect()
 }

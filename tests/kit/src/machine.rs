@@ -92,8 +92,8 @@ pub struct Machine {
     pub(crate) extras: Extras,
 }
 
-/// How long a guest rests between its rounds, of which one takes a tenth of a millisecond. Snapshots of it are nearly always of a rest:
-/// where that matters, it must not.
+/// How long a guest rests between its rounds, of which one takes a tenth of a millisecond.
+/// Snapshots of it are nearly always of a rest: where that matters, it must not.
 const REST_US: u32 = 2500;
 
 impl Machine {
@@ -161,7 +161,11 @@ impl Machine {
 
     /// One more disk, on an image that exists.
     pub fn disk_on(mut self, file: &Path, format: Format) -> Machine {
-        self.disks.push(DiskWanted { format, file: Some(file.to_owned()), extras: DiskExtras::default() });
+        self.disks.push(DiskWanted {
+            format,
+            file: Some(file.to_owned()),
+            extras: DiskExtras::default(),
+        });
         self
     }
 
@@ -177,8 +181,9 @@ impl Machine {
         self
     }
 
-    /// The guest writes all the time. Otherwise it rests between its rounds under TCG, unless it writes densely: so that many of
-    /// them do not keep each other, and what is tested, from the CPUs.
+    /// The guest writes all the time. Otherwise it rests between its rounds under TCG, unless it
+    /// writes densely: so that many of them do not keep each other, and what is tested, from the
+    /// CPUs.
     pub fn restless(mut self) -> Machine {
         self.restless = true;
         self
@@ -225,8 +230,9 @@ impl Machine {
         self
     }
 
-    /// The machine that continues a snapshot of this one: the same, on the disk images given, waiting
-    /// for its memory; without this one's environment (preload libraries are for the original).
+    /// The machine that continues a snapshot of this one: the same, on the disk images given,
+    /// waiting for its memory; without this one's environment (preload libraries are for the
+    /// original).
     pub fn for_revert(&self, disks: &[(PathBuf, Format)]) -> Machine {
         assert_eq!(disks.len(), self.disks.len(), "a snapshot has as many disks as its guest");
         let mut clone = self.clone().incoming();
@@ -248,7 +254,10 @@ impl Machine {
     /// Starts it, and does not wait for anything: its QEMU may yet end.
     pub(crate) fn spawn(&self) -> Guest {
         crate::limit::begin();
-        let directory = tempfile::Builder::new().prefix("instantsnap-").tempdir().expect("no temporary directory");
+        let directory = tempfile::Builder::new()
+            .prefix("instantsnap-")
+            .tempdir()
+            .expect("no temporary directory");
         let disks = self.make_disks(directory.path());
         // A copy, so that a QEMU run as another user can read it.
         let kernel = directory.path().join("tick.elf");
@@ -257,7 +266,8 @@ impl Machine {
             give_to(uid, directory.path());
         }
         let mut command = self.command(directory.path(), &kernel, &disks);
-        let stderr = std::fs::File::create(directory.path().join("stderr.log")).expect("stderr.log");
+        let stderr =
+            std::fs::File::create(directory.path().join("stderr.log")).expect("stderr.log");
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(stderr);
         let child = command.spawn().expect("QEMU cannot be run");
         Guest::spawned(self.clone(), directory, child, disks)
@@ -290,7 +300,8 @@ impl Machine {
         command.args(["-accel", if self.accel == Accel::Kvm { "kvm" } else { "tcg" }]);
         command.args(["-m", &self.memory_mib.to_string(), "-smp", &self.cpus.to_string()]);
         if self.prealloc {
-            let memory = format!("memory-backend-ram,id=ram0,size={}M,prealloc=on", self.memory_mib);
+            let memory =
+                format!("memory-backend-ram,id=ram0,size={}M,prealloc=on", self.memory_mib);
             command.args(["-object", &memory]);
             command.args(["-machine", &format!("{machine},memory-backend=ram0")]);
         } else {
@@ -302,7 +313,8 @@ impl Machine {
         }
         command.args(["-serial", &format!("file:{}", directory.join("serial.log").display())]);
         command.arg("-kernel").arg(kernel);
-        // The guest looks for " KEY=": the space before the first is QEMU's, after the kernel's name.
+        // The guest looks for " KEY=": the space before the first is QEMU's, after the kernel's
+        // name.
         command.args(["-append", &self.command_line()]);
         for disk in disks {
             self.attach_disk(&mut command, disk);
@@ -325,7 +337,8 @@ impl Machine {
         let (file, format, backend) = (disk.file.display(), disk.format.name(), &disk.backend);
         match self.attach {
             Attach::Drive => {
-                command.args(["-drive", &format!("if=none,id={backend},file={file},format={format}")]);
+                command
+                    .args(["-drive", &format!("if=none,id={backend},file={file},format={format}")]);
             }
             Attach::Blockdev => {
                 command.args([
@@ -336,7 +349,8 @@ impl Machine {
                 ]);
             }
         }
-        let device = format!("virtio-blk-pci,id={},drive={backend}{}", disk.device, self.device_options);
+        let device =
+            format!("virtio-blk-pci,id={},drive={backend}{}", disk.device, self.device_options);
         command.args(["-device", &device]);
     }
 }

@@ -127,7 +127,8 @@ struct State {
     closing: bool,
 }
 
-/// A running proxy. Several clients can come, one after the other. Dropping it ends all connections.
+/// A running proxy. Several clients can come, one after the other. Dropping it ends all
+/// connections.
 #[derive(Debug)]
 pub struct Proxy {
     listen: PathBuf,
@@ -139,7 +140,8 @@ pub struct Proxy {
 impl Proxy {
     /// Listens on `listen`; each client is given a connection of its own to QEMU's socket.
     pub fn start(listen: &Path, qemu: &Path) -> Proxy {
-        let listener = UnixListener::bind(listen).unwrap_or_else(|error| panic!("{}: {error}", listen.display()));
+        let listener = UnixListener::bind(listen)
+            .unwrap_or_else(|error| panic!("{}: {error}", listen.display()));
         let listener = Arc::new(listener);
         let state = Arc::new(Mutex::new(State::default()));
         let accepting = std::thread::spawn({
@@ -196,7 +198,8 @@ impl Proxy {
 
     /// From now on so many events of this name come before each reply.
     pub fn flood(&self, event: &str, count: usize) {
-        let event = json!({ "event": event, "data": {}, "timestamp": { "seconds": 1, "microseconds": 2 } });
+        let event =
+            json!({ "event": event, "data": {}, "timestamp": { "seconds": 1, "microseconds": 2 } });
         lock(&self.state).flood = format!("{event}\r\n").repeat(count);
     }
 
@@ -254,7 +257,8 @@ fn accept(listener: &UnixListener, qemu: &Path, state: &Arc<Mutex<State>>) {
         let Ok(server) = server else { continue };
         let connection = Arc::new(Connection::new(client, server, state.clone()));
         locked.streams.extend(
-            [&connection.client, &connection.server].map(|stream| stream.try_clone().expect("a file descriptor")),
+            [&connection.client, &connection.server]
+                .map(|stream| stream.try_clone().expect("a file descriptor")),
         );
         drop(locked);
         for direction in [Connection::commands, Connection::replies] {

@@ -45,7 +45,8 @@ struct Connection {
 }
 
 impl Client {
-    /// Connects to a socket, and enters command mode. Fails after five seconds where QEMU has another client.
+    /// Connects to a socket, and enters command mode. Fails after five seconds where QEMU has
+    /// another client.
     pub fn connect(path: &Path) -> io::Result<Client> {
         Ok(Client(Way::Socket(Connection::open(path)?)))
     }
@@ -64,7 +65,12 @@ impl Client {
     }
 
     /// Executes a command that takes a file descriptor: `getfd`, `add-fd`.
-    pub fn execute_with_fd(&mut self, command: &str, arguments: Value, fd: BorrowedFd) -> Result<Value, Value> {
+    pub fn execute_with_fd(
+        &mut self,
+        command: &str,
+        arguments: Value,
+        fd: BorrowedFd,
+    ) -> Result<Value, Value> {
         self.connection().request(command, arguments, &[fd])
     }
 
@@ -97,27 +103,44 @@ impl Client {
     }
 }
 
-fn through_virsh(daemon: &Daemon, domain: &str, command: &str, arguments: &Value) -> Result<Value, Value> {
+fn through_virsh(
+    daemon: &Daemon,
+    domain: &str,
+    command: &str,
+    arguments: &Value,
+) -> Result<Value, Value> {
     let line = json!({"execute": command, "arguments": arguments}).to_string();
     let reply = daemon.try_virsh(&["qemu-monitor-command", domain, &line]);
     let reply = reply.map_err(|error| json!({"class": "Disconnected", "desc": error}))?;
-    let mut reply: Value = serde_json::from_str(&reply).unwrap_or_else(|error| panic!("{error}: {reply}"));
-    if reply.get("error").is_some() { Err(reply["error"].take()) } else { Ok(reply["return"].take()) }
+    let mut reply: Value =
+        serde_json::from_str(&reply).unwrap_or_else(|error| panic!("{error}: {reply}"));
+    if reply.get("error").is_some() {
+        Err(reply["error"].take())
+    } else {
+        Ok(reply["return"].take())
+    }
 }
 
 impl Connection {
     fn open(path: &Path) -> io::Result<Connection> {
         let stream = UnixStream::connect(path)?;
         let reader = BufReader::new(stream.try_clone()?);
-        let mut connection = Connection { stream, reader, partial: Vec::new(), events: VecDeque::new(), next_id: 1 };
+        let mut connection =
+            Connection { stream, reader, partial: Vec::new(), events: VecDeque::new(), next_id: 1 };
         connection.read(Duration::from_secs(5))?;
         let entered = connection.request("qmp_capabilities", json!({}), &[]);
         entered.map_err(|error| io::Error::other(error.to_string()))?;
         Ok(connection)
     }
 
-    fn request(&mut self, command: &str, arguments: Value, fds: &[BorrowedFd]) -> Result<Value, Value> {
-        let disconnected = |error: io::Error| json!({"class": "Disconnected", "desc": error.to_string()});
+    fn request(
+        &mut self,
+        command: &str,
+        arguments: Value,
+        fds: &[BorrowedFd],
+    ) -> Result<Value, Value> {
+        let disconnected =
+            |error: io::Error| json!({"class": "Disconnected", "desc": error.to_string()});
         let id = self.next_id;
         self.next_id += 1;
         let mut line = json!({"execute": command, "arguments": arguments, "id": id}).to_string();
@@ -177,13 +200,18 @@ impl Connection {
 }
 
 /// Writes all of `bytes`, the file descriptors with the first of them.
-pub(crate) fn send_with_fds(stream: &UnixStream, bytes: &[u8], fds: &[BorrowedFd]) -> io::Result<()> {
+pub(crate) fn send_with_fds(
+    stream: &UnixStream,
+    bytes: &[u8],
+    fds: &[BorrowedFd],
+) -> io::Result<()> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(16))];
     let mut control = SendAncillaryBuffer::new(&mut space);
     if !fds.is_empty() {
         assert!(control.push(SendAncillaryMessage::ScmRights(fds)), "too many file descriptors");
     }
     let data = [IoSlice::new(bytes)];
-    let sent = rustix::io::retry_on_intr(|| sendmsg(stream, &data, &mut control, SendFlags::NOSIGNAL))?;
+    let sent =
+        rustix::io::retry_on_intr(|| sendmsg(stream, &data, &mut control, SendFlags::NOSIGNAL))?;
     io::Write::write_all(&mut &*stream, &bytes[sent..])
 }

@@ -8,12 +8,19 @@ use crate::guest::{Disk, Guest};
 use crate::machine::{Format, Machine, make_image};
 
 /// See [`Daemon::restore`].
-pub fn restore(daemon: &Daemon, machine: &Machine, image: &Path, edit: impl FnOnce(String) -> String) -> Guest {
+pub fn restore(
+    daemon: &Daemon,
+    machine: &Machine,
+    image: &Path,
+    edit: impl FnOnce(String) -> String,
+) -> Guest {
     let directory = daemon.guest_directory();
-    // A copy, so that a daemon of another user can read it, and a system daemon does not change its owner.
+    // A copy, so that a daemon of another user can read it, and a system daemon does not change its
+    // owner.
     let memory = directory.path().join("memory");
     std::fs::copy(image, &memory).unwrap_or_else(|error| panic!("{}: {error}", image.display()));
-    std::fs::set_permissions(&memory, std::fs::Permissions::from_mode(0o600)).expect("chmod of the memory image");
+    std::fs::set_permissions(&memory, std::fs::Permissions::from_mode(0o600))
+        .expect("chmod of the memory image");
     daemon.give(directory.path());
     let memory = memory.to_str().expect("a path of UTF-8").to_owned();
 
@@ -34,26 +41,35 @@ pub fn restore(daemon: &Daemon, machine: &Machine, image: &Path, edit: impl FnOn
 
     let name = part(&xml, "<name>", "</name>").expect("a name").to_owned();
     let guest = Guest::of_libvirt(machine.clone(), directory, daemon.clone(), name, disks);
-    daemon.try_virsh(&["restore", &memory, "--xml", file.to_str().expect("a path of UTF-8")]).unwrap_or_else(|error| {
-        guest.fail(&format!("virsh restore: {error}\n--- XML\n{xml}"));
-    });
+    daemon
+        .try_virsh(&["restore", &memory, "--xml", file.to_str().expect("a path of UTF-8")])
+        .unwrap_or_else(|error| {
+            guest.fail(&format!("virsh restore: {error}\n--- XML\n{xml}"));
+        });
     guest
 }
 
 /// A disk on a new overlay of its image. What cannot be written is left as it is.
 fn on_overlay(disk: &str, directory: &Path, disks: &mut Vec<Disk>) -> String {
-    if disk.contains("device='cdrom'") || disk.contains("device='floppy'") || disk.contains("<readonly/>") {
+    if disk.contains("device='cdrom'")
+        || disk.contains("device='floppy'")
+        || disk.contains("<readonly/>")
+    {
         return disk.to_owned();
     }
     // What is beneath the image is QEMU's to find out.
     let disk = edit_elements(disk, "backingStore", |_| String::new());
-    let (before, after) = match (part(&disk, "<source file='", "'"), part(&disk, "<source dev='", "'")) {
-        (Some(file), _) => (file, format!("<source file='{file}'")),
-        (_, Some(device)) => (device, format!("<source dev='{device}'")),
-        _ => panic!("a disk without a file: {disk}"),
+    let (before, after) =
+        match (part(&disk, "<source file='", "'"), part(&disk, "<source dev='", "'")) {
+            (Some(file), _) => (file, format!("<source file='{file}'")),
+            (_, Some(device)) => (device, format!("<source dev='{device}'")),
+            _ => panic!("a disk without a file: {disk}"),
+        };
+    let format = if part(&disk, " type='", "'").is_some() && disk.contains("type='raw'") {
+        Format::Raw
+    } else {
+        Format::Qcow2
     };
-    let format =
-        if part(&disk, " type='", "'").is_some() && disk.contains("type='raw'") { Format::Raw } else { Format::Qcow2 };
     let device = part(&disk, "<target dev='", "'").expect("a target").to_owned();
     let overlay = directory.join(format!("overlay-{device}.qcow2"));
     make_image(&overlay, Format::Qcow2, Some((Path::new(before), format)));
@@ -67,7 +83,8 @@ fn on_overlay(disk: &str, directory: &Path, disks: &mut Vec<Disk>) -> String {
 
 /// UEFI variables in a copy: QEMU writes what it loads back to the file.
 fn copied(nvram: &str, directory: &Path) -> String {
-    let Some(path) = part(nvram, "<source file='", "'").or_else(|| part(nvram, ">", "</nvram>")) else {
+    let Some(path) = part(nvram, "<source file='", "'").or_else(|| part(nvram, ">", "</nvram>"))
+    else {
         return nvram.to_owned();
     };
     let copy = directory.join("nvram");
@@ -75,7 +92,8 @@ fn copied(nvram: &str, directory: &Path) -> String {
     nvram.replace(path, &copy.display().to_string())
 }
 
-/// Each outermost element of this name, edited. libvirt writes XML in one form only, which makes this enough.
+/// Each outermost element of this name, edited. libvirt writes XML in one form only, which makes
+/// this enough.
 fn edit_elements(xml: &str, name: &str, mut edit: impl FnMut(&str) -> String) -> String {
     let (mut result, mut rest) = (String::new(), xml);
     while let Some(start) = find_start(rest, name) {
@@ -90,7 +108,9 @@ fn edit_elements(xml: &str, name: &str, mut edit: impl FnMut(&str) -> String) ->
 fn find_start(xml: &str, name: &str) -> Option<usize> {
     let ends_name = |after: &str| after.starts_with([' ', '>', '/', '\n']);
     let opening = format!("<{name}");
-    xml.match_indices(&opening).map(|(start, _)| start).find(|start| ends_name(&xml[start + opening.len()..]))
+    xml.match_indices(&opening)
+        .map(|(start, _)| start)
+        .find(|start| ends_name(&xml[start + opening.len()..]))
 }
 
 /// The length of the element at the beginning.

@@ -1,8 +1,10 @@
-//! A snapshot by hand is right in the right order, and torn in the wrong one: the control experiment
-//! without which "the guest counts on" would prove nothing.
+//! A snapshot by hand is right in the right order, and torn in the wrong one: the control
+//! experiment without which "the guest counts on" would prove nothing.
 
 use instantsnap_testkit::by_hand::{Resume, begin, bring_back};
-use instantsnap_testkit::{Accel, Attach, Binary, DEADLINE, Format, Machine, fingerprint, kvm_works, wait_for};
+use instantsnap_testkit::{
+    Accel, Attach, Binary, DEADLINE, Format, Machine, fingerprint, kvm_works, wait_for,
+};
 use serde_json::json;
 
 /// Snapshot, go on, bring back, twice from one guest.
@@ -27,7 +29,11 @@ fn round_trip(what: &str, machine: Machine) {
 fn the_right_order_is_right() {
     for binary in Binary::any() {
         for attach in [Attach::Drive, Attach::Blockdev] {
-            let machine = Machine::new(binary).restless().attach(attach).disk(Format::Raw).disk(Format::Qcow2);
+            let machine = Machine::new(binary)
+                .restless()
+                .attach(attach)
+                .disk(Format::Raw)
+                .disk(Format::Qcow2);
             round_trip(&format!("{} tcg {attach:?}", binary.name), machine.clone());
             if kvm_works(binary) {
                 round_trip(&format!("{} kvm {attach:?}", binary.name), machine.accel(Accel::Kvm));
@@ -95,7 +101,8 @@ fn a_fingerprint_shows_what_a_snapshot_changes_and_nothing_else() {
             drop(begin(&guest, "one", Resume::Armed).finish(&guest));
             let after = fingerprint(&mut guest.control());
             let differences = before.differences(&after);
-            let changed: Vec<_> = before.0.keys().filter(|key| before.0.get(*key) != after.0.get(*key)).collect();
+            let changed: Vec<_> =
+                before.0.keys().filter(|key| before.0.get(*key) != after.0.get(*key)).collect();
             assert_eq!(changed, [&"devices", &"nodes"], "{differences}");
         }
     }
@@ -120,7 +127,8 @@ fn a_fingerprint_is_the_same_after_a_switch_and_back() {
             })
             .expect("the commit is ready");
             run("job-complete", json!({"id": "back"}));
-            wait_for(DEADLINE, || (run("query-jobs", json!({})) == json!([])).then_some(())).expect("the commit ends");
+            wait_for(DEADLINE, || (run("query-jobs", json!({})) == json!([])).then_some(()))
+                .expect("the commit ends");
             run("blockdev-del", json!({"node-name": "overlay-0-one"}));
             let after = fingerprint(&mut client);
             assert_eq!(before, after, "{}", before.differences(&after));

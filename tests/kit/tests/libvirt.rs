@@ -1,9 +1,12 @@
-//! Guests of a private libvirtd, in both of its modes: started, saved, brought back, and nothing left of them.
+//! Guests of a private libvirtd, in both of its modes: started, saved, brought back, and nothing
+//! left of them.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use instantsnap_testkit::{Binary, DEADLINE, Daemon, Format, Machine, MachineType, domain_fingerprint, wait_for};
+use instantsnap_testkit::{
+    Binary, DEADLINE, Daemon, Format, Machine, MachineType, domain_fingerprint, wait_for,
+};
 
 /// Saved by libvirt itself, and brought back under another daemon.
 #[test]
@@ -11,9 +14,10 @@ fn a_saved_guest_is_brought_back() {
     for binary in Binary::under_libvirt() {
         for daemon in Daemon::all() {
             for (machine_type, disks) in [(MachineType::Pc, 1), (MachineType::Q35, 3)] {
-                let machine = (0..disks).fold(Machine::new(binary).machine_type(machine_type), |machine, n| {
-                    machine.disk(if n % 2 == 0 { Format::Qcow2 } else { Format::Raw })
-                });
+                let machine = (0..disks)
+                    .fold(Machine::new(binary).machine_type(machine_type), |machine, n| {
+                        machine.disk(if n % 2 == 0 { Format::Qcow2 } else { Format::Raw })
+                    });
                 let guest = machine.start_under(&daemon);
                 let at = guest.wait_ticks(10);
                 assert_ne!(guest.pid(), 0);
@@ -22,7 +26,11 @@ fn a_saved_guest_is_brought_back() {
                 assert!(!guest.alive());
                 let clone = daemon.another().restore(&guest, &image);
                 let clone_at = clone.wait_ticks(100);
-                eprintln!("{} {:?} {disks} disks: {at}, clone {clone_at}", binary.name, daemon.mode());
+                eprintln!(
+                    "{} {:?} {disks} disks: {at}, clone {clone_at}",
+                    binary.name,
+                    daemon.mode()
+                );
                 assert!(clone_at > at + 100);
                 assert_eq!(clone.disks().len(), disks);
                 assert!(clone.disks().iter().all(|disk| disk.file.starts_with(clone.directory())));
@@ -76,7 +84,9 @@ fn a_domain_is_what_is_asked_for() {
         .disk_driver("iothread='1'")
         .disk_elements("<serial>second</serial>")
         .domain_elements("<iothreads>1</iothreads>")
-        .domain_elements("<memoryBacking><source type='memfd'/><access mode='shared'/></memoryBacking>")
+        .domain_elements(
+            "<memoryBacking><source type='memfd'/><access mode='shared'/></memoryBacking>",
+        )
         .devices("<rng model='virtio'><backend model='random'>/dev/urandom</backend></rng>")
         .append("pages=128")
         .cdrom(None)
@@ -195,6 +205,7 @@ fn nothing_is_left_of_a_test_that_is_killed() {
     assert!(directories.iter().all(|directory| directory.exists()));
     victim.kill().unwrap();
     victim.wait().unwrap();
-    let all_gone = wait_for(Duration::from_secs(20), || directories.iter().all(|one| gone(one)).then_some(()));
+    let all_gone =
+        wait_for(Duration::from_secs(20), || directories.iter().all(|one| gone(one)).then_some(()));
     assert!(all_gone.is_some(), "{directories:?}");
 }

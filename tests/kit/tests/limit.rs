@@ -17,7 +17,8 @@ fn a_test_that_hangs_ends_its_program_and_its_guest() {
     let said = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.signal(), Some(rustix::process::Signal::ABORT.as_raw()), "{said}");
     assert!(said.contains("has not ended within 3s"), "{said}");
-    let guest = said.lines().find_map(|line| line.strip_prefix("its QEMU is ")).expect("the child says so");
+    let guest =
+        said.lines().find_map(|line| line.strip_prefix("its QEMU is ")).expect("the child says so");
     let is_gone = || (!std::path::Path::new("/proc").join(guest).exists()).then_some(());
     wait_for(DEADLINE, is_gone).expect("its QEMU ends too");
 }

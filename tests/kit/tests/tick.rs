@@ -4,7 +4,9 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::time::Instant;
 
-use instantsnap_testkit::{Accel, Attach, Binary, DEADLINE, Format, Guest, Machine, MachineType, kvm_works};
+use instantsnap_testkit::{
+    Accel, Attach, Binary, DEADLINE, Format, Guest, Machine, MachineType, kvm_works,
+};
 use serde_json::json;
 
 /// Counts to 10, then measures for 200 more.
@@ -88,8 +90,14 @@ fn an_altered_page_is_torn() {
         // The guest's memory is a file, so that it can be altered from here.
         let directory = tempfile::tempdir().expect("a directory");
         let memory = directory.path().join("memory");
-        let object = format!("memory-backend-file,id=ram1,size=64M,share=on,mem-path={}", memory.display());
-        let guest = Machine::new(binary).arg("-object").arg(&object).arg("-machine").arg("memory-backend=ram1").start();
+        let object =
+            format!("memory-backend-file,id=ram1,size=64M,share=on,mem-path={}", memory.display());
+        let guest = Machine::new(binary)
+            .arg("-object")
+            .arg(&object)
+            .arg("-machine")
+            .arg("memory-backend=ram1")
+            .start();
         guest.wait_ticks(10);
         let end_of_first_page = (2 << 20) + 4092;
         let line = trouble(&guest, &memory, end_of_first_page);

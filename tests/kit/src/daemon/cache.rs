@@ -1,7 +1,8 @@
-//! What libvirt has found out about QEMU binaries, handed from daemon to daemon: it takes seconds to find out.
+//! What libvirt has found out about QEMU binaries, handed from daemon to daemon: it takes seconds
+//! to find out.
 //!
-//! libvirt itself checks whether it still holds (time stamps of the binaries, the kernel, KVM), so that a stale entry
-//! costs time and nothing else.
+//! libvirt itself checks whether it still holds (time stamps of the binaries, the kernel, KVM), so
+//! that a stale entry costs time and nothing else.
 
 use std::path::{Path, PathBuf};
 
@@ -18,9 +19,11 @@ pub fn seed(layout: &Layout) {
         let _ = std::fs::copy(&file, target.join(name));
     }
     if let Some(uid) = layout.daemon_user() {
-        let made = target.ancestors().take_while(|path| *path != layout.directory()).map(Path::to_owned);
+        let made =
+            target.ancestors().take_while(|path| *path != layout.directory()).map(Path::to_owned);
         for path in made.chain(files(&target)) {
-            std::os::unix::fs::chown(&path, Some(uid), Some(uid)).expect("chown of the capabilities");
+            std::os::unix::fs::chown(&path, Some(uid), Some(uid))
+                .expect("chown of the capabilities");
         }
     }
 }
@@ -47,7 +50,10 @@ fn kept(layout: &Layout) -> PathBuf {
 
 fn files(directory: &Path) -> Vec<PathBuf> {
     let entries = std::fs::read_dir(directory).into_iter().flatten().flatten();
-    entries.map(|entry| entry.path()).filter(|path| path.extension().is_some_and(|end| end == "xml")).collect()
+    entries
+        .map(|entry| entry.path())
+        .filter(|path| path.extension().is_some_and(|end| end == "xml"))
+        .collect()
 }
 
 fn same(one: &Path, other: &Path) -> bool {

@@ -33,14 +33,27 @@ pub struct Layout {
 impl Layout {
     /// Makes directories and configuration.
     pub fn make(mode: Mode, directory: &Path) -> Layout {
-        let mut layout = Layout { mode, directory: directory.to_owned(), covered: Vec::new(), listens: false };
+        let mut layout =
+            Layout { mode, directory: directory.to_owned(), covered: Vec::new(), listens: false };
         set_mode(directory, 0o755);
-        for name in ["etc/libvirt", "run", "cache", "data", "lib", "log", "client", "guests", "drivers", "sockets"] {
+        for name in [
+            "etc/libvirt",
+            "run",
+            "cache",
+            "data",
+            "lib",
+            "log",
+            "client",
+            "guests",
+            "drivers",
+            "sockets",
+        ] {
             std::fs::create_dir_all(directory.join(name)).expect("a directory of the daemon's");
         }
         // QEMU's driver alone: the others look after the machine's networks, devices and disks.
         let driver = "libvirt_driver_qemu.so";
-        symlink(Path::new(DRIVERS).join(driver), directory.join("drivers").join(driver)).expect("a link to the driver");
+        symlink(Path::new(DRIVERS).join(driver), directory.join("drivers").join(driver))
+            .expect("a link to the driver");
         match mode {
             Mode::Session => layout.configure_session(),
             Mode::System => layout.configure_system(),
@@ -52,7 +65,8 @@ impl Layout {
     pub fn configure(&mut self, lines: &str) {
         self.listens = lines.contains("listen_tcp");
         let file = self.config();
-        let before = std::fs::read_to_string(&file).unwrap_or_else(|error| panic!("{}: {error}", file.display()));
+        let before = std::fs::read_to_string(&file)
+            .unwrap_or_else(|error| panic!("{}: {error}", file.display()));
         write(&file, &(before + lines));
     }
 
@@ -65,11 +79,15 @@ impl Layout {
 
     fn configure_session(&self) {
         write(&self.directory.join("etc/libvirt/qemu.conf"), "stdio_handler = \"file\"\n");
-        write(&self.directory.join("etc/libvirt/libvirtd.conf"), "auth_unix_rw = \"none\"\nauth_unix_ro = \"none\"\n");
+        write(
+            &self.directory.join("etc/libvirt/libvirtd.conf"),
+            "auth_unix_rw = \"none\"\nauth_unix_ro = \"none\"\n",
+        );
         if let Some(uid) = self.daemon_user() {
             for name in ["", "etc", "etc/libvirt", "run", "cache", "data", "guests"] {
                 let path = self.directory.join(name);
-                chown(&path, Some(uid), Some(uid)).unwrap_or_else(|error| panic!("chown {}: {error}", path.display()));
+                chown(&path, Some(uid), Some(uid))
+                    .unwrap_or_else(|error| panic!("chown {}: {error}", path.display()));
             }
         }
         set_mode(&self.directory.join("run"), 0o700); // as XDG_RUNTIME_DIR has to be
@@ -95,7 +113,8 @@ impl Layout {
         );
         write(&self.directory.join("etc/libvirtd.conf"), &libvirtd);
         for (name, target) in COVERED {
-            // Where libvirt is not set up there is nothing to cover, but it must not be created by libvirtd either.
+            // Where libvirt is not set up there is nothing to cover, but it must not be created by
+            // libvirtd either.
             std::fs::create_dir_all(target).unwrap_or_else(|error| panic!("{target}: {error}"));
             self.covered.push((self.directory.join(name), target.to_owned()));
         }
@@ -103,7 +122,8 @@ impl Layout {
         self.know_qemu_user();
     }
 
-    /// Debian's libvirt does not start before it has found `libvirt-qemu`, whom only the package of the service makes.
+    /// Debian's libvirt does not start before it has found `libvirt-qemu`, whom only the package of
+    /// the service makes.
     fn know_qemu_user(&mut self) {
         let ids = format!("{SYSTEM_QEMU_USER}");
         for (file, line) in [
@@ -111,7 +131,8 @@ impl Layout {
             ("group", format!("libvirt-qemu:x:{ids}:\n")),
         ] {
             let target = format!("/etc/{file}");
-            let known = std::fs::read_to_string(&target).unwrap_or_else(|error| panic!("{target}: {error}"));
+            let known = std::fs::read_to_string(&target)
+                .unwrap_or_else(|error| panic!("{target}: {error}"));
             if !known.lines().any(|line| line.starts_with("libvirt-qemu:")) {
                 let own = self.directory.join(file);
                 write(&own, &(known.trim_end().to_owned() + "\n" + &line));
@@ -126,7 +147,15 @@ impl Layout {
             return;
         };
         let (own, all) = (self.directory.join("kvm"), rustix::fs::Mode::from_raw_mode(0o666));
-        if rustix::fs::mknodat(rustix::fs::CWD, &own, rustix::fs::FileType::CharacterDevice, all, kvm.st_rdev).is_ok() {
+        if rustix::fs::mknodat(
+            rustix::fs::CWD,
+            &own,
+            rustix::fs::FileType::CharacterDevice,
+            all,
+            kvm.st_rdev,
+        )
+        .is_ok()
+        {
             set_mode(&own, 0o666);
             self.covered.push((own, "/dev/kvm".to_owned()));
         }
