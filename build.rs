@@ -26,14 +26,14 @@ mod abi;
 #[path = "src/error.rs"]
 mod error;
 #[allow(unused)]
-#[path = "src/flags.rs"]
+#[path = "src/model/flags.rs"]
 mod flags;
 
 /// The constants that are the header's, out of all those that libvirt's headers have.
 const CONSTANTS: [&str; 4] = ["INSTANTSNAP_", "VIR_DOMAIN_SNAPSHOT_", "VIR_ERR_", "VIR_FROM_QEMU"];
 
 fn main() {
-    let sources = ["src/ffi", "src/pointers.rs", "src/error.rs", "src/flags.rs", "include"];
+    let sources = ["src/ffi", "src/pointers.rs", "src/error.rs", "src/model/flags.rs", "include"];
     let own = ["build.rs", "build_prototypes.rs"];
     // A package of this crate has no preload/.
     let is_there = |path: &&&str| std::path::Path::new(path).exists();

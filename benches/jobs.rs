@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 use common::monitor::Monitor;
 use common::{Options, interleave, median, spread};
 use instantsnap::engine::{Handle, Returns};
-use instantsnap::flags::{INSTANT, LIVE, NO_METADATA};
+use instantsnap::model::flags::{INSTANT, LIVE, NO_METADATA};
 use instantsnap_testkit::{Binary, Format, Guest, Machine};
 use serde_json::{Value, json};
 

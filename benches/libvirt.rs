@@ -28,7 +28,7 @@ use std::time::{Duration, Instant};
 use common::domain::OpenedDomain;
 use common::{Figures, Guests, interleave, word};
 use instantsnap::engine::Phase;
-use instantsnap::flags::{INSTANT, LIVE, NO_METADATA};
+use instantsnap::model::flags::{INSTANT, LIVE, NO_METADATA};
 use instantsnap_testkit::compile::workspace;
 use instantsnap_testkit::{Daemon, Guest, Machine};
 use serde_json::{Value, json};

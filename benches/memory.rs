@@ -32,7 +32,7 @@ use common::monitor::Monitor;
 use common::{Options, interleave, kib, list, machine, median, spread};
 use instantsnap::engine::{Event, Handle, Observer, Overlap, What};
 use instantsnap::error::Code;
-use instantsnap::flags::{INSTANT, LIVE, NO_METADATA};
+use instantsnap::model::flags::{INSTANT, LIVE, NO_METADATA};
 use instantsnap_testkit::{Binary, Client, Daemon, Guest, Machine, wait_for};
 use serde_json::{Value, json};
 

@@ -34,7 +34,7 @@ use common::monitor::Monitor;
 use common::{Figures, Guests, interleave, kib};
 use driver::TestDriver;
 use instantsnap::engine::Handle;
-use instantsnap::flags::{INSTANT, LIVE, NO_METADATA};
+use instantsnap::model::flags::{INSTANT, LIVE, NO_METADATA};
 use instantsnap_testkit::{Guest, Machine};
 use serde_json::json;
 

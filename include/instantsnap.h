@@ -44,12 +44,12 @@
  * - pthread_cancel(). A thread is not cancelled while it is in the library, nor in a callback: the
  *   request is carried out at its next cancellation point after the call. No callback may leave by
  *   pthread_exit() or longjmp().
- * - Processes. A snapshot forks one process of its own session, the guard, which ends with it.
- *   Should the caller be killed before that, the guard resumes the guest, takes QEMU's memory
+ * - Processes. A snapshot forks one process of its own session, the watchdog, which ends with it.
+ *   Should the caller be killed before that, the watchdog resumes the guest, takes QEMU's memory
  *   stream to its end (QEMU 7.2 would freeze the guest otherwise), puts the migration settings
  *   back, merges the overlays (not those of a driver's domain that its disks were switched to) and
  *   removes what was made for the snapshot. An overlay that it cannot merge stays in use, and the
- *   machine's log (/dev/log) is told of it. The guard raises no SIGCHLD, and no wait() of the
+ *   machine's log (/dev/log) is told of it. The watchdog raises no SIGCHLD, and no wait() of the
  *   caller's sees it. It is in the caller's cgroup: what ends all of that (a container's end,
  *   systemd's KillMode=control-group) ends it too. `qemu-img` is run for
  *   instantsnap_snapshot_prepare_revert() and instantsnap_snapshot_delete(), and where QEMU itself
@@ -906,7 +906,7 @@ typedef struct instantsnap_driver_ops {
     /** Both or none; the two that the lock is not held for already. */
     void (*lock)(void *opaque);
     void (*unlock)(void *opaque);
-    /** The path of a QMP socket of this QEMU that nobody else uses, for the guard process; NULL: there is none. */
+    /** The path of a QMP socket of this QEMU that nobody else uses, for the watchdog process; NULL: there is none. */
     char *(*guard_socket)(void *opaque);
     /** For the qemuSnapshot functions: is told of the error with which one fails, as virReportError() would be. */
     void (*report_error)(void *opaque, int code, int domain, const char *message);

@@ -7,34 +7,33 @@
 //! ```text
 //! ffi       extern "C": convert, call, convert back
 //!  └ engine   the phases of a snapshot, their undo, jobs, bringing one back
-//!     ├ guest    who runs the guest: a stock libvirt, or the caller, with a QMP socket
+//!      ├ backend   who runs the guest: a stock libvirt, or the caller, with a QMP socket
 //!     │  ├ libvirt  libvirt's public functions, found at run time
 //!     │  └ monitor  QMP: client, typed commands
-//!     ├ snapshot what is asked for and recorded: XML, disk plan, state directory
+//!     ├ model    what is asked for and recorded: XML, disk plan, state directory
 //!     └ image    the memory image: header, and the threads that move QEMU's stream
 //! ```
 //!
 //! `boundary`, `pointers` and `symbols` are for the floors that meet C: what every function that C
 //! calls begins with, what C passes as types, and functions that are found at run time.
 //!
-//! `deadline`, `error` and `flags` know nobody. A snapshot in one sentence: overlays, memory image
+//! `deadline` and `error` know nobody. A snapshot in one sentence: overlays, memory image
 //! and pipe are prepared while the guest runs; the guest is stopped; one transaction switches all
 //! disks; QEMU's background snapshot is started and, the moment its write tracking is armed, the
 //! guest runs again, while its memory, as it was, flows into the image.
 
+pub mod backend;
 mod boundary;
 pub mod deadline;
 pub mod engine;
 pub mod error;
 pub mod ffi;
-pub mod flags;
-pub mod guest;
 pub mod image;
 pub mod libvirt;
+pub mod model;
 pub mod monitor;
 mod own_file;
 pub mod pointers;
-pub mod snapshot;
 mod symbols;
 mod sys;
 mod tool;

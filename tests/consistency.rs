@@ -4,7 +4,7 @@
 mod common;
 
 use common::{INSTANTLY, Opened, machine, named};
-use instantsnap::flags;
+use instantsnap::model::flags;
 use instantsnap_testkit::{Accel, Attach, Binary, MachineType, kvm_works, thorough};
 
 /// How many snapshots in a row; the second number in the long run of `.ci/run`.

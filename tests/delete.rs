@@ -12,10 +12,10 @@ use common::{
 };
 use instantsnap::engine::{Phase, prepare_revert};
 use instantsnap::error::{Code, Error};
-use instantsnap::flags::NO_METADATA;
-use instantsnap::flags::delete::{CHILDREN, CHILDREN_ONLY, METADATA_ONLY};
-use instantsnap::snapshot::nvram::content_id;
-use instantsnap::snapshot::{Record, RecordedNvram};
+use instantsnap::model::flags::NO_METADATA;
+use instantsnap::model::flags::delete::{CHILDREN, CHILDREN_ONLY, METADATA_ONLY};
+use instantsnap::model::nvram::content_id;
+use instantsnap::model::{Record, RecordedNvram};
 use instantsnap_testkit::machine::make_image;
 use instantsnap_testkit::{
     Attach, Binary, DEADLINE, Daemon, Fault, Format, Guest, Machine, wait_for,

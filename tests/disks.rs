@@ -14,9 +14,9 @@ use common::{
 };
 use instantsnap::engine::{Phase, prepare_revert};
 use instantsnap::error::{Code, Error};
-use instantsnap::flags::REUSE_EXT;
 use instantsnap::image::Image;
-use instantsnap::snapshot::Record;
+use instantsnap::model::Record;
+use instantsnap::model::flags::REUSE_EXT;
 use instantsnap_testkit::machine::make_image;
 use instantsnap_testkit::{Attach, Binary, DEADLINE, Format, Guest, Machine, Proxy, wait_for};
 use serde_json::{Value, json};

@@ -5,7 +5,7 @@ mod common;
 
 use common::{INSTANTLY, Opened, assert_error, assert_untouched, machine, named, through_proxy};
 use instantsnap::error::Code;
-use instantsnap::flags::Flags;
+use instantsnap::model::flags::Flags;
 use instantsnap_testkit::{Binary, wait_for};
 
 const NAMES: [&str; 11] = [

@@ -15,7 +15,7 @@ use std::process::Command;
 
 use common::inside::{CREATE, INSTANT, LIVE, Subject, answer, library, session};
 use common::machine;
-use instantsnap::flags::delete::CHILDREN;
+use instantsnap::model::flags::delete::CHILDREN;
 use instantsnap_testkit::compile::{gcc, workspace};
 use instantsnap_testkit::{Binary, Daemon, Machine, Mode, missing_package};
 use sshd::Sshd;

@@ -15,8 +15,8 @@ use common::{
 };
 use instantsnap::engine::{Event, Handle, Job, Phase, Returns, What};
 use instantsnap::error::Code;
-use instantsnap::flags::NO_METADATA;
-use instantsnap::snapshot::Record;
+use instantsnap::model::Record;
+use instantsnap::model::flags::NO_METADATA;
 use instantsnap_testkit::{Binary, DEADLINE, Fault, Gate, Machine, wait_for};
 use serde_json::json;
 

@@ -63,7 +63,7 @@ fn take_snapshot_and_die(guest: &Guest, phase: usize, overlap: bool) {
     assert_eq!(status.signal(), Some(9), "{status}");
 }
 
-/// The settings are what they were (P5), once the guard has seen the stream to its end.
+/// The settings are what they were (P5), once the watchdog has seen the stream to its end.
 fn wait_until_settled(guest: &Guest, before: &Fingerprint) {
     let settled = wait_for(Duration::from_secs(60), || {
         let mut client = guest.control();

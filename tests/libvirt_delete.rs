@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use common::virt::OpenedDomain;
 use common::{OtherQemu, machine, virt};
 use instantsnap::error::Code;
-use instantsnap::flags::delete::{CHILDREN, CHILDREN_ONLY, METADATA_ONLY};
+use instantsnap::model::flags::delete::{CHILDREN, CHILDREN_ONLY, METADATA_ONLY};
 use instantsnap_testkit::machine::make_image;
 use instantsnap_testkit::{Binary, Daemon, Format, thorough};
 use tree::{Maker, Tree};

@@ -11,7 +11,7 @@ use common::way::by_client_only;
 use common::{ALL_SECTORS, At, INSTANTLY, Loop, run};
 use instantsnap::engine::Phase;
 use instantsnap::error::{Code, Error};
-use instantsnap::flags::{NO_METADATA, REUSE_EXT};
+use instantsnap::model::flags::{NO_METADATA, REUSE_EXT};
 use instantsnap_testkit::machine::make_image;
 use instantsnap_testkit::{
     Binary, DEADLINE, Daemon, Format, Guest, Machine, missing_package, wait_for,

@@ -12,7 +12,7 @@ use common::way::by_client_only;
 use common::{ALL_SECTORS, At, INSTANTLY};
 use instantsnap::engine::Phase;
 use instantsnap::error::{Code, Error};
-use instantsnap::flags::{HALT, LIVE};
+use instantsnap::model::flags::{HALT, LIVE};
 use instantsnap_testkit::{
     Binary, DEADLINE, Daemon, Format, Guest, Machine, missing_package, thorough, wait_for,
 };

@@ -9,7 +9,7 @@ use common::virt::OpenedDomain;
 use common::{ALL_SECTORS, At, INSTANTLY, assert_error, files_below, machine, named};
 use instantsnap::engine::{Handle, Phase, Returns, What};
 use instantsnap::error::Code;
-use instantsnap::flags::NO_METADATA;
+use instantsnap::model::flags::NO_METADATA;
 use instantsnap_testkit::{Binary, DEADLINE, Daemon, Gate, wait_for};
 use serde_json::json;
 

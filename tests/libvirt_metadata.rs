@@ -10,8 +10,8 @@ use common::way::by_client_only;
 use common::{At, INSTANTLY};
 use instantsnap::engine::Phase;
 use instantsnap::error::Code;
-use instantsnap::flags::NO_METADATA;
 use instantsnap::image::Image;
+use instantsnap::model::flags::NO_METADATA;
 use instantsnap_testkit::{
     Accel, Binary, Daemon, Format, Guest, Machine, kvm_runs, kvm_works, wait_for,
 };

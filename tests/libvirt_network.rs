@@ -12,7 +12,7 @@ use common::way::by_client_only;
 use common::{ALL_SECTORS, At, INSTANTLY, assert_says};
 use instantsnap::engine::Phase;
 use instantsnap::error::Code;
-use instantsnap::flags::REUSE_EXT;
+use instantsnap::model::flags::REUSE_EXT;
 
 #[test]
 fn a_disk_on_a_server_needs_a_named_overlay_and_is_undone_and_deleted_while_the_domain_runs() {

@@ -14,9 +14,9 @@ use std::sync::Arc;
 
 use common::INSTANTLY;
 use common::virt::{self, OpenedDomain};
+use instantsnap::backend::LibvirtConnector;
 use instantsnap::engine::Handle;
 use instantsnap::error::Code;
-use instantsnap::guest::LibvirtConnector;
 use instantsnap::libvirt::Connect;
 use instantsnap_testkit::compile::tick_guest;
 use instantsnap_testkit::machine::make_image;

@@ -10,7 +10,7 @@ use std::path::Path;
 
 use common::{OtherQemu, machine, virt};
 use instantsnap::error::Code;
-use instantsnap::flags::revert::{FORCE, PAUSED, RUNNING};
+use instantsnap::model::flags::revert::{FORCE, PAUSED, RUNNING};
 use instantsnap_testkit::machine::make_image;
 use instantsnap_testkit::{Binary, Daemon, Format, thorough};
 use tree::{Maker, Tree};

@@ -7,9 +7,9 @@ use std::sync::{Arc, Barrier};
 
 use common::virt::OpenedDomain;
 use common::{At, INSTANTLY, assert_error, machine};
+use instantsnap::backend::LibvirtConnector;
 use instantsnap::engine::{Handle, Phase};
 use instantsnap::error::Code;
-use instantsnap::guest::LibvirtConnector;
 use instantsnap::libvirt::Connect;
 use instantsnap_testkit::{Binary, Daemon, thorough};
 

@@ -16,7 +16,7 @@ use common::meddling::{
 use common::{At, INSTANTLY, Opened, block_of, machine, named, way};
 use instantsnap::engine::{Overlap, Phase, prepare_revert};
 use instantsnap::error::Error;
-use instantsnap::flags::revert;
+use instantsnap::model::flags::revert;
 use instantsnap_testkit::{Binary, Client, DEADLINE, Format, Guest, thorough, wait_for};
 use serde_json::{Value, json};
 

@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use common::{INSTANTLY, Opened, assert_error, assert_untouched, machine, named};
 use instantsnap::engine::Handle;
 use instantsnap::error::Code;
-use instantsnap::snapshot::{Record, State, Store};
+use instantsnap::model::{Record, State, Store};
 use instantsnap_testkit::Binary;
 use rustix::fs::{FlockOperation, flock};
 

@@ -12,7 +12,7 @@ use common::{
 };
 use instantsnap::engine::Phase;
 use instantsnap::error::Code;
-use instantsnap::flags::{NO_METADATA, revert};
+use instantsnap::model::flags::{NO_METADATA, revert};
 use instantsnap_testkit::{Binary, Client, DEADLINE, Fault, Guest, wait_for};
 use serde_json::{Value, json};
 

@@ -10,7 +10,7 @@ use common::way::open_guest;
 use common::{INSTANTLY, Opened, assert_error, assert_says, assert_untouched, machine, named};
 use instantsnap::engine::{RevertPlan, prepare_revert};
 use instantsnap::error::Code;
-use instantsnap::flags::{NO_METADATA, revert};
+use instantsnap::model::flags::{NO_METADATA, revert};
 use instantsnap_testkit::{Binary, Fault, Format, Guest, Machine, MachineType, Proxy};
 use serde_json::json;
 

@@ -20,8 +20,8 @@ use instantsnap::engine::{
     prepare_revert, prepare_revert_hooked,
 };
 use instantsnap::error::Code;
-use instantsnap::flags::{NO_METADATA, revert};
-use instantsnap::snapshot::RecordedManual;
+use instantsnap::model::RecordedManual;
+use instantsnap::model::flags::{NO_METADATA, revert};
 use instantsnap_testkit::machine::make_image;
 use instantsnap_testkit::{Binary, DEADLINE, Daemon, Format, Gate, Guest, Machine};
 use serde_json::json;

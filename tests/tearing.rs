@@ -14,7 +14,7 @@ use common::{
 };
 use instantsnap::engine::{Phase, prepare_revert};
 use instantsnap::error::Code;
-use instantsnap::snapshot::Record;
+use instantsnap::model::Record;
 use instantsnap_testkit::{Binary, DEADLINE, Fault, Format, Machine};
 use serde_json::json;
 

@@ -8,8 +8,8 @@ use std::process::Command;
 
 use common::{INSTANTLY, Opened, assert_error, assert_untouched, machine};
 use instantsnap::error::{Code, Error};
-use instantsnap::snapshot::domain::{Source, Storage};
-use instantsnap::snapshot::{
+use instantsnap::model::domain::{Source, Storage};
+use instantsnap::model::{
     Domain, Frozen, Location, MemoryRequest, Record, RecordedDisk, RecordedManual, RecordedNvram,
     Request, State,
 };

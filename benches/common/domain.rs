@@ -5,8 +5,8 @@ use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use instantsnap::backend::LibvirtConnector;
 use instantsnap::engine::Handle;
-use instantsnap::guest::LibvirtConnector;
 use instantsnap::libvirt::{Connect, Domain};
 use instantsnap_testkit::Guest;
 

@@ -24,8 +24,10 @@ mod boundary;
 #[path = "../../src/error.rs"]
 mod error;
 #[allow(unused)]
-#[path = "../../src/flags.rs"]
-mod flags;
+#[path = "../../src/model"]
+mod model {
+    pub mod flags;
+}
 #[allow(unused, missing_docs)]
 #[path = "../../src/pointers.rs"]
 mod pointers;
@@ -35,10 +37,10 @@ mod symbols;
 #[path = "../../src/uncancelled.rs"]
 mod uncancelled;
 #[allow(unused)]
-#[path = "../../src/snapshot/upgrade.rs"]
+#[path = "../../src/model/upgrade.rs"]
 mod upgrade;
 #[allow(unused)]
-#[path = "../../src/snapshot/xml.rs"]
+#[path = "../../src/model/xml.rs"]
 mod xml;
 
 mod environment;
@@ -53,6 +55,7 @@ use std::ptr;
 use boundary::{boundary, caught};
 use error::Error;
 use libvirt::{Domain, Libvirt, OnSnapshot, Snapshot};
+use model::flags;
 use ours::Ours;
 use pointers::Text;
 

@@ -9,7 +9,6 @@ use super::clock::{Clock, Phase};
 use super::devices::Devices;
 use super::durable::{Unflushed, sync_images};
 use super::event::Flow;
-use super::guard::{self, Stage};
 use super::migration::{FD_NAME, Mode, Settings, Stream, wait_armed};
 use super::nvram;
 use super::options::Options;
@@ -21,18 +20,19 @@ use super::still::Still;
 use super::storage::{Called, StorageCall};
 use super::undo::Made;
 use super::warm::warm;
+use super::watchdog::{self, Stage};
 use super::work::Work;
+use crate::backend::{Catalog, Connector, Description, Guest, PATIENCE, Reserved, write_access};
 use crate::deadline::Deadline;
 use crate::error::{Error, Result, fail};
-use crate::flags::{self, Flags};
-use crate::guest::{Catalog, Connector, Description, Guest, PATIENCE, Reserved, write_access};
 use crate::image::MemoryImage;
-use crate::monitor::Failure;
-use crate::monitor::commands::{self, Progress};
-use crate::snapshot::{
+use crate::model::flags::{self, Flags};
+use crate::model::{
     Frozen, MemoryRequest, Plan, Record, RecordedDisk, RecordedManual, RecordedNvram, Request,
     State, plan, validate,
 };
+use crate::monitor::Failure;
+use crate::monitor::commands::{self, Progress};
 use crate::sys;
 
 /// A snapshot to be made: everything is decided, and nothing touched.
@@ -350,8 +350,8 @@ impl Task<'_> {
         let sizes = Sizes::open(&self.plan.disks);
         cancel.check()?;
         self.open_stream(guest, &settings, made)?;
-        // From here on QEMU is changed: there is a guard now.
-        settings.watchdog = made.guarded.process();
+        // From here on QEMU is changed: there is a watchdog now.
+        settings.watchdog = made.watchdog.process();
         made.settings = Some((settings.clone(), self.mode));
         settings.apply(guest, self.mode)?;
         made.stream()?.pass(guest)?;
@@ -375,7 +375,7 @@ impl Task<'_> {
             begun.as_ref().map_or_else(|| self.pause_deadline(clock), |begun| begun.deadline);
         if self.running && begun.is_none() {
             clock.enter(Phase::Pause);
-            made.guarded.enter(Stage::Paused);
+            made.watchdog.enter(Stage::Paused);
             clock.pausing();
             guest.pause(deadline)?;
             clock.paused();
@@ -385,7 +385,7 @@ impl Task<'_> {
         sizes.check_planned(guest, deadline)?;
         made.switched = true;
         if self.running && begun.is_none() {
-            made.guarded.enter(Stage::Switching);
+            made.watchdog.enter(Stage::Switching);
         }
         guest.switch_disks(deadline)?;
         sizes.check_switched(guest, deadline)?;
@@ -429,7 +429,7 @@ impl Task<'_> {
         };
         if self.running {
             guest.resume(Deadline::after(PATIENCE))?;
-            made.guarded.enter(Stage::Draining);
+            made.watchdog.enter(Stage::Draining);
             clock.resumed(guest.last_pause());
         } else if self.mode == Mode::Paused {
             reactivate_disks(guest)?;
@@ -478,14 +478,14 @@ impl Task<'_> {
         if !guest.keeps_firmware_copies() {
             made.copies.iter().try_for_each(nvram::Copy::remove)?;
         }
-        made.guarded.enter(Stage::Committing);
+        made.watchdog.enter(Stage::Committing);
         let record = match self.flags.has(flags::NO_METADATA) {
             true => record,
             false => guest
                 .commit(self.reserved, record)
-                .inspect_err(|_| made.guarded.enter(Stage::Finishing))?,
+                .inspect_err(|_| made.watchdog.enter(Stage::Finishing))?,
         };
-        made.guarded.dismiss();
+        made.watchdog.dismiss();
         Ok(record)
     }
 
@@ -544,7 +544,7 @@ impl Task<'_> {
         }
     }
 
-    /// The way of memory to its image, and a guard for the time that it is open.
+    /// The way of memory to its image, and a watchdog for the time that it is open.
     fn open_stream(
         &self,
         guest: &mut dyn Guest,
@@ -556,8 +556,8 @@ impl Task<'_> {
             made.copies.iter().map(nvram::Copy::known).chain([made.image()?.known()]).collect();
         let restore = settings.script(self.mode);
         let deputy = guest.deputy(&self.reserved.name);
-        let Made { stream: Some(stream), guarded, .. } = made else { unreachable!("just made") };
-        let task = guard::Task {
+        let Made { stream: Some(stream), watchdog, .. } = made else { unreachable!("just made") };
+        let task = watchdog::Task {
             held: &guest.held(),
             reservation: self.reserved.held(),
             record: guest
@@ -567,7 +567,7 @@ impl Task<'_> {
             restore: &restore,
             files: &files,
         };
-        guarded.start(deputy, &task);
+        watchdog.start(deputy, &task);
         Ok(())
     }
 
@@ -581,12 +581,12 @@ impl Task<'_> {
         stage: Stage,
         deadline: Deadline,
     ) -> Result<()> {
-        let before = made.guarded.stage();
-        made.guarded.enter(stage);
+        let before = made.watchdog.stage();
+        made.watchdog.enter(stage);
         commands::migrate(guest, FD_NAME, deadline).map_err(|failure| {
             if matches!(failure, Failure::Refused(..)) {
                 // The migration that there may be is another client's.
-                made.guarded.enter(before);
+                made.watchdog.enter(before);
                 made.outrun = self.mode == Mode::Background;
             }
             failure.into_error("cannot start saving memory")
@@ -623,7 +623,7 @@ impl Task<'_> {
             }
 
             clock.enter(Phase::Pause);
-            made.guarded.enter(Stage::Racing);
+            made.watchdog.enter(Stage::Racing);
             let deadline = self.pause_deadline(clock);
             clock.pausing();
             let order = Instant::now();
@@ -633,7 +633,7 @@ impl Task<'_> {
             let migration = commands::query_migrate(guest, deadline)?;
             let stopping = order.elapsed();
             if stands && migration.is_setting_up() {
-                made.guarded.enter(Stage::Migrating);
+                made.watchdog.enter(Stage::Migrating);
                 clock.paused();
                 cancel.check()?;
                 return Ok(Some(Begun { deadline, work, stopping }));
@@ -643,7 +643,7 @@ impl Task<'_> {
             guest.resume(Deadline::after(PATIENCE))?;
             clock.lost();
             clock.enter(Phase::Prepare);
-            made.guarded.enter(Stage::Begun);
+            made.watchdog.enter(Stage::Begun);
             overlap::learn(&identity, Lesson::Running(work.until(setup)));
             overlap::learn(&identity, Lesson::Stopping(stopping));
             self.begin_anew(guest, settings, cancel, made)?;
@@ -671,8 +671,8 @@ impl Task<'_> {
         stream.wait_discarded(cancel)?;
         made.image()?.discard_stream()?;
         self.open_stream(guest, settings, made)?;
-        made.guarded.enter(Stage::Prepared);
-        settings.watch(guest, self.mode, made.guarded.process())?;
+        made.watchdog.enter(Stage::Prepared);
+        settings.watch(guest, self.mode, made.watchdog.process())?;
         made.stream()?.pass(guest)
     }
 

@@ -10,9 +10,9 @@ use std::collections::BTreeSet;
 
 use serde_json::{Value, json};
 
+use crate::backend::{Guest, PATIENCE};
 use crate::deadline::Deadline;
 use crate::error::{Result, fail};
-use crate::guest::{Guest, PATIENCE};
 use crate::monitor::{Command, Failure};
 
 /// What a guest has: devices, vCPUs, media in drives. Each by the words that messages call it by.

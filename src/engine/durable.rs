@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 use rustix::io::Errno;
 
 use crate::error::{Error, Result, fail};
-use crate::snapshot::{DiskPlan, Drive};
+use crate::model::{DiskPlan, Drive};
 use crate::sys;
 
 /// Whether it is the file system that has nothing to write out, or no way to.

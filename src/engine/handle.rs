@@ -11,11 +11,11 @@ use super::operation::{Opened, Operation, Taken};
 use super::overlap::Overlap;
 use super::revert::{RevertPlan, prepare_revert_hooked};
 use super::storage::{StorageCall, StorageHook};
+use crate::backend::driver::Driver;
+use crate::backend::{Catalog, Connector, DriverConnector, LibvirtConnector, QmpConnector};
 use crate::error::{Result, fail};
-use crate::flags::delete;
-use crate::guest::driver::Driver;
-use crate::guest::{Catalog, Connector, DriverConnector, LibvirtConnector, QmpConnector};
-use crate::snapshot::Store;
+use crate::model::Store;
+use crate::model::flags::delete;
 use crate::sys::lock;
 
 /// A guest that was opened.

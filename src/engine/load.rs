@@ -7,13 +7,13 @@ use serde_json::json;
 
 use super::migration::{FD_NAME, Mode, Settings, wait_loaded};
 use super::reactivate::reactivate_disks;
+use crate::backend::{Connector, Guest, PATIENCE, Presence};
 use crate::deadline::Deadline;
 use crate::error::{Code, Error, Result, fail};
-use crate::flags::revert;
-use crate::guest::{Connector, Guest, PATIENCE, Presence};
 use crate::image::{self, Feed, Image};
+use crate::model::flags::revert;
+use crate::model::{Drive, Record, RecordedDisk, Role};
 use crate::monitor::{Command, Failure, commands};
-use crate::snapshot::{Drive, Record, RecordedDisk, Role};
 use crate::sys;
 
 /// Loads a snapshot.

@@ -9,7 +9,6 @@ mod create;
 mod devices;
 mod durable;
 mod event;
-mod guard;
 mod handle;
 mod job;
 mod load;
@@ -27,6 +26,7 @@ mod still;
 mod storage;
 mod undo;
 mod warm;
+mod watchdog;
 mod work;
 
 pub use cancel::Cancel;

@@ -11,9 +11,9 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use crate::error::{Error, Result, fail};
+use crate::model::nvram::{LARGEST, content_id, copy_path};
+use crate::model::{Drive, RecordedNvram};
 use crate::own_file::{KnownFile, OwnFile};
-use crate::snapshot::nvram::{LARGEST, content_id, copy_path};
-use crate::snapshot::{Drive, RecordedNvram};
 use crate::sys;
 
 /// A copy that was taken, and how the original looked then.
@@ -65,7 +65,7 @@ impl Copy {
         Ok(Copy { recorded, stamp, own })
     }
 
-    /// The copy, for a guard.
+    /// The copy, for a watchdog.
     pub fn known(&self) -> KnownFile {
         self.own.known()
     }

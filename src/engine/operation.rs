@@ -7,8 +7,8 @@ use super::clock::{Clock, Observer, Stats};
 use super::create::{self, Created};
 use super::event::Event;
 use super::options::Options;
+use crate::backend::{Catalog, Connector};
 use crate::error::{Result, fail};
-use crate::guest::{Catalog, Connector};
 use crate::sys::lock;
 
 /// What a handle stands for. Its operation has it too, and can outlive the handle.

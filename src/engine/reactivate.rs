@@ -8,9 +8,9 @@
 
 use serde_json::json;
 
+use crate::backend::{Guest, PATIENCE};
 use crate::deadline::Deadline;
 use crate::error::Result;
-use crate::guest::{Guest, PATIENCE};
 use crate::monitor::{Command, commands};
 
 const STEP: &str = "cannot activate the disks of the paused guest again";

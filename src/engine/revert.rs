@@ -8,11 +8,11 @@ use tempfile::{NamedTempFile, TempPath};
 
 use super::nvram::copy;
 use super::storage::{StorageCall, StorageDisk, StorageHook};
+use crate::backend::overlay_file;
 use crate::error::{Error, Result, fail};
-use crate::guest::overlay_file;
 use crate::image::Image;
-use crate::snapshot::nvram::Found;
-use crate::snapshot::{Record, RecordedNvram, Store};
+use crate::model::nvram::Found;
+use crate::model::{Record, RecordedNvram, Store};
 use crate::sys;
 
 /// What a QEMU that is to continue a snapshot must be started with.

@@ -9,9 +9,9 @@
 //! it stops and captures a guest that runs by itself. What remains is a reset in the last moment
 //! before the capture, between a question and the next.
 
+use crate::backend::Guest;
 use crate::deadline::Deadline;
 use crate::error::{Error, Result, fail};
-use crate::guest::Guest;
 use crate::monitor::commands::{self, Status};
 
 /// The state of a guest that was paused.

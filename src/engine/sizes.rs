@@ -19,12 +19,12 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
+use crate::backend::{Guest, PATIENCE, is_block_of};
 use crate::deadline::Deadline;
 use crate::error::{Result, fail};
-use crate::guest::{Guest, PATIENCE, is_block_of};
+use crate::model::DiskPlan;
 use crate::monitor::Command;
 use crate::monitor::json::Json;
-use crate::snapshot::DiskPlan;
 use crate::sys;
 
 /// The sizes of a snapshot's disks.

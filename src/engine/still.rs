@@ -12,11 +12,11 @@ use std::fs;
 use serde_json::json;
 
 use super::migration::Mode;
+use crate::backend::{Guest, is_block_of};
 use crate::deadline::Deadline;
 use crate::error::{Result, fail};
-use crate::guest::{Guest, is_block_of};
+use crate::model::DiskPlan;
 use crate::monitor::Command;
-use crate::snapshot::DiskPlan;
 
 /// The overlays as they were before the pause, empty.
 #[derive(Debug)]

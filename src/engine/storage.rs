@@ -19,7 +19,7 @@ use rustix::event::{EventfdFlags, eventfd};
 use super::cancel::Cancel;
 use super::durable::Unflushed;
 use crate::error::{Code, Error, Result, fail};
-use crate::snapshot::{Drive, Record, RecordedManual};
+use crate::model::{Drive, Record, RecordedManual};
 use crate::sys;
 
 /// What a hook has to say: what it was asked for, or why it could not.

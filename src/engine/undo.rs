@@ -6,14 +6,14 @@ use std::time::Duration;
 
 use super::cancel::Cancel;
 use super::clock::Clock;
-use super::guard::{Guarded, Stage};
 use super::migration::{FD_NAME, Mode, Settings, Stream, wait_resumable};
 use super::nvram;
 use super::reactivate::reactivate_disks;
 use super::storage::Called;
+use super::watchdog::{Stage, Watchdog};
+use crate::backend::{Guest, PATIENCE, Presence};
 use crate::deadline::Deadline;
 use crate::error::{Code, Error, Result};
-use crate::guest::{Guest, PATIENCE, Presence};
 use crate::image::MemoryImage;
 use crate::monitor::commands::{self, Progress};
 
@@ -49,7 +49,7 @@ pub struct Made {
     /// The storage hook was called.
     pub storage: Option<Called>,
     /// How far the guest's own part has come, and who takes over should this process be killed.
-    pub guarded: Guarded,
+    pub watchdog: Watchdog,
 }
 
 impl Made {
@@ -86,7 +86,7 @@ impl Made {
     /// here on, and what the settings are by then, is another client's.
     pub fn settings_are_back(&mut self) {
         self.settings = None;
-        self.guarded.enter(Stage::Finishing);
+        self.watchdog.enter(Stage::Finishing);
     }
 
     /// Puts everything back. `cause` is why; what cannot be put back is added to it.
@@ -136,7 +136,7 @@ impl Made {
             // The stream must be read to its end, and a guest that is paused resumed, whenever QEMU
             // comes to it.
             let stream = self.stream.take();
-            if self.guarded.hand_over() {
+            if self.watchdog.hand_over() {
                 guest.leave_held();
             } else {
                 std::mem::forget(stream);
@@ -160,7 +160,7 @@ impl Made {
     fn insist(&self, guest: &mut dyn Guest) -> Presence {
         let deadline = Deadline::after(STUBBORN);
         let mut presence = guest.presence();
-        if presence == Presence::Silent && self.guarded.stage().is_paused() {
+        if presence == Presence::Silent && self.watchdog.stage().is_paused() {
             // The reply would come when it would, and is not needed: the state is looked at next.
             let _ = commands::cont(guest, Deadline::after(Duration::from_millis(100)));
         }
@@ -182,7 +182,7 @@ impl Made {
             left.extend(result.err().map(|error| error.message));
             done
         };
-        let stage = self.guarded.stage();
+        let stage = self.watchdog.stage();
         let mode = self.settings.as_ref().map_or(Mode::Paused, |(_, mode)| *mode);
         let mut ended = true;
         if let Some(stream) = self.stream.as_ref().filter(|_| stage.is_migrating()) {

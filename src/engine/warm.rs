@@ -15,9 +15,9 @@ use std::fs;
 use std::time::{Duration, Instant};
 
 use super::cancel::Cancel;
+use crate::backend::{Guest, PATIENCE};
 use crate::deadline::Deadline;
 use crate::error::Result;
-use crate::guest::{Guest, PATIENCE};
 use crate::monitor::commands;
 use crate::sys;
 

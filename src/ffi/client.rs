@@ -7,13 +7,13 @@ use std::sync::Arc;
 use super::header::instantsnap_guest;
 use super::last_error;
 use super::native::GUESTS;
+use crate::backend::{LibvirtConnector, libvirt as guest};
 use crate::boundary::{boundary, caught};
 use crate::engine::Handle;
 use crate::error::{Error, Result, fail};
-use crate::flags;
-use crate::guest::{LibvirtConnector, libvirt as guest};
 use crate::libvirt::table::{self, virDomain, virDomainSnapshot};
 use crate::libvirt::{self, Domain, Snapshot, VirError};
+use crate::model::flags;
 use crate::pointers::Text;
 
 /// Runs a body that needs libvirt. What libvirt has said on the way is no error of one that

@@ -112,7 +112,7 @@ impl MemoryImage {
         self.own.path()
     }
 
-    /// The file, for a guard.
+    /// The file, for a watchdog.
     pub fn known(&self) -> KnownFile {
         self.own.known()
     }

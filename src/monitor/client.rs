@@ -47,7 +47,7 @@ pub struct Monitor {
 /// caller has forked meanwhile has the socket too.
 impl Drop for Monitor {
     fn drop(&mut self) {
-        // A panic leaves it to the guard.
+        // A panic leaves it to the watchdog.
         if !self.left && !std::thread::panicking() {
             let _ = shutdown(&self.socket, Shutdown::Both);
         }

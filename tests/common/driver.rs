@@ -6,8 +6,8 @@ use std::path::PathBuf;
 use std::sync::Mutex;
 use std::time::Duration;
 
-use instantsnap::guest::driver::{Answer, Driver, RunState};
-use instantsnap::guest::qmp::Switch;
+use instantsnap::backend::driver::{Answer, Driver, RunState};
+use instantsnap::backend::qmp::Switch;
 use instantsnap::monitor::Event;
 use instantsnap_testkit::{Client, Guest};
 use serde_json::{Value, json};

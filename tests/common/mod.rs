@@ -18,8 +18,8 @@ use std::time::Duration;
 use driver::TestDriver;
 use instantsnap::engine::{Handle, Observer, Phase, prepare_revert};
 use instantsnap::error::{Code, Error};
-use instantsnap::flags::{INSTANT, LIVE};
-use instantsnap::snapshot::Record;
+use instantsnap::model::Record;
+use instantsnap::model::flags::{INSTANT, LIVE};
 use instantsnap_testkit::{Binary, Fingerprint, Format, Guest, Machine, Proxy, fingerprint};
 
 /// An instant snapshot.

@@ -6,9 +6,9 @@
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
+use instantsnap::backend::{LibvirtConnector, libvirt};
 use instantsnap::engine::{Handle, Observer, Phase};
 use instantsnap::error::{Code, Error};
-use instantsnap::guest::{LibvirtConnector, libvirt};
 use instantsnap::libvirt::{Connect, Domain, Snapshot};
 use instantsnap_testkit::{Daemon, Fingerprint, Guest, Machine, Mode, domain_fingerprint};
 

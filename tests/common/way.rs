@@ -129,7 +129,7 @@ type Domain = unsafe extern "C" fn(
 
 fn open_driver(
     socket: &Path,
-    guard: &Path,
+    watchdog: &Path,
     domain_xml: &str,
     state_dir: &Path,
 ) -> Result<Handle, Error> {
@@ -158,14 +158,14 @@ fn open_driver(
         event: driver::instantsnap_driver_event,
         set_reason: driver::instantsnap_driver_set_reason,
     };
-    let [socket, guard, state_dir] =
-        [socket, guard, state_dir].map(|path| c_string(path.as_os_str().as_bytes()));
+    let [socket, watchdog, state_dir] =
+        [socket, watchdog, state_dir].map(|path| c_string(path.as_os_str().as_bytes()));
     let xml = c_string(domain_xml.as_bytes());
     // SAFETY: the strings and the table live for the call, which copies them; the domain lives for
     // ever.
     unsafe {
         let domain =
-            domain(&library, socket.as_ptr(), guard.as_ptr(), state_dir.as_ptr(), xml.as_ptr());
+            domain(&library, socket.as_ptr(), watchdog.as_ptr(), state_dir.as_ptr(), xml.as_ptr());
         driver::open(In::from_ptr(ops()), domain)
     }
 }

@@ -21,10 +21,10 @@ use crate::boundary::boundary;
 use crate::error::{Code, Error, Result};
 use crate::ffi::client::{attempt, share_domain, tell};
 use crate::ffi::driver;
-use crate::flags;
 use crate::libvirt::daemon::{self, Daemon};
 use crate::libvirt::table::{self, virDomain, virDomainSnapshot};
 use crate::libvirt::{Snapshot, VirError};
+use crate::model::flags;
 use crate::pointers::Text;
 use crate::symbols::{Library, symbols};
 

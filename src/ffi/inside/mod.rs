@@ -28,15 +28,15 @@ use self::settings::Settings;
 use self::slots::Slot;
 use self::turns::Turn;
 use super::client::{attempt, share_domain, share_snapshot, take, tell};
+use crate::backend::libvirt::{Operation, Reach};
+use crate::backend::{LibvirtConnector, PATIENCE};
 use crate::boundary::{boundary, caught};
 use crate::error::{Error, Result, fail};
-use crate::flags::{self, Flags};
-use crate::guest::libvirt::{Operation, Reach};
-use crate::guest::{LibvirtConnector, PATIENCE};
 use crate::libvirt::daemon::{self, Daemon, Priority, Unlocked, log};
 use crate::libvirt::table::{self, virDomain, virDomainSnapshot};
+use crate::model::flags::{self, Flags};
+use crate::model::upgrade;
 use crate::pointers::Text;
-use crate::snapshot::upgrade;
 
 /// `qemuSnapshotCreateXML`; the driver's own is `theirs`.
 pub fn create(

@@ -1,0 +1,399 @@
+//! The driver's way in: the caller owns QEMU's monitor, its locks, its event loop and perhaps the
+//! metadata, and is called back.
+//!
+//! Everything else is done as over a monitor of our own: this is [`MonitorGuest`](super::qmp) with
+//! another channel.
+
+use std::os::fd::BorrowedFd;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde_json::json;
+
+use super::exclusive::Exclusive;
+use super::guest::{Catalog, Connector, Guest, Presence, Reserved, check_version};
+use super::qmp::{
+    BUILT_FLAGS, Channel, MonitorGuest, Overlay, Recovery, Switch, delete, hold_qemu, switch,
+};
+use crate::deadline::Deadline;
+use crate::error::{Code, Error, Result, fail};
+use crate::model::domain::Domain;
+use crate::model::flags::delete::METADATA_ONLY;
+use crate::model::{Record, Store, check_name, generated_names};
+use crate::monitor::json::{Json, parse};
+use crate::monitor::{Command, Event, Execute, Failure, Monitor, Peer, read_reply};
+
+/// A command that only asks gets as long.
+const ASKING: Duration = Duration::from_secs(5);
+
+/// What a callback's failure says of itself.
+pub type Reason = String;
+
+/// What a callback answers.
+pub type Answer<T> = std::result::Result<T, Reason>;
+
+/// The state of a driver's domain.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RunState {
+    /// Its vCPUs run.
+    Running,
+    /// They do not, and QEMU is there.
+    Paused,
+    /// There is no QEMU.
+    Off,
+}
+
+/// What a driver does for us. Callbacks are made one at a time for one operation, without a lock of
+/// ours held.
+pub trait Driver: Send + Sync {
+    /// What stands for its domain, in this process.
+    fn identity(&self) -> usize;
+
+    /// Runs one command, JSON in, JSON out.
+    fn run(&self, command: &str, fd: Option<BorrowedFd>, timeout: Duration) -> Answer<String>;
+
+    /// The state.
+    fn state(&self) -> Answer<RunState>;
+
+    /// `<domain>` of the domain as it is now.
+    fn domain_xml(&self) -> Answer<String>;
+
+    /// Where its snapshots are recorded; `None`: it records them itself.
+    fn state_dir(&self) -> Answer<Option<PathBuf>>;
+
+    /// A monitor socket of QEMU's for the guard, if there is one.
+    fn guard_socket(&self) -> Option<PathBuf>;
+
+    /// Stops the vCPUs; `None`: it does not do that itself. So with the next two.
+    fn pause(&self, timeout: Duration) -> Option<Answer<()>>;
+
+    /// Starts them.
+    fn resume(&self, timeout: Duration) -> Option<Answer<()>>;
+
+    /// Switches all disks to their overlays, or none.
+    fn switch_disks(&self, switches: &[Switch], timeout: Duration) -> Option<Answer<()>>;
+
+    /// Is told that disks are off their overlays again.
+    fn disks_merged(&self, switches: &[Switch]);
+
+    /// An operation begins on the domain. Its error refuses it.
+    fn begin_job(&self) -> Answer<()>;
+
+    /// It has ended.
+    fn end_job(&self);
+
+    /// Records a complete snapshot.
+    fn record(&self, name: &str, xml: &str) -> Answer<()>;
+
+    /// Forgets one.
+    fn forget(&self, name: &str) -> Answer<()>;
+
+    /// `<domainsnapshot>` of one; `None` where there is none.
+    fn snapshot_xml(&self, name: &str) -> Answer<Option<String>>;
+
+    /// The current snapshot.
+    fn current(&self) -> Answer<Option<String>>;
+
+    /// The events that it has passed on since the last call.
+    fn take_events(&self) -> Vec<Event>;
+}
+
+fn failed(step: &str) -> impl Fn(Reason) -> Error + '_ {
+    move |reason| {
+        Error::new(Code::OperationFailed, format!("{step}: the driver's callback failed{reason}"))
+    }
+}
+
+/// A domain of a driver's.
+pub struct DriverConnector {
+    driver: Arc<dyn Driver>,
+    store: Option<Store>,
+}
+
+impl DriverConnector {
+    /// Opens it.
+    pub fn open(driver: Arc<dyn Driver>) -> Result<DriverConnector> {
+        let directory = driver.state_dir().map_err(failed("cannot ask for the state directory"))?;
+        let store = directory.map(|directory| Store::open(&directory)).transpose()?;
+        Ok(DriverConnector { driver, store })
+    }
+}
+
+impl Connector for DriverConnector {
+    fn built_flags(&self) -> u32 {
+        BUILT_FLAGS
+    }
+
+    fn catalog(&self) -> &dyn Catalog {
+        match &self.store {
+            Some(store) => store,
+            None => self,
+        }
+    }
+
+    fn store(&self) -> Option<&Store> {
+        self.store.as_ref()
+    }
+
+    fn reserve(&self, name: Option<&str>) -> Result<Reserved> {
+        if let Some(store) = &self.store {
+            return Reserved::in_store(store, name);
+        }
+        let is_known = |name: &str| {
+            let known = self
+                .driver
+                .snapshot_xml(name)
+                .map_err(failed("cannot look for a snapshot of this name"))?;
+            Ok::<_, Error>(known.is_some())
+        };
+        let name = match name {
+            Some(name) => {
+                check_name(name)?;
+                if is_known(name)? {
+                    fail!(OperationInvalid, "domain snapshot '{name}' already exists");
+                }
+                name.to_owned()
+            }
+            None => {
+                let mut names = generated_names();
+                let free = names.find_map(|name| {
+                    is_known(&name).map(|known| (!known).then_some(name)).transpose()
+                });
+                free.unwrap_or_else(|| {
+                    fail!(OperationInvalid, "no name is free for the snapshot: give it one")
+                })?
+            }
+        };
+        Ok(Reserved::by_others(name))
+    }
+
+    fn begin(&self) -> Result<Box<dyn Guest + '_>> {
+        let driver = &self.driver;
+        let whose = "the driver's domain";
+        let mut exclusive = vec![Exclusive::take(
+            whose,
+            format!("instantsnap/driver/{}/{:x}", std::process::id(), driver.identity()),
+        )?];
+        let mut channel = Callbacks::begin(driver)?;
+        let state = driver.state().map_err(failed("cannot ask for the domain's state"))?;
+        if state == RunState::Off {
+            fail!(OperationInvalid, "the domain is not running");
+        }
+        let deadline = Deadline::after(ASKING);
+        channel.qemu = Peer::by_its_threads(&mut channel, deadline);
+        if let Some(qemu) = &channel.qemu {
+            // By whatever way in it is opened elsewhere.
+            exclusive.push(hold_qemu(whose, qemu)?);
+        }
+        let reply = channel.run(
+            "cannot ask for QEMU's version",
+            Command::new("query-version", json!({})),
+            deadline,
+        )?;
+        let number = |what: &str| reply["qemu"][what].as_u64().unwrap_or_default();
+        channel.version = (number("major"), number("minor"));
+        check_version(channel.version)?;
+        let domain = driver.domain_xml().map_err(failed("cannot ask for the domain's XML"))?;
+        let domain = Domain::parse(&domain)?;
+        if let Some(socket) = driver.guard_socket() {
+            channel.guard = Some(Monitor::connect(&socket, deadline)?);
+        }
+        driver.take_events();
+        Ok(Box::new(MonitorGuest::new(channel, Some(domain), self.store.as_ref(), exclusive)))
+    }
+
+    fn delete(&self, name: &str, flags: u32) -> Result<()> {
+        match &self.store {
+            Some(store) => delete(self, store, name, flags),
+            None if flags == METADATA_ONLY => self.forget(name),
+            None => fail!(
+                OperationUnsupported,
+                "a snapshot that the driver has recorded itself is deleted with just \
+                 VIR_DOMAIN_SNAPSHOT_DELETE_METADATA_ONLY here: its files are the driver's to \
+                 merge and remove"
+            ),
+        }
+    }
+}
+
+/// Metadata that the driver keeps.
+impl Catalog for DriverConnector {
+    fn names(&self) -> Result<Vec<String>> {
+        fail!(OperationUnsupported, "the driver records its snapshots itself: ask it for them")
+    }
+
+    fn xml(&self, name: &str) -> Result<String> {
+        let xml =
+            self.driver.snapshot_xml(name).map_err(failed("cannot ask for the snapshot's XML"))?;
+        xml.ok_or_else(|| {
+            Error::new(
+                Code::NoDomainSnapshot,
+                format!("no domain snapshot with matching name '{name}'"),
+            )
+        })
+    }
+
+    fn current(&self) -> Result<Option<String>> {
+        self.driver.current().map_err(failed("cannot ask for the current snapshot"))
+    }
+
+    fn forget(&self, name: &str) -> Result<()> {
+        self.xml(name)?;
+        self.driver.forget(name).map_err(failed(&format!("cannot forget snapshot '{name}'")))
+    }
+}
+
+/// The driver's monitor during one operation.
+struct Callbacks<'a> {
+    driver: &'a dyn Driver,
+    qemu: Option<Peer>,
+    version: (u64, u64),
+    guard: Option<Monitor>,
+}
+
+impl<'a> Callbacks<'a> {
+    fn begin(driver: &'a Arc<dyn Driver>) -> Result<Callbacks<'a>> {
+        driver.begin_job().map_err(|reason| {
+            Error::new(
+                Code::OperationInvalid,
+                format!("the driver does not let a snapshot operation begin{reason}"),
+            )
+        })?;
+        Ok(Callbacks { driver: &**driver, qemu: None, version: (0, 0), guard: None })
+    }
+}
+
+impl Drop for Callbacks<'_> {
+    fn drop(&mut self) {
+        self.driver.end_job();
+    }
+}
+
+/// An answer that comes after the deadline is none: whoever asked has to look anew.
+fn in_time<T>(deadline: Deadline, answer: T) -> std::result::Result<T, Failure> {
+    deadline.left().map(|_| answer).ok_or(Failure::Late)
+}
+
+impl Execute for Callbacks<'_> {
+    fn execute(
+        &mut self,
+        command: Command,
+        deadline: Deadline,
+    ) -> std::result::Result<Json, Failure> {
+        let text = json!({ "execute": command.name, "arguments": command.arguments }).to_string();
+        let left = deadline.left().ok_or(Failure::Late)?;
+        let reply = self.driver.run(&text, command.fd, left);
+        let reply = in_time(deadline, reply)?;
+        let reply = reply
+            .map_err(|reason| Failure::Lost(format!("the driver's callback failed{reason}")))?;
+        let reply = parse(reply.as_bytes()).map_err(|error| {
+            Failure::Lost(format!("the driver's reply makes no sense: {error}"))
+        })?;
+        read_reply(reply)
+    }
+}
+
+impl Callbacks<'_> {
+    /// Whether QEMU has ended. The driver's word counts only where its process cannot be seen: the
+    /// images of one that runs must not be merged beneath it.
+    fn has_ended(&self) -> bool {
+        match &self.qemu {
+            Some(qemu) => qemu.has_ended(),
+            None => self.driver.state() == Ok(RunState::Off),
+        }
+    }
+
+    /// What the driver does itself, or else `otherwise`.
+    fn or(
+        &mut self,
+        step: &str,
+        deadline: Deadline,
+        by_driver: impl FnOnce(&dyn Driver, Duration) -> Option<Answer<()>>,
+        otherwise: impl FnOnce(&mut dyn Execute) -> Result<()>,
+    ) -> Result<()> {
+        let left = deadline.left().ok_or_else(|| Failure::Late.into_error(step))?;
+        match by_driver(self.driver, left) {
+            None => otherwise(self),
+            Some(done) => match in_time(deadline, done) {
+                Ok(done) => done.map_err(failed(step)),
+                Err(late) => Err(late.into_error(step)),
+            },
+        }
+    }
+}
+
+impl Channel for Callbacks<'_> {
+    fn version(&self) -> (u64, u64) {
+        self.version
+    }
+
+    fn pid(&self) -> Option<u32> {
+        self.qemu.as_ref().map(|qemu| qemu.pid)
+    }
+
+    fn identity(&self) -> String {
+        format!("driver {:x} {:?}", self.driver.identity(), self.pid())
+    }
+
+    fn take_events(&mut self) -> Vec<Event> {
+        self.driver.take_events()
+    }
+
+    fn pause(&mut self, deadline: Deadline) -> Result<()> {
+        let stop = |qemu: &mut dyn Execute| crate::monitor::commands::stop(qemu, deadline);
+        self.or("cannot pause the guest", deadline, |driver, left| driver.pause(left), stop)
+    }
+
+    fn resume(&mut self, deadline: Deadline) -> Result<()> {
+        let cont = |qemu: &mut dyn Execute| crate::monitor::commands::cont(qemu, deadline);
+        self.or("cannot resume the guest", deadline, |driver, left| driver.resume(left), cont)
+    }
+
+    fn switch(&mut self, overlays: &[Overlay], deadline: Deadline) -> Result<()> {
+        let switches: Vec<_> = overlays.iter().map(Switch::from).collect();
+        let step = "cannot switch the disks to their overlays";
+        let transaction = |qemu: &mut dyn Execute| switch(qemu, overlays, deadline);
+        self.or(step, deadline, |driver, left| driver.switch_disks(&switches, left), transaction)
+    }
+
+    fn merged(&mut self, overlays: &[Overlay]) {
+        let switches: Vec<_> = overlays.iter().map(Switch::from).collect();
+        self.driver.disks_merged(&switches);
+    }
+
+    fn record(&mut self, mut record: Record) -> Result<Record> {
+        record.parent =
+            self.driver.current().map_err(failed("cannot ask for the current snapshot"))?;
+        let step = format!("cannot record snapshot '{}'", record.name);
+        self.driver.record(&record.name, &record.to_xml()).map_err(failed(&step))?;
+        Ok(record)
+    }
+
+    /// The driver takes the disks for switched until it is told otherwise, which nobody does any
+    /// more.
+    fn recovery(&self) -> Recovery<'_> {
+        Recovery { monitor: self.guard.as_ref().map(Monitor::socket), merges: false }
+    }
+
+    fn leave(&mut self) {
+        if let Some(guard) = &mut self.guard {
+            guard.leave();
+        }
+    }
+
+    fn presence(&mut self) -> Presence {
+        if self.qemu.as_ref().is_some_and(Peer::has_ended) {
+            return Presence::Gone;
+        }
+        // A QEMU that answers is there, whatever the driver says of its domain.
+        match self.execute(Command::new("query-status", json!({})), Deadline::after(ASKING)) {
+            Ok(_) | Err(Failure::Refused(..)) => Presence::Here,
+            Err(Failure::Late | Failure::Lost(_)) => {
+                // A QEMU that ends closes its monitor first.
+                std::thread::sleep(Duration::from_millis(20));
+                if self.has_ended() { Presence::Gone } else { Presence::Silent }
+            }
+        }
+    }
+}

@@ -1,0 +1,373 @@
+//! What a way in is to the engine: the traits, and what passes through them.
+
+use std::os::fd::BorrowedFd;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use serde_json::Value;
+
+use crate::deadline::Deadline;
+use crate::error::{Result, fail};
+use crate::model::flags::Flags;
+use crate::model::{DiskPlan, Drive, Record, Reservation, Store};
+use crate::monitor::Execute;
+use crate::monitor::commands::Status;
+use crate::own_file::KnownFile;
+
+/// Commands outside the pause get this long: QEMU may be busy, but then it hangs.
+pub const PATIENCE: Duration = Duration::from_secs(30);
+
+/// The oldest of the newer QEMUs whose behaviour was measured, where it differs from 7.2's.
+pub const MEASURED: (u64, u64) = (10, 0);
+/// The first QEMU with background snapshots.
+const OLDEST: (u64, u64) = (6, 0);
+
+/// A guest that was opened.
+pub trait Connector: Send + Sync {
+    /// The flags that this way in has built.
+    fn built_flags(&self) -> u32;
+
+    /// Its snapshots' metadata.
+    fn catalog(&self) -> &dyn Catalog;
+
+    /// The state directory, where its snapshots are recorded by us.
+    fn store(&self) -> Option<&Store>;
+
+    /// Holds the name of a snapshot to be made: this one, or, if none is given, one made of the
+    /// time.
+    fn reserve(&self, name: Option<&str>) -> Result<Reserved>;
+
+    /// A snapshot without INSTANT, or of a guest that does not run, where that is somebody else's
+    /// affair; its name.
+    fn delegate(&self, _xml: &str, _flags: u32) -> Option<Result<String>> {
+        None
+    }
+
+    /// Takes the guest for one operation. Another's operation on it is `OperationInvalid`.
+    fn begin(&self) -> Result<Box<dyn Guest + '_>>;
+
+    /// Deletes a snapshot, its files included unless the flags say otherwise.
+    fn delete(&self, name: &str, flags: u32) -> Result<()>;
+}
+
+/// The metadata of a guest's snapshots.
+pub trait Catalog {
+    /// Their names, a parent before its children.
+    fn names(&self) -> Result<Vec<String>>;
+
+    /// `<domainsnapshot>` of one.
+    fn xml(&self, name: &str) -> Result<String>;
+
+    /// The current one.
+    fn current(&self) -> Result<Option<String>>;
+
+    /// Forgets one; its files stay.
+    fn forget(&self, name: &str) -> Result<()>;
+}
+
+impl Catalog for Store {
+    fn names(&self) -> Result<Vec<String>> {
+        Ok(self.list()?.into_iter().map(|record| record.name).collect())
+    }
+
+    fn xml(&self, name: &str) -> Result<String> {
+        Ok(self.read(name)?.to_xml())
+    }
+
+    fn current(&self) -> Result<Option<String>> {
+        Store::current(self)
+    }
+
+    fn forget(&self, name: &str) -> Result<()> {
+        Store::forget(self, name)
+    }
+}
+
+/// A name that is held for a snapshot to be made.
+#[derive(Debug)]
+pub struct Reserved {
+    /// The name.
+    pub name: String,
+    /// Where memory goes unless the caller says.
+    pub memory_file: Option<PathBuf>,
+    /// What holds it in a state directory.
+    held: Option<Reservation>,
+}
+
+impl Reserved {
+    /// What holds it in a state directory.
+    pub fn held(&self) -> Option<&Reservation> {
+        self.held.as_ref()
+    }
+
+    /// A name that somebody else holds.
+    pub fn by_others(name: String) -> Reserved {
+        Reserved { name, memory_file: None, held: None }
+    }
+
+    /// Holds it in a state directory, where memory goes too.
+    pub fn in_store(store: &Store, name: Option<&str>) -> Result<Reserved> {
+        let held = store.reserve(name)?;
+        let memory_file = Some(store.path(&format!("{}.mem", held.name)));
+        Ok(Reserved { name: held.name.clone(), memory_file, held: Some(held) })
+    }
+}
+
+/// Whether there is still somebody to talk to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Presence {
+    /// QEMU answers.
+    Here,
+    /// QEMU has ended.
+    Gone,
+    /// QEMU does not answer, and is not known to have ended.
+    Silent,
+}
+
+/// What a memory image says of the guest.
+#[derive(Clone, Debug)]
+pub struct Description {
+    /// `<domain>`, with the images that the snapshot will hold.
+    pub domain_xml: String,
+    /// libvirt's `<cookie>`, where it needs one.
+    pub cookie: Option<String>,
+    /// A file whose owner the memory image is to have, where that is not the caller.
+    pub owner: Option<PathBuf>,
+}
+
+/// How a process that outlives this one can act for it.
+pub enum Deputy<'a> {
+    /// Not at all.
+    Nobody,
+    /// By the monitor's socket, which only this operation uses; with the overlays, which it undoes.
+    Monitor(BorrowedFd<'a>, Vec<MonitorOverlay>),
+    /// By programs.
+    Programs(MakeErrands<'a>),
+}
+
+/// An overlay that a process which outlives this one undoes by the monitor.
+#[derive(Clone, Debug)]
+pub struct MonitorOverlay {
+    /// The node of its format.
+    pub node: String,
+    /// The node of its file.
+    pub file_node: String,
+    /// The node below, where it is to be merged into that: not where its owner believes the disk to
+    /// be on the overlay.
+    pub image_node: Option<String>,
+    /// Its file.
+    pub file: Option<KnownFile>,
+    /// What is to be said where it stays in use.
+    pub complaint: String,
+}
+
+/// Makes the programs, given the QMP commands that put the migration settings back.
+pub type MakeErrands<'a> = Box<dyn Fn(&[(&str, Value)]) -> Errands + 'a>;
+
+/// Programs to be run for a process that has ended.
+#[derive(Clone, Debug)]
+pub struct Errands {
+    /// Succeeds where the daemon that does the others is there.
+    pub look: Errand,
+    /// So often that is tried, once a second.
+    pub tries: u32,
+    /// Resumes the guest.
+    pub resume: Errand,
+    /// The same where that fails, because the guest runs already, or the daemon takes it for one
+    /// that does.
+    pub resume_all_the_same: Errand,
+    /// Says how its migration is.
+    pub query_migrate: Errand,
+    /// Says what state the guest is in.
+    pub query_status: Errand,
+    /// Put QEMU's migration settings back.
+    pub restore: Vec<Errand>,
+    /// Removes the record of the snapshot.
+    pub forget: Errand,
+    /// Merge one overlay each.
+    pub merge: Vec<MergeErrand>,
+}
+
+/// Merges an overlay.
+#[derive(Clone, Debug)]
+pub struct MergeErrand {
+    /// Fails if it is not in use.
+    pub merge: Errand,
+    /// Succeeds if it is in use.
+    pub is_in_use: Errand,
+    /// What is to be said where it stays in use.
+    pub complaint: String,
+}
+
+/// A program.
+#[derive(Clone, Debug)]
+pub struct Errand {
+    /// Its absolute path, and its arguments.
+    pub words: Vec<String>,
+    /// A file that is discarded once it has succeeded.
+    pub then_discard: Option<KnownFile>,
+}
+
+/// A guest during one operation.
+pub trait Guest: Execute {
+    /// Its state.
+    fn status(&mut self) -> Result<Status>;
+
+    /// Its drives that have a medium and a device.
+    fn drives(&mut self) -> Result<Vec<Drive>>;
+
+    /// Itself, for its memory image.
+    fn describe(&mut self, drives: &[Drive]) -> Result<Description>;
+
+    /// Takes the order: a snapshot of this name, by these flags. An error where this guest cannot
+    /// have it.
+    fn accept(&mut self, _name: &str, _flags: Flags) -> Result<()> {
+        Ok(())
+    }
+
+    /// Refuses a guest whose RAM another process writes: its pages would be saved younger than the
+    /// instant.
+    fn check_memory_is_its_own(&mut self) -> Result<()>;
+
+    /// Refuses disks of which a snapshot could never be brought back: those on images that QEMU
+    /// alone knows.
+    fn check_images_are_named(&mut self, disks: &[DiskPlan]) -> Result<()>;
+
+    /// Refuses a guest with a job under way that would make a step of the pause wait or fail.
+    fn check_not_busy(&mut self, disks: &[DiskPlan]) -> Result<()>;
+
+    /// What stands for this run of it, in this process.
+    fn identity(&self) -> String;
+
+    /// QEMU's process, where it is known.
+    fn pid(&self) -> Option<u32>;
+
+    /// Whether those who run it never set QEMU's migration capability `background-snapshot`: one
+    /// that is on is then what a snapshot has left whose process was killed.
+    fn never_sets_background_snapshot(&self) -> bool {
+        false
+    }
+
+    /// Whether a background snapshot leaves a paused guest paused.
+    fn background_keeps_paused(&self) -> bool;
+
+    /// Whether a background snapshot that is cancelled once it is armed leaves the guest's memory
+    /// writable.
+    fn background_can_be_cancelled(&self) -> bool;
+
+    /// Whether copies of UEFI variables are part of a snapshot here, and not only there to be
+    /// compared.
+    fn keeps_firmware_copies(&self) -> bool {
+        true
+    }
+
+    /// Whether whoever has the record of a snapshot knows what to do with disks that were left to
+    /// others.
+    fn records_manual_disks(&self) -> bool {
+        true
+    }
+
+    /// Creates the overlays, ready to be switched to. Files that exist are an error, and not
+    /// touched, unless the plan is to use them.
+    fn create_overlays(&mut self, disks: &[DiskPlan]) -> Result<()>;
+
+    /// Stops the vCPUs.
+    fn pause(&mut self, deadline: Deadline) -> Result<()>;
+
+    /// Switches all disks to their overlays, or none.
+    fn switch_disks(&mut self, deadline: Deadline) -> Result<()>;
+
+    /// Gives an overlay that its disk is on this size, which the image below has got since the
+    /// plan.
+    fn resize_overlay(&mut self, disk: &DiskPlan, size: u64, deadline: Deadline) -> Result<()>;
+
+    /// Starts the vCPUs, unless they run.
+    fn resume(&mut self, deadline: Deadline) -> Result<()>;
+
+    /// The last pause as the guest had it, by QEMU's own time stamps.
+    fn last_pause(&mut self) -> Option<Duration> {
+        None
+    }
+
+    /// Records the snapshot the moment it is taken, where its record has to be there before it is
+    /// complete.
+    fn register(&mut self, _record: &Record) -> Result<()> {
+        Ok(())
+    }
+
+    /// Looks whether what was recorded, and the disks' chains, still are what they should be; the
+    /// snapshot is complete.
+    fn confirm(&mut self) -> Result<()> {
+        Ok(())
+    }
+
+    /// Records a complete snapshot; what was recorded is returned.
+    fn commit(&mut self, _reserved: &Reserved, record: Record) -> Result<Record> {
+        Ok(record)
+    }
+
+    /// The file that there is once a snapshot of this name is recorded, where it is one.
+    fn record_file(&self, _name: &str) -> Option<PathBuf> {
+        None
+    }
+
+    /// Undoes the record.
+    fn withdraw(&mut self) -> Result<()> {
+        Ok(())
+    }
+
+    /// Undoes the switch: what the guest wrote since is merged into the images, which are active
+    /// again. Does nothing where nothing was switched, as far as QEMU knows.
+    fn merge_disks(&mut self) -> Result<()>;
+
+    /// Undoes the creation of overlays that are not in use.
+    fn discard_overlays(&mut self) -> Result<()>;
+
+    /// Takes out of the overlays what the guest has written since the switch. QEMU has ended.
+    fn empty_overlays(&mut self) -> Result<()> {
+        Ok(())
+    }
+
+    /// The same as the last two for a QEMU that has ended. `switched`: the disks may be on their
+    /// overlays.
+    fn merge_and_discard_offline(&mut self, switched: bool) -> Result<()>;
+
+    /// Who can act for this process once it has ended, while it takes the snapshot of this name.
+    fn deputy<'a>(&'a self, snapshot: &'a str) -> Deputy<'a>;
+
+    /// Whether somebody with more rights gives QEMU the images that it is to write before it opens
+    /// them.
+    fn is_given_images(&self) -> bool {
+        false
+    }
+
+    /// What holds it for this operation, which a watchdog holds too.
+    fn held(&self) -> Vec<BorrowedFd<'_>>;
+
+    /// Leaves it to the watchdog, which has that, and what it acts by.
+    fn leave_held(&mut self);
+
+    /// Ends the guest.
+    fn halt(&mut self) -> Result<()>;
+
+    /// Whether there is another QEMU by now in the place of one that is gone, which has got what
+    /// was said since.
+    fn is_started_again(&mut self) -> bool {
+        false
+    }
+
+    /// Whether QEMU is there; reconnects if the connection was lost.
+    fn presence(&mut self) -> Presence;
+}
+
+/// Refuses a QEMU that is too old.
+pub fn check_version(version: (u64, u64)) -> Result<()> {
+    if version < OLDEST {
+        let (major, minor) = version;
+        fail!(
+            ConfigUnsupported,
+            "QEMU {major}.{minor} is too old: background snapshots need 6.0 or later"
+        );
+    }
+    Ok(())
+}

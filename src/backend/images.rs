@@ -1,0 +1,498 @@
+//! The images of a domain and of its snapshots: which is the backing file of which.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::File;
+use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde_json::Value;
+
+use super::guest::PATIENCE;
+use crate::error::{Code, Error, Result};
+use crate::model::nbd::Export;
+use crate::monitor::json::parse;
+use crate::sys;
+use crate::tool::Tool;
+
+/// An image file, however it is called.
+pub type Id = PathBuf;
+
+/// Images by what they are, whatever paths lead to them.
+#[derive(Debug, Default)]
+pub struct Graph {
+    images: BTreeMap<Id, Image>,
+}
+
+/// One image.
+#[derive(Clone, Debug)]
+pub struct Image {
+    /// A path of it, as whoever named it calls it.
+    pub path: String,
+    /// Its format.
+    pub format: String,
+    /// What it is an overlay of.
+    pub backing: Option<Id>,
+    /// Its data is in another file, which it names.
+    pub has_data_elsewhere: bool,
+}
+
+/// What a path leads to, or a server's name is another one for.
+pub fn id(path: &str) -> Id {
+    if let Some(export) = Export::named(path) {
+        return export.uri().into();
+    }
+    let path = Path::new(path);
+    path.canonicalize().unwrap_or_else(|_| path.to_owned())
+}
+
+/// What the names of images end with that a revert has made.
+pub const REVERT: &str = ".revert";
+
+/// Whether an image is called as those are: IMAGE.SNAPSHOT-XXXXXX.revert.
+pub fn is_of_revert(image: &Id) -> bool {
+    let name = image.file_name().unwrap_or_default().to_string_lossy();
+    let random =
+        name.strip_suffix(REVERT).and_then(|name| name.rsplit_once('-')).map(|(_, random)| random);
+    random.is_some_and(|random| {
+        random.len() == 6 && random.chars().all(|c| c.is_ascii_alphanumeric())
+    })
+}
+
+impl Graph {
+    /// Adds an image and all below it. One that is not there (any more) is passed over.
+    pub fn add(&mut self, path: &str, format: &str) -> Result<()> {
+        if self.images.contains_key(&id(path)) || !is_there(path, format) {
+            return Ok(());
+        }
+        let layers = chain(path, format)?;
+        for (n, layer) in layers.iter().enumerate() {
+            let backing = layers.get(n + 1).map(|below| id(&below.path));
+            let Layer { path, format, has_data_elsewhere } = layer.clone();
+            self.images.entry(id(&path)).or_insert(Image {
+                path,
+                format,
+                backing,
+                has_data_elsewhere,
+            });
+        }
+        Ok(())
+    }
+
+    /// An image that no file is looked at for.
+    #[cfg(test)]
+    pub fn insert(&mut self, image: &Id, backing: Option<&Id>) {
+        let path = image.to_string_lossy().into_owned();
+        let image = image.clone();
+        let backing = backing.cloned();
+        self.images.insert(
+            image,
+            Image { path, format: "qcow2".into(), backing, has_data_elsewhere: false },
+        );
+    }
+
+    /// The image.
+    pub fn get(&self, id: &Id) -> Option<&Image> {
+        self.images.get(id)
+    }
+
+    /// It and all below it, from the top down.
+    pub fn chain<'a>(&'a self, top: &'a Id) -> impl Iterator<Item = &'a Id> {
+        std::iter::successors(Some(top), |id| self.images.get(*id)?.backing.as_ref())
+    }
+
+    /// These and all below them.
+    pub fn with_all_below<'a>(&self, tops: impl IntoIterator<Item = &'a Id>) -> BTreeSet<Id> {
+        tops.into_iter().flat_map(|top| self.chain(top).cloned().collect::<Vec<_>>()).collect()
+    }
+
+    /// The overlays of an image.
+    pub fn overlays<'a>(&'a self, image: &'a Id) -> impl Iterator<Item = &'a Id> {
+        self.images
+            .iter()
+            .filter(move |(_, overlay)| overlay.backing.as_ref() == Some(image))
+            .map(|(id, _)| id)
+    }
+}
+
+/// What a qcow2 image says of itself.
+#[derive(Clone, Debug)]
+pub struct Header {
+    /// The name of its backing file.
+    pub backing: Option<String>,
+    /// What a guest sees, in bytes.
+    pub size: u64,
+    /// Where the table of its tables of clusters is, and how many these are.
+    clusters: (u64, u32),
+}
+
+impl Header {
+    /// Reads that of the file at a path; `None` where it cannot be read, or is no qcow2 image.
+    pub fn at(path: &str) -> Option<Header> {
+        Header::read(&sys::open_file(Path::new(path)).ok()?)
+    }
+
+    /// Reads it; `None` where the file is no qcow2 image.
+    pub fn read(file: &File) -> Option<Header> {
+        const LONGEST: usize = 1023;
+        let mut header = [0; 48];
+        file.read_exact_at(&mut header, 0).ok()?;
+        let long = |at: usize| header[at..at + 8].try_into().map_or(0, u64::from_be_bytes);
+        let short = |at: usize| header[at..at + 4].try_into().map_or(0, u32::from_be_bytes);
+        if header[..4] != *b"QFI\xfb" {
+            return None;
+        }
+        let (offset, length) = (long(8), short(16) as usize);
+        let backing = || {
+            let mut name = vec![0; length];
+            file.read_exact_at(&mut name, offset).ok()?;
+            String::from_utf8(name).ok()
+        };
+        let backing = if offset == 0 || length > LONGEST { None } else { backing() };
+        Some(Header { backing, size: long(24), clusters: (long(40), short(36)) })
+    }
+
+    /// Whether all that a guest sees is that of the backing file.
+    pub fn is_empty(&self, file: &File) -> std::io::Result<bool> {
+        const AT_ONCE: usize = 1 << 16;
+        let (mut offset, tables) = self.clusters;
+        let mut left = tables as usize * size_of::<u64>();
+        let mut entries = [0; AT_ONCE];
+        while left > 0 {
+            let part = &mut entries[..left.min(AT_ONCE)];
+            file.read_exact_at(part, offset)?;
+            if part.iter().any(|byte| *byte != 0) {
+                return Ok(false);
+            }
+            (left, offset) = (left - part.len(), offset.saturating_add(part.len() as u64));
+        }
+        Ok(true)
+    }
+}
+
+/// Whether there is such an image. A block device stays where it is when the overlay on it goes
+/// ([`remove`]): then it has none any more.
+pub fn is_there(path: &str, format: &str) -> bool {
+    let Ok(found) = Path::new(path).metadata() else { return false };
+    let is_gone =
+        || sys::open_file(Path::new(path)).is_ok_and(|device| Header::read(&device).is_none());
+    !(format == "qcow2" && found.file_type().is_block_device() && is_gone())
+}
+
+/// Removes an overlay that nobody needs. Of one on a block device the header goes, so that nobody
+/// takes what is left for one.
+pub fn remove(path: &Path) -> std::io::Result<()> {
+    match path.metadata() {
+        Ok(found) if found.file_type().is_block_device() => {
+            let flags = libc::O_NONBLOCK;
+            wipe(&File::options().read(true).write(true).custom_flags(flags).open(path)?)
+        }
+        _ => sys::remove_file(path),
+    }
+}
+
+/// Takes the header of a qcow2 image away.
+pub fn wipe(image: &File) -> std::io::Result<()> {
+    const SECTOR: [u8; 512] = [0; 512];
+    if Header::read(image).is_none() {
+        return Ok(());
+    }
+    image.write_all_at(&SECTOR, 0)?;
+    image.sync_all()
+}
+
+/// Whether a name is that of an image on a server.
+pub fn is_of_server(name: &str) -> bool {
+    const SERVERS: [&str; 10] =
+        ["nbd", "rbd", "iscsi", "ssh", "http", "https", "ftp", "ftps", "gluster", "nfs"];
+    let is_server = |driver: &str| SERVERS.contains(&driver);
+    match name.strip_prefix("json:") {
+        Some(options) => {
+            let Ok(options) = parse(options.as_bytes()) else { return false };
+            let below = |options: &'_ Value| options["file"].is_object();
+            let mut layers = vec![&*options];
+            while let Some(layer) = layers.last().filter(|layer| below(layer)) {
+                layers.push(&layer["file"]);
+            }
+            let drivers = layers.iter().flat_map(|layer| [&layer["driver"], &layer["file.driver"]]);
+            drivers.filter_map(Value::as_str).any(is_server)
+        }
+        // `nbd+unix://...`, `rbd:...`
+        None if file_named(name).is_some() => false,
+        None => name.split([':', '+']).next().is_some_and(is_server),
+    }
+}
+
+/// A backing file's path, by the name that an image of this path has for it: relative names are
+/// relative to the image. What is no path stays as it is.
+pub fn beside(image: &str, name: &str) -> String {
+    let path = file_named(name).and_then(|name| Some(Path::new(image).parent()?.join(name)));
+    path.and_then(|path| path.to_str().map(str::to_owned)).unwrap_or_else(|| name.to_owned())
+}
+
+/// The file below an image and its format, read from the image itself. None where there is none, or
+/// where it cannot be read, or is named otherwise than by its path.
+pub fn below(path: &str, format: &str) -> Option<(String, String)> {
+    if format != "qcow2" {
+        return None;
+    }
+    let name = Header::at(path)?.backing?;
+    file_named(&name)?;
+    // What the image says of the format is in an extension; a file that begins as qcow2 is taken
+    // for it.
+    Some((beside(path, &name), "qcow2".into()))
+}
+
+/// The name of the image below an overlay, where that is a server's.
+pub fn server_below(overlay: &str) -> Option<String> {
+    Header::at(overlay)?.backing.filter(|below| is_of_server(below))
+}
+
+/// What a guest sees of a server's image, in bytes. The server is asked, and not waited for without
+/// end.
+pub fn size_on_server(name: &str, format: &str) -> Result<u64> {
+    size_on_server_within(name, format, PATIENCE)
+}
+
+/// The same within this time.
+pub fn size_on_server_within(name: &str, format: &str, limit: Duration) -> Result<u64> {
+    let mut info = Tool::new("qemu-img");
+    info.args(["info", "-U", "--output=json", "-f", format, name]);
+    let step = |error: &dyn std::fmt::Display| {
+        format!("cannot ask the server of the image '{name}': {error}")
+    };
+    let said =
+        info.output_within(limit).map_err(|error| Error::new(error.code, step(&error.message)))?;
+    let said = parse(&said).map_err(|error| Error::new(Code::InternalError, step(&error)))?;
+    said["virtual-size"].as_u64().ok_or_else(|| failed(step(&"qemu-img does not tell its size")))
+}
+
+/// The file that QEMU opens by a name, by QEMU's rule: a colon before the first slash ends the name
+/// of a protocol. None where that is no file's (`nbd:...`, `nbd://...`), or where there is more to
+/// it than a file (`json:...`).
+fn file_named(name: &str) -> Option<&str> {
+    if let Some(file) = name.strip_prefix("file:") {
+        return Some(file);
+    }
+    let has_protocol = name.find([':', '/']).is_some_and(|at| name[at..].starts_with(':'));
+    (!has_protocol).then_some(name)
+}
+
+/// An image, as qemu-img tells of it.
+#[derive(Clone, Debug)]
+pub struct Layer {
+    /// Its path.
+    pub path: String,
+    /// Its format.
+    pub format: String,
+    has_data_elsewhere: bool,
+}
+
+/// An image and all below it. Nothing is locked: QEMU may have them open. No server is asked for an
+/// image, which could let nobody but QEMU in, and have others wait: a chain ends with such a one.
+pub fn chain(path: &str, format: &str) -> Result<Vec<Layer>> {
+    if server_of(path, format).is_none() {
+        return look(path, format, &["--backing-chain"], PATIENCE)
+            .map(|layers| layers.into_iter().map(|(layer, _)| layer).collect());
+    }
+    let mut layers: Vec<Layer> = Vec::new();
+    let mut next = Some((path.to_owned(), format.to_owned()));
+    while let Some((path, format)) = next.take() {
+        if is_of_server(&path) {
+            layers.push(Layer { path, format, has_data_elsewhere: false });
+            break;
+        }
+        // A chain that comes back to itself ends here.
+        if layers.iter().any(|layer| layer.path == path) {
+            return Err(failed(format!("the image '{path}' stands on itself")));
+        }
+        for (layer, below) in look(&path, &format, &[], PATIENCE)? {
+            layers.push(layer);
+            next = below;
+        }
+    }
+    Ok(layers)
+}
+
+/// The server's image that an image of this format is, or stands on, by whatever images between.
+pub fn server_of(path: &str, format: &str) -> Option<String> {
+    let mut seen = BTreeSet::new();
+    let mut next = Some(path.to_owned());
+    while let Some(path) = next.take().filter(|path| seen.insert(path.clone())) {
+        if is_of_server(&path) {
+            return Some(path);
+        }
+        let header = if format == "qcow2" { Header::at(&path) } else { None };
+        next = header.and_then(|header| header.backing).map(|name| beside(&path, &name));
+    }
+    None
+}
+
+/// An image's name and its format.
+type Below = (String, String);
+
+/// What qemu-img tells within this time of images, each with the one below it and that one's
+/// format.
+fn look(
+    path: &str,
+    format: &str,
+    options: &[&str],
+    limit: Duration,
+) -> Result<Vec<(Layer, Option<Below>)>> {
+    let step = || format!("cannot read the image '{path}' and those below it");
+    // A pipe that nobody writes to would be waited for.
+    let kind = Path::new(path).metadata().map(|metadata| metadata.file_type());
+    if kind.is_ok_and(|kind| !kind.is_file() && !kind.is_block_device()) {
+        return Err(failed(format!("{}: it is neither a file nor a block device", step())));
+    }
+    let mut info = Tool::new("qemu-img");
+    info.args(["info", "-U", "--output=json"]).args(options).args(["-f", format, path]);
+    let said = info
+        .output_within(limit)
+        .map_err(|error| Error::new(error.code, format!("{}: {}", step(), error.message)))?;
+    let said = parse(&said).map_err(|error| {
+        Error::new(Code::InternalError, format!("{}: qemu-img says {error}", step()))
+    })?;
+    let text = |layer: &Value, key: &str| layer[key].as_str().map(str::to_owned);
+    let layer = |layer: &Value| {
+        let path = text(layer, "filename").unwrap_or_default();
+        let below = text(layer, "backing-filename").map(|name| beside(&path, &name));
+        let below = below.map(|below| {
+            (below, text(layer, "backing-filename-format").unwrap_or_else(|| "raw".into()))
+        });
+        let format = text(layer, "format").unwrap_or_default();
+        let has_data_elsewhere = layer["format-specific"]["data"]["data-file"].is_string();
+        (Layer { path, format, has_data_elsewhere }, below)
+    };
+    Ok(match said.as_array() {
+        Some(layers) => layers.iter().map(layer).collect(),
+        None => vec![layer(&said)],
+    })
+}
+
+/// Writes what is in `top`, and in the images between, to `base`. `top` stays as it is.
+pub fn commit(top: &Image, base: &str) -> Result<()> {
+    let called = called_above(top, base);
+    let mut commit = Tool::new("qemu-img");
+    commit.args(["commit", "-q", "-d", "-f", &top.format, "-b", &called, &top.path]);
+    commit.run().map_err(|reason| {
+        failed(format!("cannot merge the image '{}' into '{base}': {reason}", top.path))
+    })
+}
+
+/// What the overlay on an image calls it, of those below `top`: qemu-img compares names of servers
+/// by the letter.
+fn called_above(top: &Image, base: &str) -> String {
+    let server = server_of(&top.path, &top.format).filter(|name| id(name) == id(base));
+    server.unwrap_or_else(|| base.to_owned())
+}
+
+/// Makes an image an overlay of another with the same content as its backing file has.
+pub fn rebase(overlay: &Image, base: &str, format: &str) -> Result<()> {
+    let mut rebase = Tool::new("qemu-img");
+    rebase.args([
+        "rebase",
+        "-q",
+        "-u",
+        "-f",
+        &overlay.format,
+        "-F",
+        format,
+        "-b",
+        base,
+        &overlay.path,
+    ]);
+    rebase.run().map_err(|reason| {
+        failed(format!("cannot make '{base}' the backing file of '{}': {reason}", overlay.path))
+    })
+}
+
+fn failed(message: String) -> Error {
+    Error::new(Code::OperationFailed, message)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixListener;
+
+    use super::*;
+
+    /// A qcow2 image that names this one below it, which is not looked at.
+    fn image_on(image: &Path, below: &str) {
+        let mut create = Tool::new("qemu-img");
+        create
+            .args(["create", "-q", "-u", "-f", "qcow2", "-F", "raw", "-b", below])
+            .arg(image)
+            .arg("1M");
+        create.run().unwrap();
+    }
+
+    #[test]
+    fn an_image_below_by_a_protocol_or_by_options_is_no_file_beside_the_image() {
+        let directory = tempfile::tempdir().unwrap();
+        let image = directory.path().join("image");
+        let path = |name: &str| {
+            Some((directory.path().join(name).to_str().unwrap().to_owned(), "qcow2".to_owned()))
+        };
+        for (name, found) in [
+            ("base", path("base")),
+            ("./a:b", path("./a:b")),
+            ("file:nbd:odd", path("nbd:odd")),
+            ("/images/base", Some(("/images/base".into(), "qcow2".into()))),
+            ("nbd:unix:/run/nbd", None),
+            ("nbd://server/export", None),
+            (
+                "json:{\"driver\":\"raw\",\"file\":{\"driver\":\"file\",\"filename\":\"/base\"}}",
+                None,
+            ),
+        ] {
+            image_on(&image, name);
+            assert_eq!(below(image.to_str().unwrap(), "qcow2"), found, "{name}");
+            std::fs::remove_file(&image).unwrap();
+        }
+    }
+
+    #[test]
+    fn a_chain_on_a_server_that_does_not_answer_is_not_waited_for_without_end() {
+        let directory = tempfile::tempdir().unwrap();
+        let (image, socket) = (directory.path().join("image"), directory.path().join("nbd"));
+        // Clients are let in by the kernel, and never answered.
+        let _silent = UnixListener::bind(&socket).unwrap();
+        image_on(&image, &format!("nbd:unix:{}", socket.display()));
+        let image = image.to_str().unwrap();
+        let error =
+            look(image, "qcow2", &["--backing-chain"], Duration::from_millis(300)).unwrap_err();
+        assert_eq!(error.code, Code::OperationTimeout, "{error}");
+        assert!(
+            error.message.contains(image) && error.message.contains("qemu-img did not end"),
+            "{error}"
+        );
+        // It is known by its name, and not asked.
+        let layers = chain(image, "qcow2").unwrap();
+        let names: Vec<_> = layers.iter().map(|layer| layer.path.as_str()).collect();
+        assert_eq!(names, [image, &format!("nbd:unix:{}", socket.display())]);
+    }
+
+    #[test]
+    fn names_of_servers_are_told_from_paths_and_paths_from_options() {
+        for name in [
+            "nbd:localhost:10809",
+            "nbd+unix:///remote?socket=/run/nbd",
+            "rbd:pool/image",
+            "https://host/disk",
+            r#"json:{"driver": "qcow2", "file": {"driver": "nbd", "server": {"type": "unix", "path": "/run/nbd"}}}"#,
+            r#"json:{"driver":"raw","file.driver":"rbd","file.pool":"p"}"#,
+        ] {
+            assert!(is_of_server(name) && beside("/images/overlay", name) == name, "{name}");
+        }
+        let local =
+            r#"json:{"driver": "qcow2", "file": {"driver": "file", "filename": "/nbd/image"}}"#;
+        for name in
+            ["/images/a:b", "image", "nbd", "dir/nbd:image", "file:nbd:image", local, "json:{"]
+        {
+            assert!(!is_of_server(name), "{name}");
+        }
+        assert_eq!(beside("/images/overlay", "file:image"), "/images/image");
+        assert_eq!(beside("/images/overlay", "/image"), "/image");
+    }
+}

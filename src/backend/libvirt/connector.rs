@@ -1,0 +1,133 @@
+//! A domain that was opened, and the connection that it was opened by.
+
+use std::sync::Mutex;
+
+use super::drives;
+use crate::backend::exclusive::Exclusive;
+use crate::error::{Code, Error, Result, fail};
+use crate::libvirt::{self, Connect, Domain, Snapshot};
+use crate::model::{Request, manual};
+use crate::sys;
+
+/// Where the daemon is, seen from here.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Way {
+    /// At the other end of a connection.
+    Connected,
+    /// In this process: the connection is its driver. Others connect to this address.
+    Inside(String),
+}
+
+/// A domain of a stock libvirt.
+#[derive(Debug)]
+pub struct LibvirtConnector {
+    pub(super) domain: Domain,
+    pub(super) way: Way,
+    pub(super) uri: String,
+    pub(super) name: String,
+    pub(super) uuid: String,
+    /// The snapshot taken last, for whoever wants libvirt's own object of it.
+    taken: Mutex<Option<Snapshot>>,
+}
+
+impl LibvirtConnector {
+    /// Opens it. A connection to another machine, or to another driver, is an error.
+    pub fn open(domain: Domain) -> Result<LibvirtConnector> {
+        LibvirtConnector::new(domain, |_| Way::Connected)
+    }
+
+    /// The same in the daemon itself, to whose driver the domain's connection is.
+    pub fn inside(domain: Domain) -> Result<LibvirtConnector> {
+        LibvirtConnector::new(domain, |uri| Way::Inside(libvirt::daemon::address(uri)))
+    }
+
+    fn new(domain: Domain, way: impl FnOnce(&str) -> Way) -> Result<LibvirtConnector> {
+        let step = "cannot open the domain";
+        let connect = domain.connect().map_err(|error| error.into_error(step))?;
+        check_connection(&connect)?;
+        let text =
+            |result: libvirt::VirResult<String>| result.map_err(|error| error.into_error(step));
+        let (uri, name, uuid) = (text(connect.uri())?, text(domain.name())?, text(domain.uuid())?);
+        Ok(LibvirtConnector { domain, way: way(&uri), uri, name, uuid, taken: Mutex::default() })
+    }
+
+    /// libvirt's own object of the snapshot that was taken last; once.
+    pub fn taken(&self) -> Option<Snapshot> {
+        sys::lock(&self.taken).take()
+    }
+
+    /// Holds the domain for one operation.
+    pub(super) fn hold(&self) -> Result<Exclusive> {
+        Exclusive::take(&self.whose(), self.held_name())
+    }
+
+    /// What messages call it.
+    pub(super) fn whose(&self) -> String {
+        format!("domain '{}'", self.name)
+    }
+
+    /// By nothing else, for a daemon has as many URIs as there are ways to it.
+    pub(super) fn held_name(&self) -> String {
+        format!("instantsnap/{}", self.uuid)
+    }
+
+    pub(super) fn keep(&self, snapshot: Snapshot) {
+        *sys::lock(&self.taken) = Some(snapshot);
+    }
+
+    /// libvirt calls nobody for the disks that it leaves to others.
+    pub(super) fn check_no_hook_is_due(&self, snapshot_xml: &str) -> Result<()> {
+        let step = format!("cannot read the XML of domain '{}'", self.name);
+        let disks = drives::disks(&self.domain.xml(0).map_err(|error| error.into_error(&step))?)?;
+        if let Some(disk) = manual(&disks, &Request::parse(snapshot_xml)?).first() {
+            fail!(
+                OperationUnsupported,
+                "snapshot='manual' of disk '{}' is supported for a running domain only, and '{}' \
+                 is paused: resume it, or use snapshot='external', or 'no' to leave the disk out",
+                disk.name(),
+                self.name
+            );
+        }
+        Ok(())
+    }
+
+    pub(super) fn find(&self, name: &str) -> Result<Snapshot> {
+        let found = self
+            .domain
+            .find(name)
+            .map_err(|error| error.into_error("cannot list the domain's snapshots"))?;
+        found.ok_or_else(|| {
+            let message = format!("domain '{}' has no snapshot '{name}'", self.name);
+            Error::new(Code::NoDomainSnapshot, message)
+        })
+    }
+}
+
+/// Memory and disks are files of the daemon's machine, and descriptors are passed to it.
+pub fn check_connection(connect: &Connect) -> Result<()> {
+    let step = "cannot look at the connection to libvirt";
+    let driver = connect.driver().map_err(|error| error.into_error(step))?;
+    let uri = connect.uri().map_err(|error| error.into_error(step))?;
+    if driver != "QEMU" {
+        fail!(
+            OperationUnsupported,
+            "the domain is run by libvirt's {driver} driver ('{uri}'): only QEMU's is supported"
+        );
+    }
+    if !is_local(&uri) {
+        fail!(
+            OperationUnsupported,
+            "the connection '{uri}' is to a remote machine: memory and disks are written where the \
+             guest runs, so the snapshot has to be taken there, by a connection like \
+             qemu:///system"
+        );
+    }
+    Ok(())
+}
+
+/// `qemu:///...` and `qemu+unix:///...`.
+fn is_local(uri: &str) -> bool {
+    uri.split_once("://").is_some_and(|(scheme, rest)| {
+        matches!(scheme, "qemu" | "qemu+unix") && (rest.is_empty() || rest.starts_with(['/', '?']))
+    })
+}

@@ -1,0 +1,857 @@
+//! Deleting snapshots of a domain of a stock libvirt.
+//!
+//! libvirt 9.9 and later can delete one that has at most one child and is in the chains that the
+//! domain is on; what it can, it does ([`stock_can`]). The rest is done here, as
+//! [`prune`](super::prune) plans it.
+//!
+//! Nothing is touched while another QEMU has an image open that would be changed or removed, or
+//! another domain of the connection stands on it.
+//!
+//! The order is such that nothing is lost wherever it is cut short: the memory images of what goes
+//! are renamed to `….deleting`, and that is on disk, so that nobody reverts to a snapshot whose
+//! images are half merged; images are merged, and after each the records that name it are changed;
+//! what goes is forgotten by libvirt; only then files are removed. What was cut short can be done
+//! again.
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use super::others::Users;
+use super::prune::{self, Merge, Obstacle, Plan, Switched, World};
+use super::reach::{Reach, is_ours};
+use super::recorded::{
+    DiskImage, Recorded, Replaced, SnapshotDisk, Tree, domain_images, domain_with_replaced, noted,
+};
+use super::renew::Renewal;
+use super::volumes;
+use crate::backend::images::{self, Graph, Id, Image, id};
+use crate::backend::progress::Progress;
+use crate::error::{Code, Error, Result, fail};
+use crate::image::{deleting, is_another};
+use crate::libvirt::{Connect, Domain, VirError, block, xml};
+use crate::model::domain::{Source, Storage};
+use crate::model::flags::delete::{CHILDREN_ONLY, METADATA_ONLY};
+use crate::model::flags::{CURRENT, REDEFINE};
+use crate::sys;
+
+/// A merge that makes no progress for so long is given up.
+const STALLED: Duration = Duration::from_secs(60);
+/// The first libvirt that deletes snapshots with a memory image, and that crashes when it reverts
+/// without a current one.
+const STOCK_DELETES: (u64, u64, u64) = (9, 9, 0);
+
+/// Deletes a snapshot of a domain that is held.
+pub fn run(reach: &Reach, flags: u32) -> Result<()> {
+    let Reach { snapshot, domain, connect, .. } = reach;
+    let tree = Tree::read(domain)?;
+    let target = tree.get(&snapshot.name())?;
+    if flags & METADATA_ONLY != 0 {
+        return forget_alone(domain, &tree, target, flags);
+    }
+    let version = reach.version()?;
+    let users = Users::look(connect, domain, &tree.volumes)?;
+    if flags == 0 && stock_can(domain, version, &tree, target)? {
+        let touched = target.external().filter_map(stock_touches).flatten().collect();
+        check_unused(&users, &target.name, &touched)?;
+        let kept: Vec<&Recorded> =
+            tree.snapshots.iter().filter(|other| other.name != target.name).collect();
+        let renewal = Renewal::begin(domain, &tree, &kept, &touched)?;
+        let deleted = snapshot.delete(flags);
+        // What libvirt may have begun keeps the content of the others' images, too.
+        renewal.end(domain, None)?;
+        return Ok(deleted?);
+    }
+    Delete::prepare(connect, domain, version, &tree, target, flags)?.run(&users)
+}
+
+/// Whether libvirt does it as well, or better.
+pub fn is_libvirts(reach: &Reach, flags: u32) -> Result<bool> {
+    if flags & METADATA_ONLY != 0 {
+        return Ok(true);
+    }
+    let tree = Tree::read(&reach.domain)?;
+    let target = tree.get(&reach.snapshot.name())?;
+    Ok(flags == 0 && stock_can(&reach.domain, reach.version()?, &tree, target)?)
+}
+
+/// Has libvirt forget the snapshot of this name, if there is one.
+pub fn forget(domain: &Domain, name: &str) -> Result<()> {
+    let tree = Tree::read(domain)?;
+    match tree.get(name) {
+        Ok(snapshot) => forget_alone(domain, &tree, snapshot, METADATA_ONLY),
+        Err(_) => Ok(()),
+    }
+}
+
+/// Has libvirt forget a snapshot, and nothing else: it would put the children on the snapshot's
+/// images, as if theirs had been merged into them (see [`Recorded::without_overlays`]).
+fn forget_alone(domain: &Domain, tree: &Tree, target: &Recorded, flags: u32) -> Result<()> {
+    if flags != METADATA_ONLY || tree.children(&target.name).next().is_none() {
+        return Ok(target.handle.delete(flags)?);
+    }
+    let step = format!("cannot change the record of snapshot '{}' to delete it", target.name);
+    let redefine = if tree.is_current(target) { REDEFINE | CURRENT } else { REDEFINE };
+    domain
+        .create_snapshot(&target.without_overlays()?, redefine)
+        .map_err(|error| error.into_error(&step))?;
+    target.handle.delete(flags).map_err(|error| {
+        let _ = domain.create_snapshot(target.xml(), redefine);
+        error.into()
+    })
+}
+
+/// Whether libvirt's own delete, where it has one, works: on a running domain that is on the
+/// snapshot's overlays, right above its images. (Of any other snapshot without children it removes
+/// the images without looking whether somebody needs them.)
+fn stock_can(
+    domain: &Domain,
+    version: (u64, u64, u64),
+    tree: &Tree,
+    target: &Recorded,
+) -> Result<bool> {
+    if version < STOCK_DELETES {
+        return Ok(false);
+    }
+    let step = "cannot look at the domain";
+    if !domain.is_active().map_err(|error| error.into_error(step))? {
+        return Ok(false);
+    }
+    let live = domain_images(&domain.xml(0).map_err(|error| error.into_error(step))?)?;
+    let is_on = |(disk, image): (&SnapshotDisk, Option<&DiskImage>)| {
+        let (Some(overlay), Some(image)) =
+            (&disk.overlay, image.and_then(|image| image.file.as_ref()))
+        else {
+            return false;
+        };
+        let layers = live
+            .iter()
+            .find(|live| live.target == disk.target)
+            .map(DiskImage::layers)
+            .unwrap_or_default();
+        layers.windows(2).any(|pair| id(pair[0]) == id(overlay) && id(pair[1]) == id(image))
+    };
+    let children = tree.children(&target.name).count();
+    let files = target
+        .images()
+        .filter_map(|image| image.file.as_deref())
+        .all(|file| Path::new(file).is_file());
+    let shared = tree
+        .snapshots
+        .iter()
+        .filter(|other| other.name != target.name)
+        .flat_map(Recorded::images)
+        .any(|image| {
+            let theirs = image.file.as_deref().map(id);
+            target
+                .external()
+                .any(|(_, own)| own.and_then(|own| own.file.as_deref()).map(id) == theirs)
+        });
+    let begun = target.memory.as_deref().is_some_and(|memory| deleting(Path::new(memory)).exists());
+    // libvirt does not know of overlays that the snapshot named before it was reverted to: a merge
+    // would pull the image away from under them.
+    let left = target.notes.left.iter().any(|(_, file)| images::is_there(file, "qcow2"));
+    // Of block devices it does not know how to get rid of an overlay.
+    let overlays = target.external().filter_map(|(disk, _)| disk.overlay.as_deref());
+    let files = files && overlays.map(Path::new).all(Path::is_file);
+    let rooted = target.parent.is_some() || !tree.is_current(target) || tree.snapshots.len() == 1;
+    // Of volumes it has no paths.
+    let rooted = rooted && !tree.snapshots.iter().any(|snapshot| snapshot.on_volumes);
+    let alone = children <= usize::from(!tree.is_current(target)) && !shared && rooted;
+    Ok(alone && files && !begun && !left && target.external().all(is_on))
+}
+
+/// What libvirt's own delete changes and removes of a disk.
+fn stock_touches((disk, image): (&SnapshotDisk, Option<&DiskImage>)) -> Option<[Id; 2]> {
+    Some([id(disk.overlay.as_deref()?), id(image?.file.as_deref()?)])
+}
+
+/// Refuses to touch images that others use.
+fn check_unused(users: &Users, target: &str, touched: &BTreeSet<Id>) -> Result<()> {
+    for image in touched {
+        if let Some(user) = users.of(image) {
+            fail!(
+                OperationInvalid,
+                "cannot delete snapshot '{}': the image '{}' would be changed or removed, and \
+                 {user}: end that guest, or take the image from it, or delete the metadata alone \
+                 (VIR_DOMAIN_SNAPSHOT_DELETE_METADATA_ONLY); nothing was changed",
+                target,
+                image.display()
+            );
+        }
+    }
+    Ok(())
+}
+
+struct Delete<'a> {
+    connect: &'a Connect,
+    domain: &'a Domain,
+    version: (u64, u64, u64),
+    tree: &'a Tree,
+    /// What goes, children first.
+    doomed: Vec<&'a Recorded>,
+    kept: Vec<&'a Recorded>,
+    /// The disks of the running domain; empty where it is shut off.
+    live: Vec<DiskImage>,
+    /// The disks at its next start.
+    config: Vec<DiskImage>,
+    /// The images that it is on now, and at its next start, by target: those on volumes too.
+    tops: [Vec<(String, Id)>; 2],
+}
+
+fn has_data_elsewhere(graph: &Graph, image: &Id) -> bool {
+    graph.get(image).is_some_and(|image| image.has_data_elsewhere)
+}
+
+/// A merge that failed, and whether it may have changed something.
+struct Failure {
+    error: Error,
+    begun: bool,
+}
+
+impl<'a> Delete<'a> {
+    fn prepare(
+        connect: &'a Connect,
+        domain: &'a Domain,
+        version: (u64, u64, u64),
+        tree: &'a Tree,
+        target: &'a Recorded,
+        flags: u32,
+    ) -> Result<Delete<'a>> {
+        let mut names = if flags == CHILDREN_ONLY { vec![] } else { vec![target.name.as_str()] };
+        if flags != 0 {
+            names.extend(tree.descendants(&target.name));
+        }
+        let (mut doomed, kept): (Vec<_>, Vec<_>) =
+            tree.snapshots.iter().partition(|snapshot| names.contains(&snapshot.name.as_str()));
+        doomed.reverse();
+        if let Some(internal) = doomed.iter().find(|snapshot| snapshot.is_internal()) {
+            fail!(
+                OperationUnsupported,
+                "cannot delete snapshot '{}' with the others: it is inside of its images; delete \
+                 it first (virsh snapshot-delete)",
+                internal.name
+            );
+        }
+        let step = "cannot read the domain's XML";
+        let refused = |error: VirError| error.into_error(step);
+        let read = |flags| {
+            let text = domain.xml(flags).map_err(refused)?;
+            let named = domain_images(&volumes::with_paths(&text, &tree.volumes)?)?;
+            let known =
+                named.into_iter().filter_map(|disk| Some((disk.target, id(disk.file.as_deref()?))));
+            // libvirt itself is told of images as it calls them.
+            Ok::<_, Error>((domain_images(&text)?, known.collect()))
+        };
+        let none = || (Vec::new(), Vec::new());
+        let (live, on) = if domain.is_active().map_err(refused)? { read(0)? } else { none() };
+        let (config, later) =
+            if domain.is_persistent().map_err(refused)? { read(xml::INACTIVE)? } else { none() };
+        Ok(Delete { connect, domain, version, tree, doomed, kept, live, config, tops: [on, later] })
+    }
+
+    fn run(&self, users: &Users) -> Result<()> {
+        let world = self.world()?;
+        self.check_images_are_known(&world)?;
+        let plan = world.plan().map_err(|obstacle| self.refusal(&obstacle))?;
+        self.check(&plan, &world.graph)?;
+        check_unused(users, self.name(), &plan.touched(&world.graph))?;
+        // Until the records of its children are safe from libvirt, a snapshot that goes must not be
+        // reverted to.
+        let disarmed = if plan.merges.is_empty() && self.kept_children().next().is_none() {
+            vec![]
+        } else {
+            self.disarm()?
+        };
+        let touched = plan.touched(&world.graph);
+        let renewal = Renewal::begin(self.domain, self.tree, &self.kept, &touched)
+            .inspect_err(|_| arm(&disarmed))?;
+        let merged = self.merge_all(&world.graph, &plan, &disarmed);
+        let replaced = match merged {
+            Ok(replaced) => replaced,
+            Err(error) => {
+                // What was merged has kept the content of the images of the snapshots that stay.
+                let _ = renewal.end(self.domain, None);
+                return Err(error);
+            }
+        };
+        if let Err(error) = self.change_config(&replaced, &plan) {
+            let _ = renewal.end(self.domain, None);
+            return Err(error);
+        }
+        renewal.end(self.domain, Some(&plan.former))?;
+        self.forget()?;
+        self.remove_files(&plan)
+    }
+
+    /// Whether a domain that was off is still, or on no image that goes: it can have been started
+    /// before its definition was changed.
+    fn check_not_started(&self, plan: &Plan) -> Result<()> {
+        let step = "cannot see whether the domain was started meanwhile";
+        if !self.live.is_empty()
+            || !self.domain.is_active().map_err(|error| error.into_error(step))?
+        {
+            return Ok(());
+        }
+        let xml = self.domain.xml(0).map_err(|error| error.into_error(step))?;
+        let images = domain_images(&volumes::with_paths(&xml, &self.tree.volumes)?)?;
+        let goes = |image: &Id| plan.goes().any(|going| going == image);
+        match images.iter().flat_map(DiskImage::layers).find(|image| goes(&id(image))) {
+            Some(image) => fail!(
+                OperationFailed,
+                "another client has started the domain while snapshot '{}' was being deleted, and \
+                 it goes on with '{image}': delete the snapshot again",
+                self.name()
+            ),
+            None => Ok(()),
+        }
+    }
+
+    /// What is known, for a plan.
+    fn world(&self) -> Result<World> {
+        let [live, config] = self.tops.clone();
+        let memory = self.memory_files();
+        Ok(World {
+            graph: self.graph()?,
+            doomed: self.doomed.iter().copied().map(known).collect(),
+            kept: self.kept.iter().copied().map(known).collect(),
+            live,
+            config,
+            former: self
+                .tree
+                .snapshots
+                .iter()
+                .flat_map(|snapshot| &snapshot.notes.former)
+                .map(|file| id(file))
+                .collect(),
+            begun: memory.iter().all(|file| !file.exists())
+                && memory.iter().any(|file| deleting(file).exists()),
+        })
+    }
+
+    /// An overlay that is in use cannot be merged into an image that is not known by its path. An
+    /// overlay of a server's image can call that in a way which is not known for the same: then it
+    /// would not be merged, and nobody be told.
+    fn check_is_on(
+        &self,
+        world: &World,
+        doomed: &Recorded,
+        (disk, overlay): (&str, &str),
+        image: &str,
+    ) -> Result<()> {
+        let overlay_id = id(overlay);
+        if images::is_of_server(image)
+            && !world.graph.chain(&overlay_id).any(|below| *below == id(image))
+        {
+            fail!(
+                OperationUnsupported,
+                "cannot delete snapshot '{}': the overlay '{overlay}' of disk '{disk}' does not \
+                 call the image below it '{image}', as the snapshot does, but {}: nothing was \
+                 changed",
+                doomed.name,
+                images::server_of(overlay, "qcow2")
+                    .map_or("otherwise".into(), |name| format!("'{name}'"))
+            );
+        }
+        Ok(())
+    }
+
+    fn check_images_are_known(&self, world: &World) -> Result<()> {
+        let tops: Vec<&Id> = world.live.iter().chain(&world.config).map(|(_, top)| top).collect();
+        let pinned = world.kept.iter().flat_map(|kept| &kept.images);
+        let used = world.graph.with_all_below(tops.iter().copied().chain(pinned));
+        for doomed in &self.doomed {
+            for (disk, image) in doomed.external() {
+                let Some(overlay) =
+                    disk.overlay.as_deref().filter(|overlay| used.contains(&id(overlay)))
+                else {
+                    continue;
+                };
+                let Some(image) = image else { continue };
+                if let Some(file) = image.file.as_deref() {
+                    self.check_is_on(world, doomed, (&disk.target, overlay), file)?;
+                    continue;
+                }
+                let what_to_do = match tops.contains(&&id(overlay)) {
+                    true => format!(
+                        "merge it while the domain runs (virsh blockcommit '{}' {} --shallow \
+                         --active --pivot), remove the file, and delete the snapshot again",
+                        self.domain.name().unwrap_or_default(),
+                        disk.target
+                    ),
+                    false => "delete the snapshots that came after it first".to_owned(),
+                };
+                fail!(
+                    OperationUnsupported,
+                    "cannot delete snapshot '{}': the image of disk '{}' is on storage of type \
+                     '{}', and the overlay '{overlay}' cannot be merged into it: {what_to_do}; \
+                     nothing was changed",
+                    doomed.name,
+                    disk.target,
+                    image.kind
+                );
+            }
+        }
+        Ok(())
+    }
+
+    fn refusal(&self, obstacle: &Obstacle) -> Error {
+        let message = match obstacle {
+            Obstacle::Stray { target, overlay } => format!(
+                "neither the domain nor a snapshot refers to '{}' any more, the overlay of disk \
+                 '{target}', which can hold what was written to it last: attach the disk with it \
+                 again, or, where it is of no use, remove the file",
+                overlay.display()
+            ),
+            Obstacle::Detached { target, image } => format!(
+                "the domain has no disk '{target}' on its images any more, of which '{}' would be \
+                 removed: attach the disk again",
+                image.display()
+            ),
+        };
+        let message = format!(
+            "cannot delete snapshot '{}': {message}; or delete the metadata alone \
+             (VIR_DOMAIN_SNAPSHOT_DELETE_METADATA_ONLY) and keep or remove the files yourself; \
+             nothing was changed",
+            self.name()
+        );
+        Error::new(Code::OperationInvalid, message)
+    }
+
+    /// All images that are known.
+    fn graph(&self) -> Result<Graph> {
+        let mut graph = Graph::default();
+        let disks = self
+            .tree
+            .snapshots
+            .iter()
+            .flat_map(Recorded::images)
+            .chain(&self.live)
+            .chain(&self.config);
+        let images = disks.filter_map(|disk| Some((disk.file.as_deref()?, disk.format.as_str())));
+        let overlays = self.tree.snapshots.iter().flat_map(Recorded::overlays);
+        let left = self.tree.snapshots.iter().flat_map(|snapshot| &snapshot.notes.left);
+        let left = left.map(|(_, overlay)| (overlay.as_str(), "qcow2"));
+        for (file, format) in images.chain(overlays).chain(left) {
+            graph.add(file, format)?;
+        }
+        Ok(graph)
+    }
+
+    fn check(&self, plan: &Plan, graph: &Graph) -> Result<()> {
+        if plan.merges.is_empty() {
+            return Ok(());
+        }
+        let step = "cannot look at the domain";
+        if self.domain.has_managed_save().map_err(|error| error.into_error(step))? {
+            fail!(
+                OperationInvalid,
+                "cannot delete snapshot '{}': the domain has a managed save image, which needs its \
+                 disks as they are: start the domain, or remove the image (virsh \
+                 managedsave-remove)",
+                self.name()
+            );
+        }
+        self.check_servers(plan, graph)?;
+        for disk in self.live.iter().filter(|disk| disk.present) {
+            if self
+                .domain
+                .block_job(&disk.target)
+                .map_err(|error| error.into_error(step))?
+                .is_some()
+            {
+                fail!(
+                    OperationInvalid,
+                    "cannot delete snapshot '{}': disk '{}' has an active block job: wait for it, \
+                     or abort it (virsh blockjob)",
+                    self.name(),
+                    disk.target
+                );
+            }
+        }
+        Ok(())
+    }
+
+    /// A server must let qemu-img in, which would wait for it without end, where images are merged
+    /// that stand on a server's.
+    fn check_servers(&self, plan: &Plan, graph: &Graph) -> Result<()> {
+        let is_live = |top: &Id| {
+            self.live.iter().any(|disk| disk.layers().iter().any(|layer| id(layer) == *top))
+        };
+        for merge in plan.merges.iter().filter(|merge| !merge.overlays.last().is_some_and(is_live))
+        {
+            let lowest = graph.chain(&merge.base).last().and_then(|lowest| graph.get(lowest));
+            let Some(lowest) = lowest.filter(|lowest| images::is_of_server(&lowest.path)) else {
+                continue;
+            };
+            images::size_on_server(&lowest.path, &lowest.format).map_err(|error| {
+                let way_out = match self.live.is_empty() {
+                    true => "delete it when the server answers",
+                    false => {
+                        "where the server lets in the domain's QEMU alone, shut the domain off, \
+                         and delete it then"
+                    }
+                };
+                error.and(format!(
+                    "snapshot '{}' cannot be deleted so: {way_out}; nothing was changed",
+                    self.name()
+                ))
+            })?;
+        }
+        Ok(())
+    }
+
+    /// What messages call it.
+    fn name(&self) -> &str {
+        self.doomed.last().map_or("", |doomed| &doomed.name)
+    }
+
+    /// Snapshots that stay, and whose parents go.
+    fn kept_children(&self) -> impl Iterator<Item = &Recorded> {
+        let goes = |name: &String| self.doomed.iter().any(|doomed| doomed.name == *name);
+        self.kept.iter().copied().filter(move |kept| kept.parent.as_ref().is_some_and(goes))
+    }
+
+    /// Renames the memory images of what goes; those that were.
+    fn disarm(&self) -> Result<Vec<PathBuf>> {
+        let mut disarmed = Vec::new();
+        for memory in self.memory_files() {
+            match std::fs::rename(&memory, deleting(&memory)) {
+                Ok(()) => disarmed.push(memory.clone()),
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+                Err(error) => {
+                    arm(&disarmed);
+                    return Err(self.cannot_rename(&memory, error));
+                }
+            }
+            // A power cut must not bring the old name back once images are being merged. What was
+            // renamed by a delete that was cut short may not be on disk yet either.
+            if deleting(&memory).exists()
+                && let Err(error) = sys::sync_parent(&memory)
+            {
+                arm(&disarmed);
+                return Err(self.cannot_rename(&memory, error));
+            }
+        }
+        Ok(disarmed)
+    }
+
+    fn cannot_rename(&self, memory: &Path, error: std::io::Error) -> Error {
+        let step = format!(
+            "cannot delete snapshot '{}': cannot rename its memory image '{}'",
+            self.name(),
+            memory.display()
+        );
+        Error::system(step, error)
+    }
+
+    /// The memory images of what goes, unless a snapshot that stays names them too.
+    fn memory_files(&self) -> BTreeSet<PathBuf> {
+        let files = |snapshots: &[&Recorded]| -> BTreeSet<PathBuf> {
+            snapshots
+                .iter()
+                .filter_map(|snapshot| snapshot.memory.as_ref())
+                .map(PathBuf::from)
+                .collect()
+        };
+        // A record can name anything.
+        let mut files = &files(&self.doomed) - &files(&self.kept);
+        files.retain(|file| !is_another(file));
+        files
+    }
+
+    /// Merges, and changes the records after each merge. What has been replaced by what.
+    fn merge_all(&self, graph: &Graph, plan: &Plan, disarmed: &[PathBuf]) -> Result<Vec<Replaced>> {
+        let mut replaced = Vec::new();
+        for merge in &plan.merges {
+            self.merge(graph, merge).map_err(|failure| {
+                if failure.begun || !replaced.is_empty() {
+                    let more = format!(
+                        "the domain and its other snapshots are whole, but '{}' cannot be reverted \
+                         to any more: delete it again",
+                        self.name()
+                    );
+                    return failure.error.and(more);
+                }
+                arm(disarmed);
+                failure.error.and("nothing was changed")
+            })?;
+            let base = graph.get(&merge.base).expect("an image of the graph");
+            replaced.push(Replaced {
+                images: merge.overlays.clone(),
+                by: Storage::at(&base.path),
+                format: base.format.clone(),
+            });
+            self.change_records(&replaced)?;
+        }
+        Ok(replaced)
+    }
+
+    fn merge(&self, graph: &Graph, merge: &Merge) -> std::result::Result<(), Failure> {
+        let (base, top) = (&merge.base, merge.overlays.last().expect("at least one"));
+        let (base_image, top_image) =
+            (graph.get(base).expect("of the graph"), graph.get(top).expect("of the graph"));
+        if let Some(image) =
+            [base].into_iter().chain(&merge.overlays).find(|image| has_data_elsewhere(graph, image))
+        {
+            let message = format!(
+                "the image '{}' has its data in another file: it cannot be merged",
+                image.display()
+            );
+            return Err(Failure {
+                error: Error::new(Code::OperationUnsupported, message),
+                begun: false,
+            });
+        }
+        let live =
+            self.live.iter().find(|disk| disk.layers().iter().any(|layer| id(layer) == *top));
+        match live {
+            Some(disk) => self.merge_live(disk, merge, base_image)?,
+            None => {
+                images::commit(top_image, &base_image.path)
+                    .map_err(|error| Failure { error, begun: true })?;
+            }
+        }
+        // QEMU has done it for the images that it has open.
+        let open = |overlay: &Id| {
+            live.is_some_and(|disk| disk.layers().iter().any(|layer| id(layer) == *overlay))
+        };
+        for overlay in graph.overlays(top).filter(|overlay| !open(overlay)) {
+            let overlay = graph.get(overlay).expect("of the graph");
+            images::rebase(overlay, &base_image.path, &base_image.format)
+                .map_err(|error| Failure { error, begun: true })?;
+        }
+        Ok(())
+    }
+
+    /// Has libvirt merge images that a running domain has open.
+    fn merge_live(
+        &self,
+        disk: &DiskImage,
+        merge: &Merge,
+        base_image: &Image,
+    ) -> std::result::Result<(), Failure> {
+        let (base, top) = (&merge.base, merge.overlays.last().expect("at least one"));
+        let called = |image: &Id| disk.layers().into_iter().find(|layer| id(layer) == *image);
+        let active = disk.file.as_deref().map(id).as_ref() == Some(top);
+        let mut flags = if active { block::COMMIT_ACTIVE } else { 0 };
+        let step = format!(
+            "cannot merge images of disk '{}' to delete snapshot '{}'",
+            disk.target,
+            self.name()
+        );
+        let begun = |error: VirError| Failure { error: error.into_error(&step), begun: true };
+        // libvirt finds no image of a server by a name, and a volume of a pool is not called by its
+        // path here.
+        let below = called(base).filter(|name| !images::is_of_server(name));
+        if below.is_none() {
+            let is_last =
+                disk.is_whole && disk.layers().last().is_some_and(|layer| id(layer) == *base);
+            if merge.overlays.len() == 1 {
+                flags |= block::COMMIT_SHALLOW;
+            } else if !is_last || base_image.format != "raw" {
+                // Without a base it would be the lowest image of all, and that may be another one.
+                let message = format!(
+                    "{step}: libvirt does not call '{}' by its path: shut the domain off, and \
+                     delete the snapshot then",
+                    base.display()
+                );
+                return Err(Failure {
+                    error: Error::new(Code::OperationUnsupported, message),
+                    begun: false,
+                });
+            }
+        }
+        self.domain
+            .block_commit(&disk.target, below, called(top), flags)
+            .map_err(|error| Failure { error: error.into_error(&step), begun: false })?;
+        let mut progress = Progress::new(STALLED);
+        while let Some(seen) = self.domain.block_job(&disk.target).map_err(begun)? {
+            if active && self.live_disk(disk).map_err(begun)?.is_some_and(|disk| disk.job_ready) {
+                let pivoted = self.domain.block_job_abort(&disk.target, block::ABORT_PIVOT);
+                pivoted.map_err(|error| {
+                    let _ = self.domain.block_job_abort(&disk.target, 0);
+                    begun(error)
+                })?;
+                break;
+            }
+            if !progress.wait(seen) {
+                let message = format!("{step}: QEMU's block job makes no progress; it was ended");
+                let error = Error::new(Code::OperationTimeout, message);
+                let error = match self.domain.block_job_abort(&disk.target, 0) {
+                    Ok(()) => error,
+                    Err(left) => error.and(format!(
+                        "ending it failed ({}): end it by `virsh blockjob '{}' --abort`",
+                        left.message, disk.target
+                    )),
+                };
+                return Err(Failure { error, begun: true });
+            }
+        }
+        let now = self.live_disk(disk).map_err(begun)?;
+        if now.is_some_and(|disk| disk.layers().iter().any(|layer| id(layer) == *top)) {
+            let message = format!(
+                "{step}: QEMU's block job failed (libvirt's log of the domain has the reason)"
+            );
+            return Err(Failure { error: Error::new(Code::OperationFailed, message), begun: true });
+        }
+        Ok(())
+    }
+
+    fn live_disk(&self, disk: &DiskImage) -> std::result::Result<Option<DiskImage>, VirError> {
+        let images = domain_images(&self.domain.xml(0)?).unwrap_or_default();
+        Ok(images.into_iter().find(|other| other.target == disk.target))
+    }
+
+    /// Puts the snapshots that stay on the images that have the content of theirs.
+    fn change_records(&self, replaced: &[Replaced]) -> Result<()> {
+        for kept in &self.kept {
+            // As it is by now: what was noted down of its images may have been taken out.
+            let step = format!("cannot read the record of snapshot '{}'", kept.name);
+            let found = self.domain.find(&kept.name).map_err(|error| error.into_error(&step))?;
+            let Some(now) = found.map(Recorded::read).transpose()? else { continue };
+            let now = now.with_paths(&self.tree.volumes)?;
+            if let Some(record) = now.with_replaced(replaced)? {
+                self.redefine(kept, &record)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn redefine(&self, snapshot: &Recorded, record: &str) -> Result<()> {
+        let flags = if self.tree.is_current(snapshot) { REDEFINE | CURRENT } else { REDEFINE };
+        let redefined = self.domain.create_snapshot(record, flags);
+        redefined.map(drop).map_err(|error| {
+            error
+                .into_error(&format!(
+                    "cannot change the record of snapshot '{}' to delete '{}'",
+                    snapshot.name,
+                    self.name()
+                ))
+                .and(format!(
+                    "the images that it names are all there and right: delete '{}' again",
+                    self.name()
+                ))
+        })
+    }
+
+    /// Puts the domain, at its next start, on the images that have the content of its own. One that
+    /// another client has started meanwhile, on an image that goes, must find that at its next
+    /// start too: what it writes is there.
+    fn change_config(&self, replaced: &[Replaced], plan: &Plan) -> Result<()> {
+        let step = "cannot change the domain's disks";
+        let define = |xml: &str| {
+            self.connect.define(xml, 0).map(drop).map_err(|error| error.into_error(step))
+        };
+        let mut before = None;
+        if !self.config.is_empty() && !replaced.is_empty() {
+            let xml = self
+                .domain
+                .xml(xml::INACTIVE | xml::SECURE)
+                .map_err(|error| error.into_error(step))?;
+            if let Some(changed) =
+                domain_with_replaced(&volumes::with_paths(&xml, &self.tree.volumes)?, replaced)?
+            {
+                define(&changed)?;
+                before = Some(xml);
+            }
+        }
+        self.check_not_started(plan)
+            .or_else(|error| before.map_or(Ok(()), |xml| define(&xml)).and(Err(error)))
+    }
+
+    /// Has libvirt forget what goes.
+    fn forget(&self) -> Result<()> {
+        for doomed in &self.doomed {
+            let step = format!("cannot delete the record of snapshot '{}'", doomed.name);
+            if self.kept_children().any(|kept| kept.parent.as_ref() == Some(&doomed.name)) {
+                self.redefine(doomed, &doomed.without_overlays()?)?;
+            }
+            doomed.handle.delete(METADATA_ONLY).map_err(|error| {
+                error.into_error(&step).and(
+                    "its memory image is renamed to '….deleting' or still there: delete it again",
+                )
+            })?;
+        }
+        self.avoid_no_current()
+    }
+
+    /// Makes a snapshot current where none is. libvirt >= 9.9 crashes when it reverts without a
+    /// current snapshot, and removes the overlays of the current one when it does: so it is one at
+    /// the end of a branch, and its overlays are those that the domain is on.
+    fn avoid_no_current(&self) -> Result<()> {
+        if self.version < STOCK_DELETES || self.tree.current.is_none() {
+            return Ok(());
+        }
+        let tree = Tree::read(self.domain)?;
+        let leaf = tree.snapshots.iter().rev().find(|snapshot| is_ours(snapshot));
+        let (None, Some(leaf)) = (&tree.current, leaf) else { return Ok(()) };
+        let disks =
+            if self.live.is_empty() { self.domain.xml(xml::INACTIVE) } else { self.domain.xml(0) };
+        let disks = domain_images(
+            &disks.map_err(|error| error.into_error("cannot read the domain's XML"))?,
+        )?;
+        let is_switched =
+            |disk: &&DiskImage| leaf.external().any(|(switched, _)| switched.target == disk.target);
+        let source = |disk: &'_ DiskImage| -> Option<(String, String, String)> {
+            Some((disk.target.clone(), disk.file.clone()?, disk.format.clone()))
+        };
+        let tops: Vec<_> = disks.iter().filter(is_switched).filter_map(source).collect();
+        let sources: Vec<Source> = tops
+            .iter()
+            .map(|(target, file, format)| Source { target, storage: Storage::at(file), format })
+            .collect();
+        let record = noted(&leaf.with_overlays(&sources)?, &leaf.notes_afterwards())?;
+        let step = format!("cannot make snapshot '{}' the current one", leaf.name);
+        self.domain
+            .create_snapshot(&record, REDEFINE | CURRENT)
+            .map(drop)
+            .map_err(|error| error.into_error(&step))
+    }
+
+    /// The last step: the snapshots are gone, and only files are left of them.
+    fn remove_files(&self, plan: &Plan) -> Result<()> {
+        let memory = self.memory_files().into_iter().flat_map(|memory| [deleting(&memory), memory]);
+        let overlays = plan.goes().cloned();
+        let removed = memory.map(|file| (sys::remove_file(&file), file));
+        let removed = removed.chain(overlays.map(|file| (images::remove(&file), file)));
+        let left: Vec<_> = removed
+            .filter_map(|(removed, file)| {
+                Some(format!("'{}' ({})", file.display(), removed.err()?))
+            })
+            .collect();
+        if left.is_empty() {
+            return Ok(());
+        }
+        fail!(
+            OperationFailed,
+            "snapshot '{}' is deleted, but files of it could not be removed, which nobody needs: \
+             remove them: {}",
+            self.name(),
+            left.join(", ")
+        )
+    }
+}
+
+/// A snapshot as a plan sees it.
+fn known(recorded: &Recorded) -> prune::Snapshot {
+    let file = |image: &DiskImage| image.file.as_deref().map(id);
+    let switched = recorded
+        .external()
+        .map(|(disk, image)| Switched { target: disk.target.clone(), image: image.and_then(file) });
+    prune::Snapshot {
+        switched: switched.collect(),
+        images: recorded.images().filter_map(file).collect(),
+        overlays: recorded
+            .overlays_of_disks()
+            .map(|(target, overlay)| (target.to_owned(), id(overlay)))
+            .collect(),
+        fixed: recorded.is_internal() || recorded.disks.is_empty(),
+    }
+}
+
+fn arm(disarmed: &[PathBuf]) {
+    for memory in disarmed {
+        let _ = std::fs::rename(deleting(memory), memory);
+    }
+}

@@ -1,0 +1,79 @@
+//! What is left to do for a process that was killed, as commands of virsh.
+
+use serde_json::{Value, json};
+
+use super::overlays::Overlays;
+use crate::backend::guest::{Errand, Errands, MergeErrand};
+use crate::backend::overlay_file::OverlayFile;
+use crate::model::DiskPlan;
+use crate::tool;
+
+/// virsh, on a connection.
+#[derive(Clone, Debug)]
+pub struct Virsh {
+    program: String,
+    uri: String,
+    tries: u32,
+}
+
+/// It, where it is installed and there is a daemon: `tries` is for how many seconds it may be away.
+pub fn virsh(uri: &str, tries: u32) -> Option<Virsh> {
+    if uri.contains("/embed") {
+        return None;
+    }
+    let program = tool::find("virsh")?.into_os_string().into_string().ok()?;
+    Some(Virsh { program, uri: uri.into(), tries })
+}
+
+impl Virsh {
+    fn run(&self, words: &[&str]) -> Errand {
+        let own = [&self.program, "--quiet", "--connect", &self.uri];
+        let words = own.iter().chain(words).map(|word| (*word).to_owned());
+        Errand { words: words.collect(), then_discard: None }
+    }
+}
+
+/// The commands for a snapshot of the domain of this UUID.
+pub fn errands(
+    virsh: &Virsh,
+    uuid: &str,
+    restore: &[(&str, Value)],
+    overlays: &Overlays,
+    snapshot: &str,
+) -> Errands {
+    let settings = restore.iter().map(|(name, arguments)| {
+        let command = json!({ "execute": name, "arguments": arguments }).to_string();
+        virsh.run(&["qemu-monitor-command", uuid, &command])
+    });
+    let forget =
+        virsh.run(&["snapshot-delete", uuid, &format!("--snapshotname={snapshot}"), "--metadata"]);
+    let merge = |(disk, file): (&DiskPlan, &OverlayFile)| {
+        let (target, overlay) = (disk.drive.name(), &disk.overlay);
+        // By its name: where the disk was not switched there is nothing to be merged, and it fails.
+        // libvirt can know the image below by another name than its path.
+        let words =
+            ["blockcommit", uuid, target, "--top", overlay, "--shallow", "--active", "--pivot"];
+        MergeErrand {
+            merge: Errand { then_discard: file.known(), ..virsh.run(&words) },
+            is_in_use: virsh.run(&["domblkinfo", uuid, overlay]),
+            complaint: format!(
+                "the caller that took snapshot '{snapshot}' of domain {uuid} was killed, and its \
+                 overlay '{overlay}' of disk '{target}' could not be merged back into '{}': the \
+                 domain goes on with it, and it must not be removed; merge it with `virsh \
+                 blockcommit {uuid} {target} --shallow --active --pivot` when the cause is mended",
+                disk.drive.file
+            ),
+        }
+    };
+    Errands {
+        look: virsh.run(&["uri"]),
+        tries: virsh.tries,
+        resume: virsh.run(&["resume", uuid]),
+        resume_all_the_same: virsh.run(&["qemu-monitor-command", uuid, r#"{"execute":"cont"}"#]),
+        query_migrate: virsh.run(&["qemu-monitor-command", uuid, r#"{"execute":"query-migrate"}"#]),
+        query_status: virsh.run(&["qemu-monitor-command", uuid, r#"{"execute":"query-status"}"#]),
+        restore: settings.collect(),
+        forget,
+        merge: overlays.made().map(merge).collect(),
+    }
+}

@@ -1,0 +1,105 @@
+//! Who uses images besides the domain that they are of: QEMUs that have them open, and other
+//! domains of the connection that name them, or what stands on them.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use super::recorded::{DiskImage, domain_images};
+use super::volumes::{self, Volume};
+use crate::backend::images::{self, Id, id};
+use crate::backend::locks;
+use crate::error::Result;
+use crate::libvirt::{Connect, Domain, VirError, VirResult, xml};
+
+/// Who else uses images.
+pub struct Users {
+    others: Others,
+    /// The images that the domain's own QEMU has open.
+    live: BTreeSet<Id>,
+    qemu: Option<u32>,
+}
+
+impl Users {
+    /// Looks at the domain, and at the connection's others. `volumes`: those that are known.
+    pub fn look(connect: &Connect, domain: &Domain, volumes: &[Volume]) -> Result<Users> {
+        let refused = |error: VirError| error.into_error("cannot look at the domain");
+        let uuid = domain.uuid().map_err(refused)?;
+        let mut users = Users {
+            others: Others::look(connect, &uuid, volumes),
+            live: BTreeSet::new(),
+            qemu: None,
+        };
+        if domain.is_active().map_err(refused)? {
+            let disks =
+                domain_images(&volumes::with_paths(&domain.xml(0).map_err(refused)?, volumes)?)?;
+            users.live = disks.iter().flat_map(DiskImage::layers).map(id).collect();
+            users.qemu = locks::qemu_of_domain(&uuid);
+        }
+        Ok(users)
+    }
+
+    /// Another domain that needs an image.
+    pub fn other_domain_on(&self, image: &Id) -> Option<&str> {
+        self.others.domain_on(image)
+    }
+
+    /// Who else uses an image: as messages say it.
+    pub fn of(&self, image: &Id) -> Option<String> {
+        if let Some(domain) = self.others.domain_on(image) {
+            return Some(format!("domain '{domain}' stands on it"));
+        }
+        let open = match (self.live.contains(image), self.qemu) {
+            (false, _) => locks::is_in_use(image),
+            (true, Some(qemu)) => locks::is_in_use_besides(image, qemu),
+            (true, None) => false,
+        };
+        open.then(|| "another QEMU has it open".to_owned())
+    }
+}
+
+/// The images, each with the name of a domain that needs it.
+#[derive(Debug, Default)]
+struct Others(BTreeMap<Id, String>);
+
+impl Others {
+    /// Asks libvirt. What the caller may not see of other domains is not known.
+    fn look(connect: &Connect, uuid: &str, volumes: &[Volume]) -> Others {
+        let mut others = Others::default();
+        for domain in connect.domains().unwrap_or_default() {
+            if domain.uuid().is_ok_and(|other| other != uuid) {
+                let name = domain.name().unwrap_or_default();
+                for image in images_of(&domain, volumes) {
+                    others.0.entry(image).or_insert_with(|| name.clone());
+                }
+            }
+        }
+        others
+    }
+
+    /// The domain that needs an image.
+    fn domain_on(&self, image: &Id) -> Option<&str> {
+        self.0.get(image).map(String::as_str)
+    }
+}
+
+fn images_of(domain: &Domain, volumes: &[Volume]) -> Vec<Id> {
+    let read = |flags| -> VirResult<String> { domain.xml(flags) };
+    let texts = [read(0), read(xml::INACTIVE)].into_iter().flatten();
+    let named = texts.map(|text| volumes::with_paths(&text, volumes).unwrap_or(text));
+    let disks = named.flat_map(|text| domain_images(&text).unwrap_or_default());
+    let mut found = Vec::new();
+    for disk in disks {
+        found.extend(disk.backing.iter().map(|below| id(below)));
+        // A domain that is shut off names the uppermost only.
+        let mut next = disk.file.clone().map(|file| (file, disk.format.clone()));
+        while let Some((file, format)) = next.take() {
+            let image = id(&file);
+            // A chain that comes back to itself ends here.
+            if !found.contains(&image) {
+                found.extend(images::server_below(&file).map(|below| id(&below)));
+                next = images::below(&file, &format);
+                found.push(image);
+            }
+        }
+    }
+    found
+}

@@ -1,0 +1,303 @@
+//! Overlays under libvirt: made beforehand by `qemu-img`, merged back by libvirt's block commit.
+
+use std::path::Path;
+use std::thread::sleep;
+use std::time::Duration;
+
+use super::call::{Again, Caller};
+use super::drives;
+use crate::backend::guest::PATIENCE;
+use crate::backend::overlay_file::{self, Beforehand, OverlayFile};
+use crate::deadline::Deadline;
+use crate::error::{Code, Error, Result, fail};
+use crate::libvirt::block;
+use crate::model::DiskPlan;
+use crate::model::domain::{Domain, Source, Storage};
+use crate::sys;
+
+/// A merge that makes no progress for so long is given up.
+const STALLED: Duration = Duration::from_secs(60);
+
+/// The images that each disk is on, from the top down, by target.
+type Chains = [(String, Vec<String>)];
+
+/// The overlays of one snapshot.
+#[derive(Debug, Default)]
+pub struct Overlays {
+    disks: Vec<DiskPlan>,
+    /// Their files, so far.
+    made: Vec<OverlayFile>,
+}
+
+impl Overlays {
+    /// The disks that have one.
+    pub fn disks(&self) -> &[DiskPlan] {
+        &self.disks
+    }
+
+    /// Those that are there so far, with their files.
+    pub fn made(&self) -> impl Iterator<Item = (&DiskPlan, &OverlayFile)> {
+        self.disks.iter().zip(&self.made)
+    }
+
+    /// Creates them. One whose image is not here, to be owned alike, is given to the owner of
+    /// `owner`.
+    pub fn create(
+        &mut self,
+        disks: &[DiskPlan],
+        beforehand: Beforehand,
+        owner: Option<&Path>,
+    ) -> Result<()> {
+        self.disks = disks.to_vec();
+        for disk in disks {
+            self.made.push(create(disk, beforehand, owner)?);
+        }
+        Ok(())
+    }
+
+    /// Whether each disk is still on its overlay or on something above, and the overlay on the
+    /// snapshot's image.
+    pub fn check_chains(&self, chains: &Chains) -> Result<()> {
+        for disk in &self.disks {
+            if place(disk, chains).is_none_or(|(_, below)| below != Some(disk.drive.file.as_str()))
+            {
+                fail!(
+                    OperationFailed,
+                    "somebody has changed the images of disk '{}' while memory was being saved: \
+                     '{}' is no longer on '{}'",
+                    disk.drive.name(),
+                    disk.overlay,
+                    disk.drive.file
+                );
+            }
+        }
+        Ok(())
+    }
+
+    /// No disk may be about to lose its overlay: until then its image is written.
+    pub fn check_not_merging(&self, merging: &[String]) -> Result<()> {
+        if let Some(disk) =
+            self.disks.iter().find(|disk| merging.iter().any(|target| target == disk.drive.name()))
+        {
+            fail!(
+                OperationFailed,
+                "somebody has begun to merge '{}' of disk '{}' back while memory was being saved: \
+                 its images are no longer those of the instant",
+                disk.overlay,
+                disk.drive.name()
+            );
+        }
+        Ok(())
+    }
+
+    /// Merges those of disks that were detached; whether there were any. What the guest wrote is in
+    /// them alone.
+    pub fn merge_detached(&self, targets: &[String]) -> Result<bool> {
+        let detached = |disk: &DiskPlan| !targets.iter().any(|target| target == disk.drive.name());
+        let mut found = false;
+        for (disk, file) in self.made().filter(|(disk, _)| detached(disk)) {
+            if !Path::new(&disk.overlay).exists() {
+                continue;
+            }
+            found = true;
+            commit(disk, file).map_err(|error| {
+                error.and(format!(
+                    "disk '{}' was detached meanwhile, and what the guest wrote to it is in '{}', \
+                     which could not be merged and must not be removed: run `qemu-img commit` on \
+                     it when the cause is mended",
+                    disk.drive.name(),
+                    disk.overlay
+                ))
+            })?;
+        }
+        Ok(found)
+    }
+
+    /// Merges those that are in use back into the images below.
+    pub fn merge(&mut self, caller: &mut Caller, chains: &Chains) -> Result<()> {
+        let mut in_use = self
+            .disks
+            .iter()
+            .filter_map(|disk| Some((disk, place(disk, chains)?)))
+            .collect::<Vec<_>>();
+        if let Some((disk, _)) = in_use.iter().find(|(_, (depth, _))| *depth > 0) {
+            fail!(
+                OperationFailed,
+                "disk '{}' has another image on top of '{}' by now (somebody took a snapshot \
+                 meanwhile): the overlays {} stay in use, and must not be removed",
+                disk.drive.name(),
+                disk.overlay,
+                self.paths()
+            );
+        }
+        let merged = in_use.drain(..).try_for_each(|(disk, _)| merge(disk, caller));
+        merged.map_err(|error| {
+            error.and(format!(
+                "the domain goes on with the overlays {}, which must not be removed: merge them \
+                 with `virsh blockcommit DOMAIN DISK --shallow --active --pivot` when the cause is \
+                 mended",
+                self.paths()
+            ))
+        })
+    }
+
+    /// The same for a domain that does not run.
+    pub fn merge_offline(&mut self) -> Result<()> {
+        for (disk, file) in self.made() {
+            if !Path::new(&disk.overlay).exists() {
+                continue;
+            }
+            commit(disk, file).map_err(|error| {
+                Error::new(
+                    error.code,
+                    format!(
+                        "the domain has ended, and what the guest wrote after the instant is in \
+                         {}, which could not be merged and must not be removed ({}): run `qemu-img \
+                         commit` on each when the cause is mended, and put the domain's definition \
+                         back, before it is started again",
+                        self.paths(),
+                        error.message
+                    ),
+                )
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Takes everything out of those that were formatted for the snapshot. They are not in use.
+    pub fn empty(&self) -> Result<()> {
+        for (disk, file) in self.made().filter(|(_, file)| file.is_new()) {
+            let step = format!("cannot empty '{}' of disk '{}'", disk.overlay, disk.drive.name());
+            if sys::is_locked(file.file(), sys::IMAGE_LOCKS) {
+                fail!(OperationFailed, "{step}: it is in use");
+            }
+            if !file.is_device() {
+                file.file().set_len(0).map_err(|error| Error::system(&step, error))?;
+            }
+            format(disk, file)?;
+        }
+        Ok(())
+    }
+
+    /// A domain's definition with the images below in the overlays' place, as it named them
+    /// `before`; `None` where it names no overlay.
+    pub fn without(&self, domain_xml: &str, before: &str) -> Result<Option<String>> {
+        let chains = drives::chains(domain_xml)?;
+        let named = |disk: &&DiskPlan| place(disk, &chains).is_some_and(|(depth, _)| depth == 0);
+        let before = Domain::parse(before)?;
+        let source = |disk| {
+            let DiskPlan { drive, overlay, .. }: &DiskPlan = disk;
+            let storage =
+                before.storage(drive.name()).filter(|storage| storage.name() != Some(overlay));
+            let storage = storage.unwrap_or_else(|| Storage::at(&drive.file));
+            Source { target: drive.name(), storage, format: &drive.format }
+        };
+        let sources: Vec<_> = self.disks.iter().filter(named).map(source).collect();
+        if sources.is_empty() {
+            return Ok(None);
+        }
+        Domain::parse(domain_xml)?.with_sources(&sources).map(Some)
+    }
+
+    /// Removes those that we made, and empties those that were empty. They are not in use.
+    pub fn discard(&mut self) -> Result<()> {
+        while let (Some(file), Some(disk)) =
+            (self.made.last(), self.disks.iter().take(self.made.len()).next_back())
+        {
+            file.discard().map_err(|error| {
+                Error::system(format!("cannot discard '{}'", disk.overlay), error)
+            })?;
+            self.made.pop();
+        }
+        Ok(())
+    }
+
+    /// Their paths, for a message.
+    pub fn paths(&self) -> String {
+        let of_disk =
+            |disk: &DiskPlan| format!("'{}' of disk '{}'", disk.overlay, disk.drive.name());
+        self.disks.iter().map(of_disk).collect::<Vec<_>>().join(", ")
+    }
+}
+
+/// How deep a disk's overlay is in its chain, and what is below it.
+fn place<'a>(disk: &DiskPlan, chains: &'a Chains) -> Option<(usize, Option<&'a str>)> {
+    let (_, chain) = chains.iter().find(|(target, _)| target == disk.drive.name())?;
+    let depth = chain.iter().position(|image| *image == disk.overlay)?;
+    Some((depth, chain.get(depth + 1).map(String::as_str)))
+}
+
+fn create(disk: &DiskPlan, beforehand: Beforehand, owner: Option<&Path>) -> Result<OverlayFile> {
+    let file = OverlayFile::open(disk, beforehand)?;
+    if !file.is_new() {
+        return Ok(file);
+    }
+    let owner =
+        owner.filter(|_| !disk.drive.file.starts_with('/') && matches!(file, OverlayFile::Made(_)));
+    let given = owner.map_or(Ok(()), |owner| sys::give_to_owner_of(owner, file.file()));
+    let given = given.map_err(|error| {
+        Error::system(format!("cannot set the owner of '{}'", disk.overlay), error)
+    });
+    match given.and_then(|()| format(disk, &file)) {
+        Ok(()) => Ok(file),
+        Err(error) => {
+            let _ = file.discard();
+            Err(error)
+        }
+    }
+}
+
+fn format(disk: &DiskPlan, file: &OverlayFile) -> Result<()> {
+    let (drive, path) = (&disk.drive, &disk.overlay);
+    let step = format!("cannot create external snapshot file '{path}' of disk '{}'", drive.name());
+    file.format(&drive.file, &drive.format, drive.size)
+        .map_err(|reason| Error::new(Code::OperationFailed, format!("{step}: {reason}")))?;
+    file.sync(path).map_err(|error| Error::system(&step, error))
+}
+
+/// Merges an overlay that no QEMU has open.
+fn commit(disk: &DiskPlan, file: &OverlayFile) -> Result<()> {
+    overlay_file::commit(file.file(), &disk.drive.file, &disk.drive.format)
+}
+
+fn merge(disk: &DiskPlan, caller: &mut Caller) -> Result<()> {
+    let target = disk.drive.name().to_owned();
+    let step = format!("cannot merge '{}' back into '{}'", disk.overlay, disk.drive.file);
+    let started = caller.call(Deadline::after(PATIENCE), Again::Never, {
+        let target = target.clone();
+        move |domain| {
+            domain.block_commit(&target, None, None, block::COMMIT_ACTIVE | block::COMMIT_SHALLOW)
+        }
+    });
+    started.map_err(|trouble| trouble.into_error(&step))?;
+    let mut seen = None;
+    let mut deadline = Deadline::after(STALLED);
+    let mut nap = Duration::from_micros(500);
+    loop {
+        let (xml, job) = caller
+            .call(Deadline::after(PATIENCE), Again::Harmless, {
+                let target = target.clone();
+                move |domain| Ok((domain.xml(0)?, domain.block_job(&target)?))
+            })
+            .map_err(|trouble| trouble.into_error(&step))?;
+        if drives::ready_jobs(&xml)?.contains(&target) {
+            break;
+        }
+        let Some(progress) = job else {
+            fail!(OperationFailed, "{step}: the block job has failed")
+        };
+        if seen != Some(progress) {
+            seen = Some(progress);
+            deadline = Deadline::after(STALLED);
+        } else if deadline.left().is_none() {
+            fail!(OperationTimeout, "{step}: it makes no progress");
+        }
+        sleep(nap);
+        nap = (nap * 2).min(Duration::from_millis(20));
+    }
+    caller
+        .call(Deadline::after(PATIENCE), Again::Never, move |domain| {
+            domain.block_job_abort(&target, block::ABORT_PIVOT)
+        })
+        .map_err(|trouble| trouble.into_error(&step))
+}

@@ -1,0 +1,589 @@
+//! What deleting snapshots makes of their images: a plan, made of nothing but what is known of
+//! them.
+//!
+//! * An image is *needed* if the domain is on it, or a snapshot that stays, or if it is below such
+//!   an image.
+//! * What was written by a snapshot that goes is removed if it is not needed: overlays only, never
+//!   the image that the user made.
+//! * The image of a snapshot that goes, if it is needed, takes in the overlay above it, so that
+//!   chains do not grow: but only if that overlay is its only one, and no snapshot that stays is on
+//!   the image, and the domain neither. Otherwise both stay. More space would be had by copying;
+//!   nothing is lost by not.
+//! * An overlay that a snapshot names, and that neither the domain nor another snapshot refers to
+//!   any more, is a *stray*: a revert removes what it leaves, so a stray can be the newest data of
+//!   a disk that was taken out of the domain. It is never removed, nor what is below it.
+//!
+//! A file is taken for an overlay of ours if it is an overlay of a snapshot's image, or an overlay
+//! that is called as our reverts call theirs. In doubt a file stays.
+
+use std::collections::BTreeSet;
+
+use crate::backend::images::{self, Graph, Id};
+
+/// A disk of a snapshot that was switched to an overlay.
+#[derive(Clone, Debug)]
+pub struct Switched {
+    /// Its target.
+    pub target: String,
+    /// The image that was frozen.
+    pub image: Option<Id>,
+}
+
+/// A snapshot.
+#[derive(Clone, Debug, Default)]
+pub struct Snapshot {
+    /// The disks that were switched.
+    pub switched: Vec<Switched>,
+    /// All images that it needs.
+    pub images: Vec<Id>,
+    /// All overlays that it names, with the disks' targets.
+    pub overlays: Vec<(String, Id)>,
+    /// Its images must not change their names: something of it is inside of them, or not known.
+    pub fixed: bool,
+}
+
+/// All that is known.
+#[derive(Debug, Default)]
+pub struct World {
+    pub graph: Graph,
+    /// What goes.
+    pub doomed: Vec<Snapshot>,
+    /// What stays.
+    pub kept: Vec<Snapshot>,
+    /// The images that the running domain is on, by target; none where it is shut off.
+    pub live: Vec<(String, Id)>,
+    /// The images that it is on at its next start.
+    pub config: Vec<(String, Id)>,
+    /// Images that snapshots froze which were deleted, and which stayed because others needed them.
+    pub former: BTreeSet<Id>,
+    /// It was begun before, and cut short.
+    pub begun: bool,
+}
+
+/// Images that become one: a base, and the overlays above it, from the bottom up, that it takes in.
+#[derive(Clone, Debug)]
+pub struct Merge {
+    pub base: Id,
+    pub overlays: Vec<Id>,
+}
+
+/// What is to be done.
+#[derive(Debug, Default)]
+pub struct Plan {
+    pub merges: Vec<Merge>,
+    /// Files that nobody needs when it is done.
+    pub removed: BTreeSet<Id>,
+    /// [`World::former`] afterwards.
+    pub former: BTreeSet<Id>,
+}
+
+/// Why nothing can be done.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Obstacle {
+    /// An overlay that nothing refers to can hold what was written to a disk last.
+    Stray { target: String, overlay: Id },
+    /// The domain has no disk that stands on the images of this disk of a snapshot any more, and
+    /// they would be removed.
+    Detached { target: String, image: Id },
+}
+
+impl World {
+    /// Which images become one, and which go.
+    pub fn plan(&self) -> Result<Plan, Obstacle> {
+        let graph = &self.graph;
+        let live: Vec<Id> = self.live.iter().map(|(_, image)| image.clone()).collect();
+        let in_use: Vec<Id> =
+            live.iter().chain(self.config.iter().map(|(_, image)| image)).cloned().collect();
+        let pinned: BTreeSet<Id> =
+            self.kept.iter().flat_map(|kept| kept.images.iter().cloned()).collect();
+        let anchored = graph.with_all_below(in_use.iter().chain(&pinned));
+        let images: BTreeSet<Id> =
+            self.doomed.iter().flat_map(Snapshot::frozen).chain(&self.former).cloned().collect();
+        // What a snapshot froze is not a disk's newest data, whichever snapshot before it names it.
+        let frozen = graph.with_all_below(&images);
+        let is_stray = |overlay: &Id| {
+            graph.get(overlay).is_some() && !anchored.contains(overlay) && !frozen.contains(overlay)
+        };
+        let strays = self.kept.iter().flat_map(|kept| &kept.overlays).map(|(_, overlay)| overlay);
+        let needed = &anchored | &graph.with_all_below(strays.filter(|overlay| is_stray(overlay)));
+
+        for (target, overlay) in self.doomed.iter().flat_map(|doomed| &doomed.overlays) {
+            if is_stray(overlay)
+                && !needed.contains(overlay)
+                && !self.was_merged(overlay, &images, |image| {
+                    in_use.contains(image) || pinned.contains(image)
+                })
+            {
+                return Err(Obstacle::Stray { target: target.clone(), overlay: overlay.clone() });
+            }
+        }
+        let overlays = self
+            .doomed
+            .iter()
+            .flat_map(|doomed| doomed.overlays.iter().map(|(_, overlay)| overlay.clone()));
+        let written = frozen.iter().cloned().chain(overlays);
+        let removed: BTreeSet<Id> =
+            written.filter(|image| !needed.contains(image) && self.is_overlay(image)).collect();
+        self.check_attached(&removed)?;
+
+        let fixed: BTreeSet<Id> = self
+            .kept
+            .iter()
+            .filter(|kept| kept.fixed)
+            .flat_map(|kept| kept.images.iter().cloned())
+            .collect();
+        let differs =
+            |image: &Id| in_use.contains(image) && !live.is_empty() && !live.contains(image);
+        // The one overlay that an image can take in.
+        let taken_in = |image: &Id| -> Option<Id> {
+            if !images.contains(image)
+                || !needed.contains(image)
+                || pinned.contains(image)
+                || in_use.contains(image)
+            {
+                return None;
+            }
+            let mut overlays = graph.overlays(image).filter(|overlay| !removed.contains(*overlay));
+            let (overlay, None) = (overlays.next()?, overlays.next()) else { return None };
+            let whole = anchored.contains(overlay) && !fixed.contains(overlay) && !differs(overlay);
+            (whole && self.is_overlay(overlay)).then(|| overlay.clone())
+        };
+        let uppers: BTreeSet<Id> = images.iter().filter_map(taken_in).collect();
+        let bases = images.iter().filter(|image| !uppers.contains(*image));
+        let merges: Vec<Merge> = bases
+            .map(|base| Merge {
+                base: base.clone(),
+                overlays: std::iter::successors(taken_in(base), taken_in).collect(),
+            })
+            .filter(|merge| !merge.overlays.is_empty())
+            .collect();
+        // An image that took in one that others stand on takes its place.
+        let merged: BTreeSet<&Id> = merges.iter().flat_map(|merge| &merge.overlays).collect();
+        let took_in = |base: &Id| {
+            merges.iter().find(|merge| merge.base == *base).map(|merge| &merge.overlays)
+        };
+        let is_former = |image: &&Id| match took_in(image) {
+            Some(overlays) => overlays.last().is_some_and(|top| images.contains(top)),
+            None => {
+                graph.overlays(image).next().is_some()
+                    && !removed.contains(*image)
+                    && !merged.contains(image)
+            }
+        };
+        let former = images.iter().filter(is_former).cloned().collect();
+        Ok(Plan { merges, removed, former })
+    }
+
+    /// Whether an image was made by a snapshot or a revert. A record that names it would not do: it
+    /// can be wrong, or be meant to have another file removed.
+    pub fn is_overlay(&self, image: &Id) -> bool {
+        let Some(backing) = self.graph.get(image).and_then(|image| image.backing.as_ref()) else {
+            return false;
+        };
+        images::is_of_revert(image) || self.is_frozen(backing)
+    }
+
+    /// Whether a snapshot froze this image.
+    fn is_frozen(&self, image: &Id) -> bool {
+        self.former.contains(image)
+            || self
+                .doomed
+                .iter()
+                .chain(&self.kept)
+                .flat_map(Snapshot::frozen)
+                .any(|frozen| frozen == image)
+    }
+
+    /// Whether an overlay was merged by a delete that was cut short: the domain or a snapshot is on
+    /// the image below that took it in.
+    fn was_merged(
+        &self,
+        overlay: &Id,
+        images: &BTreeSet<Id>,
+        is_used: impl Fn(&Id) -> bool,
+    ) -> bool {
+        self.begun
+            && self
+                .graph
+                .chain(overlay)
+                .skip(1)
+                .any(|below| images.contains(below) && is_used(below))
+    }
+
+    /// Of a disk that the domain does not have, nothing goes: not even what a snapshot froze, which
+    /// others may have made the disk's newest image since.
+    fn check_attached(&self, removed: &BTreeSet<Id>) -> Result<(), Obstacle> {
+        for switched in self.doomed.iter().flat_map(|doomed| &doomed.switched) {
+            let Some(image) = switched.image.as_ref().filter(|image| removed.contains(*image))
+            else {
+                continue;
+            };
+            let lineage: BTreeSet<&Id> = self.graph.chain(image).collect();
+            let stands_on_it = |(target, top): &(String, Id)| {
+                let mut common = self.graph.chain(top).filter(|layer| lineage.contains(layer));
+                common.any(|layer| *target == switched.target || self.is_frozen(layer))
+            };
+            if !self.live.iter().chain(&self.config).any(stands_on_it) {
+                return Err(Obstacle::Detached {
+                    target: switched.target.clone(),
+                    image: image.clone(),
+                });
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Snapshot {
+    /// The images that it froze.
+    pub fn frozen(&self) -> impl Iterator<Item = &Id> {
+        self.switched.iter().filter_map(|switched| switched.image.as_ref())
+    }
+}
+
+impl Plan {
+    /// The overlays that are removed, once they are merged or without that.
+    pub fn goes(&self) -> impl Iterator<Item = &Id> {
+        self.merges.iter().flat_map(|merge| &merge.overlays).chain(&self.removed)
+    }
+
+    /// All images that are changed or removed.
+    pub fn touched(&self, graph: &Graph) -> BTreeSet<Id> {
+        let mut touched = self.removed.clone();
+        for merge in &self.merges {
+            touched.insert(merge.base.clone());
+            touched.extend(merge.overlays.iter().cloned());
+            // These are put on the base.
+            touched.extend(
+                merge.overlays.last().into_iter().flat_map(|top| graph.overlays(top)).cloned(),
+            );
+        }
+        touched
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use super::*;
+
+    /// Numbers that differ, always the same ones for a seed.
+    struct Random(u64);
+
+    impl Random {
+        fn below(&mut self, limit: usize) -> usize {
+            self.0 ^= self.0 << 13;
+            self.0 ^= self.0 >> 7;
+            self.0 ^= self.0 << 17;
+            (self.0 % limit as u64) as usize
+        }
+    }
+
+    type Content = BTreeMap<usize, u32>;
+
+    #[derive(Debug, Default)]
+    struct File {
+        backing: Option<Id>,
+        data: Content,
+    }
+
+    #[derive(Clone, Debug)]
+    struct Taken {
+        name: usize,
+        parent: Option<usize>,
+        /// Target, image, overlay.
+        disks: Vec<(String, Id, Id)>,
+        /// Overlays that it named before it was reverted to.
+        left: Vec<(String, Id)>,
+        contents: Vec<Content>,
+    }
+
+    /// A domain, what it and others do, and what must be in its images.
+    #[derive(Debug, Default)]
+    struct Simulated {
+        files: BTreeMap<Id, File>,
+        attached: Vec<(String, Id)>,
+        /// Disks that were taken out, with what is in them.
+        detached: Vec<(String, Id, Content)>,
+        taken: Vec<Taken>,
+        current: Option<usize>,
+        former: BTreeSet<Id>,
+        number: u32,
+    }
+
+    impl Simulated {
+        fn content(&self, top: &Id) -> Content {
+            let file = self.files.get(top).unwrap_or_else(|| panic!("{} is gone", top.display()));
+            let mut content =
+                file.backing.as_ref().map(|below| self.content(below)).unwrap_or_default();
+            content.extend(file.data.clone());
+            content
+        }
+
+        fn next(&mut self) -> u32 {
+            self.number += 1;
+            self.number
+        }
+
+        fn create(&mut self, name: String, backing: Option<&Id>) -> Id {
+            let id = Id::from(name);
+            self.files.insert(id.clone(), File { backing: backing.cloned(), data: Content::new() });
+            id
+        }
+
+        fn write(&mut self, random: &mut Random) {
+            for (_, top) in self.attached.clone() {
+                let (block, value) = (random.below(6), self.next());
+                self.files.get_mut(&top).unwrap().data.insert(block, value);
+            }
+        }
+
+        fn snapshot(&mut self) {
+            let name = self.next() as usize;
+            let (mut disks, mut contents) = (Vec::new(), Vec::new());
+            for (target, image) in std::mem::take(&mut self.attached) {
+                contents.push(self.content(&image));
+                let overlay = self.create(format!("/{target}.{name}"), Some(&image));
+                disks.push((target.clone(), image, overlay.clone()));
+                self.attached.push((target, overlay));
+            }
+            self.taken.push(Taken { name, parent: self.current, disks, left: vec![], contents });
+            self.current = Some(name);
+        }
+
+        /// As [`super::super::revert`] does it.
+        fn revert(&mut self, place: usize) {
+            let mut to = self.taken[place].clone();
+            let mut left = std::mem::take(&mut self.attached);
+            for (target, image, overlay) in &mut to.disks {
+                to.left.push((target.clone(), overlay.clone()));
+                let number = self.next();
+                *overlay =
+                    self.create(format!("/{target}.{}-{number:06}.revert", to.name), Some(image));
+                self.attached.push((target.clone(), overlay.clone()));
+            }
+            self.taken[place] = to.clone();
+            // What it brings back, the domain had then: a disk that was put in since is taken out.
+            left.retain(|(target, top)| {
+                let again = to.disks.iter().find(|(disk, ..)| disk == target);
+                let below: Vec<Id> =
+                    again.map(|(_, image, _)| self.chain(image)).unwrap_or_default();
+                !self.chain(top).iter().any(|layer| below.contains(layer))
+            });
+            for (target, top) in left {
+                let content = self.content(&top);
+                self.detached.push((target, top, content));
+            }
+            self.remove_garbage();
+            self.current = Some(to.name);
+        }
+
+        fn chain(&self, top: &Id) -> Vec<Id> {
+            std::iter::successors(Some(top.clone()), |id| self.files[id].backing.clone()).collect()
+        }
+
+        /// What a revert leaves.
+        fn remove_garbage(&mut self) {
+            let taken = self
+                .taken
+                .iter()
+                .flat_map(|taken| taken.disks.iter().map(|(_, image, _)| image.clone()));
+            let tops = self.attached.iter().map(|(_, top)| top.clone());
+            let detached = self.detached.iter().map(|(_, top, _)| top.clone());
+            let needed: BTreeSet<Id> =
+                taken.chain(tops).chain(detached).flat_map(|top| self.chain(&top)).collect();
+            let named = self.taken.iter().flat_map(|taken| {
+                let left = taken.left.iter().map(|(_, left)| left.clone());
+                taken.disks.iter().map(|(.., overlay)| overlay.clone()).chain(left)
+            });
+            let named: Vec<Id> = named.collect();
+            let frozen =
+                self.taken.iter().flat_map(|taken| taken.disks.iter().map(|(_, image, _)| image));
+            let frozen: BTreeSet<Id> = frozen.chain(&self.former).cloned().collect();
+            let is_ours = |id: &Id, file: &File| {
+                let on_frozen = file.backing.as_ref().is_some_and(|below| frozen.contains(below));
+                named.contains(id) || images::is_of_revert(id) || on_frozen
+            };
+            self.files.retain(|id, file| needed.contains(id) || !is_ours(id, file));
+        }
+
+        fn world(&self, doomed: &[usize]) -> World {
+            let snapshot = |taken: &Taken| Snapshot {
+                switched: taken
+                    .disks
+                    .iter()
+                    .map(|(target, image, _)| Switched {
+                        target: target.clone(),
+                        image: Some(image.clone()),
+                    })
+                    .collect(),
+                images: taken.disks.iter().map(|(_, image, _)| image.clone()).collect(),
+                overlays: taken
+                    .disks
+                    .iter()
+                    .map(|(target, _, overlay)| (target.clone(), overlay.clone()))
+                    .chain(taken.left.clone())
+                    .collect(),
+                fixed: taken.disks.is_empty(),
+            };
+            // Others' files are not known.
+            let mut graph = Graph::default();
+            let tops =
+                self.taken.iter().flat_map(|taken| taken.disks.iter().flat_map(|(_, i, o)| [i, o]));
+            let tops = tops
+                .chain(self.taken.iter().flat_map(|taken| taken.left.iter().map(|(_, left)| left)));
+            for top in tops
+                .chain(self.attached.iter().map(|(_, top)| top))
+                .filter(|top| self.files.contains_key(*top))
+            {
+                for layer in self.chain(top) {
+                    graph.insert(&layer, self.files[&layer].backing.as_ref());
+                }
+            }
+            let part = |doom: bool| {
+                let taken =
+                    self.taken.iter().filter(move |taken| doomed.contains(&taken.name) == doom);
+                taken.map(snapshot).collect()
+            };
+            World {
+                graph,
+                doomed: part(true),
+                kept: part(false),
+                live: self.attached.clone(),
+                config: self.attached.clone(),
+                former: self.former.clone(),
+                begun: false,
+            }
+        }
+
+        fn descendants(&self, name: usize) -> Vec<usize> {
+            let mut found = vec![name];
+            for taken in &self.taken {
+                if taken.parent.is_some_and(|parent| found.contains(&parent)) {
+                    found.push(taken.name);
+                }
+            }
+            found
+        }
+
+        /// As [`super::super::delete`] does it; whether it was done.
+        fn delete(&mut self, doomed: &[usize]) -> bool {
+            let world = self.world(doomed);
+            let plan = match world.plan() {
+                Ok(plan) => plan,
+                Err(obstacle) => {
+                    assert!(!self.detached.is_empty(), "{obstacle:?} {self:#?}");
+                    return false;
+                }
+            };
+            for merge in &plan.merges {
+                let top = merge.overlays.last().unwrap();
+                for overlay in &merge.overlays {
+                    let data = self.files[overlay].data.clone();
+                    self.files.get_mut(&merge.base).unwrap().data.extend(data);
+                }
+                for upper in world.graph.overlays(top) {
+                    self.files.get_mut(upper).unwrap().backing = Some(merge.base.clone());
+                }
+                let moved = |id: &mut Id| {
+                    if merge.overlays.contains(id) {
+                        id.clone_from(&merge.base);
+                    }
+                };
+                self.attached.iter_mut().for_each(|(_, top)| moved(top));
+                let kept = self.taken.iter_mut().filter(|taken| !doomed.contains(&taken.name));
+                kept.flat_map(|taken| &mut taken.disks).for_each(|(_, image, overlay)| {
+                    moved(image);
+                    moved(overlay);
+                });
+                self.files.retain(|id, _| !merge.overlays.contains(id));
+            }
+            self.files.retain(|id, _| !plan.removed.contains(id));
+            self.former = plan.former;
+            for name in doomed {
+                let parent = self.taken.iter().find(|taken| taken.name == *name).unwrap().parent;
+                let orphaned = self.taken.iter_mut().filter(|taken| taken.parent == Some(*name));
+                orphaned.for_each(|taken| taken.parent = parent);
+                self.taken.retain(|taken| taken.name != *name);
+            }
+            if self.taken.is_empty() {
+                // There is no record that could say so.
+                self.former.clear();
+            }
+            true
+        }
+
+        fn check(&self, attached: &[Content]) {
+            for taken in &self.taken {
+                for ((_, image, _), content) in taken.disks.iter().zip(&taken.contents) {
+                    assert_eq!(self.content(image), *content, "snapshot {} {self:#?}", taken.name);
+                }
+            }
+            for ((_, top), content) in self.attached.iter().zip(attached) {
+                assert_eq!(self.content(top), *content, "the domain's {} {self:#?}", top.display());
+            }
+            for (_, top, content) in &self.detached {
+                assert_eq!(self.content(top), *content, "the detached {} {self:#?}", top.display());
+            }
+        }
+    }
+
+    #[test]
+    fn whatever_was_done_no_delete_loses_what_a_snapshot_the_domain_or_a_detached_disk_has() {
+        for seed in 1..160 {
+            let mut random = Random(u64::wrapping_mul(seed, 0x9e37_79b9_7f4a_7c15));
+            let mut domain = Simulated::default();
+            for target in ["vda", "vdb"] {
+                let golden = domain.create(format!("/{target}.golden"), None);
+                let own = domain.create(format!("/{target}.own"), Some(&golden));
+                domain.attached.push((target.into(), own));
+            }
+            for _ in 0..40 {
+                domain.write(&mut random);
+                let attached = |domain: &Simulated| -> Vec<Content> {
+                    domain.attached.iter().map(|(_, top)| domain.content(top)).collect()
+                };
+                let before = attached(&domain);
+                match random.below(10) {
+                    0..=3 => domain.snapshot(),
+                    4 | 5 if !domain.taken.is_empty() => {
+                        let to = random.below(domain.taken.len());
+                        domain.revert(to);
+                        domain.check(&attached(&domain));
+                        continue;
+                    }
+                    6 if seed % 3 == 0 && !domain.attached.is_empty() => {
+                        let (target, top) =
+                            domain.attached.remove(random.below(domain.attached.len()));
+                        let content = domain.content(&top);
+                        domain.detached.push((target, top, content));
+                        continue;
+                    }
+                    7..=9 if !domain.taken.is_empty() => {
+                        let name = domain.taken[random.below(domain.taken.len())].name;
+                        let mut doomed = if random.below(2) == 0 {
+                            vec![name]
+                        } else {
+                            domain.descendants(name)
+                        };
+                        doomed.reverse();
+                        domain.delete(&doomed);
+                    }
+                    _ => {}
+                }
+                domain.check(&before);
+                if domain.taken.is_empty() && seed % 3 != 0 {
+                    assert!(
+                        domain
+                            .attached
+                            .iter()
+                            .all(|(_, top)| top.to_string_lossy().ends_with(".own")),
+                        "{domain:#?}"
+                    );
+                    assert_eq!(domain.files.len(), 4, "{domain:#?}");
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,103 @@
+//! Keeping what is noted down of snapshots true while a delete changes images: what it changes
+//! itself is no change that a revert must refuse. An image that was changed by others before stays
+//! noted as it was.
+
+use std::collections::BTreeSet;
+
+use super::recorded::{Recorded, Tree, noted};
+use crate::backend::images::{self, Id, id};
+use crate::error::Result;
+use crate::libvirt::Domain;
+use crate::model::flags::{CURRENT, REDEFINE};
+use crate::model::{Frozen, Notes};
+
+/// Snapshots that stay, and the disks of each whose images are about to change, and were as they
+/// were noted until now.
+#[derive(Debug)]
+pub struct Renewal(Vec<(String, Disks)>);
+
+type Disks = BTreeSet<String>;
+
+impl Renewal {
+    /// Takes the notes of what is about to be changed out of the records, so that what is cut short
+    /// leaves none that are wrong.
+    pub fn begin(
+        domain: &Domain,
+        tree: &Tree,
+        kept: &[&Recorded],
+        touched: &BTreeSet<Id>,
+    ) -> Result<Renewal> {
+        let mut begun = Vec::new();
+        for snapshot in kept {
+            let disks = unchanged(&snapshot.notes.frozen, touched);
+            if !disks.is_empty() {
+                let frozen = snapshot
+                    .notes
+                    .frozen
+                    .iter()
+                    .filter(|(disk, _)| !disks.contains(disk))
+                    .cloned()
+                    .collect();
+                redefine(domain, tree, snapshot, &Notes { frozen, ..snapshot.notes.clone() })?;
+            }
+            begun.push((snapshot.name.clone(), disks));
+        }
+        Ok(Renewal(begun))
+    }
+
+    /// Notes down how these images are now. `former`: see [`Notes::former`]; `None` leaves that as
+    /// it is.
+    pub fn end(&self, domain: &Domain, former: Option<&BTreeSet<Id>>) -> Result<()> {
+        let tree = Tree::read(domain)?;
+        for (name, disks) in &self.0 {
+            let Ok(snapshot) = tree.get(name) else { continue };
+            let mut notes = snapshot.notes.clone();
+            for (disk, image) in
+                snapshot.external().filter(|(disk, _)| disks.contains(&disk.target))
+            {
+                let Some((file, format)) =
+                    image.and_then(|image| Some((image.file.as_ref()?, &image.format)))
+                else {
+                    continue;
+                };
+                let layers: Vec<String> =
+                    images::chain(file, format)?.into_iter().map(|layer| layer.path).collect();
+                notes.frozen.retain(|(target, _)| *target != disk.target);
+                notes.frozen.extend(
+                    Frozen::of_all(&layers).into_iter().map(|frozen| (disk.target.clone(), frozen)),
+                );
+            }
+            if let Some(former) = former {
+                notes.former =
+                    former.iter().map(|image| image.to_string_lossy().into_owned()).collect();
+            }
+            if notes != snapshot.notes {
+                redefine(domain, &tree, snapshot, &notes)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The disks that have one of these images, and all of whose images are as they were.
+fn unchanged(frozen: &[(String, Frozen)], touched: &BTreeSet<Id>) -> BTreeSet<String> {
+    let named: BTreeSet<&String> = frozen
+        .iter()
+        .filter(|(_, frozen)| touched.contains(&id(&frozen.file)))
+        .map(|(disk, _)| disk)
+        .collect();
+    let whole = |disk: &&String| {
+        frozen.iter().filter(|(of, _)| of == *disk).all(|(_, frozen)| frozen.change().is_none())
+    };
+    named.into_iter().filter(whole).cloned().collect()
+}
+
+fn redefine(domain: &Domain, tree: &Tree, snapshot: &Recorded, notes: &Notes) -> Result<()> {
+    let flags = if tree.is_current(snapshot) { REDEFINE | CURRENT } else { REDEFINE };
+    let step =
+        format!("cannot change what is noted down in the record of snapshot '{}'", snapshot.name);
+    domain
+        .create_snapshot(&noted(snapshot.xml(), notes)?, flags)
+        .map(drop)
+        .map_err(|error| error.into_error(&step))
+}

@@ -1,0 +1,648 @@
+//! Bringing a domain of a stock libvirt back to a snapshot.
+//!
+//! libvirt 9.9 and later can do it for snapshots with a memory image, and do, unless it would do
+//! harm (see [`stock_can`]). Otherwise it is done here: fresh overlays on the snapshot's images,
+//! the running domain ended, its memory restored with its disks on those overlays, its
+//! configuration put on them too, and the snapshot made the current one.
+//!
+//! All that can be checked is checked before the domain is ended. Its configuration changes only
+//! when it runs again: until then it can be started as it was. What the guest wrote since the last
+//! snapshot is lost, as revert means. The overlays that it was written to are removed at the end,
+//! if they were made by a snapshot or a revert, and no snapshot needs them; where that cannot be
+//! told they stay.
+//!
+//! A transient domain would lose the records of its snapshots with its end: it is defined for the
+//! time of the revert, so that they cannot be lost, whatever happens.
+
+use std::collections::BTreeSet;
+use std::ffi::OsStr;
+use std::io::ErrorKind;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use serde_json::Value;
+use tempfile::{NamedTempFile, TempPath};
+
+use super::others::Users;
+use super::reach::Reach;
+use super::recorded::{DiskImage, Recorded, Tree, domain_images, noted};
+use crate::backend::images::{self, Graph, Id, id};
+use crate::backend::{locks, overlay_file};
+use crate::deadline::Deadline;
+use crate::error::{Code, Error, Result, fail};
+use crate::image::{Image, is_other_machine};
+use crate::libvirt::{Connect, Domain, VirError, restore, undefine, xml};
+use crate::model::domain::{Source, Storage};
+use crate::model::flags::revert::{FORCE, PAUSED, RESET_NVRAM, RUNNING};
+use crate::model::generated_name;
+use crate::monitor::json;
+use crate::sys;
+
+/// The first libvirt that reverts to snapshots with a memory image.
+const STOCK_REVERTS: (u64, u64, u64) = (9, 9, 0);
+/// The first libvirt with `VIR_DOMAIN_UNDEFINE_KEEP_TPM`.
+const KEEPS_TPM: (u64, u64, u64) = (8, 9, 0);
+
+/// Reverts a domain that is held.
+pub fn run(reach: &Reach, flags: u32) -> Result<()> {
+    let Reach { snapshot, domain, connect, .. } = reach;
+    let tree = Tree::read(domain)?;
+    let target = tree.get(&snapshot.name())?;
+    let version = reach.version()?;
+    let users = Users::look(connect, domain, &tree.volumes)?;
+    let revert = Revert { connect, domain, version, tree: &tree, target, flags, users: &users };
+    let state = revert.look()?;
+    // Before libvirt's own revert too: it ends the domain first, and looks then.
+    revert.check(&state)?;
+    if version >= STOCK_REVERTS && stock_can(&tree, target, &state.disks, &users) {
+        wait_for_free_names(target);
+        return Ok(snapshot.revert(flags)?);
+    }
+    revert.run(&state)
+}
+
+/// Whether libvirt does it as well, or better.
+pub fn is_libvirts(reach: &Reach) -> Result<bool> {
+    if reach.version()? < STOCK_REVERTS {
+        return Ok(false);
+    }
+    let (tree, domain) = (Tree::read(&reach.domain)?, &reach.domain);
+    let disks = disks_of(domain).map_err(|error| error.into_error("cannot look at the domain"))?;
+    Ok(stock_can(
+        &tree,
+        tree.get(&reach.snapshot.name())?,
+        &disks,
+        &Users::look(&reach.connect, domain, &tree.volumes)?,
+    ))
+}
+
+/// Whether libvirt's own revert, where it has one, works and does no harm:
+///
+/// * it wants all images to be files, also of disks that the snapshot left out, and puts those, a
+///   CD-ROM too, on overlays: what is written to such a disk from then on would be lost at the next
+///   revert;
+/// * it would give a disk that somebody else snapshots today's content;
+/// * without a current snapshot it crashes the daemon;
+/// * it removes the overlays that the current snapshot names, also those that another snapshot
+///   needs, or another guest, and those of disks that the domain does not have any more; of block
+///   devices it does not know how.
+fn stock_can(tree: &Tree, target: &Recorded, disks: &[DiskImage], users: &Users) -> bool {
+    let on_files = target.external().all(|(_, image)| {
+        let file = image.and_then(|image| image.file.as_deref());
+        file.is_some_and(|file| Path::new(file).is_file())
+    });
+    // It looks at all disks that the domain is to have.
+    let is_switched =
+        |image: &DiskImage| target.external().any(|(disk, _)| disk.target == image.target);
+    let on_files = on_files
+        && target.images().filter(|image| image.present).all(|image| {
+            let file = image.file.as_deref();
+            image.kind == "file"
+                && file.is_some_and(|file| Path::new(file).is_file())
+                && is_switched(image)
+        });
+    // Of volumes it has no paths.
+    let on_files = on_files && !target.on_volumes;
+    let manual = target.disks.iter().any(|disk| disk.location == "manual");
+    let Some(current) = tree.current.as_deref().and_then(|current| tree.get(current).ok()) else {
+        return false;
+    };
+    let leaves =
+        if current.revert_disks.is_empty() { &current.disks } else { &current.revert_disks };
+    let removed = leaves
+        .iter()
+        .filter(|disk| disk.location == "external")
+        .filter_map(|disk| disk.overlay.as_deref());
+    let Ok(needed) = needed_by_snapshots(tree) else { return false };
+    let is_on = |overlay: &Id| {
+        disks.iter().filter_map(|disk| disk.file.as_deref()).any(|file| id(file) == *overlay)
+    };
+    let harmed = |overlay: Id| {
+        overlay.exists()
+            && (!overlay.is_file()
+                || needed.contains(&overlay)
+                || !is_on(&overlay)
+                || users.of(&overlay).is_some())
+    };
+    on_files && !manual && !removed.map(id).any(harmed)
+}
+
+/// The disks of the running domain, or at its next start.
+fn disks_of(domain: &Domain) -> std::result::Result<Vec<DiskImage>, VirError> {
+    let xml = domain.xml(if domain.is_active()? { 0 } else { xml::INACTIVE })?;
+    Ok(domain_images(&xml).unwrap_or_default())
+}
+
+/// libvirt calls the overlays that it makes after the second, and refuses where there are some:
+/// after a revert in the same second, for one.
+fn wait_for_free_names(target: &Recorded) {
+    let taken = || {
+        let now =
+            SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs().to_string();
+        let mut files = target.external().filter_map(|(_, image)| image?.file.as_deref());
+        files.any(|file| Path::new(&generated_name(file, &now)).exists())
+    };
+    let deadline = Deadline::after(Duration::from_secs(3));
+    while taken() && deadline.left().is_some() {
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// The images that snapshots are on, with all below.
+fn needed_by_snapshots(tree: &Tree) -> Result<BTreeSet<Id>> {
+    let mut graph = Graph::default();
+    let mut tops = Vec::new();
+    for image in tree.snapshots.iter().flat_map(Recorded::images) {
+        if let Some(file) = &image.file {
+            graph.add(file, &image.format)?;
+            tops.push(id(file));
+        }
+    }
+    Ok(graph.with_all_below(&tops))
+}
+
+struct Revert<'a> {
+    connect: &'a Connect,
+    domain: &'a Domain,
+    version: (u64, u64, u64),
+    tree: &'a Tree,
+    target: &'a Recorded,
+    flags: u32,
+    users: &'a Users,
+}
+
+/// The domain before it is reverted.
+struct State {
+    active: bool,
+    persistent: bool,
+    /// The images that it is on.
+    disks: Vec<DiskImage>,
+}
+
+/// A fresh overlay. The file goes with it, unless it is kept.
+struct Overlay {
+    target: String,
+    path: TempPath,
+    text: String,
+}
+
+impl Revert<'_> {
+    fn look(&self) -> Result<State> {
+        let refused = |error: VirError| {
+            error.into_error(&format!("cannot revert to snapshot '{}'", self.target.name))
+        };
+        let active = self.domain.is_active().map_err(refused)?;
+        let persistent = self.domain.is_persistent().map_err(refused)?;
+        let xml = self.domain.xml(if active { 0 } else { xml::INACTIVE }).map_err(refused)?;
+        Ok(State { active, persistent, disks: domain_images(&xml)? })
+    }
+
+    fn run(&self, state: &State) -> Result<()> {
+        let State { active, persistent, disks } = state;
+        let overlays = self.create_overlays(*active)?;
+        let sources: Vec<Source> = overlays.iter().map(Overlay::source).collect();
+        let domain_xml = self.target.domain_on(&sources)?;
+        let config = self.target.config_on(&sources)?;
+        let record = noted(&self.target.with_overlays(&sources)?, &self.target.notes_afterwards())?;
+
+        if *active {
+            self.end_domain(*persistent)?;
+        }
+        self.restore(&domain_xml).map_err(|error| self.failed(error, *active, *persistent))?;
+        let mut paths = Vec::new();
+        for overlay in overlays {
+            // The domain runs on it.
+            paths.push(
+                overlay
+                    .path
+                    .keep()
+                    .map_err(|error| Error::system("cannot keep an overlay", error.error))?,
+            );
+        }
+        self.settle(&config, &record, *persistent)?;
+        self.remove_left(disks, &paths);
+        Ok(())
+    }
+
+    /// Everything that can be checked before the domain is ended.
+    fn check(&self, state: &State) -> Result<()> {
+        let name = &self.target.name;
+        for (disk, image) in self.target.external() {
+            let Some(file) = image.and_then(|image| image.file.as_deref()) else {
+                fail!(
+                    ConfigUnsupported,
+                    "cannot revert to snapshot '{name}': the image of disk '{}' is not on local \
+                     storage",
+                    disk.target
+                );
+            };
+            if images::is_of_server(file) {
+                continue;
+            }
+            if !Path::new(file).exists() {
+                fail!(
+                    InvalidDomainSnapshot,
+                    "cannot revert to snapshot '{name}': the image '{file}' of disk '{}' is \
+                     missing",
+                    disk.target
+                );
+            }
+            // The domain's own QEMU is ended for the revert.
+            let own = state.active
+                && state
+                    .disks
+                    .iter()
+                    .filter_map(|disk| disk.file.as_deref())
+                    .any(|own| id(own) == id(file));
+            if !own && locks::is_written(Path::new(file)) {
+                fail!(
+                    OperationInvalid,
+                    "cannot revert to snapshot '{name}': another QEMU writes to the image '{file}' \
+                     of disk '{}': end that guest; the domain was left as it is",
+                    disk.target
+                );
+            }
+        }
+        if let Some(disk) = self.target.disks.iter().find(|disk| disk.location == "manual")
+            && self.flags & FORCE == 0
+        {
+            fail!(
+                ConfigUnsupported,
+                "cannot revert to snapshot '{name}': disk '{}' was snapshotted by other means: \
+                 bring it back by them, then revert with VIR_DOMAIN_SNAPSHOT_REVERT_FORCE",
+                disk.target
+            );
+        }
+        self.check_not_half_deleted()?;
+        if self.flags & FORCE == 0 {
+            self.check_frozen()?;
+        }
+        self.check_memory()?;
+        if self
+            .domain
+            .has_managed_save()
+            .map_err(|error| error.into_error("cannot look at the domain"))?
+        {
+            fail!(
+                OperationInvalid,
+                "cannot revert to snapshot '{name}': the domain has a managed save image, which \
+                 would be resumed on other disks at its next start: start the domain, or remove \
+                 the image (virsh managedsave-remove)"
+            );
+        }
+        for disk in state.disks.iter().filter(|disk| state.active && disk.present) {
+            let job = self.domain.block_job(&disk.target);
+            if job
+                .map_err(|error| error.into_error("cannot look at the domain's block jobs"))?
+                .is_some()
+            {
+                fail!(
+                    OperationInvalid,
+                    "cannot revert to snapshot '{name}': disk '{}' has an active block job: wait \
+                     for it, or abort it (virsh blockjob)",
+                    disk.target
+                );
+            }
+        }
+        Ok(())
+    }
+
+    /// Images that were written or replaced since the snapshot are newer than its memory.
+    fn check_frozen(&self) -> Result<()> {
+        for (disk, image) in self.target.external() {
+            let mut layers = self
+                .target
+                .notes
+                .frozen
+                .iter()
+                .filter(|(target, _)| *target == disk.target)
+                .peekable();
+            // Where libvirt has changed the record itself, to delete another snapshot, the notes
+            // are not of these images.
+            let noted = layers.peek().map(|(_, top)| id(&top.file));
+            if noted.is_some() && noted == image.and_then(|image| image.file.as_deref()).map(id) {
+                layers.try_for_each(|(target, frozen)| frozen.check(target, &self.target.name))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// A snapshot that was being deleted has no overlays any more: its domain would write to images
+    /// that others are on.
+    fn check_not_half_deleted(&self) -> Result<()> {
+        let others = || self.tree.snapshots.iter().filter(|other| other.name != self.target.name);
+        let mut graph = Graph::default();
+        let mut tops = Vec::new();
+        for image in others().flat_map(Recorded::external).filter_map(|(_, image)| image) {
+            if let Some(file) = &image.file {
+                graph.add(file, &image.format)?;
+                tops.push(id(file));
+            }
+        }
+        let needed = graph.with_all_below(&tops);
+        let has_overlay =
+            |image: &DiskImage| self.target.external().any(|(disk, _)| disk.target == image.target);
+        let written =
+            self.target.images.iter().filter(|image| !image.read_only && !has_overlay(image));
+        for file in written.filter_map(|image| image.file.as_deref()) {
+            if needed.contains(&id(file)) {
+                fail!(
+                    InvalidDomainSnapshot,
+                    "cannot revert to snapshot '{}': the domain would write to the image '{file}', \
+                     which other snapshots are on (was the snapshot being deleted? Delete it \
+                     again)",
+                    self.target.name
+                );
+            }
+        }
+        Ok(())
+    }
+
+    /// What we may not read, and what is compressed, libvirt itself looks at.
+    fn check_memory(&self) -> Result<()> {
+        let memory = self.memory();
+        let useless = |what: &str| {
+            let message = format!(
+                "cannot revert to snapshot '{}': its memory image '{memory}' {what}; the domain \
+                 was left as it is",
+                self.target.name
+            );
+            Error::new(Code::InvalidDomainSnapshot, message)
+        };
+        match sys::open_file(Path::new(memory)) {
+            Ok(file) => {
+                let noted = Image::look(&file).map_err(|what| useless(&what))?;
+                let wanted = self.target.machine()?;
+                if let (Some(noted), Some(wanted)) = (noted, wanted)
+                    && is_other_machine(&wanted, &noted)
+                {
+                    let what = format!(
+                        "is of a machine of type '{noted}', and the snapshot's domain has the type \
+                         '{wanted}'"
+                    );
+                    return Err(useless(&what));
+                }
+            }
+            Err(error) if error.kind() == ErrorKind::NotFound => return Err(useless("is missing")),
+            Err(_) => {}
+        }
+        let header = self.connect.saved_xml(memory, 0).map(drop);
+        header.map_err(|error| useless(&format!("cannot be used ({})", error.message)))
+    }
+
+    fn memory(&self) -> &str {
+        self.target.memory.as_deref().unwrap_or_default()
+    }
+
+    fn create_overlays(&self, active: bool) -> Result<Vec<Overlay>> {
+        let images = self.target.external().filter_map(|(disk, image)| Some((disk, image?)));
+        images
+            .map(|(disk, image)| {
+                let file = image.file.as_deref().unwrap_or_default();
+                let fresh =
+                    fresh_file(Path::new(file), disk.overlay.as_deref(), &self.target.name)?;
+                if images::server_of(file, &image.format).is_some() {
+                    let size = self.size_of(file, &image.format, active)?;
+                    let made = overlay_file::format(fresh.as_file(), file, &image.format, size);
+                    made.map_err(|reason| {
+                        Error::new(
+                            Code::OperationFailed,
+                            format!("cannot create an overlay of '{file}': {reason}"),
+                        )
+                    })?;
+                } else {
+                    overlay_file::create_on(fresh.as_file(), file, &image.format)?;
+                }
+                // The domain's definition will name it, and is on disk when libvirt says so.
+                fresh.as_file().sync_all().and_then(|()| sys::sync_parent(fresh.path())).map_err(
+                    |error| {
+                        Error::system(format!("cannot write '{}'", fresh.path().display()), error)
+                    },
+                )?;
+                let path = fresh.into_temp_path();
+                let text = path.to_str().map(str::to_owned);
+                let text = text.ok_or_else(|| {
+                    Error::new(
+                        Code::SystemError,
+                        format!("the path of the new image {path:?} is not UTF-8"),
+                    )
+                })?;
+                Ok(Overlay { target: disk.target.clone(), path, text })
+            })
+            .collect()
+    }
+
+    /// The size of a server's image, or of an overlay on one. The domain's QEMU is asked first: it
+    /// can be the only one that the server lets in.
+    fn size_of(&self, name: &str, format: &str, active: bool) -> Result<u64> {
+        let overlay = if images::is_of_server(name) { None } else { images::Header::at(name) };
+        if let Some(header) = overlay {
+            return Ok(header.size);
+        }
+        let blocks = r#"{"execute":"query-block"}"#;
+        let told = active.then(|| self.domain.monitor_command(blocks, None).ok()).flatten();
+        let told = told.and_then(|reply| json::parse(reply.as_bytes()).ok());
+        let size = told.and_then(|reply| {
+            let mut blocks = reply["return"].as_array()?.iter();
+            blocks.find_map(|block| size_in_chain(&block["inserted"]["image"], name))
+        });
+        size.map_or_else(|| images::size_on_server(name, format), Ok)
+    }
+
+    /// From here on there is no way back to what the guest was doing.
+    fn end_domain(&self, persistent: bool) -> Result<()> {
+        let step = format!("cannot end the domain to revert it to snapshot '{}'", self.target.name);
+        let ended = (|| {
+            if !persistent {
+                let xml = self.domain.xml(xml::INACTIVE | xml::SECURE)?;
+                self.connect.define(&xml, 0)?;
+            }
+            self.domain.destroy()
+        })();
+        ended.map_err(|error: VirError| {
+            if !persistent {
+                let _ = self.undefine();
+            }
+            error.into_error(&step)
+        })
+    }
+
+    fn restore(&self, domain_xml: &str) -> std::result::Result<(), VirError> {
+        let state = match (self.flags & (RUNNING | PAUSED), self.target.state.as_str()) {
+            (RUNNING, _) => restore::RUNNING,
+            (PAUSED, _) | (_, "paused") => restore::PAUSED,
+            _ => restore::RUNNING,
+        };
+        let nvram = if self.flags & RESET_NVRAM != 0 { restore::RESET_NVRAM } else { 0 };
+        self.connect.restore(self.memory(), Some(domain_xml), state | nvram)
+    }
+
+    /// What the caller must know when the memory could not be restored.
+    fn failed(&self, error: VirError, was_active: bool, persistent: bool) -> Error {
+        let domain = self.domain.name().unwrap_or_default();
+        let step = format!(
+            "cannot restore the memory image '{}' of snapshot '{}' of domain '{domain}'",
+            self.memory(),
+            self.target.name
+        );
+        let mut error = error.into_error(&step);
+        if was_active {
+            error =
+                error.and("the domain was ended for it and is shut off, on the disks that it had");
+        }
+        if was_active && !persistent {
+            error = error
+                .and("it was transient and is defined now, so that its snapshots are not lost");
+        }
+        error.and(format!("it can be started as it was: virsh start '{domain}'"))
+    }
+
+    /// The domain runs again; what libvirt has recorded of it follows.
+    fn settle(&self, config: &str, record: &str, persistent: bool) -> Result<()> {
+        let (name, domain) = (&self.target.name, self.domain.name().unwrap_or_default());
+        let runs = format!("the domain was reverted to snapshot '{name}' and runs");
+        if persistent {
+            self.connect.define(config, 0).map_err(|error| {
+                error.into_error(&format!("{runs}, but its configuration, which is still on the old disks, cannot be changed")).and(
+                    format!("mend it before its next start: virsh dumpxml --inactive --migratable '{domain}' > FILE; virsh define FILE"),
+                )
+            })?;
+        }
+        self.domain.create_snapshot(record, CURRENT_AGAIN).map_err(|error| {
+            error
+                .into_error(&format!("{runs}, but it cannot be made the current snapshot"))
+                .and(format!("mend it: virsh snapshot-current '{domain}' --snapshotname '{name}'"))
+        })?;
+        if !persistent {
+            self.undefine().map_err(|error| {
+                error
+                    .into_error(&format!("{runs}, but was transient and stays defined"))
+                    .and(format!("mend it: virsh undefine '{domain}' --keep-nvram"))
+            })?;
+        }
+        Ok(())
+    }
+
+    fn undefine(&self) -> std::result::Result<(), VirError> {
+        let tpm = if self.version >= KEEPS_TPM { undefine::KEEP_TPM } else { 0 };
+        self.domain.undefine(undefine::KEEP_NVRAM | tpm)
+    }
+
+    /// Removes the overlays that the domain was on, where that is safe: those of disks that were
+    /// brought back, and that nothing else needs. They are garbage at worst, so nothing of it is an
+    /// error.
+    fn remove_left(&self, left: &[DiskImage], fresh: &[PathBuf]) {
+        let Ok(mut needed) = needed_by_snapshots(self.tree) else { return };
+        needed.extend(fresh.iter().map(|path| id(&path.to_string_lossy())));
+        let recorded: BTreeSet<Id> = self
+            .tree
+            .snapshots
+            .iter()
+            .flat_map(Recorded::overlays)
+            .map(|(overlay, _)| id(overlay))
+            .collect();
+        for disk in left {
+            let Some(overlay) = disk.file.as_deref().map(id) else { continue };
+            let ours = recorded.contains(&overlay)
+                || images::is_of_revert(&overlay)
+                || self.stands_on_frozen(disk);
+            let unused =
+                || self.users.other_domain_on(&overlay).is_none() && !locks::is_in_use(&overlay);
+            if ours && !needed.contains(&overlay) && self.was_brought_back(disk) && unused() {
+                let _ = images::remove(&overlay);
+            }
+        }
+    }
+
+    /// Images that snapshots froze, deleted ones included.
+    fn frozen(&self) -> BTreeSet<Id> {
+        let images = self
+            .tree
+            .snapshots
+            .iter()
+            .flat_map(Recorded::external)
+            .filter_map(|(_, image)| image?.file.as_deref());
+        let former = self
+            .tree
+            .snapshots
+            .iter()
+            .flat_map(|snapshot| &snapshot.notes.former)
+            .map(String::as_str);
+        images.chain(former).map(id).collect()
+    }
+
+    fn stands_on_frozen(&self, disk: &DiskImage) -> bool {
+        let below = disk.file.as_deref().and_then(|file| images::below(file, &disk.format));
+        below.is_some_and(|(below, _)| self.frozen().contains(&id(&below)))
+    }
+
+    /// Whether the domain has the disk again, as it was at the snapshot: what is above is left
+    /// behind.
+    fn was_brought_back(&self, left: &DiskImage) -> bool {
+        let again = self
+            .target
+            .external()
+            .find(|(disk, _)| disk.target == left.target)
+            .and_then(|(_, image)| image);
+        let (Some(again), Some(file)) = (again, left.file.as_deref()) else { return false };
+        let Some(image) = again.file.as_deref() else { return false };
+        let mut graph = Graph::default();
+        if graph.add(file, &left.format).is_err() || graph.add(image, &again.format).is_err() {
+            return false;
+        }
+        let frozen = self.frozen();
+        let (left, image) = (id(file), id(image));
+        let lineage: BTreeSet<&Id> = graph.chain(&image).collect();
+        graph.chain(&left).any(|layer| lineage.contains(layer) && frozen.contains(layer))
+    }
+}
+
+/// The size of an image in a chain, as QEMU tells of it.
+fn size_in_chain(top: &Value, name: &str) -> Option<u64> {
+    let mut layers = std::iter::successors(Some(top), |layer| layer.get("backing-image"));
+    let is_it =
+        |layer: &&Value| layer["filename"].as_str().is_some_and(|other| id(other) == id(name));
+    layers.find(is_it)?["virtual-size"].as_u64()
+}
+
+/// Changes a record and makes it the current one.
+const CURRENT_AGAIN: u32 = crate::model::flags::REDEFINE | crate::model::flags::CURRENT;
+
+impl Overlay {
+    fn source(&self) -> Source<'_> {
+        Source { target: &self.target, storage: Storage::file(&self.text), format: "qcow2" }
+    }
+}
+
+/// A new file that is nobody else's, called after image and snapshot: beside the image, or, where
+/// that is no file, beside the overlay that was made of it for the snapshot.
+fn fresh_file(image: &Path, overlay: Option<&str>, snapshot: &str) -> Result<NamedTempFile> {
+    let model = match overlay {
+        Some(overlay) if !image.is_file() => Path::new(overlay),
+        _ => image,
+    };
+    let directory = model.parent().unwrap_or(Path::new("/"));
+    // A name may be as long as NAME_MAX (255) already.
+    let named_after = if images::is_of_server(&image.to_string_lossy()) { model } else { image };
+    let stem = named_after.file_stem().unwrap_or(OsStr::new("disk")).to_string_lossy();
+    let stem: String = stem.chars().take(40).collect();
+    let snapshot: String = snapshot.chars().take(20).collect();
+    let file = tempfile::Builder::new()
+        .prefix(&format!("{stem}.{snapshot}-"))
+        .suffix(images::REVERT)
+        .tempfile_in(directory);
+    let file = file.map_err(|error| {
+        Error::system(
+            format!(
+                "cannot create an overlay of '{}' in '{}'",
+                image.display(),
+                directory.display()
+            ),
+            error,
+        )
+    })?;
+    sys::liken(file.as_file(), model).map_err(|error| {
+        Error::system(format!("cannot set the owner of '{}'", file.path().display()), error)
+    })?;
+    Ok(file)
+}

@@ -1,0 +1,169 @@
+//! Disks on volumes of storage pools: files and devices of this machine, which libvirt's XML calls
+//! by pool and volume.
+//!
+//! QEMU has their paths. A snapshot is recorded with those, so that it can be brought back, and its
+//! overlays merged, whatever becomes of the pool; what libvirt itself keeps of the domain is put
+//! back to the letter.
+
+use std::ops::Range;
+use std::path::Path;
+
+use quick_xml::escape::escape;
+use roxmltree::Node;
+use serde_json::Value;
+
+use crate::backend::images;
+use crate::error::Result;
+use crate::model::domain::Storage;
+use crate::model::xml;
+
+/// A volume that a disk is on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Volume {
+    pool: String,
+    name: String,
+    path: String,
+}
+
+/// The volumes that disks of a running domain are on, by the path that QEMU has; `blocks` is the
+/// answer to `query-block`. One that is no file or device of this machine is not among them.
+pub fn of_domain(live_xml: &str, blocks: &Value) -> Result<Vec<Volume>> {
+    let document = xml::parse(live_xml, "domain", &xml::GIVEN)?;
+    let disks = xml::children(document.root_element(), "devices")
+        .flat_map(|devices| xml::children(devices, "disk"));
+    let volume = |disk: Node| {
+        let (pool, name) = names(disk)?;
+        let alias = xml::attribute(disk, "alias", "name")?;
+        let has_alias = |block: &&Value| {
+            block["qdev"].as_str().is_some_and(|qdev| qdev.split('/').any(|id| id == alias))
+        };
+        let block = blocks.as_array()?.iter().find(has_alias)?;
+        let path = block["inserted"]["file"].as_str().filter(|path| path.starts_with('/'))?;
+        Some(Volume { pool: pool.into(), name: name.into(), path: path.into() })
+    };
+    Ok(disks.filter_map(volume).collect())
+}
+
+/// The volumes that disks of snapshots are on, as libvirt records its own: what is below the
+/// overlay that such a disk got.
+pub fn of_records<'a>(records: impl IntoIterator<Item = &'a str>) -> Result<Vec<Volume>> {
+    let mut found: Vec<Volume> = Vec::new();
+    for record in records.into_iter().filter(|record| record.contains("type='volume'")) {
+        let document = xml::parse(record, "domainsnapshot", &xml::RECORDED)?;
+        let root = document.root_element();
+        let lists = ["disks", "revertDisks"].into_iter().flat_map(|list| xml::children(root, list));
+        let overlays: Vec<Node> = lists.flat_map(|list| xml::children(list, "disk")).collect();
+        let disks =
+            xml::children(root, "domain").flat_map(|domain| xml::children(domain, "devices"));
+        for disk in disks.flat_map(|devices| xml::children(devices, "disk")) {
+            let (Some((pool, name)), Some(target)) =
+                (names(disk), xml::attribute(disk, "target", "dev"))
+            else {
+                continue;
+            };
+            let of_disk =
+                overlays.iter().filter(|overlay| overlay.attribute("name") == Some(target));
+            let paths =
+                of_disk.filter_map(|overlay| Storage::of(*overlay)?.name().map(str::to_owned));
+            let below = paths
+                .filter_map(|overlay| images::below(&overlay, "qcow2"))
+                .map(|(below, _)| below);
+            if let Some(path) = below.into_iter().find(|below| Path::new(below).exists()) {
+                found.push(Volume { pool: pool.into(), name: name.into(), path });
+            }
+        }
+    }
+    Ok(found)
+}
+
+/// Whether a disk of a domain is on a volume itself, and not only on an overlay of one.
+pub fn are_in(domain_xml: &str) -> bool {
+    domain_xml.contains("<disk type='volume'")
+}
+
+/// A domain's XML with paths in the place of volumes.
+pub fn with_paths(domain_xml: &str, volumes: &[Volume]) -> Result<String> {
+    Ok(replaced(domain_xml, xml::parse(domain_xml, "domain", &xml::GIVEN)?.root_element(), volumes))
+}
+
+/// The same of a snapshot's record.
+pub fn record_with_paths(record: &str, volumes: &[Volume]) -> Result<String> {
+    Ok(replaced(
+        record,
+        xml::parse(record, "domainsnapshot", &xml::RECORDED)?.root_element(),
+        volumes,
+    ))
+}
+
+fn replaced(text: &str, root: Node, volumes: &[Volume]) -> String {
+    let mut edits: Vec<(Range<usize>, String)> = Vec::new();
+    for element in root.descendants() {
+        let Some((pool, name)) = names(element) else { continue };
+        let Some(volume) = volumes.iter().find(|volume| volume.pool == pool && volume.name == name)
+        else {
+            continue;
+        };
+        let storage = Storage::at(&volume.path);
+        let attribute = if storage.kind() == "block" { "dev" } else { "file" };
+        let path = format!("{attribute}='{}'", escape(volume.path.as_str()));
+        let (Some(kind), Some(source)) =
+            (element.attribute_node("type"), xml::child(element, "source"))
+        else {
+            continue;
+        };
+        edits.push((kind.range(), format!("type='{}'", storage.kind())));
+        for attribute in source.attributes() {
+            match attribute.name() {
+                "pool" => edits.push((attribute.range(), path.clone())),
+                "volume" | "mode" => edits.push((attribute.range(), String::new())),
+                _ => {}
+            }
+        }
+    }
+    edits.sort_by_key(|(range, _)| range.start);
+    let mut text = text.to_owned();
+    for (range, replacement) in edits.into_iter().rev() {
+        text.replace_range(range, &replacement);
+    }
+    text
+}
+
+/// The pool and the volume of a disk, or of an image below one.
+fn names<'a>(element: Node<'a, '_>) -> Option<(&'a str, &'a str)> {
+    let is_image = matches!(element.tag_name().name(), "disk" | "backingStore");
+    let source = xml::child(element, "source")
+        .filter(|_| is_image && element.attribute("type") == Some("volume"))?;
+    Some((source.attribute("pool")?, source.attribute("volume")?))
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn a_volume_becomes_the_path_that_qemu_has_wherever_it_is_in_the_chain() {
+        let xml = |top: &str, below: &str| {
+            format!(
+                "<domain><name>x</name><devices><disk {top}<target dev='vda'/><alias \
+                 name='virtio-disk0'/></disk><disk type='file'><source file='/s'/><backingStore \
+                 {below}<backingStore/></backingStore><target \
+                 dev='vdb'/></disk></devices></domain>"
+            )
+        };
+        let volume = "type='volume'><source pool='p' volume='v&amp;' index='1'/>";
+        let live = xml(volume, volume);
+        let blocks = json!([
+            { "qdev": "/machine/peripheral/virtio-disk01/virtio-backend", "inserted": { "file": "/other" } },
+            { "qdev": "/machine/peripheral/virtio-disk0/virtio-backend", "inserted": { "file": "/pool/v&" } },
+        ]);
+        let volumes = of_domain(&live, &blocks).unwrap();
+        assert!(are_in(&live) && !are_in(&xml("type='file'><source file='/s'/>", volume)));
+        let file = "type='file'><source file='/pool/v&amp;'  index='1'/>";
+        assert_eq!(with_paths(&live, &volumes).unwrap(), xml(file, file));
+        // One of another machine stays what it is.
+        let remote = json!([{ "qdev": "virtio-disk0", "inserted": { "file": "rbd:pool/v" } }]);
+        assert_eq!(with_paths(&live, &of_domain(&live, &remote).unwrap()).unwrap(), live);
+    }
+}

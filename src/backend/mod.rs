@@ -1,0 +1,28 @@
+//! Who runs the guest: the one thing in which the ways in differ.
+//!
+//! A [`Connector`] is a guest that was opened; it hands out a [`Guest`], exclusive to one
+//! operation, for as long as that operation takes. The engine does everything else, over these two
+//! traits.
+
+mod busy;
+pub mod driver;
+mod exclusive;
+mod foreign;
+mod guest;
+mod images;
+pub mod libvirt;
+mod locks;
+mod open_images;
+pub mod overlay_file;
+mod progress;
+pub mod qmp;
+pub mod write_access;
+
+pub use busy::is_block_of;
+pub use driver::DriverConnector;
+pub use guest::{
+    Catalog, Connector, Deputy, Description, Errand, Errands, Guest, MakeErrands, MergeErrand,
+    MonitorOverlay, PATIENCE, Presence, Reserved,
+};
+pub use libvirt::LibvirtConnector;
+pub use qmp::QmpConnector;

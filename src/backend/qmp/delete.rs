@@ -1,0 +1,481 @@
+//! Deleting a snapshot without children: what the guest has written since goes into the images
+//! below, and the snapshot's files go.
+//!
+//! From the first merge on the snapshot is spoilt, since its images take in what is younger. So its
+//! memory image is renamed before, to `….deleting`, and nobody goes back to it any more. The record
+//! goes last: until then a deletion that failed, or whose caller was killed, is done again from the
+//! beginning, and finds done what was done.
+//!
+//! A record can be wrong, or be meant to have another file removed. So what it names is removed
+//! only if it is proven to be what the record says: a memory image by how it begins, an overlay by
+//! the image that it stands on, a copy of UEFI variables by its name and content. Where a file is
+//! another, the snapshot is not deleted, and nothing is changed.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io::ErrorKind;
+use std::path::Path;
+
+use serde_json::json;
+
+use super::drives;
+use super::jobs::NODE_PREFIX;
+use super::jobs::{self, Merge, Until};
+use crate::backend::guest::{Connector, Guest, PATIENCE};
+use crate::backend::images::{self, Id, id};
+use crate::backend::locks;
+use crate::deadline::Deadline;
+use crate::error::{Error, Result, fail};
+use crate::image::{deleting, is_another};
+use crate::model::flags::delete::{CHILDREN_ONLY, METADATA_ONLY};
+use crate::model::nvram::Found;
+use crate::model::{Drive, Record, RecordedDisk, Store};
+use crate::monitor::Command;
+use crate::sys;
+
+/// `instantsnap_snapshot_delete`.
+pub fn delete(connector: &dyn Connector, store: &Store, name: &str, flags: u32) -> Result<()> {
+    // Taken first: nobody makes the snapshot a child meanwhile.
+    let guest =
+        if flags & (METADATA_ONLY | CHILDREN_ONLY) == 0 { Some(connector.begin()?) } else { None };
+    let record = store.read_to_use(name)?;
+    let listed = store.list()?;
+    let child =
+        listed.iter().find(|other| other.name != name && other.parent.as_deref() == Some(name));
+    if let Some(child) = child.filter(|_| flags != METADATA_ONLY) {
+        fail!(
+            OperationUnsupported,
+            "snapshot '{name}' has children ('{}'): deleting such a one is not supported for this \
+             guest yet; delete them first, the youngest before the others",
+            child.name
+        );
+    }
+    match guest {
+        Some(mut guest) => {
+            let deleted = store
+                .others(name)
+                .and_then(|others| Ok((images_of(&others)?, others)))
+                .and_then(|(kept, others)| {
+                    Delete { guest: &mut *guest, record: &record, others, kept }.run()
+                });
+            let named = |error: Error| {
+                Error::new(
+                    error.code,
+                    format!("cannot delete snapshot '{name}': {}", error.message),
+                )
+            };
+            deleted.map_err(named)?;
+            store.forget(name)
+        }
+        None if flags & CHILDREN_ONLY != 0 => Ok(()),
+        None => store.forget(name),
+    }
+}
+
+/// The images of snapshots, and all below them, with the name of the youngest that stands on each.
+fn images_of(records: &[Record]) -> Result<BTreeMap<Id, String>> {
+    let mut images = BTreeMap::new();
+    // The youngest stand on the images of the others, mostly.
+    for record in records.iter().rev() {
+        for disk in record.disks.iter().filter(|disk| Path::new(&disk.image).exists()) {
+            if !images.contains_key(&id(&disk.image)) {
+                for images::Layer { path: image, .. } in images::chain(&disk.image, &disk.format)? {
+                    images.entry(id(&image)).or_insert_with(|| record.name.clone());
+                }
+            }
+        }
+    }
+    Ok(images)
+}
+
+struct Delete<'a> {
+    guest: &'a mut dyn Guest,
+    record: &'a Record,
+    others: Vec<Record>,
+    /// Images that other snapshots need.
+    kept: BTreeMap<Id, String>,
+}
+
+/// The merge of one disk.
+struct Job<'a> {
+    id: String,
+    disk: &'a RecordedDisk,
+    /// The node of its overlay, and the one below.
+    overlay: String,
+    image: String,
+    merge: Merge,
+}
+
+impl<'a> Delete<'a> {
+    fn run(&mut self) -> Result<()> {
+        let status = self.guest.status()?.status;
+        if status == "inmigrate" {
+            fail!(OperationInvalid, "QEMU waits for a snapshot: load it first, or end it");
+        }
+        let left_over = jobs::left_over(self.guest)?;
+        jobs::give_up(self.guest, &left_over)?;
+        self.check_no_jobs()?;
+        let drives = self.guest.drives()?;
+        let mut merges = self.plan(&drives)?;
+        self.check_files()?;
+        self.disarm()?;
+        self.merge(&mut merges)?;
+        self.remove_files().map_err(|error| {
+            error.and(
+                "the guest runs on without the snapshot's overlays: delete the snapshot again when \
+                 the cause is mended",
+            )
+        })
+    }
+
+    /// What will be removed must be what the record says that it is.
+    fn check_files(&self) -> Result<()> {
+        let memory = Path::new(&self.record.memory_file);
+        for file in [memory, &deleting(memory)] {
+            if is_another(file) {
+                return self.refuse("memory image", file, "is none");
+            }
+            let is_its = |other: &&Record| sys::same_file(Path::new(&other.memory_file), file);
+            if let Some(other) = self.others.iter().find(is_its) {
+                return self.refuse(
+                    "memory image",
+                    file,
+                    &format!("is that of snapshot '{}', too", other.name),
+                );
+            }
+        }
+        for nvram in &self.record.nvram {
+            let found = nvram.look(&self.record.memory_file).map_err(|error| {
+                Error::system(
+                    format!("cannot look at the copy of UEFI variables '{}'", nvram.copy),
+                    error,
+                )
+            })?;
+            if found == Found::Another {
+                return self.refuse(
+                    "copy of UEFI variables",
+                    Path::new(&nvram.copy),
+                    "is not the one that was made",
+                );
+            }
+        }
+        for disk in &self.record.disks {
+            let overlay = Path::new(&disk.overlay);
+            // What does not go needs no proof.
+            if !is_there(&disk.overlay) || self.kept.contains_key(&id(&disk.overlay)) {
+                continue;
+            }
+            let layers = images::chain(&disk.overlay, "qcow2")?;
+            if !layers.get(1).is_some_and(|below| same(&below.path, &disk.image)) {
+                let what = format!("overlay of disk '{}'", disk.name);
+                return self.refuse(
+                    &what,
+                    overlay,
+                    &format!("does not stand on its image '{}'", disk.image),
+                );
+            }
+        }
+        Ok(())
+    }
+
+    fn refuse(&self, what: &str, file: &Path, reason: &str) -> Result<()> {
+        fail!(
+            InvalidDomainSnapshot,
+            "the {what} that its metadata names ('{}') {reason}: mend the metadata, or delete it \
+             alone (VIR_DOMAIN_SNAPSHOT_DELETE_METADATA_ONLY) and remove what is left of the \
+             snapshot yourself",
+            file.display()
+        )
+    }
+
+    /// What is to be merged. All that stands in the way is found here, and nothing is changed.
+    fn plan(&mut self, drives: &[Drive]) -> Result<Vec<Job<'a>>> {
+        let mut merges = Vec::new();
+        for disk in &self.record.disks {
+            match drives.iter().find(|drive| is_in_chain(drive, &disk.overlay)) {
+                Some(drive) => merges.push(self.plan_merge(drive, disk, merges.len())?),
+                None => self.check_abandoned(drives, disk)?,
+            }
+        }
+        Ok(merges)
+    }
+
+    fn plan_merge(
+        &mut self,
+        drive: &Drive,
+        disk: &'a RecordedDisk,
+        index: usize,
+    ) -> Result<Job<'a>> {
+        let (name, overlay, image) = (drive.name(), &disk.overlay, &disk.image);
+        if !same(&drive.file, overlay) {
+            fail!(
+                OperationInvalid,
+                "disk '{name}' is on '{}', which stands on the snapshot's overlay '{overlay}': \
+                 merge it into that first (block-commit)",
+                drive.file
+            );
+        }
+        if !drive.backing.first().is_some_and(|below| same(below, image)) {
+            fail!(
+                OperationInvalid,
+                "the overlay '{overlay}' of disk '{name}' does not stand on the snapshot's image \
+                 '{image}' any more"
+            );
+        }
+        if let Some(hindrance) = &drive.hindrance {
+            fail!(ConfigUnsupported, "disk '{name}' {hindrance}");
+        }
+        if let Some(other) = self.kept.get(&id(image)).or(self.kept.get(&id(overlay))) {
+            fail!(
+                OperationInvalid,
+                "snapshot '{other}' stands on '{image}', into which '{overlay}' would be merged: \
+                 delete that one first"
+            );
+        }
+        let pid = self.guest.pid();
+        // QEMU itself finds out too, but only when the merges of the disks before are under way.
+        let open =
+            |file: &&String| pid.is_some_and(|pid| locks::is_in_use_besides(Path::new(file), pid));
+        if let Some(file) = [image, overlay].into_iter().find(open) {
+            fail!(
+                OperationInvalid,
+                "another QEMU has '{file}' of disk '{name}' open (it holds a lock on it), and it \
+                 would be changed or removed: end that guest first; nothing was changed"
+            );
+        }
+        let nodes = drives::nodes(self.guest, pid, false)?;
+        let on_image = |protocol| {
+            nodes.iter().filter(move |node| node.protocol == protocol && same(&node.file, image))
+        };
+        // The node of the format, where there is one on top of that of the file.
+        let mut found =
+            if on_image(false).next().is_some() { on_image(false) } else { on_image(true) };
+        let (Some(node), None) = (found.next(), found.next()) else {
+            fail!(
+                ConfigUnsupported,
+                "QEMU does not have the image '{image}' of disk '{name}' open once, and once only"
+            );
+        };
+        Ok(Job {
+            id: format!("{NODE_PREFIX}delete-{index}"),
+            disk,
+            overlay: drive.node.clone(),
+            image: node.name.clone(),
+            merge: Merge::Not,
+        })
+    }
+
+    /// An overlay that the guest is not on was merged before, or left when the guest was brought
+    /// back elsewhere. It must not be that of a disk that was taken out of the guest, nor in
+    /// anybody's use.
+    fn check_abandoned(&mut self, drives: &[Drive], disk: &RecordedDisk) -> Result<()> {
+        let RecordedDisk { name, overlay, image, .. } = disk;
+        if !is_there(overlay) || self.kept.contains_key(&id(overlay)) {
+            return Ok(());
+        }
+        // The disk is the same where it stands on images of its snapshots; another can have its
+        // name by now.
+        let below = images::chain(overlay, "qcow2").unwrap_or_default();
+        let below: BTreeSet<Id> = below.iter().map(|layer| id(&layer.path)).collect();
+        let all = self.others.iter().chain([self.record]).flat_map(|record| &record.disks);
+        let frozen: BTreeSet<Id> = all.map(|disk| id(&disk.image)).collect();
+        let stands_on = |file: &String| below.contains(&id(file)) && frozen.contains(&id(file));
+        let is_it = |drive: &Drive| {
+            is_in_chain(drive, image)
+                || drive.names.contains(name)
+                    && [&drive.file].into_iter().chain(&drive.backing).any(stands_on)
+        };
+        if !drives.iter().any(is_it) {
+            fail!(
+                OperationInvalid,
+                "the guest has no disk '{name}', whose overlay '{overlay}' can hold what was \
+                 written last: attach the disk, or delete the metadata alone \
+                 (VIR_DOMAIN_SNAPSHOT_DELETE_METADATA_ONLY) and keep or remove the files yourself"
+            );
+        }
+        self.close(overlay)?;
+        check_unused(overlay)
+    }
+
+    /// Another's job can hide a disk's images, have them in use, or change its chain meanwhile; of
+    /// which disk QEMU does not tell.
+    fn check_no_jobs(&mut self) -> Result<()> {
+        let command = Command::new("query-block-jobs", json!({}));
+        let others =
+            self.guest.run("cannot ask for block jobs", command, Deadline::after(PATIENCE))?;
+        if let Some(job) = others.as_array().and_then(|jobs| jobs.first()) {
+            let text = |what: &str| job[what].as_str().unwrap_or_default().to_owned();
+            fail!(
+                OperationInvalid,
+                "block job '{}' ({}) is under way: wait for it, or cancel it",
+                text("device"),
+                text("type")
+            );
+        }
+        Ok(())
+    }
+
+    /// From now on nobody goes back to the snapshot.
+    fn disarm(&self) -> Result<()> {
+        let memory = Path::new(&self.record.memory_file);
+        let failed = |error| {
+            Error::system(format!("cannot rename its memory image '{}'", memory.display()), error)
+        };
+        match std::fs::rename(memory, deleting(memory)) {
+            // It is gone, or was renamed before.
+            Err(error) if error.kind() != ErrorKind::NotFound => return Err(failed(error)),
+            _ => {}
+        }
+        if deleting(memory).exists() {
+            // A power cut must not bring the old name back once images are being merged.
+            sys::sync_parent(memory).map_err(|error| {
+                self.arm();
+                failed(error)
+            })?;
+        }
+        Ok(())
+    }
+
+    fn arm(&self) {
+        let memory = Path::new(&self.record.memory_file);
+        let _ = std::fs::rename(deleting(memory), memory);
+    }
+
+    /// Merges all disks: as long as not all can be completed, none is.
+    fn merge(&mut self, merges: &mut [Job]) -> Result<()> {
+        let step = "cannot merge its overlays into their images";
+        let mut ids = Vec::new();
+        for job in merges.iter() {
+            let started = jobs::start_merge(self.guest, step, &job.id, &job.overlay, &job.image);
+            if let Err(error) = started {
+                // QEMU refuses it before it has written anything; where it did not answer, it may
+                // have begun.
+                if ids.is_empty() && jobs::left_over(self.guest).is_ok_and(|jobs| jobs.is_empty()) {
+                    self.arm();
+                    return Err(error.and("nothing was changed"));
+                }
+                return Err(self.give_up(merges, error));
+            }
+            ids.push(job.id.clone());
+        }
+        let monitor = &mut *self.guest;
+        let named = |error: Error| Error::new(error.code, format!("{step}: {}", error.message));
+        if let Err(error) = jobs::wait(monitor, &ids, Until::Ready, |_, _| ()) {
+            return Err(self.give_up(merges, named(error)));
+        }
+        let completed = jobs::wait(monitor, &ids, Until::Completed, |id, merge| {
+            merges.iter_mut().filter(|job| job.id == id).for_each(|job| job.merge = merge);
+        });
+        completed.map_err(|error| self.spoilt(merges, named(error)))
+    }
+
+    /// Ends what was begun. `error` is why.
+    fn give_up(&mut self, merges: &[Job], error: Error) -> Error {
+        let monitor = &mut *self.guest;
+        let ended = jobs::left_over(monitor).and_then(|begun| jobs::give_up(monitor, &begun));
+        let error = match ended {
+            Ok(()) => error,
+            Err(left) => error.and(left.message),
+        };
+        self.spoilt(merges, error)
+    }
+
+    /// What is to be known after a merge that failed.
+    fn spoilt(&self, merges: &[Job], error: Error) -> Error {
+        let place = |job: &Job| match job.merge {
+            Merge::Not => format!("disk '{}' is on '{}'", job.disk.name, job.disk.overlay),
+            Merge::Completing => {
+                format!(
+                    "disk '{}' is on '{}' or '{}'",
+                    job.disk.name, job.disk.overlay, job.disk.image
+                )
+            }
+            Merge::Done => format!("disk '{}' is on '{}'", job.disk.name, job.disk.image),
+        };
+        let places: Vec<String> = merges.iter().map(place).collect();
+        error.and(format!(
+            "the guest has lost nothing ({}), but the snapshot cannot be reverted to any more: \
+             delete it again when the cause is mended",
+            places.join(", ")
+        ))
+    }
+
+    /// Removes all that nobody needs, but for the record.
+    fn remove_files(&mut self) -> Result<()> {
+        for disk in &self.record.disks {
+            let overlay = &disk.overlay;
+            if !is_there(overlay) || self.kept.contains_key(&id(overlay)) {
+                continue;
+            }
+            self.close(overlay)?;
+            if let Some(drive) =
+                self.guest.drives()?.iter().find(|drive| is_in_chain(drive, overlay))
+            {
+                fail!(
+                    OperationFailed,
+                    "disk '{}' still needs the overlay '{overlay}'",
+                    drive.name()
+                );
+            }
+            check_unused(overlay)?;
+            images::remove(Path::new(overlay))
+                .map_err(|error| Error::system(format!("cannot remove '{overlay}'"), error))?;
+        }
+        for nvram in &self.record.nvram {
+            remove(&nvram.copy)?;
+        }
+        let memory = Path::new(&self.record.memory_file);
+        [deleting(memory).as_path(), memory].into_iter().try_for_each(remove)
+    }
+
+    /// Removes the nodes of an overlay that no disk is on any more.
+    fn close(&mut self, overlay: &str) -> Result<()> {
+        let pid = self.guest.pid();
+        let mut nodes = drives::nodes(self.guest, pid, false)?;
+        // QEMU's own go by themselves. That of the format goes first, as it has that of the file in
+        // use.
+        nodes.retain(|node| same(&node.file, overlay) && !node.name.starts_with('#'));
+        nodes.sort_by_key(|node| node.protocol);
+        for node in nodes {
+            let command = Command::new("blockdev-del", json!({ "node-name": node.name }));
+            self.guest.run(
+                &format!("cannot close the overlay '{overlay}'"),
+                command,
+                Deadline::after(PATIENCE),
+            )?;
+        }
+        Ok(())
+    }
+}
+
+fn same(a: &str, b: &str) -> bool {
+    a == b || sys::same_file(Path::new(a), Path::new(b))
+}
+
+fn is_there(overlay: &str) -> bool {
+    images::is_there(overlay, "qcow2")
+}
+
+fn is_in_chain(drive: &Drive, image: &str) -> bool {
+    same(&drive.file, image) || drive.backing.iter().any(|below| same(below, image))
+}
+
+/// An error where some QEMU has the file open.
+fn check_unused(overlay: &str) -> Result<()> {
+    // What cannot be looked at is not known to be unused.
+    sys::open_file(Path::new(overlay))
+        .map_err(|error| Error::system(format!("cannot open '{overlay}'"), error))?;
+    if locks::is_in_use(Path::new(overlay)) {
+        fail!(
+            OperationInvalid,
+            "the snapshot's overlay '{overlay}' is in use, and not by a disk of this guest: delete \
+             the snapshot through the guest that is on it, or end that one first"
+        );
+    }
+    Ok(())
+}
+
+fn remove(path: impl AsRef<Path>) -> Result<()> {
+    let path = path.as_ref();
+    sys::remove_file(path)
+        .map_err(|error| Error::system(format!("cannot remove '{}'", path.display()), error))
+}

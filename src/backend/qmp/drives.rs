@@ -1,0 +1,310 @@
+//! What a QEMU tells of itself: its drives, its machine.
+
+use std::path::Path;
+
+use serde_json::{Value, json};
+
+use super::process::absolute;
+use crate::backend::guest::PATIENCE;
+use crate::deadline::Deadline;
+use crate::error::Result;
+use crate::model::domain::{Domain, DomainDisk, Machine};
+use crate::model::drive::OpenOptions;
+use crate::model::{Bitmap, Drive, Role};
+use crate::monitor::json::{Json, parse};
+use crate::monitor::{Command, Execute};
+use crate::sys;
+
+use super::jobs::NODE_PREFIX;
+
+/// Drivers that pass a disk's data through: what is below them is the image.
+const FILTERS: [&str; 8] = [
+    "blkreplay",
+    "compress",
+    "copy-before-write",
+    "copy-on-read",
+    "preallocate",
+    "quorum",
+    "snapshot-access",
+    "throttle",
+];
+/// Drivers of files and devices of the host.
+const PROTOCOLS: [&str; 3] = ["file", "host_device", "host_cdrom"];
+
+fn query(monitor: &mut dyn Execute, command: &str, arguments: Value) -> Result<Json> {
+    let step = format!("cannot ask the guest ({command})");
+    monitor.run(&step, Command::new(command, arguments), Deadline::after(PATIENCE))
+}
+
+/// The drives that a guest's devices have. Those without a medium are there to be named, and
+/// nothing more.
+pub fn drives(
+    monitor: &mut dyn Execute,
+    domain: Option<&Domain>,
+    pid: Option<u32>,
+) -> Result<Vec<Drive>> {
+    let blocks = query(monitor, "query-block", json!({}))?;
+    let mut drives = Vec::new();
+    for block in blocks.as_array().into_iter().flatten() {
+        // A drive that no device has cannot change by the guest.
+        if !block["qdev"].is_string() {
+            continue;
+        }
+        drives.push(drive(monitor, block, pid)?);
+    }
+    if drives.iter().any(|drive| drive.names.is_empty() && drive.role != Role::Empty) {
+        name_by_nodes(monitor, &mut drives, pid)?;
+    }
+    if let Some(domain) = domain {
+        name_by_domain(domain, &mut drives);
+    }
+    Ok(drives)
+}
+
+fn drive(monitor: &mut dyn Execute, block: &Value, pid: Option<u32>) -> Result<Drive> {
+    let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+    let inserted = &block["inserted"];
+    let (qdev, device) = (text(&block["qdev"]), text(&block["device"]));
+    let node = text(&inserted["node-name"]);
+    let mut names = Vec::new();
+    names.extend(device_id(&qdev));
+    names.extend(Some(device.clone()).filter(|device| !device.is_empty()));
+    names.extend(
+        Some(node.clone()).filter(|node| !node.starts_with('#') && !node.starts_with(NODE_PREFIX)),
+    );
+
+    let role = if !inserted.is_object() {
+        Role::Empty
+    } else if inserted["ro"] == true {
+        Role::ReadOnly
+    } else if is_firmware(monitor, &qdev, &device)? {
+        Role::Firmware
+    } else {
+        Role::Disk
+    };
+    let driver = text(&inserted["drv"]);
+    let hindrance = if FILTERS.contains(&driver.as_str()) {
+        Some(format!(
+            "has a filter ({driver}) on top of its image, beneath which QEMU switches no disk: \
+             remove it first (throttling by the drive's own options or a throttle group of the \
+             device is no hindrance)"
+        ))
+    } else if inserted["encrypted"] == true {
+        Some("is encrypted: snapshots of encrypted images are not supported".into())
+    } else {
+        None
+    };
+    let mut backing = Vec::new();
+    let mut below = &inserted["image"]["backing-image"];
+    while below.is_object() {
+        backing.push(image_path(&text(&below["filename"]), below, pid));
+        below = &below["backing-image"];
+    }
+    Ok(Drive {
+        file: match role {
+            Role::Empty => String::new(),
+            _ => image_path(&text(&inserted["file"]), &inserted["image"], pid),
+        },
+        backing,
+        role,
+        node,
+        // A file or a device without a format on top of it.
+        format: if PROTOCOLS.contains(&driver.as_str()) { "raw".into() } else { driver },
+        size: inserted["image"]["virtual-size"].as_u64().unwrap_or_default(),
+        bitmaps: inserted["dirty-bitmaps"]
+            .as_array()
+            .into_iter()
+            .flatten()
+            .filter_map(bitmap)
+            .collect(),
+        options: OpenOptions {
+            direct: inserted["cache"]["direct"] == true,
+            no_flush: inserted["cache"]["no-flush"] == true,
+            detect_zeroes: inserted["detect_zeroes"].as_str().map(str::to_owned),
+            aio: None,
+            discard: None,
+        },
+        hindrance,
+        snapshot: None,
+        names,
+    })
+}
+
+/// The path of an image. QEMU calls it by `json:` and all that it was opened with where the image
+/// below is not the one that it names itself; one and the same by another name (a relative path,
+/// ours being absolute) is no such case.
+fn image_path(file: &str, info: &Value, pid: Option<u32>) -> String {
+    let mut layers = vec![(file, info)];
+    // What one is called depends on what the one below it is. A chain can be longer than a stack is
+    // deep.
+    while let Some((_, info)) = layers.last().filter(|(file, _)| file.starts_with(BY_OPTIONS)) {
+        let below = &info["backing-image"];
+        match below["filename"].as_str() {
+            Some(file) => layers.push((file, below)),
+            None => break,
+        }
+    }
+    let path_of = |below: Option<String>, (file, info): (&str, &Value)| {
+        Some(path_above(file, info, below, pid))
+    };
+    layers.into_iter().rev().fold(None, path_of).unwrap_or_default()
+}
+
+/// How QEMU calls an image by all that it was opened with.
+const BY_OPTIONS: &str = "json:";
+
+fn path_above(file: &str, info: &Value, below: Option<String>, pid: Option<u32>) -> String {
+    let plain = || {
+        let opened = parse(file.strip_prefix(BY_OPTIONS)?.as_bytes()).ok()?;
+        let only = |value: &Value, known: &[&str]| {
+            value
+                .as_object()
+                .is_some_and(|options| options.keys().all(|key| known.contains(&key.as_str())))
+        };
+        let protocol = &opened["file"];
+        if !only(&opened, &["driver", "file", "backing"])
+            || !only(protocol, &["driver", "filename"])
+        {
+            return None;
+        }
+        let named = info["full-backing-filename"].as_str().or(info["backing-filename"].as_str())?;
+        let known = PROTOCOLS.contains(&protocol["driver"].as_str()?);
+        let same = sys::same_file(Path::new(named), Path::new(&below?));
+        protocol["filename"].as_str().filter(|_| known && same).map(str::to_owned)
+    };
+    let file = plain().unwrap_or_else(|| file.to_owned());
+    absolute(&file, pid).unwrap_or(file)
+}
+
+/// The id that the user gave a device: `/machine/peripheral/ID/...`, or the id itself, as some
+/// versions say it.
+fn device_id(qdev: &str) -> Option<String> {
+    match qdev.strip_prefix("/machine/peripheral/") {
+        Some(path) => path.split('/').next().map(str::to_owned),
+        None => Some(qdev.to_owned()).filter(|id| !id.is_empty() && !id.starts_with('/')),
+    }
+}
+
+fn is_firmware(monitor: &mut dyn Execute, qdev: &str, device: &str) -> Result<bool> {
+    if !device.starts_with("pflash") && !qdev.contains("flash") {
+        return Ok(false);
+    }
+    let kind = query(monitor, "qom-get", json!({ "path": qdev, "property": "type" }))?;
+    Ok(kind.as_str().is_some_and(|kind| kind.starts_with("cfi.pflash")))
+}
+
+/// What libvirt carries over: not a temporary bitmap, not one that is off or broken.
+fn bitmap(value: &Value) -> Option<Bitmap> {
+    if value["persistent"] != true || value["recording"] != true || value["inconsistent"] == true {
+        return None;
+    }
+    Some(Bitmap {
+        name: value["name"].as_str()?.into(),
+        granularity: value["granularity"].as_u64()?,
+    })
+}
+
+/// A node of an image.
+pub struct Node {
+    /// Its name.
+    pub name: String,
+    /// The image.
+    pub file: String,
+    /// It is that of the file, and not of the format.
+    pub protocol: bool,
+}
+
+/// The nodes of images, filters left out. `flat`: without a look at what is below each, by which
+/// some could be called otherwise.
+pub fn nodes(monitor: &mut dyn Execute, pid: Option<u32>, flat: bool) -> Result<Vec<Node>> {
+    let nodes = query(monitor, "query-named-block-nodes", json!({ "flat": flat }))?;
+    let node = |node: &Value| {
+        let (name, driver, image) =
+            (node["node-name"].as_str()?, node["drv"].as_str()?, &node["image"]);
+        let file = image_path(node["file"].as_str()?, image, pid);
+        let protocol = PROTOCOLS.contains(&driver);
+        (image["format"] == driver).then(|| Node { name: name.into(), file, protocol })
+    };
+    Ok(nodes.as_array().into_iter().flatten().filter_map(node).collect())
+}
+
+/// Drives known by their node only: the node's name goes with the image, so once a snapshot has put
+/// an overlay of ours on top, the drive goes on by the name of the topmost image that its user
+/// named.
+fn name_by_nodes(monitor: &mut dyn Execute, drives: &mut [Drive], pid: Option<u32>) -> Result<()> {
+    let nodes = nodes(monitor, pid, true)?;
+    let named = |file: &str, protocol: bool| {
+        let own = |node: &&Node| !node.name.starts_with('#') && !node.name.starts_with(NODE_PREFIX);
+        let mut own = nodes.iter().filter(own);
+        own.find(|node| node.protocol == protocol && node.file == file)
+            .map(|node| node.name.clone())
+    };
+    // The node of the format, where there is one on top of that of the file.
+    let named = |file: &str| named(file, false).or_else(|| named(file, true));
+    for drive in drives.iter_mut().filter(|drive| drive.names.is_empty()) {
+        drive.names.extend(drive.backing.iter().find_map(|file| named(file)));
+    }
+    Ok(())
+}
+
+/// Gives each drive the target by which the domain XML knows it, and the options that only the XML
+/// tells.
+fn name_by_domain(domain: &Domain, drives: &mut [Drive]) {
+    let mut free: Vec<&DomainDisk> = domain.disks.iter().collect();
+    let rules: [fn(&DomainDisk, &Drive) -> bool; 3] = [
+        |disk, drive| {
+            disk.alias.as_ref().is_some_and(|alias| {
+                drive
+                    .names
+                    .iter()
+                    .any(|name| name == alias || name.strip_prefix("drive-") == Some(alias))
+            })
+        },
+        |disk, drive| {
+            disk.source
+                .as_ref()
+                .is_some_and(|source| drive.file == *source || drive.backing.contains(source))
+        },
+        |disk, drive| drive.names.contains(&disk.target),
+    ];
+    let mut matched = vec![false; drives.len()];
+    for rule in rules {
+        for (slot, drive) in
+            drives.iter_mut().enumerate().filter(|(slot, _)| !matched[*slot]).collect::<Vec<_>>()
+        {
+            let Some(at) = free.iter().position(|disk| rule(disk, drive)) else { continue };
+            let disk = free.remove(at);
+            drive.names.retain(|name| *name != disk.target);
+            drive.names.insert(0, disk.target.clone());
+            drive.snapshot.clone_from(&disk.snapshot);
+            drive.options.aio.clone_from(&disk.io);
+            drive.options.discard.clone_from(&disk.discard);
+            matched[slot] = true;
+        }
+    }
+}
+
+/// The machine, for a domain XML of our own making.
+pub fn machine(monitor: &mut dyn Execute, emulator: Option<String>) -> Result<Machine> {
+    let text = |value: &Value| value.as_str().map(str::to_owned);
+    let name = text(&query(monitor, "query-name", json!({}))?["name"]);
+    let uuid = text(&query(monitor, "query-uuid", json!({}))?["UUID"]);
+    let kvm = query(monitor, "query-kvm", json!({}))?["enabled"] == true;
+    let memory = query(monitor, "query-memory-size-summary", json!({}))?;
+    let bytes = |part: &str| memory[part].as_u64().unwrap_or_default();
+    let vcpus = query(monitor, "query-cpus-fast", json!({}))?.as_array().map_or(1, Vec::len);
+    let arch = text(&query(monitor, "query-target", json!({}))?["arch"]);
+    let kind = query(monitor, "qom-get", json!({ "path": "/machine", "property": "type" }))?;
+    let kind = text(&kind);
+    let kind = kind.unwrap_or_default();
+    Ok(Machine {
+        name: name.unwrap_or_else(|| "guest".into()),
+        uuid: uuid.unwrap_or_default(),
+        kvm,
+        memory: bytes("base-memory") + bytes("plugged-memory"),
+        vcpus,
+        arch: arch.unwrap_or_default(),
+        machine: kind.strip_suffix("-machine").unwrap_or(&kind).into(),
+        emulator,
+    })
+}

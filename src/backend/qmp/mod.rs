@@ -1,0 +1,172 @@
+//! The direct way in: the caller itself has started QEMU, and gives its QMP socket.
+//!
+//! The library is the driver here: it keeps the metadata, creates the overlays and switches the
+//! disks by QMP.
+
+mod delete;
+mod drives;
+mod jobs;
+mod monitored;
+mod overlays;
+mod process;
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde_json::json;
+
+pub(super) use self::delete::delete;
+pub(super) use self::monitored::{Channel, MonitorGuest, Recovery};
+pub use self::overlays::Switch;
+pub(super) use self::overlays::{Overlay, switch};
+pub(super) use self::process::hold_qemu;
+use self::process::{hold_socket, whose};
+use super::guest::{Catalog, Connector, Guest, Presence, Reserved, check_version};
+use crate::deadline::Deadline;
+use crate::error::{Code, Result};
+use crate::model::Store;
+use crate::model::domain::Domain;
+use crate::model::flags;
+use crate::monitor::json::Json;
+use crate::monitor::{Command, Event, Execute, Failure, Monitor};
+
+/// For QEMU to accept a client and greet it.
+const GREETING: Duration = Duration::from_secs(5);
+
+/// What is built where overlays and metadata are ours.
+pub(super) const BUILT_FLAGS: u32 = flags::NO_METADATA
+    | flags::HALT
+    | flags::REUSE_EXT
+    | flags::ATOMIC
+    | flags::LIVE
+    | flags::INSTANT;
+
+/// A QEMU with a QMP socket.
+#[derive(Debug)]
+pub struct QmpConnector {
+    socket: PathBuf,
+    domain: Option<Domain>,
+    store: Store,
+}
+
+impl QmpConnector {
+    /// Opens it, and looks whether there really is a QEMU behind the socket.
+    pub fn open(socket: &Path, domain_xml: Option<&str>, state_dir: &Path) -> Result<QmpConnector> {
+        let domain = domain_xml.map(Domain::parse).transpose()?;
+        let store = Store::open(state_dir)?;
+        let connector = QmpConnector { socket: socket.into(), domain, store };
+        let deadline = Deadline::after(GREETING);
+        // Where one of our own operations has the monitor, it would greet us only after that; and
+        // it is QEMU's.
+        match hold_socket(socket) {
+            Err(error) if error.code == Code::OperationInvalid => return Ok(connector),
+            held => drop(held?),
+        }
+        check_version(Monitor::connect(socket, deadline)?.version)?;
+        Ok(connector)
+    }
+}
+
+impl Connector for QmpConnector {
+    fn built_flags(&self) -> u32 {
+        BUILT_FLAGS
+    }
+
+    fn catalog(&self) -> &dyn Catalog {
+        &self.store
+    }
+
+    fn store(&self) -> Option<&Store> {
+        Some(&self.store)
+    }
+
+    fn reserve(&self, name: Option<&str>) -> Result<Reserved> {
+        Reserved::in_store(&self.store, name)
+    }
+
+    fn begin(&self) -> Result<Box<dyn Guest + '_>> {
+        let deadline = Deadline::after(GREETING);
+        let mut exclusive = vec![hold_socket(&self.socket)?];
+        let monitor = Monitor::connect(&self.socket, deadline)?;
+        if let Some(qemu) = &monitor.qemu {
+            exclusive.push(hold_qemu(&whose(&self.socket), qemu)?);
+        }
+        check_version(monitor.version)?;
+        let channel = Socket { path: &self.socket, monitor };
+        Ok(Box::new(MonitorGuest::new(channel, self.domain.clone(), Some(&self.store), exclusive)))
+    }
+
+    fn delete(&self, name: &str, flags: u32) -> Result<()> {
+        delete(self, &self.store, name, flags)
+    }
+}
+
+/// The monitor's socket during one operation.
+struct Socket<'a> {
+    path: &'a Path,
+    monitor: Monitor,
+}
+
+impl Execute for Socket<'_> {
+    fn execute(
+        &mut self,
+        command: Command,
+        deadline: Deadline,
+    ) -> std::result::Result<Json, Failure> {
+        self.monitor.execute(command, deadline)
+    }
+}
+
+impl Channel for Socket<'_> {
+    fn version(&self) -> (u64, u64) {
+        self.monitor.version
+    }
+
+    fn pid(&self) -> Option<u32> {
+        self.monitor.qemu.as_ref().map(|qemu| qemu.pid)
+    }
+
+    fn identity(&self) -> String {
+        format!("{} {:?}", self.path.display(), self.pid())
+    }
+
+    fn take_events(&mut self) -> Vec<Event> {
+        self.monitor.take_events()
+    }
+
+    fn recovery(&self) -> Recovery<'_> {
+        Recovery { monitor: Some(self.monitor.socket()), merges: true }
+    }
+
+    fn leave(&mut self) {
+        self.monitor.leave();
+    }
+
+    fn presence(&mut self) -> Presence {
+        let deadline = Deadline::after(GREETING);
+        match self.monitor.execute(Command::new("query-status", json!({})), deadline) {
+            Ok(_) | Err(Failure::Refused(..)) => return Presence::Here,
+            Err(Failure::Late) => return Presence::Silent,
+            Err(Failure::Lost(_)) => {}
+        }
+        while deadline.left().is_some() {
+            if self.monitor.qemu.as_ref().is_some_and(|qemu| qemu.has_ended()) {
+                return Presence::Gone;
+            }
+            if let Ok(monitor) = Monitor::connect(self.path, deadline) {
+                // Another QEMU can have taken the socket over: that one is not ours to touch. Where
+                // one of them is not known, the socket is all there is to go by.
+                let same = match (&monitor.qemu, &self.monitor.qemu) {
+                    (Some(new), Some(old)) => new.pid == old.pid && !old.has_ended(),
+                    _ => true,
+                };
+                if same {
+                    self.monitor = monitor;
+                    return Presence::Here;
+                }
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        Presence::Silent
+    }
+}

@@ -1,0 +1,296 @@
+//! A guest by QEMU's monitor, whoever holds the connection: overlays are created, switched to and
+//! merged back by QMP.
+
+use std::os::fd::BorrowedFd;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use serde_json::json;
+
+use super::overlays::{self, Overlay};
+use super::{drives, process};
+use crate::backend::exclusive::Exclusive;
+use crate::backend::guest::{Deputy, Description, Guest, MEASURED, PATIENCE, Presence, Reserved};
+use crate::backend::{busy, foreign, open_images, overlay_file};
+use crate::deadline::Deadline;
+use crate::error::{Code, Error, Result, fail};
+use crate::model::domain::{Domain, Source, Storage};
+use crate::model::nbd::Export;
+use crate::model::{DiskPlan, Drive, Record, Role, Store};
+use crate::monitor::commands::{self, Status};
+use crate::monitor::json::Json;
+use crate::monitor::{Command, Event, Execute, Failure};
+
+/// QEMU's monitor during one operation, and what its owner does in QMP's place.
+pub trait Channel: Execute + Sized {
+    /// QEMU's version.
+    fn version(&self) -> (u64, u64);
+
+    /// QEMU's process, where it is known.
+    fn pid(&self) -> Option<u32>;
+
+    /// What stands for this run of QEMU, in this process.
+    fn identity(&self) -> String;
+
+    /// The events that have come since the last call.
+    fn take_events(&mut self) -> Vec<Event>;
+
+    /// Stops the vCPUs.
+    fn pause(&mut self, deadline: Deadline) -> Result<()> {
+        commands::stop(self, deadline)
+    }
+
+    /// Starts the vCPUs.
+    fn resume(&mut self, deadline: Deadline) -> Result<()> {
+        commands::cont(self, deadline)
+    }
+
+    /// Switches all disks to their overlays, or none.
+    fn switch(&mut self, overlays: &[Overlay], deadline: Deadline) -> Result<()> {
+        overlays::switch(self, overlays, deadline)
+    }
+
+    /// The disks are off their overlays again.
+    fn merged(&mut self, _overlays: &[Overlay]) {}
+
+    /// Records a snapshot, where its owner keeps the metadata.
+    fn record(&mut self, record: Record) -> Result<Record> {
+        fail!(InternalError, "there is nowhere to record snapshot '{}'", record.name)
+    }
+
+    /// How a process that outlives this one reaches QEMU.
+    fn recovery(&self) -> Recovery<'_>;
+
+    /// Leaves that to it.
+    fn leave(&mut self);
+
+    /// Ends the guest.
+    fn end(&mut self) -> Result<()> {
+        match self.execute(Command::new("quit", json!({})), Deadline::after(PATIENCE)) {
+            Ok(_) | Err(Failure::Lost(_)) => Ok(()),
+            Err(failure) => Err(failure.into_error("cannot end the guest")),
+        }
+    }
+
+    /// Whether QEMU is there; reconnects if the connection was lost.
+    fn presence(&mut self) -> Presence;
+}
+
+/// How a process that outlives this one reaches QEMU.
+pub struct Recovery<'a> {
+    /// The monitor's socket, which only this operation uses, where there is one.
+    pub monitor: Option<BorrowedFd<'a>>,
+    /// Whether it is to merge the overlays back.
+    pub merges: bool,
+}
+
+/// A QEMU during one operation.
+pub struct MonitorGuest<'a, C> {
+    channel: C,
+    domain: Option<Domain>,
+    store: Option<&'a Store>,
+    exclusive: Vec<Exclusive>,
+    overlays: Vec<Overlay>,
+    events: Vec<Event>,
+}
+
+impl<'a, C> MonitorGuest<'a, C> {
+    /// One that is held for this operation. `store`: where its snapshots are recorded, if not by
+    /// the monitor's owner.
+    pub fn new(
+        channel: C,
+        domain: Option<Domain>,
+        store: Option<&'a Store>,
+        exclusive: Vec<Exclusive>,
+    ) -> MonitorGuest<'a, C> {
+        MonitorGuest { channel, domain, store, exclusive, overlays: Vec::new(), events: Vec::new() }
+    }
+}
+
+impl<C: Channel> Execute for MonitorGuest<'_, C> {
+    fn execute(
+        &mut self,
+        command: Command,
+        deadline: Deadline,
+    ) -> std::result::Result<Json, Failure> {
+        self.channel.execute(command, deadline)
+    }
+}
+
+impl<C: Channel> Guest for MonitorGuest<'_, C> {
+    fn status(&mut self) -> Result<Status> {
+        commands::query_status(self, Deadline::after(PATIENCE))
+    }
+
+    fn drives(&mut self) -> Result<Vec<Drive>> {
+        let pid = self.pid();
+        drives::drives(&mut self.channel, self.domain.as_ref(), pid)
+    }
+
+    fn describe(&mut self, drives: &[Drive]) -> Result<Description> {
+        let source = |drive| {
+            let Drive { file, format, .. }: &Drive = drive;
+            Source { target: drive.name(), storage: Storage::at(file), format }
+        };
+        let known = self.domain.as_ref();
+        // What is on the network, QEMU calls otherwise than libvirt does.
+        let is_remote = |drive: &Drive| {
+            let storage = known.and_then(|domain| domain.storage(drive.name()));
+            let is_unknown =
+                |storage: Storage| storage.name().is_none() || Export::named(&drive.file).is_none();
+            !drive.file.starts_with('/') && storage.is_some_and(is_unknown)
+        };
+        let disks: Vec<_> = drives
+            .iter()
+            .filter(|drive| {
+                !matches!(drive.role, Role::Firmware | Role::Empty) && !is_remote(drive)
+            })
+            .map(source)
+            .collect();
+        let domain_xml = match &self.domain {
+            Some(domain) => domain.with_sources(&disks)?,
+            None => {
+                let emulator = self.pid().and_then(process::executable);
+                Domain::minimal(&drives::machine(&mut self.channel, emulator)?, &disks)
+            }
+        };
+        Ok(Description { domain_xml, cookie: None, owner: None })
+    }
+
+    fn check_memory_is_its_own(&mut self) -> Result<()> {
+        foreign::check_memory_is_its_own(self)
+    }
+
+    fn check_images_are_named(&mut self, disks: &[DiskPlan]) -> Result<()> {
+        open_images::check_named(self.pid(), disks)
+    }
+
+    fn check_not_busy(&mut self, disks: &[DiskPlan]) -> Result<()> {
+        busy::check_no_block_jobs(self, disks)
+    }
+
+    fn identity(&self) -> String {
+        self.channel.identity()
+    }
+
+    fn pid(&self) -> Option<u32> {
+        self.channel.pid()
+    }
+
+    fn background_keeps_paused(&self) -> bool {
+        // Measured: 7.2 starts the guest by itself once tracking is armed, 10.0 restores the state
+        // it found. What those in between do cannot be asked, and was not tried.
+        self.channel.version() >= MEASURED
+    }
+
+    fn background_can_be_cancelled(&self) -> bool {
+        // Measured likewise: 7.2 leaves it protected, 10.0 does not.
+        self.channel.version() >= MEASURED
+    }
+
+    fn create_overlays(&mut self, disks: &[DiskPlan]) -> Result<()> {
+        let records = self.store.map(Store::list).transpose()?.unwrap_or_default();
+        let images = records
+            .iter()
+            .flat_map(|record| record.disks.iter().map(|disk| (&*record.name, &*disk.image)));
+        overlay_file::check_not_of_snapshots(disks, images)?;
+        for (index, disk) in disks.iter().enumerate() {
+            // Kept before it is made, so that whatever was made of it is undone.
+            self.overlays.push(Overlay::new(disk, index));
+            overlays::create(&mut self.channel, self.overlays.last_mut().expect("just pushed"))?;
+        }
+        Ok(())
+    }
+
+    fn pause(&mut self, deadline: Deadline) -> Result<()> {
+        self.channel.take_events();
+        self.events.clear();
+        self.channel.pause(deadline)
+    }
+
+    fn switch_disks(&mut self, deadline: Deadline) -> Result<()> {
+        match self.overlays.is_empty() {
+            true => Ok(()),
+            false => self.channel.switch(&self.overlays, deadline),
+        }
+    }
+
+    fn resize_overlay(&mut self, disk: &DiskPlan, size: u64, deadline: Deadline) -> Result<()> {
+        overlays::resize(&mut self.channel, &self.overlays, disk, size, deadline)
+    }
+
+    fn resume(&mut self, deadline: Deadline) -> Result<()> {
+        let status = commands::query_status(self, deadline)?;
+        match status.status.as_str() {
+            // On a running guest `cont` would be harmless, but tell everybody of a stop that never
+            // was.
+            _ if status.running => Ok(()),
+            "paused" | "postmigrate" | "finish-migrate" | "prelaunch" | "io-error" => {
+                self.channel.resume(deadline)
+            }
+            // It stands by its own doing, and would without a snapshot too.
+            "suspended" | "shutdown" | "guest-panicked" | "internal-error" | "watchdog" => Ok(()),
+            other => fail!(OperationFailed, "cannot resume the guest: its state is now '{other}'"),
+        }
+    }
+
+    fn last_pause(&mut self) -> Option<Duration> {
+        self.events.extend(self.channel.take_events());
+        let stop = self.events.iter().position(|event| event.name == "STOP")?;
+        let resume = self.events[stop..].iter().find(|event| event.name == "RESUME")?;
+        resume.time.checked_sub(self.events[stop].time)
+    }
+
+    fn commit(&mut self, reserved: &Reserved, record: Record) -> Result<Record> {
+        match (self.store, reserved.held()) {
+            (Some(store), Some(held)) => store.commit(held, record),
+            (Some(_), None) => {
+                Err(Error::new(Code::InternalError, "the snapshot's name is not held"))
+            }
+            (None, _) => self.channel.record(record),
+        }
+    }
+
+    fn record_file(&self, name: &str) -> Option<PathBuf> {
+        self.store.map(|store| store.record_path(name))
+    }
+
+    fn merge_disks(&mut self) -> Result<()> {
+        if !self.overlays.is_empty() {
+            overlays::merge(&mut self.channel, &mut self.overlays)?;
+            self.channel.merged(&self.overlays);
+        }
+        Ok(())
+    }
+
+    fn discard_overlays(&mut self) -> Result<()> {
+        overlays::discard(&mut self.channel, &mut self.overlays)
+    }
+
+    fn merge_and_discard_offline(&mut self, switched: bool) -> Result<()> {
+        overlays::merge_and_discard_offline(&mut self.overlays, switched)
+    }
+
+    fn deputy<'a>(&'a self, _snapshot: &'a str) -> Deputy<'a> {
+        let Recovery { monitor, merges } = self.channel.recovery();
+        let overlays = self.overlays.iter().map(|overlay| overlay.for_recovery(merges)).collect();
+        monitor.map_or(Deputy::Nobody, |monitor| Deputy::Monitor(monitor, overlays))
+    }
+
+    fn held(&self) -> Vec<BorrowedFd<'_>> {
+        self.exclusive.iter().map(Exclusive::as_fd).collect()
+    }
+
+    fn leave_held(&mut self) {
+        self.exclusive.iter_mut().for_each(Exclusive::leave);
+        self.channel.leave();
+    }
+
+    fn halt(&mut self) -> Result<()> {
+        self.channel.end()
+    }
+
+    fn presence(&mut self) -> Presence {
+        self.channel.presence()
+    }
+}

@@ -1,0 +1,363 @@
+//! Overlays by QMP: created while the guest runs, switched to in one transaction, merged back when
+//! a snapshot fails.
+
+use serde_json::{Value, json};
+
+use super::jobs::{self, Merge, NODE_PREFIX, Until};
+use crate::backend::guest::{MonitorOverlay, PATIENCE};
+use crate::backend::overlay_file;
+use crate::backend::overlay_file::{Beforehand, OverlayFile};
+use crate::deadline::Deadline;
+use crate::error::{Code, Error, Result, fail};
+use crate::model::DiskPlan;
+use crate::monitor::{Command, Execute, Failure};
+use crate::sys;
+
+/// An overlay, and how far it has come.
+#[derive(Debug)]
+pub struct Overlay {
+    disk: DiskPlan,
+    /// The node of the overlay's format, and of its file.
+    node: String,
+    file_node: String,
+    made: Made,
+    /// Its file, once there is one.
+    own: Option<OverlayFile>,
+    merge: Merge,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Made {
+    Nothing,
+    File,
+    FileNode,
+    Node,
+}
+
+impl Overlay {
+    /// One that is still to be made.
+    pub fn new(disk: &DiskPlan, index: usize) -> Overlay {
+        // Unique among the nodes of earlier snapshots, which are in use below.
+        let mut random = [0; 4];
+        let got = rustix::rand::getrandom(&mut random, rustix::rand::GetRandomFlags::NONBLOCK);
+        let random = got.map_or(std::process::id(), |_| u32::from_ne_bytes(random));
+        let node = format!("{NODE_PREFIX}{random:08x}-{index}");
+        Overlay {
+            disk: disk.clone(),
+            file_node: format!("{node}f"),
+            node,
+            made: Made::Nothing,
+            own: None,
+            merge: Merge::Not,
+        }
+    }
+}
+
+impl Overlay {
+    /// What a process needs to know that undoes it in this one's place.
+    pub fn for_recovery(&self, merges: bool) -> MonitorOverlay {
+        MonitorOverlay {
+            node: self.node.clone(),
+            file_node: self.file_node.clone(),
+            image_node: merges.then(|| self.disk.drive.node.clone()),
+            file: self.own.as_ref().and_then(OverlayFile::known),
+            complaint: format!(
+                "a caller that took a snapshot was killed, and the overlay '{}' of disk '{}' could \
+                 not be merged back into '{}': the guest goes on with it, and it must not be \
+                 removed; merge it (QMP block-commit) when the cause is mended",
+                self.disk.overlay,
+                self.disk.drive.name(),
+                self.disk.drive.file
+            ),
+        }
+    }
+}
+
+/// What a driver is told of an overlay that its disk is switched to.
+#[derive(Clone, Debug)]
+pub struct Switch {
+    /// The disk's name.
+    pub disk: String,
+    /// The node that the disk is on before.
+    pub node: String,
+    /// The overlay's node.
+    pub overlay_node: String,
+    /// The overlay's file.
+    pub overlay: String,
+}
+
+impl From<&Overlay> for Switch {
+    fn from(overlay: &Overlay) -> Switch {
+        Switch {
+            disk: overlay.disk.drive.name().into(),
+            node: overlay.disk.drive.node.clone(),
+            overlay_node: overlay.node.clone(),
+            overlay: overlay.disk.overlay.clone(),
+        }
+    }
+}
+
+/// Creates one: file, node of the file, qcow2 format, node of the format. QEMU itself formats it,
+/// with the backing file as it knows it, unless it is an overlay already.
+pub fn create(monitor: &mut dyn Execute, overlay: &mut Overlay) -> Result<()> {
+    let drive = &overlay.disk.drive;
+    let path = &overlay.disk.overlay;
+    if !drive.file.starts_with('/') && !drive.file.contains(':') {
+        fail!(
+            ConfigUnsupported,
+            "the image of disk '{}' has the relative path '{}', which cannot be resolved: start \
+             QEMU with an absolute one",
+            drive.name(),
+            drive.file
+        );
+    }
+    let own = overlay.own.insert(OverlayFile::open(&overlay.disk, Beforehand::Taken)?);
+    overlay.made = Made::File;
+
+    let step = format!("cannot create external snapshot file '{path}' of disk '{}'", drive.name());
+    let cache = json!({ "direct": drive.options.direct, "no-flush": drive.options.no_flush });
+    let mut options = json!({
+        "driver": if own.is_device() { "host_device" } else { "file" },
+        "node-name": overlay.file_node,
+        "filename": path,
+        "auto-read-only": true,
+        "cache": cache,
+    });
+    match drive.options.aio.as_deref() {
+        // QEMU wants O_DIRECT for it.
+        Some("native") if !drive.options.direct => {}
+        Some(aio) => options["aio"] = json!(aio),
+        None => {}
+    }
+    if let Some(discard) = &drive.options.discard {
+        options["discard"] = json!(discard);
+    }
+    blockdev_add(monitor, &step, options)?;
+    overlay.made = Made::FileNode;
+
+    if own.is_new() {
+        let format = json!({
+            "driver": "qcow2",
+            "file": overlay.file_node,
+            "size": drive.size,
+            "backing-file": drive.file,
+            "backing-fmt": drive.format,
+        });
+        let job = format!("{}-create", overlay.node);
+        let command = Command::new("blockdev-create", json!({ "job-id": job, "options": format }));
+        monitor.run(&step, command, Deadline::after(PATIENCE))?;
+        jobs::wait(monitor, &[job], Until::Completed, |_, _| ())
+            .map_err(|error| Error::new(error.code, format!("{step}: {}", error.message)))?;
+    }
+
+    let mut options = json!({
+        "driver": "qcow2",
+        "node-name": overlay.node,
+        "file": overlay.file_node,
+        "backing": null,
+        "cache": cache,
+    });
+    if let Some(detect_zeroes) = &drive.options.detect_zeroes {
+        options["detect-zeroes"] = json!(detect_zeroes);
+    }
+    if let Some(discard) = &drive.options.discard {
+        options["discard"] = json!(discard);
+    }
+    blockdev_add(monitor, &step, options)?;
+    overlay.made = Made::Node;
+
+    // From the switch on the guest's data is in it: its name must not be lost in a crash of the
+    // host.
+    own.sync(path).map_err(|error| Error::system(step, error))
+}
+
+fn blockdev_add(monitor: &mut dyn Execute, step: &str, options: Value) -> Result<()> {
+    monitor.run(step, Command::new("blockdev-add", options), Deadline::after(PATIENCE)).map(drop)
+}
+
+/// Switches all of them, with their bitmaps, in one transaction.
+pub fn switch(monitor: &mut dyn Execute, overlays: &[Overlay], deadline: Deadline) -> Result<()> {
+    let mut actions = Vec::new();
+    for overlay in overlays {
+        for bitmap in &overlay.disk.drive.bitmaps {
+            actions.push(json!({ "type": "block-dirty-bitmap-add", "data": {
+                "node": overlay.node,
+                "name": bitmap.name,
+                "granularity": bitmap.granularity,
+                "persistent": true,
+            }}));
+        }
+        let data = json!({ "node": overlay.disk.drive.node, "overlay": overlay.node });
+        actions.push(json!({ "type": "blockdev-snapshot", "data": data }));
+    }
+    let command = Command::new("transaction", json!({ "actions": actions }));
+    monitor.run("cannot switch the disks to their overlays", command, deadline).map(drop)
+}
+
+/// Gives the overlay of a disk this size.
+pub fn resize(
+    monitor: &mut dyn Execute,
+    overlays: &[Overlay],
+    disk: &DiskPlan,
+    size: u64,
+    deadline: Deadline,
+) -> Result<()> {
+    let step = format!("cannot give disk '{}' its new size back", disk.drive.name());
+    for overlay in overlays.iter().filter(|overlay| overlay.disk.overlay == disk.overlay) {
+        let command =
+            Command::new("block_resize", json!({ "node-name": overlay.node, "size": size }));
+        monitor.run(&step, command, deadline)?;
+    }
+    Ok(())
+}
+
+/// Merges those that are active back into the images below, all at once.
+pub fn merge(monitor: &mut dyn Execute, overlays: &mut [Overlay]) -> Result<()> {
+    let mut jobs = Vec::new();
+    let started = start_merging(monitor, overlays, &mut jobs);
+    // Those that did start are seen to their end, whatever became of the others.
+    let ended = jobs::wait(monitor, &jobs, Until::Completed, |job, merge| {
+        overlays
+            .iter_mut()
+            .filter(|overlay| merge_job(overlay) == job)
+            .for_each(|overlay| overlay.merge = merge);
+    });
+    started.and(ended).map_err(|error| {
+        error.and(format!(
+            "the guest goes on with the overlays {}, which must not be removed: merge them with \
+             block-commit when the cause is mended",
+            paths(overlays)
+        ))
+    })
+}
+
+fn merge_job(overlay: &Overlay) -> String {
+    format!("{}-undo", overlay.node)
+}
+
+fn start_merging(
+    monitor: &mut dyn Execute,
+    overlays: &[Overlay],
+    jobs: &mut Vec<String>,
+) -> Result<()> {
+    let step = "cannot merge the overlays back into their images";
+    let blocks =
+        monitor.run(step, Command::new("query-block", json!({})), Deadline::after(PATIENCE))?;
+    let is_active = |overlay: &&Overlay| {
+        let mut blocks = blocks.as_array().into_iter().flatten();
+        blocks.any(|block| block["inserted"]["node-name"] == overlay.node)
+    };
+    for overlay in overlays.iter().filter(is_active) {
+        let job = merge_job(overlay);
+        jobs::start_merge(monitor, step, &job, &overlay.node, &overlay.disk.drive.node)?;
+        jobs.push(job);
+    }
+    Ok(())
+}
+
+/// Removes nodes and files of those that are not in use. Those that could not be removed are kept
+/// in the list.
+pub fn discard(monitor: &mut dyn Execute, overlays: &mut Vec<Overlay>) -> Result<()> {
+    let mut first_error = None;
+    overlays.retain(|overlay| match discard_one(monitor, overlay) {
+        Ok(()) => false,
+        Err(error) => {
+            first_error.get_or_insert(error);
+            true
+        }
+    });
+    first_error.map_or(Ok(()), Err)
+}
+
+fn discard_one(monitor: &mut dyn Execute, overlay: &Overlay) -> Result<()> {
+    let nodes = [(Made::Node, &overlay.node), (Made::FileNode, &overlay.file_node)];
+    if overlay.made == Made::FileNode {
+        // Where an answer was lost, the job that formats it can be there still, and have the node
+        // in use. Where it is not, this says so.
+        let _ =
+            jobs::wait(monitor, &[format!("{}-create", overlay.node)], Until::Completed, |_, _| ());
+    }
+    // A command whose reply was lost can have made one step more than we know of.
+    for (made, node) in nodes {
+        let command = Command::new("blockdev-del", json!({ "node-name": node }));
+        match monitor.execute(command, Deadline::after(PATIENCE)) {
+            Ok(_) => {}
+            Err(Failure::Refused(..)) if overlay.made < made => {}
+            Err(failure) => {
+                let step =
+                    format!("cannot remove the overlay '{}', which stays", overlay.disk.overlay);
+                return Err(failure.into_error(&step));
+            }
+        }
+    }
+    discard_file(overlay)
+}
+
+fn discard_file(overlay: &Overlay) -> Result<()> {
+    let Some(own) = &overlay.own else { return Ok(()) };
+    own.discard()
+        .map_err(|error| Error::system(format!("cannot discard '{}'", overlay.disk.overlay), error))
+}
+
+/// For a QEMU that has ended. `switched`: the overlays may hold what the guest wrote; then they are
+/// merged by `qemu-img`, or kept.
+pub fn merge_and_discard_offline(overlays: &mut Vec<Overlay>, switched: bool) -> Result<()> {
+    for overlay in overlays.iter().filter(|overlay| switched && overlay.made == Made::Node) {
+        let merged = match (&overlay.merge, &overlay.own) {
+            (Merge::Not, Some(own)) => overlay_file::commit(
+                own.file(),
+                &overlay.disk.drive.file,
+                &overlay.disk.drive.format,
+            ),
+            (Merge::Not | Merge::Done, _) => Ok(()),
+            (Merge::Completing, _) => Err(Error::new(
+                Code::OperationFailed,
+                format!(
+                    "it ended just when '{}' was merged: which of the two was written last is the \
+                     newer",
+                    overlay.disk.overlay
+                ),
+            )),
+        };
+        merged.map_err(|error| {
+            Error::new(
+                error.code,
+                format!(
+                    "QEMU has ended, and what the guest wrote after the instant is in {}, which \
+                     could not be merged and must not be removed ({}): run `qemu-img commit` on \
+                     each when the cause is mended, before the guest is started again",
+                    paths(overlays),
+                    error.message
+                ),
+            )
+        })?;
+    }
+    let mut first_error = None;
+    for overlay in overlays.drain(..).rev() {
+        if let Err(error) = check_closed(&overlay).and_then(|()| discard_file(&overlay)) {
+            first_error.get_or_insert(error);
+        }
+    }
+    first_error.map_or(Ok(()), Err)
+}
+
+/// Somebody can have started a QEMU on an overlay, once it was merged.
+fn check_closed(overlay: &Overlay) -> Result<()> {
+    if overlay.own.as_ref().is_some_and(|own| sys::is_locked(own.file(), sys::IMAGE_LOCKS)) {
+        fail!(
+            OperationFailed,
+            "QEMU has ended, and another one has the overlay '{}' of disk '{}' open, which stays: \
+             what it had until then is in the image below",
+            overlay.disk.overlay,
+            overlay.disk.drive.name()
+        );
+    }
+    Ok(())
+}
+
+fn paths(overlays: &[Overlay]) -> String {
+    let of_disk = |overlay: &Overlay| {
+        format!("'{}' of disk '{}'", overlay.disk.overlay, overlay.disk.drive.name())
+    };
+    overlays.iter().map(of_disk).collect::<Vec<_>>().join(", ")
+}

@@ -1,0 +1,192 @@
+//! The watchdog's side: the child of a process with threads, which makes system calls only.
+
+use std::ffi::{CStr, c_int};
+use std::os::fd::{FromRawFd, OwnedFd};
+
+use rustix::io::Errno;
+use rustix::net::{SendFlags, send};
+
+use super::errand::Errands;
+use super::files::Discard;
+use super::remaining::Remaining;
+use super::stage::{DISMISSED, READY, Stage};
+use super::words::{Words, say};
+use crate::sys::{self, wait_ready};
+
+/// Before QEMU has armed, its stream has a header and a list of memory blocks: less than this.
+const BEFORE_ARMED: usize = 64 << 10;
+
+/// What it does for its caller, made before it is needed.
+#[derive(Debug)]
+pub enum Script {
+    /// It can only read the stream.
+    Silence,
+    /// It speaks to QEMU.
+    Words(Words),
+    /// It runs programs.
+    Errands(Box<Errands>),
+}
+
+/// So many descriptors hold the guest for an operation, at most.
+pub const HELD: usize = 3;
+
+/// For so long nothing comes of the stream before QEMU is asked whether anything more does.
+const QUIET_MS: c_int = 1000;
+
+/// The watchdog's side. Descriptors are by number: the child has them all, until it keeps only these.
+pub struct Child<'a> {
+    pub lifeline: c_int,
+    pub caller: c_int,
+    pub monitor: c_int,
+    pub pipe: c_int,
+    /// The names by which the guest is held: nobody else begins an operation on it while the watchdog
+    /// is at work.
+    pub held: [c_int; HELD],
+    /// What holds the snapshot's name.
+    pub reservation: c_int,
+    pub reserved: Option<&'a Discard>,
+    /// The file that there is once the snapshot is recorded, where that is known.
+    pub record: Option<&'a CStr>,
+    pub script: &'a Script,
+}
+
+impl Child<'_> {
+    pub fn run(&self) -> ! {
+        let [held0, held1, held2] = self.held;
+        let own = [
+            self.lifeline,
+            self.caller,
+            self.monitor,
+            self.pipe,
+            self.reservation,
+            held0,
+            held1,
+            held2,
+        ];
+        let Some(kept) = sys::keep_only(own) else { sys::exit_now() };
+        // SAFETY: they were just made, and are nobody else's in this process.
+        let [lifeline, caller, monitor, pipe, reservation, held @ ..] =
+            kept.map(|fd| unsafe { OwnedFd::from_raw_fd(fd) });
+        let _ = send(&lifeline, &[READY], SendFlags::NOSIGNAL);
+        let stage = Self::watch(&lifeline, &caller);
+        // A snapshot that is recorded is complete.
+        let recorded = self.record.is_none_or(sys::exists);
+        if stage != Stage::Committing || !recorded {
+            self.undo(stage, &monitor, pipe);
+        }
+        // The file goes before the name: the next snapshot of this name makes a file of its own.
+        self.reserved.into_iter().for_each(Discard::run);
+        sys::let_go(&reservation);
+        // Processes that the caller has forked can have them too.
+        sys::let_go(&monitor);
+        held.iter().for_each(sys::let_go);
+        sys::exit_now()
+    }
+
+    /// Undoes the snapshot, the guest first.
+    fn undo(&self, stage: Stage, monitor: &OwnedFd, pipe: OwnedFd) {
+        let mut stream = Remaining { pipe, ended: !stage.is_migrating(), thrown_away: 0 };
+        let is_armed = |stream: &Remaining| stream.thrown_away >= BEFORE_ARMED;
+        if stage == Stage::Racing {
+            self.read_until(&mut stream, monitor, is_armed);
+        }
+        if stage.is_paused() {
+            // In the stage Migrating QEMU may not have armed yet. What the guest then writes to its
+            // memory is in an image that is thrown away; a guest that QEMU finds running it stops,
+            // captures and starts by itself. No other client can have begun to save or migrate it,
+            // as long as the snapshot's own migration is under way.
+            self.resume(monitor, &mut stream);
+        }
+        if stage == Stage::Migrating {
+            // A migration that was given up while it set up has stopped the guest once more.
+            self.read_until(&mut stream, monitor, is_armed);
+            self.resume(monitor, &mut stream);
+        }
+        self.read_until(&mut stream, monitor, |_| false);
+        // One that is no background snapshot stops it at its end. It can take minutes until then: a
+        // guest that stands for any other reason was paused by another client, and stays so.
+        if stage.is_paused()
+            && stage.is_migrating()
+            && self.is_stopped_by_migration(monitor, &mut stream)
+        {
+            self.resume(monitor, &mut stream);
+        }
+        self.outlast_migration(&mut stream, monitor);
+        match self.script {
+            Script::Silence => {}
+            Script::Words(words) => words.undo(monitor, stage, &mut stream),
+            Script::Errands(errands) => errands.undo(stage, &mut stream),
+        }
+    }
+
+    /// Throws the stream away until `enough`, or to its end. A process that the caller has forked
+    /// can have QEMU's end of the pipe too, so that it does not end: then QEMU knows.
+    fn read_until(
+        &self,
+        stream: &mut Remaining,
+        monitor: &OwnedFd,
+        enough: impl Fn(&Remaining) -> bool,
+    ) {
+        while !stream.ended && !enough(stream) {
+            if wait_ready([Some(&stream.pipe), None], QUIET_MS) {
+                stream.throw_away();
+                continue;
+            }
+            // What QEMU had written until it said so is in the pipe, and not wanted.
+            stream.ended |= self.is_migrating(monitor, stream) == Some(false);
+        }
+    }
+
+    /// Another client's migration can have begun in the pause. QEMU puts no capability back while
+    /// it is under way, and the lock must not be lifted while ours is on.
+    fn outlast_migration(&self, stream: &mut Remaining, monitor: &OwnedFd) {
+        while self.is_migrating(monitor, stream) == Some(true) {
+            wait_ready([None, None], QUIET_MS);
+        }
+    }
+
+    fn is_migrating(&self, monitor: &OwnedFd, stream: &mut Remaining) -> Option<bool> {
+        match self.script {
+            Script::Silence => None,
+            Script::Words(words) => words.is_migrating(monitor, stream),
+            Script::Errands(errands) => errands.is_migrating(stream),
+        }
+    }
+
+    fn is_stopped_by_migration(&self, monitor: &OwnedFd, stream: &mut Remaining) -> bool {
+        match self.script {
+            Script::Silence => false,
+            Script::Words(words) => words.is_stopped_by_migration(monitor, stream),
+            Script::Errands(errands) => errands.is_stopped_by_migration(stream),
+        }
+    }
+
+    fn resume(&self, monitor: &OwnedFd, stream: &mut Remaining) {
+        match self.script {
+            Script::Silence => {}
+            Script::Words(words) => drop(say(monitor, &words.resume, stream)),
+            Script::Errands(errands) => errands.resume(stream),
+        }
+    }
+
+    /// Returns the stage in which the caller has ended, or handed over.
+    fn watch(lifeline: &OwnedFd, caller: &OwnedFd) -> Stage {
+        let mut stage = Stage::Prepared;
+        loop {
+            wait_ready([Some(lifeline), Some(caller)], -1);
+            // What it has said last is read first.
+            while wait_ready([Some(lifeline), None], 0) {
+                let mut byte = [0];
+                match rustix::io::read(lifeline, &mut byte) {
+                    Ok(1) if byte[0] == DISMISSED => sys::exit_now(),
+                    Ok(1) => stage = Stage::from_byte(byte[0]).unwrap_or(stage),
+                    Err(Errno::INTR) => {}
+                    Ok(_) | Err(_) => return stage,
+                }
+            }
+            if wait_ready([Some(caller), None], 0) {
+                return stage;
+            }
+        }
+    }
+}

@@ -1,0 +1,182 @@
+//! Programs that the watchdog runs: libvirt's own client, where a domain is libvirt's.
+
+use std::os::fd::AsRawFd;
+
+use rustix::io::Errno;
+use rustix::pipe::{PipeFlags, pipe_with};
+
+use super::complaint::Complaint;
+use super::files::Discard;
+use super::remaining::Remaining;
+use super::reply::{Reader, Reply};
+use super::stage::Stage;
+use crate::backend;
+use crate::own_file::KnownFile;
+use crate::sys::{self, Program, Stdio, Words};
+use crate::tool::words_of;
+
+/// A guest that does not run is resumed so often.
+const TRIES: u32 = 10;
+const PAUSE_MS: i32 = 1000;
+
+/// A program and its arguments, as the kernel wants them.
+#[derive(Debug)]
+struct Errand {
+    words: Option<Words>,
+    /// Discarded once it has succeeded.
+    then_discard: Option<Discard>,
+}
+
+impl Errand {
+    fn new(errand: backend::Errand) -> Errand {
+        Errand {
+            words: words_of(errand.words),
+            then_discard: errand.then_discard.as_ref().and_then(Discard::new),
+        }
+    }
+
+    /// Whether it succeeded.
+    fn run(&self, stream: &mut Remaining) -> bool {
+        self.run_with(Stdio::Null, stream)
+    }
+
+    fn run_with(&self, stdio: Stdio, stream: &mut Remaining) -> bool {
+        let Some(words) = &self.words else { return false };
+        let Some(program) = Program::start(words, stdio) else { return false };
+        // Meanwhile QEMU may be waiting for its stream to be read.
+        while !program.wait_ended((!stream.ended).then_some(&stream.pipe)) {
+            stream.throw_away();
+        }
+        program.succeeded()
+    }
+
+    /// QEMU's reply, where it says one.
+    fn ask(&self, stream: &mut Remaining) -> Option<Reply> {
+        // What it says is less than a pipe holds.
+        let (output, theirs) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK).ok()?;
+        if !self.run_with(Stdio::Output(theirs.as_raw_fd()), stream) {
+            return None;
+        }
+        let mut reader = Reader::new();
+        let mut buffer = [0; 4096];
+        loop {
+            let got = match rustix::io::read(&output, &mut buffer) {
+                Ok(0) => return None,
+                Ok(got) => got,
+                Err(Errno::INTR) => continue,
+                Err(_) => return None,
+            };
+            let mut replies = buffer.iter().take(got).filter_map(|byte| reader.read(*byte));
+            if let Some(reply) = replies.find(|reply| reply.done) {
+                return Some(reply);
+            }
+        }
+    }
+}
+
+/// Merges an overlay.
+#[derive(Debug)]
+struct Merge {
+    merge: Errand,
+    is_in_use: Errand,
+    complaint: Complaint,
+}
+
+impl Merge {
+    fn new(errand: backend::MergeErrand) -> Merge {
+        let backend::MergeErrand { merge, is_in_use, complaint } = errand;
+        Merge {
+            merge: Errand::new(merge),
+            is_in_use: Errand::new(is_in_use),
+            complaint: Complaint::new(&complaint),
+        }
+    }
+
+    fn run(&self, stage: Stage, stream: &mut Remaining) {
+        if !stage.is_switched() || self.merge.run(stream) {
+            self.merge.then_discard.iter().for_each(Discard::run);
+        } else if self.is_in_use.run(stream) {
+            self.complaint.send();
+        }
+    }
+}
+
+/// What is to be done, in order.
+#[derive(Debug)]
+pub struct Errands {
+    look: Errand,
+    tries: u32,
+    resume: [Errand; 2],
+    query_migrate: Errand,
+    query_status: Errand,
+    restore: Vec<Errand>,
+    forget: Errand,
+    merge: Vec<Merge>,
+    files: Vec<Discard>,
+}
+
+impl Errands {
+    /// `files` are removed with the overlays.
+    pub fn new(errands: backend::Errands, files: &[KnownFile]) -> Errands {
+        let all = |errands: Vec<backend::Errand>| errands.into_iter().map(Errand::new).collect();
+        Errands {
+            look: Errand::new(errands.look),
+            tries: errands.tries,
+            resume: [errands.resume, errands.resume_all_the_same].map(Errand::new),
+            query_migrate: Errand::new(errands.query_migrate),
+            query_status: Errand::new(errands.query_status),
+            restore: all(errands.restore),
+            forget: Errand::new(errands.forget),
+            merge: errands.merge.into_iter().map(Merge::new).collect(),
+            files: files.iter().filter_map(Discard::new).collect(),
+        }
+    }
+
+    /// Resumes the guest.
+    pub fn resume(&self, stream: &mut Remaining) {
+        self.wait_for_daemon(stream);
+        repeat(&self.resume, TRIES, stream);
+    }
+
+    /// Whether a migration is under way; none where that cannot be learnt now.
+    pub fn is_migrating(&self, stream: &mut Remaining) -> Option<bool> {
+        self.query_migrate.ask(stream).map(|reply| reply.migrating)
+    }
+
+    /// Whether the end of a migration has stopped the guest.
+    pub fn is_stopped_by_migration(&self, stream: &mut Remaining) -> bool {
+        self.query_status.ask(stream).is_some_and(|reply| reply.stopped_by_migration)
+    }
+
+    /// A daemon that restarts is there again after some time.
+    fn wait_for_daemon(&self, stream: &mut Remaining) {
+        repeat(std::slice::from_ref(&self.look), self.tries, stream);
+    }
+
+    /// Puts settings back, removes the record, then undoes the switch: overlays that may be in use
+    /// are merged first.
+    pub fn undo(&self, stage: Stage, stream: &mut Remaining) {
+        self.wait_for_daemon(stream);
+        for errand in self.restore.iter().filter(|_| !stage.is_restored()) {
+            errand.run(stream);
+        }
+        self.forget.run(stream);
+        self.merge.iter().for_each(|merge| merge.run(stage, stream));
+        self.files.iter().for_each(Discard::run);
+    }
+}
+
+/// Runs errands until one of them succeeds, once a second.
+fn repeat(errands: &[Errand], tries: u32, stream: &mut Remaining) {
+    for _ in 0..tries {
+        if errands.iter().any(|errand| errand.run(stream)) {
+            return;
+        }
+        if stream.ended {
+            sys::wait_ready([None, None], PAUSE_MS);
+        } else {
+            sys::wait_ready([Some(&stream.pipe), None], PAUSE_MS);
+            stream.throw_away();
+        }
+    }
+}

@@ -1,0 +1,174 @@
+//! What the watchdog says on the monitor's socket.
+
+use std::os::fd::OwnedFd;
+
+use rustix::io::Errno;
+use rustix::net::{SendFlags, send};
+use serde_json::{Value, json};
+
+use super::complaint::Complaint;
+use super::files::Discard;
+use super::remaining::Remaining;
+use super::reply::{MARK, Reader, Reply};
+use super::stage::Stage;
+use crate::backend::MonitorOverlay;
+use crate::own_file::KnownFile;
+use crate::sys::wait_ready;
+
+/// Between two questions whether a job has come further.
+const PAUSE_MS: i32 = 50;
+
+/// Made before they are needed.
+#[derive(Debug)]
+pub struct Words {
+    pub resume: String,
+    restore: Vec<String>,
+    query_migrate: String,
+    query_status: String,
+    overlays: Vec<Overlay>,
+    files: Vec<Discard>,
+}
+
+/// What is said to undo one overlay.
+#[derive(Debug)]
+struct Overlay {
+    /// Empty where merging is not the watchdog's to do.
+    commit: String,
+    complete: String,
+    delete: String,
+    delete_file_node: String,
+    file: Option<Discard>,
+    complaint: Complaint,
+}
+
+impl Overlay {
+    fn new(overlay: &MonitorOverlay) -> Overlay {
+        let MonitorOverlay { node, file_node, image_node, file, complaint } = overlay;
+        let job = format!("{node}-undo");
+        let delete = |node: &str| line("blockdev-del", &json!({ "node-name": node }));
+        let commit = |image: &String| {
+            line("block-commit", &json!({ "job-id": job, "device": node, "base-node": image }))
+        };
+        Overlay {
+            commit: image_node.as_ref().map(commit).unwrap_or_default(),
+            complete: line("block-job-complete", &json!({ "device": job })),
+            delete: delete(node),
+            delete_file_node: delete(file_node),
+            file: file.as_ref().and_then(Discard::new),
+            complaint: Complaint::new(complaint),
+        }
+    }
+
+    /// Merges it into the image below, where it is in use, and removes it once it is not.
+    fn undo(&self, monitor: &OwnedFd, switched: bool, stream: &mut Remaining) {
+        let mut say = |words: &str| say(monitor, words, stream);
+        if switched && !self.commit.is_empty() && say(&self.commit).is_some_and(|reply| reply.done)
+        {
+            // QEMU refuses to complete it before all is merged; when it has ended, there is no such
+            // job.
+            loop {
+                match say(&self.complete) {
+                    None => return,
+                    Some(reply) if reply.no_job => break,
+                    Some(_) => wait_ready([None, None], PAUSE_MS),
+                };
+            }
+        }
+        match say(&self.delete) {
+            Some(reply) if reply.done => {
+                say(&self.delete_file_node);
+                self.file.iter().for_each(Discard::run);
+            }
+            // What is in use QEMU keeps. A driver's are its own to merge.
+            Some(_) if switched && !self.commit.is_empty() => self.complaint.send(),
+            _ => {}
+        }
+    }
+}
+
+impl Words {
+    /// `restore` are commands, by name and arguments, that put the settings back; `files` are the
+    /// snapshot's.
+    pub fn new(
+        restore: &[(&str, Value)],
+        overlays: &[MonitorOverlay],
+        files: &[KnownFile],
+    ) -> Words {
+        Words {
+            resume: line("cont", &json!({})),
+            restore: restore.iter().map(|(name, arguments)| line(name, arguments)).collect(),
+            query_migrate: line("query-migrate", &json!({})),
+            query_status: line("query-status", &json!({})),
+            overlays: overlays.iter().map(Overlay::new).collect(),
+            files: files.iter().filter_map(Discard::new).collect(),
+        }
+    }
+
+    /// Whether a migration is under way; none where QEMU is gone.
+    pub fn is_migrating(&self, monitor: &OwnedFd, stream: &mut Remaining) -> Option<bool> {
+        say(monitor, &self.query_migrate, stream).map(|reply| reply.migrating)
+    }
+
+    /// Whether the end of a migration has stopped the guest.
+    pub fn is_stopped_by_migration(&self, monitor: &OwnedFd, stream: &mut Remaining) -> bool {
+        say(monitor, &self.query_status, stream).is_some_and(|reply| reply.stopped_by_migration)
+    }
+
+    /// Puts everything but the guest's state back.
+    pub fn undo(&self, monitor: &OwnedFd, stage: Stage, stream: &mut Remaining) {
+        for words in self.restore.iter().filter(|_| !stage.is_restored()) {
+            say(monitor, words, stream);
+        }
+        for overlay in &self.overlays {
+            overlay.undo(monitor, stage.is_switched(), stream);
+        }
+        self.files.iter().for_each(Discard::run);
+    }
+}
+
+fn line(name: &str, arguments: &Value) -> String {
+    json!({ "execute": name, "arguments": arguments, "id": MARK }).to_string() + "\n"
+}
+
+/// Says something, and waits for the reply, however long: what is still unread when the connection
+/// ends, QEMU forgets. Meanwhile the stream is read, for which QEMU may be waiting in its turn.
+/// Nothing where QEMU is gone.
+pub fn say(monitor: &OwnedFd, words: &str, stream: &mut Remaining) -> Option<Reply> {
+    let mut left = words.as_bytes();
+    while !left.is_empty() {
+        match send(monitor, left, SendFlags::NOSIGNAL) {
+            Ok(sent) => left = left.get(sent..).unwrap_or_default(),
+            Err(Errno::INTR) => {}
+            // A reader that is that far behind; there is no hurry.
+            Err(Errno::AGAIN) => {
+                wait_ready([(!stream.ended).then_some(&stream.pipe), None], 10);
+                if !stream.ended {
+                    stream.throw_away();
+                }
+            }
+            Err(_) => return None,
+        }
+    }
+    let mut reader = Reader::new();
+    loop {
+        wait_ready([Some(monitor), (!stream.ended).then_some(&stream.pipe)], -1);
+        if !stream.ended {
+            stream.throw_away();
+        }
+        if !wait_ready([Some(monitor), None], 0) {
+            continue;
+        }
+        let mut buffer = [0; 4096];
+        let got = match rustix::io::read(monitor, &mut buffer) {
+            Ok(0) => return None,
+            Ok(got) => got,
+            Err(Errno::AGAIN | Errno::INTR) => continue,
+            Err(_) => return None,
+        };
+        let mut replies = buffer.iter().take(got).filter_map(|byte| reader.read(*byte));
+        // One command at a time is answered, so nothing of its reply is lost.
+        if let Some(reply) = replies.find(|reply| reply.ours) {
+            return Some(reply);
+        }
+    }
+}

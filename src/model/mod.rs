@@ -1,0 +1,32 @@
+//! What is asked for and what is recorded: `<domainsnapshot>` and `<domain>` XML, the disk plan,
+//! the state directory.
+//!
+//! Nothing here speaks to a guest. A way in describes its drives as [`Drive`]s, [`plan`] aligns
+//! them with what the caller asked for, and the engine carries the plan out.
+
+pub mod domain;
+pub mod drive;
+pub mod flags;
+pub mod frozen;
+mod names;
+pub mod nbd;
+pub mod notes;
+pub mod nvram;
+pub mod plan;
+pub mod record;
+pub mod request;
+pub mod store;
+pub mod upgrade;
+mod validate;
+pub mod xml;
+
+pub use domain::Domain;
+pub use drive::{Bitmap, Drive, Role};
+pub use frozen::Frozen;
+pub use names::{check_name, check_path, generated_names};
+pub use notes::Notes;
+pub use plan::{DiskPlan, Plan, generated_name, manual, plan};
+pub use record::{Record, RecordedDisk, RecordedManual, RecordedNvram, State};
+pub use request::{DiskRequest, Location, MemoryRequest, Request};
+pub use store::{Reservation, Store};
+pub use validate::validate;

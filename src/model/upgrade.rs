@@ -1,0 +1,42 @@
+//! Which LIVE snapshots can be INSTANT ones, for programs that do not know of them.
+//!
+//! The library for LD_PRELOAD in clients has this file too: the rules are the same there and in the
+//! daemon.
+
+use super::xml;
+use crate::error::Code;
+use crate::model::flags::{DISK_ONLY, INSTANT, LIVE, REDEFINE};
+
+/// A LIVE snapshot with memory, of which nobody has said that it is to be INSTANT.
+pub fn is_live(flags: u32) -> bool {
+    flags & (LIVE | INSTANT | DISK_ONLY | REDEFINE) == LIVE
+}
+
+/// `<memory file=>` with `snapshot='external'`, which a file implies. False where it cannot be
+/// read: libvirt shall say why.
+pub fn memory_goes_to_a_file(text: &str) -> bool {
+    let Ok(document) = xml::parse(text, "domainsnapshot", &xml::GIVEN) else { return false };
+    xml::child(document.root_element(), "memory").is_some_and(|memory| {
+        matches!(
+            (memory.attribute("snapshot"), memory.attribute("file")),
+            (None | Some("external"), Some(_))
+        )
+    })
+}
+
+/// What instantsnap says before it has touched anything: it cannot, it may not, or does not
+/// understand the request, which a newer libvirt may. Then the snapshot is libvirt's own after all.
+pub fn is_refusal(code: i32) -> bool {
+    const REFUSALS: [Code; 9] = [
+        Code::OperationUnsupported,
+        Code::ConfigUnsupported,
+        Code::ArgumentUnsupported,
+        Code::InvalidArg,
+        Code::XmlError,
+        Code::XmlDetail,
+        Code::OperationDenied,
+        Code::AccessDenied,
+        Code::NoConnect,
+    ];
+    REFUSALS.into_iter().any(|refusal| refusal as i32 == code)
+}
