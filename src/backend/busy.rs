@@ -8,7 +8,7 @@ use std::collections::BTreeSet;
 
 use serde_json::{Value, json};
 
-use super::guest::{Guest, PATIENCE};
+use super::guest::{DEFAULT_TIMEOUT, Guest};
 use crate::deadline::Deadline;
 use crate::error::{Result, fail};
 use crate::model::{DiskPlan, Drive};
@@ -23,7 +23,7 @@ pub fn is_block_of(device: &Value, drive: &Drive) -> bool {
 
 /// Refuses disks of which QEMU has an image in a block job.
 pub fn check_no_block_jobs(guest: &mut dyn Guest, disks: &[DiskPlan]) -> Result<()> {
-    let deadline = Deadline::after(PATIENCE);
+    let deadline = Deadline::after(DEFAULT_TIMEOUT);
     let mut query = |command: &str| {
         let step = format!("cannot ask for block jobs ({command})");
         guest.run(&step, Command::new(command, json!({})), deadline)

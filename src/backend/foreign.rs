@@ -3,7 +3,7 @@
 
 use serde_json::{Value, json};
 
-use super::guest::PATIENCE;
+use super::guest::DEFAULT_TIMEOUT;
 use crate::deadline::Deadline;
 use crate::error::{Code, Result, fail};
 use crate::monitor::json::Json;
@@ -24,7 +24,7 @@ const FOREIGN_DRIVERS: [&str; 5] = [
 
 fn query(guest: &mut dyn Execute, command: &str, arguments: Value) -> Result<Json> {
     let step = format!("cannot ask the guest ({command})");
-    guest.run(&step, Command::new(command, arguments), Deadline::after(PATIENCE))
+    guest.run(&step, Command::new(command, arguments), Deadline::after(DEFAULT_TIMEOUT))
 }
 
 /// Refuses a guest whose RAM others write: userfaultfd sees QEMU's own mapping only.

@@ -15,7 +15,7 @@ use crate::monitor::commands::Status;
 use crate::own_file::KnownFile;
 
 /// Commands outside the pause get this long: QEMU may be busy, but then it hangs.
-pub const PATIENCE: Duration = Duration::from_secs(30);
+pub const DEFAULT_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// The oldest of the newer QEMUs whose behaviour was measured, where it differs from 7.2's.
 pub const MEASURED: (u64, u64) = (10, 0);

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use serde_json::Value;
 
-use super::guest::PATIENCE;
+use super::guest::DEFAULT_TIMEOUT;
 use crate::error::{Code, Error, Result};
 use crate::model::nbd::Export;
 use crate::monitor::json::parse;
@@ -251,7 +251,7 @@ pub fn server_below(overlay: &str) -> Option<String> {
 /// What a guest sees of a server's image, in bytes. The server is asked, and not waited for without
 /// end.
 pub fn size_on_server(name: &str, format: &str) -> Result<u64> {
-    size_on_server_within(name, format, PATIENCE)
+    size_on_server_within(name, format, DEFAULT_TIMEOUT)
 }
 
 /// The same within this time.
@@ -292,7 +292,7 @@ pub struct Layer {
 /// image, which could let nobody but QEMU in, and have others wait: a chain ends with such a one.
 pub fn chain(path: &str, format: &str) -> Result<Vec<Layer>> {
     if server_of(path, format).is_none() {
-        return look(path, format, &["--backing-chain"], PATIENCE)
+        return look(path, format, &["--backing-chain"], DEFAULT_TIMEOUT)
             .map(|layers| layers.into_iter().map(|(layer, _)| layer).collect());
     }
     let mut layers: Vec<Layer> = Vec::new();
@@ -306,7 +306,7 @@ pub fn chain(path: &str, format: &str) -> Result<Vec<Layer>> {
         if layers.iter().any(|layer| layer.path == path) {
             return Err(failed(format!("the image '{path}' stands on itself")));
         }
-        for (layer, below) in look(&path, &format, &[], PATIENCE)? {
+        for (layer, below) in look(&path, &format, &[], DEFAULT_TIMEOUT)? {
             layers.push(layer);
             next = below;
         }

@@ -10,7 +10,7 @@ use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use super::guest::PATIENCE;
+use super::guest::DEFAULT_TIMEOUT;
 use super::images;
 use crate::error::{Code, Error, Result, fail};
 use crate::model::DiskPlan;
@@ -325,14 +325,14 @@ pub fn create_on(overlay: &File, image: &str, format: &str) -> Result<()> {
     let mut create = Tool::new("qemu-img");
     create.args(["create", "-q", "-f", "qcow2", "-F", format, "-b", image, STDIN]);
     // It opens the image and all below, for its size.
-    create.run_on_within(overlay, PATIENCE).map_err(|error| {
+    create.run_on_within(overlay, DEFAULT_TIMEOUT).map_err(|error| {
         Error::new(error.code, format!("cannot create an overlay of '{image}': {}", error.message))
     })
 }
 
 /// Merges an overlay that no QEMU has open into the image that it was made on.
 pub fn commit(overlay: &File, image: &str, image_format: &str) -> Result<()> {
-    commit_asking(overlay, image, image_format, PATIENCE)
+    commit_asking(overlay, image, image_format, DEFAULT_TIMEOUT)
 }
 
 /// The same, where a server that one of the images is on answers within this time: qemu-img would

@@ -22,7 +22,9 @@ use super::undo::Made;
 use super::warm::warm;
 use super::watchdog::{self, Stage};
 use super::work::Work;
-use crate::backend::{Catalog, Connector, Description, Guest, PATIENCE, Reserved, write_access};
+use crate::backend::{
+    Catalog, Connector, DEFAULT_TIMEOUT, Description, Guest, Reserved, write_access,
+};
 use crate::deadline::Deadline;
 use crate::error::{Error, Result, fail};
 use crate::image::MemoryImage;
@@ -232,7 +234,7 @@ enum GuestState {
 /// The guest's state; an error where no snapshot can be taken.
 fn check_state(guest: &mut dyn Guest) -> Result<GuestState> {
     let status = guest.status()?;
-    let migration = commands::query_migrate(guest, Deadline::after(PATIENCE))?;
+    let migration = commands::query_migrate(guest, Deadline::after(DEFAULT_TIMEOUT))?;
     if status.status == "inmigrate" {
         fail!(
             OperationInvalid,
@@ -423,12 +425,12 @@ impl Task<'_> {
                 let bytes = made.wait_saved(guest, cancel, clock)?;
                 // QEMU saves what the guest wrote meanwhile to its memory; what it wrote to disks
                 // is on the overlays.
-                still.check(guest, Deadline::after(PATIENCE))?;
+                still.check(guest, Deadline::after(DEFAULT_TIMEOUT))?;
                 (Flow { done: bytes, total: bytes, ..Flow::default() }, Some(bytes))
             }
         };
         if self.running {
-            guest.resume(Deadline::after(PATIENCE))?;
+            guest.resume(Deadline::after(DEFAULT_TIMEOUT))?;
             made.watchdog.enter(Stage::Draining);
             clock.resumed(guest.last_pause());
         } else if self.mode == Mode::Paused {
@@ -608,14 +610,14 @@ impl Task<'_> {
             return Ok(None);
         }
         let identity = guest.identity();
-        let memory = commands::query_memory_size(guest, Deadline::after(PATIENCE))?;
+        let memory = commands::query_memory_size(guest, Deadline::after(DEFAULT_TIMEOUT))?;
         while clock.stats.lost < self.options.overlap.tries {
             let learnt = || overlap::aim(&identity, memory, clock.stats.lost);
             let Some(aim) = self.options.overlap.aim.or_else(learnt) else { return Ok(None) };
-            settings.unlock(guest, Deadline::after(PATIENCE))?;
+            settings.unlock(guest, Deadline::after(DEFAULT_TIMEOUT))?;
             let process = if self.options.overlap.aim.is_none() { guest.pid() } else { None };
             let mut work = Work::begins(process);
-            self.migrate(guest, settings, made, Stage::Begun, Deadline::after(PATIENCE))?;
+            self.migrate(guest, settings, made, Stage::Begun, Deadline::after(DEFAULT_TIMEOUT))?;
             while let Some(rest) =
                 aim.checked_sub(work.done()).filter(|rest| *rest >= overlap::NEAR)
             {
@@ -640,7 +642,7 @@ impl Task<'_> {
             }
             // Too late; or it was reset, and runs again.
             let setup = wait_armed(guest, self.running, cancel, deadline)?.setup_time();
-            guest.resume(Deadline::after(PATIENCE))?;
+            guest.resume(Deadline::after(DEFAULT_TIMEOUT))?;
             clock.lost();
             clock.enter(Phase::Prepare);
             made.watchdog.enter(Stage::Begun);

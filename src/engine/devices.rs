@@ -10,7 +10,7 @@ use std::collections::BTreeSet;
 
 use serde_json::{Value, json};
 
-use crate::backend::{Guest, PATIENCE};
+use crate::backend::{DEFAULT_TIMEOUT, Guest};
 use crate::deadline::Deadline;
 use crate::error::{Result, fail};
 use crate::monitor::{Command, Failure};
@@ -24,7 +24,7 @@ impl Devices {
     pub fn read(guest: &mut dyn Guest) -> Result<Devices> {
         let mut query = |command: &str, arguments: Value| {
             let step = format!("cannot ask for the guest's devices ({command})");
-            guest.run(&step, Command::new(command, arguments), Deadline::after(PATIENCE))
+            guest.run(&step, Command::new(command, arguments), Deadline::after(DEFAULT_TIMEOUT))
         };
         let mut found = BTreeSet::new();
         for path in ["/machine/peripheral", "/machine/peripheral-anon"] {
@@ -70,7 +70,7 @@ fn device(entry: &Value) -> Option<String> {
 /// monitor is asked.
 fn media(guest: &mut dyn Guest) -> Result<Vec<String>> {
     let command = Command::new("human-monitor-command", json!({ "command-line": "info block" }));
-    match guest.execute(command, Deadline::after(PATIENCE)) {
+    match guest.execute(command, Deadline::after(DEFAULT_TIMEOUT)) {
         Ok(reply) => Ok(read_media(reply.as_str().unwrap_or_default())),
         // A QEMU that was built without it.
         Err(Failure::Refused(class, _)) if class == "CommandNotFound" => Ok(Vec::new()),

@@ -7,7 +7,7 @@ use serde_json::json;
 
 use super::migration::{FD_NAME, Mode, Settings, wait_loaded};
 use super::reactivate::reactivate_disks;
-use crate::backend::{Connector, Guest, PATIENCE, Presence};
+use crate::backend::{Connector, DEFAULT_TIMEOUT, Guest, Presence};
 use crate::deadline::Deadline;
 use crate::error::{Code, Error, Result, fail};
 use crate::image::{self, Feed, Image};
@@ -59,7 +59,7 @@ pub fn load(connector: &dyn Connector, name: &str, flags: u32) -> Result<()> {
     // Of a QEMU that could not load, nothing is wanted any more.
     feed(guest, image, write).and_then(|()| settings.restore(guest, Mode::Paused))?;
 
-    let deadline = Deadline::after(PATIENCE);
+    let deadline = Deadline::after(DEFAULT_TIMEOUT);
     match (running, guest.status()?.running) {
         (true, false) => commands::cont(guest, deadline)?,
         (false, true) => guest.pause(deadline)?,
@@ -98,7 +98,8 @@ pub fn check_frozen(record: &Record, flags: u32) -> Result<()> {
 fn check_machine(guest: &mut dyn Guest, image: &Image) -> Result<()> {
     let Some(noted) = &image.machine else { return Ok(()) };
     let command = Command::new("qom-get", json!({ "path": "/machine", "property": "type" }));
-    let kind = guest.run("cannot ask for the machine type", command, Deadline::after(PATIENCE))?;
+    let kind =
+        guest.run("cannot ask for the machine type", command, Deadline::after(DEFAULT_TIMEOUT))?;
     let kind = kind.as_str().unwrap_or_default();
     let machine = kind.strip_suffix("-machine").unwrap_or(kind);
     if !machine.is_empty() && machine != noted {
@@ -187,10 +188,10 @@ fn check_disks(record: &Record, drives: &[Drive]) -> Result<()> {
 /// Has QEMU begin to load from a pipe, whose other end is returned.
 fn begin(guest: &mut dyn Guest) -> Result<OwnedFd> {
     let (read, write) = image::pipe()?;
-    commands::getfd(guest, FD_NAME, read.as_fd(), Deadline::after(PATIENCE))?;
+    commands::getfd(guest, FD_NAME, read.as_fd(), Deadline::after(DEFAULT_TIMEOUT))?;
     start_incoming(guest).inspect_err(|_| {
         // It was not taken: QEMU would keep it.
-        let _ = commands::closefd(guest, FD_NAME, Deadline::after(PATIENCE));
+        let _ = commands::closefd(guest, FD_NAME, Deadline::after(DEFAULT_TIMEOUT));
     })?;
     Ok(write)
 }
@@ -215,11 +216,11 @@ fn start_incoming(guest: &mut dyn Guest) -> Result<()> {
     let step = "cannot start loading memory";
     let uri = format!("fd:{FD_NAME}");
     let command = Command::new("migrate-incoming", json!({ "uri": uri, "exit-on-error": false }));
-    match guest.execute(command, Deadline::after(PATIENCE)) {
+    match guest.execute(command, Deadline::after(DEFAULT_TIMEOUT)) {
         Ok(_) => Ok(()),
         Err(Failure::Refused(_, reason)) if reason.contains("exit-on-error") => {
             let command = Command::new("migrate-incoming", json!({ "uri": uri }));
-            guest.run(step, command, Deadline::after(PATIENCE)).map(drop)
+            guest.run(step, command, Deadline::after(DEFAULT_TIMEOUT)).map(drop)
         }
         Err(failure) => Err(failure.into_error(step)),
     }

@@ -13,7 +13,7 @@ use super::cancel::{Cancel, timeout};
 use super::clock::Clock;
 use super::event::Flow;
 use super::{maker, run_state};
-use crate::backend::{Guest, PATIENCE, Presence};
+use crate::backend::{DEFAULT_TIMEOUT, Guest, Presence};
 use crate::deadline::Deadline;
 use crate::error::{Code, Error, Result, fail};
 use crate::image::{self, Drain, MemoryImage, throw_away};
@@ -76,8 +76,10 @@ impl Settings {
     }
 
     fn query(guest: &mut dyn Guest) -> Result<Settings> {
-        let capabilities = commands::query_migrate_capabilities(guest, Deadline::after(PATIENCE))?;
-        let parameters = commands::query_migrate_parameters(guest, Deadline::after(PATIENCE))?;
+        let capabilities =
+            commands::query_migrate_capabilities(guest, Deadline::after(DEFAULT_TIMEOUT))?;
+        let parameters =
+            commands::query_migrate_parameters(guest, Deadline::after(DEFAULT_TIMEOUT))?;
         Ok(Settings { capabilities, parameters, locked: false, watchdog: None })
     }
 
@@ -111,16 +113,16 @@ impl Settings {
             commands::migrate_set_parameters(
                 guest,
                 Map::from_iter([record]),
-                Deadline::after(PATIENCE),
+                Deadline::after(DEFAULT_TIMEOUT),
             )?;
         }
         self.switch_off(guest, mode, |_| true)?;
         if !parameters.is_empty() {
-            commands::migrate_set_parameters(guest, parameters, Deadline::after(PATIENCE))?;
+            commands::migrate_set_parameters(guest, parameters, Deadline::after(DEFAULT_TIMEOUT))?;
         }
         if mode == Mode::Background {
             let background = [(BACKGROUND.into(), true)];
-            set_capabilities(guest, &background, Deadline::after(PATIENCE))
+            set_capabilities(guest, &background, Deadline::after(DEFAULT_TIMEOUT))
                 .map_err(|failure| explain(failure, mode))?;
         }
         Ok(())
@@ -134,7 +136,7 @@ impl Settings {
     ) -> Result<()> {
         let on = self.changeable().filter(|(name, state)| *state && which(name));
         let off: Vec<_> = on.map(|(name, _)| (name.clone(), false)).collect();
-        set_capabilities(guest, &off, Deadline::after(PATIENCE))
+        set_capabilities(guest, &off, Deadline::after(DEFAULT_TIMEOUT))
             .map_err(|failure| explain(failure, mode))
     }
 
@@ -145,7 +147,7 @@ impl Settings {
             Some(record) => commands::migrate_set_parameters(
                 guest,
                 Map::from_iter([record]),
-                Deadline::after(PATIENCE),
+                Deadline::after(DEFAULT_TIMEOUT),
             ),
             None => Ok(()),
         }
@@ -176,7 +178,8 @@ impl Settings {
     /// Whether no other client's migration can have begun since [`Settings::lock`], as far as QEMU
     /// can tell.
     fn is_still_locked(&self, guest: &mut dyn Guest) -> Result<bool> {
-        let parameters = commands::query_migrate_parameters(guest, Deadline::after(PATIENCE))?;
+        let parameters =
+            commands::query_migrate_parameters(guest, Deadline::after(DEFAULT_TIMEOUT))?;
         Ok(!self.locked || parameters.get(TLS).is_some_and(|credentials| credentials == LOCK))
     }
 
@@ -200,11 +203,11 @@ impl Settings {
             }
             Err(failure) => return Err(explain(failure)),
         }
-        let now = commands::query_migrate_parameters(guest, Deadline::after(PATIENCE))?;
+        let now = commands::query_migrate_parameters(guest, Deadline::after(DEFAULT_TIMEOUT))?;
         let changed = parameters.into_iter().filter(|(name, value)| now.get(name) != Some(value));
         let parameters: Map<_, _> = changed.collect();
         if !parameters.is_empty() {
-            commands::migrate_set_parameters(guest, parameters, Deadline::after(PATIENCE))?;
+            commands::migrate_set_parameters(guest, parameters, Deadline::after(DEFAULT_TIMEOUT))?;
         }
         self.put_capabilities_back(guest, |_| true)?.map_err(explain)
     }
@@ -215,12 +218,12 @@ impl Settings {
         guest: &mut dyn Guest,
         which: impl Fn(&str) -> bool,
     ) -> Result<std::result::Result<(), Failure>> {
-        let now = commands::query_migrate_capabilities(guest, Deadline::after(PATIENCE))?;
+        let now = commands::query_migrate_capabilities(guest, Deadline::after(DEFAULT_TIMEOUT))?;
         let changed = self
             .changeable()
             .filter(|capability| which(&capability.0) && !now.contains(capability));
         let changes: Vec<_> = changed.cloned().collect();
-        Ok(set_capabilities(guest, &changes, Deadline::after(PATIENCE)))
+        Ok(set_capabilities(guest, &changes, Deadline::after(DEFAULT_TIMEOUT)))
     }
 
     /// What [`Settings::restore`] would say, for whoever says it in its place: in the same order,
@@ -362,7 +365,7 @@ impl Leftover {
     /// Puts the settings back.
     fn mend(self, guest: &mut dyn Guest) -> Result<()> {
         // The pipe that QEMU may have been passed; refused where there is none.
-        let _ = commands::closefd(guest, FD_NAME, Deadline::after(PATIENCE));
+        let _ = commands::closefd(guest, FD_NAME, Deadline::after(DEFAULT_TIMEOUT));
         let Leftover { capabilities, parameters, maker: _ } = self;
         let settings =
             Settings { capabilities, parameters: Map::new(), locked: false, watchdog: None };
@@ -449,7 +452,7 @@ impl Stream {
     pub fn pass(&mut self, guest: &mut dyn Guest) -> Result<()> {
         match self.write.take() {
             Some(write) => {
-                commands::getfd(guest, FD_NAME, write.as_fd(), Deadline::after(PATIENCE))
+                commands::getfd(guest, FD_NAME, write.as_fd(), Deadline::after(DEFAULT_TIMEOUT))
             }
             None => Ok(()),
         }
@@ -490,7 +493,7 @@ impl Stream {
             wait_either(self.drain.done(), cancel, Some(at_most))?;
         };
         // The stream's end comes a moment before QEMU's word on it.
-        match wait_ended(guest, settings, Deadline::after(PATIENCE))? {
+        match wait_ended(guest, settings, Deadline::after(DEFAULT_TIMEOUT))? {
             Ended::Completed => Ok(self.offset + bytes),
             // This is what QEMU says of another client's that came after ours. Then the stream
             // itself tells.
@@ -534,7 +537,7 @@ impl Stream {
             && image.has_whole_stream()?
             && settings.is_still_locked(guest)?;
         match migration.progress() {
-            _ if muddled => commands::migrate_cancel(guest, Deadline::after(PATIENCE))?,
+            _ if muddled => commands::migrate_cancel(guest, Deadline::after(DEFAULT_TIMEOUT))?,
             Progress::UnderWay => return Ok(false),
             Progress::Completed => {
                 let waiting = rustix::io::ioctl_fionread(&self.spare).unwrap_or_default();
@@ -580,7 +583,7 @@ impl Stream {
             Mode::Background => Ok(()),
             // Ours is over: what could be cancelled now is another client's.
             Mode::Paused if self.is_closed() => Ok(()),
-            Mode::Paused => commands::migrate_cancel(guest, Deadline::after(PATIENCE)),
+            Mode::Paused => commands::migrate_cancel(guest, Deadline::after(DEFAULT_TIMEOUT)),
         }
     }
 
@@ -605,7 +608,7 @@ impl Stream {
     /// Returns when QEMU has closed the stream. Its thread is at its end then; the status says so
     /// before, and a migration begun in between would be one beside it.
     fn wait_closed(&self, guest: &dyn Guest) -> Result<()> {
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + DEFAULT_TIMEOUT;
         // Asked for nothing, it tells of the other end's having gone.
         let mut fds = [PollFd::new(&self.spare, PollFlags::empty())];
         while !fds[0].revents().contains(PollFlags::HUP) {
@@ -647,14 +650,14 @@ impl Stream {
             if self.is_closed() {
                 return Ok(());
             }
-            let migration = commands::query_migrate(guest, Deadline::after(PATIENCE))?;
+            let migration = commands::query_migrate(guest, Deadline::after(DEFAULT_TIMEOUT))?;
             if migration.progress() != Progress::UnderWay {
                 // Where it never began, QEMU keeps its end; refused where a migration has taken it.
-                let _ = commands::closefd(guest, FD_NAME, Deadline::after(PATIENCE));
+                let _ = commands::closefd(guest, FD_NAME, Deadline::after(DEFAULT_TIMEOUT));
                 return self.wait_closed(guest);
             }
             if cancellable && migration.has_pages() {
-                commands::migrate_cancel(guest, Deadline::after(PATIENCE))?;
+                commands::migrate_cancel(guest, Deadline::after(DEFAULT_TIMEOUT))?;
                 cancellable = false;
             }
             if !migration.is_between_setup_and_armed() || mode != Mode::Background {
@@ -683,7 +686,7 @@ impl Stream {
             }
             bytes = self.drain.bytes();
         }
-        if progress.standstill(bytes) > 2 * PATIENCE {
+        if progress.standstill(bytes) > 2 * DEFAULT_TIMEOUT {
             fail!(OperationTimeout, "saving memory was given up, and does not come to its end");
         }
         Ok(())
@@ -753,7 +756,7 @@ impl Meter {
         let migration =
             asked.then(|| commands::query_migrate(guest, Deadline::after(SOON)).ok()).flatten();
         if asked && migration.is_none() {
-            self.ask = now() + PATIENCE;
+            self.ask = now() + DEFAULT_TIMEOUT;
         }
         let (now, mut flow) = (now(), stream.flow(migration.as_ref()));
         if flow.total == 0 {
@@ -796,7 +799,7 @@ enum Ended {
 }
 
 fn query_ended(guest: &mut dyn Guest) -> Result<Option<Ended>> {
-    let migration = commands::query_migrate(guest, Deadline::after(PATIENCE))?;
+    let migration = commands::query_migrate(guest, Deadline::after(DEFAULT_TIMEOUT))?;
     Ok(match migration.progress() {
         Progress::UnderWay => None,
         Progress::Completed => Some(Ended::Completed),
@@ -901,7 +904,7 @@ fn repeat_stop(guest: &mut dyn Guest) -> Result<()> {
         nap.sleep();
     }
     if !guest.status()?.running {
-        guest.resume(Deadline::after(PATIENCE))?;
+        guest.resume(Deadline::after(DEFAULT_TIMEOUT))?;
     }
     paused
 }
@@ -909,7 +912,7 @@ fn repeat_stop(guest: &mut dyn Guest) -> Result<()> {
 /// Pauses a guest that was resumed for the sake of QEMU, which is going to stop and resume it by
 /// itself before that.
 fn pause_once_armed(guest: &mut dyn Guest) {
-    let (nap, deadline) = (Nap::default(), Deadline::after(PATIENCE));
+    let (nap, deadline) = (Nap::default(), Deadline::after(DEFAULT_TIMEOUT));
     while deadline.left().is_some()
         && commands::query_migrate(guest, deadline).is_ok_and(|migration| {
             migration.progress() == Progress::UnderWay && !migration.has_pages()
@@ -968,7 +971,7 @@ impl Nap {
 pub fn wait_loaded(guest: &mut dyn Guest) -> Result<()> {
     let nap = Nap::default();
     loop {
-        let migration = commands::query_migrate(guest, Deadline::after(PATIENCE))?;
+        let migration = commands::query_migrate(guest, Deadline::after(DEFAULT_TIMEOUT))?;
         match migration.progress() {
             Progress::Completed => return Ok(()),
             Progress::Failed => {

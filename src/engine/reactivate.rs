@@ -8,7 +8,7 @@
 
 use serde_json::json;
 
-use crate::backend::{Guest, PATIENCE};
+use crate::backend::{DEFAULT_TIMEOUT, Guest};
 use crate::deadline::Deadline;
 use crate::error::Result;
 use crate::monitor::{Command, commands};
@@ -54,5 +54,5 @@ fn export_each(guest: &mut dyn Guest) -> Result<()> {
 }
 
 fn deadline() -> Deadline {
-    Deadline::after(PATIENCE)
+    Deadline::after(DEFAULT_TIMEOUT)
 }

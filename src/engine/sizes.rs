@@ -19,7 +19,7 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
-use crate::backend::{Guest, PATIENCE, is_block_of};
+use crate::backend::{DEFAULT_TIMEOUT, Guest, is_block_of};
 use crate::deadline::Deadline;
 use crate::error::{Result, fail};
 use crate::model::DiskPlan;
@@ -67,7 +67,7 @@ impl Sizes<'_> {
 
     /// Before the pause: the disks whose files do not tell their sizes have those of the plan.
     pub fn ask_planned(&self, guest: &mut dyn Guest) -> Result<()> {
-        let deadline = Deadline::after(PATIENCE);
+        let deadline = Deadline::after(DEFAULT_TIMEOUT);
         self.check_top(guest, deadline, |image| image.is_none())
     }
 
@@ -121,7 +121,7 @@ impl Sizes<'_> {
 
     /// After the instant: the overlays had these sizes when memory was captured.
     pub fn check_captured(&self, guest: &mut dyn Guest) -> Result<()> {
-        let deadline = Deadline::after(PATIENCE);
+        let deadline = Deadline::after(DEFAULT_TIMEOUT);
         let mut qemu = Blocks::default();
         for Files { disk, overlay, .. } in &self.disks {
             let now =

@@ -11,7 +11,7 @@ use super::nvram;
 use super::reactivate::reactivate_disks;
 use super::storage::Called;
 use super::watchdog::{Stage, Watchdog};
-use crate::backend::{Guest, PATIENCE, Presence};
+use crate::backend::{DEFAULT_TIMEOUT, Guest, Presence};
 use crate::deadline::Deadline;
 use crate::error::{Code, Error, Result};
 use crate::image::MemoryImage;
@@ -113,7 +113,7 @@ impl Made {
                 if let Some((settings, mode)) = self.settings.as_ref().filter(|_| guest.is_started_again()) {
                     // They can have been set in the one that was started since.
                     left.extend(settings.restore(guest, *mode).err().map(|error| error.message));
-                    let _ = commands::closefd(guest, FD_NAME, Deadline::after(PATIENCE));
+                    let _ = commands::closefd(guest, FD_NAME, Deadline::after(DEFAULT_TIMEOUT));
                 }
                 if self.registered {
                     left.extend(guest.withdraw().err().map(|error| error.message));
@@ -189,11 +189,12 @@ impl Made {
             note(stream.give_up(guest, mode));
             // A guest that was reset was resumed for QEMU's sake, which stops it by itself: then it
             // is no time for that.
-            let moment = Deadline::after(if stage == Stage::Racing { PATIENCE } else { CAPTURE });
+            let moment =
+                Deadline::after(if stage == Stage::Racing { DEFAULT_TIMEOUT } else { CAPTURE });
             let resumable = stage.is_paused() && wait_resumable(guest, moment);
             if resumable {
                 // QEMU refuses it while it finishes a migration; then it is done below.
-                if guest.resume(Deadline::after(PATIENCE)).is_ok() {
+                if guest.resume(Deadline::after(DEFAULT_TIMEOUT)).is_ok() {
                     clock.resumed(guest.last_pause());
                 }
             }
@@ -207,7 +208,7 @@ impl Made {
         // Again, where there was a migration: one that was given up while it set up has stopped the
         // guest once more.
         if stage.is_paused() || stopped {
-            let resumed = guest.resume(Deadline::after(PATIENCE));
+            let resumed = guest.resume(Deadline::after(DEFAULT_TIMEOUT));
             // Another client's save or dump, begun in the pause, lets nobody near the guest, and
             // stops it at its end.
             let again = ended && outlast_migration(guest) || resumed.is_err();
@@ -217,7 +218,7 @@ impl Made {
         }
         if self.settings.is_some() {
             // Refused where it was never passed, and where a migration has taken it.
-            let _ = commands::closefd(guest, FD_NAME, Deadline::after(PATIENCE));
+            let _ = commands::closefd(guest, FD_NAME, Deadline::after(DEFAULT_TIMEOUT));
         }
         if self.registered {
             note(guest.withdraw());
@@ -236,7 +237,7 @@ impl Made {
             // It can have come to the end of an overlay's file system, and stand since. Now there
             // is room again.
             if self.ran && guest.status().is_ok_and(|status| status.status == "io-error") {
-                note(guest.resume(Deadline::after(PATIENCE)));
+                note(guest.resume(Deadline::after(DEFAULT_TIMEOUT)));
             }
         }
         if let Some((settings, mode)) = &self.settings {
@@ -267,12 +268,12 @@ fn sit_out(guest: &mut dyn Guest) -> Presence {
     let deadline = Deadline::after(STUBBORN);
     let mut seen = false;
     loop {
-        let migrating = commands::query_migrate(guest, Deadline::after(PATIENCE))
+        let migrating = commands::query_migrate(guest, Deadline::after(DEFAULT_TIMEOUT))
             .is_ok_and(|migration| migration.progress() == Progress::UnderWay);
         seen |= migrating;
         // An old QEMU starts the vCPUs once it has armed.
         if migrating && !keeps_paused && guest.status().is_ok_and(|status| status.running) {
-            let _ = commands::stop(guest, Deadline::after(PATIENCE));
+            let _ = commands::stop(guest, Deadline::after(DEFAULT_TIMEOUT));
         }
         let presence = guest.presence();
         let done = !seen || !migrating && guest.check_not_busy(&[]).is_ok();
@@ -288,7 +289,7 @@ fn outlast_migration(guest: &mut dyn Guest) -> bool {
     let deadline = Deadline::after(STUBBORN);
     let mut seen = false;
     while deadline.left().is_some()
-        && commands::query_migrate(guest, Deadline::after(PATIENCE))
+        && commands::query_migrate(guest, Deadline::after(DEFAULT_TIMEOUT))
             .is_ok_and(|migration| migration.progress() == Progress::UnderWay)
     {
         seen = true;

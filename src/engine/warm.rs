@@ -15,7 +15,7 @@ use std::fs;
 use std::time::{Duration, Instant};
 
 use super::cancel::Cancel;
-use crate::backend::{Guest, PATIENCE};
+use crate::backend::{DEFAULT_TIMEOUT, Guest};
 use crate::deadline::Deadline;
 use crate::error::Result;
 use crate::monitor::commands;
@@ -32,7 +32,8 @@ const LIMIT: Duration = Duration::from_secs(3);
 pub fn warm(guest: &mut dyn Guest, pid: u32, cancel: &Cancel) -> Result<()> {
     let Ok(maps) = fs::read_to_string(format!("/proc/{pid}/maps")) else { return Ok(()) };
     // Not worth a snapshot: where QEMU does not tell, nothing is touched.
-    let Ok(partly_plugged) = commands::query_partly_plugged(guest, Deadline::after(PATIENCE))
+    let Ok(partly_plugged) =
+        commands::query_partly_plugged(guest, Deadline::after(DEFAULT_TIMEOUT))
     else {
         return Ok(());
     };

@@ -36,7 +36,7 @@ use self::overlays::Overlays;
 pub use self::reach::Reach;
 use super::exclusive::Exclusive;
 use super::guest::{
-    Catalog, Connector, Deputy, Description, Guest, MEASURED, PATIENCE, Presence, Reserved,
+    Catalog, Connector, DEFAULT_TIMEOUT, Deputy, Description, Guest, MEASURED, Presence, Reserved,
     check_version,
 };
 use super::overlay_file::{self, Beforehand};
@@ -292,14 +292,14 @@ impl LibvirtGuest<'_> {
         call: impl Fn(&Domain) -> libvirt::VirResult<T> + Clone + Send + 'static,
     ) -> Result<T> {
         self.caller
-            .call(Deadline::after(PATIENCE), again, call)
+            .call(Deadline::after(DEFAULT_TIMEOUT), again, call)
             .map_err(|trouble| trouble.into_error(step))
     }
 
     fn query_version(&mut self) -> Result<(u64, u64)> {
         let command = Command::new("query-version", json!({}));
         let reply =
-            self.run("cannot ask for QEMU's version", command, Deadline::after(PATIENCE))?;
+            self.run("cannot ask for QEMU's version", command, Deadline::after(DEFAULT_TIMEOUT))?;
         let number = |what: &str| reply["qemu"][what].as_u64().unwrap_or_default();
         Ok((number("major"), number("minor")))
     }
@@ -319,7 +319,7 @@ impl LibvirtGuest<'_> {
             let words = std::fs::read(format!("/proc/{}/cmdline", qemu.pid)).unwrap_or_default();
             words.windows(option.len()).any(|window| window == option.as_bytes())
         };
-        Peer::by_its_threads(self, Deadline::after(PATIENCE)).filter(is_it)
+        Peer::by_its_threads(self, Deadline::after(DEFAULT_TIMEOUT)).filter(is_it)
     }
 
     fn xml(&mut self, flags: u32) -> Result<String> {
@@ -397,7 +397,7 @@ impl LibvirtGuest<'_> {
 
     fn pause_again_for_leases(&mut self) -> Result<()> {
         let step = "cannot take the disk leases of the domain back";
-        let deadline = Deadline::after(PATIENCE);
+        let deadline = Deadline::after(DEFAULT_TIMEOUT);
         self.caller
             .call(deadline, Again::Harmless, Domain::suspend)
             .map_err(|trouble| trouble.into_error(step))?;
@@ -425,7 +425,7 @@ impl LibvirtGuest<'_> {
 
 impl Guest for LibvirtGuest<'_> {
     fn status(&mut self) -> Result<Status> {
-        commands::query_status(self, Deadline::after(PATIENCE))
+        commands::query_status(self, Deadline::after(DEFAULT_TIMEOUT))
     }
 
     fn drives(&mut self) -> Result<Vec<Drive>> {
@@ -433,8 +433,8 @@ impl Guest for LibvirtGuest<'_> {
         if volumes::are_in(&live_xml) {
             // libvirt does not pass it on where a disk is on hundreds of images: then those on
             // volumes have no overlay.
-            let blocks =
-                self.execute(Command::new("query-block", json!({})), Deadline::after(PATIENCE));
+            let blocks = self
+                .execute(Command::new("query-block", json!({})), Deadline::after(DEFAULT_TIMEOUT));
             self.volumes = volumes::of_domain(&live_xml, &blocks.unwrap_or_default())?;
         }
         self.live_xml = volumes::with_paths(&live_xml, &self.volumes)?;
@@ -493,7 +493,7 @@ impl Guest for LibvirtGuest<'_> {
     }
 
     fn check_not_busy(&mut self, disks: &[DiskPlan]) -> Result<()> {
-        self.check_not_started_anew(Deadline::after(PATIENCE))?;
+        self.check_not_started_anew(Deadline::after(DEFAULT_TIMEOUT))?;
         let name = &self.connector.name;
         let step = format!("cannot ask for the jobs of domain '{name}'");
         let targets: Vec<_> = disks.iter().map(|disk| disk.drive.name().to_owned()).collect();
@@ -704,7 +704,7 @@ impl Guest for LibvirtGuest<'_> {
 
     fn merge_disks(&mut self) -> Result<()> {
         // A switch that was given up must have come to its end.
-        if !self.caller.settle(Deadline::after(2 * PATIENCE)) {
+        if !self.caller.settle(Deadline::after(2 * DEFAULT_TIMEOUT)) {
             fail!(
                 OperationTimeout,
                 "libvirt does not come to the switch of the disks: when it does, the domain goes \
@@ -733,7 +733,7 @@ impl Guest for LibvirtGuest<'_> {
     }
 
     fn merge_and_discard_offline(&mut self, switched: bool) -> Result<()> {
-        self.caller.settle(Deadline::after(2 * PATIENCE));
+        self.caller.settle(Deadline::after(2 * DEFAULT_TIMEOUT));
         self.resume_another()?;
         if switched {
             self.merge_ended()?;
@@ -781,7 +781,7 @@ impl Guest for LibvirtGuest<'_> {
     }
 
     fn presence(&mut self) -> Presence {
-        let deadline = Deadline::after(PATIENCE);
+        let deadline = Deadline::after(DEFAULT_TIMEOUT);
         let uuid = self.connector.uuid.clone();
         let look = move |domain: &Domain| match domain.connect()?.domain(&uuid) {
             Ok(domain) => domain.is_active().map(|active| active.then(|| domain.id()).flatten()),
@@ -843,10 +843,11 @@ impl LibvirtGuest<'_> {
         if !std::mem::take(&mut self.another_is_paused) {
             return Ok(());
         }
-        let resumed = self.caller.call(Deadline::after(PATIENCE), Again::Harmless, |domain| {
-            let paused = domain.is_active()? && domain.state()? == State::Paused;
-            if paused { domain.resume() } else { Ok(()) }
-        });
+        let resumed =
+            self.caller.call(Deadline::after(DEFAULT_TIMEOUT), Again::Harmless, |domain| {
+                let paused = domain.is_active()? && domain.state()? == State::Paused;
+                if paused { domain.resume() } else { Ok(()) }
+            });
         resumed.map_err(|trouble| {
             trouble.into_error("cannot resume the domain, which was paused as another client had just started it again")
         })

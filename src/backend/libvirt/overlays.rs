@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use super::call::{Again, Caller};
 use super::drives;
-use crate::backend::guest::PATIENCE;
+use crate::backend::guest::DEFAULT_TIMEOUT;
 use crate::backend::overlay_file::{self, Beforehand, OverlayFile};
 use crate::deadline::Deadline;
 use crate::error::{Code, Error, Result, fail};
@@ -263,7 +263,7 @@ fn commit(disk: &DiskPlan, file: &OverlayFile) -> Result<()> {
 fn merge(disk: &DiskPlan, caller: &mut Caller) -> Result<()> {
     let target = disk.drive.name().to_owned();
     let step = format!("cannot merge '{}' back into '{}'", disk.overlay, disk.drive.file);
-    let started = caller.call(Deadline::after(PATIENCE), Again::Never, {
+    let started = caller.call(Deadline::after(DEFAULT_TIMEOUT), Again::Never, {
         let target = target.clone();
         move |domain| {
             domain.block_commit(&target, None, None, block::COMMIT_ACTIVE | block::COMMIT_SHALLOW)
@@ -275,7 +275,7 @@ fn merge(disk: &DiskPlan, caller: &mut Caller) -> Result<()> {
     let mut nap = Duration::from_micros(500);
     loop {
         let (xml, job) = caller
-            .call(Deadline::after(PATIENCE), Again::Harmless, {
+            .call(Deadline::after(DEFAULT_TIMEOUT), Again::Harmless, {
                 let target = target.clone();
                 move |domain| Ok((domain.xml(0)?, domain.block_job(&target)?))
             })
@@ -296,7 +296,7 @@ fn merge(disk: &DiskPlan, caller: &mut Caller) -> Result<()> {
         nap = (nap * 2).min(Duration::from_millis(20));
     }
     caller
-        .call(Deadline::after(PATIENCE), Again::Never, move |domain| {
+        .call(Deadline::after(DEFAULT_TIMEOUT), Again::Never, move |domain| {
             domain.block_job_abort(&target, block::ABORT_PIVOT)
         })
         .map_err(|trouble| trouble.into_error(&step))

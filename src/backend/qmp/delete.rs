@@ -20,7 +20,7 @@ use serde_json::json;
 use super::drives;
 use super::jobs::NODE_PREFIX;
 use super::jobs::{self, Merge, Until};
-use crate::backend::guest::{Connector, Guest, PATIENCE};
+use crate::backend::guest::{Connector, DEFAULT_TIMEOUT, Guest};
 use crate::backend::images::{self, Id, id};
 use crate::backend::locks;
 use crate::deadline::Deadline;
@@ -300,8 +300,11 @@ impl<'a> Delete<'a> {
     /// which disk QEMU does not tell.
     fn check_no_jobs(&mut self) -> Result<()> {
         let command = Command::new("query-block-jobs", json!({}));
-        let others =
-            self.guest.run("cannot ask for block jobs", command, Deadline::after(PATIENCE))?;
+        let others = self.guest.run(
+            "cannot ask for block jobs",
+            command,
+            Deadline::after(DEFAULT_TIMEOUT),
+        )?;
         if let Some(job) = others.as_array().and_then(|jobs| jobs.first()) {
             let text = |what: &str| job[what].as_str().unwrap_or_default().to_owned();
             fail!(
@@ -440,7 +443,7 @@ impl<'a> Delete<'a> {
             self.guest.run(
                 &format!("cannot close the overlay '{overlay}'"),
                 command,
-                Deadline::after(PATIENCE),
+                Deadline::after(DEFAULT_TIMEOUT),
             )?;
         }
         Ok(())

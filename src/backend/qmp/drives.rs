@@ -5,7 +5,7 @@ use std::path::Path;
 use serde_json::{Value, json};
 
 use super::process::absolute;
-use crate::backend::guest::PATIENCE;
+use crate::backend::guest::DEFAULT_TIMEOUT;
 use crate::deadline::Deadline;
 use crate::error::Result;
 use crate::model::domain::{Domain, DomainDisk, Machine};
@@ -33,7 +33,7 @@ const PROTOCOLS: [&str; 3] = ["file", "host_device", "host_cdrom"];
 
 fn query(monitor: &mut dyn Execute, command: &str, arguments: Value) -> Result<Json> {
     let step = format!("cannot ask the guest ({command})");
-    monitor.run(&step, Command::new(command, arguments), Deadline::after(PATIENCE))
+    monitor.run(&step, Command::new(command, arguments), Deadline::after(DEFAULT_TIMEOUT))
 }
 
 /// The drives that a guest's devices have. Those without a medium are there to be named, and

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use crate::backend::guest::PATIENCE;
+use crate::backend::guest::DEFAULT_TIMEOUT;
 use crate::deadline::Deadline;
 use crate::error::{Code, Error, Result, fail};
 use crate::monitor::{Command, Execute, Failure};
@@ -46,7 +46,9 @@ pub fn start_merge(
 ) -> Result<()> {
     let arguments =
         json!({ "job-id": job, "device": overlay, "base-node": base, "auto-dismiss": false });
-    monitor.run(step, Command::new("block-commit", arguments), Deadline::after(PATIENCE)).map(drop)
+    monitor
+        .run(step, Command::new("block-commit", arguments), Deadline::after(DEFAULT_TIMEOUT))
+        .map(drop)
 }
 
 /// Waits for jobs, and dismisses those that have ended. `tell` learns how far each has come.
@@ -145,7 +147,8 @@ struct Job {
 
 fn query(monitor: &mut dyn Execute) -> Result<Vec<Job>> {
     let command = Command::new("query-jobs", json!({}));
-    let jobs = monitor.run("cannot ask for block jobs", command, Deadline::after(PATIENCE))?;
+    let jobs =
+        monitor.run("cannot ask for block jobs", command, Deadline::after(DEFAULT_TIMEOUT))?;
     let job = |job: &Value| Job {
         id: job["id"].as_str().unwrap_or_default().into(),
         status: job["status"].as_str().unwrap_or_default().into(),
@@ -160,7 +163,7 @@ fn query(monitor: &mut dyn Execute) -> Result<Vec<Job>> {
 fn job_command(monitor: &mut dyn Execute, command: &str, id: &str) -> Result<bool> {
     let step = format!("cannot end block job '{id}' ({command})");
     let command = Command::new(command, json!({ "id": id }));
-    match monitor.execute(command, Deadline::after(PATIENCE)) {
+    match monitor.execute(command, Deadline::after(DEFAULT_TIMEOUT)) {
         Ok(_) => Ok(true),
         // It has moved on since it was asked for; the next look shows where to.
         Err(Failure::Refused(..)) => Ok(false),

@@ -10,7 +10,9 @@ use serde_json::json;
 use super::overlays::{self, Overlay};
 use super::{drives, process};
 use crate::backend::exclusive::Exclusive;
-use crate::backend::guest::{Deputy, Description, Guest, MEASURED, PATIENCE, Presence, Reserved};
+use crate::backend::guest::{
+    DEFAULT_TIMEOUT, Deputy, Description, Guest, MEASURED, Presence, Reserved,
+};
 use crate::backend::{busy, foreign, open_images, overlay_file};
 use crate::deadline::Deadline;
 use crate::error::{Code, Error, Result, fail};
@@ -66,7 +68,7 @@ pub trait Channel: Execute + Sized {
 
     /// Ends the guest.
     fn end(&mut self) -> Result<()> {
-        match self.execute(Command::new("quit", json!({})), Deadline::after(PATIENCE)) {
+        match self.execute(Command::new("quit", json!({})), Deadline::after(DEFAULT_TIMEOUT)) {
             Ok(_) | Err(Failure::Lost(_)) => Ok(()),
             Err(failure) => Err(failure.into_error("cannot end the guest")),
         }
@@ -119,7 +121,7 @@ impl<C: Channel> Execute for MonitorGuest<'_, C> {
 
 impl<C: Channel> Guest for MonitorGuest<'_, C> {
     fn status(&mut self) -> Result<Status> {
-        commands::query_status(self, Deadline::after(PATIENCE))
+        commands::query_status(self, Deadline::after(DEFAULT_TIMEOUT))
     }
 
     fn drives(&mut self) -> Result<Vec<Drive>> {

@@ -4,7 +4,7 @@
 use serde_json::{Value, json};
 
 use super::jobs::{self, Merge, NODE_PREFIX, Until};
-use crate::backend::guest::{MonitorOverlay, PATIENCE};
+use crate::backend::guest::{DEFAULT_TIMEOUT, MonitorOverlay};
 use crate::backend::overlay_file;
 use crate::backend::overlay_file::{Beforehand, OverlayFile};
 use crate::deadline::Deadline;
@@ -145,7 +145,7 @@ pub fn create(monitor: &mut dyn Execute, overlay: &mut Overlay) -> Result<()> {
         });
         let job = format!("{}-create", overlay.node);
         let command = Command::new("blockdev-create", json!({ "job-id": job, "options": format }));
-        monitor.run(&step, command, Deadline::after(PATIENCE))?;
+        monitor.run(&step, command, Deadline::after(DEFAULT_TIMEOUT))?;
         jobs::wait(monitor, &[job], Until::Completed, |_, _| ())
             .map_err(|error| Error::new(error.code, format!("{step}: {}", error.message)))?;
     }
@@ -172,7 +172,9 @@ pub fn create(monitor: &mut dyn Execute, overlay: &mut Overlay) -> Result<()> {
 }
 
 fn blockdev_add(monitor: &mut dyn Execute, step: &str, options: Value) -> Result<()> {
-    monitor.run(step, Command::new("blockdev-add", options), Deadline::after(PATIENCE)).map(drop)
+    monitor
+        .run(step, Command::new("blockdev-add", options), Deadline::after(DEFAULT_TIMEOUT))
+        .map(drop)
 }
 
 /// Switches all of them, with their bitmaps, in one transaction.
@@ -241,8 +243,11 @@ fn start_merging(
     jobs: &mut Vec<String>,
 ) -> Result<()> {
     let step = "cannot merge the overlays back into their images";
-    let blocks =
-        monitor.run(step, Command::new("query-block", json!({})), Deadline::after(PATIENCE))?;
+    let blocks = monitor.run(
+        step,
+        Command::new("query-block", json!({})),
+        Deadline::after(DEFAULT_TIMEOUT),
+    )?;
     let is_active = |overlay: &&Overlay| {
         let mut blocks = blocks.as_array().into_iter().flatten();
         blocks.any(|block| block["inserted"]["node-name"] == overlay.node)
@@ -280,7 +285,7 @@ fn discard_one(monitor: &mut dyn Execute, overlay: &Overlay) -> Result<()> {
     // A command whose reply was lost can have made one step more than we know of.
     for (made, node) in nodes {
         let command = Command::new("blockdev-del", json!({ "node-name": node }));
-        match monitor.execute(command, Deadline::after(PATIENCE)) {
+        match monitor.execute(command, Deadline::after(DEFAULT_TIMEOUT)) {
             Ok(_) => {}
             Err(Failure::Refused(..)) if overlay.made < made => {}
             Err(failure) => {

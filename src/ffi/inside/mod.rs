@@ -29,7 +29,7 @@ use self::slots::Slot;
 use self::turns::Turn;
 use super::client::{attempt, share_domain, share_snapshot, take, tell};
 use crate::backend::libvirt::{Operation, Reach};
-use crate::backend::{LibvirtConnector, PATIENCE};
+use crate::backend::{DEFAULT_TIMEOUT, LibvirtConnector};
 use crate::boundary::{boundary, caught};
 use crate::error::{Error, Result, fail};
 use crate::libvirt::daemon::{self, Daemon, Priority, Unlocked, log};
@@ -153,7 +153,7 @@ fn on_snapshot(
             return Ok(false);
         };
         let _itself = daemon.itself();
-        let _turn = Turn::wait(reach.domain_uuid(), PATIENCE)?;
+        let _turn = Turn::wait(reach.domain_uuid(), DEFAULT_TIMEOUT)?;
         match reach.hold_unless_it_is_a_step(ours, bits)? {
             Some(held) => held.run(ours, bits).map(|()| true),
             // A client that has the library too: this is a step of what it does.
