@@ -12,7 +12,7 @@ use std::time::Duration;
 use serde_json::json;
 
 use super::exclusive::Exclusive;
-use super::guest::{Catalog, Connector, Guest, Presence, Reserved, check_version};
+use super::guest::{Catalog, Connector, Guest, Liveness, Reserved, check_version};
 use super::qmp::{
     BUILT_FLAGS, Channel, MonitorGuest, Overlay, Recovery, Switch, delete, hold_qemu, switch,
 };
@@ -382,17 +382,17 @@ impl Channel for Callbacks<'_> {
         }
     }
 
-    fn presence(&mut self) -> Presence {
+    fn liveness(&mut self) -> Liveness {
         if self.qemu.as_ref().is_some_and(Peer::has_ended) {
-            return Presence::Gone;
+            return Liveness::Exited;
         }
         // A QEMU that answers is there, whatever the driver says of its domain.
         match self.execute(Command::new("query-status", json!({})), Deadline::after(ASKING)) {
-            Ok(_) | Err(Failure::Refused(..)) => Presence::Here,
+            Ok(_) | Err(Failure::Refused(..)) => Liveness::Alive,
             Err(Failure::Late | Failure::Lost(_)) => {
                 // A QEMU that ends closes its monitor first.
                 std::thread::sleep(Duration::from_millis(20));
-                if self.has_ended() { Presence::Gone } else { Presence::Silent }
+                if self.has_ended() { Liveness::Exited } else { Liveness::Unresponsive }
             }
         }
     }

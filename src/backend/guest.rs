@@ -113,15 +113,15 @@ impl Reserved {
     }
 }
 
-/// Whether there is still somebody to talk to.
+/// Whether QEMU can still be talked to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Presence {
+pub enum Liveness {
     /// QEMU answers.
-    Here,
+    Alive,
     /// QEMU has ended.
-    Gone,
+    Exited,
     /// QEMU does not answer, and is not known to have ended.
-    Silent,
+    Unresponsive,
 }
 
 /// What a memory image says of the guest.
@@ -357,7 +357,7 @@ pub trait Guest: Execute {
     }
 
     /// Whether QEMU is there; reconnects if the connection was lost.
-    fn presence(&mut self) -> Presence;
+    fn liveness(&mut self) -> Liveness;
 }
 
 /// Refuses a QEMU that is too old.

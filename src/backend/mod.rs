@@ -21,8 +21,8 @@ pub mod write_access;
 pub use busy::is_block_of;
 pub use driver::DriverConnector;
 pub use guest::{
-    Catalog, Connector, DEFAULT_TIMEOUT, Deputy, Description, Errand, Errands, Guest, MakeErrands,
-    MergeErrand, MonitorOverlay, Presence, Reserved,
+    Catalog, Connector, DEFAULT_TIMEOUT, Deputy, Description, Errand, Errands, Guest, Liveness,
+    MakeErrands, MergeErrand, MonitorOverlay, Reserved,
 };
 pub use libvirt::LibvirtConnector;
 pub use qmp::QmpConnector;

@@ -7,7 +7,7 @@ use serde_json::json;
 
 use super::migration::{FD_NAME, Mode, Settings, wait_loaded};
 use super::reactivate::reactivate_disks;
-use crate::backend::{Connector, DEFAULT_TIMEOUT, Guest, Presence};
+use crate::backend::{Connector, DEFAULT_TIMEOUT, Guest, Liveness};
 use crate::deadline::Deadline;
 use crate::error::{Code, Error, Result, fail};
 use crate::image::{self, Feed, Image};
@@ -50,9 +50,9 @@ pub fn load(connector: &dyn Connector, name: &str, flags: u32) -> Result<()> {
     let begun = settings.apply(guest, Mode::Paused).and_then(|()| begin(guest));
     let write = begun.map_err(|error| {
         // QEMU waits still, for another try; unless it has ended.
-        let restored = match guest.presence() {
-            Presence::Here => settings.restore(guest, Mode::Paused),
-            Presence::Gone | Presence::Silent => Ok(()),
+        let restored = match guest.liveness() {
+            Liveness::Alive => settings.restore(guest, Mode::Paused),
+            Liveness::Exited | Liveness::Unresponsive => Ok(()),
         };
         restored.err().into_iter().fold(error, |error, left| error.and(left.message))
     })?;
@@ -198,8 +198,8 @@ fn begin(guest: &mut dyn Guest) -> Result<OwnedFd> {
 
 fn feed(guest: &mut dyn Guest, image: Image, write: OwnedFd) -> Result<()> {
     let feed = Feed::start(image.file, image.stream_offset, write)?;
-    wait_loaded(guest).map_err(|error| match guest.presence() {
-        Presence::Gone => Error::new(
+    wait_loaded(guest).map_err(|error| match guest.liveness() {
+        Liveness::Exited => Error::new(
             Code::OperationFailed,
             "QEMU ended while it loaded the memory image, which it does when the machine is not \
              that of the snapshot: see what it wrote on its standard error",

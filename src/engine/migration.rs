@@ -13,7 +13,7 @@ use super::cancel::{Cancel, timeout};
 use super::clock::Clock;
 use super::event::Flow;
 use super::{maker, run_state};
-use crate::backend::{DEFAULT_TIMEOUT, Guest, Presence};
+use crate::backend::{DEFAULT_TIMEOUT, Guest, Liveness};
 use crate::deadline::Deadline;
 use crate::error::{Code, Error, Result, fail};
 use crate::image::{self, Drain, MemoryImage, throw_away};
@@ -530,7 +530,7 @@ impl Stream {
             Ok(migration) => migration,
             // QEMU may be too busy to answer, or the daemon be restarted.
             Err(error) if error.code == Code::OperationTimeout => return Ok(false),
-            Err(error) if guest.presence() == Presence::Gone => return Err(error),
+            Err(error) if guest.liveness() == Liveness::Exited => return Err(error),
             Err(_) => return Ok(false),
         };
         let muddled = migration.is_setting_up()

@@ -11,7 +11,7 @@ use super::nvram;
 use super::reactivate::reactivate_disks;
 use super::storage::Called;
 use super::watchdog::{Stage, Watchdog};
-use crate::backend::{DEFAULT_TIMEOUT, Guest, Presence};
+use crate::backend::{DEFAULT_TIMEOUT, Guest, Liveness};
 use crate::deadline::Deadline;
 use crate::error::{Code, Error, Result};
 use crate::image::MemoryImage;
@@ -93,19 +93,19 @@ impl Made {
     pub fn undo(mut self, guest: &mut dyn Guest, cause: Error, clock: &mut Clock) -> Error {
         let mut left = Vec::new();
         let mut ended = false;
-        let mut presence = self.insist(guest);
-        if presence == Presence::Here && self.outrun {
-            presence = sit_out(guest);
+        let mut liveness = self.insist(guest);
+        if liveness == Liveness::Alive && self.outrun {
+            liveness = sit_out(guest);
         }
-        if presence == Presence::Here {
+        if liveness == Liveness::Alive {
             ended = self.undo_online(guest, &mut left, clock);
             if !left.is_empty() {
-                presence = guest.presence();
+                liveness = guest.liveness();
             }
         }
-        match presence {
-            Presence::Here => {}
-            Presence::Gone => {
+        match liveness {
+            Liveness::Alive => {}
+            Liveness::Exited => {
                 // A QEMU that has ended takes its settings, its nodes and its migration with it.
                 left.clear();
                 left.push("the guest's QEMU has ended meanwhile".into());
@@ -126,13 +126,13 @@ impl Made {
                     left.extend(guest.merge_and_discard_offline(self.switched).err().map(|error| error.message));
                 }
             }
-            Presence::Silent => left.push(
+            Liveness::Unresponsive => left.push(
                 "QEMU does not answer any more: what was changed in it could not be put back. When \
                  it answers again its guest is resumed; do not remove the overlays"
                     .into(),
             ),
         }
-        if !ended || presence == Presence::Silent {
+        if !ended || liveness == Liveness::Unresponsive {
             // The stream must be read to its end, and a guest that is paused resumed, whenever QEMU
             // comes to it.
             let stream = self.stream.take();
@@ -157,17 +157,17 @@ impl Made {
 
     /// Whether QEMU is there. One that does not answer is given time, after all that was changed in
     /// it; for a guest that is paused `cont` is queued, for QEMU to find when it comes to.
-    fn insist(&self, guest: &mut dyn Guest) -> Presence {
+    fn insist(&self, guest: &mut dyn Guest) -> Liveness {
         let deadline = Deadline::after(STUBBORN);
-        let mut presence = guest.presence();
-        if presence == Presence::Silent && self.watchdog.stage().is_paused() {
+        let mut liveness = guest.liveness();
+        if liveness == Liveness::Unresponsive && self.watchdog.stage().is_paused() {
             // The reply would come when it would, and is not needed: the state is looked at next.
             let _ = commands::cont(guest, Deadline::after(Duration::from_millis(100)));
         }
-        while presence == Presence::Silent && self.overlays && deadline.left().is_some() {
-            presence = guest.presence();
+        while liveness == Liveness::Unresponsive && self.overlays && deadline.left().is_some() {
+            liveness = guest.liveness();
         }
-        presence
+        liveness
     }
 
     /// Returns whether the migration has ended, as far as there was one.
@@ -263,7 +263,7 @@ impl Made {
 /// Another client may have begun to save the guest, which was paused by us: then it saves the
 /// moment of our pause, and the guest must not write to its disks until that client is done with
 /// it, which may end QEMU.
-fn sit_out(guest: &mut dyn Guest) -> Presence {
+fn sit_out(guest: &mut dyn Guest) -> Liveness {
     let keeps_paused = guest.background_keeps_paused();
     let deadline = Deadline::after(STUBBORN);
     let mut seen = false;
@@ -275,10 +275,10 @@ fn sit_out(guest: &mut dyn Guest) -> Presence {
         if migrating && !keeps_paused && guest.status().is_ok_and(|status| status.running) {
             let _ = commands::stop(guest, Deadline::after(DEFAULT_TIMEOUT));
         }
-        let presence = guest.presence();
+        let liveness = guest.liveness();
         let done = !seen || !migrating && guest.check_not_busy(&[]).is_ok();
-        if done || presence != Presence::Here || deadline.left().is_none() {
-            return presence;
+        if done || liveness != Liveness::Alive || deadline.left().is_none() {
+            return liveness;
         }
         std::thread::sleep(Duration::from_millis(5));
     }

@@ -36,7 +36,7 @@ use self::overlays::Overlays;
 pub use self::reach::Reach;
 use super::exclusive::Exclusive;
 use super::guest::{
-    Catalog, Connector, DEFAULT_TIMEOUT, Deputy, Description, Guest, MEASURED, Presence, Reserved,
+    Catalog, Connector, DEFAULT_TIMEOUT, Deputy, Description, Guest, Liveness, MEASURED, Reserved,
     check_version,
 };
 use super::overlay_file::{self, Beforehand};
@@ -780,7 +780,7 @@ impl Guest for LibvirtGuest<'_> {
         self.patiently("cannot look at the domain", Again::Harmless, Domain::is_active) == Ok(true)
     }
 
-    fn presence(&mut self) -> Presence {
+    fn liveness(&mut self) -> Liveness {
         let deadline = Deadline::after(DEFAULT_TIMEOUT);
         let uuid = self.connector.uuid.clone();
         let look = move |domain: &Domain| match domain.connect()?.domain(&uuid) {
@@ -793,8 +793,8 @@ impl Guest for LibvirtGuest<'_> {
         loop {
             match self.caller.call(deadline, Again::Harmless, look.clone()) {
                 Ok(Some(id)) if Some(id) == self.id => {}
-                Ok(_) => return Presence::Gone,
-                Err(_) => return Presence::Silent,
+                Ok(_) => return Liveness::Exited,
+                Err(_) => return Liveness::Unresponsive,
             }
             let status = Command::new("query-status", json!({}));
             in_doubt = in_doubt
@@ -803,10 +803,10 @@ impl Guest for LibvirtGuest<'_> {
                     Err(Failure::Lost(_))
                 );
             if !in_doubt {
-                return Presence::Here;
+                return Liveness::Alive;
             }
             if deadline.left().is_none() {
-                return Presence::Silent;
+                return Liveness::Unresponsive;
             }
             std::thread::sleep(Duration::from_millis(20));
         }

@@ -21,7 +21,7 @@ pub use self::overlays::Switch;
 pub(super) use self::overlays::{Overlay, switch};
 pub(super) use self::process::hold_qemu;
 use self::process::{hold_socket, whose};
-use super::guest::{Catalog, Connector, Guest, Presence, Reserved, check_version};
+use super::guest::{Catalog, Connector, Guest, Liveness, Reserved, check_version};
 use crate::deadline::Deadline;
 use crate::error::{Code, Result};
 use crate::model::Store;
@@ -142,16 +142,16 @@ impl Channel for Socket<'_> {
         self.monitor.leave();
     }
 
-    fn presence(&mut self) -> Presence {
+    fn liveness(&mut self) -> Liveness {
         let deadline = Deadline::after(GREETING);
         match self.monitor.execute(Command::new("query-status", json!({})), deadline) {
-            Ok(_) | Err(Failure::Refused(..)) => return Presence::Here,
-            Err(Failure::Late) => return Presence::Silent,
+            Ok(_) | Err(Failure::Refused(..)) => return Liveness::Alive,
+            Err(Failure::Late) => return Liveness::Unresponsive,
             Err(Failure::Lost(_)) => {}
         }
         while deadline.left().is_some() {
             if self.monitor.qemu.as_ref().is_some_and(|qemu| qemu.has_ended()) {
-                return Presence::Gone;
+                return Liveness::Exited;
             }
             if let Ok(monitor) = Monitor::connect(self.path, deadline) {
                 // Another QEMU can have taken the socket over: that one is not ours to touch. Where
@@ -162,11 +162,11 @@ impl Channel for Socket<'_> {
                 };
                 if same {
                     self.monitor = monitor;
-                    return Presence::Here;
+                    return Liveness::Alive;
                 }
             }
             std::thread::sleep(Duration::from_millis(20));
         }
-        Presence::Silent
+        Liveness::Unresponsive
     }
 }

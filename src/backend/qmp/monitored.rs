@@ -11,7 +11,7 @@ use super::overlays::{self, Overlay};
 use super::{drives, process};
 use crate::backend::exclusive::Exclusive;
 use crate::backend::guest::{
-    DEFAULT_TIMEOUT, Deputy, Description, Guest, MEASURED, Presence, Reserved,
+    DEFAULT_TIMEOUT, Deputy, Description, Guest, Liveness, MEASURED, Reserved,
 };
 use crate::backend::{busy, foreign, open_images, overlay_file};
 use crate::deadline::Deadline;
@@ -75,7 +75,7 @@ pub trait Channel: Execute + Sized {
     }
 
     /// Whether QEMU is there; reconnects if the connection was lost.
-    fn presence(&mut self) -> Presence;
+    fn liveness(&mut self) -> Liveness;
 }
 
 /// How a process that outlives this one reaches QEMU.
@@ -292,7 +292,7 @@ impl<C: Channel> Guest for MonitorGuest<'_, C> {
         self.channel.end()
     }
 
-    fn presence(&mut self) -> Presence {
-        self.channel.presence()
+    fn liveness(&mut self) -> Liveness {
+        self.channel.liveness()
     }
 }
