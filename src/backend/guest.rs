@@ -135,14 +135,14 @@ pub struct Description {
     pub owner: Option<PathBuf>,
 }
 
-/// How a process that outlives this one can act for it.
-pub enum Deputy<'a> {
+/// How a process that outlives this one reaches the guest.
+pub enum RecoveryChannel<'a> {
     /// Not at all.
-    Nobody,
+    None,
     /// By the monitor's socket, which only this operation uses; with the overlays, which it undoes.
     Monitor(BorrowedFd<'a>, Vec<MonitorOverlay>),
-    /// By programs.
-    Programs(MakeErrands<'a>),
+    /// By recovery commands.
+    Commands(MakeRecoveryCommands<'a>),
 }
 
 /// An overlay that a process which outlives this one undoes by the monitor.
@@ -162,46 +162,46 @@ pub struct MonitorOverlay {
 }
 
 /// Makes the programs, given the QMP commands that put the migration settings back.
-pub type MakeErrands<'a> = Box<dyn Fn(&[(&str, Value)]) -> Errands + 'a>;
+pub type MakeRecoveryCommands<'a> = Box<dyn Fn(&[(&str, Value)]) -> RecoveryCommands + 'a>;
 
-/// Programs to be run for a process that has ended.
+/// The recovery commands of a snapshot, for a process that has ended.
 #[derive(Clone, Debug)]
-pub struct Errands {
+pub struct RecoveryCommands {
     /// Succeeds where the daemon that does the others is there.
-    pub look: Errand,
+    pub look: RecoveryCommand,
     /// So often that is tried, once a second.
     pub tries: u32,
     /// Resumes the guest.
-    pub resume: Errand,
+    pub resume: RecoveryCommand,
     /// The same where that fails, because the guest runs already, or the daemon takes it for one
     /// that does.
-    pub resume_all_the_same: Errand,
+    pub resume_all_the_same: RecoveryCommand,
     /// Says how its migration is.
-    pub query_migrate: Errand,
+    pub query_migrate: RecoveryCommand,
     /// Says what state the guest is in.
-    pub query_status: Errand,
+    pub query_status: RecoveryCommand,
     /// Put QEMU's migration settings back.
-    pub restore: Vec<Errand>,
+    pub restore: Vec<RecoveryCommand>,
     /// Removes the record of the snapshot.
-    pub forget: Errand,
+    pub forget: RecoveryCommand,
     /// Merge one overlay each.
-    pub merge: Vec<MergeErrand>,
+    pub merge: Vec<MergeCommands>,
 }
 
 /// Merges an overlay.
 #[derive(Clone, Debug)]
-pub struct MergeErrand {
+pub struct MergeCommands {
     /// Fails if it is not in use.
-    pub merge: Errand,
+    pub merge: RecoveryCommand,
     /// Succeeds if it is in use.
-    pub is_in_use: Errand,
+    pub is_in_use: RecoveryCommand,
     /// What is to be said where it stays in use.
     pub complaint: String,
 }
 
-/// A program.
+/// A recovery command: a program that the watchdog runs.
 #[derive(Clone, Debug)]
-pub struct Errand {
+pub struct RecoveryCommand {
     /// Its absolute path, and its arguments.
     pub words: Vec<String>,
     /// A file that is discarded once it has succeeded.
@@ -227,7 +227,7 @@ pub trait Guest: Execute {
 
     /// Refuses a guest whose RAM another process writes: its pages would be saved younger than the
     /// instant.
-    fn check_memory_is_its_own(&mut self) -> Result<()>;
+    fn check_memory_not_shared(&mut self) -> Result<()>;
 
     /// Refuses disks of which a snapshot could never be brought back: those on images that QEMU
     /// alone knows.
@@ -332,8 +332,9 @@ pub trait Guest: Execute {
     /// overlays.
     fn merge_and_discard_offline(&mut self, switched: bool) -> Result<()>;
 
-    /// Who can act for this process once it has ended, while it takes the snapshot of this name.
-    fn deputy<'a>(&'a self, snapshot: &'a str) -> Deputy<'a>;
+    /// How the watchdog reaches the guest once this process has ended, while it takes the snapshot
+    /// of this name.
+    fn recovery_channel<'a>(&'a self, snapshot: &'a str) -> RecoveryChannel<'a>;
 
     /// Whether somebody with more rights gives QEMU the images that it is to write before it opens
     /// them.

@@ -7,7 +7,6 @@
 mod busy;
 pub mod driver;
 mod exclusive;
-mod foreign;
 mod guest;
 mod images;
 pub mod libvirt;
@@ -16,13 +15,14 @@ mod open_images;
 pub mod overlay_file;
 mod progress;
 pub mod qmp;
+mod shared_memory;
 pub mod write_access;
 
 pub use busy::is_block_of;
 pub use driver::DriverConnector;
 pub use guest::{
-    Catalog, Connector, DEFAULT_TIMEOUT, Deputy, Description, Errand, Errands, Guest, Liveness,
-    MakeErrands, MergeErrand, MonitorOverlay, Reserved,
+    Catalog, Connector, DEFAULT_TIMEOUT, Description, Guest, Liveness, MakeRecoveryCommands,
+    MergeCommands, MonitorOverlay, RecoveryChannel, RecoveryCommand, RecoveryCommands, Reserved,
 };
 pub use libvirt::LibvirtConnector;
 pub use qmp::QmpConnector;

@@ -135,7 +135,7 @@ pub fn create(
         settings.require_background()?;
     }
     if mode == Mode::Background && running {
-        guest.check_memory_is_its_own()?;
+        guest.check_memory_not_shared()?;
     }
     cancel.check()?;
 
@@ -557,7 +557,7 @@ impl Task<'_> {
         let files: Vec<_> =
             made.copies.iter().map(nvram::Copy::known).chain([made.image()?.known()]).collect();
         let restore = settings.script(self.mode);
-        let deputy = guest.deputy(&self.reserved.name);
+        let channel = guest.recovery_channel(&self.reserved.name);
         let Made { stream: Some(stream), watchdog, .. } = made else { unreachable!("just made") };
         let task = watchdog::Task {
             held: &guest.held(),
@@ -569,7 +569,7 @@ impl Task<'_> {
             restore: &restore,
             files: &files,
         };
-        watchdog.start(deputy, &task);
+        watchdog.start(channel, &task);
         Ok(())
     }
 

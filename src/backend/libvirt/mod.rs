@@ -8,7 +8,6 @@
 mod call;
 mod connector;
 mod delete;
-mod deputy;
 mod drives;
 mod lease;
 mod operations;
@@ -17,6 +16,7 @@ mod overlays;
 mod prune;
 mod reach;
 mod recorded;
+mod recovery;
 mod renew;
 mod revert;
 mod volumes;
@@ -36,12 +36,12 @@ use self::overlays::Overlays;
 pub use self::reach::Reach;
 use super::exclusive::Exclusive;
 use super::guest::{
-    Catalog, Connector, DEFAULT_TIMEOUT, Deputy, Description, Guest, Liveness, MEASURED, Reserved,
-    check_version,
+    Catalog, Connector, DEFAULT_TIMEOUT, Description, Guest, Liveness, MEASURED, RecoveryChannel,
+    Reserved, check_version,
 };
 use super::overlay_file::{self, Beforehand};
 use super::qmp::hold_qemu;
-use super::{busy, foreign, open_images};
+use super::{busy, open_images, shared_memory};
 use crate::deadline::Deadline;
 use crate::error::{Code, Result, fail};
 use crate::libvirt::{self, Domain, Snapshot, State};
@@ -484,8 +484,8 @@ impl Guest for LibvirtGuest<'_> {
         Ok(())
     }
 
-    fn check_memory_is_its_own(&mut self) -> Result<()> {
-        foreign::check_memory_is_its_own(self)
+    fn check_memory_not_shared(&mut self) -> Result<()> {
+        shared_memory::check_memory_not_shared(self)
     }
 
     fn check_images_are_named(&mut self, disks: &[DiskPlan]) -> Result<()> {
@@ -741,16 +741,16 @@ impl Guest for LibvirtGuest<'_> {
         self.overlays.discard()
     }
 
-    fn deputy<'a>(&'a self, snapshot: &'a str) -> Deputy<'a> {
+    fn recovery_channel<'a>(&'a self, snapshot: &'a str) -> RecoveryChannel<'a> {
         let virsh = match &self.connector.way {
-            Way::Connected => deputy::virsh(&self.connector.uri, CALLER_KILLED),
-            Way::Inside(address) => deputy::virsh(address, DAEMON_KILLED),
+            Way::Connected => recovery::virsh(&self.connector.uri, CALLER_KILLED),
+            Way::Inside(address) => recovery::virsh(address, DAEMON_KILLED),
         };
         match virsh {
-            Some(virsh) => Deputy::Programs(Box::new(move |restore| {
-                deputy::errands(&virsh, &self.connector.uuid, restore, &self.overlays, snapshot)
+            Some(virsh) => RecoveryChannel::Commands(Box::new(move |restore| {
+                recovery::commands(&virsh, &self.connector.uuid, restore, &self.overlays, snapshot)
             })),
-            None => Deputy::Nobody,
+            None => RecoveryChannel::None,
         }
     }
 

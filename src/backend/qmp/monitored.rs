@@ -11,9 +11,9 @@ use super::overlays::{self, Overlay};
 use super::{drives, process};
 use crate::backend::exclusive::Exclusive;
 use crate::backend::guest::{
-    DEFAULT_TIMEOUT, Deputy, Description, Guest, Liveness, MEASURED, Reserved,
+    DEFAULT_TIMEOUT, Description, Guest, Liveness, MEASURED, RecoveryChannel, Reserved,
 };
-use crate::backend::{busy, foreign, open_images, overlay_file};
+use crate::backend::{busy, open_images, overlay_file, shared_memory};
 use crate::deadline::Deadline;
 use crate::error::{Code, Error, Result, fail};
 use crate::model::domain::{Domain, Source, Storage};
@@ -159,8 +159,8 @@ impl<C: Channel> Guest for MonitorGuest<'_, C> {
         Ok(Description { domain_xml, cookie: None, owner: None })
     }
 
-    fn check_memory_is_its_own(&mut self) -> Result<()> {
-        foreign::check_memory_is_its_own(self)
+    fn check_memory_not_shared(&mut self) -> Result<()> {
+        shared_memory::check_memory_not_shared(self)
     }
 
     fn check_images_are_named(&mut self, disks: &[DiskPlan]) -> Result<()> {
@@ -273,10 +273,10 @@ impl<C: Channel> Guest for MonitorGuest<'_, C> {
         overlays::merge_and_discard_offline(&mut self.overlays, switched)
     }
 
-    fn deputy<'a>(&'a self, _snapshot: &'a str) -> Deputy<'a> {
+    fn recovery_channel<'a>(&'a self, _snapshot: &'a str) -> RecoveryChannel<'a> {
         let Recovery { monitor, merges } = self.channel.recovery();
         let overlays = self.overlays.iter().map(|overlay| overlay.for_recovery(merges)).collect();
-        monitor.map_or(Deputy::Nobody, |monitor| Deputy::Monitor(monitor, overlays))
+        monitor.map_or(RecoveryChannel::None, |monitor| RecoveryChannel::Monitor(monitor, overlays))
     }
 
     fn held(&self) -> Vec<BorrowedFd<'_>> {

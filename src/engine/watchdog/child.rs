@@ -6,25 +6,25 @@ use std::os::fd::{FromRawFd, OwnedFd};
 use rustix::io::Errno;
 use rustix::net::{SendFlags, send};
 
-use super::errand::Errands;
 use super::files::Discard;
+use super::qmp_script::{QmpScript, execute};
+use super::recovery_command::RecoveryCommands;
 use super::remaining::Remaining;
 use super::stage::{DISMISSED, READY, Stage};
-use super::words::{Words, say};
 use crate::sys::{self, wait_ready};
 
 /// Before QEMU has armed, its stream has a header and a list of memory blocks: less than this.
 const BEFORE_ARMED: usize = 64 << 10;
 
-/// What it does for its caller, made before it is needed.
+/// How the watchdog acts for its caller, made before it is needed.
 #[derive(Debug)]
-pub enum Script {
-    /// It can only read the stream.
-    Silence,
-    /// It speaks to QEMU.
-    Words(Words),
+pub enum Recovery {
+    /// The watchdog can only read the stream.
+    None,
+    /// It sends QMP commands to QEMU.
+    Qmp(QmpScript),
     /// It runs programs.
-    Errands(Box<Errands>),
+    Commands(Box<RecoveryCommands>),
 }
 
 /// So many descriptors hold the guest for an operation, at most.
@@ -47,7 +47,7 @@ pub struct Child<'a> {
     pub reserved: Option<&'a Discard>,
     /// The file that there is once the snapshot is recorded, where that is known.
     pub record: Option<&'a CStr>,
-    pub script: &'a Script,
+    pub recovery: &'a Recovery,
 }
 
 impl Child<'_> {
@@ -112,10 +112,10 @@ impl Child<'_> {
             self.resume(monitor, &mut stream);
         }
         self.outlast_migration(&mut stream, monitor);
-        match self.script {
-            Script::Silence => {}
-            Script::Words(words) => words.undo(monitor, stage, &mut stream),
-            Script::Errands(errands) => errands.undo(stage, &mut stream),
+        match self.recovery {
+            Recovery::None => {}
+            Recovery::Qmp(script) => script.undo(monitor, stage, &mut stream),
+            Recovery::Commands(commands) => commands.undo(stage, &mut stream),
         }
     }
 
@@ -146,26 +146,26 @@ impl Child<'_> {
     }
 
     fn is_migrating(&self, monitor: &OwnedFd, stream: &mut Remaining) -> Option<bool> {
-        match self.script {
-            Script::Silence => None,
-            Script::Words(words) => words.is_migrating(monitor, stream),
-            Script::Errands(errands) => errands.is_migrating(stream),
+        match self.recovery {
+            Recovery::None => None,
+            Recovery::Qmp(script) => script.is_migrating(monitor, stream),
+            Recovery::Commands(commands) => commands.is_migrating(stream),
         }
     }
 
     fn is_stopped_by_migration(&self, monitor: &OwnedFd, stream: &mut Remaining) -> bool {
-        match self.script {
-            Script::Silence => false,
-            Script::Words(words) => words.is_stopped_by_migration(monitor, stream),
-            Script::Errands(errands) => errands.is_stopped_by_migration(stream),
+        match self.recovery {
+            Recovery::None => false,
+            Recovery::Qmp(script) => script.is_stopped_by_migration(monitor, stream),
+            Recovery::Commands(commands) => commands.is_stopped_by_migration(stream),
         }
     }
 
     fn resume(&self, monitor: &OwnedFd, stream: &mut Remaining) {
-        match self.script {
-            Script::Silence => {}
-            Script::Words(words) => drop(say(monitor, &words.resume, stream)),
-            Script::Errands(errands) => errands.resume(stream),
+        match self.recovery {
+            Recovery::None => {}
+            Recovery::Qmp(script) => drop(execute(monitor, &script.resume, stream)),
+            Recovery::Commands(commands) => commands.resume(stream),
         }
     }
 

@@ -8,19 +8,19 @@
 //!
 //! It is a fork, not a program, so that there is nothing to install, and nothing to forbid. Between
 //! fork and exit it makes system calls only, on memory that was there before. How it speaks to the
-//! guest is the way in's affair ([`Deputy`]): by words on the monitor's socket, or by errands,
-//! programs that it runs. Either way it merges the overlays back, unless they are a driver's, and
-//! removes what was made for the snapshot. What it cannot merge it leaves, and says so in the
-//! machine's log.
+//! guest is the backend's affair ([`RecoveryChannel`]): by a QMP script on the monitor's socket, or
+//! by recovery commands, which are programs that it runs. Either way it merges the overlays back,
+//! unless they are a driver's, and removes what was made for the snapshot. What it cannot merge it
+//! leaves, and says so in the machine's log.
 
 mod child;
 mod complaint;
-mod errand;
 mod files;
+mod qmp_script;
+mod recovery_command;
 mod remaining;
 mod reply;
 mod stage;
-mod words;
 
 use std::ffi::c_int;
 use std::mem::ManuallyDrop;
@@ -33,13 +33,13 @@ use rustix::net::{
 use rustix::process::{PidfdFlags, getpid, pidfd_open};
 use serde_json::Value;
 
-use self::child::{Child, HELD, Script};
-use self::errand::Errands;
+use self::child::{Child, HELD, Recovery};
 use self::files::Discard;
+use self::qmp_script::QmpScript;
+use self::recovery_command::RecoveryCommands;
 pub use self::stage::Stage;
 use self::stage::{DISMISSED, READY};
-use self::words::Words;
-use crate::backend::Deputy;
+use crate::backend::RecoveryChannel;
 use crate::model::Reservation;
 use crate::own_file::KnownFile;
 use crate::sys::{self, wait_ready};
@@ -73,17 +73,18 @@ pub struct Watchdog {
 impl Watchdog {
     /// Starts the watchdog. Where no process can be started there is none, and the caller must not be
     /// killed.
-    pub fn start(&mut self, deputy: Deputy, task: &Task) {
+    pub fn start(&mut self, channel: RecoveryChannel, task: &Task) {
         let Task { restore, files, .. } = *task;
-        let start = |monitor, script: &Script| Started::start(monitor, task, script);
-        self.watchdog = match deputy {
-            Deputy::Nobody => start(None, &Script::Silence),
-            Deputy::Monitor(monitor, overlays) => {
-                start(Some(monitor), &Script::Words(Words::new(restore, &overlays, files)))
+        let start = |monitor, recovery: &Recovery| Started::start(monitor, task, recovery);
+        self.watchdog = match channel {
+            RecoveryChannel::None => start(None, &Recovery::None),
+            RecoveryChannel::Monitor(monitor, overlays) => {
+                start(Some(monitor), &Recovery::Qmp(QmpScript::new(restore, &overlays, files)))
             }
-            Deputy::Programs(make) => {
-                start(None, &Script::Errands(Box::new(Errands::new(make(restore), files))))
-            }
+            RecoveryChannel::Commands(make) => start(
+                None,
+                &Recovery::Commands(Box::new(RecoveryCommands::new(make(restore), files))),
+            ),
         };
     }
 
@@ -126,7 +127,7 @@ struct Started {
 }
 
 impl Started {
-    fn start(monitor: Option<BorrowedFd>, task: &Task, script: &Script) -> Option<Started> {
+    fn start(monitor: Option<BorrowedFd>, task: &Task, recovery: &Recovery) -> Option<Started> {
         // A socket, not a pipe: writing to one whose reader was killed need not raise SIGPIPE.
         let (theirs, ours) =
             socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None).ok()?;
@@ -150,7 +151,7 @@ impl Started {
                 .map_or(nothing, |reservation| reservation.held().as_raw_fd()),
             reserved: reserved.as_ref(),
             record: record.as_deref(),
-            script,
+            recovery,
         };
         // Until it has closed them it holds a copy of every descriptor of this process, locks and
         // marks of other snapshots among them.

@@ -1,4 +1,4 @@
-//! What the watchdog says on the monitor's socket.
+//! The QMP commands that the watchdog sends on the monitor's socket.
 
 use std::os::fd::OwnedFd;
 
@@ -20,7 +20,7 @@ const PAUSE_MS: i32 = 50;
 
 /// Made before they are needed.
 #[derive(Debug)]
-pub struct Words {
+pub struct QmpScript {
     pub resume: String,
     restore: Vec<String>,
     query_migrate: String,
@@ -29,7 +29,7 @@ pub struct Words {
     files: Vec<Discard>,
 }
 
-/// What is said to undo one overlay.
+/// The commands that undo one overlay.
 #[derive(Debug)]
 struct Overlay {
     /// Empty where merging is not the watchdog's to do.
@@ -61,22 +61,24 @@ impl Overlay {
 
     /// Merges it into the image below, where it is in use, and removes it once it is not.
     fn undo(&self, monitor: &OwnedFd, switched: bool, stream: &mut Remaining) {
-        let mut say = |words: &str| say(monitor, words, stream);
-        if switched && !self.commit.is_empty() && say(&self.commit).is_some_and(|reply| reply.done)
+        let mut execute = |command: &str| execute(monitor, command, stream);
+        if switched
+            && !self.commit.is_empty()
+            && execute(&self.commit).is_some_and(|reply| reply.done)
         {
             // QEMU refuses to complete it before all is merged; when it has ended, there is no such
             // job.
             loop {
-                match say(&self.complete) {
+                match execute(&self.complete) {
                     None => return,
                     Some(reply) if reply.no_job => break,
                     Some(_) => wait_ready([None, None], PAUSE_MS),
                 };
             }
         }
-        match say(&self.delete) {
+        match execute(&self.delete) {
             Some(reply) if reply.done => {
-                say(&self.delete_file_node);
+                execute(&self.delete_file_node);
                 self.file.iter().for_each(Discard::run);
             }
             // What is in use QEMU keeps. A driver's are its own to merge.
@@ -86,15 +88,15 @@ impl Overlay {
     }
 }
 
-impl Words {
+impl QmpScript {
     /// `restore` are commands, by name and arguments, that put the settings back; `files` are the
     /// snapshot's.
     pub fn new(
         restore: &[(&str, Value)],
         overlays: &[MonitorOverlay],
         files: &[KnownFile],
-    ) -> Words {
-        Words {
+    ) -> QmpScript {
+        QmpScript {
             resume: line("cont", &json!({})),
             restore: restore.iter().map(|(name, arguments)| line(name, arguments)).collect(),
             query_migrate: line("query-migrate", &json!({})),
@@ -106,18 +108,18 @@ impl Words {
 
     /// Whether a migration is under way; none where QEMU is gone.
     pub fn is_migrating(&self, monitor: &OwnedFd, stream: &mut Remaining) -> Option<bool> {
-        say(monitor, &self.query_migrate, stream).map(|reply| reply.migrating)
+        execute(monitor, &self.query_migrate, stream).map(|reply| reply.migrating)
     }
 
     /// Whether the end of a migration has stopped the guest.
     pub fn is_stopped_by_migration(&self, monitor: &OwnedFd, stream: &mut Remaining) -> bool {
-        say(monitor, &self.query_status, stream).is_some_and(|reply| reply.stopped_by_migration)
+        execute(monitor, &self.query_status, stream).is_some_and(|reply| reply.stopped_by_migration)
     }
 
     /// Puts everything but the guest's state back.
     pub fn undo(&self, monitor: &OwnedFd, stage: Stage, stream: &mut Remaining) {
-        for words in self.restore.iter().filter(|_| !stage.is_restored()) {
-            say(monitor, words, stream);
+        for command in self.restore.iter().filter(|_| !stage.is_restored()) {
+            execute(monitor, command, stream);
         }
         for overlay in &self.overlays {
             overlay.undo(monitor, stage.is_switched(), stream);
@@ -130,11 +132,11 @@ fn line(name: &str, arguments: &Value) -> String {
     json!({ "execute": name, "arguments": arguments, "id": MARK }).to_string() + "\n"
 }
 
-/// Says something, and waits for the reply, however long: what is still unread when the connection
+/// Sends a command, and waits for the reply, however long: what is still unread when the connection
 /// ends, QEMU forgets. Meanwhile the stream is read, for which QEMU may be waiting in its turn.
 /// Nothing where QEMU is gone.
-pub fn say(monitor: &OwnedFd, words: &str, stream: &mut Remaining) -> Option<Reply> {
-    let mut left = words.as_bytes();
+pub fn execute(monitor: &OwnedFd, command: &str, stream: &mut Remaining) -> Option<Reply> {
+    let mut left = command.as_bytes();
     while !left.is_empty() {
         match send(monitor, left, SendFlags::NOSIGNAL) {
             Ok(sent) => left = left.get(sent..).unwrap_or_default(),

@@ -10,11 +10,11 @@ use crate::monitor::json::Json;
 use crate::monitor::{Command, Execute};
 
 /// Devices whose backend writes guest RAM from another process, through a mapping of its own.
-const FOREIGN_WRITERS: [&str; 5] =
+const SHARING_DEVICES: [&str; 5] =
     ["vhost-user", "vhost-vdpa", "ivshmem", "vfio-user", "x-pci-proxy"];
 
 /// Block drivers that give guest RAM to a device, or to another process, for it to read into.
-const FOREIGN_DRIVERS: [&str; 5] = [
+const SHARING_BLOCK_DRIVERS: [&str; 5] = [
     "nvme",
     "nvme-io_uring",
     "virtio-blk-vfio-pci",
@@ -28,24 +28,24 @@ fn query(guest: &mut dyn Execute, command: &str, arguments: Value) -> Result<Jso
 }
 
 /// Refuses a guest whose RAM others write: userfaultfd sees QEMU's own mapping only.
-pub fn check_memory_is_its_own(guest: &mut dyn Execute) -> Result<()> {
+pub fn check_memory_not_shared(guest: &mut dyn Execute) -> Result<()> {
     for path in ["/machine/peripheral", "/machine/peripheral-anon", "/objects"] {
         let devices = query(guest, "qom-list", json!({ "path": path }))?;
         for device in devices.as_array().into_iter().flatten() {
             let kind = device["type"].as_str().unwrap_or_default();
-            if FOREIGN_WRITERS.iter().any(|writer| kind.contains(writer)) {
+            if SHARING_DEVICES.iter().any(|writer| kind.contains(writer)) {
                 let kind = kind.trim_start_matches("child<").trim_end_matches('>');
                 let name = device["name"].as_str().unwrap_or_default();
-                return refuse_foreign_writer(&format!("device '{name}' ({kind})"));
+                return refuse_shared_memory(&format!("device '{name}' ({kind})"));
             }
         }
     }
     let nodes = query(guest, "query-named-block-nodes", json!({ "flat": true }))?;
     for node in nodes.as_array().into_iter().flatten() {
         let driver = node["drv"].as_str().unwrap_or_default();
-        if FOREIGN_DRIVERS.contains(&driver) {
+        if SHARING_BLOCK_DRIVERS.contains(&driver) {
             let name = node["node-name"].as_str().unwrap_or_default();
-            return refuse_foreign_writer(&format!(
+            return refuse_shared_memory(&format!(
                 "the storage of block node '{name}' (driver {driver})"
             ));
         }
@@ -61,15 +61,15 @@ pub fn check_memory_is_its_own(guest: &mut dyn Execute) -> Result<()> {
     for line in network.as_str().unwrap_or_default().lines() {
         let kind =
             line.split("type=").nth(1).and_then(|rest| rest.split(',').next()).unwrap_or_default();
-        if FOREIGN_WRITERS.iter().any(|writer| kind.contains(writer)) {
+        if SHARING_DEVICES.iter().any(|writer| kind.contains(writer)) {
             let name = line.trim_start_matches([' ', '\\']).split(':').next().unwrap_or_default();
-            return refuse_foreign_writer(&format!("network backend '{name}' ({kind})"));
+            return refuse_shared_memory(&format!("network backend '{name}' ({kind})"));
         }
     }
     Ok(())
 }
 
-fn refuse_foreign_writer(writer: &str) -> Result<()> {
+fn refuse_shared_memory(writer: &str) -> Result<()> {
     fail!(
         ConfigUnsupported,
         "{writer} writes the guest's memory from another process or a device, where QEMU cannot \

@@ -3,7 +3,7 @@
 use serde_json::{Value, json};
 
 use super::overlays::Overlays;
-use crate::backend::guest::{Errand, Errands, MergeErrand};
+use crate::backend::guest::{MergeCommands, RecoveryCommand, RecoveryCommands};
 use crate::backend::overlay_file::OverlayFile;
 use crate::model::DiskPlan;
 use crate::tool;
@@ -26,21 +26,21 @@ pub fn virsh(uri: &str, tries: u32) -> Option<Virsh> {
 }
 
 impl Virsh {
-    fn run(&self, words: &[&str]) -> Errand {
+    fn run(&self, words: &[&str]) -> RecoveryCommand {
         let own = [&self.program, "--quiet", "--connect", &self.uri];
         let words = own.iter().chain(words).map(|word| (*word).to_owned());
-        Errand { words: words.collect(), then_discard: None }
+        RecoveryCommand { words: words.collect(), then_discard: None }
     }
 }
 
 /// The commands for a snapshot of the domain of this UUID.
-pub fn errands(
+pub fn commands(
     virsh: &Virsh,
     uuid: &str,
     restore: &[(&str, Value)],
     overlays: &Overlays,
     snapshot: &str,
-) -> Errands {
+) -> RecoveryCommands {
     let settings = restore.iter().map(|(name, arguments)| {
         let command = json!({ "execute": name, "arguments": arguments }).to_string();
         virsh.run(&["qemu-monitor-command", uuid, &command])
@@ -53,8 +53,8 @@ pub fn errands(
         // libvirt can know the image below by another name than its path.
         let words =
             ["blockcommit", uuid, target, "--top", overlay, "--shallow", "--active", "--pivot"];
-        MergeErrand {
-            merge: Errand { then_discard: file.known(), ..virsh.run(&words) },
+        MergeCommands {
+            merge: RecoveryCommand { then_discard: file.known(), ..virsh.run(&words) },
             is_in_use: virsh.run(&["domblkinfo", uuid, overlay]),
             complaint: format!(
                 "the caller that took snapshot '{snapshot}' of domain {uuid} was killed, and its \
@@ -65,7 +65,7 @@ pub fn errands(
             ),
         }
     };
-    Errands {
+    RecoveryCommands {
         look: virsh.run(&["uri"]),
         tries: virsh.tries,
         resume: virsh.run(&["resume", uuid]),

@@ -1,4 +1,5 @@
-//! Programs that the watchdog runs: libvirt's own client, where a domain is libvirt's.
+//! Recovery commands, programs that the watchdog runs: libvirt's own client, where a domain is
+//! libvirt's.
 
 use std::os::fd::AsRawFd;
 
@@ -21,17 +22,17 @@ const PAUSE_MS: i32 = 1000;
 
 /// A program and its arguments, as the kernel wants them.
 #[derive(Debug)]
-struct Errand {
+struct RecoveryCommand {
     words: Option<Words>,
     /// Discarded once it has succeeded.
     then_discard: Option<Discard>,
 }
 
-impl Errand {
-    fn new(errand: backend::Errand) -> Errand {
-        Errand {
-            words: words_of(errand.words),
-            then_discard: errand.then_discard.as_ref().and_then(Discard::new),
+impl RecoveryCommand {
+    fn new(command: backend::RecoveryCommand) -> RecoveryCommand {
+        RecoveryCommand {
+            words: words_of(command.words),
+            then_discard: command.then_discard.as_ref().and_then(Discard::new),
         }
     }
 
@@ -77,17 +78,17 @@ impl Errand {
 /// Merges an overlay.
 #[derive(Debug)]
 struct Merge {
-    merge: Errand,
-    is_in_use: Errand,
+    merge: RecoveryCommand,
+    is_in_use: RecoveryCommand,
     complaint: Complaint,
 }
 
 impl Merge {
-    fn new(errand: backend::MergeErrand) -> Merge {
-        let backend::MergeErrand { merge, is_in_use, complaint } = errand;
+    fn new(command: backend::MergeCommands) -> Merge {
+        let backend::MergeCommands { merge, is_in_use, complaint } = command;
         Merge {
-            merge: Errand::new(merge),
-            is_in_use: Errand::new(is_in_use),
+            merge: RecoveryCommand::new(merge),
+            is_in_use: RecoveryCommand::new(is_in_use),
             complaint: Complaint::new(&complaint),
         }
     }
@@ -103,31 +104,33 @@ impl Merge {
 
 /// What is to be done, in order.
 #[derive(Debug)]
-pub struct Errands {
-    look: Errand,
+pub struct RecoveryCommands {
+    look: RecoveryCommand,
     tries: u32,
-    resume: [Errand; 2],
-    query_migrate: Errand,
-    query_status: Errand,
-    restore: Vec<Errand>,
-    forget: Errand,
+    resume: [RecoveryCommand; 2],
+    query_migrate: RecoveryCommand,
+    query_status: RecoveryCommand,
+    restore: Vec<RecoveryCommand>,
+    forget: RecoveryCommand,
     merge: Vec<Merge>,
     files: Vec<Discard>,
 }
 
-impl Errands {
+impl RecoveryCommands {
     /// `files` are removed with the overlays.
-    pub fn new(errands: backend::Errands, files: &[KnownFile]) -> Errands {
-        let all = |errands: Vec<backend::Errand>| errands.into_iter().map(Errand::new).collect();
-        Errands {
-            look: Errand::new(errands.look),
-            tries: errands.tries,
-            resume: [errands.resume, errands.resume_all_the_same].map(Errand::new),
-            query_migrate: Errand::new(errands.query_migrate),
-            query_status: Errand::new(errands.query_status),
-            restore: all(errands.restore),
-            forget: Errand::new(errands.forget),
-            merge: errands.merge.into_iter().map(Merge::new).collect(),
+    pub fn new(commands: backend::RecoveryCommands, files: &[KnownFile]) -> RecoveryCommands {
+        let all = |commands: Vec<backend::RecoveryCommand>| {
+            commands.into_iter().map(RecoveryCommand::new).collect()
+        };
+        RecoveryCommands {
+            look: RecoveryCommand::new(commands.look),
+            tries: commands.tries,
+            resume: [commands.resume, commands.resume_all_the_same].map(RecoveryCommand::new),
+            query_migrate: RecoveryCommand::new(commands.query_migrate),
+            query_status: RecoveryCommand::new(commands.query_status),
+            restore: all(commands.restore),
+            forget: RecoveryCommand::new(commands.forget),
+            merge: commands.merge.into_iter().map(Merge::new).collect(),
             files: files.iter().filter_map(Discard::new).collect(),
         }
     }
@@ -157,8 +160,8 @@ impl Errands {
     /// are merged first.
     pub fn undo(&self, stage: Stage, stream: &mut Remaining) {
         self.wait_for_daemon(stream);
-        for errand in self.restore.iter().filter(|_| !stage.is_restored()) {
-            errand.run(stream);
+        for command in self.restore.iter().filter(|_| !stage.is_restored()) {
+            command.run(stream);
         }
         self.forget.run(stream);
         self.merge.iter().for_each(|merge| merge.run(stage, stream));
@@ -166,10 +169,10 @@ impl Errands {
     }
 }
 
-/// Runs errands until one of them succeeds, once a second.
-fn repeat(errands: &[Errand], tries: u32, stream: &mut Remaining) {
+/// Runs commands until one of them succeeds, once a second.
+fn repeat(commands: &[RecoveryCommand], tries: u32, stream: &mut Remaining) {
     for _ in 0..tries {
-        if errands.iter().any(|errand| errand.run(stream)) {
+        if commands.iter().any(|command| command.run(stream)) {
             return;
         }
         if stream.ended {
