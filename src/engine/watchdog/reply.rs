@@ -4,8 +4,9 @@
 /// In the reply to a command of the watchdog's, and nowhere else.
 pub const MARK: &str = "instantsnap-watchdog-done";
 
-/// More than any string that is looked for.
-const LONGEST: usize = 24;
+/// No string that is looked for is longer.
+const LONGEST: usize = 32;
+const _: () = assert!(MARK.len() <= LONGEST, "the watchdog would not know its own replies");
 
 /// A reply of QEMU's.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
