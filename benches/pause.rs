@@ -18,21 +18,15 @@
 //! first did.
 
 mod common;
-#[allow(dead_code)] // Nothing goes wrong here.
-#[path = "../tests/common/driver.rs"]
-mod driver;
-#[allow(dead_code)] // What a driver knows of its domain, and nothing else.
-#[path = "../tests/common/way.rs"]
-mod way;
 
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::sync::Arc;
 use std::time::Instant;
 
+use ::common::driver::TestDriver;
 use common::monitor::Monitor;
 use common::{Figures, Guests, interleave, kib};
-use driver::TestDriver;
 use instantsnap::engine::Handle;
 use instantsnap::model::flags::{INSTANT, LIVE, NO_METADATA};
 use instantsnap_testkit::{Guest, Machine};

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
  * A driver for the tests of the other ways in: one thread, a lock of its own that must be held in
- * each callback, and QEMU's monitor, which it has during an operation only. tests/common/way.rs
+ * each callback, and QEMU's monitor, which it has during an operation only. tests/common/src/way.rs
  * loads it.
  */
 #define _GNU_SOURCE
@@ -293,7 +293,7 @@ static const instantsnap_driver_ops ops = {
     .guard_socket = on_guard_socket
 };
 
-/* For tests/common/way.rs. A domain is there for as long as the process. */
+/* For tests/common/src/way.rs. A domain is there for as long as the process. */
 
 const instantsnap_driver_ops *test_driver_ops(void);
 void *test_driver_domain(const struct library *library, const char *socket_path, const char *guard_path, const char *state_dir,

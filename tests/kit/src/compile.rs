@@ -5,6 +5,8 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
 
+use crate::run;
+
 /// The workspace's root directory.
 pub fn workspace() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR")).ancestors().nth(2).expect("tests/kit is two levels down")
@@ -23,12 +25,18 @@ pub fn tick_guest() -> &'static Path {
     })
 }
 
-/// Compiles `source` to `target/testkit/<output>`, and returns that path.
+/// Compiles `source` to `<output>` in the run's directory, unless another test of this run has done
+/// so; outside a run, to `target/testkit`. Returns that path.
 ///
 /// Other test processes do the same at the same time: each compiles to a name of its own, and the
 /// rename makes it visible whole.
 pub fn gcc(source: &Path, output: &str, options: &str) -> PathBuf {
-    let directory = workspace().join("target/testkit");
+    let run = run::directory();
+    let whole = run.as_ref().map(|run| run.join(output)).filter(|file| file.exists());
+    if let Some(file) = whole {
+        return file;
+    }
+    let directory = run.unwrap_or_else(|| workspace().join("target/testkit"));
     std::fs::create_dir_all(&directory).expect("target/testkit cannot be created");
     let own = directory.join(format!("{output}.{}", std::process::id()));
     let result = Command::new("gcc")

@@ -155,7 +155,6 @@ impl Machine {
 
     /// Directory, disks and XML.
     fn make(&self, daemon: &Daemon) -> Guest {
-        crate::limit::begin();
         let directory = daemon.guest_directory();
         let disks: Vec<Disk> =
             self.make_disks(directory.path()).into_iter().enumerate().map(target).collect();

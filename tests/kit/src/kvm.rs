@@ -1,48 +1,57 @@
 //! Whether KVM really works here: a `/dev/kvm` that can be opened is not enough where it is nested.
 
-use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
+use std::path::Path;
 use std::time::Duration;
 
-use crate::{Accel, Binary, DEADLINE, Daemon, Machine};
+use crate::program::skip;
+use crate::{Accel, Binary, DEADLINE, Daemon, Machine, run};
 
-/// True when the tick guest boots and counts under KVM with this QEMU. Tried once per process and
-/// QEMU, for some seconds. A test that needs KVM and does not have it returns; it is said here why.
+/// Whether the tick guest boots and counts under KVM with this QEMU. Tried once in a run, for some
+/// seconds.
 pub fn kvm_works(binary: &'static Binary) -> bool {
-    static TRIED: Mutex<BTreeMap<PathBuf, bool>> = Mutex::new(BTreeMap::new());
-    let mut tried = TRIED.lock().unwrap_or_else(PoisonError::into_inner);
-    *tried.entry(binary.path.clone()).or_insert_with(|| {
+    trouble(binary).is_empty()
+}
+
+/// Those of these QEMUs with which KVM works here. Skips the test where there is none.
+pub fn where_kvm_works(
+    binaries: impl IntoIterator<Item = &'static Binary>,
+) -> Vec<&'static Binary> {
+    let mut troubles = Vec::new();
+    let mut works = Vec::new();
+    for binary in binaries {
+        match trouble(binary) {
+            trouble if trouble.is_empty() => works.push(binary),
+            trouble => troubles.push(format!("QEMU {}: {trouble}", binary.name)),
+        }
+    }
+    if works.is_empty() {
+        skip(format!("no KVM here: {}", troubles.join("; ")));
+    }
+    works
+}
+
+/// Why KVM does not work; empty where it does.
+fn trouble(binary: &'static Binary) -> String {
+    run::once(&format!("kvm of {}", binary.path.display()), || {
         if !Path::new("/dev/kvm").exists() {
-            return is_skipped(&format!("QEMU {} under KVM", binary.name), "there is no /dev/kvm");
+            return "there is no /dev/kvm".into();
         }
         let guest = Machine::new(binary).accel(Accel::Kvm).spawn();
-        match guest.try_ticks(3, Duration::from_secs(30)) {
-            Ok(_) => true,
-            Err(why) => {
-                let said = std::fs::read_to_string(guest.directory().join("stderr.log"))
-                    .unwrap_or_default();
-                is_skipped(&format!("QEMU {} under KVM", binary.name), &format!("{why}\n{said}"))
-            }
-        }
+        let log = guest.directory().join("stderr.log");
+        let said = |why| format!("{why} {}", std::fs::read_to_string(log).unwrap_or_default());
+        guest.try_ticks(3, Duration::from_secs(30)).map_or_else(said, |_| String::new())
     })
 }
 
-/// The same of a domain as it is, tried at each call: what KVM cannot do here may be its CPU's, as
-/// where nested KVM does not let QEMU set one of the host's model-specific registers.
-pub fn kvm_runs(machine: &Machine, daemon: &Daemon) -> bool {
+/// Skips the test where this domain does not run, tried as it is: what KVM cannot do here may be
+/// its CPU's, as where nested KVM does not let QEMU set one of the host's model-specific registers.
+pub fn kvm_runs(machine: &Machine, daemon: &Daemon) {
     let tried = machine.try_start_under(daemon).and_then(|guest| {
         let log = daemon.qemu_log(guest.name());
         let said = |why| format!("{why}\n{}", std::fs::read_to_string(log).unwrap_or_default());
         guest.try_ticks(3, DEADLINE).map_err(said)
     });
-    match tried {
-        Ok(_) => true,
-        Err(why) => is_skipped("this domain under KVM", &why),
+    if let Err(why) = tried {
+        skip(format!("this domain does not run under KVM here: {why}"));
     }
-}
-
-fn is_skipped(what: &str, why: &str) -> bool {
-    eprintln!("skipped: {what} does not run here: {why}");
-    false
 }

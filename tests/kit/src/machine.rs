@@ -253,7 +253,6 @@ impl Machine {
 
     /// Starts it, and does not wait for anything: its QEMU may yet end.
     pub(crate) fn spawn(&self) -> Guest {
-        crate::limit::begin();
         let directory = tempfile::Builder::new()
             .prefix("instantsnap-")
             .tempdir()

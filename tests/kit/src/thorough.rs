@@ -1,14 +1,15 @@
 //! Tests that there is not always time for.
 
-/// Whether `INSTANTSNAP_TEST_LONG` is set; says so where it is not, and the test that asks is to
-/// return.
+use crate::program::skip;
+
+/// Whether `INSTANTSNAP_TEST_LONG` is set: the test may take longer.
 pub fn thorough() -> bool {
-    if !is_thorough() {
-        eprintln!("skipped: it is run with INSTANTSNAP_TEST_LONG=1");
-    }
-    is_thorough()
+    std::env::var_os("INSTANTSNAP_TEST_LONG").is_some()
 }
 
-pub(crate) fn is_thorough() -> bool {
-    std::env::var_os("INSTANTSNAP_TEST_LONG").is_some()
+/// Skips the test unless `INSTANTSNAP_TEST_LONG` is set.
+pub fn only_when_thorough() {
+    if !thorough() {
+        skip("it is run with INSTANTSNAP_TEST_LONG=1");
+    }
 }

@@ -1,0 +1,214 @@
+//! P1, P3, P4, P5, P8 at random: many jobs at once, on many guests, each cancelled at some moment,
+//! or not. Whatever became of them, the guests are none the worse, and what is complete can be
+//! brought back.
+//!
+//! `INSTANTSNAP_TEST_SEED` has the same jobs once more; the moments that are a matter of time come
+//! as they come.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use common::jobs::Listener;
+use common::{ALL_SECTORS, INSTANTLY, Opened, PHASES, assert_untouched, machine, named};
+use instantsnap::engine::{Phase, Returns};
+use instantsnap::error::{Code, Error};
+use instantsnap_testkit::{Binary, DEADLINE, Gate, test, thorough, wait_for};
+
+/// SplitMix64.
+struct Random(u64);
+
+impl Random {
+    /// The job of this number has its own, so that it is the same whatever the others do.
+    fn of_job(seed: u64, number: usize) -> Random {
+        Random(seed.wrapping_add((number as u64).wrapping_mul(0xd1b5_4a32_d192_ed03)))
+    }
+
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut mixed = self.0;
+        mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        mixed ^ (mixed >> 31)
+    }
+
+    fn below(&mut self, limit: u64) -> u64 {
+        self.next() % limit
+    }
+}
+
+fn seed() -> u64 {
+    match std::env::var("INSTANTSNAP_TEST_SEED") {
+        Ok(seed) => seed.parse().expect("INSTANTSNAP_TEST_SEED is a number"),
+        Err(_) => SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_micros() as u64,
+    }
+}
+
+/// When a job is cancelled.
+#[derive(Clone, Copy, Debug)]
+enum Cancelled {
+    Never,
+    /// In this phase, which does not go on before.
+    In(Phase),
+    /// About when this phase begins.
+    About(Phase),
+    After(Duration),
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Plan {
+    flags: u32,
+    returns: Returns,
+    cancelled: Cancelled,
+}
+
+impl Plan {
+    fn new(random: &mut Random) -> Plan {
+        let phase = PHASES[random.below(PHASES.len() as u64) as usize];
+        let cancelled = match random.below(4) {
+            0 => Cancelled::Never,
+            1 => Cancelled::In(phase),
+            2 => Cancelled::About(phase),
+            _ => Cancelled::After(Duration::from_micros(random.below(150_000))),
+        };
+        Plan {
+            flags: if random.below(8) == 0 { 0 } else { INSTANTLY },
+            returns: if random.below(2) == 0 { Returns::AtOnce } else { Returns::AtInstant },
+            cancelled,
+        }
+    }
+
+    /// Does it; the job has ended then.
+    fn run(self, opened: &Opened, name: &str) -> Result<String, Error> {
+        let (gate, ended) = (Gate::default(), AtomicBool::new(false));
+        let listener = match self.cancelled {
+            Cancelled::In(phase) => Listener::default().hold(phase, &gate),
+            Cancelled::About(phase) => {
+                gate.release();
+                Listener::default().hold(phase, &gate)
+            }
+            Cancelled::Never | Cancelled::After(_) => Listener::default(),
+        };
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                match self.cancelled {
+                    Cancelled::Never => return,
+                    Cancelled::After(delay) => std::thread::sleep(delay),
+                    Cancelled::In(_) | Cancelled::About(_) => {
+                        // A job that has ended never comes there.
+                        let come = || {
+                            let arrived = gate.wait_arrived(Duration::ZERO);
+                            (arrived || ended.load(Ordering::Relaxed)).then_some(())
+                        };
+                        wait_for(DEADLINE, come).expect("the phase begins, or the job ends");
+                    }
+                }
+                // There may be no job any more.
+                let _ = opened.handle.cancel();
+                gate.release();
+            });
+            let result = opened
+                .start_job(&named(name), self.flags, listener, self.returns)
+                .and_then(|job| {
+                    assert!(job.wait(None));
+                    job.result()
+                });
+            ended.store(true, Ordering::Relaxed);
+            result
+        })
+    }
+}
+
+/// One job after the other on one guest; the names of the snapshots that are complete.
+fn go_through(opened: &Opened, seed: u64, numbers: impl Iterator<Item = usize>) -> Vec<String> {
+    let mut complete = Vec::new();
+    for number in numbers {
+        let plan = Plan::new(&mut Random::of_job(seed, number));
+        let name = format!("job-{number}");
+        let before = opened.trace();
+        let result = plan.run(opened, &name);
+        eprintln!("{name} {}: {plan:?}: {result:?}", opened.guest.directory().display());
+        match result {
+            Ok(name) => {
+                complete.push(name);
+                let after = opened.trace();
+                for part in ["status", "capabilities", "parameters", "jobs", "block jobs", "fdsets"]
+                {
+                    assert_eq!(before.qemu.0[part], after.qemu.0[part], "{plan:?}");
+                }
+            }
+            Err(error) => {
+                assert_eq!(error.code, Code::OperationAborted, "{plan:?}: {error}");
+                assert_eq!(error.message, "the snapshot was cancelled", "{plan:?}");
+                assert_untouched(opened, &before);
+            }
+        }
+        match plan.cancelled {
+            Cancelled::Never => assert_eq!(complete.last(), Some(&name)),
+            // Nothing drains once a plain snapshot is saved.
+            Cancelled::In(phase) if plan.flags != 0 || phase != Phase::Drain => {
+                assert_ne!(complete.last(), Some(&name), "{plan:?}");
+            }
+            _ => {}
+        }
+        opened.guest.wait_ticks(1);
+    }
+    complete
+}
+
+/// The descriptors of this process, by what they are.
+fn own_files() -> BTreeMap<String, usize> {
+    let mut files = BTreeMap::new();
+    for entry in std::fs::read_dir("/proc/self/fd").unwrap().flatten() {
+        if let Ok(target) = std::fs::read_link(entry.path()) {
+            let kind = target.to_string_lossy().split(":[").next().unwrap_or_default().to_owned();
+            *files.entry(kind).or_default() += 1;
+        }
+    }
+    files
+}
+
+fn jobs_at_random(guests: usize, jobs: usize, brought_back: usize) {
+    let seed = seed();
+    println!("INSTANTSNAP_TEST_SEED={seed}");
+    let binaries = Binary::all().iter().cycle();
+    let opened: Vec<_> =
+        binaries.take(guests).map(|binary| Opened::start(&machine(binary, 2).memory(32))).collect();
+    let files = own_files();
+    let complete: Vec<(&Opened, String)> = std::thread::scope(|scope| {
+        let threads = opened.iter().enumerate().map(|(first, opened)| {
+            scope.spawn(move || go_through(opened, seed, (first..jobs).step_by(guests)))
+        });
+        let threads: Vec<_> = threads.collect();
+        let all = threads
+            .into_iter()
+            .zip(&opened)
+            .map(|(thread, opened)| (opened, thread.join().unwrap()));
+        all.flat_map(|(opened, names)| names.into_iter().map(move |name| (opened, name))).collect()
+    });
+    println!("{} of {jobs} are complete", complete.len());
+    // Threads that nobody waits for end a moment later.
+    let closed = wait_for(DEADLINE, || (own_files() == files).then_some(()));
+    assert!(closed.is_some(), "{files:?} before, {:?} after", own_files());
+    for opened in &opened {
+        opened.guest.wait_ticks(ALL_SECTORS);
+    }
+    let mut random = Random(seed);
+    let mut left = complete;
+    for _ in 0..brought_back.min(left.len()) {
+        let (opened, name) = left.swap_remove(random.below(left.len() as u64) as usize);
+        opened.bring_back(&name);
+    }
+}
+
+#[test]
+fn guests_are_none_the_worse_for_jobs_that_are_cancelled_at_random() {
+    jobs_at_random(4, 40, 6);
+}
+
+#[test]
+fn eight_guests_are_none_the_worse_for_two_hundred_jobs() {
+    if thorough() {
+        jobs_at_random(8, 200, usize::MAX);
+    }
+}

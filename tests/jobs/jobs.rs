@@ -1,0 +1,531 @@
+//! A snapshot that is taken by a thread of its own: it is told of what happens, in order; whoever
+//! started it goes on at the instant, and can wait for it, follow it and cancel it, or forget it.
+
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use common::jobs::{Listener, Slow, next, readable, rest, steps};
+use common::way::{by_driver, open_guest};
+use common::{
+    ALL_SECTORS, INSTANTLY, Opened, assert_error, assert_untouched, machine, named, through_proxy,
+};
+use instantsnap::engine::{Event, Handle, Job, Phase, Returns, What};
+use instantsnap::error::Code;
+use instantsnap::model::Record;
+use instantsnap::model::flags::NO_METADATA;
+use instantsnap_testkit::{Binary, DEADLINE, Fault, Gate, Machine, test, wait_for};
+use serde_json::json;
+
+use What::{Complete, Failed, Instant, Paused, Progress, Switched};
+
+/// Not before the test's end.
+const NEVER: Duration = Duration::from_secs(3600);
+const NOW: Duration = Duration::ZERO;
+
+/// So much memory that it takes a while.
+fn large(binary: &'static Binary) -> Machine {
+    machine(binary, 2).append("dense=32")
+}
+
+#[test]
+fn whoever_starts_a_job_goes_on_at_the_instant_while_memory_drains() {
+    for binary in Binary::any() {
+        let opened = Opened::start(&large(binary));
+        let (slow, listener) = Slow::down(&opened.guest, 1 << 20, Listener::default());
+        let before = opened.guest.wait_ticks(0);
+        let job = opened.start_job(&named("s"), INSTANTLY, listener, Returns::AtInstant).unwrap();
+        let after = opened.guest.serial().tick.unwrap();
+        assert!(job.info().instant);
+        wait_for(DEADLINE, || (job.info().phase == Some(Phase::Drain)).then_some(()))
+            .expect("it drains");
+        let migration = opened.guest.control().execute("query-migrate", json!({})).unwrap();
+        assert_eq!(migration["status"], "active");
+
+        // It has not ended, and says so.
+        assert!(!job.wait(Some(NOW)) && !job.wait(Some(Duration::from_millis(20))));
+        let yet = "the snapshot is still being taken";
+        assert_error(job.result(), Code::OperationInvalid, yet);
+        assert_error(job.xml(), Code::OperationInvalid, yet);
+        assert_error(job.stats(), Code::OperationInvalid, yet);
+        let early = job.info();
+        assert!(early.paused > NOW && early.elapsed > early.paused, "{early:?}");
+
+        drop(slow);
+        assert!(job.wait(None) && job.wait(Some(NOW)));
+        opened.guest.wait_ticks(ALL_SECTORS);
+        assert_eq!(job.result().unwrap(), "s");
+        assert_eq!(job.xml().unwrap(), opened.handle.catalog().xml("s").unwrap());
+        assert_eq!(Some(job.stats().unwrap()), opened.handle.stats());
+        let late = job.info();
+        assert_eq!((late.phase, late.instant, late.paused), (None, true, early.paused));
+        assert_eq!(late.flow.done, job.stats().unwrap().memory_image_bytes);
+        assert_eq!(late, job.info(), "its time has stopped");
+
+        let (_clone, first) = opened.bring_back("s");
+        assert!(
+            (before..=after + 2).contains(&first),
+            "from {first}, and taken between {before} and {after}"
+        );
+    }
+}
+
+#[test]
+fn its_descriptor_is_readable_exactly_as_long_as_there_are_events() {
+    for binary in Binary::any() {
+        let opened = Opened::start(&large(binary));
+        let gates = [Phase::Pause, Phase::Drain].map(|phase| (phase, Gate::default()));
+        let held = |listener: Listener, (phase, gate): &(Phase, Gate)| listener.hold(*phase, gate);
+        let listener =
+            gates.iter().fold(Listener::default(), held).every(Duration::from_millis(20));
+        let (slow, listener) = Slow::down(&opened.guest, 4 << 20, listener);
+        let job = opened.start_at_once(&named("s"), INSTANTLY, listener);
+        let [before_the_pause, draining] = &gates.map(|(_, gate)| gate);
+
+        assert!(before_the_pause.wait_arrived(DEADLINE));
+        assert!(!readable(&job, NOW) && job.next_event().is_none());
+        before_the_pause.release();
+        assert!(draining.wait_arrived(DEADLINE));
+        for expected in [Paused, Switched, Instant] {
+            assert!(readable(&job, NOW) && readable(&job, NOW), "it stays so until they are taken");
+            assert_eq!(job.next_event().map(|event| event.what), Some(expected));
+        }
+        assert!(!readable(&job, NOW) && job.next_event().is_none());
+        draining.release();
+
+        // Progress that nobody takes does not pile up.
+        let progress = next(&job);
+        assert_eq!(progress.what, Progress);
+        wait_for(DEADLINE, || {
+            (job.info().flow.done > progress.flow.done + (1 << 20)).then_some(())
+        })
+        .expect("it drains");
+        assert!(
+            next(&job).flow.done > progress.flow.done + (1 << 19),
+            "it is not the one after the first"
+        );
+        drop(slow);
+        assert!(job.wait(None));
+        let last = rest(&job);
+        assert!(matches!(steps(&last)[..], [Complete]) && last.len() <= 2, "{last:?}");
+        assert!(!readable(&job, NOW) && job.next_event().is_none());
+    }
+}
+
+#[test]
+fn progress_is_that_of_the_image() {
+    for binary in Binary::any() {
+        let opened = Opened::start(&large(binary));
+        let (slow, listener) = Slow::down(
+            &opened.guest,
+            8 << 20,
+            Listener::default().every(Duration::from_millis(50)),
+        );
+        let heard = listener.heard();
+        let job = opened.start_job(&named("s"), INSTANTLY, listener, Returns::AtInstant).unwrap();
+        let flowing = || heard.events().iter().filter(|event| event.what == Progress).count() > 5;
+        wait_for(DEADLINE, || flowing().then_some(())).expect("there is progress");
+        drop(slow);
+        assert!(job.wait(None));
+
+        let events = heard.events();
+        let image = opened.state_dir().join("s.mem").metadata().unwrap().size();
+        let flow: Vec<_> =
+            events.iter().filter(|event| matches!(event.what, Instant | Progress)).collect();
+        let pages = (64 << 20) / 4096;
+        assert!((pages / 2..pages + 1024).contains(&flow[0].flow.pages_left), "{:?}", flow[0]);
+        for pair in flow.windows(2) {
+            let (earlier, later) = (pair[0].flow, pair[1].flow);
+            assert!(later.done >= earlier.done, "{pair:?}");
+            assert!(later.pages_left <= earlier.pages_left, "{pair:?}");
+            assert!(later.done <= later.total && later.done <= image, "{pair:?}");
+            let took = (pair[1].time - pair[0].time).as_secs_f64();
+            let rate = (later.done - earlier.done) as f64 / took;
+            let said = later.per_second as f64;
+            // The first one's time is that of its own look, which comes a little after the instant.
+            assert!(
+                pair[0].what == Instant || (said - rate).abs() <= rate * 0.5 + 1e6,
+                "{said} and {rate}: {pair:?}"
+            );
+        }
+        let (first, last) = (flow[0].flow, flow[flow.len() - 1].flow);
+        assert!(first.done < last.done && first.pages_left > last.pages_left, "{first:?} {last:?}");
+        assert!(first.total >= image, "at most {}, and it has become {image}", first.total);
+        let end = events.last().unwrap();
+        assert_eq!(
+            (end.what, end.flow.done, end.flow.total, end.flow.pages_left),
+            (Complete, image, image, 0)
+        );
+    }
+}
+
+/// All of its memory is saved by then.
+#[test]
+fn progress_of_a_plain_snapshot_comes_before_its_instant() {
+    for binary in Binary::any() {
+        let opened = Opened::start(&large(binary));
+        let listener = Listener::default().every(Duration::from_millis(1));
+        let heard = listener.heard();
+        let job = opened.start_job(&named("s"), 0, listener, Returns::AtInstant).unwrap();
+        assert!(job.wait(None));
+        job.result().unwrap();
+        let mut events = heard.events();
+        events.dedup_by_key(|event| event.what);
+        let all: Vec<_> = events.iter().map(|event| event.what).collect();
+        assert_eq!(all, [Paused, Switched, Progress, Instant, Complete]);
+        assert_eq!(events[3].flow, events[4].flow, "nothing is left at the instant");
+    }
+}
+
+/// Events that are in order, and tell of one pause.
+#[track_caller]
+fn assert_in_order(events: &[Event], expected: &[What]) {
+    assert_eq!(steps(events), expected, "{events:?}");
+    assert!(events.is_sorted_by_key(|event| event.time), "{events:?}");
+    // The pause grows until the instant, where QEMU's own word on it may take the place of ours.
+    let paused = |what| events.iter().find(|event| event.what == what).map(|event| event.paused);
+    let (paused_at, switched, instant) = (paused(Paused), paused(Switched), paused(Instant));
+    if let (Some(first), Some(second)) = (paused_at, switched) {
+        assert!(NOW < first && first <= second, "{events:?}");
+    }
+    if paused_at.is_none() {
+        assert!(events.iter().all(|event| event.paused == NOW), "{events:?}");
+    }
+    if let Some(all) = instant {
+        assert!(
+            events
+                .iter()
+                .rev()
+                .take_while(|event| event.what != Instant)
+                .all(|event| event.paused == all)
+        );
+        assert_eq!(all > NOW, paused_at.is_some(), "{events:?}");
+    }
+}
+
+#[test]
+fn a_snapshot_that_succeeds_is_told_of_in_order() {
+    for binary in Binary::any() {
+        let opened = Opened::start(&machine(binary, 2));
+        let all = [Paused, Switched, Instant, Complete];
+        let check = |name: &str, flags, expected: &[What]| {
+            let listener = Listener::default();
+            let heard = listener.heard();
+            let job = opened.start_at_once(&named(name), flags, listener);
+            let taken = rest(&job);
+            // The listener has heard the last before anybody could take it.
+            assert_eq!(taken, heard.events(), "the same, by callback and by descriptor");
+            assert_in_order(&taken, expected);
+            let stats = job.stats().unwrap();
+            let paused = stats.paused.map_or(NOW, |(paused, _)| paused);
+            assert_eq!(taken.last().unwrap().paused, paused);
+            assert_eq!(job.info().elapsed, stats.total.max(job.info().elapsed));
+
+            // The call that blocks tells the same.
+            let mut listener = Listener::default();
+            opened
+                .handle
+                .create(&named(&format!("{name}-blocking")), flags, &mut listener)
+                .unwrap();
+            assert_in_order(&listener.heard().events(), expected);
+        };
+        check("running", INSTANTLY, &all);
+        check("plain", 0, &all);
+        opened.guest.wait_ticks(ALL_SECTORS);
+        opened.guest.control().execute("stop", json!({})).unwrap();
+        if binary.version >= (10, 0, 0) {
+            check("paused", INSTANTLY, &all[1..]);
+        } else {
+            // It is saved once only until it has run again.
+            let job = opened.start_at_once(&named("paused"), INSTANTLY, Listener::default());
+            assert_in_order(&rest(&job), &all[1..]);
+        }
+    }
+}
+
+/// A command that fails in a phase, and what has happened by then.
+struct Fails {
+    phase: Phase,
+    command: &'static str,
+    after: &'static [What],
+}
+
+const FAILURES: [Fails; 8] = [
+    Fails { phase: Phase::Validate, command: "query-migrate-capabilities", after: &[] },
+    Fails { phase: Phase::Plan, command: "query-block", after: &[] },
+    Fails { phase: Phase::Prepare, command: "getfd", after: &[] },
+    Fails { phase: Phase::Pause, command: "stop", after: &[] },
+    Fails { phase: Phase::Switch, command: "transaction", after: &[Paused] },
+    Fails { phase: Phase::Arm, command: "migrate", after: &[Paused, Switched] },
+    Fails { phase: Phase::Drain, command: "query-migrate", after: &[Paused, Switched, Instant] },
+    Fails {
+        phase: Phase::Finish,
+        command: "query-migrate-capabilities",
+        after: &[Paused, Switched, Instant],
+    },
+];
+
+#[test]
+fn a_snapshot_that_fails_is_told_of_in_order_and_last_when_all_is_undone() {
+    for binary in Binary::any() {
+        let (opened, proxy) = through_proxy(&machine(binary, 2));
+        let proxy = Arc::new(proxy);
+        for Fails { phase, command, after } in FAILURES {
+            for returns in [Returns::AtOnce, Returns::AtInstant] {
+                eprintln!("{} {phase:?} {returns:?}", binary.name);
+                let before = opened.trace();
+                let theirs = Arc::clone(&proxy);
+                let fail = move || theirs.rule(command, 1, Fault::fail("not today"));
+                let listener = Listener::default().every(NEVER).at(phase, fail);
+                let heard = listener.heard();
+                let started = opened.start_job(&named("s"), INSTANTLY, listener, returns);
+                let passed = after.contains(&Instant);
+                assert_eq!(started.is_ok(), passed || returns == Returns::AtOnce);
+                let error = match started {
+                    Ok(job) => {
+                        assert_eq!(rest(&job), heard.events());
+                        assert!(job.wait(Some(NOW)));
+                        let (error, info) = (job.result().unwrap_err(), job.info());
+                        assert_eq!((info.phase, info.instant), (None, passed));
+                        assert_eq!(job.xml(), Err(error.clone()));
+                        assert_eq!(Some(job.stats().unwrap()), opened.handle.stats());
+                        error
+                    }
+                    Err(error) => error,
+                };
+                assert!(error.message.contains("not today"), "{error}");
+                let expected: Vec<_> =
+                    after.iter().copied().chain([Failed(error.number())]).collect();
+                assert_in_order(&heard.events(), &expected);
+                assert_untouched(&opened, &before);
+                assert_eq!(proxy.rules_left(), 0);
+            }
+        }
+        drop(proxy);
+    }
+}
+
+#[test]
+fn a_job_can_be_cancelled_in_each_phase() {
+    // And how much of it happens all the same.
+    let phases = [
+        (Phase::Validate, 0..=0),
+        (Phase::Plan, 0..=0),
+        (Phase::Prepare, 0..=0),
+        (Phase::Pause, 1..=1),
+        (Phase::Switch, 2..=2),
+        // It may be armed by the time that it is looked.
+        (Phase::Arm, 2..=3),
+        (Phase::Drain, 3..=3),
+        (Phase::Finish, 3..=3),
+    ];
+    for binary in Binary::any() {
+        let opened = Opened::start(&machine(binary, 2));
+        for (phase, happens) in &phases {
+            eprintln!("{} {phase:?}", binary.name);
+            let (before, gate) = (opened.trace(), Gate::default());
+            let job = opened.start_at_once(
+                &named("s"),
+                INSTANTLY,
+                Listener::default().hold(*phase, &gate),
+            );
+            assert!(gate.wait_arrived(DEADLINE));
+            assert_eq!(job.info().phase, Some(*phase));
+            job.cancel();
+            gate.release();
+            let mut expected = steps(&rest(&job));
+            assert_eq!(expected.pop(), Some(Failed(Code::OperationAborted as i32)));
+            assert!(
+                happens.contains(&expected.len())
+                    && [Paused, Switched, Instant].starts_with(&expected)
+            );
+            let error = job.result().unwrap_err();
+            assert_eq!(error.message, "the snapshot was cancelled");
+            assert_untouched(&opened, &before);
+            opened.guest.wait_ticks(1);
+        }
+        opened.assert_well();
+    }
+}
+
+#[test]
+fn a_job_cancelled_while_memory_drains_ends() {
+    for binary in Binary::any() {
+        let opened = Opened::start(&large(binary));
+        let before = opened.trace();
+        let (slow, listener) = Slow::down(&opened.guest, 1 << 20, Listener::default());
+        let job = opened.start_job(&named("s"), INSTANTLY, listener, Returns::AtInstant).unwrap();
+        wait_for(DEADLINE, || (job.info().phase == Some(Phase::Drain)).then_some(()))
+            .expect("it drains");
+        job.cancel();
+        // A QEMU that cannot be told to end is not to be waited for longer than needed.
+        drop(slow);
+        assert!(job.wait(None));
+        assert_error(job.result(), Code::OperationAborted, "cancelled");
+        // Once more does no harm.
+        job.cancel();
+        assert_untouched(&opened, &before);
+        opened.guest.wait_ticks(3);
+    }
+}
+
+#[test]
+fn a_job_that_is_complete_is_not_cancelled() {
+    let opened = Opened::start(&machine(&Binary::all()[0], 1));
+    let job = opened.start_at_once(&named("s"), INSTANTLY, Listener::default());
+    assert!(job.wait(None));
+    job.cancel();
+    assert_eq!(job.result().unwrap(), "s");
+    opened.bring_back("s");
+}
+
+/// Nobody needs the numbers.
+#[test]
+fn progress_that_cannot_be_asked_for_fails_no_snapshot() {
+    for binary in Binary::any() {
+        let (opened, proxy) = through_proxy(&large(binary));
+        let proxy = Arc::new(proxy);
+        let theirs = Arc::clone(&proxy);
+        let fail = move || theirs.rule("query-migrate", 1, Fault::fail("not today"));
+        let listener = Listener::default().every(Duration::from_millis(20)).at(Phase::Drain, fail);
+        let (slow, listener) = Slow::down(&opened.guest, 1 << 20, listener);
+        let heard = listener.heard();
+        let job = opened.start_job(&named("s"), INSTANTLY, listener, Returns::AtInstant).unwrap();
+        let told = || heard.events().iter().filter(|event| event.what == Progress).count() > 3;
+        wait_for(DEADLINE, || told().then_some(())).expect("there is progress all the same");
+        assert_eq!(proxy.rules_left(), 0);
+        let asked = proxy.commands().len();
+        drop(slow);
+        assert!(job.wait(None));
+        job.result().unwrap();
+        let events = heard.events();
+        let progress = events.iter().filter(|event| event.what == Progress).map(|event| event.flow);
+        let at_instant = events.iter().find(|event| event.what == Instant).unwrap().flow;
+        assert!(progress.clone().is_sorted_by_key(|flow| flow.done), "{events:?}");
+        let as_told = |flow: instantsnap::engine::Flow| {
+            flow.pages_left == at_instant.pages_left && flow.total >= flow.done
+        };
+        assert!(progress.take(3).all(as_told), "what is not known is as it was: {events:?}");
+        // QEMU is left alone for a while then.
+        let drain = &proxy.commands()[..asked];
+        assert_eq!(drain.last().unwrap(), "query-migrate", "{drain:?}");
+        assert_eq!(job.result().unwrap(), "s");
+        opened.bring_back("s");
+        drop(proxy);
+    }
+}
+
+#[test]
+fn a_job_that_nobody_follows_and_whose_guest_is_closed_goes_on() {
+    for binary in Binary::any() {
+        let opened = Opened::start(&machine(binary, 2));
+        let (gate, listener) = (Gate::default(), Listener::default());
+        let heard = listener.heard();
+        let another =
+            open_guest(&opened.guest, &opened.guest.qmp(), None, &opened.state_dir()).unwrap();
+        let listener = listener.hold(Phase::Drain, &gate);
+        let job =
+            another.start(&named("s"), INSTANTLY, Box::new(listener), Returns::AtInstant).unwrap();
+        assert!(gate.wait_arrived(DEADLINE));
+        drop(another);
+        drop(job);
+        gate.release();
+        let ended = || matches!(heard.events().last()?.what, Complete | Failed(_)).then_some(());
+        wait_for(DEADLINE, ended).expect("it ends");
+        assert_in_order(&heard.events(), &[Paused, Switched, Instant, Complete]);
+        opened.guest.wait_ticks(ALL_SECTORS);
+        opened.bring_back("s");
+    }
+}
+
+#[test]
+fn a_second_job_is_refused_and_touches_nothing() {
+    for binary in Binary::any() {
+        let opened = Opened::start(&machine(binary, 2));
+        let other_state = opened.guest.directory().join("other");
+        std::fs::create_dir_all(&other_state).unwrap();
+        // A driver has its own socket for itself.
+        let socket = if by_driver() { "control.sock" } else { "qmp.sock" };
+        let other =
+            Handle::open_qmp(&opened.guest.directory().join(socket), None, &other_state).unwrap();
+        let gate = Gate::default();
+        let first = opened.start_at_once(
+            &named("first"),
+            INSTANTLY,
+            Listener::default().hold(Phase::Prepare, &gate),
+        );
+        assert!(gate.wait_arrived(DEADLINE));
+        let files = common::files_below(opened.guest.directory());
+
+        let second = |handle: &Handle, returns| {
+            handle.start(&named("second"), INSTANTLY, Box::new(()), returns)
+        };
+        for returns in [Returns::AtInstant, Returns::AtOnce] {
+            let busy = "another snapshot of this guest is being taken";
+            assert_error(second(&opened.handle, returns).map(drop), Code::OperationInvalid, busy);
+        }
+        let busy = "another snapshot operation on the guest";
+        assert_error(second(&other, Returns::AtInstant).map(drop), Code::OperationInvalid, busy);
+        let job = second(&other, Returns::AtOnce).unwrap();
+        assert_in_order(&rest(&job), &[Failed(Code::OperationInvalid as i32)]);
+        assert_error(job.result(), Code::OperationInvalid, busy);
+        assert_eq!(common::files_below(opened.guest.directory()), files);
+
+        gate.release();
+        rest(&first);
+        // Whoever has been told that it has ended can begin the next.
+        let next = opened
+            .start_job(&named("next"), INSTANTLY, Listener::default(), Returns::AtInstant)
+            .unwrap();
+        next.wait(None);
+        assert_eq!(
+            (first.result().unwrap(), next.result().unwrap()),
+            ("first".into(), "next".into())
+        );
+        second(&other, Returns::AtInstant).unwrap().wait(None);
+        opened.guest.wait_ticks(ALL_SECTORS);
+        opened.bring_back("first");
+    }
+}
+
+#[test]
+fn a_snapshot_that_is_not_recorded_has_its_xml_all_the_same() {
+    for binary in Binary::any() {
+        let opened = Opened::start(&machine(binary, 2));
+        let xml = "<domainsnapshot><name>s</name><description>two &lt; three</description></domainsnapshot>";
+        let job = opened.start_at_once(xml, INSTANTLY | NO_METADATA, Listener::default());
+        assert!(job.wait(None));
+        assert_eq!(job.result().unwrap(), "s");
+        assert_eq!(opened.handle.store().unwrap().list().unwrap(), []);
+        let record = Record::parse(&job.xml().unwrap()).unwrap();
+        assert_eq!(
+            (record.name.as_str(), record.description.as_deref()),
+            ("s", Some("two < three"))
+        );
+        assert!(Path::new(&record.memory_file).exists());
+        assert_eq!(record.disks.len(), 2);
+        for (disk, name) in record.disks.iter().zip(["vd0", "vd1"]) {
+            assert_eq!(opened.active_image(name), disk.overlay);
+        }
+    }
+}
+
+/// Rust's listeners only: C's are C.
+#[test]
+fn a_listener_that_panics_costs_the_snapshot_and_nothing_else() {
+    let opened = Opened::start(&machine(&Binary::all()[0], 2));
+    for phase in [Phase::Validate, Phase::Switch, Phase::Drain] {
+        let before = opened.trace();
+        let job: Job = opened.start_at_once(
+            &named("s"),
+            INSTANTLY,
+            Listener::default().at(phase, || panic!("on purpose")),
+        );
+        assert!(job.wait(None));
+        assert_error(job.result(), Code::InternalError, "a defect of instantsnap");
+        assert_eq!(rest(&job).last().unwrap().what, Failed(Code::InternalError as i32));
+        assert_untouched(&opened, &before);
+    }
+    opened.assert_well();
+}

@@ -1,0 +1,25 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
+//! Domains of a stock libvirt, by a daemon of each test's own.
+
+mod consistency;
+mod daemon;
+mod delete;
+mod disks;
+mod domains;
+mod events;
+mod jobs;
+mod killed_caller;
+mod leases;
+mod meddling;
+mod metadata;
+mod network;
+mod owner;
+mod revert;
+mod side_by_side;
+mod started;
+mod virsh_table;
+
+fn main() -> std::process::ExitCode {
+    instantsnap_testkit::program::main()
+}

@@ -1,0 +1,312 @@
+//! P1, P3, P4, P5 at random under libvirt: while a snapshot is taken, other clients of the daemon
+//! use virsh on the domain, as administrators, management programs and backup jobs do. Whatever
+//! becomes of the snapshot: the guest counts on, what is reported as good is brought back whole,
+//! and what failed leaves nothing.
+//!
+//! `INSTANTSNAP_TEST_LONG` takes 1,000 snapshots, or as many as there is time for.
+//! `common/meddling.rs` says how to repeat a run.
+
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::Duration;
+
+use common::meddling::{
+    Deed, Extent, Random, When, assert_counts, assert_no_files, meddle, rounds,
+};
+use common::virt::OpenedDomain;
+use common::{At, PHASES, machine};
+use instantsnap::engine::Phase;
+use instantsnap::error::Error;
+use instantsnap_testkit::{Binary, DEADLINE, Daemon, test, thorough, wait_for};
+use serde_json::{Value, json};
+
+const EXTENT: Extent =
+    Extent { snapshots: 1000, time: Duration::from_secs(15 * 60), rounds: 10, rounds_short: 5 };
+
+/// What another client does.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Meddling {
+    Reset,
+    Suspend,
+    Resume,
+    SuspendAndResume,
+    SaveAndRestore,
+    Resize,
+    Attach,
+    Detach,
+    /// Takes a disk snapshot that libvirt does not record.
+    Overlay,
+    /// Merges the active image of a disk into the next one, or into the lowest.
+    Commit,
+    CommitAll,
+    AbortJob,
+    DestroyAndStart,
+}
+
+const USUAL: [Meddling; 12] = [
+    Meddling::Reset,
+    Meddling::Suspend,
+    Meddling::Resume,
+    Meddling::SuspendAndResume,
+    Meddling::SaveAndRestore,
+    Meddling::Resize,
+    Meddling::Attach,
+    Meddling::Detach,
+    Meddling::Overlay,
+    Meddling::Commit,
+    Meddling::CommitAll,
+    Meddling::AbortJob,
+];
+
+fn deed(random: &mut Random) -> Deed<Meddling> {
+    let what = match random.below(30) {
+        0 => Meddling::DestroyAndStart,
+        _ => random.one_of(&USUAL),
+    };
+    let phase = random.one_of(&PHASES);
+    let when = match what {
+        // In the last moment before QEMU captures the guest a reset ends it (docs/how-it-works.md).
+        Meddling::Reset => When::In(phase),
+        _ => When::random(random, phase, Duration::from_millis(50)),
+    };
+    Deed { what, when }
+}
+
+/// What others have done in a round.
+#[derive(Debug, Default)]
+struct Done {
+    suspended: bool,
+    /// A merge can have destroyed the images of a snapshot that was complete already.
+    merged: bool,
+    size: Option<u64>,
+    /// The guest is lost, as it looks to the other client.
+    lost: Option<String>,
+}
+
+/// A domain, and another client of its daemon.
+struct Meddled {
+    domain: OpenedDomain,
+    /// Another daemon, in which snapshots are brought back.
+    clones: Daemon,
+    others: AtomicUsize,
+    size: u64,
+    /// The snapshot has looked for the last time what others have done to its images, or is about
+    /// to.
+    ends: AtomicBool,
+}
+
+impl Meddled {
+    fn start(binary: &'static Binary, daemon: &Daemon, random: &mut Random) -> Meddled {
+        let mut machine = machine(binary, 2).edit_xml(|xml| {
+            xml.replace("<on_reboot>destroy<", "<on_reboot>restart<").replace(
+                "<controller type='usb' model='none'/>",
+                "<controller type='usb' model='piix3-uhci'/>",
+            )
+        });
+        if random.below(2) == 0 {
+            machine = machine.restless();
+        }
+        let domain = OpenedDomain::start(&machine, daemon);
+        let size = size_of(&domain);
+        Meddled {
+            domain,
+            clones: daemon.another(),
+            others: AtomicUsize::new(0),
+            size,
+            ends: AtomicBool::new(false),
+        }
+    }
+
+    fn act(&self, deed: Deed<Meddling>, done: &mut Done) {
+        let guest = &self.domain.guest;
+        let directory = guest.directory();
+        let run = |command: &str, args: &[&str]| {
+            let said = guest.daemon().try_virsh(&[&[command, guest.name()], args].concat());
+            eprintln!(
+                "  {command} {args:?}: {:?}",
+                said.as_ref().map(|said| said.trim()).map_err(|said| said.trim())
+            );
+            said.is_ok()
+        };
+        // What others start while a failed snapshot's disks are merged back has to wait for that.
+        let insist = |args: &[&str]| {
+            let mut said = Err(String::new());
+            wait_for(DEADLINE, || {
+                said = guest.daemon().try_virsh(args);
+                said.is_ok().then_some(())
+            });
+            eprintln!("  {args:?}: {said:?}");
+            said.err().map(|error| format!("virsh {args:?}: {error}"))
+        };
+        match deed.what {
+            Meddling::Reset => drop(run("reset", &[])),
+            Meddling::Suspend => done.suspended |= run("suspend", &[]),
+            Meddling::Resume => drop(run("resume", &[])),
+            Meddling::SuspendAndResume => {
+                if run("suspend", &[]) {
+                    done.suspended |= !run("resume", &[]);
+                }
+            }
+            Meddling::SaveAndRestore => {
+                let file = directory.join("saved");
+                let file = file.to_str().unwrap();
+                if run("save", &[file]) {
+                    done.lost = insist(&["restore", file, "--running"]);
+                }
+            }
+            Meddling::Resize => {
+                let size = done.size.unwrap_or(self.size) + (1 << 20);
+                if run("blockresize", &["vda", &format!("{size}B")]) {
+                    done.size = Some(size);
+                }
+            }
+            Meddling::Attach | Meddling::Detach => {
+                let file = directory.join("others.xml");
+                std::fs::write(&file, "<input type='tablet' bus='usb'/>").unwrap();
+                let command =
+                    if deed.what == Meddling::Attach { "attach-device" } else { "detach-device" };
+                run(command, &[file.to_str().unwrap()]);
+            }
+            Meddling::Overlay => {
+                let name = format!("others-{}", self.others.fetch_add(1, Ordering::Relaxed));
+                run("snapshot-create-as", &[&name, "--disk-only", "--no-metadata"]);
+            }
+            Meddling::Commit | Meddling::CommitAll => {
+                let mut args = vec!["vda", "--active", "--pivot", "--wait"];
+                args.extend((deed.what == Meddling::Commit).then_some("--shallow"));
+                let merged = run("blockcommit", &args);
+                let beside = matches!(deed.when, When::After(..));
+                done.merged |= merged && beside && self.ends.load(Ordering::Relaxed);
+            }
+            Meddling::AbortJob => drop(run("domjobabort", &[])),
+            Meddling::DestroyAndStart => {
+                if run("destroy", &[]) {
+                    done.lost = insist(&["start", guest.name()]);
+                }
+            }
+        }
+    }
+
+    /// One snapshot.
+    fn round(&mut self, name: &str, deeds: &[Deed<Meddling>], what: &str) {
+        eprintln!("{what}");
+        let mut done = Done::default();
+        self.ends.store(false, Ordering::Relaxed);
+        let begun = meddle(
+            deeds,
+            |deed| self.act(deed, &mut done),
+            |at| {
+                let mut observer = At(|phase| {
+                    self.ends.fetch_or(phase == Phase::Finish, Ordering::Relaxed);
+                    at(phase);
+                });
+                let begun = self.domain.snapshot_observed(name, &mut observer);
+                self.ends.store(true, Ordering::Relaxed);
+                begun
+            },
+        );
+        eprintln!("  {}", begun.as_ref().map_or_else(ToString::to_string, |_| "good".into()));
+        self.assert_guest_is_well(&done, what);
+        self.size = done.size.unwrap_or(self.size);
+        match begun {
+            Ok(_) => self.assert_whole(name, &done, what),
+            Err(error) => self.assert_no_trace(name, &error, what),
+        }
+    }
+
+    fn assert_guest_is_well(&self, done: &Done, what: &str) {
+        let guest = &self.domain.guest;
+        if let Some(error) = &done.lost {
+            guest.fail(&format!("{what}: the guest is lost: {error}"));
+        }
+        let state = guest.virsh("domstate", &[]).trim().to_owned();
+        match &*state {
+            "running" => {}
+            "paused" if done.suspended => drop(guest.virsh("resume", &[])),
+            _ => guest.fail(&format!("{what}: the guest is left {state}")),
+        }
+        let mut control = guest.control();
+        let mut ask = |command: &str| control.execute(command, json!({})).unwrap();
+        // What libvirt says has to be what QEMU says.
+        assert_eq!(ask("query-status")["running"], true, "{what}");
+        let capabilities = ask("query-migrate-capabilities");
+        let background = |capability: &&Value| capability["capability"] == "background-snapshot";
+        let background = capabilities.as_array().unwrap().iter().find(background).unwrap();
+        assert_eq!(background["state"], false, "{what}");
+        let parameters = ask("query-migrate-parameters");
+        assert_eq!(
+            (&parameters["tls-creds"], &parameters["tls-hostname"]),
+            (&json!(""), &json!("")),
+            "{what}"
+        );
+        assert_eq!(ask("query-block-jobs"), json!([]), "{what}");
+        drop(control);
+        assert_counts(guest, what);
+        if let Some(size) = done.size {
+            assert_eq!(
+                size_of(&self.domain),
+                size,
+                "{what}: what others have resized has another size"
+            );
+        }
+    }
+
+    /// Brings a snapshot back in the other daemon, and waits until that forgets it.
+    fn assert_whole(&self, name: &str, done: &Done, what: &str) {
+        assert!(
+            self.domain.find(name).is_some(),
+            "{what}: it is reported as good, and not recorded"
+        );
+        if done.merged {
+            return eprintln!("  others have merged its images since");
+        }
+        let clone = self.clones.restore(&self.domain.guest, &self.domain.memory_file(name));
+        if clone.virsh("domstate", &[]).trim() == "paused" {
+            clone.virsh("resume", &[]);
+        }
+        assert_counts(&clone, &format!("{what}: brought back"));
+        drop(clone);
+        let forgotten = || self.clones.virsh(&["list", "--name"]).trim().is_empty().then_some(());
+        wait_for(DEADLINE, forgotten).expect("the clone is gone");
+    }
+
+    /// Nothing is left of a snapshot that failed, but what the error names.
+    fn assert_no_trace(&self, name: &str, error: &Error, what: &str) {
+        assert!(self.domain.find(name).is_none(), "{what}: it is recorded");
+        let directory = self.domain.guest.directory();
+        assert_no_files(directory, name, &error.message, what);
+        let overlay = format!(".{name}");
+        let named =
+            |line: &&str| line.ends_with(&overlay) && !error.message.contains(last_word(line));
+        let disks = self.domain.guest.virsh("domblklist", &["--inactive"]);
+        assert_eq!(disks.lines().find(named), None, "{what}: it starts from an overlay");
+    }
+}
+
+fn last_word(line: &str) -> &str {
+    line.split_whitespace().next_back().unwrap_or_default()
+}
+
+fn size_of(domain: &OpenedDomain) -> u64 {
+    let info = domain.guest.virsh("domblkinfo", &["vda"]);
+    let capacity =
+        info.lines().find_map(|line| line.strip_prefix("Capacity:")).expect("a capacity");
+    capacity.trim().parse().expect("a number")
+}
+
+#[test]
+fn whatever_other_clients_of_libvirt_do_nothing_is_torn_and_no_guest_is_lost() {
+    let long = thorough();
+    rounds(Binary::under_libvirt(), &EXTENT, |binary, seed, rounds| {
+        let daemons = if long { Daemon::all() } else { vec![Daemon::session()] };
+        // One after the other.
+        let daemon = &daemons[rounds.start / EXTENT.rounds % daemons.len()];
+        let mut meddled = Meddled::start(binary, daemon, &mut Random::of_round(seed, rounds.start));
+        for round in rounds {
+            let mut random = Random::of_round(seed, round);
+            let deeds: Vec<_> = (0..1 + random.below(2)).map(|_| deed(&mut random)).collect();
+            let mode = daemon.mode();
+            let what = format!("{}, {mode:?}, seed {seed}, round {round}, {deeds:?}", binary.name);
+            meddled.round(&format!("s{round}"), &deeds, &what);
+        }
+    });
+}

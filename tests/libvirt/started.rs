@@ -1,0 +1,99 @@
+//! What becomes of a domain that another client starts just when images of it are merged that
+//! nobody had open: by the end of a snapshot that failed, or by a delete. It must not go on with
+//! images that are removed.
+
+use std::ffi::OsString;
+use std::path::Path;
+
+use common::virt::OpenedDomain;
+use common::{ALL_SECTORS, At, assert_error, files_below, machine, path_with_qemu_img};
+use instantsnap::engine::Phase;
+use instantsnap::error::Code;
+use instantsnap_testkit::{Binary, Daemon, test};
+
+/// A PATH with a qemu-img that starts a domain when it has merged an image for the `nth` time.
+fn starts_after_merge(directory: &Path, domain: &OpenedDomain, nth: usize) -> OsString {
+    let (uri, name) = (domain.guest.daemon().uri(), domain.guest.name());
+    let script = format!(
+        "#!/bin/sh\n[ \"$1\" = commit ] || exec /usr/bin/qemu-img \"$@\"\n/usr/bin/qemu-img \"$@\" \
+         || exit\necho >>{0}/merged\n[ \"$(wc -l <{0}/merged)\" -ne {nth} ] || /usr/bin/virsh -q \
+         -c '{uri}' start {name} >{0}/said 2>&1\nexit 0\n",
+        directory.display()
+    );
+    path_with_qemu_img(directory, &script)
+}
+
+/// Calls it with this PATH.
+fn with_path<T>(path: &OsString, call: impl FnOnce() -> T) -> T {
+    let before = std::env::var_os("PATH").unwrap();
+    // SAFETY: this process runs this one test, and its other threads, the harness's and libvirt's,
+    // read no environment.
+    unsafe { std::env::set_var("PATH", path) };
+    let result = call();
+    // SAFETY: as above.
+    unsafe { std::env::set_var("PATH", before) };
+    result
+}
+
+/// Its disks are on their images, and nothing else is there; it counts, and finds all as it was.
+fn assert_on_images(domain: &OpenedDomain, images: &[String], said: &Path) {
+    assert_eq!(std::fs::read_to_string(said).unwrap(), "", "the domain is started");
+    for flags in [&[][..], &["--inactive"]] {
+        let sources = domain.guest.virsh("domblklist", flags);
+        assert!(
+            images.iter().all(|image| sources.contains(&format!(" {image}\n"))),
+            "{images:?}\n{sources}"
+        );
+    }
+    let overlays = files_below(domain.guest.directory())
+        .into_iter()
+        .filter(|file| file.extension() == Some("s".as_ref()));
+    assert_eq!(overlays.collect::<Vec<_>>(), Vec::<std::path::PathBuf>::new());
+    domain.guest.wait_ticks(ALL_SECTORS);
+}
+
+fn images(domain: &OpenedDomain) -> Vec<String> {
+    domain.guest.disks().iter().map(|disk| disk.file.display().to_string()).collect()
+}
+
+#[test]
+fn a_domain_that_is_started_while_its_snapshot_is_undone_is_on_its_images() {
+    let daemon = Daemon::session();
+    for nth in [1, 2] {
+        let domain = OpenedDomain::start(&machine(&Binary::under_libvirt()[0], 2), &daemon);
+        let images = images(&domain);
+        let directory = tempfile::tempdir().unwrap();
+        let path = starts_after_merge(directory.path(), &domain, nth);
+        let mut destroy = At(|phase| {
+            if phase == Phase::Drain {
+                domain.guest.virsh("destroy", &[]);
+            }
+        });
+        let snapshot = || domain.snapshot_observed("s", &mut destroy);
+        assert_error(
+            with_path(&path, snapshot),
+            Code::OperationFailed,
+            "the guest's QEMU has ended meanwhile",
+        );
+        assert_on_images(&domain, &images, &directory.path().join("said"));
+        domain.snapshot("again").unwrap();
+        domain.bring_back("again");
+    }
+}
+
+#[test]
+fn a_domain_that_is_started_while_its_snapshot_is_deleted_loses_nothing() {
+    let daemon = Daemon::session();
+    let domain = OpenedDomain::start(&machine(&Binary::under_libvirt()[0], 2), &daemon);
+    let images = images(&domain);
+    domain.snapshot("s").unwrap();
+    domain.guest.wait_ticks(ALL_SECTORS);
+    domain.guest.virsh("destroy", &[]);
+    let directory = tempfile::tempdir().unwrap();
+    let path = starts_after_merge(directory.path(), &domain, 2);
+    let delete = with_path(&path, || domain.delete("s", 0));
+    assert_error(delete, Code::OperationFailed, "delete the snapshot again");
+    domain.guest.wait_ticks(ALL_SECTORS);
+    domain.delete("s", 0).unwrap();
+    assert_on_images(&domain, &images, &directory.path().join("said"));
+}

@@ -1,0 +1,196 @@
+//! What the thread of a job and those who follow it share, in every way in which they can meet:
+//! `src/engine/job/shared.rs`, model-checked. A wake-up that is lost is a thread that waits for
+//! ever, which loom reports.
+
+use std::sync::Arc;
+
+use loom::model::Builder;
+use loom::thread;
+
+use shared::{News, Shared, Signal};
+
+mod sync {
+    pub use loom::sync::{Condvar, Mutex, MutexGuard};
+}
+
+#[path = "../../src/engine/job/shared.rs"]
+mod shared;
+
+use sync::{Condvar, Mutex};
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Happens {
+    Paused,
+    Instant,
+    Progress(u32),
+    End,
+}
+
+use Happens::{End, Instant, Paused, Progress};
+
+impl News for Happens {
+    fn is_instant(&self) -> bool {
+        *self == Instant
+    }
+
+    fn replaces(&self, earlier: &Happens) -> bool {
+        matches!((self, earlier), (Progress(_), Progress(_)))
+    }
+}
+
+/// An eventfd, as poll() sees it.
+#[derive(Default)]
+struct Level {
+    up: Mutex<bool>,
+    changed: Condvar,
+}
+
+impl Level {
+    fn is_up(&self) -> bool {
+        *self.up.lock().unwrap()
+    }
+
+    fn poll(&self) {
+        let mut up = self.up.lock().unwrap();
+        while !*up {
+            up = self.changed.wait(up).unwrap();
+        }
+    }
+
+    fn set(&self, up: bool) {
+        *self.up.lock().unwrap() = up;
+        self.changed.notify_all();
+    }
+}
+
+impl Signal for Level {
+    fn raise(&self) {
+        self.set(true);
+    }
+
+    fn lower(&self) {
+        self.set(false);
+    }
+}
+
+type Model = Shared<Happens, u32, Level>;
+
+/// Runs a model in every way, as far as threads are interrupted a few times only: that finds what
+/// can be found, and ends.
+fn check(model: impl Fn(Arc<Model>) + Sync + Send + 'static) {
+    let mut builder = Builder::new();
+    builder.preemption_bound = Some(3);
+    builder.check(move || model(Arc::new(Model::new(Level::default()))));
+}
+
+/// Takes all there is; true with the last.
+fn drain(shared: &Model, seen: &mut Vec<Happens>) -> bool {
+    while let Some(news) = shared.take() {
+        seen.push(news);
+    }
+    seen.last() == Some(&End)
+}
+
+#[test]
+fn whoever_polls_hears_of_everything_in_order_and_of_the_last_progress() {
+    check(|shared| {
+        let job = thread::spawn({
+            let shared = Arc::clone(&shared);
+            move || {
+                shared.publish(Instant);
+                shared.publish(Progress(1));
+                shared.publish(Progress(2));
+                shared.decide(7);
+                shared.end(End);
+            }
+        });
+        let mut seen = Vec::new();
+        loop {
+            shared.signal().poll();
+            if drain(&shared, &mut seen) {
+                break;
+            }
+        }
+        let whole = [Instant, Progress(1), Progress(2), End];
+        assert!(seen == whole || seen == [Instant, Progress(2), End], "{seen:?}");
+        assert_eq!(shared.outcome().as_deref(), Some(&7));
+        job.join().unwrap();
+        assert!(!shared.signal().is_up());
+    });
+}
+
+#[test]
+fn the_signal_is_up_exactly_as_long_as_there_are_news() {
+    check(|shared| {
+        let takers = [(); 2].map(|()| {
+            let shared = Arc::clone(&shared);
+            thread::spawn(move || shared.take())
+        });
+        shared.publish(Paused);
+        shared.publish(Progress(1));
+        shared.publish(Progress(2));
+        let mut seen: Vec<_> =
+            takers.into_iter().filter_map(|taker| taker.join().unwrap()).collect();
+        // All is quiet.
+        loop {
+            let up = shared.signal().is_up();
+            let next = shared.take();
+            assert_eq!(up, next.is_some(), "{seen:?} {next:?}");
+            let Some(next) = next else { break };
+            seen.push(next);
+        }
+        // Two that take at once can tell each other of it in any order; none was taken twice, and
+        // none got lost.
+        seen.sort_by_key(|news| format!("{news:?}"));
+        assert!(
+            seen == [Paused, Progress(1), Progress(2)] || seen == [Paused, Progress(2)],
+            "{seen:?}"
+        );
+    });
+}
+
+#[test]
+fn whoever_starts_a_job_goes_on_at_the_instant_or_at_the_end_whichever_comes_first() {
+    for comes in [true, false] {
+        check(move |shared| {
+            let job = thread::spawn({
+                let shared = Arc::clone(&shared);
+                move || {
+                    shared.publish(Paused);
+                    if comes {
+                        shared.publish(Instant);
+                    }
+                    shared.decide(7);
+                    shared.end(End);
+                }
+            });
+            assert_eq!(shared.wait_instant(), comes);
+            if !comes {
+                assert_eq!(shared.outcome().as_deref(), Some(&7), "there is an error to return");
+            }
+            job.join().unwrap();
+        });
+    }
+}
+
+#[test]
+fn all_who_wait_for_the_end_hear_of_it_when_the_listener_has_been_told() {
+    check(|shared| {
+        let told = Arc::new(loom::sync::atomic::AtomicBool::new(false));
+        let waiters = [(); 2].map(|()| {
+            let (shared, told) = (Arc::clone(&shared), Arc::clone(&told));
+            thread::spawn(move || {
+                assert!(shared.wait_ended(None));
+                assert_eq!(shared.outcome().as_deref(), Some(&7));
+                assert!(told.load(loom::sync::atomic::Ordering::Relaxed));
+            })
+        });
+        shared.publish(Instant);
+        shared.decide(7);
+        told.store(true, loom::sync::atomic::Ordering::Relaxed);
+        shared.end(End);
+        for waiter in waiters {
+            waiter.join().unwrap();
+        }
+    });
+}

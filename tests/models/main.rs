@@ -1,0 +1,6 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
+//! Models of what threads do, checked in every order in which they can run.
+
+mod job;
+mod overlap;

@@ -1,0 +1,104 @@
+//! P1: memory, every disk and the serial line of a snapshot are of one moment, between call and
+//! return.
+
+use common::{INSTANTLY, Opened, machine, named};
+use instantsnap::model::flags;
+use instantsnap_testkit::{Accel, Attach, Binary, MachineType, test, thorough, where_kvm_works};
+
+/// How many snapshots in a row; the second number in the long run of `.ci/run`.
+fn rounds(short: u32, long: u32) -> u32 {
+    if thorough() { long } else { short }
+}
+
+/// Takes snapshots one after the other, on one growing chain, of a guest that writes all the time;
+/// brings each back.
+fn snapshots_in_a_row(
+    binary: &'static Binary,
+    machine_type: MachineType,
+    accel: Accel,
+    disks: usize,
+    rounds: u32,
+) {
+    let attach = if disks > 1 { Attach::Blockdev } else { Attach::Drive };
+    let machine =
+        machine(binary, disks).restless().machine_type(machine_type).accel(accel).attach(attach);
+    let original = Opened::start(&machine);
+    for round in 0..rounds {
+        let before = original.guest.wait_ticks(1);
+        let name = original.snapshot(&format!("s{round}")).unwrap();
+        let after = original.guest.wait_ticks(1);
+        let (clone, first) = original.bring_back(&name);
+        // The line of the instant's number can have been said before it, or be cut off.
+        assert!(
+            (before..=after + 2).contains(&first),
+            "round {round}: the clone goes on from {first}, the snapshot was taken between \
+             {before} and {after}"
+        );
+        drop(clone);
+    }
+    // The original has seen nothing of it.
+    original.guest.wait_ticks(3);
+}
+
+const MACHINES: [(MachineType, usize); 4] =
+    [(MachineType::Pc, 1), (MachineType::Pc, 3), (MachineType::Q35, 1), (MachineType::Q35, 3)];
+
+fn on_all_machines(binaries: impl IntoIterator<Item = &'static Binary>, accel: Accel, rounds: u32) {
+    for binary in binaries {
+        // In the short run half of them: no two alike in either.
+        let step = if thorough() { 1 } else { 3 };
+        for (machine_type, disks) in MACHINES.into_iter().step_by(step) {
+            eprintln!(
+                "{} {machine_type:?} {accel:?}, {disks} disks: {rounds} snapshots",
+                binary.name
+            );
+            snapshots_in_a_row(binary, machine_type, accel, disks, rounds);
+        }
+    }
+}
+
+#[test]
+fn every_snapshot_in_a_row_is_of_one_moment_under_tcg() {
+    on_all_machines(Binary::all().iter(), Accel::Tcg, rounds(3, 12));
+}
+
+#[test]
+fn every_snapshot_in_a_row_is_of_one_moment_under_kvm() {
+    on_all_machines(where_kvm_works(Binary::all()), Accel::Kvm, rounds(1, 5));
+}
+
+/// The chain of images is as long as that.
+#[test]
+fn a_long_row_of_snapshots_on_one_chain_is_of_one_moment_each() {
+    for binary in Binary::some() {
+        snapshots_in_a_row(binary, MachineType::Q35, Accel::Tcg, 3, rounds(5, 100));
+    }
+}
+
+#[test]
+fn a_plain_snapshot_is_of_one_moment() {
+    for binary in Binary::some() {
+        let original = Opened::start(&machine(binary, 2).restless());
+        original.create(&named("plain"), 0).unwrap();
+        original.guest.wait_ticks(3);
+        original.bring_back("plain");
+    }
+}
+
+#[test]
+fn a_snapshot_can_be_brought_back_any_number_of_times_while_the_original_runs_on() {
+    for binary in Binary::some() {
+        let original = Opened::start(&machine(binary, 1).restless());
+        original.snapshot("s").unwrap();
+        let (first, from) = original.bring_back("s");
+        let (second, again) = original.bring_back("s");
+        assert!(from.abs_diff(again) <= 1, "{from} and {again}");
+        // All three go on, each on images of its own.
+        original.guest.wait_ticks(3);
+        first.guest.wait_ticks(3);
+        second.guest.wait_ticks(3);
+        // A clone can be snapshotted as its original, and brought back.
+        first.handle.create(&named("of-clone"), INSTANTLY | flags::NO_METADATA, &mut ()).unwrap();
+        first.guest.wait_ticks(3);
+    }
+}

@@ -1,0 +1,390 @@
+//! P3, P4: QEMU is killed in the middle of a snapshot. Nothing of the snapshot is left, and the
+//! images that the guest had are whole, with all that it wrote.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::process::Command;
+
+use common::{At, INSTANTLY, Opened, named, path_with_qemu_img, through_proxy};
+use instantsnap::engine::Phase;
+use instantsnap::error::{Code, Error};
+use instantsnap_testkit::{Binary, Disk, Fault, Format, Guest, Machine, test};
+use serde_json::json;
+
+/// As `tests/guest/tick.c` has it.
+const SECTOR: usize = 512;
+const FIXED_SECTOR: usize = 8;
+const ROTATION: u32 = 64;
+const ROTATION_START: usize = 1024;
+const ROTATION_STRIDE: usize = 128;
+
+/// What is on a disk of a tick guest.
+struct Content {
+    fixed: u32,
+    rotating: Vec<u32>,
+}
+
+impl Content {
+    /// Reads it, and asserts that each sector is whole.
+    #[track_caller]
+    fn read(disk: &Disk, index: u32) -> Content {
+        let raw = disk.file.with_extension("read");
+        common::run(
+            "qemu-img",
+            &[
+                "convert",
+                "-f",
+                disk.format.name(),
+                "-O",
+                "raw",
+                disk.file.to_str().unwrap(),
+                raw.to_str().unwrap(),
+            ],
+        );
+        let bytes = std::fs::read(&raw).unwrap();
+        std::fs::remove_file(&raw).unwrap();
+        let number = |sector: usize| {
+            let word = |word: usize| {
+                let at = sector * SECTOR + word * 4;
+                u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap())
+            };
+            assert_eq!(word(0), word(SECTOR / 4 - 1), "disk {index}, sector {sector} is torn");
+            // One that was never written has no number of its disk.
+            assert!(
+                word(1) == index || word(0) == 0,
+                "disk {index}, sector {sector} is not its own"
+            );
+            word(0)
+        };
+        let rotating = (0..ROTATION as usize).map(|n| number(ROTATION_START + n * ROTATION_STRIDE));
+        Content { fixed: number(FIXED_SECTOR), rotating: rotating.collect() }
+    }
+
+    /// Asserts that it is what the guest had written when it had said `tick` and nothing since.
+    #[track_caller]
+    fn assert_at(&self, tick: u32) {
+        assert!(
+            (tick..=tick + 1).contains(&self.fixed),
+            "{} is on the disk, {tick} was said last",
+            self.fixed
+        );
+        for (n, &has) in self.rotating.iter().enumerate() {
+            // The last number to come here, up to the one in the fixed sector, which is written
+            // first.
+            let n = n as u32;
+            let last = if n > self.fixed { 0 } else { self.fixed - (self.fixed - n) % ROTATION };
+            let before = last.saturating_sub(ROTATION);
+            let right = has == last || last == self.fixed && has == before;
+            assert!(right, "sector {n} has {has} want {last}, {} is in the fixed one", self.fixed);
+        }
+    }
+}
+
+/// The files of a guest's directory but for logs, with the names only.
+fn files(opened: &Opened) -> Vec<PathBuf> {
+    common::files_below(opened.guest.directory())
+}
+
+/// The kit's sockets and a socket's file outlive a killed QEMU, so files are compared as they were
+/// before the snapshot.
+#[track_caller]
+fn assert_nothing_left(opened: &Opened, before: &[PathBuf]) {
+    assert_eq!(files(opened), before);
+    assert_eq!(opened.handle.store().unwrap().list().unwrap(), []);
+    for disk in opened.guest.disks() {
+        if disk.format == Format::Qcow2 {
+            let info =
+                common::run("qemu-img", &["info", "--output=json", disk.file.to_str().unwrap()]);
+            assert!(!info.contains("backing-filename"), "{info}");
+            // Clusters that nobody refers to (3) are no harm: QEMU could not finish.
+            let check =
+                Command::new("qemu-img").args(["check", "-q"]).arg(&disk.file).status().unwrap();
+            assert!([Some(0), Some(3)].contains(&check.code()), "{check}");
+        }
+    }
+}
+
+/// The same machine anew, on the images as they are.
+fn start_cold(binary: &'static Binary, guest: &Guest) {
+    let disks = guest.disks().iter();
+    let machine =
+        disks.fold(Machine::new(binary), |machine, disk| machine.disk_on(&disk.file, disk.format));
+    machine.start().wait_ticks(3);
+}
+
+fn start(binary: &'static Binary) -> Opened {
+    Opened::start(&common::machine(binary, 2))
+}
+
+/// What QEMU had not passed on to the kernel dies with it: on a qcow2 image that can be much.
+/// Everything has been passed on when it has stopped the guest.
+fn stop(guest: &Guest) -> u32 {
+    guest.control().execute("stop", json!({})).unwrap();
+    guest.serial().tick.unwrap()
+}
+
+fn assert_says_that_qemu_has_gone(error: &Error) {
+    assert_eq!(error.code, Code::OperationFailed, "{error}");
+    // The second where a driver's own callback had to do with it.
+    let said = [
+        "lost the connection to QEMU",
+        "the driver's callback failed: QEMU has closed its monitor",
+    ];
+    assert!(said.iter().any(|said| error.message.contains(said)), "{error}");
+    assert!(!error.message.contains("must not be removed"), "{error}");
+}
+
+/// QEMU is killed when a phase begins.
+fn killed_in(phase: Phase, flags: u32) {
+    for binary in Binary::some() {
+        let opened = start(binary);
+        let before = files(&opened);
+        let mut killed = false;
+        let mut observer = At(|now| {
+            if now == phase {
+                opened.guest.kill();
+                killed = true;
+            }
+        });
+        let error =
+            opened.handle.create(&named("s"), flags, &mut observer).expect_err("QEMU was killed");
+        eprintln!("{} {phase:?}: {error}", binary.name);
+        assert!(killed);
+        assert_says_that_qemu_has_gone(&error);
+        assert_nothing_left(&opened, &before);
+        // What QEMU writes to a raw image is in it at once.
+        let content = Content::read(&opened.guest.disks()[0], 0);
+        if ![Phase::Drain, Phase::Finish].contains(&phase) {
+            content.assert_at(opened.guest.serial().tick.unwrap());
+        }
+        Content::read(&opened.guest.disks()[1], 1);
+        start_cold(binary, &opened.guest);
+    }
+}
+
+#[test]
+fn killed_while_overlays_are_prepared() {
+    killed_in(Phase::Prepare, INSTANTLY);
+}
+
+#[test]
+fn killed_before_the_pause() {
+    killed_in(Phase::Pause, INSTANTLY);
+}
+
+#[test]
+fn killed_before_the_switch() {
+    killed_in(Phase::Switch, INSTANTLY);
+}
+
+#[test]
+fn killed_between_switch_and_instant() {
+    killed_in(Phase::Arm, INSTANTLY);
+}
+
+#[test]
+fn killed_before_a_plain_snapshot_is_saved() {
+    killed_in(Phase::Arm, 0);
+}
+
+#[test]
+fn killed_while_memory_drains() {
+    killed_in(Phase::Drain, INSTANTLY);
+}
+
+#[test]
+fn killed_at_the_finish() {
+    killed_in(Phase::Finish, INSTANTLY);
+}
+
+/// What the guest has written since the instant is in its overlays. It is its data, and must be in
+/// its images afterwards.
+#[test]
+fn what_the_guest_wrote_after_the_instant_is_merged() {
+    for phase in [Phase::Drain, Phase::Finish] {
+        for binary in Binary::some() {
+            let opened = start(binary);
+            let before = files(&opened);
+            let mut ticks = BTreeMap::new();
+            let mut observer = At(|now| {
+                if now == Phase::Arm {
+                    ticks.insert("instant", opened.guest.serial().tick.unwrap());
+                }
+                if now == phase {
+                    // Every sector but a few.
+                    opened.guest.wait_ticks(60);
+                    ticks.insert("killed", stop(&opened.guest));
+                    opened.guest.kill();
+                }
+            });
+            let error = opened
+                .handle
+                .create(&named("s"), INSTANTLY, &mut observer)
+                .expect_err("QEMU was killed");
+            assert_says_that_qemu_has_gone(&error);
+            assert_nothing_left(&opened, &before);
+            assert!(ticks["killed"] >= ticks["instant"] + 60);
+            for (index, disk) in opened.guest.disks().iter().enumerate() {
+                Content::read(disk, index as u32).assert_at(ticks["killed"]);
+            }
+            start_cold(binary, &opened.guest);
+        }
+    }
+}
+
+/// QEMU executes a command, and is dead when the answer is due.
+fn killed_after(command: &str, flags: u32) {
+    for binary in Binary::some() {
+        let (opened, proxy) = through_proxy(&common::machine(binary, 2));
+        let before = files(&opened);
+        proxy.rule(command, 1, Fault::KillAfter(opened.guest.pid()));
+        let error = opened.create(&named("s"), flags).expect_err("QEMU was killed");
+        eprintln!("{} {command}: {error}", binary.name);
+        assert_eq!(proxy.rules_left(), 0);
+        assert_says_that_qemu_has_gone(&error);
+        assert_nothing_left(&opened, &before);
+        let content = Content::read(&opened.guest.disks()[0], 0);
+        if command != "migrate" {
+            content.assert_at(opened.guest.serial().tick.unwrap());
+        }
+        Content::read(&opened.guest.disks()[1], 1);
+        start_cold(binary, &opened.guest);
+    }
+}
+
+#[test]
+fn killed_after_blockdev_create() {
+    killed_after("blockdev-create", INSTANTLY);
+}
+
+#[test]
+fn killed_after_stop() {
+    killed_after("stop", INSTANTLY);
+}
+
+#[test]
+fn killed_after_the_switch() {
+    killed_after("transaction", INSTANTLY);
+}
+
+#[test]
+fn killed_after_migrate() {
+    killed_after("migrate", INSTANTLY);
+    killed_after("migrate", 0);
+}
+
+/// The memory of the guest drains, and it has written to its overlays; QEMU is killed, and
+/// `before_merge` is called.
+fn fail_to_merge(opened: &Opened, mut before_merge: impl FnMut()) -> (Error, u32) {
+    let mut tick = 0;
+    let mut observer = At(|phase| {
+        if phase == Phase::Drain {
+            opened.guest.wait_ticks(60);
+            tick = stop(&opened.guest);
+            opened.guest.kill();
+            before_merge();
+        }
+    });
+    let error =
+        opened.handle.create(&named("s"), INSTANTLY, &mut observer).expect_err("QEMU was killed");
+    (error, tick)
+}
+
+#[test]
+fn a_killed_merge_keeps_the_overlays_of_a_caller_that_ignores_its_children() {
+    let stand_in = tempfile::tempdir().unwrap();
+    let script = "#!/bin/sh\n[ \"$1\" = commit ] && kill -9 $$\nexec /usr/bin/qemu-img \"$@\"\n";
+    let path = std::env::var_os("PATH").unwrap();
+    let with_stand_in = path_with_qemu_img(stand_in.path(), script);
+    for binary in Binary::some() {
+        let opened = start(binary);
+        // SAFETY: this process runs this one test, and its other threads are the harness's, which
+        // waits, and ours, which read no environment meanwhile. It waits for no child of its own
+        // while their ends are ignored.
+        let (error, tick) = fail_to_merge(&opened, || unsafe {
+            std::env::set_var("PATH", &with_stand_in);
+            libc::signal(libc::SIGCHLD, libc::SIG_IGN);
+        });
+        // SAFETY: as above.
+        unsafe {
+            std::env::set_var("PATH", &path);
+            libc::signal(libc::SIGCHLD, libc::SIG_DFL);
+        }
+        for part in ["must not be removed", "SIGKILL"] {
+            assert!(error.message.contains(part), "{part}: {error}");
+        }
+        for (index, disk) in opened.guest.disks().iter().enumerate() {
+            let overlay = opened.guest.directory().join(format!("disk-{index}.s"));
+            common::run("qemu-img", &["commit", "-q", overlay.to_str().unwrap()]);
+            Content::read(disk, index as u32).assert_at(tick);
+        }
+    }
+}
+
+#[test]
+fn an_overlay_that_another_qemu_opens_when_it_has_been_merged_is_not_removed() {
+    let path = std::env::var_os("PATH").unwrap();
+    let binary = &Binary::any()[0];
+    let opened = start(binary);
+    let stand_in = tempfile::tempdir().unwrap();
+    let overlay = |index: usize| opened.guest.directory().join(format!("disk-{index}.s"));
+    // It goes on when qemu-nbd has the image open.
+    let script = format!(
+        "#!/bin/sh\n[ \"$1\" = commit ] || exec /usr/bin/qemu-img \"$@\"\n/usr/bin/qemu-img \"$@\" \
+         || exit\n[ -e {0}/pid ] || qemu-nbd -f qcow2 -t -k {0}/nbd --fork --pid-file={0}/pid {1} \
+         </dev/null >{0}/said 2>&1\n",
+        stand_in.path().display(),
+        overlay(0).display()
+    );
+    let with_stand_in = path_with_qemu_img(stand_in.path(), &script);
+    // SAFETY: this process runs this one test, and its other threads are the harness's, which
+    // waits, and ours, which read no environment.
+    let (error, tick) =
+        fail_to_merge(&opened, || unsafe { std::env::set_var("PATH", &with_stand_in) });
+    // SAFETY: as above.
+    unsafe { std::env::set_var("PATH", &path) };
+    let server = std::fs::read_to_string(stand_in.path().join("pid")).expect("the other QEMU");
+    assert_eq!(overlay(0).exists().then(|| overlay(1).exists()), Some(false));
+    common::run("kill", &[server.trim()]);
+    assert!(
+        error.message.contains(&format!("another one has the overlay '{}'", overlay(0).display())),
+        "{error}"
+    );
+    for (index, disk) in opened.guest.disks().iter().enumerate() {
+        Content::read(disk, index as u32).assert_at(tick);
+    }
+}
+
+#[test]
+fn without_qemu_img_the_overlays_are_kept_and_named() {
+    let path = std::env::var_os("PATH").unwrap();
+    for binary in Binary::some() {
+        let opened = start(binary);
+        // SAFETY: this process runs this one test, and its other threads are the harness's, which
+        // waits, and ours, which read no environment.
+        let (error, tick) =
+            fail_to_merge(&opened, || unsafe { std::env::set_var("PATH", "/nonexistent") });
+        // SAFETY: as above.
+        unsafe { std::env::set_var("PATH", &path) };
+        eprintln!("{error}");
+        let directory = opened.guest.directory();
+        let overlays = [directory.join("disk-0.s"), directory.join("disk-1.s")];
+        for overlay in &overlays {
+            assert!(error.message.contains(overlay.to_str().unwrap()), "{error}");
+            assert!(overlay.exists());
+        }
+        for part in
+            ["lost the connection", "qemu-img commit", "must not be removed", "install qemu-utils"]
+        {
+            assert!(error.message.contains(part), "{part}: {error}");
+        }
+        assert!(!opened.state_dir().join("s.mem").exists());
+        assert_eq!(opened.handle.store().unwrap().list().unwrap(), []);
+        // What it says to do does it.
+        for (index, (overlay, disk)) in overlays.iter().zip(opened.guest.disks()).enumerate() {
+            common::run("qemu-img", &["commit", "-q", overlay.to_str().unwrap()]);
+            Content::read(disk, index as u32).assert_at(tick);
+        }
+        start_cold(binary, &opened.guest);
+    }
+}

@@ -1,0 +1,29 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
+//! Guests that are opened by QMP: what a snapshot is, what can go wrong, and what is left of it.
+
+mod armed;
+mod cancel;
+mod consistency;
+mod delete;
+mod disks;
+mod exclusive;
+mod failures;
+mod flags;
+mod killed;
+mod killed_caller;
+mod meddling;
+mod memory_image;
+mod metadata;
+mod monitor_faults;
+mod other_clients;
+mod overlap;
+mod paused;
+mod revert;
+mod storage_hook;
+mod tearing;
+mod xml;
+
+fn main() -> std::process::ExitCode {
+    instantsnap_testkit::program::main()
+}

@@ -1,0 +1,279 @@
+//! P6: the memory image is in libvirt's format, complete or recognisably partial, and nobody else's
+//! to read.
+
+use std::fs::File;
+use std::io::{Seek, SeekFrom};
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::{Path, PathBuf};
+
+use common::{At, INSTANTLY, Opened, assert_error, machine, named};
+use instantsnap::engine::{Phase, prepare_revert};
+use instantsnap::error::Code;
+use instantsnap::image::{Image, MemoryImage};
+use instantsnap_testkit::{Binary, DEADLINE, test, wait_for};
+use serde_json::json;
+
+/// libvirt's `virQEMUSaveHeader` and what follows it, read by hand.
+struct Header {
+    magic: String,
+    numbers: [u32; 5],
+    unused: Vec<u8>,
+    xml: String,
+    padding: usize,
+    stream: Vec<u8>,
+}
+
+fn header(path: &Path) -> Header {
+    let bytes = std::fs::read(path).unwrap();
+    let number = |at: usize| u32::from_ne_bytes(bytes[at..at + 4].try_into().unwrap());
+    let data_len = number(20) as usize;
+    let data = &bytes[92..92 + data_len];
+    let end = data.iter().position(|byte| *byte == 0).expect("the XML ends with a NUL");
+    assert!(data[end..].iter().all(|byte| *byte == 0), "the padding is not zero");
+    Header {
+        magic: String::from_utf8(bytes[..16].to_vec()).unwrap(),
+        numbers: [number(16), data_len as u32, number(24), number(28), number(32)],
+        unused: bytes[36..92].to_vec(),
+        xml: String::from_utf8(data[..end].to_vec()).unwrap(),
+        padding: data_len - end - 1,
+        stream: bytes[92 + data_len..].to_vec(),
+    }
+}
+
+#[test]
+fn the_header_is_libvirts_byte_for_byte() {
+    for binary in Binary::any() {
+        for (paused, flags) in [(false, INSTANTLY), (false, 0), (true, 0)] {
+            let opened = Opened::start(&machine(binary, 1));
+            if paused {
+                opened.guest.control().execute("stop", serde_json::json!({})).unwrap();
+            }
+            opened.create(&named("s"), flags).unwrap();
+            let path = opened.state_dir().join("s.mem");
+            let header = header(&path);
+            assert_eq!(header.magic, "LibvirtQemudSave");
+            let [version, _, was_running, format, cookie] = header.numbers;
+            assert_eq!((version, was_running, format, cookie), (2, u32::from(!paused), 0, 0));
+            assert_eq!(header.unused, [0; 56]);
+            assert!(
+                header.padding >= 64 << 10,
+                "the XML can grow by {} bytes only",
+                header.padding
+            );
+            assert_eq!(&header.stream[..4], b"QEVM");
+            assert_eq!(
+                header.xml.trim_end(),
+                opened.record("s").domain_xml,
+                "the XML is the recorded one"
+            );
+            assert_eq!(path.metadata().unwrap().mode() & 0o7777, 0o600);
+            // All of it was counted.
+            let size = opened.handle.stats().unwrap().memory_image_bytes;
+            assert_eq!(path.metadata().unwrap().len(), size);
+        }
+    }
+}
+
+#[test]
+fn an_xml_that_was_edited_in_place_is_read_back() {
+    // As `virsh save-image-edit` does it: the header's data_len stays, the XML grows into the
+    // padding.
+    let opened = Opened::start(&machine(&Binary::all()[0], 1));
+    opened.snapshot("s").unwrap();
+    let path = opened.state_dir().join("s.mem");
+    let longer = header(&path)
+        .xml
+        .replace("</domain>", &format!("<!-- {} --></domain>", "x".repeat(60 << 10)));
+    let file = std::fs::OpenOptions::new().write(true).open(&path).unwrap();
+    file.write_all_at(longer.as_bytes(), 92).unwrap();
+    assert_eq!(Image::open(&path).unwrap().domain_xml, longer);
+    opened.bring_back("s");
+}
+
+#[test]
+fn the_image_is_partial_until_all_of_it_is_there() {
+    for binary in Binary::any() {
+        let opened = Opened::start(&machine(binary, 1));
+        let path = opened.state_dir().join("s.mem");
+        let mut seen = Vec::new();
+        let mut observer = At(|phase| {
+            if matches!(phase, Phase::Drain | Phase::Finish) {
+                let magic = std::fs::read(&path).unwrap()[..16].to_vec();
+                let refused = Image::open(&path).expect_err("it is partial");
+                assert_eq!(refused.code, Code::InvalidDomainSnapshot);
+                seen.push((
+                    phase,
+                    String::from_utf8(magic).unwrap(),
+                    path.metadata().unwrap().mode() & 0o7777,
+                ));
+            }
+        });
+        opened.handle.create(&named("s"), INSTANTLY, &mut observer).unwrap();
+        let partial = || "LibvirtQemudPart".to_owned();
+        assert_eq!(seen, [(Phase::Drain, partial(), 0o600), (Phase::Finish, partial(), 0o600)]);
+        assert_eq!(header(&path).magic, "LibvirtQemudSave");
+    }
+}
+
+/// A complete image with a stream that is none, and no QEMU involved.
+fn sample(directory: &Path) -> PathBuf {
+    let path = directory.join("sample.mem");
+    let image = MemoryImage::create(&path, "<domain><name>x</name></domain>", None, true).unwrap();
+    image.file().unwrap().write_all_at(b"QEVM\0\0\0\x03\0", image.stream_offset()).unwrap();
+    image.complete().unwrap();
+    path
+}
+
+fn overwrite(path: &Path, at: u64, bytes: &[u8]) {
+    std::fs::OpenOptions::new().write(true).open(path).unwrap().write_all_at(bytes, at).unwrap();
+}
+
+#[test]
+fn a_damaged_image_is_refused_with_its_name_and_what_is_wrong() {
+    type Damage = fn(&Path);
+    let damages: [(&str, Damage); 11] = [
+        ("incomplete", |path| overwrite(path, 0, b"LibvirtQemudPart")),
+        ("not a memory image", |path| overwrite(path, 0, b"NotLibvirtAtAll!")),
+        ("too short", |path| {
+            std::fs::OpenOptions::new().write(true).open(path).unwrap().set_len(0).unwrap()
+        }),
+        ("too short", |path| {
+            std::fs::OpenOptions::new().write(true).open(path).unwrap().set_len(50).unwrap()
+        }),
+        ("too short", |path| {
+            std::fs::OpenOptions::new().write(true).open(path).unwrap().set_len(92).unwrap()
+        }),
+        ("too short", |path| {
+            std::fs::OpenOptions::new().write(true).open(path).unwrap().set_len(4000).unwrap()
+        }),
+        ("version 3", |path| overwrite(path, 16, &3u32.to_ne_bytes())),
+        ("compressed", |path| overwrite(path, 28, &1u32.to_ne_bytes())),
+        ("damaged header", |path| overwrite(path, 20, &0u32.to_ne_bytes())),
+        ("damaged header", |path| overwrite(path, 20, &u32::MAX.to_ne_bytes())),
+        ("damaged domain XML", |path| overwrite(path, 92, &[0xff])),
+    ];
+    let directory = tempfile::tempdir().unwrap();
+    for (what, damage) in damages {
+        let path = sample(directory.path());
+        assert!(Image::open(&path).is_ok());
+        damage(&path);
+        assert_error(Image::open(&path), Code::InvalidDomainSnapshot, what);
+        assert_error(Image::open(&path), Code::InvalidDomainSnapshot, path.to_str().unwrap());
+        std::fs::remove_file(&path).unwrap();
+    }
+    assert_error(
+        Image::open(&directory.path().join("none")),
+        Code::InvalidDomainSnapshot,
+        "cannot be opened",
+    );
+}
+
+#[test]
+fn load_and_prepare_refuse_a_damaged_image_and_leave_nothing() {
+    let opened = Opened::start(&machine(&Binary::all()[0], 1));
+    opened.snapshot("s").unwrap();
+    let clone = opened.start_clone("s");
+    let path = opened.state_dir().join("s.mem");
+    let files = opened.trace();
+    let whole = std::fs::read(&path).unwrap();
+    let refused = |what: &str| {
+        let path = path.to_str().unwrap();
+        for result in
+            [clone.handle.load("s", 0), prepare_revert(&opened.state_dir(), "s", None).map(drop)]
+        {
+            assert_error(result.clone(), Code::InvalidDomainSnapshot, path);
+            assert_error(result, Code::InvalidDomainSnapshot, what);
+        }
+    };
+    let stream = 92 + u64::from(u32::from_ne_bytes(whole[20..24].try_into().unwrap()));
+    for (at, bytes, what) in [
+        (0, b"LibvirtQemudPart".as_slice(), "incomplete"),
+        (0, b"LibvirtQemudXXXX", "not a memory image"),
+        (28, &2u32.to_ne_bytes(), "compressed"),
+        (stream, b"QEVX", "no stream of QEMU's"),
+        (stream + 4, &9u32.to_be_bytes(), "version 9"),
+    ] {
+        overwrite(&path, at, bytes);
+        refused(what);
+        overwrite(&path, at, &whole[at as usize..][..bytes.len()]);
+    }
+    // QEMU would find out when it has read all that is there.
+    for rest in [stream as usize + 4, whole.len() / 2, whole.len() - 1] {
+        std::fs::OpenOptions::new().write(true).open(&path).unwrap().set_len(rest as u64).unwrap();
+        refused(if rest < stream as usize + 9 { "too short" } else { "cut off" });
+        overwrite(&path, rest as u64, &whole[rest..]);
+    }
+    // So it would find out that its machine is another.
+    let digit = stream + 13 + u64::from(whole[stream as usize + 12]) - 1;
+    overwrite(&path, digit, b"9");
+    for part in ["of a machine of type", "this QEMU has the type", "`-machine"] {
+        assert_error(clone.handle.load("s", 0), Code::ConfigUnsupported, part);
+    }
+    overwrite(&path, digit, &whole[digit as usize..][..1]);
+    common::assert_untouched(&opened, &files);
+    // The QEMU that waits was not given a byte: it can still be used.
+    clone.handle.load("s", 0).unwrap();
+    clone.guest.wait_ticks(3);
+}
+
+#[test]
+fn a_file_that_exists_is_not_touched() {
+    let opened = Opened::start(&machine(&Binary::all()[0], 1));
+    let path = opened.guest.directory().join("somebody's");
+    std::fs::write(&path, "precious").unwrap();
+    let before = opened.trace();
+    let xml = format!(
+        "<domainsnapshot><name>s</name><memory snapshot='external' file=\"{}\"/></domainsnapshot>",
+        path.display()
+    );
+    assert_error(opened.create(&xml, INSTANTLY), Code::ConfigUnsupported, "already exists");
+    assert_eq!(std::fs::read_to_string(&path).unwrap(), "precious");
+    common::assert_untouched(&opened, &before);
+}
+
+#[test]
+fn the_callers_domain_xml_is_in_the_image() {
+    let guest = machine(&Binary::all()[0], 1).start();
+    guest.wait_ticks(2);
+    let file = guest.disks()[0].file.display().to_string();
+    let xml = format!(
+        "<domain type='qemu'>\n  <name>ünï &amp; &lt;co&gt;</name>\n  <!-- theirs -->\n  <devices>\n    <disk type='file' \
+         device='disk'>\n      <driver name='qemu' type='raw'/>\n      <source file='{file}'/>\n      <target \
+         dev='vda'/>\n    </disk>\n  </devices>\n</domain>\n"
+    );
+    let opened = Opened::with_domain(guest, &xml);
+    opened.snapshot("s").unwrap();
+    assert_eq!(header(&opened.state_dir().join("s.mem")).xml.trim_end(), xml.trim_end());
+}
+
+/// What QEMU says of its guest's state at the moment of a background snapshot.
+#[test]
+fn an_image_says_whether_the_guest_ran_when_it_was_taken() {
+    for binary in Binary::any() {
+        for (state, prepare) in [("running", "query-status"), ("paused", "stop")] {
+            let guest = common::machine(binary, 1).start();
+            guest.wait_ticks(2);
+            let stream = guest.directory().join("stream");
+            let mut control = guest.control();
+            let on =
+                json!({ "capabilities": [{ "capability": "background-snapshot", "state": true }] });
+            control.execute("migrate-set-capabilities", on).unwrap();
+            control.execute(prepare, json!({})).unwrap();
+            let to_file = format!("exec:cat >{0}.part && mv {0}.part {0}", stream.display());
+            control.execute("migrate", json!({ "uri": to_file })).unwrap();
+            wait_for(DEADLINE, || stream.exists().then_some(())).expect("QEMU saves its memory");
+            let image =
+                MemoryImage::create(&guest.directory().join("image"), "<domain/>", None, true)
+                    .unwrap();
+            let mut file = image.file().unwrap();
+            file.seek(SeekFrom::Start(image.stream_offset())).unwrap();
+            std::io::copy(&mut File::open(&stream).unwrap(), &mut file).unwrap();
+            assert_eq!(
+                image.state_at_instant().unwrap().as_deref(),
+                Some(state),
+                "QEMU {}",
+                binary.name
+            );
+        }
+    }
+}

@@ -1,0 +1,629 @@
+//! What becomes of a snapshot, and of QEMU, when another client of the same QEMU resets, resumes or
+//! saves the guest meanwhile, or when an earlier snapshot's process and watchdog were killed: by
+//! QMP and by a driver.
+
+use std::collections::BTreeSet;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use common::{At, INSTANTLY, Opened, assert_error, assert_says, machine, named, through_proxy};
+use instantsnap::engine::{Event, Observer, Overlap, Phase, What};
+use instantsnap::error::Code;
+use instantsnap_testkit::{
+    Binary, Client, DEADLINE, Gate, Guest, Machine, test, thorough, wait_for,
+};
+use serde_json::{Map, Value, json};
+
+const LOCK: &str = "instantsnap: a snapshot of this guest is being taken";
+
+fn run(guest: &Guest, command: &str, arguments: Value) -> Value {
+    guest.control().execute(command, arguments).unwrap_or_else(|error| panic!("{command}: {error}"))
+}
+
+fn status(control: &mut Client) -> String {
+    control.execute("query-status", json!({})).unwrap()["status"].as_str().unwrap().to_owned()
+}
+
+/// A machine that a reset does not end.
+fn resettable(binary: &'static Binary, disks: usize) -> Machine {
+    machine(binary, disks).arg("-action").arg("reboot=reset")
+}
+
+/// Another client's reset; QEMU carries it out a moment after it has answered.
+fn reset(guest: &Guest) {
+    let mut control = guest.control();
+    control.execute("system_reset", json!({})).unwrap();
+    let reset = || (status(&mut control) == "prelaunch").then_some(());
+    wait_for(DEADLINE, reset).expect("a guest that is paused is reset");
+}
+
+/// Waits until the guest's migration has this status.
+fn wait_migration(guest: &Guest, status: &str) {
+    // QEMU serves one client a socket at a time.
+    let mut control = guest.control();
+    let is_so =
+        || (control.execute("query-migrate", json!({})).unwrap()["status"] == status).then_some(());
+    wait_for(DEADLINE, is_so).unwrap_or_else(|| panic!("it does not become {status}"));
+}
+
+/// The pipes that its QEMU has open.
+fn pipes(guest: &Guest) -> usize {
+    guest.open_files().get("pipe").copied().unwrap_or_default()
+}
+
+/// Waits until the guest's migration has completed, and QEMU has closed the pipe: with a `migrate`
+/// in between QEMU 7.2 ends.
+fn wait_until_closed(guest: &Guest, others: usize) {
+    wait_migration(guest, "completed");
+    let has_closed = || (pipes(guest) <= others).then_some(());
+    wait_for(DEADLINE, has_closed).expect("QEMU closes the pipe");
+}
+
+fn wait_until_it_sets_up(control: &mut Client) {
+    let sets_up = || {
+        (control.execute("query-migrate", json!({})).unwrap()["status"] == "setup").then_some(())
+    };
+    wait_for(DEADLINE, sets_up).expect("the migration is begun");
+}
+
+/// The guest is stopped first, whatever is known of it.
+fn stop_first(opened: &Opened) {
+    opened.handle.set_overlap(Overlap { tries: 0, aim: None });
+}
+
+#[test]
+fn a_reset_in_the_pause_leaves_the_guest_running() {
+    for binary in Binary::some() {
+        for (flags, at) in [(INSTANTLY, Phase::Switch), (INSTANTLY, Phase::Arm), (0, Phase::Arm)] {
+            eprintln!("{} {flags} {at:?}", binary.name);
+            let opened = Opened::start(&resettable(binary, 2));
+            let mut observer = At(|phase| {
+                if phase == at {
+                    reset(&opened.guest);
+                }
+            });
+            let parts = ["the guest was reset in the pause of its snapshot"];
+            opened.assert_fails_observed(
+                &named("s"),
+                flags,
+                &mut observer,
+                Code::OperationFailed,
+                &parts,
+            );
+            opened.assert_well();
+        }
+    }
+}
+
+/// QEMU ends by abort() where it comes to capture a guest that is `prelaunch`.
+#[test]
+fn a_reset_while_memory_is_touched_leaves_qemu_and_its_guest() {
+    for binary in Binary::some() {
+        for runs in [true, false] {
+            if !runs && binary.version < (10, 0, 0) {
+                continue;
+            }
+            eprintln!("{} {runs}", binary.name);
+            let opened =
+                Opened::start(&resettable(binary, 1).long_setup(Duration::from_millis(500)));
+            stop_first(&opened);
+            if !runs {
+                run(&opened.guest, "stop", json!({}));
+            }
+            let error = std::thread::scope(|scope| {
+                scope.spawn(|| {
+                    let mut control = opened.guest.control();
+                    wait_until_it_sets_up(&mut control);
+                    control.execute("system_reset", json!({})).unwrap();
+                });
+                opened.snapshot("s").expect_err("it was reset")
+            });
+            assert_says(
+                &error,
+                Code::OperationFailed,
+                &["the guest was reset in the pause of its snapshot"],
+            );
+            assert!(!error.message.contains(';'), "nothing is left: {error}");
+            assert_eq!(
+                status(&mut opened.guest.control()),
+                if runs { "running" } else { "paused" }
+            );
+            if !runs {
+                run(&opened.guest, "cont", json!({}));
+            }
+            opened.assert_well();
+        }
+    }
+}
+
+/// Its migration has begun while it ran: QEMU can come to the capture at any time.
+#[test]
+fn a_reset_right_after_the_stop_of_a_guest_that_is_being_migrated_costs_one_try() {
+    for binary in Binary::all().iter().filter(|binary| binary.version >= (10, 0, 0)) {
+        let (opened, proxy) =
+            through_proxy(&resettable(binary, 1).long_setup(Duration::from_millis(1000)));
+        opened.handle.set_overlap(Overlap { tries: 1, aim: Some(Duration::ZERO) });
+        std::thread::scope(|scope| {
+            let stopped = proxy.hold_reply("stop", 1);
+            let guest = &opened.guest;
+            scope.spawn(move || {
+                assert!(stopped.wait_arrived(DEADLINE));
+                let _release = Releases(&stopped);
+                reset(guest);
+            });
+            opened.snapshot("s").unwrap();
+        });
+        let stats = opened.handle.stats().unwrap();
+        assert_eq!((stats.lost, stats.overlapped), (1, false));
+        opened.bring_back("s");
+        // Later, its disks are on their overlays already.
+        let mut observer = At(|phase| {
+            if phase == Phase::Arm {
+                reset(&opened.guest);
+            }
+        });
+        let parts = ["the guest was reset in the pause of its snapshot"];
+        opened.assert_fails_observed(
+            &named("t"),
+            INSTANTLY,
+            &mut observer,
+            Code::OperationFailed,
+            &parts,
+        );
+        opened.assert_well();
+    }
+}
+
+#[test]
+fn a_guest_that_has_stopped_by_itself_is_not_captured() {
+    for binary in Binary::some() {
+        let panics = machine(binary, 1)
+            .arg("-device")
+            .arg("pvpanic,ioport=0x505")
+            .arg("-action")
+            .arg("panic=pause");
+        let opened = Opened::start(&panics);
+        stop_first(&opened);
+        let mut panic = At(|phase| {
+            if phase == Phase::Pause {
+                run(
+                    &opened.guest,
+                    "human-monitor-command",
+                    json!({ "command-line": "o/b 0x505 1" }),
+                );
+            }
+        });
+        let error =
+            opened.handle.create(&named("s"), INSTANTLY, &mut panic).expect_err("it has panicked");
+        assert_says(&error, Code::OperationFailed, &["its state is 'guest-panicked'"]);
+        assert!(!error.message.contains(';'), "nothing is left: {error}");
+        assert_eq!(status(&mut opened.guest.control()), "guest-panicked");
+        run(&opened.guest, "cont", json!({}));
+        opened.assert_well();
+    }
+}
+
+/// Another client's `cont`; the guest writes to its disks, and is stopped again where that is
+/// wanted.
+fn let_it_write(guest: &Guest, stop: bool) {
+    run(guest, "cont", json!({}));
+    guest.wait_ticks(3);
+    if stop {
+        run(guest, "stop", json!({}));
+    }
+}
+
+#[test]
+fn a_guest_that_another_client_lets_write_in_the_pause_is_no_snapshot() {
+    for binary in Binary::some() {
+        let opened = Opened::start(&machine(binary, 2));
+        for (flags, stop, part) in [
+            (INSTANTLY, true, "was written to in the pause"),
+            (INSTANTLY, false, "in the pause"),
+            (0, false, "another client has resumed the guest"),
+        ] {
+            eprintln!("{} {flags} {stop}", binary.name);
+            let mut observer = At(|phase| {
+                if phase == Phase::Arm {
+                    let_it_write(&opened.guest, stop);
+                }
+            });
+            opened.assert_fails_observed(
+                &named("s"),
+                flags,
+                &mut observer,
+                Code::OperationFailed,
+                &[part],
+            );
+        }
+        // Before the disks are switched it does no harm.
+        let mut early = At(|phase| {
+            if phase == Phase::Switch {
+                let_it_write(&opened.guest, true);
+            }
+        });
+        opened.handle.create(&named("early"), INSTANTLY, &mut early).unwrap();
+        opened.bring_back("early");
+    }
+}
+
+/// Opens a gate, also where a test fails.
+struct Releases<'a>(&'a Gate);
+
+impl Drop for Releases<'_> {
+    fn drop(&mut self) {
+        self.0.release();
+    }
+}
+
+/// A plain snapshot's guest is paused until its memory is saved.
+#[test]
+fn a_guest_that_another_client_lets_write_while_it_is_saved_is_no_snapshot() {
+    for binary in Binary::some() {
+        let (opened, proxy) = through_proxy(&machine(binary, 2));
+        for stop in [true, false] {
+            std::thread::scope(|scope| {
+                let begun = proxy.hold_reply("migrate", 1);
+                let guest = &opened.guest;
+                scope.spawn(move || {
+                    assert!(begun.wait_arrived(DEADLINE));
+                    let _release = Releases(&begun);
+                    // QEMU stops a guest that runs when it has saved it, and may be about to.
+                    let _ = guest.control().execute("cont", json!({}));
+                    wait_migration(guest, "completed");
+                    // Refused for a moment longer.
+                    let mut control = guest.control();
+                    let runs = || control.execute("cont", json!({})).ok();
+                    wait_for(DEADLINE, runs).expect("it runs again");
+                    drop(control);
+                    let_it_write(guest, stop);
+                });
+                opened.assert_fails(
+                    &named("s"),
+                    0,
+                    Code::OperationFailed,
+                    &["was written to in the pause"],
+                );
+            });
+        }
+        opened.create(&named("plain"), 0).unwrap();
+        opened.bring_back("plain");
+    }
+}
+
+/// Another client saves the guest at a moment of a snapshot; what it is told.
+struct Save<'a> {
+    guest: &'a Guest,
+    at: What,
+    /// That QEMU has besides the snapshot's.
+    pipes: usize,
+    told: Option<String>,
+}
+
+impl Save<'_> {
+    fn save(&self) -> String {
+        let mut control = self.guest.control();
+        if let Err(error) = control.execute("migrate", json!({ "uri": "exec:cat >/dev/null" })) {
+            return error["desc"].as_str().unwrap().to_owned();
+        }
+        let mut migration = || control.execute("query-migrate", json!({})).unwrap();
+        let ended = || {
+            let migration = migration();
+            let status = migration["status"].as_str().unwrap();
+            ["completed", "failed"].contains(&status).then_some(migration)
+        };
+        wait_for(DEADLINE, ended).expect("it ends").to_string()
+    }
+}
+
+impl Observer for Save<'_> {
+    fn event(&mut self, event: &Event) {
+        if event.what != self.at || self.told.is_some() {
+            return;
+        }
+        if self.at == What::Instant {
+            // Ours has ended, and it is not known here yet.
+            wait_until_closed(self.guest, self.pipes);
+        }
+        self.told = Some(self.save());
+    }
+
+    fn phase(&mut self, phase: Phase) {
+        if phase == Phase::Finish && self.at == What::Complete {
+            self.told = Some(self.save());
+        }
+    }
+}
+
+/// From the pause until the settings are back it would be a background snapshot, and torn with QEMU
+/// before 9.
+#[test]
+fn another_clients_save_is_refused_until_the_settings_are_back() {
+    for binary in Binary::some() {
+        let opened = Opened::start(&machine(binary, 2));
+        // The last stands for the time after QEMU's word on the end of ours.
+        for (n, at) in
+            [What::Paused, What::Switched, What::Instant, What::Complete].into_iter().enumerate()
+        {
+            eprintln!("{} {at:?}", binary.name);
+            let name = format!("s{n}");
+            let pipes = pipes(&opened.guest);
+            let mut save = Save { guest: &opened.guest, at, pipes, told: None };
+            opened.handle.create(&named(&name), INSTANTLY, &mut save).unwrap();
+            let told = save.told.expect("the moment came");
+            assert!(told.contains(LOCK), "{} {at:?}: {told}", binary.name);
+            if at == What::Instant {
+                opened.bring_back(&name);
+            }
+        }
+        opened.guest.wait_ticks(3);
+        let told = Save { guest: &opened.guest, at: What::Paused, pipes: 0, told: None }.save();
+        assert!(told.contains("\"completed\""), "{told}");
+    }
+}
+
+/// One of them comes when QEMU has saved memory, and has not closed the pipe. QEMU 7.2 ends by it.
+#[test]
+fn saves_that_are_tried_again_and_again_are_refused_and_do_the_snapshot_no_harm() {
+    for binary in Binary::all().iter().filter(|binary| binary.version >= (10, 0, 0)) {
+        let opened = Opened::start(&machine(binary, 2));
+        for round in 0..if thorough() { 20 } else { 4 } {
+            let name = format!("s{round}");
+            let unlocked = AtomicBool::new(false);
+            let told = std::thread::scope(|scope| {
+                let save = || {
+                    let mut control = opened.guest.control();
+                    let mut told = BTreeSet::new();
+                    while !unlocked.load(Ordering::Relaxed) {
+                        let save =
+                            control.execute("migrate", json!({ "uri": "exec:cat >/dev/null" }));
+                        // QEMU says of some only later that it has refused them.
+                        told.extend(
+                            save.err().map(|error| error["desc"].as_str().unwrap().to_owned()),
+                        );
+                    }
+                    told
+                };
+                let (mut saves, mut told) = (None, BTreeSet::new());
+                let mut observer = At(|phase| match phase {
+                    Phase::Drain => saves = Some(scope.spawn(save)),
+                    Phase::Finish => {
+                        unlocked.store(true, Ordering::Relaxed);
+                        told = saves.take().expect("memory has drained").join().unwrap();
+                    }
+                    _ => {}
+                });
+                let result = opened.handle.create(&named(&name), INSTANTLY, &mut observer);
+                unlocked.store(true, Ordering::Relaxed);
+                result.unwrap();
+                told
+            });
+            eprintln!("{} {round}: {told:?}", binary.name);
+            opened.guest.wait_ticks(1);
+            opened.bring_back(&name);
+        }
+        opened.assert_well();
+    }
+}
+
+#[test]
+fn the_lock_is_lifted_after_the_capability_is_off() {
+    for binary in Binary::any() {
+        let (opened, proxy) = through_proxy(&machine(binary, 1));
+        std::thread::scope(|scope| {
+            // The lock: noted, set, lifted, set again; then everything is put back.
+            let lifted = proxy.hold("migrate-set-parameters", 5);
+            let guest = &opened.guest;
+            scope.spawn(move || {
+                assert!(lifted.wait_arrived(DEADLINE));
+                let _release = Releases(&lifted);
+                let capabilities = run(guest, "query-migrate-capabilities", json!({}));
+                let on =
+                    |it: &Value| it["capability"] == "background-snapshot" && it["state"] == true;
+                let is_on = capabilities.as_array().unwrap().iter().any(on);
+                assert!(!is_on, "others would be let in while it is on");
+            });
+            opened.snapshot("s").unwrap();
+        });
+        // A restore that fails half way lets no one in.
+        proxy.fail_every("migrate-set-capabilities", "not today");
+        let mut fail = At(|_| ());
+        assert_error(
+            opened.handle.create(&named("t"), INSTANTLY, &mut fail),
+            Code::ArgumentUnsupported,
+            "not today",
+        );
+        proxy.mend("migrate-set-capabilities");
+        opened.assert_well();
+    }
+}
+
+/// Once the settings are back the guest may be another client's, who has saved it, or moved it to
+/// another host where it runs: a snapshot that fails by then must not start it once more, nor
+/// change the settings again.
+#[test]
+fn a_guest_that_another_client_has_moved_before_the_snapshot_fails_is_not_resumed() {
+    for binary in Binary::any() {
+        let (opened, proxy) = through_proxy(&machine(binary, 1));
+        let guest = &opened.guest;
+        let error = std::thread::scope(|scope| {
+            // The last of them puts the settings back.
+            let restored = proxy.hold_reply("migrate-set-parameters", 5);
+            let handle = &opened.handle;
+            scope.spawn(move || {
+                assert!(restored.wait_arrived(DEADLINE));
+                let _release = Releases(&restored);
+                let told = Save { guest, at: What::Paused, pipes: 0, told: None }.save();
+                assert!(told.contains("\"completed\""), "{told}");
+                run(guest, "migrate-set-parameters", json!({ "tls-hostname": "theirs" }));
+                handle.cancel().unwrap();
+            });
+            opened.snapshot("s").unwrap_err()
+        });
+        assert!(error.message.contains("cancelled"), "{}", error.message);
+        assert_eq!(status(&mut guest.control()), "postmigrate", "{}", binary.name);
+        let parameters = run(guest, "query-migrate-parameters", json!({}));
+        assert_eq!(parameters["tls-hostname"], "theirs", "{}", binary.name);
+    }
+}
+
+/// What a snapshot sets in QEMU.
+#[derive(Clone, Debug, Default, PartialEq)]
+struct Settings {
+    capabilities: Value,
+    parameters: Map<String, Value>,
+}
+
+impl Settings {
+    fn of(guest: &Guest) -> Settings {
+        let parameters =
+            run(guest, "query-migrate-parameters", json!({})).as_object().unwrap().clone();
+        Settings { capabilities: run(guest, "query-migrate-capabilities", json!({})), parameters }
+    }
+
+    /// Sets those that differ.
+    fn set(&self, guest: &Guest) {
+        let now = Settings::of(guest);
+        let changed =
+            self.parameters.iter().filter(|(name, value)| now.parameters[*name] != **value);
+        let parameters: Map<_, _> =
+            changed.map(|(name, value)| (name.clone(), value.clone())).collect();
+        run(guest, "migrate-set-capabilities", json!({ "capabilities": self.capabilities }));
+        run(guest, "migrate-set-parameters", Value::Object(parameters));
+    }
+}
+
+/// A snapshot whose process and watchdog were killed leaves its settings in QEMU, and with them
+/// what was there before: the next one puts that back, not what it finds.
+#[test]
+fn what_a_killed_snapshot_has_left_is_not_taken_for_the_users_own() {
+    for binary in Binary::some() {
+        let opened = Opened::start(&machine(binary, 1));
+        let guest = &opened.guest;
+        let own = json!([{ "capability": "xbzrle", "state": true }, { "capability": "release-ram", "state": true }]);
+        run(guest, "migrate-set-capabilities", json!({ "capabilities": own }));
+        run(
+            guest,
+            "migrate-set-parameters",
+            json!({ "tls-hostname": "theirs", "max-bandwidth": 1 << 26 }),
+        );
+        let before = Settings::of(guest);
+        for (n, (flags, at)) in
+            [(INSTANTLY, Phase::Pause), (INSTANTLY, Phase::Drain), (0, Phase::Switch)]
+                .into_iter()
+                .enumerate()
+        {
+            eprintln!("{} {flags} {at:?}", binary.name);
+            let mut left = Settings::default();
+            let mut look = At(|phase| {
+                if phase == at {
+                    left = Settings::of(guest);
+                }
+            });
+            opened.handle.create(&named(&format!("first-{n}")), flags, &mut look).unwrap();
+            assert_eq!(Settings::of(guest), before);
+            assert_ne!(left, before);
+            left.set(guest);
+            assert_eq!(Settings::of(guest), left);
+            // Also where the next one comes to nothing.
+            if n == 0 {
+                let mut cancel = At(|phase| {
+                    if phase == Phase::Plan {
+                        opened.handle.cancel().unwrap();
+                    }
+                });
+                let result = opened.handle.create(&named("s"), INSTANTLY, &mut cancel);
+                assert_error(result, Code::OperationAborted, "cancelled");
+            } else {
+                opened.snapshot(&format!("next-{n}")).unwrap();
+                opened.bring_back(&format!("next-{n}"));
+            }
+            assert_eq!(Settings::of(guest), before);
+        }
+        // By QMP a user may have turned it on, and it stays so.
+        run(
+            guest,
+            "migrate-set-capabilities",
+            json!({ "capabilities": [{ "capability": "xbzrle", "state": false },
+                { "capability": "release-ram", "state": false }, { "capability": "background-snapshot", "state": true }] }),
+        );
+        let before = Settings::of(guest);
+        opened.snapshot("theirs").unwrap();
+        assert_eq!(Settings::of(guest), before);
+    }
+}
+
+/// The same for a migration of another client that has begun when ours has ended: it is not ours to
+/// wait for, or to cancel.
+#[test]
+fn another_clients_migration_is_not_taken_for_the_snapshots_own() {
+    for binary in Binary::some() {
+        let (opened, proxy) = through_proxy(&machine(binary, 1));
+        let guest = &opened.guest;
+        let mut begin = At(|phase| {
+            if phase == Phase::Drain {
+                wait_migration(guest, "completed");
+                // It takes no notice of the lock.
+                run(
+                    guest,
+                    "migrate-set-parameters",
+                    json!({ "tls-creds": "", "max-bandwidth": 1 << 12 }),
+                );
+                let off = json!([{ "capability": "background-snapshot", "state": false }]);
+                run(guest, "migrate-set-capabilities", json!({ "capabilities": off }));
+                run(guest, "migrate", json!({ "uri": "exec:cat >/dev/null" }));
+            }
+        });
+        let error = opened
+            .handle
+            .create(&named("s"), INSTANTLY, &mut begin)
+            .expect_err("not known to be saved");
+        assert_says(&error, Code::OperationFailed, &["another client", "begun a migration"]);
+        let migration = run(guest, "query-migrate", json!({}));
+        assert!(
+            ["setup", "active"].contains(&migration["status"].as_str().unwrap()),
+            "{migration}"
+        );
+        run(guest, "migrate_cancel", json!({}));
+        wait_migration(guest, "cancelled");
+        run(guest, "migrate-set-parameters", json!({ "max-bandwidth": 1 << 27 }));
+        assert!(!proxy.commands().iter().any(|command| command == "migrate_cancel"));
+        opened.assert_well();
+    }
+}
+
+/// In the moment in which the lock is lifted for ours, another client can begin to save the guest:
+/// that is a background snapshot, of which QEMU before 9 resumes the guest as soon as it has armed.
+/// What the guest writes then is not in it.
+#[test]
+fn a_guest_that_another_client_saves_in_the_place_of_the_snapshot_stands_until_that_is_done() {
+    for binary in Binary::some() {
+        let (opened, proxy) = through_proxy(&machine(binary, 2).append("dense=16"));
+        let guest = &opened.guest;
+        stop_first(&opened);
+        let saved = guest.directory().join("saved");
+        let ours = proxy.hold("migrate", 1);
+        let slow =
+            |bytes: u64| run(guest, "migrate-set-parameters", json!({ "max-bandwidth": bytes }));
+        let error = std::thread::scope(|scope| {
+            let snapshot = scope.spawn(|| opened.handle.create(&named("s"), INSTANTLY, &mut ()));
+            assert!(ours.wait_arrived(DEADLINE));
+            run(guest, "migrate", json!({ "uri": format!("exec:cat > {}", saved.display()) }));
+            slow(1 << 20);
+            wait_migration(guest, "active");
+            ours.release();
+            let looks = || {
+                (proxy.commands().iter().filter(|said| *said == "query-migrate").count() > 5)
+                    .then_some(())
+            };
+            wait_for(DEADLINE, looks).expect("the undo waits for the other client");
+            assert_eq!(status(&mut guest.control()), "paused", "{}", binary.name);
+            slow(1 << 27);
+            snapshot.join().unwrap().expect_err("the guest is saved by another client")
+        });
+        assert_says(&error, Code::OperationFailed, &["cannot start saving memory"]);
+        wait_migration(guest, "completed");
+        opened.assert_well();
+        guest.wait_ticks(3);
+    }
+}
