@@ -216,25 +216,15 @@ fn same_pointers() -> bool {
 
 /// Every constant of the header, by its name in C, with the value that Rust has.
 fn constants() -> Vec<(String, i64)> {
-    use flags::{delete, revert};
-
     let errors = error::Code::ALL.iter().map(|&(name, code)| (name.to_string(), code as i64));
-    let create = flags::TABLE.iter().map(|rule| (format!("CREATE_{}", rule.name), rule.bit));
-    let others = [
-        ("REVERT_RUNNING", revert::RUNNING),
-        ("REVERT_PAUSED", revert::PAUSED),
-        ("REVERT_FORCE", revert::FORCE),
-        ("REVERT_RESET_NVRAM", revert::RESET_NVRAM),
-        ("DELETE_CHILDREN", delete::CHILDREN),
-        ("DELETE_METADATA_ONLY", delete::METADATA_ONLY),
-        ("DELETE_CHILDREN_ONLY", delete::CHILDREN_ONLY),
-    ];
-    let flags = create.chain(others.map(|(name, bit)| (name.to_string(), bit)));
+    let flags = flags::TABLES
+        .iter()
+        .flat_map(|table| table.rules.iter().map(|rule| (table.name(rule), i64::from(rule.bit))));
     let own = abi::CONSTANTS.iter().map(|&(name, value)| (name.to_string(), i64::from(value)));
     [("VIR_ERR_OK".to_string(), 0), ("VIR_FROM_QEMU".to_string(), i64::from(error::DOMAIN))]
         .into_iter()
         .chain(errors)
         .chain(own)
-        .chain(flags.map(|(name, bit)| (format!("VIR_DOMAIN_SNAPSHOT_{name}"), i64::from(bit))))
+        .chain(flags)
         .collect()
 }

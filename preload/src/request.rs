@@ -4,6 +4,7 @@ use std::ffi::c_uint;
 
 use crate::environment;
 use crate::libvirt::{Domain, Libvirt, Snapshot};
+use crate::model::flags;
 use crate::pointers::Text;
 use crate::{upgrade, xml};
 
@@ -12,9 +13,9 @@ pub fn is_to_be_upgraded(
     libvirt: &Libvirt,
     domain: Option<&Domain>,
     xml: Text,
-    flags: c_uint,
+    bits: c_uint,
 ) -> bool {
-    if !upgrade::is_live(flags) || !environment::upgrade_live() {
+    if !flags::is_only_live(bits) || !environment::upgrade_live() {
         return false;
     }
     let (Some(domain), Some(xml)) = (domain, xml.get()) else { return false };

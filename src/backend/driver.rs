@@ -14,12 +14,12 @@ use serde_json::json;
 use super::exclusive::Exclusive;
 use super::guest::{Catalog, Connector, Guest, Liveness, Reserved, check_version};
 use super::qmp::{
-    BUILT_FLAGS, Channel, MonitorGuest, Overlay, Recovery, Switch, delete, hold_qemu, switch,
+    Channel, MonitorGuest, Overlay, Recovery, SUPPORTED_FLAGS, Switch, delete, hold_qemu, switch,
 };
 use crate::deadline::Deadline;
 use crate::error::{Code, Error, Result, fail};
 use crate::model::domain::Domain;
-use crate::model::flags::delete::METADATA_ONLY;
+use crate::model::flags::{CreateFlags, DeleteFlags};
 use crate::model::{Record, Store, check_name, generated_names};
 use crate::monitor::json::{Json, parse};
 use crate::monitor::{Command, Event, Execute, Failure, Monitor, Peer, read_reply};
@@ -121,8 +121,8 @@ impl DriverConnector {
 }
 
 impl Connector for DriverConnector {
-    fn built_flags(&self) -> u32 {
-        BUILT_FLAGS
+    fn supported_flags(&self) -> CreateFlags {
+        SUPPORTED_FLAGS
     }
 
     fn catalog(&self) -> &dyn Catalog {
@@ -203,10 +203,10 @@ impl Connector for DriverConnector {
         Ok(Box::new(MonitorGuest::new(channel, Some(domain), self.store.as_ref(), exclusive)))
     }
 
-    fn delete(&self, name: &str, flags: u32) -> Result<()> {
+    fn delete(&self, name: &str, flags: DeleteFlags) -> Result<()> {
         match &self.store {
             Some(store) => delete(self, store, name, flags),
-            None if flags == METADATA_ONLY => self.forget(name),
+            None if flags == DeleteFlags::METADATA_ONLY => self.forget(name),
             None => fail!(
                 OperationUnsupported,
                 "a snapshot that the driver has recorded itself is deleted with just \

@@ -8,7 +8,7 @@ use serde_json::Value;
 
 use crate::deadline::Deadline;
 use crate::error::{Result, fail};
-use crate::model::flags::Flags;
+use crate::model::flags::{CreateFlags, DeleteFlags};
 use crate::model::{DiskPlan, Drive, Record, Reservation, Store};
 use crate::monitor::Execute;
 use crate::monitor::commands::Status;
@@ -24,8 +24,8 @@ const OLDEST: (u64, u64) = (6, 0);
 
 /// A guest that was opened.
 pub trait Connector: Send + Sync {
-    /// The flags that this way in has built.
-    fn built_flags(&self) -> u32;
+    /// The flags that this backend supports.
+    fn supported_flags(&self) -> CreateFlags;
 
     /// Its snapshots' metadata.
     fn catalog(&self) -> &dyn Catalog;
@@ -39,7 +39,7 @@ pub trait Connector: Send + Sync {
 
     /// A snapshot without INSTANT, or of a guest that does not run, where that is somebody else's
     /// affair; its name.
-    fn delegate(&self, _xml: &str, _flags: u32) -> Option<Result<String>> {
+    fn delegate(&self, _xml: &str, _flags: CreateFlags) -> Option<Result<String>> {
         None
     }
 
@@ -47,7 +47,7 @@ pub trait Connector: Send + Sync {
     fn begin(&self) -> Result<Box<dyn Guest + '_>>;
 
     /// Deletes a snapshot, its files included unless the flags say otherwise.
-    fn delete(&self, name: &str, flags: u32) -> Result<()>;
+    fn delete(&self, name: &str, flags: DeleteFlags) -> Result<()>;
 }
 
 /// The metadata of a guest's snapshots.
@@ -221,7 +221,7 @@ pub trait Guest: Execute {
 
     /// Takes the order: a snapshot of this name, by these flags. An error where this guest cannot
     /// have it.
-    fn accept(&mut self, _name: &str, _flags: Flags) -> Result<()> {
+    fn accept(&mut self, _name: &str, _flags: CreateFlags) -> Result<()> {
         Ok(())
     }
 

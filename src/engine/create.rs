@@ -28,7 +28,7 @@ use crate::backend::{
 use crate::deadline::Deadline;
 use crate::error::{Error, Result, fail};
 use crate::image::MemoryImage;
-use crate::model::flags::{self, Flags};
+use crate::model::flags::CreateFlags;
 use crate::model::{
     Frozen, MemoryRequest, Plan, Record, RecordedDisk, RecordedManual, RecordedNvram, Request,
     State, plan, validate,
@@ -41,7 +41,7 @@ use crate::sys;
 struct Task<'a> {
     reserved: &'a Reserved,
     description: Option<String>,
-    flags: Flags,
+    flags: CreateFlags,
     /// The guest runs, and is to run again.
     running: bool,
     /// QEMU's word for the state in which it is to be saved.
@@ -95,21 +95,19 @@ impl Created {
 pub fn create(
     connector: &dyn Connector,
     xml: &str,
-    flags: u32,
+    flags: CreateFlags,
     options: Options,
     cancel: &Cancel,
     clock: &mut Clock,
 ) -> Result<Created> {
-    let bits = flags;
-    let flags = Flags::check(flags)?;
     cancel.check()?;
-    if !flags.has(flags::INSTANT)
-        && let Some(delegated) = connector.delegate(xml, bits)
+    if !flags.is_instant()
+        && let Some(delegated) = connector.delegate(xml, flags)
     {
         return delegated.map(Created::by_another);
     }
-    flags.require_built(connector.built_flags())?;
-    if flags.has(flags::VALIDATE) {
+    flags.require_supported(connector.supported_flags())?;
+    if flags.validates() {
         validate(xml)?;
     }
     let request = Request::parse(xml)?;
@@ -119,11 +117,11 @@ pub fn create(
     let guest = &mut *guest;
     let state = check_state(guest)?;
     let running = state == GuestState::Running;
-    if !running && let Some(delegated) = connector.delegate(xml, bits) {
+    if !running && let Some(delegated) = connector.delegate(xml, flags) {
         return delegated.map(Created::by_another);
     }
     guest.accept(&reserved.name, flags)?;
-    let mode = match (flags.has(flags::INSTANT), state) {
+    let mode = match (flags.is_instant(), state) {
         (true, GuestState::Running) => Mode::Background,
         // It must stay paused, and not every QEMU leaves it so.
         (true, GuestState::Paused) if guest.background_keeps_paused() => Mode::Background,
@@ -131,7 +129,7 @@ pub fn create(
         _ => Mode::Paused,
     };
     let settings = Settings::read(guest)?;
-    if flags.has(flags::INSTANT) {
+    if flags.is_instant() {
         settings.require_background()?;
     }
     if mode == Mode::Background && running {
@@ -145,7 +143,7 @@ pub fn create(
     let devices = Devices::read(guest)?;
     let drives = guest.drives()?;
     let about = guest.describe(&drives)?;
-    let plan = plan(drives, &request, &reserved.name, flags.has(flags::REUSE_EXT))?;
+    let plan = plan(drives, &request, &reserved.name, flags.reuses_overlays())?;
     guest.check_images_are_named(&plan.disks)?;
     guest.check_not_busy(&plan.disks)?;
     let memory_file = match (request.memory, &reserved.memory_file) {
@@ -193,7 +191,7 @@ pub fn create(
             return Err(made.undo(guest, error, clock));
         }
     };
-    if flags.has(flags::HALT) {
+    if flags.halts() {
         guest
             .halt()
             .map_err(|error| error.and(format!("the snapshot '{}' is complete", record.name)))?;
@@ -201,15 +199,15 @@ pub fn create(
     Ok(Created {
         name: record.name.clone(),
         record: Some(record),
-        recorded: !flags.has(flags::NO_METADATA),
+        recorded: flags.keeps_metadata(),
     })
 }
 
-fn check_memory_request(flags: Flags, request: &Request) -> Result<()> {
+fn check_memory_request(flags: CreateFlags, request: &Request) -> Result<()> {
     if request.memory != MemoryRequest::No {
         return Ok(());
     }
-    if flags.has(flags::LIVE) {
+    if flags.is_live() {
         fail!(
             OperationUnsupported,
             "live snapshot creation is supported only with external memory: use <memory \
@@ -292,7 +290,7 @@ fn check_runs_on(guest: &mut dyn Guest) -> Result<()> {
 fn check_storage_hook(
     guest: &dyn Guest,
     plan: &Plan,
-    flags: Flags,
+    flags: CreateFlags,
     options: &Options,
 ) -> Result<()> {
     let Some(disk) = plan.manual.first() else { return Ok(()) };
@@ -305,7 +303,7 @@ fn check_storage_hook(
              to leave the disk out"
         );
     }
-    if !flags.has(flags::NO_METADATA) && !guest.records_manual_disks() {
+    if flags.keeps_metadata() && !guest.records_manual_disks() {
         fail!(
             OperationUnsupported,
             "a snapshot with memory and with snapshot='manual' of disk '{name}' is not recorded in \
@@ -445,7 +443,7 @@ impl Task<'_> {
             self.learn(&guest.identity(), clock, begun);
         }
         let record = self.record(instant, made)?;
-        if !self.flags.has(flags::NO_METADATA) {
+        if self.flags.keeps_metadata() {
             made.registered = true;
             guest.register(&record)?;
         }
@@ -481,11 +479,11 @@ impl Task<'_> {
             made.copies.iter().try_for_each(nvram::Copy::remove)?;
         }
         made.watchdog.enter(Stage::Committing);
-        let record = match self.flags.has(flags::NO_METADATA) {
-            true => record,
-            false => guest
+        let record = match self.flags.keeps_metadata() {
+            true => guest
                 .commit(self.reserved, record)
                 .inspect_err(|_| made.watchdog.enter(Stage::Finishing))?,
+            false => record,
         };
         made.watchdog.dismiss();
         Ok(record)
@@ -562,9 +560,7 @@ impl Task<'_> {
         let task = watchdog::Task {
             held: &guest.held(),
             reservation: self.reserved.held(),
-            record: guest
-                .record_file(&self.reserved.name)
-                .filter(|_| !self.flags.has(flags::NO_METADATA)),
+            record: guest.record_file(&self.reserved.name).filter(|_| self.flags.keeps_metadata()),
             pipe: stream.pipe(),
             restore: &restore,
             files: &files,

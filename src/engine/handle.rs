@@ -15,7 +15,7 @@ use crate::backend::driver::Driver;
 use crate::backend::{Catalog, Connector, DriverConnector, LibvirtConnector, QmpConnector};
 use crate::error::{Result, fail};
 use crate::model::Store;
-use crate::model::flags::delete;
+use crate::model::flags::{CreateFlags, DeleteFlags, Given, RevertFlags};
 use crate::sys::lock;
 
 /// A guest that was opened.
@@ -61,10 +61,15 @@ impl Handle {
     }
 
     /// Takes a snapshot; returns its name when it is complete, and recorded unless the flags say
-    /// otherwise.
-    pub fn create(&self, xml: &str, flags: u32, observer: &mut dyn Observer) -> Result<String> {
+    /// otherwise. Of flags that break a rule the observer is told as of any other failure.
+    pub fn create(
+        &self,
+        xml: &str,
+        flags: impl Given<CreateFlags>,
+        observer: &mut dyn Observer,
+    ) -> Result<String> {
         let operation = Operation::begin(&self.opened)?;
-        let Taken { result, last, .. } = operation.take(xml, flags, observer);
+        let Taken { result, last, .. } = operation.take(xml, flags.parsed(), observer);
         drop(operation);
         observer.event(&last);
         result.map(|created| created.name)
@@ -74,11 +79,11 @@ impl Handle {
     pub fn start(
         &self,
         xml: &str,
-        flags: u32,
+        flags: impl Given<CreateFlags>,
         listener: Box<dyn Observer + Send>,
         returns: Returns,
     ) -> Result<Job> {
-        Job::start(Operation::begin(&self.opened)?, xml, flags, listener, returns)
+        Job::start(Operation::begin(&self.opened)?, xml, flags.parsed(), listener, returns)
     }
 
     /// Cancels the snapshot that is being taken.
@@ -94,8 +99,8 @@ impl Handle {
     }
 
     /// Feeds a snapshot's memory to a QEMU that waits for it.
-    pub fn load(&self, name: &str, flags: u32) -> Result<()> {
-        load::load(&*self.opened.connector, name, flags)
+    pub fn load(&self, name: &str, flags: impl Given<RevertFlags>) -> Result<()> {
+        load::load(&*self.opened.connector, name, flags.parsed()?)
     }
 
     /// Brings a snapshot back: `restart` ends QEMU, and starts one that waits for the snapshot, on
@@ -103,9 +108,10 @@ impl Handle {
     pub fn revert(
         &self,
         name: &str,
-        flags: u32,
+        flags: impl Given<RevertFlags>,
         restart: impl FnOnce(&RevertPlan) -> Result<()>,
     ) -> Result<()> {
+        let flags = flags.parsed()?;
         load::check_flags(flags)?;
         let Some(store) = self.store() else {
             fail!(
@@ -121,8 +127,8 @@ impl Handle {
     }
 
     /// Deletes a snapshot, with its files unless the flags say otherwise.
-    pub fn delete(&self, name: &str, flags: u32) -> Result<()> {
-        delete::check(flags)?;
+    pub fn delete(&self, name: &str, flags: impl Given<DeleteFlags>) -> Result<()> {
+        let flags = flags.parsed()?;
         let left = self.left_to_storage(name, flags)?;
         self.opened.connector.delete(name, flags)?;
         // Last: until then the deletion can fail, and be done again.
@@ -136,9 +142,9 @@ impl Handle {
     fn left_to_storage(
         &self,
         name: &str,
-        flags: u32,
+        flags: DeleteFlags,
     ) -> Result<Option<(Arc<dyn StorageHook>, StorageCall)>> {
-        let files_stay = flags & (delete::METADATA_ONLY | delete::CHILDREN_ONLY) != 0;
+        let files_stay = flags.is_metadata_only() || flags.is_children_only();
         let Some(store) = self.store().filter(|_| !files_stay) else { return Ok(None) };
         let call = StorageCall::of(&store.read_to_use(name)?);
         if call.disks.is_empty() {

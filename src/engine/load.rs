@@ -11,13 +11,13 @@ use crate::backend::{Connector, DEFAULT_TIMEOUT, Guest, Liveness};
 use crate::deadline::Deadline;
 use crate::error::{Code, Error, Result, fail};
 use crate::image::{self, Feed, Image};
-use crate::model::flags::revert;
+use crate::model::flags::RevertFlags;
 use crate::model::{Drive, Record, RecordedDisk, Role};
 use crate::monitor::{Command, Failure, commands};
 use crate::sys;
 
 /// Loads a snapshot.
-pub fn load(connector: &dyn Connector, name: &str, flags: u32) -> Result<()> {
+pub fn load(connector: &dyn Connector, name: &str, flags: RevertFlags) -> Result<()> {
     check_flags(flags)?;
     let Some(store) = connector.store() else {
         fail!(
@@ -27,11 +27,7 @@ pub fn load(connector: &dyn Connector, name: &str, flags: u32) -> Result<()> {
     };
     let record = store.read_to_use(name)?;
     let image = Image::open(Path::new(&record.memory_file))?;
-    let running = match flags {
-        _ if flags & revert::RUNNING != 0 => true,
-        _ if flags & revert::PAUSED != 0 => false,
-        _ => image.was_running,
-    };
+    let running = flags.runs().unwrap_or(image.was_running);
     let mut guest = connector.begin()?;
     let guest = &mut *guest;
     let status = guest.status()?.status;
@@ -72,9 +68,8 @@ pub fn load(connector: &dyn Connector, name: &str, flags: u32) -> Result<()> {
 }
 
 /// Refuses what cannot be had.
-pub fn check_flags(flags: u32) -> Result<()> {
-    revert::check(flags)?;
-    if flags & revert::RESET_NVRAM != 0 {
+pub fn check_flags(flags: RevertFlags) -> Result<()> {
+    if flags.resets_nvram() {
         fail!(
             OperationUnsupported,
             "flag 'VIR_DOMAIN_SNAPSHOT_REVERT_RESET_NVRAM' is not supported for this guest yet"
@@ -84,8 +79,8 @@ pub fn check_flags(flags: u32) -> Result<()> {
 }
 
 /// Images that were written or replaced since the snapshot are refused, unless the caller insists.
-pub fn check_frozen(record: &Record, flags: u32) -> Result<()> {
-    if flags & revert::FORCE != 0 {
+pub fn check_frozen(record: &Record, flags: RevertFlags) -> Result<()> {
+    if flags.is_forced() {
         return Ok(());
     }
     let frozen = |disk: &RecordedDisk| {

@@ -9,6 +9,7 @@ use super::event::Event;
 use super::options::Options;
 use crate::backend::{Catalog, Connector};
 use crate::error::{Result, fail};
+use crate::model::flags::CreateFlags;
 use crate::sys::lock;
 
 /// What a handle stands for. Its operation has it too, and can outlive the handle.
@@ -72,12 +73,20 @@ impl Operation {
         self.opened.connector.catalog()
     }
 
-    /// Takes the snapshot.
-    pub fn take(&self, xml: &str, flags: u32, observer: &mut dyn Observer) -> Taken {
+    /// Takes the snapshot. Flags that break a rule make it one that fails, of which the observer is
+    /// told as of any other.
+    pub fn take(
+        &self,
+        xml: &str,
+        flags: Result<CreateFlags>,
+        observer: &mut dyn Observer,
+    ) -> Taken {
         let mut clock = Clock::start(observer);
         let options = lock(&self.opened.options).clone();
-        let result =
-            create::create(&*self.opened.connector, xml, flags, options, &self.cancel, &mut clock);
+        let result = flags.and_then(|flags| {
+            let connector = &*self.opened.connector;
+            create::create(connector, xml, flags, options, &self.cancel, &mut clock)
+        });
         let (last, stats) = clock.stop(&result);
         *lock(&self.opened.last) = Some(stats.clone());
         Taken { result, last, stats }

@@ -13,7 +13,7 @@ use crate::engine::Handle;
 use crate::error::{Error, Result, fail};
 use crate::libvirt::table::{self, virDomain, virDomainSnapshot};
 use crate::libvirt::{self, Domain, Snapshot, VirError};
-use crate::model::flags;
+use crate::model::flags::{self, CreateFlags, DeleteFlags, RevertFlags};
 use crate::pointers::Text;
 
 /// Runs a body that needs libvirt. What libvirt has said on the way is no error of one that
@@ -58,10 +58,10 @@ pub fn create(domain: Option<&virDomain>, xml: Text, bits: c_uint) -> *mut virDo
         return boundary(last_error::set, || pass_through(domain, xml, bits));
     }
     let take = |table| {
-        flags::Flags::check(bits)?;
+        let flags = CreateFlags::parse(bits)?;
         let (domain, xml) = (share_domain(table, domain)?, xml.required("xmlDesc")?);
         let connector = LibvirtConnector::open(domain.clone())?;
-        Ok(take(&domain, connector, xml, bits)?.into_raw())
+        Ok(take(&domain, connector, xml, flags)?.into_raw())
     };
     boundary(tell, || attempt(take))
 }
@@ -71,10 +71,10 @@ pub fn take(
     domain: &Domain,
     connector: LibvirtConnector,
     xml: &str,
-    bits: c_uint,
+    flags: CreateFlags,
 ) -> Result<Snapshot> {
     let connector = Arc::new(connector);
-    let name = Handle::open_libvirt(Arc::clone(&connector)).create(xml, bits, &mut ())?;
+    let name = Handle::open_libvirt(Arc::clone(&connector)).create(xml, Ok(flags), &mut ())?;
     match connector.taken() {
         Some(snapshot) => Ok(snapshot),
         // Of memory alone, and not recorded: libvirt has had no part in it.
@@ -99,16 +99,16 @@ fn pass_through(
 /// `qemuSnapshotRevert` with `vm` NULL.
 pub fn revert(snapshot: Option<&virDomainSnapshot>, bits: c_uint) -> Result<c_int> {
     attempt(|table| {
-        flags::revert::check(bits)?;
-        guest::revert(&share_snapshot(table, snapshot)?, bits).map(|()| 0)
+        let flags = RevertFlags::parse(bits)?;
+        guest::revert(&share_snapshot(table, snapshot)?, flags).map(|()| 0)
     })
 }
 
 /// `qemuSnapshotDelete` with `vm` NULL.
 pub fn delete(snapshot: Option<&virDomainSnapshot>, bits: c_uint) -> Result<c_int> {
     attempt(|table| {
-        flags::delete::check(bits)?;
-        guest::delete(&share_snapshot(table, snapshot)?, bits).map(|()| 0)
+        let flags = DeleteFlags::parse(bits)?;
+        guest::delete(&share_snapshot(table, snapshot)?, flags).map(|()| 0)
     })
 }
 

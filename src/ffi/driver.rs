@@ -22,7 +22,7 @@ use crate::boundary::{Returned, boundary};
 use crate::engine::{Handle, StorageHook};
 use crate::error::{Code, DOMAIN, Error, Result, fail};
 use crate::libvirt::table::{virDomain, virDomainSnapshot};
-use crate::model::flags;
+use crate::model::flags::{CreateFlags, DeleteFlags, RevertFlags};
 use crate::monitor::{Event, Events, json};
 use crate::pointers::{In, Malloced, Text};
 use crate::sys::lock;
@@ -438,7 +438,8 @@ pub fn create(
     bits: c_uint,
 ) -> *mut virDomainSnapshot {
     enter(called, |driver, handle| {
-        let name = c_string(handle.create(xml.required("xmlDesc")?, bits, &mut ())?)?;
+        let flags = CreateFlags::parse(bits);
+        let name = c_string(handle.create(xml.required("xmlDesc")?, flags, &mut ())?)?;
         let Some(make_snapshot) = driver.ops.make_snapshot else {
             return Ok(SNAPSHOTS.add(Snapshot { name }));
         };
@@ -457,7 +458,7 @@ pub fn create(
 /// `qemuSnapshotRevert` of a registered driver.
 pub fn revert(called: Called, snapshot: *mut virDomainSnapshot, bits: c_uint) -> c_int {
     enter(called, |driver, handle| {
-        flags::revert::check(bits)?;
+        let flags = RevertFlags::parse(bits)?;
         let Some(restart) = driver.ops.restart else {
             fail!(
                 OperationUnsupported,
@@ -465,7 +466,7 @@ pub fn revert(called: Called, snapshot: *mut virDomainSnapshot, bits: c_uint) ->
             );
         };
         let name = name_of(driver, snapshot)?;
-        handle.revert(&name, bits, |plan| {
+        handle.revert(&name, flags, |plan| {
             let plan = native::Borrowed::plan(plan)?;
             let restarted = driver.check(callback!(restart, plan.handle()));
             restarted.map_err(|reason| {
@@ -482,9 +483,9 @@ pub fn revert(called: Called, snapshot: *mut virDomainSnapshot, bits: c_uint) ->
 /// `qemuSnapshotDelete` of a registered driver.
 pub fn delete(called: Called, snapshot: *mut virDomainSnapshot, bits: c_uint) -> c_int {
     enter(called, |driver, handle| {
-        flags::delete::check(bits)?;
+        let flags = DeleteFlags::parse(bits)?;
         let name = name_of(driver, snapshot)?;
-        handle.delete(&name, bits).map(|()| 0)
+        handle.delete(&name, flags).map(|()| 0)
     })
 }
 

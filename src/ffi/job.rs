@@ -13,6 +13,7 @@ use super::{Registry, abi, c_string, last_error};
 use crate::boundary::boundary;
 use crate::engine::{Event, Job, Observer, Phase, Returns, What};
 use crate::error::{Result, fail};
+use crate::model::flags::CreateFlags;
 use crate::pointers::{Fill, In, Out, Text};
 
 static JOBS: Registry<Owned> = Registry::new("job");
@@ -128,7 +129,7 @@ pub extern "C" fn instantsnap_snapshot_create(
             // Nobody is told, so QEMU need not be asked.
             listener.interval = None;
         }
-        let created = c_string(guest.create(xml, flags, &mut listener)?)?;
+        let created = c_string(guest.create(xml, CreateFlags::parse(flags), &mut listener)?)?;
         name.put(|| created.into_raw());
         Ok(0)
     })
@@ -149,6 +150,7 @@ pub extern "C" fn instantsnap_snapshot_create_start(
             0 => Returns::AtInstant,
             _ => Returns::AtOnce,
         };
+        let flags = CreateFlags::parse(flags);
         Ok(add(guest.start(xml, flags, Box::new(options.listener), returns)?))
     })
 }

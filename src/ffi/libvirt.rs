@@ -13,6 +13,7 @@ use super::{client, driver, inside, last_error};
 use crate::boundary::boundary;
 use crate::error::{Result, fail};
 use crate::libvirt::table::{virDomain, virDomainSnapshot};
+use crate::model::flags::{DeleteFlags, RevertFlags};
 use crate::pointers::Text;
 use crate::symbols::{Library, symbols};
 
@@ -77,7 +78,8 @@ pub unsafe extern "C" fn qemuSnapshotRevert(
         check_vm(vm)?;
         let snapshot = SNAPSHOTS.get(snapshot.cast::<instantsnap_snapshot>())?;
         let name = Text::from(&snapshot.name).required("snapshot")?;
-        GUESTS.get(vm.cast::<instantsnap_guest>())?.load(name, flags).map(|()| 0)
+        let guest = GUESTS.get(vm.cast::<instantsnap_guest>())?;
+        guest.load(name, RevertFlags::parse(flags)?).map(|()| 0)
     })
 }
 
@@ -106,7 +108,8 @@ pub unsafe extern "C" fn qemuSnapshotDelete(
         check_vm(vm)?;
         let guest = GUESTS.get(vm.cast::<instantsnap_guest>())?;
         let snapshot = SNAPSHOTS.get(snapshot.cast::<instantsnap_snapshot>())?;
-        guest.delete(Text::from(&snapshot.name).required("snapshot")?, flags).map(|()| 0)
+        let name = Text::from(&snapshot.name).required("snapshot")?;
+        guest.delete(name, DeleteFlags::parse(flags)?).map(|()| 0)
     })
 }
 

@@ -10,6 +10,7 @@ use super::{Registry, abi, c_string, last_error};
 use crate::boundary::boundary;
 use crate::engine::{self, Handle, Overlap, Phase, RevertPlan, Stats};
 use crate::error::{Result, fail};
+use crate::model::flags::{CreateFlags, DeleteFlags, RevertFlags};
 use crate::pointers::{Fill, Out, Text};
 
 pub(super) static GUESTS: Registry<Handle> = Registry::new("guest");
@@ -176,7 +177,7 @@ pub extern "C" fn instantsnap_snapshot_create_xml(
 /// Takes a snapshot; returns its name.
 pub(super) fn create(guest: *mut instantsnap_guest, xml: Text, flags: c_uint) -> Result<CString> {
     let guest = GUESTS.get(guest)?;
-    c_string(guest.create(xml.required("xml")?, flags, &mut ())?)
+    c_string(guest.create(xml.required("xml")?, CreateFlags::parse(flags), &mut ())?)
 }
 
 /// `instantsnap_snapshot_cancel`.
@@ -404,7 +405,7 @@ pub extern "C" fn instantsnap_snapshot_load(
     boundary(last_error::set, || {
         let guest = GUESTS.get(guest)?;
         let name = name.required("name")?;
-        guest.load(name, flags).map(|()| 0)
+        guest.load(name, RevertFlags::parse(flags)?).map(|()| 0)
     })
 }
 
@@ -418,7 +419,7 @@ pub extern "C" fn instantsnap_snapshot_delete(
     boundary(last_error::set, || {
         let guest = GUESTS.get(guest)?;
         let name = name.required("name")?;
-        guest.delete(name, flags).map(|()| 0)
+        guest.delete(name, DeleteFlags::parse(flags)?).map(|()| 0)
     })
 }
 

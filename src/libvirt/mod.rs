@@ -20,6 +20,7 @@ use table::{
 };
 
 use crate::error::{Code, Result};
+use crate::model::flags::{CURRENT, REDEFINE};
 use crate::pointers::{Malloced, Text};
 
 /// What calls of libvirt return.
@@ -502,6 +503,11 @@ impl Domain {
                 flags as c_uint,
             ),
         )
+    }
+
+    /// Changes the record of a snapshot, or restores it, and makes it the current one if so.
+    pub fn redefine_snapshot(&self, xml: &str, current: bool) -> VirResult<Snapshot> {
+        self.create_snapshot(xml, if current { REDEFINE | CURRENT } else { REDEFINE })
     }
 
     /// An object for a snapshot of this name, of which libvirt need not know.

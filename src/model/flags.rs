@@ -1,7 +1,13 @@
-//! The flags of a snapshot and their rules, as one table.
+//! The flags of a snapshot and their rules, each kind as one table.
+//!
+//! In C flags are a number. `ffi/` and `preload/` parse it where it arrives, and everything below
+//! them takes [`CreateFlags`], [`RevertFlags`] and [`DeleteFlags`], which break no rule. So flags as
+//! a bare number appear in `ffi/`, in `preload/` and, because libvirt's functions take numbers, in
+//! `libvirt/`, and nowhere else.
 //!
 //! Codes and wording follow libvirt: the rules of its public API, then its driver's, then those of
-//! INSTANT. What a way in has not built is its own affair ([`Flags::require_built`]).
+//! INSTANT. Which flags a backend supports the backend says itself
+//! ([`CreateFlags::require_supported`]).
 
 use crate::error::{Code, Error, Result};
 
@@ -28,10 +34,32 @@ pub const VALIDATE: u32 = 1 << 9;
 /// The snapshot is of the moment of the call; the guest runs on while its memory is written.
 pub const INSTANT: u32 = 1 << 10;
 
+/// The numbers of [`RevertFlags`].
+pub mod revert {
+    /// Run after revert.
+    pub const RUNNING: u32 = 1 << 0;
+    /// Paused after revert.
+    pub const PAUSED: u32 = 1 << 1;
+    /// Allow risky reverts.
+    pub const FORCE: u32 = 1 << 2;
+    /// UEFI variables from their template.
+    pub const RESET_NVRAM: u32 = 1 << 3;
+}
+
+/// The numbers of [`DeleteFlags`].
+pub mod delete {
+    /// Also delete children.
+    pub const CHILDREN: u32 = 1 << 0;
+    /// Delete just metadata.
+    pub const METADATA_ONLY: u32 = 1 << 1;
+    /// Delete just children.
+    pub const CHILDREN_ONLY: u32 = 1 << 2;
+}
+
 /// One flag: its name in C, its bit, what it needs and what it excludes.
-#[derive(Debug)]
+#[derive(Clone, Copy, Debug)]
 pub struct Rule {
-    /// The name in C, less `VIR_DOMAIN_SNAPSHOT_CREATE_`.
+    /// The name in C, less the table's prefix.
     pub name: &'static str,
     /// Its bit.
     pub bit: u32,
@@ -45,124 +73,160 @@ const fn rule(name: &'static str, bit: u32, requires: u32, excludes: u32) -> Rul
     Rule { name, bit, requires, excludes }
 }
 
-/// Every flag with its rules.
-pub const TABLE: [Rule; 11] = [
-    rule("REDEFINE", REDEFINE, 0, NO_METADATA | HALT | LIVE | INSTANT),
-    rule("CURRENT", CURRENT, REDEFINE, 0),
-    rule("NO_METADATA", NO_METADATA, 0, 0),
-    rule("HALT", HALT, 0, 0),
-    rule("DISK_ONLY", DISK_ONLY, 0, INSTANT),
-    rule("REUSE_EXT", REUSE_EXT, 0, 0),
-    rule("QUIESCE", QUIESCE, DISK_ONLY, 0),
-    rule("ATOMIC", ATOMIC, 0, 0),
-    rule("LIVE", LIVE, 0, 0),
-    rule("VALIDATE", VALIDATE, 0, 0),
-    rule("INSTANT", INSTANT, LIVE, 0),
-];
+/// All flags of one kind.
+#[derive(Debug)]
+pub struct Table {
+    /// What their names begin with in C.
+    prefix: &'static str,
+    /// What they are flags of, in messages.
+    of: &'static str,
+    /// The flags.
+    pub rules: &'static [Rule],
+}
 
-/// How a snapshot is to be brought back.
-pub mod revert {
-    use super::{Result, invalid};
+/// The flags of every kind.
+pub const TABLES: [&Table; 3] = [&CREATE, &REVERT, &DELETE];
 
-    /// Run after revert.
-    pub const RUNNING: u32 = 1 << 0;
-    /// Paused after revert.
-    pub const PAUSED: u32 = 1 << 1;
-    /// Allow risky reverts.
-    pub const FORCE: u32 = 1 << 2;
-    /// UEFI variables from their template.
-    pub const RESET_NVRAM: u32 = 1 << 3;
+const CREATE: Table = Table {
+    prefix: "VIR_DOMAIN_SNAPSHOT_CREATE_",
+    of: "creation",
+    rules: &[
+        rule("REDEFINE", REDEFINE, 0, NO_METADATA | HALT | LIVE | INSTANT),
+        rule("CURRENT", CURRENT, REDEFINE, 0),
+        rule("NO_METADATA", NO_METADATA, 0, 0),
+        rule("HALT", HALT, 0, 0),
+        rule("DISK_ONLY", DISK_ONLY, 0, INSTANT),
+        rule("REUSE_EXT", REUSE_EXT, 0, 0),
+        rule("QUIESCE", QUIESCE, DISK_ONLY, 0),
+        rule("ATOMIC", ATOMIC, 0, 0),
+        rule("LIVE", LIVE, 0, 0),
+        rule("VALIDATE", VALIDATE, 0, 0),
+        rule("INSTANT", INSTANT, LIVE, 0),
+    ],
+};
 
-    /// An error where they break a rule.
-    pub fn check(bits: u32) -> Result<()> {
-        let unknown = bits & !(RUNNING | PAUSED | FORCE | RESET_NVRAM);
+const REVERT: Table = Table {
+    prefix: "VIR_DOMAIN_SNAPSHOT_REVERT_",
+    of: "revert",
+    rules: &[
+        rule("RUNNING", revert::RUNNING, 0, revert::PAUSED),
+        rule("PAUSED", revert::PAUSED, 0, 0),
+        rule("FORCE", revert::FORCE, 0, 0),
+        rule("RESET_NVRAM", revert::RESET_NVRAM, 0, 0),
+    ],
+};
+
+const DELETE: Table = Table {
+    prefix: "VIR_DOMAIN_SNAPSHOT_DELETE_",
+    of: "deletion",
+    rules: &[
+        rule("CHILDREN", delete::CHILDREN, 0, delete::CHILDREN_ONLY),
+        rule("METADATA_ONLY", delete::METADATA_ONLY, 0, 0),
+        rule("CHILDREN_ONLY", delete::CHILDREN_ONLY, 0, 0),
+    ],
+};
+
+/// A rule that a number breaks.
+#[derive(Clone, Copy)]
+enum Broken {
+    Unknown(u32),
+    Excludes(Rule, Rule),
+    Requires(Rule, Rule),
+}
+
+impl Table {
+    /// The flag's name in C.
+    pub fn name(&self, rule: &Rule) -> String {
+        format!("{}{}", self.prefix, rule.name)
+    }
+
+    /// The number, if it breaks no rule.
+    fn check(&self, bits: u32) -> Result<u32> {
+        let message = match self.broken(bits) {
+            None => return Ok(bits),
+            Some(Broken::Unknown(bits)) => {
+                format!("unsupported flags (0x{bits:x}): not a snapshot {} flag", self.of)
+            }
+            Some(Broken::Excludes(rule, other)) => {
+                let (one, other) = (self.name(&rule), self.name(&other));
+                format!("flags '{one}' and '{other}' are mutually exclusive")
+            }
+            Some(Broken::Requires(rule, other)) => {
+                let (one, other) = (self.name(&rule), self.name(&other));
+                format!("flag '{other}' is required by flag '{one}'")
+            }
+        };
+        Err(Error::new(Code::InvalidArg, message))
+    }
+
+    const fn broken(&self, bits: u32) -> Option<Broken> {
+        let (mut unknown, mut n) = (bits, 0);
+        while n < self.rules.len() {
+            unknown &= !self.rules[n].bit;
+            n += 1;
+        }
         if unknown != 0 {
-            return invalid(format!(
-                "unsupported flags (0x{unknown:x}): not a snapshot revert flag"
-            ));
+            return Some(Broken::Unknown(unknown));
         }
-        if bits & RUNNING != 0 && bits & PAUSED != 0 {
-            return invalid(
-                "flags 'VIR_DOMAIN_SNAPSHOT_REVERT_RUNNING' and \
-                 'VIR_DOMAIN_SNAPSHOT_REVERT_PAUSED' are mutually exclusive",
-            );
+        n = 0;
+        while n < self.rules.len() {
+            let rule = self.rules[n];
+            if bits & rule.bit != 0 {
+                if let Some(other) = self.first(bits & rule.excludes) {
+                    return Some(Broken::Excludes(rule, other));
+                }
+                if let Some(other) = self.first(rule.requires & !bits) {
+                    return Some(Broken::Requires(rule, other));
+                }
+            }
+            n += 1;
         }
-        Ok(())
+        None
+    }
+
+    /// The first flag of the table whose bit is set.
+    const fn first(&self, bits: u32) -> Option<Rule> {
+        let mut n = 0;
+        while n < self.rules.len() {
+            if bits & self.rules[n].bit != 0 {
+                return Some(self.rules[n]);
+            }
+            n += 1;
+        }
+        None
     }
 }
 
-/// How a snapshot is to be deleted.
-pub mod delete {
-    use super::{Result, invalid};
-
-    /// Also delete children.
-    pub const CHILDREN: u32 = 1 << 0;
-    /// Delete just metadata.
-    pub const METADATA_ONLY: u32 = 1 << 1;
-    /// Delete just children.
-    pub const CHILDREN_ONLY: u32 = 1 << 2;
-
-    /// An error where they break a rule.
-    pub fn check(bits: u32) -> Result<()> {
-        let unknown = bits & !(CHILDREN | METADATA_ONLY | CHILDREN_ONLY);
-        if unknown != 0 {
-            return invalid(format!(
-                "unsupported flags (0x{unknown:x}): not a snapshot deletion flag"
-            ));
-        }
-        if bits & CHILDREN != 0 && bits & CHILDREN_ONLY != 0 {
-            return invalid(
-                "flags 'VIR_DOMAIN_SNAPSHOT_DELETE_CHILDREN' and \
-                 'VIR_DOMAIN_SNAPSHOT_DELETE_CHILDREN_ONLY' are mutually exclusive",
-            );
-        }
-        Ok(())
-    }
-}
-
-fn invalid<T>(message: impl Into<String>) -> Result<T> {
-    Err(Error::new(Code::InvalidArg, message))
-}
-
-/// A set of flags that breaks no rule.
+/// How a snapshot is to be made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Flags(u32);
+pub struct CreateFlags(u32);
 
-impl Flags {
-    /// Checks every rule of the table.
-    pub fn check(bits: u32) -> Result<Flags> {
-        let unknown = TABLE.iter().fold(bits, |left, rule| left & !rule.bit);
-        if unknown != 0 {
-            return invalid(format!(
-                "unsupported flags (0x{unknown:x}): not a snapshot creation flag"
-            ));
-        }
-        for rule in TABLE.iter().filter(|rule| bits & rule.bit != 0) {
-            if let Some(other) = first(bits & rule.excludes) {
-                return invalid(format!(
-                    "flags '{}' and '{}' are mutually exclusive",
-                    full(rule),
-                    full(other)
-                ));
-            }
-            if let Some(other) = first(rule.requires & !bits) {
-                return invalid(format!(
-                    "flag '{}' is required by flag '{}'",
-                    full(other),
-                    full(rule)
-                ));
-            }
-        }
-        Ok(Flags(bits))
+impl CreateFlags {
+    /// Checks a number by the rules.
+    pub fn parse(bits: u32) -> Result<CreateFlags> {
+        CREATE.check(bits).map(CreateFlags)
     }
 
-    /// Refuses flags that a way in has not built. LIVE without INSTANT is one of its own: it asks
-    /// for a snapshot whose moment is the end of a migration.
-    pub fn require_built(self, built: u32) -> Result<()> {
-        let missing = match first(self.0 & !built) {
-            Some(rule) => full(rule),
-            None if self.has(LIVE) && !self.has(INSTANT) => {
-                format!("{}' without '{}", full(named(LIVE)), full(named(INSTANT)))
+    /// Flags that the program itself names: in a constant the compiler checks them.
+    pub const fn constant(bits: u32) -> CreateFlags {
+        assert!(CREATE.broken(bits).is_none(), "the flags break a rule");
+        CreateFlags(bits)
+    }
+
+    /// The number, for libvirt.
+    pub const fn bits(self) -> u32 {
+        self.0
+    }
+
+    /// Refuses flags that a backend does not support. LIVE without INSTANT is one of its own: it
+    /// asks for a snapshot whose moment is the end of a migration.
+    pub fn require_supported(self, supported: CreateFlags) -> Result<()> {
+        let name = |bit| CREATE.first(bit).map(|rule| CREATE.name(&rule));
+        let missing = match name(self.0 & !supported.0) {
+            Some(name) => name,
+            None if self.is_live() && !self.is_instant() => {
+                let [live, instant] = [LIVE, INSTANT].map(|bit| name(bit).unwrap_or_default());
+                format!("{live}' without '{instant}")
             }
             None => return Ok(()),
         };
@@ -172,20 +236,167 @@ impl Flags {
         ))
     }
 
-    /// Whether this bit is set.
-    pub fn has(self, bit: u32) -> bool {
+    /// What is left to ask for of a guest that does not run.
+    pub fn without_instant(self) -> CreateFlags {
+        CreateFlags(self.0 & !(INSTANT | LIVE))
+    }
+
+    /// Whether it is of the moment of the call.
+    pub fn is_instant(self) -> bool {
+        self.has(INSTANT)
+    }
+
+    /// Whether the guest is to run meanwhile.
+    pub fn is_live(self) -> bool {
+        self.has(LIVE)
+    }
+
+    /// Whether it is to be recorded.
+    pub fn keeps_metadata(self) -> bool {
+        !self.has(NO_METADATA)
+    }
+
+    /// Whether the guest is ended when the snapshot is complete.
+    pub fn halts(self) -> bool {
+        self.has(HALT)
+    }
+
+    /// Whether overlay files that exist are used.
+    pub fn reuses_overlays(self) -> bool {
+        self.has(REUSE_EXT)
+    }
+
+    /// Whether the XML is validated against libvirt's schema.
+    pub fn validates(self) -> bool {
+        self.has(VALIDATE)
+    }
+
+    fn has(self, bit: u32) -> bool {
         self.0 & bit != 0
     }
 }
 
-fn first(bits: u32) -> Option<&'static Rule> {
-    TABLE.iter().find(|rule| bits & rule.bit != 0)
+/// Whether a number that is yet to be parsed asks for a LIVE snapshot with memory, and does not say
+/// that it is to be INSTANT: such a one can be upgraded.
+pub const fn is_only_live(bits: u32) -> bool {
+    bits & (LIVE | INSTANT | DISK_ONLY | REDEFINE) == LIVE
 }
 
-fn named(bit: u32) -> &'static Rule {
-    first(bit).expect("a flag of the table")
+/// What the tests call, until they parse numbers themselves.
+pub type Flags = CreateFlags;
+
+impl CreateFlags {
+    /// [`CreateFlags::parse`].
+    pub fn check(bits: u32) -> Result<CreateFlags> {
+        CreateFlags::parse(bits)
+    }
 }
 
-fn full(rule: &Rule) -> String {
-    format!("VIR_DOMAIN_SNAPSHOT_CREATE_{}", rule.name)
+/// Flags, or for the tests a number.
+pub trait Given<T> {
+    /// The flags.
+    fn parsed(self) -> Result<T>;
+}
+
+impl Given<CreateFlags> for Result<CreateFlags> {
+    fn parsed(self) -> Result<CreateFlags> {
+        self
+    }
+}
+
+impl Given<CreateFlags> for u32 {
+    fn parsed(self) -> Result<CreateFlags> {
+        CreateFlags::parse(self)
+    }
+}
+
+impl Given<RevertFlags> for RevertFlags {
+    fn parsed(self) -> Result<RevertFlags> {
+        Ok(self)
+    }
+}
+
+impl Given<RevertFlags> for u32 {
+    fn parsed(self) -> Result<RevertFlags> {
+        RevertFlags::parse(self)
+    }
+}
+
+impl Given<DeleteFlags> for DeleteFlags {
+    fn parsed(self) -> Result<DeleteFlags> {
+        Ok(self)
+    }
+}
+
+impl Given<DeleteFlags> for u32 {
+    fn parsed(self) -> Result<DeleteFlags> {
+        DeleteFlags::parse(self)
+    }
+}
+
+/// How a snapshot is to be brought back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RevertFlags(u32);
+
+impl RevertFlags {
+    /// Checks a number by the rules.
+    pub fn parse(bits: u32) -> Result<RevertFlags> {
+        REVERT.check(bits).map(RevertFlags)
+    }
+
+    /// The number, for libvirt.
+    pub const fn bits(self) -> u32 {
+        self.0
+    }
+
+    /// Whether the guest is to run afterwards; `None`: as it did at the snapshot.
+    pub fn runs(self) -> Option<bool> {
+        match self.0 & (revert::RUNNING | revert::PAUSED) {
+            0 => None,
+            bits => Some(bits == revert::RUNNING),
+        }
+    }
+
+    /// Whether risks are taken.
+    pub fn is_forced(self) -> bool {
+        self.0 & revert::FORCE != 0
+    }
+
+    /// Whether UEFI variables are to be those of their template.
+    pub fn resets_nvram(self) -> bool {
+        self.0 & revert::RESET_NVRAM != 0
+    }
+}
+
+/// How a snapshot is to be deleted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DeleteFlags(u32);
+
+impl DeleteFlags {
+    /// This snapshot alone, with its files.
+    pub const NONE: DeleteFlags = DeleteFlags(0);
+    /// Just its metadata.
+    pub const METADATA_ONLY: DeleteFlags = DeleteFlags(delete::METADATA_ONLY);
+    /// Just its children, with their files.
+    pub const CHILDREN_ONLY: DeleteFlags = DeleteFlags(delete::CHILDREN_ONLY);
+
+    /// Checks a number by the rules.
+    pub fn parse(bits: u32) -> Result<DeleteFlags> {
+        DELETE.check(bits).map(DeleteFlags)
+    }
+
+    /// The number, for libvirt.
+    pub const fn bits(self) -> u32 {
+        self.0
+    }
+
+    /// Whether just metadata is deleted, perhaps of children too.
+    pub fn is_metadata_only(self) -> bool {
+        self.0 & delete::METADATA_ONLY != 0
+    }
+
+    /// Whether the snapshot itself stays.
+    pub fn is_children_only(self) -> bool {
+        self.0 & delete::CHILDREN_ONLY != 0
+    }
 }

@@ -5,12 +5,6 @@
 
 use super::xml;
 use crate::error::Code;
-use crate::model::flags::{DISK_ONLY, INSTANT, LIVE, REDEFINE};
-
-/// A LIVE snapshot with memory, of which nobody has said that it is to be INSTANT.
-pub fn is_live(flags: u32) -> bool {
-    flags & (LIVE | INSTANT | DISK_ONLY | REDEFINE) == LIVE
-}
 
 /// `<memory file=>` with `snapshot='external'`, which a file implies. False where it cannot be
 /// read: libvirt shall say why.

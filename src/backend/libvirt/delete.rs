@@ -31,8 +31,7 @@ use crate::error::{Code, Error, Result, fail};
 use crate::image::{deleting, is_another};
 use crate::libvirt::{Connect, Domain, VirError, block, xml};
 use crate::model::domain::{Source, Storage};
-use crate::model::flags::delete::{CHILDREN_ONLY, METADATA_ONLY};
-use crate::model::flags::{CURRENT, REDEFINE};
+use crate::model::flags::DeleteFlags;
 use crate::sys;
 
 /// A merge that makes no progress for so long is given up.
@@ -42,22 +41,22 @@ const STALLED: Duration = Duration::from_secs(60);
 const STOCK_DELETES: (u64, u64, u64) = (9, 9, 0);
 
 /// Deletes a snapshot of a domain that is held.
-pub fn run(reach: &Reach, flags: u32) -> Result<()> {
+pub fn run(reach: &Reach, flags: DeleteFlags) -> Result<()> {
     let Reach { snapshot, domain, connect, .. } = reach;
     let tree = Tree::read(domain)?;
     let target = tree.get(&snapshot.name())?;
-    if flags & METADATA_ONLY != 0 {
+    if flags.is_metadata_only() {
         return forget_alone(domain, &tree, target, flags);
     }
     let version = reach.version()?;
     let users = Users::look(connect, domain, &tree.volumes)?;
-    if flags == 0 && stock_can(domain, version, &tree, target)? {
+    if flags == DeleteFlags::NONE && stock_can(domain, version, &tree, target)? {
         let touched = target.external().filter_map(stock_touches).flatten().collect();
         check_unused(&users, &target.name, &touched)?;
         let kept: Vec<&Recorded> =
             tree.snapshots.iter().filter(|other| other.name != target.name).collect();
         let renewal = Renewal::begin(domain, &tree, &kept, &touched)?;
-        let deleted = snapshot.delete(flags);
+        let deleted = snapshot.delete(flags.bits());
         // What libvirt may have begun keeps the content of the others' images, too.
         renewal.end(domain, None)?;
         return Ok(deleted?);
@@ -66,37 +65,37 @@ pub fn run(reach: &Reach, flags: u32) -> Result<()> {
 }
 
 /// Whether libvirt does it as well, or better.
-pub fn is_libvirts(reach: &Reach, flags: u32) -> Result<bool> {
-    if flags & METADATA_ONLY != 0 {
+pub fn is_libvirts(reach: &Reach, flags: DeleteFlags) -> Result<bool> {
+    if flags.is_metadata_only() {
         return Ok(true);
     }
     let tree = Tree::read(&reach.domain)?;
     let target = tree.get(&reach.snapshot.name())?;
-    Ok(flags == 0 && stock_can(&reach.domain, reach.version()?, &tree, target)?)
+    Ok(flags == DeleteFlags::NONE && stock_can(&reach.domain, reach.version()?, &tree, target)?)
 }
 
 /// Has libvirt forget the snapshot of this name, if there is one.
 pub fn forget(domain: &Domain, name: &str) -> Result<()> {
     let tree = Tree::read(domain)?;
     match tree.get(name) {
-        Ok(snapshot) => forget_alone(domain, &tree, snapshot, METADATA_ONLY),
+        Ok(snapshot) => forget_alone(domain, &tree, snapshot, DeleteFlags::METADATA_ONLY),
         Err(_) => Ok(()),
     }
 }
 
 /// Has libvirt forget a snapshot, and nothing else: it would put the children on the snapshot's
 /// images, as if theirs had been merged into them (see [`Recorded::without_overlays`]).
-fn forget_alone(domain: &Domain, tree: &Tree, target: &Recorded, flags: u32) -> Result<()> {
-    if flags != METADATA_ONLY || tree.children(&target.name).next().is_none() {
-        return Ok(target.handle.delete(flags)?);
+fn forget_alone(domain: &Domain, tree: &Tree, target: &Recorded, flags: DeleteFlags) -> Result<()> {
+    if flags != DeleteFlags::METADATA_ONLY || tree.children(&target.name).next().is_none() {
+        return Ok(target.handle.delete(flags.bits())?);
     }
     let step = format!("cannot change the record of snapshot '{}' to delete it", target.name);
-    let redefine = if tree.is_current(target) { REDEFINE | CURRENT } else { REDEFINE };
+    let current = tree.is_current(target);
     domain
-        .create_snapshot(&target.without_overlays()?, redefine)
+        .redefine_snapshot(&target.without_overlays()?, current)
         .map_err(|error| error.into_error(&step))?;
-    target.handle.delete(flags).map_err(|error| {
-        let _ = domain.create_snapshot(target.xml(), redefine);
+    target.handle.delete(flags.bits()).map_err(|error| {
+        let _ = domain.redefine_snapshot(target.xml(), current);
         error.into()
     })
 }
@@ -216,10 +215,11 @@ impl<'a> Delete<'a> {
         version: (u64, u64, u64),
         tree: &'a Tree,
         target: &'a Recorded,
-        flags: u32,
+        flags: DeleteFlags,
     ) -> Result<Delete<'a>> {
-        let mut names = if flags == CHILDREN_ONLY { vec![] } else { vec![target.name.as_str()] };
-        if flags != 0 {
+        let mut names =
+            if flags == DeleteFlags::CHILDREN_ONLY { vec![] } else { vec![target.name.as_str()] };
+        if flags != DeleteFlags::NONE {
             names.extend(tree.descendants(&target.name));
         }
         let (mut doomed, kept): (Vec<_>, Vec<_>) =
@@ -719,8 +719,7 @@ impl<'a> Delete<'a> {
     }
 
     fn redefine(&self, snapshot: &Recorded, record: &str) -> Result<()> {
-        let flags = if self.tree.is_current(snapshot) { REDEFINE | CURRENT } else { REDEFINE };
-        let redefined = self.domain.create_snapshot(record, flags);
+        let redefined = self.domain.redefine_snapshot(record, self.tree.is_current(snapshot));
         redefined.map(drop).map_err(|error| {
             error
                 .into_error(&format!(
@@ -767,7 +766,7 @@ impl<'a> Delete<'a> {
             if self.kept_children().any(|kept| kept.parent.as_ref() == Some(&doomed.name)) {
                 self.redefine(doomed, &doomed.without_overlays()?)?;
             }
-            doomed.handle.delete(METADATA_ONLY).map_err(|error| {
+            doomed.handle.delete(DeleteFlags::METADATA_ONLY.bits()).map_err(|error| {
                 error.into_error(&step).and(
                     "its memory image is renamed to '….deleting' or still there: delete it again",
                 )
@@ -804,7 +803,7 @@ impl<'a> Delete<'a> {
         let record = noted(&leaf.with_overlays(&sources)?, &leaf.notes_afterwards())?;
         let step = format!("cannot make snapshot '{}' the current one", leaf.name);
         self.domain
-            .create_snapshot(&record, REDEFINE | CURRENT)
+            .redefine_snapshot(&record, true)
             .map(drop)
             .map_err(|error| error.into_error(&step))
     }

@@ -45,7 +45,7 @@ use super::{busy, open_images, shared_memory};
 use crate::deadline::Deadline;
 use crate::error::{Code, Result, fail};
 use crate::libvirt::{self, Domain, Snapshot, State};
-use crate::model::flags::{self, Flags};
+use crate::model::flags::{self, CreateFlags, DeleteFlags};
 use crate::model::{DiskPlan, Drive, Record, Role, Store, check_name};
 use crate::monitor::commands::{self, Status};
 use crate::monitor::json::{Json, parse};
@@ -63,15 +63,23 @@ const CALLER_KILLED: u32 = 10;
 /// The same where the daemon was the caller, which may be being upgraded.
 const DAEMON_KILLED: u32 = 300;
 
+/// What is not libvirt's own.
+const SUPPORTED_FLAGS: CreateFlags = CreateFlags::constant(
+    flags::NO_METADATA
+        | flags::HALT
+        | flags::REUSE_EXT
+        | flags::ATOMIC
+        | flags::LIVE
+        | flags::VALIDATE
+        | flags::INSTANT,
+);
+/// The disks alone, onto overlays that are there.
+const SWITCH_FLAGS: CreateFlags =
+    CreateFlags::constant(flags::DISK_ONLY | flags::NO_METADATA | flags::ATOMIC | flags::REUSE_EXT);
+
 impl Connector for LibvirtConnector {
-    fn built_flags(&self) -> u32 {
-        flags::NO_METADATA
-            | flags::HALT
-            | flags::REUSE_EXT
-            | flags::ATOMIC
-            | flags::LIVE
-            | flags::VALIDATE
-            | flags::INSTANT
+    fn supported_flags(&self) -> CreateFlags {
+        SUPPORTED_FLAGS
     }
 
     fn catalog(&self) -> &dyn Catalog {
@@ -108,18 +116,19 @@ impl Connector for LibvirtConnector {
     }
 
     /// Without INSTANT, and of a domain that is paused, it is libvirt's own.
-    fn delegate(&self, xml: &str, bits: u32) -> Option<Result<String>> {
-        let plain = match bits & flags::INSTANT {
-            0 => bits,
-            _ => match self.check_no_hook_is_due(xml) {
-                Ok(()) => bits & !(flags::INSTANT | flags::LIVE),
-                Err(error) => return Some(Err(error)),
-            },
+    fn delegate(&self, xml: &str, flags: CreateFlags) -> Option<Result<String>> {
+        let plain = if flags.is_instant() {
+            if let Err(error) = self.check_no_hook_is_due(xml) {
+                return Some(Err(error));
+            }
+            flags.without_instant()
+        } else {
+            flags
         };
         let step = format!("cannot take libvirt's own snapshot of domain '{}'", self.name);
         // As long as it takes.
-        let taken =
-            self.domain.create_snapshot(xml, plain).map_err(|error| error.into_error(&step));
+        let taken = self.domain.create_snapshot(xml, plain.bits());
+        let taken = taken.map_err(|error| error.into_error(&step));
         Some(taken.map(|snapshot| {
             let name = snapshot.name();
             self.keep(snapshot);
@@ -175,7 +184,7 @@ impl Connector for LibvirtConnector {
         Ok(Box::new(guest))
     }
 
-    fn delete(&self, name: &str, flags: u32) -> Result<()> {
+    fn delete(&self, name: &str, flags: DeleteFlags) -> Result<()> {
         delete(&self.find(name)?, flags)
     }
 }
@@ -466,8 +475,8 @@ impl Guest for LibvirtGuest<'_> {
         Ok(Description { domain_xml, cookie: drives::cookie(&self.live_xml)?, owner })
     }
 
-    fn accept(&mut self, name: &str, flags: Flags) -> Result<()> {
-        if flags.has(flags::HALT)
+    fn accept(&mut self, name: &str, flags: CreateFlags) -> Result<()> {
+        if flags.halts()
             && !self.patiently(
                 "cannot look at the domain",
                 Again::Harmless,
@@ -585,10 +594,9 @@ impl Guest for LibvirtGuest<'_> {
             return Ok(());
         }
         let xml = xml::switch(&self.snapshot, self.overlays.disks(), &self.left_out);
-        let bits = flags::DISK_ONLY | flags::NO_METADATA | flags::ATOMIC | flags::REUSE_EXT;
-        let switched = self
-            .caller
-            .call(deadline, Again::Never, move |domain| domain.create_snapshot(&xml, bits));
+        let switched = self.caller.call(deadline, Again::Never, move |domain| {
+            domain.create_snapshot(&xml, SWITCH_FLAGS.bits())
+        });
         self.switched = Some(switched.map_err(|trouble| {
             trouble.into_error("cannot switch the domain's disks to their overlays")
         })?);
@@ -642,7 +650,7 @@ impl Guest for LibvirtGuest<'_> {
         let xml = xml::record(record, parent.as_deref(), &self.left_out, inactive.as_deref());
         let step = format!("cannot record snapshot '{}' in libvirt", record.name);
         let snapshot = self.patiently(&step, Again::Harmless, move |domain| {
-            domain.create_snapshot(&xml, flags::REDEFINE | flags::CURRENT)
+            domain.redefine_snapshot(&xml, true)
         })?;
         self.registered = Some(Registered { snapshot, parent });
         if let Some(younger) = younger {
@@ -651,7 +659,7 @@ impl Guest for LibvirtGuest<'_> {
             self.patiently(&step, Again::Harmless, move |domain| {
                 let Some(child) = domain.find(&younger)? else { return Ok(()) };
                 let xml = xml::with_parent(&child.xml(libvirt::xml::SECURE)?, &parent);
-                domain.create_snapshot(&xml, flags::REDEFINE | flags::CURRENT).map(drop)
+                domain.redefine_snapshot(&xml, true).map(drop)
             })?;
         }
         Ok(())

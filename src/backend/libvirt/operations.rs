@@ -5,7 +5,7 @@ use crate::backend::exclusive::{Exclusive, Holder, busy};
 use crate::error::Result;
 use crate::libvirt::Snapshot;
 use crate::libvirt::daemon::{Step, step};
-use crate::model::flags;
+use crate::model::flags::{DeleteFlags, Given, RevertFlags};
 
 /// A snapshot in reach, whose domain is held for one operation.
 #[derive(Debug)]
@@ -19,26 +19,26 @@ pub struct Held {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Operation {
     /// `qemuSnapshotRevert`.
-    Revert,
+    Revert(RevertFlags),
     /// `qemuSnapshotDelete`.
-    Delete,
+    Delete(DeleteFlags),
 }
 
 /// `qemuSnapshotRevert` of a client of stock libvirt.
-pub fn revert(snapshot: &Snapshot, flags: u32) -> Result<()> {
-    flags::revert::check(flags)?;
+pub fn revert(snapshot: &Snapshot, flags: impl Given<RevertFlags>) -> Result<()> {
+    let flags = flags.parsed()?;
     match Reach::of(snapshot)? {
-        Some(reach) => reach.hold()?.run(Operation::Revert, flags),
-        None => Ok(snapshot.revert(flags)?),
+        Some(reach) => reach.hold()?.run(Operation::Revert(flags)),
+        None => Ok(snapshot.revert(flags.bits())?),
     }
 }
 
 /// `qemuSnapshotDelete` of a client of stock libvirt.
-pub fn delete(snapshot: &Snapshot, flags: u32) -> Result<()> {
-    flags::delete::check(flags)?;
+pub fn delete(snapshot: &Snapshot, flags: impl Given<DeleteFlags>) -> Result<()> {
+    let flags = flags.parsed()?;
     match Reach::of(snapshot)? {
-        Some(reach) => reach.hold()?.run(Operation::Delete, flags),
-        None => Ok(snapshot.delete(flags)?),
+        Some(reach) => reach.hold()?.run(Operation::Delete(flags)),
+        None => Ok(snapshot.delete(flags.bits())?),
     }
 }
 
@@ -51,22 +51,18 @@ impl Reach {
 
     /// The same; None where another process holds it, and this can be a step of what that does:
     /// what libvirt does without harm.
-    pub fn hold_unless_it_is_a_step(
-        self,
-        operation: Operation,
-        flags: u32,
-    ) -> Result<Option<Held>> {
+    pub fn hold_unless_it_is_a_step(self, operation: Operation) -> Result<Option<Held>> {
         match Exclusive::try_take(self.connector.held_name())? {
             Ok(exclusive) => Ok(Some(self.held(exclusive))),
-            Err(Holder::Another) if self.is_libvirts(operation, flags)? => Ok(None),
+            Err(Holder::Another) if self.is_libvirts(operation)? => Ok(None),
             Err(_) => Err(busy(&self.connector.whose())),
         }
     }
 
-    fn is_libvirts(&self, operation: Operation, flags: u32) -> Result<bool> {
+    fn is_libvirts(&self, operation: Operation) -> Result<bool> {
         match operation {
-            Operation::Revert => super::revert::is_libvirts(self),
-            Operation::Delete => super::delete::is_libvirts(self, flags),
+            Operation::Revert(_) => super::revert::is_libvirts(self),
+            Operation::Delete(flags) => super::delete::is_libvirts(self, flags),
         }
     }
 
@@ -77,10 +73,10 @@ impl Reach {
 
 impl Held {
     /// Does it: by libvirt where that works and does no harm.
-    pub fn run(&self, operation: Operation, flags: u32) -> Result<()> {
+    pub fn run(&self, operation: Operation) -> Result<()> {
         match operation {
-            Operation::Revert => super::revert::run(&self.reach, flags),
-            Operation::Delete => super::delete::run(&self.reach, flags),
+            Operation::Revert(flags) => super::revert::run(&self.reach, flags),
+            Operation::Delete(flags) => super::delete::run(&self.reach, flags),
         }
     }
 }

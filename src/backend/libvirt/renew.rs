@@ -8,7 +8,6 @@ use super::recorded::{Recorded, Tree, noted};
 use crate::backend::images::{self, Id, id};
 use crate::error::Result;
 use crate::libvirt::Domain;
-use crate::model::flags::{CURRENT, REDEFINE};
 use crate::model::{Frozen, Notes};
 
 /// Snapshots that stay, and the disks of each whose images are about to change, and were as they
@@ -93,11 +92,10 @@ fn unchanged(frozen: &[(String, Frozen)], touched: &BTreeSet<Id>) -> BTreeSet<St
 }
 
 fn redefine(domain: &Domain, tree: &Tree, snapshot: &Recorded, notes: &Notes) -> Result<()> {
-    let flags = if tree.is_current(snapshot) { REDEFINE | CURRENT } else { REDEFINE };
     let step =
         format!("cannot change what is noted down in the record of snapshot '{}'", snapshot.name);
     domain
-        .create_snapshot(&noted(snapshot.xml(), notes)?, flags)
+        .redefine_snapshot(&noted(snapshot.xml(), notes)?, tree.is_current(snapshot))
         .map(drop)
         .map_err(|error| error.into_error(&step))
 }

@@ -33,7 +33,7 @@ use crate::error::{Code, Error, Result, fail};
 use crate::image::{Image, is_other_machine};
 use crate::libvirt::{Connect, Domain, VirError, restore, undefine, xml};
 use crate::model::domain::{Source, Storage};
-use crate::model::flags::revert::{FORCE, PAUSED, RESET_NVRAM, RUNNING};
+use crate::model::flags::RevertFlags;
 use crate::model::generated_name;
 use crate::monitor::json;
 use crate::sys;
@@ -44,7 +44,7 @@ const STOCK_REVERTS: (u64, u64, u64) = (9, 9, 0);
 const KEEPS_TPM: (u64, u64, u64) = (8, 9, 0);
 
 /// Reverts a domain that is held.
-pub fn run(reach: &Reach, flags: u32) -> Result<()> {
+pub fn run(reach: &Reach, flags: RevertFlags) -> Result<()> {
     let Reach { snapshot, domain, connect, .. } = reach;
     let tree = Tree::read(domain)?;
     let target = tree.get(&snapshot.name())?;
@@ -56,7 +56,7 @@ pub fn run(reach: &Reach, flags: u32) -> Result<()> {
     revert.check(&state)?;
     if version >= STOCK_REVERTS && stock_can(&tree, target, &state.disks, &users) {
         wait_for_free_names(target);
-        return Ok(snapshot.revert(flags)?);
+        return Ok(snapshot.revert(flags.bits())?);
     }
     revert.run(&state)
 }
@@ -167,7 +167,7 @@ struct Revert<'a> {
     version: (u64, u64, u64),
     tree: &'a Tree,
     target: &'a Recorded,
-    flags: u32,
+    flags: RevertFlags,
     users: &'a Users,
 }
 
@@ -264,7 +264,7 @@ impl Revert<'_> {
             }
         }
         if let Some(disk) = self.target.disks.iter().find(|disk| disk.location == "manual")
-            && self.flags & FORCE == 0
+            && !self.flags.is_forced()
         {
             fail!(
                 ConfigUnsupported,
@@ -274,7 +274,7 @@ impl Revert<'_> {
             );
         }
         self.check_not_half_deleted()?;
-        if self.flags & FORCE == 0 {
+        if !self.flags.is_forced() {
             self.check_frozen()?;
         }
         self.check_memory()?;
@@ -468,12 +468,9 @@ impl Revert<'_> {
     }
 
     fn restore(&self, domain_xml: &str) -> std::result::Result<(), VirError> {
-        let state = match (self.flags & (RUNNING | PAUSED), self.target.state.as_str()) {
-            (RUNNING, _) => restore::RUNNING,
-            (PAUSED, _) | (_, "paused") => restore::PAUSED,
-            _ => restore::RUNNING,
-        };
-        let nvram = if self.flags & RESET_NVRAM != 0 { restore::RESET_NVRAM } else { 0 };
+        let runs = self.flags.runs().unwrap_or(self.target.state != "paused");
+        let state = if runs { restore::RUNNING } else { restore::PAUSED };
+        let nvram = if self.flags.resets_nvram() { restore::RESET_NVRAM } else { 0 };
         self.connect.restore(self.memory(), Some(domain_xml), state | nvram)
     }
 
@@ -508,7 +505,7 @@ impl Revert<'_> {
                 )
             })?;
         }
-        self.domain.create_snapshot(record, CURRENT_AGAIN).map_err(|error| {
+        self.domain.redefine_snapshot(record, true).map_err(|error| {
             error
                 .into_error(&format!("{runs}, but it cannot be made the current snapshot"))
                 .and(format!("mend it: virsh snapshot-current '{domain}' --snapshotname '{name}'"))
@@ -604,9 +601,6 @@ fn size_in_chain(top: &Value, name: &str) -> Option<u64> {
         |layer: &&Value| layer["filename"].as_str().is_some_and(|other| id(other) == id(name));
     layers.find(is_it)?["virtual-size"].as_u64()
 }
-
-/// Changes a record and makes it the current one.
-const CURRENT_AGAIN: u32 = crate::model::flags::REDEFINE | crate::model::flags::CURRENT;
 
 impl Overlay {
     fn source(&self) -> Source<'_> {

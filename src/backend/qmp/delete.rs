@@ -26,22 +26,27 @@ use crate::backend::locks;
 use crate::deadline::Deadline;
 use crate::error::{Error, Result, fail};
 use crate::image::{deleting, is_another};
-use crate::model::flags::delete::{CHILDREN_ONLY, METADATA_ONLY};
+use crate::model::flags::DeleteFlags;
 use crate::model::nvram::Found;
 use crate::model::{Drive, Record, RecordedDisk, Store};
 use crate::monitor::Command;
 use crate::sys;
 
 /// `instantsnap_snapshot_delete`.
-pub fn delete(connector: &dyn Connector, store: &Store, name: &str, flags: u32) -> Result<()> {
+pub fn delete(
+    connector: &dyn Connector,
+    store: &Store,
+    name: &str,
+    flags: DeleteFlags,
+) -> Result<()> {
     // Taken first: nobody makes the snapshot a child meanwhile.
-    let guest =
-        if flags & (METADATA_ONLY | CHILDREN_ONLY) == 0 { Some(connector.begin()?) } else { None };
+    let files_stay = flags.is_metadata_only() || flags.is_children_only();
+    let guest = if files_stay { None } else { Some(connector.begin()?) };
     let record = store.read_to_use(name)?;
     let listed = store.list()?;
     let child =
         listed.iter().find(|other| other.name != name && other.parent.as_deref() == Some(name));
-    if let Some(child) = child.filter(|_| flags != METADATA_ONLY) {
+    if let Some(child) = child.filter(|_| flags != DeleteFlags::METADATA_ONLY) {
         fail!(
             OperationUnsupported,
             "snapshot '{name}' has children ('{}'): deleting such a one is not supported for this \
@@ -66,7 +71,7 @@ pub fn delete(connector: &dyn Connector, store: &Store, name: &str, flags: u32) 
             deleted.map_err(named)?;
             store.forget(name)
         }
-        None if flags & CHILDREN_ONLY != 0 => Ok(()),
+        None if flags.is_children_only() => Ok(()),
         None => store.forget(name),
     }
 }

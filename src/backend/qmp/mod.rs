@@ -26,7 +26,7 @@ use crate::deadline::Deadline;
 use crate::error::{Code, Result};
 use crate::model::Store;
 use crate::model::domain::Domain;
-use crate::model::flags;
+use crate::model::flags::{self, CreateFlags, DeleteFlags};
 use crate::monitor::json::Json;
 use crate::monitor::{Command, Event, Execute, Failure, Monitor};
 
@@ -34,12 +34,14 @@ use crate::monitor::{Command, Event, Execute, Failure, Monitor};
 const GREETING: Duration = Duration::from_secs(5);
 
 /// What is built where overlays and metadata are ours.
-pub(super) const BUILT_FLAGS: u32 = flags::NO_METADATA
-    | flags::HALT
-    | flags::REUSE_EXT
-    | flags::ATOMIC
-    | flags::LIVE
-    | flags::INSTANT;
+pub(super) const SUPPORTED_FLAGS: CreateFlags = CreateFlags::constant(
+    flags::NO_METADATA
+        | flags::HALT
+        | flags::REUSE_EXT
+        | flags::ATOMIC
+        | flags::LIVE
+        | flags::INSTANT,
+);
 
 /// A QEMU with a QMP socket.
 #[derive(Debug)]
@@ -68,8 +70,8 @@ impl QmpConnector {
 }
 
 impl Connector for QmpConnector {
-    fn built_flags(&self) -> u32 {
-        BUILT_FLAGS
+    fn supported_flags(&self) -> CreateFlags {
+        SUPPORTED_FLAGS
     }
 
     fn catalog(&self) -> &dyn Catalog {
@@ -96,7 +98,7 @@ impl Connector for QmpConnector {
         Ok(Box::new(MonitorGuest::new(channel, self.domain.clone(), Some(&self.store), exclusive)))
     }
 
-    fn delete(&self, name: &str, flags: u32) -> Result<()> {
+    fn delete(&self, name: &str, flags: DeleteFlags) -> Result<()> {
         delete(self, &self.store, name, flags)
     }
 }

@@ -19,6 +19,7 @@ use super::clock::{Observer, Phase, Stats};
 use super::event::{Event, Flow, What};
 use super::operation::{Operation, Taken};
 use crate::error::{Code, Error, Result, fail};
+use crate::model::flags::CreateFlags;
 use crate::sys::{self, lock, now};
 
 /// How often there is progress, unless the listener says otherwise.
@@ -143,7 +144,7 @@ impl Job {
     pub(super) fn start(
         operation: Operation,
         xml: &str,
-        flags: u32,
+        flags: Result<CreateFlags>,
         listener: Box<dyn Observer + Send>,
         returns: Returns,
     ) -> Result<Job> {
@@ -227,7 +228,13 @@ impl Job {
 
 impl State {
     /// The thread.
-    fn run(&self, operation: Operation, xml: &str, flags: u32, listener: Box<dyn Observer + Send>) {
+    fn run(
+        &self,
+        operation: Operation,
+        xml: &str,
+        flags: Result<CreateFlags>,
+        listener: Box<dyn Observer + Send>,
+    ) {
         let mut listener = Listener { state: self, listener };
         let taken = catch_unwind(AssertUnwindSafe(|| {
             let Taken { result, last, stats } = operation.take(xml, flags, &mut listener);

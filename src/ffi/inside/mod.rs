@@ -34,7 +34,7 @@ use crate::boundary::{boundary, caught};
 use crate::error::{Error, Result, fail};
 use crate::libvirt::daemon::{self, Daemon, Priority, Unlocked, log};
 use crate::libvirt::table::{self, virDomain, virDomainSnapshot};
-use crate::model::flags::{self, Flags};
+use crate::model::flags::{self, CreateFlags, DeleteFlags, RevertFlags};
 use crate::model::upgrade;
 use crate::pointers::Text;
 
@@ -58,7 +58,7 @@ fn create_or(
 ) -> Result<*mut virDomainSnapshot> {
     let noted = dispatcher::take(domain);
     let asked = noted.is_some() || bits & flags::INSTANT != 0;
-    if !(asked || upgrade::is_live(bits) && Settings::get().upgrade_live) {
+    if !(asked || flags::is_only_live(bits) && Settings::get().upgrade_live) {
         return Ok(theirs());
     }
     let Some(daemon) = noted.or_else(the_daemon) else { return Ok(theirs()) };
@@ -67,8 +67,8 @@ fn create_or(
         if !asked && !upgrade::memory_goes_to_a_file(xml) {
             return Ok(None);
         }
-        Flags::check(bits | flags::INSTANT)?;
-        if bits & flags::REUSE_EXT != 0 {
+        let flags = CreateFlags::parse(bits | flags::INSTANT)?;
+        if flags.reuses_overlays() {
             // An undo could have to merge an overlay of the client's own making, with the daemon's
             // rights.
             fail!(
@@ -84,7 +84,7 @@ fn create_or(
             return Ok(None);
         }
         let connector = LibvirtConnector::inside(domain.clone())?;
-        take(&domain, connector, xml, bits | flags::INSTANT).map(Some)
+        take(&domain, connector, xml, flags).map(Some)
     });
     match result {
         Ok(Some(snapshot)) => Ok(snapshot.into_raw()),
@@ -116,8 +116,8 @@ pub fn revert(
     theirs: impl Fn() -> c_int,
 ) -> c_int {
     // What the flags are to the driver it says itself.
-    let ours = flags::revert::check(bits).is_ok().then_some(Operation::Revert);
-    boundary(failed, || on_snapshot(vm, snapshot, bits, theirs, ours))
+    let ours = RevertFlags::parse(bits).ok().map(Operation::Revert);
+    boundary(failed, || on_snapshot(vm, snapshot, theirs, ours))
 }
 
 /// `qemuSnapshotDelete`, likewise.
@@ -127,14 +127,13 @@ pub fn delete(
     bits: c_uint,
     theirs: impl Fn() -> c_int,
 ) -> c_int {
-    let ours = flags::delete::check(bits).is_ok().then_some(Operation::Delete);
-    boundary(failed, || on_snapshot(vm, snapshot, bits, theirs, ours))
+    let ours = DeleteFlags::parse(bits).ok().map(Operation::Delete);
+    boundary(failed, || on_snapshot(vm, snapshot, theirs, ours))
 }
 
 fn on_snapshot(
     vm: NonNull<c_void>,
     snapshot: Result<Option<&virDomainSnapshot>>,
-    bits: c_uint,
     theirs: impl Fn() -> c_int,
     ours: Option<Operation>,
 ) -> Result<c_int> {
@@ -154,8 +153,8 @@ fn on_snapshot(
         };
         let _itself = daemon.itself();
         let _turn = Turn::wait(reach.domain_uuid(), DEFAULT_TIMEOUT)?;
-        match reach.hold_unless_it_is_a_step(ours, bits)? {
-            Some(held) => held.run(ours, bits).map(|()| true),
+        match reach.hold_unless_it_is_a_step(ours)? {
+            Some(held) => held.run(ours).map(|()| true),
             // A client that has the library too: this is a step of what it does.
             None => Ok(false),
         }
