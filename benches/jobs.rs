@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 use common::monitor::Monitor;
 use common::{Options, interleave, median, spread};
 use instantsnap::engine::{Handle, Returns};
-use instantsnap::model::flags::{INSTANT, LIVE, NO_METADATA};
+use instantsnap::model::flags::{CreateFlags, INSTANT, LIVE, NO_METADATA};
 use instantsnap_testkit::{Binary, Format, Guest, Machine};
 use serde_json::{Value, json};
 
@@ -144,9 +144,8 @@ fn measure(
         let (before, ()) = watch(&guest, || std::thread::sleep(WINDOW));
         let returns = if way == "at once" { Returns::AtOnce } else { Returns::AtInstant };
         let started = Instant::now();
-        let job = handle
-            .start("<domainsnapshot/>", LIVE | INSTANT | NO_METADATA, Box::new(()), returns)
-            .unwrap();
+        let flags = CreateFlags::parse(LIVE | INSTANT | NO_METADATA);
+        let job = handle.start("<domainsnapshot/>", flags, Box::new(()), returns).unwrap();
         let latency_us = started.elapsed().as_micros() as u64;
         let mut bandwidth = Value::Null;
         if way == "slow" {

@@ -28,7 +28,7 @@ use std::time::{Duration, Instant};
 use common::domain::OpenedDomain;
 use common::{Figures, Guests, interleave, word};
 use instantsnap::engine::Phase;
-use instantsnap::model::flags::{INSTANT, LIVE, NO_METADATA};
+use instantsnap::model::flags::{CreateFlags, INSTANT, LIVE, NO_METADATA};
 use instantsnap_testkit::compile::workspace;
 use instantsnap_testkit::{Daemon, Guest, Machine};
 use serde_json::{Value, json};
@@ -139,7 +139,8 @@ impl<'a> Bench<'a> {
         let started = Instant::now();
         match way {
             "library" => {
-                self.opened.handle.create(&xml, LIVE | INSTANT | NO_METADATA, &mut ()).unwrap();
+                let flags = CreateFlags::parse(LIVE | INSTANT | NO_METADATA);
+                self.opened.handle.create(&xml, flags, &mut ()).unwrap();
                 let stats = self.opened.handle.stats().unwrap();
                 let phases = [Phase::Pause, Phase::Switch, Phase::Arm];
                 steps.extend(

@@ -32,7 +32,7 @@ use common::monitor::Monitor;
 use common::{Options, interleave, kib, list, machine, median, spread};
 use instantsnap::engine::{Event, Handle, Observer, Overlap, What};
 use instantsnap::error::Code;
-use instantsnap::model::flags::{INSTANT, LIVE, NO_METADATA};
+use instantsnap::model::flags::{CreateFlags, INSTANT, LIVE, NO_METADATA};
 use instantsnap_testkit::{Binary, Client, Daemon, Guest, Machine, wait_for};
 use serde_json::{Value, json};
 
@@ -216,8 +216,9 @@ fn wait_until_it_writes(guest: &Guest) {
 /// The library takes a snapshot, and undoes it when it is cancelled.
 fn by_library(handle: &Handle, overlap: Overlap, xml: &str, monitor: &mut Monitor) -> Taken {
     handle.set_overlap(overlap);
+    let flags = CreateFlags::parse(LIVE | INSTANT | NO_METADATA);
     let error = handle
-        .create(xml, LIVE | INSTANT | NO_METADATA, &mut CancelAtInstant(handle))
+        .create(xml, flags, &mut CancelAtInstant(handle))
         .expect_err("cancelled at the instant");
     assert_eq!(error.code, Code::OperationAborted, "{error}");
     assert!(!error.message.contains(';'), "something is left: {error}");

@@ -28,7 +28,7 @@ use ::common::driver::TestDriver;
 use common::monitor::Monitor;
 use common::{Figures, Guests, interleave, kib};
 use instantsnap::engine::Handle;
-use instantsnap::model::flags::{INSTANT, LIVE, NO_METADATA};
+use instantsnap::model::flags::{CreateFlags, INSTANT, LIVE, NO_METADATA};
 use instantsnap_testkit::{Guest, Machine};
 use serde_json::json;
 
@@ -93,7 +93,7 @@ impl Bench<'_> {
     }
 
     fn library(&self, handle: &Handle, flags: u32) {
-        let name = handle.create("<domainsnapshot/>", flags, &mut ()).unwrap();
+        let name = handle.create("<domainsnapshot/>", CreateFlags::parse(flags), &mut ()).unwrap();
         std::fs::remove_file(self.guest.directory().join(format!("state/{name}.mem"))).unwrap();
     }
 

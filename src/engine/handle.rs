@@ -15,7 +15,7 @@ use crate::backend::driver::Driver;
 use crate::backend::{Catalog, Connector, DriverConnector, LibvirtConnector, QmpConnector};
 use crate::error::{Result, fail};
 use crate::model::Store;
-use crate::model::flags::{CreateFlags, DeleteFlags, Given, RevertFlags};
+use crate::model::flags::{CreateFlags, DeleteFlags, RevertFlags};
 use crate::sys::lock;
 
 /// A guest that was opened.
@@ -65,11 +65,11 @@ impl Handle {
     pub fn create(
         &self,
         xml: &str,
-        flags: impl Given<CreateFlags>,
+        flags: Result<CreateFlags>,
         observer: &mut dyn Observer,
     ) -> Result<String> {
         let operation = Operation::begin(&self.opened)?;
-        let Taken { result, last, .. } = operation.take(xml, flags.parsed(), observer);
+        let Taken { result, last, .. } = operation.take(xml, flags, observer);
         drop(operation);
         observer.event(&last);
         result.map(|created| created.name)
@@ -79,11 +79,11 @@ impl Handle {
     pub fn start(
         &self,
         xml: &str,
-        flags: impl Given<CreateFlags>,
+        flags: Result<CreateFlags>,
         listener: Box<dyn Observer + Send>,
         returns: Returns,
     ) -> Result<Job> {
-        Job::start(Operation::begin(&self.opened)?, xml, flags.parsed(), listener, returns)
+        Job::start(Operation::begin(&self.opened)?, xml, flags, listener, returns)
     }
 
     /// Cancels the snapshot that is being taken.
@@ -99,8 +99,8 @@ impl Handle {
     }
 
     /// Feeds a snapshot's memory to a QEMU that waits for it.
-    pub fn load(&self, name: &str, flags: impl Given<RevertFlags>) -> Result<()> {
-        load::load(&*self.opened.connector, name, flags.parsed()?)
+    pub fn load(&self, name: &str, flags: RevertFlags) -> Result<()> {
+        load::load(&*self.opened.connector, name, flags)
     }
 
     /// Brings a snapshot back: `restart` ends QEMU, and starts one that waits for the snapshot, on
@@ -108,10 +108,9 @@ impl Handle {
     pub fn revert(
         &self,
         name: &str,
-        flags: impl Given<RevertFlags>,
+        flags: RevertFlags,
         restart: impl FnOnce(&RevertPlan) -> Result<()>,
     ) -> Result<()> {
-        let flags = flags.parsed()?;
         load::check_flags(flags)?;
         let Some(store) = self.store() else {
             fail!(
@@ -127,8 +126,7 @@ impl Handle {
     }
 
     /// Deletes a snapshot, with its files unless the flags say otherwise.
-    pub fn delete(&self, name: &str, flags: impl Given<DeleteFlags>) -> Result<()> {
-        let flags = flags.parsed()?;
+    pub fn delete(&self, name: &str, flags: DeleteFlags) -> Result<()> {
         let left = self.left_to_storage(name, flags)?;
         self.opened.connector.delete(name, flags)?;
         // Last: until then the deletion can fail, and be done again.

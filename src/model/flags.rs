@@ -282,58 +282,6 @@ pub const fn is_only_live(bits: u32) -> bool {
     bits & (LIVE | INSTANT | DISK_ONLY | REDEFINE) == LIVE
 }
 
-/// What the tests call, until they parse numbers themselves.
-pub type Flags = CreateFlags;
-
-impl CreateFlags {
-    /// [`CreateFlags::parse`].
-    pub fn check(bits: u32) -> Result<CreateFlags> {
-        CreateFlags::parse(bits)
-    }
-}
-
-/// Flags, or for the tests a number.
-pub trait Given<T> {
-    /// The flags.
-    fn parsed(self) -> Result<T>;
-}
-
-impl Given<CreateFlags> for Result<CreateFlags> {
-    fn parsed(self) -> Result<CreateFlags> {
-        self
-    }
-}
-
-impl Given<CreateFlags> for u32 {
-    fn parsed(self) -> Result<CreateFlags> {
-        CreateFlags::parse(self)
-    }
-}
-
-impl Given<RevertFlags> for RevertFlags {
-    fn parsed(self) -> Result<RevertFlags> {
-        Ok(self)
-    }
-}
-
-impl Given<RevertFlags> for u32 {
-    fn parsed(self) -> Result<RevertFlags> {
-        RevertFlags::parse(self)
-    }
-}
-
-impl Given<DeleteFlags> for DeleteFlags {
-    fn parsed(self) -> Result<DeleteFlags> {
-        Ok(self)
-    }
-}
-
-impl Given<DeleteFlags> for u32 {
-    fn parsed(self) -> Result<DeleteFlags> {
-        DeleteFlags::parse(self)
-    }
-}
-
 /// How a snapshot is to be brought back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RevertFlags(u32);

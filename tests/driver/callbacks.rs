@@ -5,9 +5,10 @@ use std::sync::Arc;
 
 use common::driver::{TestDriver, Wrong};
 use common::{
-    ALL_SECTORS, At, INSTANTLY, Opened, PHASES, assert_error, assert_untouched, machine, named,
+    ALL_SECTORS, At, Handle, INSTANTLY, Opened, PHASES, assert_error, assert_untouched, machine,
+    named,
 };
-use instantsnap::engine::{By, Handle, Phase, prepare_revert};
+use instantsnap::engine::{By, Phase, prepare_revert};
 use instantsnap::error::Code;
 use instantsnap_testkit::{Binary, Format, test};
 

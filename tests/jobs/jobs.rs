@@ -9,9 +9,10 @@ use std::time::Duration;
 use common::jobs::{Listener, Slow, next, readable, rest, steps};
 use common::way::{by_driver, open_guest};
 use common::{
-    ALL_SECTORS, INSTANTLY, Opened, assert_error, assert_untouched, machine, named, through_proxy,
+    ALL_SECTORS, Handle, INSTANTLY, Opened, assert_error, assert_untouched, machine, named,
+    through_proxy,
 };
-use instantsnap::engine::{Event, Handle, Job, Phase, Returns, What};
+use instantsnap::engine::{Event, Job, Phase, Returns, What};
 use instantsnap::error::Code;
 use instantsnap::model::Record;
 use instantsnap::model::flags::NO_METADATA;

@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use common::jobs::{Listener, next, readable, rest, steps};
 use common::virt::OpenedDomain;
-use common::{ALL_SECTORS, At, INSTANTLY, assert_error, files_below, machine, named};
-use instantsnap::engine::{Handle, Phase, Returns, What};
+use common::{ALL_SECTORS, At, Handle, INSTANTLY, assert_error, files_below, machine, named};
+use instantsnap::engine::{Phase, Returns, What};
 use instantsnap::error::Code;
 use instantsnap::model::flags::NO_METADATA;
 use instantsnap_testkit::{Binary, DEADLINE, Daemon, Gate, test, wait_for};

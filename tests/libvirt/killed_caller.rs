@@ -10,9 +10,9 @@ use std::time::Duration;
 
 use common::nbd::OnServer;
 use common::virt::{DomainTrace, OpenedDomain};
-use common::{ALL_SECTORS, At, INSTANTLY, machine};
+use common::{ALL_SECTORS, At, Handle, INSTANTLY, machine};
 use instantsnap::backend::LibvirtConnector;
-use instantsnap::engine::{Handle, Phase};
+use instantsnap::engine::Phase;
 use instantsnap::image::Image;
 use instantsnap::libvirt::Connect;
 use instantsnap::model::flags::HALT;

@@ -10,10 +10,9 @@ use std::path::Path;
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::sync::Arc;
 
-use common::INSTANTLY;
 use common::virt::{self, OpenedDomain};
+use common::{Handle, INSTANTLY};
 use instantsnap::backend::LibvirtConnector;
-use instantsnap::engine::Handle;
 use instantsnap::error::Code;
 use instantsnap::libvirt::Connect;
 use instantsnap_testkit::compile::tick_guest;

@@ -3,9 +3,9 @@
 use std::sync::{Arc, Barrier};
 
 use common::virt::OpenedDomain;
-use common::{At, INSTANTLY, assert_error, machine};
+use common::{At, Handle, INSTANTLY, assert_error, machine};
 use instantsnap::backend::LibvirtConnector;
-use instantsnap::engine::{Handle, Phase};
+use instantsnap::engine::Phase;
 use instantsnap::error::Code;
 use instantsnap::libvirt::Connect;
 use instantsnap_testkit::program::process;

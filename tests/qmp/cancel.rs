@@ -5,9 +5,10 @@ use std::sync::mpsc::channel;
 
 use common::way::by_driver;
 use common::{
-    ALL_SECTORS, At, INSTANTLY, Opened, PHASES, assert_error, assert_untouched, machine, named,
+    ALL_SECTORS, At, Handle, INSTANTLY, Opened, PHASES, assert_error, assert_untouched, machine,
+    named,
 };
-use instantsnap::engine::{Handle, Phase};
+use instantsnap::engine::Phase;
 use instantsnap::error::Code;
 use instantsnap_testkit::{Binary, Client, DEADLINE, Guest, test, wait_for};
 use serde_json::{Value, json};

@@ -3,7 +3,7 @@
 
 use common::{INSTANTLY, Opened, assert_error, assert_untouched, machine, named, through_proxy};
 use instantsnap::error::Code;
-use instantsnap::model::flags::Flags;
+use instantsnap::model::flags::CreateFlags;
 use instantsnap_testkit::{Binary, test, wait_for};
 
 const NAMES: [&str; 11] = [
@@ -60,7 +60,7 @@ fn broken_rule(flags: u32) -> Option<u32> {
 
 #[track_caller]
 fn check(flags: u32) {
-    match (Flags::check(flags), broken_rule(flags)) {
+    match (CreateFlags::parse(flags), broken_rule(flags)) {
         (Ok(_), None) => {}
         (Err(error), Some(named)) => {
             assert_eq!(error.code, Code::InvalidArg, "{flags:#x}");
@@ -106,7 +106,7 @@ fn what_is_allowed_is_known_by_example_too() {
         DISK_ONLY | QUIESCE,
         DISK_ONLY | NO_METADATA | ATOMIC | REUSE_EXT,
     ] {
-        assert!(Flags::check(allowed).is_ok(), "{allowed:#x}");
+        assert!(CreateFlags::parse(allowed).is_ok(), "{allowed:#x}");
     }
 }
 
@@ -115,13 +115,13 @@ fn unknown_bits_are_refused_whatever_else_is_set() {
     for bit in NAMES.len()..32 {
         for rest in [0, LIVE | INSTANT, REDEFINE | LIVE] {
             assert_error(
-                Flags::check(1 << bit | rest),
+                CreateFlags::parse(1 << bit | rest),
                 Code::InvalidArg,
                 &format!("0x{:x}", 1u32 << bit),
             );
         }
     }
-    assert_error(Flags::check(u32::MAX), Code::InvalidArg, "0xfffff800");
+    assert_error(CreateFlags::parse(u32::MAX), Code::InvalidArg, "0xfffff800");
 }
 
 #[test]

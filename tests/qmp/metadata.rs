@@ -5,8 +5,7 @@ use std::path::Path;
 use std::sync::Barrier;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
-use common::{INSTANTLY, Opened, assert_error, assert_untouched, machine, named};
-use instantsnap::engine::Handle;
+use common::{Handle, INSTANTLY, Opened, assert_error, assert_untouched, machine, named};
 use instantsnap::error::Code;
 use instantsnap::model::{Record, State, Store};
 use instantsnap_testkit::{Binary, test};

@@ -10,12 +10,12 @@ use common::jobs::Listener;
 use common::virt::OpenedDomain;
 use common::way::open_guest;
 use common::{
-    ALL_SECTORS, At, INSTANTLY, Opened, assert_error, assert_untouched, files_below, first_tick,
-    machine, run, unwritten,
+    ALL_SECTORS, At, Handle, INSTANTLY, Opened, assert_error, assert_untouched, files_below,
+    first_tick, machine, run, unwritten,
 };
 use instantsnap::engine::{
-    Answer, Handle, Overlap, Phase, RevertPlan, StorageCall, StorageDisk, StorageHook,
-    prepare_revert, prepare_revert_hooked,
+    Answer, Overlap, Phase, RevertPlan, StorageCall, StorageDisk, StorageHook, prepare_revert,
+    prepare_revert_hooked,
 };
 use instantsnap::error::Code;
 use instantsnap::model::RecordedManual;

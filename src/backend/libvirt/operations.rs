@@ -5,7 +5,7 @@ use crate::backend::exclusive::{Exclusive, Holder, busy};
 use crate::error::Result;
 use crate::libvirt::Snapshot;
 use crate::libvirt::daemon::{Step, step};
-use crate::model::flags::{DeleteFlags, Given, RevertFlags};
+use crate::model::flags::{DeleteFlags, RevertFlags};
 
 /// A snapshot in reach, whose domain is held for one operation.
 #[derive(Debug)]
@@ -25,8 +25,7 @@ pub enum Operation {
 }
 
 /// `qemuSnapshotRevert` of a client of stock libvirt.
-pub fn revert(snapshot: &Snapshot, flags: impl Given<RevertFlags>) -> Result<()> {
-    let flags = flags.parsed()?;
+pub fn revert(snapshot: &Snapshot, flags: RevertFlags) -> Result<()> {
     match Reach::of(snapshot)? {
         Some(reach) => reach.hold()?.run(Operation::Revert(flags)),
         None => Ok(snapshot.revert(flags.bits())?),
@@ -34,8 +33,7 @@ pub fn revert(snapshot: &Snapshot, flags: impl Given<RevertFlags>) -> Result<()>
 }
 
 /// `qemuSnapshotDelete` of a client of stock libvirt.
-pub fn delete(snapshot: &Snapshot, flags: impl Given<DeleteFlags>) -> Result<()> {
-    let flags = flags.parsed()?;
+pub fn delete(snapshot: &Snapshot, flags: DeleteFlags) -> Result<()> {
     match Reach::of(snapshot)? {
         Some(reach) => reach.hold()?.run(Operation::Delete(flags)),
         None => Ok(snapshot.delete(flags.bits())?),

@@ -2,6 +2,7 @@
 //! checked.
 
 pub mod driver;
+mod handle;
 pub mod inside;
 pub mod jobs;
 pub mod meddling;
@@ -16,7 +17,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use driver::TestDriver;
-use instantsnap::engine::{Handle, Observer, Phase, prepare_revert};
+pub use handle::Handle;
+use instantsnap::engine::{Observer, Phase, prepare_revert};
 use instantsnap::error::{Code, Error};
 use instantsnap::model::Record;
 use instantsnap::model::flags::{INSTANT, LIVE};

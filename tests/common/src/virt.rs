@@ -7,14 +7,15 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
 use instantsnap::backend::{LibvirtConnector, libvirt};
-use instantsnap::engine::{Handle, Observer, Phase};
+use instantsnap::engine::{Observer, Phase};
 use instantsnap::error::{Code, Error};
 use instantsnap::libvirt::{Connect, Domain, Snapshot};
+use instantsnap::model::flags::{DeleteFlags, RevertFlags};
 use instantsnap_testkit::{Daemon, Fingerprint, Guest, Machine, Mode, domain_fingerprint};
 
 use super::inside::{has_mapped, library};
 use super::way::by_daemon;
-use super::{At, INSTANTLY, assert_says, files_below};
+use super::{At, Handle, INSTANTLY, assert_says, files_below};
 
 /// A session daemon for the way in of this run.
 pub fn session() -> Daemon {
@@ -127,7 +128,7 @@ impl OpenedDomain {
         if self.plain.is_some() {
             Ok(snapshot.revert(flags)?)
         } else {
-            libvirt::revert(&snapshot, flags)
+            libvirt::revert(&snapshot, RevertFlags::parse(flags)?)
         }
     }
 
@@ -137,7 +138,7 @@ impl OpenedDomain {
         if self.plain.is_some() {
             Ok(snapshot.delete(flags)?)
         } else {
-            libvirt::delete(&snapshot, flags)
+            libvirt::delete(&snapshot, DeleteFlags::parse(flags)?)
         }
     }
 

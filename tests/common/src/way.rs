@@ -10,7 +10,6 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::sync::OnceLock;
 
-use instantsnap::engine::Handle;
 use instantsnap::error::Error;
 use instantsnap::ffi::abi::instantsnap_driver_ops;
 use instantsnap::ffi::driver;
@@ -18,6 +17,8 @@ use instantsnap::pointers::{In, Text};
 use instantsnap_testkit::compile::{gcc, workspace};
 use instantsnap_testkit::{Disk, Guest, skip};
 use quick_xml::escape::escape;
+
+use super::Handle;
 
 #[derive(Clone, Copy, PartialEq)]
 enum Way {
@@ -163,7 +164,7 @@ fn open_driver(
     unsafe {
         let domain =
             domain(&library, socket.as_ptr(), watchdog.as_ptr(), state_dir.as_ptr(), xml.as_ptr());
-        driver::open(In::from_ptr(ops()), domain)
+        driver::open(In::from_ptr(ops()), domain).map(Handle)
     }
 }
 

@@ -1,0 +1,76 @@
+//! A guest handle that takes flags as C does: as numbers, which are parsed first.
+
+use std::ops::Deref;
+use std::path::Path;
+use std::sync::Arc;
+
+use instantsnap::backend::LibvirtConnector;
+use instantsnap::backend::driver::Driver;
+use instantsnap::engine::{self, Job, Observer, Returns, RevertPlan};
+use instantsnap::error::Error;
+use instantsnap::model::flags::{CreateFlags, DeleteFlags, RevertFlags};
+
+/// The library's handle, which it is for everything else.
+pub struct Handle(pub engine::Handle);
+
+impl Deref for Handle {
+    type Target = engine::Handle;
+
+    fn deref(&self) -> &engine::Handle {
+        &self.0
+    }
+}
+
+impl Handle {
+    pub fn open_qmp(
+        socket: &Path,
+        domain_xml: Option<&str>,
+        state_dir: &Path,
+    ) -> Result<Handle, Error> {
+        engine::Handle::open_qmp(socket, domain_xml, state_dir).map(Handle)
+    }
+
+    pub fn open_libvirt(connector: Arc<LibvirtConnector>) -> Handle {
+        Handle(engine::Handle::open_libvirt(connector))
+    }
+
+    pub fn open_driver(driver: Arc<dyn Driver>) -> Result<Handle, Error> {
+        engine::Handle::open_driver(driver).map(Handle)
+    }
+
+    pub fn create(
+        &self,
+        xml: &str,
+        flags: u32,
+        observer: &mut dyn Observer,
+    ) -> Result<String, Error> {
+        self.0.create(xml, CreateFlags::parse(flags), observer)
+    }
+
+    pub fn start(
+        &self,
+        xml: &str,
+        flags: u32,
+        listener: Box<dyn Observer + Send>,
+        returns: Returns,
+    ) -> Result<Job, Error> {
+        self.0.start(xml, CreateFlags::parse(flags), listener, returns)
+    }
+
+    pub fn load(&self, name: &str, flags: u32) -> Result<(), Error> {
+        self.0.load(name, RevertFlags::parse(flags)?)
+    }
+
+    pub fn revert(
+        &self,
+        name: &str,
+        flags: u32,
+        restart: impl FnOnce(&RevertPlan) -> Result<(), Error>,
+    ) -> Result<(), Error> {
+        self.0.revert(name, RevertFlags::parse(flags)?, restart)
+    }
+
+    pub fn delete(&self, name: &str, flags: u32) -> Result<(), Error> {
+        self.0.delete(name, DeleteFlags::parse(flags)?)
+    }
+}
