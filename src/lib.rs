@@ -22,6 +22,8 @@
 //! disks; QEMU's background snapshot is started and, the moment its write tracking is armed, the
 //! guest runs again, while its memory, as it was, flows into the image.
 
+#![warn(missing_docs)]
+
 pub mod backend;
 mod boundary;
 pub mod deadline;

@@ -13,7 +13,7 @@ use common::jobs::Listener;
 use common::{ALL_SECTORS, INSTANTLY, Opened, PHASES, assert_untouched, machine, named};
 use instantsnap::engine::{Phase, Returns};
 use instantsnap::error::{Code, Error};
-use instantsnap_testkit::{Binary, DEADLINE, Gate, test, thorough, wait_for};
+use instantsnap_testkit::{Binary, DEADLINE, Gate, only_when_thorough, test, wait_for};
 
 /// SplitMix64.
 struct Random(u64);
@@ -208,7 +208,6 @@ fn guests_are_none_the_worse_for_jobs_that_are_cancelled_at_random() {
 
 #[test]
 fn eight_guests_are_none_the_worse_for_two_hundred_jobs() {
-    if thorough() {
-        jobs_at_random(8, 200, usize::MAX);
-    }
+    only_when_thorough();
+    jobs_at_random(8, 200, usize::MAX);
 }

@@ -487,17 +487,17 @@ fn go_through(binary: &'static Binary, half: usize) {
     }
 }
 
-#[test]
+#[test(long)]
 fn virsh_and_a_snapshot_of_one_domain_do_each_other_no_harm_with_the_systems_qemu() {
     go_through(&Binary::all()[0], 0);
 }
 
-#[test]
+#[test(long)]
 fn virsh_and_a_snapshot_of_one_domain_do_each_other_no_harm_in_the_tables_other_half() {
     go_through(&Binary::all()[0], 1);
 }
 
-#[test]
+#[test(long)]
 fn virsh_and_a_snapshot_of_one_domain_do_each_other_no_harm_with_a_newer_qemu() {
     only_when_thorough();
     match Binary::all().get(1) {

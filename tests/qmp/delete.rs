@@ -97,7 +97,7 @@ fn assert_clean(opened: &Opened, images: [&str; 2]) {
     assert!(left.is_empty(), "{left:?}");
 }
 
-#[test]
+#[test(long)]
 fn the_youngest_is_merged_and_then_the_one_before() {
     for binary in Binary::any() {
         for attach in [Attach::Drive, Attach::Blockdev] {
@@ -275,7 +275,7 @@ fn a_guest_that_is_busy_is_refused() {
 
 /// At each of these steps the deletion fails, once by QEMU's error, and once by the connection's
 /// end, as when the caller is killed. Then it is done again.
-#[test]
+#[test(long)]
 fn what_was_cut_short_is_done_again() {
     for binary in Binary::any() {
         let (opened, proxy) = through_proxy(&machine(binary, 2));

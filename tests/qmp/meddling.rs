@@ -274,7 +274,7 @@ fn assert_no_trace(opened: &Opened, name: &str, error: &Error, what: &str) {
 
 /// QEMU saves memory by an ordinary migration then, during which the guest runs, and after which it
 /// stands.
-#[test]
+#[test(long)]
 fn a_capability_that_others_switch_off_in_the_pause_leaves_no_guest_paused() {
     for binary in Binary::some() {
         for restless in [false, true] {
@@ -307,7 +307,7 @@ fn a_capability_that_others_switch_off_in_the_pause_leaves_no_guest_paused() {
 
 /// QEMU stops a guest that runs before it captures it, and waits until its CPUs have stopped: for
 /// good, where another client's `cont` has them run again before QEMU's thread has seen it.
-#[test]
+#[test(long)]
 fn a_stop_of_qemus_own_that_another_clients_cont_takes_back_leaves_no_migration_that_hangs() {
     let rounds = if thorough() { 60 } else { 3 };
     for binary in Binary::all().iter().filter(|binary| binary.version >= (9, 0, 0)) {
@@ -358,7 +358,7 @@ fn a_stop_of_qemus_own_that_another_clients_cont_takes_back_leaves_no_migration_
     }
 }
 
-#[test]
+#[test(long)]
 fn whatever_other_clients_of_qemu_do_nothing_is_torn_and_no_guest_is_lost() {
     rounds(Binary::all(), &EXTENT, |binary, seed, rounds| {
         let long = thorough();
