@@ -26,12 +26,14 @@
 
 pub mod backend;
 mod boundary;
+mod cancel;
 pub mod deadline;
 pub mod engine;
 pub mod error;
 pub mod ffi;
 pub mod image;
 pub mod libvirt;
+mod migration;
 pub mod model;
 pub mod monitor;
 mod own_file;

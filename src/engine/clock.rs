@@ -2,8 +2,9 @@
 
 use std::time::Duration;
 
-use super::event::{Event, Flow, What};
+use super::event::{Event, What};
 use crate::error::{Error, Result};
+use crate::migration::{Flow, FlowObserver};
 use crate::sys::now;
 
 /// A phase of a snapshot.
@@ -181,22 +182,6 @@ impl<'a> Clock<'a> {
         self.tell(What::Instant, flow);
     }
 
-    /// See [`Observer::interval`].
-    pub fn interval(&self) -> Option<Duration> {
-        self.observer.interval()
-    }
-
-    /// How far memory had come when that was told last.
-    pub fn flow(&self) -> Flow {
-        self.flow
-    }
-
-    /// How far it has come now.
-    pub fn progress(&mut self, flow: Flow) {
-        self.flow = flow;
-        self.tell(What::Progress, flow);
-    }
-
     /// The snapshot has ended. Its last event, which nobody has been told of yet, and its figures.
     pub fn stop<T>(mut self, result: &Result<T>) -> (Event, Stats) {
         self.leave();
@@ -225,5 +210,20 @@ impl<'a> Clock<'a> {
         let now = now();
         self.stats.phases[self.phase as usize] += now - self.entered;
         self.entered = now;
+    }
+}
+
+impl FlowObserver for Clock<'_> {
+    fn interval(&self) -> Option<Duration> {
+        self.observer.interval()
+    }
+
+    fn flow(&self) -> Flow {
+        self.flow
+    }
+
+    fn progress(&mut self, flow: Flow) {
+        self.flow = flow;
+        self.tell(What::Progress, flow);
     }
 }

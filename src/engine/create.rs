@@ -4,30 +4,27 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use super::cancel::Cancel;
 use super::clock::{Clock, Phase};
 use super::devices::Devices;
 use super::durable::{Unflushed, sync_images};
-use super::event::Flow;
-use super::migration::{FD_NAME, Mode, Settings, Stream, wait_armed};
 use super::nvram;
 use super::options::Options;
-use super::overlap::{self, Lesson};
-use super::reactivate::reactivate_disks;
-use super::run_state;
 use super::sizes::Sizes;
-use super::still::Still;
 use super::storage::{Called, StorageCall};
 use super::undo::Made;
-use super::warm::warm;
 use super::watchdog::{self, Stage};
-use super::work::Work;
 use crate::backend::{
     Catalog, Connector, DEFAULT_TIMEOUT, Description, Guest, Reserved, write_access,
 };
+use crate::cancel::Cancel;
 use crate::deadline::Deadline;
 use crate::error::{Error, Result, fail};
 use crate::image::MemoryImage;
+use crate::migration::overlap::{self, Lesson};
+use crate::migration::{
+    FD_NAME, Flow, Mode, Settings, Still, Stream, Work, reactivate_disks, run_state, wait_armed,
+    warm,
+};
 use crate::model::flags::CreateFlags;
 use crate::model::{
     Frozen, MemoryRequest, Plan, Record, RecordedDisk, RecordedManual, RecordedNvram, Request,

@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use crate::migration::Flow;
+
 /// Something that has happened.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Event {
@@ -32,18 +34,4 @@ pub enum What {
     Complete,
     /// It failed, by a `virErrorNumber`, and everything is undone.
     Failed(i32),
-}
-
-/// Memory on its way into the image.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Flow {
-    /// Bytes of the image so far.
-    pub done: u64,
-    /// How many they are expected to become at most, without the devices; 0 where that is not
-    /// known.
-    pub total: u64,
-    /// The rate since the last progress.
-    pub per_second: u64,
-    /// Pages of the guest's memory that QEMU has not saved yet.
-    pub pages_left: u64,
 }

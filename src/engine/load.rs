@@ -5,12 +5,11 @@ use std::path::Path;
 
 use serde_json::json;
 
-use super::migration::{FD_NAME, Mode, Settings, wait_loaded};
-use super::reactivate::reactivate_disks;
 use crate::backend::{Connector, DEFAULT_TIMEOUT, Guest, Liveness};
 use crate::deadline::Deadline;
 use crate::error::{Code, Error, Result, fail};
 use crate::image::{self, Feed, Image};
+use crate::migration::{FD_NAME, Mode, Settings, reactivate_disks, wait_loaded};
 use crate::model::flags::RevertFlags;
 use crate::model::{Drive, Record, RecordedDisk, Role};
 use crate::monitor::{Command, Failure, commands};

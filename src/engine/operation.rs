@@ -2,12 +2,12 @@
 
 use std::sync::{Arc, Mutex};
 
-use super::cancel::Cancel;
 use super::clock::{Clock, Observer, Stats};
 use super::create::{self, Created};
 use super::event::Event;
 use super::options::Options;
 use crate::backend::{Catalog, Connector};
+use crate::cancel::Cancel;
 use crate::error::{Result, fail};
 use crate::model::flags::CreateFlags;
 use crate::sys::lock;

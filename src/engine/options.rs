@@ -3,8 +3,8 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::overlap::Overlap;
 use super::storage::StorageHook;
+use crate::migration::overlap::Overlap;
 
 /// For how long a snapshot may pause the guest, unless the caller says otherwise.
 const PAUSE_LIMIT: Duration = Duration::from_secs(30);

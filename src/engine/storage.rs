@@ -16,8 +16,8 @@ use std::time::Duration;
 
 use rustix::event::{EventfdFlags, eventfd};
 
-use super::cancel::Cancel;
 use super::durable::Unflushed;
+use crate::cancel::Cancel;
 use crate::error::{Code, Error, Result, fail};
 use crate::model::{Drive, Record, RecordedManual};
 use crate::sys;

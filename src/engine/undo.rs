@@ -4,17 +4,16 @@
 
 use std::time::Duration;
 
-use super::cancel::Cancel;
 use super::clock::Clock;
-use super::migration::{FD_NAME, Mode, Settings, Stream, wait_resumable};
 use super::nvram;
-use super::reactivate::reactivate_disks;
 use super::storage::Called;
 use super::watchdog::{Stage, Watchdog};
 use crate::backend::{DEFAULT_TIMEOUT, Guest, Liveness};
+use crate::cancel::Cancel;
 use crate::deadline::Deadline;
 use crate::error::{Code, Error, Result};
 use crate::image::MemoryImage;
+use crate::migration::{FD_NAME, Mode, Settings, Stream, reactivate_disks, wait_resumable};
 use crate::monitor::commands::{self, Progress};
 
 /// A QEMU that hangs is asked to resume its guest for so long. There is nothing worse to leave

@@ -14,11 +14,12 @@ use std::time::Duration;
 use rustix::event::{EventfdFlags, eventfd};
 
 use self::shared::{News, Shared, Signal};
-use super::cancel::Cancel;
 use super::clock::{Observer, Phase, Stats};
-use super::event::{Event, Flow, What};
+use super::event::{Event, What};
 use super::operation::{Operation, Taken};
+use crate::cancel::Cancel;
 use crate::error::{Code, Error, Result, fail};
+use crate::migration::Flow;
 use crate::model::flags::CreateFlags;
 use crate::sys::{self, lock, now};
 

@@ -14,8 +14,8 @@
 use std::fs;
 use std::time::{Duration, Instant};
 
-use super::cancel::Cancel;
 use crate::backend::{DEFAULT_TIMEOUT, Guest};
+use crate::cancel::Cancel;
 use crate::deadline::Deadline;
 use crate::error::Result;
 use crate::monitor::commands;

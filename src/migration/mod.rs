@@ -1,5 +1,20 @@
 //! QEMU's migration as the means of saving and loading memory: its settings, and waiting for it.
 
+mod flow;
+mod maker;
+pub mod overlap;
+mod reactivate;
+pub mod run_state;
+mod still;
+mod warm;
+mod work;
+
+pub use self::flow::{Flow, FlowObserver};
+pub use self::reactivate::reactivate_disks;
+pub use self::still::Still;
+pub use self::warm::warm;
+pub use self::work::Work;
+
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
@@ -9,11 +24,8 @@ use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 use rustix::io::Errno;
 use serde_json::{Map, Value, json};
 
-use super::cancel::{Cancel, timeout};
-use super::clock::Clock;
-use super::event::Flow;
-use super::{maker, run_state};
 use crate::backend::{DEFAULT_TIMEOUT, Guest, Liveness};
+use crate::cancel::{Cancel, timeout};
 use crate::deadline::Deadline;
 use crate::error::{Code, Error, Result, fail};
 use crate::image::{self, Drain, MemoryImage, throw_away};
@@ -470,10 +482,10 @@ impl Stream {
         image: &MemoryImage,
         settings: &Settings,
         cancel: &Cancel,
-        clock: &mut Clock,
+        observer: &mut dyn FlowObserver,
     ) -> Result<u64> {
-        let so_far = Flow { done: self.flow(None).done, ..clock.flow() };
-        let mut meter = clock.interval().map(|interval| Meter::new(interval, so_far));
+        let so_far = Flow { done: self.flow(None).done, ..observer.flow() };
+        let mut meter = observer.interval().map(|interval| Meter::new(interval, so_far));
         let mut quiet = Quiet::new(self.drain.bytes());
         let mut muddled = false;
         let bytes = loop {
@@ -486,7 +498,7 @@ impl Stream {
                 quiet = Quiet::new(self.drain.bytes());
             }
             if let Some(meter) = meter.as_mut().filter(|meter| meter.left().is_zero()) {
-                clock.progress(meter.read(self, guest));
+                observer.progress(meter.read(self, guest));
                 continue;
             }
             let at_most = meter.as_ref().map_or(QUIET, |meter| meter.left().min(QUIET));
