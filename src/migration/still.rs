@@ -11,7 +11,7 @@ use std::fs;
 
 use serde_json::json;
 
-use super::Mode;
+use super::settings::Mode;
 use crate::backend::{Guest, is_block_of};
 use crate::deadline::Deadline;
 use crate::error::{Result, fail};

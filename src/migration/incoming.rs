@@ -1,0 +1,25 @@
+//! Waiting for an incoming migration.
+
+use super::backoff::Nap;
+use crate::backend::{DEFAULT_TIMEOUT, Guest};
+use crate::deadline::Deadline;
+use crate::error::{Result, fail};
+use crate::monitor::commands::{self, Progress};
+
+/// Waits until an incoming migration has ended. It can take as long as memory is large, so only
+/// QEMU's silence is bounded.
+pub fn wait_loaded(guest: &mut dyn Guest) -> Result<()> {
+    let nap = Nap::default();
+    loop {
+        let migration = commands::query_migrate(guest, Deadline::after(DEFAULT_TIMEOUT))?;
+        match migration.progress() {
+            Progress::Completed => return Ok(()),
+            Progress::Failed => {
+                fail!(OperationFailed, "QEMU cannot load the memory image: {}", migration.reason())
+            }
+            // Not begun yet, or under way.
+            Progress::None | Progress::UnderWay => {}
+        }
+        nap.sleep();
+    }
+}

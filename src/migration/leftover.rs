@@ -1,0 +1,96 @@
+//! The settings that a snapshot has left in QEMU.
+
+use serde_json::{Map, Value, json};
+
+use super::maker;
+use super::names::{BACKGROUND, LOCK, RECORD, TLS};
+use crate::error::{Result, fail};
+
+/// What the note begins with.
+const RECORDED: &str = "instantsnap: ";
+
+/// What a snapshot has left in QEMU whose process and watchdog were killed, or could not reach QEMU
+/// any more.
+///
+/// QEMU itself keeps what its settings were before: in the parameter `tls-hostname`, which QEMU has
+/// no use for as long as there are no credentials to go with it. So it outlives all of our
+/// processes, and ends with QEMU.
+#[derive(Debug)]
+pub struct Leftover {
+    /// As they were before that snapshot, as far as it is known.
+    pub capabilities: Vec<(String, bool)>,
+    /// Those that it has changed.
+    pub parameters: Map<String, Value>,
+    /// Who has made it: see [`maker`].
+    maker: Value,
+}
+
+impl Leftover {
+    /// What is noted of the settings: the capabilities that are on, and the parameters that will be
+    /// changed.
+    pub fn describe<'a>(
+        capabilities: &[(String, bool)],
+        parameters: &Map<String, Value>,
+        changed: impl Iterator<Item = &'a str>,
+        watchdog: Option<u32>,
+    ) -> String {
+        let on = capabilities.iter().filter(|(_, state)| *state);
+        let capabilities: Vec<_> = on.map(|(name, _)| name).collect();
+        let parameters: Map<_, _> =
+            changed.map(|name| (name.to_owned(), parameters[name].clone())).collect();
+        let maker = maker::note(watchdog);
+        format!(
+            "{RECORDED}{}",
+            json!({ "capabilities": capabilities, "parameters": parameters, "maker": maker })
+        )
+    }
+
+    /// Finds it; `never_set`: nobody but us sets `background-snapshot` in this guest.
+    pub fn find(
+        found: &[(String, bool)],
+        parameters: &Map<String, Value>,
+        never_set: bool,
+    ) -> Option<Leftover> {
+        let text = |name: &str| parameters.get(name).and_then(Value::as_str).unwrap_or_default();
+        let recorded = text(RECORD).strip_prefix(RECORDED);
+        if let Some(leftover) = recorded.and_then(|recorded| Leftover::parse(recorded, found)) {
+            return Some(leftover);
+        }
+        let is_on = found.iter().any(|(name, state)| name == BACKGROUND && *state);
+        if text(TLS) != LOCK && !(is_on && never_set) {
+            return None;
+        }
+        // What else it has switched off is not known.
+        let off = |(name, state): &(String, bool)| (name.clone(), *state && name != BACKGROUND);
+        let locked = (text(TLS) == LOCK).then(|| (TLS.to_owned(), json!("")));
+        let capabilities = found.iter().map(off).collect();
+        Some(Leftover {
+            capabilities,
+            parameters: locked.into_iter().collect(),
+            maker: Value::Null,
+        })
+    }
+
+    fn parse(recorded: &str, found: &[(String, bool)]) -> Option<Leftover> {
+        let mut recorded: Value = serde_json::from_str(recorded).ok()?;
+        let Value::Object(parameters) = recorded["parameters"].take() else { return None };
+        let on = recorded["capabilities"].as_array()?;
+        let was = |(name, _): &(String, bool)| (name.clone(), on.iter().any(|on| on == name));
+        let capabilities = found.iter().map(was).collect();
+        Some(Leftover { capabilities, parameters, maker: recorded["maker"].take() })
+    }
+
+    /// Refuses what another snapshot may need still, which this process cannot know to have ended.
+    pub fn check_maker(&self) -> Result<()> {
+        match maker::at_work(&self.maker) {
+            None => Ok(()),
+            Some(who) => fail!(
+                OperationInvalid,
+                "another snapshot of this guest is under way, or has left its settings in QEMU: it \
+                 is {who}. Wait for it to end; if it was killed, take a snapshot from where it was \
+                 begun, or clear QEMU's migration parameter '{RECORD}' (migrate-set-parameters) \
+                 and try again"
+            ),
+        }
+    }
+}

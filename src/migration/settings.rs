@@ -1,0 +1,328 @@
+//! QEMU's migration settings: what they were, those of a snapshot, the lock, and putting them back.
+
+use serde_json::{Map, Value, json};
+
+use super::leftover::Leftover;
+use super::names::{BACKGROUND, FD_NAME, LOCK, RECORD, TLS};
+use crate::backend::{DEFAULT_TIMEOUT, Guest};
+use crate::deadline::Deadline;
+use crate::error::{Code, Error, Result, fail};
+use crate::monitor::Failure;
+use crate::monitor::commands;
+
+/// The capabilities that QEMU refuses beside credentials, and beside which it refuses them.
+const EXCLUDE_TLS: [&str; 2] = ["mapped-ram", "zero-copy-send"];
+
+/// How memory is saved.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    /// The guest runs on: a background snapshot.
+    Background,
+    /// The guest is paused throughout.
+    Paused,
+}
+
+/// QEMU's migration capabilities and parameters as they were found, to be put back.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    capabilities: Vec<(String, bool)>,
+    parameters: Map<String, Value>,
+    /// Other clients are locked out while our settings are in force.
+    locked: bool,
+    /// The process that puts them back where this one cannot.
+    pub watchdog: Option<u32>,
+}
+
+impl Settings {
+    /// Reads them, for a snapshot. What a snapshot has left whose process and watchdog were killed
+    /// is put back first.
+    pub fn read(guest: &mut dyn Guest) -> Result<Settings> {
+        let mut settings = Settings::query(guest)?;
+        if let Some(leftover) = Leftover::find(
+            &settings.capabilities,
+            &settings.parameters,
+            guest.never_sets_background_snapshot(),
+        ) {
+            leftover.check_maker()?;
+            Settings::mend(leftover, guest)?;
+            settings = Settings::query(guest)?;
+        }
+        settings.locked = settings.parameters.contains_key(TLS);
+        Ok(settings)
+    }
+
+    /// Reads them, for memory that is to be loaded: the migration is the one that QEMU waits for,
+    /// and no one is locked out.
+    pub fn read_incoming(guest: &mut dyn Guest) -> Result<Settings> {
+        Settings::query(guest)
+    }
+
+    /// Puts back what a snapshot has left.
+    fn mend(leftover: Leftover, guest: &mut dyn Guest) -> Result<()> {
+        // The pipe that QEMU may have been passed; refused where there is none.
+        let _ = commands::closefd(guest, FD_NAME, Deadline::after(DEFAULT_TIMEOUT));
+        let Leftover { capabilities, parameters, .. } = leftover;
+        let settings =
+            Settings { capabilities, parameters: Map::new(), locked: false, watchdog: None };
+        settings.put_back(guest, parameters).map_err(|error| {
+            let left = "what an earlier snapshot of this guest, which was killed, has left in QEMU cannot be put back";
+            Error::new(error.code, format!("{left}: {}", error.message))
+        })
+    }
+
+    fn query(guest: &mut dyn Guest) -> Result<Settings> {
+        let capabilities =
+            commands::query_migrate_capabilities(guest, Deadline::after(DEFAULT_TIMEOUT))?;
+        let parameters =
+            commands::query_migrate_parameters(guest, Deadline::after(DEFAULT_TIMEOUT))?;
+        Ok(Settings { capabilities, parameters, locked: false, watchdog: None })
+    }
+
+    /// Whether this QEMU knows background snapshots at all.
+    pub fn require_background(&self) -> Result<()> {
+        if !self.capabilities.iter().any(|(name, _)| name == BACKGROUND) {
+            fail!(
+                ArgumentUnsupported,
+                "migration option '{BACKGROUND}' is not supported by this QEMU binary"
+            );
+        }
+        Ok(())
+    }
+
+    /// Prepares for `mode`. Everything that changes the stream or excludes a background snapshot is
+    /// off: the stream goes through one pipe, in the plainest form, and whatever the guest's next
+    /// migration was set up for is back before that.
+    ///
+    /// As long as it is so, another client's save or dump would be a background snapshot too, and
+    /// before QEMU 9 its guest would run on behind its back. So others are locked out, but for the
+    /// moment in which our own migration begins ([`Settings::unlock`], [`Settings::lock`]), until
+    /// [`Settings::restore`].
+    pub fn apply(&self, guest: &mut dyn Guest, mode: Mode) -> Result<()> {
+        // Beside these QEMU can refuse every parameter, having taken the others before it took
+        // these.
+        self.switch_off(guest, mode, |name| EXCLUDE_TLS.contains(&name))?;
+        // Then what the settings were, where the next snapshot finds it should this process be
+        // killed.
+        let mut parameters = self.parameters_for(mode);
+        if let Some(record) = parameters.remove_entry(RECORD) {
+            commands::migrate_set_parameters(
+                guest,
+                Map::from_iter([record]),
+                Deadline::after(DEFAULT_TIMEOUT),
+            )?;
+        }
+        self.switch_off(guest, mode, |_| true)?;
+        if !parameters.is_empty() {
+            commands::migrate_set_parameters(guest, parameters, Deadline::after(DEFAULT_TIMEOUT))?;
+        }
+        if mode == Mode::Background {
+            let background = [(BACKGROUND.into(), true)];
+            set_capabilities(guest, &background, Deadline::after(DEFAULT_TIMEOUT))
+                .map_err(|failure| explain(failure, mode))?;
+        }
+        Ok(())
+    }
+
+    fn switch_off(
+        &self,
+        guest: &mut dyn Guest,
+        mode: Mode,
+        which: impl Fn(&str) -> bool,
+    ) -> Result<()> {
+        let on = self.changeable().filter(|(name, state)| *state && which(name));
+        let off: Vec<_> = on.map(|(name, _)| (name.clone(), false)).collect();
+        set_capabilities(guest, &off, Deadline::after(DEFAULT_TIMEOUT))
+            .map_err(|failure| explain(failure, mode))
+    }
+
+    /// Notes another watchdog, where the settings are noted.
+    pub fn watch(&self, guest: &mut dyn Guest, mode: Mode, watchdog: Option<u32>) -> Result<()> {
+        let watched = Settings { watchdog, ..self.clone() };
+        match watched.parameters_for(mode).remove_entry(RECORD) {
+            Some(record) => commands::migrate_set_parameters(
+                guest,
+                Map::from_iter([record]),
+                Deadline::after(DEFAULT_TIMEOUT),
+            ),
+            None => Ok(()),
+        }
+    }
+
+    /// Lets the next migration begin, which is to be ours.
+    pub fn unlock(&self, guest: &mut dyn Guest, deadline: Deadline) -> Result<()> {
+        self.set_lock(guest, "", deadline)
+    }
+
+    /// Locks others out again: QEMU lets it be set while our migration is under way, which has no
+    /// use for it any more.
+    pub fn lock(&self, guest: &mut dyn Guest, deadline: Deadline) -> Result<()> {
+        self.set_lock(guest, LOCK, deadline)
+    }
+
+    fn set_lock(&self, guest: &mut dyn Guest, credentials: &str, deadline: Deadline) -> Result<()> {
+        if !self.locked {
+            return Ok(());
+        }
+        commands::migrate_set_parameters(
+            guest,
+            Map::from_iter([(TLS.to_owned(), json!(credentials))]),
+            deadline,
+        )
+    }
+
+    /// Whether no other client's migration can have begun since [`Settings::lock`], as far as QEMU
+    /// can tell.
+    pub fn is_still_locked(&self, guest: &mut dyn Guest) -> Result<bool> {
+        let parameters =
+            commands::query_migrate_parameters(guest, Deadline::after(DEFAULT_TIMEOUT))?;
+        Ok(!self.locked || parameters.get(TLS).is_some_and(|credentials| credentials == LOCK))
+    }
+
+    /// Puts back what [`Settings::apply`], [`Settings::unlock`] and [`Settings::lock`] can have
+    /// changed.
+    pub fn restore(&self, guest: &mut dyn Guest, mode: Mode) -> Result<()> {
+        self.put_back(guest, self.original_parameters(mode))
+    }
+
+    /// The capabilities come first and the lock last, so that there is no instant at which another
+    /// client's migration is a background snapshot. Only the capabilities that QEMU refuses beside
+    /// the lock follow it.
+    fn put_back(&self, guest: &mut dyn Guest, parameters: Map<String, Value>) -> Result<()> {
+        let explain =
+            |failure: Failure| failure.into_error("cannot put the migration capabilities back");
+        match self.put_capabilities_back(guest, |name| !EXCLUDE_TLS.contains(&name))? {
+            Ok(()) => {}
+            // Whichever it refuses: as long as this one is on, no one may be let in.
+            Err(Failure::Refused(..)) => {
+                self.put_capabilities_back(guest, |name| name == BACKGROUND)?.map_err(explain)?;
+            }
+            Err(failure) => return Err(explain(failure)),
+        }
+        let now = commands::query_migrate_parameters(guest, Deadline::after(DEFAULT_TIMEOUT))?;
+        let changed = parameters.into_iter().filter(|(name, value)| now.get(name) != Some(value));
+        let parameters: Map<_, _> = changed.collect();
+        if !parameters.is_empty() {
+            commands::migrate_set_parameters(guest, parameters, Deadline::after(DEFAULT_TIMEOUT))?;
+        }
+        self.put_capabilities_back(guest, |_| true)?.map_err(explain)
+    }
+
+    /// Sets those capabilities that are not as they were found, all at once.
+    fn put_capabilities_back(
+        &self,
+        guest: &mut dyn Guest,
+        which: impl Fn(&str) -> bool,
+    ) -> Result<std::result::Result<(), Failure>> {
+        let now = commands::query_migrate_capabilities(guest, Deadline::after(DEFAULT_TIMEOUT))?;
+        let changed = self
+            .changeable()
+            .filter(|capability| which(&capability.0) && !now.contains(capability));
+        let changes: Vec<_> = changed.cloned().collect();
+        Ok(set_capabilities(guest, &changes, Deadline::after(DEFAULT_TIMEOUT)))
+    }
+
+    /// What [`Settings::restore`] would say, for whoever says it in its place: in the same order,
+    /// for the same reason.
+    pub fn script(&self, mode: Mode) -> Vec<(&'static str, Value)> {
+        let capabilities = |which: &dyn Fn(&str) -> bool| {
+            let capabilities = self.changeable().filter(|(name, _)| which(name));
+            let list: Vec<_> = capabilities
+                .map(|(name, state)| json!({ "capability": name, "state": state }))
+                .collect();
+            ("migrate-set-capabilities", json!({ "capabilities": list }))
+        };
+        let mut script = vec![
+            // At once, and alone, so that no other one's being refused keeps it from being put
+            // back.
+            capabilities(&|name| name == BACKGROUND),
+            ("closefd", json!({ "fdname": FD_NAME })),
+            capabilities(&|name| !EXCLUDE_TLS.contains(&name)),
+            ("migrate-set-parameters", Value::Object(self.original_parameters(mode))),
+        ];
+        if self.changeable().any(|(name, state)| *state && EXCLUDE_TLS.contains(&name.as_str())) {
+            script.push(capabilities(&|_| true));
+        }
+        script
+    }
+
+    /// The parameters that `mode` changes, as they were found.
+    fn original_parameters(&self, mode: Mode) -> Map<String, Value> {
+        let changed = self.parameters_for(mode);
+        changed
+            .into_iter()
+            .map(|(name, _)| (name.clone(), self.parameters[&name].clone()))
+            .collect()
+    }
+
+    /// `events` changes nothing but what is told.
+    fn changeable(&self) -> impl Iterator<Item = &(String, bool)> {
+        self.capabilities.iter().filter(|(name, _)| name != "events")
+    }
+
+    /// A background snapshot has no limit of its bandwidth, and is slowed by one that is set.
+    fn parameters_for(&self, mode: Mode) -> Map<String, Value> {
+        let mut parameters = Map::new();
+        if mode == Mode::Paused && self.parameters.contains_key("max-bandwidth") {
+            parameters.insert("max-bandwidth".into(), json!(i64::MAX));
+        }
+        let tls = if self.locked { LOCK } else { "" };
+        for (name, plain) in [(TLS, tls), ("mode", "normal")] {
+            if self.parameters.get(name).is_some_and(|value| value != plain) {
+                parameters.insert(name.into(), json!(plain));
+            }
+        }
+        if self.locked && self.parameters.contains_key(RECORD) {
+            let changed = parameters.keys().map(String::as_str).chain([RECORD]);
+            let record =
+                Leftover::describe(&self.capabilities, &self.parameters, changed, self.watchdog);
+            parameters.insert(RECORD.into(), json!(record));
+        }
+        parameters
+    }
+}
+
+fn set_capabilities(
+    guest: &mut dyn Guest,
+    changes: &[(String, bool)],
+    deadline: Deadline,
+) -> std::result::Result<(), Failure> {
+    if changes.is_empty() {
+        return Ok(());
+    }
+    commands::migrate_set_capabilities(guest, changes, deadline)
+}
+
+fn explain(failure: Failure, mode: Mode) -> Error {
+    let step = "cannot set the migration capabilities";
+    match failure {
+        Failure::Refused(_, reason)
+            if mode == Mode::Background && reason.contains("host kernel") =>
+        {
+            Error::new(
+                Code::ArgumentUnsupported,
+                format!(
+                    "background snapshots are refused by this QEMU ({reason}): it needs Linux 5.7 \
+                     or later and permission to use userfaultfd. Run it as root, or `sysctl \
+                     vm.unprivileged_userfaultfd=1`, or, with QEMU 8.0 or later, give its user \
+                     access to /dev/userfaultfd; shared (memfd) guest memory needs Linux 5.19"
+                ),
+            )
+        }
+        Failure::Refused(_, reason)
+            if mode == Mode::Background && reason.contains("memory configuration") =>
+        {
+            Error::new(
+                Code::ArgumentUnsupported,
+                format!(
+                    "background snapshots are refused by this QEMU ({reason}): guest memory that \
+                     is a shared file on a disk cannot be write-protected; memory of memfd, of a \
+                     file on tmpfs or hugetlbfs, or anonymous memory can"
+                ),
+            )
+        }
+        Failure::Refused(_, reason) if mode == Mode::Background => {
+            Error::new(Code::ArgumentUnsupported, format!("{step}: {reason}"))
+        }
+        failure => failure.into_error(step),
+    }
+}

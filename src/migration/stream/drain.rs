@@ -1,0 +1,214 @@
+//! Waiting until all of memory is in its image, and QEMU says so.
+
+use std::time::{Duration, Instant};
+
+use super::{Stream, wait_either};
+use crate::backend::{DEFAULT_TIMEOUT, Guest, Liveness};
+use crate::cancel::Cancel;
+use crate::deadline::Deadline;
+use crate::error::{Code, Result, fail};
+use crate::image::MemoryImage;
+use crate::migration::backoff::Nap;
+use crate::migration::flow::{Flow, FlowObserver};
+use crate::migration::names::{LOCK, TLS};
+use crate::migration::settings::Settings;
+use crate::monitor::commands::{self, MigrationRam, Progress};
+use crate::sys::now;
+
+/// For so long nothing comes before QEMU is asked whether anything more does.
+const QUIET: Duration = Duration::from_secs(1);
+
+impl Stream {
+    /// Waits until all of memory is in the file, and QEMU says so. Returns the image's bytes.
+    pub fn wait_saved(
+        &self,
+        guest: &mut dyn Guest,
+        image: &MemoryImage,
+        settings: &Settings,
+        cancel: &Cancel,
+        observer: &mut dyn FlowObserver,
+    ) -> Result<u64> {
+        let so_far = Flow { done: self.flow(None).done, ..observer.flow() };
+        let mut meter = observer.interval().map(|interval| Meter::new(interval, so_far));
+        let mut quiet = Quiet::new(self.drain.bytes());
+        let mut muddled = false;
+        let bytes = loop {
+            cancel.check()?;
+            if let Some(outcome) = self.drain.outcome() {
+                break outcome?;
+            }
+            if quiet.is_long(self.drain.bytes()) {
+                muddled |= self.look_for_end(guest, image, settings)?;
+                quiet = Quiet::new(self.drain.bytes());
+            }
+            if let Some(meter) = meter.as_mut().filter(|meter| meter.left().is_zero()) {
+                observer.progress(meter.read(self, guest));
+                continue;
+            }
+            let at_most = meter.as_ref().map_or(QUIET, |meter| meter.left().min(QUIET));
+            wait_either(self.drain.done(), cancel, Some(at_most))?;
+        };
+        // The stream's end comes a moment before QEMU's word on it.
+        match wait_ended(guest, settings, Deadline::after(DEFAULT_TIMEOUT))? {
+            Ended::Completed => Ok(self.offset + bytes),
+            // This is what QEMU says of another client's that came after ours. Then the stream
+            // itself tells.
+            Ended::Failed(reason)
+                if (muddled || reason.contains(LOCK)) && image.has_whole_stream()? =>
+            {
+                Ok(self.offset + bytes)
+            }
+            Ended::Failed(reason) => fail!(OperationFailed, "cannot save memory: {reason}"),
+        }
+    }
+
+    /// Nothing has come for a while. There are two reasons for which nothing ever will, not even
+    /// the end:
+    ///
+    /// * A process that the caller has forked, before QEMU had its end of the pipe, has that end
+    ///   too as long as it does not execute a program: then the pipe does not end, though QEMU has
+    ///   closed it. What a migration has written is in the pipe before QEMU says that it has
+    ///   completed.
+    /// * QEMU is setting up for ever: it has saved memory, said so, and had not closed its end of
+    ///   the pipe when another client's `migrate` came, which QEMU refused for the lock. Then it
+    ///   has forgotten the pipe (seen with QEMU 10.0; QEMU 7.2 ends there). Under the lock no
+    ///   migration can be another client's, and before its own has set up the stream is not whole.
+    ///   It is cancelled, as QEMU would refuse every other migration, and new settings, for good.
+    ///
+    /// Returns whether it was the latter.
+    fn look_for_end(
+        &self,
+        guest: &mut dyn Guest,
+        image: &MemoryImage,
+        settings: &Settings,
+    ) -> Result<bool> {
+        let migration = match commands::query_migrate(guest, Deadline::after(QUIET)) {
+            Ok(migration) => migration,
+            // QEMU may be too busy to answer, or the daemon be restarted.
+            Err(error) if error.code == Code::OperationTimeout => return Ok(false),
+            Err(error) if guest.liveness() == Liveness::Exited => return Err(error),
+            Err(_) => return Ok(false),
+        };
+        let muddled = migration.is_setting_up()
+            && image.has_whole_stream()?
+            && settings.is_still_locked(guest)?;
+        match migration.progress() {
+            _ if muddled => commands::migrate_cancel(guest, Deadline::after(DEFAULT_TIMEOUT))?,
+            Progress::UnderWay => return Ok(false),
+            Progress::Completed => {
+                let waiting = rustix::io::ioctl_fionread(&self.spare).unwrap_or_default();
+                let came = self.drain.bytes() + waiting;
+                let sent = migration.ram.as_ref().map_or(0, MigrationRam::least);
+                if came < sent {
+                    fail!(
+                        OperationFailed,
+                        "QEMU has saved {sent} bytes of memory, and {came} have come here: another \
+                         client has saved the guest meanwhile"
+                    );
+                }
+            }
+            Progress::None | Progress::Failed => {}
+        }
+        self.drain.end_when_empty();
+        Ok(muddled)
+    }
+}
+
+/// Since when nothing has come.
+struct Quiet {
+    bytes: u64,
+    since: Instant,
+}
+
+impl Quiet {
+    fn new(bytes: u64) -> Quiet {
+        Quiet { bytes, since: Instant::now() }
+    }
+
+    fn is_long(&mut self, bytes: u64) -> bool {
+        if bytes != self.bytes {
+            *self = Quiet::new(bytes);
+        }
+        self.since.elapsed() >= QUIET
+    }
+}
+
+/// Looks at intervals how far memory has come.
+struct Meter {
+    interval: Duration,
+    looked: Duration,
+    last: Flow,
+    /// QEMU, when it did not answer, is not asked again before this.
+    ask: Duration,
+}
+
+impl Meter {
+    fn new(interval: Duration, so_far: Flow) -> Meter {
+        Meter { interval, looked: now(), last: so_far, ask: Duration::ZERO }
+    }
+
+    /// Until it is to be looked again.
+    fn left(&self) -> Duration {
+        (self.looked + self.interval).saturating_sub(now())
+    }
+
+    fn read(&mut self, stream: &Stream, guest: &mut dyn Guest) -> Flow {
+        /// For an answer that nothing depends on. A cancel has to wait for it.
+        const SOON: Duration = Duration::from_secs(1);
+        // What is wrong with QEMU is found by whoever needs it.
+        let asked = now() >= self.ask;
+        let migration =
+            asked.then(|| commands::query_migrate(guest, Deadline::after(SOON)).ok()).flatten();
+        if asked && migration.is_none() {
+            self.ask = now() + DEFAULT_TIMEOUT;
+        }
+        let (now, mut flow) = (now(), stream.flow(migration.as_ref()));
+        if flow.total == 0 {
+            // Not told: as it was.
+            flow.pages_left = self.last.pages_left;
+            flow.total = if self.last.total == 0 { 0 } else { self.last.total.max(flow.done) };
+        }
+        let micros = (now - self.looked).as_micros().max(1);
+        flow.per_second = (u128::from(flow.done - self.last.done) * 1_000_000 / micros) as u64;
+        (self.looked, self.last) = (now, flow);
+        flow
+    }
+}
+
+/// How a migration has ended.
+enum Ended {
+    Completed,
+    Failed(String),
+}
+
+fn query_ended(guest: &mut dyn Guest) -> Result<Option<Ended>> {
+    let migration = commands::query_migrate(guest, Deadline::after(DEFAULT_TIMEOUT))?;
+    Ok(match migration.progress() {
+        Progress::UnderWay => None,
+        Progress::Completed => Some(Ended::Completed),
+        // None: it never began.
+        Progress::None | Progress::Failed => Some(Ended::Failed(migration.reason().into())),
+    })
+}
+
+/// Waits for the end of a migration whose stream has come to its end.
+fn wait_ended(guest: &mut dyn Guest, settings: &Settings, deadline: Deadline) -> Result<Ended> {
+    let nap = Nap::default();
+    loop {
+        if let Some(ended) = query_ended(guest)? {
+            return Ok(ended);
+        }
+        if !settings.is_still_locked(guest)? {
+            fail!(
+                OperationFailed,
+                "another client has changed QEMU's migration parameter '{TLS}', and begun a \
+                 migration of the guest, before QEMU could be asked whether memory was saved: take \
+                 the snapshot again"
+            );
+        }
+        if deadline.left().is_none() {
+            fail!(OperationTimeout, "memory is saved, and QEMU does not say so");
+        }
+        nap.sleep();
+    }
+}

@@ -1,0 +1,100 @@
+//! The way of memory from QEMU to its image: a pipe, and the drain that empties it.
+
+mod drain;
+mod give_up;
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::time::Duration;
+
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
+use rustix::io::Errno;
+
+use super::flow::Flow;
+use super::names::FD_NAME;
+use crate::backend::{DEFAULT_TIMEOUT, Guest};
+use crate::cancel::{Cancel, timeout};
+use crate::deadline::Deadline;
+use crate::error::{Error, Result};
+use crate::image::{self, Drain, MemoryImage};
+use crate::monitor::commands::{self, Migration};
+
+/// The way of memory from QEMU to its image, open.
+#[derive(Debug)]
+pub struct Stream {
+    drain: Drain,
+    /// Where it begins in the image.
+    offset: u64,
+    /// The pipe's end once more, to empty it should the drain hang.
+    spare: OwnedFd,
+    /// QEMU's end, until it has it.
+    write: Option<OwnedFd>,
+}
+
+impl Stream {
+    /// Opens it.
+    pub fn open(image: &MemoryImage) -> Result<Stream> {
+        let (read, write) = image::pipe()?;
+        let duplicate = || {
+            fcntl_setfl(&read, fcntl_getfl(&read)? | OFlags::NONBLOCK)?;
+            rustix::io::fcntl_dupfd_cloexec(&read, 0)
+        };
+        let spare =
+            duplicate().map_err(|error| Error::system("cannot set up the memory pipe", error))?;
+        let drain = Drain::start(read, image.file()?, image.path(), image.stream_offset())?;
+        Ok(Stream { drain, offset: image.stream_offset(), spare, write: Some(write) })
+    }
+
+    /// Passes QEMU its end, as [`FD_NAME`].
+    pub fn pass(&mut self, guest: &mut dyn Guest) -> Result<()> {
+        match self.write.take() {
+            Some(write) => {
+                commands::getfd(guest, FD_NAME, write.as_fd(), Deadline::after(DEFAULT_TIMEOUT))
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// QEMU's stream.
+    pub fn pipe(&self) -> BorrowedFd<'_> {
+        self.spare.as_fd()
+    }
+
+    /// How far memory has come, by what QEMU says of it.
+    pub fn flow(&self, migration: Option<&Migration>) -> Flow {
+        /// What goes before each page in the stream.
+        const HEADER: u64 = 8;
+        let bytes = self.drain.bytes();
+        let mut flow = Flow { done: self.offset + bytes, ..Flow::default() };
+        if let Some(ram) =
+            migration.and_then(|migration| migration.ram.as_ref()).filter(|ram| ram.page_size > 0)
+        {
+            flow.pages_left = ram.remaining / ram.page_size;
+            // Some of what QEMU has sent is in the pipe still.
+            flow.total = self.offset
+                + ram.transferred.max(bytes)
+                + flow.pages_left * (ram.page_size + HEADER);
+        }
+        flow
+    }
+
+    /// Whether QEMU has closed the stream. Then our migration is over: one that is under way is
+    /// another client's.
+    fn is_closed(&self) -> bool {
+        let mut fds = [PollFd::new(&self.spare, PollFlags::empty())];
+        poll(&mut fds, Some(&timeout(Duration::ZERO))).is_ok()
+            && fds[0].revents().contains(PollFlags::HUP)
+    }
+}
+
+/// Waits for one of the two.
+fn wait_either(done: BorrowedFd, cancel: &Cancel, at_most: Option<Duration>) -> Result<()> {
+    let mut fds = [
+        PollFd::from_borrowed_fd(done, PollFlags::IN),
+        PollFd::from_borrowed_fd(cancel.event(), PollFlags::IN),
+    ];
+    match poll(&mut fds, at_most.map(timeout).as_ref()) {
+        Ok(_) | Err(Errno::INTR) => Ok(()),
+        Err(errno) => Err(Error::system("cannot wait for memory to be saved", errno)),
+    }
+}
