@@ -30,13 +30,13 @@ use std::time::Duration;
 use common::domain::OpenedDomain;
 use common::monitor::Monitor;
 use common::{Options, interleave, kib, list, machine, median, spread};
-use instantsnap::engine::{Event, Handle, Observer, Overlap, What};
+use instantsnap::engine::{EarlyStart, Event, Handle, Observer, What};
 use instantsnap::error::Code;
 use instantsnap::model::flags::{CreateFlags, INSTANT, LIVE, NO_METADATA};
 use instantsnap_testkit::{Binary, Client, Daemon, Guest, Machine, wait_for};
 use serde_json::{Value, json};
 
-const CLASSICAL: Overlap = Overlap { tries: 0, aim: None };
+const CLASSICAL: EarlyStart = EarlyStart { tries: 0, stop_after: None };
 /// To spare, beside the guest's memory.
 const SPARE_MIB: u64 = 2048;
 /// How long memory that was given back takes to be free.
@@ -165,7 +165,9 @@ fn directly(machine: &Machine, way_in: &WayIn, rounds: usize) -> Measured {
     interleave(way_in.ways, rounds, |way| {
         guest.wait_ticks(3);
         match way {
-            "overlap" => by_library(&handle, Overlap::default(), "<domainsnapshot/>", &mut monitor),
+            "overlap" => {
+                by_library(&handle, EarlyStart::default(), "<domainsnapshot/>", &mut monitor)
+            }
             "classical" => by_library(&handle, CLASSICAL, "<domainsnapshot/>", &mut monitor),
             "floor" => {
                 let cat =
@@ -191,7 +193,7 @@ fn under_libvirt(machine: &Machine, daemon: &Daemon, way_in: &WayIn, rounds: usi
         guest.wait_ticks(3);
         let (_, xml) = opened.next();
         let taken = match way {
-            "libvirt" => by_library(&opened.handle, Overlap::default(), &xml, &mut monitor),
+            "libvirt" => by_library(&opened.handle, EarlyStart::default(), &xml, &mut monitor),
             "libvirt classical" => by_library(&opened.handle, CLASSICAL, &xml, &mut monitor),
             "libvirt plain" => by_libvirt(&opened, NO_METADATA, &xml, &mut monitor),
             "libvirt live" => by_libvirt(&opened, NO_METADATA | LIVE, &xml, &mut monitor),
@@ -214,8 +216,8 @@ fn wait_until_it_writes(guest: &Guest) {
 }
 
 /// The library takes a snapshot, and undoes it when it is cancelled.
-fn by_library(handle: &Handle, overlap: Overlap, xml: &str, monitor: &mut Monitor) -> Taken {
-    handle.set_overlap(overlap);
+fn by_library(handle: &Handle, overlap: EarlyStart, xml: &str, monitor: &mut Monitor) -> Taken {
+    handle.set_early_start(overlap);
     let flags = CreateFlags::parse(LIVE | INSTANT | NO_METADATA);
     let error = handle
         .create(xml, flags, &mut CancelAtInstant(handle))
@@ -229,7 +231,7 @@ fn by_library(handle: &Handle, overlap: Overlap, xml: &str, monitor: &mut Monito
     assert_eq!(pauses.is_empty(), stats.lost == 0, "{pauses:?} and {pause_us} µs: {stats:?}");
     let library = ByLibrary {
         setup_us: stats.setup.as_micros() as u64,
-        overlapped: stats.overlapped,
+        overlapped: stats.started_early,
         lost: stats.lost,
         lost_pause_us: pauses.iter().sum(),
     };

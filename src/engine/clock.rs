@@ -73,8 +73,8 @@ pub struct Stats {
     /// guest's memory.
     pub setup: Duration,
     /// The guest ran meanwhile.
-    pub overlapped: bool,
-    /// Tries to begin while the guest ran that came too late; see [`Overlap`](super::Overlap).
+    pub started_early: bool,
+    /// Tries to begin while the guest ran that came too late; see [`EarlyStart`](super::EarlyStart).
     pub lost: u32,
     /// What they have paused the guest for, in all.
     pub lost_pause: Duration,

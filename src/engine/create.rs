@@ -20,10 +20,10 @@ use crate::cancel::Cancel;
 use crate::deadline::Deadline;
 use crate::error::{Error, Result, fail};
 use crate::image::MemoryImage;
-use crate::migration::overlap::{self, Lesson};
+use crate::migration::early_start::{self, Sample};
 use crate::migration::{
-    FD_NAME, Flow, Mode, Settings, Still, Stream, Work, reactivate_disks, run_state, wait_armed,
-    warm,
+    FD_NAME, Flow, Mode, PopulateProgress, Settings, Stream, WriteCheck, prefault,
+    reactivate_disks, run_state, wait_armed,
 };
 use crate::model::flags::CreateFlags;
 use crate::model::{
@@ -57,7 +57,7 @@ struct Task<'a> {
 struct Begun {
     /// When the pause must end.
     deadline: Deadline,
-    work: Work,
+    populate: PopulateProgress,
     stopping: Duration,
 }
 
@@ -353,9 +353,9 @@ impl Task<'_> {
         settings.apply(guest, self.mode)?;
         made.stream()?.pass(guest)?;
         self.flush_disks();
-        self.warm(guest, cancel)?;
+        self.prefault(guest, cancel)?;
         // Notices what other clients let the guest write in the pause.
-        let still = Still::new(&self.plan.disks, self.mode);
+        let write_check = WriteCheck::new(&self.plan.disks, self.mode);
         cancel.check()?;
         if self.running && !guest.status()?.running {
             fail!(
@@ -395,7 +395,7 @@ impl Task<'_> {
         if begun.is_none() {
             if self.mode == Mode::Background && !keeps_paused {
                 // By the time that it is armed the guest runs, and writes.
-                still.check(guest, deadline)?;
+                write_check.check(guest, deadline)?;
             }
             cancel.check()?;
             // Late: until `migrate`, another client's save would be a background snapshot
@@ -410,9 +410,9 @@ impl Task<'_> {
             Mode::Background => {
                 let migration = wait_armed(guest, self.running, cancel, deadline)?;
                 clock.stats.setup = migration.setup_time();
-                clock.stats.overlapped = begun.is_some();
+                clock.stats.started_early = begun.is_some();
                 if keeps_paused {
-                    still.check(guest, deadline)?;
+                    write_check.check(guest, deadline)?;
                 }
                 (made.stream()?.flow(Some(&migration)), None)
             }
@@ -420,7 +420,7 @@ impl Task<'_> {
                 let bytes = made.wait_saved(guest, cancel, clock)?;
                 // QEMU saves what the guest wrote meanwhile to its memory; what it wrote to disks
                 // is on the overlays.
-                still.check(guest, Deadline::after(DEFAULT_TIMEOUT))?;
+                write_check.check(guest, Deadline::after(DEFAULT_TIMEOUT))?;
                 (Flow { done: bytes, total: bytes, ..Flow::default() }, Some(bytes))
             }
         };
@@ -437,7 +437,7 @@ impl Task<'_> {
         self.devices.check(guest)?;
         clock.instant(flow);
         if self.mode == Mode::Background {
-            self.learn(&guest.identity(), clock, begun);
+            self.record_samples(&guest.identity(), clock, begun);
         }
         let record = self.record(instant, made)?;
         if self.flags.keeps_metadata() {
@@ -510,20 +510,20 @@ impl Task<'_> {
     }
 
     /// For the next one's sake.
-    fn learn(&self, identity: &str, clock: &Clock, begun: Option<Begun>) {
+    fn record_samples(&self, identity: &str, clock: &Clock, begun: Option<Begun>) {
         let setup = clock.stats.setup;
         match begun {
-            Some(Begun { work, stopping, .. }) => {
-                overlap::learn(identity, Lesson::Running(work.until(setup)));
-                overlap::learn(identity, Lesson::Stopping(stopping));
+            Some(Begun { populate, stopping, .. }) => {
+                early_start::record(identity, Sample::Running(populate.total_at(setup)));
+                early_start::record(identity, Sample::Stopping(stopping));
             }
             None => {
-                overlap::learn(identity, Lesson::Stopped(setup));
+                early_start::record(identity, Sample::Stopped(setup));
                 if self.running {
                     // Without the question.
-                    overlap::learn(
+                    early_start::record(
                         identity,
-                        Lesson::Stopping(clock.stats.phase(Phase::Pause) * 3 / 2),
+                        Sample::Stopping(clock.stats.phase(Phase::Pause) * 3 / 2),
                     );
                 }
             }
@@ -532,11 +532,12 @@ impl Task<'_> {
 
     /// Has all of memory be there when QEMU touches it: before the first snapshot. What is there
     /// then stays.
-    fn warm(&self, guest: &mut dyn Guest, cancel: &Cancel) -> Result<()> {
-        let first =
-            self.running && self.mode == Mode::Background && !overlap::knows(&guest.identity());
+    fn prefault(&self, guest: &mut dyn Guest, cancel: &Cancel) -> Result<()> {
+        let first = self.running
+            && self.mode == Mode::Background
+            && !early_start::has_samples(&guest.identity());
         match first.then(|| guest.pid()).flatten() {
-            Some(pid) => warm(guest, pid, cancel),
+            Some(pid) => prefault(guest, pid, cancel),
             None => Ok(()),
         }
     }
@@ -590,7 +591,7 @@ impl Task<'_> {
     }
 
     /// Begins the migration while the guest runs, and pauses the guest in time, where that is worth
-    /// it: see [`overlap`]. `None` where nothing was begun.
+    /// it: see [`early_start`]. `None` where nothing was begun.
     fn begin_while_it_runs(
         &self,
         guest: &mut dyn Guest,
@@ -604,17 +605,21 @@ impl Task<'_> {
         }
         let identity = guest.identity();
         let memory = commands::query_memory_size(guest, Deadline::after(DEFAULT_TIMEOUT))?;
-        while clock.stats.lost < self.options.overlap.tries {
-            let learnt = || overlap::aim(&identity, memory, clock.stats.lost);
-            let Some(aim) = self.options.overlap.aim.or_else(learnt) else { return Ok(None) };
+        while clock.stats.lost < self.options.early_start.tries {
+            let estimated = || early_start::estimate(&identity, memory, clock.stats.lost);
+            let Some(stop_after) = self.options.early_start.stop_after.or_else(estimated) else {
+                return Ok(None);
+            };
             settings.unlock(guest, Deadline::after(DEFAULT_TIMEOUT))?;
-            let process = if self.options.overlap.aim.is_none() { guest.pid() } else { None };
-            let mut work = Work::begins(process);
+            let process =
+                if self.options.early_start.stop_after.is_none() { guest.pid() } else { None };
+            let mut populate = PopulateProgress::begin(process);
             self.migrate(guest, settings, made, Stage::Begun, Deadline::after(DEFAULT_TIMEOUT))?;
-            while let Some(rest) =
-                aim.checked_sub(work.done()).filter(|rest| *rest >= overlap::NEAR)
+            while let Some(rest) = stop_after
+                .checked_sub(populate.done())
+                .filter(|rest| *rest >= early_start::TOLERANCE)
             {
-                cancel.wait(Work::pause(rest))?;
+                cancel.wait(PopulateProgress::interval(rest))?;
             }
 
             clock.enter(Phase::Pause);
@@ -631,7 +636,7 @@ impl Task<'_> {
                 made.watchdog.enter(Stage::Migrating);
                 clock.paused();
                 cancel.check()?;
-                return Ok(Some(Begun { deadline, work, stopping }));
+                return Ok(Some(Begun { deadline, populate, stopping }));
             }
             // Too late; or it was reset, and runs again.
             let setup = wait_armed(guest, self.running, cancel, deadline)?.setup_time();
@@ -639,8 +644,8 @@ impl Task<'_> {
             clock.lost();
             clock.enter(Phase::Prepare);
             made.watchdog.enter(Stage::Begun);
-            overlap::learn(&identity, Lesson::Running(work.until(setup)));
-            overlap::learn(&identity, Lesson::Stopping(stopping));
+            early_start::record(&identity, Sample::Running(populate.total_at(setup)));
+            early_start::record(&identity, Sample::Stopping(stopping));
             self.begin_anew(guest, settings, cancel, made)?;
             cancel.check()?;
         }

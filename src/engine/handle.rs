@@ -13,7 +13,7 @@ use super::storage::{StorageCall, StorageHook};
 use crate::backend::driver::Driver;
 use crate::backend::{Catalog, Connector, DriverConnector, LibvirtConnector, QmpConnector};
 use crate::error::{Result, fail};
-use crate::migration::overlap::Overlap;
+use crate::migration::early_start::EarlyStart;
 use crate::model::Store;
 use crate::model::flags::{CreateFlags, DeleteFlags, RevertFlags};
 use crate::sys::lock;
@@ -49,8 +49,8 @@ impl Handle {
     }
 
     /// How snapshots that begin later keep the guest's memory out of the pause.
-    pub fn set_overlap(&self, overlap: Overlap) {
-        lock(&self.opened.options).overlap = overlap;
+    pub fn set_early_start(&self, early_start: EarlyStart) {
+        lock(&self.opened.options).early_start = early_start;
     }
 
     /// Who snapshots the disks that snapshots which begin later leave to others

@@ -22,7 +22,7 @@ mod watchdog;
 
 pub use crate::cancel::Cancel;
 pub use crate::migration::Flow;
-pub use crate::migration::overlap::Overlap;
+pub use crate::migration::early_start::EarlyStart;
 pub use clock::{By, Observer, Phase, Stats};
 pub use event::{Event, What};
 pub use handle::Handle;

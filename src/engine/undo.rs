@@ -18,7 +18,7 @@ use crate::monitor::commands::{self, Progress};
 
 /// A QEMU that hangs is asked to resume its guest for so long. There is nothing worse to leave
 /// behind than a guest that is paused.
-const STUBBORN: Duration = Duration::from_secs(300);
+const RESUME_TIMEOUT: Duration = Duration::from_secs(300);
 
 /// QEMU takes less to stop a guest, save its devices and arm. A guest that stands for that long is
 /// resumed.
@@ -92,9 +92,9 @@ impl Made {
     pub fn undo(mut self, guest: &mut dyn Guest, cause: Error, clock: &mut Clock) -> Error {
         let mut left = Vec::new();
         let mut ended = false;
-        let mut liveness = self.insist(guest);
+        let mut liveness = self.wait_responsive(guest);
         if liveness == Liveness::Alive && self.outrun {
-            liveness = sit_out(guest);
+            liveness = wait_other_save(guest);
         }
         if liveness == Liveness::Alive {
             ended = self.undo_online(guest, &mut left, clock);
@@ -156,8 +156,8 @@ impl Made {
 
     /// Whether QEMU is there. One that does not answer is given time, after all that was changed in
     /// it; for a guest that is paused `cont` is queued, for QEMU to find when it comes to.
-    fn insist(&self, guest: &mut dyn Guest) -> Liveness {
-        let deadline = Deadline::after(STUBBORN);
+    fn wait_responsive(&self, guest: &mut dyn Guest) -> Liveness {
+        let deadline = Deadline::after(RESUME_TIMEOUT);
         let mut liveness = guest.liveness();
         if liveness == Liveness::Unresponsive && self.watchdog.stage().is_paused() {
             // The reply would come when it would, and is not needed: the state is looked at next.
@@ -210,8 +210,8 @@ impl Made {
             let resumed = guest.resume(Deadline::after(DEFAULT_TIMEOUT));
             // Another client's save or dump, begun in the pause, lets nobody near the guest, and
             // stops it at its end.
-            let again = ended && outlast_migration(guest) || resumed.is_err();
-            if note(if again { see_running(guest) } else { resumed }) {
+            let again = ended && wait_other_migration(guest) || resumed.is_err();
+            if note(if again { ensure_running(guest) } else { resumed }) {
                 clock.resumed(guest.last_pause());
             }
         }
@@ -262,9 +262,9 @@ impl Made {
 /// Another client may have begun to save the guest, which was paused by us: then it saves the
 /// moment of our pause, and the guest must not write to its disks until that client is done with
 /// it, which may end QEMU.
-fn sit_out(guest: &mut dyn Guest) -> Liveness {
+fn wait_other_save(guest: &mut dyn Guest) -> Liveness {
     let keeps_paused = guest.background_keeps_paused();
-    let deadline = Deadline::after(STUBBORN);
+    let deadline = Deadline::after(RESUME_TIMEOUT);
     let mut seen = false;
     loop {
         let migrating = commands::query_migrate(guest, Deadline::after(DEFAULT_TIMEOUT))
@@ -284,8 +284,8 @@ fn sit_out(guest: &mut dyn Guest) -> Liveness {
 }
 
 /// Waits until there is no migration any more; whether there was one.
-fn outlast_migration(guest: &mut dyn Guest) -> bool {
-    let deadline = Deadline::after(STUBBORN);
+fn wait_other_migration(guest: &mut dyn Guest) -> bool {
+    let deadline = Deadline::after(RESUME_TIMEOUT);
     let mut seen = false;
     while deadline.left().is_some()
         && commands::query_migrate(guest, Deadline::after(DEFAULT_TIMEOUT))
@@ -297,6 +297,6 @@ fn outlast_migration(guest: &mut dyn Guest) -> bool {
     seen
 }
 
-fn see_running(guest: &mut dyn Guest) -> Result<()> {
-    if guest.status()?.running { Ok(()) } else { guest.resume(Deadline::after(STUBBORN)) }
+fn ensure_running(guest: &mut dyn Guest) -> Result<()> {
+    if guest.status()?.running { Ok(()) } else { guest.resume(Deadline::after(RESUME_TIMEOUT)) }
 }

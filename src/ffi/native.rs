@@ -8,7 +8,7 @@ use std::time::Duration;
 use super::header::{instantsnap_guest, instantsnap_revert_plan, instantsnap_snapshot};
 use super::{Registry, abi, c_string, last_error};
 use crate::boundary::boundary;
-use crate::engine::{self, Handle, Overlap, Phase, RevertPlan, Stats};
+use crate::engine::{self, EarlyStart, Handle, Phase, RevertPlan, Stats};
 use crate::error::{Result, fail};
 use crate::model::flags::{CreateFlags, DeleteFlags, RevertFlags};
 use crate::pointers::{Fill, Out, Text};
@@ -154,7 +154,7 @@ pub extern "C" fn instantsnap_set_overlap_tries(
     tries: c_uint,
 ) -> c_int {
     boundary(last_error::set, || {
-        GUESTS.get(guest)?.set_overlap(Overlap { tries, ..Overlap::default() });
+        GUESTS.get(guest)?.set_early_start(EarlyStart { tries, ..EarlyStart::default() });
         Ok(0)
     })
 }
@@ -227,7 +227,7 @@ pub(super) fn convert_stats(stats: &Stats) -> abi::instantsnap_stats {
         setup_us: micros(stats.setup),
         lost_pause_us: micros(stats.lost_pause),
         lost_tries: stats.lost,
-        overlapped: stats.overlapped.into(),
+        overlapped: stats.started_early.into(),
     };
     // The sum of what is told, each part of it cut to whole microseconds.
     converted.total_us = [

@@ -1,6 +1,6 @@
 //! Waiting until QEMU has armed its tracking of memory writes, or will not any more.
 
-use super::backoff::Nap;
+use super::backoff::Backoff;
 use super::run_state;
 use crate::backend::{DEFAULT_TIMEOUT, Guest};
 use crate::cancel::Cancel;
@@ -23,7 +23,7 @@ pub fn wait_armed(
     cancel: &Cancel,
     deadline: Deadline,
 ) -> Result<Migration> {
-    let nap = Nap::default();
+    let backoff = Backoff::default();
     loop {
         let migration = match commands::query_migrate(guest, deadline) {
             // The limit has passed while it answered, or while we slept.
@@ -55,20 +55,20 @@ pub fn wait_armed(
             }
         }
         cancel.check()?;
-        nap.sleep();
+        backoff.wait();
     }
 }
 
 /// Pauses a guest that was resumed for the sake of QEMU, which is going to stop and resume it by
 /// itself before that.
 fn pause_once_armed(guest: &mut dyn Guest) {
-    let (nap, deadline) = (Nap::default(), Deadline::after(DEFAULT_TIMEOUT));
+    let (backoff, deadline) = (Backoff::default(), Deadline::after(DEFAULT_TIMEOUT));
     while deadline.left().is_some()
         && commands::query_migrate(guest, deadline).is_ok_and(|migration| {
             migration.progress() == Progress::UnderWay && !migration.has_pages()
         })
     {
-        nap.sleep();
+        backoff.wait();
     }
     let _ = guest.pause(deadline);
 }
@@ -81,7 +81,7 @@ fn pause_once_armed(guest: &mut dyn Guest) {
 /// that is paused already. So a guest that runs is left alone, and one that was seen paused before
 /// QEMU was seen setting up was not paused by QEMU.
 pub fn wait_resumable(guest: &mut dyn Guest, deadline: Deadline) -> bool {
-    let nap = Nap::default();
+    let backoff = Backoff::default();
     let mut look = || {
         let running = commands::query_status(guest, deadline)?.running;
         let migration = commands::query_migrate(guest, deadline)?;
@@ -92,7 +92,7 @@ pub fn wait_resumable(guest: &mut dyn Guest, deadline: Deadline) -> bool {
             Ok((true, _)) => return false,
             Ok((false, false)) => return true,
             // What is not known now may be in a moment.
-            Ok((false, true)) | Err(_) => nap.sleep(),
+            Ok((false, true)) | Err(_) => backoff.wait(),
         }
     }
     true

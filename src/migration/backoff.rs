@@ -7,16 +7,16 @@ use std::time::{Duration, Instant};
 /// that the end is noticed soon after a short wait, and QEMU is not asked more than it takes to
 /// answer in a long one.
 #[derive(Debug)]
-pub struct Nap(Instant);
+pub struct Backoff(Instant);
 
-impl Default for Nap {
-    fn default() -> Nap {
-        Nap(Instant::now())
+impl Default for Backoff {
+    fn default() -> Backoff {
+        Backoff(Instant::now())
     }
 }
 
-impl Nap {
-    pub fn sleep(&self) {
+impl Backoff {
+    pub fn wait(&self) {
         sleep((self.0.elapsed() / 50).clamp(Duration::from_micros(20), Duration::from_millis(10)));
     }
 }

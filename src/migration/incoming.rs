@@ -1,6 +1,6 @@
 //! Waiting for an incoming migration.
 
-use super::backoff::Nap;
+use super::backoff::Backoff;
 use crate::backend::{DEFAULT_TIMEOUT, Guest};
 use crate::deadline::Deadline;
 use crate::error::{Result, fail};
@@ -9,7 +9,7 @@ use crate::monitor::commands::{self, Progress};
 /// Waits until an incoming migration has ended. It can take as long as memory is large, so only
 /// QEMU's silence is bounded.
 pub fn wait_loaded(guest: &mut dyn Guest) -> Result<()> {
-    let nap = Nap::default();
+    let backoff = Backoff::default();
     loop {
         let migration = commands::query_migrate(guest, Deadline::after(DEFAULT_TIMEOUT))?;
         match migration.progress() {
@@ -20,6 +20,6 @@ pub fn wait_loaded(guest: &mut dyn Guest) -> Result<()> {
             // Not begun yet, or under way.
             Progress::None | Progress::UnderWay => {}
         }
-        nap.sleep();
+        backoff.wait();
     }
 }

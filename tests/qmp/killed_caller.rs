@@ -9,7 +9,7 @@ use common::way::{by_driver, by_socket_only, open};
 use common::{
     At, INSTANTLY, Loop, Opened, assert_says, files_below, machine, named, run, through_proxy,
 };
-use instantsnap::engine::{Overlap, Phase};
+use instantsnap::engine::{EarlyStart, Phase};
 use instantsnap::error::Code;
 use instantsnap_testkit::program::process;
 use instantsnap_testkit::{
@@ -30,7 +30,8 @@ fn child() {
     let socket = std::env::var("INSTANTSNAP_TEST_SOCKET").unwrap_or("qmp.sock".into());
     let handle = open(directory, &directory.join(socket), None, &directory.join("state")).unwrap();
     if std::env::var_os("INSTANTSNAP_TEST_OVERLAP").is_some() {
-        handle.set_overlap(Overlap { tries: 1, aim: Some(Duration::from_millis(50)) });
+        handle
+            .set_early_start(EarlyStart { tries: 1, stop_after: Some(Duration::from_millis(50)) });
     }
     let mut observer = At(|now| {
         if PHASES.get(phase) == Some(&now) {

@@ -12,7 +12,7 @@ use common::meddling::{
     Deed, Extent, Random, When, assert_counts, assert_no_files, meddle, rounds,
 };
 use common::{At, INSTANTLY, Opened, block_of, machine, named, way};
-use instantsnap::engine::{Overlap, Phase, prepare_revert};
+use instantsnap::engine::{EarlyStart, Phase, prepare_revert};
 use instantsnap::error::Error;
 use instantsnap::model::flags::revert;
 use instantsnap_testkit::{Binary, Client, DEADLINE, Format, Guest, test, thorough, wait_for};
@@ -313,7 +313,9 @@ fn a_stop_of_qemus_own_that_another_clients_cont_takes_back_leaves_no_migration_
     for binary in Binary::all().iter().filter(|binary| binary.version >= (9, 0, 0)) {
         let opened = Opened::start(&machine(binary, 2).cpus(2).append("dense=16 cpus=2"));
         // Too late, each time: QEMU begins to capture a guest that runs.
-        opened.handle.set_overlap(Overlap { tries: 3, aim: Some(Duration::from_millis(100)) });
+        opened
+            .handle
+            .set_early_start(EarlyStart { tries: 3, stop_after: Some(Duration::from_millis(100)) });
         opened.handle.set_pause_limit(Duration::from_secs(2));
         let settings =
             || opened.guest.control().execute("query-migrate-capabilities", json!({})).unwrap();
@@ -353,7 +355,7 @@ fn a_stop_of_qemus_own_that_another_clients_cont_takes_back_leaves_no_migration_
             }
             assert_eq!(settings(), before, "{what}");
         }
-        opened.handle.set_overlap(Overlap::default());
+        opened.handle.set_early_start(EarlyStart::default());
         opened.assert_well();
     }
 }

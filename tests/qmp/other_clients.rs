@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use common::{At, INSTANTLY, Opened, assert_error, assert_says, machine, named, through_proxy};
-use instantsnap::engine::{Event, Observer, Overlap, Phase, What};
+use instantsnap::engine::{EarlyStart, Event, Observer, Phase, What};
 use instantsnap::error::Code;
 use instantsnap_testkit::{
     Binary, Client, DEADLINE, Gate, Guest, Machine, test, thorough, wait_for,
@@ -68,7 +68,7 @@ fn wait_until_it_sets_up(control: &mut Client) {
 
 /// The guest is stopped first, whatever is known of it.
 fn stop_first(opened: &Opened) {
-    opened.handle.set_overlap(Overlap { tries: 0, aim: None });
+    opened.handle.set_early_start(EarlyStart { tries: 0, stop_after: None });
 }
 
 #[test]
@@ -142,7 +142,7 @@ fn a_reset_right_after_the_stop_of_a_guest_that_is_being_migrated_costs_one_try(
     for binary in Binary::all().iter().filter(|binary| binary.version >= (10, 0, 0)) {
         let (opened, proxy) =
             through_proxy(&resettable(binary, 1).long_setup(Duration::from_millis(1000)));
-        opened.handle.set_overlap(Overlap { tries: 1, aim: Some(Duration::ZERO) });
+        opened.handle.set_early_start(EarlyStart { tries: 1, stop_after: Some(Duration::ZERO) });
         std::thread::scope(|scope| {
             let stopped = proxy.hold_reply("stop", 1);
             let guest = &opened.guest;
@@ -154,7 +154,7 @@ fn a_reset_right_after_the_stop_of_a_guest_that_is_being_migrated_costs_one_try(
             opened.snapshot("s").unwrap();
         });
         let stats = opened.handle.stats().unwrap();
-        assert_eq!((stats.lost, stats.overlapped), (1, false));
+        assert_eq!((stats.lost, stats.started_early), (1, false));
         opened.bring_back("s");
         // Later, its disks are on their overlays already.
         let mut observer = At(|phase| {

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use common::virt::OpenedDomain;
 use common::{At, INSTANTLY, Opened, assert_untouched, machine, named, through_proxy};
-use instantsnap::engine::{Observer, Overlap, Phase};
+use instantsnap::engine::{EarlyStart, Observer, Phase};
 use instantsnap::error::Code;
 use instantsnap_testkit::{
     Accel, Binary, Client, DEADLINE, Daemon, Fault, Machine, skip, test, thorough, wait_for,
@@ -36,13 +36,13 @@ fn writing(binary: &'static Binary) -> Machine {
 /// Takes a snapshot for which the guest is stopped so long after the migration's begin; brings it
 /// back. Returns whether it was in time, and how many tries were lost.
 fn race(original: &Opened, name: &str, aim: Duration, tries: u32) -> (bool, u32) {
-    original.handle.set_overlap(Overlap { tries, aim: Some(aim) });
+    original.handle.set_early_start(EarlyStart { tries, stop_after: Some(aim) });
     original.handle.create(&named(name), INSTANTLY, &mut ()).unwrap();
     let stats = original.handle.stats().unwrap();
-    assert_eq!(stats.overlapped, stats.lost < tries);
+    assert_eq!(stats.started_early, stats.lost < tries);
     // By then one of its CPUs and its memory would be of two moments, if they were.
     original.bring_back(name).0.guest.wait_ticks(3);
-    (stats.overlapped, stats.lost)
+    (stats.started_early, stats.lost)
 }
 
 /// When the guest is stopped: from at once to 50 ms too late, the closer the nearer to the end of
@@ -96,7 +96,7 @@ fn a_snapshot_can_be_cancelled_while_memory_is_touched_and_the_guest_runs() {
     for binary in binaries() {
         let opened = Opened::start(&machine(binary, 2).long_setup(1000 * MS));
         let before = opened.trace();
-        opened.handle.set_overlap(Overlap { tries: 3, aim: Some(60_000 * MS) });
+        opened.handle.set_early_start(EarlyStart { tries: 3, stop_after: Some(60_000 * MS) });
         let error = std::thread::scope(|scope| {
             scope.spawn(|| {
                 let mut control = opened.guest.control();
@@ -109,7 +109,7 @@ fn a_snapshot_can_be_cancelled_while_memory_is_touched_and_the_guest_runs() {
         assert_eq!(error.code, Code::OperationAborted, "{error}");
         assert!(!error.message.contains(';'), "nothing is left: {error}");
         assert_untouched(&opened, &before);
-        opened.handle.set_overlap(Overlap::default());
+        opened.handle.set_early_start(EarlyStart::default());
         opened.assert_well();
     }
 }
@@ -121,13 +121,13 @@ fn a_race_whose_outcome_is_not_told_leaves_a_guest_that_runs() {
         let (opened, proxy) = through_proxy(&writing(binary));
         let aims = [Duration::ZERO, SETUP - MS, SETUP, SETUP + MS, SETUP + 50 * MS];
         for aim in aims.repeat(if thorough() { 50 } else { 1 }) {
-            opened.handle.set_overlap(Overlap { tries: 3, aim: Some(aim) });
+            opened.handle.set_early_start(EarlyStart { tries: 3, stop_after: Some(aim) });
             for (command, place) in [("query-migrate", 2), ("stop", 1)] {
                 proxy.rule(command, place, Fault::fail("not today"));
                 opened.assert_fails(&named("s"), INSTANTLY, Code::OperationFailed, &["not today"]);
             }
         }
-        opened.handle.set_overlap(Overlap::default());
+        opened.handle.set_early_start(EarlyStart::default());
         opened.assert_well();
     }
 }
@@ -136,7 +136,7 @@ fn a_race_whose_outcome_is_not_told_leaves_a_guest_that_runs() {
 fn a_snapshot_that_fails_after_tries_were_lost_leaves_nothing() {
     for binary in binaries() {
         let opened = Opened::start(&writing(binary));
-        opened.handle.set_overlap(Overlap { tries: 2, aim: Some(SETUP + 200 * MS) });
+        opened.handle.set_early_start(EarlyStart { tries: 2, stop_after: Some(SETUP + 200 * MS) });
         for fatal in [Phase::Switch, Phase::Arm, Phase::Drain] {
             let mut cancel = At(|phase| {
                 if phase == fatal {
@@ -163,7 +163,7 @@ fn what_is_learnt_of_a_guest_brings_the_next_snapshot_in_time() {
         let overlapped = |name: &str| {
             opened.snapshot(name).unwrap();
             let stats = opened.handle.stats().unwrap();
-            (stats.overlapped, stats.lost)
+            (stats.started_early, stats.lost)
         };
         // So little memory: it would not be worth it, as far as is known.
         assert_eq!(overlapped("first"), (false, 0));
@@ -180,12 +180,12 @@ fn a_domain_of_libvirt_is_stopped_in_time_or_tried_again() {
         let setup = 1000 * MS;
         let domain = OpenedDomain::start(&writing(binary).long_setup(setup), &daemon);
         let take = |name: &str, aim, observer: &mut dyn Observer| {
-            domain.handle.set_overlap(Overlap { tries: 1, aim: Some(aim) });
+            domain.handle.set_early_start(EarlyStart { tries: 1, stop_after: Some(aim) });
             domain.snapshot_observed(name, observer).unwrap();
             domain.bring_back(name);
             domain.guest.wait_ticks(3);
             let stats = domain.handle.stats().unwrap();
-            (stats.overlapped, stats.lost)
+            (stats.started_early, stats.lost)
         };
         assert_eq!(take("early", Duration::ZERO, &mut ()), (true, 0));
         assert_eq!(take("late", 2 * setup, &mut ()), (false, 1));

@@ -14,7 +14,7 @@ use common::{
     first_tick, machine, run, unwritten,
 };
 use instantsnap::engine::{
-    Answer, Overlap, Phase, RevertPlan, StorageCall, StorageDisk, StorageHook, prepare_revert,
+    Answer, EarlyStart, Phase, RevertPlan, StorageCall, StorageDisk, StorageHook, prepare_revert,
     prepare_revert_hooked,
 };
 use instantsnap::error::Code;
@@ -267,10 +267,10 @@ fn what_the_hook_copies_is_of_the_same_instant_as_memory_and_the_other_disks() {
 fn so_it_is_while_qemu_touches_the_guests_memory_already() {
     for binary in Binary::all().iter().filter(|binary| binary.version >= (10, 0, 0)) {
         let opened = Opened::start(&two_disks(binary).append("dense=8").long_setup(20 * MS));
-        opened.handle.set_overlap(Overlap { tries: 3, aim: Some(5 * MS) });
+        opened.handle.set_early_start(EarlyStart { tries: 3, stop_after: Some(5 * MS) });
         let storage = Storage::copying().install(&opened.handle);
         opened.create(&request("s"), INSTANTLY).unwrap();
-        assert!(opened.handle.stats().unwrap().overlapped);
+        assert!(opened.handle.stats().unwrap().started_early);
         opened.guest.wait_ticks(3);
         bring_back(&opened, "s", &storage);
         late(&opened, Storage::copying());

@@ -111,7 +111,7 @@ impl Child<'_> {
         {
             self.resume(monitor, &mut stream);
         }
-        self.outlast_migration(&mut stream, monitor);
+        self.wait_other_migration(&mut stream, monitor);
         match self.recovery {
             Recovery::None => {}
             Recovery::Qmp(script) => script.undo(monitor, stage, &mut stream),
@@ -139,7 +139,7 @@ impl Child<'_> {
 
     /// Another client's migration can have begun in the pause. QEMU puts no capability back while
     /// it is under way, and the lock must not be lifted while ours is on.
-    fn outlast_migration(&self, stream: &mut Remaining, monitor: &OwnedFd) {
+    fn wait_other_migration(&self, stream: &mut Remaining, monitor: &OwnedFd) {
         while self.is_migrating(monitor, stream) == Some(true) {
             wait_ready([None, None], QUIET_MS);
         }

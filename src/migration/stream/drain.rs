@@ -8,7 +8,7 @@ use crate::cancel::Cancel;
 use crate::deadline::Deadline;
 use crate::error::{Code, Result, fail};
 use crate::image::MemoryImage;
-use crate::migration::backoff::Nap;
+use crate::migration::backoff::Backoff;
 use crate::migration::flow::{Flow, FlowObserver};
 use crate::migration::names::{LOCK, TLS};
 use crate::migration::settings::Settings;
@@ -193,7 +193,7 @@ fn query_ended(guest: &mut dyn Guest) -> Result<Option<Ended>> {
 
 /// Waits for the end of a migration whose stream has come to its end.
 fn wait_ended(guest: &mut dyn Guest, settings: &Settings, deadline: Deadline) -> Result<Ended> {
-    let nap = Nap::default();
+    let backoff = Backoff::default();
     loop {
         if let Some(ended) = query_ended(guest)? {
             return Ok(ended);
@@ -209,6 +209,6 @@ fn wait_ended(guest: &mut dyn Guest, settings: &Settings, deadline: Deadline) ->
         if deadline.left().is_none() {
             fail!(OperationTimeout, "memory is saved, and QEMU does not say so");
         }
-        nap.sleep();
+        backoff.wait();
     }
 }

@@ -11,7 +11,7 @@ use crate::cancel::{Cancel, timeout};
 use crate::deadline::Deadline;
 use crate::error::{Error, Result, fail};
 use crate::image::throw_away;
-use crate::migration::backoff::Nap;
+use crate::migration::backoff::Backoff;
 use crate::migration::names::FD_NAME;
 use crate::migration::settings::Mode;
 use crate::monitor::commands::{self, Progress};
@@ -45,7 +45,7 @@ impl Stream {
     /// before it has armed, QEMU closes its own descriptor 0, whatever that is by then. What cannot
     /// be cancelled is left to complete.
     pub fn wait_given_up(&self, guest: &mut dyn Guest, mode: Mode) -> Result<()> {
-        let nap = Nap::default();
+        let backoff = Backoff::default();
         let mut progress = Progressing::new(self.drain.bytes());
         let mut cancellable = mode == Mode::Background && guest.background_can_be_cancelled();
         let mut stopping = None;
@@ -74,7 +74,7 @@ impl Stream {
                 progress = Progressing::new(self.drain.bytes());
             }
             self.unblock(&mut progress)?;
-            nap.sleep();
+            backoff.wait();
         }
     }
 
@@ -167,12 +167,12 @@ fn repeat_stop(guest: &mut dyn Guest) -> Result<()> {
     let deadline = Deadline::after(LOST_STOP);
     // Where it comes too late, the guest may be paused all the same.
     let paused = guest.pause(deadline);
-    let nap = Nap::default();
+    let backoff = Backoff::default();
     while deadline.left().is_some()
         && commands::query_migrate(guest, deadline)
             .is_ok_and(|migration| migration.is_between_setup_and_armed())
     {
-        nap.sleep();
+        backoff.wait();
     }
     if !guest.status()?.running {
         guest.resume(Deadline::after(DEFAULT_TIMEOUT))?;

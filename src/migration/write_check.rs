@@ -1,4 +1,4 @@
-//! Whether the guest has stood still from the switch of its disks to the instant.
+//! The write check: whether anything was written to the disks between their switch and the instant.
 //!
 //! It is paused, but nothing keeps another client from resuming it, by a second monitor, or by the
 //! daemon or the driver that runs it. What it writes before the tracking is armed, or before a
@@ -20,16 +20,16 @@ use crate::monitor::Command;
 
 /// The overlays as they were before the pause, empty.
 #[derive(Debug)]
-pub struct Still<'a> {
+pub struct WriteCheck<'a> {
     disks: Vec<(&'a DiskPlan, Option<u64>)>,
 }
 
-impl Still<'_> {
+impl WriteCheck<'_> {
     /// Looks at them. At the end of a plain migration QEMU closes its images, which can make their
     /// files longer: then it is QEMU that is asked.
-    pub fn new(disks: &[DiskPlan], mode: Mode) -> Still<'_> {
+    pub fn new(disks: &[DiskPlan], mode: Mode) -> WriteCheck<'_> {
         let length = |disk| if mode == Mode::Background { length(disk) } else { None };
-        Still { disks: disks.iter().map(|disk| (disk, length(disk))).collect() }
+        WriteCheck { disks: disks.iter().map(|disk| (disk, length(disk))).collect() }
     }
 
     /// Nothing must have been written through them.

@@ -1,4 +1,4 @@
-//! How far QEMU has come with touching the guest's memory, seen from outside.
+//! How far QEMU has come with touching all of the guest's memory ("populate"), seen from outside.
 //!
 //! It says nothing of it. But it is always the same work, done by one thread that does nothing
 //! else: the CPU time of that thread tells more than the clock, which goes on while the thread
@@ -14,7 +14,7 @@ const UNCOUNTED: Duration = Duration::from_millis(1);
 
 /// The work of one migration's setup.
 #[derive(Debug)]
-pub struct Work {
+pub struct PopulateProgress {
     process: Option<u32>,
     /// Threads that were there before, and are others.
     others: Vec<u32>,
@@ -25,11 +25,17 @@ pub struct Work {
     seen: Vec<(Duration, Duration)>,
 }
 
-impl Work {
+impl PopulateProgress {
     /// Of a migration that begins now, by QEMU's process; `None`: by the clock.
-    pub fn begins(process: Option<u32>) -> Work {
+    pub fn begin(process: Option<u32>) -> PopulateProgress {
         let others = process.map(threads).unwrap_or_default();
-        Work { process, others, threads: Vec::new(), begun: Instant::now(), seen: Vec::new() }
+        PopulateProgress {
+            process,
+            others,
+            threads: Vec::new(),
+            begun: Instant::now(),
+            seen: Vec::new(),
+        }
     }
 
     /// How much was done; at most, rather than at least. Of a migration that has begun.
@@ -43,12 +49,12 @@ impl Work {
     }
 
     /// For how long nothing need be looked at until so much is done.
-    pub fn pause(rest: Duration) -> Duration {
+    pub fn interval(rest: Duration) -> Duration {
         if rest > 8 * UNCOUNTED { rest / 2 } else { rest.min(UNCOUNTED) }
     }
 
     /// How much all of it was, by when it was done.
-    pub fn until(&self, end: Duration) -> Duration {
+    pub fn total_at(&self, end: Duration) -> Duration {
         let Some(last) = self.seen.iter().rposition(|(at, _)| *at <= end) else { return end };
         let (at, done) = self.seen[last];
         let rest = end - at;
@@ -99,36 +105,36 @@ mod tests {
 
     #[test]
     fn between_two_looks_the_thread_is_taken_to_run() {
-        let mut work = Work::begins(None);
-        assert_eq!(work.note(10 * MS, 8 * MS), 8 * MS);
-        assert_eq!(work.note(13 * MS, 8 * MS), 11 * MS);
-        assert_eq!(work.note(14 * MS, 9 * MS), 9 * MS);
+        let mut progress = PopulateProgress::begin(None);
+        assert_eq!(progress.note(10 * MS, 8 * MS), 8 * MS);
+        assert_eq!(progress.note(13 * MS, 8 * MS), 11 * MS);
+        assert_eq!(progress.note(14 * MS, 9 * MS), 9 * MS);
         // Never more than the time that has passed.
-        assert_eq!(work.note(15 * MS, 20 * MS), 15 * MS);
+        assert_eq!(progress.note(15 * MS, 20 * MS), 15 * MS);
     }
 
     #[test]
     fn the_whole_is_what_was_done_by_the_end() {
-        let mut work = Work::begins(None);
-        assert_eq!(work.until(50 * MS), 50 * MS);
-        work.note(10 * MS, 5 * MS);
-        work.note(30 * MS, 15 * MS);
-        assert_eq!(work.until(40 * MS), 25 * MS);
-        assert_eq!(work.until(20 * MS), 10 * MS);
-        assert_eq!(work.until(5 * MS), 5 * MS);
+        let mut progress = PopulateProgress::begin(None);
+        assert_eq!(progress.total_at(50 * MS), 50 * MS);
+        progress.note(10 * MS, 5 * MS);
+        progress.note(30 * MS, 15 * MS);
+        assert_eq!(progress.total_at(40 * MS), 25 * MS);
+        assert_eq!(progress.total_at(20 * MS), 10 * MS);
+        assert_eq!(progress.total_at(5 * MS), 5 * MS);
     }
 
     #[test]
     fn a_thread_of_this_process_is_seen_to_work() {
-        let mut work = Work::begins(Some(std::process::id()));
+        let mut progress = PopulateProgress::begin(Some(std::process::id()));
         let worker = std::thread::spawn(|| {
             let begun = Instant::now();
             while begun.elapsed() < 50 * MS {}
         });
-        while work.done() < 5 * MS {
+        while progress.done() < 5 * MS {
             std::thread::sleep(MS);
         }
         worker.join().unwrap();
-        assert!(work.done() <= work.begun.elapsed());
+        assert!(progress.done() <= progress.begun.elapsed());
     }
 }

@@ -26,41 +26,41 @@ use crate::sys::lock;
 /// How many tries may be lost before the guest is stopped first, which is always right.
 const TRIES: u32 = 3;
 /// The quickest that populate was seen to be, for a page of 4 KiB.
-const QUICKEST_PAGE: Duration = Duration::from_nanos(10);
+const FASTEST_PAGE: Duration = Duration::from_nanos(10);
 const PAGE: u64 = 4096;
 /// Stopping the guest, and asking whether it was in time, of a guest of which nothing is known.
-const STOPPING: Duration = Duration::from_millis(2);
+const USUAL_STOP: Duration = Duration::from_millis(2);
 /// The aim is met this near.
-pub const NEAR: Duration = Duration::from_micros(200);
+pub const TOLERANCE: Duration = Duration::from_micros(200);
 /// Less than this is not worth it.
-const WORTH: Duration = Duration::from_millis(4);
+const SHORTEST: Duration = Duration::from_millis(4);
 /// So many of a guest's setups, and of its stops, are remembered.
-const REMEMBERED: usize = 5;
+const KEPT_SAMPLES: usize = 5;
 /// Of so many guests.
-const MOST: usize = 1000;
+const MAX_GUESTS: usize = 1000;
 
 /// How far a snapshot goes to make the pause independent of the guest's memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Overlap {
+pub struct EarlyStart {
     /// How many tries may be lost; 0: none is made, and the guest is stopped first.
     pub tries: u32,
     /// When to stop the guest, counted from the migration's begin; `None`: by what is known of the
     /// guest.
-    pub aim: Option<Duration>,
+    pub stop_after: Option<Duration>,
 }
 
-impl Default for Overlap {
-    fn default() -> Overlap {
-        Overlap { tries: TRIES, aim: None }
+impl Default for EarlyStart {
+    fn default() -> EarlyStart {
+        EarlyStart { tries: TRIES, stop_after: None }
     }
 }
 
-/// What was learnt of guests.
-static GUESTS: Lazy<Mutex<HashMap<String, Learnt>>> = Lazy::new(Mutex::default);
+/// The samples of guests, by their identity.
+static GUESTS: Lazy<Mutex<HashMap<String, Samples>>> = Lazy::new(Mutex::default);
 
 /// The last few of each, the newest first.
 #[derive(Default)]
-struct Learnt {
+struct Samples {
     /// How much work `setup` was while the guest ran: more than else, and these count where there
     /// are any.
     running: VecDeque<Duration>,
@@ -69,9 +69,9 @@ struct Learnt {
     stopping: VecDeque<Duration>,
 }
 
-/// What can be learnt.
+/// A sample: what one try has shown of a guest.
 #[derive(Clone, Copy, Debug)]
-pub enum Lesson {
+pub enum Sample {
     /// The work of a `setup` while the guest ran.
     Running(Duration),
     /// The work of a `setup` while it was stopped.
@@ -81,26 +81,26 @@ pub enum Lesson {
 }
 
 /// Notes it.
-pub fn learn(guest: &str, lesson: Lesson) {
+pub fn record(guest: &str, sample: Sample) {
     let mut guests = lock(&GUESTS);
-    if guests.len() >= MOST && !guests.contains_key(guest) {
+    if guests.len() >= MAX_GUESTS && !guests.contains_key(guest) {
         guests.clear();
     }
-    let learnt = guests.entry(guest.into()).or_default();
-    let (last, time) = match lesson {
-        Lesson::Running(work) => (&mut learnt.running, work),
-        Lesson::Stopped(work) => (&mut learnt.stopped, work),
-        Lesson::Stopping(time) => (&mut learnt.stopping, time),
+    let samples = guests.entry(guest.into()).or_default();
+    let (last, time) = match sample {
+        Sample::Running(work) => (&mut samples.running, work),
+        Sample::Stopped(work) => (&mut samples.stopped, work),
+        Sample::Stopping(time) => (&mut samples.stopping, time),
     };
-    last.truncate(REMEMBERED - 1);
+    last.truncate(KEPT_SAMPLES - 1);
     last.push_front(time);
 }
 
 /// Whether the setup of a guest is known.
-pub fn knows(guest: &str) -> bool {
+pub fn has_samples(guest: &str) -> bool {
     lock(&GUESTS)
         .get(guest)
-        .is_some_and(|learnt| !learnt.running.is_empty() || !learnt.stopped.is_empty())
+        .is_some_and(|samples| !samples.running.is_empty() || !samples.stopped.is_empty())
 }
 
 /// The one at a place when sorted, the quickest first.
@@ -116,18 +116,19 @@ fn sorted(last: &VecDeque<Duration>, place: impl FnOnce(usize) -> usize) -> Opti
 /// The next setup will be as much work as the second quickest was, and the stop take half as long
 /// again as it usually does. A try that is lost costs the guest little, and a stop that is early by
 /// far costs all of that.
-pub fn aim(guest: &str, memory: u64, lost: u32) -> Option<Duration> {
+pub fn estimate(guest: &str, memory: u64, lost: u32) -> Option<Duration> {
     let guests = lock(&GUESTS);
-    let learnt = guests.get(guest);
+    let samples = guests.get(guest);
     let quick = |last| sorted(last, |count| usize::from(count > 2));
-    let work = learnt.and_then(|learnt| quick(&learnt.running).or_else(|| quick(&learnt.stopped)));
     let work =
-        work.unwrap_or_else(|| QUICKEST_PAGE * u32::try_from(memory / PAGE).unwrap_or(u32::MAX));
-    let usual = learnt.and_then(|learnt| sorted(&learnt.stopping, |count| count / 2));
-    let stopping = usual.map_or(STOPPING, |stopping| stopping * 3 / 2);
+        samples.and_then(|samples| quick(&samples.running).or_else(|| quick(&samples.stopped)));
+    let work =
+        work.unwrap_or_else(|| FASTEST_PAGE * u32::try_from(memory / PAGE).unwrap_or(u32::MAX));
+    let usual = samples.and_then(|samples| sorted(&samples.stopping, |count| count / 2));
+    let stopping = usual.map_or(USUAL_STOP, |stopping| stopping * 3 / 2);
     let aim = (work * 95u32.saturating_sub(10 * lost) / 100).checked_sub(stopping)?;
     // What a try that is lost costs grows with what it takes to stop.
-    (aim >= WORTH.max(2 * stopping)).then_some(aim)
+    (aim >= SHORTEST.max(2 * stopping)).then_some(aim)
 }
 
 #[cfg(test)]
@@ -139,45 +140,45 @@ mod tests {
 
     #[test]
     fn a_small_guest_is_stopped_first_and_a_large_one_early() {
-        assert_eq!(aim("unknown", GIB, 0), None);
-        let large = aim("unknown", 64 * GIB, 0).unwrap();
-        assert!(large < 64 * 4 * 65536 * QUICKEST_PAGE);
+        assert_eq!(estimate("unknown", GIB, 0), None);
+        let large = estimate("unknown", 64 * GIB, 0).unwrap();
+        assert!(large < 64 * 4 * 65536 * FASTEST_PAGE);
     }
 
     #[test]
     fn the_second_quickest_of_the_last_setups_counts() {
         for setup in [5, 300, 200, 100, 250, 400] {
-            learn("guest", Lesson::Stopped(setup * MS));
+            record("guest", Sample::Stopped(setup * MS));
         }
         // The first is forgotten.
-        assert_eq!(aim("guest", GIB, 0), Some(188 * MS));
-        assert_eq!(aim("guest", GIB, 2), Some(148 * MS));
+        assert_eq!(estimate("guest", GIB, 0), Some(188 * MS));
+        assert_eq!(estimate("guest", GIB, 2), Some(148 * MS));
         // Of those while the guest ran, where there are any.
-        learn("guest", Lesson::Running(100 * MS));
-        assert_eq!(aim("guest", GIB, 0), Some(93 * MS));
-        assert!(knows("guest"));
-        assert!(!knows("another"));
-        assert_eq!(aim("another", GIB, 0), None);
+        record("guest", Sample::Running(100 * MS));
+        assert_eq!(estimate("guest", GIB, 0), Some(93 * MS));
+        assert!(has_samples("guest"));
+        assert!(!has_samples("another"));
+        assert_eq!(estimate("another", GIB, 0), None);
     }
 
     #[test]
     fn a_stop_takes_what_it_usually_does_and_half_as_long_again() {
-        learn("slow to stop", Lesson::Stopping(3 * MS));
-        assert!(!knows("slow to stop"));
+        record("slow to stop", Sample::Stopping(3 * MS));
+        assert!(!has_samples("slow to stop"));
         for stopping in [50, 10, 7, 20] {
-            learn("slow to stop", Lesson::Stopping(stopping * MS));
+            record("slow to stop", Sample::Stopping(stopping * MS));
         }
-        learn("slow to stop", Lesson::Running(100 * MS));
-        assert_eq!(aim("slow to stop", GIB, 0), Some(80 * MS));
+        record("slow to stop", Sample::Running(100 * MS));
+        assert_eq!(estimate("slow to stop", GIB, 0), Some(80 * MS));
         // It has to be worth it.
-        learn("slow to stop, quick to set up", Lesson::Stopping(10 * MS));
-        learn("slow to stop, quick to set up", Lesson::Running(30 * MS));
-        assert_eq!(aim("slow to stop, quick to set up", GIB, 0), None);
+        record("slow to stop, quick to set up", Sample::Stopping(10 * MS));
+        record("slow to stop, quick to set up", Sample::Running(30 * MS));
+        assert_eq!(estimate("slow to stop, quick to set up", GIB, 0), None);
     }
 
     #[test]
     fn a_guest_whose_setup_is_quick_is_stopped_first() {
-        learn("quick", Lesson::Stopped(2 * MS));
-        assert_eq!(aim("quick", 64 * GIB, 0), None);
+        record("quick", Sample::Stopped(2 * MS));
+        assert_eq!(estimate("quick", 64 * GIB, 0), None);
     }
 }

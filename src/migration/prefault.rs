@@ -1,4 +1,4 @@
-//! Touching the guest's memory from outside, while the guest runs.
+//! Prefaulting: touching the guest's memory from outside, while the guest runs.
 //!
 //! QEMU touches every page before it arms. A page that is not there yet (never used, or swapped
 //! out) makes that slow: it is fetched then, in the pause if the guest has been stopped. Here one
@@ -29,7 +29,7 @@ const PIECE: u64 = 4 << 20;
 const LIMIT: Duration = Duration::from_secs(3);
 
 /// Touches the memory of the guest that this process runs.
-pub fn warm(guest: &mut dyn Guest, pid: u32, cancel: &Cancel) -> Result<()> {
+pub fn prefault(guest: &mut dyn Guest, pid: u32, cancel: &Cancel) -> Result<()> {
     let Ok(maps) = fs::read_to_string(format!("/proc/{pid}/maps")) else { return Ok(()) };
     // Not worth a snapshot: where QEMU does not tell, nothing is touched.
     let Ok(partly_plugged) =
