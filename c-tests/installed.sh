@@ -1,8 +1,9 @@
 #!/bin/sh
 # SPDX-License-Identifier: LGPL-2.1-or-later
 #
-# installed.sh BUILD_DIR SOURCE_DIR: installs into a directory of its own, and builds programs there as a stranger
-# would, with what pkg-config says and nothing else. Wants MESON and PREFIX in the environment.
+# installed.sh BUILD_DIR SOURCE_DIR: installs into a temporary directory, and builds programs there
+# as a user of the library would, with pkg-config's options only. Needs MESON and PREFIX in the
+# environment.
 set -eu
 
 build=$1
@@ -10,7 +11,7 @@ source=$2
 stage=$(mktemp -d)
 log=$build/meson-logs/install-log.txt
 
-# What is installed here must not pass for what the user has installed: `ninja uninstall` reads that list.
+# `ninja uninstall` reads Meson's list of installed files: what this test installs must not be in it.
 finish() {
     if [ -f "$stage/install-log.txt" ]; then mv "$stage/install-log.txt" "$log"; else rm -f "$log"; fi
     rm -rf "$stage"
@@ -22,7 +23,8 @@ if [ -f "$log" ]; then cp -p "$log" "$stage/install-log.txt"; fi
 root=$stage/root
 DESTDIR=$root "$MESON" install -C "$build" --no-rebuild --quiet
 
-# pkg-config leaves out /usr/include and the like as known to the compiler: here they are somewhere else.
+# pkg-config leaves out directories that the compiler knows (/usr/include). Here they are below
+# $root, which the compiler does not know.
 export PKG_CONFIG_ALLOW_SYSTEM_CFLAGS=1 PKG_CONFIG_ALLOW_SYSTEM_LIBS=1
 export PKG_CONFIG_SYSROOT_DIR="$root"
 pc=$(find "$root$PREFIX" -name instantsnap.pc)
@@ -38,12 +40,14 @@ fail() {
     exit 1
 }
 
-# The names that the linker, the loader and people look for, each a link to the one file.
-[ -f "$libdir/libinstantsnap.so.0.$version" ] || fail "no libinstantsnap.so.0.$version"
-[ "$(readlink "$libdir/libinstantsnap.so.0")" = "libinstantsnap.so.0.$version" ] || fail "libinstantsnap.so.0 is wrong"
-[ "$(readlink "$libdir/libinstantsnap.so")" = "libinstantsnap.so.0.$version" ] || fail "libinstantsnap.so is wrong"
+# The names that the linker and the loader look for: each is a link to the one file.
+real=libinstantsnap.so.0.$version
+[ -f "$libdir/$real" ] || fail "no $real"
+for link in libinstantsnap.so.0 libinstantsnap.so; do
+    [ "$(readlink "$libdir/$link")" = "$real" ] || fail "$link is no link to $real"
+done
 
-# libvirt is for those who include the other header: this library's users need none of it.
+# Only programs that include instantsnap-libvirt.h need libvirt.
 if grep -q -i libvirt "$pc"; then fail "instantsnap.pc wants libvirt"; fi
 
 strict='-Wall -Wextra -Werror -pedantic'
@@ -53,28 +57,32 @@ flags() {
 
 # shellcheck disable=SC2086,SC2046 # options are to be split
 {
-    ${CC:-cc} -std=c99 $strict "$source/header_c99.c" -o "$stage/header_c99" $(flags)
+    ${CC:-cc} -std=c99 $strict "$source/c-tests/header_c99.c" -o "$stage/header_c99" $(flags)
     "$stage/header_c99" "$version"
-    ${CC:-cc} -std=c99 $strict "$source/hello.c" -o "$stage/hello" $(flags)
-    ${CC:-cc} -std=c99 $strict "$source/snapshot_many.c" -o "$stage/snapshot_many" $(flags)
+    for example in hello snapshot_many; do
+        ${CC:-cc} -std=c99 $strict "$source/examples/$example.c" -o "$stage/$example" $(flags) \
+            -lpthread
+    done
 
-    # The static library, with what instantsnap.pc says it needs.
-    ${CC:-cc} -std=c99 $strict "$source/header_c99.c" -o "$stage/header_static" $(pkg-config --cflags instantsnap) \
-        "$libdir/libinstantsnap.a" $(pkg-config --static --libs-only-l instantsnap | sed 's/-linstantsnap//')
+    # The static library, with the libraries that instantsnap.pc names.
+    ${CC:-cc} -std=c99 $strict "$source/c-tests/header_c99.c" -o "$stage/header_static" \
+        $(pkg-config --cflags instantsnap) "$libdir/libinstantsnap.a" \
+        $(pkg-config --static --libs-only-l instantsnap | sed 's/-linstantsnap//')
     LD_LIBRARY_PATH='' "$stage/header_static" "$version"
 
     if command -v "${CXX:-c++}" > /dev/null; then
-        ${CXX:-c++} -std=c++17 $strict "$source/header_cpp17.cpp" -o "$stage/header_cpp17" $(flags)
+        ${CXX:-c++} -std=c++17 $strict "$source/c-tests/header_cpp17.cpp" -o "$stage/header_cpp17" $(flags)
         "$stage/header_cpp17" "$version"
     fi
 
-    # Where libvirt's headers are (the compiler's own search path is enough on most systems), so is ours on top of them.
+    # instantsnap-libvirt.h compiles where libvirt's headers are (the compiler's own search path has
+    # them on most systems).
     echo '#include <libvirt/libvirt.h>' > "$stage/probe.c"
     if ${CC:-cc} -fsyntax-only "$stage/probe.c" 2> /dev/null; then
         echo '#include <instantsnap-libvirt.h>' > "$stage/probe.c"
         ${CC:-cc} -std=c99 $strict -fsyntax-only "$stage/probe.c" $(pkg-config --cflags instantsnap)
-        # Our header alone, after libvirt's: the numbers are then libvirt's.
-        printf '%s\n' '#include <libvirt/libvirt.h>' '#include <libvirt/virterror.h>' '#include <instantsnap.h>' \
+        # instantsnap.h after libvirt's headers takes its numbers from them.
+        printf '#include <%s>\n' libvirt/libvirt.h libvirt/virterror.h instantsnap.h \
             > "$stage/probe.c"
         ${CC:-cc} -std=c99 $strict -fsyntax-only "$stage/probe.c" $(pkg-config --cflags instantsnap)
     fi

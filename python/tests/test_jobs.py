@@ -646,8 +646,8 @@ class Asyncio(JobTestCase):
 class Example(JobTestCase):
     def start(self, machines):
         process = subprocess.Popen(
-            [sys.executable, TOP / "python/examples/snapshot_many.py", "--state-dir", self.directory / "states",
-             "--interval", "0.05", *(machine.qmp for machine in machines)],
+            [sys.executable, TOP / "examples/snapshot_many.py",
+             "--state-dir", self.directory / "states", "--interval", "0.05", *(machine.qmp for machine in machines)],
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
             env={**os.environ, "PYTHONPATH": str(TOP / "python"), "PYTHONDONTWRITEBYTECODE": "1"})
         self.addCleanup(process.stdout.close)
