@@ -117,7 +117,7 @@ const char *harness_path(const char *name)
     return harness_text("%s/%s", directory, name);
 }
 
-static const char *qemu_program(void)
+const char *harness_qemu_program(void)
 {
     const char *program = getenv("QEMU");
 
@@ -188,13 +188,13 @@ void harness_missing(const char *what)
 void harness_begin(void)
 {
     static sigset_t signals;
-    const char *const version[] = {qemu_program(), "--version", NULL};
+    const char *const version[] = {harness_qemu_program(), "--version", NULL};
     const char *temporary = getenv("TMPDIR");
     pthread_t thread;
 
     owner = getpid();
     if (harness_run(version) != 0)
-        harness_missing(harness_text("there is no %s", qemu_program()));
+        harness_missing(harness_text("there is no %s", harness_qemu_program()));
 
     /* The path of a socket must be short, libvirt's too; where that of TMPDIR is long, /tmp will do. */
     if (!temporary || strlen(temporary) > 30)
@@ -340,7 +340,7 @@ pid_t harness_qemu(const char *socket_name, const char *image, const char *forma
 {
     const char *path = harness_path(socket_name);
     const char *const argv[] = {
-        qemu_program(), "-no-user-config", "-nodefaults", "-display", "none", "-accel", "tcg",
+        harness_qemu_program(), "-no-user-config", "-nodefaults", "-display", "none", "-accel", "tcg",
         "-m", harness_text("%u", memory_mib),
         "-qmp", harness_text("unix:%s.aside,server=on,wait=off", path),
         "-qmp", harness_text("unix:%s,server=on,wait=off", path),

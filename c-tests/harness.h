@@ -46,6 +46,9 @@ const char *harness_path(const char *name);
 /* printf into a string that lives as long as the test. */
 const char *harness_text(const char *format, ...) __attribute__((format(printf, 1, 2)));
 
+/* The QEMU that the tests run. */
+const char *harness_qemu_program(void);
+
 /*
  * Starts an empty machine that runs, with one disk `vda` on this image, and waits until its QMP
  * socket of this name accepts. With `incoming` it waits for a snapshot instead of running. Skips

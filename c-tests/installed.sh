@@ -59,7 +59,7 @@ flags() {
 {
     ${CC:-cc} -std=c99 $strict "$source/c-tests/header_c99.c" -o "$stage/header_c99" $(flags)
     "$stage/header_c99" "$version"
-    for example in hello snapshot_many; do
+    for example in hello snapshot_many storage_hook daemon; do
         ${CC:-cc} -std=c99 $strict "$source/examples/$example.c" -o "$stage/$example" $(flags) \
             -lpthread
     done

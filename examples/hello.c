@@ -1,7 +1,12 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * hello QMP_SOCKET STATE_DIR: takes an instant snapshot of a guest that somebody has started with
- * `-qmp unix:QMP_SOCKET,server=on,wait=off`, and lists the snapshots that it has now.
+ * hello: takes an instant snapshot of a QEMU by its QMP socket, and lists the guest's snapshots.
+ *
+ *     cc -std=c99 examples/hello.c $(pkg-config --cflags --libs instantsnap) -o hello
+ *     qemu-system-x86_64 -display none -qmp unix:/tmp/vm/qmp.sock,server=on,wait=off &
+ *     ./hello /tmp/vm/qmp.sock /tmp/vm/snapshots
+ *
+ * The second argument is the directory in which the snapshots are recorded.
  */
 #include <stdio.h>
 

@@ -1,9 +1,14 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * hello_libvirt URI DOMAIN MEMORY_FILE: takes an instant snapshot of a running domain of a stock
- * libvirt. Its disks get overlays beside them, its memory goes to MEMORY_FILE; `virsh snapshot-list
- * DOMAIN` then shows it like any other. What virsh cannot revert to (libvirt before 9.9),
- * qemuSnapshotRevert(NULL, snapshot, 0) can.
+ * hello_libvirt: takes an instant snapshot of a running domain of a stock libvirt.
+ *
+ *     cc -std=c99 examples/hello_libvirt.c \
+ *         $(pkg-config --cflags --libs instantsnap libvirt) -o hello_libvirt
+ *     ./hello_libvirt qemu:///system vm /var/lib/libvirt/images/vm.mem
+ *
+ * The third argument is the file for the guest's memory. The disks get overlays beside their
+ * images. `virsh snapshot-list vm` shows the snapshot like any other. With a libvirt before 9.9
+ * virsh cannot revert to it; qemuSnapshotRevert(NULL, snapshot, 0) can.
  */
 #include <stdio.h>
 
@@ -20,14 +25,18 @@ int main(int argc, char **argv)
         fprintf(stderr, "usage: hello_libvirt URI DOMAIN MEMORY_FILE\n");
         return 2;
     }
-    snprintf(xml, sizeof(xml), "<domainsnapshot><memory snapshot='external' file='%s'/></domainsnapshot>", argv[3]);
+    snprintf(xml, sizeof(xml),
+             "<domainsnapshot><memory snapshot='external' file='%s'/></domainsnapshot>", argv[3]);
 
     if ((connect = virConnectOpen(argv[1])) && (domain = virDomainLookupByName(connect, argv[2])))
         snapshot = qemuSnapshotCreateXML(domain, NULL, xml,
-                                         VIR_DOMAIN_SNAPSHOT_CREATE_LIVE | VIR_DOMAIN_SNAPSHOT_CREATE_INSTANT);
+                                         VIR_DOMAIN_SNAPSHOT_CREATE_LIVE |
+                                         VIR_DOMAIN_SNAPSHOT_CREATE_INSTANT);
     if (snapshot)
-        printf("took %s\nto go back, with libvirt 9.9 or later: virsh -c '%s' snapshot-revert %s %s\n",
-               virDomainSnapshotGetName(snapshot), argv[1], argv[2], virDomainSnapshotGetName(snapshot));
+        printf("took %s\n"
+               "to go back, with libvirt 9.9 or later: virsh -c '%s' snapshot-revert %s %s\n",
+               virDomainSnapshotGetName(snapshot), argv[1], argv[2],
+               virDomainSnapshotGetName(snapshot));
     else
         fprintf(stderr, "%s\n", virGetLastErrorMessage());
 

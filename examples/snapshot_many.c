@@ -1,9 +1,15 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * snapshot_many QMP_SOCKET STATE_DIR [QMP_SOCKET STATE_DIR]...: takes an instant snapshot of each
- * of these guests, all at once, from one thread with an event loop, and tells what happens. Ctrl-C
- * cancels them all, and ends when each guest is as it was. Exit status: 0 all are complete, 1 not
- * all are, 130 some were cancelled.
+ * snapshot_many: takes instant snapshots of several guests at the same time, from one thread with
+ * an event loop, and prints each event.
+ *
+ *     cc -std=c99 examples/snapshot_many.c $(pkg-config --cflags --libs instantsnap) \
+ *         -o snapshot_many
+ *     ./snapshot_many /tmp/one/qmp.sock /tmp/one/snapshots /tmp/two/qmp.sock /tmp/two/snapshots
+ *
+ * Each guest has a QMP socket and a directory in which its snapshots are recorded. Ctrl-C cancels
+ * all snapshots; the program ends when every guest is as it was. Exit status: 0 all snapshots are
+ * complete, 1 not all are, 130 some were cancelled.
  */
 #define _GNU_SOURCE
 
@@ -52,7 +58,7 @@ static void watch(int epoll, int fd, struct guest *guest)
 
 static void start(int epoll, struct guest *guest)
 {
-    /* At once: without that, the call would wait for the instant. */
+    /* At once: without this flag the call would wait for the instant. */
     instantsnap_create_options options = {.size = sizeof(options), .progress_interval_ms = 200,
                                           .flags = INSTANTSNAP_CREATE_AT_ONCE};
 
@@ -67,8 +73,8 @@ static void start(int epoll, struct guest *guest)
     running++;
 }
 
-/* One line for all of them. */
-static void tell_progress(void)
+/* Prints one line for all guests. */
+static void print_progress(void)
 {
     uint64_t bytes = 0, pages_left = 0;
     int instants = 0;
@@ -82,16 +88,17 @@ static void tell_progress(void)
             pages_left += info.pages_left;
         }
     }
-    printf("progress: %d of %d past the instant, %d complete; %" PRIu64 " KiB written, %" PRIu64 " pages left\n",
+    printf("progress: %d of %d past the instant, %d complete; "
+           "%" PRIu64 " KiB written, %" PRIu64 " pages left\n",
            instants, count, complete, bytes >> 10, pages_left);
 }
 
-static void tell(const struct guest *guest, const instantsnap_event *event, uint64_t since)
+static void print_event(const struct guest *guest, const instantsnap_event *event, uint64_t since)
 {
     char *name;
 
     if (event->type == INSTANTSNAP_EVENT_PROGRESS) {
-        tell_progress();
+        print_progress();
         return;
     }
     printf("%8.1f ms %s: ", (double) (event->time_us - since) / 1000, guest->socket);
@@ -118,7 +125,7 @@ static void tell(const struct guest *guest, const instantsnap_event *event, uint
         cancelled += event->error_code == VIR_ERR_OPERATION_ABORTED;
         running--;
         break;
-    default: /* of a later version */
+    default: /* an event of a later version of the library */
         printf("event %" PRIu32 "\n", event->type);
     }
 }
@@ -159,7 +166,10 @@ int main(int argc, char **argv)
         die("snapshot_many");
     watch(epoll, signals, NULL);
 
-    /* Opening may block, for 5 seconds where somebody else has the socket: it is done before the loop. */
+    /*
+     * Opens the guests before the loop, because opening can block: for 5 seconds while another
+     * client uses the socket.
+     */
     for (int i = 0; i < count; i++) {
         guests[i].socket = argv[1 + 2 * i];
         guests[i].handle = instantsnap_open_qmp(guests[i].socket, NULL, argv[2 + 2 * i]);
@@ -190,7 +200,7 @@ int main(int argc, char **argv)
             if (!guest)
                 cancel_all(signals);
             while (guest && instantsnap_job_next_event(guest->job, &event) == 1)
-                tell(guest, &event, started);
+                print_event(guest, &event, started);
         }
     }
     printf("%d of %d complete; never away from epoll_wait for more than %.3f ms\n", complete, count,

@@ -1,12 +1,14 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Takes instant snapshots of several running QEMUs at once, from one event loop, and tells what
-happens to each.
+"""Takes instant snapshots of several running QEMUs at the same time, from one event loop, and
+prints each event.
 
-    snapshot_many.py --state-dir /var/lib/vm/snapshots /run/vm/one.qmp /run/vm/two.qmp
+    pip install ./python    # or, without installation: export PYTHONPATH=python
+    examples/snapshot_many.py --state-dir /tmp/vm/snapshots /tmp/vm/one.qmp /tmp/vm/two.qmp
 
-Ctrl-C cancels them all, and ends when each guest is as it was. Exit status: 0 all are complete, 1
-not all are, 130 some were cancelled.
+Each argument is the QMP socket of a guest. Ctrl-C cancels all snapshots; the program ends when
+every guest is as it was. Exit status: 0 all snapshots are complete, 1 not all are, 130 some were
+cancelled.
 """
 
 import argparse
@@ -17,8 +19,12 @@ from pathlib import Path
 
 from instantsnap import Error, Event, EventType, Guest
 
-TEXTS: dict[int, str] = {EventType.PAUSED: "paused", EventType.SWITCHED: "switched: its disks are on their overlays",
-                         EventType.COMPLETE: "complete", EventType.FAILED: "failed"}
+TEXTS: dict[int, str] = {
+    EventType.PAUSED: "paused",
+    EventType.SWITCHED: "switched: its disks are on their overlays",
+    EventType.COMPLETE: "complete",
+    EventType.FAILED: "failed",
+}
 
 
 def text_of(event: Event) -> str:
@@ -26,24 +32,25 @@ def text_of(event: Event) -> str:
         return f"instant; it runs again after {event.paused_us / 1000:.1f} ms"
     if event.type == EventType.PROGRESS:
         total = f" of at most {event.bytes_total >> 20}" if event.bytes_total else ""
-        return f"progress: {event.bytes_done >> 20}{total} MiB, {event.bytes_per_second >> 20} MiB/s"
+        rate = event.bytes_per_second >> 20
+        return f"progress: {event.bytes_done >> 20}{total} MiB, {rate} MiB/s"
     return TEXTS.get(event.type, "")
 
 
 def open_guest(socket: Path, state_dir: Path) -> Guest:
-    # A guest's snapshots have a directory of their own.
+    # Each guest has its own directory for its snapshots.
     directory = state_dir / str(socket.resolve()).strip("/").replace("/", "-")
     directory.mkdir(parents=True, exist_ok=True)
     return Guest.open_qmp(socket, directory)
 
 
 async def snapshot(socket: Path, state_dir: Path, interval: float) -> bool:
-    """Takes one; whether it is complete."""
+    """Takes a snapshot of one guest. Returns whether it is complete."""
     def tell(text: str) -> None:
         print(f"{socket}: {text}", flush=True)
 
     try:
-        # Connects to QEMU, and is the one call that blocks.
+        # Opening connects to QEMU: it is the only call that blocks.
         guest = await asyncio.to_thread(open_guest, socket, state_dir)
     except (Error, OSError) as error:
         tell(f"not opened: {error}")
@@ -56,7 +63,7 @@ async def snapshot(socket: Path, state_dir: Path, interval: float) -> bool:
                     tell(text_of(event))
         except Error:
             return False
-        finally:  # also when this task is cancelled
+        finally:  # runs also when this task is cancelled
             try:
                 tell(f"the snapshot is {job.name}")
             except Error as error:
@@ -65,10 +72,14 @@ async def snapshot(socket: Path, state_dir: Path, interval: float) -> bool:
 
 
 async def main() -> int:
-    parser = argparse.ArgumentParser(description="Takes instant snapshots of several running QEMUs at once.")
-    parser.add_argument("--state-dir", type=Path, required=True, help="where to record the snapshots; made if need be")
-    parser.add_argument("--interval", type=float, default=0.5, help="seconds between two reports of progress")
-    parser.add_argument("sockets", type=Path, nargs="+", metavar="SOCKET", help="a QMP socket, one a guest")
+    parser = argparse.ArgumentParser(
+        description="Takes instant snapshots of several running QEMUs at the same time.")
+    parser.add_argument("--state-dir", type=Path, required=True,
+                        help="the directory for the snapshots' records; created if it is missing")
+    parser.add_argument("--interval", type=float, default=0.5,
+                        help="seconds between two reports of progress")
+    parser.add_argument("sockets", type=Path, nargs="+", metavar="SOCKET",
+                        help="the QMP socket of a guest")
     arguments = parser.parse_args()
 
     tasks = [asyncio.ensure_future(snapshot(socket, arguments.state_dir, arguments.interval))
@@ -78,7 +89,7 @@ async def main() -> int:
         for task in tasks:
             task.cancel()
 
-    # Before Python 3.11, KeyboardInterrupt would come in the middle of whatever task runs.
+    # Before Python 3.11, Ctrl-C would raise KeyboardInterrupt inside the task that is running.
     asyncio.get_running_loop().add_signal_handler(signal.SIGINT, cancel)
     await asyncio.wait(tasks)
     if any(task.cancelled() for task in tasks):
