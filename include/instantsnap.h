@@ -5,7 +5,8 @@
  *
  * The shortest useful program:
  *
- *     instantsnap_guest *guest = instantsnap_open_qmp("/run/vm/qmp.sock", NULL, "/var/lib/vm/snapshots");
+ *     instantsnap_guest *guest = instantsnap_open_qmp("/run/vm/qmp.sock", NULL,
+ *                                                     "/var/lib/vm/snapshots");
  *     char *name = NULL;
  *
  *     if (!guest ||
@@ -19,58 +20,64 @@
  *
  * Conventions that hold for every function:
  *
- * - Errors. A function that returns `int` returns 0 or more on success and -1 on failure; one that
- *   returns a pointer returns NULL on failure. instantsnap_last_error() then says why, with
- *   libvirt's error codes.
- * - Strings are NUL-terminated UTF-8. Arguments stay the caller's and are not kept. A `char *` that
- *   the library returns is the caller's, to be given back with instantsnap_free_string(). A `const
- *   char *` is borrowed: it lives as long as the object it was read from.
- * - Pointers. NULL where a value is required, a closed handle and a handle that is not ours are
- *   VIR_ERR_INVALID_ARG errors, never a crash. Functions without a result leave them as the last
- *   error.
- * - Threads. Every function may be called from any thread, also on one handle from several threads
- *   at once. Two operations that change the same guest do not wait for each other: the second fails
- *   at once with VIR_ERR_OPERATION_INVALID, also where it is another process's (of the same network
- *   namespace).
- * - Time. All durations are microseconds of CLOCK_MONOTONIC, all sizes are bytes.
- * - Structures that the caller provides start with `size`, to be set to sizeof the structure before
- *   the call, so that a later version can add fields without breaking the ABI: a size that this
- *   version knows nothing of is filled up with zeros, one too small is VIR_ERR_INVALID_ARG. In a
- *   structure that the caller fills (options), what this version does not know must be zeros: a
- *   newer field that is set is VIR_ERR_INVALID_ARG.
- * - Signals and file descriptors. Threads of the library block every signal; every descriptor it
- *   opens is close-on-exec. It neither installs signal handlers nor changes the umask or the
- *   working directory.
- * - pthread_cancel(). A thread is not cancelled while it is in the library, nor in a callback: the
- *   request is carried out at its next cancellation point after the call. No callback may leave by
+ * - Errors. A function that returns `int` returns 0 or more on success and -1 on failure. A
+ *   function that returns a pointer returns NULL on failure. instantsnap_last_error() then gives
+ *   the reason, with one of libvirt's error codes.
+ * - Strings are NUL-terminated UTF-8. The library does not keep the strings that it is given; they
+ *   stay the caller's. A `char *` that the library returns belongs to the caller, who frees it with
+ *   instantsnap_free_string(). A `const char *` is borrowed: it is valid as long as the object that
+ *   it was read from.
+ * - Pointers. NULL where a value is required, a closed handle and a handle that the library did not
+ *   create are VIR_ERR_INVALID_ARG errors, never a crash. A function that returns nothing leaves
+ *   the error in instantsnap_last_error().
+ * - Threads. Any thread may call any function; several threads may use one handle at the same time.
+ *   Two operations that change the same guest do not wait for each other: the second fails at once
+ *   with VIR_ERR_OPERATION_INVALID, also if the first belongs to another process (of the same
+ *   network namespace).
+ * - Units. All times and durations are microseconds of CLOCK_MONOTONIC, unless a name ends in
+ *   `_ms`. All sizes are bytes.
+ * - Structures that the caller provides start with `size`. The caller sets it to sizeof the
+ *   structure before the call, so that a later version can add fields without breaking the ABI. If
+ *   the structure is longer than this version knows, the library fills the rest with zeros. If it
+ *   is too short, the call fails with VIR_ERR_INVALID_ARG. In a structure that the caller fills
+ *   (options), fields that this version does not know must be zeros; else the call fails with
+ *   VIR_ERR_INVALID_ARG.
+ * - Signals and file descriptors. The library's threads block every signal. Every descriptor that
+ *   the library opens is close-on-exec. The library neither installs signal handlers nor changes
+ *   the umask or the working directory.
+ * - pthread_cancel(). A thread is not cancelled while it is in the library or in a callback: it is
+ *   cancelled at its next cancellation point after the call. A callback must not leave by
  *   pthread_exit() or longjmp().
- * - Processes. A snapshot forks one process of its own session, the watchdog, which ends with it.
- *   Should the caller be killed before that, the watchdog resumes the guest, takes QEMU's memory
- *   stream to its end (QEMU 7.2 would freeze the guest otherwise), puts the migration settings
- *   back, merges the overlays (not those of a driver's domain that its disks were switched to) and
- *   removes what was made for the snapshot. An overlay that it cannot merge stays in use, and the
- *   machine's log (/dev/log) is told of it. The watchdog raises no SIGCHLD, and no wait() of the
- *   caller's sees it. It is in the caller's cgroup: what ends all of that (a container's end,
- *   systemd's KillMode=control-group) ends it too. `qemu-img` is run for
- *   instantsnap_snapshot_prepare_revert() and instantsnap_snapshot_delete(), and where QEMU itself
- *   ends during a snapshot. Programs are found in PATH (in a setuid process in /usr/bin, /bin,
- *   /usr/sbin and /sbin), and have an environment of their own: nothing that the caller is
- *   preloaded with, no INSTANTSNAP_ variable. They too raise no SIGCHLD in the caller and are seen
- *   by no wait() of the caller's, so a caller may ignore SIGCHLD. A program whose end cannot be
- *   known has failed. A process that ends while a job is at work leaves its guest as one that was
- *   killed: wait for the job, or cancel it, first.
- * - fork(). A child has copies of the handles, and none of the library's threads. The jobs stay the
+ * - Processes. For the time of a snapshot the library forks one process in its own session, the
+ *   watchdog. If the caller is killed during the snapshot, the watchdog resumes the guest, reads
+ *   QEMU's memory stream to its end (QEMU 7.2 would freeze the guest otherwise), restores the
+ *   migration settings, merges the overlays (except those that a driver's disks were switched to)
+ *   and removes what was made for the snapshot. An overlay that it cannot merge stays in use; the
+ *   watchdog reports it to the machine's log (/dev/log). The watchdog raises no SIGCHLD, and no
+ *   wait() of the caller returns it. It is in the caller's cgroup: what ends the whole cgroup (the
+ *   end of a container, systemd's KillMode=control-group) ends the watchdog too.
+ *
+ *   The library runs `qemu-img` for instantsnap_snapshot_prepare_revert() and
+ *   instantsnap_snapshot_delete(), and when QEMU itself ends during a snapshot. It looks for
+ *   programs in PATH (in a setuid process in /usr/bin, /bin, /usr/sbin and /sbin), and gives them a
+ *   clean environment, without the caller's LD_PRELOAD and without INSTANTSNAP_ variables. These
+ *   programs raise no SIGCHLD either, and no wait() of the caller returns them, so a caller may
+ *   ignore SIGCHLD. If the library cannot learn how a program ended, it counts as failed.
+ *
+ *   A process that exits while a job is running leaves its guest as a killed process does: first
+ *   wait for the job, or cancel it.
+ * - fork(). A child has copies of the handles and none of the library's threads. The jobs stay the
  *   parent's: in the child every instantsnap_job_ function fails at once with
- *   VIR_ERR_OPERATION_INVALID, and changes nothing. A guest handle with which the parent is taking
- *   a snapshot stays busy in the child for good; the child opens the guest anew. As with malloc(),
- *   a child of a process with threads that does not exec is safe only where no other thread was in
- *   the library at the time of the fork. A child that does not exec keeps nothing of a snapshot:
- *   not its end, not the guest, not QEMU's monitor, not a name.
- * - dlclose(). The library stays loaded (it is linked with `-z nodelete`), and its threads go on.
- *   Handles stay valid too.
- * - POSIX record locks (fcntl F_SETLK) that the caller holds on disk images are lost, as a process
- *   loses them whenever it closes a file: the library opens and closes the images that it flushes
- *   and copies.
+ *   VIR_ERR_OPERATION_INVALID and changes nothing. A guest handle through which the parent is
+ *   taking a snapshot stays busy in the child for good; the child opens the guest again. As with
+ *   malloc(), a child of a multi-threaded process that does not exec is safe only if no other
+ *   thread was in the library at the time of the fork. Such a child keeps nothing of a snapshot
+ *   alive: not the guest, not QEMU's monitor, not a name; and it does not delay the snapshot's end.
+ * - dlclose(). The library stays loaded (it is linked with `-z nodelete`), its threads go on, and
+ *   handles stay valid.
+ * - POSIX record locks (fcntl F_SETLK). The caller loses its record locks on disk images, because
+ *   the library opens and closes the images that it flushes and copies: the kernel drops a
+ *   process's record locks on a file whenever the process closes that file.
  */
 #ifndef INSTANTSNAP_H
 #define INSTANTSNAP_H
@@ -84,38 +91,39 @@ extern "C" {
 
 /**
  * Flags, under libvirt's own names. A program that also uses libvirt must include
- * <libvirt/libvirt.h> first, and has them from there.
+ * <libvirt/libvirt.h> first, and gets the flags from there.
  *
- * | flag        | bit | rules                                                     | by QMP       |
- * |-------------|-----|-----------------------------------------------------------|--------------|
- * | REDEFINE    | 0   | not with NO_METADATA, HALT, LIVE, INSTANT                 | not built    |
- * | CURRENT     | 1   | only with REDEFINE                                        | not built    |
- * | NO_METADATA | 2   | nothing is recorded in the state directory                | yes          |
- * | HALT        | 3   | the guest is ended when its memory is on disk             | yes          |
- * | DISK_ONLY   | 4   | not with INSTANT                                          | not built    |
- * | REUSE_EXT   | 5   | the overlays exist                                        | yes          |
- * | QUIESCE     | 6   | only with DISK_ONLY                                       | not built    |
- * | ATOMIC      | 7   | always so                                                 | yes          |
- * | LIVE        | 8   | active guest, external memory                             | with INSTANT |
- * | VALIDATE    | 9   | XML against libvirt's schema                              | not built    |
- * | INSTANT     | 10  | only with LIVE; not with DISK_ONLY, REDEFINE              | yes          |
+ * | flag        | bit | rules                                          | by QMP          |
+ * |-------------|-----|------------------------------------------------|-----------------|
+ * | REDEFINE    | 0   | not with NO_METADATA, HALT, LIVE, INSTANT      | not implemented |
+ * | CURRENT     | 1   | only with REDEFINE                             | not implemented |
+ * | NO_METADATA | 2   | nothing is recorded in the state directory     | yes             |
+ * | HALT        | 3   | the guest is ended when its memory is on disk  | yes             |
+ * | DISK_ONLY   | 4   | not with INSTANT                               | not implemented |
+ * | REUSE_EXT   | 5   | the overlays exist                             | yes             |
+ * | QUIESCE     | 6   | only with DISK_ONLY                            | not implemented |
+ * | ATOMIC      | 7   | every snapshot is atomic                       | yes             |
+ * | LIVE        | 8   | active guest, external memory                  | with INSTANT    |
+ * | VALIDATE    | 9   | the XML is checked against libvirt's schema    | not implemented |
+ * | INSTANT     | 10  | only with LIVE; not with DISK_ONLY, REDEFINE   | yes             |
  *
- * A broken rule or an unknown bit is VIR_ERR_INVALID_ARG; a flag that is allowed but not built yet
- * is VIR_ERR_OPERATION_UNSUPPORTED, and the message names it. Flags are checked before anything is
- * touched.
+ * A broken rule or an unknown bit is VIR_ERR_INVALID_ARG. A flag that is allowed but not
+ * implemented is VIR_ERR_OPERATION_UNSUPPORTED, and the message names it. The library checks the
+ * flags before it changes anything.
  *
- * Domains of libvirt (instantsnap_open_libvirt()): without INSTANT the call is libvirt's own, with
- * all its flags. With INSTANT, VALIDATE is built too; it takes libvirt's schema and xmllint.
+ * For a domain of libvirt (instantsnap_open_libvirt()), a call without INSTANT is libvirt's own,
+ * with all of libvirt's flags. With INSTANT, VALIDATE is supported too; it needs libvirt's schema
+ * and xmllint.
  */
 #ifndef LIBVIRT_DOMAIN_SNAPSHOT_H
 enum {
     VIR_DOMAIN_SNAPSHOT_CREATE_REDEFINE = 1 << 0,    /* restore or alter metadata */
     VIR_DOMAIN_SNAPSHOT_CREATE_CURRENT = 1 << 1,     /* with REDEFINE, make the snapshot current */
-    VIR_DOMAIN_SNAPSHOT_CREATE_NO_METADATA = 1 << 2, /* make the snapshot, do not record it */
+    VIR_DOMAIN_SNAPSHOT_CREATE_NO_METADATA = 1 << 2, /* take the snapshot, do not record it */
     VIR_DOMAIN_SNAPSHOT_CREATE_HALT = 1 << 3,        /* end the guest afterwards */
     VIR_DOMAIN_SNAPSHOT_CREATE_DISK_ONLY = 1 << 4,   /* disks without memory */
     VIR_DOMAIN_SNAPSHOT_CREATE_REUSE_EXT = 1 << 5,   /* use overlay files that exist */
-    VIR_DOMAIN_SNAPSHOT_CREATE_QUIESCE = 1 << 6,     /* freeze the file systems by the guest's agent */
+    VIR_DOMAIN_SNAPSHOT_CREATE_QUIESCE = 1 << 6,     /* freeze file systems by the guest agent */
     VIR_DOMAIN_SNAPSHOT_CREATE_ATOMIC = 1 << 7,      /* all disks or none */
     VIR_DOMAIN_SNAPSHOT_CREATE_LIVE = 1 << 8,        /* while the guest runs */
     VIR_DOMAIN_SNAPSHOT_CREATE_VALIDATE = 1 << 9     /* validate the XML against the schema */
@@ -134,52 +142,86 @@ enum {
 #endif
 
 #ifndef VIR_DOMAIN_SNAPSHOT_CREATE_INSTANT
-/** The snapshot is of the moment of the call; the guest runs on while its memory is being written. */
+/**
+ * The snapshot is of the moment of the call. The guest runs on while its memory is being written.
+ */
 # define VIR_DOMAIN_SNAPSHOT_CREATE_INSTANT (1 << 10)
 #endif
 
 /**
  * Error codes that this library gives, under libvirt's own names and numbers (virErrorNumber,
  * virErrorDomain). A program that also uses libvirt must include <libvirt/virterror.h> first, and
- * has them from there.
+ * gets the codes from there.
  */
 #ifndef LIBVIRT_VIRTERROR_H
 enum {
     VIR_ERR_OK = 0,
-    VIR_ERR_INTERNAL_ERROR = 1,           /* a reply or a file that makes no sense, a defect of ours */
-    VIR_ERR_NO_CONNECT = 5,               /* no connection to the libvirt daemon */
-    VIR_ERR_INVALID_DOMAIN = 7,           /* a virDomainPtr that is none, or of another driver than libvirt's QEMU */
-    VIR_ERR_INVALID_ARG = 8,              /* a bad pointer, an unknown flag, flags that exclude each other */
-    VIR_ERR_OPERATION_FAILED = 9,         /* QEMU refused or failed; the message has its reason */
-    VIR_ERR_XML_ERROR = 27,               /* XML with a value that cannot be */
-    VIR_ERR_OPERATION_DENIED = 29,        /* the connection is read-only */
-    VIR_ERR_XML_DETAIL = 35,              /* XML that is not well-formed, a name that may not be */
-    VIR_ERR_SYSTEM_ERROR = 38,            /* a system call failed; the message has its errno's text */
-    VIR_ERR_RPC = 39,                     /* the connection to the libvirt daemon failed */
-    VIR_ERR_NO_DOMAIN = 42,               /* the domain is gone */
-    VIR_ERR_OPERATION_INVALID = 55,       /* not in this state: a guest that is busy, a name that exists */
-    VIR_ERR_CONFIG_UNSUPPORTED = 67,      /* a disk, a file or a device with which it cannot be done */
-    VIR_ERR_OPERATION_TIMEOUT = 68,       /* a deadline passed, and everything was undone */
-    VIR_ERR_INVALID_DOMAIN_SNAPSHOT = 71, /* a snapshot whose metadata or memory image is damaged */
-    VIR_ERR_NO_DOMAIN_SNAPSHOT = 72,      /* no snapshot of that name */
-    VIR_ERR_ARGUMENT_UNSUPPORTED = 74,    /* this QEMU or this host has no background snapshots */
-    VIR_ERR_SNAPSHOT_REVERT_RISKY = 77,   /* an image is not as it was: VIR_DOMAIN_SNAPSHOT_REVERT_FORCE */
-    VIR_ERR_OPERATION_ABORTED = 78,       /* cancelled by instantsnap_snapshot_cancel() or _job_cancel(), all undone */
-    VIR_ERR_AGENT_UNRESPONSIVE = 86,      /* the guest's agent does not answer */
-    VIR_ERR_XML_INVALID_SCHEMA = 92,      /* XML that is not what libvirt's schema says (VALIDATE) */
-    VIR_ERR_ACCESS_DENIED = 88,           /* the daemon's access rules forbid it; or others can write to the state directory */
-    VIR_ERR_OPERATION_UNSUPPORTED = 84    /* allowed, but this way in cannot do it */
+    /* A reply or a file that makes no sense, or a defect of this library. */
+    VIR_ERR_INTERNAL_ERROR = 1,
+    /* No connection to the libvirt daemon. */
+    VIR_ERR_NO_CONNECT = 5,
+    /* A virDomainPtr that is not valid, or that is of another driver than libvirt's QEMU driver. */
+    VIR_ERR_INVALID_DOMAIN = 7,
+    /* A bad pointer, an unknown flag, or flags that exclude each other. */
+    VIR_ERR_INVALID_ARG = 8,
+    /* QEMU refused or failed; the message has QEMU's reason. */
+    VIR_ERR_OPERATION_FAILED = 9,
+    /* XML with an impossible value. */
+    VIR_ERR_XML_ERROR = 27,
+    /* The connection is read-only. */
+    VIR_ERR_OPERATION_DENIED = 29,
+    /* XML that is not well-formed, or a name that is not allowed. */
+    VIR_ERR_XML_DETAIL = 35,
+    /* A system call failed; the message has its errno's text. */
+    VIR_ERR_SYSTEM_ERROR = 38,
+    /* The connection to the libvirt daemon failed. */
+    VIR_ERR_RPC = 39,
+    /* The domain does not exist any more. */
+    VIR_ERR_NO_DOMAIN = 42,
+    /* Not possible in this state: the guest is busy, the snapshot's name exists already. */
+    VIR_ERR_OPERATION_INVALID = 55,
+    /* A disk, a file or a device makes it impossible. */
+    VIR_ERR_CONFIG_UNSUPPORTED = 67,
+    /* A deadline passed, and everything was undone. */
+    VIR_ERR_OPERATION_TIMEOUT = 68,
+    /* A snapshot whose metadata or memory image is damaged. */
+    VIR_ERR_INVALID_DOMAIN_SNAPSHOT = 71,
+    /* There is no snapshot of that name. */
+    VIR_ERR_NO_DOMAIN_SNAPSHOT = 72,
+    /* This QEMU or this host has no background snapshots. */
+    VIR_ERR_ARGUMENT_UNSUPPORTED = 74,
+    /* An image has changed since the snapshot: see VIR_DOMAIN_SNAPSHOT_REVERT_FORCE. */
+    VIR_ERR_SNAPSHOT_REVERT_RISKY = 77,
+    /* instantsnap_snapshot_cancel() or instantsnap_job_cancel() was called, all is undone. */
+    VIR_ERR_OPERATION_ABORTED = 78,
+    /* The guest agent does not answer. */
+    VIR_ERR_AGENT_UNRESPONSIVE = 86,
+    /* XML that does not conform to libvirt's schema (VALIDATE). */
+    VIR_ERR_XML_INVALID_SCHEMA = 92,
+    /* The daemon's access rules forbid it, or other users can write to the state directory. */
+    VIR_ERR_ACCESS_DENIED = 88,
+    /* Allowed, but this backend does not support it. */
+    VIR_ERR_OPERATION_UNSUPPORTED = 84
 };
 enum { VIR_FROM_QEMU = 10 };
 #endif
 
-/** A guest, opened by one of the instantsnap_open_ functions, closed by instantsnap_close(). */
+/** A guest. An instantsnap_open_ function opens it, instantsnap_close() closes it. */
 typedef struct instantsnap_guest instantsnap_guest;
-/** A snapshot, as qemuSnapshotCreateXML() returns it for a guest of ours; freed by instantsnap_snapshot_free(). */
+/**
+ * A snapshot that qemuSnapshotCreateXML() returned for a guest of this library.
+ * instantsnap_snapshot_free() frees it.
+ */
 typedef struct instantsnap_snapshot instantsnap_snapshot;
-/** A snapshot that is being taken, started by instantsnap_snapshot_create_start(); freed by instantsnap_job_free(). */
+/**
+ * A snapshot that is being taken. instantsnap_snapshot_create_start() starts it,
+ * instantsnap_job_free() frees it.
+ */
 typedef struct instantsnap_job instantsnap_job;
-/** What a QEMU that is to continue a snapshot must be started with; freed by instantsnap_revert_plan_free(). */
+/**
+ * What a QEMU that continues a snapshot must be started with. instantsnap_revert_plan_free() frees
+ * it.
+ */
 typedef struct instantsnap_revert_plan instantsnap_revert_plan;
 
 /** Why the last failed call of this thread failed. */
@@ -190,35 +232,53 @@ typedef struct instantsnap_error {
 } instantsnap_error;
 
 /**
- * What the last snapshot of a guest took. Durations are microseconds; 0 where a phase was not
- * reached. The phases follow each other without gaps, so that their sum is `total_us`.
+ * How long each phase of a guest's last snapshot took. Durations are microseconds; 0 if the phase
+ * was not reached. The phases follow each other without gaps, so their sum is `total_us`.
  */
 typedef struct instantsnap_stats {
-    size_t size;            /* set by the caller: sizeof(instantsnap_stats) */
-    uint64_t validate_us;   /* flags, XML, connecting, the guest's state and abilities; the guest runs */
-    uint64_t plan_us;       /* disks, names, the domain's XML; the guest runs */
-    uint64_t prepare_us;    /* overlays created, memory image and pipe opened, capability set; the guest runs */
-    uint64_t pause_us;      /* vCPUs being stopped */
-    uint64_t switch_us;     /* disks to their overlays, one transaction, and the storage hook; the guest is paused */
-    uint64_t arm_us;        /* until write tracking is armed and the guest runs again (plain: until it is saved) */
-    uint64_t drain_us;      /* memory flows into the image; the guest runs (0 for a plain snapshot) */
-    uint64_t finish_us;     /* image completed and synced to disk, metadata recorded; the guest runs */
-    uint64_t undo_us;       /* putting everything back, after a failure */
-    uint64_t total_us;      /* the whole call */
-    uint64_t instant_us;    /* from the call's entry to the instant: from then on the caller may change the guest */
-    uint64_t guest_paused_us;      /* the pause as the guest had it, also where it failed; 0 when it was paused already */
-    uint64_t memory_image_bytes;   /* size of the memory image */
-    uint32_t pause_from_events;    /* 1: guest_paused_us is by QEMU's own STOP and RESUME time stamps;
-                                      0: by this process's clock around the commands, thus an upper bound */
-    uint32_t disks;                /* disks switched to an overlay */
-    uint64_t setup_us;             /* how long QEMU set the background snapshot up (it touches all memory), to whole ms */
-    uint64_t lost_pause_us;        /* for how long lost tries paused the guest, all in all, besides guest_paused_us */
-    uint32_t lost_tries;           /* tries to stop the guest just in time that came too late: see
-                                      instantsnap_set_overlap_tries() */
-    uint32_t overlapped;           /* 1: the guest ran while QEMU touched its memory; 0: it was stopped first */
+    size_t size;                /* set by the caller: sizeof(instantsnap_stats) */
+    /* Checks of flags, XML, the guest's state and QEMU's capabilities; connecting. Guest runs. */
+    uint64_t validate_us;
+    /* Disks, names, the domain's XML. The guest runs. */
+    uint64_t plan_us;
+    /* Overlays created, memory image and pipe opened, capability set. The guest runs. */
+    uint64_t prepare_us;
+    /* The vCPUs are being stopped. */
+    uint64_t pause_us;
+    /* Disks switched to their overlays in one transaction; storage hook. The guest is paused. */
+    uint64_t switch_us;
+    /* Until write tracking is armed and the guest runs again (non-live: until memory is saved). */
+    uint64_t arm_us;
+    /* Memory flows into the image. The guest runs. 0 for a non-live snapshot. */
+    uint64_t drain_us;
+    /* The image is completed and synced to disk, the metadata recorded. The guest runs. */
+    uint64_t finish_us;
+    /* Everything is undone, after a failure. */
+    uint64_t undo_us;
+    /* The whole call. */
+    uint64_t total_us;
+    /* From the call's entry to the instant: from then on the caller may change the guest. */
+    uint64_t instant_us;
+    /* The pause of the guest, also if the snapshot failed; 0 if the guest was paused already. */
+    uint64_t guest_paused_us;
+    uint64_t memory_image_bytes; /* size of the memory image */
+    /*
+     * 1: guest_paused_us is from the time stamps of QEMU's STOP and RESUME events.
+     * 0: it is from this process's clock around the commands, thus an upper bound.
+     */
+    uint32_t pause_from_events;
+    uint32_t disks;              /* number of disks that were switched to an overlay */
+    /* How long QEMU set up the background snapshot (it touches all memory), in whole ms. */
+    uint64_t setup_us;
+    /* How long lost tries paused the guest, in sum; not part of guest_paused_us. */
+    uint64_t lost_pause_us;
+    /* Tries to stop the guest just in time that came too late: instantsnap_set_overlap_tries(). */
+    uint32_t lost_tries;
+    /* 1: the guest ran while QEMU touched its memory (early start); 0: it was stopped before. */
+    uint32_t overlapped;
 } instantsnap_stats;
 
-/** The phases of a snapshot, in their order; each is described at its time in instantsnap_stats. */
+/** The phases of a snapshot, in order. The fields of instantsnap_stats describe them. */
 typedef enum instantsnap_phase {
     INSTANTSNAP_PHASE_VALIDATE = 0,
     INSTANTSNAP_PHASE_PLAN = 1,
@@ -233,86 +293,107 @@ typedef enum instantsnap_phase {
 } instantsnap_phase;
 
 /**
- * What happens to a snapshot that is being taken. Each of the first three comes at most once, in
- * this order; PROGRESS any number of times after INSTANT; then exactly one of COMPLETE and FAILED,
- * the last. FAILED comes when everything has been undone, and from whichever phase. A guest that
- * was paused already has no PAUSED. A plain snapshot's memory is saved by the time of its INSTANT:
- * its PROGRESS comes before that. So it is with a paused guest where QEMU cannot do it otherwise. A
- * call that is refused at once, for a pointer, for its options or because the handle is busy, has
- * no events.
+ * The events of a snapshot that is being taken. PAUSED, SWITCHED and INSTANT come in this order,
+ * each at most once. PROGRESS comes any number of times after INSTANT. Exactly one of COMPLETE and
+ * FAILED comes last. FAILED can come in any phase, once everything has been undone.
+ *
+ * If the guest was paused already, there is no PAUSED. The memory of a non-live snapshot is saved
+ * before its INSTANT, so its PROGRESS comes before INSTANT. The same holds for a paused guest where
+ * QEMU cannot do it otherwise. A call that is refused at once, because of a pointer, its options or
+ * a busy handle, has no events.
  */
 typedef enum instantsnap_event_type {
     INSTANTSNAP_EVENT_PAUSED = 1,   /* the vCPUs have stopped */
     INSTANTSNAP_EVENT_SWITCHED = 2, /* the disks are on their overlays */
-    INSTANTSNAP_EVENT_INSTANT = 3,  /* memory and disks are held; the guest, if it ran, runs again, and may be changed */
+    /* Memory and disks are held. The guest runs again, if it ran before, and may be changed. */
+    INSTANTSNAP_EVENT_INSTANT = 3,
     INSTANTSNAP_EVENT_PROGRESS = 4, /* memory flows into the image */
     INSTANTSNAP_EVENT_COMPLETE = 5, /* the snapshot is complete and on disk */
     INSTANTSNAP_EVENT_FAILED = 6    /* it failed or was cancelled, and everything is undone */
 } instantsnap_event_type;
 
-/** An event. Fields that say nothing of its type are 0. */
+/** An event. Fields that do not apply to its type are 0. */
 typedef struct instantsnap_event {
-    size_t size;               /* where the caller provides the structure: set by him, sizeof(instantsnap_event) */
+    /* If the caller provides the structure: set by the caller, sizeof(instantsnap_event). */
+    size_t size;
     uint32_t type;             /* instantsnap_event_type */
     int32_t error_code;        /* FAILED: virErrorNumber */
     uint64_t time_us;          /* when it happened: CLOCK_MONOTONIC */
-    uint64_t paused_us;        /* for how long the guest has been paused so far: all of its pause from INSTANT on, by QEMU's own
-                                  time stamps where it gives them; before that by this process's clock, an upper bound */
+    /*
+     * How long the guest has been paused so far. From INSTANT on this is the whole pause, by QEMU's
+     * own time stamps if QEMU gives them. Before, it is by this process's clock, an upper bound.
+     */
+    uint64_t paused_us;
     uint64_t bytes_done;       /* size of the memory image so far */
-    uint64_t bytes_total;      /* what it is expected to become, at most, before the devices' state, which comes last and is
-                                  small; pages of zeros take no room; 0: not known */
-    uint64_t bytes_per_second; /* PROGRESS: since the last one, or since the instant */
+    /*
+     * The expected size of the memory image, at most; 0: not known. The devices' state, which comes
+     * last and is small, is not counted. Pages of zeros take no room.
+     */
+    uint64_t bytes_total;
+    uint64_t bytes_per_second; /* PROGRESS: since the last PROGRESS, or since the instant */
     uint64_t pages_left;       /* pages of guest memory that QEMU has not saved yet */
 } instantsnap_event;
 
-/** Where a job is. */
+/** The state of a job. */
 typedef struct instantsnap_job_info {
     size_t size;               /* set by the caller: sizeof(instantsnap_job_info) */
     uint32_t phase;            /* instantsnap_phase */
     uint32_t instant;          /* 1: the instant has passed */
-    uint64_t elapsed_us;       /* since the call, until now or until the end */
-    uint64_t paused_us;        /* for how long the guest has been paused so far; as in instantsnap_event */
-    uint64_t bytes_done;       /* these four as in instantsnap_event; up to date as of the last progress interval */
+    uint64_t elapsed_us;       /* from the call until now, or until the job's end */
+    uint64_t paused_us;        /* as in instantsnap_event */
+    /* These four are as in instantsnap_event, as of the last progress interval. */
+    uint64_t bytes_done;
     uint64_t bytes_total;
     uint64_t bytes_per_second;
     uint64_t pages_left;
 } instantsnap_job_info;
 
 /**
- * Is told of an event. The event is borrowed for the call. Called on the thread that takes the
- * snapshot: that of instantsnap_snapshot_create(), or the job's own, where every signal is blocked.
- * One call at a time for one snapshot; no lock of the library is held, so any function of it may be
- * called, with the exception that instantsnap_job_wait() for the same job would wait for itself.
- * PAUSED and SWITCHED are inside the pause: the guest stands still until the callback returns, and
- * the pause limit does not interrupt it.
+ * Receives an event. The event is borrowed for the call. The library calls this on the thread that
+ * takes the snapshot: the caller's for instantsnap_snapshot_create(), the job's own for a job,
+ * where every signal is blocked. The calls for one snapshot come one at a time. The library holds
+ * no lock during the call, so the callback may call any function of the library, with one
+ * exception: instantsnap_job_wait() for the same job would wait for itself. PAUSED and SWITCHED
+ * come inside the pause: the guest is paused until the callback returns, and the pause limit does
+ * not interrupt the callback.
  *
- * The last call, with COMPLETE or FAILED, comes before instantsnap_snapshot_create() returns, or,
- * for a job, before instantsnap_job_wait() returns 1 and instantsnap_job_next_event() gives that
- * event: from then on `opaque` is the caller's again. In that call instantsnap_job_get_result() and
- * the like tell of the end already.
+ * The last call, with COMPLETE or FAILED, comes before instantsnap_snapshot_create() returns. For a
+ * job it comes before instantsnap_job_wait() returns 1 and before instantsnap_job_next_event()
+ * gives that event. From then on the library does not use `opaque` any more. During that last call,
+ * instantsnap_job_get_result() and similar functions already give the job's result.
  */
 typedef void (*instantsnap_event_callback)(const instantsnap_event *event, void *opaque);
 
 enum {
-    /** instantsnap_snapshot_create_start() returns at once, before anything is done, and not at the instant. */
+    /**
+     * instantsnap_snapshot_create_start() returns at once, before anything is done, instead of at
+     * the instant.
+     */
     INSTANTSNAP_CREATE_AT_ONCE = 1 << 0
 };
 
-/** How a snapshot is taken; all zeros but `size` is the default. */
+/** How a snapshot is taken. All zeros except `size` is the default. */
 typedef struct instantsnap_create_options {
     size_t size;                         /* set by the caller: sizeof(instantsnap_create_options) */
-    instantsnap_event_callback callback; /* is told of the events; NULL: nobody */
-    void *opaque;                        /* handed to the callback */
-    uint32_t progress_interval_ms;       /* time between two PROGRESS events, milliseconds; 0: the default, 500. QEMU is
-                                            asked that often; without callback, instantsnap_snapshot_create() does not ask */
-    uint32_t flags;                      /* INSTANTSNAP_CREATE_*; unknown bits are VIR_ERR_INVALID_ARG */
+    instantsnap_event_callback callback; /* receives the events; NULL: no callback */
+    void *opaque;                        /* passed to the callback */
+    /*
+     * Time between two PROGRESS events, in milliseconds; 0: the default, 500. The library asks QEMU
+     * once in each interval; without callback, instantsnap_snapshot_create() does not ask.
+     */
+    uint32_t progress_interval_ms;
+    uint32_t flags;                      /* INSTANTSNAP_CREATE_*; other bits: VIR_ERR_INVALID_ARG */
 } instantsnap_create_options;
 
 /** A disk that is left to a storage hook. The strings are borrowed for the call. */
 typedef struct instantsnap_storage_disk {
     size_t size;         /* sizeof(instantsnap_storage_disk), as the library knows it */
     const char *name;    /* the disk's name: `vda`, a qdev id, a drive alias or a node name */
-    const char *source;  /* its image or device, as QEMU (for a domain of libvirt: its XML) has it: a path as a rule */
+    /*
+     * The disk's image or device, usually a path: as QEMU names it; for a domain of libvirt, as the
+     * domain's XML names it.
+     */
+    const char *source;
     const char *format;  /* the format of that: "raw", "qcow2" */
 } instantsnap_storage_disk;
 
@@ -320,123 +401,146 @@ typedef struct instantsnap_storage_disk {
 typedef struct instantsnap_storage_call {
     size_t size;           /* sizeof(instantsnap_storage_call), as the library knows it */
     const char *snapshot;  /* the snapshot's name */
-    const instantsnap_storage_disk *const *disks; /* the disks with snapshot='manual', `disk_count` of them */
-    size_t disk_count;     /* 1 or more */
-    uint64_t paused_us;    /* for how long the guest has been paused so far; 0 where it was paused already */
-    uint64_t deadline_us;  /* `snapshot`: how long it may take; else 0 */
+    /* The disks with snapshot='manual'. */
+    const instantsnap_storage_disk *const *disks;
+    size_t disk_count;     /* the number of these disks, 1 or more */
+    uint64_t paused_us;    /* how long the guest has been paused so far; 0: it was paused already */
+    uint64_t deadline_us;  /* for `snapshot`: how long it may take; else 0 */
 } instantsnap_storage_call;
 
 /**
- * The caller's storage: snapshots the disks that QEMU does not (LVM, Ceph, ZFS, a SAN), at the
- * instant of memory and of the other disks. What is not said of a callback here is said at
- * instantsnap_set_storage_hook(). No lock of the library is held in them, so any function of it may
- * be called, with the exception that to wait for the same snapshot's job (or for another operation
- * on the same guest) is to wait for oneself. Every signal is blocked in the library's own threads.
+ * The callbacks by which the caller's storage (LVM, Ceph, ZFS, a SAN) snapshots the disks that QEMU
+ * does not, at the same instant as memory and the other disks. instantsnap_set_storage_hook() says
+ * when each is called. The library holds no lock during a callback, so a callback may call any
+ * function of the library, with one exception: if it waited for the job of the same snapshot, or
+ * for another operation on the same guest, it would wait for itself. On the library's own threads
+ * every signal is blocked.
  */
 typedef struct instantsnap_storage_hook {
     size_t size;   /* set by the caller: sizeof(instantsnap_storage_hook) */
-    void *opaque;  /* handed to the callbacks */
+    void *opaque;  /* passed to the callbacks */
     /**
-     * Snapshots the storage of all disks of the call, the guest standing still. They are flushed:
-     * by QEMU, and those that QEMU was told not to flush (`cache=unsafe`) by the library, right
-     * before this call and within its time. Where the library cannot open one of those the snapshot
-     * is refused (VIR_ERR_CONFIG_UNSUPPORTED). Returns 0 when that is done, or anything else with
-     * nothing left of it: the snapshot fails with VIR_ERR_OPERATION_FAILED, and the message has the
-     * number. On a thread of its own.
+     * Snapshots the storage of all disks of the call, while the guest is paused. The disks are
+     * flushed before: by QEMU, or, if QEMU was told not to flush a disk (`cache=unsafe`), by the
+     * library, right before this call and within its time. If the library cannot open such a disk,
+     * it refuses the snapshot (VIR_ERR_CONFIG_UNSUPPORTED).
+     *
+     * Returns 0 on success. Any other value is a failure, and the callback must leave nothing
+     * behind: the snapshot fails with VIR_ERR_OPERATION_FAILED, and the message has the number.
+     * Called on a thread of its own.
      */
     int (*snapshot)(const instantsnap_storage_call *call, void *opaque);
     /**
-     * Removes what `snapshot` has made: called once, with the same call, for each `snapshot` that
-     * returned 0 (in time or not) where the snapshot of the guest fails. The guest runs again. On
-     * the thread that takes the snapshot, before FAILED is told. And when
-     * instantsnap_snapshot_delete() has deleted the snapshot, on the thread of that call. NULL:
-     * nothing is done.
+     * Removes what `snapshot` has made. If the guest's snapshot fails, the library calls this once,
+     * with the same call, for each `snapshot` that returned 0 (in time or not). The guest is
+     * running again by then. This is on the thread that takes the snapshot, before FAILED. The
+     * library also calls it when instantsnap_snapshot_delete() has deleted the snapshot, on the
+     * thread of that call. NULL: nothing is done.
      */
     void (*undo)(const instantsnap_storage_call *call, void *opaque);
     /**
-     * For instantsnap_snapshot_prepare_revert_hooked(): names what a new QEMU is to use for each
-     * disk, in the format that disk had: what `snapshot` has made, or rather a writable copy or
-     * clone of it, for the continued guest writes to it. `files` has room for one string a disk,
-     * all NULL at first: each is to be set to a string of malloc(), strdup() or the like, which the
-     * library frees with free(), also after a failure. Returns 0, or anything else with nothing
-     * left behind. On the thread of that call. NULL: nothing with such disks can be brought back by
-     * this hook.
+     * For instantsnap_snapshot_prepare_revert_hooked(): names the image that a new QEMU uses for
+     * each disk, in the disk's format. The continued guest writes to it, so this is what `snapshot`
+     * has made, or better a writable copy or clone of it. `files` has room for one string for each
+     * disk, all NULL at first. The callback sets each to a string from malloc(), strdup() or the
+     * like; the library frees them with free(), also after a failure. Returns 0 on success; any
+     * other value is a failure, and the callback must leave nothing behind. Called on the thread of
+     * that call. NULL: this hook cannot bring back snapshots with such disks.
      */
     int (*revert)(const instantsnap_storage_call *call, char **files, void *opaque);
-    uint32_t deadline_ms; /* how long `snapshot` may take, milliseconds; 0: as long as the pause may (pause limit) */
+    /* How long `snapshot` may take, in milliseconds; 0: as long as the pause may (pause limit). */
+    uint32_t deadline_ms;
     uint32_t reserved;    /* 0 */
 } instantsnap_storage_hook;
 
 /** One disk of a revert plan. The strings are borrowed from the plan. */
 typedef struct instantsnap_revert_disk {
     size_t size;         /* set by the caller: sizeof(instantsnap_revert_disk) */
-    const char *name;    /* the disk's name in the snapshot: `vda`, a qdev id, a drive alias or a node name */
-    const char *file;    /* absolute path of the image that this disk must use: fresh, this plan's own; what a storage
-                            hook has named, as it is */
-    const char *format;  /* its format: "qcow2"; "raw" for UEFI variables where the original's are raw; with a storage hook
-                            that of the original */
-    const char *backing_file; /* the snapshot's image beneath it, never to be written again; NULL for UEFI variables, and for
-                            what a storage hook has named */
+    /* The disk's name in the snapshot: `vda`, a qdev id, a drive alias or a node name. */
+    const char *name;
+    /*
+     * Absolute path of the image that this disk must use. It is fresh and belongs to this plan
+     * alone. If a storage hook has named the image, it is the hook's path, unchanged.
+     */
+    const char *file;
+    /*
+     * The image's format: "qcow2"; "raw" for UEFI variables whose original is raw; the original's
+     * format if a storage hook has named the image.
+     */
+    const char *format;
+    /*
+     * The snapshot's image below it, which must never be written again. NULL for UEFI variables,
+     * and for an image that a storage hook has named.
+     */
+    const char *backing_file;
 } instantsnap_revert_disk;
 
 /** The library's version, "MAJOR.MINOR.PATCH". Static; never NULL. */
 const char *instantsnap_version(void);
 
 /**
- * Why the last failed call of this thread failed: like errno, it is only set by calls that fail.
- * Never NULL: before the first failure the code is VIR_ERR_OK and the message empty. Borrowed:
- * valid until this thread's next call of a function of this library other than this one.
+ * Why the last failed call of this thread failed. Like errno, only calls that fail set it. Never
+ * NULL: before the first failure the code is VIR_ERR_OK and the message is empty. Borrowed: valid
+ * until this thread next calls another function of this library.
  */
 const instantsnap_error *instantsnap_last_error(void);
 
-/** Frees a string that this library returned as `char *`. NULL is fine. */
+/** Frees a string that this library returned as `char *`. NULL is allowed. */
 void instantsnap_free_string(char *string);
 
-/** Frees a list that instantsnap_snapshot_list() returned, with its strings. NULL is fine. */
+/** Frees a list that instantsnap_snapshot_list() returned, with its strings. NULL is allowed. */
 void instantsnap_free_string_list(char **strings);
 
 /**
- * Opens a guest by its QMP socket: the caller itself has started QEMU.
+ * Opens a guest by its QMP socket. The caller itself has started QEMU.
  *
- * @qmp_socket  path of a Unix socket on which QEMU (6.0 or later) serves QMP: `-qmp unix:PATH,server=on,wait=off`. QEMU
- *              serves one client a socket at a time, so give this library a socket of its own. It is connected to here
- *              (to find errors early), and again for each operation; between operations it is free.
- * @domain_xml  the guest's libvirt `<domain>` XML, or NULL. With it disks are named by their target (`vda`), and memory
- *              images hold it, with the disks' files as they are at the instant. Disks are matched by `<alias>`, else by
- *              the `<source>` file, else by a qdev id or drive name equal to the target.
- * @state_dir   an existing directory for the metadata of this guest's snapshots (one guest, one directory): a
- *              `<domainsnapshot>` file each, and memory images whose place the snapshot's XML leaves open. Snapshots
- *              are taken, deleted and brought back only where it belongs to this user or to root, and no other user may
- *              write to it (the owner's private group may, and anyone where it is sticky, like /tmp): what its records
- *              name is merged and removed with the caller's rights. Elsewhere these calls fail with
- *              VIR_ERR_ACCESS_DENIED; listing and reading work in any directory.
+ * @qmp_socket  path of a Unix socket on which QEMU (6.0 or later) serves QMP: `-qmp
+ *              unix:PATH,server=on,wait=off`. QEMU serves one client on each socket at a time, so
+ *              this library needs a socket of its own. This call connects to it (to find errors
+ *              early), and so does each operation; between operations the socket is free.
+ * @domain_xml  the guest's libvirt `<domain>` XML, or NULL. With it, disks are named by their
+ *              target (`vda`), and memory images contain it, with the disks' files as they are at
+ *              the instant. A disk is found by its `<alias>`, else by its `<source>` file, else by
+ *              a qdev id or drive name that equals the target.
+ * @state_dir   an existing directory for the metadata of this guest's snapshots (one directory for
+ *              one guest): one `<domainsnapshot>` file for each, and memory images for which the
+ *              snapshot's XML names no file. Snapshots are taken, deleted and brought back only if
+ *              the directory belongs to this user or to root, and no other user can write to it
+ *              (the owner's private group may, and everyone if the directory is sticky, like /tmp),
+ *              because the library merges and removes the files that its records name, with the
+ *              caller's rights. Else these calls fail with VIR_ERR_ACCESS_DENIED; listing and
+ *              reading work in any directory.
  *
  * Returns the guest, to be closed with instantsnap_close(), or NULL: VIR_ERR_INVALID_ARG,
  * VIR_ERR_XML_DETAIL or VIR_ERR_XML_ERROR (domain_xml), VIR_ERR_SYSTEM_ERROR (socket or directory),
- * VIR_ERR_OPERATION_TIMEOUT (another client has the socket), VIR_ERR_OPERATION_FAILED (not a QMP
+ * VIR_ERR_OPERATION_TIMEOUT (another client uses the socket), VIR_ERR_OPERATION_FAILED (not a QMP
  * socket), VIR_ERR_CONFIG_UNSUPPORTED (QEMU older than 6.0). Blocks for a few milliseconds, at most
  * 5 seconds.
  */
-instantsnap_guest *instantsnap_open_qmp(const char *qmp_socket, const char *domain_xml, const char *state_dir);
+instantsnap_guest *instantsnap_open_qmp(const char *qmp_socket, const char *domain_xml,
+                                        const char *state_dir);
 
 struct _virDomain; /* libvirt's: `virDomainPtr` is a pointer to it */
 
 /**
- * Opens a domain of a stock libvirt: any daemon of libvirt 8.2 or later on this machine, as it is.
+ * Opens a domain of a stock libvirt: any unpatched daemon of libvirt 8.2 or later on this machine.
  *
- * @domain  a `virDomainPtr` of a connection to libvirt's QEMU driver: `qemu:///system`, `qemu:///session`, `qemu:///embed` or
- *          `qemu+unix:///...`. A reference of its own is taken, to the connection too; the caller may free his.
+ * @domain  a `virDomainPtr` of a connection to libvirt's QEMU driver: `qemu:///system`,
+ *          `qemu:///session`, `qemu:///embed` or `qemu+unix:///...`. The library takes its own
+ *          reference to the domain and to the connection; the caller may free its own.
  *
- * Snapshots are made through libvirt and recorded in it: instantsnap_snapshot_list() and the like
- * tell of all snapshots that libvirt has of the domain, whoever took them. What is different from a
- * guest of instantsnap_open_qmp():
+ * The library takes snapshots through libvirt and records them in libvirt:
+ * instantsnap_snapshot_list() and similar functions give all snapshots that libvirt has of the
+ * domain, also those of other clients. The differences to a guest of instantsnap_open_qmp():
  *
- * - `<memory snapshot='external' file='...'/>` must be given.
- * - A snapshot of a paused domain is libvirt's own, without INSTANT; it takes as long as that does.
- * - The domain is marked as tainted (`custom-monitor`), since QEMU is told things past libvirt.
- * - Reverting: qemuSnapshotRevert() of instantsnap-libvirt.h. Deleting is as by
- *   qemuSnapshotDelete(), which says what is done.
- * - The caller must be able to create files beside the disk images, as root, or as the user of a
+ * - The snapshot's XML must have `<memory snapshot='external' file='...'/>`.
+ * - If the domain is paused, libvirt itself takes the snapshot, without INSTANT; it takes as long
+ *   as libvirt takes.
+ * - libvirt marks the domain as tainted (`custom-monitor`), because the library sends commands to
+ *   QEMU past libvirt.
+ * - qemuSnapshotRevert() of instantsnap-libvirt.h reverts. Deleting is as by qemuSnapshotDelete(),
+ *   which says what is done.
+ * - The caller must be able to create files beside the disk images, as root or as the user of a
  *   session.
  *
  * Returns the guest, to be closed with instantsnap_close(), or NULL: VIR_ERR_INVALID_ARG,
@@ -446,55 +550,59 @@ struct _virDomain; /* libvirt's: `virDomainPtr` is a pointer to it */
 instantsnap_guest *instantsnap_open_libvirt(struct _virDomain *domain);
 
 /**
- * Closes a guest. NULL is fine. The guest itself is left as it is. An operation that is under way
- * in another thread ends first as it would have; this call does not wait for it.
+ * Closes a guest handle. NULL is allowed. The guest itself stays as it is. An operation of another
+ * thread on this handle goes on to its end; this call does not wait for it.
  */
 void instantsnap_close(instantsnap_guest *guest);
 
 /**
- * Bounds the time for which a snapshot may pause the guest: when it passes before the instant, the
- * guest resumes, everything is undone, and the call fails with VIR_ERR_OPERATION_TIMEOUT. A plain
- * snapshot pauses the guest for as long as its memory takes to be written; there the limit is for
- * the steps before that.
+ * Limits how long a snapshot may pause the guest. If the limit passes before the instant, the guest
+ * resumes, everything is undone, and the call fails with VIR_ERR_OPERATION_TIMEOUT. A non-live
+ * snapshot pauses the guest until its memory is written; for it the limit applies to the steps
+ * before that.
  *
  * @milliseconds  1 or more; the default is 30000. Applies to calls that begin later.
+ *
+ * Returns 0, or -1: VIR_ERR_INVALID_ARG.
  */
 int instantsnap_set_pause_limit(instantsnap_guest *guest, unsigned int milliseconds);
 
 /**
- * Bounds how hard a snapshot tries to keep the guest's memory size out of the pause. Before a
- * background snapshot is armed, QEMU touches all of the guest's memory. With QEMU 10.0 or later
- * that is begun while the guest runs, and the guest is stopped shortly before it is done, as far as
- * can be foretold. A stop that comes too late is noticed before anything else is done: the guest
- * runs on, and it is tried again. After as many lost tries as this the guest is stopped first,
- * which takes longer and is always right. Lost tries count towards the pause limit.
+ * Limits how often a snapshot tries to keep the size of the guest's memory out of the pause (early
+ * start). Before a background snapshot is armed, QEMU touches all of the guest's memory. With QEMU
+ * 10.0 or later the library starts this while the guest runs, and stops the guest shortly before
+ * the estimated end. If the stop comes too late, the library notices before it does anything else:
+ * the guest runs on, and the library tries again. After this number of lost tries it stops the
+ * guest first, which takes longer and always works. Lost tries count towards the pause limit.
  *
- * @tries  how many may be lost; 0: the guest is always stopped first. The default is 3. Applies to calls that begin later.
+ * @tries  how many tries may be lost; 0: the guest is always stopped first. The default is 3.
+ *         Applies to calls that begin later.
  *
  * Returns 0, or -1: VIR_ERR_INVALID_ARG.
  */
 int instantsnap_set_overlap_tries(instantsnap_guest *guest, unsigned int tries);
 
 /**
- * Sets who snapshots the disks that have snapshot='manual', in the snapshot's XML or, unless that
- * says otherwise, in the domain's. Without a hook a snapshot with such disks is
- * VIR_ERR_OPERATION_UNSUPPORTED, before anything is touched.
+ * Sets the callbacks that snapshot the disks with snapshot='manual'. The snapshot's XML says which
+ * disks these are; for disks that it does not mention, the domain's XML does. Without a hook, a
+ * snapshot with such disks fails with VIR_ERR_OPERATION_UNSUPPORTED before anything is changed.
  *
- * hook->snapshot is called once, for all such disks, inside the pause, when the other disks have
- * been switched. The guest waits for it, and no longer than hook->deadline_ms and the pause limit:
- * when that passes, or the snapshot is cancelled, the guest resumes, everything is undone at once,
- * and the snapshot fails with VIR_ERR_OPERATION_TIMEOUT (VIR_ERR_OPERATION_ABORTED). It fails when
- * the callback has returned (the guest running meanwhile) and hook->undo was called, if that is
- * due. A process that is killed in the callback leaves a guest that runs, as in any other phase,
- * and calls no undo.
+ * The library calls hook->snapshot once, for all such disks, inside the pause, after the other
+ * disks have been switched. The guest waits for it, but no longer than hook->deadline_ms and the
+ * pause limit. When that time passes, or the snapshot is cancelled, the guest resumes, everything
+ * is undone at once, and the snapshot fails with VIR_ERR_OPERATION_TIMEOUT
+ * (VIR_ERR_OPERATION_ABORTED). The failing call returns only after the callback has returned, while
+ * the guest runs, and after hook->undo, if that is due. If the process is killed during the
+ * callback, the guest runs on, as in any other phase, and `undo` is not called.
  *
- * The disks are recorded with snapshot='manual'. For a domain of libvirt such a snapshot takes
- * VIR_DOMAIN_SNAPSHOT_CREATE_NO_METADATA (else VIR_ERR_OPERATION_UNSUPPORTED: libvirt's own revert
- * would put old memory beside the disk as it is by then), the domain must run, and a snapshot
- * without INSTANT is libvirt's own, which calls nobody.
+ * The disks are recorded with snapshot='manual'. For a domain of libvirt such a snapshot needs
+ * VIR_DOMAIN_SNAPSHOT_CREATE_NO_METADATA, because libvirt's own revert would combine old memory
+ * with the disk's later content; without it the call fails with VIR_ERR_OPERATION_UNSUPPORTED. The
+ * domain must be running. A snapshot without INSTANT is libvirt's own, which calls no hook.
  *
- * @hook  copied; NULL: none, as at first. Applies to calls that begin later. `opaque` must be good until the hook was replaced or
- *        the guest closed, and every operation that began before that has ended.
+ * @hook  copied; NULL: no hook, as at first. Applies to calls that begin later. `opaque` must stay
+ *        valid until the hook has been replaced or the guest closed, and every operation that began
+ *        before that has ended.
  *
  * Returns 0, or -1: VIR_ERR_INVALID_ARG (hook->snapshot is NULL, `reserved` is not 0).
  */
@@ -503,42 +611,51 @@ int instantsnap_set_storage_hook(instantsnap_guest *guest, const instantsnap_sto
 /**
  * Takes a full snapshot: memory and disks.
  *
- * @xml    libvirt's `<domainsnapshot>`. `<domainsnapshot/>` is enough: the name is then the time in seconds, every
- *         writable disk gets an overlay beside it by libvirt's rule (`disk.qcow2`: `disk.NAME`), memory goes to
- *         `STATE_DIR/NAME.mem`. Disks in the XML are named by target, qdev id, drive alias, node name or the path of
- *         their image. Read-only and empty drives are left out; UEFI variables
- *         (pflash) are copied to `MEMORY_IMAGE.DRIVE.nvram`. Disks with snapshot='no' are left out, those with
+ * @xml    libvirt's `<domainsnapshot>`. `<domainsnapshot/>` is enough. Then the snapshot's name is
+ *         the time in seconds, every writable disk gets an overlay beside its image, named by
+ *         libvirt's rule (`disk.qcow2`: `disk.NAME`), and memory goes to `STATE_DIR/NAME.mem`. The
+ *         XML names disks by target, qdev id, drive alias, node name or the path of their image.
+ *         Read-only and empty drives are left out. UEFI variables (pflash) are copied to
+ *         `MEMORY_IMAGE.DRIVE.nvram`. Disks with snapshot='no' are left out; disks with
  *         snapshot='manual' are left to the hook of instantsnap_set_storage_hook().
  *
- *         The overlay of a disk whose image is no file (a block device; network storage) must be named.
- *         An overlay that is named (`<source file='...'/>`, or `<source dev='...'/>` with type='block') is a new file, or, by
- *         libvirt's rule, a file that is there and empty, or a block device: these are formatted, and what was on the
- *         device is lost. A file with content is never overwritten, nor is anything that is in use, or is an image of the guest
- *         or of one of its recorded snapshots. If the snapshot is undone, the empty file is empty again, and the device stays,
- *         without an overlay on it. With REUSE_EXT overlays are the caller's own qcow2 images (`qemu-img create -f qcow2 -F
- *         FORMAT -b IMAGE OVERLAY`): on the disk's image, of the disk's size, and empty; an undo leaves them as they are by then.
- *         A delete removes each overlay that is a file, and takes the qcow2 header off a device.
- * @flags  VIR_DOMAIN_SNAPSHOT_CREATE_LIVE | VIR_DOMAIN_SNAPSHOT_CREATE_INSTANT for an instant snapshot; 0 for a plain one,
- *         through which the guest is paused throughout. See the table above.
+ *         If a disk's image is not a file (a block device; network storage), the XML must name its
+ *         overlay. An overlay that the XML names (`<source file='...'/>`, or `<source dev='...'/>`
+ *         with type='block') is a new file, or, by libvirt's rule, an existing empty file or a
+ *         block device. These are formatted, and the device's former content is lost. The library
+ *         never overwrites a file with content, nor anything that is in use or is an image of the
+ *         guest or of one of its recorded snapshots. If the snapshot is undone, the empty file is
+ *         empty again, and the device stays, without an overlay on it.
+ *
+ *         With REUSE_EXT the overlays are the caller's own qcow2 images (`qemu-img create -f qcow2
+ *         -F FORMAT -b IMAGE OVERLAY`). They must stand on the disk's image, have the disk's size,
+ *         and be empty. An undo leaves them as they are by then. Deleting a snapshot removes each
+ *         overlay that is a file, and takes the qcow2 header off a device.
+ * @flags  VIR_DOMAIN_SNAPSHOT_CREATE_LIVE | VIR_DOMAIN_SNAPSHOT_CREATE_INSTANT for an instant
+ *         snapshot; 0 for a non-live one, which pauses the guest until it is saved. See the table
+ *         above.
  * @name   where to store the snapshot's name, for instantsnap_free_string(); may be NULL.
  *
- * Blocks until the snapshot is complete and on disk. The guest is paused meanwhile as little as can
- * be: see instantsnap_get_stats(). A guest that is paused already stays paused; QEMU before 10.0
- * saves such a guest once only, until it has run again. Returns 0, or -1 with everything as it was
- * before the call: VIR_ERR_INVALID_ARG (flags), VIR_ERR_XML_DETAIL and VIR_ERR_XML_ERROR (xml),
- * VIR_ERR_OPERATION_UNSUPPORTED (allowed, not built), VIR_ERR_ARGUMENT_UNSUPPORTED (no background
- * snapshots: the message says why and what to do), VIR_ERR_OPERATION_INVALID (busy, a block job on
- * a disk, wrong state, name exists), VIR_ERR_CONFIG_UNSUPPORTED (a disk, file or device that stands
- * in the way), VIR_ERR_SYSTEM_ERROR (files), VIR_ERR_OPERATION_FAILED (QEMU's reason is in the
- * message), VIR_ERR_OPERATION_TIMEOUT, VIR_ERR_OPERATION_ABORTED. Where something could not be put
- * back, the message ends with what is left and how to mend it; the code of a snapshot that was
- * cancelled is VIR_ERR_OPERATION_FAILED then.
+ * Blocks until the snapshot is complete and on disk. The guest is paused as briefly as possible:
+ * see instantsnap_get_stats(). A guest that is paused already stays paused; QEMU before 10.0 can
+ * save such a guest only once until it has run again.
+ *
+ * Returns 0, or -1 with everything as it was before the call: VIR_ERR_INVALID_ARG (flags),
+ * VIR_ERR_XML_DETAIL and VIR_ERR_XML_ERROR (xml), VIR_ERR_OPERATION_UNSUPPORTED (allowed, but not
+ * implemented), VIR_ERR_ARGUMENT_UNSUPPORTED (no background snapshots: the message says why and
+ * what to do), VIR_ERR_OPERATION_INVALID (the guest is busy, a disk has a block job, the state is
+ * wrong, the name exists), VIR_ERR_CONFIG_UNSUPPORTED (a disk, file or device prevents it),
+ * VIR_ERR_SYSTEM_ERROR (files), VIR_ERR_OPERATION_FAILED (QEMU's reason is in the message),
+ * VIR_ERR_OPERATION_TIMEOUT, VIR_ERR_OPERATION_ABORTED. If something could not be undone, the
+ * message ends with what is left and how to mend it; a cancelled snapshot then fails with
+ * VIR_ERR_OPERATION_FAILED.
  */
-int instantsnap_snapshot_create_xml(instantsnap_guest *guest, const char *xml, unsigned int flags, char **name);
+int instantsnap_snapshot_create_xml(instantsnap_guest *guest, const char *xml, unsigned int flags,
+                                    char **name);
 
 /**
- * The same with events: as instantsnap_snapshot_create_xml(), and the callback of *options is told
- * meanwhile, on this thread.
+ * Like instantsnap_snapshot_create_xml(), with events: meanwhile the library calls the callback of
+ * *options, on this thread.
  *
  * @options  NULL: the defaults. INSTANTSNAP_CREATE_AT_ONCE is VIR_ERR_INVALID_ARG here.
  */
@@ -546,52 +663,54 @@ int instantsnap_snapshot_create(instantsnap_guest *guest, const char *xml, unsig
                                 const instantsnap_create_options *options, char **name);
 
 /**
- * Starts to take a full snapshot, and returns at the instant: the guest may be changed at once,
- * while its memory is still being written by a thread of the library's. Arguments, and errors up to
- * the instant, are those of instantsnap_snapshot_create_xml().
+ * Starts a full snapshot and returns at the instant: the caller may change the guest at once, while
+ * a thread of the library still writes the guest's memory. Arguments, and errors up to the instant,
+ * are those of instantsnap_snapshot_create_xml().
  *
- * With INSTANTSNAP_CREATE_AT_ONCE it returns as soon as the thread has been started, without
- * waiting for anything. Then an error in a pointer or in *options is this call's still, and so is
- * VIR_ERR_OPERATION_INVALID where a snapshot is being taken through the same handle; all others are
- * the job's: for event loops.
+ * With INSTANTSNAP_CREATE_AT_ONCE, which is meant for event loops, it returns as soon as the thread
+ * has been started, without waiting for anything. Then this call reports only an error in a pointer
+ * or in *options, and VIR_ERR_OPERATION_INVALID if a snapshot is being taken through the same
+ * handle. The job reports all other errors.
  *
- * Two jobs on one guest: the second fails with VIR_ERR_OPERATION_INVALID, and touches nothing. The
- * guest may be closed while the job is at work. instantsnap_snapshot_cancel() and
- * instantsnap_get_stats() are of a job's snapshot too.
+ * If a guest already has a job, a second one fails with VIR_ERR_OPERATION_INVALID and changes
+ * nothing. The guest may be closed while the job is running. instantsnap_snapshot_cancel() and
+ * instantsnap_get_stats() apply to a job's snapshot too.
  *
- * A plain snapshot's instant is when its memory has been saved; so is that of a paused guest where
- * QEMU cannot do it otherwise.
+ * The instant of a non-live snapshot is when its memory has been saved. The same holds for a paused
+ * guest where QEMU cannot do it otherwise.
  *
  * Returns the job, for instantsnap_job_free(), or NULL with everything as it was before the call.
  */
-instantsnap_job *instantsnap_snapshot_create_start(instantsnap_guest *guest, const char *xml, unsigned int flags,
+instantsnap_job *instantsnap_snapshot_create_start(instantsnap_guest *guest, const char *xml,
+                                                   unsigned int flags,
                                                    const instantsnap_create_options *options);
 
 /**
  * Waits until a job has ended.
  *
- * @timeout_ms  milliseconds; 0: does not wait; negative: without end.
+ * @timeout_ms  milliseconds; 0: does not wait; negative: without limit.
  *
- * Returns 1 when it has ended, completely or by an error: instantsnap_job_get_result() says which;
- * 0 when the time has passed; -1: VIR_ERR_INVALID_ARG. As for all functions of a job,
- * VIR_ERR_OPERATION_INVALID in a forked child.
+ * Returns 1 when the job has ended, with success or with an error: instantsnap_job_get_result()
+ * says which. Returns 0 when the time has passed, or -1: VIR_ERR_INVALID_ARG. In a forked child
+ * every function of a job, this one too, fails with VIR_ERR_OPERATION_INVALID.
  */
 int instantsnap_job_wait(instantsnap_job *job, int timeout_ms);
 
 /**
- * A file descriptor for poll() and epoll: readable as long as instantsnap_job_next_event() has an
- * event to give. It is the job's, valid until instantsnap_job_free(), and must not be read, written
- * or closed. Take it out of an epoll set before that: the job may go on, and with it what epoll
- * watches. Edge-triggered epoll hears of every event. Returns it, or -1: VIR_ERR_INVALID_ARG.
+ * The job's file descriptor for poll() and epoll: readable while instantsnap_job_next_event() has
+ * an event to give. It belongs to the job and is valid until instantsnap_job_free(). The caller
+ * must not read, write or close it. Remove it from an epoll set before that call: the job may go
+ * on, and epoll would watch its descriptor still. Edge-triggered epoll reports every event. Returns
+ * the descriptor, or -1: VIR_ERR_INVALID_ARG.
  */
 int instantsnap_job_get_fd(instantsnap_job *job);
 
 /**
- * Takes the oldest event that was not taken yet. Does not block. The last one is COMPLETE or
- * FAILED. PROGRESS events that nobody takes replace each other. Independent of a callback, which is
- * told of every event too.
+ * Takes the oldest event that was not taken yet. Does not block. The last event is COMPLETE or
+ * FAILED. A new PROGRESS event replaces one that was not taken. A callback receives every event
+ * too, independently of this function.
  *
- * Fills *event (set event->size first), and returns 1; or 0 when there is none now; or -1:
+ * Fills *event (set event->size first) and returns 1; or returns 0 if there is no event now, or -1:
  * VIR_ERR_INVALID_ARG.
  */
 int instantsnap_job_next_event(instantsnap_job *job, instantsnap_event *event);
@@ -600,252 +719,269 @@ int instantsnap_job_next_event(instantsnap_job *job, instantsnap_event *event);
 int instantsnap_job_get_info(instantsnap_job *job, instantsnap_job_info *info);
 
 /**
- * What became of a job. Returns 0 when the snapshot is complete. Returns -1 when it failed, and
- * sets the last error to why, as instantsnap_snapshot_create_xml() would have; or
- * VIR_ERR_OPERATION_INVALID when it has not ended yet, VIR_ERR_INVALID_ARG. Does not block.
+ * The result of a job. Returns 0 if the snapshot is complete. Returns -1 if it failed, and sets the
+ * last error to the reason, as instantsnap_snapshot_create_xml() would. Also returns -1 if the job
+ * has not ended yet: VIR_ERR_OPERATION_INVALID; or for a bad pointer: VIR_ERR_INVALID_ARG. Does not
+ * block.
  */
 int instantsnap_job_get_result(instantsnap_job *job);
 
-/** The snapshot's name, once a job is complete; for instantsnap_free_string(). NULL: the error of instantsnap_job_get_result(). */
+/**
+ * The name of a complete job's snapshot, for instantsnap_free_string(). NULL: the error of
+ * instantsnap_job_get_result().
+ */
 char *instantsnap_job_get_name(instantsnap_job *job);
 
 /**
- * The snapshot's `<domainsnapshot>` XML, once a job is complete; for instantsnap_free_string(). It
- * is what was recorded when it was completed, and of one that is not recorded (NO_METADATA) what
- * would have been: for a domain of libvirt that holds the domain's XML as it is in the memory
- * image, passwords included. Does not block. NULL: the error of instantsnap_job_get_result().
+ * The `<domainsnapshot>` XML of a complete job's snapshot, for instantsnap_free_string(). It is
+ * what was recorded when the snapshot was completed; for one that is not recorded (NO_METADATA),
+ * what would have been. For a domain of libvirt the latter contains the domain's XML as it is in
+ * the memory image, including passwords. Does not block. NULL: the error of
+ * instantsnap_job_get_result().
  */
 char *instantsnap_job_get_xml(instantsnap_job *job);
 
 /**
  * Fills *stats (set stats->size first) once a job has ended. Returns 0, or -1:
- * VIR_ERR_OPERATION_INVALID (not yet), VIR_ERR_INVALID_ARG.
+ * VIR_ERR_OPERATION_INVALID (it has not ended yet), VIR_ERR_INVALID_ARG.
  */
 int instantsnap_job_get_stats(instantsnap_job *job, instantsnap_stats *stats);
 
 /**
- * Cancels a job in whatever phase it is, as instantsnap_snapshot_cancel() does. Returns 0 at once;
- * the job ends when everything is undone, by VIR_ERR_OPERATION_ABORTED, unless it was complete
- * already; by VIR_ERR_OPERATION_FAILED, whose message says what is left, where something could not
- * be undone. -1: VIR_ERR_INVALID_ARG.
+ * Cancels a job in any phase, as instantsnap_snapshot_cancel() does. Returns 0 at once. The job
+ * ends when everything is undone, with VIR_ERR_OPERATION_ABORTED, unless it was complete already.
+ * If something could not be undone, it ends with VIR_ERR_OPERATION_FAILED, whose message says what
+ * is left. Returns -1: VIR_ERR_INVALID_ARG.
  */
 int instantsnap_job_cancel(instantsnap_job *job);
 
 /**
- * Frees a job. One that has not ended goes on, and its callback is still told, until it has: to end
- * it, cancel it first. The guest may have been closed before. An epoll set that has its descriptor
- * must be rid of it before. Does not block. NULL is fine.
+ * Frees a job. A job that has not ended goes on, and its callback still receives events, until it
+ * ends: to end it, cancel it before. The guest may have been closed before. An epoll set that
+ * contains the job's descriptor must drop it before. Does not block. NULL is allowed.
  */
 void instantsnap_job_free(instantsnap_job *job);
 
 /**
- * Cancels the snapshot that another thread is taking of this guest, in whatever phase it is: that
- * call undoes everything and fails with VIR_ERR_OPERATION_ABORTED, unless it was complete already.
- * With QEMU before 10.0, whose background snapshots cannot be cancelled safely, the undo takes as
- * long as memory still takes to be read; the guest runs. Returns 0 at once, without waiting for it,
- * or -1 with VIR_ERR_OPERATION_INVALID when there is none.
+ * Cancels the snapshot that another thread is taking of this guest, in any phase. That thread's
+ * call undoes everything and fails with VIR_ERR_OPERATION_ABORTED, unless the snapshot was complete
+ * already. Background snapshots of QEMU before 10.0 cannot be cancelled safely: there the undo
+ * takes until the rest of the memory has been read, while the guest runs. Returns 0 at once,
+ * without waiting for the undo, or -1 with VIR_ERR_OPERATION_INVALID if no snapshot is being taken.
  */
 int instantsnap_snapshot_cancel(instantsnap_guest *guest);
 
 /**
- * Fills *stats for the last snapshot taken, or tried, of this guest through this handle. Set
+ * Fills *stats for the last snapshot of this guest, complete or failed, through this handle. Set
  * stats->size first. Returns 0, or -1: VIR_ERR_INVALID_ARG, VIR_ERR_OPERATION_INVALID (none yet).
  */
 int instantsnap_get_stats(instantsnap_guest *guest, instantsnap_stats *stats);
 
 /**
- * The names of the guest's recorded snapshots, oldest first.
+ * Lists the names of the guest's recorded snapshots, oldest first.
  *
- * @names  where to store the NULL-terminated list, for instantsnap_free_string_list(); may be NULL, to count only.
+ * @names  where to store the NULL-terminated list, for instantsnap_free_string_list(); may be NULL,
+ *         to count only.
  *
- * Returns how many there are, or -1: VIR_ERR_SYSTEM_ERROR, VIR_ERR_INVALID_DOMAIN_SNAPSHOT. Reads
- * files only.
+ * Returns how many there are, or -1: VIR_ERR_SYSTEM_ERROR, VIR_ERR_INVALID_DOMAIN_SNAPSHOT. Only
+ * reads files.
  */
 int instantsnap_snapshot_list(instantsnap_guest *guest, char ***names);
 
 /**
  * The `<domainsnapshot>` XML of a recorded snapshot: name, description, state, parent, creation
  * time, memory, disks with the files really used, domain. Returns it for instantsnap_free_string(),
- * or NULL: VIR_ERR_NO_DOMAIN_SNAPSHOT, VIR_ERR_SYSTEM_ERROR, VIR_ERR_INVALID_DOMAIN_SNAPSHOT. Reads
- * files only.
+ * or NULL: VIR_ERR_NO_DOMAIN_SNAPSHOT, VIR_ERR_SYSTEM_ERROR, VIR_ERR_INVALID_DOMAIN_SNAPSHOT. Only
+ * reads files.
  */
 char *instantsnap_snapshot_get_xml(instantsnap_guest *guest, const char *name);
 
 /**
- * The name of the current snapshot: the one last taken or loaded, the parent of the next. Returns
- * it for instantsnap_free_string(), or NULL: VIR_ERR_NO_DOMAIN_SNAPSHOT when there is none. Reads
- * files only.
+ * The name of the current snapshot: the one that was last taken or loaded, the parent of the next
+ * one. Returns it for instantsnap_free_string(), or NULL: VIR_ERR_NO_DOMAIN_SNAPSHOT if there is
+ * none. Only reads files.
  */
 char *instantsnap_snapshot_current(instantsnap_guest *guest);
 
 /**
- * Brings a snapshot back, first step: makes a fresh overlay on each of its disk images (and a
+ * Brings a snapshot back, first step: creates a fresh overlay on each of its disk images (and a
  * private copy of its UEFI variables), and says what to start QEMU with. The snapshot stays as it
  * is, so this can be done any number of times, also while the original guest runs on. Needs
  * `qemu-img`.
  *
  * Then start QEMU with the machine of the original (same machine type, CPU, memory size and
- * devices), each disk on the file the plan names, and `-incoming defer`; then call
+ * devices), each disk on the file that the plan names, and `-incoming defer`; then call
  * instantsnap_snapshot_load().
  *
  * @state_dir  the state directory with which the snapshot was taken.
  * @name       the snapshot.
- * @directory  where the fresh images are made; NULL: beside each of the snapshot's images, which must be files then (else
- *             VIR_ERR_CONFIG_UNSUPPORTED). They are the caller's from now on: they hold what the continued guest writes.
+ * @directory  where the fresh images are created; NULL: beside each of the snapshot's images, which
+ *             must be files (else VIR_ERR_CONFIG_UNSUPPORTED). They belong to the caller from now
+ *             on: the continued guest writes to them.
  *
  * Returns the plan, or NULL with nothing left behind: VIR_ERR_NO_DOMAIN_SNAPSHOT,
  * VIR_ERR_INVALID_DOMAIN_SNAPSHOT (an image is missing; the memory image is incomplete, cut off or
- * damaged), VIR_ERR_ACCESS_DENIED (other users can write to
- * @state_dir), VIR_ERR_SYSTEM_ERROR, VIR_ERR_OPERATION_TIMEOUT (a server that an image below is on does not answer),
- * VIR_ERR_OPERATION_FAILED. Blocks for some 10 ms a disk, where a server does not answer for 30 s.
+ * damaged), VIR_ERR_ACCESS_DENIED (other users can write to @state_dir), VIR_ERR_SYSTEM_ERROR,
+ * VIR_ERR_OPERATION_TIMEOUT (an image below is on a server that does not answer),
+ * VIR_ERR_OPERATION_FAILED. Blocks for some 10 ms for each disk; for 30 s if a server does not
+ * answer.
  */
-instantsnap_revert_plan *instantsnap_snapshot_prepare_revert(const char *state_dir, const char *name,
-                                                             const char *directory);
+instantsnap_revert_plan *instantsnap_snapshot_prepare_revert(
+    const char *state_dir, const char *name, const char *directory);
 
 /**
- * The same for a snapshot with disks that were left to a storage hook: hook->revert says what these
- * are to use, and the plan's last disks are what it says. (Without a hook such a snapshot is
- * VIR_ERR_OPERATION_UNSUPPORTED, for it would put old memory beside a disk that has gone on.) No
- * overlay is put on top of them: the continued guest writes to them.
+ * The same for a snapshot with disks that were left to a storage hook: hook->revert names the
+ * images for these disks, which are the last disks of the plan. The library puts no overlay on top
+ * of them: the continued guest writes to them. Without a hook such a snapshot fails with
+ * VIR_ERR_OPERATION_UNSUPPORTED, because old memory would meet a disk that has changed since.
  *
- * @hook  `size`, `opaque` and `revert` are needed; NULL: as instantsnap_snapshot_prepare_revert(). Called on this thread, once,
- *        when everything else has succeeded, with no limit to its time.
+ * @hook  must have `size`, `opaque` and `revert`; NULL: as instantsnap_snapshot_prepare_revert().
+ *        Called once, on this thread, after everything else has succeeded, without a time limit.
  *
- * Returns the plan, or NULL: as instantsnap_snapshot_prepare_revert(); VIR_ERR_OPERATION_FAILED,
- * too, where the hook fails. instantsnap_snapshot_load() cannot look into the storage: of these
- * disks it checks that they are there.
+ * Returns the plan, or NULL: as instantsnap_snapshot_prepare_revert(), and VIR_ERR_OPERATION_FAILED
+ * if the hook fails. instantsnap_snapshot_load() cannot look into the caller's storage: for these
+ * disks it only checks that they exist.
  */
-instantsnap_revert_plan *instantsnap_snapshot_prepare_revert_hooked(const char *state_dir, const char *name,
-                                                                    const char *directory,
-                                                                    const instantsnap_storage_hook *hook);
+instantsnap_revert_plan *instantsnap_snapshot_prepare_revert_hooked(
+    const char *state_dir, const char *name, const char *directory,
+    const instantsnap_storage_hook *hook);
 
 /** How many disks the plan has; 0 for a pointer that is not a plan. */
 size_t instantsnap_revert_plan_disk_count(const instantsnap_revert_plan *plan);
 
-/** Fills *disk with disk number `index`, from 0. Set disk->size first. Returns 0, or -1: VIR_ERR_INVALID_ARG. */
-int instantsnap_revert_plan_get_disk(const instantsnap_revert_plan *plan, size_t index, instantsnap_revert_disk *disk);
+/**
+ * Fills *disk with disk number `index`, from 0. Set disk->size first. Returns 0, or -1:
+ * VIR_ERR_INVALID_ARG.
+ */
+int instantsnap_revert_plan_get_disk(const instantsnap_revert_plan *plan, size_t index,
+                                     instantsnap_revert_disk *disk);
 
 /** Absolute path of the memory image; borrowed from the plan. NULL: VIR_ERR_INVALID_ARG. */
 const char *instantsnap_revert_plan_memory_file(const instantsnap_revert_plan *plan);
 
 /**
- * The `<domain>` XML of the snapshot, its disks on the snapshot's images; borrowed from the plan.
- * Where the guest was opened without one, a short one made of what QEMU tells. NULL:
+ * The `<domain>` XML of the snapshot, with its disks on the snapshot's images; borrowed from the
+ * plan. If the guest was opened without one, this is a short one, made of what QEMU reports. NULL:
  * VIR_ERR_INVALID_ARG.
  */
 const char *instantsnap_revert_plan_domain_xml(const instantsnap_revert_plan *plan);
 
-/** Frees a plan. The images it names stay. NULL is fine. */
+/** Frees a plan. The images that it names stay. NULL is allowed. */
 void instantsnap_revert_plan_free(instantsnap_revert_plan *plan);
 
 /**
- * Brings a snapshot back, second step: feeds its memory to a QEMU started as the plan says, with
- * `-incoming defer`.
+ * Brings a snapshot back, second step: feeds its memory to a QEMU that was started as the plan
+ * says, with `-incoming defer`.
  *
  * @guest  that QEMU, opened with the same state directory.
  * @name   the snapshot.
- * @flags  0: runs if the guest ran at the instant, else stays paused. VIR_DOMAIN_SNAPSHOT_REVERT_RUNNING or
- *         VIR_DOMAIN_SNAPSHOT_REVERT_PAUSED, not both: as asked. VIR_DOMAIN_SNAPSHOT_REVERT_FORCE: images that are not as they
- *         were are taken all the same.
+ * @flags  0: the guest runs if it ran at the instant, else it stays paused.
+ *         VIR_DOMAIN_SNAPSHOT_REVERT_RUNNING or VIR_DOMAIN_SNAPSHOT_REVERT_PAUSED, not both: it
+ *         runs, or stays paused. VIR_DOMAIN_SNAPSHOT_REVERT_FORCE: images that have changed are
+ *         accepted.
  *
- * The snapshot becomes the current one. Before QEMU is given a byte, each of its disks is compared
- * with the snapshot's: a missing disk, a disk on another image, a disk that would write to the
- * snapshot's own image, and another machine type than the snapshot's are
+ * The snapshot becomes the current one. Before the library sends memory to QEMU, it compares each
+ * of QEMU's disks with the snapshot's. A missing disk, a disk on another image, a disk that would
+ * write to the snapshot's own image, and a machine type other than the snapshot's are
  * VIR_ERR_CONFIG_UNSUPPORTED. An image that was written or replaced since the snapshot froze it
- * (its inode, its size or its time of modification is another) would be newer than the memory:
- * VIR_ERR_SNAPSHOT_REVERT_RISKY, unless FORCE says that its content is the same, as that of a copy
- * is. Blocks until memory is loaded and, where asked, the guest runs. Returns 0, or -1:
+ * (its inode, size or modification time has changed) would be newer than the memory:
+ * VIR_ERR_SNAPSHOT_REVERT_RISKY. FORCE tells the library that such an image's content is the same,
+ * as it is for a copy.
+ *
+ * Blocks until memory is loaded and, where asked, the guest runs. Returns 0, or -1:
  * VIR_ERR_INVALID_ARG, VIR_ERR_NO_DOMAIN_SNAPSHOT, VIR_ERR_INVALID_DOMAIN_SNAPSHOT (the memory
  * image is incomplete, cut off or damaged), VIR_ERR_ACCESS_DENIED (other users can write to the
  * state directory), VIR_ERR_OPERATION_INVALID (QEMU was not started with `-incoming defer`, or is
- * busy), VIR_ERR_OPERATION_FAILED (QEMU's reason). After a failure during the load that QEMU is of
- * no more use: end it, and start it anew. VIR_DOMAIN_SNAPSHOT_REVERT_RESET_NVRAM is not built:
- * VIR_ERR_OPERATION_UNSUPPORTED.
+ * busy), VIR_ERR_OPERATION_FAILED (QEMU's reason). After a failure during the load that QEMU cannot
+ * be used any more: end it, and start it again. VIR_DOMAIN_SNAPSHOT_REVERT_RESET_NVRAM is not
+ * implemented: VIR_ERR_OPERATION_UNSUPPORTED.
  */
 int instantsnap_snapshot_load(instantsnap_guest *guest, const char *name, unsigned int flags);
 
 /**
- * Deletes a snapshot. The guest loses nothing and is not paused: what it has written since the
- * snapshot is merged into the images below, which its disks are on again afterwards. The snapshot's
- * overlays, its memory image, its copies of UEFI variables and its metadata go; its parent becomes
- * the current snapshot where it was current itself.
+ * Deletes a snapshot. The guest loses nothing and is not paused: the library merges what the guest
+ * has written since the snapshot into the images below, and the guest's disks are on those images
+ * again afterwards. The snapshot's overlays, its memory image, its copies of UEFI variables and its
+ * metadata are removed. If it was the current snapshot, its parent becomes the current one.
  *
- * @guest  the guest, running or paused, with its disks on the snapshot's overlays. Where disks were left to a storage hook it must
- *         have one: `undo` is called last.
+ * @guest  the guest, running or paused, with its disks on the snapshot's overlays. If disks were
+ *         left to a storage hook, the guest must have a hook: its `undo` is called last.
  * @name   the snapshot.
- * @flags  0: the snapshot, which must have no children. VIR_DOMAIN_SNAPSHOT_DELETE_METADATA_ONLY: nothing but the metadata; all
- *         files stay as they are, children become children of the parent, and QEMU is not asked.
- *         VIR_DOMAIN_SNAPSHOT_DELETE_CHILDREN and _CHILDREN_ONLY, which exclude each other: of a snapshot without children the
- *         former is as 0, and the latter does nothing.
+ * @flags  0: deletes the snapshot, which must have no children.
+ *         VIR_DOMAIN_SNAPSHOT_DELETE_METADATA_ONLY: removes only the metadata. All files stay as
+ *         they are, the snapshot's children become children of its parent, and QEMU is not asked.
+ *         VIR_DOMAIN_SNAPSHOT_DELETE_CHILDREN and _CHILDREN_ONLY exclude each other. For a snapshot
+ *         without children the former is as 0, and the latter does nothing.
  *
  * Blocks until all is merged, which takes as long as it takes to write what the guest has written
- * since; it cannot be cancelled. Of dirty bitmaps, those that were added since the snapshot go with
- * its overlays.
+ * since the snapshot; it cannot be cancelled. Dirty bitmaps that were added since the snapshot are
+ * lost with its overlays.
  *
- * What was made by instantsnap_snapshot_prepare_revert() of this snapshot stands on the images that
- * are merged into, and is of no use afterwards. While a QEMU has it open, QEMU refuses the merge,
- * and nothing is changed. The same holds for images that the user himself has put on top of the
- * snapshot's.
+ * The images that instantsnap_snapshot_prepare_revert() created for this snapshot stand on the
+ * images that are merged into, so they cannot be used afterwards. While a QEMU has one of them
+ * open, QEMU refuses the merge, and nothing is changed. The same holds for images that the user has
+ * created on top of the snapshot's.
  *
- * A guest that is not on the snapshot's overlays, because it was brought back to this snapshot or
- * to an older one, has nothing to be merged: its disks stay on the images that they are on, and the
- * overlays are removed with what the guest that was left had written there. An overlay that any
- * QEMU has open, or on whose content another recorded snapshot stands, is never removed.
+ * If the guest is not on the snapshot's overlays, because it was brought back to this snapshot or
+ * to an older one, there is nothing to merge. Its disks stay on the images that they are on, and
+ * the overlays are removed with what the abandoned guest had written there. An overlay that any
+ * QEMU has open, or that another recorded snapshot stands on, is never removed.
  *
- * Everything is checked before anything is changed. From the first merge on the snapshot cannot be
- * reverted to any more, since its images take in what is younger; its memory image is called
- * `….deleting` from then on, and reverting says why it cannot be. As long as not all disks can be
- * switched back, none is. When the call fails after that, or its caller is killed, the guest goes
- * on, the metadata stays, and deleting the snapshot again does the rest; the message says on which
- * image each disk is. (Should QEMU itself end meanwhile, start it with those.)
+ * Everything is checked before anything is changed. From the first merge on, the snapshot cannot be
+ * reverted to any more, because its images take in younger data: its memory image is then called
+ * `….deleting`, and a revert gives that reason. The disks are switched back only once all of them
+ * can be. If the call fails after that, or its caller is killed, the guest goes on, the metadata
+ * stays, and deleting the snapshot again does the rest; the message says on which image each disk
+ * is. (If QEMU itself ends meanwhile, start it with those.)
  *
  * Returns 0, or -1: VIR_ERR_INVALID_ARG (flags), VIR_ERR_NO_DOMAIN_SNAPSHOT,
  * VIR_ERR_OPERATION_UNSUPPORTED (it has children; no hook), VIR_ERR_OPERATION_INVALID (the guest is
- * busy, another block job is under way, a disk's images are not as they were recorded, or something
+ * busy, another block job is running, a disk's images are not as they were recorded, or something
  * stands on them: the message names it and says what to do), VIR_ERR_CONFIG_UNSUPPORTED (a filter
  * on a disk), VIR_ERR_INVALID_DOMAIN_SNAPSHOT (damaged metadata), VIR_ERR_SYSTEM_ERROR,
- * VIR_ERR_OPERATION_FAILED (QEMU's reason, or that of `qemu-img`, which looks at the images of the
+ * VIR_ERR_OPERATION_FAILED (the reason of QEMU, or of `qemu-img`, which examines the images of the
  * other snapshots), VIR_ERR_OPERATION_TIMEOUT (no progress for a minute). For a domain of
- * instantsnap_open_libvirt() it is qemuSnapshotDelete(), with children and all.
+ * instantsnap_open_libvirt() this is qemuSnapshotDelete(), which also deletes children.
  */
 int instantsnap_snapshot_delete(instantsnap_guest *guest, const char *name, unsigned int flags);
 
 /** The name of a snapshot; borrowed from it. NULL: VIR_ERR_INVALID_ARG. */
 const char *instantsnap_snapshot_get_name(const instantsnap_snapshot *snapshot);
 
-/** Frees a snapshot handle; the snapshot itself stays. NULL is fine. */
+/** Frees a snapshot handle; the snapshot itself stays. NULL is allowed. */
 void instantsnap_snapshot_free(instantsnap_snapshot *snapshot);
 
 /**
- * The driver's way in: for a program that owns QEMU's monitor, its locks and its event loop: a
- * driver like libvirt's, or a daemon that starts QEMU itself. It gives a table of callbacks, and
- * the library does with them what it does by a socket in instantsnap_open_qmp(). c-tests/daemon.c
- * is a whole program.
+ * The driver backend: for a program that owns QEMU's monitor, its locks and its event loop, such as
+ * a driver like libvirt's or a daemon that starts QEMU itself. The program gives the library a
+ * table of callbacks. With these the library does what it does by a socket in
+ * instantsnap_open_qmp(). examples/daemon.c is a whole program.
  *
- * Threads. Callbacks are made on the thread that called the library, or, for a job, on the job's
- * own thread, where every signal is blocked. For one operation there is one at a time, and of two
- * operations on one domain (one `opaque`, or one QEMU process) the second is refused; operations on
- * different domains, each with its own `opaque`, run side by side, and so do their callbacks. No
- * lock of the library is held during a callback: it may call any function, of other guests too, but
- * an operation that it begins on the same domain is refused as busy, and it must not wait for its
- * own.
+ * Threads. The library calls back on the thread that called it, or, for a job, on the job's own
+ * thread, where every signal is blocked. The callbacks of one operation come one at a time. Of two
+ * operations on one domain (one `opaque`, or one QEMU process) the second is refused. Operations on
+ * different domains, each with its own `opaque`, run side by side, and so do their callbacks. The
+ * library holds no lock of its own during a callback: the callback may call any function, also for
+ * other guests. But an operation that it begins on the same domain is refused as busy, and it must
+ * not wait for the operation that it was called for.
  *
- * The driver's lock. With `lock` and `unlock`, every other callback is made with that lock held,
- * and it is not held at any other time: not while memory drains, nor between two callbacks.
- * qemuSnapshotCreateXML(), qemuSnapshotRevert() and qemuSnapshotDelete() are called with it held,
- * as libvirt's driver does, drop it at once and return with it held; all functions of this header
- * are called without it. The driver keeps the domain object itself alive for as long as the
- * operation.
+ * The driver's lock. With `lock` and `unlock`, the library makes every other callback with that
+ * lock held, and does not hold it at any other time: not while memory drains, nor between two
+ * callbacks. qemuSnapshotCreateXML(), qemuSnapshotRevert() and qemuSnapshotDelete() are called with
+ * the lock held, as libvirt's driver does; they drop it at once and return with it held. All
+ * functions of this header are called without it. The driver keeps the domain object itself alive
+ * for as long as the operation.
  *
- * What callbacks return. 0 (or a pointer) is success, -1 (or NULL) failure;
- * instantsnap_driver_set_reason() gives the error's text. Strings that they return are the
- * library's, which frees them with free(). A callback that fails fails the operation, and
- * everything is undone as far as the callbacks let it: `resume`, or else `monitor` for `cont`, is
- * tried again for five minutes where it must be. Callbacks have `timeout_ms` and should come back
- * by then; nothing interrupts one that does not, but once it has come back the operation goes on as
- * if it had not answered. The drain is not waited for inside a callback.
+ * Results of callbacks. 0 (or a pointer) is success, -1 (or NULL) is failure;
+ * instantsnap_driver_set_reason() sets the error's text. The library owns the strings that
+ * callbacks return, and frees them with free(). If a callback fails, the operation fails, and
+ * everything is undone as far as the callbacks permit: where the guest must be resumed, the library
+ * retries `resume`, or else `monitor` with `cont`, for five minutes. A callback gets `timeout_ms`
+ * and should return within that time. Nothing interrupts one that does not, but once it has
+ * returned, the operation goes on as if the callback had not answered. The library does not wait
+ * for the drain inside a callback.
  *
- * When the process is killed in the pause, its guest is resumed only if `guard_socket` is there.
+ * If the process is killed in the pause, its guest is resumed only if `guard_socket` is set.
  */
 typedef enum instantsnap_driver_state {
     INSTANTSNAP_DRIVER_RUNNING = 1,
@@ -858,90 +994,122 @@ typedef struct instantsnap_driver_disk {
     size_t size;              /* sizeof(instantsnap_driver_disk) */
     const char *name;         /* `vda`, as in the domain's XML */
     const char *node;         /* the block node that the disk is on before the switch */
-    const char *overlay_node; /* the overlay's node, which is there already (blockdev-add) */
+    const char *overlay_node; /* the overlay's node, which exists already (blockdev-add) */
     const char *overlay;      /* the overlay's file, absolute */
 } instantsnap_driver_disk;
 
-/** What a driver does. It is copied; all zeros but `size` and what is required is the default. */
+/**
+ * A driver's callbacks. The library copies the table. All zeros, except `size` and the required
+ * callbacks, is the default.
+ */
 typedef struct instantsnap_driver_ops {
     size_t size; /* set by the caller: sizeof(instantsnap_driver_ops) */
 
     /* Required. */
 
-    /** Runs one QMP command: `command` is `{"execute": ..., "arguments": ...}` without an id; `fds` go with it (SCM_RIGHTS), stay the
-     * library's, and are 0 or 1. Puts QEMU's reply into `*reply`: `{"return": ...}` or `{"error":
-     * ...}`. */
-    int (*monitor)(void *opaque, const char *command, const int *fds, size_t fd_count, unsigned int timeout_ms, char **reply);
-    /** instantsnap_driver_state, or -1. */
+    /**
+     * Runs one QMP command. `command` is `{"execute": ..., "arguments": ...}` without an id. `fds`
+     * has no or one descriptor, to be passed along (SCM_RIGHTS); it stays the library's. Stores
+     * QEMU's reply in `*reply`: `{"return": ...}` or `{"error": ...}`.
+     */
+    int (*monitor)(void *opaque, const char *command, const int *fds, size_t fd_count,
+                   unsigned int timeout_ms, char **reply);
+    /** Returns an instantsnap_driver_state, or -1. */
     int (*state)(void *opaque);
-    /** libvirt's `<domain>` as the domain is now. */
+    /** Returns libvirt's `<domain>` XML of the domain as it is now. */
     char *(*domain_xml)(void *opaque);
 
-    /* One of the two: where snapshots are recorded. */
+    /* Where snapshots are recorded: one of `state_dir` and `record` is required. */
 
-    /** The domain's state directory, as in instantsnap_open_qmp(). */
+    /** Returns the domain's state directory, as in instantsnap_open_qmp(). */
     char *(*state_dir)(void *opaque);
-    /** Records a complete snapshot, as the current one, by its `<domainsnapshot>`; with it come `forget`, and `snapshot_xml`, which
-     * is NULL for a name that there is not; and, optional, `current_snapshot`, NULL where there is
-     * none. Such snapshots are not listed or brought back by the library, and memory needs a file
-     * in the snapshot's XML. */
+    /**
+     * Records a complete snapshot, as the current one, by its `<domainsnapshot>` XML. It requires
+     * `forget`, and `snapshot_xml`, which returns NULL for an unknown name. `current_snapshot` is
+     * optional; it returns NULL if there is no current snapshot. The library does not list such
+     * snapshots and does not bring them back, and their XML must name a file for the memory.
+     */
     int (*record)(void *opaque, const char *name, const char *xml);
     int (*forget)(void *opaque, const char *name);
     char *(*snapshot_xml)(void *opaque, const char *name);
     char *(*current_snapshot)(void *opaque);
 
-    /* Optional. Where it is NULL, it is done over the monitor, or not at all. */
+    /* Optional. If one is NULL, the library uses the monitor instead, or leaves the step out. */
 
-    /** Stops, and starts, the vCPUs; returns when they have. */
+    /** Stop and start the vCPUs. They return when the vCPUs have stopped or started. */
     int (*pause)(void *opaque, unsigned int timeout_ms);
     int (*resume)(void *opaque, unsigned int timeout_ms);
-    /** Switches all disks, or none (`transaction` of `blockdev-snapshot`), in the pause. `count` is 1 or more. A driver that does it
-     * carries dirty bitmaps over itself; over the monitor, that is done. */
-    int (*switch_disks)(void *opaque, const instantsnap_driver_disk *disks, size_t count, unsigned int timeout_ms);
-    /** Is told, in an undo, that the disks are off these overlays again. */
+    /**
+     * Switches all disks, or none, in the pause (`transaction` of `blockdev-snapshot`). `count` is
+     * 1 or more. This callback must also carry dirty bitmaps over to the overlays; without this
+     * callback, the library does that over the monitor.
+     */
+    int (*switch_disks)(void *opaque, const instantsnap_driver_disk *disks, size_t count,
+                        unsigned int timeout_ms);
+    /** Reports, during an undo, that the disks are off these overlays again. */
     void (*disks_merged)(void *opaque, const instantsnap_driver_disk *disks, size_t count);
-    /** Around every operation; what `begin_job` refuses fails with VIR_ERR_OPERATION_INVALID. */
+    /**
+     * Called at the begin and the end of every operation. If `begin_job` refuses, the operation
+     * fails with VIR_ERR_OPERATION_INVALID.
+     */
     int (*begin_job)(void *opaque);
     void (*end_job)(void *opaque);
-    /** Both or none; the two that the lock is not held for already. */
+    /** Take and drop the driver's lock; both or none. These two are called without the lock. */
     void (*lock)(void *opaque);
     void (*unlock)(void *opaque);
-    /** The path of a QMP socket of this QEMU that nobody else uses, for the watchdog process; NULL: there is none. */
+    /**
+     * Returns the path of a QMP socket of this QEMU that no other client uses, for the watchdog
+     * process; NULL: there is none.
+     */
     char *(*guard_socket)(void *opaque);
-    /** For the qemuSnapshot functions: is told of the error with which one fails, as virReportError() would be. */
+    /**
+     * For the qemuSnapshot functions: reports the error with which one of them fails, as
+     * virReportError() would.
+     */
     void (*report_error)(void *opaque, int code, int domain, const char *message);
-    /** The driver's own snapshot object for a name, which qemuSnapshotCreateXML() returns (`domain` is what that was given); without
-     * it an instantsnap_snapshot is returned. NULL fails the call, though the snapshot is complete
-     * and recorded. */
+    /**
+     * Returns the driver's own snapshot object for a name, which qemuSnapshotCreateXML() then
+     * returns. `domain` is the one that qemuSnapshotCreateXML() was given. Without this callback it
+     * returns an instantsnap_snapshot. If this returns NULL, the call fails, though the snapshot is
+     * complete and recorded.
+     */
     void *(*make_snapshot)(void *opaque, void *domain, const char *name);
-    /** The name of such an object. */
+    /** Returns the name of such an object. */
     char *(*snapshot_name)(void *opaque, void *snapshot);
-    /** qemuSnapshotRevert(): ends QEMU, and starts another that waits with `-incoming defer`, on the plan's disks. The plan is borrowed
-     * for the call. Without it reverting is VIR_ERR_OPERATION_UNSUPPORTED. */
+    /**
+     * For qemuSnapshotRevert(): ends QEMU, and starts another on the plan's disks that waits with
+     * `-incoming defer`. The plan is borrowed for the call. Without this callback a revert is
+     * VIR_ERR_OPERATION_UNSUPPORTED.
+     */
     int (*restart)(void *opaque, const instantsnap_revert_plan *plan);
-    /** For the qemuSnapshot functions: as by instantsnap_set_storage_hook(), with `vm` in its `opaque`'s place. It is copied with the
-     * table, and called without the driver's lock. */
+    /**
+     * For the qemuSnapshot functions: the storage hook, as by instantsnap_set_storage_hook(); its
+     * callbacks get `vm` instead of its `opaque`. It is copied with the table, and called without
+     * the driver's lock.
+     */
     const instantsnap_storage_hook *storage_hook;
 } instantsnap_driver_ops;
 
 /**
- * Makes a driver this process's own: from now on qemuSnapshotCreateXML(), qemuSnapshotRevert() and
- * qemuSnapshotDelete() with a `vm` that is neither NULL nor a guest of this library go to it,
- * whatever their flags, with `vm` as `opaque`.
+ * Registers a driver for this process. From now on qemuSnapshotCreateXML(), qemuSnapshotRevert()
+ * and qemuSnapshotDelete() use it for every `vm` that is neither NULL nor a guest of this library,
+ * whatever the flags, and pass `vm` as `opaque`.
  *
- * @ops  copied; NULL: there is no driver any more. Operations under way end by the one that they have begun with.
+ * @ops  copied; NULL: unregisters the driver. Operations that have begun end with the driver that
+ *       they began with.
  *
- * Returns 0, or -1: VIR_ERR_INVALID_ARG (what is required is not there), VIR_ERR_OPERATION_INVALID
- * (there is one). Does not block.
+ * Returns 0, or -1: VIR_ERR_INVALID_ARG (a required callback is missing), VIR_ERR_OPERATION_INVALID
+ * (a driver is registered already). Does not block.
  */
 int instantsnap_register_driver(const instantsnap_driver_ops *ops);
 
 /**
- * Opens a domain by a driver's callbacks. All functions for guests of instantsnap_open_qmp() are
- * for this one too; jobs among them, which is how a daemon with one thread takes snapshots.
+ * Opens a domain by a driver's callbacks. All functions for guests of instantsnap_open_qmp() work
+ * for this one too. This includes jobs, by which a daemon with one thread takes snapshots.
  *
  * @ops     copied.
- * @opaque  handed to the callbacks; one for each domain. It has to be valid until the guest is closed and its operations have ended.
+ * @opaque  passed to the callbacks; a different one for each domain. It must stay valid until the
+ *          guest is closed and its operations have ended.
  *
  * Returns the guest, to be closed with instantsnap_close(), or NULL: VIR_ERR_INVALID_ARG,
  * VIR_ERR_SYSTEM_ERROR (state directory), VIR_ERR_OPERATION_FAILED (`state_dir` failed). The domain
@@ -950,16 +1118,16 @@ int instantsnap_register_driver(const instantsnap_driver_ops *ops);
 instantsnap_guest *instantsnap_open_driver(const instantsnap_driver_ops *ops, void *opaque);
 
 /**
- * Says why a callback is about to fail: in a callback, on its thread. The text is copied, and
- * becomes part of the error. NULL is fine.
+ * Sets the reason why a callback is about to fail: call it in that callback, on its thread. The
+ * text is copied, and becomes part of the error. NULL is allowed.
  */
 void instantsnap_driver_set_reason(const char *reason);
 
 /**
- * Passes an event of QEMU's on, JSON as QEMU sent it. None is needed: with STOP and RESUME the
- * pause is told by QEMU's own time stamps (`pause_from_events` of instantsnap_stats). Any thread
- * may call it, at any time; what belongs to no open domain, or is no event, is passed over. Does
- * not block.
+ * Passes on an event of QEMU: JSON as QEMU sent it. No event is required. With STOP and RESUME the
+ * library measures the pause by QEMU's own time stamps (`pause_from_events` of instantsnap_stats).
+ * Any thread may call this at any time. Text that is not an event, or is for a domain that is not
+ * open, is ignored. Does not block.
  */
 void instantsnap_driver_event(void *opaque, const char *event);
 
