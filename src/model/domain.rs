@@ -12,32 +12,89 @@ use super::xml;
 use crate::error::{Result, fail};
 
 /// A `<domain>` element, kept to the letter.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct Domain {
     text: String,
     /// Its name.
     pub name: String,
     /// Its disks that have a target.
-    pub disks: Vec<DomainDisk>,
+    pub disks: Vec<Disk>,
+    /// Its UEFI variables.
+    pub nvram: Option<Nvram>,
+    /// `<cpu>`, to the letter.
+    pub cpu: Option<String>,
+    /// It has what libvirt gives away while a domain is paused: disk leases or macvtap devices.
+    pub holds_leases: bool,
 }
 
-/// A `<disk>` of the domain.
+/// A `<disk>` of a domain.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct DomainDisk {
+pub struct Disk {
     /// `<target dev=>`.
     pub target: String,
     /// `<alias name=>`: the id that libvirt gave, or the user.
     pub alias: Option<String>,
-    /// `<source file=>` or `dev=`.
-    pub source: Option<String>,
-    /// There is no medium in it.
-    pub empty: bool,
+    /// `type=`.
+    pub kind: String,
+    /// Where its image is; `None` where there is no medium.
+    pub storage: Option<Storage>,
+    /// The image, by its path or an NBD export's URI: `None` where there is no medium, or one that
+    /// has no such name.
+    pub file: Option<String>,
+    /// There is a medium.
+    pub present: bool,
+    /// The image's format.
+    pub format: String,
+    /// The images that the XML names below it, from the top down.
+    pub backing: Vec<String>,
+    /// The XML tells of no image below those.
+    pub is_whole: bool,
+    /// How many images it is on, as far as the XML tells: those without a name too.
+    pub depth: usize,
+    /// `<source protocol=>`.
+    pub protocol: Option<String>,
+    /// `<source name=>`.
+    pub source_name: Option<String>,
+    /// Its storage needs a secret.
+    pub needs_secret: bool,
+    /// Its image is encrypted.
+    pub encrypted: bool,
+    /// A SCSI device passed through: `device='lun'`.
+    pub is_lun: bool,
+    /// The guest only reads it.
+    pub read_only: bool,
+    /// It is shared with other domains.
+    pub shareable: bool,
+    /// What is written to it is forgotten.
+    pub transient: bool,
+    /// Its image is being merged into one below.
+    pub is_merging: bool,
+    /// A block job that only waits to be ended.
+    pub job_ready: bool,
     /// `snapshot=`.
     pub snapshot: Option<String>,
+    /// `<driver cache=>`.
+    pub cache: Option<String>,
     /// `<driver io=>`.
     pub io: Option<String>,
     /// `<driver discard=>`.
     pub discard: Option<String>,
+}
+
+/// `<os><nvram>`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Nvram {
+    /// Its file; empty where it is in none.
+    pub file: String,
+    /// Its format.
+    pub format: String,
+}
+
+impl Disk {
+    /// Its images from the top down, as libvirt calls them.
+    pub fn layers(&self) -> Vec<&str> {
+        self.file.iter().chain(&self.backing).map(String::as_str).collect()
+    }
 }
 
 /// What a disk's image is now.
@@ -160,17 +217,26 @@ impl Domain {
         let Some(name) = xml::text(root, "name") else {
             fail!(XmlError, "<domain> XML has no <name>")
         };
-        let disks = disk_nodes(root).filter_map(disk).collect();
-        // Without what a file has around it (an XML declaration), and a document inside another
-        // cannot have.
-        Ok(Domain { text: text[root.range()].into(), name, disks })
+        Ok(Domain {
+            // Without what a file has around it (an XML declaration), and a document inside another
+            // cannot have.
+            text: text[root.range()].into(),
+            name,
+            disks: disks(root),
+            nvram: nvram(root),
+            cpu: xml::child(root, "cpu").map(|cpu| text[cpu.range()].to_owned()),
+            holds_leases: holds_leases(root),
+        })
+    }
+
+    /// The disk of this target.
+    pub fn disk(&self, target: &str) -> Option<&Disk> {
+        self.disks.iter().find(|disk| disk.target == target)
     }
 
     /// Where the image of a disk is; `None` where there is no such disk, or none with a medium.
     pub fn storage(&self, target: &str) -> Option<Storage> {
-        let document = xml::parse(&self.text, "domain", &xml::GIVEN).ok()?;
-        let is_it = |disk: &Node| xml::attribute(*disk, "target", "dev") == Some(target);
-        disk_nodes(document.root_element()).find(is_it).and_then(Storage::of)
+        self.disk(target)?.storage.clone()
     }
 
     /// A document of our own for a QEMU without one: enough for a person, and for libvirt's save
@@ -244,17 +310,69 @@ fn disk_nodes<'a, 'i>(root: Node<'a, 'i>) -> impl Iterator<Item = Node<'a, 'i>> 
     xml::children(root, "devices").flat_map(|devices| xml::children(devices, "disk"))
 }
 
-fn disk(node: Node) -> Option<DomainDisk> {
+/// The disks of a `<domain>`, or of an element like one, that have a target.
+pub fn disks(domain: Node) -> Vec<Disk> {
+    disk_nodes(domain).filter_map(disk).collect()
+}
+
+/// One of them.
+pub fn disk(node: Node) -> Option<Disk> {
     let attribute = |child, name| xml::attribute(node, child, name).map(str::to_owned);
-    Some(DomainDisk {
+    let has = |name| xml::child(node, name).is_some();
+    let name = |image: Node| Storage::of(image)?.name;
+    let chain = || {
+        let top = xml::child(node, "backingStore");
+        std::iter::successors(top, |image| xml::child(*image, "backingStore"))
+    };
+    let has_source = |image: &Node| xml::child(*image, "source").is_some();
+    let backing: Vec<String> = chain().map_while(name).collect();
+    let storage = Storage::of(node);
+    Some(Disk {
         target: attribute("target", "dev")?,
         alias: attribute("alias", "name"),
-        source: attribute("source", "file").or_else(|| attribute("source", "dev")),
-        empty: Storage::of(node).is_none(),
+        kind: node.attribute("type").unwrap_or("file").to_owned(),
+        file: storage.as_ref().and_then(|storage| storage.name.clone()),
+        present: storage.is_some(),
+        storage,
+        format: attribute("driver", "type").unwrap_or_else(|| "raw".into()),
+        is_whole: chain().nth(backing.len()).is_none_or(|image| !has_source(&image)),
+        backing,
+        depth: 1 + chain().take_while(has_source).count(),
+        protocol: attribute("source", "protocol"),
+        source_name: attribute("source", "name"),
+        needs_secret: nbd::needs_secret(node),
+        encrypted: xml::child(node, "source")
+            .is_some_and(|source| xml::child(source, "encryption").is_some()),
+        is_lun: node.attribute("device") == Some("lun"),
+        read_only: has("readonly"),
+        shareable: has("shareable"),
+        transient: has("transient"),
+        is_merging: xml::attribute(node, "mirror", "job") == Some("active-commit"),
+        job_ready: xml::attribute(node, "mirror", "ready") == Some("yes"),
         snapshot: node.attribute("snapshot").map(str::to_owned),
+        cache: attribute("driver", "cache"),
         io: attribute("driver", "io"),
         discard: attribute("driver", "discard"),
     })
+}
+
+/// UEFI variables, whose file is the text of `<nvram>`, or a `<source>` in it.
+fn nvram(domain: Node) -> Option<Nvram> {
+    let nvram = xml::child(xml::child(domain, "os")?, "nvram")?;
+    let source = xml::child(nvram, "source").and_then(|source| source.attribute("file"));
+    Some(Nvram {
+        file: source.or(nvram.text().map(str::trim)).unwrap_or_default().into(),
+        format: nvram.attribute("format").unwrap_or("raw").into(),
+    })
+}
+
+fn holds_leases(domain: Node) -> bool {
+    let Some(devices) = xml::child(domain, "devices") else { return false };
+    let macvtap = xml::children(devices, "interface").any(|interface| {
+        interface.attribute("type") == Some("direct")
+            || xml::attribute(interface, "actual", "type") == Some("direct")
+    });
+    macvtap || xml::child(devices, "lease").is_some()
 }
 
 type Edits = Vec<(Range<usize>, String)>;

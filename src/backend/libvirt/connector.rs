@@ -6,7 +6,7 @@ use super::drives;
 use crate::backend::exclusive::Exclusive;
 use crate::error::{Code, Error, Result, fail};
 use crate::libvirt::{self, Connect, Domain, Snapshot};
-use crate::model::{Request, manual};
+use crate::model::{self, Request, manual};
 use crate::sys;
 
 /// Where the daemon is, seen from here.
@@ -78,7 +78,8 @@ impl LibvirtConnector {
     /// libvirt calls nobody for the disks that it leaves to others.
     pub(super) fn check_no_hook_is_due(&self, snapshot_xml: &str) -> Result<()> {
         let step = format!("cannot read the XML of domain '{}'", self.name);
-        let disks = drives::disks(&self.domain.xml(0).map_err(|error| error.into_error(&step))?)?;
+        let xml = self.domain.xml(0).map_err(|error| error.into_error(&step))?;
+        let disks = drives::disks(&model::Domain::parse(&xml)?);
         if let Some(disk) = manual(&disks, &Request::parse(snapshot_xml)?).first() {
             fail!(
                 OperationUnsupported,

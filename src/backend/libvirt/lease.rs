@@ -9,8 +9,7 @@ use std::fs::File;
 use std::ops::Range;
 use std::path::Path;
 
-use super::drives;
-use crate::model::DiskPlan;
+use crate::model::{DiskPlan, Domain};
 use crate::sys;
 
 /// Which bytes a lock manager locks.
@@ -27,11 +26,11 @@ pub struct Lease {
 
 impl Lease {
     /// Looks at a domain that runs.
-    pub fn look(domain_xml: &str, disks: &[DiskPlan]) -> Lease {
+    pub fn look(domain: &Domain, disks: &[DiskPlan]) -> Lease {
         let images =
             disks.iter().filter_map(|disk| sys::open_file(Path::new(&disk.drive.file)).ok());
         Lease {
-            in_xml: drives::holds_leases(domain_xml),
+            in_xml: domain.holds_leases,
             locked: images.into_iter().find(|image| sys::is_locked(image, LEASE)),
         }
     }

@@ -46,7 +46,7 @@ use crate::deadline::Deadline;
 use crate::error::{Code, Result, fail};
 use crate::libvirt::{self, Domain, Snapshot, State};
 use crate::model::flags::{self, CreateFlags, DeleteFlags};
-use crate::model::{DiskPlan, Drive, Record, Role, Store, check_name};
+use crate::model::{self, DiskPlan, Drive, Record, Role, Store, check_name};
 use crate::monitor::commands::{self, Status};
 use crate::monitor::json::{Json, parse};
 use crate::monitor::{Command, Execute, Failure, Peer, read_reply};
@@ -165,7 +165,7 @@ impl Connector for LibvirtConnector {
             volumes: Vec::new(),
             _process: None,
             snapshot: String::new(),
-            live_xml: String::new(),
+            live: model::Domain::default(),
             inactive_xml: None,
             left_out: Vec::new(),
             overlays: Overlays::default(),
@@ -231,7 +231,8 @@ struct LibvirtGuest<'a> {
     volumes: Vec<volumes::Volume>,
     /// The name of the snapshot that is being taken.
     snapshot: String,
-    live_xml: String,
+    /// As it was when the snapshot was planned.
+    live: model::Domain,
     inactive_xml: Option<String>,
     left_out: xml::LeftOut,
     overlays: Overlays,
@@ -367,7 +368,7 @@ impl LibvirtGuest<'_> {
 
     /// The images that each disk is on now, from the top down.
     fn chains(&mut self) -> Result<Vec<(String, Vec<String>)>> {
-        drives::chains(&self.xml_with_paths(0)?)
+        Ok(drives::chains(&self.domain_with_paths()?))
     }
 
     /// Whose new files are, as the owner of this image, or of QEMU's process: a session's are its
@@ -378,6 +379,11 @@ impl LibvirtGuest<'_> {
         let process =
             || self.qemu.as_ref().map(|qemu| PathBuf::from(format!("/proc/{}", qemu.pid)));
         if foreign_session { image.map(PathBuf::from).or_else(process) } else { None }
+    }
+
+    /// The domain as it is now, where volumes are called by their paths.
+    fn domain_with_paths(&mut self) -> Result<model::Domain> {
+        model::Domain::parse(&self.xml_with_paths(0)?)
     }
 
     /// Its XML, where volumes are called by their paths.
@@ -446,8 +452,8 @@ impl Guest for LibvirtGuest<'_> {
                 .execute(Command::new("query-block", json!({})), Deadline::after(DEFAULT_TIMEOUT));
             self.volumes = volumes::of_domain(&live_xml, &blocks.unwrap_or_default())?;
         }
-        self.live_xml = volumes::with_paths(&live_xml, &self.volumes)?;
-        let mut drives = drives::drives(&self.live_xml)?;
+        self.live = model::Domain::parse(&volumes::with_paths(&live_xml, &self.volumes)?)?;
+        let mut drives = drives::drives(&self.live)?;
         for drive in
             drives.iter_mut().filter(|drive| drive.role == Role::Disk && drive.hindrance.is_none())
         {
@@ -472,7 +478,7 @@ impl Guest for LibvirtGuest<'_> {
         let first =
             drives.iter().find(|drive| drive.role == Role::Disk && drive.file.starts_with('/'));
         let owner = self.owner(first.map(|drive| drive.file.as_str()));
-        Ok(Description { domain_xml, cookie: drives::cookie(&self.live_xml)?, owner })
+        Ok(Description { domain_xml, cookie: drives::cookie(&self.live), owner })
     }
 
     fn accept(&mut self, name: &str, flags: CreateFlags) -> Result<()> {
@@ -567,10 +573,10 @@ impl Guest for LibvirtGuest<'_> {
     }
 
     fn create_overlays(&mut self, disks: &[DiskPlan]) -> Result<()> {
-        let targets = drives::targets(&self.live_xml)?;
-        let planned = |target: &String| disks.iter().any(|disk| disk.drive.name() == target);
-        self.left_out = targets.into_iter().filter(|target| !planned(target)).collect();
-        self.lease = lease::Lease::look(&self.live_xml, disks);
+        let targets = self.live.disks.iter().map(|disk| &disk.target);
+        let planned = |target: &&String| disks.iter().any(|disk| disk.drive.name() == *target);
+        self.left_out = targets.filter(|target| !planned(target)).cloned().collect();
+        self.lease = lease::Lease::look(&self.live, disks);
         let beforehand = match self.connector.way {
             Way::Connected => Beforehand::Taken,
             // It writes with the daemon's rights, for a client that need not have them.
@@ -666,9 +672,9 @@ impl Guest for LibvirtGuest<'_> {
     }
 
     fn confirm(&mut self) -> Result<()> {
-        let xml = self.xml_with_paths(0)?;
-        self.overlays.check_chains(&drives::chains(&xml)?)?;
-        self.overlays.check_not_merging(&drives::merging(&xml)?)?;
+        let domain = self.domain_with_paths()?;
+        self.overlays.check_chains(&drives::chains(&domain))?;
+        self.overlays.check_not_merging(&domain)?;
         let Some(Registered { snapshot, parent }) = &self.registered else { return Ok(()) };
         let (name, parent) = (snapshot.name(), parent.clone());
         let lookup = name.clone();
@@ -720,9 +726,9 @@ impl Guest for LibvirtGuest<'_> {
                 self.overlays.paths()
             );
         }
-        let xml = self.xml_with_paths(0)?;
-        self.overlays.merge(&mut self.caller, &drives::chains(&xml)?)?;
-        if self.overlays.merge_detached(&drives::targets(&xml)?)? {
+        let domain = self.domain_with_paths()?;
+        self.overlays.merge(&mut self.caller, &drives::chains(&domain))?;
+        if self.overlays.merge_detached(&domain)? {
             self.put_definition_back()?;
         }
         Ok(())

@@ -75,10 +75,10 @@ impl Overlays {
     }
 
     /// No disk may be about to lose its overlay: until then its image is written.
-    pub fn check_not_merging(&self, merging: &[String]) -> Result<()> {
-        if let Some(disk) =
-            self.disks.iter().find(|disk| merging.iter().any(|target| target == disk.drive.name()))
-        {
+    pub fn check_not_merging(&self, domain: &Domain) -> Result<()> {
+        let is_merging =
+            |disk: &&DiskPlan| domain.disk(disk.drive.name()).is_some_and(|disk| disk.is_merging);
+        if let Some(disk) = self.disks.iter().find(is_merging) {
             fail!(
                 OperationFailed,
                 "somebody has begun to merge '{}' of disk '{}' back while memory was being saved: \
@@ -92,8 +92,8 @@ impl Overlays {
 
     /// Merges those of disks that were detached; whether there were any. What the guest wrote is in
     /// them alone.
-    pub fn merge_detached(&self, targets: &[String]) -> Result<bool> {
-        let detached = |disk: &DiskPlan| !targets.iter().any(|target| target == disk.drive.name());
+    pub fn merge_detached(&self, domain: &Domain) -> Result<bool> {
+        let detached = |disk: &DiskPlan| domain.disk(disk.drive.name()).is_none();
         let mut found = false;
         for (disk, file) in self.made().filter(|(disk, _)| detached(disk)) {
             if !Path::new(&disk.overlay).exists() {
@@ -182,7 +182,8 @@ impl Overlays {
     /// A domain's definition with the images below in the overlays' place, as it named them
     /// `before`; `None` where it names no overlay.
     pub fn without(&self, domain_xml: &str, before: &str) -> Result<Option<String>> {
-        let chains = drives::chains(domain_xml)?;
+        let domain = Domain::parse(domain_xml)?;
+        let chains = drives::chains(&domain);
         let named = |disk: &&DiskPlan| place(disk, &chains).is_some_and(|(depth, _)| depth == 0);
         let before = Domain::parse(before)?;
         let source = |disk| {
@@ -196,7 +197,7 @@ impl Overlays {
         if sources.is_empty() {
             return Ok(None);
         }
-        Domain::parse(domain_xml)?.with_sources(&sources).map(Some)
+        domain.with_sources(&sources).map(Some)
     }
 
     /// Removes those that we made, and empties those that were empty. They are not in use.
@@ -280,7 +281,7 @@ fn merge(disk: &DiskPlan, caller: &mut Caller) -> Result<()> {
                 move |domain| Ok((domain.xml(0)?, domain.block_job(&target)?))
             })
             .map_err(|trouble| trouble.into_error(&step))?;
-        if drives::ready_jobs(&xml)?.contains(&target) {
+        if Domain::parse(&xml)?.disk(&target).is_some_and(|disk| disk.job_ready) {
             break;
         }
         let Some(progress) = job else {

@@ -14,7 +14,8 @@ use super::volumes::{self, Volume};
 use crate::backend::images::{self, Id, id};
 use crate::error::{Code, Error, Result, fail};
 use crate::libvirt::{Domain, Snapshot, xml as xml_flags};
-use crate::model::domain::{Source, Storage};
+pub use crate::model::domain::Disk as DiskImage;
+use crate::model::domain::{self, Source, Storage};
 use crate::model::{self, Notes, xml};
 
 /// All snapshots of a domain.
@@ -69,30 +70,6 @@ pub struct SnapshotDisk {
     pub format: String,
 }
 
-/// A disk of a domain.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct DiskImage {
-    /// Its target.
-    pub target: String,
-    /// The image, by its path or an NBD export's URI: `None` where there is no medium, or one that
-    /// has no such name.
-    pub file: Option<String>,
-    /// `type=` of the disk.
-    pub kind: String,
-    /// There is a medium.
-    pub present: bool,
-    /// The guest only reads it.
-    pub read_only: bool,
-    /// Its format.
-    pub format: String,
-    /// The images that libvirt knows below it.
-    pub backing: Vec<String>,
-    /// libvirt tells of no image below those.
-    pub is_whole: bool,
-    /// A block job that only waits to be ended.
-    pub job_ready: bool,
-}
-
 /// An image that another one has taken the place of.
 #[derive(Clone, Debug)]
 pub struct Replaced {
@@ -102,13 +79,6 @@ pub struct Replaced {
     pub by: Storage,
     /// That image's format.
     pub format: String,
-}
-
-impl DiskImage {
-    /// The images from the top down, as libvirt calls them.
-    pub fn layers(&self) -> Vec<&str> {
-        self.file.iter().chain(&self.backing).map(String::as_str).collect()
-    }
 }
 
 impl Tree {
@@ -183,7 +153,7 @@ impl Recorded {
             .filter(|memory| memory.attribute("snapshot") == Some("external"));
         let snapshot_disks =
             |element| xml::child(root, element).map(snapshot_disks).unwrap_or_default();
-        let images = |element| xml::child(root, element).map(disk_images).unwrap_or_default();
+        let images = |element| xml::child(root, element).map(domain::disks).unwrap_or_default();
         Ok(Recorded {
             name: handle.name(),
             parent: xml::child(root, "parent").and_then(|parent| xml::text(parent, "name")),
@@ -386,7 +356,7 @@ type Edits = Vec<(Range<usize>, String)>;
 /// The disks of a domain's XML.
 pub fn domain_images(domain_xml: &str) -> Result<Vec<DiskImage>> {
     let document = xml::parse(domain_xml, "domain", &xml::GIVEN)?;
-    Ok(disk_images(document.root_element()))
+    Ok(domain::disks(document.root_element()))
 }
 
 /// A domain's XML where images were replaced; `None` where it names none of them.
@@ -417,7 +387,7 @@ fn without_chains_of(domain_xml: &str, replaced: &[Replaced]) -> Result<String> 
     let disks = xml::children(document.root_element(), "devices")
         .flat_map(|devices| xml::children(devices, "disk"));
     let stale = |disk: &Node| {
-        disk_image(*disk)
+        domain::disk(*disk)
             .is_some_and(|image| image.backing.iter().any(|file| find(replaced, file).is_some()))
     };
     let chains: Vec<_> =
@@ -480,31 +450,6 @@ fn snapshot_disk(node: Node) -> SnapshotDisk {
         overlay: name(node),
         format: xml::attribute(node, "driver", "type").unwrap_or("qcow2").into(),
     }
-}
-
-fn disk_images(domain: Node) -> Vec<DiskImage> {
-    let disks = xml::children(domain, "devices").flat_map(|devices| xml::children(devices, "disk"));
-    disks.filter_map(disk_image).collect()
-}
-
-fn disk_image(disk: Node) -> Option<DiskImage> {
-    let mut backing = Vec::new();
-    let mut below = xml::child(disk, "backingStore");
-    while let Some(file) = below.and_then(name) {
-        backing.push(file);
-        below = below.and_then(|below| xml::child(below, "backingStore"));
-    }
-    Some(DiskImage {
-        target: xml::attribute(disk, "target", "dev")?.into(),
-        file: name(disk),
-        kind: disk.attribute("type").unwrap_or("file").into(),
-        present: Storage::of(disk).is_some(),
-        read_only: xml::child(disk, "readonly").is_some(),
-        format: xml::attribute(disk, "driver", "type").unwrap_or("raw").into(),
-        backing,
-        is_whole: below.is_none_or(|below| xml::child(below, "source").is_none()),
-        job_ready: xml::attribute(disk, "mirror", "ready") == Some("yes"),
-    })
 }
 
 /// What the image of a disk, or one below it, is called.

@@ -3,7 +3,7 @@
 use quick_xml::Writer;
 use quick_xml::events::{BytesText, Event};
 
-use crate::model::domain::Storage;
+use crate::model::domain::{self, Storage};
 use crate::model::{DiskPlan, Notes, Record, RecordedDisk, xml};
 
 type XmlWriter = Writer<Vec<u8>>;
@@ -119,11 +119,8 @@ pub fn domain_files(snapshot_xml: &str) -> Vec<String> {
     let Ok(document) = xml::parse(snapshot_xml, "domainsnapshot", &xml::RECORDED) else {
         return Vec::new();
     };
-    let disks = xml::child(document.root_element(), "domain")
-        .and_then(|domain| xml::child(domain, "devices"))
-        .into_iter()
-        .flat_map(|devices| xml::children(devices, "disk"));
-    disks.filter_map(|disk| Storage::of(disk)?.name().map(str::to_owned)).collect()
+    let domain = xml::child(document.root_element(), "domain");
+    domain.into_iter().flat_map(domain::disks).filter_map(|disk| disk.file).collect()
 }
 
 /// The name of a snapshot's parent.

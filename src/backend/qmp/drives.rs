@@ -8,7 +8,7 @@ use super::process::absolute;
 use crate::backend::guest::DEFAULT_TIMEOUT;
 use crate::deadline::Deadline;
 use crate::error::Result;
-use crate::model::domain::{Domain, DomainDisk, Machine};
+use crate::model::domain::{Disk, Domain, Machine};
 use crate::model::drive::OpenOptions;
 use crate::model::{Bitmap, Drive, Role};
 use crate::monitor::json::{Json, parse};
@@ -250,8 +250,8 @@ fn name_by_nodes(monitor: &mut dyn Execute, drives: &mut [Drive], pid: Option<u3
 /// Gives each drive the target by which the domain XML knows it, and the options that only the XML
 /// tells.
 fn name_by_domain(domain: &Domain, drives: &mut [Drive]) {
-    let mut free: Vec<&DomainDisk> = domain.disks.iter().collect();
-    let rules: [fn(&DomainDisk, &Drive) -> bool; 3] = [
+    let mut free: Vec<&Disk> = domain.disks.iter().collect();
+    let rules: [fn(&Disk, &Drive) -> bool; 3] = [
         |disk, drive| {
             disk.alias.as_ref().is_some_and(|alias| {
                 drive
@@ -261,9 +261,8 @@ fn name_by_domain(domain: &Domain, drives: &mut [Drive]) {
             })
         },
         |disk, drive| {
-            disk.source
-                .as_ref()
-                .is_some_and(|source| drive.file == *source || drive.backing.contains(source))
+            let file = disk.file.as_ref().filter(|_| disk.kind != "network");
+            file.is_some_and(|file| drive.file == *file || drive.backing.contains(file))
         },
         |disk, drive| drive.names.contains(&disk.target),
     ];
