@@ -7,28 +7,29 @@
         name = guest.snapshot(description="before the upgrade")
         print(name, guest.stats().guest_paused_us / 1000, "ms paused")
 
-While its memory is still being written, start_snapshot() returns at the instant:
+start_snapshot() returns at the instant, while the guest's memory is still being written:
 
         with guest.start_snapshot() as job:
-            ...  # change the guest; the block's end waits for the snapshot
+            ...  # change the guest; the end of the block waits for the snapshot
         print(job.name)
 
-or, in an event loop of asyncio, `name = await guest.snapshot_async()`.
+In an event loop of asyncio: `name = await guest.snapshot_async()`.
 
-For a domain of libvirt, with libvirt-python (imported when it is needed; everything else works
-without it):
+For a domain of libvirt, with libvirt-python (the package imports it when it is needed, and
+everything else works without it):
 
     import instantsnap, libvirt
 
     dom = libvirt.open("qemu:///system").lookupByName("vm")
     snapshot = instantsnap.snapshot_create_xml(
-        dom, "<domainsnapshot><memory snapshot='external' file='/var/lib/vm/memory'/></domainsnapshot>")
+        dom,
+        "<domainsnapshot><memory snapshot='external' file='/var/lib/vm/mem'/></domainsnapshot>")
     print(snapshot.getName())
 
-The C library, libinstantsnap.so.0, is loaded at the first call: the file that the environment
-variable INSTANTSNAP_LIBRARY names; else libinstantsnap.so or libinstantsnap.so.0 beside this
-package's files; else by the system's loader. LibraryNotFound, an ImportError, says where it was
-looked for.
+The package loads the C library, libinstantsnap.so.0, at the first call. It uses the file that the
+environment variable INSTANTSNAP_LIBRARY names; else libinstantsnap.so or libinstantsnap.so.0 beside
+this package's files; else the library that the system's loader finds. If there is none,
+LibraryNotFound, an ImportError, names these places.
 """
 
 from ._errors import Cancelled, Error, ErrorCode, LibraryNotFound, NotFound
@@ -41,9 +42,10 @@ from ._libvirt import snapshot_create_xml, snapshot_delete, snapshot_revert
 from ._revert import RevertDisk, RevertPlan, prepare_revert
 from ._storage import StorageCall, StorageDisk
 
-__all__ = ["Cancelled", "DeleteFlag", "Error", "ErrorCode", "Event", "EventType", "Flag", "Guest", "Job", "JobInfo",
-           "LibraryNotFound", "NotFound", "Phase", "RevertDisk", "RevertPlan", "Stats", "StorageCall",
-           "StorageDisk", "prepare_revert", "snapshot_create_xml", "snapshot_delete", "snapshot_revert", "version"]
+__all__ = ["Cancelled", "DeleteFlag", "Error", "ErrorCode", "Event", "EventType", "Flag", "Guest",
+           "Job", "JobInfo", "LibraryNotFound", "NotFound", "Phase", "RevertDisk", "RevertPlan",
+           "Stats", "StorageCall", "StorageDisk", "prepare_revert", "snapshot_create_xml",
+           "snapshot_delete", "snapshot_revert", "version"]
 
 
 def version() -> str:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""libvirt-python's objects and errors, for functions of the C library and from them.
+"""Converts libvirt-python's objects for functions of the C library, and their results and errors
+back.
 
-The only place that knows libvirt-python. It is imported when it is first needed: the package works
-without it.
+Only this module knows libvirt-python. It imports libvirt-python when that is first needed: the
+package works without it.
 """
 
 import ctypes
@@ -15,32 +16,34 @@ if TYPE_CHECKING:
     import libvirt
 
 _LIBVIRT = "libvirt.so.0"
-#: As libvirt-python names it. A capsule keeps the pointer, so this lives as long as the process.
+#: The name that libvirt-python gives the capsule. The capsule keeps a pointer to it, so it must
+#: live as long as the process.
 _SNAPSHOT_CAPSULE = ctypes.create_string_buffer(b"virDomainSnapshotPtr")
 
-# Prototypes of our own: those of ctypes.pythonapi are everybody's.
-_new_capsule = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)(
+# A prototype of this module's own: all modules share those of ctypes.pythonapi.
+_new_capsule = ctypes.PYFUNCTYPE(
+    ctypes.py_object, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)(
     ("PyCapsule_New", ctypes.pythonapi))
 
 
 def binding() -> Any:
-    """The module `libvirt`. Raises ImportError where it is missing, or of no use here."""
+    """The module `libvirt`. Raises ImportError if it is missing or cannot be used here."""
     try:
         import libvirt
     except ImportError as error:
         raise ImportError(
-            f"libvirt-python is needed for this, and cannot be imported ({error}): install Debian's python3-libvirt, "
-            "or libvirt-python from PyPI", name="libvirt") from error
+            f"libvirt-python is needed for this, and cannot be imported ({error}): install "
+            "Debian's python3-libvirt, or libvirt-python from PyPI", name="libvirt") from error
     _check_that_libvirt_is_shared(libvirt)
     return libvirt
 
 
 def _check_that_libvirt_is_shared(libvirt: Any) -> None:
-    """A pointer of one libvirt would crash another; and its errors would never be seen."""
+    """Raises ImportError if libvirt-python and the C library use different libvirts: a pointer of
+    one would crash the other, and errors of one would not be seen in the other."""
     path = libvirt.libvirtmod.__file__
     try:
-        # Both are loaded already: by libvirt-python's extension module, and as the C library loads
-        # it.
+        # Both are loaded already: by libvirt-python's extension module, and by the C library.
         theirs, ours = (ctypes.cast(ctypes.CDLL(file).virDomainFree, ctypes.c_void_p).value
                         for file in (path, _LIBVIRT))
     except (OSError, AttributeError) as error:
@@ -49,8 +52,9 @@ def _check_that_libvirt_is_shared(libvirt: Any) -> None:
         if theirs == ours:
             return
         reason = f"it is not the {_LIBVIRT} that the system's loader finds"
-    raise ImportError(f"libvirt-python ({path}) uses a libvirt that the instantsnap library cannot use with it: "
-                      f"{reason}", name="libvirt", path=path)
+    raise ImportError(
+        f"libvirt-python ({path}) uses a libvirt that the instantsnap library cannot use with it: "
+        f"{reason}", name="libvirt", path=path)
 
 
 def domain_pointer(dom: "libvirt.virDomain") -> int:
@@ -73,26 +77,31 @@ def _pointer(thing: Any, kind: str, what: str) -> int:
 
 
 def take_snapshot(dom: "libvirt.virDomain", pointer: int) -> "libvirt.virDomainSnapshot":
-    """The object for a virDomainSnapshotPtr that the library gave us. The reference is the object's
-    from now on, which calls virDomainSnapshotFree() at its end. The pointer may not be NULL."""
+    """The object for a virDomainSnapshotPtr that the C library returned, which must not be NULL.
+    The object owns the reference from now on, and calls virDomainSnapshotFree() when it is
+    deleted."""
     capsule = _new_capsule(pointer, ctypes.addressof(_SNAPSHOT_CAPSULE), None)
     return binding().virDomainSnapshot(dom, _obj=capsule)
 
 
 def error_of(error: Error) -> "libvirt.libvirtError":
-    """The same error as libvirt-python's."""
+    """The same error as an exception of libvirt-python."""
     libvirt = binding()
-    made = libvirt.libvirtError(error.message)  # whatever error this thread has in libvirt is taken, and replaced
+    # The constructor takes the error that this thread has in libvirt: replaced below.
+    made = libvirt.libvirtError(error.message)
     made.args = (error.message,)
-    made.err = (int(error.code), error.domain, error.message, libvirt.VIR_ERR_ERROR, error.message, None, None, -1, -1)
+    made.err = (int(error.code), error.domain, error.message, libvirt.VIR_ERR_ERROR, error.message,
+                None, None, -1, -1)
     return made
 
 
 def last_error(what: str) -> "libvirt.libvirtError":
-    """Why the last call failed: to be called in the thread of that call, one that had no error
-    before, and before any other call. `what` has failed, for where nobody says why."""
+    """The error of the last call. Must be called in the thread of that call, which must have had no
+    error before, and before any other call. `what` names the call, for an error without a
+    reason."""
     ours = _library.last_error()
-    theirs = binding().libvirtError(f"{what} failed")  # it takes the error that this thread has in libvirt
+    # The constructor takes the error that this thread has in libvirt.
+    theirs = binding().libvirtError(f"{what} failed")
     if theirs.err is None and ours.code != ErrorCode.OK:
-        return error_of(ours)  # this libvirt does not let its error be set
+        return error_of(ours)  # the C library cannot set errors in this libvirt
     return theirs

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What can go wrong, with libvirt's error codes."""
+"""The exceptions, with libvirt's error codes."""
 
 import enum
 from typing import TypeVar, Union
@@ -11,35 +11,36 @@ class ErrorCode(enum.IntEnum):
     """libvirt's error numbers (virErrorNumber) that this library gives, without their prefix
     VIR_ERR_."""
     OK = 0
-    INTERNAL_ERROR = 1            #: a reply or a file that makes no sense, a defect of ours
+    INTERNAL_ERROR = 1            #: a reply or a file that makes no sense, a defect of the library
     NO_CONNECT = 5                #: no connection to the libvirt daemon
-    INVALID_DOMAIN = 7            #: a virDomainPtr that is none, or of another driver than libvirt's QEMU
+    INVALID_DOMAIN = 7            #: a virDomainPtr that is invalid, or not of libvirt's QEMU driver
     INVALID_ARG = 8               #: a bad argument, an unknown flag, flags that exclude each other
-    OPERATION_FAILED = 9          #: QEMU refused or failed; the message has its reason
-    XML_ERROR = 27                #: XML with a value that cannot be
+    OPERATION_FAILED = 9          #: QEMU refused or failed; the message has QEMU's reason
+    XML_ERROR = 27                #: XML with an impossible value
     OPERATION_DENIED = 29         #: the connection is read-only
-    XML_DETAIL = 35               #: XML that is not well-formed, a name that may not be
+    XML_DETAIL = 35               #: XML that is not well-formed, a name that is not allowed
     SYSTEM_ERROR = 38             #: a system call failed; the message has its errno's text
     RPC = 39                      #: the connection to the libvirt daemon failed
-    NO_DOMAIN = 42                #: the domain is gone
-    OPERATION_INVALID = 55        #: not in this state: a guest that is busy, a name that exists
-    CONFIG_UNSUPPORTED = 67       #: a disk, a file or a device with which it cannot be done
+    NO_DOMAIN = 42                #: the domain does not exist any more
+    OPERATION_INVALID = 55        #: not in this state: the guest is busy, the name exists
+    CONFIG_UNSUPPORTED = 67       #: a disk, a file or a device makes it impossible
     OPERATION_TIMEOUT = 68        #: a deadline passed, and everything was undone
     INVALID_DOMAIN_SNAPSHOT = 71  #: a snapshot whose metadata or memory image is damaged
-    NO_DOMAIN_SNAPSHOT = 72       #: no snapshot of that name
+    NO_DOMAIN_SNAPSHOT = 72       #: there is no snapshot of that name
     ARGUMENT_UNSUPPORTED = 74     #: this QEMU or this host has no background snapshots
-    SNAPSHOT_REVERT_RISKY = 77    #: an image is not as it was at the snapshot; forced, it is reverted to
+    SNAPSHOT_REVERT_RISKY = 77    #: an image has changed since the snapshot; `force` reverts
     OPERATION_ABORTED = 78        #: cancelled
-    OPERATION_UNSUPPORTED = 84    #: allowed, but this way in cannot do it
-    AGENT_UNRESPONSIVE = 86       #: the guest's agent does not answer
-    ACCESS_DENIED = 88            #: the daemon's access rules forbid it, or others can write to the state directory
-    XML_INVALID_SCHEMA = 92       #: XML that libvirt's schema does not allow
+    OPERATION_UNSUPPORTED = 84    #: allowed, but this backend does not support it
+    AGENT_UNRESPONSIVE = 86       #: the guest agent does not answer
+    #: the daemon's access rules forbid it, or other users can write to the state directory
+    ACCESS_DENIED = 88
+    XML_INVALID_SCHEMA = 92       #: XML that does not conform to libvirt's schema
 
 
 class Error(Exception):
     """A call of the library failed.
 
-    code (ErrorCode, or int for a number not known here): why, as libvirt's virErrorNumber.
+    code (ErrorCode, or int for an unknown number): the reason, as libvirt's virErrorNumber.
     domain (int): libvirt's virErrorDomain; 10 is VIR_FROM_QEMU.
     message (str): names the step, the object and what to do. It is also str() of the exception.
     """
@@ -55,14 +56,14 @@ class Error(Exception):
 
 
 class Cancelled(Error):
-    """The snapshot was cancelled, as by Guest.cancel() or Job.cancel(), and everything was undone
-    (ErrorCode.OPERATION_ABORTED)."""
+    """The snapshot was cancelled, for example by Guest.cancel() or Job.cancel(), and everything was
+    undone (ErrorCode.OPERATION_ABORTED)."""
 
 
 def carry(raised: BaseException, left: BaseException) -> None:
-    """Has an exception that cancelled a snapshot tell, as the cause at the end of its own, that the
-    undo failed: what is left is in that one's message. A snapshot that was cancelled and undone has
-    nothing to tell."""
+    """Attaches the error of a failed undo (`left`) to the exception that cancelled the snapshot
+    (`raised`), at the end of its chain of causes. The error's message says what is left. If the
+    snapshot was undone (`left` is Cancelled), does nothing."""
     if isinstance(left, Cancelled):
         return
     seen = {id(left)}
@@ -78,7 +79,7 @@ class NotFound(Error):
 
 
 class LibraryNotFound(ImportError):
-    """libinstantsnap.so.0 could not be loaded; the message says where it was looked for."""
+    """libinstantsnap.so.0 could not be loaded. The message names the places that were tried."""
 
 
 _CLASSES: dict[int, type[Error]] = {
@@ -88,8 +89,8 @@ _CLASSES: dict[int, type[Error]] = {
 
 
 def known(kind: type[_Enum], number: int) -> Union[_Enum, int]:
-    """A number of the C library's as a member of `kind`; as it is when a newer library knows more
-    of them."""
+    """A number from the C library as a member of `kind`; the number itself if a newer library knows
+    more members."""
     try:
         return kind(number)
     except ValueError:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What is told of a snapshot: its events while it is being taken, where it is, what it took."""
+"""The events of a snapshot, the state of a job, and how long a snapshot took."""
 
 import ctypes
 import dataclasses
@@ -12,20 +12,20 @@ from ._errors import ErrorCode, known
 
 
 class EventType(enum.IntEnum):
-    """What happens to a snapshot that is being taken. Each of the first three comes at most once,
-    in this order; PROGRESS any number of times after INSTANT (of a plain snapshot, before it); then
-    exactly one of COMPLETE and FAILED, the last. FAILED comes from whichever phase. A guest that
-    was paused already has no PAUSED."""
+    """The events of a snapshot that is being taken. PAUSED, SWITCHED and INSTANT come in this
+    order, each at most once. PROGRESS comes any number of times after INSTANT (before it for a
+    non-live snapshot). Exactly one of COMPLETE and FAILED comes last. FAILED can come in any phase.
+    If the guest was paused already, there is no PAUSED."""
     PAUSED = 1    #: the vCPUs have stopped
     SWITCHED = 2  #: the disks are on their overlays
-    INSTANT = 3   #: memory and disks are held; the guest, if it ran, runs again, and may be changed
+    INSTANT = 3   #: memory and disks are held; a guest that ran runs again, and may be changed
     PROGRESS = 4  #: memory flows into the image
     COMPLETE = 5  #: the snapshot is complete and on disk
     FAILED = 6    #: it failed or was cancelled, and everything is undone
 
 
 class Phase(enum.IntEnum):
-    """The phases of a snapshot, in their order; each is described at its time in Stats."""
+    """The phases of a snapshot, in order. The fields of Stats describe them."""
     VALIDATE = 0
     PLAN = 1
     PREPARE = 2
@@ -40,57 +40,57 @@ class Phase(enum.IntEnum):
 
 @dataclasses.dataclass(frozen=True)
 class Event:
-    """Something that has happened to a snapshot. Numbers that say nothing of its type are 0."""
-    type: Union[EventType, int]        #: what; an int for a type not known here
-    error_code: Union[ErrorCode, int]  #: FAILED: why; an int for a number not known here
-    time_us: int                       #: when: microseconds of CLOCK_MONOTONIC, the clock of time.monotonic()
-    paused_us: int                     #: microseconds for which the guest has been paused so far; final from INSTANT on
+    """An event of a snapshot. Numbers that do not apply to its type are 0."""
+    type: Union[EventType, int]        #: an int for an unknown type
+    error_code: Union[ErrorCode, int]  #: FAILED: the reason; an int for an unknown number
+    time_us: int                       #: microseconds of CLOCK_MONOTONIC, as time.monotonic()
+    paused_us: int                     #: how long the guest was paused so far; final at INSTANT
     bytes_done: int                    #: size of the memory image so far, bytes
-    bytes_total: int                   #: what it is expected to become, at most, before devices' state; 0: not known
-    bytes_per_second: int              #: PROGRESS: since the last one, or since the instant
-    pages_left: int                    #: pages of guest memory that QEMU has not saved yet; at INSTANT all of them
+    bytes_total: int                   #: its expected size, at most, without devices; 0: not known
+    bytes_per_second: int              #: PROGRESS: since the last PROGRESS, or since the instant
+    pages_left: int                    #: pages that QEMU has not saved yet; at INSTANT all pages
 
 
 @dataclasses.dataclass(frozen=True)
 class JobInfo:
-    """Where a snapshot is. The last four are as of the last progress interval."""
-    phase: Union[Phase, int]  #: an int for a phase not known here
+    """The state of a job. The last four fields are as of the last progress interval."""
+    phase: Union[Phase, int]  #: an int for an unknown phase
     instant: bool             #: the instant has passed
-    elapsed_us: int           #: microseconds since the call, until now or until the end
+    elapsed_us: int           #: microseconds from the call until now, or until the job's end
     paused_us: int            #: microseconds for which the guest has been paused so far
     bytes_done: int           #: size of the memory image so far, bytes
-    bytes_total: int          #: what it is expected to become, at most, before devices' state, bytes; 0: not known
+    bytes_total: int          #: its expected size, at most, without devices, bytes; 0: not known
     bytes_per_second: int     #: since the last progress interval, or since the instant
     pages_left: int           #: pages of guest memory that QEMU has not saved yet
 
 
 @dataclasses.dataclass(frozen=True)
 class Stats:
-    """What a snapshot took. Times are whole microseconds of CLOCK_MONOTONIC, 0 where a phase was
-    not reached; the phases (the first nine) follow each other without gaps, so that their sum is
-    total_us."""
-    validate_us: int          #: flags, XML, connecting, the guest's state and abilities; the guest runs
+    """How long each phase of a snapshot took. Times are whole microseconds of CLOCK_MONOTONIC; 0 if
+    the phase was not reached. The phases (the first nine fields) follow each other without gaps, so
+    their sum is total_us."""
+    validate_us: int          #: flags, XML, the guest's state, connecting; the guest runs
     plan_us: int              #: disks, names, the domain's XML; the guest runs
-    prepare_us: int           #: overlays created, memory image opened, capability set; the guest runs
-    pause_us: int             #: vCPUs being stopped
-    switch_us: int            #: disks to their overlays, one transaction; the guest is paused
-    arm_us: int               #: until the guest runs again (plain: until its memory is saved)
-    drain_us: int             #: memory flows into the image; the guest runs (0 for a plain snapshot)
-    finish_us: int            #: image completed and synced to disk, metadata recorded; the guest runs
-    undo_us: int              #: putting everything back, after a failure
+    prepare_us: int           #: overlays, memory image, capability; the guest runs
+    pause_us: int             #: the vCPUs are being stopped
+    switch_us: int            #: disks switched to their overlays, hook; the guest is paused
+    arm_us: int               #: until the guest runs again (non-live: until memory is saved)
+    drain_us: int             #: memory flows into the image; the guest runs (non-live: 0)
+    finish_us: int            #: image completed and synced, metadata recorded; the guest runs
+    undo_us: int              #: everything is undone, after a failure
     total_us: int             #: the whole call
     instant_us: int           #: from the call's entry to the instant
-    guest_paused_us: int      #: the pause as the guest had it; 0 when it was paused already
+    guest_paused_us: int      #: the pause of the guest; 0 if it was paused already
     memory_image_bytes: int   #: size of the memory image, bytes
-    pause_from_events: bool   #: True: guest_paused_us is by QEMU's own time stamps; False: an upper bound
-    disks: int                #: disks switched to an overlay
-    setup_us: int             #: how long QEMU set the background snapshot up (it touches all memory), to whole milliseconds
-    lost_pause_us: int        #: for how long lost tries paused the guest, besides guest_paused_us
-    lost_tries: int           #: tries to stop the guest just in time that came too late; see Guest.overlap_tries()
+    pause_from_events: bool   #: guest_paused_us is by QEMU's own time stamps; else an upper bound
+    disks: int                #: number of disks that were switched to an overlay
+    setup_us: int             #: how long QEMU set up the background snapshot, in whole milliseconds
+    lost_pause_us: int        #: how long lost tries paused the guest; not in guest_paused_us
+    lost_tries: int           #: tries to stop the guest that were too late: Guest.overlap_tries()
     overlapped: bool          #: the guest ran while QEMU touched its memory
 
 
-#: Told of the events of a snapshot; what it returns does not matter.
+#: Receives the events of a snapshot. Its result is ignored.
 OnEvent = Callable[[Event], object]
 
 
@@ -120,11 +120,11 @@ def _values(kind: Any, structure: ctypes.Structure) -> dict[str, Any]:
 
 
 class Listener:
-    """A callback of the C library's that tells a Python one. Both must live for as long as the
-    library may call.
+    """A callback for the C library that calls a Python function. Both must live as long as the
+    library may call them.
 
-    The first exception of the Python one cancels the snapshot and is kept in `raised`, for C is no
-    place for it; from then on nothing is told.
+    The first exception of the Python function cancels the snapshot. It is kept in `raised`, because
+    it cannot pass through C. From then on the function is not called any more.
     """
 
     def __init__(self, on_event: OnEvent, cancel: Callable[[], object]) -> None:
@@ -141,12 +141,12 @@ class Listener:
         except BaseException as error:
             self.raised = error
             if event.contents.type not in (EventType.COMPLETE, EventType.FAILED):
-                self._cancel()  # not after the end: it would be another snapshot that is cancelled
+                self._cancel()  # after the end this would cancel another snapshot
 
 
 def create_options(listener: Optional[Listener] = None, progress_interval: Optional[float] = None,
                    at_once: bool = False) -> _library.CCreateOptions:
-    """How a snapshot is taken, for the C library. Raises ValueError (progress_interval)."""
+    """The options for the C library. Raises ValueError (progress_interval)."""
     options = _library.CCreateOptions(size=ctypes.sizeof(_library.CCreateOptions))
     if listener is not None:
         options.callback = listener.callback
@@ -158,7 +158,7 @@ def create_options(listener: Optional[Listener] = None, progress_interval: Optio
 
 
 def milliseconds(seconds: float, what: str) -> int:
-    """Seconds as the C library counts them. Raises ValueError where it cannot."""
+    """Seconds as whole milliseconds, for the C library. Raises ValueError if that is impossible."""
     count = round(seconds * 1000) if 0 < seconds < 2**32 / 1000 else 0
     if not 1 <= count < 2**32:
         raise ValueError(f"{what} must be 0.001 or more, and less than 2**32 / 1000")

@@ -23,45 +23,45 @@ _REVERT_RUNNING = 1 << 0
 _REVERT_PAUSED = 1 << 1
 _REVERT_FORCE = 1 << 2
 
-#: A snapshot that goes on may call the hook that it began with, also when its guest and its job are
-#: forgotten: hooks are kept for good.
+#: Hooks are kept for good: a snapshot may call the hook that it began with, even after its Guest
+#: and its Job were deleted.
 _hooks: list[Hook] = []
 
 
 class Flag(enum.IntFlag):
-    """libvirt's flags of a snapshot's creation, without their prefix VIR_DOMAIN_SNAPSHOT_, and
+    """libvirt's flags for creating a snapshot, without their prefix VIR_DOMAIN_SNAPSHOT_, and
     INSTANT.
 
-    The rules are in instantsnap.h: a broken one is an Error of INVALID_ARG; a flag that is allowed
-    but not built yet is an Error of OPERATION_UNSUPPORTED.
+    instantsnap.h has the rules. A broken rule raises Error (INVALID_ARG). A flag that is allowed
+    but not implemented raises Error (OPERATION_UNSUPPORTED).
     """
     CREATE_REDEFINE = 1 << 0     #: restore or alter metadata
     CREATE_CURRENT = 1 << 1      #: with REDEFINE, make the snapshot current
-    CREATE_NO_METADATA = 1 << 2  #: make the snapshot, do not record it
+    CREATE_NO_METADATA = 1 << 2  #: take the snapshot, do not record it
     CREATE_HALT = 1 << 3         #: end the guest afterwards
     CREATE_DISK_ONLY = 1 << 4    #: disks without memory
     CREATE_REUSE_EXT = 1 << 5    #: use overlay files that exist
-    CREATE_QUIESCE = 1 << 6      #: freeze the file systems by the guest's agent
+    CREATE_QUIESCE = 1 << 6      #: freeze the file systems by the guest agent
     CREATE_ATOMIC = 1 << 7       #: all disks or none
     CREATE_LIVE = 1 << 8         #: while the guest runs
     CREATE_VALIDATE = 1 << 9     #: validate the XML against the schema
-    CREATE_INSTANT = 1 << 10     #: of the moment of the call; the guest runs on while its memory is written
+    CREATE_INSTANT = 1 << 10     #: of the moment of the call; the guest runs on meanwhile
 
 
 class DeleteFlag(enum.IntFlag):
-    """libvirt's flags of a snapshot's deletion, without their prefix
-    VIR_DOMAIN_SNAPSHOT_DELETE_."""
-    CHILDREN = 1 << 0       #: its children too
-    METADATA_ONLY = 1 << 1  #: nothing but the record
-    CHILDREN_ONLY = 1 << 2  #: its children, and not itself
+    """libvirt's flags for deleting a snapshot, without their prefix VIR_DOMAIN_SNAPSHOT_DELETE_."""
+    CHILDREN = 1 << 0       #: also its children
+    METADATA_ONLY = 1 << 1  #: only the record
+    CHILDREN_ONLY = 1 << 2  #: only its children
 
 
 class Guest:
-    """A guest whose snapshots are taken, listed and loaded: a context manager, closed at its end.
+    """A guest, for taking, listing and loading its snapshots. A context manager: the end of the
+    block closes it.
 
-    Its methods may be called from any thread. Two operations that change the same guest do not wait
-    for each other: the second raises Error (OPERATION_INVALID) at once. Every method of a closed
-    guest raises Error (INVALID_ARG), but close(). Every method that calls the C library may raise
+    Any thread may call its methods. Two operations that change the same guest do not wait for each
+    other: the second raises Error (OPERATION_INVALID) at once. Every method of a closed guest,
+    except close(), raises Error (INVALID_ARG). Every method that calls the C library may raise
     LibraryNotFound.
     """
 
@@ -71,20 +71,21 @@ class Guest:
         self._hook: Optional[Hook] = None
 
     @classmethod
-    def open_qmp(cls, socket: StrPath, state_dir: StrPath, domain_xml: Optional[str] = None) -> "Guest":
-        """Opens a guest by its QMP socket: the caller itself has started QEMU (6.0 or later).
+    def open_qmp(cls, socket: StrPath, state_dir: StrPath,
+                 domain_xml: Optional[str] = None) -> "Guest":
+        """Opens a guest by its QMP socket. The caller itself has started QEMU (6.0 or later).
 
         socket: path of a Unix socket on which QEMU serves QMP (`-qmp
-            unix:PATH,server=on,wait=off`), not used by anybody else.
-        state_dir: an existing directory for the metadata of this guest's snapshots, one a guest. It
-            must belong to this user or to root, and no other user may write to it (the owner's
-            private group may, and anyone where it is sticky, like /tmp): elsewhere snapshots can be
-            listed and read, but not taken, deleted or brought back (ACCESS_DENIED).
+            unix:PATH,server=on,wait=off`), and which no other client uses.
+        state_dir: an existing directory for the metadata of this guest's snapshots, one for each
+            guest. It must belong to this user or to root, and no other user may write to it (the
+            owner's private group may, and everyone if it is sticky, like /tmp). Else snapshots can
+            be listed and read, but not taken, deleted or brought back (ACCESS_DENIED).
         domain_xml: the guest's libvirt `<domain>` XML. With it disks are named by their target
             (`vda`).
 
         Raises Error: INVALID_ARG, XML_DETAIL or XML_ERROR (domain_xml), SYSTEM_ERROR (socket or
-        directory), OPERATION_TIMEOUT (another client has the socket), OPERATION_FAILED (not a QMP
+        directory), OPERATION_TIMEOUT (another client uses the socket), OPERATION_FAILED (not a QMP
         socket), CONFIG_UNSUPPORTED (QEMU too old). Blocks for some milliseconds, at most 5 seconds.
         """
         handle = library().instantsnap_open_qmp(
@@ -98,15 +99,15 @@ class Guest:
     @classmethod
     def open_libvirt(cls, dom: "libvirt.virDomain") -> "Guest":
         """Opens a domain of a stock libvirt, 8.2 or later, for what libvirt-python has no method
-        for: stats(), to cancel() from another thread, pause_limit(). Otherwise
-        snapshot_create_xml() is all that is needed.
+        for: stats(), cancel() from another thread, pause_limit(). For anything else
+        snapshot_create_xml() is enough.
 
-        dom: a libvirt.virDomain of a connection to libvirt's QEMU driver on this machine. A
-            reference of its own is taken, to the connection too.
+        dom: a libvirt.virDomain of a connection to libvirt's QEMU driver on this machine. The
+            library takes its own reference to the domain and to the connection.
 
-        snapshots(), xml() and current() ask libvirt, and tell of all snapshots that it has of the
-        domain. snapshot() needs the path of the memory image, and is for instant snapshots:
-        CREATE_INSTANT is among its flags. Reverting: snapshot_revert(), not load(). delete() is as
+        snapshots(), xml() and current() ask libvirt, and give all snapshots that it has of the
+        domain. snapshot() needs the path of the memory image, and takes instant snapshots only: its
+        flags contain CREATE_INSTANT. Revert by snapshot_revert(), not by load(). delete() is as
         snapshot_delete().
 
         Blocks until libvirt has answered. Raises Error: INVALID_DOMAIN, OPERATION_UNSUPPORTED
@@ -119,8 +120,8 @@ class Guest:
         return cls(handle)
 
     def close(self) -> None:
-        """Closes the guest; a second time does nothing. The guest itself is left as it is. A
-        snapshot under way in another thread ends as it would have. Does not block. Raises
+        """Closes the handle; a second call does nothing. The guest itself stays as it is. A
+        snapshot that another thread is taking goes on to its end. Does not block. Raises
         nothing."""
         handle, self._handle = self._handle, None
         if handle:
@@ -140,37 +141,40 @@ class Guest:
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {'open' if self._handle else 'closed'}>"
 
-    def snapshot(self, xml: Optional[str] = None, *, name: Optional[str] = None, description: Optional[str] = None,
-                 memory: Optional[StrPath] = None, instant: bool = True, flags: Optional[int] = None,
-                 on_event: Optional[OnEvent] = None, progress_interval: Optional[float] = None) -> str:
+    def snapshot(self, xml: Optional[str] = None, *, name: Optional[str] = None,
+                 description: Optional[str] = None, memory: Optional[StrPath] = None,
+                 instant: bool = True, flags: Optional[int] = None,
+                 on_event: Optional[OnEvent] = None,
+                 progress_interval: Optional[float] = None) -> str:
         """Takes a full snapshot, memory and disks, and returns its name.
 
-        xml: libvirt's `<domainsnapshot>`; by default one is made of name, description and memory.
-            What it leaves open: the name is the time in seconds, every writable disk gets an
-            overlay beside it, memory goes to STATE_DIR/NAME.mem.
+        xml: libvirt's `<domainsnapshot>`. By default it is made of name, description and memory. If
+            it does not say otherwise, the name is the time in seconds, every writable disk gets an
+            overlay beside its image, and memory goes to STATE_DIR/NAME.mem.
         name, description, memory (path of the memory image): instead of xml, each optional.
         instant: True: the snapshot is of the moment of the call, and the guest runs on while its
-            memory is written. False: a plain snapshot, through which the guest is paused.
-        flags: exactly these Flags, in place of those that `instant` stands for.
+            memory is written. False: a non-live snapshot, which pauses the guest until it is saved.
+        flags: exactly these Flags, instead of those that `instant` selects.
         on_event: called with each Event as it happens, one at a time, in a thread of its own; not
-            for a call that is refused at once, for its arguments or because this guest is busy. The
-            snapshot goes on when it returns: PAUSED and SWITCHED are inside the pause, and the
-            guest stands still meanwhile. An exception cancels the snapshot, and is raised here when
-            everything is undone; nothing more is told. (When it was complete already, as at
-            COMPLETE, it stays.)
+            called if the snapshot is refused at once, because of its arguments or because this
+            guest is busy. The snapshot goes on when it returns. PAUSED and SWITCHED come inside the
+            pause, so the guest is paused meanwhile. If it raises an exception, the snapshot is
+            cancelled, and the exception is raised here when everything is undone; on_event is not
+            called again. (A snapshot that was complete already, as at COMPLETE, stays.)
         progress_interval: seconds between two PROGRESS events, 0.001 or more, in whole
             milliseconds; by default 0.5.
 
         Blocks until the snapshot is complete and on disk: seconds for a guest of some GiB.
-        KeyboardInterrupt, or whatever else a signal handler raises, cancels it: everything is
-        undone, then the exception goes on. (A snapshot that was complete already stays.)
+        KeyboardInterrupt, or any other exception of a signal handler, cancels the snapshot:
+        everything is undone, then the exception goes on. (A snapshot that was complete already
+        stays.)
 
-        Raises ValueError (both xml and parts of it; a NUL character; flags that are no 32-bit
-        number; an interval that cannot be), Cancelled, or Error with everything as it was before
-        the call: INVALID_ARG (flags), XML_DETAIL and XML_ERROR, OPERATION_UNSUPPORTED (not built),
-        ARGUMENT_UNSUPPORTED (no background snapshots: the message says why and what to do),
-        OPERATION_INVALID (busy, wrong state, name exists), CONFIG_UNSUPPORTED (a disk, file or
-        device in the way), SYSTEM_ERROR (files), OPERATION_FAILED (QEMU's reason is in the
+        Raises ValueError (both xml and parts of it; a NUL character; flags that are not a 32-bit
+        number; an impossible interval), Cancelled, or Error with everything as it was before the
+        call: INVALID_ARG (flags), XML_DETAIL and XML_ERROR, OPERATION_UNSUPPORTED (not
+        implemented), ARGUMENT_UNSUPPORTED (no background snapshots: the message says why and what
+        to do), OPERATION_INVALID (busy, wrong state, name exists), CONFIG_UNSUPPORTED (a disk, file
+        or device prevents it), SYSTEM_ERROR (files), OPERATION_FAILED (QEMU's reason is in the
         message), OPERATION_TIMEOUT (see pause_limit()).
         """
         text, bits = _request(xml, name, description, memory, instant, flags)
@@ -186,8 +190,8 @@ class Guest:
         def create() -> str:
             created = ctypes.c_void_p()
             try:
-                check(library().instantsnap_snapshot_create(handle, text, bits, ctypes.byref(options),
-                                                            ctypes.byref(created)))
+                check(library().instantsnap_snapshot_create(
+                    handle, text, bits, ctypes.byref(options), ctypes.byref(created)))
                 name = _library.take_string(created.value)
             except Error as error:
                 if listener is not None and listener.raised is not None:
@@ -201,24 +205,24 @@ class Guest:
         return interruptible(create, cancel)
 
     def start_snapshot(self, xml: Optional[str] = None, *, name: Optional[str] = None,
-                       description: Optional[str] = None, memory: Optional[StrPath] = None, instant: bool = True,
-                       flags: Optional[int] = None, progress_interval: Optional[float] = None,
-                       at_once: bool = False) -> Job:
-        """Starts to take a full snapshot, and returns at the instant: the guest may be changed at
-        once, while its memory is still being written. The Job has the rest, the snapshot's name and
-        its errors too.
+                       description: Optional[str] = None, memory: Optional[StrPath] = None,
+                       instant: bool = True, flags: Optional[int] = None,
+                       progress_interval: Optional[float] = None, at_once: bool = False) -> Job:
+        """Starts a full snapshot, and returns at the instant: the caller may change the guest at
+        once, while its memory is still being written. The Job represents the rest, and has the
+        snapshot's name and its errors.
 
             with guest.start_snapshot() as job:
                 ...  # change the guest
 
-        at_once: True: returns before anything is done, and does not block. All errors are the
-            job's, but OPERATION_INVALID where a snapshot is being taken through this object
-            already. For event loops.
+        at_once: True: returns before anything is done, and does not block; for event loops. The job
+            reports all errors, except OPERATION_INVALID if a snapshot is being taken through this
+            object already: this call raises that.
         The other arguments are those of snapshot().
 
-        Blocks until the instant, for tens of milliseconds; for a plain snapshot, until its memory
-        is saved. KeyboardInterrupt, or whatever else a signal handler raises, cancels it, as for
-        snapshot(). Raises what snapshot() does, with everything as it was before the call.
+        Blocks until the instant, for tens of milliseconds; for a non-live snapshot, until its
+        memory is saved. KeyboardInterrupt, or any other exception of a signal handler, cancels it,
+        as for snapshot(). Raises what snapshot() does, with everything as it was before the call.
         """
         text, bits = _request(xml, name, description, memory, instant, flags)
         options = create_options(None, progress_interval, at_once)
@@ -227,7 +231,8 @@ class Guest:
         started: list[Job] = []
 
         def start() -> None:
-            job = library().instantsnap_snapshot_create_start(handle, text, bits, ctypes.byref(options))
+            job = library().instantsnap_snapshot_create_start(
+                handle, text, bits, ctypes.byref(options))
             if not job:
                 error = _library.last_error()
                 raise error if hook is None else hook.reason(error)
@@ -245,49 +250,51 @@ class Guest:
         return started[0]
 
     async def snapshot_async(self, xml: Optional[str] = None, *, name: Optional[str] = None,
-                             description: Optional[str] = None, memory: Optional[StrPath] = None, instant: bool = True,
-                             flags: Optional[int] = None, on_event: Optional[OnEvent] = None,
+                             description: Optional[str] = None, memory: Optional[StrPath] = None,
+                             instant: bool = True, flags: Optional[int] = None,
+                             on_event: Optional[OnEvent] = None,
                              progress_interval: Optional[float] = None) -> str:
         """Takes a full snapshot, memory and disks, and returns its name: snapshot() for asyncio.
-        Never blocks the event loop. For more than this there is start_snapshot(at_once=True), whose
-        Job is awaitable.
+        Never blocks the event loop. For more control use start_snapshot(at_once=True), whose Job is
+        awaitable.
 
         on_event: called with each Event in the event loop, soon after it has happened, and outside
-            the pause. An exception cancels the snapshot, and is raised here when everything is
-            undone.
-        The other arguments, and what is raised, are those of snapshot().
+            the pause. If it raises an exception, the snapshot is cancelled, and the exception is
+            raised here when everything is undone.
+        The other arguments and exceptions are those of snapshot().
 
-        Cancelling its task cancels the snapshot; CancelledError goes on when everything is undone.
-        (A snapshot that was complete already stays.) So does Ctrl-C with asyncio.run() from Python
-        3.11 on. Before, KeyboardInterrupt is raised in the midst of any task: with several
-        snapshots have SIGINT cancel them, by loop.add_signal_handler().
+        Cancelling the task cancels the snapshot; CancelledError goes on when everything is undone.
+        (A snapshot that was complete already stays.) From Python 3.11 on, Ctrl-C with asyncio.run()
+        does the same. Before 3.11, KeyboardInterrupt can be raised inside any task: if you take
+        several snapshots, cancel them on SIGINT, by loop.add_signal_handler().
         """
-        async with self.start_snapshot(xml, name=name, description=description, memory=memory, instant=instant,
-                                       flags=flags, progress_interval=progress_interval, at_once=True) as job:
+        async with self.start_snapshot(
+                xml, name=name, description=description, memory=memory, instant=instant,
+                flags=flags, progress_interval=progress_interval, at_once=True) as job:
             if on_event is not None:
                 async for event in job:
                     on_event(event)
             return await job
 
     def cancel(self) -> None:
-        """Cancels the snapshot that another thread, or a job, is taking of this guest: it undoes
-        everything and ends by Cancelled, unless it was complete already. Does not wait for it.
-        Raises Error (OPERATION_INVALID) when there is none."""
+        """Cancels the snapshot that another thread, or a job, is taking of this guest. That
+        snapshot is undone and ends with Cancelled, unless it was complete already. Does not wait
+        for the undo. Raises Error (OPERATION_INVALID) if no snapshot is being taken."""
         check(library().instantsnap_snapshot_cancel(self._open()))
 
     def pause_limit(self, seconds: float) -> None:
-        """Bounds the time for which a snapshot may pause the guest before its instant: when it
-        passes, everything is undone, and snapshot() raises Error (OPERATION_TIMEOUT). Counts in
-        whole milliseconds, 0.001 s or more; 30 s by default. Applies to calls that begin later.
-        Does not block. Raises ValueError (below 1 ms, or too large).
+        """Limits how long a snapshot may pause the guest before its instant. If the limit passes,
+        everything is undone, and snapshot() raises Error (OPERATION_TIMEOUT). Whole milliseconds,
+        0.001 s or more; 30 s by default. Applies to calls that begin later. Does not block. Raises
+        ValueError (below 1 ms, or too large).
         """
         limit = milliseconds(seconds, "seconds")
         check(library().instantsnap_set_pause_limit(self._open(), limit))
 
     def overlap_tries(self, tries: int) -> None:
-        """Bounds how often a snapshot may try to stop the guest just before QEMU has touched all of
-        its memory, and come too late (QEMU 10.0 or later), before it stops the guest first, which
-        pauses it for longer and is always right. 0: the guest is always stopped first. 3 by
+        """Limits how many tries to stop the guest just before QEMU has touched all of its memory
+        may be too late (QEMU 10.0 or later). After that number the library stops the guest first,
+        which pauses it for longer and always works. 0: it always stops the guest first. 3 by
         default. Applies to calls that begin later. Does not block. Raises ValueError (negative, or
         too large)."""
         if not 0 <= tries < 2**32:
@@ -296,58 +303,60 @@ class Guest:
 
     def set_storage_hook(self, snapshot: Optional[OnStorage], *, undo: Optional[OnStorage] = None,
                          deadline: Optional[float] = None) -> None:
-        """Sets who snapshots the disks that QEMU does not: those with snapshot='manual' in the
-        snapshot's XML or, unless that says otherwise, in the domain's. Without it a snapshot with
-        such disks raises Error (OPERATION_UNSUPPORTED).
+        """Sets the functions that snapshot the disks with snapshot='manual', instead of QEMU. The
+        snapshot's XML says which disks these are; for disks that it does not mention, the domain's
+        XML does. Without a hook a snapshot with such disks raises Error (OPERATION_UNSUPPORTED).
 
         snapshot: called with a StorageCall inside the pause, once for all such disks, in a thread
-            of its own. The disks are snapshotted when it returns, and the guest stands still until
-            then. An exception, which must leave nothing of it behind, fails the snapshot, and is
-            raised by snapshot(), or by the job, when everything is undone. None: there is no hook
-            any more, as at first.
-        undo: called with the same StorageCall, once, where `snapshot` has returned, in time or not,
-            and the snapshot of the guest fails: removes what it has made. The guest runs again.
-            What it raises is for sys.unraisablehook.
-        deadline: seconds for which `snapshot` may take, 0.001 or more, in whole milliseconds; None:
-            as long as the pause may, see pause_limit(). When they pass, or when the snapshot is
+            of its own. It must have snapshotted the disks when it returns; the guest is paused
+            until then. If it raises an exception, it must leave nothing behind: the snapshot fails,
+            and snapshot(), or the job, raises that exception when everything is undone. None:
+            removes the hook.
+        undo: removes what `snapshot` has made. Called with the same StorageCall, once, if
+        `snapshot`
+            has returned, in time or not, and the snapshot of the guest fails. The guest runs again
+            by then. sys.unraisablehook receives its exceptions.
+        deadline: seconds that `snapshot` may take, 0.001 or more, in whole milliseconds; None: as
+            long as the pause may, see pause_limit(). When they pass, or when the snapshot is
             cancelled, the guest runs on and everything is undone at once; Error (OPERATION_TIMEOUT)
             or Cancelled is raised when the function has returned.
 
-        Applies to calls that begin later. A domain of libvirt must run, and such snapshots of it
-        take Flag.CREATE_NO_METADATA. To bring one back: prepare_revert(revert=). The functions are
-        kept as long as the process lives. Does not block. Raises ValueError (the deadline cannot
-        be).
+        Applies to calls that begin later. A domain of libvirt must be running, and such a snapshot
+        of it needs Flag.CREATE_NO_METADATA. To bring one back: prepare_revert(revert=). The
+        functions are kept as long as the process lives. Does not block. Raises ValueError (an
+        impossible deadline).
         """
         hook = None if snapshot is None else Hook(snapshot, undo, deadline=deadline)
         handle = self._open()
         if hook is not None:
             _hooks.append(hook)
-        check(library().instantsnap_set_storage_hook(handle, None if hook is None else ctypes.byref(hook.structure)))
+        structure = None if hook is None else ctypes.byref(hook.structure)
+        check(library().instantsnap_set_storage_hook(handle, structure))
         self._hook = hook
 
     def stats(self) -> Stats:
-        """What the last snapshot taken, or tried, through this object took. Does not block. Raises
-        Error (OPERATION_INVALID) when there was none."""
+        """How long the last snapshot through this object took, complete or failed. Does not block.
+        Raises Error (OPERATION_INVALID) if there was none."""
         stats = _library.CStats(size=ctypes.sizeof(_library.CStats))
         check(library().instantsnap_get_stats(self._open(), ctypes.byref(stats)))
         return stats_of(stats)
 
     def snapshots(self) -> list[str]:
-        """The names of the recorded snapshots, oldest first. Reads files only. Raises Error:
+        """The names of the recorded snapshots, oldest first. Only reads files. Raises Error:
         SYSTEM_ERROR, INVALID_DOMAIN_SNAPSHOT."""
         names = ctypes.c_void_p()
         check(library().instantsnap_snapshot_list(self._open(), ctypes.byref(names)))
         return _library.take_string_list(names.value)
 
     def xml(self, name: str) -> str:
-        """The `<domainsnapshot>` XML of a recorded snapshot. Reads files only. Raises NotFound, or
+        """The `<domainsnapshot>` XML of a recorded snapshot. Only reads files. Raises NotFound, or
         Error: SYSTEM_ERROR, INVALID_DOMAIN_SNAPSHOT."""
         return _library.take_string(
             library().instantsnap_snapshot_get_xml(self._open(), _library.encode(name, "name")))
 
     def current(self) -> Optional[str]:
-        """The name of the current snapshot: the one last taken or loaded, the parent of the next;
-        None when there is none. Reads files only. Raises Error: SYSTEM_ERROR,
+        """The name of the current snapshot: the one that was last taken or loaded, the parent of
+        the next one; None if there is none. Only reads files. Raises Error: SYSTEM_ERROR,
         INVALID_DOMAIN_SNAPSHOT."""
         try:
             return _library.take_string(library().instantsnap_snapshot_current(self._open()))
@@ -355,39 +364,41 @@ class Guest:
             return None
 
     def load(self, name: str, running: Optional[bool] = None, *, force: bool = False) -> None:
-        """Feeds a snapshot's memory to this QEMU, which was started as prepare_revert() says, with
-        `-incoming defer`. The snapshot becomes the current one.
+        """Feeds a snapshot's memory to this QEMU, which was started with `-incoming defer`, as
+        prepare_revert() says. The snapshot becomes the current one.
 
         running: True: the guest runs afterwards; False: it stays paused; None: as it was at the
             instant.
-        force: Images that were written or replaced since the snapshot froze them are taken all the
-            same, which else is Error: SNAPSHOT_REVERT_RISKY. For copies with the same content.
+        force: accepts images that were written or replaced since the snapshot froze them, which
+            otherwise raise Error (SNAPSHOT_REVERT_RISKY). For copies with the same content.
 
-        Blocks until memory is loaded: seconds for a guest of some GiB. Signals are handled when it
-        is done. Raises NotFound, or Error: CONFIG_UNSUPPORTED (a disk is not as the plan says;
+        Blocks until memory is loaded: seconds for a guest of some GiB. Signals are handled
+        afterwards. Raises NotFound, or Error: CONFIG_UNSUPPORTED (a disk is not as the plan says;
         nothing was loaded), INVALID_DOMAIN_SNAPSHOT, OPERATION_INVALID (no `-incoming defer`, or
-        busy), OPERATION_FAILED (QEMU's reason). After a failure during the load that QEMU is of no
-        more use: end it, and start it anew.
+        busy), OPERATION_FAILED (QEMU's reason). After a failure during the load that QEMU cannot be
+        used any more: end it, and start it again.
         """
         flags = 0 if running is None else _REVERT_RUNNING if running else _REVERT_PAUSED
         flags |= _REVERT_FORCE if force else 0
-        check(library().instantsnap_snapshot_load(self._open(), _library.encode(name, "name"), flags))
+        check(library().instantsnap_snapshot_load(
+            self._open(), _library.encode(name, "name"), flags))
 
     def delete(self, name: str, flags: int = 0) -> None:
-        """Deletes a snapshot: what the guest has written since is merged into the images below,
-        while it runs on; the snapshot's overlays, its memory image and its record go.
-        instantsnap_snapshot_delete() in instantsnap.h tells more.
+        """Deletes a snapshot. What the guest has written since is merged into the images below,
+        while the guest runs on; the snapshot's overlays, its memory image and its record are
+        removed. instantsnap_snapshot_delete() in instantsnap.h says more.
 
-        flags: DeleteFlag. 0: the snapshot, which must have no children. METADATA_ONLY: nothing but
-            the record; all files stay as they are, and children become children of the parent.
+        flags: DeleteFlag. 0: deletes the snapshot, which must have no children. METADATA_ONLY:
+        removes
+            only the record; all files stay as they are, and children become children of the parent.
 
-        Blocks until all is merged, which may be long; other threads go on. An exception that a
-        signal handler raises meanwhile, as KeyboardInterrupt, goes on when it is done. Raises
-        ValueError (a NUL character, flags that are no 32-bit number), NotFound, or Error:
-        INVALID_ARG (flags), OPERATION_UNSUPPORTED (it has children), OPERATION_INVALID (busy, or
-        something stands in the way), SYSTEM_ERROR, OPERATION_FAILED (QEMU's reason). Where the
-        message says so the snapshot cannot be reverted to any more: delete it again when the cause
-        is mended.
+        Blocks until all is merged, which can take long; other threads go on. If a signal handler
+        raises an exception meanwhile, for example KeyboardInterrupt, it goes on when the delete is
+        done. Raises ValueError (a NUL character, flags that are not a 32-bit number), NotFound, or
+        Error: INVALID_ARG (flags), OPERATION_UNSUPPORTED (it has children), OPERATION_INVALID
+        (busy, or something prevents it), SYSTEM_ERROR, OPERATION_FAILED (QEMU's reason). If the
+        message says
+        so, the snapshot cannot be reverted to any more: remove the cause, and delete it again.
         """
         handle, text, bits = self._open(), _library.encode(name, "name"), checked_flags(flags)
 
@@ -403,20 +414,20 @@ class Guest:
 
 
 def _nothing() -> None:
-    """What cannot be cancelled is waited for."""
+    """The `cancel` of an operation that cannot be cancelled: interruptible() waits for its end."""
 
 
 def checked_flags(flags: int) -> int:
-    """Flags as the C library takes them. Raises ValueError where ctypes would cut them to size."""
+    """Flags for the C library. Raises ValueError for flags that ctypes would truncate."""
     bits = operator.index(flags)
     if not 0 <= bits < 2**32:
         raise ValueError("flags must be 0 or more, and less than 2**32")
     return bits
 
 
-def _request(xml: Optional[str], name: Optional[str], description: Optional[str], memory: Optional[StrPath],
-             instant: bool, flags: Optional[int]) -> tuple[bytes, int]:
-    """The XML and the flags that arguments of snapshot() stand for, as the C library takes them."""
+def _request(xml: Optional[str], name: Optional[str], description: Optional[str],
+             memory: Optional[StrPath], instant: bool, flags: Optional[int]) -> tuple[bytes, int]:
+    """The arguments of snapshot() as XML and flags for the C library."""
     if xml is None:
         xml = _snapshot_xml(name, description, memory)
     elif not (name is None and description is None and memory is None):
@@ -426,7 +437,8 @@ def _request(xml: Optional[str], name: Optional[str], description: Optional[str]
     return _library.encode(xml, "xml"), checked_flags(flags)
 
 
-def _snapshot_xml(name: Optional[str], description: Optional[str], memory: Optional[StrPath]) -> str:
+def _snapshot_xml(name: Optional[str], description: Optional[str],
+                  memory: Optional[StrPath]) -> str:
     root = ElementTree.Element("domainsnapshot")
     if name is not None:
         ElementTree.SubElement(root, "name").text = name

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Blocking calls of the C library that a signal can end: Ctrl-C above all."""
+"""Lets a signal, above all Ctrl-C, interrupt a blocking call of the C library."""
 
 import threading
 from collections.abc import Callable
@@ -9,18 +9,18 @@ from ._errors import carry
 
 _Result = TypeVar("_Result")
 
-#: Seconds. The kernel may hand a signal to another thread than the one that is to handle it, and
-#: that one sleeps on: so no wait is longer.
+#: The longest wait, in seconds. The kernel may deliver a signal to another thread than the one that
+#: handles it; the handling thread then sleeps until its wait ends.
 SLICE = 0.05
 
 
 def interruptible(work: Callable[[], _Result], cancel: Callable[[], object]) -> _Result:
-    """Runs `work` in a thread of its own, so that signals reach this one meanwhile. An exception
-    that one raises here cancels the work, and goes on when the work has ended."""
+    """Runs `work` in a new thread, so that this thread handles signals meanwhile. An exception that
+    a signal handler raises here cancels the work, and goes on when the work has ended."""
     results: list[_Result] = []
     failures: list[BaseException] = []
     ended = threading.Event()
-    permit = [True]  # taken by one of the two threads, as one step: whether the work begins
+    permit = [True]  # one of the two threads takes it, atomically: it decides whether work begins
 
     def run() -> None:
         try:
@@ -37,8 +37,8 @@ def interruptible(work: Callable[[], _Result], cancel: Callable[[], object]) -> 
             pass
     except BaseException as raised:
         if not _take(permit):
-            # Asked again and again, for the work's first step may be yet to come. Waited for,
-            # whatever else is raised here: until it has ended the guest may be paused.
+            # Cancels again and again, because the work may not have begun its first step. Waits
+            # whatever else is raised here, because the guest may be paused until the work ends.
             while not ended.is_set():
                 try:
                     cancel()

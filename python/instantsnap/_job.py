@@ -24,51 +24,59 @@ from ._waiters import Waiters
 class Job:
     """A snapshot that is being taken, started by Guest.start_snapshot().
 
-    A context manager: leaving the block waits for the end, and raises the job's Error where it
-    failed. Leaving it by an exception, KeyboardInterrupt too, cancels the snapshot and waits for
-    the undo; then the exception goes on. (A snapshot that was complete already stays.) The job can
-    be asked afterwards too.
+    A context manager: the end of the block waits for the end of the job, and raises the job's Error
+    if it failed. If an exception leaves the block, also KeyboardInterrupt, the snapshot is
+    cancelled and undone; then the exception goes on. (A snapshot that was complete already stays.)
+    The job can be queried after the block too.
 
-    With asyncio: `async with job` is the same without blocking the event loop; `await job` is
-    result(), and cancels the snapshot when its task is cancelled, with CancelledError raised when
-    everything is undone (asyncio.shield(job) only stops to wait); `async for event in job` is
-    events(), and cancels nothing. One event loop at a time. The other methods may be used there
-    too, but those that block.
+    With asyncio:
 
-    Its methods may be called from any thread. Those that wait let signals be handled at once: what
-    a handler raises, as KeyboardInterrupt, goes on, and the snapshot too, unless it is in such a
-    block. Every method of a closed job raises Error (INVALID_ARG), but close().
+    - `async with job` does the same without blocking the event loop.
+    - `await job` is result(). If its task is cancelled, the snapshot is cancelled too, and
+      CancelledError is raised when everything is undone. (asyncio.shield(job) only stops waiting.)
+    - `async for event in job` is events(), and cancels nothing.
 
-    A job that is not waited for goes on, whether it is closed or forgotten. So it does when its
-    guest is closed. The end of the process cuts it off: see "Processes" in instantsnap.h.
+    Only one event loop at a time may do this. It may also use the other methods, except those that
+    block.
+
+    Any thread may call the methods. Signals are handled at once while a method waits: an exception
+    of a handler, for example KeyboardInterrupt, goes on, and so does the snapshot, unless the
+    method is called inside such a block. Every method of a closed job, except close(), raises Error
+    (INVALID_ARG).
+
+    A job goes on if it is closed, if it is deleted, and if its guest is closed. The end of the
+    process
+    interrupts it: see "Processes" in instantsnap.h.
     """
 
     def __init__(self, handle: int, hook: Optional[Hook] = None) -> None:
         """Not for callers: use Guest.start_snapshot()."""
         self._handle: Optional[int] = handle
         self._hook = hook
-        self._lock = threading.Lock()  # for the order of the events that are taken
-        self._events: collections.deque[Event] = collections.deque()  # taken already, by a task that waited for the end
+        self._lock = threading.Lock()  # keeps the order of the events that are taken
+        # Events that a task took from the library while it waited for the end.
+        self._events: collections.deque[Event] = collections.deque()
         self._waiters = Waiters()
 
     def done(self) -> bool:
-        """Whether it has ended, completely or by an error. Does not block."""
+        """Whether the job has ended, with success or with an error. Does not block."""
         return self.wait(0)
 
     def wait(self, timeout: Optional[float] = None) -> bool:
-        """Waits until it has ended, completely or by an error. Blocks, for `timeout` seconds at
-        most; None: without end. Returns whether it has."""
+        """Waits until the job has ended, with success or with an error. Blocks for at most
+        `timeout` seconds; None: without limit. Returns whether the job has ended."""
         deadline = math.inf if timeout is None else time.monotonic() + timeout
         while True:
             left = min(SLICE, deadline - time.monotonic())
-            if check(library().instantsnap_job_wait(self._open(), math.ceil(left * 1000) if left > 0 else 0)):
+            milliseconds = math.ceil(left * 1000) if left > 0 else 0
+            if check(library().instantsnap_job_wait(self._open(), milliseconds)):
                 return True
             if left <= 0:
                 return False
 
     def result(self, timeout: Optional[float] = None) -> str:
-        """The snapshot's name, when it is complete. Blocks until then, for `timeout` seconds at
-        most; None: for ever.
+        """Waits until the snapshot is complete, and returns its name. Blocks for at most `timeout`
+        seconds; None: without limit.
 
         Raises TimeoutError, Cancelled, or the Error that Guest.snapshot() would have raised, with
         everything as it was before the call.
@@ -80,54 +88,54 @@ class Job:
     @property
     def name(self) -> str:
         """The snapshot's name, once it is complete. Does not block. Raises the Error of result(),
-        or OPERATION_INVALID when it has not ended yet."""
+        or OPERATION_INVALID if the job has not ended yet."""
         try:
             return take_string(library().instantsnap_job_get_name(self._open()))
         except Error as error:
             raise error if self._hook is None else self._hook.reason(error)
 
     def xml(self) -> str:
-        """The snapshot's `<domainsnapshot>` XML, once it is complete: what was recorded then, or,
-        for one that is not recorded (CREATE_NO_METADATA), what would have been. Does not block.
-        Raises as `name` does."""
+        """The snapshot's `<domainsnapshot>` XML, once it is complete: what was recorded then; for
+        one that is not recorded (CREATE_NO_METADATA), what would have been. Does not block. Raises
+        the same as `name`."""
         return take_string(library().instantsnap_job_get_xml(self._open()))
 
     def stats(self) -> Stats:
-        """What it took, once it has ended. Does not block. Raises Error (OPERATION_INVALID) when it
-        has not."""
+        """How long the snapshot took, once the job has ended. Does not block. Raises Error
+        (OPERATION_INVALID) if it has not ended yet."""
         stats = _library.CStats(size=ctypes.sizeof(_library.CStats))
         check(library().instantsnap_job_get_stats(self._open(), ctypes.byref(stats)))
         return stats_of(stats)
 
     def info(self) -> JobInfo:
-        """Where it is. Does not block."""
+        """The job's state. Does not block."""
         info = _library.CJobInfo(size=ctypes.sizeof(_library.CJobInfo))
         check(library().instantsnap_job_get_info(self._open(), ctypes.byref(info)))
         return info_of(info)
 
     def cancel(self) -> None:
-        """Cancels it, in whatever phase it is: everything is undone, and it ends by Cancelled,
+        """Cancels the job, in any phase: everything is undone, and the job ends with Cancelled,
         unless it was complete already. Does not wait for that."""
         check(library().instantsnap_job_cancel(self._open()))
 
     def fileno(self) -> int:
-        """A file descriptor that is readable as long as next_event() has an event to give, for
-        select, selectors and event loops: the job itself can be given to them. Valid until close(),
-        and not to be read or closed."""
+        """A file descriptor that is readable while next_event() has an event to give, for select,
+        selectors and event loops: the job itself can be passed to them. Valid until close(). The
+        caller must not read or close it."""
         return check(library().instantsnap_job_get_fd(self._open()))
 
     def next_event(self) -> Optional[Event]:
-        """Takes the oldest event that was not taken yet; None: there is none now. PROGRESS events
-        that nobody takes replace each other. Does not block."""
+        """Takes the oldest event that was not taken yet; None: there is none now. A new PROGRESS
+        event replaces one that was not taken. Does not block."""
         with self._lock:
             return self._events.popleft() if self._events else self._take()
 
     def events(self) -> Iterator[Event]:
         """Takes the events one by one, from the oldest that was not taken yet to the last, COMPLETE
-        or FAILED. Blocks for each until it has happened. Raises nothing when the snapshot fails:
+        or FAILED. Blocks until the next event has happened. Raises nothing if the snapshot fails:
         result() does."""
         while True:
-            done = self.done()  # asked first: the last event is there by then
+            done = self.done()  # asked first: once the job has ended, its last event is there
             event = self.next_event()
             if event is not None:
                 yield event
@@ -139,7 +147,7 @@ class Job:
                 poll.poll(SLICE * 1000)
 
     def close(self) -> None:
-        """Frees the job, without cancelling it; a second time does nothing. Does not block. Raises
+        """Frees the job without cancelling it; a second call does nothing. Does not block. Raises
         nothing."""
         handle, self._handle = self._handle, None
         if handle:
@@ -173,7 +181,7 @@ class Job:
         if kind is None:
             await self
         elif kind is GeneratorExit:
-            self.cancel()  # the coroutine is being thrown away, and cannot wait any more
+            self.cancel()  # the coroutine is being closed, and cannot wait any more
         else:
             await self._undo_async(value)
 
@@ -191,8 +199,8 @@ class Job:
         return f"<{type(self).__name__} {'open' if self._handle else 'closed'}>"
 
     def _undo(self, raised: BaseException) -> None:
-        """Cancels it, and waits until it has ended, whatever else is raised meanwhile. What could
-        not be undone, `raised` tells."""
+        """Cancels the job, and waits until it has ended, whatever else is raised meanwhile. An
+        error of the undo is attached to `raised`."""
         while True:
             try:
                 self.cancel()
@@ -205,7 +213,7 @@ class Job:
                 continue
 
     def _tell_left(self, raised: Optional[BaseException]) -> None:
-        """Has an exception tell of an undo that failed; of the job, once it has ended."""
+        """Attaches the error of a failed undo to an exception, once the job has ended."""
         try:
             self.name
         except Exception as error:
@@ -213,8 +221,8 @@ class Job:
                 carry(raised, error)
 
     async def _undo_async(self, raised: Optional[BaseException]) -> None:
-        """Cancels it, and waits until it has ended, however often the task is cancelled meanwhile.
-        What could not be undone, `raised` tells."""
+        """Cancels the job, and waits until it has ended, however often the task is cancelled
+        meanwhile. An error of the undo is attached to `raised`."""
         self.cancel()
         cancelled = None
         while True:
@@ -237,7 +245,7 @@ class Job:
 
     async def _wait_async(self) -> None:
         while True:
-            # The descriptor tells of events that were not taken. They are for others.
+            # The descriptor stays readable until events are taken; they are kept for next_event().
             with self._lock:
                 while (event := self._take()) is not None:
                     _append(self._events, event)
@@ -261,7 +269,7 @@ class Job:
         event = _library.CEvent(size=ctypes.sizeof(_library.CEvent))
         if not check(library().instantsnap_job_next_event(self._open(), ctypes.byref(event))):
             return None
-        self._waiters.wake()  # what they wait for may be no longer where it wakes them
+        self._waiters.wake()  # the event is not pending any more, so it cannot wake them
         return event_of(event)
 
     def _open(self) -> int:
@@ -271,7 +279,7 @@ class Job:
 
 
 def _append(events: "collections.deque[Event]", event: Event) -> None:
-    """As the library keeps them: progress replaces progress."""
+    """Appends an event as the library does: PROGRESS replaces PROGRESS."""
     if events and events[-1].type == event.type == EventType.PROGRESS:
         events.pop()
     events.append(event)

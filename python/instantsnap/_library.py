@@ -1,16 +1,15 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The C library: where it is found, what its functions are, how its strings and errors become
-Python's.
+"""The C library: finds it, declares its functions, and converts its strings and errors to Python's.
 
-Nothing here knows what a snapshot is. Every function of instantsnap.h is in FUNCTIONS, once, and
-every one of instantsnap-libvirt.h in LIBVIRT_FUNCTIONS.
+This module does not know snapshots. FUNCTIONS has every function of instantsnap.h once,
+LIBVIRT_FUNCTIONS every function of instantsnap-libvirt.h.
 """
 
 import ctypes
 import os
 import threading
-from ctypes import (CFUNCTYPE, POINTER, Structure, c_char_p, c_int, c_int32, c_size_t, c_uint, c_uint32, c_uint64,
-                    c_void_p)
+from ctypes import (CFUNCTYPE, POINTER, Structure, c_char_p, c_int, c_int32, c_size_t, c_uint,
+                    c_uint32, c_uint64, c_void_p)
 from pathlib import Path
 from typing import Any, Optional, Union
 
@@ -46,7 +45,10 @@ class CStats(Structure):
                 ("guest_paused_us", c_uint64),
                 ("memory_image_bytes", c_uint64),
                 ("pause_from_events", c_uint32),
-                ("disks", c_uint32), ("setup_us", c_uint64), ("lost_pause_us", c_uint64), ("lost_tries", c_uint32),
+                ("disks", c_uint32),
+                ("setup_us", c_uint64),
+                ("lost_pause_us", c_uint64),
+                ("lost_tries", c_uint32),
                 ("overlapped", c_uint32)]
 
 
@@ -76,7 +78,7 @@ class CJobInfo(Structure):
                 ("pages_left", c_uint64)]
 
 
-#: instantsnap_event_callback. An instance must be kept for as long as the library may call it.
+#: instantsnap_event_callback. Keep an instance as long as the library may call it.
 EventCallback = CFUNCTYPE(None, POINTER(CEvent), c_void_p)
 
 
@@ -110,8 +112,7 @@ class CStorageCall(Structure):
                 ("deadline_us", c_uint64)]
 
 
-#: The callbacks of instantsnap_storage_hook. Instances must be kept for as long as the library may
-#: call them.
+#: The callbacks of instantsnap_storage_hook. Keep instances as long as the library may call them.
 StorageSnapshot = CFUNCTYPE(c_int, POINTER(CStorageCall), c_void_p)
 StorageUndo = CFUNCTYPE(None, POINTER(CStorageCall), c_void_p)
 StorageRevert = CFUNCTYPE(c_int, POINTER(CStorageCall), POINTER(c_void_p), c_void_p)
@@ -137,8 +138,8 @@ class CRevertDisk(Structure):
                 ("backing_file", c_char_p)]
 
 
-# Handles are c_void_p. So are strings that are the caller's to free: ctypes turns a result of
-# c_char_p into bytes and forgets the pointer, which is right for borrowed strings only.
+# Handles are c_void_p. So are strings that the caller has to free: ctypes converts a c_char_p
+# result to bytes and drops the pointer, which is right for borrowed strings only.
 _GUEST = _JOB = _PLAN = _SNAPSHOT = _OWNED_STRING = c_void_p
 # libvirt's virDomainPtr and virDomainSnapshotPtr, and its driver's virDomainObj *.
 _VIR_DOMAIN = _VIR_SNAPSHOT = _DOMAIN_OBJECT = c_void_p
@@ -156,8 +157,10 @@ FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "instantsnap_set_overlap_tries": (c_int, [_GUEST, c_uint]),
     "instantsnap_set_storage_hook": (c_int, [_GUEST, POINTER(CStorageHook)]),
     "instantsnap_snapshot_create_xml": (c_int, [_GUEST, c_char_p, c_uint, POINTER(_OWNED_STRING)]),
-    "instantsnap_snapshot_create": (c_int, [_GUEST, c_char_p, c_uint, POINTER(CCreateOptions), POINTER(_OWNED_STRING)]),
-    "instantsnap_snapshot_create_start": (_JOB, [_GUEST, c_char_p, c_uint, POINTER(CCreateOptions)]),
+    "instantsnap_snapshot_create": (
+        c_int, [_GUEST, c_char_p, c_uint, POINTER(CCreateOptions), POINTER(_OWNED_STRING)]),
+    "instantsnap_snapshot_create_start": (
+        _JOB, [_GUEST, c_char_p, c_uint, POINTER(CCreateOptions)]),
     "instantsnap_job_wait": (c_int, [_JOB, c_int]),
     "instantsnap_job_get_fd": (c_int, [_JOB]),
     "instantsnap_job_next_event": (c_int, [_JOB, POINTER(CEvent)]),
@@ -174,7 +177,8 @@ FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "instantsnap_snapshot_get_xml": (_OWNED_STRING, [_GUEST, c_char_p]),
     "instantsnap_snapshot_current": (_OWNED_STRING, [_GUEST]),
     "instantsnap_snapshot_prepare_revert": (_PLAN, [c_char_p, c_char_p, c_char_p]),
-    "instantsnap_snapshot_prepare_revert_hooked": (_PLAN, [c_char_p, c_char_p, c_char_p, POINTER(CStorageHook)]),
+    "instantsnap_snapshot_prepare_revert_hooked": (
+        _PLAN, [c_char_p, c_char_p, c_char_p, POINTER(CStorageHook)]),
     "instantsnap_revert_plan_disk_count": (c_size_t, [_PLAN]),
     "instantsnap_revert_plan_get_disk": (c_int, [_PLAN, c_size_t, POINTER(CRevertDisk)]),
     "instantsnap_revert_plan_memory_file": (c_char_p, [_PLAN]),
@@ -216,14 +220,14 @@ def _load() -> ctypes.CDLL:
         _declare(found, candidate)
         return found
     raise LibraryNotFound(
-        f"the instantsnap library was not found: {'; '.join(tried)}. Install {SONAME} where the system's loader "
-        f"finds it, or set {ENVIRONMENT} to its path", name="libinstantsnap")
+        f"the instantsnap library was not found: {'; '.join(tried)}. Install {SONAME} where the "
+        f"system's loader finds it, or set {ENVIRONMENT} to its path", name="libinstantsnap")
 
 
 def _candidates() -> list[str]:
     named = os.environ.get(ENVIRONMENT)
     if named:
-        return [named]  # what was asked for, or an error: never silently another one
+        return [named]  # only this file: never silently another one
     here = Path(__file__).resolve().parent
     beside = [str(here / name) for name in ("libinstantsnap.so", SONAME)]
     return [path for path in beside if os.path.exists(path)] + [SONAME]
@@ -234,29 +238,30 @@ def _declare(found: ctypes.CDLL, path: str) -> None:
         try:
             function = getattr(found, name)
         except AttributeError:
-            raise LibraryNotFound(f"{path} has no function {name}: it is not the instantsnap library, or an older "
-                                  "one than this package needs", name="libinstantsnap", path=path) from None
+            raise LibraryNotFound(
+                f"{path} has no function {name}: it is not the instantsnap library, or an older "
+                "one than this package needs", name="libinstantsnap", path=path) from None
         function.restype = result
         function.argtypes = parameters
 
 
 def last_error() -> Error:
-    """Why the last call failed. To be called in the thread of that call, and before any other
+    """The error of the last call. Must be called in the thread of that call, before any other
     call."""
     error = library().instantsnap_last_error().contents
     return error_of(error.code, error.domain, (error.message or b"").decode("utf-8", "replace"))
 
 
 def check(result: int) -> int:
-    """The result of a call that returns -1 where it has failed, else its Error: see
-    last_error()."""
+    """The result of a call. Raises its Error if the result is -1: see last_error()."""
     if result < 0:
         raise last_error()
     return result
 
 
 def encode(text: StrPath, what: str) -> bytes:
-    """A string or path argument as UTF-8. Raises ValueError where C would see only a part of it."""
+    """A string or path argument as UTF-8. Raises ValueError for a NUL, at which C would cut it
+    off."""
     encoded = os.fspath(text).encode("utf-8", "surrogateescape")
     if b"\0" in encoded:
         raise ValueError(f"{what} contains a NUL character")
@@ -269,14 +274,13 @@ def encode_optional(text: Optional[StrPath], what: str) -> Optional[bytes]:
 
 
 def decode(text: bytes) -> str:
-    """A string of the library; bytes of a path that are not UTF-8 survive the way back through
-    encode()."""
+    """A string from the library. Bytes of a path that are not UTF-8 survive a later encode()."""
     return text.decode("utf-8", "surrogateescape")
 
 
 def take_string(pointer: Optional[int]) -> str:
-    """The text of a string that the library gave us, which is freed; for NULL its Error: see
-    last_error()."""
+    """The text of a string that the library returned; frees the string. Raises the Error if the
+    string is NULL: see last_error()."""
     if not pointer:
         raise last_error()
     try:
@@ -286,7 +290,7 @@ def take_string(pointer: Optional[int]) -> str:
 
 
 def take_string_list(pointer: Optional[int]) -> list[str]:
-    """The texts of a NULL-terminated list that the library gave us, which is freed."""
+    """The texts of a NULL-terminated list that the library returned; frees the list."""
     if not pointer:
         return []
     texts: list[str] = []

@@ -16,48 +16,52 @@ if TYPE_CHECKING:
     import libvirt
 
 
-def snapshot_create_xml(dom: "libvirt.virDomain", xml: str,
-                        flags: int = Flag.CREATE_LIVE | Flag.CREATE_INSTANT, *, on_event: Optional[OnEvent] = None,
-                        progress_interval: Optional[float] = None) -> "libvirt.virDomainSnapshot":
-    """Takes a snapshot of a libvirt domain; like dom.snapshotCreateXML(), and with
-    Flag.CREATE_INSTANT too.
+def snapshot_create_xml(
+        dom: "libvirt.virDomain", xml: str, flags: int = Flag.CREATE_LIVE | Flag.CREATE_INSTANT, *,
+        on_event: Optional[OnEvent] = None,
+        progress_interval: Optional[float] = None) -> "libvirt.virDomainSnapshot":
+    """Takes a snapshot of a libvirt domain, like dom.snapshotCreateXML(), but also with
+    Flag.CREATE_INSTANT.
 
     dom: a libvirt.virDomain of a connection to libvirt's QEMU driver on this machine.
-    xml: libvirt's `<domainsnapshot>`. With CREATE_INSTANT it says where memory is to go:
+    xml: libvirt's `<domainsnapshot>`. With CREATE_INSTANT it must name a file for the memory:
         `<domainsnapshot><memory snapshot='external' file='/PATH'/></domainsnapshot>`.
-    flags: Flags, or libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_*, or both together. Without CREATE_INSTANT
-        the call goes to libvirt as it is.
+    flags: Flags, libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_*, or both combined. Without CREATE_INSTANT the
+        call goes unchanged to libvirt.
     on_event, progress_interval: as for Guest.snapshot(). Only with CREATE_INSTANT and without
-    CREATE_NO_METADATA.
+        CREATE_NO_METADATA.
 
     Returns libvirt's own snapshot, a libvirt.virDomainSnapshot with all its methods.
 
     Blocks until the snapshot is complete and on disk: seconds for a guest of some GiB; other
-    threads go on. KeyboardInterrupt, or whatever else a signal handler raises, cancels a snapshot
-    with CREATE_INSTANT, unless it has CREATE_NO_METADATA too: everything is undone, then the
-    exception goes on. Otherwise it goes on when the call has ended. (A snapshot that was complete
-    already stays.)
+    threads go on. KeyboardInterrupt, or any other exception of a signal handler, cancels a snapshot
+    with CREATE_INSTANT, unless it also has CREATE_NO_METADATA: everything is undone, then the
+    exception goes on. Otherwise the exception goes on when the call has ended. (A snapshot that was
+    complete already stays.)
 
     Raises libvirt.libvirtError, with get_error_code(), get_error_domain() (libvirt.VIR_FROM_QEMU)
-    and get_error_message(), and the domain as it was before the call: see Guest.snapshot().
-    (libvirt.virGetLastError() does not have it: the work is done in a thread of its own.) TypeError
-    (not a libvirt.virDomain), ValueError (a NUL character; flags that are no 32-bit number;
-    on_event with flags that have no events), ImportError (no libvirt-python), LibraryNotFound; and
-    what on_event raises.
+    and get_error_message(), and with the domain as it was before the call: see Guest.snapshot().
+    (libvirt.virGetLastError() does not have the error, because another thread did the work.) Also
+    raises TypeError (not a libvirt.virDomain), ValueError (a NUL character; flags that are not a
+    32-bit number; on_event with flags that have no events), ImportError (no libvirt-python),
+    LibraryNotFound, and what on_event raises.
     """
-    domain, text, bits = _binding.domain_pointer(dom), _library.encode(xml, "xml"), checked_flags(flags)
+    domain, text = _binding.domain_pointer(dom), _library.encode(xml, "xml")
+    bits = checked_flags(flags)
     if bits & Flag.CREATE_INSTANT and not bits & Flag.CREATE_NO_METADATA:
         try:
             with Guest.open_libvirt(dom) as guest:
-                name = guest.snapshot(xml, flags=bits, on_event=on_event, progress_interval=progress_interval)
+                name = guest.snapshot(
+                    xml, flags=bits, on_event=on_event, progress_interval=progress_interval)
         except Error as error:
             raise _binding.error_of(error) from None
         return dom.snapshotLookupByName(name)
     if on_event is not None:
-        raise ValueError("on_event is for snapshots with CREATE_INSTANT and without CREATE_NO_METADATA")
+        raise ValueError(
+            "on_event is for snapshots with CREATE_INSTANT and without CREATE_NO_METADATA")
 
     def create() -> "libvirt.virDomainSnapshot":
-        # No object of the driver's own: this is a client.
+        # None instead of a driver's domain object, because this process is a client.
         pointer = library().qemuSnapshotCreateXML(domain, None, text, bits)
         if not pointer:
             raise _binding.last_error("qemuSnapshotCreateXML()")
@@ -67,28 +71,29 @@ def snapshot_create_xml(dom: "libvirt.virDomain", xml: str,
 
 
 def snapshot_revert(snapshot: "libvirt.virDomainSnapshot", flags: int = 0) -> None:
-    """Reverts a domain to a snapshot of it, however that was taken: dom.revertToSnapshot(snapshot,
-    flags). What is done where the libvirt at hand cannot do it is told at qemuSnapshotRevert() in
-    instantsnap-libvirt.h.
+    """Reverts a domain to one of its snapshots, however that was taken, like
+    dom.revertToSnapshot(snapshot, flags). qemuSnapshotRevert() in instantsnap-libvirt.h says what
+    is done if this libvirt cannot do it.
 
     flags: libvirt.VIR_DOMAIN_SNAPSHOT_REVERT_*.
 
-    Blocks until it is done: seconds for a guest of some GiB; other threads go on. An exception that
-    a signal handler raises meanwhile, as KeyboardInterrupt, goes on when it is done. Raises
-    libvirt.libvirtError, TypeError (not a libvirt.virDomainSnapshot), ValueError (flags that are no
-    32-bit number), ImportError (no libvirt-python), LibraryNotFound.
+    Blocks until the domain is reverted: seconds for a guest of some GiB; other threads go on. If a
+    signal handler raises an exception meanwhile, for example KeyboardInterrupt, it goes on
+    afterwards. Raises libvirt.libvirtError, TypeError (not a libvirt.virDomainSnapshot), ValueError
+    (flags that are not a 32-bit number), ImportError (no libvirt-python), LibraryNotFound.
     """
     _change(snapshot, "qemuSnapshotRevert", flags)
 
 
 def snapshot_delete(snapshot: "libvirt.virDomainSnapshot", flags: int = 0) -> None:
-    """Deletes a snapshot: snapshot.delete(flags). What is done where the libvirt at hand cannot do
-    it is told at qemuSnapshotDelete() in instantsnap-libvirt.h. The object stays, with its name.
+    """Deletes a snapshot, like snapshot.delete(flags). qemuSnapshotDelete() in
+    instantsnap-libvirt.h says what is done if this libvirt cannot do it. The object stays, with its
+    name.
 
     flags: libvirt.VIR_DOMAIN_SNAPSHOT_DELETE_*.
 
-    Blocks until it is done, which may be as long as the snapshot's disks take to be merged;
-    signals, and what is raised, as for snapshot_revert().
+    Blocks until the snapshot is deleted, which can include merging its disks. Signals and
+    exceptions are as for snapshot_revert().
     """
     _change(snapshot, "qemuSnapshotDelete", flags)
 
@@ -104,4 +109,4 @@ def _change(snapshot: "libvirt.virDomainSnapshot", function: str, flags: int) ->
 
 
 def _nothing() -> None:
-    """What cannot be cancelled is waited for."""
+    """The `cancel` of an operation that cannot be cancelled: interruptible() waits for its end."""

@@ -14,16 +14,21 @@ from ._storage import Hook, OnRevert
 @dataclasses.dataclass(frozen=True)
 class RevertDisk:
     """One disk of a plan."""
-    name: str                     #: its name in the snapshot: `vda`, a qdev id, a drive alias or a node name
-    file: Path                    #: absolute path of the image that this disk must use: fresh, this plan's own, or what `revert` named
-    format: str                   #: "qcow2"; for UEFI variables, and what `revert` named, that of the original
-    backing_file: Optional[Path]  #: the snapshot's image beneath it, never to be written; None for those two
+    #: its name in the snapshot: `vda`, a qdev id, a drive alias or a node name
+    name: str
+    #: absolute path of the image that this disk must use: a fresh one, or the one that `revert`
+    #: named
+    file: Path
+    #: "qcow2"; for UEFI variables and for what `revert` named, the format of the original
+    format: str
+    #: the snapshot's image below it, which must never be written; None for those two
+    backing_file: Optional[Path]
 
 
 @dataclasses.dataclass(frozen=True)
 class RevertPlan:
-    """What a QEMU that is to continue a snapshot must be started with, besides `-incoming defer`.
-    The images it names stay until the caller removes them."""
+    """What a QEMU that continues a snapshot must be started with, besides `-incoming defer`. The
+    images that the plan names stay until the caller removes them."""
     disks: list[RevertDisk]
     memory_file: Path  #: absolute path of the memory image
     domain_xml: str    #: the `<domain>` XML of the snapshot
@@ -31,7 +36,7 @@ class RevertPlan:
 
 def prepare_revert(state_dir: StrPath, name: str, directory: Optional[StrPath] = None,
                    revert: Optional[OnRevert] = None) -> RevertPlan:
-    """Makes a fresh overlay on each disk image of a snapshot, and says what to start QEMU with.
+    """Creates a fresh overlay on each disk image of a snapshot, and says what to start QEMU with.
 
     Then start QEMU with the machine of the original (same machine type, CPU, memory size and
     devices), each disk on the file that the plan names, and `-incoming defer`; then call
@@ -40,14 +45,15 @@ def prepare_revert(state_dir: StrPath, name: str, directory: Optional[StrPath] =
 
     state_dir: the state directory with which the snapshot was taken. It must belong to this user or
         to root, and no other user may write to it.
-    directory: where the fresh images are made; None: beside each of the snapshot's images.
-    revert: for a snapshot with disks that were left to Guest.set_storage_hook(), and needed there:
-        called with a StorageCall when everything else has succeeded. Returns, for each disk of it,
-        the path of a file or device with what the disk was at the instant, in the disk's own
-        format, which the continued guest may write to. They are the last disks of the plan. What it
-        raises is raised here.
+    directory: where the fresh images are created; None: beside each of the snapshot's images.
+    revert: required for a snapshot with disks that were left to Guest.set_storage_hook(), and only
+        used for those. Called with a StorageCall after everything else has succeeded. Returns for
+        each disk of the call the path of a file or device that has the disk's content at the
+        instant, in the disk's own format; the continued guest writes to it. These are the last
+        disks of the plan. Its exceptions are raised here.
 
-    Blocks for some 10 ms a disk, where a server of an image below does not answer for 30 s. Raises
+    Blocks for some 10 ms for each disk; for 30 s if the server of an image below does not answer.
+    Raises
     NotFound, or Error with nothing left behind: INVALID_DOMAIN_SNAPSHOT (an image is missing; the
     memory image is incomplete, cut off or damaged), OPERATION_UNSUPPORTED (`revert` is needed),
     ACCESS_DENIED (other users can write to state_dir), OPERATION_TIMEOUT (a server of an image

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The caller's storage, which snapshots the disks that QEMU does not."""
+"""Storage hooks: the caller's storage snapshots disks instead of QEMU."""
 
 import ctypes
 import dataclasses
@@ -17,7 +17,9 @@ from ._library import StrPath
 class StorageDisk:
     """A disk that is left to a storage hook."""
     name: str    #: its name: `vda`, a qdev id, a drive alias or a node name
-    source: str  #: its image or device, as QEMU (for a domain of libvirt: its XML) has it: a path as a rule
+    #: its image or device, usually a path: as QEMU names it; for a domain of libvirt, as its XML
+    #: does
+    source: str
     format: str  #: the format of that: "raw", "qcow2"
 
 
@@ -26,22 +28,22 @@ class StorageCall:
     """What a storage hook is called for."""
     snapshot: str             #: the snapshot's name
     disks: list[StorageDisk]  #: the disks with snapshot='manual'
-    paused_us: int            #: microseconds for which the guest has been paused so far; 0 where it was paused already
-    deadline_us: int          #: microseconds that it may take; 0: no limit
+    paused_us: int            #: how long the guest was paused so far; 0: it was paused already
+    deadline_us: int          #: how long the hook may take, microseconds; 0: no limit
 
 
-#: Snapshots the storage of the disks, or removes that again; what it returns does not matter.
+#: Snapshots the storage of the disks, or removes that snapshot. Its result is ignored.
 OnStorage = Callable[[StorageCall], object]
 #: Names the files or devices for the disks, one for each.
 OnRevert = Callable[[StorageCall], Sequence[StrPath]]
 
 
 class Hook:
-    """A hook of the C library's that calls Python functions. It must live for as long as the
-    library may call.
+    """A hook for the C library that calls Python functions. It must live as long as the library may
+    call it.
 
-    The last exception of one of them is kept, and is known by the number that C is given in its
-    place.
+    The hook keeps the last exception of one of the functions. To C it returns a number instead, by
+    which reason() recognises the exception.
     """
 
     def __init__(self, snapshot: Optional[OnStorage] = None, undo: Optional[OnStorage] = None,
@@ -62,8 +64,7 @@ class Hook:
             self.structure.deadline_ms = milliseconds(deadline, "deadline")
 
     def reason(self, error: Error) -> BaseException:
-        """What a function has raised, where that is why the library has failed; else the error
-        itself."""
+        """The exception of a function if it made the library fail; else the error itself."""
         number = re.search(r"it returned (\d+)", error.message)
         if self._raised is not None and number is not None and int(number[1]) == self._number:
             return self._raised
@@ -79,7 +80,8 @@ class Hook:
 
     def _call_undo(self, call: Any, opaque: Optional[int]) -> None:
         assert self._undo is not None
-        self._undo(_call_of(call.contents))  # ctypes tells sys.unraisablehook what it raises
+        # ctypes passes its exceptions to sys.unraisablehook.
+        self._undo(_call_of(call.contents))
 
     def _call_revert(self, call: Any, files: Any, opaque: Optional[int]) -> int:
         assert self._revert is not None
@@ -104,13 +106,14 @@ def _call_of(call: _library.CStorageCall) -> StorageCall:
     disks = [call.disks[index].contents for index in range(call.disk_count)]
     return StorageCall(
         snapshot=_library.decode(call.snapshot),
-        disks=[StorageDisk(*map(_library.decode, (disk.name, disk.source, disk.format))) for disk in disks],
+        disks=[StorageDisk(*map(_library.decode, (disk.name, disk.source, disk.format)))
+               for disk in disks],
         paused_us=call.paused_us,
         deadline_us=call.deadline_us)
 
 
 def _strdup(text: bytes) -> int:
-    """A string of malloc()'s, which the C library frees."""
+    """A copy from malloc(), which the C library frees."""
     strdup = ctypes.CDLL(None).strdup
     strdup.restype, strdup.argtypes = ctypes.c_void_p, [ctypes.c_char_p]
     copy = strdup(text)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Tasks of an asyncio event loop that wait for news of a job. Nothing here knows what a job is."""
+"""Tasks of an asyncio event loop that wait for a descriptor. This module does not know jobs."""
 
 import asyncio
 import contextlib
@@ -8,16 +8,18 @@ from typing import Optional
 
 
 class Waiters:
-    """Any number of tasks of one event loop that wait until a descriptor is readable, for which
-    asyncio itself knows a single callback; or until they are woken."""
+    """Any number of tasks of one event loop that wait until a descriptor is readable, or until
+    wake() is called. (asyncio itself allows one callback for each descriptor.)"""
 
     def __init__(self) -> None:
         self._futures: set["asyncio.Future[None]"] = set()
         self._loop: Optional[asyncio.AbstractEventLoop] = None
-        self._fd = -1  # a duplicate: its owner may close his at any time, and the number be another's
+        # A duplicate: the owner may close the original at any time, and its number be reused.
+        self._fd = -1
 
     async def wait(self, fd: int) -> None:
-        """Returns when there may be news. Raises RuntimeError while tasks of another loop wait."""
+        """Returns when the descriptor may be readable. Raises RuntimeError while tasks of another
+        loop wait."""
         loop = asyncio.get_running_loop()
         if not self._futures:
             self._fd = os.dup(fd)
@@ -37,10 +39,10 @@ class Waiters:
                 self._loop = None
 
     def wake(self) -> None:
-        """Wakes all that wait. May be called from any thread."""
+        """Wakes all waiting tasks. Any thread may call it."""
         loop = self._loop
         if loop is not None:
-            with contextlib.suppress(RuntimeError):  # it was closed
+            with contextlib.suppress(RuntimeError):  # the loop was closed
                 loop.call_soon_threadsafe(self._wake)
 
     def _wake(self) -> None:
