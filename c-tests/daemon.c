@@ -1,13 +1,13 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
  * daemon SOCKET DIRECTORY GUEST=IMAGE... -- QEMU [ARGUMENT]...: runs a QEMU for each guest, and
- * takes snapshots of them and brings them back for whoever connects to SOCKET: the driver's way in,
- * as a program with one event loop uses it.
+ * takes, reverts and deletes their snapshots for the clients that connect to SOCKET. It uses the
+ * driver backend with one event loop. examples/daemon.c is a short one.
  *
- * The command after `--` is every guest's; the daemon adds the disk (a qcow2 IMAGE) and the
- * monitor. It is run in DIRECTORY/GUEST, where the guest's snapshots are recorded too.
+ * All guests run the command after `--`; the daemon adds the disk (a qcow2 IMAGE) and the monitor.
+ * It runs the command in DIRECTORY/GUEST, where the guest's snapshots are recorded too.
  *
- * A client sends lines, and gets lines:
+ * A client sends lines, and receives lines:
  *
  *     snapshot GUEST [NAME]   instant GUEST NAME: the guest may be changed; later, done GUEST NAME
  *     list GUEST              ok NAME...
@@ -17,9 +17,9 @@
  *
  * or, in place of any of these, error GUEST WHY. SIGTERM ends the daemon and its guests.
  *
- * Who does what: the event loop alone reads QEMU's monitors. The library calls back from threads of
- * its own, one for each job: such a callback writes a command, and sleeps until the loop hands it
- * QEMU's reply. The loop itself never waits for QEMU.
+ * The event loop alone reads QEMU's monitors. The library calls back on threads of its own, one for
+ * each job: such a callback writes a command, and sleeps until the loop hands it QEMU's reply. The
+ * loop itself never waits for QEMU.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -46,14 +46,14 @@
 #define MAX_ARGUMENTS 256
 #define LINE 4096
 
-/* A descriptor in the event loop, and what is done when it can be read. */
+/* A descriptor in the event loop, and the function to call when it is readable. */
 struct watch {
     int fd;
     void (*ready)(void *owner);
     void *owner;
 };
 
-/* A client, and what it has sent of a line so far. */
+/* A client, and the part of a line that it has sent so far. */
 struct client {
     struct watch watch;
     char line[LINE];
@@ -66,7 +66,10 @@ struct guest {
     pid_t qemu;
     instantsnap_guest *handle;
 
-    /* What the client wants: one thing at a time. The loop's own, but for `error`, which the reverting thread leaves behind. */
+    /*
+     * The client's request, one at a time. Only the loop uses these, except for `error`, which the
+     * reverting thread sets.
+     */
     struct client *client;
     struct watch job_watch;
     instantsnap_job *job;
@@ -74,14 +77,14 @@ struct guest {
     char snapshot[256];
     char *error;
 
-    /* QEMU's monitor: the loop reads, a thread of the library's writes and waits. */
+    /* QEMU's monitor: the loop reads it; a thread of the library writes to it and waits. */
     pthread_mutex_t lock;
     pthread_cond_t changed;
     struct watch monitor; /* its fd is -1 once QEMU has gone */
-    char *image;          /* what QEMU was started on */
-    char *received;       /* what has come of a line */
+    char *image;          /* the image that QEMU was started on */
+    char *received;       /* the part of a line that has arrived */
     size_t length;
-    unsigned int last_id, awaited; /* 0: nobody waits */
+    unsigned int last_id, awaited; /* 0: no thread waits */
     char *reply;
 };
 
@@ -124,7 +127,10 @@ static void unwatch(struct watch *watch)
 
 /* QEMU's monitor, as the event loop sees it. */
 
-/* Where the value of this member of a JSON object begins; NULL where the object itself has no such member. */
+/*
+ * Returns where the value of this member of a JSON object begins; NULL if the object itself has no
+ * such member.
+ */
 static const char *member(const char *json, const char *name)
 {
     int depth = 0;
@@ -149,7 +155,10 @@ static const char *member(const char *json, const char *name)
     return NULL;
 }
 
-/* With the lock held: an event is the library's to know; a reply is for whoever waits for it, and one that is late for nobody. */
+/*
+ * Called with the lock held. Passes an event to the library, and a reply to the thread that waits
+ * for it. Drops a reply that comes too late.
+ */
 static void read_message(struct guest *guest, const char *line)
 {
     const char *id = member(line, "id");
@@ -186,7 +195,7 @@ static void monitor_ready(void *owner)
         memcpy(guest->received + guest->length, buffer, (size_t) got);
         guest->length += (size_t) got;
         guest->received[guest->length] = '\0';
-        /* Only what is new can have the end of a line. */
+        /* Only the new bytes can contain the end of a line. */
         if (memchr(buffer, '\n', (size_t) got)) {
             char *line = guest->received;
 
@@ -202,9 +211,9 @@ static void monitor_ready(void *owner)
     pthread_mutex_unlock(&guest->lock);
 }
 
-/* What the library calls back, on a thread of its own; one at a time for one guest. */
+/* The callbacks. The library calls them on its own threads, one at a time for one guest. */
 
-/* Never blocks: where QEMU reads nothing any more, the loop must not come to wait for the lock. */
+/* Never blocks: if QEMU reads nothing any more, the loop must not have to wait for the lock. */
 static int send_line(int fd, const char *line, const int *fds, size_t fd_count)
 {
     union {
@@ -225,7 +234,8 @@ static int send_line(int fd, const char *line, const int *fds, size_t fd_count)
     return sendmsg(fd, &message, MSG_DONTWAIT | MSG_NOSIGNAL) == (ssize_t) strlen(line) ? 0 : -1;
 }
 
-static int run_command(void *opaque, const char *command, const int *fds, size_t fd_count, unsigned int timeout_ms, char **reply)
+static int run_command(void *opaque, const char *command, const int *fds, size_t fd_count,
+                       unsigned int timeout_ms, char **reply)
 {
     struct guest *guest = opaque;
     struct timespec deadline;
@@ -242,7 +252,7 @@ static int run_command(void *opaque, const char *command, const int *fds, size_t
 
     pthread_mutex_lock(&guest->lock);
     guest->awaited = ++guest->last_id;
-    /* Into the object: the command begins with a brace. */
+    /* The id goes into the command's own object, after its brace. */
     line = text("{\"id\": %u, %s\n", guest->awaited, command + 1);
     if (guest->monitor.fd < 0 || send_line(guest->monitor.fd, line, fds, fd_count) < 0)
         guest->awaited = 0;
@@ -254,7 +264,8 @@ static int run_command(void *opaque, const char *command, const int *fds, size_t
     pthread_mutex_unlock(&guest->lock);
     free(line);
     if (!*reply)
-        instantsnap_driver_set_reason(waited ? "QEMU did not answer in time" : "QEMU has closed its monitor");
+        instantsnap_driver_set_reason(waited ? "QEMU did not answer in time"
+                                             : "QEMU has closed its monitor");
     return *reply ? 0 : -1;
 }
 
@@ -270,18 +281,24 @@ static int ask_state(void *opaque)
         pthread_mutex_unlock(&guest->lock);
         return state;
     }
-    state = strstr(reply, "\"running\": true") ? INSTANTSNAP_DRIVER_RUNNING : INSTANTSNAP_DRIVER_PAUSED;
+    state = strstr(reply, "\"running\": true") ? INSTANTSNAP_DRIVER_RUNNING
+                                               : INSTANTSNAP_DRIVER_PAUSED;
     free(reply);
     return state;
 }
 
-/* As much of libvirt's <domain> as there is to be known. The disk is found by its target; where it is now, QEMU says. */
+/*
+ * As much of libvirt's <domain> as the library needs. It finds the disk by its target, and asks
+ * QEMU where the disk is now.
+ */
 static char *tell_domain_xml(void *opaque)
 {
     struct guest *guest = opaque;
 
-    return text("<domain type='qemu'><name>%s</name><devices><disk type='file' device='disk'><driver name='qemu' type='qcow2'/>"
-                "<source file='%s'/><target dev='vda' bus='virtio'/></disk></devices></domain>", guest->name, guest->image);
+    return text("<domain type='qemu'><name>%s</name><devices>"
+                "<disk type='file' device='disk'><driver name='qemu' type='qcow2'/>"
+                "<source file='%s'/><target dev='vda' bus='virtio'/></disk></devices></domain>",
+                guest->name, guest->image);
 }
 
 static char *tell_state_dir(void *opaque)
@@ -289,7 +306,7 @@ static char *tell_state_dir(void *opaque)
     return strdup(((struct guest *) opaque)->directory);
 }
 
-/* Should this process be killed in a pause, its guest runs on all the same. */
+/* If this process is killed in a pause, the watchdog resumes the guest by this socket. */
 static char *tell_guard_socket(void *opaque)
 {
     return strdup(((struct guest *) opaque)->guard_socket);
@@ -322,8 +339,11 @@ static void start_qemu(struct guest *guest, const char *image, int incoming)
     own[2] = text("unix:%s,server=on,wait=off", guest->guard_socket);
     for (; qemu_command[count] && count < MAX_ARGUMENTS; count++)
         arguments[count] = qemu_command[count];
-    char *const more[] = {"-blockdev", own[0], "-device", "virtio-blk-pci,drive=disk,id=vda", "-chardev", own[1], "-mon",
-                          "chardev=monitor,mode=control", "-qmp", own[2], incoming ? "-incoming" : NULL, "defer", NULL};
+    char *const more[] = {
+        "-blockdev", own[0], "-device", "virtio-blk-pci,drive=disk,id=vda",
+        "-chardev", own[1], "-mon", "chardev=monitor,mode=control", "-qmp", own[2],
+        incoming ? "-incoming" : NULL, "defer", NULL
+    };
     memcpy(arguments + count, more, sizeof(more));
 
     posix_spawn_file_actions_init(&actions);
@@ -342,7 +362,9 @@ static void start_qemu(struct guest *guest, const char *image, int incoming)
     for (size_t i = 0; i < 3; i++)
         free(own[i]);
 
-    /* Its reply has no id, and nobody waits for it: QEMU takes one command after the other. */
+    /*
+     * The reply has no id, and no thread waits for it: QEMU executes one command after the other.
+     */
     send_line(ends[0], "{\"execute\": \"qmp_capabilities\"}\n", NULL, 0);
     pthread_mutex_lock(&guest->lock);
     free(guest->image);
@@ -364,13 +386,16 @@ static void say(struct client *client, const char *format, ...)
     va_end(arguments);
     if (length < 0)
         die("vasprintf");
-    /* It may have gone since it asked. One that does not read what it is told is not waited for. */
+    /*
+     * The client may have gone since its request. The daemon does not wait for one that does not
+     * read.
+     */
     if (client)
         send(client->watch.fd, line, (size_t) length, MSG_DONTWAIT | MSG_NOSIGNAL);
     free(line);
 }
 
-/* The end of what the client wanted. */
+/* Ends the client's request. */
 static void finish(struct guest *guest, const char *error)
 {
     if (error)
@@ -390,7 +415,9 @@ static void job_ready(void *owner)
         if (event.type == INSTANTSNAP_EVENT_INSTANT)
             say(guest->client, "instant %s %s\n", guest->name, guest->snapshot);
         if (event.type == INSTANTSNAP_EVENT_COMPLETE || event.type == INSTANTSNAP_EVENT_FAILED) {
-            finish(guest, instantsnap_job_get_result(guest->job) < 0 ? instantsnap_last_error()->message : NULL);
+            finish(guest, instantsnap_job_get_result(guest->job) < 0
+                              ? instantsnap_last_error()->message
+                              : NULL);
             unwatch(&guest->job_watch);
             instantsnap_job_free(guest->job);
             guest->job = NULL;
@@ -400,12 +427,14 @@ static void job_ready(void *owner)
 
 static void snapshot(struct guest *guest)
 {
-    /* At once: what takes time is done by the job's thread, and the job's descriptor tells of it. */
-    instantsnap_create_options options = {.size = sizeof(options), .flags = INSTANTSNAP_CREATE_AT_ONCE};
+    /* At once: the job's thread does what takes time, and the job's descriptor reports it. */
+    instantsnap_create_options options = {.size = sizeof(options),
+                                          .flags = INSTANTSNAP_CREATE_AT_ONCE};
     char *xml = text("<domainsnapshot><name>%s</name></domainsnapshot>", guest->snapshot);
 
-    guest->job = instantsnap_snapshot_create_start(guest->handle, xml, VIR_DOMAIN_SNAPSHOT_CREATE_LIVE |
-                                                   VIR_DOMAIN_SNAPSHOT_CREATE_INSTANT, &options);
+    guest->job = instantsnap_snapshot_create_start(
+        guest->handle, xml, VIR_DOMAIN_SNAPSHOT_CREATE_LIVE | VIR_DOMAIN_SNAPSHOT_CREATE_INSTANT,
+        &options);
     free(xml);
     if (guest->job)
         watch(&guest->job_watch, instantsnap_job_get_fd(guest->job), job_ready, guest);
@@ -430,12 +459,15 @@ static void list(struct guest *guest, struct client *client)
     free(line);
 }
 
-/* Another QEMU in place of the one that there is, continuing the snapshot. It takes a while: a thread of its own. */
+/*
+ * Replaces QEMU by another one that continues the snapshot. It takes a while, so it has a thread.
+ */
 static void *revert(void *opaque)
 {
     struct guest *guest = opaque;
     instantsnap_revert_disk disk = {.size = sizeof(disk)};
-    instantsnap_revert_plan *plan = instantsnap_snapshot_prepare_revert(guest->directory, guest->snapshot, NULL);
+    instantsnap_revert_plan *plan =
+        instantsnap_snapshot_prepare_revert(guest->directory, guest->snapshot, NULL);
     char *reply = NULL;
 
     if (!plan || instantsnap_revert_plan_get_disk(plan, 0, &disk) < 0) {
@@ -444,7 +476,7 @@ static void *revert(void *opaque)
         run_command(guest, "{\"execute\": \"quit\"}", NULL, 0, 5000, &reply);
         free(reply);
         waitpid(guest->qemu, NULL, 0);
-        /* The loop has to have read the monitor to its end, too. */
+        /* The loop must have read the monitor to its end, too. */
         pthread_mutex_lock(&guest->lock);
         while (guest->monitor.fd >= 0)
             pthread_cond_wait(&guest->changed, &guest->lock);
@@ -471,7 +503,10 @@ static void work_ended(void *owner)
     guest->error = NULL;
 }
 
-/* Merges what the guest has written since, which takes as long as there is of that. */
+/*
+ * Merges what the guest has written since the snapshot; the more it has written, the longer it
+ * takes.
+ */
 static void *delete(void *opaque)
 {
     struct guest *guest = opaque;
@@ -494,12 +529,15 @@ static void start(void *work(void *), struct guest *guest)
 
 static int is_name(const char *name)
 {
-    return name[strspn(name, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-")] == '\0';
+    return name[strspn(name, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-")] ==
+           '\0';
 }
 
 static void obey(struct client *client, char *line)
 {
-    char *rest = NULL, *command = strtok_r(line, " \r", &rest), *name = strtok_r(NULL, " \r", &rest);
+    char *rest = NULL;
+    char *command = strtok_r(line, " \r", &rest);
+    char *name = strtok_r(NULL, " \r", &rest);
     char *snapshot_name = strtok_r(NULL, " \r", &rest);
     struct guest *guest = NULL;
 
@@ -542,13 +580,14 @@ static void obey(struct client *client, char *line)
 static void client_ready(void *owner)
 {
     struct client *client = owner;
-    ssize_t got = recv(client->watch.fd, client->line + client->length, LINE - 1 - client->length, MSG_DONTWAIT);
+    ssize_t got = recv(client->watch.fd, client->line + client->length, LINE - 1 - client->length,
+                       MSG_DONTWAIT);
     char *end;
 
     if (got < 0 && (errno == EAGAIN || errno == EINTR))
         return;
     if (got <= 0) {
-        /* Gone, or its line is too long. What it wanted is done all the same. */
+        /* The client has gone, or its line is too long. Its request goes on. */
         for (int i = 0; i < guest_count; i++) {
             if (guests[i].client == client)
                 guests[i].client = NULL;
@@ -649,7 +688,8 @@ int main(int argc, char **argv)
     sigemptyset(&terminate);
     sigaddset(&terminate, SIGTERM);
     sigaddset(&terminate, SIGINT);
-    pthread_sigmask(SIG_BLOCK, &terminate, NULL); /* before there are threads, which have it from here */
+    /* Before there are threads, because they inherit the mask. */
+    pthread_sigmask(SIG_BLOCK, &terminate, NULL);
     watch(&signals, signalfd(-1, &terminate, SFD_CLOEXEC), end, NULL);
     if (pipe2(ended, O_CLOEXEC) < 0)
         die("pipe");
@@ -668,7 +708,7 @@ int main(int argc, char **argv)
         struct watch *ready;
         long long woken;
 
-        /* One at a time: what is done for one can be the end of another. */
+        /* One event at a time: handling one can remove the owner of another. */
         if (epoll_wait(epoll, &event, 1, -1) < 1)
             continue;
         woken = now_us();

@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """daemon_client.py SOCKET REQUEST...: sends these requests to c-tests/daemon.c, all at once, and
-prints what it answers.
+prints the answers.
 
     daemon_client.py daemon.sock "snapshot web before" "snapshot db before"
     daemon_client.py daemon.sock "list web" stats
     daemon_client.py daemon.sock "revert web before"
 
-Ends when each request has had its last answer. Exit status 1: one of them is an error.
+Ends when each request has its last answer. Exit status 1: an answer is an error.
 """
 
 import socket
@@ -23,7 +23,7 @@ def main():
         answers = connection.makefile(encoding="utf-8")
         while left and (answer := answers.readline()):
             print(answer, end="", flush=True)
-            # `instant` is not the last: its snapshot is still being saved.
+            # `instant` is not the last answer: the snapshot is still being saved.
             left -= answer.split()[0] in ("ok", "done", "error")
             failed |= answer.startswith("error")
     if left:

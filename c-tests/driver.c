@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * The driver's way in, by a driver like libvirt's: it has a lock of its own, held when it calls, a
- * monitor and metadata of its own. Then its callbacks fail, lie, stall and call back, one after the
- * other, and the guest must be none the worse.
+ * The driver backend, with a driver like libvirt's: it has its own lock, held when it calls, its
+ * own monitor and its own metadata. Then its callbacks fail, lie, stall and call the library, one
+ * after the other, and the guest must not suffer.
  */
 #define _GNU_SOURCE
 #include <dirent.h>
@@ -26,11 +26,11 @@ int qemuSnapshotRevert(void *vm, void *snapshot, unsigned int flags);
 int qemuSnapshotDelete(void *vm, void *snapshot, unsigned int flags);
 
 enum callback {
-    MONITOR, STATE, DOMAIN_XML, STATE_DIR, RECORD, FORGET, SNAPSHOT_XML, CURRENT, PAUSE, RESUME, SWITCH, MERGED, BEGIN, END,
-    GUARD, REPORT, MAKE, NAME, RESTART, CALLBACKS
+    MONITOR, STATE, DOMAIN_XML, STATE_DIR, RECORD, FORGET, SNAPSHOT_XML, CURRENT, PAUSE, RESUME,
+    SWITCH, MERGED, BEGIN, END, GUARD, REPORT, MAKE, NAME, RESTART, CALLBACKS
 };
 
-/* What goes wrong, at which call of which callback. */
+/* A fault: what goes wrong, at which call of which callback. */
 struct fault {
     enum { NOTHING, FAILS, FAILS_AFTERWARDS, LIES, STALLS, ACTS } kind;
     enum callback in;
@@ -47,7 +47,7 @@ struct snapshot {
 
 struct domain {
     pthread_mutex_t lock;
-    int uses_lock, works, claims_off; /* works: between begin_job and end_job */
+    int uses_lock, works, claims_off; /* an operation is between begin_job and end_job */
     const char *directory, *disk, *format, *guard_socket;
     pid_t qemu;
     int socket;
@@ -80,7 +80,7 @@ static void connect_monitor(struct domain *domain, const char *socket_name)
     free(line);
 }
 
-/* One command, and its reply, for free(); NULL where QEMU has gone. */
+/* Runs one command. Returns its reply, for free(); NULL if QEMU has gone. */
 static char *converse(struct domain *domain, const char *command, const int *fds, size_t fd_count)
 {
     union {
@@ -115,7 +115,7 @@ static char *converse(struct domain *domain, const char *command, const int *fds
     }
 }
 
-/* Whether QEMU says so. */
+/* Whether QEMU's reply contains this. */
 static int says(struct domain *domain, const char *command, const char *part)
 {
     char *reply = converse(domain, harness_text("{\"execute\": \"%s\"}", command), NULL, 0);
@@ -135,7 +135,7 @@ static int refuse(void)
     return -1;
 }
 
-/* Each begins with this: whether it is the one that goes wrong. */
+/* Each callback begins with this. Returns whether this call is the one that goes wrong. */
 static int enter(struct domain *domain, enum callback callback)
 {
     struct fault *fault = &domain->fault;
@@ -156,14 +156,15 @@ static int fails(struct domain *domain, enum callback callback)
     return enter(domain, callback) && domain->fault.kind == FAILS;
 }
 
-/* A hit is over only once it is too late. */
+/* A hit takes longer than the callback's time. */
 static void stall(struct domain *domain, unsigned int timeout_ms)
 {
     if (domain->fault.kind == STALLS && timeout_ms <= PAUSE_LIMIT_MS)
         usleep((timeout_ms + 20) * 1000);
 }
 
-static int on_monitor(void *opaque, const char *command, const int *fds, size_t fd_count, unsigned int timeout_ms, char **reply)
+static int on_monitor(void *opaque, const char *command, const int *fds, size_t fd_count,
+                      unsigned int timeout_ms, char **reply)
 {
     struct domain *domain = opaque;
     int wrong = enter(domain, MONITOR);
@@ -182,7 +183,7 @@ static int on_monitor(void *opaque, const char *command, const int *fds, size_t 
         return 0;
     stall(domain, timeout_ms);
     if (domain->fault.kind == FAILS_AFTERWARDS)
-        return refuse(); /* a reply that is there is freed nevertheless */
+        return refuse(); /* the library frees a reply even after a failure */
     if (domain->fault.kind == LIES) {
         free(*reply);
         *reply = domain->fault.lie ? strdup(domain->fault.lie) : NULL;
@@ -209,7 +210,7 @@ static int on_state(void *opaque)
     return state;
 }
 
-/* A string that is returned: the truth, or what goes for it. */
+/* The string that a callback returns: the right one, or the fault's. */
 static char *answer(struct domain *domain, enum callback callback, const char *truth)
 {
     if (!enter(domain, callback))
@@ -224,10 +225,13 @@ static char *on_domain_xml(void *opaque)
 {
     struct domain *domain = opaque;
 
-    return answer(domain, DOMAIN_XML,
-                  harness_text("<domain type='qemu'><name>guest</name><memory unit='MiB'>64</memory><devices>"
-                               "<disk type='file' device='disk'><driver name='qemu' type='%s'/><source file='%s'/>"
-                               "<target dev='vda' bus='virtio'/></disk></devices></domain>", domain->format, domain->disk));
+    return answer(
+        domain, DOMAIN_XML,
+        harness_text(
+            "<domain type='qemu'><name>guest</name><memory unit='MiB'>64</memory><devices>"
+            "<disk type='file' device='disk'><driver name='qemu' type='%s'/><source file='%s'/>"
+            "<target dev='vda' bus='virtio'/></disk></devices></domain>",
+            domain->format, domain->disk));
 }
 
 static char *on_state_dir(void *opaque)
@@ -254,7 +258,8 @@ static int on_record(void *opaque, const char *name, const char *xml)
     CHECK(!*find(domain, name));
     snapshot = malloc(sizeof(*snapshot));
     CHECK(snapshot);
-    *snapshot = (struct snapshot) {.next = domain->snapshots, .name = strdup(name), .xml = strdup(xml)};
+    *snapshot =
+        (struct snapshot) {.next = domain->snapshots, .name = strdup(name), .xml = strdup(xml)};
     domain->snapshots = snapshot;
     return 0;
 }
@@ -292,8 +297,9 @@ static char *on_current(void *opaque)
     return answer(opaque, CURRENT, snapshot ? snapshot->name : NULL);
 }
 
-/* A command of a callback's own. */
-static int does(struct domain *domain, enum callback callback, const char *command, unsigned int timeout_ms)
+/* A QMP command that a callback runs itself. */
+static int does(struct domain *domain, enum callback callback, const char *command,
+                unsigned int timeout_ms)
 {
     int wrong = enter(domain, callback), done;
     char *reply;
@@ -319,15 +325,19 @@ static int on_resume(void *opaque, unsigned int timeout_ms)
     return does(opaque, RESUME, "{\"execute\": \"cont\"}", timeout_ms);
 }
 
-static int on_switch(void *opaque, const instantsnap_driver_disk *disks, size_t count, unsigned int timeout_ms)
+static int on_switch(void *opaque, const instantsnap_driver_disk *disks, size_t count,
+                     unsigned int timeout_ms)
 {
     CHECK(count == 1);
     CHECK(disks->size == sizeof(*disks));
     CHECK(strcmp(disks->name, "vda") == 0);
     CHECK(disks->overlay[0] == '/');
-    return does(opaque, SWITCH, harness_text("{\"execute\": \"transaction\", \"arguments\": {\"actions\": [{\"type\": "
-                                             "\"blockdev-snapshot\", \"data\": {\"node\": \"%s\", \"overlay\": \"%s\"}}]}}",
-                                             disks->node, disks->overlay_node), timeout_ms);
+    return does(
+        opaque, SWITCH,
+        harness_text("{\"execute\": \"transaction\", \"arguments\": {\"actions\": [{\"type\": "
+                     "\"blockdev-snapshot\", \"data\": {\"node\": \"%s\", \"overlay\": \"%s\"}}]}}",
+                     disks->node, disks->overlay_node),
+        timeout_ms);
 }
 
 static void on_merged(void *opaque, const instantsnap_driver_disk *disks, size_t count)
@@ -382,7 +392,7 @@ static void on_report(void *opaque, int code, int from, const char *message)
     snprintf(domain->message, sizeof(domain->message), "%s", message);
 }
 
-/* The driver's own snapshot object: here, its name. */
+/* The driver's own snapshot object: here, the snapshot's name. */
 static void *on_make(void *opaque, void *connection, const char *name)
 {
     CHECK(connection == opaque); /* what qemuSnapshotCreateXML() was given */
@@ -419,13 +429,13 @@ static int on_restart(void *opaque, const instantsnap_revert_plan *plan)
     return 0;
 }
 
-/* What is required, with metadata of the driver's own, and nothing else. */
+/* Only the required callbacks, with the driver's own metadata. */
 static const instantsnap_driver_ops bare = {
-    .size = sizeof(bare), .monitor = on_monitor, .state = on_state, .domain_xml = on_domain_xml, .record = on_record,
-    .forget = on_forget, .snapshot_xml = on_snapshot_xml
+    .size = sizeof(bare), .monitor = on_monitor, .state = on_state, .domain_xml = on_domain_xml,
+    .record = on_record, .forget = on_forget, .snapshot_xml = on_snapshot_xml
 };
 
-/* All there is, but for the lock, and what is for the qemuSnapshot functions. */
+/* All callbacks except the lock and those for the qemuSnapshot functions. */
 static instantsnap_driver_ops full_ops(void)
 {
     instantsnap_driver_ops ops = bare;
@@ -441,7 +451,7 @@ static instantsnap_driver_ops full_ops(void)
     return ops;
 }
 
-/* As libvirt's driver would have it. */
+/* The callbacks that libvirt's driver would have. */
 static instantsnap_driver_ops libvirts_ops(void)
 {
     instantsnap_driver_ops ops = full_ops();
@@ -455,7 +465,7 @@ static instantsnap_driver_ops libvirts_ops(void)
     return ops;
 }
 
-/* The same, whose snapshots the library records. */
+/* The same, but the library records the snapshots. */
 static instantsnap_driver_ops recording_ops(void)
 {
     instantsnap_driver_ops ops = libvirts_ops();
@@ -469,7 +479,7 @@ static instantsnap_driver_ops recording_ops(void)
     return ops;
 }
 
-/* Domains, and what is to be seen of them. */
+/* Domains, and their state. */
 
 static void start(struct domain *domain, const char *name)
 {
@@ -500,7 +510,8 @@ static void stop(struct domain *domain)
 
 static const char *named(struct domain *domain, const char *name)
 {
-    return harness_text("<domainsnapshot><name>%s</name><memory snapshot='external' file='%s/%s.mem'/></domainsnapshot>",
+    return harness_text("<domainsnapshot><name>%s</name><memory snapshot='external' "
+                        "file='%s/%s.mem'/></domainsnapshot>",
                         name, domain->directory, name);
 }
 
@@ -509,7 +520,7 @@ static int memory_is_there(struct domain *domain, const char *name)
     return harness_file_size(harness_text("%s/%s.mem", domain->directory, name)) > 0;
 }
 
-/* What a failure must leave as it is. */
+/* The state that a failure must not change. */
 struct trace {
     char *capabilities, *parameters, *jobs;
     char nodes[4096];
@@ -519,7 +530,9 @@ struct trace {
 static struct trace trace(struct domain *domain)
 {
     struct trace trace = {.files = 0};
-    char *nodes = converse(domain, "{\"execute\": \"query-named-block-nodes\", \"arguments\": {\"flat\": true}}", NULL, 0);
+    char *nodes = converse(
+        domain, "{\"execute\": \"query-named-block-nodes\", \"arguments\": {\"flat\": true}}", NULL,
+        0);
     DIR *directory = opendir(domain->directory);
 
     trace.capabilities = converse(domain, "{\"execute\": \"query-migrate-capabilities\"}", NULL, 0);
@@ -542,7 +555,7 @@ static void release(struct trace *trace)
     free(trace->jobs);
 }
 
-/* The guest runs, and nothing is left in its QEMU or in its directory. */
+/* Checks that the guest runs, and that nothing is left in QEMU or in the directory. */
 static void check_untouched(struct domain *domain, const struct trace *before)
 {
     struct trace after = trace(domain);
@@ -558,8 +571,8 @@ static void check_untouched(struct domain *domain, const struct trace *before)
 }
 
 /*
- * Takes a snapshot, with this going wrong. One that fails must leave nothing; returns whether it
- * succeeded. Where it did not come to the fault, the fault has no hits.
+ * Takes a snapshot with this fault. If it fails, it must leave nothing. Returns whether it
+ * succeeded. If the fault was not reached, it has no hits.
  */
 static int try_with(struct domain *domain, struct fault fault, unsigned int flags)
 {
@@ -591,7 +604,8 @@ static void registering(struct domain *domain)
 {
     instantsnap_driver_ops ops = bare;
 
-    CHECK_FAILS(!qemuSnapshotCreateXML(NULL, domain, "<domainsnapshot/>", INSTANT), VIR_ERR_OPERATION_UNSUPPORTED);
+    CHECK_FAILS(!qemuSnapshotCreateXML(NULL, domain, "<domainsnapshot/>", INSTANT),
+                VIR_ERR_OPERATION_UNSUPPORTED);
     CHECK_FAILS(qemuSnapshotDelete(domain, domain, 0) == -1, VIR_ERR_OPERATION_UNSUPPORTED);
     ops.size = 8;
     CHECK_FAILS(instantsnap_register_driver(&ops) == -1, VIR_ERR_INVALID_ARG);
@@ -615,7 +629,7 @@ static void registering(struct domain *domain)
     CHECK_FAILS(instantsnap_register_driver(&bare) == -1, VIR_ERR_OPERATION_INVALID);
     CHECK(instantsnap_register_driver(NULL) == 0);
     CHECK(instantsnap_register_driver(NULL) == 0);
-    /* Nobody is called for an event of nobody's, or for what is none. */
+    /* No callback is called for an event of an unknown domain, or for text that is not an event. */
     instantsnap_driver_event(domain, "{\"event\": \"STOP\"}");
     instantsnap_driver_event(NULL, "nonsense");
     instantsnap_driver_set_reason(NULL);
@@ -637,7 +651,7 @@ static void *peek(void *data)
     for (int over = 0; !over; usleep(200)) {
         CHECK(pthread_mutex_lock(&domain->lock) == 0);
         over = peeker->done;
-        /* Beyond what the image begins with. */
+        /* More than the image's header. */
         peeker->seen += domain->works && harness_file_size(peeker->memory) > 100 << 10;
         CHECK(pthread_mutex_unlock(&domain->lock) == 0);
     }
@@ -669,10 +683,12 @@ static void libvirts_driver(struct domain *domain)
     CHECK(memory_is_there(domain, "first"));
     CHECK(peeker.seen > 0);
     CHECK(domain->calls[PAUSE] == 1 && domain->calls[SWITCH] == 1 && domain->calls[RECORD] == 1);
-    CHECK(domain->calls[BEGIN] == 1 && domain->calls[END] == 1 && domain->calls[GUARD] == 1 && domain->calls[MERGED] == 0);
+    CHECK(domain->calls[BEGIN] == 1 && domain->calls[END] == 1 && domain->calls[GUARD] == 1 &&
+          domain->calls[MERGED] == 0);
     CHECK(says(domain, "query-status", "\"running\": true"));
     CHECK(strcmp(domain->snapshots->name, "first") == 0);
-    CHECK(strstr(domain->snapshots->xml, "<domainsnapshot") && !strstr(domain->snapshots->xml, "<parent>"));
+    CHECK(strstr(domain->snapshots->xml, "<domainsnapshot") &&
+          !strstr(domain->snapshots->xml, "<parent>"));
     peeker.done = 1;
     on_unlock(domain);
     CHECK(pthread_join(thread, NULL) == 0);
@@ -682,19 +698,25 @@ static void libvirts_driver(struct domain *domain)
     check_locked(domain);
     CHECK(second && strcmp(second, "second") == 0);
     CHECK(domain->calls[RESUME] > 0);
-    CHECK(strstr(domain->snapshots->xml, "<parent>") && strstr(domain->snapshots->xml, "<name>first</name>"));
+    CHECK(strstr(domain->snapshots->xml, "<parent>") &&
+          strstr(domain->snapshots->xml, "<name>first</name>"));
 
-    /* Errors are reported, with the lock held. */
+    /* The library reports errors, with the lock held. */
     before = trace(domain);
     CHECK(domain->calls[REPORT] == 0);
-    CHECK_FAILS(!qemuSnapshotCreateXML(domain, domain, named(domain, "first"), INSTANT), VIR_ERR_OPERATION_INVALID);
-    CHECK(domain->reported == VIR_ERR_OPERATION_INVALID && strstr(domain->message, "'first' already exists"));
-    CHECK_FAILS(!qemuSnapshotCreateXML(domain, domain, "<domainsnapshot/>", INSTANT), VIR_ERR_OPERATION_UNSUPPORTED);
+    CHECK_FAILS(!qemuSnapshotCreateXML(domain, domain, named(domain, "first"), INSTANT),
+                VIR_ERR_OPERATION_INVALID);
+    CHECK(domain->reported == VIR_ERR_OPERATION_INVALID &&
+          strstr(domain->message, "'first' already exists"));
+    CHECK_FAILS(!qemuSnapshotCreateXML(domain, domain, "<domainsnapshot/>", INSTANT),
+                VIR_ERR_OPERATION_UNSUPPORTED);
     CHECK(domain->reported == VIR_ERR_OPERATION_UNSUPPORTED && strstr(domain->message, "memory"));
     CHECK_FAILS(!qemuSnapshotCreateXML(domain, domain, NULL, INSTANT), VIR_ERR_INVALID_ARG);
-    CHECK_FAILS(!qemuSnapshotCreateXML(domain, domain, "<domainsnapshot/>", 1u << 31), VIR_ERR_INVALID_ARG);
+    CHECK_FAILS(!qemuSnapshotCreateXML(domain, domain, "<domainsnapshot/>", 1u << 31),
+                VIR_ERR_INVALID_ARG);
     domain->fault = (struct fault) {.kind = FAILS, .in = SWITCH, .nth = 1};
-    CHECK_FAILS(!qemuSnapshotCreateXML(domain, domain, named(domain, "third"), INSTANT), VIR_ERR_OPERATION_FAILED);
+    CHECK_FAILS(!qemuSnapshotCreateXML(domain, domain, named(domain, "third"), INSTANT),
+                VIR_ERR_OPERATION_FAILED);
     CHECK(strstr(domain->message, "because the test wants it so"));
     check_locked(domain);
     CHECK(domain->calls[MERGED] == 1);
@@ -704,7 +726,8 @@ static void libvirts_driver(struct domain *domain)
 
     CHECK_FAILS(qemuSnapshotRevert(domain, first, 0) == -1, VIR_ERR_OPERATION_UNSUPPORTED);
     CHECK_FAILS(qemuSnapshotDelete(domain, first, 0) == -1, VIR_ERR_OPERATION_UNSUPPORTED);
-    CHECK_FAILS(qemuSnapshotDelete(domain, NULL, VIR_DOMAIN_SNAPSHOT_DELETE_METADATA_ONLY) == -1, VIR_ERR_INVALID_ARG);
+    CHECK_FAILS(qemuSnapshotDelete(domain, NULL, VIR_DOMAIN_SNAPSHOT_DELETE_METADATA_ONLY) == -1,
+                VIR_ERR_INVALID_ARG);
     CHECK(qemuSnapshotDelete(domain, first, VIR_DOMAIN_SNAPSHOT_DELETE_METADATA_ONLY) == 0);
     check_locked(domain);
     CHECK(!*find(domain, "first"));
@@ -719,16 +742,19 @@ static void libvirts_driver(struct domain *domain)
                 VIR_ERR_OPERATION_FAILED);
     CHECK(*find(domain, "second"));
 
-    /* Complete, and recorded, but without an object. */
+    /* The snapshot is complete and recorded, but has no object. */
     domain->fault = (struct fault) {.kind = FAILS, .in = MAKE, .nth = 1};
-    CHECK_FAILS(!qemuSnapshotCreateXML(domain, domain, named(domain, "third"), INSTANT), VIR_ERR_OPERATION_FAILED);
+    CHECK_FAILS(!qemuSnapshotCreateXML(domain, domain, named(domain, "third"), INSTANT),
+                VIR_ERR_OPERATION_FAILED);
     CHECK(*find(domain, "third"));
-    /* Those that are given no name have one each, in one second too. */
+    /* Snapshots without a name get different names, even within one second. */
     for (unsigned int n = 0; n < 2; n++) {
-        char *unnamed = qemuSnapshotCreateXML(domain, domain,
-                                              harness_text("<domainsnapshot><memory snapshot='external' file='%s/unnamed-%u.mem'/>"
-                                                           "<disks><disk name='vda' snapshot='no'/></disks></domainsnapshot>",
-                                                           domain->directory, n), INSTANT);
+        char *unnamed = qemuSnapshotCreateXML(
+            domain, domain,
+            harness_text("<domainsnapshot><memory snapshot='external' file='%s/unnamed-%u.mem'/>"
+                         "<disks><disk name='vda' snapshot='no'/></disks></domainsnapshot>",
+                         domain->directory, n),
+            INSTANT);
         CHECK(unnamed && *find(domain, unnamed));
         free(unnamed);
     }
@@ -749,7 +775,8 @@ static void recorded_by_the_library(struct domain *domain)
     CHECK(instantsnap_register_driver(&ops) == 0);
     domain->uses_lock = 1;
     on_lock(domain);
-    snapshot = qemuSnapshotCreateXML(domain, domain, "<domainsnapshot><name>s</name></domainsnapshot>", INSTANT);
+    snapshot = qemuSnapshotCreateXML(domain, domain,
+                                     "<domainsnapshot><name>s</name></domainsnapshot>", INSTANT);
     CHECK(snapshot);
     CHECK(strcmp(instantsnap_snapshot_get_name(snapshot), "s") == 0);
     CHECK(memory_is_there(domain, "s"));
@@ -768,19 +795,20 @@ static void recorded_by_the_library(struct domain *domain)
     CHECK(domain->calls[RESTART] == 2);
     CHECK(says(domain, "query-status", "\"running\": true"));
     before = trace(domain);
-    /* QEMU's sockets are others; the fresh image is new. */
+    /* QEMU's sockets have changed; the fresh image is new. */
     CHECK(before.files == files + 1);
     release(&before);
 
     CHECK(qemuSnapshotDelete(domain, snapshot, VIR_DOMAIN_SNAPSHOT_DELETE_METADATA_ONLY) == 0);
-    CHECK_FAILS(qemuSnapshotDelete(domain, snapshot, VIR_DOMAIN_SNAPSHOT_DELETE_METADATA_ONLY) == -1,
+    CHECK_FAILS(qemuSnapshotDelete(domain, snapshot, VIR_DOMAIN_SNAPSHOT_DELETE_METADATA_ONLY) ==
+                    -1,
                 VIR_ERR_NO_DOMAIN_SNAPSHOT);
     on_unlock(domain);
     instantsnap_snapshot_free(snapshot);
     CHECK(instantsnap_register_driver(NULL) == 0);
 }
 
-/* A registered driver's storage: its `opaque` is the domain, and the driver's lock is free meanwhile. */
+/* A registered driver's storage hook: its `opaque` is the domain, and the driver's lock is free. */
 
 static struct {
     unsigned int snapshots, undone, reverted;
@@ -836,8 +864,11 @@ static int on_storage_revert(const instantsnap_storage_call *call, char **files,
 
 static void with_storage(struct domain *domain)
 {
-    static const char manual[] = "<domainsnapshot>%s<disks><disk name='vda' snapshot='manual'/></disks></domainsnapshot>";
-    instantsnap_storage_hook hook = {.size = sizeof(hook), .snapshot = on_storage_snapshot, .undo = on_storage_undo,
+    static const char manual[] =
+        "<domainsnapshot>%s<disks><disk name='vda' snapshot='manual'/></disks></domainsnapshot>";
+    instantsnap_storage_hook hook = {.size = sizeof(hook),
+                                     .snapshot = on_storage_snapshot,
+                                     .undo = on_storage_undo,
                                      .revert = on_storage_revert};
     instantsnap_driver_ops ops = recording_ops();
     struct trace before;
@@ -846,7 +877,8 @@ static void with_storage(struct domain *domain)
 
     CHECK(instantsnap_register_driver(&ops) == 0);
     on_lock(domain);
-    CHECK_FAILS(!qemuSnapshotCreateXML(domain, domain, xml, INSTANT), VIR_ERR_OPERATION_UNSUPPORTED);
+    CHECK_FAILS(!qemuSnapshotCreateXML(domain, domain, xml, INSTANT),
+                VIR_ERR_OPERATION_UNSUPPORTED);
     CHECK(instantsnap_register_driver(NULL) == 0);
 
     hook.reserved = 1;
@@ -854,7 +886,7 @@ static void with_storage(struct domain *domain)
     CHECK_FAILS(instantsnap_register_driver(&ops) == -1, VIR_ERR_INVALID_ARG);
     hook.reserved = 0;
     CHECK(instantsnap_register_driver(&ops) == 0);
-    /* It was copied. */
+    /* The library has copied the table. */
     memset(&hook, 0xff, sizeof(hook));
 
     before = trace(domain);
@@ -889,8 +921,12 @@ static void open_guest(struct domain *domain, const instantsnap_driver_ops *ops)
     CHECK(domain->guest);
 }
 
-/* The monitor fails at its first command, at its second, and so on, until a snapshot has no such command any more. */
-static void monitor_goes_wrong(struct domain *domain, int kind, unsigned int flags, const char *const *lies, size_t count)
+/*
+ * The monitor fails at its first command, at its second, and so on, until a snapshot has no more
+ * commands.
+ */
+static void monitor_goes_wrong(struct domain *domain, int kind, unsigned int flags,
+                               const char *const *lies, size_t count)
 {
     struct fault fault = {.kind = kind, .in = MONITOR, .nth = 1};
 
@@ -909,27 +945,35 @@ static void monitor_goes_wrong(struct domain *domain, int kind, unsigned int fla
 
 static void others_fail(struct domain *domain)
 {
-    static const enum callback callbacks[] = {STATE, DOMAIN_XML, RECORD, SNAPSHOT_XML, CURRENT, PAUSE, SWITCH, BEGIN};
+    static const enum callback callbacks[] = {STATE,   DOMAIN_XML, RECORD, SNAPSHOT_XML,
+                                              CURRENT, PAUSE,      SWITCH, BEGIN};
 
     for (size_t i = 0; i < sizeof(callbacks) / sizeof(*callbacks); i++) {
         struct fault fault = {.kind = FAILS, .in = callbacks[i], .nth = 1};
 
         CHECK(!try_with(domain, fault, INSTANT));
         CHECK(strstr(instantsnap_last_error()->message, "because the test wants it so"));
-        CHECK(instantsnap_last_error()->code == (callbacks[i] == BEGIN ? VIR_ERR_OPERATION_INVALID : VIR_ERR_OPERATION_FAILED));
+        CHECK(instantsnap_last_error()->code ==
+              (callbacks[i] == BEGIN ? VIR_ERR_OPERATION_INVALID : VIR_ERR_OPERATION_FAILED));
     }
     for (size_t i = 0; i < 2; i++)
-        CHECK(!try_with(domain, (struct fault) {.kind = FAILS_AFTERWARDS, .in = i ? SWITCH : PAUSE, .nth = 1}, INSTANT));
-    /* Without a socket for the guard there is a snapshot all the same. */
+        CHECK(!try_with(
+            domain, (struct fault) {.kind = FAILS_AFTERWARDS, .in = i ? SWITCH : PAUSE, .nth = 1},
+            INSTANT));
+    /* A snapshot succeeds without a socket for the watchdog, too. */
     CHECK(try_with(domain, (struct fault) {.kind = FAILS, .in = GUARD, .nth = 1}, INSTANT));
-    /* QEMU 7.2 runs by itself when it is armed: then there is nothing to fail. */
+    /*
+     * QEMU 7.2 resumes the guest itself when it is armed: then `resume` is not called and cannot
+     * fail.
+     */
     try_with(domain, (struct fault) {.kind = FAILS, .in = RESUME, .nth = 1}, INSTANT);
     try_with(domain, (struct fault) {.kind = FAILS, .in = RESUME, .nth = 1}, 0);
 }
 
 static void others_lie(struct domain *domain)
 {
-    static const char *const xmls[] = {"", "no XML", "<domain/>", "<domain><name>\xff</name></domain>", "<a>"};
+    static const char *const xmls[] = {"", "no XML", "<domain/>",
+                                       "<domain><name>\xff</name></domain>", "<a>"};
     struct fault fault = {.kind = LIES, .in = STATE, .nth = 1};
 
     CHECK(!try_with(domain, fault, INSTANT));
@@ -964,7 +1008,7 @@ static void too_late(struct domain *domain)
         CHECK(!try_with(domain, fault, INSTANT));
         CHECK(instantsnap_last_error()->code == VIR_ERR_OPERATION_TIMEOUT);
         CHECK(instantsnap_get_stats(domain->guest, &stats) == 0);
-        /* By the events that were passed on. */
+        /* Measured by the events that were passed on. */
         CHECK(stats.pause_from_events == 1);
         CHECK(stats.guest_paused_us >= PAUSE_LIMIT_MS * 1000 * 9 / 10);
     }
@@ -982,11 +1026,15 @@ static void call_back(instantsnap_guest *guest)
     instantsnap_guest *again = instantsnap_open_driver(reentered, domain);
 
     CHECK(again);
-    CHECK_FAILS(instantsnap_snapshot_create_xml(guest, named(domain, "inner"), INSTANT, NULL) == -1, VIR_ERR_OPERATION_INVALID);
-    CHECK_FAILS(instantsnap_snapshot_create_xml(again, named(domain, "inner"), INSTANT, NULL) == -1, VIR_ERR_OPERATION_INVALID);
-    CHECK_FAILS(!instantsnap_snapshot_create_start(guest, named(domain, "inner"), INSTANT, NULL), VIR_ERR_OPERATION_INVALID);
+    CHECK_FAILS(instantsnap_snapshot_create_xml(guest, named(domain, "inner"), INSTANT, NULL) == -1,
+                VIR_ERR_OPERATION_INVALID);
+    CHECK_FAILS(instantsnap_snapshot_create_xml(again, named(domain, "inner"), INSTANT, NULL) == -1,
+                VIR_ERR_OPERATION_INVALID);
+    CHECK_FAILS(!instantsnap_snapshot_create_start(guest, named(domain, "inner"), INSTANT, NULL),
+                VIR_ERR_OPERATION_INVALID);
     instantsnap_close(again);
-    CHECK(instantsnap_snapshot_create_xml(other->guest, named(other, "of-the-other"), INSTANT, NULL) == 0);
+    CHECK(instantsnap_snapshot_create_xml(other->guest, named(other, "of-the-other"), INSTANT,
+                                          NULL) == 0);
     forget(other, "of-the-other");
     CHECK(remove(harness_text("%s/of-the-other.mem", other->directory)) == 0);
 }
@@ -996,7 +1044,7 @@ static void cancel(instantsnap_guest *guest)
     CHECK(instantsnap_snapshot_cancel(guest) == 0);
 }
 
-/* From now on the driver says that there is no QEMU, whose images are in use. */
+/* From now on the driver says that there is no QEMU, though QEMU uses the images. */
 static void cancel_and_lie(instantsnap_guest *guest)
 {
     cancel(guest);
@@ -1012,11 +1060,16 @@ static void calling_back(struct domain *domains)
     other = &domains[0];
     open_guest(&domains[0], &ops);
     open_guest(&domains[1], &ops);
-    CHECK(try_with(&domains[1], (struct fault) {.kind = ACTS, .act = call_back, .in = PAUSE, .nth = 1}, INSTANT));
+    CHECK(try_with(&domains[1],
+                   (struct fault) {.kind = ACTS, .act = call_back, .in = PAUSE, .nth = 1},
+                   INSTANT));
     CHECK(domains[1].fault.hits == 1);
-    CHECK(!try_with(&domains[1], (struct fault) {.kind = ACTS, .act = cancel, .in = SWITCH, .nth = 1}, INSTANT));
+    CHECK(!try_with(&domains[1],
+                    (struct fault) {.kind = ACTS, .act = cancel, .in = SWITCH, .nth = 1}, INSTANT));
     CHECK(instantsnap_last_error()->code == VIR_ERR_OPERATION_ABORTED);
-    CHECK(!try_with(&domains[1], (struct fault) {.kind = ACTS, .act = cancel_and_lie, .in = SWITCH, .nth = 1}, INSTANT));
+    CHECK(!try_with(&domains[1],
+                    (struct fault) {.kind = ACTS, .act = cancel_and_lie, .in = SWITCH, .nth = 1},
+                    INSTANT));
     CHECK(instantsnap_last_error()->code == VIR_ERR_OPERATION_ABORTED);
     CHECK(!try_with(&domains[1], (struct fault) {.kind = NOTHING, .hits = 1}, INSTANT));
     CHECK(instantsnap_last_error()->code == VIR_ERR_OPERATION_INVALID);
@@ -1026,9 +1079,17 @@ static void calling_back(struct domain *domains)
 int main(void)
 {
     static char deep[4001];
-    static const char *const lies[] = {"no JSON", "{\"return\": {}}", deep, "{\"return\": \"\xff\xfe\"}", NULL, "{}", "",
-                                       "{\"error\": {}}", "{\"return\": [{\"status\": 7}]}", "[]"};
-    static struct domain domains[2]; /* one that fares well, and one that does not */
+    static const char *const lies[] = {"no JSON",
+                                       "{\"return\": {}}",
+                                       deep,
+                                       "{\"return\": \"\xff\xfe\"}",
+                                       NULL,
+                                       "{}",
+                                       "",
+                                       "{\"error\": {}}",
+                                       "{\"return\": [{\"status\": 7}]}",
+                                       "[]"};
+    static struct domain domains[2]; /* a domain without a fault, and one with a fault */
     instantsnap_driver_ops ops;
 
     memset(deep, '[', sizeof(deep) - 1);

@@ -18,7 +18,7 @@
 #include <time.h>
 #include <unistd.h>
 
-/* Long enough for a machine that is busy: it is only waited for by a test that fails. */
+/* Long enough for a busy machine: only a failing test waits that long. */
 #define DEADLINE_SECONDS 60
 
 #define MAX_QEMUS 8
@@ -45,7 +45,7 @@ static time_t now(void)
     return time.tv_sec;
 }
 
-/* Between two looks at something that sends no event. */
+/* Waits between two checks of something that sends no event. */
 static void breathe(void)
 {
     poll(NULL, 0, 10);
@@ -56,14 +56,17 @@ static int remove_one(const char *path, const struct stat *status, int type, str
     (void) status;
     (void) type;
     (void) position;
-    /* The library may just be removing it as well. */
+    /* The library may be removing it at the same time. */
     remove(path);
     return 0;
 }
 
 static void clean_up(void)
 {
-    /* Never unlocked: the main thread and the one for signals may both end the test, and one is enough. */
+    /*
+     * Never unlocked: the main thread and the signal thread may both end the test, and only one may
+     * clean up.
+     */
     static pthread_mutex_t once = PTHREAD_MUTEX_INITIALIZER;
 
     if (getpid() != owner)
@@ -81,7 +84,10 @@ static void clean_up(void)
         free(texts[i]);
 }
 
-/* Meson ends a test that takes too long by SIGTERM: it is to clean up then as well, wherever its main thread is. */
+/*
+ * Meson ends a test that takes too long by SIGTERM. The test must clean up then, too, wherever its
+ * main thread is.
+ */
 static void *clean_up_on_signal(void *signals)
 {
     int signal;
@@ -124,7 +130,7 @@ const char *harness_qemu_program(void)
     return program && *program ? program : "qemu-system-x86_64";
 }
 
-/* As a child, becomes another program: with no signal blocked, and never outliving its parent. */
+/* Executes another program in a child, with no signal blocked. The program ends with its parent. */
 static void become(const char *const argv[])
 {
     sigset_t none;
@@ -196,7 +202,7 @@ void harness_begin(void)
     if (harness_run(version) != 0)
         harness_missing(harness_text("there is no %s", harness_qemu_program()));
 
-    /* The path of a socket must be short, libvirt's too; where that of TMPDIR is long, /tmp will do. */
+    /* The path of a socket must be short, also libvirt's. If TMPDIR is long, use /tmp. */
     if (!temporary || strlen(temporary) > 30)
         temporary = "/tmp";
     snprintf(directory, sizeof(directory), "%s/instantsnap-XXXXXX", temporary);
@@ -286,7 +292,7 @@ static const char *converse(int fd, const char *command)
 
 const char *harness_qmp(const char *socket_name, const char *command)
 {
-    /* QEMU serves one client at a time, and greets the next when the last has gone. */
+    /* QEMU serves one client at a time, and greets the next one when this one has gone. */
     struct timeval patience = {.tv_sec = DEADLINE_SECONDS};
     int fd = try_connect(harness_path(socket_name));
     const char *answer;
@@ -313,13 +319,15 @@ int harness_status_is(const char *socket_name, const char *status)
 
 static const char *set_background_snapshot(const char *socket_name, int on)
 {
-    return harness_qmp(socket_name,
-                       harness_text("{\"execute\": \"migrate-set-capabilities\", \"arguments\": {\"capabilities\": "
-                                    "[{\"capability\": \"background-snapshot\", \"state\": %s}]}}",
-                                    on ? "true" : "false"));
+    return harness_qmp(
+        socket_name,
+        harness_text(
+            "{\"execute\": \"migrate-set-capabilities\", \"arguments\": {\"capabilities\": "
+            "[{\"capability\": \"background-snapshot\", \"state\": %s}]}}",
+            on ? "true" : "false"));
 }
 
-/* Whether QEMU can take background snapshots at all is not what is tested here. */
+/* Skips the test if QEMU has no background snapshots. */
 static void require_background_snapshots(const char *socket_name)
 {
     static int known;
@@ -340,11 +348,12 @@ pid_t harness_qemu(const char *socket_name, const char *image, const char *forma
 {
     const char *path = harness_path(socket_name);
     const char *const argv[] = {
-        harness_qemu_program(), "-no-user-config", "-nodefaults", "-display", "none", "-accel", "tcg",
-        "-m", harness_text("%u", memory_mib),
+        harness_qemu_program(), "-no-user-config", "-nodefaults", "-display", "none",
+        "-accel", "tcg", "-m", harness_text("%u", memory_mib),
         "-qmp", harness_text("unix:%s.aside,server=on,wait=off", path),
         "-qmp", harness_text("unix:%s,server=on,wait=off", path),
-        "-blockdev", harness_text("driver=%s,node-name=disk,file.driver=file,file.filename=%s", format, image),
+        "-blockdev",
+        harness_text("driver=%s,node-name=disk,file.driver=file,file.filename=%s", format, image),
         "-device", "virtio-blk-pci,drive=disk,id=vda",
         incoming ? "-incoming" : NULL, "defer", NULL
     };

@@ -24,7 +24,7 @@
 /* A user's session must not be root's. */
 #define NOBODY 65534
 
-/* Long enough for a machine that is busy, and for QEMU to be asked all that libvirt wants to know of it. */
+/* Long enough for a busy machine, and for libvirt to query QEMU's capabilities. */
 #define DEADLINE_SECONDS 120
 
 static pid_t keeper_pid;
@@ -54,7 +54,7 @@ static time_t start_clock(void)
     return now.tv_sec;
 }
 
-/* To the user that libvirtd and its QEMUs run as. */
+/* Gives a file to the user that libvirtd and its QEMUs run as. */
 static void give(const char *path)
 {
     if (geteuid() == 0 && chown(path, NOBODY, NOBODY) < 0)
@@ -76,7 +76,10 @@ static void write_file(const char *path, const char *text)
         die(path);
 }
 
-/* The keeper ends libvirtd and its QEMUs, and removes the directory: when it is told to, and when we are dead. */
+/*
+ * The keeper ends libvirtd and its QEMUs and removes the directory, on request or when this test
+ * ends.
+ */
 static void end_keeper(void)
 {
     fputs("quit\n", keeper_commands);
@@ -102,12 +105,14 @@ static void start_keeper(const char *keeper)
         LIBVIRTD, "--config", config, "--pid-file", harness_path("run/libvirtd.pid"), NULL
     };
     const char *const environment[] = {
-        "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL=C.UTF-8",
-        harness_text("HOME=%s", harness_path("")), harness_text("XDG_RUNTIME_DIR=%s", harness_path("run")),
+        "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+        "LC_ALL=C.UTF-8",
+        harness_text("HOME=%s", harness_path("")),
+        harness_text("XDG_RUNTIME_DIR=%s", harness_path("run")),
         harness_text("XDG_CONFIG_HOME=%s", harness_path("etc")),
         harness_text("XDG_CACHE_HOME=%s", harness_path("cache")),
-        harness_text("XDG_DATA_HOME=%s", harness_path("data")), NULL
-    };
+        harness_text("XDG_DATA_HOME=%s", harness_path("data")),
+        NULL};
     int commands[2], answers[2], log;
     sigset_t none;
 
@@ -152,7 +157,10 @@ const char *harness_libvirtd(const char *keeper)
     if (access(LIBVIRTD, X_OK) < 0 || harness_run(qemu_img) != 0)
         harness_missing(harness_text("there is no %s, or no qemu-img", LIBVIRTD));
 
-    /* Its user must come through; libvirt wants the one for sockets to be private. */
+    /*
+     * The user must be able to pass through these; libvirt requires a private directory for
+     * sockets.
+     */
     if (chmod(harness_path(""), 0755) < 0)
         die("chmod");
     give(harness_path(""));
@@ -160,9 +168,10 @@ const char *harness_libvirtd(const char *keeper)
         make_directory(harness_path(directories[i]), 0755);
     make_directory(harness_path("run"), 0700);
     write_file(harness_path("etc/libvirt/qemu.conf"), "stdio_handler = \"file\"\n");
-    write_file(harness_path("etc/libvirt/libvirtd.conf"), "auth_unix_rw = \"none\"\nauth_unix_ro = \"none\"\n");
+    write_file(harness_path("etc/libvirt/libvirtd.conf"),
+               "auth_unix_rw = \"none\"\nauth_unix_ro = \"none\"\n");
 
-    /* Whatever the user has configured for clients is not to be looked at, or written to. */
+    /* The test must neither read nor write the user's own configuration of libvirt's clients. */
     if (mkdir(harness_path("client"), 0700) < 0 || setenv("HOME", harness_path("client"), 1) < 0 ||
         setenv("XDG_RUNTIME_DIR", harness_path("client"), 1) < 0)
         die("client");
@@ -182,7 +191,7 @@ const char *harness_libvirtd(const char *keeper)
     return uri;
 }
 
-/* libvirt wants a whole path, and of a program that its user can get at. */
+/* libvirt requires an absolute path, of a program that its user can execute. */
 static const char *emulator(void)
 {
     const char *program = getenv("QEMU");
@@ -249,16 +258,19 @@ virDomainPtr harness_define(virConnectPtr connect, const char *name, const char 
     close(fd);
     give(disk);
 
-    domain = virDomainDefineXML(connect, harness_text(
-        "<domain type='qemu'><name>%s</name><memory unit='MiB'>64</memory><vcpu>1</vcpu>"
-        "<os><type arch='x86_64' machine='pc'>hvm</type><kernel>%s</kernel></os><features><acpi/></features>"
-        "<on_reboot>destroy</on_reboot><devices><emulator>%s</emulator>"
-        "<disk type='file' device='disk'><driver name='qemu' type='raw'/><source file='%s'/>"
-        "<target dev='vda' bus='virtio'/>"
-        "<address type='pci' domain='0x0000' bus='0x00' slot='0x10' function='0x0'/></disk>"
-        "<controller type='usb' model='none'/><memballoon model='none'/>"
-        "<serial type='file'><source path='%s'/></serial></devices></domain>",
-        name, kernel, emulator(), disk, harness_domain_path(name, "serial.log")));
+    domain = virDomainDefineXML(
+        connect,
+        harness_text(
+            "<domain type='qemu'><name>%s</name><memory unit='MiB'>64</memory><vcpu>1</vcpu>"
+            "<os><type arch='x86_64' machine='pc'>hvm</type><kernel>%s</kernel></os>"
+            "<features><acpi/></features>"
+            "<on_reboot>destroy</on_reboot><devices><emulator>%s</emulator>"
+            "<disk type='file' device='disk'><driver name='qemu' type='raw'/><source file='%s'/>"
+            "<target dev='vda' bus='virtio'/>"
+            "<address type='pci' domain='0x0000' bus='0x00' slot='0x10' function='0x0'/></disk>"
+            "<controller type='usb' model='none'/><memballoon model='none'/>"
+            "<serial type='file'><source path='%s'/></serial></devices></domain>",
+            name, kernel, emulator(), disk, harness_domain_path(name, "serial.log")));
     if (!domain) {
         fprintf(stderr, "harness: cannot define %s\n", name);
         exit(1);
@@ -266,7 +278,7 @@ virDomainPtr harness_define(virConnectPtr connect, const char *name, const char 
     return domain;
 }
 
-/* Whether QEMU can take background snapshots at all is not what is tested here. */
+/* Skips the test if QEMU has no background snapshots. */
 static void require_background_snapshots(virDomainPtr domain)
 {
     static const char *const states[] = {"true", "false"};
@@ -274,9 +286,13 @@ static void require_background_snapshots(virDomainPtr domain)
     for (size_t i = 0; i < 2; i++) {
         char *answer = NULL;
 
-        if (virDomainQemuMonitorCommand(domain, harness_text(
-                "{\"execute\": \"migrate-set-capabilities\", \"arguments\": {\"capabilities\": "
-                "[{\"capability\": \"background-snapshot\", \"state\": %s}]}}", states[i]), &answer, 0) < 0) {
+        if (virDomainQemuMonitorCommand(
+                domain,
+                harness_text(
+                    "{\"execute\": \"migrate-set-capabilities\", \"arguments\": {\"capabilities\": "
+                    "[{\"capability\": \"background-snapshot\", \"state\": %s}]}}",
+                    states[i]),
+                &answer, 0) < 0) {
             fprintf(stderr, "harness: no monitor command\n");
             exit(1);
         }
@@ -298,7 +314,7 @@ void harness_start(virDomainPtr domain)
     harness_wait_for_tick_after(domain, 0);
 }
 
-/* The last whole line that counts, "T 17\n"; -1 where the guest says that something is wrong. */
+/* Returns the number of the last whole line, "T 17\n"; -1 if the guest reports a fault. */
 static long read_ticks(const char *log)
 {
     FILE *file = fopen(log, "re");

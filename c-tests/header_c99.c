@@ -1,7 +1,10 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
-/* header_c99 VERSION: the header is C99, and the installed library has every function that it declares. */
+/*
+ * header_c99 VERSION: checks that the header is C99, and that the installed library has every
+ * function that it declares.
+ */
 #include <instantsnap.h>
-/* Once more: a header may be included twice. */
+/* The header may be included twice. */
 #include <instantsnap.h>
 
 #include <stdio.h>

@@ -1,5 +1,7 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
-/* header_cpp17 VERSION: the header is C++ as well, with C linkage and nothing that needs a cast. */
+/*
+ * header_cpp17 VERSION: checks that the header is C++17, too, with C linkage, and needs no casts.
+ */
 #include <instantsnap.h>
 
 #include <memory>
@@ -7,13 +9,19 @@
 #include <type_traits>
 
 static_assert(std::is_standard_layout_v<instantsnap_stats> && std::is_trivial_v<instantsnap_stats>);
-static_assert(std::is_standard_layout_v<instantsnap_revert_disk> && std::is_trivial_v<instantsnap_revert_disk>);
+static_assert(std::is_standard_layout_v<instantsnap_revert_disk> &&
+              std::is_trivial_v<instantsnap_revert_disk>);
 static_assert(std::is_standard_layout_v<instantsnap_event> && std::is_trivial_v<instantsnap_event>);
-static_assert(std::is_standard_layout_v<instantsnap_job_info> && std::is_trivial_v<instantsnap_job_info>);
-static_assert(std::is_standard_layout_v<instantsnap_create_options> && std::is_trivial_v<instantsnap_create_options>);
-static_assert(std::is_standard_layout_v<instantsnap_storage_call> && std::is_trivial_v<instantsnap_storage_call>);
-static_assert(std::is_standard_layout_v<instantsnap_storage_disk> && std::is_trivial_v<instantsnap_storage_disk>);
-static_assert(std::is_standard_layout_v<instantsnap_storage_hook> && std::is_trivial_v<instantsnap_storage_hook>);
+static_assert(std::is_standard_layout_v<instantsnap_job_info> &&
+              std::is_trivial_v<instantsnap_job_info>);
+static_assert(std::is_standard_layout_v<instantsnap_create_options> &&
+              std::is_trivial_v<instantsnap_create_options>);
+static_assert(std::is_standard_layout_v<instantsnap_storage_call> &&
+              std::is_trivial_v<instantsnap_storage_call>);
+static_assert(std::is_standard_layout_v<instantsnap_storage_disk> &&
+              std::is_trivial_v<instantsnap_storage_disk>);
+static_assert(std::is_standard_layout_v<instantsnap_storage_hook> &&
+              std::is_trivial_v<instantsnap_storage_hook>);
 
 struct Close {
     void operator()(instantsnap_guest *guest) const { instantsnap_close(guest); }
@@ -25,7 +33,8 @@ int main(int argc, char **argv)
     if (argc != 2 || std::string(instantsnap_version()) != argv[1])
         return 1;
 
-    std::unique_ptr<instantsnap_guest, Close> guest(instantsnap_open_qmp("/nonexistent/qmp", nullptr, "."));
+    std::unique_ptr<instantsnap_guest, Close> guest(
+        instantsnap_open_qmp("/nonexistent/qmp", nullptr, "."));
     if (guest || instantsnap_last_error()->code != VIR_ERR_SYSTEM_ERROR)
         return 1;
 
@@ -36,7 +45,9 @@ int main(int argc, char **argv)
     int seen = 0;
     instantsnap_create_options options{};
     options.size = sizeof(options);
-    options.callback = [](const instantsnap_event *, void *opaque) { ++*static_cast<int *>(opaque); };
+    options.callback = [](const instantsnap_event *, void *opaque) {
+        ++*static_cast<int *>(opaque);
+    };
     options.opaque = &seen;
     options.flags = INSTANTSNAP_CREATE_AT_ONCE;
     std::unique_ptr<instantsnap_job, Close> job(

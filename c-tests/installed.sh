@@ -11,9 +11,13 @@ source=$2
 stage=$(mktemp -d)
 log=$build/meson-logs/install-log.txt
 
-# `ninja uninstall` reads Meson's list of installed files: what this test installs must not be in it.
+# `ninja uninstall` reads Meson's list of installed files, which must not have this test's files.
 finish() {
-    if [ -f "$stage/install-log.txt" ]; then mv "$stage/install-log.txt" "$log"; else rm -f "$log"; fi
+    if [ -f "$stage/install-log.txt" ]; then
+        mv "$stage/install-log.txt" "$log"
+    else
+        rm -f "$log"
+    fi
     rm -rf "$stage"
 }
 trap finish EXIT
@@ -41,7 +45,7 @@ fail() {
 }
 
 # The names that the linker and the loader look for: each is a link to the one file.
-real=libinstantsnap.so.0.$version
+real=libinstantsnap.so.$version
 [ -f "$libdir/$real" ] || fail "no $real"
 for link in libinstantsnap.so.0 libinstantsnap.so; do
     [ "$(readlink "$libdir/$link")" = "$real" ] || fail "$link is no link to $real"
@@ -71,7 +75,8 @@ flags() {
     LD_LIBRARY_PATH='' "$stage/header_static" "$version"
 
     if command -v "${CXX:-c++}" > /dev/null; then
-        ${CXX:-c++} -std=c++17 $strict "$source/c-tests/header_cpp17.cpp" -o "$stage/header_cpp17" $(flags)
+        ${CXX:-c++} -std=c++17 $strict "$source/c-tests/header_cpp17.cpp" \
+            -o "$stage/header_cpp17" $(flags)
         "$stage/header_cpp17" "$version"
     fi
 

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
-/* Snapshots with events, and jobs: what the header says of them, on real guests. */
+/* Snapshots with events, and jobs, on real guests: the contracts of the header. */
 #define _POSIX_C_SOURCE 200809L
 
 #include <errno.h>
@@ -19,7 +19,7 @@
 #define INSTANT (VIR_DOMAIN_SNAPSHOT_CREATE_LIVE | VIR_DOMAIN_SNAPSHOT_CREATE_INSTANT)
 #define ARRAY_SIZE(array) (sizeof(array) / sizeof((array)[0]))
 #define TYPES (INSTANTSNAP_EVENT_FAILED + 1)
-/* For what depends on luck, but not so many times in a row. */
+/* The number of rounds for what depends on timing: not all of them miss in a row. */
 #define ROUNDS 20
 
 static uint64_t now_us(void)
@@ -37,7 +37,8 @@ static const char *named(const char *name)
 
 static instantsnap_guest *open_guest(const char *socket_name, const char *state)
 {
-    instantsnap_guest *guest = instantsnap_open_qmp(harness_path(socket_name), NULL, harness_path(state));
+    instantsnap_guest *guest =
+        instantsnap_open_qmp(harness_path(socket_name), NULL, harness_path(state));
 
     CHECK(guest);
     return guest;
@@ -56,7 +57,7 @@ struct history {
     instantsnap_event last, at[TYPES];
 };
 
-/* One more: whatever is true of each event, and of its place among the others. */
+/* Adds an event, and checks what holds for every event and for its order. */
 static void add(struct history *history, const instantsnap_event *event)
 {
     const instantsnap_event *last = &history->last;
@@ -76,7 +77,8 @@ static void add(struct history *history, const instantsnap_event *event)
         CHECK(event->paused_us >= last->paused_us);
         break;
     case INSTANTSNAP_EVENT_INSTANT:
-        CHECK(last->type == INSTANTSNAP_EVENT_SWITCHED || (history->plain && last->type == INSTANTSNAP_EVENT_PROGRESS));
+        CHECK(last->type == INSTANTSNAP_EVENT_SWITCHED ||
+              (history->plain && last->type == INSTANTSNAP_EVENT_PROGRESS));
         break;
     case INSTANTSNAP_EVENT_PROGRESS:
         CHECK(history->seen[INSTANTSNAP_EVENT_INSTANT] == !history->plain);
@@ -84,7 +86,8 @@ static void add(struct history *history, const instantsnap_event *event)
         break;
     case INSTANTSNAP_EVENT_COMPLETE:
         CHECK(history->seen[INSTANTSNAP_EVENT_INSTANT]);
-        CHECK(event->bytes_done > 0 && event->bytes_total == event->bytes_done && event->pages_left == 0);
+        CHECK(event->bytes_done > 0 && event->bytes_total == event->bytes_done &&
+              event->pages_left == 0);
         break;
     default:
         CHECK(event->bytes_done == 0 && event->bytes_total == 0 && event->pages_left == 0);
@@ -101,7 +104,7 @@ static void add(struct history *history, const instantsnap_event *event)
     history->at[event->type] = history->last = *event;
 }
 
-/* Whoever is told of the events. */
+/* A receiver of the events. */
 struct listener {
     struct history history;
     /* At this event it posts `held`, and waits for `release`. */
@@ -109,7 +112,7 @@ struct listener {
     sem_t held, release;
     /* Posted at the last event. */
     sem_t ended;
-    /* What else it does. */
+    /* What else the callback does. */
     void (*act)(struct listener *listener, const instantsnap_event *event);
     instantsnap_guest *guest;
     instantsnap_job *job;
@@ -147,12 +150,15 @@ static void listen(const instantsnap_event *event, void *opaque)
         sem_post(&listener->ended);
 }
 
-/* A fresh listener, and the options that name it. */
-static instantsnap_create_options begin(struct listener *listener, instantsnap_guest *guest, uint32_t hold,
-                                        uint32_t flags)
+/* Initialises a listener, and returns options with it. */
+static instantsnap_create_options begin(struct listener *listener, instantsnap_guest *guest,
+                                        uint32_t hold, uint32_t flags)
 {
-    instantsnap_create_options options = {.size = sizeof(options), .callback = listen, .opaque = listener,
-                                          .progress_interval_ms = 1, .flags = flags};
+    instantsnap_create_options options = {.size = sizeof(options),
+                                          .callback = listen,
+                                          .opaque = listener,
+                                          .progress_interval_ms = 1,
+                                          .flags = flags};
 
     memset(listener, 0, sizeof(*listener));
     listener->guest = guest;
@@ -163,8 +169,9 @@ static instantsnap_create_options begin(struct listener *listener, instantsnap_g
     return options;
 }
 
-/* Starts a job, and returns it when it is at its instant, and stays there until its listener is released. */
-static instantsnap_job *hold_job(instantsnap_guest *guest, const char *name, struct listener *listener)
+/* Starts a job, and returns it at its instant, where it stays until its listener is released. */
+static instantsnap_job *hold_job(instantsnap_guest *guest, const char *name,
+                                 struct listener *listener)
 {
     instantsnap_create_options options = begin(listener, guest, INSTANTSNAP_EVENT_INSTANT, 0);
     instantsnap_job *job = instantsnap_snapshot_create_start(guest, named(name), INSTANT, &options);
@@ -184,7 +191,10 @@ static int is_readable(instantsnap_job *job)
     return fd.revents == POLLIN;
 }
 
-/* Takes the next event: there must be one exactly where the descriptor says so. Its type, 0 where there is none. */
+/*
+ * Takes the next event. There must be one exactly if the descriptor is readable. Returns its type,
+ * 0 if there is none.
+ */
 static uint32_t take(instantsnap_job *job, struct history *history)
 {
     instantsnap_event event = {.size = sizeof(event)};
@@ -226,12 +236,13 @@ static instantsnap_stats get_stats(instantsnap_job *job)
     instantsnap_stats stats = {.size = sizeof(stats)};
 
     CHECK(instantsnap_job_get_stats(job, &stats) == 0);
-    CHECK(stats.total_us == stats.validate_us + stats.plan_us + stats.prepare_us + stats.pause_us + stats.switch_us +
-                            stats.arm_us + stats.drain_us + stats.finish_us + stats.undo_us);
+    CHECK(stats.total_us == stats.validate_us + stats.plan_us + stats.prepare_us + stats.pause_us +
+                                stats.switch_us + stats.arm_us + stats.drain_us + stats.finish_us +
+                                stats.undo_us);
     return stats;
 }
 
-/* Nothing of its end can be had as long as it has not ended. */
+/* Checks that a job that has not ended gives no result. */
 static void check_at_work(instantsnap_job *job)
 {
     instantsnap_stats stats = {.size = sizeof(stats)};
@@ -244,7 +255,7 @@ static void check_at_work(instantsnap_job *job)
     CHECK_FAILS(instantsnap_job_get_stats(job, &stats) == -1, VIR_ERR_OPERATION_INVALID);
 }
 
-/* Waits for its end, which is that of a complete snapshot of this name. */
+/* Waits for the job's end, which must be a complete snapshot of this name. */
 static void check_complete(instantsnap_job *job, instantsnap_guest *guest, const char *name)
 {
     char *given, *xml, *recorded;
@@ -266,17 +277,18 @@ static void check_complete(instantsnap_job *job, instantsnap_guest *guest, const
 
     info = get_info(job);
     CHECK(info.phase == INSTANTSNAP_PHASE_ENDED && info.instant == 1);
-    CHECK(info.bytes_done == get_stats(job).memory_image_bytes && info.bytes_total == info.bytes_done);
+    CHECK(info.bytes_done == get_stats(job).memory_image_bytes &&
+          info.bytes_total == info.bytes_done);
     CHECK(info.paused_us == get_stats(job).guest_paused_us);
     CHECK(info.elapsed_us == get_info(job).elapsed_us);
     CHECK(get_stats(job).undo_us == 0);
 
-    /* It is too late for that, and no error. */
+    /* It is too late to cancel, and that is no error. */
     CHECK(instantsnap_job_cancel(job) == 0);
     CHECK(instantsnap_job_get_result(job) == 0);
 }
 
-/* Waits for its end, which is a failure. */
+/* Waits for the job's end, which must be a failure. */
 static void check_failed(instantsnap_job *job, int code)
 {
     CHECK(instantsnap_job_wait(job, -1) == 1);
@@ -287,7 +299,10 @@ static void check_failed(instantsnap_job *job, int code)
     get_stats(job);
 }
 
-/* A snapshot with every event; whether there was progress among them: memory may be saved before that is looked at. */
+/*
+ * Takes a snapshot and checks its events. Returns whether there was progress: memory can be saved
+ * before the first interval ends.
+ */
 static int told(instantsnap_guest *guest, const char *name)
 {
     struct listener listener;
@@ -307,7 +322,8 @@ static int told(instantsnap_guest *guest, const char *name)
     CHECK(is_posted(&listener.ended));
     for (int type = INSTANTSNAP_EVENT_PAUSED; type <= INSTANTSNAP_EVENT_COMPLETE; type++)
         CHECK(history->seen[type] == 1 || type == INSTANTSNAP_EVENT_PROGRESS);
-    CHECK(before <= history->at[INSTANTSNAP_EVENT_PAUSED].time_us && history->last.time_us <= after);
+    CHECK(before <= history->at[INSTANTSNAP_EVENT_PAUSED].time_us &&
+          history->last.time_us <= after);
     CHECK(history->at[INSTANTSNAP_EVENT_INSTANT].paused_us > 0);
     CHECK(history->at[INSTANTSNAP_EVENT_INSTANT].pages_left > 0);
     CHECK(instantsnap_get_stats(guest, &stats) == 0);
@@ -328,7 +344,7 @@ static void blocking(instantsnap_guest *guest)
     while (!told(guest, harness_text("told-%d", rounds)))
         CHECK(rounds++ < ROUNDS);
 
-    /* Nobody need listen. */
+    /* A snapshot needs no listener. */
     CHECK(instantsnap_snapshot_create(guest, named("nobody"), INSTANT, &options, NULL) == 0);
     CHECK(instantsnap_snapshot_create(guest, named("no-options"), INSTANT, NULL, &name) == 0);
     instantsnap_free_string(name);
@@ -338,7 +354,8 @@ static void blocking(instantsnap_guest *guest)
     options = begin(&listener, guest, 0, 0);
     CHECK_FAILS(instantsnap_snapshot_create(guest, named("nobody"), INSTANT, &options, NULL) == -1,
                 VIR_ERR_OPERATION_INVALID);
-    CHECK(history->seen[INSTANTSNAP_EVENT_FAILED] == 1 && history->last.error_code == VIR_ERR_OPERATION_INVALID);
+    CHECK(history->seen[INSTANTSNAP_EVENT_FAILED] == 1 &&
+          history->last.error_code == VIR_ERR_OPERATION_INVALID);
     CHECK(!history->seen[INSTANTSNAP_EVENT_PAUSED]);
 }
 
@@ -370,7 +387,7 @@ static void at_the_instant(instantsnap_guest *guest)
     sem_post(&listener.release);
     check_complete(job, guest, "at-the-instant");
     CHECK(harness_file_size(harness_path("disk.at-the-instant")) > 0);
-    /* The listener was told of the last before this could see it. */
+    /* The listener received the last event before this thread can see it. */
     CHECK(is_posted(&listener.ended));
     take_all(job, &history);
     CHECK(history.last.type == INSTANTSNAP_EVENT_COMPLETE);
@@ -382,7 +399,8 @@ static void at_the_instant(instantsnap_guest *guest)
 
 static void at_once(instantsnap_guest *guest)
 {
-    instantsnap_create_options options = {.size = sizeof(options), .flags = INSTANTSNAP_CREATE_AT_ONCE};
+    instantsnap_create_options options = {.size = sizeof(options),
+                                          .flags = INSTANTSNAP_CREATE_AT_ONCE};
     static const struct {
         const char *xml;
         unsigned int flags;
@@ -391,10 +409,12 @@ static void at_once(instantsnap_guest *guest)
         {"<domainsnapshot", INSTANT, VIR_ERR_XML_DETAIL},
         {"<domainsnapshot/>", ~0u, VIR_ERR_INVALID_ARG},
         {"<domainsnapshot/>", VIR_DOMAIN_SNAPSHOT_CREATE_DISK_ONLY, VIR_ERR_OPERATION_UNSUPPORTED},
-        {"<domainsnapshot><name>existing</name></domainsnapshot>", INSTANT, VIR_ERR_OPERATION_INVALID},
+        {"<domainsnapshot><name>existing</name></domainsnapshot>", INSTANT,
+         VIR_ERR_OPERATION_INVALID},
     };
     struct history history = {0};
-    instantsnap_job *job = instantsnap_snapshot_create_start(guest, named("at-once"), INSTANT, &options);
+    instantsnap_job *job =
+        instantsnap_snapshot_create_start(guest, named("at-once"), INSTANT, &options);
 
     CHECK(job);
     take_all(job, &history);
@@ -402,7 +422,10 @@ static void at_once(instantsnap_guest *guest)
     check_complete(job, guest, "at-once");
     instantsnap_job_free(job);
 
-    /* Errors are the job's; else the call's. Their listeners have heard of the end by the time that it can be seen. */
+    /*
+     * With AT_ONCE the job reports errors, else the call. The listener has received the last event
+     * by the time that the end can be seen.
+     */
     for (size_t i = 0; i < ARRAY_SIZE(wrong); i++) {
         struct listener listener;
 
@@ -419,13 +442,15 @@ static void at_once(instantsnap_guest *guest)
         instantsnap_job_free(job);
 
         options = begin(&listener, guest, 0, 0);
-        CHECK_FAILS(!instantsnap_snapshot_create_start(guest, wrong[i].xml, wrong[i].flags, &options), wrong[i].code);
+        CHECK_FAILS(
+            !instantsnap_snapshot_create_start(guest, wrong[i].xml, wrong[i].flags, &options),
+            wrong[i].code);
         CHECK(is_posted(&listener.ended) == (listener.history.last.type != 0));
         CHECK(listener.history.last.type == 0 || listener.history.last.error_code == wrong[i].code);
     }
 }
 
-/* Memory is saved while the guest stands; and of a guest that stands already. */
+/* Non-live: memory is saved while the guest is paused; also for a guest that is paused already. */
 static void other_kinds(instantsnap_guest *guest)
 {
     struct history plain = {.plain = 1}, paused = {.paused_already = 1};
@@ -448,11 +473,12 @@ static void other_kinds(instantsnap_guest *guest)
     CHECK(paused.last.paused_us == 0);
     check_complete(job, guest, "paused");
     instantsnap_job_free(job);
-    CHECK(!strstr(harness_qmp("qmp.aside", "{\"execute\": \"query-status\"}"), "\"running\": true"));
+    CHECK(
+        !strstr(harness_qmp("qmp.aside", "{\"execute\": \"query-status\"}"), "\"running\": true"));
     CHECK(strstr(harness_qmp("qmp.aside", "{\"execute\": \"cont\"}"), "return"));
 }
 
-/* What a snapshot that was cancelled leaves: a guest that runs, and nothing else. */
+/* Checks that a cancelled snapshot leaves a running guest, and nothing else. */
 static void check_undone(instantsnap_guest *guest, const char *name, int before)
 {
     CHECK(harness_status_is("qmp.aside", "running"));
@@ -464,7 +490,8 @@ static void check_undone(instantsnap_guest *guest, const char *name, int before)
 
 static void cancelled_from_outside(instantsnap_guest *guest)
 {
-    instantsnap_create_options options = {.size = sizeof(options), .flags = INSTANTSNAP_CREATE_AT_ONCE};
+    instantsnap_create_options options = {.size = sizeof(options),
+                                          .flags = INSTANTSNAP_CREATE_AT_ONCE};
     struct history history = {0};
     struct listener listener;
     int before = count(guest);
@@ -480,7 +507,7 @@ static void cancelled_from_outside(instantsnap_guest *guest)
     check_undone(guest, "gone", before);
     instantsnap_job_free(job);
 
-    /* While memory flows, twice; then by the guest's handle. */
+    /* Cancels while memory flows, twice; then by the guest's handle. */
     for (int by_guest = 0; by_guest <= 1; by_guest++) {
         job = hold_job(guest, "gone", &listener);
         CHECK((by_guest ? instantsnap_snapshot_cancel(guest) : instantsnap_job_cancel(job)) == 0);
@@ -496,7 +523,7 @@ static void cancelled_from_outside(instantsnap_guest *guest)
     }
 }
 
-/* The type at which the listener cancels. */
+/* The type of event at which the listener cancels. */
 static uint32_t cancel_at;
 
 static void cancel_guest(struct listener *listener, const instantsnap_event *event)
@@ -505,8 +532,9 @@ static void cancel_guest(struct listener *listener, const instantsnap_event *eve
 
     if (event->type != cancel_at)
         return;
-    /* Any function may be called. */
-    CHECK_FAILS(instantsnap_snapshot_create_xml(listener->guest, named("inner"), INSTANT, NULL) == -1,
+    /* A callback may call any function. */
+    CHECK_FAILS(instantsnap_snapshot_create_xml(listener->guest, named("inner"), INSTANT, NULL) ==
+                    -1,
                 VIR_ERR_OPERATION_INVALID);
     CHECK(count(listener->guest) >= 0);
     CHECK(instantsnap_get_stats(listener->guest, &stats) == 0);
@@ -517,7 +545,7 @@ static void cancel_job(struct listener *listener, const instantsnap_event *event
 {
     const char *message;
 
-    /* From the instant on the starter knows the job, and this does too. */
+    /* From the instant on the caller has the job, so this has it too. */
     if (event->type < INSTANTSNAP_EVENT_INSTANT)
         return;
     CHECK(get_info(listener->job).instant == 1);
@@ -528,7 +556,7 @@ static void cancel_job(struct listener *listener, const instantsnap_event *event
         CHECK(instantsnap_job_wait(listener->job, 1) == 0);
         CHECK(instantsnap_job_cancel(listener->job) == 0);
     } else if (event->type == INSTANTSNAP_EVENT_FAILED) {
-        /* The end can be seen already, but is not yet there to be waited for. */
+        /* The result is visible already, but the job has not ended yet. */
         CHECK_FAILS(instantsnap_job_get_result(listener->job) == -1, VIR_ERR_OPERATION_ABORTED);
         CHECK(get_info(listener->job).phase == INSTANTSNAP_PHASE_ENDED);
         get_stats(listener->job);
@@ -536,7 +564,7 @@ static void cancel_job(struct listener *listener, const instantsnap_event *event
     }
 }
 
-/* Whether it was: that takes the event, and of progress there may be none. */
+/* Whether the job was seen: only with the event, and there may be no progress. */
 static int cancelled_at(instantsnap_guest *guest, const char *name)
 {
     struct listener listener;
@@ -550,7 +578,8 @@ static int cancelled_at(instantsnap_guest *guest, const char *name)
         return 0;
     }
     CHECK(instantsnap_last_error()->code == VIR_ERR_OPERATION_ABORTED);
-    CHECK(history->last.type == INSTANTSNAP_EVENT_FAILED && history->last.error_code == VIR_ERR_OPERATION_ABORTED);
+    CHECK(history->last.type == INSTANTSNAP_EVENT_FAILED &&
+          history->last.error_code == VIR_ERR_OPERATION_ABORTED);
     CHECK(history->seen[cancel_at] == 1);
     CHECK(!history->seen[cancel_at + 1]);
     CHECK(history->last.paused_us > 0);
@@ -564,7 +593,8 @@ static void cancelled_by_the_listener(instantsnap_guest *guest, instantsnap_gues
     struct listener listener;
     int rounds = 1, before = count(guest);
 
-    for (cancel_at = INSTANTSNAP_EVENT_PAUSED; cancel_at <= INSTANTSNAP_EVENT_INSTANT; cancel_at++) {
+    for (cancel_at = INSTANTSNAP_EVENT_PAUSED; cancel_at <= INSTANTSNAP_EVENT_INSTANT;
+         cancel_at++) {
         CHECK(cancelled_at(guest, "gone"));
         check_undone(guest, "gone", before);
     }
@@ -586,15 +616,17 @@ static instantsnap_job *next_job;
 
 static void start_next(struct listener *listener, const instantsnap_event *event)
 {
-    instantsnap_create_options options = {.size = sizeof(options), .flags = INSTANTSNAP_CREATE_AT_ONCE};
+    instantsnap_create_options options = {.size = sizeof(options),
+                                          .flags = INSTANTSNAP_CREATE_AT_ONCE};
 
     if (event->type == INSTANTSNAP_EVENT_COMPLETE) {
-        next_job = instantsnap_snapshot_create_start(listener->guest, named("next"), INSTANT, &options);
+        next_job =
+            instantsnap_snapshot_create_start(listener->guest, named("next"), INSTANT, &options);
         CHECK(next_job);
     }
 }
 
-/* Who hears of the end can begin anew at once. */
+/* The receiver of the last event can start the next snapshot at once. */
 static void one_after_the_other(instantsnap_guest *guest)
 {
     struct listener listener;
@@ -610,7 +642,10 @@ static void one_after_the_other(instantsnap_guest *guest)
     instantsnap_job_free(next_job);
 }
 
-/* Every function that takes a job, given one that is none; or any, in a process that has none. */
+/*
+ * Passes a pointer that is not a job to every function that takes a job; or any job, in a forked
+ * child.
+ */
 static void not_a_job(instantsnap_job *job, int code)
 {
     instantsnap_event event = {.size = sizeof(event)};
@@ -628,13 +663,13 @@ static void not_a_job(instantsnap_job *job, int code)
     CHECK_FAILS(instantsnap_job_get_stats(job, &stats) == -1, code);
     CHECK_FAILS(instantsnap_job_cancel(job) == -1, code);
     if (job) {
-        /* Without a result, it leaves the error. */
+        /* A function without a result leaves the error. */
         CHECK_FAILS(!instantsnap_snapshot_get_xml(NULL, NULL), VIR_ERR_INVALID_ARG);
         CHECK_FAILS((instantsnap_job_free(job), 1), code);
     }
 }
 
-/* Nobody holds them any more, and they go on. */
+/* The jobs go on although their handles are freed. */
 static void freed_and_closed(void)
 {
     instantsnap_guest *guest = open_guest("qmp", "state");
@@ -671,7 +706,7 @@ static void freed_and_closed(void)
     instantsnap_close(guest);
 }
 
-/* Two on one guest: the second touches nothing. On another guest it is no matter. */
+/* Two jobs on one guest: the second changes nothing. A job on another guest succeeds. */
 static void busy(instantsnap_guest *guest, instantsnap_guest *other_guest)
 {
     instantsnap_guest *same = open_guest("qmp", "state");
@@ -681,7 +716,8 @@ static void busy(instantsnap_guest *guest, instantsnap_guest *other_guest)
     instantsnap_create_options options;
     instantsnap_job *other;
 
-    CHECK_FAILS(instantsnap_snapshot_create_xml(guest, named("second"), INSTANT, NULL) == -1, VIR_ERR_OPERATION_INVALID);
+    CHECK_FAILS(instantsnap_snapshot_create_xml(guest, named("second"), INSTANT, NULL) == -1,
+                VIR_ERR_OPERATION_INVALID);
     for (uint32_t flags = 0; flags <= INSTANTSNAP_CREATE_AT_ONCE; flags++) {
         options = begin(&second, guest, 0, flags);
         CHECK_FAILS(!instantsnap_snapshot_create_start(guest, named("second"), INSTANT, &options),
@@ -693,8 +729,9 @@ static void busy(instantsnap_guest *guest, instantsnap_guest *other_guest)
                 VIR_ERR_OPERATION_INVALID);
     CHECK(!second.history.last.type);
 
-    /* By another handle, which must look first. */
-    CHECK_FAILS(!instantsnap_snapshot_create_start(same, named("second"), INSTANT, NULL), VIR_ERR_OPERATION_INVALID);
+    /* By another handle, which has to find out first. */
+    CHECK_FAILS(!instantsnap_snapshot_create_start(same, named("second"), INSTANT, NULL),
+                VIR_ERR_OPERATION_INVALID);
     options.flags = INSTANTSNAP_CREATE_AT_ONCE;
     other = instantsnap_snapshot_create_start(same, named("second"), INSTANT, &options);
     CHECK(other);
@@ -738,7 +775,7 @@ static void *take_some(void *data)
     int ended = 0, taken;
 
     do {
-        /* In this order: what came before the end is taken after it was seen. */
+        /* In this order: events from before the end are taken after the end was seen. */
         ended = instantsnap_job_wait(crowd->job, 1);
         CHECK(get_info(crowd->job).instant == 1);
         while ((taken = instantsnap_job_next_event(crowd->job, &event)) == 1) {
@@ -751,7 +788,7 @@ static void *take_some(void *data)
     return NULL;
 }
 
-/* What it waits for may be freed before. */
+/* The job that a thread waits for may be freed meanwhile. */
 static void *wait_while_it_is_freed(void *data)
 {
     struct crowd *crowd = data;
@@ -778,13 +815,16 @@ static void *snapshot_until_cancelled(void *data)
     struct cancelled *cancelled = data;
     instantsnap_create_options options = {.size = sizeof(options), .callback = cancel_this_thread};
 
-    CHECK(instantsnap_snapshot_create(cancelled->guest, named("thread"), INSTANT, &options, NULL) == 0);
+    CHECK(instantsnap_snapshot_create(cancelled->guest, named("thread"), INSTANT, &options, NULL) ==
+          0);
     cancelled->returned = 1;
     pthread_testcancel();
     return NULL;
 }
 
-/* A thread is cancelled while it is in the library: the call ends as it would have, and then the thread. */
+/*
+ * A thread is cancelled while it is in the library: first the call ends normally, then the thread.
+ */
 static void cancelled_thread(instantsnap_guest *guest)
 {
     struct cancelled cancelled = {.guest = guest};
@@ -796,7 +836,8 @@ static void cancelled_thread(instantsnap_guest *guest)
     CHECK(result == PTHREAD_CANCELED && cancelled.returned);
 }
 
-static void start_threads(pthread_t *threads, size_t how_many, void *(*function)(void *), void *data)
+static void start_threads(pthread_t *threads, size_t how_many, void *(*function)(void *),
+                          void *data)
 {
     for (size_t i = 0; i < how_many; i++)
         CHECK(pthread_create(&threads[i], NULL, function, data) == 0);
@@ -820,7 +861,7 @@ static void many_threads(instantsnap_guest *guest)
     sem_post(&listener.release);
     join_threads(waiters, ARRAY_SIZE(waiters));
     join_threads(takers, ARRAY_SIZE(takers));
-    /* Each went to one of them. */
+    /* Each event went to one of the threads. */
     for (int type = INSTANTSNAP_EVENT_PAUSED; type < TYPES; type++) {
         if (type != INSTANTSNAP_EVENT_PROGRESS)
             CHECK(crowd.seen[type] == (type != INSTANTSNAP_EVENT_FAILED));
@@ -838,9 +879,8 @@ static void many_threads(instantsnap_guest *guest)
 }
 
 /*
- * Runs a function in a child; one that hangs ends by SIGALRM. One that does not is killed: what the
- * threads that it lacks hold is none of the leaks that valgrind is to find, and must not be looked
- * for.
+ * Runs a function in a child. SIGALRM ends a child that hangs. Afterwards the child is killed, so
+ * that valgrind does not report what the parent's threads hold as leaks of the child.
  */
 static void in_a_child(void (*function)(instantsnap_job *job), instantsnap_job *job)
 {
@@ -863,7 +903,7 @@ static void jobs_are_the_parents(instantsnap_job *job)
     instantsnap_job_free(NULL);
 }
 
-/* The guest opened anew, a job of its own. The parent's stays the parent's. */
+/* The child opens the guest again and has its own job. The parent's job stays the parent's. */
 static void own_job(instantsnap_job *job)
 {
     instantsnap_guest *guest = open_guest("qmp", "state");
@@ -884,7 +924,7 @@ static void forked(instantsnap_guest *guest)
     char *childs;
 
     in_a_child(jobs_are_the_parents, job);
-    /* The child has taken nothing of it. */
+    /* The child has taken none of the job's events. */
     check_at_work(job);
     CHECK(take(job, &history) == INSTANTSNAP_EVENT_PAUSED);
     sem_post(&listener.release);
@@ -900,7 +940,7 @@ static void forked(instantsnap_guest *guest)
     instantsnap_job_free(job);
 }
 
-/* Each structure of the caller's, with a size that cannot be, and one that a later version would have. */
+/* Each structure of the caller, with an impossible size, and with the size of a later version. */
 static void sizes(instantsnap_guest *guest)
 {
     static const size_t wrong[] = {0, 1, sizeof(size_t), SIZE_MAX};
@@ -927,20 +967,24 @@ static void sizes(instantsnap_guest *guest)
         CHECK_FAILS(instantsnap_job_next_event(job, &event.event) == -1, VIR_ERR_INVALID_ARG);
         CHECK_FAILS(instantsnap_job_get_info(job, &info.info) == -1, VIR_ERR_INVALID_ARG);
         CHECK_FAILS(instantsnap_job_get_stats(job, &stats.stats) == -1, VIR_ERR_INVALID_ARG);
-        CHECK_FAILS(!instantsnap_snapshot_create_start(guest, named("no"), INSTANT, &options.options),
-                    VIR_ERR_INVALID_ARG);
-        CHECK_FAILS(instantsnap_snapshot_create(guest, named("no"), INSTANT, &options.options, NULL) == -1,
-                    VIR_ERR_INVALID_ARG);
+        CHECK_FAILS(
+            !instantsnap_snapshot_create_start(guest, named("no"), INSTANT, &options.options),
+            VIR_ERR_INVALID_ARG);
+        CHECK_FAILS(
+            instantsnap_snapshot_create(guest, named("no"), INSTANT, &options.options, NULL) == -1,
+            VIR_ERR_INVALID_ARG);
     }
-    CHECK(event.event.time_us == untouched && info.info.elapsed_us == untouched && stats.stats.total_us == untouched);
+    CHECK(event.event.time_us == untouched && info.info.elapsed_us == untouched &&
+          stats.stats.total_us == untouched);
     CHECK_FAILS(instantsnap_job_next_event(job, NULL) == -1, VIR_ERR_INVALID_ARG);
     CHECK_FAILS(instantsnap_job_get_info(job, NULL) == -1, VIR_ERR_INVALID_ARG);
     CHECK_FAILS(instantsnap_job_get_stats(job, NULL) == -1, VIR_ERR_INVALID_ARG);
 
-    /* No event was lost by it. What is newer than the library is filled up, and not a byte beyond. */
+    /* No event was lost. The library fills the unknown part, and not a byte beyond. */
     event.event.size = sizeof(event) - sizeof(event.beyond[1]);
     CHECK(instantsnap_job_next_event(job, &event.event) == 1);
-    CHECK(event.event.type == INSTANTSNAP_EVENT_PAUSED && event.beyond[0] == 0 && event.beyond[1] == untouched);
+    CHECK(event.event.type == INSTANTSNAP_EVENT_PAUSED && event.beyond[0] == 0 &&
+          event.beyond[1] == untouched);
     info.info.size = sizeof(info) - sizeof(info.beyond[1]);
     CHECK(instantsnap_job_get_info(job, &info.info) == 0);
     CHECK(info.info.instant == 1 && info.beyond[0] == 0 && info.beyond[1] == untouched);
@@ -949,11 +993,13 @@ static void sizes(instantsnap_guest *guest)
     CHECK(stats.stats.total_us > 0 && stats.beyond[0] == 0 && stats.beyond[1] == untouched);
     instantsnap_job_free(job);
 
-    /* A newer option that is set cannot be heeded; one that is not is as if it were not there. */
+    /* A newer option that is set is an error; one that is zero is ignored. */
     options.options.size = sizeof(options);
     options.beyond[1] = 1;
-    CHECK_FAILS(!instantsnap_snapshot_create_start(guest, named("no"), INSTANT, &options.options), VIR_ERR_INVALID_ARG);
-    CHECK_FAILS(instantsnap_snapshot_create(guest, named("no"), INSTANT, &options.options, NULL) == -1,
+    CHECK_FAILS(!instantsnap_snapshot_create_start(guest, named("no"), INSTANT, &options.options),
+                VIR_ERR_INVALID_ARG);
+    CHECK_FAILS(instantsnap_snapshot_create(guest, named("no"), INSTANT, &options.options, NULL) ==
+                    -1,
                 VIR_ERR_INVALID_ARG);
     options.beyond[1] = 0;
     job = instantsnap_snapshot_create_start(guest, named("newer"), INSTANT, &options.options);
@@ -964,7 +1010,8 @@ static void sizes(instantsnap_guest *guest)
 
 static void nonsense(instantsnap_guest *guest)
 {
-    instantsnap_create_options options = {.size = sizeof(options), .flags = INSTANTSNAP_CREATE_AT_ONCE};
+    instantsnap_create_options options = {.size = sizeof(options),
+                                          .flags = INSTANTSNAP_CREATE_AT_ONCE};
     unsigned char junk[256];
     void *wild[] = {NULL, junk, junk + 1, (void *) (uintptr_t) 1, (void *) UINTPTR_MAX, guest};
     instantsnap_guest *closed = open_guest("qmp", "state");
@@ -976,22 +1023,30 @@ static void nonsense(instantsnap_guest *guest)
     for (size_t i = 0; i < ARRAY_SIZE(wild); i++) {
         not_a_job(wild[i], VIR_ERR_INVALID_ARG);
         if (wild[i] != guest) {
-            CHECK_FAILS(!instantsnap_snapshot_create_start(wild[i], named("no"), INSTANT, NULL), VIR_ERR_INVALID_ARG);
-            CHECK_FAILS(instantsnap_snapshot_create(wild[i], named("no"), INSTANT, NULL, NULL) == -1,
+            CHECK_FAILS(!instantsnap_snapshot_create_start(wild[i], named("no"), INSTANT, NULL),
+                        VIR_ERR_INVALID_ARG);
+            CHECK_FAILS(instantsnap_snapshot_create(wild[i], named("no"), INSTANT, NULL, NULL) ==
+                            -1,
                         VIR_ERR_INVALID_ARG);
         }
     }
     instantsnap_job_free(NULL);
     instantsnap_close(closed);
-    CHECK_FAILS(!instantsnap_snapshot_create_start(closed, named("no"), INSTANT, &options), VIR_ERR_INVALID_ARG);
+    CHECK_FAILS(!instantsnap_snapshot_create_start(closed, named("no"), INSTANT, &options),
+                VIR_ERR_INVALID_ARG);
 
-    CHECK_FAILS(!instantsnap_snapshot_create_start(guest, NULL, INSTANT, &options), VIR_ERR_INVALID_ARG);
-    CHECK_FAILS(!instantsnap_snapshot_create_start(guest, "\xff", INSTANT, &options), VIR_ERR_INVALID_ARG);
-    CHECK_FAILS(instantsnap_snapshot_create(guest, NULL, INSTANT, NULL, NULL) == -1, VIR_ERR_INVALID_ARG);
-    CHECK_FAILS(instantsnap_snapshot_create(guest, named("no"), INSTANT, &options, NULL) == -1, VIR_ERR_INVALID_ARG);
+    CHECK_FAILS(!instantsnap_snapshot_create_start(guest, NULL, INSTANT, &options),
+                VIR_ERR_INVALID_ARG);
+    CHECK_FAILS(!instantsnap_snapshot_create_start(guest, "\xff", INSTANT, &options),
+                VIR_ERR_INVALID_ARG);
+    CHECK_FAILS(instantsnap_snapshot_create(guest, NULL, INSTANT, NULL, NULL) == -1,
+                VIR_ERR_INVALID_ARG);
+    CHECK_FAILS(instantsnap_snapshot_create(guest, named("no"), INSTANT, &options, NULL) == -1,
+                VIR_ERR_INVALID_ARG);
     for (int bit = 1; bit < 32; bit++) {
         options = begin(&listener, guest, 0, UINT32_C(1) << bit);
-        CHECK_FAILS(!instantsnap_snapshot_create_start(guest, named("no"), INSTANT, &options), VIR_ERR_INVALID_ARG);
+        CHECK_FAILS(!instantsnap_snapshot_create_start(guest, named("no"), INSTANT, &options),
+                    VIR_ERR_INVALID_ARG);
         CHECK_FAILS(instantsnap_snapshot_create(guest, named("no"), INSTANT, &options, NULL) == -1,
                     VIR_ERR_INVALID_ARG);
         CHECK(!listener.history.last.type);
@@ -1001,7 +1056,8 @@ static void nonsense(instantsnap_guest *guest)
     job = instantsnap_snapshot_create_start(guest, named("sense"), INSTANT, NULL);
     CHECK(job);
     /* A job is not a guest. */
-    CHECK_FAILS(instantsnap_snapshot_list((instantsnap_guest *) job, NULL) == -1, VIR_ERR_INVALID_ARG);
+    CHECK_FAILS(instantsnap_snapshot_list((instantsnap_guest *) job, NULL) == -1,
+                VIR_ERR_INVALID_ARG);
     instantsnap_close((instantsnap_guest *) job);
     check_complete(job, guest, "sense");
     instantsnap_job_free(job);
@@ -1017,7 +1073,7 @@ int main(void)
     harness_begin();
     harness_qemu("qmp", harness_path("disk.raw"), "raw", 0);
     guest = open_guest("qmp", "state");
-    /* So much memory that there is progress to be told of. */
+    /* Enough memory for PROGRESS events. */
     harness_set_memory(256);
     harness_qemu("qmp2", harness_disk("disk2.raw"), "raw", 0);
     CHECK(mkdir(harness_path("state2"), 0700) == 0);

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * libvirt_client KEEPER TICK: a client of a stock libvirt, who knows instantsnap by its headers
- * only. He has libvirt's objects before a call, and after it; no event loop of libvirt's runs.
+ * libvirt_client KEEPER TICK: a client of a stock libvirt that uses instantsnap by its headers
+ * only. It has libvirt's objects before and after each call, and runs no event loop of libvirt.
  */
 #define _POSIX_C_SOURCE 200809L
 
@@ -27,7 +27,7 @@ static virConnectPtr open_connection(void)
     return connect;
 }
 
-/* Nobody has kept the connection: not the library either. */
+/* Nothing has kept the connection open, not even the library. */
 static void close_connection(virConnectPtr connect)
 {
     CHECK(virConnectClose(connect) == 0);
@@ -48,8 +48,9 @@ static const char *memory_file(virDomainPtr domain, const char *name)
 
 static const char *snapshot_xml(virDomainPtr domain, const char *name)
 {
-    return harness_text("<domainsnapshot><name>%s</name><memory snapshot='external' file='%s'/></domainsnapshot>", name,
-                        memory_file(domain, name));
+    return harness_text(
+        "<domainsnapshot><name>%s</name><memory snapshot='external' file='%s'/></domainsnapshot>",
+        name, memory_file(domain, name));
 }
 
 static int is_running(virDomainPtr domain)
@@ -60,7 +61,7 @@ static int is_running(virDomainPtr domain)
     return state == VIR_DOMAIN_RUNNING;
 }
 
-/* The guest has come to no harm: it runs, counts on, and finds memory and disks as it left them. */
+/* Checks that the guest runs, counts on, and finds memory and disks as it left them. */
 static void check_guest_runs(virDomainPtr domain)
 {
     CHECK(is_running(domain));
@@ -87,7 +88,7 @@ static void begins_with(const char *path, const char *magic)
     fclose(file);
 }
 
-/* What is returned is libvirt's own, and libvirt's own functions work on it. */
+/* The call returns libvirt's own object, and libvirt's own functions work on it. */
 static void instant(virDomainPtr domain)
 {
     virConnectPtr connect = virDomainGetConnect(domain);
@@ -101,7 +102,8 @@ static void instant(virDomainPtr domain)
 
     CHECK(strcmp(virDomainSnapshotGetName(first), "first") == 0);
     CHECK(virDomainSnapshotGetConnect(first) == connect);
-    CHECK(strcmp(virDomainGetName(virDomainSnapshotGetDomain(first)), virDomainGetName(domain)) == 0);
+    CHECK(strcmp(virDomainGetName(virDomainSnapshotGetDomain(first)), virDomainGetName(domain)) ==
+          0);
     CHECK(virDomainSnapshotIsCurrent(first, 0) == 1);
     CHECK(virDomainSnapshotHasMetadata(first, 0) == 1);
     CHECK(virDomainSnapshotNumChildren(first, 0) == 0);
@@ -112,7 +114,8 @@ static void instant(virDomainPtr domain)
     /* Complete: libvirt's own image format says so. */
     begins_with(memory_file(domain, "first"), "LibvirtQemudSave");
 
-    second = qemuSnapshotCreateXML(domain, NULL, snapshot_xml(domain, "second"), INSTANT | CREATE(ATOMIC));
+    second = qemuSnapshotCreateXML(domain, NULL, snapshot_xml(domain, "second"),
+                                   INSTANT | CREATE(ATOMIC));
     CHECK(second);
     CHECK(virDomainSnapshotIsCurrent(first, 0) == 0);
     CHECK(virDomainSnapshotNumChildren(first, 0) == 1);
@@ -123,7 +126,7 @@ static void instant(virDomainPtr domain)
     free(names[0]);
     free(names[1]);
 
-    /* A name that exists is no reason to harm what has it. */
+    /* A name that exists is an error, and the snapshot of that name is unharmed. */
     CHECK_VIR_FAILS(!qemuSnapshotCreateXML(domain, NULL, snapshot_xml(domain, "first"), INSTANT),
                     VIR_ERR_OPERATION_INVALID, VIR_FROM_QEMU);
     CHECK(virDomainSnapshotNum(domain, 0) == 2);
@@ -134,12 +137,12 @@ static void instant(virDomainPtr domain)
     CHECK(virDomainSnapshotFree(parent) == 0);
 }
 
-/* Nothing is recorded; the object returned is of the name asked for all the same, as libvirt does it. */
+/* Nothing is recorded, but the object returned has the requested name, as in libvirt. */
 static void without_metadata(virDomainPtr domain)
 {
     int before = virDomainSnapshotNum(domain, 0);
-    virDomainSnapshotPtr snapshot = qemuSnapshotCreateXML(domain, NULL, snapshot_xml(domain, "unrecorded"),
-                                                          INSTANT | CREATE(NO_METADATA));
+    virDomainSnapshotPtr snapshot = qemuSnapshotCreateXML(
+        domain, NULL, snapshot_xml(domain, "unrecorded"), INSTANT | CREATE(NO_METADATA));
 
     CHECK(snapshot);
     CHECK(strcmp(virDomainSnapshotGetName(snapshot), "unrecorded") == 0);
@@ -149,13 +152,15 @@ static void without_metadata(virDomainPtr domain)
     check_guest_runs(domain);
 }
 
-/* Without INSTANT it is libvirt's own function: its result, and its error word by word. */
+/* Without INSTANT the call is libvirt's own, with the same result and the same error text. */
 static void libvirts_own(virDomainPtr domain)
 {
     static const char *const disk_only = "<domainsnapshot><name>disks</name></domainsnapshot>";
-    static const char *const no_memory_file = "<domainsnapshot><memory snapshot='external'/></domainsnapshot>";
+    static const char *const no_memory_file =
+        "<domainsnapshot><memory snapshot='external'/></domainsnapshot>";
     unsigned int wrong[] = {CREATE(LIVE), CREATE(CURRENT), CREATE(QUIESCE), 1u << 20};
-    virDomainSnapshotPtr snapshot = qemuSnapshotCreateXML(domain, NULL, disk_only, CREATE(DISK_ONLY));
+    virDomainSnapshotPtr snapshot =
+        qemuSnapshotCreateXML(domain, NULL, disk_only, CREATE(DISK_ONLY));
 
     CHECK(snapshot);
     CHECK(strcmp(virDomainSnapshotGetName(snapshot), "disks") == 0);
@@ -168,20 +173,22 @@ static void libvirts_own(virDomainPtr domain)
 
         CHECK(!virDomainSnapshotCreateXML(domain, no_memory_file, wrong[i]));
         expected = virSaveLastError();
-        CHECK_VIR_FAILS(!qemuSnapshotCreateXML(domain, NULL, no_memory_file, wrong[i]), expected->code,
-                        expected->domain);
+        CHECK_VIR_FAILS(!qemuSnapshotCreateXML(domain, NULL, no_memory_file, wrong[i]),
+                        expected->code, expected->domain);
         CHECK(strcmp(virGetLastErrorMessage(), expected->message) == 0);
         CHECK(strcmp(instantsnap_last_error()->message, expected->message) == 0);
         virFreeError(expected);
     }
-    CHECK_VIR_FAILS(!qemuSnapshotCreateXML(NULL, NULL, disk_only, 0), VIR_ERR_INVALID_DOMAIN, VIR_FROM_DOM);
-    CHECK_VIR_FAILS(!qemuSnapshotCreateXML(domain, NULL, NULL, 0), VIR_ERR_INVALID_ARG, VIR_FROM_DOMAIN_SNAPSHOT);
+    CHECK_VIR_FAILS(!qemuSnapshotCreateXML(NULL, NULL, disk_only, 0), VIR_ERR_INVALID_DOMAIN,
+                    VIR_FROM_DOM);
+    CHECK_VIR_FAILS(!qemuSnapshotCreateXML(domain, NULL, NULL, 0), VIR_ERR_INVALID_ARG,
+                    VIR_FROM_DOMAIN_SNAPSHOT);
 }
 
 static void fails(virDomainPtr domain, const char *xml, unsigned int flags, int code)
 {
     CHECK_VIR_FAILS(!qemuSnapshotCreateXML(domain, NULL, xml, flags), code, VIR_FROM_QEMU);
-    /* The same is known to who does not look at libvirt. */
+    /* instantsnap_last_error() has the same error. */
     CHECK(instantsnap_last_error()->code == code);
     CHECK(strcmp(instantsnap_last_error()->message, virGetLastErrorMessage()) == 0);
 }
@@ -189,8 +196,9 @@ static void fails(virDomainPtr domain, const char *xml, unsigned int flags, int 
 static void bad_arguments(virDomainPtr domain, virDomainPtr shut_off)
 {
     unsigned int broken[] = {
-        CREATE(INSTANT), INSTANT | CREATE(DISK_ONLY), INSTANT | CREATE(REDEFINE), INSTANT | CREATE(QUIESCE),
-        INSTANT | CREATE(CURRENT), INSTANT | 1u << 11, INSTANT | 1u << 31,
+        CREATE(INSTANT),           INSTANT | CREATE(DISK_ONLY), INSTANT | CREATE(REDEFINE),
+        INSTANT | CREATE(QUIESCE), INSTANT | CREATE(CURRENT),   INSTANT | 1u << 11,
+        INSTANT | 1u << 31,
     };
     const char *xml = snapshot_xml(domain, "never");
     int before = virDomainSnapshotNum(domain, 0);
@@ -205,18 +213,20 @@ static void bad_arguments(virDomainPtr domain, virDomainPtr shut_off)
     fails(domain, "<domainsnapshot/>", INSTANT, VIR_ERR_OPERATION_UNSUPPORTED);
     fails(shut_off, snapshot_xml(shut_off, "never"), INSTANT, VIR_ERR_OPERATION_INVALID);
 
-    /* Objects of libvirt's, but of another kind. */
+    /* Objects of libvirt, but of the wrong kind. */
     CHECK(snapshot);
     fails((virDomainPtr) snapshot, xml, INSTANT, VIR_ERR_INVALID_DOMAIN);
     CHECK_FAILS(!instantsnap_open_libvirt((virDomainPtr) snapshot), VIR_ERR_INVALID_DOMAIN);
-    CHECK_VIR_FAILS(qemuSnapshotRevert(NULL, (virDomainSnapshotPtr) domain, 0) == -1, VIR_ERR_INVALID_DOMAIN_SNAPSHOT,
-                    VIR_FROM_QEMU);
-    CHECK_VIR_FAILS(qemuSnapshotDelete(NULL, (virDomainSnapshotPtr) domain, 0) == -1, VIR_ERR_INVALID_DOMAIN_SNAPSHOT,
-                    VIR_FROM_QEMU);
+    CHECK_VIR_FAILS(qemuSnapshotRevert(NULL, (virDomainSnapshotPtr) domain, 0) == -1,
+                    VIR_ERR_INVALID_DOMAIN_SNAPSHOT, VIR_FROM_QEMU);
+    CHECK_VIR_FAILS(qemuSnapshotDelete(NULL, (virDomainSnapshotPtr) domain, 0) == -1,
+                    VIR_ERR_INVALID_DOMAIN_SNAPSHOT, VIR_FROM_QEMU);
     CHECK_VIR_FAILS(qemuSnapshotRevert(NULL, NULL, 0) == -1, VIR_ERR_INVALID_ARG, VIR_FROM_QEMU);
     CHECK_VIR_FAILS(qemuSnapshotDelete(NULL, NULL, 0) == -1, VIR_ERR_INVALID_ARG, VIR_FROM_QEMU);
-    CHECK_VIR_FAILS(qemuSnapshotRevert(NULL, snapshot, 1u << 20) == -1, VIR_ERR_INVALID_ARG, VIR_FROM_QEMU);
-    CHECK_VIR_FAILS(qemuSnapshotDelete(NULL, snapshot, 1u << 20) == -1, VIR_ERR_INVALID_ARG, VIR_FROM_QEMU);
+    CHECK_VIR_FAILS(qemuSnapshotRevert(NULL, snapshot, 1u << 20) == -1, VIR_ERR_INVALID_ARG,
+                    VIR_FROM_QEMU);
+    CHECK_VIR_FAILS(qemuSnapshotDelete(NULL, snapshot, 1u << 20) == -1, VIR_ERR_INVALID_ARG,
+                    VIR_FROM_QEMU);
     CHECK(virDomainSnapshotFree(snapshot) == 0);
 
     CHECK(virDomainSnapshotNum(domain, 0) == before);
@@ -249,14 +259,14 @@ struct one_of_many {
     pthread_barrier_t *start;
 };
 
-/* Its errors, and those of libvirt, are its own: the other thread's are about another domain. */
+/* The errors of this thread are its own: those of the other thread are about another domain. */
 static void *snapshot_one(void *data)
 {
     struct one_of_many *one = data;
     virDomainSnapshotPtr snapshot;
 
-    CHECK_VIR_FAILS(!qemuSnapshotCreateXML(one->domain, NULL, one->xml, CREATE(INSTANT)), VIR_ERR_INVALID_ARG,
-                    VIR_FROM_QEMU);
+    CHECK_VIR_FAILS(!qemuSnapshotCreateXML(one->domain, NULL, one->xml, CREATE(INSTANT)),
+                    VIR_ERR_INVALID_ARG, VIR_FROM_QEMU);
     pthread_barrier_wait(one->start);
     snapshot = qemuSnapshotCreateXML(one->domain, NULL, one->xml, INSTANT);
     CHECK(snapshot);
@@ -271,7 +281,8 @@ static void side_by_side(virDomainPtr one, virDomainPtr another)
 {
     pthread_barrier_t start;
     struct one_of_many both[] = {
-        {one, snapshot_xml(one, "beside"), &start}, {another, snapshot_xml(another, "beside"), &start},
+        {one, snapshot_xml(one, "beside"), &start},
+        {another, snapshot_xml(another, "beside"), &start},
     };
     pthread_t threads[2];
 
@@ -285,12 +296,16 @@ static void side_by_side(virDomainPtr one, virDomainPtr another)
     check_guest_runs(another);
 }
 
-/* A snapshot keeps its domain and its connection, as every object of libvirt's; and nothing else of ours does. */
+/*
+ * A snapshot keeps its domain and its connection, as every object of libvirt does; nothing else of
+ * the library keeps them.
+ */
 static void references(const char *name)
 {
     virConnectPtr connect = open_connection();
     virDomainPtr domain = look_up(connect, name);
-    virDomainSnapshotPtr snapshot = qemuSnapshotCreateXML(domain, NULL, snapshot_xml(domain, "kept"), INSTANT);
+    virDomainSnapshotPtr snapshot =
+        qemuSnapshotCreateXML(domain, NULL, snapshot_xml(domain, "kept"), INSTANT);
 
     CHECK(snapshot);
     CHECK(virDomainFree(domain) == 0);
@@ -303,7 +318,7 @@ static void references(const char *name)
 
 struct canceller {
     instantsnap_guest *guest;
-    const char *file; /* the cancel waits until this is as large */
+    const char *file; /* the cancel waits until this file has that size */
     pthread_mutex_t lock;
     int done;
     int cancelled;
@@ -325,7 +340,7 @@ static void *cancel(void *data)
     return NULL;
 }
 
-/* Whatever the moment of the cancel: either the snapshot is complete, or there is nothing of it. */
+/* At whatever moment the cancel comes: the snapshot is complete, or nothing of it is left. */
 static void cancelled(instantsnap_guest *guest, virDomainPtr domain)
 {
     const char *file = memory_file(domain, "cancelled");
@@ -336,12 +351,14 @@ static void cancelled(instantsnap_guest *guest, virDomainPtr domain)
 
     CHECK_FAILS(instantsnap_snapshot_cancel(guest) == -1, VIR_ERR_OPERATION_INVALID);
     CHECK(pthread_create(&thread, NULL, cancel, &canceller) == 0);
-    result = instantsnap_snapshot_create_xml(guest, snapshot_xml(domain, "cancelled"), INSTANT, NULL);
+    result =
+        instantsnap_snapshot_create_xml(guest, snapshot_xml(domain, "cancelled"), INSTANT, NULL);
     if (result < 0) {
         CHECK(instantsnap_last_error()->code == VIR_ERR_OPERATION_ABORTED);
         CHECK(instantsnap_snapshot_list(guest, NULL) == before);
         CHECK(harness_file_size(file) == -1);
-        CHECK(harness_file_size(harness_domain_path(virDomainGetName(domain), "disk.cancelled")) == -1);
+        CHECK(harness_file_size(harness_domain_path(virDomainGetName(domain), "disk.cancelled")) ==
+              -1);
     } else {
         CHECK(instantsnap_snapshot_list(guest, NULL) == before + 1);
     }
@@ -353,7 +370,7 @@ static void cancelled(instantsnap_guest *guest, virDomainPtr domain)
     check_guest_runs(domain);
 }
 
-/* The same domain through our own functions. */
+/* The same domain by the native API. */
 static void our_functions(const char *name)
 {
     virConnectPtr connect = open_connection();
@@ -370,10 +387,11 @@ static void our_functions(const char *name)
     before = instantsnap_snapshot_list(guest, NULL);
     CHECK(before == virDomainSnapshotNum(domain, 0));
 
-    /* The caller's own references can be gone. */
+    /* The caller may have dropped its own references. */
     CHECK(virDomainRef(domain) == 0);
     CHECK(virDomainFree(domain) == 0);
-    CHECK(instantsnap_snapshot_create_xml(guest, snapshot_xml(domain, "ours"), INSTANT, &taken) == 0);
+    CHECK(instantsnap_snapshot_create_xml(guest, snapshot_xml(domain, "ours"), INSTANT, &taken) ==
+          0);
     CHECK(strcmp(taken, "ours") == 0);
     instantsnap_free_string(taken);
     check_guest_runs(domain);
@@ -397,10 +415,12 @@ static void our_functions(const char *name)
     instantsnap_free_string(xml);
 
     CHECK_FAILS(!instantsnap_snapshot_get_xml(guest, "nobody"), VIR_ERR_NO_DOMAIN_SNAPSHOT);
-    CHECK_FAILS(instantsnap_snapshot_create_xml(guest, NULL, INSTANT, NULL) == -1, VIR_ERR_INVALID_ARG);
-    CHECK_FAILS(instantsnap_snapshot_create_xml(guest, snapshot_xml(domain, "ours"), INSTANT, NULL) == -1,
-                VIR_ERR_OPERATION_INVALID);
-    /* It is loaded by libvirt alone, which runs the domain. */
+    CHECK_FAILS(instantsnap_snapshot_create_xml(guest, NULL, INSTANT, NULL) == -1,
+                VIR_ERR_INVALID_ARG);
+    CHECK_FAILS(
+        instantsnap_snapshot_create_xml(guest, snapshot_xml(domain, "ours"), INSTANT, NULL) == -1,
+        VIR_ERR_OPERATION_INVALID);
+    /* instantsnap_snapshot_load() refuses, because libvirt runs the domain. */
     CHECK_FAILS(instantsnap_snapshot_load(guest, "ours", 0) == -1, VIR_ERR_OPERATION_UNSUPPORTED);
 
     cancelled(guest, domain);
@@ -411,11 +431,12 @@ static void our_functions(const char *name)
     close_connection(connect);
 }
 
-/* Back, and forward again; then away with them, and the guest goes on. */
+/* Reverts back and forward; then deletes both snapshots, and the guest goes on. */
 static void revert_and_delete(virDomainPtr domain)
 {
     long at_instant = harness_ticks(domain);
-    virDomainSnapshotPtr back = qemuSnapshotCreateXML(domain, NULL, snapshot_xml(domain, "back"), INSTANT);
+    virDomainSnapshotPtr back =
+        qemuSnapshotCreateXML(domain, NULL, snapshot_xml(domain, "back"), INSTANT);
     virDomainSnapshotPtr last;
     long now;
 
@@ -427,7 +448,10 @@ static void revert_and_delete(virDomainPtr domain)
     CHECK(qemuSnapshotRevert(NULL, back, VIR_DOMAIN_SNAPSHOT_REVERT_RUNNING) == 0);
     CHECK(virGetLastErrorCode() == VIR_ERR_OK);
     CHECK(virDomainSnapshotIsCurrent(back, 0) == 1);
-    /* A serial line to a file begins anew; a guest whose memory and disks are not of one moment says so in it. */
+    /*
+     * The serial line's file begins again; a guest whose memory and disks are of different moments
+     * says so there.
+     */
     check_guest_runs(domain);
     CHECK(qemuSnapshotRevert(NULL, back, VIR_DOMAIN_SNAPSHOT_REVERT_PAUSED) == 0);
     CHECK(!is_running(domain));
@@ -442,9 +466,10 @@ static void revert_and_delete(virDomainPtr domain)
     CHECK(virDomainSnapshotNumChildren(back, 0) == 0);
     CHECK(harness_file_size(memory_file(domain, "last")) == -1);
     check_guest_runs(domain);
-    CHECK_VIR_FAILS(qemuSnapshotDelete(NULL, last, 0) == -1, VIR_ERR_NO_DOMAIN_SNAPSHOT, VIR_FROM_QEMU);
+    CHECK_VIR_FAILS(qemuSnapshotDelete(NULL, last, 0) == -1, VIR_ERR_NO_DOMAIN_SNAPSHOT,
+                    VIR_FROM_QEMU);
 
-    /* The record alone. */
+    /* Deletes only the record. */
     CHECK(qemuSnapshotDelete(NULL, back, VIR_DOMAIN_SNAPSHOT_DELETE_METADATA_ONLY) == 0);
     CHECK(harness_file_size(memory_file(domain, "back")) > 0);
     check_guest_runs(domain);

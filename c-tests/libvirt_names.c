@@ -1,14 +1,20 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
-/* The same job by libvirt's own names and signatures, with a guest of ours in the place of libvirt's. */
+/*
+ * The same by libvirt's own names and signatures, with a guest of this library instead of libvirt's
+ * domain object.
+ */
 #include <instantsnap-libvirt.h>
 
 #include "harness.h"
 
 #define INSTANT (VIR_DOMAIN_SNAPSHOT_CREATE_LIVE | VIR_DOMAIN_SNAPSHOT_CREATE_INSTANT)
 
-/* These are libvirt's functions in libvirt's daemon: a signature that differs would not be noticed at run time. */
-static virDomainSnapshotPtr (*const create)(virDomainPtr, virDomainObj *, const char *, unsigned int) =
-    qemuSnapshotCreateXML;
+/*
+ * In libvirt's daemon these functions replace libvirt's: a different signature would go unnoticed
+ * at run time.
+ */
+static virDomainSnapshotPtr (*const create)(virDomainPtr, virDomainObj *, const char *,
+                                            unsigned int) = qemuSnapshotCreateXML;
 static int (*const revert)(virDomainObj *, virDomainSnapshotPtr, unsigned int) = qemuSnapshotRevert;
 static int (*const delete)(virDomainObj *, virDomainSnapshotPtr, unsigned int) = qemuSnapshotDelete;
 
@@ -22,7 +28,10 @@ static void free_snapshot(virDomainSnapshotPtr snapshot)
     instantsnap_snapshot_free((instantsnap_snapshot *) snapshot);
 }
 
-/* NULL is for a client of libvirt, whose objects are missing; a driver's own are not built yet; others are nobody's. */
+/*
+ * NULL means a client of libvirt, whose objects are missing here. Any other pointer needs a driver,
+ * and none is registered.
+ */
 static void without_a_guest(void)
 {
     char nobody[256];
@@ -32,9 +41,14 @@ static void without_a_guest(void)
     CHECK_FAILS(revert(NULL, NULL, 0) == -1, VIR_ERR_INVALID_ARG);
     CHECK_FAILS(delete(NULL, NULL, 0) == -1, VIR_ERR_INVALID_ARG);
 
-    CHECK_FAILS(!create(NULL, (virDomainObj *) nobody, "<domainsnapshot/>", INSTANT), VIR_ERR_OPERATION_UNSUPPORTED);
-    /* Without INSTANT it would be for the next definition of the symbol: this process has none. */
-    CHECK_FAILS(!create(NULL, (virDomainObj *) nobody, "<domainsnapshot/>", 0), VIR_ERR_OPERATION_UNSUPPORTED);
+    CHECK_FAILS(!create(NULL, (virDomainObj *) nobody, "<domainsnapshot/>", INSTANT),
+                VIR_ERR_OPERATION_UNSUPPORTED);
+    /*
+     * Without INSTANT the call would go to the next definition of the symbol: this process has
+     * none.
+     */
+    CHECK_FAILS(!create(NULL, (virDomainObj *) nobody, "<domainsnapshot/>", 0),
+                VIR_ERR_OPERATION_UNSUPPORTED);
     CHECK_FAILS(revert((virDomainObj *) nobody, NULL, 0) == -1, VIR_ERR_OPERATION_UNSUPPORTED);
     CHECK_FAILS(delete((virDomainObj *) nobody, NULL, 0) == -1, VIR_ERR_OPERATION_UNSUPPORTED);
 
@@ -83,7 +97,8 @@ int main(void)
     vm = (virDomainObj *) guest;
 
     CHECK_FAILS(!create(NULL, vm, NULL, INSTANT), VIR_ERR_INVALID_ARG);
-    CHECK_FAILS(!create(NULL, vm, "<domainsnapshot/>", VIR_DOMAIN_SNAPSHOT_CREATE_INSTANT), VIR_ERR_INVALID_ARG);
+    CHECK_FAILS(!create(NULL, vm, "<domainsnapshot/>", VIR_DOMAIN_SNAPSHOT_CREATE_INSTANT),
+                VIR_ERR_INVALID_ARG);
     first = create(NULL, vm, "<domainsnapshot><name>first</name></domainsnapshot>", INSTANT);
     CHECK(first);
     CHECK(strcmp(name_of(first), "first") == 0);
@@ -94,13 +109,17 @@ int main(void)
 
     continue_in_another(first);
 
-    /* A snapshot of ours is none of libvirt's. */
+    /* A snapshot of this library is not one of libvirt's. */
     CHECK_FAILS(revert(NULL, first, 0) == -1, VIR_ERR_INVALID_ARG);
     CHECK_FAILS(delete(NULL, first, 0) == -1, VIR_ERR_INVALID_ARG);
 
-    /* Of one with a child only the record can go, and the child goes up to where its parent was: here, to the top. */
+    /*
+     * If a snapshot has a child, only its record can be deleted. The child then gets its parent's
+     * parent: here, none.
+     */
     CHECK_FAILS(delete(vm, first, 0) == -1, VIR_ERR_OPERATION_UNSUPPORTED);
-    CHECK_FAILS(delete(vm, NULL, VIR_DOMAIN_SNAPSHOT_DELETE_METADATA_ONLY) == -1, VIR_ERR_INVALID_ARG);
+    CHECK_FAILS(delete(vm, NULL, VIR_DOMAIN_SNAPSHOT_DELETE_METADATA_ONLY) == -1,
+                VIR_ERR_INVALID_ARG);
     CHECK(instantsnap_snapshot_list(guest, NULL) == 2);
     CHECK(delete(vm, first, VIR_DOMAIN_SNAPSHOT_DELETE_METADATA_ONLY) == 0);
     CHECK(instantsnap_snapshot_list(guest, NULL) == 1);
@@ -109,14 +128,15 @@ int main(void)
     CHECK(xml);
     CHECK(!strstr(xml, "<parent>"));
     instantsnap_free_string(xml);
-    CHECK_FAILS(delete(vm, first, VIR_DOMAIN_SNAPSHOT_DELETE_METADATA_ONLY) == -1, VIR_ERR_NO_DOMAIN_SNAPSHOT);
+    CHECK_FAILS(delete(vm, first, VIR_DOMAIN_SNAPSHOT_DELETE_METADATA_ONLY) == -1,
+                VIR_ERR_NO_DOMAIN_SNAPSHOT);
     CHECK_FAILS(delete(vm, second, 1u << 20) == -1, VIR_ERR_INVALID_ARG);
     CHECK(delete(vm, second, 0) == 0);
     CHECK(instantsnap_snapshot_list(guest, NULL) == 0);
     CHECK(harness_status_is("qmp", "running"));
 
     free_snapshot(first);
-    /* Freed: no longer a snapshot of ours, whoever looks. */
+    /* A freed handle is not a snapshot any more. */
     CHECK_FAILS(!name_of(first), VIR_ERR_INVALID_ARG);
     free_snapshot(first);
     free_snapshot(second);

@@ -11,10 +11,13 @@
 
 static instantsnap_guest *open_guest(const char *socket_name, const char *disk, const char *format)
 {
-    const char *xml = harness_text("<domain type='qemu'><name>guest</name><memory unit='MiB'>64</memory><devices>"
-                                   "<disk type='file' device='disk'><driver name='qemu' type='%s'/><source file='%s'/>"
-                                   "<target dev='vda' bus='virtio'/></disk></devices></domain>", format, disk);
-    instantsnap_guest *guest = instantsnap_open_qmp(harness_path(socket_name), xml, harness_path("state"));
+    const char *xml = harness_text(
+        "<domain type='qemu'><name>guest</name><memory unit='MiB'>64</memory><devices>"
+        "<disk type='file' device='disk'><driver name='qemu' type='%s'/><source file='%s'/>"
+        "<target dev='vda' bus='virtio'/></disk></devices></domain>",
+        format, disk);
+    instantsnap_guest *guest =
+        instantsnap_open_qmp(harness_path(socket_name), xml, harness_path("state"));
 
     CHECK(guest);
     return guest;
@@ -46,8 +49,9 @@ static instantsnap_stats get_stats(instantsnap_guest *guest)
     CHECK(instantsnap_get_stats(guest, &stats) == 0);
     CHECK(stats.size == sizeof(stats));
     /* The phases follow each other without gaps. */
-    CHECK(stats.total_us == stats.validate_us + stats.plan_us + stats.prepare_us + stats.pause_us + stats.switch_us +
-                            stats.arm_us + stats.drain_us + stats.finish_us + stats.undo_us);
+    CHECK(stats.total_us == stats.validate_us + stats.plan_us + stats.prepare_us + stats.pause_us +
+                                stats.switch_us + stats.arm_us + stats.drain_us + stats.finish_us +
+                                stats.undo_us);
     CHECK(stats.instant_us <= stats.total_us);
     return stats;
 }
@@ -79,10 +83,12 @@ static void instant(instantsnap_guest *guest)
 {
     const char *overlay = harness_path("first.qcow2");
     const char *memory = harness_path("first.mem");
-    const char *xml = harness_text("<domainsnapshot><name>first</name><description>by hand</description>"
-                                   "<memory snapshot='external' file='%s'/><disks>"
-                                   "<disk name='vda' snapshot='external'><source file='%s'/></disk>"
-                                   "</disks></domainsnapshot>", memory, overlay);
+    const char *xml =
+        harness_text("<domainsnapshot><name>first</name><description>by hand</description>"
+                     "<memory snapshot='external' file='%s'/><disks>"
+                     "<disk name='vda' snapshot='external'><source file='%s'/></disk>"
+                     "</disks></domainsnapshot>",
+                     memory, overlay);
     instantsnap_stats stats;
     char **names = NULL;
     char *name = NULL;
@@ -118,13 +124,14 @@ static void instant(instantsnap_guest *guest)
     CHECK(!strstr(recorded, "<parent>"));
     instantsnap_free_string(recorded);
 
-    /* A name that exists is no reason to harm what has it. */
-    CHECK_FAILS(instantsnap_snapshot_create_xml(guest, named("first"), INSTANT, NULL) == -1, VIR_ERR_OPERATION_INVALID);
+    /* A name that exists is an error, and the snapshot of that name is unharmed. */
+    CHECK_FAILS(instantsnap_snapshot_create_xml(guest, named("first"), INSTANT, NULL) == -1,
+                VIR_ERR_OPERATION_INVALID);
     CHECK(count(guest) == 1);
     CHECK(harness_status_is("qmp", "running"));
 }
 
-/* The guest is paused throughout, names and files are left to the library. Returns the snapshot's name. */
+/* Takes a non-live snapshot. The library chooses names and files. Returns the snapshot's name. */
 static const char *plain(instantsnap_guest *guest)
 {
     instantsnap_stats stats;
@@ -138,7 +145,8 @@ static const char *plain(instantsnap_guest *guest)
 
     stats = get_stats(guest);
     CHECK(stats.drain_us == 0);
-    CHECK(harness_file_size(harness_path(harness_text("state/%s.mem", name))) == (long long) stats.memory_image_bytes);
+    CHECK(harness_file_size(harness_path(harness_text("state/%s.mem", name))) ==
+          (long long) stats.memory_image_bytes);
     check_current(guest, name);
 
     recorded = instantsnap_snapshot_get_xml(guest, name);
@@ -153,7 +161,7 @@ static const char *plain(instantsnap_guest *guest)
 
 struct canceller {
     instantsnap_guest *guest;
-    const char *file; /* the cancel waits until this is as large, or larger */
+    const char *file; /* the cancel waits until this file has that size */
     long long size;
     pthread_mutex_t lock;
     int done;
@@ -170,7 +178,7 @@ static int is_done(struct canceller *canceller)
     return done;
 }
 
-/* Cancels as soon as the snapshot is where it is to be cancelled, unless it is over before that. */
+/* Cancels once the snapshot has come that far, unless it ends before. */
 static void *cancel(void *data)
 {
     struct canceller *canceller = data;
@@ -183,11 +191,12 @@ static void *cancel(void *data)
     return NULL;
 }
 
-/* Whatever the moment of the cancel: either the snapshot is complete, or there is nothing of it. */
+/* At whatever moment the cancel comes: the snapshot is complete, or nothing of it is left. */
 static void cancelled(instantsnap_guest *guest, const char *name, long long at_size)
 {
     const char *memory = harness_path(harness_text("state/%s.mem", name));
-    struct canceller canceller = {.guest = guest, .file = memory, .size = at_size, .lock = PTHREAD_MUTEX_INITIALIZER};
+    struct canceller canceller = {
+        .guest = guest, .file = memory, .size = at_size, .lock = PTHREAD_MUTEX_INITIALIZER};
     int before = count(guest);
     pthread_t thread;
     int result;
@@ -209,13 +218,17 @@ static void cancelled(instantsnap_guest *guest, const char *name, long long at_s
 
     CHECK(harness_status_is("qmp", "running"));
     check_capability_is_off("qmp");
-    /* Nothing of it is left in QEMU either: a leftover of write tracking would stand in the way of the next. */
-    CHECK(instantsnap_snapshot_create_xml(guest, named(harness_text("after-%s", name)), INSTANT, NULL) == 0);
+    /*
+     * Nothing is left in QEMU either: left-over write tracking would make the next snapshot fail.
+     */
+    CHECK(instantsnap_snapshot_create_xml(guest, named(harness_text("after-%s", name)), INSTANT,
+                                          NULL) == 0);
     CHECK(harness_status_is("qmp", "running"));
 }
 
-/* The first step of bringing a snapshot back; fills *disk with its only disk. */
-static instantsnap_revert_plan *plan(const char *name, const char *backing_file, instantsnap_revert_disk *disk)
+/* Prepares a revert, and fills *disk with the plan's only disk. */
+static instantsnap_revert_plan *plan(const char *name, const char *backing_file,
+                                     instantsnap_revert_disk *disk)
 {
     instantsnap_revert_plan *plan =
         instantsnap_snapshot_prepare_revert(harness_path("state"), name, harness_path(""));
@@ -245,55 +258,68 @@ static void revert(instantsnap_guest *original, const char *second)
     int recorded = count(original);
     pid_t qemu;
 
-    /* The original runs: it is not a QEMU that waits for a snapshot. */
+    /* The original guest runs: it is not a QEMU that waits for a snapshot. */
     CHECK_FAILS(instantsnap_snapshot_load(original, "first", 0) == -1, VIR_ERR_OPERATION_INVALID);
     CHECK(harness_status_is("qmp", "running"));
 
-    /* It ran at the instant, so that it runs again. */
+    /* The guest ran at the instant, so it runs again. */
     qemu = harness_qemu("qmp-first", first_disk.file, first_disk.format, 1);
     guest = open_guest("qmp-first", first_disk.file, first_disk.format);
     CHECK(instantsnap_snapshot_load(guest, "first", 0) == 0);
     CHECK(harness_status_is("qmp-first", "running"));
     check_current(guest, "first");
 
-    /* The continued guest is one like any other. HALT ends it after its snapshot, NO_METADATA records nothing. */
-    CHECK(instantsnap_snapshot_create_xml(guest, named("last"), INSTANT | VIR_DOMAIN_SNAPSHOT_CREATE_HALT |
-                                          VIR_DOMAIN_SNAPSHOT_CREATE_NO_METADATA, NULL) == 0);
+    /*
+     * The continued guest is like any other. HALT ends it after its snapshot, NO_METADATA records
+     * nothing.
+     */
+    CHECK(instantsnap_snapshot_create_xml(guest, named("last"),
+                                          INSTANT | VIR_DOMAIN_SNAPSHOT_CREATE_HALT |
+                                              VIR_DOMAIN_SNAPSHOT_CREATE_NO_METADATA,
+                                          NULL) == 0);
     harness_wait_for_end(qemu);
     CHECK(count(guest) == recorded);
     instantsnap_close(guest);
 
-    /* A disk that is not the snapshot's is found before QEMU is given a byte: the right snapshot still loads. */
+    /* A wrong disk is found before QEMU gets any memory: the right snapshot still loads. */
     harness_qemu("qmp-second", second_disk.file, second_disk.format, 1);
     guest = open_guest("qmp-second", second_disk.file, second_disk.format);
     CHECK_FAILS(instantsnap_snapshot_load(guest, "first", 0) == -1, VIR_ERR_CONFIG_UNSUPPORTED);
-    CHECK_FAILS(instantsnap_snapshot_load(guest, second, VIR_DOMAIN_SNAPSHOT_REVERT_RUNNING |
-                                          VIR_DOMAIN_SNAPSHOT_REVERT_PAUSED) == -1, VIR_ERR_INVALID_ARG);
+    CHECK_FAILS(instantsnap_snapshot_load(guest, second,
+                                          VIR_DOMAIN_SNAPSHOT_REVERT_RUNNING |
+                                              VIR_DOMAIN_SNAPSHOT_REVERT_PAUSED) == -1,
+                VIR_ERR_INVALID_ARG);
     CHECK(instantsnap_snapshot_load(guest, second, VIR_DOMAIN_SNAPSHOT_REVERT_PAUSED) == 0);
     CHECK(harness_status_is("qmp-second", "paused"));
     check_current(guest, second);
     instantsnap_close(guest);
 
     /* A plan is not a guest. */
-    CHECK_FAILS(instantsnap_snapshot_list((instantsnap_guest *) first_plan, NULL) == -1, VIR_ERR_INVALID_ARG);
+    CHECK_FAILS(instantsnap_snapshot_list((instantsnap_guest *) first_plan, NULL) == -1,
+                VIR_ERR_INVALID_ARG);
 
     instantsnap_revert_plan_free(first_plan);
     instantsnap_revert_plan_free(second_plan);
 }
 
-/* The youngest goes: its parent is current, the guest runs on, and its files are gone. */
+/*
+ * Deletes the youngest snapshot: its parent becomes current, the guest runs on, and its files are
+ * gone.
+ */
 static void deleted(instantsnap_guest *guest)
 {
     int recorded = count(guest);
 
-    CHECK_FAILS(instantsnap_snapshot_delete(guest, "first", 0) == -1, VIR_ERR_OPERATION_UNSUPPORTED);
+    CHECK_FAILS(instantsnap_snapshot_delete(guest, "first", 0) == -1,
+                VIR_ERR_OPERATION_UNSUPPORTED);
     CHECK(instantsnap_snapshot_create_xml(guest, named("youngest"), INSTANT, NULL) == 0);
     CHECK(harness_file_size(harness_path("state/youngest.mem")) > 0);
     CHECK(instantsnap_snapshot_delete(guest, "youngest", 0) == 0);
     CHECK(count(guest) == recorded);
     CHECK(harness_file_size(harness_path("state/youngest.mem")) == -1);
     CHECK(harness_status_is("qmp", "running"));
-    CHECK_FAILS(instantsnap_snapshot_delete(guest, "youngest", 0) == -1, VIR_ERR_NO_DOMAIN_SNAPSHOT);
+    CHECK_FAILS(instantsnap_snapshot_delete(guest, "youngest", 0) == -1,
+                VIR_ERR_NO_DOMAIN_SNAPSHOT);
 }
 
 int main(void)
@@ -308,7 +334,7 @@ int main(void)
     before_the_first(guest);
     instant(guest);
     second = plain(guest);
-    /* At once, and while memory flows: behind what the image begins with, and before its end. */
+    /* Cancels at once, and while memory flows: after the image's header, and before its end. */
     cancelled(guest, "cancelled-at-once", -1);
     cancelled(guest, "cancelled-in-drain", 100 << 10);
     revert(guest, second);

@@ -1,5 +1,8 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
-/* What no program should do. The library answers with errors, leaves the guest alone, and goes on working. */
+/*
+ * Nonsense that no program should pass. The library returns errors, does not change the guest, and
+ * goes on working.
+ */
 #include <pthread.h>
 #include <stdint.h>
 
@@ -10,7 +13,7 @@
 #define INSTANT (VIR_DOMAIN_SNAPSHOT_CREATE_LIVE | VIR_DOMAIN_SNAPSHOT_CREATE_INSTANT)
 #define CREATE(flag) VIR_DOMAIN_SNAPSHOT_CREATE_##flag
 
-/* Every function that takes a guest, given one that is none. */
+/* Passes a pointer that is not a guest to every function that takes a guest. */
 static void not_a_guest(instantsnap_guest *guest)
 {
     instantsnap_stats stats = {.size = sizeof(stats)};
@@ -20,7 +23,8 @@ static void not_a_guest(instantsnap_guest *guest)
     CHECK_FAILS(instantsnap_set_pause_limit(guest, 1000) == -1, VIR_ERR_INVALID_ARG);
     CHECK_FAILS(instantsnap_set_overlap_tries(guest, 3) == -1, VIR_ERR_INVALID_ARG);
     CHECK_FAILS(instantsnap_set_storage_hook(guest, NULL) == -1, VIR_ERR_INVALID_ARG);
-    CHECK_FAILS(instantsnap_snapshot_create_xml(guest, "<domainsnapshot/>", INSTANT, &name) == -1, VIR_ERR_INVALID_ARG);
+    CHECK_FAILS(instantsnap_snapshot_create_xml(guest, "<domainsnapshot/>", INSTANT, &name) == -1,
+                VIR_ERR_INVALID_ARG);
     CHECK(!name);
     CHECK_FAILS(instantsnap_snapshot_cancel(guest) == -1, VIR_ERR_INVALID_ARG);
     CHECK_FAILS(instantsnap_get_stats(guest, &stats) == -1, VIR_ERR_INVALID_ARG);
@@ -33,7 +37,7 @@ static void not_a_guest(instantsnap_guest *guest)
     instantsnap_close(guest);
 }
 
-/* Every function that takes a plan or a snapshot, given what is neither. */
+/* Passes a pointer that is neither a plan nor a snapshot to every function that takes one. */
 static void not_a_plan_nor_a_snapshot(void *wild)
 {
     instantsnap_revert_disk disk = {.size = sizeof(disk)};
@@ -50,8 +54,14 @@ static void not_a_plan_nor_a_snapshot(void *wild)
 static void wild_pointers(void)
 {
     unsigned char junk[256];
-    void *wild[] = {NULL, junk, junk + 1, junk + 8, (void *) (uintptr_t) 1, (void *) (uintptr_t) 0x1000,
-                    (void *) UINTPTR_MAX, (void *) (uintptr_t) wild_pointers};
+    void *wild[] = {NULL,
+                    junk,
+                    junk + 1,
+                    junk + 8,
+                    (void *) (uintptr_t) 1,
+                    (void *) (uintptr_t) 0x1000,
+                    (void *) UINTPTR_MAX,
+                    (void *) (uintptr_t) wild_pointers};
 
     memset(junk, 0xa5, sizeof(junk));
     for (size_t i = 0; i < sizeof(wild) / sizeof(wild[0]); i++) {
@@ -77,7 +87,7 @@ static void bad_openings(void)
 static void *fail_in_a_thread(void *unused)
 {
     (void) unused;
-    /* What the main thread did wrong is not this thread's affair. */
+    /* The main thread's errors are not visible in this thread. */
     CHECK(instantsnap_last_error()->code == VIR_ERR_OK);
     CHECK(instantsnap_last_error()->message[0] == '\0');
     CHECK_FAILS(!instantsnap_open_qmp("/nonexistent/qmp", NULL, "."), VIR_ERR_SYSTEM_ERROR);
@@ -92,7 +102,7 @@ static void errors_are_per_thread(void)
     CHECK(pthread_create(&thread, NULL, fail_in_a_thread, NULL) == 0);
     CHECK(pthread_join(thread, NULL) == 0);
     CHECK(instantsnap_last_error()->code == VIR_ERR_INVALID_ARG);
-    /* A call that succeeds leaves it as it is. */
+    /* A call that succeeds does not change the last error. */
     CHECK(instantsnap_version());
     CHECK(instantsnap_last_error()->code == VIR_ERR_INVALID_ARG);
 }
@@ -100,10 +110,21 @@ static void errors_are_per_thread(void)
 static void bad_flags(instantsnap_guest *guest)
 {
     static const unsigned int forbidden[] = {
-        1u << 11, 1u << 31, INSTANT | 1u << 11, CREATE(INSTANT), CREATE(INSTANT) | CREATE(NO_METADATA),
-        INSTANT | CREATE(DISK_ONLY), INSTANT | CREATE(REDEFINE), CREATE(REDEFINE) | CREATE(NO_METADATA),
-        CREATE(REDEFINE) | CREATE(HALT), CREATE(REDEFINE) | CREATE(LIVE), CREATE(CURRENT), INSTANT | CREATE(CURRENT),
-        CREATE(QUIESCE), INSTANT | CREATE(QUIESCE), ~0u,
+        1u << 11,
+        1u << 31,
+        INSTANT | 1u << 11,
+        CREATE(INSTANT),
+        CREATE(INSTANT) | CREATE(NO_METADATA),
+        INSTANT | CREATE(DISK_ONLY),
+        INSTANT | CREATE(REDEFINE),
+        CREATE(REDEFINE) | CREATE(NO_METADATA),
+        CREATE(REDEFINE) | CREATE(HALT),
+        CREATE(REDEFINE) | CREATE(LIVE),
+        CREATE(CURRENT),
+        INSTANT | CREATE(CURRENT),
+        CREATE(QUIESCE),
+        INSTANT | CREATE(QUIESCE),
+        ~0u,
     };
     static const struct {
         unsigned int flags;
@@ -119,46 +140,70 @@ static void bad_flags(instantsnap_guest *guest)
     };
 
     for (size_t i = 0; i < sizeof(forbidden) / sizeof(forbidden[0]); i++) {
-        CHECK_FAILS(instantsnap_snapshot_create_xml(guest, "<domainsnapshot/>", forbidden[i], NULL) == -1,
+        CHECK_FAILS(
+            instantsnap_snapshot_create_xml(guest, "<domainsnapshot/>", forbidden[i], NULL) == -1,
+            VIR_ERR_INVALID_ARG);
+        /* The flags are checked first, whatever else is wrong. */
+        CHECK_FAILS(instantsnap_snapshot_create_xml(guest, "<not XML", forbidden[i], NULL) == -1,
                     VIR_ERR_INVALID_ARG);
-        /* Flags come first, whatever else is wrong. */
-        CHECK_FAILS(instantsnap_snapshot_create_xml(guest, "<not XML", forbidden[i], NULL) == -1, VIR_ERR_INVALID_ARG);
     }
     for (size_t i = 0; i < sizeof(not_built) / sizeof(not_built[0]); i++) {
-        CHECK_FAILS(instantsnap_snapshot_create_xml(guest, "<domainsnapshot/>", not_built[i].flags, NULL) == -1,
+        CHECK_FAILS(instantsnap_snapshot_create_xml(guest, "<domainsnapshot/>", not_built[i].flags,
+                                                    NULL) == -1,
                     VIR_ERR_OPERATION_UNSUPPORTED);
         CHECK(strstr(instantsnap_last_error()->message, not_built[i].named));
     }
-    /* An overlay to be reused has to be there. */
-    CHECK_FAILS(instantsnap_snapshot_create_xml(guest, "<domainsnapshot/>", INSTANT | CREATE(REUSE_EXT), NULL) == -1,
+    /* An overlay for REUSE_EXT must exist. */
+    CHECK_FAILS(instantsnap_snapshot_create_xml(guest, "<domainsnapshot/>",
+                                                INSTANT | CREATE(REUSE_EXT), NULL) == -1,
                 VIR_ERR_CONFIG_UNSUPPORTED);
     CHECK(strstr(instantsnap_last_error()->message, "to be reused"));
-    CHECK_FAILS(instantsnap_snapshot_load(guest, "none", VIR_DOMAIN_SNAPSHOT_REVERT_RUNNING |
-                                          VIR_DOMAIN_SNAPSHOT_REVERT_PAUSED) == -1, VIR_ERR_INVALID_ARG);
+    CHECK_FAILS(instantsnap_snapshot_load(guest, "none",
+                                          VIR_DOMAIN_SNAPSHOT_REVERT_RUNNING |
+                                              VIR_DOMAIN_SNAPSHOT_REVERT_PAUSED) == -1,
+                VIR_ERR_INVALID_ARG);
     CHECK_FAILS(instantsnap_snapshot_load(guest, "none", 1u << 31) == -1, VIR_ERR_INVALID_ARG);
-    CHECK_FAILS(instantsnap_snapshot_delete(guest, "none", VIR_DOMAIN_SNAPSHOT_DELETE_CHILDREN |
-                                            VIR_DOMAIN_SNAPSHOT_DELETE_CHILDREN_ONLY) == -1, VIR_ERR_INVALID_ARG);
+    CHECK_FAILS(instantsnap_snapshot_delete(guest, "none",
+                                            VIR_DOMAIN_SNAPSHOT_DELETE_CHILDREN |
+                                                VIR_DOMAIN_SNAPSHOT_DELETE_CHILDREN_ONLY) == -1,
+                VIR_ERR_INVALID_ARG);
     CHECK_FAILS(instantsnap_snapshot_delete(guest, "none", 1u << 31) == -1, VIR_ERR_INVALID_ARG);
 }
 
 static void bad_strings(instantsnap_guest *guest)
 {
     static const char *const xmls[] = {
-        "", " ", "<", "<domainsnapshot", "<domainsnapshot>", "<domainsnapshot></domain>", "<domain/>", "plain text",
-        "<domainsnapshot/><domainsnapshot/>", "\xff\xfe", "<domainsnapshot><name>\xff</name></domainsnapshot>",
-        "<domainsnapshot><name>../escape</name></domainsnapshot>", "<domainsnapshot><name>a/b</name></domainsnapshot>",
-        "<domainsnapshot><name>.</name></domainsnapshot>", "<domainsnapshot><name>..</name></domainsnapshot>",
-        "<domainsnapshot><disks><disk name='nowhere' snapshot='external'/></disks></domainsnapshot>",
+        "",
+        " ",
+        "<",
+        "<domainsnapshot",
+        "<domainsnapshot>",
+        "<domainsnapshot></domain>",
+        "<domain/>",
+        "plain text",
+        "<domainsnapshot/><domainsnapshot/>",
+        "\xff\xfe",
+        "<domainsnapshot><name>\xff</name></domainsnapshot>",
+        "<domainsnapshot><name>../escape</name></domainsnapshot>",
+        "<domainsnapshot><name>a/b</name></domainsnapshot>",
+        "<domainsnapshot><name>.</name></domainsnapshot>",
+        "<domainsnapshot><name>..</name></domainsnapshot>",
+        "<domainsnapshot><disks><disk name='nowhere' "
+        "snapshot='external'/></disks></domainsnapshot>",
     };
     static char endless[1 << 16];
     const char *too_long;
 
     for (size_t i = 0; i < sizeof(xmls) / sizeof(xmls[0]); i++)
         CHECK(instantsnap_snapshot_create_xml(guest, xmls[i], INSTANT, NULL) == -1);
-    CHECK_FAILS(instantsnap_snapshot_create_xml(guest, NULL, INSTANT, NULL) == -1, VIR_ERR_INVALID_ARG);
-    CHECK_FAILS(instantsnap_snapshot_create_xml(guest, "<domainsnapshot", INSTANT, NULL) == -1, VIR_ERR_XML_DETAIL);
-    CHECK_FAILS(instantsnap_snapshot_create_xml(guest, "<domainsnapshot><name>a/b</name></domainsnapshot>", INSTANT,
-                                                NULL) == -1, VIR_ERR_XML_DETAIL);
+    CHECK_FAILS(instantsnap_snapshot_create_xml(guest, NULL, INSTANT, NULL) == -1,
+                VIR_ERR_INVALID_ARG);
+    CHECK_FAILS(instantsnap_snapshot_create_xml(guest, "<domainsnapshot", INSTANT, NULL) == -1,
+                VIR_ERR_XML_DETAIL);
+    CHECK_FAILS(instantsnap_snapshot_create_xml(guest,
+                                                "<domainsnapshot><name>a/b</name></domainsnapshot>",
+                                                INSTANT, NULL) == -1,
+                VIR_ERR_XML_DETAIL);
 
     memset(endless, 'x', sizeof(endless) - 1);
     too_long = harness_text("<domainsnapshot><name>%s</name></domainsnapshot>", endless);
@@ -172,13 +217,17 @@ static void bad_strings(instantsnap_guest *guest)
     CHECK_FAILS(instantsnap_snapshot_delete(guest, NULL, 0) == -1, VIR_ERR_INVALID_ARG);
     CHECK_FAILS(instantsnap_snapshot_delete(guest, "none", 0) == -1, VIR_ERR_NO_DOMAIN_SNAPSHOT);
     CHECK(instantsnap_snapshot_delete(guest, "../../etc/passwd", 0) == -1);
-    CHECK(instantsnap_snapshot_delete(guest, endless, VIR_DOMAIN_SNAPSHOT_DELETE_METADATA_ONLY) == -1);
-    CHECK_FAILS(!instantsnap_snapshot_prepare_revert(harness_path("state"), "none", NULL), VIR_ERR_NO_DOMAIN_SNAPSHOT);
-    CHECK_FAILS(!instantsnap_open_qmp(harness_path("qmp"), "<domain", harness_path("state")), VIR_ERR_XML_DETAIL);
-    CHECK_FAILS(!instantsnap_open_qmp(harness_path("qmp"), NULL, harness_path("nowhere")), VIR_ERR_SYSTEM_ERROR);
+    CHECK(instantsnap_snapshot_delete(guest, endless, VIR_DOMAIN_SNAPSHOT_DELETE_METADATA_ONLY) ==
+          -1);
+    CHECK_FAILS(!instantsnap_snapshot_prepare_revert(harness_path("state"), "none", NULL),
+                VIR_ERR_NO_DOMAIN_SNAPSHOT);
+    CHECK_FAILS(!instantsnap_open_qmp(harness_path("qmp"), "<domain", harness_path("state")),
+                VIR_ERR_XML_DETAIL);
+    CHECK_FAILS(!instantsnap_open_qmp(harness_path("qmp"), NULL, harness_path("nowhere")),
+                VIR_ERR_SYSTEM_ERROR);
 }
 
-/* What an older or a careless caller has in `size`: nothing may be written beyond it. */
+/* An older or careless caller's `size`: the library must not write beyond it. */
 static void bad_sizes(instantsnap_guest *guest)
 {
     struct {
@@ -215,7 +264,7 @@ int main(void)
     CHECK(instantsnap_set_overlap_tries(guest, 0) == 0);
     CHECK(instantsnap_set_storage_hook(guest, NULL) == 0);
 
-    /* After all of that nothing has happened to the guest, and it can still be snapshotted. */
+    /* After all of that the guest is unchanged, and snapshots of it still work. */
     CHECK(instantsnap_snapshot_list(guest, NULL) == 0);
     CHECK(harness_status_is("qmp", "running"));
     CHECK(strstr(harness_qmp("qmp", "{\"execute\": \"query-block\"}"), harness_path("disk.raw")));

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * run_snapshot_many PROGRAM [interrupt]: runs snapshot_many on four guests; to its end, or with a
- * Ctrl-C as soon as the first of them is past its instant.
+ * run_snapshot_many PROGRAM [interrupt]: runs examples/snapshot_many.c on four guests, to its end,
+ * or with a Ctrl-C as soon as the first guest is past its instant.
  */
 #define _POSIX_C_SOURCE 200809L
 
@@ -13,17 +13,20 @@
 #include "harness.h"
 
 #define GUESTS 4
-/* Where all are complete before the signal comes, another round is needed: that is luck, but so many times it is not. */
+/*
+ * If all snapshots are complete before the signal comes, the test needs another round. That does
+ * not happen in all of these rounds.
+ */
 #define ROUNDS 5
 
-/* What the program has said of one guest, and of all. */
+/* The events that the program has printed for one guest. */
 struct said {
     int paused, switched, instant, complete, failed;
 };
 
 static const char *sockets[GUESTS];
 static const char *states[GUESTS];
-static int snapshots[GUESTS]; /* that there must be */
+static int snapshots[GUESTS]; /* the number that there must be */
 
 static void start_guests(void)
 {
@@ -50,7 +53,7 @@ static void read_line(const char *line, struct said *said)
     }
 }
 
-/* Runs it once; its exit status. */
+/* Runs the program once, and returns its exit status. */
 static int run(const char *program, int interrupt, struct said *said)
 {
     const char *command[2 + 2 * GUESTS] = {program};
@@ -81,7 +84,9 @@ static int run(const char *program, int interrupt, struct said *said)
     return harness_wait(child);
 }
 
-/* Each guest runs, and has the snapshots that were said to be complete: neither more nor less. */
+/*
+ * Checks that each guest runs, and has exactly the snapshots that the program reported as complete.
+ */
 static void check_guests(const struct said *said)
 {
     for (int i = 0; i < GUESTS; i++) {
@@ -105,12 +110,13 @@ static void to_the_end(const char *program)
     const char *const nowhere[] = {program, harness_path("nowhere"), states[0], NULL};
     struct said said[GUESTS] = {{0}};
 
-    /* What cannot be opened is an error, not a crash. */
+    /* A socket that cannot be opened is an error, not a crash. */
     CHECK(harness_run(nowhere) == 1);
 
     CHECK(run(program, 0, said) == 0);
     for (int i = 0; i < GUESTS; i++)
-        CHECK(said[i].paused == 1 && said[i].switched == 1 && said[i].instant == 1 && said[i].complete == 1);
+        CHECK(said[i].paused == 1 && said[i].switched == 1 && said[i].instant == 1 &&
+              said[i].complete == 1);
     check_guests(said);
 }
 
@@ -131,7 +137,7 @@ static void interrupted(const char *program)
     }
     CHECK(in_drain > 0);
 
-    /* Nothing of it is left: the next snapshots are as the first. */
+    /* Nothing is left: the next snapshots are like the first. */
     {
         struct said said[GUESTS] = {{0}};
 
@@ -147,7 +153,7 @@ int main(int argc, char **argv)
     if (argc != 2 && !interrupt)
         return 2;
     harness_begin();
-    /* So much that its draining takes longer than a signal takes to come. */
+    /* Enough memory that draining it takes longer than the signal. */
     harness_set_memory(interrupt ? 256 : 64);
     start_guests();
     if (interrupt)

@@ -1,5 +1,8 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
-/* run_with_guest PROGRAM: starts a guest, and runs PROGRAM with its QMP socket and a state directory. */
+/*
+ * run_with_guest PROGRAM: starts a guest, and runs PROGRAM with its QMP socket and a state
+ * directory.
+ */
 #include <instantsnap.h>
 
 #include "harness.h"

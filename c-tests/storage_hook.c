@@ -1,5 +1,8 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
-/* A disk that the caller's storage snapshots, here by copying its file: taken, undone, and continued in another QEMU. */
+/*
+ * A storage hook, here one that copies the disk's file: a snapshot is taken, undone, and continued
+ * in another QEMU.
+ */
 #include <instantsnap.h>
 
 #include "harness.h"
@@ -64,11 +67,13 @@ static int revert(const instantsnap_storage_call *call, char **files, void *opaq
 
 static const char *manual(const char *name)
 {
-    return harness_text("<domainsnapshot><name>%s</name><disks><disk name='vda' snapshot='manual'/></disks>"
-                        "</domainsnapshot>", name);
+    return harness_text(
+        "<domainsnapshot><name>%s</name><disks><disk name='vda' snapshot='manual'/></disks>"
+        "</domainsnapshot>",
+        name);
 }
 
-/* Cancels the snapshot once the hook has made its own. */
+/* Cancels the snapshot after the hook has snapshotted the disk. */
 static void cancel_at_instant(const instantsnap_event *event, void *guest)
 {
     if (event->type == INSTANTSNAP_EVENT_INSTANT)
@@ -97,10 +102,13 @@ static void continued(instantsnap_storage_hook *hook, struct storage *storage)
     instantsnap_revert_plan *plan;
     instantsnap_guest *guest;
 
-    CHECK_FAILS(!instantsnap_snapshot_prepare_revert(state, "good", directory), VIR_ERR_OPERATION_UNSUPPORTED);
-    CHECK_FAILS(!instantsnap_snapshot_prepare_revert_hooked(state, "good", directory, NULL), VIR_ERR_OPERATION_UNSUPPORTED);
+    CHECK_FAILS(!instantsnap_snapshot_prepare_revert(state, "good", directory),
+                VIR_ERR_OPERATION_UNSUPPORTED);
+    CHECK_FAILS(!instantsnap_snapshot_prepare_revert_hooked(state, "good", directory, NULL),
+                VIR_ERR_OPERATION_UNSUPPORTED);
     storage->result = 7;
-    CHECK_FAILS(!instantsnap_snapshot_prepare_revert_hooked(state, "good", directory, hook), VIR_ERR_OPERATION_FAILED);
+    CHECK_FAILS(!instantsnap_snapshot_prepare_revert_hooked(state, "good", directory, hook),
+                VIR_ERR_OPERATION_FAILED);
     CHECK(strstr(instantsnap_last_error()->message, "it returned 7"));
     storage->result = 0;
     plan = instantsnap_snapshot_prepare_revert_hooked(state, "good", directory, hook);
@@ -126,7 +134,12 @@ int main(void)
 {
     struct storage storage = {0};
     instantsnap_storage_hook hook = {
-        .size = sizeof(hook), .opaque = &storage, .snapshot = take, .undo = undo, .revert = revert, .deadline_ms = 20000,
+        .size = sizeof(hook),
+        .opaque = &storage,
+        .snapshot = take,
+        .undo = undo,
+        .revert = revert,
+        .deadline_ms = 20000,
     };
     instantsnap_create_options options = {.size = sizeof(options), .callback = cancel_at_instant};
     instantsnap_guest *guest;
@@ -136,27 +149,32 @@ int main(void)
     guest = instantsnap_open_qmp(harness_path("qmp"), NULL, harness_path("state"));
     CHECK(guest);
 
-    CHECK_FAILS(instantsnap_snapshot_create_xml(guest, manual("none"), INSTANT, NULL) == -1, VIR_ERR_OPERATION_UNSUPPORTED);
+    CHECK_FAILS(instantsnap_snapshot_create_xml(guest, manual("none"), INSTANT, NULL) == -1,
+                VIR_ERR_OPERATION_UNSUPPORTED);
     nonsense(guest, &hook);
     CHECK(instantsnap_set_storage_hook(guest, &hook) == 0);
 
     storage.result = 5;
-    CHECK_FAILS(instantsnap_snapshot_create_xml(guest, manual("bad"), INSTANT, NULL) == -1, VIR_ERR_OPERATION_FAILED);
+    CHECK_FAILS(instantsnap_snapshot_create_xml(guest, manual("bad"), INSTANT, NULL) == -1,
+                VIR_ERR_OPERATION_FAILED);
     CHECK(strstr(instantsnap_last_error()->message, "it returned 5"));
     CHECK(storage.snapshots == 1 && storage.undone == 0);
     storage.result = 0;
 
     options.opaque = guest;
-    CHECK_FAILS(instantsnap_snapshot_create(guest, manual("cancelled"), INSTANT, &options, NULL) == -1,
+    CHECK_FAILS(instantsnap_snapshot_create(guest, manual("cancelled"), INSTANT, &options, NULL) ==
+                    -1,
                 VIR_ERR_OPERATION_ABORTED);
     CHECK(storage.snapshots == 2 && storage.undone == 1);
     CHECK(harness_file_size(harness_path("disk.cancelled")) == -1);
 
     CHECK(instantsnap_snapshot_create_xml(guest, manual("good"), INSTANT, NULL) == 0);
     CHECK(storage.snapshots == 3 && storage.undone == 1);
-    CHECK(harness_file_size(harness_path("disk.good")) == harness_file_size(harness_path("disk.raw")));
+    CHECK(harness_file_size(harness_path("disk.good")) ==
+          harness_file_size(harness_path("disk.raw")));
     CHECK(instantsnap_set_storage_hook(guest, NULL) == 0);
-    CHECK_FAILS(instantsnap_snapshot_create_xml(guest, manual("none"), INSTANT, NULL) == -1, VIR_ERR_OPERATION_UNSUPPORTED);
+    CHECK_FAILS(instantsnap_snapshot_create_xml(guest, manual("none"), INSTANT, NULL) == -1,
+                VIR_ERR_OPERATION_UNSUPPORTED);
     CHECK(harness_status_is("qmp", "running"));
     instantsnap_close(guest);
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""symbols.py LIBRARY SONAME HEADER...: the library exports what the headers declare, no more and no
-less."""
+"""symbols.py LIBRARY SONAME HEADER...: checks that the library exports exactly the functions that
+the headers declare."""
 
 import re
 import subprocess
@@ -21,7 +21,8 @@ def output(*command):
 def main():
     library, soname, *headers = sys.argv[1:]
     wanted = set().union(*map(declared, headers))
-    exported = {line.split()[-1] for line in output("nm", "-D", "--defined-only", library).splitlines()}
+    symbols = output("nm", "-D", "--defined-only", library).splitlines()
+    exported = {line.split()[-1] for line in symbols}
     found = re.findall(r"\(SONAME\).*\[(.*)\]", output("readelf", "-d", library))
 
     complaints = [f"declared, but not exported: {name}" for name in sorted(wanted - exported)]

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-# What the scripts here have in common; sourced by them.
+# Functions that the scripts in this folder share. They source this file.
 
-# Says why, and ends the script.
+# Prints a message, and ends the script.
 die() {
     printf '%s: %s\n' "${0##*/}" "$*" >&2
     exit 1
 }
 
-# Runs a command without standard input. Its output is shown only when it fails.
+# Runs a command without standard input. Prints its output only if it fails.
 quietly() {
     local output code=0
     output=$("$@" 2>&1 </dev/null) || code=$?
@@ -17,8 +17,7 @@ quietly() {
     return "$code"
 }
 
-# Runs a command as root, by sudo if need be; sudo asks for a password only where somebody can see
-# it ask.
+# Runs a command as root, by sudo if necessary. sudo asks for a password only on a terminal.
 as_root() {
     if [ "$(id -u)" = 0 ]; then
         "$@"
@@ -45,7 +44,10 @@ debian_source() {
                     if ($line ~ /^URIs:/) uri = words[1]
                     if ($line ~ /^Signed-By:[ \t]*\//) key = words[1]
                 }
-                if (types ~ /(^| )deb( |$)/ && uri ~ /\/debian\/?$/) { print (key ? key : "-"), uri; exit }
+                if (types ~ /(^| )deb( |$)/ && uri ~ /\/debian\/?$/) {
+                    print (key ? key : "-"), uri
+                    exit
+                }
             }' "$file"
     done
     cat /etc/apt/sources.list /etc/apt/sources.list.d/*.list 2>/dev/null | awk '
@@ -58,7 +60,8 @@ debian_source() {
                 sub(/^[^]]*\][ \t]*/, "", rest)
                 split(rest, words, /[ \t]+/)
                 uri = words[1]
-                if (match(options, /signed-by=[^ \t]*/)) key = substr(options, RSTART + 10, RLENGTH - 10)
+                if (match(options, /signed-by=[^ \t]*/))
+                    key = substr(options, RSTART + 10, RLENGTH - 10)
             }
             if (uri ~ /\/debian\/?$/) print key, uri
         }' || true
