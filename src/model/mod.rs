@@ -15,6 +15,7 @@ pub mod nvram;
 pub mod plan;
 pub mod record;
 pub mod request;
+pub mod snapshot_writer;
 pub mod store;
 pub mod upgrade;
 mod validate;

@@ -6,17 +6,12 @@
 //! overlay; so that image is written down too, as an element of our own namespace, which libvirt
 //! passes over.
 
-use quick_xml::Writer;
-use quick_xml::events::{BytesText, Event};
 use roxmltree::Node;
 
-use super::domain::Storage;
 use super::frozen::Frozen;
 use super::names::{check_name, check_path};
 use super::{domain, xml};
 use crate::error::{Code, Error, Result, fail};
-
-const NAMESPACE: &str = "https://instantsnap.invalid/domainsnapshot/1";
 
 /// A snapshot, complete.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -105,43 +100,6 @@ impl State {
 }
 
 impl Record {
-    /// Writes `<domainsnapshot>`.
-    pub fn to_xml(&self) -> String {
-        let mut writer = Writer::new_with_indent(Vec::new(), b' ', 2);
-        let root = writer
-            .create_element("domainsnapshot")
-            .with_attribute(("xmlns:instantsnap", NAMESPACE));
-        root.write_inner_content(|writer| {
-            text(writer, "name", &self.name)?;
-            if let Some(description) = &self.description {
-                text(writer, "description", description)?;
-            }
-            text(writer, "state", self.state.as_str())?;
-            if let Some(parent) = &self.parent {
-                writer
-                    .create_element("parent")
-                    .write_inner_content(|writer| text(writer, "name", parent))?;
-            }
-            text(writer, "creationTime", &self.creation_time.to_string())?;
-            let memory = [("snapshot", "external"), ("file", self.memory_file.as_str())];
-            writer.create_element("memory").with_attributes(memory).write_empty()?;
-            writer.create_element("disks").write_inner_content(|writer| {
-                self.disks.iter().try_for_each(|disk| disk.write(writer))?;
-                self.manual.iter().try_for_each(|disk| disk.write(writer))?;
-                self.nvram.iter().try_for_each(|nvram| nvram.write(writer))
-            })?;
-            // To the letter: not a text, and not ours to format.
-            writer.write_event(Event::Text(BytesText::from_escaped(format!(
-                "\n  {}\n",
-                self.domain_xml.trim()
-            ))))
-        })
-        .expect("writing to memory cannot fail");
-        let mut xml = String::from_utf8(writer.into_inner()).expect("only strings were written");
-        xml.push('\n');
-        xml
-    }
-
     /// Reads what [`Record::to_xml`] wrote.
     pub fn parse(text: &str) -> Result<Record> {
         let damaged = |what: &str| {
@@ -192,35 +150,7 @@ impl Record {
     }
 }
 
-type XmlWriter = Writer<Vec<u8>>;
-
 impl RecordedDisk {
-    fn write(&self, writer: &mut XmlWriter) -> std::io::Result<()> {
-        let overlay = Storage::at(&self.overlay);
-        let place = if overlay.kind() == "block" { "dev" } else { "file" };
-        let attributes =
-            [("name", self.name.as_str()), ("snapshot", "external"), ("type", overlay.kind())];
-        writer.create_element("disk").with_attributes(attributes).write_inner_content(
-            |writer| {
-                writer.create_element("driver").with_attribute(("type", "qcow2")).write_empty()?;
-                writer
-                    .create_element("source")
-                    .with_attribute((place, self.overlay.as_str()))
-                    .write_empty()?;
-                let image = [("file", self.image.as_str()), ("format", self.format.as_str())];
-                writer.create_element("instantsnap:image").with_attributes(image).write_empty()?;
-                self.frozen.iter().try_for_each(|frozen| {
-                    let element = BytesText::from_escaped(format!(
-                        "<instantsnap:frozen{}/>",
-                        frozen.attributes()
-                    ));
-                    writer.write_event(Event::Text(element))
-                })
-            },
-        )?;
-        Ok(())
-    }
-
     fn parse(node: Node) -> Result<RecordedDisk> {
         let (source, image) = (child(node, "source")?, child(node, "image")?);
         Ok(RecordedDisk {
@@ -236,21 +166,6 @@ impl RecordedDisk {
 }
 
 impl RecordedManual {
-    fn write(&self, writer: &mut XmlWriter) -> std::io::Result<()> {
-        let attributes = [("name", self.name.as_str()), ("snapshot", "manual")];
-        writer.create_element("disk").with_attributes(attributes).write_inner_content(
-            |writer| {
-                let image = [("file", self.source.as_str()), ("format", self.format.as_str())];
-                writer
-                    .create_element("instantsnap:image")
-                    .with_attributes(image)
-                    .write_empty()
-                    .map(drop)
-            },
-        )?;
-        Ok(())
-    }
-
     fn parse(node: Node) -> Result<RecordedManual> {
         let image = child(node, "image")?;
         Ok(RecordedManual {
@@ -262,21 +177,6 @@ impl RecordedManual {
 }
 
 impl RecordedNvram {
-    fn write(&self, writer: &mut XmlWriter) -> std::io::Result<()> {
-        let attributes = [
-            ("name", self.name.as_str()),
-            ("file", &self.copy),
-            ("original", &self.original),
-            ("format", &self.format),
-        ];
-        let content = self.content.as_deref().map(|content| ("content", content));
-        let nvram = writer
-            .create_element("instantsnap:nvram")
-            .with_attributes(attributes)
-            .with_attributes(content);
-        nvram.write_empty().map(drop)
-    }
-
     fn parse(node: Node) -> Result<RecordedNvram> {
         Ok(RecordedNvram {
             name: attribute(node, "name")?,
@@ -286,10 +186,6 @@ impl RecordedNvram {
             content: node.attribute("content").map(str::to_owned),
         })
     }
-}
-
-fn text(writer: &mut XmlWriter, name: &str, text: &str) -> std::io::Result<()> {
-    writer.create_element(name).write_text_content(BytesText::new(text)).map(drop)
 }
 
 fn child<'a, 'i>(disk: Node<'a, 'i>, name: &str) -> Result<Node<'a, 'i>> {

@@ -46,7 +46,7 @@ use crate::deadline::Deadline;
 use crate::error::{Code, Result, fail};
 use crate::libvirt::{self, Domain, Snapshot, State};
 use crate::model::flags::{self, CreateFlags, DeleteFlags};
-use crate::model::{self, DiskPlan, Drive, Record, Role, Store, check_name};
+use crate::model::{self, DiskPlan, Drive, Record, Role, Store, check_name, snapshot_writer};
 use crate::monitor::commands::{self, Status};
 use crate::monitor::json::{Json, parse};
 use crate::monitor::{Command, Execute, Failure, Peer, read_reply};
@@ -234,7 +234,8 @@ struct LibvirtGuest<'a> {
     /// As it was when the snapshot was planned.
     live: model::Domain,
     inactive_xml: Option<String>,
-    left_out: xml::LeftOut,
+    /// The targets of disks that are left out.
+    left_out: Vec<String>,
     overlays: Overlays,
     lease: lease::Lease,
     /// The snapshot that was current before.
@@ -599,7 +600,8 @@ impl Guest for LibvirtGuest<'_> {
         if self.overlays.disks().is_empty() {
             return Ok(());
         }
-        let xml = xml::switch(&self.snapshot, self.overlays.disks(), &self.left_out);
+        let xml =
+            snapshot_writer::switch_order(&self.snapshot, self.overlays.disks(), &self.left_out);
         let switched = self.caller.call(deadline, Again::Never, move |domain| {
             domain.create_snapshot(&xml, SWITCH_FLAGS.bits())
         });
@@ -653,7 +655,12 @@ impl Guest for LibvirtGuest<'_> {
             .as_deref()
             .map(|xml| volumes::with_paths(xml, &self.volumes))
             .transpose()?;
-        let xml = xml::record(record, parent.as_deref(), &self.left_out, inactive.as_deref());
+        let xml = snapshot_writer::definition(
+            record,
+            parent.as_deref(),
+            &self.left_out,
+            inactive.as_deref(),
+        );
         let step = format!("cannot record snapshot '{}' in libvirt", record.name);
         let snapshot = self.patiently(&step, Again::Harmless, move |domain| {
             domain.redefine_snapshot(&xml, true)

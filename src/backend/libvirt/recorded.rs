@@ -7,7 +7,6 @@
 
 use std::ops::Range;
 
-use quick_xml::escape::escape;
 use roxmltree::Node;
 
 use super::volumes::{self, Volume};
@@ -16,6 +15,7 @@ use crate::error::{Code, Error, Result, fail};
 use crate::libvirt::{Domain, Snapshot, xml as xml_flags};
 pub use crate::model::domain::Disk as DiskImage;
 use crate::model::domain::{self, Source, Storage};
+use crate::model::snapshot_writer::{excluded_disk, external_disk};
 use crate::model::{self, Notes, xml};
 
 /// All snapshots of a domain.
@@ -275,8 +275,7 @@ impl Recorded {
                 xml::child(root, "disks").into_iter().flat_map(|disks| xml::children(disks, "disk"))
             {
                 let name = node.attribute("name").unwrap_or_default();
-                edits
-                    .push((node.range(), format!("<disk name='{}' snapshot='no'/>", escape(name))));
+                edits.push((node.range(), excluded_disk(name)));
             }
             Ok(())
         })
@@ -426,17 +425,6 @@ fn rename(element: &str, from: &str, to: &str) -> String {
         Some(inner) => format!("<{to}{inner}</{to}>"),
         None => element.to_owned(),
     }
-}
-
-fn external_disk(overlay: &Source) -> String {
-    let Source { target, storage, format } = overlay;
-    format!(
-        "<disk name='{}' snapshot='external' type='{}'><driver type='{}'/>{}</disk>",
-        escape(*target),
-        storage.kind(),
-        escape(*format),
-        storage.source()
-    )
 }
 
 fn snapshot_disks(list: Node) -> Vec<SnapshotDisk> {
