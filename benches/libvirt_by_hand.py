@@ -21,8 +21,10 @@ import libvirt_qemu
 SWITCH = """<domainsnapshot><disks><disk name='vda' snapshot='external'>
   <driver type='qcow2'/><source file='{}'/>
 </disk></disks></domainsnapshot>"""
-SWITCH_FLAGS = (libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_DISK_ONLY | libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_NO_METADATA |
-                libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_REUSE_EXT | libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_ATOMIC)
+SWITCH_FLAGS = (libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_DISK_ONLY
+                | libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_NO_METADATA
+                | libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_REUSE_EXT
+                | libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_ATOMIC)
 
 
 def snapshot(domain, base, overlay, memory, user):
@@ -34,10 +36,13 @@ def snapshot(domain, base, overlay, memory, user):
         return reply["return"]
 
     def set_background(state):
-        run("migrate-set-capabilities", capabilities=[{"capability": "background-snapshot", "state": state}])
+        run("migrate-set-capabilities",
+            capabilities=[{"capability": "background-snapshot", "state": state}])
 
     size = str(domain.blockInfo("vda")[0])
-    create = ["qemu-img", "create", "-q", "-u", "-f", "qcow2", "-F", "raw", "-b", base, overlay, size]
+    create = [
+        "qemu-img", "create", "-q", "-u", "-f", "qcow2", "-F", "raw", "-b", base, overlay, size
+    ]
     subprocess.run(create, check=True)
     os.chown(overlay, int(user), int(user))
     read, write = os.pipe()
@@ -56,7 +61,8 @@ def snapshot(domain, base, overlay, memory, user):
     run("migrate", uri="fd:by-hand")
     while True:
         migration = run("query-migrate")
-        if migration["status"] == "completed" or any(migration.get("ram", {}).get(k) for k in ("normal", "duplicate")):
+        if migration["status"] == "completed" or any(
+                migration.get("ram", {}).get(k) for k in ("normal", "duplicate")):
             break
     times.append(time.monotonic())
     if domain.state()[0] != libvirt.VIR_DOMAIN_RUNNING:  # QEMU before 9 has resumed by itself
@@ -76,7 +82,8 @@ def watch(connect, domain):
         print(event, seconds * 1000000 + microseconds, flush=True)
 
     # Standard input ends with whoever listens.
-    libvirt.virEventAddHandle(sys.stdin.fileno(), libvirt.VIR_EVENT_HANDLE_HANGUP, lambda *_: os._exit(0), None)
+    libvirt.virEventAddHandle(sys.stdin.fileno(), libvirt.VIR_EVENT_HANDLE_HANGUP,
+                              lambda *_: os._exit(0), None)
     for event in ("STOP", "RESUME"):
         libvirt_qemu.qemuMonitorEventRegister(connect, domain, event, told, None)
     print("ready", flush=True)

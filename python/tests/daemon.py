@@ -86,7 +86,8 @@ class Daemon:
         as_user = SETPRIV if os.geteuid() == 0 else []
         with open(self.log, "w") as log:
             self._keeper = subprocess.Popen(
-                [sys.executable, str(Path(__file__).with_name("keeper.py")), str(self.directory), *as_user, LIBVIRTD],
+                [sys.executable, str(Path(__file__).with_name("keeper.py")), str(self.directory),
+                 *as_user, LIBVIRTD],
                 stdin=subprocess.PIPE, stdout=log, stderr=log, cwd="/", env=environment)
         wait_for("libvirtd", self._answers)
 
@@ -106,9 +107,10 @@ class Daemon:
         for module in Path("/", modules).iterdir():
             if not (own / module.name).exists():
                 (own / module.name).touch()
-        script.write_text(f"#!/bin/sh\n"
-                          f"QEMU_MODULE_DIR='{own}' exec '{tree}/usr/bin/{program.name}' -L '{tree}/usr/share/qemu' "
-                          f"-L /usr/share/seabios -L /usr/share/qemu \"$@\"\n")
+        script.write_text(
+            f"#!/bin/sh\n"
+            f"QEMU_MODULE_DIR='{own}' exec '{tree}/usr/bin/{program.name}' "
+            f"-L '{tree}/usr/share/qemu' -L /usr/share/seabios -L /usr/share/qemu \"$@\"\n")
         script.chmod(0o755)
         return script
 
@@ -122,12 +124,13 @@ class Daemon:
 
     def _build_guest(self):
         self.kernel = self.directory / "tick.elf"
-        subprocess.run(
-            ["gcc", "-std=gnu11", "-O2", "-m32", "-march=i686", "-mno-sse", "-ffreestanding", "-fno-pic",
-             "-fno-stack-protector", "-fno-asynchronous-unwind-tables", "-fno-tree-loop-distribute-patterns",
-             "-fcf-protection=none", "-nostdlib", "-static", "-no-pie",
-             "-Wl,-N,-Ttext=0x100000,--build-id=none,--no-warn-rwx-segments",
-             "-o", self.kernel, TOP / "tests/guest/tick.c"], check=True)
+        subprocess.run([
+            "gcc", "-std=gnu11", "-O2", "-m32", "-march=i686", "-mno-sse", "-ffreestanding",
+            "-fno-pic", "-fno-stack-protector", "-fno-asynchronous-unwind-tables",
+            "-fno-tree-loop-distribute-patterns", "-fcf-protection=none", "-nostdlib", "-static",
+            "-no-pie", "-Wl,-N,-Ttext=0x100000,--build-id=none,--no-warn-rwx-segments",
+            "-o", self.kernel, TOP / "tests/guest/tick.c"
+        ], check=True)
 
     def give(self, path):
         """Gives a file or a directory and what is in it to the user that QEMU runs as."""
@@ -241,4 +244,3 @@ class LibvirtTestCase(unittest.TestCase):
         guest = Guest(self.daemon, self.connection, name, **options)
         self.addCleanup(guest.close)
         return guest
-

@@ -42,7 +42,10 @@ def main():
         raise OSError(ctypes.get_errno(), "prctl")
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    daemon = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=usual_signals)
+    daemon = subprocess.Popen(command,
+                              stdin=subprocess.DEVNULL,
+                              start_new_session=True,
+                              preexec_fn=usual_signals)
     sys.stdin.readline()
     while pids := children():
         for pid in pids:

@@ -83,7 +83,8 @@ class Machine:
                 file.truncate(1 << 20)
         self.disk = disk
         self.process = subprocess.Popen(
-            [QEMU, "-accel", "tcg", "-m", str(memory), "-display", "none", "-nodefaults", "-no-user-config",
+            [QEMU, "-accel", "tcg", "-m", str(memory), "-display", "none",
+             "-nodefaults", "-no-user-config",
              "-drive", f"if=none,id=disk,file={disk},format={disk_format}",
              "-device", "virtio-blk-pci,id=vda,drive=disk",
              "-qmp", f"unix:{self.qmp},server=on,wait=off",
@@ -131,10 +132,14 @@ class TestCase(unittest.TestCase):
         been tried."""
         self.assertEqual(guest.snapshots(), [])
         state = machine.directory / "state"
-        self.assertEqual([path.name for path in state.iterdir() if not path.name.startswith(".")], [])
+        self.assertEqual([path.name for path in state.iterdir() if not path.name.startswith(".")],
+                         [])
         self.assertEqual(machine.disk_file(), machine.disk)
         self.assertEqual(machine.status(), "running")
-        self.assertFalse([capability for capability in machine.monitor.execute("query-migrate-capabilities")
-                          if capability["capability"] == "background-snapshot" and capability["state"]])
-        self.assertEqual([path.name for path in machine.directory.iterdir() if path.name.startswith("disk")],
-                         ["disk.raw"])
+        self.assertFalse([
+            capability for capability in machine.monitor.execute("query-migrate-capabilities")
+            if capability["capability"] == "background-snapshot" and capability["state"]
+        ])
+        self.assertEqual(
+            [path.name for path in machine.directory.iterdir() if path.name.startswith("disk")],
+            ["disk.raw"])

@@ -9,8 +9,8 @@ import tempfile
 import unittest
 from pathlib import Path
 
-from instantsnap import (DeleteFlag, ErrorCode, Event, EventType, Flag, JobInfo, Phase, Stats, StorageDisk,
-                         _library)
+from instantsnap import (DeleteFlag, ErrorCode, Event, EventType, Flag, JobInfo, Phase, Stats,
+                         StorageDisk, _library)
 
 from .machine import TOP
 
@@ -26,7 +26,7 @@ def functions(code=CODE):
     """name -> number of parameters, of every function that the header declares."""
     found = {}
     for name, parameters in re.findall(r"\b(\w+)\(([^()]*)\);", code):
-        # Whoever is the driver is so in C.
+        # Python has no functions for drivers.
         if "driver" in name:
             continue
         found[name] = 0 if parameters.strip() == "void" else parameters.count(",") + 1
@@ -50,24 +50,33 @@ class Declarations(unittest.TestCase):
                 if "*" in result:
                     self.assertEqual(ctypes.sizeof(kind), ctypes.sizeof(ctypes.c_void_p))
                     owned = result.strip() == "char *"
-                    self.assertEqual(kind is ctypes.c_void_p, owned or "instantsnap_" in result and "const" not in result)
+                    handle = "instantsnap_" in result and "const" not in result
+                    self.assertEqual(kind is ctypes.c_void_p, owned or handle)
 
     def test_structures_are_laid_out_as_the_compiler_does(self):
-        structures = {"instantsnap_error": _library.CError, "instantsnap_stats": _library.CStats,
-                      "instantsnap_event": _library.CEvent, "instantsnap_job_info": _library.CJobInfo,
-                      "instantsnap_create_options": _library.CCreateOptions,
-                      "instantsnap_storage_disk": _library.CStorageDisk,
-                      "instantsnap_storage_call": _library.CStorageCall,
-                      "instantsnap_storage_hook": _library.CStorageHook,
-                      "instantsnap_revert_disk": _library.CRevertDisk}
-        lines = ["#include <stdio.h>", f'#include "{TOP}/include/instantsnap.h"', "int main(void) {"]
+        structures = {
+            "instantsnap_error": _library.CError,
+            "instantsnap_stats": _library.CStats,
+            "instantsnap_event": _library.CEvent,
+            "instantsnap_job_info": _library.CJobInfo,
+            "instantsnap_create_options": _library.CCreateOptions,
+            "instantsnap_storage_disk": _library.CStorageDisk,
+            "instantsnap_storage_call": _library.CStorageCall,
+            "instantsnap_storage_hook": _library.CStorageHook,
+            "instantsnap_revert_disk": _library.CRevertDisk,
+        }
+        lines = [
+            "#include <stdio.h>", f'#include "{TOP}/include/instantsnap.h"', "int main(void) {"
+        ]
         expected = []
         for name, structure in structures.items():
             expected.append(f"{name} {ctypes.sizeof(structure)}")
             lines.append(f'printf("{name} %zu\\n", sizeof({name}));')
             for field, *_ in structure._fields_:
-                expected.append(f"{field} {getattr(structure, field).offset} {getattr(structure, field).size}")
-                lines.append(f'printf("{field} %zu %zu\\n", offsetof({name}, {field}), sizeof((({name} *)0)->{field}));')
+                expected.append(
+                    f"{field} {getattr(structure, field).offset} {getattr(structure, field).size}")
+                lines.append(f'printf("{field} %zu %zu\\n", offsetof({name}, {field}), '
+                             f'sizeof((({name} *)0)->{field}));')
         lines.append("return 0; }")
         with tempfile.TemporaryDirectory() as directory:
             source, program = Path(directory, "layout.c"), Path(directory, "layout")
@@ -79,20 +88,27 @@ class Declarations(unittest.TestCase):
     def test_every_structure_of_the_header_is_declared(self):
         listed = re.findall(r"^\} instantsnap_(\w+);", CODE, re.MULTILINE)
         enums = re.findall(r"typedef enum instantsnap_(\w+)", CODE)
-        declared = {kind.__doc__ for kind in ctypes.Structure.__subclasses__() if kind.__module__ == _library.__name__}
+        declared = {
+            kind.__doc__ for kind in ctypes.Structure.__subclasses__()
+            if kind.__module__ == _library.__name__
+        }
         structures = {name for name in set(listed) - set(enums) if not name.startswith("driver_")}
         self.assertEqual({f"instantsnap_{name}" for name in structures}, declared)
 
     def test_every_field_is_passed_on(self):
-        for structure, kind in ((_library.CStats, Stats), (_library.CEvent, Event), (_library.CJobInfo, JobInfo),
-                                (_library.CStorageDisk, StorageDisk)):
+        for structure, kind in ((_library.CStats, Stats), (_library.CEvent, Event),
+                                (_library.CJobInfo, JobInfo), (_library.CStorageDisk, StorageDisk)):
             fields = [name for name, *_ in structure._fields_ if name != "size"]
             self.assertEqual([field.name for field in dataclasses.fields(kind)], fields)
 
     def test_events_and_phases_are_the_headers(self):
         for prefix, kind in (("EVENT", EventType), ("PHASE", Phase)):
-            listed = {name: int(number) for name, number in re.findall(rf"INSTANTSNAP_{prefix}_(\w+) = (\d+)", CODE)}
-            self.assertEqual({name: member.value for name, member in kind.__members__.items()}, listed)
+            listed = {
+                name: int(number)
+                for name, number in re.findall(rf"INSTANTSNAP_{prefix}_(\w+) = (\d+)", CODE)
+            }
+            self.assertEqual({name: member.value for name, member in kind.__members__.items()},
+                             listed)
 
     def test_options_are_the_headers(self):
         listed = dict(re.findall(r"INSTANTSNAP_(CREATE_\w+) = 1 << (\d+)", CODE))
@@ -100,11 +116,17 @@ class Declarations(unittest.TestCase):
         self.assertEqual(_library.CREATE_AT_ONCE, 1 << 0)
 
     def test_flags_are_the_headers(self):
-        listed = {name: 1 << int(bit)
-                  for name, bit in re.findall(r"VIR_DOMAIN_SNAPSHOT_(CREATE_\w+) *=? *\(?1 << (\d+)", CODE)}
+        listed = {
+            name: 1 << int(bit) for name, bit in re.findall(
+                r"VIR_DOMAIN_SNAPSHOT_(CREATE_\w+) *=? *\(?1 << (\d+)", CODE)
+        }
         self.assertEqual({name: flag.value for name, flag in Flag.__members__.items()}, listed)
-        listed = {name: 1 << int(bit) for name, bit in re.findall(r"SNAPSHOT_DELETE_(\w+) = 1 << (\d+)", CODE)}
-        self.assertEqual({name: flag.value for name, flag in DeleteFlag.__members__.items()}, listed)
+        listed = {
+            name: 1 << int(bit)
+            for name, bit in re.findall(r"SNAPSHOT_DELETE_(\w+) = 1 << (\d+)", CODE)
+        }
+        self.assertEqual({name: flag.value for name, flag in DeleteFlag.__members__.items()},
+                         listed)
 
     def test_error_codes_are_the_headers(self):
         listed = {name: int(number) for name, number in re.findall(r"VIR_ERR_(\w+) = (\d+)", CODE)}

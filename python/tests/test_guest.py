@@ -8,7 +8,8 @@ import unittest
 from pathlib import Path
 from xml.etree import ElementTree
 
-from instantsnap import Cancelled, DeleteFlag, Error, ErrorCode, Flag, Guest, NotFound, prepare_revert
+from instantsnap import (Cancelled, DeleteFlag, Error, ErrorCode, Flag, Guest, NotFound,
+                         prepare_revert)
 
 from .machine import TestCase
 
@@ -38,8 +39,8 @@ class Snapshots(TestCase):
         with Guest.open_qmp(machine.qmp, self.state) as guest:
             guest.snapshot(name="one")
             stats = guest.stats()
-        phases = (stats.validate_us + stats.plan_us + stats.prepare_us + stats.pause_us + stats.switch_us
-                  + stats.arm_us + stats.drain_us + stats.finish_us + stats.undo_us)
+        phases = (stats.validate_us + stats.plan_us + stats.prepare_us + stats.pause_us +
+                  stats.switch_us + stats.arm_us + stats.drain_us + stats.finish_us + stats.undo_us)
         self.assertEqual(phases, stats.total_us)
         self.assertGreater(stats.guest_paused_us, 0)
         self.assertLess(stats.guest_paused_us, stats.total_us)
@@ -94,7 +95,9 @@ class Snapshots(TestCase):
                 self.assertEqual(disk.backing_file, self.directory / "disk.raw")
                 self.assertEqual(plan.memory_file, self.state / "one.mem")
                 self.assertIsInstance(plan.domain_xml, str)
-                restored = self.machine(name=f"restored-{running}", disk=disk.file, disk_format="qcow2",
+                restored = self.machine(name=f"restored-{running}",
+                                        disk=disk.file,
+                                        disk_format="qcow2",
                                         arguments=["-incoming", "defer"])
                 with Guest.open_qmp(restored.qmp, self.state) as guest:
                     guest.load("one", running)
@@ -113,9 +116,11 @@ class Snapshots(TestCase):
             guest.delete("three")
             self.assertEqual((guest.snapshots(), guest.current()), (["one", "two"], "two"))
             self.assertEqual(machine.disk_file(), self.directory / "disk.two")
-            self.assertFalse((self.state / "three.mem").exists() or (self.directory / "disk.three").exists())
+            self.assertFalse((self.state / "three.mem").exists()
+                             or (self.directory / "disk.three").exists())
             guest.delete("two", DeleteFlag.METADATA_ONLY)
-            self.assertTrue((self.state / "two.mem").exists() and (self.directory / "disk.two").exists())
+            self.assertTrue((self.state / "two.mem").exists()
+                            and (self.directory / "disk.two").exists())
             with self.assertRaises(NotFound):
                 guest.delete("two")
             with self.assertRaises(ValueError):
@@ -188,9 +193,11 @@ class Refusals(TestCase):
         self.assertEqual(caught.exception.domain, 10)
 
     def test_no_socket_and_no_directory(self):
-        self.assert_error(ErrorCode.SYSTEM_ERROR, Guest.open_qmp, self.directory / "none", self.state)
+        self.assert_error(ErrorCode.SYSTEM_ERROR, Guest.open_qmp, self.directory / "none",
+                          self.state)
         machine = self.machine()
-        self.assert_error(ErrorCode.SYSTEM_ERROR, Guest.open_qmp, machine.qmp, self.directory / "none")
+        self.assert_error(ErrorCode.SYSTEM_ERROR, Guest.open_qmp, machine.qmp,
+                          self.directory / "none")
         self.assert_error(ErrorCode.XML_DETAIL, Guest.open_qmp, machine.qmp, self.state, "<domain")
 
     def test_bad_xml(self):
@@ -210,7 +217,9 @@ class Refusals(TestCase):
             for flags in (1 << 20, Flag.CREATE_INSTANT,
                           Flag.CREATE_INSTANT | Flag.CREATE_LIVE | Flag.CREATE_DISK_ONLY):
                 self.assert_error(ErrorCode.INVALID_ARG, guest.snapshot, flags=flags)
-            self.assert_error(ErrorCode.OPERATION_UNSUPPORTED, guest.snapshot, flags=Flag.CREATE_DISK_ONLY)
+            self.assert_error(ErrorCode.OPERATION_UNSUPPORTED,
+                              guest.snapshot,
+                              flags=Flag.CREATE_DISK_ONLY)
             for flags in (-1, 1 << 32):
                 with self.assertRaises(ValueError):
                     guest.snapshot(flags=flags)
@@ -271,7 +280,8 @@ class Refusals(TestCase):
         guest.close()
         guest.close()
         for call in (guest.snapshot, guest.snapshots, guest.current, guest.stats, guest.cancel,
-                     lambda: guest.xml("one"), lambda: guest.load("one"), lambda: guest.pause_limit(1)):
+                     lambda: guest.xml("one"), lambda: guest.load("one"),
+                     lambda: guest.pause_limit(1)):
             self.assert_error(ErrorCode.INVALID_ARG, call)
 
 

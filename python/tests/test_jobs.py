@@ -15,8 +15,8 @@ import time
 import unittest
 from xml.etree import ElementTree
 
-from instantsnap import (Cancelled, Error, ErrorCode, Event, EventType, Flag, Guest, Job, JobInfo, Phase, Stats,
-                         snapshot_create_xml)
+from instantsnap import (Cancelled, Error, ErrorCode, Event, EventType, Flag, Guest, Job, JobInfo,
+                         Phase, Stats, snapshot_create_xml)
 
 from .daemon import LibvirtTestCase, libvirt, needs_libvirt, wait_for
 from .machine import TOP, Machine, TestCase
@@ -173,7 +173,10 @@ class Callback(JobTestCase):
         _, guest = self.open()
         guest.snapshot(name="one")
         events = []
-        self.assert_error(ErrorCode.OPERATION_INVALID, guest.snapshot, name="one", on_event=events.append)
+        self.assert_error(ErrorCode.OPERATION_INVALID,
+                          guest.snapshot,
+                          name="one",
+                          on_event=events.append)
         self.assertEqual([(event.type, event.error_code) for event in events],
                          [(EventType.FAILED, ErrorCode.OPERATION_INVALID)])
 
@@ -215,7 +218,8 @@ class Callback(JobTestCase):
             guest.snapshot(name="one", on_event=forbid_and_raise)
         left = caught.exception.__cause__
         self.assertEqual(left.code, ErrorCode.OPERATION_FAILED)
-        for part in ("cancelled", "'vda'", f"'{self.directory / 'disk.one'}'", "must not be removed"):
+        for part in ("cancelled", "'vda'", f"'{self.directory / 'disk.one'}'",
+                     "must not be removed"):
             self.assertIn(part, left.message)
         self.assertEqual(machine.disk_file(), self.directory / "disk.one")
         self.assertEqual(machine.status(), "running")
@@ -257,7 +261,8 @@ class Jobs(JobTestCase):
             job.result(0)
         for call in (lambda: job.name, job.xml, job.stats):
             self.assert_error(ErrorCode.OPERATION_INVALID, call)
-        for call in (guest.snapshot, guest.start_snapshot, lambda **o: guest.start_snapshot(at_once=True, **o)):
+        for call in (guest.snapshot, guest.start_snapshot,
+                     lambda **o: guest.start_snapshot(at_once=True, **o)):
             self.assert_error(ErrorCode.OPERATION_INVALID, call, name="two")
 
         self.assertEqual(job.result(600), "one")
@@ -422,8 +427,8 @@ class Jobs(JobTestCase):
         job.close()
         job.close()
         self.assertEqual(repr(job), "<Job closed>")
-        for call in (job.done, job.wait, job.result, lambda: job.name, job.xml, job.stats, job.info, job.cancel,
-                     job.fileno, job.next_event, lambda: next(job.events())):
+        for call in (job.done, job.wait, job.result, lambda: job.name, job.xml, job.stats, job.info,
+                     job.cancel, job.fileno, job.next_event, lambda: next(job.events())):
             self.assert_error(ErrorCode.INVALID_ARG, call)
         with job:
             pass
@@ -455,7 +460,8 @@ class Asyncio(JobTestCase):
     def test_await_a_snapshot(self):
         _, guest = self.open()
         events = []
-        self.assertEqual(asyncio.run(guest.snapshot_async(name="one", on_event=events.append)), "one")
+        self.assertEqual(asyncio.run(guest.snapshot_async(name="one", on_event=events.append)),
+                         "one")
         self.assertEqual(types(events), ALL)
         self.assertEqual(asyncio.run(guest.snapshot_async(name="two")), "two")
 
@@ -522,7 +528,8 @@ class Asyncio(JobTestCase):
         guests[0].snapshot(name="one")
 
         async def main():
-            return await asyncio.gather(*(guest.snapshot_async(name="one") for guest in guests), return_exceptions=True)
+            return await asyncio.gather(*(guest.snapshot_async(name="one") for guest in guests),
+                                        return_exceptions=True)
 
         failed, *names = asyncio.run(main())
         self.assertEqual(failed.code, ErrorCode.OPERATION_INVALID)
@@ -554,7 +561,8 @@ class Asyncio(JobTestCase):
         asyncio.run(main())
 
     def test_a_task_that_is_cancelled_cancels_its_snapshot(self):
-        self.cancel_at_the_instant(lambda guest, on_event: guest.snapshot_async(name="one", on_event=on_event))
+        self.cancel_at_the_instant(
+            lambda guest, on_event: guest.snapshot_async(name="one", on_event=on_event))
 
     def test_a_task_that_is_cancelled_in_a_block(self):
         async def take(guest, on_event):
@@ -646,9 +654,14 @@ class Asyncio(JobTestCase):
 class Example(JobTestCase):
     def start(self, machines):
         process = subprocess.Popen(
-            [sys.executable, TOP / "examples/snapshot_many.py",
-             "--state-dir", self.directory / "states", "--interval", "0.05", *(machine.qmp for machine in machines)],
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            [
+                sys.executable, TOP / "examples/snapshot_many.py",
+                "--state-dir", self.directory / "states", "--interval", "0.05",
+                *(machine.qmp for machine in machines)
+            ],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
             env={**os.environ, "PYTHONPATH": str(TOP / "python"), "PYTHONDONTWRITEBYTECODE": "1"})
         self.addCleanup(process.stdout.close)
         self.addCleanup(process.wait)
@@ -661,9 +674,13 @@ class Example(JobTestCase):
         output, _ = process.communicate()
         self.assertEqual(process.returncode, 0, output)
         for machine in machines:
-            mine = [line.partition(": ")[2] for line in output.splitlines() if line.startswith(f"{machine.qmp}: ")]
-            for line, text in zip((line for line in mine if not line.startswith("progress")),
-                                  ("paused", "switched", "instant", "complete", "the snapshot is ")):
+            mine = [
+                line.partition(": ")[2] for line in output.splitlines()
+                if line.startswith(f"{machine.qmp}: ")
+            ]
+            for line, text in zip(
+                (line for line in mine if not line.startswith("progress")),
+                ("paused", "switched", "instant", "complete", "the snapshot is ")):
                 self.assertTrue(line.startswith(text), output)
             self.assertNotEqual(machine.disk_file().name, "disk.raw")
         machines[0].close()
@@ -738,7 +755,8 @@ class Libvirt(LibvirtTestCase):
     def assert_undone(self, guest):
         self.assertEqual(guest.domain.snapshotListNames(), [])
         self.assertEqual(guest.disk_file(), guest.disk)
-        self.assertEqual(sorted(path.name for path in guest.directory.iterdir()), ["disk.qcow2", "serial.log"])
+        self.assertEqual(sorted(path.name for path in guest.directory.iterdir()),
+                         ["disk.qcow2", "serial.log"])
         self.assertTrue(guest.is_running())
         guest.wait_ticks()
 

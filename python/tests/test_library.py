@@ -17,8 +17,11 @@ PACKAGE = Path(instantsnap.__file__).resolve().parent
 
 
 def python(program, path=PACKAGE.parent, **environment):
-    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True,
-                          env={**os.environ, "PYTHONPATH": str(path), "PYTHONDONTWRITEBYTECODE": "1", **environment})
+    return subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(path), "PYTHONDONTWRITEBYTECODE": "1", **environment})
 
 
 class FindingTheLibrary(unittest.TestCase):
@@ -31,14 +34,20 @@ class FindingTheLibrary(unittest.TestCase):
         self.assertEqual((result.stdout, result.returncode), ("256\n", 0), result.stderr)
 
     def test_a_missing_library_is_an_import_error_that_names_the_variable(self):
-        result = python("import instantsnap\ntry: instantsnap.version()\nexcept ImportError as error: print(error)",
-                        INSTANTSNAP_LIBRARY="/nonexistent/library.so")
+        result = python(
+            "import instantsnap\n"
+            "try: instantsnap.version()\n"
+            "except ImportError as error: print(error)",
+            INSTANTSNAP_LIBRARY="/nonexistent/library.so")
         self.assertIn("/nonexistent/library.so", result.stdout)
         self.assertIn("INSTANTSNAP_LIBRARY", result.stdout)
 
     def test_another_library_is_an_import_error_that_names_the_function(self):
-        result = python("import instantsnap\ntry: instantsnap.version()\nexcept ImportError as error: print(error)",
-                        INSTANTSNAP_LIBRARY="libc.so.6")
+        result = python(
+            "import instantsnap\n"
+            "try: instantsnap.version()\n"
+            "except ImportError as error: print(error)",
+            INSTANTSNAP_LIBRARY="libc.so.6")
         self.assertRegex(result.stdout, r"libc\.so\.6 has no function instantsnap_\w+")
 
     def test_a_library_beside_the_package_is_found(self):
@@ -47,11 +56,15 @@ class FindingTheLibrary(unittest.TestCase):
             copy.mkdir()
             for file in PACKAGE.glob("*.py"):
                 (copy / file.name).write_bytes(file.read_bytes())
-            (copy / "libinstantsnap.so.0").symlink_to(os.path.realpath(os.environ["INSTANTSNAP_LIBRARY"]))
-            result = python("import instantsnap; print(instantsnap.version(), instantsnap.__file__)", directory,
-                            INSTANTSNAP_LIBRARY="")
+            (copy / "libinstantsnap.so.0").symlink_to(
+                os.path.realpath(os.environ["INSTANTSNAP_LIBRARY"]))
+            result = python(
+                "import instantsnap; print(instantsnap.version(), instantsnap.__file__)",
+                directory,
+                INSTANTSNAP_LIBRARY="")
         self.assertEqual(result.returncode, 0, result.stderr)
-        self.assertTrue(re.match(r"\d+\.\d+\.\d+ " + re.escape(directory), result.stdout), result.stdout)
+        self.assertTrue(re.match(r"\d+\.\d+\.\d+ " + re.escape(directory), result.stdout),
+                        result.stdout)
 
 
 if __name__ == "__main__":

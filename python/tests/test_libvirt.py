@@ -28,7 +28,9 @@ LARGE = 2048
 
 
 def xml(name, guest=None):
-    memory = "" if guest is None else f"<memory snapshot='external' file='{guest.directory / name}.mem'/>"
+    memory = ""
+    if guest is not None:
+        memory = f"<memory snapshot='external' file='{guest.directory / name}.mem'/>"
     return f"<domainsnapshot><name>{name}</name>{memory}</domainsnapshot>"
 
 
@@ -38,7 +40,8 @@ class ErrorChecks:
             call(*arguments)
         error = caught.exception
         self.assertEqual(error.get_error_code(), code, error)
-        self.assertEqual(error.get_error_domain(), libvirt.VIR_FROM_QEMU if domain is None else domain)
+        self.assertEqual(error.get_error_domain(),
+                         libvirt.VIR_FROM_QEMU if domain is None else domain)
         self.assertEqual(error.get_error_level(), libvirt.VIR_ERR_ERROR)
         self.assertTrue(error.get_error_message())
         self.assertEqual(str(error), error.get_error_message())
@@ -74,7 +77,8 @@ class Snapshots(ErrorChecks, LibvirtTestCase):
     def test_a_snapshot_that_is_not_recorded(self):
         guest = self.guest()
         for name in ("a", "b", "c"):
-            snapshot = snapshot_create_xml(guest.domain, xml(name, guest), INSTANT | Flag.CREATE_NO_METADATA)
+            snapshot = snapshot_create_xml(guest.domain, xml(name, guest),
+                                           INSTANT | Flag.CREATE_NO_METADATA)
             self.assertEqual(snapshot.getName(), name)
             self.assertEqual(guest.domain.snapshotListNames(), [])
             self.assertTrue((guest.directory / f"{name}.mem").exists())
@@ -83,15 +87,18 @@ class Snapshots(ErrorChecks, LibvirtTestCase):
 
     def test_flags_of_both_modules_go_together(self):
         guest = self.guest()
-        flags = libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_LIVE | libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_ATOMIC | 1 << 10
-        self.assertEqual(snapshot_create_xml(guest.domain, xml("one", guest), flags).getName(), "one")
+        flags = (libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_LIVE
+                 | libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_ATOMIC | 1 << 10)
+        self.assertEqual(
+            snapshot_create_xml(guest.domain, xml("one", guest), flags).getName(), "one")
 
     def test_without_instant_it_is_libvirts_snapshot(self):
         guest = self.guest()
         snapshot = snapshot_create_xml(guest.domain, xml("one"), Flag.CREATE_DISK_ONLY)
         self.assertIs(type(snapshot), libvirt.virDomainSnapshot)
         self.assertIsNone(ElementTree.fromstring(snapshot.getXMLDesc()).find("memory[@file]"))
-        self.assertEqual(ElementTree.fromstring(snapshot.getXMLDesc()).findtext("state"), "disk-snapshot")
+        self.assertEqual(
+            ElementTree.fromstring(snapshot.getXMLDesc()).findtext("state"), "disk-snapshot")
         self.assertEqual(guest.disk_file(), guest.directory / "disk.one")
 
         # Its errors too, those that are not among ours as they are.
@@ -100,7 +107,10 @@ class Snapshots(ErrorChecks, LibvirtTestCase):
         plain = self.assert_libvirt_error(wrong[0], guest.domain.snapshotCreateXML, *wrong[1:])
         ours = self.assert_libvirt_error(wrong[0], *call, *wrong[1:])
         self.assertEqual(ours.err, plain.err)
-        self.assert_libvirt_error(libvirt.VIR_ERR_XML_DETAIL, *call, "<domainsnapshot", Flag.CREATE_DISK_ONLY,
+        self.assert_libvirt_error(libvirt.VIR_ERR_XML_DETAIL,
+                                  *call,
+                                  "<domainsnapshot",
+                                  Flag.CREATE_DISK_ONLY,
                                   domain=libvirt.VIR_FROM_DOMAIN_SNAPSHOT)
 
     def test_revert_and_delete(self):
@@ -128,7 +138,9 @@ class Snapshots(ErrorChecks, LibvirtTestCase):
 
     def test_delete_an_instant_snapshot(self):
         guest = self.guest()
-        snapshots = [snapshot_create_xml(guest.domain, xml(name, guest), INSTANT) for name in ("one", "two")]
+        snapshots = [
+            snapshot_create_xml(guest.domain, xml(name, guest), INSTANT) for name in ("one", "two")
+        ]
         snapshot_delete(snapshots[1])
         self.assertEqual(guest.domain.snapshotListNames(), ["one"])
         self.assertFalse((guest.directory / "two.mem").exists())
@@ -147,8 +159,8 @@ class Snapshots(ErrorChecks, LibvirtTestCase):
             self.assertEqual((opened.snapshots(), opened.current()), (["one", "two"], "two"))
             self.assertEqual(ElementTree.fromstring(opened.xml("two")).findtext("name"), "two")
             stats = opened.stats()
-        phases = (stats.validate_us + stats.plan_us + stats.prepare_us + stats.pause_us + stats.switch_us
-                  + stats.arm_us + stats.drain_us + stats.finish_us + stats.undo_us)
+        phases = (stats.validate_us + stats.plan_us + stats.prepare_us + stats.pause_us +
+                  stats.switch_us + stats.arm_us + stats.drain_us + stats.finish_us + stats.undo_us)
         self.assertEqual(phases, stats.total_us)
         self.assertGreater(stats.guest_paused_us, 0)
         self.assertEqual(stats.disks, 1)
@@ -173,7 +185,10 @@ class Snapshots(ErrorChecks, LibvirtTestCase):
 
         def take(guest):
             try:
-                snapshots = [snapshot_create_xml(guest.domain, xml(f"{number}", guest), INSTANT) for number in range(3)]
+                snapshots = [
+                    snapshot_create_xml(guest.domain, xml(f"{number}", guest), INSTANT)
+                    for number in range(3)
+                ]
                 results[guest] = [snapshot.getName() for snapshot in snapshots]
             except Exception as error:
                 results[guest] = error
@@ -194,15 +209,16 @@ class Snapshots(ErrorChecks, LibvirtTestCase):
                       INSTANT | Flag.CREATE_REDEFINE,
                       Flag.CREATE_INSTANT | Flag.CREATE_NO_METADATA):
             with self.subTest(flags):
-                error = self.assert_libvirt_error(libvirt.VIR_ERR_INVALID_ARG, snapshot_create_xml, guest.domain,
-                                                  xml("one", guest), flags)
+                error = self.assert_libvirt_error(libvirt.VIR_ERR_INVALID_ARG, snapshot_create_xml,
+                                                  guest.domain, xml("one", guest), flags)
                 self.assertIn("flag", error.get_error_message())
-        self.assert_libvirt_error(libvirt.VIR_ERR_XML_DETAIL, snapshot_create_xml, guest.domain, "<domainsnapshot")
+        self.assert_libvirt_error(libvirt.VIR_ERR_XML_DETAIL, snapshot_create_xml, guest.domain,
+                                  "<domainsnapshot")
         with contextlib.suppress(libvirt.libvirtError):
             self.connection.lookupByName("nobody")  # an older error of this thread
         taken = snapshot_create_xml(guest.domain, xml("one", guest))
-        error = self.assert_libvirt_error(libvirt.VIR_ERR_OPERATION_INVALID, snapshot_create_xml, guest.domain,
-                                          xml("one", guest))
+        error = self.assert_libvirt_error(libvirt.VIR_ERR_OPERATION_INVALID, snapshot_create_xml,
+                                          guest.domain, xml("one", guest))
         self.assertIn("'one'", error.get_error_message())
         self.assertIsNone(error.__cause__)
         for call in (snapshot_revert, snapshot_delete):
@@ -212,8 +228,8 @@ class Snapshots(ErrorChecks, LibvirtTestCase):
     def test_a_domain_that_is_off(self):
         guest = self.guest()
         guest.domain.destroy()
-        self.assert_libvirt_error(libvirt.VIR_ERR_OPERATION_INVALID, snapshot_create_xml, guest.domain,
-                                  xml("one", guest))
+        self.assert_libvirt_error(libvirt.VIR_ERR_OPERATION_INVALID, snapshot_create_xml,
+                                  guest.domain, xml("one", guest))
 
 
 @needs_libvirt
@@ -221,12 +237,16 @@ class Interruption(ErrorChecks, LibvirtTestCase):
     def assert_undone(self, guest):
         self.assertEqual(guest.domain.snapshotListNames(), [])
         self.assertEqual(guest.disk_file(), guest.disk)
-        self.assertEqual(sorted(path.name for path in guest.directory.iterdir()), ["disk.qcow2", "serial.log"])
+        self.assertEqual(sorted(path.name for path in guest.directory.iterdir()),
+                         ["disk.qcow2", "serial.log"])
         self.assertTrue(guest.is_running())
         command = '{"execute":"query-migrate-capabilities"}'
-        capabilities = json.loads(libvirt_qemu.qemuMonitorCommand(guest.domain, command, 0))["return"]
-        self.assertFalse([capability for capability in capabilities
-                          if capability["capability"] == "background-snapshot" and capability["state"]])
+        answer = libvirt_qemu.qemuMonitorCommand(guest.domain, command, 0)
+        capabilities = json.loads(answer)["return"]
+        self.assertFalse([
+            capability for capability in capabilities
+            if capability["capability"] == "background-snapshot" and capability["state"]
+        ])
         guest.wait_ticks()
 
     def when_memory_flows(self, guest, action):
@@ -247,7 +267,8 @@ class Interruption(ErrorChecks, LibvirtTestCase):
         with self.assertRaises(KeyboardInterrupt):
             snapshot_create_xml(guest.domain, xml("one", guest), INSTANT)
         self.assert_undone(guest)
-        self.assertEqual(snapshot_create_xml(guest.domain, xml("two", guest), INSTANT).getName(), "two")
+        self.assertEqual(
+            snapshot_create_xml(guest.domain, xml("two", guest), INSTANT).getName(), "two")
 
     def test_cancel_from_another_thread(self):
         guest = self.guest(memory=LARGE)
@@ -298,7 +319,8 @@ class WithoutADaemon(ErrorChecks, unittest.TestCase):
         self.assertEqual(snapshot.domain().snapshotListNames(), [])
 
     def test_another_driver_is_refused_an_instant_snapshot(self):
-        self.assert_libvirt_error(libvirt.VIR_ERR_OPERATION_UNSUPPORTED, snapshot_create_xml, self.domain, xml("one"))
+        self.assert_libvirt_error(libvirt.VIR_ERR_OPERATION_UNSUPPORTED, snapshot_create_xml,
+                                  self.domain, xml("one"))
         with self.assertRaises(Error) as caught:
             Guest.open_libvirt(self.domain)
         self.assertEqual(caught.exception.code, ErrorCode.OPERATION_UNSUPPORTED)
@@ -306,12 +328,14 @@ class WithoutADaemon(ErrorChecks, unittest.TestCase):
     def test_other_things_are_type_errors(self):
         snapshot = snapshot_create_xml(self.domain, xml("one"), 0)
         for thing in (None, "test", 0, self.connection, snapshot):
-            for call in (lambda: snapshot_create_xml(thing, xml("two")), lambda: Guest.open_libvirt(thing)):
+            for call in (lambda: snapshot_create_xml(thing, xml("two")),
+                         lambda: Guest.open_libvirt(thing)):
                 with self.assertRaisesRegex(TypeError, r"^dom must be a libvirt\.virDomain, not "):
                     call()
         for thing in (None, "test", 0, self.connection, self.domain):
             for call in (snapshot_revert, snapshot_delete):
-                with self.assertRaisesRegex(TypeError, r"^snapshot must be a libvirt\.virDomainSnapshot, not "):
+                with self.assertRaisesRegex(
+                        TypeError, r"^snapshot must be a libvirt\.virDomainSnapshot, not "):
                     call(thing)
         for flags in ("1", 1.0, None):
             with self.assertRaises(TypeError):
@@ -323,7 +347,8 @@ class WithoutADaemon(ErrorChecks, unittest.TestCase):
         snapshot = snapshot_create_xml(self.domain, xml("one"), 0)
         for flags in (-1, 1 << 32):
             for call in (lambda: snapshot_create_xml(self.domain, xml("two"), flags),
-                         lambda: snapshot_revert(snapshot, flags), lambda: snapshot_delete(snapshot, flags)):
+                         lambda: snapshot_revert(snapshot, flags),
+                         lambda: snapshot_delete(snapshot, flags)):
                 with self.assertRaisesRegex(ValueError, "flags"):
                     call()
         with self.assertRaisesRegex(ValueError, "NUL"):
@@ -333,7 +358,8 @@ class WithoutADaemon(ErrorChecks, unittest.TestCase):
     def test_the_error_is_there_where_libvirt_does_not_have_it(self):
         snapshot = snapshot_create_xml(self.domain, xml("one"), 0)
         with mock.patch.object(libvirt.libvirtmod, "virGetLastError", return_value=None):
-            self.assert_libvirt_error(libvirt.VIR_ERR_INVALID_ARG, snapshot_revert, snapshot, 1 << 20)
+            self.assert_libvirt_error(libvirt.VIR_ERR_INVALID_ARG, snapshot_revert, snapshot,
+                                      1 << 20)
 
     def test_ctrl_c_while_it_cannot_be_cancelled_waits(self):
         snapshot = snapshot_create_xml(self.domain, xml("one"), 0)
@@ -345,7 +371,8 @@ class WithoutADaemon(ErrorChecks, unittest.TestCase):
             ended.append(arguments)
             return 0
 
-        with mock.patch("instantsnap._libvirt.library", lambda: types.SimpleNamespace(qemuSnapshotDelete=delete)):
+        with mock.patch("instantsnap._libvirt.library",
+                        lambda: types.SimpleNamespace(qemuSnapshotDelete=delete)):
             with self.assertRaises(KeyboardInterrupt):
                 snapshot_delete(snapshot, 2)
         self.assertEqual(ended, [(None, pointer, 2)])
@@ -355,7 +382,8 @@ class WithoutADaemon(ErrorChecks, unittest.TestCase):
             source, other = Path(directory, "other.c"), Path(directory, "other.so")
             source.write_text("int virDomainFree(void *domain) { return domain != 0; }")
             subprocess.run(["cc", "-shared", "-fPIC", "-o", other, source], check=True)
-            for path, reason in ((str(other), "not the libvirt.so.0"), ("/nonexistent.so", "nonexistent")):
+            for path, reason in ((str(other), "not the libvirt.so.0"),
+                                 ("/nonexistent.so", "nonexistent")):
                 with mock.patch.object(libvirt, "libvirtmod", types.SimpleNamespace(__file__=path)):
                     with self.assertRaisesRegex(ImportError, reason) as caught:
                         snapshot_create_xml(self.domain, xml("one"), 0)
@@ -364,16 +392,22 @@ class WithoutADaemon(ErrorChecks, unittest.TestCase):
 
 class WithoutLibvirtPython(unittest.TestCase):
     def test_only_what_needs_it_fails(self):
-        program = ("import sys; sys.modules['libvirt'] = None\n"  # what an import finds of a module that is missing
-                   "import instantsnap\n"
-                   "print(instantsnap.version())\n"
-                   "for call in (instantsnap.Guest.open_libvirt, instantsnap.snapshot_revert,\n"
-                   "             instantsnap.snapshot_delete, lambda dom: instantsnap.snapshot_create_xml(dom, '')):\n"
-                   "    try: call(None)\n"
-                   "    except ImportError as error: print(error.name, 'python3-libvirt' in str(error))\n")
+        program = (
+            # None in sys.modules makes an import fail.
+            "import sys; sys.modules['libvirt'] = None\n"
+            "import instantsnap\n"
+            "print(instantsnap.version())\n"
+            "for call in (instantsnap.Guest.open_libvirt, instantsnap.snapshot_revert,\n"
+            "             instantsnap.snapshot_delete,\n"
+            "             lambda dom: instantsnap.snapshot_create_xml(dom, '')):\n"
+            "    try: call(None)\n"
+            "    except ImportError as error: print(error.name, 'python3-libvirt' in str(error))\n")
         path = str(Path(instantsnap.__file__).resolve().parents[1])
-        result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True,
-                                env={**os.environ, "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"})
+        result = subprocess.run(
+            [sys.executable, "-c", program],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"})
         self.assertEqual(result.stdout.splitlines()[1:], ["libvirt True"] * 4, result.stderr)
 
 

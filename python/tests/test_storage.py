@@ -8,7 +8,8 @@ from instantsnap import Cancelled, Error, ErrorCode, Guest, prepare_revert
 
 from .machine import TestCase
 
-XML = "<domainsnapshot><name>{}</name><disks><disk name='vda' snapshot='manual'/></disks></domainsnapshot>"
+XML = ("<domainsnapshot><name>{}</name>"
+       "<disks><disk name='vda' snapshot='manual'/></disks></domainsnapshot>")
 
 
 class Full(Exception):
@@ -41,13 +42,15 @@ class StorageHook(TestCase):
             call, status = calls[0]
             self.assertEqual((call.snapshot, len(call.disks), status), ("one", 1, "paused"))
             disk = call.disks[0]
-            self.assertEqual((disk.name, disk.source, disk.format), ("vda", str(machine.disk), "raw"))
+            self.assertEqual((disk.name, disk.source, disk.format),
+                             ("vda", str(machine.disk), "raw"))
             self.assertGreater(call.paused_us, 0)
             self.assertLessEqual(call.deadline_us, 20_000_000)
             self.assertEqual(machine.disk_file(), machine.disk)
 
             with self.assertRaises(Cancelled):
-                guest.snapshot(XML.format("two"), on_event=lambda event: guest.cancel() if event.type == 3 else None)
+                guest.snapshot(XML.format("two"),
+                               on_event=lambda event: guest.cancel() if event.type == 3 else None)
             self.assertEqual([call.snapshot for call in undone], ["two"])
             guest.set_storage_hook(None)
             with self.assertRaises(Error):
@@ -59,9 +62,11 @@ class StorageHook(TestCase):
         with self.assertRaises(ValueError):
             prepare_revert(self.state, "one", revert=lambda call: [])
         plan = prepare_revert(self.state, "one", revert=lambda call: [copy_of(call)])
-        self.assertEqual([(disk.name, str(disk.file), disk.format, disk.backing_file) for disk in plan.disks],
-                         [("vda", f"{machine.disk}.one", "raw", None)])
-        restored = self.machine(name="restored", disk=plan.disks[0].file, arguments=["-incoming", "defer"])
+        self.assertEqual([(disk.name, str(disk.file), disk.format, disk.backing_file)
+                          for disk in plan.disks], [("vda", f"{machine.disk}.one", "raw", None)])
+        restored = self.machine(name="restored",
+                                disk=plan.disks[0].file,
+                                arguments=["-incoming", "defer"])
         with Guest.open_qmp(restored.qmp, self.state) as guest:
             guest.load("one")
         self.assertEqual(restored.status(), "running")
@@ -79,7 +84,8 @@ class StorageHook(TestCase):
                 guest.snapshot(XML.format("one"))
             with self.assertRaisesRegex(Full, "two"):
                 guest.start_snapshot(XML.format("two"))
-            with self.assertRaisesRegex(Full, "three"), guest.start_snapshot(XML.format("three"), at_once=True) as job:
+            with self.assertRaisesRegex(Full, "three"), \
+                    guest.start_snapshot(XML.format("three"), at_once=True) as job:
                 pass
             self.assertRaises(Full, job.result)
             self.assertEqual(undone, [])

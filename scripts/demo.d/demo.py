@@ -54,8 +54,9 @@ class Machine:
         if incoming:
             command += ["-incoming", "defer"]
         with open(self.log, "wb") as log:
-            self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                                            start_new_session=True)  # Ctrl-C is for this process alone
+            self.process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                start_new_session=True)  # Ctrl-C is for this process alone
         try:
             self._serial = self._connect(serial)
         except BaseException:
@@ -127,13 +128,17 @@ class Machine:
 
     def counts(self, begin=0.0, end=float("inf")):
         """The counts that arrived between two times."""
-        return [count for at, line in list(self.lines) if begin <= at <= end and (count := count_of(line))]
+        return [
+            count for at, line in list(self.lines)
+            if begin <= at <= end and (count := count_of(line))
+        ]
 
     def longest_silence(self, begin, end):
         """The longest time, in seconds, between two lines of which one arrived between the two
         times."""
         times = [at for at, line in list(self.lines) if count_of(line)]
-        return max((after - before for before, after in zip(times, times[1:]) if after >= begin and before <= end),
+        return max((after - before
+                    for before, after in zip(times, times[1:]) if after >= begin and before <= end),
                    default=0.0)
 
     def end(self):
@@ -191,16 +196,19 @@ def take(timeline, machine, guest, name, instant):
                                       f"({stats.memory_image_bytes / 2**20:.0f} MiB)")
     timeline.detail("guest paused", f"{stats.guest_paused_us / 1000:.1f} ms; counted "
                                     f"{len(meanwhile)} times during the call")
-    timeline.detail("serial line", f"silent for {machine.longest_silence(called, done) * 1000:.0f} ms at most "
-                                   f"(a count is due every {TICK_MS} ms, and waits for the disk)")
+    timeline.detail(
+        "serial line", f"silent for {machine.longest_silence(called, done) * 1000:.0f} ms at most "
+        f"(a count is due every {TICK_MS} ms, and waits for the disk)")
     return called, stats
 
 
 def disk_count(image, directory):
     """The count that is on a disk image, read from outside of any guest."""
     block = directory / "block"
-    subprocess.run(["qemu-img", "dd", "-f", "qcow2", "-O", "raw", "bs=512", "count=1", f"if={image}", f"of={block}"],
-                   check=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    subprocess.run(
+        ["qemu-img", "dd", "-f", "qcow2", "-O", "raw", "bs=512", "count=1", f"if={image}",
+         f"of={block}"],
+        check=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     return int.from_bytes(block.read_bytes()[:8], "little")
 
 
@@ -216,16 +224,20 @@ def run(options, directory):
     disk = directory / "disk.raw"
     with open(disk, "wb") as file:
         file.truncate(DISK_MIB << 20)
-    version = subprocess.run([options.qemu, "--version"], check=True, capture_output=True, text=True).stdout.split()[3]
-    print(f"\nA Linux guest of {options.memory} MiB on QEMU {version} ({options.accel}), instantsnap "
-          f"{instantsnap.version()}\n")
+    answer = subprocess.run([options.qemu, "--version"], check=True, capture_output=True, text=True)
+    version = answer.stdout.split()[3]
+    print(f"\nA Linux guest of {options.memory} MiB on QEMU {version} ({options.accel}), "
+          f"instantsnap {instantsnap.version()}\n")
 
-    timeline.step(f"the guest boots, fills half of its memory and its disk, and counts {1000 // TICK_MS} times a second:")
-    timeline.detail("each count", "goes to 256 pages of its memory, then to its disk, then to its serial line")
+    timeline.step("the guest boots, fills half of its memory and its disk, and counts "
+                  f"{1000 // TICK_MS} times a second:")
+    timeline.detail("each count",
+                    "goes to 256 pages of its memory, then to its disk, then to its serial line")
     with Machine(options, directory, "original", disk, "raw") as machine:
         machine.wait_for_count(20)
         with instantsnap.Guest.open_qmp(machine.qmp, state) as guest:
-            timeline.step("a plain snapshot, for comparison: the guest stands still while its memory is written")
+            timeline.step("a non-live snapshot, for comparison: the guest is paused while its "
+                          "memory is written")
             _, plain = take(timeline, machine, guest, "plain", instant=False)
             machine.wait_for_count(machine.counts()[-1] + 20)
 
@@ -234,18 +246,25 @@ def run(options, directory):
             machine.wait_for_count(machine.counts()[-1] + 20)
         before = machine.counts(end=called)[-1]
         after = machine.counts(end=called + instant.instant_us / 1e6 + 2 * TICK_MS / 1000)[-1]
-        timeline.step(f"the guest has counted on, to {machine.counts()[-1]}; now it overwrites its memory and its disk")
+        timeline.step(f"the guest has counted on, to {machine.counts()[-1]}; now it overwrites its "
+                      "memory and its disk")
         timeline.detail("ruined", in_mib(machine.ask("ruin", "ruined")) + ", as the guest says")
     timeline.step("that QEMU has ended; a new one is given the snapshot")
 
     plan = instantsnap.prepare_revert(state, "instant", directory)
     expect(len(plan.disks) == 1, f"the plan has {len(plan.disks)} disks, not 1")
     on_disk = disk_count(plan.disks[0].backing_file, directory)
-    with Machine(options, directory, "restored", plan.disks[0].file, plan.disks[0].format, incoming=True) as machine:
+    with Machine(options,
+                 directory,
+                 "restored",
+                 plan.disks[0].file,
+                 plan.disks[0].format,
+                 incoming=True) as machine:
         with instantsnap.Guest.open_qmp(machine.qmp, state) as guest:
             loading = time.monotonic()
             guest.load("instant")
-            timeline.detail("loaded", f"in {(time.monotonic() - loading) * 1000:.0f} ms; the guest runs")
+            timeline.detail("loaded",
+                            f"in {(time.monotonic() - loading) * 1000:.0f} ms; the guest runs")
         machine.wait(count_of)
         first = machine.counts()[0]
         machine.wait_for_count(first + 20)
@@ -254,17 +273,23 @@ def run(options, directory):
 
     # A guest caught between its disk and its serial line has the next count on disk already.
     expect(before <= first - 1 <= after,
-           f"the serial line goes on with {first}, but the instant lay between counts {before} and {after}")
-    expect(on_disk in (first - 1, first), f"the serial line goes on with {first}, but the disk has {on_disk}")
-    expect(counts == list(range(first, first + len(counts))), f"the guest miscounts after the load: {counts}")
+           f"the serial line goes on with {first}, but the instant lay between counts {before} "
+           f"and {after}")
+    expect(on_disk in (first - 1, first),
+           f"the serial line goes on with {first}, but the disk has {on_disk}")
+    expect(counts == list(range(first, first + len(counts))),
+           f"the guest miscounts after the load: {counts}")
     timeline.detail("intact", in_mib(intact) + ": the guest has read back every byte")
-    timeline.detail("memory", "256 pages agree on the count: the guest looks at each before it goes on")
+    timeline.detail("memory",
+                    "256 pages agree on the count: the guest looks at each before it goes on")
     timeline.detail("disk", f"the snapshot's image has count {on_disk}")
-    timeline.detail("serial line", f"goes on with {counts[0]}, {counts[1]}, {counts[2]}, ... {counts[-1]}")
+    timeline.detail("serial line",
+                    f"goes on with {counts[0]}, {counts[1]}, {counts[2]}, ... {counts[-1]}")
     timeline.step(f"memory, disk and serial line are of one moment: after count {first - 1}\n")
     plain_ms, instant_ms = plain.guest_paused_us / 1000, instant.guest_paused_us / 1000
-    print(f"The guest was paused for {plain_ms:.1f} ms by the plain snapshot, for {instant_ms:.1f} ms by the instant "
-          f"one: {plain_ms / max(instant_ms, 0.001):.0f} times less.")
+    print(f"The guest was paused for {plain_ms:.1f} ms by the non-live snapshot, for "
+          f"{instant_ms:.1f} ms by the instant one: "
+          f"{plain_ms / max(instant_ms, 0.001):.0f} times less.")
 
 
 def arguments():
@@ -300,7 +325,8 @@ def main():
     except KeyboardInterrupt:
         print("\ndemo: interrupted", file=sys.stderr)
         code = 130
-    except (Failed, instantsnap.Error, ImportError, OSError, subprocess.CalledProcessError) as error:
+    except (Failed, instantsnap.Error, ImportError, OSError,
+            subprocess.CalledProcessError) as error:
         print(f"\ndemo: failed: {error}", file=sys.stderr)
         for log in sorted(directory.glob("*.log")):
             if said := log.read_text(errors="replace").strip():

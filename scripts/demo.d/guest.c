@@ -101,13 +101,15 @@ static void open_disk(void)
             break;
         usleep(10000);
     }
-    if (disk < 0 || ioctl(disk, BLKGETSIZE64, &disk_bytes) < 0 || disk_bytes < CHUNK || disk_bytes % CHUNK)
+    if (disk < 0 || ioctl(disk, BLKGETSIZE64, &disk_bytes) < 0 || disk_bytes < CHUNK ||
+        disk_bytes % CHUNK)
         fail("disk: %s", strerror(errno));
 }
 
 static void move_chunk(uint64_t offset, size_t bytes, int writing)
 {
-    ssize_t moved = writing ? pwrite(disk, chunk, bytes, offset) : pread(disk, chunk, bytes, offset);
+    ssize_t moved =
+        writing ? pwrite(disk, chunk, bytes, offset) : pread(disk, chunk, bytes, offset);
 
     if (moved != (ssize_t)bytes)
         fail("disk at %llu: %s", (unsigned long long)offset, strerror(errno));
@@ -148,7 +150,8 @@ static void prepare(void)
     open_disk();
     sysinfo(&machine);
     memory_pages = machine.totalram * machine.mem_unit / 2 / PAGE / COUNTERS * COUNTERS;
-    memory = mmap(NULL, memory_pages * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    memory =
+        mmap(NULL, memory_pages * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     chunk = mmap(NULL, CHUNK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (memory == MAP_FAILED || chunk == MAP_FAILED || mlock(memory, memory_pages * PAGE) < 0)
         fail("memory: %s", strerror(errno));
@@ -163,12 +166,13 @@ static void tick(uint64_t count)
 {
     for (size_t index = 0; index < COUNTERS; index++) {
         if (counter_page(index)[0] != count - 1)
-            fail("torn: memory page %zu has %llu, not %llu", index, (unsigned long long)counter_page(index)[0],
-                 (unsigned long long)count - 1);
+            fail("torn: memory page %zu has %llu, not %llu", index,
+                 (unsigned long long) counter_page(index)[0], (unsigned long long) count - 1);
         counter_page(index)[0] = count;
     }
     if (disk_counter() != count - 1)
-        fail("torn: the disk has %llu, not %llu", (unsigned long long)chunk[0], (unsigned long long)count - 1);
+        fail("torn: the disk has %llu, not %llu", (unsigned long long) chunk[0],
+             (unsigned long long) count - 1);
     set_disk_counter(count);
     say("count %llu", (unsigned long long)count);
 }
@@ -181,7 +185,8 @@ static void check(uint64_t count)
         if (memory[word] != (word % spread ? pattern(word) : count))
             fail("memory is damaged at byte %zu", word * sizeof(*memory));
     if (disk_counter() != count)
-        fail("the disk has %llu, not %llu", (unsigned long long)chunk[0], (unsigned long long)count);
+        fail("the disk has %llu, not %llu", (unsigned long long) chunk[0],
+             (unsigned long long) count);
     for (uint64_t offset = 0; offset < disk_bytes; offset += CHUNK) {
         move_chunk(offset, CHUNK, 0);
         for (size_t word = offset ? 0 : WORDS; word < CHUNK / sizeof(*chunk); word++)
@@ -243,8 +248,10 @@ static void wait_for_tick(uint64_t count)
 
 int main(void)
 {
-    static const char *const modules[] = { "virtio_ring", "virtio", "virtio_pci_legacy_dev", "virtio_pci_modern_dev",
-                                           "virtio_pci", "virtio_blk" };
+    static const char *const modules[] = {
+        "virtio_ring", "virtio", "virtio_pci_legacy_dev", "virtio_pci_modern_dev", "virtio_pci",
+        "virtio_blk"
+    };
 
     mkdir("/dev", 0755);
     mount("devtmpfs", "/dev", "devtmpfs", 0, NULL);

@@ -63,7 +63,7 @@ static long long now_ms(void)
     return now.tv_sec * 1000LL + now.tv_nsec / 1000000;
 }
 
-/* QEMU's next line without its end, for free(); NULL where it does not come in time, or not at all. */
+/* Returns QEMU's next line without its end, for free(); NULL if it does not come in time. */
 static char *read_line(struct domain *domain, long long until)
 {
     for (;;) {
@@ -121,7 +121,7 @@ static int send_line(struct domain *domain, const char *line, const int *fds, si
     return 0;
 }
 
-/* What comes after `"key":` in a message of QEMU's, whose spaces are as they may be; NULL where there is none. */
+/* Returns what follows `"key":` and any spaces in a message of QEMU; NULL if the key is missing. */
 static char *find(char *message, const char *key)
 {
     char *value = strstr(message, key);
@@ -132,8 +132,9 @@ static char *find(char *message, const char *key)
     return value + strspn(value, " :");
 }
 
-/* One command, and QEMU's reply to it: that to an earlier one, which came too late, is passed over. */
-static char *converse(struct domain *domain, const char *command, const int *fds, size_t fd_count, unsigned int timeout_ms)
+/* Runs one command, and returns QEMU's reply. Skips a late reply to an earlier command. */
+static char *converse(struct domain *domain, const char *command, const int *fds, size_t fd_count,
+                      unsigned int timeout_ms)
 {
     long long until = now_ms() + timeout_ms;
     char *text, *line, id[32];
@@ -167,7 +168,7 @@ static int refuse_as_qemu(struct domain *domain, char *reply)
     return refuse(domain, description + 1);
 }
 
-/* A process that the test has forked can have the connection too: shut down, it ends all the same. */
+/* Shuts the connection down, because a process that the test has forked may have it open, too. */
 static void hang_up(struct domain *domain)
 {
     shutdown(domain->socket, SHUT_RDWR);
@@ -208,7 +209,8 @@ static void on_end(void *opaque)
     hang_up(domain);
 }
 
-static int on_monitor(void *opaque, const char *command, const int *fds, size_t fd_count, unsigned int timeout_ms, char **reply)
+static int on_monitor(void *opaque, const char *command, const int *fds, size_t fd_count,
+                      unsigned int timeout_ms, char **reply)
 {
     check_locked(opaque);
     *reply = converse(opaque, command, fds, fd_count, timeout_ms);
@@ -286,26 +288,26 @@ static void on_unlock(void *opaque)
     check(pthread_mutex_unlock(&((struct domain *) opaque)->lock) == 0, "the lock is not held");
 }
 
-/* What is switched, merged and recorded is the library's affair here, as in the way in by a socket. */
+/* The library itself switches, merges and records here, as it does by a QMP socket. */
 static const instantsnap_driver_ops ops = {
-    .size = sizeof(ops), .monitor = on_monitor, .state = on_state, .domain_xml = on_domain_xml, .state_dir = on_state_dir,
-    .pause = on_pause, .resume = on_resume, .begin_job = on_begin, .end_job = on_end, .lock = on_lock, .unlock = on_unlock,
-    .guard_socket = on_guard_socket
+    .size = sizeof(ops), .monitor = on_monitor, .state = on_state, .domain_xml = on_domain_xml,
+    .state_dir = on_state_dir, .pause = on_pause, .resume = on_resume, .begin_job = on_begin,
+    .end_job = on_end, .lock = on_lock, .unlock = on_unlock, .guard_socket = on_guard_socket
 };
 
 /* For tests/common/src/way.rs. A domain is there for as long as the process. */
 
 const instantsnap_driver_ops *test_driver_ops(void);
-void *test_driver_domain(const struct library *library, const char *socket_path, const char *guard_path, const char *state_dir,
-                         const char *xml);
+void *test_driver_domain(const struct library *library, const char *socket_path,
+                         const char *guard_path, const char *state_dir, const char *xml);
 
 const instantsnap_driver_ops *test_driver_ops(void)
 {
     return &ops;
 }
 
-void *test_driver_domain(const struct library *library, const char *socket_path, const char *guard_path, const char *state_dir,
-                         const char *xml)
+void *test_driver_domain(const struct library *library, const char *socket_path,
+                         const char *guard_path, const char *state_dir, const char *xml)
 {
     struct domain *domain = calloc(1, sizeof(*domain));
     pthread_mutexattr_t checking;

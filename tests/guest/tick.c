@@ -2,34 +2,41 @@
  * tick.c: the tick guest, a bare-metal i386 guest that proves that a snapshot is of one moment.
  *
  * It counts. For each n it goes, in a fixed order, through pages spread over its memory, through
- * its disks, and to the serial line: each place must still hold n - 1, and is then given n. A guest
- * brought back from a snapshot therefore checks all of its memory and disks against each other, and
- * against its registers, within one round: it counts on exactly when they are of the same moment,
- * and else says TORN and stops.
+ * its disks, and to the serial line: it checks that each place still holds n - 1, and then writes
+ * n. So a guest that was brought back from a snapshot checks all of its memory and disks against
+ * each other, and against its registers, within one round. It counts on exactly if they are of the
+ * same moment; else it says TORN and stops.
  *
  * QEMU boots it with `-kernel tick.elf -append "KEY=VALUE ..."` (multiboot, 32-bit protected mode,
  * no paging). Keys:
- *   pages=N      how many pages are checked, spread evenly from 2 MiB to the top of low memory (default 256)
- *   dense=MIB    also checks and writes one word in every page of that many MiB from 2 MiB up: load (default 0)
+ *   pages=N      how many pages are checked, spread evenly from 2 MiB to the top of low memory
+ *                (default 256)
+ *   dense=MIB    also checks and writes one word in every page of that many MiB from 2 MiB up, as
+ *                load (default 0)
  *   delay=N      spins N thousand times between rounds (default 0)
- *   rest=N       rests N microseconds between rounds, at most 50000, and leaves the host's CPU to others (default 0)
- *   wait=1       halts while a disk does what it is told, as it does where it rests, instead of looking for that again and
- *                again (default 0: KVM may know no `iret`)
+ *   rest=N       rests N microseconds between rounds, at most 50000, and halts the CPU meanwhile
+ *                (default 0)
+ *   wait=1       halts while a disk executes a request, instead of polling for its end (default 0:
+ *                KVM may not emulate `iret`)
  *   halt=N       halts for good after N rounds: an idle guest (default 0: never)
  *   nodisk=1     leaves the disks alone
- *   cpus=2       a second CPU counts too, without end and by itself, through the pages of `dense`, in a word of its own
- *   pflash=HEX   every 64 rounds programs a byte of the CFI flash at that physical address (UEFI variables)
+ *   cpus=2       a second CPU counts independently, without end, through the pages of `dense`, in
+ *                a word of its own
+ *   pflash=HEX   every 64 rounds programs a byte of the CFI flash at that physical address (UEFI
+ *                variables)
  *
- * Serial line: "READY <pages> pages <disks> disks", then "T <n>" each round; last, if ever, "TORN
- * <page|dense|cpu|disk> <i> has
- * <x> want <y>" or "FAIL <what> <i>".
+ * Serial line: "READY <pages> pages <disks> disks", then "T <n>" each round. After a fault, as the
+ * last line: "TORN <page|dense|cpu|disk> <i> has <x> want <y>" or "FAIL <what> <i>".
  */
 typedef unsigned char u8;
 typedef unsigned short u16;
 typedef unsigned int u32;
 typedef unsigned long long u64;
 
-/* The multiboot header (flags: tell us the memory size) and the entry point: a stack, and on to C. */
+/*
+ * The multiboot header (flags: the loader passes the memory size) and the entry point, which sets
+ * up a stack and calls C.
+ */
 __asm__(".section .text\n"
         ".align 4\n"
         ".long 0x1BADB002, 2, -(0x1BADB002 + 2)\n"
@@ -111,16 +118,43 @@ struct multiboot {
     const char *cmdline;
 };
 
-static inline void outb(u16 port, u8 v) { __asm__ volatile("outb %0, %1" ::"a"(v), "Nd"(port) : "memory"); }
-static inline void outw(u16 port, u16 v) { __asm__ volatile("outw %0, %1" ::"a"(v), "Nd"(port) : "memory"); }
-static inline void outl(u16 port, u32 v) { __asm__ volatile("outl %0, %1" ::"a"(v), "Nd"(port) : "memory"); }
-static inline u8 inb(u16 port) { u8 v; __asm__ volatile("inb %1, %0" : "=a"(v) : "Nd"(port) : "memory"); return v; }
-static inline u16 inw(u16 port) { u16 v; __asm__ volatile("inw %1, %0" : "=a"(v) : "Nd"(port) : "memory"); return v; }
-static inline u32 inl(u16 port) { u32 v; __asm__ volatile("inl %1, %0" : "=a"(v) : "Nd"(port) : "memory"); return v; }
+static inline void outb(u16 port, u8 v)
+{
+    __asm__ volatile("outb %0, %1" ::"a"(v), "Nd"(port) : "memory");
+}
+static inline void outw(u16 port, u16 v)
+{
+    __asm__ volatile("outw %0, %1" ::"a"(v), "Nd"(port) : "memory");
+}
+static inline void outl(u16 port, u32 v)
+{
+    __asm__ volatile("outl %0, %1" ::"a"(v), "Nd"(port) : "memory");
+}
+static inline u8 inb(u16 port)
+{
+    u8 v;
+    __asm__ volatile("inb %1, %0" : "=a"(v) : "Nd"(port) : "memory");
+    return v;
+}
+static inline u16 inw(u16 port)
+{
+    u16 v;
+    __asm__ volatile("inw %1, %0" : "=a"(v) : "Nd"(port) : "memory");
+    return v;
+}
+static inline u32 inl(u16 port)
+{
+    u32 v;
+    __asm__ volatile("inl %1, %0" : "=a"(v) : "Nd"(port) : "memory");
+    return v;
+}
 
 /* ---- waiting ---- */
 
-enum { PIC1 = 0x20, PIC2 = 0xa0, PIT = 0x40, FIRST_VECTOR = 32, TIMER = 0, CASCADE = 2, INTERRUPTS = 16 };
+enum {
+    PIC1 = 0x20, PIC2 = 0xa0, PIT = 0x40,
+    FIRST_VECTOR = 32, TIMER = 0, CASCADE = 2, INTERRUPTS = 16
+};
 
 static int interrupts_wanted;
 static u16 unmasked;
@@ -128,7 +162,8 @@ static u16 unmasked;
 static void interrupt_gate(u32 number, const u8 *handler)
 {
     interrupts[FIRST_VECTOR + number][0] = 8 << 16 | ((u32)handler & 0xffff);
-    interrupts[FIRST_VECTOR + number][1] = ((u32)handler & 0xffff0000) | 0x8e00; /* present, an interrupt gate */
+    /* 0x8e00: present, an interrupt gate */
+    interrupts[FIRST_VECTOR + number][1] = ((u32) handler & 0xffff0000) | 0x8e00;
 }
 
 static void interrupt_on(u32 number)
@@ -139,7 +174,10 @@ static void interrupt_on(u32 number)
 
 static void interrupts_start(void)
 {
-    /* Also those that are masked: one that a disk takes back just when it is served has another's number. */
+    /*
+     * Masked interrupts need a handler too: an interrupt that a disk takes back just when it is
+     * served arrives under another number.
+     */
     for (u32 number = 0; number < INTERRUPTS; number++)
         interrupt_gate(number, number == TIMER ? timer_interrupt : disk_interrupt);
     load_tables();
@@ -200,19 +238,23 @@ static void __attribute__((noreturn)) fail(const char *what, u32 i)
     stop();
 }
 
-/* Everything depends on this: a place that does not hold what it was last given is a torn snapshot. */
+/* The proof: if a place does not hold what was last written to it, the snapshot is torn. */
 static void expect(const char *what, u32 i, u32 has, u32 want)
 {
     if (has == want)
         return;
-    put("TORN "), put(what), put(" "), put_number(i), put(" has "), put_number(has), put(" want "), put_number(want);
+    put("TORN "), put(what), put(" "), put_number(i), put(" has "), put_number(has), put(" want "),
+        put_number(want);
     put("\n");
     stop();
 }
 
 /* ---- parameters ---- */
 
-/* The value of " KEY=" in the command line, as a number in the given base; `otherwise` where it is missing. */
+/*
+ * Returns the value of " KEY=" in the command line, as a number in the given base; `otherwise` if
+ * the key is missing.
+ */
 static u32 parameter(const char *line, const char *key, u32 base, u32 otherwise)
 {
     for (; *line; line++) {
@@ -250,17 +292,17 @@ static u32 parameter(const char *line, const char *key, u32 base, u32 otherwise)
 
 enum {
     MAX_DISKS = 8,
-    MAX_QUEUE = 1024,          /* QEMU 10.0.13 has this size whatever its queue-size */
+    MAX_QUEUE = 1024, /* QEMU 10.0.13 has this size whatever its queue-size */
     SECTOR_WORDS = 128,
-    ROTATION = 64,             /* besides the fixed sector, one of this many is written each round, ... */
-    ROTATION_START = 1024,     /* ... from this sector on, ... */
-    ROTATION_STRIDE = 128,     /* ... one in each 64 KiB, that is, in each cluster of a qcow2 image */
+    ROTATION = 64, /* besides the fixed sector, one of this many is written each round, ... */
+    ROTATION_START = 1024, /* ... from this sector on, ... */
+    ROTATION_STRIDE = 128, /* ... one in each 64 KiB, that is, in each cluster of a qcow2 image */
     FIXED_SECTOR = 8,
     PCI_VIRTIO_BLK = 0x10011af4,
-    FEATURE_FLUSH = 1 << 9,    /* without it QEMU makes every write a write-through: slow */
+    FEATURE_FLUSH = 1 << 9, /* without it QEMU makes every write a write-through: slow */
     READ = 0,
     WRITE = 1,
-    PATIENCE = 50000,          /* microseconds */
+    PATIENCE = 50000, /* microseconds */
 };
 
 static struct disk {
@@ -275,7 +317,7 @@ static struct { u32 type, reserved; u32 sector, sector_high; } request;
 static volatile u32 sector_data[SECTOR_WORDS];
 static volatile u8 request_status;
 
-/* All of them: they share an interrupt, and one may come when its disk is not waited for any more. */
+/* Handles all disks: they share an interrupt, which may come when no code waits for its disk. */
 void disks_acknowledge(void)
 {
     for (u32 i = 0; i < disk_count; i++)
@@ -325,7 +367,8 @@ static void disk_start(u16 port, u8 interrupt)
     d->avail = (void *)(ring + 16 * d->queue_size);
     d->used = (void *)(ring + ((16 * d->queue_size + 6 + 2 * d->queue_size + 4095) & ~4095));
     /* The BIOS says which one it is. */
-    d->interrupts = interrupts_wanted && interrupt != TIMER && interrupt != CASCADE && interrupt < INTERRUPTS;
+    d->interrupts =
+        interrupts_wanted && interrupt != TIMER && interrupt != CASCADE && interrupt < INTERRUPTS;
     d->avail[0] = !d->interrupts;
     if (d->interrupts)
         interrupt_on(interrupt);
@@ -402,7 +445,10 @@ static void page_check(u32 i, u32 want)
     expect("page", i, page[1023], want);
 }
 
-static volatile u32 *dense_at(u32 i) { return (volatile u32 *)(MEMORY_START + i * PAGE) + DENSE_WORD; }
+static volatile u32 *dense_at(u32 i)
+{
+    return (volatile u32 *) (MEMORY_START + i * PAGE) + DENSE_WORD;
+}
 
 /* ---- a second CPU ---- */
 

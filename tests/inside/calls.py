@@ -38,7 +38,9 @@ def kind(value):
     """What is left of a result that changes by itself."""
     if isinstance(value, dict):
         return sorted(value)
-    return [type(entry).__name__ for entry in value] if isinstance(value, (list, tuple)) else type(value).__name__
+    if isinstance(value, (list, tuple)):
+        return [type(entry).__name__ for entry in value]
+    return type(value).__name__
 
 
 def call(what, body, show=plain):
@@ -48,27 +50,33 @@ def call(what, body, show=plain):
         answer = show(body())
     except libvirt.libvirtError as error:
         # Everything that the client is told.
-        answer = {"code": error.get_error_code(), "domain": error.get_error_domain(), "text": error.get_error_message(),
-                  "level": error.get_error_level(), "str1": error.get_str1(), "str2": error.get_str2(),
-                  "str3": error.get_str3(), "int1": error.get_int1(), "int2": error.get_int2()}
+        answer = {
+            "code": error.get_error_code(), "domain": error.get_error_domain(),
+            "text": error.get_error_message(), "level": error.get_error_level(),
+            "str1": error.get_str1(), "str2": error.get_str2(), "str3": error.get_str3(),
+            "int1": error.get_int1(), "int2": error.get_int2()
+        }
     print(json.dumps([what, answer]))
 
 
 # The connection.
-for method in ("getType", "getVersion", "getLibVersion", "getURI", "isAlive", "isEncrypted", "isSecure", "numOfDomains",
-               "numOfDefinedDomains", "listDomainsID", "listDefinedDomains", "getHostname",
-               "getSysinfo", "listNetworks", "listStoragePools", "listInterfaces", "listSecrets", "listNWFilters",
+for method in ("getType", "getVersion", "getLibVersion", "getURI", "isAlive", "isEncrypted",
+               "isSecure", "numOfDomains", "numOfDefinedDomains", "listDomainsID",
+               "listDefinedDomains", "getHostname", "getSysinfo", "listNetworks",
+               "listStoragePools", "listInterfaces", "listSecrets", "listNWFilters",
                "numOfNetworks", "numOfStoragePools", "numOfSecrets", "getCPUMap"):
     call(method, getattr(conn, method))
 # Each daemon makes itself a UUID of the machine.
-call("getCapabilities", conn.getCapabilities, lambda xml: re.sub("<uuid>[^<]*</uuid>", "<uuid/>", xml, count=1))
+call("getCapabilities", conn.getCapabilities,
+     lambda xml: re.sub("<uuid>[^<]*</uuid>", "<uuid/>", xml, count=1))
 for method in ("getInfo", "getFreeMemory", "getMemoryStats", "getCellsFreeMemory"):
     args = {"getMemoryStats": (-1,), "getCellsFreeMemory": (0, 1)}.get(method, ())
     call(method, lambda: getattr(conn, method)(*args), kind)
 for bit in range(16):
     call(f"listAllDomains {1 << bit:#x}", lambda: conn.listAllDomains(1 << bit))
 for machine in ("pc", "q35", "nonsense"):
-    call(f"getDomainCapabilities {machine}", lambda: conn.getDomainCapabilities(None, "x86_64", machine, "qemu"))
+    call(f"getDomainCapabilities {machine}",
+         lambda: conn.getDomainCapabilities(None, "x86_64", machine, "qemu"))
 call("getMaxVcpus", lambda: conn.getMaxVcpus("qemu"))
 call("getCPUModelNames", lambda: conn.getCPUModelNames("x86_64"))
 for key in ("none", "", name):
@@ -85,16 +93,21 @@ call("saveImageGetXMLDesc", lambda: conn.saveImageGetXMLDesc(f"{directory}/none"
 call("restore", lambda: conn.restore(f"{directory}/none"))
 
 # The domain.
-for method in ("name", "UUIDString", "ID", "OSType", "maxMemory", "maxVcpus", "isActive", "isPersistent", "isUpdated",
-               "autostart", "hasManagedSaveImage", "state", "controlInfo", "jobInfo", "diskErrors", "snapshotNum",
-               "snapshotListNames", "listAllSnapshots", "hasCurrentSnapshot", "snapshotCurrent", "listAllCheckpoints",
-               "vcpusFlags", "emulatorPinInfo", "numaParameters", "memoryParameters", "blkioParameters",
-               "schedulerType", "schedulerParameters", "hostname", "fsInfo", "getTime", "guestVcpus", "guestInfo",
-               "launchSecurityInfo", "securityLabel", "securityLabelList", "getPerfEvents", "perfEvents", "messages",
-               "migrateMaxDowntime", "migrateGetCompressionCache", "migrateGetMaxSpeed", "jobStats", "abortJob",
+for method in ("name", "UUIDString", "ID", "OSType", "maxMemory", "maxVcpus", "isActive",
+               "isPersistent", "isUpdated", "autostart", "hasManagedSaveImage", "state",
+               "controlInfo", "jobInfo", "diskErrors", "snapshotNum", "snapshotListNames",
+               "listAllSnapshots", "hasCurrentSnapshot", "snapshotCurrent", "listAllCheckpoints",
+               "vcpusFlags", "emulatorPinInfo", "numaParameters", "memoryParameters",
+               "blkioParameters", "schedulerType", "schedulerParameters", "hostname", "fsInfo",
+               "getTime", "guestVcpus", "guestInfo", "launchSecurityInfo", "securityLabel",
+               "securityLabelList", "getPerfEvents", "perfEvents", "messages", "migrateMaxDowntime",
+               "migrateGetCompressionCache", "migrateGetMaxSpeed", "jobStats", "abortJob",
                "managedSaveRemove", "interfaceAddresses", "rename"):
     if hasattr(dom, method):
-        args = {"hasManagedSaveImage": (0,), "interfaceAddresses": (0,), "rename": ("",), "guestInfo": (0, 0)}
+        args = {
+            "hasManagedSaveImage": (0,), "interfaceAddresses": (0,), "rename": ("",),
+            "guestInfo": (0, 0)
+        }
         call(method, lambda: getattr(dom, method)(*args.get(method, ())))
 for flags in range(16):
     call(f"XMLDesc {flags}", lambda: dom.XMLDesc(flags))
@@ -115,7 +128,9 @@ for xml in ("<disk/>", "<interface type='user'/>", "nonsense"):
         call(f"detachDeviceFlags {xml} {flags}", lambda: dom.detachDeviceFlags(xml, flags))
 for command in ("query-status", "query-name", "query-migrate-capabilities", "nonsense"):
     call(f"qemuMonitorCommand {command}",
-         lambda: json.loads(libvirt_qemu.qemuMonitorCommand(dom, f'{{"execute":"{command}"}}', 0)).keys(), list)
+         lambda: json.loads(
+             libvirt_qemu.qemuMonitorCommand(dom, f'{{"execute":"{command}"}}', 0)).keys(),
+         list)
 call("create", dom.create)
 call("suspend", dom.suspend)
 call("suspend again", dom.suspend)
@@ -130,7 +145,8 @@ call("migrateToURI", lambda: dom.migrateToURI("nonsense", 0, None, 0))
 
 # Snapshots: flags that break a rule, and XML that nobody takes.
 wrong = "<domainsnapshot><name>a/b</name></domainsnapshot>"
-for bits in itertools.chain(itertools.combinations(range(10), 1), itertools.combinations(range(10), 2), [(11,), (31,)]):
+for bits in itertools.chain(itertools.combinations(range(10), 1),
+                            itertools.combinations(range(10), 2), [(11,), (31,)]):
     flags = sum(1 << bit for bit in bits)
     call(f"snapshotCreateXML {flags:#x}", lambda: dom.snapshotCreateXML(wrong, flags))
 memory = f"<memory snapshot='external' file='{directory}/same.mem'/>"
@@ -141,11 +157,15 @@ for xml in ("", "nonsense", "<domainsnapshot/>", f"<domainsnapshot>{memory}</dom
             call(f"snapshotCreateXML {xml} {flags:#x}", lambda: dom.snapshotCreateXML(xml, flags))
     call(f"snapshotCreateXML {xml} quiesce", lambda: dom.snapshotCreateXML(xml, 0x50))
 # And some that are taken.
-call("disks", lambda: dom.snapshotCreateXML("<domainsnapshot><name>disks</name></domainsnapshot>", 0x10))
-call("plain", lambda: dom.snapshotCreateXML(f"<domainsnapshot><name>plain</name>{memory}</domainsnapshot>", 0))
+call("disks",
+     lambda: dom.snapshotCreateXML("<domainsnapshot><name>disks</name></domainsnapshot>", 0x10))
+call(
+    "plain", lambda: dom.snapshotCreateXML(
+        f"<domainsnapshot><name>plain</name>{memory}</domainsnapshot>", 0))
 call("live", lambda: dom.snapshotCreateXML(
     f"<domainsnapshot><name>live</name>{memory.replace('same', 'live')}</domainsnapshot>", 0x100))
-call("twice", lambda: dom.snapshotCreateXML("<domainsnapshot><name>disks</name></domainsnapshot>", 0x10))
+call("twice",
+     lambda: dom.snapshotCreateXML("<domainsnapshot><name>disks</name></domainsnapshot>", 0x10))
 for flags in (0, 1, 2, 1 << 10):
     call(f"snapshotNum {flags}", lambda: dom.snapshotNum(flags))
     call(f"listAllSnapshots {flags}", lambda: dom.listAllSnapshots(flags))
@@ -154,7 +174,8 @@ for key in ("disks", "plain", "live", "none"):
     for method in ("getParent", "numChildren", "listAllChildren", "isCurrent", "hasMetadata"):
         call(f"{method} {key}", lambda: getattr(dom.snapshotLookupByName(key), method)())
 for flags in (3, 16, 1 << 20):
-    call(f"revertToSnapshot disks {flags}", lambda: dom.revertToSnapshot(dom.snapshotLookupByName("disks"), flags))
+    call(f"revertToSnapshot disks {flags}",
+         lambda: dom.revertToSnapshot(dom.snapshotLookupByName("disks"), flags))
 for flags in (5, 16, 1 << 20):
     call(f"delete disks {flags}", lambda: dom.snapshotLookupByName("disks").delete(flags))
 call("delete live 2", lambda: dom.snapshotLookupByName("live").delete(2))

@@ -48,6 +48,7 @@ def acquired(connection, _name):
     connection.register_object("/org/freedesktop/PolicyKit1/Authority", interface, answer)
 
 
-Gio.bus_own_name(Gio.BusType.SYSTEM, "org.freedesktop.PolicyKit1", Gio.BusNameOwnerFlags.NONE, acquired,
-                 lambda *_: print("ready", flush=True), lambda *_: sys.exit("the bus is lost"))
+Gio.bus_own_name(Gio.BusType.SYSTEM, "org.freedesktop.PolicyKit1", Gio.BusNameOwnerFlags.NONE,
+                 acquired, lambda *_: print("ready", flush=True),
+                 lambda *_: sys.exit("the bus is lost"))
 GLib.MainLoop().run()

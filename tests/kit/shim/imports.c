@@ -1,4 +1,7 @@
-/* imports.c: prints the file of the function that it would call as libvirt's virDomainSnapshotCreateXML(). */
+/*
+ * imports.c: prints the file of the function that a call of libvirt's virDomainSnapshotCreateXML()
+ * would reach.
+ */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <stdio.h>

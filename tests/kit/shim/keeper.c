@@ -179,7 +179,8 @@ int main(int argc, char **argv)
     sigaddset(&handled, SIGCHLD);
     sigaddset(&handled, SIGTERM);
     sigprocmask(SIG_BLOCK, &handled, NULL);
-    struct pollfd wait_for[] = {{STDIN_FILENO, POLLIN, 0}, {signalfd(-1, &handled, SFD_CLOEXEC), POLLIN, 0}};
+    struct pollfd wait_for[] = {{STDIN_FILENO, POLLIN, 0},
+                                {signalfd(-1, &handled, SFD_CLOEXEC), POLLIN, 0}};
     say("ready", -1);
     for (;;) {
         if (poll(wait_for, 2, -1) < 0)
@@ -187,7 +188,8 @@ int main(int argc, char **argv)
         if (wait_for[1].revents) {
             struct signalfd_siginfo signal;
 
-            if (read(wait_for[1].fd, &signal, sizeof signal) == sizeof signal && signal.ssi_signo == SIGTERM)
+            if (read(wait_for[1].fd, &signal, sizeof signal) == sizeof signal &&
+                signal.ssi_signo == SIGTERM)
                 end();
             reap();
         }
