@@ -27,8 +27,8 @@ use crate::migration::{
 };
 use crate::model::flags::CreateFlags;
 use crate::model::{
-    Frozen, MemoryRequest, Plan, Record, RecordedDisk, RecordedManual, RecordedNvram, Request,
-    State, plan, validate,
+    Frozen, ManualDisk, MemoryRequest, Plan, Record, RecordedDisk, RecordedNvram, Request, State,
+    plan, validate,
 };
 use crate::monitor::Failure;
 use crate::monitor::commands::{self, Progress};
@@ -710,11 +710,7 @@ impl Task<'_> {
             format: disk.drive.format.clone(),
             frozen: Frozen::of_all(std::iter::once(&disk.drive.file).chain(&disk.drive.backing)),
         });
-        let manual = self.plan.manual.iter().map(|drive| RecordedManual {
-            name: drive.name().into(),
-            source: drive.file.clone(),
-            format: drive.format.clone(),
-        });
+        let manual = self.plan.manual.iter().map(ManualDisk::from);
         let Some(memory_file) = self.memory_file.to_str() else {
             return Err(Error::system(
                 "the memory image's path",

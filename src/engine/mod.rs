@@ -28,4 +28,4 @@ pub use event::{Event, What};
 pub use handle::Handle;
 pub use job::{Info, Job, Returns};
 pub use revert::{RevertDisk, RevertPlan, prepare_revert, prepare_revert_hooked};
-pub use storage::{Answer, StorageCall, StorageDisk, StorageHook};
+pub use storage::{Answer, StorageCall, StorageHook};

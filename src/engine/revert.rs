@@ -7,12 +7,12 @@ use std::path::{Path, PathBuf};
 use tempfile::{NamedTempFile, TempPath};
 
 use super::nvram::copy;
-use super::storage::{StorageCall, StorageDisk, StorageHook};
+use super::storage::{StorageCall, StorageHook};
 use crate::backend::overlay_file;
 use crate::error::{Error, Result, fail};
 use crate::image::Image;
 use crate::model::nvram::Found;
-use crate::model::{Record, RecordedNvram, Store};
+use crate::model::{ManualDisk, Record, RecordedNvram, Store};
 use crate::sys;
 
 /// What a QEMU that is to continue a snapshot must be started with.
@@ -150,7 +150,7 @@ fn ask_hook(hook: &dyn StorageHook, record: &Record) -> Result<Vec<RevertDisk>> 
             call.subject()
         ),
     };
-    let named = |(disk, file): (StorageDisk, PathBuf)| RevertDisk {
+    let named = |(disk, file): (ManualDisk, PathBuf)| RevertDisk {
         name: disk.name,
         file,
         format: disk.format,

@@ -19,7 +19,7 @@ use rustix::event::{EventfdFlags, eventfd};
 use super::durable::Unflushed;
 use crate::cancel::Cancel;
 use crate::error::{Code, Error, Result, fail};
-use crate::model::{Drive, Record, RecordedManual};
+use crate::model::{ManualDisk, Record};
 use crate::sys;
 
 /// What a hook has to say: what it was asked for, or why it could not.
@@ -52,42 +52,11 @@ pub struct StorageCall {
     /// The name of the snapshot.
     pub snapshot: String,
     /// The disks that are left to the hook.
-    pub disks: Vec<StorageDisk>,
+    pub disks: Vec<ManualDisk>,
     /// For how long the guest has been paused so far.
     pub paused: Duration,
     /// How long the hook may take.
     pub left: Duration,
-}
-
-/// A disk that is left to a hook.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct StorageDisk {
-    /// Its name.
-    pub name: String,
-    /// Its image or device, as QEMU has it.
-    pub source: String,
-    /// The format of that.
-    pub format: String,
-}
-
-impl From<&Drive> for StorageDisk {
-    fn from(drive: &Drive) -> StorageDisk {
-        StorageDisk {
-            name: drive.name().into(),
-            source: drive.file.clone(),
-            format: drive.format.clone(),
-        }
-    }
-}
-
-impl From<&RecordedManual> for StorageDisk {
-    fn from(disk: &RecordedManual) -> StorageDisk {
-        StorageDisk {
-            name: disk.name.clone(),
-            source: disk.source.clone(),
-            format: disk.format.clone(),
-        }
-    }
 }
 
 impl StorageCall {
@@ -95,7 +64,7 @@ impl StorageCall {
     pub fn of(record: &Record) -> StorageCall {
         StorageCall {
             snapshot: record.name.clone(),
-            disks: record.manual.iter().map(Into::into).collect(),
+            disks: record.manual.clone(),
             paused: Duration::ZERO,
             left: Duration::ZERO,
         }

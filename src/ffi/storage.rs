@@ -102,7 +102,7 @@ struct Disk {
 impl Call {
     fn new(call: &StorageCall) -> Answer<Call> {
         let string = |text: &str| c_string(text).map_err(|error| error.message);
-        let disk = |disk: &crate::engine::StorageDisk| {
+        let disk = |disk: &crate::model::ManualDisk| {
             Ok(Disk {
                 name: string(&disk.name)?,
                 source: string(&disk.source)?,

@@ -27,7 +27,7 @@ pub use frozen::Frozen;
 pub use names::{check_name, check_path, generated_names};
 pub use notes::Notes;
 pub use plan::{DiskPlan, Plan, generated_name, manual, plan};
-pub use record::{Record, RecordedDisk, RecordedManual, RecordedNvram, State};
+pub use record::{ManualDisk, Record, RecordedDisk, RecordedNvram, State};
 pub use request::{DiskRequest, Location, MemoryRequest, Request};
 pub use store::{Reservation, Store};
 pub use validate::validate;

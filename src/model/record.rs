@@ -8,6 +8,7 @@
 
 use roxmltree::Node;
 
+use super::drive::Drive;
 use super::frozen::Frozen;
 use super::names::{check_name, check_path};
 use super::{domain, xml};
@@ -31,7 +32,7 @@ pub struct Record {
     /// The disks that were switched.
     pub disks: Vec<RecordedDisk>,
     /// The disks that were left to others.
-    pub manual: Vec<RecordedManual>,
+    pub manual: Vec<ManualDisk>,
     /// The UEFI variables.
     pub nvram: Vec<RecordedNvram>,
     /// `<domain>`, with the images that are the snapshot's.
@@ -63,9 +64,9 @@ pub struct RecordedDisk {
     pub frozen: Vec<Frozen>,
 }
 
-/// A disk that somebody else has snapshotted.
+/// A disk that is left to the caller's storage, which snapshots it.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct RecordedManual {
+pub struct ManualDisk {
     /// Its name.
     pub name: String,
     /// Its image or device, with which the guest went on.
@@ -133,7 +134,7 @@ impl Record {
                 .ok_or_else(|| damaged("names no memory image"))?
                 .into(),
             disks: switched.into_iter().map(RecordedDisk::parse).collect::<Result<_>>()?,
-            manual: manual.into_iter().map(RecordedManual::parse).collect::<Result<_>>()?,
+            manual: manual.into_iter().map(ManualDisk::parse).collect::<Result<_>>()?,
             nvram: xml::children(disks, "nvram")
                 .map(RecordedNvram::parse)
                 .collect::<Result<_>>()?,
@@ -165,10 +166,20 @@ impl RecordedDisk {
     }
 }
 
-impl RecordedManual {
-    fn parse(node: Node) -> Result<RecordedManual> {
+impl From<&Drive> for ManualDisk {
+    fn from(drive: &Drive) -> ManualDisk {
+        ManualDisk {
+            name: drive.name().into(),
+            source: drive.file.clone(),
+            format: drive.format.clone(),
+        }
+    }
+}
+
+impl ManualDisk {
+    fn parse(node: Node) -> Result<ManualDisk> {
         let image = child(node, "image")?;
-        Ok(RecordedManual {
+        Ok(ManualDisk {
             name: attribute(node, "name")?,
             source: attribute(image, "file")?,
             format: attribute(image, "format")?,

@@ -13,7 +13,7 @@ use quick_xml::events::{BytesText, Event};
 use super::domain::{Source, Storage};
 use super::notes::Notes;
 use super::plan::DiskPlan;
-use super::record::{Record, RecordedDisk, RecordedManual, RecordedNvram};
+use super::record::{ManualDisk, Record, RecordedDisk, RecordedNvram};
 
 const NAMESPACE: &str = "https://instantsnap.invalid/domainsnapshot/1";
 
@@ -159,7 +159,7 @@ fn recorded(writer: &mut XmlWriter, disk: &RecordedDisk) -> Result<()> {
     })
 }
 
-fn manual(writer: &mut XmlWriter, disk: &RecordedManual) -> Result<()> {
+fn manual(writer: &mut XmlWriter, disk: &ManualDisk) -> Result<()> {
     let attributes = [("name", disk.name.as_str()), ("snapshot", "manual")];
     let element = writer.create_element("disk").with_attributes(attributes);
     element.write_inner_content(|writer| image(writer, &disk.source, &disk.format)).map(drop)

@@ -14,11 +14,11 @@ use common::{
     first_tick, machine, run, unwritten,
 };
 use instantsnap::engine::{
-    Answer, EarlyStart, Phase, RevertPlan, StorageCall, StorageDisk, StorageHook, prepare_revert,
+    Answer, EarlyStart, Phase, RevertPlan, StorageCall, StorageHook, prepare_revert,
     prepare_revert_hooked,
 };
 use instantsnap::error::Code;
-use instantsnap::model::RecordedManual;
+use instantsnap::model::ManualDisk;
 use instantsnap::model::flags::{NO_METADATA, revert};
 use instantsnap_testkit::machine::make_image;
 use instantsnap_testkit::{Binary, DEADLINE, Daemon, Format, Gate, Guest, Machine, skip, test};
@@ -122,7 +122,7 @@ impl Storage {
     }
 }
 
-fn copy_of(disk: &StorageDisk, snapshot: &str) -> String {
+fn copy_of(disk: &ManualDisk, snapshot: &str) -> String {
     format!("{}.{snapshot}", disk.source)
 }
 
@@ -144,7 +144,7 @@ impl StorageHook for Storage {
     /// A copy of the copy, so that it can be done again.
     fn revert(&self, call: &StorageCall) -> Answer<Vec<PathBuf>> {
         (self.before)()?;
-        let clone = |disk: &StorageDisk| {
+        let clone = |disk: &ManualDisk| {
             let copy = copy_of(disk, &call.snapshot);
             let clone = (0..)
                 .map(|n| format!("{copy}.{n}"))
@@ -215,7 +215,7 @@ fn what_the_hook_copies_is_of_the_same_instant_as_memory_and_the_other_disks() {
 
         let call = storage.calls().remove(0);
         let source = disk.display().to_string();
-        let vd1 = StorageDisk { name: "vd1".into(), source: source.clone(), format: "raw".into() };
+        let vd1 = ManualDisk { name: "vd1".into(), source: source.clone(), format: "raw".into() };
         assert_eq!((call.snapshot.as_str(), &call.disks[..]), ("s", &[vd1][..]));
         let stats = opened.handle.stats().unwrap();
         assert!(
@@ -231,7 +231,7 @@ fn what_the_hook_copies_is_of_the_same_instant_as_memory_and_the_other_disks() {
         let record = opened.record("s");
         assert_eq!(
             record.manual,
-            [RecordedManual { name: "vd1".into(), source, format: "raw".into() }]
+            [ManualDisk { name: "vd1".into(), source, format: "raw".into() }]
         );
         assert_eq!(record.disks.len(), 1);
         assert!(

@@ -8,7 +8,7 @@ use common::{INSTANTLY, Opened, assert_error, assert_untouched, machine};
 use instantsnap::error::{Code, Error};
 use instantsnap::model::domain::{Source, Storage};
 use instantsnap::model::{
-    Domain, Frozen, Location, MemoryRequest, Record, RecordedDisk, RecordedManual, RecordedNvram,
+    Domain, Frozen, Location, ManualDisk, MemoryRequest, Record, RecordedDisk, RecordedNvram,
     Request, State,
 };
 use instantsnap_testkit::{Binary, test};
@@ -337,7 +337,7 @@ fn sample_record() -> Record {
             format: "raw".into(),
             frozen: Frozen::of("/proc/self/exe").into_iter().collect(),
         }],
-        manual: vec![RecordedManual {
+        manual: vec![ManualDisk {
             name: "v<db".into(),
             source: "/dev/v&g/l'v".into(),
             format: "raw".into(),
