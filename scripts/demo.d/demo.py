@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The story of the demo: count, snapshot, ruin, bring back, check.
+"""Runs the demo: count, snapshot, ruin, bring back, check.
 
 Started by scripts/demo, which brings kernel, guest and library. Everything it makes is in one
 directory, and every QEMU it starts ends with it.
@@ -21,7 +21,7 @@ import instantsnap
 
 DISK_MIB = 64
 TICK_MS = 50
-PATIENCE = 120  # seconds for any one step: a guest that needs longer will not come
+PATIENCE = 120  # seconds: a guest that needs longer for one step hangs
 
 
 class Failed(Exception):
@@ -29,8 +29,7 @@ class Failed(Exception):
 
 
 class Machine:
-    """A QEMU with the demo's guest, and what came over its serial line, by the time of its
-    arrival."""
+    """A QEMU with the demo's guest, and the lines of its serial line with their time of arrival."""
 
     def __init__(self, options, directory, name, disk, disk_format, incoming=False):
         self.qmp = directory / f"{name}.qmp"
@@ -39,7 +38,7 @@ class Machine:
         self._arrived = threading.Condition()
         serial = directory / f"{name}.serial"
         command = [
-            "setpriv", "--pdeathsig", "KILL",  # whatever becomes of this process, QEMU goes with it
+            "setpriv", "--pdeathsig", "KILL",  # QEMU ends with this process
             options.qemu, "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
             "-machine", f"pc,accel={options.accel}", "-m", str(options.memory),
             "-kernel", options.kernel, "-initrd", options.initrd,
@@ -56,7 +55,7 @@ class Machine:
         with open(self.log, "wb") as log:
             self.process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                start_new_session=True)  # Ctrl-C is for this process alone
+                start_new_session=True)  # Ctrl-C ends only this process
         try:
             self._serial = self._connect(serial)
         except BaseException:
@@ -127,15 +126,15 @@ class Machine:
         self.wait(lambda line: (count_of(line) or 0) >= count, max(0, len(self.lines) - 1))
 
     def counts(self, begin=0.0, end=float("inf")):
-        """The counts that arrived between two times."""
+        """Returns the counts that arrived between two times."""
         return [
             count for at, line in list(self.lines)
             if begin <= at <= end and (count := count_of(line))
         ]
 
     def longest_silence(self, begin, end):
-        """The longest time, in seconds, between two lines of which one arrived between the two
-        times."""
+        """Returns the longest time, in seconds, between two lines of which at least one arrived
+        between the two times."""
         times = [at for at, line in list(self.lines) if count_of(line)]
         return max((after - before
                     for before, after in zip(times, times[1:]) if after >= begin and before <= end),
@@ -156,17 +155,17 @@ def count_of(line):
 
 
 def in_mib(answer):
-    """`ruined memory BYTES disk BYTES`, or intact, for a person."""
+    """Converts `ruined memory BYTES disk BYTES`, or `intact ...`, to MiB for the reader."""
     _, _, memory, _, disk = answer.split()
     return f"{int(memory) >> 20} MiB of memory and {int(disk) >> 20} MiB of disk"
 
 
 def _escaped(path):
-    return str(path).replace(",", ",,")  # QEMU's own way in its options
+    return str(path).replace(",", ",,")  # QEMU's options escape a comma so
 
 
 class Timeline:
-    """Prints what happens, with the seconds since the demo began."""
+    """Prints each step, with the seconds since the demo began."""
 
     def __init__(self):
         self.begin = time.monotonic()
@@ -180,14 +179,14 @@ class Timeline:
 
 
 def take(timeline, machine, guest, name, instant):
-    """Takes a snapshot of the counting guest, and tells what it took. Returns (time of the call,
-    Stats)."""
+    """Takes a snapshot of the counting guest, and prints how long it took. Returns (time of the
+    call, Stats)."""
     called = time.monotonic()
     guest.snapshot(name=name, instant=instant)
     stats = guest.stats()
     done = called + stats.total_us / 1e6
     seen = len(machine.lines)
-    machine.wait(count_of, seen)  # so that a silence at the very end is seen too
+    machine.wait(count_of, seen)  # so that a silence at the end counts, too
     before, meanwhile = machine.counts(end=called), machine.counts(called, done)
     timeline.detail("called", f"at count {before[-1]}")
     if instant:
@@ -203,7 +202,7 @@ def take(timeline, machine, guest, name, instant):
 
 
 def disk_count(image, directory):
-    """The count that is on a disk image, read from outside of any guest."""
+    """Returns the count on a disk image, read without a guest."""
     block = directory / "block"
     subprocess.run(
         ["qemu-img", "dd", "-f", "qcow2", "-O", "raw", "bs=512", "count=1", f"if={image}",
@@ -271,7 +270,7 @@ def run(options, directory):
         intact = machine.ask("check", "intact")
         counts = machine.counts()
 
-    # A guest caught between its disk and its serial line has the next count on disk already.
+    # If the instant was between the guest's disk and its serial line, the next count is on disk.
     expect(before <= first - 1 <= after,
            f"the serial line goes on with {first}, but the instant lay between counts {before} "
            f"and {after}")

@@ -34,9 +34,9 @@
 enum { TICKS = 20, COUNTERS = 256, PAGE = 4096, WORDS = PAGE / sizeof(uint64_t), CHUNK = 1 << 20 };
 
 static int serial = -1, disk = -1;
-static uint64_t *memory;      /* the area: counter pages evenly spread among pages of pattern */
+static uint64_t *memory;      /* counter pages, spread evenly among pages of a pattern */
 static size_t memory_pages;   /* a multiple of COUNTERS */
-static uint64_t disk_bytes;   /* block 0 holds the counter, all else is pattern */
+static uint64_t disk_bytes;   /* block 0 has the counter, the rest the pattern */
 static uint64_t *chunk;       /* aligned, for O_DIRECT */
 
 static void say(const char *format, ...)
@@ -55,7 +55,7 @@ static void say(const char *format, ...)
 
 #define fail(...) do { say("failed: " __VA_ARGS__); for (;;) pause(); } while (0)
 
-/* Never zero, nowhere the same: no page of it is left out of a memory image. */
+/* Never zero and never the same: a memory image contains every page of it. */
 static uint64_t pattern(uint64_t place)
 {
     uint64_t mixed = (place + 1) * 0x9E3779B97F4A7C15u;
@@ -205,7 +205,7 @@ static void ruin(void)
         pause();
 }
 
-/* Sleeps to the next tick, or until a command has come: one a line. */
+/* Sleeps until the next tick, or until a command has arrived, one in each line. */
 static void wait_for_tick(uint64_t count)
 {
     static struct timespec next;
@@ -220,7 +220,7 @@ static void wait_for_tick(uint64_t count)
         next.tv_sec++;
     }
     if (next.tv_sec < now.tv_sec || (next.tv_sec == now.tv_sec && next.tv_nsec < now.tv_nsec))
-        next = now; /* late: no burst to make up for it */
+        next = now; /* late: skips ticks instead of catching up */
     for (;;) {
         struct pollfd readable = { .fd = serial, .events = POLLIN };
         int64_t left;
