@@ -1,6 +1,6 @@
 #!/usr/bin/python3
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What benches/libvirt.rs measures the library against, and with.
+"""The sequence of libvirt calls that benches/libvirt.rs compares the library with.
 
 libvirt_by_hand.py snapshot URI DOMAIN takes an instant snapshot for each line `BASE OVERLAY MEMORY
     USER` on standard input, by the shortest sequence of libvirt's own functions, and says what the
@@ -81,7 +81,7 @@ def watch(connect, domain):
     def told(_connect, _domain, event, seconds, microseconds, _details, _opaque):
         print(event, seconds * 1000000 + microseconds, flush=True)
 
-    # Standard input ends with whoever listens.
+    # Standard input ends with the process that reads the results.
     libvirt.virEventAddHandle(sys.stdin.fileno(), libvirt.VIR_EVENT_HANDLE_HANGUP,
                               lambda *_: os._exit(0), None)
     for event in ("STOP", "RESUME"):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A real libvirtd of the tests' own, and domains in it: the tick guest of tests/guest/tick.c."""
+"""A private libvirtd for the tests, with domains that run the tick guest (tests/guest/tick.c)."""
 
 import os
 import re
@@ -31,7 +31,7 @@ elif LIBVIRTD is None:
     MISSING = "there is no libvirtd: install libvirt-daemon"
 else:
     MISSING = None
-    # Errors that are expected are not to be printed.
+    # libvirt must not print errors that the tests expect.
     libvirt.registerErrorHandler(lambda context, error: None, None)
 
 if MISSING and "INSTANTSNAP_CI" in os.environ:
@@ -53,7 +53,7 @@ class Daemon:
     Everything of it is in one directory, and ends with close(), or with this process."""
 
     def __init__(self):
-        # Unix sockets are below it: short.
+        # The path must be short, because it contains Unix sockets.
         self.directory = Path(tempfile.mkdtemp(prefix="isp-", dir="/tmp"))
         self._keeper = None
         self.log = self.directory / "libvirtd.log"
@@ -136,7 +136,7 @@ class Daemon:
         """Gives a file or a directory and what is in it to the user that QEMU runs as."""
         if os.geteuid() == 0:
             for entry in [path, *path.rglob("*")]:
-                os.chown(entry, 65534, 65534, follow_symlinks=False)  # a link may lead out of here
+                os.chown(entry, 65534, 65534, follow_symlinks=False)  # a link may lead out
 
     def close(self):
         """Ends libvirtd and its QEMUs, and removes their files."""

@@ -21,7 +21,7 @@ if "INSTANTSNAP_LIBRARY" not in os.environ:
 
 
 class Monitor:
-    """A QMP client of the tests' own, to see what QEMU says."""
+    """A QMP client of the tests, independent of the library."""
 
     def __init__(self, path):
         self._socket = socket.socket(socket.AF_UNIX)
@@ -128,8 +128,7 @@ class TestCase(unittest.TestCase):
         return machine
 
     def assert_undone(self, machine, guest):
-        """The machine, whose state directory is `state` in its directory, is as if no snapshot had
-        been tried."""
+        """Checks that nothing is left of a snapshot in the machine and in its state directory."""
         self.assertEqual(guest.snapshots(), [])
         state = machine.directory / "state"
         self.assertEqual([path.name for path in state.iterdir() if not path.name.startswith(".")],

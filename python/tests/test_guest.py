@@ -13,7 +13,7 @@ from instantsnap import (Cancelled, DeleteFlag, Error, ErrorCode, Flag, Guest, N
 
 from .machine import TestCase
 
-#: Enough to be still flowing when the event that it has begun arrives, and a cancel after it.
+#: Enough that memory still flows when the first event arrives, and when a cancel arrives.
 LARGE = 2048
 
 

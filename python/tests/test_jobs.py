@@ -21,9 +21,9 @@ from instantsnap import (Cancelled, Error, ErrorCode, Event, EventType, Flag, Gu
 from .daemon import LibvirtTestCase, libvirt, needs_libvirt, wait_for
 from .machine import TOP, Machine, TestCase
 
-#: MiB: enough to be still flowing when the instant is known, and a cancel after it.
+#: MiB: enough that memory still flows after the instant, and when a cancel arrives.
 LARGE = 1024
-#: Events but PROGRESS, of a snapshot that succeeds.
+#: The events of a snapshot that succeeds, without PROGRESS.
 ALL = [EventType.PAUSED, EventType.SWITCHED, EventType.INSTANT, EventType.COMPLETE]
 
 
@@ -37,7 +37,7 @@ def types(events):
 
 class JobTestCase(TestCase):
     def open(self, name="a", memory=64):
-        """A machine and its guest, in a directory of their own."""
+        """Starts a machine in its own directory, and opens its guest."""
         directory = self.directory / name
         (directory / "state").mkdir(parents=True)
         machine = Machine(directory, memory=memory)
@@ -53,8 +53,7 @@ class JobTestCase(TestCase):
         self.assertTrue(caught.exception.message)
 
     def wait_until_it_is_free(self, guest, name):
-        """Waits until no other snapshot of the guest is being taken: until one of its own, of that
-        name, is."""
+        """Waits until no other snapshot of the guest is being taken, by taking one of that name."""
         def take():
             try:
                 return guest.snapshot(name=name)
@@ -81,7 +80,7 @@ class Callback(JobTestCase):
         self.assertEqual(types(events), ALL)
         self.assertIsInstance(events[0], Event)
         self.assertIs(events[0].type, EventType.PAUSED)
-        # The first two are inside the pause.
+        # The first two events come inside the pause.
         self.assertEqual(seen[EventType.PAUSED], ("paused", "disk.raw"))
         self.assertEqual(seen[EventType.SWITCHED], ("paused", "disk.one"))
         self.assertEqual(seen[EventType.INSTANT], ("running", "disk.one"))
@@ -196,8 +195,7 @@ class Callback(JobTestCase):
         self.assertEqual(caught.exception.__context__.code, ErrorCode.OPERATION_INVALID)
 
     def test_an_exception_tells_of_an_undo_that_failed(self):
-        # QEMU may not open the image for writing once more, which it needs to merge the overlay
-        # back.
+        # QEMU cannot open the image for writing again, which it must do to merge the overlay.
         arguments, user = (), os.geteuid()
         image = self.directory / "disk.raw"
         image.write_bytes(bytes(1 << 20))
@@ -223,7 +221,7 @@ class Callback(JobTestCase):
             self.assertIn(part, left.message)
         self.assertEqual(machine.disk_file(), self.directory / "disk.one")
         self.assertEqual(machine.status(), "running")
-        # Of an undo that did not fail there is nothing to tell.
+        # An undo that did not fail attaches no error.
         with self.assertRaises(ZeroDivisionError) as caught, guest.start_snapshot(name="two"):
             raise ZeroDivisionError
         self.assertIsNone(caught.exception.__cause__)
@@ -254,7 +252,7 @@ class Jobs(JobTestCase):
         self.assertEqual(machine.status(), "running")
         self.assertEqual(machine.disk_file().name, "disk.one")
 
-        # It is still being taken.
+        # The snapshot is still being taken.
         self.assertFalse(job.done())
         self.assertFalse(job.wait(0.001))
         with self.assertRaises(TimeoutError):
@@ -274,7 +272,7 @@ class Jobs(JobTestCase):
         self.assertEqual(job.stats(), guest.stats())
         self.assertLessEqual(info.elapsed_us, job.stats().total_us)
         self.assertIs(job.info().phase, Phase.ENDED)
-        job.cancel()  # too late for anything
+        job.cancel()  # too late: the snapshot is complete
         self.assertEqual(job.result(), "one")
         self.assertEqual(guest.snapshots(), ["one"])
 
@@ -408,7 +406,7 @@ class Jobs(JobTestCase):
         for options, code in (({"flags": 1 << 20}, ErrorCode.INVALID_ARG),
                               ({"name": "one"}, ErrorCode.OPERATION_INVALID)):
             self.assert_error(code, guest.start_snapshot, **options)
-            # Here it is the job's error.
+            # Here the job reports the error.
             job = guest.start_snapshot(**options, at_once=True)
             self.assertEqual([event.error_code for event in job.events()], [code])
             for call in (job.result, lambda: job.name, job.xml):
@@ -433,7 +431,7 @@ class Jobs(JobTestCase):
         with job:
             pass
         self.wait_until_it_is_free(guest, "two")
-        guest.start_snapshot(name="three")  # nobody keeps it
+        guest.start_snapshot(name="three")  # the job is not kept
         gc.collect()
         self.wait_until_it_is_free(guest, "four")
         self.assertEqual(guest.snapshots(), ["one", "two", "three", "four"])
@@ -494,7 +492,7 @@ class Asyncio(JobTestCase):
             job = guest.start_snapshot(name="one", at_once=True)
             results = await asyncio.gather(wait(job), listen(job), wait(job), listen(job), job)
             self.assertEqual((results[0], results[2], results[4]), ("one", "one", "one"))
-            # Each event is one listener's.
+            # Each event goes to one of the listeners.
             events = sorted(results[1] + results[3], key=lambda event: event.time_us)
             self.assertEqual(types(events), ALL)
             self.assertEqual((await job, [event async for event in job]), ("one", []))
@@ -550,7 +548,7 @@ class Asyncio(JobTestCase):
             task = asyncio.ensure_future(take(guest, on_event))
             await instant.wait()
             task.cancel()
-            for _ in range(3):  # it is undoing everything now
+            for _ in range(3):  # the undo is running now
                 await asyncio.sleep(0)
             task.cancel()
             with self.assertRaises(asyncio.CancelledError):

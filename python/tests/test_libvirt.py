@@ -23,7 +23,7 @@ from instantsnap import snapshot_create_xml, snapshot_delete, snapshot_revert
 from .daemon import LibvirtTestCase, libvirt, libvirt_qemu, needs_libvirt, wait_for
 
 INSTANT = Flag.CREATE_LIVE | Flag.CREATE_INSTANT
-#: MiB: enough to be still flowing when its first part is seen, and a cancel after it.
+#: MiB: enough that memory still flows after its first part, and when a cancel arrives.
 LARGE = 2048
 
 
@@ -70,7 +70,7 @@ class Snapshots(ErrorChecks, LibvirtTestCase):
         self.assertTrue(guest.is_running())
         guest.wait_ticks()
 
-        # Instant is what is taken where nothing is said; and each is the next one's parent.
+        # Instant is the default; and each snapshot is the parent of the next.
         second = snapshot_create_xml(guest.domain, xml("second", guest))
         self.assertEqual(second.getParent().getName(), "first")
 
@@ -101,7 +101,7 @@ class Snapshots(ErrorChecks, LibvirtTestCase):
             ElementTree.fromstring(snapshot.getXMLDesc()).findtext("state"), "disk-snapshot")
         self.assertEqual(guest.disk_file(), guest.directory / "disk.one")
 
-        # Its errors too, those that are not among ours as they are.
+        # Errors, too: those of unknown numbers stay as they are.
         call = (snapshot_create_xml, guest.domain)
         wrong = (libvirt.VIR_ERR_INVALID_ARG, xml("two"), 1 << 20)
         plain = self.assert_libvirt_error(wrong[0], guest.domain.snapshotCreateXML, *wrong[1:])
@@ -281,7 +281,8 @@ class Interruption(ErrorChecks, LibvirtTestCase):
 
 @needs_libvirt
 class WithoutADaemon(ErrorChecks, unittest.TestCase):
-    """By libvirt's test driver, in this process: what is between libvirt-python and the library."""
+    """Tests the conversions from and to libvirt-python, by libvirt's test driver in this
+    process."""
 
     def setUp(self):
         self.connection = libvirt.open("test:///default")
