@@ -5,7 +5,6 @@
 
 mod clock;
 mod create;
-mod devices;
 mod durable;
 mod event;
 mod handle;
@@ -15,9 +14,7 @@ mod nvram;
 mod operation;
 mod options;
 mod revert;
-mod sizes;
 mod storage;
-mod undo;
 mod watchdog;
 
 pub use crate::cancel::Cancel;

@@ -1,23 +1,27 @@
 //! Taking a snapshot: the phases, top down.
 
+mod devices;
+mod sizes;
+mod undo;
+
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use super::clock::{Clock, Phase};
-use super::devices::Devices;
-use super::durable::{Unflushed, sync_images};
-use super::nvram;
-use super::options::Options;
-use super::sizes::Sizes;
-use super::storage::{Called, StorageCall};
-use super::undo::Made;
-use super::watchdog::{self, Stage};
+use self::devices::Devices;
+use self::sizes::Sizes;
+use self::undo::Made;
 use crate::backend::{
     Catalog, Connector, DEFAULT_TIMEOUT, Description, Guest, Reserved, write_access,
 };
 use crate::cancel::Cancel;
 use crate::deadline::Deadline;
+use crate::engine::clock::{Clock, Phase};
+use crate::engine::durable::{Unflushed, sync_images};
+use crate::engine::nvram;
+use crate::engine::options::Options;
+use crate::engine::storage::{Called, StorageCall};
+use crate::engine::watchdog::{self, Stage};
 use crate::error::{Error, Result, fail};
 use crate::image::MemoryImage;
 use crate::migration::early_start::{self, Sample};

@@ -4,13 +4,13 @@
 
 use std::time::Duration;
 
-use super::clock::Clock;
-use super::nvram;
-use super::storage::Called;
-use super::watchdog::{Stage, Watchdog};
 use crate::backend::{DEFAULT_TIMEOUT, Guest, Liveness};
 use crate::cancel::Cancel;
 use crate::deadline::Deadline;
+use crate::engine::clock::Clock;
+use crate::engine::nvram;
+use crate::engine::storage::Called;
+use crate::engine::watchdog::{Stage, Watchdog};
 use crate::error::{Code, Error, Result};
 use crate::image::MemoryImage;
 use crate::migration::{FD_NAME, Mode, Settings, Stream, reactivate_disks, wait_resumable};
