@@ -136,11 +136,14 @@ impl<'a> Clock<'a> {
         self.leave();
         self.phase = phase;
         self.observer.phase(phase);
+        if phase == Phase::Pause {
+            self.pausing = Some(now());
+        }
     }
 
-    /// The pause begins.
-    pub fn pausing(&mut self) {
-        self.pausing = Some(now());
+    /// The phase.
+    pub fn phase(&self) -> Phase {
+        self.phase
     }
 
     /// For how long the guest has been paused by us so far.

@@ -63,10 +63,9 @@ pub struct Task<'a> {
     pub files: &'a [KnownFile],
 }
 
-/// The stage of a snapshot, and who takes over should this process end in it.
+/// Who takes over should this process end.
 #[derive(Debug, Default)]
 pub struct Watchdog {
-    stage: Stage,
     watchdog: Option<Started>,
 }
 
@@ -88,19 +87,13 @@ impl Watchdog {
         };
     }
 
-    /// The stage.
-    pub fn stage(&self) -> Stage {
-        self.stage
-    }
-
     /// The watchdog's process, where there is one.
     pub fn process(&self) -> Option<u32> {
         self.watchdog.as_ref()?.process.as_ref().map(sys::Child::id)
     }
 
-    /// Enters a stage.
-    pub fn enter(&mut self, stage: Stage) {
-        self.stage = stage;
+    /// Tells it the stage, which it takes for `Prepared` until then.
+    pub fn tell(&self, stage: Stage) {
         if let Some(watchdog) = &self.watchdog {
             watchdog.tell(stage as u8);
         }

@@ -1,0 +1,84 @@
+//! The early start: the migration begins while the guest runs, and the guest is paused in time.
+//! See [`early_start`].
+
+use std::time::Instant;
+
+use super::journal::Entry;
+use super::prepare::open_stream;
+use super::steps::{Begun, Steps};
+use crate::backend::DEFAULT_TIMEOUT;
+use crate::deadline::Deadline;
+use crate::error::Result;
+use crate::migration::early_start::{self, Sample};
+use crate::migration::{Mode, PopulateProgress, run_state, wait_armed};
+use crate::monitor::commands;
+
+impl Steps<'_, '_, '_> {
+    /// Begins the migration while the guest runs, and pauses the guest in time, where that is worth
+    /// it. `None` where nothing was begun.
+    pub fn start_early(&mut self) -> Result<Option<Begun>> {
+        if self.task.mode != Mode::Background || !self.guest.background_keeps_paused() {
+            return Ok(None);
+        }
+        let early_start = self.task.options.early_start;
+        let identity = self.guest.identity();
+        let memory = commands::query_memory_size(self.guest, Deadline::after(DEFAULT_TIMEOUT))?;
+        while self.journal.clock.stats.lost < early_start.tries {
+            let lost = self.journal.clock.stats.lost;
+            let estimated = || early_start::estimate(&identity, memory, lost);
+            let Some(stop_after) = early_start.stop_after.or_else(estimated) else {
+                return Ok(None);
+            };
+            self.prepared.settings.unlock(self.guest, Deadline::after(DEFAULT_TIMEOUT))?;
+            let process = if early_start.stop_after.is_none() { self.guest.pid() } else { None };
+            let mut populate = PopulateProgress::begin(process);
+            self.migrate(Entry::EarlyMigration, Deadline::after(DEFAULT_TIMEOUT))?;
+            while let Some(rest) = stop_after
+                .checked_sub(populate.done())
+                .filter(|rest| *rest >= early_start::TOLERANCE)
+            {
+                self.cancel.wait(PopulateProgress::interval(rest))?;
+            }
+
+            self.journal.enter(Entry::EarlyPause);
+            let deadline = self.pause_deadline();
+            let order = Instant::now();
+            self.guest.pause(deadline)?;
+            // First: where it was reset, QEMU must not come to the capture before the guest runs.
+            let stands = run_state::stands(self.guest, deadline)?;
+            let migration = commands::query_migrate(self.guest, deadline)?;
+            let stopping = order.elapsed();
+            if stands && migration.is_setting_up() {
+                self.journal.enter(Entry::InTime);
+                self.journal.clock.paused();
+                self.cancel.check()?;
+                return Ok(Some(Begun { deadline, populate, stopping }));
+            }
+            // Too late; or it was reset, and runs again.
+            let setup = wait_armed(self.guest, true, self.cancel, deadline)?.setup_time();
+            self.guest.resume(Deadline::after(DEFAULT_TIMEOUT))?;
+            self.journal.clock.lost();
+            self.journal.pop();
+            early_start::record(&identity, Sample::Running(populate.total_at(setup)));
+            early_start::record(&identity, Sample::Stopping(stopping));
+            self.prepare_again()?;
+            self.cancel.check()?;
+        }
+        Ok(None)
+    }
+
+    /// Throws away what was saved, and opens the way to the image once more.
+    fn prepare_again(&mut self) -> Result<()> {
+        let mode = self.task.mode;
+        let stream = self.journal.stream()?;
+        stream.give_up(self.guest, mode)?;
+        stream.wait_given_up(self.guest, mode)?;
+        stream.wait_discarded(self.cancel)?;
+        self.journal.image()?.discard_stream()?;
+        let settings = &self.prepared.settings;
+        open_stream(self.task, self.guest, settings, self.journal)?;
+        self.journal.pop();
+        settings.watch(self.guest, mode, self.journal.watchdog_process())?;
+        self.journal.stream()?.pass(self.guest)
+    }
+}

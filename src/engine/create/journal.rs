@@ -1,0 +1,400 @@
+//! The journal of a snapshot: its steps so far, in order, each noted before it is tried.
+//!
+//! It is the one record of how far a snapshot is. Two things are functions of it, so that they
+//! cannot disagree: the phase, which the observer and the statistics are told, and the stage, which
+//! the watchdog is told. Telling them is [`Journal::enter`]'s and [`Journal::pop`]'s affair alone.
+//! When the snapshot fails, the entries are undone from the last to the first (`undo.rs`).
+//!
+//! | entry             | phase   | stage                    | undone by                            |
+//! |-------------------|---------|--------------------------|--------------------------------------|
+//! | `Phase`           | its own |                          |                                      |
+//! | `Image`           |         |                          | removing the file                    |
+//! | `Copy`            |         |                          | removing the file                    |
+//! | `Overlays`        |         |                          | removing them, unless still in use   |
+//! | `Stream`          |         |                          | dropping it, once QEMU is done       |
+//! | `Settings`        |         |                          | closing the pipe; settings as found  |
+//! | `EarlyMigration`  | Prepare | Begun                    | giving it up, waiting for its end    |
+//! | `EarlyPause`      | Pause   | Racing                   | resuming, once QEMU has armed        |
+//! | `InTime`          |         | Migrating                | (the two before it)                  |
+//! | `Pause`           | Pause   | Paused                   | resuming                             |
+//! | `Switch`          |         | Switching, where Paused  | merging the overlays                 |
+//! | `Storage`         |         |                          | the hook's own undo, last of all     |
+//! | `Migration`       |         | Migrating, or Draining   | giving it up, waiting for its end    |
+//! | `OtherMigration`  |         |                          | waiting for its end                  |
+//! | `Resume`          |         | Draining                 |                                      |
+//! | `Record`          |         |                          | withdrawing the record               |
+//! | `SettingsRestored`|         | Finishing                |                                      |
+//! | `Commit`          |         | Committing               |                                      |
+
+use std::os::fd::BorrowedFd;
+use std::path::PathBuf;
+
+use serde_json::Value;
+
+use crate::backend::{Guest, RecoveryChannel, Reserved};
+use crate::cancel::Cancel;
+use crate::engine::clock::{Clock, Phase};
+use crate::engine::nvram;
+use crate::engine::storage::Called;
+use crate::engine::watchdog::{self, Stage, Watchdog};
+use crate::error::{Code, Error, Result};
+use crate::image::MemoryImage;
+use crate::migration::{Mode, Settings, Stream};
+
+/// A step of a snapshot.
+#[derive(Debug)]
+pub enum Entry {
+    /// A phase begins whose first step changes nothing.
+    Phase(Phase),
+    /// The memory image was made.
+    Image(MemoryImage),
+    /// The guest's UEFI variables were copied.
+    Copy(nvram::Copy),
+    /// The overlays are being made.
+    Overlays,
+    /// The way of memory to its image is open.
+    Stream(Stream),
+    /// QEMU's migration settings, as they were found, are being changed.
+    Settings(Settings),
+    /// The migration is being begun while the guest runs, its disks on their images.
+    EarlyMigration,
+    /// The guest is being paused while that migration sets up.
+    EarlyPause,
+    /// That pause came in time.
+    InTime,
+    /// The guest is being paused.
+    Pause,
+    /// The disks are being switched to their overlays.
+    Switch,
+    /// The storage hook was called.
+    Storage(Called),
+    /// The migration is being begun.
+    Migration,
+    /// QEMU has refused our migration: another client's background snapshot may have begun instead.
+    OtherMigration,
+    /// The guest runs again.
+    Resume,
+    /// The snapshot is being recorded.
+    Record,
+    /// QEMU's migration is over, and its settings are back: from here on a migration that is under
+    /// way, and what the settings are, is another client's.
+    SettingsRestored,
+    /// All is done and on disk; the record is being completed.
+    Commit,
+}
+
+impl Entry {
+    /// The phase that the snapshot is in from this entry on.
+    fn phase(&self) -> Option<Phase> {
+        match self {
+            Entry::Phase(phase) => Some(*phase),
+            Entry::EarlyMigration => Some(Phase::Prepare),
+            Entry::EarlyPause | Entry::Pause => Some(Phase::Pause),
+            _ => None,
+        }
+    }
+
+    /// The stage that the guest is in from this entry on, given the one before.
+    fn stage(&self, before: Stage) -> Stage {
+        match self {
+            Entry::EarlyMigration => Stage::Begun,
+            Entry::EarlyPause => Stage::Racing,
+            Entry::InTime => Stage::Migrating,
+            Entry::Pause => Stage::Paused,
+            // A guest that its user has paused is not ours to resume.
+            Entry::Switch if before == Stage::Paused => Stage::Switching,
+            Entry::Migration if before == Stage::Switching => Stage::Migrating,
+            Entry::Migration | Entry::Resume => Stage::Draining,
+            Entry::SettingsRestored => Stage::Finishing,
+            Entry::Commit => Stage::Committing,
+            _ => before,
+        }
+    }
+}
+
+/// The journal, and those who are told of it. (The entries are dropped before the watchdog, which
+/// is dismissed then.)
+pub struct Journal<'c, 'o> {
+    pub(super) entries: Vec<Entry>,
+    pub(super) watchdog: Watchdog,
+    /// The observer, and the statistics.
+    pub clock: &'c mut Clock<'o>,
+    /// The guest ran, and is to run again.
+    pub running: bool,
+    pub mode: Mode,
+}
+
+impl<'c, 'o> Journal<'c, 'o> {
+    /// Of a snapshot that has changed nothing yet.
+    pub fn new(clock: &'c mut Clock<'o>, running: bool, mode: Mode) -> Journal<'c, 'o> {
+        Journal { entries: Vec::new(), watchdog: Watchdog::default(), clock, running, mode }
+    }
+
+    /// Notes a step.
+    pub fn enter(&mut self, entry: Entry) {
+        let before = self.stage();
+        self.entries.push(entry);
+        self.tell(before);
+    }
+
+    /// Takes the last entry back: it was undone, or never done.
+    pub fn pop(&mut self) {
+        let before = self.stage();
+        self.entries.pop();
+        self.tell(before);
+    }
+
+    fn tell(&mut self, before: Stage) {
+        let phase = self.entries.iter().rev().find_map(Entry::phase);
+        if let Some(phase) = phase.filter(|phase| *phase != self.clock.phase()) {
+            self.clock.enter(phase);
+        }
+        let stage = self.stage();
+        if stage != before {
+            self.watchdog.tell(stage);
+        }
+    }
+
+    /// How far the guest's own part is.
+    pub fn stage(&self) -> Stage {
+        self.entries.iter().fold(Stage::Prepared, |stage, entry| entry.stage(stage))
+    }
+
+    /// Whether there is such an entry.
+    pub(super) fn has(&self, is_it: impl Fn(&Entry) -> bool) -> bool {
+        self.entries.iter().any(is_it)
+    }
+
+    /// The memory image, which is made first.
+    pub fn image(&self) -> Result<&MemoryImage> {
+        image(&self.entries)
+    }
+
+    /// The copies of UEFI variables.
+    pub fn copies(&self) -> impl Iterator<Item = &nvram::Copy> {
+        copies(&self.entries)
+    }
+
+    /// The stream, which is opened before QEMU is changed.
+    pub fn stream(&mut self) -> Result<&mut Stream> {
+        self.entries
+            .iter_mut()
+            .find_map(|entry| if let Entry::Stream(stream) = entry { Some(stream) } else { None })
+            .ok_or_else(|| missing("stream"))
+    }
+
+    /// Notes the stream, in the place of the one before, if there is one.
+    pub fn set_stream(&mut self, stream: Stream) {
+        match self.stream() {
+            Ok(old) => *old = stream,
+            Err(_) => self.enter(Entry::Stream(stream)),
+        }
+    }
+
+    /// QEMU's settings as they were found, as long as they are ours to put back.
+    pub fn settings(&self) -> Option<&Settings> {
+        settings(&self.entries)
+    }
+
+    /// Waits until all of memory is in the image. Returns the image's bytes.
+    pub fn wait_saved(&mut self, guest: &mut dyn Guest, cancel: &Cancel) -> Result<u64> {
+        let Journal { entries, clock, .. } = self;
+        let stream = stream(entries).ok_or_else(|| missing("stream"))?;
+        let settings = settings(entries).ok_or_else(|| missing("stream"))?;
+        stream.wait_saved(guest, image(entries)?, settings, cancel, &mut **clock)
+    }
+
+    /// Waits for the storage hook that was called.
+    pub fn wait_storage(&mut self, cancel: &Cancel) -> Result<()> {
+        match self.entries.last_mut() {
+            Some(Entry::Storage(called)) => called.wait(cancel),
+            _ => Ok(()),
+        }
+    }
+
+    /// Takes the stream out.
+    pub(super) fn take_stream(&mut self) -> Option<Stream> {
+        let at = self.entries.iter().position(|entry| matches!(entry, Entry::Stream(_)))?;
+        if let Entry::Stream(stream) = self.entries.remove(at) { Some(stream) } else { None }
+    }
+
+    /// Takes the call of the storage hook out.
+    pub(super) fn take_storage(&mut self) -> Option<Called> {
+        let at = self.entries.iter().position(|entry| matches!(entry, Entry::Storage(_)))?;
+        if let Entry::Storage(called) = self.entries.remove(at) { Some(called) } else { None }
+    }
+
+    /// Starts a watchdog for the time that the stream is open, in the place of the one before.
+    /// `restore` are QMP commands that put the settings back, `record` is the file that there is
+    /// once the snapshot is recorded.
+    pub fn start_watchdog(
+        &mut self,
+        channel: RecoveryChannel,
+        held: &[BorrowedFd],
+        reserved: &Reserved,
+        record: Option<PathBuf>,
+        restore: &[(&str, Value)],
+    ) -> Result<()> {
+        let Journal { entries, watchdog, .. } = self;
+        let files: Vec<_> =
+            copies(entries).map(nvram::Copy::known).chain([image(entries)?.known()]).collect();
+        let task = watchdog::Task {
+            held,
+            reservation: reserved.held(),
+            record,
+            pipe: stream(entries).ok_or_else(|| missing("stream"))?.pipe(),
+            restore,
+            files: &files,
+        };
+        watchdog.start(channel, &task);
+        Ok(())
+    }
+
+    /// The watchdog's process, where there is one.
+    pub fn watchdog_process(&self) -> Option<u32> {
+        self.watchdog.process()
+    }
+
+    /// The snapshot is complete, on disk and recorded: from here on nothing of it is undone.
+    pub fn complete(&mut self) {
+        self.watchdog.dismiss();
+    }
+}
+
+fn image(entries: &[Entry]) -> Result<&MemoryImage> {
+    entries
+        .iter()
+        .find_map(|entry| if let Entry::Image(image) = entry { Some(image) } else { None })
+        .ok_or_else(|| missing("image"))
+}
+
+fn copies(entries: &[Entry]) -> impl Iterator<Item = &nvram::Copy> {
+    entries.iter().filter_map(|entry| if let Entry::Copy(copy) = entry { Some(copy) } else { None })
+}
+
+fn stream(entries: &[Entry]) -> Option<&Stream> {
+    entries
+        .iter()
+        .find_map(|entry| if let Entry::Stream(stream) = entry { Some(stream) } else { None })
+}
+
+fn settings(entries: &[Entry]) -> Option<&Settings> {
+    entries.iter().rev().find_map(|entry| match entry {
+        Entry::SettingsRestored => Some(None),
+        Entry::Settings(settings) => Some(Some(settings)),
+        _ => None,
+    })?
+}
+
+fn missing(what: &str) -> Error {
+    Error::new(Code::InternalError, format!("there is no memory {what} yet"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::engine::clock::Observer;
+
+    /// The phases that an observer is told.
+    #[derive(Default)]
+    struct Phases(Vec<Phase>);
+
+    impl Observer for Phases {
+        fn phase(&mut self, phase: Phase) {
+            self.0.push(phase);
+        }
+    }
+
+    /// The stage after each of the entries, and the phases that were told.
+    fn told(
+        running: bool,
+        entries: impl IntoIterator<Item = Option<Entry>>,
+    ) -> (String, Vec<Phase>) {
+        let mut phases = Phases::default();
+        let mut clock = Clock::start(&mut phases);
+        let mut journal = Journal::new(&mut clock, running, Mode::Background);
+        let mut stages = String::new();
+        for entry in entries {
+            match entry {
+                Some(entry) => journal.enter(entry),
+                None => journal.pop(),
+            }
+            stages.push(journal.stage() as u8 as char);
+        }
+        drop(journal);
+        phases.0.remove(0);
+        (stages, phases.0)
+    }
+
+    #[test]
+    fn a_guest_that_is_stopped_first_goes_through_each_stage_and_phase_once() {
+        use Entry::{Commit, Migration, Overlays, Pause, Record, Resume, SettingsRestored, Switch};
+        let (stages, phases) = told(
+            true,
+            [
+                Entry::Phase(Phase::Prepare),
+                Overlays,
+                Pause,
+                Entry::Phase(Phase::Switch),
+                Switch,
+                Entry::Phase(Phase::Arm),
+                Migration,
+                Resume,
+                Record,
+                Entry::Phase(Phase::Drain),
+                Entry::Phase(Phase::Finish),
+                SettingsRestored,
+                Commit,
+            ]
+            .map(Some),
+        );
+        assert_eq!(stages, "--PPSSMDDDDFC");
+        use Phase::{Arm, Drain, Finish, Prepare};
+        assert_eq!(phases, [Prepare, Phase::Pause, Phase::Switch, Arm, Drain, Finish]);
+    }
+
+    #[test]
+    fn a_paused_domain_is_never_ours_to_resume() {
+        let entries =
+            [Entry::Overlays, Entry::Switch, Entry::Migration, Entry::Phase(Phase::Drain)];
+        assert_eq!(told(false, entries.map(Some)).0, "--DD");
+    }
+
+    #[test]
+    fn an_early_start_that_was_lost_is_taken_back_and_the_next_stays_migrating() {
+        use Entry::{EarlyMigration, EarlyPause, InTime, Resume, Switch};
+        let entries = [
+            Some(Entry::Phase(Phase::Prepare)),
+            Some(EarlyMigration),
+            Some(EarlyPause),
+            None,
+            None,
+            Some(EarlyMigration),
+            Some(EarlyPause),
+            Some(InTime),
+            Some(Switch),
+            Some(Resume),
+        ];
+        let (stages, phases) = told(true, entries);
+        assert_eq!(stages, "-BRB-BRMMD");
+        assert_eq!(phases, [Phase::Prepare, Phase::Pause, Phase::Prepare, Phase::Pause]);
+    }
+
+    #[test]
+    fn a_migration_that_qemu_refuses_and_a_record_that_fails_leave_the_stage_before() {
+        let entries = [
+            Some(Entry::Pause),
+            Some(Entry::Switch),
+            Some(Entry::Migration),
+            None,
+            Some(Entry::OtherMigration),
+            Some(Entry::SettingsRestored),
+            Some(Entry::Commit),
+            None,
+            Some(Entry::Phase(Phase::Undo)),
+        ];
+        let (stages, phases) = told(true, entries);
+        assert_eq!(stages, "PSMSSFCFF");
+        assert_eq!(phases, [Phase::Pause, Phase::Undo]);
+    }
+}

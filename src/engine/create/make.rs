@@ -1,0 +1,72 @@
+//! Making a snapshot that was planned: the three orders in which its steps are done.
+
+use super::journal::{Entry, Journal};
+use super::plan::Task;
+use super::prepare::prepare;
+use super::steps::{Begun, Captured, Steps};
+use crate::backend::Guest;
+use crate::cancel::Cancel;
+use crate::engine::clock::Phase;
+use crate::error::Result;
+use crate::migration::{Mode, Settings, reactivate_disks};
+use crate::model::Record;
+
+/// Makes the snapshot that was planned.
+pub fn make(
+    task: &Task,
+    guest: &mut dyn Guest,
+    settings: Settings,
+    cancel: &Cancel,
+    journal: &mut Journal,
+) -> Result<Record> {
+    let prepared = prepare(task, guest, settings, cancel, journal)?;
+    let mut steps = Steps { task, guest, cancel, journal, prepared };
+    let captured = if !task.running {
+        steps.capture_paused_domain()?
+    } else if let Some(begun) = steps.start_early()? {
+        steps.capture_started_early(begun)?
+    } else {
+        steps.capture_stopped_first()?
+    };
+    let record = steps.pass_instant(&captured)?;
+    steps.drain(&captured)?;
+    steps.finish(record)
+}
+
+impl Steps<'_, '_, '_> {
+    /// A domain that its user has paused, and that stays so.
+    fn capture_paused_domain(&mut self) -> Result<Captured> {
+        let deadline = self.pause_deadline();
+        self.switch_disks(deadline)?;
+        self.snapshot_storage(deadline)?;
+        self.start_migration(deadline)?;
+        let captured = self.capture(None, deadline)?;
+        if self.task.mode == Mode::Paused {
+            reactivate_disks(self.guest)?;
+        }
+        Ok(captured)
+    }
+
+    /// The guest is stopped, and then the migration begins.
+    fn capture_stopped_first(&mut self) -> Result<Captured> {
+        let deadline = self.pause_deadline();
+        self.pause(deadline)?;
+        self.switch_disks(deadline)?;
+        self.snapshot_storage(deadline)?;
+        self.start_migration(deadline)?;
+        let captured = self.capture(None, deadline)?;
+        self.resume()?;
+        Ok(captured)
+    }
+
+    /// The migration has begun, and then the guest was stopped in time.
+    fn capture_started_early(&mut self, begun: Begun) -> Result<Captured> {
+        let deadline = begun.deadline;
+        self.switch_disks(deadline)?;
+        self.snapshot_storage(deadline)?;
+        self.journal.enter(Entry::Phase(Phase::Arm));
+        let captured = self.capture(Some(begun), deadline)?;
+        self.resume()?;
+        Ok(captured)
+    }
+}

@@ -1,0 +1,119 @@
+//! Preparing a snapshot, while the guest runs: overlays, memory image, pipe, watchdog, settings.
+
+use std::path::Path;
+
+use super::journal::{Entry, Journal};
+use super::plan::Task;
+use super::sizes::Sizes;
+use crate::backend::{Description, Guest, write_access};
+use crate::cancel::Cancel;
+use crate::engine::clock::Phase;
+use crate::engine::durable::Unflushed;
+use crate::engine::nvram;
+use crate::error::{Error, Result, fail};
+use crate::image::MemoryImage;
+use crate::migration::{Mode, Settings, Stream, WriteCheck, early_start, prefault};
+use crate::sys;
+
+/// What the steps after it need.
+pub struct Prepared<'a> {
+    pub settings: Settings,
+    pub sizes: Sizes<'a>,
+    /// Notices what other clients let the guest write in the pause.
+    pub write_check: WriteCheck<'a>,
+    pub unflushed: Unflushed,
+}
+
+/// Prepares a snapshot.
+pub fn prepare<'a>(
+    task: &'a Task,
+    guest: &mut dyn Guest,
+    mut settings: Settings,
+    cancel: &Cancel,
+    journal: &mut Journal,
+) -> Result<Prepared<'a>> {
+    journal.enter(Entry::Phase(Phase::Prepare));
+    journal.enter(Entry::Image(create_image(task)?));
+    for nvram in &task.nvram {
+        journal.enter(Entry::Copy(nvram::Copy::take(nvram.clone())?));
+    }
+    let unflushed = Unflushed::open(&task.plan.manual)?;
+    cancel.check()?;
+    write_access::check(guest, &task.plan.disks)?;
+    journal.enter(Entry::Overlays);
+    guest.create_overlays(&task.plan.disks)?;
+    let sizes = Sizes::open(&task.plan.disks);
+    cancel.check()?;
+    open_stream(task, guest, &settings, journal)?;
+    // From here on QEMU is changed: there is a watchdog now.
+    settings.watchdog = journal.watchdog_process();
+    journal.enter(Entry::Settings(settings.clone()));
+    settings.apply(guest, task.mode)?;
+    journal.stream()?.pass(guest)?;
+    flush_disks(task);
+    prefault_first(task, guest, cancel)?;
+    let write_check = WriteCheck::new(&task.plan.disks, task.mode);
+    cancel.check()?;
+    if task.running && !guest.status()?.running {
+        fail!(
+            OperationInvalid,
+            "the guest was paused by somebody else while its snapshot was being prepared"
+        );
+    }
+    // Again: it can take seconds until here.
+    guest.check_not_busy(&task.plan.disks)?;
+    sizes.ask_planned(guest)?;
+    Ok(Prepared { settings, sizes, write_check, unflushed })
+}
+
+/// Opens the way of memory to its image, and starts a watchdog for the time that it is open.
+pub fn open_stream(
+    task: &Task,
+    guest: &mut dyn Guest,
+    settings: &Settings,
+    journal: &mut Journal,
+) -> Result<()> {
+    journal.set_stream(Stream::open(journal.image()?)?);
+    let name = &task.reserved.name;
+    let restore = settings.script(task.mode);
+    let record = guest.record_file(name).filter(|_| task.flags.keeps_metadata());
+    let channel = guest.recovery_channel(name);
+    journal.start_watchdog(channel, &guest.held(), task.reserved, record, &restore)
+}
+
+/// Has all of memory be there when QEMU touches it: before the first snapshot. What is there then
+/// stays.
+fn prefault_first(task: &Task, guest: &mut dyn Guest, cancel: &Cancel) -> Result<()> {
+    let first = task.running
+        && task.mode == Mode::Background
+        && !early_start::has_samples(&guest.identity());
+    match first.then(|| guest.pid()).flatten() {
+        Some(pid) => prefault(guest, pid, cancel),
+        None => Ok(()),
+    }
+}
+
+fn create_image(task: &Task) -> Result<MemoryImage> {
+    let Description { domain_xml, cookie, owner } = &task.about;
+    let image =
+        MemoryImage::create(&task.memory_file, domain_xml, cookie.as_deref(), task.running)?;
+    if let Some(owner) = owner {
+        sys::give_to_owner_of(owner, &image.file()?).map_err(|error| {
+            let _ = image.remove();
+            Error::system(
+                format!("cannot set the owner of '{}'", task.memory_file.display()),
+                error,
+            )
+        })?;
+    }
+    Ok(image)
+}
+
+/// What the host still has to write, it writes now, while the guest runs: `stop` waits for it.
+fn flush_disks(task: &Task) {
+    let drives = task.plan.disks.iter().map(|disk| &disk.drive).chain(&task.plan.manual);
+    for drive in drives {
+        // A wish: where it cannot be done, `stop` does it.
+        let _ = sys::open_file(Path::new(&drive.file)).and_then(|image| image.sync_data());
+    }
+}

@@ -1,0 +1,290 @@
+//! The steps of a snapshot, which its three orders share (`make.rs`).
+
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use super::journal::{Entry, Journal};
+use super::plan::Task;
+use super::prepare::Prepared;
+use crate::backend::{DEFAULT_TIMEOUT, Guest};
+use crate::cancel::Cancel;
+use crate::deadline::Deadline;
+use crate::engine::clock::Phase;
+use crate::engine::durable::{Unflushed, sync_images};
+use crate::engine::nvram;
+use crate::engine::storage::{Called, StorageCall};
+use crate::error::{Error, Result, fail};
+use crate::migration::early_start::{self, Sample};
+use crate::migration::{FD_NAME, Flow, Mode, PopulateProgress, run_state, wait_armed};
+use crate::model::{Frozen, ManualDisk, Record, RecordedDisk, State};
+use crate::monitor::Failure;
+use crate::monitor::commands;
+
+/// A snapshot that is being made.
+pub struct Steps<'a, 'c, 'o> {
+    pub task: &'a Task<'a>,
+    pub guest: &'a mut dyn Guest,
+    pub cancel: &'a Cancel,
+    pub journal: &'a mut Journal<'c, 'o>,
+    pub prepared: Prepared<'a>,
+}
+
+/// Memory and disks of one instant.
+pub struct Captured {
+    /// How far memory has come.
+    flow: Flow,
+    /// The image's bytes, where all of memory is saved.
+    saved: Option<u64>,
+    /// The migration was begun before the pause.
+    begun: Option<Begun>,
+}
+
+/// A migration that was begun while the guest ran, of a guest that is paused now.
+pub struct Begun {
+    /// When the pause must end.
+    pub deadline: Deadline,
+    pub populate: PopulateProgress,
+    pub stopping: Duration,
+}
+
+impl Steps<'_, '_, '_> {
+    /// When the pause must end. Tries that were lost count.
+    pub fn pause_deadline(&self) -> Deadline {
+        let lost = self.journal.clock.stats.lost_pause;
+        Deadline::after(self.task.options.pause_limit.saturating_sub(lost))
+    }
+
+    pub fn pause(&mut self, deadline: Deadline) -> Result<()> {
+        self.journal.enter(Entry::Pause);
+        self.guest.pause(deadline)?;
+        self.journal.clock.paused();
+        self.cancel.check()
+    }
+
+    pub fn switch_disks(&mut self, deadline: Deadline) -> Result<()> {
+        self.journal.enter(Entry::Phase(Phase::Switch));
+        self.prepared.sizes.check_planned(self.guest, deadline)?;
+        self.journal.enter(Entry::Switch);
+        self.guest.switch_disks(deadline)?;
+        self.prepared.sizes.check_switched(self.guest, deadline)?;
+        self.journal.clock.switched();
+        self.cancel.check()
+    }
+
+    /// Has the caller's storage snapshot the disks that QEMU does not.
+    pub fn snapshot_storage(&mut self, deadline: Deadline) -> Result<()> {
+        let Task { plan, options, reserved, .. } = self.task;
+        let Some(hook) = options.storage.clone().filter(|_| !plan.manual.is_empty()) else {
+            return Ok(());
+        };
+        let left = deadline.left().unwrap_or_default();
+        let call = StorageCall {
+            snapshot: reserved.name.clone(),
+            disks: plan.manual.iter().map(Into::into).collect(),
+            paused: self.journal.clock.pause_so_far(),
+            left: hook.deadline().map_or(left, |own| own.min(left)),
+        };
+        let unflushed: Unflushed = std::mem::take(&mut self.prepared.unflushed);
+        self.journal.enter(Entry::Storage(Called::begin(hook, call, unflushed)?));
+        self.journal.wait_storage(self.cancel)
+    }
+
+    /// Begins the migration of a guest that stands.
+    pub fn start_migration(&mut self, deadline: Deadline) -> Result<()> {
+        self.journal.enter(Entry::Phase(Phase::Arm));
+        if self.task.mode == Mode::Background && !self.guest.background_keeps_paused() {
+            // By the time that it is armed the guest runs, and writes.
+            self.prepared.write_check.check(self.guest, deadline)?;
+        }
+        self.cancel.check()?;
+        // Late: until `migrate`, another client's save would be a background snapshot
+        // ([`Entry::OtherMigration`]).
+        self.prepared.settings.unlock(self.guest, deadline)?;
+        // Last: QEMU cannot capture it in another state.
+        run_state::check(self.guest, self.task.stands, deadline)?;
+        self.migrate(Entry::Migration, deadline)
+    }
+
+    /// Begins the migration, which is noted so. Others are locked out again while it sets up: what
+    /// they begin after its end must not be a background snapshot.
+    pub fn migrate(&mut self, entry: Entry, deadline: Deadline) -> Result<()> {
+        self.journal.enter(entry);
+        commands::migrate(self.guest, FD_NAME, deadline).map_err(|failure| {
+            if matches!(failure, Failure::Refused(..)) {
+                // The migration that there may be is another client's.
+                self.journal.pop();
+                if self.task.mode == Mode::Background {
+                    self.journal.enter(Entry::OtherMigration);
+                }
+            }
+            failure.into_error("cannot start saving memory")
+        })?;
+        self.prepared.settings.lock(self.guest, deadline)
+    }
+
+    /// Waits until memory is held at this instant: write tracking is armed, or all is saved.
+    pub fn capture(&mut self, begun: Option<Begun>, deadline: Deadline) -> Result<Captured> {
+        match self.task.mode {
+            Mode::Background => {
+                let running = self.task.running;
+                let migration = wait_armed(self.guest, running, self.cancel, deadline)?;
+                self.journal.clock.stats.setup = migration.setup_time();
+                self.journal.clock.stats.started_early = begun.is_some();
+                if self.guest.background_keeps_paused() {
+                    self.prepared.write_check.check(self.guest, deadline)?;
+                }
+                let flow = self.journal.stream()?.flow(Some(&migration));
+                Ok(Captured { flow, saved: None, begun })
+            }
+            Mode::Paused => {
+                let bytes = self.journal.wait_saved(self.guest, self.cancel)?;
+                // QEMU saves what the guest wrote meanwhile to its memory; what it wrote to disks
+                // is on the overlays.
+                let deadline = Deadline::after(DEFAULT_TIMEOUT);
+                self.prepared.write_check.check(self.guest, deadline)?;
+                let flow = Flow { done: bytes, total: bytes, ..Flow::default() };
+                Ok(Captured { flow, saved: Some(bytes), begun })
+            }
+        }
+    }
+
+    pub fn resume(&mut self) -> Result<()> {
+        self.guest.resume(Deadline::after(DEFAULT_TIMEOUT))?;
+        self.journal.enter(Entry::Resume);
+        self.journal.clock.resumed(self.guest.last_pause());
+        Ok(())
+    }
+
+    /// The instant has passed: says so, and records the snapshot as it is then.
+    pub fn pass_instant(&mut self, captured: &Captured) -> Result<Record> {
+        let instant = SystemTime::now();
+        // From the event on the caller may change both.
+        self.prepared.sizes.check_captured(self.guest)?;
+        self.task.devices.check(self.guest)?;
+        self.journal.clock.instant(captured.flow);
+        if self.task.mode == Mode::Background {
+            self.record_samples(captured.begun.as_ref());
+        }
+        let record = self.record(instant)?;
+        if self.task.flags.keeps_metadata() {
+            self.journal.enter(Entry::Record);
+            self.guest.register(&record)?;
+        }
+        Ok(record)
+    }
+
+    /// For the next one's sake.
+    fn record_samples(&self, begun: Option<&Begun>) {
+        let identity = &self.guest.identity();
+        let stats = &self.journal.clock.stats;
+        match begun {
+            Some(Begun { populate, stopping, .. }) => {
+                let work = populate.total_at(stats.setup);
+                early_start::record(identity, Sample::Running(work));
+                early_start::record(identity, Sample::Stopping(*stopping));
+            }
+            None => {
+                early_start::record(identity, Sample::Stopped(stats.setup));
+                if self.task.running {
+                    // Without the question.
+                    let stopping = stats.phase(Phase::Pause) * 3 / 2;
+                    early_start::record(identity, Sample::Stopping(stopping));
+                }
+            }
+        }
+    }
+
+    /// Waits until all of memory is in the image.
+    pub fn drain(&mut self, captured: &Captured) -> Result<()> {
+        let bytes = match captured.saved {
+            Some(bytes) => bytes,
+            None => {
+                self.journal.enter(Entry::Phase(Phase::Drain));
+                self.journal.wait_saved(self.guest, self.cancel)?
+            }
+        };
+        self.journal.clock.stats.memory_image_bytes = bytes;
+        self.cancel.check()
+    }
+
+    /// Puts settings back, and has the snapshot on disk and recorded.
+    pub fn finish(self, record: Record) -> Result<Record> {
+        let Steps { task, guest, cancel, journal, prepared } = self;
+        journal.enter(Entry::Phase(Phase::Finish));
+        if task.running {
+            // While others are locked out: a guest that has stopped now was not stopped by their
+            // migration.
+            check_runs_on(guest)?;
+        }
+        prepared.settings.restore(guest, task.mode)?;
+        journal.enter(Entry::SettingsRestored);
+        let image = journal.image()?;
+        if let Some(state) = image.state_at_instant()? {
+            run_state::check_text(&state, task.stands)?;
+        }
+        cancel.check()?;
+        sync_images(&task.plan.disks, guest.pid())?;
+        image.complete()?;
+        journal.copies().try_for_each(nvram::Copy::check_unchanged)?;
+        cancel.check()?;
+        guest.confirm()?;
+        if !guest.keeps_firmware_copies() {
+            journal.copies().try_for_each(nvram::Copy::remove)?;
+        }
+        journal.enter(Entry::Commit);
+        let record = match task.flags.keeps_metadata() {
+            true => guest.commit(task.reserved, record).inspect_err(|_| journal.pop())?,
+            false => record,
+        };
+        journal.complete();
+        Ok(record)
+    }
+
+    fn record(&self, instant: SystemTime) -> Result<Record> {
+        let task = self.task;
+        let since_epoch = instant.duration_since(UNIX_EPOCH);
+        let disks = task.plan.disks.iter().map(|disk| RecordedDisk {
+            name: disk.drive.name().into(),
+            overlay: disk.overlay.clone(),
+            image: disk.drive.file.clone(),
+            format: disk.drive.format.clone(),
+            frozen: Frozen::of_all(std::iter::once(&disk.drive.file).chain(&disk.drive.backing)),
+        });
+        let manual = task.plan.manual.iter().map(ManualDisk::from);
+        let Some(memory_file) = task.memory_file.to_str() else {
+            return Err(Error::system(
+                "the memory image's path",
+                std::io::Error::other("is not UTF-8"),
+            ));
+        };
+        Ok(Record {
+            name: task.reserved.name.clone(),
+            description: task.description.clone(),
+            parent: None,
+            creation_time: since_epoch.unwrap_or_default().as_secs(),
+            state: if task.running { State::Running } else { State::Paused },
+            memory_file: memory_file.into(),
+            disks: disks.collect(),
+            manual: manual.collect(),
+            nvram: self.journal.copies().map(|copy| copy.recorded.clone()).collect(),
+            domain_xml: task.about.domain_xml.clone(),
+        })
+    }
+}
+
+/// The guest's run state once its memory is saved must not be one that the snapshot has brought
+/// about.
+fn check_runs_on(guest: &mut dyn Guest) -> Result<()> {
+    match guest.status()?.status.as_str() {
+        "io-error" => fail!(
+            OperationFailed,
+            "the guest was stopped by an I/O error (its state is 'io-error') while its memory was \
+             being saved: the file system of an overlay is full, or fails"
+        ),
+        "postmigrate" => fail!(
+            OperationFailed,
+            "the guest was stopped when its memory was saved, because another client has switched \
+             QEMU's migration capability 'background-snapshot' off: take the snapshot again"
+        ),
+        _ => Ok(()),
+    }
+}
