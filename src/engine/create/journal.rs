@@ -5,26 +5,26 @@
 //! the watchdog is told. Telling them is [`Journal::enter`]'s and [`Journal::pop`]'s affair alone.
 //! When the snapshot fails, the entries are undone from the last to the first (`undo.rs`).
 //!
-//! | entry             | phase   | stage                    | undone by                            |
-//! |-------------------|---------|--------------------------|--------------------------------------|
-//! | `Phase`           | its own |                          |                                      |
-//! | `Image`           |         |                          | removing the file                    |
-//! | `Copy`            |         |                          | removing the file                    |
-//! | `Overlays`        |         |                          | removing them, unless still in use   |
-//! | `Stream`          |         |                          | dropping it, once QEMU is done       |
-//! | `Settings`        |         |                          | closing the pipe; settings as found  |
-//! | `EarlyMigration`  | Prepare | Begun                    | giving it up, waiting for its end    |
-//! | `EarlyPause`      | Pause   | Racing                   | resuming, once QEMU has armed        |
-//! | `InTime`          |         | Migrating                | (the two before it)                  |
-//! | `Pause`           | Pause   | Paused                   | resuming                             |
-//! | `Switch`          |         | Switching, where Paused  | merging the overlays                 |
-//! | `Storage`         |         |                          | the hook's own undo, last of all     |
-//! | `Migration`       |         | Migrating, or Draining   | giving it up, waiting for its end    |
-//! | `OtherMigration`  |         |                          | waiting for its end                  |
-//! | `Resume`          |         | Draining                 |                                      |
-//! | `Record`          |         |                          | withdrawing the record               |
-//! | `SettingsRestored`|         | Finishing                |                                      |
-//! | `Commit`          |         | Committing               |                                      |
+//! | entry              | phase   | stage                   | undone by                           |
+//! |--------------------|---------|-------------------------|-------------------------------------|
+//! | `Phase`            | its own |                         |                                     |
+//! | `Image`            |         |                         | removing the file                   |
+//! | `Copy`             |         |                         | removing the file                   |
+//! | `Overlays`         |         |                         | removing them, unless still in use  |
+//! | `Stream`           |         |                         | dropping it, once QEMU is done      |
+//! | `Settings`         |         |                         | closing the pipe; settings as found |
+//! | `EarlyMigration`   | Prepare | Begun                   | giving it up, waiting for its end   |
+//! | `EarlyPause`       | Pause   | Racing                  | resuming, once QEMU has armed       |
+//! | `InTime`           |         | Migrating               | (the two before it)                 |
+//! | `Pause`            | Pause   | Paused                  | resuming                            |
+//! | `Switch`           |         | Switching, where Paused | merging the overlays                |
+//! | `Storage`          |         |                         | the hook's own undo, last of all    |
+//! | `Migration`        |         | Migrating, or Draining  | giving it up, waiting for its end   |
+//! | `OtherMigration`   |         |                         | waiting for its end                 |
+//! | `Resume`           |         | Draining                |                                     |
+//! | `Record`           |         |                         | withdrawing the record              |
+//! | `SettingsRestored` |         | Finishing               |                                     |
+//! | `Commit`           |         | Committing              |                                     |
 
 use std::os::fd::BorrowedFd;
 use std::path::PathBuf;

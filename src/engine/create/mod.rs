@@ -1,7 +1,8 @@
 //! Taking a snapshot.
 //!
 //! A request is planned (`plan.rs`), then made in one of three orders (`make.rs`) of steps
-//! (`prepare.rs`, `early.rs`, `steps.rs`). Each step is noted in the journal (`journal.rs`), by which it is undone (`undo.rs`).
+//! (`prepare.rs`, `early.rs`, `steps.rs`). Each step is noted in the journal (`journal.rs`), by
+//! which it is undone (`undo.rs`).
 
 mod devices;
 mod early;

@@ -43,8 +43,8 @@ impl<'a> Task<'a> {
         state: GuestState,
         mode: Mode,
     ) -> Result<Task<'a>> {
-        // Before the domain's XML is read: what comes in between is noticed, and not only in one of the
-        // two.
+        // Before the domain's XML is read: what comes in between is noticed, and not only in one of
+        // the two.
         let devices = Devices::read(guest)?;
         let drives = guest.drives()?;
         let about = guest.describe(&drives)?;
@@ -56,8 +56,8 @@ impl<'a> Task<'a> {
             (_, Some(file)) => file.clone(),
             (_, None) => fail!(
                 OperationUnsupported,
-                "an instant snapshot is supported only with external memory: name the file, <memory \
-                 snapshot='external' file='...'/>"
+                "an instant snapshot is supported only with external memory: name the file, \
+                 <memory snapshot='external' file='...'/>"
             ),
         };
         let nvram =
