@@ -46,19 +46,6 @@ pub fn id(path: &str) -> Id {
     path.canonicalize().unwrap_or_else(|_| path.to_owned())
 }
 
-/// What the names of images end with that a revert has made.
-pub const REVERT: &str = ".revert";
-
-/// Whether an image is called as those are: IMAGE.SNAPSHOT-XXXXXX.revert.
-pub fn is_of_revert(image: &Id) -> bool {
-    let name = image.file_name().unwrap_or_default().to_string_lossy();
-    let random =
-        name.strip_suffix(REVERT).and_then(|name| name.rsplit_once('-')).map(|(_, random)| random);
-    random.is_some_and(|random| {
-        random.len() == 6 && random.chars().all(|c| c.is_ascii_alphanumeric())
-    })
-}
-
 impl Graph {
     /// Adds an image and all below it. One that is not there (any more) is passed over.
     pub fn add(&mut self, path: &str, format: &str) -> Result<()> {

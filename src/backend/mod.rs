@@ -15,6 +15,7 @@ mod open_images;
 pub mod overlay_file;
 mod progress;
 pub mod qmp;
+pub mod revert_file;
 mod shared_memory;
 pub mod write_access;
 

@@ -1,6 +1,5 @@
 //! Bringing a snapshot back, first step: fresh images on top of the snapshot's, for a new QEMU.
 
-use std::ffi::OsStr;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
@@ -8,7 +7,7 @@ use tempfile::{NamedTempFile, TempPath};
 
 use super::nvram::copy;
 use super::storage::{StorageCall, StorageHook};
-use crate::backend::overlay_file;
+use crate::backend::{overlay_file, revert_file};
 use crate::error::{Error, Result, fail};
 use crate::image::Image;
 use crate::model::nvram::Found;
@@ -212,15 +211,7 @@ fn sync_fresh(file: &NamedTempFile) -> Result<()> {
 fn fresh_file(record: &Record, image: &str, directory: Option<&Path>) -> Result<NamedTempFile> {
     let image = Path::new(image);
     let parent = directory.or(image.parent()).unwrap_or(Path::new("/"));
-    // A name may be as long as NAME_MAX (255) already.
-    let stem = image.file_stem().unwrap_or(OsStr::new("disk")).to_string_lossy();
-    let stem: String = stem.chars().take(40).collect();
-    let name: String = record.name.chars().take(20).collect();
-    let file = tempfile::Builder::new()
-        .prefix(&format!("{stem}.{name}-"))
-        .suffix(".revert")
-        .tempfile_in(parent);
-    let file = file.map_err(|error| {
+    let file = revert_file::create_in(parent, image, &record.name).map_err(|error| {
         Error::system(format!("cannot create a fresh image in '{}'", parent.display()), error)
     })?;
     sys::liken(file.as_file(), image).map_err(|error| {

@@ -28,6 +28,16 @@ pub enum Trouble {
 }
 
 impl Trouble {
+    /// Whether another call would have to wait too, and nothing is known of what was asked for.
+    pub fn is_late(&self) -> bool {
+        match self {
+            Trouble::Late => true,
+            // libvirt waits for another client's job, and gives that up itself.
+            Trouble::Refused(error) => error.is(Code::OperationTimeout),
+            Trouble::Lost(_) => false,
+        }
+    }
+
     /// The error for a caller: `step` says what was tried on what.
     pub fn into_error(self, step: &str) -> crate::error::Error {
         use crate::error::Error;

@@ -2,9 +2,11 @@
 
 use std::sync::Mutex;
 
+use super::call::Caller;
 use super::drives;
 use crate::backend::exclusive::Exclusive;
 use crate::error::{Code, Error, Result, fail};
+use crate::libvirt::daemon::Daemon;
 use crate::libvirt::{self, Connect, Domain, Snapshot};
 use crate::model::{self, Request, manual};
 use crate::sys;
@@ -59,6 +61,16 @@ impl LibvirtConnector {
     /// Holds the domain for one operation.
     pub(super) fn hold(&self) -> Result<Exclusive> {
         Exclusive::take(&self.whose(), self.held_name())
+    }
+
+    /// What makes calls on it that have an end.
+    pub(super) fn caller(&self) -> Caller {
+        // All domains of a daemon's process are its driver's.
+        let is_inside = matches!(self.way, Way::Inside(_)) || Daemon::of_this_process().is_some();
+        match is_inside {
+            true => Caller::inside(self.domain.clone()),
+            false => Caller::new(self.domain.clone(), self.uri.clone(), self.uuid.clone()),
+        }
     }
 
     /// What messages call it.

@@ -15,8 +15,10 @@
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::sync::Mutex;
 
+use super::block_commit::{BlockCommit, Failure};
+use super::call::Caller;
 use super::others::Users;
 use super::prune::{self, Merge, Obstacle, Plan, Switched, World};
 use super::reach::{Reach, is_ours};
@@ -26,23 +28,20 @@ use super::recorded::{
 use super::renew::Renewal;
 use super::volumes;
 use crate::backend::images::{self, Graph, Id, Image, id};
-use crate::backend::progress::Progress;
 use crate::error::{Code, Error, Result, fail};
 use crate::image::{deleting, is_another};
-use crate::libvirt::{Connect, Domain, VirError, block, xml};
+use crate::libvirt::{Connect, Domain, VirError, xml};
 use crate::model::domain::{Source, Storage};
 use crate::model::flags::DeleteFlags;
 use crate::sys;
 
-/// A merge that makes no progress for so long is given up.
-const STALLED: Duration = Duration::from_secs(60);
 /// The first libvirt that deletes snapshots with a memory image, and that crashes when it reverts
 /// without a current one.
 const STOCK_DELETES: (u64, u64, u64) = (9, 9, 0);
 
 /// Deletes a snapshot of a domain that is held.
 pub fn run(reach: &Reach, flags: DeleteFlags) -> Result<()> {
-    let Reach { snapshot, domain, connect, .. } = reach;
+    let Reach { snapshot, domain, connect, caller, .. } = reach;
     let tree = Tree::read(domain)?;
     let target = tree.get(&snapshot.name())?;
     if flags.is_metadata_only() {
@@ -61,7 +60,7 @@ pub fn run(reach: &Reach, flags: DeleteFlags) -> Result<()> {
         renewal.end(domain, None)?;
         return Ok(deleted?);
     }
-    Delete::prepare(connect, domain, version, &tree, target, flags)?.run(&users)
+    Delete::prepare((connect, domain, caller), version, &tree, target, flags)?.run(&users)
 }
 
 /// Whether libvirt does it as well, or better.
@@ -185,6 +184,7 @@ fn check_unused(users: &Users, target: &str, touched: &BTreeSet<Id>) -> Result<(
 struct Delete<'a> {
     connect: &'a Connect,
     domain: &'a Domain,
+    caller: &'a Mutex<Caller>,
     version: (u64, u64, u64),
     tree: &'a Tree,
     /// What goes, children first.
@@ -202,16 +202,9 @@ fn has_data_elsewhere(graph: &Graph, image: &Id) -> bool {
     graph.get(image).is_some_and(|image| image.has_data_elsewhere)
 }
 
-/// A merge that failed, and whether it may have changed something.
-struct Failure {
-    error: Error,
-    begun: bool,
-}
-
 impl<'a> Delete<'a> {
     fn prepare(
-        connect: &'a Connect,
-        domain: &'a Domain,
+        (connect, domain, caller): (&'a Connect, &'a Domain, &'a Mutex<Caller>),
         version: (u64, u64, u64),
         tree: &'a Tree,
         target: &'a Recorded,
@@ -247,7 +240,8 @@ impl<'a> Delete<'a> {
         let (live, on) = if domain.is_active().map_err(refused)? { read(0)? } else { none() };
         let (config, later) =
             if domain.is_persistent().map_err(refused)? { read(xml::INACTIVE)? } else { none() };
-        Ok(Delete { connect, domain, version, tree, doomed, kept, live, config, tops: [on, later] })
+        let tops = [on, later];
+        Ok(Delete { connect, domain, caller, version, tree, doomed, kept, live, config, tops })
     }
 
     fn run(&self, users: &Users) -> Result<()> {
@@ -633,23 +627,19 @@ impl<'a> Delete<'a> {
     ) -> std::result::Result<(), Failure> {
         let (base, top) = (&merge.base, merge.overlays.last().expect("at least one"));
         let called = |image: &Id| disk.layers().into_iter().find(|layer| id(layer) == *image);
-        let active = disk.file.as_deref().map(id).as_ref() == Some(top);
-        let mut flags = if active { block::COMMIT_ACTIVE } else { 0 };
         let step = format!(
             "cannot merge images of disk '{}' to delete snapshot '{}'",
             disk.target,
             self.name()
         );
-        let begun = |error: VirError| Failure { error: error.into_error(&step), begun: true };
         // libvirt finds no image of a server by a name, and a volume of a pool is not called by its
         // path here.
         let below = called(base).filter(|name| !images::is_of_server(name));
-        if below.is_none() {
+        let shallow = below.is_none() && merge.overlays.len() == 1;
+        if below.is_none() && !shallow {
             let is_last =
                 disk.is_whole && disk.layers().last().is_some_and(|layer| id(layer) == *base);
-            if merge.overlays.len() == 1 {
-                flags |= block::COMMIT_SHALLOW;
-            } else if !is_last || base_image.format != "raw" {
+            if !is_last || base_image.format != "raw" {
                 // Without a base it would be the lowest image of all, and that may be another one.
                 let message = format!(
                     "{step}: libvirt does not call '{}' by its path: shut the domain off, and \
@@ -662,45 +652,15 @@ impl<'a> Delete<'a> {
                 });
             }
         }
-        self.domain
-            .block_commit(&disk.target, below, called(top), flags)
-            .map_err(|error| Failure { error: error.into_error(&step), begun: false })?;
-        let mut progress = Progress::new(STALLED);
-        while let Some(seen) = self.domain.block_job(&disk.target).map_err(begun)? {
-            if active && self.live_disk(disk).map_err(begun)?.is_some_and(|disk| disk.job_ready) {
-                let pivoted = self.domain.block_job_abort(&disk.target, block::ABORT_PIVOT);
-                pivoted.map_err(|error| {
-                    let _ = self.domain.block_job_abort(&disk.target, 0);
-                    begun(error)
-                })?;
-                break;
-            }
-            if !progress.wait(seen) {
-                let message = format!("{step}: QEMU's block job makes no progress; it was ended");
-                let error = Error::new(Code::OperationTimeout, message);
-                let error = match self.domain.block_job_abort(&disk.target, 0) {
-                    Ok(()) => error,
-                    Err(left) => error.and(format!(
-                        "ending it failed ({}): end it by `virsh blockjob '{}' --abort`",
-                        left.message, disk.target
-                    )),
-                };
-                return Err(Failure { error, begun: true });
-            }
-        }
-        let now = self.live_disk(disk).map_err(begun)?;
-        if now.is_some_and(|disk| disk.layers().iter().any(|layer| id(layer) == *top)) {
-            let message = format!(
-                "{step}: QEMU's block job failed (libvirt's log of the domain has the reason)"
-            );
-            return Err(Failure { error: Error::new(Code::OperationFailed, message), begun: true });
-        }
-        Ok(())
-    }
-
-    fn live_disk(&self, disk: &DiskImage) -> std::result::Result<Option<DiskImage>, VirError> {
-        let images = domain_images(&self.domain.xml(0)?).unwrap_or_default();
-        Ok(images.into_iter().find(|other| other.target == disk.target))
+        let commit = BlockCommit {
+            target: disk.target.clone(),
+            base: below.map(str::to_owned),
+            top: called(top).map(str::to_owned),
+            top_id: top.clone(),
+            active: disk.file.as_deref().map(id).as_ref() == Some(top),
+            shallow,
+        };
+        commit.run(&mut sys::lock(self.caller), &step)
     }
 
     /// Puts the snapshots that stay on the images that have the content of theirs.

@@ -5,6 +5,7 @@
 //! it has no function for goes past it, by its monitor passthrough: the background snapshot, and
 //! what belongs to it.
 
+mod block_commit;
 mod call;
 mod connector;
 mod delete;
@@ -150,13 +151,9 @@ impl Connector for LibvirtConnector {
         if self.domain.is_persistent().is_err() {
             fail!(NoDomain, "domain '{}' is gone", self.name);
         }
-        let caller = match self.way {
-            Way::Connected => Caller::new(self.domain.clone(), self.uri.clone(), self.uuid.clone()),
-            Way::Inside(_) => Caller::inside(self.domain.clone()),
-        };
         let mut guest = LibvirtGuest {
             connector: self,
-            caller,
+            caller: self.caller(),
             exclusive,
             version: (0, 0),
             id: None,

@@ -1,22 +1,16 @@
 //! Overlays under libvirt: made beforehand by `qemu-img`, merged back by libvirt's block commit.
 
 use std::path::Path;
-use std::thread::sleep;
-use std::time::Duration;
 
-use super::call::{Again, Caller};
+use super::block_commit::BlockCommit;
+use super::call::Caller;
 use super::drives;
-use crate::backend::guest::DEFAULT_TIMEOUT;
+use crate::backend::images::id;
 use crate::backend::overlay_file::{self, Beforehand, OverlayFile};
-use crate::deadline::Deadline;
 use crate::error::{Code, Error, Result, fail};
-use crate::libvirt::block;
 use crate::model::DiskPlan;
 use crate::model::domain::{Domain, Source, Storage};
 use crate::sys;
-
-/// A merge that makes no progress for so long is given up.
-const STALLED: Duration = Duration::from_secs(60);
 
 /// The images that each disk is on, from the top down, by target.
 type Chains = [(String, Vec<String>)];
@@ -262,43 +256,14 @@ fn commit(disk: &DiskPlan, file: &OverlayFile) -> Result<()> {
 }
 
 fn merge(disk: &DiskPlan, caller: &mut Caller) -> Result<()> {
-    let target = disk.drive.name().to_owned();
+    let commit = BlockCommit {
+        target: disk.drive.name().to_owned(),
+        base: None,
+        top: None,
+        top_id: id(&disk.overlay),
+        active: true,
+        shallow: true,
+    };
     let step = format!("cannot merge '{}' back into '{}'", disk.overlay, disk.drive.file);
-    let started = caller.call(Deadline::after(DEFAULT_TIMEOUT), Again::Never, {
-        let target = target.clone();
-        move |domain| {
-            domain.block_commit(&target, None, None, block::COMMIT_ACTIVE | block::COMMIT_SHALLOW)
-        }
-    });
-    started.map_err(|trouble| trouble.into_error(&step))?;
-    let mut seen = None;
-    let mut deadline = Deadline::after(STALLED);
-    let mut nap = Duration::from_micros(500);
-    loop {
-        let (xml, job) = caller
-            .call(Deadline::after(DEFAULT_TIMEOUT), Again::Harmless, {
-                let target = target.clone();
-                move |domain| Ok((domain.xml(0)?, domain.block_job(&target)?))
-            })
-            .map_err(|trouble| trouble.into_error(&step))?;
-        if Domain::parse(&xml)?.disk(&target).is_some_and(|disk| disk.job_ready) {
-            break;
-        }
-        let Some(progress) = job else {
-            fail!(OperationFailed, "{step}: the block job has failed")
-        };
-        if seen != Some(progress) {
-            seen = Some(progress);
-            deadline = Deadline::after(STALLED);
-        } else if deadline.left().is_none() {
-            fail!(OperationTimeout, "{step}: it makes no progress");
-        }
-        sleep(nap);
-        nap = (nap * 2).min(Duration::from_millis(20));
-    }
-    caller
-        .call(Deadline::after(DEFAULT_TIMEOUT), Again::Never, move |domain| {
-            domain.block_job_abort(&target, block::ABORT_PIVOT)
-        })
-        .map_err(|trouble| trouble.into_error(&step))
+    commit.run(caller, &step).map_err(|failure| failure.error)
 }

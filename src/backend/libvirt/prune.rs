@@ -18,7 +18,8 @@
 
 use std::collections::BTreeSet;
 
-use crate::backend::images::{self, Graph, Id};
+use crate::backend::images::{Graph, Id};
+use crate::backend::revert_file;
 
 /// A disk of a snapshot that was switched to an overlay.
 #[derive(Clone, Debug)]
@@ -180,7 +181,7 @@ impl World {
         let Some(backing) = self.graph.get(image).and_then(|image| image.backing.as_ref()) else {
             return false;
         };
-        images::is_of_revert(image) || self.is_frozen(backing)
+        revert_file::is_called_so(image) || self.is_frozen(backing)
     }
 
     /// Whether a snapshot froze this image.
@@ -403,7 +404,7 @@ mod tests {
             let frozen: BTreeSet<Id> = frozen.chain(&self.former).cloned().collect();
             let is_ours = |id: &Id, file: &File| {
                 let on_frozen = file.backing.as_ref().is_some_and(|below| frozen.contains(below));
-                named.contains(id) || images::is_of_revert(id) || on_frozen
+                named.contains(id) || revert_file::is_called_so(id) || on_frozen
             };
             self.files.retain(|id, file| needed.contains(id) || !is_ours(id, file));
         }

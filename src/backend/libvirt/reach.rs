@@ -1,6 +1,9 @@
 //! Snapshots of a domain of a stock libvirt that are our affair too: where its own revert and
 //! delete are lacking, or do harm.
 
+use std::sync::Mutex;
+
+use super::call::Caller;
 use super::connector::{LibvirtConnector, check_connection};
 use super::recorded::Recorded;
 use crate::error::Result;
@@ -13,6 +16,8 @@ pub struct Reach {
     pub(super) domain: Domain,
     pub(super) connect: Connect,
     pub(super) connector: LibvirtConnector,
+    /// Makes calls that have an end.
+    pub(super) caller: Mutex<Caller>,
 }
 
 impl Reach {
@@ -29,7 +34,8 @@ impl Reach {
             return Ok(None);
         }
         let connector = LibvirtConnector::open(domain.clone())?;
-        Ok(Some(Reach { snapshot: snapshot.clone(), domain, connect, connector }))
+        let caller = Mutex::new(connector.caller());
+        Ok(Some(Reach { snapshot: snapshot.clone(), domain, connect, connector, caller }))
     }
 
     /// Whose it is.

@@ -15,7 +15,6 @@
 //! time of the revert, so that they cannot be lost, whatever happens.
 
 use std::collections::BTreeSet;
-use std::ffi::OsStr;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -27,7 +26,7 @@ use super::others::Users;
 use super::reach::Reach;
 use super::recorded::{DiskImage, Recorded, Tree, domain_images, noted};
 use crate::backend::images::{self, Graph, Id, id};
-use crate::backend::{locks, overlay_file};
+use crate::backend::{locks, overlay_file, revert_file};
 use crate::deadline::Deadline;
 use crate::error::{Code, Error, Result, fail};
 use crate::image::{Image, is_other_machine};
@@ -541,7 +540,7 @@ impl Revert<'_> {
         for disk in left {
             let Some(overlay) = disk.file.as_deref().map(id) else { continue };
             let ours = recorded.contains(&overlay)
-                || images::is_of_revert(&overlay)
+                || revert_file::is_called_so(&overlay)
                 || self.stands_on_frozen(disk);
             let unused =
                 || self.users.other_domain_on(&overlay).is_none() && !locks::is_in_use(&overlay);
@@ -616,16 +615,8 @@ fn fresh_file(image: &Path, overlay: Option<&str>, snapshot: &str) -> Result<Nam
         _ => image,
     };
     let directory = model.parent().unwrap_or(Path::new("/"));
-    // A name may be as long as NAME_MAX (255) already.
     let named_after = if images::is_of_server(&image.to_string_lossy()) { model } else { image };
-    let stem = named_after.file_stem().unwrap_or(OsStr::new("disk")).to_string_lossy();
-    let stem: String = stem.chars().take(40).collect();
-    let snapshot: String = snapshot.chars().take(20).collect();
-    let file = tempfile::Builder::new()
-        .prefix(&format!("{stem}.{snapshot}-"))
-        .suffix(images::REVERT)
-        .tempfile_in(directory);
-    let file = file.map_err(|error| {
+    let file = revert_file::create_in(directory, named_after, snapshot).map_err(|error| {
         Error::system(
             format!(
                 "cannot create an overlay of '{}' in '{}'",

@@ -1,20 +1,15 @@
 //! QEMU's jobs, as we start them: none dismisses itself, so that what became of it can be learnt.
 
-use std::thread::sleep;
-use std::time::Duration;
-
 use serde_json::{Value, json};
 
 use crate::backend::guest::DEFAULT_TIMEOUT;
+use crate::backend::progress::{Progress, STALLED};
 use crate::deadline::Deadline;
 use crate::error::{Code, Error, Result, fail};
 use crate::monitor::{Command, Execute, Failure};
 
 /// What the ids of all jobs, and of all nodes, begin with that we add.
 pub const NODE_PREFIX: &str = "instantsnap-";
-
-/// A job that makes no progress for so long is given up.
-const STALLED: Duration = Duration::from_secs(60);
 
 /// How far an overlay has been merged into the image below. Once it is, that one is the newer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -60,9 +55,7 @@ pub fn wait(
 ) -> Result<()> {
     let mut left: Vec<&String> = ids.iter().collect();
     let mut first_error = None;
-    let mut seen = Vec::new();
-    let mut deadline = Deadline::after(STALLED);
-    let mut nap = Duration::from_micros(200);
+    let mut progress = Progress::new(STALLED);
     while !left.is_empty() {
         let jobs: Vec<Job> =
             query(monitor)?.into_iter().filter(|job| ids.contains(&job.id)).collect();
@@ -104,18 +97,11 @@ pub fn wait(
         if until == Until::Ready && (ready == left.len() || first_error.is_some()) {
             break;
         }
-        if jobs != seen {
-            deadline = Deadline::after(STALLED);
-            seen = jobs;
-        } else if deadline.left().is_none() {
+        if !left.is_empty() && !progress.wait(Some(jobs)) {
             for id in &left {
                 let _ = job_command(monitor, "job-cancel", id);
             }
             fail!(OperationTimeout, "it makes no progress");
-        }
-        if !left.is_empty() {
-            sleep(nap);
-            nap = (nap * 2).min(Duration::from_millis(20));
         }
     }
     first_error.map_or(Ok(()), Err)

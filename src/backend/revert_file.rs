@@ -1,0 +1,56 @@
+//! The files that a revert makes: IMAGE.SNAPSHOT-XXXXXX.revert.
+
+use std::ffi::OsStr;
+use std::io;
+use std::path::Path;
+
+use tempfile::NamedTempFile;
+
+/// What their names end with.
+const SUFFIX: &str = ".revert";
+
+/// So many letters and digits tell those of one image and one snapshot apart.
+const RANDOM: usize = 6;
+
+/// Makes a new one in a directory, called after an image and a snapshot. It goes when it is
+/// dropped.
+pub fn create_in(directory: &Path, image: &Path, snapshot: &str) -> io::Result<NamedTempFile> {
+    // A name may be as long as NAME_MAX (255) already.
+    let image = image.file_stem().unwrap_or(OsStr::new("disk")).to_string_lossy();
+    let image: String = image.chars().take(40).collect();
+    let snapshot: String = snapshot.chars().take(20).collect();
+    tempfile::Builder::new()
+        .prefix(&format!("{image}.{snapshot}-"))
+        .rand_bytes(RANDOM)
+        .suffix(SUFFIX)
+        .tempfile_in(directory)
+}
+
+/// Whether a file is called as they are.
+pub fn is_called_so(file: &Path) -> bool {
+    let name = file.file_name().unwrap_or_default().to_string_lossy();
+    let random =
+        name.strip_suffix(SUFFIX).and_then(|name| name.rsplit_once('-')).map(|(_, random)| random);
+    random.is_some_and(|random| {
+        random.len() == RANDOM && random.chars().all(|c| c.is_ascii_alphanumeric())
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_revert_makes_is_known_by_its_name_and_other_files_are_not() {
+        let directory = tempfile::tempdir().unwrap();
+        for (image, snapshot) in
+            [("/images/a.qcow2", "s1"), ("/", ""), (&*"x".repeat(255), "a-b.c"), ("ä", "ß")]
+        {
+            let file = create_in(directory.path(), Path::new(image), snapshot).unwrap();
+            assert!(is_called_so(file.path()), "{}", file.path().display());
+        }
+        for name in ["a.s1", "a.revert", "a.s1-abcde.revert", "a.s1-abcde_.revert", "a.s1-abcdef"] {
+            assert!(!is_called_so(Path::new(name)), "{name}");
+        }
+    }
+}
