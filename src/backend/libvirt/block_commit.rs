@@ -4,7 +4,7 @@
 //! the way has a deadline of its own.
 
 use super::call::{Again, Caller, Trouble};
-use super::recorded::domain_images;
+use super::snapshot_def::domain_images;
 use crate::backend::guest::DEFAULT_TIMEOUT;
 use crate::backend::images::{Id, id};
 use crate::backend::progress::{Progress, STALLED};

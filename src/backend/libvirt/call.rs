@@ -38,6 +38,10 @@ impl Trouble {
         }
     }
 
+    fn of_lost_thread() -> Trouble {
+        Trouble::Lost("a thread of ours has ended".into())
+    }
+
     /// The error for a caller: `step` says what was tried on what.
     pub fn into_error(self, step: &str) -> crate::error::Error {
         use crate::error::Error;
@@ -94,6 +98,13 @@ fn look_up(address: Address, deadline: Deadline) -> std::result::Result<Domain, 
     }
 }
 
+/// A call that a thread makes.
+struct Made<T> {
+    answer: Receiver<VirResult<T>>,
+    /// Disconnected when it has ended.
+    ended: Receiver<()>,
+}
+
 /// A domain, called through a thread.
 #[derive(Debug)]
 pub struct Caller {
@@ -133,6 +144,12 @@ impl Caller {
         Caller { domain, again: None, worker: None, pending: Vec::new(), refused: false }
     }
 
+    /// Another one of the same domain, by the connection that there is now.
+    pub fn another(&self) -> Caller {
+        let (domain, again) = (self.domain.clone(), self.again.clone());
+        Caller { domain, again, worker: None, pending: Vec::new(), refused: false }
+    }
+
     /// Makes a call.
     pub fn call<T: Send + 'static>(
         &mut self,
@@ -156,6 +173,35 @@ impl Caller {
         }
     }
 
+    /// Makes a call that may take hours: it is given up only where the daemon answers no other one
+    /// for so long either.
+    pub fn call_while_alive<T: Send + 'static>(
+        &mut self,
+        silence: Duration,
+        call: impl FnOnce(&Domain) -> VirResult<T> + Send + 'static,
+    ) -> std::result::Result<T, Trouble> {
+        let made = self.make(call)?;
+        // It has its thread to itself.
+        self.worker = None;
+        loop {
+            match made.answer.recv_timeout(silence) {
+                Ok(Err(error)) if self.is_lost(&error) => {
+                    self.reconnect(Deadline::after(silence))?;
+                    return Err(Trouble::Lost(error.message));
+                }
+                Ok(result) => return result.map_err(Trouble::Refused),
+                Err(RecvTimeoutError::Disconnected) => return Err(Trouble::of_lost_thread()),
+                Err(RecvTimeoutError::Timeout) => {
+                    let version = |domain: &Domain| domain.connect()?.version();
+                    if self.once(Deadline::after(silence), version) == Err(Trouble::Late) {
+                        self.pending.push(made.ended);
+                        return Err(Trouble::Late);
+                    }
+                }
+            }
+        }
+    }
+
     /// Whether libvirt has refused a call since this was asked last.
     pub fn take_refused(&mut self) -> bool {
         std::mem::take(&mut self.refused)
@@ -166,30 +212,37 @@ impl Caller {
         deadline: Deadline,
         call: impl FnOnce(&Domain) -> VirResult<T> + Send + 'static,
     ) -> std::result::Result<T, Trouble> {
-        let (answer, answered) = mpsc::channel();
-        let (ended, pending) = mpsc::channel();
+        let made = self.make(call)?;
+        match made.answer.recv_timeout(deadline.left().unwrap_or_default()) {
+            Ok(result) => result.map_err(Trouble::Refused),
+            Err(RecvTimeoutError::Timeout) => {
+                // The next call needs another thread.
+                self.worker = None;
+                self.pending.push(made.ended);
+                Err(Trouble::Late)
+            }
+            Err(RecvTimeoutError::Disconnected) => Err(Trouble::of_lost_thread()),
+        }
+    }
+
+    /// Has the thread make a call.
+    fn make<T: Send + 'static>(
+        &mut self,
+        call: impl FnOnce(&Domain) -> VirResult<T> + Send + 'static,
+    ) -> std::result::Result<Made<T>, Trouble> {
+        let (sender, answer) = mpsc::channel();
+        let (end, ended) = mpsc::channel();
         let domain = self.domain.clone();
         self.send(Box::new(move || {
             let result = call(&domain);
             // Whoever has the answer may close the connection, and be told whether somebody else
             // has it still.
             drop(domain);
-            let _ = answer.send(result);
-            drop(ended);
+            let _ = sender.send(result);
+            drop(end);
         }))
         .map_err(|error| Trouble::Lost(error.message))?;
-        match answered.recv_timeout(deadline.left().unwrap_or_default()) {
-            Ok(result) => result.map_err(Trouble::Refused),
-            Err(RecvTimeoutError::Timeout) => {
-                // The next call needs another thread.
-                self.worker = None;
-                self.pending.push(pending);
-                Err(Trouble::Late)
-            }
-            Err(RecvTimeoutError::Disconnected) => {
-                Err(Trouble::Lost("a thread of ours has ended".into()))
-            }
-        }
+        Ok(Made { answer, ended })
     }
 
     fn send(&mut self, task: Task) -> Result<()> {

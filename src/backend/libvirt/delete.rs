@@ -15,22 +15,23 @@
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
 
 use super::block_commit::{BlockCommit, Failure};
-use super::call::Caller;
+use super::call::Trouble;
+use super::managed_domain::ManagedDomain;
+use super::managed_snapshot::ManagedSnapshot;
 use super::others::Users;
 use super::prune::{self, Merge, Obstacle, Plan, Switched, World};
-use super::reach::{Reach, is_ours};
-use super::recorded::{
-    DiskImage, Recorded, Replaced, SnapshotDisk, Tree, domain_images, domain_with_replaced, noted,
-};
 use super::renew::Renewal;
+use super::snapshot_def::{
+    DiskImage, Replaced, SnapshotDef, SnapshotDisk, Tree, domain_images, domain_with_replaced,
+    noted,
+};
 use super::volumes;
 use crate::backend::images::{self, Graph, Id, Image, id};
 use crate::error::{Code, Error, Result, fail};
 use crate::image::{deleting, is_another};
-use crate::libvirt::{Connect, Domain, VirError, xml};
+use crate::libvirt::xml;
 use crate::model::domain::{Source, Storage};
 use crate::model::flags::DeleteFlags;
 use crate::sys;
@@ -40,41 +41,50 @@ use crate::sys;
 const STOCK_DELETES: (u64, u64, u64) = (9, 9, 0);
 
 /// Deletes a snapshot of a domain that is held.
-pub fn run(reach: &Reach, flags: DeleteFlags) -> Result<()> {
-    let Reach { snapshot, domain, connect, caller, .. } = reach;
+pub fn run(snapshot: &ManagedSnapshot, flags: DeleteFlags) -> Result<()> {
+    let domain = &snapshot.domain;
     let tree = Tree::read(domain)?;
-    let target = tree.get(&snapshot.name())?;
+    let target = tree.get(&snapshot.name)?;
     if flags.is_metadata_only() {
         return forget_alone(domain, &tree, target, flags);
     }
-    let version = reach.version()?;
-    let users = Users::look(connect, domain, &tree.volumes)?;
+    let version = domain.version()?;
+    let users = Users::look(domain, &tree.volumes)?;
     if flags == DeleteFlags::NONE && stock_can(domain, version, &tree, target)? {
         let touched = target.external().filter_map(stock_touches).flatten().collect();
         check_unused(&users, &target.name, &touched)?;
-        let kept: Vec<&Recorded> =
+        let kept: Vec<&SnapshotDef> =
             tree.snapshots.iter().filter(|other| other.name != target.name).collect();
         let renewal = Renewal::begin(domain, &tree, &kept, &touched)?;
-        let deleted = snapshot.delete(flags.bits());
+        let deleted = snapshot.delete_by_libvirt(flags.bits());
         // What libvirt may have begun keeps the content of the others' images, too.
         renewal.end(domain, None)?;
-        return Ok(deleted?);
+        return deleted.map_err(|trouble| by_libvirt(trouble, &target.name));
     }
-    Delete::prepare((connect, domain, caller), version, &tree, target, flags)?.run(&users)
+    Delete::prepare(domain, version, &tree, target, flags)?.run(&users)
+}
+
+/// libvirt's own error as it is; ours with what was tried.
+fn by_libvirt(trouble: Trouble, name: &str) -> Error {
+    match trouble {
+        Trouble::Refused(error) => error.into(),
+        trouble => trouble.into_error(&format!("cannot delete snapshot '{name}'")),
+    }
 }
 
 /// Whether libvirt does it as well, or better.
-pub fn is_libvirts(reach: &Reach, flags: DeleteFlags) -> Result<bool> {
+pub fn is_libvirts(snapshot: &ManagedSnapshot, flags: DeleteFlags) -> Result<bool> {
     if flags.is_metadata_only() {
         return Ok(true);
     }
-    let tree = Tree::read(&reach.domain)?;
-    let target = tree.get(&reach.snapshot.name())?;
-    Ok(flags == DeleteFlags::NONE && stock_can(&reach.domain, reach.version()?, &tree, target)?)
+    let domain = &snapshot.domain;
+    let tree = Tree::read(domain)?;
+    let target = tree.get(&snapshot.name)?;
+    Ok(flags == DeleteFlags::NONE && stock_can(domain, domain.version()?, &tree, target)?)
 }
 
 /// Has libvirt forget the snapshot of this name, if there is one.
-pub fn forget(domain: &Domain, name: &str) -> Result<()> {
+pub fn forget(domain: &ManagedDomain, name: &str) -> Result<()> {
     let tree = Tree::read(domain)?;
     match tree.get(name) {
         Ok(snapshot) => forget_alone(domain, &tree, snapshot, DeleteFlags::METADATA_ONLY),
@@ -83,19 +93,25 @@ pub fn forget(domain: &Domain, name: &str) -> Result<()> {
 }
 
 /// Has libvirt forget a snapshot, and nothing else: it would put the children on the snapshot's
-/// images, as if theirs had been merged into them (see [`Recorded::without_overlays`]).
-fn forget_alone(domain: &Domain, tree: &Tree, target: &Recorded, flags: DeleteFlags) -> Result<()> {
+/// images, as if theirs had been merged into them (see [`SnapshotDef::without_overlays`]).
+fn forget_alone(
+    domain: &ManagedDomain,
+    tree: &Tree,
+    target: &SnapshotDef,
+    flags: DeleteFlags,
+) -> Result<()> {
+    let forget = || domain.forget(&target.name, flags.bits());
     if flags != DeleteFlags::METADATA_ONLY || tree.children(&target.name).next().is_none() {
-        return Ok(target.handle.delete(flags.bits())?);
+        return forget().map_err(|trouble| by_libvirt(trouble, &target.name));
     }
     let step = format!("cannot change the record of snapshot '{}' to delete it", target.name);
-    let current = tree.is_current(target);
-    domain
-        .redefine_snapshot(&target.without_overlays()?, current)
-        .map_err(|error| error.into_error(&step))?;
-    target.handle.delete(flags.bits()).map_err(|error| {
-        let _ = domain.redefine_snapshot(target.xml(), current);
-        error.into()
+    let redefine = |xml: &str| domain.redefine(xml, tree.is_current(target));
+    redefine(&target.without_overlays()?).map_err(|trouble| trouble.into_error(&step))?;
+    forget().map_err(|trouble| {
+        if let Trouble::Refused(_) = trouble {
+            let _ = redefine(target.xml());
+        }
+        by_libvirt(trouble, &target.name)
     })
 }
 
@@ -103,10 +119,10 @@ fn forget_alone(domain: &Domain, tree: &Tree, target: &Recorded, flags: DeleteFl
 /// snapshot's overlays, right above its images. (Of any other snapshot without children it removes
 /// the images without looking whether somebody needs them.)
 fn stock_can(
-    domain: &Domain,
+    domain: &ManagedDomain,
     version: (u64, u64, u64),
     tree: &Tree,
-    target: &Recorded,
+    target: &SnapshotDef,
 ) -> Result<bool> {
     if version < STOCK_DELETES {
         return Ok(false);
@@ -138,7 +154,7 @@ fn stock_can(
         .snapshots
         .iter()
         .filter(|other| other.name != target.name)
-        .flat_map(Recorded::images)
+        .flat_map(SnapshotDef::images)
         .any(|image| {
             let theirs = image.file.as_deref().map(id);
             target
@@ -182,14 +198,12 @@ fn check_unused(users: &Users, target: &str, touched: &BTreeSet<Id>) -> Result<(
 }
 
 struct Delete<'a> {
-    connect: &'a Connect,
-    domain: &'a Domain,
-    caller: &'a Mutex<Caller>,
+    domain: &'a ManagedDomain,
     version: (u64, u64, u64),
     tree: &'a Tree,
     /// What goes, children first.
-    doomed: Vec<&'a Recorded>,
-    kept: Vec<&'a Recorded>,
+    doomed: Vec<&'a SnapshotDef>,
+    kept: Vec<&'a SnapshotDef>,
     /// The disks of the running domain; empty where it is shut off.
     live: Vec<DiskImage>,
     /// The disks at its next start.
@@ -204,10 +218,10 @@ fn has_data_elsewhere(graph: &Graph, image: &Id) -> bool {
 
 impl<'a> Delete<'a> {
     fn prepare(
-        (connect, domain, caller): (&'a Connect, &'a Domain, &'a Mutex<Caller>),
+        domain: &'a ManagedDomain,
         version: (u64, u64, u64),
         tree: &'a Tree,
-        target: &'a Recorded,
+        target: &'a SnapshotDef,
         flags: DeleteFlags,
     ) -> Result<Delete<'a>> {
         let mut names =
@@ -227,7 +241,7 @@ impl<'a> Delete<'a> {
             );
         }
         let step = "cannot read the domain's XML";
-        let refused = |error: VirError| error.into_error(step);
+        let refused = |trouble: Trouble| trouble.into_error(step);
         let read = |flags| {
             let text = domain.xml(flags).map_err(refused)?;
             let named = domain_images(&volumes::with_paths(&text, &tree.volumes)?)?;
@@ -240,8 +254,7 @@ impl<'a> Delete<'a> {
         let (live, on) = if domain.is_active().map_err(refused)? { read(0)? } else { none() };
         let (config, later) =
             if domain.is_persistent().map_err(refused)? { read(xml::INACTIVE)? } else { none() };
-        let tops = [on, later];
-        Ok(Delete { connect, domain, caller, version, tree, doomed, kept, live, config, tops })
+        Ok(Delete { domain, version, tree, doomed, kept, live, config, tops: [on, later] })
     }
 
     fn run(&self, users: &Users) -> Result<()> {
@@ -329,7 +342,7 @@ impl<'a> Delete<'a> {
     fn check_is_on(
         &self,
         world: &World,
-        doomed: &Recorded,
+        doomed: &SnapshotDef,
         (disk, overlay): (&str, &str),
         image: &str,
     ) -> Result<()> {
@@ -370,8 +383,7 @@ impl<'a> Delete<'a> {
                     true => format!(
                         "merge it while the domain runs (virsh blockcommit '{}' {} --shallow \
                          --active --pivot), remove the file, and delete the snapshot again",
-                        self.domain.name().unwrap_or_default(),
-                        disk.target
+                        self.domain.name, disk.target
                     ),
                     false => "delete the snapshots that came after it first".to_owned(),
                 };
@@ -419,11 +431,11 @@ impl<'a> Delete<'a> {
             .tree
             .snapshots
             .iter()
-            .flat_map(Recorded::images)
+            .flat_map(SnapshotDef::images)
             .chain(&self.live)
             .chain(&self.config);
         let images = disks.filter_map(|disk| Some((disk.file.as_deref()?, disk.format.as_str())));
-        let overlays = self.tree.snapshots.iter().flat_map(Recorded::overlays);
+        let overlays = self.tree.snapshots.iter().flat_map(SnapshotDef::overlays);
         let left = self.tree.snapshots.iter().flat_map(|snapshot| &snapshot.notes.left);
         let left = left.map(|(_, overlay)| (overlay.as_str(), "qcow2"));
         for (file, format) in images.chain(overlays).chain(left) {
@@ -448,12 +460,7 @@ impl<'a> Delete<'a> {
         }
         self.check_servers(plan, graph)?;
         for disk in self.live.iter().filter(|disk| disk.present) {
-            if self
-                .domain
-                .block_job(&disk.target)
-                .map_err(|error| error.into_error(step))?
-                .is_some()
-            {
+            if self.domain.has_block_job(&disk.target).map_err(|error| error.into_error(step))? {
                 fail!(
                     OperationInvalid,
                     "cannot delete snapshot '{}': disk '{}' has an active block job: wait for it, \
@@ -501,7 +508,7 @@ impl<'a> Delete<'a> {
     }
 
     /// Snapshots that stay, and whose parents go.
-    fn kept_children(&self) -> impl Iterator<Item = &Recorded> {
+    fn kept_children(&self) -> impl Iterator<Item = &SnapshotDef> {
         let goes = |name: &String| self.doomed.iter().any(|doomed| doomed.name == *name);
         self.kept.iter().copied().filter(move |kept| kept.parent.as_ref().is_some_and(goes))
     }
@@ -541,7 +548,7 @@ impl<'a> Delete<'a> {
 
     /// The memory images of what goes, unless a snapshot that stays names them too.
     fn memory_files(&self) -> BTreeSet<PathBuf> {
-        let files = |snapshots: &[&Recorded]| -> BTreeSet<PathBuf> {
+        let files = |snapshots: &[&SnapshotDef]| -> BTreeSet<PathBuf> {
             snapshots
                 .iter()
                 .filter_map(|snapshot| snapshot.memory.as_ref())
@@ -660,7 +667,7 @@ impl<'a> Delete<'a> {
             active: disk.file.as_deref().map(id).as_ref() == Some(top),
             shallow,
         };
-        commit.run(&mut sys::lock(self.caller), &step)
+        commit.run(&mut sys::lock(self.domain.caller()), &step)
     }
 
     /// Puts the snapshots that stay on the images that have the content of theirs.
@@ -668,9 +675,11 @@ impl<'a> Delete<'a> {
         for kept in &self.kept {
             // As it is by now: what was noted down of its images may have been taken out.
             let step = format!("cannot read the record of snapshot '{}'", kept.name);
-            let found = self.domain.find(&kept.name).map_err(|error| error.into_error(&step))?;
-            let Some(now) = found.map(Recorded::read).transpose()? else { continue };
-            let now = now.with_paths(&self.tree.volumes)?;
+            let found =
+                self.domain.snapshot(&kept.name).map_err(|error| error.into_error(&step))?;
+            let Some(text) = found else { continue };
+            let now =
+                SnapshotDef::parse(kept.name.clone(), text)?.with_paths(&self.tree.volumes)?;
             if let Some(record) = now.with_replaced(replaced)? {
                 self.redefine(kept, &record)?;
             }
@@ -678,9 +687,9 @@ impl<'a> Delete<'a> {
         Ok(())
     }
 
-    fn redefine(&self, snapshot: &Recorded, record: &str) -> Result<()> {
-        let redefined = self.domain.redefine_snapshot(record, self.tree.is_current(snapshot));
-        redefined.map(drop).map_err(|error| {
+    fn redefine(&self, snapshot: &SnapshotDef, record: &str) -> Result<()> {
+        let redefined = self.domain.redefine(record, self.tree.is_current(snapshot));
+        redefined.map_err(|error| {
             error
                 .into_error(&format!(
                     "cannot change the record of snapshot '{}' to delete '{}'",
@@ -699,9 +708,7 @@ impl<'a> Delete<'a> {
     /// start too: what it writes is there.
     fn change_config(&self, replaced: &[Replaced], plan: &Plan) -> Result<()> {
         let step = "cannot change the domain's disks";
-        let define = |xml: &str| {
-            self.connect.define(xml, 0).map(drop).map_err(|error| error.into_error(step))
-        };
+        let define = |xml: &str| self.domain.define(xml).map_err(|error| error.into_error(step));
         let mut before = None;
         if !self.config.is_empty() && !replaced.is_empty() {
             let xml = self
@@ -726,11 +733,13 @@ impl<'a> Delete<'a> {
             if self.kept_children().any(|kept| kept.parent.as_ref() == Some(&doomed.name)) {
                 self.redefine(doomed, &doomed.without_overlays()?)?;
             }
-            doomed.handle.delete(DeleteFlags::METADATA_ONLY.bits()).map_err(|error| {
-                error.into_error(&step).and(
+            self.domain.forget(&doomed.name, DeleteFlags::METADATA_ONLY.bits()).map_err(
+                |error| {
+                    error.into_error(&step).and(
                     "its memory image is renamed to '….deleting' or still there: delete it again",
                 )
-            })?;
+                },
+            )?;
         }
         self.avoid_no_current()
     }
@@ -743,7 +752,7 @@ impl<'a> Delete<'a> {
             return Ok(());
         }
         let tree = Tree::read(self.domain)?;
-        let leaf = tree.snapshots.iter().rev().find(|snapshot| is_ours(snapshot));
+        let leaf = tree.snapshots.iter().rev().find(|snapshot| snapshot.is_ours());
         let (None, Some(leaf)) = (&tree.current, leaf) else { return Ok(()) };
         let disks =
             if self.live.is_empty() { self.domain.xml(xml::INACTIVE) } else { self.domain.xml(0) };
@@ -762,10 +771,7 @@ impl<'a> Delete<'a> {
             .collect();
         let record = noted(&leaf.with_overlays(&sources)?, &leaf.notes_afterwards())?;
         let step = format!("cannot make snapshot '{}' the current one", leaf.name);
-        self.domain
-            .redefine_snapshot(&record, true)
-            .map(drop)
-            .map_err(|error| error.into_error(&step))
+        self.domain.redefine(&record, true).map_err(|error| error.into_error(&step))
     }
 
     /// The last step: the snapshots are gone, and only files are left of them.
@@ -793,7 +799,7 @@ impl<'a> Delete<'a> {
 }
 
 /// A snapshot as a plan sees it.
-fn known(recorded: &Recorded) -> prune::Snapshot {
+fn known(recorded: &SnapshotDef) -> prune::Snapshot {
     let file = |image: &DiskImage| image.file.as_deref().map(id);
     let switched = recorded
         .external()

@@ -11,15 +11,16 @@ mod connector;
 mod delete;
 mod drives;
 mod lease;
+mod managed_domain;
+mod managed_snapshot;
 mod operations;
 mod others;
 mod overlays;
 mod prune;
-mod reach;
-mod recorded;
 mod recovery;
 mod renew;
 mod revert;
+mod snapshot_def;
 mod volumes;
 mod xml;
 
@@ -32,9 +33,10 @@ use serde_json::json;
 use self::call::{Again, Caller, Trouble};
 pub use self::connector::LibvirtConnector;
 use self::connector::Way;
+use self::managed_domain::ManagedDomain;
+pub use self::managed_snapshot::ManagedSnapshot;
 pub use self::operations::{Operation, delete, revert};
 use self::overlays::Overlays;
-pub use self::reach::Reach;
 use super::exclusive::Exclusive;
 use super::guest::{
     Catalog, Connector, DEFAULT_TIMEOUT, Description, Guest, Liveness, MEASURED, RecoveryChannel,
@@ -44,7 +46,7 @@ use super::overlay_file::{self, Beforehand};
 use super::qmp::hold_qemu;
 use super::{busy, open_images, shared_memory};
 use crate::deadline::Deadline;
-use crate::error::{Code, Result, fail};
+use crate::error::{Code, Error, Result, fail};
 use crate::libvirt::{self, Domain, Snapshot, State};
 use crate::model::flags::{self, CreateFlags, DeleteFlags};
 use crate::model::{self, DiskPlan, Drive, Record, Role, Store, check_name, snapshot_writer};
@@ -206,7 +208,7 @@ impl Catalog for LibvirtConnector {
     }
 
     fn forget(&self, name: &str) -> Result<()> {
-        self.find(name).and_then(|_| delete::forget(&self.domain, name))
+        self.find(name).and_then(|_| delete::forget(&ManagedDomain::new(self), name))
     }
 }
 
@@ -716,8 +718,11 @@ impl Guest for LibvirtGuest<'_> {
     fn withdraw(&mut self) -> Result<()> {
         let Some(Registered { snapshot, .. }) = self.registered.take() else { return Ok(()) };
         let name = snapshot.name();
-        let step = format!("cannot forget snapshot '{name}'");
-        self.patiently(&step, Again::Harmless, move |domain| Ok(delete::forget(domain, &name)?))
+        let domain = ManagedDomain::called_by(self.connector, self.caller.another());
+        delete::forget(&domain, &name).map_err(|error| {
+            let message = format!("cannot forget snapshot '{name}': {}", error.message);
+            Error::of_libvirt(error.number(), message)
+        })
     }
 
     fn merge_disks(&mut self) -> Result<()> {

@@ -1,6 +1,6 @@
 //! A revert or a delete of a snapshot that is in reach, for as long as its domain is held.
 
-use super::reach::Reach;
+use super::managed_snapshot::ManagedSnapshot;
 use crate::backend::exclusive::{Exclusive, Holder, busy};
 use crate::error::Result;
 use crate::libvirt::Snapshot;
@@ -10,7 +10,7 @@ use crate::model::flags::{DeleteFlags, RevertFlags};
 /// A snapshot in reach, whose domain is held for one operation.
 #[derive(Debug)]
 pub struct Held {
-    reach: Reach,
+    snapshot: ManagedSnapshot,
     _exclusive: Exclusive,
     _step: Step,
 }
@@ -26,21 +26,21 @@ pub enum Operation {
 
 /// `qemuSnapshotRevert` of a client of stock libvirt.
 pub fn revert(snapshot: &Snapshot, flags: RevertFlags) -> Result<()> {
-    match Reach::of(snapshot)? {
-        Some(reach) => reach.hold()?.run(Operation::Revert(flags)),
+    match ManagedSnapshot::of(snapshot)? {
+        Some(snapshot) => snapshot.hold()?.run(Operation::Revert(flags)),
         None => Ok(snapshot.revert(flags.bits())?),
     }
 }
 
 /// `qemuSnapshotDelete` of a client of stock libvirt.
 pub fn delete(snapshot: &Snapshot, flags: DeleteFlags) -> Result<()> {
-    match Reach::of(snapshot)? {
-        Some(reach) => reach.hold()?.run(Operation::Delete(flags)),
+    match ManagedSnapshot::of(snapshot)? {
+        Some(snapshot) => snapshot.hold()?.run(Operation::Delete(flags)),
         None => Ok(snapshot.delete(flags.bits())?),
     }
 }
 
-impl Reach {
+impl ManagedSnapshot {
     /// Holds the domain. Another's operation on it is `OperationInvalid`.
     pub fn hold(self) -> Result<Held> {
         let exclusive = self.connector.hold()?;
@@ -65,7 +65,7 @@ impl Reach {
     }
 
     fn held(self, exclusive: Exclusive) -> Held {
-        Held { reach: self, _exclusive: exclusive, _step: step() }
+        Held { snapshot: self, _exclusive: exclusive, _step: step() }
     }
 }
 
@@ -73,8 +73,8 @@ impl Held {
     /// Does it: by libvirt where that works and does no harm.
     pub fn run(&self, operation: Operation) -> Result<()> {
         match operation {
-            Operation::Revert(flags) => super::revert::run(&self.reach, flags),
-            Operation::Delete(flags) => super::delete::run(&self.reach, flags),
+            Operation::Revert(flags) => super::revert::run(&self.snapshot, flags),
+            Operation::Delete(flags) => super::delete::run(&self.snapshot, flags),
         }
     }
 }

@@ -3,12 +3,13 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::recorded::{DiskImage, domain_images};
+use super::call::Trouble;
+use super::managed_domain::{ManagedDomain, OtherDomain};
+use super::snapshot_def::{DiskImage, domain_images};
 use super::volumes::{self, Volume};
 use crate::backend::images::{self, Id, id};
 use crate::backend::locks;
 use crate::error::Result;
-use crate::libvirt::{Connect, Domain, VirError, VirResult, xml};
 
 /// Who else uses images.
 pub struct Users {
@@ -20,19 +21,15 @@ pub struct Users {
 
 impl Users {
     /// Looks at the domain, and at the connection's others. `volumes`: those that are known.
-    pub fn look(connect: &Connect, domain: &Domain, volumes: &[Volume]) -> Result<Users> {
-        let refused = |error: VirError| error.into_error("cannot look at the domain");
-        let uuid = domain.uuid().map_err(refused)?;
-        let mut users = Users {
-            others: Others::look(connect, &uuid, volumes),
-            live: BTreeSet::new(),
-            qemu: None,
-        };
+    pub fn look(domain: &ManagedDomain, volumes: &[Volume]) -> Result<Users> {
+        let refused = |trouble: Trouble| trouble.into_error("cannot look at the domain");
+        let others = Others::look(&domain.others()?, volumes);
+        let mut users = Users { others, live: BTreeSet::new(), qemu: None };
         if domain.is_active().map_err(refused)? {
             let disks =
                 domain_images(&volumes::with_paths(&domain.xml(0).map_err(refused)?, volumes)?)?;
             users.live = disks.iter().flat_map(DiskImage::layers).map(id).collect();
-            users.qemu = locks::qemu_of_domain(&uuid);
+            users.qemu = locks::qemu_of_domain(domain.uuid());
         }
         Ok(users)
     }
@@ -61,15 +58,11 @@ impl Users {
 struct Others(BTreeMap<Id, String>);
 
 impl Others {
-    /// Asks libvirt. What the caller may not see of other domains is not known.
-    fn look(connect: &Connect, uuid: &str, volumes: &[Volume]) -> Others {
+    fn look(domains: &[OtherDomain], volumes: &[Volume]) -> Others {
         let mut others = Others::default();
-        for domain in connect.domains().unwrap_or_default() {
-            if domain.uuid().is_ok_and(|other| other != uuid) {
-                let name = domain.name().unwrap_or_default();
-                for image in images_of(&domain, volumes) {
-                    others.0.entry(image).or_insert_with(|| name.clone());
-                }
+        for domain in domains {
+            for image in images_of(domain, volumes) {
+                others.0.entry(image).or_insert_with(|| domain.name.clone());
             }
         }
         others
@@ -81,10 +74,11 @@ impl Others {
     }
 }
 
-fn images_of(domain: &Domain, volumes: &[Volume]) -> Vec<Id> {
-    let read = |flags| -> VirResult<String> { domain.xml(flags) };
-    let texts = [read(0), read(xml::INACTIVE)].into_iter().flatten();
-    let named = texts.map(|text| volumes::with_paths(&text, volumes).unwrap_or(text));
+fn images_of(domain: &OtherDomain, volumes: &[Volume]) -> Vec<Id> {
+    let named = domain
+        .texts
+        .iter()
+        .map(|text| volumes::with_paths(text, volumes).unwrap_or_else(|_| text.clone()));
     let disks = named.flat_map(|text| domain_images(&text).unwrap_or_default());
     let mut found = Vec::new();
     for disk in disks {

@@ -4,10 +4,10 @@
 
 use std::collections::BTreeSet;
 
-use super::recorded::{Recorded, Tree, noted};
+use super::managed_domain::ManagedDomain;
+use super::snapshot_def::{SnapshotDef, Tree, noted};
 use crate::backend::images::{self, Id, id};
 use crate::error::Result;
-use crate::libvirt::Domain;
 use crate::model::{Frozen, Notes};
 
 /// Snapshots that stay, and the disks of each whose images are about to change, and were as they
@@ -21,9 +21,9 @@ impl Renewal {
     /// Takes the notes of what is about to be changed out of the records, so that what is cut short
     /// leaves none that are wrong.
     pub fn begin(
-        domain: &Domain,
+        domain: &ManagedDomain,
         tree: &Tree,
-        kept: &[&Recorded],
+        kept: &[&SnapshotDef],
         touched: &BTreeSet<Id>,
     ) -> Result<Renewal> {
         let mut begun = Vec::new();
@@ -46,7 +46,7 @@ impl Renewal {
 
     /// Notes down how these images are now. `former`: see [`Notes::former`]; `None` leaves that as
     /// it is.
-    pub fn end(&self, domain: &Domain, former: Option<&BTreeSet<Id>>) -> Result<()> {
+    pub fn end(&self, domain: &ManagedDomain, former: Option<&BTreeSet<Id>>) -> Result<()> {
         let tree = Tree::read(domain)?;
         for (name, disks) in &self.0 {
             let Ok(snapshot) = tree.get(name) else { continue };
@@ -91,11 +91,15 @@ fn unchanged(frozen: &[(String, Frozen)], touched: &BTreeSet<Id>) -> BTreeSet<St
     named.into_iter().filter(whole).cloned().collect()
 }
 
-fn redefine(domain: &Domain, tree: &Tree, snapshot: &Recorded, notes: &Notes) -> Result<()> {
+fn redefine(
+    domain: &ManagedDomain,
+    tree: &Tree,
+    snapshot: &SnapshotDef,
+    notes: &Notes,
+) -> Result<()> {
     let step =
         format!("cannot change what is noted down in the record of snapshot '{}'", snapshot.name);
     domain
-        .redefine_snapshot(&noted(snapshot.xml(), notes)?, tree.is_current(snapshot))
-        .map(drop)
-        .map_err(|error| error.into_error(&step))
+        .redefine(&noted(snapshot.xml(), notes)?, tree.is_current(snapshot))
+        .map_err(|trouble| trouble.into_error(&step))
 }

@@ -22,15 +22,17 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use serde_json::Value;
 use tempfile::{NamedTempFile, TempPath};
 
+use super::call::Trouble;
+use super::managed_domain::ManagedDomain;
+use super::managed_snapshot::ManagedSnapshot;
 use super::others::Users;
-use super::reach::Reach;
-use super::recorded::{DiskImage, Recorded, Tree, domain_images, noted};
+use super::snapshot_def::{DiskImage, SnapshotDef, Tree, domain_images, noted};
 use crate::backend::images::{self, Graph, Id, id};
 use crate::backend::{locks, overlay_file, revert_file};
 use crate::deadline::Deadline;
 use crate::error::{Code, Error, Result, fail};
 use crate::image::{Image, is_other_machine};
-use crate::libvirt::{Connect, Domain, VirError, restore, undefine, xml};
+use crate::libvirt::{restore, undefine, xml};
 use crate::model::domain::{Source, Storage};
 use crate::model::flags::RevertFlags;
 use crate::model::generated_name;
@@ -43,36 +45,39 @@ const STOCK_REVERTS: (u64, u64, u64) = (9, 9, 0);
 const KEEPS_TPM: (u64, u64, u64) = (8, 9, 0);
 
 /// Reverts a domain that is held.
-pub fn run(reach: &Reach, flags: RevertFlags) -> Result<()> {
-    let Reach { snapshot, domain, connect, .. } = reach;
+pub fn run(snapshot: &ManagedSnapshot, flags: RevertFlags) -> Result<()> {
+    let domain = &snapshot.domain;
     let tree = Tree::read(domain)?;
-    let target = tree.get(&snapshot.name())?;
-    let version = reach.version()?;
-    let users = Users::look(connect, domain, &tree.volumes)?;
-    let revert = Revert { connect, domain, version, tree: &tree, target, flags, users: &users };
+    let target = tree.get(&snapshot.name)?;
+    let version = domain.version()?;
+    let users = Users::look(domain, &tree.volumes)?;
+    let revert = Revert { domain, version, tree: &tree, target, flags, users: &users };
     let state = revert.look()?;
     // Before libvirt's own revert too: it ends the domain first, and looks then.
     revert.check(&state)?;
     if version >= STOCK_REVERTS && stock_can(&tree, target, &state.disks, &users) {
         wait_for_free_names(target);
-        return Ok(snapshot.revert(flags.bits())?);
+        return snapshot.revert_by_libvirt(flags.bits()).map_err(|trouble| match trouble {
+            Trouble::Refused(error) => error.into(),
+            trouble => {
+                trouble.into_error(&format!("cannot revert to snapshot '{}'", snapshot.name))
+            }
+        });
     }
     revert.run(&state)
 }
 
 /// Whether libvirt does it as well, or better.
-pub fn is_libvirts(reach: &Reach) -> Result<bool> {
-    if reach.version()? < STOCK_REVERTS {
+pub fn is_libvirts(snapshot: &ManagedSnapshot) -> Result<bool> {
+    let domain = &snapshot.domain;
+    if domain.version()? < STOCK_REVERTS {
         return Ok(false);
     }
-    let (tree, domain) = (Tree::read(&reach.domain)?, &reach.domain);
-    let disks = disks_of(domain).map_err(|error| error.into_error("cannot look at the domain"))?;
-    Ok(stock_can(
-        &tree,
-        tree.get(&reach.snapshot.name())?,
-        &disks,
-        &Users::look(&reach.connect, domain, &tree.volumes)?,
-    ))
+    let tree = Tree::read(domain)?;
+    let disks =
+        disks_of(domain).map_err(|trouble| trouble.into_error("cannot look at the domain"))?;
+    let users = Users::look(domain, &tree.volumes)?;
+    Ok(stock_can(&tree, tree.get(&snapshot.name)?, &disks, &users))
 }
 
 /// Whether libvirt's own revert, where it has one, works and does no harm:
@@ -85,7 +90,7 @@ pub fn is_libvirts(reach: &Reach) -> Result<bool> {
 /// * it removes the overlays that the current snapshot names, also those that another snapshot
 ///   needs, or another guest, and those of disks that the domain does not have any more; of block
 ///   devices it does not know how.
-fn stock_can(tree: &Tree, target: &Recorded, disks: &[DiskImage], users: &Users) -> bool {
+fn stock_can(tree: &Tree, target: &SnapshotDef, disks: &[DiskImage], users: &Users) -> bool {
     let on_files = target.external().all(|(_, image)| {
         let file = image.and_then(|image| image.file.as_deref());
         file.is_some_and(|file| Path::new(file).is_file())
@@ -127,14 +132,14 @@ fn stock_can(tree: &Tree, target: &Recorded, disks: &[DiskImage], users: &Users)
 }
 
 /// The disks of the running domain, or at its next start.
-fn disks_of(domain: &Domain) -> std::result::Result<Vec<DiskImage>, VirError> {
+fn disks_of(domain: &ManagedDomain) -> std::result::Result<Vec<DiskImage>, Trouble> {
     let xml = domain.xml(if domain.is_active()? { 0 } else { xml::INACTIVE })?;
     Ok(domain_images(&xml).unwrap_or_default())
 }
 
 /// libvirt calls the overlays that it makes after the second, and refuses where there are some:
 /// after a revert in the same second, for one.
-fn wait_for_free_names(target: &Recorded) {
+fn wait_for_free_names(target: &SnapshotDef) {
     let taken = || {
         let now =
             SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs().to_string();
@@ -151,7 +156,7 @@ fn wait_for_free_names(target: &Recorded) {
 fn needed_by_snapshots(tree: &Tree) -> Result<BTreeSet<Id>> {
     let mut graph = Graph::default();
     let mut tops = Vec::new();
-    for image in tree.snapshots.iter().flat_map(Recorded::images) {
+    for image in tree.snapshots.iter().flat_map(SnapshotDef::images) {
         if let Some(file) = &image.file {
             graph.add(file, &image.format)?;
             tops.push(id(file));
@@ -161,11 +166,10 @@ fn needed_by_snapshots(tree: &Tree) -> Result<BTreeSet<Id>> {
 }
 
 struct Revert<'a> {
-    connect: &'a Connect,
-    domain: &'a Domain,
+    domain: &'a ManagedDomain,
     version: (u64, u64, u64),
     tree: &'a Tree,
-    target: &'a Recorded,
+    target: &'a SnapshotDef,
     flags: RevertFlags,
     users: &'a Users,
 }
@@ -187,8 +191,8 @@ struct Overlay {
 
 impl Revert<'_> {
     fn look(&self) -> Result<State> {
-        let refused = |error: VirError| {
-            error.into_error(&format!("cannot revert to snapshot '{}'", self.target.name))
+        let refused = |trouble: Trouble| {
+            trouble.into_error(&format!("cannot revert to snapshot '{}'", self.target.name))
         };
         let active = self.domain.is_active().map_err(refused)?;
         let persistent = self.domain.is_persistent().map_err(refused)?;
@@ -207,17 +211,13 @@ impl Revert<'_> {
         if *active {
             self.end_domain(*persistent)?;
         }
-        self.restore(&domain_xml).map_err(|error| self.failed(error, *active, *persistent))?;
-        let mut paths = Vec::new();
-        for overlay in overlays {
-            // The domain runs on it.
-            paths.push(
-                overlay
-                    .path
-                    .keep()
-                    .map_err(|error| Error::system("cannot keep an overlay", error.error))?,
-            );
-        }
+        let restored = self.restore(&domain_xml);
+        let paths = match &restored {
+            Err(Trouble::Refused(_)) => Vec::new(),
+            // The domain runs on them; or may yet, where libvirt did not answer.
+            _ => keep(overlays)?,
+        };
+        restored.map_err(|trouble| self.failed(trouble, &paths, *active, *persistent))?;
         self.settle(&config, &record, *persistent)?;
         self.remove_left(disks, &paths);
         Ok(())
@@ -290,11 +290,8 @@ impl Revert<'_> {
             );
         }
         for disk in state.disks.iter().filter(|disk| state.active && disk.present) {
-            let job = self.domain.block_job(&disk.target);
-            if job
-                .map_err(|error| error.into_error("cannot look at the domain's block jobs"))?
-                .is_some()
-            {
+            let job = self.domain.has_block_job(&disk.target);
+            if job.map_err(|error| error.into_error("cannot look at the domain's block jobs"))? {
                 fail!(
                     OperationInvalid,
                     "cannot revert to snapshot '{name}': disk '{}' has an active block job: wait \
@@ -332,7 +329,7 @@ impl Revert<'_> {
         let others = || self.tree.snapshots.iter().filter(|other| other.name != self.target.name);
         let mut graph = Graph::default();
         let mut tops = Vec::new();
-        for image in others().flat_map(Recorded::external).filter_map(|(_, image)| image) {
+        for image in others().flat_map(SnapshotDef::external).filter_map(|(_, image)| image) {
             if let Some(file) = &image.file {
                 graph.add(file, &image.format)?;
                 tops.push(id(file));
@@ -385,8 +382,10 @@ impl Revert<'_> {
             Err(error) if error.kind() == ErrorKind::NotFound => return Err(useless("is missing")),
             Err(_) => {}
         }
-        let header = self.connect.saved_xml(memory, 0).map(drop);
-        header.map_err(|error| useless(&format!("cannot be used ({})", error.message)))
+        self.domain.saved_xml(memory).map(drop).map_err(|trouble| match trouble {
+            Trouble::Refused(error) => useless(&format!("cannot be used ({})", error.message)),
+            trouble => trouble.into_error(&format!("cannot look at the memory image '{memory}'")),
+        })
     }
 
     fn memory(&self) -> &str {
@@ -439,7 +438,7 @@ impl Revert<'_> {
             return Ok(header.size);
         }
         let blocks = r#"{"execute":"query-block"}"#;
-        let told = active.then(|| self.domain.monitor_command(blocks, None).ok()).flatten();
+        let told = active.then(|| self.domain.monitor_command(blocks).ok()).flatten();
         let told = told.and_then(|reply| json::parse(reply.as_bytes()).ok());
         let size = told.and_then(|reply| {
             let mut blocks = reply["return"].as_array()?.iter();
@@ -453,35 +452,50 @@ impl Revert<'_> {
         let step = format!("cannot end the domain to revert it to snapshot '{}'", self.target.name);
         let ended = (|| {
             if !persistent {
-                let xml = self.domain.xml(xml::INACTIVE | xml::SECURE)?;
-                self.connect.define(&xml, 0)?;
+                self.domain.define(&self.domain.xml(xml::INACTIVE | xml::SECURE)?)?;
             }
             self.domain.destroy()
         })();
-        ended.map_err(|error: VirError| {
-            if !persistent {
+        ended.map_err(|trouble: Trouble| {
+            // What was not answered may be done yet, and the snapshots would be lost with it.
+            if !persistent && matches!(trouble, Trouble::Refused(_)) {
                 let _ = self.undefine();
             }
-            error.into_error(&step)
+            trouble.into_error(&step)
         })
     }
 
-    fn restore(&self, domain_xml: &str) -> std::result::Result<(), VirError> {
+    fn restore(&self, domain_xml: &str) -> std::result::Result<(), Trouble> {
         let runs = self.flags.runs().unwrap_or(self.target.state != "paused");
         let state = if runs { restore::RUNNING } else { restore::PAUSED };
         let nvram = if self.flags.resets_nvram() { restore::RESET_NVRAM } else { 0 };
-        self.connect.restore(self.memory(), Some(domain_xml), state | nvram)
+        self.domain.restore(self.memory(), domain_xml, state | nvram)
     }
 
     /// What the caller must know when the memory could not be restored.
-    fn failed(&self, error: VirError, was_active: bool, persistent: bool) -> Error {
-        let domain = self.domain.name().unwrap_or_default();
+    fn failed(
+        &self,
+        trouble: Trouble,
+        kept: &[PathBuf],
+        was_active: bool,
+        persistent: bool,
+    ) -> Error {
+        let domain = &self.domain.name;
         let step = format!(
             "cannot restore the memory image '{}' of snapshot '{}' of domain '{domain}'",
             self.memory(),
             self.target.name
         );
-        let mut error = error.into_error(&step);
+        let is_over = matches!(trouble, Trouble::Refused(_));
+        let mut error = trouble.into_error(&step);
+        if !is_over {
+            let kept: Vec<_> = kept.iter().map(|file| file.display().to_string()).collect();
+            return error.and(format!(
+                "libvirt may restore it yet, on its new overlays, which stay ({}): see what it is \
+                 at by `virsh domstate '{domain}'`, and revert it again",
+                kept.join(", ")
+            ));
+        }
         if was_active {
             error =
                 error.and("the domain was ended for it and is shut off, on the disks that it had");
@@ -495,16 +509,16 @@ impl Revert<'_> {
 
     /// The domain runs again; what libvirt has recorded of it follows.
     fn settle(&self, config: &str, record: &str, persistent: bool) -> Result<()> {
-        let (name, domain) = (&self.target.name, self.domain.name().unwrap_or_default());
+        let (name, domain) = (&self.target.name, &self.domain.name);
         let runs = format!("the domain was reverted to snapshot '{name}' and runs");
         if persistent {
-            self.connect.define(config, 0).map_err(|error| {
+            self.domain.define(config).map_err(|error| {
                 error.into_error(&format!("{runs}, but its configuration, which is still on the old disks, cannot be changed")).and(
                     format!("mend it before its next start: virsh dumpxml --inactive --migratable '{domain}' > FILE; virsh define FILE"),
                 )
             })?;
         }
-        self.domain.redefine_snapshot(record, true).map_err(|error| {
+        self.domain.redefine(record, true).map_err(|error| {
             error
                 .into_error(&format!("{runs}, but it cannot be made the current snapshot"))
                 .and(format!("mend it: virsh snapshot-current '{domain}' --snapshotname '{name}'"))
@@ -519,7 +533,7 @@ impl Revert<'_> {
         Ok(())
     }
 
-    fn undefine(&self) -> std::result::Result<(), VirError> {
+    fn undefine(&self) -> std::result::Result<(), Trouble> {
         let tpm = if self.version >= KEEPS_TPM { undefine::KEEP_TPM } else { 0 };
         self.domain.undefine(undefine::KEEP_NVRAM | tpm)
     }
@@ -534,7 +548,7 @@ impl Revert<'_> {
             .tree
             .snapshots
             .iter()
-            .flat_map(Recorded::overlays)
+            .flat_map(SnapshotDef::overlays)
             .map(|(overlay, _)| id(overlay))
             .collect();
         for disk in left {
@@ -556,7 +570,7 @@ impl Revert<'_> {
             .tree
             .snapshots
             .iter()
-            .flat_map(Recorded::external)
+            .flat_map(SnapshotDef::external)
             .filter_map(|(_, image)| image?.file.as_deref());
         let former = self
             .tree
@@ -591,6 +605,12 @@ impl Revert<'_> {
         let lineage: BTreeSet<&Id> = graph.chain(&image).collect();
         graph.chain(&left).any(|layer| lineage.contains(layer) && frozen.contains(layer))
     }
+}
+
+fn keep(overlays: Vec<Overlay>) -> Result<Vec<PathBuf>> {
+    let keep = |overlay: Overlay| overlay.path.keep();
+    let kept = overlays.into_iter().map(keep).collect::<std::result::Result<_, _>>();
+    kept.map_err(|error| Error::system("cannot keep an overlay", error.error))
 }
 
 /// The size of an image in a chain, as QEMU tells of it.

@@ -28,7 +28,7 @@ use self::settings::Settings;
 use self::slots::Slot;
 use self::turns::Turn;
 use super::client::{attempt, share_domain, share_snapshot, take, tell};
-use crate::backend::libvirt::{Operation, Reach};
+use crate::backend::libvirt::{ManagedSnapshot, Operation};
 use crate::backend::{DEFAULT_TIMEOUT, LibvirtConnector};
 use crate::boundary::{boundary, caught};
 use crate::error::{Error, Result, fail};
@@ -141,19 +141,20 @@ fn on_snapshot(
     let result = attempt(|table| {
         let _unlocked = unlocked(daemon, vm);
         let snapshot = share_snapshot(table, snapshot?)?;
-        let reach = {
+        let managed = {
             let _itself = daemon.itself();
             // An error: nothing is known of it.
-            Reach::of(&snapshot).ok().flatten()
+            ManagedSnapshot::of(&snapshot).ok().flatten()
         };
         // The files that its record names are removed, merged and restored with the daemon's
         // rights, and a client can write that record (REDEFINE). Asked in his own name.
-        let Some(reach) = reach.filter(|reach| reach.domain().may_be_changed()) else {
+        let Some(managed) = managed.filter(|managed| managed.callers_domain().may_be_changed())
+        else {
             return Ok(false);
         };
         let _itself = daemon.itself();
-        let _turn = Turn::wait(reach.domain_uuid(), DEFAULT_TIMEOUT)?;
-        match reach.hold_unless_it_is_a_step(ours)? {
+        let _turn = Turn::wait(managed.domain.uuid(), DEFAULT_TIMEOUT)?;
+        match managed.hold_unless_it_is_a_step(ours)? {
             Some(held) => held.run(ours).map(|()| true),
             // A client that has the library too: this is a step of what it does.
             None => Ok(false),

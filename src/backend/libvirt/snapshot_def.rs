@@ -9,10 +9,10 @@ use std::ops::Range;
 
 use roxmltree::Node;
 
+use super::managed_domain::ManagedDomain;
 use super::volumes::{self, Volume};
 use crate::backend::images::{self, Id, id};
 use crate::error::{Code, Error, Result, fail};
-use crate::libvirt::{Domain, Snapshot, xml as xml_flags};
 pub use crate::model::domain::Disk as DiskImage;
 use crate::model::domain::{self, Source, Storage};
 use crate::model::snapshot_writer::{excluded_disk, external_disk};
@@ -22,7 +22,7 @@ use crate::model::{self, Notes, xml};
 #[derive(Debug)]
 pub struct Tree {
     /// Parents first.
-    pub snapshots: Vec<Recorded>,
+    pub snapshots: Vec<SnapshotDef>,
     /// The name of the current one.
     pub current: Option<String>,
     /// The volumes that their disks are on.
@@ -31,9 +31,7 @@ pub struct Tree {
 
 /// One of them.
 #[derive(Debug)]
-pub struct Recorded {
-    /// libvirt's object.
-    pub handle: Snapshot,
+pub struct SnapshotDef {
     /// Its name.
     pub name: String,
     /// Its parent's name.
@@ -82,20 +80,21 @@ pub struct Replaced {
 }
 
 impl Tree {
-    /// Reads all records, passwords included, so that they can be written back.
-    pub fn read(domain: &Domain) -> Result<Tree> {
-        let step = "cannot read the domain's snapshots";
-        let handles = domain.snapshots().map_err(|error| error.into_error(step))?;
-        let snapshots = handles.into_iter().map(Recorded::read).collect::<Result<Vec<_>>>()?;
-        let volumes = volumes::of_records(snapshots.iter().map(Recorded::xml))?;
+    /// Reads all definitions.
+    pub fn read(domain: &ManagedDomain) -> Result<Tree> {
+        let texts = domain.snapshots();
+        let texts =
+            texts.map_err(|trouble| trouble.into_error("cannot read the domain's snapshots"))?;
+        let parse = |(name, text)| SnapshotDef::parse(name, text);
+        let snapshots = texts.all.into_iter().map(parse).collect::<Result<Vec<_>>>()?;
+        let volumes = volumes::of_records(snapshots.iter().map(SnapshotDef::xml))?;
         let named = snapshots.into_iter().map(|snapshot| snapshot.with_paths(&volumes));
         let snapshots = named.collect::<Result<Vec<_>>>()?;
-        let current = domain.current_snapshot().map_err(|error| error.into_error(step))?;
-        Ok(Tree { snapshots, current: current.map(|current| current.name()), volumes })
+        Ok(Tree { snapshots, current: texts.current, volumes })
     }
 
     /// The snapshot of this name.
-    pub fn get(&self, name: &str) -> Result<&Recorded> {
+    pub fn get(&self, name: &str) -> Result<&SnapshotDef> {
         self.snapshots.iter().find(|snapshot| snapshot.name == name).ok_or_else(|| {
             Error::new(
                 Code::NoDomainSnapshot,
@@ -105,12 +104,12 @@ impl Tree {
     }
 
     /// Whether it is the current one.
-    pub fn is_current(&self, snapshot: &Recorded) -> bool {
+    pub fn is_current(&self, snapshot: &SnapshotDef) -> bool {
         self.current.as_ref() == Some(&snapshot.name)
     }
 
     /// Its children.
-    pub fn children(&self, name: &str) -> impl Iterator<Item = &Recorded> {
+    pub fn children(&self, name: &str) -> impl Iterator<Item = &SnapshotDef> {
         self.snapshots.iter().filter(move |snapshot| snapshot.parent.as_deref() == Some(name))
     }
 
@@ -127,25 +126,19 @@ impl Tree {
     }
 }
 
-impl Recorded {
-    /// Reads it.
-    pub fn read(handle: Snapshot) -> Result<Recorded> {
-        let step = format!("cannot read the record of snapshot '{}'", handle.name());
-        let text = handle.xml(xml_flags::SECURE).map_err(|error| error.into_error(&step))?;
-        Recorded::parse(handle, text)
-    }
-
+impl SnapshotDef {
     /// It, with paths in the place of these volumes.
-    pub fn with_paths(self, volumes: &[Volume]) -> Result<Recorded> {
+    pub fn with_paths(self, volumes: &[Volume]) -> Result<SnapshotDef> {
         let text = volumes::record_with_paths(&self.xml, volumes)?;
         if text == self.xml {
             return Ok(self);
         }
-        Ok(Recorded { on_volumes: true, ..Recorded::parse(self.handle, text)? })
+        Ok(SnapshotDef { on_volumes: true, ..SnapshotDef::parse(self.name, text)? })
     }
 
-    fn parse(handle: Snapshot, text: String) -> Result<Recorded> {
-        let step = format!("cannot read the record of snapshot '{}'", handle.name());
+    /// Of a snapshot of this name, its XML.
+    pub fn parse(name: String, text: String) -> Result<SnapshotDef> {
+        let step = format!("cannot read the record of snapshot '{name}'");
         let document = xml::parse(&text, "domainsnapshot", &xml::RECORDED)
             .map_err(|error| Error::new(error.code, format!("{step}: {}", error.message)))?;
         let root = document.root_element();
@@ -154,8 +147,8 @@ impl Recorded {
         let snapshot_disks =
             |element| xml::child(root, element).map(snapshot_disks).unwrap_or_default();
         let images = |element| xml::child(root, element).map(domain::disks).unwrap_or_default();
-        Ok(Recorded {
-            name: handle.name(),
+        Ok(SnapshotDef {
+            name,
             parent: xml::child(root, "parent").and_then(|parent| xml::text(parent, "name")),
             state: xml::text(root, "state").unwrap_or_default(),
             memory: memory.and_then(|memory| memory.attribute("file")).map(str::to_owned),
@@ -164,7 +157,6 @@ impl Recorded {
             images: images("domain"),
             inactive_images: images("inactiveDomain"),
             notes: xml::child(root, "domain").map(Notes::read).unwrap_or_default(),
-            handle,
             on_volumes: false,
             xml: text.clone(),
         })
@@ -179,6 +171,13 @@ impl Recorded {
     pub fn external(&self) -> impl Iterator<Item = (&SnapshotDisk, Option<&DiskImage>)> {
         let external = self.disks.iter().filter(|disk| disk.location == "external");
         external.map(|disk| (disk, self.images.iter().find(|image| image.target == disk.target)))
+    }
+
+    /// Whether it is one of memory in a file and disks on overlays.
+    pub fn is_ours(&self) -> bool {
+        self.memory.is_some()
+            && matches!(self.state.as_str(), "running" | "paused")
+            && !self.is_internal()
     }
 
     /// Whether something of it is inside of images.

@@ -1,0 +1,67 @@
+//! Snapshots of a domain of a stock libvirt that are our affair too: where its own revert and
+//! delete are lacking, or do harm.
+
+use super::connector::{LibvirtConnector, check_connection};
+use super::managed_domain::{Answer, ManagedDomain};
+use super::snapshot_def::SnapshotDef;
+use crate::error::Result;
+use crate::libvirt::{Domain, Snapshot, xml};
+
+/// A snapshot of memory in a file and disks on overlays, whose files can be reached from here.
+#[derive(Debug)]
+pub struct ManagedSnapshot {
+    /// Its domain.
+    pub domain: ManagedDomain,
+    /// Its name.
+    pub name: String,
+    snapshot: Snapshot,
+    own_domain: Domain,
+    pub(super) connector: LibvirtConnector,
+}
+
+impl ManagedSnapshot {
+    /// None where the snapshot is libvirt's alone. No file is looked at.
+    pub fn of(snapshot: &Snapshot) -> Result<Option<ManagedSnapshot>> {
+        let own_domain = snapshot
+            .domain()
+            .map_err(|error| error.into_error("cannot find the domain of the snapshot"))?;
+        let connect = own_domain
+            .connect()
+            .map_err(|error| error.into_error("cannot find the connection of the snapshot"))?;
+        // On another machine the files are out of reach.
+        if check_connection(&connect).is_err() {
+            return Ok(None);
+        }
+        let connector = LibvirtConnector::open(own_domain.clone())?;
+        let domain = ManagedDomain::new(&connector);
+        let name = snapshot.name();
+        let read = {
+            let snapshot = snapshot.clone();
+            domain.ask(move |_| snapshot.xml(xml::SECURE))
+        };
+        let step = || format!("cannot read the record of snapshot '{name}'");
+        let text = read.map_err(|trouble| trouble.into_error(&step()))?;
+        if !SnapshotDef::parse(name.clone(), text)?.is_ours() {
+            return Ok(None);
+        }
+        let snapshot = snapshot.clone();
+        Ok(Some(ManagedSnapshot { domain, name, snapshot, own_domain, connector }))
+    }
+
+    /// The domain, as the caller has it.
+    pub fn callers_domain(&self) -> &Domain {
+        &self.own_domain
+    }
+
+    /// libvirt's own revert.
+    pub fn revert_by_libvirt(&self, flags: u32) -> Answer<()> {
+        let snapshot = self.snapshot.clone();
+        self.domain.run(move |_| snapshot.revert(flags))
+    }
+
+    /// libvirt's own delete.
+    pub fn delete_by_libvirt(&self, flags: u32) -> Answer<()> {
+        let snapshot = self.snapshot.clone();
+        self.domain.run(move |_| snapshot.delete(flags))
+    }
+}
