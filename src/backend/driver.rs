@@ -14,12 +14,12 @@ use serde_json::json;
 use super::exclusive::Exclusive;
 use super::guest::{Catalog, Connector, Guest, Liveness, Reserved, check_version};
 use super::qmp::{
-    Channel, MonitorGuest, Overlay, Recovery, SUPPORTED_FLAGS, Switch, delete, hold_qemu, switch,
+    Channel, MonitorGuest, Overlay, Recovery, SUPPORTED_FLAGS, Switch, hold_qemu, switch,
 };
 use crate::deadline::Deadline;
 use crate::error::{Code, Error, Result, fail};
 use crate::model::domain::Domain;
-use crate::model::flags::{CreateFlags, DeleteFlags};
+use crate::model::flags::CreateFlags;
 use crate::model::{Record, Store, check_name, generated_names};
 use crate::monitor::json::{Json, parse};
 use crate::monitor::{Command, Event, Execute, Failure, Monitor, Peer, read_reply};
@@ -201,19 +201,6 @@ impl Connector for DriverConnector {
         }
         driver.take_events();
         Ok(Box::new(MonitorGuest::new(channel, Some(domain), self.store.as_ref(), exclusive)))
-    }
-
-    fn delete(&self, name: &str, flags: DeleteFlags) -> Result<()> {
-        match &self.store {
-            Some(store) => delete(self, store, name, flags),
-            None if flags == DeleteFlags::METADATA_ONLY => self.forget(name),
-            None => fail!(
-                OperationUnsupported,
-                "a snapshot that the driver has recorded itself is deleted with just \
-                 VIR_DOMAIN_SNAPSHOT_DELETE_METADATA_ONLY here: its files are the driver's to \
-                 merge and remove"
-            ),
-        }
     }
 }
 

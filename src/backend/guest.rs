@@ -8,7 +8,8 @@ use serde_json::Value;
 
 use crate::deadline::Deadline;
 use crate::error::{Result, fail};
-use crate::model::flags::{CreateFlags, DeleteFlags};
+use crate::libvirt::Snapshot;
+use crate::model::flags::CreateFlags;
 use crate::model::{DiskPlan, Drive, Record, Reservation, Store};
 use crate::monitor::Execute;
 use crate::monitor::commands::Status;
@@ -46,8 +47,10 @@ pub trait Connector: Send + Sync {
     /// Takes the guest for one operation. Another's operation on it is `OperationInvalid`.
     fn begin(&self) -> Result<Box<dyn Guest + '_>>;
 
-    /// Deletes a snapshot, its files included unless the flags say otherwise.
-    fn delete(&self, name: &str, flags: DeleteFlags) -> Result<()>;
+    /// libvirt's object of a snapshot, where libvirt has the snapshots' definitions.
+    fn managed(&self, _name: &str) -> Result<Option<Snapshot>> {
+        Ok(None)
+    }
 }
 
 /// The metadata of a guest's snapshots.

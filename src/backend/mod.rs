@@ -6,11 +6,11 @@
 
 mod busy;
 pub mod driver;
-mod exclusive;
+pub mod exclusive;
 mod guest;
-mod images;
+pub mod images;
 pub mod libvirt;
-mod locks;
+pub mod locks;
 mod open_images;
 pub mod overlay_file;
 mod progress;

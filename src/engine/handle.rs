@@ -5,10 +5,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::clock::{Observer, Stats};
+use super::delete;
 use super::job::{Job, Returns};
-use super::load;
 use super::operation::{Opened, Operation, Taken};
-use super::revert::{RevertPlan, prepare_revert_hooked};
+use super::revert::load;
+use super::revert::prepare::{RevertPlan, prepare_revert_hooked};
 use super::storage::{StorageCall, StorageHook};
 use crate::backend::driver::Driver;
 use crate::backend::{Catalog, Connector, DriverConnector, LibvirtConnector, QmpConnector};
@@ -128,7 +129,7 @@ impl Handle {
     /// Deletes a snapshot, with its files unless the flags say otherwise.
     pub fn delete(&self, name: &str, flags: DeleteFlags) -> Result<()> {
         let left = self.left_to_storage(name, flags)?;
-        self.opened.connector.delete(name, flags)?;
+        delete::delete(&*self.opened.connector, name, flags)?;
         // Last: until then the deletion can fail, and be done again.
         if let Some((storage, call)) = left {
             storage.undo(&call);

@@ -5,18 +5,21 @@
 
 mod clock;
 mod create;
+mod delete;
 mod durable;
 mod event;
 mod handle;
 mod job;
-mod load;
+mod managed;
 mod nvram;
 mod operation;
 mod options;
 mod revert;
 mod storage;
+mod users;
 mod watchdog;
 
+pub use crate::backend::libvirt::ManagedSnapshot;
 pub use crate::cancel::Cancel;
 pub use crate::migration::Flow;
 pub use crate::migration::early_start::EarlyStart;
@@ -24,5 +27,6 @@ pub use clock::{By, Observer, Phase, Stats};
 pub use event::{Event, What};
 pub use handle::Handle;
 pub use job::{Info, Job, Returns};
-pub use revert::{RevertDisk, RevertPlan, prepare_revert, prepare_revert_hooked};
+pub use managed::{Operation, delete_managed, hold_unless_it_is_a_step, revert_managed};
+pub use revert::prepare::{RevertDisk, RevertPlan, prepare_revert, prepare_revert_hooked};
 pub use storage::{Answer, StorageCall, StorageHook};

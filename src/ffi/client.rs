@@ -7,9 +7,9 @@ use std::sync::Arc;
 use super::header::instantsnap_guest;
 use super::last_error;
 use super::native::GUESTS;
-use crate::backend::{LibvirtConnector, libvirt as guest};
+use crate::backend::LibvirtConnector;
 use crate::boundary::{boundary, caught};
-use crate::engine::Handle;
+use crate::engine::{self, Handle};
 use crate::error::{Error, Result, fail};
 use crate::libvirt::table::{self, virDomain, virDomainSnapshot};
 use crate::libvirt::{self, Domain, Snapshot, VirError};
@@ -100,7 +100,7 @@ fn pass_through(
 pub fn revert(snapshot: Option<&virDomainSnapshot>, bits: c_uint) -> Result<c_int> {
     attempt(|table| {
         let flags = RevertFlags::parse(bits)?;
-        guest::revert(&share_snapshot(table, snapshot)?, flags).map(|()| 0)
+        engine::revert_managed(&share_snapshot(table, snapshot)?, flags).map(|()| 0)
     })
 }
 
@@ -108,7 +108,7 @@ pub fn revert(snapshot: Option<&virDomainSnapshot>, bits: c_uint) -> Result<c_in
 pub fn delete(snapshot: Option<&virDomainSnapshot>, bits: c_uint) -> Result<c_int> {
     attempt(|table| {
         let flags = DeleteFlags::parse(bits)?;
-        guest::delete(&share_snapshot(table, snapshot)?, flags).map(|()| 0)
+        engine::delete_managed(&share_snapshot(table, snapshot)?, flags).map(|()| 0)
     })
 }
 

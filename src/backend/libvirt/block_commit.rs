@@ -32,7 +32,7 @@ pub struct BlockCommit {
 
 /// A merge that failed.
 #[derive(Debug)]
-pub struct Failure {
+pub struct MergeFailure {
     /// Why.
     pub error: Error,
     /// It may have changed something.
@@ -51,8 +51,8 @@ enum Look {
 
 impl BlockCommit {
     /// Merges them. `step` says what for.
-    pub fn run(&self, caller: &mut Caller, step: &str) -> Result<(), Failure> {
-        let begun = |error| Failure { error, begun: true };
+    pub fn run(&self, caller: &mut Caller, step: &str) -> Result<(), MergeFailure> {
+        let begun = |error| MergeFailure { error, begun: true };
         self.start(caller, step)?;
         let mut progress = Progress::new(STALLED);
         let mut pivoting = false;
@@ -87,7 +87,7 @@ impl BlockCommit {
         Ok(())
     }
 
-    fn start(&self, caller: &mut Caller, step: &str) -> Result<(), Failure> {
+    fn start(&self, caller: &mut Caller, step: &str) -> Result<(), MergeFailure> {
         let active = if self.active { block::COMMIT_ACTIVE } else { 0 };
         let flags = active | if self.shallow { block::COMMIT_SHALLOW } else { 0 };
         let BlockCommit { target, base, top, .. } = self.clone();
@@ -97,7 +97,7 @@ impl BlockCommit {
         started.map_err(|trouble| {
             // What was not answered may have been done.
             let begun = !matches!(trouble, Trouble::Refused(_));
-            Failure { error: trouble.into_error(step), begun }
+            MergeFailure { error: trouble.into_error(step), begun }
         })
     }
 

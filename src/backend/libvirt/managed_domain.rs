@@ -4,6 +4,7 @@
 use std::sync::Mutex;
 use std::time::Duration;
 
+use super::block_commit::{BlockCommit, MergeFailure};
 use super::call::{Again, Caller, Trouble};
 use super::connector::LibvirtConnector;
 use crate::deadline::Deadline;
@@ -62,11 +63,6 @@ impl ManagedDomain {
     /// Its UUID.
     pub fn uuid(&self) -> &str {
         &self.uuid
-    }
-
-    /// What merges its images.
-    pub(super) fn caller(&self) -> &Mutex<Caller> {
-        &self.caller
     }
 
     /// libvirt's version.
@@ -188,6 +184,11 @@ impl ManagedDomain {
                 message: format!("no domain snapshot with matching name '{name}'"),
             }),
         })
+    }
+
+    /// Merges images that its QEMU has open. `step` says what for.
+    pub fn merge(&self, commit: &BlockCommit, step: &str) -> std::result::Result<(), MergeFailure> {
+        commit.run(&mut lock(&self.caller), step)
     }
 
     /// Ends its QEMU. That can take as long as libvirt's hooks take.

@@ -4,6 +4,7 @@
 use super::connector::{LibvirtConnector, check_connection};
 use super::managed_domain::{Answer, ManagedDomain};
 use super::snapshot_def::SnapshotDef;
+use crate::backend::exclusive::{Exclusive, Holder};
 use crate::error::Result;
 use crate::libvirt::{Domain, Snapshot, xml};
 
@@ -16,7 +17,7 @@ pub struct ManagedSnapshot {
     pub name: String,
     snapshot: Snapshot,
     own_domain: Domain,
-    pub(super) connector: LibvirtConnector,
+    connector: LibvirtConnector,
 }
 
 impl ManagedSnapshot {
@@ -46,6 +47,21 @@ impl ManagedSnapshot {
         }
         let snapshot = snapshot.clone();
         Ok(Some(ManagedSnapshot { domain, name, snapshot, own_domain, connector }))
+    }
+
+    /// Holds the domain for one operation.
+    pub fn hold(&self) -> Result<Exclusive> {
+        self.connector.hold()
+    }
+
+    /// The same, unless it is held already.
+    pub fn try_hold(&self) -> Result<std::result::Result<Exclusive, Holder>> {
+        Exclusive::try_take(self.connector.held_name())
+    }
+
+    /// What messages call the domain.
+    pub fn whose(&self) -> String {
+        self.connector.whose()
     }
 
     /// The domain, as the caller has it.

@@ -8,20 +8,16 @@
 mod block_commit;
 mod call;
 mod connector;
-mod delete;
 mod drives;
+pub mod forget;
 mod lease;
 mod managed_domain;
 mod managed_snapshot;
-mod operations;
-mod others;
 mod overlays;
-mod prune;
 mod recovery;
-mod renew;
-mod revert;
-mod snapshot_def;
-mod volumes;
+pub mod snapshot_def;
+mod snapshot_tree;
+pub mod volumes;
 mod xml;
 
 use std::os::fd::BorrowedFd;
@@ -30,13 +26,15 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use serde_json::json;
 
-use self::call::{Again, Caller, Trouble};
+pub use self::block_commit::{BlockCommit, MergeFailure};
+pub use self::call::Trouble;
+use self::call::{Again, Caller};
 pub use self::connector::LibvirtConnector;
 use self::connector::Way;
-use self::managed_domain::ManagedDomain;
+pub use self::managed_domain::{ManagedDomain, OtherDomain};
 pub use self::managed_snapshot::ManagedSnapshot;
-pub use self::operations::{Operation, delete, revert};
 use self::overlays::Overlays;
+pub use self::snapshot_tree::SnapshotTree;
 use super::exclusive::Exclusive;
 use super::guest::{
     Catalog, Connector, DEFAULT_TIMEOUT, Description, Guest, Liveness, MEASURED, RecoveryChannel,
@@ -48,7 +46,7 @@ use super::{busy, open_images, shared_memory};
 use crate::deadline::Deadline;
 use crate::error::{Code, Error, Result, fail};
 use crate::libvirt::{self, Domain, Snapshot, State};
-use crate::model::flags::{self, CreateFlags, DeleteFlags};
+use crate::model::flags::{self, CreateFlags};
 use crate::model::{self, DiskPlan, Drive, Record, Role, Store, check_name, snapshot_writer};
 use crate::monitor::commands::{self, Status};
 use crate::monitor::json::{Json, parse};
@@ -183,8 +181,8 @@ impl Connector for LibvirtConnector {
         Ok(Box::new(guest))
     }
 
-    fn delete(&self, name: &str, flags: DeleteFlags) -> Result<()> {
-        delete(&self.find(name)?, flags)
+    fn managed(&self, name: &str) -> Result<Option<Snapshot>> {
+        self.find(name).map(Some)
     }
 }
 
@@ -208,7 +206,7 @@ impl Catalog for LibvirtConnector {
     }
 
     fn forget(&self, name: &str) -> Result<()> {
-        self.find(name).and_then(|_| delete::forget(&ManagedDomain::new(self), name))
+        self.find(name).and_then(|_| forget::forget(&ManagedDomain::new(self), name))
     }
 }
 
@@ -719,7 +717,7 @@ impl Guest for LibvirtGuest<'_> {
         let Some(Registered { snapshot, .. }) = self.registered.take() else { return Ok(()) };
         let name = snapshot.name();
         let domain = ManagedDomain::called_by(self.connector, self.caller.another());
-        delete::forget(&domain, &name).map_err(|error| {
+        forget::forget(&domain, &name).map_err(|error| {
             let message = format!("cannot forget snapshot '{name}': {}", error.message);
             Error::of_libvirt(error.number(), message)
         })

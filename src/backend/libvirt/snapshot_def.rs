@@ -9,27 +9,15 @@ use std::ops::Range;
 
 use roxmltree::Node;
 
-use super::managed_domain::ManagedDomain;
 use super::volumes::{self, Volume};
 use crate::backend::images::{self, Id, id};
-use crate::error::{Code, Error, Result, fail};
+use crate::error::{Error, Result, fail};
 pub use crate::model::domain::Disk as DiskImage;
 use crate::model::domain::{self, Source, Storage};
 use crate::model::snapshot_writer::{excluded_disk, external_disk};
 use crate::model::{self, Notes, xml};
 
-/// All snapshots of a domain.
-#[derive(Debug)]
-pub struct Tree {
-    /// Parents first.
-    pub snapshots: Vec<SnapshotDef>,
-    /// The name of the current one.
-    pub current: Option<String>,
-    /// The volumes that their disks are on.
-    pub volumes: Vec<Volume>,
-}
-
-/// One of them.
+/// A snapshot of a domain.
 #[derive(Debug)]
 pub struct SnapshotDef {
     /// Its name.
@@ -77,53 +65,6 @@ pub struct Replaced {
     pub by: Storage,
     /// That image's format.
     pub format: String,
-}
-
-impl Tree {
-    /// Reads all definitions.
-    pub fn read(domain: &ManagedDomain) -> Result<Tree> {
-        let texts = domain.snapshots();
-        let texts =
-            texts.map_err(|trouble| trouble.into_error("cannot read the domain's snapshots"))?;
-        let parse = |(name, text)| SnapshotDef::parse(name, text);
-        let snapshots = texts.all.into_iter().map(parse).collect::<Result<Vec<_>>>()?;
-        let volumes = volumes::of_records(snapshots.iter().map(SnapshotDef::xml))?;
-        let named = snapshots.into_iter().map(|snapshot| snapshot.with_paths(&volumes));
-        let snapshots = named.collect::<Result<Vec<_>>>()?;
-        Ok(Tree { snapshots, current: texts.current, volumes })
-    }
-
-    /// The snapshot of this name.
-    pub fn get(&self, name: &str) -> Result<&SnapshotDef> {
-        self.snapshots.iter().find(|snapshot| snapshot.name == name).ok_or_else(|| {
-            Error::new(
-                Code::NoDomainSnapshot,
-                format!("no domain snapshot with matching name '{name}'"),
-            )
-        })
-    }
-
-    /// Whether it is the current one.
-    pub fn is_current(&self, snapshot: &SnapshotDef) -> bool {
-        self.current.as_ref() == Some(&snapshot.name)
-    }
-
-    /// Its children.
-    pub fn children(&self, name: &str) -> impl Iterator<Item = &SnapshotDef> {
-        self.snapshots.iter().filter(move |snapshot| snapshot.parent.as_deref() == Some(name))
-    }
-
-    /// The names of all that come after it, parents first.
-    pub fn descendants<'a>(&'a self, name: &'a str) -> Vec<&'a str> {
-        let mut found = vec![name];
-        // A child comes after its parent.
-        for snapshot in &self.snapshots {
-            if snapshot.parent.as_deref().is_some_and(|parent| found.contains(&parent)) {
-                found.push(&snapshot.name);
-            }
-        }
-        found.split_off(1)
-    }
 }
 
 impl SnapshotDef {

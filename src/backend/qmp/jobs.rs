@@ -14,9 +14,11 @@ pub const NODE_PREFIX: &str = "instantsnap-";
 /// How far an overlay has been merged into the image below. Once it is, that one is the newer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Merge {
+    /// Not at all.
     Not,
     /// QEMU was told to complete it, and has not said yet that it has.
     Completing,
+    /// It has.
     Done,
 }
 

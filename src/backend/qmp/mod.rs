@@ -3,9 +3,8 @@
 //! The library is the driver here: it keeps the metadata, creates the overlays and switches the
 //! disks by QMP.
 
-mod delete;
-mod drives;
-mod jobs;
+pub mod drives;
+pub mod jobs;
 mod monitored;
 mod overlays;
 mod process;
@@ -15,7 +14,6 @@ use std::time::Duration;
 
 use serde_json::json;
 
-pub(super) use self::delete::delete;
 pub(super) use self::monitored::{Channel, MonitorGuest, Recovery};
 pub use self::overlays::Switch;
 pub(super) use self::overlays::{Overlay, switch};
@@ -26,7 +24,7 @@ use crate::deadline::Deadline;
 use crate::error::{Code, Result};
 use crate::model::Store;
 use crate::model::domain::Domain;
-use crate::model::flags::{self, CreateFlags, DeleteFlags};
+use crate::model::flags::{self, CreateFlags};
 use crate::monitor::json::Json;
 use crate::monitor::{Command, Event, Execute, Failure, Monitor};
 
@@ -96,10 +94,6 @@ impl Connector for QmpConnector {
         check_version(monitor.version)?;
         let channel = Socket { path: &self.socket, monitor };
         Ok(Box::new(MonitorGuest::new(channel, self.domain.clone(), Some(&self.store), exclusive)))
-    }
-
-    fn delete(&self, name: &str, flags: DeleteFlags) -> Result<()> {
-        delete(self, &self.store, name, flags)
     }
 }
 

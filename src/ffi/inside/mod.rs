@@ -28,9 +28,9 @@ use self::settings::Settings;
 use self::slots::Slot;
 use self::turns::Turn;
 use super::client::{attempt, share_domain, share_snapshot, take, tell};
-use crate::backend::libvirt::{ManagedSnapshot, Operation};
 use crate::backend::{DEFAULT_TIMEOUT, LibvirtConnector};
 use crate::boundary::{boundary, caught};
+use crate::engine::{ManagedSnapshot, Operation, hold_unless_it_is_a_step};
 use crate::error::{Error, Result, fail};
 use crate::libvirt::daemon::{self, Daemon, Priority, Unlocked, log};
 use crate::libvirt::table::{self, virDomain, virDomainSnapshot};
@@ -154,7 +154,7 @@ fn on_snapshot(
         };
         let _itself = daemon.itself();
         let _turn = Turn::wait(managed.domain.uuid(), DEFAULT_TIMEOUT)?;
-        match managed.hold_unless_it_is_a_step(ours)? {
+        match hold_unless_it_is_a_step(managed, ours)? {
             Some(held) => held.run(ours).map(|()| true),
             // A client that has the library too: this is a step of what it does.
             None => Ok(false),

@@ -6,8 +6,8 @@
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
-use instantsnap::backend::{LibvirtConnector, libvirt};
-use instantsnap::engine::{Observer, Phase};
+use instantsnap::backend::LibvirtConnector;
+use instantsnap::engine::{self, Observer, Phase};
 use instantsnap::error::{Code, Error};
 use instantsnap::libvirt::{Connect, Domain, Snapshot};
 use instantsnap::model::flags::{DeleteFlags, RevertFlags};
@@ -128,7 +128,7 @@ impl OpenedDomain {
         if self.plain.is_some() {
             Ok(snapshot.revert(flags)?)
         } else {
-            libvirt::revert(&snapshot, RevertFlags::parse(flags)?)
+            engine::revert_managed(&snapshot, RevertFlags::parse(flags)?)
         }
     }
 
@@ -138,7 +138,7 @@ impl OpenedDomain {
         if self.plain.is_some() {
             Ok(snapshot.delete(flags)?)
         } else {
-            libvirt::delete(&snapshot, DeleteFlags::parse(flags)?)
+            engine::delete_managed(&snapshot, DeleteFlags::parse(flags)?)
         }
     }
 

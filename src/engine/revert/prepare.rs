@@ -5,9 +5,9 @@ use std::path::{Path, PathBuf};
 
 use tempfile::{NamedTempFile, TempPath};
 
-use super::nvram::copy;
-use super::storage::{StorageCall, StorageHook};
 use crate::backend::{overlay_file, revert_file};
+use crate::engine::nvram::copy;
+use crate::engine::storage::{StorageCall, StorageHook};
 use crate::error::{Error, Result, fail};
 use crate::image::Image;
 use crate::model::nvram::Found;

@@ -3,11 +3,10 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::call::Trouble;
-use super::managed_domain::{ManagedDomain, OtherDomain};
-use super::snapshot_def::{DiskImage, domain_images};
-use super::volumes::{self, Volume};
 use crate::backend::images::{self, Id, id};
+use crate::backend::libvirt::snapshot_def::{DiskImage, domain_images};
+use crate::backend::libvirt::volumes::{self, Volume};
+use crate::backend::libvirt::{ManagedDomain, OtherDomain, Trouble};
 use crate::backend::locks;
 use crate::error::Result;
 

@@ -22,14 +22,12 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use serde_json::Value;
 use tempfile::{NamedTempFile, TempPath};
 
-use super::call::Trouble;
-use super::managed_domain::ManagedDomain;
-use super::managed_snapshot::ManagedSnapshot;
-use super::others::Users;
-use super::snapshot_def::{DiskImage, SnapshotDef, Tree, domain_images, noted};
 use crate::backend::images::{self, Graph, Id, id};
+use crate::backend::libvirt::snapshot_def::{DiskImage, SnapshotDef, domain_images, noted};
+use crate::backend::libvirt::{ManagedDomain, ManagedSnapshot, SnapshotTree, Trouble};
 use crate::backend::{locks, overlay_file, revert_file};
 use crate::deadline::Deadline;
+use crate::engine::users::Users;
 use crate::error::{Code, Error, Result, fail};
 use crate::image::{Image, is_other_machine};
 use crate::libvirt::{restore, undefine, xml};
@@ -47,7 +45,7 @@ const KEEPS_TPM: (u64, u64, u64) = (8, 9, 0);
 /// Reverts a domain that is held.
 pub fn run(snapshot: &ManagedSnapshot, flags: RevertFlags) -> Result<()> {
     let domain = &snapshot.domain;
-    let tree = Tree::read(domain)?;
+    let tree = SnapshotTree::read(domain)?;
     let target = tree.get(&snapshot.name)?;
     let version = domain.version()?;
     let users = Users::look(domain, &tree.volumes)?;
@@ -73,7 +71,7 @@ pub fn is_libvirts(snapshot: &ManagedSnapshot) -> Result<bool> {
     if domain.version()? < STOCK_REVERTS {
         return Ok(false);
     }
-    let tree = Tree::read(domain)?;
+    let tree = SnapshotTree::read(domain)?;
     let disks =
         disks_of(domain).map_err(|trouble| trouble.into_error("cannot look at the domain"))?;
     let users = Users::look(domain, &tree.volumes)?;
@@ -90,7 +88,12 @@ pub fn is_libvirts(snapshot: &ManagedSnapshot) -> Result<bool> {
 /// * it removes the overlays that the current snapshot names, also those that another snapshot
 ///   needs, or another guest, and those of disks that the domain does not have any more; of block
 ///   devices it does not know how.
-fn stock_can(tree: &Tree, target: &SnapshotDef, disks: &[DiskImage], users: &Users) -> bool {
+fn stock_can(
+    tree: &SnapshotTree,
+    target: &SnapshotDef,
+    disks: &[DiskImage],
+    users: &Users,
+) -> bool {
     let on_files = target.external().all(|(_, image)| {
         let file = image.and_then(|image| image.file.as_deref());
         file.is_some_and(|file| Path::new(file).is_file())
@@ -153,7 +156,7 @@ fn wait_for_free_names(target: &SnapshotDef) {
 }
 
 /// The images that snapshots are on, with all below.
-fn needed_by_snapshots(tree: &Tree) -> Result<BTreeSet<Id>> {
+fn needed_by_snapshots(tree: &SnapshotTree) -> Result<BTreeSet<Id>> {
     let mut graph = Graph::default();
     let mut tops = Vec::new();
     for image in tree.snapshots.iter().flat_map(SnapshotDef::images) {
@@ -168,7 +171,7 @@ fn needed_by_snapshots(tree: &Tree) -> Result<BTreeSet<Id>> {
 struct Revert<'a> {
     domain: &'a ManagedDomain,
     version: (u64, u64, u64),
-    tree: &'a Tree,
+    tree: &'a SnapshotTree,
     target: &'a SnapshotDef,
     flags: RevertFlags,
     users: &'a Users,

@@ -353,7 +353,7 @@ mod tests {
             self.current = Some(name);
         }
 
-        /// As [`super::super::revert`] does it.
+        /// As [`super::super::super::revert`] does it.
         fn revert(&mut self, place: usize) {
             let mut to = self.taken[place].clone();
             let mut left = std::mem::take(&mut self.attached);
@@ -468,7 +468,7 @@ mod tests {
             found
         }
 
-        /// As [`super::super::delete`] does it; whether it was done.
+        /// As [`super::super::managed`] does it; whether it was done.
         fn delete(&mut self, doomed: &[usize]) -> bool {
             let world = self.world(doomed);
             let plan = match world.plan() {

@@ -4,9 +4,9 @@
 
 use std::collections::BTreeSet;
 
-use super::managed_domain::ManagedDomain;
-use super::snapshot_def::{SnapshotDef, Tree, noted};
 use crate::backend::images::{self, Id, id};
+use crate::backend::libvirt::snapshot_def::{SnapshotDef, noted};
+use crate::backend::libvirt::{ManagedDomain, SnapshotTree};
 use crate::error::Result;
 use crate::model::{Frozen, Notes};
 
@@ -22,7 +22,7 @@ impl Renewal {
     /// leaves none that are wrong.
     pub fn begin(
         domain: &ManagedDomain,
-        tree: &Tree,
+        tree: &SnapshotTree,
         kept: &[&SnapshotDef],
         touched: &BTreeSet<Id>,
     ) -> Result<Renewal> {
@@ -47,7 +47,7 @@ impl Renewal {
     /// Notes down how these images are now. `former`: see [`Notes::former`]; `None` leaves that as
     /// it is.
     pub fn end(&self, domain: &ManagedDomain, former: Option<&BTreeSet<Id>>) -> Result<()> {
-        let tree = Tree::read(domain)?;
+        let tree = SnapshotTree::read(domain)?;
         for (name, disks) in &self.0 {
             let Ok(snapshot) = tree.get(name) else { continue };
             let mut notes = snapshot.notes.clone();
@@ -93,7 +93,7 @@ fn unchanged(frozen: &[(String, Frozen)], touched: &BTreeSet<Id>) -> BTreeSet<St
 
 fn redefine(
     domain: &ManagedDomain,
-    tree: &Tree,
+    tree: &SnapshotTree,
     snapshot: &SnapshotDef,
     notes: &Notes,
 ) -> Result<()> {

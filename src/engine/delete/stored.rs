@@ -17,12 +17,11 @@ use std::path::Path;
 
 use serde_json::json;
 
-use super::drives;
-use super::jobs::NODE_PREFIX;
-use super::jobs::{self, Merge, Until};
-use crate::backend::guest::{Connector, DEFAULT_TIMEOUT, Guest};
 use crate::backend::images::{self, Id, id};
 use crate::backend::locks;
+use crate::backend::qmp::drives;
+use crate::backend::qmp::jobs::{self, Merge, NODE_PREFIX, Until};
+use crate::backend::{Connector, DEFAULT_TIMEOUT, Guest};
 use crate::deadline::Deadline;
 use crate::error::{Error, Result, fail};
 use crate::image::{deleting, is_another};

@@ -2,7 +2,7 @@
 //!
 //! libvirt 9.9 and later can delete one that has at most one child and is in the chains that the
 //! domain is on; what it can, it does ([`stock_can`]). The rest is done here, as
-//! [`prune`](super::prune) plans it.
+//! [`plan`](super::plan) plans it.
 //!
 //! Nothing is touched while another QEMU has an image open that would be changed or removed, or
 //! another domain of the connection stands on it.
@@ -16,19 +16,17 @@
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
-use super::block_commit::{BlockCommit, Failure};
-use super::call::Trouble;
-use super::managed_domain::ManagedDomain;
-use super::managed_snapshot::ManagedSnapshot;
-use super::others::Users;
-use super::prune::{self, Merge, Obstacle, Plan, Switched, World};
+use super::plan::{self, Merge, Obstacle, Plan, Switched, World};
 use super::renew::Renewal;
-use super::snapshot_def::{
-    DiskImage, Replaced, SnapshotDef, SnapshotDisk, Tree, domain_images, domain_with_replaced,
-    noted,
-};
-use super::volumes;
 use crate::backend::images::{self, Graph, Id, Image, id};
+use crate::backend::libvirt::forget::{by_libvirt, forget_alone};
+use crate::backend::libvirt::snapshot_def::{
+    DiskImage, Replaced, SnapshotDef, SnapshotDisk, domain_images, domain_with_replaced, noted,
+};
+use crate::backend::libvirt::{
+    BlockCommit, ManagedDomain, ManagedSnapshot, MergeFailure, SnapshotTree, Trouble, volumes,
+};
+use crate::engine::users::Users;
 use crate::error::{Code, Error, Result, fail};
 use crate::image::{deleting, is_another};
 use crate::libvirt::xml;
@@ -43,7 +41,7 @@ const STOCK_DELETES: (u64, u64, u64) = (9, 9, 0);
 /// Deletes a snapshot of a domain that is held.
 pub fn run(snapshot: &ManagedSnapshot, flags: DeleteFlags) -> Result<()> {
     let domain = &snapshot.domain;
-    let tree = Tree::read(domain)?;
+    let tree = SnapshotTree::read(domain)?;
     let target = tree.get(&snapshot.name)?;
     if flags.is_metadata_only() {
         return forget_alone(domain, &tree, target, flags);
@@ -64,55 +62,15 @@ pub fn run(snapshot: &ManagedSnapshot, flags: DeleteFlags) -> Result<()> {
     Delete::prepare(domain, version, &tree, target, flags)?.run(&users)
 }
 
-/// libvirt's own error as it is; ours with what was tried.
-fn by_libvirt(trouble: Trouble, name: &str) -> Error {
-    match trouble {
-        Trouble::Refused(error) => error.into(),
-        trouble => trouble.into_error(&format!("cannot delete snapshot '{name}'")),
-    }
-}
-
 /// Whether libvirt does it as well, or better.
 pub fn is_libvirts(snapshot: &ManagedSnapshot, flags: DeleteFlags) -> Result<bool> {
     if flags.is_metadata_only() {
         return Ok(true);
     }
     let domain = &snapshot.domain;
-    let tree = Tree::read(domain)?;
+    let tree = SnapshotTree::read(domain)?;
     let target = tree.get(&snapshot.name)?;
     Ok(flags == DeleteFlags::NONE && stock_can(domain, domain.version()?, &tree, target)?)
-}
-
-/// Has libvirt forget the snapshot of this name, if there is one.
-pub fn forget(domain: &ManagedDomain, name: &str) -> Result<()> {
-    let tree = Tree::read(domain)?;
-    match tree.get(name) {
-        Ok(snapshot) => forget_alone(domain, &tree, snapshot, DeleteFlags::METADATA_ONLY),
-        Err(_) => Ok(()),
-    }
-}
-
-/// Has libvirt forget a snapshot, and nothing else: it would put the children on the snapshot's
-/// images, as if theirs had been merged into them (see [`SnapshotDef::without_overlays`]).
-fn forget_alone(
-    domain: &ManagedDomain,
-    tree: &Tree,
-    target: &SnapshotDef,
-    flags: DeleteFlags,
-) -> Result<()> {
-    let forget = || domain.forget(&target.name, flags.bits());
-    if flags != DeleteFlags::METADATA_ONLY || tree.children(&target.name).next().is_none() {
-        return forget().map_err(|trouble| by_libvirt(trouble, &target.name));
-    }
-    let step = format!("cannot change the record of snapshot '{}' to delete it", target.name);
-    let redefine = |xml: &str| domain.redefine(xml, tree.is_current(target));
-    redefine(&target.without_overlays()?).map_err(|trouble| trouble.into_error(&step))?;
-    forget().map_err(|trouble| {
-        if let Trouble::Refused(_) = trouble {
-            let _ = redefine(target.xml());
-        }
-        by_libvirt(trouble, &target.name)
-    })
 }
 
 /// Whether libvirt's own delete, where it has one, works: on a running domain that is on the
@@ -121,7 +79,7 @@ fn forget_alone(
 fn stock_can(
     domain: &ManagedDomain,
     version: (u64, u64, u64),
-    tree: &Tree,
+    tree: &SnapshotTree,
     target: &SnapshotDef,
 ) -> Result<bool> {
     if version < STOCK_DELETES {
@@ -200,7 +158,7 @@ fn check_unused(users: &Users, target: &str, touched: &BTreeSet<Id>) -> Result<(
 struct Delete<'a> {
     domain: &'a ManagedDomain,
     version: (u64, u64, u64),
-    tree: &'a Tree,
+    tree: &'a SnapshotTree,
     /// What goes, children first.
     doomed: Vec<&'a SnapshotDef>,
     kept: Vec<&'a SnapshotDef>,
@@ -220,7 +178,7 @@ impl<'a> Delete<'a> {
     fn prepare(
         domain: &'a ManagedDomain,
         version: (u64, u64, u64),
-        tree: &'a Tree,
+        tree: &'a SnapshotTree,
         target: &'a SnapshotDef,
         flags: DeleteFlags,
     ) -> Result<Delete<'a>> {
@@ -588,7 +546,7 @@ impl<'a> Delete<'a> {
         Ok(replaced)
     }
 
-    fn merge(&self, graph: &Graph, merge: &Merge) -> std::result::Result<(), Failure> {
+    fn merge(&self, graph: &Graph, merge: &Merge) -> std::result::Result<(), MergeFailure> {
         let (base, top) = (&merge.base, merge.overlays.last().expect("at least one"));
         let (base_image, top_image) =
             (graph.get(base).expect("of the graph"), graph.get(top).expect("of the graph"));
@@ -599,7 +557,7 @@ impl<'a> Delete<'a> {
                 "the image '{}' has its data in another file: it cannot be merged",
                 image.display()
             );
-            return Err(Failure {
+            return Err(MergeFailure {
                 error: Error::new(Code::OperationUnsupported, message),
                 begun: false,
             });
@@ -610,7 +568,7 @@ impl<'a> Delete<'a> {
             Some(disk) => self.merge_live(disk, merge, base_image)?,
             None => {
                 images::commit(top_image, &base_image.path)
-                    .map_err(|error| Failure { error, begun: true })?;
+                    .map_err(|error| MergeFailure { error, begun: true })?;
             }
         }
         // QEMU has done it for the images that it has open.
@@ -620,7 +578,7 @@ impl<'a> Delete<'a> {
         for overlay in graph.overlays(top).filter(|overlay| !open(overlay)) {
             let overlay = graph.get(overlay).expect("of the graph");
             images::rebase(overlay, &base_image.path, &base_image.format)
-                .map_err(|error| Failure { error, begun: true })?;
+                .map_err(|error| MergeFailure { error, begun: true })?;
         }
         Ok(())
     }
@@ -631,7 +589,7 @@ impl<'a> Delete<'a> {
         disk: &DiskImage,
         merge: &Merge,
         base_image: &Image,
-    ) -> std::result::Result<(), Failure> {
+    ) -> std::result::Result<(), MergeFailure> {
         let (base, top) = (&merge.base, merge.overlays.last().expect("at least one"));
         let called = |image: &Id| disk.layers().into_iter().find(|layer| id(layer) == *image);
         let step = format!(
@@ -653,7 +611,7 @@ impl<'a> Delete<'a> {
                      delete the snapshot then",
                     base.display()
                 );
-                return Err(Failure {
+                return Err(MergeFailure {
                     error: Error::new(Code::OperationUnsupported, message),
                     begun: false,
                 });
@@ -667,7 +625,7 @@ impl<'a> Delete<'a> {
             active: disk.file.as_deref().map(id).as_ref() == Some(top),
             shallow,
         };
-        commit.run(&mut sys::lock(self.domain.caller()), &step)
+        self.domain.merge(&commit, &step)
     }
 
     /// Puts the snapshots that stay on the images that have the content of theirs.
@@ -751,7 +709,7 @@ impl<'a> Delete<'a> {
         if self.version < STOCK_DELETES || self.tree.current.is_none() {
             return Ok(());
         }
-        let tree = Tree::read(self.domain)?;
+        let tree = SnapshotTree::read(self.domain)?;
         let leaf = tree.snapshots.iter().rev().find(|snapshot| snapshot.is_ours());
         let (None, Some(leaf)) = (&tree.current, leaf) else { return Ok(()) };
         let disks =
@@ -799,12 +757,12 @@ impl<'a> Delete<'a> {
 }
 
 /// A snapshot as a plan sees it.
-fn known(recorded: &SnapshotDef) -> prune::Snapshot {
+fn known(recorded: &SnapshotDef) -> plan::Snapshot {
     let file = |image: &DiskImage| image.file.as_deref().map(id);
     let switched = recorded
         .external()
         .map(|(disk, image)| Switched { target: disk.target.clone(), image: image.and_then(file) });
-    prune::Snapshot {
+    plan::Snapshot {
         switched: switched.collect(),
         images: recorded.images().filter_map(file).collect(),
         overlays: recorded

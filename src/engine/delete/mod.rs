@@ -1,0 +1,30 @@
+//! Deleting snapshots: a [`plan`] of what becomes of their images, then the steps.
+//!
+//! The steps depend on who has the snapshots' definitions: a stock libvirt ([`managed`]), or we, in
+//! a state directory ([`stored`]).
+
+pub mod managed;
+mod plan;
+mod renew;
+mod stored;
+
+use crate::backend::Connector;
+use crate::error::{Result, fail};
+use crate::model::flags::DeleteFlags;
+
+/// Deletes a snapshot, its files included unless the flags say otherwise.
+pub fn delete(connector: &dyn Connector, name: &str, flags: DeleteFlags) -> Result<()> {
+    if let Some(snapshot) = connector.managed(name)? {
+        return super::managed::delete_managed(&snapshot, flags);
+    }
+    match connector.store() {
+        Some(store) => stored::delete(connector, store, name, flags),
+        None if flags == DeleteFlags::METADATA_ONLY => connector.catalog().forget(name),
+        None => fail!(
+            OperationUnsupported,
+            "a snapshot that the driver has recorded itself is deleted with just \
+             VIR_DOMAIN_SNAPSHOT_DELETE_METADATA_ONLY here: its files are the driver's to merge \
+             and remove"
+        ),
+    }
+}

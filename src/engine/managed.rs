@@ -1,0 +1,80 @@
+//! A revert or a delete of a snapshot whose definition a stock libvirt has: its domain is held for
+//! as long as that takes.
+
+use super::delete::managed as delete;
+use super::revert::managed as revert;
+use crate::backend::exclusive::{Exclusive, Holder, busy};
+use crate::backend::libvirt::ManagedSnapshot;
+use crate::error::Result;
+use crate::libvirt::Snapshot;
+use crate::libvirt::daemon::{Step, step};
+use crate::model::flags::{DeleteFlags, RevertFlags};
+
+/// A snapshot whose domain is held for one operation.
+#[derive(Debug)]
+pub struct Held {
+    snapshot: ManagedSnapshot,
+    _exclusive: Exclusive,
+    _step: Step,
+}
+
+/// What is done with a snapshot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Operation {
+    /// `qemuSnapshotRevert`.
+    Revert(RevertFlags),
+    /// `qemuSnapshotDelete`.
+    Delete(DeleteFlags),
+}
+
+/// `qemuSnapshotRevert` of a client of stock libvirt.
+pub fn revert_managed(snapshot: &Snapshot, flags: RevertFlags) -> Result<()> {
+    match ManagedSnapshot::of(snapshot)? {
+        Some(snapshot) => hold(snapshot)?.run(Operation::Revert(flags)),
+        None => Ok(snapshot.revert(flags.bits())?),
+    }
+}
+
+/// `qemuSnapshotDelete` of a client of stock libvirt.
+pub fn delete_managed(snapshot: &Snapshot, flags: DeleteFlags) -> Result<()> {
+    match ManagedSnapshot::of(snapshot)? {
+        Some(snapshot) => hold(snapshot)?.run(Operation::Delete(flags)),
+        None => Ok(snapshot.delete(flags.bits())?),
+    }
+}
+
+/// Holds the domain. Another's operation on it is `OperationInvalid`.
+fn hold(snapshot: ManagedSnapshot) -> Result<Held> {
+    let exclusive = snapshot.hold()?;
+    Ok(Held { snapshot, _exclusive: exclusive, _step: step() })
+}
+
+/// The same; None where another process holds it, and this can be a step of what that does: what
+/// libvirt does without harm.
+pub fn hold_unless_it_is_a_step(
+    snapshot: ManagedSnapshot,
+    operation: Operation,
+) -> Result<Option<Held>> {
+    match snapshot.try_hold()? {
+        Ok(exclusive) => Ok(Some(Held { snapshot, _exclusive: exclusive, _step: step() })),
+        Err(Holder::Another) if is_libvirts(&snapshot, operation)? => Ok(None),
+        Err(_) => Err(busy(&snapshot.whose())),
+    }
+}
+
+fn is_libvirts(snapshot: &ManagedSnapshot, operation: Operation) -> Result<bool> {
+    match operation {
+        Operation::Revert(_) => revert::is_libvirts(snapshot),
+        Operation::Delete(flags) => delete::is_libvirts(snapshot, flags),
+    }
+}
+
+impl Held {
+    /// Does it: by libvirt where that works and does no harm.
+    pub fn run(&self, operation: Operation) -> Result<()> {
+        match operation {
+            Operation::Revert(flags) => revert::run(&self.snapshot, flags),
+            Operation::Delete(flags) => delete::run(&self.snapshot, flags),
+        }
+    }
+}
