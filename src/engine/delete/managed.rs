@@ -16,7 +16,7 @@
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
-use super::plan::{self, Merge, Obstacle, Plan, Switched, World};
+use super::plan::{self, Merge, Obstacle, Plan, Situation, Switched};
 use super::renew::Renewal;
 use crate::backend::images::{self, Graph, Id, Image, id};
 use crate::backend::libvirt::forget::{by_libvirt, forget_alone};
@@ -216,11 +216,11 @@ impl<'a> Delete<'a> {
     }
 
     fn run(&self, users: &Users) -> Result<()> {
-        let world = self.world()?;
-        self.check_images_are_known(&world)?;
-        let plan = world.plan().map_err(|obstacle| self.refusal(&obstacle))?;
-        self.check(&plan, &world.graph)?;
-        check_unused(users, self.name(), &plan.touched(&world.graph))?;
+        let situation = self.situation()?;
+        self.check_images_are_known(&situation)?;
+        let plan = situation.plan().map_err(|obstacle| self.refusal(&obstacle))?;
+        self.check(&plan, &situation.graph)?;
+        check_unused(users, self.name(), &plan.touched(&situation.graph))?;
         // Until the records of its children are safe from libvirt, a snapshot that goes must not be
         // reverted to.
         let disarmed = if plan.merges.is_empty() && self.kept_children().next().is_none() {
@@ -228,10 +228,10 @@ impl<'a> Delete<'a> {
         } else {
             self.disarm()?
         };
-        let touched = plan.touched(&world.graph);
+        let touched = plan.touched(&situation.graph);
         let renewal = Renewal::begin(self.domain, self.tree, &self.kept, &touched)
             .inspect_err(|_| arm(&disarmed))?;
-        let merged = self.merge_all(&world.graph, &plan, &disarmed);
+        let merged = self.merge_all(&situation.graph, &plan, &disarmed);
         let replaced = match merged {
             Ok(replaced) => replaced,
             Err(error) => {
@@ -273,10 +273,10 @@ impl<'a> Delete<'a> {
     }
 
     /// What is known, for a plan.
-    fn world(&self) -> Result<World> {
+    fn situation(&self) -> Result<Situation> {
         let [live, config] = self.tops.clone();
         let memory = self.memory_files();
-        Ok(World {
+        Ok(Situation {
             graph: self.graph()?,
             doomed: self.doomed.iter().copied().map(known).collect(),
             kept: self.kept.iter().copied().map(known).collect(),
@@ -299,14 +299,14 @@ impl<'a> Delete<'a> {
     /// would not be merged, and nobody be told.
     fn check_is_on(
         &self,
-        world: &World,
+        situation: &Situation,
         doomed: &SnapshotDef,
         (disk, overlay): (&str, &str),
         image: &str,
     ) -> Result<()> {
         let overlay_id = id(overlay);
         if images::is_of_server(image)
-            && !world.graph.chain(&overlay_id).any(|below| *below == id(image))
+            && !situation.graph.chain(&overlay_id).any(|below| *below == id(image))
         {
             fail!(
                 OperationUnsupported,
@@ -321,10 +321,11 @@ impl<'a> Delete<'a> {
         Ok(())
     }
 
-    fn check_images_are_known(&self, world: &World) -> Result<()> {
-        let tops: Vec<&Id> = world.live.iter().chain(&world.config).map(|(_, top)| top).collect();
-        let pinned = world.kept.iter().flat_map(|kept| &kept.images);
-        let used = world.graph.with_all_below(tops.iter().copied().chain(pinned));
+    fn check_images_are_known(&self, situation: &Situation) -> Result<()> {
+        let tops: Vec<&Id> =
+            situation.live.iter().chain(&situation.config).map(|(_, top)| top).collect();
+        let pinned = situation.kept.iter().flat_map(|kept| &kept.images);
+        let used = situation.graph.with_all_below(tops.iter().copied().chain(pinned));
         for doomed in &self.doomed {
             for (disk, image) in doomed.external() {
                 let Some(overlay) =
@@ -334,7 +335,7 @@ impl<'a> Delete<'a> {
                 };
                 let Some(image) = image else { continue };
                 if let Some(file) = image.file.as_deref() {
-                    self.check_is_on(world, doomed, (&disk.target, overlay), file)?;
+                    self.check_is_on(situation, doomed, (&disk.target, overlay), file)?;
                     continue;
                 }
                 let what_to_do = match tops.contains(&&id(overlay)) {

@@ -45,7 +45,7 @@ pub struct Snapshot {
 
 /// All that is known.
 #[derive(Debug, Default)]
-pub struct World {
+pub struct Situation {
     pub graph: Graph,
     /// What goes.
     pub doomed: Vec<Snapshot>,
@@ -74,7 +74,7 @@ pub struct Plan {
     pub merges: Vec<Merge>,
     /// Files that nobody needs when it is done.
     pub removed: BTreeSet<Id>,
-    /// [`World::former`] afterwards.
+    /// [`Situation::former`] afterwards.
     pub former: BTreeSet<Id>,
 }
 
@@ -88,7 +88,7 @@ pub enum Obstacle {
     Detached { target: String, image: Id },
 }
 
-impl World {
+impl Situation {
     /// Which images become one, and which go.
     pub fn plan(&self) -> Result<Plan, Obstacle> {
         let graph = &self.graph;
@@ -268,6 +268,7 @@ mod tests {
     use std::collections::BTreeMap;
 
     use super::*;
+    use crate::engine::revert::plan::{self as revert, Left};
 
     /// Numbers that differ, always the same ones for a seed.
     struct Random(u64);
@@ -353,30 +354,51 @@ mod tests {
             self.current = Some(name);
         }
 
-        /// As [`super::super::super::revert`] does it.
+        /// As [`crate::engine::revert::managed`] does it, by its plan.
         fn revert(&mut self, place: usize) {
+            let before = std::mem::take(&mut self.attached);
+            let left = before.iter().map(|(target, image)| {
+                let below = self.files[image].backing.clone();
+                Left { target: target.clone(), image: image.clone(), below }
+            });
+            let frozen =
+                self.taken.iter().flat_map(|taken| &taken.disks).map(|(_, image, _)| image);
+            let frozen: BTreeSet<Id> = frozen.cloned().collect();
+            let overlays = self.taken.iter().flat_map(|taken| &taken.disks);
+            let mut situation = revert::Situation {
+                left: left.collect(),
+                snapshots: frozen.clone(),
+                frozen: &frozen | &self.former,
+                overlays: overlays.map(|(.., overlay)| overlay.clone()).collect(),
+                ..revert::Situation::default()
+            };
             let mut to = self.taken[place].clone();
-            let mut left = std::mem::take(&mut self.attached);
             for (target, image, overlay) in &mut to.disks {
                 to.left.push((target.clone(), overlay.clone()));
                 let number = self.next();
                 *overlay =
                     self.create(format!("/{target}.{}-{number:06}.revert", to.name), Some(image));
                 self.attached.push((target.clone(), overlay.clone()));
+                situation.restored.push((target.clone(), image.clone()));
+                situation.fresh.insert(overlay.clone());
             }
+            to.left.retain(|(_, overlay)| self.files.contains_key(overlay));
             self.taken[place] = to.clone();
-            // What it brings back, the domain had then: a disk that was put in since is taken out.
-            left.retain(|(target, top)| {
-                let again = to.disks.iter().find(|(disk, ..)| disk == target);
-                let below: Vec<Id> =
-                    again.map(|(_, image, _)| self.chain(image)).unwrap_or_default();
-                !self.chain(top).iter().any(|layer| below.contains(layer))
-            });
-            for (target, top) in left {
-                let content = self.content(&top);
-                self.detached.push((target, top, content));
+            for (image, file) in &self.files {
+                situation.graph.insert(image, file.backing.as_ref());
             }
-            self.remove_garbage();
+            // What it brings back, the domain had then: a disk that was put in since is taken out.
+            for (target, top) in before {
+                let again = to.disks.iter().find(|(disk, ..)| *disk == target);
+                let below = again.map(|(_, image, _)| self.chain(image)).unwrap_or_default();
+                if !self.chain(&top).iter().any(|layer| below.contains(layer)) {
+                    let content = self.content(&top);
+                    self.detached.push((target, top, content));
+                }
+            }
+            for overlay in situation.unneeded() {
+                self.files.remove(overlay);
+            }
             self.current = Some(to.name);
         }
 
@@ -384,32 +406,7 @@ mod tests {
             std::iter::successors(Some(top.clone()), |id| self.files[id].backing.clone()).collect()
         }
 
-        /// What a revert leaves.
-        fn remove_garbage(&mut self) {
-            let taken = self
-                .taken
-                .iter()
-                .flat_map(|taken| taken.disks.iter().map(|(_, image, _)| image.clone()));
-            let tops = self.attached.iter().map(|(_, top)| top.clone());
-            let detached = self.detached.iter().map(|(_, top, _)| top.clone());
-            let needed: BTreeSet<Id> =
-                taken.chain(tops).chain(detached).flat_map(|top| self.chain(&top)).collect();
-            let named = self.taken.iter().flat_map(|taken| {
-                let left = taken.left.iter().map(|(_, left)| left.clone());
-                taken.disks.iter().map(|(.., overlay)| overlay.clone()).chain(left)
-            });
-            let named: Vec<Id> = named.collect();
-            let frozen =
-                self.taken.iter().flat_map(|taken| taken.disks.iter().map(|(_, image, _)| image));
-            let frozen: BTreeSet<Id> = frozen.chain(&self.former).cloned().collect();
-            let is_ours = |id: &Id, file: &File| {
-                let on_frozen = file.backing.as_ref().is_some_and(|below| frozen.contains(below));
-                named.contains(id) || revert_file::is_called_so(id) || on_frozen
-            };
-            self.files.retain(|id, file| needed.contains(id) || !is_ours(id, file));
-        }
-
-        fn world(&self, doomed: &[usize]) -> World {
+        fn situation(&self, doomed: &[usize]) -> Situation {
             let snapshot = |taken: &Taken| Snapshot {
                 switched: taken
                     .disks
@@ -447,7 +444,7 @@ mod tests {
                     self.taken.iter().filter(move |taken| doomed.contains(&taken.name) == doom);
                 taken.map(snapshot).collect()
             };
-            World {
+            Situation {
                 graph,
                 doomed: part(true),
                 kept: part(false),
@@ -468,10 +465,10 @@ mod tests {
             found
         }
 
-        /// As [`super::super::managed`] does it; whether it was done.
+        /// As [`crate::engine::delete::managed`] does it; whether it was done.
         fn delete(&mut self, doomed: &[usize]) -> bool {
-            let world = self.world(doomed);
-            let plan = match world.plan() {
+            let situation = self.situation(doomed);
+            let plan = match situation.plan() {
                 Ok(plan) => plan,
                 Err(obstacle) => {
                     assert!(!self.detached.is_empty(), "{obstacle:?} {self:#?}");
@@ -484,7 +481,7 @@ mod tests {
                     let data = self.files[overlay].data.clone();
                     self.files.get_mut(&merge.base).unwrap().data.extend(data);
                 }
-                for upper in world.graph.overlays(top) {
+                for upper in situation.graph.overlays(top) {
                     self.files.get_mut(upper).unwrap().backing = Some(merge.base.clone());
                 }
                 let moved = |id: &mut Id| {
@@ -563,10 +560,17 @@ mod tests {
                     }
                     7..=9 if !domain.taken.is_empty() => {
                         let name = domain.taken[random.below(domain.taken.len())].name;
-                        let mut doomed = if random.below(2) == 0 {
-                            vec![name]
-                        } else {
-                            domain.descendants(name)
+                        let mut doomed = match random.below(4) {
+                            0 => vec![name],
+                            1 => domain.descendants(name),
+                            // The children alone.
+                            2 => domain.descendants(name).split_off(1),
+                            _ => domain
+                                .taken
+                                .iter()
+                                .map(|taken| taken.name)
+                                .filter(|_| random.below(2) == 0)
+                                .collect(),
                         };
                         doomed.reverse();
                         domain.delete(&doomed);

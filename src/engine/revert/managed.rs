@@ -22,6 +22,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use serde_json::Value;
 use tempfile::{NamedTempFile, TempPath};
 
+use super::plan::{Left, Situation};
 use crate::backend::images::{self, Graph, Id, id};
 use crate::backend::libvirt::snapshot_def::{DiskImage, SnapshotDef, domain_images, noted};
 use crate::backend::libvirt::{ManagedDomain, ManagedSnapshot, SnapshotTree, Trouble};
@@ -541,73 +542,59 @@ impl Revert<'_> {
         self.domain.undefine(undefine::KEEP_NVRAM | tpm)
     }
 
-    /// Removes the overlays that the domain was on, where that is safe: those of disks that were
-    /// brought back, and that nothing else needs. They are garbage at worst, so nothing of it is an
-    /// error.
+    /// Removes the overlays that the domain was on, where that is safe ([`super::plan`]). They are garbage
+    /// at worst, so nothing of it is an error.
     fn remove_left(&self, left: &[DiskImage], fresh: &[PathBuf]) {
-        let Ok(mut needed) = needed_by_snapshots(self.tree) else { return };
-        needed.extend(fresh.iter().map(|path| id(&path.to_string_lossy())));
-        let recorded: BTreeSet<Id> = self
-            .tree
-            .snapshots
-            .iter()
-            .flat_map(SnapshotDef::overlays)
-            .map(|(overlay, _)| id(overlay))
-            .collect();
-        for disk in left {
-            let Some(overlay) = disk.file.as_deref().map(id) else { continue };
-            let ours = recorded.contains(&overlay)
-                || revert_file::is_called_so(&overlay)
-                || self.stands_on_frozen(disk);
-            let unused =
-                || self.users.other_domain_on(&overlay).is_none() && !locks::is_in_use(&overlay);
-            if ours && !needed.contains(&overlay) && self.was_brought_back(disk) && unused() {
-                let _ = images::remove(&overlay);
+        let Ok(situation) = self.situation(left, fresh) else { return };
+        for overlay in situation.unneeded() {
+            if self.users.other_domain_on(overlay).is_none() && !locks::is_in_use(overlay) {
+                let _ = images::remove(overlay);
             }
         }
     }
 
-    /// Images that snapshots froze, deleted ones included.
-    fn frozen(&self) -> BTreeSet<Id> {
-        let images = self
-            .tree
-            .snapshots
-            .iter()
-            .flat_map(SnapshotDef::external)
-            .filter_map(|(_, image)| image?.file.as_deref());
-        let former = self
-            .tree
-            .snapshots
-            .iter()
-            .flat_map(|snapshot| &snapshot.notes.former)
-            .map(String::as_str);
-        images.chain(former).map(id).collect()
-    }
-
-    fn stands_on_frozen(&self, disk: &DiskImage) -> bool {
-        let below = disk.file.as_deref().and_then(|file| images::below(file, &disk.format));
-        below.is_some_and(|(below, _)| self.frozen().contains(&id(&below)))
-    }
-
-    /// Whether the domain has the disk again, as it was at the snapshot: what is above is left
-    /// behind.
-    fn was_brought_back(&self, left: &DiskImage) -> bool {
-        let again = self
-            .target
-            .external()
-            .find(|(disk, _)| disk.target == left.target)
-            .and_then(|(_, image)| image);
-        let (Some(again), Some(file)) = (again, left.file.as_deref()) else { return false };
-        let Some(image) = again.file.as_deref() else { return false };
-        let mut graph = Graph::default();
-        if graph.add(file, &left.format).is_err() || graph.add(image, &again.format).is_err() {
-            return false;
+    /// What is known, for a plan.
+    fn situation(&self, left: &[DiskImage], fresh: &[PathBuf]) -> Result<Situation> {
+        let mut situation = Situation {
+            fresh: fresh.iter().map(|path| id(&path.to_string_lossy())).collect(),
+            frozen: frozen(self.tree),
+            ..Situation::default()
+        };
+        for image in self.tree.snapshots.iter().flat_map(SnapshotDef::images) {
+            if let Some(file) = &image.file {
+                situation.graph.add(file, &image.format)?;
+                situation.snapshots.insert(id(file));
+            }
         }
-        let frozen = self.frozen();
-        let (left, image) = (id(file), id(image));
-        let lineage: BTreeSet<&Id> = graph.chain(&image).collect();
-        graph.chain(&left).any(|layer| lineage.contains(layer) && frozen.contains(layer))
+        let overlays = self.tree.snapshots.iter().flat_map(SnapshotDef::overlays);
+        situation.overlays = overlays.map(|(overlay, _)| id(overlay)).collect();
+        for (disk, image) in self.target.external() {
+            if let Some(file) = image.and_then(|image| image.file.as_deref()) {
+                situation.restored.push((disk.target.clone(), id(file)));
+            }
+        }
+        for disk in left {
+            let Some(file) = disk.file.as_deref() else { continue };
+            // What cannot be read stays.
+            if situation.graph.add(file, &disk.format).is_ok() {
+                let below = images::below(file, &disk.format).map(|(below, _)| id(&below));
+                situation.left.push(Left { target: disk.target.clone(), image: id(file), below });
+            }
+        }
+        Ok(situation)
     }
+}
+
+/// Images that snapshots froze, deleted ones included.
+fn frozen(tree: &SnapshotTree) -> BTreeSet<Id> {
+    let images = tree
+        .snapshots
+        .iter()
+        .flat_map(SnapshotDef::external)
+        .filter_map(|(_, image)| image?.file.as_deref());
+    let former =
+        tree.snapshots.iter().flat_map(|snapshot| &snapshot.notes.former).map(String::as_str);
+    images.chain(former).map(id).collect()
 }
 
 fn keep(overlays: Vec<Overlay>) -> Result<Vec<PathBuf>> {
