@@ -131,9 +131,11 @@ impl fmt::Display for Error {
 impl std::error::Error for Error {}
 
 /// `Err(Error)` of a code with a formatted message.
-macro_rules! fail {
+#[doc(hidden)]
+#[macro_export]
+macro_rules! __fail {
     ($code:ident, $($message:tt)+) => {
         return Err($crate::error::Error::new($crate::error::Code::$code, format!($($message)+)))
     };
 }
-pub(crate) use fail;
+pub use __fail as fail;

@@ -6,6 +6,7 @@
 //!
 //! ```text
 //! ffi       extern "C": convert, call, convert back
+//!  ├ client   what a caller has who knows libvirt's objects and errors
 //!  └ engine   the phases of a snapshot, their undo, jobs, bringing one back
 //!     ├ migration  QEMU's migration, used from outside: settings, stream, arming, early start
 //!     │  └ backend   who runs the guest: a stock libvirt, or the caller, with a QMP socket
@@ -14,6 +15,9 @@
 //!     ├ model    what is asked for and recorded: XML, disk plan, state directory
 //!     └ image    the memory image: header, and the threads that move QEMU's stream
 //! ```
+//!
+//! All below `ffi` is a crate of its own, `src/core.rs`, because `preload/` is made of it too: the
+//! library for LD_PRELOAD, which has all that is there only because a process was started with it.
 //!
 //! `boundary`, `pointers` and `symbols` are for the floors that meet C: what every function that C
 //! calls begins with, what C passes as types, and functions that are found at run time.
@@ -25,21 +29,9 @@
 
 #![warn(missing_docs)]
 
-pub mod backend;
-mod boundary;
-mod cancel;
-pub mod deadline;
-pub mod engine;
-pub mod error;
 pub mod ffi;
-pub mod image;
-pub mod libvirt;
-mod migration;
-pub mod model;
-pub mod monitor;
-mod own_file;
-pub mod pointers;
-mod symbols;
-mod sys;
-mod tool;
-mod uncancelled;
+
+pub use instantsnap_core::{
+    backend, boundary, client, deadline, engine, error, image, libvirt, model, monitor, pointers,
+    symbols, sys,
+};

@@ -1,7 +1,5 @@
 //! Functions of other libraries, found at run time. [`symbols!`] is the one way to declare a table
 //! of them.
-//!
-//! The library for LD_PRELOAD has this file too.
 
 use std::ffi::{CStr, c_int, c_void};
 
@@ -57,7 +55,9 @@ impl Library {
 /// `extern` block are: that the symbol, where there is one, is a function of this type; and of a
 /// `safe fn`, that no argument of these types can do harm. A `variadic fn` takes more arguments
 /// than are declared. Of `optional` ones the field is an `Option`.
-macro_rules! symbols {
+#[doc(hidden)]
+#[macro_export]
+macro_rules! __symbols {
     (
         $(#[$attribute:meta])* $visibility:vis struct $table:ident;
         unsafe extern "C" { $($safety:ident fn $name:ident($($argument:ty),* $(,)?) $(-> $result:ty)?;)* }
@@ -112,7 +112,9 @@ macro_rules! symbols {
 }
 
 /// The type of a function of [`symbols!`].
-macro_rules! function {
+#[doc(hidden)]
+#[macro_export]
+macro_rules! __function {
     (safe ($($argument:ty),*) $(-> $result:ty)?) => { extern "C" fn($($argument),*) $(-> $result)? };
     (variadic ($($argument:ty),*) $(-> $result:ty)?) => {
         unsafe extern "C" fn($($argument,)* ...) $(-> $result)?
@@ -120,4 +122,4 @@ macro_rules! function {
     (unsafe ($($argument:ty),*) $(-> $result:ty)?) => { unsafe extern "C" fn($($argument),*) $(-> $result)? };
 }
 
-pub(crate) use {function, symbols};
+pub use {__function as function, __symbols as symbols};

@@ -150,6 +150,17 @@ macro_rules! reference {
                 Ok($name { table, pointer })
             }
 
+            /// The same for what C has in its hands.
+            ///
+            /// # Safety
+            /// NULL, or an object of libvirt's with a reference, which is given up.
+            pub unsafe fn from_raw(
+                table: &'static Table,
+                pointer: *mut $raw,
+            ) -> VirResult<$name> {
+                $name::take(table, pointer)
+            }
+
             /// The object, for as long as this reference lives.
             pub fn as_ptr(&self) -> *mut $raw {
                 self.pointer.as_ptr()

@@ -18,8 +18,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::{failed, imports};
 use crate::boundary::boundary;
+use crate::client::{attempt, share_domain};
 use crate::error::{Code, Error, Result};
-use crate::ffi::client::{attempt, share_domain, tell};
+use crate::ffi::client::tell;
 use crate::ffi::driver;
 use crate::libvirt::daemon::{self, Daemon};
 use crate::libvirt::table::{self, virDomain, virDomainSnapshot};
@@ -177,7 +178,9 @@ fn say_why_it_is_off(why: &str) {
 /// What libvirt has returned is given up.
 fn not_instant(snapshot: *mut virDomainSnapshot) -> Error {
     let named = attempt(|table| {
-        Ok(Snapshot::take(table, snapshot).map_err(|error| error.into_error("snapshot"))?.name())
+        // SAFETY: libvirt has returned it, and nobody else has it.
+        let snapshot = unsafe { Snapshot::from_raw(table, snapshot) };
+        Ok(snapshot.map_err(|error| error.into_error("snapshot"))?.name())
     });
     let name = named.unwrap_or_else(|_| "without a name".to_owned());
     Error::new(

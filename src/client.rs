@@ -1,0 +1,120 @@
+//! What a caller has who knows libvirt's objects and errors: a client of a stock libvirt, or a
+//! client's call inside the daemon.
+//!
+//! Objects are libvirt's own, as pointers that C has passed; errors become libvirt's last error of
+//! the thread ([`tell`]).
+
+use std::sync::Arc;
+
+use crate::backend::LibvirtConnector;
+use crate::boundary::caught;
+use crate::engine::{self, Handle};
+use crate::error::{Error, Result, fail};
+use crate::libvirt::table::{self, virDomain, virDomainSnapshot};
+use crate::libvirt::{self, Domain, Snapshot};
+use crate::model::flags::{CreateFlags, DeleteFlags, RevertFlags};
+use crate::pointers::Text;
+
+/// Runs a body that needs libvirt. What libvirt has said on the way is no error of one that
+/// succeeds.
+pub fn attempt<T>(body: impl FnOnce(&'static table::Table) -> Result<T>) -> Result<T> {
+    let result = caught(|| body(table::table()?));
+    if let (Ok(_), Ok(table)) = (&result, table::table()) {
+        libvirt::reset_last_error(table);
+    }
+    result
+}
+
+/// Makes an error libvirt's last one of this thread.
+pub fn tell(error: &Error) {
+    if let Ok(table) = table::table()
+        && !libvirt::set_last(table, error)
+    {
+        // Better none there than another one.
+        libvirt::reset_last_error(table);
+    }
+}
+
+/// A reference to the caller's domain.
+pub fn share_domain(table: &'static table::Table, domain: Option<&virDomain>) -> Result<Domain> {
+    let Some(domain) = domain else { fail!(InvalidArg, "domain must not be NULL") };
+    Domain::share(table, domain).map_err(|error| error.into_error("domain"))
+}
+
+/// A reference to the caller's snapshot.
+pub fn share_snapshot(
+    table: &'static table::Table,
+    snapshot: Option<&virDomainSnapshot>,
+) -> Result<Snapshot> {
+    let Some(snapshot) = snapshot else { fail!(InvalidArg, "snapshot must not be NULL") };
+    Snapshot::share(table, snapshot).map_err(|error| error.into_error("snapshot"))
+}
+
+/// `qemuSnapshotCreateXML` of a client, with INSTANT.
+pub fn create(
+    domain: Option<&virDomain>,
+    xml: Text,
+    flags: CreateFlags,
+) -> Result<*mut virDomainSnapshot> {
+    attempt(|table| {
+        let (domain, xml) = (share_domain(table, domain)?, xml.required("xmlDesc")?);
+        let connector = LibvirtConnector::open(domain.clone())?;
+        Ok(take(&domain, connector, xml, flags)?.into_raw())
+    })
+}
+
+/// Takes a snapshot; libvirt's object of it.
+pub fn take(
+    domain: &Domain,
+    connector: LibvirtConnector,
+    xml: &str,
+    flags: CreateFlags,
+) -> Result<Snapshot> {
+    let connector = Arc::new(connector);
+    let name = Handle::open_libvirt(Arc::clone(&connector)).create(xml, Ok(flags), &mut ())?;
+    match connector.taken() {
+        Some(snapshot) => Ok(snapshot),
+        // Of memory alone, and not recorded: libvirt has had no part in it.
+        None => domain
+            .snapshot_object(&name)
+            .map_err(|error| error.into_error(&format!("snapshot '{name}' is complete, but"))),
+    }
+}
+
+/// `qemuSnapshotRevert` of a client.
+pub fn revert(snapshot: Option<&virDomainSnapshot>, flags: RevertFlags) -> Result<()> {
+    attempt(|table| engine::revert_managed(&share_snapshot(table, snapshot)?, flags))
+}
+
+/// `qemuSnapshotDelete` of a client.
+pub fn delete(snapshot: Option<&virDomainSnapshot>, flags: DeleteFlags) -> Result<()> {
+    attempt(|table| engine::delete_managed(&share_snapshot(table, snapshot)?, flags))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::Code;
+
+    #[test]
+    fn a_panic_is_an_error_and_what_it_unwinds_is_dropped() {
+        struct Held<'a>(&'a std::cell::Cell<bool>);
+        impl Drop for Held<'_> {
+            fn drop(&mut self) {
+                self.0.set(false);
+            }
+        }
+        if table::table().is_err() {
+            return;
+        }
+        let held = std::cell::Cell::new(true);
+        let result = attempt(|_| -> Result<()> {
+            let _held = Held(&held);
+            panic!("on purpose")
+        });
+        let error = result.unwrap_err();
+        assert_eq!(error.code, Code::InternalError);
+        assert!(error.message.contains("on purpose"), "{error}");
+        assert!(!held.get());
+    }
+}

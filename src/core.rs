@@ -1,0 +1,26 @@
+//! All of instantsnap but the C API: a crate of its own (`core/Cargo.toml`), because two libraries
+//! are made of it. `libinstantsnap.so` puts the C API on top, `libinstantsnap-preload.so` the
+//! functions of libvirt's that it stands before. It exports nothing to C by itself.
+//!
+//! `src/lib.rs` has the map.
+
+#![warn(missing_docs)]
+
+pub mod backend;
+pub mod boundary;
+mod cancel;
+pub mod client;
+pub mod deadline;
+pub mod engine;
+pub mod error;
+pub mod image;
+pub mod libvirt;
+mod migration;
+pub mod model;
+pub mod monitor;
+mod own_file;
+pub mod pointers;
+pub mod symbols;
+pub mod sys;
+mod tool;
+mod uncancelled;
