@@ -13,10 +13,8 @@ use syn::{PathArguments, ReturnType, Stmt, Token, Type, braced, parenthesized};
 
 use crate::abi;
 
-/// Where functions are declared that libvirt's headers have, or, for the library for LD_PRELOAD,
-/// ours.
-pub const DECLARING: [&str; 3] =
-    ["src/libvirt/table.rs", "preload/src/libvirt.rs", "preload/src/ours.rs"];
+/// Where functions are declared that libvirt's headers have.
+pub const DECLARING: [&str; 2] = ["src/libvirt/table.rs", "preload/src/libvirt.rs"];
 
 /// What a type in Rust is made of: names with the types that they stand for.
 type Names = BTreeMap<String, Type>;
@@ -29,7 +27,7 @@ type Function = (String, Vec<Type>, ReturnType);
 pub struct Prototypes {
     /// The functions that C calls.
     exported: Vec<Function>,
-    /// Functions that are found at run time: libvirt's, and for the library for LD_PRELOAD ours.
+    /// Functions of libvirt's, which are found at run time.
     of_others: Vec<Function>,
     /// The types of callbacks.
     callbacks: Vec<(String, Type)>,
@@ -243,9 +241,9 @@ fn base(name: &str) -> &str {
         "u32" => "uint32_t",
         "u64" => "uint64_t",
         "usize" => "size_t",
-        "virConnect" | "Connect" => "struct _virConnect",
-        "virDomain" | "Domain" => "struct _virDomain",
-        "virDomainSnapshot" | "Snapshot" => "struct _virDomainSnapshot",
+        "virConnect" => "struct _virConnect",
+        "virDomain" => "struct _virDomain",
+        "virDomainSnapshot" => "struct _virDomainSnapshot",
         other => other,
     }
 }

@@ -29,10 +29,9 @@
  *   with instantsnap_register_driver(). The library calls the driver back with `vm`, whatever the
  *   flags. The driver holds its lock at the call, and the library reports errors to it. See "The
  *   driver backend" in instantsnap.h. If no driver is registered, the call goes unchanged to the
- *   next definition of the symbol in the process; if there is none, it fails with
- *   VIR_ERR_OPERATION_UNSUPPORTED. There is one exception: in a stock libvirt daemon into which
- *   this library is preloaded, INSTANT works as it does for the daemon's clients, and so do revert
- *   and delete of a snapshot with its memory in a file: see docs/inside-the-daemon.md.
+ *   next definition of the symbol in the process, also with INSTANT; if there is none, it fails
+ *   with VIR_ERR_OPERATION_UNSUPPORTED. Inside a stock libvirt daemon instant snapshots are taken
+ *   by libinstantsnap-preload.so, not by this library: see docs/inside-the-daemon.md.
  *
  * A snapshot of one guest of instantsnap_open_qmp() can be passed together with another guest that
  * has the same state directory: a clone reverts to a snapshot of the original in this way.

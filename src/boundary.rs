@@ -1,8 +1,7 @@
 //! The boundary between C and Rust: the first line of every `extern "C"` function.
 //!
 //! [`boundary`] runs the body of such a function: the thread is not cancelled meanwhile, a panic
-//! becomes an error, and an error goes to the sink that the function names. The library for
-//! LD_PRELOAD has this file too.
+//! becomes an error, and an error goes to the sink that the function names.
 
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};

@@ -2,8 +2,7 @@
 //! of whoever made it: C, that calls a function of the header, or Rust, by the `unsafe` function
 //! that makes one. All else is safe.
 //!
-//! They are parameters of `extern "C"` functions themselves: each is a pointer to the ABI. The
-//! library for LD_PRELOAD has this file too.
+//! They are parameters of `extern "C"` functions themselves: each is a pointer to the ABI.
 
 use std::ffi::{CStr, CString, c_char};
 use std::marker::PhantomData;

@@ -105,14 +105,18 @@ mod tests {
 
     #[test]
     fn what_is_written_is_what_systemd_reads() {
-        let text = text("/a.so", "/opt/100%/libinstantsnap.so.0", true, Some(4));
-        assert!(text.contains("Environment=\"LD_PRELOAD=/a.so:/opt/100%%/libinstantsnap.so.0\"\n"));
+        let text = text("/a.so", "/opt/100%/libinstantsnap-preload.so", true, Some(4));
+        assert!(
+            text.contains(
+                "Environment=\"LD_PRELOAD=/a.so:/opt/100%%/libinstantsnap-preload.so\"\n"
+            )
+        );
         assert!(text.contains(
             "Environment=INSTANTSNAP_UPGRADE_LIVE=1\nEnvironment=INSTANTSNAP_MAX_SNAPSHOTS=4\n"
         ));
         assert_eq!(
             units::preload_of(&text).as_deref(),
-            Some("/a.so:/opt/100%/libinstantsnap.so.0")
+            Some("/a.so:/opt/100%/libinstantsnap-preload.so")
         );
     }
 }

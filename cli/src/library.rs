@@ -8,9 +8,39 @@ use std::path::{Path, PathBuf};
 use crate::Result;
 use crate::root::Root;
 
-const NAME: &str = "libinstantsnap.so.0";
+const NAME: &str = "libinstantsnap-preload.so";
+/// How the names begin of the library for programs, which was a daemon's too before [`NAME`] was.
+const FORMER: &str = "libinstantsnap.so";
 /// Before its version in the library, which has it for this.
-const MARK: &[u8] = b"instantsnap-library/";
+const MARK: &[u8] = b"instantsnap-preload/";
+/// Before its version in the former one, as long as that was for daemons.
+const FORMER_MARK: &[u8] = b"instantsnap-library/";
+
+/// Which of our libraries a path is, by its file's name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// The one for LD_PRELOAD.
+    Preload,
+    /// The one for programs, with which a daemon takes no instant snapshots.
+    Former,
+}
+
+impl Kind {
+    /// None where it is neither.
+    pub fn of(path: &str) -> Option<Kind> {
+        let name = path.rsplit('/').next()?;
+        // As it is installed, and as cargo has built it.
+        let is_preload = name.replace('_', "-").starts_with(NAME);
+        let is_former = name.starts_with(FORMER);
+        is_preload.then_some(Kind::Preload).or(is_former.then_some(Kind::Former))
+    }
+}
+
+/// What a list of preloaded libraries has of others.
+pub fn others(list: &str) -> String {
+    let libraries = list.split([':', ' ']).filter(|library| !library.is_empty());
+    libraries.filter(|library| Kind::of(library).is_none()).collect::<Vec<_>>().join(":")
+}
 
 /// The one beside this command's prefix, or where distributions have theirs, as that system sees
 /// it.
@@ -56,10 +86,15 @@ pub fn check(root: &Root, library: &Path) -> Result<()> {
     let mut bytes = Vec::new();
     let read = root.open_file(library).and_then(|mut file| file.read_to_end(&mut bytes));
     read.map_err(|error| format!("{shown}: {error}"))?;
-    if !is_ours(&bytes) {
-        return Err(format!("{shown} is not a libinstantsnap for this machine"));
+    if is_ours(&bytes) {
+        Ok(())
+    } else if is_former(&bytes) {
+        Err(format!(
+            "{shown} is the library for programs: a daemon takes {NAME}, which is installed with it"
+        ))
+    } else {
+        Err(format!("{shown} is not a {NAME} for this machine"))
     }
-    Ok(())
 }
 
 /// The file that a path leads to in the system below `root`. An error where others than root can
@@ -128,13 +163,24 @@ fn is_ours(bytes: &[u8]) -> bool {
     let is_elf = bytes.starts_with(b"\x7fELF")
         && bytes.get(4) == Some(&class)
         && bytes.get(16) == Some(&SHARED_OBJECT);
-    let contains = |name: &[u8]| bytes.windows(name.len()).any(|window| window == name);
-    is_elf && contains(b"\0qemuSnapshotCreateXML\0") && contains(MARK)
+    is_elf && contains(bytes, b"\0qemuSnapshotCreateXML\0") && contains(bytes, MARK)
+}
+
+/// The library for programs: it has the C API.
+fn is_former(bytes: &[u8]) -> bool {
+    contains(bytes, b"\0instantsnap_last_error\0")
+}
+
+fn contains(bytes: &[u8], part: &[u8]) -> bool {
+    bytes.windows(part.len()).any(|window| window == part)
 }
 
 /// Its version, as far as it has one.
 pub fn version(bytes: &[u8]) -> Option<String> {
-    let at = bytes.windows(MARK.len()).position(|window| window == MARK)? + MARK.len();
+    let after = |mark: &[u8]| {
+        bytes.windows(mark.len()).position(|window| window == mark).map(|at| at + mark.len())
+    };
+    let at = after(MARK).or_else(|| after(FORMER_MARK))?;
     let version: String = bytes[at..]
         .iter()
         .map(|byte| char::from(*byte))
@@ -149,8 +195,18 @@ mod tests {
 
     #[test]
     fn the_version_is_what_is_after_the_mark() {
-        assert_eq!(version(b"\0xinstantsnap-library/1.2.3-rc1\0y").as_deref(), Some("1.2.3-rc1"));
+        assert_eq!(version(b"\0xinstantsnap-preload/1.2.3-rc1\0y").as_deref(), Some("1.2.3-rc1"));
+        assert_eq!(version(b"\0xinstantsnap-library/0.0.9:").as_deref(), Some("0.0.9"));
         assert_eq!(version(b"nothing"), None);
+    }
+
+    #[test]
+    fn our_libraries_are_told_from_others() {
+        let all = "/l/libinstantsnap.so.0:/a.so /l/libinstantsnap-preload.so:/libinstant.so";
+        let kinds: Vec<_> = all.split([':', ' ']).map(Kind::of).collect();
+        assert_eq!(kinds, [Some(Kind::Former), None, Some(Kind::Preload), None]);
+        assert_eq!(Kind::of("/l/libinstantsnap_preload.so"), Some(Kind::Preload));
+        assert_eq!(others(all), "/a.so:/libinstant.so");
     }
 
     fn refused(path: &str) -> String {
@@ -168,8 +224,8 @@ mod tests {
     #[test]
     fn what_is_no_library_is_refused() {
         assert!(refused("/usr/bin").contains("is not a file"));
-        assert!(refused("/usr/bin/env").contains("is not a libinstantsnap"));
-        assert!(refused("/etc/passwd").contains("is not a libinstantsnap"));
+        assert!(refused("/usr/bin/env").contains("is not a libinstantsnap-preload.so"));
+        assert!(refused("/etc/passwd").contains("is not a libinstantsnap-preload.so"));
     }
 
     #[test]

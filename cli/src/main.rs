@@ -12,6 +12,8 @@ use std::process::{Command, ExitCode};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use dropin::DropIn;
+use library::Kind;
+use process::Mapped;
 use root::Root;
 
 /// Why something was not done, for who has asked for it.
@@ -34,7 +36,7 @@ enum Topic {
 
 #[derive(Subcommand)]
 enum Daemon {
-    /// Has systemd start the daemon with libinstantsnap.so in it
+    /// Has systemd start the daemon with libinstantsnap-preload.so in it
     Enable {
         #[command(flatten)]
         place: Place,
@@ -143,7 +145,10 @@ fn enable(
         return Err(why);
     }
     let drop_in = DropIn::of(&root, unit);
-    drop_in.write(&preload.others, &library, upgrade_live, max_snapshots)?;
+    // What an earlier version has written here is written anew; where something else preloads that
+    // version's library, ours takes its place.
+    let others = library::others(&preload.others);
+    drop_in.write(&others, &library, upgrade_live, max_snapshots)?;
     println!("{unit} will be started with {} ({})", library.display(), drop_in.path().display());
     take_effect(&root, unit, now)
 }
@@ -191,13 +196,26 @@ fn systemctl(words: &[&str]) -> Result<()> {
     }
 }
 
+/// Of a daemon that an earlier version has enabled.
+const FORMER: &str = "that is the library for programs, with which a daemon takes no instant snapshots any \
+                      more: run `instantsnap daemon enable`, and restart the daemon";
+
+/// Whether a list of preloaded libraries has one of ours of this kind.
+fn preloads(list: &str, kind: Kind) -> bool {
+    list.split([':', ' ']).any(|library| Kind::of(library) == Some(kind))
+}
+
 fn status(place: &Place, pid: Option<u32>) -> Result<ExitCode> {
     let (root, unit) = (place.open()?, place.unit.name());
     let drop_in = DropIn::of(&root, unit);
     let wanted = drop_in.library()?;
+    let is_former = wanted.as_ref().is_some_and(|list| !preloads(list, Kind::Preload));
     match &wanted {
         Some(library) => {
-            println!("{unit} is to be started with {library} ({})", drop_in.path().display())
+            println!("{unit} is to be started with {library} ({})", drop_in.path().display());
+            if is_former {
+                println!("{FORMER}");
+            }
         }
         None => println!(
             "{unit} is not to be started with libinstantsnap: there is no {}",
@@ -218,13 +236,17 @@ fn status(place: &Place, pid: Option<u32>) -> Result<ExitCode> {
     let mut all_have = !pids.is_empty();
     for pid in pids {
         match process::mapped(pid)? {
-            Some(library) => println!("process {pid} has {library}"),
+            Some(Mapped { kind: Kind::Preload, shown }) => println!("process {pid} has {shown}"),
+            Some(Mapped { kind: Kind::Former, shown }) => {
+                all_have = false;
+                println!("process {pid} has {shown}: {FORMER}");
+            }
             None => {
                 all_have = false;
                 println!("process {pid} does not have it: restart it");
             }
         }
     }
-    let will_have = wanted.is_some() && overridden.is_none();
+    let will_have = wanted.is_some() && !is_former && overridden.is_none();
     Ok(if will_have && all_have { ExitCode::SUCCESS } else { ExitCode::from(3) })
 }

@@ -4,6 +4,7 @@ use std::fs;
 use std::io::Read;
 use std::path::Path;
 
+use crate::library::Kind;
 use crate::root::Root;
 use crate::{Result, library};
 
@@ -19,12 +20,19 @@ pub fn called(name: &str) -> Vec<u32> {
     pids
 }
 
-/// The library that a process has, and its version; none where it has none.
-pub fn mapped(pid: u32) -> Result<Option<String>> {
+/// A library of ours that a process has.
+pub struct Mapped {
+    pub kind: Kind,
+    /// Its path, and its version.
+    pub shown: String,
+}
+
+/// The library that a process has; none where it has none.
+pub fn mapped(pid: u32) -> Result<Option<Mapped>> {
     let maps = fs::read_to_string(format!("/proc/{pid}/maps"))
         .map_err(|error| format!("cannot look into process {pid} (are you root?): {error}"))?;
-    let Some(path) = library_of(&maps) else { return Ok(None) };
-    Ok(Some(match path.strip_suffix(" (deleted)") {
+    let Some((kind, path)) = library_of(&maps) else { return Ok(None) };
+    let shown = match path.strip_suffix(" (deleted)") {
         Some(path) => format!("{path}, which was replaced since: restart it to have the new one"),
         None => {
             // As the process sees it.
@@ -35,15 +43,19 @@ pub fn mapped(pid: u32) -> Result<Option<String>> {
             let version = read.ok().and_then(|_| library::version(&bytes));
             format!("{path}, version {}", version.as_deref().unwrap_or("unknown"))
         }
-    }))
+    };
+    Ok(Some(Mapped { kind, shown }))
 }
 
-/// The library among all that is mapped.
-fn library_of(maps: &str) -> Option<&str> {
-    maps.lines().find_map(|line| {
-        let path = &line[line.find('/')?..];
-        path.rsplit_once('/')?.1.starts_with("libinstantsnap.so").then_some(path)
-    })
+/// The library among all that is mapped: the one for LD_PRELOAD, where both are.
+fn library_of(maps: &str) -> Option<(Kind, &str)> {
+    let ours = || {
+        maps.lines().filter_map(|line| {
+            let path = &line[line.find('/')?..];
+            Some((Kind::of(path)?, path))
+        })
+    };
+    ours().find(|(kind, _)| *kind == Kind::Preload).or_else(|| ours().next())
 }
 
 #[cfg(test)]
@@ -54,11 +66,13 @@ mod tests {
     fn the_library_is_told_from_others() {
         let line =
             |path: &str| format!("7f00-7f01 r-xp 00000000 fe:01 42                 {path}\n");
-        let others = line("/usr/lib/libinstantsnap-preload.so")
-            + &line("[heap]")
-            + &line("/usr/lib/libvirt.so.0");
+        let others =
+            line("/usr/lib/libinstant.so") + &line("[heap]") + &line("/usr/lib/libvirt.so.0");
         assert_eq!(library_of(&others), None);
-        let path = "/usr/lib/libinstantsnap.so.0.1.0 (deleted)";
-        assert_eq!(library_of(&(others + &line(path))), Some(path));
+        let former = "/usr/lib/libinstantsnap.so.0.1.0 (deleted)";
+        let maps = others + &line(former);
+        assert_eq!(library_of(&maps), Some((Kind::Former, former)));
+        let path = "/usr/lib/libinstantsnap-preload.so";
+        assert_eq!(library_of(&(maps + &line(path))), Some((Kind::Preload, path)));
     }
 }

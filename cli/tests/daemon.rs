@@ -9,7 +9,9 @@ use instantsnap_testkit::{Daemon, Mode};
 use tempfile::TempDir;
 
 /// Where the library is in a [`System`], as that sees it.
-const LIBRARY: &str = "/usr/local/lib/libinstantsnap.so.0";
+const LIBRARY: &str = "/usr/local/lib/libinstantsnap-preload.so";
+/// What an earlier version had a daemon preload.
+const FORMER: &str = "/usr/local/lib/libinstantsnap.so.0";
 
 /// Neither root's nor a daemon's.
 const SOMEBODY: u32 = 65534;
@@ -21,7 +23,11 @@ struct System {
 
 /// The library under test: cargo has put it where it has put this program.
 fn built() -> PathBuf {
-    let library = std::env::current_exe().unwrap().with_file_name("libinstantsnap.so");
+    built_as("libinstantsnap_preload.so")
+}
+
+fn built_as(name: &str) -> PathBuf {
+    let library = std::env::current_exe().unwrap().with_file_name(name);
     assert!(library.exists(), "{} is not there", library.display());
     library
 }
@@ -257,7 +263,7 @@ fn a_library_that_is_none_is_refused() {
     fails(&with("/bin/true"), "No such file");
     fails(&with(system.path(LIBRARY).to_str().unwrap()), "No such file");
     system.copy(Path::new("/bin/true"), "/bin/true");
-    fails(&with("/bin/true"), "is not a libinstantsnap");
+    fails(&with("/bin/true"), "is not a libinstantsnap-preload.so");
     fs::remove_file(system.path(LIBRARY)).unwrap();
     fails(&system.enable(&[]), "is not installed");
     assert!(!system.drop_in("libvirtd").exists());
@@ -283,13 +289,13 @@ fn neither_the_library_nor_a_directory_above_it_may_be_others() {
 #[test]
 fn no_directory_that_a_symbolic_link_leads_through_may_be_others() {
     let Some(system) = System::new() else { return };
-    // /usr/lib -> /opt/lib, /opt/lib/libinstantsnap.so.0 -> ../../srv/current/lib.so, /srv/current
+    // /usr/lib -> /opt/lib, /opt/lib/libinstantsnap-preload.so -> ../../srv/current/lib.so, /srv/current
     // -> 1
     system.copy(&built(), "/srv/1/lib.so");
     system.link("1", "/srv/current");
     system.link("/opt/lib", "/usr/lib");
-    system.link("../../srv/current/lib.so", "/opt/lib/libinstantsnap.so.0");
-    let library = "/usr/lib/libinstantsnap.so.0";
+    system.link("../../srv/current/lib.so", "/opt/lib/libinstantsnap-preload.so");
+    let library = "/usr/lib/libinstantsnap-preload.so";
     for path in ["/usr", "/opt", "/opt/lib", "/srv", "/srv/1", "/srv/1/lib.so"] {
         system.assert_must_be_roots(path, library);
     }
@@ -400,4 +406,35 @@ fn status_tells_a_daemon_that_has_the_library_from_one_that_has_not() {
     fs::rename(system.path("new"), &library).unwrap();
     assert!(ok(status(&with)).contains("was replaced since"));
     fails(&system.run(&["status", "--pid", "4294967295"]), "cannot look into process");
+}
+
+#[test]
+fn what_an_earlier_version_has_enabled_is_recognised_and_replaced() {
+    let Some(system) = System::new() else { return };
+    let former = system.path(FORMER);
+    system.copy(&built_as("libinstantsnap.so"), FORMER);
+    let written = format!("[Service]\nEnvironment=\"LD_PRELOAD=/usr/lib/own.so:{FORMER}\"\n");
+    let drop_in = "etc/systemd/system/libvirtd.service.d/instantsnap.conf";
+    system.write(drop_in, &written);
+    // And one that was written by hand.
+    let by_hand = "[Service]\nEnvironment=LD_PRELOAD=/usr/lib/own.so:/opt/libinstantsnap.so.0\n";
+    system.write("etc/systemd/system/libvirtd.service.d/a.conf", by_hand);
+
+    let daemon = Daemon::preloaded(Mode::Session, &[&former], &[]).unwrap();
+    let output = system.run(&["status", "--pid", &daemon.pid().to_string()]);
+    assert_eq!(output.status.code(), Some(3), "{output:?}");
+    let said = String::from_utf8(output.stdout).unwrap();
+    let what = "a daemon takes no instant snapshots any more: run `instantsnap daemon enable`";
+    assert_eq!(said.matches(what).count(), 2, "{said}");
+    assert!(said.contains(&format!("has {}", former.display())), "{said}");
+
+    fails(&system.enable(&["--library", FORMER]), "is the library for programs: a daemon takes");
+    assert_eq!(fs::read_to_string(system.drop_in("libvirtd")).unwrap(), written);
+    ok(system.enable(&[]));
+    let text = fs::read_to_string(system.drop_in("libvirtd")).unwrap();
+    assert!(text.contains(&format!("\"LD_PRELOAD=/usr/lib/own.so:{LIBRARY}\"\n")), "{text}");
+    // One of an earlier version can be disabled too.
+    system.write(drop_in, &written);
+    ok(system.run(&["disable"]));
+    assert!(!system.drop_in("libvirtd").exists());
 }

@@ -1,17 +1,18 @@
-//! Which calls are for instantsnap.
+//! Which calls of a client are for instantsnap.
 
 use std::ffi::c_uint;
 
+use instantsnap_core::libvirt::table::{virDomain, virDomainSnapshot};
+use instantsnap_core::model::{flags, upgrade, xml};
+use instantsnap_core::pointers::Text;
+
 use crate::environment;
-use crate::libvirt::{Domain, Libvirt, Snapshot};
-use crate::model::flags;
-use crate::pointers::Text;
-use crate::{upgrade, xml};
+use crate::libvirt::Libvirt;
 
 /// Whether this is a LIVE snapshot that the user wants to be INSTANT.
 pub fn is_to_be_upgraded(
     libvirt: &Libvirt,
-    domain: Option<&Domain>,
+    domain: Option<&virDomain>,
     xml: Text,
     bits: c_uint,
 ) -> bool {
@@ -23,7 +24,7 @@ pub fn is_to_be_upgraded(
 }
 
 /// Whether this is a QEMU guest's snapshot with its memory in a file.
-pub fn is_with_memory(libvirt: &Libvirt, snapshot: Option<&Snapshot>) -> bool {
+pub fn is_with_memory(libvirt: &Libvirt, snapshot: Option<&virDomainSnapshot>) -> bool {
     let is_qemu = libvirt.is_qemu(libvirt.connection_of_snapshot(snapshot));
     let text = snapshot.filter(|_| is_qemu).and_then(|snapshot| libvirt.snapshot_xml(snapshot));
     let Some(text) = text else { return false };

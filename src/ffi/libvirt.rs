@@ -1,7 +1,10 @@
 //! `instantsnap-libvirt.h`: the entry points of libvirt's qemu driver, by its own names.
 //!
 //! `vm` decides: ours, a client's (NULL: `client`), or a driver's own object: of a driver that was
-//! registered (`driver`), or of one that has these functions itself (`inside`).
+//! registered (`driver`), or of one that has these functions itself. Such calls are passed on to
+//! the next definition of the symbol: they arrive here because the process that has that driver is
+//! linked or preloaded with this library, and what is to be done inside libvirt's daemon is the
+//! affair of the library in `preload/`.
 
 use std::ffi::{c_int, c_uint, c_void};
 use std::ptr::NonNull;
@@ -9,11 +12,12 @@ use std::ptr::NonNull;
 use super::handles::is_handle;
 use super::header::{instantsnap_guest, instantsnap_snapshot};
 use super::native::{self, GUESTS, SNAPSHOTS, Snapshot};
-use super::{client, driver, inside, last_error};
+use super::{client, driver, last_error};
 use crate::boundary::boundary;
-use crate::error::{Result, fail};
-use crate::libvirt::table::{virDomain, virDomainSnapshot};
-use crate::model::flags::{DeleteFlags, RevertFlags};
+use crate::error::{Code, Error, Result, fail};
+use crate::libvirt::VirError;
+use crate::libvirt::table::{self, virDomain, virDomainSnapshot};
+use crate::model::flags::{self, DeleteFlags, RevertFlags};
 use crate::pointers::Text;
 use crate::symbols::{Library, symbols};
 
@@ -38,8 +42,11 @@ pub unsafe extern "C" fn qemuSnapshotCreateXML(
         }
         if let Some((vm, next)) = drivers_own(vm, |next| next.qemuSnapshotCreateXML) {
             // SAFETY: the arguments are those of a call of this very function.
-            let theirs = || unsafe { next(domain, vm.as_ptr(), xml, flags) };
-            return Ok(inside::create(vm, libvirts(domain), xml, flags, theirs));
+            let snapshot = unsafe { next(domain, vm.as_ptr(), xml, flags) };
+            if snapshot.is_null() && flags & flags::INSTANT != 0 {
+                say_what_to_preload();
+            }
+            return Ok(snapshot);
         }
         if vm.is_null() {
             return Ok(client::create(libvirts(domain), xml, flags));
@@ -69,8 +76,7 @@ pub unsafe extern "C" fn qemuSnapshotRevert(
         }
         if let Some((vm, next)) = drivers_own(vm, |next| next.qemuSnapshotRevert) {
             // SAFETY: the arguments are those of a call of this very function.
-            let theirs = || unsafe { next(vm.as_ptr(), snapshot, flags) };
-            return Ok(inside::revert(vm, clients(snapshot), flags, theirs));
+            return Ok(unsafe { next(vm.as_ptr(), snapshot, flags) });
         }
         if vm.is_null() {
             return Ok(boundary(client::tell, || client::revert(clients(snapshot)?, flags)));
@@ -99,8 +105,7 @@ pub unsafe extern "C" fn qemuSnapshotDelete(
         }
         if let Some((vm, next)) = drivers_own(vm, |next| next.qemuSnapshotDelete) {
             // SAFETY: the arguments are those of a call of this very function.
-            let theirs = || unsafe { next(vm.as_ptr(), snapshot, flags) };
-            return Ok(inside::delete(vm, clients(snapshot), flags, theirs));
+            return Ok(unsafe { next(vm.as_ptr(), snapshot, flags) });
         }
         if vm.is_null() {
             return Ok(boundary(client::tell, || client::delete(clients(snapshot)?, flags)));
@@ -134,6 +139,22 @@ fn drivers_own<F>(
     let vm = NonNull::new(vm).filter(|vm| !is_handle(vm.as_ptr()))?;
     let next = Next::find(|name| Library::NEXT.find(name)).ok()?;
     Some((vm, function(next)?))
+}
+
+/// Adds to the driver's refusal of the flag, which is this thread's last error, what takes it there.
+fn say_what_to_preload() {
+    let Ok(table) = table::table() else { return };
+    let said = VirError::last(table);
+    // What libvirt says in whatever language has the bit in it.
+    if said.is(Code::InvalidArg) && said.message.contains(&format!("{:#x}", flags::INSTANT)) {
+        let message = format!(
+            "instant snapshots inside libvirt's daemon are taken by libinstantsnap-preload.so, and \
+             not by libinstantsnap.so.0: start the daemon with \
+             LD_PRELOAD=/path/to/libinstantsnap-preload.so (instantsnap daemon enable): {}",
+            said.message
+        );
+        client::tell(Error::new(Code::InvalidArg, message));
+    }
 }
 
 fn check_vm(vm: *mut virDomainObj) -> Result<()> {

@@ -22,7 +22,6 @@ pub mod abi;
 pub mod client;
 pub mod driver;
 mod handles;
-mod inside;
 pub mod job;
 mod last_error;
 pub mod libvirt;

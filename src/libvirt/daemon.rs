@@ -296,6 +296,11 @@ pub fn address(uri: &str) -> String {
     format!("qemu+unix://{path}?socket={}", escape(&socket))
 }
 
+/// Whether this process listens where libvirt's clients connect.
+pub fn is_listening() -> bool {
+    own_socket().is_some()
+}
+
 fn own_socket() -> Option<String> {
     let own: Vec<String> = std::fs::read_dir("/proc/self/fd")
         .ok()?

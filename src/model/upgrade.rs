@@ -1,7 +1,6 @@
 //! Which LIVE snapshots can be INSTANT ones, for programs that do not know of them.
 //!
-//! The library for LD_PRELOAD in clients has this file too: the rules are the same there and in the
-//! daemon.
+//! The rules are the same in clients and in the daemon.
 
 use super::xml;
 use crate::error::Code;

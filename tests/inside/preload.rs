@@ -5,17 +5,20 @@ use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::sync::OnceLock;
 
-use instantsnap::error::Code;
 use instantsnap_testkit::compile::{gcc, workspace};
 use instantsnap_testkit::{Binary, DEADLINE, Daemon, Format, Guest, Machine, test, wait_for};
 
 /// What libvirt before 9.9 says of a revert.
 const CANNOT_REVERT: &str = "revert to external snapshot not supported yet";
+/// The public ones.
 const FUNCTIONS: [&str; 3] =
     ["virDomainRevertToSnapshot", "virDomainSnapshotCreateXML", "virDomainSnapshotDelete"];
+/// Those of libvirt's driver.
+const DRIVERS: [&str; 3] = ["qemuSnapshotCreateXML", "qemuSnapshotDelete", "qemuSnapshotRevert"];
 const UPGRADE: (&str, &str) = ("INSTANTSNAP_UPGRADE_LIVE", "1");
 const DEBUG: (&str, &str) = ("INSTANTSNAP_DEBUG", "1");
-const NOWHERE: (&str, &str) = ("INSTANTSNAP_LIBRARY", "/nowhere/libinstantsnap.so.0");
+/// What a libvirt lacks that is too old for instantsnap.
+const LACKS: (&str, &str) = ("INSTANTSNAP_TEST_LACKS", "virDomainQemuMonitorCommandWithFiles");
 
 /// A library of this workspace: cargo has put it where it has put this program.
 fn built(name: &str) -> PathBuf {
@@ -26,14 +29,6 @@ fn built(name: &str) -> PathBuf {
 
 fn preload() -> PathBuf {
     built("libinstantsnap_preload.so")
-}
-
-/// The stand-in for libinstantsnap.
-fn instead() -> &'static PathBuf {
-    static LIBRARY: OnceLock<PathBuf> = OnceLock::new();
-    LIBRARY.get_or_init(|| {
-        gcc(&workspace().join("preload/tests/instead.c"), "libinstead.so", "-shared -fPIC")
-    })
 }
 
 /// A program as it is without us, away from the user's own files and settings.
@@ -50,10 +45,27 @@ fn program(name: &str) -> Command {
     command
 }
 
-/// The same under the library, with libinstantsnap at hand.
+/// The same under the library.
 fn preloaded(name: &str) -> Command {
     let mut command = program(name);
-    command.env("LD_PRELOAD", preload()).env("INSTANTSNAP_LIBRARY", built("libinstantsnap.so"));
+    command.env("LD_PRELOAD", preload());
+    command
+}
+
+/// The same with a libvirt that is too old.
+fn preloaded_with_old_libvirt(name: &str) -> Command {
+    static SHIM: OnceLock<PathBuf> = OnceLock::new();
+    let shim = SHIM.get_or_init(|| {
+        gcc(
+            &workspace().join("tests/kit/shim/lacking.c"),
+            "lacking-in-a-client.so",
+            "-shared -fPIC",
+        )
+    });
+    let mut command = program(name);
+    command
+        .env("LD_PRELOAD", format!("{}:{}", preload().display(), shim.display()))
+        .env(LACKS.0, LACKS.1);
     command
 }
 
@@ -155,7 +167,7 @@ impl Subject {
 }
 
 #[test]
-fn three_functions_are_exported_and_no_library_is_needed_for_them() {
+fn six_functions_are_exported_and_no_library_is_needed_for_them() {
     let output = |program: &str, args: &[&str]| {
         let output = Command::new(program).args(args).arg(preload()).output().unwrap();
         String::from_utf8(output.stdout).unwrap()
@@ -164,7 +176,7 @@ fn three_functions_are_exported_and_no_library_is_needed_for_them() {
     let mut symbols: Vec<_> =
         symbols.lines().filter_map(|line| line.split_whitespace().last()).collect();
     symbols.sort();
-    assert_eq!(symbols, FUNCTIONS);
+    assert_eq!(symbols, [DRIVERS, FUNCTIONS].concat());
     assert!(!output("readelf", &["-d"]).contains("libvirt"));
 }
 
@@ -225,7 +237,6 @@ fn a_live_snapshot_is_libvirts_own_without_the_variable() {
         let subject = Subject::start(binary);
         for (name, value) in [("zero", Some("0")), ("unset", None)] {
             let mut command = preloaded("virsh");
-            command.env(NOWHERE.0, NOWHERE.1);
             if let Some(value) = value {
                 command.env(UPGRADE.0, value);
             }
@@ -265,11 +276,11 @@ fn other_snapshots_are_not_upgraded() {
     let subject = Subject::start(&Binary::all()[0]);
     let virsh = |words: &[&str]| {
         let mut command = preloaded("virsh");
-        command.envs([UPGRADE, DEBUG]).env("INSTANTSNAP_LIBRARY", instead());
+        command.envs([UPGRADE, DEBUG]);
         let said = Said::of(
             &mut subject.virsh(command, &[&["snapshot-create-as", "--name", "s"], words].concat()),
         );
-        assert!(!said.err.contains("instead:"), "{said:?}");
+        assert!(!said.err.contains("instantsnap"), "{said:?}");
         said
     };
     virsh(&["--print-xml"]).quietly();
@@ -282,11 +293,11 @@ fn other_snapshots_are_not_upgraded() {
     virsh(&["--live"]).fails_with("live snapshot creation is supported only");
     // XML that cannot be read is for libvirt to complain of.
     let mut command = preloaded("/usr/bin/python3");
-    command.envs([UPGRADE, DEBUG]).env("INSTANTSNAP_LIBRARY", instead());
+    command.envs([UPGRADE, DEBUG]);
     let script = "domain.snapshotCreateXML('<domainsnapshot><memory file=\"/x\"', 0x100)";
     let said = Said::of(&mut subject.python(command, "s", script));
     said.fails_with("XML");
-    assert!(!said.err.contains("instead:"), "{said:?}");
+    assert!(!said.err.contains("instantsnap") && !subject.was_instant(), "{said:?}");
     subject.guest.virsh("destroy", &[]);
     virsh(&["--live", "--memspec", &memory])
         .fails_with("memory state cannot be saved with offline");
@@ -297,44 +308,29 @@ fn other_snapshots_are_not_upgraded() {
 #[test]
 fn where_instantsnap_refuses_an_upgraded_snapshot_is_libvirts_own() {
     let subject = Subject::start(&Binary::all()[0]);
-    for code in [
-        Code::ArgumentUnsupported,
-        Code::OperationUnsupported,
-        Code::ConfigUnsupported,
-        Code::InvalidArg,
-    ] {
-        let create = |name: &str, debug: bool| {
-            let mut command = preloaded("virsh");
-            command
-                .envs([UPGRADE])
-                .env("INSTANTSNAP_LIBRARY", instead())
-                .env("INSTEAD_CODE", (code as i32).to_string());
-            if debug {
-                command.envs([DEBUG]);
-            }
-            Said::of(&mut subject.create_as(command, name, &["--live"]))
-        };
-        let name = format!("s{}", code as i32);
-        let said = create(&name, false);
-        assert_eq!((said.ok, said.err.as_str()), (true, "instead: create 0x500"));
-        let said = create(&format!("{name}d"), true);
-        let reason =
-            "instantsnap-preload: a LIVE snapshot stays libvirt's own: instead of a snapshot";
-        assert_eq!((said.ok, said.err), (true, format!("instead: create 0x500\n{reason}")));
-        assert!(!subject.was_instant());
-    }
-    // The library is not there.
-    let mut command = preloaded("virsh");
-    command.envs([UPGRADE, NOWHERE]);
-    Said::of(&mut subject.create_as(command, "missing", &["--live"])).quietly();
+    let create = |name: &str, debug: bool| {
+        let mut command = preloaded_with_old_libvirt("virsh");
+        command.envs([UPGRADE]);
+        if debug {
+            command.envs([DEBUG]);
+        }
+        Said::of(&mut subject.create_as(command, name, &["--live"]))
+    };
+    create("refused", false).quietly();
+    let said = create("explained", true);
+    let reason =
+        "instantsnap-preload: a LIVE snapshot stays libvirt's own: libvirt 8.2 or later is needed";
+    assert!(said.ok && said.err.starts_with(reason) && said.err.lines().count() == 1, "{said:?}");
     assert!(!subject.was_instant());
     // Something was tried and failed: that is no reason to try something else.
     let mut command = preloaded("virsh");
-    command.envs([UPGRADE]).env("INSTANTSNAP_LIBRARY", instead());
-    command.env("INSTEAD_CODE", (Code::OperationFailed as i32).to_string());
-    Said::of(&mut subject.create_as(command, "failed", &["--live"]))
-        .fails_with("error: instead of a snapshot");
-    assert!(!subject.snapshots().contains(&"failed".to_owned()));
+    command.envs([UPGRADE, DEBUG]);
+    let words = ["--name", "failed", "--live", "--memspec", "file=/nowhere/failed.mem"];
+    let said =
+        Said::of(&mut subject.virsh(command, &[&["snapshot-create-as"], &words[..]].concat()));
+    said.fails_with("/nowhere");
+    assert!(!said.err.contains("stays libvirt's own"), "{said:?}");
+    assert_eq!(subject.snapshots(), ["explained", "refused"]);
     subject.guest.wait_ticks(3);
 }
 
@@ -350,16 +346,25 @@ fn what_libvirt_refuses_has_libvirts_words() {
     assert_eq!(quiesce(preloaded("virsh")), without);
 }
 
-/// The stand-in calls the preloaded function, from the preloaded function, with the flag that
-/// brought it there.
+/// As in an error handler, which is called before the function that has failed returns.
 #[test]
 fn a_call_from_inside_goes_to_libvirt() {
     let subject = Subject::start(&Binary::all()[0]);
-    let mut command = preloaded("/usr/bin/python3");
-    command.env("INSTANTSNAP_LIBRARY", instead());
-    let said = Said::of(&mut subject.python(command, "s", "domain.snapshotCreateXML(xml, 0x500)"));
-    said.fails_with("unsupported flags (0x400)");
-    assert_eq!(said.err.matches("instead:").count(), 1, "{said:?}");
+    let script = "said = []\n\
+                  def handler(_, error):\n    \
+                      said.append(error[2])\n    \
+                      if len(said) == 1:\n        take(0x500)\n\
+                  def take(flags):\n    \
+                      try:\n        domain.snapshotCreateXML(xml, flags)\n    \
+                      except libvirt.libvirtError:\n        pass\n\
+                  libvirt.registerErrorHandler(handler, None)\n\
+                  take(0x400)\n\
+                  print(*said, sep='\\n')";
+    let said = Said::of(&mut subject.python(preloaded("/usr/bin/python3"), "s", script)).quietly();
+    let said: Vec<_> = said.lines().collect();
+    assert!(said.len() == 2 && said[0].contains("VIR_DOMAIN_SNAPSHOT_CREATE_LIVE"), "{said:?}");
+    assert!(said[1].contains("unsupported flags (0x400)"), "{said:?}");
+    assert!(!subject.was_instant() && subject.snapshots().is_empty());
 }
 
 #[test]
@@ -400,15 +405,8 @@ fn python_is_told_what_is_wrong() {
         let said = attempt(preloaded("/usr/bin/python3"), flags);
         assert!(said.starts_with("8 10 ") && said.contains(named), "{flags:x}: {said}");
     }
-    let mut command = preloaded("/usr/bin/python3");
-    command.envs([NOWHERE]);
-    let said = attempt(command, 0x500);
-    assert!(
-        said.starts_with("84 10 ")
-            && said.contains("INSTANTSNAP_LIBRARY")
-            && said.contains(NOWHERE.1),
-        "{said}"
-    );
+    let said = attempt(preloaded_with_old_libvirt("/usr/bin/python3"), 0x500);
+    assert!(said.starts_with("84 10 ") && said.contains(LACKS.1), "{said}");
     assert!(subject.snapshots().is_empty());
     subject.guest.wait_ticks(3);
 }
@@ -429,8 +427,7 @@ fn virsh_reverts_to_an_external_snapshot() {
         if refuses {
             Said::of(&mut subject.virsh(program("virsh"), &["snapshot-revert", "s"]))
                 .fails_with(CANNOT_REVERT);
-            let mut command = preloaded("virsh");
-            command.envs([NOWHERE]);
+            let command = preloaded_with_old_libvirt("virsh");
             Said::of(&mut subject.virsh(command, &["snapshot-revert", "s"]))
                 .fails_with(CANNOT_REVERT);
         }
@@ -447,41 +444,28 @@ fn virsh_reverts_to_an_external_snapshot() {
     }
 }
 
-/// Its result is the call's, and its error; by default, an error is on stderr once.
+/// An error is the call's; by default, it is on stderr once.
 #[test]
-fn revert_and_delete_of_a_snapshot_with_memory_are_instantsnaps() {
+fn what_instantsnap_says_of_a_revert_or_a_delete_is_the_calls_error() {
     let subject = Subject::start(&Binary::all()[0]);
     Said::of(&mut subject.create_as(program("virsh"), "s", &["--live"])).quietly();
-    let under = |program: &str, code: i32| {
-        let mut command = preloaded(program);
-        command.env("INSTANTSNAP_LIBRARY", instead()).env("INSTEAD_CODE", code.to_string());
-        command
-    };
-    for (command, method) in
-        [("revert", "domain.revertToSnapshot(snapshot)"), ("delete", "snapshot.delete()")]
-    {
+    for (method, part) in [
+        ("domain.revertToSnapshot(snapshot, 3)", "VIR_DOMAIN_SNAPSHOT_REVERT_PAUSED"),
+        ("snapshot.delete(5)", "VIR_DOMAIN_SNAPSHOT_DELETE_CHILDREN_ONLY"),
+    ] {
         let script = format!(
             "snapshot = domain.snapshotLookupByName('s')\n\
-             try:\n    {method}\n    assert libvirt.virGetLastError() is None\n\
-             except libvirt.libvirtError as error:\n    print(error.get_error_code(), error)\n"
+             try:\n    {method}\n\
+             except libvirt.libvirtError as error:\n    print(error)\n"
         );
-        let called = format!("instead: {command} 0x0");
-        let said = Said::of(&mut subject.python(under("/usr/bin/python3", 0), "s", &script));
-        assert_eq!(said, Said { ok: true, out: String::new(), err: called.clone() });
-        for code in [Code::OperationUnsupported as i32, Code::OperationFailed as i32] {
-            let said = Said::of(&mut subject.python(under("/usr/bin/python3", code), "s", &script));
-            assert_eq!(said.out, format!("{code} instead of a snapshot"));
-            assert_eq!(
-                said.err,
-                format!("{called}\nlibvirt: QEMU Driver error : instead of a snapshot")
-            );
-            let words = [&format!("snapshot-{command}"), "s"];
-            let said = Said::of(&mut subject.virsh(under("virsh", code), &words));
-            said.fails_with(&format!(
-                "{called}\nerror: Failed to {command} snapshot s\nerror: instead of a snapshot"
-            ));
-        }
+        let said = Said::of(&mut subject.python(preloaded("/usr/bin/python3"), "s", &script));
+        assert!(said.ok && said.out.contains(part), "{said:?}");
+        assert_eq!(said.err, format!("libvirt: QEMU Driver error : {}", said.out));
     }
+    std::fs::remove_file(subject.memory("s")).unwrap();
+    let said = Said::of(&mut subject.virsh(preloaded("virsh"), &["snapshot-revert", "s"]));
+    said.fails_with("error: Failed to revert snapshot s\nerror: ");
+    said.fails_with("s.mem");
     assert_eq!(subject.snapshots(), ["s"]);
     subject.guest.wait_ticks(3);
 }
@@ -499,10 +483,7 @@ fn revert_and_delete_of_other_snapshots_are_libvirts() {
         &["snapshot-create-as", "--name", "disks", "--disk-only"],
         &["snapshot-delete", "disks", "--metadata"],
     ] {
-        let mut command = preloaded("virsh");
-        command.env("INSTANTSNAP_LIBRARY", instead());
-        let said = Said::of(&mut subject.virsh(command, words));
-        assert!(!said.err.contains("instead:"), "{said:?}");
+        let said = Said::of(&mut subject.virsh(preloaded("virsh"), words));
         assert_eq!(
             said.ok,
             !said.err.contains("no domain snapshot with matching name"),
@@ -546,25 +527,43 @@ fn virsh_deletes_a_snapshot_with_its_children() {
     subject.guest.wait_ticks(3);
 }
 
-/// As it is installed: side by side, and by those names.
+/// As it is installed, and nothing beside it.
 #[test]
-fn the_library_beside_it_is_found() {
+fn it_needs_no_other_library() {
     let directory = tempfile::tempdir().unwrap();
     let preload = directory.path().join("libinstantsnap-preload.so");
     std::fs::copy(self::preload(), &preload).unwrap();
-    let attempt = || {
-        let mut command = program("/usr/bin/python3");
-        command.env("LD_PRELOAD", &preload).env_remove("INSTANTSNAP_LIBRARY").arg("-c").arg(
-            "import \
-             libvirt\nlibvirt.open('test:///default').lookupByName('test').snapshotCreateXML('<x/>', \
-             0x500)",
-        );
-        Said::of(&mut command)
-    };
-    attempt().fails_with("instant snapshots need libinstantsnap.so.0: ");
-    std::fs::copy(built("libinstantsnap.so"), directory.path().join("libinstantsnap.so.0"))
-        .unwrap();
-    attempt().fails_with("libvirtError: the domain is run by libvirt's TEST driver");
+    let mut command = program("/usr/bin/python3");
+    command.env("LD_PRELOAD", &preload).arg("-c").arg(
+        "import libvirt\n\
+         libvirt.open('test:///default').lookupByName('test').snapshotCreateXML('<x/>', 0x500)",
+    );
+    Said::of(&mut command).fails_with("libvirtError: the domain is run by libvirt's TEST driver");
+}
+
+/// A program that is linked with libinstantsnap has its own, and its own last error.
+#[test]
+fn the_functions_of_a_program_that_has_the_library_itself_are_its_own() {
+    let mut command = program("/usr/bin/python3");
+    let libraries = [preload(), built("libinstantsnap.so")];
+    command.env("LD_PRELOAD", libraries.map(|library| library.display().to_string()).join(":"));
+    command.arg("-c").arg(
+        "import ctypes\n\
+         class Error(ctypes.Structure):\n    \
+             _fields_ = [('code', ctypes.c_int), ('domain', ctypes.c_int), ('message', ctypes.c_char_p)]\n\
+         both = ctypes.CDLL(None)\n\
+         both.instantsnap_last_error.restype = ctypes.POINTER(Error)\n\
+         flag = ctypes.c_uint(0x500)\n\
+         assert not both.qemuSnapshotCreateXML(None, None, b'<domainsnapshot/>', flag)\n\
+         print(both.instantsnap_last_error().contents.message.decode())\n\
+         assert both.qemuSnapshotDelete(ctypes.c_void_p(4711), None, ctypes.c_uint(0)) == -1\n\
+         print(both.instantsnap_last_error().contents.message.decode())",
+    );
+    let said = Said::of(&mut command).quietly();
+    let said: Vec<_> = said.lines().collect();
+    assert_eq!(said.len(), 2, "{said:?}");
+    assert_eq!(said[0], "domain must not be NULL");
+    assert_eq!(said[1], "guest is not an open handle of this library");
 }
 
 /// What it runs in virsh's place must not be what it was itself: preloaded.

@@ -20,7 +20,7 @@ pub const CREATE: &str =
 
 /// The library under test: cargo has put it where it has put this program.
 pub fn library() -> PathBuf {
-    let library = std::env::current_exe().unwrap().with_file_name("libinstantsnap.so");
+    let library = std::env::current_exe().unwrap().with_file_name("libinstantsnap_preload.so");
     assert!(library.exists(), "{} is not there", library.display());
     library
 }

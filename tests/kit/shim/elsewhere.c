@@ -1,9 +1,9 @@
 /*
- * elsewhere.c: an LD_PRELOAD library for libvirtd, before the library under test, that makes its
- * libvirt one whose snapshots do not arrive there.
+ * elsewhere.c: an LD_PRELOAD library for libvirtd that makes its libvirt one whose snapshots do not
+ * arrive at the library under test.
  *
- * With -DBY_ITSELF its driver calls its own qemuSnapshotCreateXML(). Else its
- * virDomainSnapshotCreateXML() has another thread do the work.
+ * With -DBY_ITSELF, before that library, its driver calls its own qemuSnapshotCreateXML(). Else,
+ * after it, its virDomainSnapshotCreateXML() has another thread do the work.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>

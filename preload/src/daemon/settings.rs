@@ -1,6 +1,6 @@
 //! What the daemon's environment says.
 
-use once_cell::sync::OnceCell;
+use std::sync::OnceLock;
 
 /// A daemon's default limits allow 20 calls at once that take their time: half of them are for
 /// others.
@@ -20,7 +20,7 @@ pub struct Settings {
 impl Settings {
     /// The settings of this process.
     pub fn get() -> &'static Settings {
-        static SETTINGS: OnceCell<Settings> = OnceCell::new();
+        static SETTINGS: OnceLock<Settings> = OnceLock::new();
         SETTINGS.get_or_init(|| Settings::of(|name| std::env::var(name).ok()))
     }
 

@@ -5,8 +5,8 @@ use std::collections::BTreeSet;
 use std::sync::{Condvar, Mutex};
 use std::time::Duration;
 
-use crate::error::{Result, fail};
-use crate::sys;
+use instantsnap_core::error::{Result, fail};
+use instantsnap_core::sys;
 
 /// The domains whose turn somebody has.
 static TAKEN: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());

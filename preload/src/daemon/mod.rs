@@ -1,5 +1,5 @@
-//! The entry points inside a stock libvirt daemon: `vm` is its driver's own object, and the next
-//! definition of the symbol is its driver's own function.
+//! Inside a stock libvirt daemon: its driver calls with its own object as `vm`, and the next
+//! definition of the symbol is the driver's own function.
 //!
 //! Without INSTANT that function is called, with the same arguments. With it, the domain object is
 //! let go of, and the snapshot taken as a client takes it ([`client`]), on the domain that was
@@ -11,33 +11,40 @@
 //! A driver that does not know the flag may refuse it before: [`dispatcher`] takes it off before
 //! that, and notes it.
 //!
-//! Where this process is not a daemon that we know, everything is the driver's own function's.
+//! Where this daemon is not one that we know, everything is the driver's own function's.
 
-mod dispatcher;
+pub mod dispatcher;
 mod imports;
-mod loading;
+mod limit;
+mod queue;
 mod settings;
-mod slots;
-mod turns;
 
 use std::ffi::{c_int, c_uint, c_void};
 use std::ptr::NonNull;
-use std::sync::Once;
+use std::sync::{Once, OnceLock};
 
+use instantsnap_core::backend::{DEFAULT_TIMEOUT, LibvirtConnector};
+use instantsnap_core::boundary::{boundary, caught};
+use instantsnap_core::client::{attempt, share_domain, share_snapshot, take, tell};
+use instantsnap_core::engine::{ManagedSnapshot, Operation, hold_unless_it_is_a_step};
+use instantsnap_core::error::{Error, Result, fail};
+use instantsnap_core::libvirt::daemon::{self, Daemon, Priority, Unlocked, log};
+use instantsnap_core::libvirt::table::{self, virDomain, virDomainSnapshot};
+use instantsnap_core::model::flags::{self, CreateFlags, DeleteFlags, RevertFlags};
+use instantsnap_core::model::upgrade;
+use instantsnap_core::pointers::Text;
+
+use self::limit::Slot;
+use self::queue::Turn;
 use self::settings::Settings;
-use self::slots::Slot;
-use self::turns::Turn;
-use super::client::tell;
-use crate::backend::{DEFAULT_TIMEOUT, LibvirtConnector};
-use crate::boundary::{boundary, caught};
-use crate::client::{attempt, share_domain, share_snapshot, take};
-use crate::engine::{ManagedSnapshot, Operation, hold_unless_it_is_a_step};
-use crate::error::{Error, Result, fail};
-use crate::libvirt::daemon::{self, Daemon, Priority, Unlocked, log};
-use crate::libvirt::table::{self, virDomain, virDomainSnapshot};
-use crate::model::flags::{self, CreateFlags, DeleteFlags, RevertFlags};
-use crate::model::upgrade;
-use crate::pointers::Text;
+use crate::loading;
+
+/// Whether this process is a daemon of libvirt's: by its name, or because libvirt's clients connect
+/// to it. A program that embeds libvirt's driver is none.
+pub fn is_here() -> bool {
+    static IS_HERE: OnceLock<bool> = OnceLock::new();
+    *IS_HERE.get_or_init(|| loading::has_daemons_name() || daemon::is_listening())
+}
 
 /// `qemuSnapshotCreateXML`; the driver's own is `theirs`.
 pub fn create(
@@ -92,7 +99,7 @@ fn create_or(
         // Nobody has asked for INSTANT.
         Ok(None) => Ok(theirs()),
         Err(error)
-            if !asked && (upgrade::is_refusal(error.number()) || slots::is_refusal(&error)) =>
+            if !asked && (upgrade::is_refusal(error.number()) || limit::is_refusal(&error)) =>
         {
             log(Priority::Info, &format!("a LIVE snapshot stays libvirt's own: {error}"));
             Ok(theirs())
@@ -112,7 +119,7 @@ fn unlocked(daemon: &'static Daemon, vm: NonNull<c_void>) -> Unlocked {
 /// no harm.
 pub fn revert(
     vm: NonNull<c_void>,
-    snapshot: Result<Option<&virDomainSnapshot>>,
+    snapshot: Option<&virDomainSnapshot>,
     bits: c_uint,
     theirs: impl Fn() -> c_int,
 ) -> c_int {
@@ -124,7 +131,7 @@ pub fn revert(
 /// `qemuSnapshotDelete`, likewise.
 pub fn delete(
     vm: NonNull<c_void>,
-    snapshot: Result<Option<&virDomainSnapshot>>,
+    snapshot: Option<&virDomainSnapshot>,
     bits: c_uint,
     theirs: impl Fn() -> c_int,
 ) -> c_int {
@@ -134,14 +141,14 @@ pub fn delete(
 
 fn on_snapshot(
     vm: NonNull<c_void>,
-    snapshot: Result<Option<&virDomainSnapshot>>,
+    snapshot: Option<&virDomainSnapshot>,
     theirs: impl Fn() -> c_int,
     ours: Option<Operation>,
 ) -> Result<c_int> {
     let (Some(ours), Some(daemon)) = (ours, the_daemon()) else { return Ok(theirs()) };
     let result = attempt(|table| {
         let _unlocked = unlocked(daemon, vm);
-        let snapshot = share_snapshot(table, snapshot?)?;
+        let snapshot = share_snapshot(table, snapshot)?;
         let managed = {
             let _itself = daemon.itself();
             // An error: nothing is known of it.
@@ -166,7 +173,7 @@ fn on_snapshot(
 
 /// By this the instantsnap command finds the version in the library's file; the colon ends it
 /// there.
-const MARK: &str = concat!("instantsnap-library/", env!("CARGO_PKG_VERSION"), ":");
+const MARK: &str = concat!("instantsnap-preload/", env!("CARGO_PKG_VERSION"), ":");
 
 /// The daemon that this process is, for a call that is not a step of another one of ours.
 fn the_daemon() -> Option<&'static Daemon> {
@@ -203,5 +210,5 @@ fn found() -> std::result::Result<&'static Daemon, String> {
 /// Tells the client, and the daemon's log.
 fn failed(error: Error) {
     log(Priority::Error, &error.message);
-    tell(error);
+    tell(&error);
 }

@@ -1,5 +1,4 @@
-//! What happens as the daemon's process loads this library: it takes its place before libvirt's
-//! function ([`dispatcher`]), and goes out of the environment.
+//! What happens as a daemon's process loads this library: it goes out of the environment.
 //!
 //! libvirt hands `LD_PRELOAD` on to each QEMU that it starts, and to its helpers, where this
 //! library has nothing to do, and where their own security policy may not let them read it. So the
@@ -9,11 +8,14 @@ use std::env;
 use std::ffi::OsStr;
 use std::path::Path;
 
-use super::dispatcher;
-use crate::boundary::boundary;
+use instantsnap_core::boundary::boundary;
 
 const PRELOAD: &str = "LD_PRELOAD";
 const DAEMONS: [&str; 2] = ["libvirtd", "virtqemud"];
+/// What this library is called, as it is installed and as cargo has built it; and libinstantsnap,
+/// which was preloaded into daemons before this library was.
+const OURS: [&str; 3] =
+    ["libinstantsnap-preload.so", "libinstantsnap_preload.so", "libinstantsnap.so"];
 
 #[used]
 #[unsafe(link_section = ".init_array")]
@@ -23,17 +25,17 @@ static AT_LOAD: extern "C" fn() = at_load;
 extern "C" fn at_load() {
     boundary(drop, || {
         let preload = env::var_os(PRELOAD);
-        let Some(others) = preload.as_ref().and_then(|preload| without_us(preload.to_str()?))
-        else {
-            return Ok(());
-        };
-        let name = std::fs::read_to_string("/proc/self/comm").unwrap_or_default();
-        if DAEMONS.contains(&name.trim_end()) {
-            dispatcher::stand_before_libvirt();
+        let others = preload.as_ref().and_then(|preload| without_us(preload.to_str()?));
+        if let Some(others) = others.filter(|_| has_daemons_name()) {
             forget_ourselves(&others);
         }
         Ok(())
     });
+}
+
+/// Whether this process is called as the daemons are that have libvirt's QEMU driver.
+pub fn has_daemons_name() -> bool {
+    std::fs::read_to_string("/proc/self/comm").is_ok_and(|name| DAEMONS.contains(&name.trim_end()))
 }
 
 fn forget_ourselves(others: &str) {
@@ -52,7 +54,7 @@ fn without_us(list: &str) -> Option<String> {
     let libraries: Vec<_> = list.split([':', ' ']).filter(|library| !library.is_empty()).collect();
     let is_us = |library: &&str| {
         let name = Path::new(library).file_name().and_then(OsStr::to_str);
-        name.is_some_and(|name| name.starts_with("libinstantsnap.so"))
+        name.is_some_and(|name| OURS.iter().any(|ours| name.starts_with(ours)))
     };
     let others: Vec<_> = libraries.iter().filter(|library| !is_us(library)).copied().collect();
     (others.len() < libraries.len()).then(|| others.join(":"))
@@ -64,11 +66,15 @@ mod tests {
 
     #[test]
     fn others_that_are_preloaded_stay() {
-        assert_eq!(without_us("/usr/lib/libinstantsnap.so.0").as_deref(), Some(""));
+        assert_eq!(without_us("/usr/lib/libinstantsnap-preload.so").as_deref(), Some(""));
         assert_eq!(
-            without_us("/a.so:/usr/lib/libinstantsnap.so /b.so").as_deref(),
+            without_us("/a.so:/usr/lib/libinstantsnap-preload.so /b.so").as_deref(),
             Some("/a.so:/b.so")
         );
-        assert_eq!(without_us("/a.so:/usr/lib/libinstantsnap-preload.so"), None);
+        assert_eq!(
+            without_us("/l/libinstantsnap.so.0:/a.so:/l/libinstantsnap_preload.so").as_deref(),
+            Some("/a.so")
+        );
+        assert_eq!(without_us("/a.so:/usr/lib/libinstant.so"), None);
     }
 }

@@ -3,7 +3,7 @@
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use crate::error::{Error, Result};
+use instantsnap_core::error::{Error, Result};
 
 /// `VIR_ERR_RESOURCE_BUSY`.
 const RESOURCE_BUSY: i32 = 87;

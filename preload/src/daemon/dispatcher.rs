@@ -1,45 +1,29 @@
 //! Where the daemon's dispatcher calls libvirt's public function for a client.
 //!
 //! libvirt's driver may look at the flags before it calls `qemuSnapshotCreateXML` (12.8 does, 9.0
-//! and 11.3 do not), and refuses a bit that it does not know. So the bit is taken off before: the
-//! daemon's program imports `virDomainSnapshotCreateXML`, and calls [`dispatched`] in its place.
-//! That notes for this thread that INSTANT was asked for of this domain, and calls libvirt's
-//! function without the bit; [`take`] finds the note when the driver arrives at [`super::create`].
-//! All that libvirt checks on the way, its access driver included, it checks as ever.
-//!
-//! It is the program's own slot that is changed, and nothing is exported: in a client of libvirt
-//! that has this library nothing stands before libvirt's function.
+//! and 11.3 do not), and refuses a bit that it does not know. So the bit is taken off before:
+//! [`create`] stands before `virDomainSnapshotCreateXML`, notes for this thread that INSTANT was
+//! asked for of this domain, and calls libvirt's function without the bit; [`take`] finds the note
+//! when the driver arrives at [`super::create`]. All that libvirt checks on the way, its access
+//! driver included, it checks as ever.
 
 use std::cell::Cell;
-use std::ffi::{CStr, c_uint, c_void};
-use std::io::Write;
+use std::ffi::{CStr, c_uint};
 use std::ptr;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use instantsnap_core::boundary::boundary;
+use instantsnap_core::client::{attempt, share_domain, tell};
+use instantsnap_core::error::{Code, Error, Result};
+use instantsnap_core::libvirt::daemon::{self, Daemon};
+use instantsnap_core::libvirt::table::{self, virDomain, virDomainSnapshot};
+use instantsnap_core::libvirt::{Snapshot, VirError};
+use instantsnap_core::model::flags;
+use instantsnap_core::symbols::Library;
+
 use super::{failed, imports};
-use crate::boundary::boundary;
-use crate::client::{attempt, share_domain};
-use crate::error::{Code, Error, Result};
-use crate::ffi::client::tell;
-use crate::ffi::driver;
-use crate::libvirt::daemon::{self, Daemon};
-use crate::libvirt::table::{self, virDomain, virDomainSnapshot};
-use crate::libvirt::{Snapshot, VirError};
-use crate::model::flags;
-use crate::pointers::Text;
-use crate::symbols::{Library, symbols};
 
-const FUNCTION: &CStr = c"virDomainSnapshotCreateXML";
 const DRIVERS: &CStr = c"qemuSnapshotCreateXML";
-
-symbols! {
-    /// libvirt's function, as the program finds it.
-    struct Theirs;
-
-    unsafe extern "C" {
-        safe fn virDomainSnapshotCreateXML(Option<&virDomain>, Text, c_uint) -> *mut virDomainSnapshot;
-    }
-}
 
 /// A note: INSTANT was asked for of this domain.
 type Note = (*const virDomain, &'static Daemon);
@@ -51,37 +35,6 @@ thread_local! {
 /// This libvirt has taken an ordinary snapshot where an instant one was asked for.
 static IS_ELSEWHERE: AtomicBool = AtomicBool::new(false);
 
-/// Stands before libvirt's function in the program. To be called as the daemon is loaded.
-pub fn stand_before_libvirt() {
-    let program = imports::objects().first().copied();
-    let slots = program.map(|program| program.slots(FUNCTION)).unwrap_or_default();
-    let mut why =
-        slots.is_empty().then(|| format!("it does not import {}()", FUNCTION.to_string_lossy()));
-    for slot in slots {
-        // SAFETY: a function of this signature, in a library that is never unloaded.
-        if let Err(error) = unsafe { slot.replace(dispatched as *mut c_void) } {
-            why = Some(error.to_string());
-        }
-    }
-    if let Some(why) = why {
-        say(&format!(
-            "this daemon's calls for its clients cannot be seen ({why}); a libvirt that checks \
-             their flags early will refuse VIR_DOMAIN_SNAPSHOT_CREATE_INSTANT"
-        ));
-    }
-}
-
-/// A line on standard error while the daemon is loaded, which has no log yet.
-fn say(message: &str) {
-    // SAFETY: the process has one thread, and gets back what it had. With nobody at the other end
-    // it would be ended here.
-    unsafe {
-        let before = libc::signal(libc::SIGPIPE, libc::SIG_IGN);
-        let _ = writeln!(std::io::stderr(), "instantsnap: {message}");
-        libc::signal(libc::SIGPIPE, before);
-    }
-}
-
 /// Why the driver's snapshots would not arrive at this library, if so.
 pub fn check_driver() -> std::result::Result<(), String> {
     let name = DRIVERS.to_string_lossy();
@@ -91,11 +44,11 @@ pub fn check_driver() -> std::result::Result<(), String> {
     if !imports::is_in_this_object(Library::DEFAULT.find(DRIVERS)) {
         return Err(format!("another library that is preloaded, or none, has {name}()"));
     }
-    let others = imports::objects().into_iter().filter(|object| !object.is_this());
-    match others.map(|object| object.slots(DRIVERS).len()).sum() {
-        0 => Err(format!("this libvirt's QEMU driver does not call its {name}() by the symbol")),
-        _ => Ok(()),
+    let mut others = imports::objects().into_iter().filter(|object| !object.is_this());
+    if !others.any(|object| object.imports(DRIVERS)) {
+        return Err(format!("this libvirt's QEMU driver does not call its {name}() by the symbol"));
     }
+    Ok(())
 }
 
 /// Whether INSTANT was asked for of this domain by the call that this thread is in; once.
@@ -109,18 +62,13 @@ fn address(domain: Option<&virDomain>) -> *const virDomain {
     domain.map_or(ptr::null(), ptr::from_ref)
 }
 
-/// `virDomainSnapshotCreateXML` as the daemon's dispatcher calls it.
-extern "C" fn dispatched(
+/// `virDomainSnapshotCreateXML`; libvirt's own, with these flags, is `theirs`.
+pub fn create(
     domain: Option<&virDomain>,
-    xml: Text,
     bits: c_uint,
+    theirs: impl Fn(c_uint) -> *mut virDomainSnapshot,
 ) -> *mut virDomainSnapshot {
-    boundary(failed, || {
-        let Ok(theirs) = Theirs::find(|name| Library::DEFAULT.find(name)) else {
-            return Ok(ptr::null_mut());
-        };
-        dispatch(domain, bits, |bits| (theirs.virDomainSnapshotCreateXML)(domain, xml, bits))
-    })
+    boundary(failed, || dispatch(domain, bits, theirs))
 }
 
 /// Passes a call on to `theirs`, in which no bit is added.
@@ -161,7 +109,7 @@ fn is_drivers(table: &'static table::Table, domain: Option<&virDomain>) -> Resul
     let connection =
         share_domain(table, domain)?.connect().map_err(|error| error.into_error("domain"))?;
     let uri = connection.uri().map_err(|error| error.into_error("connection"))?;
-    Ok(uri.starts_with("qemu:///") && !driver::is_registered())
+    Ok(uri.starts_with("qemu:///"))
 }
 
 /// Adds to libvirt's refusal of the flag, which is this thread's last error, why it is refused.
@@ -170,7 +118,7 @@ fn say_why_it_is_off(why: &str) {
     let said = VirError::last(table);
     if said.is(Code::InvalidArg) {
         let message = format!("instant snapshots are off in this daemon: {why}: {}", said.message);
-        tell(Error::new(Code::InvalidArg, message));
+        tell(&Error::new(Code::InvalidArg, message));
     }
 }
 
