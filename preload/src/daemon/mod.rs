@@ -34,8 +34,6 @@ use instantsnap_core::model::flags::{self, CreateFlags, DeleteFlags, RevertFlags
 use instantsnap_core::model::upgrade;
 use instantsnap_core::pointers::Text;
 
-use self::limit::Slot;
-use self::queue::Turn;
 use self::settings::Settings;
 use crate::loading;
 
@@ -85,7 +83,7 @@ fn create_or(
                  daemon"
             );
         }
-        let _slot = Slot::take(Settings::get().most)?;
+        let _job = limit::Job::begin(Settings::get().max_jobs)?;
         let _itself = daemon.itself();
         let _unlocked = unlocked(daemon, vm);
         if !asked && domain.is_active() != Ok(true) {
@@ -161,7 +159,7 @@ fn on_snapshot(
             return Ok(false);
         };
         let _itself = daemon.itself();
-        let _turn = Turn::wait(managed.domain.uuid(), DEFAULT_TIMEOUT)?;
+        let _job = queue::Job::begin(managed.domain.uuid(), DEFAULT_TIMEOUT)?;
         match hold_unless_it_is_a_step(managed, ours)? {
             Some(held) => held.run(ours).map(|()| true),
             // A client that has the library too: this is a step of what it does.
@@ -199,7 +197,7 @@ fn found() -> std::result::Result<&'static Daemon, String> {
         Ok((_, settings)) => {
             log(
                 Priority::Info,
-                &format!("{MARK} instant snapshots are on, at most {} at once", settings.most),
+                &format!("{MARK} instant snapshots are on, at most {} at once", settings.max_jobs),
             );
         }
         Err(why) => log(Priority::Error, &format!("instant snapshots are off: {why}")),

@@ -1,5 +1,5 @@
-//! Reverts and deletes of one domain's snapshots, which clients can ask for at once: one after
-//! another, as libvirt does it by the domain's job.
+//! The per-domain job queue: reverts and deletes of one domain's snapshots, which clients can ask
+//! for at once, run one after another, as libvirt does it by the domain's job.
 
 use std::collections::BTreeSet;
 use std::sync::{Condvar, Mutex};
@@ -8,39 +8,39 @@ use std::time::Duration;
 use instantsnap_core::error::{Result, fail};
 use instantsnap_core::sys;
 
-/// The domains whose turn somebody has.
-static TAKEN: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
-static GIVEN_BACK: Condvar = Condvar::new();
+/// The domains that have a job under way.
+static BUSY: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
+static ENDED: Condvar = Condvar::new();
 
-/// One call's turn with a domain.
+/// A job on a domain; the next one waits until it is dropped.
 #[derive(Debug)]
-pub struct Turn {
+pub struct Job {
     domain: String,
 }
 
-impl Turn {
-    /// Waits for it, so long.
-    pub fn wait(domain: &str, patience: Duration) -> Result<Turn> {
-        let is_taken = |taken: &mut BTreeSet<String>| taken.contains(domain);
-        let waited = GIVEN_BACK.wait_timeout_while(sys::lock(&TAKEN), patience, is_taken);
-        let (mut taken, waited) = waited.unwrap_or_else(std::sync::PoisonError::into_inner);
+impl Job {
+    /// Begins one as soon as no other is under way on this domain; an error after this time.
+    pub fn begin(domain: &str, timeout: Duration) -> Result<Job> {
+        let is_busy = |busy: &mut BTreeSet<String>| busy.contains(domain);
+        let waited = ENDED.wait_timeout_while(sys::lock(&BUSY), timeout, is_busy);
+        let (mut busy, waited) = waited.unwrap_or_else(std::sync::PoisonError::into_inner);
         if waited.timed_out() {
             fail!(
                 OperationTimeout,
                 "another client's revert or delete of a snapshot of this domain has not ended in \
                  {} s",
-                patience.as_secs()
+                timeout.as_secs()
             );
         }
-        taken.insert(domain.to_owned());
-        Ok(Turn { domain: domain.to_owned() })
+        busy.insert(domain.to_owned());
+        Ok(Job { domain: domain.to_owned() })
     }
 }
 
-impl Drop for Turn {
+impl Drop for Job {
     fn drop(&mut self) {
-        sys::lock(&TAKEN).remove(&self.domain);
-        GIVEN_BACK.notify_all();
+        sys::lock(&BUSY).remove(&self.domain);
+        ENDED.notify_all();
     }
 }
 
@@ -50,10 +50,10 @@ mod tests {
 
     #[test]
     fn a_domain_is_one_callers_at_a_time_and_the_next_gets_it_when_it_is_free() {
-        let first = Turn::wait("a", Duration::ZERO).unwrap();
-        Turn::wait("b", Duration::ZERO).unwrap();
-        assert!(Turn::wait("a", Duration::ZERO).is_err());
-        let second = std::thread::spawn(|| Turn::wait("a", Duration::from_secs(60)).map(drop));
+        let first = Job::begin("a", Duration::ZERO).unwrap();
+        Job::begin("b", Duration::ZERO).unwrap();
+        assert!(Job::begin("a", Duration::ZERO).is_err());
+        let second = std::thread::spawn(|| Job::begin("a", Duration::from_secs(60)).map(drop));
         drop(first);
         second.join().unwrap().unwrap();
     }

@@ -4,7 +4,7 @@ use std::sync::OnceLock;
 
 /// A daemon's default limits allow 20 calls at once that take their time: half of them are for
 /// others.
-const MOST: usize = 10;
+const MAX_JOBS: usize = 10;
 
 /// Read once: who starts the daemon sets them.
 #[derive(Debug)]
@@ -12,7 +12,7 @@ pub struct Settings {
     /// LIVE snapshots are to be instant.
     pub upgrade_live: bool,
     /// So many snapshots can be taken at once.
-    pub most: usize,
+    pub max_jobs: usize,
     /// A libvirt that nobody has looked at is good enough.
     pub any_version: bool,
 }
@@ -26,11 +26,11 @@ impl Settings {
 
     fn of(variable: impl Fn(&str) -> Option<String>) -> Settings {
         let is_on = |name: &str| variable(name).is_some_and(|value| value == "1");
-        let most =
+        let max_jobs =
             variable("INSTANTSNAP_MAX_SNAPSHOTS").and_then(|value| value.trim().parse().ok());
         Settings {
             upgrade_live: is_on("INSTANTSNAP_UPGRADE_LIVE"),
-            most: most.unwrap_or(MOST),
+            max_jobs: max_jobs.unwrap_or(MAX_JOBS),
             any_version: is_on("INSTANTSNAP_ANY_LIBVIRT"),
         }
     }
@@ -44,18 +44,18 @@ mod tests {
         let settings = Settings::of(|name| {
             pairs.iter().find(|pair| pair.0 == name).map(|(_, value)| (*value).to_owned())
         });
-        (settings.upgrade_live, settings.most, settings.any_version)
+        (settings.upgrade_live, settings.max_jobs, settings.any_version)
     }
 
     #[test]
     fn what_is_not_set_or_makes_no_sense_is_as_by_default() {
-        assert_eq!(of(&[]), (false, MOST, false));
+        assert_eq!(of(&[]), (false, MAX_JOBS, false));
         let nonsense = [
             ("INSTANTSNAP_UPGRADE_LIVE", "yes"),
             ("INSTANTSNAP_MAX_SNAPSHOTS", "-1"),
             ("INSTANTSNAP_ANY_LIBVIRT", ""),
         ];
-        assert_eq!(of(&nonsense), (false, MOST, false));
+        assert_eq!(of(&nonsense), (false, MAX_JOBS, false));
         let all = [
             ("INSTANTSNAP_UPGRADE_LIVE", "1"),
             ("INSTANTSNAP_MAX_SNAPSHOTS", "3"),
