@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! What cargo does not do by itself: the soname, the header as Rust sees it, and proof that header
 //! and Rust agree.
 //!

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! The Rust side's prototypes in C, for the C compiler to compare with those of the headers: a
 //! second declaration of a function, a type or a variable that differs from the first is an error.
 

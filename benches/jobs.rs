@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! How long a program waits for a job to be started, and what its guest notices while memory
 //! drains.
 //!

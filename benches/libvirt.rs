@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! For how long a snapshot of a stock libvirt's domain pauses it, and how long it takes: four ways,
 //! interleaved on one guest.
 //!

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! For how long a snapshot pauses guests that differ in the size of their memory alone, and write
 //! all the time.
 //!

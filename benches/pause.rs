@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! For how long a snapshot pauses the guest, and how long it takes: five ways of doing the same,
 //! interleaved on one guest.
 //!

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! The boundary between C and Rust: the first line of every `extern "C"` function.
 //!
 //! [`boundary`] runs the body of such a function: the thread is not cancelled meanwhile, a panic

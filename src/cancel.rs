@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! Cancelling an operation from another thread.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! What a caller has who knows libvirt's objects and errors: a client of a stock libvirt, or a
 //! client's call inside the daemon.
 //!

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! All of instantsnap but the C API: a crate of its own (`core/Cargo.toml`), because two libraries
 //! are made of it. `libinstantsnap.so` puts the C API on top, `libinstantsnap-preload.so` the
 //! functions of libvirt's that it stands before. It exports nothing to C by itself.

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! When waiting ends.
 
 use std::time::{Duration, Instant};

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! One error type: a libvirt error code and a message that names the step, the object and what to
 //! do.
 //!

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! Full snapshots of running virtual machines, memory and disks, taken at the moment of the call;
 //! the guest pauses for milliseconds.
 //!

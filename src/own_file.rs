@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! A file that we have made, and may have to remove: it, and no other that is called so by then.
 
 use std::ffi::{OsStr, OsString};

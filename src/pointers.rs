@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! What C passes by a pointer, as types. Each says once what the pointer is, which is the promise
 //! of whoever made it: C, that calls a function of the header, or Rust, by the `unsafe` function
 //! that makes one. All else is safe.

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! Functions of other libraries, found at run time. [`symbols!`] is the one way to declare a table
 //! of them.
 

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! The system calls that no safe wrapper covers, and small helpers around files that several
 //! modules share.
 

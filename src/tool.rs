@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! The programs that the library runs: qemu-img, xmllint, virsh.
 //!
 //! A program is found at an absolute path, gets an environment of its own, and nobody but the

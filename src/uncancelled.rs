@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! A thread that is not cancelled.
 //!
 //! pthread_cancel() unwinds the stack of the thread that it ends, which Rust's functions cannot be

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! A domain of a stock libvirt, opened by the library, and the undoing of its snapshots.
 
 use std::collections::HashSet;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! What the benchmarks share: their options, the guest that is measured, snapshots by hand, and
 //! what is made of the figures.
 

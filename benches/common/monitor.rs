@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! Snapshots by hand, over QMP, and their undoing.
 
 use std::fs::File;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! The drop-in of a unit, by which systemd starts its daemon with the library.
 
 use std::io::{self, ErrorKind};

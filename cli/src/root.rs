@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! The system that the command works on: `/`, or the directory of an image.
 //!
 //! An image may have been made by others, and its symbolic links may lead anywhere. Whatever is

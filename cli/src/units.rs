@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! What the files of a unit say of its environment.
 
 use std::collections::BTreeMap;

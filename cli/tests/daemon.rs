@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! The command on a directory that stands for /, and on a libvirtd of the test's own.
 
 use std::fs;

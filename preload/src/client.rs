@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! The calls of a client of libvirt. These are instantsnap's:
 //!
 //! * `virDomainSnapshotCreateXML` with `VIR_DOMAIN_SNAPSHOT_CREATE_INSTANT` (bit 10). So is, with

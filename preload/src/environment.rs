@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! What the environment says. A program with more rights than its user (setuid, capabilities) does
 //! not listen to it.
 

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! Everything that is there only because a process was started with
 //! `LD_PRELOAD=/…/libinstantsnap-preload.so`: instant snapshots for programs that know libvirt
 //! only, and for all clients of libvirt's daemon.

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! The libvirt that the program has loaded.
 
 use std::ffi::{CString, c_int, c_uint};

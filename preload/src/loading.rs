@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! What happens as a daemon's process loads this library: it goes out of the environment.
 //!
 //! libvirt hands `LD_PRELOAD` on to each QEMU that it starts, and to its helpers, where this

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! Which calls of a client are for instantsnap.
 
 use std::ffi::c_uint;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! Whether QEMU works on the images of a snapshot's disks already.
 //!
 //! A disk with a block job (a mirror, a commit, a backup) cannot be switched to an overlay, or

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! The driver's way in: the caller owns QEMU's monitor, its locks, its event loop and perhaps the
 //! metadata, and is called back.
 //!

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! Holding a guest for one operation.
 
 use std::collections::BTreeSet;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! What a way in is to the engine: the traits, and what passes through them.
 
 use std::os::fd::BorrowedFd;

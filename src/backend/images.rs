@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! The images of a domain and of its snapshots: which is the backing file of which.
 
 use std::collections::{BTreeMap, BTreeSet};

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! Who has an image open, by the byte-range locks that QEMU takes on it.
 //!
 //! QEMU locks one byte for each permission that it uses ([`USED`]), and one for each that it does

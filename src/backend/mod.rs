@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! Who runs the guest: the one thing in which the ways in differ.
 //!
 //! A [`Connector`] is a guest that was opened; it hands out a [`Guest`], exclusive to one

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! Whether the images of a guest can be opened again by their names.
 //!
 //! A snapshot is brought back by the names of its images. An image whose name is gone (it was

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! The file of an overlay.
 //!
 //! qemu-img, which may run with more rights than whoever can change an image or the names that lead

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! Waiting for a block job for as long as it makes progress, which may be hours.
 
 use std::thread::sleep;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! The files that a revert makes: IMAGE.SNAPSHOT-XXXXXX.revert.
 
 use std::ffi::OsStr;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! Whether the guest's RAM is written past QEMU's mapping of it: by another process, or by a
 //! device.
 

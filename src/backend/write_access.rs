@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! Whether QEMU could write an image again once it has let go of it.
 //!
 //! It has its disks' images open, and goes on writing to them whatever becomes of their

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! When which phase began, what each took, and who is told of it.
 
 use std::time::Duration;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! The images below the overlays, on stable storage.
 //!
 //! QEMU writes to the host what its guest has flushed when it switches a disk, unless it was told

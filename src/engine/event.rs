@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! What happens to a snapshot that is being taken.
 
 use std::time::Duration;

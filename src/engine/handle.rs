@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! A guest that was opened: what is done with it.
 
 use std::path::Path;

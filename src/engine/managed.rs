@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! A revert or a delete of a snapshot whose definition a stock libvirt has: its domain is held for
 //! as long as that takes.
 

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! The phases of a snapshot, their undo, and bringing one back: the same for every way in.
 //!
 //! [`Handle`] is what the C API and the tests hold: a guest that was opened, with at most one

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! UEFI variables (pflash): QEMU saves them with memory, but does not write-protect them meanwhile.
 //!
 //! So a variable that the guest sets while memory is being saved would be in a snapshot that is

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! The operation that a handle has under way, on whatever thread.
 
 use std::sync::{Arc, Mutex};

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! How snapshots are taken.
 
 use std::sync::Arc;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! Disks that QEMU does not snapshot: the caller's storage does, by a hook, while the guest stands
 //! still.
 //!

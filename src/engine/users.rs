@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! Who uses images besides the domain that they are of: QEMUs that have them open, and other
 //! domains of the connection that name them, or what stands on them.
 

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! The structures of the C header, and where their fields are.
 //!
 //! The build includes this file as well, and has the C compiler compare every size and offset with

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! The entry points of a client of a stock libvirt: `vm` is NULL, objects and errors are libvirt's
 //! own.
 

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! The driver's way in: a table of C callbacks as a [`Driver`].
 
 use std::cell::RefCell;

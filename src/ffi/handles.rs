@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! Handles: what C holds is a number in a pointer's clothes, and what is behind it is looked up,
 //! never dereferenced.
 //!

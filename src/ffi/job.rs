@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! `instantsnap.h`: snapshots with events, and jobs.
 
 use std::ffi::{CString, c_char, c_int, c_uint, c_void};

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! The last error of each thread.
 
 use std::cell::RefCell;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! `instantsnap-libvirt.h`: the entry points of libvirt's qemu driver, by its own names.
 //!
 //! `vm` decides: ours, a client's (NULL: `client`), or a driver's own object: of a driver that was

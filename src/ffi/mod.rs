@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! The C API: convert, call, convert back, and nothing else.
 //!
 //! One convention for everything that crosses. [`boundary`](crate::boundary) is the first line of

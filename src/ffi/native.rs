@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! `instantsnap.h`.
 
 use std::ffi::{CStr, CString, c_char, c_int, c_uint};

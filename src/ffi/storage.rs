@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! `instantsnap.h`: the caller's storage.
 
 use std::ffi::{CStr, CString, OsString, c_int};

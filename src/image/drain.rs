@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! Moves QEMU's stream from a pipe into a file, by a thread that needs nothing but its descriptors.
 //!
 //! It sees bytes; whoever wants to see page records reads them here, between the pipe and the file.

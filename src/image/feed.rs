@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! Moves QEMU's stream from a memory image into the pipe of a QEMU that loads it.
 
 use std::fs::File;

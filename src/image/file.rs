@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! The file of a memory image: libvirt's header, the domain XML, room for a longer one, QEMU's
 //! stream.
 //!

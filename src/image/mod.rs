@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! The memory image: libvirt's save format around QEMU's migration stream, and the threads that
 //! move the stream.
 //!

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! The pipe that the stream comes through.
 
 use std::os::fd::OwnedFd;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! QEMU's migration stream, as far as it can be judged without loading it.
 //!
 //! QEMU finds out that it cannot load a stream while it loads it, and can end then. By that time

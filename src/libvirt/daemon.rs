@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! The libvirt daemon that this process is, where it is one: libvirt's private functions, which its
 //! driver uses too.
 //!

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! libvirt's errors.
 
 use std::ffi::{CString, c_int};

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! libvirt, as its clients see it: the public functions that we need, safe to call.
 //!
 //! Nothing here knows what a snapshot of ours is. Objects are counted references, as libvirt's own,

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! libvirt's public functions, found at run time: the library loads where libvirt is not installed.
 
 use std::cell::UnsafeCell;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! Waiting until QEMU has armed its tracking of memory writes, or will not any more.
 
 use super::backoff::Backoff;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! Having QEMU touch the guest's memory while the guest still runs.
 //!
 //! Before a background snapshot is armed QEMU touches every page of guest memory once ("populate"),

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! How far memory has come on its way into the image, and who is told of it.
 
 use std::time::Duration;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! Waiting for an incoming migration.
 
 use super::backoff::Backoff;

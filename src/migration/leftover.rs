@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! The settings that a snapshot has left in QEMU.
 
 use serde_json::{Map, Value, json};

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! Who has changed QEMU's settings for a snapshot, as it is noted beside them: whether that
 //! snapshot has ended.
 //!

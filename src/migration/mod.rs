@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! QEMU's migration, used from outside: the means of saving and loading a guest's memory.
 
 mod arm;

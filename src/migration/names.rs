@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! The names by which QEMU knows what a snapshot changes in it.
 
 pub const BACKGROUND: &str = "background-snapshot";

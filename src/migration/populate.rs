@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! How far QEMU has come with touching all of the guest's memory ("populate"), seen from outside.
 //!
 //! It says nothing of it. But it is always the same work, done by one thread that does nothing

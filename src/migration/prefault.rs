@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! Prefaulting: touching the guest's memory from outside, while the guest runs.
 //!
 //! QEMU touches every page before it arms. A page that is not there yet (never used, or swapped

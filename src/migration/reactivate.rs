@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! Taking the disks back after an ordinary migration.
 //!
 //! When a migration completes, QEMU hands its disks over to a destination, and there is none. A

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! Whether the guest is in a state in which QEMU can capture it.
 //!
 //! QEMU captures a background snapshot in the state `paused`. From another state of a guest that

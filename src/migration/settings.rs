@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! QEMU's migration settings: what they were, those of a snapshot, the lock, and putting them back.
 
 use serde_json::{Map, Value, json};

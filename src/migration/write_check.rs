@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! The write check: whether anything was written to the disks between their switch and the instant.
 //!
 //! It is paused, but nothing keeps another client from resuming it, by a second monitor, or by the

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! The guest's `<domain>` XML: which disks it names, and how it reads with the files that they have
 //! now.
 

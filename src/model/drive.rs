@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! A drive of a guest, as the way in describes it and the plan needs it.
 
 /// What a drive is to a snapshot.

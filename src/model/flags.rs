@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! The flags of a snapshot and their rules, each kind as one table.
 //!
 //! In C flags are a number. `ffi/` and `preload/` parse it where it arrives, and everything below

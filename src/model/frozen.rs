@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! An image as it was when a snapshot froze it: by this a file is noticed that was written since,
 //! or replaced under its name.
 

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! What is asked for and what is recorded: `<domainsnapshot>` and `<domain>` XML, the disk plan,
 //! the state directory.
 //!

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! Which names and paths a snapshot can have.
 
 use std::time::{SystemTime, UNIX_EPOCH};

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! Images of NBD servers, which libvirt, QEMU and the overlays on them name in different ways.
 //!
 //! libvirt has an element (`<source protocol='nbd' name='x'><host .../></source>`); QEMU, and so a

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! What we note down of a snapshot that libvirt records: an element of our own in the `<metadata>`
 //! of the record's `<domain>`, which libvirt keeps as it is.
 

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! Whether a copy of UEFI variables is the one that was recorded: a record alone is no reason to
 //! remove a file, or to use it.
 

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! Which drives get which overlay: the caller's disks aligned with the guest's, as libvirt aligns
 //! them.
 

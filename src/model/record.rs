@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! What is recorded of a snapshot: libvirt's `<domainsnapshot>`, as it stands in the state
 //! directory.
 //!

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! The `<domainsnapshot>` XML that a caller hands in.
 
 use roxmltree::Node;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! Writes `<domainsnapshot>`: the order to libvirt to switch disks, the snapshot as libvirt records
 //! it, and our own record.
 //!

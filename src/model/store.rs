@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! The state directory of one guest: a `<domainsnapshot>` file for each snapshot, and which of them
 //! is current.
 //!

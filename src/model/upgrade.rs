@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! Which LIVE snapshots can be INSTANT ones, for programs that do not know of them.
 //!
 //! The rules are the same in clients and in the daemon.

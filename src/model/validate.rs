@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! VALIDATE: a caller's XML against libvirt's own schema.
 
 use std::path::Path;

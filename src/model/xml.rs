@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! Reading XML safely: bounded in every way, no DTD (thus no entities), and a few words for walking
 //! the tree.
 

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! A QMP client on a Unix socket: one command at a time, each with a deadline.
 
 use std::io::IoSlice;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! A command, and who can run it.
 
 use std::os::fd::BorrowedFd;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! The commands that the engine and the ways in need, typed.
 
 use std::os::fd::BorrowedFd;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! QEMU's events: those that are used, and the newest of them only.
 //!
 //! A guest can have QEMU send events as fast as it likes, and what is between QEMU and us can, too.

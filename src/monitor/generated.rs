@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! JSON by chance, for tests.
 
 use serde_json::{Value, json};

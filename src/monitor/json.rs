@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! JSON as deep as QEMU's can be, on any stack.
 //!
 //! QEMU describes an image with the images below nested in it: a chain of a hundred overlays is

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! Where one message of QEMU's ends and the next begins.
 //!
 //! A message is a JSON object, on one line or (`pretty=on`) on several: it ends where its brackets

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! QMP: a socket client, typed commands, events.
 //!
 //! [`Monitor`] is QEMU's monitor over a Unix socket. [`commands`] speak through anything that

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! The driver's way in keeps what the others promise: one moment, nothing left of a failure,
 //! cancelled at any time, and one operation at a time by whatever way in.
 

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! The example of the driver's way in, c-tests/daemon.c: one event loop, four guests, and a client
 //! in Python.
 

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! Clients of a stock libvirtd with the library in it: with nothing of ours, over every transport,
 //! and what is not ours as ever.
 

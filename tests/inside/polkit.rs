@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! libvirt's fine-grained permissions inside the daemon: whoever may take snapshots may take
 //! instant ones, and nothing else. What is done with the files that a snapshot's record names is
 //! done for those only who may change the domain.

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! The library for LD_PRELOAD, in unmodified programs: Debian's virsh and python3-libvirt, with a
 //! libvirtd of the test's own.
 

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! What must not happen to a stock libvirtd with the library in it, and to its guests.
 
 use std::os::unix::net::UnixStream;

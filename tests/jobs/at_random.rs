@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! P1, P3, P4, P5, P8 at random: many jobs at once, on many guests, each cancelled at some moment,
 //! or not. Whatever became of them, the guests are none the worse, and what is complete can be
 //! brought back.

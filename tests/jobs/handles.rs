@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! Jobs as C has them: handles, structures that can grow, a callback with its pointer; and a forked
 //! child, in which they are somebody else's.
 

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! A snapshot that is taken by a thread of its own: it is told of what happens, in order; whoever
 //! started it goes on at the instant, and can wait for it, follow it and cancel it, or forget it.
 

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! P1 through a stock libvirt: memory, every disk and the serial line of a snapshot are of one
 //! moment.
 

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! libvirtd is killed, or restarted, or waits for another client, while a snapshot is being taken.
 
 use std::fs::File;

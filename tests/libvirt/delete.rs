@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! Deleting snapshots with memory of domains of a stock libvirt.
 
 use std::path::{Path, PathBuf};

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! Which disks of a domain are in a snapshot, and on which overlays; what cannot be is said before
 //! anything is touched.
 

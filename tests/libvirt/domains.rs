@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! Domains of every kind under a stock libvirt, what libvirt does with them after a snapshot, and
 //! failures that leave them as they were.
 

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! What a third client hears of a snapshot: the guest is paused, and runs again.
 
 use std::io::{BufRead, BufReader};

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! Jobs of a domain of a stock libvirt: as those of a guest by QMP; and jobs of others.
 
 use std::time::Duration;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! P3 and P4 through a stock libvirt: a caller that is killed leaves a guest that runs, and nothing
 //! else.
 

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! libvirt's locks on disk images: it gives them away while a domain is paused, and a snapshot must
 //! leave them held.
 

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! What libvirt knows of an instant snapshot: at once, under the right parent, and no more and no
 //! less than is true.
 

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! Disks on network storage (`<disk type='network'>`), by a real NBD server: snapshots are taken
 //! where an overlay is named, undone, brought back and deleted, and the guest finds all that it has
 //! written.

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! Whose files and whose processes: system and session daemons, libvirt within the caller, and
 //! connections that lead elsewhere.
 

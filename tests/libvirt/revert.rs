@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! Reverting domains of a stock libvirt to snapshots with memory.
 
 use std::fs::OpenOptions;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! Many domains side by side do not wait for each other; two snapshots of one domain do not meet.
 
 use std::sync::{Arc, Barrier};

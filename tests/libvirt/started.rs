@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! What becomes of a domain that another client starts just when images of it are merged that
 //! nobody had open: by the end of a snapshot that failed, or by a delete. It must not go on with
 //! images that are removed.

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! What becomes of virsh, and of a snapshot, when virsh is used on the domain while its snapshot is
 //! taken: one table.
 

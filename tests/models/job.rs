@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! What the thread of a job and those who follow it share, in every way in which they can meet:
 //! `src/engine/job/shared.rs`, model-checked. A wake-up that is lost is a thread that waits for
 //! ever, which loom reports.

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! P1, P2: the guest runs again when write tracking is armed, not before; and never later than the
 //! limit of the pause.
 //!

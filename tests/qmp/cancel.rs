@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! P8: a snapshot can be cancelled in every phase; and a second one on the same guest is refused at
 //! once.
 

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! Deleting snapshots of a guest by its QMP socket: what it has written since stays, the snapshot's
 //! files go, and a deletion that was cut short is done again.
 

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! Which disks are in a snapshot, by which name, on which overlay, and that the overlay is as its
 //! image.
 

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! A guest is held for one operation, and let go: also where a process is forked at the wrong
 //! moment, and executes nothing.
 

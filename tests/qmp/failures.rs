@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! P4, P5, P7: a snapshot that fails leaves everything as it was, and says what stood in its way.
 
 use std::os::unix::fs::PermissionsExt;

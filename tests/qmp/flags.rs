@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! The flags of section 4 of the design: which may go together, which are built, and what each
 //! does.
 

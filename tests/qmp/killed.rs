@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! P3, P4: QEMU is killed in the middle of a snapshot. Nothing of the snapshot is left, and the
 //! images that the guest had are whole, with all that it wrote.
 

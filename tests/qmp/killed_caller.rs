@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! P3 and P4: a caller that is killed leaves a guest that runs, and nothing of its snapshot.
 
 use std::os::unix::process::ExitStatusExt;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! P1, P3, P4 at random: while a snapshot is taken, other clients of the same QEMU do what
 //! administrators, management programs and backup jobs do. Whatever becomes of the snapshot: the
 //! guest counts on, what is reported as good is brought back whole, and what failed leaves nothing.

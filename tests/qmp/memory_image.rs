@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! P6: the memory image is in libvirt's format, complete or recognisably partial, and nobody else's
 //! to read.
 

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! The state directory: what is recorded, in which order, by whom, and what damage does to it.
 
 use std::os::unix::fs::MetadataExt;

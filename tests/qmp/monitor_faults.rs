@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! P3, P4, P7: the monitor goes wrong. Whatever it does, the guest runs again, and nothing of the
 //! snapshot is left.
 

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! What becomes of a snapshot, and of QEMU, when another client of the same QEMU resets, resumes or
 //! saves the guest meanwhile, or when an earlier snapshot's process and watchdog were killed: by
 //! QMP and by a driver.

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! P1, P2: memory is touched while the guest runs, and whatever comes of the race for the guest's
 //! stop, the snapshot is of one moment.
 

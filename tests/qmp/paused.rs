@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! A paused guest: its snapshots leave it paused, with disks that can be worked with, and say that
 //! it was.
 

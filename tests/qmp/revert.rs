@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! Bringing a snapshot back: fresh images, into the right machine only, and the snapshot stays what
 //! it was.
 

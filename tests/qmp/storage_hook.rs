@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! Disks that QEMU does not snapshot are snapshotted by the caller's hook, inside the pause: at the
 //! instant of memory and of the other disks, in bounded time, and undone with them.
 

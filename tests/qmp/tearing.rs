@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! What would tear a snapshot is refused or noticed: guest memory that another process writes, UEFI
 //! variables that change, disks and devices that another client changes.
 

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! XML from outside: nothing in it crashes, hangs or gets past its place, and what is fine comes
 //! back as it was.
 

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! Where the daemon's dispatcher calls libvirt's public function for a client.
 //!
 //! libvirt's driver may look at the flags before it calls `qemuSnapshotCreateXML` (12.8 does, 9.0

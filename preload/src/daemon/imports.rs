@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! Which functions a loaded object imports, by the symbols' names.
 //!
 //! Read from the object's own dynamic section, as the loader reads it.

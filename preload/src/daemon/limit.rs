@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! The job limit: how many snapshots are taken at once. Each has one of the daemon's workers to
 //! itself until it is complete; with all of them taken, no client of the daemon would be answered.
 

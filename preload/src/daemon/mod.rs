@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! Inside a stock libvirt daemon: its driver calls with its own object as `vm`, and the next
 //! definition of the symbol is the driver's own function.
 //!

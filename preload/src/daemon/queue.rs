@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! The per-domain job queue: reverts and deletes of one domain's snapshots, which clients can ask
 //! for at once, run one after another, as libvirt does it by the domain's job.
 

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! What the daemon's environment says.
 
 use std::sync::OnceLock;

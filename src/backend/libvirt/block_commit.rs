@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! Merging images that a running domain has open, by libvirt's block commit.
 //!
 //! A merge may take hours: it is waited for as long as it makes progress. Each call of libvirt on

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! Calls of libvirt with an end.
 //!
 //! Each of libvirt's calls on a domain waits for the job of another client's call on it, up to 30

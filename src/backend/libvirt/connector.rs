@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! A domain that was opened, and the connection that it was opened by.
 
 use std::sync::Mutex;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! A domain's drives, from its XML.
 
 use crate::error::{Result, fail};

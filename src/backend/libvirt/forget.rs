@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! Having libvirt forget a snapshot; its files stay.
 
 use super::call::Trouble;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! What libvirt gives away while a domain is paused, and takes back when it resumes it: disk leases
 //! and macvtap devices.
 //!

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! A domain of a stock libvirt as a revert or a delete of its snapshots uses it: each call of
 //! libvirt has a deadline.
 

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! Snapshots of a domain of a stock libvirt that are our affair too: where its own revert and
 //! delete are lacking, or do harm.
 

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! The way in through a stock libvirt: the domain is its daemon's, and we are a client.
 //!
 //! Everything that libvirt can do, it does, so that its own view of the domain stays true: it

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! Overlays under libvirt: made beforehand by `qemu-img`, merged back by libvirt's block commit.
 
 use std::path::Path;

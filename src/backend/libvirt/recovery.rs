@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! What is left to do for a process that was killed, as commands of virsh.
 
 use serde_json::{Value, json};

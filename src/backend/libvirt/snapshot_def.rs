@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! A domain's snapshots as libvirt has them recorded, and the edits of their records that a revert
 //! or a delete needs.
 //!

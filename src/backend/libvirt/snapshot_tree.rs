@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! All snapshots of a domain, as libvirt has them defined.
 
 use super::managed_domain::ManagedDomain;

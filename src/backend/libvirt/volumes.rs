@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! Disks on volumes of storage pools: files and devices of this machine, which libvirt's XML calls
 //! by pool and volume.
 //!

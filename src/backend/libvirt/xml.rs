@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! What a snapshot's XML tells, as far as a snapshot that is being taken has to know.
 
 use crate::model::{domain, snapshot_writer, xml};

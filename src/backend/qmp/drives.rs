@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! What a QEMU tells of itself: its drives, its machine.
 
 use std::path::Path;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! QEMU's jobs, as we start them: none dismisses itself, so that what became of it can be learnt.
 
 use serde_json::{Value, json};

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! The direct way in: the caller itself has started QEMU, and gives its QMP socket.
 //!
 //! The library is the driver here: it keeps the metadata, creates the overlays and switches the

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! A guest by QEMU's monitor, whoever holds the connection: overlays are created, switched to and
 //! merged back by QMP.
 

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! Overlays by QMP: created while the guest runs, switched to in one transaction, merged back when
 //! a snapshot fails.
 

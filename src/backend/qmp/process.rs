@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! The QEMU process behind a socket: holding it for one operation, and what /proc says of it.
 
 use std::os::unix::fs::MetadataExt;

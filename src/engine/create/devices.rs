@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! The guest's devices between the plan and the instant.
 //!
 //! What is attached or detached meanwhile is in the memory image, and not in the domain XML beside

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! The early start: the migration begins while the guest runs, and the guest is paused in time.
 //! See [`early_start`].
 

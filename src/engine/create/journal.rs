@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! The journal of a snapshot: its steps so far, in order, each noted before it is tried.
 //!
 //! It is the one record of how far a snapshot is. Two things are functions of it, so that they

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! Making a snapshot that was planned: the three orders in which its steps are done.
 
 use super::journal::{Entry, Journal};

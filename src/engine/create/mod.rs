@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! Taking a snapshot.
 //!
 //! A request is planned (`plan.rs`), then made in one of three orders (`make.rs`) of steps

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! Planning a snapshot: everything is decided and checked, and nothing touched.
 
 use std::path::{Path, PathBuf};

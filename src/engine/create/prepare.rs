@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! Preparing a snapshot, while the guest runs: overlays, memory image, pipe, watchdog, settings.
 
 use std::path::Path;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! Disk sizes between the plan and the instant.
 //!
 //! An overlay is made with the size that its disk has in the plan. When another client resizes the

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! The steps of a snapshot, which its three orders share (`make.rs`).
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};

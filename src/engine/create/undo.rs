@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! Undoing a snapshot: what its journal says was changed is put back, from the last entry to the
 //! first.
 //!

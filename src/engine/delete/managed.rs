@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! Deleting snapshots of a domain of a stock libvirt.
 //!
 //! libvirt 9.9 and later can delete one that has at most one child and is in the chains that the

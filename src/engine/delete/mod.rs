@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! Deleting snapshots: a [`plan`] of what becomes of their images, then the steps.
 //!
 //! The steps depend on who has the snapshots' definitions: a stock libvirt ([`managed`]), or we, in

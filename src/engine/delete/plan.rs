@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! What deleting snapshots makes of their images: a plan, made of nothing but what is known of
 //! them.
 //!

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! Keeping what is noted down of snapshots true while a delete changes images: what it changes
 //! itself is no change that a revert must refuse. An image that was changed by others before stays
 //! noted as it was.

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! Deleting a snapshot without children: what the guest has written since goes into the images
 //! below, and the snapshot's files go.
 //!

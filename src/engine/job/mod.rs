@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! A snapshot that is taken by a thread of its own.
 //!
 //! The thread does what [`Handle::create`](super::Handle::create) does on its caller's. Who follows

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! What the thread of a job and those who follow it share: the news not taken yet, the signal that
 //! says that there are some, and what became of the job.
 //!

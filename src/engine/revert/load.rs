@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! Bringing a snapshot back, second step: its memory into a QEMU that waits for it.
 
 use std::os::fd::{AsFd, OwnedFd};

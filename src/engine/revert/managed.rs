@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! Bringing a domain of a stock libvirt back to a snapshot.
 //!
 //! libvirt 9.9 and later can do it for snapshots with a memory image, and do, unless it would do

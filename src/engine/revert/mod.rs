@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! Reverting to snapshots.
 //!
 //! A stock libvirt's domain is reverted by libvirt ([`managed`]), by a [`plan`] of what it leaves. Of other guests the caller starts

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! Which of the overlays that a domain leaves behind by a revert nobody needs: a plan, made of
 //! values only.
 //!

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! Bringing a snapshot back, first step: fresh images on top of the snapshot's, for a new QEMU.
 
 use std::os::unix::fs::FileTypeExt;

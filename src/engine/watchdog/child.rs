@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! The watchdog's side: the child of a process with threads, which makes system calls only.
 
 use std::ffi::{CStr, c_int};

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! A process that outlives the caller's: should that be killed, its guest runs on.
 //!
 //! A caller that dies inside the pause would leave its guest paused. One that dies while memory

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! The QMP commands that the watchdog sends on the monitor's socket.
 
 use std::os::fd::OwnedFd;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! Recovery commands, programs that the watchdog runs: libvirt's own client, where a domain is
 //! libvirt's.
 

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! What is left of QEMU's stream.
 
 use std::os::fd::OwnedFd;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! What QEMU answers, for a process that may not allocate: read byte by byte, and little of it
 //! kept.
 

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! What the watchdog is told by its lifeline, and says.
 
 /// All is well: the watchdog is not needed any more.

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! Waiting until all of memory is in its image, and QEMU says so.
 
 use std::time::{Duration, Instant};

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! Giving memory up that is being saved.
 
 use std::time::{Duration, Instant};

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! The way of memory from QEMU to its image: a pipe, and the drain that empties it.
 
 mod drain;

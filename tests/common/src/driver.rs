@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! A driver in Rust: during an operation it has QEMU's monitor to itself, and it fails when a test
 //! says so.
 

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! A guest handle that takes flags as C does: as numbers, which are parsed first.
 
 use std::ops::Deref;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! A libvirtd with the library in it, and clients with nothing of ours.
 
 use std::fs::File;

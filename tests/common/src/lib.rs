@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! What several tests need: the library on a guest of the kit, and a snapshot brought back and
 //! checked.
 

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! Other clients at random: what both ways of meddling with a snapshot share (`meddling.rs` by QMP,
 //! `libvirt_meddling.rs` by libvirt).
 //!

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! A disk of a domain that is served by qemu-nbd.
 
 use std::path::{Path, PathBuf};

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! A server of ssh of the test's own, for clients with ssh's own settings out of the way.
 
 use std::fs::Permissions;

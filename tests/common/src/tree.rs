@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! A domain with a tree of snapshots, which is reverted and pruned, and what must be true of it
 //! after each step.
 

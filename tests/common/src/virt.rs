@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! The library on a domain of a private libvirtd, and a snapshot brought back and checked.
 //!
 //! By the other way in (`way.rs`) the library is in that daemon, and only libvirt's plain functions

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! By which way in tests go, where there are two; as far as they do not test one of them itself.
 //!
 //! Those of the socket open a guest by its socket, or, with INSTANTSNAP_TEST_WAY=driver, by a

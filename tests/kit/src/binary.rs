@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! The QEMU binaries to test with: the system's, and unpacked package trees of other versions.
 //!
 //! A tree is a Debian package of QEMU unpacked into a directory (`usr/bin/qemu-system-x86_64` and

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! A background snapshot made by hand, command by command, and brought back by hand.
 //!
 //! In the right order it is the floor that the library is measured against; in a wrong order it is

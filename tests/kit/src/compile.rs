@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! Compiles the C sources that the tests need (the tick guest, preload libraries) with `gcc`, once
 //! per process, into the workspace's `target` directory.
 

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! A private libvirtd: the machine's own is never touched, and nothing of it is left when it is
 //! dropped.
 //!

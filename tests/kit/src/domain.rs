@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! The same machine as a domain of libvirt's: what the builder adds for it, and its XML.
 
 use std::fmt;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! What a failed snapshot must leave as it was: QEMU's settings, block nodes, jobs and fd sets, in
 //! a form that can be compared.
 

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! A running QEMU with its guest: where its sockets and files are, what its serial line says, and
 //! that it is gone when the test is.
 

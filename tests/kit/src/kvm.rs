@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! Whether KVM really works here: a `/dev/kvm` that can be opened is not enough where it is nested.
 
 use std::path::Path;

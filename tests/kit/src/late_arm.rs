@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! A QEMU whose snapshot thread can be held, while it sets up or between "active" and "armed":
 //! `shim/late-arm.c`.
 

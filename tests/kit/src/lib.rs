@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! What the tests and the benchmark stand on: real QEMUs, the tick guest, a QMP client of its own
 //! and a monitor that misbehaves on demand.
 //!

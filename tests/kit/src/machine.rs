@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! What a test wants of a virtual machine, and the QEMU command line that gives it.
 
 use std::os::unix::process::CommandExt;

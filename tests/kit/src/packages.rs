@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! What the tests need of the machine's packages: `scripts/deps test` installs it, and so does
 //! `scripts/debian`.
 

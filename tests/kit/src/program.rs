@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! The program that runs tests: each in a process of its own, so that a test may change its
 //! environment, crash, or hang, and no other test notices.
 //!

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! A QMP proxy that goes wrong on demand: it stands between a client and QEMU's monitor, passes
 //! everything on (file descriptors too), and at a chosen command does what a [`Fault`] says.
 

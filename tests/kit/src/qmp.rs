@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! A small blocking QMP client, independent of the one in the library under test.
 
 use std::collections::VecDeque;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! A memory image in libvirt's format brought back with nothing but `virsh`.
 
 use std::os::unix::fs::PermissionsExt;

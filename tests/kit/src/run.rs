@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! What the tests of one run share: files that each would make anew, and what each would find out
 //! anew. The program that runs them has a directory for it, which ends with it.
 

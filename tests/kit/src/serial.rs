@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! What the tick guest says on its serial line, read from the log file that QEMU writes.
 
 use std::fs::File;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! Tests that there is not always time for.
 
 use crate::program::skip;

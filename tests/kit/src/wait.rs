@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! Waiting for something to become true: by looking again and again, up to a generous deadline,
 //! never by sleeping long enough.
 

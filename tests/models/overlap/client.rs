@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! Our client: what it sends, and what it concludes from the answers.
 
 use super::qemu::Command::{

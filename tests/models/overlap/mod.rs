@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! The order "`migrate` first, `stop` while it sets up" checked in all interleavings, on a model.
 //!
 //! With `migrate` sent while the guest runs, QEMU may have begun to save the guest's state before

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! QEMU, as far as a background snapshot of it goes.
 //!
 //! Read in the source of QEMU 10.0.13 (10.2.2 differs in nothing of it):

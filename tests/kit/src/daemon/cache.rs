@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! What libvirt has found out about QEMU binaries, handed from daemon to daemon: it takes seconds
 //! to find out.
 //!

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! Where a private libvirtd has its files, and how it is configured and started.
 
 use std::os::unix::fs::{PermissionsExt, chown, symlink};

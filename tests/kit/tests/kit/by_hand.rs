@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! A snapshot by hand is right in the right order, and torn in the wrong one: the control
 //! experiment without which "the guest counts on" would prove nothing.
 

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! Guests of a private libvirtd, in both of its modes: started, saved, brought back, and nothing
 //! left of them.
 

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! A test that hangs ends its program, and says which it is.
 
 use std::process::Command;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! The proxy: transparent without rules, and each fault does what it says.
 
 use std::os::fd::AsFd;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
 //! The tick guest: it counts on every QEMU and machine type, and notices what is not of its moment.
 
 use std::os::unix::fs::FileExt;
