@@ -262,7 +262,8 @@ virDomainPtr harness_define(virConnectPtr connect, const char *name, const char 
         connect,
         harness_text(
             "<domain type='qemu'><name>%s</name><memory unit='MiB'>64</memory><vcpu>1</vcpu>"
-            "<os><type arch='x86_64' machine='pc'>hvm</type><kernel>%s</kernel></os>"
+            "<os><type arch='x86_64' machine='pc'>hvm</type><kernel>%s</kernel>"
+            "<cmdline>tick rest=2500</cmdline></os>"
             "<features><acpi/></features>"
             "<on_reboot>destroy</on_reboot><devices><emulator>%s</emulator>"
             "<disk type='file' device='disk'><driver name='qemu' type='raw'/><source file='%s'/>"
