@@ -15,6 +15,9 @@ use crate::sys::{self, IMAGE_LOCKS};
 /// A lock on this byte says that its holder writes.
 const WRITES: Range<i64> = 101..102;
 
+/// So often the kernel's list is read before it is believed that it names another process.
+const LOOKS: usize = 5;
+
 /// Whether a process other than this one has the image open as QEMU opens it.
 pub fn is_in_use(image: &Path) -> bool {
     has_lock(image, IMAGE_LOCKS)
@@ -27,7 +30,15 @@ pub fn is_written(image: &Path) -> bool {
 
 /// Whether a process other than this QEMU, which has the image open itself, has it open too. What
 /// the kernel does not tell is not known: QEMU then refuses itself to write to the image.
+///
+/// The kernel writes its locks a page at a time. Where other guests' locks come and go in between,
+/// it can write one twice; and this QEMU's own can have changed when they are read. So only what is
+/// seen each time counts.
 pub fn is_in_use_besides(image: &Path, qemu: u32) -> bool {
+    (0..LOOKS).all(|_| looks_in_use_besides(image, qemu))
+}
+
+fn looks_in_use_besides(image: &Path, qemu: u32) -> bool {
     let (Ok(metadata), Ok(all)) = (image.metadata(), std::fs::read_to_string("/proc/locks")) else {
         return false;
     };
@@ -81,6 +92,7 @@ fn file_of(line: &str) -> Option<&str> {
 #[cfg(test)]
 mod tests {
     use std::os::fd::AsRawFd;
+    use std::sync::atomic::{AtomicBool, Ordering};
 
     use super::*;
 
@@ -117,5 +129,33 @@ mod tests {
         child.kill().unwrap();
         child.wait().unwrap();
         assert!(!is_in_use(path));
+    }
+
+    /// Other guests come and go while the list is read.
+    #[test]
+    fn locks_that_change_meanwhile_are_nobodys_on_this_image() {
+        let image = tempfile::NamedTempFile::new().unwrap();
+        let own = File::open(image.path()).unwrap();
+        (100..104).for_each(|byte| lock(&own, byte));
+        let others: Vec<_> = (0..8).map(|_| tempfile::tempfile().unwrap()).collect();
+        let stop = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !stop.load(Ordering::Relaxed) {
+                    for other in &others {
+                        let opened = File::open(format!("/proc/self/fd/{}", other.as_raw_fd()));
+                        (0..40).for_each(|n| lock(opened.as_ref().unwrap(), 2 * n));
+                    }
+                }
+            });
+            let looks = 300;
+            let wrong = (0..looks)
+                .filter(|_| looks_in_use_besides(image.path(), std::process::id()))
+                .count();
+            eprintln!("{wrong} of {looks} looks are wrong");
+            let in_use = (0..looks).any(|_| is_in_use_besides(image.path(), std::process::id()));
+            stop.store(true, Ordering::Relaxed);
+            assert!(!in_use);
+        });
     }
 }

@@ -447,6 +447,12 @@ fn what_others_do_to_the_domain_meanwhile_comes_to_what_they_want_and_harms_no_i
     let during = |name: &str, command: &str, args: &[&str]| {
         let child = subject.spawn(name);
         let slowed = subject.slow_down(name);
+        // Recorded, so past its resume: QEMU 7.2 resumes its guest itself, and a suspend between
+        // that and the daemon's look at it would be taken for the snapshot's own pause.
+        wait_for(Duration::from_secs(60), || {
+            subject.snapshots().iter().any(|recorded| recorded == name).then_some(())
+        })
+        .expect("it is not recorded");
         guest.virsh(command, args);
         drop(slowed);
         client_of(child)
