@@ -125,6 +125,8 @@ fn stock_can(
     // libvirt does not know of overlays that the snapshot named before it was reverted to: a merge
     // would pull the image away from under them.
     let left = target.notes.left.iter().any(|(_, file)| images::is_there(file, "qcow2"));
+    // Nor of images that stayed when their snapshots were deleted, and that may go now.
+    let former = tree.snapshots.iter().any(|snapshot| !snapshot.notes.former.is_empty());
     // Of block devices it does not know how to get rid of an overlay.
     let overlays = target.external().filter_map(|(disk, _)| disk.overlay.as_deref());
     let files = files && overlays.map(Path::new).all(Path::is_file);
@@ -132,7 +134,7 @@ fn stock_can(
     // Of volumes it has no paths.
     let rooted = rooted && !tree.snapshots.iter().any(|snapshot| snapshot.on_volumes);
     let alone = children <= usize::from(!tree.is_current(target)) && !shared && rooted;
-    Ok(alone && files && !begun && !left && target.external().all(is_on))
+    Ok(alone && files && !begun && !left && !former && target.external().all(is_on))
 }
 
 /// What libvirt's own delete changes and removes of a disk.
