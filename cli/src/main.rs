@@ -199,8 +199,9 @@ fn systemctl(words: &[&str]) -> Result<()> {
 }
 
 /// Of a daemon that an earlier version has enabled.
-const FORMER: &str = "that is the library for programs, with which a daemon takes no instant snapshots any \
-                      more: run `instantsnap daemon enable`, and restart the daemon";
+const FORMER: &str = "that is the library for programs, with which a daemon takes no instant \
+                      snapshots any more, and which is handed on to QEMU: run `instantsnap daemon \
+                      enable` with the options that it had, and restart the daemon";
 
 /// Whether a list of preloaded libraries has one of ours of this kind.
 fn preloads(list: &str, kind: Kind) -> bool {

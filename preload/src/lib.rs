@@ -31,7 +31,7 @@ mod libvirt;
 mod loading;
 mod request;
 
-use std::ffi::{c_int, c_uint, c_void};
+use std::ffi::{CStr, c_int, c_uint, c_void};
 use std::ptr::{self, NonNull};
 
 use instantsnap_core::boundary::boundary;
@@ -176,8 +176,14 @@ pub unsafe extern "C" fn qemuSnapshotDelete(
 
 /// The next definition of a function of libvirt's driver.
 fn next<F>(function: impl FnOnce(Next) -> Option<F>) -> Result<F> {
-    let next = Next::find(|name| Library::NEXT.find(name)).ok();
-    next.and_then(function).ok_or_else(|| {
+    // A plugin has the library that it is linked with to itself: that one is not among those that
+    // come next.
+    let library = Library::loaded(c"libinstantsnap.so.0");
+    let find = |name: &CStr| match (Library::NEXT.find(name), &library) {
+        (found, Some(library)) if found.is_null() => library.find(name),
+        (found, _) => found,
+    };
+    Next::find(find).ok().and_then(function).ok_or_else(|| {
         Error::new(Code::OperationUnsupported, "libvirt's QEMU driver is not in this process")
     })
 }

@@ -15,8 +15,8 @@ use crate::sys::{self, IMAGE_LOCKS};
 /// A lock on this byte says that its holder writes.
 const WRITES: Range<i64> = 101..102;
 
-/// So often the kernel's list is read before it is believed that it names another process.
-const LOOKS: usize = 5;
+/// So often the kernel's list is read at most.
+const LOOKS: usize = 11;
 
 /// Whether a process other than this one has the image open as QEMU opens it.
 pub fn is_in_use(image: &Path) -> bool {
@@ -32,10 +32,14 @@ pub fn is_written(image: &Path) -> bool {
 /// the kernel does not tell is not known: QEMU then refuses itself to write to the image.
 ///
 /// The kernel writes its locks a page at a time. Where other guests' locks come and go in between,
-/// it can write one twice; and this QEMU's own can have changed when they are read. So only what is
-/// seen each time counts.
+/// it can write one twice, or not at all; and this QEMU's own can have changed when they are read.
+/// So what is seen more often counts.
 pub fn is_in_use_besides(image: &Path, qemu: u32) -> bool {
-    (0..LOOKS).all(|_| looks_in_use_besides(image, qemu))
+    let mut seen = [0; 2];
+    while seen.iter().all(|times| *times <= LOOKS / 2) {
+        seen[usize::from(looks_in_use_besides(image, qemu))] += 1;
+    }
+    seen[1] > seen[0]
 }
 
 fn looks_in_use_besides(image: &Path, qemu: u32) -> bool {

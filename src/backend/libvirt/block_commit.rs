@@ -5,6 +5,8 @@
 //! A merge may take hours: it is waited for as long as it makes progress. Each call of libvirt on
 //! the way has a deadline of its own.
 
+use std::time::Duration;
+
 use super::call::{Again, Caller, Trouble};
 use super::snapshot_def::domain_images;
 use crate::backend::guest::DEFAULT_TIMEOUT;
@@ -13,6 +15,9 @@ use crate::backend::progress::{Progress, STALLED};
 use crate::deadline::Deadline;
 use crate::error::{Code, Error};
 use crate::libvirt::{Domain, VirResult, block};
+
+/// libvirt itself waits half as long for another client's job, and then refuses the merge.
+const START_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Which images of a disk become one.
 #[derive(Clone, Debug)]
@@ -63,9 +68,10 @@ impl BlockCommit {
                 Ok(Look::Ended) => break,
                 Ok(Look::Ready) if !pivoting => match self.pivot(caller) {
                     Ok(()) => break,
-                    // It is being done.
+                    // It is being done, and has its own time for that.
                     Err(Trouble::Late) => {
                         pivoting = true;
+                        progress = Progress::new(STALLED);
                         None
                     }
                     Err(trouble) => return Err(begun(trouble.into_error(step))),
@@ -93,7 +99,7 @@ impl BlockCommit {
         let active = if self.active { block::COMMIT_ACTIVE } else { 0 };
         let flags = active | if self.shallow { block::COMMIT_SHALLOW } else { 0 };
         let BlockCommit { target, base, top, .. } = self.clone();
-        let started = self.call(caller, Again::Never, move |domain| {
+        let started = caller.call(Deadline::after(START_TIMEOUT), Again::Never, move |domain| {
             domain.block_commit(&target, base.as_deref(), top.as_deref(), flags)
         });
         started.map_err(|trouble| {
@@ -126,11 +132,13 @@ impl BlockCommit {
 
     /// Ends a job that makes no progress. What the caller must know.
     fn give_up(&self, caller: &mut Caller, step: &str) -> Error {
-        let message = format!("{step}: QEMU's block job makes no progress; it was ended");
-        let error = Error::new(Code::OperationTimeout, message);
+        let error = |end: &str| {
+            let message = format!("{step}: QEMU's block job makes no progress{end}");
+            Error::new(Code::OperationTimeout, message)
+        };
         match self.end(caller, 0) {
-            Ok(()) => error,
-            Err(left) => error.and(
+            Ok(()) => error("; it was ended"),
+            Err(left) => error("").and(
                 left.into_error("ending it failed")
                     .and(format!("end it by `virsh blockjob DOMAIN '{}' --abort`", self.target)),
             ),
@@ -142,13 +150,14 @@ impl BlockCommit {
         self.call(caller, Again::Never, move |domain| domain.block_job_abort(&target, flags))
     }
 
-    /// Whether the disk is still on the uppermost of the images that were to be merged.
+    /// Whether the disk is still on the uppermost of the images that were to be merged. A disk that
+    /// has gone from the domain counts as being there: nobody has seen its merge come to its end.
     fn is_on_top(&self, caller: &mut Caller) -> Result<bool, Trouble> {
         let BlockCommit { target, top_id, .. } = self.clone();
         self.call(caller, Again::Harmless, move |domain| {
             let disks = domain_images(&domain.xml(0)?)?;
             let disk = disks.iter().find(|disk| disk.target == target);
-            Ok(disk.is_some_and(|disk| disk.layers().iter().any(|layer| id(layer) == top_id)))
+            Ok(disk.is_none_or(|disk| disk.layers().iter().any(|layer| id(layer) == top_id)))
         })
     }
 

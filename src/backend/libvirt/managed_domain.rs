@@ -132,7 +132,7 @@ impl ManagedDomain {
     pub fn others(&self) -> Result<Vec<OtherDomain>> {
         let seen = |answer: Answer<OtherDomain>| match answer {
             Ok(other) => Ok(Some(other)),
-            Err(Trouble::Refused(_)) => Ok(None),
+            Err(Trouble::Refused(error)) if !error.is(Code::Rpc) => Ok(None),
             Err(trouble) => Err(trouble.into_error("cannot look at the other domains")),
         };
         let uuid = self.uuid.clone();
@@ -152,8 +152,18 @@ impl ManagedDomain {
             // One after another, so that each may take its time.
             found.extend(seen(self.ask(move |_| {
                 let name = other.name().unwrap_or_default();
-                let texts = [other.xml(0), other.xml(xml::INACTIVE)];
-                Ok(OtherDomain { name, texts: texts.into_iter().flatten().collect() })
+                let mut texts = Vec::new();
+                for flags in [0, xml::INACTIVE] {
+                    match other.xml(flags) {
+                        Ok(text) => texts.push(text),
+                        // A domain that cannot be asked must not pass for one that uses nothing.
+                        Err(VirError { message, .. }) if !other.connect()?.is_alive() => {
+                            return Err(VirError { code: Code::Rpc as i32, message });
+                        }
+                        Err(_) => {}
+                    }
+                }
+                Ok(OtherDomain { name, texts })
             }))?);
         }
         Ok(found)

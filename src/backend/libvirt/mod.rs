@@ -718,8 +718,13 @@ impl Guest for LibvirtGuest<'_> {
     fn withdraw(&mut self) -> Result<()> {
         let Some(Registered { snapshot, .. }) = self.registered.take() else { return Ok(()) };
         let name = snapshot.name();
-        let domain = ManagedDomain::called_by(self.connector, self.caller.another());
-        forget::forget(&domain, &name).map_err(|error| {
+        let forget = || {
+            let domain = ManagedDomain::called_by(self.connector, self.caller.another());
+            forget::forget(&domain, &name)
+        };
+        // Once more, by a new connection: the daemon may have been restarted meanwhile. A snapshot
+        // that is not there any more counts as forgotten.
+        forget().or_else(|_| forget()).map_err(|error| {
             let message = format!("cannot forget snapshot '{name}': {}", error.message);
             Error::of_libvirt(error.number(), message)
         })

@@ -261,7 +261,9 @@ fn merge(disk: &DiskPlan, caller: &mut Caller) -> Result<()> {
     let commit = BlockCommit {
         target: disk.drive.name().to_owned(),
         base: None,
-        top: None,
+        // By its name: libvirt refuses it if somebody else has merged the overlay by then. The
+        // images below are not ours to merge.
+        top: Some(disk.overlay.clone()),
         top_id: id(&disk.overlay),
         active: true,
         shallow: true,

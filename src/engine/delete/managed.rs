@@ -57,6 +57,10 @@ pub fn run(snapshot: &ManagedSnapshot, flags: DeleteFlags) -> Result<()> {
             tree.snapshots.iter().filter(|other| other.name != target.name).collect();
         let renewal = Renewal::begin(domain, &tree, &kept, &touched)?;
         let deleted = snapshot.delete_by_libvirt(flags.bits());
+        if matches!(deleted, Err(Trouble::Late | Trouble::Lost(_))) {
+            // It may still go on, and change the images that would be noted down.
+            return deleted.map_err(|trouble| by_libvirt(trouble, &target.name));
+        }
         // What libvirt may have begun keeps the content of the others' images, too.
         renewal.end(domain, None)?;
         return deleted.map_err(|trouble| by_libvirt(trouble, &target.name));
