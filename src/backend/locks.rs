@@ -16,7 +16,7 @@ use crate::sys::{self, IMAGE_LOCKS};
 const WRITES: Range<i64> = 101..102;
 
 /// So often the kernel's list is read at most.
-const LOOKS: usize = 11;
+const LOOKS: usize = 50;
 
 /// Whether a process other than this one has the image open as QEMU opens it.
 pub fn is_in_use(image: &Path) -> bool {
@@ -32,14 +32,21 @@ pub fn is_written(image: &Path) -> bool {
 /// the kernel does not tell is not known: QEMU then refuses itself to write to the image.
 ///
 /// The kernel writes its locks a page at a time. Where other guests' locks come and go in between,
-/// it can write one twice, or not at all; and this QEMU's own can have changed when they are read.
-/// So what is seen more often counts.
+/// it can write one twice; and this QEMU's own can have changed when they are read. So of holders
+/// that cannot be seen among the processes only what its list says each time counts.
 pub fn is_in_use_besides(image: &Path, qemu: u32) -> bool {
-    let mut seen = [0; 2];
-    while seen.iter().all(|times| *times <= LOOKS / 2) {
-        seen[usize::from(looks_in_use_besides(image, qemu))] += 1;
-    }
-    seen[1] > seen[0]
+    is_locked_by_another(image, qemu) || (0..LOOKS).all(|_| looks_in_use_besides(image, qemu))
+}
+
+/// Whether a process that can be looked at, other than this one, has locks on the image.
+fn is_locked_by_another(image: &Path, qemu: u32) -> bool {
+    let (Ok(metadata), Ok(processes)) = (image.metadata(), std::fs::read_dir("/proc")) else {
+        return false;
+    };
+    let id = (metadata.dev(), metadata.ino());
+    let pids = processes.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok());
+    pids.filter(|pid| *pid != qemu)
+        .any(|pid| locks_of(pid, id).is_some_and(|locks| !locks.is_empty()))
 }
 
 fn looks_in_use_besides(image: &Path, qemu: u32) -> bool {
@@ -149,6 +156,8 @@ mod tests {
                     for other in &others {
                         let opened = File::open(format!("/proc/self/fd/{}", other.as_raw_fd()));
                         (0..40).for_each(|n| lock(opened.as_ref().unwrap(), 2 * n));
+                        // Other guests do so now and then.
+                        std::thread::sleep(std::time::Duration::from_millis(2));
                     }
                 }
             });
