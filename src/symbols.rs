@@ -75,7 +75,7 @@ macro_rules! __symbols {
         impl $table {
             /// All functions, by what gives the address of a symbol; or the name of one that is
             /// missing.
-            fn find(
+            pub fn find(
                 address: impl Fn(&'static std::ffi::CStr) -> *mut std::ffi::c_void,
             ) -> std::result::Result<$table, &'static str> {
                 const fn c_name(name: &'static str) -> &'static std::ffi::CStr {

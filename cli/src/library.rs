@@ -153,8 +153,8 @@ fn check_owner(path: &Path, data: &fs::Metadata) -> Result<()> {
         format!("{}, or install the library as root (meson install)", commands.join(" && "))
     };
     Err(format!(
-        "{shown} does not belong to root alone, and whoever can change it could do what the daemon \
-         can: {mended}"
+        "{shown} does not belong to root alone, and a user who can change it could do what the \
+         daemon can: {mended}"
     ))
 }
 

@@ -68,7 +68,7 @@ pub fn preload(root: &Root, unit: &str) -> Result<Preload> {
                         .any(|word| word == VARIABLE || assigned(word).is_some()) =>
                 {
                     unset = Some(format!(
-                        "{shown} unsets {VARIABLE} for {unit} (UnsetEnvironment=), whoever has set \
+                        "{shown} unsets {VARIABLE} for {unit} (UnsetEnvironment=), whichever file sets \
                          it: remove that"
                     ));
                 }

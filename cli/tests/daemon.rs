@@ -291,8 +291,8 @@ fn neither_the_library_nor_a_directory_above_it_may_be_others() {
 #[test]
 fn no_directory_that_a_symbolic_link_leads_through_may_be_others() {
     let Some(system) = System::new() else { return };
-    // /usr/lib -> /opt/lib, /opt/lib/libinstantsnap-preload.so -> ../../srv/current/lib.so, /srv/current
-    // -> 1
+    // /usr/lib -> /opt/lib, /opt/lib/libinstantsnap-preload.so -> ../../srv/current/lib.so,
+    // /srv/current -> 1
     system.copy(&built(), "/srv/1/lib.so");
     system.link("1", "/srv/current");
     system.link("/opt/lib", "/usr/lib");

@@ -20,7 +20,7 @@ pub fn upgrade_live() -> bool {
     variable("INSTANTSNAP_UPGRADE_LIVE").is_some_and(|value| value == "1")
 }
 
-/// A line on stderr for whoever wonders what happens here.
+/// A line on stderr that says what this library does.
 pub fn debug(message: &str) {
     if variable("INSTANTSNAP_DEBUG").is_some() {
         say(message);

@@ -31,20 +31,17 @@ mod libvirt;
 mod loading;
 mod request;
 
-use std::ffi::{CStr, c_int, c_uint, c_void};
+use std::ffi::{CStr, c_int, c_uint};
 use std::ptr::{self, NonNull};
 
 use instantsnap_core::boundary::boundary;
 use instantsnap_core::error::{Code, Error, Result};
+use instantsnap_core::libvirt::driver::{Next, virDomainObj};
 use instantsnap_core::libvirt::table::{virDomain, virDomainSnapshot};
 use instantsnap_core::pointers::Text;
-use instantsnap_core::symbols::{Library, symbols};
+use instantsnap_core::symbols::Library;
 
 use libvirt::Libvirt;
-
-/// `virDomainObj`, which is libvirt's affair.
-#[allow(non_camel_case_types)]
-pub type virDomainObj = c_void;
 
 /// libvirt's, and instant with bit 10.
 #[unsafe(no_mangle)]
@@ -97,19 +94,6 @@ pub extern "C" fn virDomainSnapshotDelete(
             client::delete(libvirt, snapshot, flags, theirs)
         })
     })
-}
-
-symbols! {
-    /// The definitions that come after these: of libvirt's driver, or of libinstantsnap.
-    struct Next;
-
-    unsafe extern "C" {}
-
-    optional {
-        unsafe fn qemuSnapshotCreateXML(*mut virDomain, *mut virDomainObj, Text, c_uint) -> *mut virDomainSnapshot;
-        unsafe fn qemuSnapshotRevert(*mut virDomainObj, *mut virDomainSnapshot, c_uint) -> c_int;
-        unsafe fn qemuSnapshotDelete(*mut virDomainObj, *mut virDomainSnapshot, c_uint) -> c_int;
-    }
 }
 
 /// The driver's, and in the daemon instant with bit 10.

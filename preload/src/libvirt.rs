@@ -60,8 +60,8 @@ impl Libvirt {
         LIBVIRT.get()
     }
 
-    /// libvirt is there, because somebody has called one of its functions. None where it is
-    /// something else.
+    /// The program has loaded libvirt, because it has called one of its functions. None if that
+    /// was another library's function.
     fn find() -> Option<Libvirt> {
         let library = Library::loaded(c"libvirt.so.0")?;
         // The definition that comes after ours: another preloaded library's, or libvirt's.

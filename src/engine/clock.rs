@@ -76,7 +76,8 @@ pub struct Stats {
     pub setup: Duration,
     /// The guest ran meanwhile.
     pub started_early: bool,
-    /// Tries to begin while the guest ran that came too late; see [`EarlyStart`](super::EarlyStart).
+    /// Tries to begin while the guest ran that came too late; see
+    /// [`EarlyStart`](super::EarlyStart).
     pub lost: u32,
     /// What they have paused the guest for, in all.
     pub lost_pause: Duration,

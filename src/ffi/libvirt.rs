@@ -8,7 +8,7 @@
 //! linked or preloaded with this library, and what is to be done inside libvirt's daemon is the
 //! affair of the library in `preload/`.
 
-use std::ffi::{c_int, c_uint, c_void};
+use std::ffi::{c_int, c_uint};
 use std::ptr::NonNull;
 
 use super::handles::is_handle;
@@ -18,14 +18,11 @@ use super::{client, driver, last_error};
 use crate::boundary::boundary;
 use crate::error::{Code, Error, Result, fail};
 use crate::libvirt::VirError;
+use crate::libvirt::driver::{Next, virDomainObj};
 use crate::libvirt::table::{self, virDomain, virDomainSnapshot};
 use crate::model::flags::{self, DeleteFlags, RevertFlags};
 use crate::pointers::Text;
-use crate::symbols::{Library, symbols};
-
-/// `virDomainObj`, which is libvirt's affair; or a guest of ours.
-#[allow(non_camel_case_types)]
-pub type virDomainObj = c_void;
+use crate::symbols::Library;
 
 /// `qemuSnapshotCreateXML`.
 ///
@@ -120,19 +117,6 @@ pub unsafe extern "C" fn qemuSnapshotDelete(
     })
 }
 
-symbols! {
-    /// The definitions that would be found if this library had none: of libvirt's driver.
-    struct Next;
-
-    unsafe extern "C" {}
-
-    optional {
-        unsafe fn qemuSnapshotCreateXML(*mut virDomain, *mut virDomainObj, Text, c_uint) -> *mut virDomainSnapshot;
-        unsafe fn qemuSnapshotRevert(*mut virDomainObj, *mut virDomainSnapshot, c_uint) -> c_int;
-        unsafe fn qemuSnapshotDelete(*mut virDomainObj, *mut virDomainSnapshot, c_uint) -> c_int;
-    }
-}
-
 /// Where `vm` is a driver's own object, and the driver has this function itself: both.
 fn drivers_own<F>(
     vm: *mut virDomainObj,
@@ -143,7 +127,8 @@ fn drivers_own<F>(
     Some((vm, function(next)?))
 }
 
-/// Adds to the driver's refusal of the flag, which is this thread's last error, what takes it there.
+/// Adds to the driver's refusal of the flag, which is this thread's last error, what takes it
+/// there.
 fn say_what_to_preload() {
     let Ok(table) = table::table() else { return };
     let said = VirError::last(table);

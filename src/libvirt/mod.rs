@@ -7,6 +7,7 @@
 //! answers, which can take as long as another client's job on the domain.
 
 pub mod daemon;
+pub mod driver;
 mod error;
 #[allow(missing_docs, non_camel_case_types)]
 pub mod table;

@@ -3,9 +3,9 @@
 //! The flags of a snapshot and their rules, each kind as one table.
 //!
 //! In C flags are a number. `ffi/` and `preload/` parse it where it arrives, and everything below
-//! them takes [`CreateFlags`], [`RevertFlags`] and [`DeleteFlags`], which break no rule. So flags as
-//! a bare number appear in `ffi/`, in `preload/` and, because libvirt's functions take numbers, in
-//! `libvirt/`, and nowhere else.
+//! them takes [`CreateFlags`], [`RevertFlags`] and [`DeleteFlags`], which break no rule. So flags
+//! as a bare number appear in `ffi/`, in `preload/` and, because libvirt's functions take numbers,
+//! in `libvirt/`, and nowhere else.
 //!
 //! Codes and wording follow libvirt: the rules of its public API, then its driver's, then those of
 //! INSTANT. Which flags a backend supports the backend says itself

@@ -6,47 +6,18 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use common::virt::{self, OpenedDomain};
+use common::virt::{self, Clones, OpenedDomain, directory_for, with_driver};
 use common::way::{by_client_only, by_daemon};
 use common::{ALL_SECTORS, At, INSTANTLY, Loop, run};
 use instantsnap::engine::Phase;
 use instantsnap::error::{Code, Error};
 use instantsnap::model::flags::{NO_METADATA, REUSE_EXT};
 use instantsnap_testkit::machine::make_image;
-use instantsnap_testkit::{
-    Binary, DEADLINE, Daemon, Format, Guest, Machine, missing_package, test, wait_for,
-};
+use instantsnap_testkit::{Binary, DEADLINE, Daemon, Format, Guest, Machine, test, wait_for};
 use tempfile::TempDir;
-
-/// A daemon for clones, one after the other.
-struct Clones(Daemon);
-
-impl Clones {
-    /// Brings a memory image back, and has the clone count.
-    #[track_caller]
-    fn check(&self, original: &Guest, image: &Path) {
-        let clone = self.0.restore(original, image);
-        clone.wait_ticks(5);
-        let name = clone.name().to_owned();
-        drop(clone);
-        let gone =
-            wait_for(DEADLINE, || self.0.try_virsh(&["domstate", &name]).is_err().then_some(()));
-        gone.unwrap_or_else(|| panic!("{name} does not go"));
-    }
-}
 
 fn machine(binary: &'static Binary) -> Machine {
     Machine::new(binary).disk(Format::Qcow2).disk(Format::Raw)
-}
-
-/// A directory that QEMU may use.
-fn directory_for(daemon: &Daemon) -> TempDir {
-    let directory = tempfile::Builder::new()
-        .prefix("d-")
-        .tempdir_in(daemon.directory().join("guests"))
-        .unwrap();
-    give(daemon, directory.path());
-    directory
 }
 
 fn give(daemon: &Daemon, path: &Path) {
@@ -109,7 +80,7 @@ fn refused(opened: &OpenedDomain, xml: &str, flags: u32, code: Code, parts: &[&s
 #[test]
 fn disks_in_several_directories_get_their_overlays_beside_them() {
     let daemon = virt::session();
-    let clones = Clones(daemon.another());
+    let clones = Clones::of(&daemon);
     let (one, other) = (directory_for(&daemon), directory_for(&daemon));
     let first = image_for(&daemon, &one.path().join("first.img"), Format::Raw);
     let second = image_for(&daemon, &other.path().join("second & 'last'.qcow2"), Format::Qcow2);
@@ -231,7 +202,7 @@ fn overlays_that_would_be_one_file_or_exist_are_refused() {
 #[test]
 fn what_cannot_change_is_left_out_and_wishes_are_heard() {
     let daemon = virt::session();
-    let clones = Clones(daemon.another());
+    let clones = Clones::of(&daemon);
     let directory = directory_for(&daemon);
     let fixed = image_for(&daemon, &directory.path().join("fixed.img"), Format::Raw);
     let medium = image_for(&daemon, &directory.path().join("medium.iso"), Format::Raw);
@@ -336,7 +307,7 @@ fn own_overlay(opened: &OpenedDomain, disk: usize, name: &str) -> PathBuf {
 fn overlays_of_the_callers_own_are_used_and_never_removed() {
     by_client_only();
     let daemon = virt::session();
-    let clones = Clones(daemon.another());
+    let clones = Clones::of(&daemon);
     let binary = &Binary::all()[0];
     let opened = OpenedDomain::start(&machine(binary), &daemon);
     let guest = &opened.guest;
@@ -390,7 +361,7 @@ fn loop_on(daemon: &Daemon, file: &Path) -> Loop {
 #[test]
 fn a_block_device_gets_an_overlay_where_one_is_named() {
     for daemon in virt::daemons() {
-        let clones = Clones(daemon.another());
+        let clones = Clones::of(&daemon);
         let directory = directory_for(&daemon);
         let file = image_for(&daemon, &directory.path().join("backing"), Format::Raw);
         let device = loop_on(&daemon, &file);
@@ -540,7 +511,7 @@ fn kill_in_the_drain(opened: &OpenedDomain, xml: &str, flags: u32) {
 #[test]
 fn an_empty_file_made_beforehand_is_taken_and_is_empty_again_when_the_snapshot_is_undone() {
     let daemon = virt::session();
-    let clones = Clones(daemon.another());
+    let clones = Clones::of(&daemon);
     let directory = directory_for(&daemon);
     let opened = OpenedDomain::start(&machine(&Binary::all()[0]), &daemon);
     let guest = &opened.guest;
@@ -603,7 +574,7 @@ fn an_empty_file_made_beforehand_is_taken_and_is_empty_again_when_the_snapshot_i
 #[test]
 fn a_block_device_can_be_an_overlay_and_stays_in_place() {
     for daemon in virt::daemons() {
-        let clones = Clones(daemon.another());
+        let clones = Clones::of(&daemon);
         let directory = directory_for(&daemon);
         let backing = |name: &str| {
             let file = directory.path().join(name);
@@ -682,7 +653,7 @@ fn a_block_device_can_be_an_overlay_and_stays_in_place() {
 fn an_overlay_made_beforehand_on_a_block_device_is_used_and_never_touched_by_an_undo() {
     by_client_only();
     let daemon = virt::session();
-    let clones = Clones(daemon.another());
+    let clones = Clones::of(&daemon);
     let directory = directory_for(&daemon);
     let file = directory.path().join("backing");
     std::fs::File::create(&file).unwrap().set_len(32 << 20).unwrap();
@@ -730,18 +701,7 @@ fn an_overlay_made_beforehand_on_a_block_device_is_used_and_never_touched_by_an_
 fn an_encrypted_disk_is_refused_and_can_be_left_out() {
     let daemon = virt::session();
     // It keeps the key.
-    let driver = "libvirt_driver_secret.so";
-    let drivers = Path::new("/usr/lib/x86_64-linux-gnu/libvirt/connection-driver");
-    if !drivers.join(driver).exists() {
-        missing_package(&format!("no {driver}"));
-    }
-    std::os::unix::fs::symlink(
-        drivers.join(driver),
-        daemon.directory().join("drivers").join(driver),
-    )
-    .unwrap();
-    daemon.kill();
-    daemon.start_again();
+    with_driver(&daemon, "libvirt_driver_secret.so");
     let directory = directory_for(&daemon);
     let (image, secret) = (directory.path().join("luks"), directory.path().join("secret.xml"));
     let uuid = "11111111-2222-3333-4444-555555555555";
@@ -856,18 +816,7 @@ const POOLED: &str = "<source pool='p' volume='v &amp; w.qcow2'/>";
 
 impl OnVolume {
     fn start(daemon: &Daemon) -> OnVolume {
-        let driver = "libvirt_driver_storage.so";
-        let drivers = Path::new("/usr/lib/x86_64-linux-gnu/libvirt/connection-driver");
-        if !drivers.join(driver).exists() {
-            missing_package(&format!("no {driver}"));
-        }
-        std::os::unix::fs::symlink(
-            drivers.join(driver),
-            daemon.directory().join("drivers").join(driver),
-        )
-        .unwrap();
-        daemon.kill();
-        daemon.start_again();
+        with_driver(daemon, "libvirt_driver_storage.so");
         let directory = directory_for(daemon);
         let volume = image_for(daemon, &directory.path().join("v & w.qcow2"), Format::Qcow2);
         daemon.virsh(&[

@@ -7,7 +7,7 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
-use common::virt::{self, OpenedDomain};
+use common::virt::{self, Clones, OpenedDomain, directory_for};
 use common::way::by_client_only;
 use common::{ALL_SECTORS, At, INSTANTLY};
 use instantsnap::engine::Phase;
@@ -19,39 +19,6 @@ use instantsnap_testkit::{
 };
 use serde_json::json;
 use tempfile::TempDir;
-
-/// A daemon for clones, one after the other.
-struct Clones(Daemon);
-
-impl Clones {
-    fn of(daemon: &Daemon) -> Clones {
-        Clones(daemon.another())
-    }
-
-    /// Brings a memory image back, and has the clone count; returns the first number it says.
-    #[track_caller]
-    fn check(&self, original: &Guest, image: &Path) -> u32 {
-        self.check_resumed(original, image, |_| ())
-    }
-
-    #[track_caller]
-    fn check_resumed(&self, original: &Guest, image: &Path, resume: impl FnOnce(&Guest)) -> u32 {
-        let clone = self.0.restore(original, image);
-        resume(&clone);
-        clone.wait_ticks(5);
-        let first = common::first_tick(&clone);
-        self.end(clone);
-        first
-    }
-
-    fn end(&self, clone: Guest) {
-        let name = clone.name().to_owned();
-        drop(clone);
-        let gone =
-            wait_for(DEADLINE, || self.0.try_virsh(&["domstate", &name]).is_err().then_some(()));
-        gone.unwrap_or_else(|| panic!("{name} does not go"));
-    }
-}
 
 fn machine(binary: &'static Binary) -> Machine {
     Machine::new(binary).disk(Format::Qcow2).disk(Format::Raw)
@@ -380,16 +347,6 @@ fn pflash(binary: &'static Binary, directory: &Path) -> Machine {
         code.display(),
         variables.display()
     ))
-}
-
-/// A directory that QEMU may use.
-fn directory_for(daemon: &Daemon) -> TempDir {
-    let directory = tempfile::Builder::new()
-        .prefix("d-")
-        .tempdir_in(daemon.directory().join("guests"))
-        .unwrap();
-    std::os::unix::fs::chown(directory.path(), Some(daemon.user()), Some(daemon.user())).unwrap();
-    directory
 }
 
 fn give(daemon: &Daemon, directory: &Path) {

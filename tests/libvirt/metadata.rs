@@ -5,34 +5,14 @@
 
 use std::path::Path;
 
-use common::virt::{self, OpenedDomain};
+use common::virt::{self, Clones, OpenedDomain};
 use common::way::by_client_only;
 use common::{At, INSTANTLY};
 use instantsnap::engine::Phase;
 use instantsnap::error::Code;
 use instantsnap::image::Image;
 use instantsnap::model::flags::NO_METADATA;
-use instantsnap_testkit::{
-    Accel, Binary, Daemon, Format, Guest, Machine, kvm_runs, test, wait_for, where_kvm_works,
-};
-
-/// A daemon for clones, one after the other.
-struct Clones(Daemon);
-
-impl Clones {
-    /// Brings a memory image back, and has the clone count.
-    #[track_caller]
-    fn check(&self, original: &Guest, image: &Path) {
-        let clone = self.0.restore(original, image);
-        clone.wait_ticks(5);
-        let name = clone.name().to_owned();
-        drop(clone);
-        let gone = wait_for(instantsnap_testkit::DEADLINE, || {
-            self.0.try_virsh(&["domstate", &name]).is_err().then_some(())
-        });
-        gone.unwrap_or_else(|| panic!("{name} does not go"));
-    }
-}
+use instantsnap_testkit::{Accel, Binary, Format, Guest, Machine, kvm_runs, test, where_kvm_works};
 
 fn machine(binary: &'static Binary) -> Machine {
     Machine::new(binary).disk(Format::Qcow2).disk(Format::Raw)
@@ -86,7 +66,7 @@ fn sources(xml: &str) -> Vec<(String, String)> {
 fn a_snapshot_is_current_and_has_its_parent_as_soon_as_it_is_taken() {
     by_client_only();
     let daemon = virt::session();
-    let clones = Clones(daemon.another());
+    let clones = Clones::of(&daemon);
     for binary in Binary::under_libvirt() {
         let opened = OpenedDomain::start(&machine(binary), &daemon);
         let guest = &opened.guest;
@@ -285,7 +265,7 @@ fn virsh_tells_the_truth_about_a_snapshot() {
 #[test]
 fn what_is_not_to_be_recorded_is_not() {
     let daemon = virt::session();
-    let clones = Clones(daemon.another());
+    let clones = Clones::of(&daemon);
     let opened = OpenedDomain::start(&machine(&Binary::all()[0]), &daemon);
     opened.create(&opened.xml("s", ""), INSTANTLY | NO_METADATA).unwrap();
     assert!(names(&opened.guest).is_empty());
@@ -298,7 +278,7 @@ fn what_is_not_to_be_recorded_is_not() {
 #[test]
 fn names_are_taken_as_they_are() {
     let daemon = virt::session();
-    let clones = Clones(daemon.another());
+    let clones = Clones::of(&daemon);
     let opened = OpenedDomain::start(&machine(&Binary::all()[0]), &daemon);
     let guest = &opened.guest;
     let written =
@@ -389,7 +369,7 @@ fn cookie(image: &Path) -> Option<String> {
 #[test]
 fn a_memory_image_has_the_cookie_that_libvirt_itself_would_write() {
     let daemon = virt::session();
-    let clones = Clones(daemon.another());
+    let clones = Clones::of(&daemon);
     let custom = "<cpu mode='custom' match='exact'><model fallback='allow'>Nehalem</model>\
                   <feature policy='disable' name='sse4.2'/></cpu>";
     let (first, last) = (&Binary::all()[0], &Binary::all()[Binary::all().len() - 1]);
@@ -420,7 +400,7 @@ fn check_cookie(opened: &OpenedDomain, clones: &Clones) {
 fn a_guest_with_the_hosts_cpu_is_brought_back_under_kvm() {
     where_kvm_works(&Binary::all()[..1]);
     let Some(daemon) = virt::system() else { return };
-    let clones = Clones(daemon.another());
+    let clones = Clones::of(&daemon);
     for cpu in ["<cpu mode='host-model'/>", "<cpu mode='host-passthrough'/>"] {
         let machine = machine(&Binary::all()[0]).accel(Accel::Kvm).domain_elements(cpu);
         eprintln!("{cpu}");

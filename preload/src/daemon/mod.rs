@@ -155,7 +155,7 @@ fn on_snapshot(
             ManagedSnapshot::of(&snapshot).ok().flatten()
         };
         // The files that its record names are removed, merged and restored with the daemon's
-        // rights, and a client can write that record (REDEFINE). Asked in his own name.
+        // rights, and a client can write that record (REDEFINE). Asked in that client's name.
         let Some(managed) = managed.filter(|managed| managed.callers_domain().may_be_changed())
         else {
             return Ok(false);

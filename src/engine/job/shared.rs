@@ -3,9 +3,9 @@
 //! What the thread of a job and those who follow it share: the news not taken yet, the signal that
 //! says that there are some, and what became of the job.
 //!
-//! The types of `super::sync` are the standard library's, or a model checker's: `tests/models/job.rs`
-//! includes this file, and goes through all the ways in which threads can meet here. It therefore
-//! knows nothing of the rest of the crate.
+//! The types of `super::sync` are the standard library's, or a model checker's:
+//! `tests/models/job.rs` includes this file, and goes through all the ways in which threads can
+//! meet here. It therefore knows nothing of the rest of the crate.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, PoisonError};

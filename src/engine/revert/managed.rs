@@ -544,8 +544,8 @@ impl Revert<'_> {
         self.domain.undefine(undefine::KEEP_NVRAM | tpm)
     }
 
-    /// Removes the overlays that the domain was on, where that is safe ([`super::plan`]). They are garbage
-    /// at worst, so nothing of it is an error.
+    /// Removes the overlays that the domain was on, where that is safe ([`super::plan`]). They are
+    /// garbage at worst, so nothing of it is an error.
     fn remove_left(&self, left: &[DiskImage], fresh: &[PathBuf]) {
         let Ok(situation) = self.situation(left, fresh) else { return };
         for overlay in situation.unneeded() {

@@ -2,8 +2,9 @@
 
 //! Reverting to snapshots.
 //!
-//! A stock libvirt's domain is reverted by libvirt ([`managed`]), by a [`plan`] of what it leaves. Of other guests the caller starts
-//! QEMU: on fresh images ([`prepare`]), and then its memory is loaded ([`load`]).
+//! A stock libvirt's domain is reverted by libvirt ([`managed`]), by a [`plan`] of what it leaves.
+//! Of other guests the caller starts QEMU: on fresh images ([`prepare`]), and then its memory is
+//! loaded ([`load`]).
 
 pub mod load;
 pub mod managed;

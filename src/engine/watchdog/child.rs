@@ -35,14 +35,15 @@ pub const HELD: usize = 3;
 /// For so long nothing comes of the stream before QEMU is asked whether anything more does.
 const QUIET_MS: c_int = 1000;
 
-/// The watchdog's side. Descriptors are by number: the child has them all, until it keeps only these.
+/// The watchdog's side. Descriptors are by number: the child has them all, until it keeps only
+/// these.
 pub struct Child<'a> {
     pub lifeline: c_int,
     pub caller: c_int,
     pub monitor: c_int,
     pub pipe: c_int,
-    /// The names by which the guest is held: nobody else begins an operation on it while the watchdog
-    /// is at work.
+    /// The names by which the guest is held: nobody else begins an operation on it while the
+    /// watchdog is at work.
     pub held: [c_int; HELD],
     /// What holds the snapshot's name.
     pub reservation: c_int,

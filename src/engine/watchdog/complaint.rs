@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! What the watchdog could not undo, said in the machine's log: there is no one else left to be told.
+//! What the watchdog could not undo, said in the machine's log: there is no one else left to be
+//! told.
 
 use std::path::Path;
 

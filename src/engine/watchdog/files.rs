@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! Files that the watchdog removes, or empties: those that were made, or taken, for the snapshot, and
-//! not what may be called so by then.
+//! Files that the watchdog removes, or empties: those that were made, or taken, for the snapshot,
+//! and not what may be called so by then.
 
 use std::ffi::CString;
 use std::os::unix::ffi::OsStrExt;

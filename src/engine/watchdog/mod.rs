@@ -72,8 +72,8 @@ pub struct Watchdog {
 }
 
 impl Watchdog {
-    /// Starts the watchdog. Where no process can be started there is none, and the caller must not be
-    /// killed.
+    /// Starts the watchdog. Where no process can be started there is none, and the caller must not
+    /// be killed.
     pub fn start(&mut self, channel: RecoveryChannel, task: &Task) {
         let Task { restore, files, .. } = *task;
         let start = |monitor, recovery: &Recovery| Started::start(monitor, task, recovery);

@@ -22,7 +22,8 @@ pub struct Sshd {
 }
 
 impl Sshd {
-    /// For clients of this daemon. Skips the test where it is not possible: it lets root in, as root.
+    /// For clients of this daemon. Skips the test where it is not possible: it lets root in, as
+    /// root.
     pub fn start(daemon: &Daemon) -> Sshd {
         let namespaces =
             Command::new("unshare").args(["--mount", "true"]).stderr(Stdio::null()).status();

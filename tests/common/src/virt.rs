@@ -5,7 +5,7 @@
 //! By the other way in (`way.rs`) the library is in that daemon, and only libvirt's plain functions
 //! are called. What is asserted is the same.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
 use instantsnap::backend::LibvirtConnector;
@@ -13,11 +13,15 @@ use instantsnap::engine::{self, Observer, Phase};
 use instantsnap::error::{Code, Error};
 use instantsnap::libvirt::{Connect, Domain, Snapshot};
 use instantsnap::model::flags::{DeleteFlags, RevertFlags};
-use instantsnap_testkit::{Daemon, Fingerprint, Guest, Machine, Mode, domain_fingerprint};
+use instantsnap_testkit::{
+    DEADLINE, Daemon, Fingerprint, Guest, Machine, Mode, domain_fingerprint, missing_package,
+    wait_for,
+};
+use tempfile::TempDir;
 
 use super::inside::{has_mapped, library};
 use super::way::by_daemon;
-use super::{At, Handle, INSTANTLY, assert_says, files_below};
+use super::{At, Handle, INSTANTLY, assert_says, files_below, first_tick};
 
 /// A session daemon for the way in of this run.
 pub fn session() -> Daemon {
@@ -32,6 +36,67 @@ pub fn system() -> Option<Daemon> {
 /// A session daemon, and a system daemon where that is possible.
 pub fn daemons() -> Vec<Daemon> {
     [Some(session()), system()].into_iter().flatten().collect()
+}
+
+/// A daemon for clones, one after the other.
+pub struct Clones(pub Daemon);
+
+impl Clones {
+    /// Another daemon like this one.
+    pub fn of(daemon: &Daemon) -> Clones {
+        Clones(daemon.another())
+    }
+
+    /// Brings a memory image back, and has the clone count; returns the first number it says.
+    #[track_caller]
+    pub fn check(&self, original: &Guest, image: &Path) -> u32 {
+        self.check_resumed(original, image, |_| ())
+    }
+
+    /// The same, with something done to make the clone run.
+    #[track_caller]
+    pub fn check_resumed(
+        &self,
+        original: &Guest,
+        image: &Path,
+        resume: impl FnOnce(&Guest),
+    ) -> u32 {
+        let clone = self.0.restore(original, image);
+        resume(&clone);
+        clone.wait_ticks(5);
+        let first = first_tick(&clone);
+        self.end(clone);
+        first
+    }
+
+    /// Ends a clone, and waits until it is gone.
+    pub fn end(&self, clone: Guest) {
+        let name = clone.name().to_owned();
+        drop(clone);
+        let gone =
+            wait_for(DEADLINE, || self.0.try_virsh(&["domstate", &name]).is_err().then_some(()));
+        gone.unwrap_or_else(|| panic!("{name} does not go"));
+    }
+}
+
+/// A directory that QEMU may use.
+pub fn directory_for(daemon: &Daemon) -> TempDir {
+    let guests = daemon.directory().join("guests");
+    let directory = tempfile::Builder::new().prefix("d-").tempdir_in(guests).unwrap();
+    std::os::unix::fs::chown(directory.path(), Some(daemon.user()), Some(daemon.user())).unwrap();
+    directory
+}
+
+/// Has the daemon load one more of libvirt's drivers. Skips the test where it is not installed.
+pub fn with_driver(daemon: &Daemon, driver: &str) {
+    let installed = Path::new("/usr/lib/x86_64-linux-gnu/libvirt/connection-driver").join(driver);
+    if !installed.exists() {
+        missing_package(&format!("no {driver}"));
+    }
+    let link = daemon.directory().join("drivers").join(driver);
+    std::os::unix::fs::symlink(installed, link).unwrap();
+    daemon.kill();
+    daemon.start_again();
 }
 
 /// A domain of the kit, opened by the library.

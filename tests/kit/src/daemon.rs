@@ -423,8 +423,8 @@ impl Keeper {
 
 impl Drop for Keeper {
     fn drop(&mut self) {
-        // A watchdog that the library has forked may have the pipe open, so that closing it would not
-        // be enough.
+        // A watchdog that the library has forked may have the pipe open, so that closing it would
+        // not be enough.
         let _ = writeln!(self.commands, "quit");
         let _ = self.child.wait();
     }

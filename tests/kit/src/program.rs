@@ -77,7 +77,8 @@ pub fn process(module: &str, name: &str) -> Command {
 }
 
 /// Runs the tests that the command line asks for: all, unless it says otherwise. Its options and
-/// filters are those of every Rust test program; `--ignored` runs the functions that are no tests of their own.
+/// filters are those of every Rust test program; `--ignored` runs the functions that are no tests
+/// of their own.
 pub fn main() -> ExitCode {
     if let Ok(path) = std::env::var(FUNCTION) {
         // SAFETY: no other thread runs yet.
