@@ -7,7 +7,7 @@
 //!
 //! Directly, on a QEMU of its own:
 //!
-//! * `overlap`: this library, which has QEMU touch the guest's memory while the guest still runs.
+//! * `early_start`: this library, which has QEMU touch the guest's memory while the guest still runs.
 //! * `classical`: this library told not to: the guest is stopped first.
 //! * `floor`: the shortest sequence of QMP commands that stops the guest first, as in
 //!   `benches/pause.rs`.
@@ -32,7 +32,7 @@ use std::time::Duration;
 use common::domain::OpenedDomain;
 use common::monitor::Monitor;
 use common::{Options, interleave, kib, list, machine, median, spread};
-use instantsnap::engine::{EarlyStart, Event, Handle, Observer, What};
+use instantsnap::engine::{EarlyStart, Event, EventKind, Handle, Observer};
 use instantsnap::error::Code;
 use instantsnap::model::flags::{CreateFlags, INSTANT, LIVE, NO_METADATA};
 use instantsnap_testkit::{Binary, Client, Daemon, Guest, Machine, wait_for};
@@ -46,27 +46,27 @@ const ROOM: Duration = Duration::from_secs(10);
 /// A large guest boots slowly without KVM.
 const BOOT: Duration = Duration::from_secs(600);
 
-/// A way in, and what is compared by it.
-struct WayIn {
+/// A backend, and what is compared by it.
+struct Backend {
     name: &'static str,
     ways: &'static [&'static str],
-    /// Of these, the one that tries to overlap.
-    overlap: &'static str,
+    /// Of these, the one that tries to early_start.
+    early_start: &'static str,
     /// Of these, what the others' pauses are set against.
     classical: &'static str,
 }
 
-const WAYS_IN: [WayIn; 2] = [
-    WayIn {
+const BACKENDS: [Backend; 2] = [
+    Backend {
         name: "direct",
-        ways: &["overlap", "classical", "floor"],
-        overlap: "overlap",
+        ways: &["early_start", "classical", "floor"],
+        early_start: "early_start",
         classical: "classical",
     },
-    WayIn {
+    Backend {
         name: "libvirt",
         ways: &["libvirt", "libvirt classical", "libvirt plain", "libvirt live"],
-        overlap: "libvirt",
+        early_start: "libvirt",
         classical: "libvirt classical",
     },
 ];
@@ -75,7 +75,7 @@ const WAYS_IN: [WayIn; 2] = [
 type Measured = BTreeMap<&'static str, Vec<Taken>>;
 
 fn main() -> common::Result<()> {
-    let mut wanted: Vec<String> = WAYS_IN.iter().map(|way_in| way_in.name.to_owned()).collect();
+    let mut wanted: Vec<String> = BACKENDS.iter().map(|backend| backend.name.to_owned()).collect();
     let sizes = [512, 2048, 4096, 8192, 12288];
     let options = Options::parse(7, &sizes, "bench-memory.json", |name, parser| {
         if name == "ways" {
@@ -83,7 +83,7 @@ fn main() -> common::Result<()> {
         }
         Ok(name == "ways")
     })?;
-    let known = |name: &String| WAYS_IN.iter().any(|way_in| way_in.name == name);
+    let known = |name: &String| BACKENDS.iter().any(|backend| backend.name == name);
     if let Some(unknown) = wanted.iter().find(|name| !known(name)) {
         return Err(format!("unknown way {unknown}: direct or libvirt").into());
     }
@@ -115,14 +115,15 @@ fn main() -> common::Result<()> {
             continue;
         }
         let mut measured = Measured::new();
-        for way_in in WAYS_IN.iter().filter(|way_in| wanted.iter().any(|name| name == way_in.name))
+        for backend in
+            BACKENDS.iter().filter(|backend| wanted.iter().any(|name| name == backend.name))
         {
             let machine = machine(binary, memory, "tick");
             measured.extend(match &daemon {
-                Some(daemon) if way_in.name == "libvirt" => {
-                    under_libvirt(&machine, daemon, way_in, options.rounds)
+                Some(daemon) if backend.name == "libvirt" => {
+                    under_libvirt(&machine, daemon, backend, options.rounds)
                 }
-                _ => directly(&machine, way_in, options.rounds),
+                _ => directly(&machine, backend, options.rounds),
             });
         }
         report(memory, &measured);
@@ -157,17 +158,17 @@ struct ByLibrary {
     lost_pause_us: u64,
 }
 
-fn directly(machine: &Machine, way_in: &WayIn, rounds: usize) -> Measured {
+fn directly(machine: &Machine, backend: &Backend, rounds: usize) -> Measured {
     let guest = machine.start();
     wait_until_it_writes(&guest);
     let state_dir = guest.directory().join("state");
     std::fs::create_dir(&state_dir).unwrap();
     let handle = Handle::open_qmp(&guest.qmp(), None, &state_dir).unwrap();
     let mut monitor = Monitor::new(guest.control(), guest.directory());
-    interleave(way_in.ways, rounds, |way| {
+    interleave(backend.ways, rounds, |way| {
         guest.wait_ticks(3);
         match way {
-            "overlap" => {
+            "early_start" => {
                 by_library(&handle, EarlyStart::default(), "<domainsnapshot/>", &mut monitor)
             }
             "classical" => by_library(&handle, CLASSICAL, "<domainsnapshot/>", &mut monitor),
@@ -183,7 +184,7 @@ fn directly(machine: &Machine, way_in: &WayIn, rounds: usize) -> Measured {
     })
 }
 
-fn under_libvirt(machine: &Machine, daemon: &Daemon, way_in: &WayIn, rounds: usize) -> Measured {
+fn under_libvirt(machine: &Machine, daemon: &Daemon, backend: &Backend, rounds: usize) -> Measured {
     // libvirt has QEMU's first monitor for itself.
     let socket = daemon.directory().join("guests/monitor.sock");
     let second = format!("unix:{},server=on,wait=off", socket.display());
@@ -191,7 +192,7 @@ fn under_libvirt(machine: &Machine, daemon: &Daemon, way_in: &WayIn, rounds: usi
     wait_until_it_writes(&guest);
     let mut monitor = Monitor::new(Client::connect(&socket).unwrap(), guest.directory());
     let mut opened = OpenedDomain::open(&guest);
-    interleave(way_in.ways, rounds, |way| {
+    interleave(backend.ways, rounds, |way| {
         guest.wait_ticks(3);
         let (_, xml) = opened.next();
         let taken = match way {
@@ -218,8 +219,8 @@ fn wait_until_it_writes(guest: &Guest) {
 }
 
 /// The library takes a snapshot, and undoes it when it is cancelled.
-fn by_library(handle: &Handle, overlap: EarlyStart, xml: &str, monitor: &mut Monitor) -> Taken {
-    handle.set_early_start(overlap);
+fn by_library(handle: &Handle, early_start: EarlyStart, xml: &str, monitor: &mut Monitor) -> Taken {
+    handle.set_early_start(early_start);
     let flags = CreateFlags::parse(LIVE | INSTANT | NO_METADATA);
     let error = handle
         .create(xml, flags, &mut CancelAtInstant(handle))
@@ -244,7 +245,7 @@ struct CancelAtInstant<'a>(&'a Handle);
 
 impl Observer for CancelAtInstant<'_> {
     fn event(&mut self, event: &Event) {
-        if event.what == What::Instant {
+        if event.kind == EventKind::Instant {
             self.0.cancel().unwrap();
         }
     }
@@ -269,29 +270,29 @@ fn report(memory: u32, measured: &Measured) {
     println!(
         "|-----|-------------------------------|--------------------|-------------|------------|------------|-----------------------|"
     );
-    for way_in in &WAYS_IN {
-        let Some(classical) = measured.get(way_in.classical) else { continue };
+    for backend in &BACKENDS {
+        let Some(classical) = measured.get(backend.classical) else { continue };
         let setups: Vec<u64> =
             classical.iter().filter_map(|taken| Some(taken.library.as_ref()?.setup_us)).collect();
-        for way in way_in.ways {
+        for way in backend.ways {
             let taken = &measured[way];
             let own = pauses(taken);
             println!(
                 "| {way} | {} | {:.2} | {} | {} |",
                 spread(&own),
                 median(&own) / median(&pauses(classical)),
-                if *way == way_in.classical {
+                if *way == backend.classical {
                     format!("{:.0}", median(&setups) / 1e3)
                 } else {
                     "-".into()
                 },
-                if *way == way_in.overlap { tries(taken) } else { "- | - | -".into() }
+                if *way == backend.early_start { tries(taken) } else { "- | - | -".into() }
             );
         }
     }
 }
 
-/// What became of the tries to overlap: the last three cells of a line.
+/// What became of the tries to early_start: the last three cells of a line.
 fn tries(taken: &[Taken]) -> String {
     let library: Vec<_> = taken.iter().filter_map(|taken| taken.library.as_ref()).collect();
     let won = library.iter().filter(|library| library.overlapped).count();
@@ -317,7 +318,7 @@ fn report_growth(all: &[(u32, Measured)]) {
     }
     println!("\n| way | pause grows by, ms for each GiB |");
     println!("|-----|---------------------------------|");
-    for way in WAYS_IN.iter().flat_map(|way_in| way_in.ways) {
+    for way in BACKENDS.iter().flat_map(|backend| backend.ways) {
         let points: Vec<(f64, f64)> = all
             .iter()
             .filter_map(|(memory, measured)| {

@@ -19,7 +19,7 @@ use crate::pointers::Text;
 
 /// Runs a body that needs libvirt. What libvirt has said on the way is no error of one that
 /// succeeds.
-pub fn attempt<T>(body: impl FnOnce(&'static table::Table) -> Result<T>) -> Result<T> {
+pub fn catch<T>(body: impl FnOnce(&'static table::Table) -> Result<T>) -> Result<T> {
     let result = caught(|| body(table::table()?));
     if let (Ok(_), Ok(table)) = (&result, table::table()) {
         libvirt::reset_last_error(table);
@@ -28,7 +28,7 @@ pub fn attempt<T>(body: impl FnOnce(&'static table::Table) -> Result<T>) -> Resu
 }
 
 /// Makes an error libvirt's last one of this thread.
-pub fn tell(error: &Error) {
+pub fn set_last_error(error: &Error) {
     if let Ok(table) = table::table()
         && !libvirt::set_last(table, error)
     {
@@ -58,7 +58,7 @@ pub fn create(
     xml: Text,
     flags: CreateFlags,
 ) -> Result<*mut virDomainSnapshot> {
-    attempt(|table| {
+    catch(|table| {
         let (domain, xml) = (share_domain(table, domain)?, xml.required("xmlDesc")?);
         let connector = LibvirtConnector::open(domain.clone())?;
         Ok(take(&domain, connector, xml, flags)?.into_raw())
@@ -85,12 +85,12 @@ pub fn take(
 
 /// `qemuSnapshotRevert` of a client.
 pub fn revert(snapshot: Option<&virDomainSnapshot>, flags: RevertFlags) -> Result<()> {
-    attempt(|table| engine::revert_managed(&share_snapshot(table, snapshot)?, flags))
+    catch(|table| engine::revert_managed(&share_snapshot(table, snapshot)?, flags))
 }
 
 /// `qemuSnapshotDelete` of a client.
 pub fn delete(snapshot: Option<&virDomainSnapshot>, flags: DeleteFlags) -> Result<()> {
-    attempt(|table| engine::delete_managed(&share_snapshot(table, snapshot)?, flags))
+    catch(|table| engine::delete_managed(&share_snapshot(table, snapshot)?, flags))
 }
 
 #[cfg(test)]
@@ -110,7 +110,7 @@ mod tests {
             return;
         }
         let held = std::cell::Cell::new(true);
-        let result = attempt(|_| -> Result<()> {
+        let result = catch(|_| -> Result<()> {
             let _held = Held(&held);
             panic!("on purpose")
         });

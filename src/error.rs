@@ -76,7 +76,7 @@ codes! {
     AgentUnresponsive = VIR_ERR_AGENT_UNRESPONSIVE = 86,
     /// The daemon's policy denies it.
     AccessDenied = VIR_ERR_ACCESS_DENIED = 88,
-    /// Allowed, but this way in cannot do it.
+    /// Allowed, but this backend cannot do it.
     OperationUnsupported = VIR_ERR_OPERATION_UNSUPPORTED = 84,
 }
 
@@ -88,7 +88,7 @@ pub struct Error {
     /// The step, the object, and what to do.
     pub message: String,
     /// libvirt's own code, where it is none of ours.
-    foreign: Option<i32>,
+    other_number: Option<i32>,
 }
 
 /// What fallible functions of this crate return.
@@ -97,19 +97,19 @@ pub type Result<T> = std::result::Result<T, Error>;
 impl Error {
     /// An error of this code with this message.
     pub fn new(code: Code, message: impl Into<String>) -> Error {
-        Error { code, message: message.into(), foreign: None }
+        Error { code, message: message.into(), other_number: None }
     }
 
     /// One that libvirt gave: where its code is none of ours, it is still the one that is told.
     pub fn of_libvirt(number: i32, message: impl Into<String>) -> Error {
         let code = Code::from_number(number);
-        let foreign = if code.is_none() { Some(number) } else { None };
-        Error { code: code.unwrap_or(Code::OperationFailed), message: message.into(), foreign }
+        let other_number = if code.is_none() { Some(number) } else { None };
+        Error { code: code.unwrap_or(Code::OperationFailed), message: message.into(), other_number }
     }
 
     /// The `virErrorNumber` that is told.
     pub fn number(&self) -> i32 {
-        self.foreign.unwrap_or(self.code as i32)
+        self.other_number.unwrap_or(self.code as i32)
     }
 
     /// A failed system call: `step` says what was tried on what.

@@ -240,17 +240,17 @@ fn default_action(signal: c_int) {
 /// A program's path and arguments, and its environment, as the kernel wants them: made before they
 /// are needed.
 #[derive(Debug)]
-pub struct Words {
+pub struct CommandLine {
     /// What the pointers point to.
     _strings: [Vec<CString>; 2],
     arguments: Vec<*const c_char>,
     environment: Vec<*const c_char>,
 }
 
-impl Words {
+impl CommandLine {
     /// Of an absolute path and arguments, and an environment; nothing where one of them holds a
     /// NUL.
-    pub fn new(words: Vec<OsString>, environment: Vec<OsString>) -> Option<Words> {
+    pub fn new(words: Vec<OsString>, environment: Vec<OsString>) -> Option<CommandLine> {
         let strings = |words: Vec<OsString>| -> Option<Vec<CString>> {
             words.into_iter().map(|word| CString::new(word.into_vec()).ok()).collect()
         };
@@ -259,7 +259,7 @@ impl Words {
         let pointers = |strings: &[CString]| {
             strings.iter().map(|string| string.as_ptr()).chain([std::ptr::null()]).collect()
         };
-        Some(Words {
+        Some(CommandLine {
             arguments: pointers(&words),
             environment: pointers(&variables),
             _strings: [words, variables],
@@ -294,8 +294,8 @@ pub struct Program(Child);
 
 impl Program {
     /// Starts it.
-    pub fn start(words: &Words, stdio: Stdio) -> Option<Program> {
-        let (arguments, environment) = (words.arguments(), words.environment());
+    pub fn start(command_line: &CommandLine, stdio: Stdio) -> Option<Program> {
+        let (arguments, environment) = (command_line.arguments(), command_line.environment());
         let path = *arguments.first()?;
         // SAFETY: only looks.
         let parent = unsafe { libc::getpid() };
@@ -566,7 +566,7 @@ pub fn user() -> u32 {
 
 /// Gives a new file the owner and the permissions of `model`, so that whoever could open that one
 /// can open this.
-pub fn liken(file: &File, model: &Path) -> io::Result<()> {
+pub fn copy_owner_and_mode(file: &File, model: &Path) -> io::Result<()> {
     // Network storage has no owner to go by.
     let Ok(model) = model.metadata() else { return Ok(()) };
     let own = file.metadata()?;

@@ -32,7 +32,7 @@ use rustix::net::{AddressFamily, SendFlags, SocketFlags, SocketType, send, socke
 use rustix::pipe::{PipeFlags, pipe_with};
 
 use crate::error::{Code, Error};
-use crate::sys::{self, Child, Program, Stdio, Words};
+use crate::sys::{self, Child, CommandLine, Program, Stdio};
 
 /// Where programs are looked for when the caller's PATH is not to be trusted, or there is none.
 const DIRECTORIES: &str = "/usr/bin:/bin:/usr/sbin:/sbin";
@@ -136,10 +136,10 @@ impl Tool {
         let program = find(name)
             .ok_or_else(|| format!("cannot run {name} (install {package}): it was not found"))?;
         let words = std::iter::once(program.into_os_string()).chain(self.arguments.iter().cloned());
-        let Some(words) = words_of(words) else {
+        let Some(command) = command_line(words) else {
             return Err(format!("cannot run {name}: an argument holds a NUL"));
         };
-        run(&words, stdin, deadline).map_err(|error| format!("cannot run {name}: {error}"))
+        run(&command, stdin, deadline).map_err(|error| format!("cannot run {name}: {error}"))
     }
 
     fn judge(&self, said: Said) -> Result<Vec<u8>, String> {
@@ -208,8 +208,8 @@ fn environment(secure: bool) -> Vec<OsString> {
 
 /// A program's absolute path and arguments, with the environment that it gets; nothing where one of
 /// them holds a NUL.
-pub fn words_of(words: impl IntoIterator<Item = impl Into<OsString>>) -> Option<Words> {
-    Words::new(words.into_iter().map(Into::into).collect(), environment(sys::is_secure()))
+pub fn command_line(words: impl IntoIterator<Item = impl Into<OsString>>) -> Option<CommandLine> {
+    CommandLine::new(words.into_iter().map(Into::into).collect(), environment(sys::is_secure()))
 }
 
 /// What a program that has ended has said.
@@ -221,7 +221,11 @@ struct Said {
 }
 
 /// Nothing where the deadline has passed: then the program was ended.
-fn run(words: &Words, stdin: Option<&File>, deadline: Option<Instant>) -> io::Result<Option<Said>> {
+fn run(
+    command: &CommandLine,
+    stdin: Option<&File>,
+    deadline: Option<Instant>,
+) -> io::Result<Option<Said>> {
     let null =
         File::from(rustix::fs::open("/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())?);
     let stdin = stdin.unwrap_or(&null);
@@ -238,7 +242,7 @@ fn run(words: &Words, stdin: Option<&File>, deadline: Option<Instant>) -> io::Re
     let between = sys::while_forking(|| {
         // SAFETY: the child makes system calls only, on memory that exists already, and never
         // returns.
-        let child = unsafe { Child::fork(|| start_and_report(words, fds)) };
+        let child = unsafe { Child::fork(|| start_and_report(command, fds)) };
         drop((stdout, stderr, theirs));
         if child.is_ok() {
             sys::wait_ready([Some(&report), None], READY_MS);
@@ -313,12 +317,12 @@ fn status(report: &[u8]) -> Option<ExitStatus> {
 
 /// The process in between. `fds` become the program's standard input, output and error; the report
 /// goes to the last.
-fn start_and_report(words: &Words, fds: [c_int; 4]) -> ! {
+fn start_and_report(command: &CommandLine, fds: [c_int; 4]) -> ! {
     let Some([.., report]) = sys::keep_only(fds) else { sys::exit_now() };
     // SAFETY: it was just made, and is nobody else's in this process.
     let report = unsafe { OwnedFd::from_raw_fd(report) };
     let _ = send(&report, &[READY], SendFlags::NOSIGNAL);
-    if let Some(status) = Program::start(words, Stdio::Inherited).and_then(Program::wait) {
+    if let Some(status) = Program::start(command, Stdio::Inherited).and_then(Program::wait) {
         let [a, b, c, d] = status.to_ne_bytes();
         let _ = send(&report, &[ENDED, a, b, c, d], SendFlags::NOSIGNAL);
     }

@@ -44,7 +44,7 @@ pub fn create(
     // Asked for now, because that resets the last error.
     let connection = libvirt.connection_of_domain(domain);
     let instant = || client::create(domain, xml, CreateFlags::parse(flags | flags::INSTANT)?);
-    match attempt(libvirt, instant) {
+    match catch(libvirt, instant) {
         Outcome::Done(snapshot) => snapshot,
         Outcome::Refused(why) if !asked => {
             environment::debug(&format!("a LIVE snapshot stays libvirt's own: {why}"));
@@ -94,7 +94,7 @@ fn on_snapshot(
     }
     // Asked for now, because that resets the last error.
     let connection = libvirt.connection_of_snapshot(snapshot);
-    match attempt(libvirt, ours) {
+    match catch(libvirt, ours) {
         Outcome::Done(()) => 0,
         Outcome::Refused(_) | Outcome::Failed => {
             libvirt.dispatch(connection);
@@ -112,7 +112,7 @@ enum Outcome<T> {
     Failed,
 }
 
-fn attempt<T>(libvirt: &Libvirt, operation: impl FnOnce() -> Result<T>) -> Outcome<T> {
+fn catch<T>(libvirt: &Libvirt, operation: impl FnOnce() -> Result<T>) -> Outcome<T> {
     libvirt.reset_last_error();
     match caught(operation) {
         Ok(result) => {

@@ -50,7 +50,7 @@ pub extern "C" fn virDomainSnapshotCreateXML(
     xml: Text,
     flags: c_uint,
 ) -> *mut virDomainSnapshot {
-    boundary(tell, || {
+    boundary(set_last_error, || {
         let Some(libvirt) = Libvirt::get() else { return Ok(ptr::null_mut()) };
         let theirs = |flags| (libvirt.next.virDomainSnapshotCreateXML)(domain, xml, flags);
         Ok(if daemon::is_here() {
@@ -67,7 +67,7 @@ pub extern "C" fn virDomainRevertToSnapshot(
     snapshot: Option<&virDomainSnapshot>,
     flags: c_uint,
 ) -> c_int {
-    boundary(tell, || {
+    boundary(set_last_error, || {
         let Some(libvirt) = Libvirt::get() else { return Ok(-1) };
         let theirs = || (libvirt.next.virDomainRevertToSnapshot)(snapshot, flags);
         // In the daemon its driver has checked permissions before it comes to us.
@@ -85,7 +85,7 @@ pub extern "C" fn virDomainSnapshotDelete(
     snapshot: Option<&virDomainSnapshot>,
     flags: c_uint,
 ) -> c_int {
-    boundary(tell, || {
+    boundary(set_last_error, || {
         let Some(libvirt) = Libvirt::get() else { return Ok(-1) };
         let theirs = || (libvirt.next.virDomainSnapshotDelete)(snapshot, flags);
         Ok(if daemon::is_here() {
@@ -107,7 +107,7 @@ pub unsafe extern "C" fn qemuSnapshotCreateXML(
     xml: Text,
     flags: c_uint,
 ) -> *mut virDomainSnapshot {
-    boundary(tell, || {
+    boundary(set_last_error, || {
         let next = next(|next| next.qemuSnapshotCreateXML)?;
         // SAFETY: the arguments are those of a call of this very function.
         let theirs = || unsafe { next(domain, vm, xml, flags) };
@@ -128,7 +128,7 @@ pub unsafe extern "C" fn qemuSnapshotRevert(
     snapshot: *mut virDomainSnapshot,
     flags: c_uint,
 ) -> c_int {
-    boundary(tell, || {
+    boundary(set_last_error, || {
         let next = next(|next| next.qemuSnapshotRevert)?;
         // SAFETY: the arguments are those of a call of this very function.
         let theirs = || unsafe { next(vm, snapshot, flags) };
@@ -148,7 +148,7 @@ pub unsafe extern "C" fn qemuSnapshotDelete(
     snapshot: *mut virDomainSnapshot,
     flags: c_uint,
 ) -> c_int {
-    boundary(tell, || {
+    boundary(set_last_error, || {
         let next = next(|next| next.qemuSnapshotDelete)?;
         // SAFETY: the arguments are those of a call of this very function.
         let theirs = || unsafe { next(vm, snapshot, flags) };
@@ -178,7 +178,7 @@ fn drivers_own(vm: *mut virDomainObj) -> Option<NonNull<virDomainObj>> {
 }
 
 /// Makes an error, of which libvirt knows nothing yet, the thread's last one there.
-fn tell(error: Error) {
+fn set_last_error(error: Error) {
     if let Some(libvirt) = Libvirt::get() {
         libvirt.set_last_error(&error);
     }

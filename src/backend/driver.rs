@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! The driver's way in: the caller owns QEMU's monitor, its locks, its event loop and perhaps the
+//! The driver backend: the caller owns QEMU's monitor, its locks, its event loop and perhaps the
 //! metadata, and is called back.
 //!
 //! Everything else is done as over a monitor of our own: this is [`MonitorGuest`](super::qmp) with
@@ -14,7 +14,7 @@ use std::time::Duration;
 use serde_json::json;
 
 use super::exclusive::Exclusive;
-use super::guest::{Catalog, Connector, Guest, Liveness, Reserved, check_version};
+use super::guest::{Connector, Guest, Liveness, Reserved, SnapshotList, check_version};
 use super::qmp::{
     Channel, MonitorGuest, Overlay, Recovery, SUPPORTED_FLAGS, Switch, hold_qemu, switch,
 };
@@ -24,7 +24,7 @@ use crate::model::domain::Domain;
 use crate::model::flags::CreateFlags;
 use crate::model::{Record, Store, check_name, generated_names};
 use crate::monitor::json::{Json, parse};
-use crate::monitor::{Command, Event, Execute, Failure, Monitor, Peer, read_reply};
+use crate::monitor::{Command, Event, Execute, Failure, Monitor, QemuProcess, read_reply};
 
 /// A command that only asks gets as long.
 const ASKING: Duration = Duration::from_secs(5);
@@ -64,8 +64,8 @@ pub trait Driver: Send + Sync {
     /// Where its snapshots are recorded; `None`: it records them itself.
     fn state_dir(&self) -> Answer<Option<PathBuf>>;
 
-    /// A monitor socket of QEMU's for the guard, if there is one.
-    fn guard_socket(&self) -> Option<PathBuf>;
+    /// A monitor socket of QEMU's for the watchdog, if there is one.
+    fn watchdog_socket(&self) -> Option<PathBuf>;
 
     /// Stops the vCPUs; `None`: it does not do that itself. So with the next two.
     fn pause(&self, timeout: Duration) -> Option<Answer<()>>;
@@ -127,7 +127,7 @@ impl Connector for DriverConnector {
         SUPPORTED_FLAGS
     }
 
-    fn catalog(&self) -> &dyn Catalog {
+    fn snapshot_list(&self) -> &dyn SnapshotList {
         match &self.store {
             Some(store) => store,
             None => self,
@@ -183,9 +183,9 @@ impl Connector for DriverConnector {
             fail!(OperationInvalid, "the domain is not running");
         }
         let deadline = Deadline::after(ASKING);
-        channel.qemu = Peer::by_its_threads(&mut channel, deadline);
+        channel.qemu = QemuProcess::by_threads(&mut channel, deadline);
         if let Some(qemu) = &channel.qemu {
-            // By whatever way in it is opened elsewhere.
+            // By whichever backend it is opened elsewhere.
             exclusive.push(hold_qemu(whose, qemu)?);
         }
         let reply = channel.run(
@@ -198,8 +198,8 @@ impl Connector for DriverConnector {
         check_version(channel.version)?;
         let domain = driver.domain_xml().map_err(failed("cannot ask for the domain's XML"))?;
         let domain = Domain::parse(&domain)?;
-        if let Some(socket) = driver.guard_socket() {
-            channel.guard = Some(Monitor::connect(&socket, deadline)?);
+        if let Some(socket) = driver.watchdog_socket() {
+            channel.watchdog_monitor = Some(Monitor::connect(&socket, deadline)?);
         }
         driver.take_events();
         Ok(Box::new(MonitorGuest::new(channel, Some(domain), self.store.as_ref(), exclusive)))
@@ -207,7 +207,7 @@ impl Connector for DriverConnector {
 }
 
 /// Metadata that the driver keeps.
-impl Catalog for DriverConnector {
+impl SnapshotList for DriverConnector {
     fn names(&self) -> Result<Vec<String>> {
         fail!(OperationUnsupported, "the driver records its snapshots itself: ask it for them")
     }
@@ -236,9 +236,9 @@ impl Catalog for DriverConnector {
 /// The driver's monitor during one operation.
 struct Callbacks<'a> {
     driver: &'a dyn Driver,
-    qemu: Option<Peer>,
+    qemu: Option<QemuProcess>,
     version: (u64, u64),
-    guard: Option<Monitor>,
+    watchdog_monitor: Option<Monitor>,
 }
 
 impl<'a> Callbacks<'a> {
@@ -249,7 +249,7 @@ impl<'a> Callbacks<'a> {
                 format!("the driver does not let a snapshot operation begin{reason}"),
             )
         })?;
-        Ok(Callbacks { driver: &**driver, qemu: None, version: (0, 0), guard: None })
+        Ok(Callbacks { driver: &**driver, qemu: None, version: (0, 0), watchdog_monitor: None })
     }
 }
 
@@ -362,17 +362,17 @@ impl Channel for Callbacks<'_> {
     /// The driver takes the disks for switched until it is told otherwise, which nobody does any
     /// more.
     fn recovery(&self) -> Recovery<'_> {
-        Recovery { monitor: self.guard.as_ref().map(Monitor::socket), merges: false }
+        Recovery { monitor: self.watchdog_monitor.as_ref().map(Monitor::socket), merges: false }
     }
 
     fn leave(&mut self) {
-        if let Some(guard) = &mut self.guard {
-            guard.leave();
+        if let Some(watchdog_monitor) = &mut self.watchdog_monitor {
+            watchdog_monitor.leave();
         }
     }
 
     fn liveness(&mut self) -> Liveness {
-        if self.qemu.as_ref().is_some_and(Peer::has_ended) {
+        if self.qemu.as_ref().is_some_and(QemuProcess::has_ended) {
             return Liveness::Exited;
         }
         // A QEMU that answers is there, whatever the driver says of its domain.

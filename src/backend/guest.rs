@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! What a way in is to the engine: the traits, and what passes through them.
+//! What a backend is to the engine: the traits, and what passes through them.
 
 use std::os::fd::BorrowedFd;
 use std::path::PathBuf;
@@ -21,7 +21,7 @@ use crate::own_file::KnownFile;
 pub const DEFAULT_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// The oldest of the newer QEMUs whose behaviour was measured, where it differs from 7.2's.
-pub const MEASURED: (u64, u64) = (10, 0);
+pub const FIRST_WITH_NEW_RUN_STATES: (u64, u64) = (10, 0);
 /// The first QEMU with background snapshots.
 const OLDEST: (u64, u64) = (6, 0);
 
@@ -31,7 +31,7 @@ pub trait Connector: Send + Sync {
     fn supported_flags(&self) -> CreateFlags;
 
     /// Its snapshots' metadata.
-    fn catalog(&self) -> &dyn Catalog;
+    fn snapshot_list(&self) -> &dyn SnapshotList;
 
     /// The state directory, where its snapshots are recorded by us.
     fn store(&self) -> Option<&Store>;
@@ -56,7 +56,7 @@ pub trait Connector: Send + Sync {
 }
 
 /// The metadata of a guest's snapshots.
-pub trait Catalog {
+pub trait SnapshotList {
     /// Their names, a parent before its children.
     fn names(&self) -> Result<Vec<String>>;
 
@@ -70,7 +70,7 @@ pub trait Catalog {
     fn forget(&self, name: &str) -> Result<()>;
 }
 
-impl Catalog for Store {
+impl SnapshotList for Store {
     fn names(&self) -> Result<Vec<String>> {
         Ok(self.list()?.into_iter().map(|record| record.name).collect())
     }
@@ -208,7 +208,7 @@ pub struct MergeCommands {
 #[derive(Clone, Debug)]
 pub struct RecoveryCommand {
     /// Its absolute path, and its arguments.
-    pub words: Vec<String>,
+    pub arguments: Vec<String>,
     /// A file that is discarded once it has succeeded.
     pub then_discard: Option<KnownFile>,
 }

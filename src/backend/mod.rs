@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! Who runs the guest: the one thing in which the ways in differ.
+//! Who runs the guest: the one thing in which the backends differ.
 //!
 //! A [`Connector`] is a guest that was opened; it hands out a [`Guest`], exclusive to one
 //! operation, for as long as that operation takes. The engine does everything else, over these two
@@ -24,8 +24,8 @@ pub mod write_access;
 pub use busy::is_block_of;
 pub use driver::DriverConnector;
 pub use guest::{
-    Catalog, Connector, DEFAULT_TIMEOUT, Description, Guest, Liveness, MakeRecoveryCommands,
-    MergeCommands, MonitorOverlay, RecoveryChannel, RecoveryCommand, RecoveryCommands, Reserved,
+    Connector, DEFAULT_TIMEOUT, Description, Guest, Liveness, MakeRecoveryCommands, MergeCommands,
+    MonitorOverlay, RecoveryChannel, RecoveryCommand, RecoveryCommands, Reserved, SnapshotList,
 };
 pub use libvirt::LibvirtConnector;
 pub use qmp::QmpConnector;

@@ -84,7 +84,7 @@ impl OverlayFile {
             Err(error) => return Err(Error::system(step(disk), error)),
         };
         // So that whoever could open the image below can open this.
-        if let Err(error) = sys::liken(own.file(), Path::new(&disk.drive.file)) {
+        if let Err(error) = sys::copy_owner_and_mode(own.file(), Path::new(&disk.drive.file)) {
             let _ = own.remove();
             return Err(Error::system(step(disk), error));
         }
@@ -425,7 +425,7 @@ mod tests {
             size: 1 << 20,
             bitmaps: Vec::new(),
             options: OpenOptions::default(),
-            hindrance: None,
+            unsupported_reason: None,
             snapshot: None,
         };
         DiskPlan { drive, overlay: overlay.into(), reuse: false, on_device: false }

@@ -4,7 +4,7 @@
 
 use std::time::Duration;
 
-use super::event::{Event, What};
+use super::event::{Event, EventKind};
 use crate::error::{Error, Result};
 use crate::migration::{Flow, FlowObserver};
 use crate::sys::now;
@@ -70,7 +70,7 @@ pub struct Stats {
     /// From the call to the instant.
     pub instant: Option<Duration>,
     /// The guest's pause; by its own time stamps, or by our clock.
-    pub paused: Option<(Duration, By)>,
+    pub paused: Option<(Duration, PauseSource)>,
     /// How long QEMU set the background snapshot up, to whole milliseconds: it touches all of the
     /// guest's memory.
     pub setup: Duration,
@@ -89,7 +89,7 @@ pub struct Stats {
 
 /// Whose clock a pause was measured by.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum By {
+pub enum PauseSource {
     /// QEMU's, in its STOP and RESUME events.
     Events,
     /// Ours, around the commands.
@@ -157,19 +157,19 @@ impl<'a> Clock<'a> {
     /// The vCPUs have stopped.
     pub fn paused(&mut self) {
         self.stands = true;
-        self.tell(What::Paused, Flow::default());
+        self.notify(EventKind::Paused, Flow::default());
     }
 
     /// The disks are on their overlays.
     pub fn switched(&mut self) {
-        self.tell(What::Switched, Flow::default());
+        self.notify(EventKind::Switched, Flow::default());
     }
 
     /// The pause, if there was one, is over; and how long it was, where QEMU tells.
     pub fn resumed(&mut self, by_events: Option<Duration>) {
         let Some(since) = self.pausing.take() else { return };
-        let by_commands = self.stands.then(|| (now() - since, By::Commands));
-        self.stats.paused = by_events.map(|paused| (paused, By::Events)).or(by_commands);
+        let by_commands = self.stands.then(|| (now() - since, PauseSource::Commands));
+        self.stats.paused = by_events.map(|paused| (paused, PauseSource::Events)).or(by_commands);
         if let Some((paused, _)) = self.stats.paused {
             self.observer.resumed(paused);
         }
@@ -185,7 +185,7 @@ impl<'a> Clock<'a> {
     pub fn instant(&mut self, flow: Flow) {
         self.stats.instant = Some(now() - self.started);
         self.flow = flow;
-        self.tell(What::Instant, flow);
+        self.notify(EventKind::Instant, flow);
     }
 
     /// The snapshot has ended. Its last event, which nobody has been told of yet, and its figures.
@@ -194,22 +194,22 @@ impl<'a> Clock<'a> {
         self.stats.total = self.entered - self.started;
         let (done, total) = (self.stats.memory_image_bytes, self.stats.memory_image_bytes);
         let last = match result {
-            Ok(_) => self.event(What::Complete, Flow { done, total, ..Flow::default() }),
-            Err(error) => self.event(What::Failed(Error::number(error)), Flow::default()),
+            Ok(_) => self.event(EventKind::Complete, Flow { done, total, ..Flow::default() }),
+            Err(error) => self.event(EventKind::Failed(Error::number(error)), Flow::default()),
         };
         (last, self.stats)
     }
 
-    fn tell(&mut self, what: What, flow: Flow) {
-        let event = self.event(what, flow);
+    fn notify(&mut self, kind: EventKind, flow: Flow) {
+        let event = self.event(kind, flow);
         self.observer.event(&event);
     }
 
-    fn event(&self, what: What, flow: Flow) -> Event {
+    fn event(&self, kind: EventKind, flow: Flow) -> Event {
         let time = now();
         let over = || self.stats.paused.map_or(Duration::ZERO, |(paused, _)| paused);
         let pausing = self.pausing.filter(|_| self.stands);
-        Event { what, time, paused: pausing.map_or_else(over, |since| time - since), flow }
+        Event { kind, time, paused: pausing.map_or_else(over, |since| time - since), flow }
     }
 
     fn leave(&mut self) {
@@ -230,6 +230,6 @@ impl FlowObserver for Clock<'_> {
 
     fn progress(&mut self, flow: Flow) {
         self.flow = flow;
-        self.tell(What::Progress, flow);
+        self.notify(EventKind::Progress, flow);
     }
 }

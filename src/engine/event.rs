@@ -10,7 +10,7 @@ use crate::migration::Flow;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Event {
     /// What.
-    pub what: What,
+    pub kind: EventKind,
     /// When: CLOCK_MONOTONIC.
     pub time: Duration,
     /// For how long the guest had been paused by then.
@@ -23,7 +23,7 @@ pub struct Event {
 /// then one of the last two. (Memory of a plain snapshot is saved before the instant, and so is its
 /// progress.)
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum What {
+pub enum EventKind {
     /// The vCPUs have stopped. Not of a guest that was paused already.
     Paused,
     /// The disks are on their overlays.

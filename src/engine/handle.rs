@@ -14,7 +14,7 @@ use super::revert::load;
 use super::revert::prepare::{RevertPlan, prepare_revert_hooked};
 use super::storage::{StorageCall, StorageHook};
 use crate::backend::driver::Driver;
-use crate::backend::{Catalog, Connector, DriverConnector, LibvirtConnector, QmpConnector};
+use crate::backend::{Connector, DriverConnector, LibvirtConnector, QmpConnector, SnapshotList};
 use crate::error::{Result, fail};
 use crate::migration::early_start::EarlyStart;
 use crate::model::Store;
@@ -101,7 +101,7 @@ impl Handle {
         Ok(())
     }
 
-    /// Feeds a snapshot's memory to a QEMU that waits for it.
+    /// Restores a snapshot's memory into a QEMU that waits for it.
     pub fn load(&self, name: &str, flags: RevertFlags) -> Result<()> {
         load::load(&*self.opened.connector, name, flags)
     }
@@ -168,8 +168,8 @@ impl Handle {
     }
 
     /// Its snapshots' metadata.
-    pub fn catalog(&self) -> &dyn Catalog {
-        self.opened.connector.catalog()
+    pub fn snapshot_list(&self) -> &dyn SnapshotList {
+        self.opened.connector.snapshot_list()
     }
 
     /// The state directory, where it has one.

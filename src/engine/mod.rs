@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! The phases of a snapshot, their undo, and bringing one back: the same for every way in.
+//! The phases of a snapshot, their undo, and bringing one back: the same for every backend.
 //!
 //! [`Handle`] is what the C API and the tests hold: a guest that was opened, with at most one
 //! operation under way. A [`Job`] is an operation on a thread of its own.
@@ -25,8 +25,8 @@ pub use crate::backend::libvirt::ManagedSnapshot;
 pub use crate::cancel::Cancel;
 pub use crate::migration::Flow;
 pub use crate::migration::early_start::EarlyStart;
-pub use clock::{By, Observer, Phase, Stats};
-pub use event::{Event, What};
+pub use clock::{Observer, PauseSource, Phase, Stats};
+pub use event::{Event, EventKind};
 pub use handle::Handle;
 pub use job::{Info, Job, Returns};
 pub use managed::{Operation, delete_managed, hold_unless_it_is_a_step, revert_managed};

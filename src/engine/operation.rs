@@ -8,7 +8,7 @@ use super::clock::{Clock, Observer, Stats};
 use super::create::{self, Created};
 use super::event::Event;
 use super::options::Options;
-use crate::backend::{Catalog, Connector};
+use crate::backend::{Connector, SnapshotList};
 use crate::cancel::Cancel;
 use crate::error::{Result, fail};
 use crate::model::flags::CreateFlags;
@@ -71,8 +71,8 @@ impl Operation {
     }
 
     /// The guest's snapshots.
-    pub fn catalog(&self) -> &dyn Catalog {
-        self.opened.connector.catalog()
+    pub fn snapshot_list(&self) -> &dyn SnapshotList {
+        self.opened.connector.snapshot_list()
     }
 
     /// Takes the snapshot. Flags that break a rule make it one that fails, of which the observer is

@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use crate::backend::images::{self, Id, id};
 use crate::backend::libvirt::snapshot_def::{DiskImage, domain_images};
 use crate::backend::libvirt::volumes::{self, Volume};
-use crate::backend::libvirt::{ManagedDomain, OtherDomain, Trouble};
+use crate::backend::libvirt::{CallError, ManagedDomain, OtherDomain};
 use crate::backend::locks;
 use crate::error::Result;
 
@@ -23,7 +23,7 @@ pub struct Users {
 impl Users {
     /// Looks at the domain, and at the connection's others. `volumes`: those that are known.
     pub fn look(domain: &ManagedDomain, volumes: &[Volume]) -> Result<Users> {
-        let refused = |trouble: Trouble| trouble.into_error("cannot look at the domain");
+        let refused = |trouble: CallError| trouble.into_error("cannot look at the domain");
         let others = Others::look(&domain.others()?, volumes);
         let mut users = Users { others, live: BTreeSet::new(), qemu: None };
         if domain.is_active().map_err(refused)? {

@@ -20,8 +20,8 @@ use crate::model::flags::{self, CreateFlags, DeleteFlags, RevertFlags};
 use crate::pointers::Text;
 
 /// Makes an error the thread's last one, for whoever asks libvirt, and for whoever asks us.
-pub fn tell(error: Error) {
-    client::tell(&error);
+pub fn set_last_error(error: Error) {
+    client::set_last_error(&error);
     last_error::set(error);
 }
 
@@ -30,7 +30,7 @@ pub fn create(domain: Option<&virDomain>, xml: Text, bits: c_uint) -> *mut virDo
     if bits & flags::INSTANT == 0 {
         return boundary(last_error::set, || pass_through(domain, xml, bits));
     }
-    boundary(tell, || client::create(domain, xml, CreateFlags::parse(bits)?))
+    boundary(set_last_error, || client::create(domain, xml, CreateFlags::parse(bits)?))
 }
 
 /// libvirt's own, its result and its error as they are.

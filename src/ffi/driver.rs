@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! The driver's way in: a table of C callbacks as a [`Driver`].
+//! The driver backend: a table of C callbacks as a [`Driver`].
 
 use std::cell::RefCell;
 use std::collections::HashMap;
@@ -237,7 +237,7 @@ impl Driver for Domain {
         }
     }
 
-    fn guard_socket(&self) -> Option<PathBuf> {
+    fn watchdog_socket(&self) -> Option<PathBuf> {
         let guard_socket = self.ops.guard_socket?;
         self.string(callback!(guard_socket)).ok().flatten().map(PathBuf::from)
     }

@@ -13,7 +13,7 @@ use super::header::{instantsnap_guest, instantsnap_job};
 use super::native::{GUESTS, convert_stats, micros};
 use super::{Registry, abi, c_string, last_error};
 use crate::boundary::boundary;
-use crate::engine::{Event, Job, Observer, Phase, Returns, What};
+use crate::engine::{Event, EventKind, Job, Observer, Phase, Returns};
 use crate::error::{Result, fail};
 use crate::model::flags::CreateFlags;
 use crate::pointers::{Fill, In, Out, Text};
@@ -273,13 +273,13 @@ fn convert_phase(phase: Phase) -> u32 {
 }
 
 fn convert_event(event: &Event) -> abi::instantsnap_event {
-    let (what, error_code) = match event.what {
-        What::Paused => (abi::INSTANTSNAP_EVENT_PAUSED, 0),
-        What::Switched => (abi::INSTANTSNAP_EVENT_SWITCHED, 0),
-        What::Instant => (abi::INSTANTSNAP_EVENT_INSTANT, 0),
-        What::Progress => (abi::INSTANTSNAP_EVENT_PROGRESS, 0),
-        What::Complete => (abi::INSTANTSNAP_EVENT_COMPLETE, 0),
-        What::Failed(code) => (abi::INSTANTSNAP_EVENT_FAILED, code),
+    let (what, error_code) = match event.kind {
+        EventKind::Paused => (abi::INSTANTSNAP_EVENT_PAUSED, 0),
+        EventKind::Switched => (abi::INSTANTSNAP_EVENT_SWITCHED, 0),
+        EventKind::Instant => (abi::INSTANTSNAP_EVENT_INSTANT, 0),
+        EventKind::Progress => (abi::INSTANTSNAP_EVENT_PROGRESS, 0),
+        EventKind::Complete => (abi::INSTANTSNAP_EVENT_COMPLETE, 0),
+        EventKind::Failed(code) => (abi::INSTANTSNAP_EVENT_FAILED, code),
     };
     abi::instantsnap_event {
         size: size_of::<abi::instantsnap_event>(),

@@ -78,7 +78,9 @@ pub unsafe extern "C" fn qemuSnapshotRevert(
             return Ok(unsafe { next(vm.as_ptr(), snapshot, flags) });
         }
         if vm.is_null() {
-            return Ok(boundary(client::tell, || client::revert(clients(snapshot)?, flags)));
+            return Ok(boundary(client::set_last_error, || {
+                client::revert(clients(snapshot)?, flags)
+            }));
         }
         check_vm(vm)?;
         let snapshot = SNAPSHOTS.get(snapshot.cast::<instantsnap_snapshot>())?;
@@ -107,7 +109,9 @@ pub unsafe extern "C" fn qemuSnapshotDelete(
             return Ok(unsafe { next(vm.as_ptr(), snapshot, flags) });
         }
         if vm.is_null() {
-            return Ok(boundary(client::tell, || client::delete(clients(snapshot)?, flags)));
+            return Ok(boundary(client::set_last_error, || {
+                client::delete(clients(snapshot)?, flags)
+            }));
         }
         check_vm(vm)?;
         let guest = GUESTS.get(vm.cast::<instantsnap_guest>())?;
@@ -140,7 +144,7 @@ fn say_what_to_preload() {
              LD_PRELOAD=/path/to/libinstantsnap-preload.so (instantsnap daemon enable): {}",
             said.message
         );
-        client::tell(Error::new(Code::InvalidArg, message));
+        client::set_last_error(Error::new(Code::InvalidArg, message));
     }
 }
 

@@ -224,7 +224,7 @@ pub(super) fn convert_stats(stats: &Stats) -> abi::instantsnap_stats {
         instant_us: stats.instant.map_or(0, micros),
         guest_paused_us: stats.paused.map_or(0, |(paused, _)| micros(paused)),
         memory_image_bytes: stats.memory_image_bytes,
-        pause_from_events: matches!(stats.paused, Some((_, engine::By::Events))).into(),
+        pause_from_events: matches!(stats.paused, Some((_, engine::PauseSource::Events))).into(),
         disks: stats.disks as u32,
         setup_us: micros(stats.setup),
         lost_pause_us: micros(stats.lost_pause),
@@ -255,7 +255,7 @@ pub extern "C" fn instantsnap_snapshot_list(
     names: Out<*mut *mut c_char>,
 ) -> c_int {
     boundary(last_error::set, || {
-        let known = GUESTS.get(guest)?.catalog().names()?;
+        let known = GUESTS.get(guest)?.snapshot_list().names()?;
         let list = known.into_iter().map(c_string).collect::<Result<Vec<_>>>()?;
         let count = list.len() as c_int;
         names.put(|| {
@@ -275,14 +275,14 @@ pub extern "C" fn instantsnap_snapshot_get_xml(
     boundary(last_error::set, || {
         let guest = GUESTS.get(guest)?;
         let name = name.required("name")?;
-        Ok(c_string(guest.catalog().xml(name)?)?.into_raw())
+        Ok(c_string(guest.snapshot_list().xml(name)?)?.into_raw())
     })
 }
 
 /// `instantsnap_snapshot_current`.
 #[unsafe(no_mangle)]
 pub extern "C" fn instantsnap_snapshot_current(guest: *mut instantsnap_guest) -> *mut c_char {
-    boundary(last_error::set, || match GUESTS.get(guest)?.catalog().current()? {
+    boundary(last_error::set, || match GUESTS.get(guest)?.snapshot_list().current()? {
         Some(name) => Ok(c_string(name)?.into_raw()),
         None => fail!(NoDomainSnapshot, "the guest does not have a current snapshot"),
     })

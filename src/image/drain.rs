@@ -127,7 +127,7 @@ impl Shared {
         if unread {
             while self.wait(pipe) {
                 let last = self.last.load(Ordering::Acquire);
-                match throw_away(pipe) {
+                match discard(pipe) {
                     Ok(0) => return,
                     Ok(got) => self.count(got),
                     Err(Errno::AGAIN) if last => return,
@@ -217,7 +217,7 @@ fn copy_chunk(
 }
 
 /// Takes what is in a pipe that does not block, and forgets it; 0 at its end.
-pub fn throw_away(pipe: &OwnedFd) -> rustix::io::Result<usize> {
+pub fn discard(pipe: &OwnedFd) -> rustix::io::Result<usize> {
     rustix::io::read(pipe, &mut [0; 64 << 10])
 }
 

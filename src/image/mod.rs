@@ -3,17 +3,17 @@
 //! The memory image: libvirt's save format around QEMU's migration stream, and the threads that
 //! move the stream.
 //!
-//! [`Drain`] moves it from QEMU's pipe to the file, [`Feed`] from the file to a QEMU that loads it.
+//! [`Drain`] moves it from QEMU's pipe to the file, [`RestoreStream`] from the file to a QEMU that loads it.
 //! Neither needs anything but its descriptors, so that a helper process can take their place.
 
 mod drain;
-mod feed;
 mod file;
 mod pipe;
+mod restore_stream;
 mod stream;
 
-pub use drain::{Drain, throw_away};
-pub use feed::Feed;
+pub use drain::{Drain, discard};
 pub use file::{Image, MemoryImage, deleting, is_another};
 pub use pipe::pipe;
+pub use restore_stream::RestoreStream;
 pub use stream::is_other_machine;

@@ -20,7 +20,7 @@ use crate::symbols::{Library, symbols};
 
 /// Versions of libvirt whose driver leaves its functions' domain objects alone after they return.
 /// 9.0, 11.3 and 12.8 were tried; what lies between and a little beyond is taken to be alike.
-const KNOWN: std::ops::Range<(u64, u64)> = (9, 0)..(13, 0);
+const TRIED_VERSIONS: std::ops::Range<(u64, u64)> = (9, 0)..(13, 0);
 
 symbols! {
     /// The functions, libvirt's and GLib's, of these types in all versions that are let through.
@@ -218,13 +218,16 @@ fn check_version(library: Library, any_version: bool) -> Result<(), String> {
     let mut number: c_ulong = 0;
     let got = (functions.virGetVersion)(Some(&mut number), Text::NULL, None);
     let version = (number / 1_000_000, number / 1000 % 1000);
-    if got != 0 || (!KNOWN.contains(&version) && !any_version) {
+    if got != 0 || (!TRIED_VERSIONS.contains(&version) && !any_version) {
         let (major, minor) = version;
         return Err(format!(
             "libvirt {major}.{minor} is not one that this version of instantsnap knows ({}.{} or \
              later, before {}.{}; INSTANTSNAP_ANY_LIBVIRT=1 in the daemon's environment tries it \
              all the same)",
-            KNOWN.start.0, KNOWN.start.1, KNOWN.end.0, KNOWN.end.1
+            TRIED_VERSIONS.start.0,
+            TRIED_VERSIONS.start.1,
+            TRIED_VERSIONS.end.0,
+            TRIED_VERSIONS.end.1
         ));
     }
     Ok(())

@@ -32,7 +32,7 @@ const FASTEST_PAGE: Duration = Duration::from_nanos(10);
 const PAGE: u64 = 4096;
 /// Stopping the guest, and asking whether it was in time, of a guest of which nothing is known.
 const USUAL_STOP: Duration = Duration::from_millis(2);
-/// The aim is met this near.
+/// The stop_after is met this near.
 pub const TOLERANCE: Duration = Duration::from_micros(200);
 /// Less than this is not worth it.
 const SHORTEST: Duration = Duration::from_millis(4);
@@ -128,9 +128,9 @@ pub fn estimate(guest: &str, memory: u64, lost: u32) -> Option<Duration> {
         work.unwrap_or_else(|| FASTEST_PAGE * u32::try_from(memory / PAGE).unwrap_or(u32::MAX));
     let usual = samples.and_then(|samples| sorted(&samples.stopping, |count| count / 2));
     let stopping = usual.map_or(USUAL_STOP, |stopping| stopping * 3 / 2);
-    let aim = (work * 95u32.saturating_sub(10 * lost) / 100).checked_sub(stopping)?;
+    let stop_after = (work * 95u32.saturating_sub(10 * lost) / 100).checked_sub(stopping)?;
     // What a try that is lost costs grows with what it takes to stop.
-    (aim >= SHORTEST.max(2 * stopping)).then_some(aim)
+    (stop_after >= SHORTEST.max(2 * stopping)).then_some(stop_after)
 }
 
 #[cfg(test)]

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! A drive of a guest, as the way in describes it and the plan needs it.
+//! A drive of a guest, as the backend describes it and the plan needs it.
 
 /// What a drive is to a snapshot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -47,7 +47,7 @@ pub struct Drive {
     /// How QEMU opened the image, for its overlay to be opened alike.
     pub options: OpenOptions,
     /// Why it can get no overlay, and what to do.
-    pub hindrance: Option<String>,
+    pub unsupported_reason: Option<String>,
     /// The domain XML's own wish: `<disk snapshot=''>`.
     pub snapshot: Option<String>,
 }

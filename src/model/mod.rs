@@ -3,7 +3,7 @@
 //! What is asked for and what is recorded: `<domainsnapshot>` and `<domain>` XML, the disk plan,
 //! the state directory.
 //!
-//! Nothing here speaks to a guest. A way in describes its drives as [`Drive`]s, [`plan`] aligns
+//! Nothing here speaks to a guest. A backend describes its drives as [`Drive`]s, [`plan`] aligns
 //! them with what the caller asked for, and the engine carries the plan out.
 
 pub mod domain;

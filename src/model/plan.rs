@@ -78,8 +78,8 @@ pub fn plan(drives: Vec<Drive>, request: &Request, snapshot: &str, reuse: bool) 
                         drive.name()
                     );
                 }
-                if let Some(hindrance) = &drive.hindrance {
-                    fail!(ConfigUnsupported, "disk '{}' {hindrance}", drive.name());
+                if let Some(unsupported_reason) = &drive.unsupported_reason {
+                    fail!(ConfigUnsupported, "disk '{}' {unsupported_reason}", drive.name());
                 }
                 check_recordable(&drive)?;
                 let overlay = match wish.and_then(|wish| wish.source.clone()) {

@@ -24,7 +24,7 @@ pub struct Request {
 /// `<memory snapshot= file=>`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum MemoryRequest {
-    /// Not said, or external without a file: the way in chooses the place.
+    /// Not said, or external without a file: the backend chooses the place.
     #[default]
     Default,
     /// Into this file.

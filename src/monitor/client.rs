@@ -41,7 +41,7 @@ pub struct Monitor {
     /// QEMU's major and minor version.
     pub version: (u64, u64),
     /// The process at the other end, where it is QEMU.
-    pub qemu: Option<Peer>,
+    pub qemu: Option<QemuProcess>,
     left: bool,
 }
 
@@ -58,16 +58,16 @@ impl Drop for Monitor {
 
 /// The QEMU process that made the socket listen.
 #[derive(Debug)]
-pub struct Peer {
+pub struct QemuProcess {
     /// Its process id.
     pub pid: u32,
     pidfd: OwnedFd,
 }
 
-impl Peer {
+impl QemuProcess {
     /// The one behind a monitor that somebody else has, where it can be seen from here: QEMU knows
     /// its vCPUs' threads by the numbers that /proc has them by.
-    pub fn by_its_threads(qemu: &mut dyn Execute, deadline: Deadline) -> Option<Peer> {
+    pub fn by_threads(qemu: &mut dyn Execute, deadline: Deadline) -> Option<QemuProcess> {
         let vcpus = qemu.execute(Command::new("query-cpus-fast", json!({})), deadline).ok()?;
         let threads: Vec<_> =
             vcpus.as_array()?.iter().filter_map(|vcpu| vcpu["thread-id"].as_u64()).collect();
@@ -129,7 +129,7 @@ impl Monitor {
             // Another process listens on it. Where that one cannot be seen from here, QEMU cannot
             // either.
             monitor.qemu = match sys::peer_pid(monitor.socket.as_fd()) {
-                Some(_) => Peer::by_its_threads(&mut monitor, deadline),
+                Some(_) => QemuProcess::by_threads(&mut monitor, deadline),
                 None => None,
             };
         }
@@ -255,7 +255,7 @@ impl Execute for Monitor {
 /// Who made the socket listen may be another: a proxy, or a service manager that handed it over.
 /// What is true of that process (that it has ended, say) is not true of QEMU, so only one that is
 /// called QEMU counts.
-fn open_qemu(pid: u32) -> Option<Peer> {
+fn open_qemu(pid: u32) -> Option<QemuProcess> {
     let comm = std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
     let exe = std::fs::read_link(format!("/proc/{pid}/exe")).unwrap_or_default();
     if !comm.starts_with("qemu")
@@ -264,7 +264,7 @@ fn open_qemu(pid: u32) -> Option<Peer> {
         return None;
     }
     let pidfd = pidfd_open(Pid::from_raw(pid.try_into().ok()?)?, PidfdFlags::empty()).ok()?;
-    Some(Peer { pid, pidfd })
+    Some(QemuProcess { pid, pidfd })
 }
 
 /// Connects without ever waiting longer than the deadline, also where QEMU's backlog is full.

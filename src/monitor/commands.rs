@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! The commands that the engine and the ways in need, typed.
+//! The commands that the engine and the backends need, typed.
 
 use std::os::fd::BorrowedFd;
 use std::time::Duration;

@@ -3,7 +3,7 @@
 //! QMP: a socket client, typed commands, events.
 //!
 //! [`Monitor`] is QEMU's monitor over a Unix socket. [`commands`] speak through anything that
-//! [`Execute`]s, so that a way in whose monitor is somebody else's (libvirt's, a driver's) uses the
+//! [`Execute`]s, so that a backend whose monitor is somebody else's (libvirt's, a driver's) uses the
 //! same commands.
 
 mod client;
@@ -15,6 +15,6 @@ mod generated;
 pub mod json;
 mod messages;
 
-pub use client::{Monitor, Peer};
+pub use client::{Monitor, QemuProcess};
 pub use command::{Command, Execute, Failure, read_reply};
 pub use events::{Event, Events};

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! The driver's way in keeps what the others promise: one moment, nothing left of a failure,
-//! cancelled at any time, and one operation at a time by whatever way in.
+//! The driver backend keeps what the others promise: one moment, nothing left of a failure,
+//! cancelled at any time, and one operation at a time by whichever backend.
 
 use std::sync::Arc;
 
@@ -10,7 +10,7 @@ use common::{
     ALL_SECTORS, At, Handle, INSTANTLY, Opened, PHASES, assert_error, assert_untouched, machine,
     named,
 };
-use instantsnap::engine::{By, Phase, prepare_revert};
+use instantsnap::engine::{PauseSource, Phase, prepare_revert};
 use instantsnap::error::Code;
 use instantsnap_testkit::{Binary, Format, test};
 
@@ -26,16 +26,16 @@ fn snapshots_by_a_driver_are_of_one_moment() {
                 let after = original.guest.wait_ticks(1);
                 assert_eq!(stats.disks, 2);
                 // STOP and RESUME were passed on.
-                assert!(matches!(stats.paused, Some((_, By::Events))), "{stats:?}");
-                let (clone, first) = original.bring_back(name);
+                assert!(matches!(stats.paused, Some((_, PauseSource::Events))), "{stats:?}");
+                let (clone, first) = original.restore_clone(name);
                 assert!(
                     (before..=after + 2).contains(&first),
                     "{first} is not from {before} to {after}"
                 );
                 drop(clone);
             }
-            assert_eq!(original.handle.catalog().names().unwrap(), ["instant", "plain"]);
-            let xml = original.handle.catalog().xml("plain").unwrap();
+            assert_eq!(original.handle.snapshot_list().names().unwrap(), ["instant", "plain"]);
+            let xml = original.handle.snapshot_list().xml("plain").unwrap();
             assert!(xml.contains("<parent>") && xml.contains("disk name=\"vd1\""), "{xml}");
             original.guest.wait_ticks(ALL_SECTORS);
         }
@@ -123,7 +123,7 @@ fn a_snapshot_by_a_driver_is_cancelled_in_any_phase() {
 
 /// The driver's domain and the QMP socket are one QEMU.
 #[test]
-fn another_way_in_is_refused_meanwhile() {
+fn another_backend_is_refused_meanwhile() {
     for binary in Binary::any() {
         let (opened, _) = Opened::start_by_driver(&machine(binary, 1), false);
         let other_dir = opened.guest.directory().join("other");
@@ -155,6 +155,6 @@ fn another_way_in_is_refused_meanwhile() {
         other.create(&named("by-socket"), INSTANTLY, &mut observer).unwrap();
         assert_eq!(refused, 6);
         opened.guest.wait_ticks(ALL_SECTORS);
-        opened.bring_back("by-driver");
+        opened.restore_clone("by-driver");
     }
 }

@@ -56,7 +56,7 @@ fn a_client_in_c_passes_the_bit() {
         .unwrap();
     assert_eq!(String::from_utf8_lossy(&output.stdout), "c\n", "{output:?}");
     subject.guest.wait_ticks(3);
-    subject.bring_back("c", &Daemon::session());
+    subject.restore_clone("c", &Daemon::session());
 }
 
 #[test]
@@ -84,7 +84,7 @@ fn a_client_in_perl_passes_the_bit() {
         .unwrap();
     assert_eq!(String::from_utf8_lossy(&output.stdout), "perl", "{output:?}");
     subject.guest.wait_ticks(3);
-    subject.bring_back("perl", &Daemon::session());
+    subject.restore_clone("perl", &Daemon::session());
 }
 
 /// As over ssh: a program that somebody else runs passes everything on.
@@ -103,7 +103,7 @@ fn a_client_over_a_programs_pipe_passes_the_bit() {
     assert_eq!(answer(client.output().unwrap()), Ok("relayed".into()));
     assert_eq!(subject.snapshots(), ["relayed"]);
     subject.guest.wait_ticks(3);
-    subject.bring_back("relayed", &Daemon::session());
+    subject.restore_clone("relayed", &Daemon::session());
 }
 
 #[test]
@@ -121,7 +121,7 @@ fn a_client_over_tcp_passes_the_bit() {
     let mut client = subject.client_of(&uri, CREATE, &[&subject.xml("tcp"), &INSTANT.to_string()]);
     assert_eq!(answer(client.output().unwrap()), Ok("tcp".into()));
     subject.guest.wait_ticks(3);
-    subject.bring_back("tcp", &Daemon::session());
+    subject.restore_clone("tcp", &Daemon::session());
 }
 
 #[test]
@@ -145,7 +145,7 @@ fn a_client_over_ssh_passes_the_bit() {
         );
         assert_eq!(answer(client.output().unwrap()), Ok(name.into()));
         subject.guest.wait_ticks(3);
-        subject.bring_back(name, &Daemon::session());
+        subject.restore_clone(name, &Daemon::session());
     }
 }
 
@@ -194,7 +194,7 @@ fn live_snapshots_are_instant_with_the_setting_and_libvirts_own_without_it_or_wh
     subject.guest.virsh("snapshot-create-as", &["--name", "disks", "--disk-only"]);
     assert_eq!(subject.snapshots(), ["upgraded", "disks"]);
     subject.guest.wait_ticks(3);
-    subject.bring_back("upgraded", &Daemon::session());
+    subject.restore_clone("upgraded", &Daemon::session());
 
     let subject = start(&[UPGRADE, ("INSTANTSNAP_MAX_SNAPSHOTS", "0")]);
     create_live(&subject, "full");

@@ -30,7 +30,7 @@ fn every_snapshot_in_a_row_is_of_one_moment() {
                     let after = subject.guest.wait_ticks(1);
                     let clones =
                         if daemon.mode() == Mode::System { &daemon.another() } else { &clones };
-                    let clone = subject.bring_back(&name, clones);
+                    let clone = subject.restore_clone(&name, clones);
                     let first = common::first_tick(&clone);
                     assert!(
                         (before..=after + 2).contains(&first),

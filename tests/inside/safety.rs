@@ -272,7 +272,7 @@ fn eight_domains_at_once_leave_workers_for_everybody_else() {
         assert_eq!(client_of(child), Ok("side".into()));
         subject.guest.wait_ticks(3);
         if thorough() || n < 2 {
-            subject.bring_back("side", &clones);
+            subject.restore_clone("side", &clones);
         }
     }
 }
@@ -309,7 +309,7 @@ fn a_client_that_is_killed_or_wants_the_job_aborted_does_not_end_the_snapshot() 
     subject.wait_complete("s");
     assert_eq!(subject.snapshots(), ["s"]);
     subject.guest.wait_ticks(3);
-    subject.bring_back("s", &Daemon::session());
+    subject.restore_clone("s", &Daemon::session());
     // Its place is free again as soon as the call is over.
     wait_for(Duration::from_secs(60), || subject.snapshot("next").ok())
         .expect("no snapshot any more");
@@ -433,7 +433,7 @@ fn a_domain_that_is_to_be_saved_or_to_go_elsewhere_meanwhile_stays_and_its_snaps
     // And when it is over it can go.
     guest.virsh("save", &[file.to_str().unwrap()]);
     for name in ["recorded", "s"] {
-        subject.bring_back(name, &Daemon::session());
+        subject.restore_clone(name, &Daemon::session());
     }
 }
 
@@ -480,7 +480,7 @@ fn what_others_do_to_the_domain_meanwhile_comes_to_what_they_want_and_harms_no_i
     guest.wait_ticks(ALL_SECTORS);
     assert_eq!(subject.snapshot("after"), Ok("after".into()));
     guest.wait_ticks(3);
-    subject.bring_back("after", &clones);
+    subject.restore_clone("after", &clones);
 }
 
 #[test]
@@ -536,7 +536,7 @@ fn a_daemon_that_is_killed_leaves_a_guest_that_runs_and_nothing_else() {
     assert_untouched(&subject, &before);
     subject.guest.wait_ticks(3);
     assert_eq!(subject.snapshot("next"), Ok("next".into()));
-    subject.bring_back("next", &Daemon::session());
+    subject.restore_clone("next", &Daemon::session());
 }
 
 #[test]
@@ -562,7 +562,7 @@ fn a_daemon_that_is_stopped_completes_the_snapshot_first() {
     subject.wait_complete("s");
     assert_eq!(subject.snapshots(), ["s"]);
     subject.guest.wait_ticks(3);
-    subject.bring_back("s", &Daemon::session());
+    subject.restore_clone("s", &Daemon::session());
 }
 
 /// A guest with snapshots a, b and c.

@@ -199,7 +199,7 @@ fn jobs_at_random(guests: usize, jobs: usize, brought_back: usize) {
     let mut left = complete;
     for _ in 0..brought_back.min(left.len()) {
         let (opened, name) = left.swap_remove(random.below(left.len() as u64) as usize);
-        opened.bring_back(&name);
+        opened.restore_clone(&name);
     }
 }
 

@@ -356,7 +356,7 @@ fn a_job_goes_on_without_its_handle_and_its_guests() {
     told.gate.release();
     wait_for(DEADLINE, || (types(told) == ALL).then_some(()))
         .expect("it ends, and its callback is told");
-    opened.bring_back("s");
+    opened.restore_clone("s");
 }
 
 #[test]
@@ -397,5 +397,5 @@ fn in_a_forked_child_a_job_is_the_parents() {
     assert_eq!(job::instantsnap_job_get_result(handle), 0);
     assert_eq!(types(&told), ALL);
     job::instantsnap_job_free(handle);
-    native.opened.bring_back("s");
+    native.opened.restore_clone("s");
 }

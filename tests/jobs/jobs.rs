@@ -8,20 +8,20 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use common::backend::{by_driver, open_guest};
 use common::jobs::{Listener, Slow, next, readable, rest, steps};
-use common::way::{by_driver, open_guest};
 use common::{
     ALL_SECTORS, Handle, INSTANTLY, Opened, assert_error, assert_untouched, machine, named,
     through_proxy,
 };
-use instantsnap::engine::{Event, Job, Phase, Returns, What};
+use instantsnap::engine::{Event, EventKind, Job, Phase, Returns};
 use instantsnap::error::Code;
 use instantsnap::model::Record;
 use instantsnap::model::flags::NO_METADATA;
 use instantsnap_testkit::{Binary, DEADLINE, Fault, Gate, Machine, test, wait_for};
 use serde_json::json;
 
-use What::{Complete, Failed, Instant, Paused, Progress, Switched};
+use EventKind::{Complete, Failed, Instant, Paused, Progress, Switched};
 
 /// Not before the test's end.
 const NEVER: Duration = Duration::from_secs(3600);
@@ -59,14 +59,14 @@ fn whoever_starts_a_job_goes_on_at_the_instant_while_memory_drains() {
         assert!(job.wait(None) && job.wait(Some(NOW)));
         opened.guest.wait_ticks(ALL_SECTORS);
         assert_eq!(job.result().unwrap(), "s");
-        assert_eq!(job.xml().unwrap(), opened.handle.catalog().xml("s").unwrap());
+        assert_eq!(job.xml().unwrap(), opened.handle.snapshot_list().xml("s").unwrap());
         assert_eq!(Some(job.stats().unwrap()), opened.handle.stats());
         let late = job.info();
         assert_eq!((late.phase, late.instant, late.paused), (None, true, early.paused));
         assert_eq!(late.flow.done, job.stats().unwrap().memory_image_bytes);
         assert_eq!(late, job.info(), "its time has stopped");
 
-        let (_clone, first) = opened.bring_back("s");
+        let (_clone, first) = opened.restore_clone("s");
         assert!(
             (before..=after + 2).contains(&first),
             "from {first}, and taken between {before} and {after}"
@@ -92,14 +92,14 @@ fn its_descriptor_is_readable_exactly_as_long_as_there_are_events() {
         assert!(draining.wait_arrived(DEADLINE));
         for expected in [Paused, Switched, Instant] {
             assert!(readable(&job, NOW) && readable(&job, NOW), "it stays so until they are taken");
-            assert_eq!(job.next_event().map(|event| event.what), Some(expected));
+            assert_eq!(job.next_event().map(|event| event.kind), Some(expected));
         }
         assert!(!readable(&job, NOW) && job.next_event().is_none());
         draining.release();
 
         // Progress that nobody takes does not pile up.
         let progress = next(&job);
-        assert_eq!(progress.what, Progress);
+        assert_eq!(progress.kind, Progress);
         wait_for(DEADLINE, || {
             (job.info().flow.done > progress.flow.done + (1 << 20)).then_some(())
         })
@@ -127,7 +127,7 @@ fn progress_is_that_of_the_image() {
         );
         let heard = listener.heard();
         let job = opened.start_job(&named("s"), INSTANTLY, listener, Returns::AtInstant).unwrap();
-        let flowing = || heard.events().iter().filter(|event| event.what == Progress).count() > 5;
+        let flowing = || heard.events().iter().filter(|event| event.kind == Progress).count() > 5;
         wait_for(DEADLINE, || flowing().then_some(())).expect("there is progress");
         drop(slow);
         assert!(job.wait(None));
@@ -135,7 +135,7 @@ fn progress_is_that_of_the_image() {
         let events = heard.events();
         let image = opened.state_dir().join("s.mem").metadata().unwrap().size();
         let flow: Vec<_> =
-            events.iter().filter(|event| matches!(event.what, Instant | Progress)).collect();
+            events.iter().filter(|event| matches!(event.kind, Instant | Progress)).collect();
         let pages = (64 << 20) / 4096;
         assert!((pages / 2..pages + 1024).contains(&flow[0].flow.pages_left), "{:?}", flow[0]);
         for pair in flow.windows(2) {
@@ -148,7 +148,7 @@ fn progress_is_that_of_the_image() {
             let said = later.per_second as f64;
             // The first one's time is that of its own look, which comes a little after the instant.
             assert!(
-                pair[0].what == Instant || (said - rate).abs() <= rate * 0.5 + 1e6,
+                pair[0].kind == Instant || (said - rate).abs() <= rate * 0.5 + 1e6,
                 "{said} and {rate}: {pair:?}"
             );
         }
@@ -157,7 +157,7 @@ fn progress_is_that_of_the_image() {
         assert!(first.total >= image, "at most {}, and it has become {image}", first.total);
         let end = events.last().unwrap();
         assert_eq!(
-            (end.what, end.flow.done, end.flow.total, end.flow.pages_left),
+            (end.kind, end.flow.done, end.flow.total, end.flow.pages_left),
             (Complete, image, image, 0)
         );
     }
@@ -174,8 +174,8 @@ fn progress_of_a_plain_snapshot_comes_before_its_instant() {
         assert!(job.wait(None));
         job.result().unwrap();
         let mut events = heard.events();
-        events.dedup_by_key(|event| event.what);
-        let all: Vec<_> = events.iter().map(|event| event.what).collect();
+        events.dedup_by_key(|event| event.kind);
+        let all: Vec<_> = events.iter().map(|event| event.kind).collect();
         assert_eq!(all, [Paused, Switched, Progress, Instant, Complete]);
         assert_eq!(events[3].flow, events[4].flow, "nothing is left at the instant");
     }
@@ -183,11 +183,11 @@ fn progress_of_a_plain_snapshot_comes_before_its_instant() {
 
 /// Events that are in order, and tell of one pause.
 #[track_caller]
-fn assert_in_order(events: &[Event], expected: &[What]) {
+fn assert_in_order(events: &[Event], expected: &[EventKind]) {
     assert_eq!(steps(events), expected, "{events:?}");
     assert!(events.is_sorted_by_key(|event| event.time), "{events:?}");
     // The pause grows until the instant, where QEMU's own word on it may take the place of ours.
-    let paused = |what| events.iter().find(|event| event.what == what).map(|event| event.paused);
+    let paused = |what| events.iter().find(|event| event.kind == what).map(|event| event.paused);
     let (paused_at, switched, instant) = (paused(Paused), paused(Switched), paused(Instant));
     if let (Some(first), Some(second)) = (paused_at, switched) {
         assert!(NOW < first && first <= second, "{events:?}");
@@ -200,7 +200,7 @@ fn assert_in_order(events: &[Event], expected: &[What]) {
             events
                 .iter()
                 .rev()
-                .take_while(|event| event.what != Instant)
+                .take_while(|event| event.kind != Instant)
                 .all(|event| event.paused == all)
         );
         assert_eq!(all > NOW, paused_at.is_some(), "{events:?}");
@@ -212,7 +212,7 @@ fn a_snapshot_that_succeeds_is_told_of_in_order() {
     for binary in Binary::any() {
         let opened = Opened::start(&machine(binary, 2));
         let all = [Paused, Switched, Instant, Complete];
-        let check = |name: &str, flags, expected: &[What]| {
+        let check = |name: &str, flags, expected: &[EventKind]| {
             let listener = Listener::default();
             let heard = listener.heard();
             let job = opened.start_at_once(&named(name), flags, listener);
@@ -251,7 +251,7 @@ fn a_snapshot_that_succeeds_is_told_of_in_order() {
 struct Fails {
     phase: Phase,
     command: &'static str,
-    after: &'static [What],
+    after: &'static [EventKind],
 }
 
 const FAILURES: [Fails; 8] = [
@@ -380,7 +380,7 @@ fn a_job_that_is_complete_is_not_cancelled() {
     assert!(job.wait(None));
     job.cancel();
     assert_eq!(job.result().unwrap(), "s");
-    opened.bring_back("s");
+    opened.restore_clone("s");
 }
 
 /// Nobody needs the numbers.
@@ -395,7 +395,7 @@ fn progress_that_cannot_be_asked_for_fails_no_snapshot() {
         let (slow, listener) = Slow::down(&opened.guest, 1 << 20, listener);
         let heard = listener.heard();
         let job = opened.start_job(&named("s"), INSTANTLY, listener, Returns::AtInstant).unwrap();
-        let told = || heard.events().iter().filter(|event| event.what == Progress).count() > 3;
+        let told = || heard.events().iter().filter(|event| event.kind == Progress).count() > 3;
         wait_for(DEADLINE, || told().then_some(())).expect("there is progress all the same");
         assert_eq!(proxy.rules_left(), 0);
         let asked = proxy.commands().len();
@@ -403,8 +403,8 @@ fn progress_that_cannot_be_asked_for_fails_no_snapshot() {
         assert!(job.wait(None));
         job.result().unwrap();
         let events = heard.events();
-        let progress = events.iter().filter(|event| event.what == Progress).map(|event| event.flow);
-        let at_instant = events.iter().find(|event| event.what == Instant).unwrap().flow;
+        let progress = events.iter().filter(|event| event.kind == Progress).map(|event| event.flow);
+        let at_instant = events.iter().find(|event| event.kind == Instant).unwrap().flow;
         assert!(progress.clone().is_sorted_by_key(|flow| flow.done), "{events:?}");
         let as_told = |flow: instantsnap::engine::Flow| {
             flow.pages_left == at_instant.pages_left && flow.total >= flow.done
@@ -414,7 +414,7 @@ fn progress_that_cannot_be_asked_for_fails_no_snapshot() {
         let drain = &proxy.commands()[..asked];
         assert_eq!(drain.last().unwrap(), "query-migrate", "{drain:?}");
         assert_eq!(job.result().unwrap(), "s");
-        opened.bring_back("s");
+        opened.restore_clone("s");
         drop(proxy);
     }
 }
@@ -434,11 +434,11 @@ fn a_job_that_nobody_follows_and_whose_guest_is_closed_goes_on() {
         drop(another);
         drop(job);
         gate.release();
-        let ended = || matches!(heard.events().last()?.what, Complete | Failed(_)).then_some(());
+        let ended = || matches!(heard.events().last()?.kind, Complete | Failed(_)).then_some(());
         wait_for(DEADLINE, ended).expect("it ends");
         assert_in_order(&heard.events(), &[Paused, Switched, Instant, Complete]);
         opened.guest.wait_ticks(ALL_SECTORS);
-        opened.bring_back("s");
+        opened.restore_clone("s");
     }
 }
 
@@ -488,7 +488,7 @@ fn a_second_job_is_refused_and_touches_nothing() {
         );
         second(&other, Returns::AtInstant).unwrap().wait(None);
         opened.guest.wait_ticks(ALL_SECTORS);
-        opened.bring_back("first");
+        opened.restore_clone("first");
     }
 }
 
@@ -527,7 +527,7 @@ fn a_listener_that_panics_costs_the_snapshot_and_nothing_else() {
         );
         assert!(job.wait(None));
         assert_error(job.result(), Code::InternalError, "a defect of instantsnap");
-        assert_eq!(rest(&job).last().unwrap().what, Failed(Code::InternalError as i32));
+        assert_eq!(rest(&job).last().unwrap().kind, Failed(Code::InternalError as i32));
         assert_untouched(&opened, &before);
     }
     opened.assert_well();

@@ -17,7 +17,7 @@ fn snapshots_in_a_row(machine: &Machine, daemon: &Daemon, rounds: u32) {
         let before = original.guest.wait_ticks(1);
         let name = original.snapshot(&format!("s{round}")).unwrap();
         let after = original.guest.wait_ticks(1);
-        let clone = original.bring_back(&name);
+        let clone = original.restore_clone(&name);
         let first = common::first_tick(&clone);
         assert!(
             (before..=after + 2).contains(&first),

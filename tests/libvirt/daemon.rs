@@ -75,7 +75,7 @@ fn check(
     match result {
         Ok(name) => {
             assert!(domain.find(name).is_some(), "{what}: recorded");
-            domain.bring_back(name);
+            domain.restore_clone(name);
         }
         Err(_) => domain.assert_untouched(before),
     }

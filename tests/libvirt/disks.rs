@@ -6,8 +6,8 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use common::backend::{by_client_only, by_daemon};
 use common::virt::{self, Clones, OpenedDomain, directory_for, with_driver};
-use common::way::{by_client_only, by_daemon};
 use common::{ALL_SECTORS, At, INSTANTLY, Loop, run};
 use instantsnap::engine::Phase;
 use instantsnap::error::{Code, Error};

@@ -7,8 +7,8 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
+use common::backend::by_client_only;
 use common::virt::{self, Clones, OpenedDomain, directory_for};
-use common::way::by_client_only;
 use common::{ALL_SECTORS, At, INSTANTLY};
 use instantsnap::engine::Phase;
 use instantsnap::error::{Code, Error};

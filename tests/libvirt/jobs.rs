@@ -7,13 +7,13 @@ use std::time::Duration;
 use common::jobs::{Listener, next, readable, rest, steps};
 use common::virt::OpenedDomain;
 use common::{ALL_SECTORS, At, Handle, INSTANTLY, assert_error, files_below, machine, named};
-use instantsnap::engine::{Phase, Returns, What};
+use instantsnap::engine::{EventKind, Phase, Returns};
 use instantsnap::error::Code;
 use instantsnap::model::flags::NO_METADATA;
 use instantsnap_testkit::{Binary, DEADLINE, Daemon, Gate, test, wait_for};
 use serde_json::json;
 
-use What::{Complete, Failed, Instant, Paused, Switched};
+use EventKind::{Complete, Failed, Instant, Paused, Switched};
 
 fn start_job(
     domain: &OpenedDomain,
@@ -38,7 +38,7 @@ fn a_job_of_a_domain_returns_at_the_instant_and_tells_what_happens() {
         domain.guest.wait_ticks(ALL_SECTORS);
         assert!(!job.wait(Some(Duration::ZERO)) && job.info().instant);
         for what in [Paused, Switched, Instant] {
-            assert_eq!(next(&job).what, what);
+            assert_eq!(next(&job).kind, what);
         }
         assert!(!readable(&job, Duration::ZERO));
         gate.release();
@@ -47,7 +47,7 @@ fn a_job_of_a_domain_returns_at_the_instant_and_tells_what_happens() {
         assert_eq!(job.result().unwrap(), "s");
         let xml = domain.guest.virsh("snapshot-dumpxml", &["s"]);
         assert_eq!(job.xml().unwrap().trim(), xml.trim(), "as libvirt has recorded it");
-        domain.bring_back("s");
+        domain.restore_clone("s");
 
         // What libvirt does not know is told by what it would have been given.
         let job = start_job(
@@ -89,7 +89,7 @@ fn a_job_of_a_domain_can_be_cancelled_before_in_and_after_the_pause() {
             gate.release();
             let events = rest(&job);
             assert_eq!(
-                events.last().unwrap().what,
+                events.last().unwrap().kind,
                 Failed(Code::OperationAborted as i32),
                 "{phase:?}"
             );
@@ -154,7 +154,7 @@ fn a_job_of_another_client_is_refused_before_the_guest_is_paused() {
     };
     wait_for(DEADLINE, ended).expect("the job does not end");
     domain.snapshot("s").unwrap();
-    domain.bring_back("s");
+    domain.restore_clone("s");
 }
 
 #[test]

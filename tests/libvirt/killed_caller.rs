@@ -141,7 +141,7 @@ fn a_domain_whose_snapshot_loses_its_caller_is_as_before_and_can_be_snapshotted_
             opened.guest.wait_ticks(5);
         }
         opened.snapshot("next").unwrap_or_else(|error| opened.guest.fail(&error.message));
-        opened.bring_back("next");
+        opened.restore_clone("next");
         opened.guest.wait_ticks(3);
     }
 }
@@ -213,5 +213,5 @@ fn a_caller_that_is_killed_while_its_domain_is_halted_leaves_the_complete_snapsh
     assert!(ended.is_some(), "the domain is held");
     assert!(opened.find("killed").is_some(), "the record is gone");
     assert!(Image::open(&opened.memory_file("killed")).is_ok());
-    opened.bring_back("killed").wait_ticks(3);
+    opened.restore_clone("killed").wait_ticks(3);
 }

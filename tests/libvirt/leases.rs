@@ -83,7 +83,7 @@ fn the_locks_on_the_images_are_held_again_after_a_snapshot() {
         domain.guest.virsh("suspend", &[]);
         domain.guest.virsh("resume", &[]);
         assert_eq!(held(&domain), after_the_instant, "QEMU {}", binary.name);
-        domain.bring_back("locked");
+        domain.restore_clone("locked");
     }
 }
 

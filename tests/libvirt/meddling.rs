@@ -130,7 +130,7 @@ impl Meddled {
             said.is_ok()
         };
         // What others start while a failed snapshot's disks are merged back has to wait for that.
-        let insist = |args: &[&str]| {
+        let retry = |args: &[&str]| {
             let mut said = Err(String::new());
             wait_for(DEADLINE, || {
                 said = guest.daemon().try_virsh(args);
@@ -152,7 +152,7 @@ impl Meddled {
                 let file = directory.join("saved");
                 let file = file.to_str().unwrap();
                 if run("save", &[file]) {
-                    done.lost = insist(&["restore", file, "--running"]);
+                    done.lost = retry(&["restore", file, "--running"]);
                 }
             }
             Meddling::Resize => {
@@ -182,7 +182,7 @@ impl Meddled {
             Meddling::AbortJob => drop(run("domjobabort", &[])),
             Meddling::DestroyAndStart => {
                 if run("destroy", &[]) {
-                    done.lost = insist(&["start", guest.name()]);
+                    done.lost = retry(&["start", guest.name()]);
                 }
             }
         }

@@ -5,8 +5,8 @@
 
 use std::path::Path;
 
+use common::backend::by_client_only;
 use common::virt::{self, Clones, OpenedDomain};
-use common::way::by_client_only;
 use common::{At, INSTANTLY};
 use instantsnap::engine::Phase;
 use instantsnap::error::Code;
@@ -299,14 +299,17 @@ fn names_are_taken_as_they_are() {
         assert_eq!(name, meant.replace("&amp;", "&"));
         assert_eq!(opened.taken().unwrap().name(), name);
         assert_eq!(current(guest), name);
-        assert_eq!(opened.handle.catalog().current().unwrap().as_deref(), Some(name.as_str()));
+        assert_eq!(
+            opened.handle.snapshot_list().current().unwrap().as_deref(),
+            Some(name.as_str())
+        );
         // And so for the child.
         assert_eq!(opened.find(&name).unwrap().name(), name);
         if n % 2 == 0 {
             clones.check(guest, &memory);
         }
     }
-    assert_eq!(opened.handle.catalog().names().unwrap().len(), written.len());
+    assert_eq!(opened.handle.snapshot_list().names().unwrap().len(), written.len());
     let last = opened.find("100%s").unwrap().children(0).unwrap();
     assert_eq!(last[0].name(), "a<b>&'\"c");
     // What libvirt would not take is refused before anything is touched.

@@ -7,9 +7,9 @@
 use instantsnap_testkit::test;
 use std::process::Command;
 
+use common::backend::by_client_only;
 use common::nbd::OnServer;
 use common::virt;
-use common::way::by_client_only;
 use common::{ALL_SECTORS, At, INSTANTLY, assert_says};
 use instantsnap::engine::Phase;
 use instantsnap::error::Code;

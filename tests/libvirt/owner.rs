@@ -53,7 +53,7 @@ fn overlays_are_qemus_and_memory_is_for_nobody_else() {
         assert!(daemon.mode() == Mode::Session || memory.uid() != daemon.user());
         // In its own daemon too, as itself: what libvirt lacks to open it, it gives itself.
         opened.guest.virsh("destroy", &[]);
-        let (image, overlays) = (opened.memory_file("s"), opened.bring_back("s"));
+        let (image, overlays) = (opened.memory_file("s"), opened.restore_clone("s"));
         assert_eq!(image.metadata().unwrap().mode() & 0o7777, 0o600);
         drop(overlays);
     }

@@ -102,7 +102,7 @@ fn a_second_snapshot_of_a_domain_is_refused_by_whatever_process_and_touches_noth
     });
     domain.snapshot_observed("first", &mut meanwhile).unwrap();
     assert_eq!(domain.guest.virsh("snapshot-list", &["--name"]).trim(), "first");
-    domain.bring_back("first");
+    domain.restore_clone("first");
     domain.guest.wait_ticks(3);
     // It is free again.
     domain.snapshot("fourth").unwrap();

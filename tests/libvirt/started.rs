@@ -79,7 +79,7 @@ fn a_domain_that_is_started_while_its_snapshot_is_undone_is_on_its_images() {
         );
         assert_on_images(&domain, &images, &directory.path().join("said"));
         domain.snapshot("again").unwrap();
-        domain.bring_back("again");
+        domain.restore_clone("again");
     }
 }
 

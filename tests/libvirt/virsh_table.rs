@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use common::virt::OpenedDomain;
-use instantsnap::engine::{Event, Observer, Phase, What};
+use instantsnap::engine::{Event, EventKind, Observer, Phase};
 use instantsnap::error::Code;
 use instantsnap::libvirt::Domain;
 use instantsnap_testkit::machine::make_image;
@@ -294,7 +294,7 @@ impl Meddler<'_> {
 
 impl Observer for Meddler<'_> {
     fn event(&mut self, event: &Event) {
-        if event.what == What::Instant && self.row.when == Draining {
+        if event.kind == EventKind::Instant && self.row.when == Draining {
             self.set_bandwidth(&json!(1 << 20));
         }
     }
@@ -369,7 +369,7 @@ struct Meddled<'a> {
 impl Meddled<'_> {
     /// Brings a memory image back in another daemon, checks that it is of one moment, and waits
     /// until that forgets it.
-    fn bring_back(&self, domain: &OpenedDomain, image: &Path) {
+    fn restore_clone(&self, domain: &OpenedDomain, image: &Path) {
         let clone = self.clones.restore(&domain.guest, image);
         if clone.virsh("domstate", &[]).trim() == "paused" {
             clone.virsh("resume", &[]);
@@ -448,10 +448,10 @@ impl Meddled<'_> {
             assert_eq!(settings(&domain), settings_before);
         }
         if result.is_ok() {
-            self.bring_back(&domain, &domain.memory_file(&name));
+            self.restore_clone(&domain, &domain.memory_file(&name));
         }
         if row.virsh == "save" && said.is_ok() {
-            self.bring_back(&domain, &domain.guest.directory().join("theirs"));
+            self.restore_clone(&domain, &domain.guest.directory().join("theirs"));
         }
         let whole = said.is_err()
             || !["detach-disk", "save", "dump", "snapshot", "backup-begin", "blockcopy"]

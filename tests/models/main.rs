@@ -2,5 +2,5 @@
 
 //! Models of what threads do, checked in every order in which they can run.
 
+mod early_start;
 mod job;
-mod overlap;

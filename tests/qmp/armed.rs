@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use common::{ALL_SECTORS, INSTANTLY, Opened, assert_untouched, machine, named, through_proxy};
 use instantsnap::error::Code;
-use instantsnap_testkit::by_hand::{Resume, begin, bring_back};
+use instantsnap_testkit::by_hand::{Resume, begin, restore_clone};
 use instantsnap_testkit::{Binary, DEADLINE, Fault, Machine, test, wait_for};
 use serde_json::json;
 use tempfile::TempDir;
@@ -57,7 +57,7 @@ fn a_snapshot_that_is_active_but_not_armed_is_waited_for() {
             opened.snapshot("late").unwrap();
         });
         opened.guest.wait_ticks(ALL_SECTORS);
-        opened.bring_back("late");
+        opened.restore_clone("late");
     }
 }
 
@@ -72,7 +72,8 @@ fn a_guest_resumed_when_active_is_torn() {
         guest.wait_ticks(5);
         std::fs::write(&release, "").unwrap();
         let snapshot = draining.finish(&guest);
-        let line = bring_back(&guest, &snapshot).try_ticks(5, DEADLINE).expect_err("not noticed");
+        let line =
+            restore_clone(&guest, &snapshot).try_ticks(5, DEADLINE).expect_err("not noticed");
         assert!(line.starts_with("TORN disk "), "{line}");
     }
 }

@@ -5,7 +5,7 @@
 
 use std::sync::mpsc::channel;
 
-use common::way::by_driver;
+use common::backend::by_driver;
 use common::{
     ALL_SECTORS, At, Handle, INSTANTLY, Opened, PHASES, assert_error, assert_untouched, machine,
     named,
@@ -161,7 +161,7 @@ fn a_second_snapshot_of_the_same_guest_is_refused_at_once() {
         opened.handle.create(&named("first"), INSTANTLY, &mut observer).unwrap();
         assert_eq!(tried, 7 * 2 * (others.len() + 1));
         opened.guest.wait_ticks(ALL_SECTORS);
-        opened.bring_back("first");
+        opened.restore_clone("first");
         // Now it is the others' turn.
         for handle in &others {
             assert_eq!(handle.store().unwrap().list().unwrap(), []);
@@ -186,5 +186,5 @@ fn a_cancelled_snapshot_leaves_the_name_free() {
     let result = opened.handle.create(&named("s"), INSTANTLY, &mut observer);
     assert_error(result, Code::OperationAborted, "cancelled");
     opened.snapshot("s").unwrap();
-    opened.bring_back("s");
+    opened.restore_clone("s");
 }

@@ -31,7 +31,7 @@ fn snapshots_in_a_row(
         let before = original.guest.wait_ticks(1);
         let name = original.snapshot(&format!("s{round}")).unwrap();
         let after = original.guest.wait_ticks(1);
-        let (clone, first) = original.bring_back(&name);
+        let (clone, first) = original.restore_clone(&name);
         // The line of the instant's number can have been said before it, or be cut off.
         assert!(
             (before..=after + 2).contains(&first),
@@ -91,7 +91,7 @@ fn a_plain_snapshot_is_of_one_moment() {
         let original = Opened::start(&machine(binary, 2).restless());
         original.create(&named("plain"), 0).unwrap();
         original.guest.wait_ticks(3);
-        original.bring_back("plain");
+        original.restore_clone("plain");
     }
 }
 
@@ -100,8 +100,8 @@ fn a_snapshot_can_be_brought_back_any_number_of_times_while_the_original_runs_on
     for binary in Binary::some() {
         let original = Opened::start(&machine(binary, 1).restless());
         original.snapshot("s").unwrap();
-        let (first, from) = original.bring_back("s");
-        let (second, again) = original.bring_back("s");
+        let (first, from) = original.restore_clone("s");
+        let (second, again) = original.restore_clone("s");
         assert!(from.abs_diff(again) <= 1, "{from} and {again}");
         // All three go on, each on images of its own.
         original.guest.wait_ticks(3);

@@ -113,11 +113,11 @@ fn the_youngest_is_merged_and_then_the_one_before() {
             assert_eq!(files_of(&opened, "s2"), Vec::<PathBuf>::new());
             assert_clean(&opened, ["disk-0.s1", "disk-1.s1"]);
             opened.guest.wait_ticks(2);
-            opened.bring_back("s1");
+            opened.restore_clone("s1");
 
             delete(&opened, "s1");
             assert_eq!(current(&opened), None);
-            assert_eq!(opened.handle.catalog().names().unwrap(), Vec::<String>::new());
+            assert_eq!(opened.handle.snapshot_list().names().unwrap(), Vec::<String>::new());
             assert_eq!(files_of(&opened, "s1"), Vec::<PathBuf>::new());
             assert_clean(&opened, ["disk-0.raw", "disk-1.qcow2"]);
             assert_eq!(opened.trace().qemu.0["nodes"], nodes);
@@ -210,7 +210,7 @@ fn what_an_edited_record_names_is_not_removed() {
         std::fs::write(opened.state_dir().join("stray.xml"), "<x/>").unwrap();
         delete(&opened, "s2");
         assert!(precious.exists() && image.exists() && beside.exists());
-        opened.bring_back("s1");
+        opened.restore_clone("s1");
     }
 }
 
@@ -272,7 +272,7 @@ fn a_guest_that_is_busy_is_refused() {
     });
     opened.handle.create(&named("s3"), INSTANTLY, &mut observer).unwrap();
     assert_error(result.expect("no drain"), Code::OperationInvalid, "another snapshot operation");
-    opened.bring_back("s2");
+    opened.restore_clone("s2");
 }
 
 /// At each of these steps the deletion fails, once by QEMU's error, and once by the connection's
@@ -314,7 +314,7 @@ fn what_was_cut_short_is_done_again() {
                 assert_error(prepared, Code::InvalidDomainSnapshot, "delete it again");
             } else {
                 assert_untouched(&opened, &before);
-                opened.bring_back("s");
+                opened.restore_clone("s");
             }
             delete(&opened, "s");
             assert_eq!(files_of(&opened, "s"), Vec::<PathBuf>::new(), "{what}");
@@ -328,20 +328,20 @@ fn what_was_cut_short_is_done_again() {
 fn a_branch_that_the_guest_was_brought_back_from_goes_with_its_files_alone() {
     for binary in Binary::any() {
         let opened = twice(&machine(binary, 2));
-        let (clone, _) = opened.bring_back("s1");
+        let (clone, _) = opened.restore_clone("s1");
         // While the original is on its overlays, they are not the clone's to remove; nor may images
         // that it stands on change.
         assert_error(clone.handle.delete("s2", 0), Code::OperationInvalid, "is in use");
         assert_eq!(files_of(&opened, "s2").len(), 4);
         opened.guest.wait_ticks(2);
-        opened.bring_back("s2");
+        opened.restore_clone("s2");
         opened.guest.kill();
 
         let fresh = [clone.active_image("vd0"), clone.active_image("vd1")];
         delete(&clone, "s2");
         assert_eq!(files_of(&opened, "s2"), Vec::<PathBuf>::new());
         assert_eq!([clone.active_image("vd0"), clone.active_image("vd1")], fresh);
-        opened.bring_back("s1");
+        opened.restore_clone("s1");
 
         // The one that it was brought back to: its memory goes, and the images below stay, on which
         // the guest is.
@@ -350,7 +350,7 @@ fn a_branch_that_the_guest_was_brought_back_from_goes_with_its_files_alone() {
         assert_eq!([clone.active_image("vd0"), clone.active_image("vd1")], fresh);
         clone.guest.wait_ticks(ALL_SECTORS);
         clone.snapshot("after").unwrap();
-        opened.bring_back("after");
+        opened.restore_clone("after");
     }
 }
 
@@ -359,7 +359,7 @@ fn a_branch_that_the_guest_was_brought_back_from_goes_with_its_files_alone() {
 fn images_that_a_clone_stands_on_are_not_merged_into() {
     for binary in Binary::any() {
         let opened = twice(&machine(binary, 2));
-        let (clone, _) = opened.bring_back("s2");
+        let (clone, _) = opened.restore_clone("s2");
         let before = opened.trace();
         let error = opened.handle.delete("s2", 0).expect_err("a clone is on it");
         assert!(
@@ -369,7 +369,7 @@ fn images_that_a_clone_stands_on_are_not_merged_into() {
         assert_untouched(&opened, &before);
         clone.guest.wait_ticks(ALL_SECTORS);
         drop(clone);
-        opened.bring_back("s2");
+        opened.restore_clone("s2");
         delete(&opened, "s2");
         opened.assert_well();
     }
@@ -405,7 +405,7 @@ fn what_stands_in_the_way_is_named_and_nothing_changes() {
     assert_untouched(&opened, &before);
 
     // A snapshot that was taken by a clone, and recorded as another's child.
-    let (clone, _) = opened.bring_back("s2");
+    let (clone, _) = opened.restore_clone("s2");
     clone.handle.create(&named("other"), INSTANTLY, &mut ()).unwrap();
     drop(clone);
     let other = Record { parent: Some("s1".into()), ..opened.record("other") };
@@ -417,7 +417,7 @@ fn what_stands_in_the_way_is_named_and_nothing_changes() {
     opened.create(&named("unrecorded"), INSTANTLY | NO_METADATA).unwrap();
     refused("stands on the snapshot's overlay");
     opened.guest.wait_ticks(2);
-    opened.bring_back("s2");
+    opened.restore_clone("s2");
 }
 
 /// Of the second disk, whose merge would begin when the first one's is under way.
@@ -475,7 +475,7 @@ fn through_libvirt_it_is_the_domains_own() {
     let result: Result<(), Error> = opened.handle.delete("none", 0);
     assert_error(result, Code::NoDomainSnapshot, "'none'");
     opened.handle.delete("s2", 0).unwrap();
-    assert_eq!(opened.handle.catalog().names().unwrap(), ["s1"]);
+    assert_eq!(opened.handle.snapshot_list().names().unwrap(), ["s1"]);
     assert!(!opened.memory_file("s2").exists());
     opened.guest.wait_ticks(ALL_SECTORS);
     opened.handle.delete("s1", METADATA_ONLY).unwrap();

@@ -7,7 +7,7 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use common::way::{by_driver, open_guest};
+use common::backend::{by_driver, open_guest};
 use common::{
     ALL_SECTORS, At, INSTANTLY, Loop, Opened, assert_error, assert_untouched, block_of, machine,
     named, run, through_proxy, unwritten,
@@ -649,7 +649,7 @@ fn an_empty_file_made_beforehand_is_taken_and_is_empty_again_when_the_snapshot_i
         assert_eq!(std::fs::read(&empty).unwrap(), b"");
         opened.create(&xml("s"), INSTANTLY).unwrap();
         opened.guest.wait_ticks(3);
-        opened.bring_back("s");
+        opened.restore_clone("s");
         delete(&opened, "s");
         // QEMU ends: it is merged by the library.
         std::fs::write(&empty, "").unwrap();
@@ -715,7 +715,7 @@ fn a_block_device_can_be_an_overlay_and_stays_in_place() {
                 "{said}"
             );
             opened.guest.wait_ticks(3);
-            opened.bring_back("s");
+            opened.restore_clone("s");
             // The snapshot after it is on it.
             let onto = directory.path().join(format!("t-{flags:x}"));
             let next = request(
@@ -759,7 +759,7 @@ fn three_disks_switch_in_one_transaction() {
             "{pause:?}"
         );
         assert_eq!(opened.record("s").disks.len(), 3);
-        opened.bring_back("s");
+        opened.restore_clone("s");
     }
 }
 
@@ -908,7 +908,7 @@ fn after_a_failed_snapshot_bitmaps_are_as_before_and_cover_what_was_written_mean
         let read = run("qemu-io", &["-r", "-U", "-f", "qcow2", "-c", "read -P 3 8M 64k", &image]);
         assert!(read.contains("read 65536/65536") && !read.contains("failed"), "{read}");
         opened.snapshot("s").unwrap();
-        opened.bring_back("s");
+        opened.restore_clone("s");
     }
 }
 
@@ -935,8 +935,8 @@ fn a_disk_with_an_iothread_is_as_any_other() {
         std::fs::remove_dir(&in_the_way).unwrap();
         assert_untouched(&opened, &before);
         opened.guest.wait_ticks(3);
-        opened.bring_back("s");
-        opened.bring_back("t");
+        opened.restore_clone("s");
+        opened.restore_clone("t");
         delete(&opened, "t");
     }
 }

@@ -8,7 +8,7 @@ use std::os::unix::process::CommandExt;
 use std::process::Command;
 use std::time::Duration;
 
-use common::way::open_guest;
+use common::backend::open_guest;
 use common::{At, INSTANTLY, Opened, machine, named, through_proxy};
 use instantsnap::engine::Phase;
 use instantsnap_testkit::{Binary, DEADLINE, test};
@@ -80,8 +80,8 @@ fn children_that_are_forked_and_execute_nothing_keep_nothing_of_a_snapshot() {
             )
             .unwrap_err();
         drop(children);
-        opened.bring_back("s");
-        opened.bring_back("u");
+        opened.restore_clone("s");
+        opened.restore_clone("u");
     }
 }
 

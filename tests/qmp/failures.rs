@@ -88,7 +88,7 @@ fn a_name_that_exists_is_refused() {
         }
         opened.assert_well();
         // The one that was there first is not harmed.
-        opened.bring_back("taken");
+        opened.restore_clone("taken");
     }
 }
 
@@ -345,7 +345,7 @@ fn a_qemu_that_may_not_use_userfaultfd_is_refused_and_can_take_plain_snapshots()
         opened.assert_fails(&named("s"), INSTANTLY, Code::ArgumentUnsupported, &parts);
         opened.create(&named("plain"), 0).unwrap();
         opened.guest.wait_ticks(common::ALL_SECTORS);
-        opened.bring_back("plain");
+        opened.restore_clone("plain");
     }
 }
 
@@ -433,7 +433,7 @@ fn assert_settings_survive(opened: &Opened, proxy: &Proxy, name: &str) {
         opened.create(&named(&name), flags).unwrap();
         assert_eq!(settings(&before), settings(&opened.trace()));
         opened.guest.wait_ticks(3);
-        opened.bring_back(&name);
+        opened.restore_clone(&name);
     }
 }
 

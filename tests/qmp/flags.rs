@@ -190,7 +190,7 @@ fn no_metadata_leaves_no_record_and_atomic_changes_nothing() {
         // What was not recorded is nobody's parent.
         assert_eq!(opened.record("recorded").parent, None);
         opened.guest.wait_ticks(2);
-        opened.bring_back("recorded");
+        opened.restore_clone("recorded");
     }
 }
 
@@ -205,7 +205,7 @@ fn halt_ends_qemu_with_a_snapshot_that_can_be_brought_back() {
                 wait_for(instantsnap_testkit::DEADLINE, || (!opened.guest.alive()).then_some(()));
             assert!(ended.is_some(), "QEMU goes on");
             let after = opened.guest.serial().tick.unwrap();
-            let (_clone, first) = opened.bring_back("last");
+            let (_clone, first) = opened.restore_clone("last");
             assert!((before..=after + 2).contains(&first), "{before} {first} {after}");
         }
     }

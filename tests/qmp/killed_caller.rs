@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use common::way::{by_driver, by_socket_only, open};
+use common::backend::{by_driver, by_socket_only, open};
 use common::{
     At, INSTANTLY, Loop, Opened, assert_says, files_below, machine, named, run, through_proxy,
 };
@@ -56,9 +56,9 @@ fn child_process(guest: &Guest, phase: usize) -> Command {
     command
 }
 
-fn take_snapshot_and_die(guest: &Guest, phase: usize, overlap: bool) {
+fn take_snapshot_and_die(guest: &Guest, phase: usize, early_start: bool) {
     let mut command = child_process(guest, phase);
-    if overlap {
+    if early_start {
         command.env("INSTANTSNAP_TEST_OVERLAP", "1");
     }
     let status = command.status().unwrap();
@@ -94,11 +94,11 @@ fn nodes_and_files(opened: &Opened) -> (Vec<String>, Vec<PathBuf>) {
     (nodes, files.collect())
 }
 
-fn lose_the_caller(machine: &Machine, phase: usize, overlap: bool) {
+fn lose_the_caller(machine: &Machine, phase: usize, early_start: bool) {
     let opened = Opened::start(machine);
     let before = fingerprint(&mut opened.guest.control());
     let nothing = nodes_and_files(&opened);
-    take_snapshot_and_die(&opened.guest, phase, overlap);
+    take_snapshot_and_die(&opened.guest, phase, early_start);
     // It counts, and its memory is not write-protected: each round writes every page.
     opened.guest.wait_ticks(5);
     wait_until_settled(&opened.guest, &before);
@@ -111,7 +111,7 @@ fn lose_the_caller(machine: &Machine, phase: usize, overlap: bool) {
     }
     // And the next one works.
     opened.snapshot("next").unwrap_or_else(|error| opened.guest.fail(&error.message));
-    opened.bring_back("next");
+    opened.restore_clone("next");
     opened.guest.wait_ticks(3);
 }
 
@@ -241,7 +241,7 @@ fn a_snapshot_of_another_network_namespace_is_not_taken_for_what_a_killed_one_ha
         gate.release();
         child.wait().unwrap();
         assert_eq!(settings(), before);
-        opened.bring_back("killed");
+        opened.restore_clone("killed");
         opened.handle.delete("killed", 0).unwrap();
 
         let (_gate, mut child) = there();

@@ -13,7 +13,7 @@ use std::time::Duration;
 use common::meddling::{
     Deed, Extent, Random, When, assert_counts, assert_no_files, meddle, rounds,
 };
-use common::{At, INSTANTLY, Opened, block_of, machine, named, way};
+use common::{At, INSTANTLY, Opened, backend, block_of, machine, named};
 use instantsnap::engine::{EarlyStart, Phase, prepare_revert};
 use instantsnap::error::Error;
 use instantsnap::model::flags::revert;
@@ -252,7 +252,7 @@ fn assert_whole(opened: &Opened, name: &str, done: &Done, what: &str) {
         let disks: Vec<_> =
             plan.disks.iter().map(|disk| (disk.file.clone(), Format::Qcow2)).collect();
         let clone = machine.for_revert(&disks).start();
-        let handle = way::open_guest(&clone, &clone.qmp(), None, &opened.state_dir()).unwrap();
+        let handle = backend::open_guest(&clone, &clone.qmp(), None, &opened.state_dir()).unwrap();
         let loaded = handle.load(name, revert::RUNNING);
         if loaded.is_ok() {
             assert_counts(&clone, &format!("{what}: brought back"));
@@ -269,7 +269,7 @@ fn assert_whole(opened: &Opened, name: &str, done: &Done, what: &str) {
 
 /// Nothing is left of a snapshot that failed, but what the error names.
 fn assert_no_trace(opened: &Opened, name: &str, error: &Error, what: &str) {
-    let names = opened.handle.catalog().names().unwrap();
+    let names = opened.handle.snapshot_list().names().unwrap();
     assert!(!names.iter().any(|other| other == name), "{what}: it is recorded");
     assert_no_files(opened.guest.directory(), name, &error.message, what);
 }
@@ -296,7 +296,7 @@ fn a_capability_that_others_switch_off_in_the_pause_leaves_no_guest_paused() {
             // All of memory can be saved before the guest is resumed: then nothing is wrong with
             // it.
             match result {
-                Ok(_) => drop(opened.bring_back("s")),
+                Ok(_) => drop(opened.restore_clone("s")),
                 Err(error) => {
                     eprintln!("{}: {error}", binary.name);
                     common::assert_untouched(&opened, &before);

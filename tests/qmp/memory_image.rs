@@ -89,7 +89,7 @@ fn an_xml_that_was_edited_in_place_is_read_back() {
     let file = std::fs::OpenOptions::new().write(true).open(&path).unwrap();
     file.write_all_at(longer.as_bytes(), 92).unwrap();
     assert_eq!(Image::open(&path).unwrap().domain_xml, longer);
-    opened.bring_back("s");
+    opened.restore_clone("s");
 }
 
 #[test]

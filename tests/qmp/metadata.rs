@@ -93,12 +93,12 @@ fn three_snapshots_are_a_chain_and_loading_an_older_one_starts_a_branch() {
             [".current", ".lock", "a.mem", "a.xml", "b.mem", "b.xml", "c.mem", "c.xml"]
         );
 
-        let (clone, _) = opened.bring_back("b");
+        let (clone, _) = opened.restore_clone("b");
         assert_eq!(store.current().unwrap().as_deref(), Some("b"));
         clone.handle.create(&named("branch"), INSTANTLY, &mut ()).unwrap();
         assert_eq!(parent(store, "branch").as_deref(), Some("b"));
         assert_eq!(store.current().unwrap().as_deref(), Some("branch"));
-        opened.bring_back("branch");
+        opened.restore_clone("branch");
     }
 }
 
@@ -172,7 +172,7 @@ fn a_forgotten_snapshot_leaves_its_images() {
     opened.snapshot("b").unwrap();
     opened.handle.store().unwrap().forget("a").unwrap();
     assert!(opened.state_dir().join("a.mem").exists());
-    opened.bring_back("b");
+    opened.restore_clone("b");
     assert_error(opened.handle.load("a", 0), Code::NoDomainSnapshot, "'a'");
     // Its memory image is in the way of the next of this name, and is not overwritten.
     let before = opened.trace();

@@ -9,7 +9,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::time::Duration;
 
-use common::way::{by_driver, by_socket_only};
+use common::backend::{by_driver, by_socket_only};
 use common::{INSTANTLY, Opened, assert_error, assert_untouched, machine, named, through_proxy};
 use instantsnap::engine::Handle;
 use instantsnap::error::Code;
@@ -145,7 +145,7 @@ fn a_flood_of_events_does_not_keep_a_snapshot_from_its_replies() {
             let (opened, proxy) = through_proxy(&machine(binary, 2));
             proxy.flood(event, 3000);
             opened.snapshot("s").unwrap();
-            opened.bring_back("s");
+            opened.restore_clone("s");
         }
     }
 }
@@ -176,7 +176,7 @@ fn a_chain_of_hundreds_of_images_is_read_on_a_small_stack() {
             small.spawn_scoped(scope, || opened.snapshot("s").unwrap()).unwrap().join().unwrap();
         });
         assert_eq!(proxy.rules_left(), 0);
-        opened.bring_back("s");
+        opened.restore_clone("s");
     }
 }
 
@@ -398,7 +398,7 @@ fn late_answers_are_waited_for() {
                 gate.release();
                 call.join().unwrap().unwrap();
             });
-            opened.bring_back(&format!("{command}-late"));
+            opened.restore_clone(&format!("{command}-late"));
         }
         opened.assert_well();
     }

@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use common::{At, INSTANTLY, Opened, assert_error, assert_says, machine, named, through_proxy};
-use instantsnap::engine::{EarlyStart, Event, Observer, Phase, What};
+use instantsnap::engine::{EarlyStart, Event, EventKind, Observer, Phase};
 use instantsnap::error::Code;
 use instantsnap_testkit::{
     Binary, Client, DEADLINE, Gate, Guest, Machine, test, thorough, wait_for,
@@ -157,7 +157,7 @@ fn a_reset_right_after_the_stop_of_a_guest_that_is_being_migrated_costs_one_try(
         });
         let stats = opened.handle.stats().unwrap();
         assert_eq!((stats.lost, stats.started_early), (1, false));
-        opened.bring_back("s");
+        opened.restore_clone("s");
         // Later, its disks are on their overlays already.
         let mut observer = At(|phase| {
             if phase == Phase::Arm {
@@ -245,7 +245,7 @@ fn a_guest_that_another_client_lets_write_in_the_pause_is_no_snapshot() {
             }
         });
         opened.handle.create(&named("early"), INSTANTLY, &mut early).unwrap();
-        opened.bring_back("early");
+        opened.restore_clone("early");
     }
 }
 
@@ -289,14 +289,14 @@ fn a_guest_that_another_client_lets_write_while_it_is_saved_is_no_snapshot() {
             });
         }
         opened.create(&named("plain"), 0).unwrap();
-        opened.bring_back("plain");
+        opened.restore_clone("plain");
     }
 }
 
 /// Another client saves the guest at a moment of a snapshot; what it is told.
 struct Save<'a> {
     guest: &'a Guest,
-    at: What,
+    at: EventKind,
     /// That QEMU has besides the snapshot's.
     pipes: usize,
     told: Option<String>,
@@ -320,10 +320,10 @@ impl Save<'_> {
 
 impl Observer for Save<'_> {
     fn event(&mut self, event: &Event) {
-        if event.what != self.at || self.told.is_some() {
+        if event.kind != self.at || self.told.is_some() {
             return;
         }
-        if self.at == What::Instant {
+        if self.at == EventKind::Instant {
             // Ours has ended, and it is not known here yet.
             wait_until_closed(self.guest, self.pipes);
         }
@@ -331,7 +331,7 @@ impl Observer for Save<'_> {
     }
 
     fn phase(&mut self, phase: Phase) {
-        if phase == Phase::Finish && self.at == What::Complete {
+        if phase == Phase::Finish && self.at == EventKind::Complete {
             self.told = Some(self.save());
         }
     }
@@ -345,7 +345,9 @@ fn another_clients_save_is_refused_until_the_settings_are_back() {
         let opened = Opened::start(&machine(binary, 2));
         // The last stands for the time after QEMU's word on the end of ours.
         for (n, at) in
-            [What::Paused, What::Switched, What::Instant, What::Complete].into_iter().enumerate()
+            [EventKind::Paused, EventKind::Switched, EventKind::Instant, EventKind::Complete]
+                .into_iter()
+                .enumerate()
         {
             eprintln!("{} {at:?}", binary.name);
             let name = format!("s{n}");
@@ -354,12 +356,13 @@ fn another_clients_save_is_refused_until_the_settings_are_back() {
             opened.handle.create(&named(&name), INSTANTLY, &mut save).unwrap();
             let told = save.told.expect("the moment came");
             assert!(told.contains(LOCK), "{} {at:?}: {told}", binary.name);
-            if at == What::Instant {
-                opened.bring_back(&name);
+            if at == EventKind::Instant {
+                opened.restore_clone(&name);
             }
         }
         opened.guest.wait_ticks(3);
-        let told = Save { guest: &opened.guest, at: What::Paused, pipes: 0, told: None }.save();
+        let told =
+            Save { guest: &opened.guest, at: EventKind::Paused, pipes: 0, told: None }.save();
         assert!(told.contains("\"completed\""), "{told}");
     }
 }
@@ -402,7 +405,7 @@ fn saves_that_are_tried_again_and_again_are_refused_and_do_the_snapshot_no_harm(
             });
             eprintln!("{} {round}: {told:?}", binary.name);
             opened.guest.wait_ticks(1);
-            opened.bring_back(&name);
+            opened.restore_clone(&name);
         }
         opened.assert_well();
     }
@@ -455,7 +458,7 @@ fn a_guest_that_another_client_has_moved_before_the_snapshot_fails_is_not_resume
             scope.spawn(move || {
                 assert!(restored.wait_arrived(DEADLINE));
                 let _release = Releases(&restored);
-                let told = Save { guest, at: What::Paused, pipes: 0, told: None }.save();
+                let told = Save { guest, at: EventKind::Paused, pipes: 0, told: None }.save();
                 assert!(told.contains("\"completed\""), "{told}");
                 run(guest, "migrate-set-parameters", json!({ "tls-hostname": "theirs" }));
                 handle.cancel().unwrap();
@@ -538,7 +541,7 @@ fn what_a_killed_snapshot_has_left_is_not_taken_for_the_users_own() {
                 assert_error(result, Code::OperationAborted, "cancelled");
             } else {
                 opened.snapshot(&format!("next-{n}")).unwrap();
-                opened.bring_back(&format!("next-{n}"));
+                opened.restore_clone(&format!("next-{n}"));
             }
             assert_eq!(Settings::of(guest), before);
         }

@@ -5,7 +5,7 @@
 
 use std::path::Path;
 
-use common::way::by_driver;
+use common::backend::by_driver;
 use common::{
     ALL_SECTORS, At, INSTANTLY, Opened, assert_error, assert_untouched, machine, named,
     through_proxy,

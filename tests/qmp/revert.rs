@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use common::way::open_guest;
+use common::backend::open_guest;
 use common::{INSTANTLY, Opened, assert_error, assert_says, assert_untouched, machine, named};
 use instantsnap::engine::{RevertPlan, prepare_revert};
 use instantsnap::error::Code;
@@ -227,7 +227,7 @@ fn another_machine_is_an_error_with_qemus_reason_or_its_end() {
         );
         // What was not loaded is not current.
         assert_eq!(opened.handle.store().unwrap().current().unwrap().as_deref(), Some("t"));
-        opened.bring_back("s");
+        opened.restore_clone("s");
     }
 }
 
@@ -279,11 +279,11 @@ fn a_snapshot_of_a_clone_of_a_snapshot_can_be_brought_back_and_all_images_stay_a
         let opened = Opened::start(&machine(binary, 2));
         opened.snapshot("s").unwrap();
         let of_s = content(&opened, "s");
-        let (clone, from) = opened.bring_back("s");
+        let (clone, from) = opened.restore_clone("s");
         clone.handle.create(&named("c"), INSTANTLY, &mut ()).unwrap();
         let of_c = content(&opened, "c");
         assert_eq!(opened.record("c").parent.as_deref(), Some("s"));
-        let (grandchild, later) = opened.bring_back("c");
+        let (grandchild, later) = opened.restore_clone("c");
         assert!(later > from);
         grandchild.handle.create(&named("g"), INSTANTLY | NO_METADATA, &mut ()).unwrap();
         for opened in [&opened, &clone, &grandchild] {
@@ -293,7 +293,7 @@ fn a_snapshot_of_a_clone_of_a_snapshot_can_be_brought_back_and_all_images_stay_a
         // Byte for byte: no clone wrote to what it stands on.
         assert!(content(&opened, "s") == of_s, "snapshot s has changed");
         assert!(content(&opened, "c") == of_c, "snapshot c has changed");
-        let (_again, again) = opened.bring_back("s");
+        let (_again, again) = opened.restore_clone("s");
         assert!(again.abs_diff(from) <= 1);
     }
 }
@@ -304,7 +304,7 @@ fn a_machine_with_preallocated_memory_can_be_brought_back() {
         let opened = Opened::start(&machine(binary, 1).prealloc());
         opened.snapshot("s").unwrap();
         opened.guest.wait_ticks(2);
-        opened.bring_back("s");
+        opened.restore_clone("s");
     }
 }
 

@@ -8,9 +8,9 @@ use std::process::Command;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use common::backend::open_guest;
 use common::jobs::Listener;
 use common::virt::OpenedDomain;
-use common::way::open_guest;
 use common::{
     ALL_SECTORS, At, Handle, INSTANTLY, Opened, assert_error, assert_untouched, files_below,
     first_tick, machine, run, unwritten,
@@ -192,7 +192,7 @@ fn start_clone(opened: &Opened, images: &[(PathBuf, Format)]) -> Opened {
 /// Brings a snapshot back on what the hook says. The clone verifies every page and every disk
 /// within one tick, so memory and disks are of one instant if it ticks on; returns its first
 /// number.
-fn bring_back(opened: &Opened, name: &str, storage: &Storage) -> u32 {
+fn restore_clone(opened: &Opened, name: &str, storage: &Storage) -> u32 {
     let plan = prepare_revert_hooked(&opened.state_dir(), name, None, Some(storage)).unwrap();
     let clone = start_clone(opened, &images(&plan));
     clone
@@ -239,16 +239,16 @@ fn what_the_hook_copies_is_of_the_same_instant_as_memory_and_the_other_disks() {
         assert!(
             opened
                 .handle
-                .catalog()
+                .snapshot_list()
                 .xml("s")
                 .unwrap()
                 .contains("<disk name=\"vd1\" snapshot=\"manual\"")
         );
 
         opened.guest.wait_ticks(5);
-        let first = bring_back(&opened, "s", &storage);
+        let first = restore_clone(&opened, "s", &storage);
         assert!(first <= after + 2, "{first}, and taken at {after}");
-        assert_eq!(bring_back(&opened, "s", &storage), first, "again");
+        assert_eq!(restore_clone(&opened, "s", &storage), first, "again");
 
         // That the guest would notice: the same memory beside the disk as it is now.
         opened.guest.control().execute("stop", json!({})).unwrap();
@@ -274,7 +274,7 @@ fn so_it_is_while_qemu_touches_the_guests_memory_already() {
         opened.create(&request("s"), INSTANTLY).unwrap();
         assert!(opened.handle.stats().unwrap().started_early);
         opened.guest.wait_ticks(3);
-        bring_back(&opened, "s", &storage);
+        restore_clone(&opened, "s", &storage);
         late(&opened, Storage::copying());
     }
 }
@@ -286,20 +286,20 @@ fn so_it_is_with_a_plain_snapshot_a_paused_guest_and_no_other_disk() {
         let storage = Storage::copying().install(&opened.handle);
         opened.create(&request("plain"), 0).unwrap();
         opened.guest.wait_ticks(3);
-        bring_back(&opened, "plain", &storage);
+        restore_clone(&opened, "plain", &storage);
 
         opened.guest.control().execute("stop", json!({})).unwrap();
         opened.create(&request("paused"), INSTANTLY).unwrap();
         assert_eq!(storage.calls()[1].paused, Duration::ZERO);
         opened.guest.control().execute("cont", json!({})).unwrap();
-        bring_back(&opened, "paused", &storage);
+        restore_clone(&opened, "paused", &storage);
     }
     let opened = Opened::start(&Machine::new(&Binary::all()[0]).disk(Format::Raw));
     let storage = Storage::copying().install(&opened.handle);
     opened.create(&request("s").replace("vd1", "vd0"), INSTANTLY).unwrap();
     assert_eq!(opened.handle.stats().unwrap().disks, 0);
     opened.guest.wait_ticks(3);
-    bring_back(&opened, "s", &storage);
+    restore_clone(&opened, "s", &storage);
 }
 
 #[test]
@@ -497,7 +497,7 @@ fn what_the_hook_has_made_goes_with_the_snapshot() {
     opened.handle.delete("s", 0).unwrap();
     assert_eq!(storage.undone(), ["s"]);
     opened.guest.wait_ticks(3);
-    assert!(opened.handle.catalog().names().unwrap().is_empty());
+    assert!(opened.handle.snapshot_list().names().unwrap().is_empty());
     opened.assert_well();
 }
 

@@ -8,7 +8,7 @@ use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
-use common::way::open_guest;
+use common::backend::open_guest;
 use common::{
     At, INSTANTLY, Opened, assert_error, assert_untouched, block_of, machine, named, through_proxy,
 };

@@ -558,7 +558,7 @@ fn a_name_with_special_characters_goes_through_create_list_and_load() {
         assert_eq!(record.description, Some(format!("x < y\n {name}")));
         assert_eq!(Record::parse(&record.to_xml()).unwrap(), record);
         opened.guest.wait_ticks(2);
-        opened.bring_back(name);
+        opened.restore_clone(name);
     }
 }
 

@@ -15,7 +15,7 @@ use std::ptr;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use instantsnap_core::boundary::boundary;
-use instantsnap_core::client::{attempt, share_domain, tell};
+use instantsnap_core::client::{catch, set_last_error, share_domain};
 use instantsnap_core::error::{Code, Error, Result};
 use instantsnap_core::libvirt::daemon::{self, Daemon};
 use instantsnap_core::libvirt::table::{self, virDomain, virDomainSnapshot};
@@ -82,7 +82,7 @@ fn dispatch(
     if bits & flags::INSTANT == 0 || daemon::is_in_a_call() {
         return Ok(theirs(bits));
     }
-    match attempt(|table| is_drivers(table, domain)) {
+    match catch(|table| is_drivers(table, domain)) {
         Ok(true) => {}
         // Another driver's, or another machine's, which is asked for what was asked for here.
         Ok(false) | Err(_) => return Ok(theirs(bits)),
@@ -120,14 +120,14 @@ fn say_why_it_is_off(why: &str) {
     let said = VirError::last(table);
     if said.is(Code::InvalidArg) {
         let message = format!("instant snapshots are off in this daemon: {why}: {}", said.message);
-        tell(&Error::new(Code::InvalidArg, message));
+        set_last_error(&Error::new(Code::InvalidArg, message));
     }
 }
 
 /// The error for a snapshot that is an ordinary one, which stays: the domain is on its overlays.
 /// What libvirt has returned is given up.
 fn not_instant(snapshot: *mut virDomainSnapshot) -> Error {
-    let named = attempt(|table| {
+    let named = catch(|table| {
         // SAFETY: libvirt has returned it, and nobody else has it.
         let snapshot = unsafe { Snapshot::from_raw(table, snapshot) };
         Ok(snapshot.map_err(|error| error.into_error("snapshot"))?.name())

@@ -27,7 +27,7 @@ use std::sync::{Once, OnceLock};
 
 use instantsnap_core::backend::{DEFAULT_TIMEOUT, LibvirtConnector};
 use instantsnap_core::boundary::{boundary, caught};
-use instantsnap_core::client::{attempt, share_domain, share_snapshot, take, tell};
+use instantsnap_core::client::{catch, set_last_error, share_domain, share_snapshot, take};
 use instantsnap_core::engine::{ManagedSnapshot, Operation, hold_unless_it_is_a_step};
 use instantsnap_core::error::{Error, Result, fail};
 use instantsnap_core::libvirt::daemon::{self, Daemon, Priority, Unlocked, log};
@@ -70,7 +70,7 @@ fn create_or(
         return Ok(theirs());
     }
     let Some(daemon) = noted.or_else(the_daemon) else { return Ok(theirs()) };
-    let result = attempt(|table| {
+    let result = catch(|table| {
         let (domain, xml) = (share_domain(table, domain)?, xml.required("xmlDesc")?);
         if !asked && !upgrade::memory_goes_to_a_file(xml) {
             return Ok(None);
@@ -146,7 +146,7 @@ fn on_snapshot(
     ours: Option<Operation>,
 ) -> Result<c_int> {
     let (Some(ours), Some(daemon)) = (ours, the_daemon()) else { return Ok(theirs()) };
-    let result = attempt(|table| {
+    let result = catch(|table| {
         let _unlocked = unlocked(daemon, vm);
         let snapshot = share_snapshot(table, snapshot)?;
         let managed = {
@@ -210,5 +210,5 @@ fn found() -> std::result::Result<&'static Daemon, String> {
 /// Tells the client, and the daemon's log.
 fn failed(error: Error) {
     log(Priority::Error, &error.message);
-    tell(&error);
+    set_last_error(&error);
 }

@@ -7,7 +7,7 @@
 
 use std::time::Duration;
 
-use super::call::{Again, Caller, Trouble};
+use super::call::{CallError, Caller, Retry};
 use super::snapshot_def::domain_images;
 use crate::backend::guest::DEFAULT_TIMEOUT;
 use crate::backend::images::{Id, id};
@@ -69,7 +69,7 @@ impl BlockCommit {
                 Ok(Look::Ready) if !pivoting => match self.pivot(caller) {
                     Ok(()) => break,
                     // It is being done, and has its own time for that.
-                    Err(Trouble::Late) => {
+                    Err(CallError::Late) => {
                         pivoting = true;
                         progress = Progress::new(STALLED);
                         None
@@ -99,19 +99,19 @@ impl BlockCommit {
         let active = if self.active { block::COMMIT_ACTIVE } else { 0 };
         let flags = active | if self.shallow { block::COMMIT_SHALLOW } else { 0 };
         let BlockCommit { target, base, top, .. } = self.clone();
-        let started = caller.call(Deadline::after(START_TIMEOUT), Again::Never, move |domain| {
+        let started = caller.call(Deadline::after(START_TIMEOUT), Retry::Never, move |domain| {
             domain.block_commit(&target, base.as_deref(), top.as_deref(), flags)
         });
         started.map_err(|trouble| {
             // What was not answered may have been done.
-            let begun = !matches!(trouble, Trouble::Refused(_));
+            let begun = !matches!(trouble, CallError::Refused(_));
             MergeFailure { error: trouble.into_error(step), begun }
         })
     }
 
-    fn look(&self, caller: &mut Caller) -> Result<Look, Trouble> {
+    fn look(&self, caller: &mut Caller) -> Result<Look, CallError> {
         let (target, active) = (self.target.clone(), self.active);
-        self.call(caller, Again::Harmless, move |domain| {
+        self.call(caller, Retry::Safe, move |domain| {
             let Some(seen) = domain.block_job(&target)? else { return Ok(Look::Ended) };
             if !active {
                 return Ok(Look::UnderWay(seen));
@@ -122,9 +122,9 @@ impl BlockCommit {
         })
     }
 
-    fn pivot(&self, caller: &mut Caller) -> Result<(), Trouble> {
+    fn pivot(&self, caller: &mut Caller) -> Result<(), CallError> {
         let pivoted = self.end(caller, block::ABORT_PIVOT);
-        if matches!(pivoted, Err(Trouble::Refused(_))) {
+        if matches!(pivoted, Err(CallError::Refused(_))) {
             let _ = self.end(caller, 0);
         }
         pivoted
@@ -145,16 +145,16 @@ impl BlockCommit {
         }
     }
 
-    fn end(&self, caller: &mut Caller, flags: u32) -> Result<(), Trouble> {
+    fn end(&self, caller: &mut Caller, flags: u32) -> Result<(), CallError> {
         let target = self.target.clone();
-        self.call(caller, Again::Never, move |domain| domain.block_job_abort(&target, flags))
+        self.call(caller, Retry::Never, move |domain| domain.block_job_abort(&target, flags))
     }
 
     /// Whether the disk is still on the uppermost of the images that were to be merged. A disk that
     /// has gone from the domain counts as being there: nobody has seen its merge come to its end.
-    fn is_on_top(&self, caller: &mut Caller) -> Result<bool, Trouble> {
+    fn is_on_top(&self, caller: &mut Caller) -> Result<bool, CallError> {
         let BlockCommit { target, top_id, .. } = self.clone();
-        self.call(caller, Again::Harmless, move |domain| {
+        self.call(caller, Retry::Safe, move |domain| {
             let disks = domain_images(&domain.xml(0)?)?;
             let disk = disks.iter().find(|disk| disk.target == target);
             Ok(disk.is_none_or(|disk| disk.layers().iter().any(|layer| id(layer) == top_id)))
@@ -164,9 +164,9 @@ impl BlockCommit {
     fn call<T: Send + 'static>(
         &self,
         caller: &mut Caller,
-        again: Again,
+        again: Retry,
         call: impl Fn(&Domain) -> VirResult<T> + Clone + Send + 'static,
-    ) -> Result<T, Trouble> {
+    ) -> Result<T, CallError> {
         caller.call(Deadline::after(DEFAULT_TIMEOUT), again, call)
     }
 }

@@ -20,7 +20,7 @@ type Task = Box<dyn FnOnce() + Send>;
 
 /// Why a call gave no result.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Trouble {
+pub enum CallError {
     /// libvirt's error.
     Refused(VirError),
     /// No answer in time. The call goes on.
@@ -29,34 +29,34 @@ pub enum Trouble {
     Lost(String),
 }
 
-impl Trouble {
+impl CallError {
     /// Whether another call would have to wait too, and nothing is known of what was asked for.
     pub fn is_late(&self) -> bool {
         match self {
-            Trouble::Late => true,
+            CallError::Late => true,
             // libvirt waits for another client's job, and gives that up itself.
-            Trouble::Refused(error) => error.is(Code::OperationTimeout),
-            Trouble::Lost(_) => false,
+            CallError::Refused(error) => error.is(Code::OperationTimeout),
+            CallError::Lost(_) => false,
         }
     }
 
-    fn of_lost_thread() -> Trouble {
-        Trouble::Lost("a thread of ours has ended".into())
+    fn of_lost_thread() -> CallError {
+        CallError::Lost("a thread of ours has ended".into())
     }
 
     /// The error for a caller: `step` says what was tried on what.
     pub fn into_error(self, step: &str) -> crate::error::Error {
         use crate::error::Error;
         match self {
-            Trouble::Refused(error) => error.into_error(step),
-            Trouble::Late => Error::new(
+            CallError::Refused(error) => error.into_error(step),
+            CallError::Late => Error::new(
                 Code::OperationTimeout,
                 format!(
                     "{step}: libvirt did not answer in time; another client's job on the domain \
                      can make it wait"
                 ),
             ),
-            Trouble::Lost(reason) => Error::new(
+            CallError::Lost(reason) => Error::new(
                 Code::Rpc,
                 format!("{step}: lost the connection to the libvirt daemon ({reason})"),
             ),
@@ -66,9 +66,9 @@ impl Trouble {
 
 /// What is done when the connection is lost in a call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Again {
+pub enum Retry {
     /// It can be done twice: once more, through a new connection.
-    Harmless,
+    Safe,
     /// It may have been done.
     Never,
 }
@@ -101,7 +101,7 @@ fn look_up(address: Address, deadline: Deadline) -> std::result::Result<Domain, 
 }
 
 /// A call that a thread makes.
-struct Made<T> {
+struct PendingCall<T> {
     answer: Receiver<VirResult<T>>,
     /// Disconnected when it has ended.
     ended: Receiver<()>,
@@ -156,20 +156,20 @@ impl Caller {
     pub fn call<T: Send + 'static>(
         &mut self,
         deadline: Deadline,
-        again: Again,
+        again: Retry,
         call: impl Fn(&Domain) -> VirResult<T> + Clone + Send + 'static,
-    ) -> std::result::Result<T, Trouble> {
+    ) -> std::result::Result<T, CallError> {
         let result = self.once(deadline, call.clone());
         match result {
-            Err(Trouble::Refused(error)) if self.is_lost(&error) => {
+            Err(CallError::Refused(error)) if self.is_lost(&error) => {
                 match self.reconnect(deadline) {
-                    Ok(()) if again == Again::Harmless => self.once(deadline, call),
-                    Ok(()) => Err(Trouble::Lost(error.message)),
+                    Ok(()) if again == Retry::Safe => self.once(deadline, call),
+                    Ok(()) => Err(CallError::Lost(error.message)),
                     Err(trouble) => Err(trouble),
                 }
             }
             other => {
-                self.refused |= matches!(other, Err(Trouble::Refused(_)));
+                self.refused |= matches!(other, Err(CallError::Refused(_)));
                 other
             }
         }
@@ -181,7 +181,7 @@ impl Caller {
         &mut self,
         silence: Duration,
         call: impl FnOnce(&Domain) -> VirResult<T> + Send + 'static,
-    ) -> std::result::Result<T, Trouble> {
+    ) -> std::result::Result<T, CallError> {
         let made = self.make(call)?;
         // It has its thread to itself.
         self.worker = None;
@@ -189,15 +189,15 @@ impl Caller {
             match made.answer.recv_timeout(silence) {
                 Ok(Err(error)) if self.is_lost(&error) => {
                     self.reconnect(Deadline::after(silence))?;
-                    return Err(Trouble::Lost(error.message));
+                    return Err(CallError::Lost(error.message));
                 }
-                Ok(result) => return result.map_err(Trouble::Refused),
-                Err(RecvTimeoutError::Disconnected) => return Err(Trouble::of_lost_thread()),
+                Ok(result) => return result.map_err(CallError::Refused),
+                Err(RecvTimeoutError::Disconnected) => return Err(CallError::of_lost_thread()),
                 Err(RecvTimeoutError::Timeout) => {
                     let version = |domain: &Domain| domain.connect()?.version();
-                    if self.once(Deadline::after(silence), version) == Err(Trouble::Late) {
+                    if self.once(Deadline::after(silence), version) == Err(CallError::Late) {
                         self.pending.push(made.ended);
-                        return Err(Trouble::Late);
+                        return Err(CallError::Late);
                     }
                 }
             }
@@ -213,17 +213,17 @@ impl Caller {
         &mut self,
         deadline: Deadline,
         call: impl FnOnce(&Domain) -> VirResult<T> + Send + 'static,
-    ) -> std::result::Result<T, Trouble> {
+    ) -> std::result::Result<T, CallError> {
         let made = self.make(call)?;
         match made.answer.recv_timeout(deadline.left().unwrap_or_default()) {
-            Ok(result) => result.map_err(Trouble::Refused),
+            Ok(result) => result.map_err(CallError::Refused),
             Err(RecvTimeoutError::Timeout) => {
                 // The next call needs another thread.
                 self.worker = None;
                 self.pending.push(made.ended);
-                Err(Trouble::Late)
+                Err(CallError::Late)
             }
-            Err(RecvTimeoutError::Disconnected) => Err(Trouble::of_lost_thread()),
+            Err(RecvTimeoutError::Disconnected) => Err(CallError::of_lost_thread()),
         }
     }
 
@@ -231,7 +231,7 @@ impl Caller {
     fn make<T: Send + 'static>(
         &mut self,
         call: impl FnOnce(&Domain) -> VirResult<T> + Send + 'static,
-    ) -> std::result::Result<Made<T>, Trouble> {
+    ) -> std::result::Result<PendingCall<T>, CallError> {
         let (sender, answer) = mpsc::channel();
         let (end, ended) = mpsc::channel();
         let domain = self.domain.clone();
@@ -243,8 +243,8 @@ impl Caller {
             let _ = sender.send(result);
             drop(end);
         }))
-        .map_err(|error| Trouble::Lost(error.message))?;
-        Ok(Made { answer, ended })
+        .map_err(|error| CallError::Lost(error.message))?;
+        Ok(PendingCall { answer, ended })
     }
 
     fn send(&mut self, task: Task) -> Result<()> {
@@ -297,9 +297,9 @@ impl Caller {
     }
 
     /// Connects anew, to a daemon that may be starting.
-    fn reconnect(&mut self, deadline: Deadline) -> std::result::Result<(), Trouble> {
+    fn reconnect(&mut self, deadline: Deadline) -> std::result::Result<(), CallError> {
         let Some(address) = &self.again else {
-            return Err(Trouble::Lost("it is this process".into()));
+            return Err(CallError::Lost("it is this process".into()));
         };
         let mut nap = Duration::from_millis(20);
         loop {
@@ -315,7 +315,7 @@ impl Caller {
                 }
                 Err(reason) => reason,
             };
-            let Some(left) = deadline.left() else { return Err(Trouble::Lost(reason)) };
+            let Some(left) = deadline.left() else { return Err(CallError::Lost(reason)) };
             std::thread::sleep(nap.min(left));
             nap = (nap * 2).min(Duration::from_secs(1));
         }

@@ -15,18 +15,18 @@ use crate::sys;
 
 /// Where the daemon is, seen from here.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Way {
+pub enum Transport {
     /// At the other end of a connection.
-    Connected,
+    Client,
     /// In this process: the connection is its driver. Others connect to this address.
-    Inside(String),
+    InProcess(String),
 }
 
 /// A domain of a stock libvirt.
 #[derive(Debug)]
 pub struct LibvirtConnector {
     pub(super) domain: Domain,
-    pub(super) way: Way,
+    pub(super) way: Transport,
     pub(super) uri: String,
     pub(super) name: String,
     pub(super) uuid: String,
@@ -37,15 +37,15 @@ pub struct LibvirtConnector {
 impl LibvirtConnector {
     /// Opens it. A connection to another machine, or to another driver, is an error.
     pub fn open(domain: Domain) -> Result<LibvirtConnector> {
-        LibvirtConnector::new(domain, |_| Way::Connected)
+        LibvirtConnector::new(domain, |_| Transport::Client)
     }
 
     /// The same in the daemon itself, to whose driver the domain's connection is.
     pub fn inside(domain: Domain) -> Result<LibvirtConnector> {
-        LibvirtConnector::new(domain, |uri| Way::Inside(libvirt::daemon::address(uri)))
+        LibvirtConnector::new(domain, |uri| Transport::InProcess(libvirt::daemon::address(uri)))
     }
 
-    fn new(domain: Domain, way: impl FnOnce(&str) -> Way) -> Result<LibvirtConnector> {
+    fn new(domain: Domain, way: impl FnOnce(&str) -> Transport) -> Result<LibvirtConnector> {
         let step = "cannot open the domain";
         let connect = domain.connect().map_err(|error| error.into_error(step))?;
         check_connection(&connect)?;
@@ -68,7 +68,8 @@ impl LibvirtConnector {
     /// What makes calls on it that have an end.
     pub(super) fn caller(&self) -> Caller {
         // All domains of a daemon's process are its driver's.
-        let is_inside = matches!(self.way, Way::Inside(_)) || Daemon::of_this_process().is_some();
+        let is_inside =
+            matches!(self.way, Transport::InProcess(_)) || Daemon::of_this_process().is_some();
         match is_inside {
             true => Caller::inside(self.domain.clone()),
             false => Caller::new(self.domain.clone(), self.uri.clone(), self.uuid.clone()),

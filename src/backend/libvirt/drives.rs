@@ -33,13 +33,13 @@ fn file(disk: &Disk) -> String {
 
 fn drive(disk: &Disk) -> Drive {
     // libvirt leaves out what is read only, a CD-ROM's medium included.
-    let (role, hindrance) = match () {
+    let (role, unsupported_reason) = match () {
         () if !disk.present => (Role::Empty, None),
         () if disk.transient => {
             (Role::Disk, Some("is transient: libvirt takes no snapshots of it".into()))
         }
-        () if disk.read_only => (Role::ReadOnly, hindrance(disk)),
-        () => (Role::Disk, hindrance(disk)),
+        () if disk.read_only => (Role::ReadOnly, unsupported_reason(disk)),
+        () => (Role::Disk, unsupported_reason(disk)),
     };
     let mut names = vec![disk.target.clone()];
     names.extend(disk.alias.clone());
@@ -56,13 +56,13 @@ fn drive(disk: &Disk) -> Drive {
             no_flush: disk.cache.as_deref() == Some("unsafe"),
             ..OpenOptions::default()
         },
-        hindrance,
+        unsupported_reason,
         snapshot: disk.snapshot.clone(),
     }
 }
 
 /// Why a disk that has a medium can get no overlay.
-fn hindrance(disk: &Disk) -> Option<String> {
+fn unsupported_reason(disk: &Disk) -> Option<String> {
     match (disk.kind.as_str(), &disk.file) {
         ("network", _) if disk.protocol.as_deref() == Some("nbd") && disk.needs_secret => Some(
             "is on network storage that needs a secret (<auth>, <cookies>, <encryption> or TLS): \
@@ -136,7 +136,7 @@ fn firmware(nvram: &Nvram) -> Result<Drive> {
         size: 0,
         bitmaps: Vec::new(),
         options: OpenOptions::default(),
-        hindrance: None,
+        unsupported_reason: None,
         snapshot: None,
     })
 }
@@ -185,9 +185,14 @@ mod tests {
 
     #[test]
     fn a_disk_that_libvirt_gives_no_overlay_is_known_by_its_xml() {
-        assert_eq!(disk("device='disk'", 1).hindrance, None);
-        assert!(disk("device='lun'", 1).hindrance.unwrap().contains("passed through"));
-        assert_eq!(disk("device='disk'", 199).hindrance, None);
-        assert!(disk("device='disk'", 200).hindrance.unwrap().contains("a chain of 200 images"));
+        assert_eq!(disk("device='disk'", 1).unsupported_reason, None);
+        assert!(disk("device='lun'", 1).unsupported_reason.unwrap().contains("passed through"));
+        assert_eq!(disk("device='disk'", 199).unsupported_reason, None);
+        assert!(
+            disk("device='disk'", 200)
+                .unsupported_reason
+                .unwrap()
+                .contains("a chain of 200 images")
+        );
     }
 }

@@ -2,7 +2,7 @@
 
 //! Having libvirt forget a snapshot; its files stay.
 
-use super::call::Trouble;
+use super::call::CallError;
 use super::managed_domain::ManagedDomain;
 use super::snapshot_def::SnapshotDef;
 use super::snapshot_tree::SnapshotTree;
@@ -34,7 +34,7 @@ pub fn forget_alone(
     let redefine = |xml: &str| domain.redefine(xml, tree.is_current(target));
     redefine(&target.without_overlays()?).map_err(|trouble| trouble.into_error(&step))?;
     forget().map_err(|trouble| {
-        if let Trouble::Refused(_) = trouble {
+        if let CallError::Refused(_) = trouble {
             let _ = redefine(target.xml());
         }
         by_libvirt(trouble, &target.name)
@@ -42,9 +42,9 @@ pub fn forget_alone(
 }
 
 /// libvirt's own error as it is; ours with what was tried.
-pub fn by_libvirt(trouble: Trouble, name: &str) -> Error {
+pub fn by_libvirt(trouble: CallError, name: &str) -> Error {
     match trouble {
-        Trouble::Refused(error) => error.into(),
+        CallError::Refused(error) => error.into(),
         trouble => trouble.into_error(&format!("cannot delete snapshot '{name}'")),
     }
 }

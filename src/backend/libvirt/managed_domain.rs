@@ -7,7 +7,7 @@ use std::sync::Mutex;
 use std::time::Duration;
 
 use super::block_commit::{BlockCommit, MergeFailure};
-use super::call::{Again, Caller, Trouble};
+use super::call::{CallError, Caller, Retry};
 use super::connector::LibvirtConnector;
 use crate::deadline::Deadline;
 use crate::error::{Code, Result};
@@ -19,7 +19,7 @@ use crate::sys::lock;
 const CALL_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// What libvirt answers.
-pub type Answer<T> = std::result::Result<T, Trouble>;
+pub type Answer<T> = std::result::Result<T, CallError>;
 
 /// See the module.
 #[derive(Debug)]
@@ -132,7 +132,7 @@ impl ManagedDomain {
     pub fn others(&self) -> Result<Vec<OtherDomain>> {
         let seen = |answer: Answer<OtherDomain>| match answer {
             Ok(other) => Ok(Some(other)),
-            Err(Trouble::Refused(error)) if !error.is(Code::Rpc) => Ok(None),
+            Err(CallError::Refused(error)) if !error.is(Code::Rpc) => Ok(None),
             Err(trouble) => Err(trouble.into_error("cannot look at the other domains")),
         };
         let uuid = self.uuid.clone();
@@ -143,7 +143,7 @@ impl ManagedDomain {
                 .collect::<Vec<_>>())
         });
         let others = match others {
-            Err(Trouble::Refused(_)) => Vec::new(),
+            Err(CallError::Refused(_)) => Vec::new(),
             others => others
                 .map_err(|trouble| trouble.into_error("cannot list the connection's domains"))?,
         };
@@ -219,7 +219,7 @@ impl ManagedDomain {
         &self,
         call: impl Fn(&Domain) -> VirResult<T> + Clone + Send + 'static,
     ) -> Answer<T> {
-        lock(&self.caller).call(Deadline::after(CALL_TIMEOUT), Again::Harmless, call)
+        lock(&self.caller).call(Deadline::after(CALL_TIMEOUT), Retry::Safe, call)
     }
 
     /// One change after another: one that was given up must not be done after a later one.
@@ -229,9 +229,9 @@ impl ManagedDomain {
     ) -> Answer<T> {
         let mut caller = lock(&self.caller);
         if !caller.settle(Deadline::after(CALL_TIMEOUT)) {
-            return Err(Trouble::Late);
+            return Err(CallError::Late);
         }
-        caller.call(Deadline::after(CALL_TIMEOUT), Again::Never, call)
+        caller.call(Deadline::after(CALL_TIMEOUT), Retry::Never, call)
     }
 
     /// A change that takes its time.
@@ -241,7 +241,7 @@ impl ManagedDomain {
     ) -> Answer<T> {
         let mut caller = lock(&self.caller);
         if !caller.settle(Deadline::after(CALL_TIMEOUT)) {
-            return Err(Trouble::Late);
+            return Err(CallError::Late);
         }
         caller.call_while_alive(CALL_TIMEOUT, call)
     }

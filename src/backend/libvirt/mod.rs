@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! The way in through a stock libvirt: the domain is its daemon's, and we are a client.
+//! The backend for a stock libvirt: the domain is its daemon's, and we are a client.
 //!
 //! Everything that libvirt can do, it does, so that its own view of the domain stays true: it
 //! pauses and resumes, switches the disks and merges them back, and records the snapshot. Only what
@@ -29,18 +29,18 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use serde_json::json;
 
 pub use self::block_commit::{BlockCommit, MergeFailure};
-pub use self::call::Trouble;
-use self::call::{Again, Caller};
+pub use self::call::CallError;
+use self::call::{Caller, Retry};
 pub use self::connector::LibvirtConnector;
-use self::connector::Way;
+use self::connector::Transport;
 pub use self::managed_domain::{ManagedDomain, OtherDomain};
 pub use self::managed_snapshot::ManagedSnapshot;
 use self::overlays::Overlays;
 pub use self::snapshot_tree::SnapshotTree;
 use super::exclusive::Exclusive;
 use super::guest::{
-    Catalog, Connector, DEFAULT_TIMEOUT, Description, Guest, Liveness, MEASURED, RecoveryChannel,
-    Reserved, check_version,
+    Connector, DEFAULT_TIMEOUT, Description, FIRST_WITH_NEW_RUN_STATES, Guest, Liveness,
+    RecoveryChannel, Reserved, SnapshotList, check_version,
 };
 use super::overlay_file::{self, Beforehand};
 use super::qmp::hold_qemu;
@@ -52,7 +52,7 @@ use crate::model::flags::{self, CreateFlags};
 use crate::model::{self, DiskPlan, Drive, Record, Role, Store, check_name, snapshot_writer};
 use crate::monitor::commands::{self, Status};
 use crate::monitor::json::{Json, parse};
-use crate::monitor::{Command, Execute, Failure, Peer, read_reply};
+use crate::monitor::{Command, Execute, Failure, QemuProcess, read_reply};
 
 /// A resume that libvirt does not come to is tried past it.
 const RESUME_SOON: Duration = Duration::from_secs(2);
@@ -85,7 +85,7 @@ impl Connector for LibvirtConnector {
         SUPPORTED_FLAGS
     }
 
-    fn catalog(&self) -> &dyn Catalog {
+    fn snapshot_list(&self) -> &dyn SnapshotList {
         self
     }
 
@@ -188,7 +188,7 @@ impl Connector for LibvirtConnector {
     }
 }
 
-impl Catalog for LibvirtConnector {
+impl SnapshotList for LibvirtConnector {
     fn names(&self) -> Result<Vec<String>> {
         let step = format!("cannot list the snapshots of domain '{}'", self.name);
         let snapshots = self.domain.snapshots().map_err(|error| error.into_error(&step))?;
@@ -221,7 +221,7 @@ struct LibvirtGuest<'a> {
     /// It changes when the domain is started anew.
     id: Option<u32>,
     /// QEMU's process, where it can be seen from here.
-    qemu: Option<Peer>,
+    qemu: Option<QemuProcess>,
     /// Another QEMU may have been paused in its place.
     another_is_paused: bool,
     /// Holds that process: it can be opened by a socket of its own too.
@@ -264,8 +264,8 @@ impl Execute for LibvirtGuest<'_> {
         deadline: Deadline,
     ) -> std::result::Result<Json, Failure> {
         let again = match command.name {
-            "migrate" | "migrate_cancel" => Again::Never,
-            _ => Again::Harmless,
+            "migrate" | "migrate_cancel" => Retry::Never,
+            _ => Retry::Safe,
         };
         let text = json!({ "execute": command.name, "arguments": command.arguments }).to_string();
         let fd = match command.fd.map(|fd| rustix::io::fcntl_dupfd_cloexec(fd, 0)).transpose() {
@@ -280,12 +280,12 @@ impl Execute for LibvirtGuest<'_> {
         });
         let reply = match reply {
             Ok(reply) => reply,
-            Err(Trouble::Late) => return Err(Failure::Late),
-            Err(Trouble::Refused(error)) if error.is(Code::OperationTimeout) => {
+            Err(CallError::Late) => return Err(Failure::Late),
+            Err(CallError::Refused(error)) if error.is(Code::OperationTimeout) => {
                 return Err(Failure::Late);
             }
-            Err(Trouble::Refused(error)) => return Err(Failure::Lost(error.message)),
-            Err(Trouble::Lost(reason)) => return Err(Failure::Lost(reason)),
+            Err(CallError::Refused(error)) => return Err(Failure::Lost(error.message)),
+            Err(CallError::Lost(reason)) => return Err(Failure::Lost(reason)),
         };
         let reply = parse(reply.as_bytes())
             .map_err(|error| Failure::Lost(format!("the reply makes no sense: {error}")))?;
@@ -295,10 +295,10 @@ impl Execute for LibvirtGuest<'_> {
 
 impl LibvirtGuest<'_> {
     /// A call outside the pause.
-    fn patiently<T: Send + 'static>(
+    fn call_with_timeout<T: Send + 'static>(
         &mut self,
         step: &str,
-        again: Again,
+        again: Retry,
         call: impl Fn(&Domain) -> libvirt::VirResult<T> + Clone + Send + 'static,
     ) -> Result<T> {
         self.caller
@@ -316,50 +316,51 @@ impl LibvirtGuest<'_> {
 
     fn look_up_id(&mut self) -> Result<Option<u32>> {
         let uuid = self.connector.uuid.clone();
-        self.patiently("cannot look the domain up", Again::Harmless, move |domain| {
+        self.call_with_timeout("cannot look the domain up", Retry::Safe, move |domain| {
             Ok(domain.connect()?.domain(&uuid)?.id())
         })
     }
 
     /// libvirt does not tell, but QEMU by its threads; and libvirt gives it the UUID on its command
     /// line.
-    fn look_up_process(&mut self) -> Option<Peer> {
+    fn look_up_process(&mut self) -> Option<QemuProcess> {
         let option = format!("-uuid\0{}\0", self.connector.uuid);
-        let is_it = |qemu: &Peer| {
-            let words = std::fs::read(format!("/proc/{}/cmdline", qemu.pid)).unwrap_or_default();
-            words.windows(option.len()).any(|window| window == option.as_bytes())
+        let is_it = |qemu: &QemuProcess| {
+            let command_line =
+                std::fs::read(format!("/proc/{}/cmdline", qemu.pid)).unwrap_or_default();
+            command_line.windows(option.len()).any(|window| window == option.as_bytes())
         };
-        Peer::by_its_threads(self, Deadline::after(DEFAULT_TIMEOUT)).filter(is_it)
+        QemuProcess::by_threads(self, Deadline::after(DEFAULT_TIMEOUT)).filter(is_it)
     }
 
     fn xml(&mut self, flags: u32) -> Result<String> {
-        self.patiently("cannot read the domain's XML", Again::Harmless, move |domain| {
+        self.call_with_timeout("cannot read the domain's XML", Retry::Safe, move |domain| {
             domain.xml(flags)
         })
     }
 
     fn current_snapshot(&mut self) -> Result<Option<String>> {
-        self.patiently("cannot look for the current snapshot", Again::Harmless, |domain| {
+        self.call_with_timeout("cannot look for the current snapshot", Retry::Safe, |domain| {
             Ok(domain.current_snapshot()?.as_ref().map(Snapshot::name))
         })
     }
 
-    fn libvirt_state(&mut self, deadline: Deadline) -> std::result::Result<State, Trouble> {
-        self.caller.call(deadline, Again::Harmless, Domain::state)
+    fn libvirt_state(&mut self, deadline: Deadline) -> std::result::Result<State, CallError> {
+        self.caller.call(deadline, Retry::Safe, Domain::state)
     }
 
-    fn resume_by_libvirt(&mut self, deadline: Deadline) -> std::result::Result<Resumed, Trouble> {
+    fn resume_by_libvirt(&mut self, deadline: Deadline) -> std::result::Result<Resumed, CallError> {
         if self.libvirt_state(deadline)? == State::Running {
             return Ok(Resumed::ByItself);
         }
-        match self.caller.call(deadline, Again::Harmless, Domain::resume) {
+        match self.caller.call(deadline, Retry::Safe, Domain::resume) {
             Ok(()) => Ok(Resumed::ByLibvirt),
             // QEMU before 9 has started its guest by itself, and libvirt has come to know of it
             // since it was asked.
-            Err(Trouble::Refused(error)) if error.is(Code::OperationInvalid) => {
+            Err(CallError::Refused(error)) if error.is(Code::OperationInvalid) => {
                 match self.libvirt_state(deadline)? {
                     State::Running => Ok(Resumed::ByItself),
-                    _ => Err(Trouble::Refused(error)),
+                    _ => Err(CallError::Refused(error)),
                 }
             }
             Err(trouble) => Err(trouble),
@@ -374,11 +375,11 @@ impl LibvirtGuest<'_> {
     /// Whose new files are, as the owner of this image, or of QEMU's process: a session's are its
     /// user's, also where root acts on it. None where libvirt gives them to QEMU's user itself.
     fn owner(&self, image: Option<&str>) -> Option<PathBuf> {
-        let foreign_session =
+        let session_of_another_user =
             self.connector.uri.contains("/session") && rustix::process::geteuid().is_root();
         let process =
             || self.qemu.as_ref().map(|qemu| PathBuf::from(format!("/proc/{}", qemu.pid)));
-        if foreign_session { image.map(PathBuf::from).or_else(process) } else { None }
+        if session_of_another_user { image.map(PathBuf::from).or_else(process) } else { None }
     }
 
     /// The domain as it is now, where volumes are called by their paths.
@@ -398,7 +399,7 @@ impl LibvirtGuest<'_> {
             return Ok(());
         }
         let records =
-            self.patiently("cannot read the domain's snapshots", Again::Harmless, |domain| {
+            self.call_with_timeout("cannot read the domain's snapshots", Retry::Safe, |domain| {
                 let read = |snapshot: &Snapshot| Ok((snapshot.name(), snapshot.xml(0)?));
                 domain.snapshots()?.iter().map(read).collect::<libvirt::VirResult<Vec<_>>>()
             })?;
@@ -414,7 +415,7 @@ impl LibvirtGuest<'_> {
         let step = "cannot take the disk leases of the domain back";
         let deadline = Deadline::after(DEFAULT_TIMEOUT);
         self.caller
-            .call(deadline, Again::Harmless, Domain::suspend)
+            .call(deadline, Retry::Safe, Domain::suspend)
             .map_err(|trouble| trouble.into_error(step))?;
         self.resume_by_libvirt(deadline).map_err(|trouble| trouble.into_error(step)).map(drop)
     }
@@ -427,7 +428,7 @@ impl LibvirtGuest<'_> {
             return Ok((current, None));
         };
         let overlays: Vec<_> = record.disks.iter().map(|disk| disk.overlay.clone()).collect();
-        let xml = self.patiently("cannot describe the current snapshot", Again::Harmless, {
+        let xml = self.call_with_timeout("cannot describe the current snapshot", Retry::Safe, {
             let name = name.clone();
             move |domain| domain.find(&name)?.map(|snapshot| snapshot.xml(0)).transpose()
         })?;
@@ -454,13 +455,14 @@ impl Guest for LibvirtGuest<'_> {
         }
         self.live = model::Domain::parse(&volumes::with_paths(&live_xml, &self.volumes)?)?;
         let mut drives = drives::drives(&self.live)?;
-        for drive in
-            drives.iter_mut().filter(|drive| drive.role == Role::Disk && drive.hindrance.is_none())
+        for drive in drives
+            .iter_mut()
+            .filter(|drive| drive.role == Role::Disk && drive.unsupported_reason.is_none())
         {
             let target = drive.name().to_owned();
             let step = format!("cannot ask for the size of disk '{target}'");
-            drive.size =
-                self.patiently(&step, Again::Harmless, move |domain| domain.disk_size(&target))?;
+            drive.size = self
+                .call_with_timeout(&step, Retry::Safe, move |domain| domain.disk_size(&target))?;
         }
         Ok(drives)
     }
@@ -468,7 +470,7 @@ impl Guest for LibvirtGuest<'_> {
     fn describe(&mut self, drives: &[Drive]) -> Result<Description> {
         let domain_xml = self.xml_with_paths(libvirt::xml::SECURE | libvirt::xml::MIGRATABLE)?;
         let persistent =
-            self.patiently("cannot look at the domain", Again::Harmless, |domain| {
+            self.call_with_timeout("cannot look at the domain", Retry::Safe, |domain| {
                 domain.is_persistent()
             })?;
         if persistent {
@@ -483,9 +485,9 @@ impl Guest for LibvirtGuest<'_> {
 
     fn accept(&mut self, name: &str, flags: CreateFlags) -> Result<()> {
         if flags.halts()
-            && !self.patiently(
+            && !self.call_with_timeout(
                 "cannot look at the domain",
-                Again::Harmless,
+                Retry::Safe,
                 Domain::is_persistent,
             )?
         {
@@ -512,7 +514,7 @@ impl Guest for LibvirtGuest<'_> {
         let name = &self.connector.name;
         let step = format!("cannot ask for the jobs of domain '{name}'");
         let targets: Vec<_> = disks.iter().map(|disk| disk.drive.name().to_owned()).collect();
-        let (job, on_disk) = self.patiently(&step, Again::Harmless, move |domain| {
+        let (job, on_disk) = self.call_with_timeout(&step, Retry::Safe, move |domain| {
             let mut on_disk = None;
             for target in &targets {
                 if domain.block_job(target)?.is_some() {
@@ -554,11 +556,11 @@ impl Guest for LibvirtGuest<'_> {
     }
 
     fn background_keeps_paused(&self) -> bool {
-        self.version >= MEASURED
+        self.version >= FIRST_WITH_NEW_RUN_STATES
     }
 
     fn background_can_be_cancelled(&self) -> bool {
-        self.version >= MEASURED
+        self.version >= FIRST_WITH_NEW_RUN_STATES
     }
 
     /// libvirt's snapshots have no place for them; and what is loaded with memory are the variables
@@ -578,9 +580,9 @@ impl Guest for LibvirtGuest<'_> {
         self.left_out = targets.filter(|target| !planned(target)).cloned().collect();
         self.lease = lease::Lease::look(&self.live, disks);
         let beforehand = match self.connector.way {
-            Way::Connected => Beforehand::Taken,
+            Transport::Client => Beforehand::Taken,
             // It writes with the daemon's rights, for a client that need not have them.
-            Way::Inside(_) => Beforehand::Refused,
+            Transport::InProcess(_) => Beforehand::Refused,
         };
         self.check_not_of_snapshots(disks)?;
         let owner = self.owner(None);
@@ -588,9 +590,9 @@ impl Guest for LibvirtGuest<'_> {
     }
 
     fn pause(&mut self, deadline: Deadline) -> Result<()> {
-        let paused = self.caller.call(deadline, Again::Harmless, Domain::suspend);
+        let paused = self.caller.call(deadline, Retry::Safe, Domain::suspend);
         // Which QEMU a late one pauses is not known.
-        self.another_is_paused = paused == Err(Trouble::Late);
+        self.another_is_paused = paused == Err(CallError::Late);
         paused.map_err(|trouble| trouble.into_error("cannot pause the domain"))?;
         self.check_not_started_anew(deadline).inspect_err(|_| self.another_is_paused = true)
     }
@@ -601,7 +603,7 @@ impl Guest for LibvirtGuest<'_> {
         }
         let xml =
             snapshot_writer::switch_order(&self.snapshot, self.overlays.disks(), &self.left_out);
-        let switched = self.caller.call(deadline, Again::Never, move |domain| {
+        let switched = self.caller.call(deadline, Retry::Never, move |domain| {
             domain.create_snapshot(&xml, SWITCH_FLAGS.bits())
         });
         self.switched = Some(switched.map_err(|trouble| {
@@ -615,7 +617,7 @@ impl Guest for LibvirtGuest<'_> {
         let step = format!("cannot give disk '{target}' its new size back");
         let resized = self
             .caller
-            .call(deadline, Again::Harmless, move |domain| domain.resize_disk(&target, size));
+            .call(deadline, Retry::Safe, move |domain| domain.resize_disk(&target, size));
         resized.map_err(|trouble| trouble.into_error(&step))
     }
 
@@ -625,9 +627,9 @@ impl Guest for LibvirtGuest<'_> {
         // What was given up may yet pause it.
         let mut resumed = match self.caller.settle(soon) {
             true => self.resume_by_libvirt(soon),
-            false => Err(Trouble::Late),
+            false => Err(CallError::Late),
         };
-        if resumed == Err(Trouble::Late) {
+        if resumed == Err(CallError::Late) {
             // It waits for another client's job, which the monitor's passthrough need not.
             let _ = commands::cont(self, Deadline::after(RESUME_SOON));
             self.caller.settle(deadline);
@@ -661,14 +663,14 @@ impl Guest for LibvirtGuest<'_> {
             inactive.as_deref(),
         );
         let step = format!("cannot record snapshot '{}' in libvirt", record.name);
-        let snapshot = self.patiently(&step, Again::Harmless, move |domain| {
+        let snapshot = self.call_with_timeout(&step, Retry::Safe, move |domain| {
             domain.redefine_snapshot(&xml, true)
         })?;
         self.registered = Some(Registered { snapshot, parent });
         if let Some(younger) = younger {
             let parent = record.name.clone();
             let step = format!("cannot make snapshot '{younger}' a child of '{parent}'");
-            self.patiently(&step, Again::Harmless, move |domain| {
+            self.call_with_timeout(&step, Retry::Safe, move |domain| {
                 let Some(child) = domain.find(&younger)? else { return Ok(()) };
                 let xml = xml::with_parent(&child.xml(libvirt::xml::SECURE)?, &parent);
                 domain.redefine_snapshot(&xml, true).map(drop)
@@ -685,7 +687,7 @@ impl Guest for LibvirtGuest<'_> {
         let (name, parent) = (snapshot.name(), parent.clone());
         let lookup = name.clone();
         let found =
-            self.patiently("cannot look the snapshot up", Again::Harmless, move |domain| {
+            self.call_with_timeout("cannot look the snapshot up", Retry::Safe, move |domain| {
                 domain.find(&lookup)?.map(|snapshot| snapshot.xml(0)).transpose()
             })?;
         let Some(xml) = found else {
@@ -753,7 +755,7 @@ impl Guest for LibvirtGuest<'_> {
     }
 
     fn empty_overlays(&mut self) -> Result<()> {
-        match self.patiently("cannot look at the domain", Again::Harmless, Domain::is_active)? {
+        match self.call_with_timeout("cannot look at the domain", Retry::Safe, Domain::is_active)? {
             // It was started again, and goes on with what is in them.
             true => Ok(()),
             false => self.overlays.empty(),
@@ -771,8 +773,8 @@ impl Guest for LibvirtGuest<'_> {
 
     fn recovery_channel<'a>(&'a self, snapshot: &'a str) -> RecoveryChannel<'a> {
         let virsh = match &self.connector.way {
-            Way::Connected => recovery::virsh(&self.connector.uri, CALLER_KILLED),
-            Way::Inside(address) => recovery::virsh(address, DAEMON_KILLED),
+            Transport::Client => recovery::virsh(&self.connector.uri, CALLER_KILLED),
+            Transport::InProcess(address) => recovery::virsh(address, DAEMON_KILLED),
         };
         match virsh {
             Some(virsh) => RecoveryChannel::Commands(Box::new(move |restore| {
@@ -796,7 +798,7 @@ impl Guest for LibvirtGuest<'_> {
     }
 
     fn halt(&mut self) -> Result<()> {
-        self.patiently("cannot end the guest", Again::Harmless, |domain| {
+        self.call_with_timeout("cannot end the guest", Retry::Safe, |domain| {
             match domain.is_active()? {
                 true => domain.destroy(),
                 false => Ok(()),
@@ -805,7 +807,8 @@ impl Guest for LibvirtGuest<'_> {
     }
 
     fn is_started_again(&mut self) -> bool {
-        self.patiently("cannot look at the domain", Again::Harmless, Domain::is_active) == Ok(true)
+        self.call_with_timeout("cannot look at the domain", Retry::Safe, Domain::is_active)
+            == Ok(true)
     }
 
     fn liveness(&mut self) -> Liveness {
@@ -819,7 +822,7 @@ impl Guest for LibvirtGuest<'_> {
         // QEMU may have ended, and libvirt not have come to that yet.
         let mut in_doubt = self.caller.take_refused();
         loop {
-            match self.caller.call(deadline, Again::Harmless, look.clone()) {
+            match self.caller.call(deadline, Retry::Safe, look.clone()) {
                 Ok(Some(id)) if Some(id) == self.id => {}
                 Ok(_) => return Liveness::Exited,
                 Err(_) => return Liveness::Unresponsive,
@@ -851,7 +854,7 @@ impl LibvirtGuest<'_> {
             None => {
                 let uuid = self.connector.uuid.clone();
                 let look = move |domain: &Domain| Ok(domain.connect()?.domain(&uuid)?.id());
-                let id = self.caller.call(deadline, Again::Harmless, look);
+                let id = self.caller.call(deadline, Retry::Safe, look);
                 id.map_err(|trouble| trouble.into_error("cannot look the domain up"))? != self.id
             }
         };
@@ -871,11 +874,10 @@ impl LibvirtGuest<'_> {
         if !std::mem::take(&mut self.another_is_paused) {
             return Ok(());
         }
-        let resumed =
-            self.caller.call(Deadline::after(DEFAULT_TIMEOUT), Again::Harmless, |domain| {
-                let paused = domain.is_active()? && domain.state()? == State::Paused;
-                if paused { domain.resume() } else { Ok(()) }
-            });
+        let resumed = self.caller.call(Deadline::after(DEFAULT_TIMEOUT), Retry::Safe, |domain| {
+            let paused = domain.is_active()? && domain.state()? == State::Paused;
+            if paused { domain.resume() } else { Ok(()) }
+        });
         resumed.map_err(|trouble| {
             trouble.into_error("cannot resume the domain, which was paused as another client had just started it again")
         })
@@ -919,9 +921,9 @@ impl LibvirtGuest<'_> {
     fn check_not_saved(&mut self) -> Result<()> {
         // A transient one is gone, and nobody knows how it ended.
         if self.inactive_xml.is_none()
-            || !self.patiently(
+            || !self.call_with_timeout(
                 "cannot look at the domain",
-                Again::Harmless,
+                Retry::Safe,
                 Domain::is_saved_or_gone,
             )?
         {
@@ -950,9 +952,11 @@ impl LibvirtGuest<'_> {
     /// libvirt has put the overlays into the definition of a persistent domain too.
     fn put_definition_back(&mut self) -> Result<()> {
         let Some(mended) = self.definition_without_overlays()? else { return Ok(()) };
-        self.patiently("cannot put the domain's definition back", Again::Harmless, move |domain| {
-            domain.connect()?.define(&mended, 0).map(drop)
-        })
+        self.call_with_timeout(
+            "cannot put the domain's definition back",
+            Retry::Safe,
+            move |domain| domain.connect()?.define(&mended, 0).map(drop),
+        )
     }
 }
 

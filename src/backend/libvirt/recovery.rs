@@ -28,10 +28,10 @@ pub fn virsh(uri: &str, tries: u32) -> Option<Virsh> {
 }
 
 impl Virsh {
-    fn run(&self, words: &[&str]) -> RecoveryCommand {
+    fn run(&self, arguments: &[&str]) -> RecoveryCommand {
         let own = [&self.program, "--quiet", "--connect", &self.uri];
-        let words = own.iter().chain(words).map(|word| (*word).to_owned());
-        RecoveryCommand { words: words.collect(), then_discard: None }
+        let arguments = own.iter().chain(arguments).map(|word| (*word).to_owned());
+        RecoveryCommand { arguments: arguments.collect(), then_discard: None }
     }
 }
 
@@ -53,10 +53,10 @@ pub fn commands(
         let (target, overlay) = (disk.drive.name(), &disk.overlay);
         // By its name: where the disk was not switched there is nothing to be merged, and it fails.
         // libvirt can know the image below by another name than its path.
-        let words =
+        let arguments =
             ["blockcommit", uuid, target, "--top", overlay, "--shallow", "--active", "--pivot"];
         MergeCommands {
-            merge: RecoveryCommand { then_discard: file.known(), ..virsh.run(&words) },
+            merge: RecoveryCommand { then_discard: file.known(), ..virsh.run(&arguments) },
             is_in_use: virsh.run(&["domblkinfo", uuid, overlay]),
             complaint: format!(
                 "the caller that took snapshot '{snapshot}' of domain {uuid} was killed, and its \

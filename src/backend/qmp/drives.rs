@@ -85,11 +85,11 @@ fn drive(monitor: &mut dyn Execute, block: &Value, pid: Option<u32>) -> Result<D
         Role::Disk
     };
     let driver = text(&inserted["drv"]);
-    let hindrance = if FILTERS.contains(&driver.as_str()) {
+    let unsupported_reason = if FILTERS.contains(&driver.as_str()) {
         Some(format!(
             "has a filter ({driver}) on top of its image, beneath which QEMU switches no disk: \
              remove it first (throttling by the drive's own options or a throttle group of the \
-             device is no hindrance)"
+             device is no unsupported_reason)"
         ))
     } else if inserted["encrypted"] == true {
         Some("is encrypted: snapshots of encrypted images are not supported".into())
@@ -126,7 +126,7 @@ fn drive(monitor: &mut dyn Execute, block: &Value, pid: Option<u32>) -> Result<D
             aio: None,
             discard: None,
         },
-        hindrance,
+        unsupported_reason,
         snapshot: None,
         names,
     })

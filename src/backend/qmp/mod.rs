@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! The direct way in: the caller itself has started QEMU, and gives its QMP socket.
+//! The direct backend: the caller itself has started QEMU, and gives its QMP socket.
 //!
 //! The library is the driver here: it keeps the metadata, creates the overlays and switches the
 //! disks by QMP.
@@ -21,7 +21,7 @@ pub use self::overlays::Switch;
 pub(super) use self::overlays::{Overlay, switch};
 pub(super) use self::process::hold_qemu;
 use self::process::{hold_socket, whose};
-use super::guest::{Catalog, Connector, Guest, Liveness, Reserved, check_version};
+use super::guest::{Connector, Guest, Liveness, Reserved, SnapshotList, check_version};
 use crate::deadline::Deadline;
 use crate::error::{Code, Result};
 use crate::model::Store;
@@ -74,7 +74,7 @@ impl Connector for QmpConnector {
         SUPPORTED_FLAGS
     }
 
-    fn catalog(&self) -> &dyn Catalog {
+    fn snapshot_list(&self) -> &dyn SnapshotList {
         &self.store
     }
 

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use crate::backend::exclusive::Exclusive;
 use crate::error::{Error, Result};
-use crate::monitor::Peer;
+use crate::monitor::QemuProcess;
 
 /// Holds a socket: all that is known before it is connected to. A connection that QEMU does not
 /// accept while it has another client takes a place in its queue until then, and there are two.
@@ -22,9 +22,9 @@ pub fn hold_socket(socket: &Path) -> Result<Exclusive> {
     )
 }
 
-/// Holds a QEMU process, by whatever way in it is opened elsewhere; `whose` says in an error what
+/// Holds a QEMU process, by whichever backend it is opened elsewhere; `whose` says in an error what
 /// is held by another.
-pub fn hold_qemu(whose: &str, qemu: &Peer) -> Result<Exclusive> {
+pub fn hold_qemu(whose: &str, qemu: &QemuProcess) -> Result<Exclusive> {
     // A pid is used again one day; with its start time it is not.
     Exclusive::take(
         whose,

@@ -136,24 +136,24 @@ impl<'c, 'o> Journal<'c, 'o> {
     pub fn enter(&mut self, entry: Entry) {
         let before = self.stage();
         self.entries.push(entry);
-        self.tell(before);
+        self.report_progress(before);
     }
 
     /// Takes the last entry back: it was undone, or never done.
     pub fn pop(&mut self) {
         let before = self.stage();
         self.entries.pop();
-        self.tell(before);
+        self.report_progress(before);
     }
 
-    fn tell(&mut self, before: Stage) {
+    fn report_progress(&mut self, before: Stage) {
         let phase = self.entries.iter().rev().find_map(Entry::phase);
         if let Some(phase) = phase.filter(|phase| *phase != self.clock.phase()) {
             self.clock.enter(phase);
         }
         let stage = self.stage();
         if stage != before {
-            self.watchdog.tell(stage);
+            self.watchdog.report_stage(stage);
         }
     }
 

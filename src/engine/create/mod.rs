@@ -20,7 +20,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use self::journal::Journal;
 use self::plan::{GuestState, Task, check_memory_request, check_state};
-use crate::backend::{Catalog, Connector};
+use crate::backend::{Connector, SnapshotList};
 use crate::cancel::Cancel;
 use crate::engine::clock::{Clock, Phase};
 use crate::engine::options::Options;
@@ -42,12 +42,14 @@ pub struct Created {
 
 impl Created {
     /// Its `<domainsnapshot>`: as it is recorded, as far as it is.
-    pub fn xml(&self, catalog: &dyn Catalog) -> Result<String> {
+    pub fn xml(&self, snapshot_list: &dyn SnapshotList) -> Result<String> {
         match (&self.record, self.recorded) {
             (Some(record), false) => Ok(record.to_xml()),
             // Somebody may have deleted it by now, or the daemon be away.
-            (Some(record), true) => Ok(catalog.xml(&self.name).unwrap_or_else(|_| record.to_xml())),
-            (None, _) => catalog.xml(&self.name),
+            (Some(record), true) => {
+                Ok(snapshot_list.xml(&self.name).unwrap_or_else(|_| record.to_xml()))
+            }
+            (None, _) => snapshot_list.xml(&self.name),
         }
     }
 

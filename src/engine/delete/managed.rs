@@ -26,7 +26,7 @@ use crate::backend::libvirt::snapshot_def::{
     DiskImage, Replaced, SnapshotDef, SnapshotDisk, domain_images, domain_with_replaced, noted,
 };
 use crate::backend::libvirt::{
-    BlockCommit, ManagedDomain, ManagedSnapshot, MergeFailure, SnapshotTree, Trouble, volumes,
+    BlockCommit, CallError, ManagedDomain, ManagedSnapshot, MergeFailure, SnapshotTree, volumes,
 };
 use crate::engine::users::Users;
 use crate::error::{Code, Error, Result, fail};
@@ -57,7 +57,7 @@ pub fn run(snapshot: &ManagedSnapshot, flags: DeleteFlags) -> Result<()> {
             tree.snapshots.iter().filter(|other| other.name != target.name).collect();
         let renewal = Renewal::begin(domain, &tree, &kept, &touched)?;
         let deleted = snapshot.delete_by_libvirt(flags.bits());
-        if matches!(deleted, Err(Trouble::Late | Trouble::Lost(_))) {
+        if matches!(deleted, Err(CallError::Late | CallError::Lost(_))) {
             // It may still go on, and change the images that would be noted down.
             return deleted.map_err(|trouble| by_libvirt(trouble, &target.name));
         }
@@ -207,7 +207,7 @@ impl<'a> Delete<'a> {
             );
         }
         let step = "cannot read the domain's XML";
-        let refused = |trouble: Trouble| trouble.into_error(step);
+        let refused = |trouble: CallError| trouble.into_error(step);
         let read = |flags| {
             let text = domain.xml(flags).map_err(refused)?;
             let named = domain_images(&volumes::with_paths(&text, &tree.volumes)?)?;

@@ -21,7 +21,7 @@ pub fn delete(connector: &dyn Connector, name: &str, flags: DeleteFlags) -> Resu
     }
     match connector.store() {
         Some(store) => stored::delete(connector, store, name, flags),
-        None if flags == DeleteFlags::METADATA_ONLY => connector.catalog().forget(name),
+        None if flags == DeleteFlags::METADATA_ONLY => connector.snapshot_list().forget(name),
         None => fail!(
             OperationUnsupported,
             "a snapshot that the driver has recorded itself is deleted with just \

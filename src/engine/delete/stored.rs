@@ -227,8 +227,8 @@ impl<'a> Delete<'a> {
                  '{image}' any more"
             );
         }
-        if let Some(hindrance) = &drive.hindrance {
-            fail!(ConfigUnsupported, "disk '{name}' {hindrance}");
+        if let Some(unsupported_reason) = &drive.unsupported_reason {
+            fail!(ConfigUnsupported, "disk '{name}' {unsupported_reason}");
         }
         if let Some(other) = self.kept.get(&id(image)).or(self.kept.get(&id(overlay))) {
             fail!(

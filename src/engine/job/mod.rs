@@ -17,7 +17,7 @@ use rustix::event::{EventfdFlags, eventfd};
 
 use self::shared::{News, Shared, Signal};
 use super::clock::{Observer, Phase, Stats};
-use super::event::{Event, What};
+use super::event::{Event, EventKind};
 use super::operation::{Operation, Taken};
 use crate::cancel::Cancel;
 use crate::error::{Code, Error, Result, fail};
@@ -88,14 +88,14 @@ struct Position {
 
 impl Position {
     fn event(&mut self, event: &Event) {
-        match event.what {
-            What::Paused => self.pausing = Some(event.time - event.paused),
-            What::Switched => {}
-            What::Instant | What::Progress | What::Complete => {
-                self.instant |= event.what == What::Instant;
+        match event.kind {
+            EventKind::Paused => self.pausing = Some(event.time - event.paused),
+            EventKind::Switched => {}
+            EventKind::Instant | EventKind::Progress | EventKind::Complete => {
+                self.instant |= event.kind == EventKind::Instant;
                 self.flow = event.flow;
             }
-            What::Failed(_) => {}
+            EventKind::Failed(_) => {}
         }
     }
 
@@ -112,11 +112,11 @@ impl Position {
 
 impl News for Event {
     fn is_instant(&self) -> bool {
-        self.what == What::Instant
+        self.kind == EventKind::Instant
     }
 
     fn replaces(&self, earlier: &Event) -> bool {
-        self.what == What::Progress && earlier.what == What::Progress
+        self.kind == EventKind::Progress && earlier.kind == EventKind::Progress
     }
 }
 
@@ -242,7 +242,7 @@ impl State {
         let taken = catch_unwind(AssertUnwindSafe(|| {
             let Taken { result, last, stats } = operation.take(xml, flags, &mut listener);
             let result = result.map(|created| Complete {
-                xml: created.xml(operation.catalog()),
+                xml: created.xml(operation.snapshot_list()),
                 name: created.name,
             });
             (Outcome { result, stats }, last)
@@ -259,8 +259,8 @@ impl State {
 
 fn defect() -> (Outcome, Event) {
     let error = Error::new(Code::InternalError, "a defect of instantsnap, please report it");
-    let what = What::Failed(error.number());
-    let last = Event { what, time: now(), paused: Duration::ZERO, flow: Flow::default() };
+    let kind = EventKind::Failed(error.number());
+    let last = Event { kind, time: now(), paused: Duration::ZERO, flow: Flow::default() };
     (Outcome { result: Err(error), stats: Stats::default() }, last)
 }
 

@@ -10,7 +10,7 @@ use serde_json::json;
 use crate::backend::{Connector, DEFAULT_TIMEOUT, Guest, Liveness};
 use crate::deadline::Deadline;
 use crate::error::{Code, Error, Result, fail};
-use crate::image::{self, Feed, Image};
+use crate::image::{self, Image, RestoreStream};
 use crate::migration::{FD_NAME, Mode, Settings, reactivate_disks, wait_loaded};
 use crate::model::flags::RevertFlags;
 use crate::model::{Drive, Record, RecordedDisk, Role};
@@ -54,7 +54,7 @@ pub fn load(connector: &dyn Connector, name: &str, flags: RevertFlags) -> Result
         restored.err().into_iter().fold(error, |error, left| error.and(left.message))
     })?;
     // Of a QEMU that could not load, nothing is wanted any more.
-    feed(guest, image, write).and_then(|()| settings.restore(guest, Mode::Paused))?;
+    write_stream(guest, image, write).and_then(|()| settings.restore(guest, Mode::Paused))?;
 
     let deadline = Deadline::after(DEFAULT_TIMEOUT);
     match (running, guest.status()?.running) {
@@ -192,8 +192,8 @@ fn begin(guest: &mut dyn Guest) -> Result<OwnedFd> {
     Ok(write)
 }
 
-fn feed(guest: &mut dyn Guest, image: Image, write: OwnedFd) -> Result<()> {
-    let feed = Feed::start(image.file, image.stream_offset, write)?;
+fn write_stream(guest: &mut dyn Guest, image: Image, write: OwnedFd) -> Result<()> {
+    let stream = RestoreStream::start(image.file, image.stream_offset, write)?;
     wait_loaded(guest).map_err(|error| match guest.liveness() {
         Liveness::Exited => Error::new(
             Code::OperationFailed,
@@ -203,7 +203,7 @@ fn feed(guest: &mut dyn Guest, image: Image, write: OwnedFd) -> Result<()> {
         _ => error,
     })?;
     // QEMU closes its end when it has all it needs: what is left of the file, it does not want.
-    let _ = feed.join();
+    let _ = stream.join();
     Ok(())
 }
 

@@ -27,7 +27,7 @@ use tempfile::{NamedTempFile, TempPath};
 use super::plan::{Left, Situation};
 use crate::backend::images::{self, Graph, Id, id};
 use crate::backend::libvirt::snapshot_def::{DiskImage, SnapshotDef, domain_images, noted};
-use crate::backend::libvirt::{ManagedDomain, ManagedSnapshot, SnapshotTree, Trouble};
+use crate::backend::libvirt::{CallError, ManagedDomain, ManagedSnapshot, SnapshotTree};
 use crate::backend::{locks, overlay_file, revert_file};
 use crate::deadline::Deadline;
 use crate::engine::users::Users;
@@ -59,7 +59,7 @@ pub fn run(snapshot: &ManagedSnapshot, flags: RevertFlags) -> Result<()> {
     if version >= STOCK_REVERTS && stock_can(&tree, target, &state.disks, &users) {
         wait_for_free_names(target);
         return snapshot.revert_by_libvirt(flags.bits()).map_err(|trouble| match trouble {
-            Trouble::Refused(error) => error.into(),
+            CallError::Refused(error) => error.into(),
             trouble => {
                 trouble.into_error(&format!("cannot revert to snapshot '{}'", snapshot.name))
             }
@@ -138,7 +138,7 @@ fn stock_can(
 }
 
 /// The disks of the running domain, or at its next start.
-fn disks_of(domain: &ManagedDomain) -> std::result::Result<Vec<DiskImage>, Trouble> {
+fn disks_of(domain: &ManagedDomain) -> std::result::Result<Vec<DiskImage>, CallError> {
     let xml = domain.xml(if domain.is_active()? { 0 } else { xml::INACTIVE })?;
     Ok(domain_images(&xml).unwrap_or_default())
 }
@@ -197,7 +197,7 @@ struct Overlay {
 
 impl Revert<'_> {
     fn look(&self) -> Result<State> {
-        let refused = |trouble: Trouble| {
+        let refused = |trouble: CallError| {
             trouble.into_error(&format!("cannot revert to snapshot '{}'", self.target.name))
         };
         let active = self.domain.is_active().map_err(refused)?;
@@ -219,7 +219,7 @@ impl Revert<'_> {
         }
         let restored = self.restore(&domain_xml);
         let paths = match &restored {
-            Err(Trouble::Refused(_)) => Vec::new(),
+            Err(CallError::Refused(_)) => Vec::new(),
             // The domain runs on them; or may yet, where libvirt did not answer.
             _ => keep(overlays)?,
         };
@@ -389,7 +389,7 @@ impl Revert<'_> {
             Err(_) => {}
         }
         self.domain.saved_xml(memory).map(drop).map_err(|trouble| match trouble {
-            Trouble::Refused(error) => useless(&format!("cannot be used ({})", error.message)),
+            CallError::Refused(error) => useless(&format!("cannot be used ({})", error.message)),
             trouble => trouble.into_error(&format!("cannot look at the memory image '{memory}'")),
         })
     }
@@ -462,16 +462,16 @@ impl Revert<'_> {
             }
             self.domain.destroy()
         })();
-        ended.map_err(|trouble: Trouble| {
+        ended.map_err(|trouble: CallError| {
             // What was not answered may be done yet, and the snapshots would be lost with it.
-            if !persistent && matches!(trouble, Trouble::Refused(_)) {
+            if !persistent && matches!(trouble, CallError::Refused(_)) {
                 let _ = self.undefine();
             }
             trouble.into_error(&step)
         })
     }
 
-    fn restore(&self, domain_xml: &str) -> std::result::Result<(), Trouble> {
+    fn restore(&self, domain_xml: &str) -> std::result::Result<(), CallError> {
         let runs = self.flags.runs().unwrap_or(self.target.state != "paused");
         let state = if runs { restore::RUNNING } else { restore::PAUSED };
         let nvram = if self.flags.resets_nvram() { restore::RESET_NVRAM } else { 0 };
@@ -481,7 +481,7 @@ impl Revert<'_> {
     /// What the caller must know when the memory could not be restored.
     fn failed(
         &self,
-        trouble: Trouble,
+        trouble: CallError,
         kept: &[PathBuf],
         was_active: bool,
         persistent: bool,
@@ -492,7 +492,7 @@ impl Revert<'_> {
             self.memory(),
             self.target.name
         );
-        let is_over = matches!(trouble, Trouble::Refused(_));
+        let is_over = matches!(trouble, CallError::Refused(_));
         let mut error = trouble.into_error(&step);
         if !is_over {
             let kept: Vec<_> = kept.iter().map(|file| file.display().to_string()).collect();
@@ -539,7 +539,7 @@ impl Revert<'_> {
         Ok(())
     }
 
-    fn undefine(&self) -> std::result::Result<(), Trouble> {
+    fn undefine(&self) -> std::result::Result<(), CallError> {
         let tpm = if self.version >= KEEPS_TPM { undefine::KEEP_TPM } else { 0 };
         self.domain.undefine(undefine::KEEP_NVRAM | tpm)
     }
@@ -638,7 +638,7 @@ fn fresh_file(image: &Path, overlay: Option<&str>, snapshot: &str) -> Result<Nam
             error,
         )
     })?;
-    sys::liken(file.as_file(), model).map_err(|error| {
+    sys::copy_owner_and_mode(file.as_file(), model).map_err(|error| {
         Error::system(format!("cannot set the owner of '{}'", file.path().display()), error)
     })?;
     Ok(file)

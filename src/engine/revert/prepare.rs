@@ -216,7 +216,7 @@ fn fresh_file(record: &Record, image: &str, directory: Option<&Path>) -> Result<
     let file = revert_file::create_in(parent, image, &record.name).map_err(|error| {
         Error::system(format!("cannot create a fresh image in '{}'", parent.display()), error)
     })?;
-    sys::liken(file.as_file(), image).map_err(|error| {
+    sys::copy_owner_and_mode(file.as_file(), image).map_err(|error| {
         Error::system(format!("cannot set the owner of '{}'", file.path().display()), error)
     })?;
     Ok(file)

@@ -132,7 +132,7 @@ impl Child<'_> {
     ) {
         while !stream.ended && !enough(stream) {
             if wait_ready([Some(&stream.pipe), None], QUIET_MS) {
-                stream.throw_away();
+                stream.discard();
                 continue;
             }
             // What QEMU had written until it said so is in the pipe, and not wanted.

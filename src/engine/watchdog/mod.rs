@@ -95,9 +95,9 @@ impl Watchdog {
     }
 
     /// Tells it the stage, which it takes for `Prepared` until then.
-    pub fn tell(&self, stage: Stage) {
+    pub fn report_stage(&self, stage: Stage) {
         if let Some(watchdog) = &self.watchdog {
-            watchdog.tell(stage as u8);
+            watchdog.send(stage as u8);
         }
     }
 
@@ -167,7 +167,7 @@ impl Started {
         Some(Started { lifeline: Some(ours), process: Some(process) })
     }
 
-    fn tell(&self, what: u8) {
+    fn send(&self, what: u8) {
         if let Some(lifeline) = &self.lifeline {
             // A watchdog that is gone cannot be told, and the snapshot is none the worse for it.
             let _ = send(lifeline, &[what], SendFlags::NOSIGNAL);
@@ -197,7 +197,7 @@ impl Drop for Started {
         if std::thread::panicking() {
             std::mem::forget(self.process.take());
         } else {
-            self.tell(DISMISSED);
+            self.send(DISMISSED);
         }
         self.cut();
     }

@@ -147,7 +147,7 @@ pub fn execute(monitor: &OwnedFd, command: &str, stream: &mut Remaining) -> Opti
             Err(Errno::AGAIN) => {
                 wait_ready([(!stream.ended).then_some(&stream.pipe), None], 10);
                 if !stream.ended {
-                    stream.throw_away();
+                    stream.discard();
                 }
             }
             Err(_) => return None,
@@ -157,7 +157,7 @@ pub fn execute(monitor: &OwnedFd, command: &str, stream: &mut Remaining) -> Opti
     loop {
         wait_ready([Some(monitor), (!stream.ended).then_some(&stream.pipe)], -1);
         if !stream.ended {
-            stream.throw_away();
+            stream.discard();
         }
         if !wait_ready([Some(monitor), None], 0) {
             continue;

@@ -15,8 +15,8 @@ use super::reply::{Reader, Reply};
 use super::stage::Stage;
 use crate::backend;
 use crate::own_file::KnownFile;
-use crate::sys::{self, Program, Stdio, Words};
-use crate::tool::words_of;
+use crate::sys::{self, CommandLine, Program, Stdio};
+use crate::tool::command_line;
 
 /// A guest that does not run is resumed so often.
 const TRIES: u32 = 10;
@@ -25,7 +25,7 @@ const PAUSE_MS: i32 = 1000;
 /// A program and its arguments, as the kernel wants them.
 #[derive(Debug)]
 struct RecoveryCommand {
-    words: Option<Words>,
+    command_line: Option<CommandLine>,
     /// Discarded once it has succeeded.
     then_discard: Option<Discard>,
 }
@@ -33,7 +33,7 @@ struct RecoveryCommand {
 impl RecoveryCommand {
     fn new(command: backend::RecoveryCommand) -> RecoveryCommand {
         RecoveryCommand {
-            words: words_of(command.words),
+            command_line: command_line(command.arguments),
             then_discard: command.then_discard.as_ref().and_then(Discard::new),
         }
     }
@@ -44,11 +44,11 @@ impl RecoveryCommand {
     }
 
     fn run_with(&self, stdio: Stdio, stream: &mut Remaining) -> bool {
-        let Some(words) = &self.words else { return false };
-        let Some(program) = Program::start(words, stdio) else { return false };
+        let Some(command_line) = &self.command_line else { return false };
+        let Some(program) = Program::start(command_line, stdio) else { return false };
         // Meanwhile QEMU may be waiting for its stream to be read.
         while !program.wait_ended((!stream.ended).then_some(&stream.pipe)) {
-            stream.throw_away();
+            stream.discard();
         }
         program.succeeded()
     }
@@ -181,7 +181,7 @@ fn repeat(commands: &[RecoveryCommand], tries: u32, stream: &mut Remaining) {
             sys::wait_ready([None, None], PAUSE_MS);
         } else {
             sys::wait_ready([Some(&stream.pipe), None], PAUSE_MS);
-            stream.throw_away();
+            stream.discard();
         }
     }
 }

@@ -6,7 +6,7 @@ use std::os::fd::OwnedFd;
 
 use rustix::io::Errno;
 
-use crate::image::throw_away;
+use crate::image::discard;
 
 /// QEMU's stream, of which nothing is wanted.
 pub struct Remaining {
@@ -16,8 +16,8 @@ pub struct Remaining {
 }
 
 impl Remaining {
-    pub fn throw_away(&mut self) {
-        match throw_away(&self.pipe) {
+    pub fn discard(&mut self) {
+        match discard(&self.pipe) {
             Ok(0) => self.ended = true,
             Ok(bytes) => self.thrown_away += bytes,
             Err(Errno::AGAIN | Errno::INTR) => {}

@@ -12,7 +12,7 @@ use crate::backend::{DEFAULT_TIMEOUT, Guest};
 use crate::cancel::{Cancel, timeout};
 use crate::deadline::Deadline;
 use crate::error::{Error, Result, fail};
-use crate::image::throw_away;
+use crate::image::discard;
 use crate::migration::backoff::Backoff;
 use crate::migration::names::FD_NAME;
 use crate::migration::settings::Mode;
@@ -124,7 +124,7 @@ impl Stream {
         const HANGING: Duration = Duration::from_secs(1);
         let mut bytes = self.drain.bytes();
         if progress.standstill(bytes) > HANGING {
-            while let Ok(got @ 1..) = throw_away(&self.spare) {
+            while let Ok(got @ 1..) = discard(&self.spare) {
                 progress.extra += got as u64;
             }
             bytes = self.drain.bytes();

@@ -14,7 +14,7 @@ use instantsnap::monitor::Event;
 use instantsnap_testkit::{Client, Guest};
 use serde_json::{Value, json};
 
-use super::way::domain_of;
+use super::backend::domain_of;
 
 /// What becomes of the next command.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -110,7 +110,7 @@ impl Driver for TestDriver {
         Ok(Some(self.state_dir.clone()))
     }
 
-    fn guard_socket(&self) -> Option<PathBuf> {
+    fn watchdog_socket(&self) -> Option<PathBuf> {
         None
     }
 

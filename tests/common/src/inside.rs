@@ -202,7 +202,7 @@ impl Subject {
     /// Brings a snapshot back in a daemon without the library, and checks that memory, disks and
     /// serial line are of one moment: the clone verifies every page and every disk within one tick,
     /// so it must tick on.
-    pub fn bring_back(&self, name: &str, clones: &Daemon) -> Guest {
+    pub fn restore_clone(&self, name: &str, clones: &Daemon) -> Guest {
         let clone = clones.restore(&self.guest, &self.memory(name));
         clone.wait_ticks(5);
         clone

@@ -5,7 +5,7 @@
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use instantsnap::engine::{Event, Job, Observer, Phase, Returns, What};
+use instantsnap::engine::{Event, EventKind, Job, Observer, Phase, Returns};
 use instantsnap::error::Error;
 use instantsnap_testkit::{Client, DEADLINE, Gate, Guest};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -64,7 +64,7 @@ impl Observer for Listener {
     }
 
     fn event(&mut self, event: &Event) {
-        if let (What::Instant, Some(action)) = (event.what, &mut self.at_instant) {
+        if let (EventKind::Instant, Some(action)) = (event.kind, &mut self.at_instant) {
             action();
         }
         self.heard.0.lock().unwrap().push(*event);
@@ -94,8 +94,8 @@ impl Opened {
 }
 
 /// What happened, without progress.
-pub fn steps(events: &[Event]) -> Vec<What> {
-    events.iter().map(|event| event.what).filter(|what| *what != What::Progress).collect()
+pub fn steps(events: &[Event]) -> Vec<EventKind> {
+    events.iter().map(|event| event.kind).filter(|what| *what != EventKind::Progress).collect()
 }
 
 /// Whether a job's descriptor can be read within that time.
@@ -119,7 +119,7 @@ pub fn rest(job: &Job) -> Vec<Event> {
     let mut all = Vec::new();
     loop {
         all.push(next(job));
-        if matches!(all.last().unwrap().what, What::Complete | What::Failed(_)) {
+        if matches!(all.last().unwrap().kind, EventKind::Complete | EventKind::Failed(_)) {
             return all;
         }
     }

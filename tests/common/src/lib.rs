@@ -3,6 +3,7 @@
 //! What several tests need: the library on a guest of the kit, and a snapshot brought back and
 //! checked.
 
+pub mod backend;
 pub mod driver;
 mod handle;
 pub mod inside;
@@ -12,7 +13,6 @@ pub mod nbd;
 pub mod sshd;
 pub mod tree;
 pub mod virt;
-pub mod way;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -59,7 +59,7 @@ impl Opened {
     pub fn open(guest: Guest) -> Opened {
         let state_dir = guest.directory().join("state");
         std::fs::create_dir_all(&state_dir).unwrap();
-        let handle = way::open_guest(&guest, &guest.qmp(), None, &state_dir).unwrap();
+        let handle = backend::open_guest(&guest, &guest.qmp(), None, &state_dir).unwrap();
         Opened { handle, guest }
     }
 
@@ -67,7 +67,7 @@ impl Opened {
     pub fn through(guest: Guest, socket: &Path) -> Opened {
         let state_dir = guest.directory().join("state");
         std::fs::create_dir_all(&state_dir).unwrap();
-        let handle = way::open_guest(&guest, socket, None, &state_dir).unwrap();
+        let handle = backend::open_guest(&guest, socket, None, &state_dir).unwrap();
         Opened { handle, guest }
     }
 
@@ -97,7 +97,7 @@ impl Opened {
     /// Brings a snapshot back in a new QEMU, and checks that memory, disks and serial line are of
     /// one moment: the clone verifies every page and every disk within one tick, so it must tick
     /// on. Returns it, and the first number it says.
-    pub fn bring_back(&self, name: &str) -> (Opened, u32) {
+    pub fn restore_clone(&self, name: &str) -> (Opened, u32) {
         let clone = self.start_clone(name);
         clone.handle.load(name, 0).unwrap_or_else(|error| clone.guest.fail(&error.message));
         clone.guest.wait_ticks(5);
@@ -111,7 +111,7 @@ impl Opened {
         let disks: Vec<_> =
             plan.disks.iter().map(|disk| (disk.file.clone(), Format::Qcow2)).collect();
         let guest = self.guest.machine().for_revert(&disks).start();
-        let handle = way::open_guest(&guest, &guest.qmp(), None, &self.state_dir()).unwrap();
+        let handle = backend::open_guest(&guest, &guest.qmp(), None, &self.state_dir()).unwrap();
         Opened { handle, guest }
     }
 }
@@ -168,7 +168,7 @@ impl Opened {
         self.guest.wait_ticks(ALL_SECTORS);
         self.snapshot("well").unwrap_or_else(|error| panic!("no snapshot any more: {error}"));
         self.guest.wait_ticks(3);
-        self.bring_back("well");
+        self.restore_clone("well");
     }
 }
 
@@ -288,7 +288,8 @@ impl Opened {
     pub fn with_domain(guest: Guest, domain_xml: &str) -> Opened {
         let state_dir = guest.directory().join("state");
         std::fs::create_dir_all(&state_dir).unwrap();
-        let handle = way::open_guest(&guest, &guest.qmp(), Some(domain_xml), &state_dir).unwrap();
+        let handle =
+            backend::open_guest(&guest, &guest.qmp(), Some(domain_xml), &state_dir).unwrap();
         Opened { handle, guest }
     }
 

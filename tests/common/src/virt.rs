@@ -2,7 +2,7 @@
 
 //! The library on a domain of a private libvirtd, and a snapshot brought back and checked.
 //!
-//! By the other way in (`way.rs`) the library is in that daemon, and only libvirt's plain functions
+//! By the other backend (`backend.rs`) the library is in that daemon, and only libvirt's plain functions
 //! are called. What is asserted is the same.
 
 use std::path::{Path, PathBuf};
@@ -19,11 +19,11 @@ use instantsnap_testkit::{
 };
 use tempfile::TempDir;
 
+use super::backend::by_daemon;
 use super::inside::{has_mapped, library};
-use super::way::by_daemon;
 use super::{At, Handle, INSTANTLY, assert_says, files_below, first_tick};
 
-/// A session daemon for the way in of this run.
+/// A session daemon for the backend of this run.
 pub fn session() -> Daemon {
     if by_daemon() { super::inside::session(&[]) } else { Daemon::session() }
 }
@@ -164,9 +164,9 @@ impl OpenedDomain {
         self.create_observed(&self.xml(name, ""), INSTANTLY, observer)
     }
 
-    /// The same for a snapshot of any kind. The daemon tells nobody: by that way in what an
+    /// The same for a snapshot of any kind. The daemon tells nobody: by that backend what an
     /// observer would look at is not looked at. A test that relies on what it does there is not for
-    /// that way (`way::by_client_only`).
+    /// that way (`backend::by_client_only`).
     pub fn create_observed(
         &self,
         xml: &str,
@@ -212,7 +212,7 @@ impl OpenedDomain {
     /// Brings a snapshot back in another daemon, by `virsh restore`, and checks that memory, disks
     /// and serial line are of one moment: the clone verifies every page and every disk within one
     /// tick, so it must tick on.
-    pub fn bring_back(&self, name: &str) -> Guest {
+    pub fn restore_clone(&self, name: &str) -> Guest {
         let clone = self.guest.daemon().another().restore(&self.guest, &self.memory_file(name));
         clone.wait_ticks(5);
         clone

@@ -116,7 +116,7 @@ impl Draining {
 
 /// Starts the guest's machine anew on fresh overlays of the snapshot's images, loads the memory,
 /// and lets it run.
-pub fn bring_back(original: &Guest, snapshot: &Snapshot) -> Guest {
+pub fn restore_clone(original: &Guest, snapshot: &Snapshot) -> Guest {
     let overlay = |(file, format): &(PathBuf, Format)| {
         let mut overlay = file.clone().into_os_string();
         overlay.push(".back");

@@ -308,7 +308,7 @@ impl Machine {
         } else {
             command.args(["-machine", machine]);
         }
-        for name in ["qmp.sock", "control.sock", "guard.sock"] {
+        for name in ["qmp.sock", "control.sock", "watchdog.sock"] {
             let socket = directory.join(name);
             command.args(["-qmp", &format!("unix:{},server=on,wait=off", socket.display())]);
         }

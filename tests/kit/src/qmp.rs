@@ -27,10 +27,10 @@ pub struct Event {
 
 /// A way to give a QEMU commands.
 #[derive(Debug)]
-pub struct Client(Way);
+pub struct Client(Transport);
 
 #[derive(Debug)]
-enum Way {
+enum Transport {
     Socket(Connection),
     Libvirt(Daemon, String),
 }
@@ -50,19 +50,21 @@ impl Client {
     /// Connects to a socket, and enters command mode. Fails after five seconds where QEMU has
     /// another client.
     pub fn connect(path: &Path) -> io::Result<Client> {
-        Ok(Client(Way::Socket(Connection::open(path)?)))
+        Ok(Client(Transport::Socket(Connection::open(path)?)))
     }
 
     /// A client by way of `virsh qemu-monitor-command`.
     pub(crate) fn through_libvirt(daemon: Daemon, domain: String) -> Client {
-        Client(Way::Libvirt(daemon, domain))
+        Client(Transport::Libvirt(daemon, domain))
     }
 
     /// Executes a command; the error is QEMU's (`class`, `desc`), or of the class `Disconnected`.
     pub fn execute(&mut self, command: &str, arguments: Value) -> Result<Value, Value> {
         match &mut self.0 {
-            Way::Socket(connection) => connection.request(command, arguments, &[]),
-            Way::Libvirt(daemon, domain) => through_virsh(daemon, domain, command, &arguments),
+            Transport::Socket(connection) => connection.request(command, arguments, &[]),
+            Transport::Libvirt(daemon, domain) => {
+                through_virsh(daemon, domain, command, &arguments)
+            }
         }
     }
 
@@ -99,8 +101,8 @@ impl Client {
 
     fn connection(&mut self) -> &mut Connection {
         match &mut self.0 {
-            Way::Socket(connection) => connection,
-            Way::Libvirt(..) => panic!("virsh passes on neither events nor file descriptors"),
+            Transport::Socket(connection) => connection,
+            Transport::Libvirt(..) => panic!("virsh passes on neither events nor file descriptors"),
         }
     }
 }

@@ -3,7 +3,7 @@
 //! A snapshot by hand is right in the right order, and torn in the wrong one: the control
 //! experiment without which "the guest counts on" would prove nothing.
 
-use instantsnap_testkit::by_hand::{Resume, begin, bring_back};
+use instantsnap_testkit::by_hand::{Resume, begin, restore_clone};
 use instantsnap_testkit::{
     Accel, Attach, Binary, DEADLINE, Format, Machine, fingerprint, kvm_works, test, wait_for,
 };
@@ -16,7 +16,7 @@ fn round_trip(what: &str, machine: Machine) {
     for name in ["first", "second"] {
         let snapshot = begin(&guest, name, Resume::Armed).finish(&guest);
         guest.wait_ticks(20);
-        let clone = bring_back(&guest, &snapshot);
+        let clone = restore_clone(&guest, &snapshot);
         let clone_at = clone.wait_ticks(20);
         eprintln!(
             "{what}: stopped at {}, paused for {} us, the clone has come to {clone_at}",
@@ -56,7 +56,7 @@ fn resuming_before_tracking_is_armed_tears() {
         guest.wait_ticks(5);
         std::fs::write(&release, "").expect("release");
         let snapshot = draining.finish(&guest);
-        let clone = bring_back(&guest, &snapshot);
+        let clone = restore_clone(&guest, &snapshot);
         let line = clone.try_ticks(5, DEADLINE).expect_err("not noticed");
         eprintln!("{}: {line}", binary.name);
         assert!(line.starts_with("TORN disk 0 has "), "{line}");
@@ -85,7 +85,7 @@ fn the_right_order_is_right_with_a_late_arm() {
             begin(&guest, "right", Resume::Armed).finish(&guest)
         });
         assert!(snapshot.pause_us > 100_000, "held for {} us only", snapshot.pause_us);
-        bring_back(&guest, &snapshot).wait_ticks(20);
+        restore_clone(&guest, &snapshot).wait_ticks(20);
         drop(directory);
     }
 }

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! By which way in tests go, where there are two; as far as they do not test one of them itself.
+//! Which backend the tests use, where there are two; as far as they do not test one of them itself.
 //!
-//! Those of the socket open a guest by its socket, or, with INSTANTSNAP_TEST_WAY=driver, by a
+//! Those of the socket open a guest by its socket, or, with INSTANTSNAP_TEST_BACKEND=driver, by a
 //! driver in C (`driver.c`). Those of libvirt use the library, as its clients do, or, with
-//! INSTANTSNAP_TEST_WAY=inside, libvirt's plain functions and daemons with the library in them
+//! INSTANTSNAP_TEST_BACKEND=inside, libvirt's plain functions and daemons with the library in them
 //! (`virt.rs`).
 
 use std::ffi::{CStr, CString, c_char, c_void};
@@ -23,39 +23,39 @@ use quick_xml::escape::escape;
 use super::Handle;
 
 #[derive(Clone, Copy, PartialEq)]
-enum Way {
+enum Backend {
     /// The first ones.
     Plain,
     Driver,
     Inside,
 }
 
-fn way() -> Way {
-    static WAY: OnceLock<Way> = OnceLock::new();
-    *WAY.get_or_init(|| match std::env::var("INSTANTSNAP_TEST_WAY").as_deref() {
-        Err(_) | Ok("" | "qmp") => Way::Plain,
-        Ok("driver") => Way::Driver,
-        Ok("inside") => Way::Inside,
+fn backend() -> Backend {
+    static BACKEND: OnceLock<Backend> = OnceLock::new();
+    *BACKEND.get_or_init(|| match std::env::var("INSTANTSNAP_TEST_BACKEND").as_deref() {
+        Err(_) | Ok("" | "qmp") => Backend::Plain,
+        Ok("driver") => Backend::Driver,
+        Ok("inside") => Backend::Inside,
         Ok(other) => {
-            panic!("INSTANTSNAP_TEST_WAY={other}: what is that? It is qmp, driver or inside")
+            panic!("INSTANTSNAP_TEST_BACKEND={other}: what is that? It is qmp, driver or inside")
         }
     })
 }
 
 /// Whether it is the driver's.
 pub fn by_driver() -> bool {
-    way() == Way::Driver
+    backend() == Backend::Driver
 }
 
 /// Whether it is the daemon's.
 pub fn by_daemon() -> bool {
-    way() == Way::Inside
+    backend() == Backend::Inside
 }
 
-/// Skips a test of what only the socket's way in has, where this run goes by another.
+/// Skips a test of what only the socket backend has, where this run goes by another.
 pub fn by_socket_only() {
     if by_driver() {
-        skip("it is about the way in by a socket");
+        skip("it is about the socket backend");
     }
 }
 
@@ -80,7 +80,7 @@ pub fn open(
     let noted = directory.join("domain.xml");
     let domain_xml = domain_xml
         .map_or_else(|| std::fs::read_to_string(&noted).unwrap_or_default(), str::to_owned);
-    open_driver(socket, &directory.join("guard.sock"), &domain_xml, state_dir)
+    open_driver(socket, &directory.join("watchdog.sock"), &domain_xml, state_dir)
 }
 
 /// Opens a guest of the kit, by another socket than its own where a proxy is in between.

@@ -14,17 +14,17 @@ use super::pipe::CHUNK;
 use crate::error::{Code, Error, Result};
 use crate::sys;
 
-/// A feed at work. It ends with the file, or when the reader of the pipe is gone.
+/// A restore stream that runs. It ends with the file, or when the reader of the pipe is gone.
 #[derive(Debug)]
-pub struct Feed {
+pub struct RestoreStream {
     thread: JoinHandle<io::Result<()>>,
 }
 
-impl Feed {
+impl RestoreStream {
     /// Starts moving `file`, from `offset` to its end, into `pipe`.
-    pub fn start(file: File, offset: u64, pipe: OwnedFd) -> Result<Feed> {
+    pub fn start(file: File, offset: u64, pipe: OwnedFd) -> Result<RestoreStream> {
         let thread = sys::spawn_quiet("instantsnap", move || run(&file, offset, &pipe))?;
-        Ok(Feed { thread })
+        Ok(RestoreStream { thread })
     }
 
     /// Waits for its end. Only after QEMU has finished or the pipe's reader is closed: else it can
@@ -32,8 +32,11 @@ impl Feed {
     pub fn join(self) -> Result<()> {
         match self.thread.join() {
             Ok(Ok(())) => Ok(()),
-            Ok(Err(error)) => Err(Error::system("cannot feed the memory image to QEMU", error)),
-            Err(_) => Err(Error::new(Code::InternalError, "the thread that feeds memory panicked")),
+            Ok(Err(error)) => Err(Error::system("cannot write the memory image to QEMU", error)),
+            Err(_) => Err(Error::new(
+                Code::InternalError,
+                "the thread that writes the restore stream panicked",
+            )),
         }
     }
 }

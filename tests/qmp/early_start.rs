@@ -37,19 +37,19 @@ fn writing(binary: &'static Binary) -> Machine {
 
 /// Takes a snapshot for which the guest is stopped so long after the migration's begin; brings it
 /// back. Returns whether it was in time, and how many tries were lost.
-fn race(original: &Opened, name: &str, aim: Duration, tries: u32) -> (bool, u32) {
-    original.handle.set_early_start(EarlyStart { tries, stop_after: Some(aim) });
+fn race(original: &Opened, name: &str, stop_after: Duration, tries: u32) -> (bool, u32) {
+    original.handle.set_early_start(EarlyStart { tries, stop_after: Some(stop_after) });
     original.handle.create(&named(name), INSTANTLY, &mut ()).unwrap();
     let stats = original.handle.stats().unwrap();
     assert_eq!(stats.started_early, stats.lost < tries);
     // By then one of its CPUs and its memory would be of two moments, if they were.
-    original.bring_back(name).0.guest.wait_ticks(3);
+    original.restore_clone(name).0.guest.wait_ticks(3);
     (stats.started_early, stats.lost)
 }
 
 /// When the guest is stopped: from at once to 50 ms too late, the closer the nearer to the end of
 /// the setup.
-fn aims(steps: u32) -> impl Iterator<Item = Duration> {
+fn moments(steps: u32) -> impl Iterator<Item = Duration> {
     let early = (0..steps).map(move |n| SETUP * n / steps);
     let close = (0..4 * steps).map(move |n| SETUP - MS + 4 * MS * n / (4 * steps));
     let late = (0..steps).map(move |n| SETUP + 3 * MS + 47 * MS * n / steps);
@@ -59,10 +59,10 @@ fn aims(steps: u32) -> impl Iterator<Item = Duration> {
 fn race_in_every_way(binary: &'static Binary, accel: Accel, steps: u32) {
     let original = Opened::start(&writing(binary).accel(accel));
     let (mut number, mut won, mut lost) = (0, 0, 0);
-    for aim in aims(steps) {
+    for stop_after in moments(steps) {
         // Where it is too late it is so again and again, at little cost: the guest is stopped first
         // in the end.
-        let (in_time, missed) = race(&original, &format!("s{number}"), aim, 5);
+        let (in_time, missed) = race(&original, &format!("s{number}"), stop_after, 5);
         won += u32::from(in_time);
         lost += missed;
         number += 1;
@@ -121,9 +121,9 @@ fn a_snapshot_can_be_cancelled_while_memory_is_touched_and_the_guest_runs() {
 fn a_race_whose_outcome_is_not_told_leaves_a_guest_that_runs() {
     for binary in binaries() {
         let (opened, proxy) = through_proxy(&writing(binary));
-        let aims = [Duration::ZERO, SETUP - MS, SETUP, SETUP + MS, SETUP + 50 * MS];
-        for aim in aims.repeat(if thorough() { 50 } else { 1 }) {
-            opened.handle.set_early_start(EarlyStart { tries: 3, stop_after: Some(aim) });
+        let moments = [Duration::ZERO, SETUP - MS, SETUP, SETUP + MS, SETUP + 50 * MS];
+        for stop_after in moments.repeat(if thorough() { 50 } else { 1 }) {
+            opened.handle.set_early_start(EarlyStart { tries: 3, stop_after: Some(stop_after) });
             for (command, place) in [("query-migrate", 2), ("stop", 1)] {
                 proxy.rule(command, place, Fault::fail("not today"));
                 opened.assert_fails(&named("s"), INSTANTLY, Code::OperationFailed, &["not today"]);
@@ -171,7 +171,7 @@ fn what_is_learnt_of_a_guest_brings_the_next_snapshot_in_time() {
         assert_eq!(overlapped("first"), (false, 0));
         // On a busy machine it may take more tries than one snapshot has, or many.
         let in_time = (1..=40).map(|n| format!("known-{n}")).find(|name| overlapped(name).0);
-        opened.bring_back(&in_time.expect("one that was in time"));
+        opened.restore_clone(&in_time.expect("one that was in time"));
     }
 }
 
@@ -181,10 +181,10 @@ fn a_domain_of_libvirt_is_stopped_in_time_or_tried_again() {
     for binary in binaries() {
         let setup = 1000 * MS;
         let domain = OpenedDomain::start(&writing(binary).long_setup(setup), &daemon);
-        let take = |name: &str, aim, observer: &mut dyn Observer| {
-            domain.handle.set_early_start(EarlyStart { tries: 1, stop_after: Some(aim) });
+        let take = |name: &str, stop_after, observer: &mut dyn Observer| {
+            domain.handle.set_early_start(EarlyStart { tries: 1, stop_after: Some(stop_after) });
             domain.snapshot_observed(name, observer).unwrap();
-            domain.bring_back(name);
+            domain.restore_clone(name);
             domain.guest.wait_ticks(3);
             let stats = domain.handle.stats().unwrap();
             (stats.started_early, stats.lost)
@@ -240,7 +240,7 @@ fn memory_that_was_never_used_is_there_before_the_pause() {
         });
         opened.handle.create(&named("s"), INSTANTLY, &mut look).unwrap();
         assert_eq!(at_pause, all);
-        opened.bring_back("s");
+        opened.restore_clone("s");
     }
 }
 
