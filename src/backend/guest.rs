@@ -21,7 +21,7 @@ use crate::own_file::KnownFile;
 pub const DEFAULT_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// The oldest of the newer QEMUs whose behaviour was measured, where it differs from 7.2's.
-pub const FIRST_WITH_NEW_RUN_STATES: (u64, u64) = (10, 0);
+const FIRST_WITH_NEW_RUN_STATES: (u64, u64) = (10, 0);
 /// The first QEMU with background snapshots.
 const OLDEST: (u64, u64) = (6, 0);
 
@@ -213,6 +213,42 @@ pub struct RecoveryCommand {
     pub then_discard: Option<KnownFile>,
 }
 
+/// What a guest's QEMU and its backend can do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Capabilities {
+    /// A background snapshot leaves a paused guest paused.
+    pub background_keeps_paused: bool,
+    /// A background snapshot that is cancelled once it is armed leaves the guest's memory writable.
+    pub background_can_be_cancelled: bool,
+    /// The backend's owner never sets QEMU's migration capability `background-snapshot`: where it is
+    /// set, a snapshot whose process was killed has left it.
+    pub never_sets_background_snapshot: bool,
+    /// A snapshot holds copies of UEFI variables, and does not only compare them.
+    pub keeps_firmware_copies: bool,
+    /// The record of a snapshot says what to do with disks that were left to a storage hook.
+    pub records_manual_disks: bool,
+    /// A more privileged process gives QEMU write access to images before QEMU opens them.
+    pub gives_write_access: bool,
+}
+
+impl Capabilities {
+    /// Those of a QEMU of this version whose snapshots the library records itself.
+    pub fn of_qemu(version: (u64, u64)) -> Capabilities {
+        // Measured: 7.2 starts the guest by itself once write tracking is armed, and leaves its
+        // memory protected when it is cancelled then; 10.0 does neither. Those in between were not
+        // tried, and cannot be asked.
+        let new_run_states = version >= FIRST_WITH_NEW_RUN_STATES;
+        Capabilities {
+            background_keeps_paused: new_run_states,
+            background_can_be_cancelled: new_run_states,
+            never_sets_background_snapshot: false,
+            keeps_firmware_copies: true,
+            records_manual_disks: true,
+            gives_write_access: false,
+        }
+    }
+}
+
 /// A guest during one operation.
 pub trait Guest: Execute {
     /// Its state.
@@ -247,30 +283,8 @@ pub trait Guest: Execute {
     /// QEMU's process, where it is known.
     fn pid(&self) -> Option<u32>;
 
-    /// Whether those who run it never set QEMU's migration capability `background-snapshot`: one
-    /// that is on is then what a snapshot has left whose process was killed.
-    fn never_sets_background_snapshot(&self) -> bool {
-        false
-    }
-
-    /// Whether a background snapshot leaves a paused guest paused.
-    fn background_keeps_paused(&self) -> bool;
-
-    /// Whether a background snapshot that is cancelled once it is armed leaves the guest's memory
-    /// writable.
-    fn background_can_be_cancelled(&self) -> bool;
-
-    /// Whether copies of UEFI variables are part of a snapshot here, and not only there to be
-    /// compared.
-    fn keeps_firmware_copies(&self) -> bool {
-        true
-    }
-
-    /// Whether whoever has the record of a snapshot knows what to do with disks that were left to
-    /// others.
-    fn records_manual_disks(&self) -> bool {
-        true
-    }
+    /// What QEMU and the backend can do; the same during a whole operation.
+    fn capabilities(&self) -> Capabilities;
 
     /// Creates the overlays, ready to be switched to. Files that exist are an error, and not
     /// touched, unless the plan is to use them.
@@ -340,12 +354,6 @@ pub trait Guest: Execute {
     /// How the watchdog reaches the guest once this process has ended, while it takes the snapshot
     /// of this name.
     fn recovery_channel<'a>(&'a self, snapshot: &'a str) -> RecoveryChannel<'a>;
-
-    /// Whether somebody with more rights gives QEMU the images that it is to write before it opens
-    /// them.
-    fn is_given_images(&self) -> bool {
-        false
-    }
 
     /// What holds it for this operation, which a watchdog holds too.
     fn held(&self) -> Vec<BorrowedFd<'_>>;

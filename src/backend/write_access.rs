@@ -38,7 +38,7 @@ pub fn check(guest: &dyn Guest, disks: &[DiskPlan]) -> Result<()> {
         let path = format!("/proc/{pid}/root{}", drive.file);
         let Ok(metadata) = std::fs::metadata(&path) else { continue };
         let Some(rules) = Rules::of(Path::new(&path)) else { continue };
-        let given = guest.is_given_images() && metadata.mode() & 0o200 != 0;
+        let given = guest.capabilities().gives_write_access && metadata.mode() & 0o200 != 0;
         if credentials.may_write(&metadata) || given || has_acl(Path::new(&path), rules) {
             continue;
         }

@@ -43,7 +43,7 @@ impl Settings {
         if let Some(leftover) = Leftover::find(
             &settings.capabilities,
             &settings.parameters,
-            guest.never_sets_background_snapshot(),
+            guest.capabilities().never_sets_background_snapshot,
         ) {
             leftover.check_maker()?;
             Settings::mend(leftover, guest)?;

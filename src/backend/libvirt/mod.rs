@@ -39,8 +39,8 @@ use self::overlays::Overlays;
 pub use self::snapshot_tree::SnapshotTree;
 use super::exclusive::Exclusive;
 use super::guest::{
-    Connector, DEFAULT_TIMEOUT, Description, FIRST_WITH_NEW_RUN_STATES, Guest, Liveness,
-    RecoveryChannel, Reserved, SnapshotList, check_version,
+    Capabilities, Connector, DEFAULT_TIMEOUT, Description, Guest, Liveness, RecoveryChannel,
+    Reserved, SnapshotList, check_version,
 };
 use super::overlay_file::{self, Beforehand};
 use super::qmp::hold_qemu;
@@ -550,28 +550,19 @@ impl Guest for LibvirtGuest<'_> {
         self.qemu.as_ref().map(|qemu| qemu.pid)
     }
 
-    /// libvirt does not know it.
-    fn never_sets_background_snapshot(&self) -> bool {
-        true
-    }
-
-    fn background_keeps_paused(&self) -> bool {
-        self.version >= FIRST_WITH_NEW_RUN_STATES
-    }
-
-    fn background_can_be_cancelled(&self) -> bool {
-        self.version >= FIRST_WITH_NEW_RUN_STATES
-    }
-
-    /// libvirt's snapshots have no place for them; and what is loaded with memory are the variables
-    /// of the instant, which QEMU writes back to the file.
-    fn keeps_firmware_copies(&self) -> bool {
-        false
-    }
-
-    /// Its own revert would load memory beside these disks as they are by then.
-    fn records_manual_disks(&self) -> bool {
-        false
+    fn capabilities(&self) -> Capabilities {
+        Capabilities {
+            // libvirt does not know this capability.
+            never_sets_background_snapshot: true,
+            // libvirt's snapshots have no place for copies of UEFI variables; and QEMU loads those
+            // of the instant with memory, and writes them back to the file.
+            keeps_firmware_copies: false,
+            // libvirt's own revert would load memory beside these disks as they are by then.
+            records_manual_disks: false,
+            // The system daemon makes QEMU's user the owner of images.
+            gives_write_access: !self.connector.uri.contains("/session"),
+            ..Capabilities::of_qemu(self.version)
+        }
     }
 
     fn create_overlays(&mut self, disks: &[DiskPlan]) -> Result<()> {
@@ -639,7 +630,7 @@ impl Guest for LibvirtGuest<'_> {
         if resumed == Resumed::ByItself {
             // QEMU 10 that was resumed in the very moment of arming can take its guest for paused
             // afterwards, and libvirt not.
-            if self.background_keeps_paused() && !self.status()?.running {
+            if self.capabilities().background_keeps_paused && !self.status()?.running {
                 commands::cont(self, deadline)?;
             }
             if self.lease.is_lost() {
@@ -782,11 +773,6 @@ impl Guest for LibvirtGuest<'_> {
             })),
             None => RecoveryChannel::None,
         }
-    }
-
-    /// libvirt makes QEMU's user their owner.
-    fn is_given_images(&self) -> bool {
-        !self.connector.uri.contains("/session")
     }
 
     fn held(&self) -> Vec<BorrowedFd<'_>> {

@@ -13,8 +13,7 @@ use super::overlays::{self, Overlay};
 use super::{drives, process};
 use crate::backend::exclusive::Exclusive;
 use crate::backend::guest::{
-    DEFAULT_TIMEOUT, Description, FIRST_WITH_NEW_RUN_STATES, Guest, Liveness, RecoveryChannel,
-    Reserved,
+    Capabilities, DEFAULT_TIMEOUT, Description, Guest, Liveness, RecoveryChannel, Reserved,
 };
 use crate::backend::{busy, open_images, overlay_file, shared_memory};
 use crate::deadline::Deadline;
@@ -182,15 +181,8 @@ impl<C: Channel> Guest for MonitorGuest<'_, C> {
         self.channel.pid()
     }
 
-    fn background_keeps_paused(&self) -> bool {
-        // Measured: 7.2 starts the guest by itself once tracking is armed, 10.0 restores the state
-        // it found. What those in between do cannot be asked, and was not tried.
-        self.channel.version() >= FIRST_WITH_NEW_RUN_STATES
-    }
-
-    fn background_can_be_cancelled(&self) -> bool {
-        // Measured likewise: 7.2 leaves it protected, 10.0 does not.
-        self.channel.version() >= FIRST_WITH_NEW_RUN_STATES
+    fn capabilities(&self) -> Capabilities {
+        Capabilities::of_qemu(self.channel.version())
     }
 
     fn create_overlays(&mut self, disks: &[DiskPlan]) -> Result<()> {

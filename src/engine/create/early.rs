@@ -19,7 +19,8 @@ impl Steps<'_, '_, '_> {
     /// Begins the migration while the guest runs, and pauses the guest in time, where that is worth
     /// it. `None` where nothing was begun.
     pub fn start_early(&mut self) -> Result<Option<Begun>> {
-        if self.task.mode != Mode::Background || !self.guest.background_keeps_paused() {
+        if self.task.mode != Mode::Background || !self.guest.capabilities().background_keeps_paused
+        {
             return Ok(None);
         }
         let early_start = self.task.options.early_start;

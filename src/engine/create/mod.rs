@@ -91,7 +91,9 @@ pub fn create(
     let mode = match (flags.is_instant(), state) {
         (true, GuestState::Running) => Mode::Background,
         // It must stay paused, and not every QEMU leaves it so.
-        (true, GuestState::Paused) if guest.background_keeps_paused() => Mode::Background,
+        (true, GuestState::Paused) if guest.capabilities().background_keeps_paused => {
+            Mode::Background
+        }
         // A background snapshot of a guest that was never started ends QEMU 10.0.
         _ => Mode::Paused,
     };

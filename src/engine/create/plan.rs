@@ -169,7 +169,7 @@ fn check_storage_hook(
              to leave the disk out"
         );
     }
-    if flags.keeps_metadata() && !guest.records_manual_disks() {
+    if flags.keeps_metadata() && !guest.capabilities().records_manual_disks {
         fail!(
             OperationUnsupported,
             "a snapshot with memory and with snapshot='manual' of disk '{name}' is not recorded in \

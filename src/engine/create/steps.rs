@@ -93,7 +93,8 @@ impl Steps<'_, '_, '_> {
     /// Begins the migration of a guest that stands.
     pub fn start_migration(&mut self, deadline: Deadline) -> Result<()> {
         self.journal.enter(Entry::Phase(Phase::Arm));
-        if self.task.mode == Mode::Background && !self.guest.background_keeps_paused() {
+        if self.task.mode == Mode::Background && !self.guest.capabilities().background_keeps_paused
+        {
             // By the time that it is armed the guest runs, and writes.
             self.prepared.write_check.check(self.guest, deadline)?;
         }
@@ -131,7 +132,7 @@ impl Steps<'_, '_, '_> {
                 let migration = wait_armed(self.guest, running, self.cancel, deadline)?;
                 self.journal.clock.stats.setup = migration.setup_time();
                 self.journal.clock.stats.started_early = begun.is_some();
-                if self.guest.background_keeps_paused() {
+                if self.guest.capabilities().background_keeps_paused {
                     self.prepared.write_check.check(self.guest, deadline)?;
                 }
                 let flow = self.journal.stream()?.flow(Some(&migration));
@@ -229,7 +230,7 @@ impl Steps<'_, '_, '_> {
         journal.copies().try_for_each(nvram::Copy::check_unchanged)?;
         cancel.check()?;
         guest.confirm()?;
-        if !guest.keeps_firmware_copies() {
+        if !guest.capabilities().keeps_firmware_copies {
             journal.copies().try_for_each(nvram::Copy::remove)?;
         }
         journal.enter(Entry::Commit);

@@ -210,7 +210,7 @@ impl Journal<'_, '_> {
         if self.has(|entry| matches!(entry, Entry::Record)) {
             note(guest.withdraw());
         }
-        if self.is_outrun() && switched && !guest.background_keeps_paused() {
+        if self.is_outrun() && switched && !guest.capabilities().background_keeps_paused {
             // What the guest wrote since is no part of what the other client has saved.
             note(guest.empty_overlays());
         }
@@ -233,7 +233,7 @@ impl Journal<'_, '_> {
 /// moment of our pause, and the guest must not write to its disks until that client is done with
 /// it, which may end QEMU.
 fn wait_other_save(guest: &mut dyn Guest) -> Liveness {
-    let keeps_paused = guest.background_keeps_paused();
+    let keeps_paused = guest.capabilities().background_keeps_paused;
     let deadline = Deadline::after(RESUME_TIMEOUT);
     let mut seen = false;
     loop {

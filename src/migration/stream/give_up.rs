@@ -49,7 +49,8 @@ impl Stream {
     pub fn wait_given_up(&self, guest: &mut dyn Guest, mode: Mode) -> Result<()> {
         let backoff = Backoff::default();
         let mut progress = Progressing::new(self.drain.bytes());
-        let mut cancellable = mode == Mode::Background && guest.background_can_be_cancelled();
+        let mut cancellable =
+            mode == Mode::Background && guest.capabilities().background_can_be_cancelled;
         let mut stopping = None;
         loop {
             if self.is_closed() {
