@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use crate::backend::LibvirtConnector;
 use crate::boundary::caught;
-use crate::engine::{self, Handle};
+use crate::engine::{self, Created, Handle};
 use crate::error::{Error, Result, fail};
 use crate::libvirt::table::{self, virDomain, virDomainSnapshot};
 use crate::libvirt::{self, Domain, Snapshot};
@@ -72,9 +72,9 @@ pub fn take(
     xml: &str,
     flags: CreateFlags,
 ) -> Result<Snapshot> {
-    let connector = Arc::new(connector);
-    let name = Handle::open_libvirt(Arc::clone(&connector)).create(xml, Ok(flags), &mut ())?;
-    match connector.taken() {
+    let handle = Handle::open_libvirt(Arc::new(connector));
+    let Created { name, object, .. } = handle.create(xml, Ok(flags), &mut ())?;
+    match object {
         Some(snapshot) => Ok(snapshot),
         // Of memory alone, and not recorded: libvirt has had no part in it.
         None => domain

@@ -5,6 +5,7 @@
 use std::ffi::c_uint;
 
 use instantsnap_core::libvirt::table::{virDomain, virDomainSnapshot};
+use instantsnap_core::model::snapshot_xml::SnapshotXml;
 use instantsnap_core::model::{flags, upgrade, xml};
 use instantsnap_core::pointers::Text;
 
@@ -30,6 +31,6 @@ pub fn is_with_memory(libvirt: &Libvirt, snapshot: Option<&virDomainSnapshot>) -
     let is_qemu = libvirt.is_qemu(libvirt.connection_of_snapshot(snapshot));
     let text = snapshot.filter(|_| is_qemu).and_then(|snapshot| libvirt.snapshot_xml(snapshot));
     let Some(text) = text else { return false };
-    let Ok(document) = xml::parse(&text, "domainsnapshot", &xml::RECORDED) else { return false };
-    xml::attribute(document.root_element(), "memory", "snapshot") == Some("external")
+    let parsed = SnapshotXml::parse(&text, &xml::RECORDED);
+    parsed.is_ok_and(|snapshot| snapshot.external_memory().is_some())
 }

@@ -40,9 +40,9 @@ pub trait Connector: Send + Sync {
     /// time.
     fn reserve(&self, name: Option<&str>) -> Result<Reserved>;
 
-    /// A snapshot without INSTANT, or of a guest that does not run, where that is somebody else's
-    /// affair; its name.
-    fn delegate(&self, _xml: &str, _flags: CreateFlags) -> Option<Result<String>> {
+    /// Takes a snapshot without INSTANT, or of a guest that does not run, where libvirt does that
+    /// itself; libvirt's object of it.
+    fn delegate(&self, _xml: &str, _flags: CreateFlags) -> Option<Result<Snapshot>> {
         None
     }
 
@@ -138,6 +138,15 @@ pub struct Description {
     pub cookie: Option<String>,
     /// A file whose owner the memory image is to have, where that is not the caller.
     pub owner: Option<PathBuf>,
+}
+
+/// What a guest is when a snapshot of it is planned.
+#[derive(Clone, Debug)]
+pub struct Survey {
+    /// Its drives that have a medium and a device.
+    pub drives: Vec<Drive>,
+    /// What its memory image says of it.
+    pub description: Description,
 }
 
 /// How a process that outlives this one reaches the guest.
@@ -257,12 +266,11 @@ pub trait Guest: Execute {
     /// Its drives that have a medium and a device.
     fn drives(&mut self) -> Result<Vec<Drive>>;
 
-    /// Itself, for its memory image.
-    fn describe(&mut self, drives: &[Drive]) -> Result<Description>;
+    /// What the guest is, as a snapshot of it is planned: read once.
+    fn survey(&mut self) -> Result<Survey>;
 
-    /// Takes the order: a snapshot of this name, by these flags. An error where this guest cannot
-    /// have it.
-    fn accept(&mut self, _name: &str, _flags: CreateFlags) -> Result<()> {
+    /// Refuses flags that this guest cannot have.
+    fn check_flags(&mut self, _flags: CreateFlags) -> Result<()> {
         Ok(())
     }
 
@@ -293,8 +301,8 @@ pub trait Guest: Execute {
     /// Stops the vCPUs.
     fn pause(&mut self, deadline: Deadline) -> Result<()>;
 
-    /// Switches all disks to their overlays, or none.
-    fn switch_disks(&mut self, deadline: Deadline) -> Result<()>;
+    /// Switches all disks to their overlays, or none, for the snapshot of this name.
+    fn switch_disks(&mut self, snapshot: &str, deadline: Deadline) -> Result<()>;
 
     /// Gives an overlay that its disk is on this size, which the image below has got since the
     /// plan.
@@ -372,6 +380,11 @@ pub trait Guest: Execute {
 
     /// Whether QEMU is there; reconnects if the connection was lost.
     fn liveness(&mut self) -> Liveness;
+
+    /// libvirt's object of the snapshot that was taken, where libvirt has had a part in it; once.
+    fn take_object(&mut self) -> Option<Snapshot> {
+        None
+    }
 }
 
 /// Refuses a QEMU that is too old.

@@ -24,8 +24,9 @@ pub mod write_access;
 pub use busy::is_block_of;
 pub use driver::DriverConnector;
 pub use guest::{
-    Connector, DEFAULT_TIMEOUT, Description, Guest, Liveness, MakeRecoveryCommands, MergeCommands,
-    MonitorOverlay, RecoveryChannel, RecoveryCommand, RecoveryCommands, Reserved, SnapshotList,
+    Capabilities, Connector, DEFAULT_TIMEOUT, Description, Guest, Liveness, MakeRecoveryCommands,
+    MergeCommands, MonitorOverlay, RecoveryChannel, RecoveryCommand, RecoveryCommands, Reserved,
+    SnapshotList, Survey,
 };
 pub use libvirt::LibvirtConnector;
 pub use qmp::QmpConnector;

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::clock::{Observer, Stats};
+use super::create::Created;
 use super::delete;
 use super::job::{Job, Returns};
 use super::operation::{Opened, Operation, Taken};
@@ -63,19 +64,19 @@ impl Handle {
         let _before = std::mem::replace(&mut lock(&self.opened.options).storage, hook);
     }
 
-    /// Takes a snapshot; returns its name when it is complete, and recorded unless the flags say
-    /// otherwise. Of flags that break a rule the observer is told as of any other failure.
+    /// Takes a snapshot; returns when it is complete, and recorded unless the flags say otherwise.
+    /// Of flags that break a rule the observer is told as of any other failure.
     pub fn create(
         &self,
         xml: &str,
         flags: Result<CreateFlags>,
         observer: &mut dyn Observer,
-    ) -> Result<String> {
+    ) -> Result<Created> {
         let operation = Operation::begin(&self.opened)?;
         let Taken { result, last, .. } = operation.take(xml, flags, observer);
         drop(operation);
         observer.event(&last);
-        result.map(|created| created.name)
+        result
     }
 
     /// Takes a snapshot by a thread of its own.

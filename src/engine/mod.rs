@@ -26,6 +26,7 @@ pub use crate::cancel::Cancel;
 pub use crate::migration::Flow;
 pub use crate::migration::early_start::EarlyStart;
 pub use clock::{Observer, PauseSource, Phase, Stats};
+pub use create::Created;
 pub use event::{Event, EventKind};
 pub use handle::Handle;
 pub use job::{Info, Job, Returns};

@@ -6,11 +6,11 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use crate::backend::images::{self, Id, id};
-use crate::backend::libvirt::snapshot_def::{DiskImage, domain_images};
 use crate::backend::libvirt::volumes::{self, Volume};
 use crate::backend::libvirt::{CallError, ManagedDomain, OtherDomain};
 use crate::backend::locks;
 use crate::error::Result;
+use crate::model::domain::{Disk, domain_disks};
 
 /// Who else uses images.
 pub struct Users {
@@ -28,8 +28,8 @@ impl Users {
         let mut users = Users { others, live: BTreeSet::new(), qemu: None };
         if domain.is_active().map_err(refused)? {
             let disks =
-                domain_images(&volumes::with_paths(&domain.xml(0).map_err(refused)?, volumes)?)?;
-            users.live = disks.iter().flat_map(DiskImage::layers).map(id).collect();
+                domain_disks(&volumes::with_paths(&domain.xml(0).map_err(refused)?, volumes)?)?;
+            users.live = disks.iter().flat_map(Disk::layers).map(id).collect();
             users.qemu = locks::qemu_of_domain(domain.uuid());
         }
         Ok(users)
@@ -80,7 +80,7 @@ fn images_of(domain: &OtherDomain, volumes: &[Volume]) -> Vec<Id> {
         .texts
         .iter()
         .map(|text| volumes::with_paths(text, volumes).unwrap_or_else(|_| text.clone()));
-    let disks = named.flat_map(|text| domain_images(&text).unwrap_or_default());
+    let disks = named.flat_map(|text| domain_disks(&text).unwrap_or_default());
     let mut found = Vec::new();
     for disk in disks {
         found.extend(disk.backing.iter().map(|below| id(below)));

@@ -131,7 +131,7 @@ pub extern "C" fn instantsnap_snapshot_create(
             // Nobody is told, so QEMU need not be asked.
             listener.interval = None;
         }
-        let created = c_string(guest.create(xml, CreateFlags::parse(flags), &mut listener)?)?;
+        let created = c_string(guest.create(xml, CreateFlags::parse(flags), &mut listener)?.name)?;
         name.put(|| created.into_raw());
         Ok(0)
     })

@@ -179,7 +179,7 @@ pub extern "C" fn instantsnap_snapshot_create_xml(
 /// Takes a snapshot; returns its name.
 pub(super) fn create(guest: *mut instantsnap_guest, xml: Text, flags: c_uint) -> Result<CString> {
     let guest = GUESTS.get(guest)?;
-    c_string(guest.create(xml.required("xml")?, CreateFlags::parse(flags), &mut ())?)
+    c_string(guest.create(xml.required("xml")?, CreateFlags::parse(flags), &mut ())?.name)
 }
 
 /// `instantsnap_snapshot_cancel`.

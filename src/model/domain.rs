@@ -57,6 +57,8 @@ pub struct Disk {
     pub protocol: Option<String>,
     /// `<source name=>`.
     pub source_name: Option<String>,
+    /// The storage pool and the volume that it is on.
+    pub volume: Option<(String, String)>,
     /// Its storage needs a secret.
     pub needs_secret: bool,
     /// Its image is encrypted.
@@ -312,6 +314,12 @@ fn disk_nodes<'a, 'i>(root: Node<'a, 'i>) -> impl Iterator<Item = Node<'a, 'i>> 
     xml::children(root, "devices").flat_map(|devices| xml::children(devices, "disk"))
 }
 
+/// The disks of a domain's XML that have a target.
+pub fn domain_disks(domain_xml: &str) -> Result<Vec<Disk>> {
+    let document = xml::parse(domain_xml, "domain", &xml::GIVEN)?;
+    Ok(disks(document.root_element()))
+}
+
 /// The disks of a `<domain>`, or of an element like one, that have a target.
 pub fn disks(domain: Node) -> Vec<Disk> {
     disk_nodes(domain).filter_map(disk).collect()
@@ -342,6 +350,7 @@ pub fn disk(node: Node) -> Option<Disk> {
         depth: 1 + chain().take_while(has_source).count(),
         protocol: attribute("source", "protocol"),
         source_name: attribute("source", "name"),
+        volume: volume(node).map(|(pool, volume)| (pool.to_owned(), volume.to_owned())),
         needs_secret: nbd::needs_secret(node),
         encrypted: xml::child(node, "source")
             .is_some_and(|source| xml::child(source, "encryption").is_some()),
@@ -356,6 +365,13 @@ pub fn disk(node: Node) -> Option<Disk> {
         io: attribute("driver", "io"),
         discard: attribute("driver", "discard"),
     })
+}
+
+/// The storage pool and the volume that a disk, or an image below one, is on.
+pub fn volume<'a>(image: Node<'a, '_>) -> Option<(&'a str, &'a str)> {
+    let is_on_volume = image.attribute("type") == Some("volume");
+    let source = xml::child(image, "source").filter(|_| is_on_volume)?;
+    Some((source.attribute("pool")?, source.attribute("volume")?))
 }
 
 /// UEFI variables, whose file is the text of `<nvram>`, or a `<source>` in it.
@@ -454,9 +470,4 @@ fn put_source(old: Node, new: &Storage, edits: &mut Edits) {
         old.range(),
         labelled.map_or(new.source.clone(), |open| format!("{open}>{labels}</source>")),
     ));
-}
-
-/// The text of a `<domain>` element inside a larger document; `None` where it has no name.
-pub fn element_text(node: Node) -> Option<String> {
-    xml::text(node, "name").map(|_| node.document().input_text()[node.range()].into())
 }

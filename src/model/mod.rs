@@ -18,6 +18,7 @@ pub mod plan;
 pub mod record;
 pub mod request;
 pub mod snapshot_writer;
+pub mod snapshot_xml;
 pub mod store;
 pub mod upgrade;
 mod validate;

@@ -8,12 +8,11 @@
 //! overlay; so that image is written down too, as an element of our own namespace, which libvirt
 //! passes over.
 
-use roxmltree::Node;
-
 use super::drive::Drive;
 use super::frozen::Frozen;
 use super::names::{check_name, check_path};
-use super::{domain, xml};
+use super::snapshot_xml::{DiskElement, ImageElement, NvramElement, SnapshotXml};
+use super::xml;
 use crate::error::{Code, Error, Result, fail};
 
 /// A snapshot, complete.
@@ -108,40 +107,42 @@ impl Record {
         let damaged = |what: &str| {
             Error::new(Code::InvalidDomainSnapshot, format!("snapshot metadata {what}"))
         };
-        let document = xml::parse(text, "domainsnapshot", &xml::RECORDED)
+        let mut found = SnapshotXml::parse(text, &xml::RECORDED)
             .map_err(|error| damaged(&format!("is damaged: {error}")))?;
-        let root = document.root_element();
-        let required =
-            |what| xml::text(root, what).ok_or_else(|| damaged(&format!("has no <{what}>")));
-        let name = required("name")?;
+        let required = |value: Option<String>, element: &str| {
+            value.ok_or_else(|| damaged(&format!("has no <{element}>")))
+        };
+        let name = required(found.name.take(), "name")?;
         check_name(&name).map_err(|error| damaged(&format!("is damaged: {error}")))?;
-        let state = match required("state")?.as_str() {
+        let state = match required(found.state.take(), "state")?.as_str() {
             "running" => State::Running,
             "paused" => State::Paused,
             other => return Err(damaged(&format!("has the unknown state '{other}'"))),
         };
-        let disks = xml::child(root, "disks").ok_or_else(|| damaged("has no <disks>"))?;
-        let domain = xml::child(root, "domain").ok_or_else(|| damaged("has no <domain>"))?;
-        let (manual, switched): (Vec<_>, Vec<_>) = xml::children(disks, "disk")
-            .partition(|disk| disk.attribute("snapshot") == Some("manual"));
+        let disks = found.disks.take().ok_or_else(|| damaged("has no <disks>"))?;
+        let domain = found.domain.take().ok_or_else(|| damaged("has no <domain>"))?;
+        if domain.name.is_none() {
+            return Err(damaged("has a <domain> without a name"));
+        }
+        let domain_xml = found.domain_text(&domain).to_owned();
+        let (manual, switched): (Vec<_>, Vec<_>) =
+            disks.into_iter().partition(|disk| disk.snapshot.as_deref() == Some("manual"));
         let record = Record {
             name,
-            description: xml::text(root, "description"),
-            parent: xml::child(root, "parent").and_then(|parent| xml::text(parent, "name")),
-            creation_time: required("creationTime")?
+            description: found.description,
+            parent: found.parent,
+            creation_time: required(found.creation_time, "creationTime")?
                 .parse()
                 .map_err(|_| damaged("has no time of creation"))?,
             state,
-            memory_file: xml::attribute(root, "memory", "file")
-                .ok_or_else(|| damaged("names no memory image"))?
-                .into(),
-            disks: switched.into_iter().map(RecordedDisk::parse).collect::<Result<_>>()?,
-            manual: manual.into_iter().map(ManualDisk::parse).collect::<Result<_>>()?,
-            nvram: xml::children(disks, "nvram")
-                .map(RecordedNvram::parse)
-                .collect::<Result<_>>()?,
-            domain_xml: domain::element_text(domain)
-                .ok_or_else(|| damaged("has a <domain> without a name"))?,
+            memory_file: found
+                .memory
+                .and_then(|memory| memory.file)
+                .ok_or_else(|| damaged("names no memory image"))?,
+            disks: switched.into_iter().map(RecordedDisk::read).collect::<Result<_>>()?,
+            manual: manual.into_iter().map(ManualDisk::read).collect::<Result<_>>()?,
+            nvram: found.nvram.into_iter().map(RecordedNvram::read).collect::<Result<_>>()?,
+            domain_xml,
         };
         // What was recorded was: a relative path would be one thing here and another there.
         let overlays = record.disks.iter().map(|disk| ("overlay", &disk.overlay));
@@ -154,16 +155,18 @@ impl Record {
 }
 
 impl RecordedDisk {
-    fn parse(node: Node) -> Result<RecordedDisk> {
-        let (source, image) = (child(node, "source")?, child(node, "image")?);
+    fn read(disk: DiskElement) -> Result<RecordedDisk> {
+        let name = attribute(disk.name, "disk", "name")?;
+        if !disk.has_source {
+            fail!(InvalidDomainSnapshot, "disk '{name}' of a snapshot has no <source>");
+        }
+        let (image, format) = image(disk.image, &name)?;
         Ok(RecordedDisk {
-            name: attribute(node, "name")?,
-            overlay: source
-                .attribute("dev")
-                .map_or_else(|| attribute(source, "file"), |device| Ok(device.into()))?,
-            image: attribute(image, "file")?,
-            format: attribute(image, "format")?,
-            frozen: xml::children(node, "frozen").filter_map(Frozen::read).collect(),
+            name,
+            overlay: attribute(disk.device.or(disk.file), "source", "file")?,
+            image,
+            format,
+            frozen: disk.frozen,
         })
     }
 }
@@ -179,45 +182,41 @@ impl From<&Drive> for ManualDisk {
 }
 
 impl ManualDisk {
-    fn parse(node: Node) -> Result<ManualDisk> {
-        let image = child(node, "image")?;
-        Ok(ManualDisk {
-            name: attribute(node, "name")?,
-            source: attribute(image, "file")?,
-            format: attribute(image, "format")?,
-        })
+    fn read(disk: DiskElement) -> Result<ManualDisk> {
+        let name = attribute(disk.name, "disk", "name")?;
+        let (source, format) = image(disk.image, &name)?;
+        Ok(ManualDisk { name, source, format })
     }
 }
 
 impl RecordedNvram {
-    fn parse(node: Node) -> Result<RecordedNvram> {
+    fn read(copy: NvramElement) -> Result<RecordedNvram> {
         Ok(RecordedNvram {
-            name: attribute(node, "name")?,
-            copy: attribute(node, "file")?,
-            original: attribute(node, "original")?,
-            format: attribute(node, "format")?,
-            content: node.attribute("content").map(str::to_owned),
+            name: attribute(copy.name, "nvram", "name")?,
+            copy: attribute(copy.file, "nvram", "file")?,
+            original: attribute(copy.original, "nvram", "original")?,
+            format: attribute(copy.format, "nvram", "format")?,
+            content: copy.content,
         })
     }
 }
 
-fn child<'a, 'i>(disk: Node<'a, 'i>, name: &str) -> Result<Node<'a, 'i>> {
-    match xml::child(disk, name) {
-        Some(child) => Ok(child),
-        None => {
-            let disk = attribute(disk, "name")?;
-            fail!(InvalidDomainSnapshot, "disk '{disk}' of a snapshot has no <{name}>")
+/// The image with the snapshot's content of a disk, and its format.
+fn image(image: Option<ImageElement>, disk: &str) -> Result<(String, String)> {
+    match image {
+        Some(ImageElement { file, format }) => {
+            Ok((attribute(file, "image", "file")?, attribute(format, "image", "format")?))
         }
+        None => fail!(InvalidDomainSnapshot, "disk '{disk}' of a snapshot has no <image>"),
     }
 }
 
-fn attribute(node: Node, name: &str) -> Result<String> {
-    match node.attribute(name) {
-        Some(value) => Ok(value.into()),
+fn attribute(value: Option<String>, element: &str, name: &str) -> Result<String> {
+    match value {
+        Some(value) => Ok(value),
         None => fail!(
             InvalidDomainSnapshot,
-            "<{}> in the metadata of a snapshot has no attribute '{name}'",
-            node.tag_name().name()
+            "<{element}> in the metadata of a snapshot has no attribute '{name}'"
         ),
     }
 }

@@ -2,9 +2,8 @@
 
 //! The `<domainsnapshot>` XML that a caller hands in.
 
-use roxmltree::Node;
-
 use super::names::{check_name, check_path};
+use super::snapshot_xml::{DiskElement, MemoryElement, SnapshotXml};
 use super::xml;
 use crate::error::{Result, fail};
 
@@ -60,32 +59,22 @@ pub struct DiskRequest {
 impl Request {
     /// Reads `<domainsnapshot>`.
     pub fn parse(text: &str) -> Result<Request> {
-        let document = xml::parse(text, "domainsnapshot", &xml::GIVEN)?;
-        let root = document.root_element();
-        let name = xml::text(root, "name");
+        let SnapshotXml { name, description, memory, disks, .. } =
+            SnapshotXml::parse(text, &xml::GIVEN)?;
         if let Some(name) = &name {
             check_name(name)?;
         }
-        let disks = match xml::child(root, "disks") {
-            Some(disks) => xml::children(disks, "disk").map(disk).collect::<Result<_>>()?,
-            None => Vec::new(),
-        };
-        Ok(Request {
-            name,
-            description: xml::text(root, "description"),
-            memory: memory(root)?,
-            disks,
-        })
+        let disks = disks.unwrap_or_default().into_iter().map(disk).collect::<Result<_>>()?;
+        Ok(Request { name, description, memory: memory_request(memory)?, disks })
     }
 }
 
-fn memory(root: Node) -> Result<MemoryRequest> {
-    let Some(memory) = xml::child(root, "memory") else { return Ok(MemoryRequest::Default) };
-    let file = memory.attribute("file");
-    match (memory.attribute("snapshot"), file) {
+fn memory_request(memory: Option<MemoryElement>) -> Result<MemoryRequest> {
+    let Some(MemoryElement { snapshot, file }) = memory else { return Ok(MemoryRequest::Default) };
+    match (snapshot.as_deref(), file) {
         (None | Some("external"), Some(file)) => {
-            check_path("memory snapshot file", file)?;
-            Ok(MemoryRequest::External(file.into()))
+            check_path("memory snapshot file", &file)?;
+            Ok(MemoryRequest::External(file))
         }
         (None | Some("external"), None) => Ok(MemoryRequest::Default),
         (Some("no"), None) => Ok(MemoryRequest::No),
@@ -101,11 +90,11 @@ fn memory(root: Node) -> Result<MemoryRequest> {
     }
 }
 
-fn disk(node: Node) -> Result<DiskRequest> {
-    let Some(name) = node.attribute("name").filter(|name| !name.is_empty()) else {
+fn disk(disk: DiskElement) -> Result<DiskRequest> {
+    let Some(name) = disk.name.filter(|name| !name.is_empty()) else {
         fail!(XmlError, "missing name from disk snapshot element");
     };
-    let location = match node.attribute("snapshot") {
+    let location = match disk.snapshot.as_deref() {
         None => None,
         Some("external") => Some(Location::External),
         Some("manual") => Some(Location::Manual),
@@ -117,7 +106,7 @@ fn disk(node: Node) -> Result<DiskRequest> {
         ),
         Some(other) => fail!(XmlError, "unknown disk snapshot setting '{other}' of disk '{name}'"),
     };
-    let on_device = match node.attribute("type") {
+    let on_device = match disk.kind.as_deref() {
         None | Some("file") => false,
         Some("block") => true,
         Some(kind) => fail!(
@@ -126,7 +115,7 @@ fn disk(node: Node) -> Result<DiskRequest> {
              type='file', or type='block' with <source dev='...'/>"
         ),
     };
-    match xml::attribute(node, "driver", "type") {
+    match disk.driver.as_deref() {
         None | Some("qcow2") => {}
         Some(format) => {
             fail!(
@@ -135,8 +124,7 @@ fn disk(node: Node) -> Result<DiskRequest> {
             )
         }
     }
-    let place = if on_device { "dev" } else { "file" };
-    let source = xml::attribute(node, "source", place).map(str::to_owned);
+    let source = if on_device { disk.device } else { disk.file };
     if let Some(source) = &source {
         check_path(&format!("external snapshot file of disk '{name}'"), source)?;
         if matches!(location, Some(Location::Manual | Location::No)) {
@@ -152,5 +140,5 @@ fn disk(node: Node) -> Result<DiskRequest> {
              dev='...'/>"
         );
     }
-    Ok(DiskRequest { name: name.into(), location, source, on_device })
+    Ok(DiskRequest { name, location, source, on_device })
 }

@@ -4,19 +4,17 @@
 //!
 //! The rules are the same in clients and in the daemon.
 
+use super::snapshot_xml::SnapshotXml;
 use super::xml;
 use crate::error::Code;
 
 /// `<memory file=>` with `snapshot='external'`, which a file implies. False where it cannot be
 /// read: libvirt shall say why.
 pub fn memory_goes_to_a_file(text: &str) -> bool {
-    let Ok(document) = xml::parse(text, "domainsnapshot", &xml::GIVEN) else { return false };
-    xml::child(document.root_element(), "memory").is_some_and(|memory| {
-        matches!(
-            (memory.attribute("snapshot"), memory.attribute("file")),
-            (None | Some("external"), Some(_))
-        )
-    })
+    let Ok(SnapshotXml { memory: Some(memory), .. }) = SnapshotXml::parse(text, &xml::GIVEN) else {
+        return false;
+    };
+    memory.file.is_some() && matches!(memory.snapshot.as_deref(), None | Some("external"))
 }
 
 /// What instantsnap says before it has touched anything: it cannot, it may not, or does not

@@ -8,13 +8,13 @@
 use std::time::Duration;
 
 use super::call::{CallError, Caller, Retry};
-use super::snapshot_def::domain_images;
 use crate::backend::guest::DEFAULT_TIMEOUT;
 use crate::backend::images::{Id, id};
 use crate::backend::progress::{Progress, STALLED};
 use crate::deadline::Deadline;
 use crate::error::{Code, Error};
 use crate::libvirt::{Domain, VirResult, block};
+use crate::model::domain::domain_disks;
 
 /// libvirt itself waits half as long for another client's job, and then refuses the merge.
 const START_TIMEOUT: Duration = Duration::from_secs(60);
@@ -116,7 +116,7 @@ impl BlockCommit {
             if !active {
                 return Ok(Look::UnderWay(seen));
             }
-            let disks = domain_images(&domain.xml(0)?)?;
+            let disks = domain_disks(&domain.xml(0)?)?;
             let ready = disks.iter().any(|disk| disk.target == target && disk.job_ready);
             Ok(if ready { Look::Ready } else { Look::UnderWay(seen) })
         })
@@ -155,7 +155,7 @@ impl BlockCommit {
     fn is_on_top(&self, caller: &mut Caller) -> Result<bool, CallError> {
         let BlockCommit { target, top_id, .. } = self.clone();
         self.call(caller, Retry::Safe, move |domain| {
-            let disks = domain_images(&domain.xml(0)?)?;
+            let disks = domain_disks(&domain.xml(0)?)?;
             let disk = disks.iter().find(|disk| disk.target == target);
             Ok(disk.is_none_or(|disk| disk.layers().iter().any(|layer| id(layer) == top_id)))
         })

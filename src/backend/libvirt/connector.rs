@@ -1,149 +1,112 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! A domain that was opened, and the connection that it was opened by.
+//! What the engine asks of an opened domain.
 
-use std::sync::Mutex;
+use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
 
-use super::call::Caller;
-use super::drives;
-use crate::backend::exclusive::Exclusive;
-use crate::error::{Code, Error, Result, fail};
-use crate::libvirt::daemon::Daemon;
-use crate::libvirt::{self, Connect, Domain, Snapshot};
-use crate::model::{self, Request, manual};
-use crate::sys;
+use super::forget;
+use super::guest::LibvirtGuest;
+use super::managed_domain::ManagedDomain;
+use super::opened::LibvirtConnector;
+use super::session::Session;
+use crate::backend::guest::{Connector, Guest, Reserved, SnapshotList};
+use crate::error::{Result, fail};
+use crate::libvirt::Snapshot;
+use crate::model::flags::{self, CreateFlags};
+use crate::model::{Store, check_name};
 
-/// Where the daemon is, seen from here.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Transport {
-    /// At the other end of a connection.
-    Client,
-    /// In this process: the connection is its driver. Others connect to this address.
-    InProcess(String),
-}
+/// The flags of snapshots that the library takes itself.
+const SUPPORTED_FLAGS: CreateFlags = CreateFlags::constant(
+    flags::NO_METADATA
+        | flags::HALT
+        | flags::REUSE_EXT
+        | flags::ATOMIC
+        | flags::LIVE
+        | flags::VALIDATE
+        | flags::INSTANT,
+);
 
-/// A domain of a stock libvirt.
-#[derive(Debug)]
-pub struct LibvirtConnector {
-    pub(super) domain: Domain,
-    pub(super) way: Transport,
-    pub(super) uri: String,
-    pub(super) name: String,
-    pub(super) uuid: String,
-    /// The snapshot taken last, for whoever wants libvirt's own object of it.
-    taken: Mutex<Option<Snapshot>>,
-}
-
-impl LibvirtConnector {
-    /// Opens it. A connection to another machine, or to another driver, is an error.
-    pub fn open(domain: Domain) -> Result<LibvirtConnector> {
-        LibvirtConnector::new(domain, |_| Transport::Client)
+impl Connector for LibvirtConnector {
+    fn supported_flags(&self) -> CreateFlags {
+        SUPPORTED_FLAGS
     }
 
-    /// The same in the daemon itself, to whose driver the domain's connection is.
-    pub fn inside(domain: Domain) -> Result<LibvirtConnector> {
-        LibvirtConnector::new(domain, |uri| Transport::InProcess(libvirt::daemon::address(uri)))
+    fn snapshot_list(&self) -> &dyn SnapshotList {
+        self
     }
 
-    fn new(domain: Domain, way: impl FnOnce(&str) -> Transport) -> Result<LibvirtConnector> {
-        let step = "cannot open the domain";
-        let connect = domain.connect().map_err(|error| error.into_error(step))?;
-        check_connection(&connect)?;
-        let text =
-            |result: libvirt::VirResult<String>| result.map_err(|error| error.into_error(step));
-        let (uri, name, uuid) = (text(connect.uri())?, text(domain.name())?, text(domain.uuid())?);
-        Ok(LibvirtConnector { domain, way: way(&uri), uri, name, uuid, taken: Mutex::default() })
+    fn store(&self) -> Option<&Store> {
+        None
     }
 
-    /// libvirt's own object of the snapshot that was taken last; once.
-    pub fn taken(&self) -> Option<Snapshot> {
-        sys::lock(&self.taken).take()
-    }
-
-    /// Holds the domain for one operation.
-    pub(super) fn hold(&self) -> Result<Exclusive> {
-        Exclusive::take(&self.whose(), self.held_name())
-    }
-
-    /// What makes calls on it that have an end.
-    pub(super) fn caller(&self) -> Caller {
-        // All domains of a daemon's process are its driver's.
-        let is_inside =
-            matches!(self.way, Transport::InProcess(_)) || Daemon::of_this_process().is_some();
-        match is_inside {
-            true => Caller::inside(self.domain.clone()),
-            false => Caller::new(self.domain.clone(), self.uri.clone(), self.uuid.clone()),
-        }
-    }
-
-    /// What messages call it.
-    pub(super) fn whose(&self) -> String {
-        format!("domain '{}'", self.name)
-    }
-
-    /// By nothing else, for a daemon has as many URIs as there are ways to it.
-    pub(super) fn held_name(&self) -> String {
-        format!("instantsnap/{}", self.uuid)
-    }
-
-    pub(super) fn keep(&self, snapshot: Snapshot) {
-        *sys::lock(&self.taken) = Some(snapshot);
-    }
-
-    /// libvirt calls nobody for the disks that it leaves to others.
-    pub(super) fn check_no_hook_is_due(&self, snapshot_xml: &str) -> Result<()> {
-        let step = format!("cannot read the XML of domain '{}'", self.name);
-        let xml = self.domain.xml(0).map_err(|error| error.into_error(&step))?;
-        let disks = drives::disks(&model::Domain::parse(&xml)?);
-        if let Some(disk) = manual(&disks, &Request::parse(snapshot_xml)?).first() {
+    fn reserve(&self, name: Option<&str>) -> Result<Reserved> {
+        let known = self.names()?;
+        let taken = |name: &str| known.iter().any(|known| known == name);
+        let name = match name {
+            Some(name) => name.to_owned(),
+            None => {
+                let seconds =
+                    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+                (seconds..)
+                    .map(|seconds| seconds.to_string())
+                    .find(|name| !taken(name))
+                    .unwrap_or_default()
+            }
+        };
+        check_name(&name)?;
+        if taken(&name) {
             fail!(
-                OperationUnsupported,
-                "snapshot='manual' of disk '{}' is supported for a running domain only, and '{}' \
-                 is paused: resume it, or use snapshot='external', or 'no' to leave the disk out",
-                disk.name(),
+                OperationInvalid,
+                "domain snapshot '{name}' of domain '{}' already exists",
                 self.name
             );
         }
-        Ok(())
+        Ok(Reserved::by_others(name))
     }
 
-    pub(super) fn find(&self, name: &str) -> Result<Snapshot> {
-        let found = self
-            .domain
-            .find(name)
-            .map_err(|error| error.into_error("cannot list the domain's snapshots"))?;
-        found.ok_or_else(|| {
-            let message = format!("domain '{}' has no snapshot '{name}'", self.name);
-            Error::new(Code::NoDomainSnapshot, message)
-        })
+    /// Without INSTANT, and of a domain that is paused, it is libvirt's own.
+    fn delegate(&self, xml: &str, flags: CreateFlags) -> Option<Result<Snapshot>> {
+        let plain = if flags.is_instant() {
+            if let Err(error) = self.check_no_hook_is_due(xml) {
+                return Some(Err(error));
+            }
+            flags.without_instant()
+        } else {
+            flags
+        };
+        let step = format!("cannot take libvirt's own snapshot of domain '{}'", self.name);
+        // As long as it takes.
+        let taken = self.domain.create_snapshot(xml, plain.bits());
+        Some(taken.map_err(|error| error.into_error(&step)))
+    }
+
+    fn begin(&self) -> Result<Box<dyn Guest + '_>> {
+        Ok(Box::new(LibvirtGuest::new(Session::begin(self)?)))
+    }
+
+    fn managed(&self, name: &str) -> Result<Option<Snapshot>> {
+        self.find(name).map(Some)
     }
 }
 
-/// Memory and disks are files of the daemon's machine, and descriptors are passed to it.
-pub fn check_connection(connect: &Connect) -> Result<()> {
-    let step = "cannot look at the connection to libvirt";
-    let driver = connect.driver().map_err(|error| error.into_error(step))?;
-    let uri = connect.uri().map_err(|error| error.into_error(step))?;
-    if driver != "QEMU" {
-        fail!(
-            OperationUnsupported,
-            "the domain is run by libvirt's {driver} driver ('{uri}'): only QEMU's is supported"
-        );
+impl SnapshotList for LibvirtConnector {
+    fn names(&self) -> Result<Vec<String>> {
+        let step = format!("cannot list the snapshots of domain '{}'", self.name);
+        self.call(&step, |domain| Ok(domain.snapshots()?.iter().map(Snapshot::name).collect()))
     }
-    if !is_local(&uri) {
-        fail!(
-            OperationUnsupported,
-            "the connection '{uri}' is to a remote machine: memory and disks are written where the \
-             guest runs, so the snapshot has to be taken there, by a connection like \
-             qemu:///system"
-        );
-    }
-    Ok(())
-}
 
-/// `qemu:///...` and `qemu+unix:///...`.
-fn is_local(uri: &str) -> bool {
-    uri.split_once("://").is_some_and(|(scheme, rest)| {
-        matches!(scheme, "qemu" | "qemu+unix") && (rest.is_empty() || rest.starts_with(['/', '?']))
-    })
+    fn xml(&self, name: &str) -> Result<String> {
+        let snapshot = Arc::new(self.find(name)?);
+        self.call(&format!("cannot describe snapshot '{name}'"), move |_| snapshot.xml(0))
+    }
+
+    fn current(&self) -> Result<Option<String>> {
+        let step = format!("cannot look for the current snapshot of domain '{}'", self.name);
+        self.call(&step, |domain| Ok(domain.current_snapshot()?.as_ref().map(Snapshot::name)))
+    }
+
+    fn forget(&self, name: &str) -> Result<()> {
+        self.find(name).and_then(|_| forget::forget(&ManagedDomain::new(self), name))
+    }
 }

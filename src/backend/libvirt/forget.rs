@@ -32,7 +32,7 @@ pub fn forget_alone(
     }
     let step = format!("cannot change the record of snapshot '{}' to delete it", target.name);
     let redefine = |xml: &str| domain.redefine(xml, tree.is_current(target));
-    redefine(&target.without_overlays()?).map_err(|trouble| trouble.into_error(&step))?;
+    redefine(&target.without_overlays()).map_err(|trouble| trouble.into_error(&step))?;
     forget().map_err(|trouble| {
         if let CallError::Refused(_) = trouble {
             let _ = redefine(target.xml());

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use super::block_commit::{BlockCommit, MergeFailure};
 use super::call::{CallError, Caller, Retry};
-use super::connector::LibvirtConnector;
+use super::opened::LibvirtConnector;
 use crate::deadline::Deadline;
 use crate::error::{Code, Result};
 use crate::libvirt::{Domain, Snapshot, VirError, VirResult, xml};

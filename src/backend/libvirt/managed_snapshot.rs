@@ -3,8 +3,8 @@
 //! Snapshots of a domain of a stock libvirt that are our affair too: where its own revert and
 //! delete are lacking, or do harm.
 
-use super::connector::{LibvirtConnector, check_connection};
 use super::managed_domain::{Answer, ManagedDomain};
+use super::opened::{LibvirtConnector, check_connection};
 use super::snapshot_def::SnapshotDef;
 use crate::backend::exclusive::{Exclusive, Holder};
 use crate::error::Result;
@@ -44,7 +44,7 @@ impl ManagedSnapshot {
         };
         let step = || format!("cannot read the record of snapshot '{name}'");
         let text = read.map_err(|trouble| trouble.into_error(&step()))?;
-        if !SnapshotDef::parse(name.clone(), text)?.is_ours() {
+        if !SnapshotDef::parse(name.clone(), &text)?.is_ours() {
             return Ok(None);
         }
         let snapshot = snapshot.clone();

@@ -7,17 +7,13 @@
 //! overlays that the guest went on with, and `<revertDisks>` (libvirt >= 9.9) those of the last
 //! revert.
 
-use std::ops::Range;
-
-use roxmltree::Node;
-
 use super::volumes::{self, Volume};
 use crate::backend::images::{self, Id, id};
 use crate::error::{Error, Result, fail};
-pub use crate::model::domain::Disk as DiskImage;
-use crate::model::domain::{self, Source, Storage};
-use crate::model::snapshot_writer::{excluded_disk, external_disk};
-use crate::model::{self, Notes, xml};
+use crate::model::domain::{self, Disk, Domain, Source, Storage, domain_disks};
+use crate::model::snapshot_writer::{self, excluded_disk, external_disk};
+use crate::model::snapshot_xml::{DiskElement, DomainElement, Edit, SnapshotXml};
+use crate::model::{Notes, xml};
 
 /// A snapshot of a domain.
 #[derive(Debug)]
@@ -35,14 +31,14 @@ pub struct SnapshotDef {
     /// `<revertDisks>`.
     pub revert_disks: Vec<SnapshotDisk>,
     /// The disks of `<domain>`.
-    pub images: Vec<DiskImage>,
+    pub images: Vec<Disk>,
     /// The disks of `<inactiveDomain>`.
-    pub inactive_images: Vec<DiskImage>,
+    pub inactive_images: Vec<Disk>,
     /// What we have noted down of it.
     pub notes: Notes,
     /// libvirt calls images of it by pool and volume.
     pub on_volumes: bool,
-    xml: String,
+    xml: SnapshotXml,
 }
 
 /// What a snapshot did with a disk.
@@ -70,48 +66,47 @@ pub struct Replaced {
 }
 
 impl SnapshotDef {
-    /// It, with paths in the place of these volumes.
+    /// The same with paths in the place of these volumes.
     pub fn with_paths(self, volumes: &[Volume]) -> Result<SnapshotDef> {
-        let text = volumes::record_with_paths(&self.xml, volumes)?;
-        if text == self.xml {
+        let text = volumes::record_with_paths(self.xml(), volumes)?;
+        if text == self.xml() {
             return Ok(self);
         }
-        Ok(SnapshotDef { on_volumes: true, ..SnapshotDef::parse(self.name, text)? })
+        Ok(SnapshotDef { on_volumes: true, ..SnapshotDef::parse(self.name, &text)? })
     }
 
-    /// Of a snapshot of this name, its XML.
-    pub fn parse(name: String, text: String) -> Result<SnapshotDef> {
-        let step = format!("cannot read the record of snapshot '{name}'");
-        let document = xml::parse(&text, "domainsnapshot", &xml::RECORDED)
-            .map_err(|error| Error::new(error.code, format!("{step}: {}", error.message)))?;
-        let root = document.root_element();
-        let memory = xml::child(root, "memory")
-            .filter(|memory| memory.attribute("snapshot") == Some("external"));
-        let snapshot_disks =
-            |element| xml::child(root, element).map(snapshot_disks).unwrap_or_default();
-        let images = |element| xml::child(root, element).map(domain::disks).unwrap_or_default();
+    /// Reads the record of a snapshot of this name.
+    pub fn parse(name: String, text: &str) -> Result<SnapshotDef> {
+        let xml = SnapshotXml::parse(text, &xml::RECORDED).map_err(|error| {
+            let step = format!("cannot read the record of snapshot '{name}'");
+            Error::new(error.code, format!("{step}: {}", error.message))
+        })?;
+        let disks = |elements: &[DiskElement]| elements.iter().map(SnapshotDisk::of).collect();
+        let images = |domain: &Option<DomainElement>| {
+            domain.as_ref().map(|domain| domain.disks.clone()).unwrap_or_default()
+        };
         Ok(SnapshotDef {
             name,
-            parent: xml::child(root, "parent").and_then(|parent| xml::text(parent, "name")),
-            state: xml::text(root, "state").unwrap_or_default(),
-            memory: memory.and_then(|memory| memory.attribute("file")).map(str::to_owned),
-            disks: snapshot_disks("disks"),
-            revert_disks: snapshot_disks("revertDisks"),
-            images: images("domain"),
-            inactive_images: images("inactiveDomain"),
-            notes: xml::child(root, "domain").map(Notes::read).unwrap_or_default(),
+            parent: xml.parent.clone(),
+            state: xml.state.clone().unwrap_or_default(),
+            memory: xml.external_memory().map(str::to_owned),
+            disks: disks(xml.disks.as_deref().unwrap_or_default()),
+            revert_disks: disks(&xml.revert_disks),
+            images: images(&xml.domain),
+            inactive_images: images(&xml.inactive_domain),
+            notes: xml.domain.as_ref().map(|domain| domain.notes.clone()).unwrap_or_default(),
             on_volumes: false,
-            xml: text.clone(),
+            xml,
         })
     }
 
     /// The record as it stands.
     pub fn xml(&self) -> &str {
-        &self.xml
+        self.xml.text()
     }
 
     /// The disks that got an overlay, with their state at the instant.
-    pub fn external(&self) -> impl Iterator<Item = (&SnapshotDisk, Option<&DiskImage>)> {
+    pub fn external(&self) -> impl Iterator<Item = (&SnapshotDisk, Option<&Disk>)> {
         let external = self.disks.iter().filter(|disk| disk.location == "external");
         external.map(|disk| (disk, self.images.iter().find(|image| image.target == disk.target)))
     }
@@ -136,16 +131,16 @@ impl SnapshotDef {
     }
 
     /// All images that a domain needs that is brought back to it.
-    pub fn images(&self) -> impl Iterator<Item = &DiskImage> {
+    pub fn images(&self) -> impl Iterator<Item = &Disk> {
         self.images.iter().chain(&self.inactive_images)
     }
 
     /// Its `<domain>`, with these disks on these images.
     pub fn domain_on(&self, sources: &[Source]) -> Result<String> {
-        match self.part("domain")? {
-            Some(range) => {
-                let domain = Notes::strip(&self.xml[range], "domain")?;
-                model::Domain::parse(&domain)?.with_sources(sources)
+        match &self.xml.domain {
+            Some(element) => {
+                let domain = Notes::strip(self.xml.domain_text(element), "domain")?;
+                Domain::parse(&domain)?.with_sources(sources)
             }
             None => fail!(
                 InvalidDomainSnapshot,
@@ -156,18 +151,15 @@ impl SnapshotDef {
     }
 
     /// The machine type of its domain.
-    pub fn machine(&self) -> Result<Option<String>> {
-        let document = xml::parse(&self.xml, "domainsnapshot", &xml::RECORDED)?;
-        let os = xml::child(document.root_element(), "domain")
-            .and_then(|domain| xml::child(domain, "os"));
-        Ok(os.and_then(|os| xml::attribute(os, "type", "machine")).map(str::to_owned))
+    pub fn machine(&self) -> Option<&str> {
+        self.xml.domain.as_ref()?.machine.as_deref()
     }
 
     /// What its domain is to be at its next start, with these disks on these images where they are
     /// on the snapshot's.
     pub fn config_on(&self, sources: &[Source]) -> Result<String> {
-        let Some(range) = self.part("inactiveDomain")? else { return self.domain_on(sources) };
-        let file = |images: &[DiskImage], target: &str| {
+        let Some(element) = &self.xml.inactive_domain else { return self.domain_on(sources) };
+        let file = |images: &[Disk], target: &str| {
             images.iter().find(|image| image.target == target).and_then(|image| image.file.clone())
         };
         let same: Vec<Source> = sources
@@ -177,24 +169,18 @@ impl SnapshotDef {
             })
             .cloned()
             .collect();
-        model::Domain::parse(&as_domain(&self.xml[range]))?.with_sources(&same)
+        Domain::parse(&as_domain(self.xml.domain_text(element)))?.with_sources(&same)
     }
 
-    /// The record with other overlays, by target; those of earlier reverts are forgotten.
-    pub fn with_overlays(&self, overlays: &[Source]) -> Result<String> {
-        self.edited(|root, edits| {
-            edits.extend(xml::child(root, "revertDisks").map(|node| (node.range(), String::new())));
-            for node in
-                xml::child(root, "disks").into_iter().flat_map(|disks| xml::children(disks, "disk"))
-            {
-                if let Some(overlay) =
-                    overlays.iter().find(|overlay| Some(overlay.target) == node.attribute("name"))
-                {
-                    edits.push((node.range(), external_disk(overlay)));
-                }
-            }
-            Ok(())
-        })
+    /// The record with other overlays, by target, and with these notes; the overlays of earlier
+    /// reverts are forgotten.
+    pub fn with_overlays(&self, overlays: &[Source], notes: &Notes) -> Result<String> {
+        let changed = self.xml.disks.iter().flatten().filter_map(|disk| {
+            let overlay = overlays.iter().find(|overlay| Some(overlay.target) == disk.name())?;
+            Some(disk.replace(external_disk(overlay)))
+        });
+        let removed = self.xml.remove_revert_disks();
+        Ok(self.xml.edited(changed.chain(removed).chain(self.put_notes(notes)?)))
     }
 
     /// What is noted down of it once it names other overlays: those of before may have to stay.
@@ -211,45 +197,54 @@ impl SnapshotDef {
 
     /// The record without overlays. libvirt, when it forgets a snapshot, puts its images in the
     /// place of its overlays in the records of its children: not of one without overlays.
-    pub fn without_overlays(&self) -> Result<String> {
-        self.edited(|root, edits| {
-            for node in
-                xml::child(root, "disks").into_iter().flat_map(|disks| xml::children(disks, "disk"))
-            {
-                let name = node.attribute("name").unwrap_or_default();
-                edits.push((node.range(), excluded_disk(name)));
-            }
-            Ok(())
-        })
+    pub fn without_overlays(&self) -> String {
+        let disks = self.xml.disks.iter().flatten();
+        self.xml
+            .edited(disks.map(|disk| disk.replace(excluded_disk(disk.name().unwrap_or_default()))))
+    }
+
+    /// The record with another parent.
+    pub fn with_parent(&self, parent: &str) -> String {
+        self.xml.edited(self.xml.set_parent(snapshot_writer::parent(parent)))
+    }
+
+    /// The record with these notes in the place of others.
+    pub fn with_notes(&self, notes: &Notes) -> Result<String> {
+        Ok(self.xml.edited(self.put_notes(notes)?))
+    }
+
+    /// Nothing where the record has no `<domain>`, which the notes go into.
+    fn put_notes(&self, notes: &Notes) -> Result<Option<Edit>> {
+        let Some(element) = &self.xml.domain else { return Ok(None) };
+        let domain = notes.put_into(self.xml.domain_text(element), "domain")?;
+        Ok(Some(element.replace(domain)))
     }
 
     /// The record where images were replaced; `None` where it names none of them.
     pub fn with_replaced(&self, replaced: &[Replaced]) -> Result<Option<String>> {
-        let edited = self.edited(|root, edits| {
-            for element in ["domain", "inactiveDomain"] {
-                if let Some(node) = xml::child(root, element) {
-                    replace_in_domain(node, replaced, edits)?;
-                }
-            }
-            let lists = ["disks", "revertDisks"]
-                .into_iter()
-                .filter_map(|element| xml::child(root, element));
-            for node in lists.flat_map(|list| xml::children(list, "disk")) {
-                let disk = snapshot_disk(node);
-                if let Some(replaced) =
-                    disk.overlay.as_deref().and_then(|overlay| find(replaced, overlay))
-                {
-                    let source = Source {
-                        target: &disk.target,
-                        storage: replaced.by.clone(),
-                        format: &replaced.format,
-                    };
-                    edits.push((node.range(), external_disk(&source)));
-                }
-            }
-            Ok(())
-        })?;
-        Ok(Some(edited).filter(|edited| *edited != self.xml))
+        let mut edits: Vec<Edit> = Vec::new();
+        if let Some(element) = &self.xml.domain {
+            let domain = domain_with_replaced(self.xml.domain_text(element), replaced)?;
+            edits.extend(domain.map(|domain| element.replace(domain)));
+        }
+        if let Some(element) = &self.xml.inactive_domain {
+            let domain = as_domain(self.xml.domain_text(element));
+            let domain = domain_with_replaced(&domain, replaced)?;
+            edits.extend(
+                domain.map(|domain| element.replace(rename(&domain, "domain", "inactiveDomain"))),
+            );
+        }
+        edits.extend(self.xml.all_disks().filter_map(|disk| {
+            let replaced = find(replaced, disk.image_name()?)?;
+            let source = Source {
+                target: disk.name().unwrap_or_default(),
+                storage: replaced.by.clone(),
+                format: &replaced.format,
+            };
+            Some(disk.replace(external_disk(&source)))
+        }));
+        let edited = self.xml.edited(edits);
+        Ok(Some(edited).filter(|edited| edited != self.xml()))
     }
 
     /// All overlays that it names, and those that it named before it was reverted to; with their
@@ -261,49 +256,23 @@ impl SnapshotDef {
             external.filter_map(|disk| Some((disk.target.as_str(), disk.overlay.as_deref()?)));
         named.chain(self.notes.left.iter().map(|(target, file)| (target.as_str(), file.as_str())))
     }
+}
 
-    fn part(&self, element: &str) -> Result<Option<Range<usize>>> {
-        let document = xml::parse(&self.xml, "domainsnapshot", &xml::RECORDED)?;
-        Ok(xml::child(document.root_element(), element).map(|node| node.range()))
-    }
-
-    fn edited(&self, edit: impl FnOnce(Node, &mut Edits) -> Result<()>) -> Result<String> {
-        let document = xml::parse(&self.xml, "domainsnapshot", &xml::RECORDED)?;
-        let mut edits = Edits::new();
-        edit(document.root_element(), &mut edits)?;
-        edits.sort_by_key(|(range, _)| range.start);
-        let mut text = self.xml.clone();
-        for (range, replacement) in edits.into_iter().rev() {
-            text.replace_range(range, &replacement);
+impl SnapshotDisk {
+    fn of(element: &DiskElement) -> SnapshotDisk {
+        SnapshotDisk {
+            target: element.name().unwrap_or_default().into(),
+            location: element.snapshot.clone().unwrap_or_default(),
+            overlay: element.image_name().map(str::to_owned),
+            format: element.driver.clone().unwrap_or_else(|| "qcow2".into()),
         }
-        Ok(text)
     }
-}
-
-/// A record with these notes in the place of others. One without a `<domain>` stays as it is.
-pub fn noted(record_xml: &str, notes: &Notes) -> Result<String> {
-    let document = xml::parse(record_xml, "domainsnapshot", &xml::RECORDED)?;
-    let Some(domain) = xml::child(document.root_element(), "domain").map(|domain| domain.range())
-    else {
-        return Ok(record_xml.to_owned());
-    };
-    let mut text = record_xml.to_owned();
-    text.replace_range(domain.clone(), &notes.put_into(&record_xml[domain], "domain")?);
-    Ok(text)
-}
-
-type Edits = Vec<(Range<usize>, String)>;
-
-/// The disks of a domain's XML.
-pub fn domain_images(domain_xml: &str) -> Result<Vec<DiskImage>> {
-    let document = xml::parse(domain_xml, "domain", &xml::GIVEN)?;
-    Ok(domain::disks(document.root_element()))
 }
 
 /// A domain's XML where images were replaced; `None` where it names none of them.
 pub fn domain_with_replaced(domain_xml: &str, replaced: &[Replaced]) -> Result<Option<String>> {
-    let images = domain_images(domain_xml)?;
-    let source = |image: &'_ DiskImage| {
+    let images = domain_disks(domain_xml)?;
+    let source = |image: &'_ Disk| {
         let replaced = find(replaced, image.file.as_deref()?)?;
         Some((image.target.clone(), replaced))
     };
@@ -316,7 +285,7 @@ pub fn domain_with_replaced(domain_xml: &str, replaced: &[Replaced]) -> Result<O
             format: &replaced.format,
         })
         .collect();
-    let changed = model::Domain::parse(domain_xml)?.with_sources(&sources)?;
+    let changed = Domain::parse(domain_xml)?.with_sources(&sources)?;
     let changed = without_chains_of(&changed, replaced)?;
     Ok(Some(changed).filter(|changed| changed != domain_xml))
 }
@@ -327,7 +296,7 @@ fn without_chains_of(domain_xml: &str, replaced: &[Replaced]) -> Result<String> 
     let document = xml::parse(domain_xml, "domain", &xml::GIVEN)?;
     let disks = xml::children(document.root_element(), "devices")
         .flat_map(|devices| xml::children(devices, "disk"));
-    let stale = |disk: &Node| {
+    let stale = |disk: &roxmltree::Node| {
         domain::disk(*disk)
             .is_some_and(|image| image.backing.iter().any(|file| find(replaced, file).is_some()))
     };
@@ -338,18 +307,6 @@ fn without_chains_of(domain_xml: &str, replaced: &[Replaced]) -> Result<String> 
         text.replace_range(chain.range(), "");
     }
     Ok(text)
-}
-
-fn replace_in_domain(node: Node, replaced: &[Replaced], edits: &mut Edits) -> Result<()> {
-    let text = &node.document().input_text()[node.range()];
-    if let Some(domain) = domain_with_replaced(&as_domain(text), replaced)? {
-        let name = node.tag_name().name();
-        edits.push((
-            node.range(),
-            if name == "domain" { domain } else { rename(&domain, "domain", name) },
-        ));
-    }
-    Ok(())
 }
 
 fn find<'a>(replaced: &'a [Replaced], file: &str) -> Option<&'a Replaced> {
@@ -367,22 +324,4 @@ fn rename(element: &str, from: &str, to: &str) -> String {
         Some(inner) => format!("<{to}{inner}</{to}>"),
         None => element.to_owned(),
     }
-}
-
-fn snapshot_disks(list: Node) -> Vec<SnapshotDisk> {
-    xml::children(list, "disk").map(snapshot_disk).collect()
-}
-
-fn snapshot_disk(node: Node) -> SnapshotDisk {
-    SnapshotDisk {
-        target: node.attribute("name").unwrap_or_default().into(),
-        location: node.attribute("snapshot").unwrap_or_default().into(),
-        overlay: name(node),
-        format: xml::attribute(node, "driver", "type").unwrap_or("qcow2").into(),
-    }
-}
-
-/// What the image of a disk, or one below it, is called.
-fn name(image: Node) -> Option<String> {
-    Storage::of(image)?.name().map(str::to_owned)
 }

@@ -2,10 +2,14 @@
 
 //! All snapshots of a domain, as libvirt has them defined.
 
+use std::path::Path;
+
 use super::managed_domain::ManagedDomain;
 use super::snapshot_def::SnapshotDef;
-use super::volumes::{self, Volume};
+use super::volumes::Volume;
+use crate::backend::images;
 use crate::error::{Code, Error, Result};
+use crate::model::domain::Disk;
 
 /// All snapshots of a domain.
 #[derive(Debug)]
@@ -24,9 +28,9 @@ impl SnapshotTree {
         let texts = domain.snapshots();
         let texts =
             texts.map_err(|trouble| trouble.into_error("cannot read the domain's snapshots"))?;
-        let parse = |(name, text)| SnapshotDef::parse(name, text);
+        let parse = |(name, text): (_, String)| SnapshotDef::parse(name, &text);
         let snapshots = texts.all.into_iter().map(parse).collect::<Result<Vec<_>>>()?;
-        let volumes = volumes::of_records(snapshots.iter().map(SnapshotDef::xml))?;
+        let volumes = volumes_of(&snapshots);
         let named = snapshots.into_iter().map(|snapshot| snapshot.with_paths(&volumes));
         let snapshots = named.collect::<Result<Vec<_>>>()?;
         Ok(SnapshotTree { snapshots, current: texts.current, volumes })
@@ -63,4 +67,24 @@ impl SnapshotTree {
         }
         found.split_off(1)
     }
+}
+
+/// The volumes that disks of snapshots are on, as libvirt records its own: what is below the
+/// overlay that such a disk got.
+fn volumes_of(snapshots: &[SnapshotDef]) -> Vec<Volume> {
+    let on_volumes = snapshots.iter().flat_map(|snapshot| {
+        let volume = |disk: &Disk| Some((disk.target.clone(), disk.volume.clone()?));
+        snapshot.images.iter().filter_map(volume).map(move |found| (snapshot, found))
+    });
+    let volume =
+        |(snapshot, (target, (pool, name))): (&SnapshotDef, (String, (String, String)))| {
+            let of_disk = snapshot.disks.iter().chain(&snapshot.revert_disks);
+            let overlays = of_disk.filter(|disk| disk.target == target);
+            let below = overlays
+                .filter_map(|disk| images::below(disk.overlay.as_deref()?, "qcow2"))
+                .map(|(below, _)| below);
+            let path = below.into_iter().find(|below| Path::new(below).exists())?;
+            Some(Volume { pool, name, path })
+        };
+    on_volumes.filter_map(volume).collect()
 }

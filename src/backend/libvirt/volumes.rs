@@ -8,74 +8,39 @@
 //! back to the letter.
 
 use std::ops::Range;
-use std::path::Path;
 
 use quick_xml::escape::escape;
 use roxmltree::Node;
 use serde_json::Value;
 
-use crate::backend::images;
 use crate::error::Result;
-use crate::model::domain::Storage;
+use crate::model::domain::{self, Disk, Storage, domain_disks};
 use crate::model::xml;
 
 /// A volume that a disk is on.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Volume {
-    pool: String,
-    name: String,
-    path: String,
+    /// The storage pool's name.
+    pub pool: String,
+    /// Its own name.
+    pub name: String,
+    /// What QEMU calls it.
+    pub path: String,
 }
 
 /// The volumes that disks of a running domain are on, by the path that QEMU has; `blocks` is the
 /// answer to `query-block`. One that is no file or device of this machine is not among them.
 pub fn of_domain(live_xml: &str, blocks: &Value) -> Result<Vec<Volume>> {
-    let document = xml::parse(live_xml, "domain", &xml::GIVEN)?;
-    let disks = xml::children(document.root_element(), "devices")
-        .flat_map(|devices| xml::children(devices, "disk"));
-    let volume = |disk: Node| {
-        let (pool, name) = names(disk)?;
-        let alias = xml::attribute(disk, "alias", "name")?;
+    let volume = |disk: Disk| {
+        let ((pool, name), alias) = (disk.volume?, disk.alias?);
         let has_alias = |block: &&Value| {
             block["qdev"].as_str().is_some_and(|qdev| qdev.split('/').any(|id| id == alias))
         };
         let block = blocks.as_array()?.iter().find(has_alias)?;
         let path = block["inserted"]["file"].as_str().filter(|path| path.starts_with('/'))?;
-        Some(Volume { pool: pool.into(), name: name.into(), path: path.into() })
+        Some(Volume { pool, name, path: path.into() })
     };
-    Ok(disks.filter_map(volume).collect())
-}
-
-/// The volumes that disks of snapshots are on, as libvirt records its own: what is below the
-/// overlay that such a disk got.
-pub fn of_records<'a>(records: impl IntoIterator<Item = &'a str>) -> Result<Vec<Volume>> {
-    let mut found: Vec<Volume> = Vec::new();
-    for record in records.into_iter().filter(|record| record.contains("type='volume'")) {
-        let document = xml::parse(record, "domainsnapshot", &xml::RECORDED)?;
-        let root = document.root_element();
-        let lists = ["disks", "revertDisks"].into_iter().flat_map(|list| xml::children(root, list));
-        let overlays: Vec<Node> = lists.flat_map(|list| xml::children(list, "disk")).collect();
-        let disks =
-            xml::children(root, "domain").flat_map(|domain| xml::children(domain, "devices"));
-        for disk in disks.flat_map(|devices| xml::children(devices, "disk")) {
-            let (Some((pool, name)), Some(target)) =
-                (names(disk), xml::attribute(disk, "target", "dev"))
-            else {
-                continue;
-            };
-            let of_disk =
-                overlays.iter().filter(|overlay| overlay.attribute("name") == Some(target));
-            let paths =
-                of_disk.filter_map(|overlay| Storage::of(*overlay)?.name().map(str::to_owned));
-            let below = paths
-                .filter_map(|overlay| images::below(&overlay, "qcow2"))
-                .map(|(below, _)| below);
-            if let Some(path) = below.into_iter().find(|below| Path::new(below).exists()) {
-                found.push(Volume { pool: pool.into(), name: name.into(), path });
-            }
-        }
-    }
-    Ok(found)
+    Ok(domain_disks(live_xml)?.into_iter().filter_map(volume).collect())
 }
 
 /// Whether a disk of a domain is on a volume itself, and not only on an overlay of one.
@@ -133,9 +98,7 @@ fn replaced(text: &str, root: Node, volumes: &[Volume]) -> String {
 /// The pool and the volume of a disk, or of an image below one.
 fn names<'a>(element: Node<'a, '_>) -> Option<(&'a str, &'a str)> {
     let is_image = matches!(element.tag_name().name(), "disk" | "backingStore");
-    let source = xml::child(element, "source")
-        .filter(|_| is_image && element.attribute("type") == Some("volume"))?;
-    Some((source.attribute("pool")?, source.attribute("volume")?))
+    domain::volume(element).filter(|_| is_image)
 }
 
 #[cfg(test)]

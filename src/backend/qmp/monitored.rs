@@ -13,7 +13,7 @@ use super::overlays::{self, Overlay};
 use super::{drives, process};
 use crate::backend::exclusive::Exclusive;
 use crate::backend::guest::{
-    Capabilities, DEFAULT_TIMEOUT, Description, Guest, Liveness, RecoveryChannel, Reserved,
+    Capabilities, DEFAULT_TIMEOUT, Description, Guest, Liveness, RecoveryChannel, Reserved, Survey,
 };
 use crate::backend::{busy, open_images, overlay_file, shared_memory};
 use crate::deadline::Deadline;
@@ -131,7 +131,8 @@ impl<C: Channel> Guest for MonitorGuest<'_, C> {
         drives::drives(&mut self.channel, self.domain.as_ref(), pid)
     }
 
-    fn describe(&mut self, drives: &[Drive]) -> Result<Description> {
+    fn survey(&mut self) -> Result<Survey> {
+        let drives = self.drives()?;
         let source = |drive| {
             let Drive { file, format, .. }: &Drive = drive;
             Source { target: drive.name(), storage: Storage::at(file), format }
@@ -158,7 +159,8 @@ impl<C: Channel> Guest for MonitorGuest<'_, C> {
                 Domain::minimal(&drives::machine(&mut self.channel, emulator)?, &disks)
             }
         };
-        Ok(Description { domain_xml, cookie: None, owner: None })
+        let description = Description { domain_xml, cookie: None, owner: None };
+        Ok(Survey { drives, description })
     }
 
     fn check_memory_not_shared(&mut self) -> Result<()> {
@@ -205,7 +207,7 @@ impl<C: Channel> Guest for MonitorGuest<'_, C> {
         self.channel.pause(deadline)
     }
 
-    fn switch_disks(&mut self, deadline: Deadline) -> Result<()> {
+    fn switch_disks(&mut self, _snapshot: &str, deadline: Deadline) -> Result<()> {
         match self.overlays.is_empty() {
             true => Ok(()),
             false => self.channel.switch(&self.overlays, deadline),

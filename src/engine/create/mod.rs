@@ -25,6 +25,7 @@ use crate::cancel::Cancel;
 use crate::engine::clock::{Clock, Phase};
 use crate::engine::options::Options;
 use crate::error::{Result, fail};
+use crate::libvirt::Snapshot;
 use crate::migration::{Mode, Settings};
 use crate::model::flags::CreateFlags;
 use crate::model::{Record, Request, validate};
@@ -38,6 +39,8 @@ pub struct Created {
     record: Option<Record>,
     /// It was recorded.
     recorded: bool,
+    /// libvirt's object of it, where libvirt has had a part in it.
+    pub object: Option<Snapshot>,
 }
 
 impl Created {
@@ -53,8 +56,8 @@ impl Created {
         }
     }
 
-    fn by_another(name: String) -> Created {
-        Created { name, record: None, recorded: true }
+    fn by_libvirt(object: Snapshot) -> Created {
+        Created { name: object.name(), record: None, recorded: true, object: Some(object) }
     }
 }
 
@@ -71,7 +74,7 @@ pub fn create(
     if !flags.is_instant()
         && let Some(delegated) = connector.delegate(xml, flags)
     {
-        return delegated.map(Created::by_another);
+        return delegated.map(Created::by_libvirt);
     }
     flags.require_supported(connector.supported_flags())?;
     if flags.validates() {
@@ -85,9 +88,9 @@ pub fn create(
     let state = check_state(guest)?;
     let running = state == GuestState::Running;
     if !running && let Some(delegated) = connector.delegate(xml, flags) {
-        return delegated.map(Created::by_another);
+        return delegated.map(Created::by_libvirt);
     }
-    guest.accept(&reserved.name, flags)?;
+    guest.check_flags(flags)?;
     let mode = match (flags.is_instant(), state) {
         (true, GuestState::Running) => Mode::Background,
         // It must stay paused, and not every QEMU leaves it so.
@@ -129,5 +132,6 @@ pub fn create(
         name: record.name.clone(),
         record: Some(record),
         recorded: flags.keeps_metadata(),
+        object: guest.take_object(),
     })
 }

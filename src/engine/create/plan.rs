@@ -5,7 +5,7 @@
 use std::path::{Path, PathBuf};
 
 use super::devices::Devices;
-use crate::backend::{DEFAULT_TIMEOUT, Description, Guest, Reserved};
+use crate::backend::{DEFAULT_TIMEOUT, Description, Guest, Reserved, Survey};
 use crate::deadline::Deadline;
 use crate::engine::nvram;
 use crate::engine::options::Options;
@@ -48,8 +48,7 @@ impl<'a> Task<'a> {
         // Before the domain's XML is read: what comes in between is noticed, and not only in one of
         // the two.
         let devices = Devices::read(guest)?;
-        let drives = guest.drives()?;
-        let about = guest.describe(&drives)?;
+        let Survey { drives, description: about } = guest.survey()?;
         let plan = plan(drives, &request, &reserved.name, flags.reuses_overlays())?;
         guest.check_images_are_named(&plan.disks)?;
         guest.check_not_busy(&plan.disks)?;

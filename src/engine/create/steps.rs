@@ -66,7 +66,7 @@ impl Steps<'_, '_, '_> {
         self.journal.enter(Entry::Phase(Phase::Switch));
         self.prepared.sizes.check_planned(self.guest, deadline)?;
         self.journal.enter(Entry::Switch);
-        self.guest.switch_disks(deadline)?;
+        self.guest.switch_disks(&self.task.reserved.name, deadline)?;
         self.prepared.sizes.check_switched(self.guest, deadline)?;
         self.journal.clock.switched();
         self.cancel.check()

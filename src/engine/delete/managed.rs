@@ -23,7 +23,7 @@ use super::renew::Renewal;
 use crate::backend::images::{self, Graph, Id, Image, id};
 use crate::backend::libvirt::forget::{by_libvirt, forget_alone};
 use crate::backend::libvirt::snapshot_def::{
-    DiskImage, Replaced, SnapshotDef, SnapshotDisk, domain_images, domain_with_replaced, noted,
+    Replaced, SnapshotDef, SnapshotDisk, domain_with_replaced,
 };
 use crate::backend::libvirt::{
     BlockCommit, CallError, ManagedDomain, ManagedSnapshot, MergeFailure, SnapshotTree, volumes,
@@ -32,7 +32,7 @@ use crate::engine::users::Users;
 use crate::error::{Code, Error, Result, fail};
 use crate::image::{deleting, is_another};
 use crate::libvirt::xml;
-use crate::model::domain::{Source, Storage};
+use crate::model::domain::{Disk, Source, Storage, domain_disks};
 use crate::model::flags::DeleteFlags;
 use crate::sys;
 
@@ -95,8 +95,8 @@ fn stock_can(
     if !domain.is_active().map_err(|error| error.into_error(step))? {
         return Ok(false);
     }
-    let live = domain_images(&domain.xml(0).map_err(|error| error.into_error(step))?)?;
-    let is_on = |(disk, image): (&SnapshotDisk, Option<&DiskImage>)| {
+    let live = domain_disks(&domain.xml(0).map_err(|error| error.into_error(step))?)?;
+    let is_on = |(disk, image): (&SnapshotDisk, Option<&Disk>)| {
         let (Some(overlay), Some(image)) =
             (&disk.overlay, image.and_then(|image| image.file.as_ref()))
         else {
@@ -105,7 +105,7 @@ fn stock_can(
         let layers = live
             .iter()
             .find(|live| live.target == disk.target)
-            .map(DiskImage::layers)
+            .map(Disk::layers)
             .unwrap_or_default();
         layers.windows(2).any(|pair| id(pair[0]) == id(overlay) && id(pair[1]) == id(image))
     };
@@ -142,7 +142,7 @@ fn stock_can(
 }
 
 /// What libvirt's own delete changes and removes of a disk.
-fn stock_touches((disk, image): (&SnapshotDisk, Option<&DiskImage>)) -> Option<[Id; 2]> {
+fn stock_touches((disk, image): (&SnapshotDisk, Option<&Disk>)) -> Option<[Id; 2]> {
     Some([id(disk.overlay.as_deref()?), id(image?.file.as_deref()?)])
 }
 
@@ -171,9 +171,9 @@ struct Delete<'a> {
     doomed: Vec<&'a SnapshotDef>,
     kept: Vec<&'a SnapshotDef>,
     /// The disks of the running domain; empty where it is shut off.
-    live: Vec<DiskImage>,
+    live: Vec<Disk>,
     /// The disks at its next start.
-    config: Vec<DiskImage>,
+    config: Vec<Disk>,
     /// The images that it is on now, and at its next start, by target: those on volumes too.
     tops: [Vec<(String, Id)>; 2],
 }
@@ -210,11 +210,11 @@ impl<'a> Delete<'a> {
         let refused = |trouble: CallError| trouble.into_error(step);
         let read = |flags| {
             let text = domain.xml(flags).map_err(refused)?;
-            let named = domain_images(&volumes::with_paths(&text, &tree.volumes)?)?;
+            let named = domain_disks(&volumes::with_paths(&text, &tree.volumes)?)?;
             let known =
                 named.into_iter().filter_map(|disk| Some((disk.target, id(disk.file.as_deref()?))));
             // libvirt itself is told of images as it calls them.
-            Ok::<_, Error>((domain_images(&text)?, known.collect()))
+            Ok::<_, Error>((domain_disks(&text)?, known.collect()))
         };
         let none = || (Vec::new(), Vec::new());
         let (live, on) = if domain.is_active().map_err(refused)? { read(0)? } else { none() };
@@ -267,9 +267,9 @@ impl<'a> Delete<'a> {
             return Ok(());
         }
         let xml = self.domain.xml(0).map_err(|error| error.into_error(step))?;
-        let images = domain_images(&volumes::with_paths(&xml, &self.tree.volumes)?)?;
+        let images = domain_disks(&volumes::with_paths(&xml, &self.tree.volumes)?)?;
         let goes = |image: &Id| plan.goes().any(|going| going == image);
-        match images.iter().flat_map(DiskImage::layers).find(|image| goes(&id(image))) {
+        match images.iter().flat_map(Disk::layers).find(|image| goes(&id(image))) {
             Some(image) => fail!(
                 OperationFailed,
                 "another client has started the domain while snapshot '{}' was being deleted, and \
@@ -595,7 +595,7 @@ impl<'a> Delete<'a> {
     /// Has libvirt merge images that a running domain has open.
     fn merge_live(
         &self,
-        disk: &DiskImage,
+        disk: &Disk,
         merge: &Merge,
         base_image: &Image,
     ) -> std::result::Result<(), MergeFailure> {
@@ -646,7 +646,7 @@ impl<'a> Delete<'a> {
                 self.domain.snapshot(&kept.name).map_err(|error| error.into_error(&step))?;
             let Some(text) = found else { continue };
             let now =
-                SnapshotDef::parse(kept.name.clone(), text)?.with_paths(&self.tree.volumes)?;
+                SnapshotDef::parse(kept.name.clone(), &text)?.with_paths(&self.tree.volumes)?;
             if let Some(record) = now.with_replaced(replaced)? {
                 self.redefine(kept, &record)?;
             }
@@ -698,7 +698,7 @@ impl<'a> Delete<'a> {
         for doomed in &self.doomed {
             let step = format!("cannot delete the record of snapshot '{}'", doomed.name);
             if self.kept_children().any(|kept| kept.parent.as_ref() == Some(&doomed.name)) {
-                self.redefine(doomed, &doomed.without_overlays()?)?;
+                self.redefine(doomed, &doomed.without_overlays())?;
             }
             self.domain.forget(&doomed.name, DeleteFlags::METADATA_ONLY.bits()).map_err(
                 |error| {
@@ -723,12 +723,12 @@ impl<'a> Delete<'a> {
         let (None, Some(leaf)) = (&tree.current, leaf) else { return Ok(()) };
         let disks =
             if self.live.is_empty() { self.domain.xml(xml::INACTIVE) } else { self.domain.xml(0) };
-        let disks = domain_images(
+        let disks = domain_disks(
             &disks.map_err(|error| error.into_error("cannot read the domain's XML"))?,
         )?;
         let is_switched =
-            |disk: &&DiskImage| leaf.external().any(|(switched, _)| switched.target == disk.target);
-        let source = |disk: &'_ DiskImage| -> Option<(String, String, String)> {
+            |disk: &&Disk| leaf.external().any(|(switched, _)| switched.target == disk.target);
+        let source = |disk: &'_ Disk| -> Option<(String, String, String)> {
             Some((disk.target.clone(), disk.file.clone()?, disk.format.clone()))
         };
         let tops: Vec<_> = disks.iter().filter(is_switched).filter_map(source).collect();
@@ -736,7 +736,7 @@ impl<'a> Delete<'a> {
             .iter()
             .map(|(target, file, format)| Source { target, storage: Storage::at(file), format })
             .collect();
-        let record = noted(&leaf.with_overlays(&sources)?, &leaf.notes_afterwards())?;
+        let record = leaf.with_overlays(&sources, &leaf.notes_afterwards())?;
         let step = format!("cannot make snapshot '{}' the current one", leaf.name);
         self.domain.redefine(&record, true).map_err(|error| error.into_error(&step))
     }
@@ -767,7 +767,7 @@ impl<'a> Delete<'a> {
 
 /// A snapshot as a plan sees it.
 fn known(recorded: &SnapshotDef) -> plan::Snapshot {
-    let file = |image: &DiskImage| image.file.as_deref().map(id);
+    let file = |image: &Disk| image.file.as_deref().map(id);
     let switched = recorded
         .external()
         .map(|(disk, image)| Switched { target: disk.target.clone(), image: image.and_then(file) });

@@ -7,7 +7,7 @@
 use std::collections::BTreeSet;
 
 use crate::backend::images::{self, Id, id};
-use crate::backend::libvirt::snapshot_def::{SnapshotDef, noted};
+use crate::backend::libvirt::snapshot_def::SnapshotDef;
 use crate::backend::libvirt::{ManagedDomain, SnapshotTree};
 use crate::error::Result;
 use crate::model::{Frozen, Notes};
@@ -102,6 +102,6 @@ fn redefine(
     let step =
         format!("cannot change what is noted down in the record of snapshot '{}'", snapshot.name);
     domain
-        .redefine(&noted(snapshot.xml(), notes)?, tree.is_current(snapshot))
+        .redefine(&snapshot.with_notes(notes)?, tree.is_current(snapshot))
         .map_err(|trouble| trouble.into_error(&step))
 }

@@ -26,7 +26,7 @@ use tempfile::{NamedTempFile, TempPath};
 
 use super::plan::{Left, Situation};
 use crate::backend::images::{self, Graph, Id, id};
-use crate::backend::libvirt::snapshot_def::{DiskImage, SnapshotDef, domain_images, noted};
+use crate::backend::libvirt::snapshot_def::SnapshotDef;
 use crate::backend::libvirt::{CallError, ManagedDomain, ManagedSnapshot, SnapshotTree};
 use crate::backend::{locks, overlay_file, revert_file};
 use crate::deadline::Deadline;
@@ -34,7 +34,7 @@ use crate::engine::users::Users;
 use crate::error::{Code, Error, Result, fail};
 use crate::image::{Image, is_other_machine};
 use crate::libvirt::{restore, undefine, xml};
-use crate::model::domain::{Source, Storage};
+use crate::model::domain::{Disk, Source, Storage, domain_disks};
 use crate::model::flags::RevertFlags;
 use crate::model::generated_name;
 use crate::monitor::json;
@@ -91,19 +91,13 @@ pub fn is_libvirts(snapshot: &ManagedSnapshot) -> Result<bool> {
 /// * it removes the overlays that the current snapshot names, also those that another snapshot
 ///   needs, or another guest, and those of disks that the domain does not have any more; of block
 ///   devices it does not know how.
-fn stock_can(
-    tree: &SnapshotTree,
-    target: &SnapshotDef,
-    disks: &[DiskImage],
-    users: &Users,
-) -> bool {
+fn stock_can(tree: &SnapshotTree, target: &SnapshotDef, disks: &[Disk], users: &Users) -> bool {
     let on_files = target.external().all(|(_, image)| {
         let file = image.and_then(|image| image.file.as_deref());
         file.is_some_and(|file| Path::new(file).is_file())
     });
     // It looks at all disks that the domain is to have.
-    let is_switched =
-        |image: &DiskImage| target.external().any(|(disk, _)| disk.target == image.target);
+    let is_switched = |image: &Disk| target.external().any(|(disk, _)| disk.target == image.target);
     let on_files = on_files
         && target.images().filter(|image| image.present).all(|image| {
             let file = image.file.as_deref();
@@ -138,9 +132,9 @@ fn stock_can(
 }
 
 /// The disks of the running domain, or at its next start.
-fn disks_of(domain: &ManagedDomain) -> std::result::Result<Vec<DiskImage>, CallError> {
+fn disks_of(domain: &ManagedDomain) -> std::result::Result<Vec<Disk>, CallError> {
     let xml = domain.xml(if domain.is_active()? { 0 } else { xml::INACTIVE })?;
-    Ok(domain_images(&xml).unwrap_or_default())
+    Ok(domain_disks(&xml).unwrap_or_default())
 }
 
 /// libvirt calls the overlays that it makes after the second, and refuses where there are some:
@@ -185,7 +179,7 @@ struct State {
     active: bool,
     persistent: bool,
     /// The images that it is on.
-    disks: Vec<DiskImage>,
+    disks: Vec<Disk>,
 }
 
 /// A fresh overlay. The file goes with it, unless it is kept.
@@ -203,7 +197,7 @@ impl Revert<'_> {
         let active = self.domain.is_active().map_err(refused)?;
         let persistent = self.domain.is_persistent().map_err(refused)?;
         let xml = self.domain.xml(if active { 0 } else { xml::INACTIVE }).map_err(refused)?;
-        Ok(State { active, persistent, disks: domain_images(&xml)? })
+        Ok(State { active, persistent, disks: domain_disks(&xml)? })
     }
 
     fn run(&self, state: &State) -> Result<()> {
@@ -212,7 +206,7 @@ impl Revert<'_> {
         let sources: Vec<Source> = overlays.iter().map(Overlay::source).collect();
         let domain_xml = self.target.domain_on(&sources)?;
         let config = self.target.config_on(&sources)?;
-        let record = noted(&self.target.with_overlays(&sources)?, &self.target.notes_afterwards())?;
+        let record = self.target.with_overlays(&sources, &self.target.notes_afterwards())?;
 
         if *active {
             self.end_domain(*persistent)?;
@@ -343,7 +337,7 @@ impl Revert<'_> {
         }
         let needed = graph.with_all_below(&tops);
         let has_overlay =
-            |image: &DiskImage| self.target.external().any(|(disk, _)| disk.target == image.target);
+            |image: &Disk| self.target.external().any(|(disk, _)| disk.target == image.target);
         let written =
             self.target.images.iter().filter(|image| !image.read_only && !has_overlay(image));
         for file in written.filter_map(|image| image.file.as_deref()) {
@@ -374,9 +368,9 @@ impl Revert<'_> {
         match sys::open_file(Path::new(memory)) {
             Ok(file) => {
                 let noted = Image::look(&file).map_err(|what| useless(&what))?;
-                let wanted = self.target.machine()?;
+                let wanted = self.target.machine();
                 if let (Some(noted), Some(wanted)) = (noted, wanted)
-                    && is_other_machine(&wanted, &noted)
+                    && is_other_machine(wanted, &noted)
                 {
                     let what = format!(
                         "is of a machine of type '{noted}', and the snapshot's domain has the type \
@@ -546,7 +540,7 @@ impl Revert<'_> {
 
     /// Removes the overlays that the domain was on, where that is safe ([`super::plan`]). They are
     /// garbage at worst, so nothing of it is an error.
-    fn remove_left(&self, left: &[DiskImage], fresh: &[PathBuf]) {
+    fn remove_left(&self, left: &[Disk], fresh: &[PathBuf]) {
         let Ok(situation) = self.situation(left, fresh) else { return };
         for overlay in situation.unneeded() {
             if self.users.other_domain_on(overlay).is_none() && !locks::is_in_use(overlay) {
@@ -556,7 +550,7 @@ impl Revert<'_> {
     }
 
     /// What is known, for a plan.
-    fn situation(&self, left: &[DiskImage], fresh: &[PathBuf]) -> Result<Situation> {
+    fn situation(&self, left: &[Disk], fresh: &[PathBuf]) -> Result<Situation> {
         let mut situation = Situation {
             fresh: fresh.iter().map(|path| id(&path.to_string_lossy())).collect(),
             frozen: frozen(self.tree),

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use instantsnap::backend::LibvirtConnector;
 use instantsnap::backend::driver::Driver;
-use instantsnap::engine::{self, Job, Observer, Returns, RevertPlan};
+use instantsnap::engine::{self, Created, Job, Observer, Returns, RevertPlan};
 use instantsnap::error::Error;
 use instantsnap::model::flags::{CreateFlags, DeleteFlags, RevertFlags};
 
@@ -46,6 +46,15 @@ impl Handle {
         flags: u32,
         observer: &mut dyn Observer,
     ) -> Result<String, Error> {
+        self.create_with_object(xml, flags, observer).map(|created| created.name)
+    }
+
+    pub fn create_with_object(
+        &self,
+        xml: &str,
+        flags: u32,
+        observer: &mut dyn Observer,
+    ) -> Result<Created, Error> {
         self.0.create(xml, CreateFlags::parse(flags), observer)
     }
 

@@ -102,7 +102,6 @@ pub fn with_driver(daemon: &Daemon, driver: &str) {
 /// A domain of the kit, opened by the library.
 pub struct OpenedDomain {
     pub handle: Handle,
-    connector: Arc<LibvirtConnector>,
     pub guest: Guest,
     /// To be used plainly, where the library is in the daemon.
     plain: Option<Domain>,
@@ -122,13 +121,7 @@ impl OpenedDomain {
         let connector = Arc::new(LibvirtConnector::open(domain(&guest)).unwrap());
         let has_library = by_daemon() && has_mapped(guest.daemon().pid(), &library());
         let (plain, taken) = (has_library.then(|| domain(&guest)), Mutex::default());
-        OpenedDomain {
-            handle: Handle::open_libvirt(Arc::clone(&connector)),
-            connector,
-            guest,
-            plain,
-            taken,
-        }
+        OpenedDomain { handle: Handle::open_libvirt(connector), guest, plain, taken }
     }
 
     /// Where the memory of a snapshot goes.
@@ -178,7 +171,10 @@ impl OpenedDomain {
                 let taken = domain.create_snapshot(xml, flags)?;
                 (taken.name(), Some(taken))
             }
-            None => (self.handle.create(xml, flags, observer)?, self.connector.taken()),
+            None => {
+                let created = self.handle.create_with_object(xml, flags, observer)?;
+                (created.name, created.object)
+            }
         };
         *self.taken.lock().unwrap() = taken;
         Ok(name)

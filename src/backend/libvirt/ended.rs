@@ -1,0 +1,108 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
+//! Undoing the switch of a domain that has ended: what its guest wrote goes from the overlays back
+//! into the images.
+
+use super::call::Retry;
+use super::guest::LibvirtGuest;
+use crate::backend::guest::{DEFAULT_TIMEOUT, Guest};
+use crate::deadline::Deadline;
+use crate::error::{Result, fail};
+use crate::libvirt::xml::{INACTIVE, SECURE};
+use crate::libvirt::{Domain, State};
+
+/// A domain that other clients start and end is looked at so often before it is given up.
+const STARTS: u32 = 5;
+
+impl LibvirtGuest<'_> {
+    /// Resumes the QEMU that was paused in the place of the one that is gone.
+    pub(super) fn resume_another(&mut self) -> Result<()> {
+        if !std::mem::take(&mut self.another_is_paused) {
+            return Ok(());
+        }
+        let resumed =
+            self.session.caller.call(Deadline::after(DEFAULT_TIMEOUT), Retry::Safe, |domain| {
+                let paused = domain.is_active()? && domain.state()? == State::Paused;
+                if paused { domain.resume() } else { Ok(()) }
+            });
+        resumed.map_err(|trouble| {
+            trouble.into_error("cannot resume the domain, which was paused as another client had just started it again")
+        })
+    }
+
+    /// Merges the overlays of a domain that has ended. Another client may start it at any time, on
+    /// the overlays as long as its definition names them; until it is seen that it was not, they
+    /// must not be removed.
+    pub(super) fn merge_ended(&mut self) -> Result<()> {
+        let mut active = self.is_started_again();
+        for _ in 0..STARTS {
+            let merged = if active { self.merge_started() } else { self.merge_offline() };
+            let now = self.is_started_again();
+            if now == active || active && merged.is_ok() {
+                return merged;
+            }
+            active = now;
+        }
+        fail!(
+            OperationFailed,
+            "domain '{}' is started and ended again and again: the overlays {} may be in use, and \
+             must not be removed",
+            self.session.connector.name,
+            self.overlays.paths()
+        )
+    }
+
+    fn merge_started(&mut self) -> Result<()> {
+        let chains = self.chains()?;
+        self.overlays.merge(&mut self.session.caller, &chains)
+    }
+
+    fn merge_offline(&mut self) -> Result<()> {
+        self.check_not_saved()?;
+        self.overlays.merge_offline()?;
+        self.put_definition_back()
+    }
+
+    /// A domain that was saved, or migrated, goes on from there: with its overlays, where it had
+    /// them by then.
+    fn check_not_saved(&mut self) -> Result<()> {
+        // A transient one is gone, and nobody knows how it ended.
+        if self.survey.inactive_xml.is_none()
+            || !self.session.call_with_timeout(
+                "cannot look at the domain",
+                Retry::Safe,
+                Domain::is_saved_or_gone,
+            )?
+        {
+            return Ok(());
+        }
+        if self.definition_without_overlays()?.is_some() {
+            fail!(
+                OperationFailed,
+                "somebody has saved the domain, or migrated it, meanwhile: what was saved may go \
+                 on with the overlays {}, as the domain's definition does, and they must not be \
+                 removed",
+                self.overlays.paths()
+            );
+        }
+        Ok(())
+    }
+
+    /// The definition of a persistent domain with the images that it had before the overlays;
+    /// `None` where it names none of them.
+    fn definition_without_overlays(&mut self) -> Result<Option<String>> {
+        let Some(before) = self.survey.inactive_xml.clone() else { return Ok(None) };
+        let now = self.session.xml(SECURE | INACTIVE)?;
+        self.overlays.without(&now, &before)
+    }
+
+    /// libvirt has put the overlays into the definition of a persistent domain too.
+    pub(super) fn put_definition_back(&mut self) -> Result<()> {
+        let Some(mended) = self.definition_without_overlays()? else { return Ok(()) };
+        self.session.call_with_timeout(
+            "cannot put the domain's definition back",
+            Retry::Safe,
+            move |domain| domain.connect()?.define(&mended, 0).map(drop),
+        )
+    }
+}
