@@ -1,14 +1,17 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! Deleting snapshots: a [`plan`] of what becomes of their images, then the steps.
+//! Deleting snapshots: a plan of what becomes of their images, then the steps.
 //!
-//! The steps depend on who has the snapshots' definitions: a stock libvirt ([`managed`]), or we, in
-//! a state directory ([`stored`]).
+//! Both depend on who has the snapshots' definitions: a stock libvirt ([`plan`], [`managed`]), or
+//! the library, in a state directory ([`stored_plan`], [`stored`]).
 
 pub mod managed;
 mod plan;
+#[cfg(test)]
+mod random;
 mod renew;
 mod stored;
+mod stored_plan;
 
 use crate::backend::Connector;
 use crate::error::{Result, fail};

@@ -270,19 +270,8 @@ mod tests {
     use std::collections::BTreeMap;
 
     use super::*;
+    use crate::engine::delete::random::Random;
     use crate::engine::revert::plan::{self as revert, Left};
-
-    /// Numbers that differ, always the same ones for a seed.
-    struct Random(u64);
-
-    impl Random {
-        fn below(&mut self, limit: usize) -> usize {
-            self.0 ^= self.0 << 13;
-            self.0 ^= self.0 >> 7;
-            self.0 ^= self.0 << 17;
-            (self.0 % limit as u64) as usize
-        }
-    }
 
     type Content = BTreeMap<usize, u32>;
 

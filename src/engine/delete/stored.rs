@@ -13,12 +13,14 @@
 //! the image that it stands on, a copy of UEFI variables by its name and content. Where a file is
 //! another, the snapshot is not deleted, and nothing is changed.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::io::ErrorKind;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use serde_json::json;
 
+use super::stored_plan::{self, Action, Image, Situation};
 use crate::backend::images::{self, Id, id};
 use crate::backend::locks;
 use crate::backend::qmp::drives;
@@ -101,6 +103,19 @@ struct Delete<'a> {
     kept: BTreeMap<Id, String>,
 }
 
+/// One name for each image, though a file can have several (hard links, mounts).
+#[derive(Default)]
+struct Names(BTreeMap<(u64, u64), Id>);
+
+impl Names {
+    fn id(&mut self, path: &str) -> Id {
+        match Path::new(path).metadata() {
+            Ok(file) => self.0.entry((file.dev(), file.ino())).or_insert_with(|| id(path)).clone(),
+            Err(_) => id(path),
+        }
+    }
+}
+
 /// The merge of one disk.
 struct Job<'a> {
     id: String,
@@ -121,11 +136,14 @@ impl<'a> Delete<'a> {
         jobs::give_up(self.guest, &left_over)?;
         self.check_no_jobs()?;
         let drives = self.guest.drives()?;
-        let mut merges = self.plan(&drives)?;
+        let actions = self.situation(&drives)?.plan()?;
+        let disks: Vec<_> = self.record.disks.iter().zip(actions).collect();
+        let mut merges = self.prepare(&disks, &drives)?;
         self.check_files()?;
         self.disarm()?;
         self.merge(&mut merges)?;
-        self.remove_files().map_err(|error| {
+        let removed = disks.iter().filter(|(_, action)| *action != Action::Keep);
+        self.remove_files(removed.map(|(disk, _)| &*disk.overlay)).map_err(|error| {
             error.and(
                 "the guest runs on without the snapshot's overlays: delete the snapshot again when \
                  the cause is mended",
@@ -193,50 +211,72 @@ impl<'a> Delete<'a> {
         )
     }
 
-    /// What is to be merged. All that stands in the way is found here, and nothing is changed.
-    fn plan(&mut self, drives: &[Drive]) -> Result<Vec<Job<'a>>> {
+    /// What the plan is made of.
+    fn situation<'s>(&'s self, drives: &'s [Drive]) -> Result<Situation<'s>> {
+        let mut names = Names::default();
+        let mut disks = Vec::new();
+        for RecordedDisk { name, overlay, image, .. } in &self.record.disks {
+            let layers = match is_there(overlay) {
+                true => images::chain(overlay, "qcow2")?,
+                false => Vec::new(),
+            };
+            disks.push(stored_plan::Disk {
+                name,
+                overlay: Image { path: overlay, id: names.id(overlay) },
+                image: Image { path: image, id: names.id(image) },
+                layers: layers.iter().map(|layer| names.id(&layer.path)).collect(),
+            });
+        }
+        let drives = drives.iter().map(|drive| stored_plan::Drive {
+            names: &drive.names,
+            file: &drive.file,
+            layers: [&drive.file]
+                .into_iter()
+                .chain(&drive.backing)
+                .map(|file| names.id(file))
+                .collect(),
+            unsupported_reason: drive.unsupported_reason.as_deref(),
+        });
+        let drives = drives.collect();
+        let kept = self.kept.iter().map(|(image, other)| {
+            (image.to_str().map_or_else(|| image.clone(), |image| names.id(image)), other.clone())
+        });
+        let kept = kept.collect();
+        let all = self.others.iter().chain([self.record]).flat_map(|record| &record.disks);
+        let frozen = all.map(|disk| names.id(&disk.image)).collect();
+        Ok(Situation { disks, drives, kept, frozen })
+    }
+
+    /// What is to be merged. Of all that stands in the way, what only QEMU and the kernel know is
+    /// found here; nothing is changed but that images which no disk is on are closed.
+    fn prepare(
+        &mut self,
+        disks: &[(&'a RecordedDisk, Action)],
+        drives: &[Drive],
+    ) -> Result<Vec<Job<'a>>> {
         let mut merges = Vec::new();
-        for disk in &self.record.disks {
-            match drives.iter().find(|drive| is_in_chain(drive, &disk.overlay)) {
-                Some(drive) => merges.push(self.plan_merge(drive, disk, merges.len())?),
-                None => self.check_abandoned(drives, disk)?,
+        for (disk, action) in disks {
+            match action {
+                Action::Merge(drive) => {
+                    merges.push(self.prepare_merge(&drives[*drive], disk, merges.len())?);
+                }
+                Action::Remove => {
+                    self.close(&disk.overlay)?;
+                    check_unused(&disk.overlay)?;
+                }
+                Action::Keep => {}
             }
         }
         Ok(merges)
     }
 
-    fn plan_merge(
+    fn prepare_merge(
         &mut self,
         drive: &Drive,
         disk: &'a RecordedDisk,
         index: usize,
     ) -> Result<Job<'a>> {
         let (name, overlay, image) = (drive.name(), &disk.overlay, &disk.image);
-        if !same(&drive.file, overlay) {
-            fail!(
-                OperationInvalid,
-                "disk '{name}' is on '{}', which stands on the snapshot's overlay '{overlay}': \
-                 merge it into that first (block-commit)",
-                drive.file
-            );
-        }
-        if !drive.backing.first().is_some_and(|below| same(below, image)) {
-            fail!(
-                OperationInvalid,
-                "the overlay '{overlay}' of disk '{name}' does not stand on the snapshot's image \
-                 '{image}' any more"
-            );
-        }
-        if let Some(unsupported_reason) = &drive.unsupported_reason {
-            fail!(ConfigUnsupported, "disk '{name}' {unsupported_reason}");
-        }
-        if let Some(other) = self.kept.get(&id(image)).or(self.kept.get(&id(overlay))) {
-            fail!(
-                OperationInvalid,
-                "snapshot '{other}' stands on '{image}', into which '{overlay}' would be merged: \
-                 delete that one first"
-            );
-        }
         let pid = self.guest.pid();
         // QEMU itself finds out too, but only when the merges of the disks before are under way.
         let open =
@@ -268,38 +308,6 @@ impl<'a> Delete<'a> {
             image: node.name.clone(),
             merge: Merge::Not,
         })
-    }
-
-    /// An overlay that the guest is not on was merged before, or left when the guest was brought
-    /// back elsewhere. It must not be that of a disk that was taken out of the guest, nor in
-    /// anybody's use.
-    fn check_abandoned(&mut self, drives: &[Drive], disk: &RecordedDisk) -> Result<()> {
-        let RecordedDisk { name, overlay, image, .. } = disk;
-        if !is_there(overlay) || self.kept.contains_key(&id(overlay)) {
-            return Ok(());
-        }
-        // The disk is the same where it stands on images of its snapshots; another can have its
-        // name by now.
-        let below = images::chain(overlay, "qcow2").unwrap_or_default();
-        let below: BTreeSet<Id> = below.iter().map(|layer| id(&layer.path)).collect();
-        let all = self.others.iter().chain([self.record]).flat_map(|record| &record.disks);
-        let frozen: BTreeSet<Id> = all.map(|disk| id(&disk.image)).collect();
-        let stands_on = |file: &String| below.contains(&id(file)) && frozen.contains(&id(file));
-        let is_it = |drive: &Drive| {
-            is_in_chain(drive, image)
-                || drive.names.contains(name)
-                    && [&drive.file].into_iter().chain(&drive.backing).any(stands_on)
-        };
-        if !drives.iter().any(is_it) {
-            fail!(
-                OperationInvalid,
-                "the guest has no disk '{name}', whose overlay '{overlay}' can hold what was \
-                 written last: attach the disk, or delete the metadata alone \
-                 (VIR_DOMAIN_SNAPSHOT_DELETE_METADATA_ONLY) and keep or remove the files yourself"
-            );
-        }
-        self.close(overlay)?;
-        check_unused(overlay)
     }
 
     /// Another's job can hide a disk's images, have them in use, or change its chain meanwhile; of
@@ -408,13 +416,9 @@ impl<'a> Delete<'a> {
         ))
     }
 
-    /// Removes all that nobody needs, but for the record.
-    fn remove_files(&mut self) -> Result<()> {
-        for disk in &self.record.disks {
-            let overlay = &disk.overlay;
-            if !is_there(overlay) || self.kept.contains_key(&id(overlay)) {
-                continue;
-            }
+    /// Removes these overlays, and what else is the snapshot's, but for the record.
+    fn remove_files<'o>(&mut self, overlays: impl Iterator<Item = &'o str>) -> Result<()> {
+        for overlay in overlays.filter(|overlay| is_there(overlay)) {
             self.close(overlay)?;
             if let Some(drive) =
                 self.guest.drives()?.iter().find(|drive| is_in_chain(drive, overlay))
