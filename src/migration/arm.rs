@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! Waiting until QEMU has armed its tracking of memory writes, or will not any more.
+//! Waits until QEMU has armed its tracking of memory writes, or cannot arm it any more.
 
 use super::backoff::Backoff;
 use super::run_state;
@@ -13,12 +13,12 @@ use crate::monitor::commands::{self, Migration, Progress};
 /// Waits until write tracking is armed: from then on the guest may run, and its memory is saved as
 /// it is now.
 ///
-/// Only page counts prove it (or that the migration has ended): see
-/// [`commands::Migration::has_pages`]. Their reply came through QEMU's main loop, so a `cont` sent
-/// after it is carried out after the arming. Returns that reply.
+/// Only page counts prove that it is armed (or the migration's end does): see
+/// [`commands::Migration::has_pages`]. QEMU's main loop sent the reply with the counts, so QEMU
+/// carries out a `cont` that is sent after it after the arming. Returns that reply.
 ///
-/// While it sets up, the guest must stay in a state that QEMU can capture: see [`run_state`].
-/// `ran`: it ran before.
+/// While the migration sets up, the guest must stay in a state that QEMU can capture: see
+/// [`run_state`]. `ran`: the guest ran before the snapshot.
 pub fn wait_armed(
     guest: &mut dyn Guest,
     ran: bool,
@@ -28,7 +28,7 @@ pub fn wait_armed(
     let backoff = Backoff::default();
     loop {
         let migration = match commands::query_migrate(guest, deadline) {
-            // The limit has passed while it answered, or while we slept.
+            // The limit has passed while QEMU answered, or while we slept.
             Err(error) if error.code == Code::OperationTimeout => {
                 fail!(
                     OperationTimeout,
@@ -61,8 +61,8 @@ pub fn wait_armed(
     }
 }
 
-/// Pauses a guest that was resumed for the sake of QEMU, which is going to stop and resume it by
-/// itself before that.
+/// Pauses a guest again that was resumed only to save QEMU from an abort. QEMU is going to stop it,
+/// arm, and resume it: the pause follows that.
 fn pause_once_armed(guest: &mut dyn Guest) {
     let (backoff, deadline) = (Backoff::default(), Deadline::after(DEFAULT_TIMEOUT));
     while deadline.left().is_some()
@@ -75,25 +75,26 @@ fn pause_once_armed(guest: &mut dyn Guest) {
     let _ = guest.pause(deadline);
 }
 
-/// Waits until a guest can be resumed that was to be paused while its migration set up, by somebody
-/// who does not know whether that was done, and in time. Returns whether it is to be resumed now.
+/// Waits until the guest can be resumed, and returns whether the caller has to resume it. It is for
+/// a caller that sent `stop` while the migration set up, and does not know whether QEMU has
+/// carried that out, or whether it was in time.
 ///
-/// When it has set up, QEMU stops a guest that runs, arms, and resumes it by itself; a `cont` in
-/// between it overlooks, or it waits for good for a pause that is no more. It does not stop one
-/// that is paused already. So a guest that runs is left alone, and one that was seen paused before
-/// QEMU was seen setting up was not paused by QEMU.
+/// After the setup QEMU stops a running guest, arms, and resumes the guest by itself. If a `cont`
+/// comes in between, QEMU overlooks it, or waits forever for a pause that is over. QEMU does not
+/// stop a guest that is paused already. So a guest that runs is left alone; and QEMU did not pause
+/// a guest that was seen paused before QEMU was seen to set up.
 pub fn wait_resumable(guest: &mut dyn Guest, deadline: Deadline) -> bool {
     let backoff = Backoff::default();
-    let mut look = || {
+    let mut query = || {
         let running = commands::query_status(guest, deadline)?.running;
         let migration = commands::query_migrate(guest, deadline)?;
         Ok::<_, Error>((running, migration.is_between_setup_and_armed()))
     };
     while deadline.left().is_some() {
-        match look() {
+        match query() {
             Ok((true, _)) => return false,
             Ok((false, false)) => return true,
-            // What is not known now may be in a moment.
+            // The next query may tell.
             Ok((false, true)) | Err(_) => backoff.wait(),
         }
     }

@@ -1,13 +1,12 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! Waiting for what QEMU does not announce.
+//! Waits between queries for states that QEMU does not announce by an event.
 
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-/// Waits for what QEMU does not announce: for a fiftieth of what the waiting has taken so far, so
-/// that the end is noticed soon after a short wait, and QEMU is not asked more than it takes to
-/// answer in a long one.
+/// Sleeps between queries, each time for a fiftieth of the time since the first query. So the end
+/// of a short wait is noticed soon, and QEMU is not queried too often during a long one.
 #[derive(Debug)]
 pub struct Backoff(Instant);
 

@@ -1,21 +1,23 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! Having QEMU touch the guest's memory while the guest still runs.
+//! The early start: QEMU touches the guest's memory while the guest still runs.
 //!
-//! Before a background snapshot is armed QEMU touches every page of guest memory once ("populate"),
-//! which takes longer the more memory there is. With the guest stopped first all of that is pause.
-//! So the migration is begun while the guest runs, and the guest stopped shortly before QEMU is
-//! done. Stopped too early it is paused for longer, and no harm is done. Stopped too late, QEMU has
-//! begun to capture a guest that ran, and memory is of another moment than the disks would be.
+//! Before QEMU arms a background snapshot it touches every page of guest memory once ("populate"),
+//! which takes longer the more memory there is. If the guest is stopped first, all of that time is
+//! pause. So the migration is begun while the guest runs, and the guest is stopped shortly before
+//! QEMU is done. A stop that is too early makes the pause longer, and does no other harm. If the
+//! stop is too late, QEMU has begun to capture a guest that ran, and memory would be of another
+//! moment than the disks.
 //!
-//! Whether it was too late is not told by events, nor by the guest's being paused: QEMU calls the
-//! guest paused before its vCPUs have stopped, and its snapshot thread can begin to capture just
-//! then. What does tell: `stop` has been answered, and a `query-migrate` sent *after* that answer
-//! says `setup`. For the capture begins after `setup` ends, and the vCPUs had stopped before. Only
-//! then are the disks switched. `tests/overlap_model/` checks that rule exhaustively.
+//! Neither events nor the guest's state tell whether the stop was in time: QEMU calls the guest
+//! paused before its vCPUs have stopped, and its snapshot thread can begin to capture just then.
+//! The proof is a `query-migrate` that was sent *after* QEMU had answered `stop`, and whose reply
+//! says `setup`: the capture begins after `setup` ends, and the vCPUs had stopped before. Only
+//! then are the disks switched. `tests/models/early_start/` checks that rule exhaustively.
 //!
-//! It takes a QEMU that leaves a guest paused that it found paused (9.0). When to stop is learnt
-//! from how long `setup` took at this guest's earlier snapshots, and tries.
+//! The early start needs QEMU 9.0 or later, which leaves a guest paused that it found paused. The
+//! time of the stop is learnt from how long `setup` took at this guest's earlier snapshots, and at
+//! earlier tries.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Mutex;
@@ -27,27 +29,27 @@ use crate::sys::lock;
 
 /// How many tries may be lost before the guest is stopped first, which is always right.
 const TRIES: u32 = 3;
-/// The quickest that populate was seen to be, for a page of 4 KiB.
+/// The shortest time that populate was seen to take for a page of 4 KiB.
 const FASTEST_PAGE: Duration = Duration::from_nanos(10);
 const PAGE: u64 = 4096;
-/// Stopping the guest, and asking whether it was in time, of a guest of which nothing is known.
+/// How long it takes to stop a guest without samples, and to ask whether that was in time.
 const USUAL_STOP: Duration = Duration::from_millis(2);
-/// The stop_after is met this near.
+/// The guest may be stopped this much before its `stop_after`.
 pub const TOLERANCE: Duration = Duration::from_micros(200);
-/// Less than this is not worth it.
+/// An early start that would save less than this is not made.
 const SHORTEST: Duration = Duration::from_millis(4);
-/// So many of a guest's setups, and of its stops, are remembered.
+/// How many samples of each kind are kept for a guest.
 const KEPT_SAMPLES: usize = 5;
-/// Of so many guests.
+/// How many guests samples are kept for.
 const MAX_GUESTS: usize = 1000;
 
 /// How far a snapshot goes to make the pause independent of the guest's memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct EarlyStart {
-    /// How many tries may be lost; 0: none is made, and the guest is stopped first.
+    /// How many tries may be lost; 0: there is no early start, and the guest is stopped first.
     pub tries: u32,
-    /// When to stop the guest, counted from the migration's begin; `None`: by what is known of the
-    /// guest.
+    /// When to stop the guest, counted from the migration's begin; `None`: an estimate from the
+    /// guest's samples.
     pub stop_after: Option<Duration>,
 }
 
@@ -60,29 +62,29 @@ impl Default for EarlyStart {
 /// The samples of guests, by their identity.
 static GUESTS: Lazy<Mutex<HashMap<String, Samples>>> = Lazy::new(Mutex::default);
 
-/// The last few of each, the newest first.
+/// The last few samples of each kind, the newest first.
 #[derive(Default)]
 struct Samples {
-    /// How much work `setup` was while the guest ran: more than else, and these count where there
-    /// are any.
+    /// How much work `setup` was while the guest ran. It is more work than with a stopped guest,
+    /// so only these samples count where there are any.
     running: VecDeque<Duration>,
     stopped: VecDeque<Duration>,
     /// How long it took from the order to stop until it was known whether that was in time.
     stopping: VecDeque<Duration>,
 }
 
-/// A sample: what one try has shown of a guest.
+/// One measurement of a guest.
 #[derive(Clone, Copy, Debug)]
 pub enum Sample {
     /// The work of a `setup` while the guest ran.
     Running(Duration),
     /// The work of a `setup` while it was stopped.
     Stopped(Duration),
-    /// How long the stop took, with the question whether it was in time.
+    /// How long the stop took, together with the query whether it was in time.
     Stopping(Duration),
 }
 
-/// Notes it.
+/// Adds a sample to those of a guest.
 pub fn record(guest: &str, sample: Sample) {
     let mut guests = lock(&GUESTS);
     if guests.len() >= MAX_GUESTS && !guests.contains_key(guest) {
@@ -98,38 +100,42 @@ pub fn record(guest: &str, sample: Sample) {
     last.push_front(time);
 }
 
-/// Whether the setup of a guest is known.
+/// Whether there is a sample of the guest's setup.
 pub fn has_samples(guest: &str) -> bool {
     lock(&GUESTS)
         .get(guest)
         .is_some_and(|samples| !samples.running.is_empty() || !samples.stopped.is_empty())
 }
 
-/// The one at a place when sorted, the quickest first.
-fn sorted(last: &VecDeque<Duration>, place: impl FnOnce(usize) -> usize) -> Option<Duration> {
-    let mut sorted: Vec<_> = last.iter().copied().collect();
+/// The sample at an index, which is computed from their number, when they are sorted with the
+/// quickest first.
+fn nth_quickest(
+    samples: &VecDeque<Duration>,
+    index: impl FnOnce(usize) -> usize,
+) -> Option<Duration> {
+    let mut sorted: Vec<_> = samples.iter().copied().collect();
     sorted.sort_unstable();
-    sorted.get(place(sorted.len())).copied()
+    sorted.get(index(sorted.len())).copied()
 }
 
-/// When to stop a guest that has so many bytes of memory, in work done by then, the earlier the
-/// more tries were `lost`; `None` where that would come to nothing.
+/// When to stop a guest with `memory` bytes of memory, as the work that setup has done by then: the
+/// earlier the more tries were `lost`. `None` where an early start is not worth it.
 ///
-/// The next setup will be as much work as the second quickest was, and the stop take half as long
-/// again as it usually does. A try that is lost costs the guest little, and a stop that is early by
-/// far costs all of that.
+/// The estimate assumes that the next setup is as much work as the second quickest was, and that
+/// the stop takes half as long again as it usually does. It may be late, because a lost try costs
+/// the guest little, while a stop that is much too early costs a pause of all that time.
 pub fn estimate(guest: &str, memory: u64, lost: u32) -> Option<Duration> {
     let guests = lock(&GUESTS);
     let samples = guests.get(guest);
-    let quick = |last| sorted(last, |count| usize::from(count > 2));
+    let quick = |samples| nth_quickest(samples, |count| usize::from(count > 2));
     let work =
         samples.and_then(|samples| quick(&samples.running).or_else(|| quick(&samples.stopped)));
     let work =
         work.unwrap_or_else(|| FASTEST_PAGE * u32::try_from(memory / PAGE).unwrap_or(u32::MAX));
-    let usual = samples.and_then(|samples| sorted(&samples.stopping, |count| count / 2));
+    let usual = samples.and_then(|samples| nth_quickest(&samples.stopping, |count| count / 2));
     let stopping = usual.map_or(USUAL_STOP, |stopping| stopping * 3 / 2);
     let stop_after = (work * 95u32.saturating_sub(10 * lost) / 100).checked_sub(stopping)?;
-    // What a try that is lost costs grows with what it takes to stop.
+    // The longer a stop takes, the more a lost try costs.
     (stop_after >= SHORTEST.max(2 * stopping)).then_some(stop_after)
 }
 
@@ -155,7 +161,7 @@ mod tests {
         // The first is forgotten.
         assert_eq!(estimate("guest", GIB, 0), Some(188 * MS));
         assert_eq!(estimate("guest", GIB, 2), Some(148 * MS));
-        // Of those while the guest ran, where there are any.
+        // Samples of the running guest take precedence.
         record("guest", Sample::Running(100 * MS));
         assert_eq!(estimate("guest", GIB, 0), Some(93 * MS));
         assert!(has_samples("guest"));
@@ -172,7 +178,7 @@ mod tests {
         }
         record("slow to stop", Sample::Running(100 * MS));
         assert_eq!(estimate("slow to stop", GIB, 0), Some(80 * MS));
-        // It has to be worth it.
+        // The early start has to be worth it.
         record("slow to stop, quick to set up", Sample::Stopping(10 * MS));
         record("slow to stop, quick to set up", Sample::Running(30 * MS));
         assert_eq!(estimate("slow to stop, quick to set up", GIB, 0), None);

@@ -1,31 +1,31 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! How far memory has come on its way into the image, and who is told of it.
+//! The progress of saving memory into the image, and the observer that is told of it.
 
 use std::time::Duration;
 
-/// Memory on its way into the image.
+/// The progress of saving memory into the image.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Flow {
-    /// Bytes of the image so far.
+    /// The bytes that the image has so far.
     pub done: u64,
-    /// How many they are expected to become at most, without the devices; 0 where that is not
-    /// known.
+    /// How many bytes it is expected to have at most, without the devices' state; 0 where that is
+    /// not known.
     pub total: u64,
-    /// The rate since the last progress.
+    /// The bytes per second since the last report.
     pub per_second: u64,
     /// Pages of the guest's memory that QEMU has not saved yet.
     pub pages_left: u64,
 }
 
-/// Who is told how far memory has come while it is saved.
+/// Receives the progress while memory is saved.
 pub trait FlowObserver {
-    /// How often to be told; `None`: not at all. QEMU must be asked for it.
+    /// How often the observer wants a report; `None`: never. Each report costs a query to QEMU.
     fn interval(&self) -> Option<Duration>;
 
-    /// What was told last.
+    /// The last report.
     fn flow(&self) -> Flow;
 
-    /// How far memory has come now.
+    /// Takes a new report.
     fn progress(&mut self, flow: Flow);
 }

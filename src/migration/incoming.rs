@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! Waiting for an incoming migration.
+//! Waits for an incoming migration.
 
 use super::backoff::Backoff;
 use crate::backend::{DEFAULT_TIMEOUT, Guest};
@@ -8,8 +8,8 @@ use crate::deadline::Deadline;
 use crate::error::{Result, fail};
 use crate::monitor::commands::{self, Progress};
 
-/// Waits until an incoming migration has ended. It can take as long as memory is large, so only
-/// QEMU's silence is bounded.
+/// Waits until an incoming migration has ended. How long it takes depends on the size of memory, so
+/// only the time to each of QEMU's replies is limited.
 pub fn wait_loaded(guest: &mut dyn Guest) -> Result<()> {
     let backoff = Backoff::default();
     loop {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! The settings that a snapshot has left in QEMU.
+//! Migration settings that an earlier snapshot has left in QEMU.
 
 use serde_json::{Map, Value, json};
 
@@ -8,27 +8,27 @@ use super::maker;
 use super::names::{BACKGROUND, LOCK, RECORD, TLS};
 use crate::error::{Result, fail};
 
-/// What the note begins with.
-const RECORDED: &str = "instantsnap: ";
+/// The record of the settings begins with this.
+const PREFIX: &str = "instantsnap: ";
 
-/// What a snapshot has left in QEMU whose process and watchdog were killed, or could not reach QEMU
-/// any more.
+/// The settings that an earlier snapshot has left in QEMU: its process and its watchdog were
+/// killed, or could not reach QEMU any more.
 ///
-/// QEMU itself keeps what its settings were before: in the parameter `tls-hostname`, which QEMU has
-/// no use for as long as there are no credentials to go with it. So it outlives all of our
+/// QEMU itself keeps the record of what its settings were before: in the parameter `tls-hostname`,
+/// which QEMU does not use as long as no credentials are set. So the record outlives all of our
 /// processes, and ends with QEMU.
 #[derive(Debug)]
 pub struct Leftover {
-    /// As they were before that snapshot, as far as it is known.
+    /// All capabilities as they were before that snapshot, as far as that is known.
     pub capabilities: Vec<(String, bool)>,
-    /// Those that it has changed.
+    /// The parameters that the snapshot has changed, as they were before it.
     pub parameters: Map<String, Value>,
-    /// Who has made it: see [`maker`].
+    /// The processes that took the snapshot: see [`maker`].
     maker: Value,
 }
 
 impl Leftover {
-    /// What is noted of the settings: the capabilities that are on, and the parameters that will be
+    /// The record of the settings: the capabilities that are on, and the parameters that will be
     /// changed.
     pub fn describe<'a>(
         capabilities: &[(String, bool)],
@@ -42,19 +42,20 @@ impl Leftover {
             changed.map(|name| (name.to_owned(), parameters[name].clone())).collect();
         let maker = maker::note(watchdog);
         format!(
-            "{RECORDED}{}",
+            "{PREFIX}{}",
             json!({ "capabilities": capabilities, "parameters": parameters, "maker": maker })
         )
     }
 
-    /// Finds it; `never_set`: nobody but us sets `background-snapshot` in this guest.
+    /// Finds what was left, among the capabilities and parameters that QEMU has now. `never_set`:
+    /// no other client sets `background-snapshot` in this guest.
     pub fn find(
         found: &[(String, bool)],
         parameters: &Map<String, Value>,
         never_set: bool,
     ) -> Option<Leftover> {
         let text = |name: &str| parameters.get(name).and_then(Value::as_str).unwrap_or_default();
-        let recorded = text(RECORD).strip_prefix(RECORDED);
+        let recorded = text(RECORD).strip_prefix(PREFIX);
         if let Some(leftover) = recorded.and_then(|recorded| Leftover::parse(recorded, found)) {
             return Some(leftover);
         }
@@ -62,7 +63,7 @@ impl Leftover {
         if text(TLS) != LOCK && !(is_on && never_set) {
             return None;
         }
-        // What else it has switched off is not known.
+        // It is not known which other capabilities the snapshot has switched off.
         let off = |(name, state): &(String, bool)| (name.clone(), *state && name != BACKGROUND);
         let locked = (text(TLS) == LOCK).then(|| (TLS.to_owned(), json!("")));
         let capabilities = found.iter().map(off).collect();
@@ -82,14 +83,15 @@ impl Leftover {
         Some(Leftover { capabilities, parameters, maker: recorded["maker"].take() })
     }
 
-    /// Refuses what another snapshot may need still, which this process cannot know to have ended.
+    /// Refuses settings that another snapshot may still need: this process cannot tell that it has
+    /// ended.
     pub fn check_maker(&self) -> Result<()> {
         match maker::at_work(&self.maker) {
             None => Ok(()),
-            Some(who) => fail!(
+            Some(snapshot) => fail!(
                 OperationInvalid,
                 "another snapshot of this guest is under way, or has left its settings in QEMU: it \
-                 is {who}. Wait for it to end; if it was killed, take a snapshot from where it was \
+                 is {snapshot}. Wait for it to end; if it was killed, take a snapshot from where it was \
                  begun, or clear QEMU's migration parameter '{RECORD}' (migrate-set-parameters) \
                  and try again"
             ),

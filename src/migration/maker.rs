@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! Who has changed QEMU's settings for a snapshot, as it is noted beside them: whether that
-//! snapshot has ended.
+//! The maker of a snapshot: the process that changed QEMU's settings for it, as recorded beside
+//! them, and whether that snapshot has ended.
 //!
-//! A guest is held by a name that one network namespace knows, made of QEMU's process number, which
-//! is that of one PID namespace. So a process that holds the guest in the same two namespaces has
-//! proof that the maker of the note has ended. Between others, containers for example, the
-//! processes are looked for: the maker, and its watchdog. Where they cannot be seen, or are there,
-//! it is not known whether the snapshot is still being taken.
+//! The lock that a process has on a guest is a name in one network namespace, and contains QEMU's
+//! process number in one PID namespace. So a process that has the lock in the same two namespaces
+//! as the maker has proof that the maker has ended. In other namespaces, those of another container
+//! for example, the maker and its watchdog are looked for among the processes. If they run, or
+//! cannot be seen, the snapshot may still be under way.
 
 use std::fs;
 
@@ -17,9 +17,9 @@ use serde_json::{Value, json};
 /// kernel.
 const ALL_PROCESSES: &str = "pid:[4026531836]";
 
-/// Notes this process, and its watchdog.
+/// The note of this process and its watchdog, with what tells whether they still run.
 pub fn note(watchdog: Option<u32>) -> Value {
-    let Place { boot, pid, net } = Place::here();
+    let Namespaces { boot, pid, net } = Namespaces::own();
     let processes = [Some(std::process::id()), watchdog];
     let started =
         |pid: u32| Some(json!({ "pid": pid, "started": Process::read(&pid.to_string())?.started }));
@@ -27,15 +27,15 @@ pub fn note(watchdog: Option<u32>) -> Value {
     json!({ "boot": boot, "pid-namespace": pid, "network-namespace": net, "processes": processes })
 }
 
-/// Why the maker of a note, which this process does not find among those that hold the guest, may
-/// be at work; none where it has ended.
+/// Describes the snapshot of a note's maker if it may still be under way; none where the maker has
+/// ended. The caller has the lock on the guest.
 pub fn at_work(note: &Value) -> Option<String> {
-    at_work_seen_from(note, &Place::here())
+    at_work_seen_from(note, &Namespaces::own())
 }
 
-fn at_work_seen_from(note: &Value, here: &Place) -> Option<String> {
+fn at_work_seen_from(note: &Value, here: &Namespaces) -> Option<String> {
     let text = |name: &str| note[name].as_str().unwrap_or_default();
-    // One without it is of an earlier version.
+    // An earlier version's note names no processes.
     let processes = note["processes"].as_array()?;
     let (boot, pid, net) = (text("boot"), text("pid-namespace"), text("network-namespace"));
     let same_pids = boot == here.boot && pid == here.pid;
@@ -52,40 +52,40 @@ fn at_work_seen_from(note: &Value, here: &Place) -> Option<String> {
             "of another network namespace ({net}), and /proc does not show all processes here"
         ));
     };
-    let is_there = |process: &&Value| {
+    let is_running = |process: &&Value| {
         seen.iter()
             .any(|seen| process["pid"] == seen.innermost_pid && process["started"] == seen.started)
     };
-    let process = processes.iter().find(is_there)?;
+    let process = processes.iter().find(is_running)?;
     Some(format!(
-        "of another network namespace ({net}), whose process {} (in {pid}) is there",
+        "of another network namespace ({net}), whose process {} (in {pid}) is running",
         process["pid"]
     ))
 }
 
-/// What says of which processes and of which names one speaks.
-struct Place {
+/// The boot and the namespaces in which process numbers and lock names are valid.
+struct Namespaces {
     boot: String,
     pid: String,
     net: String,
 }
 
-impl Place {
-    fn here() -> Place {
+impl Namespaces {
+    /// Those of this process.
+    fn own() -> Namespaces {
         let namespace = |kind: &str| {
             let link = fs::read_link(format!("/proc/self/ns/{kind}")).unwrap_or_default();
             link.to_string_lossy().into_owned()
         };
         let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
-        Place { boot: boot.trim().into(), pid: namespace("pid"), net: namespace("net") }
+        Namespaces { boot: boot.trim().into(), pid: namespace("pid"), net: namespace("net") }
     }
 }
 
-/// A process.
 struct Process {
     /// Its number in its own namespace.
     innermost_pid: u32,
-    /// When it was started, in ticks since the host was: with the number that is unique.
+    /// When it was started, in ticks since the host's boot. Together with the number it is unique.
     started: u64,
 }
 
@@ -95,7 +95,7 @@ impl Process {
         // The fields after the command, which is in parentheses and can hold anything; the start
         // time is field 22.
         let mut fields = stat.rsplit_once(')')?.1.split_ascii_whitespace();
-        // One that has ended, and that nobody has waited for yet, does nothing any more.
+        // A zombie does nothing any more.
         let state = fields.next()?;
         let started = fields.nth(18)?.parse().ok().filter(|_| state != "Z")?;
         let status = fs::read_to_string(format!("/proc/{entry}/status")).ok()?;
@@ -106,7 +106,7 @@ impl Process {
         })
     }
 
-    /// All that there are; none where some are hidden (`hidepid`), the first among them.
+    /// All processes; none where /proc hides some (`hidepid`), which hides process 1 too.
     fn all() -> Option<Vec<Process>> {
         Process::read("1")?;
         let entries = fs::read_dir("/proc").ok()?.flatten();
@@ -131,30 +131,30 @@ mod tests {
     #[test]
     fn a_maker_of_another_network_namespace_is_looked_for_and_one_that_cannot_be_seen_is_not_taken_for_dead()
      {
-        let here = Place::here();
-        let of = |net: &str, pid: &str, note: &Value| {
+        let here = Namespaces::own();
+        let from_namespaces = |net: &str, pid: &str, note: &Value| {
             let mut note = note.clone();
             (note["network-namespace"], note["pid-namespace"]) = (net.into(), pid.into());
             at_work_seen_from(&note, &here)
         };
         let mut watchdog = std::process::Command::new("sleep").arg("600").spawn().unwrap();
         let mut noted = note(Some(watchdog.id()));
-        let alive = of("net:[1]", &here.pid, &noted).unwrap();
+        let alive = from_namespaces("net:[1]", &here.pid, &noted).unwrap();
         assert!(alive.contains(&format!("process {}", std::process::id())), "{alive}");
         // The watchdog outlives its maker.
         noted["processes"].as_array_mut().unwrap().remove(0);
         assert!(
-            of("net:[1]", &here.pid, &noted)
+            from_namespaces("net:[1]", &here.pid, &noted)
                 .unwrap()
                 .contains(&format!("process {}", watchdog.id()))
         );
         watchdog.kill().unwrap();
         let pid = rustix::process::Pid::from_child(&watchdog);
-        let ends = WaitIdOptions::EXITED | WaitIdOptions::NOWAIT;
-        rustix::process::waitid(rustix::process::WaitId::Pid(pid), ends).unwrap();
-        assert_eq!(of("net:[1]", &here.pid, &noted), None, "its status was not taken yet");
+        let options = WaitIdOptions::EXITED | WaitIdOptions::NOWAIT;
+        rustix::process::waitid(rustix::process::WaitId::Pid(pid), options).unwrap();
+        assert_eq!(from_namespaces("net:[1]", &here.pid, &noted), None, "it is a zombie");
         watchdog.wait().unwrap();
-        let from_within = Place { pid: "pid:[2]".into(), ..Place::here() };
+        let from_within = Namespaces { pid: "pid:[2]".into(), ..Namespaces::own() };
         let unseen = at_work_seen_from(&noted, &from_within).unwrap();
         assert!(unseen.contains("cannot be seen"), "{unseen}");
     }

@@ -1,34 +1,35 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! How far QEMU has come with touching all of the guest's memory ("populate"), seen from outside.
+//! The progress of populate, QEMU's touching of all of the guest's memory, as seen from outside.
 //!
-//! It says nothing of it. But it is always the same work, done by one thread that does nothing
-//! else: the CPU time of that thread tells more than the clock, which goes on while the thread
-//! waits for a CPU. The kernel tells it (`/proc/PID/task/TID/schedstat`) whoever may see the
-//! process; otherwise there is the clock.
+//! QEMU does not report this progress. But populate is always the same work, done by one thread
+//! that does nothing else. So the CPU time of that thread tells more than the clock, which goes on
+//! while the thread waits for a CPU. The kernel reports it (`/proc/PID/task/TID/schedstat`) to a
+//! process that may see QEMU's. Where it does not, the clock is used.
 
 use std::fs;
 use std::time::{Duration, Instant};
 
-/// A thread that runs can have run for so long without the kernel's having counted it: it is looked
-/// at as often.
+/// The kernel can be this far behind with counting the CPU time of a running thread. So the thread
+/// is sampled at this interval.
 const UNCOUNTED: Duration = Duration::from_millis(1);
 
 /// The work of one migration's setup.
 #[derive(Debug)]
 pub struct PopulateProgress {
     process: Option<u32>,
-    /// Threads that were there before, and are others.
+    /// The threads that QEMU had before the migration: populate's is none of them.
     others: Vec<u32>,
-    /// Those that may be it.
+    /// The threads that may be populate's.
     threads: Vec<u32>,
     begun: Instant,
-    /// When its CPU time was seen to change, and to what.
-    seen: Vec<(Duration, Duration)>,
+    /// The changes of the thread's CPU time: when each was seen, and the CPU time from then on.
+    samples: Vec<(Duration, Duration)>,
 }
 
 impl PopulateProgress {
-    /// Of a migration that begins now, by QEMU's process; `None`: by the clock.
+    /// The progress of a migration that begins now. `process` is QEMU's; with `None` the clock is
+    /// used.
     pub fn begin(process: Option<u32>) -> PopulateProgress {
         let others = process.map(threads).unwrap_or_default();
         PopulateProgress {
@@ -36,11 +37,11 @@ impl PopulateProgress {
             others,
             threads: Vec::new(),
             begun: Instant::now(),
-            seen: Vec::new(),
+            samples: Vec::new(),
         }
     }
 
-    /// How much was done; at most, rather than at least. Of a migration that has begun.
+    /// The work that is done so far: rather too much than too little. The migration has begun.
     pub fn done(&mut self) -> Duration {
         let cpu = self.cpu_time();
         let now = self.begun.elapsed();
@@ -50,35 +51,36 @@ impl PopulateProgress {
         }
     }
 
-    /// For how long nothing need be looked at until so much is done.
+    /// How long to wait before the next look at the thread, when `rest` of the work is left.
     pub fn interval(rest: Duration) -> Duration {
         if rest > 8 * UNCOUNTED { rest / 2 } else { rest.min(UNCOUNTED) }
     }
 
-    /// How much all of it was, by when it was done.
+    /// How much work setup was in all, when it ended at `end`.
     pub fn total_at(&self, end: Duration) -> Duration {
-        let Some(last) = self.seen.iter().rposition(|(at, _)| *at <= end) else { return end };
-        let (at, done) = self.seen[last];
+        let Some(last) = self.samples.iter().rposition(|(at, _)| *at <= end) else { return end };
+        let (at, done) = self.samples[last];
         let rest = end - at;
-        // It was looked at until the guest was stopped. From then on the thread has had a CPU for
+        // The thread was sampled until the guest was stopped. From then on it has had a CPU for
         // itself.
-        let Some((next_at, next)) = self.seen.get(last + 1) else { return done + rest };
+        let Some((next_at, next)) = self.samples.get(last + 1) else { return done + rest };
         done + (*next - done).mul_f64(rest.as_secs_f64() / (*next_at - at).as_secs_f64())
     }
 
     fn note(&mut self, now: Duration, cpu: Duration) -> Duration {
-        let last = self.seen.last().copied();
+        let last = self.samples.last().copied();
         let (at, done) = match last.filter(|(_, done)| *done >= cpu) {
             Some(unchanged) => unchanged,
             None => {
-                self.seen.push((now, cpu));
+                self.samples.push((now, cpu));
                 (now, cpu)
             }
         };
         (done + (now - at)).min(now)
     }
 
-    /// Other threads can begin at the same time: what has worked most is it.
+    /// The CPU time of populate's thread. Other threads can begin at the same time: populate's is
+    /// the one that has the most.
     fn cpu_time(&mut self) -> Option<Duration> {
         let process = self.process?;
         if self.threads.is_empty() {

@@ -1,17 +1,17 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! Prefaulting: touching the guest's memory from outside, while the guest runs.
+//! Prefault: touches the guest's memory from outside, while the guest runs.
 //!
-//! QEMU touches every page before it arms. A page that is not there yet (never used, or swapped
-//! out) makes that slow: it is fetched then, in the pause if the guest has been stopped. Here one
-//! byte of each page is read beforehand, from QEMU's memory by the kernel's `process_vm_readv`.
-//! Where that is not permitted, or QEMU's process is not known, nothing is lost but time. It takes
-//! several times as long as QEMU takes for pages that are there, and puts the instant off by that:
-//! so it has an end.
+//! QEMU touches every page before it arms. A page that is not in memory (never used, or swapped
+//! out) makes that slow: the kernel fetches it then, in the pause if the guest has been stopped.
+//! Prefault reads one byte of each page beforehand, from QEMU's memory by the kernel's
+//! `process_vm_readv`. Where that is not permitted, or QEMU's process is not known, only time is
+//! lost. Prefault takes several times as long as QEMU takes for pages that are in memory, and
+//! delays the instant by that, so it has a time limit.
 //!
-//! Only what QEMU itself would touch is touched: memory that a virtio-mem device has, and the guest
-//! has not plugged in, QEMU passes over, and reading it would allocate it where it is shared or of
-//! huge pages. (What a balloon has taken QEMU touches.)
+//! It touches only what QEMU itself would touch. QEMU skips the memory of a virtio-mem device that
+//! the guest has not plugged in; to read it would allocate it where it is shared or of huge pages.
+//! (QEMU does touch memory that a balloon has taken.)
 
 use std::fs;
 use std::time::{Duration, Instant};
@@ -25,15 +25,15 @@ use crate::sys;
 
 /// Smaller mappings are QEMU's own, or not worth it.
 const SMALLEST: u64 = 16 << 20;
-/// A multiple of how many pages the kernel reads at once.
+/// A multiple of the pages that the kernel reads at once.
 const PIECE: u64 = 4 << 20;
-/// For so long at most.
+/// Prefault ends after this time.
 const LIMIT: Duration = Duration::from_secs(3);
 
-/// Touches the memory of the guest that this process runs.
+/// Touches the memory of the guest that the process `pid` runs.
 pub fn prefault(guest: &mut dyn Guest, pid: u32, cancel: &Cancel) -> Result<()> {
     let Ok(maps) = fs::read_to_string(format!("/proc/{pid}/maps")) else { return Ok(()) };
-    // Not worth a snapshot: where QEMU does not tell, nothing is touched.
+    // A failure here must not fail the snapshot: without QEMU's answer nothing is touched.
     let Ok(partly_plugged) =
         commands::query_partly_plugged(guest, Deadline::after(DEFAULT_TIMEOUT))
     else {
@@ -54,8 +54,8 @@ pub fn prefault(guest: &mut dyn Guest, pid: u32, cancel: &Cancel) -> Result<()> 
     Ok(())
 }
 
-/// Leaves out the mappings of devices that have this much memory, not all of which is plugged in.
-/// Nothing is left where one of them is not found: it could be anywhere.
+/// The mappings without those of devices whose memory is only partly plugged in, which are told by
+/// their sizes. Returns none where one of these is not found: any mapping could be it.
 fn plugged(mut mappings: Vec<(u64, u64)>, partly_plugged: &[u64]) -> Vec<(u64, u64)> {
     let length = |(begin, end): &(u64, u64)| end - begin;
     let found = |size: &u64| mappings.iter().filter(|mapping| length(mapping) == *size).count();
@@ -69,8 +69,8 @@ fn plugged(mut mappings: Vec<(u64, u64)>, partly_plugged: &[u64]) -> Vec<(u64, u
     mappings
 }
 
-/// A mapping that can be guest memory: large, and to be read and written, but not executed as
-/// translated code is.
+/// The addresses of a mapping that can be guest memory: it is large, readable and writable, and not
+/// executable, as QEMU's translated code is.
 fn memory(line: &str) -> Option<(u64, u64)> {
     let mut fields = line.split_ascii_whitespace();
     let (begin, end) = fields.next()?.split_once('-')?;

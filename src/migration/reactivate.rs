@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! Taking the disks back after an ordinary migration.
+//! Activates the disks again after a non-live migration.
 //!
-//! When a migration completes, QEMU hands its disks over to a destination, and there is none. A
-//! guest that runs takes them back when it resumes, and one that was loaded takes them over. One
-//! that stays paused would be left with disks that nothing can be done with, merging an overlay
-//! included. QEMU 10.0 and later have a command for it; before that, exporting a node by NBD does
-//! it on the way.
+//! When a migration completes, QEMU hands its disks over to a destination, though there is none
+//! here. QEMU takes them back when the guest resumes, and when a guest has been loaded. A guest
+//! that stays paused would be left with inactive disks, on which no operation is possible, not even
+//! the merge of an overlay. QEMU 10.0 and later have a command for it; before that, an NBD export
+//! of a node activates it as a side effect.
 
 use serde_json::json;
 
@@ -24,8 +24,9 @@ pub fn reactivate_disks(guest: &mut dyn Guest) -> Result<()> {
         let command = Command::new("blockdev-set-active", json!({ "active": true }));
         return guest.run(STEP, command, deadline()).map(drop);
     }
-    // Abstract, so that there is no file; and nobody is told of it. The user's own server, where
-    // there is one, serves too. Other guests are snapshotted at the same time, by this process too.
+    // The socket is abstract, so that there is no file, and its name is told to nobody. If QEMU has
+    // an NBD server of the user's already, that one is used. The name is unique, because other
+    // guests are snapshotted at the same time, by this process too.
     let mut random = [0; 8];
     let _ = rustix::rand::getrandom(&mut random, rustix::rand::GetRandomFlags::NONBLOCK);
     let name = format!("{EXPORT}-{}-{:016x}", std::process::id(), u64::from_ne_bytes(random));

@@ -1,15 +1,15 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! Whether the guest is in a state in which QEMU can capture it.
+//! Checks that the guest is in a state in which QEMU can capture it.
 //!
-//! QEMU captures a background snapshot in the state `paused`. From another state of a guest that
-//! does not run it has no way there, and ends by abort(): a reset makes a paused guest `prelaunch`,
-//! be it another client's or the guest's own reboot, which QEMU carries out after it has answered
-//! `stop`; a guest can have suspended itself, panicked, or met an I/O error just before that. So
-//! the state is asked for right before `migrate`; and again as long as the migration sets up, for
-//! which QEMU can take a while. A guest that is found so then is resumed, which is what saves QEMU:
-//! it stops and captures a guest that runs by itself. What remains is a reset in the last moment
-//! before the capture, between a question and the next.
+//! QEMU captures a background snapshot in the state `paused`. It cannot get there from another
+//! state of a guest that does not run, and ends by abort(). A reset makes a paused guest
+//! `prelaunch`: another client's reset, or the guest's own reboot, which QEMU carries out after it
+//! has answered `stop`. And a guest can have suspended itself, panicked, or met an I/O error just
+//! before the `stop`. So QEMU is asked for the state right before `migrate`, and again as long as
+//! the migration sets up, which can take a while. A guest that is found in such a state then is
+//! resumed. That saves QEMU, which stops and captures a running guest by itself. One case remains:
+//! a reset in the last moment before the capture, between two queries.
 
 use crate::backend::Guest;
 use crate::deadline::Deadline;
@@ -27,7 +27,7 @@ pub fn check(guest: &mut dyn Guest, expected: &str, deadline: Deadline) -> Resul
     check_text(&status.status, expected)
 }
 
-/// The same for a state that QEMU has noted.
+/// Like [`check`], for a state that QEMU has reported already.
 pub fn check_text(state: &str, expected: &str) -> Result<()> {
     match state {
         state if state == expected => Ok(()),
@@ -49,13 +49,13 @@ pub fn check_text(state: &str, expected: &str) -> Result<()> {
         other => fail!(
             OperationFailed,
             "the guest has stopped by itself as its snapshot was being taken (its state is \
-             '{other}'): no snapshot can be taken of it so"
+             '{other}'): no snapshot can be taken of it in this state"
         ),
     }
 }
 
-/// Looks at a guest that is to be captured by a migration that sets up. An error where QEMU could
-/// not have captured it, and it was resumed for that reason.
+/// Checks a guest while the migration that will capture it sets up. Where QEMU could not capture
+/// the guest, resumes it, and returns an error.
 pub fn keep_capturable(guest: &mut dyn Guest, deadline: Deadline) -> Result<()> {
     let status = commands::query_status(guest, deadline)?;
     if is_capturable(&status) {
@@ -64,8 +64,8 @@ pub fn keep_capturable(guest: &mut dyn Guest, deadline: Deadline) -> Result<()> 
     Err(rescue(guest, &status, deadline))
 }
 
-/// Whether a guest that was just stopped stands, and can be captured by a migration that has begun.
-/// One that cannot was resumed.
+/// Whether a guest that was just stopped stands still, and the migration that has begun can capture
+/// it. A guest that QEMU could not capture is resumed.
 pub fn stands(guest: &mut dyn Guest, deadline: Deadline) -> Result<bool> {
     let status = commands::query_status(guest, deadline)?;
     if status.status == PRELAUNCH {
@@ -82,7 +82,7 @@ fn is_capturable(status: &Status) -> bool {
     status.running || matches!(status.status.as_str(), PAUSED | "postmigrate" | "finish-migrate")
 }
 
-/// Resumes it without a detour; why.
+/// Resumes the guest at once. Returns why that was necessary.
 fn rescue(guest: &mut dyn Guest, status: &Status, deadline: Deadline) -> Error {
     let cause = check_text(&status.status, PAUSED).expect_err("it is not paused");
     match commands::cont(guest, deadline) {

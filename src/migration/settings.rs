@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! QEMU's migration settings: what they were, those of a snapshot, the lock, and putting them back.
+//! QEMU's migration settings: reads them, sets those of a snapshot, locks other clients out, and
+//! puts the settings back.
 
 use serde_json::{Map, Value, json};
 
@@ -12,7 +13,7 @@ use crate::error::{Code, Error, Result, fail};
 use crate::monitor::Failure;
 use crate::monitor::commands;
 
-/// The capabilities that QEMU refuses beside credentials, and beside which it refuses them.
+/// The capabilities that QEMU refuses together with TLS credentials.
 const EXCLUDE_TLS: [&str; 2] = ["mapped-ram", "zero-copy-send"];
 
 /// How memory is saved.
@@ -20,24 +21,24 @@ const EXCLUDE_TLS: [&str; 2] = ["mapped-ram", "zero-copy-send"];
 pub enum Mode {
     /// The guest runs on: a background snapshot.
     Background,
-    /// The guest is paused throughout.
+    /// The guest is paused throughout: a non-live migration.
     Paused,
 }
 
-/// QEMU's migration capabilities and parameters as they were found, to be put back.
+/// QEMU's migration capabilities and parameters as they were found: they are put back at the end.
 #[derive(Clone, Debug)]
 pub struct Settings {
     capabilities: Vec<(String, bool)>,
     parameters: Map<String, Value>,
     /// Other clients are locked out while our settings are in force.
     locked: bool,
-    /// The process that puts them back where this one cannot.
+    /// The watchdog: the process that puts them back if this one cannot.
     pub watchdog: Option<u32>,
 }
 
 impl Settings {
-    /// Reads them, for a snapshot. What a snapshot has left whose process and watchdog were killed
-    /// is put back first.
+    /// Reads the settings, for a snapshot. Where an earlier snapshot, whose process and watchdog
+    /// were killed, has left its settings, those before it are put back first.
     pub fn read(guest: &mut dyn Guest) -> Result<Settings> {
         let mut settings = Settings::query(guest)?;
         if let Some(leftover) = Leftover::find(
@@ -46,29 +47,35 @@ impl Settings {
             guest.capabilities().never_sets_background_snapshot,
         ) {
             leftover.check_maker()?;
-            Settings::mend(leftover, guest)?;
+            Settings::put_leftover_back(leftover, guest)?;
             settings = Settings::query(guest)?;
         }
         settings.locked = settings.parameters.contains_key(TLS);
         Ok(settings)
     }
 
-    /// Reads them, for memory that is to be loaded: the migration is the one that QEMU waits for,
-    /// and no one is locked out.
+    /// Reads the settings, for loading memory. QEMU waits for this migration already, so no other
+    /// client is locked out.
     pub fn read_incoming(guest: &mut dyn Guest) -> Result<Settings> {
         Settings::query(guest)
     }
 
-    /// Puts back what a snapshot has left.
-    fn mend(leftover: Leftover, guest: &mut dyn Guest) -> Result<()> {
-        // The pipe that QEMU may have been passed; refused where there is none.
+    /// Puts the settings back that an earlier snapshot has left changed.
+    fn put_leftover_back(leftover: Leftover, guest: &mut dyn Guest) -> Result<()> {
+        // QEMU may still have the snapshot's pipe; otherwise it refuses this.
         let _ = commands::closefd(guest, FD_NAME, Deadline::after(DEFAULT_TIMEOUT));
         let Leftover { capabilities, parameters, .. } = leftover;
         let settings =
             Settings { capabilities, parameters: Map::new(), locked: false, watchdog: None };
         settings.put_back(guest, parameters).map_err(|error| {
-            let left = "what an earlier snapshot of this guest, which was killed, has left in QEMU cannot be put back";
-            Error::new(error.code, format!("{left}: {}", error.message))
+            Error::new(
+                error.code,
+                format!(
+                    "cannot put back the migration settings that an earlier snapshot of this \
+                     guest, which was killed, has left in QEMU: {}",
+                    error.message
+                ),
+            )
         })
     }
 
@@ -80,7 +87,7 @@ impl Settings {
         Ok(Settings { capabilities, parameters, locked: false, watchdog: None })
     }
 
-    /// Whether this QEMU knows background snapshots at all.
+    /// Refuses a QEMU that does not support background snapshots.
     pub fn require_background(&self) -> Result<()> {
         if !self.capabilities.iter().any(|(name, _)| name == BACKGROUND) {
             fail!(
@@ -91,19 +98,19 @@ impl Settings {
         Ok(())
     }
 
-    /// Prepares for `mode`. Everything that changes the stream or excludes a background snapshot is
-    /// off: the stream goes through one pipe, in the plainest form, and whatever the guest's next
-    /// migration was set up for is back before that.
+    /// Prepares QEMU for `mode`. Switches off everything that changes the stream or excludes a
+    /// background snapshot: the stream goes through one pipe, in its simplest form. Settings that
+    /// were made for the guest's next migration are put back before that.
     ///
-    /// As long as it is so, another client's save or dump would be a background snapshot too, and
-    /// before QEMU 9 its guest would run on behind its back. So others are locked out, but for the
-    /// moment in which our own migration begins ([`Settings::unlock`], [`Settings::lock`]), until
-    /// [`Settings::restore`].
+    /// As long as these settings are in force, another client's save or dump would be a background
+    /// snapshot too, and before QEMU 9 the guest would run on without that client's knowing. So
+    /// other clients are locked out until [`Settings::restore`], except for the moment in which our
+    /// own migration begins ([`Settings::unlock`], [`Settings::lock`]).
     pub fn apply(&self, guest: &mut dyn Guest, mode: Mode) -> Result<()> {
-        // Beside these QEMU can refuse every parameter, having taken the others before it took
-        // these.
+        // While these are on, QEMU can refuse to set any parameter. It had accepted the parameters
+        // that are set before these were on.
         self.switch_off(guest, mode, |name| EXCLUDE_TLS.contains(&name))?;
-        // Then what the settings were, where the next snapshot finds it should this process be
+        // Then the settings are recorded where the next snapshot finds them if this process is
         // killed.
         let mut parameters = self.parameters_for(mode);
         if let Some(record) = parameters.remove_entry(RECORD) {
@@ -137,7 +144,7 @@ impl Settings {
             .map_err(|failure| explain(failure, mode))
     }
 
-    /// Notes another watchdog, where the settings are noted.
+    /// Names another watchdog in the record of the settings.
     pub fn watch(&self, guest: &mut dyn Guest, mode: Mode, watchdog: Option<u32>) -> Result<()> {
         let watched = Settings { watchdog, ..self.clone() };
         match watched.parameters_for(mode).remove_entry(RECORD) {
@@ -150,13 +157,13 @@ impl Settings {
         }
     }
 
-    /// Lets the next migration begin, which is to be ours.
+    /// Lets the next migration begin: our own.
     pub fn unlock(&self, guest: &mut dyn Guest, deadline: Deadline) -> Result<()> {
         self.set_lock(guest, "", deadline)
     }
 
-    /// Locks others out again: QEMU lets it be set while our migration is under way, which has no
-    /// use for it any more.
+    /// Locks other clients out again. QEMU allows that while our migration is under way, which does
+    /// not use the credentials any more.
     pub fn lock(&self, guest: &mut dyn Guest, deadline: Deadline) -> Result<()> {
         self.set_lock(guest, LOCK, deadline)
     }
@@ -172,29 +179,29 @@ impl Settings {
         )
     }
 
-    /// Whether no other client's migration can have begun since [`Settings::lock`], as far as QEMU
-    /// can tell.
+    /// Whether the lock is still set, so that no other client's migration can have begun since
+    /// [`Settings::lock`].
     pub fn is_still_locked(&self, guest: &mut dyn Guest) -> Result<bool> {
         let parameters =
             commands::query_migrate_parameters(guest, Deadline::after(DEFAULT_TIMEOUT))?;
         Ok(!self.locked || parameters.get(TLS).is_some_and(|credentials| credentials == LOCK))
     }
 
-    /// Puts back what [`Settings::apply`], [`Settings::unlock`] and [`Settings::lock`] can have
-    /// changed.
+    /// Puts all settings back that [`Settings::apply`], [`Settings::unlock`] and [`Settings::lock`]
+    /// can have changed.
     pub fn restore(&self, guest: &mut dyn Guest, mode: Mode) -> Result<()> {
         self.put_back(guest, self.original_parameters(mode))
     }
 
-    /// The capabilities come first and the lock last, so that there is no instant at which another
-    /// client's migration is a background snapshot. Only the capabilities that QEMU refuses beside
-    /// the lock follow it.
+    /// Puts the capabilities back first and the lock last, so that there is no moment at which
+    /// another client's migration is a background snapshot. Only the capabilities that QEMU refuses
+    /// together with the lock follow it.
     fn put_back(&self, guest: &mut dyn Guest, parameters: Map<String, Value>) -> Result<()> {
         let explain =
             |failure: Failure| failure.into_error("cannot put the migration capabilities back");
         match self.put_capabilities_back(guest, |name| !EXCLUDE_TLS.contains(&name))? {
             Ok(()) => {}
-            // Whichever it refuses: as long as this one is on, no one may be let in.
+            // QEMU refused one of them. As long as this one is on, no other client may be let in.
             Err(Failure::Refused(..)) => {
                 self.put_capabilities_back(guest, |name| name == BACKGROUND)?.map_err(explain)?;
             }
@@ -209,7 +216,7 @@ impl Settings {
         self.put_capabilities_back(guest, |_| true)?.map_err(explain)
     }
 
-    /// Sets those capabilities that are not as they were found, all at once.
+    /// Sets those capabilities that are not as they were found, by one command.
     fn put_capabilities_back(
         &self,
         guest: &mut dyn Guest,
@@ -223,8 +230,8 @@ impl Settings {
         Ok(set_capabilities(guest, &changes, Deadline::after(DEFAULT_TIMEOUT)))
     }
 
-    /// What [`Settings::restore`] would say, for whoever says it in its place: in the same order,
-    /// for the same reason.
+    /// The commands of [`Settings::restore`] for the watchdog, which sends them in its place: in
+    /// the same order, for the same reason.
     pub fn script(&self, mode: Mode) -> Vec<(&'static str, Value)> {
         let capabilities = |which: &dyn Fn(&str) -> bool| {
             let capabilities = self.changeable().filter(|(name, _)| which(name));
@@ -234,8 +241,8 @@ impl Settings {
             ("migrate-set-capabilities", json!({ "capabilities": list }))
         };
         let mut script = vec![
-            // At once, and alone, so that no other one's being refused keeps it from being put
-            // back.
+            // This one comes first and alone, so that it is put back even if QEMU refuses another
+            // one.
             capabilities(&|name| name == BACKGROUND),
             ("closefd", json!({ "fdname": FD_NAME })),
             capabilities(&|name| !EXCLUDE_TLS.contains(&name)),
@@ -247,7 +254,7 @@ impl Settings {
         script
     }
 
-    /// The parameters that `mode` changes, as they were found.
+    /// The original values of the parameters that `mode` changes.
     fn original_parameters(&self, mode: Mode) -> Map<String, Value> {
         let changed = self.parameters_for(mode);
         changed
@@ -256,21 +263,23 @@ impl Settings {
             .collect()
     }
 
-    /// `events` changes nothing but what is told.
+    /// The capabilities that a snapshot may change. `events` stays as it is: it only makes QEMU
+    /// send events.
     fn changeable(&self) -> impl Iterator<Item = &(String, bool)> {
         self.capabilities.iter().filter(|(name, _)| name != "events")
     }
 
-    /// A background snapshot has no limit of its bandwidth, and is slowed by one that is set.
+    /// The parameters to set for `mode`. `max-bandwidth` is not set for a background snapshot: it
+    /// has no limit of its bandwidth, and is slowed by one that is set.
     fn parameters_for(&self, mode: Mode) -> Map<String, Value> {
         let mut parameters = Map::new();
         if mode == Mode::Paused && self.parameters.contains_key("max-bandwidth") {
             parameters.insert("max-bandwidth".into(), json!(i64::MAX));
         }
         let tls = if self.locked { LOCK } else { "" };
-        for (name, plain) in [(TLS, tls), ("mode", "normal")] {
-            if self.parameters.get(name).is_some_and(|value| value != plain) {
-                parameters.insert(name.into(), json!(plain));
+        for (name, wanted) in [(TLS, tls), ("mode", "normal")] {
+            if self.parameters.get(name).is_some_and(|value| value != wanted) {
+                parameters.insert(name.into(), json!(wanted));
             }
         }
         if self.locked && self.parameters.contains_key(RECORD) {
