@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! When which phase began, what each took, and who is told of it.
+//! Measures the phases of a snapshot, and reports them to an observer.
 
 use std::time::Duration;
 
@@ -12,30 +12,30 @@ use crate::sys::now;
 /// A phase of a snapshot.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Phase {
-    /// Flags, XML, the guest's state and abilities.
+    /// Checks the flags, the XML, and the guest's state and abilities.
     #[default]
     Validate,
-    /// Disks, names, the domain's XML.
+    /// Reads and plans the disks, the names, and the domain's XML.
     Plan,
-    /// Overlays, memory image, pipe, capability.
+    /// Makes the overlays, the memory image and the pipe, and changes QEMU's settings.
     Prepare,
-    /// vCPUs are being stopped.
+    /// Stops the vCPUs.
     Pause,
-    /// Disks to their overlays.
+    /// Switches the disks to their overlays.
     Switch,
-    /// Until write tracking is armed and the guest runs again; for a plain snapshot until memory is
-    /// saved.
+    /// Waits until write tracking is armed and the guest runs again; for a non-live snapshot until
+    /// memory is saved.
     Arm,
     /// Memory flows to the image.
     Drain,
-    /// Image, metadata.
+    /// Completes the image and the metadata.
     Finish,
-    /// After a failure.
+    /// Puts everything back after a failure.
     Undo,
 }
 
-/// Who wants to know how far a snapshot is. Called on the thread that takes it, without a lock
-/// held: what takes long inside the pause makes the pause longer.
+/// Receives the progress of a snapshot. Called on the thread that takes the snapshot, which holds
+/// no lock then. A slow call inside the pause makes the pause longer.
 pub trait Observer {
     /// A phase begins.
     fn phase(&mut self, phase: Phase) {
@@ -47,73 +47,73 @@ pub trait Observer {
         let _ = event;
     }
 
-    /// The guest runs again after a pause of so long: just before the instant, or in the undo.
+    /// The guest runs again, after a pause of `paused`: just before the instant, or in the undo.
     fn resumed(&mut self, paused: Duration) {
         let _ = paused;
     }
 
-    /// How often to be told of progress; not at all, unless it says so: QEMU must be asked for it.
+    /// How often the observer wants a report of the progress; `None`: never. Each report costs a
+    /// query to QEMU.
     fn interval(&self) -> Option<Duration> {
         None
     }
 }
 
-/// Nobody.
+/// An observer that ignores everything.
 impl Observer for () {}
 
-/// What a snapshot took.
+/// The statistics of a snapshot.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Stats {
     phases: [Duration; Phase::Undo as usize + 1],
-    /// The whole call.
+    /// How long the whole call took.
     pub total: Duration,
-    /// From the call to the instant.
+    /// The time from the call to the instant.
     pub instant: Option<Duration>,
-    /// The guest's pause; by its own time stamps, or by our clock.
+    /// The guest's pause, and how it was measured.
     pub paused: Option<(Duration, PauseSource)>,
-    /// How long QEMU set the background snapshot up, to whole milliseconds: it touches all of the
+    /// How long QEMU set the background snapshot up, in whole milliseconds: it touches all of the
     /// guest's memory.
     pub setup: Duration,
-    /// The guest ran meanwhile.
+    /// The setup was an early start: the guest ran meanwhile.
     pub started_early: bool,
-    /// Tries to begin while the guest ran that came too late; see
-    /// [`EarlyStart`](super::EarlyStart).
+    /// The number of early starts whose stop came too late; see [`EarlyStart`](super::EarlyStart).
     pub lost: u32,
-    /// What they have paused the guest for, in all.
+    /// How long these have paused the guest, in all.
     pub lost_pause: Duration,
-    /// Size of the memory image.
+    /// The size of the memory image.
     pub memory_image_bytes: u64,
-    /// How many were switched.
+    /// The number of disks that were switched.
     pub disks: usize,
 }
 
-/// Whose clock a pause was measured by.
+/// How a pause was measured.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PauseSource {
-    /// QEMU's, in its STOP and RESUME events.
+    /// By QEMU's clock, in its STOP and RESUME events.
     Events,
-    /// Ours, around the commands.
+    /// By our clock, around the commands.
     Commands,
 }
 
 impl Stats {
-    /// What one phase took.
+    /// How long one phase took.
     pub fn phase(&self, phase: Phase) -> Duration {
         self.phases[phase as usize]
     }
 }
 
-/// Tells the observer, and keeps the figures.
+/// Reports to the observer, and keeps the statistics.
 pub struct Clock<'a> {
     observer: &'a mut dyn Observer,
     started: Duration,
     phase: Phase,
     entered: Duration,
-    /// Since when the guest is paused by us, or is being.
+    /// When our pause of the guest began.
     pausing: Option<Duration>,
-    /// It is known to stand.
+    /// The vCPUs are known to have stopped.
     stands: bool,
-    /// As it was told last.
+    /// The last report of the progress.
     flow: Flow,
     pub stats: Stats,
 }
@@ -144,12 +144,12 @@ impl<'a> Clock<'a> {
         }
     }
 
-    /// The phase.
+    /// The current phase.
     pub fn phase(&self) -> Phase {
         self.phase
     }
 
-    /// For how long the guest has been paused by us so far.
+    /// How long we have paused the guest so far.
     pub fn pause_so_far(&self) -> Duration {
         self.pausing.map_or(Duration::ZERO, |since| now() - since)
     }
@@ -165,7 +165,8 @@ impl<'a> Clock<'a> {
         self.notify(EventKind::Switched, Flow::default());
     }
 
-    /// The pause, if there was one, is over; and how long it was, where QEMU tells.
+    /// The pause, if there was one, is over. `by_events` is its length by QEMU's events, where
+    /// these are known.
     pub fn resumed(&mut self, by_events: Option<Duration>) {
         let Some(since) = self.pausing.take() else { return };
         let by_commands = self.stands.then(|| (now() - since, PauseSource::Commands));
@@ -175,7 +176,7 @@ impl<'a> Clock<'a> {
         }
     }
 
-    /// The pause was for nothing, and is over.
+    /// An early start was lost, and its pause is over.
     pub fn lost(&mut self) {
         self.stats.lost += 1;
         self.stats.lost_pause += self.pausing.take().map_or(Duration::ZERO, |since| now() - since);
@@ -188,7 +189,8 @@ impl<'a> Clock<'a> {
         self.notify(EventKind::Instant, flow);
     }
 
-    /// The snapshot has ended. Its last event, which nobody has been told of yet, and its figures.
+    /// The snapshot has ended. Returns its last event, which is not reported to the observer yet,
+    /// and its statistics.
     pub fn stop<T>(mut self, result: &Result<T>) -> (Event, Stats) {
         self.leave();
         self.stats.total = self.entered - self.started;
@@ -207,9 +209,9 @@ impl<'a> Clock<'a> {
 
     fn event(&self, kind: EventKind, flow: Flow) -> Event {
         let time = now();
-        let over = || self.stats.paused.map_or(Duration::ZERO, |(paused, _)| paused);
+        let whole_pause = || self.stats.paused.map_or(Duration::ZERO, |(paused, _)| paused);
         let pausing = self.pausing.filter(|_| self.stands);
-        Event { kind, time, paused: pausing.map_or_else(over, |since| time - since), flow }
+        Event { kind, time, paused: pausing.map_or_else(whole_pause, |since| time - since), flow }
     }
 
     fn leave(&mut self) {

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! The images below the overlays, on stable storage.
+//! Writes the images below the overlays to stable storage.
 //!
-//! QEMU writes to the host what its guest has flushed when it switches a disk, unless it was told
-//! to ignore flushes (cache=unsafe). Then what the disk held at the instant is in the host's page
-//! cache for as long as the kernel likes, and a crash of the host would take it from a snapshot
-//! that was reported as complete. A storage hook's snapshot of the device below would lack it at
-//! once: so it is written out before the hook is called.
+//! When QEMU switches a disk, it writes its data out, unless it was told to ignore flushes
+//! (cache=unsafe). In that case the kernel may keep the disk's newest data in the host's page cache
+//! for any time, and a crash of the host would take it from a snapshot that was reported as
+//! complete. A storage hook's snapshot of the device below would lack this data at once, so it is
+//! written out before the hook is called.
 
 use std::fs::File;
 use std::io;
@@ -19,7 +19,7 @@ use crate::error::{Error, Result, fail};
 use crate::model::{DiskPlan, Drive};
 use crate::sys;
 
-/// Whether it is the file system that has nothing to write out, or no way to.
+/// Whether the error means that the file system has nothing to write out, or does not support it.
 fn cannot_sync(error: &io::Error) -> bool {
     let errno = Errno::from_io_error(error);
     errno.is_some_and(|errno| {
@@ -31,20 +31,20 @@ fn sync(file: &File) -> io::Result<()> {
     file.sync_data().or_else(|error| if cannot_sync(&error) { Ok(()) } else { Err(error) })
 }
 
-/// Writes out what the host still has of these disks' images, which nobody changes any more. Those
-/// further below are as old as the snapshots before, which need not have been ours. `pid` is
-/// QEMU's.
+/// Writes out the host's dirty pages of these disks' images, which QEMU does not change any more.
+/// All images of the chain are written out, because an earlier snapshot, which made the lower ones,
+/// need not have been ours. `pid` is QEMU's.
 pub fn sync_images(disks: &[DiskPlan], pid: Option<u32>) -> Result<()> {
     for disk in disks {
         let drive = &disk.drive;
-        // What is not local is its server's.
+        // The server of an image that is not local is responsible for it.
         let images = std::iter::once(&drive.file)
             .chain(&drive.backing)
             .filter(|image| image.starts_with('/'));
         for image in images {
             let synced = match sys::open_file(Path::new(image)) {
                 Ok(file) => sync(&file),
-                // The caller may not read it, or it is in a place that only QEMU sees.
+                // This process may not read it, or only QEMU sees its directory.
                 Err(_) if drive.options.no_flush => sync_around(Path::new(image), pid).map(drop),
                 Err(_) => Ok(()),
             };
@@ -58,14 +58,14 @@ pub fn sync_images(disks: &[DiskPlan], pid: Option<u32>) -> Result<()> {
     Ok(())
 }
 
-/// What was written out with an image that cannot be opened.
+/// What was synced in place of an image that cannot be opened.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Synced {
     FileSystem,
     Host,
 }
 
-/// Writes out the file system that an image is in; where none can be found, all of the host's.
+/// Syncs the file system that an image is in; if it cannot be found, all of the host's.
 fn sync_around(image: &Path, pid: Option<u32>) -> io::Result<Synced> {
     let for_qemu = pid.map(|pid| PathBuf::from(format!("/proc/{pid}/root{}", image.display())));
     for path in [Some(image.to_owned()), for_qemu].into_iter().flatten() {
@@ -76,15 +76,15 @@ fn sync_around(image: &Path, pid: Option<u32>) -> io::Result<Synced> {
             };
         }
     }
-    // Linux waits for the end of it.
+    // On Linux this returns when everything is written.
     rustix::fs::sync();
     Ok(Synced::Host)
 }
 
 /// The nearest directory in an image's file system that can be opened. None for a block device,
-/// whose data is in none.
+/// whose data is in no file system.
 fn directory_around(image: &Path) -> Option<File> {
-    // What a link leads to can be in another file system.
+    // A link's target can be in another file system.
     let image = image.canonicalize().unwrap_or_else(|_| image.to_owned());
     let metadata =
         image.metadata().ok().filter(|metadata| !metadata.file_type().is_block_device())?;
@@ -96,13 +96,14 @@ fn directory_around(image: &Path) -> Option<File> {
     image.ancestors().skip(1).filter_map(open).find(is_around)
 }
 
-/// Disks that are left to a storage hook, and ignore flushes: opened before the pause, to be
-/// written out in it.
+/// The disks that a storage hook snapshots, and that ignore flushes. They are opened before the
+/// pause, and written out in it.
 #[derive(Debug, Default)]
 pub struct Unflushed(Vec<(String, File)>);
 
 impl Unflushed {
-    /// Opens them. What cannot be opened could not be written out before the hook's snapshot.
+    /// Opens them. It is an error if one cannot be opened, because it could not be written out
+    /// before the hook's snapshot.
     pub fn open(drives: &[Drive]) -> Result<Unflushed> {
         let mut opened = Vec::new();
         for drive in drives.iter().filter(|drive| drive.options.no_flush) {
@@ -140,7 +141,8 @@ mod tests {
 
     use super::*;
 
-    /// Runs this on a thread that opens files as a user who is not root, where the process is root.
+    /// Runs `body` on a thread that opens files as a user other than root, if this process is
+    /// root's.
     fn as_nobody(body: impl FnOnce() + Send) {
         std::thread::scope(|scope| {
             let thread = scope.spawn(|| {
@@ -171,7 +173,7 @@ mod tests {
                 assert_eq!(sync_around(path, None).unwrap(), Synced::FileSystem);
             }
         });
-        // Not here, but where QEMU sees it; and nowhere.
+        // No directory is found for a missing image, and none for a block device.
         assert!(directory_around(&directory.path().join("missing")).is_none());
         assert!(directory_around(Path::new("/dev/loop0")).is_none());
     }

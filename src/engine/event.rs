@@ -1,39 +1,40 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! What happens to a snapshot that is being taken.
+//! The events of a snapshot that is being taken.
 
 use std::time::Duration;
 
 use crate::migration::Flow;
 
-/// Something that has happened.
+/// An event of a snapshot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Event {
-    /// What.
+    /// What has happened.
     pub kind: EventKind,
-    /// When: CLOCK_MONOTONIC.
+    /// The time of the event, by CLOCK_MONOTONIC.
     pub time: Duration,
-    /// For how long the guest had been paused by then.
+    /// How long the guest had been paused by then.
     pub paused: Duration,
-    /// How far memory had come; nothing where it says nothing of that.
+    /// The progress of saving memory; zero in events that do not report it.
     pub flow: Flow,
 }
 
-/// What can happen, in its order: the first three once at most, then progress any number of times,
-/// then one of the last two. (Memory of a plain snapshot is saved before the instant, and so is its
-/// progress.)
+/// The kinds of events, in their order: the first three come once at most, then `Progress` any
+/// number of times, then one of the last two. (The memory of a non-live snapshot is saved before
+/// the instant, and its progress is reported before that.)
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum EventKind {
-    /// The vCPUs have stopped. Not of a guest that was paused already.
+    /// The vCPUs have stopped. Not reported for a guest that was paused already.
     Paused,
     /// The disks are on their overlays.
     Switched,
-    /// Memory and disks are held, and the guest runs if it ran: it may be changed now.
+    /// Memory and disks are captured, and the guest runs again if it ran before. From now on the
+    /// caller may change it.
     Instant,
     /// Memory flows into the image.
     Progress,
     /// The snapshot is complete and on disk.
     Complete,
-    /// It failed, by a `virErrorNumber`, and everything is undone.
+    /// The snapshot failed, with this `virErrorNumber`, and everything is undone.
     Failed(i32),
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! A guest that was opened: what is done with it.
+//! A guest that was opened, and the operations on it.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -38,7 +38,7 @@ impl Handle {
         Handle::new(connector)
     }
 
-    /// Opens a domain of a driver's.
+    /// Opens a domain by a driver's callbacks.
     pub fn open_driver(driver: Arc<dyn Driver>) -> Result<Handle> {
         Ok(Handle::new(Arc::new(DriverConnector::open(driver)?)))
     }
@@ -47,25 +47,24 @@ impl Handle {
         Handle { opened: Arc::new(Opened::new(connector)) }
     }
 
-    /// Bounds the pause of snapshots that begin later.
+    /// Limits the pause of snapshots that begin later.
     pub fn set_pause_limit(&self, limit: Duration) {
         lock(&self.opened.options).pause_limit = limit;
     }
 
-    /// How snapshots that begin later keep the guest's memory out of the pause.
+    /// Sets the early start of snapshots that begin later.
     pub fn set_early_start(&self, early_start: EarlyStart) {
         lock(&self.opened.options).early_start = early_start;
     }
 
-    /// Who snapshots the disks that snapshots which begin later leave to others
-    /// (`snapshot='manual'`).
+    /// Sets the hook that snapshots disks with `snapshot='manual'`, for snapshots that begin later.
     pub fn set_storage_hook(&self, hook: Option<Arc<dyn StorageHook>>) {
-        // The one before may be dropped, without the lock held.
-        let _before = std::mem::replace(&mut lock(&self.opened.options).storage, hook);
+        // The old hook may be dropped here, so the lock on the options is released first.
+        let _old = std::mem::replace(&mut lock(&self.opened.options).storage, hook);
     }
 
-    /// Takes a snapshot; returns when it is complete, and recorded unless the flags say otherwise.
-    /// Of flags that break a rule the observer is told as of any other failure.
+    /// Takes a snapshot. Returns when it is complete, and recorded unless the flags say otherwise.
+    /// If the flags break a rule, that is reported to the observer like any other failure.
     pub fn create(
         &self,
         xml: &str,
@@ -79,7 +78,7 @@ impl Handle {
         result
     }
 
-    /// Takes a snapshot by a thread of its own.
+    /// Takes a snapshot on a thread of its own.
     pub fn start(
         &self,
         xml: &str,
@@ -107,8 +106,8 @@ impl Handle {
         load::load(&*self.opened.connector, name, flags)
     }
 
-    /// Brings a snapshot back: `restart` ends QEMU, and starts one that waits for the snapshot, on
-    /// the plan's disks.
+    /// Reverts the guest to a snapshot. `restart` ends QEMU, and starts a new one that waits for
+    /// the snapshot's memory, on the plan's disks.
     pub fn revert(
         &self,
         name: &str,
@@ -119,7 +118,8 @@ impl Handle {
         let Some(store) = self.store() else {
             fail!(
                 OperationUnsupported,
-                "a snapshot that the driver has recorded itself is not reverted to here"
+                "a snapshot that the driver has recorded itself can be reverted to only by the \
+                 driver"
             );
         };
         load::check_frozen(&store.read_to_use(name)?, flags)?;
@@ -133,14 +133,15 @@ impl Handle {
     pub fn delete(&self, name: &str, flags: DeleteFlags) -> Result<()> {
         let left = self.left_to_storage(name, flags)?;
         delete::delete(&*self.opened.connector, name, flags)?;
-        // Last: until then the deletion can fail, and be done again.
+        // The hook comes last: until then the deletion can fail, and be tried again.
         if let Some((storage, call)) = left {
             storage.undo(&call);
         }
         Ok(())
     }
 
-    /// Who has to remove what he made for a snapshot that is to be deleted with its files.
+    /// The storage hook that has a part in the snapshot, with the call that makes it remove that.
+    /// None where the snapshot has no such part, or its files stay.
     fn left_to_storage(
         &self,
         name: &str,
@@ -163,17 +164,17 @@ impl Handle {
         Ok(Some((storage, call)))
     }
 
-    /// Figures of the last snapshot taken, or tried.
+    /// The statistics of the last snapshot, also of one that failed.
     pub fn stats(&self) -> Option<Stats> {
         lock(&self.opened.last).clone()
     }
 
-    /// Its snapshots' metadata.
+    /// The list of the guest's snapshots.
     pub fn snapshot_list(&self) -> &dyn SnapshotList {
         self.opened.connector.snapshot_list()
     }
 
-    /// The state directory, where it has one.
+    /// The state directory; none where the backend records snapshots elsewhere.
     pub fn store(&self) -> Option<&Store> {
         self.opened.connector.store()
     }

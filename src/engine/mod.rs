@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! The phases of a snapshot, their undo, and bringing one back: the same for every backend.
+//! Creates, reverts and deletes snapshots, in the same way for every backend.
 //!
-//! [`Handle`] is what the C API and the tests hold: a guest that was opened, with at most one
-//! operation under way. A [`Job`] is an operation on a thread of its own.
+//! The C API and the tests hold a [`Handle`]: a guest that was opened, with at most one operation
+//! under way. A [`Job`] is an operation on a thread of its own.
 
 mod clock;
 mod create;

@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! UEFI variables (pflash): QEMU saves them with memory, but does not write-protect them meanwhile.
+//! Copies of UEFI variables (pflash).
 //!
-//! So a variable that the guest sets while memory is being saved would be in a snapshot that is
-//! older than it. They are copied before, and compared after: if they changed, there is no
-//! snapshot. The copy is the snapshot's; clones get copies of it, because QEMU writes what it loads
-//! back into the file.
+//! QEMU saves them with memory, but does not write-protect them meanwhile. So a variable that the
+//! guest sets while memory is being saved would be in a snapshot of an earlier moment. They are
+//! copied before, and compared after: if they changed, the snapshot fails. The copy belongs to the
+//! snapshot. Clones get copies of it, because QEMU writes the variables that it loads back into the
+//! file.
 
 use std::fs::File;
 use std::io::{self, Read, Seek};
@@ -18,10 +19,10 @@ use crate::model::{Drive, RecordedNvram};
 use crate::own_file::{KnownFile, OwnFile};
 use crate::sys;
 
-/// A copy that was taken, and how the original looked then.
+/// A copy that was taken, and the size and times that the original had then.
 #[derive(Debug)]
 pub struct Copy {
-    /// What is recorded of it.
+    /// The copy's part of the snapshot's record.
     pub recorded: RecordedNvram,
     stamp: Stamp,
     own: OwnFile,
@@ -30,7 +31,7 @@ pub struct Copy {
 type Stamp = (u64, i64, i64);
 
 impl Copy {
-    /// What will be copied where.
+    /// Plans the copy of a drive's variables: the file to copy, and the name of the copy.
     pub fn plan(drive: &Drive, memory_file: &Path) -> RecordedNvram {
         RecordedNvram {
             name: drive.name().into(),
@@ -41,7 +42,7 @@ impl Copy {
         }
     }
 
-    /// Copies.
+    /// Makes the copy that was planned.
     pub fn take(mut recorded: RecordedNvram) -> Result<Copy> {
         let original = Path::new(&recorded.original);
         if !original.is_file() {
@@ -67,7 +68,7 @@ impl Copy {
         Ok(Copy { recorded, stamp, own })
     }
 
-    /// The copy, for a watchdog.
+    /// The file of the copy, which the watchdog removes if the snapshot fails.
     pub fn known(&self) -> KnownFile {
         self.own.known()
     }
@@ -79,12 +80,12 @@ impl Copy {
         })
     }
 
-    /// An error if the original is not what was copied any more.
+    /// Returns an error if the original has changed since it was copied.
     pub fn check_unchanged(&self) -> Result<()> {
         let original = Path::new(&self.recorded.original);
         let step = || format!("cannot read the UEFI variables '{}'", original.display());
-        // The stamp tells of a change that was taken back, the content of one within the clock's
-        // grain.
+        // The stamp shows a change that was taken back; the content shows one that is too quick for
+        // the clock's resolution.
         let unchanged = || {
             Ok(stamp(original)? == self.stamp
                 && read(&sys::open_file(original)?)? == read(self.own.file())?)
@@ -101,13 +102,13 @@ impl Copy {
     }
 }
 
-/// Copies a file to an open one, on disk.
+/// Copies a file to an open one, and syncs that to disk.
 pub fn copy(from: &Path, mut to: &File) -> io::Result<()> {
     io::copy(&mut sys::open_file(from)?.take(LARGEST), &mut to)?;
     to.sync_all()
 }
 
-/// Copies a file to one that must not exist, mode 0600, on disk.
+/// Copies a file to a new one of mode 0600, and syncs that to disk. It must not exist yet.
 fn copy_new(from: &Path, to: &Path) -> io::Result<OwnFile> {
     let own = OwnFile::create(to)?;
     match copy(from, own.file()).and_then(|()| sys::sync_parent(to)) {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! The operation that a handle has under way, on whatever thread.
+//! The operation that a handle has under way, on the caller's thread or on a job's.
 
 use std::sync::{Arc, Mutex};
 
@@ -14,14 +14,14 @@ use crate::error::{Result, fail};
 use crate::model::flags::CreateFlags;
 use crate::sys::lock;
 
-/// What a handle stands for. Its operation has it too, and can outlive the handle.
+/// The state of a handle. The handle's operation shares it, and can outlive the handle.
 pub struct Opened {
     pub connector: Arc<dyn Connector>,
-    /// Of operations that begin later.
+    /// The options of operations that begin later.
     pub options: Mutex<Options>,
-    /// Of the snapshot that is being taken.
+    /// Cancels the snapshot that is being taken.
     pub cancel: Mutex<Option<Arc<Cancel>>>,
-    /// Of the last one.
+    /// The statistics of the last snapshot.
     pub last: Mutex<Option<Stats>>,
 }
 
@@ -36,22 +36,22 @@ impl Opened {
     }
 }
 
-/// The one operation that a handle can have under way; dropping it makes room for the next.
+/// The one operation that a handle can have under way. The next one can begin when it is dropped.
 pub struct Operation {
     opened: Arc<Opened>,
     cancel: Arc<Cancel>,
 }
 
-/// What an operation came to.
+/// The result of an operation.
 pub struct Taken {
     pub result: Result<Created>,
-    /// What is yet to be told to the observer.
+    /// The last event, which the caller has to report to the observer.
     pub last: Event,
     pub stats: Stats,
 }
 
 impl Operation {
-    /// Begins it; an error where there is one.
+    /// Begins an operation. It is an error if one is under way.
     pub fn begin(opened: &Arc<Opened>) -> Result<Operation> {
         let mut current = lock(&opened.cancel);
         if current.is_some() {
@@ -65,18 +65,18 @@ impl Operation {
         Ok(Operation { opened: Arc::clone(opened), cancel })
     }
 
-    /// What cancels it.
+    /// Cancels the operation.
     pub fn cancel(&self) -> &Arc<Cancel> {
         &self.cancel
     }
 
-    /// The guest's snapshots.
+    /// The list of the guest's snapshots.
     pub fn snapshot_list(&self) -> &dyn SnapshotList {
         self.opened.connector.snapshot_list()
     }
 
-    /// Takes the snapshot. Flags that break a rule make it one that fails, of which the observer is
-    /// told as of any other.
+    /// Takes the snapshot. If the flags break a rule, it fails, and that is reported to the
+    /// observer like any other failure.
     pub fn take(
         &self,
         xml: &str,

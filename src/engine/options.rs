@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! How snapshots are taken.
+//! The options of a handle's snapshots.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -8,17 +8,17 @@ use std::time::Duration;
 use super::storage::StorageHook;
 use crate::migration::early_start::EarlyStart;
 
-/// For how long a snapshot may pause the guest, unless the caller says otherwise.
+/// The default of how long a snapshot may pause the guest.
 const PAUSE_LIMIT: Duration = Duration::from_secs(30);
 
-/// How snapshots are taken.
+/// The options of a handle's snapshots.
 #[derive(Clone)]
 pub struct Options {
-    /// For how long they may pause the guest.
+    /// How long a snapshot may pause the guest.
     pub pause_limit: Duration,
-    /// How they keep the guest's memory out of the pause.
+    /// Whether the migration begins before the pause, so that the pause does not grow with memory.
     pub early_start: EarlyStart,
-    /// Who snapshots the disks that QEMU does not.
+    /// The hook that snapshots the disks that QEMU does not.
     pub storage: Option<Arc<dyn StorageHook>>,
 }
 

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! Disks that QEMU does not snapshot: the caller's storage does, by a hook, while the guest stands
-//! still.
+//! The storage hook: the caller's code snapshots disks that QEMU does not, while the guest is
+//! paused.
 //!
-//! A hook is the caller's code and takes as long as it takes, and the guest does not wait for it
-//! without end. So it runs on a thread of its own. When its time has passed, or the snapshot is
-//! cancelled, the guest runs on and everything is undone at once; what the hook may have made all
-//! the same is undone when it has come back.
+//! The caller's code can take any time, but the guest must not wait for it for ever. So the hook
+//! runs on a thread of its own. When its time has passed, or the snapshot is cancelled, the guest
+//! is resumed and everything else is undone at once. A snapshot that the hook makes nevertheless is
+//! undone when the hook has returned.
 
 use std::fmt;
 use std::os::fd::{AsFd, OwnedFd};
@@ -24,22 +24,22 @@ use crate::error::{Code, Error, Result, fail};
 use crate::model::{ManualDisk, Record};
 use crate::sys;
 
-/// What a hook has to say: what it was asked for, or why it could not.
+/// A hook's answer: its result, or the reason why it failed.
 pub type Answer<T> = std::result::Result<T, String>;
 
 /// The caller's storage.
 pub trait StorageHook: Send + Sync {
-    /// Snapshots the storage of the disks, while the guest stands still. Where it cannot, nothing
-    /// of it may be left.
+    /// Snapshots the storage of the disks, while the guest is paused. If it fails, it must leave
+    /// nothing behind.
     fn snapshot(&self, call: &StorageCall) -> Answer<()>;
 
-    /// Removes what [`StorageHook::snapshot`] has made: the snapshot of the guest has failed, or
-    /// was deleted.
+    /// Removes the storage snapshot that [`StorageHook::snapshot`] has made: the snapshot of the
+    /// guest has failed, or was deleted.
     fn undo(&self, call: &StorageCall) {
         let _ = call;
     }
 
-    /// Says what a new QEMU is to use for each of the disks, in their order.
+    /// Returns the image that a new QEMU has to use for each of the disks, in their order.
     fn revert(&self, call: &StorageCall) -> Answer<Vec<PathBuf>>;
 
     /// How long [`StorageHook::snapshot`] may take, within the limit of the pause.
@@ -48,21 +48,21 @@ pub trait StorageHook: Send + Sync {
     }
 }
 
-/// What a hook is called for.
+/// The arguments of a call of the hook.
 #[derive(Clone, Debug)]
 pub struct StorageCall {
     /// The name of the snapshot.
     pub snapshot: String,
     /// The disks that are left to the hook.
     pub disks: Vec<ManualDisk>,
-    /// For how long the guest has been paused so far.
+    /// How long the guest has been paused so far.
     pub paused: Duration,
     /// How long the hook may take.
     pub left: Duration,
 }
 
 impl StorageCall {
-    /// For a snapshot that is recorded.
+    /// The call for a snapshot that is recorded.
     pub fn of(record: &Record) -> StorageCall {
         StorageCall {
             snapshot: record.name.clone(),
@@ -72,7 +72,7 @@ impl StorageCall {
         }
     }
 
-    /// "of disks 'vdb', 'vdc' for snapshot 's'".
+    /// The part of a message like "of disks 'vdb', 'vdc' for snapshot 's'".
     pub fn subject(&self) -> String {
         let names: Vec<_> = self.disks.iter().map(|disk| format!("'{}'", disk.name)).collect();
         let disks = if names.len() == 1 { "disk" } else { "disks" };
@@ -80,44 +80,45 @@ impl StorageCall {
     }
 }
 
-/// A hook at work on a snapshot, or done with it.
+/// A call of the hook for a snapshot, which runs or has returned.
 pub struct Called {
     hook: Arc<dyn StorageHook>,
     call: Arc<StorageCall>,
-    /// Can be read once the hook has come back.
-    back: Arc<OwnedFd>,
+    /// Readable once the hook has returned.
+    returned: Arc<OwnedFd>,
     thread: Option<JoinHandle<Answer<()>>>,
     answer: Answer<()>,
 }
 
 impl Called {
-    /// Calls it, once what the host still has of its disks is written out: within its time, as that
-    /// can take some.
+    /// Starts a thread that writes the host's dirty pages of the disks out, and then calls the
+    /// hook. The hook's time includes the writing.
     pub fn begin(
         hook: Arc<dyn StorageHook>,
         call: StorageCall,
         unflushed: Unflushed,
     ) -> Result<Called> {
-        let back = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
-        let back =
-            Arc::new(back.map_err(|error| Error::system("cannot create an eventfd", error))?);
+        let returned = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
+        let returned =
+            Arc::new(returned.map_err(|error| Error::system("cannot create an eventfd", error))?);
         let call = Arc::new(call);
         let thread = sys::spawn_quiet("instantsnap", {
-            let (hook, call, back) = (Arc::clone(&hook), Arc::clone(&call), Arc::clone(&back));
+            let (hook, call, returned) =
+                (Arc::clone(&hook), Arc::clone(&call), Arc::clone(&returned));
             move || {
                 let snapshot = || unflushed.sync().and_then(|()| hook.snapshot(&call));
                 let answer = catch_unwind(AssertUnwindSafe(snapshot));
-                // It refuses only at its highest count.
-                let _ = rustix::io::write(&*back, &1u64.to_ne_bytes());
+                // This fails only at the eventfd's highest count.
+                let _ = rustix::io::write(&*returned, &1u64.to_ne_bytes());
                 answer.unwrap_or_else(|_| Err("it panicked".into()))
             }
         })?;
-        Ok(Called { hook, call, back, thread: Some(thread), answer: Ok(()) })
+        Ok(Called { hook, call, returned, thread: Some(thread), answer: Ok(()) })
     }
 
-    /// Waits for it as long as it may take.
+    /// Waits for the hook, at most for its time.
     pub fn wait(&mut self, cancel: &Cancel) -> Result<()> {
-        if !cancel.wait_readable(self.back.as_fd(), self.call.left)? {
+        if !cancel.wait_readable(self.returned.as_fd(), self.call.left)? {
             fail!(
                 OperationTimeout,
                 "the storage hook took longer than {} ms for its snapshot {}: give it more time \
@@ -138,14 +139,14 @@ impl Called {
         }
     }
 
-    /// Has undone what it has made, once it is back, which is waited for. One that failed has left
-    /// nothing.
+    /// Waits until the hook has returned, and makes it undo its snapshot. A hook that failed has
+    /// left nothing to undo.
     pub fn undo(mut self) -> Result<()> {
         if self.answer().is_ok()
             && catch_unwind(AssertUnwindSafe(|| self.hook.undo(&self.call))).is_err()
         {
             let step = format!(
-                "the storage hook panicked when it was to undo its snapshot {}",
+                "the storage hook panicked while it undid its snapshot {}",
                 self.call.subject()
             );
             return Err(Error::new(Code::OperationFailed, step));

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! The guest's devices between the plan and the instant.
+//! Checks that no device is attached or detached between the plan and the instant.
 //!
-//! What is attached or detached meanwhile is in the memory image, and not in the domain XML beside
-//! it, or the other way round: no QEMU that is started by that XML can load the image. QEMU refuses
-//! to attach and to detach devices while a migration is under way, so once the guest is stopped and
-//! `migrate` was accepted, the devices are those of the image. They are looked at before the plan
-//! and again when the guest runs again, which costs the pause nothing.
+//! A device that is attached meanwhile is in the memory image, and not in the domain XML beside it;
+//! for one that is detached it is the other way round. A QEMU that is started by that XML could not
+//! load the image. QEMU refuses to attach and to detach devices while a migration is under way, so
+//! once the guest is stopped and `migrate` was accepted, the devices are those of the image. They
+//! are read before the plan and again when the guest runs again, so that the pause is not longer.
 
 use std::collections::BTreeSet;
 
@@ -17,12 +17,12 @@ use crate::deadline::Deadline;
 use crate::error::{Result, fail};
 use crate::monitor::{Command, Failure};
 
-/// What a guest has: devices, vCPUs, media in drives. Each by the words that messages call it by.
+/// The guest's devices, vCPUs, and media in drives, each as messages name it.
 #[derive(Debug)]
 pub struct Devices(BTreeSet<String>);
 
 impl Devices {
-    /// Looks at them.
+    /// Asks QEMU for them.
     pub fn read(guest: &mut dyn Guest) -> Result<Devices> {
         let mut query = |command: &str, arguments: Value| {
             let step = format!("cannot ask for the guest's devices ({command})");
@@ -33,7 +33,7 @@ impl Devices {
             let entries = query("qom-list", json!({ "path": path }))?;
             found.extend(entries.as_array().into_iter().flatten().filter_map(device));
         }
-        // Those that QEMU has begun with are not among them, and can be taken out all the same.
+        // The vCPUs that QEMU was started with are not among the above, but can be unplugged too.
         let vcpus = query("query-cpus-fast", json!({}))?;
         found.extend(vcpus.as_array().into_iter().flatten().filter_map(|vcpu| {
             let path = vcpu["qom-path"].as_str()?;
@@ -43,7 +43,7 @@ impl Devices {
         Ok(Devices(found))
     }
 
-    /// Looks whether they are the same still.
+    /// Returns an error if the guest has other devices now.
     pub fn check(&self, guest: &mut dyn Guest) -> Result<()> {
         let now = Devices::read(guest)?.0;
         let change = match (now.difference(&self.0).next(), self.0.difference(&now).next()) {
@@ -65,16 +65,16 @@ fn device(entry: &Value) -> Option<String> {
     Some(format!("device '{}' ({kind})", entry["name"].as_str()?))
 }
 
-/// The media in the guest's drives. Of what is written only that it is there: its images are the
-/// snapshot's affair.
+/// The media in the guest's drives. A writable disk is listed without its file, because the
+/// snapshot itself changes that.
 ///
-/// `query-block` nests each image in the one above it, deeper than libvirt passes on; so the human
-/// monitor is asked.
+/// The human monitor is asked: `query-block` nests each image in the one above it, which can be
+/// deeper than libvirt passes on.
 fn media(guest: &mut dyn Guest) -> Result<Vec<String>> {
     let command = Command::new("human-monitor-command", json!({ "command-line": "info block" }));
     match guest.execute(command, Deadline::after(DEFAULT_TIMEOUT)) {
         Ok(reply) => Ok(read_media(reply.as_str().unwrap_or_default())),
-        // A QEMU that was built without it.
+        // This QEMU was built without the human monitor.
         Err(Failure::Refused(class, _)) if class == "CommandNotFound" => Ok(Vec::new()),
         Err(failure) => Err(failure.into_error("cannot ask for the guest's devices (info block)")),
     }
@@ -87,7 +87,7 @@ fn read_media(info: &str) -> Vec<String> {
         if let Some(drive) = line.trim_start().strip_prefix("Attached to:") {
             let drive = drive.trim();
             media.extend(medium.take().map(|medium: &str| match medium.rsplit_once(" (") {
-                Some((file, how)) if how.contains("read-only") => {
+                Some((file, options)) if options.contains("read-only") => {
                     format!("the medium '{file}' of drive '{drive}'")
                 }
                 _ => format!("the disk of drive '{drive}'"),

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! The early start: the migration begins while the guest runs, and the guest is paused in time.
+//! The early start: begins the migration while the guest runs, and pauses the guest in time.
 //! See [`early_start`].
 
 use std::time::Instant;
@@ -17,7 +17,7 @@ use crate::monitor::commands;
 
 impl Steps<'_, '_, '_> {
     /// Begins the migration while the guest runs, and pauses the guest in time, where that is worth
-    /// it. `None` where nothing was begun.
+    /// it. `None` if no migration is under way: the guest has to be stopped first.
     pub fn start_early(&mut self) -> Result<Option<Begun>> {
         if self.task.mode != Mode::Background || !self.guest.capabilities().background_keeps_paused
         {
@@ -45,19 +45,20 @@ impl Steps<'_, '_, '_> {
 
             self.journal.enter(Entry::EarlyPause);
             let deadline = self.pause_deadline();
-            let order = Instant::now();
+            let ordered = Instant::now();
             self.guest.pause(deadline)?;
-            // First: where it was reset, QEMU must not come to the capture before the guest runs.
+            // This check comes first: if the guest was reset, it must run again before QEMU begins
+            // the capture.
             let stands = run_state::stands(self.guest, deadline)?;
             let migration = commands::query_migrate(self.guest, deadline)?;
-            let stopping = order.elapsed();
+            let stopping = ordered.elapsed();
             if stands && migration.is_setting_up() {
                 self.journal.enter(Entry::InTime);
                 self.journal.clock.paused();
                 self.cancel.check()?;
                 return Ok(Some(Begun { deadline, populate, stopping }));
             }
-            // Too late; or it was reset, and runs again.
+            // The stop came too late; or the guest was reset, and runs again.
             let setup = wait_armed(self.guest, true, self.cancel, deadline)?.setup_time();
             self.guest.resume(Deadline::after(DEFAULT_TIMEOUT))?;
             self.journal.clock.lost();
@@ -70,7 +71,7 @@ impl Steps<'_, '_, '_> {
         Ok(None)
     }
 
-    /// Throws away what was saved, and opens the way to the image once more.
+    /// Discards the memory that was saved, and opens a new stream to the image.
     fn prepare_again(&mut self) -> Result<()> {
         let mode = self.task.mode;
         let stream = self.journal.stream()?;

@@ -2,9 +2,9 @@
 
 //! The journal of a snapshot: its steps so far, in order, each noted before it is tried.
 //!
-//! It is the one record of how far a snapshot is. Two things are functions of it, so that they
-//! cannot disagree: the phase, which the observer and the statistics are told, and the stage, which
-//! the watchdog is told. Telling them is [`Journal::enter`]'s and [`Journal::pop`]'s affair alone.
+//! It is the one record of a snapshot's progress. Two values are functions of it, so that they
+//! cannot disagree: the phase, which is reported to the observer and the statistics, and the stage,
+//! which is reported to the watchdog. Only [`Journal::enter`] and [`Journal::pop`] report them.
 //! When the snapshot fails, the entries are undone from the last to the first (`undo.rs`).
 //!
 //! | entry              | phase   | stage                   | undone by                           |
@@ -54,11 +54,11 @@ pub enum Entry {
     Copy(nvram::Copy),
     /// The overlays are being made.
     Overlays,
-    /// The way of memory to its image is open.
+    /// The stream of memory to its image is open.
     Stream(Stream),
-    /// QEMU's migration settings, as they were found, are being changed.
+    /// QEMU's migration settings are being changed; this is how they were found.
     Settings(Settings),
-    /// The migration is being begun while the guest runs, its disks on their images.
+    /// The migration is being begun while the guest runs. No disk is switched yet.
     EarlyMigration,
     /// The guest is being paused while that migration sets up.
     EarlyPause,
@@ -78,10 +78,10 @@ pub enum Entry {
     Resume,
     /// The snapshot is being recorded.
     Record,
-    /// QEMU's migration is over, and its settings are back: from here on a migration that is under
-    /// way, and what the settings are, is another client's.
+    /// Our migration is over, and QEMU's settings are restored. From here on any migration that is
+    /// under way, and any change of the settings, is another client's.
     SettingsRestored,
-    /// All is done and on disk; the record is being completed.
+    /// Everything is done and on disk; the record is being completed.
     Commit,
 }
 
@@ -103,7 +103,7 @@ impl Entry {
             Entry::EarlyPause => Stage::Racing,
             Entry::InTime => Stage::Migrating,
             Entry::Pause => Stage::Paused,
-            // A guest that its user has paused is not ours to resume.
+            // A guest that was paused before the snapshot must not be resumed.
             Entry::Switch if before == Stage::Paused => Stage::Switching,
             Entry::Migration if before == Stage::Switching => Stage::Migrating,
             Entry::Migration | Entry::Resume => Stage::Draining,
@@ -114,12 +114,12 @@ impl Entry {
     }
 }
 
-/// The journal, and those who are told of it. (The entries are dropped before the watchdog, which
-/// is dismissed then.)
+/// The journal, with the watchdog and the observer that it reports to. (The entries are dropped
+/// before the watchdog, which is dismissed when it is dropped.)
 pub struct Journal<'c, 'o> {
     pub(super) entries: Vec<Entry>,
     pub(super) watchdog: Watchdog,
-    /// The observer, and the statistics.
+    /// Reports to the observer, and keeps the statistics.
     pub clock: &'c mut Clock<'o>,
     /// The guest ran, and is to run again.
     pub running: bool,
@@ -127,7 +127,7 @@ pub struct Journal<'c, 'o> {
 }
 
 impl<'c, 'o> Journal<'c, 'o> {
-    /// Of a snapshot that has changed nothing yet.
+    /// The journal of a snapshot that has changed nothing yet.
     pub fn new(clock: &'c mut Clock<'o>, running: bool, mode: Mode) -> Journal<'c, 'o> {
         Journal { entries: Vec::new(), watchdog: Watchdog::default(), clock, running, mode }
     }
@@ -139,7 +139,7 @@ impl<'c, 'o> Journal<'c, 'o> {
         self.report_progress(before);
     }
 
-    /// Takes the last entry back: it was undone, or never done.
+    /// Removes the last entry: its step was undone, or never done.
     pub fn pop(&mut self) {
         let before = self.stage();
         self.entries.pop();
@@ -157,14 +157,14 @@ impl<'c, 'o> Journal<'c, 'o> {
         }
     }
 
-    /// How far the guest's own part is.
+    /// The stage that the guest is in.
     pub fn stage(&self) -> Stage {
         self.entries.iter().fold(Stage::Prepared, |stage, entry| entry.stage(stage))
     }
 
-    /// Whether there is such an entry.
-    pub(super) fn has(&self, is_it: impl Fn(&Entry) -> bool) -> bool {
-        self.entries.iter().any(is_it)
+    /// Whether the journal has an entry that matches.
+    pub(super) fn has(&self, matches: impl Fn(&Entry) -> bool) -> bool {
+        self.entries.iter().any(matches)
     }
 
     /// The memory image, which is made first.
@@ -185,7 +185,7 @@ impl<'c, 'o> Journal<'c, 'o> {
             .ok_or_else(|| missing("stream"))
     }
 
-    /// Notes the stream, in the place of the one before, if there is one.
+    /// Notes the stream. It replaces an earlier one.
     pub fn set_stream(&mut self, stream: Stream) {
         match self.stream() {
             Ok(old) => *old = stream,
@@ -193,12 +193,12 @@ impl<'c, 'o> Journal<'c, 'o> {
         }
     }
 
-    /// QEMU's settings as they were found, as long as they are ours to put back.
+    /// QEMU's settings as they were found, until they are restored.
     pub fn settings(&self) -> Option<&Settings> {
         settings(&self.entries)
     }
 
-    /// Waits until all of memory is in the image. Returns the image's bytes.
+    /// Waits until all of memory is in the image. Returns the image's size.
     pub fn wait_saved(&mut self, guest: &mut dyn Guest, cancel: &Cancel) -> Result<u64> {
         let Journal { entries, clock, .. } = self;
         let stream = stream(entries).ok_or_else(|| missing("stream"))?;
@@ -214,21 +214,21 @@ impl<'c, 'o> Journal<'c, 'o> {
         }
     }
 
-    /// Takes the stream out.
+    /// Takes the stream out of the journal.
     pub(super) fn take_stream(&mut self) -> Option<Stream> {
         let at = self.entries.iter().position(|entry| matches!(entry, Entry::Stream(_)))?;
         if let Entry::Stream(stream) = self.entries.remove(at) { Some(stream) } else { None }
     }
 
-    /// Takes the call of the storage hook out.
+    /// Takes the call of the storage hook out of the journal.
     pub(super) fn take_storage(&mut self) -> Option<Called> {
         let at = self.entries.iter().position(|entry| matches!(entry, Entry::Storage(_)))?;
         if let Entry::Storage(called) = self.entries.remove(at) { Some(called) } else { None }
     }
 
-    /// Starts a watchdog for the time that the stream is open, in the place of the one before.
-    /// `restore` are QMP commands that put the settings back, `record` is the file that there is
-    /// once the snapshot is recorded.
+    /// Starts a watchdog for the time that the stream is open. It replaces an earlier one.
+    /// `restore` are QMP commands that put the settings back; `record` is the file that exists once
+    /// the snapshot is recorded.
     pub fn start_watchdog(
         &mut self,
         channel: RecoveryChannel,
@@ -257,7 +257,7 @@ impl<'c, 'o> Journal<'c, 'o> {
         self.watchdog.process()
     }
 
-    /// The snapshot is complete, on disk and recorded: from here on nothing of it is undone.
+    /// The snapshot is complete, on disk and recorded. From here on it is not undone any more.
     pub fn complete(&mut self) {
         self.watchdog.dismiss();
     }
@@ -297,7 +297,7 @@ mod tests {
     use super::*;
     use crate::engine::clock::Observer;
 
-    /// The phases that an observer is told.
+    /// The phases that are reported to an observer.
     #[derive(Default)]
     struct Phases(Vec<Phase>);
 
@@ -307,8 +307,8 @@ mod tests {
         }
     }
 
-    /// The stage after each of the entries, and the phases that were told.
-    fn told(
+    /// The stage after each of the entries, and the phases that were reported.
+    fn reported(
         running: bool,
         entries: impl IntoIterator<Item = Option<Entry>>,
     ) -> (String, Vec<Phase>) {
@@ -331,7 +331,7 @@ mod tests {
     #[test]
     fn a_guest_that_is_stopped_first_goes_through_each_stage_and_phase_once() {
         use Entry::{Commit, Migration, Overlays, Pause, Record, Resume, SettingsRestored, Switch};
-        let (stages, phases) = told(
+        let (stages, phases) = reported(
             true,
             [
                 Entry::Phase(Phase::Prepare),
@@ -359,7 +359,7 @@ mod tests {
     fn a_paused_domain_is_never_ours_to_resume() {
         let entries =
             [Entry::Overlays, Entry::Switch, Entry::Migration, Entry::Phase(Phase::Drain)];
-        assert_eq!(told(false, entries.map(Some)).0, "--DD");
+        assert_eq!(reported(false, entries.map(Some)).0, "--DD");
     }
 
     #[test]
@@ -377,7 +377,7 @@ mod tests {
             Some(Switch),
             Some(Resume),
         ];
-        let (stages, phases) = told(true, entries);
+        let (stages, phases) = reported(true, entries);
         assert_eq!(stages, "-BRB-BRMMD");
         assert_eq!(phases, [Phase::Prepare, Phase::Pause, Phase::Prepare, Phase::Pause]);
     }
@@ -395,7 +395,7 @@ mod tests {
             None,
             Some(Entry::Phase(Phase::Undo)),
         ];
-        let (stages, phases) = told(true, entries);
+        let (stages, phases) = reported(true, entries);
         assert_eq!(stages, "PSMSSFCFF");
         assert_eq!(phases, [Phase::Pause, Phase::Undo]);
     }

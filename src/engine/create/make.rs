@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! Making a snapshot that was planned: the three orders in which its steps are done.
+//! Makes a snapshot that was planned, by its steps in one of three orders.
 
 use super::journal::{Entry, Journal};
 use super::plan::Task;
@@ -36,7 +36,7 @@ pub fn make(
 }
 
 impl Steps<'_, '_, '_> {
-    /// A domain that its user has paused, and that stays so.
+    /// Captures a domain that was paused before the snapshot. It stays paused.
     fn capture_paused_domain(&mut self) -> Result<Captured> {
         let deadline = self.pause_deadline();
         self.switch_disks(deadline)?;
@@ -49,7 +49,7 @@ impl Steps<'_, '_, '_> {
         Ok(captured)
     }
 
-    /// The guest is stopped, and then the migration begins.
+    /// Stops the guest, and then begins the migration.
     fn capture_stopped_first(&mut self) -> Result<Captured> {
         let deadline = self.pause_deadline();
         self.pause(deadline)?;
@@ -61,7 +61,7 @@ impl Steps<'_, '_, '_> {
         Ok(captured)
     }
 
-    /// The migration has begun, and then the guest was stopped in time.
+    /// Captures a guest that was stopped in time after an early start of the migration.
     fn capture_started_early(&mut self, begun: Begun) -> Result<Captured> {
         let deadline = begun.deadline;
         self.switch_disks(deadline)?;

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! Taking a snapshot.
+//! Takes a snapshot.
 //!
-//! A request is planned (`plan.rs`), then made in one of three orders (`make.rs`) of steps
-//! (`prepare.rs`, `early.rs`, `steps.rs`). Each step is noted in the journal (`journal.rs`), by
-//! which it is undone (`undo.rs`).
+//! A request is planned (`plan.rs`). Then the snapshot is made by steps (`prepare.rs`, `early.rs`,
+//! `steps.rs`), in one of three orders (`make.rs`). Each step is noted in the journal
+//! (`journal.rs`), which tells the undo (`undo.rs`) what to put back.
 
 mod devices;
 mod early;
@@ -35,20 +35,21 @@ use crate::model::{Record, Request, validate};
 pub struct Created {
     /// Its name.
     pub name: String,
-    /// What was recorded of it, or would have been; nothing where another has made it.
+    /// Its record, also where it was not recorded; none where the connector has delegated the
+    /// snapshot.
     record: Option<Record>,
-    /// It was recorded.
+    /// The snapshot was recorded.
     recorded: bool,
-    /// libvirt's object of it, where libvirt has had a part in it.
+    /// libvirt's object for the snapshot, if libvirt was involved in it.
     pub object: Option<Snapshot>,
 }
 
 impl Created {
-    /// Its `<domainsnapshot>`: as it is recorded, as far as it is.
+    /// Its `<domainsnapshot>`: that of the snapshot list, if the snapshot is recorded there.
     pub fn xml(&self, snapshot_list: &dyn SnapshotList) -> Result<String> {
         match (&self.record, self.recorded) {
             (Some(record), false) => Ok(record.to_xml()),
-            // Somebody may have deleted it by now, or the daemon be away.
+            // Another client may have deleted it by now, or the daemon may be unavailable.
             (Some(record), true) => {
                 Ok(snapshot_list.xml(&self.name).unwrap_or_else(|_| record.to_xml()))
             }
@@ -93,11 +94,11 @@ pub fn create(
     guest.check_flags(flags)?;
     let mode = match (flags.is_instant(), state) {
         (true, GuestState::Running) => Mode::Background,
-        // It must stay paused, and not every QEMU leaves it so.
+        // The guest must stay paused, and not every QEMU leaves it paused.
         (true, GuestState::Paused) if guest.capabilities().background_keeps_paused => {
             Mode::Background
         }
-        // A background snapshot of a guest that was never started ends QEMU 10.0.
+        // QEMU 10.0 ends on a background snapshot of a guest that was never started.
         _ => Mode::Paused,
     };
     let settings = Settings::read(guest)?;
@@ -116,7 +117,7 @@ pub fn create(
 
     let mut journal = Journal::new(clock, running, mode);
     let make = AssertUnwindSafe(|| make::make(&task, guest, settings, cancel, &mut journal));
-    // A defect of ours is no reason to leave a guest paused.
+    // Even after a panic of ours the guest must not stay paused.
     let record = match catch_unwind(make)
         .unwrap_or_else(|_| fail!(InternalError, "a defect of instantsnap, please report it"))
     {

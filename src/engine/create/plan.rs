@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! Planning a snapshot: everything is decided and checked, and nothing touched.
+//! Plans a snapshot: decides and checks everything, and changes nothing.
 
 use std::path::{Path, PathBuf};
 
@@ -15,14 +15,14 @@ use crate::model::flags::CreateFlags;
 use crate::model::{MemoryRequest, Plan, RecordedNvram, Request, plan};
 use crate::monitor::commands::{self, Progress};
 
-/// A snapshot to be made: everything is decided, and nothing touched.
+/// A snapshot that was planned, and is to be made.
 pub struct Task<'a> {
     pub reserved: &'a Reserved,
     pub description: Option<String>,
     pub flags: CreateFlags,
     /// The guest runs, and is to run again.
     pub running: bool,
-    /// QEMU's word for the state in which it is to be saved.
+    /// QEMU's name of the state that the guest has when it is saved.
     pub stands: &'static str,
     pub mode: Mode,
     pub options: Options,
@@ -30,12 +30,12 @@ pub struct Task<'a> {
     pub nvram: Vec<RecordedNvram>,
     pub memory_file: PathBuf,
     pub about: Description,
-    /// The devices that it was planned with.
+    /// The guest's devices at the time of the plan.
     pub devices: Devices,
 }
 
 impl<'a> Task<'a> {
-    /// Decides what is to be made of a request, of a guest in this state.
+    /// Plans a snapshot by a request, of a guest in this state.
     pub fn plan(
         guest: &mut dyn Guest,
         request: Request,
@@ -45,8 +45,7 @@ impl<'a> Task<'a> {
         state: GuestState,
         mode: Mode,
     ) -> Result<Task<'a>> {
-        // Before the domain's XML is read: what comes in between is noticed, and not only in one of
-        // the two.
+        // The devices are read before the domain's XML, so that a change in between is noticed.
         let devices = Devices::read(guest)?;
         let Survey { drives, description: about } = guest.survey()?;
         let plan = plan(drives, &request, &reserved.name, flags.reuses_overlays())?;
@@ -104,7 +103,7 @@ pub fn check_memory_request(flags: CreateFlags, request: &Request) -> Result<()>
     );
 }
 
-/// A guest that a snapshot can be taken of.
+/// The states of a guest in which a snapshot can be taken of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum GuestState {
     Running,
@@ -150,8 +149,8 @@ pub fn check_state(guest: &mut dyn Guest) -> Result<GuestState> {
     }
 }
 
-/// Disks that are left to others need somebody who snapshots them, and somebody who knows of it
-/// when the snapshot is brought back.
+/// Refuses disks with snapshot='manual' where there is no storage hook that snapshots them, or
+/// where the snapshot's revert would not know of them.
 fn check_storage_hook(
     guest: &dyn Guest,
     plan: &Plan,
@@ -172,7 +171,7 @@ fn check_storage_hook(
         fail!(
             OperationUnsupported,
             "a snapshot with memory and with snapshot='manual' of disk '{name}' is not recorded in \
-             libvirt, whose revert would put old memory beside the disk as it is then: add \
+             libvirt, whose revert would combine the old memory with the disk's new content: add \
              VIR_DOMAIN_SNAPSHOT_CREATE_NO_METADATA"
         );
     }

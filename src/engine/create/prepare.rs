@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! Preparing a snapshot, while the guest runs: overlays, memory image, pipe, watchdog, settings.
+//! Prepares a snapshot while the guest runs: overlays, memory image, pipe, watchdog, settings.
 
 use std::path::Path;
 
@@ -17,11 +17,11 @@ use crate::image::MemoryImage;
 use crate::migration::{Mode, Settings, Stream, WriteCheck, early_start, prefault};
 use crate::sys;
 
-/// What the steps after it need.
+/// The results of [`prepare`] that later steps need.
 pub struct Prepared<'a> {
     pub settings: Settings,
     pub sizes: Sizes<'a>,
-    /// Notices what other clients let the guest write in the pause.
+    /// Detects writes that other clients cause during the pause.
     pub write_check: WriteCheck<'a>,
     pub unflushed: Unflushed,
 }
@@ -47,7 +47,7 @@ pub fn prepare<'a>(
     let sizes = Sizes::open(&task.plan.disks);
     cancel.check()?;
     open_stream(task, guest, &settings, journal)?;
-    // From here on QEMU is changed: there is a watchdog now.
+    // The watchdog is running now, so QEMU may be changed from here on.
     settings.watchdog = journal.watchdog_process();
     journal.enter(Entry::Settings(settings.clone()));
     settings.apply(guest, task.mode)?;
@@ -59,16 +59,16 @@ pub fn prepare<'a>(
     if task.running && !guest.status()?.running {
         fail!(
             OperationInvalid,
-            "the guest was paused by somebody else while its snapshot was being prepared"
+            "another client has paused the guest while its snapshot was being prepared"
         );
     }
-    // Again: it can take seconds until here.
+    // Checked again, because the preparation can take seconds.
     guest.check_not_busy(&task.plan.disks)?;
     sizes.ask_planned(guest)?;
     Ok(Prepared { settings, sizes, write_check, unflushed })
 }
 
-/// Opens the way of memory to its image, and starts a watchdog for the time that it is open.
+/// Opens the stream of memory to its image, and starts a watchdog for the time that it is open.
 pub fn open_stream(
     task: &Task,
     guest: &mut dyn Guest,
@@ -83,8 +83,8 @@ pub fn open_stream(
     journal.start_watchdog(channel, &guest.held(), task.reserved, record, &restore)
 }
 
-/// Has all of memory be there when QEMU touches it: before the first snapshot. What is there then
-/// stays.
+/// Prefaults the guest's memory before its first snapshot. For later ones that is not needed,
+/// because memory that has been touched stays.
 fn prefault_first(task: &Task, guest: &mut dyn Guest, cancel: &Cancel) -> Result<()> {
     let first = task.running
         && task.mode == Mode::Background
@@ -111,11 +111,12 @@ fn create_image(task: &Task) -> Result<MemoryImage> {
     Ok(image)
 }
 
-/// What the host still has to write, it writes now, while the guest runs: `stop` waits for it.
+/// Makes the host write dirty pages of the images out now, while the guest runs, because `stop`
+/// waits for them.
 fn flush_disks(task: &Task) {
     let drives = task.plan.disks.iter().map(|disk| &disk.drive).chain(&task.plan.manual);
     for drive in drives {
-        // A wish: where it cannot be done, `stop` does it.
+        // A failure does no harm: then `stop` does it.
         let _ = sys::open_file(Path::new(&drive.file)).and_then(|image| image.sync_data());
     }
 }

@@ -1,17 +1,17 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! Disk sizes between the plan and the instant.
+//! Checks that no disk is resized between the plan and the instant.
 //!
-//! An overlay is made with the size that its disk has in the plan. When another client resizes the
-//! disk after that, the switch would take the change back, under a guest that knows of it; and a
-//! resize between switch and instant would leave memory that knows of a larger disk than the
-//! snapshot's image is. Nothing keeps another client from it, so the sizes are compared right
-//! before the switch, right after it, and once the instant has passed.
+//! An overlay is made with the size that its disk has in the plan. If another client resizes the
+//! disk after that, the switch would revert the resize, while the guest knows the new size. If it
+//! does so between switch and instant, the memory would know of a larger disk than the snapshot's
+//! image is. Nothing keeps another client from it, so the sizes are compared right before the
+//! switch, right after it, and once the instant has passed.
 //!
-//! An image's size is read from the image's file or block device where that says what QEMU says in
-//! the plan: it takes microseconds, and no command. QEMU is asked for the others: other formats,
-//! and files that this process may not read. Before the switch QEMU is asked while the guest still
-//! runs. A resize that comes after that is found by the one question that has to be asked in the
+//! An image's size is read from the image's file or block device, if that agreed with QEMU at the
+//! time of the plan: it takes microseconds, and no command. QEMU is asked for the sizes of the
+//! others: other formats, and files that this process may not read. Before the switch QEMU is asked
+//! while the guest still runs. A later resize is found by the one query that must be made in the
 //! pause, after the switch: the guest must not run on an overlay of another size.
 
 use std::fs::File;
@@ -35,7 +35,7 @@ pub struct Sizes<'a> {
     disks: Vec<Files<'a>>,
 }
 
-/// A disk's image and its overlay, as far as their files tell their sizes.
+/// The files of a disk's image and of its overlay; none for one whose file does not tell its size.
 #[derive(Debug)]
 struct Files<'a> {
     disk: &'a DiskPlan,
@@ -43,12 +43,12 @@ struct Files<'a> {
     overlay: Option<File>,
 }
 
-/// Which image of a disk.
+/// An image in a disk's chain.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Layer {
-    /// The one that the guest's device is on.
+    /// The image that the guest's device uses.
     Top,
-    /// The one below that.
+    /// The image below that.
     Below,
 }
 
@@ -67,13 +67,13 @@ impl Sizes<'_> {
         Sizes { disks: disks.iter().map(files).collect() }
     }
 
-    /// Before the pause: the disks whose files do not tell their sizes have those of the plan.
+    /// Before the pause: checks the disks whose files do not tell their sizes.
     pub fn ask_planned(&self, guest: &mut dyn Guest) -> Result<()> {
         let deadline = Deadline::after(DEFAULT_TIMEOUT);
         self.check_top(guest, deadline, |image| image.is_none())
     }
 
-    /// Right before the switch: so have the others.
+    /// Right before the switch: checks the other disks, by their files.
     pub fn check_planned(&self, guest: &mut dyn Guest, deadline: Deadline) -> Result<()> {
         self.check_top(guest, deadline, |image| image.is_some())
     }
@@ -98,8 +98,8 @@ impl Sizes<'_> {
         Ok(())
     }
 
-    /// Right after the switch: the images below the overlays have these sizes still. The overlay of
-    /// one that has not is given that size, so that the guest never sees another.
+    /// Right after the switch: checks that the images below the overlays still have the planned
+    /// sizes. If one was resized, its overlay is resized too, so that the guest keeps that size.
     pub fn check_switched(&self, guest: &mut dyn Guest, deadline: Deadline) -> Result<()> {
         let mut qemu = Blocks::default();
         let mut changed = Ok(());
@@ -121,7 +121,7 @@ impl Sizes<'_> {
         changed
     }
 
-    /// After the instant: the overlays had these sizes when memory was captured.
+    /// After the instant: checks that the overlays had the planned sizes when memory was captured.
     pub fn check_captured(&self, guest: &mut dyn Guest) -> Result<()> {
         let deadline = Deadline::after(DEFAULT_TIMEOUT);
         let mut qemu = Blocks::default();
@@ -134,13 +134,13 @@ impl Sizes<'_> {
     }
 }
 
-/// What QEMU says of its block devices, once it was asked.
+/// QEMU's reply to `query-block`, once it was asked.
 #[derive(Default)]
 struct Blocks(Option<Json>);
 
 impl Blocks {
-    /// The size of a disk's image: by its file, where that still says what the plan does, or else
-    /// by QEMU. A file can be made longer, and a device larger, before QEMU is told of it.
+    /// The size of a disk's image: by its file if that still has the planned size, or else by QEMU.
+    /// A file can be made longer, and a device larger, before QEMU is told of it.
     fn size(
         &mut self,
         guest: &mut dyn Guest,
@@ -158,21 +158,21 @@ impl Blocks {
             self.0 = Some(guest.run(step, Command::new("query-block", json!({})), deadline)?);
         }
         let mut blocks = self.0.iter().flat_map(|blocks| blocks.as_array().into_iter().flatten());
-        let is_it = |block: &&Value| {
+        let is_of_disk = |block: &&Value| {
             let inserted = &block["inserted"];
             let file = inserted["file"].as_str().unwrap_or_default();
             is_block_of(block, &disk.drive)
                 || inserted["node-name"] == *disk.drive.node
                 || [&disk.drive.file, &disk.overlay].iter().any(|known| *known == file)
         };
-        let image = blocks.find(is_it).map(|block| &block["inserted"]["image"]);
+        let image = blocks.find(is_of_disk).map(|block| &block["inserted"]["image"]);
         let image =
             image.map(|image| if layer == Layer::Below { &image["backing-image"] } else { image });
         match image.and_then(|image| image["virtual-size"].as_u64()) {
             Some(size) => Ok(size),
             None => fail!(
                 OperationFailed,
-                "QEMU does not tell the size of disk '{}' any more: another client has detached \
+                "QEMU does not report the size of disk '{}' any more: another client has detached \
                  it, or changed its images",
                 disk.drive.name()
             ),
@@ -193,7 +193,7 @@ fn check(disk: &DiskPlan, now: u64) -> Result<()> {
     Ok(())
 }
 
-/// What the guest sees of an image, in bytes; `None` where the file does not tell.
+/// The size that the guest sees of an image, in bytes; `None` where the file does not tell it.
 fn size_in(file: &File, format: &str) -> Option<u64> {
     match format {
         "raw" => {
@@ -220,7 +220,7 @@ fn size_in(file: &File, format: &str) -> Option<u64> {
 mod tests {
     use super::*;
 
-    /// What the kernel says of a block device, in sectors of 512 bytes.
+    /// The size of a block device, which the kernel tells in sectors of 512 bytes.
     fn known_size(device: &Path) -> Option<u64> {
         let sectors = std::fs::read_to_string(device.join("size")).ok()?;
         sectors.trim().parse::<u64>().ok().map(|sectors| sectors * 512)

@@ -30,17 +30,18 @@ pub struct Steps<'a, 'c, 'o> {
     pub prepared: Prepared<'a>,
 }
 
-/// Memory and disks of one instant.
+/// Memory and disks that are captured at one instant.
 pub struct Captured {
-    /// How far memory has come.
+    /// The progress of saving memory.
     flow: Flow,
-    /// The image's bytes, where all of memory is saved.
+    /// The size of the image, where all of memory is saved already.
     saved: Option<u64>,
-    /// The migration was begun before the pause.
+    /// The early start, where there was one.
     begun: Option<Begun>,
 }
 
-/// A migration that was begun while the guest ran, of a guest that is paused now.
+/// A successful early start: the migration has begun while the guest ran, and the guest is paused
+/// now.
 pub struct Begun {
     /// When the pause must end.
     pub deadline: Deadline,
@@ -49,7 +50,7 @@ pub struct Begun {
 }
 
 impl Steps<'_, '_, '_> {
-    /// When the pause must end. Tries that were lost count.
+    /// When the pause must end. The pauses of lost tries count too.
     pub fn pause_deadline(&self) -> Deadline {
         let lost = self.journal.clock.stats.lost_pause;
         Deadline::after(self.task.options.pause_limit.saturating_sub(lost))
@@ -72,7 +73,7 @@ impl Steps<'_, '_, '_> {
         self.cancel.check()
     }
 
-    /// Has the caller's storage snapshot the disks that QEMU does not.
+    /// Calls the storage hook, which snapshots the disks that QEMU does not.
     pub fn snapshot_storage(&mut self, deadline: Deadline) -> Result<()> {
         let Task { plan, options, reserved, .. } = self.task;
         let Some(hook) = options.storage.clone().filter(|_| !plan.manual.is_empty()) else {
@@ -90,30 +91,30 @@ impl Steps<'_, '_, '_> {
         self.journal.wait_storage(self.cancel)
     }
 
-    /// Begins the migration of a guest that stands.
+    /// Begins the migration of a paused guest.
     pub fn start_migration(&mut self, deadline: Deadline) -> Result<()> {
         self.journal.enter(Entry::Phase(Phase::Arm));
         if self.task.mode == Mode::Background && !self.guest.capabilities().background_keeps_paused
         {
-            // By the time that it is armed the guest runs, and writes.
+            // This QEMU has resumed the guest by the time of the arming, and the guest writes.
             self.prepared.write_check.check(self.guest, deadline)?;
         }
         self.cancel.check()?;
-        // Late: until `migrate`, another client's save would be a background snapshot
-        // ([`Entry::OtherMigration`]).
+        // Unlocked as late as possible: from here until `migrate` another client's save would be a
+        // background snapshot ([`Entry::OtherMigration`]).
         self.prepared.settings.unlock(self.guest, deadline)?;
-        // Last: QEMU cannot capture it in another state.
+        // Checked last, because QEMU cannot capture the guest in another state.
         run_state::check(self.guest, self.task.stands, deadline)?;
         self.migrate(Entry::Migration, deadline)
     }
 
-    /// Begins the migration, which is noted so. Others are locked out again while it sets up: what
-    /// they begin after its end must not be a background snapshot.
+    /// Begins the migration, and notes it as `entry`. Locks other clients out again while it sets
+    /// up: a migration that they begin after its end must not be a background snapshot.
     pub fn migrate(&mut self, entry: Entry, deadline: Deadline) -> Result<()> {
         self.journal.enter(entry);
         commands::migrate(self.guest, FD_NAME, deadline).map_err(|failure| {
             if matches!(failure, Failure::Refused(..)) {
-                // The migration that there may be is another client's.
+                // If a migration is under way, it is another client's.
                 self.journal.pop();
                 if self.task.mode == Mode::Background {
                     self.journal.enter(Entry::OtherMigration);
@@ -124,7 +125,7 @@ impl Steps<'_, '_, '_> {
         self.prepared.settings.lock(self.guest, deadline)
     }
 
-    /// Waits until memory is held at this instant: write tracking is armed, or all is saved.
+    /// Waits until the memory of this instant is safe: write tracking is armed, or all is saved.
     pub fn capture(&mut self, begun: Option<Begun>, deadline: Deadline) -> Result<Captured> {
         match self.task.mode {
             Mode::Background => {
@@ -140,8 +141,8 @@ impl Steps<'_, '_, '_> {
             }
             Mode::Paused => {
                 let bytes = self.journal.wait_saved(self.guest, self.cancel)?;
-                // QEMU saves what the guest wrote meanwhile to its memory; what it wrote to disks
-                // is on the overlays.
+                // If the guest ran meanwhile, QEMU has saved its newer memory, while its writes to
+                // disks are on the overlays.
                 let deadline = Deadline::after(DEFAULT_TIMEOUT);
                 self.prepared.write_check.check(self.guest, deadline)?;
                 let flow = Flow { done: bytes, total: bytes, ..Flow::default() };
@@ -157,10 +158,10 @@ impl Steps<'_, '_, '_> {
         Ok(())
     }
 
-    /// The instant has passed: says so, and records the snapshot as it is then.
+    /// Reports that the instant has passed, and records the snapshot.
     pub fn pass_instant(&mut self, captured: &Captured) -> Result<Record> {
         let instant = SystemTime::now();
-        // From the event on the caller may change both.
+        // Checked before the event: after it the caller may resize disks and change devices.
         self.prepared.sizes.check_captured(self.guest)?;
         self.task.devices.check(self.guest)?;
         self.journal.clock.instant(captured.flow);
@@ -175,7 +176,7 @@ impl Steps<'_, '_, '_> {
         Ok(record)
     }
 
-    /// For the next one's sake.
+    /// Records the samples that the guest's next early start is estimated from.
     fn record_samples(&self, begun: Option<&Begun>) {
         let identity = &self.guest.identity();
         let stats = &self.journal.clock.stats;
@@ -188,7 +189,7 @@ impl Steps<'_, '_, '_> {
             None => {
                 early_start::record(identity, Sample::Stopped(stats.setup));
                 if self.task.running {
-                    // Without the question.
+                    // Here the query after the stop is missing.
                     let stopping = stats.phase(Phase::Pause) * 3 / 2;
                     early_start::record(identity, Sample::Stopping(stopping));
                 }
@@ -209,13 +210,13 @@ impl Steps<'_, '_, '_> {
         self.cancel.check()
     }
 
-    /// Puts settings back, and has the snapshot on disk and recorded.
+    /// Puts QEMU's settings back, writes the snapshot to stable storage, and records it.
     pub fn finish(self, record: Record) -> Result<Record> {
         let Steps { task, guest, cancel, journal, prepared } = self;
         journal.enter(Entry::Phase(Phase::Finish));
         if task.running {
-            // While others are locked out: a guest that has stopped now was not stopped by their
-            // migration.
+            // Checked while other clients are locked out: if the guest is stopped now, their
+            // migration was not the cause.
             check_runs_on(guest)?;
         }
         prepared.settings.restore(guest, task.mode)?;
@@ -274,8 +275,8 @@ impl Steps<'_, '_, '_> {
     }
 }
 
-/// The guest's run state once its memory is saved must not be one that the snapshot has brought
-/// about.
+/// Returns an error if the guest was stopped because of the snapshot. Called when its memory is
+/// saved.
 fn check_runs_on(guest: &mut dyn Guest) -> Result<()> {
     match guest.status()?.status.as_str() {
         "io-error" => fail!(

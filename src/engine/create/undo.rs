@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! Undoing a snapshot: what its journal says was changed is put back, from the last entry to the
+//! Undoes a snapshot: puts back what its journal says was changed, from the last entry to the
 //! first.
 //!
-//! Two things are out of that order. The guest comes first: it runs again, and the migration ends,
-//! before anything else is undone. And a storage hook comes last: one that is late is waited for.
+//! Two steps are out of that order. The guest comes first: it runs again, and the migration ends,
+//! before anything else is undone. And the storage hook comes last, because it may have to be
+//! waited for.
 
 use std::time::Duration;
 
@@ -19,22 +20,23 @@ use crate::image::MemoryImage;
 use crate::migration::{FD_NAME, reactivate_disks, wait_resumable};
 use crate::monitor::commands::{self, Progress};
 
-/// A QEMU that hangs is asked to resume its guest for so long. There is nothing worse to leave
-/// behind than a guest that is paused.
+/// For how long a QEMU that hangs is asked to resume its guest. It is long, because a guest that
+/// stays paused is the worst result.
 const RESUME_TIMEOUT: Duration = Duration::from_secs(300);
 
-/// QEMU takes less to stop a guest, save its devices and arm. A guest that stands for that long is
-/// resumed.
+/// QEMU takes less time than this to stop a guest, save its devices and arm. A guest that is paused
+/// for longer is resumed.
 const CAPTURE: Duration = Duration::from_secs(1);
 
 impl Journal<'_, '_> {
-    /// Puts everything back. `cause` is why; what cannot be put back is added to it.
+    /// Puts everything back. Returns `cause`, the reason of the undo, with what cannot be put back
+    /// added to it.
     pub fn undo(mut self, guest: &mut dyn Guest, cause: Error) -> Error {
         self.enter(Entry::Phase(Phase::Undo));
         let mut left = Vec::new();
         let mut ended = false;
         let mut liveness = self.wait_responsive(guest);
-        if liveness == Liveness::Alive && self.is_outrun() {
+        if liveness == Liveness::Alive && self.has_other_migration() {
             liveness = wait_other_save(guest);
         }
         if liveness == Liveness::Alive {
@@ -59,8 +61,8 @@ impl Journal<'_, '_> {
             ),
         }
         if !ended || liveness == Liveness::Unresponsive {
-            // The stream must be read to its end, and a guest that is paused resumed, whenever QEMU
-            // comes to it.
+            // QEMU may continue later. Then the stream must be read to its end, and a paused guest
+            // resumed.
             let stream = self.take_stream();
             if self.watchdog.hand_over() {
                 guest.leave_held();
@@ -69,11 +71,11 @@ impl Journal<'_, '_> {
             }
         }
         left.extend(self.remove_files().err().map(|error| error.message));
-        // Last: a hook that is late is waited for.
+        // The hook comes last, because it may have to be waited for.
         left.extend(
             self.take_storage().and_then(|called| called.undo().err()).map(|error| error.message),
         );
-        // A caller that is told that its snapshot was cancelled takes all for undone.
+        // A caller that is told that its snapshot was cancelled assumes that all is undone.
         let cause = match cause.code == Code::OperationAborted && !left.is_empty() {
             true => Error::new(Code::OperationFailed, cause.message),
             false => cause,
@@ -81,14 +83,14 @@ impl Journal<'_, '_> {
         left.into_iter().fold(cause, |cause, left| cause.and(left))
     }
 
-    /// Whether QEMU is there. One that does not answer is given time, after all that was changed in
-    /// it; for a guest that is paused `cont` is queued, for QEMU to find when it comes to.
+    /// QEMU's liveness. A QEMU that does not answer is given time if it was changed already; if its
+    /// guest is paused, `cont` is queued, which QEMU carries out when it answers again.
     fn wait_responsive(&self, guest: &mut dyn Guest) -> Liveness {
         let deadline = Deadline::after(RESUME_TIMEOUT);
         let has_overlays = self.has(|entry| matches!(entry, Entry::Overlays));
         let mut liveness = guest.liveness();
         if liveness == Liveness::Unresponsive && self.stage().is_paused() {
-            // The reply would come when it would, and is not needed: the state is looked at next.
+            // The reply is not needed: the guest's state is queried later.
             let _ = commands::cont(guest, Deadline::after(Duration::from_millis(100)));
         }
         while liveness == Liveness::Unresponsive && has_overlays && deadline.left().is_some() {
@@ -97,8 +99,8 @@ impl Journal<'_, '_> {
         liveness
     }
 
-    /// Puts everything back with QEMU's help. Returns whether the migration has ended, as far as
-    /// there was one.
+    /// Puts everything back with QEMU's help. Returns whether no migration of ours is under way any
+    /// more.
     fn undo_online(&mut self, guest: &mut dyn Guest, left: &mut Vec<String>) -> bool {
         let ended = self.undo_pause(guest, left);
         let mut note = |result: Result<()>| {
@@ -108,7 +110,7 @@ impl Journal<'_, '_> {
         };
         let settings = self.settings();
         if settings.is_some() {
-            // Refused where it was never passed, and where a migration has taken it.
+            // QEMU refuses it if the pipe was never passed, or a migration has taken it.
             let _ = commands::closefd(guest, FD_NAME, Deadline::after(DEFAULT_TIMEOUT));
         }
         let mut merged = true;
@@ -118,8 +120,8 @@ impl Journal<'_, '_> {
                     note(guest.withdraw());
                 }
                 Entry::Switch => {
-                    // A guest that was saved while it was paused has handed its disks over, and
-                    // does not take them back by itself.
+                    // QEMU deactivated the disks of a guest that was saved while it was paused, and
+                    // does not activate them by itself.
                     if !self.running
                         && !self.stage().is_restored()
                         && guest.status().is_ok_and(|status| status.status == "postmigrate")
@@ -127,8 +129,8 @@ impl Journal<'_, '_> {
                         note(reactivate_disks(guest));
                     }
                     merged = note(guest.merge_disks());
-                    // It can have come to the end of an overlay's file system, and stand since. Now
-                    // there is room again.
+                    // The guest can be stopped because an overlay's file system was full. Now there
+                    // is room again.
                     if self.running
                         && guest.status().is_ok_and(|status| status.status == "io-error")
                     {
@@ -153,8 +155,8 @@ impl Journal<'_, '_> {
         ended
     }
 
-    /// Ends the migration, and has the guest run again that was paused by us. Returns whether the
-    /// migration has ended, as far as there was one.
+    /// Ends the migration, and resumes the guest if we have paused it. Returns whether no migration
+    /// of ours is under way any more.
     fn undo_pause(&mut self, guest: &mut dyn Guest, left: &mut Vec<String>) -> bool {
         let mut note = |result: Result<()>| {
             let done = result.is_ok();
@@ -167,28 +169,28 @@ impl Journal<'_, '_> {
             && let Ok(stream) = self.stream()
         {
             note(stream.give_up(guest, mode));
-            // A guest that was reset was resumed for QEMU's sake, which stops it by itself: then it
-            // is no time for that.
-            let moment =
+            // A guest that was reset runs already, because it was resumed to save QEMU from an
+            // abort. QEMU stops it by itself, and must not be disturbed then.
+            let deadline =
                 Deadline::after(if stage == Stage::Racing { DEFAULT_TIMEOUT } else { CAPTURE });
-            let resumable = stage.is_paused() && wait_resumable(guest, moment);
-            // QEMU refuses it while it finishes a migration; then it is done below.
+            let resumable = stage.is_paused() && wait_resumable(guest, deadline);
+            // QEMU refuses it while it finishes a migration; then the guest is resumed below.
             if resumable && guest.resume(Deadline::after(DEFAULT_TIMEOUT)).is_ok() {
                 self.clock.resumed(guest.last_pause());
             }
             ended = self.stream().is_ok_and(|stream| note(stream.wait_given_up(guest, mode)));
         }
-        // An ordinary migration, which it becomes where another client switches the capability off
-        // in the pause, stops the guest at its end, and takes its disks away.
+        // If another client switched the capability off in the pause, this was a non-live
+        // migration, at whose end QEMU stops the guest and deactivates its disks.
         let stopped = self.running
             && stage == Stage::Draining
             && guest.status().is_ok_and(|status| status.status == "postmigrate");
-        // Again, where there was a migration: one that was given up while it set up has stopped the
-        // guest once more.
+        // This may be the second resume: a migration that was given up while it set up has stopped
+        // the guest once more.
         if stage.is_paused() || stopped {
             let resumed = guest.resume(Deadline::after(DEFAULT_TIMEOUT));
-            // Another client's save or dump, begun in the pause, lets nobody near the guest, and
-            // stops it at its end.
+            // If another client has begun a save or dump in the pause, the guest cannot be resumed
+            // meanwhile, and QEMU stops it at the end of that.
             let again = ended && wait_other_migration(guest) || resumed.is_err();
             if note(if again { ensure_running(guest) } else { resumed }) {
                 self.clock.resumed(guest.last_pause());
@@ -197,12 +199,12 @@ impl Journal<'_, '_> {
         ended
     }
 
-    /// Puts back what is left once QEMU has ended, which takes its settings, its nodes and its
-    /// migration with it.
+    /// Puts back what is left once QEMU has ended. Its settings, its nodes and its migration have
+    /// ended with it.
     fn undo_offline(&self, guest: &mut dyn Guest, left: &mut Vec<String>) {
         let mut note = |result: Result<()>| left.extend(result.err().map(|error| error.message));
         if let Some(settings) = self.settings().filter(|_| guest.is_started_again()) {
-            // They can have been set in the one that was started since.
+            // The settings can have been changed in the QEMU that was started since.
             note(settings.restore(guest, self.mode));
             let _ = commands::closefd(guest, FD_NAME, Deadline::after(DEFAULT_TIMEOUT));
         }
@@ -210,8 +212,9 @@ impl Journal<'_, '_> {
         if self.has(|entry| matches!(entry, Entry::Record)) {
             note(guest.withdraw());
         }
-        if self.is_outrun() && switched && !guest.capabilities().background_keeps_paused {
-            // What the guest wrote since is no part of what the other client has saved.
+        if self.has_other_migration() && switched && !guest.capabilities().background_keeps_paused {
+            // What the guest wrote after the pause does not belong to what the other client has
+            // saved.
             note(guest.empty_overlays());
         }
         if self.has(|entry| matches!(entry, Entry::Overlays)) {
@@ -219,7 +222,8 @@ impl Journal<'_, '_> {
         }
     }
 
-    fn is_outrun(&self) -> bool {
+    /// Whether QEMU refused our migration, so that another client's may have begun instead.
+    fn has_other_migration(&self) -> bool {
         self.has(|entry| matches!(entry, Entry::OtherMigration))
     }
 
@@ -229,9 +233,9 @@ impl Journal<'_, '_> {
     }
 }
 
-/// Another client may have begun to save the guest, which was paused by us: then it saves the
-/// moment of our pause, and the guest must not write to its disks until that client is done with
-/// it, which may end QEMU.
+/// Waits for the end of another client's save, which may have begun while we had paused the guest.
+/// That client saves the moment of our pause, so the guest must not write to its disks until it is
+/// done; it may end QEMU then. Returns QEMU's liveness.
 fn wait_other_save(guest: &mut dyn Guest) -> Liveness {
     let keeps_paused = guest.capabilities().background_keeps_paused;
     let deadline = Deadline::after(RESUME_TIMEOUT);
@@ -240,7 +244,7 @@ fn wait_other_save(guest: &mut dyn Guest) -> Liveness {
         let migrating = commands::query_migrate(guest, Deadline::after(DEFAULT_TIMEOUT))
             .is_ok_and(|migration| migration.progress() == Progress::UnderWay);
         seen |= migrating;
-        // An old QEMU starts the vCPUs once it has armed.
+        // QEMU before 9.0 starts the vCPUs once it has armed.
         if migrating && !keeps_paused && guest.status().is_ok_and(|status| status.running) {
             let _ = commands::stop(guest, Deadline::after(DEFAULT_TIMEOUT));
         }
@@ -253,7 +257,7 @@ fn wait_other_save(guest: &mut dyn Guest) -> Liveness {
     }
 }
 
-/// Waits until there is no migration any more; whether there was one.
+/// Waits until no migration is under way any more. Returns whether there was one.
 fn wait_other_migration(guest: &mut dyn Guest) -> bool {
     let deadline = Deadline::after(RESUME_TIMEOUT);
     let mut seen = false;

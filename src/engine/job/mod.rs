@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! A snapshot that is taken by a thread of its own.
+//! A snapshot that is taken on a thread of its own.
 //!
-//! The thread does what [`Handle::create`](super::Handle::create) does on its caller's. Who follows
-//! it holds a [`Job`], which can be dropped at any time: the thread has all it needs, and goes on.
+//! The thread does the work of [`Handle::create`](super::Handle::create). The caller holds a
+//! [`Job`], which it can drop at any time: the thread has all that it needs, and goes on.
 
 mod shared;
 mod sync;
@@ -25,7 +25,7 @@ use crate::migration::Flow;
 use crate::model::flags::CreateFlags;
 use crate::sys::{self, lock, now};
 
-/// How often there is progress, unless the listener says otherwise.
+/// The default interval between reports of the progress.
 const INTERVAL: Duration = Duration::from_millis(500);
 
 /// When [`Handle::start`](super::Handle::start) returns.
@@ -37,7 +37,7 @@ pub enum Returns {
     AtOnce,
 }
 
-/// A snapshot that is being taken, or was.
+/// A snapshot that is being taken, or has ended.
 pub struct Job {
     state: Arc<State>,
 }
@@ -60,18 +60,18 @@ struct Complete {
     xml: Result<String>,
 }
 
-/// Where a job is.
+/// The progress of a job.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Info {
-    /// The phase; none once it has ended.
+    /// The phase; none once the job has ended.
     pub phase: Option<Phase>,
     /// The instant has passed.
     pub instant: bool,
-    /// Since the call, until now or until the end.
+    /// The time since the call, until now or until the job's end.
     pub elapsed: Duration,
-    /// For how long the guest has been paused so far.
+    /// How long the guest has been paused so far.
     pub paused: Duration,
-    /// How far memory had come, when that was last looked at.
+    /// The last report of how much memory is saved.
     pub flow: Flow,
 }
 
@@ -79,7 +79,7 @@ pub struct Info {
 struct Position {
     phase: Phase,
     instant: bool,
-    /// Since when the guest is paused.
+    /// When the guest's pause began, while it is paused.
     pausing: Option<Duration>,
     paused: Duration,
     flow: Flow,
@@ -120,7 +120,7 @@ impl News for Event {
     }
 }
 
-/// A descriptor that can be read as long as there are news.
+/// A descriptor that is readable while events are pending.
 struct Readable(OwnedFd);
 
 impl Readable {
@@ -132,7 +132,7 @@ impl Readable {
 
 impl Signal for Readable {
     fn raise(&self) {
-        // It refuses only at its highest count: then it is readable, which is all that is wanted.
+        // This fails only at the eventfd's highest count, and then it is readable already.
         let _ = rustix::io::write(&self.0, &1u64.to_ne_bytes());
     }
 
@@ -142,8 +142,8 @@ impl Signal for Readable {
 }
 
 impl Job {
-    /// Starts it. An error before the instant is the job's where this returns at once, and else
-    /// this call's.
+    /// Starts the job. With [`Returns::AtInstant`], an error before the instant is returned by this
+    /// call, otherwise by [`Job::result`].
     pub(super) fn start(
         operation: Operation,
         xml: &str,
@@ -157,8 +157,9 @@ impl Job {
             cancel: Arc::clone(operation.cancel()),
             started: now(),
         });
-        let (theirs, xml) = (Arc::clone(&state), xml.to_owned());
-        sys::spawn_quiet("instantsnap-job", move || theirs.run(operation, &xml, flags, listener))?;
+        let (thread_state, xml) = (Arc::clone(&state), xml.to_owned());
+        let run = move || thread_state.run(operation, &xml, flags, listener);
+        sys::spawn_quiet("instantsnap-job", run)?;
         let job = Job { state };
         if returns == Returns::AtInstant && !job.state.shared.wait_instant() {
             job.result()?;
@@ -166,13 +167,13 @@ impl Job {
         Ok(job)
     }
 
-    /// Waits until it has ended, for so long at most, or for ever; whether it has. By then its
-    /// listener has been told of everything, and is not called any more.
+    /// Waits until the job has ended, at most for `timeout`. Returns whether it has ended. By then
+    /// the listener has received all events, and is not called any more.
     pub fn wait(&self, timeout: Option<Duration>) -> bool {
         self.state.shared.wait_ended(timeout)
     }
 
-    /// Can be read as long as there are events to be taken.
+    /// Readable while events are pending.
     pub fn readable(&self) -> BorrowedFd<'_> {
         self.state.shared.signal().0.as_fd()
     }
@@ -182,7 +183,7 @@ impl Job {
         self.state.shared.take()
     }
 
-    /// Where it is.
+    /// The job's progress.
     pub fn info(&self) -> Info {
         let position = lock(&self.state.position);
         let now = position.ended.unwrap_or_else(now);
@@ -195,8 +196,7 @@ impl Job {
         }
     }
 
-    /// What has become of it: the snapshot's name, or the error; an error of its own where it has
-    /// not ended.
+    /// The job's result: the snapshot's name, or the error. Another error if it has not ended.
     pub fn result(&self) -> Result<String> {
         let outcome = self.outcome()?;
         outcome.result.as_ref().map(|complete| complete.name.clone()).map_err(Clone::clone)
@@ -208,12 +208,12 @@ impl Job {
         outcome.result.as_ref().map_err(Clone::clone).and_then(|complete| complete.xml.clone())
     }
 
-    /// What it took.
+    /// The snapshot's statistics.
     pub fn stats(&self) -> Result<Stats> {
         Ok(self.outcome()?.stats.clone())
     }
 
-    /// Cancels it.
+    /// Cancels the snapshot.
     pub fn cancel(&self) {
         self.state.cancel.request();
     }
@@ -230,7 +230,7 @@ impl Job {
 }
 
 impl State {
-    /// The thread.
+    /// The body of the job's thread.
     fn run(
         &self,
         operation: Operation,
@@ -247,7 +247,8 @@ impl State {
             });
             (Outcome { result, stats }, last)
         }));
-        // The guest is free from here on: whoever hears of the end can take the next snapshot.
+        // The operation ends before the end is reported, so that a listener can take the next
+        // snapshot.
         drop(operation);
         let (outcome, last) = taken.unwrap_or_else(|_| defect());
         lock(&self.position).end(&last);
@@ -264,7 +265,7 @@ fn defect() -> (Outcome, Event) {
     (Outcome { result: Err(error), stats: Stats::default() }, last)
 }
 
-/// Keeps what is told, and passes it on.
+/// Keeps the progress for [`Job::info`], and passes it on to the caller's listener.
 struct Listener<'a> {
     state: &'a State,
     listener: Box<dyn Observer + Send>,

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! What the thread of a job and those who follow it share: the news not taken yet, the signal that
-//! says that there are some, and what became of the job.
+//! The state that a job's thread shares with its callers: the pending news, the signal that is up
+//! while there are some, and the job's outcome.
 //!
 //! The types of `super::sync` are the standard library's, or a model checker's:
-//! `tests/models/job.rs` includes this file, and goes through all the ways in which threads can
-//! meet here. It therefore knows nothing of the rest of the crate.
+//! `tests/models/job.rs` includes this file, and checks all interleavings of the threads. Therefore
+//! this file uses nothing of the rest of the crate.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, PoisonError};
@@ -13,25 +13,26 @@ use std::time::{Duration, Instant};
 
 use super::sync::{Condvar, Mutex, MutexGuard};
 
-/// Something that happens to a job.
+/// An event of a job.
 pub trait News: Clone {
-    /// The caller need not wait any longer.
+    /// Whether the instant has passed with this event, so that callers need not wait for it any
+    /// longer.
     fn is_instant(&self) -> bool;
 
-    /// It makes the one before it obsolete.
+    /// Whether it makes the event before it obsolete.
     fn replaces(&self, earlier: &Self) -> bool;
 }
 
-/// What is up as long as there are news. Neither call blocks.
+/// Readable while events are pending. Never blocks.
 pub trait Signal {
-    /// Puts it up, also where it is.
+    /// Makes it readable. It can be readable already.
     fn raise(&self);
 
-    /// Takes it down.
+    /// Makes it unreadable.
     fn lower(&self);
 }
 
-/// News of type `N`, an outcome of type `O`.
+/// The shared state, with news of type `N` and an outcome of type `O`.
 #[derive(Debug)]
 pub struct Shared<N, O, S> {
     state: Mutex<State<N, O>>,
@@ -49,7 +50,7 @@ struct State<N, O> {
 }
 
 impl<N: News, O, S: Signal> Shared<N, O, S> {
-    /// Nothing has happened. The signal is down.
+    /// The state of a job of which there are no news yet. The signal must be down.
     pub fn new(signal: S) -> Shared<N, O, S> {
         let state = State { news: VecDeque::new(), instant: false, outcome: None, ended: false };
         Shared { state: Mutex::new(state), changed: Condvar::new(), signal }
@@ -60,7 +61,7 @@ impl<N: News, O, S: Signal> Shared<N, O, S> {
         &self.signal
     }
 
-    /// Something has happened.
+    /// Adds an event.
     pub fn publish(&self, news: N) {
         let mut state = self.lock();
         state.instant |= news.is_instant();
@@ -68,12 +69,12 @@ impl<N: News, O, S: Signal> Shared<N, O, S> {
         self.changed.notify_all();
     }
 
-    /// What will have become of the job when it has ended is known.
+    /// Sets the outcome, before the job ends.
     pub fn decide(&self, outcome: O) {
         self.lock().outcome = Some(Arc::new(outcome));
     }
 
-    /// It has ended, as was decided; these are the last news.
+    /// Marks the job as ended, with its last event. The outcome has been set.
     pub fn end(&self, last: N) {
         let mut state = self.lock();
         state.ended = true;
@@ -81,23 +82,25 @@ impl<N: News, O, S: Signal> Shared<N, O, S> {
         self.changed.notify_all();
     }
 
-    /// The oldest news, once.
+    /// Takes the oldest pending event.
     pub fn take(&self) -> Option<N> {
         let mut state = self.lock();
         let taken = state.news.pop_front();
         if state.news.is_empty() {
-            // Under the lock, as the raising is, so that the two cannot overtake each other.
+            // The state is locked here, as it is for `raise`, so that the two cannot overtake each
+            // other.
             self.signal.lower();
         }
         taken
     }
 
-    /// What has become of it, or will have.
+    /// The outcome; none before it is set.
     pub fn outcome(&self) -> Option<Arc<O>> {
         self.lock().outcome.clone()
     }
 
-    /// Waits until the instant has passed or the job has ended: true if it has passed.
+    /// Waits until the instant has passed or the job has ended. Returns whether the instant has
+    /// passed.
     pub fn wait_instant(&self) -> bool {
         let mut state = self.lock();
         while !state.instant && !state.ended {
@@ -106,9 +109,9 @@ impl<N: News, O, S: Signal> Shared<N, O, S> {
         state.instant
     }
 
-    /// Waits until the job has ended, for so long at most, or for ever; whether it has.
+    /// Waits until the job has ended, at most for `timeout`. Returns whether it has ended.
     pub fn wait_ended(&self, timeout: Option<Duration>) -> bool {
-        // What is beyond the clock's end is for ever.
+        // A timeout beyond the clock's range means to wait for ever.
         let deadline = timeout.map(|timeout| Instant::now().checked_add(timeout));
         let mut state = self.lock();
         while !state.ended {
@@ -134,7 +137,7 @@ impl<N: News, O, S: Signal> Shared<N, O, S> {
         self.signal.raise();
     }
 
-    /// What is behind the lock is whole at any time, a panic of its holder included.
+    /// Locks the state. It is consistent even after a panic of a thread that had locked it.
     fn lock(&self) -> MutexGuard<'_, State<N, O>> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }

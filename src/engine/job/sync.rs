@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! What [`Shared`](super::shared::Shared) waits with: another one where its model is checked.
+//! The locks of [`Shared`](super::shared::Shared). The test of its model replaces this module.
 
 pub use std::sync::{Condvar, Mutex, MutexGuard};

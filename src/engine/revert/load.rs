@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! Bringing a snapshot back, second step: its memory into a QEMU that waits for it.
+//! The second step of a revert: loads the snapshot's memory into a QEMU that waits for it.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
@@ -17,13 +17,14 @@ use crate::model::{Drive, Record, RecordedDisk, Role};
 use crate::monitor::{Command, Failure, commands};
 use crate::sys;
 
-/// Loads a snapshot.
+/// Loads a snapshot's memory into the guest's QEMU.
 pub fn load(connector: &dyn Connector, name: &str, flags: RevertFlags) -> Result<()> {
     check_flags(flags)?;
     let Some(store) = connector.store() else {
         fail!(
             OperationUnsupported,
-            "a snapshot that libvirt has recorded is not loaded: revert to it, qemuSnapshotRevert()"
+            "a snapshot that libvirt has recorded cannot be loaded: revert to it by \
+             qemuSnapshotRevert()"
         );
     };
     let record = store.read_to_use(name)?;
@@ -46,14 +47,14 @@ pub fn load(connector: &dyn Connector, name: &str, flags: RevertFlags) -> Result
     let settings = Settings::read_incoming(guest)?;
     let begun = settings.apply(guest, Mode::Paused).and_then(|()| begin(guest));
     let write = begun.map_err(|error| {
-        // QEMU waits still, for another try; unless it has ended.
+        // Unless QEMU has ended, it still waits, so that the caller can try again.
         let restored = match guest.liveness() {
             Liveness::Alive => settings.restore(guest, Mode::Paused),
             Liveness::Exited | Liveness::Unresponsive => Ok(()),
         };
         restored.err().into_iter().fold(error, |error, left| error.and(left.message))
     })?;
-    // Of a QEMU that could not load, nothing is wanted any more.
+    // The settings are not restored in a QEMU that could not load, because it is of no more use.
     write_stream(guest, image, write).and_then(|()| settings.restore(guest, Mode::Paused))?;
 
     let deadline = Deadline::after(DEFAULT_TIMEOUT);
@@ -68,7 +69,7 @@ pub fn load(connector: &dyn Connector, name: &str, flags: RevertFlags) -> Result
     store.set_current(name)
 }
 
-/// Refuses what cannot be had.
+/// Refuses flags that are not implemented.
 pub fn check_flags(flags: RevertFlags) -> Result<()> {
     if flags.resets_nvram() {
         fail!(
@@ -79,7 +80,7 @@ pub fn check_flags(flags: RevertFlags) -> Result<()> {
     Ok(())
 }
 
-/// Images that were written or replaced since the snapshot are refused, unless the caller insists.
+/// Refuses images that were written or replaced since the snapshot, unless the flags force it.
 pub fn check_frozen(record: &Record, flags: RevertFlags) -> Result<()> {
     if flags.is_forced() {
         return Ok(());
@@ -90,7 +91,7 @@ pub fn check_frozen(record: &Record, flags: RevertFlags) -> Result<()> {
     record.disks.iter().try_for_each(frozen)
 }
 
-/// QEMU before 9.1 ends where it is to load the memory of another machine type.
+/// Refuses memory of another machine type: a QEMU before 9.1 ends when it loads that.
 fn check_machine(guest: &mut dyn Guest, image: &Image) -> Result<()> {
     let Some(noted) = &image.machine else { return Ok(()) };
     let command = Command::new("qom-get", json!({ "path": "/machine", "property": "type" }));
@@ -108,8 +109,8 @@ fn check_machine(guest: &mut dyn Guest, image: &Image) -> Result<()> {
     Ok(())
 }
 
-/// Memory beside the wrong disks is a corrupted guest, and a guest that writes to the snapshot's
-/// own images the end of that snapshot: both are refused.
+/// Refuses disks that do not fit to the snapshot's memory, which would corrupt the guest; and disks
+/// that are the snapshot's own images, because the guest would overwrite the snapshot.
 fn check_disks(record: &Record, drives: &[Drive]) -> Result<()> {
     let same = |a: &str, b: &str| sys::same_file(Path::new(a), Path::new(b));
     let drives: Vec<Drive> =
@@ -136,7 +137,7 @@ fn check_disks(record: &Record, drives: &[Drive]) -> Result<()> {
     for disk in &record.disks {
         let on_image =
             |drive: &Drive| drive.backing.first().is_some_and(|backing| same(backing, &disk.image));
-        // A drive of this name must be it; where the names are others, any may be.
+        // If a drive has this name, it must be on the image; otherwise any drive may be.
         let found = named(&disk.name).map_or_else(|| drives.iter().any(on_image), on_image);
         if !found {
             fail!(
@@ -149,7 +150,8 @@ fn check_disks(record: &Record, drives: &[Drive]) -> Result<()> {
         }
     }
     for disk in &record.manual {
-        // What is in it only its storage knows; it can be the device of old, set back.
+        // Its content cannot be checked: only the storage hook knows it, and the device can be the
+        // original one, which the storage has reverted.
         if named(&disk.name).is_none() && drives.len() < record.disks.len() + record.manual.len() {
             fail!(
                 ConfigUnsupported,
@@ -181,12 +183,12 @@ fn check_disks(record: &Record, drives: &[Drive]) -> Result<()> {
     Ok(())
 }
 
-/// Has QEMU begin to load from a pipe, whose other end is returned.
+/// Makes QEMU load from a pipe. Returns the pipe's write end.
 fn begin(guest: &mut dyn Guest) -> Result<OwnedFd> {
     let (read, write) = image::pipe()?;
     commands::getfd(guest, FD_NAME, read.as_fd(), Deadline::after(DEFAULT_TIMEOUT))?;
     start_incoming(guest).inspect_err(|_| {
-        // It was not taken: QEMU would keep it.
+        // QEMU has not taken the pipe, and would keep it.
         let _ = commands::closefd(guest, FD_NAME, Deadline::after(DEFAULT_TIMEOUT));
     })?;
     Ok(write)
@@ -197,17 +199,19 @@ fn write_stream(guest: &mut dyn Guest, image: Image, write: OwnedFd) -> Result<(
     wait_loaded(guest).map_err(|error| match guest.liveness() {
         Liveness::Exited => Error::new(
             Code::OperationFailed,
-            "QEMU ended while it loaded the memory image, which it does when the machine is not \
-             that of the snapshot: see what it wrote on its standard error",
+            "QEMU ended while it loaded the memory image, as it does when the machine differs from \
+             that of the snapshot: see its standard error",
         ),
         _ => error,
     })?;
-    // QEMU closes its end when it has all it needs: what is left of the file, it does not want.
+    // QEMU closes its end when it has all that it needs, so an error about the rest of the file
+    // does not matter.
     let _ = stream.join();
     Ok(())
 }
 
-/// QEMU 9.1 and later can say why it cannot load instead of ending.
+/// Starts the incoming migration. QEMU 9.1 and later can report why it cannot load instead of
+/// ending.
 fn start_incoming(guest: &mut dyn Guest) -> Result<()> {
     let step = "cannot start loading memory";
     let uri = format!("fd:{FD_NAME}");

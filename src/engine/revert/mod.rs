@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! Reverting to snapshots.
+//! Reverts to snapshots.
 //!
-//! A stock libvirt's domain is reverted by libvirt ([`managed`]), by a [`plan`] of what it leaves.
-//! Of other guests the caller starts QEMU: on fresh images ([`prepare`]), and then its memory is
-//! loaded ([`load`]).
+//! A domain of a stock libvirt is reverted by libvirt ([`managed`]); a [`plan`] tells which
+//! overlays are unneeded then. For other guests the caller starts a new QEMU on fresh images
+//! ([`prepare`]), and then the snapshot's memory is loaded into it ([`load`]).
 
 pub mod load;
 pub mod managed;

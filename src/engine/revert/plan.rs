@@ -1,15 +1,15 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! Which of the overlays that a domain leaves behind by a revert nobody needs: a plan, made of
-//! values only.
+//! Plans which of the overlays that a domain leaves behind by a revert are removed. The plan is
+//! made of values only.
 //!
-//! An overlay goes if
+//! An overlay is removed if
 //!
-//! * a snapshot or a revert made it: a snapshot names it, or it is called as the files of reverts
-//!   are, or it stands on an image that a snapshot froze;
+//! * a snapshot or a revert made it: a snapshot names it, or its name is that of a revert's file,
+//!   or its backing file is an image that a snapshot froze;
 //! * no snapshot needs it, and the domain does not run on it;
-//! * the revert brings the same disk back: what is above the snapshot's image is what a revert
-//!   means to lose. A disk that the snapshot does not have keeps all that it has.
+//! * the revert restores the same disk: a revert is meant to lose the data above the snapshot's
+//!   image. A disk that the snapshot does not have keeps all its images.
 //!
 //! In doubt a file stays.
 
@@ -21,24 +21,24 @@ use crate::backend::revert_file;
 /// A disk of the domain before the revert.
 #[derive(Clone, Debug)]
 pub struct Left {
-    /// Its target.
+    /// The disk's target.
     pub target: String,
-    /// The image that the domain was on.
+    /// The image that the domain used.
     pub image: Id,
-    /// What that is an overlay of, where it names a file.
+    /// The backing file of that image, if it has one.
     pub below: Option<Id>,
 }
 
-/// All that is known.
+/// The facts that the plan is made from.
 #[derive(Debug, Default)]
 pub struct Situation {
-    /// Which image is the backing file of which.
+    /// The images with their backing files.
     pub graph: Graph,
     /// The disks that the domain had.
     pub left: Vec<Left>,
-    /// The images that it is brought back to, by target.
+    /// The images of the snapshot that the domain is reverted to, by target.
     pub restored: Vec<(String, Id)>,
-    /// The overlays that it runs on now.
+    /// The overlays that the domain runs on now.
     pub fresh: BTreeSet<Id>,
     /// The images of all snapshots.
     pub snapshots: BTreeSet<Id>,
@@ -49,13 +49,14 @@ pub struct Situation {
 }
 
 impl Situation {
-    /// The overlays that nobody needs any more, unless another guest does.
+    /// The overlays that the domain and its snapshots do not need any more. Another guest may still
+    /// use one.
     pub fn unneeded(&self) -> Vec<&Id> {
         let needed = &self.graph.with_all_below(&self.snapshots) | &self.fresh;
-        let goes = |left: &&Left| {
-            self.is_ours(left) && !needed.contains(&left.image) && self.is_brought_back(left)
+        let is_unneeded = |left: &&Left| {
+            self.is_ours(left) && !needed.contains(&left.image) && self.is_restored(left)
         };
-        self.left.iter().filter(goes).map(|left| &left.image).collect()
+        self.left.iter().filter(is_unneeded).map(|left| &left.image).collect()
     }
 
     /// Whether a snapshot or a revert made the image.
@@ -65,8 +66,8 @@ impl Situation {
             || left.below.as_ref().is_some_and(|below| self.frozen.contains(below))
     }
 
-    /// Whether the domain has the disk again, as it was at the snapshot.
-    fn is_brought_back(&self, left: &Left) -> bool {
+    /// Whether the revert restores this disk to an image of its chain.
+    fn is_restored(&self, left: &Left) -> bool {
         let restored = self.restored.iter().find(|(target, _)| *target == left.target);
         let Some((_, image)) = restored else { return false };
         let lineage: BTreeSet<&Id> = self.graph.chain(image).collect();
@@ -104,7 +105,7 @@ mod tests {
     #[test]
     fn what_the_guest_wrote_since_the_snapshot_goes() {
         assert_eq!(situation().unneeded(), [&Id::from("/overlay")]);
-        // Known by what it stands on alone.
+        // The overlay is recognized by its backing file alone.
         let situation = Situation { overlays: BTreeSet::new(), ..situation() };
         assert_eq!(situation.unneeded(), [&Id::from("/overlay")]);
     }
@@ -122,7 +123,7 @@ mod tests {
     fn a_disk_that_is_not_brought_back_keeps_all_that_it_has() {
         let other = Situation { restored: vec![("vdb".into(), "/base".into())], ..situation() };
         assert!(other.unneeded().is_empty());
-        // Another disk has the name by now.
+        // Another disk has this target by now.
         let mut another = situation();
         another.graph.insert(&"/another".into(), None);
         another.graph.insert(&"/another.s-abcdef.revert".into(), Some(&"/another".into()));

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! Bringing a snapshot back, first step: fresh images on top of the snapshot's, for a new QEMU.
+//! The first step of a revert: makes fresh images on top of the snapshot's, for a new QEMU.
 
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
@@ -16,34 +16,35 @@ use crate::model::nvram::Found;
 use crate::model::{ManualDisk, Record, RecordedNvram, Store};
 use crate::sys;
 
-/// What a QEMU that is to continue a snapshot must be started with.
+/// The files that a QEMU must be started with to continue a snapshot.
 #[derive(Clone, Debug)]
 pub struct RevertPlan {
-    /// Its disks, and UEFI variables.
+    /// The disks, and the UEFI variables.
     pub disks: Vec<RevertDisk>,
     /// The memory image.
     pub memory_file: String,
     /// The `<domain>` of the snapshot.
     pub domain_xml: String,
-    /// The images that were made for it: a storage hook's are not among them.
+    /// The images that were made here, without those of a storage hook.
     fresh: Vec<PathBuf>,
 }
 
-/// One disk of it.
+/// One disk of a [`RevertPlan`].
 #[derive(Clone, Debug)]
 pub struct RevertDisk {
-    /// Its name in the snapshot.
+    /// The disk's name in the snapshot.
     pub name: String,
-    /// The fresh image; of a disk that was left to others, what they say.
+    /// The fresh image, or the one that the storage hook names.
     pub file: PathBuf,
-    /// Its format.
+    /// The format of `file`.
     pub format: String,
-    /// The snapshot's image beneath; UEFI variables, and disks that were left to others, have none.
+    /// The snapshot's image below `file`. None for UEFI variables, and for the disks of a storage
+    /// hook.
     pub backing_file: Option<String>,
 }
 
 impl RevertPlan {
-    /// Removes the fresh images, which nobody uses.
+    /// Removes the fresh images. They must be unused.
     pub fn discard(&self) {
         for image in &self.fresh {
             let _ = sys::remove_file(image);
@@ -51,7 +52,7 @@ impl RevertPlan {
     }
 }
 
-/// Makes the fresh images; all, or none.
+/// Makes the fresh images: all of them, or none if there is an error.
 pub fn prepare_revert(
     state_dir: &Path,
     name: &str,
@@ -60,7 +61,7 @@ pub fn prepare_revert(
     prepare_revert_hooked(state_dir, name, directory, None)
 }
 
-/// The same, where disks were left to others, who know what they have made of them.
+/// Like [`prepare_revert`], and asks the storage hook for the images of its disks.
 pub fn prepare_revert_hooked(
     state_dir: &Path,
     name: &str,
@@ -85,7 +86,7 @@ pub fn prepare_revert_hooked(
         None => None,
     };
     let mut disks = Vec::new();
-    // Files of temporary names: they go with the list, unless it is kept.
+    // Temporary files: they are removed when this list is dropped before they are kept.
     let mut fresh = Vec::new();
     for disk in &record.disks {
         check_image(&disk.image, directory.as_deref())?;
@@ -124,7 +125,7 @@ pub fn prepare_revert_hooked(
         fresh.push(path);
     }
     if let Some(hook) = hook.filter(|_| !record.manual.is_empty()) {
-        // Last, so that nobody has to take back what it may make for it.
+        // The hook is asked last: no later step can fail and leave its images unused.
         disks.extend(ask_hook(hook, &record)?);
     }
     let keep = |path: TempPath| {
@@ -172,7 +173,8 @@ fn check_image(image: &str, directory: Option<&Path>) -> Result<()> {
             "the snapshot's image '{image}' is neither a file nor a block device"
         );
     }
-    // Beside a block device there is /dev, which is memory; beside what is no file at all, nothing.
+    // The fresh image goes beside the snapshot's. Beside a block device that would be /dev, which
+    // is in memory, and an image that is no file has no directory.
     if directory.is_none() && !path.is_file() {
         fail!(
             ConfigUnsupported,
@@ -183,8 +185,8 @@ fn check_image(image: &str, directory: Option<&Path>) -> Result<()> {
     Ok(())
 }
 
-/// Variables of another time would be beside memory that does not know them, and an edited record
-/// can name another's file.
+/// Refuses a copy of the UEFI variables that is not the snapshot's: the memory would not fit to it,
+/// and an edited record can name a file of another guest.
 fn check_copy(nvram: &RecordedNvram, record: &Record) -> Result<()> {
     let found = nvram.look(&record.memory_file).map_err(|error| {
         Error::system(format!("cannot read the UEFI variables '{}'", nvram.copy), error)
@@ -199,8 +201,8 @@ fn check_copy(nvram: &RecordedNvram, record: &Record) -> Result<()> {
     Ok(())
 }
 
-/// The guest's data will be in it: neither its name nor what makes it an overlay may be lost in a
-/// crash of the host.
+/// Syncs a fresh image and its directory. The guest's data will be in the image, so a crash of the
+/// host must lose neither its name nor the header that makes it an overlay.
 fn sync_fresh(file: &NamedTempFile) -> Result<()> {
     let synced = file.as_file().sync_all().and_then(|()| sys::sync_parent(file.path()));
     synced.map_err(|error| {
@@ -208,8 +210,8 @@ fn sync_fresh(file: &NamedTempFile) -> Result<()> {
     })
 }
 
-/// A new file that is nobody else's, beside the image or in the directory, called after image and
-/// snapshot.
+/// Creates a new file beside the image or in the directory, with a name made of the image's and the
+/// snapshot's.
 fn fresh_file(record: &Record, image: &str, directory: Option<&Path>) -> Result<NamedTempFile> {
     let image = Path::new(image);
     let parent = directory.or(image.parent()).unwrap_or(Path::new("/"));
