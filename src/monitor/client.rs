@@ -25,10 +25,10 @@ use crate::deadline::Deadline;
 use crate::error::{Code, Error, Result, fail};
 use crate::sys;
 
-/// No reply of QEMU's is as long as this: what is, is not QEMU. All nodes of two chains of 150
-/// images, each described with all below it, take 11 MB.
+/// The limit of a message. QEMU's replies are shorter: all nodes of two chains of 150 images, each
+/// described with all those below it, take 11 MB.
 const LONGEST_MESSAGE: usize = 64 << 20;
-/// The same for its greeting.
+/// The limit of QEMU's greeting.
 const LONGEST_GREETING: usize = 64 << 10;
 
 /// A connection to QEMU's monitor.
@@ -40,33 +40,33 @@ pub struct Monitor {
     events: Events,
     /// QEMU's major and minor version.
     pub version: (u64, u64),
-    /// The process at the other end, where it is QEMU.
+    /// QEMU's process, where it is known.
     pub qemu: Option<QemuProcess>,
-    left: bool,
+    handed_over: bool,
 }
 
-/// QEMU has one client at a time: it is to see that this one has gone, though a process that the
-/// caller has forked meanwhile has the socket too.
+/// Shuts the connection down, because QEMU serves one client at a time: a process that the caller
+/// has forked meanwhile may have the socket too, and closing ours would not end the connection.
 impl Drop for Monitor {
     fn drop(&mut self) {
-        // A panic leaves it to the watchdog.
-        if !self.left && !std::thread::panicking() {
+        // After a panic the watchdog uses the connection.
+        if !self.handed_over && !std::thread::panicking() {
             let _ = shutdown(&self.socket, Shutdown::Both);
         }
     }
 }
 
-/// The QEMU process that made the socket listen.
+/// The QEMU process behind a monitor.
 #[derive(Debug)]
 pub struct QemuProcess {
-    /// Its process id.
+    /// The process id.
     pub pid: u32,
     pidfd: OwnedFd,
 }
 
 impl QemuProcess {
-    /// The one behind a monitor that somebody else has, where it can be seen from here: QEMU knows
-    /// its vCPUs' threads by the numbers that /proc has them by.
+    /// Finds the process behind a monitor that another process is connected to. None if it cannot
+    /// be seen here: QEMU reports the thread ids of its vCPUs, which must be in /proc.
     pub fn by_threads(qemu: &mut dyn Execute, deadline: Deadline) -> Option<QemuProcess> {
         let vcpus = qemu.execute(Command::new("query-cpus-fast", json!({})), deadline).ok()?;
         let threads: Vec<_> =
@@ -79,7 +79,7 @@ impl QemuProcess {
         open_qemu(pid).filter(|_| all)
     }
 
-    /// Whether it has ended; a zombie has.
+    /// Whether the process has ended. A zombie has.
     pub fn has_ended(&self) -> bool {
         let mut fds = [PollFd::new(&self.pidfd, PollFlags::IN)];
         poll(&mut fds, Some(&Timespec::default())).is_ok_and(|ready| ready > 0)
@@ -99,7 +99,7 @@ impl Monitor {
             events: Events::default(),
             version: (0, 0),
             qemu,
-            left: false,
+            handed_over: false,
         };
         let not_qmp = |reason: &str| {
             Error::new(
@@ -126,7 +126,7 @@ impl Monitor {
         monitor.version = (major, minor);
         monitor.run("cannot begin QMP", Command::new("qmp_capabilities", json!({})), deadline)?;
         if monitor.qemu.is_none() {
-            // Another process listens on it. Where that one cannot be seen from here, QEMU cannot
+            // Another process listens on the socket. If that cannot be seen from here, QEMU cannot
             // either.
             monitor.qemu = match sys::peer_pid(monitor.socket.as_fd()) {
                 Some(_) => QemuProcess::by_threads(&mut monitor, deadline),
@@ -141,12 +141,12 @@ impl Monitor {
         self.events.take()
     }
 
-    /// Leaves the connection to a process that has its socket.
+    /// Keeps the connection open when this is dropped, for another process that has the socket.
     pub fn leave(&mut self) {
-        self.left = true;
+        self.handed_over = true;
     }
 
-    /// The socket, for a process that goes on where this one ends.
+    /// The socket, for a process that continues when this one ends.
     pub fn socket(&self) -> BorrowedFd<'_> {
         self.socket.as_fd()
     }
@@ -161,9 +161,9 @@ impl Monitor {
         let mut fd = fd;
         while !left.is_empty() {
             self.wait(PollFlags::OUT, deadline).map_err(|failure| match failure {
-                // The next command would be the end of this one.
+                // A part of the command is sent, so QEMU would take the next one for the rest.
                 Failure::Late if left.len() < bytes.len() => {
-                    Failure::Lost("it takes no more".into())
+                    Failure::Lost("it accepts no more data".into())
                 }
                 failure => failure,
             })?;
@@ -177,7 +177,7 @@ impl Monitor {
             {
                 Ok(sent) => {
                     left = &left[sent..];
-                    // It went with the first byte.
+                    // The descriptor went with the first byte.
                     fd = None;
                 }
                 Err(Errno::AGAIN | Errno::INTR) => {}
@@ -195,19 +195,18 @@ impl Monitor {
         let lost = |reason: &str| Failure::Lost(reason.into());
         loop {
             let message = self.messages.next(longest).map_err(|unreadable| match unreadable {
-                Unreadable::NotJson => lost("what it sends is not JSON"),
-                Unreadable::TooLong => lost("what it sends has no end"),
+                Unreadable::NotJson => lost("its message is not JSON"),
+                Unreadable::TooLong => lost("its message is too long"),
             })?;
             if let Some(message) = message {
                 return parse(&message)
-                    .map_err(|error| lost(&format!("what it sends is not JSON: {error}")));
+                    .map_err(|error| lost(&format!("its message is not JSON: {error}")));
             }
-            // Looks at the deadline first: one that has passed ends the wait however much there is
-            // to read.
+            // Checks the deadline first, so that messages that never end cannot extend it.
             self.wait(PollFlags::IN, deadline)?;
             let mut buffer = [MaybeUninit::uninit(); 16 << 10];
             match recv(&self.socket, &mut buffer, RecvFlags::empty()) {
-                Ok(((got, _), _)) if !got.is_empty() => self.messages.add(got),
+                Ok(((received, _), _)) if !received.is_empty() => self.messages.add(received),
                 Ok(_) => return Err(lost("it was closed")),
                 Err(Errno::AGAIN | Errno::INTR) => {}
                 Err(error) => return Err(lost(&error.to_string())),
@@ -215,12 +214,12 @@ impl Monitor {
         }
     }
 
-    fn wait(&self, what: PollFlags, deadline: Deadline) -> std::result::Result<(), Failure> {
+    fn wait(&self, readiness: PollFlags, deadline: Deadline) -> std::result::Result<(), Failure> {
         loop {
             let left = deadline.left().ok_or(Failure::Late)?;
             let left =
                 Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() };
-            match poll(&mut [PollFd::new(&self.socket, what)], Some(&left)) {
+            match poll(&mut [PollFd::new(&self.socket, readiness)], Some(&left)) {
                 Ok(0) | Err(Errno::INTR) => {}
                 Ok(_) => return Ok(()),
                 Err(error) => return Err(Failure::Lost(error.to_string())),
@@ -252,9 +251,8 @@ impl Execute for Monitor {
     }
 }
 
-/// Who made the socket listen may be another: a proxy, or a service manager that handed it over.
-/// What is true of that process (that it has ended, say) is not true of QEMU, so only one that is
-/// called QEMU counts.
+/// Opens a process if it is called QEMU. The process that listens on the socket may be a proxy, or
+/// a service manager that handed the socket over, and its end would not be QEMU's end.
 fn open_qemu(pid: u32) -> Option<QemuProcess> {
     let comm = std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
     let exe = std::fs::read_link(format!("/proc/{pid}/exe")).unwrap_or_default();
@@ -267,7 +265,7 @@ fn open_qemu(pid: u32) -> Option<QemuProcess> {
     Some(QemuProcess { pid, pidfd })
 }
 
-/// Connects without ever waiting longer than the deadline, also where QEMU's backlog is full.
+/// Connects to the socket by the deadline, even if QEMU's backlog is full.
 fn connect_socket(path: &Path, deadline: Deadline) -> Result<OwnedFd> {
     let step = format!("cannot connect to QMP socket '{}'", path.display());
     let system = |errno: Errno| Error::system(&step, errno);

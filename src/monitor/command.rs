@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! A command, and who can run it.
+//! QMP commands, and the trait of monitors that run them.
 
 use std::os::fd::BorrowedFd;
 
@@ -17,7 +17,7 @@ pub struct Command<'a> {
     pub name: &'a str,
     /// `arguments`.
     pub arguments: Value,
-    /// A descriptor to go with it.
+    /// A descriptor that is sent with the command.
     pub fd: Option<BorrowedFd<'a>>,
 }
 
@@ -28,19 +28,19 @@ impl<'a> Command<'a> {
     }
 }
 
-/// Why a command gave no result.
+/// The reason why a command gave no result.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Failure {
-    /// QEMU's error: class and description.
+    /// QEMU replied with an error: its class and description.
     Refused(String, String),
-    /// No reply in time. A reply that comes later is passed over.
+    /// QEMU did not reply in time. A later reply is ignored.
     Late,
-    /// The connection is gone; why.
+    /// The connection is lost, for this reason.
     Lost(String),
 }
 
 impl Failure {
-    /// The error for a caller: `step` says what was tried on what.
+    /// The error for a caller; `step` names the step that failed and its object.
     pub fn into_error(self, step: &str) -> Error {
         match self {
             Failure::Refused(_, reason) => {
@@ -57,7 +57,7 @@ impl Failure {
     }
 }
 
-/// Who can run a command in QEMU's monitor.
+/// Runs commands in QEMU's monitor.
 pub trait Execute {
     /// Runs one command and returns its `return`.
     fn execute(
@@ -66,21 +66,21 @@ pub trait Execute {
         deadline: Deadline,
     ) -> std::result::Result<Json, Failure>;
 
-    /// The same, with an error that says what was being done.
+    /// Like [`Execute::execute`], with an error that names the step.
     fn run(&mut self, step: &str, command: Command, deadline: Deadline) -> Result<Json> {
         self.execute(command, deadline).map_err(|failure| failure.into_error(step))
     }
 }
 
-/// What a reply says.
+/// The result that a reply contains.
 pub fn read_reply(mut reply: Json) -> std::result::Result<Json, Failure> {
     if let Some(result) = reply.take("return") {
         return Ok(result);
     }
     match &reply["error"] {
-        Value::Null => Err(Failure::Lost("the reply is none".into())),
+        Value::Null => Err(Failure::Lost("its reply has neither a result nor an error".into())),
         error => {
-            let text = |part: &str| error[part].as_str().unwrap_or("no reason given").to_owned();
+            let text = |name: &str| error[name].as_str().unwrap_or("no reason given").to_owned();
             Err(Failure::Refused(text("class"), text("desc")))
         }
     }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! The commands that the engine and the backends need, typed.
+//! Typed functions for the QMP commands that the engine and the backends use.
 
 use std::os::fd::BorrowedFd;
 use std::time::Duration;
@@ -13,28 +13,28 @@ use super::json::Json;
 use crate::deadline::Deadline;
 use crate::error::{Code, Error, Result};
 
-/// Whether vCPUs run, and QEMU's word for the state.
+/// The guest's state, as `query-status` reports it.
 #[derive(Clone, Debug, Deserialize)]
 pub struct Status {
-    /// vCPUs run.
+    /// The vCPUs run.
     pub running: bool,
-    /// `running`, `paused`, `inmigrate`, ...
+    /// QEMU's name of the state: `running`, `paused`, `inmigrate`, ...
     pub status: String,
 }
 
-/// A migration, as `query-migrate` tells it.
+/// A migration, as `query-migrate` reports it.
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(default, rename_all = "kebab-case")]
 pub struct Migration {
-    /// Absent before the first migration.
+    /// The migration's state; absent before the first migration.
     pub status: Option<String>,
-    /// Why it failed.
+    /// The reason why it failed.
     pub error_desc: Option<String>,
-    /// Why there can be none.
+    /// The reasons why the guest cannot be migrated.
     pub blocked_reasons: Vec<String>,
-    /// Its memory.
+    /// The progress of its memory.
     pub ram: Option<MigrationRam>,
-    /// How long it set up, milliseconds.
+    /// How long the setup took, in milliseconds.
     setup_time: u64,
 }
 
@@ -44,36 +44,36 @@ pub struct Migration {
 pub struct MigrationRam {
     normal: u64,
     duplicate: u64,
-    /// Bytes of the stream that QEMU has sent.
+    /// The bytes of the stream that QEMU has sent.
     pub transferred: u64,
-    /// Bytes of the guest's memory that are not saved yet.
+    /// The bytes of the guest's memory that are not saved yet.
     pub remaining: u64,
-    /// Bytes of a page.
+    /// The size of a page in bytes.
     pub page_size: u64,
 }
 
 impl MigrationRam {
-    /// The stream has so many bytes at least: `transferred` counts some of them twice.
+    /// The least number of bytes that the stream has: `transferred` counts some of them twice.
     pub fn least(&self) -> u64 {
         self.normal * self.page_size
     }
 }
 
-/// What a migration is doing.
+/// The state of a migration, simplified.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Progress {
-    /// There is none.
+    /// There is no migration.
     None,
-    /// It has begun.
+    /// The migration has begun, and not ended.
     UnderWay,
-    /// It has succeeded.
+    /// The migration has succeeded.
     Completed,
-    /// It has failed or was cancelled.
+    /// The migration has failed or was cancelled.
     Failed,
 }
 
 impl Migration {
-    /// What it is doing.
+    /// The migration's state.
     pub fn progress(&self) -> Progress {
         match self.status.as_deref() {
             None | Some("none") => Progress::None,
@@ -83,29 +83,30 @@ impl Migration {
         }
     }
 
-    /// Whether pages have been saved: for a background snapshot the proof that write tracking is
-    /// armed. The status `active` is not: QEMU sets it before it saves the devices and arms.
+    /// Whether pages have been saved. For a background snapshot this proves that write tracking is
+    /// armed. The status `active` does not prove it: QEMU sets that before it saves the devices and
+    /// arms.
     pub fn has_pages(&self) -> bool {
         self.ram.as_ref().is_some_and(|ram| ram.normal + ram.duplicate > 0)
     }
 
-    /// Whether it prepares itself, and has not begun to save devices.
+    /// Whether the migration sets up, and has not begun to save devices.
     pub fn is_setting_up(&self) -> bool {
         self.status.as_deref() == Some("setup")
     }
 
-    /// Whether QEMU stops the guest, saves its devices and arms write tracking: all of it takes a
-    /// moment.
+    /// Whether QEMU is stopping the guest, saving its devices and arming write tracking. That takes
+    /// only a moment.
     pub fn is_between_setup_and_armed(&self) -> bool {
         self.progress() == Progress::UnderWay && !self.is_setting_up() && !self.has_pages()
     }
 
-    /// How long it has set up; once it has.
+    /// How long the setup took; zero until it has ended.
     pub fn setup_time(&self) -> Duration {
         Duration::from_millis(self.setup_time)
     }
 
-    /// Why it failed, as far as QEMU tells.
+    /// The reason why it failed, as far as QEMU reports it.
     pub fn reason(&self) -> &str {
         match (&self.error_desc, self.status.as_deref()) {
             (Some(reason), _) => reason,
@@ -141,7 +142,7 @@ pub fn query_migrate(qemu: &mut dyn Execute, deadline: Deadline) -> Result<Migra
     read("query-migrate", &reply)
 }
 
-/// `query-memory-size-summary`: the guest's memory, plugged modules included; bytes.
+/// `query-memory-size-summary`: the size of the guest's memory in bytes, with plugged modules.
 pub fn query_memory_size(qemu: &mut dyn Execute, deadline: Deadline) -> Result<u64> {
     #[derive(Deserialize)]
     #[serde(rename_all = "kebab-case")]
@@ -156,19 +157,19 @@ pub fn query_memory_size(qemu: &mut dyn Execute, deadline: Deadline) -> Result<u
     Ok(summary.base_memory + summary.plugged_memory)
 }
 
-/// `query-memory-devices`: how much memory the virtio-mem devices have of which not all is plugged
-/// in, in bytes each.
+/// `query-memory-devices`: the sizes in bytes of the virtio-mem devices whose memory is only partly
+/// plugged in.
 pub fn query_partly_plugged(qemu: &mut dyn Execute, deadline: Deadline) -> Result<Vec<u64>> {
     let devices = match qemu.execute(Command::new("query-memory-devices", json!({})), deadline) {
         Ok(devices) => devices,
-        // A machine that has none.
+        // This machine has no memory devices.
         Err(Failure::Refused(..)) => return Ok(Vec::new()),
         Err(failure) => return Err(failure.into_error("cannot ask for the guest's memory devices")),
     };
     let partly = |device: &Value| {
-        let (plugged, most) =
+        let (plugged, max) =
             (device["data"]["size"].as_u64()?, device["data"]["max-size"].as_u64()?);
-        (device["type"] == "virtio-mem" && plugged < most).then_some(most)
+        (device["type"] == "virtio-mem" && plugged < max).then_some(max)
     };
     Ok(devices.as_array().into_iter().flatten().filter_map(partly).collect())
 }
@@ -256,7 +257,7 @@ pub fn migrate_cancel(qemu: &mut dyn Execute, deadline: Deadline) -> Result<()> 
         .map(drop)
 }
 
-/// `stop`: returns when vCPUs are stopped and disks flushed.
+/// `stop`: returns when the vCPUs are stopped and the disks flushed.
 pub fn stop(qemu: &mut dyn Execute, deadline: Deadline) -> Result<()> {
     qemu.run("cannot pause the guest", Command::new("stop", json!({})), deadline).map(drop)
 }

@@ -1,46 +1,47 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! QEMU's events: those that are used, and the newest of them only.
+//! QEMU's events. Only the kinds that are used are kept, and only the newest of them.
 //!
-//! A guest can have QEMU send events as fast as it likes, and what is between QEMU and us can, too.
+//! The number is limited because a guest can make QEMU send events at any rate, and so can a proxy
+//! between QEMU and us.
 
 use std::collections::VecDeque;
 use std::time::Duration;
 
 use serde_json::Value;
 
-/// The events that are used.
+/// The kinds of events that are used.
 const USED: [&str; 2] = ["STOP", "RESUME"];
-/// So many are kept: more than any pause has.
+/// The number of events that are kept. No pause has more.
 const KEPT: usize = 256;
 
 /// An event that QEMU sent.
 #[derive(Clone, Debug)]
 pub struct Event {
-    /// `event`.
+    /// The event's name, `event`.
     pub name: &'static str,
     /// QEMU's own time stamp, since the epoch.
     pub time: Duration,
 }
 
 impl Event {
-    /// Of a message, if it is one that is used.
+    /// The event in a message; none if the message is none, or of a kind that is not used.
     pub fn read(message: &Value) -> Option<Event> {
         let name = message["event"].as_str()?;
         let name = USED.into_iter().find(|used| *used == name)?;
-        let part = |part| message["timestamp"][part].as_u64().unwrap_or_default();
-        let time = Duration::from_secs(part("seconds"))
-            .checked_add(Duration::from_micros(part("microseconds")))?;
+        let number = |unit| message["timestamp"][unit].as_u64().unwrap_or_default();
+        let time = Duration::from_secs(number("seconds"))
+            .checked_add(Duration::from_micros(number("microseconds")))?;
         Some(Event { name, time })
     }
 }
 
-/// Events that nobody has taken yet, oldest first.
+/// The events that were not taken yet, oldest first.
 #[derive(Debug, Default)]
 pub struct Events(VecDeque<Event>);
 
 impl Events {
-    /// Keeps one. The oldest goes where there are too many.
+    /// Adds an event. The oldest one is dropped if there are too many.
     pub fn keep(&mut self, event: Event) {
         if self.0.len() == KEPT {
             self.0.pop_front();
@@ -48,7 +49,7 @@ impl Events {
         self.0.push_back(event);
     }
 
-    /// All that have come since the last call.
+    /// All events since the last call.
     pub fn take(&mut self) -> Vec<Event> {
         self.0.drain(..).collect()
     }

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! JSON by chance, for tests.
+//! Pseudo-random JSON, for tests.
 
 use serde_json::{Value, json};
 
-/// Makes the same texts each time.
+/// Generates the same texts in each run.
 pub struct Generator(u64);
 
 impl Generator {
@@ -12,7 +12,7 @@ impl Generator {
         Generator(0x9e37_79b9_7f4a_7c15)
     }
 
-    /// A number less than this one.
+    /// A number less than `bound`.
     pub fn below(&mut self, bound: usize) -> usize {
         self.0 ^= self.0 << 13;
         self.0 ^= self.0 >> 7;

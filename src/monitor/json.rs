@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! JSON as deep as QEMU's can be, on any stack.
+//! A reader of JSON that is as deep as QEMU's can be, for threads with small stacks.
 //!
-//! QEMU describes an image with the images below nested in it: a chain of a hundred overlays is
-//! some two hundred levels. The thread that reads it is the caller's, and may have a small stack.
-//! So nothing here recurses: neither reading, nor dropping what was read. [`Json`] must be walked
+//! QEMU describes an image with the images below nested in it: a chain of a hundred overlays has
+//! about two hundred levels. The thread that reads it is the caller's, and may have a small stack.
+//! So nothing here recurses: neither reading, nor dropping a value. Users of [`Json`] must walk it
 //! by loops, too.
 
 use std::ops::Deref;
@@ -12,18 +12,18 @@ use std::ops::Deref;
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
-/// As deep as QEMU itself accepts it. What is deeper is not QEMU's.
+/// The greatest depth that QEMU itself accepts. QEMU sends nothing deeper.
 pub const DEEPEST: usize = 1024;
-/// What serde may be given: it recurses.
+/// The greatest depth that is passed to serde, which recurses.
 const SHALLOW: usize = 32;
-/// What a text may become in memory, roughly. A chain of 200 images, described in full by each of
-/// its nodes, needs 90 MiB.
+/// The limit of what a text takes in memory, roughly. A chain of 200 images, described in full by
+/// each of its nodes, needs 90 MiB.
 const LARGEST: usize = 256 << 20;
-/// The same of an array or an object, and of each value in it.
+/// Roughly the memory that an array or an object takes, and each value in it.
 const CONTAINER: usize = 640;
 const MEMBER: usize = 64;
 
-/// What was read. It is taken apart without recursion.
+/// A value that was read. It is dropped without recursion.
 #[derive(Debug, Default)]
 pub struct Json(Value);
 
@@ -47,8 +47,8 @@ impl Json {
         self.0.get_mut(member).map(|value| Json(value.take()))
     }
 
-    /// Reads it as another type. What is too deep for that is no reply to a command that has such a
-    /// type.
+    /// Reads it as another type. A value that is too deep for that cannot be a valid reply, because
+    /// the commands whose replies are read in this way have shallow ones.
     pub fn read<'a, T: Deserialize<'a>>(&'a self) -> Result<T, String> {
         if is_deeper(&self.0, SHALLOW) {
             return Err("it is nested too deeply".into());
@@ -57,10 +57,10 @@ impl Json {
     }
 }
 
-fn is_deeper(value: &Value, most: usize) -> bool {
+fn is_deeper(value: &Value, limit: usize) -> bool {
     let mut left = vec![(value, 1)];
     while let Some((value, depth)) = left.pop() {
-        if depth > most {
+        if depth > limit {
             return true;
         }
         match value {
@@ -85,7 +85,7 @@ fn take_apart(mut left: Vec<Value>) {
     }
 }
 
-/// Reads it; what is wrong with it otherwise.
+/// Parses a text. The error describes what is wrong with it.
 pub fn parse(text: &[u8]) -> Result<Json, String> {
     let mut parser = Parser { text, at: 0, open: Vec::new(), size: 0 };
     let value = parser.value()?;
@@ -95,10 +95,10 @@ pub fn parse(text: &[u8]) -> Result<Json, String> {
     }
 }
 
-/// An array or an object of which not all was read yet.
+/// An array or an object that is not complete yet.
 enum Open {
     Array(Vec<Value>),
-    /// And the name of the member that is being read.
+    /// An object, with the name of the member that is being read.
     Object(Map<String, Value>, String),
 }
 
@@ -122,7 +122,7 @@ impl Drop for Parser<'_> {
 impl Parser<'_> {
     fn value(&mut self) -> Result<Json, String> {
         loop {
-            let mut whole = match self.peek() {
+            let mut complete = match self.peek() {
                 Some(b'[') => {
                     self.open(Open::Array(Vec::new()))?;
                     if !self.skip(b']') {
@@ -140,16 +140,17 @@ impl Parser<'_> {
                 }
                 _ => self.scalar()?,
             };
-            // What is whole is a part of what is open, which may become whole by it.
+            // The complete value is a part of the innermost open one, which may become complete
+            // now.
             loop {
                 let end = match self.open.last_mut() {
-                    None => return Ok(whole),
+                    None => return Ok(complete),
                     Some(Open::Array(values)) => {
-                        values.push(whole.0.take());
+                        values.push(complete.0.take());
                         b']'
                     }
                     Some(Open::Object(members, name)) => {
-                        drop(members.insert(std::mem::take(name), whole.0.take()).map(Json));
+                        drop(members.insert(std::mem::take(name), complete.0.take()).map(Json));
                         b'}'
                     }
                 };
@@ -163,7 +164,7 @@ impl Parser<'_> {
                 if !self.skip(end) {
                     return Err(self.unexpected());
                 }
-                whole = self.close();
+                complete = self.close();
             }
         }
     }
@@ -186,14 +187,14 @@ impl Parser<'_> {
         })
     }
 
-    /// Reads the name of a member of the object that is open, and the colon.
+    /// Reads the name of a member of the innermost open object, and the colon.
     fn name(&mut self) -> Result<(), String> {
         let name = self.string()?;
         if !self.skip(b':') {
             return Err(self.unexpected());
         }
-        if let Some(Open::Object(_, place)) = self.open.last_mut() {
-            *place = name;
+        if let Some(Open::Object(_, member)) = self.open.last_mut() {
+            *member = name;
         }
         Ok(())
     }
@@ -228,14 +229,14 @@ impl Parser<'_> {
             self.at = self.text.len();
             return Err(self.unexpected());
         };
-        // With both its quotes.
+        // The string with its two quotes.
         let text = &rest[..end + 2];
         self.charge(text.len())?;
         self.at += text.len();
         serde_json::from_slice(text).map_err(|error| error.to_string())
     }
 
-    /// The next byte that is no white space.
+    /// The next byte that is not white space.
     fn peek(&mut self) -> Option<u8> {
         while self.text.get(self.at).is_some_and(is_white_space) {
             self.at += 1;
@@ -243,7 +244,7 @@ impl Parser<'_> {
         self.text.get(self.at).copied()
     }
 
-    /// Passes over this byte, if it is the next one.
+    /// Skips this byte if it is the next one. Returns whether it was.
     fn skip(&mut self, byte: u8) -> bool {
         let is_next = self.peek() == Some(byte);
         self.at += usize::from(is_next);
@@ -263,7 +264,7 @@ impl Parser<'_> {
     }
 }
 
-/// What JSON takes for white space.
+/// Whether JSON regards the byte as white space.
 pub fn is_white_space(byte: &u8) -> bool {
     matches!(byte, b' ' | b'\t' | b'\r' | b'\n')
 }
@@ -287,8 +288,8 @@ mod tests {
             assert!(value["a"].is_null());
             parse(nested(DEEPEST + 2).as_bytes()).unwrap_err();
             parse("[".repeat(10_000_000).as_bytes()).unwrap_err();
-            // What was read so far is dropped likewise: before an error, and by a second member of
-            // the same name.
+            // Incomplete values are dropped without recursion too: after an error, and when a
+            // second member has the same name.
             parse((nested(DEEPEST) + "x").as_bytes()).unwrap_err();
             parse(format!("[{}, x", nested(DEEPEST - 1)).as_bytes()).unwrap_err();
             parse(format!("{{\"a\": {}, \"a\": 1}}", nested(DEEPEST - 1)).as_bytes()).unwrap();

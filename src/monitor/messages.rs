@@ -1,55 +1,55 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! Where one message of QEMU's ends and the next begins.
+//! Splits the bytes that QEMU sends into messages.
 //!
-//! A message is a JSON object, on one line or (`pretty=on`) on several: it ends where its brackets
-//! do. Each byte is looked at once, however the socket cuts them, and what is kept is bounded: of
-//! white space between the parts of a message one byte is.
+//! A message is a JSON object, on one line or (`pretty=on`) on several: it ends with its last
+//! bracket. Each byte is looked at once, however the socket divides them. The memory is limited:
+//! white space between the parts of a message is reduced to one byte.
 
 use super::json::is_white_space;
 
-/// Bytes that have come, as messages.
+/// The received bytes, as messages.
 #[derive(Debug, Default)]
 pub struct Messages {
-    /// What has come, from `next` on, and not been looked at.
+    /// The received bytes; those from `next` on were not looked at yet.
     received: Vec<u8>,
     next: usize,
-    /// The message that has begun; of white space outside of strings one space.
+    /// The message that has begun. White space outside of strings is reduced to one space.
     message: Vec<u8>,
-    place: Place,
+    position: Position,
 }
 
-/// Where in a message the next byte is.
+/// The position of the next byte in its message.
 #[derive(Debug, Default)]
-struct Place {
+struct Position {
     depth: usize,
     quoted: bool,
     escaped: bool,
 }
 
-/// Why there will be no message any more.
+/// The reason why no further message can be read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Unreadable {
-    /// What has come begins no message.
+    /// The next bytes are not the beginning of a message.
     NotJson,
     /// A message is too long.
     TooLong,
 }
 
 impl Messages {
-    /// Adds what has come. For when [`Messages::next`] has said that there is no message.
+    /// Adds received bytes. Call it when [`Messages::next`] has returned no message.
     pub fn add(&mut self, bytes: &[u8]) {
         self.received.drain(..self.next);
         self.next = 0;
         self.received.extend_from_slice(bytes);
     }
 
-    /// The next message, if all of it has come; none longer than `longest`.
+    /// The next message, if it is complete. It is an error if it is longer than `longest`.
     pub fn next(&mut self, longest: usize) -> Result<Option<Vec<u8>>, Unreadable> {
         while let Some(byte) = self.received.get(self.next) {
-            let byte = if self.place.quoted || !is_white_space(byte) { *byte } else { b' ' };
+            let byte = if self.position.quoted || !is_white_space(byte) { *byte } else { b' ' };
             if byte == b' '
-                && !self.place.quoted
+                && !self.position.quoted
                 && matches!(self.message.last(), None | Some(b' '))
             {
                 self.next += 1;
@@ -63,7 +63,7 @@ impl Messages {
             }
             self.message.push(byte);
             self.next += 1;
-            if self.place.pass(byte) {
+            if self.position.pass(byte) {
                 return Ok(Some(std::mem::take(&mut self.message)));
             }
         }
@@ -71,8 +71,8 @@ impl Messages {
     }
 }
 
-impl Place {
-    /// Passes a byte of a message; whether it is the last one.
+impl Position {
+    /// Advances by one byte. Returns whether it is the message's last one.
     fn pass(&mut self, byte: u8) -> bool {
         match byte {
             _ if self.escaped => self.escaped = false,

@@ -2,9 +2,9 @@
 
 //! QMP: a socket client, typed commands, events.
 //!
-//! [`Monitor`] is QEMU's monitor over a Unix socket. [`commands`] speak through anything that
-//! [`Execute`]s, so that a backend whose monitor is somebody else's (libvirt's, a driver's) uses the
-//! same commands.
+//! [`Monitor`] is QEMU's monitor over a Unix socket. The [`commands`] work with any implementation
+//! of [`Execute`], so that a backend that uses libvirt's or a driver's monitor has the same
+//! commands.
 
 mod client;
 mod command;
