@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! The libvirt daemon that this process is, where it is one: libvirt's private functions, which its
-//! driver uses too.
+//! libvirt's private functions, for a process that is a libvirt daemon. Its QEMU driver uses them
+//! too.
 //!
-//! They are found at run time, and all or none: where one is missing, or where this libvirt is one
-//! that nobody has looked at, [`Daemon::get`] says so and nothing here is used.
+//! They are found at run time. If one is missing, or if this version of libvirt was not tried,
+//! [`Daemon::get`] returns an error and none of them is used.
 
 use std::cell::{Cell, UnsafeCell};
 use std::ffi::{CString, c_char, c_int, c_uint, c_ulong, c_void};
@@ -18,12 +18,13 @@ use once_cell::sync::OnceCell;
 use crate::pointers::Text;
 use crate::symbols::{Library, symbols};
 
-/// Versions of libvirt whose driver leaves its functions' domain objects alone after they return.
-/// 9.0, 11.3 and 12.8 were tried; what lies between and a little beyond is taken to be alike.
+/// The versions of libvirt whose driver does not use the domain object any more after one of these
+/// functions has returned. 9.0, 11.3 and 12.8 were tried; the versions between them, and a little
+/// later, are assumed to be alike.
 const TRIED_VERSIONS: std::ops::Range<(u64, u64)> = (9, 0)..(13, 0);
 
 symbols! {
-    /// The functions, libvirt's and GLib's, of these types in all versions that are let through.
+    /// The functions of libvirt and GLib. They have these types in all versions that are accepted.
     #[derive(Debug)]
     pub struct Daemon;
 
@@ -40,7 +41,7 @@ symbols! {
 }
 
 symbols! {
-    /// The public function that says which libvirt this is.
+    /// The public function that returns libvirt's version.
     struct Version;
 
     unsafe extern "C" {
@@ -49,7 +50,7 @@ symbols! {
 }
 
 symbols! {
-    /// The log.
+    /// libvirt's log.
     struct Log;
 
     unsafe extern "C" {
@@ -57,28 +58,28 @@ symbols! {
     }
 }
 
-/// Whether this libvirt is one whose private functions are known.
+/// Whether the private functions of this libvirt are known, that of the log among them.
 static HAS_KNOWN_LOG: AtomicBool = AtomicBool::new(false);
 
 static DAEMON: OnceCell<Result<Daemon, String>> = OnceCell::new();
 
 impl Daemon {
-    /// The daemon; or why it is not taken for one. To be called where libvirt's driver is known to
-    /// be in this process.
+    /// The daemon; or the reason why this process is not regarded as one. Call this only if
+    /// libvirt's driver is known to be in this process.
     pub fn get(any_version: bool) -> Result<&'static Daemon, &'static str> {
-        DAEMON.get_or_init(|| Daemon::look(any_version)).as_ref().map_err(String::as_str)
+        DAEMON.get_or_init(|| Daemon::load(any_version)).as_ref().map_err(String::as_str)
     }
 
-    /// The same, for whoever does not know whether this process is one.
+    /// The daemon, if [`Daemon::get`] has found that this process is one.
     pub fn of_this_process() -> Option<&'static Daemon> {
         DAEMON.get()?.as_ref().ok()
     }
 
-    fn look(any_version: bool) -> Result<Daemon, String> {
+    fn load(any_version: bool) -> Result<Daemon, String> {
         let library = libvirt().ok_or("libvirt.so.0 is not in this process")?;
         check_version(library, any_version)?;
         HAS_KNOWN_LOG.store(true, Ordering::Relaxed);
-        // What they are for, `Table` finds; without them nothing can be answered.
+        // `Table` finds these two, but as optional ones. A driver cannot answer without them.
         for name in [c"virGetDomainSnapshot", c"virSetError"] {
             if library.find(name).is_null() {
                 return Err(missing(&name.to_string_lossy()));
@@ -87,11 +88,11 @@ impl Daemon {
         Daemon::find(|name| library.find(name)).map_err(missing)
     }
 
-    /// Lets go of a domain object's lock, until what is returned is dropped. Nobody can free the
-    /// object meanwhile.
+    /// Unlocks a domain object until the returned value is dropped. The object cannot be freed
+    /// meanwhile.
     ///
     /// # Safety
-    /// `object` is a live `virDomainObj` whose lock this thread holds, and may let go of.
+    /// `object` is a live `virDomainObj` that this thread has locked, and may unlock.
     pub unsafe fn unlocked(&'static self, object: NonNull<c_void>) -> Unlocked {
         // SAFETY: the object lives and is locked by this thread, as the caller promises.
         unsafe {
@@ -101,12 +102,12 @@ impl Daemon {
         Unlocked { daemon: self, object, _of_this_thread: PhantomData }
     }
 
-    /// From here on this thread is the daemon itself, whatever client it works for, until what is
-    /// returned is dropped.
+    /// Gives this thread the daemon's own identity, in place of its client's, until the returned
+    /// value is dropped.
     ///
-    /// libvirt keeps who asks by thread, and asks its access driver about him at each call. Ours
-    /// are steps of one that was allowed already, and some are made by threads of our own, which
-    /// nobody asks by.
+    /// libvirt keeps the identity of the client by thread, and checks it by its access driver at
+    /// each call. Our calls are steps of a call that was allowed already, and some are made by
+    /// threads of our own, which have no identity.
     pub fn itself(&'static self) -> Itself {
         let identity = |object| Identity { daemon: self, object };
         let before = identity((self.virIdentityGetCurrent)());
@@ -118,7 +119,7 @@ impl Daemon {
     }
 }
 
-/// Who asks; NULL is nobody, whom an access driver refuses. A reference of our own.
+/// A reference to an identity of libvirt's. NULL is no identity, which an access driver refuses.
 #[derive(Debug)]
 struct Identity {
     daemon: &'static Daemon,
@@ -126,7 +127,7 @@ struct Identity {
 }
 
 impl Identity {
-    /// Makes it this thread's, where libvirt lets us.
+    /// Makes it this thread's identity. Returns whether libvirt accepts that.
     fn set(&self) -> bool {
         // SAFETY: NULL, or an identity that lives by our reference; libvirt takes its own.
         unsafe { (self.daemon.virIdentitySetCurrent)(self.object) == 0 }
@@ -136,26 +137,25 @@ impl Identity {
 impl Drop for Identity {
     fn drop(&mut self) {
         if !self.object.is_null() {
-            // SAFETY: the reference is ours, and used no more.
+            // SAFETY: the reference is ours, and not used any more.
             unsafe { (self.daemon.g_object_unref)(self.object) };
         }
     }
 }
 
-/// See [`Daemon::unlocked`].
+/// Locks the domain object again when it is dropped: see [`Daemon::unlocked`].
 #[derive(Debug)]
 pub struct Unlocked {
     daemon: &'static Daemon,
     object: NonNull<c_void>,
-    /// The thread that unlocks a mutex has to be the one that locks it again: its caller relies on
-    /// that.
+    /// The same thread must lock the object again, because its caller relies on that.
     _of_this_thread: PhantomData<*const ()>,
 }
 
 impl Drop for Unlocked {
     fn drop(&mut self) {
-        // SAFETY: the object lives by our reference, and this thread does not hold its lock. The
-        // caller has a reference of his own, so that ours is not the last.
+        // SAFETY: the object lives by our reference, and this thread has not locked it. The caller
+        // has a reference of its own, so that ours is not the last.
         unsafe {
             (self.daemon.virObjectLock)(self.object.as_ptr());
             (self.daemon.virObjectUnref)(self.object.as_ptr());
@@ -167,8 +167,8 @@ thread_local! {
     static IN_A_CALL: Cell<bool> = const { Cell::new(false) };
 }
 
-/// From here on this thread is in a call of ours, until what is returned is dropped: should the
-/// driver be in this process, what it is asked for is a step of that.
+/// Marks this thread as being in a call of ours, until the returned value is dropped. If the driver
+/// is in this process, it recognizes our requests by that: they are steps of our call.
 pub fn step() -> Step {
     Step { was: IN_A_CALL.replace(true), _of_this_thread: PhantomData }
 }
@@ -178,7 +178,7 @@ pub fn is_in_a_call() -> bool {
     IN_A_CALL.get()
 }
 
-/// See [`step`].
+/// Removes the mark of [`step`] when it is dropped.
 #[derive(Debug)]
 pub struct Step {
     was: bool,
@@ -191,7 +191,7 @@ impl Drop for Step {
     }
 }
 
-/// See [`Daemon::itself`].
+/// Restores the thread's identity when it is dropped: see [`Daemon::itself`].
 #[derive(Debug)]
 pub struct Itself {
     before: Identity,
@@ -204,7 +204,7 @@ impl Drop for Itself {
     }
 }
 
-/// libvirt, where somebody has loaded it.
+/// libvirt, if it is loaded in this process.
 fn libvirt() -> Option<Library> {
     Library::loaded(c"libvirt.so.0")
 }
@@ -222,8 +222,8 @@ fn check_version(library: Library, any_version: bool) -> Result<(), String> {
         let (major, minor) = version;
         return Err(format!(
             "libvirt {major}.{minor} is not one that this version of instantsnap knows ({}.{} or \
-             later, before {}.{}; INSTANTSNAP_ANY_LIBVIRT=1 in the daemon's environment tries it \
-             all the same)",
+             later, before {}.{}; set INSTANTSNAP_ANY_LIBVIRT=1 in the daemon's environment to try \
+             it nevertheless)",
             TRIED_VERSIONS.start.0,
             TRIED_VERSIONS.start.1,
             TRIED_VERSIONS.end.0,
@@ -237,15 +237,15 @@ fn check_version(library: Library, any_version: bool) -> Result<(), String> {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
 pub enum Priority {
-    /// For whoever looks for something.
+    /// Details for those who look for the cause of a problem.
     Info = 2,
-    /// Something does not work that was asked for.
+    /// A requested feature does not work.
     Warning = 3,
     /// A call has failed.
     Error = 4,
 }
 
-/// `virLogSource`, which libvirt changes.
+/// `virLogSource`. libvirt changes it.
 #[repr(C)]
 struct Source {
     name: *const c_char,
@@ -255,7 +255,7 @@ struct Source {
 
 struct Shared(UnsafeCell<Source>);
 
-// SAFETY: only libvirt's log looks into it, and locks before it changes it.
+// SAFETY: only libvirt's log accesses it, and has a lock for its changes.
 unsafe impl Sync for Shared {}
 
 static SOURCE: Shared = Shared(UnsafeCell::new(Source {
@@ -264,19 +264,19 @@ static SOURCE: Shared = Shared(UnsafeCell::new(Source {
     serial: 0,
 }));
 
-/// A line in the daemon's log; on standard error, which is its journal, where libvirt's is not
-/// known.
+/// Writes a line to the daemon's log. If libvirt's log function is not known, writes it to standard
+/// error, which the system's journal records.
 pub fn log(priority: Priority, message: &str) {
     let library = libvirt().filter(|_| HAS_KNOWN_LOG.load(Ordering::Relaxed));
     let functions = library.and_then(|library| Log::find(|name| library.find(name)).ok());
     let text = CString::new(message.replace('\0', "\\0")).unwrap_or_default();
     let Some(functions) = functions else {
-        // Where nobody reads it, that is no reason to end the daemon, as `eprintln!` would.
+        // Unlike `eprintln!`, this does not end the daemon if standard error is closed.
         let _ = writeln!(std::io::stderr(), "instantsnap: {message}");
         return;
     };
     let name = Text::from(c"instantsnap");
-    // SAFETY: source and strings are live, and the format takes one string.
+    // SAFETY: the source and the strings are live, and the format takes one string.
     unsafe {
         (functions.virLogMessage)(
             SOURCE.0.get(),
@@ -291,8 +291,8 @@ pub fn log(priority: Priority, message: &str) {
     }
 }
 
-/// What a client of this daemon on this machine connects to, given what its driver is called: the
-/// socket that it listens on, wherever that is. The driver's own URI where there is none.
+/// The URI by which a client on this machine connects to this daemon: it names the socket that the
+/// daemon listens on. If there is no such socket, the driver's own URI, `uri`.
 pub fn address(uri: &str) -> String {
     let Some(socket) = own_socket() else { return uri.to_owned() };
     let path = uri
@@ -301,7 +301,7 @@ pub fn address(uri: &str) -> String {
     format!("qemu+unix://{path}?socket={}", escape(&socket))
 }
 
-/// Whether this process listens where libvirt's clients connect.
+/// Whether this process listens on a socket for libvirt's clients.
 pub fn is_listening() -> bool {
     own_socket().is_some()
 }
@@ -317,27 +317,29 @@ fn own_socket() -> Option<String> {
     listening(&std::fs::read_to_string("/proc/self/net/unix").ok()?, &own)
 }
 
-/// The socket for clients among those of `/proc/net/unix` that listen, and are one of ours by their
-/// inode.
+/// The path of the socket for clients, in a table like `/proc/net/unix`: it listens, and its inode
+/// is one of `own`.
 fn listening(table: &str, own: &[String]) -> Option<String> {
     const ACCEPTS: &str = "00010000";
     table.lines().find_map(|line| {
         // Num RefCount Protocol Flags Type St Inode Path
-        let mut words = line.split_whitespace();
-        let (flags, inode) = (words.nth(3)?, words.nth(2)?);
-        let path = words.next()?;
+        let mut columns = line.split_whitespace();
+        let (flags, inode) = (columns.nth(3)?, columns.nth(2)?);
+        let path = columns.next()?;
         let name = path.rsplit_once('/')?.1;
-        let ours = flags == ACCEPTS && matches!(name, "libvirt-sock" | "virtqemud-sock");
-        (ours && own.iter().any(|own| own == inode)).then(|| path.to_owned())
+        let is_for_clients = flags == ACCEPTS && matches!(name, "libvirt-sock" | "virtqemud-sock");
+        (is_for_clients && own.iter().any(|own| own == inode)).then(|| path.to_owned())
     })
 }
 
-/// For a URI's query.
+/// Escapes a path for a URI's query.
 fn escape(path: &str) -> String {
-    let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"/-._~".contains(&byte);
-    path.bytes()
-        .map(|byte| if plain(byte) { char::from(byte).to_string() } else { format!("%{byte:02X}") })
-        .collect()
+    let is_allowed = |byte: u8| byte.is_ascii_alphanumeric() || b"/-._~".contains(&byte);
+    let escaped = path.bytes().map(|byte| match is_allowed(byte) {
+        true => char::from(byte).to_string(),
+        false => format!("%{byte:02X}"),
+    });
+    escaped.collect()
 }
 
 #[cfg(test)]
@@ -379,13 +381,12 @@ mod tests {
         if crate::libvirt::table::table().is_err() {
             return;
         }
-        let daemon: &'static Daemon = Box::leak(Box::new(Daemon::look(true).unwrap()));
+        let daemon: &'static Daemon = Box::leak(Box::new(Daemon::load(true).unwrap()));
         let identity = |object| Identity { daemon, object };
-        // The reference is given back, and the address alone kept.
+        // The reference is dropped, and only the address is kept.
         let current = || identity((daemon.virIdentityGetCurrent)()).object;
         let make = Make::find(|name| libvirt().unwrap().find(name)).unwrap();
         let client = identity((make.virIdentityNew)());
-        // This thread's from here on.
         assert!(client.set());
         let client = client.object;
         for _ in 0..2 {

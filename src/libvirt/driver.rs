@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! The functions of libvirt's QEMU driver for which this project has definitions, too.
+//! The functions of libvirt's QEMU driver that this project defines too.
 
 use std::ffi::{c_int, c_uint, c_void};
 
@@ -8,12 +8,12 @@ use super::table::{virDomain, virDomainSnapshot};
 use crate::pointers::Text;
 use crate::symbols::symbols;
 
-/// `virDomainObj`, which is libvirt's affair; or a guest of ours.
+/// libvirt's `virDomainObj`, which is opaque here; or a guest of ours.
 #[allow(non_camel_case_types)]
 pub type virDomainObj = c_void;
 
 symbols! {
-    /// The definitions that come after the caller's own.
+    /// The definitions after ours in the order of the loaded libraries.
     pub struct Next;
 
     unsafe extern "C" {}

@@ -9,7 +9,7 @@ use super::table::{Table, virError};
 use crate::error::{Code, DOMAIN, Error};
 use crate::pointers::Text;
 
-/// What libvirt said.
+/// An error of libvirt.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct VirError {
     /// Its `virErrorNumber`.
@@ -36,12 +36,12 @@ impl VirError {
         }
     }
 
-    /// Whether this is its code.
+    /// Whether it has this code.
     pub fn is(&self, code: Code) -> bool {
         self.code == code as i32
     }
 
-    /// The error for a caller: `step` says what was tried on what.
+    /// The error for a caller; `step` names the step that failed and its object.
     pub fn into_error(self, step: &str) -> Error {
         Error::of_libvirt(self.code, format!("{step}: {}", self.message))
     }
@@ -59,14 +59,14 @@ impl From<Error> for VirError {
     }
 }
 
-/// Makes an error this thread's last one in libvirt. False where this libvirt does not let us.
+/// Makes an error this thread's last one in libvirt. Returns whether this libvirt supports that.
 pub fn set_last(table: &Table, error: &Error) -> bool {
     let Some(set_error) = table.virSetError else { return false };
     const LEVEL_ERROR: c_int = 2;
     let message = CString::new(error.message.replace('\0', "\\0")).unwrap_or_default();
-    // libvirt's own messages begin with the text of their code, to which str1 is what was filled
-    // in.
-    let mut shown = virError {
+    // In libvirt's own errors the message begins with the text of the code, and str1 is the part
+    // that was filled in.
+    let mut raw = virError {
         code: error.number(),
         domain: DOMAIN,
         message: Text::from(&message),
@@ -80,5 +80,5 @@ pub fn set_last(table: &Table, error: &Error) -> bool {
         int2: -1,
         net: ptr::null_mut(),
     };
-    set_error(&mut shown) == 0
+    set_error(&mut raw) == 0
 }

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! libvirt, as its clients see it: the public functions that we need, safe to call.
+//! Safe wrappers of libvirt's public functions, as far as they are needed.
 //!
-//! Nothing here knows what a snapshot of ours is. Objects are counted references, as libvirt's own,
-//! and can be used by several threads at once, as libvirt's own. Every call blocks until libvirt
-//! answers, which can take as long as another client's job on the domain.
+//! Nothing here depends on how this library takes snapshots. Objects are counted references like
+//! libvirt's own, and like those they can be used by several threads at once. Every call blocks
+//! until libvirt answers, which can take as long as another client's job on the domain.
 
 pub mod daemon;
 pub mod driver;
@@ -26,74 +26,74 @@ use crate::error::{Code, Result};
 use crate::model::flags::{CURRENT, REDEFINE};
 use crate::pointers::{Malloced, Text};
 
-/// What calls of libvirt return.
+/// The result of a call of libvirt.
 pub type VirResult<T> = std::result::Result<T, VirError>;
 
 /// `virDomainXMLFlags`.
 pub mod xml {
-    /// With passwords.
+    /// The XML includes passwords.
     pub const SECURE: u32 = 1 << 0;
-    /// What the next start will be like.
+    /// The definition for the next start.
     pub const INACTIVE: u32 = 1 << 1;
-    /// Fit to be started elsewhere.
+    /// The XML can be used on another host.
     pub const MIGRATABLE: u32 = 1 << 3;
 }
 
-/// `virDomainState`s that we tell apart.
+/// The `virDomainState`s that are told apart.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum State {
-    /// It runs.
+    /// The domain runs.
     Running,
-    /// It is paused.
+    /// The domain is paused.
     Paused,
-    /// It is not there, or shut off.
+    /// The domain is shut off.
     Off,
-    /// `virDomainState`, whatever it is.
+    /// Any other `virDomainState`.
     Other(i32),
 }
 
 /// `virDomainBlockCommitFlags` and the like.
 pub mod block {
-    /// Into the next image only.
+    /// Merges into the next image only.
     pub const COMMIT_SHALLOW: u32 = 1 << 0;
     /// Removes the files that were merged.
     pub const COMMIT_DELETE: u32 = 1 << 1;
-    /// The active image.
+    /// Allows to merge the active image.
     pub const COMMIT_ACTIVE: u32 = 1 << 2;
-    /// Does not wait.
+    /// Does not wait for the job's end.
     pub const ABORT_ASYNC: u32 = 1 << 0;
-    /// Goes on with the base.
+    /// Makes the domain continue with the base.
     pub const ABORT_PIVOT: u32 = 1 << 1;
 }
 
 /// `virDomainSaveRestoreFlags`.
 pub mod restore {
-    /// It runs afterwards.
+    /// The domain runs afterwards.
     pub const RUNNING: u32 = 1 << 1;
-    /// It is paused afterwards.
+    /// The domain is paused afterwards.
     pub const PAUSED: u32 = 1 << 2;
-    /// UEFI variables from their template. libvirt >= 8.1.
+    /// Resets the UEFI variables to their template. libvirt >= 8.1.
     pub const RESET_NVRAM: u32 = 1 << 4;
 }
 
 /// `virDomainUndefineFlagsValues`.
 pub mod undefine {
-    /// UEFI variables stay.
+    /// Keeps the UEFI variables.
     pub const KEEP_NVRAM: u32 = 1 << 3;
-    /// The TPM's state stays. libvirt >= 8.9.
+    /// Keeps the TPM's state. libvirt >= 8.9.
     pub const KEEP_TPM: u32 = 1 << 6;
 }
 
 /// `virDomainSnapshotListFlags`.
 pub mod list {
-    /// Children's children too.
+    /// Includes the children's descendants.
     pub const DESCENDANTS: u32 = 1 << 0;
-    /// A parent before its children. libvirt >= 5.2.
+    /// Lists a parent before its children. libvirt >= 5.2.
     pub const TOPOLOGICAL: u32 = 1 << 10;
 }
 
-/// What a function of libvirt's lists: an array of objects, which it puts where it is told, and
-/// their number.
+/// The objects that a function of libvirt lists. `list` calls it: it stores an array of objects,
+/// and returns their number.
 fn listed<T, O>(
     table: &'static Table,
     list: impl FnOnce(&mut *mut *mut T) -> c_int,
@@ -133,7 +133,7 @@ macro_rules! reference {
         unsafe impl Sync for $name {}
 
         impl $name {
-            /// Another reference to somebody's object.
+            /// Adds a reference to an object.
             pub fn share(table: &'static Table, object: &$raw) -> VirResult<$name> {
                 if (table.$reference)(object) != 0 {
                     return Err(VirError::last(table));
@@ -143,20 +143,21 @@ macro_rules! reference {
 
             /// The object, which lives as long as this reference.
             fn raw(&self) -> &$raw {
-                // SAFETY: a live object of libvirt's, of which nothing is seen from here.
+                // SAFETY: a live object of libvirt's, whose type is opaque here.
                 unsafe { self.pointer.as_ref() }
             }
 
-            /// Takes over what a function of libvirt returned.
+            /// Takes over the object that a function of libvirt returned; NULL is an error.
             pub(crate) fn take(table: &'static Table, pointer: *mut $raw) -> VirResult<$name> {
                 let pointer = NonNull::new(pointer).ok_or_else(|| VirError::last(table))?;
                 Ok($name { table, pointer })
             }
 
-            /// The same for what C has in its hands.
+            /// Takes over an object from C, with its reference.
             ///
             /// # Safety
-            /// NULL, or an object of libvirt's with a reference, which is given up.
+            /// `pointer` is NULL, or an object of libvirt's with a reference that the caller gives
+            /// up.
             pub unsafe fn from_raw(
                 table: &'static Table,
                 pointer: *mut $raw,
@@ -164,7 +165,7 @@ macro_rules! reference {
                 $name::take(table, pointer)
             }
 
-            /// The object, for as long as this reference lives.
+            /// The object, which lives as long as this reference.
             pub fn as_ptr(&self) -> *mut $raw {
                 self.pointer.as_ptr()
             }
@@ -174,7 +175,7 @@ macro_rules! reference {
                 std::mem::ManuallyDrop::new(self).pointer.as_ptr()
             }
 
-            /// libvirt's word for failure made an error.
+            /// Turns libvirt's negative result into an error.
             fn done(&self, result: c_int) -> VirResult<c_int> {
                 if result < 0 { Err(VirError::last(self.table)) } else { Ok(result) }
             }
@@ -187,7 +188,7 @@ macro_rules! reference {
 
         impl Clone for $name {
             fn clone(&self) -> $name {
-                // Counting one more cannot fail for a live object.
+                // This cannot fail for a live object.
                 (self.table.$reference)(self.raw());
                 $name { table: self.table, pointer: self.pointer }
             }
@@ -195,7 +196,7 @@ macro_rules! reference {
 
         impl Drop for $name {
             fn drop(&mut self) {
-                // SAFETY: this reference is ours, and used no more.
+                // SAFETY: this reference is ours, and not used any more.
                 unsafe { (self.table.$free)(self.pointer.as_ptr()) };
             }
         }
@@ -216,7 +217,7 @@ reference! {
 }
 
 impl Connect {
-    /// Opens a connection without asking anybody for anything.
+    /// Opens a connection that asks for no credentials.
     pub fn open(uri: &str) -> Result<VirResult<Connect>> {
         let table = table::table()?;
         let open = || {
@@ -236,14 +237,14 @@ impl Connect {
         (self.table.virConnectGetType)(self.raw()).lossy().ok_or_else(|| VirError::last(self.table))
     }
 
-    /// The daemon's libvirt: major, minor, release.
+    /// The version of the daemon's libvirt: major, minor, release.
     pub fn version(&self) -> VirResult<(u64, u64, u64)> {
         let mut version: c_ulong = 0;
         self.done((self.table.virConnectGetLibVersion)(self.raw(), Some(&mut version)))?;
         Ok((version / 1_000_000, version / 1000 % 1000, version % 1000))
     }
 
-    /// Whether the daemon is still at its other end, as far as this side has noticed.
+    /// Whether the connection to the daemon is alive, as far as this side has noticed.
     pub fn is_alive(&self) -> bool {
         (self.table.virConnectIsAlive)(self.raw()) == 1
     }
@@ -342,7 +343,8 @@ impl Domain {
         })
     }
 
-    /// Whether it is off because it was saved, or went to another machine: it goes on from there.
+    /// Whether the domain is shut off because it was saved or migrated, so that it continues from
+    /// there.
     pub fn is_saved_or_gone(&self) -> VirResult<bool> {
         const SHUT_OFF: c_int = 5;
         const MIGRATED: c_int = 4;
@@ -357,26 +359,25 @@ impl Domain {
         Ok(state == SHUT_OFF && matches!(reason, MIGRATED | SAVED))
     }
 
-    /// Whether a QEMU runs for it.
+    /// Whether it has a QEMU.
     pub fn is_active(&self) -> VirResult<bool> {
         Ok(self.done((self.table.virDomainIsActive)(self.raw()))? == 1)
     }
 
-    /// Whether it is defined, and stays when its QEMU ends.
+    /// Whether it is persistent: its definition stays when its QEMU ends.
     pub fn is_persistent(&self) -> VirResult<bool> {
         Ok(self.done((self.table.virDomainIsPersistent)(self.raw()))? == 1)
     }
 
-    /// Whether the caller may change it, as far as libvirt asks an access driver about him: where
-    /// he may, he can give it whatever file there is as a disk. Asked by a change that changes
-    /// nothing.
+    /// Whether the caller may change the domain, by libvirt's access driver: a caller that may can
+    /// attach any file as a disk. It is found out by setting `autostart` to the value that it has.
     pub fn may_be_changed(&self) -> bool {
         let mut autostart = 0;
         let got = self.done((self.table.virDomainGetAutostart)(self.raw(), &mut autostart));
         let set = || self.done((self.table.virDomainSetAutostart)(self.raw(), autostart));
         match got.and_then(|_| set()) {
             Ok(_) => true,
-            // After it was allowed: a transient domain is not started by itself.
+            // The access was allowed, but a transient domain cannot be started automatically.
             Err(error) => error.is(Code::OperationInvalid),
         }
     }
@@ -396,23 +397,23 @@ impl Domain {
         self.done((self.table.virDomainDestroyFlags)(self.raw(), 0)).map(drop)
     }
 
-    /// Makes a persistent domain transient, or forgets it.
+    /// Makes an active persistent domain transient, or removes an inactive one.
     pub fn undefine(&self, flags: u32) -> VirResult<()> {
         self.done((self.table.virDomainUndefineFlags)(self.raw(), flags as c_uint)).map(drop)
     }
 
-    /// Whether its next start resumes a memory image of libvirt's own.
+    /// Whether it has a managed save image, which its next start resumes.
     pub fn has_managed_save(&self) -> VirResult<bool> {
         Ok(self.done((self.table.virDomainHasManagedSaveImage)(self.raw(), 0))? == 1)
     }
 
-    /// Runs one QMP command, a descriptor going with it; QEMU's reply, whole.
+    /// Runs one QMP command, which may have a descriptor. Returns QEMU's whole reply.
     pub fn monitor_command(&self, command: &str, fd: Option<BorrowedFd>) -> VirResult<String> {
         let command = c_text(command)?;
         let mut fds: Vec<c_int> = fd.iter().map(AsRawFd::as_raw_fd).collect();
         let mut reply = Malloced::NULL;
-        // SAFETY: as many open descriptors as are counted. There is no room for descriptors in
-        // return, which may be NULL.
+        // SAFETY: `fds` holds that number of open descriptors. The places for returned descriptors
+        // may be NULL.
         let result = unsafe {
             (self.table.virDomainQemuMonitorCommandWithFiles)(
                 self.raw(),
@@ -429,7 +430,7 @@ impl Domain {
         self.string(reply)
     }
 
-    /// How large a disk is for the guest, in bytes.
+    /// The size that the guest sees of a disk, in bytes.
     pub fn disk_size(&self, disk: &str) -> VirResult<u64> {
         let disk = c_text(disk)?;
         let mut info = virDomainBlockInfo::default();
@@ -437,7 +438,7 @@ impl Domain {
         Ok(info.capacity)
     }
 
-    /// Gives a disk this size, in bytes.
+    /// Resizes a disk to this number of bytes.
     pub fn resize_disk(&self, disk: &str, size: u64) -> VirResult<()> {
         const BYTES: c_uint = 1;
         let disk = c_text(disk)?;
@@ -445,13 +446,13 @@ impl Domain {
             .map(drop)
     }
 
-    /// Its number while it is active.
+    /// Its id; none if it is not active.
     pub fn id(&self) -> Option<u32> {
         let id = (self.table.virDomainGetID)(self.raw());
         (id != c_uint::MAX).then_some(id)
     }
 
-    /// Starts to merge images of a disk; `None` is the bottom, or the top.
+    /// Starts to merge images of a disk. The default of `base` is the bottom, of `top` the top.
     pub fn block_commit(
         &self,
         disk: &str,
@@ -484,7 +485,8 @@ impl Domain {
         .map(drop)
     }
 
-    /// A disk's block job: how much is done, of how much; `None` where there is none.
+    /// The progress of a disk's block job: how much is done, and of how much. `None` where there is
+    /// no job.
     pub fn block_job(&self, disk: &str) -> VirResult<Option<(u64, u64)>> {
         let disk = c_text(disk)?;
         let mut info = virDomainBlockJobInfo::default();
@@ -497,7 +499,7 @@ impl Domain {
         Ok((found == 1).then_some((info.cur, info.end)))
     }
 
-    /// Whether it has a job under way that takes its time: a backup, a dump, a migration.
+    /// Whether it has a long job under way: a backup, a dump, a migration.
     pub fn has_job(&self) -> VirResult<bool> {
         const BOUNDED: c_int = 1;
         const UNBOUNDED: c_int = 2;
@@ -519,23 +521,23 @@ impl Domain {
         )
     }
 
-    /// Changes the record of a snapshot, or restores it, and makes it the current one if so.
+    /// Changes or restores the record of a snapshot. If `current`, makes it the current snapshot.
     pub fn redefine_snapshot(&self, xml: &str, current: bool) -> VirResult<Snapshot> {
         self.create_snapshot(xml, if current { REDEFINE | CURRENT } else { REDEFINE })
     }
 
-    /// An object for a snapshot of this name, of which libvirt need not know.
+    /// An object for a snapshot of this name, which libvirt need not have recorded.
     pub fn snapshot_object(&self, name: &str) -> VirResult<Snapshot> {
         let name = c_text(name)?;
         let Some(get) = self.table.virGetDomainSnapshot else {
-            let message = "this libvirt makes no objects for snapshots without metadata".into();
+            let message = "this libvirt has no objects for snapshots without metadata".into();
             return Err(VirError { code: Code::OperationUnsupported as i32, message });
         };
         Snapshot::take(self.table, get(self.raw(), Text::from(&name)))
     }
 
-    /// The snapshot of this name. Where there is none, libvirt's error may reach the application's
-    /// log: [`Domain::find`].
+    /// The snapshot of this name. If there is none, libvirt's error may reach the application's
+    /// log; [`Domain::find`] avoids that.
     pub fn snapshot(&self, name: &str) -> VirResult<Snapshot> {
         let name = c_text(name)?;
         Snapshot::take(
@@ -583,7 +585,7 @@ impl Snapshot {
         self.string((self.table.virDomainSnapshotGetXMLDesc)(self.raw(), flags as c_uint))
     }
 
-    /// Its children; with [`list::DESCENDANTS`] all that come after it, parents first.
+    /// Its children; with [`list::DESCENDANTS`] all its descendants. Parents come first.
     pub fn children(&self, flags: u32) -> VirResult<Vec<Snapshot>> {
         let flags = flags | list::TOPOLOGICAL;
         let list = |array: &mut _| {
@@ -608,7 +610,7 @@ impl Snapshot {
     }
 }
 
-/// Forgets this thread's last error in libvirt.
+/// Clears this thread's last error in libvirt.
 pub fn reset_last_error(table: &Table) {
     (table.virResetLastError)();
 }

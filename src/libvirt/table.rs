@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! libvirt's public functions, found at run time: the library loads where libvirt is not installed.
+//! libvirt's public functions, found at run time, so that this library can be loaded where libvirt
+//! is not installed.
 
 use std::cell::UnsafeCell;
 use std::ffi::{c_char, c_int, c_uint, c_ulong, c_ulonglong, c_void};
@@ -19,7 +20,7 @@ macro_rules! opaque {
             #[repr(C)]
             #[derive(Debug)]
             pub struct $name {
-                // Behind a shared reference libvirt writes to it.
+                // libvirt writes to it even through a shared reference.
                 _opaque: UnsafeCell<[u8; 0]>,
             }
         )+
@@ -35,7 +36,7 @@ opaque! {
     virDomainSnapshot,
 }
 
-/// `virError`, whose strings libvirt only reads where it is given one.
+/// `virError`. libvirt does not change the strings of one that it is passed.
 #[repr(C)]
 #[derive(Debug)]
 pub struct virError<'a> {
@@ -77,12 +78,12 @@ pub struct virDomainBlockInfo {
 #[derive(Clone, Copy, Debug, Default)]
 pub struct virDomainJobInfo {
     pub kind: c_int,
-    /// Time, data, memory and files: how much in all, how much is done, how much is left.
+    /// Time, data, memory and files: the total, the part that is done, and the rest.
     pub figures: [c_ulonglong; 11],
 }
 
 symbols! {
-    /// The functions. What a safe one takes is a live object, a string, or a place for a result.
+    /// The functions. Safe ones take only live objects, strings, and places for results.
     #[derive(Debug)]
     pub struct Table;
 
@@ -175,19 +176,19 @@ symbols! {
     optional {
         // Makes an error the thread's last one.
         safe fn virSetError(&mut virError) -> c_int;
-        // Makes an object that stands for the snapshot of this name.
+        // Makes an object for the snapshot of this name.
         safe fn virGetDomainSnapshot(&virDomain, Text) -> *mut virDomainSnapshot;
     }
 }
 
-fn unusable(why: String) -> Error {
+fn unusable(reason: String) -> Error {
     Error::new(
         Code::OperationUnsupported,
-        format!("libvirt 8.2 or later is needed on this machine: {why}"),
+        format!("libvirt 8.2 or later is needed on this machine: {reason}"),
     )
 }
 
-/// The table: looked up at the first call that finds libvirt, and kept for good.
+/// The table. It is made at the first call that finds libvirt, and kept.
 pub fn table() -> Result<&'static Table> {
     static TABLE: OnceCell<Table> = OnceCell::new();
     TABLE.get_or_try_init(|| {
@@ -199,11 +200,11 @@ pub fn table() -> Result<&'static Table> {
         };
         let table =
             Table::find(address).map_err(|missing| unusable(format!("it has no {missing}()")))?;
-        // Opening a connection does it too, but before one is there, libvirt's errors would be kept
-        // in memory of others.
+        // Opening a connection initialises libvirt too. But before that, libvirt would keep its
+        // errors in memory that is not its own.
         match (table.virInitialize)() {
             0 => Ok(table),
-            _ => Err(unusable("it does not initialise itself".into())),
+            _ => Err(unusable("its initialisation failed".into())),
         }
     })
 }
