@@ -1,23 +1,23 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! The structures of the C header, and where their fields are.
+//! The structures of the C header, and the offsets of their fields.
 //!
-//! The build includes this file as well, and has the C compiler compare every size and offset with
-//! the header's. It is therefore free of dependencies, and each field is written down once.
+//! The build includes this file too, and makes the C compiler compare every size and offset with
+//! the header's. Therefore it has no dependencies, and each field is written down once.
 
-// The crate uses the structures, the build their layouts: neither uses both.
+// The crate uses only the structures, the build only their layouts.
 #![allow(dead_code)]
-// Names are C's, and the header says what the fields are.
+// The names are C's, and the header documents the fields.
 #![allow(missing_docs, non_camel_case_types)]
 
 use core::ffi::{c_char, c_int, c_uint, c_void};
 use core::mem::{offset_of, size_of};
 
-/// A structure as the C compiler must see it.
+/// The layout that a structure must have in C.
 pub struct Layout {
     /// Its name in C.
     pub name: &'static str,
-    /// `sizeof` it.
+    /// Its `sizeof`.
     pub size: usize,
     /// All its fields, in order.
     pub fields: &'static [Field],
@@ -27,9 +27,9 @@ pub struct Layout {
 pub struct Field {
     /// Its name in C.
     pub name: &'static str,
-    /// `offsetof` it.
+    /// Its `offsetof`.
     pub offset: usize,
-    /// `sizeof` it.
+    /// Its `sizeof`.
     pub size: usize,
     /// Its type in Rust.
     pub kind: &'static str,
@@ -48,11 +48,11 @@ macro_rules! structures {
                 )+
             }
 
-            // Without padding: it is filled byte by byte.
+            // It must have no padding, because it is filled byte by byte.
             const _: () = assert!(size_of::<$name>() == 0 $(+ size_of::<$type>())+);
         )+
 
-        /// Every structure that crosses the border.
+        /// Every structure of the C API.
         pub const LAYOUTS: &[Layout] = &[$(Layout {
             name: stringify!($name),
             size: size_of::<$name>(),
@@ -66,7 +66,7 @@ macro_rules! structures {
     };
 }
 
-/// A field's name in C, where it is a word of Rust's.
+/// A field's name in C. In Rust it can be a raw identifier.
 const fn in_c(name: &'static str) -> &'static str {
     match name.as_bytes() {
         [b'r', b'#', ..] => name.split_at(2).1,
@@ -106,35 +106,35 @@ constants! {
     INSTANTSNAP_DRIVER_SHUTOFF = 3,
 }
 
-/// A handle, as C sees it.
+/// The opaque type of a revert plan's handle.
 pub type instantsnap_revert_plan = c_void;
 
-/// Is told of an event.
+/// Receives an event.
 pub type instantsnap_event_callback =
     Option<unsafe extern "C" fn(*const instantsnap_event, *mut c_void)>;
 
-/// Snapshots disks: 0 where it could.
+/// Snapshots disks. Returns 0 on success.
 pub type instantsnap_storage_snapshot =
     Option<unsafe extern "C" fn(*const instantsnap_storage_call, *mut c_void) -> c_int>;
 
-/// Undoes that.
+/// Removes the snapshot of the disks.
 pub type instantsnap_storage_undo =
     Option<unsafe extern "C" fn(*const instantsnap_storage_call, *mut c_void)>;
 
-/// Names images, each by a string of malloc()'s: 0 where it could.
+/// Names the images of the disks, each by a string of malloc()'s. Returns 0 on success.
 pub type instantsnap_storage_revert = Option<
     unsafe extern "C" fn(*const instantsnap_storage_call, *mut *mut c_char, *mut c_void) -> c_int,
 >;
 
 structures! {
-    /// Why the last failed call of a thread failed.
+    /// The last error of a thread.
     struct instantsnap_error {
         code: c_int,
         domain: c_int,
         message: *const c_char,
     }
 
-    /// What a snapshot took: microseconds, bytes and counts.
+    /// The statistics of a snapshot: microseconds, bytes and counts.
     #[derive(Default)]
     struct instantsnap_stats {
         size: usize,
@@ -173,7 +173,7 @@ structures! {
         pages_left: u64,
     }
 
-    /// Where a job is.
+    /// The progress of a job.
     #[derive(Default)]
     struct instantsnap_job_info {
         size: usize,
@@ -187,7 +187,7 @@ structures! {
         pages_left: u64,
     }
 
-    /// How a snapshot is taken.
+    /// The options of a snapshot.
     struct instantsnap_create_options {
         size: usize,
         callback: instantsnap_event_callback,
@@ -196,7 +196,7 @@ structures! {
         flags: u32,
     }
 
-    /// A disk that is left to the caller's storage.
+    /// A disk that a storage hook snapshots.
     struct instantsnap_storage_disk {
         size: usize,
         name: *const c_char,
@@ -204,7 +204,7 @@ structures! {
         format: *const c_char,
     }
 
-    /// What the caller's storage is called for.
+    /// The arguments of a call of a storage hook.
     struct instantsnap_storage_call {
         size: usize,
         snapshot: *const c_char,
@@ -214,7 +214,7 @@ structures! {
         deadline_us: u64,
     }
 
-    /// The caller's storage.
+    /// A storage hook.
     struct instantsnap_storage_hook {
         size: usize,
         opaque: *mut c_void,
@@ -225,7 +225,7 @@ structures! {
         reserved: u32,
     }
 
-    /// One disk of a revert plan; the strings are the plan's.
+    /// One disk of a revert plan; the plan owns the strings.
     struct instantsnap_revert_disk {
         size: usize,
         name: *const c_char,
@@ -243,7 +243,7 @@ structures! {
         overlay: *const c_char,
     }
 
-    /// What a driver does.
+    /// The callbacks of a driver.
     struct instantsnap_driver_ops {
         size: usize,
         monitor: Option<

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! The entry points of a client of a stock libvirt: `vm` is NULL, objects and errors are libvirt's
-//! own.
+//! The entry points of a client of a stock libvirt: `vm` is NULL, and objects and errors are
+//! libvirt's own.
 
 use std::ffi::{c_int, c_uint};
 use std::sync::Arc;
@@ -19,7 +19,7 @@ use crate::libvirt::table::{self, virDomain, virDomainSnapshot};
 use crate::model::flags::{self, CreateFlags, DeleteFlags, RevertFlags};
 use crate::pointers::Text;
 
-/// Makes an error the thread's last one, for whoever asks libvirt, and for whoever asks us.
+/// Makes an error the thread's last one, both in libvirt and in this library.
 pub fn set_last_error(error: Error) {
     client::set_last_error(&error);
     last_error::set(error);
@@ -33,14 +33,14 @@ pub fn create(domain: Option<&virDomain>, xml: Text, bits: c_uint) -> *mut virDo
     boundary(set_last_error, || client::create(domain, xml, CreateFlags::parse(bits)?))
 }
 
-/// libvirt's own, its result and its error as they are.
+/// Calls libvirt's own function, and returns its result or error unchanged.
 fn pass_through(
     domain: Option<&virDomain>,
     xml: Text,
     bits: c_uint,
 ) -> Result<*mut virDomainSnapshot> {
     let table = table::table()?;
-    // libvirt checks all of them itself.
+    // libvirt checks the arguments itself.
     let snapshot = (table.virDomainSnapshotCreateXML)(domain, xml, bits);
     if snapshot.is_null() { Err(VirError::last(table).into()) } else { Ok(snapshot) }
 }

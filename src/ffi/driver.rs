@@ -29,34 +29,35 @@ use crate::monitor::{Event, Events, json};
 use crate::pointers::{In, Malloced, Text};
 use crate::sys::lock;
 
-/// What a driver has passed on, by its domain.
+/// The events that drivers have passed on, by the domain's `opaque`.
 static PASSED_ON: Lazy<Mutex<HashMap<usize, Weak<Mutex<Events>>>>> = Lazy::new(Mutex::default);
+/// This process's own driver.
 static REGISTERED: Mutex<Option<Registered>> = Mutex::new(None);
 
-/// A driver that is this process's own.
+/// A driver that was registered.
 #[derive(Clone, Copy)]
 struct Registered {
     ops: Ops,
     storage: Option<abi::instantsnap_storage_hook>,
 }
 
-// SAFETY: callbacks that can be called from any thread, by the promise of whoever gave them; and a
-// pointer that is not used.
+// SAFETY: the driver promises that its callbacks can be called from any thread; the pointer is not
+// used.
 unsafe impl Send for Registered {}
 
 thread_local! {
     static REASON: RefCell<Option<String>> = const { RefCell::new(None) };
 }
 
-/// A domain of a driver's.
+/// A domain of a driver, with the driver's callbacks.
 struct Domain {
     ops: Ops,
     opaque: *mut c_void,
     events: Arc<Mutex<Events>>,
 }
 
-// SAFETY: by the promise of whoever gave the table, its callbacks can be called with `opaque` from
-// any thread, one at a time for one operation; nothing else is done with either.
+// SAFETY: the driver promises that its table's callbacks can be called with `opaque` from any
+// thread, one at a time for one operation; neither is used for anything else.
 unsafe impl Send for Domain {}
 // SAFETY: as above.
 unsafe impl Sync for Domain {}
@@ -74,7 +75,7 @@ impl Domain {
         Domain { ops, opaque, events }
     }
 
-    /// Runs what makes a callback, with the driver's lock held. For [`callback!`].
+    /// Runs a closure that calls a callback ([`callback!`]), with the driver's lock held.
     fn call<T>(&self, call: impl FnOnce(*mut c_void) -> T) -> T {
         REASON.take();
         self.lock();
@@ -85,21 +86,22 @@ impl Domain {
 
     fn lock(&self) {
         if let Some(lock) = self.ops.lock {
-            // SAFETY: by the promise of whoever gave the table; the lock is not held by this
-            // thread.
+            // SAFETY: the driver promises that its callbacks can be called; this thread does not
+            // hold the driver's lock.
             unsafe { lock(self.opaque) };
         }
     }
 
     fn unlock(&self) {
         if let Some(unlock) = self.ops.unlock {
-            // SAFETY: by the promise of whoever gave the table; this thread holds the lock.
+            // SAFETY: the driver promises that its callbacks can be called; this thread holds the
+            // driver's lock.
             unsafe { unlock(self.opaque) };
         }
     }
 
-    /// Tells the driver, which has its lock again, of the error with which one of libvirt's
-    /// functions fails; and the thread.
+    /// Reports the error of one of libvirt's functions to the driver, and keeps it as the thread's
+    /// last error. The driver's lock is held again.
     fn report(&self, error: Error) {
         if let Some(report_error) = self.ops.report_error {
             let message = CString::new(error.message.replace('\0', "\\0")).unwrap_or_default();
@@ -110,7 +112,7 @@ impl Domain {
         last_error::set(error);
     }
 
-    /// Makes one that returns 0 or fails.
+    /// Calls a callback that returns 0, or fails.
     fn check(&self, call: impl FnOnce(*mut c_void) -> c_int) -> Answer<()> {
         match self.call(call) {
             0 => Ok(()),
@@ -118,7 +120,7 @@ impl Domain {
         }
     }
 
-    /// Makes one that returns a string; `None` where it returns none, and gives no reason.
+    /// Calls a callback that returns a string; `None` if it returns NULL without a reason.
     fn string(&self, call: impl FnOnce(*mut c_void) -> *mut c_char) -> Answer<Option<String>> {
         let returned = self.call(call);
         // SAFETY: the driver promises that its callback returns NULL or a string of malloc()'s,
@@ -153,7 +155,7 @@ impl Domain {
     }
 }
 
-/// What the callback that has failed says, as the rest of a sentence.
+/// The reason that a failed callback has set, as the rest of a sentence.
 fn reason() -> Reason {
     REASON.take().map_or_else(String::new, |reason| format!(": {reason}"))
 }
@@ -164,21 +166,22 @@ fn text_of(string: &Malloced) -> Answer<Option<String>> {
         .bytes()
         .map(String::from_utf8)
         .transpose()
-        .map_err(|_| ": it returned what is not UTF-8".into())
+        .map_err(|_| ": it returned a string that is not UTF-8".into())
 }
 
-/// What makes a callback of a table, given the table's `opaque`, with what the callback takes
-/// besides.
+/// A closure that calls a callback of a table with the table's `opaque`, and with these further
+/// arguments.
 macro_rules! callback {
     ($function:expr $(, $argument:expr)*) => {
         // SAFETY: the driver promises that each callback of its table can be called as the header
-        // says. The lock is held, as [`Domain::call`] runs this, and what is passed lives for the
-        // call.
+        // says. [`Domain::call`] runs this with the driver's lock held, and the arguments live for
+        // the call.
         |opaque| unsafe { $function(opaque $(, $argument)*) }
     };
 }
 
-/// Rounded up: a callback that has waited so long is late, and does not seem to have failed.
+/// A timeout for a callback. It is rounded up, so that a callback that waits for all of it is
+/// regarded as late, and not as failed.
 fn milliseconds(timeout: Duration) -> c_uint {
     c_uint::try_from(timeout.as_millis() + 1).unwrap_or(c_uint::MAX)
 }
@@ -199,7 +202,7 @@ impl Driver for Domain {
         let fds: Vec<c_int> = fd.iter().map(AsRawFd::as_raw_fd).collect();
         let mut reply = Malloced::NULL;
         let place = (&raw mut reply).cast();
-        let done = self.check(callback!(
+        let result = self.check(callback!(
             monitor,
             command.as_ptr(),
             fds.as_ptr(),
@@ -207,9 +210,9 @@ impl Driver for Domain {
             milliseconds(timeout),
             place
         ));
-        // There can be one also where it failed.
+        // A failed callback may have stored a reply too; `reply` frees it.
         let reply = text_of(&reply);
-        done.and(reply)?.ok_or_else(|| ": it gave no reply".into())
+        result.and(reply)?.ok_or_else(|| ": it gave no reply".into())
     }
 
     fn state(&self) -> Answer<RunState> {
@@ -219,7 +222,7 @@ impl Driver for Domain {
             state if state == abi::INSTANTSNAP_DRIVER_PAUSED as c_int => Ok(RunState::Paused),
             state if state == abi::INSTANTSNAP_DRIVER_SHUTOFF as c_int => Ok(RunState::Off),
             -1 => Err(reason()),
-            state => Err(format!(": {state} is no state")),
+            state => Err(format!(": it returned {state}, which is not a state")),
         }
     }
 
@@ -304,7 +307,7 @@ impl Driver for Domain {
     }
 }
 
-/// Copies a table, if it is one.
+/// Copies a table that has all required callbacks.
 fn read_ops(ops: In<Ops>) -> Result<Ops> {
     let Some(ops) = ops.read("ops")? else { fail!(InvalidArg, "ops must not be NULL") };
     let required = [
@@ -317,13 +320,13 @@ fn read_ops(ops: In<Ops>) -> Result<Ops> {
         ("lock", ops.lock.is_some() || ops.unlock.is_none()),
         ("unlock", ops.unlock.is_some() || ops.lock.is_none()),
     ];
-    if let Some((missing, _)) = required.iter().find(|(_, there)| !there) {
+    if let Some((missing, _)) = required.iter().find(|(_, present)| !present) {
         fail!(InvalidArg, "ops->{missing} must not be NULL");
     }
     Ok(ops)
 }
 
-/// A table with its storage hook; none of NULL.
+/// Copies a table with its storage hook; none if the table is NULL.
 fn read_driver(ops: In<Ops>) -> Result<Option<Registered>> {
     if ops.is_null() {
         return Ok(None);
@@ -350,7 +353,7 @@ pub extern "C" fn instantsnap_register_driver(ops: In<abi::instantsnap_driver_op
     })
 }
 
-/// Opens a domain by a driver's callbacks, which can be called with `opaque` as the header says.
+/// Opens a domain by a driver's callbacks. The header says how they are called with `opaque`.
 pub fn open(ops: In<Ops>, opaque: *mut c_void) -> Result<Handle> {
     Handle::open_driver(Arc::new(Domain::new(read_ops(ops)?, opaque)))
 }
@@ -392,7 +395,7 @@ pub fn is_registered() -> bool {
     lock(&REGISTERED).is_some()
 }
 
-/// The driver that `vm` belongs to, where that is neither NULL nor a handle.
+/// The domain `vm` of the registered driver; none if `vm` is NULL or a handle.
 pub fn called(vm: *mut c_void) -> Option<Called> {
     if vm.is_null() || is_handle(vm) {
         return None;
@@ -410,7 +413,7 @@ pub struct Called {
 
 /// Runs the body of one of libvirt's functions, which is called with the driver's lock held.
 fn enter<T: Returned>(called: Called, body: impl FnOnce(&Arc<Domain>, &Handle) -> Result<T>) -> T {
-    /// Without the driver's lock until it is dropped.
+    /// Takes the driver's lock again when it is dropped.
     struct Unlocked<'a>(&'a Domain);
     impl Drop for Unlocked<'_> {
         fn drop(&mut self) {
@@ -450,7 +453,8 @@ pub fn create(
             let (name, reason) = (name.to_string_lossy(), reason());
             fail!(
                 OperationFailed,
-                "the snapshot '{name}' is complete, but the driver has made no object of it{reason}"
+                "the snapshot '{name}' is complete, but the driver has not made an object of \
+                 it{reason}"
             );
         }
         Ok(snapshot.cast())
@@ -464,7 +468,7 @@ pub fn revert(called: Called, snapshot: *mut virDomainSnapshot, bits: c_uint) ->
         let Some(restart) = driver.ops.restart else {
             fail!(
                 OperationUnsupported,
-                "the driver cannot start QEMU anew for a snapshot: it has no `restart`"
+                "the driver cannot start a new QEMU for a snapshot: it has no `restart`"
             );
         };
         let name = name_of(driver, snapshot)?;
@@ -491,7 +495,7 @@ pub fn delete(called: Called, snapshot: *mut virDomainSnapshot, bits: c_uint) ->
     })
 }
 
-/// The name of a snapshot, ours or the driver's.
+/// The name of a snapshot, which is an object of ours or of the driver's.
 fn name_of(driver: &Domain, snapshot: *mut virDomainSnapshot) -> Result<String> {
     if snapshot.is_null() || is_handle(snapshot) {
         let snapshot = SNAPSHOTS.get(snapshot.cast::<instantsnap_snapshot>())?;
@@ -500,15 +504,15 @@ fn name_of(driver: &Domain, snapshot: *mut virDomainSnapshot) -> Result<String> 
     let Some(snapshot_name) = driver.ops.snapshot_name else {
         fail!(
             InvalidArg,
-            "snapshot is none of this library's, and the driver has no `snapshot_name`"
+            "snapshot is not an object of this library, and the driver has no `snapshot_name`"
         );
     };
     let name = driver.string(callback!(snapshot_name, snapshot.cast()));
     match name {
         Ok(Some(name)) => Ok(name),
-        Ok(None) => fail!(OperationFailed, "the driver gives the snapshot no name"),
+        Ok(None) => fail!(OperationFailed, "the driver does not know the snapshot's name"),
         Err(reason) => {
-            fail!(OperationFailed, "the driver does not give the snapshot's name{reason}")
+            fail!(OperationFailed, "the driver cannot tell the snapshot's name{reason}")
         }
     }
 }

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! Handles: what C holds is a number in a pointer's clothes, and what is behind it is looked up,
-//! never dereferenced.
+//! Handles: C holds a number of the type of a pointer. The object is looked up by it; the pointer
+//! is never dereferenced.
 //!
-//! So a NULL, a handle that was closed, and a pointer to something else are errors, not crashes;
-//! and an object that is being used by one thread while another closes it lives until it is not.
-//! The numbers are odd, as no object's address is, and never used again.
+//! So a NULL, a handle that was closed, and a pointer to another object are errors, not crashes;
+//! and if one thread closes an object that another one is using, the object lives until the other
+//! one is done. The numbers are odd, as no object's address is, and never used again.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -23,12 +23,12 @@ pub struct Registry<T> {
 }
 
 impl<T> Registry<T> {
-    /// None so far.
+    /// An empty registry; `what` is the name of its handles in messages.
     pub const fn new(what: &'static str) -> Registry<T> {
         Registry { what, live: Lazy::new(Mutex::default) }
     }
 
-    /// Makes a handle.
+    /// Adds an object, and returns its handle.
     pub fn add<C>(&self, object: T) -> *mut C {
         static LAST: AtomicUsize = AtomicUsize::new(1 << 20);
         let number = LAST.fetch_add(2, Ordering::Relaxed) | 1;
@@ -36,7 +36,7 @@ impl<T> Registry<T> {
         number as *mut C
     }
 
-    /// What is behind a handle.
+    /// The object of a handle.
     pub fn get<C>(&self, handle: *const C) -> Result<Arc<T>> {
         self.find(handle).ok_or_else(|| {
             let what = self.what;
@@ -50,16 +50,16 @@ impl<T> Registry<T> {
         })
     }
 
-    /// The same, where it may be somebody else's.
+    /// The object of a handle; none if the pointer is not an open handle of this registry.
     pub fn find<C>(&self, handle: *const C) -> Option<Arc<T>> {
         self.lock().get(&(handle as usize)).cloned()
     }
 
-    /// Closes a handle; one that is none already is an error.
+    /// Closes a handle. It is an error if it is not open.
     pub fn remove<C>(&self, handle: *const C) -> Result<()> {
         let object = self.get(handle)?;
         self.lock().remove(&(handle as usize));
-        // Dropped without the lock held.
+        // The object is dropped here, while the registry is not locked.
         drop(object);
         Ok(())
     }
@@ -69,7 +69,7 @@ impl<T> Registry<T> {
     }
 }
 
-/// Whether a pointer can be a handle of ours, open or closed, and nobody else's object.
+/// Whether a pointer can be a handle of ours, open or closed. It is no object's address then.
 pub fn is_handle<C>(pointer: *const C) -> bool {
     pointer as usize % 2 == 1
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! `instantsnap.h`: snapshots with events, and jobs.
+//! The functions of `instantsnap.h` for snapshots with events, and for jobs.
 
 use std::ffi::{CString, c_char, c_int, c_uint, c_void};
 use std::os::fd::AsRawFd;
@@ -19,8 +19,8 @@ use crate::model::flags::CreateFlags;
 use crate::pointers::{Fill, In, Out, Text};
 
 static JOBS: Registry<Owned> = Registry::new("job");
-/// The process whose jobs are in [`JOBS`]: looked at before its lock is taken, which a forked child
-/// may find held for ever by a thread that it does not have.
+/// The process whose jobs are in [`JOBS`]. It is checked before [`JOBS`] is locked: in a forked
+/// child that lock may be held for ever by a thread that the child does not have.
 static PROCESS: AtomicU32 = AtomicU32::new(0);
 
 /// A job, and the process that has its thread.
@@ -48,18 +48,19 @@ fn find(job: *const instantsnap_job) -> Result<Arc<Owned>> {
     }
     fail!(
         OperationInvalid,
-        "the job is of the process that this one was forked from: here nobody takes its snapshot"
+        "the job belongs to the process that this one was forked from: its snapshot is not taken \
+         here"
     )
 }
 
-/// Who is told of the events of a snapshot.
+/// The caller's callback for the events of a snapshot.
 struct Listener {
     callback: abi::instantsnap_event_callback,
     opaque: *mut c_void,
     interval: Option<Duration>,
 }
 
-// SAFETY: the pointer is not used, only handed to the callback; the header says on which thread
+// SAFETY: the pointer is not used, only passed to the callback; the header says on which thread
 // that is called.
 unsafe impl Send for Listener {}
 
@@ -67,8 +68,8 @@ impl Observer for Listener {
     fn event(&mut self, event: &Event) {
         if let Some(callback) = self.callback {
             let event = convert_event(event);
-            // SAFETY: by the promise of whoever gave the options, the callback can be called with
-            // their `opaque` until the last event; `event` lives for the call.
+            // SAFETY: the caller promises that the callback can be called with `opaque` until the
+            // last event; `event` lives for the call.
             unsafe { callback(&raw const event, self.opaque) };
         }
     }
@@ -78,7 +79,7 @@ impl Observer for Listener {
     }
 }
 
-/// How a snapshot is to be taken.
+/// The options of a snapshot.
 struct Options {
     listener: Listener,
     flags: u32,
@@ -86,7 +87,7 @@ struct Options {
 
 impl Options {
     fn read(options: In<abi::instantsnap_create_options>) -> Result<Options> {
-        /// Unless the caller says otherwise.
+        /// The default interval of progress events.
         const INTERVAL_MS: u32 = 500;
         let Some(options) = options.read("options")? else {
             return Ok(Options {
@@ -128,7 +129,7 @@ pub extern "C" fn instantsnap_snapshot_create(
         }
         let mut listener = options.listener;
         if listener.callback.is_none() {
-            // Nobody is told, so QEMU need not be asked.
+            // Without a callback QEMU need not be asked for the progress.
             listener.interval = None;
         }
         let created = c_string(guest.create(xml, CreateFlags::parse(flags), &mut listener)?.name)?;
@@ -161,7 +162,7 @@ pub extern "C" fn instantsnap_snapshot_create_start(
 #[unsafe(no_mangle)]
 pub extern "C" fn instantsnap_job_wait(job: *mut instantsnap_job, timeout_ms: c_int) -> c_int {
     boundary(last_error::set, || {
-        // Negative: without end.
+        // A negative timeout is no limit.
         let timeout = u64::try_from(timeout_ms).ok().map(Duration::from_millis);
         Ok(find(job)?.job.wait(timeout).into())
     })
@@ -170,7 +171,8 @@ pub extern "C" fn instantsnap_job_wait(job: *mut instantsnap_job, timeout_ms: c_
 /// `instantsnap_job_get_fd`.
 #[unsafe(no_mangle)]
 pub extern "C" fn instantsnap_job_get_fd(job: *mut instantsnap_job) -> c_int {
-    boundary(last_error::set, || Ok(find(job)?.job.readable().as_raw_fd())) // which the registry holds on with the job
+    // The registry keeps the job, and with it the descriptor.
+    boundary(last_error::set, || Ok(find(job)?.job.readable().as_raw_fd()))
 }
 
 /// `instantsnap_job_next_event`.
@@ -181,7 +183,7 @@ pub extern "C" fn instantsnap_job_next_event(
 ) -> c_int {
     boundary(last_error::set, || {
         let job = find(job)?;
-        // First once for its size, so that no event is lost by a mistake in it.
+        // The first `put` checks the structure's size, so that a wrong one loses no event.
         event.put("event", abi::instantsnap_event::default())?;
         let Some(next) = job.job.next_event() else { return Ok(0) };
         event.put("event", convert_event(&next)).map(|()| 1)
@@ -273,7 +275,7 @@ fn convert_phase(phase: Phase) -> u32 {
 }
 
 fn convert_event(event: &Event) -> abi::instantsnap_event {
-    let (what, error_code) = match event.kind {
+    let (kind, error_code) = match event.kind {
         EventKind::Paused => (abi::INSTANTSNAP_EVENT_PAUSED, 0),
         EventKind::Switched => (abi::INSTANTSNAP_EVENT_SWITCHED, 0),
         EventKind::Instant => (abi::INSTANTSNAP_EVENT_INSTANT, 0),
@@ -283,7 +285,7 @@ fn convert_event(event: &Event) -> abi::instantsnap_event {
     };
     abi::instantsnap_event {
         size: size_of::<abi::instantsnap_event>(),
-        r#type: what,
+        r#type: kind,
         error_code,
         time_us: micros(event.time),
         paused_us: micros(event.paused),

@@ -10,26 +10,26 @@ use super::abi::instantsnap_error;
 use crate::error::{DOMAIN, Error};
 
 struct LastError {
-    shown: instantsnap_error,
-    /// What `shown` points to.
+    raw: instantsnap_error,
+    /// The string that `raw` points to.
     message: CString,
 }
 
 thread_local! {
-    /// In a box: its address is given out, and stays while the box is replaced by the next error's.
+    /// C gets the address of the box's content, so it must not move until the next error.
     static LAST: RefCell<Box<LastError>> = RefCell::new(boxed(0, CString::default()));
 }
 
 fn boxed(code: i32, message: CString) -> Box<LastError> {
     let mut last = Box::new(LastError {
-        shown: instantsnap_error { code, domain: DOMAIN, message: ptr::null() },
+        raw: instantsnap_error { code, domain: DOMAIN, message: ptr::null() },
         message,
     });
-    last.shown.message = last.message.as_ptr();
+    last.raw.message = last.message.as_ptr();
     last
 }
 
-/// What is shown to a thread that is ending, whose own is gone already.
+/// The error of a thread that is ending, whose [`LAST`] is gone already.
 struct Nothing(instantsnap_error);
 
 // SAFETY: it is never changed, and its pointer is to a constant.
@@ -40,12 +40,12 @@ static NOTHING: Nothing =
 
 /// Keeps an error for this thread.
 pub fn set(error: Error) {
-    // A message is made of what QEMU and the system say; a NUL in it would be theirs.
+    // Messages contain texts of QEMU and the system, which may contain a NUL.
     let message = CString::new(error.message.replace('\0', "\\0")).unwrap_or_default();
     let _ = LAST.try_with(|last| *last.borrow_mut() = boxed(error.number(), message));
 }
 
 /// The error of this thread; valid until its next one.
 pub fn get() -> *const instantsnap_error {
-    LAST.try_with(|last| &raw const last.borrow().shown).unwrap_or(&raw const NOTHING.0)
+    LAST.try_with(|last| &raw const last.borrow().raw).unwrap_or(&raw const NOTHING.0)
 }

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! `instantsnap-libvirt.h`: the entry points of libvirt's qemu driver, by its own names.
+//! `instantsnap-libvirt.h`: the entry points of libvirt's QEMU driver, by its own names.
 //!
-//! `vm` decides: ours, a client's (NULL: `client`), or a driver's own object: of a driver that was
-//! registered (`driver`), or of one that has these functions itself. Such calls are passed on to
-//! the next definition of the symbol: they arrive here because the process that has that driver is
-//! linked or preloaded with this library, and what is to be done inside libvirt's daemon is the
-//! affair of the library in `preload/`.
+//! `vm` tells what kind of call it is. It is a handle of ours; or NULL for a client of libvirt
+//! (`client`); or an object of a driver that was registered (`driver`); or an object of a driver
+//! that has these functions itself. A call of the last kind is passed on to the next definition of
+//! the symbol: it arrives here only because the driver's process is linked or preloaded with this
+//! library. Snapshots inside libvirt's daemon are taken by the library in `preload/`.
 
 use std::ffi::{c_int, c_uint};
 use std::ptr::NonNull;
@@ -43,7 +43,7 @@ pub unsafe extern "C" fn qemuSnapshotCreateXML(
             // SAFETY: the arguments are those of a call of this very function.
             let snapshot = unsafe { next(domain, vm.as_ptr(), xml, flags) };
             if snapshot.is_null() && flags & flags::INSTANT != 0 {
-                say_what_to_preload();
+                explain_refused_flag();
             }
             return Ok(snapshot);
         }
@@ -121,7 +121,8 @@ pub unsafe extern "C" fn qemuSnapshotDelete(
     })
 }
 
-/// Where `vm` is a driver's own object, and the driver has this function itself: both.
+/// `vm` and the driver's own function, if `vm` is a driver's object and the driver has the
+/// function.
 fn drivers_own<F>(
     vm: *mut virDomainObj,
     function: impl FnOnce(Next) -> Option<F>,
@@ -131,18 +132,18 @@ fn drivers_own<F>(
     Some((vm, function(next)?))
 }
 
-/// Adds to the driver's refusal of the flag, which is this thread's last error, what takes it
-/// there.
-fn say_what_to_preload() {
+/// Adds an explanation to this thread's last error, if it is the driver's refusal of the flag
+/// INSTANT: the daemon needs another library.
+fn explain_refused_flag() {
     let Ok(table) = table::table() else { return };
-    let said = VirError::last(table);
-    // What libvirt says in whatever language has the bit in it.
-    if said.is(Code::InvalidArg) && said.message.contains(&format!("{:#x}", flags::INSTANT)) {
+    let error = VirError::last(table);
+    // libvirt's message contains the bit in every language.
+    if error.is(Code::InvalidArg) && error.message.contains(&format!("{:#x}", flags::INSTANT)) {
         let message = format!(
             "instant snapshots inside libvirt's daemon are taken by libinstantsnap-preload.so, and \
              not by libinstantsnap.so.0: start the daemon with \
              LD_PRELOAD=/path/to/libinstantsnap-preload.so (instantsnap daemon enable): {}",
-            said.message
+            error.message
         );
         client::set_last_error(Error::new(Code::InvalidArg, message));
     }
@@ -159,15 +160,14 @@ fn check_vm(vm: *mut virDomainObj) -> Result<()> {
     GUESTS.get(vm.cast::<instantsnap_guest>()).map(drop)
 }
 
-/// An object of libvirt's, for the time of the call.
+/// A reference to an object of libvirt's, for the time of the call; none if it is NULL or a handle.
 fn libvirts<'a, T>(object: *mut T) -> Option<&'a T> {
-    // SAFETY: by the header, an object that is given with `vm` NULL, or with an object of libvirt's
-    // own driver, is NULL or libvirt's, and lives for the call. Nothing of what it holds is seen
-    // from here.
+    // SAFETY: by the header, an object that is passed with `vm` NULL, or with an object of
+    // libvirt's own driver, is NULL or libvirt's, and lives for the call. Its type is opaque here.
     if is_handle(object) { None } else { unsafe { object.as_ref() } }
 }
 
-/// A snapshot of a client's.
+/// The snapshot that a client of libvirt has passed.
 fn clients<'a>(snapshot: *mut virDomainSnapshot) -> Result<Option<&'a virDomainSnapshot>> {
     if is_handle(snapshot) {
         fail!(

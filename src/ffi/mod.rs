@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! The C API: convert, call, convert back, and nothing else.
+//! The C API. Each function converts its arguments, calls the engine, and converts the result.
 //!
-//! One convention for everything that crosses. [`boundary`](crate::boundary) is the first line of
-//! every function: it keeps panics in, and hands errors to the sink that the function names.
-//! Pointers are the types of [`pointers`](crate::pointers), which say what C promises, and handles
-//! are looked up in a [`Registry`]. What each function promises is written in
-//! `include/instantsnap.h`; the build compares the prototypes there with those here.
+//! All functions have the same conventions. Each begins with [`boundary`](crate::boundary), which
+//! catches panics, and passes errors to the sink that the function names. Pointers are the types of
+//! [`pointers`](crate::pointers), which say what C promises, and handles are looked up in a
+//! [`Registry`]. `include/instantsnap.h` has the contract of each function; the build compares the
+//! prototypes there with those here.
 //!
 //! | C type                    | Rust type                | owned by                                    |
 //! |---------------------------|--------------------------|---------------------------------------------|
@@ -36,7 +36,7 @@ use crate::error::{Code, Error, Result};
 use crate::pointers::Growing;
 use handles::Registry;
 
-/// The header as bindgen reads it.
+/// The declarations that bindgen makes of the header.
 #[allow(
     missing_docs,
     non_camel_case_types,
@@ -49,19 +49,19 @@ pub mod header {
     include!(concat!(env!("OUT_DIR"), "/bindings.rs"));
 }
 
-/// A string for C. What we return is made of XML and paths, in which there is no NUL.
+/// A string for C. The strings that we return are XML, names and paths, which contain no NUL.
 fn c_string(text: impl Into<Vec<u8>>) -> Result<CString> {
     CString::new(text).map_err(|_| Error::new(Code::InternalError, "a string holds a NUL"))
 }
 
-/// The structures that begin with their size.
+/// Implements [`Growing`] for structures that begin with their size.
 macro_rules! growing {
     ($($name:ident),+ $(,)?) => {
         $(
             const _: () = assert!(std::mem::offset_of!(abi::$name, size) == 0);
-            // SAFETY: `abi::structures!` makes it `repr(C)` and without padding; its first field is
-            // its size, see above, and the others are numbers, pointers and callbacks, which can be
-            // NULL.
+            // SAFETY: `abi::structures!` makes it `repr(C)` and without padding. Its first field is
+            // its size, as asserted above. The others are numbers, pointers, and callbacks that can
+            // be NULL.
             unsafe impl Growing for abi::$name {}
         )+
     };

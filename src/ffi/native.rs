@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! `instantsnap.h`.
+//! The functions of `instantsnap.h` for guests, snapshots and revert plans.
 
 use std::ffi::{CStr, CString, c_char, c_int, c_uint};
 use std::path::Path;
@@ -19,13 +19,13 @@ pub(super) static GUESTS: Registry<Handle> = Registry::new("guest");
 pub(super) static SNAPSHOTS: Registry<Snapshot> = Registry::new("snapshot");
 static PLANS: Registry<Plan> = Registry::new("plan");
 
-/// A snapshot as C holds it.
+/// A snapshot that C has a handle of.
 pub struct Snapshot {
     /// Its name.
     pub name: CString,
 }
 
-/// A revert plan as C holds it.
+/// A revert plan that C has a handle of.
 struct Plan {
     disks: Vec<PlanDisk>,
     memory_file: CString,
@@ -76,7 +76,7 @@ pub extern "C" fn instantsnap_free_string_list(strings: Option<GivenList>) {
     });
 }
 
-/// `char *` that this library has returned, and gets back. Dropping it frees it.
+/// A `char *` that this library has returned, and that the caller gives back. Dropping it frees it.
 #[repr(transparent)]
 pub struct Given(NonNull<c_char>);
 
@@ -90,21 +90,21 @@ impl Given {
 
 impl Drop for Given {
     fn drop(&mut self) {
-        // SAFETY: it came from CString::into_raw, and is used no more, by the type.
+        // SAFETY: by the type, it came from CString::into_raw, and is not used any more.
         drop(unsafe { CString::from_raw(self.0.as_ptr()) });
     }
 }
 
-/// `char **` that `instantsnap_snapshot_list` has returned, and that is unchanged. Dropping it
-/// frees it.
+/// A `char **` that `instantsnap_snapshot_list` has returned, and that is unchanged. Dropping it
+/// frees it and its strings.
 #[repr(transparent)]
 pub struct GivenList(NonNull<Option<Given>>);
 
 impl Drop for GivenList {
     fn drop(&mut self) {
         let first = self.0.as_ptr();
-        // SAFETY: by the type a boxed slice of ours, of strings of ours, which ends with its only
-        // NULL.
+        // SAFETY: by the type, it is a boxed slice of ours, of strings of ours, and ends with its
+        // only NULL.
         unsafe {
             let length = (0..).take_while(|&n| (*first.add(n)).is_some()).count() + 1;
             drop(Box::from_raw(ptr::slice_from_raw_parts_mut(first, length)));
@@ -231,7 +231,7 @@ pub(super) fn convert_stats(stats: &Stats) -> abi::instantsnap_stats {
         lost_tries: stats.lost,
         overlapped: stats.started_early.into(),
     };
-    // The sum of what is told, each part of it cut to whole microseconds.
+    // The sum of the reported times, which are each rounded down to whole microseconds.
     converted.total_us = [
         converted.validate_us,
         converted.plan_us,
@@ -259,8 +259,8 @@ pub extern "C" fn instantsnap_snapshot_list(
         let list = known.into_iter().map(c_string).collect::<Result<Vec<_>>>()?;
         let count = list.len() as c_int;
         names.put(|| {
-            let ended = list.into_iter().map(CString::into_raw).chain([ptr::null_mut()]);
-            Box::into_raw(ended.collect::<Box<[*mut c_char]>>()).cast()
+            let strings = list.into_iter().map(CString::into_raw).chain([ptr::null_mut()]);
+            Box::into_raw(strings.collect::<Box<[*mut c_char]>>()).cast()
         });
         Ok(count)
     })
@@ -302,7 +302,7 @@ pub extern "C" fn instantsnap_snapshot_prepare_revert(
     })
 }
 
-/// Makes a handle of a plan.
+/// Adds a plan, and returns its handle.
 pub(super) fn add_plan(plan: RevertPlan) -> Result<*mut instantsnap_revert_plan> {
     Ok(PLANS.add(convert_plan(plan)?))
 }
@@ -323,7 +323,7 @@ fn convert_plan(plan: RevertPlan) -> Result<Plan> {
     })
 }
 
-/// A handle of a plan, for as long as this is there.
+/// A handle of a plan. It is closed when this is dropped.
 pub(super) struct Borrowed(*mut instantsnap_revert_plan);
 
 impl Borrowed {
@@ -338,7 +338,7 @@ impl Borrowed {
 
 impl Drop for Borrowed {
     fn drop(&mut self) {
-        // The callback can have freed it itself.
+        // The callback may have freed it already.
         let _ = PLANS.remove(self.0);
     }
 }
@@ -361,7 +361,7 @@ pub extern "C" fn instantsnap_revert_plan_get_disk(
     boundary(last_error::set, || {
         let plan = PLANS.get(plan)?;
         let Some(found) = plan.disks.get(index) else {
-            fail!(InvalidArg, "disk {index} of a plan that has {}", plan.disks.len());
+            fail!(InvalidArg, "there is no disk {index}: the plan has {}", plan.disks.len());
         };
         let converted = abi::instantsnap_revert_disk {
             size: size_of::<abi::instantsnap_revert_disk>(),
@@ -379,7 +379,7 @@ pub extern "C" fn instantsnap_revert_plan_get_disk(
 pub extern "C" fn instantsnap_revert_plan_memory_file(
     plan: *const instantsnap_revert_plan,
 ) -> *const c_char {
-    // The registry holds the plan on, and with it the string.
+    // The registry keeps the plan, and with it the string.
     boundary(last_error::set, || Ok(PLANS.get(plan)?.memory_file.as_ptr()))
 }
 

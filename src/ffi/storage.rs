@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! `instantsnap.h`: the caller's storage.
+//! The functions of `instantsnap.h` for storage hooks.
 
 use std::ffi::{CStr, CString, OsString, c_int};
 use std::os::unix::ffi::OsStringExt;
@@ -17,11 +17,11 @@ use crate::engine::{Answer, StorageCall, StorageHook, prepare_revert_hooked};
 use crate::error::{Result, fail};
 use crate::pointers::{In, Malloced, Text};
 
-/// A hook as C gave it.
+/// The C callbacks of a storage hook.
 pub(super) struct Hook(pub(super) abi::instantsnap_storage_hook);
 
-// SAFETY: the pointer is not used, only handed to the callbacks; the header says on which threads
-// those are called.
+// SAFETY: the pointer is not used, only passed to the callbacks; the header says on which threads
+// these are called.
 unsafe impl Send for Hook {}
 // SAFETY: as above.
 unsafe impl Sync for Hook {}
@@ -35,7 +35,7 @@ impl Hook {
         Ok(Some(Hook(hook)))
     }
 
-    /// Whether it can be called for a snapshot.
+    /// Returns an error if it cannot be called for a snapshot.
     pub(super) fn check(&self) -> Result<()> {
         if self.0.snapshot.is_none() {
             fail!(InvalidArg, "hook->snapshot must not be NULL");
@@ -50,7 +50,8 @@ impl StorageHook for Hook {
             return Err("it has no snapshot callback".into());
         };
         let call = Call::new(call)?;
-        // SAFETY: by the promise of whoever gave the hook; the call lives until it returns.
+        // SAFETY: the caller promises that the hook's callbacks can be called; `call` lives until
+        // the callback returns.
         returned(call.with(|call| unsafe { snapshot(call, self.0.opaque) }))
     }
 
@@ -65,15 +66,16 @@ impl StorageHook for Hook {
         let Some(revert) = self.0.revert else { return Err("it has no revert callback".into()) };
         let call = Call::new(call)?;
         let mut files: Vec<_> = call.disks.iter().map(|_| Malloced::NULL).collect();
-        // SAFETY: as above; there is room for as many strings as there are disks, and by the header
-        // what the callback puts there is NULL or of malloc()'s.
+        // SAFETY: as above; `files` has a place for each disk, and by the header the callback
+        // stores NULL or a string of malloc()'s there.
         let status =
             call.with(|call| unsafe { revert(call, files.as_mut_ptr().cast(), self.0.opaque) });
-        // Whatever it returns, they are ours now.
+        // The strings are ours now, whatever the callback returned.
         let named: Vec<_> = files.into_iter().map(|file| file.bytes()).collect();
         returned(status)?;
         let path = |bytes| PathBuf::from(OsString::from_vec(bytes));
-        let unnamed = |name: &CStr| format!("it named none for disk '{}'", name.to_string_lossy());
+        let unnamed =
+            |name: &CStr| format!("it named no image for disk '{}'", name.to_string_lossy());
         let named = named.into_iter().zip(&call.disks);
         named.map(|(file, disk)| file.map(path).ok_or_else(|| unnamed(&disk.name))).collect()
     }
@@ -87,7 +89,7 @@ fn returned(status: c_int) -> Answer<()> {
     if status == 0 { Ok(()) } else { Err(format!("it returned {status}")) }
 }
 
-/// What a hook is called for, in C's strings.
+/// The arguments of a call of the hook, with C's strings.
 struct Call {
     snapshot: CString,
     disks: Vec<Disk>,
@@ -119,7 +121,7 @@ impl Call {
         })
     }
 
-    /// As a structure, which lives as long as `body` takes.
+    /// Passes the call to `body` as C's structure, which lives until `body` returns.
     fn with<T>(&self, body: impl FnOnce(*const abi::instantsnap_storage_call) -> T) -> T {
         let disk = |disk: &Disk| abi::instantsnap_storage_disk {
             size: size_of::<abi::instantsnap_storage_disk>(),
