@@ -18,9 +18,9 @@ compile_error!(
      it, and a guest that is paused is resumed as the stack unwinds"
 );
 
-/// What a C function returns.
+/// A type that a C function returns.
 pub trait Returned {
-    /// What it returns where it has failed.
+    /// The value that means an error.
     const FAILED: Self;
 }
 
@@ -44,14 +44,14 @@ impl<T> Returned for *mut T {
     const FAILED: *mut T = ptr::null_mut();
 }
 
-/// Runs the body of a C function. Its error, or its panic as one, goes to `sink`.
+/// Runs the body of a C function. Passes its error to `sink`; a panic becomes an error.
 pub fn boundary<T: Returned>(sink: impl FnOnce(Error), body: impl FnOnce() -> Result<T>) -> T {
     let _uncancelled = Uncancelled::enter();
     let error = match caught(body) {
         Ok(value) => return value,
         Err(error) => error,
     };
-    // A sink that panics has nobody to tell.
+    // A panic of the sink cannot be reported anywhere.
     let _ = caught(|| {
         sink(error);
         Ok(())
@@ -59,14 +59,14 @@ pub fn boundary<T: Returned>(sink: impl FnOnce(Error), body: impl FnOnce() -> Re
     T::FAILED
 }
 
-/// Runs what may panic; a panic is an error.
+/// Runs `body`, and turns a panic into an error.
 pub fn caught<T>(body: impl FnOnce() -> Result<T>) -> Result<T> {
     catch_unwind(AssertUnwindSafe(body)).unwrap_or_else(|panic| Err(defect(&*panic)))
 }
 
-/// A panic as an error.
+/// The error of a panic.
 fn defect(panic: &dyn Any) -> Error {
-    let what = panic.downcast_ref::<&str>().copied().map(str::to_owned);
-    let what = what.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_default();
-    Error::new(Code::InternalError, format!("a defect of instantsnap, please report it: {what}"))
+    let text = panic.downcast_ref::<&str>().copied().map(str::to_owned);
+    let text = text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_default();
+    Error::new(Code::InternalError, format!("a defect of instantsnap, please report it: {text}"))
 }

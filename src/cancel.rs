@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! Cancelling an operation from another thread.
+//! Cancels an operation from another thread.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -11,7 +11,7 @@ use rustix::io::Errno;
 
 use crate::error::{Error, Result, fail};
 
-/// Whether an operation is to end.
+/// A request to cancel an operation.
 #[derive(Debug)]
 pub struct Cancel {
     requested: AtomicBool,
@@ -19,21 +19,21 @@ pub struct Cancel {
 }
 
 impl Cancel {
-    /// Not cancelled.
+    /// A new one, which is not requested.
     pub fn new() -> Result<Cancel> {
         let event = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
             .map_err(|error| Error::system("cannot create an eventfd", error))?;
         Ok(Cancel { requested: AtomicBool::new(false), event })
     }
 
-    /// Cancels.
+    /// Requests that the operation end.
     pub fn request(&self) {
         self.requested.store(true, Ordering::Release);
-        // It refuses only at its highest count: then it is readable, which is all that is wanted.
+        // This fails only at the eventfd's highest count, and then it is readable already.
         let _ = rustix::io::write(&self.event, &1u64.to_ne_bytes());
     }
 
-    /// An error once it is cancelled.
+    /// Returns an error once it is requested.
     pub fn check(&self) -> Result<()> {
         if self.requested.load(Ordering::Acquire) {
             fail!(OperationAborted, "the snapshot was cancelled");
@@ -41,13 +41,13 @@ impl Cancel {
         Ok(())
     }
 
-    /// Waits so long; an error as soon as it is cancelled.
+    /// Waits for this time. Returns an error as soon as it is requested.
     pub fn wait(&self, time: Duration) -> Result<()> {
         self.poll(&mut [PollFd::new(&self.event, PollFlags::IN)], time).map(drop)
     }
 
-    /// Waits until the descriptor can be read, so long at most: whether it can. An error as soon as
-    /// it is cancelled.
+    /// Waits until the descriptor is readable, at most for this time. Returns whether it is
+    /// readable; an error as soon as the cancel is requested.
     pub fn wait_readable(&self, fd: BorrowedFd, time: Duration) -> Result<bool> {
         self.poll(
             &mut [
@@ -58,12 +58,12 @@ impl Cancel {
         )
     }
 
-    /// The first descriptor is our own.
+    /// Waits until one of `fds` after the first is readable. The first must be that of `event`.
     fn poll(&self, fds: &mut [PollFd], time: Duration) -> Result<bool> {
-        let until = Instant::now() + time;
+        let end = Instant::now() + time;
         loop {
             self.check()?;
-            let left = until.saturating_duration_since(Instant::now());
+            let left = end.saturating_duration_since(Instant::now());
             match poll(fds, Some(&timeout(left))) {
                 Ok(0) => return Ok(false),
                 Ok(_) if fds[1..].iter().any(|fd| !fd.revents().is_empty()) => return Ok(true),
@@ -73,13 +73,13 @@ impl Cancel {
         }
     }
 
-    /// Becomes readable when it is cancelled.
+    /// Becomes readable when the cancel is requested.
     pub fn event(&self) -> BorrowedFd<'_> {
         self.event.as_fd()
     }
 }
 
-/// As `poll` wants it.
+/// A timeout for `poll`.
 pub fn timeout(time: Duration) -> Timespec {
     Timespec { tv_sec: time.as_secs() as i64, tv_nsec: time.subsec_nanos().into() }
 }

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! What a caller has who knows libvirt's objects and errors: a client of a stock libvirt, or a
-//! client's call inside the daemon.
+//! The functions for callers that use libvirt's objects and errors: for a client of a stock
+//! libvirt, and for a client's call inside the daemon.
 //!
 //! Objects are libvirt's own, as pointers that C has passed; errors become libvirt's last error of
-//! the thread ([`tell`]).
+//! the thread ([`set_last_error`]).
 
 use std::sync::Arc;
 
@@ -17,8 +17,7 @@ use crate::libvirt::{self, Domain, Snapshot};
 use crate::model::flags::{CreateFlags, DeleteFlags, RevertFlags};
 use crate::pointers::Text;
 
-/// Runs a body that needs libvirt. What libvirt has said on the way is no error of one that
-/// succeeds.
+/// Runs a body that uses libvirt. If it succeeds, clears the errors that libvirt has set meanwhile.
 pub fn catch<T>(body: impl FnOnce(&'static table::Table) -> Result<T>) -> Result<T> {
     let result = caught(|| body(table::table()?));
     if let (Ok(_), Ok(table)) = (&result, table::table()) {
@@ -32,7 +31,7 @@ pub fn set_last_error(error: &Error) {
     if let Ok(table) = table::table()
         && !libvirt::set_last(table, error)
     {
-        // Better none there than another one.
+        // libvirt must not keep another error as this thread's last one.
         libvirt::reset_last_error(table);
     }
 }
@@ -65,7 +64,7 @@ pub fn create(
     })
 }
 
-/// Takes a snapshot; libvirt's object of it.
+/// Takes a snapshot. Returns libvirt's object for it.
 pub fn take(
     domain: &Domain,
     connector: LibvirtConnector,
@@ -76,7 +75,7 @@ pub fn take(
     let Created { name, object, .. } = handle.create(xml, Ok(flags), &mut ())?;
     match object {
         Some(snapshot) => Ok(snapshot),
-        // Of memory alone, and not recorded: libvirt has had no part in it.
+        // A snapshot of memory alone that was not recorded: libvirt was not involved.
         None => domain
             .snapshot_object(&name)
             .map_err(|error| error.into_error(&format!("snapshot '{name}' is complete, but"))),

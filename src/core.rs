@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! All of instantsnap but the C API: a crate of its own (`core/Cargo.toml`), because two libraries
-//! are made of it. `libinstantsnap.so` puts the C API on top, `libinstantsnap-preload.so` the
-//! functions of libvirt's that it stands before. It exports nothing to C by itself.
+//! All of instantsnap except the C API. It is a crate of its own (`core/Cargo.toml`), because two
+//! libraries are made of it: `libinstantsnap.so` adds the C API, and `libinstantsnap-preload.so`
+//! the functions of libvirt that it replaces. By itself it exports nothing to C.
 //!
 //! `src/lib.rs` has the map.
 

@@ -1,20 +1,20 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! When waiting ends.
+//! A point in time at which waiting ends.
 
 use std::time::{Duration, Instant};
 
-/// When waiting ends.
+/// A point in time at which waiting ends.
 #[derive(Clone, Copy, Debug)]
 pub struct Deadline(Instant);
 
 impl Deadline {
-    /// So long from now.
+    /// The deadline that is `duration` from now.
     pub fn after(duration: Duration) -> Deadline {
         Deadline(Instant::now() + duration)
     }
 
-    /// What is left; `None` when it has passed.
+    /// The time that is left; `None` when the deadline has passed.
     pub fn left(self) -> Option<Duration> {
         self.0.checked_duration_since(Instant::now()).filter(|left| !left.is_zero())
     }

@@ -3,31 +3,32 @@
 //! Full snapshots of running virtual machines, memory and disks, taken at the moment of the call;
 //! the guest pauses for milliseconds.
 //!
-//! The library is a C library: `include/instantsnap.h` is its reference, [`ffi`] its thin adapter.
-//! Beneath that, arrows point one way:
+//! The library is a C library: `include/instantsnap.h` is its reference, and [`ffi`] is the thin
+//! adapter for it. Each module uses only modules below it:
 //!
 //! ```text
 //! ffi       extern "C": convert, call, convert back
-//!  ├ client   what a caller has who knows libvirt's objects and errors
-//!  └ engine   the phases of a snapshot, their undo, jobs, bringing one back
+//!  ├ client   the functions for callers that use libvirt's objects and errors
+//!  └ engine   the use cases: create, revert, delete, undo, jobs
 //!     ├ migration  QEMU's migration, used from outside: settings, stream, arming, early start
-//!     │  └ backend   who runs the guest: a stock libvirt, or the caller, with a QMP socket
+//!     │  └ backend   the access to the guest: a stock libvirt, a QMP socket, a driver's callbacks
 //!     │     ├ libvirt  libvirt's public functions, found at run time
 //!     │     └ monitor  QMP: client, typed commands
-//!     ├ model    what is asked for and recorded: XML, disk plan, state directory
+//!     ├ model    requests and records: XML, disk plan, state directory
 //!     └ image    the memory image: header, and the threads that move QEMU's stream
 //! ```
 //!
-//! All below `ffi` is a crate of its own, `src/core.rs`, because `preload/` is made of it too: the
-//! library for LD_PRELOAD, which has all that is there only because a process was started with it.
+//! All modules below `ffi` are a crate of their own, `src/core.rs`, because `preload/` is made of
+//! it too: the library for LD_PRELOAD, with the code for processes that were started with it.
 //!
-//! `boundary`, `pointers` and `symbols` are for the floors that meet C: what every function that C
-//! calls begins with, what C passes as types, and functions that are found at run time.
+//! `boundary`, `pointers` and `symbols` are for the modules that meet C: the beginning of every
+//! function that C calls, the types of pointers that C passes, and functions that are found at run
+//! time. All modules use `cancel`, `deadline` and `error`.
 //!
-//! `cancel`, `deadline` and `error` are below all. A snapshot in one sentence: overlays, memory
-//! image and pipe are prepared while the guest runs; the guest is stopped; one transaction switches
-//! all disks; QEMU's background snapshot is started and, the moment its write tracking is armed,
-//! the guest runs again, while its memory, as it was, flows into the image.
+//! A snapshot is taken in these steps. Overlays, memory image and pipe are prepared while the guest
+//! runs. The guest is stopped. One transaction switches all disks. QEMU's background snapshot is
+//! started. As soon as its write tracking is armed, the guest runs again, while its memory of that
+//! moment flows into the image.
 
 #![warn(missing_docs)]
 

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! A file that we have made, and may have to remove: it, and no other that is called so by then.
+//! A file that we have made, and may have to remove. Another file that has its name by then is not
+//! removed.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
@@ -12,20 +13,21 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{AtFlags, CWD, Mode, OFlags, openat, statat, unlinkat};
 use rustix::io::Errno;
 
-/// See the module. The directory is held as it was when the file was made: whoever may rename what
-/// is above it cannot have another directory's file removed.
+/// A file that we have made. Its directory is kept open, so that a user who may rename the
+/// directories above cannot make us remove a file of another directory.
 #[derive(Debug)]
 pub struct OwnFile {
     path: PathBuf,
     directory: OwnedFd,
     name: OsString,
     file: File,
-    /// Its device and its inode, which nobody else's has while the file is open.
+    /// Its device and its inode. No other file has the same ones while this one is open.
     id: (u64, u64),
 }
 
 impl OwnFile {
-    /// Makes it, for reading and writing, mode 0600. One that exists is an error, and not touched.
+    /// Creates the file with mode 0600, for reading and writing. It is an error if it exists, and
+    /// then it is not changed.
     pub fn create(path: &Path) -> io::Result<OwnFile> {
         let name = path.file_name().ok_or_else(|| io::Error::from(io::ErrorKind::IsADirectory))?;
         let parent = path.parent().map(Path::as_os_str).filter(|parent| !parent.is_empty());
@@ -38,7 +40,7 @@ impl OwnFile {
         Ok(OwnFile { path: path.into(), directory, name: name.into(), file, id })
     }
 
-    /// What it was called.
+    /// The path by which it was created.
     pub fn path(&self) -> &Path {
         &self.path
     }
@@ -48,12 +50,12 @@ impl OwnFile {
         &self.file
     }
 
-    /// What a process needs to know it by that has none of this one's descriptors.
+    /// The data by which a process without this one's descriptors recognizes the file.
     pub fn known(&self) -> KnownFile {
         KnownFile { path: self.path.clone(), id: self.id, undo: Undo::Remove }
     }
 
-    /// Removes it, and does not mind that it is gone already.
+    /// Removes the file, if it still exists.
     pub fn remove(&self) -> io::Result<()> {
         match statat(&self.directory, &self.name, AtFlags::SYMLINK_NOFOLLOW) {
             Ok(found) if (found.st_dev, found.st_ino) != self.id => return Ok(()),
@@ -68,25 +70,25 @@ impl OwnFile {
     }
 }
 
-/// A file, by its path, and by what it was when it was made.
+/// A file, identified by its path and by the inode that it had when it was made.
 #[derive(Clone, Debug)]
 pub struct KnownFile {
-    /// What it was called.
+    /// The path by which it was created.
     pub path: PathBuf,
     /// Its device and its inode.
     pub id: (u64, u64),
-    /// What becomes of it.
+    /// How it is undone.
     pub undo: Undo,
 }
 
-/// What an undo makes of a file.
+/// How an undo changes a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Undo {
-    /// It was made, and goes.
+    /// The snapshot made the file: the undo removes it.
     Remove,
-    /// It was there before, and empty, and is so again.
+    /// The file existed before, and was empty: the undo empties it.
     Empty,
-    /// A block device, which stays. The header of the overlay on it goes.
+    /// A block device: the undo overwrites the header of the overlay on it.
     Wipe,
 }
 
@@ -104,7 +106,7 @@ mod tests {
             OwnFile::create(&here.join("file")).unwrap_err().kind(),
             io::ErrorKind::AlreadyExists
         );
-        // Somebody puts another directory in its place, with a file of that name.
+        // Another user puts another directory in its place, with a file of that name.
         std::fs::rename(&here, &there).unwrap();
         std::fs::create_dir(&here).unwrap();
         std::fs::write(here.join("file"), "another").unwrap();

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! What C passes by a pointer, as types. Each says once what the pointer is, which is the promise
-//! of whoever made it: C, that calls a function of the header, or Rust, by the `unsafe` function
-//! that makes one. All else is safe.
+//! Types for the pointers that C passes. Each type states what the pointer must be. The maker of a
+//! value promises that: C, when it calls a function of the header, or Rust code, when it calls the
+//! `unsafe` function that makes one. Everything else is safe.
 //!
-//! They are parameters of `extern "C"` functions themselves: each is a pointer to the ABI.
+//! `extern "C"` functions have parameters of these types: in the ABI each is a pointer.
 
 use std::ffi::{CStr, CString, c_char};
 use std::marker::PhantomData;
@@ -41,34 +41,36 @@ impl<'a> Text<'a> {
 
     /// The string.
     pub fn get(self) -> Option<&'a CStr> {
-        // SAFETY: not NULL, and thus a NUL-terminated string that lives for `'a`, by the type.
+        // SAFETY: by the type, a pointer that is not NULL is a NUL-terminated string that lives for
+        // `'a`.
         (!self.0.is_null()).then(|| unsafe { CStr::from_ptr(self.0) })
     }
 
-    /// The string, replaced where it is not UTF-8.
+    /// The string, with a replacement for each part that is not UTF-8.
     pub fn lossy(self) -> Option<String> {
         self.get().map(|text| text.to_string_lossy().into_owned())
     }
 
-    /// The string, which is UTF-8 where it is not NULL.
-    pub fn optional(self, what: &str) -> Result<Option<&'a str>> {
+    /// The string; none if it is NULL. It is an error if it is not UTF-8. `argument` is its name in
+    /// messages.
+    pub fn optional(self, argument: &str) -> Result<Option<&'a str>> {
         match self.get().map(CStr::to_str).transpose() {
             Ok(text) => Ok(text),
-            Err(_) => fail!(InvalidArg, "{what} is not UTF-8"),
+            Err(_) => fail!(InvalidArg, "{argument} is not UTF-8"),
         }
     }
 
-    /// The string, which is UTF-8, and must not be NULL.
-    pub fn required(self, what: &str) -> Result<&'a str> {
-        match self.optional(what)? {
+    /// The string. It is an error if it is NULL, or not UTF-8.
+    pub fn required(self, argument: &str) -> Result<&'a str> {
+        match self.optional(argument)? {
             Some(text) => Ok(text),
-            None => fail!(InvalidArg, "{what} must not be NULL"),
+            None => fail!(InvalidArg, "{argument} must not be NULL"),
         }
     }
 }
 
-/// `char *` that is given to its receiver: NULL, or a NUL-terminated string of malloc()'s. Dropping
-/// it frees it.
+/// A `char *` that its receiver owns: NULL, or a NUL-terminated string of malloc()'s. Dropping it
+/// frees it.
 #[repr(transparent)]
 #[derive(Debug)]
 pub struct Malloced(*mut c_char);
@@ -96,12 +98,12 @@ impl Malloced {
 
 impl Drop for Malloced {
     fn drop(&mut self) {
-        // SAFETY: NULL, or of malloc()'s and this one's alone, by the type.
+        // SAFETY: by the type, it is NULL, or a string of malloc()'s that only this value has.
         unsafe { libc::free(self.0.cast()) };
     }
 }
 
-/// `T *` for a result: NULL, or valid for one write.
+/// A `T *` for a result: NULL, or valid for one write.
 #[repr(transparent)]
 #[derive(Debug)]
 pub struct Out<'a, T>(*mut T, PhantomData<&'a mut T>);
@@ -113,24 +115,24 @@ impl<'a, T> From<Option<&'a mut T>> for Out<'a, T> {
 }
 
 impl<T> Out<'_, T> {
-    /// Puts the result there, where the caller wants it.
+    /// Stores the result, unless the pointer is NULL.
     pub fn put(self, result: impl FnOnce() -> T) {
         if !self.0.is_null() {
-            // SAFETY: valid for a write, by the type.
+            // SAFETY: by the type, it is valid for a write.
             unsafe { self.0.write(result()) };
         }
     }
 }
 
-/// A structure that begins with its size, so that it can grow.
+/// A structure that begins with its size, so that later versions can have more fields.
 ///
 /// # Safety
-/// It is `repr(C)`, begins with a `usize`, has no padding, and each of its fields can be what C has
-/// put there.
+/// It is `repr(C)`, begins with a `usize`, has no padding, and each of its fields can have any
+/// value that C stores there.
 pub unsafe trait Growing: Copy {}
 
-/// `const T *`: NULL, or a structure of which as many bytes can be read for `'a` as its first field
-/// says, and that field at least.
+/// A `const T *`: NULL, or a structure of which at least the first field can be read for `'a`, and
+/// as many bytes as that field says.
 #[repr(transparent)]
 #[derive(Debug)]
 pub struct In<'a, T>(*const T, PhantomData<&'a T>);
@@ -147,29 +149,30 @@ impl<T: Growing> In<'_, T> {
         self.0.is_null()
     }
 
-    /// The structure, where it is not NULL. What is in it beyond what is known here must be zero.
-    pub fn read(self, what: &str) -> Result<Option<T>> {
+    /// The structure; none if it is NULL. Fields that are not known here must be zero. `argument`
+    /// is its name in messages.
+    pub fn read(self, argument: &str) -> Result<Option<T>> {
         if self.0.is_null() {
             return Ok(None);
         }
-        let size = size(what, self.0)?;
+        let size = size(argument, self.0)?;
         let known = size_of::<T>();
-        // SAFETY: readable for `size` bytes by the type, which are not less than the structure's.
-        let beyond =
+        // SAFETY: by the type, `size` bytes are readable, and `size` is at least `known`.
+        let unknown =
             unsafe { std::slice::from_raw_parts(self.0.cast::<u8>().add(known), size - known) };
-        if beyond.iter().any(|byte| *byte != 0) {
+        if unknown.iter().any(|byte| *byte != 0) {
             fail!(
                 InvalidArg,
-                "a field of {what} is set that is newer than this version of the library"
+                "a field of {argument} is set that is newer than this version of the library"
             );
         }
-        // SAFETY: readable throughout; nothing is assumed of its alignment.
+        // SAFETY: the whole structure is readable; no alignment is assumed.
         Ok(Some(unsafe { self.0.read_unaligned() }))
     }
 }
 
-/// `T *`: NULL, or a structure of which as many bytes can be read and written for `'a` as its first
-/// field says, and that field at least.
+/// A `T *`: NULL, or a structure of which at least the first field can be read and written for
+/// `'a`, and as many bytes as that field says.
 #[repr(transparent)]
 #[derive(Debug)]
 pub struct Fill<'a, T>(*mut T, PhantomData<&'a mut T>);
@@ -181,15 +184,16 @@ impl<T: Growing> Fill<'_, T> {
         Fill(pointer, PhantomData)
     }
 
-    /// Fills it. Fields that the caller knows, and this version does not, are zeroed.
-    pub fn put(&mut self, what: &str, value: T) -> Result<()> {
+    /// Fills the structure. Sets fields that this version does not know to zero. `argument` is its
+    /// name in messages.
+    pub fn put(&mut self, argument: &str, value: T) -> Result<()> {
         if self.0.is_null() {
-            fail!(InvalidArg, "{what} must not be NULL");
+            fail!(InvalidArg, "{argument} must not be NULL");
         }
-        let size = size(what, self.0)?;
+        let size = size(argument, self.0)?;
         let (head, known) = (size_of::<usize>(), size_of::<T>());
-        // SAFETY: writable for `size` bytes by the type, which are not less than `known`; the two
-        // do not overlap, as `value` is ours, and it has no padding.
+        // SAFETY: by the type, `size` bytes are writable, and `size` is at least `known`. The two
+        // structures do not overlap, because `value` is ours, and it has no padding.
         unsafe {
             let bytes = self.0.cast::<u8>();
             bytes
@@ -201,17 +205,16 @@ impl<T: Growing> Fill<'_, T> {
     }
 }
 
-/// The size that a structure of the caller's, which is not NULL, says it has: no less than it is
-/// known to have.
-fn size<T: Growing>(what: &str, structure: *const T) -> Result<usize> {
-    // SAFETY: its first field, which is a `usize`, can be read; nothing is assumed of its
-    // alignment.
+/// The size in the first field of a structure of the caller's, which is not NULL. It is an error if
+/// it is less than the size that is known here.
+fn size<T: Growing>(argument: &str, structure: *const T) -> Result<usize> {
+    // SAFETY: its first field, which is a `usize`, can be read; no alignment is assumed.
     let size = unsafe { structure.cast::<usize>().read_unaligned() };
     // So far there is one version of each structure, so none can be smaller.
     if size < size_of::<T>() || size > 64 << 10 {
         fail!(
             InvalidArg,
-            "{what}->size is {size}, it must be set to the structure's size ({}) first",
+            "{argument}->size is {size}, it must be set to the structure's size ({}) first",
             size_of::<T>()
         );
     }

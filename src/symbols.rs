@@ -1,30 +1,30 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! Functions of other libraries, found at run time. [`symbols!`] is the one way to declare a table
-//! of them.
+//! Functions of other libraries, found at run time. Tables of them are declared by [`symbols!`].
 
 use std::ffi::{CStr, c_int, c_void};
 
-/// A library that is loaded, or a place where the loader's search begins.
+/// A loaded library, or a starting point for the loader's search.
 #[derive(Clone, Copy, Debug)]
 pub struct Library(*mut c_void);
 
-// SAFETY: handles of the loader's can be used by every thread.
+// SAFETY: every thread can use the loader's handles.
 unsafe impl Send for Library {}
 // SAFETY: as above.
 unsafe impl Sync for Library {}
 
 impl Library {
-    /// What the program itself would find.
+    /// The search of the program itself.
     pub const DEFAULT: Library = Library(libc::RTLD_DEFAULT);
-    /// What would be found if this library had no such symbol.
+    /// The search in the libraries after this one.
     pub const NEXT: Library = Library(libc::RTLD_NEXT);
 
-    /// Loads a library, and runs its initialisers, for good. An error is the loader's text.
+    /// Loads a library, and runs its initialisers. It is never unloaded. The error is the loader's
+    /// text.
     pub fn open(name: &CStr) -> Result<Library, String> {
         Library::dlopen(name, libc::RTLD_NOW | libc::RTLD_LOCAL).ok_or_else(|| {
             // SAFETY: dlerror() returns NULL or a string of this thread's, which is copied before
-            // the next call of its family.
+            // the next call of the loader.
             let reason = unsafe {
                 let reason = libc::dlerror();
                 (!reason.is_null()).then(|| CStr::from_ptr(reason).to_string_lossy().into_owned())
@@ -39,24 +39,24 @@ impl Library {
     }
 
     fn dlopen(name: &CStr, flags: c_int) -> Option<Library> {
-        // SAFETY: a NUL-terminated name. The libraries that this project names have initialisers
-        // that are fit for any process.
+        // SAFETY: a NUL-terminated name. The initialisers of the libraries that this project names
+        // can run in any process.
         let library = unsafe { libc::dlopen(name.as_ptr(), flags) };
         (!library.is_null()).then_some(Library(library))
     }
 
-    /// The address of a symbol; NULL where there is none.
+    /// The address of a symbol; NULL if it is not found.
     pub fn find(self, name: &CStr) -> *mut c_void {
-        // SAFETY: a library that is never unloaded, or a place to begin at, and a NUL-terminated
-        // name; dlsym only looks.
+        // SAFETY: a library that is never unloaded, or a starting point, and a NUL-terminated name.
+        // dlsym changes nothing.
         unsafe { libc::dlsym(self.0, name.as_ptr()) }
     }
 }
 
-/// A structure of functions, each found by its name. The declarations are promises, as those of an
-/// `extern` block are: that the symbol, where there is one, is a function of this type; and of a
-/// `safe fn`, that no argument of these types can do harm. A `variadic fn` takes more arguments
-/// than are declared. Of `optional` ones the field is an `Option`.
+/// Declares a structure of functions, each found by its name. The declarations are promises, like
+/// those of an `extern` block: that the symbol, if it is found, is a function of this type; and for
+/// a `safe fn`, that no arguments of these types can do harm. A `variadic fn` takes more arguments
+/// than are declared. The field of an `optional` function is an `Option`.
 #[doc(hidden)]
 #[macro_export]
 macro_rules! __symbols {
@@ -73,8 +73,8 @@ macro_rules! __symbols {
         }
 
         impl $table {
-            /// All functions, by what gives the address of a symbol; or the name of one that is
-            /// missing.
+            /// Finds all functions; `address` returns the address of a symbol. The error is the
+            /// name of a function that is missing.
             pub fn find(
                 address: impl Fn(&'static std::ffi::CStr) -> *mut std::ffi::c_void,
             ) -> std::result::Result<$table, &'static str> {
@@ -87,8 +87,8 @@ macro_rules! __symbols {
                 Ok($table {
                     $($name: {
                         let found = address(const { c_name(concat!(stringify!($name), "\0")) });
-                        // SAFETY: NULL is None; else, by the table's declaration, a function of
-                        // this type.
+                        // SAFETY: NULL is None. Any other address is, by the table's declaration,
+                        // that of a function of this type.
                         unsafe {
                             std::mem::transmute::<
                                 *mut std::ffi::c_void,

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! The system calls that no safe wrapper covers, and small helpers around files that several
-//! modules share.
+//! The system calls that have no safe wrapper, and small functions for files that several modules
+//! share.
 
 use std::convert::Infallible;
 use std::ffi::{CStr, CString, OsString, c_char, c_int, c_uint};
@@ -20,13 +20,14 @@ use std::time::Duration;
 use crate::error::{Error, Result};
 use crate::uncancelled::Uncancelled;
 
-/// Blocks every signal in this thread for the time of `body`; what is started in it inherits that.
+/// Runs `body` while every signal is blocked in this thread. Threads and processes that it starts
+/// inherit that.
 fn with_signals_blocked<T>(body: impl FnOnce() -> T) -> T {
     let mut all = MaybeUninit::<libc::sigset_t>::uninit();
     let mut before = MaybeUninit::<libc::sigset_t>::uninit();
     // SAFETY: both point to storage for a sigset_t; sigfillset initialises `all` before it is read,
     // and the first pthread_sigmask initialises `before`. Only this thread's mask changes, and it
-    // is put back below.
+    // is restored below.
     unsafe {
         libc::sigfillset(all.as_mut_ptr());
         libc::pthread_sigmask(libc::SIG_SETMASK, all.as_ptr(), before.as_mut_ptr());
@@ -37,17 +38,18 @@ fn with_signals_blocked<T>(body: impl FnOnce() -> T) -> T {
     result
 }
 
-/// Takes a lock whose content is whole at any time, a panic of its holder included.
+/// Locks a mutex whose content is consistent even after a panic of a thread that had locked it.
 pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// CLOCK_MONOTONIC, for time stamps that a caller can compare with his own.
+/// The time by CLOCK_MONOTONIC. A caller can compare such time stamps with its own.
 ///
-/// By libc: under valgrind it finds the clock, and rustix would not.
+/// It uses libc, because rustix does not find the clock under valgrind.
 pub fn now() -> Duration {
     let mut now = MaybeUninit::<libc::timespec>::uninit();
-    // SAFETY: it points to storage for a timespec, which a clock that every Linux has initialises.
+    // SAFETY: it points to storage for a timespec. The call initialises it, because every Linux has
+    // this clock.
     let now = unsafe {
         libc::clock_gettime(libc::CLOCK_MONOTONIC, now.as_mut_ptr());
         now.assume_init()
@@ -56,13 +58,13 @@ pub fn now() -> Duration {
 }
 
 /// Starts a thread in which every signal is blocked, so that the caller's handlers never run in it,
-/// and a pipe whose reader is gone answers EPIPE rather than SIGPIPE.
+/// and a write to a pipe without a reader fails with EPIPE and raises no SIGPIPE.
 pub fn spawn_quiet<T: Send + 'static>(
     name: &str,
     body: impl FnOnce() -> T + Send + 'static,
 ) -> Result<JoinHandle<T>> {
     let body = move || {
-        // A callback could have it cancelled.
+        // A callback of the caller's could cancel the thread.
         let _uncancelled = Uncancelled::enter();
         body()
     };
@@ -70,24 +72,25 @@ pub fn spawn_quiet<T: Send + 'static>(
         .map_err(|error| Error::system("cannot start a thread", error))
 }
 
-/// Held while a forked process has descriptors that are not its own yet.
+/// Locked while a forked process still has copies of all of this process's descriptors.
 static FORKING: Mutex<()> = Mutex::new(());
 
-/// Runs what forks, up to the moment from which the new process has its own descriptors only.
+/// Runs `body`, which forks, and which returns only when the new process has closed the descriptors
+/// that are not for it.
 pub fn while_forking<T>(body: impl FnOnce() -> T) -> T {
     let _forking = lock(&FORKING);
     body()
 }
 
-/// Waits until no forked process of ours holds a copy of what this process has closed: a lock, or a
-/// name that only one socket can have. For before it is taken again.
+/// Waits until no forked process of ours has a copy of a descriptor that this process has closed.
+/// Call it before a lock, or a name that only one socket can have, is taken again.
 pub fn wait_until_forked() {
     while_forking(|| ());
 }
 
 /// A process that was forked from this one: in a session of its own, with every signal blocked. Its
-/// end raises no SIGCHLD, and no plain `wait` of the caller's sees it. Dropping it waits for its
-/// end.
+/// end raises no SIGCHLD, and an ordinary `wait` of the caller's does not see it. Dropping it waits
+/// for its end.
 #[derive(Debug)]
 pub struct Child {
     pid: libc::pid_t,
@@ -96,21 +99,22 @@ pub struct Child {
 }
 
 impl Child {
-    /// Forks it.
+    /// Forks a process that runs `body`.
     ///
     /// # Safety
-    /// `body` must be fit for the child of a process with threads: system calls on memory that
-    /// exists already, no allocation, no lock, no panic.
+    /// `body` must be safe in the child of a process with threads: it makes only system calls on
+    /// memory that exists already, and does not allocate, lock or panic.
     pub unsafe fn fork(body: impl FnOnce() -> Infallible) -> io::Result<Child> {
         let pid = with_signals_blocked(|| {
-            // A bare clone with no flags is a fork without SIGCHLD, and without the handlers of
-            // pthread_atfork. SAFETY: no flags, thus no shared memory and no new stack. The child
-            // goes on with a copy of this one.
+            // A clone without flags is a fork without SIGCHLD, and without the handlers of
+            // pthread_atfork. SAFETY: without flags there is no shared memory and no new stack: the
+            // child continues with a copy of this one.
             match unsafe { libc::syscall(libc::SYS_clone, 0, 0, 0, 0, 0) } {
                 -1 => Err(io::Error::last_os_error()),
                 0 => {
-                    // SAFETY: system calls; the name is NUL-terminated. Where the caller ignores
-                    // SIGCHLD, the status of this process's own children would be lost.
+                    // SAFETY: only system calls; the name is NUL-terminated. The action of SIGCHLD
+                    // is reset because the caller may ignore it, and then the status of the
+                    // child's own children would be lost.
                     unsafe {
                         default_action(libc::SIGCHLD);
                         libc::setsid();
@@ -121,12 +125,12 @@ impl Child {
                 child => Ok(child as libc::pid_t),
             }
         })?;
-        // SAFETY: a child that nobody has waited for. The descriptor is new, close-on-exec, and
-        // nobody else's.
+        // SAFETY: no one has waited for the child yet. The descriptor is new, close-on-exec, and
+        // not used elsewhere.
         match unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) } {
             -1 => {
                 let error = io::Error::last_os_error();
-                // SAFETY: its number is its own until it is reaped.
+                // SAFETY: the child has this pid until it is reaped.
                 unsafe { libc::kill(pid, libc::SIGKILL) };
                 reap(pid);
                 Err(error)
@@ -140,7 +144,7 @@ impl Child {
         }
     }
 
-    /// Its number.
+    /// Its process id.
     pub fn id(&self) -> u32 {
         self.pid.unsigned_abs()
     }
@@ -150,15 +154,15 @@ impl Child {
         self.ended.as_fd()
     }
 
-    /// Waits for its end; its status as `waitpid` gives it, where that is known.
+    /// Waits for its end. Returns its status as `waitpid` gives it; none if that is not known.
     pub fn wait(mut self) -> Option<c_int> {
         self.reaped = true;
         reap(self.pid)
     }
 
-    /// Ends it.
+    /// Kills it, and waits for its end.
     pub fn kill(self) {
-        // SAFETY: its number is its own until it is reaped.
+        // SAFETY: the child has this pid until it is reaped.
         unsafe { libc::kill(self.pid, libc::SIGKILL) };
     }
 }
@@ -174,8 +178,8 @@ impl Drop for Child {
 fn reap(pid: libc::pid_t) -> Option<c_int> {
     let mut status = 0;
     loop {
-        // SAFETY: `status` is live; the child is ours. Should another thread have reaped it, by a
-        // `wait` for such children too, the call fails, and the status is not known.
+        // SAFETY: `status` is live; the child is ours. If another thread has reaped it, by a `wait`
+        // that includes such children, the call fails, and the status is not known.
         match unsafe { libc::waitpid(pid, &raw mut status, libc::__WALL) } {
             -1 if io::Error::last_os_error().kind() == io::ErrorKind::Interrupted => {}
             -1 => return None,
@@ -196,8 +200,8 @@ pub fn touch(pid: u32, begin: u64, end: u64) -> io::Result<()> {
             .iter()
             .map(|&page| libc::iovec { iov_base: page as *mut _, iov_len: 1 })
             .collect();
-        // SAFETY: `local` is `bytes`, of which no more than there is is written; the other
-        // addresses are another process's, and what is not there is an error.
+        // SAFETY: `local` is within `bytes`. The other addresses are those of another process, and
+        // one that is not mapped there is an error.
         let read = unsafe {
             libc::process_vm_readv(
                 pid as libc::pid_t,
@@ -218,38 +222,39 @@ pub fn touch(pid: u32, begin: u64, end: u64) -> io::Result<()> {
     Ok(())
 }
 
-/// As many signals as the kernel has.
+/// The number of signals of the kernel.
 const SIGNALS: c_int = 64;
 
 /// Gives a signal its default action, in a process of [`Child::fork`].
 ///
-/// By the system call: glibc's `sigaction` takes a lock for SIGABRT (2.41 and later). A thread of
-/// the caller's that held it when this process was forked, as one does that starts a program, does
-/// not exist here to release it.
+/// It makes the system call itself, because glibc's `sigaction` (2.41 and later) has a lock for
+/// SIGABRT. A thread of the caller's, for example one that starts a program, may have held that
+/// lock when this process was forked, and does not exist here to release it.
 fn default_action(signal: c_int) {
-    /// More than the kernel's structure of handler, flags, restorer and mask, which is all zero.
+    /// The kernel's structure of handler, flags, restorer and mask, all zero. It is shorter than
+    /// this.
     const ACTION: [u64; 8] = [0; 8];
-    // SAFETY: the structure is read, and nothing is written; what cannot be changed stays
-    // (SIGKILL).
+    // SAFETY: the structure is only read. The call has no effect on signals whose action cannot be
+    // changed (SIGKILL).
     unsafe {
         let none = std::ptr::null_mut::<libc::c_void>();
         libc::syscall(libc::SYS_rt_sigaction, signal, ACTION.as_ptr(), none, SIGNALS as usize / 8);
     }
 }
 
-/// A program's path and arguments, and its environment, as the kernel wants them: made before they
-/// are needed.
+/// A program's path and arguments, and its environment, as arrays for the kernel. They are made
+/// before they are needed.
 #[derive(Debug)]
 pub struct CommandLine {
-    /// What the pointers point to.
+    /// The strings that the pointers point to.
     _strings: [Vec<CString>; 2],
     arguments: Vec<*const c_char>,
     environment: Vec<*const c_char>,
 }
 
 impl CommandLine {
-    /// Of an absolute path and arguments, and an environment; nothing where one of them holds a
-    /// NUL.
+    /// Makes it of an absolute path with arguments, and an environment. None if one of them
+    /// contains a NUL.
     pub fn new(words: Vec<OsString>, environment: Vec<OsString>) -> Option<CommandLine> {
         let strings = |words: Vec<OsString>| -> Option<Vec<CString>> {
             words.into_iter().map(|word| CString::new(word.into_vec()).ok()).collect()
@@ -266,7 +271,7 @@ impl CommandLine {
         })
     }
 
-    /// The arguments, the path first, and a NULL.
+    /// The path, the arguments, and a NULL.
     pub fn arguments(&self) -> &[*const c_char] {
         &self.arguments
     }
@@ -277,14 +282,15 @@ impl CommandLine {
     }
 }
 
-/// What a program has as its standard input, output and error.
+/// A program's standard input, output and error.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Stdio {
-    /// Nothing.
+    /// All are /dev/null.
     Null,
-    /// Nothing, but for its output, which goes to this descriptor, none of the first three.
+    /// The output goes to this descriptor, which is none of the first three; the others are
+    /// /dev/null.
     Output(c_int),
-    /// Those of its parent, with which it ends.
+    /// The program has those of its parent, and ends when its parent ends.
     Inherited,
 }
 
@@ -293,14 +299,14 @@ pub enum Stdio {
 pub struct Program(Child);
 
 impl Program {
-    /// Starts it.
+    /// Starts a program. None if the fork fails.
     pub fn start(command_line: &CommandLine, stdio: Stdio) -> Option<Program> {
         let (arguments, environment) = (command_line.arguments(), command_line.environment());
         let path = *arguments.first()?;
-        // SAFETY: only looks.
+        // SAFETY: it changes nothing.
         let parent = unsafe { libc::getpid() };
-        // SAFETY: system calls, and the pointers live on in the new process's memory,
-        // NUL-terminated all.
+        // SAFETY: only system calls. The pointers are valid in the new process's memory too, and
+        // all strings and arrays are terminated.
         let run = || unsafe {
             if stdio == Stdio::Inherited {
                 libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
@@ -310,11 +316,11 @@ impl Program {
             } else {
                 let null = libc::open(c"/dev/null".as_ptr(), libc::O_RDWR);
                 let output = if let Stdio::Output(fd) = stdio { fd } else { null };
-                for (place, fd) in (0..).zip([null, output, null]) {
-                    libc::dup2(fd, place);
+                for (number, fd) in (0..).zip([null, output, null]) {
+                    libc::dup2(fd, number);
                 }
             }
-            // After `dup2`, which leaves the three open.
+            // The first three stay open.
             let _ = libc::syscall(libc::SYS_close_range, 3, c_uint::MAX, 0);
             (1..=SIGNALS).for_each(default_action);
             let mut none = MaybeUninit::<libc::sigset_t>::uninit();
@@ -323,32 +329,32 @@ impl Program {
             libc::execve(path, arguments.as_ptr(), environment.as_ptr());
             libc::_exit(127)
         };
-        // SAFETY: the child makes system calls only.
+        // SAFETY: the child makes only system calls.
         unsafe { Child::fork(run) }.ok().map(Program)
     }
 
-    /// Waits until it has ended, or until `other` can be read: false.
+    /// Waits until it has ended, or until `other` is readable. Returns whether it has ended.
     pub fn wait_ended(&self, other: Option<&OwnedFd>) -> bool {
         wait_ready([Some(&self.0.ended), other], -1);
         wait_ready([Some(&self.0.ended), None], 0)
     }
 
-    /// Waits for its end; its status as `waitpid` gives it, where that is known.
+    /// Waits for its end. Returns its status as `waitpid` gives it; none if that is not known.
     pub fn wait(self) -> Option<c_int> {
         self.0.wait()
     }
 
-    /// Whether it has ended well.
+    /// Waits for its end. Returns whether it has succeeded.
     pub fn succeeded(self) -> bool {
         self.wait() == Some(0)
     }
 }
 
-/// Device and inode of what a path leads to, symbolic links not followed; for a child that was
-/// forked.
+/// The device and the inode of a file, without following a symbolic link. For a process of
+/// [`Child::fork`].
 pub fn file_id(path: &CStr) -> Option<(u64, u64)> {
     let mut found = std::mem::MaybeUninit::<libc::stat>::uninit();
-    // SAFETY: a NUL-terminated path, and storage for the answer, which is filled in where the call
+    // SAFETY: a NUL-terminated path, and storage for the result, which is initialised if the call
     // succeeds.
     unsafe {
         if libc::lstat(path.as_ptr(), found.as_mut_ptr()) != 0 {
@@ -359,30 +365,31 @@ pub fn file_id(path: &CStr) -> Option<(u64, u64)> {
     }
 }
 
-/// Lets go of what holds a guest or a name, for every process that has it: by what kind it is.
+/// Releases the lock on a guest, or the reservation of a name, for every process that has this
+/// descriptor: a socket is shut down, a file is unlocked.
 pub fn let_go(fd: &OwnedFd) {
-    // SAFETY: refused where it is no socket, or nothing that is locked.
+    // SAFETY: each call fails without effect if the descriptor is of the other kind.
     unsafe {
         libc::shutdown(fd.as_raw_fd(), libc::SHUT_RDWR);
         libc::flock(fd.as_raw_fd(), libc::LOCK_UN);
     }
 }
 
-/// Whether there is a file of this path; for a child that was forked.
+/// Whether a file exists. For a process of [`Child::fork`].
 pub fn exists(path: &CStr) -> bool {
     file_id(path).is_some()
 }
 
-/// Removes a file, by a process that [`Child::fork`] has started.
+/// Removes a file. For a process of [`Child::fork`].
 pub fn unlink(path: &CStr) {
     // SAFETY: a NUL-terminated string.
     unsafe { libc::unlink(path.as_ptr()) };
 }
 
-/// Changes a file, where it is still that of this device and inode, and no process has it open as
-/// QEMU opens an image. For a process that [`Child::fork`] has started.
+/// Changes a file if it still has this device and inode, and no process has it open and locked as
+/// QEMU does with an image. For a process of [`Child::fork`].
 pub fn change_unused(path: &CStr, id: (u64, u64), change: fn(&OwnedFd)) {
-    // SAFETY: a NUL-terminated string; the descriptor is new, and nobody else's.
+    // SAFETY: a NUL-terminated string; the descriptor is new, and not used elsewhere.
     let file = unsafe {
         match libc::open(
             path.as_ptr(),
@@ -393,7 +400,7 @@ pub fn change_unused(path: &CStr, id: (u64, u64), change: fn(&OwnedFd)) {
         }
     };
     let mut found = MaybeUninit::<libc::stat>::uninit();
-    // SAFETY: an open descriptor, and storage for the answer, which is filled in where the call
+    // SAFETY: an open descriptor, and storage for the result, which is initialised if the call
     // succeeds.
     let same = unsafe {
         libc::fstat(file.as_raw_fd(), found.as_mut_ptr()) == 0 && {
@@ -402,9 +409,9 @@ pub fn change_unused(path: &CStr, id: (u64, u64), change: fn(&OwnedFd)) {
         }
     };
     let mut lock = image_lock(IMAGE_LOCKS);
-    // SAFETY: an open descriptor and a whole flock, which the call fills in.
-    let asked = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GETLK, &raw mut lock) };
-    if same && asked == 0 && lock.l_type == libc::F_UNLCK as libc::c_short {
+    // SAFETY: an open descriptor and an initialised flock, which the call changes.
+    let queried = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GETLK, &raw mut lock) };
+    if same && queried == 0 && lock.l_type == libc::F_UNLCK as libc::c_short {
         change(&file);
     }
 }
@@ -415,12 +422,12 @@ pub fn empty(file: &OwnedFd) {
     unsafe { libc::ftruncate(file.as_raw_fd(), 0) };
 }
 
-/// Takes the header of a qcow2 image away.
+/// Overwrites the header of a qcow2 image.
 pub fn wipe(file: &OwnedFd) {
     const MAGIC: [u8; 4] = *b"QFI\xfb";
     const SECTOR: [u8; 512] = [0; 512];
     let mut magic = [0_u8; MAGIC.len()];
-    // SAFETY: an open descriptor, and buffers of the lengths said.
+    // SAFETY: an open descriptor, and buffers of the passed lengths.
     unsafe {
         let read = libc::pread(file.as_raw_fd(), magic.as_mut_ptr().cast(), magic.len(), 0);
         if read == MAGIC.len() as isize && magic == MAGIC {
@@ -430,42 +437,42 @@ pub fn wipe(file: &OwnedFd) {
     }
 }
 
-/// Ends a process that [`Child::fork`] has started.
+/// Ends a process of [`Child::fork`].
 pub fn exit_now() -> ! {
-    // SAFETY: ends the process without running anything of it.
+    // SAFETY: it ends the process without running any handler.
     unsafe { libc::_exit(0) }
 }
 
-/// Closes every descriptor but these, which become 0, 1 and so on. For a process that
-/// [`Child::fork`] has started.
+/// Closes every descriptor except these, which become 0, 1 and so on. For a process of
+/// [`Child::fork`].
 pub fn keep_only<const N: usize>(fds: [c_int; N]) -> Option<[c_int; N]> {
     let mut kept = [0; N];
-    // First out of the way of each other, then to their places.
+    // First they get high numbers, so that none is overwritten, and then their final ones.
     for (to, from) in kept.iter_mut().zip(fds) {
-        // SAFETY: duplicates a descriptor to a free number.
+        // SAFETY: it duplicates a descriptor to a free number.
         *to = unsafe { libc::fcntl(from, libc::F_DUPFD_CLOEXEC, 10) };
         if *to == -1 {
             return None;
         }
     }
-    for (place, from) in kept.iter_mut().enumerate() {
-        // SAFETY: in this process nobody uses these numbers.
-        *from = unsafe { libc::dup2(*from, place as c_int) };
+    for (number, from) in kept.iter_mut().enumerate() {
+        // SAFETY: in this process these numbers are not used.
+        *from = unsafe { libc::dup2(*from, number as c_int) };
     }
-    // SAFETY: as above; an error (Linux before 5.9 has no such call) is made good below.
+    // SAFETY: as above. Linux before 5.9 does not have this call; then the loop below closes them.
     if unsafe { libc::syscall(libc::SYS_close_range, N as c_uint, c_uint::MAX, 0) } == -1 {
-        // SAFETY: closing a number that is not open is an error without effect.
+        // SAFETY: to close a number that is not open is an error without effect.
         (N as c_int..65536).for_each(|fd| unsafe {
             libc::close(fd);
         });
     }
-    Some(std::array::from_fn(|place| place as c_int))
+    Some(std::array::from_fn(|number| number as c_int))
 }
 
-/// Waits until one of the descriptors can be read, its end included, for so many milliseconds (-1:
-/// for ever). A signal handler of the caller's does not cut it short.
+/// Waits until one of the descriptors is readable or at its end, at most for this time (-1: for
+/// ever). Returns whether one is. A signal handler of the caller's does not end the wait.
 pub fn wait_ready(fds: [Option<&OwnedFd>; 2], milliseconds: c_int) -> bool {
-    // A negative number is passed over.
+    // `poll` ignores a negative number.
     let mut polls = fds.map(|fd| libc::pollfd {
         fd: fd.map_or(-1, |fd| fd.as_raw_fd()),
         events: libc::POLLIN,
@@ -474,7 +481,7 @@ pub fn wait_ready(fds: [Option<&OwnedFd>; 2], milliseconds: c_int) -> bool {
     let end = now() + Duration::from_millis(milliseconds.max(0).unsigned_abs().into());
     let mut left = milliseconds;
     loop {
-        // SAFETY: points to as many live pollfds as it says.
+        // SAFETY: the pointer is to two live pollfds.
         let ready = unsafe { libc::poll(polls.as_mut_ptr(), 2, left) };
         if ready != -1 || io::Error::last_os_error().kind() != io::ErrorKind::Interrupted {
             return ready > 0;
@@ -485,14 +492,14 @@ pub fn wait_ready(fds: [Option<&OwnedFd>; 2], milliseconds: c_int) -> bool {
     }
 }
 
-/// Whether this process has more rights than the user who has started it: then that user's
-/// environment is not to be believed.
+/// Whether this process has more rights than the user who has started it (a setuid program, for
+/// example). Then it must not trust its environment, which that user has set.
 pub fn is_secure() -> bool {
-    // SAFETY: only looks.
+    // SAFETY: it changes nothing.
     unsafe { libc::getauxval(libc::AT_SECURE) != 0 }
 }
 
-/// Makes the entry of `path` in its directory durable.
+/// Syncs the directory that contains `path`.
 pub fn sync_parent(path: &Path) -> io::Result<()> {
     let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
     let flags = libc::O_DIRECTORY | libc::O_NONBLOCK;
@@ -503,8 +510,8 @@ pub fn sync_parent(path: &Path) -> io::Result<()> {
         .sync_all()
 }
 
-/// Opens a file for reading. What somebody has put in its place, a pipe that nobody writes to, is
-/// not waited for.
+/// Opens a file or a block device for reading. If another user has put a pipe in its place, this
+/// does not wait for a writer.
 pub fn open_file(path: &Path) -> io::Result<File> {
     let file = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path)?;
     let kind = file.metadata()?.file_type();
@@ -515,15 +522,16 @@ pub fn open_file(path: &Path) -> io::Result<File> {
     }
 }
 
-/// Opens a file for reading that only this user or root can have made: no link, and no pipe that
-/// would be waited for.
+/// Opens a regular file for reading. It is an error if it belongs neither to this user nor to root,
+/// or is a symbolic link. Does not wait for the writer of a pipe.
 pub fn open_trusted(path: &Path) -> io::Result<File> {
     check_trusted(
         File::options().read(true).custom_flags(libc::O_NONBLOCK | libc::O_NOFOLLOW).open(path),
     )
 }
 
-/// The same for reading and writing; a file that is not there is made, mode 0600.
+/// Like [`open_trusted`], for reading and writing. Creates the file with mode 0600 if it does not
+/// exist.
 pub fn open_or_create_trusted(path: &Path) -> io::Result<File> {
     let flags = libc::O_NONBLOCK | libc::O_NOFOLLOW;
     check_trusted(
@@ -540,7 +548,7 @@ pub fn open_or_create_trusted(path: &Path) -> io::Result<File> {
 fn check_trusted(opened: io::Result<File>) -> io::Result<File> {
     let file = opened.map_err(|error| match error.raw_os_error() {
         Some(libc::ELOOP) => io::Error::other("it is a symbolic link"),
-        // A pipe or a socket.
+        // It is a pipe or a socket.
         Some(libc::ENXIO) => io::Error::other("it is not a regular file"),
         _ => error,
     })?;
@@ -554,26 +562,25 @@ fn check_trusted(opened: io::Result<File>) -> io::Result<File> {
     Ok(file)
 }
 
-/// Whether what this user has made can do us no harm.
+/// Whether files of this user are trusted: it is root or this process's user.
 pub fn is_trusted(owner: u32) -> bool {
     owner == 0 || owner == user()
 }
 
-/// The user that this process is.
+/// The effective user of this process.
 pub fn user() -> u32 {
     rustix::process::geteuid().as_raw()
 }
 
-/// Gives a new file the owner and the permissions of `model`, so that whoever could open that one
-/// can open this.
+/// Gives a new file the owner and the permissions of `model`, so that the same users can open it.
 pub fn copy_owner_and_mode(file: &File, model: &Path) -> io::Result<()> {
-    // Network storage has no owner to go by.
+    // An image on network storage has no owner here.
     let Ok(model) = model.metadata() else { return Ok(()) };
     let own = file.metadata()?;
     if (own.uid(), own.gid()) != (model.uid(), model.gid()) {
         match fchown(file, Some(model.uid()), Some(model.gid())) {
-            // Not root, and a member of neither: then QEMU runs as us, or will say that it cannot
-            // open it.
+            // This process may not set the owner. Then QEMU runs as the same user, or will report
+            // that it cannot open the file.
             Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {}
             other => other?,
         }
@@ -587,7 +594,7 @@ pub fn give_to_owner_of(model: &Path, file: &File) -> io::Result<()> {
     fchown(file, Some(model.uid()), Some(model.gid()))
 }
 
-/// Whether two paths name one and the same file, or nodes of one and the same block device.
+/// Whether two paths name the same file, or nodes of the same block device.
 pub fn same_file(a: &Path, b: &Path) -> bool {
     let is_device = |found: &Metadata| found.file_type().is_block_device();
     match (a.metadata(), b.metadata()) {
@@ -600,7 +607,7 @@ pub fn same_file(a: &Path, b: &Path) -> bool {
 /// The bytes of an image that QEMU locks while it has it open.
 pub const IMAGE_LOCKS: Range<i64> = 100..300;
 
-/// A lock of these bytes, to be asked for.
+/// A write lock on these bytes, for a query.
 fn image_lock(bytes: Range<i64>) -> libc::flock {
     libc::flock {
         l_type: libc::F_WRLCK as libc::c_short,
@@ -614,13 +621,13 @@ fn image_lock(bytes: Range<i64>) -> libc::flock {
 /// Whether another process has a lock on some of these bytes of a file.
 pub fn is_locked(file: &File, bytes: Range<i64>) -> bool {
     let mut lock = image_lock(bytes);
-    // SAFETY: an open file and a whole flock, which the call fills in.
-    let asked = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GETLK, &raw mut lock) };
-    asked == 0 && lock.l_type != libc::F_UNLCK as libc::c_short
+    // SAFETY: an open file and an initialised flock, which the call changes.
+    let queried = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GETLK, &raw mut lock) };
+    queried == 0 && lock.l_type != libc::F_UNLCK as libc::c_short
 }
 
-/// Removes a file, and does not mind that it is gone already. The node of a device stays, and so
-/// does a link to one: the device would be there as before, and its owner would miss its name.
+/// Removes a file, if it still exists. A block device's node stays, and so does a link to one: to
+/// remove it would free nothing, and its owner needs the name.
 pub fn remove_file(path: &Path) -> io::Result<()> {
     if std::fs::metadata(path).is_ok_and(|found| found.file_type().is_block_device()) {
         return Ok(());
@@ -631,7 +638,7 @@ pub fn remove_file(path: &Path) -> io::Result<()> {
     }
 }
 
-/// Whether another process has this pipe open; none where it cannot be looked into.
+/// Whether another process has this pipe open; none if its descriptors cannot be read.
 pub fn has_open(pid: u32, pipe: &OwnedFd) -> Option<bool> {
     let pipe = rustix::fs::fstat(pipe).ok()?;
     let link = format!("pipe:[{}]", pipe.st_ino);
@@ -639,7 +646,7 @@ pub fn has_open(pid: u32, pipe: &OwnedFd) -> Option<bool> {
         match fd.ok()?.path().read_link() {
             Ok(file) if file.as_os_str() == link.as_str() => return Some(true),
             Ok(_) => {}
-            // Closed since.
+            // The process has closed it since.
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             Err(_) => return None,
         }
@@ -647,12 +654,12 @@ pub fn has_open(pid: u32, pipe: &OwnedFd) -> Option<bool> {
     Some(false)
 }
 
-/// The process at the other end of a Unix socket; none where it is in a pid namespace that cannot
-/// be seen from here.
+/// The process at the other end of a Unix socket; none if it is in a PID namespace that cannot be
+/// seen from here.
 pub fn peer_pid(socket: BorrowedFd) -> Option<u32> {
     let mut credentials = libc::ucred { pid: 0, uid: 0, gid: 0 };
     let mut size = size_of::<libc::ucred>() as libc::socklen_t;
-    // SAFETY: both point to live storage of the size said, and the descriptor is open for the call.
+    // SAFETY: both point to live storage of the passed size, and the descriptor is open.
     let result = unsafe {
         libc::getsockopt(
             socket.as_raw_fd(),

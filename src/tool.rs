@@ -1,18 +1,19 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! The programs that the library runs: qemu-img, xmllint, virsh.
+//! Runs the programs that the library needs: qemu-img, xmllint, virsh.
 //!
-//! A program is found at an absolute path, gets an environment of its own, and nobody but the
-//! library takes its exit status.
+//! A program is found at an absolute path, gets an environment of its own, and only the library
+//! takes its exit status.
 //!
-//! A caller that ignores SIGCHLD, or a thread of the caller's that waits for any child, takes away
-//! the status of a plain child process. So a process in between starts the program and reports the
-//! status through a socket: it raises no SIGCHLD, no plain `wait` sees it, and in it SIGCHLD is not
-//! ignored. A status that does not arrive is a failure: what the program has done is not known
-//! then.
+//! The status of an ordinary child process is lost if the caller ignores SIGCHLD, or if a thread of
+//! the caller's waits for any child. So an intermediate process starts the program, and reports the
+//! status through a socket. Its own end raises no SIGCHLD, an ordinary `wait` does not see it, and
+//! SIGCHLD is not ignored in it. A missing status is a failure, because it is not known then what
+//! the program has done.
 //!
-//! A program that only looks at images has a deadline: an image can name another on a server that
-//! never answers. One that changes an image has none, as it must not be ended halfway.
+//! A program that only reads images has a deadline, because an image can name another one on a
+//! server that never answers. A program that changes an image has none, because it must not be
+//! killed halfway.
 
 use std::env;
 use std::ffi::{OsStr, OsString, c_int};
@@ -34,12 +35,12 @@ use rustix::pipe::{PipeFlags, pipe_with};
 use crate::error::{Code, Error};
 use crate::sys::{self, Child, CommandLine, Program, Stdio};
 
-/// Where programs are looked for when the caller's PATH is not to be trusted, or there is none.
+/// The search path for programs if the caller's PATH cannot be trusted, or does not exist.
 const DIRECTORIES: &str = "/usr/bin:/bin:/usr/sbin:/sbin";
 
-/// What a program keeps of the caller's environment: where a user's files and sockets are, and
-/// where the program's own libraries and modules are. What is preloaded into the caller is not for
-/// the program, nor are this library's settings.
+/// The variables of the caller's environment that a program gets: they say where a user's files and
+/// sockets are, and where the program's own libraries and modules are. LD_PRELOAD and this
+/// library's settings are not for the program.
 const KEPT: [&str; 12] = [
     "HOME",
     "USER",
@@ -55,14 +56,14 @@ const KEPT: [&str; 12] = [
     "QEMU_MODULE_DIR",
 ];
 
-/// The process in between has its own descriptors only.
+/// The intermediate process reports that it has closed the descriptors that are not for it.
 const READY: u8 = b'r';
-/// For it to get there.
+/// How long to wait for that.
 const READY_MS: c_int = 10_000;
-/// Before the status in a report.
+/// Precedes the status in a report.
 const ENDED: u8 = b'e';
 
-/// A program to be run.
+/// A program with its arguments.
 #[derive(Debug)]
 pub struct Tool {
     name: &'static str,
@@ -70,40 +71,40 @@ pub struct Tool {
 }
 
 impl Tool {
-    /// By its name, without arguments.
+    /// The program of this name, without arguments.
     pub fn new(name: &'static str) -> Tool {
         Tool { name, arguments: Vec::new() }
     }
 
-    /// One more argument.
+    /// Adds an argument.
     pub fn arg(&mut self, argument: impl AsRef<OsStr>) -> &mut Tool {
         self.arguments.push(argument.as_ref().to_owned());
         self
     }
 
-    /// More arguments.
+    /// Adds arguments.
     pub fn args<S: AsRef<OsStr>>(&mut self, arguments: impl IntoIterator<Item = S>) -> &mut Tool {
         self.arguments.extend(arguments.into_iter().map(|argument| argument.as_ref().to_owned()));
         self
     }
 
-    /// Runs it. An error is what it said on its standard error, or how it ended.
+    /// Runs the program. The error is its standard error, or its exit status.
     pub fn run(&self) -> Result<(), String> {
         self.execute(None).map(drop)
     }
 
-    /// The same with a file as its standard input.
+    /// Like [`Tool::run`], with a file as the standard input.
     pub fn run_on(&self, file: &File) -> Result<(), String> {
         self.execute(Some(file)).map(drop)
     }
 
-    /// Runs a program that changes nothing but this file of ours, its standard input. After this
-    /// time it is ended, and the code of the error is `OperationTimeout`.
+    /// Runs a program that changes nothing except this file of ours, its standard input. After this
+    /// time it is killed, and the code of the error is `OperationTimeout`.
     pub fn run_on_within(&self, file: &File, limit: Duration) -> Result<(), Error> {
         self.execute_within(Some(file), limit).map(drop)
     }
 
-    /// The same for one that changes nothing; what it wrote to its standard output.
+    /// Runs a program that changes nothing, with the same limit. Returns its standard output.
     pub fn output_within(&self, limit: Duration) -> Result<Vec<u8>, Error> {
         self.execute_within(None, limit)
     }
@@ -111,46 +112,49 @@ impl Tool {
     fn execute_within(&self, stdin: Option<&File>, limit: Duration) -> Result<Vec<u8>, Error> {
         let late = || {
             let name = self.name;
-            let waits = "an image that it opens can be on a server, or in a file system, that does not answer";
             Error::new(
                 Code::OperationTimeout,
-                format!("{name} did not end within {limit:?} ({waits})"),
+                format!(
+                    "{name} did not end within {limit:?} (an image that it opens can be on a \
+                     server, or in a file system, that does not answer)"
+                ),
             )
         };
-        let said = self.start(stdin, Some(Instant::now() + limit));
-        self.judge(said.map_err(failed)?.ok_or_else(late)?).map_err(failed)
+        let output = self.start(stdin, Some(Instant::now() + limit));
+        self.judge(output.map_err(failed)?.ok_or_else(late)?).map_err(failed)
     }
 
     fn execute(&self, stdin: Option<&File>) -> Result<Vec<u8>, String> {
-        // Without a deadline there is always something said.
-        self.start(stdin, None)?.map_or_else(|| Err(self.name.into()), |said| self.judge(said))
+        // Without a deadline there is always an output.
+        self.start(stdin, None)?.map_or_else(|| Err(self.name.into()), |output| self.judge(output))
     }
 
-    /// Runs it; nothing where it was ended at the deadline.
+    /// Runs the program. None if it was killed at the deadline.
     fn start(
         &self,
         stdin: Option<&File>,
         deadline: Option<Instant>,
-    ) -> Result<Option<Said>, String> {
+    ) -> Result<Option<ToolOutput>, String> {
         let (name, package) = (self.name, package(self.name));
         let program = find(name)
             .ok_or_else(|| format!("cannot run {name} (install {package}): it was not found"))?;
         let words = std::iter::once(program.into_os_string()).chain(self.arguments.iter().cloned());
         let Some(command) = command_line(words) else {
-            return Err(format!("cannot run {name}: an argument holds a NUL"));
+            return Err(format!("cannot run {name}: an argument contains a NUL"));
         };
         run(&command, stdin, deadline).map_err(|error| format!("cannot run {name}: {error}"))
     }
 
-    fn judge(&self, said: Said) -> Result<Vec<u8>, String> {
-        let (name, Said { status, output, complaint }) = (self.name, said);
-        let complaint = String::from_utf8_lossy(&complaint).trim().to_owned();
+    /// The standard output of a program that succeeded, or the error of one that failed.
+    fn judge(&self, output: ToolOutput) -> Result<Vec<u8>, String> {
+        let (name, ToolOutput { status, stdout, stderr }) = (self.name, output);
+        let stderr = String::from_utf8_lossy(&stderr).trim().to_owned();
         match status {
-            Some(status) if status.success() => Ok(output),
-            Some(status) if complaint.is_empty() => Err(format!("{name}: {status}")),
-            Some(_) => Err(complaint),
+            Some(status) if status.success() => Ok(stdout),
+            Some(status) if stderr.is_empty() => Err(format!("{name}: {status}")),
+            Some(_) => Err(stderr),
             None => {
-                Err(format!("{name} was started, and how it ended cannot be known {complaint}")
+                Err(format!("{name} was started, but its exit status cannot be known {stderr}")
                     .trim()
                     .to_owned())
             }
@@ -170,9 +174,9 @@ fn package(name: &str) -> &'static str {
     }
 }
 
-/// The absolute path of a program that can be run.
+/// The absolute path of an executable program.
 pub fn find(name: &str) -> Option<PathBuf> {
-    let runs = |file: &PathBuf| {
+    let is_executable = |file: &PathBuf| {
         file.is_absolute()
             && file
                 .metadata()
@@ -180,11 +184,11 @@ pub fn find(name: &str) -> Option<PathBuf> {
     };
     env::split_paths(&search_path(sys::is_secure(), env::var_os("PATH")))
         .map(|directory| directory.join(name))
-        .find(runs)
+        .find(is_executable)
 }
 
-/// Where programs are looked for. In a process with more rights than the user who has started it,
-/// PATH is that user's word.
+/// The directories in which programs are searched. PATH is ignored in a process with more rights
+/// than the user who has started it, because that user has set it.
 fn search_path(secure: bool, path: Option<OsString>) -> OsString {
     path.filter(|path| !secure && !path.is_empty()).unwrap_or_else(|| DIRECTORIES.into())
 }
@@ -197,7 +201,7 @@ fn environment(secure: bool) -> Vec<OsString> {
         variable
     };
     let path = search_path(secure, env::var_os("PATH"));
-    // The words of messages are read.
+    // The library reads some messages, which must not be translated.
     let own = [variable("PATH", &path), variable("LC_ALL", OsStr::new("C"))];
     let kept = KEPT
         .iter()
@@ -206,60 +210,65 @@ fn environment(secure: bool) -> Vec<OsString> {
     own.into_iter().chain(kept).collect()
 }
 
-/// A program's absolute path and arguments, with the environment that it gets; nothing where one of
-/// them holds a NUL.
+/// A program's absolute path and arguments, with the environment that it gets. None if one of them
+/// contains a NUL.
 pub fn command_line(words: impl IntoIterator<Item = impl Into<OsString>>) -> Option<CommandLine> {
     CommandLine::new(words.into_iter().map(Into::into).collect(), environment(sys::is_secure()))
 }
 
-/// What a program that has ended has said.
-struct Said {
-    /// How it ended, where that is known.
+/// The result of a program that has ended.
+struct ToolOutput {
+    /// Its exit status; none if that is not known.
     status: Option<ExitStatus>,
-    output: Vec<u8>,
-    complaint: Vec<u8>,
+    stdout: Vec<u8>,
+    stderr: Vec<u8>,
 }
 
-/// Nothing where the deadline has passed: then the program was ended.
+/// Runs a program. None if the deadline has passed, and the program was killed.
 fn run(
     command: &CommandLine,
     stdin: Option<&File>,
     deadline: Option<Instant>,
-) -> io::Result<Option<Said>> {
+) -> io::Result<Option<ToolOutput>> {
     let null =
         File::from(rustix::fs::open("/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())?);
     let stdin = stdin.unwrap_or(&null);
-    let (output, stdout) = pipe_with(PipeFlags::CLOEXEC)?;
-    let (complaint, stderr) = pipe_with(PipeFlags::CLOEXEC)?;
-    let (report, theirs) =
+    let (stdout, child_stdout) = pipe_with(PipeFlags::CLOEXEC)?;
+    let (stderr, child_stderr) = pipe_with(PipeFlags::CLOEXEC)?;
+    let (report, child_report) =
         socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
-    for fd in [&output, &complaint, &report] {
+    for fd in [&stdout, &stderr, &report] {
         rustix::io::ioctl_fionbio(fd, true)?;
     }
-    let fds = [stdin.as_raw_fd(), stdout.as_raw_fd(), stderr.as_raw_fd(), theirs.as_raw_fd()];
-    // Until it has closed them it holds a copy of every descriptor of this process, locks and names
-    // among them.
-    let between = sys::while_forking(|| {
-        // SAFETY: the child makes system calls only, on memory that exists already, and never
+    let fds = [
+        stdin.as_raw_fd(),
+        child_stdout.as_raw_fd(),
+        child_stderr.as_raw_fd(),
+        child_report.as_raw_fd(),
+    ];
+    // Until the intermediate process is ready, it has a copy of every descriptor of this process,
+    // those of locks and names too.
+    let intermediate = sys::while_forking(|| {
+        // SAFETY: the child makes only system calls, on memory that exists already, and never
         // returns.
         let child = unsafe { Child::fork(|| start_and_report(command, fds)) };
-        drop((stdout, stderr, theirs));
+        drop((child_stdout, child_stderr, child_report));
         if child.is_ok() {
             sys::wait_ready([Some(&report), None], READY_MS);
         }
         child
     })?;
 
-    // The ends of the pipes are not waited for: a process that another thread has forked meanwhile
-    // may have them too.
-    let mut said = Said { status: None, output: Vec::new(), complaint: Vec::new() };
+    // This waits for the end of the process, and not for that of the pipes: a process that another
+    // thread has forked meanwhile may have the pipes too.
+    let mut output = ToolOutput { status: None, stdout: Vec::new(), stderr: Vec::new() };
     let mut reported = Vec::new();
     let mut open = [true; 3];
     let mut ended = false;
     while !ended {
-        let fds = [&report, &output, &complaint];
+        let fds = [&report, &stdout, &stderr];
         let mut polls: Vec<_> =
-            std::iter::once(PollFd::from_borrowed_fd(between.ended(), PollFlags::IN))
+            std::iter::once(PollFd::from_borrowed_fd(intermediate.ended(), PollFlags::IN))
                 .chain(
                     fds.iter()
                         .zip(open)
@@ -269,8 +278,8 @@ fn run(
                 .collect();
         let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
         if left.is_some_and(|left| left.is_zero()) {
-            // The program ends with it.
-            between.kill();
+            // The program ends together with the intermediate process.
+            intermediate.kill();
             return Ok(None);
         }
         let timespec = |left: Duration| Timespec {
@@ -281,45 +290,44 @@ fn run(
             Err(Errno::INTR) => continue,
             polled => polled?,
         };
-        // What it had written before is read below.
+        // All that was written before the end is read below.
         ended = !polls[0].revents().is_empty();
-        for ((fd, open), into) in
-            fds.iter().zip(&mut open).zip([&mut reported, &mut said.output, &mut said.complaint])
-        {
-            *open = *open && read_what_is_there(fd, into)?;
+        let buffers = [&mut reported, &mut output.stdout, &mut output.stderr];
+        for ((fd, open), buffer) in fds.iter().zip(&mut open).zip(buffers) {
+            *open = *open && read_available(fd, buffer)?;
         }
     }
-    said.status = status(&reported);
-    Ok(Some(said))
+    output.status = status(&reported);
+    Ok(Some(output))
 }
 
-/// Whether there may be more.
-fn read_what_is_there(fd: &OwnedFd, into: &mut Vec<u8>) -> io::Result<bool> {
+/// Reads the data that is available. Returns whether more may come.
+fn read_available(fd: &OwnedFd, into: &mut Vec<u8>) -> io::Result<bool> {
     let mut buffer = [0; 4096];
     loop {
         match rustix::io::read(fd.as_fd(), &mut buffer) {
             Ok(0) => return Ok(false),
-            Ok(got) => into.extend_from_slice(&buffer[..got]),
+            Ok(length) => into.extend_from_slice(&buffer[..length]),
             Err(Errno::AGAIN) => return Ok(true),
             Err(Errno::INTR) => {}
-            // Of a socket whose other end was killed.
+            // The process at the socket's other end was killed.
             Err(Errno::CONNRESET) => return Ok(false),
             Err(error) => return Err(error.into()),
         }
     }
 }
 
-/// The status in a report that is whole.
+/// The exit status in a report; none if the report is not complete.
 fn status(report: &[u8]) -> Option<ExitStatus> {
     let rest = report.strip_prefix(&[READY])?.strip_prefix(&[ENDED])?;
     Some(ExitStatus::from_raw(c_int::from_ne_bytes(rest.try_into().ok()?)))
 }
 
-/// The process in between. `fds` become the program's standard input, output and error; the report
-/// goes to the last.
+/// The body of the intermediate process. `fds` are the program's standard input, output and error,
+/// and the socket for the report.
 fn start_and_report(command: &CommandLine, fds: [c_int; 4]) -> ! {
     let Some([.., report]) = sys::keep_only(fds) else { sys::exit_now() };
-    // SAFETY: it was just made, and is nobody else's in this process.
+    // SAFETY: it is new, and not used elsewhere in this process.
     let report = unsafe { OwnedFd::from_raw_fd(report) };
     let _ = send(&report, &[READY], SendFlags::NOSIGNAL);
     if let Some(status) = Program::start(command, Stdio::Inherited).and_then(Program::wait) {
@@ -333,7 +341,7 @@ fn start_and_report(command: &CommandLine, fds: [c_int; 4]) -> ! {
 mod tests {
     use super::*;
 
-    /// More than a test needs.
+    /// No test takes longer.
     const LIMIT: Duration = Duration::from_secs(60);
 
     fn shell(script: &str) -> Tool {
@@ -348,12 +356,11 @@ mod tests {
         assert_eq!(shell("echo why >&2; exit 1").run().unwrap_err(), "why");
         assert_eq!(shell("exit 3").run().unwrap_err(), "sh: exit status: 3");
         assert_eq!(shell("kill -9 $$").run().unwrap_err(), "sh: signal: 9 (SIGKILL)");
-        // More than a pipe holds.
+        // This is more than a pipe holds.
         assert_eq!(shell("head -c 300000 /dev/zero").output_within(LIMIT).unwrap().len(), 300_000);
     }
 
-    /// The process between the library and the program is killed: nobody knows what the program has
-    /// done.
+    /// The intermediate process is killed, so it is not known what the program has done.
     #[test]
     fn what_cannot_be_known_is_a_failure_and_the_program_does_not_go_on_alone() {
         let directory = tempfile::tempdir().unwrap();
@@ -365,8 +372,7 @@ mod tests {
         wait_ended(&pid);
     }
 
-    /// Waits until the process whose number is in the file has ended; nobody has to have taken note
-    /// of that.
+    /// Waits until the process whose number is in the file has ended. It may be a zombie.
     fn wait_ended(pid: &std::path::Path) {
         let pid = std::fs::read_to_string(pid).unwrap();
         let stat = format!("/proc/{}/stat", pid.trim());
@@ -380,7 +386,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let pid = directory.path().join("pid");
         let mut limit = Duration::from_millis(100);
-        // Until it had the time to say who it is.
+        // The limit grows until the program has had the time to write its number.
         while !std::fs::read_to_string(&pid).is_ok_and(|pid| pid.ends_with('\n')) {
             let hangs = shell(&format!("echo $$ > {}; exec sleep 600", pid.display()));
             let error = hangs.output_within(limit).unwrap_err();
@@ -391,8 +397,8 @@ mod tests {
         wait_ended(&pid);
     }
 
-    /// A lock of the C library's that another thread holds at the fork is held for good in the new
-    /// process.
+    /// If another thread holds a lock of the C library's at the fork, it is never released in the
+    /// new process.
     #[test]
     fn programs_start_while_another_thread_holds_the_c_librarys_lock_of_signals() {
         let done = std::sync::atomic::AtomicBool::new(false);
@@ -411,13 +417,13 @@ mod tests {
 
     #[test]
     fn a_program_has_no_preloaded_library_and_no_setting_of_ours() {
-        let said = String::from_utf8(Tool::new("env").output_within(LIMIT).unwrap()).unwrap();
+        let output = String::from_utf8(Tool::new("env").output_within(LIMIT).unwrap()).unwrap();
         let names: Vec<_> =
-            said.lines().filter_map(|line| line.split_once('=')).map(|(name, _)| name).collect();
-        assert!(names.contains(&"PATH"), "{said}");
+            output.lines().filter_map(|line| line.split_once('=')).map(|(name, _)| name).collect();
+        assert!(names.contains(&"PATH"), "{output}");
         assert!(
             names.iter().all(|name| KEPT.contains(name) || ["PATH", "LC_ALL"].contains(name)),
-            "{said}"
+            "{output}"
         );
     }
 
