@@ -255,19 +255,19 @@ pub struct CommandLine {
 impl CommandLine {
     /// Makes it of an absolute path with arguments, and an environment. None if one of them
     /// contains a NUL.
-    pub fn new(words: Vec<OsString>, environment: Vec<OsString>) -> Option<CommandLine> {
-        let strings = |words: Vec<OsString>| -> Option<Vec<CString>> {
-            words.into_iter().map(|word| CString::new(word.into_vec()).ok()).collect()
+    pub fn new(arguments: Vec<OsString>, environment: Vec<OsString>) -> Option<CommandLine> {
+        let strings = |strings: Vec<OsString>| -> Option<Vec<CString>> {
+            strings.into_iter().map(|string| CString::new(string.into_vec()).ok()).collect()
         };
-        let words = strings(words)?;
+        let arguments = strings(arguments)?;
         let variables = strings(environment)?;
         let pointers = |strings: &[CString]| {
             strings.iter().map(|string| string.as_ptr()).chain([std::ptr::null()]).collect()
         };
         Some(CommandLine {
-            arguments: pointers(&words),
+            arguments: pointers(&arguments),
             environment: pointers(&variables),
-            _strings: [words, variables],
+            _strings: [arguments, variables],
         })
     }
 

@@ -138,8 +138,9 @@ impl Tool {
         let (name, package) = (self.name, package(self.name));
         let program = find(name)
             .ok_or_else(|| format!("cannot run {name} (install {package}): it was not found"))?;
-        let words = std::iter::once(program.into_os_string()).chain(self.arguments.iter().cloned());
-        let Some(command) = command_line(words) else {
+        let arguments =
+            std::iter::once(program.into_os_string()).chain(self.arguments.iter().cloned());
+        let Some(command) = command_line(arguments) else {
             return Err(format!("cannot run {name}: an argument contains a NUL"));
         };
         run(&command, stdin, deadline).map_err(|error| format!("cannot run {name}: {error}"))
@@ -212,8 +213,10 @@ fn environment(secure: bool) -> Vec<OsString> {
 
 /// A program's absolute path and arguments, with the environment that it gets. None if one of them
 /// contains a NUL.
-pub fn command_line(words: impl IntoIterator<Item = impl Into<OsString>>) -> Option<CommandLine> {
-    CommandLine::new(words.into_iter().map(Into::into).collect(), environment(sys::is_secure()))
+pub fn command_line(
+    arguments: impl IntoIterator<Item = impl Into<OsString>>,
+) -> Option<CommandLine> {
+    CommandLine::new(arguments.into_iter().map(Into::into).collect(), environment(sys::is_secure()))
 }
 
 /// The result of a program that has ended.

@@ -112,7 +112,7 @@ pub struct Clock<'a> {
     /// When our pause of the guest began.
     pausing: Option<Duration>,
     /// The vCPUs are known to have stopped.
-    stands: bool,
+    stopped: bool,
     /// The last report of the progress.
     flow: Flow,
     pub stats: Stats,
@@ -129,7 +129,7 @@ impl<'a> Clock<'a> {
             phase,
             entered: now,
             pausing: None,
-            stands: false,
+            stopped: false,
             flow,
             stats,
         }
@@ -156,7 +156,7 @@ impl<'a> Clock<'a> {
 
     /// The vCPUs have stopped.
     pub fn paused(&mut self) {
-        self.stands = true;
+        self.stopped = true;
         self.notify(EventKind::Paused, Flow::default());
     }
 
@@ -169,7 +169,7 @@ impl<'a> Clock<'a> {
     /// these are known.
     pub fn resumed(&mut self, by_events: Option<Duration>) {
         let Some(since) = self.pausing.take() else { return };
-        let by_commands = self.stands.then(|| (now() - since, PauseSource::Commands));
+        let by_commands = self.stopped.then(|| (now() - since, PauseSource::Commands));
         self.stats.paused = by_events.map(|paused| (paused, PauseSource::Events)).or(by_commands);
         if let Some((paused, _)) = self.stats.paused {
             self.observer.resumed(paused);
@@ -210,7 +210,7 @@ impl<'a> Clock<'a> {
     fn event(&self, kind: EventKind, flow: Flow) -> Event {
         let time = now();
         let whole_pause = || self.stats.paused.map_or(Duration::ZERO, |(paused, _)| paused);
-        let pausing = self.pausing.filter(|_| self.stands);
+        let pausing = self.pausing.filter(|_| self.stopped);
         Event { kind, time, paused: pausing.map_or_else(whole_pause, |since| time - since), flow }
     }
 

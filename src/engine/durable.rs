@@ -112,9 +112,9 @@ impl Unflushed {
                 Err(error) => fail!(
                     ConfigUnsupported,
                     "disk '{}' is left to a storage hook (snapshot='manual') and ignores flushes \
-                     (cache='unsafe'), and its image '{}' cannot be opened to write out what the \
-                     host still has of it ({error}): a snapshot of the storage would lack that. \
-                     Use another cache mode, or run this program with permission to read the image",
+                     (cache='unsafe'), and its image '{}' cannot be opened ({error}) to write out \
+                     the host's dirty pages of it, which a snapshot of the storage would lack. Use \
+                     another cache mode, or run this program with permission to read the image",
                     drive.name(),
                     drive.file
                 ),
@@ -127,9 +127,7 @@ impl Unflushed {
     pub fn sync(&self) -> std::result::Result<(), String> {
         self.0.iter().try_for_each(|(disk, file)| {
             sync(file).map_err(|error| {
-                format!(
-                    "what the host still had of disk '{disk}' could not be written out: {error}"
-                )
+                format!("the host's dirty pages of disk '{disk}' could not be written out: {error}")
             })
         })
     }

@@ -43,7 +43,7 @@ const KEPT_SAMPLES: usize = 5;
 /// How many guests samples are kept for.
 const MAX_GUESTS: usize = 1000;
 
-/// How far a snapshot goes to make the pause independent of the guest's memory.
+/// The options of the early start, which keeps the pause independent of the size of memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct EarlyStart {
     /// How many tries may be lost; 0: there is no early start, and the guest is stopped first.

@@ -86,7 +86,7 @@ impl Leftover {
     /// Refuses settings that another snapshot may still need: this process cannot tell that it has
     /// ended.
     pub fn check_maker(&self) -> Result<()> {
-        match maker::at_work(&self.maker) {
+        match maker::snapshot_under_way(&self.maker) {
             None => Ok(()),
             Some(snapshot) => fail!(
                 OperationInvalid,

@@ -17,7 +17,8 @@ use serde_json::{Value, json};
 /// kernel.
 const ALL_PROCESSES: &str = "pid:[4026531836]";
 
-/// The note of this process and its watchdog, with what tells whether they still run.
+/// The note of this process and its watchdog, by which another process finds out whether they still
+/// run.
 pub fn note(watchdog: Option<u32>) -> Value {
     let Namespaces { boot, pid, net } = Namespaces::own();
     let processes = [Some(std::process::id()), watchdog];
@@ -29,11 +30,11 @@ pub fn note(watchdog: Option<u32>) -> Value {
 
 /// Describes the snapshot of a note's maker if it may still be under way; none where the maker has
 /// ended. The caller has the lock on the guest.
-pub fn at_work(note: &Value) -> Option<String> {
-    at_work_seen_from(note, &Namespaces::own())
+pub fn snapshot_under_way(note: &Value) -> Option<String> {
+    snapshot_under_way_seen_from(note, &Namespaces::own())
 }
 
-fn at_work_seen_from(note: &Value, here: &Namespaces) -> Option<String> {
+fn snapshot_under_way_seen_from(note: &Value, here: &Namespaces) -> Option<String> {
     let text = |name: &str| note[name].as_str().unwrap_or_default();
     // An earlier version's note names no processes.
     let processes = note["processes"].as_array()?;
@@ -124,8 +125,8 @@ mod tests {
 
     #[test]
     fn a_maker_is_known_to_have_ended_where_the_guest_is_held_in_its_namespaces() {
-        assert_eq!(at_work(&note(None)), None);
-        assert_eq!(at_work(&json!(null)), None);
+        assert_eq!(snapshot_under_way(&note(None)), None);
+        assert_eq!(snapshot_under_way(&json!(null)), None);
     }
 
     #[test]
@@ -135,7 +136,7 @@ mod tests {
         let from_namespaces = |net: &str, pid: &str, note: &Value| {
             let mut note = note.clone();
             (note["network-namespace"], note["pid-namespace"]) = (net.into(), pid.into());
-            at_work_seen_from(&note, &here)
+            snapshot_under_way_seen_from(&note, &here)
         };
         let mut watchdog = std::process::Command::new("sleep").arg("600").spawn().unwrap();
         let mut noted = note(Some(watchdog.id()));
@@ -155,7 +156,7 @@ mod tests {
         assert_eq!(from_namespaces("net:[1]", &here.pid, &noted), None, "it is a zombie");
         watchdog.wait().unwrap();
         let from_within = Namespaces { pid: "pid:[2]".into(), ..Namespaces::own() };
-        let unseen = at_work_seen_from(&noted, &from_within).unwrap();
+        let unseen = snapshot_under_way_seen_from(&noted, &from_within).unwrap();
         assert!(unseen.contains("cannot be seen"), "{unseen}");
     }
 }

@@ -54,8 +54,9 @@ pub fn prefault(guest: &mut dyn Guest, pid: u32, cancel: &Cancel) -> Result<()> 
     Ok(())
 }
 
-/// The mappings without those of devices whose memory is only partly plugged in, which are told by
-/// their sizes. Returns none where one of these is not found: any mapping could be it.
+/// The mappings without those of devices whose memory is only partly plugged in, which are
+/// recognized by their sizes. Returns no mapping if one of these is not found, because any mapping
+/// could be it.
 fn plugged(mut mappings: Vec<(u64, u64)>, partly_plugged: &[u64]) -> Vec<(u64, u64)> {
     let length = |(begin, end): &(u64, u64)| end - begin;
     let found = |size: &u64| mappings.iter().filter(|mapping| length(mapping) == *size).count();

@@ -24,7 +24,7 @@ pub fn reactivate_disks(guest: &mut dyn Guest) -> Result<()> {
         let command = Command::new("blockdev-set-active", json!({ "active": true }));
         return guest.run(STEP, command, deadline()).map(drop);
     }
-    // The socket is abstract, so that there is no file, and its name is told to nobody. If QEMU has
+    // The socket is abstract, so that there is no file, and no client knows its name. If QEMU has
     // an NBD server of the user's already, that one is used. The name is unique, because other
     // guests are snapshotted at the same time, by this process too.
     let mut random = [0; 8];

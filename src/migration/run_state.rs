@@ -64,9 +64,9 @@ pub fn keep_capturable(guest: &mut dyn Guest, deadline: Deadline) -> Result<()> 
     Err(rescue(guest, &status, deadline))
 }
 
-/// Whether a guest that was just stopped stands still, and the migration that has begun can capture
+/// Whether a guest that was just stopped does not run, and the migration that has begun can capture
 /// it. A guest that QEMU could not capture is resumed.
-pub fn stands(guest: &mut dyn Guest, deadline: Deadline) -> Result<bool> {
+pub fn is_stopped(guest: &mut dyn Guest, deadline: Deadline) -> Result<bool> {
     let status = commands::query_status(guest, deadline)?;
     if status.status == PRELAUNCH {
         let _ = rescue(guest, &status, deadline);

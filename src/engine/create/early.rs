@@ -49,10 +49,10 @@ impl Steps<'_, '_, '_> {
             self.guest.pause(deadline)?;
             // This check comes first: if the guest was reset, it must run again before QEMU begins
             // the capture.
-            let stands = run_state::stands(self.guest, deadline)?;
+            let is_stopped = run_state::is_stopped(self.guest, deadline)?;
             let migration = commands::query_migrate(self.guest, deadline)?;
             let stopping = ordered.elapsed();
-            if stands && migration.is_setting_up() {
+            if is_stopped && migration.is_setting_up() {
                 self.journal.enter(Entry::InTime);
                 self.journal.clock.paused();
                 self.cancel.check()?;

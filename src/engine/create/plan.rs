@@ -23,7 +23,7 @@ pub struct Task<'a> {
     /// The guest runs, and is to run again.
     pub running: bool,
     /// QEMU's name of the state that the guest has when it is saved.
-    pub stands: &'static str,
+    pub expected_state: &'static str,
     pub mode: Mode,
     pub options: Options,
     pub plan: Plan,
@@ -69,7 +69,7 @@ impl<'a> Task<'a> {
             description: request.description,
             flags,
             running: state == GuestState::Running,
-            stands: if state == GuestState::NotStarted {
+            expected_state: if state == GuestState::NotStarted {
                 run_state::PRELAUNCH
             } else {
                 run_state::PAUSED

@@ -104,7 +104,7 @@ impl Steps<'_, '_, '_> {
         // background snapshot ([`Entry::OtherMigration`]).
         self.prepared.settings.unlock(self.guest, deadline)?;
         // Checked last, because QEMU cannot capture the guest in another state.
-        run_state::check(self.guest, self.task.stands, deadline)?;
+        run_state::check(self.guest, self.task.expected_state, deadline)?;
         self.migrate(Entry::Migration, deadline)
     }
 
@@ -223,7 +223,7 @@ impl Steps<'_, '_, '_> {
         journal.enter(Entry::SettingsRestored);
         let image = journal.image()?;
         if let Some(state) = image.state_at_instant()? {
-            run_state::check_text(&state, task.stands)?;
+            run_state::check_text(&state, task.expected_state)?;
         }
         cancel.check()?;
         sync_images(&task.plan.disks, guest.pid())?;

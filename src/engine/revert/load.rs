@@ -142,7 +142,7 @@ fn check_disks(record: &Record, drives: &[Drive]) -> Result<()> {
         if !found {
             fail!(
                 ConfigUnsupported,
-                "no disk '{}' on an overlay of '{}' in this QEMU: start it with the images that \
+                "this QEMU has no disk '{}' on an overlay of '{}': start it with the images that \
                  instantsnap_snapshot_prepare_revert() names",
                 disk.name,
                 disk.image
@@ -155,7 +155,7 @@ fn check_disks(record: &Record, drives: &[Drive]) -> Result<()> {
         if named(&disk.name).is_none() && drives.len() < record.disks.len() + record.manual.len() {
             fail!(
                 ConfigUnsupported,
-                "no disk '{}' in this QEMU: start it with what \
+                "this QEMU has no disk '{}': start it with the images that \
                  instantsnap_snapshot_prepare_revert_hooked() names",
                 disk.name
             );

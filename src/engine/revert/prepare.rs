@@ -74,7 +74,7 @@ pub fn prepare_revert_hooked(
         fail!(
             OperationUnsupported,
             "disk '{}' of snapshot '{name}' was left to a storage hook (snapshot='manual'), which \
-             has to say what the disk was at the instant: use \
+             must name the image that the disk had at the instant: use \
              instantsnap_snapshot_prepare_revert_hooked()",
             disk.name
         );
