@@ -123,7 +123,7 @@ impl Unflushed {
         Ok(Unflushed(opened))
     }
 
-    /// Writes them out.
+    /// Writes their dirty pages out.
     pub fn sync(&self) -> std::result::Result<(), String> {
         self.0.iter().try_for_each(|(disk, file)| {
             sync(file).map_err(|error| {

@@ -38,7 +38,7 @@ unsafe impl Sync for Nothing {}
 static NOTHING: Nothing =
     Nothing(instantsnap_error { code: 0, domain: DOMAIN, message: c"".as_ptr() });
 
-/// Keeps an error for this thread.
+/// Makes an error this thread's last one.
 pub fn set(error: Error) {
     // Messages contain texts of QEMU and the system, which may contain a NUL.
     let message = CString::new(error.message.replace('\0', "\\0")).unwrap_or_default();

@@ -27,7 +27,7 @@ use crate::symbols::Library;
 /// `qemuSnapshotCreateXML`.
 ///
 /// # Safety
-/// Unless `vm` is ours, every object is as libvirt's own function wants it.
+/// Unless `vm` is a handle of ours, every object is valid for libvirt's own function.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn qemuSnapshotCreateXML(
     domain: *mut virDomain,
@@ -62,7 +62,7 @@ pub unsafe extern "C" fn qemuSnapshotCreateXML(
 /// `qemuSnapshotRevert`.
 ///
 /// # Safety
-/// Unless `vm` is ours, every object is as libvirt's own function wants it.
+/// Unless `vm` is a handle of ours, every object is valid for libvirt's own function.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn qemuSnapshotRevert(
     vm: *mut virDomainObj,
@@ -93,7 +93,7 @@ pub unsafe extern "C" fn qemuSnapshotRevert(
 /// `qemuSnapshotDelete`.
 ///
 /// # Safety
-/// Unless `vm` is ours, every object is as libvirt's own function wants it.
+/// Unless `vm` is a handle of ours, every object is valid for libvirt's own function.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn qemuSnapshotDelete(
     vm: *mut virDomainObj,

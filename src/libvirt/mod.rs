@@ -318,7 +318,7 @@ impl Domain {
     pub fn uuid(&self) -> VirResult<String> {
         const BUFFER: usize = 37;
         let mut buffer = [0u8; BUFFER];
-        // SAFETY: as much room as VIR_UUID_STRING_BUFLEN.
+        // SAFETY: the buffer has VIR_UUID_STRING_BUFLEN bytes.
         self.done(unsafe {
             (self.table.virDomainGetUUIDString)(self.raw(), buffer.as_mut_ptr().cast())
         })?;

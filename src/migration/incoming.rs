@@ -19,7 +19,7 @@ pub fn wait_loaded(guest: &mut dyn Guest) -> Result<()> {
             Progress::Failed => {
                 fail!(OperationFailed, "QEMU cannot load the memory image: {}", migration.reason())
             }
-            // Not begun yet, or under way.
+            // It has not begun yet, or is under way.
             Progress::None | Progress::UnderWay => {}
         }
         backoff.wait();

@@ -20,7 +20,7 @@ impl Generator {
         (self.0 >> 11) as usize % bound
     }
 
-    /// An object, on one line or on several.
+    /// A random object, on one line or on several.
     pub fn text(&mut self) -> String {
         let members = (0..self.below(4)).map(|_| (self.string(), self.value(4))).collect();
         let object = Value::Object(members);
