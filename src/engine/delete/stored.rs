@@ -216,15 +216,17 @@ impl<'a> Delete<'a> {
         let mut names = Names::default();
         let mut disks = Vec::new();
         for RecordedDisk { name, overlay, image, .. } in &self.record.disks {
+            // What cannot be read is not known; the steps read it again where they rely on it.
             let layers = match is_there(overlay) {
-                true => images::chain(overlay, "qcow2")?,
+                true => images::chain(overlay, "qcow2").unwrap_or_default(),
                 false => Vec::new(),
             };
             disks.push(stored_plan::Disk {
                 name,
                 overlay: Image { path: overlay, id: names.id(overlay) },
                 image: Image { path: image, id: names.id(image) },
-                layers: layers.iter().map(|layer| names.id(&layer.path)).collect(),
+                is_there: is_there(overlay),
+                below: layers.iter().skip(1).map(|layer| names.id(&layer.path)).collect(),
             });
         }
         let drives = drives.iter().map(|drive| stored_plan::Drive {

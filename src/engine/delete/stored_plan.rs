@@ -38,8 +38,10 @@ pub struct Disk<'a> {
     pub overlay: Image<'a>,
     /// The image with the snapshot's content.
     pub image: Image<'a>,
-    /// The overlay and the images below it; empty where the overlay is gone.
-    pub layers: Vec<Id>,
+    /// The overlay is there.
+    pub is_there: bool,
+    /// The images below the overlay, as far as they are known.
+    pub below: Vec<Id>,
 }
 
 /// A drive of the guest.
@@ -83,9 +85,7 @@ impl Situation<'_> {
         let has_overlay = |drive: &Drive| drive.layers.contains(&disk.overlay.id);
         match self.drives.iter().position(has_overlay) {
             Some(index) => self.merge(disk, index),
-            None if disk.layers.is_empty() || self.kept.contains_key(&disk.overlay.id) => {
-                Ok(Action::Keep)
-            }
+            None if !disk.is_there || self.kept.contains_key(&disk.overlay.id) => Ok(Action::Keep),
             None => self.remove(disk),
         }
     }
@@ -130,7 +130,7 @@ impl Situation<'_> {
     /// Whether a disk is in the guest: by its image, or by its name where it stands on images of
     /// its snapshots; another disk can have its name by now.
     fn is_attached(&self, disk: &Disk) -> bool {
-        let stands_on = |image: &Id| disk.layers.contains(image) && self.frozen.contains(image);
+        let stands_on = |image: &Id| disk.below.contains(image) && self.frozen.contains(image);
         self.drives.iter().any(|drive| {
             drive.layers.contains(&disk.image.id)
                 || drive.names.iter().any(|name| name == disk.name)
@@ -253,7 +253,8 @@ mod tests {
                     name: "vda",
                     overlay: Image { path: &paths[0], id: image_id(overlay) },
                     image: Image { path: &paths[1], id: image_id(image) },
-                    layers: if there { self.ids(overlay) } else { vec![] },
+                    is_there: there,
+                    below: if there { self.ids(overlay).split_off(1) } else { vec![] },
                 }],
                 drives: self
                     .active
@@ -351,7 +352,8 @@ mod tests {
                 name: "vda",
                 overlay: Image { path: "/2", id: image_id(2) },
                 image: Image { path: "/1", id: image_id(1) },
-                layers: vec![image_id(2), image_id(1)],
+                is_there: true,
+                below: vec![image_id(1)],
             }],
             drives: vec![Drive {
                 names: &names,
@@ -394,7 +396,7 @@ mod tests {
             situation.kept.insert(image_id(2), "other".into());
         };
         assert_eq!(plan(&[1], needed), Ok(Action::Keep));
-        assert_eq!(plan(&[9], |situation| situation.disks[0].layers.clear()), Ok(Action::Keep));
+        assert_eq!(plan(&[9], |situation| situation.disks[0].is_there = false), Ok(Action::Keep));
         assert!(plan(&[9], |_| ()).unwrap_err().message.contains("the guest has no disk 'vda'"));
     }
 }
