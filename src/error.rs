@@ -3,8 +3,8 @@
 //! The one error type: a libvirt error code, and a message that names the step, the object and what
 //! to do.
 //!
-//! This file depends on nothing, because the build includes it too: the C compiler checks the
-//! numbers against the header's, and against libvirt's own where those are installed.
+//! The build reads the numbers here (`build-script/`): the C compiler compares them with the
+//! header's, and with libvirt's own where its headers are installed.
 
 use std::fmt;
 
@@ -20,12 +20,9 @@ macro_rules! codes {
         }
 
         impl Code {
-            /// Every code with its name in C.
-            pub const ALL: &'static [(&'static str, Code)] = &[$((stringify!($name), Code::$variant)),+];
-
             /// The code of this number, if it is one of these.
             pub fn from_number(number: i32) -> Option<Code> {
-                Code::ALL.iter().map(|(_, code)| *code).find(|code| *code as i32 == number)
+                [$(Code::$variant),+].into_iter().find(|code| *code as i32 == number)
             }
         }
     };

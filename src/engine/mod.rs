@@ -11,7 +11,8 @@ mod delete;
 mod durable;
 mod event;
 mod handle;
-mod job;
+#[doc(hidden)] // For tests/models/job.rs.
+pub mod job;
 mod managed;
 mod nvram;
 mod operation;

@@ -1,39 +1,15 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! The structures of the C header, and the offsets of their fields.
+//! The structures and constants of the C header.
 //!
-//! The build includes this file too, and makes the C compiler compare every size and offset with
-//! the header's. Therefore it has no dependencies, and each field is written down once.
+//! The build reads this file, and makes the C compiler compare every field and every number with
+//! the header's (`build-script/`).
 
-// The crate uses only the structures, the build only their layouts.
-#![allow(dead_code)]
 // The names are C's, and the header documents the fields.
 #![allow(missing_docs, non_camel_case_types)]
 
 use core::ffi::{c_char, c_int, c_uint, c_void};
-use core::mem::{offset_of, size_of};
-
-/// The layout that a structure must have in C.
-pub struct Layout {
-    /// Its name in C.
-    pub name: &'static str,
-    /// Its `sizeof`.
-    pub size: usize,
-    /// All its fields, in order.
-    pub fields: &'static [Field],
-}
-
-/// A field of a structure.
-pub struct Field {
-    /// Its name in C.
-    pub name: &'static str,
-    /// Its `offsetof`.
-    pub offset: usize,
-    /// Its `sizeof`.
-    pub size: usize,
-    /// Its type in Rust.
-    pub kind: &'static str,
-}
+use core::mem::size_of;
 
 macro_rules! structures {
     ($($(#[$attribute:meta])* struct $name:ident { $($field:ident: $type:ty,)+ })+) => {
@@ -51,35 +27,12 @@ macro_rules! structures {
             // It must have no padding, because it is filled byte by byte.
             const _: () = assert!(size_of::<$name>() == 0 $(+ size_of::<$type>())+);
         )+
-
-        /// Every structure of the C API.
-        pub const LAYOUTS: &[Layout] = &[$(Layout {
-            name: stringify!($name),
-            size: size_of::<$name>(),
-            fields: &[$(Field {
-                name: in_c(stringify!($field)),
-                offset: offset_of!($name, $field),
-                size: size_of::<$type>(),
-                kind: stringify!($type),
-            },)+],
-        },)+];
     };
-}
-
-/// A field's name in C. In Rust it can be a raw identifier.
-const fn in_c(name: &'static str) -> &'static str {
-    match name.as_bytes() {
-        [b'r', b'#', ..] => name.split_at(2).1,
-        _ => name,
-    }
 }
 
 macro_rules! constants {
     ($($name:ident = $value:literal,)+) => {
         $(pub const $name: u32 = $value;)+
-
-        /// Every constant of the header that is not libvirt's.
-        pub const CONSTANTS: &[(&str, u32)] = &[$((stringify!($name), $name),)+];
     };
 }
 

@@ -83,11 +83,8 @@ pub struct Table {
     /// What they are flags of, in messages.
     of: &'static str,
     /// The flags.
-    pub rules: &'static [Rule],
+    rules: &'static [Rule],
 }
-
-/// The flags of every kind.
-pub const TABLES: [&Table; 3] = [&CREATE, &REVERT, &DELETE];
 
 const CREATE: Table = Table {
     prefix: "VIR_DOMAIN_SNAPSHOT_CREATE_",

@@ -5,20 +5,47 @@
 //! ever, which loom reports.
 
 use std::sync::Arc;
+use std::time::Duration;
 
+use instantsnap::engine::job::shared::{News, Shared, Signal, State};
+use instantsnap::engine::job::sync::Guarded;
 use loom::model::Builder;
+use loom::sync::{Condvar, Mutex, MutexGuard};
 use loom::thread;
 
-use shared::{News, Shared, Signal};
-
-mod sync {
-    pub use loom::sync::{Condvar, Mutex, MutexGuard};
+/// A value behind a lock, each use of which loom sees.
+struct Modelled<T> {
+    value: Mutex<T>,
+    changed: Condvar,
 }
 
-#[path = "../../src/engine/job/shared.rs"]
-mod shared;
+impl<T> Guarded<T> for Modelled<T> {
+    type Guard<'a>
+        = MutexGuard<'a, T>
+    where
+        T: 'a;
 
-use sync::{Condvar, Mutex};
+    fn new(value: T) -> Modelled<T> {
+        Modelled { value: Mutex::new(value), changed: Condvar::new() }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, T> {
+        self.value.lock().unwrap()
+    }
+
+    fn notify_all(&self) {
+        self.changed.notify_all();
+    }
+
+    fn wait<'a>(
+        &'a self,
+        guard: MutexGuard<'a, T>,
+        timeout: Option<Duration>,
+    ) -> MutexGuard<'a, T> {
+        assert_eq!(timeout, None, "a model has no clock");
+        self.changed.wait(guard).unwrap()
+    }
+}
 
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Happens {
@@ -75,7 +102,7 @@ impl Signal for Level {
     }
 }
 
-type Model = Shared<Happens, u32, Level>;
+type Model = Shared<Happens, u32, Level, Modelled<State<Happens, u32>>>;
 
 /// Runs a model in every way, as far as threads are interrupted a few times only: that finds what
 /// can be found, and ends.

@@ -10,9 +10,8 @@
 //! driver included, it checks as ever.
 
 use std::cell::Cell;
-use std::ffi::{CStr, c_uint};
+use std::ffi::c_uint;
 use std::ptr;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use instantsnap_core::boundary::boundary;
 use instantsnap_core::client::{catch, set_last_error, share_domain};
@@ -21,36 +20,14 @@ use instantsnap_core::libvirt::daemon::{self, Daemon};
 use instantsnap_core::libvirt::table::{self, virDomain, virDomainSnapshot};
 use instantsnap_core::libvirt::{Snapshot, VirError};
 use instantsnap_core::model::flags;
-use instantsnap_core::symbols::Library;
 
-use super::{failed, imports};
-
-const DRIVERS: &CStr = c"qemuSnapshotCreateXML";
+use super::availability::{self, failed};
 
 /// A note: INSTANT was asked for of this domain.
 type Note = (*const virDomain, &'static Daemon);
 
 thread_local! {
     static NOTED: Cell<Option<Note>> = const { Cell::new(None) };
-}
-
-/// This libvirt has taken an ordinary snapshot where an instant one was asked for.
-static IS_ELSEWHERE: AtomicBool = AtomicBool::new(false);
-
-/// Why the driver's snapshots would not arrive at this library, if so.
-pub fn check_driver() -> std::result::Result<(), String> {
-    let name = DRIVERS.to_string_lossy();
-    if IS_ELSEWHERE.load(Ordering::Relaxed) {
-        return Err(format!("this libvirt takes snapshots without its {name}()"));
-    }
-    if !imports::is_in_this_object(Library::DEFAULT.find(DRIVERS)) {
-        return Err(format!("another library that is preloaded, or none, has {name}()"));
-    }
-    let mut others = imports::objects().into_iter().filter(|object| !object.is_this());
-    if !others.any(|object| object.imports(DRIVERS)) {
-        return Err(format!("this libvirt's QEMU driver does not call its {name}() by the symbol"));
-    }
-    Ok(())
 }
 
 /// Whether INSTANT was asked for of this domain by the call that this thread is in; once.
@@ -87,7 +64,7 @@ fn dispatch(
         // Another driver's, or another machine's, which is asked for what was asked for here.
         Ok(false) | Err(_) => return Ok(theirs(bits)),
     }
-    let daemon = match super::found() {
+    let daemon = match availability::found() {
         Ok(daemon) => daemon,
         Err(why) => {
             let result = theirs(bits);
@@ -102,7 +79,7 @@ fn dispatch(
     if NOTED.take().is_none() || result.is_null() {
         return Ok(result);
     }
-    IS_ELSEWHERE.store(true, Ordering::Relaxed);
+    availability::driver_is_elsewhere();
     Err(not_instant(result))
 }
 

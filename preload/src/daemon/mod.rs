@@ -15,6 +15,7 @@
 //!
 //! Where this daemon is not one that we know, everything is the driver's own function's.
 
+mod availability;
 pub mod dispatcher;
 mod imports;
 mod limit;
@@ -23,19 +24,20 @@ mod settings;
 
 use std::ffi::{c_int, c_uint, c_void};
 use std::ptr::NonNull;
-use std::sync::{Once, OnceLock};
+use std::sync::OnceLock;
 
 use instantsnap_core::backend::{DEFAULT_TIMEOUT, LibvirtConnector};
-use instantsnap_core::boundary::{boundary, caught};
-use instantsnap_core::client::{catch, set_last_error, share_domain, share_snapshot, take};
+use instantsnap_core::boundary::boundary;
+use instantsnap_core::client::{catch, share_domain, share_snapshot, take};
 use instantsnap_core::engine::{ManagedSnapshot, Operation, hold_unless_it_is_a_step};
-use instantsnap_core::error::{Error, Result, fail};
+use instantsnap_core::error::{Result, fail};
 use instantsnap_core::libvirt::daemon::{self, Daemon, Priority, Unlocked, log};
-use instantsnap_core::libvirt::table::{self, virDomain, virDomainSnapshot};
+use instantsnap_core::libvirt::table::{virDomain, virDomainSnapshot};
 use instantsnap_core::model::flags::{self, CreateFlags, DeleteFlags, RevertFlags};
 use instantsnap_core::model::upgrade;
 use instantsnap_core::pointers::Text;
 
+use self::availability::failed;
 use self::settings::Settings;
 use crate::loading;
 
@@ -171,44 +173,10 @@ fn on_snapshot(
     Ok(if result? { 0 } else { theirs() })
 }
 
-/// By this the instantsnap command finds the version in the library's file; the colon ends it
-/// there.
-const MARK: &str = concat!("instantsnap-preload/", env!("CARGO_PKG_VERSION"), ":");
-
 /// The daemon that this process is, for a call that is not a step of another one of ours.
 fn the_daemon() -> Option<&'static Daemon> {
     if daemon::is_in_a_call() {
         return None;
     }
-    found().ok()
-}
-
-/// The daemon that this process is; or why instant snapshots are off in it, which its log says once
-/// too.
-fn found() -> std::result::Result<&'static Daemon, String> {
-    static SAID: Once = Once::new();
-    let look = || {
-        let settings = Settings::get();
-        let daemon = Daemon::get(settings.any_version)?;
-        table::table().map_err(|error| error.message)?;
-        dispatcher::check_driver()?;
-        Ok((daemon, settings))
-    };
-    let found = caught(|| Ok(look())).unwrap_or_else(|error| Err(error.message));
-    SAID.call_once(|| match &found {
-        Ok((_, settings)) => {
-            log(
-                Priority::Info,
-                &format!("{MARK} instant snapshots are on, at most {} at once", settings.max_jobs),
-            );
-        }
-        Err(why) => log(Priority::Error, &format!("instant snapshots are off: {why}")),
-    });
-    found.map(|(daemon, _)| daemon)
-}
-
-/// Tells the client, and the daemon's log.
-fn failed(error: Error) {
-    log(Priority::Error, &error.message);
-    set_last_error(&error);
+    availability::found().ok()
 }

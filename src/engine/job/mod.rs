@@ -5,8 +5,8 @@
 //! The thread does the work of [`Handle::create`](super::Handle::create). The caller holds a
 //! [`Job`], which it can drop at any time: the thread has all that it needs, and goes on.
 
-mod shared;
-mod sync;
+pub mod shared;
+pub mod sync;
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};

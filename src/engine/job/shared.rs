@@ -3,15 +3,15 @@
 //! The state that a job's thread shares with its callers: the pending news, the signal that is up
 //! while there are some, and the job's outcome.
 //!
-//! The types of `super::sync` are the standard library's, or a model checker's:
-//! `tests/models/job.rs` includes this file, and checks all interleavings of the threads. Therefore
-//! this file uses nothing of the rest of the crate.
+//! The threads lock the state by a [`Guarded`], which is the standard library's or a model checker's:
+//! `tests/models/job.rs` checks all interleavings of the threads.
 
 use std::collections::VecDeque;
-use std::sync::{Arc, PoisonError};
+use std::marker::PhantomData;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::sync::{Condvar, Mutex, MutexGuard};
+use super::sync::{Guarded, Locked};
 
 /// An event of a job.
 pub trait News: Clone {
@@ -34,26 +34,26 @@ pub trait Signal {
 
 /// The shared state, with news of type `N` and an outcome of type `O`.
 #[derive(Debug)]
-pub struct Shared<N, O, S> {
-    state: Mutex<State<N, O>>,
-    /// The instant has passed, or the job has ended.
-    changed: Condvar,
+pub struct Shared<N, O, S, G = Locked<State<N, O>>> {
+    state: G,
     signal: S,
+    of: PhantomData<(N, O)>,
 }
 
+/// What is behind the lock.
 #[derive(Debug)]
-struct State<N, O> {
+pub struct State<N, O> {
     news: VecDeque<N>,
     instant: bool,
     outcome: Option<Arc<O>>,
     ended: bool,
 }
 
-impl<N: News, O, S: Signal> Shared<N, O, S> {
+impl<N: News, O, S: Signal, G: Guarded<State<N, O>>> Shared<N, O, S, G> {
     /// The state of a job of which there are no news yet. The signal must be down.
-    pub fn new(signal: S) -> Shared<N, O, S> {
+    pub fn new(signal: S) -> Shared<N, O, S, G> {
         let state = State { news: VecDeque::new(), instant: false, outcome: None, ended: false };
-        Shared { state: Mutex::new(state), changed: Condvar::new(), signal }
+        Shared { state: G::new(state), signal, of: PhantomData }
     }
 
     /// The signal.
@@ -63,28 +63,28 @@ impl<N: News, O, S: Signal> Shared<N, O, S> {
 
     /// Adds an event.
     pub fn publish(&self, news: N) {
-        let mut state = self.lock();
+        let mut state = self.state.lock();
         state.instant |= news.is_instant();
         self.push(&mut state, news);
-        self.changed.notify_all();
+        self.state.notify_all();
     }
 
     /// Sets the outcome, before the job ends.
     pub fn decide(&self, outcome: O) {
-        self.lock().outcome = Some(Arc::new(outcome));
+        self.state.lock().outcome = Some(Arc::new(outcome));
     }
 
     /// Marks the job as ended, with its last event. The outcome has been set.
     pub fn end(&self, last: N) {
-        let mut state = self.lock();
+        let mut state = self.state.lock();
         state.ended = true;
         self.push(&mut state, last);
-        self.changed.notify_all();
+        self.state.notify_all();
     }
 
     /// Takes the oldest pending event.
     pub fn take(&self) -> Option<N> {
-        let mut state = self.lock();
+        let mut state = self.state.lock();
         let taken = state.news.pop_front();
         if state.news.is_empty() {
             // The state is locked here, as it is for `raise`, so that the two cannot overtake each
@@ -96,15 +96,15 @@ impl<N: News, O, S: Signal> Shared<N, O, S> {
 
     /// The outcome; none before it is set.
     pub fn outcome(&self) -> Option<Arc<O>> {
-        self.lock().outcome.clone()
+        self.state.lock().outcome.clone()
     }
 
     /// Waits until the instant has passed or the job has ended. Returns whether the instant has
     /// passed.
     pub fn wait_instant(&self) -> bool {
-        let mut state = self.lock();
+        let mut state = self.state.lock();
         while !state.instant && !state.ended {
-            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+            state = self.state.wait(state, None);
         }
         state.instant
     }
@@ -113,18 +113,15 @@ impl<N: News, O, S: Signal> Shared<N, O, S> {
     pub fn wait_ended(&self, timeout: Option<Duration>) -> bool {
         // A timeout beyond the clock's range means to wait for ever.
         let deadline = timeout.map(|timeout| Instant::now().checked_add(timeout));
-        let mut state = self.lock();
+        let mut state = self.state.lock();
         while !state.ended {
-            state = match deadline.flatten() {
-                None => self.changed.wait(state).unwrap_or_else(PoisonError::into_inner),
-                Some(deadline) => {
-                    let left = deadline.saturating_duration_since(Instant::now());
-                    if left.is_zero() {
-                        return false;
-                    }
-                    self.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0
-                }
-            };
+            let left = deadline
+                .flatten()
+                .map(|deadline| deadline.saturating_duration_since(Instant::now()));
+            if left.is_some_and(|left| left.is_zero()) {
+                return false;
+            }
+            state = self.state.wait(state, left);
         }
         true
     }
@@ -135,10 +132,5 @@ impl<N: News, O, S: Signal> Shared<N, O, S> {
             _ => state.news.push_back(news),
         }
         self.signal.raise();
-    }
-
-    /// Locks the state. It is consistent even after a panic of a thread that had locked it.
-    fn lock(&self) -> MutexGuard<'_, State<N, O>> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -4,11 +4,10 @@
 //! and Rust agree.
 //!
 //! `bindings.rs` is the header as bindgen reads it, whose handles `src/ffi` uses. `abi_check.c` is
-//! the Rust side written out for the C compiler: every constant, every structure, every field, and,
-//! read from the sources of `src/ffi`, the prototype of every function; then the functions of
-//! libvirt's that `src/libvirt/table.rs` declares. Nothing of that unit is linked.
+//! the Rust side written out for the C compiler, as the sources have it: every constant, every
+//! structure, every field, and the prototype of every function that C calls; then the functions of
+//! libvirt's that the libraries declare. Nothing of that unit is linked.
 
-use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, exit};
 use std::{env, fs, panic};
@@ -16,30 +15,20 @@ use std::{env, fs, panic};
 use bindgen::callbacks::{EnumVariantCustomBehavior, EnumVariantValue, ParseCallbacks};
 use bindgen::{EnumVariation, RustEdition, RustTarget};
 
-use prototypes::Prototypes;
-
-#[path = "build_prototypes.rs"]
+mod constants;
 mod prototypes;
+mod sources;
 
-#[allow(unused)]
-#[path = "src/ffi/abi.rs"]
-mod abi;
-#[allow(unused)]
-#[path = "src/error.rs"]
-mod error;
-#[allow(unused)]
-#[path = "src/model/flags.rs"]
-mod flags;
+use prototypes::Prototypes;
 
 /// The constants that are the header's, out of all those that libvirt's headers have.
 const CONSTANTS: [&str; 4] = ["INSTANTSNAP_", "VIR_DOMAIN_SNAPSHOT_", "VIR_ERR_", "VIR_FROM_QEMU"];
 
 fn main() {
-    let sources = ["src/ffi", "src/pointers.rs", "src/error.rs", "src/model/flags.rs", "include"];
-    let own = ["build.rs", "build_prototypes.rs"];
+    let read = ["build-script", "include", "src/ffi", "src/pointers.rs", prototypes::PRELOADED];
+    let all = read.iter().chain(&constants::SOURCES).chain(&prototypes::DECLARING);
     // A package of this crate has no preload/.
-    let is_there = |path: &&&str| std::path::Path::new(path).exists();
-    for path in sources.iter().chain(&own).chain(&prototypes::DECLARING).filter(is_there) {
+    for path in all.filter(|path| Path::new(path).exists()) {
         println!("cargo::rerun-if-changed={path}");
     }
     println!("cargo::rerun-if-env-changed=PKG_CONFIG");
@@ -155,7 +144,8 @@ fn check_abi(unit: &Path, bindings: &Path, libvirt: Option<&[String]>) {
     if let Some(missing) = prototypes.missing(&header) {
         stop(&format!("the header has a function that src/ffi has not: {missing}()"));
     }
-    if let Err(error) = fs::write(unit, abi_assertions() + &prototypes.in_c()) {
+    let constants = constants::read().unwrap_or_else(|why| stop(&why));
+    if let Err(error) = fs::write(unit, unit_for_c(&constants, &prototypes)) {
         stop(&format!("cannot write {}: {error}", unit.display()));
     }
     compile(unit, None);
@@ -180,7 +170,7 @@ fn compile(unit: &Path, libvirt: Option<&[String]>) {
 }
 
 /// The unit for the C compiler.
-fn abi_assertions() -> String {
+fn unit_for_c(constants: &[(String, i64)], prototypes: &Prototypes) -> String {
     let mut c = String::from(
         "#include <stddef.h>\n\
          #ifdef WITH_LIBVIRT\n\
@@ -190,43 +180,8 @@ fn abi_assertions() -> String {
          # include <instantsnap.h>\n\
          #endif\n",
     );
-    let mut equal = |what: &str, value: i64| {
-        writeln!(c, "_Static_assert({what} == {value}, \"{what} is {value} in Rust\");")
-            .expect("a string can grow");
-    };
-    for (name, value) in constants() {
-        equal(&name, value);
+    for (name, value) in constants {
+        c += &format!("_Static_assert({name} == {value}, \"{name} is {value} in Rust\");\n");
     }
-    if same_pointers() {
-        for layout in abi::LAYOUTS {
-            let name = layout.name;
-            equal(&format!("sizeof({name})"), layout.size as i64);
-            for field in layout.fields {
-                equal(&format!("offsetof({name}, {})", field.name), field.offset as i64);
-                equal(&format!("sizeof((({name} *) 0)->{})", field.name), field.size as i64);
-            }
-        }
-    }
-    c
-}
-
-/// The layouts are those of the machine that builds; they hold for the target where pointers are as
-/// wide.
-fn same_pointers() -> bool {
-    env::var("CARGO_CFG_TARGET_POINTER_WIDTH").is_ok_and(|width| width == usize::BITS.to_string())
-}
-
-/// Every constant of the header, by its name in C, with the value that Rust has.
-fn constants() -> Vec<(String, i64)> {
-    let errors = error::Code::ALL.iter().map(|&(name, code)| (name.to_string(), code as i64));
-    let flags = flags::TABLES
-        .iter()
-        .flat_map(|table| table.rules.iter().map(|rule| (table.name(rule), i64::from(rule.bit))));
-    let own = abi::CONSTANTS.iter().map(|&(name, value)| (name.to_string(), i64::from(value)));
-    [("VIR_ERR_OK".to_string(), 0), ("VIR_FROM_QEMU".to_string(), i64::from(error::DOMAIN))]
-        .into_iter()
-        .chain(errors)
-        .chain(own)
-        .chain(flags)
-        .collect()
+    c + &prototypes.in_c()
 }

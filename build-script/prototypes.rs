@@ -8,15 +8,19 @@ use std::fmt::Write as _;
 use std::fs;
 use std::path::Path;
 
-use syn::parse::{ParseStream, Parser};
+use syn::ext::IdentExt;
+use syn::parse::ParseStream;
 use syn::punctuated::Punctuated;
 use syn::{Expr, Fields, GenericArgument, GenericParam, Ident, Item, ItemFn, ItemStruct, LitStr};
 use syn::{PathArguments, ReturnType, Stmt, Token, Type, braced, parenthesized};
 
-use crate::abi;
+use crate::sources::{given_to, parse};
 
 /// Where functions are declared that libvirt's headers have.
 pub const DECLARING: [&str; 2] = ["src/libvirt/table.rs", "preload/src/libvirt.rs"];
+
+/// Where functions are exported that stand before libvirt's own.
+pub const PRELOADED: &str = "preload/src/lib.rs";
 
 /// What a type in Rust is made of: names with the types that they stand for.
 type Names = BTreeMap<String, Type>;
@@ -29,8 +33,11 @@ type Function = (String, Vec<Type>, ReturnType);
 pub struct Prototypes {
     /// The functions that C calls.
     exported: Vec<Function>,
-    /// Functions of libvirt's, which are found at run time.
+    /// Functions of libvirt's: those that are found at run time, and those that have one of ours
+    /// before them.
     of_others: Vec<Function>,
+    /// The structures that C and Rust share.
+    structures: Vec<ItemStruct>,
     /// The types of callbacks.
     callbacks: Vec<(String, Type)>,
     /// The types that are a pointer to the ABI: their parameters, and the pointer.
@@ -46,20 +53,20 @@ impl Prototypes {
         let mut files: Vec<_> = folder.flatten().map(|entry| entry.path()).collect();
         files.retain(|file| file.extension().is_some_and(|extension| extension == "rs"));
         files.sort();
-        for file in files.iter().map(|file| file.as_path()).chain([Path::new("src/pointers.rs")]) {
+        files.push("src/pointers.rs".into());
+        for file in &files {
             all.read_file(file)?;
         }
         for file in DECLARING.map(Path::new).into_iter().filter(|file| file.exists()) {
-            for item in parse(file)?.items {
-                if let Item::Macro(found) = item
-                    && found.mac.path.is_ident("symbols")
-                {
-                    let functions = symbols.parse2(found.mac.tokens);
-                    let why = |error| format!("{}: {error}", file.display());
-                    all.of_others.extend(functions.map_err(why)?);
-                }
-            }
+            all.of_others.extend(given_to("symbols", file, &parse(file)?.items, symbols)?);
         }
+        if Path::new(PRELOADED).exists() {
+            let mut preloaded = Prototypes::default();
+            preloaded.read_file(Path::new(PRELOADED))?;
+            all.of_others.extend(preloaded.exported);
+        }
+        let abi = Path::new("src/ffi/abi.rs");
+        all.structures = given_to("structures", abi, &parse(abi)?.items, structures)?;
         Ok(all)
     }
 
@@ -125,16 +132,8 @@ impl Prototypes {
         for (name, kind) in &self.callbacks {
             line(format!("typedef {};", self.declare(kind, name, false, &Names::new())));
         }
-        for layout in abi::LAYOUTS {
-            for field in layout.fields {
-                let variable = format!("check_{}_{}", layout.name, field.name);
-                let kind = syn::parse_str(field.kind).expect("it is a type, as it was compiled");
-                line(format!(
-                    "extern __typeof__((({} *) 0)->{}) {variable};",
-                    layout.name, field.name
-                ));
-                line(format!("extern {};", self.declare(&kind, &variable, false, &Names::new())));
-            }
+        for structure in &self.structures {
+            line(self.layout(structure));
         }
         let (with_libvirt, alone): (Vec<_>, Vec<_>) =
             self.exported.iter().partition(|(name, ..)| name.starts_with("qemuSnapshot"));
@@ -146,6 +145,34 @@ impl Prototypes {
             .for_each(|function| line(self.prototype(function)));
         line("#endif".into());
         c
+    }
+
+    /// Assertions that a structure has the same fields, of the same types, at the same places, and
+    /// no others. Its twin is laid out by C as Rust lays out a structure that is `repr(C)`.
+    fn layout(&self, structure: &ItemStruct) -> String {
+        let name = &structure.ident;
+        let fields = structure.fields.iter().map(|field| {
+            let name = field.ident.as_ref().map(IdentExt::unraw).expect("a field has a name");
+            (name.to_string(), &field.ty)
+        });
+        let (mut twin, mut checks) = (String::new(), String::new());
+        for (field, kind) in fields {
+            let variable = format!("check_{name}_{field}");
+            let declare = |declarator| self.declare(kind, declarator, false, &Names::new());
+            twin += &format!("{}; ", declare(&field));
+            checks += &format!(
+                "_Static_assert(offsetof({name}, {field}) == offsetof(struct rust_{name}, {field}), \
+                 \"{name}.{field} is elsewhere in Rust\");\n\
+                 extern __typeof__((({name} *) 0)->{field}) {variable};\n\
+                 extern {};\n",
+                declare(&variable)
+            );
+        }
+        format!(
+            "struct rust_{name} {{ {twin}}};\n{checks}\
+             _Static_assert(sizeof({name}) == sizeof(struct rust_{name}), \
+             \"{name} has another size in Rust\");"
+        )
     }
 
     /// A function that the header declares too, or it cannot be named.
@@ -250,12 +277,6 @@ fn base(name: &str) -> &str {
     }
 }
 
-fn parse(file: &Path) -> Result<syn::File, String> {
-    let text = fs::read_to_string(file)
-        .map_err(|error| format!("cannot read {}: {error}", file.display()))?;
-    syn::parse_file(&text).map_err(|error| format!("{}: {error}", file.display()))
-}
-
 /// Whether C can call it by its name.
 fn is_c(function: &ItemFn) -> bool {
     function.sig.abi.is_some()
@@ -309,4 +330,13 @@ fn symbols(input: ParseStream) -> syn::Result<Vec<Function>> {
         Ok(((), rest))
     })?;
     Ok(functions)
+}
+
+/// The structures in a `structures!`.
+fn structures(input: ParseStream) -> syn::Result<Vec<ItemStruct>> {
+    let mut structures = Vec::new();
+    while !input.is_empty() {
+        structures.push(input.parse()?);
+    }
+    Ok(structures)
 }
