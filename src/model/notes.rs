@@ -10,7 +10,9 @@ use super::frozen::Frozen;
 use super::xml;
 use crate::error::Result;
 
-const NAMESPACE: &str = "https://instantsnap.invalid/snapshot/1";
+const NAMESPACE: &str = "urn:instantsnap:notes:1";
+/// Of notes that versions wrote which were never released. They are read, and replaced.
+const FORMER_NAMESPACE: &str = "https://instantsnap.invalid/snapshot/1";
 
 /// The notes.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -27,7 +29,12 @@ pub struct Notes {
 impl Notes {
     /// Reads those of a `<domain>`; none where there are none.
     pub fn read(domain: Node) -> Notes {
-        let Some(element) = element(domain) else { return Notes::default() };
+        let all = elements(domain);
+        // Where a former version has added its own to what it did not understand, ours know more.
+        let is_ours = |node: &Node| node.tag_name().namespace() == Some(NAMESPACE);
+        let Some(element) = all.iter().copied().find(is_ours).or(all.first().copied()) else {
+            return Notes::default();
+        };
         let mut notes = Notes::default();
         for node in element.children().filter(Node::is_element) {
             let text = |name: &str| node.attribute(name).map(str::to_owned);
@@ -73,13 +80,15 @@ impl Notes {
     pub fn strip(domain_xml: &str, root: &str) -> Result<String> {
         let document = xml::parse(domain_xml, root, &xml::RECORDED)?;
         let mut text = domain_xml.to_owned();
-        let metadata = xml::child(document.root_element(), "metadata");
-        if let Some(notes) = element(document.root_element()) {
-            let alone = metadata
-                .filter(|metadata| metadata.children().filter(Node::is_element).count() == 1);
-            text.replace_range(alone.unwrap_or(notes).range(), "");
-        } else if let Some(empty) = metadata.filter(|metadata| !metadata.has_children()) {
-            text.replace_range(empty.range(), "");
+        let notes = elements(document.root_element());
+        let metadata = xml::child(document.root_element(), "metadata").filter(|metadata| {
+            let elements = metadata.children().filter(Node::is_element).count();
+            elements == notes.len() && (elements > 0 || !metadata.has_children())
+        });
+        match metadata {
+            // Nothing else is in it.
+            Some(metadata) => text.replace_range(metadata.range(), ""),
+            None => notes.iter().rev().for_each(|notes| text.replace_range(notes.range(), "")),
         }
         Ok(text)
     }
@@ -108,9 +117,13 @@ impl Notes {
     }
 }
 
-fn element<'a, 'i>(domain: Node<'a, 'i>) -> Option<Node<'a, 'i>> {
-    let metadata = xml::child(domain, "metadata")?;
-    metadata.children().find(|child| child.tag_name().namespace() == Some(NAMESPACE))
+/// The elements with notes of a `<domain>`, in order.
+fn elements<'a, 'i>(domain: Node<'a, 'i>) -> Vec<Node<'a, 'i>> {
+    let is_one = |child: &Node| {
+        [NAMESPACE, FORMER_NAMESPACE].map(Some).contains(&child.tag_name().namespace())
+    };
+    let metadata = xml::child(domain, "metadata");
+    metadata.into_iter().flat_map(|metadata| metadata.children()).filter(is_one).collect()
 }
 
 /// Where the end tag of an element begins; none of `<name/>`.
@@ -153,5 +166,27 @@ mod tests {
         }
         let empty = "<domain><name>a</name><metadata/></domain>";
         assert_eq!(read(&notes.put_into(empty, "domain").unwrap()), notes);
+    }
+
+    #[test]
+    fn notes_of_a_former_version_are_read_and_replaced() {
+        let notes = Notes { former: vec!["/d".into()], ..Notes::default() };
+        for plain in [PLAIN, WITH_OTHERS] {
+            let former =
+                notes.put_into(plain, "domain").unwrap().replace(NAMESPACE, FORMER_NAMESPACE);
+            assert_eq!(read(&former), notes);
+            assert_eq!(Notes::strip(&former, "domain").unwrap(), plain);
+            let fewer = Notes { former: vec!["/e".into()], ..notes.clone() };
+            let renewed = fewer.put_into(&former, "domain").unwrap();
+            assert_eq!(renewed, fewer.put_into(plain, "domain").unwrap());
+
+            // Those of this version beside those of a former one.
+            let both = renewed.replace("</metadata>", &{
+                format!("<o:notes xmlns:o='{FORMER_NAMESPACE}'/><!-- --></metadata>")
+            });
+            assert_eq!(read(&both), fewer);
+            assert!(!Notes::strip(&both, "domain").unwrap().contains("notes"));
+            assert_eq!(read(&notes.put_into(&both, "domain").unwrap()), notes);
+        }
     }
 }

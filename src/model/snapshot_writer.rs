@@ -17,7 +17,9 @@ use super::notes::Notes;
 use super::plan::DiskPlan;
 use super::record::{ManualDisk, Record, RecordedDisk, RecordedNvram};
 
-const NAMESPACE: &str = "https://instantsnap.invalid/domainsnapshot/1";
+/// It is for others that read a record. We go by the names of the elements alone, so records that
+/// versions wrote which were never released, with another namespace, are read too.
+const NAMESPACE: &str = "urn:instantsnap:record:1";
 
 type XmlWriter = Writer<Vec<u8>>;
 

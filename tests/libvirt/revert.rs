@@ -337,6 +337,46 @@ fn an_image_that_was_written_or_replaced_since_the_snapshot_is_refused_by_name()
     );
 }
 
+/// Their element had another XML namespace.
+#[test]
+fn the_notes_of_a_former_version_are_honoured_and_replaced() {
+    const NAMESPACE: &str = "urn:instantsnap:notes:1";
+    const FORMER: &str = "https://instantsnap.invalid/snapshot/1";
+    let mut tree = Tree::start(&machine(&Binary::all()[0], 1), &virt::session(), Maker::Instant);
+    tree.snapshot("s");
+    let guest = &tree.opened.guest;
+    let record = || guest.virsh("snapshot-dumpxml", &["s", "--security-info"]);
+    let counts = || [NAMESPACE, FORMER].map(|namespace| record().matches(namespace).count());
+    assert_eq!(counts(), [1, 0]);
+    let former = guest.directory().join("former.xml");
+    std::fs::write(&former, record().replace(NAMESPACE, FORMER)).unwrap();
+    let former = former.to_str().unwrap();
+    guest.virsh("snapshot-create", &[former, "--redefine", "--current"]);
+    assert_eq!(counts(), [0, 1]);
+
+    let image = guest.disks()[0].file.clone();
+    let [copy, kept] = ["copy", "kept"].map(|end| image.with_extension(end));
+    let refused = || {
+        std::fs::copy(&image, &copy).unwrap();
+        guest.daemon().give(guest.directory());
+        std::fs::rename(&image, &kept).unwrap();
+        std::fs::rename(&copy, &image).unwrap();
+        let result = tree.try_revert("s", 0);
+        std::fs::rename(&kept, &image).unwrap();
+        common::assert_error(result, Code::SnapshotRevertRisky, "was replaced");
+    };
+    refused();
+    assert_eq!(counts(), [0, 1]);
+    tree.revert("s");
+    assert_eq!(counts(), [1, 0]);
+    refused();
+    for flags in [&[][..], &["--inactive"]] {
+        let xml = guest.virsh("dumpxml", flags);
+        assert!(Daemon::version() >= (9, 9, 0) || !xml.contains("instantsnap"), "{xml}");
+    }
+    tree.delete("s", 0);
+}
+
 /// Nor do the notes by which it is known get into the domain's own XML.
 #[test]
 fn an_image_that_a_delete_has_merged_into_is_as_it_should_be() {

@@ -7,8 +7,11 @@ use std::path::Path;
 use std::sync::Barrier;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
-use common::{Handle, INSTANTLY, Opened, assert_error, assert_untouched, machine, named};
+use common::{
+    ALL_SECTORS, Handle, INSTANTLY, Opened, assert_error, assert_untouched, machine, named,
+};
 use instantsnap::error::Code;
+use instantsnap::model::flags::delete::METADATA_ONLY;
 use instantsnap::model::{Record, State, Store};
 use instantsnap_testkit::{Binary, test};
 use rustix::fs::{FlockOperation, flock};
@@ -314,6 +317,41 @@ fn a_damaged_record_is_named_and_nothing_else_is_lost() {
         // Nor is it in the way of the next.
         assert_eq!(commit(&store, "next", 4).parent.as_deref(), Some("last"));
     }
+}
+
+/// They had another XML namespace.
+#[test]
+fn records_of_a_former_version_are_listed_brought_back_renewed_and_deleted() {
+    const NAMESPACE: &str = "\"urn:instantsnap:record:1\"";
+    const FORMER: &str = "\"https://instantsnap.invalid/domainsnapshot/1\"";
+    let opened = Opened::start(&machine(&Binary::all()[0], 2));
+    let file = |name: &str| opened.state_dir().join(format!("{name}.xml"));
+    let counts = |name: &str| {
+        let text = std::fs::read_to_string(file(name)).unwrap();
+        [NAMESPACE, FORMER].map(|namespace| text.matches(namespace).count())
+    };
+    for name in ["a", "b", "c"] {
+        opened.snapshot(name).unwrap();
+        let record = opened.record(name);
+        let text = record.to_xml().replace(NAMESPACE, FORMER);
+        std::fs::write(file(name), text).unwrap();
+        assert_eq!(counts(name), [0, 1]);
+        assert_eq!(opened.record(name), record);
+    }
+    assert_eq!(opened.handle.snapshot_list().names().unwrap(), ["a", "b", "c"]);
+    opened.restore_clone("b");
+    let renewed = Record { parent: None, ..opened.record("b") };
+    opened.handle.delete("a", METADATA_ONLY).unwrap();
+    assert_eq!(counts("b"), [1, 0]);
+    assert_eq!(opened.record("b"), renewed);
+    assert_eq!(counts("c"), [0, 1]);
+    for name in ["c", "b"] {
+        let memory = opened.record(name).memory_file;
+        opened.handle.delete(name, 0).unwrap();
+        assert!(!file(name).exists() && !Path::new(&memory).exists(), "{name}");
+    }
+    assert_eq!(opened.handle.snapshot_list().names().unwrap(), [""; 0]);
+    opened.guest.wait_ticks(ALL_SECTORS);
 }
 
 #[test]
