@@ -58,11 +58,14 @@
  *   end of a container, systemd's KillMode=control-group) ends the watchdog too.
  *
  *   The library runs `qemu-img` for instantsnap_snapshot_prepare_revert() and
- *   instantsnap_snapshot_delete(), and when QEMU itself ends during a snapshot. It looks for
- *   programs in PATH (in a setuid process in /usr/bin, /bin, /usr/sbin and /sbin), and gives them a
- *   clean environment, without the caller's LD_PRELOAD and without INSTANTSNAP_ variables. These
- *   programs raise no SIGCHLD either, and no wait() of the caller returns them, so a caller may
- *   ignore SIGCHLD. If the library cannot learn how a program ended, it counts as failed.
+ *   instantsnap_snapshot_delete(), and when QEMU itself ends during a snapshot. The build fixes
+ *   where programs are; INSTANTSNAP_QEMU_IMG, INSTANTSNAP_VIRSH and INSTANTSNAP_XMLLINT in the
+ *   environment name others, by absolute paths. A program that the build did not find is looked for
+ *   in PATH. A process with more rights than its user (setuid, file capabilities) ignores these
+ *   variables, and looks in /usr/bin, /bin, /usr/sbin and /sbin instead of PATH. Programs get a
+ *   clean environment, without the caller's LD_PRELOAD and without INSTANTSNAP_ variables. They
+ *   raise no SIGCHLD either, and no wait() of the caller returns them, so a caller may ignore
+ *   SIGCHLD. If the library cannot learn how a program ended, it counts as failed.
  *
  *   A process that exits while a job is running leaves its guest as a killed process does: first
  *   wait for the job, or cancel it.

@@ -2,7 +2,8 @@
 
 //! Runs the programs that the library needs: qemu-img, xmllint, virsh.
 //!
-//! A program is found at an absolute path, gets an environment of its own, and only the library
+//! A program has an absolute path, which the build has fixed (`core/build.rs`) unless the caller's
+//! environment names another one. It gets an environment of its own, and only the library
 //! takes its exit status.
 //!
 //! The status of an ordinary child process is lost if the caller ignores SIGCHLD, or if a thread of
@@ -37,6 +38,14 @@ use crate::sys::{self, Child, CommandLine, Program, Stdio};
 
 /// The search path for programs if the caller's PATH cannot be trusted, or does not exist.
 const DIRECTORIES: &str = "/usr/bin:/bin:/usr/sbin:/sbin";
+
+/// The programs, each with the variable that names another one, and with the path that the build
+/// has fixed.
+const PROGRAMS: [(&str, &str, Option<&str>); 3] = [
+    ("qemu-img", "INSTANTSNAP_QEMU_IMG", option_env!("INSTANTSNAP_QEMU_IMG")),
+    ("virsh", "INSTANTSNAP_VIRSH", option_env!("INSTANTSNAP_VIRSH")),
+    ("xmllint", "INSTANTSNAP_XMLLINT", option_env!("INSTANTSNAP_XMLLINT")),
+];
 
 /// The variables of the caller's environment that a program gets: they say where a user's files and
 /// sockets are, and where the program's own libraries and modules are. LD_PRELOAD and this
@@ -136,8 +145,8 @@ impl Tool {
         deadline: Option<Instant>,
     ) -> Result<Option<ToolOutput>, String> {
         let (name, package) = (self.name, package(self.name));
-        let program = find(name)
-            .ok_or_else(|| format!("cannot run {name} (install {package}): it was not found"))?;
+        let program = look_for(name)
+            .map_err(|why| format!("cannot run {name} (install {package}): {why}"))?;
         let arguments =
             std::iter::once(program.into_os_string()).chain(self.arguments.iter().cloned());
         let Some(command) = command_line(arguments) else {
@@ -177,15 +186,43 @@ fn package(name: &str) -> &'static str {
 
 /// The absolute path of an executable program.
 pub fn find(name: &str) -> Option<PathBuf> {
+    look_for(name).ok()
+}
+
+/// The same, or the reason why there is none.
+fn look_for(name: &str) -> Result<PathBuf, String> {
+    let known = PROGRAMS.iter().find(|(program, ..)| *program == name);
+    let named = known.and_then(|(_, variable, _)| env::var_os(variable));
+    let built_in = known.and_then(|(.., path)| *path);
+    choose(name, sys::is_secure(), named, built_in, env::var_os("PATH"))
+}
+
+/// The program that a variable names, or else the one that the build has fixed, or else the first
+/// one in PATH. The variable is ignored in a process with more rights than the user who has started
+/// it, because that user has set it.
+fn choose(
+    name: &str,
+    secure: bool,
+    named: Option<OsString>,
+    built_in: Option<&str>,
+    path: Option<OsString>,
+) -> Result<PathBuf, String> {
     let is_executable = |file: &PathBuf| {
         file.is_absolute()
             && file
                 .metadata()
                 .is_ok_and(|meta| meta.is_file() && meta.permissions().mode() & 0o111 != 0)
     };
-    env::split_paths(&search_path(sys::is_secure(), env::var_os("PATH")))
-        .map(|directory| directory.join(name))
-        .find(is_executable)
+    let named = named.filter(|named| !secure && !named.is_empty());
+    let built_in = built_in.filter(|path| !path.is_empty());
+    match named.or_else(|| built_in.map(OsString::from)).map(PathBuf::from) {
+        Some(program) if is_executable(&program) => Ok(program),
+        Some(program) => Err(format!("'{}' is no program", program.display())),
+        None => env::split_paths(&search_path(secure, path))
+            .map(|directory| directory.join(name))
+            .find(is_executable)
+            .ok_or_else(|| "it was not found".into()),
+    }
 }
 
 /// The directories in which programs are searched. PATH is ignored in a process with more rights
@@ -428,6 +465,37 @@ mod tests {
             names.iter().all(|name| KEPT.contains(name) || ["PATH", "LC_ALL"].contains(name)),
             "{output}"
         );
+    }
+
+    #[test]
+    fn a_program_is_the_one_that_is_named_or_the_builds_or_the_first_in_path() {
+        let directory = tempfile::tempdir().unwrap();
+        let place = |name: &str, mode| {
+            let file = directory.path().join(name);
+            std::fs::write(&file, "").unwrap();
+            std::fs::set_permissions(&file, PermissionsExt::from_mode(mode)).unwrap();
+            file
+        };
+        let [named, built_in, first] = ["named", "built-in", "tool"].map(|name| place(name, 0o755));
+        let none = place("none", 0o644);
+        let path = || Some(directory.path().into());
+        let choose = |secure, named: Option<&PathBuf>, built_in: Option<&PathBuf>| {
+            let built_in = built_in.map(|file| file.to_str().unwrap());
+            choose("tool", secure, named.map(OsString::from), built_in, path())
+        };
+        assert_eq!(choose(false, Some(&named), Some(&built_in)), Ok(named.clone()));
+        assert_eq!(choose(false, Some(&PathBuf::new()), Some(&built_in)), Ok(built_in.clone()));
+        assert_eq!(choose(false, None, Some(&built_in)), Ok(built_in.clone()));
+        assert_eq!(choose(false, None, None), Ok(first));
+        // A user who has started a setuid process does not choose its programs.
+        assert_eq!(choose(true, Some(&named), Some(&built_in)), Ok(built_in.clone()));
+        assert!(choose(true, Some(&named), None).is_err());
+        // No other takes the place of one that was chosen.
+        for wrong in [&none, &directory.path().join("gone"), &PathBuf::from("named")] {
+            let error = choose(false, Some(wrong), Some(&built_in)).unwrap_err();
+            assert!(error.contains(wrong.to_str().unwrap()), "{error}");
+            choose(false, None, Some(wrong)).unwrap_err();
+        }
     }
 
     #[test]

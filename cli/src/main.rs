@@ -6,10 +6,11 @@ mod dropin;
 mod library;
 mod process;
 mod root;
+mod systemctl;
 mod units;
 
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitCode};
+use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
@@ -17,6 +18,7 @@ use dropin::DropIn;
 use library::Kind;
 use process::Mapped;
 use root::Root;
+use systemctl::systemctl;
 
 /// Why something was not done, for who has asked for it.
 type Result<T> = std::result::Result<T, String>;
@@ -184,18 +186,6 @@ fn take_effect(root: &Root, unit: &str, now: bool) -> Result<()> {
         println!("restart it for that to take effect: systemctl restart {unit} (guests run on)");
     }
     Ok(())
-}
-
-fn systemctl(words: &[&str]) -> Result<()> {
-    let status = Command::new("systemctl")
-        .args(words)
-        .status()
-        .map_err(|error| format!("systemctl: {error}"))?;
-    if status.success() {
-        Ok(())
-    } else {
-        Err(format!("systemctl {} failed: {status}", words.join(" ")))
-    }
 }
 
 /// Of a daemon that an earlier version has enabled.

@@ -4,17 +4,16 @@
 //! nobody had open: by the end of a snapshot that failed, or by a delete. It must not go on with
 //! images that are removed.
 
-use std::ffi::OsString;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use common::virt::OpenedDomain;
-use common::{ALL_SECTORS, At, assert_error, files_below, machine, path_with_qemu_img};
+use common::{ALL_SECTORS, At, QEMU_IMG, assert_error, files_below, machine, qemu_img_stand_in};
 use instantsnap::engine::Phase;
 use instantsnap::error::Code;
 use instantsnap_testkit::{Binary, Daemon, test};
 
-/// A PATH with a qemu-img that starts a domain when it has merged an image for the `nth` time.
-fn starts_after_merge(directory: &Path, domain: &OpenedDomain, nth: usize) -> OsString {
+/// A qemu-img that starts a domain when it has merged an image for the `nth` time.
+fn starts_after_merge(directory: &Path, domain: &OpenedDomain, nth: usize) -> PathBuf {
     let (uri, name) = (domain.guest.daemon().uri(), domain.guest.name());
     let script = format!(
         "#!/bin/sh\n[ \"$1\" = commit ] || exec /usr/bin/qemu-img \"$@\"\n/usr/bin/qemu-img \"$@\" \
@@ -22,18 +21,17 @@ fn starts_after_merge(directory: &Path, domain: &OpenedDomain, nth: usize) -> Os
          -c '{uri}' start {name} >{0}/said 2>&1\nexit 0\n",
         directory.display()
     );
-    path_with_qemu_img(directory, &script)
+    qemu_img_stand_in(directory, &script)
 }
 
-/// Calls it with this PATH.
-fn with_path<T>(path: &OsString, call: impl FnOnce() -> T) -> T {
-    let before = std::env::var_os("PATH").unwrap();
+/// Calls it with this qemu-img.
+fn with_qemu_img<T>(qemu_img: &Path, call: impl FnOnce() -> T) -> T {
     // SAFETY: this process runs this one test, and its other threads, the harness's and libvirt's,
     // read no environment.
-    unsafe { std::env::set_var("PATH", path) };
+    unsafe { std::env::set_var(QEMU_IMG, qemu_img) };
     let result = call();
     // SAFETY: as above.
-    unsafe { std::env::set_var("PATH", before) };
+    unsafe { std::env::remove_var(QEMU_IMG) };
     result
 }
 
@@ -65,7 +63,7 @@ fn a_domain_that_is_started_while_its_snapshot_is_undone_is_on_its_images() {
         let domain = OpenedDomain::start(&machine(&Binary::under_libvirt()[0], 2), &daemon);
         let images = images(&domain);
         let directory = tempfile::tempdir().unwrap();
-        let path = starts_after_merge(directory.path(), &domain, nth);
+        let qemu_img = starts_after_merge(directory.path(), &domain, nth);
         let mut destroy = At(|phase| {
             if phase == Phase::Drain {
                 domain.guest.virsh("destroy", &[]);
@@ -73,7 +71,7 @@ fn a_domain_that_is_started_while_its_snapshot_is_undone_is_on_its_images() {
         });
         let snapshot = || domain.snapshot_observed("s", &mut destroy);
         assert_error(
-            with_path(&path, snapshot),
+            with_qemu_img(&qemu_img, snapshot),
             Code::OperationFailed,
             "the guest's QEMU has ended meanwhile",
         );
@@ -92,8 +90,8 @@ fn a_domain_that_is_started_while_its_snapshot_is_deleted_loses_nothing() {
     domain.guest.wait_ticks(ALL_SECTORS);
     domain.guest.virsh("destroy", &[]);
     let directory = tempfile::tempdir().unwrap();
-    let path = starts_after_merge(directory.path(), &domain, 2);
-    let delete = with_path(&path, || domain.delete("s", 0));
+    let qemu_img = starts_after_merge(directory.path(), &domain, 2);
+    let delete = with_qemu_img(&qemu_img, || domain.delete("s", 0));
     assert_error(delete, Code::OperationFailed, "delete the snapshot again");
     domain.guest.wait_ticks(ALL_SECTORS);
     domain.delete("s", 0).unwrap();

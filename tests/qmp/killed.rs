@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::process::Command;
 
-use common::{At, INSTANTLY, Opened, named, path_with_qemu_img, through_proxy};
+use common::{At, INSTANTLY, Opened, QEMU_IMG, named, qemu_img_stand_in, through_proxy};
 use instantsnap::engine::Phase;
 use instantsnap::error::{Code, Error};
 use instantsnap_testkit::{Binary, Disk, Fault, Format, Guest, Machine, test};
@@ -296,20 +296,19 @@ fn fail_to_merge(opened: &Opened, mut before_merge: impl FnMut()) -> (Error, u32
 fn a_killed_merge_keeps_the_overlays_of_a_caller_that_ignores_its_children() {
     let stand_in = tempfile::tempdir().unwrap();
     let script = "#!/bin/sh\n[ \"$1\" = commit ] && kill -9 $$\nexec /usr/bin/qemu-img \"$@\"\n";
-    let path = std::env::var_os("PATH").unwrap();
-    let with_stand_in = path_with_qemu_img(stand_in.path(), script);
+    let qemu_img = qemu_img_stand_in(stand_in.path(), script);
     for binary in Binary::some() {
         let opened = start(binary);
         // SAFETY: this process runs this one test, and its other threads are the harness's, which
         // waits, and ours, which read no environment meanwhile. It waits for no child of its own
         // while their ends are ignored.
         let (error, tick) = fail_to_merge(&opened, || unsafe {
-            std::env::set_var("PATH", &with_stand_in);
+            std::env::set_var(QEMU_IMG, &qemu_img);
             libc::signal(libc::SIGCHLD, libc::SIG_IGN);
         });
         // SAFETY: as above.
         unsafe {
-            std::env::set_var("PATH", &path);
+            std::env::remove_var(QEMU_IMG);
             libc::signal(libc::SIGCHLD, libc::SIG_DFL);
         }
         for part in ["must not be removed", "SIGKILL"] {
@@ -325,7 +324,6 @@ fn a_killed_merge_keeps_the_overlays_of_a_caller_that_ignores_its_children() {
 
 #[test]
 fn an_overlay_that_another_qemu_opens_when_it_has_been_merged_is_not_removed() {
-    let path = std::env::var_os("PATH").unwrap();
     let binary = &Binary::any()[0];
     let opened = start(binary);
     let stand_in = tempfile::tempdir().unwrap();
@@ -338,13 +336,13 @@ fn an_overlay_that_another_qemu_opens_when_it_has_been_merged_is_not_removed() {
         stand_in.path().display(),
         overlay(0).display()
     );
-    let with_stand_in = path_with_qemu_img(stand_in.path(), &script);
+    let qemu_img = qemu_img_stand_in(stand_in.path(), &script);
     // SAFETY: this process runs this one test, and its other threads are the harness's, which
     // waits, and ours, which read no environment.
     let (error, tick) =
-        fail_to_merge(&opened, || unsafe { std::env::set_var("PATH", &with_stand_in) });
+        fail_to_merge(&opened, || unsafe { std::env::set_var(QEMU_IMG, &qemu_img) });
     // SAFETY: as above.
-    unsafe { std::env::set_var("PATH", &path) };
+    unsafe { std::env::remove_var(QEMU_IMG) };
     let server = std::fs::read_to_string(stand_in.path().join("pid")).expect("the other QEMU");
     assert_eq!(overlay(0).exists().then(|| overlay(1).exists()), Some(false));
     common::run("kill", &[server.trim()]);
@@ -359,15 +357,14 @@ fn an_overlay_that_another_qemu_opens_when_it_has_been_merged_is_not_removed() {
 
 #[test]
 fn without_qemu_img_the_overlays_are_kept_and_named() {
-    let path = std::env::var_os("PATH").unwrap();
     for binary in Binary::some() {
         let opened = start(binary);
         // SAFETY: this process runs this one test, and its other threads are the harness's, which
         // waits, and ours, which read no environment.
         let (error, tick) =
-            fail_to_merge(&opened, || unsafe { std::env::set_var("PATH", "/nonexistent") });
+            fail_to_merge(&opened, || unsafe { std::env::set_var(QEMU_IMG, "/nonexistent") });
         // SAFETY: as above.
-        unsafe { std::env::set_var("PATH", &path) };
+        unsafe { std::env::remove_var(QEMU_IMG) };
         eprintln!("{error}");
         let directory = opened.guest.directory();
         let overlays = [directory.join("disk-0.s"), directory.join("disk-1.s")];

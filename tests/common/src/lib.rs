@@ -329,14 +329,15 @@ pub fn run(program: &str, args: &[&str]) -> String {
     String::from_utf8(output.stdout).unwrap()
 }
 
-/// A PATH that begins with a directory, in which this script stands for qemu-img.
-pub fn path_with_qemu_img(directory: &Path, script: &str) -> std::ffi::OsString {
+/// Names the qemu-img that the library runs.
+pub const QEMU_IMG: &str = "INSTANTSNAP_QEMU_IMG";
+
+/// A file with this script, which stands for qemu-img.
+pub fn qemu_img_stand_in(directory: &Path, script: &str) -> PathBuf {
     let file = directory.join("qemu-img");
     std::fs::write(&file, script).unwrap();
     std::fs::set_permissions(&file, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
-    let path = std::env::var_os("PATH").unwrap();
-    std::env::join_paths([directory.to_owned()].into_iter().chain(std::env::split_paths(&path)))
-        .unwrap()
+    file
 }
 
 /// How many pages of a file the kernel has not written yet; `None` where it does not say (Linux
