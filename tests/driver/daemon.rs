@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! The example of the driver backend, c-tests/daemon.c: one event loop, four guests, and a client
+//! The driver backend in a daemon, c-tests/daemon.c: one event loop, four guests, and a client
 //! in Python.
 
 use std::os::unix::fs::symlink;
