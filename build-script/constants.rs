@@ -13,7 +13,7 @@ use syn::{
 
 use crate::sources::{given_to, parse};
 
-/// What declares them.
+/// The files that declare them.
 pub const SOURCES: [&str; 3] = ["src/error.rs", "src/model/flags.rs", "src/ffi/abi.rs"];
 
 /// A constant by its name in C, with the value that Rust has.
@@ -73,8 +73,8 @@ fn value(expression: &Expr) -> Option<i64> {
     }
 }
 
-/// The flags of all tables, each `rule("NAME", CONSTANT, …)` beneath the prefix of its table. None
-/// where they are written in another way than this.
+/// The flags of all tables. Each is a `rule("NAME", CONSTANT, …)`, and its name in C begins with the
+/// prefix of its table. None if the tables are written in another way.
 fn of_tables(items: &[Item]) -> Option<Vec<Constant>> {
     let mut numbers = values(items);
     for item in items {

@@ -19,7 +19,7 @@ use crate::sources::{given_to, parse};
 /// Where functions are declared that libvirt's headers have.
 pub const DECLARING: [&str; 2] = ["src/libvirt/table.rs", "preload/src/libvirt.rs"];
 
-/// Where functions are exported that stand before libvirt's own.
+/// Where libinstantsnap-preload.so's functions are, which stand before libvirt's.
 pub const PRELOADED: &str = "preload/src/lib.rs";
 
 /// What a type in Rust is made of: names with the types that they stand for.
@@ -33,8 +33,8 @@ type Function = (String, Vec<Type>, ReturnType);
 pub struct Prototypes {
     /// The functions that C calls.
     exported: Vec<Function>,
-    /// Functions of libvirt's: those that are found at run time, and those that have one of ours
-    /// before them.
+    /// Functions of libvirt's: those that the libraries find at run time, and those that
+    /// libinstantsnap-preload.so exports too.
     of_others: Vec<Function>,
     /// The structures that C and Rust share.
     structures: Vec<ItemStruct>,

@@ -15,7 +15,7 @@ pub fn parse(file: &Path) -> Result<syn::File, String> {
     syn::parse_file(&text).map_err(|error| format!("{}: {error}", file.display()))
 }
 
-/// What a file gives to the macro of this name, of all its calls.
+/// Parses the arguments of every call of the macro of this name.
 pub fn given_to<T>(
     name: &str,
     file: &Path,

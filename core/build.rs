@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! Fixes where the programs are that the library runs: at the path that a variable names in the
-//! environment of the build, or else where they are on this machine. One that is in neither is
-//! looked for when it is needed (`src/tool.rs`).
+//! Fixes the absolute paths of the programs that the library runs. A variable in the environment of
+//! the build names such a path; otherwise it is the path of the program on this machine. The library
+//! looks for a program without such a path when it needs it (`src/tool.rs`).
 
 use std::env;
 use std::path::Path;
@@ -18,7 +18,7 @@ fn main() {
     for (program, variable) in PROGRAMS {
         println!("cargo::rerun-if-env-changed={variable}");
         match env::var(variable).ok().filter(|path| !path.is_empty()) {
-            // The compiler sees it itself.
+            // The compiler has the variable already.
             Some(path) if Path::new(&path).is_absolute() => {}
             Some(path) => println!("cargo::error={variable} is no absolute path: {path}"),
             None => {

@@ -9,14 +9,14 @@ use std::process::Command;
 
 use crate::Result;
 
-/// Names it, in the environment of the build or of the command.
+/// This variable names systemctl, in the environment of the build or of the command.
 const VARIABLE: &str = "INSTANTSNAP_SYSTEMCTL";
 const BUILT_IN: Option<&str> = option_env!("INSTANTSNAP_SYSTEMCTL");
 
 /// Where distributions have it.
 const USUAL: [&str; 2] = ["/usr/bin/systemctl", "/bin/systemctl"];
 
-/// Runs it with these words.
+/// Runs systemctl with these arguments.
 pub fn systemctl(words: &[&str]) -> Result<()> {
     let program = choose(is_secure(), env::var_os(VARIABLE), BUILT_IN)?;
     let status = Command::new(&program)
@@ -30,8 +30,8 @@ pub fn systemctl(words: &[&str]) -> Result<()> {
     }
 }
 
-/// Whether the kernel has given this process more rights than its user has, by its auxiliary
-/// vector; also where that cannot be read.
+/// Whether this process has more rights than the user who has started it: the kernel says so in the
+/// auxiliary vector. If that cannot be read, the answer is yes.
 fn is_secure() -> bool {
     const AT_SECURE: usize = 23;
     const WORD: usize = size_of::<usize>();
@@ -41,8 +41,9 @@ fn is_secure() -> bool {
     entries.find(|(kind, _)| word(kind) == AT_SECURE).is_none_or(|(_, value)| word(value) != 0)
 }
 
-/// The one that is named, or else the one that the build has fixed, or else where it usually is. In
-/// a process with more rights than the user who has started it, the name is that user's word.
+/// The systemctl that the variable names, or else the one that the build has fixed, or else the one
+/// of the distribution. The variable is ignored in a process with more rights than the user who has
+/// started it, because that user has set it.
 fn choose(secure: bool, named: Option<OsString>, built_in: Option<&str>) -> Result<PathBuf> {
     let named = named.filter(|named| !secure && !named.is_empty());
     let built_in = built_in.filter(|path| !path.is_empty());

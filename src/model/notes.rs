@@ -11,7 +11,8 @@ use super::xml;
 use crate::error::Result;
 
 const NAMESPACE: &str = "urn:instantsnap:notes:1";
-/// Of notes that versions wrote which were never released. They are read, and replaced.
+/// The namespace of the notes that earlier, unreleased versions wrote. Such notes are read, and
+/// replaced.
 const FORMER_NAMESPACE: &str = "https://instantsnap.invalid/snapshot/1";
 
 /// The notes.
@@ -30,7 +31,8 @@ impl Notes {
     /// Reads those of a `<domain>`; none where there are none.
     pub fn read(domain: Node) -> Notes {
         let all = elements(domain);
-        // Where a former version has added its own to what it did not understand, ours know more.
+        // An earlier version may have added its notes beside ours, which it did not understand. Ours
+        // are used then.
         let is_ours = |node: &Node| node.tag_name().namespace() == Some(NAMESPACE);
         let Some(element) = all.iter().copied().find(is_ours).or(all.first().copied()) else {
             return Notes::default();

@@ -17,8 +17,8 @@ use super::notes::Notes;
 use super::plan::DiskPlan;
 use super::record::{ManualDisk, Record, RecordedDisk, RecordedNvram};
 
-/// It is for others that read a record. We go by the names of the elements alone, so records that
-/// versions wrote which were never released, with another namespace, are read too.
+/// The namespace is for other programs that read a record. [`Record::parse`] ignores it, and so it
+/// reads the records of earlier, unreleased versions too, which have another namespace.
 const NAMESPACE: &str = "urn:instantsnap:record:1";
 
 type XmlWriter = Writer<Vec<u8>>;

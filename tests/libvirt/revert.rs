@@ -337,7 +337,7 @@ fn an_image_that_was_written_or_replaced_since_the_snapshot_is_refused_by_name()
     );
 }
 
-/// Their element had another XML namespace.
+/// The notes of earlier versions have another XML namespace.
 #[test]
 fn the_notes_of_a_former_version_are_honoured_and_replaced() {
     const NAMESPACE: &str = "urn:instantsnap:notes:1";

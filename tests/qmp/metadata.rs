@@ -319,7 +319,7 @@ fn a_damaged_record_is_named_and_nothing_else_is_lost() {
     }
 }
 
-/// They had another XML namespace.
+/// The records of earlier versions have another XML namespace.
 #[test]
 fn records_of_a_former_version_are_listed_brought_back_renewed_and_deleted() {
     const NAMESPACE: &str = "\"urn:instantsnap:record:1\"";

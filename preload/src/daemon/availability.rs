@@ -49,7 +49,7 @@ pub fn found() -> std::result::Result<&'static Daemon, String> {
     found.map(|(daemon, _)| daemon)
 }
 
-/// Switches them off: this libvirt has taken an ordinary snapshot.
+/// Switches instant snapshots off, because this libvirt has taken an ordinary one.
 pub fn driver_is_elsewhere() {
     IS_ELSEWHERE.store(true, Ordering::Relaxed);
 }

@@ -329,10 +329,10 @@ pub fn run(program: &str, args: &[&str]) -> String {
     String::from_utf8(output.stdout).unwrap()
 }
 
-/// Names the qemu-img that the library runs.
+/// The variable that names the qemu-img that the library runs.
 pub const QEMU_IMG: &str = "INSTANTSNAP_QEMU_IMG";
 
-/// A file with this script, which stands for qemu-img.
+/// Writes a script that stands in for qemu-img, and returns its path.
 pub fn qemu_img_stand_in(directory: &Path, script: &str) -> PathBuf {
     let file = directory.join("qemu-img");
     std::fs::write(&file, script).unwrap();
