@@ -158,7 +158,7 @@ fn overlays_are_named_as_libvirt_names_them() {
 }
 
 #[test]
-fn overlays_that_would_be_one_file_or_exist_are_refused() {
+fn overlays_with_equal_or_existing_paths_are_refused() {
     let daemon = virt::session();
     let directory = directory_for(&daemon);
     let at = |name: &str| directory.path().join(name);
@@ -509,7 +509,7 @@ fn kill_in_the_drain(opened: &OpenedDomain, xml: &str, flags: u32) {
 }
 
 #[test]
-fn an_empty_file_made_beforehand_is_taken_and_is_empty_again_when_the_snapshot_is_undone() {
+fn precreated_empty_overlay_is_used_and_emptied_again_by_undo() {
     let daemon = virt::session();
     let clones = Clones::of(&daemon);
     let directory = directory_for(&daemon);
@@ -572,7 +572,7 @@ fn an_empty_file_made_beforehand_is_taken_and_is_empty_again_when_the_snapshot_i
 }
 
 #[test]
-fn a_block_device_can_be_an_overlay_and_stays_in_place() {
+fn block_device_can_be_an_overlay_and_is_not_removed() {
     for daemon in virt::daemons() {
         let clones = Clones::of(&daemon);
         let directory = directory_for(&daemon);

@@ -305,7 +305,7 @@ fn iothreads_and_shared_memory_are_no_hindrance() {
 }
 
 #[test]
-fn a_device_that_cannot_be_migrated_is_refused_with_qemus_reason() {
+fn device_that_cannot_be_migrated_is_refused_with_qemus_reason() {
     let daemon = virt::session();
     let binary = &Binary::all()[0];
     let shared = tempfile::Builder::new().tempdir_in(daemon.directory().join("guests")).unwrap();
@@ -490,7 +490,7 @@ fn vhost_user_backend(socket: &Path) -> std::thread::JoinHandle<()> {
 }
 
 #[test]
-fn a_vhost_user_network_card_is_refused() {
+fn vhost_user_network_card_is_refused() {
     let daemon = virt::session();
     let binary = &Binary::all()[0];
     let directory = directory_for(&daemon);

@@ -289,7 +289,7 @@ fn what_others_use_of_a_domain_that_is_reverted_stays() {
 /// By a block job of another client, by a copy that takes its place, or by a tool: memory would be
 /// older than the disks.
 #[test]
-fn an_image_that_was_written_or_replaced_since_the_snapshot_is_refused_by_name() {
+fn image_written_or_replaced_since_the_snapshot_is_refused_by_name() {
     let mut tree = Tree::start(&machine(&Binary::all()[0], 2), &virt::session(), Maker::Instant);
     tree.snapshot("s");
     let guest = &tree.opened.guest;

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! P1, P2: the guest runs again when write tracking is armed, not before; and never later than the
-//! limit of the pause.
+//! The guest is resumed when write tracking is armed and not before, and the pause never exceeds
+//! its limit.
 //!
-//! A shim holds QEMU's snapshot thread in the gap between "the migration is active" and "tracking
-//! is armed".
+//! A preloaded shim holds QEMU's snapshot thread between the migration becoming active and the
+//! arming of write tracking.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -16,21 +16,22 @@ use instantsnap_testkit::{Binary, DEADLINE, Fault, Machine, test, wait_for};
 use serde_json::json;
 use tempfile::TempDir;
 
-/// A machine whose snapshots wait until the file is there; and its directory.
-fn late(binary: &'static Binary) -> (Machine, PathBuf, TempDir) {
+/// A machine whose snapshots are held until the returned file exists, and the file's directory.
+fn machine_with_held_arming(binary: &'static Binary) -> (Machine, PathBuf, TempDir) {
     let directory = tempfile::tempdir().unwrap();
     let release = directory.path().join("release");
     (machine(binary, 2).restless().late_arm(&release), release, directory)
 }
 
 #[test]
-fn a_snapshot_that_is_active_but_not_armed_is_waited_for() {
+fn guest_is_not_resumed_before_write_tracking_is_armed() {
     for binary in Binary::some() {
-        let (machine, release, _directory) = late(binary);
+        let (machine, release, _directory) = machine_with_held_arming(binary);
         let (opened, proxy) = through_proxy(&machine);
         std::thread::scope(|scope| {
             scope.spawn(|| {
-                // The library has asked several times since `migrate`, and been told: active.
+                // The library has polled several times since `migrate`, and QEMU has replied
+                // "active".
                 let asked = || {
                     let commands = proxy.commands();
                     let migrate = commands.iter().position(|command| command == "migrate")?;
@@ -61,11 +62,11 @@ fn a_snapshot_that_is_active_but_not_armed_is_waited_for() {
     }
 }
 
-/// The control experiment: under the same shim, who resumes at "active" gets a torn snapshot.
+/// The control experiment: under the same shim, a guest that is resumed at "active" is torn.
 #[test]
-fn a_guest_resumed_when_active_is_torn() {
+fn resuming_at_active_before_arming_tears_the_snapshot() {
     for binary in Binary::some() {
-        let (machine, release, _directory) = late(binary);
+        let (machine, release, _directory) = machine_with_held_arming(binary);
         let guest = machine.start();
         guest.wait_ticks(10);
         let draining = begin(&guest, "wrong", Resume::Active);
@@ -79,9 +80,9 @@ fn a_guest_resumed_when_active_is_torn() {
 }
 
 #[test]
-fn a_pause_that_reaches_its_limit_is_ended() {
+fn pause_limit_ends_the_pause_and_fails_the_snapshot() {
     for binary in Binary::some() {
-        let (machine, release, _directory) = late(binary);
+        let (machine, release, _directory) = machine_with_held_arming(binary);
         let opened = Opened::start(&machine);
         let before = opened.trace();
         opened.handle.set_pause_limit(Duration::from_secs(2));
@@ -89,8 +90,8 @@ fn a_pause_that_reaches_its_limit_is_ended() {
             let call = scope.spawn(|| {
                 opened.handle.create(&named("s"), INSTANTLY, &mut ()).expect_err("too long")
             });
-            // The guest runs again while the migration is still held: it does not wait for QEMU to
-            // give in.
+            // The guest runs again while the migration is still held: the library does not wait for
+            // QEMU.
             let mut control = opened.guest.control();
             let mut running = |wanted: bool| {
                 let status = |control: &mut instantsnap_testkit::Client| {
@@ -115,11 +116,11 @@ fn a_pause_that_reaches_its_limit_is_ended() {
     }
 }
 
-/// Nobody opens the gate: QEMU comes to its senses by itself, after the limit.
+/// The test never creates the file: QEMU's thread goes on by itself after the limit has passed.
 #[test]
-fn a_pause_that_reaches_its_limit_is_undone_when_qemu_comes_to_its_senses() {
+fn pause_limit_undoes_the_snapshot_when_qemu_goes_on_later() {
     for binary in Binary::some() {
-        let (machine, release, _directory) = late(binary);
+        let (machine, release, _directory) = machine_with_held_arming(binary);
         let opened = Opened::start(&machine);
         opened.handle.set_pause_limit(Duration::from_secs(2));
         opened.assert_fails(
@@ -135,12 +136,12 @@ fn a_pause_that_reaches_its_limit_is_undone_when_qemu_comes_to_its_senses() {
     }
 }
 
-/// QEMU 10.0 closes its descriptor 0 when a background snapshot is cancelled before it is armed. At
-/// the second time that is an image that it has opened meanwhile.
+/// QEMU 10.0 closes its descriptor 0 when a background snapshot is cancelled before it is armed.
+/// The second time, descriptor 0 is an image that QEMU has opened since.
 #[test]
-fn a_snapshot_given_up_before_it_is_armed_closes_nothing_of_qemus() {
+fn giving_up_before_arming_closes_no_descriptor_of_qemu() {
     for binary in Binary::some() {
-        // So much memory that QEMU is still touching it when the library gives up.
+        // QEMU is still reading this much memory when the library gives up.
         let (opened, proxy) = through_proxy(&machine(binary, 2).memory(512).prealloc());
         for _ in 0..3 {
             proxy.rule("query-migrate", 2, Fault::fail("not today"));

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! P8: a snapshot can be cancelled in every phase; and a second one on the same guest is refused at
-//! once.
+//! A snapshot can be cancelled in every phase, and a second snapshot of the same guest is refused
+//! at once.
 
 use std::sync::mpsc::channel;
 
@@ -18,7 +18,7 @@ use serde_json::{Value, json};
 fn cancelled_in_each_phase(flags: u32) {
     for binary in Binary::some() {
         let opened = Opened::start(&machine(binary, 2));
-        // Nothing drains once a plain snapshot is saved.
+        // A non-live snapshot has nothing left to drain once it is saved.
         for phase in PHASES.into_iter().filter(|phase| flags != 0 || *phase != Phase::Drain) {
             let mut observer = At(|now| {
                 if now == phase {
@@ -42,12 +42,12 @@ fn cancelled_in_each_phase(flags: u32) {
 }
 
 #[test]
-fn a_snapshot_can_be_cancelled_in_each_phase() {
+fn snapshot_can_be_cancelled_in_each_phase() {
     cancelled_in_each_phase(INSTANTLY);
 }
 
 #[test]
-fn a_plain_snapshot_can_be_cancelled_in_each_phase() {
+fn non_live_snapshot_can_be_cancelled_in_each_phase() {
     cancelled_in_each_phase(0);
 }
 
@@ -59,9 +59,9 @@ fn set_bandwidth(client: &mut Client, bandwidth: &Value) {
     run(client, "migrate-set-parameters", json!({ "max-bandwidth": bandwidth }));
 }
 
-/// The library waits for memory to drain, and memory does drain, slowly.
+/// The library waits for memory to drain, and memory drains slowly.
 #[test]
-fn a_snapshot_can_be_cancelled_in_the_midst_of_its_drain() {
+fn snapshot_can_be_cancelled_in_the_middle_of_its_drain() {
     for binary in Binary::some() {
         let opened = Opened::start(&machine(binary, 2).memory(128).append("dense=64"));
         let before = opened.trace();
@@ -84,7 +84,8 @@ fn a_snapshot_can_be_cancelled_in_the_midst_of_its_drain() {
                 wait_for(DEADLINE, || (transferred(&mut control) > first).then_some(()))
                     .expect("memory drains");
                 opened.handle.cancel().unwrap();
-                // A QEMU that cannot be told to end is not to be waited for longer than needed.
+                // Where QEMU cannot be told to end the migration, the bandwidth is restored to keep
+                // the wait short.
                 set_bandwidth(&mut control, bandwidth);
             });
             let mut observer = At(|phase| {
@@ -108,18 +109,18 @@ fn a_snapshot_can_be_cancelled_in_the_midst_of_its_drain() {
 }
 
 #[test]
-fn there_is_nothing_to_cancel_when_nothing_is_under_way() {
+fn cancel_is_refused_without_a_running_snapshot() {
     let binary = &Binary::all()[0];
     let opened = Opened::start(&machine(binary, 1));
     let nothing = "no snapshot of this guest is being taken";
     assert_error(opened.handle.cancel(), Code::OperationInvalid, nothing);
     opened.snapshot("s").unwrap();
     assert_error(opened.handle.cancel(), Code::OperationInvalid, nothing);
-    // And the next is not cancelled by that.
+    // The next snapshot is not cancelled by the earlier call.
     opened.assert_well();
 }
 
-/// A handle of its own, by this socket, with a state directory of its own.
+/// Another handle of the same guest, by this socket, with a state directory of its own.
 fn another_handle(guest: &Guest, socket: &str) -> Handle {
     let state = guest.directory().join(format!("state-of-{socket}"));
     std::fs::create_dir_all(&state).unwrap();
@@ -127,10 +128,10 @@ fn another_handle(guest: &Guest, socket: &str) -> Handle {
 }
 
 #[test]
-fn a_second_snapshot_of_the_same_guest_is_refused_at_once() {
+fn second_snapshot_of_the_same_guest_is_refused_at_once() {
     for binary in Binary::some() {
         let opened = Opened::start(&machine(binary, 2));
-        // A driver's socket is the driver's.
+        // Only the driver may connect to a driver's socket.
         let sockets =
             if by_driver() { &["control.sock"][..] } else { &["qmp.sock", "control.sock"] };
         let others: Vec<_> =
@@ -139,7 +140,7 @@ fn a_second_snapshot_of_the_same_guest_is_refused_at_once() {
         let mut tried = 0;
         let mut observer = At(|phase| {
             if phase == Phase::Validate {
-                return; // The guest is not taken yet.
+                return; // The guest is not locked yet.
             }
             let own = (&opened.handle, "another snapshot of this guest is being taken");
             let others =
@@ -154,7 +155,7 @@ fn a_second_snapshot_of_the_same_guest_is_refused_at_once() {
                     tried += 1;
                 }
             }
-            // Opening does not disturb, and is not held up either.
+            // Opening the guest does not disturb the snapshot, and does not wait for it.
             drop(another_handle(&opened.guest, sockets[0]));
             assert!(!beside.join("disk-0.second").exists());
         });
@@ -162,7 +163,7 @@ fn a_second_snapshot_of_the_same_guest_is_refused_at_once() {
         assert_eq!(tried, 7 * 2 * (others.len() + 1));
         opened.guest.wait_ticks(ALL_SECTORS);
         opened.restore_clone("first");
-        // Now it is the others' turn.
+        // The other handles can take their snapshots now.
         for handle in &others {
             assert_eq!(handle.store().unwrap().list().unwrap(), []);
             handle.create(&named(&format!("{:p}", handle)), INSTANTLY, &mut ()).unwrap();
@@ -171,9 +172,9 @@ fn a_second_snapshot_of_the_same_guest_is_refused_at_once() {
     }
 }
 
-/// Nobody's cancelling reaches another handle's snapshot.
+/// Cancelling by one handle does not cancel the snapshot of another handle.
 #[test]
-fn a_cancelled_snapshot_leaves_the_name_free() {
+fn name_of_a_cancelled_snapshot_can_be_used_again() {
     let binary = &Binary::all()[0];
     let opened = Opened::start(&machine(binary, 1));
     let other = another_handle(&opened.guest, "qmp.sock");

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! P1: memory, every disk and the serial line of a snapshot are of one moment, between call and
+//! Memory, every disk and the serial line of a snapshot are of one moment, between the call and its
 //! return.
 
 use common::{INSTANTLY, Opened, machine, named};
@@ -9,13 +9,13 @@ use instantsnap_testkit::{
     Accel, Attach, Binary, MachineType, only_when_thorough, skip, test, thorough, where_kvm_works,
 };
 
-/// How many snapshots in a row; the second number in the long run of `.ci/run`.
+/// The number of snapshots in a row. `long` is for the long run of `.ci/run`.
 fn rounds(short: u32, long: u32) -> u32 {
     if thorough() { long } else { short }
 }
 
-/// Takes snapshots one after the other, on one growing chain, of a guest that writes all the time;
-/// brings each back.
+/// Takes snapshots one after the other, on one growing backing chain, of a guest that writes all
+/// the time, and restores a clone from each.
 fn snapshots_in_a_row(
     binary: &'static Binary,
     machine_type: MachineType,
@@ -32,7 +32,8 @@ fn snapshots_in_a_row(
         let name = original.snapshot(&format!("s{round}")).unwrap();
         let after = original.guest.wait_ticks(1);
         let (clone, first) = original.restore_clone(&name);
-        // The line of the instant's number can have been said before it, or be cut off.
+        // The guest can have printed the line of the snapshot's number before the instant, or only
+        // a part of it.
         assert!(
             (before..=after + 2).contains(&first),
             "round {round}: the clone goes on from {first}, the snapshot was taken between \
@@ -40,7 +41,7 @@ fn snapshots_in_a_row(
         );
         drop(clone);
     }
-    // The original has seen nothing of it.
+    // The clone has not affected the original.
     original.guest.wait_ticks(3);
 }
 
@@ -49,7 +50,8 @@ const MACHINES: [(MachineType, usize); 4] =
 
 fn on_all_machines(binaries: impl IntoIterator<Item = &'static Binary>, accel: Accel, rounds: u32) {
     for binary in binaries {
-        // In the short run half of them: no two alike in either.
+        // The short run takes every third combination, so that no two of them share the machine or
+        // the disks.
         let step = if thorough() { 1 } else { 3 };
         for (machine_type, disks) in MACHINES.into_iter().step_by(step) {
             eprintln!(
@@ -71,22 +73,22 @@ fn every_snapshot_in_a_row_is_of_one_moment_under_kvm() {
     on_all_machines(where_kvm_works(Binary::all()), Accel::Kvm, rounds(1, 5));
 }
 
-/// The chain of images is as long as that.
+/// The backing chain grows with each snapshot.
 #[test(long)]
-fn a_long_row_of_snapshots_on_one_chain_is_of_one_moment_each() {
+fn every_snapshot_of_a_long_chain_is_of_one_moment() {
     let binary = &Binary::all()[0];
     snapshots_in_a_row(binary, MachineType::Q35, Accel::Tcg, 3, rounds(5, 100));
 }
 
 #[test(long)]
-fn so_is_one_with_a_newer_qemu() {
+fn every_snapshot_of_a_long_chain_is_of_one_moment_with_a_newer_qemu() {
     only_when_thorough();
     let Some(binary) = Binary::all().get(1) else { skip("there is one QEMU only") };
     snapshots_in_a_row(binary, MachineType::Q35, Accel::Tcg, 3, 100);
 }
 
 #[test]
-fn a_plain_snapshot_is_of_one_moment() {
+fn non_live_snapshot_is_of_one_moment() {
     for binary in Binary::some() {
         let original = Opened::start(&machine(binary, 2).restless());
         original.create(&named("plain"), 0).unwrap();
@@ -96,18 +98,18 @@ fn a_plain_snapshot_is_of_one_moment() {
 }
 
 #[test]
-fn a_snapshot_can_be_brought_back_any_number_of_times_while_the_original_runs_on() {
+fn snapshot_can_be_restored_repeatedly_while_the_original_runs() {
     for binary in Binary::some() {
         let original = Opened::start(&machine(binary, 1).restless());
         original.snapshot("s").unwrap();
         let (first, from) = original.restore_clone("s");
         let (second, again) = original.restore_clone("s");
         assert!(from.abs_diff(again) <= 1, "{from} and {again}");
-        // All three go on, each on images of its own.
+        // The original and both clones go on, each on its own images.
         original.guest.wait_ticks(3);
         first.guest.wait_ticks(3);
         second.guest.wait_ticks(3);
-        // A clone can be snapshotted as its original, and brought back.
+        // A clone can be snapshotted like its original, and that snapshot can be restored.
         first.handle.create(&named("of-clone"), INSTANTLY | flags::NO_METADATA, &mut ()).unwrap();
         first.guest.wait_ticks(3);
     }

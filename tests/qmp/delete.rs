@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! Deleting snapshots of a guest by its QMP socket: what it has written since stays, the snapshot's
-//! files go, and a deletion that was cut short is done again.
+//! Deletes snapshots of a guest by its QMP socket: what the guest has written since is kept, the
+//! snapshot's files are removed, and an interrupted delete can be repeated.
 
 use std::path::{Path, PathBuf};
 
@@ -22,8 +22,8 @@ use instantsnap_testkit::{
 };
 use serde_json::json;
 
-/// Two disks, and two snapshots.
-fn twice(machine: &Machine) -> Opened {
+/// A guest with two disks and two snapshots.
+fn start_with_two_snapshots(machine: &Machine) -> Opened {
     let opened = Opened::start(machine);
     take_two(&opened);
     opened
@@ -45,7 +45,7 @@ fn current(opened: &Opened) -> Option<String> {
     opened.handle.store().unwrap().current().unwrap()
 }
 
-/// What the overlays and memory images of this snapshot are called.
+/// The overlays and memory images that belong to this snapshot.
 fn files_of(opened: &Opened, name: &str) -> Vec<PathBuf> {
     let directory = opened.guest.directory();
     let mut files = files_below(directory);
@@ -63,7 +63,7 @@ fn status(guest: &Guest) -> String {
         .to_owned()
 }
 
-/// As if the guest had UEFI variables: their copy.
+/// Adds a copy of UEFI variables to the snapshot's record, as if the guest had such variables.
 fn add_nvram(opened: &Opened, name: &str) -> PathBuf {
     let mut record = opened.record(name);
     let copy = format!("{}.pflash1.nvram", record.memory_file);
@@ -79,7 +79,7 @@ fn add_nvram(opened: &Opened, name: &str) -> PathBuf {
     copy.into()
 }
 
-/// Nothing is left in QEMU but the chain.
+/// QEMU has the nodes of these images only, and no job.
 #[track_caller]
 fn assert_clean(opened: &Opened, images: [&str; 2]) {
     for (device, image) in ["vd0", "vd1"].into_iter().zip(images) {
@@ -100,7 +100,7 @@ fn assert_clean(opened: &Opened, images: [&str; 2]) {
 }
 
 #[test(long)]
-fn the_youngest_is_merged_and_then_the_one_before() {
+fn delete_merges_the_newest_snapshot_then_the_previous_one() {
     for binary in Binary::any() {
         for attach in [Attach::Drive, Attach::Blockdev] {
             let opened = Opened::start(&machine(binary, 2).attach(attach));
@@ -122,18 +122,19 @@ fn the_youngest_is_merged_and_then_the_one_before() {
             assert_clean(&opened, ["disk-0.raw", "disk-1.qcow2"]);
             assert_eq!(opened.trace().qemu.0["nodes"], nodes);
             assert_error(opened.handle.delete("s1", 0), Code::NoDomainSnapshot, "'s1'");
-            // The name is free again.
+            // The name can be used again.
             opened.snapshot("s1").unwrap();
             opened.assert_well();
         }
     }
 }
 
-/// The record says what is to be removed, and it can be wrong, or changed by others.
+/// The record lists the files to remove, but it can be wrong, or another program can have edited
+/// it.
 #[test]
-fn what_an_edited_record_names_is_not_removed() {
+fn delete_does_not_remove_files_that_an_edited_record_names() {
     for binary in Binary::any() {
-        let opened = twice(&machine(binary, 1));
+        let opened = start_with_two_snapshots(&machine(binary, 1));
         let good = opened.record("s2");
         let precious = opened.guest.directory().join("precious");
         std::fs::write(&precious, "data").unwrap();
@@ -179,7 +180,7 @@ fn what_an_edited_record_names_is_not_removed() {
             );
             assert_untouched(&opened, &before);
         }
-        // Nor is it waited for.
+        // The library does not wait for a named pipe either.
         let pipe = opened.guest.directory().join("pipe");
         rustix::fs::mknodat(rustix::fs::CWD, &pipe, rustix::fs::FileType::Fifo, 0o600.into(), 0)
             .unwrap();
@@ -205,7 +206,7 @@ fn what_an_edited_record_names_is_not_removed() {
         std::fs::remove_file(&pipe).unwrap();
         assert_untouched(&opened, &before);
 
-        // A stray file is in nobody's way.
+        // A stray file does not prevent the delete.
         std::fs::write(&file, good.to_xml()).unwrap();
         std::fs::write(opened.state_dir().join("stray.xml"), "<x/>").unwrap();
         delete(&opened, "s2");
@@ -215,9 +216,9 @@ fn what_an_edited_record_names_is_not_removed() {
 }
 
 #[test]
-fn one_with_a_child_is_refused_and_untouched() {
+fn delete_of_a_snapshot_with_a_child_is_refused() {
     for binary in Binary::any() {
-        let opened = twice(&machine(binary, 2));
+        let opened = start_with_two_snapshots(&machine(binary, 2));
         let before = opened.trace();
         for flags in
             [0, CHILDREN, CHILDREN_ONLY, CHILDREN | METADATA_ONLY, CHILDREN_ONLY | METADATA_ONLY]
@@ -229,7 +230,7 @@ fn one_with_a_child_is_refused_and_untouched() {
         }
         assert_error(opened.handle.delete("none", 0), Code::NoDomainSnapshot, "'none'");
         assert_error(opened.handle.delete("none", METADATA_ONLY), Code::NoDomainSnapshot, "'none'");
-        // Of children there are none.
+        // The snapshot has no children to delete.
         opened.handle.delete("s2", CHILDREN_ONLY).unwrap();
         assert_untouched(&opened, &before);
 
@@ -244,12 +245,13 @@ fn one_with_a_child_is_refused_and_untouched() {
 }
 
 #[test]
-fn a_paused_guest_stays_paused() {
+fn delete_leaves_a_paused_guest_paused() {
     for binary in Binary::any() {
-        let opened = twice(&machine(binary, 2));
+        let opened = start_with_two_snapshots(&machine(binary, 2));
         opened.guest.control().execute("stop", json!({})).unwrap();
         delete(&opened, "s2");
-        // QEMU before 10.0 calls a guest otherwise that it has saved while it was paused.
+        // QEMU before 10.0 reports another status for a guest that it has saved while it was
+        // paused.
         opened.create(&named("paused"), 0).unwrap();
         let before = status(&opened.guest);
         delete(&opened, "paused");
@@ -262,8 +264,8 @@ fn a_paused_guest_stays_paused() {
 }
 
 #[test]
-fn a_guest_that_is_busy_is_refused() {
-    let opened = twice(&machine(&Binary::all()[0], 1));
+fn delete_is_refused_during_another_operation() {
+    let opened = start_with_two_snapshots(&machine(&Binary::all()[0], 1));
     let mut result = None;
     let mut observer = At(|phase| {
         if phase == Phase::Drain {
@@ -275,10 +277,10 @@ fn a_guest_that_is_busy_is_refused() {
     opened.restore_clone("s2");
 }
 
-/// At each of these steps the deletion fails, once by QEMU's error, and once by the connection's
-/// end, as when the caller is killed. Then it is done again.
+/// The delete fails at each of these steps, by an error of QEMU's or by the loss of the connection,
+/// as when the caller is killed. Then the delete is repeated.
 #[test(long)]
-fn what_was_cut_short_is_done_again() {
+fn interrupted_delete_can_be_repeated() {
     for binary in Binary::any() {
         let (opened, proxy) = through_proxy(&machine(binary, 2));
         let lost: fn() -> Fault = || Fault::Hangup;
@@ -325,12 +327,12 @@ fn what_was_cut_short_is_done_again() {
 }
 
 #[test]
-fn a_branch_that_the_guest_was_brought_back_from_goes_with_its_files_alone() {
+fn delete_of_a_branch_left_by_a_revert_removes_its_files_only() {
     for binary in Binary::any() {
-        let opened = twice(&machine(binary, 2));
+        let opened = start_with_two_snapshots(&machine(binary, 2));
         let (clone, _) = opened.restore_clone("s1");
-        // While the original is on its overlays, they are not the clone's to remove; nor may images
-        // that it stands on change.
+        // While the original runs on its overlays, the clone must not remove them, and the images
+        // below them must not change.
         assert_error(clone.handle.delete("s2", 0), Code::OperationInvalid, "is in use");
         assert_eq!(files_of(&opened, "s2").len(), 4);
         opened.guest.wait_ticks(2);
@@ -343,8 +345,8 @@ fn a_branch_that_the_guest_was_brought_back_from_goes_with_its_files_alone() {
         assert_eq!([clone.active_image("vd0"), clone.active_image("vd1")], fresh);
         opened.restore_clone("s1");
 
-        // The one that it was brought back to: its memory goes, and the images below stay, on which
-        // the guest is.
+        // The snapshot that the guest was reverted to: its memory image is removed, and the images
+        // stay, because the guest's overlays are on them.
         delete(&clone, "s1");
         assert_eq!(files_of(&opened, "s1"), Vec::<PathBuf>::new());
         assert_eq!([clone.active_image("vd0"), clone.active_image("vd1")], fresh);
@@ -354,11 +356,11 @@ fn a_branch_that_the_guest_was_brought_back_from_goes_with_its_files_alone() {
     }
 }
 
-/// QEMU's locks, before anything is changed.
+/// QEMU's image locks show it before anything is changed.
 #[test]
-fn images_that_a_clone_stands_on_are_not_merged_into() {
+fn delete_does_not_merge_into_an_image_that_a_clone_is_based_on() {
     for binary in Binary::any() {
-        let opened = twice(&machine(binary, 2));
+        let opened = start_with_two_snapshots(&machine(binary, 2));
         let (clone, _) = opened.restore_clone("s2");
         let before = opened.trace();
         let error = opened.handle.delete("s2", 0).expect_err("a clone is on it");
@@ -376,16 +378,16 @@ fn images_that_a_clone_stands_on_are_not_merged_into() {
 }
 
 #[test]
-fn what_stands_in_the_way_is_named_and_nothing_changes() {
+fn delete_names_the_obstacle_and_changes_nothing() {
     let binary = &Binary::all()[0];
-    let opened = twice(&machine(binary, 2));
+    let opened = start_with_two_snapshots(&machine(binary, 2));
     let refused = |part: &str| {
         let before = opened.trace();
         assert_error(opened.handle.delete("s2", 0), Code::OperationInvalid, part);
         assert_untouched(&opened, &before);
     };
 
-    // Somebody else's job.
+    // Another client's job.
     let file = opened.guest.directory().join("backup.qcow2");
     let backup = json!({
         "job-id": "backup", "device": "drive-0", "sync": "full", "target": file, "speed": 1, "auto-dismiss": false,
@@ -404,7 +406,7 @@ fn what_stands_in_the_way_is_named_and_nothing_changes() {
     std::fs::remove_file(&file).unwrap();
     assert_untouched(&opened, &before);
 
-    // A snapshot that was taken by a clone, and recorded as another's child.
+    // A clone has taken a snapshot, and its record names another parent.
     let (clone, _) = opened.restore_clone("s2");
     clone.handle.create(&named("other"), INSTANTLY, &mut ()).unwrap();
     drop(clone);
@@ -413,18 +415,18 @@ fn what_stands_in_the_way_is_named_and_nothing_changes() {
     opened.handle.store().unwrap().set_current("s2").unwrap();
     refused("snapshot 'other' stands on");
 
-    // A snapshot that nobody has recorded, on top of it.
+    // An unrecorded snapshot on top of it.
     opened.create(&named("unrecorded"), INSTANTLY | NO_METADATA).unwrap();
     refused("stands on the snapshot's overlay");
     opened.guest.wait_ticks(2);
     opened.restore_clone("s2");
 }
 
-/// Of the second disk, whose merge would begin when the first one's is under way.
+/// The clone is on the image of the second disk, whose merge would begin after the first disk's.
 #[test]
-fn an_image_that_another_guest_stands_on_is_found_before_the_first_disk_is_merged() {
+fn delete_finds_an_image_in_use_before_the_first_disk_is_merged() {
     for binary in Binary::any() {
-        let opened = twice(&machine(binary, 2));
+        let opened = start_with_two_snapshots(&machine(binary, 2));
         let clone = opened.guest.directory().join("clone.qcow2");
         make_image(
             &clone,
@@ -446,10 +448,10 @@ fn an_image_that_another_guest_stands_on_is_found_before_the_first_disk_is_merge
     }
 }
 
-/// As if the disk had been taken out since.
+/// As if the disk had been detached since.
 #[test]
-fn the_overlay_of_a_disk_that_the_guest_does_not_have_stays() {
-    let opened = twice(&machine(&Binary::all()[0], 2));
+fn delete_keeps_the_overlay_of_a_disk_that_the_guest_does_not_have() {
+    let opened = start_with_two_snapshots(&machine(&Binary::all()[0], 2));
     let overlay = opened.guest.directory().join("disk-9.s2");
     std::fs::write(&overlay, "written last").unwrap();
     let record = opened.state_dir().join("s2.xml");
@@ -467,7 +469,7 @@ fn the_overlay_of_a_disk_that_the_guest_does_not_have_stays() {
 }
 
 #[test]
-fn through_libvirt_it_is_the_domains_own() {
+fn delete_by_a_libvirt_handle_deletes_the_domain_snapshot() {
     let daemon = Daemon::session();
     let opened = OpenedDomain::start(&machine(&Binary::all()[0], 2), &daemon);
     opened.snapshot("s1").unwrap();

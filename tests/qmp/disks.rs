@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! Which disks are in a snapshot, by which name, on which overlay, and that the overlay is as its
-//! image.
+//! Which disks a snapshot includes, under which names and on which overlays, and that each overlay
+//! has its image's properties.
 
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 use std::path::{Path, PathBuf};
@@ -27,12 +27,12 @@ fn with(machine: Machine, args: &[&str]) -> Machine {
     args.iter().fold(machine, |machine, arg| machine.arg(arg))
 }
 
-/// `<domainsnapshot>` with this name and these disks.
+/// A `<domainsnapshot>` with this name and these disks.
 fn request(name: &str, disks: &str) -> String {
     format!("<domainsnapshot><name>{name}</name><disks>{disks}</disks></domainsnapshot>")
 }
 
-/// The disks of a snapshot, whose record is not kept.
+/// The names of the disks in a snapshot that is taken without a record.
 fn disks(opened: &Opened, name: &str, disks: &str) -> Result<Vec<String>, Error> {
     let name = opened.handle.create(&request(name, disks), INSTANTLY, &mut ())?;
     let store = opened.handle.store().unwrap();
@@ -47,7 +47,8 @@ fn hmp(guest: &Guest, line: &str) -> String {
     reply.as_str().unwrap().to_owned()
 }
 
-/// `qemu-img info` of an image and all below it: file, format, and what each says of the one below.
+/// The backing chain by `qemu-img info`: each file, its format, and the backing file and format
+/// that it names.
 fn chain(image: &str) -> Vec<(String, String, Option<String>, Option<String>)> {
     let info = run("qemu-img", &["info", "-U", "--backing-chain", "--output=json", image]);
     let info: Value = serde_json::from_str(&info).unwrap();
@@ -63,8 +64,8 @@ fn chain(image: &str) -> Vec<(String, String, Option<String>, Option<String>)> {
     info.as_array().unwrap().iter().map(one).collect()
 }
 
-/// Brings a snapshot back on fresh images in this directory.
-fn bring_back_in(opened: &Opened, name: &str, directory: &Path, disks: usize) -> Opened {
+/// Restores the snapshot on fresh images in this directory.
+fn restore_in(opened: &Opened, name: &str, directory: &Path, disks: usize) -> Opened {
     let plan = prepare_revert(&opened.state_dir(), name, Some(directory)).unwrap();
     assert_eq!(plan.disks.len(), disks);
     let images: Vec<_> = plan.disks.iter().map(|disk| (disk.file.clone(), Format::Qcow2)).collect();
@@ -78,7 +79,8 @@ fn bring_back_in(opened: &Opened, name: &str, directory: &Path, disks: usize) ->
     clone
 }
 
-/// Deletes the youngest snapshot, and looks whether its disks are on its images again, and sound.
+/// Deletes the newest snapshot, and checks that its disks are on their images again, and that the
+/// images are sound.
 #[track_caller]
 fn delete(opened: &Opened, name: &str) {
     let disks = opened.record(name).disks;
@@ -98,7 +100,7 @@ fn delete(opened: &Opened, name: &str) {
     opened.guest.wait_ticks(ALL_SECTORS);
 }
 
-/// Which of the binaries a guest runs on.
+/// The binary that the guest runs on.
 fn opened_binary(opened: &Opened) -> &'static Binary {
     let exe = std::fs::read_link(format!("/proc/{}/exe", opened.guest.pid())).unwrap();
     let is = |binary: &&Binary| binary.path.canonicalize().is_ok_and(|path| path == exe);
@@ -106,14 +108,14 @@ fn opened_binary(opened: &Opened) -> &'static Binary {
 }
 
 #[test]
-fn a_disk_goes_by_device_id_drive_or_node_and_path() {
+fn disk_can_be_named_by_device_id_drive_node_or_path() {
     for binary in Binary::any() {
         for attach in [Attach::Drive, Attach::Blockdev] {
             let opened = Opened::start(&machine(binary, 2).attach(attach));
             let backend = opened.guest.disks()[1].backend.clone();
             let path = opened.guest.disks()[1].file.display().to_string();
             for (n, name) in ["vd1", &backend, &path].iter().enumerate() {
-                // Each name leaves the second disk out, so that it stays on its image.
+                // Under each name the second disk is excluded, so that it stays on its image.
                 let left = disks(
                     &opened,
                     &format!("s{n}"),
@@ -127,7 +129,7 @@ fn a_disk_goes_by_device_id_drive_or_node_and_path() {
             let disk = format!("<disk name='{path}'><source file='{}'/></disk>", overlay.display());
             assert_eq!(disks(&opened, "x", &disk).unwrap(), ["vd0", "vd1"]);
             assert_eq!(opened.active_image("vd1"), overlay.display().to_string());
-            // It goes by the path that it has now.
+            // A disk is found by its current path only.
             let before = opened.trace();
             assert_error(
                 disks(&opened, "y", &format!("<disk name='{path}'/>")),
@@ -141,7 +143,7 @@ fn a_disk_goes_by_device_id_drive_or_node_and_path() {
 }
 
 #[test]
-fn an_unknown_disk_is_refused_with_the_names_there_are() {
+fn unknown_disk_is_refused_with_the_list_of_known_names() {
     let opened = Opened::start(&machine(&Binary::all()[0], 3));
     let before = opened.trace();
     let result = disks(&opened, "s", "<disk name='vdz'/>");
@@ -151,15 +153,15 @@ fn an_unknown_disk_is_refused_with_the_names_there_are() {
     assert_untouched(&opened, &before);
 }
 
-/// `-blockdev` nodes of devices without an id.
-fn nameless(binary: &'static Binary, directory: &Path, drivers: &[&str]) -> Machine {
+/// A machine with `-blockdev` nodes and devices that have no id.
+fn machine_without_ids(binary: &'static Binary, directory: &Path, drivers: &[&str]) -> Machine {
     let mut machine = Machine::new(binary);
     for (n, driver) in drivers.iter().enumerate() {
         let file = directory.join(format!("image-{n}.img"));
         make_image(&file, if *driver == "qcow2" { Format::Qcow2 } else { Format::Raw }, None);
         let protocol = format!("driver=file,node-name=proto{n},filename={}", file.display());
         machine = match *driver {
-            // The protocol's node is the disk.
+            // The device uses the protocol node itself.
             "file" => with(machine, &["-blockdev", &protocol.replace("proto", "node")]),
             driver => with(
                 machine,
@@ -177,10 +179,14 @@ fn nameless(binary: &'static Binary, directory: &Path, drivers: &[&str]) -> Mach
 }
 
 #[test]
-fn a_disk_known_by_its_node_only_keeps_its_name_over_snapshots() {
+fn disk_known_by_its_node_only_keeps_its_name_over_snapshots() {
     for binary in Binary::any() {
         let directory = tempfile::tempdir().unwrap();
-        let opened = Opened::start(&nameless(binary, directory.path(), &["qcow2", "raw", "file"]));
+        let opened = Opened::start(&machine_without_ids(
+            binary,
+            directory.path(),
+            &["qcow2", "raw", "file"],
+        ));
         for name in ["a", "b", "c"] {
             opened.snapshot(name).unwrap();
             let record = opened.record(name);
@@ -188,7 +194,7 @@ fn a_disk_known_by_its_node_only_keeps_its_name_over_snapshots() {
             assert_eq!(names, ["node0", "node1", "node2"], "{name}");
         }
         delete(&opened, "c");
-        // By which it can be asked for.
+        // The request can name the disk by its node.
         assert_eq!(
             disks(&opened, "d", "<disk name='node1' snapshot='no'/>").unwrap(),
             ["node0", "node2"]
@@ -198,24 +204,24 @@ fn a_disk_known_by_its_node_only_keeps_its_name_over_snapshots() {
 }
 
 #[test]
-fn a_raw_file_without_a_format_node_is_recorded_and_brought_back_as_raw() {
+fn raw_file_without_a_format_node_is_recorded_and_restored_as_raw() {
     for binary in Binary::any() {
         let directory = tempfile::tempdir().unwrap();
-        let opened = Opened::start(&nameless(binary, directory.path(), &["file"]));
+        let opened = Opened::start(&machine_without_ids(binary, directory.path(), &["file"]));
         opened.snapshot("s").unwrap();
         let record = opened.record("s");
         assert_eq!(record.disks[0].format, "raw");
-        // A driver's XML is what the driver says.
+        // A driver provides the XML itself.
         assert!(by_driver() || record.domain_xml.contains("type='raw'"), "{}", record.domain_xml);
         assert_eq!(chain(&record.disks[0].overlay)[0].3.as_deref(), Some("raw"));
         opened.guest.wait_ticks(2);
-        bring_back_in(&opened, "s", directory.path(), 1);
+        restore_in(&opened, "s", directory.path(), 1);
         delete(&opened, "s");
     }
 }
 
 #[test]
-fn what_cannot_change_or_is_not_there_is_left_out() {
+fn readonly_empty_and_unattached_drives_are_excluded() {
     for binary in Binary::any() {
         let directory = tempfile::tempdir().unwrap();
         let image = |name: &str| {
@@ -247,7 +253,7 @@ fn what_cannot_change_or_is_not_there_is_left_out() {
         );
         let opened = Opened::start(&machine);
         assert_eq!(disks(&opened, "s", "").unwrap(), ["vd0"]);
-        // To say so is fine.
+        // The request may name such disks.
         assert_eq!(
             disks(&opened, "t", "<disk name='fixed' snapshot='no'/><disk name='full'/>").unwrap(),
             ["vd0"]
@@ -270,7 +276,7 @@ fn what_cannot_change_or_is_not_there_is_left_out() {
 }
 
 #[test]
-fn disks_left_out_by_the_request_stay_on_their_images() {
+fn disks_excluded_by_the_request_stay_on_their_images() {
     for binary in Binary::any() {
         let opened = Opened::start(&machine(binary, 2));
         let image = opened.guest.disks()[0].file.display().to_string();
@@ -282,7 +288,7 @@ fn disks_left_out_by_the_request_stay_on_their_images() {
     }
 }
 
-/// One disk of a domain XML: target, the rest of its attributes, its content.
+/// One disk of a domain XML, by its target, its other attributes and its content.
 fn domain_disk(target: &str, attributes: &str, content: &str) -> String {
     format!(
         "    <disk type='file' device='disk'{attributes}>\n      {content}\n      <target dev='{target}'/>\n    </disk>\n"
@@ -297,22 +303,22 @@ fn domain(disks: &[String]) -> String {
 }
 
 #[test]
-fn a_disk_goes_by_the_target_of_the_domain_xml() {
+fn disk_can_be_named_by_its_target_in_the_domain_xml() {
     for binary in Binary::any() {
         for attach in [Attach::Drive, Attach::Blockdev] {
             let guest = machine(binary, 3).attach(attach).start();
             guest.wait_ticks(2);
             let source = |n: usize| format!("<source file='{}'/>", guest.disks()[n].file.display());
             let xml = domain(&[
-                // By its alias, which is the device's id, whatever source there is.
+                // By its alias, which is the device's id; the source does not matter.
                 domain_disk(
                     "vdc",
                     "",
                     &format!("<source file='/nowhere'/><alias name='{}'/>", "vd0"),
                 ),
-                // By its source, at first the image itself, then one below the overlay.
+                // By its source: at first the active image, later an image below the overlay.
                 domain_disk("vdb", "", &source(1)),
-                // By a target that is the device's id.
+                // By its target, which is the device's id.
                 domain_disk("vd2", "", "<source file='/nowhere/else'/>"),
             ]);
             let opened = Opened::with_domain(guest, &xml);
@@ -326,7 +332,7 @@ fn a_disk_goes_by_the_target_of_the_domain_xml() {
                 disks(&opened, "v", "<disk name='vdc' snapshot='no'/>").unwrap(),
                 ["vdb", "vd2"]
             );
-            // The other names are good still.
+            // QEMU's own names are still accepted.
             assert_eq!(
                 disks(&opened, "w", "<disk name='vd0' snapshot='no'/>").unwrap(),
                 ["vdb", "vd2"]
@@ -337,7 +343,7 @@ fn a_disk_goes_by_the_target_of_the_domain_xml() {
 }
 
 #[test]
-fn the_wishes_of_the_domain_xml_hold_until_the_request_says_otherwise() {
+fn request_overrides_the_snapshot_attributes_of_the_domain_xml() {
     let binary = &Binary::all()[0];
     let guest = machine(binary, 2).start();
     guest.wait_ticks(2);
@@ -364,7 +370,7 @@ fn the_wishes_of_the_domain_xml_hold_until_the_request_says_otherwise() {
 }
 
 #[test]
-fn the_domain_xml_is_kept_to_the_letter_but_for_the_sources_that_changed() {
+fn recorded_domain_xml_differs_from_the_original_in_sources_only() {
     for binary in Binary::any() {
         let guest = machine(binary, 2).start();
         guest.wait_ticks(2);
@@ -410,7 +416,7 @@ fn the_domain_xml_is_kept_to_the_letter_but_for_the_sources_that_changed() {
 }
 
 #[test]
-fn overlays_are_named_by_libvirts_rule() {
+fn default_overlay_names_follow_libvirts_rule() {
     let directory = tempfile::tempdir().unwrap();
     let image = |name: &str| directory.path().join(name);
     let mut machine = Machine::new(&Binary::all()[0]);
@@ -429,13 +435,13 @@ fn overlays_are_named_by_libvirts_rule() {
     for (disk, (_, overlay)) in opened.record("new").disks.iter().zip(expected) {
         assert_eq!(Path::new(&disk.overlay), image(overlay));
     }
-    // The suffix of an overlay is the snapshot's name, and is replaced in its turn.
+    // The overlay's suffix is the snapshot's name, and the next snapshot replaces it.
     opened.snapshot("newer").unwrap();
     assert_eq!(Path::new(&opened.record("newer").disks[0].overlay), image("disk.newer"));
 }
 
 #[test]
-fn overlays_that_would_be_one_file_or_exist_are_refused() {
+fn overlays_with_equal_or_existing_paths_are_refused() {
     let binary = &Binary::all()[0];
     let directory = tempfile::tempdir().unwrap();
     let (first, second) = (directory.path().join("a.img"), directory.path().join("a.qcow2"));
@@ -454,7 +460,8 @@ fn overlays_that_would_be_one_file_or_exist_are_refused() {
          file='{same}'/></disk>"
     );
     assert_error(disks(&opened, "s", &both), Code::ConfigUnsupported, "give each its own");
-    // One file by two paths: the second finds what the first has made.
+    // Two paths of one file: for the second disk the library finds the file that it has created for
+    // the first.
     let detour = format!(
         "{}/../{}/same",
         directory.path().display(),
@@ -482,7 +489,7 @@ fn overlays_that_would_be_one_file_or_exist_are_refused() {
 }
 
 #[test]
-fn an_overlay_knows_its_image_and_the_images_format() {
+fn overlay_records_its_backing_file_and_format() {
     for binary in Binary::any() {
         for attach in [Attach::Drive, Attach::Blockdev] {
             let opened = Opened::start(&machine(binary, 2).attach(attach));
@@ -515,7 +522,7 @@ fn an_overlay_knows_its_image_and_the_images_format() {
 }
 
 #[test]
-fn a_block_device_gets_an_overlay_where_one_is_named_and_can_be_brought_back() {
+fn block_device_gets_the_named_overlay_and_can_be_restored() {
     for binary in Binary::any() {
         let directory = tempfile::tempdir().unwrap();
         let file = directory.path().join("backing");
@@ -546,7 +553,7 @@ fn a_block_device_gets_an_overlay_where_one_is_named_and_can_be_brought_back() {
             let disk = &opened.record("s").disks[0];
             assert_eq!((&disk.image, disk.format.as_str()), (&device.0, "raw"), "{driver}");
             assert_eq!(chain(&disk.overlay)[0].3.as_deref(), Some("raw"));
-            // The device's own mode is not for everybody to read.
+            // The device's mode does not let everybody read it.
             let mode = Path::new(&device.0).metadata().unwrap().mode() & 0o666;
             assert_eq!(overlay.metadata().unwrap().mode() & 0o7777, mode);
             assert_error(
@@ -555,13 +562,13 @@ fn a_block_device_gets_an_overlay_where_one_is_named_and_can_be_brought_back() {
                 "directory",
             );
             opened.guest.wait_ticks(2);
-            bring_back_in(&opened, "s", directory.path(), 1);
+            restore_in(&opened, "s", directory.path(), 1);
             delete(&opened, "s");
         }
     }
 }
 
-/// The commands of the pause, before the switch and after it.
+/// The commands of the pause: those before the switch, and those after it.
 fn commands_in_the_pause(proxy: &Proxy) -> (Vec<String>, Vec<String>) {
     let commands = proxy.commands();
     let place = |name: &str| commands.iter().rposition(|command| command == name).expect(name);
@@ -570,13 +577,13 @@ fn commands_in_the_pause(proxy: &Proxy) -> (Vec<String>, Vec<String>) {
 }
 
 #[test]
-fn the_pause_does_not_ask_for_sizes_that_devices_tell_and_asks_once_for_others() {
+fn pause_queries_image_sizes_at_most_once() {
     for binary in Binary::any() {
         let directory = tempfile::tempdir().unwrap();
         let path = |name: &str| directory.path().join(name).display().to_string();
         make_image(Path::new(&path("backing")), Format::Raw, None);
         let device = Loop::on(Path::new(&path("backing")));
-        // A format whose header is not read.
+        // A format whose header the library does not read.
         run("qemu-img", &["create", "-q", "-f", "qed", &path("qed"), "16M"]);
         let device =
             format!("driver=raw,node-name=blk0,file.driver=host_device,file.filename={}", device.0);
@@ -600,7 +607,7 @@ fn the_pause_does_not_ask_for_sizes_that_devices_tell_and_asks_once_for_others()
             );
             delete(&opened, "s");
             if questions > 0 {
-                // Sizes that are asked for before the pause can still change until the switch.
+                // Sizes that were read before the pause can still change until the switch.
                 let gate = proxy.hold("stop", 1);
                 let error = std::thread::scope(|scope| {
                     let snapshot = scope.spawn(|| opened.create(&xml, INSTANTLY));
@@ -622,8 +629,8 @@ fn the_pause_does_not_ask_for_sizes_that_devices_tell_and_asks_once_for_others()
     }
 }
 
-/// Cancels a snapshot while its memory is saved, the guest having written on, and asserts that
-/// nothing is left of it.
+/// Cancels a snapshot in its drain after the guest has written more, and asserts that nothing is
+/// left of the snapshot.
 #[track_caller]
 fn assert_cancelled_without_a_trace(opened: &Opened, xml: &str, flags: u32) {
     let mut cancel = At(|phase| {
@@ -636,7 +643,7 @@ fn assert_cancelled_without_a_trace(opened: &Opened, xml: &str, flags: u32) {
 }
 
 #[test]
-fn an_empty_file_made_beforehand_is_taken_and_is_empty_again_when_the_snapshot_is_undone() {
+fn precreated_empty_overlay_is_used_and_emptied_again_by_undo() {
     for binary in Binary::any() {
         let directory = tempfile::tempdir().unwrap();
         let empty = directory.path().join("empty");
@@ -651,7 +658,7 @@ fn an_empty_file_made_beforehand_is_taken_and_is_empty_again_when_the_snapshot_i
         opened.guest.wait_ticks(3);
         opened.restore_clone("s");
         delete(&opened, "s");
-        // QEMU ends: it is merged by the library.
+        // When QEMU ends, the library merges the overlay.
         std::fs::write(&empty, "").unwrap();
         let mut kill = At(|phase| {
             if phase == Phase::Drain {
@@ -665,7 +672,7 @@ fn an_empty_file_made_beforehand_is_taken_and_is_empty_again_when_the_snapshot_i
 }
 
 #[test]
-fn a_block_device_can_be_an_overlay_and_stays_in_place() {
+fn block_device_can_be_an_overlay_and_is_not_removed() {
     for binary in Binary::any() {
         let directory = tempfile::tempdir().unwrap();
         let file = directory.path().join("backing");
@@ -688,7 +695,7 @@ fn a_block_device_can_be_an_overlay_and_stays_in_place() {
         };
         for flags in [INSTANTLY, INSTANTLY | REUSE_EXT] {
             if flags & REUSE_EXT != 0 {
-                // What was merged is no overlay any more.
+                // The device is no longer an overlay after the merge.
                 assert_error(
                     opened.create(&xml("s"), flags),
                     Code::ConfigUnsupported,
@@ -716,7 +723,7 @@ fn a_block_device_can_be_an_overlay_and_stays_in_place() {
             );
             opened.guest.wait_ticks(3);
             opened.restore_clone("s");
-            // The snapshot after it is on it.
+            // The next snapshot's overlay is based on the device.
             let onto = directory.path().join(format!("t-{flags:x}"));
             let next = request(
                 "t",
@@ -728,7 +735,7 @@ fn a_block_device_can_be_an_overlay_and_stays_in_place() {
                 Code::ConfigUnsupported,
                 "is an image of disk 'vd0'",
             );
-            bring_back_in(&opened, "t", directory.path(), 1);
+            restore_in(&opened, "t", directory.path(), 1);
             delete(&opened, "t");
             opened.handle.delete("s", 0).unwrap();
             assert_eq!(opened.active_image("vd0"), image);
@@ -739,7 +746,7 @@ fn a_block_device_can_be_an_overlay_and_stays_in_place() {
 }
 
 #[test]
-fn three_disks_switch_in_one_transaction() {
+fn three_disks_are_switched_in_one_transaction() {
     for binary in Binary::any() {
         let (opened, proxy) = through_proxy(&machine(binary, 3));
         opened.snapshot("s").unwrap();
@@ -750,8 +757,8 @@ fn three_disks_switch_in_one_transaction() {
             !commands.iter().any(|command| command.starts_with("blockdev-snapshot")),
             "{commands:?}"
         );
-        // In the pause there is nothing that could be before or after: other clients are let in
-        // last, and the guest must not have been reset by then.
+        // The pause has no command that could come before or after it. Other clients are let in
+        // last, and the library checks then that the guest was not reset.
         let pause = &commands[at("stop")..at("migrate")];
         assert!(
             pause == ["stop", "transaction"]
@@ -764,12 +771,12 @@ fn three_disks_switch_in_one_transaction() {
 }
 
 #[test]
-fn an_overlay_has_owner_and_mode_of_its_image() {
+fn overlay_has_the_owner_and_mode_of_its_image() {
     let opened = Opened::start(&machine(&Binary::all()[0], 2));
     let root = rustix::process::geteuid().is_root();
     let (first, second) = (&opened.guest.disks()[0].file, &opened.guest.disks()[1].file);
     std::fs::set_permissions(first, PermissionsExt::from_mode(0o640)).unwrap();
-    // What lets others execute or become the owner is not for an image.
+    // The overlay does not get the execute permission and the set-user-id bit of the image.
     std::fs::set_permissions(second, PermissionsExt::from_mode(0o4755)).unwrap();
     if root {
         chown(first, Some(1234), Some(2345)).unwrap();
@@ -780,14 +787,14 @@ fn an_overlay_has_owner_and_mode_of_its_image() {
     assert_eq!((of(0).uid(), of(0).gid()), owner);
     assert_eq!(of(0).mode() & 0o7777, 0o640);
     assert_eq!(of(1).mode() & 0o7777, 0o644);
-    // So have the fresh images of a clone.
+    // The fresh images of a clone have them too.
     let plan = prepare_revert(&opened.state_dir(), "s", None).unwrap();
     let fresh = plan.disks[0].file.metadata().unwrap();
     assert_eq!((fresh.uid(), fresh.gid(), fresh.mode() & 0o7777), (owner.0, owner.1, 0o640));
 }
 
 #[test]
-fn a_disk_without_host_cache_stays_without() {
+fn overlay_keeps_the_cache_mode_of_its_disk() {
     for binary in Binary::any() {
         let directory = tempfile::tempdir().unwrap();
         let image = directory.path().join("disk.qcow2");
@@ -812,11 +819,12 @@ fn a_disk_without_host_cache_stays_without() {
         assert_ne!(opened.active_image("vd0"), image.display().to_string());
         assert_eq!(options(&opened), before);
         opened.guest.wait_ticks(2);
-        bring_back_in(&opened, "s", directory.path(), 1);
+        restore_in(&opened, "s", directory.path(), 1);
     }
 }
 
-/// Name, granularity and whether it records, of all bitmaps of the active image; `count` in bytes.
+/// The name, the granularity, whether it records, and the count in bytes, of each bitmap of the
+/// active image.
 fn bitmaps(guest: &Guest, device: &str) -> Vec<(String, u64, bool, u64)> {
     let block = block_of(guest, device);
     let bitmaps = block["inserted"]["dirty-bitmaps"].as_array().cloned().unwrap_or_default();
@@ -835,7 +843,7 @@ fn bitmaps(guest: &Guest, device: &str) -> Vec<(String, u64, bool, u64)> {
     bitmaps
 }
 
-/// A guest that leaves its disk alone, with three bitmaps on it.
+/// A guest that does not write to its disk, which has three bitmaps.
 fn with_bitmaps(binary: &'static Binary) -> Opened {
     let opened = Opened::start(&Machine::new(binary).disk(Format::Qcow2).append("nodisk=1"));
     let mut control = opened.guest.control();
@@ -852,7 +860,7 @@ fn with_bitmaps(binary: &'static Binary) -> Opened {
 }
 
 #[test]
-fn persistent_bitmaps_that_record_go_on_in_the_overlay() {
+fn persistent_recording_bitmaps_continue_in_the_overlay() {
     for binary in Binary::any() {
         let opened = with_bitmaps(binary);
         opened.snapshot("s").unwrap();
@@ -860,18 +868,18 @@ fn persistent_bitmaps_that_record_go_on_in_the_overlay() {
         assert_eq!(found, [("kept".into(), 131_072, true, 0)]);
         hmp(&opened.guest, "qemu-io drive-0 \"write -P 2 4M 64k\"");
         assert_eq!(bitmaps(&opened.guest, "vd0")[0].3, 131_072);
-        // Persistent there too: the next snapshot carries it on again.
+        // The bitmap is persistent in the overlay too: the next snapshot carries it on.
         opened.snapshot("t").unwrap();
         assert_eq!(bitmaps(&opened.guest, "vd0"), [("kept".into(), 131_072, true, 0)]);
         hmp(&opened.guest, "qemu-io drive-0 \"write -P 3 8M 64k\"");
-        // Merged, the one below has noted what was written since, and what before.
+        // After the merge the image's bitmap covers what the guest wrote before and since.
         delete(&opened, "t");
         assert_eq!(bitmaps(&opened.guest, "vd0"), [("kept".into(), 131_072, true, 2 * 131_072)]);
     }
 }
 
 #[test]
-fn after_a_failed_snapshot_bitmaps_are_as_before_and_cover_what_was_written_meanwhile() {
+fn failed_snapshot_restores_bitmaps_with_the_writes_since_the_switch() {
     for binary in Binary::any() {
         let opened = with_bitmaps(binary);
         let before = bitmaps(&opened.guest, "vd0");
@@ -903,7 +911,7 @@ fn after_a_failed_snapshot_bitmaps_are_as_before_and_cover_what_was_written_mean
                 count
             ))
         );
-        // What was written is in the image, which is active again.
+        // The guest's writes are in the image, which is active again.
         let image = opened.guest.disks()[0].file.display().to_string();
         let read = run("qemu-io", &["-r", "-U", "-f", "qcow2", "-c", "read -P 3 8M 64k", &image]);
         assert!(read.contains("read 65536/65536") && !read.contains("failed"), "{read}");
@@ -913,14 +921,14 @@ fn after_a_failed_snapshot_bitmaps_are_as_before_and_cover_what_was_written_mean
 }
 
 #[test]
-fn a_disk_with_an_iothread_is_as_any_other() {
+fn disk_with_an_iothread_can_be_snapshotted() {
     for binary in Binary::any() {
         let machine =
             machine(binary, 2).arg("-object").arg("iothread,id=io0").device_options("iothread=io0");
         let opened = Opened::start(&machine);
         opened.snapshot("s").unwrap();
         opened.snapshot("t").unwrap();
-        // And where it fails.
+        // The same holds for a snapshot that fails.
         let before = opened.trace();
         let in_the_way = opened.state_dir().join("late.xml");
         let mut observer = At(|phase| {
@@ -942,7 +950,7 @@ fn a_disk_with_an_iothread_is_as_any_other() {
 }
 
 #[test]
-fn a_filter_on_top_is_refused_and_throttling_of_the_drive_is_not() {
+fn filter_node_is_refused_and_drive_throttling_is_supported() {
     for binary in Binary::any() {
         let directory = tempfile::tempdir().unwrap();
         let image = directory.path().join("disk.raw");
@@ -981,7 +989,7 @@ fn a_filter_on_top_is_refused_and_throttling_of_the_drive_is_not() {
 }
 
 #[test]
-fn an_encrypted_image_is_refused() {
+fn encrypted_image_is_refused() {
     for binary in Binary::any() {
         let directory = tempfile::tempdir().unwrap();
         for (format, option) in
@@ -997,7 +1005,8 @@ fn an_encrypted_image_is_refused() {
             let options = format!("{option},{iterations}");
             let create =
                 ["create", "-q", "--object", secret, "-f", format, "-o", &options, image, "16M"];
-            // It measures how fast it is, and gives up where that cannot be told on a busy machine.
+            // qemu-img benchmarks its key derivation, and fails where a busy machine does not allow
+            // a result.
             let created = wait_for(instantsnap_testkit::DEADLINE, || {
                 let output = Command::new("qemu-img").args(create).output().unwrap();
                 (output.status.success()
@@ -1013,19 +1022,19 @@ fn an_encrypted_image_is_refused() {
             let before = opened.trace();
             assert_error(opened.snapshot("s"), Code::ConfigUnsupported, "encrypted");
             assert_untouched(&opened, &before);
-            // It can be left out.
+            // The request can exclude the disk.
             assert!(disks(&opened, "s", "<disk name='vd0' snapshot='no'/>").unwrap().is_empty());
         }
     }
 }
 
 #[test]
-fn a_relative_path_is_relative_to_where_qemu_was_started() {
+fn relative_paths_are_resolved_in_qemus_working_directory() {
     for binary in Binary::any() {
         let directory = tempfile::tempdir().unwrap();
         std::fs::create_dir(directory.path().join("images")).unwrap();
         make_image(&directory.path().join("images/disk.raw"), Format::Raw, None);
-        // QEMU started elsewhere than we are.
+        // QEMU's working directory is not this process's.
         let script = directory.path().join("qemu");
         let path = binary.path.display();
         let text =
@@ -1060,13 +1069,13 @@ fn a_relative_path_is_relative_to_where_qemu_was_started() {
             0
         );
         opened.guest.wait_ticks(2);
-        bring_back_in(&opened, "s", directory.path(), 1);
+        restore_in(&opened, "s", directory.path(), 1);
         delete(&opened, "s");
     }
 }
 
 #[test]
-fn an_image_by_any_other_name_is_as_any_other() {
+fn image_is_supported_under_any_spelling_of_its_file_name() {
     for binary in Binary::any() {
         let directory = tempfile::tempdir().unwrap();
         let strange = directory.path().join("a b,c=d & \"e\" 'f' <g> ü 日本 %s #1");
@@ -1115,7 +1124,7 @@ fn an_image_by_any_other_name_is_as_any_other() {
         };
         clone.handle.load("s", 0).unwrap_or_else(|error| clone.guest.fail(&error.message));
         clone.guest.wait_ticks(5);
-        // Beside the images too.
+        // The fresh images are put beside the images too.
         let plan = prepare_revert(&opened.state_dir(), "s", None).unwrap();
         assert!(
             plan.disks
@@ -1127,7 +1136,7 @@ fn an_image_by_any_other_name_is_as_any_other() {
 }
 
 #[test]
-fn an_image_whose_name_xml_cannot_hold_is_refused() {
+fn image_whose_name_is_not_valid_in_xml_is_refused() {
     let directory = tempfile::tempdir().unwrap();
     let image: PathBuf = directory.path().join("new\nline.raw");
     make_image(&image, Format::Raw, None);
@@ -1144,9 +1153,9 @@ fn an_image_whose_name_xml_cannot_hold_is_refused() {
     assert_untouched(&opened, &before);
 }
 
-/// Refused before anything is made.
+/// The call is refused before anything is created.
 #[track_caller]
-fn refused_in_the_plan(opened: &Opened, xml: &str, code: Code, parts: &[&str]) {
+fn assert_refused_in_the_plan(opened: &Opened, xml: &str, code: Code, parts: &[&str]) {
     let mut early = At(|phase| {
         assert!([Phase::Validate, Phase::Plan].contains(&phase), "{phase:?} is too late")
     });
@@ -1154,7 +1163,7 @@ fn refused_in_the_plan(opened: &Opened, xml: &str, code: Code, parts: &[&str]) {
 }
 
 #[test]
-fn an_image_that_qemu_alone_knows_is_refused_before_anything_is_touched() {
+fn removed_or_replaced_image_is_refused_before_anything_is_created() {
     for binary in Binary::any() {
         let directory = tempfile::tempdir().unwrap();
         let path = |name: &str| directory.path().join(name);
@@ -1189,14 +1198,14 @@ fn an_image_that_qemu_alone_knows_is_refused_before_anything_is_touched() {
                 others.map(|other| format!("<disk name='{other}' snapshot='no'/>")).collect();
             named(disk).replace("</disks>", &format!("{others}</disks>"))
         };
-        refused_in_the_plan(
+        assert_refused_in_the_plan(
             &opened,
             &only("vd2"),
             Code::ConfigUnsupported,
             &["'vd2'", gone, "never be brought back"],
         );
-        // One that is removed, and one that is replaced, under the running guest; and so below
-        // others.
+        // An image that was removed, and one that was replaced, under the running guest; then the
+        // same for an image further down a chain.
         let image = opened.guest.disks()[0].file.clone();
         let aside = path("aside");
         for (disk, image) in
@@ -1205,7 +1214,7 @@ fn an_image_that_qemu_alone_knows_is_refused_before_anything_is_touched() {
             std::fs::hard_link(image, &aside).unwrap();
             std::fs::remove_file(image).unwrap();
             let text = image.display().to_string();
-            refused_in_the_plan(
+            assert_refused_in_the_plan(
                 &opened,
                 &only(disk),
                 Code::ConfigUnsupported,
@@ -1213,7 +1222,7 @@ fn an_image_that_qemu_alone_knows_is_refused_before_anything_is_touched() {
             );
             std::fs::copy(&aside, image).unwrap();
             let replaced = "is not the file of this name any more";
-            refused_in_the_plan(
+            assert_refused_in_the_plan(
                 &opened,
                 &only(disk),
                 Code::ConfigUnsupported,
@@ -1230,7 +1239,7 @@ fn an_image_that_qemu_alone_knows_is_refused_before_anything_is_touched() {
 }
 
 #[test]
-fn a_disk_with_a_block_job_is_refused_before_the_guest_is_paused_and_others_are_not() {
+fn disk_with_a_block_job_is_refused_before_the_pause() {
     for binary in Binary::any() {
         let opened = Opened::start(&machine(binary, 2));
         let run = |command: &str, arguments: Value| {
@@ -1244,8 +1253,8 @@ fn a_disk_with_a_block_job_is_refused_before_the_guest_is_paused_and_others_are_
         let job = json!({ "job-id": "theirs", "device": node, "target": "target", "sync": "full", "speed": 1 });
         run("blockdev-mirror", job);
         let parts = ["'vd1'", "'theirs'", "mirror", "cancel it"];
-        refused_in_the_plan(&opened, &named("s"), Code::OperationInvalid, &parts);
-        // It works on images of the other.
+        assert_refused_in_the_plan(&opened, &named("s"), Code::OperationInvalid, &parts);
+        // The job works on images of the other disk.
         assert_eq!(disks(&opened, "other", "<disk name='vd1' snapshot='no'/>").unwrap(), ["vd0"]);
         run("block-job-cancel", json!({ "device": "theirs", "force": true }));
         let ended = || (run("query-block-jobs", json!({})) == json!([])).then_some(());
@@ -1255,7 +1264,7 @@ fn a_disk_with_a_block_job_is_refused_before_the_guest_is_paused_and_others_are_
 }
 
 #[test]
-fn images_of_disks_that_ignore_flushes_are_on_disk_when_success_is_reported() {
+fn images_with_cache_unsafe_are_flushed_before_success_is_reported() {
     for flags in [INSTANTLY, 0] {
         let directory = tempfile::tempdir().unwrap();
         let image = directory.path().join("image");
@@ -1278,7 +1287,7 @@ fn images_of_disks_that_ignore_flushes_are_on_disk_when_success_is_reported() {
 }
 
 #[test]
-fn an_image_that_qemu_could_not_write_once_more_is_refused_before_the_pause_or_named_by_the_undo() {
+fn image_that_qemu_cannot_reopen_for_writing_is_refused_or_named_by_undo() {
     const USER: u32 = 65534;
     let root = rustix::process::geteuid().is_root();
     let machine = machine(&Binary::all()[0], 1);

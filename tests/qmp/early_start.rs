@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! P1, P2: memory is touched while the guest runs, and whatever comes of the race for the guest's
-//! stop, the snapshot is of one moment.
+//! The migration starts while the guest runs. Whether the guest is stopped in time or too late, the
+//! snapshot is of one moment.
 
 use std::os::unix::fs::FileExt;
 use std::time::Duration;
@@ -18,8 +18,8 @@ use serde_json::json;
 
 const MS: Duration = Duration::from_millis(1);
 
-/// The QEMUs that leave a guest paused that they find paused.
-fn binaries() -> impl Iterator<Item = &'static Binary> {
+/// The QEMUs that do not resume a guest that they find paused.
+fn early_start_binaries() -> impl Iterator<Item = &'static Binary> {
     let able: Vec<_> = Binary::all().iter().filter(|binary| binary.version >= (10, 0, 0)).collect();
     if able.is_empty() {
         skip("these QEMUs start their guest by themselves");
@@ -27,66 +27,72 @@ fn binaries() -> impl Iterator<Item = &'static Binary> {
     able.into_iter()
 }
 
-/// How long QEMU sets up here; with much memory it would.
+/// How long the setup of the migration takes here, as it would with much memory.
 const SETUP: Duration = Duration::from_millis(12);
 
-/// Two CPUs that write their memory all the time, and two disks.
-fn writing(binary: &'static Binary) -> Machine {
+/// A machine with two disks, whose two CPUs write to their memory all the time.
+fn writing_machine(binary: &'static Binary) -> Machine {
     machine(binary, 2).cpus(2).append("dense=16 cpus=2").long_setup(SETUP)
 }
 
-/// Takes a snapshot for which the guest is stopped so long after the migration's begin; brings it
-/// back. Returns whether it was in time, and how many tries were lost.
-fn race(original: &Opened, name: &str, stop_after: Duration, tries: u32) -> (bool, u32) {
+/// Takes a snapshot and stops the guest this long after the start of the migration, then restores a
+/// clone. Returns whether the guest was stopped in time, and how many tries were lost.
+fn snapshot_with_stop_after(
+    original: &Opened,
+    name: &str,
+    stop_after: Duration,
+    tries: u32,
+) -> (bool, u32) {
     original.handle.set_early_start(EarlyStart { tries, stop_after: Some(stop_after) });
     original.handle.create(&named(name), INSTANTLY, &mut ()).unwrap();
     let stats = original.handle.stats().unwrap();
     assert_eq!(stats.started_early, stats.lost < tries);
-    // By then one of its CPUs and its memory would be of two moments, if they were.
+    // If a CPU and its memory were of two stop_delays, the clone would have noticed by then.
     original.restore_clone(name).0.guest.wait_ticks(3);
     (stats.started_early, stats.lost)
 }
 
-/// When the guest is stopped: from at once to 50 ms too late, the closer the nearer to the end of
-/// the setup.
-fn moments(steps: u32) -> impl Iterator<Item = Duration> {
+/// The delays after which the guest is stopped, from none to 50 ms too late. They are denser near
+/// the end of the setup.
+fn stop_delays(steps: u32) -> impl Iterator<Item = Duration> {
     let early = (0..steps).map(move |n| SETUP * n / steps);
     let close = (0..4 * steps).map(move |n| SETUP - MS + 4 * MS * n / (4 * steps));
     let late = (0..steps).map(move |n| SETUP + 3 * MS + 47 * MS * n / steps);
     early.chain(close).chain(late)
 }
 
-fn race_in_every_way(binary: &'static Binary, accel: Accel, steps: u32) {
-    let original = Opened::start(&writing(binary).accel(accel));
+fn snapshot_at_every_stop_delay(binary: &'static Binary, accel: Accel, steps: u32) {
+    let original = Opened::start(&writing_machine(binary).accel(accel));
     let (mut number, mut won, mut lost) = (0, 0, 0);
-    for stop_after in moments(steps) {
-        // Where it is too late it is so again and again, at little cost: the guest is stopped first
-        // in the end.
-        let (in_time, missed) = race(&original, &format!("s{number}"), stop_after, 5);
+    for stop_after in stop_delays(steps) {
+        // Where the stop is too late, each of the tries is lost at little cost, and the library
+        // stops the guest first in the end.
+        let (in_time, missed) =
+            snapshot_with_stop_after(&original, &format!("s{number}"), stop_after, 5);
         won += u32::from(in_time);
         lost += missed;
         number += 1;
     }
     original.guest.wait_ticks(3);
     eprintln!("{} {accel:?}: {number} snapshots, {won} in time, {lost} tries lost", binary.name);
-    assert!(won > 0 && lost > 0, "{won} in time, {lost} lost: that was no race");
+    assert!(won > 0 && lost > 0, "{won} in time, {lost} lost: expected both");
 }
 
 #[test]
-fn whoever_wins_the_race_the_snapshot_is_of_one_moment_under_tcg() {
-    for binary in binaries() {
-        race_in_every_way(binary, Accel::Tcg, if thorough() { 25 } else { 1 });
+fn early_start_is_of_one_moment_whenever_the_guest_stops_under_tcg() {
+    for binary in early_start_binaries() {
+        snapshot_at_every_stop_delay(binary, Accel::Tcg, if thorough() { 25 } else { 1 });
     }
 }
 
 #[test]
-fn whoever_wins_the_race_the_snapshot_is_of_one_moment_under_kvm() {
-    for binary in where_kvm_works(binaries()) {
-        race_in_every_way(binary, Accel::Kvm, if thorough() { 5 } else { 1 });
+fn early_start_is_of_one_moment_whenever_the_guest_stops_under_kvm() {
+    for binary in where_kvm_works(early_start_binaries()) {
+        snapshot_at_every_stop_delay(binary, Accel::Kvm, if thorough() { 5 } else { 1 });
     }
 }
 
-fn wait_until_it_sets_up(control: &mut Client) {
+fn wait_for_migration_setup(control: &mut Client) {
     let sets_up = || {
         (control.execute("query-migrate", json!({})).unwrap()["status"] == "setup").then_some(())
     };
@@ -94,15 +100,15 @@ fn wait_until_it_sets_up(control: &mut Client) {
 }
 
 #[test]
-fn a_snapshot_can_be_cancelled_while_memory_is_touched_and_the_guest_runs() {
-    for binary in binaries() {
+fn early_start_can_be_cancelled_while_the_guest_runs() {
+    for binary in early_start_binaries() {
         let opened = Opened::start(&machine(binary, 2).long_setup(1000 * MS));
         let before = opened.trace();
         opened.handle.set_early_start(EarlyStart { tries: 3, stop_after: Some(60_000 * MS) });
         let error = std::thread::scope(|scope| {
             scope.spawn(|| {
                 let mut control = opened.guest.control();
-                wait_until_it_sets_up(&mut control);
+                wait_for_migration_setup(&mut control);
                 assert_eq!(control.execute("query-status", json!({})).unwrap()["running"], true);
                 opened.handle.cancel().unwrap();
             });
@@ -116,13 +122,13 @@ fn a_snapshot_can_be_cancelled_while_memory_is_touched_and_the_guest_runs() {
     }
 }
 
-/// It is not known then whether the guest was stopped in time.
+/// The library does not learn whether the guest was stopped in time.
 #[test]
-fn a_race_whose_outcome_is_not_told_leaves_a_guest_that_runs() {
-    for binary in binaries() {
-        let (opened, proxy) = through_proxy(&writing(binary));
-        let moments = [Duration::ZERO, SETUP - MS, SETUP, SETUP + MS, SETUP + 50 * MS];
-        for stop_after in moments.repeat(if thorough() { 50 } else { 1 }) {
+fn early_start_with_an_unknown_outcome_leaves_a_running_guest() {
+    for binary in early_start_binaries() {
+        let (opened, proxy) = through_proxy(&writing_machine(binary));
+        let stop_delays = [Duration::ZERO, SETUP - MS, SETUP, SETUP + MS, SETUP + 50 * MS];
+        for stop_after in stop_delays.repeat(if thorough() { 50 } else { 1 }) {
             opened.handle.set_early_start(EarlyStart { tries: 3, stop_after: Some(stop_after) });
             for (command, place) in [("query-migrate", 2), ("stop", 1)] {
                 proxy.rule(command, place, Fault::fail("not today"));
@@ -135,9 +141,9 @@ fn a_race_whose_outcome_is_not_told_leaves_a_guest_that_runs() {
 }
 
 #[test]
-fn a_snapshot_that_fails_after_tries_were_lost_leaves_nothing() {
-    for binary in binaries() {
-        let opened = Opened::start(&writing(binary));
+fn snapshot_that_fails_after_lost_tries_leaves_nothing() {
+    for binary in early_start_binaries() {
+        let opened = Opened::start(&writing_machine(binary));
         opened.handle.set_early_start(EarlyStart { tries: 2, stop_after: Some(SETUP + 200 * MS) });
         for fatal in [Phase::Switch, Phase::Arm, Phase::Drain] {
             let mut cancel = At(|phase| {
@@ -159,28 +165,28 @@ fn a_snapshot_that_fails_after_tries_were_lost_leaves_nothing() {
 }
 
 #[test]
-fn what_is_learnt_of_a_guest_brings_the_next_snapshot_in_time() {
-    for binary in binaries() {
+fn measured_setup_time_lets_the_next_snapshot_start_early() {
+    for binary in early_start_binaries() {
         let opened = Opened::start(&machine(binary, 2).long_setup(1000 * MS));
         let overlapped = |name: &str| {
             opened.snapshot(name).unwrap();
             let stats = opened.handle.stats().unwrap();
             (stats.started_early, stats.lost)
         };
-        // So little memory: it would not be worth it, as far as is known.
+        // The library does not expect a gain with so little memory, before it has measured.
         assert_eq!(overlapped("first"), (false, 0));
-        // On a busy machine it may take more tries than one snapshot has, or many.
+        // On a busy machine one snapshot may not have enough tries.
         let in_time = (1..=40).map(|n| format!("known-{n}")).find(|name| overlapped(name).0);
         opened.restore_clone(&in_time.expect("one that was in time"));
     }
 }
 
 #[test]
-fn a_domain_of_libvirt_is_stopped_in_time_or_tried_again() {
+fn early_start_of_a_libvirt_domain_is_in_time_or_retried() {
     let daemon = Daemon::session();
-    for binary in binaries() {
+    for binary in early_start_binaries() {
         let setup = 1000 * MS;
-        let domain = OpenedDomain::start(&writing(binary).long_setup(setup), &daemon);
+        let domain = OpenedDomain::start(&writing_machine(binary).long_setup(setup), &daemon);
         let take = |name: &str, stop_after, observer: &mut dyn Observer| {
             domain.handle.set_early_start(EarlyStart { tries: 1, stop_after: Some(stop_after) });
             domain.snapshot_observed(name, observer).unwrap();
@@ -191,7 +197,8 @@ fn a_domain_of_libvirt_is_stopped_in_time_or_tried_again() {
         };
         assert_eq!(take("early", Duration::ZERO, &mut ()), (true, 0));
         assert_eq!(take("late", 2 * setup, &mut ()), (false, 1));
-        // Another client's save while the migration is under way, and the guest still runs.
+        // Another client saves the domain while the migration is under way and the guest still
+        // runs.
         let file = domain.guest.directory().join("theirs");
         let mut said = None;
         let mut save = At(|phase| {
@@ -209,8 +216,8 @@ fn a_domain_of_libvirt_is_stopped_in_time_or_tried_again() {
     }
 }
 
-/// How many pages of its largest mapping a process has, and of how many.
-fn pages_there(pid: u32) -> (usize, usize) {
+/// How many pages of the process's largest mapping are present, and how many pages it has.
+fn present_pages(pid: u32) -> (usize, usize) {
     let maps = std::fs::read_to_string(format!("/proc/{pid}/maps")).unwrap();
     let mappings = maps.lines().filter(|line| line.contains(" rw-p ")).map(|line| {
         let (begin, end) = line.split_once(' ').unwrap().0.split_once('-').unwrap();
@@ -225,17 +232,17 @@ fn pages_there(pid: u32) -> (usize, usize) {
 }
 
 #[test]
-fn memory_that_was_never_used_is_there_before_the_pause() {
+fn unused_memory_is_populated_before_the_pause() {
     for binary in Binary::some() {
-        // A page of it in many huge ones.
+        // The guest uses one page in each of many huge pages.
         let opened = Opened::start(&machine(binary, 1).memory(512).append("pages=16"));
         let pid = opened.guest.pid();
-        let (there, all) = pages_there(pid);
+        let (there, all) = present_pages(pid);
         assert!(there < all / 2, "{there} of {all}");
         let mut at_pause = 0;
         let mut look = At(|phase| {
             if phase == Phase::Pause {
-                at_pause = pages_there(pid).0;
+                at_pause = present_pages(pid).0;
             }
         });
         opened.handle.create(&named("s"), INSTANTLY, &mut look).unwrap();
@@ -245,7 +252,7 @@ fn memory_that_was_never_used_is_there_before_the_pause() {
 }
 
 #[test]
-fn memory_that_is_not_plugged_in_is_not_populated() {
+fn unplugged_virtio_mem_memory_is_not_populated() {
     for binary in Binary::some() {
         for kind in ["memory-backend-memfd,share=on", "memory-backend-ram"] {
             let backend = format!("{kind},id=plug,size=256M");

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! A guest is held for one operation, and let go: also where a process is forked at the wrong
-//! moment, and executes nothing.
+//! A guest is locked for one operation and unlocked after it, even where another thread forks a
+//! child during the operation that does not call exec.
 
 use std::io::{Read, Write};
 use std::os::unix::process::CommandExt;
@@ -14,7 +14,8 @@ use instantsnap::engine::Phase;
 use instantsnap_testkit::{Binary, DEADLINE, test};
 use rustix::process::{Pid, Signal, WaitOptions, kill_process, waitpid};
 
-/// A process that was forked from this one, and has whatever was open, until the test ends.
+/// A forked child of this process, which inherits the open descriptors and keeps them until the
+/// test ends.
 struct Forked(Pid);
 
 impl Forked {
@@ -38,11 +39,11 @@ impl Drop for Forked {
 }
 
 #[test]
-fn children_that_are_forked_and_execute_nothing_keep_nothing_of_a_snapshot() {
+fn forked_children_without_exec_do_not_keep_the_guest_locked() {
     for binary in Binary::some() {
         let (opened, proxy) = through_proxy(&machine(binary, 1));
         let mut children = Vec::new();
-        // At that time this process has QEMU's end of the pipe.
+        // At this time this process has QEMU's end of the pipe open.
         let passing = proxy.hold("getfd", 1);
         let (opened, children) = std::thread::scope(|scope| {
             let snapshot = scope.spawn(|| {
@@ -62,8 +63,8 @@ fn children_that_are_forked_and_execute_nothing_keep_nothing_of_a_snapshot() {
             (opened, children)
         });
         assert_eq!(children.len(), 3);
-        // By the same handle, by another one, and to the end: nothing is busy, nothing is waited
-        // for.
+        // Snapshots by the same handle and by another one go through: neither finds the guest busy
+        // or waits for the children, even when it is cancelled.
         opened.snapshot("t").unwrap();
         let state_dir = opened.state_dir();
         let another = open_guest(&opened.guest, &opened.guest.qmp(), None, &state_dir).unwrap();
@@ -86,7 +87,7 @@ fn children_that_are_forked_and_execute_nothing_keep_nothing_of_a_snapshot() {
 }
 
 #[test]
-fn a_child_that_another_thread_forks_during_a_snapshot_does_not_keep_the_guest_busy() {
+fn child_forked_by_another_thread_does_not_keep_the_guest_busy() {
     for binary in Binary::some() {
         let opened = Opened::start(&machine(binary, 1));
         let mut child = None;
@@ -97,7 +98,7 @@ fn a_child_that_another_thread_forks_during_a_snapshot_does_not_keep_the_guest_b
             let (mut forked, mut tell) = std::io::pipe().unwrap();
             child = Some(std::thread::spawn(move || {
                 let mut command = Command::new("true");
-                // Between fork and exec it holds whatever was open, for a while yet.
+                // Between fork and exec the child keeps the inherited descriptors open for a while.
                 let linger = move || {
                     tell.write_all(b"x")?;
                     std::thread::sleep(Duration::from_millis(500));

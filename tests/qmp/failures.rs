@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! P4, P5, P7: a snapshot that fails leaves everything as it was, and says what stood in its way.
+//! A snapshot that fails leaves everything as it was, and its error names the cause.
 
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
@@ -18,7 +18,7 @@ use rustix::process::geteuid;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-/// `<domainsnapshot>` with these files.
+/// A `<domainsnapshot>` with these files.
 fn with_files(name: &str, memory: Option<&Path>, overlays: &[(&str, &Path)]) -> String {
     let memory = memory.map_or(String::new(), |file| {
         format!("<memory snapshot='external' file='{}'/>", file.display())
@@ -33,11 +33,11 @@ fn with_files(name: &str, memory: Option<&Path>, overlays: &[(&str, &Path)]) -> 
     format!("<domainsnapshot><name>{name}</name>{memory}<disks>{disks}</disks></domainsnapshot>")
 }
 
-/// A small file system of its own, for as long as this lives.
+/// A small file system that is unmounted when this is dropped.
 struct Tmpfs(TempDir);
 
 impl Tmpfs {
-    /// Mounts it. Skips the test where this may not mount.
+    /// Mounts it. Skips the test where this process may not mount.
     fn mount(options: &str) -> Tmpfs {
         let directory = tempfile::Builder::new().prefix("instantsnap-tmpfs-").tempdir().unwrap();
         let run = Command::new("mount")
@@ -64,7 +64,7 @@ impl Tmpfs {
 
 impl Drop for Tmpfs {
     fn drop(&mut self) {
-        // Lazily, so that a QEMU that is still there does not keep it.
+        // A lazy unmount works while a QEMU still uses it.
         let _ = Command::new("umount").arg("-l").arg(self.0.path()).status();
     }
 }
@@ -74,7 +74,7 @@ fn run(client: &mut Client, command: &str, arguments: Value) -> Value {
 }
 
 #[test]
-fn a_name_that_exists_is_refused() {
+fn existing_snapshot_name_is_refused() {
     for binary in Binary::any() {
         let opened = Opened::start(&machine(binary, 1));
         opened.snapshot("taken").unwrap();
@@ -87,20 +87,20 @@ fn a_name_that_exists_is_refused() {
             );
         }
         opened.assert_well();
-        // The one that was there first is not harmed.
+        // The existing snapshot is not harmed.
         opened.restore_clone("taken");
     }
 }
 
 #[test]
-fn files_that_exist_are_refused_and_not_touched() {
+fn existing_files_are_refused_and_not_touched() {
     for binary in Binary::any() {
         let opened = Opened::start(&machine(binary, 2));
         let directory = opened.guest.directory().to_owned();
         let write = |path: &Path| std::fs::write(path, "a user's file").unwrap();
         let read = |path: &Path| std::fs::read(path).unwrap();
 
-        // The overlay of the second disk, so that the first has been made and must go.
+        // The overlay of the second disk exists, so that the library must remove the first disk's.
         let overlay = directory.join("disk-1.taken");
         write(&overlay);
         let parts = ["already exists", overlay.to_str().unwrap(), "'vd1'"];
@@ -119,7 +119,7 @@ fn files_that_exist_are_refused_and_not_touched() {
         for flags in [INSTANTLY, 0] {
             opened.assert_fails(&named("taken-memory"), flags, Code::ConfigUnsupported, &parts);
         }
-        // A link that leads nowhere is a file too.
+        // A dangling symbolic link counts as a file too.
         let link = directory.join("link");
         std::os::unix::fs::symlink(directory.join("nowhere"), &link).unwrap();
         let xml = with_files("s", Some(&link), &[]);
@@ -146,7 +146,7 @@ fn files_that_exist_are_refused_and_not_touched() {
 }
 
 #[test]
-fn a_directory_that_is_missing_is_named() {
+fn error_names_a_missing_directory() {
     for binary in Binary::any() {
         let opened = Opened::start(&machine(binary, 2));
         let file = opened.guest.directory().join("no-such-directory/file");
@@ -170,8 +170,8 @@ fn a_directory_that_is_missing_is_named() {
 }
 
 #[test]
-fn a_place_that_cannot_be_written_to_is_named() {
-    // Nothing hinders root but a file system that is read-only.
+fn error_names_a_path_that_is_not_writable() {
+    // Root can write everywhere but on a read-only file system.
     let tmpfs = geteuid().is_root().then(|| Tmpfs::mount("ro"));
     let sealed = tempfile::tempdir().unwrap();
     std::fs::set_permissions(sealed.path(), std::fs::Permissions::from_mode(0o500)).unwrap();
@@ -201,10 +201,10 @@ fn a_place_that_cannot_be_written_to_is_named() {
     }
 }
 
-/// The guest has run on its overlays for a while when the file system with the memory image is
-/// full: what it wrote is merged back beneath it, while it runs.
+/// The guest has run on its overlays for a while when the memory image fills the file system. What
+/// the guest wrote is merged into its images while it runs.
 #[test]
-fn a_file_system_too_small_for_the_memory_image_costs_nothing() {
+fn memory_image_that_fills_the_file_system_is_undone() {
     let tmpfs = Tmpfs::mount("size=4m");
     let memory = tmpfs.path("memory");
     for binary in Binary::any() {
@@ -219,7 +219,7 @@ fn a_file_system_too_small_for_the_memory_image_costs_nothing() {
             let parts = ["No space left on device", memory.to_str().unwrap()];
             let xml = with_files("s", Some(&memory), &[]);
             opened.assert_fails_observed(&xml, flags, &mut observer, Code::SystemError, &parts);
-            // A plain snapshot never comes as far as that.
+            // A non-live snapshot does not reach the drain.
             assert_eq!(at_drain.is_some(), flags == INSTANTLY);
             opened.guest.wait_ticks(common::ALL_SECTORS);
             tmpfs.assert_empty();
@@ -228,9 +228,9 @@ fn a_file_system_too_small_for_the_memory_image_costs_nothing() {
     }
 }
 
-/// Not even the head of the image finds room.
+/// There is no room even for the header of the image.
 #[test]
-fn a_full_file_system_is_named() {
+fn error_names_a_full_file_system() {
     let tmpfs = Tmpfs::mount("size=4k");
     for binary in Binary::any() {
         let opened = Opened::start(&machine(binary, 2));
@@ -242,7 +242,7 @@ fn a_full_file_system_is_named() {
             Code::SystemError,
             &parts,
         );
-        // It is QEMU that formats an overlay.
+        // QEMU itself formats the overlay.
         let overlay = tmpfs.path("overlay");
         let parts = ["No space left on device", overlay.to_str().unwrap(), "'vd1'"];
         opened.assert_fails(
@@ -256,10 +256,10 @@ fn a_full_file_system_is_named() {
     }
 }
 
-/// Memory and overlay fill one file system: QEMU stops the guest at the write for which there is no
-/// room. It must run again.
+/// The memory image and the overlay fill one file system, and QEMU stops the guest at a write that
+/// finds no space. The guest must run again.
 #[test]
-fn a_guest_stopped_by_the_full_file_system_of_its_overlay_runs_again() {
+fn guest_stopped_by_a_full_overlay_runs_again() {
     let tmpfs = Tmpfs::mount("size=2m");
     let (memory, overlay) = (tmpfs.path("memory"), tmpfs.path("overlay"));
     for binary in Binary::any() {
@@ -284,9 +284,10 @@ fn a_guest_stopped_by_the_full_file_system_of_its_overlay_runs_again() {
     }
 }
 
-/// The same where memory is elsewhere, and all of it saved: the guest could not run on.
+/// The same where memory is on another file system, and is saved completely: the guest could not
+/// continue on its overlay.
 #[test]
-fn a_snapshot_whose_overlay_has_no_room_for_the_guest_fails() {
+fn snapshot_fails_when_its_overlay_is_full() {
     let tmpfs = Tmpfs::mount("size=400k");
     let overlay = tmpfs.path("overlay");
     for binary in Binary::any() {
@@ -315,7 +316,7 @@ fn a_snapshot_whose_overlay_has_no_room_for_the_guest_fails() {
 }
 
 #[test]
-fn a_device_that_cannot_be_migrated_is_refused_with_qemus_reason() {
+fn device_that_cannot_be_migrated_is_refused_with_qemus_reason() {
     let shared = tempfile::tempdir().unwrap();
     let fat = format!("if=none,id=fat,format=raw,file=fat:rw:{}", shared.path().display());
     for binary in Binary::any() {
@@ -330,7 +331,7 @@ fn a_device_that_cannot_be_migrated_is_refused_with_qemus_reason() {
 }
 
 #[test]
-fn a_qemu_that_may_not_use_userfaultfd_is_refused_and_can_take_plain_snapshots() {
+fn qemu_without_userfaultfd_supports_non_live_snapshots_only() {
     let allowed =
         std::fs::read_to_string("/proc/sys/vm/unprivileged_userfaultfd").unwrap_or_default();
     let device_open = Path::new("/dev/userfaultfd")
@@ -350,7 +351,7 @@ fn a_qemu_that_may_not_use_userfaultfd_is_refused_and_can_take_plain_snapshots()
 }
 
 #[test]
-fn a_qemu_without_background_snapshots_is_refused() {
+fn qemu_without_background_snapshots_is_refused() {
     for binary in Binary::any() {
         let (opened, proxy) = through_proxy(&machine(binary, 1));
         proxy.rule(
@@ -370,11 +371,11 @@ fn a_qemu_without_background_snapshots_is_refused() {
 }
 
 #[test]
-fn a_migration_in_progress_is_left_alone() {
+fn snapshot_is_refused_during_another_migration() {
     for binary in Binary::any() {
         let opened = Opened::start(&machine(binary, 1));
         let before = opened.trace();
-        // A destination that takes nothing.
+        // A destination that accepts the connection and reads nothing.
         let destination = opened.guest.directory().join("destination.sock");
         let listener = std::os::unix::net::UnixListener::bind(&destination).unwrap();
         let status =
@@ -401,7 +402,7 @@ fn a_migration_in_progress_is_left_alone() {
     }
 }
 
-/// Sets what this QEMU lets be set, one after the other; returns which.
+/// Sets the capabilities that this QEMU accepts, one after the other, and returns their names.
 fn set_capabilities(client: &mut Client, names: &[String]) -> Vec<String> {
     let set = |name: &&String| {
         let capability = json!([{ "capability": name, "state": true }]);
@@ -416,7 +417,8 @@ fn unset_capabilities(client: &mut Client, names: &[String]) {
     run(client, "migrate-set-capabilities", json!({ "capabilities": list }));
 }
 
-/// P5. Success and failure each get the chance to leave something else behind.
+/// Takes snapshots that fail and snapshots that succeed, and asserts that neither changes QEMU's
+/// settings.
 fn assert_settings_survive(opened: &Opened, proxy: &Proxy, name: &str) {
     let settings = |trace: &Trace| {
         let part = |part| trace.qemu.0[part].clone();
@@ -438,7 +440,7 @@ fn assert_settings_survive(opened: &Opened, proxy: &Proxy, name: &str) {
 }
 
 #[test]
-fn whatever_the_migration_settings_are_a_snapshot_works_and_leaves_them_so() {
+fn snapshot_works_with_any_migration_settings_and_keeps_them() {
     for binary in Binary::any() {
         let (opened, proxy) = through_proxy(&machine(binary, 1));
         let mut control = opened.guest.control();
@@ -475,12 +477,12 @@ fn whatever_the_migration_settings_are_a_snapshot_works_and_leaves_them_so() {
             names.iter().filter(|name| *name != "background-snapshot").cloned().collect();
         let reversed: Vec<_> = others.iter().rev().cloned().collect();
         let sets = [
-            // What excludes one another is in one or the other.
+            // Capabilities that exclude each other are in one of these two sets.
             others,
             reversed,
             some(&["multifd", "return-path", "events", "zero-copy-send"]),
             some(&["postcopy-ram", "postcopy-preempt", "release-ram", "pause-before-switchover"]),
-            // Somebody left it on.
+            // Another client left it on.
             some(&["background-snapshot"]),
         ];
         drop(control);
@@ -495,9 +497,9 @@ fn whatever_the_migration_settings_are_a_snapshot_works_and_leaves_them_so() {
     }
 }
 
-/// What a caller can get wrong about the disks is found before anything is touched.
+/// Mistakes of the caller about the disks are found before anything is touched.
 #[test]
-fn a_request_that_does_not_fit_the_guest_is_refused() {
+fn request_that_does_not_match_the_guests_disks_is_refused() {
     for binary in Binary::any() {
         let opened = Opened::start(&machine(binary, 2).attach(Attach::Blockdev));
         let directory = opened.guest.directory().to_owned();
@@ -515,7 +517,7 @@ fn a_request_that_does_not_fit_the_guest_is_refused() {
 }
 
 #[test]
-fn a_state_directory_that_is_gone_is_named() {
+fn error_names_a_missing_state_directory() {
     let binary = &Binary::all()[0];
     let opened = Opened::start(&Machine::new(binary).disk(Format::Raw));
     let (state, away) = (opened.state_dir(), opened.guest.directory().join("away"));

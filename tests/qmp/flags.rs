@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! The flags of section 4 of the design: which may go together, which are built, and what each
-//! does.
+//! The flags of a snapshot: which may be combined, which are implemented, and what each does.
 
 use common::{INSTANTLY, Opened, assert_error, assert_untouched, machine, named, through_proxy};
 use instantsnap::error::Code;
@@ -22,7 +21,7 @@ const NAMES: [&str; 11] = [
     "INSTANT",
 ];
 
-/// libvirt's numbers, written down again.
+/// libvirt's values, written down independently.
 const REDEFINE: u32 = 0x1;
 const CURRENT: u32 = 0x2;
 const NO_METADATA: u32 = 0x4;
@@ -35,8 +34,8 @@ const LIVE: u32 = 0x100;
 const VALIDATE: u32 = 0x200;
 const INSTANT: u32 = 0x400;
 
-/// The rules in the order of the design's table, in its words; `None`: allowed; else the flags that
-/// the message may name.
+/// The table's rules in its order: `None` where the flags are allowed, else the flags that the
+/// error message may name.
 fn broken_rule(flags: u32) -> Option<u32> {
     let has = |flag: u32| flags & flag != 0;
     let mut named = 0;
@@ -66,7 +65,7 @@ fn check(flags: u32) {
         (Ok(_), None) => {}
         (Err(error), Some(named)) => {
             assert_eq!(error.code, Code::InvalidArg, "{flags:#x}");
-            // Two whole names, both of the rule that is broken.
+            // The message names two flags, both of the broken rule.
             let found: Vec<usize> = (0..NAMES.len())
                 .filter(|bit| {
                     error.message.contains(&format!("'VIR_DOMAIN_SNAPSHOT_CREATE_{}'", NAMES[*bit]))
@@ -80,7 +79,7 @@ fn check(flags: u32) {
 }
 
 #[test]
-fn every_flag_alone_and_every_pair_obeys_the_table() {
+fn every_flag_and_every_pair_of_flags_obeys_the_table() {
     check(0);
     for one in 0..NAMES.len() {
         for other in 0..NAMES.len() {
@@ -95,7 +94,7 @@ fn every_combination_of_flags_obeys_the_table() {
 }
 
 #[test]
-fn what_is_allowed_is_known_by_example_too() {
+fn example_combinations_of_flags_are_allowed() {
     for allowed in [
         0,
         LIVE | INSTANT,
@@ -113,7 +112,7 @@ fn what_is_allowed_is_known_by_example_too() {
 }
 
 #[test]
-fn unknown_bits_are_refused_whatever_else_is_set() {
+fn unknown_flag_bits_are_refused_with_any_other_flags() {
     for bit in NAMES.len()..32 {
         for rest in [0, LIVE | INSTANT, REDEFINE | LIVE] {
             assert_error(
@@ -127,7 +126,7 @@ fn unknown_bits_are_refused_whatever_else_is_set() {
 }
 
 #[test]
-fn a_broken_rule_and_a_flag_not_built_are_refused_before_anything_is_touched() {
+fn invalid_and_unsupported_flags_are_refused_before_anything_is_touched() {
     for binary in Binary::any() {
         let (opened, proxy) = through_proxy(&machine(binary, 1));
         let before = opened.trace();
@@ -155,7 +154,7 @@ fn a_broken_rule_and_a_flag_not_built_are_refused_before_anything_is_touched() {
         ] {
             assert_error(opened.create(&named("s"), flags), Code::InvalidArg, "flag");
         }
-        // The flags come first: this XML would be an error too.
+        // Flags are checked before the XML, which would be an error too.
         assert_error(opened.create("<", INSTANT), Code::InvalidArg, "flag");
         assert_eq!(proxy.commands(), commands, "QEMU was asked");
         assert_untouched(&opened, &before);
@@ -163,7 +162,7 @@ fn a_broken_rule_and_a_flag_not_built_are_refused_before_anything_is_touched() {
 }
 
 #[test]
-fn live_needs_memory() {
+fn live_is_refused_without_a_memory_image() {
     let opened = Opened::start(&machine(&Binary::all()[0], 1));
     let before = opened.trace();
     let xml = "<domainsnapshot><name>s</name><memory snapshot='no'/></domainsnapshot>";
@@ -173,7 +172,7 @@ fn live_needs_memory() {
 }
 
 #[test]
-fn no_metadata_leaves_no_record_and_atomic_changes_nothing() {
+fn no_metadata_leaves_no_record_and_atomic_is_accepted() {
     for binary in Binary::any() {
         let opened = Opened::start(&machine(binary, 1));
         opened.create(&named("unrecorded"), INSTANTLY | NO_METADATA).unwrap();
@@ -187,7 +186,7 @@ fn no_metadata_leaves_no_record_and_atomic_changes_nothing() {
         assert!(names.iter().all(|name| name == ".lock" || name == "unrecorded.mem"), "{names:?}");
 
         opened.create(&named("recorded"), INSTANTLY | ATOMIC).unwrap();
-        // What was not recorded is nobody's parent.
+        // An unrecorded snapshot cannot be a parent.
         assert_eq!(opened.record("recorded").parent, None);
         opened.guest.wait_ticks(2);
         opened.restore_clone("recorded");
@@ -195,7 +194,7 @@ fn no_metadata_leaves_no_record_and_atomic_changes_nothing() {
 }
 
 #[test]
-fn halt_ends_qemu_with_a_snapshot_that_can_be_brought_back() {
+fn halt_ends_qemu_and_the_snapshot_can_be_restored() {
     for binary in Binary::any() {
         for flags in [LIVE | INSTANT | HALT, HALT] {
             let opened = Opened::start(&machine(binary, 2));

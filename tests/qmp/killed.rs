@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! P3, P4: QEMU is killed in the middle of a snapshot. Nothing of the snapshot is left, and the
-//! images that the guest had are whole, with all that it wrote.
+//! QEMU is killed in the middle of a snapshot. Nothing of the snapshot is left, and the guest's
+//! images are sound and have everything that the guest wrote.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -13,21 +13,21 @@ use instantsnap::error::{Code, Error};
 use instantsnap_testkit::{Binary, Disk, Fault, Format, Guest, Machine, test};
 use serde_json::json;
 
-/// As `tests/guest/tick.c` has it.
+/// These match `tests/guest/tick.c`.
 const SECTOR: usize = 512;
 const FIXED_SECTOR: usize = 8;
 const ROTATION: u32 = 64;
 const ROTATION_START: usize = 1024;
 const ROTATION_STRIDE: usize = 128;
 
-/// What is on a disk of a tick guest.
+/// What a tick guest has written to a disk.
 struct Content {
     fixed: u32,
     rotating: Vec<u32>,
 }
 
 impl Content {
-    /// Reads it, and asserts that each sector is whole.
+    /// Reads the disk, and asserts that each sector is whole.
     #[track_caller]
     fn read(disk: &Disk, index: u32) -> Content {
         let raw = disk.file.with_extension("read");
@@ -51,7 +51,7 @@ impl Content {
                 u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap())
             };
             assert_eq!(word(0), word(SECTOR / 4 - 1), "disk {index}, sector {sector} is torn");
-            // One that was never written has no number of its disk.
+            // A sector that was never written does not have the disk's number.
             assert!(
                 word(1) == index || word(0) == 0,
                 "disk {index}, sector {sector} is not its own"
@@ -62,7 +62,8 @@ impl Content {
         Content { fixed: number(FIXED_SECTOR), rotating: rotating.collect() }
     }
 
-    /// Asserts that it is what the guest had written when it had said `tick` and nothing since.
+    /// Asserts that the disk is as the guest had written it when it printed `tick`, without later
+    /// writes.
     #[track_caller]
     fn assert_at(&self, tick: u32) {
         assert!(
@@ -71,8 +72,8 @@ impl Content {
             self.fixed
         );
         for (n, &has) in self.rotating.iter().enumerate() {
-            // The last number to come here, up to the one in the fixed sector, which is written
-            // first.
+            // The last number that belongs to this sector, up to the one in the fixed sector, which
+            // the guest writes first.
             let n = n as u32;
             let last = if n > self.fixed { 0 } else { self.fixed - (self.fixed - n) % ROTATION };
             let before = last.saturating_sub(ROTATION);
@@ -82,13 +83,12 @@ impl Content {
     }
 }
 
-/// The files of a guest's directory but for logs, with the names only.
+/// The files below the guest's directory.
 fn files(opened: &Opened) -> Vec<PathBuf> {
     common::files_below(opened.guest.directory())
 }
 
-/// The kit's sockets and a socket's file outlive a killed QEMU, so files are compared as they were
-/// before the snapshot.
+/// Socket files outlive a killed QEMU, so the files are compared with those before the snapshot.
 #[track_caller]
 fn assert_nothing_left(opened: &Opened, before: &[PathBuf]) {
     assert_eq!(files(opened), before);
@@ -98,7 +98,7 @@ fn assert_nothing_left(opened: &Opened, before: &[PathBuf]) {
             let info =
                 common::run("qemu-img", &["info", "--output=json", disk.file.to_str().unwrap()]);
             assert!(!info.contains("backing-filename"), "{info}");
-            // Clusters that nobody refers to (3) are no harm: QEMU could not finish.
+            // Leaked clusters (exit status 3) do no harm: QEMU could not finish.
             let check =
                 Command::new("qemu-img").args(["check", "-q"]).arg(&disk.file).status().unwrap();
             assert!([Some(0), Some(3)].contains(&check.code()), "{check}");
@@ -106,7 +106,7 @@ fn assert_nothing_left(opened: &Opened, before: &[PathBuf]) {
     }
 }
 
-/// The same machine anew, on the images as they are.
+/// Starts the same machine again on the images as they are.
 fn start_cold(binary: &'static Binary, guest: &Guest) {
     let disks = guest.disks().iter();
     let machine =
@@ -118,8 +118,8 @@ fn start(binary: &'static Binary) -> Opened {
     Opened::start(&common::machine(binary, 2))
 }
 
-/// What QEMU had not passed on to the kernel dies with it: on a qcow2 image that can be much.
-/// Everything has been passed on when it has stopped the guest.
+/// Data that QEMU has not passed to the kernel is lost when QEMU is killed, and on a qcow2 image
+/// that can be much. QEMU has passed on all of it once it has stopped the guest.
 fn stop(guest: &Guest) -> u32 {
     guest.control().execute("stop", json!({})).unwrap();
     guest.serial().tick.unwrap()
@@ -127,7 +127,7 @@ fn stop(guest: &Guest) -> u32 {
 
 fn assert_says_that_qemu_has_gone(error: &Error) {
     assert_eq!(error.code, Code::OperationFailed, "{error}");
-    // The second where a driver's own callback had to do with it.
+    // The second message is that of a driver's callback.
     let said = [
         "lost the connection to QEMU",
         "the driver's callback failed: QEMU has closed its monitor",
@@ -136,7 +136,7 @@ fn assert_says_that_qemu_has_gone(error: &Error) {
     assert!(!error.message.contains("must not be removed"), "{error}");
 }
 
-/// QEMU is killed when a phase begins.
+/// Kills QEMU at the start of a phase.
 fn killed_in(phase: Phase, flags: u32) {
     for binary in Binary::some() {
         let opened = start(binary);
@@ -154,7 +154,7 @@ fn killed_in(phase: Phase, flags: u32) {
         assert!(killed);
         assert_says_that_qemu_has_gone(&error);
         assert_nothing_left(&opened, &before);
-        // What QEMU writes to a raw image is in it at once.
+        // QEMU passes a write to a raw image on at once.
         let content = Content::read(&opened.guest.disks()[0], 0);
         if ![Phase::Drain, Phase::Finish].contains(&phase) {
             content.assert_at(opened.guest.serial().tick.unwrap());
@@ -165,44 +165,44 @@ fn killed_in(phase: Phase, flags: u32) {
 }
 
 #[test]
-fn killed_while_overlays_are_prepared() {
+fn qemu_killed_while_overlays_are_prepared() {
     killed_in(Phase::Prepare, INSTANTLY);
 }
 
 #[test]
-fn killed_before_the_pause() {
+fn qemu_killed_before_the_pause() {
     killed_in(Phase::Pause, INSTANTLY);
 }
 
 #[test]
-fn killed_before_the_switch() {
+fn qemu_killed_before_the_switch() {
     killed_in(Phase::Switch, INSTANTLY);
 }
 
 #[test]
-fn killed_between_switch_and_instant() {
+fn qemu_killed_between_the_switch_and_the_instant() {
     killed_in(Phase::Arm, INSTANTLY);
 }
 
 #[test]
-fn killed_before_a_plain_snapshot_is_saved() {
+fn qemu_killed_before_a_non_live_snapshot_is_saved() {
     killed_in(Phase::Arm, 0);
 }
 
 #[test]
-fn killed_while_memory_drains() {
+fn qemu_killed_in_the_drain() {
     killed_in(Phase::Drain, INSTANTLY);
 }
 
 #[test]
-fn killed_at_the_finish() {
+fn qemu_killed_in_the_finish_phase() {
     killed_in(Phase::Finish, INSTANTLY);
 }
 
-/// What the guest has written since the instant is in its overlays. It is its data, and must be in
-/// its images afterwards.
+/// What the guest has written since the instant is in its overlays. It is the guest's data, and
+/// must be in its images afterwards.
 #[test]
-fn what_the_guest_wrote_after_the_instant_is_merged() {
+fn guest_writes_since_the_instant_are_merged_when_qemu_is_killed() {
     for phase in [Phase::Drain, Phase::Finish] {
         for binary in Binary::some() {
             let opened = start(binary);
@@ -213,7 +213,7 @@ fn what_the_guest_wrote_after_the_instant_is_merged() {
                     ticks.insert("instant", opened.guest.serial().tick.unwrap());
                 }
                 if now == phase {
-                    // Every sector but a few.
+                    // By then the guest has written nearly every sector.
                     opened.guest.wait_ticks(60);
                     ticks.insert("killed", stop(&opened.guest));
                     opened.guest.kill();
@@ -234,7 +234,7 @@ fn what_the_guest_wrote_after_the_instant_is_merged() {
     }
 }
 
-/// QEMU executes a command, and is dead when the answer is due.
+/// Kills QEMU after it has executed a command and before it replies.
 fn killed_after(command: &str, flags: u32) {
     for binary in Binary::some() {
         let (opened, proxy) = through_proxy(&common::machine(binary, 2));
@@ -255,28 +255,27 @@ fn killed_after(command: &str, flags: u32) {
 }
 
 #[test]
-fn killed_after_blockdev_create() {
+fn qemu_killed_after_blockdev_create() {
     killed_after("blockdev-create", INSTANTLY);
 }
 
 #[test]
-fn killed_after_stop() {
+fn qemu_killed_after_stop() {
     killed_after("stop", INSTANTLY);
 }
 
 #[test]
-fn killed_after_the_switch() {
+fn qemu_killed_after_the_switch() {
     killed_after("transaction", INSTANTLY);
 }
 
 #[test]
-fn killed_after_migrate() {
+fn qemu_killed_after_migrate() {
     killed_after("migrate", INSTANTLY);
     killed_after("migrate", 0);
 }
 
-/// The memory of the guest drains, and it has written to its overlays; QEMU is killed, and
-/// `before_merge` is called.
+/// Kills QEMU in the drain, after the guest has written to its overlays, and calls `before_merge`.
 fn fail_to_merge(opened: &Opened, mut before_merge: impl FnMut()) -> (Error, u32) {
     let mut tick = 0;
     let mut observer = At(|phase| {
@@ -293,15 +292,15 @@ fn fail_to_merge(opened: &Opened, mut before_merge: impl FnMut()) -> (Error, u32
 }
 
 #[test]
-fn a_killed_merge_keeps_the_overlays_of_a_caller_that_ignores_its_children() {
+fn killed_merge_keeps_the_overlays_when_the_caller_ignores_sigchld() {
     let stand_in = tempfile::tempdir().unwrap();
     let script = "#!/bin/sh\n[ \"$1\" = commit ] && kill -9 $$\nexec /usr/bin/qemu-img \"$@\"\n";
     let qemu_img = qemu_img_stand_in(stand_in.path(), script);
     for binary in Binary::some() {
         let opened = start(binary);
-        // SAFETY: this process runs this one test, and its other threads are the harness's, which
-        // waits, and ours, which read no environment meanwhile. It waits for no child of its own
-        // while their ends are ignored.
+        // SAFETY: this process runs this test only. The harness's threads wait, and the library's
+        // threads do not read the environment meanwhile. The process waits for no child of its own
+        // while SIGCHLD is ignored.
         let (error, tick) = fail_to_merge(&opened, || unsafe {
             std::env::set_var(QEMU_IMG, &qemu_img);
             libc::signal(libc::SIGCHLD, libc::SIG_IGN);
@@ -323,12 +322,12 @@ fn a_killed_merge_keeps_the_overlays_of_a_caller_that_ignores_its_children() {
 }
 
 #[test]
-fn an_overlay_that_another_qemu_opens_when_it_has_been_merged_is_not_removed() {
+fn merged_overlay_that_another_qemu_has_opened_is_not_removed() {
     let binary = &Binary::any()[0];
     let opened = start(binary);
     let stand_in = tempfile::tempdir().unwrap();
     let overlay = |index: usize| opened.guest.directory().join(format!("disk-{index}.s"));
-    // It goes on when qemu-nbd has the image open.
+    // The script continues when qemu-nbd has the image open.
     let script = format!(
         "#!/bin/sh\n[ \"$1\" = commit ] || exec /usr/bin/qemu-img \"$@\"\n/usr/bin/qemu-img \"$@\" \
          || exit\n[ -e {0}/pid ] || qemu-nbd -f qcow2 -t -k {0}/nbd --fork --pid-file={0}/pid {1} \
@@ -337,8 +336,8 @@ fn an_overlay_that_another_qemu_opens_when_it_has_been_merged_is_not_removed() {
         overlay(0).display()
     );
     let qemu_img = qemu_img_stand_in(stand_in.path(), &script);
-    // SAFETY: this process runs this one test, and its other threads are the harness's, which
-    // waits, and ours, which read no environment.
+    // SAFETY: this process runs this test only. The harness's threads wait, and the library's
+    // threads do not read the environment.
     let (error, tick) =
         fail_to_merge(&opened, || unsafe { std::env::set_var(QEMU_IMG, &qemu_img) });
     // SAFETY: as above.
@@ -356,11 +355,11 @@ fn an_overlay_that_another_qemu_opens_when_it_has_been_merged_is_not_removed() {
 }
 
 #[test]
-fn without_qemu_img_the_overlays_are_kept_and_named() {
+fn overlays_are_kept_and_named_where_qemu_img_is_missing() {
     for binary in Binary::some() {
         let opened = start(binary);
-        // SAFETY: this process runs this one test, and its other threads are the harness's, which
-        // waits, and ours, which read no environment.
+        // SAFETY: this process runs this test only. The harness's threads wait, and the library's
+        // threads do not read the environment.
         let (error, tick) =
             fail_to_merge(&opened, || unsafe { std::env::set_var(QEMU_IMG, "/nonexistent") });
         // SAFETY: as above.
@@ -379,7 +378,7 @@ fn without_qemu_img_the_overlays_are_kept_and_named() {
         }
         assert!(!opened.state_dir().join("s.mem").exists());
         assert_eq!(opened.handle.store().unwrap().list().unwrap(), []);
-        // What it says to do does it.
+        // The commands that the message recommends work.
         for (index, (overlay, disk)) in overlays.iter().zip(opened.guest.disks()).enumerate() {
             common::run("qemu-img", &["commit", "-q", overlay.to_str().unwrap()]);
             Content::read(disk, index as u32).assert_at(tick);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! P3 and P4: a caller that is killed leaves a guest that runs, and nothing of its snapshot.
+//! A caller that is killed leaves a running guest, and nothing of its snapshot.
 
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
@@ -22,8 +22,7 @@ use serde_json::json;
 
 const PHASES: [Phase; 5] = [Phase::Pause, Phase::Switch, Phase::Arm, Phase::Drain, Phase::Finish];
 
-/// Not a test of its own: the process that the tests below start, which kills itself in the phase
-/// it is told.
+/// The process that the tests below start. It kills itself in the phase that it is told.
 #[process]
 fn child() {
     let directory = std::env::var("INSTANTSNAP_TEST_DIRECTORY").unwrap();
@@ -46,7 +45,7 @@ fn child() {
     panic!("it was to be killed");
 }
 
-/// The process, which is killed by another when it is none of the phases.
+/// The command of that process. With a `phase` beyond `PHASES` the test kills it itself.
 fn child_process(guest: &Guest, phase: usize) -> Command {
     let mut command = process(module_path!(), "child");
     command
@@ -65,7 +64,7 @@ fn take_snapshot_and_die(guest: &Guest, phase: usize, early_start: bool) {
     assert_eq!(status.signal(), Some(9), "{status}");
 }
 
-/// The settings are what they were (P5), once the watchdog has seen the stream to its end.
+/// Waits until the settings are what they were, after the watchdog has drained the restore stream.
 fn wait_until_settled(guest: &Guest, before: &Fingerprint) {
     let settled = wait_for(Duration::from_secs(60), || {
         let mut client = guest.control();
@@ -88,40 +87,40 @@ fn nodes_and_files(opened: &Opened) -> (Vec<String>, Vec<PathBuf>) {
     let name = |node: &serde_json::Value| node["node-name"].as_str().unwrap_or_default().to_owned();
     let mut nodes: Vec<_> = nodes.as_array().unwrap().iter().map(name).collect();
     nodes.sort();
-    // The directory's lock stays, and has nothing in it.
+    // The directory's lock file stays, and is empty.
     let files =
         files_below(opened.guest.directory()).into_iter().filter(|file| !file.ends_with(".lock"));
     (nodes, files.collect())
 }
 
-fn lose_the_caller(machine: &Machine, phase: usize, early_start: bool) {
+fn check_killed_caller(machine: &Machine, phase: usize, early_start: bool) {
     let opened = Opened::start(machine);
     let before = fingerprint(&mut opened.guest.control());
     let nothing = nodes_and_files(&opened);
     take_snapshot_and_die(&opened.guest, phase, early_start);
-    // It counts, and its memory is not write-protected: each round writes every page.
+    // The guest counts, and its memory is not write-protected: each round writes every page.
     opened.guest.wait_ticks(5);
     wait_until_settled(&opened.guest, &before);
-    // A driver is not told that its disks are off the overlays, so they stay there.
+    // A driver is not told that its disks are off the overlays, so the overlays stay.
     if !by_driver() || PHASES[phase] == Phase::Pause {
         let nothing_left = wait_for(Duration::from_secs(60), || {
             (nodes_and_files(&opened) == nothing).then_some(())
         });
         assert!(nothing_left.is_some(), "{:?} is left of {nothing:?}", nodes_and_files(&opened));
     }
-    // And the next one works.
+    // The next snapshot succeeds.
     opened.snapshot("next").unwrap_or_else(|error| opened.guest.fail(&error.message));
     opened.restore_clone("next");
     opened.guest.wait_ticks(3);
 }
 
 #[test]
-fn a_guest_whose_snapshot_loses_its_caller_runs_on_and_can_be_snapshotted_again() {
+fn guest_of_a_killed_caller_runs_and_can_be_snapshotted_again() {
     for binary in Binary::any() {
         for (index, phase) in PHASES.iter().enumerate() {
             eprintln!("{}: killed in {phase:?}", binary.name);
-            // Memory enough for the drain to be long, and a guest that writes into all of it.
-            lose_the_caller(
+            // With this much memory the drain is long, and the guest writes into all of it.
+            check_killed_caller(
                 &machine(binary, 1).memory(256).prealloc().append("dense=128"),
                 index,
                 false,
@@ -130,12 +129,12 @@ fn a_guest_whose_snapshot_loses_its_caller_runs_on_and_can_be_snapshotted_again(
     }
 }
 
-/// In the phase of the pause the migration has begun, and the guest still runs.
+/// In the pause phase the migration has begun, and the guest still runs.
 #[test]
-fn a_guest_whose_memory_is_touched_while_it_runs_survives_its_caller_too() {
+fn guest_of_a_caller_killed_during_early_start_runs() {
     for binary in Binary::all().iter().filter(|binary| binary.version >= (10, 0, 0)) {
         for index in [0, 1] {
-            lose_the_caller(
+            check_killed_caller(
                 &machine(binary, 1).append("dense=16").long_setup(Duration::from_millis(500)),
                 index,
                 true,
@@ -144,10 +143,10 @@ fn a_guest_whose_memory_is_touched_while_it_runs_survives_its_caller_too() {
     }
 }
 
-/// The caller is killed when its migration has begun; its watchdog has the rest of memory to read,
+/// The caller is killed after its migration has begun. Its watchdog has the rest of memory to read,
 /// and a user pauses the guest meanwhile.
 #[test]
-fn a_watchdog_does_not_resume_a_guest_that_its_user_pauses_during_the_drain() {
+fn watchdog_does_not_resume_a_guest_that_a_user_pauses_in_the_drain() {
     if by_driver() {
         return;
     }
@@ -170,7 +169,7 @@ fn a_watchdog_does_not_resume_a_guest_that_its_user_pauses_during_the_drain() {
                 .then_some(())
         });
         armed.expect("it is armed");
-        // From now on it is slow.
+        // The rest of the drain is slow.
         say("migrate-set-parameters", json!({ "max-bandwidth": 1 << 20 }));
         caller.kill().unwrap();
         caller.wait().unwrap();
@@ -189,10 +188,10 @@ fn a_watchdog_does_not_resume_a_guest_that_its_user_pauses_during_the_drain() {
     }
 }
 
-/// A guest is held by names that one network namespace knows: two processes of two namespaces do
-/// not keep each other away.
+/// The lock of a guest uses names that are local to a network namespace: processes in two
+/// namespaces do not exclude each other.
 #[test]
-fn a_snapshot_of_another_network_namespace_is_not_taken_for_what_a_killed_one_has_left() {
+fn snapshot_from_another_network_namespace_is_not_taken_for_a_stale_one() {
     by_socket_only();
     if !Command::new("unshare")
         .args(["--net", "true"])
@@ -226,7 +225,7 @@ fn a_snapshot_of_another_network_namespace_is_not_taken_for_what_a_killed_one_ha
                 .stdout(std::process::Stdio::null())
                 .spawn()
                 .unwrap();
-            // QEMU's settings are the snapshot's.
+            // QEMU has the snapshot's settings now.
             assert!(gate.wait_arrived(DEADLINE));
             (gate, child)
         };
@@ -259,7 +258,7 @@ fn a_snapshot_of_another_network_namespace_is_not_taken_for_what_a_killed_one_ha
             let pid = Pid::from_raw(process["pid"].as_i64().unwrap() as i32).unwrap();
             rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
             let stat = format!("/proc/{}/stat", pid.as_raw_nonzero());
-            // Nobody has to have taken note of it.
+            // A zombie counts as ended: its parent need not have waited for it.
             let lives = || std::fs::read_to_string(&stat).is_ok_and(|stat| !stat.contains(") Z"));
             wait_for(DEADLINE, || (!lives()).then_some(())).expect("it was killed");
         }
@@ -271,9 +270,9 @@ fn a_snapshot_of_another_network_namespace_is_not_taken_for_what_a_killed_one_ha
 }
 
 #[test]
-fn a_caller_that_is_killed_leaves_its_empty_file_empty_and_its_device_without_an_overlay() {
+fn killed_caller_leaves_precreated_overlays_empty() {
     if by_driver() {
-        // A driver is not told that its disks are off the overlays, so they stay there.
+        // A driver is not told that its disks are off the overlays, so the overlays stay.
         return;
     }
     for binary in Binary::any() {

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! Guests that are opened by QMP: what a snapshot is, what can go wrong, and what is left of it.
+//! Guests that are opened by QMP: what a snapshot contains, how it can fail, and what remains of
+//! it.
 
 mod armed;
 mod cancel;

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! P1, P3, P4 at random: while a snapshot is taken, other clients of the same QEMU do what
-//! administrators, management programs and backup jobs do. Whatever becomes of the snapshot: the
-//! guest counts on, what is reported as good is brought back whole, and what failed leaves nothing.
+//! At random: while a snapshot is taken, other clients of the same QEMU do what administrators,
+//! management programs and backup jobs do. Whether the snapshot succeeds or not, the guest counts
+//! on; a snapshot that succeeded can be restored, and one that failed leaves nothing.
 //!
 //! `INSTANTSNAP_TEST_LONG` takes 1,000 snapshots, or as many as there is time for.
 //! `common/meddling.rs` says how to repeat a run.
@@ -67,10 +67,10 @@ const MOMENTS: [Phase; 7] = [
 fn deed(random: &mut Random, can_cancel: bool, long: bool) -> Deed<Meddling> {
     let what = match random.below(40) {
         0 => Meddling::Kill,
-        // QEMU 10.0 does not always come to an end of it: too seldom for the short run.
+        // QEMU 10.0 sometimes does not finish a reset, too seldom for the short run.
         3..7 if long => Meddling::Reset,
-        // QEMU 7.2 itself freezes a guest whose background snapshot is cancelled, and 10.0 closes
-        // another descriptor where it is not armed yet.
+        // QEMU 7.2 itself freezes a guest whose background snapshot is cancelled, and QEMU 10.0
+        // closes an unrelated descriptor where write tracking is not armed yet.
         1..3 if can_cancel => Meddling::Cancel,
         _ => random.one_of(&USUAL),
     };
@@ -78,7 +78,7 @@ fn deed(random: &mut Random, can_cancel: bool, long: bool) -> Deed<Meddling> {
     Deed { what, when: When::random(random, phase, Duration::from_millis(20)) }
 }
 
-/// What others have done in a round.
+/// What the other clients have done in a round.
 #[derive(Debug, Default)]
 struct Done {
     stopped: bool,
@@ -88,7 +88,7 @@ struct Done {
     size: Option<u64>,
 }
 
-/// A guest of the socket's way, and another client of its QEMU.
+/// A guest that is opened by its socket, and another client of its QEMU.
 struct Meddled {
     opened: Opened,
     others: AtomicUsize,
@@ -98,8 +98,8 @@ struct Meddled {
 impl Meddled {
     fn start(binary: &'static Binary, random: &mut Random) -> Meddled {
         let mut machine = machine(binary, 2).arg("-device").arg("piix3-usb-uhci,id=usb");
-        // A reset is one, and not the end. SeaBIOS makes two of it, of which the second can come
-        // after the instant.
+        // A reset must not end QEMU. SeaBIOS makes two resets of one, and the second can come after
+        // the instant.
         machine = machine.arg("-action").arg("reboot=reset");
         if random.below(2) == 0 {
             machine = machine.restless();
@@ -175,7 +175,7 @@ impl Meddled {
         }
     }
 
-    /// One snapshot. Whether the guest is fit for another.
+    /// Takes one snapshot. Returns whether the guest can take another.
     fn round(&mut self, name: &str, deeds: &[Deed<Meddling>], what: &str) -> bool {
         let mut done = Done::default();
         let opened = &self.opened;
@@ -187,7 +187,8 @@ impl Meddled {
         eprintln!("{what}: {}", begun.as_ref().map_or_else(ToString::to_string, |_| "good".into()));
         let guest = &opened.guest;
         if deeds.iter().any(|deed| deed.what == Meddling::Reset) && ended_by_reset(guest) {
-            // In the last moment before QEMU captures the guest: docs/how-it-works.md.
+            // The reset came in the last moment before QEMU captured the guest:
+            // docs/how-it-works.md.
             eprintln!("  QEMU was ended by the reset");
             done.killed = true;
         }
@@ -230,7 +231,7 @@ impl Meddled {
     }
 }
 
-/// QEMU does not get from the state of a guest that was reset to the one in which it captures it.
+/// QEMU aborts when it has to capture a guest in the state that a reset leaves it in.
 fn ended_by_reset(guest: &Guest) -> bool {
     let said = std::fs::read_to_string(guest.directory().join("stderr.log")).unwrap_or_default();
     !guest.alive() && said.contains("invalid runstate transition: 'prelaunch' -> 'paused'")
@@ -240,7 +241,7 @@ fn size_of(guest: &Guest) -> u64 {
     block_of(guest, "vd0")["inserted"]["image"]["virtual-size"].as_u64().unwrap()
 }
 
-/// Brings a snapshot back, on a machine that has what others have plugged in, or not.
+/// Restores a snapshot on a machine that has the devices which other clients have plugged in.
 fn assert_whole(opened: &Opened, name: &str, done: &Done, what: &str) {
     let plain = opened.guest.machine().clone();
     let plugged = plain.clone().arg("-device").arg("usb-tablet,bus=usb.0,port=1,id=others");
@@ -267,17 +268,17 @@ fn assert_whole(opened: &Opened, name: &str, done: &Done, what: &str) {
     panic!("{what}: it is reported as good, and cannot be brought back: {refused:?}");
 }
 
-/// Nothing is left of a snapshot that failed, but what the error names.
+/// Asserts that nothing is left of a failed snapshot but what the error names.
 fn assert_no_trace(opened: &Opened, name: &str, error: &Error, what: &str) {
     let names = opened.handle.snapshot_list().names().unwrap();
     assert!(!names.iter().any(|other| other == name), "{what}: it is recorded");
     assert_no_files(opened.guest.directory(), name, &error.message, what);
 }
 
-/// QEMU saves memory by an ordinary migration then, during which the guest runs, and after which it
-/// stands.
+/// QEMU then saves memory by an ordinary migration, during which the guest runs, and stops the
+/// guest at its end.
 #[test(long)]
-fn a_capability_that_others_switch_off_in_the_pause_leaves_no_guest_paused() {
+fn capability_disabled_by_another_client_leaves_no_guest_paused() {
     for binary in Binary::some() {
         for restless in [false, true] {
             let machine = machine(binary, 2);
@@ -293,8 +294,8 @@ fn a_capability_that_others_switch_off_in_the_pause_leaves_no_guest_paused() {
                     }
                 }),
             );
-            // All of memory can be saved before the guest is resumed: then nothing is wrong with
-            // it.
+            // All of memory can be saved before the guest is resumed, and then the snapshot is
+            // good.
             match result {
                 Ok(_) => drop(opened.restore_clone("s")),
                 Err(error) => {
@@ -307,14 +308,14 @@ fn a_capability_that_others_switch_off_in_the_pause_leaves_no_guest_paused() {
     }
 }
 
-/// QEMU stops a guest that runs before it captures it, and waits until its CPUs have stopped: for
-/// good, where another client's `cont` has them run again before QEMU's thread has seen it.
+/// QEMU stops a running guest before it captures it, and waits until its CPUs have stopped. It
+/// waits forever where another client's `cont` resumes them before QEMU's thread has seen the stop.
 #[test(long)]
-fn a_stop_of_qemus_own_that_another_clients_cont_takes_back_leaves_no_migration_that_hangs() {
+fn cont_of_another_client_at_the_capture_leaves_no_hanging_migration() {
     let rounds = if thorough() { 60 } else { 3 };
     for binary in Binary::all().iter().filter(|binary| binary.version >= (9, 0, 0)) {
         let opened = Opened::start(&machine(binary, 2).cpus(2).append("dense=16 cpus=2"));
-        // Too late, each time: QEMU begins to capture a guest that runs.
+        // The stop is too late each time: QEMU begins to capture a running guest.
         opened
             .handle
             .set_early_start(EarlyStart { tries: 3, stop_after: Some(Duration::from_millis(100)) });
@@ -363,7 +364,7 @@ fn a_stop_of_qemus_own_that_another_clients_cont_takes_back_leaves_no_migration_
 }
 
 #[test(long)]
-fn whatever_other_clients_of_qemu_do_nothing_is_torn_and_no_guest_is_lost() {
+fn random_actions_of_other_qemu_clients_tear_nothing_and_lose_no_guest() {
     rounds(Binary::all(), &EXTENT, |binary, seed, rounds| {
         let long = thorough();
         let can_cancel = binary.name != Binary::all()[0].name;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! P6: the memory image is in libvirt's format, complete or recognisably partial, and nobody else's
-//! to read.
+//! The memory image is in libvirt's format, complete or recognisably partial, and readable by its
+//! owner only.
 
 use std::fs::File;
 use std::io::{Seek, SeekFrom};
@@ -15,7 +15,7 @@ use instantsnap::image::{Image, MemoryImage};
 use instantsnap_testkit::{Binary, DEADLINE, test, wait_for};
 use serde_json::json;
 
-/// libvirt's `virQEMUSaveHeader` and what follows it, read by hand.
+/// libvirt's `virQEMUSaveHeader` and what follows it, parsed independently.
 struct Header {
     magic: String,
     numbers: [u32; 5],
@@ -43,7 +43,7 @@ fn header(path: &Path) -> Header {
 }
 
 #[test]
-fn the_header_is_libvirts_byte_for_byte() {
+fn header_is_libvirts_byte_for_byte() {
     for binary in Binary::any() {
         for (paused, flags) in [(false, INSTANTLY), (false, 0), (true, 0)] {
             let opened = Opened::start(&machine(binary, 1));
@@ -69,7 +69,7 @@ fn the_header_is_libvirts_byte_for_byte() {
                 "the XML is the recorded one"
             );
             assert_eq!(path.metadata().unwrap().mode() & 0o7777, 0o600);
-            // All of it was counted.
+            // The statistics count all of its bytes.
             let size = opened.handle.stats().unwrap().memory_image_bytes;
             assert_eq!(path.metadata().unwrap().len(), size);
         }
@@ -77,9 +77,8 @@ fn the_header_is_libvirts_byte_for_byte() {
 }
 
 #[test]
-fn an_xml_that_was_edited_in_place_is_read_back() {
-    // As `virsh save-image-edit` does it: the header's data_len stays, the XML grows into the
-    // padding.
+fn domain_xml_edited_in_place_is_read_back() {
+    // `virsh save-image-edit` keeps data_len of the header, and the XML grows into the padding.
     let opened = Opened::start(&machine(&Binary::all()[0], 1));
     opened.snapshot("s").unwrap();
     let path = opened.state_dir().join("s.mem");
@@ -93,7 +92,7 @@ fn an_xml_that_was_edited_in_place_is_read_back() {
 }
 
 #[test]
-fn the_image_is_partial_until_all_of_it_is_there() {
+fn image_is_marked_partial_until_it_is_complete() {
     for binary in Binary::any() {
         let opened = Opened::start(&machine(binary, 1));
         let path = opened.state_dir().join("s.mem");
@@ -117,7 +116,7 @@ fn the_image_is_partial_until_all_of_it_is_there() {
     }
 }
 
-/// A complete image with a stream that is none, and no QEMU involved.
+/// Writes a complete image with a made-up stream; no QEMU is involved.
 fn sample(directory: &Path) -> PathBuf {
     let path = directory.join("sample.mem");
     let image = MemoryImage::create(&path, "<domain><name>x</name></domain>", None, true).unwrap();
@@ -131,7 +130,7 @@ fn overwrite(path: &Path, at: u64, bytes: &[u8]) {
 }
 
 #[test]
-fn a_damaged_image_is_refused_with_its_name_and_what_is_wrong() {
+fn damaged_image_is_refused_with_its_name_and_the_damage() {
     type Damage = fn(&Path);
     let damages: [(&str, Damage); 11] = [
         ("incomplete", |path| overwrite(path, 0, b"LibvirtQemudPart")),
@@ -171,7 +170,7 @@ fn a_damaged_image_is_refused_with_its_name_and_what_is_wrong() {
 }
 
 #[test]
-fn load_and_prepare_refuse_a_damaged_image_and_leave_nothing() {
+fn load_and_prepare_revert_refuse_a_damaged_image_and_leave_nothing() {
     let opened = Opened::start(&machine(&Binary::all()[0], 1));
     opened.snapshot("s").unwrap();
     let clone = opened.start_clone("s");
@@ -199,13 +198,13 @@ fn load_and_prepare_refuse_a_damaged_image_and_leave_nothing() {
         refused(what);
         overwrite(&path, at, &whole[at as usize..][..bytes.len()]);
     }
-    // QEMU would find out when it has read all that is there.
+    // QEMU would detect a truncated stream only at its end.
     for rest in [stream as usize + 4, whole.len() / 2, whole.len() - 1] {
         std::fs::OpenOptions::new().write(true).open(&path).unwrap().set_len(rest as u64).unwrap();
         refused(if rest < stream as usize + 9 { "too short" } else { "cut off" });
         overwrite(&path, rest as u64, &whole[rest..]);
     }
-    // So it would find out that its machine is another.
+    // QEMU would detect another machine type only then, too.
     let digit = stream + 13 + u64::from(whole[stream as usize + 12]) - 1;
     overwrite(&path, digit, b"9");
     for part in ["of a machine of type", "this QEMU has the type", "`-machine"] {
@@ -213,13 +212,13 @@ fn load_and_prepare_refuse_a_damaged_image_and_leave_nothing() {
     }
     overwrite(&path, digit, &whole[digit as usize..][..1]);
     common::assert_untouched(&opened, &files);
-    // The QEMU that waits was not given a byte: it can still be used.
+    // The waiting QEMU was not given a byte, and can still be used.
     clone.handle.load("s", 0).unwrap();
     clone.guest.wait_ticks(3);
 }
 
 #[test]
-fn a_file_that_exists_is_not_touched() {
+fn existing_memory_file_is_not_touched() {
     let opened = Opened::start(&machine(&Binary::all()[0], 1));
     let path = opened.guest.directory().join("somebody's");
     std::fs::write(&path, "precious").unwrap();
@@ -234,7 +233,7 @@ fn a_file_that_exists_is_not_touched() {
 }
 
 #[test]
-fn the_callers_domain_xml_is_in_the_image() {
+fn image_has_the_domain_xml_of_the_caller() {
     let guest = machine(&Binary::all()[0], 1).start();
     guest.wait_ticks(2);
     let file = guest.disks()[0].file.display().to_string();
@@ -248,9 +247,9 @@ fn the_callers_domain_xml_is_in_the_image() {
     assert_eq!(header(&opened.state_dir().join("s.mem")).xml.trim_end(), xml.trim_end());
 }
 
-/// What QEMU says of its guest's state at the moment of a background snapshot.
+/// The status of the guest that a background snapshot records.
 #[test]
-fn an_image_says_whether_the_guest_ran_when_it_was_taken() {
+fn image_records_whether_the_guest_ran() {
     for binary in Binary::any() {
         for (state, prepare) in [("running", "query-status"), ("paused", "stop")] {
             let guest = common::machine(binary, 1).start();

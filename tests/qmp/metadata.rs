@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! The state directory: what is recorded, in which order, by whom, and what damage does to it.
+//! The state directory: what is recorded, in which order and by which process, and what damage does
+//! to it.
 
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
@@ -60,12 +61,12 @@ fn files(directory: &Path) -> Vec<String> {
 }
 
 #[test]
-fn three_snapshots_are_a_chain_and_loading_an_older_one_starts_a_branch() {
+fn three_snapshots_form_a_chain_and_loading_an_older_one_starts_a_branch() {
     for binary in Binary::any() {
         let opened = Opened::start(&machine(binary, 1));
         let store = opened.handle.store().unwrap();
         assert_eq!(store.current().unwrap(), None);
-        // Names against the order of time: all three can be of one second.
+        // The names are in reverse order: all three snapshots can be of the same second.
         for name in ["c", "b", "a"] {
             let xml = format!(
                 "<domainsnapshot><name>{name}</name><description>I am \
@@ -106,7 +107,7 @@ fn three_snapshots_are_a_chain_and_loading_an_older_one_starts_a_branch() {
 }
 
 #[test]
-fn snapshots_without_a_name_are_called_after_the_time_and_differ() {
+fn default_names_are_the_time_and_unique() {
     let (_directory, store) = scratch();
     let reservations: Vec<_> = (0..5).map(|_| store.reserve(None).unwrap()).collect();
     let mut names: Vec<_> =
@@ -118,7 +119,7 @@ fn snapshots_without_a_name_are_called_after_the_time_and_differ() {
 }
 
 #[test]
-fn the_list_is_by_time_and_within_a_second_by_parent_then_name() {
+fn list_is_sorted_by_time_then_parent_then_name() {
     let (_directory, store) = scratch();
     for (name, time) in [("z", 5), ("y", 5), ("x", 5), ("old", 3), ("b", 5)] {
         commit(&store, name, time);
@@ -137,7 +138,7 @@ fn the_list_is_by_time_and_within_a_second_by_parent_then_name() {
 }
 
 #[test]
-fn forgetting_gives_children_to_the_parent_and_moves_current() {
+fn forget_reparents_children_and_makes_the_parent_current() {
     let (directory, store) = scratch();
     for name in ["a", "b", "c"] {
         commit(&store, name, 1);
@@ -151,11 +152,11 @@ fn forgetting_gives_children_to_the_parent_and_moves_current() {
     assert_eq!(parent(&store, "d").as_deref(), Some("a"));
     assert_eq!(store.current().unwrap().as_deref(), Some("a"));
     assert_eq!(store.path("c.xml").metadata().unwrap().mode() & 0o7777, 0o600);
-    // One that is not current leaves the current one.
+    // Forgetting a snapshot that is not current does not change the current one.
     store.set_current("d").unwrap();
     store.forget("c").unwrap();
     assert_eq!(store.current().unwrap().as_deref(), Some("d"));
-    // The last of all, and the root.
+    // The last one, which is the root.
     store.forget("a").unwrap();
     assert_eq!(parent(&store, "d"), None);
     store.forget("d").unwrap();
@@ -164,12 +165,12 @@ fn forgetting_gives_children_to_the_parent_and_moves_current() {
     assert_error(store.read("d"), Code::NoDomainSnapshot, "'d'");
     assert_error(store.set_current("d"), Code::NoDomainSnapshot, "'d'");
     assert_eq!(files(directory.path()), [".current", ".lock"]);
-    // A name that is free again.
+    // The name can be used again.
     assert_eq!(commit(&store, "d", 2).parent, None);
 }
 
 #[test]
-fn a_forgotten_snapshot_leaves_its_images() {
+fn forget_keeps_the_images() {
     let opened = Opened::start(&machine(&Binary::all()[0], 1));
     opened.snapshot("a").unwrap();
     opened.snapshot("b").unwrap();
@@ -177,14 +178,14 @@ fn a_forgotten_snapshot_leaves_its_images() {
     assert!(opened.state_dir().join("a.mem").exists());
     opened.restore_clone("b");
     assert_error(opened.handle.load("a", 0), Code::NoDomainSnapshot, "'a'");
-    // Its memory image is in the way of the next of this name, and is not overwritten.
+    // The memory image stays, and a new snapshot of that name does not overwrite it.
     let before = opened.trace();
     assert_error(opened.snapshot("a"), Code::ConfigUnsupported, "already exists");
     assert_untouched(&opened, &before);
 }
 
 #[test]
-fn a_name_is_held_by_one() {
+fn name_can_be_reserved_once() {
     let (directory, store) = scratch();
     let held = store.reserve(Some("s")).unwrap();
     assert_error(store.reserve(Some("s")), Code::OperationInvalid, "being created already");
@@ -203,7 +204,7 @@ fn a_name_is_held_by_one() {
 }
 
 #[test]
-fn of_many_who_want_a_name_at_once_exactly_one_has_it() {
+fn one_of_many_concurrent_reservations_of_a_name_succeeds() {
     let (directory, _) = scratch();
     let holders = AtomicUsize::new(0);
     let taken = AtomicUsize::new(0);
@@ -241,7 +242,7 @@ fn of_many_who_want_a_name_at_once_exactly_one_has_it() {
 }
 
 #[test]
-fn two_handles_that_snapshot_by_one_name_at_once_make_one_snapshot() {
+fn one_of_two_concurrent_snapshots_by_one_name_succeeds() {
     let binary = &Binary::all()[0];
     let first = Opened::start(&machine(binary, 1));
     let second = machine(binary, 1).start();
@@ -265,14 +266,14 @@ fn two_handles_that_snapshot_by_one_name_at_once_make_one_snapshot() {
 }
 
 #[test]
-fn a_reservation_dies_with_its_holder() {
+fn reservation_ends_with_its_process() {
     let (directory, store) = scratch();
-    // As another process would hold it.
+    // Another process would hold it like this.
     let path = directory.path().join(".s.reserved");
     let file = std::fs::File::create(&path).unwrap();
     flock(&file, FlockOperation::LockExclusive).unwrap();
     assert_error(store.reserve(Some("s")), Code::OperationInvalid, "being created already");
-    // Its death: the kernel closes the file, and nobody removes it.
+    // The kernel closes the file when that process ends, and the file itself stays.
     drop(file);
     assert!(path.exists());
     drop(store.reserve(Some("s")).unwrap());
@@ -280,7 +281,7 @@ fn a_reservation_dies_with_its_holder() {
 }
 
 #[test]
-fn a_damaged_record_is_named_and_nothing_else_is_lost() {
+fn damaged_record_is_named_and_other_records_are_kept() {
     let whole = record("bad", 2).to_xml();
     let damages: [&[u8]; 9] = [
         b"",
@@ -306,7 +307,7 @@ fn a_damaged_record_is_named_and_nothing_else_is_lost() {
             assert_eq!(error.code, Code::InvalidDomainSnapshot, "{what}: {error}");
             assert!(error.message.contains("bad.xml"), "{what}: {error}");
         }
-        // A snapshot of that name is still one, and the others are what they were.
+        // The damaged snapshot still counts as existing, and the others are unchanged.
         assert_eq!(names(&store), ["good", "last"], "{what}");
         assert_error(store.reserve(Some("bad")), Code::OperationInvalid, "already exists");
         assert_eq!(store.read("good").unwrap().name, "good");
@@ -314,7 +315,7 @@ fn a_damaged_record_is_named_and_nothing_else_is_lost() {
         assert_eq!(store.current().unwrap().as_deref(), Some("last"));
         assert_eq!(files(directory.path()), before);
         assert_eq!(std::fs::read(store.path("bad.xml")).unwrap(), damage);
-        // Nor is it in the way of the next.
+        // The damaged record does not prevent the next snapshot.
         assert_eq!(commit(&store, "next", 4).parent.as_deref(), Some("last"));
     }
 }
@@ -355,7 +356,7 @@ fn records_of_a_former_version_are_listed_brought_back_renewed_and_deleted() {
 }
 
 #[test]
-fn a_current_that_names_nothing_is_none() {
+fn invalid_current_file_means_no_current_snapshot() {
     let (_directory, store) = scratch();
     commit(&store, "s", 1);
     for nonsense in ["gone", "", "../s", "s\n", "\u{1}"] {
@@ -366,7 +367,7 @@ fn a_current_that_names_nothing_is_none() {
 }
 
 #[test]
-fn files_that_are_no_records_are_passed_over() {
+fn files_that_are_not_records_are_ignored() {
     let (_directory, store) = scratch();
     commit(&store, "s", 1);
     for name in ["notes.txt", ".hidden.xml", "s.mem", "xml", ".s.reserved"] {
@@ -376,7 +377,7 @@ fn files_that_are_no_records_are_passed_over() {
 }
 
 #[test]
-fn what_others_have_put_into_the_directory_is_no_record_and_in_nobodys_way() {
+fn foreign_files_are_not_records_and_do_no_harm() {
     let (directory, store) = scratch();
     commit(&store, "s", 1);
     let path = |name: &str| directory.path().join(name);
@@ -397,7 +398,7 @@ fn what_others_have_put_into_the_directory_is_no_record_and_in_nobodys_way() {
     std::os::unix::fs::symlink(path("nowhere"), path("dangling.xml")).unwrap();
     let mut strangers = vec!["stray", "directory", "pipe", "link", "dangling"];
     std::fs::write(path("foreign.xml"), record("foreign", 1).to_xml()).unwrap();
-    // Root can give files away.
+    // Root can change the owner of a file.
     if std::os::unix::fs::chown(path("foreign.xml"), Some(12345), None).is_ok() {
         strangers.push("foreign");
     } else {
@@ -409,13 +410,13 @@ fn what_others_have_put_into_the_directory_is_no_record_and_in_nobodys_way() {
         let error = store.read(name).expect_err(name);
         eprintln!("{error}");
         assert!(error.message.contains(&format!("{name}.xml")), "{error}");
-        // The next snapshot of that name would be in its place.
+        // A new snapshot of that name would replace the file.
         assert_error(store.reserve(Some(name)), Code::OperationInvalid, "already exists");
     }
     commit(&store, "t", 2);
     store.forget("s").unwrap();
     assert_eq!(names(&store), ["t"]);
-    // Where the library's own files should be.
+    // The same in place of the library's own files.
     for name in [".lock", ".current"] {
         std::fs::remove_file(path(name)).unwrap();
         pipe(name);
@@ -429,10 +430,10 @@ fn what_others_have_put_into_the_directory_is_no_record_and_in_nobodys_way() {
     assert!(!path("nowhere").exists());
 }
 
-/// What is merged or removed must not be what a snapshot needs of which the record cannot be read,
-/// or has another name.
+/// A merge or a delete must not destroy an image that a snapshot needs whose record is unreadable
+/// or renamed.
 #[test]
-fn records_that_were_damaged_or_renamed_still_protect_their_images() {
+fn damaged_or_renamed_records_still_protect_their_images() {
     let (_directory, store) = scratch();
     for name in ["a", "b", "c"] {
         commit(&store, name, 1);
@@ -452,7 +453,7 @@ fn records_that_were_damaged_or_renamed_still_protect_their_images() {
 }
 
 #[test]
-fn parents_that_form_a_circle_do_not_keep_snapshots_from_being_deleted() {
+fn snapshots_with_circular_parents_can_be_deleted() {
     let (_directory, store) = scratch();
     for (name, parent) in [("a", "c"), ("b", "a"), ("c", "b"), ("own", "own")] {
         let record = Record { parent: Some(parent.into()), ..record(name, 1) };
@@ -469,7 +470,7 @@ fn parents_that_form_a_circle_do_not_keep_snapshots_from_being_deleted() {
 }
 
 #[test]
-fn in_a_directory_that_others_can_write_to_records_are_read_and_nothing_else_is_done() {
+fn directory_writable_by_others_allows_reading_records_only() {
     use std::os::unix::fs::{PermissionsExt, chown};
     let (directory, store) = scratch();
     commit(&store, "s", 1);
@@ -500,7 +501,7 @@ fn in_a_directory_that_others_can_write_to_records_are_read_and_nothing_else_is_
         set(mode);
         check_refused("chmod go-w");
     }
-    // The group that may write is the owner's own, unless it is said to have others in it.
+    // A group may write where it is the owner's own group, unless it has other members.
     for mode in [0o700, 0o750, 0o755, 0o775, 0o1777] {
         set(mode);
         assert_eq!(Store::open(directory.path()).unwrap().read_to_use("s").unwrap().name, "s");
@@ -517,7 +518,7 @@ fn in_a_directory_that_others_can_write_to_records_are_read_and_nothing_else_is_
 }
 
 #[test]
-fn of_many_commits_at_once_none_is_lost_and_readers_see_whole_files() {
+fn concurrent_commits_are_all_kept_and_readers_see_whole_files() {
     let (directory, store) = scratch();
     let done = AtomicBool::new(false);
     let start = Barrier::new(6);
@@ -550,7 +551,8 @@ fn of_many_commits_at_once_none_is_lost_and_readers_see_whole_files() {
     });
     let records = store.list().unwrap();
     assert_eq!(records.len(), 60);
-    // One chain: each is the parent of one, but the current one, which is the last.
+    // The records form one chain: each is the parent of one other, but the current one, which is
+    // the last.
     let current = store.current().unwrap().unwrap();
     assert_eq!(records.last().unwrap().name, current);
     for pair in records.windows(2) {
@@ -560,7 +562,7 @@ fn of_many_commits_at_once_none_is_lost_and_readers_see_whole_files() {
 }
 
 #[test]
-fn a_directory_that_is_none_is_refused() {
+fn path_that_is_not_a_directory_is_refused() {
     let directory = tempfile::tempdir().unwrap();
     let file = directory.path().join("file");
     std::fs::write(&file, "").unwrap();
@@ -579,10 +581,10 @@ fn a_directory_that_is_none_is_refused() {
 }
 
 #[test]
-fn a_directory_that_goes_or_cannot_be_written_stops_a_snapshot_before_it_begins() {
+fn unusable_state_directory_fails_the_snapshot_before_it_begins() {
     let opened = Opened::start(&machine(&Binary::all()[0], 1));
-    // Root may do everything, but not this: what is to be a file is a directory, or its directory
-    // is none any more.
+    // This fails for root too: a directory is in the place of a file, or the state directory is
+    // gone.
     std::fs::create_dir(opened.state_dir().join(".current")).unwrap();
     let before = opened.trace();
     assert_error(opened.snapshot("s"), Code::SystemError, ".current");

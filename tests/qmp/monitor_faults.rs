@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! P3, P4, P7: the monitor goes wrong. Whatever it does, the guest runs again, and nothing of the
-//! snapshot is left.
+//! The monitor fails. However it fails, the guest runs again, and nothing of the snapshot is left.
 
 use std::collections::HashMap;
 use std::io::{Read, Write};
@@ -15,7 +14,7 @@ use instantsnap::engine::Handle;
 use instantsnap::error::Code;
 use instantsnap_testkit::{Binary, Client, DEADLINE, Fault, Proxy, test, wait_for};
 
-/// Opens a socket whose server does this with its one client.
+/// Opens a socket whose server treats its one client like this.
 #[track_caller]
 fn assert_open_fails(serve: impl FnOnce(UnixStream) + Send, code: Code, part: &str) {
     let directory = tempfile::tempdir().unwrap();
@@ -34,13 +33,13 @@ fn assert_open_fails(serve: impl FnOnce(UnixStream) + Send, code: Code, part: &s
     });
 }
 
-/// Reads until the client has gone.
+/// Reads until the client has closed the connection.
 fn wait_gone(mut client: UnixStream) {
     let _ = client.read_to_end(&mut Vec::new());
 }
 
 #[test]
-fn a_socket_that_is_not_there_is_named() {
+fn error_names_a_missing_socket() {
     let directory = tempfile::tempdir().unwrap();
     for (path, reason) in
         [("missing", "No such file or directory"), ("file", "refused"), (".", "refused")]
@@ -65,7 +64,7 @@ fn a_socket_that_is_not_there_is_named() {
 }
 
 #[test]
-fn a_socket_that_is_not_qmp_is_refused() {
+fn socket_that_does_not_speak_qmp_is_refused() {
     let say = |what: &'static str| {
         move |mut client: UnixStream| {
             let _ = client.write_all(what.as_bytes());
@@ -88,7 +87,7 @@ fn a_socket_that_is_not_qmp_is_refused() {
 }
 
 #[test]
-fn an_old_qemu_is_refused() {
+fn old_qemu_is_refused() {
     let greet = |mut client: UnixStream| {
         let greeting = r#"{"QMP": {"version": {"qemu": {"micro": 0, "minor": 2, "major": 5}}, "capabilities": []}}"#;
         let _ = client.write_all(
@@ -110,13 +109,13 @@ fn an_old_qemu_is_refused() {
 }
 
 #[test]
-fn a_socket_that_says_nothing_is_given_up() {
+fn silent_socket_times_out() {
     assert_open_fails(wait_gone, Code::OperationTimeout, "no QMP greeting");
 }
 
-/// The reply does not come, and there is always something to read.
+/// The reply never comes, and there is always something to read.
 #[test]
-fn a_flood_of_events_does_not_outlast_the_deadline() {
+fn flood_of_events_does_not_extend_the_deadline() {
     let flood = |mut client: UnixStream| {
         let greeting = r#"{"QMP": {"version": {"qemu": {"micro": 0, "minor": 2, "major": 7}}, "capabilities": []}}"#;
         let _ = client.write_all(greeting.as_bytes());
@@ -137,9 +136,9 @@ fn a_flood_of_events_does_not_outlast_the_deadline() {
     });
 }
 
-/// Whether they are events that are used or others.
+/// Both for events that the library uses and for others.
 #[test]
-fn a_flood_of_events_does_not_keep_a_snapshot_from_its_replies() {
+fn flood_of_events_does_not_fail_a_snapshot() {
     for binary in Binary::any() {
         for event in ["RTC_CHANGE", "STOP"] {
             let (opened, proxy) = through_proxy(&machine(binary, 2));
@@ -150,10 +149,10 @@ fn a_flood_of_events_does_not_keep_a_snapshot_from_its_replies() {
     }
 }
 
-/// QEMU nests each image below in the one above. Programs in other languages have threads with
-/// small stacks.
+/// QEMU nests each image in the description of the image above it. Programs in other languages can
+/// have threads with small stacks.
 #[test]
-fn a_chain_of_hundreds_of_images_is_read_on_a_small_stack() {
+fn chain_of_hundreds_of_images_is_read_on_a_small_stack() {
     for binary in Binary::any() {
         let (opened, proxy) = through_proxy(&machine(binary, 2));
         let deep = |mut reply: serde_json::Value| {
@@ -180,9 +179,9 @@ fn a_chain_of_hundreds_of_images_is_read_on_a_small_stack() {
     }
 }
 
-/// `pretty=on` is for people who look at the monitor themselves, and some leave it on.
+/// `pretty=on` is for people who read the monitor themselves, and some leave it on.
 #[test]
-fn a_monitor_that_writes_json_on_several_lines_is_read() {
+fn monitor_with_pretty_json_is_supported() {
     by_socket_only();
     for binary in Binary::any() {
         let directory = tempfile::tempdir().unwrap();
@@ -198,7 +197,7 @@ fn a_monitor_that_writes_json_on_several_lines_is_read() {
 }
 
 #[test]
-fn a_socket_with_another_client_is_given_up_and_says_so() {
+fn socket_in_use_by_another_client_times_out_with_a_hint() {
     by_socket_only();
     let binary = &Binary::all()[0];
     let opened = Opened::start(&machine(binary, 1));
@@ -214,8 +213,8 @@ fn a_socket_with_another_client_is_given_up_and_says_so() {
     opened.assert_well();
 }
 
-/// The commands of one snapshot, each with which of its name it is. Of those that are repeated
-/// until something is so, the first ones: there may be no more the next time.
+/// The commands of one snapshot, each with its number among those of the same name. Of commands
+/// that are repeated while polling, only the first ones count: the next snapshot may need no more.
 fn sequence(opened: &Opened, proxy: &Proxy) -> Vec<(String, u32)> {
     let from = proxy.commands().len();
     opened.snapshot("first").unwrap();
@@ -229,9 +228,9 @@ fn sequence(opened: &Opened, proxy: &Proxy) -> Vec<(String, u32)> {
             "query-jobs" | "qom-list" | "query-status" => 2,
             _ => 4,
         };
-        // A driver's own, before the operation has begun.
+        // The driver sends this one itself, before the operation.
         let drivers = by_driver() && command == "qmp_capabilities";
-        // Memory is touched before the first snapshot only.
+        // The library populates memory before the first snapshot only.
         let firsts = command == "query-memory-devices";
         if *occurrence <= most && !drivers && !firsts {
             sequence.push((command, *occurrence));
@@ -245,8 +244,8 @@ fn sequence(opened: &Opened, proxy: &Proxy) -> Vec<(String, u32)> {
     sequence
 }
 
-/// At each of the commands of a snapshot in turn, this fault. It is no failure for those that are
-/// dispensable.
+/// Injects the fault at each command of a snapshot in turn. The snapshot succeeds where the command
+/// is dispensable.
 fn at_each_command(name: &str, fault: impl Fn() -> Fault, dispensable: &[(&str, u32)]) {
     for binary in Binary::any() {
         let (opened, proxy) = through_proxy(&machine(binary, 2));
@@ -264,12 +263,12 @@ fn at_each_command(name: &str, fault: impl Fn() -> Fault, dispensable: &[(&str, 
                     failed += 1;
                     assert!(!dispensable.contains(&(command, *occurrence)), "{what}");
                     let code = match (name, command.as_str(), *occurrence) {
-                        // QEMU cannot do it here, as far as it says.
+                        // By this error QEMU says that it cannot take the snapshot.
                         ("fails", "migrate-set-capabilities", 1) => Code::ArgumentUnsupported,
                         _ => Code::OperationFailed,
                     };
                     assert_eq!(error.code, code, "{what}: {error}");
-                    // Nothing more than the cause: all could be put back.
+                    // The message has the cause only: everything was restored.
                     assert!(!error.message.contains(';'), "{what}: {error}");
                     let why =
                         if name == "fails" { "not today" } else { "lost the connection to QEMU" };
@@ -297,36 +296,37 @@ fn at_each_command(name: &str, fault: impl Fn() -> Fault, dispensable: &[(&str, 
 }
 
 #[test]
-fn any_command_can_fail() {
+fn snapshot_is_undone_when_any_command_fails() {
     let dispensable = [
-        // QEMU's word on who it is, where the socket does not tell.
+        // It identifies QEMU where the socket does not.
         ("query-cpus-fast", 1),
-        // There are QEMUs that do not have it.
+        // Some QEMUs do not have it.
         ("human-monitor-command", 1),
-        // Asked for again.
+        // The library repeats it.
         ("job-dismiss", 1),
         ("job-dismiss", 2),
-        // Those that are refused are set once more, the background snapshot's first.
+        // Capabilities that QEMU refuses are set again; the first command is the background
+        // snapshot's.
         ("migrate-set-capabilities", 2),
     ];
     at_each_command("fails", || Fault::fail("not today"), &dispensable);
 }
 
 #[test]
-fn the_connection_can_be_lost_before_any_command() {
+fn snapshot_is_undone_when_the_connection_is_lost_before_any_command() {
     by_socket_only();
     at_each_command("hangs-up", || Fault::Hangup, &[]);
 }
 
 #[test]
-fn the_connection_can_be_lost_after_any_command() {
+fn snapshot_is_undone_when_the_connection_is_lost_after_any_command() {
     by_socket_only();
     at_each_command("hangs-up-after", || Fault::HangupAfter, &[]);
 }
 
-/// What is waited for inside the pause is waited for no longer than its limit.
+/// The library does not wait longer than the limit of the pause for a reply inside the pause.
 #[test]
-fn an_answer_that_does_not_come_ends_the_pause_at_its_limit() {
+fn missing_reply_ends_the_pause_at_its_limit() {
     for binary in Binary::any() {
         let (opened, proxy) = through_proxy(&machine(binary, 2));
         opened.handle.set_pause_limit(Duration::from_secs(1));
@@ -336,7 +336,7 @@ fn an_answer_that_does_not_come_ends_the_pause_at_its_limit() {
             for fault in [Fault::SwallowReply, Fault::Drop] {
                 eprintln!("{}: {fault:?} at {command} {occurrence}", binary.name);
                 proxy.rule(command, occurrence, fault);
-                // On a machine with much to do the limit can pass before it comes to that command.
+                // On a busy machine the limit can pass before the library comes to that command.
                 let mut reached = false;
                 for _ in 0..10 {
                     let error =
@@ -355,9 +355,9 @@ fn an_answer_that_does_not_come_ends_the_pause_at_its_limit() {
     }
 }
 
-/// QEMU does not answer anything any more, with its guest paused: when it comes to, the guest runs.
+/// QEMU stops replying while its guest is paused. When it continues, the guest is resumed.
 #[test]
-fn a_guest_whose_qemu_hangs_for_a_while_runs_again() {
+fn guest_of_a_temporarily_unresponsive_qemu_runs_again() {
     for binary in Binary::any() {
         let (opened, proxy) = through_proxy(&machine(binary, 2));
         opened.handle.set_pause_limit(Duration::from_secs(3));
@@ -368,7 +368,7 @@ fn a_guest_whose_qemu_hangs_for_a_while_runs_again() {
                 opened.handle.create(&named("s"), INSTANTLY, &mut ()).expect_err("it hangs")
             });
             assert!(gate.wait_arrived(DEADLINE));
-            // The library has waited for an answer, and insists.
+            // The library has waited for a reply, and sends `cont` again.
             let insists = || proxy.commands().iter().any(|command| command == "cont").then_some(());
             wait_for(DEADLINE, insists).expect("the guest is not left paused");
             gate.release();
@@ -382,9 +382,9 @@ fn a_guest_whose_qemu_hangs_for_a_while_runs_again() {
     }
 }
 
-/// The answer is late, but within the limit.
+/// The reply is late, but within the limit.
 #[test]
-fn late_answers_are_waited_for() {
+fn late_replies_within_the_limit_are_awaited() {
     for binary in Binary::any() {
         let (opened, proxy) = through_proxy(&machine(binary, 2));
         for (command, occurrence) in
@@ -404,22 +404,22 @@ fn late_answers_are_waited_for() {
     }
 }
 
-/// Neither a proxy's death nor its end of the socket is QEMU's: the guest behind it is not given up
-/// for dead.
+/// QEMU lives on when a proxy ends or closes its socket, so the library must not treat the guest as
+/// ended.
 #[test]
-fn a_reconnection_finds_the_same_qemu() {
+fn reconnection_after_a_lost_connection_finds_the_same_qemu() {
     by_socket_only();
     for binary in Binary::any() {
         let (opened, proxy) = through_proxy(&machine(binary, 2));
-        // Twice: the connection is lost again while everything is being put back.
+        // The connection is lost a second time during the undo.
         proxy.rule("migrate", 1, Fault::HangupAfter);
         proxy.rule("block-commit", 1, Fault::Hangup);
         let before = opened.trace();
         let error = opened.snapshot("s").expect_err("the connection was lost");
         assert_eq!(error.code, Code::OperationFailed, "{error}");
         assert_eq!(proxy.rules_left(), 0);
-        // The disks could not be put back by a connection that was lost, so the overlays stay, and
-        // are named.
+        // The library could not switch the disks back by the lost connection, so the overlays stay,
+        // and the error names them.
         assert!(error.message.contains("must not be removed"), "{error}");
         let after = opened.trace();
         assert_eq!(before.qemu.0["status"], after.qemu.0["status"]);

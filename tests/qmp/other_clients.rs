@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! What becomes of a snapshot, and of QEMU, when another client of the same QEMU resets, resumes or
-//! saves the guest meanwhile, or when an earlier snapshot's process and watchdog were killed: by
+//! Another client of the same QEMU resets, resumes or saves the guest during a snapshot, or an
+//! earlier snapshot's process and watchdog were killed. The tests cover the snapshot and QEMU, by
 //! QMP and by a driver.
 
 use std::collections::BTreeSet;
@@ -26,12 +26,12 @@ fn status(control: &mut Client) -> String {
     control.execute("query-status", json!({})).unwrap()["status"].as_str().unwrap().to_owned()
 }
 
-/// A machine that a reset does not end.
+/// A machine whose QEMU does not end at a reset.
 fn resettable(binary: &'static Binary, disks: usize) -> Machine {
     machine(binary, disks).arg("-action").arg("reboot=reset")
 }
 
-/// Another client's reset; QEMU carries it out a moment after it has answered.
+/// Resets the guest as another client. QEMU carries the reset out a moment after its reply.
 fn reset(guest: &Guest) {
     let mut control = guest.control();
     control.execute("system_reset", json!({})).unwrap();
@@ -48,33 +48,33 @@ fn wait_migration(guest: &Guest, status: &str) {
     wait_for(DEADLINE, is_so).unwrap_or_else(|| panic!("it does not become {status}"));
 }
 
-/// The pipes that its QEMU has open.
+/// The number of pipes that the guest's QEMU has open.
 fn pipes(guest: &Guest) -> usize {
     guest.open_files().get("pipe").copied().unwrap_or_default()
 }
 
-/// Waits until the guest's migration has completed, and QEMU has closed the pipe: with a `migrate`
-/// in between QEMU 7.2 ends.
+/// Waits until the guest's migration has completed and QEMU has closed the pipe: QEMU 7.2 ends
+/// where a `migrate` comes in between.
 fn wait_until_closed(guest: &Guest, others: usize) {
     wait_migration(guest, "completed");
     let has_closed = || (pipes(guest) <= others).then_some(());
     wait_for(DEADLINE, has_closed).expect("QEMU closes the pipe");
 }
 
-fn wait_until_it_sets_up(control: &mut Client) {
+fn wait_for_migration_setup(control: &mut Client) {
     let sets_up = || {
         (control.execute("query-migrate", json!({})).unwrap()["status"] == "setup").then_some(())
     };
     wait_for(DEADLINE, sets_up).expect("the migration is begun");
 }
 
-/// The guest is stopped first, whatever is known of it.
+/// Makes the library stop the guest first, whatever it has measured of it.
 fn stop_first(opened: &Opened) {
     opened.handle.set_early_start(EarlyStart { tries: 0, stop_after: None });
 }
 
 #[test]
-fn a_reset_in_the_pause_leaves_the_guest_running() {
+fn reset_in_the_pause_leaves_the_guest_running() {
     for binary in Binary::some() {
         for (flags, at) in [(INSTANTLY, Phase::Switch), (INSTANTLY, Phase::Arm), (0, Phase::Arm)] {
             eprintln!("{} {flags} {at:?}", binary.name);
@@ -97,9 +97,9 @@ fn a_reset_in_the_pause_leaves_the_guest_running() {
     }
 }
 
-/// QEMU ends by abort() where it comes to capture a guest that is `prelaunch`.
+/// QEMU calls abort() where it has to capture a guest that is `prelaunch`.
 #[test]
-fn a_reset_while_memory_is_touched_leaves_qemu_and_its_guest() {
+fn reset_during_migration_setup_leaves_qemu_and_its_guest() {
     for binary in Binary::some() {
         for runs in [true, false] {
             if !runs && binary.version < (10, 0, 0) {
@@ -115,7 +115,7 @@ fn a_reset_while_memory_is_touched_leaves_qemu_and_its_guest() {
             let error = std::thread::scope(|scope| {
                 scope.spawn(|| {
                     let mut control = opened.guest.control();
-                    wait_until_it_sets_up(&mut control);
+                    wait_for_migration_setup(&mut control);
                     control.execute("system_reset", json!({})).unwrap();
                 });
                 opened.snapshot("s").expect_err("it was reset")
@@ -138,9 +138,9 @@ fn a_reset_while_memory_is_touched_leaves_qemu_and_its_guest() {
     }
 }
 
-/// Its migration has begun while it ran: QEMU can come to the capture at any time.
+/// The migration has begun while the guest ran, so QEMU can capture the guest at any time.
 #[test]
-fn a_reset_right_after_the_stop_of_a_guest_that_is_being_migrated_costs_one_try() {
+fn reset_after_the_stop_of_an_early_start_loses_one_try() {
     for binary in Binary::all().iter().filter(|binary| binary.version >= (10, 0, 0)) {
         let (opened, proxy) =
             through_proxy(&resettable(binary, 1).long_setup(Duration::from_millis(1000)));
@@ -150,7 +150,7 @@ fn a_reset_right_after_the_stop_of_a_guest_that_is_being_migrated_costs_one_try(
             let guest = &opened.guest;
             scope.spawn(move || {
                 assert!(stopped.wait_arrived(DEADLINE));
-                let _release = Releases(&stopped);
+                let _release = ReleaseOnDrop(&stopped);
                 reset(guest);
             });
             opened.snapshot("s").unwrap();
@@ -158,7 +158,7 @@ fn a_reset_right_after_the_stop_of_a_guest_that_is_being_migrated_costs_one_try(
         let stats = opened.handle.stats().unwrap();
         assert_eq!((stats.lost, stats.started_early), (1, false));
         opened.restore_clone("s");
-        // Later, its disks are on their overlays already.
+        // At a later reset the disks are on their overlays already.
         let mut observer = At(|phase| {
             if phase == Phase::Arm {
                 reset(&opened.guest);
@@ -177,7 +177,7 @@ fn a_reset_right_after_the_stop_of_a_guest_that_is_being_migrated_costs_one_try(
 }
 
 #[test]
-fn a_guest_that_has_stopped_by_itself_is_not_captured() {
+fn guest_that_has_stopped_by_itself_is_not_captured() {
     for binary in Binary::some() {
         let panics = machine(binary, 1)
             .arg("-device")
@@ -205,9 +205,9 @@ fn a_guest_that_has_stopped_by_itself_is_not_captured() {
     }
 }
 
-/// Another client's `cont`; the guest writes to its disks, and is stopped again where that is
-/// wanted.
-fn let_it_write(guest: &Guest, stop: bool) {
+/// Resumes the guest as another client, lets it write to its disks, and stops it again if `stop` is
+/// set.
+fn let_guest_write(guest: &Guest, stop: bool) {
     run(guest, "cont", json!({}));
     guest.wait_ticks(3);
     if stop {
@@ -216,7 +216,7 @@ fn let_it_write(guest: &Guest, stop: bool) {
 }
 
 #[test]
-fn a_guest_that_another_client_lets_write_in_the_pause_is_no_snapshot() {
+fn guest_writes_in_the_pause_fail_the_snapshot() {
     for binary in Binary::some() {
         let opened = Opened::start(&machine(binary, 2));
         for (flags, stop, part) in [
@@ -227,7 +227,7 @@ fn a_guest_that_another_client_lets_write_in_the_pause_is_no_snapshot() {
             eprintln!("{} {flags} {stop}", binary.name);
             let mut observer = At(|phase| {
                 if phase == Phase::Arm {
-                    let_it_write(&opened.guest, stop);
+                    let_guest_write(&opened.guest, stop);
                 }
             });
             opened.assert_fails_observed(
@@ -238,10 +238,10 @@ fn a_guest_that_another_client_lets_write_in_the_pause_is_no_snapshot() {
                 &[part],
             );
         }
-        // Before the disks are switched it does no harm.
+        // It does no harm before the disks are switched.
         let mut early = At(|phase| {
             if phase == Phase::Switch {
-                let_it_write(&opened.guest, true);
+                let_guest_write(&opened.guest, true);
             }
         });
         opened.handle.create(&named("early"), INSTANTLY, &mut early).unwrap();
@@ -249,18 +249,18 @@ fn a_guest_that_another_client_lets_write_in_the_pause_is_no_snapshot() {
     }
 }
 
-/// Opens a gate, also where a test fails.
-struct Releases<'a>(&'a Gate);
+/// Opens the gate when it is dropped, also where a test fails.
+struct ReleaseOnDrop<'a>(&'a Gate);
 
-impl Drop for Releases<'_> {
+impl Drop for ReleaseOnDrop<'_> {
     fn drop(&mut self) {
         self.0.release();
     }
 }
 
-/// A plain snapshot's guest is paused until its memory is saved.
+/// The guest of a non-live snapshot is paused until its memory is saved.
 #[test]
-fn a_guest_that_another_client_lets_write_while_it_is_saved_is_no_snapshot() {
+fn guest_writes_while_memory_is_saved_fail_the_non_live_snapshot() {
     for binary in Binary::some() {
         let (opened, proxy) = through_proxy(&machine(binary, 2));
         for stop in [true, false] {
@@ -269,16 +269,16 @@ fn a_guest_that_another_client_lets_write_while_it_is_saved_is_no_snapshot() {
                 let guest = &opened.guest;
                 scope.spawn(move || {
                     assert!(begun.wait_arrived(DEADLINE));
-                    let _release = Releases(&begun);
-                    // QEMU stops a guest that runs when it has saved it, and may be about to.
+                    let _release = ReleaseOnDrop(&begun);
+                    // QEMU stops a running guest when it has saved it, and may be about to do so.
                     let _ = guest.control().execute("cont", json!({}));
                     wait_migration(guest, "completed");
-                    // Refused for a moment longer.
+                    // QEMU refuses `cont` for a moment longer.
                     let mut control = guest.control();
                     let runs = || control.execute("cont", json!({})).ok();
                     wait_for(DEADLINE, runs).expect("it runs again");
                     drop(control);
-                    let_it_write(guest, stop);
+                    let_guest_write(guest, stop);
                 });
                 opened.assert_fails(
                     &named("s"),
@@ -293,11 +293,11 @@ fn a_guest_that_another_client_lets_write_while_it_is_saved_is_no_snapshot() {
     }
 }
 
-/// Another client saves the guest at a moment of a snapshot; what it is told.
+/// Another client that saves the guest at a moment of a snapshot, and the reply that it gets.
 struct Save<'a> {
     guest: &'a Guest,
     at: EventKind,
-    /// That QEMU has besides the snapshot's.
+    /// The pipes that QEMU has besides the snapshot's.
     pipes: usize,
     told: Option<String>,
 }
@@ -324,7 +324,7 @@ impl Observer for Save<'_> {
             return;
         }
         if self.at == EventKind::Instant {
-            // Ours has ended, and it is not known here yet.
+            // The snapshot's migration has ended, and the library may not know it yet.
             wait_until_closed(self.guest, self.pipes);
         }
         self.told = Some(self.save());
@@ -337,13 +337,13 @@ impl Observer for Save<'_> {
     }
 }
 
-/// From the pause until the settings are back it would be a background snapshot, and torn with QEMU
-/// before 9.
+/// Between the pause and the restoring of the settings the save would be a background snapshot,
+/// which is torn with QEMU before 9.
 #[test]
-fn another_clients_save_is_refused_until_the_settings_are_back() {
+fn save_of_another_client_is_refused_until_settings_are_restored() {
     for binary in Binary::some() {
         let opened = Opened::start(&machine(binary, 2));
-        // The last stands for the time after QEMU's word on the end of ours.
+        // The last stands for the time after QEMU has reported the end of the snapshot's migration.
         for (n, at) in
             [EventKind::Paused, EventKind::Switched, EventKind::Instant, EventKind::Complete]
                 .into_iter()
@@ -367,9 +367,10 @@ fn another_clients_save_is_refused_until_the_settings_are_back() {
     }
 }
 
-/// One of them comes when QEMU has saved memory, and has not closed the pipe. QEMU 7.2 ends by it.
+/// One of the saves comes when QEMU has saved memory and has not closed the pipe, which ends QEMU
+/// 7.2.
 #[test]
-fn saves_that_are_tried_again_and_again_are_refused_and_do_the_snapshot_no_harm() {
+fn repeated_saves_of_another_client_do_not_harm_the_snapshot() {
     for binary in Binary::all().iter().filter(|binary| binary.version >= (10, 0, 0)) {
         let opened = Opened::start(&machine(binary, 2));
         for round in 0..if thorough() { 20 } else { 4 } {
@@ -382,7 +383,7 @@ fn saves_that_are_tried_again_and_again_are_refused_and_do_the_snapshot_no_harm(
                     while !unlocked.load(Ordering::Relaxed) {
                         let save =
                             control.execute("migrate", json!({ "uri": "exec:cat >/dev/null" }));
-                        // QEMU says of some only later that it has refused them.
+                        // QEMU reports some refusals only later.
                         told.extend(
                             save.err().map(|error| error["desc"].as_str().unwrap().to_owned()),
                         );
@@ -412,16 +413,17 @@ fn saves_that_are_tried_again_and_again_are_refused_and_do_the_snapshot_no_harm(
 }
 
 #[test]
-fn the_lock_is_lifted_after_the_capability_is_off() {
+fn migration_lock_is_lifted_after_the_capability_is_disabled() {
     for binary in Binary::any() {
         let (opened, proxy) = through_proxy(&machine(binary, 1));
         std::thread::scope(|scope| {
-            // The lock: noted, set, lifted, set again; then everything is put back.
+            // The lock is recorded, set, lifted and set again; after that the settings are
+            // restored.
             let lifted = proxy.hold("migrate-set-parameters", 5);
             let guest = &opened.guest;
             scope.spawn(move || {
                 assert!(lifted.wait_arrived(DEADLINE));
-                let _release = Releases(&lifted);
+                let _release = ReleaseOnDrop(&lifted);
                 let capabilities = run(guest, "query-migrate-capabilities", json!({}));
                 let on =
                     |it: &Value| it["capability"] == "background-snapshot" && it["state"] == true;
@@ -430,7 +432,7 @@ fn the_lock_is_lifted_after_the_capability_is_off() {
             });
             opened.snapshot("s").unwrap();
         });
-        // A restore that fails half way lets no one in.
+        // An undo that fails half way does not lift the lock.
         proxy.fail_every("migrate-set-capabilities", "not today");
         let mut fail = At(|_| ());
         assert_error(
@@ -443,21 +445,21 @@ fn the_lock_is_lifted_after_the_capability_is_off() {
     }
 }
 
-/// Once the settings are back the guest may be another client's, who has saved it, or moved it to
-/// another host where it runs: a snapshot that fails by then must not start it once more, nor
-/// change the settings again.
+/// Once the settings are restored, another client may have saved the guest, or migrated it to
+/// another host where it runs. A snapshot that fails after that must not resume it here, nor change
+/// the settings again.
 #[test]
-fn a_guest_that_another_client_has_moved_before_the_snapshot_fails_is_not_resumed() {
+fn guest_migrated_by_another_client_is_not_resumed_by_undo() {
     for binary in Binary::any() {
         let (opened, proxy) = through_proxy(&machine(binary, 1));
         let guest = &opened.guest;
         let error = std::thread::scope(|scope| {
-            // The last of them puts the settings back.
+            // The last of these commands restores the settings.
             let restored = proxy.hold_reply("migrate-set-parameters", 5);
             let handle = &opened.handle;
             scope.spawn(move || {
                 assert!(restored.wait_arrived(DEADLINE));
-                let _release = Releases(&restored);
+                let _release = ReleaseOnDrop(&restored);
                 let told = Save { guest, at: EventKind::Paused, pipes: 0, told: None }.save();
                 assert!(told.contains("\"completed\""), "{told}");
                 run(guest, "migrate-set-parameters", json!({ "tls-hostname": "theirs" }));
@@ -472,7 +474,7 @@ fn a_guest_that_another_client_has_moved_before_the_snapshot_fails_is_not_resume
     }
 }
 
-/// What a snapshot sets in QEMU.
+/// The settings that a snapshot changes in QEMU.
 #[derive(Clone, Debug, Default, PartialEq)]
 struct Settings {
     capabilities: Value,
@@ -486,7 +488,7 @@ impl Settings {
         Settings { capabilities: run(guest, "query-migrate-capabilities", json!({})), parameters }
     }
 
-    /// Sets those that differ.
+    /// Sets the parameters and capabilities that differ.
     fn set(&self, guest: &Guest) {
         let now = Settings::of(guest);
         let changed =
@@ -498,10 +500,11 @@ impl Settings {
     }
 }
 
-/// A snapshot whose process and watchdog were killed leaves its settings in QEMU, and with them
-/// what was there before: the next one puts that back, not what it finds.
+/// A snapshot whose process and watchdog were killed leaves its settings in QEMU, together with a
+/// note of the previous ones. The next snapshot restores those previous settings, not the ones that
+/// it finds.
 #[test]
-fn what_a_killed_snapshot_has_left_is_not_taken_for_the_users_own() {
+fn settings_left_by_a_killed_snapshot_are_not_taken_for_the_users() {
     for binary in Binary::some() {
         let opened = Opened::start(&machine(binary, 1));
         let guest = &opened.guest;
@@ -530,7 +533,7 @@ fn what_a_killed_snapshot_has_left_is_not_taken_for_the_users_own() {
             assert_ne!(left, before);
             left.set(guest);
             assert_eq!(Settings::of(guest), left);
-            // Also where the next one comes to nothing.
+            // The same where the next snapshot fails.
             if n == 0 {
                 let mut cancel = At(|phase| {
                     if phase == Phase::Plan {
@@ -545,7 +548,7 @@ fn what_a_killed_snapshot_has_left_is_not_taken_for_the_users_own() {
             }
             assert_eq!(Settings::of(guest), before);
         }
-        // By QMP a user may have turned it on, and it stays so.
+        // A user may have enabled the capability by QMP, and it stays enabled.
         run(
             guest,
             "migrate-set-capabilities",
@@ -558,17 +561,17 @@ fn what_a_killed_snapshot_has_left_is_not_taken_for_the_users_own() {
     }
 }
 
-/// The same for a migration of another client that has begun when ours has ended: it is not ours to
-/// wait for, or to cancel.
+/// Another client has begun a migration after the end of the snapshot's. The library must not wait
+/// for it or cancel it.
 #[test]
-fn another_clients_migration_is_not_taken_for_the_snapshots_own() {
+fn migration_of_another_client_is_not_taken_for_the_snapshots() {
     for binary in Binary::some() {
         let (opened, proxy) = through_proxy(&machine(binary, 1));
         let guest = &opened.guest;
         let mut begin = At(|phase| {
             if phase == Phase::Drain {
                 wait_migration(guest, "completed");
-                // It takes no notice of the lock.
+                // The other client ignores the lock.
                 run(
                     guest,
                     "migrate-set-parameters",
@@ -597,11 +600,11 @@ fn another_clients_migration_is_not_taken_for_the_snapshots_own() {
     }
 }
 
-/// In the moment in which the lock is lifted for ours, another client can begin to save the guest:
-/// that is a background snapshot, of which QEMU before 9 resumes the guest as soon as it has armed.
-/// What the guest writes then is not in it.
+/// At the moment at which the lock is lifted for the snapshot's migration, another client can begin
+/// to save the guest. Its save is a background snapshot, and QEMU before 9 resumes the guest as
+/// soon as write tracking is armed. What the guest writes after that is not in the save.
 #[test]
-fn a_guest_that_another_client_saves_in_the_place_of_the_snapshot_stands_until_that_is_done() {
+fn guest_stays_paused_while_another_clients_save_runs_in_place_of_ours() {
     for binary in Binary::some() {
         let (opened, proxy) = through_proxy(&machine(binary, 2).append("dense=16"));
         let guest = &opened.guest;

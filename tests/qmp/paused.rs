@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! A paused guest: its snapshots leave it paused, with disks that can be worked with, and say that
-//! it was.
+//! Snapshots of a paused guest leave it paused, with disks that can be used, and record that it was
+//! paused.
 
 use std::path::Path;
 
@@ -29,7 +29,7 @@ fn is_running(guest: &Guest) -> bool {
     run(guest, "query-status", json!({}))["running"] == true
 }
 
-/// A guest that has counted, and was stopped; and its last number.
+/// A guest that has counted and was stopped, and the last number that it printed.
 fn stopped(binary: &'static Binary) -> (Opened, u32) {
     let opened = Opened::start(&machine(binary, 2));
     let tick = stop(&opened.guest);
@@ -46,15 +46,15 @@ fn resume(guest: &Guest) {
     guest.wait_ticks(ALL_SECTORS);
 }
 
-/// It has not moved, and does not.
+/// Asserts that the guest has not counted on, and does not.
 #[track_caller]
 fn assert_still(guest: &Guest, tick: Option<u32>) {
     assert!(!is_running(guest), "{}", status(guest));
     assert_eq!(guest.serial().tick, tick);
 }
 
-/// A disk can be switched once more, and what is on top merged: QEMU refuses both on disks that it
-/// has handed over.
+/// Asserts that a disk can be switched once more and its overlay merged: QEMU refuses both on disks
+/// that it has inactivated.
 fn assert_disks_are_active(opened: &Opened) {
     let node = common::block_of(&opened.guest, "vd0")["inserted"]["node-name"]
         .as_str()
@@ -72,7 +72,7 @@ fn assert_disks_are_active(opened: &Opened) {
     std::fs::remove_file(&overlay).unwrap();
 }
 
-/// Merges an active image into the one beneath it.
+/// Merges an active image into the one below it.
 fn commit(opened: &Opened, node: &str, base: &str) {
     run(
         &opened.guest,
@@ -86,13 +86,13 @@ fn commit(opened: &Opened, node: &str, base: &str) {
     wait_for(DEADLINE, || (jobs() == json!([])).then_some(())).expect("the merge ends");
 }
 
-/// Brings a snapshot of a paused guest back: paused, until it is resumed.
+/// Restores a snapshot of a paused guest: the clone is paused until it is resumed.
 #[track_caller]
-fn bring_back_paused(opened: &Opened, name: &str, tick: Option<u32>) {
+fn restore_paused(opened: &Opened, name: &str, tick: Option<u32>) {
     let clone = opened.start_clone(name);
     clone.handle.load(name, 0).unwrap_or_else(|error| clone.guest.fail(&error.message));
     assert_still(&clone.guest, None);
-    // Disks and settings of the clone are in order while it is paused, and when it runs.
+    // The clone's disks and settings are in order while it is paused, and when it runs.
     assert_disks_are_active(&clone);
     let of_clone = named(&format!("of-clone-{}", clone.guest.pid()));
     clone.handle.create(&of_clone, INSTANTLY | NO_METADATA, &mut ()).unwrap();
@@ -112,7 +112,7 @@ fn assert_recorded_as_paused(opened: &Opened, name: &str) {
 }
 
 #[test]
-fn a_snapshot_of_a_paused_guest_leaves_it_paused() {
+fn snapshot_of_a_paused_guest_leaves_it_paused() {
     for binary in Binary::any() {
         for (name, flags) in [("instant", INSTANTLY), ("plain", 0)] {
             eprintln!("{} {name}", binary.name);
@@ -127,23 +127,24 @@ fn a_snapshot_of_a_paused_guest_leaves_it_paused() {
             assert_eq!(opened.handle.stats().unwrap().paused, None);
             assert_recorded_as_paused(&opened, name);
             assert_disks_are_active(&opened);
-            bring_back_paused(&opened, name, Some(tick));
+            restore_paused(&opened, name, Some(tick));
             assert_still(&opened.guest, Some(tick));
             resume(&opened.guest);
             opened.assert_well();
-            bring_back_paused(&opened, name, Some(tick));
+            restore_paused(&opened, name, Some(tick));
         }
     }
 }
 
 #[test]
-fn a_guest_that_was_never_started_can_be_snapshotted() {
+fn guest_that_was_never_started_can_be_snapshotted() {
     for binary in Binary::any() {
         for (name, flags) in [("instant", INSTANTLY), ("plain", 0)] {
             eprintln!("{} {name}", binary.name);
             let opened = Opened::open(machine(binary, 2).paused().start());
             assert_eq!(status(&opened.guest), "prelaunch");
-            // Later its memory may have been saved already, and QEMU does not go back from there.
+            // Later QEMU may have saved the guest's memory already, and does not return from the
+            // status that follows.
             let mut observer = At(|phase| {
                 if phase == Phase::Switch {
                     opened.handle.cancel().unwrap();
@@ -160,8 +161,8 @@ fn a_guest_that_was_never_started_can_be_snapshotted() {
             assert_still(&opened.guest, None);
             assert_recorded_as_paused(&opened, name);
             assert_disks_are_active(&opened);
-            // It boots, from its first instruction on.
-            bring_back_paused(&opened, name, Some(0));
+            // The clone boots from its first instruction on.
+            restore_paused(&opened, name, Some(0));
             run(&opened.guest, "cont", json!({}));
             opened.assert_well();
         }
@@ -169,7 +170,7 @@ fn a_guest_that_was_never_started_can_be_snapshotted() {
 }
 
 #[test]
-fn whether_a_clone_runs_is_as_it_was_unless_asked_otherwise() {
+fn clone_runs_as_its_original_unless_flags_differ() {
     for binary in Binary::any() {
         let opened = Opened::start(&machine(binary, 2));
         opened.snapshot("running").unwrap();
@@ -197,13 +198,13 @@ fn whether_a_clone_runs_is_as_it_was_unless_asked_otherwise() {
 }
 
 #[test]
-fn a_failed_snapshot_of_a_paused_guest_leaves_it_as_it_was() {
+fn failed_snapshot_of_a_paused_guest_leaves_it_as_it_was() {
     for binary in Binary::any() {
         let (opened, proxy) = through_proxy(&machine(binary, 2));
         let tick = stop(&opened.guest);
         for flags in [INSTANTLY, 0] {
             for command in ["blockdev-create", "getfd", "transaction", "migrate"] {
-                // A driver connects anew or it does not; that is its own affair.
+                // A driver can reconnect or not, by its own choice.
                 let hangup = (!by_driver()).then_some(Fault::Hangup);
                 for fault in [Fault::fail("not today")].into_iter().chain(hangup) {
                     eprintln!("{} {flags} {fault:?} at {command}", binary.name);
@@ -234,10 +235,10 @@ fn a_failed_snapshot_of_a_paused_guest_leaves_it_as_it_was() {
     }
 }
 
-/// The first word that QEMU should say after it has saved a paused guest's memory is lost: its
-/// disks are handed over then.
+/// The first reply after QEMU has saved a paused guest's memory is lost. QEMU has inactivated the
+/// disks by then.
 #[test]
-fn a_paused_guest_whose_snapshot_fails_late_has_its_disks_back() {
+fn late_failure_on_a_paused_guest_reactivates_its_disks() {
     for binary in Binary::any() {
         let (opened, proxy) = through_proxy(&machine(binary, 2));
         let tick = stop(&opened.guest);
@@ -258,10 +259,10 @@ fn a_paused_guest_whose_snapshot_fails_late_has_its_disks_back() {
     }
 }
 
-/// In each phase; once its memory is saved QEMU calls the guest `postmigrate` in place of `paused`,
-/// and has no way back.
+/// In each phase. Once a paused guest's memory is saved, QEMU changes its status from `paused` to
+/// `postmigrate`, and cannot change it back.
 #[test]
-fn a_cancelled_snapshot_of_a_paused_guest_leaves_it_paused() {
+fn cancelled_snapshot_of_a_paused_guest_leaves_it_paused() {
     for binary in Binary::any() {
         for flags in [INSTANTLY, 0] {
             let (opened, tick) = stopped(binary);
@@ -294,9 +295,9 @@ fn a_cancelled_snapshot_of_a_paused_guest_leaves_it_paused() {
     }
 }
 
-/// QEMU saves a paused guest's memory once, and not again before it has run.
+/// QEMU saves a paused guest's memory once, and not again before the guest has run.
 #[test]
-fn a_paused_guest_that_was_saved_must_run_before_the_next_time() {
+fn paused_guest_must_run_before_a_second_non_live_snapshot() {
     for binary in Binary::any() {
         let (opened, tick) = stopped(binary);
         opened.create(&named("first"), 0).unwrap();
@@ -312,13 +313,13 @@ fn a_paused_guest_that_was_saved_must_run_before_the_next_time() {
         resume(&opened.guest);
         let tick = stop(&opened.guest);
         opened.create(&named("second"), 0).unwrap();
-        bring_back_paused(&opened, "second", Some(tick));
+        restore_paused(&opened, "second", Some(tick));
         resume(&opened.guest);
     }
 }
 
 #[test]
-fn instant_snapshots_of_a_paused_guest_can_be_repeated_where_qemu_keeps_it_paused() {
+fn instant_snapshots_of_a_paused_guest_can_be_repeated_with_qemu_10() {
     for binary in Binary::all().iter().filter(|binary| binary.version >= (10, 0, 0)) {
         let (opened, tick) = stopped(binary);
         for name in ["first", "second", "third"] {
@@ -326,10 +327,10 @@ fn instant_snapshots_of_a_paused_guest_can_be_repeated_where_qemu_keeps_it_pause
             assert_eq!(status(&opened.guest), "paused");
             assert_still(&opened.guest, Some(tick));
         }
-        // And a plain one after that.
+        // A non-live snapshot works after that, too.
         opened.create(&named("plain"), 0).unwrap();
         for name in ["first", "third", "plain"] {
-            bring_back_paused(&opened, name, Some(tick));
+            restore_paused(&opened, name, Some(tick));
         }
         resume(&opened.guest);
         opened.assert_well();

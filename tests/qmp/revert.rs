@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! Bringing a snapshot back: fresh images, into the right machine only, and the snapshot stays what
-//! it was.
+//! Reverting to a snapshot: on fresh images, into a matching machine only, and without changing the
+//! snapshot.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -14,7 +14,7 @@ use instantsnap::model::flags::{NO_METADATA, revert};
 use instantsnap_testkit::{Binary, Fault, Format, Guest, Machine, MachineType, Proxy, test};
 use serde_json::json;
 
-/// Content of all files of a snapshot.
+/// The contents of all files of a snapshot.
 fn content(opened: &Opened, name: &str) -> BTreeMap<String, Vec<u8>> {
     let record = opened.record(name);
     let files =
@@ -26,14 +26,14 @@ fn images(plan: &RevertPlan) -> Vec<(PathBuf, Format)> {
     plan.disks.iter().map(|disk| (disk.file.clone(), Format::Qcow2)).collect()
 }
 
-/// A QEMU that waits, opened with the original's state directory.
+/// Opens a waiting QEMU with the original's state directory.
 fn open(original: &Opened, guest: Guest) -> Opened {
     let handle = open_guest(&guest, &guest.qmp(), None, &original.state_dir()).unwrap();
     Opened { handle, guest }
 }
 
 #[test]
-fn fresh_images_are_made_in_a_directory_and_differ_each_time() {
+fn fresh_images_are_created_in_the_directory_under_unique_names() {
     let opened = Opened::start(&machine(&Binary::all()[0], 2));
     opened.snapshot("s").unwrap();
     let directory = tempfile::tempdir().unwrap();
@@ -67,7 +67,7 @@ fn fresh_images_are_made_in_a_directory_and_differ_each_time() {
 }
 
 #[test]
-fn a_snapshot_with_a_file_missing_is_refused_and_nothing_is_left() {
+fn snapshot_with_a_missing_file_is_refused_and_nothing_is_left() {
     let opened = Opened::start(&machine(&Binary::all()[0], 2));
     opened.snapshot("s").unwrap();
     let record = opened.record("s");
@@ -79,7 +79,8 @@ fn a_snapshot_with_a_file_missing_is_refused_and_nothing_is_left() {
         "'none'",
     );
     assert_error(prepare(Some(&directory.path().join("none"))), Code::SystemError, "none");
-    // The second, so that there is something to take back.
+    // The second file is missing, so that the library has to remove what it has created for the
+    // first.
     for missing in [&record.disks[1].image, &record.memory_file] {
         let aside = format!("{missing}.aside");
         std::fs::rename(missing, &aside).unwrap();
@@ -94,7 +95,7 @@ fn a_snapshot_with_a_file_missing_is_refused_and_nothing_is_left() {
 }
 
 #[test]
-fn an_image_whose_directory_is_gone_is_a_missing_image() {
+fn image_whose_directory_is_gone_is_reported_as_missing() {
     let images = tempfile::tempdir().unwrap();
     let file = images.path().join("disk.qcow2");
     instantsnap_testkit::machine::make_image(&file, Format::Qcow2, None);
@@ -107,7 +108,7 @@ fn an_image_whose_directory_is_gone_is_a_missing_image() {
 }
 
 #[test]
-fn a_qemu_that_does_not_wait_is_refused() {
+fn load_into_a_qemu_without_incoming_defer_is_refused() {
     for binary in Binary::any() {
         let opened = Opened::start(&machine(binary, 1));
         opened.snapshot("s").unwrap();
@@ -118,7 +119,7 @@ fn a_qemu_that_does_not_wait_is_refused() {
         opened.guest.control().execute("cont", json!({})).unwrap();
         assert_error(opened.handle.load("none", 0), Code::NoDomainSnapshot, "'none'");
         assert_untouched(&opened, &before);
-        // And the other way round: no snapshot of a QEMU that waits.
+        // Conversely, a waiting QEMU cannot be snapshotted.
         let clone = opened.start_clone("s");
         assert_error(
             clone.handle.create(&named("t"), INSTANTLY, &mut ()),
@@ -127,13 +128,13 @@ fn a_qemu_that_does_not_wait_is_refused() {
         );
         clone.handle.load("s", 0).unwrap();
         clone.guest.wait_ticks(3);
-        // Once only.
+        // A QEMU can be loaded only once.
         assert_error(clone.handle.load("s", 0), Code::OperationInvalid, "-incoming defer");
     }
 }
 
 #[test]
-fn a_load_that_qemu_refuses_leaves_nothing_and_can_be_tried_again() {
+fn load_that_qemu_refuses_leaves_nothing_and_can_be_repeated() {
     for binary in Binary::any() {
         let opened = Opened::start(&machine(binary, 1));
         opened.snapshot("s").unwrap();
@@ -152,7 +153,7 @@ fn a_load_that_qemu_refuses_leaves_nothing_and_can_be_tried_again() {
 }
 
 #[test]
-fn wrong_disks_are_refused_before_qemu_is_given_a_byte() {
+fn load_refuses_wrong_disks_before_qemu_is_given_a_byte() {
     for binary in Binary::any() {
         let opened = Opened::start(&machine(binary, 2));
         opened.snapshot("s").unwrap();
@@ -167,7 +168,7 @@ fn wrong_disks_are_refused_before_qemu_is_given_a_byte() {
         let of_t = images(&prepare_revert(&opened.state_dir(), "t", None).unwrap());
         let one = machine(binary, 1).for_revert(&plan()[..1]);
         let two = |disks: &[_]| opened.guest.machine().for_revert(disks);
-        // QEMU locks images: the original has its own open.
+        // QEMU locks images, and the original has its own open.
         opened.guest.kill();
         for (what, machine, part) in [
             ("a disk is missing", one, "'vd1'"),
@@ -190,7 +191,7 @@ fn wrong_disks_are_refused_before_qemu_is_given_a_byte() {
 }
 
 #[test]
-fn another_machine_is_an_error_with_qemus_reason_or_its_end() {
+fn load_into_another_machine_fails_with_qemus_reason() {
     for binary in Binary::any() {
         let opened = Opened::start(&machine(binary, 1));
         opened.snapshot("s").unwrap();
@@ -210,7 +211,7 @@ fn another_machine_is_an_error_with_qemus_reason_or_its_end() {
             assert!(error.message.contains(said), "{what}: {error}");
             assert!(!error.message.contains("no reason"), "{what}: {error}");
         }
-        // The image says what it is of.
+        // The image names its machine type.
         let plan = prepare_revert(&opened.state_dir(), "s", None).unwrap();
         let other =
             opened.guest.machine().for_revert(&images(&plan)).machine_type(MachineType::Q35);
@@ -225,20 +226,20 @@ fn another_machine_is_an_error_with_qemus_reason_or_its_end() {
             clone.guest.control().execute("query-status", json!({})).unwrap()["status"],
             "inmigrate"
         );
-        // What was not loaded is not current.
+        // A snapshot that was not loaded does not become current.
         assert_eq!(opened.handle.store().unwrap().current().unwrap().as_deref(), Some("t"));
         opened.restore_clone("s");
     }
 }
 
 #[test]
-fn flags_say_whether_it_runs_and_what_was_paused_stays_so() {
+fn load_flags_decide_whether_the_guest_runs_and_paused_is_kept() {
     for binary in Binary::any() {
         let opened = Opened::start(&machine(binary, 1));
         opened.snapshot("ran").unwrap();
         opened.guest.control().execute("stop", json!({})).unwrap();
         opened.create(&named("paused"), 0).unwrap();
-        // Saved once, it must have run before it can be saved again.
+        // QEMU does not save a paused guest a second time before it has run.
         opened.guest.control().execute("cont", json!({})).unwrap();
         opened.guest.wait_ticks(2);
         opened.guest.control().execute("stop", json!({})).unwrap();
@@ -274,7 +275,7 @@ fn flags_say_whether_it_runs_and_what_was_paused_stays_so() {
 }
 
 #[test]
-fn a_snapshot_of_a_clone_of_a_snapshot_can_be_brought_back_and_all_images_stay_as_they_were() {
+fn snapshot_of_a_clone_can_be_restored_and_no_image_changes() {
     for binary in Binary::any() {
         let opened = Opened::start(&machine(binary, 2));
         opened.snapshot("s").unwrap();
@@ -290,7 +291,7 @@ fn a_snapshot_of_a_clone_of_a_snapshot_can_be_brought_back_and_all_images_stay_a
             opened.guest.wait_ticks(5);
         }
         drop((clone, grandchild));
-        // Byte for byte: no clone wrote to what it stands on.
+        // No clone has written to the images that it is based on.
         assert!(content(&opened, "s") == of_s, "snapshot s has changed");
         assert!(content(&opened, "c") == of_c, "snapshot c has changed");
         let (_again, again) = opened.restore_clone("s");
@@ -299,7 +300,7 @@ fn a_snapshot_of_a_clone_of_a_snapshot_can_be_brought_back_and_all_images_stay_a
 }
 
 #[test]
-fn a_machine_with_preallocated_memory_can_be_brought_back() {
+fn machine_with_preallocated_memory_can_be_restored() {
     for binary in Binary::any() {
         let opened = Opened::start(&machine(binary, 1).prealloc());
         opened.snapshot("s").unwrap();
@@ -309,7 +310,7 @@ fn a_machine_with_preallocated_memory_can_be_brought_back() {
 }
 
 #[test]
-fn an_image_that_was_written_or_replaced_since_the_snapshot_is_refused_by_name() {
+fn image_written_or_replaced_since_the_snapshot_is_refused_by_name() {
     let opened = Opened::start(&machine(&Binary::all()[0], 2));
     opened.snapshot("s").unwrap();
     opened.guest.kill();

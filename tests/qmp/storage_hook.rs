@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! Disks that QEMU does not snapshot are snapshotted by the caller's hook, inside the pause: at the
-//! instant of memory and of the other disks, in bounded time, and undone with them.
+//! The caller's storage hook snapshots disks that QEMU does not, inside the pause: at the instant
+//! of memory and of the other disks, in bounded time, and with undo.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -29,7 +29,8 @@ use tempfile::TempDir;
 
 const MS: Duration = Duration::from_millis(1);
 
-/// A directory whose files can be copied in no time, where this machine can make one; else any.
+/// A directory on a file system that copies files by reflink, where this machine can create one,
+/// else any directory.
 struct Volume {
     directory: TempDir,
     reflinks: bool,
@@ -85,7 +86,7 @@ struct Storage {
 }
 
 impl Storage {
-    /// Does this before it copies.
+    /// A storage that calls `before` before it copies.
     fn new(before: impl Fn() -> Answer<()> + Send + Sync + 'static) -> Storage {
         let (calls, undone) = (Mutex::default(), Mutex::default());
         Storage { before: Box::new(before), reflinks: false, deadline: None, calls, undone }
@@ -103,7 +104,7 @@ impl Storage {
         Storage { deadline: Some(deadline), ..self }
     }
 
-    /// The guest's hook from now on.
+    /// Installs it as the guest's hook.
     fn install(self, handle: &Handle) -> Arc<Storage> {
         let storage = Arc::new(self);
         handle.set_storage_hook(Some(storage.clone()));
@@ -114,7 +115,7 @@ impl Storage {
         self.calls.lock().unwrap().clone()
     }
 
-    /// The names of the snapshots that it was to undo.
+    /// The names of the snapshots that the library has asked it to undo.
     fn undone(&self) -> Vec<String> {
         self.undone.lock().unwrap().iter().map(|call| call.snapshot.clone()).collect()
     }
@@ -143,7 +144,7 @@ impl StorageHook for Storage {
             .for_each(|disk| std::fs::remove_file(copy_of(disk, &call.snapshot)).unwrap());
     }
 
-    /// A copy of the copy, so that it can be done again.
+    /// Copies the copy, so that the snapshot can be reverted to again.
     fn revert(&self, call: &StorageCall) -> Answer<Vec<PathBuf>> {
         (self.before)()?;
         let clone = |disk: &ManualDisk| {
@@ -163,7 +164,7 @@ impl StorageHook for Storage {
     }
 }
 
-/// `vd0` is QEMU's, the raw `vd1` is the hook's.
+/// A request in which QEMU snapshots `vd0`, and the hook the raw disk `vd1`.
 fn request(name: &str) -> String {
     format!(
         "<domainsnapshot><name>{name}</name><disks><disk name='vd1' \
@@ -189,9 +190,9 @@ fn start_clone(opened: &Opened, images: &[(PathBuf, Format)]) -> Opened {
     Opened { handle, guest }
 }
 
-/// Brings a snapshot back on what the hook says. The clone verifies every page and every disk
-/// within one tick, so memory and disks are of one instant if it ticks on; returns its first
-/// number.
+/// Restores a snapshot on the images that the hook names. The clone checks every page and every
+/// disk within one tick, so memory and disks are of one instant if it counts on. Returns the
+/// clone's first number.
 fn restore_clone(opened: &Opened, name: &str, storage: &Storage) -> u32 {
     let plan = prepare_revert_hooked(&opened.state_dir(), name, None, Some(storage)).unwrap();
     let clone = start_clone(opened, &images(&plan));
@@ -204,7 +205,7 @@ fn restore_clone(opened: &Opened, name: &str, storage: &Storage) -> u32 {
 }
 
 #[test]
-fn what_the_hook_copies_is_of_the_same_instant_as_memory_and_the_other_disks() {
+fn hook_copies_are_of_the_instant_of_memory_and_the_other_disks() {
     let volume = Volume::new();
     for binary in Binary::any() {
         let disk = volume.raw_disk(&binary.name);
@@ -227,7 +228,7 @@ fn what_the_hook_copies_is_of_the_same_instant_as_memory_and_the_other_disks() {
         assert!(call.left > Duration::ZERO && call.left < Duration::from_secs(30), "{call:?}");
         assert_eq!(stats.disks, 1);
 
-        // QEMU goes on with it, and with an overlay of the other.
+        // QEMU stays on the image of `vd1`, and uses an overlay for the other disk.
         assert_eq!(opened.active_image("vd1"), source);
         assert_ne!(opened.active_image("vd0"), opened.guest.disks()[0].file.display().to_string());
         let record = opened.record("s");
@@ -250,7 +251,7 @@ fn what_the_hook_copies_is_of_the_same_instant_as_memory_and_the_other_disks() {
         assert!(first <= after + 2, "{first}, and taken at {after}");
         assert_eq!(restore_clone(&opened, "s", &storage), first, "again");
 
-        // That the guest would notice: the same memory beside the disk as it is now.
+        // The guest notices a mismatch: here with the same memory and the disk's present content.
         opened.guest.control().execute("stop", json!({})).unwrap();
         let plan = prepare_revert_hooked(&opened.state_dir(), "s", None, Some(&*storage)).unwrap();
         let images = images(&plan);
@@ -266,7 +267,7 @@ fn what_the_hook_copies_is_of_the_same_instant_as_memory_and_the_other_disks() {
 }
 
 #[test]
-fn so_it_is_while_qemu_touches_the_guests_memory_already() {
+fn hook_copies_are_of_the_instant_with_early_start() {
     for binary in Binary::all().iter().filter(|binary| binary.version >= (10, 0, 0)) {
         let opened = Opened::start(&two_disks(binary).append("dense=8").long_setup(20 * MS));
         opened.handle.set_early_start(EarlyStart { tries: 3, stop_after: Some(5 * MS) });
@@ -275,12 +276,12 @@ fn so_it_is_while_qemu_touches_the_guests_memory_already() {
         assert!(opened.handle.stats().unwrap().started_early);
         opened.guest.wait_ticks(3);
         restore_clone(&opened, "s", &storage);
-        late(&opened, Storage::copying());
+        snapshot_with_late_hook(&opened, Storage::copying());
     }
 }
 
 #[test]
-fn so_it_is_with_a_plain_snapshot_a_paused_guest_and_no_other_disk() {
+fn hook_copies_are_of_the_instant_for_non_live_and_paused_guests() {
     for binary in Binary::any() {
         let opened = Opened::start(&two_disks(binary));
         let storage = Storage::copying().install(&opened.handle);
@@ -303,7 +304,7 @@ fn so_it_is_with_a_plain_snapshot_a_paused_guest_and_no_other_disk() {
 }
 
 #[test]
-fn the_domain_xml_can_wish_for_it_and_the_request_overrules_it() {
+fn domain_xml_can_select_the_hook_and_the_request_overrides_it() {
     let guest = two_disks(&Binary::all()[0]).start();
     guest.wait_ticks(2);
     let source = guest.disks()[1].file.display().to_string();
@@ -322,13 +323,13 @@ fn the_domain_xml_can_wish_for_it_and_the_request_overrules_it() {
 }
 
 #[test]
-fn without_a_hook_nothing_is_touched() {
+fn manual_disk_without_a_hook_is_refused_before_anything_is_touched() {
     let opened = Opened::start(&two_disks(&Binary::all()[0]));
     for flags in [INSTANTLY, INSTANTLY | NO_METADATA, 0] {
         let parts = ["'vd1'", "snapshot='manual'", "instantsnap_set_storage_hook()"];
         opened.assert_fails(&request("s"), flags, Code::OperationUnsupported, &parts);
     }
-    // One that was taken away is none.
+    // A hook that was removed is not called.
     let storage = Storage::copying().install(&opened.handle);
     opened.handle.set_storage_hook(None);
     opened.assert_fails(&request("s"), INSTANTLY, Code::OperationUnsupported, &["'vd1'"]);
@@ -336,7 +337,7 @@ fn without_a_hook_nothing_is_touched() {
 }
 
 #[test]
-fn a_hook_that_fails_fails_the_snapshot_and_is_not_asked_to_undo() {
+fn failing_hook_fails_the_snapshot_and_is_not_asked_to_undo() {
     for binary in Binary::any() {
         let opened = Opened::start(&two_disks(binary));
         let storage = Storage::new(|| Err("the pool is full".into())).install(&opened.handle);
@@ -356,10 +357,10 @@ fn a_hook_that_fails_fails_the_snapshot_and_is_not_asked_to_undo() {
     }
 }
 
-/// A hook that comes back only when the guest, which it was to stand still for, has gone on.
-/// Returns what was asked of it.
+/// Takes a snapshot with a hook that returns only after the guest has been resumed. Returns the
+/// storage with its calls.
 #[track_caller]
-fn late(opened: &Opened, storage: Storage) -> Arc<Storage> {
+fn snapshot_with_late_hook(opened: &Opened, storage: Storage) -> Arc<Storage> {
     let (gate, Storage { before, .. }) = (Gate::default(), storage);
     let held = gate.clone();
     let storage = Storage::new(move || {
@@ -383,12 +384,14 @@ fn late(opened: &Opened, storage: Storage) -> Arc<Storage> {
 }
 
 #[test]
-fn a_hook_that_is_late_is_not_waited_for_by_the_guest_and_undone_when_it_comes_back() {
+fn late_hook_does_not_extend_the_pause_and_is_undone_when_it_returns() {
     for binary in Binary::any() {
         let opened = Opened::start(&two_disks(binary));
-        assert_eq!(late(&opened, Storage::copying()).undone(), ["late"]);
-        // One that was late, and failed, has nothing to undo.
-        assert!(late(&opened, Storage::new(|| Err("no".into()))).undone().is_empty());
+        assert_eq!(snapshot_with_late_hook(&opened, Storage::copying()).undone(), ["late"]);
+        // A hook that was late and failed has nothing to undo.
+        assert!(
+            snapshot_with_late_hook(&opened, Storage::new(|| Err("no".into()))).undone().is_empty()
+        );
         let paused = opened.handle.stats().unwrap().paused.unwrap().0;
         assert!(paused >= 100 * MS, "{paused:?}");
         opened.guest.wait_ticks(ALL_SECTORS);
@@ -396,7 +399,7 @@ fn a_hook_that_is_late_is_not_waited_for_by_the_guest_and_undone_when_it_comes_b
 }
 
 #[test]
-fn the_pause_limit_holds_for_a_hook_without_a_deadline() {
+fn pause_limit_applies_to_a_hook_with_a_longer_deadline() {
     let opened = Opened::start(&two_disks(&Binary::all()[0]));
     opened.handle.set_pause_limit(2000 * MS);
     let gate = Gate::default();
@@ -425,7 +428,7 @@ fn the_pause_limit_holds_for_a_hook_without_a_deadline() {
 }
 
 #[test]
-fn a_job_is_cancelled_while_the_hook_is_at_work() {
+fn job_can_be_cancelled_while_the_hook_runs() {
     for binary in Binary::any() {
         let opened = Opened::start(&two_disks(binary));
         let gate = Gate::default();
@@ -452,7 +455,7 @@ fn a_job_is_cancelled_while_the_hook_is_at_work() {
 }
 
 #[test]
-fn what_the_hook_has_made_is_undone_once_when_a_later_phase_fails() {
+fn hook_undo_runs_once_when_a_later_phase_fails() {
     for binary in Binary::any() {
         let opened = Opened::start(&two_disks(binary));
         for phase in [Phase::Arm, Phase::Drain, Phase::Finish] {
@@ -472,8 +475,8 @@ fn what_the_hook_has_made_is_undone_once_when_a_later_phase_fails() {
             );
             assert_eq!(storage.undone(), ["s"], "{phase:?}");
         }
-        // One that is complete is never undone, and one that has not come to the hook has nothing
-        // to undo.
+        // The library does not ask to undo a completed snapshot, nor one that failed before the
+        // hook was called.
         let storage = Storage::copying().install(&opened.handle);
         opened.create(&request("s"), INSTANTLY).unwrap();
         opened.assert_fails(&request("s"), INSTANTLY, Code::OperationInvalid, &["'s'"]);
@@ -482,7 +485,7 @@ fn what_the_hook_has_made_is_undone_once_when_a_later_phase_fails() {
 }
 
 #[test]
-fn what_the_hook_has_made_goes_with_the_snapshot() {
+fn delete_asks_the_hook_to_remove_its_disk_snapshots() {
     let binary = &Binary::any()[0];
     let opened = Opened::start(&two_disks(binary));
     let storage = Storage::copying().install(&opened.handle);
@@ -502,7 +505,7 @@ fn what_the_hook_has_made_goes_with_the_snapshot() {
 }
 
 #[test]
-fn memory_is_not_put_beside_a_disk_of_which_nobody_says_what_it_was() {
+fn prepare_revert_refuses_a_manual_disk_without_an_image_from_the_hook() {
     let opened = Opened::start(&two_disks(&Binary::all()[0]));
     let storage = Storage::copying().install(&opened.handle);
     opened.create(&request("s"), INSTANTLY).unwrap();
@@ -519,7 +522,7 @@ fn memory_is_not_put_beside_a_disk_of_which_nobody_says_what_it_was() {
         Code::OperationFailed,
         "it is gone",
     );
-    assert_error(hooked(Some(&Forgetful)), Code::OperationFailed, "named 0 images");
+    assert_error(hooked(Some(&ImagelessHook)), Code::OperationFailed, "named 0 images");
     assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 0);
     assert_eq!(files_below(opened.guest.directory()), before);
 
@@ -528,16 +531,16 @@ fn memory_is_not_put_beside_a_disk_of_which_nobody_says_what_it_was() {
     assert_eq!((vd0.name.as_str(), vd0.format.as_str()), ("vd0", "qcow2"));
     assert_eq!((vd1.name.as_str(), vd1.format.as_str(), &vd1.backing_file), ("vd1", "raw", &None));
     assert_eq!(vd1.file, Path::new(&format!("{}.s.0", opened.guest.disks()[1].file.display())));
-    // Without that disk it is not loaded.
+    // The image cannot be loaded without that disk.
     let one = machine(&Binary::all()[0], 1).for_revert(&images(&plan)[..1]).start();
     let clone = Handle::open_qmp(&one.qmp(), None, &opened.state_dir()).unwrap();
     assert_error(clone.load("s", 0), Code::ConfigUnsupported, "no disk 'vd1'");
 }
 
-/// Names no image.
-struct Forgetful;
+/// A hook that names no image.
+struct ImagelessHook;
 
-impl StorageHook for Forgetful {
+impl StorageHook for ImagelessHook {
     fn snapshot(&self, _: &StorageCall) -> Answer<()> {
         unreachable!("it is for reverting")
     }
@@ -547,13 +550,13 @@ impl StorageHook for Forgetful {
     }
 }
 
-/// A domain of which `vdb` is somebody else's.
+/// A domain whose `vdb` libvirt does not snapshot.
 fn domain(daemon: &Daemon) -> OpenedDomain {
     let machine = two_disks(&Binary::all()[0]).disk_attributes("snapshot='manual'");
     OpenedDomain::start(&machine, daemon)
 }
 
-/// Puts the overlay of `vdb` in the clone's XML onto the hook's copy.
+/// Rebases the clone's overlay of `vdb` onto the hook's copy.
 fn on_copy(xml: String, copy: &str) -> String {
     let overlay = xml
         .split('\'')
@@ -570,7 +573,7 @@ fn source(guest: &Guest, target: &str) -> String {
 }
 
 #[test]
-fn a_domain_of_libvirts_has_its_disks_snapshotted_by_the_hook_too() {
+fn hook_snapshots_disks_of_a_libvirt_domain() {
     let daemon = Daemon::session();
     let opened = domain(&daemon);
     let storage = Storage::copying().install(&opened.handle);
@@ -609,7 +612,7 @@ fn a_domain_of_libvirts_has_its_disks_snapshotted_by_the_hook_too() {
 }
 
 #[test]
-fn a_domains_snapshot_that_libvirt_would_spoil_or_take_without_the_hook_is_refused() {
+fn domain_snapshot_that_libvirt_would_take_without_the_hook_is_refused() {
     let daemon = Daemon::session();
     let opened = domain(&daemon);
     let xml = opened.xml("s", "");
@@ -624,15 +627,15 @@ fn a_domains_snapshot_that_libvirt_would_spoil_or_take_without_the_hook_is_refus
     }
     opened.guest.virsh("resume", &[]);
     assert!(storage.calls().is_empty());
-    // As the request says otherwise, it is as any other.
+    // The request can ask for an external snapshot of that disk.
     let external = opened.xml("s", "<disks><disk name='vdb' snapshot='external'/></disks>");
     opened.handle.create(&external, INSTANTLY, &mut ()).unwrap();
     assert!(opened.find("s").is_some() && storage.calls().is_empty());
 }
 
-/// A snapshot of the device below would lack what is in the host's page cache only.
+/// A storage snapshot would lack the data that is only in the host's page cache.
 #[test]
-fn a_disk_that_ignores_flushes_is_written_out_before_the_hook_is_called() {
+fn disk_with_cache_unsafe_is_flushed_before_the_hook_is_called() {
     let directory = tempfile::tempdir().unwrap();
     let image = directory.path().join("image").display().to_string();
     make_image(Path::new(&image), Format::Raw, None);
@@ -653,7 +656,7 @@ fn a_disk_that_ignores_flushes_is_written_out_before_the_hook_is_called() {
     let mut before = None;
     let mut write = At(|phase| {
         if phase == Phase::Pause {
-            // After the last time that the host was asked to write.
+            // After the library's last flush.
             opened.guest.wait_ticks(3);
             before = unwritten(&image);
         }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! What would tear a snapshot is refused or noticed: guest memory that another process writes, UEFI
-//! variables that change, disks and devices that another client changes.
+//! The library refuses or notices what would tear a snapshot: guest memory that another process
+//! writes, UEFI variables that change, and disks and devices that another client changes.
 
 use std::io::{Read, Write};
 use std::os::unix::fs::MetadataExt;
@@ -22,7 +22,7 @@ fn with(machine: Machine, args: &[&str]) -> Machine {
     args.iter().fold(machine, |machine, arg| machine.arg(arg))
 }
 
-/// Refused with these words, nothing touched.
+/// Asserts that a snapshot is refused with these words and changes nothing.
 fn refused(opened: &Opened, parts: &[&str]) {
     let before = opened.trace();
     let result = opened.snapshot("s");
@@ -33,8 +33,8 @@ fn refused(opened: &Opened, parts: &[&str]) {
     opened.guest.wait_ticks(2);
 }
 
-/// A backend that knows as little of vhost-user as QEMU lets it: an answer where there must be one,
-/// and the features without which QEMU would not save memory at all.
+/// A vhost-user backend with the minimum that QEMU needs: it replies where it must, and offers the
+/// features without which QEMU would not save memory at all.
 fn vhost_user_backend(socket: &Path) -> std::thread::JoinHandle<()> {
     const GET_FEATURES: u32 = 1;
     const GET_VRING_BASE: u32 = 11;
@@ -50,7 +50,7 @@ fn vhost_user_backend(socket: &Path) -> std::thread::JoinHandle<()> {
             return;
         };
         let mut header = [0; 12];
-        // The end comes with QEMU's.
+        // The loop ends with QEMU.
         while stream.read_exact(&mut header).is_ok() {
             let number = |at: usize| u32::from_ne_bytes(header[at..at + 4].try_into().unwrap());
             let (request, size) = (number(0), number(8));
@@ -64,7 +64,7 @@ fn vhost_user_backend(socket: &Path) -> std::thread::JoinHandle<()> {
                 GET_VRING_BASE => 0,
                 _ => continue,
             };
-            // Version 1, a reply, eight bytes.
+            // The reply has version 1 and eight bytes.
             let mut reply = [request, 1 | 4, 8].map(u32::to_ne_bytes).concat();
             reply.extend(answer.to_ne_bytes());
             let _ = stream.write_all(&reply);
@@ -72,7 +72,7 @@ fn vhost_user_backend(socket: &Path) -> std::thread::JoinHandle<()> {
     })
 }
 
-/// A machine with this backend as the chardev `c`.
+/// A machine that has this backend as the chardev `c`.
 fn with_backend(binary: &'static Binary, socket: &Path) -> Machine {
     let chardev = format!("socket,id=c,path={},server=on,wait=on", socket.display());
     let memory = [
@@ -85,7 +85,7 @@ fn with_backend(binary: &'static Binary, socket: &Path) -> Machine {
 }
 
 #[test]
-fn a_vhost_user_network_card_is_refused() {
+fn vhost_user_network_card_is_refused() {
     for binary in Binary::some() {
         let directory = tempfile::tempdir().unwrap();
         let socket = directory.path().join("c.sock");
@@ -100,13 +100,13 @@ fn a_vhost_user_network_card_is_refused() {
 }
 
 #[test]
-fn a_device_with_a_vhost_user_backend_is_refused() {
+fn device_with_a_vhost_user_backend_is_refused() {
     for binary in Binary::some() {
         let directory = tempfile::tempdir().unwrap();
         let socket = directory.path().join("c.sock");
         let backend = vhost_user_backend(&socket);
         let opened = Opened::start(&with_backend(binary, &socket));
-        // Plugged in later, because the BIOS would wait for its disks for ever.
+        // The device is plugged in later, because the BIOS would wait for its disks forever.
         let arguments = json!({ "driver": "vhost-user-scsi-pci", "chardev": "c", "id": "scsi0" });
         opened.guest.control().execute("device_add", arguments).unwrap();
         refused(&opened, &["device 'scsi0' (vhost-user-scsi-pci)"]);
@@ -116,7 +116,7 @@ fn a_device_with_a_vhost_user_backend_is_refused() {
 }
 
 #[test]
-fn an_ivshmem_device_is_refused_and_a_plain_snapshot_is_what_can_be_taken_instead() {
+fn ivshmem_device_supports_non_live_snapshots_only() {
     for binary in Binary::some() {
         for id in [",id=shm0", ""] {
             let device = format!("ivshmem-plain,memdev=hostmem,master=on{id}");
@@ -131,9 +131,9 @@ fn an_ivshmem_device_is_refused_and_a_plain_snapshot_is_what_can_be_taken_instea
 }
 
 #[test]
-fn storage_whose_driver_lets_others_write_guest_memory_is_refused() {
+fn block_driver_that_lets_others_write_guest_memory_is_refused() {
     let (opened, proxy) = through_proxy(&machine(&Binary::all()[0], 1));
-    // There is no such device here: QEMU's answer is made up.
+    // This machine has no such device, so the proxy edits QEMU's reply.
     for driver in [
         "nvme",
         "nvme-io_uring",
@@ -152,14 +152,14 @@ fn storage_whose_driver_lets_others_write_guest_memory_is_refused() {
     opened.snapshot("s").unwrap();
 }
 
-/// How pflash is given to QEMU.
+/// The ways to configure pflash.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Given {
     Drive,
     Blockdev,
 }
 
-/// A tick guest with SeaBIOS in pflash, and 128 KiB of variables, right below it, in `variables`.
+/// A tick guest with SeaBIOS in pflash, and 128 KiB of variables directly below it, in `variables`.
 fn pflash(binary: &'static Binary, given: Given, variables: &Path) -> Machine {
     let seabios = Path::new("/usr/share/seabios/bios-256k.bin");
     let code = variables.with_extension("code");
@@ -195,14 +195,14 @@ fn pflash(binary: &'static Binary, given: Given, variables: &Path) -> Machine {
 
 fn variables(directory: &Path) -> PathBuf {
     let file = directory.join("vars.fd");
-    // Erased flash, with something in it.
+    // Erased flash with some content.
     let mut content = vec![0xff; 128 << 10];
     content[..9].copy_from_slice(b"variables");
     std::fs::write(&file, content).unwrap();
     file
 }
 
-/// A QEMU that waits, on these disks and variables.
+/// A waiting QEMU on this disk and the machine's variables.
 fn clone_on(original: &Opened, machine: Machine, disk: &Path) -> Opened {
     let guest = machine.for_revert(&[(disk.to_owned(), Format::Qcow2)]).start();
     let handle = open_guest(&guest, &guest.qmp(), None, &original.state_dir()).unwrap();
@@ -210,7 +210,7 @@ fn clone_on(original: &Opened, machine: Machine, disk: &Path) -> Opened {
 }
 
 #[test]
-fn variables_that_stay_the_same_are_copied_and_a_clone_gets_its_own() {
+fn uefi_variables_are_copied_and_each_clone_gets_its_own() {
     for binary in Binary::some() {
         for given in [Given::Drive, Given::Blockdev] {
             eprintln!("{} {given:?}", binary.name);
@@ -270,7 +270,7 @@ fn variables_that_stay_the_same_are_copied_and_a_clone_gets_its_own() {
 }
 
 #[test]
-fn a_clone_without_variables_is_refused() {
+fn load_into_a_clone_without_uefi_variables_is_refused() {
     let binary = &Binary::all()[0];
     let directory = tempfile::tempdir().unwrap();
     let opened = Opened::start(&pflash(binary, Given::Drive, &variables(directory.path())));
@@ -278,7 +278,7 @@ fn a_clone_without_variables_is_refused() {
     let plan = prepare_revert(&opened.state_dir(), "s", None).unwrap();
     let clone = clone_on(&opened, machine(binary, 1), &plan.disks[0].file);
     assert_error(clone.handle.load("s", 0), Code::ConfigUnsupported, "pflash");
-    // Nor is anything made without them, the disk's image included.
+    // A plan creates nothing without the variables, not even the disk's image.
     let before = opened.trace();
     let copy = opened.record("s").nvram.remove(0).copy;
     std::fs::rename(&copy, format!("{copy}.aside")).unwrap();
@@ -292,7 +292,7 @@ fn a_clone_without_variables_is_refused() {
 }
 
 #[test]
-fn variables_are_not_for_an_overlay() {
+fn overlay_for_uefi_variables_is_refused() {
     let directory = tempfile::tempdir().unwrap();
     let opened =
         Opened::start(&pflash(&Binary::all()[0], Given::Drive, &variables(directory.path())));
@@ -308,14 +308,15 @@ fn variables_are_not_for_an_overlay() {
 }
 
 #[test]
-fn variables_that_the_guest_changes_during_the_drain_are_noticed_and_everything_undone() {
+fn uefi_variables_changed_in_the_drain_fail_the_snapshot() {
     for binary in Binary::some() {
         for given in [Given::Drive, Given::Blockdev] {
             let directory = tempfile::tempdir().unwrap();
             let file = variables(directory.path());
             let opened = Opened::start(&pflash(binary, given, &file).append("pflash=fffa0000"));
             let before = opened.trace();
-            // The guest sets one every 64 ticks: the drain is not over before one is set.
+            // The guest sets a variable every 64 ticks, and the drain does not end before one is
+            // set.
             let start = std::cell::RefCell::new(Vec::new());
             let mut observer = At(|phase| {
                 if phase == Phase::Prepare {
@@ -339,7 +340,7 @@ fn variables_that_the_guest_changes_during_the_drain_are_noticed_and_everything_
 }
 
 #[test]
-fn a_change_that_was_taken_back_is_noticed_too() {
+fn uefi_variables_changed_and_changed_back_fail_the_snapshot() {
     let directory = tempfile::tempdir().unwrap();
     let file = variables(directory.path());
     let opened = Opened::start(&pflash(&Binary::all()[0], Given::Drive, &file));
@@ -358,7 +359,7 @@ fn a_change_that_was_taken_back_is_noticed_too() {
     assert_untouched(&opened, &before);
 }
 
-/// The size of a disk, as the guest has it, and of the image that it is on.
+/// The size of a disk as the guest sees it, and of its active image.
 fn sizes(opened: &Opened, disk: &str) -> (u64, u64) {
     let block = block_of(&opened.guest, disk);
     let inserted = &block["inserted"];
@@ -383,7 +384,8 @@ fn resize(opened: &Opened, disk: &str, size: u64) {
         .unwrap();
 }
 
-/// The disk kept its size in spite of a snapshot, which has failed, and nothing is left of that.
+/// Asserts that the snapshot has failed, that the disk kept its new size, and that nothing else is
+/// left.
 fn assert_resized(
     opened: &Opened,
     disk: &str,
@@ -399,13 +401,14 @@ fn assert_resized(
 }
 
 #[test]
-fn a_disk_that_another_client_resizes_meanwhile_keeps_its_new_size() {
+fn disk_resized_during_a_snapshot_keeps_its_new_size() {
     for binary in Binary::any() {
         let opened = Opened::start(&machine(binary, 2));
         let mut mib = 16;
         for disk in ["vd0", "vd1"] {
             let image = opened.active_image(disk);
-            // Larger and smaller; before the switch, and between that and the instant.
+            // To a larger and a smaller size, before the switch and between the switch and the
+            // instant.
             for (phase, change) in [(Phase::Switch, 8), (Phase::Arm, 8), (Phase::Switch, -4)] {
                 mib += change;
                 let size = (mib as u64) << 20;
@@ -423,7 +426,7 @@ fn a_disk_that_another_client_resizes_meanwhile_keeps_its_new_size() {
 }
 
 #[test]
-fn a_disk_that_is_resized_in_the_very_moment_of_the_switch_keeps_its_new_size() {
+fn disk_resized_at_the_switch_keeps_its_new_size() {
     for binary in Binary::any() {
         let (opened, proxy) = through_proxy(&machine(binary, 2));
         for (disk, mib) in [("vd0", 24), ("vd1", 12)] {
@@ -442,7 +445,7 @@ fn a_disk_that_is_resized_in_the_very_moment_of_the_switch_keeps_its_new_size() 
     }
 }
 
-/// A machine with a CD-ROM drive that can be taken out without its guest's doing.
+/// A machine with a CD-ROM drive that can be unplugged without the guest's cooperation.
 fn with_drive(binary: &'static Binary) -> Machine {
     with(
         machine(binary, 1),
@@ -451,7 +454,7 @@ fn with_drive(binary: &'static Binary) -> Machine {
 }
 
 #[test]
-fn a_device_that_is_attached_or_detached_meanwhile_is_noticed() {
+fn device_attached_or_detached_during_a_snapshot_fails_it() {
     for binary in Binary::any() {
         let opened = Opened::start(&with_drive(binary));
         let medium = opened.guest.directory().join("medium.iso");
@@ -487,7 +490,7 @@ fn a_device_that_is_attached_or_detached_meanwhile_is_noticed() {
             assert_eq!(opened.active_image("vd0"), image);
             opened.guest.wait_ticks(2);
         }
-        // Of what is there now a snapshot can be taken.
+        // A snapshot of the present devices succeeds.
         opened.snapshot("s").unwrap();
     }
 }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! XML from outside: nothing in it crashes, hangs or gets past its place, and what is fine comes
-//! back as it was.
+//! XML from outside: it cannot crash the library, make it hang or name a file outside its
+//! directory, and valid XML reads back as it was.
 
 use std::fmt::Write as _;
 use std::process::Command;
@@ -23,7 +23,7 @@ fn domain(content: &str) -> Result<Domain, Error> {
     Domain::parse(&format!("<domain><name>x</name>{content}</domain>"))
 }
 
-/// Both kinds of XML must be refused alike.
+/// Asserts that both kinds of XML are refused alike.
 #[track_caller]
 fn refused(content: &str, code: Code, part: &str) {
     assert_error(snapshot(content), code, part);
@@ -31,7 +31,7 @@ fn refused(content: &str, code: Code, part: &str) {
 }
 
 #[test]
-fn xml_that_is_not_well_formed_is_refused() {
+fn malformed_xml_is_refused() {
     for text in [
         "",
         " ",
@@ -63,7 +63,7 @@ fn xml_that_is_not_well_formed_is_refused() {
 }
 
 #[test]
-fn another_root_is_refused() {
+fn other_root_elements_are_refused() {
     assert_error(Request::parse("<domain/>"), Code::XmlError, "expecting <domainsnapshot>");
     assert_error(
         Request::parse("<domaincheckpoint/>"),
@@ -91,7 +91,7 @@ fn dtds_and_entities_are_refused() {
 }
 
 #[test]
-fn characters_that_xml_cannot_hold_are_refused() {
+fn invalid_xml_characters_are_refused() {
     for number in ["0", "1", "8", "x0B", "x1F", "xFFFE", "xFFFF"] {
         refused(
             &format!("<description>&#{number};</description>"),
@@ -99,7 +99,7 @@ fn characters_that_xml_cannot_hold_are_refused() {
             "cannot parse",
         );
     }
-    // What is no character at all never becomes one that was not meant.
+    // A reference to an invalid character does not turn into another character.
     for number in ["xD800", "xDFFF", "x110000", "xFFFFFFFFFF", "-1", ""] {
         if let Ok(request) = snapshot(&format!("<description>&#{number};</description>")) {
             assert_eq!(request.description.as_deref(), Some("\u{fffd}"), "{number}");
@@ -116,7 +116,7 @@ fn characters_that_xml_cannot_hold_are_refused() {
 }
 
 #[test]
-fn a_name_cannot_lead_out_of_its_directory() {
+fn snapshot_name_cannot_escape_its_directory() {
     for (name, part) in [
         ("../x", "/"),
         ("a/b", "/"),
@@ -135,7 +135,7 @@ fn a_name_cannot_lead_out_of_its_directory() {
     ] {
         assert_error(snapshot(&format!("<name>{name}</name>")), Code::XmlDetail, part);
     }
-    // An empty name is none, as in libvirt.
+    // An empty name counts as no name, as in libvirt.
     assert_eq!(snapshot("<name></name>").unwrap().name, None);
     assert_eq!(snapshot("<name/>").unwrap().name, None);
     for name in
@@ -146,7 +146,7 @@ fn a_name_cannot_lead_out_of_its_directory() {
 }
 
 #[test]
-fn paths_must_be_absolute_and_fit_into_xml() {
+fn paths_must_be_absolute_and_valid_in_xml() {
     for (path, part) in [
         ("x.mem", "absolute"),
         ("", "absolute"),
@@ -161,7 +161,7 @@ fn paths_must_be_absolute_and_fit_into_xml() {
 }
 
 #[test]
-fn settings_of_memory_are_checked() {
+fn memory_element_is_validated() {
     let memory = |attributes: &str| {
         snapshot(&format!("<memory {attributes}/>")).map(|request| request.memory)
     };
@@ -182,7 +182,7 @@ fn settings_of_memory_are_checked() {
 }
 
 #[test]
-fn settings_of_disks_are_checked() {
+fn disk_elements_are_validated() {
     let disk = |attributes: &str, content: &str| {
         snapshot(&format!("<disks><disk {attributes}>{content}</disk></disks>"))
             .map(|request| request.disks)
@@ -212,8 +212,8 @@ fn settings_of_disks_are_checked() {
     );
 }
 
-/// Nested elements, long texts, many elements, many attributes, many namespaces.
-fn monsters() -> Vec<(&'static str, String)> {
+/// Nested elements, long texts, many elements, many attributes and many namespaces.
+fn huge_documents() -> Vec<(&'static str, String)> {
     let numbered =
         |count: usize, each: &dyn Fn(usize) -> String| (0..count).map(each).collect::<String>();
     vec![
@@ -247,14 +247,14 @@ fn monsters() -> Vec<(&'static str, String)> {
     ]
 }
 
-/// In a process of its own, because memory and processor time are limited by process. Processor
-/// time is not the clock's: a loaded machine makes no difference.
+/// In a process of its own, because memory and CPU time are limited per process. CPU time does not
+/// depend on the machine's load.
 #[test]
-fn monstrous_xml_takes_bounded_time_and_memory() {
+fn huge_xml_takes_bounded_time_and_memory() {
     if std::env::var_os("INSTANTSNAP_TEST_MONSTERS").is_some() {
-        for (what, content) in monsters() {
+        for (what, content) in huge_documents() {
             eprintln!("{what}");
-            // Fine or refused, for its length or another reason; but nothing worse.
+            // The XML may be accepted or refused, for its length or another reason.
             if let Err(error) = snapshot(&content) {
                 assert!(error.message.len() < 1000, "{what}: {}", error.message.len());
             }
@@ -270,7 +270,7 @@ fn monstrous_xml_takes_bounded_time_and_memory() {
         .arg(std::env::current_exe().unwrap())
         .args([
             "--exact",
-            "monstrous_xml_takes_bounded_time_and_memory",
+            "huge_xml_takes_bounded_time_and_memory",
             "--nocapture",
             "--test-threads=1",
         ])
@@ -286,7 +286,7 @@ fn monstrous_xml_takes_bounded_time_and_memory() {
 }
 
 #[test]
-fn a_million_levels_do_not_overflow_a_small_stack() {
+fn million_nested_elements_do_not_overflow_a_small_stack() {
     let text = "<a>".repeat(1_000_000) + &"</a>".repeat(1_000_000);
     let thread = std::thread::Builder::new().stack_size(128 << 10);
     let parsed = thread
@@ -298,7 +298,7 @@ fn a_million_levels_do_not_overflow_a_small_stack() {
 }
 
 #[test]
-fn namespaces_in_a_domain_as_libvirt_writes_them_are_fine() {
+fn namespaces_in_libvirts_domain_xml_are_accepted() {
     let content = "<metadata><a:b xmlns:a='urn:a'><a:c xmlns='urn:b' a:d='1'/></a:b></metadata>\
                    <qemu:commandline xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'><qemu:arg value='-x'/>\
                    </qemu:commandline>";
@@ -308,7 +308,7 @@ fn namespaces_in_a_domain_as_libvirt_writes_them_are_fine() {
     snapshot(&format!("<description>{text}</description>")).unwrap();
 }
 
-/// A small generator of our own: the same numbers in every run.
+/// A small random generator, which gives the same numbers in every run.
 struct Random(u64);
 
 impl Random {
@@ -356,7 +356,7 @@ fn sample_record() -> Record {
 }
 
 #[test]
-fn random_bytes_never_panic() {
+fn parsing_random_bytes_does_not_panic() {
     let fragments = [
         "<domainsnapshot>",
         "</domainsnapshot>",
@@ -399,14 +399,14 @@ fn random_bytes_never_panic() {
                    <disks><disk name='vda' snapshot='external'><source file='/s'/></disk></disks></domainsnapshot>";
     for round in 0..30_000 {
         let text = match round % 3 {
-            // Anything.
+            // Random bytes.
             0 => {
                 let bytes: Vec<u8> = (0..random.below(200)).map(|_| random.next() as u8).collect();
                 String::from_utf8_lossy(&bytes).into_owned()
             }
-            // Pieces that fit more or less.
+            // Fragments of XML that fit more or less.
             1 => (0..random.below(30)).map(|_| fragments[random.below(fragments.len())]).collect(),
-            // What is right, with some bytes that are not.
+            // Valid XML in which some bytes are changed.
             _ => {
                 let mut bytes = if round % 2 == 0 {
                     record.as_bytes().to_vec()
@@ -436,7 +436,7 @@ fn random_bytes_never_panic() {
 }
 
 #[test]
-fn the_type_of_a_disk_follows_its_source() {
+fn disk_type_in_the_domain_xml_follows_its_source() {
     let disk = |kind: &str, source: &str| {
         format!(
             "<devices><disk type='{kind}'><driver type='raw'/>{source}<target \
@@ -464,20 +464,20 @@ fn the_type_of_a_disk_follows_its_source() {
     );
     assert_eq!(on(&disk("volume", pool), file()), now("file", "<source file='/f'/>"));
     assert_eq!(on(&disk("network", nbd), file()), now("file", "<source file='/f'/>"));
-    // What is of the old image alone goes with it; labels are for whatever is in its place.
+    // Elements of the old image are removed with it, and labels stay for the new one.
     let both = format!("<source file='/g'>{part}{label}</source>");
     assert_eq!(
         on(&disk("file", &both), file()),
         now("file", &format!("<source file='/f'>{label}</source>"))
     );
-    // The way back, to what another document says.
+    // The reverse, to the source in another document.
     for (kind, source) in
         [("volume", pool), ("network", nbd), ("file", &both), ("block", "<source dev='/b'/>")]
     {
         let before = domain(&disk(kind, source)).unwrap().storage("vda").unwrap();
         assert_eq!(on(&disk("file", "<source file='/f'/>"), before), now(kind, source));
     }
-    // A device is one by what it is.
+    // A path is a block device if the file is one.
     let loops =
         (0..8).map(|n| format!("/dev/loop{n}")).find(|path| std::path::Path::new(path).exists());
     if let Some(device) = loops {
@@ -487,7 +487,7 @@ fn the_type_of_a_disk_follows_its_source() {
 }
 
 #[test]
-fn a_record_reads_back_as_it_was_written() {
+fn record_reads_back_as_it_was_written() {
     let record = sample_record();
     assert_eq!(Record::parse(&record.to_xml()).unwrap(), record);
     let bare = Record {
@@ -503,7 +503,7 @@ fn a_record_reads_back_as_it_was_written() {
 }
 
 #[test]
-fn any_description_reads_back_as_it_was_given() {
+fn description_reads_back_as_it_was_given() {
     let expanding = format!("<![CDATA[{}]]>", "\"<&".repeat(2_000_000));
     for description in [
         "a &amp; b",
@@ -522,7 +522,7 @@ fn any_description_reads_back_as_it_was_given() {
 }
 
 #[test]
-fn a_domain_with_an_xml_declaration_can_be_recorded() {
+fn domain_xml_with_an_xml_declaration_can_be_recorded() {
     let text = "<?xml version='1.0' encoding='UTF-8'?>\n<!-- edited by virsh -->\n<domain><name>x</name></domain>\n";
     for text in [text.to_owned(), format!("\u{feff}{text}")] {
         let domain_xml = Domain::parse(&text).unwrap().with_sources(&[]).unwrap();
@@ -533,7 +533,7 @@ fn a_domain_with_an_xml_declaration_can_be_recorded() {
 }
 
 #[test]
-fn a_name_with_special_characters_goes_through_create_list_and_load() {
+fn name_with_special_characters_works_in_create_list_and_load() {
     let name = "a&b <c> \"d\" 'é'";
     let escaped = "a&amp;b &lt;c&gt; &quot;d&quot; &apos;é&apos;";
     for binary in Binary::any() {
@@ -563,7 +563,7 @@ fn a_name_with_special_characters_goes_through_create_list_and_load() {
 }
 
 #[test]
-fn xml_that_is_refused_leaves_the_guest_untouched() {
+fn refused_xml_leaves_the_guest_untouched() {
     let opened = Opened::start(&machine(&Binary::all()[0], 1));
     let before = opened.trace();
     for (content, code) in [
