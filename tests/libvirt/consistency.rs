@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! P1 through a stock libvirt: memory, every disk and the serial line of a snapshot are of one
-//! moment.
+//! Through a stock libvirt: memory, every disk and the serial line of a snapshot are of one moment.
 
 use common::machine;
 use common::virt::{self, OpenedDomain};
@@ -9,8 +8,8 @@ use instantsnap_testkit::{
     Accel, Binary, Daemon, Machine, MachineType, test, thorough, where_kvm_works,
 };
 
-/// Takes snapshots one after the other, on one growing chain, of a guest that writes all the time;
-/// brings each back.
+/// Takes snapshots one after the other, on one growing backing chain, of a guest that writes all
+/// the time, and restores a clone from each.
 fn snapshots_in_a_row(machine: &Machine, daemon: &Daemon, rounds: u32) {
     let original = OpenedDomain::start(machine, daemon);
     for round in 0..rounds {
@@ -47,7 +46,7 @@ fn every_snapshot_in_a_row_is_of_one_moment() {
 #[test]
 fn every_snapshot_in_a_row_is_of_one_moment_under_kvm() {
     for binary in where_kvm_works(Binary::under_libvirt()) {
-        // QEMU needs /dev/kvm, which a session's user may not have.
+        // QEMU needs /dev/kvm, to which the user of a session daemon may have no access.
         snapshots_in_a_row(
             &machine(binary, 2).accel(Accel::Kvm),
             &virt::system().unwrap_or_else(virt::session),

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! libvirtd is killed, or restarted, or waits for another client, while a snapshot is being taken.
+//! libvirtd is killed, is restarted, or waits for another client, while a snapshot is being taken.
 
 use std::fs::File;
 use std::os::unix::net::UnixListener;
@@ -15,7 +15,7 @@ use instantsnap::error::{Code, Error};
 use instantsnap_testkit::{Binary, DEADLINE, Daemon, Machine, test, wait_for};
 use serde_json::{Value, json};
 
-/// What a snapshot must leave as it is, also where the daemon was restarted.
+/// The settings of QEMU that a snapshot must not change, even where the daemon was restarted.
 fn settings(domain: &OpenedDomain) -> [Value; 2] {
     let ask = |command| domain.guest.control().execute(command, json!({})).unwrap();
     [ask("query-migrate-capabilities"), ask("query-migrate-parameters")]
@@ -28,7 +28,7 @@ fn dense(binary: &'static Binary) -> Machine {
 #[derive(Clone, Copy, Debug)]
 enum End {
     Killed,
-    /// As a service manager does it.
+    /// By SIGTERM, as a service manager ends it.
     Terminated,
 }
 
@@ -46,7 +46,8 @@ fn end(daemon: &Daemon, how: End) {
     }
 }
 
-/// Takes a snapshot in whose phase the daemon is ended, and at once started again by somebody else.
+/// Takes a snapshot, ends the daemon in this phase and starts it again at once, as a service
+/// manager does.
 fn snapshot_with_restart(domain: &OpenedDomain, at: Phase, how: End) -> Result<String, Error> {
     let daemon = domain.guest.daemon().clone();
     let mut starting = None;
@@ -62,7 +63,8 @@ fn snapshot_with_restart(domain: &OpenedDomain, at: Phase, how: End) -> Result<S
     result
 }
 
-/// A taken snapshot is whole; after a failed one nothing is left of it; the guest runs either way.
+/// Asserts that a successful snapshot can be restored, that nothing is left of a failed one, and
+/// that the guest runs in both cases.
 fn check(
     domain: &OpenedDomain,
     before: &common::virt::DomainTrace,
@@ -82,7 +84,7 @@ fn check(
 }
 
 #[test]
-fn a_daemon_that_is_restarted_while_memory_is_saved_costs_nothing() {
+fn libvirtd_restart_in_the_drain_does_not_fail_the_snapshot() {
     for binary in Binary::under_libvirt() {
         for how in [End::Killed, End::Terminated] {
             let daemon = Daemon::session();
@@ -98,7 +100,7 @@ fn a_daemon_that_is_restarted_while_memory_is_saved_costs_nothing() {
 }
 
 #[test]
-fn a_daemon_that_is_restarted_in_the_pause_leaves_a_guest_that_runs() {
+fn libvirtd_restart_in_the_pause_leaves_a_running_guest() {
     for binary in Binary::under_libvirt() {
         for (at, how) in [
             (Phase::Switch, End::Killed),
@@ -117,7 +119,7 @@ fn a_daemon_that_is_restarted_in_the_pause_leaves_a_guest_that_runs() {
 }
 
 #[test]
-fn a_daemon_that_comes_back_after_the_limit_of_the_pause_leaves_a_guest_that_runs() {
+fn libvirtd_restart_after_the_pause_limit_leaves_a_running_guest() {
     for binary in Binary::under_libvirt() {
         let daemon = Daemon::session();
         let domain = OpenedDomain::start(&dense(binary), &daemon);
@@ -140,7 +142,7 @@ fn a_daemon_that_comes_back_after_the_limit_of_the_pause_leaves_a_guest_that_run
     }
 }
 
-/// Holds the domain's job, until what is dumped is read.
+/// A `virsh dump` that holds the domain's job until its output is read.
 struct Dump {
     virsh: std::process::Child,
     fifo: PathBuf,
@@ -173,9 +175,9 @@ impl Dump {
     }
 }
 
-/// As if the other client had come before its QEMU was kept from beginning a migration that is not
-/// ours.
-fn let_others_in(domain: &OpenedDomain) {
+/// Removes the snapshot's lock on migrations in QEMU, as if the other client had come before it was
+/// set.
+fn lift_migration_lock(domain: &OpenedDomain) {
     let monitor = common::virt::domain(&domain.guest);
     for command in [
         json!({ "execute": "migrate-set-capabilities",
@@ -188,12 +190,12 @@ fn let_others_in(domain: &OpenedDomain) {
 }
 
 #[test]
-fn another_clients_job_in_the_pause_is_not_waited_for_beyond_the_limit() {
+fn job_of_another_client_does_not_extend_the_pause_beyond_its_limit() {
     let daemon = Daemon::session();
     for binary in Binary::under_libvirt() {
         let domain = OpenedDomain::start(&dense(binary), &daemon);
         domain.handle.set_pause_limit(Duration::from_secs(1));
-        // With its first dump libvirt lifts the limit of QEMU's bandwidth, for good.
+        // At the first dump libvirt raises QEMU's bandwidth limit, and leaves it raised.
         let first = domain.guest.directory().join("first");
         domain.guest.virsh("dump", &["--live", first.to_str().unwrap()]);
         std::fs::remove_file(first).unwrap();
@@ -205,14 +207,13 @@ fn another_clients_job_in_the_pause_is_not_waited_for_beyond_the_limit() {
             let mut ticked = Some(ticked);
             let mut hold = At(|phase| match phase {
                 Phase::Switch => {
-                    let_others_in(&domain);
+                    lift_migration_lock(&domain);
                     dump = Some(Dump::start(&domain));
                 }
                 Phase::Undo => {
                     let (dump, ticked) = (dump.take().unwrap(), ticked.take().unwrap());
                     scope.spawn(move || {
-                        // The guest runs again although the other's job goes on; only then that
-                        // ends.
+                        // The other client's job ends only after the guest has been resumed.
                         *ticked = Some(guest.try_ticks(3, DEADLINE));
                         dump.finish();
                     });
@@ -234,9 +235,9 @@ fn another_clients_job_in_the_pause_is_not_waited_for_beyond_the_limit() {
     }
 }
 
-/// As a daemon that hangs, or a service manager's socket whose daemon does not start.
+/// As a hanging daemon does, or a service manager's socket whose daemon does not start.
 #[test]
-fn a_daemon_that_accepts_and_does_not_answer_in_the_pause_is_not_waited_for_beyond_the_limit() {
+fn unresponsive_libvirtd_does_not_extend_the_pause_beyond_its_limit() {
     for binary in Binary::under_libvirt() {
         let daemon = Daemon::session();
         let domain = OpenedDomain::start(&dense(binary), &daemon);

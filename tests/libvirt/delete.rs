@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! Deleting snapshots with memory of domains of a stock libvirt.
+//! Deletes snapshots with memory of domains of a stock libvirt.
 
 use std::path::{Path, PathBuf};
 
@@ -12,8 +12,9 @@ use instantsnap::model::flags::delete::{CHILDREN, CHILDREN_ONLY, METADATA_ONLY};
 use instantsnap_testkit::machine::make_image;
 use instantsnap_testkit::{Binary, Daemon, Format, only_when_thorough, test};
 
-/// a - b - c, and back to b, and on to d.
-fn forked(daemon: &Daemon, maker: Maker) -> Tree {
+/// A domain with snapshots a, b and c in a chain, which was then reverted to b and snapshotted as
+/// d.
+fn start_with_branches(daemon: &Daemon, maker: Maker) -> Tree {
     let mut tree = Tree::start(&machine(&Binary::all()[0], 2), daemon, maker);
     for name in ["a", "b", "c"] {
         tree.snapshot(name);
@@ -25,9 +26,9 @@ fn forked(daemon: &Daemon, maker: Maker) -> Tree {
 }
 
 #[test]
-fn a_leaf_that_the_domain_is_not_on_goes_with_its_files() {
+fn delete_of_an_inactive_leaf_removes_its_files() {
     only_when_thorough();
-    let tree = forked(&virt::session(), Maker::Instant);
+    let tree = start_with_branches(&virt::session(), Maker::Instant);
     tree.delete("c", 0);
     tree.assert_shape("a< b<a d<b", Some("d"));
     assert!(!tree.images().iter().any(|image| image.ends_with(".c")), "{:?}", tree.images());
@@ -35,18 +36,18 @@ fn a_leaf_that_the_domain_is_not_on_goes_with_its_files() {
 }
 
 #[test]
-fn the_current_leaf_is_merged() {
-    let tree = forked(&virt::session(), Maker::Libvirt);
+fn delete_of_the_current_leaf_merges_it() {
+    let tree = start_with_branches(&virt::session(), Maker::Libvirt);
     tree.delete("d", 0);
     tree.assert_shape("a< b<a c<b", Some("b"));
     assert!(!tree.images().iter().any(|image| image.ends_with(".d")), "{:?}", tree.images());
     tree.assert_all_can_be_reverted_to();
 }
 
-/// libvirt >= 9.9 needs a current snapshot: another becomes that, and its record names the disks'
-/// overlays anew.
+/// libvirt >= 9.9 needs a current snapshot. The library makes another snapshot the current one, and
+/// writes the disks' new overlays into its record.
 #[test]
-fn a_disk_that_was_left_out_stays_so_when_the_current_snapshot_is_deleted() {
+fn delete_of_the_current_snapshot_keeps_excluded_disks_excluded() {
     let daemon = virt::session();
     let directory = tempfile::tempdir_in(daemon.directory().join("guests")).unwrap();
     let medium = directory.path().join("medium.iso");
@@ -72,17 +73,17 @@ fn a_disk_that_was_left_out_stays_so_when_the_current_snapshot_is_deleted() {
 }
 
 #[test]
-fn one_with_several_children_goes_and_they_stay() {
-    let tree = forked(&virt::session(), Maker::Instant);
+fn delete_of_a_snapshot_with_several_children_keeps_them() {
+    let tree = start_with_branches(&virt::session(), Maker::Instant);
     tree.delete("b", 0);
     tree.assert_shape("a< c<a d<a", Some("d"));
     tree.assert_all_can_be_reverted_to();
 }
 
 #[test]
-fn a_root_is_merged_into_what_is_above() {
+fn delete_of_a_root_merges_its_overlay() {
     only_when_thorough();
-    let tree = forked(&virt::session(), Maker::Instant);
+    let tree = start_with_branches(&virt::session(), Maker::Instant);
     tree.delete("a", 0);
     tree.assert_shape("b< c<b d<b", Some("d"));
     assert!(!tree.images().iter().any(|image| image.ends_with(".a")), "{:?}", tree.images());
@@ -90,17 +91,17 @@ fn a_root_is_merged_into_what_is_above() {
 }
 
 #[test]
-fn one_goes_with_all_that_came_after_it() {
-    let tree = forked(&virt::session(), Maker::Libvirt);
+fn delete_with_children_removes_descendants() {
+    let tree = start_with_branches(&virt::session(), Maker::Libvirt);
     tree.delete("b", CHILDREN);
     tree.assert_shape("a<", Some("a"));
     tree.assert_all_can_be_reverted_to();
 }
 
 #[test]
-fn all_go_and_the_domain_is_on_its_own_images_again() {
+fn delete_of_all_snapshots_returns_the_domain_to_its_own_images() {
     only_when_thorough();
-    let tree = forked(&virt::session(), Maker::Instant);
+    let tree = start_with_branches(&virt::session(), Maker::Instant);
     tree.delete("a", CHILDREN);
     tree.assert_shape("", None);
     assert_eq!(tree.images(), ["disk-0.raw", "disk-1.qcow2"]);
@@ -110,18 +111,18 @@ fn all_go_and_the_domain_is_on_its_own_images_again() {
 }
 
 #[test]
-fn only_the_children_go() {
+fn delete_children_only_keeps_the_snapshot_itself() {
     only_when_thorough();
-    let tree = forked(&virt::session(), Maker::Instant);
+    let tree = start_with_branches(&virt::session(), Maker::Instant);
     tree.delete("b", CHILDREN_ONLY);
     tree.assert_shape("a< b<a", Some("b"));
     tree.assert_all_can_be_reverted_to();
 }
 
 #[test]
-fn the_current_one_goes_and_its_children_stay() {
+fn delete_of_the_current_snapshot_keeps_its_children() {
     for daemon in virt::daemons() {
-        let tree = forked(&daemon, Maker::Instant);
+        let tree = start_with_branches(&daemon, Maker::Instant);
         tree.revert("b");
         tree.delete("b", 0);
         tree.assert_shape("a< c<a d<a", Some("a"));
@@ -130,15 +131,15 @@ fn the_current_one_goes_and_its_children_stay() {
 }
 
 #[test]
-fn the_current_root_goes_and_its_children_stay() {
+fn delete_of_the_current_root_keeps_its_children() {
     only_when_thorough();
-    let tree = forked(&virt::session(), Maker::Instant);
+    let tree = start_with_branches(&virt::session(), Maker::Instant);
     tree.revert("a");
     tree.delete("a", 0);
     assert_eq!(tree.shape(), "b< c<b d<b");
-    // libvirt >= 9.9 must not be without a current one.
+    // libvirt >= 9.9 requires a current snapshot.
     assert_eq!(tree.current().is_some(), Daemon::version() >= (9, 9, 0));
-    // libvirt's own revert lives with what is left.
+    // libvirt's own revert works on the remaining snapshots.
     if Daemon::version() >= (9, 9, 0) {
         tree.opened.guest.virsh("snapshot-revert", &["c"]);
         tree.assert_is_at("c");
@@ -147,7 +148,7 @@ fn the_current_root_goes_and_its_children_stay() {
 }
 
 #[test]
-fn a_domain_that_is_shut_off_is_pruned_too() {
+fn delete_works_on_a_shut_off_domain() {
     only_when_thorough();
     for (name, flags, shape) in [
         ("a", 0, "b< c<b d<b"),
@@ -155,7 +156,7 @@ fn a_domain_that_is_shut_off_is_pruned_too() {
         ("d", 0, "a< b<a c<b"),
         ("b", CHILDREN, "a<"),
     ] {
-        let tree = forked(&virt::session(), Maker::Instant);
+        let tree = start_with_branches(&virt::session(), Maker::Instant);
         tree.opened.guest.virsh("destroy", &[]);
         tree.delete(name, flags);
         assert_eq!(tree.shape(), shape);
@@ -166,7 +167,7 @@ fn a_domain_that_is_shut_off_is_pruned_too() {
 }
 
 #[test]
-fn a_transient_domain_is_pruned_too() {
+fn delete_works_on_a_transient_domain() {
     only_when_thorough();
     let mut tree =
         Tree::start(&machine(&Binary::all()[0], 1).transient(), &virt::session(), Maker::Instant);
@@ -185,9 +186,9 @@ fn a_transient_domain_is_pruned_too() {
 }
 
 #[test]
-fn after_every_revert_and_snapshot_all_can_go_one_by_one() {
+fn delete_one_by_one_after_reverts_and_new_snapshots() {
     only_when_thorough();
-    let mut tree = forked(&virt::session(), Maker::Instant);
+    let mut tree = start_with_branches(&virt::session(), Maker::Instant);
     tree.revert("a");
     tree.snapshot("e");
     tree.revert("c");
@@ -210,7 +211,7 @@ fn after_every_revert_and_snapshot_all_can_go_one_by_one() {
 }
 
 #[test]
-fn snapshots_of_somebody_else_stay_or_go_with_the_others() {
+fn delete_handles_stock_disk_snapshots_in_the_tree() {
     only_when_thorough();
     let made = || {
         let mut tree =
@@ -240,8 +241,8 @@ fn snapshots_of_somebody_else_stay_or_go_with_the_others() {
 }
 
 #[test]
-fn what_stands_in_the_way_is_said_and_nothing_is_changed() {
-    let tree = forked(&virt::session(), Maker::Instant);
+fn delete_names_the_obstacle_and_changes_nothing() {
+    let tree = start_with_branches(&virt::session(), Maker::Instant);
     let before = tree.opened.trace();
     common::assert_error(
         tree.try_delete("a", CHILDREN | CHILDREN_ONLY),
@@ -265,12 +266,11 @@ fn what_stands_in_the_way_is_said_and_nothing_is_changed() {
     tree.assert_all_can_be_reverted_to();
 }
 
-/// A delete that was cut short can be done again, and until then its snapshot cannot be reverted
-/// to.
+/// An interrupted delete can be repeated, and until then its snapshot cannot be reverted to.
 #[test]
-fn a_delete_that_was_cut_short_can_be_done_again() {
+fn interrupted_delete_can_be_repeated() {
     only_when_thorough();
-    let tree = forked(&virt::session(), Maker::Instant);
+    let tree = start_with_branches(&virt::session(), Maker::Instant);
     let memory = tree.memory("a");
     std::fs::rename(&memory, memory.with_extension("mem.deleting")).unwrap();
     common::assert_error(tree.try_revert("a", 0), Code::InvalidDomainSnapshot, "is missing");
@@ -281,16 +281,16 @@ fn a_delete_that_was_cut_short_can_be_done_again() {
 }
 
 #[test]
-fn only_metadata_goes_and_the_others_stay_right() {
-    let tree = forked(&virt::session(), Maker::Instant);
+fn delete_metadata_only_keeps_files_and_other_snapshots() {
+    let tree = start_with_branches(&virt::session(), Maker::Instant);
     tree.try_delete("b", METADATA_ONLY).unwrap();
     tree.assert_shape("a< c<a d<a", Some("d"));
     assert!(tree.memory("b").exists());
     tree.assert_all_can_be_reverted_to();
 }
 
-/// A domain with a disk `sda` that can be taken out, and its snapshot `s`.
-fn with_scsi_disk() -> (Tree, PathBuf) {
+/// A domain with a disk `sda` that can be detached, and its snapshot `s`.
+fn start_with_scsi_disk() -> (Tree, PathBuf) {
     let daemon = virt::session();
     let directory =
         tempfile::Builder::new().prefix("disks-").tempdir_in(daemon.directory()).unwrap().keep();
@@ -308,7 +308,7 @@ fn with_scsi_disk() -> (Tree, PathBuf) {
     (tree, directory.join("sda.s"))
 }
 
-/// `delete` is refused, naming the file, and nothing is changed; the metadata alone can go.
+/// Asserts that `delete` is refused with the file's name, and that nothing is changed.
 #[track_caller]
 fn assert_delete_refused(tree: &Tree, file: &Path, parts: &[&str]) {
     let files = || {
@@ -328,8 +328,8 @@ fn assert_delete_refused(tree: &Tree, file: &Path, parts: &[&str]) {
 }
 
 #[test]
-fn the_newest_data_of_a_disk_that_was_detached_is_never_deleted() {
-    let (tree, overlay) = with_scsi_disk();
+fn delete_keeps_the_newest_data_of_a_detached_disk() {
+    let (tree, overlay) = start_with_scsi_disk();
     let guest = &tree.opened.guest;
     guest.virsh("detach-disk", &["sda", "--live", "--config"]);
     assert_delete_refused(
@@ -340,7 +340,7 @@ fn the_newest_data_of_a_disk_that_was_detached_is_never_deleted() {
     guest.wait_ticks(3);
     guest.virsh("destroy", &[]);
     assert_delete_refused(&tree, &overlay, &["'sda'"]);
-    // Where the domain has it again, it is merged.
+    // It is merged once the domain has the disk again.
     guest.virsh(
         "attach-disk",
         &[overlay.to_str().unwrap(), "sda", "--config", "--subdriver", "qcow2"],
@@ -355,12 +355,12 @@ fn the_newest_data_of_a_disk_that_was_detached_is_never_deleted() {
 }
 
 #[test]
-fn the_newest_data_of_a_disk_that_was_detached_while_its_domain_was_off_is_never_deleted() {
-    let (tree, overlay) = with_scsi_disk();
+fn delete_keeps_the_newest_data_of_a_disk_detached_while_shut_off() {
+    let (tree, overlay) = start_with_scsi_disk();
     tree.opened.guest.virsh("destroy", &[]);
     tree.opened.guest.virsh("detach-disk", &["sda", "--config"]);
     assert_delete_refused(&tree, &overlay, &["'sda'"]);
-    // Another disk of that name is not it.
+    // Another disk of that name does not count.
     let other = overlay.with_file_name("other.qcow2");
     make_image(&other, Format::Qcow2, None);
     tree.opened.guest.virsh(
@@ -373,7 +373,7 @@ fn the_newest_data_of_a_disk_that_was_detached_while_its_domain_was_off_is_never
 }
 
 #[test]
-fn the_newest_data_of_a_disk_that_the_domain_only_had_while_it_ran_is_never_deleted() {
+fn delete_keeps_the_newest_data_of_a_live_only_disk() {
     let daemon = virt::session();
     let controller = "<controller type='scsi' model='virtio-scsi'/>";
     let mut tree =
@@ -389,19 +389,19 @@ fn the_newest_data_of_a_disk_that_the_domain_only_had_while_it_ran_is_never_dele
 }
 
 #[test]
-fn images_that_another_guest_has_open_or_stands_on_are_not_touched() {
-    let (mut tree, overlay) = with_scsi_disk();
+fn delete_does_not_touch_images_that_another_guest_uses() {
+    let (mut tree, overlay) = start_with_scsi_disk();
     tree.snapshot("t");
     let (daemon, directory) =
         (tree.opened.guest.daemon().clone(), tree.opened.guest.directory().to_owned());
-    // Running: the domain's own QEMU has the image open, and so has another.
+    // While the domain runs, both its own QEMU and another one have the image open.
     let clone = overlay.with_file_name("clone.qcow2");
     make_image(&clone, Format::Qcow2, Some((&overlay, Format::Qcow2)));
     daemon.give(clone.parent().unwrap());
     let running = OtherQemu::open(&clone, false);
     assert_delete_refused(&tree, &overlay, &["another QEMU has it open"]);
     drop(running);
-    // A domain that is shut off stands on it.
+    // A shut off domain uses an image that is based on it.
     let xml = format!(
         "<domain \
          type='qemu'><name>other</name><memory>1024</memory><os><type>hvm</type></os><devices><emulator>{}</emulator><disk \
@@ -428,8 +428,8 @@ fn images_that_another_guest_has_open_or_stands_on_are_not_touched() {
 }
 
 #[test]
-fn the_newest_data_of_a_detached_disk_outlives_a_revert_and_a_delete() {
-    let (tree, overlay) = with_scsi_disk();
+fn newest_data_of_a_detached_disk_survives_reverts_and_deletes() {
+    let (tree, overlay) = start_with_scsi_disk();
     tree.opened.guest.virsh("detach-disk", &["sda", "--live", "--config"]);
     let before = std::fs::read(&overlay).unwrap();
     let base = std::fs::read(overlay.with_extension("img")).unwrap();
@@ -439,7 +439,7 @@ fn the_newest_data_of_a_detached_disk_outlives_a_revert_and_a_delete() {
     }
     assert_eq!(std::fs::read(&overlay).unwrap(), before);
     assert_eq!(std::fs::read(overlay.with_extension("img")).unwrap(), base);
-    // Where it is of no use, the snapshot goes, and the disk is on its own image again.
+    // Where the overlay is gone anyway, the snapshot is deleted, and the disk is on its own image.
     std::fs::remove_file(&overlay).unwrap();
     tree.delete("s", 0);
     let images: Vec<_> = common::files_below(overlay.parent().unwrap());
@@ -447,10 +447,10 @@ fn the_newest_data_of_a_detached_disk_outlives_a_revert_and_a_delete() {
     assert_eq!(tree.images(), ["disk-0.raw"]);
 }
 
-/// Where branches have forked an image cannot take in what is above; when but one of them is left,
-/// it does.
+/// An image on which several branches are based cannot take in any of their overlays. When one
+/// branch is left, it can.
 #[test]
-fn when_the_last_snapshot_goes_no_overlay_is_left_and_the_domain_is_on_its_own_images() {
+fn delete_of_the_last_snapshot_leaves_no_overlay() {
     for off in [false, true] {
         let mut tree =
             Tree::start(&machine(&Binary::all()[0], 2), &virt::session(), Maker::Instant);

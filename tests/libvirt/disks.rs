@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! Which disks of a domain are in a snapshot, and on which overlays; what cannot be is said before
-//! anything is touched.
+//! Which disks of a domain a snapshot includes, and on which overlays. Unsupported disks are
+//! refused before anything is touched.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -24,14 +24,14 @@ fn give(daemon: &Daemon, path: &Path) {
     std::os::unix::fs::chown(path, Some(daemon.user()), Some(daemon.user())).unwrap();
 }
 
-/// An image that QEMU may use.
+/// An image that the daemon's QEMU may use.
 fn image_for(daemon: &Daemon, path: &Path, format: Format) -> PathBuf {
     make_image(path, format, None);
     give(daemon, path);
     path.to_owned()
 }
 
-/// What a disk is on: its target and its image.
+/// The target and the active image of each disk.
 fn sources(guest: &Guest) -> Vec<(String, String)> {
     let list = guest.virsh("domblklist", &[]);
     let row = |line: &str| {
@@ -55,17 +55,24 @@ fn disks(xml: &str) -> String {
     format!("<disks>{xml}</disks>")
 }
 
-/// One disk with an overlay of the caller's choice.
-fn onto(target: &str, overlay: &Path) -> String {
+/// A `<disk>` with an overlay of the caller's choice.
+fn disk_onto(target: &str, overlay: &Path) -> String {
     format!(
         "<disk name='{target}' snapshot='external'><source file='{}'/></disk>",
         overlay.display()
     )
 }
 
-/// Asserts that it is refused while nothing is made yet; whoever has the trace looks what is left.
+/// Asserts that the request is refused before anything is created. The caller compares traces for
+/// what is left.
 #[track_caller]
-fn refused(opened: &OpenedDomain, xml: &str, flags: u32, code: Code, parts: &[&str]) -> Error {
+fn assert_refused(
+    opened: &OpenedDomain,
+    xml: &str,
+    flags: u32,
+    code: Code,
+    parts: &[&str],
+) -> Error {
     let mut early = At(|phase| {
         assert!([Phase::Validate, Phase::Plan].contains(&phase), "{phase:?} is too late")
     });
@@ -78,7 +85,7 @@ fn refused(opened: &OpenedDomain, xml: &str, flags: u32, code: Code, parts: &[&s
 }
 
 #[test]
-fn disks_in_several_directories_get_their_overlays_beside_them() {
+fn overlays_are_created_beside_their_images() {
     let daemon = virt::session();
     let clones = Clones::of(&daemon);
     let (one, other) = (directory_for(&daemon), directory_for(&daemon));
@@ -102,11 +109,11 @@ fn disks_in_several_directories_get_their_overlays_beside_them() {
         opened.guest.disks()[2].file.with_extension(&name)
     );
     opened.guest.wait_ticks(3);
-    // The kit does not unescape XML: the second disk is looked at by what libvirt says.
+    // The kit does not unescape XML, so the second disk is checked in libvirt's output.
     let xml = daemon.virsh(&["save-image-dumpxml", opened.memory_file(&name).to_str().unwrap()]);
     assert!(xml.contains(&format!("<source file='{}", first.display())), "{xml}");
     assert!(xml.contains("second &amp; &apos;last&apos;.qcow2"), "{xml}");
-    // On failure too.
+    // The same names apply to a snapshot that fails.
     opened.assert_cancelled_without_a_trace(&opened.xml("cancelled", ""), INSTANTLY, 0);
     opened.guest.wait_ticks(ALL_SECTORS);
     drop(opened);
@@ -117,7 +124,7 @@ fn disks_in_several_directories_get_their_overlays_beside_them() {
 }
 
 #[test]
-fn overlays_are_named_as_libvirt_names_them() {
+fn default_overlay_names_are_libvirts() {
     let daemon = virt::session();
     let directory = directory_for(&daemon);
     std::fs::create_dir(directory.path().join("v1.2")).unwrap();
@@ -136,7 +143,7 @@ fn overlays_are_named_as_libvirt_names_them() {
         };
         all.iter().map(|(disk, file)| (disk.clone(), other(file))).collect::<Vec<_>>()
     };
-    // libvirt's own, back, ours.
+    // libvirt's own snapshot, a merge, and the library's snapshot.
     opened.guest.virsh("snapshot-create-as", &["stock", "--disk-only"]);
     let stock = sources(&opened.guest);
     assert_eq!(stock.len(), 6);
@@ -145,7 +152,7 @@ fn overlays_are_named_as_libvirt_names_them() {
     }
     opened.snapshot("ours").unwrap();
     assert_eq!(sources(&opened.guest), rename(&stock, "stock", "ours"));
-    // The suffix of an overlay is the snapshot's name, and is replaced in its turn.
+    // The overlay's suffix is the snapshot's name, and the next snapshot replaces it.
     opened.snapshot("next.one").unwrap();
     assert_eq!(sources(&opened.guest), rename(&stock, "stock", "next.one"));
     opened.guest.virsh("snapshot-create-as", &["stock-too", "--disk-only"]);
@@ -172,18 +179,19 @@ fn overlays_with_equal_or_existing_paths_are_refused() {
     std::os::unix::fs::symlink(at("nowhere"), at("link")).unwrap();
     let before = opened.trace();
     let collide = ["'vda'", "'vdb'", "a.s", "give each its own"];
-    refused(&opened, &opened.xml("s", ""), INSTANTLY, Code::ConfigUnsupported, &collide);
-    let same = disks(&(onto("vda", &at("same")) + &onto("vdb", &at("same"))));
-    refused(
+    assert_refused(&opened, &opened.xml("s", ""), INSTANTLY, Code::ConfigUnsupported, &collide);
+    let same = disks(&(disk_onto("vda", &at("same")) + &disk_onto("vdb", &at("same"))));
+    assert_refused(
         &opened,
         &opened.xml("s", &same),
         INSTANTLY,
         Code::ConfigUnsupported,
         &["give each its own"],
     );
-    // Of two, the first is made before the second is found to be there, and has to go again.
+    // The library creates the first of two overlays before it finds that the second exists, and
+    // must remove the first.
     for taken in [at("taken"), at("link"), first.clone()] {
-        let xml = opened.xml("s", &disks(&onto("vdb", &taken)));
+        let xml = opened.xml("s", &disks(&disk_onto("vdb", &taken)));
         let error = opened.create(&xml, INSTANTLY).expect_err("it exists");
         assert_eq!(error.code, Code::ConfigUnsupported, "{error}");
         for part in ["'vdb'", "already exists", taken.to_str().unwrap()] {
@@ -195,12 +203,12 @@ fn overlays_with_equal_or_existing_paths_are_refused() {
     assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 4);
     assert!(!at("nowhere").exists());
     opened.guest.wait_ticks(ALL_SECTORS);
-    // With a name for one of them it can be done.
-    opened.create(&opened.xml("s", &disks(&onto("vdb", &at("b.s")))), INSTANTLY).unwrap();
+    // With an explicit name for one of the two the snapshot succeeds.
+    opened.create(&opened.xml("s", &disks(&disk_onto("vdb", &at("b.s")))), INSTANTLY).unwrap();
 }
 
 #[test]
-fn what_cannot_change_is_left_out_and_wishes_are_heard() {
+fn readonly_and_empty_drives_are_excluded_and_unknown_disks_refused() {
     let daemon = virt::session();
     let clones = Clones::of(&daemon);
     let directory = directory_for(&daemon);
@@ -231,23 +239,23 @@ fn what_cannot_change_is_left_out_and_wishes_are_heard() {
     }
     let before = opened.trace();
     for target in ["sda", "hda"] {
-        let xml = opened.xml("t", &disks(&onto(target, &directory.path().join("overlay"))));
-        refused(&opened, &xml, INSTANTLY, Code::ConfigUnsupported, &["readonly", target]);
+        let xml = opened.xml("t", &disks(&disk_onto(target, &directory.path().join("overlay"))));
+        assert_refused(&opened, &xml, INSTANTLY, Code::ConfigUnsupported, &["readonly", target]);
     }
     let unknown = opened.xml("t", &disks("<disk name='vdz'/>"));
-    refused(&opened, &unknown, INSTANTLY, Code::ConfigUnsupported, &["'vdz'", "vda"]);
+    assert_refused(&opened, &unknown, INSTANTLY, Code::ConfigUnsupported, &["'vdz'", "vda"]);
     let twice = opened.xml("t", &disks("<disk name='vda'/><disk name='vda'/>"));
-    refused(&opened, &twice, INSTANTLY, Code::XmlError, &["'vda'", "twice"]);
+    assert_refused(&opened, &twice, INSTANTLY, Code::XmlError, &["'vda'", "twice"]);
     opened.assert_untouched(&before);
     opened.guest.wait_ticks(3);
     clones.check(&opened.guest, &opened.memory_file("s"));
 }
 
 #[test]
-fn a_disk_that_is_to_stay_out_stays_on_its_image() {
+fn excluded_disk_stays_on_its_image() {
     let daemon = virt::session();
-    // The guest checks what it writes: it leaves alone what is not in the snapshot, or a clone
-    // would miss it.
+    // The guest checks what it writes. It must not write to a disk outside the snapshot, or a clone
+    // would find other data there.
     let machine = machine(&Binary::all()[0]).disk_attributes("snapshot='no'").append("nodisk=1");
     let opened = OpenedDomain::start(&machine, &daemon);
     let guest = &opened.guest;
@@ -260,7 +268,7 @@ fn a_disk_that_is_to_stay_out_stays_on_its_image() {
     let also = opened.xml("also", &disks("<disk name='vdb' snapshot='external'/>"));
     opened.create(&also, INSTANTLY).unwrap();
     assert_eq!(now(), (overlay(0, "also"), overlay(1, "also")));
-    // By its target or by its image.
+    // By its target, or by its image.
     let by_image = format!("<disk name='{}' snapshot='no'/>", overlay(0, "also"));
     for (n, out) in ["<disk name='vda' snapshot='no'/>", &by_image].into_iter().enumerate() {
         let name = format!("out-{n}");
@@ -273,18 +281,24 @@ fn a_disk_that_is_to_stay_out_stays_on_its_image() {
             "{xml}"
         );
     }
-    // Memory alone, of which nothing is recorded.
+    // A snapshot of memory only, without a record.
     let out = "<disk name='vda' snapshot='no'/><disk name='vdb' snapshot='no'/>";
     opened.create(&opened.xml("memory", &disks(out)), INSTANTLY | NO_METADATA).unwrap();
     guest.wait_ticks(3);
     for wish in ["internal", "manual"] {
         let xml = opened.xml("x", &disks(&format!("<disk name='vda' snapshot='{wish}'/>")));
-        refused(&opened, &xml, INSTANTLY, Code::OperationUnsupported, &["'vda'", wish, "external"]);
+        assert_refused(
+            &opened,
+            &xml,
+            INSTANTLY,
+            Code::OperationUnsupported,
+            &["'vda'", wish, "external"],
+        );
     }
 }
 
-/// Somebody's own overlay.
-fn own_overlay(opened: &OpenedDomain, disk: usize, name: &str) -> PathBuf {
+/// Creates an overlay as a caller with REUSE_EXT does.
+fn precreated_overlay(opened: &OpenedDomain, disk: usize, name: &str) -> PathBuf {
     let (daemon, disk) = (opened.guest.daemon(), &opened.guest.disks()[disk]);
     let overlay = opened.guest.directory().join(name);
     let create = [
@@ -304,43 +318,45 @@ fn own_overlay(opened: &OpenedDomain, disk: usize, name: &str) -> PathBuf {
 }
 
 #[test]
-fn overlays_of_the_callers_own_are_used_and_never_removed() {
+fn reuse_ext_uses_the_callers_overlays_and_never_removes_them() {
     by_client_only();
     let daemon = virt::session();
     let clones = Clones::of(&daemon);
     let binary = &Binary::all()[0];
     let opened = OpenedDomain::start(&machine(binary), &daemon);
     let guest = &opened.guest;
-    let (first, second) = (own_overlay(&opened, 0, "own-0"), own_overlay(&opened, 1, "own-1"));
-    let both = disks(&(onto("vda", &first) + &onto("vdb", &second)));
+    let (first, second) =
+        (precreated_overlay(&opened, 0, "own-0"), precreated_overlay(&opened, 1, "own-1"));
+    let both = disks(&(disk_onto("vda", &first) + &disk_onto("vdb", &second)));
     let flags = INSTANTLY | REUSE_EXT;
     let before = opened.trace();
 
     let missing = guest.directory().join("missing");
     let not_qcow2 = guest.directory().join("tick.elf");
     for (file, part) in [(&missing, "No such file"), (&not_qcow2, "is no qcow2 image")] {
-        let xml = opened.xml("s", &disks(&(onto("vda", &first) + &onto("vdb", file))));
+        let xml = opened.xml("s", &disks(&(disk_onto("vda", &first) + &disk_onto("vdb", file))));
         let error = opened.create(&xml, flags).expect_err(part);
         assert_eq!(error.code, Code::ConfigUnsupported, "{error}");
         for part in ["'vdb'", "which is to be reused", part, file.to_str().unwrap()] {
             assert!(error.message.contains(part), "{part:?} is not in {error}");
         }
     }
-    // Generated names must exist too.
+    // REUSE_EXT applies to generated names too.
     opened.create(&opened.xml("s", ""), flags).expect_err("there are none of these names");
     opened.assert_untouched(&before);
     opened.assert_cancelled_without_a_trace(&opened.xml("s", &both), flags, 5);
     assert!(first.exists() && second.exists());
     guest.wait_ticks(ALL_SECTORS);
 
-    // What the cancelled one has written there is of another time: fresh ones.
+    // The cancelled snapshot has left data in the overlays, so REUSE_EXT needs fresh ones.
     let error = opened.create(&opened.xml("s", &both), flags).expect_err("they have content");
     assert!(
         error.message.contains("has content already") && error.message.contains("make it anew"),
         "{error}"
     );
-    let (first, second) = (own_overlay(&opened, 0, "fresh-0"), own_overlay(&opened, 1, "fresh-1"));
-    let both = disks(&(onto("vda", &first) + &onto("vdb", &second)));
+    let (first, second) =
+        (precreated_overlay(&opened, 0, "fresh-0"), precreated_overlay(&opened, 1, "fresh-1"));
+    let both = disks(&(disk_onto("vda", &first) + &disk_onto("vdb", &second)));
     opened.create(&opened.xml("s", &both), flags).unwrap();
     assert_eq!(
         (source(guest, "vda"), source(guest, "vdb")),
@@ -351,7 +367,7 @@ fn overlays_of_the_callers_own_are_used_and_never_removed() {
     guest.wait_ticks(ALL_SECTORS);
 }
 
-/// A loop device of QEMU's user.
+/// A loop device that QEMU's user owns.
 fn loop_on(daemon: &Daemon, file: &Path) -> Loop {
     let device = Loop::on(file);
     give(daemon, Path::new(&device.0));
@@ -359,7 +375,7 @@ fn loop_on(daemon: &Daemon, file: &Path) -> Loop {
 }
 
 #[test]
-fn a_block_device_gets_an_overlay_where_one_is_named() {
+fn block_device_gets_the_named_overlay() {
     for daemon in virt::daemons() {
         let clones = Clones::of(&daemon);
         let directory = directory_for(&daemon);
@@ -371,23 +387,23 @@ fn a_block_device_gets_an_overlay_where_one_is_named() {
         let opened = OpenedDomain::start(&machine, &daemon);
         let before = opened.trace();
         let parts = ["'vda'", &device.0, "<source file='...'/>"];
-        refused(&opened, &opened.xml("s", ""), INSTANTLY, Code::ConfigUnsupported, &parts);
-        let xml = |name: &str| opened.xml(name, &disks(&onto("vda", &directory.path().join(name))));
+        assert_refused(&opened, &opened.xml("s", ""), INSTANTLY, Code::ConfigUnsupported, &parts);
+        let xml =
+            |name: &str| opened.xml(name, &disks(&disk_onto("vda", &directory.path().join(name))));
         opened.assert_untouched(&before);
         opened.assert_cancelled_without_a_trace(&xml("cancelled"), INSTANTLY, 3);
         opened.guest.wait_ticks(ALL_SECTORS);
         opened.create(&xml("s"), INSTANTLY).unwrap();
         assert_eq!(Path::new(&source(&opened.guest, "vda")), directory.path().join("s"));
         opened.guest.wait_ticks(3);
-        // The clone shares the device: its user may have to be another, for which libvirt sees
-        // where it is root's.
+        // The clone shares the device. Where its daemon uses another user, libvirt changes the
+        // device's owner.
         clones.check(&opened.guest, &opened.memory_file("s"));
         opened.guest.wait_ticks(3);
     }
 }
 
-/// What the domain's definition, and all that libvirt tells of it, says of a disk: type and source
-/// belong together.
+/// Asserts that the domain's definition has the device, with the disk type that matches it.
 #[track_caller]
 fn assert_on_device(guest: &Guest, device: &str) {
     let xml = guest.virsh("dumpxml", &["--inactive"]);
@@ -399,7 +415,7 @@ fn assert_on_device(guest: &Guest, device: &str) {
 }
 
 #[test]
-fn a_block_device_is_one_in_the_definition_after_deletes_reverts_and_undo() {
+fn block_device_keeps_its_type_after_deletes_reverts_and_undo() {
     let daemon = virt::session();
     let directory = directory_for(&daemon);
     let file = image_for(&daemon, &directory.path().join("backing"), Format::Raw);
@@ -407,18 +423,19 @@ fn a_block_device_is_one_in_the_definition_after_deletes_reverts_and_undo() {
     let machine = Machine::new(&Binary::all()[0]).disk_on(Path::new(&device.0), Format::Raw);
     let opened = OpenedDomain::start(&machine, &daemon);
     let guest = &opened.guest;
-    let xml = |name: &str| opened.xml(name, &disks(&onto("vda", &directory.path().join(name))));
+    let xml =
+        |name: &str| opened.xml(name, &disks(&disk_onto("vda", &directory.path().join(name))));
     let start_again = || {
         guest.start_domain();
         guest.wait_ticks(2);
     };
-    // Deleted while the domain is off: the overlay is merged into the device.
+    // A delete while the domain is off merges the overlay into the device.
     opened.create(&xml("s"), INSTANTLY).unwrap();
     guest.virsh("destroy", &[]);
     opened.delete("s", 0).unwrap();
     assert_on_device(guest, &device.0);
     start_again();
-    // Three of them, reverted to and deleted.
+    // Three snapshots are reverted to and deleted.
     for name in ["a", "b", "c"] {
         opened.create(&xml(name), INSTANTLY).unwrap();
         guest.wait_ticks(2);
@@ -436,7 +453,7 @@ fn a_block_device_is_one_in_the_definition_after_deletes_reverts_and_undo() {
     opened.delete("a", 0).unwrap();
     assert_on_device(guest, &device.0);
     start_again();
-    // QEMU ends at the instant: the overlay is merged by the library, and the definition put back.
+    // QEMU ends at the instant: the library merges the overlay and restores the definition.
     if !by_daemon() {
         let mut kill = At(|phase| {
             if phase == Phase::Drain {
@@ -450,7 +467,7 @@ fn a_block_device_is_one_in_the_definition_after_deletes_reverts_and_undo() {
 }
 
 #[test]
-fn an_empty_drive_can_be_left_out_by_name_and_cannot_have_an_overlay() {
+fn empty_drive_can_be_excluded_and_cannot_have_an_overlay() {
     let daemon = virt::session();
     let machine = Machine::new(&Binary::all()[0])
         .disk(Format::Qcow2)
@@ -459,7 +476,7 @@ fn an_empty_drive_can_be_left_out_by_name_and_cannot_have_an_overlay() {
     let opened = OpenedDomain::start(&machine, &daemon);
     let empty = disks("<disk name='hda' snapshot='no'/><disk name='fda' snapshot='no'/>");
     opened.create(&opened.xml("s", &empty), INSTANTLY).unwrap();
-    // What libvirt tells of it, handed in again under another name.
+    // The XML that libvirt prints is accepted as a request, under another name.
     let again = opened.guest.virsh("snapshot-dumpxml", &["s"]);
     let (again, _) = again.split_once("<domain ").unwrap();
     let again = again.replace(
@@ -474,29 +491,29 @@ fn an_empty_drive_can_be_left_out_by_name_and_cannot_have_an_overlay() {
     let before = opened.trace();
     for (target, wish) in [("hda", "external"), ("fda", "external")] {
         let xml = opened.xml("u", &disks(&format!("<disk name='{target}' snapshot='{wish}'/>")));
-        refused(&opened, &xml, INSTANTLY, Code::ConfigUnsupported, &[target, "no medium"]);
+        assert_refused(&opened, &xml, INSTANTLY, Code::ConfigUnsupported, &[target, "no medium"]);
     }
     opened.assert_untouched(&before);
     opened.guest.wait_ticks(2);
 }
 
-/// One disk with an overlay on a block device.
-fn onto_device(target: &str, device: &Loop) -> String {
+/// A `<disk>` with an overlay on a block device.
+fn disk_onto_device(target: &str, device: &Loop) -> String {
     format!(
         "<disk name='{target}' snapshot='external' type='block'><source dev='{}'/></disk>",
         device.0
     )
 }
 
-/// A file of this daemon's user.
+/// An empty file of this daemon's user.
 fn empty_file(daemon: &Daemon, path: &Path) -> PathBuf {
     std::fs::write(path, "").unwrap();
     give(daemon, path);
     path.to_owned()
 }
 
-/// QEMU ends while memory is saved: the overlays are merged by the library.
-fn kill_in_the_drain(opened: &OpenedDomain, xml: &str, flags: u32) {
+/// Kills QEMU while memory is saved, so that the library merges the overlays.
+fn kill_qemu_in_the_drain(opened: &OpenedDomain, xml: &str, flags: u32) {
     let mut kill = At(|phase| {
         if phase == Phase::Drain {
             opened.guest.wait_ticks(3);
@@ -519,9 +536,11 @@ fn precreated_empty_overlay_is_used_and_emptied_again_by_undo() {
     let (empty, other) = (empty_file(&daemon, &empty), empty_file(&daemon, &other));
     let link = directory.path().join("link");
     std::os::unix::fs::symlink(&other, &link).unwrap();
-    let xml = |name: &str| opened.xml(name, &disks(&(onto("vda", &empty) + &onto("vdb", &link))));
+    let xml = |name: &str| {
+        opened.xml(name, &disks(&(disk_onto("vda", &empty) + &disk_onto("vdb", &link))))
+    };
     if by_daemon() {
-        // It would be written to with the daemon's rights.
+        // The daemon would open it with its own privileges.
         let error = opened.create(&xml("s"), INSTANTLY).expect_err("it exists");
         for part in [
             "'vda'",
@@ -543,30 +562,33 @@ fn precreated_empty_overlay_is_used_and_emptied_again_by_undo() {
     };
     opened.assert_cancelled_without_a_trace(&xml("cancelled"), INSTANTLY, 5);
     assert_empty();
-    // The second is refused when the first has been made.
+    // The second overlay is refused after the first has been created.
     let taken = directory.path().join("taken");
     std::fs::write(&taken, "a user's file").unwrap();
-    let both = opened.xml("s", &disks(&(onto("vda", &empty) + &onto("vdb", &taken))));
+    let both = opened.xml("s", &disks(&(disk_onto("vda", &empty) + &disk_onto("vdb", &taken))));
     let parts = ["'vdb'", "already exists", "neither empty nor a block device", "REUSE_EXT"];
     opened.assert_fails(&both, INSTANTLY, Code::ConfigUnsupported, &parts);
     assert_empty();
     guest.wait_ticks(ALL_SECTORS);
-    kill_in_the_drain(&opened, &xml("killed"), INSTANTLY);
+    kill_qemu_in_the_drain(&opened, &xml("killed"), INSTANTLY);
     assert_empty();
     opened.create(&xml("s"), INSTANTLY).unwrap();
     assert_eq!(source(guest, "vda"), empty.display().to_string());
     guest.wait_ticks(3);
     clones.check(guest, &opened.memory_file("s"));
-    // What holds the guest's data now is not taken once more.
-    let again =
-        opened.xml("t", &disks(&(onto("vda", &directory.path().join("t")) + &onto("vdb", &empty))));
+    // A file that holds the guest's data now is not accepted as an overlay again.
+    let again = opened.xml(
+        "t",
+        &disks(&(disk_onto("vda", &directory.path().join("t")) + &disk_onto("vdb", &empty))),
+    );
     let error = opened.create(&again, INSTANTLY).expect_err("it is in use");
     assert!(error.message.contains("is an image of disk 'vda'"), "{error}");
     opened.revert("s", 0).unwrap();
     guest.wait_ticks(3);
     opened.delete("s", 0).unwrap();
     guest.wait_ticks(ALL_SECTORS);
-    // A newer libvirt reverts itself, and then removes the link, not what it leads to.
+    // A newer libvirt reverts by itself, and removes the link, not the file that the link points
+    // to.
     let is_gone = |overlay: &Path| std::fs::symlink_metadata(overlay).is_err();
     assert!(is_gone(&empty) && (is_gone(&other) || is_gone(&link)), "an overlay is left");
 }
@@ -586,7 +608,7 @@ fn block_device_can_be_an_overlay_and_is_not_removed() {
         let guest = &opened.guest;
         let xml = |name: &str, on: &Loop| {
             let overlay = directory.path().join(format!("vdb.{name}"));
-            opened.xml(name, &disks(&(onto_device("vda", on) + &onto("vdb", &overlay))))
+            opened.xml(name, &disks(&(disk_onto_device("vda", on) + &disk_onto("vdb", &overlay))))
         };
         if by_daemon() {
             let error = opened.create(&xml("s", &first), INSTANTLY).expect_err("it exists");
@@ -597,7 +619,7 @@ fn block_device_can_be_an_overlay_and_is_not_removed() {
         }
         opened.assert_cancelled_without_a_trace(&xml("cancelled", &first), INSTANTLY, 5);
         guest.wait_ticks(ALL_SECTORS);
-        kill_in_the_drain(&opened, &xml("killed", &first), INSTANTLY);
+        kill_qemu_in_the_drain(&opened, &xml("killed", &first), INSTANTLY);
         let no_device = opened.xml(
             "s",
             &disks(&format!(
@@ -618,7 +640,8 @@ fn block_device_can_be_an_overlay_and_is_not_removed() {
         );
         guest.wait_ticks(3);
         clones.check(guest, &opened.memory_file("s"));
-        // One on top of the other, which is an image now, and so no overlay for another snapshot.
+        // The second overlay is based on the first, which is an image now and cannot be another
+        // snapshot's overlay.
         opened.create(&xml("t", &second), INSTANTLY).unwrap();
         guest.wait_ticks(3);
         clones.check(guest, &opened.memory_file("t"));
@@ -630,7 +653,7 @@ fn block_device_can_be_an_overlay_and_is_not_removed() {
         }
         opened.delete("t", 0).unwrap();
         guest.wait_ticks(3);
-        // Nothing is on it any more.
+        // No overlay is based on it any more.
         opened.create(&xml("u", &first), INSTANTLY).unwrap();
         guest.wait_ticks(3);
         opened.delete("s", 0).unwrap();
@@ -642,7 +665,7 @@ fn block_device_can_be_an_overlay_and_is_not_removed() {
         guest.start_domain();
         guest.wait_ticks(ALL_SECTORS);
         for device in [&first, &second] {
-            // An overlay that nobody needs is none any more.
+            // An overlay that is no longer needed has no qcow2 header any more.
             let info = run("qemu-img", &["info", "-U", &device.0]);
             assert!(info.contains("file format: raw"), "{info}");
         }
@@ -650,7 +673,7 @@ fn block_device_can_be_an_overlay_and_is_not_removed() {
 }
 
 #[test]
-fn an_overlay_made_beforehand_on_a_block_device_is_used_and_never_touched_by_an_undo() {
+fn reuse_ext_overlay_on_a_block_device_is_not_touched_by_undo() {
     by_client_only();
     let daemon = virt::session();
     let clones = Clones::of(&daemon);
@@ -667,7 +690,7 @@ fn an_overlay_made_beforehand_on_a_block_device_is_used_and_never_touched_by_an_
         run("qemu-img", &[&create[..], &[&device.0, "16M"]].concat());
     };
     let (xml, flags) = (
-        |name: &str| opened.xml(name, &disks(&onto_device("vda", &device))),
+        |name: &str| opened.xml(name, &disks(&disk_onto_device("vda", &device))),
         INSTANTLY | REUSE_EXT,
     );
     opened.assert_fails(
@@ -679,12 +702,12 @@ fn an_overlay_made_beforehand_on_a_block_device_is_used_and_never_touched_by_an_
     make();
     opened.assert_cancelled_without_a_trace(&xml("cancelled"), flags, 5);
     guest.wait_ticks(ALL_SECTORS);
-    // It holds what the guest wrote until then: the guest must not see that again.
+    // It has what the guest wrote before the cancelling, which the guest must not see again.
     let parts =
         ["'vda'", "has content already", "make it anew: qemu-img create -f qcow2 -F qcow2 -b"];
     opened.assert_fails(&xml("s"), flags, Code::ConfigUnsupported, &parts);
     make();
-    kill_in_the_drain(&opened, &xml("killed"), flags);
+    kill_qemu_in_the_drain(&opened, &xml("killed"), flags);
     make();
     opened.create(&xml("s"), flags).unwrap();
     assert_eq!(source(guest, "vda"), device.0);
@@ -698,9 +721,9 @@ fn an_overlay_made_beforehand_on_a_block_device_is_used_and_never_touched_by_an_
 }
 
 #[test]
-fn an_encrypted_disk_is_refused_and_can_be_left_out() {
+fn encrypted_disk_is_refused_and_can_be_excluded() {
     let daemon = virt::session();
-    // It keeps the key.
+    // This driver of libvirt keeps the key.
     with_driver(&daemon, "libvirt_driver_secret.so");
     let directory = directory_for(&daemon);
     let (image, secret) = (directory.path().join("luks"), directory.path().join("secret.xml"));
@@ -723,7 +746,8 @@ fn an_encrypted_disk_is_refused_and_can_be_left_out() {
         "-o",
         "key-secret=k,iter-time=10",
     ];
-    // It measures how fast it is, and gives up where that cannot be told on a busy machine.
+    // qemu-img benchmarks its key derivation, and fails where a busy machine does not allow a
+    // result.
     let created = wait_for(DEADLINE, || {
         let output = Command::new("qemu-img").args(create).arg(&image).arg("16M").output().unwrap();
         output.status.success().then_some(())
@@ -740,7 +764,7 @@ fn an_encrypted_disk_is_refused_and_can_be_left_out() {
         ));
     let opened = OpenedDomain::start(&machine, &daemon);
     let before = opened.trace();
-    refused(
+    assert_refused(
         &opened,
         &opened.xml("s", ""),
         INSTANTLY,
@@ -753,7 +777,7 @@ fn an_encrypted_disk_is_refused_and_can_be_left_out() {
 }
 
 #[test]
-fn what_libvirt_would_refuse_in_the_pause_is_refused_in_the_plan() {
+fn disks_that_libvirt_would_refuse_in_the_pause_are_refused_in_the_plan() {
     by_client_only();
     let daemon = virt::session();
     let directory = directory_for(&daemon);
@@ -765,15 +789,15 @@ fn what_libvirt_would_refuse_in_the_pause_is_refused_in_the_plan() {
     );
     let opened = OpenedDomain::start(&machine(&Binary::all()[0]).devices(&disk), &daemon);
     let before = opened.trace();
-    let xml = opened.xml("s", &disks(&onto("vdz", &directory.path().join("overlay"))));
-    refused(
+    let xml = opened.xml("s", &disks(&disk_onto("vdz", &directory.path().join("overlay"))));
+    assert_refused(
         &opened,
         &xml,
         INSTANTLY,
         Code::ConfigUnsupported,
         &["'vdz'", "shared with other domains", "snapshot='no'"],
     );
-    // The image is known to QEMU alone.
+    // The image is deleted, and only QEMU has it open.
     let image = opened.guest.disks()[0].file.clone();
     let (aside, xml) = (
         image.with_extension("aside"),
@@ -781,9 +805,11 @@ fn what_libvirt_would_refuse_in_the_pause_is_refused_in_the_plan() {
     );
     std::fs::rename(&image, &aside).unwrap();
     let overlay = image.with_extension("overlay");
-    let named = opened
-        .xml("s", &disks(&format!("<disk name='vdz' snapshot='no'/>{}", onto("vda", &overlay))));
-    refused(
+    let named = opened.xml(
+        "s",
+        &disks(&format!("<disk name='vdz' snapshot='no'/>{}", disk_onto("vda", &overlay))),
+    );
+    assert_refused(
         &opened,
         &named,
         INSTANTLY,
@@ -791,7 +817,7 @@ fn what_libvirt_would_refuse_in_the_pause_is_refused_in_the_plan() {
         &["'vda'", "not there any more under this name"],
     );
     std::fs::copy(&aside, &image).unwrap();
-    refused(
+    assert_refused(
         &opened,
         &xml,
         INSTANTLY,
@@ -804,18 +830,18 @@ fn what_libvirt_would_refuse_in_the_pause_is_refused_in_the_plan() {
     opened.guest.wait_ticks(3);
 }
 
-/// A domain whose disk libvirt calls by pool and volume.
-struct OnVolume {
+/// A domain with a disk that libvirt addresses by pool and volume.
+struct VolumeDomain {
     opened: OpenedDomain,
     directory: TempDir,
     path: String,
 }
 
-/// In the domain's XML.
+/// The disk's source in the domain's XML.
 const POOLED: &str = "<source pool='p' volume='v &amp; w.qcow2'/>";
 
-impl OnVolume {
-    fn start(daemon: &Daemon) -> OnVolume {
+impl VolumeDomain {
+    fn start(daemon: &Daemon) -> VolumeDomain {
         with_driver(daemon, "libvirt_driver_storage.so");
         let directory = directory_for(daemon);
         let volume = image_for(daemon, &directory.path().join("v & w.qcow2"), Format::Qcow2);
@@ -836,11 +862,11 @@ impl OnVolume {
                     "<disk type='volume' device='disk'>",
                 )
             });
-        OnVolume { opened: OpenedDomain::start(&machine, daemon), directory, path }
+        VolumeDomain { opened: OpenedDomain::start(&machine, daemon), directory, path }
     }
 
-    /// The disk is on the volume itself, however libvirt calls that, and all that was written is
-    /// there.
+    /// Asserts that the disk is on the volume itself, however libvirt addresses it, and has
+    /// everything that the guest wrote.
     #[track_caller]
     fn assert_on_volume(&self) {
         let live = source(&self.opened.guest, "vda");
@@ -850,9 +876,9 @@ impl OnVolume {
 }
 
 #[test]
-fn libvirts_own_snapshot_of_a_disk_on_a_volume_is_reverted_to_and_deleted_with_nothing_lost() {
+fn stock_snapshot_of_a_storage_volume_can_be_reverted_to_and_deleted() {
     let daemon = virt::session();
-    let volume = OnVolume::start(&daemon);
+    let volume = VolumeDomain::start(&daemon);
     let (opened, guest) = (&volume.opened, &volume.opened.guest);
     let overlay = |name: &str| volume.directory.path().join(format!("overlay-{name}"));
     let snapshot = |name: &str| {
@@ -866,7 +892,7 @@ fn libvirts_own_snapshot_of_a_disk_on_a_volume_is_reverted_to_and_deleted_with_n
     opened.delete("s", 0).unwrap();
     assert!(!overlay("s").exists());
     volume.assert_on_volume();
-    // One on top of the other, and back.
+    // Two snapshots, one based on the other, and a revert to the first.
     snapshot("t");
     snapshot("u");
     opened.revert("t", 0).unwrap();
@@ -881,9 +907,9 @@ fn libvirts_own_snapshot_of_a_disk_on_a_volume_is_reverted_to_and_deleted_with_n
 }
 
 #[test]
-fn a_disk_on_a_volume_is_as_any_other_and_stays_one_where_a_snapshot_is_undone() {
+fn storage_volume_can_be_snapshotted_and_stays_a_volume_after_undo() {
     let daemon = virt::session();
-    let volume = OnVolume::start(&daemon);
+    let volume = VolumeDomain::start(&daemon);
     let (opened, directory) = (&volume.opened, &volume.directory);
     let guest = &opened.guest;
     let assert_on_volume = || {
@@ -920,12 +946,12 @@ fn a_disk_on_a_volume_is_as_any_other_and_stays_one_where_a_snapshot_is_undone()
 }
 
 #[test]
-fn a_domain_that_left_out_a_block_device_can_be_reverted() {
+fn domain_with_an_excluded_block_device_can_be_reverted() {
     let daemon = virt::session();
     let directory = directory_for(&daemon);
     let file = image_for(&daemon, &directory.path().join("backing"), Format::Raw);
     let device = loop_on(&daemon, &file);
-    // The guest checks what it writes: it leaves alone what is not in the snapshot.
+    // The guest checks what it writes, so it must not write to a disk outside the snapshot.
     let machine = Machine::new(&Binary::all()[0])
         .disk(Format::Qcow2)
         .disk_on(Path::new(&device.0), Format::Raw)

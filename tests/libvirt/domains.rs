@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! Domains of every kind under a stock libvirt, what libvirt does with them after a snapshot, and
-//! failures that leave them as they were.
+//! Domains of many kinds under a stock libvirt, libvirt's own operations after a snapshot, and
+//! failures that leave the domain as it was.
 
 use std::path::Path;
 use std::process::Command;
@@ -39,9 +39,9 @@ fn path(path: &Path) -> &str {
     path.to_str().unwrap()
 }
 
-/// P5: libvirt's own operations come to what they did before.
+/// After a snapshot, libvirt's own operations have the same results as before.
 #[test]
-fn what_libvirt_does_after_an_instant_snapshot_is_right() {
+fn stock_libvirt_operations_work_after_an_instant_snapshot() {
     let daemon = virt::session();
     let clones = Clones::of(&daemon);
     for binary in Binary::under_libvirt() {
@@ -56,8 +56,7 @@ fn what_libvirt_does_after_an_instant_snapshot_is_right() {
         assert_eq!(guest.virsh("snapshot-parent", &["stock"]).trim(), "instant");
         clones.check(guest, &memory);
 
-        // What was written since the snapshot goes into its images: only the guest's own state is
-        // left.
+        // What the guest wrote since the snapshot is merged into its images.
         for disk in ["vda", "vdb"] {
             guest.virsh("blockcommit", &[disk, "--active", "--pivot", "--wait"]);
         }
@@ -82,10 +81,10 @@ fn what_libvirt_does_after_an_instant_snapshot_is_right() {
     }
 }
 
-/// That the test above would notice: libvirt does not know of the capability, and takes the images
-/// of the disks at the end.
+/// The control experiment for the test above: libvirt does not know of the capability, and
+/// snapshots the disks at the end of the migration.
 #[test]
-fn a_capability_left_on_would_spoil_the_next_snapshot_of_libvirts() {
+fn capability_left_enabled_would_tear_the_next_stock_snapshot() {
     by_client_only();
     let daemon = virt::session();
     let clones = Clones::of(&daemon);
@@ -108,7 +107,7 @@ fn a_capability_left_on_would_spoil_the_next_snapshot_of_libvirts() {
         if binary.version >= (9, 0, 0) {
             continue;
         }
-        // One that starts its guest by itself does so while it is saved, too.
+        // A QEMU that resumes its guest by itself does so during a save, too.
         let saved = opened.memory_file("saved");
         guest.virsh("save", &[path(&saved)]);
         let clone = clones.0.restore(guest, &saved);
@@ -120,7 +119,7 @@ fn a_capability_left_on_would_spoil_the_next_snapshot_of_libvirts() {
 }
 
 #[test]
-fn a_transient_domain_is_as_any_other_and_cannot_be_halted() {
+fn transient_domain_can_be_snapshotted_and_halt_is_refused() {
     by_client_only();
     let daemon = virt::session();
     let clones = Clones::of(&daemon);
@@ -139,9 +138,9 @@ fn a_transient_domain_is_as_any_other_and_cannot_be_halted() {
     assert!(!xml.contains("<inactiveDomain"), "{xml}");
     opened.guest.wait_ticks(3);
     clones.check(&opened.guest, &opened.memory_file("s"));
-    // QEMU dies in the drain: nothing is left but the images, with all that was written.
+    // QEMU is killed in the drain: only the images are left, with everything that the guest wrote.
     let before = common::files_below(opened.guest.directory());
-    let error = kill_in_drain(&opened);
+    let error = kill_qemu_in_the_drain(&opened);
     assert!(!error.message.contains("merge"), "{error}");
     let name = opened.guest.name().to_owned();
     wait_for(DEADLINE, || daemon.try_virsh(&["domstate", &name]).is_err().then_some(()))
@@ -150,10 +149,9 @@ fn a_transient_domain_is_as_any_other_and_cannot_be_halted() {
     check_images(&opened.guest, "s");
 }
 
-/// libvirt takes a domain whose QEMU has just ended for a running one, until it comes to that
-/// event.
+/// libvirt considers a domain running after its QEMU has ended, until it handles QEMU's event.
 #[test]
-fn that_qemu_has_ended_is_found_out_before_libvirt_knows() {
+fn ended_qemu_is_noticed_before_libvirt_knows() {
     by_client_only();
     let daemon = Daemon::with_late_events();
     let opened = OpenedDomain::start(&machine(&Binary::all()[0]), &daemon);
@@ -167,7 +165,7 @@ fn that_qemu_has_ended_is_found_out_before_libvirt_knows() {
             }
             Phase::Undo => {
                 scope.spawn(|| {
-                    // Long enough for an undo that takes QEMU for alive to be at its end.
+                    // By then an undo that considers QEMU alive would have ended.
                     std::thread::sleep(Duration::from_secs(2));
                     daemon.release_events();
                 });
@@ -182,7 +180,7 @@ fn that_qemu_has_ended_is_found_out_before_libvirt_knows() {
 }
 
 #[test]
-fn a_halted_guest_runs_until_its_snapshot_is_complete() {
+fn halt_ends_the_guest_only_after_the_snapshot_is_complete() {
     let daemon = virt::session();
     let clones = Clones::of(&daemon);
     let binary = &Binary::all()[0];
@@ -197,14 +195,14 @@ fn a_halted_guest_runs_until_its_snapshot_is_complete() {
     assert_eq!(guest.virsh("domstate", &["--reason"]).trim(), "shut off (destroyed)");
     assert_eq!(guest.virsh("snapshot-current", &["--name"]).trim(), "s");
     clones.check(guest, &opened.memory_file("s"));
-    // It begins anew, on its overlays.
+    // The domain boots again on its overlays.
     guest.start_domain();
     wait_for(DEADLINE, || guest.serial().tick).expect("the guest does not start");
     guest.wait_ticks(3);
 }
 
 #[test]
-fn a_paused_domain_gets_an_ordinary_snapshot_of_libvirts_and_stays_paused() {
+fn paused_domain_gets_a_stock_snapshot_and_stays_paused() {
     let daemon = virt::session();
     let clones = Clones::of(&daemon);
     for binary in Binary::under_libvirt() {
@@ -224,8 +222,8 @@ fn a_paused_domain_gets_an_ordinary_snapshot_of_libvirts_and_stays_paused() {
             clone.virsh("resume", &[]);
         });
         assert!((last..=last + 2).contains(&first), "{first} after {last}");
-        // QEMU has saved it, and may not save it again until it has run: libvirt knows that, we do
-        // not stand in the way.
+        // QEMU cannot save the guest again before it has run. libvirt handles that, and the library
+        // does not prevent it.
         guest.virsh("resume", &[]);
         guest.wait_ticks(ALL_SECTORS);
         opened.snapshot("t").unwrap();
@@ -235,14 +233,14 @@ fn a_paused_domain_gets_an_ordinary_snapshot_of_libvirts_and_stays_paused() {
 }
 
 #[test]
-fn a_snapshot_without_instant_is_libvirts_own() {
+fn snapshot_without_instant_is_a_stock_snapshot() {
     let daemon = virt::session();
     let opened = OpenedDomain::start(&machine(&Binary::all()[0]), &daemon);
     for (name, flags) in [("s", 0), ("l", LIVE)] {
         opened.create(&opened.xml(name, ""), flags).unwrap();
         assert_eq!(opened.taken().unwrap().name(), name);
     }
-    // libvirt marks a domain whose QEMU is told things past it.
+    // libvirt marks a domain to which other commands were passed through its monitor.
     assert!(!opened.guest.virsh("dominfo", &[]).contains("custom monitor"));
     let error = opened.create(&opened.xml("t", "<nonsense"), 0).expect_err("that is no XML");
     assert_eq!(error.code, Code::XmlDetail, "{error}");
@@ -250,7 +248,7 @@ fn a_snapshot_without_instant_is_libvirts_own() {
 }
 
 #[test]
-fn a_domain_that_is_shut_off_is_refused() {
+fn shut_off_domain_is_refused() {
     let daemon = virt::session();
     let opened = OpenedDomain::open(machine(&Binary::all()[0]).define_under(&daemon));
     let before =
@@ -264,14 +262,14 @@ fn a_domain_that_is_shut_off_is_refused() {
         (common::files_below(opened.guest.directory()), opened.guest.virsh("dumpxml", &[])),
         before
     );
-    // A domain that is no more, too.
+    // So is an undefined domain.
     opened.guest.virsh("undefine", &[]);
     let error = opened.snapshot("s").expect_err("it is not there");
     assert_eq!(error.code, Code::NoDomain, "{error}");
 }
 
 #[test]
-fn iothreads_and_shared_memory_are_no_hindrance() {
+fn iothreads_and_shared_memory_are_supported() {
     let daemon = virt::session();
     let clones = Clones::of(&daemon);
     let mut backings = vec!["<source type='memfd'/><access mode='shared'/>"];
@@ -296,7 +294,7 @@ fn iothreads_and_shared_memory_are_no_hindrance() {
             let opened = OpenedDomain::start(&machine, &daemon);
             opened.snapshot("s").unwrap();
             opened.guest.wait_ticks(3);
-            // And back.
+            // The undo works too.
             opened.assert_cancelled_without_a_trace(&opened.xml("t", ""), INSTANTLY, 3);
             opened.guest.wait_ticks(ALL_SECTORS);
             clones.check(&opened.guest, &opened.memory_file("s"));
@@ -317,9 +315,9 @@ fn device_that_cannot_be_migrated_is_refused_with_qemus_reason() {
     opened.guest.wait_ticks(ALL_SECTORS);
 }
 
-/// The kernel write-protects memory of its own and of a tmpfs, but not pages of a file on a disk.
+/// The kernel write-protects pages of anonymous memory and of a tmpfs, but not of a file on a disk.
 #[test]
-fn memory_that_is_a_shared_file_is_refused_with_qemus_reason() {
+fn memory_in_a_shared_file_is_refused_with_qemus_reason() {
     const TMPFS: i64 = 0x0102_1994;
     let daemon = virt::session();
     let backing = "<memoryBacking><source type='file'/><access mode='shared'/></memoryBacking>";
@@ -333,7 +331,7 @@ fn memory_that_is_a_shared_file_is_refused_with_qemus_reason() {
     opened.guest.wait_ticks(ALL_SECTORS);
 }
 
-/// SeaBIOS in pflash, and variables right below it, which the tick guest can set; as in
+/// SeaBIOS in pflash, and variables directly below it, which the tick guest can set, as in
 /// `tests/qmp/tearing.rs`.
 fn pflash(binary: &'static Binary, directory: &Path) -> Machine {
     let (code, variables) = (directory.join("code.fd"), directory.join("vars.fd"));
@@ -356,7 +354,7 @@ fn give(daemon: &Daemon, directory: &Path) {
 }
 
 #[test]
-fn uefi_variables_that_stay_the_same_are_no_hindrance_and_leave_no_copies() {
+fn unchanged_uefi_variables_are_supported_and_leave_no_copies() {
     only_when_thorough();
     for daemon in virt::daemons() {
         let clones = Clones::of(&daemon);
@@ -377,7 +375,7 @@ fn uefi_variables_that_stay_the_same_are_no_hindrance_and_leave_no_copies() {
 }
 
 #[test]
-fn uefi_variables_that_change_during_the_drain_undo_everything() {
+fn uefi_variables_changed_in_the_drain_undo_the_snapshot() {
     by_client_only();
     let daemon = virt::session();
     let binary = &Binary::all()[0];
@@ -389,7 +387,7 @@ fn uefi_variables_that_change_during_the_drain_undo_everything() {
     let content = std::cell::RefCell::new(Vec::new());
     let mut observer = At(|phase| match phase {
         Phase::Prepare => *content.borrow_mut() = std::fs::read(&variables).unwrap(),
-        // The guest sets one every 64 ticks: the drain is not over before one is set.
+        // The guest sets a variable every 64 ticks, and the drain does not end before one is set.
         Phase::Drain => {
             let changed =
                 || (std::fs::read(&variables).unwrap() != *content.borrow()).then_some(());
@@ -409,7 +407,7 @@ fn uefi_variables_that_change_during_the_drain_undo_everything() {
 }
 
 #[test]
-fn real_uefi_firmware_is_no_hindrance() {
+fn real_uefi_firmware_is_supported() {
     by_client_only();
     only_when_thorough();
     let (code, template) = ("/usr/share/OVMF/OVMF_CODE_4M.fd", "/usr/share/OVMF/OVMF_VARS_4M.fd");
@@ -427,7 +425,7 @@ fn real_uefi_firmware_is_no_hindrance() {
             variables.display()
         ));
     let opened = OpenedDomain::open(machine.start_under(&daemon));
-    // There is nothing for it to boot. It sets variables while it looks.
+    // The firmware finds nothing to boot, and sets variables while it looks.
     let settled = wait_for(DEADLINE, || {
         let before = variables.metadata().ok()?.modified().ok()?;
         (before.elapsed().ok()? > Duration::from_secs(5)).then_some(())
@@ -450,14 +448,13 @@ fn real_uefi_firmware_is_no_hindrance() {
     });
     let error = opened.snapshot_observed("t", &mut observer).expect_err("a variable was set");
     assert_eq!(error.code, Code::OperationFailed, "{error}");
-    // How many event descriptors there are changes with the drivers that the firmware starts and
-    // stops.
+    // The number of event descriptors changes with the drivers that the firmware starts and stops.
     let after = instantsnap_testkit::domain_fingerprint(&opened.guest);
     assert!(before.0 == after, "{}", before.0.differences(&after));
     assert_eq!(common::files_below(opened.guest.directory()), before.1);
 }
 
-/// See `tests/qmp/tearing.rs`: as little of vhost-user as QEMU lets a backend know.
+/// A vhost-user backend with the minimum that QEMU needs, as in `tests/qmp/tearing.rs`.
 fn vhost_user_backend(socket: &Path) -> std::thread::JoinHandle<()> {
     use std::io::{Read, Write};
     const GET_FEATURES: u32 = 1;
@@ -469,7 +466,7 @@ fn vhost_user_backend(socket: &Path) -> std::thread::JoinHandle<()> {
     std::thread::spawn(move || {
         let (mut stream, _) = listener.accept().unwrap();
         let mut header = [0; 12];
-        // The end comes with QEMU's.
+        // The loop ends with QEMU.
         while stream.read_exact(&mut header).is_ok() {
             let number = |at: usize| u32::from_ne_bytes(header[at..at + 4].try_into().unwrap());
             let mut payload = vec![0; number(8) as usize];
@@ -514,11 +511,11 @@ fn vhost_user_network_card_is_refused() {
     backend.join().unwrap();
 }
 
-/// A small file system of its own, for as long as this lives.
+/// A small file system that is unmounted when this is dropped.
 struct Tmpfs(TempDir);
 
 impl Tmpfs {
-    /// Mounts it. Skips the test where this may not mount.
+    /// Mounts it. Skips the test where this process may not mount.
     fn mount(daemon: &Daemon, size: &str) -> Tmpfs {
         let directory = directory_for(daemon);
         let options = format!("size={size},uid={},mode=755", daemon.user());
@@ -539,7 +536,7 @@ impl Drop for Tmpfs {
     }
 }
 
-/// `<domainsnapshot>` with this memory image, and this overlay of the second disk.
+/// A `<domainsnapshot>` with this memory image, and this overlay of the second disk.
 fn with_files(memory: &Path, overlay: Option<&Path>) -> String {
     let disk = |file: &Path| format!("<disk name='vdb'><source file='{}'/></disk>", file.display());
     format!(
@@ -551,7 +548,7 @@ fn with_files(memory: &Path, overlay: Option<&Path>) -> String {
 }
 
 #[test]
-fn what_cannot_be_created_is_named_and_nothing_is_left() {
+fn error_names_the_file_that_cannot_be_created_and_nothing_is_left() {
     only_when_thorough();
     let daemon = virt::session();
     let opened = OpenedDomain::start(&machine(&Binary::all()[0]), &daemon);
@@ -601,7 +598,7 @@ fn what_cannot_be_created_is_named_and_nothing_is_left() {
 }
 
 #[test]
-fn a_full_file_system_is_named_and_what_the_guest_wrote_meanwhile_is_kept() {
+fn error_names_a_full_file_system_and_guest_writes_are_kept() {
     let daemon = virt::session();
     let tmpfs = Tmpfs::mount(&daemon, "4m");
     let memory = tmpfs.0.path().join("memory");
@@ -624,10 +621,10 @@ fn a_full_file_system_is_named_and_what_the_guest_wrote_meanwhile_is_kept() {
     opened.guest.wait_ticks(ALL_SECTORS);
 }
 
-/// Memory and overlay fill one file system: QEMU stops the guest at the write for which there is no
-/// room. It must run again.
+/// The memory image and the overlay fill one file system, and QEMU stops the guest at a write that
+/// finds no space. The guest must run again.
 #[test]
-fn a_guest_stopped_by_a_full_file_system_runs_again() {
+fn guest_stopped_by_a_full_file_system_runs_again() {
     only_when_thorough();
     let daemon = virt::session();
     let tmpfs = Tmpfs::mount(&daemon, "2m");
@@ -650,7 +647,7 @@ fn a_guest_stopped_by_a_full_file_system_runs_again() {
 }
 
 #[test]
-fn a_cancelled_snapshot_leaves_nothing_in_whichever_phase() {
+fn snapshot_cancelled_in_any_phase_leaves_nothing() {
     by_client_only();
     use Phase::{Arm, Drain, Finish, Pause, Plan, Prepare, Switch, Validate};
     let daemon = virt::session();
@@ -676,7 +673,7 @@ fn a_cancelled_snapshot_leaves_nothing_in_whichever_phase() {
 }
 
 #[test]
-fn a_pause_that_passes_its_limit_is_ended_and_everything_undone() {
+fn pause_beyond_its_limit_is_ended_and_undone() {
     by_client_only();
     let daemon = virt::session();
     for binary in Binary::under_libvirt() {
@@ -696,11 +693,11 @@ fn a_pause_that_passes_its_limit_is_ended_and_everything_undone() {
 }
 
 /// Kills QEMU while memory is being saved.
-fn kill_in_drain(opened: &OpenedDomain) -> Error {
+fn kill_qemu_in_the_drain(opened: &OpenedDomain) -> Error {
     let mut observer = At(|phase| {
         if phase == Phase::Drain {
             opened.guest.wait_ticks(5);
-            // Pausing flushes what QEMU holds of the overlays.
+            // A pause makes QEMU flush the overlays.
             opened.guest.virsh("suspend", &[]);
             opened.guest.kill();
         }
@@ -710,7 +707,7 @@ fn kill_in_drain(opened: &OpenedDomain) -> Error {
     error
 }
 
-/// The images that the guest was on hold the number that it wrote last.
+/// Asserts that the guest's images hold the last number that it wrote.
 #[track_caller]
 fn check_images(guest: &Guest, suffix: &str) {
     let last = guest.serial().tick.unwrap();
@@ -728,7 +725,7 @@ fn check_images(guest: &Guest, suffix: &str) {
     }
 }
 
-/// What is beneath an image is in the image, too.
+/// Removes the `<backingStore>` elements, which libvirt derives from the images.
 fn without_backing_stores(xml: String) -> String {
     let mut depth = 0i32;
     let outside = |line: &&str| {
@@ -741,7 +738,7 @@ fn without_backing_stores(xml: String) -> String {
 }
 
 #[test]
-fn a_qemu_that_is_killed_leaves_the_definition_and_all_that_was_written() {
+fn killed_qemu_leaves_the_definition_and_all_guest_writes() {
     by_client_only();
     let daemon = virt::session();
     for binary in Binary::under_libvirt() {
@@ -750,7 +747,7 @@ fn a_qemu_that_is_killed_leaves_the_definition_and_all_that_was_written() {
         let guest = &opened.guest;
         let inactive = || without_backing_stores(guest.virsh("dumpxml", &["--inactive"]));
         let (definition, files) = (inactive(), common::files_below(guest.directory()));
-        kill_in_drain(&opened);
+        kill_qemu_in_the_drain(&opened);
         wait_for(DEADLINE, || (guest.virsh("domstate", &[]).trim() == "shut off").then_some(()))
             .expect("it is not gone");
         assert_eq!(inactive(), definition);

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! What a third client hears of a snapshot: the guest is paused, and runs again.
+//! The lifecycle events that another client receives of a snapshot: the guest is paused and
+//! resumed.
 
 use std::io::{BufRead, BufReader};
 use std::process::{Child, ChildStdout, Command, Stdio};
@@ -10,7 +11,7 @@ use common::{At, machine};
 use instantsnap::engine::Phase;
 use instantsnap_testkit::{Binary, Daemon, test};
 
-/// Says "ready", and then each lifecycle event of a domain, by its numbers.
+/// Prints "ready", and then the numbers of each lifecycle event of a domain.
 const LISTENER: &str = r"
 import sys, libvirt
 libvirt.virEventRegisterDefaultImpl()
@@ -29,7 +30,7 @@ const PAUSED: &str = "3 0";
 const RESUMED: &str = "4 0";
 /// VIR_DOMAIN_EVENT_STOPPED, VIR_DOMAIN_EVENT_STOPPED_DESTROYED.
 const DESTROYED: &str = "5 1";
-/// VIR_DOMAIN_EVENT_SHUTDOWN, VIR_DOMAIN_EVENT_SHUTDOWN_HOST: QEMU says it when it is ended.
+/// VIR_DOMAIN_EVENT_SHUTDOWN, VIR_DOMAIN_EVENT_SHUTDOWN_HOST: QEMU emits it when it is terminated.
 const ENDING: &str = "6 2";
 
 struct Listener {
@@ -57,7 +58,7 @@ impl Listener {
         line.trim().to_owned()
     }
 
-    /// What is heard until the domain, which is destroyed now, has ended.
+    /// The remaining events of the domain, which is destroyed now, up to its end.
     fn rest(&mut self, domain: &OpenedDomain) -> Vec<String> {
         domain.guest.virsh("destroy", &[]);
         let all = std::iter::repeat_with(|| self.next()).filter(|heard| heard != ENDING);
@@ -73,14 +74,14 @@ impl Drop for Listener {
 }
 
 #[test]
-fn a_third_client_hears_that_the_guest_is_paused_and_runs_again() {
+fn other_clients_receive_suspended_and_resumed_events() {
     let daemon = Daemon::session();
     for binary in Binary::under_libvirt() {
         let domain = OpenedDomain::start(&machine(binary, 1), &daemon);
         let mut listener = Listener::start(&domain);
         let mut heard = Vec::new();
         let mut listen = At(|phase| {
-            // The instant has passed: both have been said, and memory is yet to be saved.
+            // The instant has passed: QEMU has reported both, and memory is not saved yet.
             if phase == Phase::Drain {
                 heard = vec![listener.next(), listener.next()];
             }
@@ -92,7 +93,7 @@ fn a_third_client_hears_that_the_guest_is_paused_and_runs_again() {
 }
 
 #[test]
-fn a_third_client_hears_that_the_guest_runs_again_after_a_snapshot_that_failed() {
+fn other_clients_receive_the_resumed_event_of_a_failed_snapshot() {
     let daemon = Daemon::session();
     for binary in Binary::under_libvirt() {
         for at in [Phase::Switch, Phase::Arm, Phase::Drain] {
@@ -108,7 +109,7 @@ fn a_third_client_hears_that_the_guest_runs_again_after_a_snapshot_that_failed()
             domain.assert_untouched(&before);
             domain.guest.wait_ticks(3);
             let heard = listener.rest(&domain);
-            // A migration that is given up while it sets up pauses the guest once more.
+            // A migration that is given up during its setup pauses the guest once more.
             let whole = !heard.is_empty() && heard.chunks(2).all(|pair| pair == [PAUSED, RESUMED]);
             assert!(whole, "QEMU {} in {at:?}: {heard:?}", binary.name);
         }

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! Jobs of a domain of a stock libvirt: as those of a guest by QMP; and jobs of others.
+//! Jobs of a domain of a stock libvirt, which work like those of a guest by QMP, and jobs of other
+//! clients.
 
 use std::time::Duration;
 
@@ -26,7 +27,7 @@ fn start_job(
 }
 
 #[test]
-fn a_job_of_a_domain_returns_at_the_instant_and_tells_what_happens() {
+fn domain_job_returns_at_the_instant_and_reports_events() {
     let daemon = Daemon::session();
     for binary in Binary::under_libvirt() {
         let domain = OpenedDomain::start(&machine(binary, 2), &daemon);
@@ -34,7 +35,7 @@ fn a_job_of_a_domain_returns_at_the_instant_and_tells_what_happens() {
         let listener = Listener::default().hold(Phase::Drain, &gate);
         let heard = listener.heard();
         let job = start_job(&domain, "s", INSTANTLY, listener, Returns::AtInstant);
-        // The domain is its owner's again.
+        // The caller can use the domain again.
         domain.guest.wait_ticks(ALL_SECTORS);
         assert!(!job.wait(Some(Duration::ZERO)) && job.info().instant);
         for what in [Paused, Switched, Instant] {
@@ -49,7 +50,8 @@ fn a_job_of_a_domain_returns_at_the_instant_and_tells_what_happens() {
         assert_eq!(job.xml().unwrap().trim(), xml.trim(), "as libvirt has recorded it");
         domain.restore_clone("s");
 
-        // What libvirt does not know is told by what it would have been given.
+        // A snapshot that libvirt does not record is described by the XML that libvirt would have
+        // been given.
         let job = start_job(
             &domain,
             "unrecorded",
@@ -70,7 +72,7 @@ fn a_job_of_a_domain_returns_at_the_instant_and_tells_what_happens() {
 }
 
 #[test]
-fn a_job_of_a_domain_can_be_cancelled_before_in_and_after_the_pause() {
+fn domain_job_can_be_cancelled_before_in_and_after_the_pause() {
     let daemon = Daemon::session();
     for binary in Binary::under_libvirt() {
         let domain = OpenedDomain::start(&machine(binary, 1), &daemon);
@@ -102,7 +104,7 @@ fn a_job_of_a_domain_can_be_cancelled_before_in_and_after_the_pause() {
 }
 
 #[test]
-fn a_job_of_another_client_is_refused_before_the_guest_is_paused() {
+fn snapshot_is_refused_before_the_pause_during_a_job_of_another_client() {
     let daemon = Daemon::session();
     let domain = OpenedDomain::start(&machine(&Binary::under_libvirt()[0], 2), &daemon);
     let file = |name: &str| domain.guest.directory().join(name).display().to_string();
@@ -131,7 +133,7 @@ fn a_job_of_another_client_is_refused_before_the_guest_is_paused() {
     virsh("backup-begin", &[&file("backup.xml")]);
     refused(&["'vdb' has an active block job"]);
     virsh("domjobabort", &[]);
-    // What libvirt knows, and what it does not.
+    // Jobs that libvirt knows of, and jobs that it does not.
     virsh("blockcopy", &["vdb", &file("copy"), "--transient-job"]);
     refused(&["'vdb' has an active block job"]);
     virsh("blockjob", &["vdb", "--abort"]);
@@ -158,7 +160,7 @@ fn a_job_of_another_client_is_refused_before_the_guest_is_paused() {
 }
 
 #[test]
-fn a_domain_and_the_same_qemu_by_a_socket_of_its_own_exclude_each_other() {
+fn domain_handle_and_socket_handle_of_one_qemu_exclude_each_other() {
     let daemon = Daemon::session();
     let directory = tempfile::tempdir().unwrap();
     std::os::unix::fs::chown(directory.path(), Some(daemon.user()), None).unwrap();
@@ -185,7 +187,7 @@ fn a_domain_and_the_same_qemu_by_a_socket_of_its_own_exclude_each_other() {
             assert_error(domain.snapshot("theirs"), Code::OperationInvalid, busy);
         }
     });
-    // libvirt does not know of overlays that it has not made: none is.
+    // libvirt does not know of overlays that it has not created, so this request creates none.
     let nothing = "<domainsnapshot><name>t</name><disks><disk name='virtio-disk0' snapshot='no'/></disks></domainsnapshot>";
     by_socket.create(nothing, INSTANTLY, &mut meanwhile).unwrap();
     domain.snapshot("u").unwrap();

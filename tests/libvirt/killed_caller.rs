@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! P3 and P4 through a stock libvirt: a caller that is killed leaves a guest that runs, and nothing
-//! else.
+//! Through a stock libvirt: a caller that is killed leaves a running guest, and nothing else.
 
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixDatagram;
@@ -25,8 +24,7 @@ use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
 const PHASES: [Phase; 5] = [Phase::Pause, Phase::Switch, Phase::Arm, Phase::Drain, Phase::Finish];
 
-/// Not a test of its own: the process that the test below starts, which kills itself in the phase
-/// it is told.
+/// The process that the tests below start. It kills itself in the phase that it is told.
 #[process]
 fn child() {
     let uri = std::env::var("INSTANTSNAP_TEST_URI").unwrap();
@@ -46,11 +44,11 @@ fn child() {
     });
     handle.create(&variable("XML"), flags, &mut observer).unwrap();
     assert_eq!(flags & HALT, HALT, "it was to be killed");
-    // Whatever it does now, it is killed by the test.
+    // The test kills the process while it sleeps.
     std::thread::sleep(Duration::from_secs(600));
 }
 
-/// Such a process; after the last phase comes HALT.
+/// The command of that process. The phase after the last one stands for HALT.
 fn child_in(opened: &OpenedDomain, phase: usize) -> Command {
     let mut command = process(module_path!(), "child");
     command
@@ -66,7 +64,7 @@ fn set_mode(file: &Path, mode: u32) {
     std::fs::set_permissions(file, std::fs::Permissions::from_mode(mode)).unwrap();
 }
 
-/// The machine's log, on a machine that has none.
+/// A receiver in place of the system log, on a machine that has none.
 struct Log(UnixDatagram);
 
 impl Log {
@@ -100,7 +98,7 @@ fn run_and_die(caller: &mut Command) {
     assert_eq!(status.signal(), Some(9), "{status}");
 }
 
-/// A guest that is still paused, or being merged, is not there yet.
+/// Waits until the guest is as before: it can still be paused, or its disks can still be merged.
 fn wait_untouched(opened: &OpenedDomain, before: &DomainTrace, phase: Phase) {
     let settled = wait_for(Duration::from_secs(90), || (opened.trace() == *before).then_some(()));
     if settled.is_none() {
@@ -110,7 +108,7 @@ fn wait_untouched(opened: &OpenedDomain, before: &DomainTrace, phase: Phase) {
 }
 
 #[test]
-fn a_disk_on_a_server_is_on_it_again_when_the_caller_of_its_snapshot_was_killed() {
+fn network_disk_is_on_its_image_again_after_the_caller_was_killed() {
     let daemon = Daemon::session();
     let remote = OnServer::start(&daemon);
     let before = remote.opened.trace();
@@ -126,10 +124,10 @@ fn a_disk_on_a_server_is_on_it_again_when_the_caller_of_its_snapshot_was_killed(
 }
 
 #[test]
-fn a_domain_whose_snapshot_loses_its_caller_is_as_before_and_can_be_snapshotted_again() {
+fn domain_of_a_killed_caller_is_as_before_and_can_be_snapshotted_again() {
     let daemon = Daemon::session();
     for binary in Binary::under_libvirt() {
-        // Memory enough for the drain to be long, and a guest that writes into all of it.
+        // With this much memory the drain is long, and the guest writes into all of it.
         let machine = machine(binary, 2).memory(128).prealloc().append("dense=64");
         let opened = OpenedDomain::start(&machine, &daemon);
         for (index, phase) in PHASES.iter().enumerate() {
@@ -137,7 +135,8 @@ fn a_domain_whose_snapshot_loses_its_caller_is_as_before_and_can_be_snapshotted_
             let before = opened.trace();
             take_snapshot_and_die(&opened, index);
             wait_untouched(&opened, &before, *phase);
-            // It counts, and its memory is not write-protected: each round writes every page.
+            // The guest counts, and its memory is not write-protected: each round writes every
+            // page.
             opened.guest.wait_ticks(5);
         }
         opened.snapshot("next").unwrap_or_else(|error| opened.guest.fail(&error.message));
@@ -147,7 +146,7 @@ fn a_domain_whose_snapshot_loses_its_caller_is_as_before_and_can_be_snapshotted_
 }
 
 #[test]
-fn a_caller_that_is_killed_leaves_its_empty_file_empty() {
+fn killed_caller_leaves_its_precreated_overlay_empty() {
     let daemon = Daemon::session();
     let machine = machine(&Binary::under_libvirt()[0], 1).memory(128).prealloc().append("dense=64");
     let opened = OpenedDomain::start(&machine, &daemon);
@@ -167,9 +166,9 @@ fn a_caller_that_is_killed_leaves_its_empty_file_empty() {
     opened.guest.wait_ticks(65);
 }
 
-/// Nobody else is left who could be told.
+/// The caller is gone, so the log is the only place for the message.
 #[test]
-fn an_overlay_that_the_watchdog_of_a_killed_caller_cannot_merge_stays_and_the_log_says_so() {
+fn watchdog_keeps_and_logs_an_overlay_that_it_cannot_merge() {
     let Some(log) = Log::start() else { skip("this machine has a log") };
     let daemon = Daemon::session();
     let opened = OpenedDomain::start(&machine(&Binary::under_libvirt()[0], 1), &daemon);
@@ -182,7 +181,7 @@ fn an_overlay_that_the_watchdog_of_a_killed_caller_cannot_merge_stays_and_the_lo
         assert!(line.contains(part), "{line}");
     }
     opened.guest.wait_ticks(3);
-    // As it says.
+    // The command that the message recommends works.
     set_mode(&image, 0o644);
     let words = line.split('`').nth(1).unwrap().strip_prefix("virsh ").unwrap();
     daemon.virsh(&words.split(' ').collect::<Vec<_>>());
@@ -190,21 +189,21 @@ fn an_overlay_that_the_watchdog_of_a_killed_caller_cannot_merge_stays_and_the_lo
     opened.guest.wait_ticks(3);
 }
 
-/// The memory is on disk, and the snapshot recorded: the guest ends, and nothing else has its
-/// memory.
+/// The memory image is on disk and the snapshot is recorded. The guest ends, and only the image has
+/// its memory.
 #[test]
-fn a_caller_that_is_killed_while_its_domain_is_halted_leaves_the_complete_snapshot() {
+fn caller_killed_during_halt_leaves_the_complete_snapshot() {
     let daemon = Daemon::session();
     let binary = &Binary::under_libvirt()[0];
     let opened = OpenedDomain::start(&machine(binary, 1), &daemon);
     let qemu = Pid::from_raw(opened.guest.pid() as i32).unwrap();
     let qemu = pidfd_open(qemu, PidfdFlags::empty()).unwrap();
     let mut caller = child_in(&opened, PHASES.len()).spawn().unwrap();
-    // libvirtd is about to hear of it, and the caller waits for libvirtd.
+    // libvirtd will learn of it next, and the caller waits for libvirtd.
     poll(&mut [PollFd::new(&qemu, PollFlags::IN)], None).unwrap();
     caller.kill().unwrap();
     caller.wait().unwrap();
-    // A watchdog that still stood would hold the domain, and let it go when it has undone the
+    // A watchdog that were still alive would hold the domain, and release it after the undo of the
     // snapshot.
     let ended = wait_for(Duration::from_secs(60), || {
         let error = opened.snapshot("next").expect_err("the domain has ended");

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! Domains of a stock libvirt, by a daemon of each test's own.
+//! Domains of a stock libvirt. Each test starts its own daemon.
 
 mod consistency;
 mod daemon;

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! P1, P3, P4, P5 at random under libvirt: while a snapshot is taken, other clients of the daemon
-//! use virsh on the domain, as administrators, management programs and backup jobs do. Whatever
-//! becomes of the snapshot: the guest counts on, what is reported as good is brought back whole,
-//! and what failed leaves nothing.
+//! At random under libvirt: while a snapshot is taken, other clients of the daemon use virsh on the
+//! domain, as administrators, management programs and backup jobs do. Whether the snapshot succeeds
+//! or not, the guest counts on; a snapshot that succeeded can be restored, and one that failed
+//! leaves nothing.
 //!
 //! `INSTANTSNAP_TEST_LONG` takes 1,000 snapshots, or as many as there is time for.
 //! `common/meddling.rs` says how to repeat a run.
@@ -37,7 +37,7 @@ enum Meddling {
     Detach,
     /// Takes a disk snapshot that libvirt does not record.
     Overlay,
-    /// Merges the active image of a disk into the next one, or into the lowest.
+    /// Merges the active image of a disk into the one below, or into the lowest.
     Commit,
     CommitAll,
     AbortJob,
@@ -66,33 +66,33 @@ fn deed(random: &mut Random) -> Deed<Meddling> {
     };
     let phase = random.one_of(&PHASES);
     let when = match what {
-        // In the last moment before QEMU captures the guest a reset ends it (docs/how-it-works.md).
+        // In the last moment before QEMU captures the guest a reset would end QEMU
+        // (docs/how-it-works.md).
         Meddling::Reset => When::In(phase),
         _ => When::random(random, phase, Duration::from_millis(50)),
     };
     Deed { what, when }
 }
 
-/// What others have done in a round.
+/// What the other clients have done in a round.
 #[derive(Debug, Default)]
 struct Done {
     suspended: bool,
-    /// A merge can have destroyed the images of a snapshot that was complete already.
+    /// A merge can have destroyed the images of a snapshot that was already complete.
     merged: bool,
     size: Option<u64>,
-    /// The guest is lost, as it looks to the other client.
+    /// The other client's error where it could not restore the guest.
     lost: Option<String>,
 }
 
 /// A domain, and another client of its daemon.
 struct Meddled {
     domain: OpenedDomain,
-    /// Another daemon, in which snapshots are brought back.
+    /// Another daemon, in which snapshots are restored.
     clones: Daemon,
     others: AtomicUsize,
     size: u64,
-    /// The snapshot has looked for the last time what others have done to its images, or is about
-    /// to.
+    /// Set when the snapshot checks, or is about to check, its images for the last time.
     ends: AtomicBool,
 }
 
@@ -129,7 +129,7 @@ impl Meddled {
             );
             said.is_ok()
         };
-        // What others start while a failed snapshot's disks are merged back has to wait for that.
+        // Operations that other clients start during an undo have to wait for its merge.
         let retry = |args: &[&str]| {
             let mut said = Err(String::new());
             wait_for(DEADLINE, || {
@@ -188,7 +188,7 @@ impl Meddled {
         }
     }
 
-    /// One snapshot.
+    /// Takes one snapshot.
     fn round(&mut self, name: &str, deeds: &[Deed<Meddling>], what: &str) {
         eprintln!("{what}");
         let mut done = Done::default();
@@ -228,7 +228,7 @@ impl Meddled {
         }
         let mut control = guest.control();
         let mut ask = |command: &str| control.execute(command, json!({})).unwrap();
-        // What libvirt says has to be what QEMU says.
+        // libvirt's state of the domain and QEMU's must agree.
         assert_eq!(ask("query-status")["running"], true, "{what}");
         let capabilities = ask("query-migrate-capabilities");
         let background = |capability: &&Value| capability["capability"] == "background-snapshot";
@@ -252,7 +252,7 @@ impl Meddled {
         }
     }
 
-    /// Brings a snapshot back in the other daemon, and waits until that forgets it.
+    /// Restores a snapshot in the other daemon, and waits until that daemon has dropped the domain.
     fn assert_whole(&self, name: &str, done: &Done, what: &str) {
         assert!(
             self.domain.find(name).is_some(),
@@ -271,7 +271,7 @@ impl Meddled {
         wait_for(DEADLINE, forgotten).expect("the clone is gone");
     }
 
-    /// Nothing is left of a snapshot that failed, but what the error names.
+    /// Asserts that nothing is left of a failed snapshot but what the error names.
     fn assert_no_trace(&self, name: &str, error: &Error, what: &str) {
         assert!(self.domain.find(name).is_none(), "{what}: it is recorded");
         let directory = self.domain.guest.directory();
@@ -296,11 +296,11 @@ fn size_of(domain: &OpenedDomain) -> u64 {
 }
 
 #[test]
-fn whatever_other_clients_of_libvirt_do_nothing_is_torn_and_no_guest_is_lost() {
+fn random_actions_of_other_libvirt_clients_tear_nothing_and_lose_no_guest() {
     let long = thorough();
     rounds(Binary::under_libvirt(), &EXTENT, |binary, seed, rounds| {
         let daemons = if long { Daemon::all() } else { vec![Daemon::session()] };
-        // One after the other.
+        // The daemons take turns.
         let daemon = &daemons[rounds.start / EXTENT.rounds % daemons.len()];
         let mut meddled = Meddled::start(binary, daemon, &mut Random::of_round(seed, rounds.start));
         for round in rounds {

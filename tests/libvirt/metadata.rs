@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! What libvirt knows of an instant snapshot: at once, under the right parent, and no more and no
-//! less than is true.
+//! libvirt's metadata of an instant snapshot: it exists at once, names the right parent, and is
+//! complete and true.
 
 use std::path::Path;
 
@@ -27,7 +27,7 @@ fn parent(guest: &Guest, name: &str) -> Option<String> {
     parent.ok().map(|name| name.trim().to_owned())
 }
 
-/// `snapshot-list --tree`, a word a line.
+/// `snapshot-list --tree`, with one word on each line.
 fn tree(guest: &Guest) -> String {
     guest.virsh("snapshot-list", &["--tree"]).trim().to_owned()
 }
@@ -37,18 +37,18 @@ fn names(guest: &Guest) -> Vec<String> {
     names.lines().filter(|line| !line.is_empty()).map(str::to_owned).collect()
 }
 
-/// What somebody else does: a stock snapshot of the disks.
+/// Takes a stock disk snapshot, as another client does.
 fn stock(guest: &Guest, name: &str) {
     guest.virsh("snapshot-create-as", &[name, "--disk-only"]);
 }
 
-/// The text between two others; the first.
+/// The text between the first occurrences of two others.
 fn between<'a>(text: &'a str, before: &str, after: &str) -> &'a str {
     let (_, rest) = text.split_once(before).unwrap_or_else(|| panic!("no {before} in {text}"));
     rest.split_once(after).unwrap_or_else(|| panic!("no {after} in {text}")).0
 }
 
-/// The images of all disks in a piece of XML: target and file.
+/// The target and the file of each disk in a piece of XML.
 fn sources(xml: &str) -> Vec<(String, String)> {
     let disks = xml.split("<disk ").skip(1).map(|disk| disk.split("</disk>").next().unwrap());
     let top = |disk: &str| disk.split("<backingStore").next().unwrap().to_owned();
@@ -63,7 +63,7 @@ fn sources(xml: &str) -> Vec<(String, String)> {
 }
 
 #[test]
-fn a_snapshot_is_current_and_has_its_parent_as_soon_as_it_is_taken() {
+fn snapshot_is_current_with_its_parent_at_the_instant() {
     by_client_only();
     let daemon = virt::session();
     let clones = Clones::of(&daemon);
@@ -88,7 +88,7 @@ fn a_snapshot_is_current_and_has_its_parent_as_soon_as_it_is_taken() {
         assert_eq!(magic, b"LibvirtQemudPart");
         assert_eq!(current(guest), "first");
 
-        // Somebody else's snapshot is taken after ours.
+        // Another client takes a snapshot after the library's.
         let mut observer = At(|phase| {
             if phase == Phase::Drain {
                 stock(guest, "other");
@@ -97,8 +97,8 @@ fn a_snapshot_is_current_and_has_its_parent_as_soon_as_it_is_taken() {
         });
         opened.snapshot_observed("second", &mut observer).unwrap();
         assert_eq!(current(guest), "other");
-        // In the pause too, as soon as the disks are on our overlays, and before libvirt knows of
-        // ours.
+        // The same within the pause, when the disks are already on the library's overlays and
+        // libvirt does not know of the snapshot yet.
         let mut observer = At(|phase| {
             if phase == Phase::Arm {
                 stock(guest, "within");
@@ -121,14 +121,14 @@ fn a_snapshot_is_current_and_has_its_parent_as_soon_as_it_is_taken() {
             .join(" ");
         assert_eq!(drawn, expected.join(" "), "{}", tree(guest));
 
-        // A parent that is deleted hands its children to its own.
+        // When a parent is deleted, its own parent becomes the children's parent.
         guest.virsh("snapshot-delete", &["other", "--metadata"]);
         assert_eq!(parent(guest, "third").as_deref(), Some("second"));
         guest.wait_ticks(3);
         for name in ["second", "third"] {
             clones.check(guest, &opened.memory_file(name));
         }
-        // libvirt reads it all again when it starts.
+        // libvirt reads all metadata again when it starts.
         daemon.kill();
         daemon.start_again();
         assert_eq!(current(guest), "fourth");
@@ -137,7 +137,7 @@ fn a_snapshot_is_current_and_has_its_parent_as_soon_as_it_is_taken() {
 }
 
 #[test]
-fn somebody_elses_snapshot_between_plan_and_switch_undoes_ours() {
+fn snapshot_of_another_client_between_plan_and_switch_fails_ours() {
     by_client_only();
     let daemon = virt::session();
     for phase in [Phase::Prepare, Phase::Switch] {
@@ -149,7 +149,8 @@ fn somebody_elses_snapshot_between_plan_and_switch_undoes_ours() {
                 between = Some(sources(&opened.guest.virsh("dumpxml", &[])));
             }
         });
-        // Memory would know the images before, and the disks are on those of the other.
+        // The memory image would belong to the previous images, while the disks are on the other
+        // client's overlays.
         let error =
             opened.snapshot_observed("ours", &mut observer).expect_err("the images are others");
         assert_eq!(error.code, Code::OperationFailed, "{error}");
@@ -166,7 +167,7 @@ fn somebody_elses_snapshot_between_plan_and_switch_undoes_ours() {
 }
 
 #[test]
-fn virsh_tells_the_truth_about_a_snapshot() {
+fn virsh_reports_the_snapshots_metadata() {
     for daemon in virt::daemons() {
         let opened = OpenedDomain::start(&machine(&Binary::all()[0]), &daemon);
         let guest = &opened.guest;
@@ -226,7 +227,7 @@ fn virsh_tells_the_truth_about_a_snapshot() {
             assert!(disk.contains("<driver type='qcow2'/>"), "{disk}");
             assert!(disk.contains(&format!("<source file='{}'/>", overlay(n, "two"))), "{disk}");
         }
-        // The images that are the snapshot's: those that the guest was on.
+        // The images of the snapshot are those that the guest was on.
         let active = between(&xml, "<domain type=", "</domain>");
         assert_eq!(sources(active), both(&|n| overlay(n, "one")));
         assert_eq!(
@@ -235,7 +236,7 @@ fn virsh_tells_the_truth_about_a_snapshot() {
         );
         let first = guest.virsh("snapshot-dumpxml", &["one"]);
         assert_eq!(sources(between(&first, "<domain type=", "</domain>")), both(&image));
-        // The memory image says the same.
+        // The memory image has the same XML.
         let stored = Image::open(&opened.memory_file("two")).unwrap();
         assert_eq!(sources(&stored.domain_xml), both(&|n| overlay(n, "one")));
 
@@ -263,20 +264,20 @@ fn virsh_tells_the_truth_about_a_snapshot() {
 }
 
 #[test]
-fn what_is_not_to_be_recorded_is_not() {
+fn no_metadata_snapshot_is_not_recorded() {
     let daemon = virt::session();
     let clones = Clones::of(&daemon);
     let opened = OpenedDomain::start(&machine(&Binary::all()[0]), &daemon);
     opened.create(&opened.xml("s", ""), INSTANTLY | NO_METADATA).unwrap();
     assert!(names(&opened.guest).is_empty());
-    // The object of it can be had all the same.
+    // The caller still gets a snapshot object.
     assert_eq!(opened.taken().unwrap().name(), "s");
     opened.guest.wait_ticks(3);
     clones.check(&opened.guest, &opened.memory_file("s"));
 }
 
 #[test]
-fn names_are_taken_as_they_are() {
+fn snapshot_names_with_special_characters_are_kept() {
     let daemon = virt::session();
     let clones = Clones::of(&daemon);
     let opened = OpenedDomain::start(&machine(&Binary::all()[0]), &daemon);
@@ -303,7 +304,7 @@ fn names_are_taken_as_they_are() {
             opened.handle.snapshot_list().current().unwrap().as_deref(),
             Some(name.as_str())
         );
-        // And so for the child.
+        // The lookup by name works too.
         assert_eq!(opened.find(&name).unwrap().name(), name);
         if n % 2 == 0 {
             clones.check(guest, &memory);
@@ -312,7 +313,7 @@ fn names_are_taken_as_they_are() {
     assert_eq!(opened.handle.snapshot_list().names().unwrap().len(), written.len());
     let last = opened.find("100%s").unwrap().children(0).unwrap();
     assert_eq!(last[0].name(), "a<b>&'\"c");
-    // What libvirt would not take is refused before anything is touched.
+    // Names that libvirt does not accept are refused before anything is touched.
     let before = opened.trace();
     for bad in ["a/b", ".hidden", "two\nlines"] {
         let error = opened
@@ -332,7 +333,7 @@ fn names_are_taken_as_they_are() {
 }
 
 #[test]
-fn a_name_that_is_not_given_is_the_time() {
+fn default_name_is_the_time() {
     let daemon = virt::session();
     let opened = OpenedDomain::start(&machine(&Binary::all()[0]), &daemon);
     let now =
@@ -346,7 +347,7 @@ fn a_name_that_is_not_given_is_the_time() {
             memory.display()
         );
         let name: u64 = opened.create(&xml, INSTANTLY).unwrap().parse().unwrap();
-        // Two in a second have two names.
+        // Two snapshots within a second have different names.
         assert!(name > last && (since..=now() + 2).contains(&name), "{name} after {last}");
         last = name;
         assert_eq!(current(&opened.guest), name.to_string());
@@ -358,7 +359,7 @@ fn a_name_that_is_not_given_is_the_time() {
     }
 }
 
-/// libvirt's header: the cookie of a memory image.
+/// The cookie of a memory image, by libvirt's header.
 fn cookie(image: &Path) -> Option<String> {
     let bytes = std::fs::read(image).unwrap();
     let number = |at: usize| u32::from_ne_bytes(bytes[at..at + 4].try_into().unwrap()) as usize;
@@ -370,7 +371,7 @@ fn cookie(image: &Path) -> Option<String> {
 }
 
 #[test]
-fn a_memory_image_has_the_cookie_that_libvirt_itself_would_write() {
+fn memory_image_has_libvirts_cookie() {
     let daemon = virt::session();
     let clones = Clones::of(&daemon);
     let custom = "<cpu mode='custom' match='exact'><model fallback='allow'>Nehalem</model>\
@@ -389,7 +390,7 @@ fn check_cookie(opened: &OpenedDomain, clones: &Clones) {
     opened.guest.virsh("save", &[stock.to_str().unwrap()]);
     let trimmed = |image| cookie(image).map(|cookie| cookie.trim().to_owned());
     let (ours, stock) = (trimmed(&ours), trimmed(&stock));
-    // Where QEMU has made of the CPU just what was asked for, libvirt does not repeat it.
+    // libvirt omits the CPU where QEMU provides exactly the requested one.
     if stock.as_ref().is_some_and(|cookie| cookie.contains("<cpu")) {
         assert_eq!(ours, stock);
     } else {
@@ -400,14 +401,14 @@ fn check_cookie(opened: &OpenedDomain, clones: &Clones) {
 }
 
 #[test]
-fn a_guest_with_the_hosts_cpu_is_brought_back_under_kvm() {
+fn guest_with_the_host_cpu_can_be_restored_under_kvm() {
     where_kvm_works(&Binary::all()[..1]);
     let Some(daemon) = virt::system() else { return };
     let clones = Clones::of(&daemon);
     for cpu in ["<cpu mode='host-model'/>", "<cpu mode='host-passthrough'/>"] {
         let machine = machine(&Binary::all()[0]).accel(Accel::Kvm).domain_elements(cpu);
         eprintln!("{cpu}");
-        // Nested KVM may not let QEMU have a CPU like the host's.
+        // Nested KVM may not allow a CPU like the host's.
         kvm_runs(&machine, &daemon);
         check_cookie(&OpenedDomain::start(&machine, &daemon), &clones);
     }

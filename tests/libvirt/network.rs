@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! Disks on network storage (`<disk type='network'>`), by a real NBD server: snapshots are taken
-//! where an overlay is named, undone, brought back and deleted, and the guest finds all that it has
-//! written.
+//! Disks on network storage (`<disk type='network'>`), with a real NBD server: snapshots with a
+//! named overlay are taken, undone, restored and deleted, and the guest finds everything that it
+//! has written.
 
 use instantsnap_testkit::test;
 use std::process::Command;
@@ -16,7 +16,7 @@ use instantsnap::error::Code;
 use instantsnap::model::flags::REUSE_EXT;
 
 #[test]
-fn a_disk_on_a_server_needs_a_named_overlay_and_is_undone_and_deleted_while_the_domain_runs() {
+fn network_disk_needs_a_named_overlay_and_supports_undo_and_delete() {
     let daemon = virt::session();
     let remote = OnServer::start(&daemon);
     let (opened, guest) = (&remote.opened, remote.guest());
@@ -36,11 +36,11 @@ fn a_disk_on_a_server_needs_a_named_overlay_and_is_undone_and_deleted_while_the_
         .unwrap();
     opened.delete("without", 0).unwrap();
     opened.assert_cancelled_without_a_trace(&remote.xml("cancelled"), INSTANTLY, 3);
-    refuse_an_overlay_on_another(&remote);
+    check_overlay_on_another_export_is_refused(&remote);
     guest.wait_ticks(ALL_SECTORS);
     remote.assert_on_server();
-    // The snapshot is of the instant, and the guest has it all when it is deleted. Libvirt's own
-    // likewise.
+    // The snapshot is of the instant, and after its delete the guest still has all data. The same
+    // holds for libvirt's own snapshot.
     for (name, flags) in [("instant", INSTANTLY), ("plain", 0)] {
         opened.create(&remote.xml(name), flags).unwrap();
         assert!(guest.virsh("domblklist", &[]).contains(remote.overlay(name).to_str().unwrap()));
@@ -52,8 +52,8 @@ fn a_disk_on_a_server_needs_a_named_overlay_and_is_undone_and_deleted_while_the_
     }
 }
 
-/// An overlay that was made beforehand, on something else of the same server.
-fn refuse_an_overlay_on_another(remote: &OnServer) {
+/// A precreated overlay that is based on another export of the same server is refused.
+fn check_overlay_on_another_export_is_refused(remote: &OnServer) {
     by_client_only();
     let (overlay, another) =
         (remote.overlay("other"), remote.name().replace("/remote?", "/another?"));
@@ -80,9 +80,9 @@ fn refuse_an_overlay_on_another(remote: &OnServer) {
     std::fs::remove_file(&overlay).unwrap();
 }
 
-/// What an overlay's name of its image would not say: here, that the disk is a part of it.
+/// The overlay's backing file name cannot express it: here, that the disk is a slice of the export.
 #[test]
-fn a_disk_on_a_server_that_a_name_does_not_tell_all_of_is_refused_and_can_be_left_out() {
+fn slice_of_a_network_disk_is_refused_and_can_be_excluded() {
     let daemon = virt::session();
     let remote = OnServer::start_with(
         &daemon,
@@ -106,7 +106,7 @@ fn a_disk_on_a_server_that_a_name_does_not_tell_all_of_is_refused_and_can_be_lef
         );
     }
     opened.assert_untouched(&before);
-    // What the error advises: without the disk, and libvirt's own snapshot with it.
+    // The error recommends to exclude the disk, or to take libvirt's own snapshot.
     opened
         .create(
             &opened.xml("without", "<disks><disk name='vdb' snapshot='no'/></disks>"),
@@ -115,8 +115,8 @@ fn a_disk_on_a_server_that_a_name_does_not_tell_all_of_is_refused_and_can_be_lef
         .unwrap();
     opened.create(&remote.xml("s"), 0).unwrap();
     guest.wait_ticks(3);
-    // It is not forgotten as long as the overlay holds what the disk has been written; what the
-    // error advises helps.
+    // The snapshot is not deleted while its overlay holds data of the disk. The recommended
+    // commands help.
     let (error, overlay) =
         (opened.delete("s", 0).expect_err("it cannot be merged"), remote.overlay("s"));
     let parts = [
@@ -138,7 +138,7 @@ fn a_disk_on_a_server_that_a_name_does_not_tell_all_of_is_refused_and_can_be_lef
 }
 
 #[test]
-fn a_disk_on_a_server_is_reverted_and_its_snapshots_are_deleted_in_any_order() {
+fn network_disk_can_be_reverted_and_its_snapshots_deleted_in_any_order() {
     let daemon = virt::session();
     let remote = OnServer::start(&daemon);
     let (opened, guest) = (&remote.opened, remote.guest());
@@ -151,7 +151,8 @@ fn a_disk_on_a_server_is_reverted_and_its_snapshots_are_deleted_in_any_order() {
     guest.wait_ticks(3);
     opened.revert("s", 0).unwrap();
     guest.wait_ticks(ALL_SECTORS);
-    // Images are to be merged that the domain is not on, and the server lets its QEMU alone in.
+    // The delete has to merge images that the domain is not on, and the server accepts QEMU's
+    // connection only.
     let error = opened.delete("t", 0).expect_err("qemu-img is not let in");
     assert_says(
         &error,
@@ -163,7 +164,7 @@ fn a_disk_on_a_server_is_reverted_and_its_snapshots_are_deleted_in_any_order() {
     opened.delete("t", 0).unwrap();
     opened.revert("u", 0).unwrap();
     guest.wait_ticks(3);
-    // Two overlays become one with the server's image.
+    // Two overlays are merged into the server's image.
     opened.delete("s", 0).unwrap();
     guest.wait_ticks(3);
     opened.revert("u", 0).unwrap();
@@ -177,13 +178,13 @@ fn a_disk_on_a_server_is_reverted_and_its_snapshots_are_deleted_in_any_order() {
 }
 
 #[test]
-fn a_snapshot_of_a_disk_on_a_server_is_reverted_to_and_deleted_while_the_domain_is_off() {
+fn network_disk_can_be_reverted_and_deleted_while_shut_off() {
     let daemon = virt::session();
     let mut remote = OnServer::start(&daemon);
     remote.opened.create(&remote.xml("s"), INSTANTLY).unwrap();
     remote.guest().wait_ticks(3);
     remote.guest().virsh("destroy", &[]);
-    // A server that does not answer: refused, and nothing is lost.
+    // Where the server does not answer, the call is refused, and nothing is lost.
     remote.stop_server();
     let before = remote.guest().virsh("dumpxml", &["--inactive"]);
     for error in [remote.opened.delete("s", 0), remote.opened.revert("s", 0)] {
@@ -197,8 +198,8 @@ fn a_snapshot_of_a_disk_on_a_server_is_reverted_to_and_deleted_while_the_domain_
     assert_eq!(remote.guest().virsh("dumpxml", &["--inactive"]), before);
     assert!(remote.overlay("s").exists() && remote.opened.memory_file("s").exists());
     remote.start_server();
-    // The others are libvirt's own, whose overlays call the image otherwise; the last is deleted as
-    // it is.
+    // The other two are libvirt's own snapshots, whose overlays name the image in another way. The
+    // last one is deleted without a revert.
     for (name, flags) in [("s", None), ("plain", Some(0)), ("deleted", Some(0))] {
         if let Some(flags) = flags {
             remote.opened.create(&remote.xml(name), flags).unwrap();
@@ -219,7 +220,7 @@ fn a_snapshot_of_a_disk_on_a_server_is_reverted_to_and_deleted_while_the_domain_
 }
 
 #[test]
-fn where_qemu_ends_the_overlay_is_merged_into_the_servers_image_or_kept_and_named() {
+fn overlay_of_a_network_disk_is_merged_or_kept_when_qemu_ends() {
     by_client_only();
     let daemon = virt::session();
     let mut remote = OnServer::start(&daemon);
@@ -240,7 +241,7 @@ fn where_qemu_ends_the_overlay_is_merged_into_the_servers_image_or_kept_and_name
     remote.assert_on_server();
     remote.guest().start_domain();
     remote.guest().wait_ticks(ALL_SECTORS);
-    // The server is gone too: what the guest has written is in the overlay.
+    // The server is gone too, so the guest's data stays in the overlay.
     let (opened, guest) = (&remote.opened, remote.guest());
     let overlay = remote.overlay("t");
     let socket = remote.directory.path().join("nbd.sock");
@@ -259,7 +260,7 @@ fn where_qemu_ends_the_overlay_is_merged_into_the_servers_image_or_kept_and_name
     }
     assert!(overlay.exists());
     std::fs::rename(&aside, &socket).unwrap();
-    // The domain goes on with it.
+    // The domain continues on the overlay.
     assert!(guest.virsh("dumpxml", &["--inactive"]).contains(overlay.to_str().unwrap()));
     guest.start_domain();
     guest.wait_ticks(ALL_SECTORS);
@@ -267,7 +268,7 @@ fn where_qemu_ends_the_overlay_is_merged_into_the_servers_image_or_kept_and_name
 }
 
 #[test]
-fn a_snapshot_of_a_disk_on_a_server_is_brought_back_by_virsh_restore_and_a_new_overlay() {
+fn network_disk_snapshot_can_be_restored_by_virsh_on_a_new_overlay() {
     let daemon = virt::session();
     let remote = OnServer::start(&daemon);
     let (opened, guest) = (&remote.opened, remote.guest());

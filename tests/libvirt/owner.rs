@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! Whose files and whose processes: system and session daemons, libvirt within the caller, and
-//! connections that lead elsewhere.
+//! The owners of files and processes: system and session daemons, an embedded libvirt, and remote
+//! connections.
 
 use std::io::{BufRead, BufReader, Write};
 use std::net::TcpListener;
@@ -28,13 +28,13 @@ fn machine(binary: &'static Binary) -> Machine {
 }
 
 #[test]
-fn overlays_are_qemus_and_memory_is_for_nobody_else() {
+fn overlays_belong_to_qemu_and_the_memory_image_is_private() {
     for daemon in virt::daemons() {
         let opened = OpenedDomain::start(&machine(&Binary::all()[0]), &daemon);
         let qemu = Path::new("/proc").join(opened.guest.pid().to_string()).metadata().unwrap();
         assert_eq!(qemu.uid(), daemon.user(), "QEMU's user");
         opened.snapshot("s").unwrap();
-        // It writes to them.
+        // The guest writes to its overlays.
         opened.guest.wait_ticks(common::ALL_SECTORS);
         for disk in opened.guest.disks() {
             let overlay = disk.file.with_extension("s").metadata().unwrap();
@@ -43,15 +43,15 @@ fn overlays_are_qemus_and_memory_is_for_nobody_else() {
         }
         let memory = opened.memory_file("s").metadata().unwrap();
         assert_eq!(memory.mode() & 0o7777, 0o600);
-        // A session's is its user's, who is to bring it back; the system's is root's, and no QEMU
-        // can read it.
+        // A session daemon's memory image belongs to its user, who restores it. A system daemon's
+        // belongs to root, and QEMU cannot read it.
         let owner = match daemon.mode() {
             Mode::Session => daemon.user(),
             Mode::System => rustix::process::geteuid().as_raw(),
         };
         assert_eq!(memory.uid(), owner);
         assert!(daemon.mode() == Mode::Session || memory.uid() != daemon.user());
-        // In its own daemon too, as itself: what libvirt lacks to open it, it gives itself.
+        // It can be restored in its own daemon too: libvirt opens it with the rights that it needs.
         opened.guest.virsh("destroy", &[]);
         let (image, overlays) = (opened.memory_file("s"), opened.restore_clone("s"));
         assert_eq!(image.metadata().unwrap().mode() & 0o7777, 0o600);
@@ -59,8 +59,8 @@ fn overlays_are_qemus_and_memory_is_for_nobody_else() {
     }
 }
 
-/// A port of this machine that leads to a daemon's socket.
-fn tcp_to(socket: &Path) -> u16 {
+/// A local TCP port that is forwarded to a daemon's socket.
+fn forward_tcp_to(socket: &Path) -> u16 {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let (port, socket) = (listener.local_addr().unwrap().port(), socket.to_owned());
     std::thread::spawn(move || {
@@ -83,12 +83,12 @@ fn tcp_to(socket: &Path) -> u16 {
 }
 
 #[test]
-fn a_connection_by_the_network_is_refused_before_anything_is_touched() {
+fn remote_connection_is_refused_before_anything_is_touched() {
     let daemon = Daemon::session();
     let opened = OpenedDomain::start(&machine(&Binary::all()[0]), &daemon);
     let before = opened.trace();
     let uuid = opened.guest.virsh("domuuid", &[]);
-    let uri = format!("qemu+tcp://127.0.0.1:{}/session", tcp_to(&daemon.socket()));
+    let uri = format!("qemu+tcp://127.0.0.1:{}/session", forward_tcp_to(&daemon.socket()));
     let domain = Connect::open(&uri).unwrap().unwrap().domain(uuid.trim()).unwrap();
     let error = LibvirtConnector::open(domain).expect_err("it is remote");
     assert_eq!(error.code, Code::OperationUnsupported, "{error}");
@@ -100,7 +100,7 @@ fn a_connection_by_the_network_is_refused_before_anything_is_touched() {
 }
 
 #[test]
-fn a_domain_of_another_driver_is_refused() {
+fn domain_of_another_driver_is_refused() {
     let connect = Connect::open("test:///default").unwrap().unwrap();
     let domain = connect.domain("6695eb01-f6a4-8304-79aa-97f2502e193f").unwrap();
     let error = LibvirtConnector::open(domain).expect_err("it is no QEMU");
@@ -110,10 +110,9 @@ fn a_domain_of_another_driver_is_refused() {
     }
 }
 
-/// Whoever has opened it another way reaches the same domain: a second connection, by the daemon's
-/// plain URI.
+/// A second connection by the daemon's plain URI reaches the same domain.
 #[test]
-fn two_connections_are_one_domain() {
+fn two_connections_exclude_each_other_on_one_domain() {
     let daemon = Daemon::session();
     let opened = OpenedDomain::start(&machine(&Binary::all()[0]), &daemon);
     let other = Handle::open_libvirt(Arc::new(
@@ -133,7 +132,7 @@ fn two_connections_are_one_domain() {
     opened.guest.wait_ticks(3);
 }
 
-/// A program that has libvirt's driver in itself, does what it is told, and says how it went.
+/// A program that embeds libvirt's QEMU driver, executes commands and prints their results.
 const EMBEDDER: &str = r#"
 import ctypes, sys, threading
 import libvirt
@@ -182,8 +181,8 @@ struct Embedder {
 }
 
 impl Embedder {
-    /// As this user, where that is another than ours: root's would want users and groups that not
-    /// every machine has.
+    /// Starts it as this user where this process is root: root's driver would need users and groups
+    /// that not every machine has.
     fn start(root: &Path, definition: &Path, user: u32) -> Embedder {
         let library = std::env::current_exe().unwrap().with_file_name("libinstantsnap.so");
         assert!(library.exists(), "{}", library.display());
@@ -194,7 +193,8 @@ impl Embedder {
             .stdout(Stdio::piped())
             .env("LC_ALL", "C.UTF-8")
             .env("HOME", root);
-        // As in a program that is linked with it: the driver finds our functions before its own.
+        // As in a program that is linked with the library: the dynamic linker resolves the driver's
+        // calls to the library first.
         command.env("LD_PRELOAD", &library);
         if rustix::process::geteuid().is_root() {
             command.uid(user).gid(user);
@@ -233,7 +233,7 @@ impl Embedder {
 
 impl Drop for Embedder {
     fn drop(&mut self) {
-        // It destroys its domain, and ends.
+        // The program destroys its domain, and ends.
         drop(self.commands.take());
         let ended = wait_for(DEADLINE, || self.child.try_wait().ok().flatten());
         if ended.is_none() {
@@ -244,21 +244,21 @@ impl Drop for Embedder {
 }
 
 #[test]
-fn libvirt_within_the_caller_is_as_any_other() {
+fn embedded_libvirt_driver_is_supported() {
     let has_module = Command::new("/usr/bin/python3").args(["-c", "import libvirt"]).status();
     if !has_module.is_ok_and(|status| status.success()) {
         missing_package("no libvirt for /usr/bin/python3");
     }
     let clones = Daemon::session();
     let binary = &Binary::all()[0];
-    // Short: there are sockets below it.
+    // The path is short because sockets are created below it.
     let directory = tempfile::Builder::new().prefix("ise-").tempdir().unwrap();
     let directory = directory.path();
     std::fs::set_permissions(directory, PermissionsExt::from_mode(0o755)).unwrap();
     let root = directory.join("root");
     std::fs::create_dir_all(root.join("etc")).unwrap();
     std::fs::write(root.join("etc/qemu.conf"), "stdio_handler = \"file\"\n").unwrap();
-    // What libvirt has found out about QEMU, which takes it seconds.
+    // libvirt's cache of QEMU's capabilities, which takes seconds to create.
     let (known, own) = (
         clones.directory().join("cache/libvirt/qemu/cache/capabilities"),
         root.join("cache/qemu/capabilities"),

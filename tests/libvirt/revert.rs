@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! Reverting domains of a stock libvirt to snapshots with memory.
+//! Reverts domains of a stock libvirt to snapshots with memory.
 
 use std::fs::OpenOptions;
 use std::os::unix::fs::FileExt;
@@ -14,10 +14,10 @@ use instantsnap_testkit::machine::make_image;
 use instantsnap_testkit::{Binary, Daemon, Format, only_when_thorough, skip, test, thorough};
 
 #[test]
-fn a_guest_goes_on_from_the_snapshot() {
+fn guest_continues_from_the_snapshot() {
     let makers = [Maker::Instant, Maker::Libvirt];
     for (daemon, first) in virt::daemons().into_iter().zip([0, 1]) {
-        // Each daemon with one of them, or with both.
+        // Each daemon uses one of the makers, or in the long run both.
         for maker in makers.into_iter().cycle().skip(first).take(if thorough() { 2 } else { 1 }) {
             eprintln!("{:?} {maker:?}", daemon.mode());
             let mut tree = Tree::start(&machine(&Binary::all()[0], 2), &daemon, maker);
@@ -37,8 +37,8 @@ fn a_guest_goes_on_from_the_snapshot() {
     }
 }
 
-/// A domain with snapshots a and b.
-fn with_two(daemon: &Daemon) -> Tree {
+/// A domain with the snapshots a and b.
+fn start_with_two_snapshots(daemon: &Daemon) -> Tree {
     let mut tree = Tree::start(&machine(&Binary::all()[0], 2), daemon, Maker::Instant);
     tree.snapshot("a");
     tree.snapshot("b");
@@ -46,9 +46,9 @@ fn with_two(daemon: &Daemon) -> Tree {
 }
 
 #[test]
-fn a_domain_that_is_shut_off_goes_on_from_the_snapshot() {
+fn shut_off_domain_continues_from_the_snapshot() {
     only_when_thorough();
-    let tree = with_two(&virt::session());
+    let tree = start_with_two_snapshots(&virt::session());
     tree.opened.guest.virsh("destroy", &[]);
     tree.revert("a");
     tree.opened.guest.virsh("destroy", &[]);
@@ -57,8 +57,8 @@ fn a_domain_that_is_shut_off_goes_on_from_the_snapshot() {
 }
 
 #[test]
-fn after_a_revert_the_domain_starts_from_its_disks() {
-    let tree = with_two(&virt::session());
+fn domain_boots_from_its_reverted_disks() {
+    let tree = start_with_two_snapshots(&virt::session());
     tree.revert("a");
     let inactive = tree.opened.guest.virsh("dumpxml", &["--inactive"]);
     let live = tree.opened.guest.virsh("domblklist", &[]);
@@ -71,7 +71,7 @@ fn after_a_revert_the_domain_starts_from_its_disks() {
 }
 
 #[test]
-fn a_transient_domain_keeps_its_snapshots() {
+fn transient_domain_keeps_its_snapshots_after_a_revert() {
     for daemon in virt::daemons() {
         let mut tree =
             Tree::start(&machine(&Binary::all()[0], 1).transient(), &daemon, Maker::Instant);
@@ -90,7 +90,7 @@ fn a_transient_domain_keeps_its_snapshots() {
 }
 
 #[test]
-fn a_snapshot_of_a_paused_guest_is_paused_again() {
+fn revert_to_a_snapshot_of_a_paused_guest_is_paused() {
     only_when_thorough();
     let mut tree = Tree::start(&machine(&Binary::all()[0], 1), &virt::session(), Maker::Instant);
     tree.snapshot("running");
@@ -115,8 +115,8 @@ fn a_snapshot_of_a_paused_guest_is_paused_again() {
 }
 
 #[test]
-fn flags_are_checked() {
-    let tree = with_two(&virt::session());
+fn revert_flags_are_validated() {
+    let tree = start_with_two_snapshots(&virt::session());
     let before = tree.opened.trace();
     for (flags, part) in [(RUNNING | PAUSED, "mutually exclusive"), (1 << 9, "0x200")] {
         common::assert_error(tree.try_revert("a", flags), Code::InvalidArg, part);
@@ -124,10 +124,10 @@ fn flags_are_checked() {
     tree.opened.assert_untouched(&before);
 }
 
-/// Whatever is wrong with the snapshot is noticed before the domain is ended.
+/// Every detectable damage to the snapshot is noticed before the domain is stopped.
 #[test]
-fn a_damaged_snapshot_leaves_the_domain_running() {
-    let tree = with_two(&virt::session());
+fn damaged_snapshot_is_refused_and_the_domain_keeps_running() {
+    let tree = start_with_two_snapshots(&virt::session());
     let (memory, moved) = (tree.memory("a"), tree.memory("moved"));
     let fails = |part: &str| {
         let before = tree.opened.trace();
@@ -152,13 +152,13 @@ fn a_damaged_snapshot_leaves_the_domain_running() {
     overwrite(0, b"LibvirtQemudPart");
     fails("is damaged");
     overwrite(0, b"LibvirtQemudSave");
-    // What QEMU would find when it loads the memory, and the domain has ended.
+    // QEMU would find this damage when it loads the memory, after the domain was stopped.
     let whole = std::fs::read(&moved).unwrap();
     let stream = 92 + u32::from_ne_bytes(whole[20..24].try_into().unwrap()) as usize;
     overwrite(stream as u64, b"QEVX");
     fails("no stream of QEMU's");
     overwrite(stream as u64, b"QEVM");
-    // The last digit of its version.
+    // The last digit of the machine's version.
     let digit = stream + 12 + usize::from(whole[stream + 12]);
     overwrite(digit as u64, b"9");
     fails("of a machine of type");
@@ -177,9 +177,9 @@ fn a_damaged_snapshot_leaves_the_domain_running() {
     tree.assert_all_can_be_reverted_to();
 }
 
-/// That a stream is damaged in the middle shows only when QEMU loads it.
+/// Damage in the middle of the stream shows only when QEMU loads it.
 #[test]
-fn a_memory_that_cannot_be_restored_leaves_a_domain_that_can_be_started() {
+fn failed_restore_of_memory_leaves_a_startable_domain() {
     only_when_thorough();
     if Daemon::version() >= (9, 9, 0) {
         skip("it is libvirt's own revert");
@@ -217,13 +217,13 @@ fn a_memory_that_cannot_be_restored_leaves_a_domain_that_can_be_started() {
 }
 
 #[test]
-fn what_a_domain_was_on_goes_and_what_snapshots_are_on_stays() {
-    let mut tree = with_two(&virt::session());
+fn revert_removes_abandoned_overlays_and_keeps_snapshot_images() {
+    let mut tree = start_with_two_snapshots(&virt::session());
     tree.snapshot("c");
     tree.revert("b");
     let images = tree.images();
     assert!(!images.iter().any(|image| image.ends_with(".c")), "{images:?}");
-    // Of each disk the first image, an overlay for a and one for b, and the fresh one.
+    // Each disk has its first image, an overlay for a, one for b, and the fresh one.
     assert_eq!(images.len(), 8, "{images:?}");
     tree.revert("b");
     assert_eq!(images.len(), tree.images().len());
@@ -237,9 +237,9 @@ fn what_a_domain_was_on_goes_and_what_snapshots_are_on_stays() {
 }
 
 #[test]
-fn snapshots_of_somebody_else_stay() {
+fn revert_keeps_stock_disk_snapshots() {
     only_when_thorough();
-    let mut tree = with_two(&virt::session());
+    let mut tree = start_with_two_snapshots(&virt::session());
     tree.opened.guest.virsh("snapshot-create-as", &["disks", "--disk-only"]);
     tree.snapshot("c");
     tree.assert_shape("a< b<a c<disks disks<b", Some("c"));
@@ -253,9 +253,9 @@ fn snapshots_of_somebody_else_stay() {
 }
 
 #[test]
-fn a_managed_save_image_is_in_the_way() {
+fn revert_is_refused_with_a_managed_save_image() {
     only_when_thorough();
-    let tree = with_two(&virt::session());
+    let tree = start_with_two_snapshots(&virt::session());
     tree.opened.guest.virsh("managedsave", &[]);
     common::assert_error(tree.try_revert("a", 0), Code::OperationInvalid, "managed save");
     tree.opened.guest.start_domain();
@@ -263,10 +263,9 @@ fn a_managed_save_image_is_in_the_way() {
     tree.assert_all_can_be_reverted_to();
 }
 
-/// Whoever uses them: another QEMU that runs on them, or a domain that is shut off and names an
-/// image that stands on them.
+/// The user is another running QEMU, or a shut off domain with an image that is based on them.
 #[test]
-fn what_others_use_of_a_domain_that_is_reverted_stays() {
+fn revert_keeps_images_that_other_guests_use() {
     let mut tree = Tree::start(&machine(&Binary::all()[0], 2), &virt::session(), Maker::Instant);
     tree.snapshot("s");
     let guest = &tree.opened.guest;
@@ -275,7 +274,7 @@ fn what_others_use_of_a_domain_that_is_reverted_stays() {
     let clone = guest.directory().join("clone.qcow2");
     make_image(&clone, Format::Qcow2, Some((&overlay(0), Format::Qcow2)));
     guest.daemon().give(guest.directory());
-    // While another writes to what the domain is to stand on, it would be torn.
+    // Another QEMU that writes to an image below the domain's would tear it.
     let frozen = guest.disks()[1].file.clone();
     let writer = OtherQemu::open(&frozen, false);
     common::assert_error(tree.try_revert("s", 0), Code::OperationInvalid, frozen.to_str().unwrap());
@@ -286,7 +285,7 @@ fn what_others_use_of_a_domain_that_is_reverted_stays() {
     assert!(overlay(0).exists() && !overlay(1).exists(), "{:?}", tree.images());
 }
 
-/// By a block job of another client, by a copy that takes its place, or by a tool: memory would be
+/// Another client's block job, a replacing copy or a tool has changed the image, so memory would be
 /// older than the disks.
 #[test]
 fn image_written_or_replaced_since_the_snapshot_is_refused_by_name() {
@@ -304,7 +303,7 @@ fn image_written_or_replaced_since_the_snapshot_is_refused_by_name() {
         );
         tree.opened.assert_untouched(&before);
     };
-    // A copy with the same content, under the same name.
+    // A copy with the same content under the same name.
     let copy = images[1].with_extension("copy");
     let kept = images[1].with_extension("kept");
     std::fs::copy(&images[1], &copy).unwrap();
@@ -324,7 +323,7 @@ fn image_written_or_replaced_since_the_snapshot_is_refused_by_name() {
     guest.virsh("destroy", &[]);
     std::fs::rename(&kept, &images[1]).unwrap();
     tree.revert("s");
-    // Its domain is on the image itself again, and writes to it.
+    // The domain is on the image itself again, and writes to it.
     guest.virsh("blockcommit", &["vda", "--active", "--pivot", "--wait"]);
     guest.wait_ticks(3);
     refused(&images[0], "was written to");
@@ -339,7 +338,7 @@ fn image_written_or_replaced_since_the_snapshot_is_refused_by_name() {
 
 /// The notes of earlier versions have another XML namespace.
 #[test]
-fn the_notes_of_a_former_version_are_honoured_and_replaced() {
+fn notes_of_a_former_version_are_honoured_and_replaced() {
     const NAMESPACE: &str = "urn:instantsnap:notes:1";
     const FORMER: &str = "https://instantsnap.invalid/snapshot/1";
     let mut tree = Tree::start(&machine(&Binary::all()[0], 1), &virt::session(), Maker::Instant);
@@ -377,10 +376,10 @@ fn the_notes_of_a_former_version_are_honoured_and_replaced() {
     tree.delete("s", 0);
 }
 
-/// Nor do the notes by which it is known get into the domain's own XML.
+/// The notes that identify the image do not get into the domain's own XML either.
 #[test]
-fn an_image_that_a_delete_has_merged_into_is_as_it_should_be() {
-    let mut tree = with_two(&virt::session());
+fn image_merged_by_a_delete_is_accepted_by_a_later_revert() {
+    let mut tree = start_with_two_snapshots(&virt::session());
     tree.snapshot("c");
     tree.try_delete("a", 0).unwrap();
     tree.revert("c");
@@ -403,7 +402,7 @@ fn an_image_that_a_delete_has_merged_into_is_as_it_should_be() {
         let xml = tree.opened.guest.virsh("dumpxml", flags);
         assert!(Daemon::version() >= (9, 9, 0) || !xml.contains("instantsnap"), "{xml}");
     }
-    // What others have changed before stays refused.
+    // An image that was changed from outside stays refused.
     let image = tree.opened.guest.disks()[0].file.clone();
     tree.snapshot("d");
     tree.opened.guest.virsh("destroy", &[]);

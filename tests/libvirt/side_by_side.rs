@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! Many domains side by side do not wait for each other; two snapshots of one domain do not meet.
+//! Snapshots of many domains at once do not wait for each other; two snapshots of one domain
+//! exclude each other.
 
 use std::sync::{Arc, Barrier};
 
@@ -16,8 +17,8 @@ use instantsnap_testkit::{Binary, Daemon, process, test, thorough};
 const DOMAINS: usize = 8;
 
 #[test]
-fn eight_domains_are_snapshotted_side_by_side() {
-    // As many workers as its configuration has by default.
+fn eight_domains_are_snapshotted_at_once() {
+    // The daemon has the default number of workers.
     let daemon = Daemon::session();
     let clones = daemon.another();
     let binaries = Binary::all().iter().cycle();
@@ -28,7 +29,7 @@ fn eight_domains_are_snapshotted_side_by_side() {
     for domain in &domains {
         domain.guest.wait_ticks(2);
     }
-    // Each is there when all have got to the drain: nobody has waited for another's end.
+    // All snapshots reach the drain before one of them ends.
     let all = Barrier::new(DOMAINS);
     std::thread::scope(|scope| {
         for domain in &domains {
@@ -49,7 +50,7 @@ fn eight_domains_are_snapshotted_side_by_side() {
     }
 }
 
-/// A second snapshot of a domain whose first one is being taken.
+/// Takes a second snapshot of a domain whose first one is being taken.
 fn second(uri: &str, uuid: &str, memory: &str) {
     let domain = Connect::open(uri).unwrap().unwrap().domain(uuid).unwrap();
     let handle = Handle::open_libvirt(Arc::new(LibvirtConnector::open(domain).unwrap()));
@@ -76,7 +77,7 @@ fn other_process() {
 }
 
 #[test]
-fn a_second_snapshot_of_a_domain_is_refused_by_whatever_process_and_touches_nothing() {
+fn second_snapshot_is_refused_in_the_same_and_in_another_process() {
     let daemon = Daemon::session();
     let domain = OpenedDomain::start(&machine(&Binary::all()[0], 1), &daemon);
     let (uri, uuid) = (daemon.uri(), domain.guest.virsh("domuuid", &[]));
@@ -104,6 +105,6 @@ fn a_second_snapshot_of_a_domain_is_refused_by_whatever_process_and_touches_noth
     assert_eq!(domain.guest.virsh("snapshot-list", &["--name"]).trim(), "first");
     domain.restore_clone("first");
     domain.guest.wait_ticks(3);
-    // It is free again.
+    // The domain can be snapshotted again.
     domain.snapshot("fourth").unwrap();
 }

@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! What becomes of a domain that another client starts just when images of it are merged that
-//! nobody had open: by the end of a snapshot that failed, or by a delete. It must not go on with
-//! images that are removed.
+//! Another client starts a domain while offline images of it are merged, by the undo of a failed
+//! snapshot or by a delete. The domain must not continue on images that are removed.
 
 use std::path::{Path, PathBuf};
 
@@ -12,7 +11,7 @@ use instantsnap::engine::Phase;
 use instantsnap::error::Code;
 use instantsnap_testkit::{Binary, Daemon, test};
 
-/// A qemu-img that starts a domain when it has merged an image for the `nth` time.
+/// A qemu-img that starts the domain after its `nth` merge.
 fn starts_after_merge(directory: &Path, domain: &OpenedDomain, nth: usize) -> PathBuf {
     let (uri, name) = (domain.guest.daemon().uri(), domain.guest.name());
     let script = format!(
@@ -24,10 +23,10 @@ fn starts_after_merge(directory: &Path, domain: &OpenedDomain, nth: usize) -> Pa
     qemu_img_stand_in(directory, &script)
 }
 
-/// Calls it with this qemu-img.
+/// Runs `call` with this qemu-img.
 fn with_qemu_img<T>(qemu_img: &Path, call: impl FnOnce() -> T) -> T {
-    // SAFETY: this process runs this one test, and its other threads, the harness's and libvirt's,
-    // read no environment.
+    // SAFETY: this process runs this test only, and its other threads, which are the harness's and
+    // libvirt's, do not read the environment.
     unsafe { std::env::set_var(QEMU_IMG, qemu_img) };
     let result = call();
     // SAFETY: as above.
@@ -35,7 +34,8 @@ fn with_qemu_img<T>(qemu_img: &Path, call: impl FnOnce() -> T) -> T {
     result
 }
 
-/// Its disks are on their images, and nothing else is there; it counts, and finds all as it was.
+/// Asserts that the disks are on their images without any overlay, and that the guest counts on and
+/// finds its data.
 fn assert_on_images(domain: &OpenedDomain, images: &[String], said: &Path) {
     assert_eq!(std::fs::read_to_string(said).unwrap(), "", "the domain is started");
     for flags in [&[][..], &["--inactive"]] {
@@ -57,7 +57,7 @@ fn images(domain: &OpenedDomain) -> Vec<String> {
 }
 
 #[test]
-fn a_domain_that_is_started_while_its_snapshot_is_undone_is_on_its_images() {
+fn domain_started_during_undo_is_on_its_images() {
     let daemon = Daemon::session();
     for nth in [1, 2] {
         let domain = OpenedDomain::start(&machine(&Binary::under_libvirt()[0], 2), &daemon);
@@ -82,7 +82,7 @@ fn a_domain_that_is_started_while_its_snapshot_is_undone_is_on_its_images() {
 }
 
 #[test]
-fn a_domain_that_is_started_while_its_snapshot_is_deleted_loses_nothing() {
+fn domain_started_during_delete_loses_nothing() {
     let daemon = Daemon::session();
     let domain = OpenedDomain::start(&machine(&Binary::under_libvirt()[0], 2), &daemon);
     let images = images(&domain);

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! What becomes of virsh, and of a snapshot, when virsh is used on the domain while its snapshot is
-//! taken: one table.
+//! One table of what virsh and a snapshot report when virsh is used on the domain during the
+//! snapshot.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -19,18 +19,18 @@ use serde_json::{Value, json};
 use Code::{ConfigUnsupported, OperationFailed, OperationTimeout, SystemError};
 use When::{Draining, Paused, Prepared, Saved, Switched};
 
-/// When virsh is run, from beginning to end.
+/// When virsh is run, from its start to its end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum When {
-    /// Everything is prepared, and the guest runs still.
+    /// Everything is prepared, and the guest still runs.
     Prepared,
-    /// The guest is paused, its disks are still on their images.
+    /// The guest is paused, and its disks are still on their images.
     Paused,
-    /// It is paused, its disks are on the overlays, memory is not tracked yet.
+    /// The guest is paused, its disks are on the overlays, and write tracking is not armed yet.
     Switched,
-    /// It runs again, and its memory is being saved.
+    /// The guest runs again, and its memory is being saved.
     Draining,
-    /// Its memory is saved, and QEMU's settings are still the snapshot's.
+    /// The memory is saved, and QEMU still has the snapshot's settings.
     Saved,
 }
 
@@ -49,17 +49,17 @@ impl When {
 struct Row {
     virsh: &'static str,
     when: When,
-    /// What virsh says; `Err`: a part of it.
-    says: Result<(), &'static str>,
-    /// What the snapshot comes to; `Err`: code, and a part of the message.
+    /// The result of virsh; `Err` has a part of its message.
+    virsh_result: Result<(), &'static str>,
+    /// The result of the snapshot; `Err` has its code and a part of its message.
     snapshot: Result<(), (Code, &'static str)>,
     /// The domain's state afterwards, and the image that its disk is on.
-    then: (&'static str, &'static str),
+    after: (&'static str, &'static str),
 }
 
 const OK: Result<(), &str> = Ok(());
 const LOCKED: Result<(), &str> = Err("instantsnap: a snapshot of this guest is being taken");
-/// The snapshot is taken, and brought back.
+/// The snapshot succeeds and can be restored.
 const TAKEN: Result<(), (Code, &str)> = Ok(());
 const RESUMED: Result<(), (Code, &str)> = Err((OperationFailed, "has resumed the guest"));
 const RESET: Result<(), (Code, &str)> = Err((OperationFailed, "the guest was reset in the pause"));
@@ -85,18 +85,18 @@ const MERGED: Result<(), (Code, &str)> = Err((OperationFailed, "somebody has beg
 const fn row(
     virsh: &'static str,
     when: When,
-    says: Result<(), &'static str>,
+    virsh_result: Result<(), &'static str>,
     snapshot: Result<(), (Code, &'static str)>,
-    then: (&'static str, &'static str),
+    after: (&'static str, &'static str),
 ) -> Row {
-    Row { virsh, when, says, snapshot, then }
+    Row { virsh, when, virsh_result, snapshot, after }
 }
 
-/// The same with every QEMU. `IMAGE`: what the disk was on; `BASE`: what is below that; `OVERLAY`:
-/// the snapshot's; `THEIRS`: another client's.
+/// The table is the same for every QEMU. `IMAGE` is the disk's image before the snapshot, `BASE`
+/// the image below it, `OVERLAY` the snapshot's overlay, and `THEIRS` another client's overlay.
 #[rustfmt::skip]
 const TABLE: &[Row] = &[
-    // The first: libvirt does not migrate a domain that has snapshots.
+    // The first row, because libvirt does not migrate a domain that has snapshots.
     row("migrate",  Prepared, Err("Background-snapshot is not compatible"), TAKEN, ("running", "OVERLAY")),
 
     row("dominfo",  Paused,   OK, TAKEN, ("running", "OVERLAY")),
@@ -104,35 +104,35 @@ const TABLE: &[Row] = &[
     row("domstats", Paused,   OK, TAKEN, ("running", "OVERLAY")),
     row("domstats", Draining, OK, TAKEN, ("running", "OVERLAY")),
 
-    // libvirt does nothing for a domain that is paused already, and nobody sees that it was asked:
-    // the guest is resumed.
+    // libvirt does nothing for a domain that is paused already, and the library cannot see the
+    // request, so the guest is resumed.
     row("suspend",  Paused,   OK, TAKEN, ("running", "OVERLAY")),
     row("suspend",  Switched, OK, TAKEN, ("running", "OVERLAY")),
-    // Here it is paused by somebody's will, and stays so.
+    // Here a client has paused the running guest, and it stays paused.
     row("suspend",  Draining, OK, TAKEN, ("paused", "OVERLAY")),
 
-    // The guest would run on behind the snapshot's back: its memory would be younger than its
-    // disks.
+    // The guest would run while the snapshot expects it paused, and its memory would be newer than
+    // its disks.
     row("resume",   Paused,   OK, RESUMED, ("running", "IMAGE")),
     row("resume",   Switched, OK, RESUMED, ("running", "IMAGE")),
     row("resume",   Draining, Err("domain is already running"), TAKEN, ("running", "OVERLAY")),
-    // QEMU would end by abort() where it came to capture such a guest.
+    // QEMU would call abort() where it had to capture such a guest.
     row("reset",    Paused,   OK, RESET, ("running", "IMAGE")),
     row("reset",    Switched, OK, RESET, ("running", "IMAGE")),
-    // Before the switch it does no harm: the snapshot is of the later moment.
+    // It does no harm before the switch: the snapshot is of the later moment.
     row("resume; suspend", Paused,   OK, TAKEN, ("running", "OVERLAY")),
     row("resume; suspend", Switched, OK, WRITTEN, ("running", "IMAGE")),
 
-    // QEMU is kept from beginning a migration that is not ours.
+    // The lock keeps QEMU from beginning another migration.
     row("save",     Prepared, LOCKED, TAKEN, ("running", "OVERLAY")),
     row("live snapshot", Prepared, LOCKED, TAKEN, ("running", "OVERLAY")),
     row("save",     Paused,   LOCKED, TAKEN, ("running", "OVERLAY")),
     row("save",     Switched, LOCKED, TAKEN, ("running", "OVERLAY")),
-    // libvirt pauses the guest for it, and resumes it when it fails.
+    // libvirt pauses the guest for the save, and resumes it when the save fails.
     row("save",     Draining, Err("There's a migration process in progress"), TAKEN, ("running", "OVERLAY")),
     row("dump",     Paused,   LOCKED, TAKEN, ("running", "OVERLAY")),
     row("dump",     Switched, LOCKED, TAKEN, ("running", "OVERLAY")),
-    // Until the capability is off it would be a background snapshot: the lock is lifted after that.
+    // Until the capability is off it would be a background snapshot. The lock is lifted after that.
     row("save",     Saved,    LOCKED, TAKEN, ("running", "OVERLAY")),
     row("dump",     Saved,    LOCKED, TAKEN, ("running", "OVERLAY")),
     row("dump",     Draining, Err("There's a migration process in progress"), TAKEN, ("running", "OVERLAY")),
@@ -140,40 +140,40 @@ const TABLE: &[Row] = &[
     row("destroy",  Paused,   OK, ANEW, ("shut off", "IMAGE")),
     row("destroy",  Switched, OK, ENDED, ("shut off", "IMAGE")),
     row("destroy",  Draining, OK, ENDED, ("shut off", "IMAGE")),
-    // Another QEMU, which libvirt pauses, or switches, in the place of the first.
+    // libvirt pauses a new QEMU, or switches its disks, in place of the first.
     row("destroy; start", Prepared, OK, ANEW, ("running", "IMAGE")),
     row("destroy; start", Paused,   OK, ANEW, ("running", "IMAGE")),
     row("destroy; start", Switched, OK, ENDED_ONCE, ("running", "IMAGE")),
 
-    // Down to the lowest image, which destroys the snapshot's.
+    // The merge goes down to the lowest image, which destroys the snapshot's images.
     row("blockcommit --active --pivot", Paused,   OK, REBUILT, ("running", "BASE")),
     row("blockcommit --active --pivot", Switched, OK, REBUILT, ("running", "BASE")),
     row("blockcommit --active --pivot", Draining, OK, REBUILT, ("running", "BASE")),
     row("blockcommit --active --shallow", Paused,   OK, BUSY,   ("running", "IMAGE")),
-    // As long as its last step is to come nobody else can merge: the overlay stays for whoever
-    // began.
+    // Another client's merge that waits for its last step excludes other merges: the overlay stays
+    // for that client.
     row("blockcommit --active --shallow", Draining, OK, MERGED, ("running", "OVERLAY")),
 
-    // Under ours: the images of the snapshot are not those that were planned.
+    // Below the library's overlay: the images of the snapshot are not the planned ones.
     row("snapshot", Paused,   OK, REBUILT, ("running", "THEIRS")),
-    // On top of ours: a child.
+    // On top of the library's overlay: a child snapshot.
     row("snapshot", Switched, OK, TAKEN, ("running", "THEIRS")),
     row("snapshot", Draining, OK, TAKEN, ("running", "THEIRS")),
 
-    // The overlay is made with the old size.
+    // The overlay was created with the old size.
     row("blockresize 24M", Paused,   OK, RESIZED, ("running", "IMAGE")),
     row("blockresize 28M", Switched, OK, RESIZED, ("running", "IMAGE")),
     row("blockresize 32M", Draining, OK, TAKEN, ("running", "OVERLAY")),
 
-    // In the memory image, and not in the domain's XML beside it.
+    // The device would be in the memory image, and not in the domain's XML.
     row("attach-device", Paused,   OK, ATTACHED, ("running", "IMAGE")),
     row("attach-device", Switched, OK, ATTACHED, ("running", "IMAGE")),
     row("attach-device", Draining, Err("device_add not allowed while migrating"), TAKEN, ("running", "OVERLAY")),
-    // libvirt wants it to have an overlay too.
+    // libvirt requires an overlay for it, too.
     row("attach-disk", Paused,   OK, UNNAMED, ("running", "IMAGE")),
     row("attach-disk", Switched, OK, ATTACHED, ("running", "IMAGE")),
 
-    // The switch waits for the whole job; the pause ends at its limit.
+    // The switch waits for the end of the job, and the pause ends at its limit.
     row("backup-begin", Paused,   OK, LATE, ("running", "IMAGE")),
     row("blockcopy", Paused,   OK, BUSY, ("running", "IMAGE")),
 
@@ -182,11 +182,11 @@ const TABLE: &[Row] = &[
     row("detach-disk", Draining, Err("device_del not allowed while migrating"), TAKEN, ("running", "OVERLAY")),
 ];
 
-/// Runs virsh in a phase of a snapshot. For the drain, memory is made to flow so slowly that it
+/// Runs virsh in a phase of a snapshot. For the drain, the bandwidth is lowered so that the drain
 /// does not end meanwhile.
-struct Meddler<'a> {
+struct VirshObserver<'a> {
     domain: &'a OpenedDomain,
-    /// Quicker than virsh.
+    /// It is faster than virsh.
     monitor: Domain,
     /// Another daemon.
     clones: &'a Daemon,
@@ -195,14 +195,14 @@ struct Meddler<'a> {
     said: Option<Result<(), String>>,
 }
 
-impl Meddler<'_> {
-    fn new<'a>(domain: &'a OpenedDomain, clones: &'a Daemon, row: &'a Row) -> Meddler<'a> {
+impl VirshObserver<'_> {
+    fn new<'a>(domain: &'a OpenedDomain, clones: &'a Daemon, row: &'a Row) -> VirshObserver<'a> {
         let monitor = common::virt::domain(&domain.guest);
-        let mut meddler =
-            Meddler { domain, monitor, clones, row, bandwidth: Value::Null, said: None };
-        meddler.bandwidth =
-            meddler.ask("query-migrate-parameters", json!({}))["max-bandwidth"].take();
-        meddler
+        let mut observer =
+            VirshObserver { domain, monitor, clones, row, bandwidth: Value::Null, said: None };
+        observer.bandwidth =
+            observer.ask("query-migrate-parameters", json!({}))["max-bandwidth"].take();
+        observer
     }
 
     fn run(&self) -> Result<(), String> {
@@ -213,7 +213,7 @@ impl Meddler<'_> {
         match self.row.virsh {
             "resume; suspend" => {
                 run(&["resume", name])?;
-                // Until it has written.
+                // Until the guest has written.
                 guest.wait_ticks(3);
                 run(&["suspend", name])
             }
@@ -292,7 +292,7 @@ impl Meddler<'_> {
     }
 }
 
-impl Observer for Meddler<'_> {
+impl Observer for VirshObserver<'_> {
     fn event(&mut self, event: &Event) {
         if event.kind == EventKind::Instant && self.row.when == Draining {
             self.set_bandwidth(&json!(1 << 20));
@@ -309,7 +309,7 @@ impl Observer for Meddler<'_> {
         }
         if self.is_draining() {
             let said = self.run();
-            // Else it may have come too late: once more.
+            // Where the drain had ended, virsh can have come too late, and the row is repeated.
             self.said = (!self.domain.guest.alive() || self.is_draining()).then_some(said);
         }
         if self.domain.guest.alive() {
@@ -318,8 +318,9 @@ impl Observer for Meddler<'_> {
     }
 }
 
-/// 96 MiB, of which 48 are random and never written, on two disks, of which QEMU lets the second go
-/// without its guest's doing. A reset does not end it. The first is on an image on another.
+/// A machine with 96 MiB of memory, of which 48 are random and never written, and two disks. A
+/// reset does not end QEMU. The first disk's image has a backing file, and the second disk can be
+/// unplugged without the guest's cooperation.
 fn machine(binary: &'static Binary, random: &Path, second: &Path) -> Machine {
     let loader = format!("loader,file={},addr=0x2000000,force-raw=on", random.display());
     let second = format!(
@@ -339,7 +340,7 @@ fn machine(binary: &'static Binary, random: &Path, second: &Path) -> Machine {
 fn settings(domain: &OpenedDomain) -> [Value; 2] {
     let ask = |command| domain.guest.control().execute(command, json!({})).unwrap();
     let mut parameters = ask("query-migrate-parameters");
-    // libvirt's own doing: it lifts this limit for each save and dump, and leaves it so.
+    // libvirt itself raises this limit for each save and dump, and leaves it raised.
     parameters.as_object_mut().unwrap().remove("max-bandwidth");
     [ask("query-migrate-capabilities"), parameters]
 }
@@ -348,27 +349,27 @@ fn state(domain: &OpenedDomain) -> String {
     domain.guest.virsh("domstate", &[]).trim().to_owned()
 }
 
-/// The image that the first disk is on.
+/// The first disk's active image.
 fn image(domain: &OpenedDomain) -> PathBuf {
     let list = domain.guest.virsh("domblklist", &[]);
     let file = list.lines().find_map(|line| line.trim().strip_prefix("vda")).expect("vda").trim();
     PathBuf::from(file)
 }
 
-struct Meddled<'a> {
+struct Table<'a> {
     daemon: &'a Daemon,
     clones: &'a Daemon,
     domain: Option<OpenedDomain>,
     binary: &'static Binary,
-    /// Where the second disks are.
+    /// The directory of the second disks.
     directory: &'a Path,
     random: PathBuf,
     started: u32,
 }
 
-impl Meddled<'_> {
-    /// Brings a memory image back in another daemon, checks that it is of one moment, and waits
-    /// until that forgets it.
+impl Table<'_> {
+    /// Restores a memory image in another daemon, checks that the snapshot is of one moment, and
+    /// waits until that daemon has dropped the domain.
     fn restore_clone(&self, domain: &OpenedDomain, image: &Path) {
         let clone = self.clones.restore(&domain.guest, image);
         if clone.virsh("domstate", &[]).trim() == "paused" {
@@ -400,22 +401,22 @@ impl Meddled<'_> {
         let (base, before) = (domain.guest.disks()[0].file.clone(), image(&domain));
         let settings_before = settings(&domain);
         let name = format!("r{number}");
-        let mut meddler = Meddler::new(&domain, self.clones, row);
+        let mut observer = VirshObserver::new(&domain, self.clones, row);
         if row.snapshot == LATE {
             domain.handle.set_pause_limit(Duration::from_secs(2));
         }
-        let result = domain.snapshot_observed(&name, &mut meddler);
-        let Some(said) = meddler.said else {
+        let result = domain.snapshot_observed(&name, &mut observer);
+        let Some(said) = observer.said else {
             eprintln!("{}: memory was saved too soon: once more, with another domain", row.virsh);
             drop(domain);
             return self.run(number, row);
         };
         eprintln!("{:?} {}: virsh {said:?}, snapshot {result:?}", row.when, row.virsh);
 
-        match (&row.says, &said) {
+        match (&row.virsh_result, &said) {
             (Ok(()), Ok(())) => {}
             (Err(part), Err(said)) if said.contains(part) => {}
-            _ => panic!("virsh says {said:?}, and should {:?}", row.says),
+            _ => panic!("virsh says {said:?}, and should {:?}", row.virsh_result),
         }
         match (&row.snapshot, &result) {
             (Ok(()), Ok(_)) => {}
@@ -424,9 +425,9 @@ impl Meddled<'_> {
             _ => panic!("the snapshot: {result:?}, expected {:?}", row.snapshot),
         }
         let overlay = before.with_extension(&name);
-        let (state_then, image_then) = row.then;
-        assert_eq!(state(&domain), state_then);
-        let expected = match image_then {
+        let (state_after, image_after) = row.after;
+        assert_eq!(state(&domain), state_after);
+        let expected = match image_after {
             "IMAGE" => &before,
             "OVERLAY" => &overlay,
             "BASE" => &base,
@@ -435,8 +436,8 @@ impl Meddled<'_> {
         assert_eq!(image(&domain), *expected);
         assert_eq!(domain.find(&name).is_some(), result.is_ok(), "recorded");
         assert_eq!(domain.memory_file(&name).exists(), result.is_ok(), "memory image");
-        assert_eq!(overlay.exists(), result.is_ok() || image_then == "OVERLAY", "overlay");
-        match state_then {
+        assert_eq!(overlay.exists(), result.is_ok() || image_after == "OVERLAY", "overlay");
+        match state_after {
             "running" => drop(domain.guest.wait_ticks(3)),
             "paused" => {
                 domain.guest.virsh("resume", &[]);
@@ -457,8 +458,8 @@ impl Meddled<'_> {
             || !["detach-disk", "save", "dump", "snapshot", "backup-begin", "blockcopy"]
                 .contains(&row.virsh);
         if whole
-            && state_then == "running"
-            && matches!(image_then, "IMAGE" | "OVERLAY")
+            && state_after == "running"
+            && matches!(image_after, "IMAGE" | "OVERLAY")
             && !row.virsh.starts_with("blockcommit")
         {
             self.domain = Some(domain);
@@ -466,8 +467,8 @@ impl Meddled<'_> {
     }
 }
 
-/// Half of the table, so that two of it can be gone through at once.
-fn go_through(binary: &'static Binary, half: usize) {
+/// Goes through half of the table, so that two tests can share it.
+fn check_half(binary: &'static Binary, half: usize) {
     let daemon = Daemon::session();
     let clones = daemon.another();
     let directory = tempfile::tempdir().unwrap();
@@ -475,7 +476,7 @@ fn go_through(binary: &'static Binary, half: usize) {
     let random = directory.path().join("random");
     let mut source = std::io::Read::take(std::fs::File::open("/dev/urandom").unwrap(), 48 << 20);
     std::io::copy(&mut source, &mut std::fs::File::create(&random).unwrap()).unwrap();
-    let mut meddled = Meddled {
+    let mut table = Table {
         daemon: &daemon,
         clones: &clones,
         domain: None,
@@ -485,25 +486,25 @@ fn go_through(binary: &'static Binary, half: usize) {
         started: 0,
     };
     for (number, row) in TABLE.iter().enumerate().filter(|(number, _)| number % 2 == half) {
-        meddled.run(number, row);
+        table.run(number, row);
     }
 }
 
 #[test(long)]
-fn virsh_and_a_snapshot_of_one_domain_do_each_other_no_harm_with_the_systems_qemu() {
-    go_through(&Binary::all()[0], 0);
+fn virsh_table_first_half_holds_with_the_system_qemu() {
+    check_half(&Binary::all()[0], 0);
 }
 
 #[test(long)]
-fn virsh_and_a_snapshot_of_one_domain_do_each_other_no_harm_in_the_tables_other_half() {
-    go_through(&Binary::all()[0], 1);
+fn virsh_table_second_half_holds_with_the_system_qemu() {
+    check_half(&Binary::all()[0], 1);
 }
 
 #[test(long)]
-fn virsh_and_a_snapshot_of_one_domain_do_each_other_no_harm_with_a_newer_qemu() {
+fn virsh_table_holds_with_a_newer_qemu() {
     only_when_thorough();
     match Binary::all().get(1) {
-        Some(binary) => [0, 1].into_iter().for_each(|half| go_through(binary, half)),
+        Some(binary) => [0, 1].into_iter().for_each(|half| check_half(binary, half)),
         None => skip("there is one QEMU only"),
     }
 }
