@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! The driver backend keeps what the others promise: one moment, nothing left of a failure,
-//! cancelled at any time, and one operation at a time by whichever backend.
+//! The driver backend gives the guarantees of the other backends: one moment, a complete undo,
+//! cancelling at any time, and one operation at a time across all backends.
 
 use std::sync::Arc;
 
@@ -25,7 +25,7 @@ fn snapshots_by_a_driver_are_of_one_moment() {
                 let stats = original.handle.stats().unwrap();
                 let after = original.guest.wait_ticks(1);
                 assert_eq!(stats.disks, 2);
-                // STOP and RESUME were passed on.
+                // The driver has passed on STOP and RESUME.
                 assert!(matches!(stats.paused, Some((_, PauseSource::Events))), "{stats:?}");
                 let (clone, first) = original.restore_clone(name);
                 assert!(
@@ -43,7 +43,7 @@ fn snapshots_by_a_driver_are_of_one_moment() {
 }
 
 #[test]
-fn a_snapshot_is_loaded_by_a_driver() {
+fn driver_can_load_a_snapshot() {
     for binary in Binary::some() {
         let (original, _) = Opened::start_by_driver(&machine(binary, 1), false);
         original.snapshot("s").unwrap();
@@ -64,12 +64,12 @@ fn a_snapshot_is_loaded_by_a_driver() {
 }
 
 #[test]
-fn a_callback_that_fails_in_any_phase_leaves_everything_as_it_was() {
+fn callback_failure_in_any_phase_leaves_everything_as_it_was() {
     for binary in Binary::some() {
         let (opened, driver) = Opened::start_by_driver(&machine(binary, 2), false);
         for flags in [INSTANTLY, 0] {
             for wrong in [Wrong::Fails, Wrong::FailsAfterwards] {
-                // What is asked first is dispensable, and a plain snapshot has no drain.
+                // The first callbacks are dispensable, and a non-live snapshot has no drain.
                 let has = |phase: &Phase| {
                     *phase != Phase::Validate && (flags != 0 || *phase != Phase::Drain)
                 };
@@ -98,7 +98,7 @@ fn a_callback_that_fails_in_any_phase_leaves_everything_as_it_was() {
 }
 
 #[test]
-fn a_snapshot_by_a_driver_is_cancelled_in_any_phase() {
+fn snapshot_by_a_driver_can_be_cancelled_in_any_phase() {
     for binary in Binary::some() {
         let (opened, _) = Opened::start_by_driver(&machine(binary, 1), true);
         for phase in PHASES {
@@ -121,9 +121,9 @@ fn a_snapshot_by_a_driver_is_cancelled_in_any_phase() {
     }
 }
 
-/// The driver's domain and the QMP socket are one QEMU.
+/// The driver's domain and the QMP socket belong to one QEMU.
 #[test]
-fn another_backend_is_refused_meanwhile() {
+fn operations_of_other_backends_are_refused_during_a_snapshot() {
     for binary in Binary::any() {
         let (opened, _) = Opened::start_by_driver(&machine(binary, 1), false);
         let other_dir = opened.guest.directory().join("other");

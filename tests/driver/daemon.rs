@@ -17,7 +17,7 @@ use tempfile::TempDir;
 
 const GUESTS: [&str; 4] = ["a", "b", "c", "d"];
 
-/// Where cargo has put the library: beside this program.
+/// The path of the library, which cargo puts beside this program.
 fn library() -> PathBuf {
     std::env::current_exe().unwrap().with_file_name("libinstantsnap.so")
 }
@@ -32,7 +32,7 @@ fn program() -> &'static Path {
     })
 }
 
-/// A daemon whose guests count. It ends, and they with it, when this is dropped.
+/// A daemon whose guests count. It ends with its guests when this is dropped.
 struct Daemon {
     child: Child,
     directory: TempDir,
@@ -78,7 +78,7 @@ impl Daemon {
         self.directory.path().join("daemon.sock")
     }
 
-    /// Whether the client was content, and the answers that it has got.
+    /// Sends requests. Returns whether all succeeded, and the replies.
     fn ask(&self, requests: &[String]) -> (bool, Vec<String>) {
         let client = workspace().join("c-tests/daemon_client.py");
         let output =
@@ -99,7 +99,7 @@ impl Daemon {
         self.directory.path().join(guest).join("serial.log")
     }
 
-    /// Waits until a guest has counted so much further; the number.
+    /// Waits until a guest has counted this much further. Returns its number.
     #[track_caller]
     fn wait_ticks(&self, guest: &str, more: u32) -> u32 {
         let mut goal = None;
@@ -112,7 +112,7 @@ impl Daemon {
         .unwrap_or_else(|| panic!("guest {guest} does not count"))
     }
 
-    /// The first number that a guest that was brought back says whole.
+    /// The first number that a reverted guest prints completely.
     fn first_tick(&self, guest: &str) -> u32 {
         let log = std::fs::read_to_string(self.log(guest)).unwrap();
         log.lines()
@@ -122,7 +122,7 @@ impl Daemon {
 }
 
 impl Daemon {
-    /// Ends it, and its guests with it.
+    /// Ends the daemon and its guests.
     fn end(&mut self) -> std::io::Result<ExitStatus> {
         let _ = kill_process(Pid::from_child(&self.child), Signal::TERM);
         self.child.wait()
@@ -135,7 +135,7 @@ impl Drop for Daemon {
     }
 }
 
-/// The same program with its memory watched; not QEMU's.
+/// The program under valgrind, which does not check QEMU.
 fn valgrind(program: &Path) -> Command {
     let mut command = Command::new("valgrind");
     let options =
@@ -150,7 +150,7 @@ fn valgrind(program: &Path) -> Command {
 }
 
 #[test]
-fn a_daemon_with_one_event_loop_takes_and_brings_back_snapshots_of_four_guests() {
+fn event_loop_daemon_snapshots_and_reverts_four_guests() {
     for binary in Binary::any() {
         let mut daemon = Daemon::start(binary);
         let before = GUESTS.map(|guest| daemon.wait_ticks(guest, 2));
@@ -165,7 +165,7 @@ fn a_daemon_with_one_event_loop_takes_and_brings_back_snapshots_of_four_guests()
             };
             assert!(place(format!("instant {guest} first")) < place(format!("done {guest} first")));
         }
-        // Whoever asks meanwhile has an answer at once.
+        // A request during the snapshots gets its reply at once.
         assert!(answers[0].starts_with("ok longest iteration"), "{answers:?}");
         assert_eq!(answers.len(), 2 * GUESTS.len() + 1);
         assert_eq!(
@@ -173,8 +173,7 @@ fn a_daemon_with_one_event_loop_takes_and_brings_back_snapshots_of_four_guests()
             (true, vec!["ok first".into(); 4])
         );
 
-        // Two at once on one guest, one of a guest that there is not, and one that is there
-        // already.
+        // Two snapshots of one guest at once, one of an unknown guest, and one whose name exists.
         let (content, answers) =
             daemon.ask(&["snapshot a second".into(), "snapshot a third".into()]);
         assert!(!content && answers.contains(&"error a the guest is busy".into()));
@@ -187,7 +186,7 @@ fn a_daemon_with_one_event_loop_takes_and_brings_back_snapshots_of_four_guests()
         );
         assert_eq!(daemon.get("list a"), "ok first second");
 
-        // Each page and each sector is as it was at that number: else it would say TORN.
+        // The guest checks every page and every sector against its number, and would say TORN.
         daemon.wait_ticks("a", 20);
         assert_eq!(daemon.get("revert a first"), "done a first");
         daemon.wait_ticks("a", 65);
@@ -198,13 +197,14 @@ fn a_daemon_with_one_event_loop_takes_and_brings_back_snapshots_of_four_guests()
             before[0],
             after[0]
         );
-        // What was brought back is a guest like any other, and the others have seen nothing of it.
+        // A reverted guest can be snapshotted again, and the other guests are not affected.
         assert_eq!(daemon.get("snapshot a again"), "done a again");
         for guest in GUESTS {
             daemon.wait_ticks(guest, 3);
         }
 
-        // Deleted, the youngest first, a guest goes on with what it has written since.
+        // After deletes of its snapshots, from the newest on, a guest keeps what it has written
+        // since.
         let (content, answers) = daemon.ask(&["delete a first".into(), "delete b first".into()]);
         assert!(
             !content

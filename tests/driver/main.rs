@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! Guests whose monitor a driver has, which the library calls back.
+//! Guests whose monitor belongs to a driver, which the library calls back.
 
 mod callbacks;
 mod daemon;

@@ -1,10 +1,10 @@
-"""Calls of libvirt's public functions on one connection and its one domain, and what is answered: a
-line each.
+"""Calls libvirt's public functions on one connection and its one domain, and prints each answer on
+a line.
 
     calls.py URI DOMAIN DIRECTORY
 
-None involves instant snapshots. What changes by itself (times, counters, memory) is told by its
-type.
+None of the calls concerns instant snapshots. For results that vary (times, counters, memory) only
+the type is printed.
 """
 
 import itertools
@@ -23,7 +23,7 @@ count = 0
 
 
 def plain(value):
-    """A result as JSON has it: objects by their names."""
+    """A result in JSON's types, with objects replaced by their names."""
     if isinstance(value, dict):
         return {str(key): plain(entry) for key, entry in sorted(value.items())}
     if isinstance(value, (list, tuple)):
@@ -35,7 +35,7 @@ def plain(value):
 
 
 def kind(value):
-    """What is left of a result that changes by itself."""
+    """The part of a varying result that stays the same."""
     if isinstance(value, dict):
         return sorted(value)
     if isinstance(value, (list, tuple)):
@@ -49,7 +49,7 @@ def call(what, body, show=plain):
     try:
         answer = show(body())
     except libvirt.libvirtError as error:
-        # Everything that the client is told.
+        # Every field of the error that the client gets.
         answer = {
             "code": error.get_error_code(), "domain": error.get_error_domain(),
             "text": error.get_error_message(), "level": error.get_error_level(),
@@ -59,14 +59,14 @@ def call(what, body, show=plain):
     print(json.dumps([what, answer]))
 
 
-# The connection.
+# Calls on the connection.
 for method in ("getType", "getVersion", "getLibVersion", "getURI", "isAlive", "isEncrypted",
                "isSecure", "numOfDomains", "numOfDefinedDomains", "listDomainsID",
                "listDefinedDomains", "getHostname", "getSysinfo", "listNetworks",
                "listStoragePools", "listInterfaces", "listSecrets", "listNWFilters",
                "numOfNetworks", "numOfStoragePools", "numOfSecrets", "getCPUMap"):
     call(method, getattr(conn, method))
-# Each daemon makes itself a UUID of the machine.
+# Each daemon generates a host UUID of its own.
 call("getCapabilities", conn.getCapabilities,
      lambda xml: re.sub("<uuid>[^<]*</uuid>", "<uuid/>", xml, count=1))
 for method in ("getInfo", "getFreeMemory", "getMemoryStats", "getCellsFreeMemory"):
@@ -92,7 +92,7 @@ for xml in ("", "<domain/>", "<domain type='qemu'><name>x</name></domain>", "non
 call("saveImageGetXMLDesc", lambda: conn.saveImageGetXMLDesc(f"{directory}/none", 0))
 call("restore", lambda: conn.restore(f"{directory}/none"))
 
-# The domain.
+# Calls on the domain.
 for method in ("name", "UUIDString", "ID", "OSType", "maxMemory", "maxVcpus", "isActive",
                "isPersistent", "isUpdated", "autostart", "hasManagedSaveImage", "state",
                "controlInfo", "jobInfo", "diskErrors", "snapshotNum", "snapshotListNames",
@@ -143,7 +143,7 @@ call("setMetadata", lambda: dom.setMetadata(0, "described", None, None, 3))
 call("metadata", lambda: dom.metadata(0, None, 0))
 call("migrateToURI", lambda: dom.migrateToURI("nonsense", 0, None, 0))
 
-# Snapshots: flags that break a rule, and XML that nobody takes.
+# Snapshots that are refused: invalid combinations of flags, and invalid XML.
 wrong = "<domainsnapshot><name>a/b</name></domainsnapshot>"
 for bits in itertools.chain(itertools.combinations(range(10), 1),
                             itertools.combinations(range(10), 2), [(11,), (31,)]):
@@ -156,7 +156,7 @@ for xml in ("", "nonsense", "<domainsnapshot/>", f"<domainsnapshot>{memory}</dom
         if "nonsense" in xml or not xml or "vdz" in xml:
             call(f"snapshotCreateXML {xml} {flags:#x}", lambda: dom.snapshotCreateXML(xml, flags))
     call(f"snapshotCreateXML {xml} quiesce", lambda: dom.snapshotCreateXML(xml, 0x50))
-# And some that are taken.
+# Snapshots that are taken.
 call("disks",
      lambda: dom.snapshotCreateXML("<domainsnapshot><name>disks</name></domainsnapshot>", 0x10))
 call(

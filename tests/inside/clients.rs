@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! Clients of a stock libvirtd with the library in it: with nothing of ours, over every transport,
-//! and what is not ours as ever.
+//! Unmodified clients of a stock libvirtd with the library in it, over every transport. Calls that
+//! do not concern instant snapshots behave as without the library.
 
 use std::fs::Permissions;
 use std::net::TcpListener;
@@ -27,14 +27,14 @@ fn start(variables: &[(&'static str, &str)]) -> Subject {
     Subject::start(&one_disk(), &session(variables))
 }
 
-/// `virsh snapshot-create-as --live`, with the memory in a file.
+/// `virsh snapshot-create-as --live` with the memory in a file.
 fn create_live(subject: &Subject, name: &str) {
     let memory = format!("file={}", subject.memory(name).display());
     subject.guest.virsh("snapshot-create-as", &["--name", name, "--live", "--memspec", &memory]);
 }
 
 #[test]
-fn a_client_in_c_passes_the_bit() {
+fn c_client_can_request_instant() {
     if !Path::new("/usr/include/libvirt/libvirt.h").exists() {
         missing_package("libvirt's headers are not installed");
     }
@@ -60,7 +60,7 @@ fn a_client_in_c_passes_the_bit() {
 }
 
 #[test]
-fn a_client_in_perl_passes_the_bit() {
+fn perl_client_can_request_instant() {
     let perl = |script: &str| {
         let mut command = Command::new("perl");
         command.args(["-MSys::Virt", "-e", script]).env_clear().env("PATH", "/usr/bin:/bin");
@@ -87,9 +87,9 @@ fn a_client_in_perl_passes_the_bit() {
     subject.restore_clone("perl", &Daemon::session());
 }
 
-/// As over ssh: a program that somebody else runs passes everything on.
+/// A program of another project that forwards the connection, as ssh does, forwards the flag.
 #[test]
-fn a_client_over_a_programs_pipe_passes_the_bit() {
+fn client_over_an_external_program_can_request_instant() {
     let subject = start(&[]);
     let daemon = subject.guest.daemon();
     let relay = subject.guest.directory().join("relay");
@@ -107,9 +107,9 @@ fn a_client_over_a_programs_pipe_passes_the_bit() {
 }
 
 #[test]
-fn a_client_over_tcp_passes_the_bit() {
-    // Somebody else may take the port before the daemon does: then it does not start, and the test
-    // says so.
+fn client_over_tcp_can_request_instant() {
+    // Another process may take the port before the daemon does. Then the daemon does not start, and
+    // the test fails with that reason.
     let port = TcpListener::bind(("127.0.0.1", 0)).unwrap().local_addr().unwrap().port();
     let conf = format!(
         "listen_tls = 0\nlisten_tcp = 1\nauth_tcp = \"none\"\nlisten_addr = \
@@ -125,13 +125,13 @@ fn a_client_over_tcp_passes_the_bit() {
 }
 
 #[test]
-fn a_client_over_ssh_passes_the_bit() {
+fn client_over_ssh_can_request_instant() {
     let subject = start(&[]);
     let daemon = subject.guest.daemon();
     let sshd = Sshd::start(daemon);
     let by_name = format!("proxy=netcat&socket={}", daemon.socket().display());
-    // What is at the server's end: a program that knows sockets, or libvirt's, which finds the
-    // daemon's.
+    // The helper on the server: a generic program that connects to the named socket, or libvirt's
+    // helper, which finds the daemon's socket.
     for (name, program, parameters) in
         [("nc", "/usr/bin/nc", &*by_name), ("helper", "/usr/bin/virt-ssh-helper", "proxy=native")]
     {
@@ -150,7 +150,7 @@ fn a_client_over_ssh_passes_the_bit() {
 }
 
 #[test]
-fn a_guest_that_is_paused_gets_an_ordinary_snapshot_and_stays_paused() {
+fn paused_guest_gets_a_stock_snapshot_and_stays_paused() {
     let subject = start(&[]);
     subject.guest.virsh("suspend", &[]);
     assert_eq!(subject.snapshot("paused"), Ok("paused".into()));
@@ -160,7 +160,7 @@ fn a_guest_that_is_paused_gets_an_ordinary_snapshot_and_stays_paused() {
 }
 
 #[test]
-fn snapshots_are_reverted_to_and_deleted_by_the_plain_functions() {
+fn stock_revert_and_delete_functions_work_on_instant_snapshots() {
     let subject = start(&[]);
     for name in ["a", "b"] {
         assert_eq!(subject.snapshot(name).as_deref(), Ok(name));
@@ -176,13 +176,12 @@ fn snapshots_are_reverted_to_and_deleted_by_the_plain_functions() {
     assert!(!subject.memory("a").exists());
     assert_eq!(subject.snapshots(), [""; 0]);
     subject.guest.wait_ticks(5);
-    // And another, as if nothing had been.
+    // A new snapshot can be taken afterwards.
     assert_eq!(subject.snapshot("c"), Ok("c".into()));
 }
 
 #[test]
-fn live_snapshots_are_instant_with_the_setting_and_libvirts_own_without_it_or_where_they_are_refused()
- {
+fn upgrade_setting_makes_live_snapshots_instant_where_supported() {
     let subject = start(&[]);
     create_live(&subject, "stock");
     assert!(!subject.was_instant());
@@ -190,7 +189,7 @@ fn live_snapshots_are_instant_with_the_setting_and_libvirts_own_without_it_or_wh
     let subject = start(&[UPGRADE]);
     create_live(&subject, "upgraded");
     assert!(subject.was_instant());
-    // What is not LIVE, or has no memory, is not meant.
+    // The setting concerns only LIVE snapshots with memory.
     subject.guest.virsh("snapshot-create-as", &["--name", "disks", "--disk-only"]);
     assert_eq!(subject.snapshots(), ["upgraded", "disks"]);
     subject.guest.wait_ticks(3);
@@ -200,7 +199,7 @@ fn live_snapshots_are_instant_with_the_setting_and_libvirts_own_without_it_or_wh
     create_live(&subject, "full");
     assert!(!subject.was_instant());
     assert_eq!(answer(subject.create("asked", INSTANT).output().unwrap()).unwrap_err().code, 87);
-    // Of a domain that is shut off libvirt itself says why not.
+    // For a shut off domain libvirt reports its own error.
     subject.guest.virsh("destroy", &[]);
     let [ours, theirs] = [&[UPGRADE][..], &[]].map(|variables| {
         let subject = start(variables);
@@ -210,9 +209,9 @@ fn live_snapshots_are_instant_with_the_setting_and_libvirts_own_without_it_or_wh
     assert_eq!(ours, theirs);
 }
 
-/// Its steps arrive as any client's calls do.
+/// The daemon handles its steps like the calls of any other client.
 #[test]
-fn a_client_that_has_the_library_too_does_all_it_does_elsewhere() {
+fn client_with_the_library_supports_every_operation() {
     let daemon = session(&[UPGRADE]);
     let mut tree = Tree::start(&one_disk(), &daemon, Maker::Instant);
     for name in ["a", "b", "c", "d"] {
@@ -228,7 +227,7 @@ fn a_client_that_has_the_library_too_does_all_it_does_elsewhere() {
     tree.opened.guest.wait_ticks(3);
 }
 
-/// What the calls of `inside/calls.py` answer.
+/// The answers to the calls of `inside/calls.py`.
 fn answers(daemon: &Daemon) -> Vec<String> {
     const UUID: &str = "5f0c0a0e-7a4c-4d57-9a54-0e6f3f2f1d11";
     let with_uuid =
@@ -251,7 +250,7 @@ fn answers(daemon: &Daemon) -> Vec<String> {
 }
 
 #[test]
-fn hundreds_of_calls_that_do_not_involve_us_are_answered_as_without_us() {
+fn hundreds_of_unrelated_calls_are_answered_as_without_the_library() {
     let (with, without) = (answers(&session(&[])), answers(&Daemon::session()));
     assert!(with.len() >= 200);
     assert_eq!(with.len(), without.len());

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! P1 inside a stock libvirtd: memory, every disk and the serial line of a snapshot are of one
-//! moment, for clients that have nothing of ours.
+//! Inside a stock libvirtd: memory, every disk and the serial line of a snapshot are of one moment,
+//! for unmodified clients.
 
 use common::inside::{Subject, has_mapped, library, session};
 use common::machine;
@@ -21,7 +21,7 @@ fn every_snapshot_in_a_row_is_of_one_moment() {
                     &machine(binary, disks).restless().machine_type(machine_type),
                     &daemon,
                 );
-                // libvirt would hand it on.
+                // libvirt must not pass the preloaded library on to QEMU.
                 assert!(!has_mapped(subject.guest.pid(), &library()));
                 for round in 0..2 {
                     let name = format!("s{round}");

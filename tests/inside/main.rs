@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! The library in other programs: in libvirt's daemon, and in clients of libvirt.
+//! The library in other programs: in libvirt's daemon and in clients of libvirt.
 
 mod clients;
 mod consistency;

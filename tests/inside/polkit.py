@@ -1,11 +1,11 @@
-"""A stand-in for polkitd on a private bus, which allows as a file says, and writes down what it is
-asked.
+"""A stand-in for polkitd on a private bus. It allows the actions that a file lists, and records its
+answers.
 
     polkit.py ALLOWED ASKED
 
-Like polkitd it allows everything to root. To everybody else it allows the actions of
-org.libvirt.api that ALLOWED lists, one a line; the file is read anew each time. ASKED gets a line
-of uid, action and answer for each question.
+Like polkitd it allows everything to root. To other users it allows the actions of org.libvirt.api
+that ALLOWED lists, one a line. It reads the file again for each question. ASKED gets a line with
+the uid, the action and the answer for each question.
 """
 
 import sys

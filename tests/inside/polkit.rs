@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! libvirt's fine-grained permissions inside the daemon: whoever may take snapshots may take
-//! instant ones, and nothing else. What is done with the files that a snapshot's record names is
-//! done for those only who may change the domain.
+//! libvirt's fine-grained permissions inside the daemon: a client that may take snapshots may take
+//! instant ones, and gets no further permission. Only a client that may change the domain can have
+//! the library touch the files that a snapshot's record names.
 
 use std::io::{BufRead, BufReader};
 use std::os::unix::fs::PermissionsExt;
@@ -15,11 +15,11 @@ use instantsnap_testkit::compile::workspace;
 use instantsnap_testkit::{Binary, Daemon, Mode, missing_package, test};
 use tempfile::TempDir;
 
-/// Neither root's nor QEMU's.
+/// Neither root's user id nor QEMU's.
 const CLIENT: u32 = 65534;
 const ACCESS_DENIED: i64 = 88;
 
-/// A system bus of the test's own, with somebody on it who answers for polkit.
+/// A private system bus with a stand-in for polkitd.
 struct Bus {
     directory: TempDir,
     children: Vec<Child>,
@@ -71,7 +71,7 @@ impl Bus {
         bus
     }
 
-    /// Starts a program, and waits until it says that it is ready.
+    /// Starts a program, and waits until it reports that it is ready.
     fn spawn(&mut self, mut command: Command) {
         let mut child = command.stdout(Stdio::piped()).stdin(Stdio::null()).spawn().unwrap();
         let mut line = String::new();
@@ -88,7 +88,7 @@ impl Bus {
         format!("unix:path={}", self.file("socket").display())
     }
 
-    /// From now on a client may do these.
+    /// From now on a client may do these actions.
     fn allow(&self, more: &[&str]) {
         let always = [
             "connect.getattr",
@@ -100,8 +100,8 @@ impl Bus {
         std::fs::write(self.file("allowed"), [&always, more].concat().join("\n")).unwrap();
     }
 
-    /// What polkit was asked of the client since it was asked this last.
-    fn asked_of_client(&self) -> Vec<String> {
+    /// The actions that polkit was asked to allow the client since the last call.
+    fn actions_asked_of_client(&self) -> Vec<String> {
         let asked = std::fs::read_to_string(self.file("asked")).unwrap();
         std::fs::write(self.file("asked"), "").unwrap();
         let of_client = asked
@@ -112,7 +112,7 @@ impl Bus {
 }
 
 #[test]
-fn a_client_that_may_snapshot_needs_no_more_for_an_instant_snapshot_and_gets_no_more_by_it() {
+fn snapshot_permission_suffices_for_instant_and_grants_nothing_more() {
     let bus = Bus::start();
     let variables = [("DBUS_SYSTEM_BUS_ADDRESS", bus.address())];
     let variables = variables.each_ref().map(|(name, value)| (*name, value.as_str()));
@@ -139,16 +139,16 @@ fn a_client_that_may_snapshot_needs_no_more_for_an_instant_snapshot_and_gets_no_
     let refused = snapshot("denied").unwrap_err();
     assert_eq!(refused.code, ACCESS_DENIED, "{refused:?}");
     assert!(!subject.memory("denied").exists());
-    bus.asked_of_client();
+    bus.actions_asked_of_client();
 
     bus.allow(&["domain.snapshot"]);
     assert_eq!(snapshot("allowed"), Ok("allowed".into()));
-    let asked = bus.asked_of_client();
+    let asked = bus.actions_asked_of_client();
     assert!(asked.contains(&"domain.snapshot yes".to_owned()), "{asked:?}");
     assert!(asked.iter().all(|line| line.ends_with(" yes")), "{asked:?}");
     subject.guest.wait_ticks(3);
 
-    // Not even in a thread that has just taken one.
+    // A thread of the daemon that has just taken a snapshot keeps no privilege either.
     for refused in
         [call("suspend()"), call("destroy()"), call("XMLDesc(1)"), call("setMemory(1024)")]
     {
@@ -159,7 +159,8 @@ fn a_client_that_may_snapshot_needs_no_more_for_an_instant_snapshot_and_gets_no_
         );
     }
 
-    // A record that names a file of root's: whoever may snapshot can write one.
+    // A record that names a file of root's. A client that may take snapshots can write such a
+    // record.
     let victim = daemon.directory().join("victim");
     std::fs::write(&victim, "root's").unwrap();
     let record = subject.guest.virsh("snapshot-dumpxml", &["allowed"]);
@@ -170,13 +171,13 @@ fn a_client_that_may_snapshot_needs_no_more_for_an_instant_snapshot_and_gets_no_
     assert_eq!(client(redefine, &[&record]), Ok("hostile".into()));
     let revert = "revertToSnapshot(domain.snapshotLookupByName('allowed'))";
     let delete = "snapshotLookupByName('hostile').delete(0)";
-    bus.asked_of_client();
-    // libvirt's own, which before 9.9 cannot.
+    bus.actions_asked_of_client();
+    // The library leaves this revert to libvirt, which before 9.9 does not support it.
     let reverted = call(revert);
     let refused =
         reverted.as_ref().is_err_and(|refused| refused.message.contains("not supported yet"));
     assert!(refused || Daemon::version() >= (9, 9, 0) && reverted.is_ok(), "{reverted:?}");
-    assert!(bus.asked_of_client().contains(&"domain.write no".to_owned()));
+    assert!(bus.actions_asked_of_client().contains(&"domain.write no".to_owned()));
     subject.guest.wait_ticks(3);
 
     bus.allow(&["domain.snapshot", "domain.write"]);

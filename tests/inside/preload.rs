@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! The library for LD_PRELOAD, in unmodified programs: Debian's virsh and python3-libvirt, with a
-//! libvirtd of the test's own.
+//! The library for LD_PRELOAD in unmodified programs, which are Debian's virsh and python3-libvirt,
+//! with a libvirtd of each test's own.
 
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
@@ -10,19 +10,19 @@ use std::sync::OnceLock;
 use instantsnap_testkit::compile::{gcc, workspace};
 use instantsnap_testkit::{Binary, DEADLINE, Daemon, Format, Guest, Machine, test, wait_for};
 
-/// What libvirt before 9.9 says of a revert.
+/// The error of libvirt before 9.9 for a revert.
 const CANNOT_REVERT: &str = "revert to external snapshot not supported yet";
-/// The public ones.
+/// The public functions.
 const FUNCTIONS: [&str; 3] =
     ["virDomainRevertToSnapshot", "virDomainSnapshotCreateXML", "virDomainSnapshotDelete"];
-/// Those of libvirt's driver.
+/// The functions of libvirt's driver.
 const DRIVERS: [&str; 3] = ["qemuSnapshotCreateXML", "qemuSnapshotDelete", "qemuSnapshotRevert"];
 const UPGRADE: (&str, &str) = ("INSTANTSNAP_UPGRADE_LIVE", "1");
 const DEBUG: (&str, &str) = ("INSTANTSNAP_DEBUG", "1");
-/// What a libvirt lacks that is too old for instantsnap.
+/// A function that a libvirt too old for instantsnap lacks.
 const LACKS: (&str, &str) = ("INSTANTSNAP_TEST_LACKS", "virDomainQemuMonitorCommandWithFiles");
 
-/// A library of this workspace: cargo has put it where it has put this program.
+/// The path of a library of this workspace, which cargo puts beside this program.
 fn built(name: &str) -> PathBuf {
     let library = std::env::current_exe().unwrap().with_file_name(name);
     assert!(library.exists(), "{} is not there", library.display());
@@ -33,7 +33,7 @@ fn preload() -> PathBuf {
     built("libinstantsnap_preload.so")
 }
 
-/// A program as it is without us, away from the user's own files and settings.
+/// A program without the library, isolated from the user's files and settings.
 fn program(name: &str) -> Command {
     let mut command = Command::new(name);
     command
@@ -47,7 +47,7 @@ fn program(name: &str) -> Command {
     command
 }
 
-/// The same under the library.
+/// The same program with the library preloaded.
 fn preloaded(name: &str) -> Command {
     let mut command = program(name);
     command.env("LD_PRELOAD", preload());
@@ -71,7 +71,7 @@ fn preloaded_with_old_libvirt(name: &str) -> Command {
     command
 }
 
-/// What a program said, and whether it was content.
+/// The output of a program, and whether it succeeded.
 #[derive(Debug, PartialEq)]
 struct Said {
     ok: bool,
@@ -86,7 +86,7 @@ impl Said {
         Said { ok: output.status.success(), out: text(output.stdout), err: text(output.stderr) }
     }
 
-    /// It succeeded, and nothing is on stderr.
+    /// Asserts that it succeeded and printed nothing on stderr.
     #[track_caller]
     fn quietly(self) -> String {
         assert!(self.ok && self.err.is_empty(), "{self:?}");
@@ -133,7 +133,7 @@ impl Subject {
         self.guest.directory().join(format!("{name}.mem"))
     }
 
-    /// python3-libvirt with `domain`, and a flag and XML for a snapshot.
+    /// A script for python3-libvirt, which finds the guest in `domain` and a request in `xml`.
     fn python(&self, command: Command, name: &str, script: &str) -> Command {
         let mut command = command;
         let begin = "import libvirt, sys\n\
@@ -152,9 +152,10 @@ impl Subject {
         command
     }
 
-    /// Whether an instant snapshot of it was taken, or tried: libvirt marks a domain whose QEMU is
-    /// told things past it, and nothing else here does that. When memory is saved says nothing: so
-    /// little of it can be there before the guest runs again.
+    /// Whether an instant snapshot of the guest was taken or tried. libvirt marks a domain to which
+    /// commands were passed through its monitor, and nothing else in these tests does so. The time
+    /// at which memory is saved does not tell: so little of it can be saved before the guest runs
+    /// again.
     fn was_instant(&self) -> bool {
         self.guest.virsh("dominfo", &[]).contains("custom monitor")
     }
@@ -169,7 +170,7 @@ impl Subject {
 }
 
 #[test]
-fn six_functions_are_exported_and_no_library_is_needed_for_them() {
+fn preload_library_exports_six_functions_without_needing_libvirt() {
     let output = |program: &str, args: &[&str]| {
         let output = Command::new(program).args(args).arg(preload()).output().unwrap();
         String::from_utf8(output.stdout).unwrap()
@@ -182,10 +183,10 @@ fn six_functions_are_exported_and_no_library_is_needed_for_them() {
     assert!(!output("readelf", &["-d"]).contains("libvirt"));
 }
 
-/// virsh and Python's module ask for `virDomainSnapshotCreateXML@LIBVIRT_0.8.0`, and ours has no
-/// version.
+/// virsh and Python's module request `virDomainSnapshotCreateXML@LIBVIRT_0.8.0`, and the library's
+/// function has no version.
 #[test]
-fn versioned_references_are_bound_to_it() {
+fn versioned_references_are_bound_to_the_preload_library() {
     let directory = tempfile::tempdir().unwrap();
     for (program, arg, object) in
         [("virsh", "--version", "virsh"), ("/usr/bin/python3", "-cimport libvirt", "libvirtmod")]
@@ -215,9 +216,9 @@ fn versioned_references_are_bound_to_it() {
     }
 }
 
-/// libvirt's test driver, which needs no daemon, has snapshots, and none of them is for us.
+/// libvirt's test driver needs no daemon and has snapshots, which the library must not handle.
 #[test]
-fn another_driver_is_as_it_was() {
+fn other_libvirt_drivers_are_not_affected() {
     let script = "snapshot-create-as test s --live --memspec file=/nowhere/s --diskspec vda,snapshot=no; \
                   snapshot-list test --name; snapshot-revert test s; snapshot-delete test s; snapshot-revert test s";
     let virsh =
@@ -234,7 +235,7 @@ fn another_driver_is_as_it_was() {
 }
 
 #[test]
-fn a_live_snapshot_is_libvirts_own_without_the_variable() {
+fn live_snapshot_is_a_stock_snapshot_without_the_variable() {
     for binary in Binary::under_libvirt() {
         let subject = Subject::start(binary);
         for (name, value) in [("zero", Some("0")), ("unset", None)] {
@@ -251,7 +252,7 @@ fn a_live_snapshot_is_libvirts_own_without_the_variable() {
 }
 
 #[test]
-fn a_live_snapshot_of_virsh_is_instant_with_the_variable() {
+fn live_snapshot_by_virsh_is_instant_with_the_variable() {
     for binary in Binary::under_libvirt() {
         let subject = Subject::start(binary);
         let mut command = preloaded("virsh");
@@ -272,9 +273,9 @@ fn a_live_snapshot_of_virsh_is_instant_with_the_variable() {
     }
 }
 
-/// Whatever is not a LIVE snapshot of disks and memory in files is not ours to make better.
+/// Only LIVE snapshots of disks and memory in files are upgraded.
 #[test]
-fn other_snapshots_are_not_upgraded() {
+fn only_live_snapshots_with_memory_are_upgraded() {
     let subject = Subject::start(&Binary::all()[0]);
     let virsh = |words: &[&str]| {
         let mut command = preloaded("virsh");
@@ -293,7 +294,7 @@ fn other_snapshots_are_not_upgraded() {
         .fails_with("/nowhere/s");
     virsh(&["--live", "--memspec", "snapshot=external"]).fails_with("memory");
     virsh(&["--live"]).fails_with("live snapshot creation is supported only");
-    // XML that cannot be read is for libvirt to complain of.
+    // libvirt reports an error in the XML.
     let mut command = preloaded("/usr/bin/python3");
     command.envs([UPGRADE, DEBUG]);
     let script = "domain.snapshotCreateXML('<domainsnapshot><memory file=\"/x\"', 0x100)";
@@ -306,9 +307,10 @@ fn other_snapshots_are_not_upgraded() {
     assert!(subject.snapshots().is_empty());
 }
 
-/// Whoever did not ask for INSTANT gets what there is; and the reason, where it is asked for.
+/// A caller that did not ask for INSTANT gets libvirt's own snapshot, and the reason only in debug
+/// mode.
 #[test]
-fn where_instantsnap_refuses_an_upgraded_snapshot_is_libvirts_own() {
+fn refused_upgrade_falls_back_to_a_stock_snapshot() {
     let subject = Subject::start(&Binary::all()[0]);
     let create = |name: &str, debug: bool| {
         let mut command = preloaded_with_old_libvirt("virsh");
@@ -324,7 +326,7 @@ fn where_instantsnap_refuses_an_upgraded_snapshot_is_libvirts_own() {
         "instantsnap-preload: a LIVE snapshot stays libvirt's own: libvirt 8.2 or later is needed";
     assert!(said.ok && said.err.starts_with(reason) && said.err.lines().count() == 1, "{said:?}");
     assert!(!subject.was_instant());
-    // Something was tried and failed: that is no reason to try something else.
+    // A snapshot that was begun and has failed is not repeated in another way.
     let mut command = preloaded("virsh");
     command.envs([UPGRADE, DEBUG]);
     let words = ["--name", "failed", "--live", "--memspec", "file=/nowhere/failed.mem"];
@@ -337,7 +339,7 @@ fn where_instantsnap_refuses_an_upgraded_snapshot_is_libvirts_own() {
 }
 
 #[test]
-fn what_libvirt_refuses_has_libvirts_words() {
+fn refusal_by_libvirt_keeps_libvirts_message() {
     let subject = Subject::start(&Binary::all()[0]);
     let quiesce = |mut command: Command| {
         command.envs([UPGRADE]);
@@ -348,9 +350,9 @@ fn what_libvirt_refuses_has_libvirts_words() {
     assert_eq!(quiesce(preloaded("virsh")), without);
 }
 
-/// As in an error handler, which is called before the function that has failed returns.
+/// An error handler is called before the failed function returns, and can call again.
 #[test]
-fn a_call_from_inside_goes_to_libvirt() {
+fn nested_call_from_an_error_handler_goes_to_libvirt() {
     let subject = Subject::start(&Binary::all()[0]);
     let script = "said = []\n\
                   def handler(_, error):\n    \
@@ -385,10 +387,10 @@ fn python_takes_an_instant_snapshot() {
     }
 }
 
-/// Without the library, bit 10 is what it always was; the error comes by exception, by the
-/// connection, and by the handler.
+/// Without the library libvirt refuses bit 10 as before. With it, the error arrives by the
+/// exception, by the connection and by the handler.
 #[test]
-fn python_is_told_what_is_wrong() {
+fn python_client_receives_the_error() {
     let subject = Subject::start(&Binary::all()[0]);
     let attempt = |command: Command, flags: u32| {
         let script = format!(
@@ -402,7 +404,7 @@ fn python_is_told_what_is_wrong() {
         Said::of(&mut subject.python(command, "s", &script)).quietly()
     };
     assert!(attempt(program("/usr/bin/python3"), 0x500).contains("unsupported flags (0x400)"));
-    // INSTANT without LIVE, with DISK_ONLY, with REDEFINE.
+    // INSTANT without LIVE, with DISK_ONLY, and with REDEFINE.
     for (flags, named) in [(0x400, "LIVE"), (0x510, "DISK_ONLY"), (0x501, "REDEFINE")] {
         let said = attempt(preloaded("/usr/bin/python3"), flags);
         assert!(said.starts_with("8 10 ") && said.contains(named), "{flags:x}: {said}");
@@ -413,7 +415,7 @@ fn python_is_told_what_is_wrong() {
     subject.guest.wait_ticks(3);
 }
 
-/// An older libvirt refuses to bring an external snapshot back.
+/// An older libvirt refuses to revert to an external snapshot.
 #[test]
 fn virsh_reverts_to_an_external_snapshot() {
     let refuses = Daemon::version() < (9, 9, 0);
@@ -439,16 +441,16 @@ fn virsh_reverts_to_an_external_snapshot() {
         let tick = subject.guest.wait_ticks(5);
         eprintln!("{}: left at {later}, back at {tick}", binary.name);
         assert_eq!(subject.snapshots(), ["s"]);
-        // The default error handler would say on stderr what libvirt has refused.
+        // libvirt's default error handler would print a refusal of libvirt's on stderr.
         let script = "assert domain.revertToSnapshot(domain.snapshotLookupByName('s')) == 0";
         Said::of(&mut subject.python(preloaded("/usr/bin/python3"), "s", script)).quietly();
         subject.guest.wait_ticks(5);
     }
 }
 
-/// An error is the call's; by default, it is on stderr once.
+/// The call fails with the error, and by default libvirt prints it on stderr once.
 #[test]
-fn what_instantsnap_says_of_a_revert_or_a_delete_is_the_calls_error() {
+fn error_of_a_revert_or_delete_is_the_error_of_the_call() {
     let subject = Subject::start(&Binary::all()[0]);
     Said::of(&mut subject.create_as(program("virsh"), "s", &["--live"])).quietly();
     for (method, part) in [
@@ -472,9 +474,9 @@ fn what_instantsnap_says_of_a_revert_or_a_delete_is_the_calls_error() {
     subject.guest.wait_ticks(3);
 }
 
-/// Snapshots without memory, or with it in a disk, are libvirt's to bring back or to refuse.
+/// Snapshots without memory, or with memory in a disk, are left to libvirt.
 #[test]
-fn revert_and_delete_of_other_snapshots_are_libvirts() {
+fn revert_and_delete_of_stock_snapshots_are_left_to_libvirt() {
     let subject = Subject::start(&Binary::all()[0]);
     Said::of(&mut subject.virsh(program("virsh"), &["snapshot-create-as", "--name", "internal"]))
         .quietly();
@@ -515,7 +517,7 @@ fn virsh_deletes_a_snapshot() {
     }
 }
 
-/// Not every delete is one that libvirt knows how to do: with children, for one.
+/// Older versions of libvirt do not support some deletes, like that with children.
 #[test]
 fn virsh_deletes_a_snapshot_with_its_children() {
     let subject = Subject::start(&Binary::all()[0]);
@@ -529,9 +531,9 @@ fn virsh_deletes_a_snapshot_with_its_children() {
     subject.guest.wait_ticks(3);
 }
 
-/// As it is installed, and nothing beside it.
+/// A copy of the library alone, as it is installed.
 #[test]
-fn it_needs_no_other_library() {
+fn preload_library_works_without_libinstantsnap() {
     let directory = tempfile::tempdir().unwrap();
     let preload = directory.path().join("libinstantsnap-preload.so");
     std::fs::copy(self::preload(), &preload).unwrap();
@@ -543,9 +545,9 @@ fn it_needs_no_other_library() {
     Said::of(&mut command).fails_with("libvirtError: the domain is run by libvirt's TEST driver");
 }
 
-/// A program that is linked with libinstantsnap has its own, and its own last error.
+/// A program that is linked with libinstantsnap uses its own functions and its own last error.
 #[test]
-fn the_functions_of_a_program_that_has_the_library_itself_are_its_own() {
+fn program_linked_with_libinstantsnap_uses_its_own_functions() {
     let mut command = program("/usr/bin/python3");
     let libraries = [preload(), built("libinstantsnap.so")];
     command.env("LD_PRELOAD", libraries.map(|library| library.display().to_string()).join(":"));
@@ -568,11 +570,11 @@ fn the_functions_of_a_program_that_has_the_library_itself_are_its_own() {
     assert_eq!(said[1], "guest is not an open handle of this library");
 }
 
-/// What it runs in virsh's place must not be what it was itself: preloaded.
+/// The programs that the watchdog runs must not have the library preloaded.
 #[test]
-fn the_watchdog_of_a_killed_virsh_takes_its_snapshot_back() {
+fn watchdog_undoes_the_snapshot_of_a_killed_virsh() {
     let binary = &Binary::under_libvirt()[0];
-    // Memory enough for the drain to be long, and a guest that writes into all of it.
+    // With this much memory the drain is long, and the guest writes into all of it.
     let machine =
         Machine::new(binary).disk(Format::Qcow2).memory(256).prealloc().append("dense=128");
     let subject = Subject { guest: machine.start_under(&Daemon::session()) };

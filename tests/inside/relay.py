@@ -1,5 +1,5 @@
 #!/usr/bin/python3
-"""What ssh is to a client of qemu+ssh: passes on what comes, both ways, between its standard
+"""Acts as ssh does for a client of qemu+ssh: it copies data in both directions between its standard
 streams and a socket.
 
     relay.py SOCKET

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! What must not happen to a stock libvirtd with the library in it, and to its guests.
+//! Harm that the library must not do to a stock libvirtd and its guests.
 
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
@@ -28,12 +28,12 @@ fn binary() -> &'static Binary {
     &Binary::under_libvirt()[0]
 }
 
-/// A guest whose drain is long enough to be slowed down, and which leaves the CPUs to others.
+/// A guest whose drain is long enough to be slowed down, and which leaves CPU time to others.
 fn busy_machine() -> Machine {
     machine(binary(), 1).prealloc().append("dense=32 rest=20000")
 }
 
-/// A preloaded library that makes functions of libvirt missing, or old.
+/// A preloaded library that hides functions of libvirt or reports another version.
 fn lacking() -> PathBuf {
     static LIBRARY: OnceLock<PathBuf> = OnceLock::new();
     LIBRARY
@@ -43,7 +43,7 @@ fn lacking() -> PathBuf {
         .clone()
 }
 
-/// What a failed snapshot must leave as it is.
+/// The state that a failed snapshot must not change.
 #[derive(Debug, PartialEq)]
 struct Trace(Fingerprint, Vec<PathBuf>);
 
@@ -67,8 +67,8 @@ fn assert_untouched(subject: &Subject, before: &Trace) {
     );
 }
 
-/// libvirt cancels what it takes for a migration of its own when it is started after it was killed
-/// in a snapshot job. QEMU 7.2 freezes its guest then.
+/// Waits until the domain has no job. A libvirtd that was killed during a snapshot job cancels, at
+/// its next start, what it considers its own migration, and QEMU 7.2 then freezes its guest.
 fn wait_for_no_job(subject: &Subject) {
     subject.guest.virsh("dommemstat", &[]);
 }
@@ -77,8 +77,8 @@ fn client_of(child: Child) -> Result<String, common::inside::Refused> {
     answer(child.wait_with_output().unwrap())
 }
 
-/// Asks for an instant snapshot in a daemon that takes none, again and again. The client is told
-/// why, and so is the log, once.
+/// Asks twice for an instant snapshot in a daemon that refuses them. Asserts that the client gets
+/// the reason each time, and the log once.
 #[track_caller]
 fn assert_off(subject: &Subject, reason: &str) {
     for _ in 0..2 {
@@ -97,8 +97,7 @@ fn assert_off(subject: &Subject, reason: &str) {
 }
 
 #[test]
-fn where_libvirt_is_not_as_we_know_it_instant_is_refused_with_the_reason_and_everything_else_is_libvirts()
- {
+fn unknown_libvirt_disables_instant_snapshots_only() {
     let lacks = [
         ("INSTANTSNAP_TEST_LACKS", "virObjectUnlock", "this libvirt has no virObjectUnlock()"),
         (
@@ -137,7 +136,7 @@ fn where_libvirt_is_not_as_we_know_it_instant_is_refused_with_the_reason_and_eve
 }
 
 #[test]
-fn a_daemon_of_an_unknown_version_whose_standard_error_nobody_reads_lives_on() {
+fn unknown_libvirt_with_closed_stderr_keeps_running() {
     let variables = [("INSTANTSNAP_TEST_VERSION", "13000000"), ("INSTANTSNAP_TEST_NO_STDERR", "1")];
     let daemon = Daemon::preloaded(Mode::Session, &[&library(), &lacking()], &variables).unwrap();
     let subject = Subject::start(&machine(binary(), 1), &daemon);
@@ -150,8 +149,7 @@ fn a_daemon_of_an_unknown_version_whose_standard_error_nobody_reads_lives_on() {
 }
 
 #[test]
-fn a_libvirt_whose_driver_does_not_call_us_is_noticed_before_or_after_and_never_silently_takes_an_ordinary_snapshot()
- {
+fn driver_that_does_not_call_the_library_is_noticed() {
     let elsewhere = |name, how| {
         gcc(&workspace().join("tests/kit/shim/elsewhere.c"), name, &format!("-shared -fPIC {how}"))
     };
@@ -160,10 +158,10 @@ fn a_libvirt_whose_driver_does_not_call_us_is_noticed_before_or_after_and_never_
         let daemon = Daemon::preloaded(Mode::Session, &libraries, &[]).unwrap();
         Subject::start(&machine(binary(), 1), &daemon)
     };
-    // What can be seen before.
+    // The library notices it in advance.
     let subject = start([elsewhere("by-itself.so", "-DBY_ITSELF"), library()]);
     assert_off(&subject, "another library that is preloaded, or none, has qemuSnapshotCreateXML()");
-    // What is only seen when libvirt has taken it.
+    // The library notices it only after libvirt has taken the snapshot.
     let subject = start([library(), elsewhere("by-a-thread.so", "-pthread")]);
     let refused = subject.snapshot("ordinary").unwrap_err();
     assert_eq!((refused.code, refused.domain), (OPERATION_FAILED, FROM_QEMU), "{refused:?}");
@@ -182,7 +180,7 @@ fn a_libvirt_whose_driver_does_not_call_us_is_noticed_before_or_after_and_never_
 }
 
 #[test]
-fn the_daemon_forgets_that_it_was_preloaded_and_other_programs_do_not() {
+fn ld_preload_is_removed_from_the_environment_of_daemons_only() {
     let directory = tempfile::tempdir().unwrap();
     let own = library();
     let preload = format!("{}:{}", own.display(), lacking().display());
@@ -199,9 +197,9 @@ fn the_daemon_forgets_that_it_was_preloaded_and_other_programs_do_not() {
     }
 }
 
-/// As a drop-in of an earlier version has it.
+/// As in a drop-in of an earlier version.
 #[test]
-fn libinstantsnap_itself_in_a_daemon_changes_nothing_and_says_what_to_preload() {
+fn libinstantsnap_in_a_daemon_changes_nothing_and_names_the_preload_library() {
     let own = library().with_file_name("libinstantsnap.so");
     let daemon = Daemon::preloaded(Mode::Session, &[&own], &[]).unwrap();
     assert!(has_mapped(daemon.pid(), &own));
@@ -209,7 +207,7 @@ fn libinstantsnap_itself_in_a_daemon_changes_nothing_and_says_what_to_preload() 
     let refused = subject.snapshot("s").unwrap_err();
     assert_eq!((refused.code, refused.domain), (INVALID_ARG, FROM_QEMU), "{refused:?}");
     assert!(refused.message.contains("0x400"), "{refused:?}");
-    // A libvirt that looks at the flags early does not come to it.
+    // A libvirt that checks the flags early never calls the library.
     if Daemon::version() < (12, 0, 0) {
         assert!(refused.message.contains("libinstantsnap-preload.so"), "{refused:?}");
     }
@@ -220,7 +218,7 @@ fn libinstantsnap_itself_in_a_daemon_changes_nothing_and_says_what_to_preload() 
 }
 
 #[test]
-fn a_client_sees_code_domain_and_message_of_what_is_refused_and_so_does_the_log() {
+fn refusal_reaches_the_client_and_the_log() {
     let daemon = session(&[]);
     let subject = Subject::start(&machine(binary(), 1), &daemon);
     let before = trace(&subject);
@@ -248,7 +246,7 @@ fn a_client_sees_code_domain_and_message_of_what_is_refused_and_so_does_the_log(
 }
 
 #[test]
-fn eight_domains_at_once_leave_workers_for_everybody_else() {
+fn eight_concurrent_snapshots_leave_workers_for_other_clients() {
     const DOMAINS: usize = 8;
     let daemon = session(&[]);
     let clones = Daemon::session();
@@ -259,8 +257,8 @@ fn eight_domains_at_once_leave_workers_for_everybody_else() {
             subjects.iter().map(|subject| scope.spawn(move || begin(subject))).collect();
         threads.into_iter().map(|thread| thread.join().unwrap()).unzip()
     });
-    // They are in the drain, but for one whose memory was saved too soon, and other clients are
-    // answered, what needs a domain's job included.
+    // All domains but a few whose memory was saved too soon are in the drain. Other clients get
+    // replies, even for calls that need a domain's job.
     let missed: Vec<_> = slowed.iter().filter_map(|slowed| slowed.as_ref().err()).collect();
     assert!(missed.len() <= DOMAINS / 4, "{missed:?}");
     for subject in &subjects {
@@ -278,7 +276,7 @@ fn eight_domains_at_once_leave_workers_for_everybody_else() {
 }
 
 #[test]
-fn no_more_than_the_bound_are_taken_at_once() {
+fn max_snapshots_limits_concurrent_snapshots() {
     let daemon = session(&[("INSTANTSNAP_MAX_SNAPSHOTS", "1")]);
     let [first, second] = [0; 2].map(|_| Subject::start(&busy_machine(), &daemon));
     let before = trace(&second);
@@ -294,7 +292,7 @@ fn no_more_than_the_bound_are_taken_at_once() {
 }
 
 #[test]
-fn a_client_that_is_killed_or_wants_the_job_aborted_does_not_end_the_snapshot() {
+fn killed_client_or_domjobabort_does_not_end_the_snapshot() {
     let daemon = session(&[]);
     let subject = Subject::start(&busy_machine(), &daemon);
     let mut child = subject.spawn("s");
@@ -310,13 +308,13 @@ fn a_client_that_is_killed_or_wants_the_job_aborted_does_not_end_the_snapshot() 
     assert_eq!(subject.snapshots(), ["s"]);
     subject.guest.wait_ticks(3);
     subject.restore_clone("s", &Daemon::session());
-    // Its place is free again as soon as the call is over.
+    // The limit admits another snapshot as soon as the call has ended.
     wait_for(Duration::from_secs(60), || subject.snapshot("next").ok())
         .expect("no snapshot any more");
 }
 
 #[test]
-fn a_domain_that_ends_is_redefined_or_undefined_meanwhile_is_no_harm() {
+fn domain_may_end_or_be_redefined_or_undefined_during_a_snapshot() {
     let daemon = session(&[]);
     let subject = Subject::start(&busy_machine(), &daemon);
     let child = subject.spawn("defined");
@@ -329,7 +327,7 @@ fn a_domain_that_ends_is_redefined_or_undefined_meanwhile_is_no_harm() {
     assert_eq!(client_of(child), Ok("defined".into()));
     assert!(subject.guest.virsh("dumpxml", &["--inactive"]).contains("<on_crash>restart<"));
 
-    // Undefined it is a transient one from now on, until it is defined again.
+    // The undefined domain is transient until it is defined again.
     let child = subject.spawn("undefined");
     let slowed = subject.slow_down("undefined");
     subject.guest.virsh("undefine", &["--snapshots-metadata"]);
@@ -350,7 +348,7 @@ fn a_domain_that_ends_is_redefined_or_undefined_meanwhile_is_no_harm() {
     subject.guest.start_domain();
     subject.guest.wait_ticks(3);
 
-    // A transient one is gone altogether when it ends.
+    // A transient domain is gone when it ends.
     let subject = Subject::start(&busy_machine().transient(), &daemon);
     let child = subject.spawn("gone");
     let slowed = subject.slow_down("gone");
@@ -362,8 +360,8 @@ fn a_domain_that_ends_is_redefined_or_undefined_meanwhile_is_no_harm() {
     daemon.virsh(&["list", "--all"]);
 }
 
-/// `virsh migrate` to another daemon of this machine, which has files of its own for what the
-/// domain's QEMU writes beside disks.
+/// `virsh migrate` to another daemon on this machine, with other paths for the serial log and the
+/// monitor socket.
 fn try_migrate(subject: &Subject, to: &Daemon) -> Result<String, String> {
     let (guest, file) = (&subject.guest, subject.guest.directory().join("there.xml"));
     let xml = guest.virsh("dumpxml", &["--migratable"]);
@@ -372,7 +370,7 @@ fn try_migrate(subject: &Subject, to: &Daemon) -> Result<String, String> {
     let there = ["--migrateuri", "tcp://127.0.0.1", "--xml", file.to_str().unwrap()];
     let migrate = ["migrate", "--live", "--unsafe", guest.name(), &to.uri()];
     let said = guest.daemon().try_virsh(&[&migrate[..], &there].concat());
-    // libvirt's daemon there may still be clearing up.
+    // The other daemon can still be cleaning up.
     let is_empty = || to.virsh(&["list", "--all", "--name"]).trim().is_empty().then_some(());
     assert!(wait_for(Duration::from_secs(30), is_empty).is_some(), "it is there: {said:?}");
     for left in ["there.xml", "there.log", "there.sock"] {
@@ -381,9 +379,9 @@ fn try_migrate(subject: &Subject, to: &Daemon) -> Result<String, String> {
     said
 }
 
-/// libvirt is not told that QEMU is saving memory: QEMU itself says so to what would save it too.
+/// libvirt does not know that QEMU saves memory. QEMU itself refuses other saves.
 #[test]
-fn a_domain_that_is_to_be_saved_or_to_go_elsewhere_meanwhile_stays_and_its_snapshot_completes() {
+fn save_or_migrate_during_a_snapshot_fails_and_the_snapshot_completes() {
     const NO_METADATA: u32 = 1 << 2;
     const BUSY: &str = "There's a migration process in progress";
     let daemon = session(&[]);
@@ -391,7 +389,7 @@ fn a_domain_that_is_to_be_saved_or_to_go_elsewhere_meanwhile_stays_and_its_snaps
     let subject = Subject::start(&busy_machine(), &daemon);
     let guest = &subject.guest;
     let file = guest.directory().join("theirs");
-    // Of a domain with snapshots libvirt itself says that it stays; without, it begins.
+    // libvirt refuses to migrate a domain with snapshots. It begins to migrate one without.
     for (name, flags, says) in
         [("recorded", INSTANT, "snapshots"), ("s", INSTANT | NO_METADATA, BUSY)]
     {
@@ -400,7 +398,7 @@ fn a_domain_that_is_to_be_saved_or_to_go_elsewhere_meanwhile_stays_and_its_snaps
         }
         let child = subject.create(name, flags).spawn().unwrap();
         let slowed = subject.slow_down(name);
-        // The record follows the instant, which the memory image's first pages may precede.
+        // The record follows the instant, and the first pages of the memory image can precede it.
         let is_recorded =
             || (flags & NO_METADATA != 0 || subject.snapshots() == [name]).then_some(());
         assert!(wait_for(Duration::from_secs(30), is_recorded).is_some(), "{}", daemon.log());
@@ -412,12 +410,13 @@ fn a_domain_that_is_to_be_saved_or_to_go_elsewhere_meanwhile_stays_and_its_snaps
                 daemon.try_virsh(&["dump", "--live", guest.name(), file.to_str().unwrap()]),
                 BUSY,
             ),
-            // Last: where it fails, libvirt lifts the limit that the drain is slowed by.
+            // This comes last: when the migration fails, libvirt raises the bandwidth limit that
+            // slows the drain down.
             ("migrate", try_migrate(&subject, &elsewhere), says),
         ];
         for (what, said, part) in said {
             eprintln!("{what}: {said:?}");
-            // libvirt 12.8 has no dump of a guest that runs on.
+            // libvirt 12.8 does not support a live dump any more.
             let is_no_more = said.as_ref().is_err_and(|error| error.contains("unsupported flags"));
             if what == "dump" && is_no_more {
                 continue;
@@ -430,16 +429,17 @@ fn a_domain_that_is_to_be_saved_or_to_go_elsewhere_meanwhile_stays_and_its_snaps
         assert!(!file.exists());
         guest.wait_ticks(3);
     }
-    // And when it is over it can go.
+    // The domain can be saved after the snapshot.
     guest.virsh("save", &[file.to_str().unwrap()]);
     for name in ["recorded", "s"] {
         subject.restore_clone(name, &Daemon::session());
     }
 }
 
-/// As beside a client's snapshot: `tests/libvirt/virsh_table.rs` has more of them.
+/// The operations also work beside a client's snapshot: `tests/libvirt/virsh_table.rs` has more of
+/// them.
 #[test]
-fn what_others_do_to_the_domain_meanwhile_comes_to_what_they_want_and_harms_no_image() {
+fn operations_of_other_clients_during_a_snapshot_harm_no_image() {
     let daemon = session(&[]);
     let clones = Daemon::session();
     let subject = Subject::start(&busy_machine(), &daemon);
@@ -447,8 +447,8 @@ fn what_others_do_to_the_domain_meanwhile_comes_to_what_they_want_and_harms_no_i
     let during = |name: &str, command: &str, args: &[&str]| {
         let child = subject.spawn(name);
         let slowed = subject.slow_down(name);
-        // Recorded, so past its resume: QEMU 7.2 resumes its guest itself, and a suspend between
-        // that and the daemon's look at it would be taken for the snapshot's own pause.
+        // The record follows the resume. QEMU 7.2 resumes its guest itself, and the daemon would
+        // take a suspend before it checks for the snapshot's own pause.
         wait_for(Duration::from_secs(60), || {
             subject.snapshots().iter().any(|recorded| recorded == name).then_some(())
         })
@@ -467,7 +467,7 @@ fn what_others_do_to_the_domain_meanwhile_comes_to_what_they_want_and_harms_no_i
     );
     assert_eq!(subject.snapshots(), ["paused", "parent", "theirs"]);
 
-    // Into the lowest image, which destroys those of all snapshots.
+    // The merge into the lowest image destroys the images of all snapshots.
     let refused =
         during("merged", "blockcommit", &["vda", "--active", "--pivot", "--wait"]).unwrap_err();
     assert_eq!(refused.code, OPERATION_FAILED, "{refused:?}");
@@ -484,15 +484,15 @@ fn what_others_do_to_the_domain_meanwhile_comes_to_what_they_want_and_harms_no_i
 }
 
 #[test]
-fn a_daemon_that_is_killed_leaves_a_guest_that_runs_and_nothing_else() {
+fn killed_daemon_leaves_a_running_guest_and_nothing_else() {
     let daemon = session(&[]);
     let release = daemon.directory().join("guests/release");
-    // In the pause: the guest waits for QEMU's write tracking.
+    // In the pause: QEMU has not armed write tracking yet.
     let subject = Subject::start(&machine(binary(), 2).late_arm(&release), &daemon);
     let before = trace(&subject);
     let child = subject.spawn("pause");
-    // And libvirt has recorded the switch of the disks: killed before that, it would forget one of
-    // its own too.
+    // libvirt has recorded the switch of the disks: if it were killed before, it would forget a
+    // switch of its own too.
     let paused = wait_for(Duration::from_secs(60), || {
         let paused = subject.guest.virsh("domstate", &[]).trim() == "paused";
         (paused && subject.guest.virsh("domblklist", &[]).contains(".pause")).then_some(())
@@ -517,7 +517,7 @@ fn a_daemon_that_is_killed_leaves_a_guest_that_runs_and_nothing_else() {
     daemon.kill();
     assert!(!child.wait_with_output().unwrap().status.success());
     daemon.start_again();
-    // Whoever wants the next one must wait until all is undone.
+    // The next snapshot is refused until the undo has ended.
     let is_refused = |why: &common::inside::Refused| {
         why.code == OPERATION_INVALID && why.message.contains("is under way")
     };
@@ -540,7 +540,7 @@ fn a_daemon_that_is_killed_leaves_a_guest_that_runs_and_nothing_else() {
 }
 
 #[test]
-fn a_daemon_that_is_stopped_completes_the_snapshot_first() {
+fn stopped_daemon_completes_its_snapshot_first() {
     let daemon = session(&[]);
     let subject = Subject::start(&busy_machine(), &daemon);
     let child = subject.spawn("s");
@@ -552,7 +552,7 @@ fn a_daemon_that_is_stopped_completes_the_snapshot_first() {
     })
     .expect("it still takes connections");
     drop(slowed);
-    // As from any daemon that is stopped, its client gets no answer.
+    // The client of a stopped daemon gets no reply.
     child.wait_with_output().unwrap();
     wait_for(Duration::from_secs(60), || {
         (!std::path::Path::new(&format!("/proc/{pid}")).exists()).then_some(())
@@ -565,8 +565,8 @@ fn a_daemon_that_is_stopped_completes_the_snapshot_first() {
     subject.restore_clone("s", &Daemon::session());
 }
 
-/// A guest with snapshots a, b and c.
-fn with_three(daemon: &Daemon) -> Subject {
+/// A guest with the snapshots a, b and c.
+fn start_with_three_snapshots(daemon: &Daemon) -> Subject {
     let subject = Subject::start(&machine(binary(), 2), daemon);
     for name in ["a", "b", "c"] {
         assert_eq!(subject.snapshot(name).as_deref(), Ok(name));
@@ -575,7 +575,7 @@ fn with_three(daemon: &Daemon) -> Subject {
     subject
 }
 
-/// Both at the same time.
+/// Runs both at the same time.
 fn at_once<A: Send, B: Send>(
     one: impl FnOnce() -> A + Send,
     other: impl FnOnce() -> B + Send,
@@ -588,8 +588,8 @@ fn at_once<A: Send, B: Send>(
 }
 
 #[test]
-fn two_snapshots_of_a_domain_can_be_deleted_at_once() {
-    let subject = with_three(&session(&[]));
+fn two_snapshots_of_a_domain_can_be_deleted_concurrently() {
+    let subject = start_with_three_snapshots(&session(&[]));
     let delete = |name| subject.on_snapshot(name, "delete(0)");
     let done = at_once(|| delete("a"), || delete("b"));
     assert_eq!(done, (Ok("0".into()), Ok("0".into())));
@@ -601,8 +601,8 @@ fn two_snapshots_of_a_domain_can_be_deleted_at_once() {
 }
 
 #[test]
-fn a_snapshot_can_be_deleted_while_the_domain_is_reverted_to_another() {
-    let subject = with_three(&session(&[]));
+fn snapshot_can_be_deleted_during_a_revert_to_another() {
+    let subject = start_with_three_snapshots(&session(&[]));
     let done = at_once(|| subject.revert("a"), || subject.on_snapshot("b", "delete(0)"));
     assert_eq!(done, (Ok("0".into()), Ok("0".into())));
     assert_eq!(subject.snapshots(), ["a", "c"]);

@@ -1,11 +1,9 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! P1, P3, P4, P5, P8 at random: many jobs at once, on many guests, each cancelled at some moment,
-//! or not. Whatever became of them, the guests are none the worse, and what is complete can be
-//! brought back.
+//! At random: many jobs at once on many guests, each cancelled at some moment or not at all.
+//! Afterwards the guests run as before, and the complete snapshots can be restored.
 //!
-//! `INSTANTSNAP_TEST_SEED` has the same jobs once more; the moments that are a matter of time come
-//! as they come.
+//! `INSTANTSNAP_TEST_SEED` repeats the jobs of a seed; the timing can still differ.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -21,8 +19,8 @@ use instantsnap_testkit::{Binary, DEADLINE, Gate, only_when_thorough, test, wait
 struct Random(u64);
 
 impl Random {
-    /// The job of this number has its own, so that it is the same whatever the others do.
-    fn of_job(seed: u64, number: usize) -> Random {
+    /// Each job has its own generator, so that its numbers do not depend on the other jobs.
+    fn for_job(seed: u64, number: usize) -> Random {
         Random(seed.wrapping_add((number as u64).wrapping_mul(0xd1b5_4a32_d192_ed03)))
     }
 
@@ -50,9 +48,9 @@ fn seed() -> u64 {
 #[derive(Clone, Copy, Debug)]
 enum Cancelled {
     Never,
-    /// In this phase, which does not go on before.
+    /// In this phase, which waits for the cancel.
     In(Phase),
-    /// About when this phase begins.
+    /// Around the start of this phase.
     About(Phase),
     After(Duration),
 }
@@ -80,7 +78,7 @@ impl Plan {
         }
     }
 
-    /// Does it; the job has ended then.
+    /// Runs the job to its end.
     fn run(self, opened: &Opened, name: &str) -> Result<String, Error> {
         let (gate, ended) = (Gate::default(), AtomicBool::new(false));
         let listener = match self.cancelled {
@@ -97,7 +95,7 @@ impl Plan {
                     Cancelled::Never => return,
                     Cancelled::After(delay) => std::thread::sleep(delay),
                     Cancelled::In(_) | Cancelled::About(_) => {
-                        // A job that has ended never comes there.
+                        // A job can end before it comes to that phase.
                         let come = || {
                             let arrived = gate.wait_arrived(Duration::ZERO);
                             (arrived || ended.load(Ordering::Relaxed)).then_some(())
@@ -105,7 +103,7 @@ impl Plan {
                         wait_for(DEADLINE, come).expect("the phase begins, or the job ends");
                     }
                 }
-                // There may be no job any more.
+                // The job can have ended already.
                 let _ = opened.handle.cancel();
                 gate.release();
             });
@@ -121,11 +119,11 @@ impl Plan {
     }
 }
 
-/// One job after the other on one guest; the names of the snapshots that are complete.
-fn go_through(opened: &Opened, seed: u64, numbers: impl Iterator<Item = usize>) -> Vec<String> {
+/// Runs jobs one after the other on one guest. Returns the names of the complete snapshots.
+fn run_jobs(opened: &Opened, seed: u64, numbers: impl Iterator<Item = usize>) -> Vec<String> {
     let mut complete = Vec::new();
     for number in numbers {
-        let plan = Plan::new(&mut Random::of_job(seed, number));
+        let plan = Plan::new(&mut Random::for_job(seed, number));
         let name = format!("job-{number}");
         let before = opened.trace();
         let result = plan.run(opened, &name);
@@ -147,7 +145,7 @@ fn go_through(opened: &Opened, seed: u64, numbers: impl Iterator<Item = usize>) 
         }
         match plan.cancelled {
             Cancelled::Never => assert_eq!(complete.last(), Some(&name)),
-            // Nothing drains once a plain snapshot is saved.
+            // A non-live snapshot has nothing left to drain once it is saved.
             Cancelled::In(phase) if plan.flags != 0 || phase != Phase::Drain => {
                 assert_ne!(complete.last(), Some(&name), "{plan:?}");
             }
@@ -158,7 +156,7 @@ fn go_through(opened: &Opened, seed: u64, numbers: impl Iterator<Item = usize>) 
     complete
 }
 
-/// The descriptors of this process, by what they are.
+/// The open descriptors of this process, counted by kind.
 fn own_files() -> BTreeMap<String, usize> {
     let mut files = BTreeMap::new();
     for entry in std::fs::read_dir("/proc/self/fd").unwrap().flatten() {
@@ -170,7 +168,7 @@ fn own_files() -> BTreeMap<String, usize> {
     files
 }
 
-fn jobs_at_random(guests: usize, jobs: usize, brought_back: usize) {
+fn jobs_at_random(guests: usize, jobs: usize, restored: usize) {
     let seed = seed();
     println!("INSTANTSNAP_TEST_SEED={seed}");
     let binaries = Binary::all().iter().cycle();
@@ -179,7 +177,7 @@ fn jobs_at_random(guests: usize, jobs: usize, brought_back: usize) {
     let files = own_files();
     let complete: Vec<(&Opened, String)> = std::thread::scope(|scope| {
         let threads = opened.iter().enumerate().map(|(first, opened)| {
-            scope.spawn(move || go_through(opened, seed, (first..jobs).step_by(guests)))
+            scope.spawn(move || run_jobs(opened, seed, (first..jobs).step_by(guests)))
         });
         let threads: Vec<_> = threads.collect();
         let all = threads
@@ -189,7 +187,7 @@ fn jobs_at_random(guests: usize, jobs: usize, brought_back: usize) {
         all.flat_map(|(opened, names)| names.into_iter().map(move |name| (opened, name))).collect()
     });
     println!("{} of {jobs} are complete", complete.len());
-    // Threads that nobody waits for end a moment later.
+    // Detached threads end a moment later.
     let closed = wait_for(DEADLINE, || (own_files() == files).then_some(()));
     assert!(closed.is_some(), "{files:?} before, {:?} after", own_files());
     for opened in &opened {
@@ -197,19 +195,19 @@ fn jobs_at_random(guests: usize, jobs: usize, brought_back: usize) {
     }
     let mut random = Random(seed);
     let mut left = complete;
-    for _ in 0..brought_back.min(left.len()) {
+    for _ in 0..restored.min(left.len()) {
         let (opened, name) = left.swap_remove(random.below(left.len() as u64) as usize);
         opened.restore_clone(&name);
     }
 }
 
 #[test]
-fn guests_are_none_the_worse_for_jobs_that_are_cancelled_at_random() {
+fn randomly_cancelled_jobs_do_not_harm_guests() {
     jobs_at_random(4, 40, 6);
 }
 
 #[test]
-fn eight_guests_are_none_the_worse_for_two_hundred_jobs() {
+fn two_hundred_random_jobs_do_not_harm_eight_guests() {
     only_when_thorough();
     jobs_at_random(8, 200, usize::MAX);
 }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! Jobs as C has them: handles, structures that can grow, a callback with its pointer; and a forked
-//! child, in which they are somebody else's.
+//! Jobs by the C API: handles, structures that can grow, and a callback with its pointer. In a
+//! forked child the parent's jobs cannot be used.
 
 use std::ffi::{CStr, CString, c_int, c_void};
 use std::mem::MaybeUninit;
@@ -24,7 +24,7 @@ use abi::{
     INSTANTSNAP_EVENT_SWITCHED, INSTANTSNAP_PHASE_ENDED,
 };
 
-/// A guest opened as C opens it.
+/// A guest that is opened by the C API.
 struct Native {
     guest: *mut instantsnap_guest,
     opened: Opened,
@@ -47,7 +47,7 @@ impl Native {
         options: *const instantsnap_create_options,
     ) -> *mut instantsnap_job {
         let xml = CString::new(named(name)).unwrap();
-        // SAFETY: the options are the test's affair.
+        // SAFETY: the test passes valid options.
         let options = unsafe { In::from_ptr(options) };
         job::instantsnap_snapshot_create_start(self.guest, Text::from(&xml), INSTANTLY, options)
     }
@@ -87,7 +87,7 @@ fn event() -> instantsnap_event {
 }
 
 fn last_error() -> (c_int, String) {
-    // SAFETY: never NULL, and valid until this thread's next call.
+    // SAFETY: the pointer is never NULL, and valid until this thread's next call.
     let (error, message) = unsafe {
         let error = *native::instantsnap_last_error();
         (error, CStr::from_ptr(error.message))
@@ -108,7 +108,7 @@ fn text(string: *mut std::ffi::c_char) -> Option<String> {
     if string.is_null() {
         return None;
     }
-    // SAFETY: a string of the library's, which is freed here.
+    // SAFETY: the library has allocated the string, and it is freed here.
     unsafe {
         let text = CStr::from_ptr(string).to_str().unwrap().to_owned();
         native::instantsnap_free_string(native::Given::from_ptr(string));
@@ -116,7 +116,7 @@ fn text(string: *mut std::ffi::c_char) -> Option<String> {
     }
 }
 
-/// Every function of a job, on one: what each returns.
+/// Calls every function of the API on a job. Returns each function's name, result and error code.
 fn call_all(handle: *mut instantsnap_job) -> Vec<(&'static str, c_int, c_int)> {
     let mut calls = Vec::new();
     let mut note = |what, result| calls.push((what, result, last_error().0));
@@ -127,7 +127,7 @@ fn call_all(handle: *mut instantsnap_job) -> Vec<(&'static str, c_int, c_int)> {
     let null = |string: *mut std::ffi::c_char| if text(string).is_some() { 0 } else { -1 };
     note("wait", job::instantsnap_job_wait(handle, -1));
     note("get_fd", job::instantsnap_job_get_fd(handle));
-    // SAFETY: each points to a live structure of the size it says.
+    // SAFETY: each pointer is to a live structure of the size that it names.
     unsafe {
         let mut event = event();
         note("next_event", job::instantsnap_job_next_event(handle, Fill::from_ptr(&raw mut event)));
@@ -147,7 +147,7 @@ fn call_all(handle: *mut instantsnap_job) -> Vec<(&'static str, c_int, c_int)> {
 fn assert_all_fail(handle: *mut instantsnap_job, code: Code) {
     let skipped = handle.is_null();
     for (what, result, error) in call_all(handle) {
-        // Freeing NULL is fine.
+        // NULL can be freed.
         assert!(
             skipped && what == "free" || result == -1 && error == code as c_int,
             "{what}: {result}, error {error}"
@@ -156,7 +156,7 @@ fn assert_all_fail(handle: *mut instantsnap_job, code: Code) {
 }
 
 #[test]
-fn what_is_no_job_is_refused() {
+fn invalid_job_handles_are_refused() {
     assert_all_fail(ptr::null_mut(), Code::InvalidArg);
     assert_all_fail(12345 as *mut instantsnap_job, Code::InvalidArg);
     let native = Native::start();
@@ -167,7 +167,7 @@ fn what_is_no_job_is_refused() {
     assert_all_fail(handle, Code::InvalidArg);
 }
 
-/// Structures of a later version, which has one field more.
+/// A structure of a later version, which has one more field.
 #[repr(C)]
 struct Later<T> {
     known: T,
@@ -175,7 +175,7 @@ struct Later<T> {
 }
 
 #[test]
-fn options_can_be_of_another_version() {
+fn options_of_other_versions_are_accepted() {
     let native = Native::start();
     let mut small = options(0);
     small.size -= 4;
@@ -208,14 +208,15 @@ fn options_can_be_of_another_version() {
     later.newer = 0;
     let handle = native.start_job("s", (&raw const later).cast());
     assert_eq!(job::instantsnap_job_wait(handle, -1), 1);
-    // An event is filled up with zeros, and one too small to be filled is not lost.
+    // The library fills the rest of an event with zeros. An event that does not fit stays in the
+    // queue.
     let mut small = instantsnap_event { size: 8, ..event() };
-    // SAFETY: it is larger than it says.
+    // SAFETY: the structure is larger than its size field says.
     let result = unsafe { job::instantsnap_job_next_event(handle, Fill::from_ptr(&raw mut small)) };
     assert_refused(result == -1, Code::InvalidArg, "event->size");
     let mut event = Later { known: event(), newer: 7 };
     event.known.size = size_of_val(&event);
-    // SAFETY: as large as it says.
+    // SAFETY: the structure has the size that its size field says.
     let place = unsafe { Fill::from_ptr((&raw mut event).cast()) };
     assert_eq!(job::instantsnap_job_next_event(handle, place), 1);
     assert_eq!((event.known.r#type, event.newer), (INSTANTSNAP_EVENT_PAUSED, 0));
@@ -223,25 +224,25 @@ fn options_can_be_of_another_version() {
     job::instantsnap_job_free(handle);
 }
 
-/// What a callback is given as `opaque`.
+/// The data behind a callback's `opaque` pointer.
 #[derive(Default)]
 struct Told {
     events: Mutex<Vec<instantsnap_event>>,
-    /// Where the callback stops at the instant.
+    /// The callback waits here at the instant.
     gate: Gate,
-    /// The job, once it is known; and what its result is in the last callback.
+    /// The job, once it is started. The callback of the last event then asks for its result.
     job: Mutex<Option<usize>>,
     result: Mutex<Option<c_int>>,
     signals_blocked: Mutex<bool>,
 }
 
 unsafe extern "C" fn tell(event: *const instantsnap_event, opaque: *mut c_void) {
-    // SAFETY: the test's own, which it keeps until the last event.
+    // SAFETY: `opaque` is the test's own data, which it keeps until the last event.
     let (event, told) = unsafe { (*event, &*opaque.cast::<Told>()) };
     told.events.lock().unwrap().push(event);
     if event.r#type == INSTANTSNAP_EVENT_INSTANT {
         let mut set = MaybeUninit::<libc::sigset_t>::uninit();
-        // SAFETY: asks for this thread's mask.
+        // SAFETY: this only reads this thread's signal mask.
         let blocked = unsafe {
             libc::pthread_sigmask(libc::SIG_SETMASK, ptr::null(), set.as_mut_ptr());
             libc::sigismember(set.as_ptr(), libc::SIGTERM) == 1
@@ -271,7 +272,7 @@ const ALL: [u32; 4] = [
 ];
 
 #[test]
-fn a_callback_is_told_of_everything_with_its_own_pointer() {
+fn callback_receives_every_event_with_its_opaque_pointer() {
     let native = Native::start();
     let told = Told::default();
     let opaque = (&raw const told).cast_mut().cast();
@@ -309,14 +310,14 @@ fn a_callback_is_told_of_everything_with_its_own_pointer() {
     assert!(text(job::instantsnap_job_get_xml(handle)).unwrap().contains("<name>s</name>"));
     let mut info =
         instantsnap_job_info { size: size_of::<instantsnap_job_info>(), ..Default::default() };
-    // SAFETY: as large as it says.
+    // SAFETY: the structure has the size that its size field says.
     let place = unsafe { Fill::from_ptr(&raw mut info) };
     assert_eq!(job::instantsnap_job_get_info(handle, place), 0);
     assert_eq!((info.phase, info.instant), (INSTANTSNAP_PHASE_ENDED, 1));
     assert_eq!(info.bytes_done, told.events.lock().unwrap().last().unwrap().bytes_done);
     job::instantsnap_job_free(handle);
 
-    // The same on the caller's own thread, where signals are his affair.
+    // The same on the caller's own thread, whose signals the library does not block.
     told.events.lock().unwrap().clear();
     *told.job.lock().unwrap() = None;
     let blocking = instantsnap_create_options { flags: 0, ..options };
@@ -332,9 +333,9 @@ fn a_callback_is_told_of_everything_with_its_own_pointer() {
 }
 
 #[test]
-fn a_job_goes_on_without_its_handle_and_its_guests() {
+fn job_continues_after_its_handle_and_guest_are_freed() {
     let native = Native::start();
-    // Nothing says when the callback has returned for the last time.
+    // The data is leaked because nothing tells when the callback has returned for the last time.
     let told: &Told = Box::leak(Box::default());
     let opaque = ptr::from_ref(told).cast_mut().cast();
     let options = instantsnap_create_options {
@@ -344,7 +345,7 @@ fn a_job_goes_on_without_its_handle_and_its_guests() {
     };
     let handle = native.start_job("s", &raw const options);
     assert!(told.gate.wait_arrived(DEADLINE));
-    // The guest is busy still, and can be opened anew meanwhile.
+    // The guest is still busy, and a second handle of it can be opened.
     assert_refused(
         native.start_job("t", ptr::null()).is_null(),
         Code::OperationInvalid,
@@ -360,7 +361,7 @@ fn a_job_goes_on_without_its_handle_and_its_guests() {
 }
 
 #[test]
-fn in_a_forked_child_a_job_is_the_parents() {
+fn forked_child_cannot_use_the_parents_job() {
     let native = Native::start();
     let told = Told::default();
     let opaque = (&raw const told).cast_mut().cast();
@@ -371,8 +372,8 @@ fn in_a_forked_child_a_job_is_the_parents() {
     };
     let handle = native.start_job("s", &raw const options);
     assert!(told.gate.wait_arrived(DEADLINE));
-    // SAFETY: the child calls functions of the library, which are to fail at once, and ends without
-    // running anything else.
+    // SAFETY: the child calls functions of the library that fail at once, and exits without running
+    // anything else.
     let status = unsafe {
         match libc::fork() {
             0 => {
@@ -390,7 +391,7 @@ fn in_a_forked_child_a_job_is_the_parents() {
         }
     };
     assert!(libc::WIFEXITED(status) && libc::WEXITSTATUS(status) == 0, "{status}");
-    // The child has neither cancelled nor freed it.
+    // The child has neither cancelled nor freed the job.
     assert_eq!(job::instantsnap_job_wait(handle, 0), 0);
     told.gate.release();
     assert_eq!(job::instantsnap_job_wait(handle, -1), 1);

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! A snapshot that is taken by a thread of its own: it is told of what happens, in order; whoever
-//! started it goes on at the instant, and can wait for it, follow it and cancel it, or forget it.
+//! A snapshot that a thread of its own takes. It reports events in order. Its caller continues at
+//! the instant, and can wait for it, follow it, cancel it or drop it.
 
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
@@ -23,17 +23,17 @@ use serde_json::json;
 
 use EventKind::{Complete, Failed, Instant, Paused, Progress, Switched};
 
-/// Not before the test's end.
+/// Longer than the test takes.
 const NEVER: Duration = Duration::from_secs(3600);
 const NOW: Duration = Duration::ZERO;
 
-/// So much memory that it takes a while.
+/// A machine with so much memory that its drain takes a while.
 fn large(binary: &'static Binary) -> Machine {
     machine(binary, 2).append("dense=32")
 }
 
 #[test]
-fn whoever_starts_a_job_goes_on_at_the_instant_while_memory_drains() {
+fn start_returns_at_the_instant_while_memory_drains() {
     for binary in Binary::any() {
         let opened = Opened::start(&large(binary));
         let (slow, listener) = Slow::down(&opened.guest, 1 << 20, Listener::default());
@@ -46,7 +46,7 @@ fn whoever_starts_a_job_goes_on_at_the_instant_while_memory_drains() {
         let migration = opened.guest.control().execute("query-migrate", json!({})).unwrap();
         assert_eq!(migration["status"], "active");
 
-        // It has not ended, and says so.
+        // The functions report that it has not ended.
         assert!(!job.wait(Some(NOW)) && !job.wait(Some(Duration::from_millis(20))));
         let yet = "the snapshot is still being taken";
         assert_error(job.result(), Code::OperationInvalid, yet);
@@ -75,7 +75,7 @@ fn whoever_starts_a_job_goes_on_at_the_instant_while_memory_drains() {
 }
 
 #[test]
-fn its_descriptor_is_readable_exactly_as_long_as_there_are_events() {
+fn job_descriptor_is_readable_exactly_while_events_are_pending() {
     for binary in Binary::any() {
         let opened = Opened::start(&large(binary));
         let gates = [Phase::Pause, Phase::Drain].map(|phase| (phase, Gate::default()));
@@ -97,7 +97,7 @@ fn its_descriptor_is_readable_exactly_as_long_as_there_are_events() {
         assert!(!readable(&job, NOW) && job.next_event().is_none());
         draining.release();
 
-        // Progress that nobody takes does not pile up.
+        // Progress events that are not taken replace each other.
         let progress = next(&job);
         assert_eq!(progress.kind, Progress);
         wait_for(DEADLINE, || {
@@ -117,7 +117,7 @@ fn its_descriptor_is_readable_exactly_as_long_as_there_are_events() {
 }
 
 #[test]
-fn progress_is_that_of_the_image() {
+fn progress_matches_the_memory_image() {
     for binary in Binary::any() {
         let opened = Opened::start(&large(binary));
         let (slow, listener) = Slow::down(
@@ -146,7 +146,8 @@ fn progress_is_that_of_the_image() {
             let took = (pair[1].time - pair[0].time).as_secs_f64();
             let rate = (later.done - earlier.done) as f64 / took;
             let said = later.per_second as f64;
-            // The first one's time is that of its own look, which comes a little after the instant.
+            // The event of the instant has the time at which the library noticed it, a little after
+            // the instant.
             assert!(
                 pair[0].kind == Instant || (said - rate).abs() <= rate * 0.5 + 1e6,
                 "{said} and {rate}: {pair:?}"
@@ -163,9 +164,9 @@ fn progress_is_that_of_the_image() {
     }
 }
 
-/// All of its memory is saved by then.
+/// All memory of a non-live snapshot is saved by its instant.
 #[test]
-fn progress_of_a_plain_snapshot_comes_before_its_instant() {
+fn progress_of_a_non_live_snapshot_precedes_its_instant() {
     for binary in Binary::any() {
         let opened = Opened::start(&large(binary));
         let listener = Listener::default().every(Duration::from_millis(1));
@@ -181,12 +182,12 @@ fn progress_of_a_plain_snapshot_comes_before_its_instant() {
     }
 }
 
-/// Events that are in order, and tell of one pause.
+/// Asserts that events are in order and report one pause.
 #[track_caller]
 fn assert_in_order(events: &[Event], expected: &[EventKind]) {
     assert_eq!(steps(events), expected, "{events:?}");
     assert!(events.is_sorted_by_key(|event| event.time), "{events:?}");
-    // The pause grows until the instant, where QEMU's own word on it may take the place of ours.
+    // The pause grows until the instant, where QEMU's own measurement may replace the library's.
     let paused = |what| events.iter().find(|event| event.kind == what).map(|event| event.paused);
     let (paused_at, switched, instant) = (paused(Paused), paused(Switched), paused(Instant));
     if let (Some(first), Some(second)) = (paused_at, switched) {
@@ -208,7 +209,7 @@ fn assert_in_order(events: &[Event], expected: &[EventKind]) {
 }
 
 #[test]
-fn a_snapshot_that_succeeds_is_told_of_in_order() {
+fn successful_snapshot_reports_events_in_order() {
     for binary in Binary::any() {
         let opened = Opened::start(&machine(binary, 2));
         let all = [Paused, Switched, Instant, Complete];
@@ -217,7 +218,7 @@ fn a_snapshot_that_succeeds_is_told_of_in_order() {
             let heard = listener.heard();
             let job = opened.start_at_once(&named(name), flags, listener);
             let taken = rest(&job);
-            // The listener has heard the last before anybody could take it.
+            // The listener gets the last event before it can be taken by the descriptor.
             assert_eq!(taken, heard.events(), "the same, by callback and by descriptor");
             assert_in_order(&taken, expected);
             let stats = job.stats().unwrap();
@@ -225,7 +226,7 @@ fn a_snapshot_that_succeeds_is_told_of_in_order() {
             assert_eq!(taken.last().unwrap().paused, paused);
             assert_eq!(job.info().elapsed, stats.total.max(job.info().elapsed));
 
-            // The call that blocks tells the same.
+            // The blocking call reports the same events.
             let mut listener = Listener::default();
             opened
                 .handle
@@ -240,14 +241,14 @@ fn a_snapshot_that_succeeds_is_told_of_in_order() {
         if binary.version >= (10, 0, 0) {
             check("paused", INSTANTLY, &all[1..]);
         } else {
-            // It is saved once only until it has run again.
+            // QEMU does not save a paused guest a second time before it has run.
             let job = opened.start_at_once(&named("paused"), INSTANTLY, Listener::default());
             assert_in_order(&rest(&job), &all[1..]);
         }
     }
 }
 
-/// A command that fails in a phase, and what has happened by then.
+/// A command that fails in a phase, and the events before that.
 struct Fails {
     phase: Phase,
     command: &'static str,
@@ -270,7 +271,7 @@ const FAILURES: [Fails; 8] = [
 ];
 
 #[test]
-fn a_snapshot_that_fails_is_told_of_in_order_and_last_when_all_is_undone() {
+fn failed_snapshot_reports_events_in_order_and_the_last_after_undo() {
     for binary in Binary::any() {
         let (opened, proxy) = through_proxy(&machine(binary, 2));
         let proxy = Arc::new(proxy);
@@ -310,15 +311,15 @@ fn a_snapshot_that_fails_is_told_of_in_order_and_last_when_all_is_undone() {
 }
 
 #[test]
-fn a_job_can_be_cancelled_in_each_phase() {
-    // And how much of it happens all the same.
+fn job_can_be_cancelled_in_each_phase() {
+    // The number of events that are reported nevertheless.
     let phases = [
         (Phase::Validate, 0..=0),
         (Phase::Plan, 0..=0),
         (Phase::Prepare, 0..=0),
         (Phase::Pause, 1..=1),
         (Phase::Switch, 2..=2),
-        // It may be armed by the time that it is looked.
+        // Write tracking can be armed by the time that the cancel is noticed.
         (Phase::Arm, 2..=3),
         (Phase::Drain, 3..=3),
         (Phase::Finish, 3..=3),
@@ -353,7 +354,7 @@ fn a_job_can_be_cancelled_in_each_phase() {
 }
 
 #[test]
-fn a_job_cancelled_while_memory_drains_ends() {
+fn job_cancelled_in_the_drain_ends() {
     for binary in Binary::any() {
         let opened = Opened::start(&large(binary));
         let before = opened.trace();
@@ -362,11 +363,12 @@ fn a_job_cancelled_while_memory_drains_ends() {
         wait_for(DEADLINE, || (job.info().phase == Some(Phase::Drain)).then_some(()))
             .expect("it drains");
         job.cancel();
-        // A QEMU that cannot be told to end is not to be waited for longer than needed.
+        // Where QEMU cannot be told to end the migration, the bandwidth is restored to keep the
+        // wait short.
         drop(slow);
         assert!(job.wait(None));
         assert_error(job.result(), Code::OperationAborted, "cancelled");
-        // Once more does no harm.
+        // A second cancel does no harm.
         job.cancel();
         assert_untouched(&opened, &before);
         opened.guest.wait_ticks(3);
@@ -374,7 +376,7 @@ fn a_job_cancelled_while_memory_drains_ends() {
 }
 
 #[test]
-fn a_job_that_is_complete_is_not_cancelled() {
+fn completed_job_cannot_be_cancelled() {
     let opened = Opened::start(&machine(&Binary::all()[0], 1));
     let job = opened.start_at_once(&named("s"), INSTANTLY, Listener::default());
     assert!(job.wait(None));
@@ -383,9 +385,9 @@ fn a_job_that_is_complete_is_not_cancelled() {
     opened.restore_clone("s");
 }
 
-/// Nobody needs the numbers.
+/// The progress is not essential.
 #[test]
-fn progress_that_cannot_be_asked_for_fails_no_snapshot() {
+fn failing_progress_query_does_not_fail_the_snapshot() {
     for binary in Binary::any() {
         let (opened, proxy) = through_proxy(&large(binary));
         let proxy = Arc::new(proxy);
@@ -410,7 +412,7 @@ fn progress_that_cannot_be_asked_for_fails_no_snapshot() {
             flow.pages_left == at_instant.pages_left && flow.total >= flow.done
         };
         assert!(progress.take(3).all(as_told), "what is not known is as it was: {events:?}");
-        // QEMU is left alone for a while then.
+        // The library then stops asking QEMU for a while.
         let drain = &proxy.commands()[..asked];
         assert_eq!(drain.last().unwrap(), "query-migrate", "{drain:?}");
         assert_eq!(job.result().unwrap(), "s");
@@ -420,7 +422,7 @@ fn progress_that_cannot_be_asked_for_fails_no_snapshot() {
 }
 
 #[test]
-fn a_job_that_nobody_follows_and_whose_guest_is_closed_goes_on() {
+fn dropped_job_of_a_closed_guest_continues() {
     for binary in Binary::any() {
         let opened = Opened::start(&machine(binary, 2));
         let (gate, listener) = (Gate::default(), Listener::default());
@@ -443,12 +445,12 @@ fn a_job_that_nobody_follows_and_whose_guest_is_closed_goes_on() {
 }
 
 #[test]
-fn a_second_job_is_refused_and_touches_nothing() {
+fn second_job_is_refused_and_touches_nothing() {
     for binary in Binary::any() {
         let opened = Opened::start(&machine(binary, 2));
         let other_state = opened.guest.directory().join("other");
         std::fs::create_dir_all(&other_state).unwrap();
-        // A driver has its own socket for itself.
+        // Only the driver may connect to its socket.
         let socket = if by_driver() { "control.sock" } else { "qmp.sock" };
         let other =
             Handle::open_qmp(&opened.guest.directory().join(socket), None, &other_state).unwrap();
@@ -477,7 +479,7 @@ fn a_second_job_is_refused_and_touches_nothing() {
 
         gate.release();
         rest(&first);
-        // Whoever has been told that it has ended can begin the next.
+        // The next snapshot can begin as soon as the last event was reported.
         let next = opened
             .start_job(&named("next"), INSTANTLY, Listener::default(), Returns::AtInstant)
             .unwrap();
@@ -493,7 +495,7 @@ fn a_second_job_is_refused_and_touches_nothing() {
 }
 
 #[test]
-fn a_snapshot_that_is_not_recorded_has_its_xml_all_the_same() {
+fn unrecorded_snapshot_has_xml() {
     for binary in Binary::any() {
         let opened = Opened::start(&machine(binary, 2));
         let xml = "<domainsnapshot><name>s</name><description>two &lt; three</description></domainsnapshot>";
@@ -514,9 +516,9 @@ fn a_snapshot_that_is_not_recorded_has_its_xml_all_the_same() {
     }
 }
 
-/// Rust's listeners only: C's are C.
+/// Only Rust's listeners can panic.
 #[test]
-fn a_listener_that_panics_costs_the_snapshot_and_nothing_else() {
+fn panicking_listener_fails_the_snapshot_only() {
     let opened = Opened::start(&machine(&Binary::all()[0], 2));
     for phase in [Phase::Validate, Phase::Switch, Phase::Drain] {
         let before = opened.trace();

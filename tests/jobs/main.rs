@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! Snapshots that another thread takes: jobs.
+//! Jobs: snapshots that are taken on a thread of their own.
 
 mod at_random;
 mod handles;

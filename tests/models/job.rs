@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! What the thread of a job and those who follow it share, in every way in which they can meet:
-//! `src/engine/job/shared.rs`, model-checked. A wake-up that is lost is a thread that waits for
-//! ever, which loom reports.
+//! The state that the thread of a job shares with its followers, in `src/engine/job/shared.rs`,
+//! model-checked in all interleavings. loom reports a lost wake-up as a thread that waits forever.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -67,7 +66,7 @@ impl News for Happens {
     }
 }
 
-/// An eventfd, as poll() sees it.
+/// An eventfd as poll() sees it.
 #[derive(Default)]
 struct Level {
     up: Mutex<bool>,
@@ -104,15 +103,15 @@ impl Signal for Level {
 
 type Model = Shared<Happens, u32, Level, Modelled<State<Happens, u32>>>;
 
-/// Runs a model in every way, as far as threads are interrupted a few times only: that finds what
-/// can be found, and ends.
+/// Runs a model in all interleavings with at most three preemptions, which is enough to find the
+/// errors in acceptable time.
 fn check(model: impl Fn(Arc<Model>) + Sync + Send + 'static) {
     let mut builder = Builder::new();
     builder.preemption_bound = Some(3);
     builder.check(move || model(Arc::new(Model::new(Level::default()))));
 }
 
-/// Takes all there is; true with the last.
+/// Takes all events. Returns whether the last one was among them.
 fn drain(shared: &Model, seen: &mut Vec<Happens>) -> bool {
     while let Some(news) = shared.take() {
         seen.push(news);
@@ -121,7 +120,7 @@ fn drain(shared: &Model, seen: &mut Vec<Happens>) -> bool {
 }
 
 #[test]
-fn whoever_polls_hears_of_everything_in_order_and_of_the_last_progress() {
+fn poller_receives_all_events_in_order_and_the_last_progress() {
     check(|shared| {
         let job = thread::spawn({
             let shared = Arc::clone(&shared);
@@ -149,7 +148,7 @@ fn whoever_polls_hears_of_everything_in_order_and_of_the_last_progress() {
 }
 
 #[test]
-fn the_signal_is_up_exactly_as_long_as_there_are_news() {
+fn signal_is_raised_exactly_while_events_are_pending() {
     check(|shared| {
         let takers = [(); 2].map(|()| {
             let shared = Arc::clone(&shared);
@@ -160,7 +159,7 @@ fn the_signal_is_up_exactly_as_long_as_there_are_news() {
         shared.publish(Progress(2));
         let mut seen: Vec<_> =
             takers.into_iter().filter_map(|taker| taker.join().unwrap()).collect();
-        // All is quiet.
+        // No thread takes events any more.
         loop {
             let up = shared.signal().is_up();
             let next = shared.take();
@@ -168,8 +167,8 @@ fn the_signal_is_up_exactly_as_long_as_there_are_news() {
             let Some(next) = next else { break };
             seen.push(next);
         }
-        // Two that take at once can tell each other of it in any order; none was taken twice, and
-        // none got lost.
+        // Two threads that take at the same time can report the events in any order. None is taken
+        // twice, and none is lost.
         seen.sort_by_key(|news| format!("{news:?}"));
         assert!(
             seen == [Paused, Progress(1), Progress(2)] || seen == [Paused, Progress(2)],
@@ -179,7 +178,7 @@ fn the_signal_is_up_exactly_as_long_as_there_are_news() {
 }
 
 #[test]
-fn whoever_starts_a_job_goes_on_at_the_instant_or_at_the_end_whichever_comes_first() {
+fn start_returns_at_the_instant_or_at_the_end_if_earlier() {
     for comes in [true, false] {
         check(move |shared| {
             let job = thread::spawn({
@@ -203,7 +202,7 @@ fn whoever_starts_a_job_goes_on_at_the_instant_or_at_the_end_whichever_comes_fir
 }
 
 #[test]
-fn all_who_wait_for_the_end_hear_of_it_when_the_listener_has_been_told() {
+fn waiters_for_the_end_wake_after_the_listener_was_called() {
     check(|shared| {
         let told = Arc::new(loom::sync::atomic::AtomicBool::new(false));
         let waiters = [(); 2].map(|()| {

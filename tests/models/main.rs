@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! Models of what threads do, checked in every order in which they can run.
+//! Models of threads, checked in every order in which the threads can run.
 
 mod early_start;
 mod job;

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! Our client: what it sends, and what it concludes from the answers.
+//! The client, which is this library: the commands that it sends, and its conclusions from the
+//! replies.
 
 use super::qemu::Command::{
     self, Cont, Migrate, MigrateCancel, QueryMigrate, QueryStatus, Stop, Transaction,
@@ -12,27 +13,27 @@ use super::qemu::{Answer, Status};
 pub enum InTime {
     /// `query-migrate` still says `setup`.
     Setup,
-    /// It says `setup` or `active`, and no pages yet.
+    /// `query-migrate` says `setup` or `active`, and no pages yet.
     NoPages,
-    /// One STOP, no RESUME, and the guest is paused in the end.
+    /// There was one STOP and no RESUME, and the guest is paused in the end.
     OneStop,
 }
 
-/// When it asks.
+/// When it sends `query-migrate`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Asks {
-    WhenStopHasAnswered,
-    /// Behind `stop`, on the same monitor.
+    AfterStopReplied,
+    /// Directly after `stop`, on the same monitor.
     Pipelined,
-    /// Behind `stop`, with the transaction behind that.
+    /// Directly after `stop`, with the transaction directly after that.
     PipelinedWithTransaction,
-    /// At the time of `stop`, on a second monitor.
+    /// At the same time as `stop`, on a second monitor.
     OnAnotherMonitor,
-    /// When the disks have been switched.
+    /// After the disks were switched.
     AfterTransaction,
 }
 
-/// When it resumes after the transaction.
+/// When it resumes the guest after the transaction.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Resumes {
     WhenArmed,
@@ -40,22 +41,22 @@ pub enum Resumes {
     AtOnce,
 }
 
-/// What it does when its `stop` was too late. "Armed" is: or ended.
+/// What it does when its `stop` was too late. "Armed" stands for armed or ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Lost {
-    /// Waits until the migration has armed, resumes, cancels, waits for the end.
+    /// Waits until write tracking is armed, resumes, cancels, and waits for the end.
     ArmsFirst,
-    /// Resumes, waits until the migration has armed, cancels, waits for the end.
+    /// Resumes, waits until write tracking is armed, cancels, and waits for the end.
     ResumesOnce,
-    /// The same, and resumes again when it has armed.
+    /// The same, and resumes again when write tracking is armed.
     ResumesTwice,
-    /// The same, and while it waits for that stops and resumes the guest again and again.
+    /// The same, and stops and resumes the guest repeatedly while it waits for that.
     Nudges,
-    /// Cancels and resumes, and waits for nothing.
-    Forgets,
+    /// Cancels and resumes without waiting.
+    CancelsOnly,
 }
 
-/// What is the end of a migration.
+/// What the client takes for the end of a migration.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum End {
     /// The status says so, and the stream is closed.
@@ -70,11 +71,11 @@ pub struct Rule {
     pub resumes: Resumes,
     pub lost: Lost,
     pub end: End,
-    /// Tries to overlap before the classical order.
+    /// The number of early starts before the guest is stopped first.
     pub tries: u8,
 }
 
-/// What it has sent last.
+/// The command that it has sent last.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum At {
     Begins,
@@ -95,13 +96,13 @@ pub enum At {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Client {
     pub at: At,
-    /// How many tries were too late.
+    /// The number of tries that were too late.
     pub lost: u8,
-    /// The guest was stopped before the migration looked.
+    /// The guest was stopped before the migration captured it.
     in_time: bool,
-    /// This try comes to nothing.
+    /// This try is lost.
     pub losing: bool,
-    /// There will be no snapshot: the migration has failed, the caller has given up, or the rule
+    /// There will be no snapshot: the migration has failed, the caller has cancelled, or the rule
     /// rejects the image in the end.
     pub failed: bool,
 }
@@ -111,7 +112,7 @@ impl Client {
         Client { at: At::Begins, lost: 0, in_time: false, losing: false, failed: false }
     }
 
-    fn is_classical(&self, rule: &Rule) -> bool {
+    fn stops_first(&self, rule: &Rule) -> bool {
         self.lost == rule.tries
     }
 
@@ -120,7 +121,7 @@ impl Client {
         commands.to_vec()
     }
 
-    /// All answers are there: what it sends now.
+    /// Called with all replies. Returns the commands that it sends next.
     pub fn step(
         &mut self,
         rule: &Rule,
@@ -135,10 +136,10 @@ impl Client {
         let unarmed = matches!(status, Some(Status::Setup | Status::Active { pages: false }));
         let active = matches!(status, Some(Status::Active { .. }));
         match self.at {
-            At::Begins if self.is_classical(rule) => self.goes(At::Stops, &[Stop]),
+            At::Begins if self.stops_first(rule) => self.goes(At::Stops, &[Stop]),
             At::Begins => self.goes(At::Starts, &[Migrate]),
             At::Starts if answers == [Answer::Refused] => self.goes(At::Starts, &[Migrate]),
-            At::Starts if self.is_classical(rule) => self.switched(rule),
+            At::Starts if self.stops_first(rule) => self.switched(rule),
             At::Starts => match rule.asks {
                 Asks::Pipelined | Asks::OnAnotherMonitor => {
                     self.goes(At::Asks, &[Stop, QueryMigrate])
@@ -146,9 +147,9 @@ impl Client {
                 Asks::PipelinedWithTransaction => {
                     self.goes(At::Asks, &[Stop, QueryMigrate, Transaction])
                 }
-                Asks::WhenStopHasAnswered | Asks::AfterTransaction => self.goes(At::Stops, &[Stop]),
+                Asks::AfterStopReplied | Asks::AfterTransaction => self.goes(At::Stops, &[Stop]),
             },
-            At::Stops if self.is_classical(rule) => {
+            At::Stops if self.stops_first(rule) => {
                 self.in_time = true;
                 self.switches(rule, switched)
             }
@@ -163,7 +164,7 @@ impl Client {
                 if switched { self.switched(rule) } else { self.switches(rule, switched) }
             }
             At::Asks => self.loses(rule),
-            At::Switches if self.is_classical(rule) => self.goes(At::Starts, &[Migrate]),
+            At::Switches if self.stops_first(rule) => self.goes(At::Starts, &[Migrate]),
             At::Switches if rule.asks == Asks::AfterTransaction => {
                 self.goes(At::Asks, &[QueryMigrate])
             }
@@ -180,9 +181,7 @@ impl Client {
                 self.failed |= status == Some(Status::Failed);
                 if self.losing && rule.lost == Lost::ResumesOnce {
                     self.goes(At::Cancels, &[MigrateCancel])
-                } else if !self.losing
-                    && !self.is_classical(rule)
-                    && rule.in_time == InTime::OneStop
+                } else if !self.losing && !self.stops_first(rule) && rule.in_time == InTime::OneStop
                 {
                     self.goes(At::Judges, &[QueryStatus])
                 } else {
@@ -195,11 +194,11 @@ impl Client {
             }
             At::Nudges => self.goes(At::ResumesEarly, &[Cont]),
             At::ResumesEarly => self.goes(At::AwaitsArmed, &[QueryMigrate]),
-            At::Resumes if self.losing && rule.lost == Lost::Forgets => self.ends(),
+            At::Resumes if self.losing && rule.lost == Lost::CancelsOnly => self.ends(),
             At::Resumes if self.losing => self.goes(At::Cancels, &[MigrateCancel]),
             At::Resumes => self.goes(At::AwaitsEnd, &[QueryMigrate]),
 
-            At::Cancels if rule.lost == Lost::Forgets => self.goes(At::Resumes, &[Cont]),
+            At::Cancels if rule.lost == Lost::CancelsOnly => self.goes(At::Resumes, &[Cont]),
             At::Cancels => self.goes(At::AwaitsEnd, &[QueryMigrate]),
             At::AwaitsEnd if status.is_some_and(Status::under_way) => {
                 self.goes(At::AwaitsEnd, &[QueryMigrate])
@@ -217,7 +216,7 @@ impl Client {
 
     fn switches(&mut self, rule: &Rule, switched: bool) -> Vec<Command> {
         if switched {
-            // In an earlier try: there is nothing left to switch.
+            // An earlier try has switched the disks already.
             self.at = At::Switches;
             return self.step(rule, &[], switched, true);
         }
@@ -231,9 +230,9 @@ impl Client {
         }
     }
 
-    /// The caller gives up, or the limit of the pause has passed: what it sends instead of the next
-    /// step.
-    pub fn gives_up(&mut self, rule: &Rule) -> Vec<Command> {
+    /// Returns the commands that it sends in place of the next step when the caller cancels or the
+    /// limit of the pause has passed.
+    pub fn cancelled(&mut self, rule: &Rule) -> Vec<Command> {
         self.failed = true;
         self.loses(rule)
     }
@@ -241,13 +240,13 @@ impl Client {
     fn loses(&mut self, rule: &Rule) -> Vec<Command> {
         self.losing = true;
         match rule.lost {
-            // The migration may take its time to set up, and the guest must not wait for that.
+            // The setup of the migration can take time, and the guest must not wait for it.
             Lost::ArmsFirst if self.in_time => self.goes(At::ResumesEarly, &[Cont]),
             Lost::ArmsFirst => self.goes(At::AwaitsArmed, &[QueryMigrate]),
             Lost::ResumesOnce | Lost::ResumesTwice | Lost::Nudges => {
                 self.goes(At::ResumesEarly, &[Cont])
             }
-            Lost::Forgets => self.goes(At::Cancels, &[MigrateCancel]),
+            Lost::CancelsOnly => self.goes(At::Cancels, &[MigrateCancel]),
         }
     }
 

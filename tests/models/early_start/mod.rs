@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! The order "`migrate` first, `stop` while it sets up" checked in all interleavings, on a model.
+//! The order of an early start, "`migrate` first, `stop` during its setup", model-checked in all
+//! interleavings.
 //!
 //! With `migrate` sent while the guest runs, QEMU may have begun to save the guest's state before
-//! our `stop` was complete: memory would then be of another moment than the disks. What proves that
-//! it has not? [`client`] is our side, with our rule and the rules that look as if they would do;
-//! [`qemu`] is QEMU's, and says where it was read.
+//! `stop` was complete, and memory would be of another moment than the disks. The model finds which
+//! rules rule that out. [`client`] is the library's side, with its rule and with others that look
+//! sufficient; [`qemu`] is QEMU's side, with references to its source.
 
 mod client;
 mod qemu;
@@ -16,12 +17,12 @@ use client::{Asks, At, Client, End, InTime, Lost, Resumes, Rule};
 use qemu::{Answer, Command, Image, MainLoop, Qemu, Run, Step, Thread, VCPUS, Vcpu};
 use stateright::{Checker, Model, Path, Property};
 
-/// `stop` has answered, and `query-migrate` sent after that says `setup`: then, and only then, the
-/// transaction. A try that is lost is waited for until it has armed; then the guest is resumed, the
-/// try cancelled, and its end waited for.
+/// The library sends the transaction only if a `query-migrate` that it has sent after the reply to
+/// `stop` says `setup`. When a try is lost, it waits until write tracking is armed, resumes the
+/// guest, cancels the try, and waits for its end.
 const OURS: Rule = Rule {
     in_time: InTime::Setup,
-    asks: Asks::WhenStopHasAnswered,
+    asks: Asks::AfterStopReplied,
     resumes: Resumes::WhenArmed,
     lost: Lost::ArmsFirst,
     end: End::StatusAndStream,
@@ -32,7 +33,7 @@ const OURS: Rule = Rule {
 struct State {
     qemu: Qemu,
     client: Client,
-    /// On their way to QEMU, and back.
+    /// Commands and replies in transit.
     sent: Vec<Command>,
     answers: Vec<Answer>,
 }
@@ -40,30 +41,32 @@ struct State {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum Action {
     ClientActs,
-    ClientGivesUp,
+    ClientCancels,
     MainLoopTakes(Command),
     Qemu(Step),
 }
 
-/// What must not be.
+/// States that must not be reached.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Fault {
-    /// A snapshot is reported that is not of one moment.
+    /// The client reports a snapshot that is not of one moment.
     Torn,
-    /// One is reported, and the snapshot thread did not look at the guest in the window inside
-    /// `stop`.
-    TornOutsideOfTheWindow,
-    /// One is reported whose disks were switched while an earlier migration had not ended.
-    TornBesideAnother,
-    /// The guest does not run when the client is done with it.
+    /// The client reports a torn snapshot although the snapshot thread did not look at the guest in
+    /// the window inside `stop`.
+    TornOutsideTheWindow,
+    /// The client reports a torn snapshot whose disks were switched before an earlier migration had
+    /// ended.
+    TornDuringAnotherMigration,
+    /// The guest is not running when the client has finished.
     LeftPaused,
     /// The try is lost, and the disks have been switched.
-    SwitchedInVain,
-    /// A migration is begun before the one before it has ended.
-    Clash,
+    SwitchedNeedlessly,
+    /// A migration is begun before the previous one has ended.
+    ConcurrentMigrations,
 }
 
-const FAULTS: [Fault; 4] = [Fault::Torn, Fault::LeftPaused, Fault::SwitchedInVain, Fault::Clash];
+const FAULTS: [Fault; 4] =
+    [Fault::Torn, Fault::LeftPaused, Fault::SwitchedNeedlessly, Fault::ConcurrentMigrations];
 
 impl State {
     fn has(&self, fault: Fault) -> bool {
@@ -72,11 +75,11 @@ impl State {
         let torn = done && !client.failed && !qemu.image.is_of_one_moment();
         match fault {
             Fault::Torn => torn,
-            Fault::TornOutsideOfTheWindow => torn && !qemu.looked_in_window,
-            Fault::TornBesideAnother => torn && qemu.switched_beside_another,
+            Fault::TornOutsideTheWindow => torn && !qemu.looked_in_window,
+            Fault::TornDuringAnotherMigration => torn && qemu.switched_during_another_migration,
             Fault::LeftPaused => done && !qemu.runs(),
-            Fault::SwitchedInVain => client.losing && !client.failed && qemu.image.disks,
-            Fault::Clash => qemu.clashed,
+            Fault::SwitchedNeedlessly => client.losing && !client.failed && qemu.image.disks,
+            Fault::ConcurrentMigrations => qemu.concurrent_migrations,
         }
     }
 }
@@ -108,7 +111,7 @@ impl Model for Protocol {
         {
             actions.push(Action::ClientActs);
             if !state.client.failed {
-                actions.push(Action::ClientGivesUp);
+                actions.push(Action::ClientCancels);
             }
         }
         let mut steps = vec![];
@@ -124,9 +127,9 @@ impl Model for Protocol {
                 let (switched, stream_open) = (state.qemu.image.disks, state.qemu.stream_open);
                 state.sent = state.client.step(&self.rule, &answers, switched, stream_open);
             }
-            Action::ClientGivesUp => {
+            Action::ClientCancels => {
                 state.answers.clear();
-                state.sent = state.client.gives_up(&self.rule);
+                state.sent = state.client.cancelled(&self.rule);
             }
             Action::MainLoopTakes(command) => {
                 let at = state.sent.iter().position(|sent| *sent == command)?;
@@ -145,7 +148,7 @@ impl Model for Protocol {
     }
 }
 
-/// The shortest way to one of the faults, and the number of states looked at.
+/// The shortest path to one of the faults, and the number of states visited.
 fn check(rule: Rule, faults: &'static [Fault]) -> (Option<Path<State, Action>>, usize) {
     let checker = Protocol { rule, faults }.checker().spawn_bfs().join();
     assert!(checker.is_done());
@@ -165,7 +168,7 @@ fn assert_found(rule: Rule, fault: &'static [Fault]) -> Path<State, Action> {
     found
 }
 
-/// All that can come, and for each state the states that it comes from.
+/// All reachable states, and the predecessors of each.
 fn explore(rule: Rule) -> (Vec<State>, Vec<Vec<usize>>) {
     let protocol = Protocol { rule, faults: &[] };
     let mut states = protocol.init_states();
@@ -186,7 +189,7 @@ fn explore(rule: Rule) -> (Vec<State>, Vec<Vec<usize>>) {
     (states, before)
 }
 
-/// A state from which no way leads to an end.
+/// A state from which no end can be reached.
 fn stuck(rule: Rule) -> Option<State> {
     let (states, before) = explore(rule);
     let mut ends = vec![false; states.len()];
@@ -202,36 +205,36 @@ fn stuck(rule: Rule) -> Option<State> {
 }
 
 #[test]
-fn one_stop_no_resume_and_paused_in_the_end_prove_nothing() {
+fn one_stop_event_without_resume_does_not_prove_one_moment() {
     let rule = Rule { in_time: InTime::OneStop, ..OURS };
     let trace = assert_found(rule, &[Fault::Torn]).into_vec();
-    // It is the window inside `stop`: the guest is paused by name, and a vCPU still executes.
+    // The window inside `stop`: the guest is paused in name, and a vCPU still executes.
     let (at_look, _) = trace
         .iter()
         .find(|(_, action)| *action == Some(Action::Qemu(Step::ThreadFindsPaused)))
         .unwrap();
     assert_eq!(at_look.qemu.main_loop, MainLoop::AwaitsVcpus);
     assert!(at_look.qemu.vcpus.contains(&Vcpu::Stopping));
-    // And it is the only hole.
-    assert_never(rule, &[Fault::TornOutsideOfTheWindow]);
+    // There is no other hole.
+    assert_never(rule, &[Fault::TornOutsideTheWindow]);
 }
 
 #[test]
-fn setup_after_the_answer_to_stop_proves_one_moment() {
+fn setup_after_the_reply_to_stop_proves_one_moment() {
     assert_never(OURS, &FAULTS);
     assert_eq!(stuck(OURS), None);
 }
 
 #[test]
-fn the_classical_order_is_always_right() {
-    let classical = Rule { tries: 0, ..OURS };
-    assert_never(classical, &FAULTS);
-    assert_eq!(stuck(classical), None);
+fn stopping_before_migrate_is_always_of_one_moment() {
+    let stop_first = Rule { tries: 0, ..OURS };
+    assert_never(stop_first, &FAULTS);
+    assert_eq!(stuck(stop_first), None);
 }
 
-/// The model is not right for want of anything happening in it.
+/// The model covers every outcome, so that its proof is not empty.
 #[test]
-fn every_end_is_reached() {
+fn every_outcome_of_the_model_is_reached() {
     let (states, _) = explore(OURS);
     let ended = |failed, lost| {
         states.iter().any(|state| {
@@ -252,59 +255,59 @@ fn every_end_is_reached() {
     assert!(states.iter().any(|state| late(state) && state.qemu.looked_in_window), "the window");
 }
 
-/// QEMU takes the commands of one monitor in the order sent, so this rule is as good as ours; not
-/// so with two monitors.
+/// QEMU executes the commands of one monitor in the order in which they were sent, so this rule is
+/// as good as the library's. With two monitors it is not.
 #[test]
-fn asking_before_stop_has_answered_is_right_on_the_same_monitor_only() {
+fn query_before_the_reply_to_stop_is_safe_on_one_monitor_only() {
     assert_never(Rule { asks: Asks::Pipelined, ..OURS }, &FAULTS);
     assert_found(Rule { asks: Asks::OnAnotherMonitor, ..OURS }, &[Fault::Torn]);
 }
 
 #[test]
-fn switching_before_the_answer_is_known_is_caught() {
+fn switching_before_the_reply_is_caught() {
     for asks in [Asks::PipelinedWithTransaction, Asks::AfterTransaction] {
         let rule = Rule { asks, ..OURS };
-        assert_found(rule, &[Fault::SwitchedInVain]);
+        assert_found(rule, &[Fault::SwitchedNeedlessly]);
         assert_found(rule, &[Fault::Torn]);
     }
 }
 
 #[test]
-fn taking_active_for_in_time_is_caught() {
+fn treating_active_as_in_time_is_caught() {
     assert_found(Rule { in_time: InTime::NoPages, ..OURS }, &[Fault::Torn]);
 }
 
 #[test]
-fn resuming_before_it_has_armed_is_caught() {
+fn resuming_before_arming_is_caught() {
     for resumes in [Resumes::AtOnce, Resumes::WhenActive] {
         assert_found(Rule { resumes, ..OURS }, &[Fault::Torn]);
     }
 }
 
-/// A thread that lives on stops and resumes the guest in the pause of the next try. And `completed`
-/// is not the end of it.
+/// A thread that outlives its try stops and resumes the guest in the pause of the next try.
+/// `completed` is set before the thread ends.
 #[test]
-fn trying_again_before_a_lost_try_has_ended_is_caught() {
-    assert_found(Rule { lost: Lost::Forgets, ..OURS }, &[Fault::TornBesideAnother]);
-    assert_found(Rule { end: End::Status, ..OURS }, &[Fault::Clash]);
+fn retry_before_a_lost_try_has_ended_is_caught() {
+    assert_found(Rule { lost: Lost::CancelsOnly, ..OURS }, &[Fault::TornDuringAnotherMigration]);
+    assert_found(Rule { end: End::Status, ..OURS }, &[Fault::ConcurrentMigrations]);
 }
 
-/// The thread has found the guest paused; then comes our `cont`; then QEMU puts back what it found,
-/// by name: the vCPUs execute, and the next `stop` does not wait for them. QEMU 10.0 did so in 232
-/// of 300 tries (KVM, four vCPUs; the model's lock is dropped there with KVM only, and with TCG it
-/// was none).
+/// The thread has found the guest paused, then QEMU gets `cont`, and then QEMU restores the state
+/// that it has found, in name only: the vCPUs execute, and the next `stop` does not wait for them.
+/// This happened in 232 of 300 tries with QEMU 10.0 (KVM, four vCPUs). The model's lock is dropped
+/// there with KVM only, and it did not happen with TCG.
 #[test]
-fn resuming_a_lost_try_before_it_has_armed_is_caught() {
+fn resuming_a_lost_try_before_arming_is_caught() {
     let rule = Rule { lost: Lost::ResumesOnce, ..OURS };
     assert_found(rule, &[Fault::LeftPaused]);
     assert_found(rule, &[Fault::Torn]);
 }
 
-/// `cont` also takes back the request to stop for which the thread waits: it waits on, until the
-/// next `stop`. QEMU 10.0 did so in 9 of 1500 tries with KVM, in 17 of 1500 with TCG, and in none
-/// of 3000 each where it had armed before `cont`.
+/// `cont` also withdraws the stop request for which the thread waits, so that it waits until the
+/// next `stop`. This happened with QEMU 10.0 in 9 of 1500 tries with KVM, in 17 of 1500 with TCG,
+/// and in none of 3000 each where write tracking was armed before `cont`.
 #[test]
-fn resuming_a_lost_try_once_more_does_not_see_it_end() {
+fn resuming_a_lost_try_twice_can_leave_it_hanging() {
     let rule = Rule { lost: Lost::ResumesTwice, ..OURS };
     assert_never(rule, &FAULTS);
     let left = stuck(rule).expect("a migration that never ends");
@@ -315,11 +318,10 @@ fn resuming_a_lost_try_once_more_does_not_see_it_end() {
     assert_eq!(stuck(rule), None);
 }
 
-/// [`qemu::Image`] counts nothing. Here the guest does, and what each part of a snapshot contains
-/// is compared, as when a tick guest is brought back: there has to be a moment of which all parts
-/// are.
+/// [`qemu::Image`] does not count writes. Here the guest counts, and the parts of a snapshot are
+/// compared as a restored tick guest does: all parts have to be of a common moment.
 #[test]
-fn an_image_is_of_one_moment_exactly_when_the_counters_agree() {
+fn image_is_of_one_moment_exactly_when_the_counters_agree() {
     #[derive(Clone, Copy, PartialEq)]
     struct Counters {
         registers: [u8; VCPUS],

@@ -1,40 +1,41 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! QEMU, as far as a background snapshot of it goes.
+//! QEMU's part in a background snapshot.
 //!
-//! Read in the source of QEMU 10.0.13 (10.2.2 differs in nothing of it):
+//! The model follows the source of QEMU 10.0.13 (10.2.2 does not differ from it):
 //!
-//! * `bg_migration_thread` (migration/migration.c), in this order: `ram_write_tracking_prepare`
-//!   without the big lock; header and setup under it; `qemu_savevm_wait_unplug` sets `active`
-//!   without it; then, under it, `migration_stop_vm`,
-//!   `qemu_savevm_state_complete_precopy_non_iterable` (registers and devices) and
-//!   `ram_write_tracking_start`; `bg_migration_vm_start_bh` is scheduled; the lock is dropped, and
-//!   pages flow. Where it cannot arm, that bottom half is not scheduled, and nobody resumes the
-//!   guest.
-//! * `migration_stop_vm` looks at the run state (`vm_old_state`), under the lock, and not before.
-//! * `do_vm_stop` (system/cpus.c), which serves `stop` and `migration_stop_vm` alike, sets the run
+//! * `bg_migration_thread` (migration/migration.c) proceeds in this order. It runs
+//!   `ram_write_tracking_prepare` without the big lock, and writes the header and the setup with it.
+//!   `qemu_savevm_wait_unplug` sets `active` without the lock. With the lock it then runs
+//!   `migration_stop_vm`, `qemu_savevm_state_complete_precopy_non_iterable` (registers and devices)
+//!   and `ram_write_tracking_start`, and schedules `bg_migration_vm_start_bh`. It drops the lock,
+//!   and pages flow. Where write tracking cannot be armed, that bottom half is not scheduled, and
+//!   QEMU does not resume the guest.
+//! * `migration_stop_vm` reads the run state (`vm_old_state`) under the lock, and not before.
+//! * `do_vm_stop` (system/cpus.c), which serves both `stop` and `migration_stop_vm`, sets the run
 //!   state first. Then `pause_all_vcpus` drops the lock while it waits for the vCPUs, and once more
-//!   after that. Whoever finds the guest already paused does not wait for anything.
-//! * `cpu_synchronize_all_states`: with KVM, `run_on_cpu` drops the lock for each vCPU. (TCG does
-//!   not: one interleaving fewer.)
-//! * `resume_all_vcpus` takes back the request to stop: who waits for the vCPUs in
-//!   `pause_all_vcpus` then waits on.
-//! * `qmp_dispatch` (qapi/qmp-dispatch.c): commands that are no coroutines run in the main loop,
-//!   one at a time, under the lock, each in a bottom half of its own; those of one monitor in the
-//!   order sent. All of ours are such, and none can run out of band. They run in the context of the
-//!   I/O handlers, which `bdrv_drain_all` and `bdrv_flush_all` (at the end of `do_vm_stop`) do not
-//!   poll; the bottom halves of the migration run in the context which those do poll, and which the
-//!   main loop serves first (`qemu_init_main_loop`), having taken the lock before it looks what
-//!   there is to do (`os_host_main_loop_wait`).
-//! * `migration_cancel` sets `cancelling` and no more; `cancelled` is set by `migration_cleanup`, a
-//!   bottom half, when the thread has been joined, where the stream is closed too. `completed` and
-//!   `failed` are set before, by the thread itself.
-//! * `migrate_prepare` refuses a second migration by the first one's status; whether its thread
-//!   lives it does not look.
+//!   after that. A caller that finds the guest already paused does not wait for anything.
+//! * In `cpu_synchronize_all_states`, `run_on_cpu` drops the lock for each vCPU with KVM. With TCG
+//!   it does not, which removes one interleaving.
+//! * `resume_all_vcpus` withdraws the stop request: a thread that waits for the vCPUs in
+//!   `pause_all_vcpus` then goes on waiting.
+//! * `qmp_dispatch` (qapi/qmp-dispatch.c): commands that are not coroutines run in the main loop,
+//!   one at a time, under the lock, each in a bottom half of its own, and those of one monitor in
+//!   the order in which they were sent. All commands of the library are of this kind, and none can
+//!   run out of band. They run in the context of the I/O handlers, which `bdrv_drain_all` and
+//!   `bdrv_flush_all` (at the end of `do_vm_stop`) do not poll. The bottom halves of the migration
+//!   run in the context that those functions do poll. The main loop serves that context first
+//!   (`qemu_init_main_loop`), and takes the lock before it looks for work
+//!   (`os_host_main_loop_wait`).
+//! * `migration_cancel` only sets `cancelling`. `migration_cleanup`, a bottom half, sets `cancelled`
+//!   after it has joined the thread, and closes the stream. The thread itself sets `completed` and
+//!   `failed` before that.
+//! * `migrate_prepare` refuses a second migration by the first one's status. It does not check
+//!   whether the first one's thread has ended.
 //!
-//! A step of the model is what happens between two droppings of the lock, or less. A write to disk
-//! is complete at once: `stop` has drained what was in flight before it answers. IOThreads write
-//! without the lock, so the model's vCPUs do.
+//! A step of the model is what happens between two times at which the lock is dropped, or less. A
+//! write to disk is complete at once, because `stop` drains requests in flight before it replies.
+//! IOThreads write without the lock, so the model's vCPUs do, too.
 
 pub const VCPUS: usize = 2;
 
@@ -47,22 +48,22 @@ pub enum Run {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Vcpu {
     Runs,
-    /// It has been asked to stop, and executes until it notices.
+    /// The vCPU has been asked to stop, and executes until it notices.
     Stopping,
     Stopped,
 }
 
-/// What a client can ask for.
+/// A command of the client.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Command {
     Migrate,
     Stop,
     Cont,
     QueryMigrate,
-    /// The disks change to their overlays.
+    /// Switches the disks to their overlays.
     Transaction,
     MigrateCancel,
-    /// `query-status`, and a look at the events since the migration began.
+    /// `query-status`, and the events since the migration began.
     QueryStatus,
 }
 
@@ -95,7 +96,7 @@ impl Status {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum MainLoop {
     Polls,
-    /// In `pause_all_vcpus`, the lock dropped.
+    /// In `pause_all_vcpus`, with the lock dropped.
     AwaitsVcpus,
     /// It has seen all vCPUs stopped, and has to take the lock again.
     Relocks,
@@ -103,7 +104,7 @@ pub enum MainLoop {
     Drains,
 }
 
-/// Where the snapshot thread is.
+/// The place in the snapshot thread's code.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Thread {
     Absent,
@@ -119,8 +120,8 @@ pub enum Thread {
     Ended,
 }
 
-/// A bottom half of the migration. The main loop runs what is pending before it takes a command.
-/// That one command overtakes it is granted here, with two there would be holes in everything.
+/// A bottom half of the migration. The main loop runs the pending ones before it takes a command.
+/// The model allows one command to overtake it; with two, every rule would have a hole.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Bottom {
     Idle,
@@ -128,26 +129,26 @@ pub enum Bottom {
     Overtaken,
 }
 
-/// Which of the guest's writes the snapshot contains.
+/// The guest's writes that the snapshot contains.
 ///
-/// A write is in what is saved after it, and not in what was saved before. It changes memory or a
-/// disk, and the registers of its vCPU, which count it. As many writes as the guest makes: to know
-/// whether the counters agree, they need not be counted.
+/// A write is in each part that is saved after it, and not in those saved before. It changes memory
+/// or a disk, and the registers of its vCPU, which count it. The writes need not be counted to know
+/// whether the counters agree.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Image {
     pub registers: [bool; VCPUS],
     pub memory: bool,
     pub disks: bool,
-    /// A write has come too late for it.
+    /// A write came after a part was saved.
     excludes: bool,
-    /// A write is in one part and not in another, or is in it while an earlier one is not.
+    /// A write is in one part and not in another, or a part contains it without an earlier write.
     torn: bool,
-    /// A write to disk has come since the disks were switched.
+    /// A write to disk came after the disks were switched.
     disks_are_old: bool,
 }
 
 impl Image {
-    /// Memory is saved anew, and disks stay switched.
+    /// The image of the next try: memory is saved again, and the disks stay switched.
     fn renewed(self) -> Image {
         Image {
             disks: self.disks,
@@ -168,7 +169,7 @@ impl Image {
         self
     }
 
-    /// Everything is in it, as it was at one moment.
+    /// All parts are saved, as of one moment.
     pub fn is_of_one_moment(self) -> bool {
         self.registers.iter().all(|saved| *saved) && self.memory && self.disks && !self.torn
     }
@@ -189,18 +190,19 @@ pub struct Qemu {
     cleanup: Bottom,
     pub stream_open: bool,
     pub image: Image,
-    /// Events since the migration began, as far as it matters how many.
+    /// The number of events since the migration began, as far as it matters.
     stops: u8,
     resumes: u8,
-    /// The thread has found the guest paused in the window inside `stop`: a vCPU still executed.
+    /// The thread has found the guest paused in the window inside `stop`, while a vCPU still
+    /// executed.
     pub looked_in_window: bool,
-    /// The disks were switched while a cancelled migration had not ended.
-    pub switched_beside_another: bool,
-    /// A migration was begun while the thread of another lived.
-    pub clashed: bool,
+    /// The disks were switched before a cancelled migration had ended.
+    pub switched_during_another_migration: bool,
+    /// A migration was begun before another one's thread had ended.
+    pub concurrent_migrations: bool,
 }
 
-/// A step of anybody in QEMU.
+/// A step of one of QEMU's threads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Step {
     VcpuWritesMemory(usize),
@@ -241,8 +243,8 @@ impl Qemu {
             stops: 0,
             resumes: 0,
             looked_in_window: false,
-            switched_beside_another: false,
-            clashed: false,
+            switched_during_another_migration: false,
+            concurrent_migrations: false,
         }
     }
 
@@ -254,7 +256,7 @@ impl Qemu {
         self.vcpus == [Vcpu::Stopped; VCPUS]
     }
 
-    /// The big lock can be taken. All else that is done under it is one step.
+    /// Whether the big lock can be taken. Everything else under it is one step.
     fn unlocked(&self) -> bool {
         self.main_loop != MainLoop::Drains
     }
@@ -264,7 +266,7 @@ impl Qemu {
             && [self.resume, self.cleanup].iter().all(|bottom| *bottom != Bottom::Overtaken)
     }
 
-    /// The main loop takes a command; none: it will be answered later.
+    /// The main loop takes a command. Returns `None` where the reply comes later.
     pub fn take(&mut self, command: Command) -> Option<Answer> {
         for bottom in [&mut self.resume, &mut self.cleanup] {
             if *bottom == Bottom::Pending {
@@ -274,7 +276,7 @@ impl Qemu {
         match command {
             Command::Migrate if self.status.under_way() => return Some(Answer::Refused),
             Command::Migrate => {
-                self.clashed = self.thread != Thread::Absent;
+                self.concurrent_migrations = self.thread != Thread::Absent;
                 self.status = Status::Setup;
                 self.thread = Thread::Populates;
                 self.stream_open = true;
@@ -290,7 +292,7 @@ impl Qemu {
             Command::QueryMigrate => return Some(Answer::Migration(self.status)),
             Command::Transaction => {
                 self.image.disks = true;
-                self.switched_beside_another = self.status == Status::Cancelling;
+                self.switched_during_another_migration = self.status == Status::Cancelling;
             }
             Command::MigrateCancel => {
                 if self.status.under_way() {
@@ -306,7 +308,7 @@ impl Qemu {
         Some(Answer::Done)
     }
 
-    /// The first half of `do_vm_stop`; whether there are vCPUs to be waited for.
+    /// The first half of `do_vm_stop`. Returns whether it has to wait for vCPUs.
     fn begin_stop(&mut self) -> bool {
         if self.run == Run::Paused {
             return false;
@@ -381,7 +383,7 @@ impl Qemu {
         }
     }
 
-    /// Takes a step; its answer, where it ends a command.
+    /// Takes a step. Returns the reply of a command that it ends.
     pub fn step(&mut self, step: Step) -> Option<Answer> {
         match step {
             Step::VcpuWritesMemory(vcpu) => self.image = self.image.written(vcpu, false),
@@ -401,7 +403,7 @@ impl Qemu {
                 self.resume = Bottom::Idle;
                 match self.found {
                     Run::Running => self.start(),
-                    // No vCPU is told: it notices when it next leaves the guest.
+                    // The vCPU is not told: it notices when it next leaves the guest.
                     Run::Paused => self.run = Run::Paused,
                 }
                 self.found = Run::Running;
