@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * A driver for the tests of the other ways in: one thread, a lock of its own that must be held in
- * each callback, and QEMU's monitor, which it has during an operation only. tests/common/src/way.rs
- * loads it.
+ * A driver for the tests of the driver backend. It has one thread, a lock that must be held in each
+ * callback, and QEMU's monitor, which it uses during an operation only.
+ * tests/common/src/backend.rs loads it.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -20,7 +20,7 @@
 
 #define CONNECT_MS 30000
 
-/* The library's, which is linked with the test. */
+/* Functions of the library, which is linked with the test. */
 struct library {
     void (*event)(void *opaque, const char *event);
     void (*set_reason)(const char *reason);
@@ -29,10 +29,10 @@ struct library {
 struct domain {
     struct library library;
     pthread_mutex_t lock;
-    char *socket_path, *guard_path, *state_dir, *xml;
+    char *socket_path, *watchdog_path, *state_dir, *xml;
     int socket;
     unsigned int last_id;
-    char *buffer; /* of what QEMU has said, the first `used` bytes */
+    char *buffer; /* QEMU's output, of which the first `used` bytes are valid */
     size_t size, used;
 };
 
@@ -150,14 +150,14 @@ static char *converse(struct domain *domain, const char *command, const int *fds
     while ((line = read_line(domain, until))) {
         if (strstr(line, id))
             return line;
-        /* Or the late reply to an earlier one, which is none. */
+        /* An event, or the late reply to an earlier command, which the library ignores. */
         domain->library.event(domain, line);
         free(line);
     }
     return NULL;
 }
 
-/* With what QEMU says in an error. */
+/* Refuses with QEMU's error message. */
 static int refuse_as_qemu(struct domain *domain, char *reply)
 {
     char *description = find(reply, "\"desc\"");
@@ -168,7 +168,7 @@ static int refuse_as_qemu(struct domain *domain, char *reply)
     return refuse(domain, description + 1);
 }
 
-/* Shuts the connection down, because a process that the test has forked may have it open, too. */
+/* Shuts the connection down, because a process that the test has forked can have it open, too. */
 static void hang_up(struct domain *domain)
 {
     shutdown(domain->socket, SHUT_RDWR);
@@ -248,10 +248,10 @@ static char *on_state_dir(void *opaque)
     return strdup(((struct domain *) opaque)->state_dir);
 }
 
-static char *on_guard_socket(void *opaque)
+static char *on_watchdog_socket(void *opaque)
 {
     check_locked(opaque);
-    return strdup(((struct domain *) opaque)->guard_path);
+    return strdup(((struct domain *) opaque)->watchdog_path);
 }
 
 static int does(struct domain *domain, const char *command, unsigned int timeout_ms)
@@ -292,14 +292,14 @@ static void on_unlock(void *opaque)
 static const instantsnap_driver_ops ops = {
     .size = sizeof(ops), .monitor = on_monitor, .state = on_state, .domain_xml = on_domain_xml,
     .state_dir = on_state_dir, .pause = on_pause, .resume = on_resume, .begin_job = on_begin,
-    .end_job = on_end, .lock = on_lock, .unlock = on_unlock, .guard_socket = on_guard_socket
+    .end_job = on_end, .lock = on_lock, .unlock = on_unlock, .guard_socket = on_watchdog_socket
 };
 
-/* For tests/common/src/way.rs. A domain is there for as long as the process. */
+/* For tests/common/src/backend.rs. A domain is never freed. */
 
 const instantsnap_driver_ops *test_driver_ops(void);
 void *test_driver_domain(const struct library *library, const char *socket_path,
-                         const char *guard_path, const char *state_dir, const char *xml);
+                         const char *watchdog_path, const char *state_dir, const char *xml);
 
 const instantsnap_driver_ops *test_driver_ops(void)
 {
@@ -307,7 +307,7 @@ const instantsnap_driver_ops *test_driver_ops(void)
 }
 
 void *test_driver_domain(const struct library *library, const char *socket_path,
-                         const char *guard_path, const char *state_dir, const char *xml)
+                         const char *watchdog_path, const char *state_dir, const char *xml)
 {
     struct domain *domain = calloc(1, sizeof(*domain));
     pthread_mutexattr_t checking;
@@ -319,7 +319,7 @@ void *test_driver_domain(const struct library *library, const char *socket_path,
     pthread_mutexattr_destroy(&checking);
     domain->library = *library;
     domain->socket_path = strdup(socket_path);
-    domain->guard_path = strdup(guard_path);
+    domain->watchdog_path = strdup(watchdog_path);
     domain->state_dir = strdup(state_dir);
     domain->xml = strdup(xml);
     domain->socket = -1;

@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use common::driver::{TestDriver, Wrong};
+use common::driver::{DriverFault, TestDriver};
 use common::{
     ALL_SECTORS, At, Handle, INSTANTLY, Opened, PHASES, assert_error, assert_untouched, machine,
     named,
@@ -68,7 +68,7 @@ fn callback_failure_in_any_phase_leaves_everything_as_it_was() {
     for binary in Binary::some() {
         let (opened, driver) = Opened::start_by_driver(&machine(binary, 2), false);
         for flags in [INSTANTLY, 0] {
-            for wrong in [Wrong::Fails, Wrong::FailsAfterwards] {
+            for fault in [DriverFault::Fails, DriverFault::FailsAfterExecution] {
                 // The first callbacks are dispensable, and a non-live snapshot has no drain.
                 let has = |phase: &Phase| {
                     *phase != Phase::Validate && (flags != 0 || *phase != Phase::Drain)
@@ -76,12 +76,12 @@ fn callback_failure_in_any_phase_leaves_everything_as_it_was() {
                 for phase in PHASES.into_iter().filter(has) {
                     let mut observer = At(|now| {
                         if now == phase {
-                            driver.next_is(wrong);
+                            driver.inject(fault);
                         }
                     });
                     let before = opened.trace();
                     let result = opened.handle.create(&named("s"), flags, &mut observer);
-                    eprintln!("{} {wrong:?} {phase:?}: {result:?}", binary.name);
+                    eprintln!("{} {fault:?} {phase:?}: {result:?}", binary.name);
                     assert_error(
                         result.clone(),
                         Code::OperationFailed,

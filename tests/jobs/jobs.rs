@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use common::backend::{by_driver, open_guest};
-use common::jobs::{Listener, Slow, next, readable, rest, steps};
+use common::jobs::{Listener, SlowDrain, next, readable, rest, steps};
 use common::{
     ALL_SECTORS, Handle, INSTANTLY, Opened, assert_error, assert_untouched, machine, named,
     through_proxy,
@@ -36,7 +36,7 @@ fn large(binary: &'static Binary) -> Machine {
 fn start_returns_at_the_instant_while_memory_drains() {
     for binary in Binary::any() {
         let opened = Opened::start(&large(binary));
-        let (slow, listener) = Slow::down(&opened.guest, 1 << 20, Listener::default());
+        let (slow, listener) = SlowDrain::new(&opened.guest, 1 << 20, Listener::default());
         let before = opened.guest.wait_ticks(0);
         let job = opened.start_job(&named("s"), INSTANTLY, listener, Returns::AtInstant).unwrap();
         let after = opened.guest.serial().tick.unwrap();
@@ -82,7 +82,7 @@ fn job_descriptor_is_readable_exactly_while_events_are_pending() {
         let held = |listener: Listener, (phase, gate): &(Phase, Gate)| listener.hold(*phase, gate);
         let listener =
             gates.iter().fold(Listener::default(), held).every(Duration::from_millis(20));
-        let (slow, listener) = Slow::down(&opened.guest, 4 << 20, listener);
+        let (slow, listener) = SlowDrain::new(&opened.guest, 4 << 20, listener);
         let job = opened.start_at_once(&named("s"), INSTANTLY, listener);
         let [before_the_pause, draining] = &gates.map(|(_, gate)| gate);
 
@@ -120,7 +120,7 @@ fn job_descriptor_is_readable_exactly_while_events_are_pending() {
 fn progress_matches_the_memory_image() {
     for binary in Binary::any() {
         let opened = Opened::start(&large(binary));
-        let (slow, listener) = Slow::down(
+        let (slow, listener) = SlowDrain::new(
             &opened.guest,
             8 << 20,
             Listener::default().every(Duration::from_millis(50)),
@@ -358,7 +358,7 @@ fn job_cancelled_in_the_drain_ends() {
     for binary in Binary::any() {
         let opened = Opened::start(&large(binary));
         let before = opened.trace();
-        let (slow, listener) = Slow::down(&opened.guest, 1 << 20, Listener::default());
+        let (slow, listener) = SlowDrain::new(&opened.guest, 1 << 20, Listener::default());
         let job = opened.start_job(&named("s"), INSTANTLY, listener, Returns::AtInstant).unwrap();
         wait_for(DEADLINE, || (job.info().phase == Some(Phase::Drain)).then_some(()))
             .expect("it drains");
@@ -394,7 +394,7 @@ fn failing_progress_query_does_not_fail_the_snapshot() {
         let theirs = Arc::clone(&proxy);
         let fail = move || theirs.rule("query-migrate", 1, Fault::fail("not today"));
         let listener = Listener::default().every(Duration::from_millis(20)).at(Phase::Drain, fail);
-        let (slow, listener) = Slow::down(&opened.guest, 1 << 20, listener);
+        let (slow, listener) = SlowDrain::new(&opened.guest, 1 << 20, listener);
         let heard = listener.heard();
         let job = opened.start_job(&named("s"), INSTANTLY, listener, Returns::AtInstant).unwrap();
         let told = || heard.events().iter().filter(|event| event.kind == Progress).count() > 3;

@@ -9,7 +9,7 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
-use common::nbd::OnServer;
+use common::nbd::NbdDomain;
 use common::virt::{DomainTrace, OpenedDomain};
 use common::{ALL_SECTORS, At, Handle, INSTANTLY, machine};
 use instantsnap::backend::LibvirtConnector;
@@ -110,7 +110,7 @@ fn wait_untouched(opened: &OpenedDomain, before: &DomainTrace, phase: Phase) {
 #[test]
 fn network_disk_is_on_its_image_again_after_the_caller_was_killed() {
     let daemon = Daemon::session();
-    let remote = OnServer::start(&daemon);
+    let remote = NbdDomain::start(&daemon);
     let before = remote.opened.trace();
     for phase in [1, 3] {
         run_and_die(

@@ -8,7 +8,7 @@ use instantsnap_testkit::test;
 use std::process::Command;
 
 use common::backend::by_client_only;
-use common::nbd::OnServer;
+use common::nbd::NbdDomain;
 use common::virt;
 use common::{ALL_SECTORS, At, INSTANTLY, assert_says};
 use instantsnap::engine::Phase;
@@ -18,7 +18,7 @@ use instantsnap::model::flags::REUSE_EXT;
 #[test]
 fn network_disk_needs_a_named_overlay_and_supports_undo_and_delete() {
     let daemon = virt::session();
-    let remote = OnServer::start(&daemon);
+    let remote = NbdDomain::start(&daemon);
     let (opened, guest) = (&remote.opened, remote.guest());
     let before = opened.trace();
     let error = opened.create(&opened.xml("s", ""), INSTANTLY).expect_err("no overlay is named");
@@ -53,7 +53,7 @@ fn network_disk_needs_a_named_overlay_and_supports_undo_and_delete() {
 }
 
 /// A precreated overlay that is based on another export of the same server is refused.
-fn check_overlay_on_another_export_is_refused(remote: &OnServer) {
+fn check_overlay_on_another_export_is_refused(remote: &NbdDomain) {
     by_client_only();
     let (overlay, another) =
         (remote.overlay("other"), remote.name().replace("/remote?", "/another?"));
@@ -84,7 +84,7 @@ fn check_overlay_on_another_export_is_refused(remote: &OnServer) {
 #[test]
 fn slice_of_a_network_disk_is_refused_and_can_be_excluded() {
     let daemon = virt::session();
-    let remote = OnServer::start_with(
+    let remote = NbdDomain::start_with(
         &daemon,
         "<slices><slice type='storage' offset='0' size='16777216'/></slices>",
     );
@@ -140,7 +140,7 @@ fn slice_of_a_network_disk_is_refused_and_can_be_excluded() {
 #[test]
 fn network_disk_can_be_reverted_and_its_snapshots_deleted_in_any_order() {
     let daemon = virt::session();
-    let remote = OnServer::start(&daemon);
+    let remote = NbdDomain::start(&daemon);
     let (opened, guest) = (&remote.opened, remote.guest());
     for name in ["s", "t", "u"] {
         opened.create(&remote.xml(name), INSTANTLY).unwrap();
@@ -180,7 +180,7 @@ fn network_disk_can_be_reverted_and_its_snapshots_deleted_in_any_order() {
 #[test]
 fn network_disk_can_be_reverted_and_deleted_while_shut_off() {
     let daemon = virt::session();
-    let mut remote = OnServer::start(&daemon);
+    let mut remote = NbdDomain::start(&daemon);
     remote.opened.create(&remote.xml("s"), INSTANTLY).unwrap();
     remote.guest().wait_ticks(3);
     remote.guest().virsh("destroy", &[]);
@@ -223,8 +223,8 @@ fn network_disk_can_be_reverted_and_deleted_while_shut_off() {
 fn overlay_of_a_network_disk_is_merged_or_kept_when_qemu_ends() {
     by_client_only();
     let daemon = virt::session();
-    let mut remote = OnServer::start(&daemon);
-    let killed = |remote: &OnServer, name: &str| {
+    let mut remote = NbdDomain::start(&daemon);
+    let killed = |remote: &NbdDomain, name: &str| {
         let mut kill = At(|phase| {
             if phase == Phase::Drain {
                 remote.guest().wait_ticks(3);
@@ -270,7 +270,7 @@ fn overlay_of_a_network_disk_is_merged_or_kept_when_qemu_ends() {
 #[test]
 fn network_disk_snapshot_can_be_restored_by_virsh_on_a_new_overlay() {
     let daemon = virt::session();
-    let remote = OnServer::start(&daemon);
+    let remote = NbdDomain::start(&daemon);
     let (opened, guest) = (&remote.opened, remote.guest());
     opened.create(&remote.xml("s"), INSTANTLY).unwrap();
     guest.wait_ticks(5);

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! Which backend the tests use, where there are two; as far as they do not test one of them itself.
+//! The backend that tests use which are not about one backend.
 //!
-//! Those of the socket open a guest by its socket, or, with INSTANTSNAP_TEST_BACKEND=driver, by a
-//! driver in C (`driver.c`). Those of libvirt use the library, as its clients do, or, with
-//! INSTANTSNAP_TEST_BACKEND=inside, libvirt's plain functions and daemons with the library in them
-//! (`virt.rs`).
+//! By default the tests of `qmp` open a guest by its socket. With INSTANTSNAP_TEST_BACKEND=driver
+//! they open it by a driver in C (`driver.c`). By default the tests of `libvirt` call the library,
+//! as its clients do. With INSTANTSNAP_TEST_BACKEND=inside they call libvirt's stock functions in
+//! daemons with the library in them (`virt.rs`).
 
 use std::ffi::{CStr, CString, c_char, c_void};
 use std::os::unix::ffi::OsStrExt;
@@ -24,7 +24,7 @@ use super::Handle;
 
 #[derive(Clone, Copy, PartialEq)]
 enum Backend {
-    /// The first ones.
+    /// The default ones.
     Plain,
     Driver,
     Inside,
@@ -42,25 +42,25 @@ fn backend() -> Backend {
     })
 }
 
-/// Whether it is the driver's.
+/// Whether the backend is the driver.
 pub fn by_driver() -> bool {
     backend() == Backend::Driver
 }
 
-/// Whether it is the daemon's.
+/// Whether the library is in the daemon.
 pub fn by_daemon() -> bool {
     backend() == Backend::Inside
 }
 
-/// Skips a test of what only the socket backend has, where this run goes by another.
+/// Skips a test of the socket backend where this run uses another backend.
 pub fn by_socket_only() {
     if by_driver() {
         skip("it is about the socket backend");
     }
 }
 
-/// The same for what only a client with the library has: it observes a snapshot and does something
-/// meanwhile, cancels it, sets its limits, brings overlays of its own (`REUSE_EXT`).
+/// Skips a test that only a client with the library can run: it acts during a snapshot by an
+/// observer, cancels it, sets limits, or uses overlays of its own (`REUSE_EXT`).
 pub fn by_client_only() {
     if by_daemon() {
         skip("it is about clients that have the library");
@@ -91,13 +91,13 @@ pub fn open_guest(
     state_dir: &Path,
 ) -> Result<Handle, Error> {
     if by_driver() {
-        // For a process that knows the directory only.
+        // A process that is only given the directory reads it.
         std::fs::write(guest.directory().join("domain.xml"), domain_of(guest.disks())).unwrap();
     }
     open(guest.directory(), socket, domain_xml, state_dir)
 }
 
-/// What a driver knows of its domain.
+/// The domain XML that a driver provides.
 pub fn domain_of(disks: &[Disk]) -> String {
     let disk = |disk: &Disk| {
         format!(
@@ -142,7 +142,8 @@ fn open_driver(
                 .as_os_str()
                 .as_bytes(),
         );
-        // SAFETY: the file was just made of driver.c, which has both, with these signatures.
+        // SAFETY: the library was just built from driver.c, which has both functions with these
+        // signatures.
         unsafe {
             let loaded = libc::dlopen(file.as_ptr(), libc::RTLD_NOW | libc::RTLD_LOCAL);
             let find = |name: &CStr| libc::dlsym(loaded, name.as_ptr());
@@ -161,8 +162,8 @@ fn open_driver(
     let [socket, watchdog, state_dir] =
         [socket, watchdog, state_dir].map(|path| c_string(path.as_os_str().as_bytes()));
     let xml = c_string(domain_xml.as_bytes());
-    // SAFETY: the strings and the table live for the call, which copies them; the domain lives for
-    // ever.
+    // SAFETY: the strings and the table live until the call has copied them, and the domain is
+    // never freed.
     unsafe {
         let domain =
             domain(&library, socket.as_ptr(), watchdog.as_ptr(), state_dir.as_ptr(), xml.as_ptr());

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! A driver in Rust: during an operation it has QEMU's monitor to itself, and it fails when a test
-//! says so.
+//! A driver in Rust. It uses QEMU's monitor during an operation, and injects faults.
 
 use std::os::fd::BorrowedFd;
 use std::path::PathBuf;
@@ -16,28 +15,28 @@ use serde_json::{Value, json};
 
 use super::backend::domain_of;
 
-/// What becomes of the next command.
+/// The fault at the next command.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Wrong {
+pub enum DriverFault {
     /// QEMU does not get it.
     Fails,
-    /// QEMU executes it, and the driver fails then.
-    FailsAfterwards,
+    /// QEMU executes the command, and the driver fails after that.
+    FailsAfterExecution,
 }
 
-/// A domain of the driver's: a guest of the kit's, by its socket for the library.
+/// A domain of the driver, which is a guest of the kit that is opened by the library's socket.
 pub struct TestDriver {
     socket: PathBuf,
-    /// During an operation.
+    /// Present during an operation.
     client: Mutex<Option<Client>>,
-    next: Mutex<Option<Wrong>>,
+    next: Mutex<Option<DriverFault>>,
     state_dir: PathBuf,
     domain_xml: String,
     pauses: bool,
 }
 
 impl TestDriver {
-    /// One that `pauses` stops and starts the vCPUs itself.
+    /// With `pauses` the driver stops and starts the vCPUs itself.
     pub fn new(guest: &Guest, state_dir: PathBuf, pauses: bool) -> TestDriver {
         TestDriver {
             socket: guest.qmp(),
@@ -49,12 +48,12 @@ impl TestDriver {
         }
     }
 
-    /// The next command goes wrong.
-    pub fn next_is(&self, wrong: Wrong) {
-        *self.next.lock().unwrap() = Some(wrong);
+    /// Injects the fault at the next command.
+    pub fn inject(&self, fault: DriverFault) {
+        *self.next.lock().unwrap() = Some(fault);
     }
 
-    /// Does something with QEMU, as it may during an operation only.
+    /// Uses QEMU's monitor, which is possible during an operation only.
     fn with<T>(&self, what: impl FnOnce(&mut Client) -> T) -> T {
         what(self.client.lock().unwrap().as_mut().expect("an operation is under way"))
     }
@@ -73,8 +72,8 @@ impl Driver for TestDriver {
     }
 
     fn run(&self, command: &str, fd: Option<BorrowedFd>, _: Duration) -> Answer<String> {
-        let wrong = self.next.lock().unwrap().take();
-        if wrong == Some(Wrong::Fails) {
+        let fault = self.next.lock().unwrap().take();
+        if fault == Some(DriverFault::Fails) {
             return Err(": not today".into());
         }
         let command: Value = serde_json::from_str(command).unwrap();
@@ -84,7 +83,7 @@ impl Driver for TestDriver {
             Some(fd) => client.execute_with_fd(name, arguments, fd),
             None => client.execute(name, arguments),
         });
-        if wrong.is_some() {
+        if fault.is_some() {
             return Err(": not today".into());
         }
         let reply = match result {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! A guest handle that takes flags as C does: as numbers, which are parsed first.
+//! A guest handle that takes flags as numbers, as C does, and parses them.
 
 use std::ops::Deref;
 use std::path::Path;
@@ -12,7 +12,7 @@ use instantsnap::engine::{self, Created, Job, Observer, Returns, RevertPlan};
 use instantsnap::error::Error;
 use instantsnap::model::flags::{CreateFlags, DeleteFlags, RevertFlags};
 
-/// The library's handle, which it is for everything else.
+/// The library's handle, to which it dereferences.
 pub struct Handle(pub engine::Handle);
 
 impl Deref for Handle {

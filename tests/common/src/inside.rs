@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! A libvirtd with the library in it, and clients with nothing of ours.
+//! A libvirtd with the library in it, and unmodified clients.
 
 use std::fs::File;
 use std::io::Read;
@@ -11,16 +11,16 @@ use std::time::Duration;
 
 use instantsnap_testkit::{Client, Daemon, Guest, Machine, Mode, wait_for};
 
-/// An instant snapshot, and one with ATOMIC too, as it is asked for by most.
+/// The flags of an instant snapshot, LIVE | INSTANT.
 pub const INSTANT: u32 = 0x500;
-/// libvirt's own snapshot of a guest that runs on.
+/// libvirt's own snapshot of a running guest.
 pub const LIVE: u32 = 0x100;
 
-/// What a [`Subject::client`] says to take a snapshot of XML and flags.
+/// The script with which a [`Subject::client`] takes a snapshot, by XML and flags.
 pub const CREATE: &str =
     "attempt(lambda: domain.snapshotCreateXML(sys.argv[3], int(sys.argv[4])).getName())";
 
-/// The library under test: cargo has put it where it has put this program.
+/// The path of the library under test, which cargo puts beside this program.
 pub fn library() -> PathBuf {
     let library = std::env::current_exe().unwrap().with_file_name("libinstantsnap_preload.so");
     assert!(library.exists(), "{} is not there", library.display());
@@ -32,7 +32,7 @@ pub fn session(variables: &[(&'static str, &str)]) -> Daemon {
     Daemon::preloaded(Mode::Session, &[&library()], variables).expect("there is always one")
 }
 
-/// What libvirt's client says of a call that failed.
+/// The error that libvirt's client received.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Refused {
     /// `virErrorNumber`.
@@ -45,7 +45,7 @@ pub struct Refused {
 /// A guest of such a daemon.
 pub struct Subject {
     pub guest: Guest,
-    /// A monitor of QEMU's that libvirt knows nothing of.
+    /// A monitor of QEMU that libvirt does not know of.
     monitor: PathBuf,
 }
 
@@ -83,12 +83,12 @@ impl Subject {
         Client::connect(&self.monitor).unwrap()
     }
 
-    /// Where the memory of a snapshot goes.
+    /// The memory image of a snapshot.
     pub fn memory(&self, name: &str) -> PathBuf {
         self.guest.directory().join(format!("{name}.mem"))
     }
 
-    /// `<domainsnapshot>` with a name and a memory image.
+    /// A `<domainsnapshot>` with a name and a memory image.
     pub fn xml(&self, name: &str) -> String {
         format!(
             "<domainsnapshot><name>{name}</name><memory snapshot='external' \
@@ -97,8 +97,9 @@ impl Subject {
         )
     }
 
-    /// An unmodified python3-libvirt (or that of the Python that INSTANTSNAP_TEST_PYTHON names)
-    /// with `domain`, and `attempt` for the call whose result or error is wanted.
+    /// A script in an unmodified python3-libvirt (or that of the Python that
+    /// INSTANTSNAP_TEST_PYTHON names). It has `domain`, and `attempt`, which prints the result or
+    /// the error of a call.
     pub fn client(&self, script: &str, args: &[&str]) -> Command {
         self.client_of(&self.guest.daemon().uri(), script, args)
     }
@@ -121,17 +122,17 @@ impl Subject {
         command
     }
 
-    /// A client that asks for a snapshot.
+    /// A client that takes a snapshot.
     pub fn create(&self, name: &str, flags: u32) -> Command {
         self.client(CREATE, &[&self.xml(name), &flags.to_string()])
     }
 
-    /// Takes an instant snapshot, as whoever has nothing but libvirt.
+    /// Takes an instant snapshot by an unmodified client.
     pub fn snapshot(&self, name: &str) -> Result<String, Refused> {
         answer(self.create(name, INSTANT).output().unwrap())
     }
 
-    /// One that begins, and runs beside the test.
+    /// Starts a client that takes an instant snapshot beside the test.
     pub fn spawn(&self, name: &str) -> Child {
         self.create(name, INSTANT).spawn().unwrap()
     }
@@ -149,7 +150,7 @@ impl Subject {
         answer(self.client(&script, &[name]).output().unwrap())
     }
 
-    /// What libvirt has recorded.
+    /// The snapshots that libvirt has recorded.
     pub fn snapshots(&self) -> Vec<String> {
         self.guest
             .virsh("snapshot-list", &["--name", "--topological"])
@@ -158,19 +159,19 @@ impl Subject {
             .collect()
     }
 
-    /// Waits until memory is being drained, and slows that down so that it does not end before
+    /// Waits until memory is draining, and slows the drain down so that it does not end before
     /// [`Slowed`] is dropped.
     pub fn slow_down(&self, name: &str) -> Slowed {
         self.try_slow_down(name).unwrap_or_else(|why| self.guest.fail(&why))
     }
 
-    /// The same; why not, where memory is not being saved, or is saved already.
+    /// The same. The error is for a drain that has not begun in time or has already ended.
     pub fn try_slow_down(&self, name: &str) -> Result<Slowed, String> {
         let memory = self.memory(name);
         let mut control = self.control();
         wait_for(Duration::from_secs(60), || {
             let written = std::fs::metadata(&memory).map_or(0, |data| data.len());
-            // The header of the image is 64 KiB and more.
+            // The header of the image takes 64 KiB and more.
             (written > 128 << 10).then_some(())
         })
         .ok_or("no memory is being saved")?;
@@ -182,7 +183,7 @@ impl Subject {
         if status["status"] != "active" {
             return Err(format!("too late: {status}"));
         }
-        // The first pages can come before the guest is resumed, and libvirt knows of that.
+        // The first pages can come before the guest is resumed and libvirt has noticed that.
         let runs = || (self.guest.virsh("domstate", &[]).trim() == "running").then_some(());
         wait_for(Duration::from_secs(60), runs).ok_or("it is not resumed")?;
         Ok(slowed)
@@ -199,17 +200,17 @@ impl Subject {
         .unwrap_or_else(|| self.guest.fail("the memory image does not become complete"));
     }
 
-    /// Brings a snapshot back in a daemon without the library, and checks that memory, disks and
-    /// serial line are of one moment: the clone verifies every page and every disk within one tick,
-    /// so it must tick on.
+    /// Restores a snapshot in a daemon without the library, and checks that memory, disks and
+    /// serial line are of one moment. The clone checks every page and every disk within one tick,
+    /// so it must count on.
     pub fn restore_clone(&self, name: &str, clones: &Daemon) -> Guest {
         let clone = clones.restore(&self.guest, &self.memory(name));
         clone.wait_ticks(5);
         clone
     }
 
-    /// Whether an instant snapshot of it was taken, or tried: libvirt marks a domain whose QEMU is
-    /// told things past it.
+    /// Whether an instant snapshot of the guest was taken or tried: libvirt marks a domain to which
+    /// commands were passed through its monitor.
     pub fn was_instant(&self) -> bool {
         self.guest.virsh("dominfo", &[]).contains("custom monitor")
     }
@@ -235,7 +236,7 @@ fn limit(control: &mut Client, bytes: u64) {
         .unwrap();
 }
 
-/// What a client got.
+/// The result or the error that a client printed.
 #[track_caller]
 pub fn answer(output: Output) -> Result<String, Refused> {
     let (out, err) =

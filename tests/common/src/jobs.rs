@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! Following a job.
+//! Functions that follow a job.
 
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -15,7 +15,7 @@ use super::Opened;
 
 type Action = Box<dyn FnMut() + Send>;
 
-/// Keeps what it is told, and does something when a phase begins.
+/// Keeps the events that it receives, and acts at the start of phases.
 #[derive(Default)]
 pub struct Listener {
     heard: Heard,
@@ -24,7 +24,7 @@ pub struct Listener {
     interval: Option<Duration>,
 }
 
-/// What a listener has heard.
+/// The events that a listener has received.
 #[derive(Clone, Debug, Default)]
 pub struct Heard(Arc<Mutex<Vec<Event>>>);
 
@@ -35,19 +35,19 @@ impl Heard {
 }
 
 impl Listener {
-    /// Does this when a phase begins.
+    /// Runs `action` when a phase begins.
     pub fn at(mut self, phase: Phase, action: impl FnMut() + Send + 'static) -> Listener {
         self.actions.push((phase, Box::new(action)));
         self
     }
 
-    /// Stops there when a phase begins.
+    /// Waits at the gate when a phase begins.
     pub fn hold(self, phase: Phase, gate: &Gate) -> Listener {
         let gate = gate.clone();
         self.at(phase, move || gate.pass())
     }
 
-    /// Wants to hear of progress that often.
+    /// Asks for progress events at this interval.
     pub fn every(mut self, interval: Duration) -> Listener {
         self.interval = Some(interval);
         self
@@ -76,7 +76,7 @@ impl Observer for Listener {
 }
 
 impl Opened {
-    /// Starts a job, which does not wait for the instant.
+    /// Starts a job without waiting for the instant.
     pub fn start_at_once(&self, xml: &str, flags: u32, listener: Listener) -> Job {
         self.start_job(xml, flags, listener, Returns::AtOnce).unwrap()
     }
@@ -93,12 +93,12 @@ impl Opened {
     }
 }
 
-/// What happened, without progress.
+/// The kinds of the events, without progress.
 pub fn steps(events: &[Event]) -> Vec<EventKind> {
     events.iter().map(|event| event.kind).filter(|what| *what != EventKind::Progress).collect()
 }
 
-/// Whether a job's descriptor can be read within that time.
+/// Whether a job's descriptor becomes readable within that time.
 pub fn readable(job: &Job, within: Duration) -> bool {
     let within =
         Timespec { tv_sec: within.as_secs() as i64, tv_nsec: within.subsec_nanos().into() };
@@ -106,14 +106,14 @@ pub fn readable(job: &Job, within: Duration) -> bool {
     poll(&mut fds, Some(&within)).unwrap() > 0
 }
 
-/// The next event, by its descriptor.
+/// The next event, awaited by the job's descriptor.
 #[track_caller]
 pub fn next(job: &Job) -> Event {
     assert!(readable(job, DEADLINE), "no event comes");
     job.next_event().expect("readable, and there is no event")
 }
 
-/// All events up to the last.
+/// All events up to the last one.
 #[track_caller]
 pub fn rest(job: &Job) -> Vec<Event> {
     let mut all = Vec::new();
@@ -125,18 +125,22 @@ pub fn rest(job: &Job) -> Vec<Event> {
     }
 }
 
-/// Lets memory of a background snapshot flow slowly, as long as this lives.
-pub struct Slow<'a> {
+/// Slows the drain of a background snapshot down, until it is dropped.
+pub struct SlowDrain<'a> {
     guest: &'a Guest,
     before: serde_json::Value,
 }
 
-impl Slow<'_> {
-    /// QEMU begins a background snapshot without a limit: the listener, which is told of the
-    /// instant, sets it then.
-    pub fn down(guest: &Guest, bytes_per_second: u64, listener: Listener) -> (Slow<'_>, Listener) {
+impl SlowDrain<'_> {
+    /// QEMU begins a background snapshot without a bandwidth limit, so the listener sets it at the
+    /// instant.
+    pub fn new(
+        guest: &Guest,
+        bytes_per_second: u64,
+        listener: Listener,
+    ) -> (SlowDrain<'_>, Listener) {
         let parameters = guest.control().execute("query-migrate-parameters", json!({})).unwrap();
-        let slow = Slow { guest, before: parameters["max-bandwidth"].clone() };
+        let slow = SlowDrain { guest, before: parameters["max-bandwidth"].clone() };
         let control = guest.directory().join("control.sock");
         let set = move || {
             let mut control = Client::connect(&control).unwrap();
@@ -148,7 +152,7 @@ impl Slow<'_> {
     }
 }
 
-impl Drop for Slow<'_> {
+impl Drop for SlowDrain<'_> {
     fn drop(&mut self) {
         if self.guest.alive() && !std::thread::panicking() {
             let bandwidth = json!({ "max-bandwidth": self.before });

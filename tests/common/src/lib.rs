@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! What several tests need: the library on a guest of the kit, and a snapshot brought back and
-//! checked.
+//! What several test programs share: a guest of the kit that the library has opened, and restored
+//! snapshots that are checked.
 
 pub mod backend;
 pub mod driver;
@@ -26,10 +26,10 @@ use instantsnap::model::Record;
 use instantsnap::model::flags::{INSTANT, LIVE};
 use instantsnap_testkit::{Binary, Fingerprint, Format, Guest, Machine, Proxy, fingerprint, skip};
 
-/// An instant snapshot.
+/// The flags of an instant snapshot.
 pub const INSTANTLY: u32 = LIVE | INSTANT;
 
-/// The phases of a snapshot that succeeds.
+/// The phases of a successful snapshot.
 pub const PHASES: [Phase; 8] = [
     Phase::Validate,
     Phase::Plan,
@@ -63,7 +63,7 @@ impl Opened {
         Opened { handle, guest }
     }
 
-    /// The same guest by another socket (a proxy's).
+    /// Opens the guest by another socket, which is a proxy's.
     pub fn through(guest: Guest, socket: &Path) -> Opened {
         let state_dir = guest.directory().join("state");
         std::fs::create_dir_all(&state_dir).unwrap();
@@ -80,12 +80,13 @@ impl Opened {
         self.create(&named(name), INSTANTLY)
     }
 
-    /// Takes a snapshot; returns its name.
+    /// Takes a snapshot. Returns its name.
     pub fn create(&self, xml: &str, flags: u32) -> Result<String, Error> {
         self.handle.create(xml, flags, &mut ())
     }
 
-    /// What a failure must leave as it is: QEMU, its files, the directory's content.
+    /// The state that a failure must not change: QEMU, the files that it has open, and the
+    /// directory's content.
     pub fn trace(&self) -> Trace {
         Trace {
             qemu: fingerprint(&mut self.guest.control()),
@@ -94,9 +95,9 @@ impl Opened {
         }
     }
 
-    /// Brings a snapshot back in a new QEMU, and checks that memory, disks and serial line are of
-    /// one moment: the clone verifies every page and every disk within one tick, so it must tick
-    /// on. Returns it, and the first number it says.
+    /// Restores a snapshot in a new QEMU, and checks that memory, disks and serial line are of one
+    /// moment. The clone checks every page and every disk within one tick, so it must count on.
+    /// Returns the clone and the first number that it prints.
     pub fn restore_clone(&self, name: &str) -> (Opened, u32) {
         let clone = self.start_clone(name);
         clone.handle.load(name, 0).unwrap_or_else(|error| clone.guest.fail(&error.message));
@@ -105,7 +106,7 @@ impl Opened {
         (clone, first)
     }
 
-    /// A QEMU that waits for the memory of a snapshot.
+    /// Starts a QEMU that waits for the memory of a snapshot.
     pub fn start_clone(&self, name: &str) -> Opened {
         let plan = prepare_revert(&self.state_dir(), name, None).unwrap();
         let disks: Vec<_> =
@@ -125,7 +126,7 @@ impl Opened {
         (Opened { handle: Handle::open_driver(driver.clone()).unwrap(), guest }, driver)
     }
 
-    /// The same for a machine that is started, and counts.
+    /// Starts a machine, waits until it counts, and opens it by a driver.
     pub fn start_by_driver(machine: &Machine, pauses: bool) -> (Opened, Arc<TestDriver>) {
         let guest = machine.start();
         guest.wait_ticks(2);
@@ -134,8 +135,8 @@ impl Opened {
 }
 
 impl Opened {
-    /// Takes a snapshot that must fail, with this code and all of these in its message, and asserts
-    /// that nothing is left of it: QEMU is as it was, and the guest counts on.
+    /// Takes a snapshot that must fail with this code and all of these parts in its message.
+    /// Asserts that nothing is left of it, that QEMU is as before, and that the guest counts on.
     #[track_caller]
     pub fn assert_fails(&self, xml: &str, flags: u32, code: Code, parts: &[&str]) -> Error {
         self.assert_fails_observed(xml, flags, &mut (), code, parts)
@@ -161,8 +162,8 @@ impl Opened {
         error
     }
 
-    /// Asserts that the guest is none the worse for what it went through: it finds each of its
-    /// sectors as it left it, a snapshot of it succeeds, and can be brought back.
+    /// Asserts that the guest is unharmed: it finds each of its sectors unchanged, and a snapshot
+    /// of it succeeds and can be restored.
     #[track_caller]
     pub fn assert_well(&self) {
         self.guest.wait_ticks(ALL_SECTORS);
@@ -181,10 +182,10 @@ pub fn through_proxy(machine: &Machine) -> (Opened, Proxy) {
     (Opened::through(guest, proxy.path()), proxy)
 }
 
-/// After so many numbers the tick guest has checked every sector that it writes.
+/// The number of rounds in which the tick guest checks every sector that it writes.
 pub const ALL_SECTORS: u32 = 65;
 
-/// The first number that a clone says whole: its log can begin in the middle of a line.
+/// The first number that a clone prints completely: its log can begin in the middle of a line.
 pub fn first_tick(clone: &Guest) -> u32 {
     let log = std::fs::read_to_string(clone.directory().join("serial.log")).unwrap();
     let mut numbers = log.lines().filter_map(|line| line.strip_prefix("T ")?.parse().ok());
@@ -200,14 +201,14 @@ pub struct Trace {
 }
 
 impl Trace {
-    /// The guest ran.
+    /// Whether the guest was running.
     pub fn is_running(&self) -> bool {
         self.qemu.0["status"][1] == true
     }
 }
 
-/// Asserts that nothing is left of a failed attempt. What QEMU closes or the kernel frees a moment
-/// later is waited for.
+/// Asserts that nothing is left of a failed attempt. Waits for what QEMU closes or the kernel frees
+/// a moment later.
 #[track_caller]
 pub fn assert_untouched(opened: &Opened, before: &Trace) {
     let after = instantsnap_testkit::wait_for(Duration::from_secs(10), || {
@@ -227,16 +228,16 @@ pub fn assert_untouched(opened: &Opened, before: &Trace) {
     }
 }
 
-/// All files below a directory, but for lock files.
+/// All files below a directory, without lock files.
 pub fn files_below(directory: &Path) -> Vec<PathBuf> {
-    // Logs grow, and a state directory that was used once has its lock file.
-    let passed_over = |path: &Path| path.file_name().is_some_and(|name| name == ".lock");
+    // A state directory that was used once has a lock file.
+    let is_lock = |path: &Path| path.file_name().is_some_and(|name| name == ".lock");
     let mut files = Vec::new();
     for entry in std::fs::read_dir(directory).unwrap().flatten() {
         let path = entry.path();
         if path.is_dir() {
             files.extend(files_below(&path));
-        } else if !passed_over(&path) {
+        } else if !is_lock(&path) {
             files.push(path);
         }
     }
@@ -244,19 +245,19 @@ pub fn files_below(directory: &Path) -> Vec<PathBuf> {
     files
 }
 
-/// `<domainsnapshot>` with just a name.
+/// A `<domainsnapshot>` with a name only.
 pub fn named(name: &str) -> String {
     format!("<domainsnapshot><name>{name}</name></domainsnapshot>")
 }
 
-/// A machine with so many disks, raw and qcow2 in turn.
+/// A machine with this many disks, alternately raw and qcow2.
 pub fn machine(binary: &'static Binary, disks: usize) -> Machine {
     (0..disks).fold(Machine::new(binary), |machine, n| {
         machine.disk(if n % 2 == 0 { Format::Raw } else { Format::Qcow2 })
     })
 }
 
-/// An observer that does something when a phase begins.
+/// An observer that calls a function when a phase begins.
 pub struct At<F: FnMut(Phase)>(pub F);
 
 impl<F: FnMut(Phase)> instantsnap::engine::Observer for At<F> {
@@ -265,7 +266,7 @@ impl<F: FnMut(Phase)> instantsnap::engine::Observer for At<F> {
     }
 }
 
-/// Asserts code and all of these in the message.
+/// Asserts the error's code, and all of these parts in its message.
 #[track_caller]
 pub fn assert_says(error: &Error, code: Code, parts: &[&str]) {
     eprintln!("{:?}: {error}", error.code);
@@ -275,7 +276,7 @@ pub fn assert_says(error: &Error, code: Code, parts: &[&str]) {
     }
 }
 
-/// Asserts code and a part of the message.
+/// Asserts that the result is an error with this code, and with this part in its message.
 #[track_caller]
 pub fn assert_error<T: std::fmt::Debug>(result: Result<T, Error>, code: Code, part: &str) {
     let error = result.expect_err("this must fail");
@@ -293,18 +294,18 @@ impl Opened {
         Opened { handle, guest }
     }
 
-    /// What is recorded of a snapshot.
+    /// The record of a snapshot.
     pub fn record(&self, name: &str) -> Record {
         self.handle.store().unwrap().read(name).unwrap()
     }
 
-    /// The image that a device of this QEMU is on now.
+    /// The active image of a device.
     pub fn active_image(&self, device: &str) -> String {
         block_of(&self.guest, device)["inserted"]["file"].as_str().unwrap().to_owned()
     }
 }
 
-/// What `query-block` says of the device with this id.
+/// The entry of `query-block` for the device with this id.
 pub fn block_of(guest: &Guest, device: &str) -> serde_json::Value {
     let blocks = guest.control().execute("query-block", serde_json::json!({})).unwrap();
     let mut blocks = blocks.as_array().unwrap().iter();
@@ -314,7 +315,7 @@ pub fn block_of(guest: &Guest, device: &str) -> serde_json::Value {
     blocks.find(own).unwrap_or_else(|| panic!("no {device}")).clone()
 }
 
-/// Command, or panics with what it says.
+/// Runs a command, and returns its output. Panics with its output when it fails.
 #[track_caller]
 pub fn run(program: &str, args: &[&str]) -> String {
     let output = std::process::Command::new(program)
@@ -340,13 +341,13 @@ pub fn qemu_img_stand_in(directory: &Path, script: &str) -> PathBuf {
     file
 }
 
-/// How many pages of a file the kernel has not written yet; `None` where it does not say (Linux
+/// How many pages of a file the kernel has not written yet; `None` where it does not tell (Linux
 /// before 6.5).
 pub fn unwritten(file: &str) -> Option<u64> {
     const CACHESTAT: libc::c_long = 451;
     let file = std::fs::File::open(file).unwrap();
     let (range, mut pages) = ([0_u64; 2], [0_u64; 5]);
-    // SAFETY: an open file, a range of it (all), and room for the five numbers of `struct
+    // SAFETY: an open file, a range that covers it, and room for the five numbers of `struct
     // cachestat`.
     let result = unsafe {
         libc::syscall(
@@ -360,7 +361,7 @@ pub fn unwritten(file: &str) -> Option<u64> {
     (result == 0).then(|| pages[1] + pages[2])
 }
 
-/// Another guest's QEMU, as far as its images go.
+/// A stand-in for another guest's QEMU that has an image open.
 pub struct OtherQemu(std::process::Child);
 
 impl OtherQemu {
@@ -373,7 +374,7 @@ impl OtherQemu {
             .spawn()
             .unwrap();
         use std::io::Read;
-        // It has the image open when it asks for a command.
+        // It has the image open when it prints its prompt.
         let mut prompt = [0; 1];
         child.stdout.as_mut().unwrap().read_exact(&mut prompt).unwrap();
         OtherQemu(child)
@@ -387,16 +388,16 @@ impl Drop for OtherQemu {
     }
 }
 
-/// A loop device, detached when dropped.
+/// A loop device, which is detached when dropped.
 pub struct Loop(pub String);
 
 impl Loop {
-    /// Skips the test where the machine has none.
+    /// Skips the test where the machine has no free loop device.
     pub fn on(file: &Path) -> Loop {
         Loop::try_on(file).unwrap_or_else(|| skip("no loop device can be made here"))
     }
 
-    /// None where the machine has none.
+    /// Returns `None` where the machine has no free loop device.
     pub fn try_on(file: &Path) -> Option<Loop> {
         let output =
             std::process::Command::new("losetup").args(["--find", "--show"]).arg(file).output();

@@ -1,10 +1,9 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! Other clients at random: what both ways of meddling with a snapshot share (`meddling.rs` by QMP,
-//! `libvirt_meddling.rs` by libvirt).
+//! Random actions of other clients during a snapshot: what the tests by QMP and by libvirt share.
 //!
-//! `INSTANTSNAP_TEST_SEED` repeats the rounds of a seed; the moments that are a matter of time come
-//! as they come. `INSTANTSNAP_TEST_ROUNDS` sets how many snapshots are taken, of both runs.
+//! `INSTANTSNAP_TEST_SEED` repeats the rounds of a seed; the timing can still differ.
+//! `INSTANTSNAP_TEST_ROUNDS` sets the number of snapshots, for the short and the long run.
 
 use std::path::Path;
 use std::sync::Mutex;
@@ -19,7 +18,7 @@ use instantsnap_testkit::{Binary, DEADLINE, Guest, thorough, wait_for};
 pub struct Random(u64);
 
 impl Random {
-    /// A round has its own, so that it is the same whatever the others were.
+    /// Each round has its own generator, so that its numbers do not depend on the other rounds.
     pub fn of_round(seed: u64, round: usize) -> Random {
         Random(seed.wrapping_add((round as u64).wrapping_mul(0xd1b5_4a32_d192_ed03)))
     }
@@ -51,9 +50,9 @@ fn seed() -> u64 {
 /// When another client acts.
 #[derive(Clone, Copy, Debug)]
 pub enum When {
-    /// When this phase begins, which waits for it.
+    /// When this phase begins; the phase waits for the action.
     In(Phase),
-    /// So long after this phase has begun, while it goes on.
+    /// This long after the start of this phase, in parallel to the snapshot.
     After(Phase, Duration),
 }
 
@@ -75,14 +74,14 @@ impl When {
     }
 }
 
-/// What another client does, and when.
+/// An action of another client, and its time.
 #[derive(Clone, Copy, Debug)]
 pub struct Deed<W> {
     pub what: W,
     pub when: When,
 }
 
-/// Runs `snapshot`, whose observer does deeds, or has them done beside it.
+/// Runs `snapshot`, and the other clients' actions within or beside its phases.
 pub fn meddle<W: Copy + Send, T: Send>(
     deeds: &[Deed<W>],
     mut act: impl FnMut(Deed<W>) + Send,
@@ -116,7 +115,7 @@ pub fn meddle<W: Copy + Send, T: Send>(
     })
 }
 
-/// Counts on, from wherever it is: a reset begins anew.
+/// Asserts that the guest counts on. A reset starts it from the beginning.
 #[track_caller]
 pub fn assert_counts(guest: &Guest, what: &str) {
     let mut last = guest.serial().tick;
@@ -135,7 +134,8 @@ pub fn assert_counts(guest: &Guest, what: &str) {
     }
 }
 
-/// Asserts that no file of a failed snapshot is left below a directory, but what its error names.
+/// Asserts that no file of a failed snapshot is left below a directory, but those that its error
+/// names.
 #[track_caller]
 pub fn assert_no_files(directory: &Path, name: &str, error: &str, what: &str) {
     let left = || {
@@ -152,18 +152,19 @@ fn is_of(file: &Path, name: &str) -> bool {
     file.ends_with(&format!(".{name}")) || file.starts_with(&format!("{name}."))
 }
 
-/// How much is done.
+/// The number of rounds.
 pub struct Extent {
-    /// In the long run.
+    /// The number of snapshots in the long run.
     pub snapshots: usize,
-    /// The long run's.
+    /// The time limit of the long run.
     pub time: Duration,
-    /// Rounds of one guest, whose chain grows; in the short run there is one guest of each QEMU.
+    /// Rounds of one guest, whose backing chain grows. In the short run there is one guest of each
+    /// QEMU.
     pub rounds: usize,
     pub rounds_short: usize,
 }
 
-/// Rounds until there were enough: of each of `binaries` at once.
+/// Runs rounds with all `binaries` in parallel until there are enough.
 pub fn rounds(
     binaries: &'static [Binary],
     extent: &Extent,
@@ -183,8 +184,8 @@ pub fn rounds(
             scope.spawn(move || {
                 let seed = seed.wrapping_add(number as u64);
                 for guest in 0.. {
-                    // The short run has one guest of each QEMU, however soon the other one is
-                    // ready.
+                    // The short run has one guest of each QEMU, even if the other QEMU has finished
+                    // before.
                     let first = guest == 0;
                     let enough =
                         taken.load(Ordering::Relaxed) >= goal || begin.elapsed() > extent.time;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! A disk of a domain that is served by qemu-nbd.
+//! A domain's disk that qemu-nbd serves.
 
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -11,8 +11,8 @@ use tempfile::TempDir;
 
 use super::virt::OpenedDomain;
 
-/// A server of an image, ended when dropped. It lets one client in at a time, as qemu-nbd does if
-/// it is told nothing else.
+/// A server of an image, which ends when dropped. It serves one client at a time, which is
+/// qemu-nbd's default.
 pub struct Server(Child);
 
 impl Server {
@@ -39,20 +39,20 @@ impl Drop for Server {
 }
 
 /// A domain whose second disk, `vdb`, is on such a server.
-pub struct OnServer {
+pub struct NbdDomain {
     pub opened: OpenedDomain,
     pub directory: TempDir,
     daemon: Daemon,
     server: Option<Server>,
 }
 
-impl OnServer {
-    pub fn start(daemon: &Daemon) -> OnServer {
-        OnServer::start_with(daemon, "")
+impl NbdDomain {
+    pub fn start(daemon: &Daemon) -> NbdDomain {
+        NbdDomain::start_with(daemon, "")
     }
 
-    /// The same, with this in the disk's `<source>` too.
-    pub fn start_with(daemon: &Daemon, more: &'static str) -> OnServer {
+    /// The same with additional XML in the disk's `<source>`.
+    pub fn start_with(daemon: &Daemon, more: &'static str) -> NbdDomain {
         let directory = tempfile::Builder::new()
             .prefix("n-")
             .tempdir_in(daemon.directory().join("guests"))
@@ -75,7 +75,7 @@ impl OnServer {
             format!("{before}<disk type='network'{disk}{source}{}", &after[file.len()..])
         });
         let opened = OpenedDomain::start(&machine, daemon);
-        OnServer { opened, directory, daemon: daemon.clone(), server: Some(server) }
+        NbdDomain { opened, directory, daemon: daemon.clone(), server: Some(server) }
     }
 
     pub fn guest(&self) -> &Guest {
@@ -86,7 +86,7 @@ impl OnServer {
         self.directory.path().join(format!("vdb.{name}"))
     }
 
-    /// The XML of a snapshot in which the disk has an overlay of that name.
+    /// The XML of a snapshot with an overlay of that name for the disk.
     pub fn xml(&self, name: &str) -> String {
         let overlay = self.overlay(name);
         let disk = format!(
@@ -96,12 +96,12 @@ impl OnServer {
         self.opened.xml(name, &format!("<disks>{disk}</disks>"))
     }
 
-    /// As an overlay on the image names it.
+    /// The backing file name of an overlay on the image.
     pub fn name(&self) -> String {
         format!("nbd+unix:///remote?socket={}", self.directory.path().join("nbd.sock").display())
     }
 
-    /// The server ends, and is there again.
+    /// Ends the server; `start_server` starts it again.
     pub fn stop_server(&mut self) {
         self.server = None;
         let _ = std::fs::remove_file(self.directory.path().join("nbd.sock"));
@@ -112,7 +112,7 @@ impl OnServer {
         self.server = Some(Server::start(&self.daemon, &path("remote.img"), &path("nbd.sock")));
     }
 
-    /// The disk is on the server itself, now and at the next start.
+    /// Asserts that the disk is on the server itself, now and after the next start.
     #[track_caller]
     pub fn assert_on_server(&self) {
         for which in [&[][..], &["--inactive"]] {

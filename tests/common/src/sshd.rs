@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! A server of ssh of the test's own, for clients with ssh's own settings out of the way.
+//! A private ssh server, whose clients ignore the user's ssh settings.
 
 use std::fs::Permissions;
 use std::net::TcpListener;
@@ -14,7 +14,7 @@ use crate::run;
 
 const SERVER: &str = "/usr/sbin/sshd";
 
-/// It runs for as long as this lives, and no longer than the test's thread.
+/// It ends when this is dropped, or with the test's thread.
 pub struct Sshd {
     child: Child,
     directory: PathBuf,
@@ -22,8 +22,8 @@ pub struct Sshd {
 }
 
 impl Sshd {
-    /// For clients of this daemon. Skips the test where it is not possible: it lets root in, as
-    /// root.
+    /// Starts a server for clients of this daemon. Skips the test where that is not possible: root
+    /// logs in, so this process must be root.
     pub fn start(daemon: &Daemon) -> Sshd {
         let namespaces =
             Command::new("unshare").args(["--mount", "true"]).stderr(Stdio::null()).status();
@@ -40,8 +40,8 @@ impl Sshd {
         for key in ["host", "key"] {
             run("ssh-keygen", &["-q", "-t", "ed25519", "-N", "", "-f", &file(key)]);
         }
-        // Somebody else may take the port before the server does: then it ends, and the test says
-        // so.
+        // Another process may take the port before the server does. Then the server ends, and the
+        // test fails with that reason.
         let port = TcpListener::bind(("127.0.0.1", 0)).unwrap().local_addr().unwrap().port();
         let server = [
             format!("ListenAddress 127.0.0.1:{port}"),
@@ -66,9 +66,8 @@ impl Sshd {
         )
         .unwrap();
         std::fs::set_permissions(file("ssh"), Permissions::from_mode(0o755)).unwrap();
-        // It wants a directory of its own, which is not there where no service of the system has
-        // made it; and libvirt's helper looks for the socket of root's daemon. Both are in a /run
-        // of its own.
+        // The server needs a directory that only the system's service creates, and libvirt's helper
+        // looks for the socket of root's daemon. Both are in a private /run.
         let start = format!(
             "mount -t tmpfs run /run && mkdir -m 755 /run/sshd /run/libvirt && ln -s \"$1\" \
              /run/libvirt/libvirt-sock && exec {SERVER} -D -e -f \"$2\""
@@ -85,7 +84,7 @@ impl Sshd {
         sshd
     }
 
-    /// The URI of a session's daemon, with more parameters.
+    /// The URI of the session daemon, with more parameters.
     pub fn uri(&self, more: &str) -> String {
         let file = |name: &str| self.directory.join(name).display().to_string();
         let port = self.port;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! A domain with a tree of snapshots, which is reverted and pruned, and what must be true of it
-//! after each step.
+//! A domain with a tree of snapshots, for tests that revert and delete, and the assertions after
+//! each step.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -13,16 +13,16 @@ use instantsnap_testkit::{Daemon, Machine};
 use crate::first_tick;
 use crate::virt::{OpenedDomain, domain};
 
-/// Who takes the snapshots.
+/// The program that takes the snapshots.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Maker {
     /// This library.
     Instant,
-    /// libvirt: its own external snapshots with memory.
+    /// libvirt, which takes its own external snapshots with memory.
     Libvirt,
 }
 
-/// The domain, and between which numbers its guest was when each snapshot was taken.
+/// The domain, and the range of numbers in which each snapshot was taken.
 pub struct Tree {
     pub opened: OpenedDomain,
     maker: Maker,
@@ -48,8 +48,8 @@ impl Tree {
                 self.opened.guest.virsh("snapshot-create-as", &[name, "--memspec", &memory]);
             }
         }
-        // The guest counts on while its memory is written, and what it has said reaches its log a
-        // moment later.
+        // The guest counts on while its memory is written, and its output reaches the log a moment
+        // later.
         let after = self.opened.guest.wait_ticks(2);
         self.taken.insert(name.to_owned(), (before, after));
     }
@@ -64,8 +64,8 @@ impl Tree {
         self.opened.revert(name, flags)
     }
 
-    /// Reverts, and looks whether the guest counts on from where the snapshot was taken, memory and
-    /// disks agreeing.
+    /// Reverts to a snapshot. Asserts that the guest counts on from the snapshot, with memory and
+    /// disks in agreement.
     #[track_caller]
     pub fn revert(&self, name: &str) {
         self.try_revert(name, 0).unwrap_or_else(|error| panic!("revert to {name}: {error}"));
@@ -73,7 +73,7 @@ impl Tree {
         assert_eq!(self.current().as_deref(), Some(name));
     }
 
-    /// See [`Tree::revert`]; for a guest that was just brought back, and runs.
+    /// Asserts the same for a guest that was just reverted and runs.
     #[track_caller]
     pub fn assert_is_at(&self, name: &str) {
         self.opened.guest.wait_ticks(3);
@@ -91,7 +91,7 @@ impl Tree {
         self.opened.delete(name, flags)
     }
 
-    /// Deletes, while the guest counts on if it runs.
+    /// Deletes a snapshot. A running guest has to count on.
     #[track_caller]
     pub fn delete(&self, name: &str, flags: u32) {
         self.try_delete(name, flags).unwrap_or_else(|error| panic!("delete {name}: {error}"));
@@ -127,7 +127,7 @@ impl Tree {
         assert_eq!(self.current().as_deref(), current);
     }
 
-    /// Every snapshot can be reverted to, and in any order; then all images are sound.
+    /// Asserts that every snapshot can be reverted to, and that all images are sound after that.
     #[track_caller]
     pub fn assert_all_can_be_reverted_to(&self) {
         let names: Vec<String> =
@@ -138,7 +138,7 @@ impl Tree {
         self.assert_images_are_sound();
     }
 
-    /// The files of images in the guest's directory.
+    /// The image files in the guest's directory.
     pub fn images(&self) -> Vec<String> {
         let directory = self.opened.guest.directory();
         let files = crate::files_below(directory).into_iter();

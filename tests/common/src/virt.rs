@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! The library on a domain of a private libvirtd, and a snapshot brought back and checked.
+//! The library on a domain of a private libvirtd, and restored snapshots that are checked.
 //!
-//! By the other backend (`backend.rs`) the library is in that daemon, and only libvirt's plain functions
-//! are called. What is asserted is the same.
+//! With the other backend (`backend.rs`) the library is in that daemon, and the tests call only
+//! libvirt's stock functions. The assertions are the same.
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
@@ -28,7 +28,7 @@ pub fn session() -> Daemon {
     if by_daemon() { super::inside::session(&[]) } else { Daemon::session() }
 }
 
-/// A system daemon, likewise, where that is possible.
+/// A system daemon for the backend of this run, where that is possible.
 pub fn system() -> Option<Daemon> {
     if by_daemon() { Daemon::preloaded(Mode::System, &[&library()], &[]) } else { Daemon::system() }
 }
@@ -38,7 +38,7 @@ pub fn daemons() -> Vec<Daemon> {
     [Some(session()), system()].into_iter().flatten().collect()
 }
 
-/// A daemon for clones, one after the other.
+/// A daemon in which clones run, one after the other.
 pub struct Clones(pub Daemon);
 
 impl Clones {
@@ -47,13 +47,13 @@ impl Clones {
         Clones(daemon.another())
     }
 
-    /// Brings a memory image back, and has the clone count; returns the first number it says.
+    /// Restores a memory image, and lets the clone count. Returns the first number that it prints.
     #[track_caller]
     pub fn check(&self, original: &Guest, image: &Path) -> u32 {
         self.check_resumed(original, image, |_| ())
     }
 
-    /// The same, with something done to make the clone run.
+    /// The same with a function that resumes the clone.
     #[track_caller]
     pub fn check_resumed(
         &self,
@@ -69,7 +69,7 @@ impl Clones {
         first
     }
 
-    /// Ends a clone, and waits until it is gone.
+    /// Ends a clone, and waits until the daemon has dropped it.
     pub fn end(&self, clone: Guest) {
         let name = clone.name().to_owned();
         drop(clone);
@@ -87,7 +87,8 @@ pub fn directory_for(daemon: &Daemon) -> TempDir {
     directory
 }
 
-/// Has the daemon load one more of libvirt's drivers. Skips the test where it is not installed.
+/// Makes the daemon load one more of libvirt's drivers. Skips the test where the driver is not
+/// installed.
 pub fn with_driver(daemon: &Daemon, driver: &str) {
     let installed = Path::new("/usr/lib/x86_64-linux-gnu/libvirt/connection-driver").join(driver);
     if !installed.exists() {
@@ -99,11 +100,11 @@ pub fn with_driver(daemon: &Daemon, driver: &str) {
     daemon.start_again();
 }
 
-/// A domain of the kit, opened by the library.
+/// A domain of the kit that the library has opened.
 pub struct OpenedDomain {
     pub handle: Handle,
     pub guest: Guest,
-    /// To be used plainly, where the library is in the daemon.
+    /// The domain for libvirt's stock functions, where the library is in the daemon.
     plain: Option<Domain>,
     taken: Mutex<Option<Snapshot>>,
 }
@@ -124,12 +125,12 @@ impl OpenedDomain {
         OpenedDomain { handle: Handle::open_libvirt(connector), guest, plain, taken }
     }
 
-    /// Where the memory of a snapshot goes.
+    /// The memory image of a snapshot.
     pub fn memory_file(&self, name: &str) -> PathBuf {
         self.guest.directory().join(format!("{name}.mem"))
     }
 
-    /// `<domainsnapshot>` with a name, a memory image, and more.
+    /// A `<domainsnapshot>` with a name, a memory image, and more.
     pub fn xml(&self, name: &str, more: &str) -> String {
         format!(
             "<domainsnapshot><name>{name}</name><memory snapshot='external' \
@@ -143,12 +144,12 @@ impl OpenedDomain {
         self.create(&self.xml(name, ""), INSTANTLY)
     }
 
-    /// Takes a snapshot; returns its name.
+    /// Takes a snapshot. Returns its name.
     pub fn create(&self, xml: &str, flags: u32) -> Result<String, Error> {
         self.create_observed(xml, flags, &mut ())
     }
 
-    /// An instant snapshot with an observer: what it does in a phase's beginning happens then.
+    /// Takes an instant snapshot with an observer, whose functions run at the start of phases.
     pub fn snapshot_observed(
         &self,
         name: &str,
@@ -157,9 +158,8 @@ impl OpenedDomain {
         self.create_observed(&self.xml(name, ""), INSTANTLY, observer)
     }
 
-    /// The same for a snapshot of any kind. The daemon tells nobody: by that backend what an
-    /// observer would look at is not looked at. A test that relies on what it does there is not for
-    /// that way (`backend::by_client_only`).
+    /// The same for a snapshot of any kind. A daemon reports no phases, so with that backend the
+    /// observer is not called. A test that needs its observer calls `backend::by_client_only`.
     pub fn create_observed(
         &self,
         xml: &str,
@@ -180,7 +180,7 @@ impl OpenedDomain {
         Ok(name)
     }
 
-    /// libvirt's own object of the snapshot that was taken last; once.
+    /// Takes libvirt's object of the last snapshot.
     pub fn taken(&self) -> Option<Snapshot> {
         self.taken.lock().unwrap().take()
     }
@@ -205,21 +205,22 @@ impl OpenedDomain {
         }
     }
 
-    /// Brings a snapshot back in another daemon, by `virsh restore`, and checks that memory, disks
-    /// and serial line are of one moment: the clone verifies every page and every disk within one
-    /// tick, so it must tick on.
+    /// Restores a snapshot in another daemon by `virsh restore`, and checks that memory, disks and
+    /// serial line are of one moment. The clone checks every page and every disk within one tick,
+    /// so it must count on.
     pub fn restore_clone(&self, name: &str) -> Guest {
         let clone = self.guest.daemon().another().restore(&self.guest, &self.memory_file(name));
         clone.wait_ticks(5);
         clone
     }
 
-    /// A snapshot as libvirt has it.
+    /// libvirt's object of a snapshot.
     pub fn find(&self, name: &str) -> Option<Snapshot> {
         domain(&self.guest).find(name).unwrap()
     }
 
-    /// What a failure must leave as it is: domain, QEMU, its files, the directory's content.
+    /// The state that a failure must not change: the domain, QEMU, the files that it has open, and
+    /// the directory's content.
     pub fn trace(&self) -> DomainTrace {
         DomainTrace {
             domain: domain_fingerprint(&self.guest),
@@ -228,8 +229,8 @@ impl OpenedDomain {
         }
     }
 
-    /// Takes a snapshot that must fail, with this code and all of these in its message, and asserts
-    /// that nothing is left of it.
+    /// Takes a snapshot that must fail with this code and all of these parts in its message.
+    /// Asserts that nothing is left of it.
     #[track_caller]
     pub fn assert_fails(&self, xml: &str, flags: u32, code: Code, parts: &[&str]) -> Error {
         self.assert_fails_observed(xml, flags, &mut (), code, parts)
@@ -252,8 +253,8 @@ impl OpenedDomain {
         error
     }
 
-    /// Cancels a snapshot while its memory is saved, after so many numbers, and asserts that
-    /// nothing is left of it; where it can be cancelled.
+    /// Where this backend can cancel, cancels a snapshot in its drain after this many ticks, and
+    /// asserts that nothing is left of it.
     #[track_caller]
     pub fn assert_cancelled_without_a_trace(&self, xml: &str, flags: u32, ticks: u32) {
         if self.plain.is_some() {
@@ -268,8 +269,7 @@ impl OpenedDomain {
         self.assert_fails_observed(xml, flags, &mut cancel, Code::OperationAborted, &[]);
     }
 
-    /// Asserts that nothing is left of a failed attempt. What QEMU closes a moment later is waited
-    /// for.
+    /// Asserts that nothing is left of a failed attempt. Waits for what QEMU closes a moment later.
     #[track_caller]
     pub fn assert_untouched(&self, before: &DomainTrace) {
         let mut after = self.trace();
@@ -298,7 +298,7 @@ pub struct DomainTrace {
     files: Vec<PathBuf>,
 }
 
-/// libvirt's object of a guest's domain, through a connection of its own.
+/// libvirt's object of a guest's domain, by a separate connection.
 pub fn domain(guest: &Guest) -> Domain {
     let uuid = guest.virsh("domuuid", &[]);
     let connect = Connect::open(&guest.daemon().uri()).unwrap().unwrap();

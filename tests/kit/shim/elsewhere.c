@@ -1,9 +1,10 @@
 /*
- * elsewhere.c: an LD_PRELOAD library for libvirtd that makes its libvirt one whose snapshots do not
- * arrive at the library under test.
+ * elsewhere.c: an LD_PRELOAD library for libvirtd whose snapshots do not reach the library under
+ * test.
  *
- * With -DBY_ITSELF, before that library, its driver calls its own qemuSnapshotCreateXML(). Else,
- * after it, its virDomainSnapshotCreateXML() has another thread do the work.
+ * With -DBY_ITSELF it is preloaded before that library, and libvirt's driver calls this
+ * qemuSnapshotCreateXML(). Without it, it is preloaded after that library, and its
+ * virDomainSnapshotCreateXML() has another thread do the work.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -49,7 +50,7 @@ void *virDomainSnapshotCreateXML(void *domain, const char *xml, unsigned int fla
     pthread_t thread;
     void *result;
 
-    /* An error is of the thread that it happens in. */
+    /* An error belongs to the thread in which it happens. */
     if ((flags & 1 << 10) || pthread_create(&thread, NULL, run, &call) != 0)
         return run(&call);
     pthread_join(thread, &result);

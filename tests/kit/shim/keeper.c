@@ -3,17 +3,17 @@
  *
  *   keeper DIRECTORY UID [SOURCE=TARGET]... -- PROGRAM [ARGUMENT]...
  *
- * With SOURCE=TARGET pairs it takes a mount namespace of its own and mounts each SOURCE over its
+ * With SOURCE=TARGET pairs it creates a mount namespace of its own and mounts each SOURCE over its
  * TARGET there. PROGRAM runs as UID without groups ("-": as the keeper itself).
  *
- * Commands come on standard input, one a line; each is answered by a line on standard output:
+ * It reads commands from standard input, one a line, and answers each by a line on standard output:
  *   start  starts PROGRAM: "started PID"
- *   kill   kills PROGRAM, and nothing that it started: "killed"
- * At "quit", at the end of the input (the test is dead), and at SIGTERM it kills all, removes
- * DIRECTORY, and ends.
+ *   kill   kills PROGRAM, but not the processes that it has started: "killed"
+ * At "quit", at the end of the input (the test has ended), and at SIGTERM it kills all processes,
+ * removes DIRECTORY, and ends.
  *
- * QEMUs that libvirtd starts make themselves independent of it. They cannot of the keeper: as a
- * child subreaper it inherits every process whose parent ends.
+ * QEMUs that libvirtd starts detach from libvirtd, but not from the keeper: as a child subreaper it
+ * inherits every process whose parent ends.
  */
 #define _GNU_SOURCE
 #include <dirent.h>
@@ -45,7 +45,7 @@ static void say(const char *what, long number)
                             : snprintf(line, sizeof line, "%s %ld\n", what, number);
 
     if (write(STDOUT_FILENO, line, length) != length)
-        return; /* nobody listens any more: the end of the input follows */
+        return; /* the reader has gone, and the end of the input follows */
 }
 
 static void __attribute__((noreturn)) fail(const char *what, const char *on)
@@ -89,7 +89,7 @@ static pid_t run(void)
     _exit(127);
 }
 
-/* Takes note of the processes that have ended, so that none stays a zombie. */
+/* Reaps the processes that have ended, so that none stays a zombie. */
 static void reap(void)
 {
     pid_t pid;
@@ -114,7 +114,7 @@ static void kill_children(void)
         snprintf(path, sizeof path, "/proc/%d/stat", pid);
         if (!(file = fopen(path, "r")))
             continue;
-        /* PID (NAME) STATE PARENT: a name with a parenthesis of its own is nobody's here. */
+        /* PID (NAME) STATE PARENT. No name here has a parenthesis in it. */
         if (fscanf(file, "%*d (%*[^)]) %c %d", &state, &parent) == 2 && parent == getpid())
             kill(pid, SIGKILL);
         fclose(file);
@@ -125,7 +125,7 @@ static void kill_children(void)
 
 static void __attribute__((noreturn)) end(void)
 {
-    /* The children of who is killed become ours, and are next. */
+    /* The children of a killed process become the keeper's, and are killed next. */
     while (kill_children(), waitpid(-1, NULL, WNOHANG) >= 0 || errno == EINTR)
         usleep(1000);
     execlp("rm", "rm", "-rf", "--", directory, (char *)NULL);
@@ -160,7 +160,7 @@ int main(int argc, char **argv)
     directory = argv[1];
     if (strcmp(argv[2], "-"))
         uid = atol(argv[2]);
-    setsid(); /* what the terminal sends to the test is not for us */
+    setsid(); /* the terminal's signals to the test must not reach the keeper */
     signal(SIGPIPE, SIG_IGN);
     prctl(PR_SET_CHILD_SUBREAPER, 1);
     if (strcmp(argv[next], "--")) {

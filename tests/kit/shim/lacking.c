@@ -1,10 +1,10 @@
 /*
- * lacking.c: an LD_PRELOAD library for libvirtd, behind the library under test, that makes its
- * libvirt another one.
+ * lacking.c: an LD_PRELOAD library for libvirtd, preloaded after the library under test, that makes
+ * its libvirt look like another one.
  *
  * INSTANTSNAP_TEST_LACKS=NAME: dlsym() does not find that symbol. INSTANTSNAP_TEST_VERSION=NUMBER:
- * the virGetVersion() that dlsym() finds says so: 9000000 is 9.0.0. INSTANTSNAP_TEST_NO_STDERR=1:
- * nobody reads the daemon's standard error any more.
+ * the virGetVersion() that dlsym() finds returns that number; 9000000 is 9.0.0.
+ * INSTANTSNAP_TEST_NO_STDERR=1: the daemon's standard error has no reader.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -36,7 +36,7 @@ void *dlsym(void *library, const char *name)
     const char *lacks = getenv("INSTANTSNAP_TEST_LACKS");
 
     if (!real) {
-        /* The version that glibc has given it on every machine of this kind. */
+        /* glibc's version of the symbol on every x86-64 machine. */
         void *found = dlvsym(RTLD_NEXT, "dlsym", "GLIBC_2.34");
 
         *(void **)&real = found ? found : dlvsym(RTLD_NEXT, "dlsym", "GLIBC_2.2.5");

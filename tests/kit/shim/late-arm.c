@@ -2,17 +2,17 @@
  * late-arm.c: an LD_PRELOAD library for QEMU that holds its snapshot thread between "migration is
  * active" and "device state saved, write tracking armed".
  *
- * That gap is there in every background snapshot, but short. A caller that takes `active` for
- * `armed` and resumes the guest there gets memory that is younger than the disks; with the gap held
- * open, it does so every time.
+ * Every background snapshot has that gap, but it is short. A caller that takes `active` for `armed`
+ * and resumes the guest in it gets memory that is newer than the disks. With the gap held open this
+ * happens every time.
  *
  * The thread reads the host's clock twice: at its start, and right after it has set the status to
- * `active`, when it does not yet hold QEMU's big lock. At the second reading, once, it waits here
- * until the file that INSTANTSNAP_LATE_ARM_RELEASE names exists, at most 5 seconds. The thread is
- * known by its name, so QEMU must run with `-name NAME,debug-threads=on`.
+ * `active`, when it does not hold QEMU's big lock yet. At the second reading it waits once, until
+ * the file that INSTANTSNAP_LATE_ARM_RELEASE names exists, at most 5 seconds. The thread is found
+ * by its name, so QEMU must run with `-name NAME,debug-threads=on`.
  *
- * At the first reading it waits for as many microseconds as INSTANTSNAP_SETUP_US says: as long as a
- * guest of much memory takes to set up.
+ * At the first reading it waits for INSTANTSNAP_SETUP_US microseconds, like a guest with much
+ * memory whose setup takes that long.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>

@@ -1,11 +1,11 @@
 /*
- * late-event.c: an LD_PRELOAD library for libvirtd that holds what QEMU's driver does upon an
- * event, as for instance the end of a QEMU.
+ * late-event.c: an LD_PRELOAD library for libvirtd that delays the handling of QEMU's events in its
+ * driver, for instance of the end of a QEMU.
  *
- * The driver's event loop hands such events to a thread of its own pool; in between libvirt answers
- * every client as before, and still takes a domain whose QEMU has ended for a running one. That gap
- * is there at every event, but short. While the file that INSTANTSNAP_HOLD_EVENTS names exists,
- * events wait in front of the pool.
+ * The driver's event loop hands such events to a thread pool of the driver. Until they are handled
+ * libvirt answers every client as before, and considers a domain running whose QEMU has ended.
+ * Every event has that gap, but it is short. While the file that INSTANTSNAP_HOLD_EVENTS names
+ * exists, events wait in front of the pool.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -50,7 +50,7 @@ static void *wait_and_pass_on(void *opaque)
     return NULL;
 }
 
-/* The daemon's own pool, for what clients ask, has this function too. */
+/* The daemon's own pool, for the calls of clients, uses this function too. */
 static int is_drivers(const void *caller)
 {
     Dl_info info;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! The QEMU binaries to test with: the system's, and unpacked package trees of other versions.
+//! The QEMU binaries to test with: the system's, and other versions in unpacked packages.
 //!
 //! A tree is a Debian package of QEMU unpacked into a directory (`usr/bin/qemu-system-x86_64` and
 //! so on). Trees are found in `INSTANTSNAP_QEMU_DIRS` (separated by colons; none where it is
@@ -15,7 +15,7 @@ use std::sync::OnceLock;
 use crate::compile::workspace;
 use crate::{program, run, thorough};
 
-/// One QEMU binary, with what it needs around it.
+/// One QEMU binary, and the files that it needs.
 #[derive(Debug)]
 pub struct Binary {
     /// Major and minor version: "7.2".
@@ -24,14 +24,14 @@ pub struct Binary {
     pub version: (u32, u32, u32),
     /// The executable.
     pub path: PathBuf,
-    /// Directories of firmware, for `-L`; none where the built-in ones are right.
+    /// Directories of firmware, for `-L`; empty where the built-in ones are right.
     pub firmware: Vec<PathBuf>,
-    /// Directory of QEMU's loadable modules, where the built-in one is wrong.
+    /// Directory of QEMU's loadable modules, where the built-in one is not right.
     pub modules: Option<PathBuf>,
 }
 
 impl Binary {
-    /// All binaries to test with, the system's first; at least one.
+    /// All binaries to test with, the system's first. There is at least one.
     pub fn all() -> &'static [Binary] {
         static ALL: OnceLock<Vec<Binary>> = OnceLock::new();
         ALL.get_or_init(|| {
@@ -48,8 +48,9 @@ impl Binary {
         })
     }
 
-    /// Those to test what QEMUs may do differently: one, and all where it may take longer. Tests
-    /// are divided among all, by their names, so that each test has the same one in every run.
+    /// The binaries for tests of behaviour that can differ between QEMUs: one, or all in the long
+    /// run. The tests are divided among all binaries by name, so that each test has the same one in
+    /// every run.
     pub fn some() -> &'static [Binary] {
         let all = Binary::all();
         if thorough() {
@@ -60,13 +61,12 @@ impl Binary {
         &all[sum % all.len()..][..1]
     }
 
-    /// Those to test what is the library's own affair, more than QEMU's: the first, and all where
-    /// it may take longer.
+    /// The binaries for tests of the library's own behaviour: the first, or all in the long run.
     pub fn any() -> &'static [Binary] {
         if thorough() { Binary::all() } else { &Binary::all()[..1] }
     }
 
-    /// Those to test with under libvirt: the system's, which goes with its libvirt.
+    /// The binaries for tests under libvirt: the system's, which its libvirt is made for.
     pub fn under_libvirt() -> &'static [Binary] {
         &Binary::all()[..1]
     }
@@ -83,8 +83,7 @@ impl Binary {
         command
     }
 
-    /// A program that libvirt can be told to run: this binary, or a script that gives it firmware
-    /// and modules.
+    /// A program that libvirt can run: this binary, or a script that adds its firmware and modules.
     pub fn emulator(&self) -> PathBuf {
         let modules = match &self.modules {
             Some(modules) => modules,
@@ -101,24 +100,24 @@ impl Binary {
             self.path.display()
         );
         let script = workspace().join("target/testkit").join(format!("qemu-{}", self.name));
-        // Written once: libvirt looks at its time stamps to see whether it is still the QEMU that
-        // it knows.
+        // The script is written once: libvirt compares its time stamps to know whether the QEMU is
+        // the same.
         if std::fs::read_to_string(&script).ok().as_ref() != Some(&text) {
             make_script(&script, &text);
         }
         script
     }
 
-    /// The tree's modules, and in place of each that only the system's QEMU has an empty file,
-    /// which cannot be loaded: libvirt asks for all types, QEMU then loads all modules, and aborts
-    /// when it finds one of another version.
+    /// A directory with the tree's modules, and an empty file in place of each module that only the
+    /// system's QEMU has. libvirt asks QEMU for all types, QEMU then loads all modules, and it
+    /// would abort at a module of another version.
     fn own_modules(&self, modules: &Path) -> PathBuf {
         let own = workspace().join("target/testkit").join(format!("qemu-{}.modules", self.name));
         std::fs::create_dir_all(&own).expect("target/testkit cannot be created");
         let names = |directory: &Path| {
             std::fs::read_dir(directory).into_iter().flatten().flatten().map(|e| e.file_name())
         };
-        // Others do the same at the same time: what is there already is right.
+        // Another process can do the same at the same time; its files are equal.
         for name in names(modules) {
             let _ = std::os::unix::fs::symlink(modules.join(&name), own.join(&name));
         }
@@ -133,7 +132,7 @@ impl Binary {
             name: String::new(),
             version: (0, 0, 0),
             path,
-            // A tree has QEMU's own firmware; SeaBIOS is a package of its own.
+            // A tree has QEMU's own firmware, and SeaBIOS is in another package.
             firmware: tree.map_or(Vec::new(), |tree| {
                 ["usr/share/qemu", "usr/share/seabios"]
                     .iter()
@@ -164,7 +163,8 @@ fn in_path(program: &Path) -> PathBuf {
     places.find(|place| place.exists()).unwrap_or_else(|| program.to_owned())
 }
 
-/// Visible only whole: others may do the same at the same time.
+/// Writes the script and renames it into place, because another process can do the same at the same
+/// time.
 fn make_script(script: &Path, text: &str) {
     let directory = script.parent().expect("a directory");
     std::fs::create_dir_all(directory).expect("target/testkit cannot be created");

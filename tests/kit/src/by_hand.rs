@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! A background snapshot made by hand, command by command, and brought back by hand.
+//! A background snapshot that is taken and restored by single commands.
 //!
-//! In the right order it is the floor that the library is measured against; in a wrong order it is
-//! the control experiment that shows that the tick guest does notice.
+//! In the right order it is the baseline for the library's measurements. In a wrong order it is the
+//! control experiment which shows that the tick guest notices a torn snapshot.
 
 use std::fs::File;
 use std::io;
@@ -21,24 +21,24 @@ use crate::wait::{DEADLINE, wait_for};
 /// When the guest is resumed after `migrate`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Resume {
-    /// When pages have been saved: write tracking is armed. Right.
+    /// When pages have been saved, so that write tracking is armed. This is right.
     Armed,
-    /// As soon as the migration is `active`: memory may become younger than the disks. Wrong.
+    /// As soon as the migration is `active`. This is wrong: memory can become newer than the disks.
     Active,
 }
 
-/// A snapshot: QEMU's own stream, and the images that were frozen.
+/// A snapshot: QEMU's own stream, and the images that the snapshot is based on.
 #[derive(Debug)]
 pub struct Snapshot {
     pub memory: PathBuf,
     pub disks: Vec<(PathBuf, Format)>,
     /// The pause by QEMU's own time stamps, from STOP to the last RESUME, in microseconds.
     pub pause_us: u64,
-    /// The last number that the guest had counted to when it had been stopped.
+    /// The last number that the guest had printed when it was stopped.
     pub tick: u32,
 }
 
-/// A snapshot under way: the guest has been resumed, its memory is flowing.
+/// A snapshot whose guest has been resumed and whose memory is still flowing.
 #[derive(Debug)]
 pub struct Draining {
     client: Client,
@@ -46,8 +46,8 @@ pub struct Draining {
     snapshot: Snapshot,
 }
 
-/// Takes a snapshot of a running guest up to its resumption, into files in the guest's directory
-/// whose names end in `name`. Overlays are made beforehand.
+/// Takes a snapshot of a running guest until the guest is resumed, into files in the guest's
+/// directory whose names end in `name`. The overlays are created beforehand.
 pub fn begin(guest: &Guest, name: &str, resume: Resume) -> Draining {
     let mut client = guest.control();
     let memory = guest.directory().join(format!("memory.{name}"));
@@ -60,7 +60,7 @@ pub fn begin(guest: &Guest, name: &str, resume: Resume) -> Draining {
         let file = PathBuf::from(top["file"].as_str().expect("an image file"));
         let format = if top["drv"] == "raw" { Format::Raw } else { Format::Qcow2 };
         make_image(&overlay, Format::Qcow2, Some((&file, format)));
-        // The overlay's backing file is the node that is there: not opened a second time.
+        // The overlay's backing file is the existing node, which is not opened a second time.
         let open = json!({"driver": "qcow2", "node-name": node, "backing": null,
             "file": {"driver": "file", "filename": overlay}});
         run(&mut client, "blockdev-add", open);
@@ -85,7 +85,7 @@ pub fn begin(guest: &Guest, name: &str, resume: Resume) -> Draining {
         }
     })
     .unwrap_or_else(|| guest.fail("the snapshot's migration does not get going"));
-    // QEMU before 9 resumes the guest by itself, once it is armed.
+    // QEMU before 9 resumes the guest by itself when write tracking is armed.
     if run(&mut client, "query-status", json!({}))["running"] != true {
         run(&mut client, "cont", json!({}));
     }
@@ -98,7 +98,7 @@ pub fn begin(guest: &Guest, name: &str, resume: Resume) -> Draining {
 }
 
 impl Draining {
-    /// Waits until all memory is in the file, and sets the capability back.
+    /// Waits until all memory is in the file, and disables the capability again.
     pub fn finish(mut self, guest: &Guest) -> Snapshot {
         let status = wait_for(DEADLINE, || {
             let now = run(&mut self.client, "query-migrate", json!({}));
@@ -114,8 +114,8 @@ impl Draining {
     }
 }
 
-/// Starts the guest's machine anew on fresh overlays of the snapshot's images, loads the memory,
-/// and lets it run.
+/// Starts the guest's machine again on fresh overlays of the snapshot's images, loads the memory,
+/// and resumes the guest.
 pub fn restore_clone(original: &Guest, snapshot: &Snapshot) -> Guest {
     let overlay = |(file, format): &(PathBuf, Format)| {
         let mut overlay = file.clone().into_os_string();
@@ -131,7 +131,7 @@ pub fn restore_clone(original: &Guest, snapshot: &Snapshot) -> Guest {
     guest
 }
 
-/// Feeds QEMU's stream to a guest started with `-incoming defer`, and lets it run.
+/// Feeds QEMU's stream to a guest started with `-incoming defer`, and resumes it.
 pub fn load(guest: &Guest, memory: &Path) {
     let mut client = guest.control();
     let mut file = File::open(memory).expect("the memory file");
@@ -170,7 +170,7 @@ fn pages_saved(migration: &Value) -> bool {
     pages("normal") + pages("duplicate") > 0 || migration["status"] == "completed"
 }
 
-/// The top node of a device's chain, as `query-block` has it.
+/// The top node of a device's chain, by `query-block`.
 fn top_of(client: &mut Client, device: &str) -> Value {
     let blocks = run(client, "query-block", json!({}));
     let ours = |block: &&Value| {
@@ -186,11 +186,11 @@ fn pipe() -> (File, File) {
     (read.into(), write.into())
 }
 
-/// Gives QEMU the write end of a pipe as `snapshot`; a thread moves what comes into the file.
+/// Gives QEMU the write end of a pipe as `snapshot`. A thread copies the data into the file.
 fn send_pipe(client: &mut Client, memory: &Path) -> JoinHandle<io::Result<u64>> {
     let mut file = File::create(memory).expect("the memory file");
     let (read, write) = pipe();
-    let _ = rustix::pipe::fcntl_setpipe_size(&read, 1 << 20); // a matter of speed only
+    let _ = rustix::pipe::fcntl_setpipe_size(&read, 1 << 20); // only for speed
     client
         .execute_with_fd("getfd", json!({"fdname": "snapshot"}), write.as_fd())
         .unwrap_or_else(|error| panic!("getfd: {error}"));

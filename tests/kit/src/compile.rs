@@ -18,7 +18,8 @@ pub fn workspace() -> &'static Path {
 pub fn tick_guest() -> &'static Path {
     static ELF: OnceLock<PathBuf> = OnceLock::new();
     ELF.get_or_init(|| {
-        // No SSE: nothing has enabled it. No loop patterns: there is no memset to call.
+        // No SSE, because the guest does not enable it. No loop patterns, because there is no
+        // memset.
         let options = "-m32 -march=i686 -mno-sse -ffreestanding -fno-pic -fno-stack-protector \
                        -fno-asynchronous-unwind-tables -fno-tree-loop-distribute-patterns \
                        -fcf-protection=none -nostdlib -static -no-pie \
@@ -28,10 +29,10 @@ pub fn tick_guest() -> &'static Path {
 }
 
 /// Compiles `source` to `<output>` in the run's directory, unless another test of this run has done
-/// so; outside a run, to `target/testkit`. Returns that path.
+/// so. Outside a run it compiles to `target/testkit`. Returns the path.
 ///
-/// Other test processes do the same at the same time: each compiles to a name of its own, and the
-/// rename makes it visible whole.
+/// Other test processes can do the same at the same time. Each compiles to a name of its own, and
+/// the rename makes the complete file visible.
 pub fn gcc(source: &Path, output: &str, options: &str) -> PathBuf {
     let run = run::directory();
     let whole = run.as_ref().map(|run| run.join(output)).filter(|file| file.exists());

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! A private libvirtd: the machine's own is never touched, and nothing of it is left when it is
-//! dropped.
+//! A private libvirtd. The machine's own libvirtd is never touched, and nothing is left of the
+//! private one when it is dropped.
 //!
-//! It runs under a keeper (`shim/keeper.c`), which ends it and every QEMU that it has started, also
+//! It runs under a keeper (`shim/keeper.c`), which ends it and every QEMU that it has started, even
 //! when the test process is killed. All its files are in one directory with a short name, because
-//! Unix sockets are below it.
+//! the directory has Unix sockets in it.
 
 mod cache;
 mod layout;
@@ -26,23 +26,24 @@ use crate::machine::Machine;
 use crate::wait::{DEADLINE, wait_for};
 use layout::Layout;
 
-/// Its events are held while this file of its directory exists.
+/// Events are held while this file exists in the daemon's directory.
 const HOLD: &str = "hold-events";
 
-/// Variables, beside the usual ones.
+/// Variables in addition to the usual ones.
 type Environment = Vec<(&'static str, PathBuf)>;
 
-/// Which of libvirt's two kinds of daemon.
+/// libvirt's two kinds of daemon.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mode {
-    /// `qemu:///session`: a user's own. When the tests run as root, the user is `nobody`.
+    /// `qemu:///session`: a user's own daemon. When the tests run as root, the user is `nobody`.
     Session,
-    /// `qemu:///system`: root's, with QEMUs of another user; in a mount namespace of its own.
+    /// `qemu:///system`: root's daemon, whose QEMUs run as another user, in a mount namespace of
+    /// its own.
     System,
 }
 
-/// A running libvirtd. Clones are the same daemon; it ends with the last of them, and of its
-/// guests.
+/// A running libvirtd. Clones are the same daemon. It ends when the last of them and of its guests
+/// is dropped.
 #[derive(Clone)]
 pub struct Daemon {
     inner: Arc<Inner>,
@@ -52,7 +53,7 @@ struct Inner {
     mode: Mode,
     layout: Layout,
     keeper: Mutex<Keeper>,
-    /// Removed by the keeper; this is for where the keeper itself was killed.
+    /// The keeper removes it; this field is for the case that the keeper was killed.
     _directory: TempDir,
 }
 
@@ -69,8 +70,7 @@ impl Daemon {
             .unwrap_or_else(|error| panic!("no session daemon: {error}"))
     }
 
-    /// Starts a session daemon whose driver can be held before it heeds an event:
-    /// `shim/late-event.c`.
+    /// Starts a session daemon whose driver can be kept from handling events: `shim/late-event.c`.
     pub fn with_late_events() -> Daemon {
         static LIBRARY: OnceLock<PathBuf> = OnceLock::new();
         let source = || workspace().join("tests/kit/shim/late-event.c");
@@ -84,7 +84,7 @@ impl Daemon {
     }
 
     /// Starts a daemon into which libraries are preloaded, with more variables in its environment.
-    /// None where one of the system's kind is wanted, and not possible.
+    /// Returns `None` where a system daemon is not possible.
     pub fn preloaded(
         mode: Mode,
         libraries: &[&Path],
@@ -93,7 +93,7 @@ impl Daemon {
         Daemon::configured(mode, libraries, variables, "")
     }
 
-    /// The same with more lines in its libvirtd.conf.
+    /// The same with more lines in libvirtd.conf.
     pub fn configured(
         mode: Mode,
         libraries: &[&Path],
@@ -120,19 +120,19 @@ impl Daemon {
         }
     }
 
-    /// From now on, until [`Daemon::release_events`], it heeds none. Of
-    /// [`Daemon::with_late_events`].
+    /// Keeps the driver from handling events until [`Daemon::release_events`]. The daemon has to be
+    /// from [`Daemon::with_late_events`].
     pub fn hold_events(&self) {
         File::create(self.directory().join(HOLD)).expect("a file of the daemon's");
     }
 
-    /// What was held is heeded.
+    /// Lets the driver handle the held events.
     pub fn release_events(&self) {
         std::fs::remove_file(self.directory().join(HOLD)).expect("a file of the daemon's");
     }
 
-    /// Starts a system daemon, where that is possible: as root, with mount namespaces. Otherwise
-    /// says why not.
+    /// Starts a system daemon where that is possible, which needs root and mount namespaces.
+    /// Elsewhere prints the reason.
     pub fn system() -> Option<Daemon> {
         if !rustix::process::geteuid().is_root() {
             eprintln!("not root: a libvirtd of the system's kind is not tried");
@@ -148,7 +148,7 @@ impl Daemon {
         [Some(Daemon::session()), Daemon::system()].into_iter().flatten().collect()
     }
 
-    /// Another daemon of the same mode.
+    /// Starts another daemon of the same mode.
     pub fn another(&self) -> Daemon {
         Daemon::start(self.mode(), |_| Vec::new())
             .unwrap_or_else(|error| panic!("no second daemon: {error}"))
@@ -181,12 +181,12 @@ impl Daemon {
         Ok(daemon)
     }
 
-    /// Which kind this is.
+    /// The daemon's kind.
     pub fn mode(&self) -> Mode {
         self.inner.mode
     }
 
-    /// What clients connect to.
+    /// The URI for clients.
     pub fn uri(&self) -> String {
         let mode = match self.mode() {
             Mode::Session => "session",
@@ -195,33 +195,33 @@ impl Daemon {
         format!("qemu+unix:///{mode}?socket={}", self.socket().display())
     }
 
-    /// Its socket.
+    /// The socket for clients.
     pub fn socket(&self) -> PathBuf {
         self.inner.layout.socket()
     }
 
-    /// Where all its files are, and those of its guests.
+    /// The directory of all its files and its guests'.
     pub fn directory(&self) -> &Path {
         self.inner.layout.directory()
     }
 
-    /// The user that its QEMUs run as, and may be given files of.
+    /// The user that its QEMUs run as, who has to own their files.
     pub fn user(&self) -> u32 {
         self.inner.layout.user()
     }
 
-    /// What it has logged: warnings and errors.
+    /// The daemon's log of warnings and errors.
     pub fn log(&self) -> String {
         let bytes = std::fs::read(self.inner.layout.log()).unwrap_or_default();
         String::from_utf8_lossy(&bytes).into_owned()
     }
 
-    /// Where QEMU's standard error and command line are logged.
+    /// The log of QEMU's standard error and command line.
     pub fn qemu_log(&self, domain: &str) -> PathBuf {
         self.inner.layout.qemu_logs().join(format!("{domain}.log"))
     }
 
-    /// Version of libvirt.
+    /// The version of libvirt.
     pub fn version() -> (u32, u32, u32) {
         static VERSION: OnceLock<(u32, u32, u32)> = OnceLock::new();
         *VERSION.get_or_init(|| {
@@ -237,14 +237,14 @@ impl Daemon {
         })
     }
 
-    /// Output of a virsh command. Panics when it fails, with all that is known.
+    /// Runs a virsh command and returns its output. Panics with all known details when it fails.
     #[track_caller]
     pub fn virsh(&self, args: &[&str]) -> String {
         self.try_virsh(args)
             .unwrap_or_else(|error| panic!("virsh {args:?}: {error}\n--- libvirtd\n{}", self.log()))
     }
 
-    /// The same; the error is what virsh says.
+    /// The same; the error is virsh's message.
     pub fn try_virsh(&self, args: &[&str]) -> Result<String, String> {
         let output =
             self.virsh_command(args).stdin(Stdio::null()).output().expect("virsh cannot be run");
@@ -252,7 +252,7 @@ impl Daemon {
         if output.status.success() { Ok(text(&output.stdout)) } else { Err(text(&output.stderr)) }
     }
 
-    /// A virsh command that runs beside the test, with pipes for what it says.
+    /// Starts a virsh command that runs beside the test, with pipes for its output.
     pub fn virsh_spawn(&self, args: &[&str]) -> Child {
         let mut command = self.virsh_command(args);
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
@@ -261,7 +261,7 @@ impl Daemon {
 
     fn virsh_command(&self, args: &[&str]) -> Command {
         let mut command = Command::new("virsh");
-        // Whatever directory the user has is not to be looked at, or written to.
+        // virsh must not read or write files in the user's home directory.
         command
             .args(["-q", "-c", &self.uri()])
             .args(args)
@@ -278,15 +278,15 @@ impl Daemon {
         text.trim().parse().expect("a process id")
     }
 
-    /// Kills libvirtd. Its QEMUs live on.
+    /// Kills libvirtd. Its QEMUs keep running.
     pub fn kill(&self) {
         let answer =
             self.inner.keeper.lock().expect("poisoned").ask("kill").expect("the keeper has ended");
         assert_eq!(answer, "killed");
     }
 
-    /// Starts libvirtd after [`Daemon::kill`]; returns when it answers and has found its QEMUs
-    /// again.
+    /// Starts libvirtd after [`Daemon::kill`]. Returns when it answers and has reconnected to its
+    /// QEMUs.
     pub fn start_again(&self) {
         let answer =
             self.inner.keeper.lock().expect("poisoned").ask("start").expect("the keeper has ended");
@@ -301,9 +301,9 @@ impl Daemon {
         })
         .unwrap_or_else(|| panic!("libvirtd does not answer\n{}", self.log()));
         // It accepts connections before its drivers are ready, and then holds each domain while it
-        // connects to its QEMU; a command that takes the domain's job comes after that.
+        // connects to the domain's QEMU. A command that takes the domain's job waits for that.
         for domain in self.virsh(&["list", "--name"]).split_whitespace() {
-            let _ = self.try_virsh(&["dommemstat", domain]); // QEMU may have died meanwhile
+            let _ = self.try_virsh(&["dommemstat", domain]); // QEMU may have ended
         }
     }
 
@@ -311,8 +311,8 @@ impl Daemon {
     pub fn qemu_pid(&self, domain: &str) -> Option<u32> {
         let file = self.inner.layout.pid_files().join(format!("{domain}.pid"));
         let pid = std::fs::read_to_string(file).ok()?.trim().parse().ok()?;
-        // The file may be older than the last kill -9, and the number somebody else's by now. A
-        // zombie has no command line.
+        // The file can be older than the last kill -9, and another process can have the number by
+        // now. A zombie has no command line.
         let command_line = std::fs::read(format!("/proc/{pid}/cmdline")).ok()?;
         let name = format!("guest={domain},");
         command_line
@@ -321,7 +321,7 @@ impl Daemon {
             .then_some(pid)
     }
 
-    /// Ends the QEMU of a domain as by `kill -9`, and waits until it is gone.
+    /// Kills the QEMU of a domain as `kill -9` does, and waits until it is gone.
     pub(crate) fn kill_qemu(&self, domain: &str) {
         let Some(pid) = self.qemu_pid(domain) else {
             return;
@@ -334,14 +334,13 @@ impl Daemon {
         assert!(gone.is_some() || std::thread::panicking(), "QEMU {pid} survives kill -9");
     }
 
-    /// Brings back a memory image in libvirt's format, on fresh overlays of the disks that its XML
-    /// names. This daemon must not be the one in which the original still is: see
-    /// [`Daemon::another`].
+    /// Restores a memory image in libvirt's format, on fresh overlays of the disks that its XML
+    /// names. The original must not be running under this daemon: see [`Daemon::another`].
     pub fn restore(&self, original: &Guest, image: &Path) -> Guest {
         self.restore_edited(original.machine(), image, |xml| xml)
     }
 
-    /// The same for whatever machine, with a last edit of the XML.
+    /// The same for any machine, with a last edit of the XML.
     pub fn restore_edited(
         &self,
         machine: &Machine,
@@ -351,7 +350,7 @@ impl Daemon {
         crate::restore::restore(self, machine, image, edit)
     }
 
-    /// A directory for a guest, that QEMU may use.
+    /// A directory for a guest, which QEMU may use.
     pub(crate) fn guest_directory(&self) -> TempDir {
         let parent = self.directory().join("guests");
         tempfile::Builder::new()
@@ -360,14 +359,14 @@ impl Daemon {
             .expect("no directory for the guest")
     }
 
-    /// Gives a directory and what is in it (but not what is below that) to QEMU's user.
+    /// Gives a directory and the files directly in it to QEMU's user.
     pub fn give(&self, directory: &Path) {
         if self.user() != rustix::process::geteuid().as_raw() {
             crate::machine::give_to(self.user(), directory);
         }
     }
 
-    /// Keeps what this daemon has found out about QEMUs for the daemons after it.
+    /// Keeps this daemon's capabilities of QEMUs for later daemons.
     pub(crate) fn keep_capabilities(&self) {
         cache::keep(&self.inner.layout);
     }
@@ -423,8 +422,8 @@ impl Keeper {
 
 impl Drop for Keeper {
     fn drop(&mut self) {
-        // A watchdog that the library has forked may have the pipe open, so that closing it would
-        // not be enough.
+        // A watchdog that the library has forked can have the pipe open, so closing it may not
+        // suffice.
         let _ = writeln!(self.commands, "quit");
         let _ = self.child.wait();
     }

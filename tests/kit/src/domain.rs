@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! The same machine as a domain of libvirt's: what the builder adds for it, and its XML.
+//! A machine as a domain of libvirt: what the builder adds for it, and its XML.
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -11,7 +11,7 @@ use crate::daemon::Daemon;
 use crate::guest::{Disk, Guest};
 use crate::machine::{Accel, Machine, MachineType};
 
-/// What only libvirt is told of a machine.
+/// The parts of a machine that only libvirt is told.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Extras {
     name: Option<String>,
@@ -22,7 +22,7 @@ pub(crate) struct Extras {
     edits: Vec<Edit>,
 }
 
-/// What only libvirt is told of a disk.
+/// The parts of a disk that only libvirt is told.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct DiskExtras {
     attributes: String,
@@ -41,41 +41,42 @@ impl fmt::Debug for Edit {
     }
 }
 
-/// For [`Machine::start_under`] and its like alone: a QEMU started directly knows nothing of them.
+/// These apply to [`Machine::start_under`] and the like only, not to a QEMU that is started
+/// directly.
 impl Machine {
-    /// The domain's name, instead of `tick-N`.
+    /// Sets the domain's name, which is `tick-N` by default.
     pub fn name(mut self, name: &str) -> Machine {
         self.extras.name = Some(name.to_owned());
         self
     }
 
-    /// The domain is transient (`virsh create`) instead of persistent (`virsh define`, `virsh
+    /// Makes the domain transient (`virsh create`) instead of persistent (`virsh define`, `virsh
     /// start`).
     pub fn transient(mut self) -> Machine {
         self.extras.transient = true;
         self
     }
 
-    /// More elements of `<domain>`: `<memoryBacking>`, `<cpu>`, `<iothreads>`.
+    /// Adds elements to `<domain>`: `<memoryBacking>`, `<cpu>`, `<iothreads>`.
     pub fn domain_elements(mut self, xml: &str) -> Machine {
         self.extras.domain.push_str(xml);
         self
     }
 
-    /// The `<os>` element, instead of one that boots the tick guest; `KERNEL` and `CMDLINE` in it
-    /// become the tick guest's.
+    /// Sets the `<os>` element, which by default boots the tick guest. `KERNEL` and `CMDLINE` in it
+    /// stand for the tick guest's.
     pub fn os(mut self, xml: &str) -> Machine {
         self.extras.os = Some(xml.to_owned());
         self
     }
 
-    /// More devices.
+    /// Adds devices.
     pub fn devices(mut self, xml: &str) -> Machine {
         self.extras.devices.push_str(xml);
         self
     }
 
-    /// A CD-ROM drive `sda` or `hda`, empty or with an image in it. It is not among
+    /// Adds a CD-ROM drive `sda` or `hda`, empty or with an image. It is not among
     /// [`Guest::disks`].
     pub fn cdrom(self, image: Option<&Path>) -> Machine {
         let (target, bus) = match self.machine_type {
@@ -90,25 +91,25 @@ impl Machine {
         ))
     }
 
-    /// More attributes of the last disk: `snapshot='no'`.
+    /// Adds attributes to the last disk: `snapshot='no'`.
     pub fn disk_attributes(mut self, attributes: &str) -> Machine {
         self.last_disk().attributes.push_str(&format!(" {attributes}"));
         self
     }
 
-    /// More attributes of the last disk's `<driver>`: `iothread='1'`.
+    /// Adds attributes to the last disk's `<driver>`: `iothread='1'`.
     pub fn disk_driver(mut self, attributes: &str) -> Machine {
         self.last_disk().driver.push_str(&format!(" {attributes}"));
         self
     }
 
-    /// More elements of the last disk: `<readonly/>`.
+    /// Adds elements to the last disk: `<readonly/>`.
     pub fn disk_elements(mut self, xml: &str) -> Machine {
         self.last_disk().elements.push_str(xml);
         self
     }
 
-    /// A last change of the domain's XML; of several, each sees what the one before has made.
+    /// Edits the domain's XML at the end. Several edits are applied in order.
     pub fn edit_xml(mut self, edit: impl Fn(String) -> String + Send + Sync + 'static) -> Machine {
         self.extras.edits.push(Edit(Arc::new(edit)));
         self
@@ -118,21 +119,21 @@ impl Machine {
         &mut self.disks.last_mut().expect("a disk").extras
     }
 
-    /// Starts it as a domain of this libvirt.
+    /// Starts the machine as a domain of this libvirt.
     pub fn start_under(&self, daemon: &Daemon) -> Guest {
         let guest = self.make(daemon);
-        self.start_made(&guest).unwrap_or_else(|error| guest.fail(&error));
+        self.start_created(&guest).unwrap_or_else(|error| guest.fail(&error));
         daemon.keep_capabilities();
         guest
     }
 
-    /// The same for one whose QEMU may not start here. The error is what virsh says.
+    /// The same for a machine whose QEMU may not start here. The error is virsh's message.
     pub(crate) fn try_start_under(&self, daemon: &Daemon) -> Result<Guest, String> {
         let guest = self.make(daemon);
-        self.start_made(&guest).map(|()| guest)
+        self.start_created(&guest).map(|()| guest)
     }
 
-    fn start_made(&self, guest: &Guest) -> Result<(), String> {
+    fn start_created(&self, guest: &Guest) -> Result<(), String> {
         let daemon = guest.daemon();
         let xml = guest.directory().join("domain.xml");
         let xml = xml.to_str().expect("a path of UTF-8");
@@ -145,7 +146,7 @@ impl Machine {
         }
     }
 
-    /// Defines it as a domain of this libvirt, and leaves it shut off.
+    /// Defines the machine as a domain of this libvirt, and leaves it shut off.
     pub fn define_under(&self, daemon: &Daemon) -> Guest {
         let guest = self.make(daemon);
         daemon.virsh(&[
@@ -155,7 +156,7 @@ impl Machine {
         guest
     }
 
-    /// Directory, disks and XML.
+    /// Creates the directory, the disks and the XML.
     fn make(&self, daemon: &Daemon) -> Guest {
         let directory = daemon.guest_directory();
         let disks: Vec<Disk> =
@@ -268,7 +269,7 @@ impl Machine {
     }
 }
 
-/// libvirt's names: the target (`vda`), and no name of the node, which it gives itself.
+/// A disk with libvirt's names: the target (`vda`), and no node name, which libvirt generates.
 fn target((index, disk): (usize, Disk)) -> Disk {
     let letter = char::from(b'a' + u8::try_from(index).expect("a few disks"));
     Disk { device: format!("vd{letter}"), backend: String::new(), ..disk }

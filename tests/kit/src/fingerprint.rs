@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! What a failed snapshot must leave as it was: QEMU's settings, block nodes, jobs and fd sets, in
-//! a form that can be compared.
+//! The state that a failed snapshot must not change: QEMU's settings, block nodes, jobs and fd
+//! sets, in a form that can be compared.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -10,12 +10,13 @@ use serde_json::{Value, json};
 use crate::guest::Guest;
 use crate::qmp::Client;
 
-/// The state of a QEMU, without what changes by itself (counters, sizes, generated names).
+/// The state of a QEMU, without the parts that vary by themselves (counters, sizes, generated
+/// names).
 #[derive(Clone, Debug, PartialEq)]
 pub struct Fingerprint(pub BTreeMap<&'static str, Value>);
 
 impl Fingerprint {
-    /// Where two differ, one line each; empty when they are equal.
+    /// The differences of two fingerprints, one on each line; empty when they are equal.
     pub fn differences(&self, other: &Fingerprint) -> String {
         let keys: BTreeSet<_> = self.0.keys().chain(other.0.keys()).collect();
         let of = |one: &Fingerprint, key: &str| one.0.get(key).cloned().unwrap_or_default();
@@ -26,8 +27,8 @@ impl Fingerprint {
     }
 }
 
-/// Takes the fingerprint of the QEMU at the other end. Its status is part of it: take both of two
-/// fingerprints with the guest running, or both with it paused.
+/// Takes the fingerprint of the QEMU at the other end. It includes the status, so both fingerprints
+/// to compare must be of a running guest, or both of a paused one.
 pub fn fingerprint(client: &mut Client) -> Fingerprint {
     let mut ask = |command: &str, arguments: Value| {
         client.execute(command, arguments).unwrap_or_else(|error| panic!("{command}: {error}"))
@@ -45,17 +46,16 @@ pub fn fingerprint(client: &mut Client) -> Fingerprint {
     ]))
 }
 
-/// Takes the fingerprint of a domain of libvirt's: what libvirt knows of it, and, where it runs, of
-/// its QEMU.
+/// Takes the fingerprint of a domain of libvirt, and of its QEMU where the domain runs.
 pub fn domain_fingerprint(guest: &Guest) -> Fingerprint {
     let daemon = guest.daemon();
-    // What is not there (an inactive XML, a current snapshot) is told apart from what is by the
-    // message.
+    // Where libvirt has nothing to report, like an inactive XML or a current snapshot, the error
+    // message stands for it.
     let ask = |command: &str, options: &[&str]| {
         let answer = daemon.try_virsh(&[&[command, guest.name()], options].concat());
         json!(answer.unwrap_or_else(|error| error))
     };
-    // libvirt forgets the alias of this one when it is restarted.
+    // libvirt loses the alias of this device when it is restarted.
     let usb = [
         "<controller type='usb' index='0' model='none'",
         ">\n      <alias name='usb'/>\n    </controller>",
@@ -82,7 +82,7 @@ fn sorted(list: &Value, keep: impl Fn(&Value) -> Value) -> Value {
     Value::Array(kept)
 }
 
-/// A generated node name (`#block123`) says nothing, and is another one after a switch and back.
+/// A generated node name (`#block123`) differs after a switch and its undo, so it is left out.
 fn name(node: &Value) -> Value {
     let generated = node.as_str().is_some_and(|name| name.starts_with('#'));
     if generated { json!("#") } else { node.clone() }

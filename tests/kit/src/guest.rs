@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! A running QEMU with its guest: where its sockets and files are, what its serial line says, and
-//! that it is gone when the test is.
+//! A running QEMU with its guest: its sockets and files, the output on its serial line, and its end
+//! with the test.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -22,10 +22,10 @@ use crate::wait::{DEADLINE, wait_for};
 /// A disk of a guest, as it was at the start.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Disk {
-    /// Id of the device (`vd0`); under libvirt the target (`vda`).
+    /// The id of the device (`vd0`), or under libvirt the target (`vda`).
     pub device: String,
-    /// Id of the drive (`drive-0`) or name of the node (`disk-0`), by how it was attached; empty
-    /// under libvirt.
+    /// The id of the drive (`drive-0`) or the name of the node (`disk-0`), depending on the
+    /// attachment; empty under libvirt.
     pub backend: String,
     pub file: PathBuf,
     pub format: Format,
@@ -40,7 +40,7 @@ pub struct Guest {
     directory: TempDir,
 }
 
-/// Who has started QEMU.
+/// The program that has started QEMU.
 #[derive(Debug)]
 enum Runner {
     Kit { child: Mutex<Child>, pid: u32 },
@@ -48,7 +48,7 @@ enum Runner {
 }
 
 impl Guest {
-    /// One whose QEMU has just been started, and may yet end.
+    /// A guest whose QEMU has just been started and can still fail.
     pub(crate) fn spawned(
         machine: Machine,
         directory: TempDir,
@@ -69,18 +69,18 @@ impl Guest {
         Guest { machine, runner: Runner::Libvirt { daemon, name }, disks, directory }
     }
 
-    /// What it was started as.
+    /// The machine that it was started from.
     pub fn machine(&self) -> &Machine {
         &self.machine
     }
 
-    /// Its own directory: logs, sockets, images. It lasts as long as this object, also after
-    /// [`Guest::kill`].
+    /// The guest's own directory for logs, sockets and images. It exists as long as this object,
+    /// even after [`Guest::kill`].
     pub fn directory(&self) -> &Path {
         self.directory.path()
     }
 
-    /// The QMP socket for the library under test. There is none under libvirt.
+    /// The QMP socket for the library under test. Under libvirt there is none.
     pub fn qmp(&self) -> PathBuf {
         assert!(
             matches!(self.runner, Runner::Kit { .. }),
@@ -89,12 +89,12 @@ impl Guest {
         self.directory().join("qmp.sock")
     }
 
-    /// The libvirtd that it is a domain of. Panics where it is none.
+    /// The libvirtd of the domain. Panics where the guest is not a domain.
     pub fn daemon(&self) -> &Daemon {
         self.domain().0
     }
 
-    /// Its name as a domain. Panics where it is none.
+    /// The domain's name. Panics where the guest is not a domain.
     pub fn name(&self) -> &str {
         self.domain().1
     }
@@ -106,14 +106,14 @@ impl Guest {
         }
     }
 
-    /// A virsh command for this domain: its name follows the first word.
+    /// Runs a virsh command for this domain, whose name follows the first word.
     #[track_caller]
     pub fn virsh(&self, command: &str, args: &[&str]) -> String {
         let (daemon, name) = self.domain();
         daemon.virsh(&[&[command, name], args].concat())
     }
 
-    /// Starts the domain, which is shut off.
+    /// Starts the shut off domain.
     pub fn start_domain(&self) {
         self.start_domain_with(&[]);
     }
@@ -130,13 +130,13 @@ impl Guest {
             .map_err(|error| format!("virsh start: {error}"))
     }
 
-    /// The disks, in the order in which they were asked for.
+    /// The disks, in the order in which they were added.
     pub fn disks(&self) -> &[Disk] {
         &self.disks
     }
 
-    /// The process id of QEMU. Under libvirt it is of the QEMU that runs now: panics when the
-    /// domain is shut off.
+    /// The process id of QEMU. Under libvirt it is that of the present QEMU; panics when the domain
+    /// is shut off.
     pub fn pid(&self) -> u32 {
         match &self.runner {
             Runner::Kit { pid, .. } => *pid,
@@ -146,9 +146,9 @@ impl Guest {
         }
     }
 
-    /// A client of the kit's own QMP socket. QEMU serves one at a time: drop it before the next.
-    /// Under libvirt it goes through `virsh qemu-monitor-command`, which takes the domain's job for
-    /// each command, and knows no events.
+    /// A client of the kit's own QMP socket. QEMU serves one client at a time, so drop it before
+    /// the next. Under libvirt the client uses `virsh qemu-monitor-command`, which takes the
+    /// domain's job for each command and has no events.
     pub fn control(&self) -> Client {
         if let Runner::Libvirt { daemon, name } = &self.runner {
             return Client::through_libvirt(daemon.clone(), name.clone());
@@ -161,18 +161,18 @@ impl Guest {
         .unwrap_or_else(|| self.fail("no answer on control.sock (is another client open?)"))
     }
 
-    /// What the guest has said last.
+    /// The last output of the guest.
     pub fn serial(&self) -> Serial {
         Serial::read(&self.directory().join("serial.log"))
     }
 
-    /// Waits until the guest has counted `more` further than it has now (0: has counted at all);
-    /// returns the last number. Panics when it says TORN, and when [`DEADLINE`] passes.
+    /// Waits until the guest has counted `more` further than it has now (0: has counted at all).
+    /// Returns the last number. Panics when the guest says TORN, and when [`DEADLINE`] passes.
     pub fn wait_ticks(&self, more: u32) -> u32 {
         self.try_ticks(more, DEADLINE).unwrap_or_else(|trouble| self.fail(&trouble))
     }
 
-    /// The same with another deadline, and without panic: the error says what went wrong, by the
+    /// The same with another deadline and without a panic. The error describes the failure, by the
     /// guest's own line where there is one.
     pub fn try_ticks(&self, more: u32, deadline: Duration) -> Result<u32, String> {
         let mut goal = self.serial().tick.map(|tick| tick + more);
@@ -185,13 +185,14 @@ impl Guest {
                 return Some(Err("QEMU has ended".to_owned()));
             }
             let tick = serial.tick?;
-            // A clone's log starts empty, and anywhere: it counts from its first line on.
+            // The log of a clone starts empty at an arbitrary number, so its first line is the
+            // reference.
             (tick >= *goal.get_or_insert(tick + more)).then_some(Ok(tick))
         })
         .unwrap_or_else(|| Err(format!("no {more} ticks within {deadline:?}")))
     }
 
-    /// Whether the QEMU process is there.
+    /// Whether the QEMU process is alive.
     pub fn alive(&self) -> bool {
         match &self.runner {
             Runner::Kit { child, .. } => {
@@ -201,7 +202,7 @@ impl Guest {
         }
     }
 
-    /// Ends QEMU as by `kill -9`, and waits until it is gone.
+    /// Kills QEMU as `kill -9` does, and waits until it is gone.
     pub fn kill(&self) {
         match &self.runner {
             Runner::Kit { child, .. } => {
@@ -213,9 +214,10 @@ impl Guest {
         }
     }
 
-    /// The files that QEMU has open, with how often: a test compares them to find leaks. Pipes are
-    /// counted together. Left out are sockets (QEMU notices only later that a client has gone) and
-    /// `/dev/userfaultfd` (QEMU 8.0 and later open it once, at the first snapshot, for good).
+    /// The files that QEMU has open, with their counts. A test compares them to find leaks. Pipes
+    /// are counted together. Sockets are left out (QEMU notices only later that a client has
+    /// disconnected), and so is `/dev/userfaultfd` (QEMU 8.0 and later keep it open from the first
+    /// snapshot on).
     pub fn open_files(&self) -> BTreeMap<String, usize> {
         let mut files = BTreeMap::new();
         let entries = std::fs::read_dir(format!("/proc/{}/fd", self.pid())).expect("/proc/PID/fd");
@@ -235,7 +237,7 @@ impl Guest {
         files
     }
 
-    /// Panics with `message` and all that QEMU and the guest have said.
+    /// Panics with `message` and all output of QEMU and the guest.
     pub fn fail(&self, message: &str) -> ! {
         let tail = |path: &Path| {
             let bytes = std::fs::read(path).unwrap_or_default();
@@ -244,7 +246,11 @@ impl Guest {
         };
         let logs = match &self.runner {
             Runner::Kit { .. } => {
-                format!("{}\n{}", tail(&self.directory().join("stderr.log")), self.qemus_view())
+                format!(
+                    "{}\n{}",
+                    tail(&self.directory().join("stderr.log")),
+                    self.qemu_description()
+                )
             }
             Runner::Libvirt { daemon, name } => {
                 format!("{}\n--- libvirtd\n{}", tail(&daemon.qemu_log(name)), daemon.log())
@@ -259,8 +265,8 @@ impl Guest {
 }
 
 impl Guest {
-    /// What QEMU says of a guest that does not do what it should.
-    fn qemus_view(&self) -> String {
+    /// QEMU's own description of a guest that misbehaves.
+    fn qemu_description(&self) -> String {
         let Ok(mut client) = Client::connect(&self.directory().join("control.sock")) else {
             return String::new();
         };

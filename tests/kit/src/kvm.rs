@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! Whether KVM really works here: a `/dev/kvm` that can be opened is not enough where it is nested.
+//! Whether KVM really works here. Where it is nested, a `/dev/kvm` that can be opened does not
+//! suffice.
 
 use std::path::Path;
 use std::time::Duration;
@@ -8,13 +9,13 @@ use std::time::Duration;
 use crate::program::skip;
 use crate::{Accel, Binary, DEADLINE, Daemon, Machine, run};
 
-/// Whether the tick guest boots and counts under KVM with this QEMU. Tried once in a run, for some
-/// seconds.
+/// Whether the tick guest boots and counts under KVM with this QEMU. It is tried once in a run, for
+/// some seconds.
 pub fn kvm_works(binary: &'static Binary) -> bool {
     trouble(binary).is_empty()
 }
 
-/// Those of these QEMUs with which KVM works here. Skips the test where there is none.
+/// The QEMUs among these with which KVM works here. Skips the test where there is none.
 pub fn where_kvm_works(
     binaries: impl IntoIterator<Item = &'static Binary>,
 ) -> Vec<&'static Binary> {
@@ -32,7 +33,7 @@ pub fn where_kvm_works(
     works
 }
 
-/// Why KVM does not work; empty where it does.
+/// The reason why KVM does not work; empty where it works.
 fn trouble(binary: &'static Binary) -> String {
     run::once(&format!("kvm of {}", binary.path.display()), || {
         if !Path::new("/dev/kvm").exists() {
@@ -45,8 +46,8 @@ fn trouble(binary: &'static Binary) -> String {
     })
 }
 
-/// Skips the test where this domain does not run, tried as it is: what KVM cannot do here may be
-/// its CPU's, as where nested KVM does not let QEMU set one of the host's model-specific registers.
+/// Skips the test where this domain does not run. KVM can fail because of its CPU, as where nested
+/// KVM does not let QEMU set one of the host's model-specific registers.
 pub fn kvm_runs(machine: &Machine, daemon: &Daemon) {
     let tried = machine.try_start_under(daemon).and_then(|guest| {
         let log = daemon.qemu_log(guest.name());

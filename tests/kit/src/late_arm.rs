@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! A QEMU whose snapshot thread can be held, while it sets up or between "active" and "armed":
+//! A QEMU whose snapshot thread can be held, in its setup or between "active" and "armed":
 //! `shim/late-arm.c`.
 
 use std::path::{Path, PathBuf};
@@ -11,20 +11,20 @@ use crate::compile::{gcc, workspace};
 use crate::machine::Machine;
 
 impl Machine {
-    /// Each background snapshot waits, after its migration has become `active` and before the
-    /// device state is saved and write tracking is armed, until the file `release` exists; 5
-    /// seconds at most.
+    /// Makes each background snapshot wait until the file `release` exists, 5 seconds at most. It
+    /// waits after its migration has become `active`, and before the device state is saved and
+    /// write tracking is armed.
     pub fn late_arm(self, release: &Path) -> Machine {
         self.shimmed().env("INSTANTSNAP_LATE_ARM_RELEASE", release)
     }
 
-    /// Each background snapshot sets up for so much longer.
+    /// Makes the setup of each background snapshot take this much longer.
     pub fn long_setup(self, time: Duration) -> Machine {
         self.shimmed().env("INSTANTSNAP_SETUP_US", Path::new(&time.as_micros().to_string()))
     }
 
     fn shimmed(self) -> Machine {
-        // QEMU names its threads only when asked, and the library knows the thread by its name.
+        // QEMU names its threads only on request, and the shim finds the thread by its name.
         self.arg("-name").arg("tick,debug-threads=on").env("LD_PRELOAD", library())
     }
 }

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! What the tests and the benchmark stand on: real QEMUs, the tick guest, a QMP client of its own
-//! and a monitor that misbehaves on demand.
+//! The foundation of the tests and benchmarks: real QEMUs, the tick guest, an independent QMP
+//! client, and a monitor proxy that injects faults.
 //!
-//! The kit does not depend on the library under test. What it sees of QEMU it sees for itself, so
-//! that a mistake of the library's cannot hide behind the same mistake in its tests. It is for
-//! tests only: where something does not work, it panics with all that is known about why.
+//! The kit does not depend on the library under test. It observes QEMU by itself, so that a mistake
+//! of the library cannot hide behind the same mistake in its tests. It is for tests only: where
+//! something does not work, it panics with all known details.
 //!
 //! ```no_run
 //! use instantsnap_testkit::{Binary, Format, Machine};

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! What a test wants of a virtual machine, and the QEMU command line that gives it.
+//! The virtual machine that a test needs, and its QEMU command line.
 
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -11,7 +11,7 @@ use crate::compile::tick_guest;
 use crate::domain::{DiskExtras, Extras};
 use crate::guest::{Disk, Guest};
 
-/// Size of the disks made for a machine: the tick guest uses the first 5 MiB.
+/// The size of the disks that are created for a machine. The tick guest uses the first 5 MiB.
 pub const DISK_SIZE: u64 = 16 << 20;
 
 /// QEMU's accelerator.
@@ -28,7 +28,7 @@ pub enum MachineType {
     Q35,
 }
 
-/// Format of a disk image.
+/// The format of a disk image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Format {
     Raw,
@@ -58,7 +58,7 @@ impl Format {
 /// How disks are given to QEMU.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Attach {
-    /// `-drive id=drive-N`: QEMU makes up the node names.
+    /// `-drive id=drive-N`: QEMU generates the node names.
     Drive,
     /// `-blockdev node-name=disk-N`, as libvirt does.
     Blockdev,
@@ -67,12 +67,12 @@ pub enum Attach {
 #[derive(Clone, Debug)]
 pub(crate) struct DiskWanted {
     pub(crate) format: Format,
-    /// An image that exists; else one is made in the guest's directory.
+    /// An existing image; where there is none, one is created in the guest's directory.
     pub(crate) file: Option<PathBuf>,
     pub(crate) extras: DiskExtras,
 }
 
-/// A virtual machine to be started: a builder. What is not asked for is as in [`Machine::new`].
+/// A builder of a virtual machine. The defaults are those of [`Machine::new`].
 #[derive(Clone, Debug)]
 pub struct Machine {
     pub(crate) binary: &'static Binary,
@@ -94,12 +94,13 @@ pub struct Machine {
     pub(crate) extras: Extras,
 }
 
-/// How long a guest rests between its rounds, of which one takes a tenth of a millisecond.
-/// Snapshots of it are nearly always of a rest: where that matters, it must not.
+/// How long a guest rests between its rounds, each of which takes a tenth of a millisecond. Nearly
+/// all snapshots of it fall into a rest, so a test that must not rely on that uses a restless
+/// machine.
 const REST_US: u32 = 2500;
 
 impl Machine {
-    /// A `pc` with 64 MiB and no disks, under TCG, that boots the tick guest.
+    /// A `pc` with 64 MiB and no disks, under TCG, which boots the tick guest.
     pub fn new(binary: &'static Binary) -> Machine {
         Machine {
             binary,
@@ -137,31 +138,31 @@ impl Machine {
         self
     }
 
-    /// So many CPUs; the tick guest uses two where its parameter `cpus=2` says so.
+    /// Sets the number of CPUs. The tick guest uses two with its parameter `cpus=2`.
     pub fn cpus(mut self, cpus: u32) -> Machine {
         self.cpus = cpus;
         self
     }
 
-    /// All memory is allocated at the start.
+    /// Allocates all memory at the start.
     pub fn prealloc(mut self) -> Machine {
         self.prealloc = true;
         self
     }
 
-    /// How all disks are attached.
+    /// Sets how all disks are attached.
     pub fn attach(mut self, attach: Attach) -> Machine {
         self.attach = attach;
         self
     }
 
-    /// One more disk, on a new image.
+    /// Adds a disk on a new image.
     pub fn disk(mut self, format: Format) -> Machine {
         self.disks.push(DiskWanted { format, file: None, extras: DiskExtras::default() });
         self
     }
 
-    /// One more disk, on an image that exists.
+    /// Adds a disk on an existing image.
     pub fn disk_on(mut self, file: &Path, format: Format) -> Machine {
         self.disks.push(DiskWanted {
             format,
@@ -171,21 +172,20 @@ impl Machine {
         self
     }
 
-    /// Further options of all disk devices: `iothread=io0`.
+    /// Adds options to all disk devices: `iothread=io0`.
     pub fn device_options(mut self, options: &str) -> Machine {
         self.device_options = format!(",{options}");
         self
     }
 
-    /// Parameters of the tick guest: `pages=1024 dense=64`.
+    /// Adds parameters of the tick guest: `pages=1024 dense=64`.
     pub fn append(mut self, parameters: &str) -> Machine {
         self.append = parameters.to_owned();
         self
     }
 
-    /// The guest writes all the time. Otherwise it rests between its rounds under TCG, unless it
-    /// writes densely: so that many of them do not keep each other, and what is tested, from the
-    /// CPUs.
+    /// Makes the guest write all the time. Otherwise it rests between its rounds under TCG, unless
+    /// it writes densely, so that many guests leave CPU time to each other and to the library.
     pub fn restless(mut self) -> Machine {
         self.restless = true;
         self
@@ -202,38 +202,38 @@ impl Machine {
         format!("{}{more}", self.append).trim_start().to_owned()
     }
 
-    /// One more QEMU option.
+    /// Adds a QEMU option.
     pub fn arg(mut self, arg: &str) -> Machine {
         self.args.push(arg.to_owned());
         self
     }
 
-    /// QEMU's environment has this variable.
+    /// Sets a variable in QEMU's environment.
     pub fn env(mut self, name: &str, value: &Path) -> Machine {
         self.env.push((name.to_owned(), value.to_owned()));
         self
     }
 
-    /// Does not run before `cont` (`-S`).
+    /// Keeps the guest paused until `cont` (`-S`).
     pub fn paused(mut self) -> Machine {
         self.paused = true;
         self
     }
 
-    /// Waits for `migrate-incoming` (`-incoming defer`).
+    /// Makes QEMU wait for `migrate-incoming` (`-incoming defer`).
     pub fn incoming(mut self) -> Machine {
         self.incoming = true;
         self
     }
 
-    /// QEMU runs as this user, with no groups: needs root.
+    /// Runs QEMU as this user, without groups. This needs root.
     pub fn run_as(mut self, uid: u32) -> Machine {
         self.uid = Some(uid);
         self
     }
 
-    /// The machine that continues a snapshot of this one: the same, on the disk images given,
-    /// waiting for its memory; without this one's environment (preload libraries are for the
+    /// The machine that continues a snapshot of this one: the same machine on the given disk
+    /// images, waiting for its memory, without the environment (preloaded libraries are for the
     /// original).
     pub fn for_revert(&self, disks: &[(PathBuf, Format)]) -> Machine {
         assert_eq!(disks.len(), self.disks.len(), "a snapshot has as many disks as its guest");
@@ -246,21 +246,21 @@ impl Machine {
         clone
     }
 
-    /// Starts it, in a temporary directory of its own. Returns when QEMU answers.
+    /// Starts the machine in a temporary directory of its own. Returns when QEMU answers.
     pub fn start(&self) -> Guest {
         let guest = self.spawn();
         drop(guest.control());
         guest
     }
 
-    /// Starts it, and does not wait for anything: its QEMU may yet end.
+    /// Starts the machine without waiting. QEMU can still fail.
     pub(crate) fn spawn(&self) -> Guest {
         let directory = tempfile::Builder::new()
             .prefix("instantsnap-")
             .tempdir()
             .expect("no temporary directory");
         let disks = self.make_disks(directory.path());
-        // A copy, so that a QEMU run as another user can read it.
+        // A copy that a QEMU of another user can read.
         let kernel = directory.path().join("tick.elf");
         std::fs::copy(tick_guest(), &kernel).expect("the tick guest cannot be copied");
         if let Some(uid) = self.uid {
@@ -314,8 +314,7 @@ impl Machine {
         }
         command.args(["-serial", &format!("file:{}", directory.join("serial.log").display())]);
         command.arg("-kernel").arg(kernel);
-        // The guest looks for " KEY=": the space before the first is QEMU's, after the kernel's
-        // name.
+        // The guest looks for " KEY=". QEMU puts the first space after the kernel's name.
         command.args(["-append", &self.command_line()]);
         for disk in disks {
             self.attach_disk(&mut command, disk);
@@ -356,7 +355,7 @@ impl Machine {
     }
 }
 
-/// Makes a disk image: empty, or an overlay of another.
+/// Creates a disk image: an empty one, or an overlay of another image.
 pub fn make_image(file: &Path, format: Format, backing: Option<(&Path, Format)>) {
     if format == Format::Raw {
         assert!(backing.is_none(), "a raw image has no backing file");

@@ -1,12 +1,11 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! What the tests need of the machine's packages: `scripts/deps test` installs it, and so does
-//! `scripts/debian`.
+//! The packages that the tests need. `scripts/deps test` and `scripts/debian` install them.
 
 use crate::program::skip;
 
-/// Skips the test that a package is missing for. Where `INSTANTSNAP_CI` is set nothing may be
-/// missing, and the test fails. What no package brings (KVM, huge pages, root) is not for here.
+/// Skips the test because a package is missing. With `INSTANTSNAP_CI` set it fails the test
+/// instead. Other requirements (KVM, huge pages, root) are not for this function.
 #[track_caller]
 pub fn missing_package(what: &str) -> ! {
     match std::env::var_os("INSTANTSNAP_CI") {

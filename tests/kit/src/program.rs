@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! The program that runs tests: each in a process of its own, so that a test may change its
-//! environment, crash, or hang, and no other test notices.
+//! The program that runs the tests. Each test has a process of its own, so that it can change its
+//! environment, crash or hang without affecting another test.
 //!
-//! A test that cannot be run here calls [`skip`], and is counted as ignored, with its reason. What
-//! a test prints is shown where it fails. A test that takes longer than its limit is ended, with
-//! its QEMUs, and it is said where it hung.
+//! A test that cannot be run here calls [`skip`], and is counted as ignored, with its reason. The
+//! output of a test is shown where it fails. A test that takes longer than its limit is ended
+//! together with its QEMUs, and the place where it hung is printed.
 
 use std::fs::File;
 use std::io::{Read, Seek};
@@ -22,25 +22,25 @@ use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open};
 use crate::run;
 use crate::thorough;
 
-/// Sets how long a test may take, in seconds.
+/// The variable with the time limit of a test, in seconds.
 pub const LIMIT: &str = "INSTANTSNAP_TEST_LIMIT";
-/// The function that a process of this program is for.
+/// The variable with the name of the function that a process runs.
 const FUNCTION: &str = "INSTANTSNAP_TEST_FUNCTION";
-/// The exit status of a test that was skipped. The last line that it printed is the reason.
+/// The exit status of a skipped test. The last line of its output is the reason.
 const SKIPPED: u8 = 77;
-/// What a test may need at once: two guests, and a libvirtd.
+/// The memory that a test can need: two guests and a libvirtd.
 const MEMORY_OF_A_TEST: u64 = 1 << 30;
 
-/// What a function is there for.
+/// The purpose of a function.
 #[derive(Clone, Copy, PartialEq)]
 pub enum Kind {
-    /// A test; a long one is begun before the others.
+    /// A test. Long tests are started before the others.
     Test { long: bool },
     /// Another process of a test: see [`process`].
     Process,
 }
 
-/// A function that `#[test]` or `#[process]` stands at.
+/// A function that is marked with `#[test]` or `#[process]`.
 pub struct Entry {
     pub module: &'static str,
     pub name: &'static str,
@@ -51,7 +51,7 @@ pub struct Entry {
 inventory::collect!(Entry);
 
 impl Entry {
-    /// Its path, as one names it on the command line: without the program's name.
+    /// The path that the command line names it by, without the program's name.
     fn path(&self) -> String {
         match self.module.split_once("::") {
             Some((_, module)) => format!("{module}::{}", self.name),
@@ -62,7 +62,7 @@ impl Entry {
 
 struct Skip(String);
 
-/// Ends this test: it cannot be run here, or not now, for this reason.
+/// Ends this test, which cannot be run here or now, for this reason.
 pub fn skip(reason: impl std::fmt::Display) -> ! {
     resume_unwind(Box::new(Skip(reason.to_string())))
 }
@@ -76,9 +76,9 @@ pub fn process(module: &str, name: &str) -> Command {
     command
 }
 
-/// Runs the tests that the command line asks for: all, unless it says otherwise. Its options and
-/// filters are those of every Rust test program; `--ignored` runs the functions that are no tests
-/// of their own.
+/// Runs the tests that the command line selects, which are all by default. The options and filters
+/// are those of every Rust test program. `--ignored` runs the functions that are not tests
+/// themselves.
 pub fn main() -> ExitCode {
     if let Ok(path) = std::env::var(FUNCTION) {
         // SAFETY: no other thread runs yet.
@@ -87,7 +87,7 @@ pub fn main() -> ExitCode {
     }
     let (options, filters) = split(std::env::args());
     let mut arguments = Arguments::from_iter(options);
-    arguments.test_threads = arguments.test_threads.or(Some(at_once()));
+    arguments.test_threads = arguments.test_threads.or(Some(concurrency()));
     let _run = run::begin();
     let mut entries: Vec<_> = inventory::iter::<Entry>.into_iter().collect();
     entries.sort_by_key(|entry| (entry.kind != Kind::Test { long: true }, entry.path()));
@@ -101,7 +101,7 @@ pub fn main() -> ExitCode {
     entries.retain(|entry| filters.is_empty() || asked_for(&entry.path()));
     let trial = |entry: &Entry| {
         let path = entry.path();
-        let trial = Trial::ignorable_test(path.clone(), move || run_apart(&path));
+        let trial = Trial::ignorable_test(path.clone(), move || run_in_process(&path));
         trial.with_ignored_flag(entry.kind == Kind::Process)
     };
     let conclusion = libtest_mimic::run(&arguments, entries.into_iter().map(trial).collect());
@@ -109,7 +109,8 @@ pub fn main() -> ExitCode {
     conclusion.exit_code()
 }
 
-/// Options, and names of tests, of which Rust's own test programs take several.
+/// Splits the arguments into options and names of tests. Rust's own test programs accept several
+/// names.
 fn split(arguments: impl Iterator<Item = String>) -> (Vec<String>, Vec<String>) {
     const WITH_VALUE: [&str; 6] =
         ["--color", "--format", "--logfile", "--skip", "--test-threads", "-Z"];
@@ -122,8 +123,8 @@ fn split(arguments: impl Iterator<Item = String>) -> (Vec<String>, Vec<String>) 
     (options, filters)
 }
 
-/// As many tests as there are cores, and memory for them.
-fn at_once() -> usize {
+/// The number of tests to run at once, by the machine's cores and memory.
+fn concurrency() -> usize {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let info = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
     let available = info.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
@@ -155,7 +156,7 @@ fn run_here(path: &str) -> ExitCode {
     }
 }
 
-fn run_apart(path: &str) -> Result<Completion, Failed> {
+fn run_in_process(path: &str) -> Result<Completion, Failed> {
     let began = Instant::now();
     let mut output = tempfile::tempfile()?;
     let own = Pid::as_raw(Some(rustix::process::getpid()));
@@ -164,41 +165,41 @@ fn run_apart(path: &str) -> Result<Completion, Failed> {
     command.stdout(output.try_clone()?).stderr(output.try_clone()?);
     let with_the_program = move || {
         rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?;
-        // It may have ended before that was set.
+        // The parent can have ended before the signal was set.
         match Pid::as_raw(rustix::process::getppid()) == own {
             true => Ok(()),
             false => Err(std::io::ErrorKind::BrokenPipe.into()),
         }
     };
-    // SAFETY: the closure makes two system calls, and allocates nothing.
+    // SAFETY: the closure makes two system calls and allocates nothing.
     unsafe { command.pre_exec(with_the_program) };
     let status = wait(command.spawn()?, path)?;
     let mut said = Vec::new();
     output.rewind()?;
     output.read_to_end(&mut said)?;
     let said = String::from_utf8_lossy(&said);
-    took(path, began.elapsed());
+    record_time(path, began.elapsed());
     match status.code() {
         Some(0) => Ok(Completion::Completed),
         Some(code) if code == i32::from(SKIPPED) => {
             Ok(Completion::ignored_with(said.lines().last().unwrap_or_default()))
         }
-        _ => Err(format!("{}{said}", how_it_ended(status)).into()),
+        _ => Err(format!("{}{said}", describe_end(status)).into()),
     }
 }
 
-fn how_it_ended(status: ExitStatus) -> String {
+fn describe_end(status: ExitStatus) -> String {
     status.signal().map_or(String::new(), |signal| format!("ended by signal {signal}\n"))
 }
 
-/// Waits for its end, no longer than the limit.
+/// Waits for the child's end, no longer than the limit.
 fn wait(mut child: Child, path: &str) -> std::io::Result<ExitStatus> {
     let pid = Pid::from_child(&child);
     let fd = pidfd_open(pid, PidfdFlags::empty())?;
     let limit = limit();
     let until = Timespec::try_from(limit).expect("a time that fits");
     if poll(&mut [PollFd::new(&fd, PollFlags::IN)], Some(&until))? == 0 {
-        give_up(pid, path, limit);
+        end_hanging_test(pid, path, limit);
     }
     child.wait()
 }
@@ -209,9 +210,9 @@ fn limit() -> Duration {
     Duration::from_secs(wanted.unwrap_or(otherwise))
 }
 
-/// Says what the threads of a test do, as far as there is a debugger; and takes its children along,
-/// which are QEMUs.
-fn give_up(test: Pid, path: &str, limit: Duration) {
+/// Prints what the threads of a test do, where a debugger is installed, and kills the test with its
+/// children, which are QEMUs.
+fn end_hanging_test(test: Pid, path: &str, limit: Duration) {
     eprintln!("{path} has not ended within {limit:?}: it is ended");
     let pid = test.as_raw_nonzero().to_string();
     let _ = Command::new("timeout")
@@ -233,15 +234,15 @@ fn children(pid: &str) -> Vec<Pid> {
     all.split_whitespace().filter_map(|pid| Pid::from_raw(pid.parse().ok()?)).collect()
 }
 
-static TOOK: Mutex<Vec<(Duration, String)>> = Mutex::new(Vec::new());
+static TIMES: Mutex<Vec<(Duration, String)>> = Mutex::new(Vec::new());
 
-fn took(path: &str, time: Duration) {
-    TOOK.lock().expect("nobody panics with it").push((time, path.into()));
+fn record_time(path: &str, time: Duration) {
+    TIMES.lock().expect("nobody panics with it").push((time, path.into()));
 }
 
-/// Those that took longest: where the time of a run goes.
+/// Prints the tests that took longest.
 fn print_slowest() {
-    let mut all = TOOK.lock().expect("nobody panics with it");
+    let mut all = TIMES.lock().expect("nobody panics with it");
     all.sort();
     let slow: Vec<_> = all.iter().rev().take(10).filter(|(time, _)| time.as_secs() >= 5).collect();
     if !slow.is_empty() {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! A QMP proxy that goes wrong on demand: it stands between a client and QEMU's monitor, passes
-//! everything on (file descriptors too), and at a chosen command does what a [`Fault`] says.
+//! A QMP proxy that injects faults. It stands between a client and QEMU's monitor, and passes
+//! everything on, including file descriptors. At a chosen command it does what a [`Fault`] says.
 
 use std::collections::VecDeque;
 use std::fmt;
@@ -21,35 +21,36 @@ use serde_json::{Value, json};
 
 use crate::qmp::send_with_fds;
 
-/// Changes a reply of QEMU's.
+/// An edit of a reply of QEMU's.
 pub type Edit = Box<dyn FnOnce(Value) -> Value + Send>;
 
-/// What happens to a command.
+/// A fault at a command.
 pub enum Fault {
-    /// QEMU does not get it; the client gets this error (`class` and `desc`).
+    /// QEMU does not get the command; the client gets this error (`class` and `desc`).
     Fail(Value),
-    /// QEMU does not get it, the client no answer.
+    /// QEMU does not get the command, and the client gets no reply.
     Drop,
-    /// QEMU executes it; the client gets no answer.
+    /// QEMU executes the command; the client gets no reply.
     SwallowReply,
-    /// QEMU does not get it; the client's connection is closed.
+    /// QEMU does not get the command; the client's connection is closed.
     Hangup,
-    /// QEMU executes it; the client's connection is closed in place of the answer.
+    /// QEMU executes the command; the client's connection is closed in place of the reply.
     HangupAfter,
-    /// The process is killed, as by `kill -9`, before QEMU gets it.
+    /// The process is killed, as by `kill -9`, before QEMU gets the command.
     KillBefore(u32),
-    /// The process is killed in place of the answer: QEMU has executed it.
+    /// The process is killed after QEMU has executed the command, in place of the reply.
     KillAfter(u32),
-    /// QEMU executes it; the client gets the answer changed.
+    /// QEMU executes the command; the client gets the edited reply.
     EditReply(Edit),
-    /// QEMU gets it when the test says so: see [`Proxy::hold`].
+    /// QEMU gets the command when the test releases it: see [`Proxy::hold`].
     Hold(Gate),
-    /// QEMU executes it; the answer, and all that follows, goes on when the test says so.
+    /// QEMU executes the command; the reply and all that follows it are held until the test
+    /// releases them.
     HoldReply(Gate),
 }
 
 impl Fault {
-    /// [`Fault::Fail`] with a generic error of this text.
+    /// [`Fault::Fail`] with a generic error with this text.
     pub fn fail(text: &str) -> Fault {
         Fault::Fail(json!({"class": "GenericError", "desc": text}))
     }
@@ -72,7 +73,7 @@ impl fmt::Debug for Fault {
     }
 }
 
-/// A place where a command waits for the test. Clones are the same gate.
+/// A gate at which a command waits for the test. Clones are the same gate.
 #[derive(Clone, Debug, Default)]
 pub struct Gate(Arc<(Mutex<GateState>, Condvar)>);
 
@@ -83,20 +84,20 @@ struct GateState {
 }
 
 impl Gate {
-    /// Waits until the command has come to the gate; false when the deadline passes.
+    /// Waits until the command has come to the gate. Returns false when the deadline passes.
     pub fn wait_arrived(&self, deadline: Duration) -> bool {
         let (state, changed) = &*self.0;
         let waited = changed.wait_timeout_while(lock(state), deadline, |state| !state.arrived);
         waited.expect("poisoned").0.arrived
     }
 
-    /// Lets the command go on, now or when it comes.
+    /// Lets the command pass, now or when it comes.
     pub fn release(&self) {
         lock(&self.0.0).released = true;
         self.0.1.notify_all();
     }
 
-    /// Comes to the gate, and waits there.
+    /// Comes to the gate and waits there.
     pub fn pass(&self) {
         let (state, changed) = &*self.0;
         let mut state = lock(state);
@@ -109,7 +110,7 @@ impl Gate {
 #[derive(Debug)]
 struct Rule {
     command: String,
-    /// How many more of this command must come, this one counted, until the rule applies.
+    /// How many more of this command must come, including this one, until the rule applies.
     countdown: u32,
     fault: Fault,
 }
@@ -117,20 +118,19 @@ struct Rule {
 #[derive(Debug, Default)]
 struct State {
     rules: Vec<Rule>,
-    /// Commands that always fail, with the error's text.
+    /// Commands that always fail, with the text of the error.
     failing: Vec<(String, String)>,
     hidden_events: Vec<String>,
-    /// What the client gets before each reply.
+    /// The events that the client gets before each reply.
     flood: String,
     commands: Vec<String>,
-    /// All that must be opened for the threads to end.
+    /// All gates that must be opened for the threads to end.
     gates: Vec<Gate>,
     streams: Vec<UnixStream>,
     closing: bool,
 }
 
-/// A running proxy. Several clients can come, one after the other. Dropping it ends all
-/// connections.
+/// A running proxy. It serves clients one after the other. Dropping it closes all connections.
 #[derive(Debug)]
 pub struct Proxy {
     listen: PathBuf,
@@ -140,7 +140,7 @@ pub struct Proxy {
 }
 
 impl Proxy {
-    /// Listens on `listen`; each client is given a connection of its own to QEMU's socket.
+    /// Listens on `listen`. Each client gets a connection of its own to QEMU's socket.
     pub fn start(listen: &Path, qemu: &Path) -> Proxy {
         let listener = UnixListener::bind(listen)
             .unwrap_or_else(|error| panic!("{}: {error}", listen.display()));
@@ -158,7 +158,7 @@ impl Proxy {
         &self.listen
     }
 
-    /// Once, at the `occurrence`-th `command` from now on (1: the next), this fault.
+    /// Injects this fault once, at the `occurrence`-th `command` from now on (1 is the next).
     pub fn rule(&self, command: &str, occurrence: u32, fault: Fault) {
         assert!(occurrence > 0, "occurrences count from 1");
         let mut state = lock(&self.state);
@@ -168,37 +168,37 @@ impl Proxy {
         state.rules.push(Rule { command: command.to_owned(), countdown: occurrence, fault });
     }
 
-    /// [`Fault::Hold`] with a new gate: the test can wait there for the command, do something, and
-    /// let it go on.
+    /// Injects [`Fault::Hold`] with a new gate, at which the test can wait for the command, act,
+    /// and let the command pass.
     pub fn hold(&self, command: &str, occurrence: u32) -> Gate {
         let gate = Gate::default();
         self.rule(command, occurrence, Fault::Hold(gate.clone()));
         gate
     }
 
-    /// [`Fault::HoldReply`] with a new gate.
+    /// Injects [`Fault::HoldReply`] with a new gate.
     pub fn hold_reply(&self, command: &str, occurrence: u32) -> Gate {
         let gate = Gate::default();
         self.rule(command, occurrence, Fault::HoldReply(gate.clone()));
         gate
     }
 
-    /// Every `command` fails with this text from now on, until [`Proxy::mend`].
+    /// Makes every `command` fail with this text until [`Proxy::mend`].
     pub fn fail_every(&self, command: &str, text: &str) {
         lock(&self.state).failing.push((command.to_owned(), text.to_owned()));
     }
 
-    /// Undoes [`Proxy::fail_every`].
+    /// Ends [`Proxy::fail_every`].
     pub fn mend(&self, command: &str) {
         lock(&self.state).failing.retain(|(failing, _)| failing != command);
     }
 
-    /// Events of this name do not reach the client.
+    /// Hides events of this name from the client.
     pub fn hide_event(&self, name: &str) {
         lock(&self.state).hidden_events.push(name.to_owned());
     }
 
-    /// From now on so many events of this name come before each reply.
+    /// Sends this many events of this name before each reply.
     pub fn flood(&self, event: &str, count: usize) {
         let event =
             json!({ "event": event, "data": {}, "timestamp": { "seconds": 1, "microseconds": 2 } });
@@ -210,12 +210,13 @@ impl Proxy {
         lock(&self.state).commands.clone()
     }
 
-    /// Closes all connections that there are; new ones are welcome.
+    /// Closes the present connections. New clients can connect.
     pub fn hang_up(&self) {
         lock(&self.state).streams.drain(..).for_each(|stream| hang_up(&stream));
     }
 
-    /// Rules that have not applied yet: a test that injects a fault asserts that there are none.
+    /// The number of rules that have not applied yet. A test that injects a fault asserts that none
+    /// is left.
     pub fn rules_left(&self) -> usize {
         lock(&self.state).rules.len()
     }
@@ -229,7 +230,7 @@ impl Drop for Proxy {
             state.gates.iter().for_each(Gate::release);
             state.streams.iter().for_each(hang_up);
         }
-        // Wakes the accepting thread, also where the socket's file is gone with its directory.
+        // This wakes the accepting thread, even where the socket's file has been removed.
         let _ = rustix::net::shutdown(&self.listener, rustix::net::Shutdown::Both);
         if let Some(accepting) = self.accepting.take() {
             let _ = accepting.join();
@@ -238,7 +239,7 @@ impl Drop for Proxy {
     }
 }
 
-/// A poisoned lock is a panic elsewhere that has been reported already.
+/// A poisoned lock means a panic elsewhere that has been reported already.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
 }
@@ -250,7 +251,8 @@ fn hang_up(stream: &UnixStream) {
 fn accept(listener: &UnixListener, qemu: &Path, state: &Arc<Mutex<State>>) {
     let mut threads = Vec::new();
     while let Ok((client, _)) = listener.accept() {
-        // QEMU gone: the client sees its connection close, as it would without us.
+        // Where QEMU has ended, the client's connection is closed, as it would be without the
+        // proxy.
         let server = UnixStream::connect(qemu);
         let mut locked = lock(state);
         if locked.closing {
@@ -266,7 +268,7 @@ fn accept(listener: &UnixListener, qemu: &Path, state: &Arc<Mutex<State>>) {
         for direction in [Connection::commands, Connection::replies] {
             let connection = connection.clone();
             threads.push(std::thread::spawn(move || {
-                let _ = direction(&connection); // an error is the end of the connection
+                let _ = direction(&connection); // an error ends the connection
                 hang_up(&connection.client);
                 hang_up(&connection.server);
             }));
@@ -277,7 +279,7 @@ fn accept(listener: &UnixListener, qemu: &Path, state: &Arc<Mutex<State>>) {
     }
 }
 
-/// What is to be done with the reply to a command that QEMU has been given.
+/// The treatment of the reply to a command that QEMU has been given.
 enum Expected {
     PassOn,
     Swallow,
@@ -292,7 +294,7 @@ struct Connection {
     server: UnixStream,
     /// Both threads write to the client.
     writing: Mutex<()>,
-    /// The ids of commands without a reply yet, oldest first.
+    /// The ids of commands that have no reply yet, oldest first.
     expected: Mutex<VecDeque<(Value, Expected)>>,
     state: Arc<Mutex<State>>,
 }
@@ -303,7 +305,7 @@ impl Connection {
         Connection { client, server, writing, expected, state }
     }
 
-    /// Client to QEMU.
+    /// Passes commands from the client to QEMU.
     fn commands(&self) -> io::Result<()> {
         let mut line = Vec::new();
         let mut fds_of_line = Vec::new();
@@ -314,7 +316,7 @@ impl Connection {
             if length == 0 {
                 return Ok(());
             }
-            // File descriptors come with the end of what was received: with its last line.
+            // File descriptors belong to the last line of what was received.
             let earlier = buffer[..length - 1].iter().rposition(|byte| *byte == b'\n');
             let last_line = earlier.map_or(0, |newline| newline + 1);
             for (index, byte) in buffer[..length].iter().enumerate() {
@@ -364,7 +366,7 @@ impl Connection {
         send_with_fds(&self.server, line, &fds)
     }
 
-    /// Notes the command, and finds the fault that applies to it now.
+    /// Records the command, and finds the fault that applies to it now.
     fn fault_for(&self, name: &str) -> Option<Fault> {
         let mut state = lock(&self.state);
         state.commands.push(name.to_owned());
@@ -379,7 +381,7 @@ impl Connection {
         Some(Fault::fail(&failing.1))
     }
 
-    /// QEMU to client.
+    /// Passes replies from QEMU to the client.
     fn replies(&self) -> io::Result<()> {
         let mut server = BufReader::new(&self.server);
         let mut line = Vec::new();
@@ -388,7 +390,7 @@ impl Connection {
             if message.get("return").is_some() || message.get("error").is_some() {
                 let flood = lock(&self.state).flood.clone();
                 self.to_client(flood.as_bytes())?;
-                match self.expectation(&message["id"]) {
+                match self.expected_reply(&message["id"]) {
                     Expected::PassOn => self.to_client(&line)?,
                     Expected::Swallow => {}
                     Expected::HangUp => return Ok(()),
@@ -414,8 +416,8 @@ impl Connection {
         message["event"].as_str().is_some_and(|name| hidden.iter().any(|event| event == name))
     }
 
-    /// What was planned for the reply with this id; replies without one come in order.
-    fn expectation(&self, id: &Value) -> Expected {
+    /// The treatment of the reply with this id. Replies without an id come in order.
+    fn expected_reply(&self, id: &Value) -> Expected {
         let mut expected = lock(&self.expected);
         let index = expected.iter().position(|(other, _)| other == id).unwrap_or(0);
         expected.remove(index).map_or(Expected::PassOn, |(_, expected)| expected)
@@ -429,10 +431,10 @@ impl Connection {
 
 fn kill(pid: u32) {
     let pid = i32::try_from(pid).ok().and_then(Pid::from_raw).expect("a process id");
-    let _ = kill_process(pid, Signal::KILL); // gone already: as wanted
+    let _ = kill_process(pid, Signal::KILL); // gone already is fine
 }
 
-/// Reads some bytes, and appends the file descriptors that came with them.
+/// Reads some bytes, and appends the file descriptors that arrive with them.
 fn receive(stream: &UnixStream, buffer: &mut [u8], fds: &mut Vec<OwnedFd>) -> io::Result<usize> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(16))];
     let mut control = RecvAncillaryBuffer::new(&mut space);

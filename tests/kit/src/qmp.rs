@@ -16,16 +16,16 @@ use serde_json::{Value, json};
 use crate::daemon::Daemon;
 use crate::wait::{DEADLINE, wait_for};
 
-/// An event of QEMU's.
+/// An event of QEMU.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Event {
     pub name: String,
     pub data: Value,
-    /// When it happened, by QEMU's clock: microseconds since 1970.
+    /// The time of the event by QEMU's clock, in microseconds since 1970.
     pub timestamp_us: u64,
 }
 
-/// A way to give a QEMU commands.
+/// A client that gives commands to a QEMU.
 #[derive(Debug)]
 pub struct Client(Transport);
 
@@ -35,12 +35,12 @@ enum Transport {
     Libvirt(Daemon, String),
 }
 
-/// A connection to a QMP socket, past its greeting.
+/// A connection to a QMP socket, after its greeting.
 #[derive(Debug)]
 struct Connection {
     stream: UnixStream,
     reader: BufReader<UnixStream>,
-    /// A line of which only the beginning has come yet.
+    /// The beginning of a line that has not arrived completely.
     partial: Vec<u8>,
     events: VecDeque<Event>,
     next_id: u64,
@@ -53,12 +53,12 @@ impl Client {
         Ok(Client(Transport::Socket(Connection::open(path)?)))
     }
 
-    /// A client by way of `virsh qemu-monitor-command`.
+    /// A client that uses `virsh qemu-monitor-command`.
     pub(crate) fn through_libvirt(daemon: Daemon, domain: String) -> Client {
         Client(Transport::Libvirt(daemon, domain))
     }
 
-    /// Executes a command; the error is QEMU's (`class`, `desc`), or of the class `Disconnected`.
+    /// Executes a command. The error is QEMU's (`class`, `desc`), or has the class `Disconnected`.
     pub fn execute(&mut self, command: &str, arguments: Value) -> Result<Value, Value> {
         match &mut self.0 {
             Transport::Socket(connection) => connection.request(command, arguments, &[]),
@@ -78,14 +78,14 @@ impl Client {
         self.connection().request(command, arguments, &[fd])
     }
 
-    /// The events that have come so far, taken out.
+    /// Takes the events that have arrived so far.
     pub fn events(&mut self) -> Vec<Event> {
         let connection = self.connection();
         let _ = connection.collect(Duration::ZERO);
         connection.events.drain(..).collect()
     }
 
-    /// Waits for an event, and takes it out, with those before it.
+    /// Waits for an event. Takes it and those before it.
     pub fn wait_event(&mut self, name: &str) -> Option<Event> {
         let connection = self.connection();
         wait_for(DEADLINE, || {
@@ -162,7 +162,7 @@ impl Connection {
         }
     }
 
-    /// Reads what there is, and what comes within `patience`, up to the first event.
+    /// Reads what is there, and what arrives within `patience`, up to the first event.
     fn collect(&mut self, patience: Duration) -> io::Result<()> {
         let mut patience = patience;
         loop {
@@ -187,10 +187,10 @@ impl Connection {
     fn read(&mut self, patience: Duration) -> io::Result<Value> {
         let end = Instant::now() + patience;
         loop {
-            // A timeout of zero would mean none.
+            // A timeout of zero would mean no timeout.
             let left = end.saturating_duration_since(Instant::now());
             self.stream.set_read_timeout(Some(left.max(Duration::from_millis(1))))?;
-            // What has been read of a line stays in `partial` when the timeout comes first.
+            // The part of a line that was read before a timeout stays in `partial`.
             if self.reader.read_until(b'\n', &mut self.partial)? == 0 {
                 return Err(io::ErrorKind::UnexpectedEof.into());
             }
@@ -203,7 +203,7 @@ impl Connection {
     }
 }
 
-/// Writes all of `bytes`, the file descriptors with the first of them.
+/// Writes all of `bytes`, with the file descriptors at the first of them.
 pub(crate) fn send_with_fds(
     stream: &UnixStream,
     bytes: &[u8],

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! A memory image in libvirt's format brought back with nothing but `virsh`.
+//! Restores a memory image in libvirt's format with `virsh` only.
 
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
@@ -17,8 +17,7 @@ pub fn restore(
     edit: impl FnOnce(String) -> String,
 ) -> Guest {
     let directory = daemon.guest_directory();
-    // A copy, so that a daemon of another user can read it, and a system daemon does not change its
-    // owner.
+    // A copy, which a daemon of another user can read, and whose owner a system daemon may change.
     let memory = directory.path().join("memory");
     std::fs::copy(image, &memory).unwrap_or_else(|error| panic!("{}: {error}", image.display()));
     std::fs::set_permissions(&memory, std::fs::Permissions::from_mode(0o600))
@@ -51,7 +50,7 @@ pub fn restore(
     guest
 }
 
-/// A disk on a new overlay of its image. What cannot be written is left as it is.
+/// Puts a disk on a new overlay of its image. Disks that cannot be written stay as they are.
 fn on_overlay(disk: &str, directory: &Path, disks: &mut Vec<Disk>) -> String {
     if disk.contains("device='cdrom'")
         || disk.contains("device='floppy'")
@@ -59,7 +58,7 @@ fn on_overlay(disk: &str, directory: &Path, disks: &mut Vec<Disk>) -> String {
     {
         return disk.to_owned();
     }
-    // What is beneath the image is QEMU's to find out.
+    // QEMU finds the images below by itself.
     let disk = edit_elements(disk, "backingStore", |_| String::new());
     let (before, after) =
         match (part(&disk, "<source file='", "'"), part(&disk, "<source dev='", "'")) {
@@ -83,7 +82,7 @@ fn on_overlay(disk: &str, directory: &Path, disks: &mut Vec<Disk>) -> String {
     xml
 }
 
-/// UEFI variables in a copy: QEMU writes what it loads back to the file.
+/// Copies UEFI variables, because QEMU writes what it loads back to the file.
 fn copied(nvram: &str, directory: &Path) -> String {
     let Some(path) = part(nvram, "<source file='", "'").or_else(|| part(nvram, ">", "</nvram>"))
     else {
@@ -94,8 +93,8 @@ fn copied(nvram: &str, directory: &Path) -> String {
     nvram.replace(path, &copy.display().to_string())
 }
 
-/// Each outermost element of this name, edited. libvirt writes XML in one form only, which makes
-/// this enough.
+/// Edits each outermost element of this name. This suffices because libvirt writes XML in one form
+/// only.
 fn edit_elements(xml: &str, name: &str, mut edit: impl FnMut(&str) -> String) -> String {
     let (mut result, mut rest) = (String::new(), xml);
     while let Some(start) = find_start(rest, name) {
@@ -142,7 +141,7 @@ fn element_length(xml: &str, name: &str) -> usize {
     }
 }
 
-/// What is between two strings.
+/// The text between two strings.
 fn part<'a>(text: &'a str, before: &str, after: &str) -> Option<&'a str> {
     let (_, rest) = text.split_once(before)?;
     Some(rest.split_once(after)?.0)

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! What the tests of one run share: files that each would make anew, and what each would find out
-//! anew. The program that runs them has a directory for it, which ends with it.
+//! Files and results that the tests of one run share. The program that runs the tests has a
+//! directory for them, which it removes at its end.
 
 use std::path::PathBuf;
 
@@ -11,12 +11,12 @@ use crate::compile::workspace;
 
 const DIRECTORY: &str = "INSTANTSNAP_TEST_RUN";
 
-/// The run. Its directory is removed when it is dropped.
+/// The run. Dropping it removes its directory.
 pub struct Run {
     _directory: Option<TempDir>,
 }
 
-/// Begins a run, unless this program is part of one.
+/// Begins a run, unless this program is already part of one.
 pub fn begin() -> Run {
     if directory().is_some() {
         return Run { _directory: None };
@@ -25,7 +25,7 @@ pub fn begin() -> Run {
     std::fs::create_dir_all(&parent).expect("target/testkit cannot be created");
     let own = tempfile::Builder::new().prefix("run-").tempdir_in(parent);
     let own = own.expect("a directory in target/testkit");
-    // QEMU and libvirtd run as other users than root, too.
+    // QEMU and libvirtd also run as other users than root.
     let readable = std::os::unix::fs::PermissionsExt::from_mode(0o755);
     std::fs::set_permissions(own.path(), readable).expect("a directory of our own");
     // SAFETY: no other thread runs yet.
@@ -33,12 +33,12 @@ pub fn begin() -> Run {
     Run { _directory: Some(own) }
 }
 
-/// The run's directory, in a test of one.
+/// The run's directory, for a test that is part of a run.
 pub fn directory() -> Option<PathBuf> {
     std::env::var_os(DIRECTORY).map(PathBuf::from)
 }
 
-/// What `find_out` says: once in a run, unless two tests ask at the same time.
+/// The result of `find_out`, which is called once in a run, unless two tests ask at the same time.
 pub fn once(key: &str, find_out: impl FnOnce() -> String) -> String {
     let Some(directory) = directory() else { return find_out() };
     let file = directory.join(key.replace('/', "_"));
@@ -47,7 +47,7 @@ pub fn once(key: &str, find_out: impl FnOnce() -> String) -> String {
     }
     let found = find_out();
     let own = file.with_extension(std::process::id().to_string());
-    // Whole, or not there.
+    // The file is complete or absent.
     std::fs::write(&own, &found)
         .and_then(|()| std::fs::rename(&own, &file))
         .expect("the directory of this run can be written");

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! What the tick guest says on its serial line, read from the log file that QEMU writes.
+//! The output of the tick guest on its serial line, read from the log file that QEMU writes.
 
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
@@ -9,15 +9,15 @@ use std::path::Path;
 /// The state of a tick guest, by the last lines of its log.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Serial {
-    /// The last number it has counted to; `None` before the first.
+    /// The last number that it has counted to; `None` before the first.
     pub tick: Option<u32>,
-    /// The line by which it said that its memory or disks do not agree (`TORN ...`), or that it
-    /// cannot go on (`FAIL ...`). It is the last line then.
+    /// The line that reports that its memory or disks do not agree (`TORN ...`), or that it cannot
+    /// continue (`FAIL ...`). It is the last line.
     pub trouble: Option<String>,
 }
 
 impl Serial {
-    /// Reads the end of the log: it grows by hundreds of lines a second, and only its end matters.
+    /// Reads the end of the log, which grows by hundreds of lines a second.
     pub fn read(log: &Path) -> Serial {
         let mut text = Vec::new();
         if let Ok(mut file) = File::open(log) {
@@ -26,8 +26,8 @@ impl Serial {
             let _ = file.read_to_end(&mut text);
         }
         let text = String::from_utf8_lossy(&text);
-        // What follows the last newline is a line that is not complete yet; what comes before the
-        // first may be the end of a line cut off.
+        // The text after the last newline is an incomplete line, and the text before the first
+        // newline can be the end of one.
         let complete = text.rsplit_once('\n').map_or("", |(complete, _)| complete);
         let mut serial = Serial::default();
         for line in complete.lines() {

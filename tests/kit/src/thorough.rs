@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! Tests that there is not always time for.
+//! Tests that only the long run has time for.
 
 use crate::program::skip;
 
-/// Whether `INSTANTSNAP_TEST_LONG` is set: the test may take longer.
+/// Whether `INSTANTSNAP_TEST_LONG` is set, so that tests may take longer.
 pub fn thorough() -> bool {
     std::env::var_os("INSTANTSNAP_TEST_LONG").is_some()
 }

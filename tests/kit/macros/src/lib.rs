@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! `#[test]` and `#[process]`: they tell the test program of a function. `instantsnap-testkit`
-//! exports them; its module `program` says what they do.
+//! `#[test]` and `#[process]` register a function with the test program. `instantsnap-testkit`
+//! exports them, and its module `program` describes them.
 
 use proc_macro::{TokenStream, TokenTree};
 
-/// A test, run in a process of its own. `#[test(long)]`: begun before those that are not.
+/// Marks a test, which runs in a process of its own. `#[test(long)]` tests are started before the
+/// others.
 #[proc_macro_attribute]
 pub fn test(arguments: TokenStream, function: TokenStream) -> TokenStream {
     let kind = match arguments.to_string().as_str() {
@@ -16,7 +17,7 @@ pub fn test(arguments: TokenStream, function: TokenStream) -> TokenStream {
     registered(function, kind)
 }
 
-/// What a test runs in another process of this program, by `program::process()`.
+/// Marks a function that a test runs in another process of this program, by `program::process()`.
 #[proc_macro_attribute]
 pub fn process(_: TokenStream, function: TokenStream) -> TokenStream {
     registered(function, "Kind::Process")

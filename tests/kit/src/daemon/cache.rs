@@ -1,22 +1,22 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! What libvirt has found out about QEMU binaries, handed from daemon to daemon: it takes seconds
-//! to find out.
+//! libvirt's capabilities of QEMU binaries, passed from daemon to daemon because it takes libvirt
+//! seconds to probe them.
 //!
-//! libvirt itself checks whether it still holds (time stamps of the binaries, the kernel, KVM), so
-//! that a stale entry costs time and nothing else.
+//! libvirt itself checks whether they are still valid (time stamps of the binaries, the kernel,
+//! KVM), so a stale entry only costs time.
 
 use std::path::{Path, PathBuf};
 
 use super::layout::Layout;
 use crate::compile::workspace;
 
-/// Gives a daemon that is not started yet what is known.
+/// Gives a daemon that is not started yet the kept capabilities.
 pub fn seed(layout: &Layout) {
     let target = layout.capabilities();
     std::fs::create_dir_all(&target).expect("the capabilities' directory");
     for file in files(&kept(layout)) {
-        // Another process may be about to replace it: what is read is whole all the same.
+        // Another process can replace the file at any time, but each version is complete.
         let name = file.file_name().expect("a name");
         let _ = std::fs::copy(&file, target.join(name));
     }
@@ -30,7 +30,7 @@ pub fn seed(layout: &Layout) {
     }
 }
 
-/// Keeps what a daemon knows.
+/// Keeps the daemon's capabilities.
 pub fn keep(layout: &Layout) {
     let target = kept(layout);
     std::fs::create_dir_all(&target).expect("target/testkit cannot be created");
@@ -39,7 +39,8 @@ pub fn keep(layout: &Layout) {
         if same(&file, &whole) {
             continue;
         }
-        // Visible only whole: others do the same at the same time.
+        // The rename makes the complete file visible, because other processes do the same at the
+        // same time.
         if let Ok(own) = tempfile::NamedTempFile::new_in(&target) {
             let _ = std::fs::copy(&file, own.path()).map(|_| own.persist(&whole));
         }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! Where a private libvirtd has its files, and how it is configured and started.
+//! The files of a private libvirtd, its configuration and its command line.
 
 use std::os::unix::fs::{PermissionsExt, chown, symlink};
 use std::path::{Path, PathBuf};
@@ -9,12 +9,13 @@ use super::Mode;
 
 pub const LIBVIRTD: &str = "/usr/sbin/libvirtd";
 
-/// `nobody`, where the tests run as root: a user's session must not be root's.
+/// The user `nobody`, where the tests run as root: a session must not be root's.
 const SESSION_USER: u32 = 65534;
-/// The user of a system daemon's QEMUs; Debian's `libvirt-qemu` has this number.
+/// The user of a system daemon's QEMUs. Debian's `libvirt-qemu` has this number.
 const SYSTEM_QEMU_USER: u32 = 64055;
 
-/// What a system daemon must not see of the machine, and the directory that it sees in its place.
+/// The directories of the machine that a system daemon must not see, and the directories that it
+/// sees in their place.
 const COVERED: [(&str, &str); 5] = [
     ("etc", "/etc/libvirt"),
     ("run", "/run/libvirt"),
@@ -28,12 +29,12 @@ pub struct Layout {
     mode: Mode,
     directory: PathBuf,
     covered: Vec<(PathBuf, String)>,
-    /// By TCP too.
+    /// Whether it listens on TCP too.
     listens: bool,
 }
 
 impl Layout {
-    /// Makes directories and configuration.
+    /// Creates the directories and the configuration.
     pub fn make(mode: Mode, directory: &Path) -> Layout {
         let mut layout =
             Layout { mode, directory: directory.to_owned(), covered: Vec::new(), listens: false };
@@ -52,7 +53,8 @@ impl Layout {
         ] {
             std::fs::create_dir_all(directory.join(name)).expect("a directory of the daemon's");
         }
-        // QEMU's driver alone: the others look after the machine's networks, devices and disks.
+        // Only QEMU's driver is loaded: the other drivers manage the machine's networks, devices
+        // and disks.
         let driver = "libvirt_driver_qemu.so";
         symlink(Path::new(DRIVERS).join(driver), directory.join("drivers").join(driver))
             .expect("a link to the driver");
@@ -63,7 +65,7 @@ impl Layout {
         layout
     }
 
-    /// Adds lines to its libvirtd.conf.
+    /// Adds lines to libvirtd.conf.
     pub fn configure(&mut self, lines: &str) {
         self.listens = lines.contains("listen_tcp");
         let file = self.config();
@@ -105,7 +107,7 @@ impl Layout {
              cgroup_controllers = []\n"
         );
         write(&self.directory.join("etc/qemu.conf"), &qemu);
-        // Clients do not see the namespace: the sockets are outside of what is covered there.
+        // Clients do not see the namespace, so the sockets are outside the covered directories.
         let libvirtd = format!(
             "unix_sock_dir = \"{}\"\n\
              unix_sock_rw_perms = \"0777\"\n\
@@ -115,18 +117,18 @@ impl Layout {
         );
         write(&self.directory.join("etc/libvirtd.conf"), &libvirtd);
         for (name, target) in COVERED {
-            // Where libvirt is not set up there is nothing to cover, but it must not be created by
-            // libvirtd either.
+            // Where libvirt is not set up there is nothing to cover, but libvirtd must not create
+            // the directory.
             std::fs::create_dir_all(target).unwrap_or_else(|error| panic!("{target}: {error}"));
             self.covered.push((self.directory.join(name), target.to_owned()));
         }
-        self.offer_kvm();
-        self.know_qemu_user();
+        self.allow_kvm();
+        self.add_qemu_user();
     }
 
-    /// Debian's libvirt does not start before it has found `libvirt-qemu`, whom only the package of
-    /// the service makes.
-    fn know_qemu_user(&mut self) {
+    /// Debian's libvirt does not start without the user `libvirt-qemu`, which only the service's
+    /// package creates.
+    fn add_qemu_user(&mut self) {
         let ids = format!("{SYSTEM_QEMU_USER}");
         for (file, line) in [
             ("passwd", format!("libvirt-qemu:x:{ids}:{ids}::/nonexistent:/usr/sbin/nologin\n")),
@@ -143,8 +145,8 @@ impl Layout {
         }
     }
 
-    /// KVM for QEMU's user, as udev gives it by a group that this user is not in.
-    fn offer_kvm(&mut self) {
+    /// Makes KVM accessible to QEMU's user, who is not in the group to which udev gives it.
+    fn allow_kvm(&mut self) {
         let Ok(kvm) = rustix::fs::stat("/dev/kvm") else {
             return;
         };
@@ -163,22 +165,22 @@ impl Layout {
         }
     }
 
-    /// The one directory with everything in it.
+    /// The one directory with all files.
     pub fn directory(&self) -> &Path {
         &self.directory
     }
 
-    /// What to mount over what.
+    /// The bind mounts, as source and target.
     pub fn mounts(&self) -> &[(PathBuf, String)] {
         &self.covered
     }
 
-    /// Who the daemon runs as, if not as ourselves.
+    /// The daemon's user, if it is not this process's.
     pub fn daemon_user(&self) -> Option<u32> {
         (self.mode == Mode::Session && rustix::process::geteuid().is_root()).then_some(SESSION_USER)
     }
 
-    /// Who QEMU runs as.
+    /// QEMU's user.
     pub fn user(&self) -> u32 {
         match self.mode {
             Mode::Session => self.daemon_user().unwrap_or(rustix::process::geteuid().as_raw()),
@@ -186,7 +188,7 @@ impl Layout {
         }
     }
 
-    /// Its command line.
+    /// The daemon's command line.
     pub fn libvirtd(&self) -> Vec<String> {
         let own = |name: &str| self.directory.join(name).display().to_string();
         let config = self.config().display().to_string();
@@ -198,7 +200,7 @@ impl Layout {
         words
     }
 
-    /// Its environment, whole.
+    /// The daemon's complete environment.
     pub fn environment(&self) -> Vec<(&'static str, PathBuf)> {
         let own = |name: &str| self.directory.join(name);
         let mut environment = vec![
@@ -231,7 +233,7 @@ impl Layout {
         self.directory.join("libvirtd.log")
     }
 
-    /// Where QEMUs' logs are.
+    /// The directory of QEMU's logs.
     pub fn qemu_logs(&self) -> PathBuf {
         self.directory.join(match self.mode {
             Mode::Session => "cache/libvirt/qemu/log",
@@ -239,7 +241,7 @@ impl Layout {
         })
     }
 
-    /// Where QEMUs' process ids are.
+    /// The directory of QEMU's process ids.
     pub fn pid_files(&self) -> PathBuf {
         self.directory.join(match self.mode {
             Mode::Session => "run/libvirt/qemu/run",
@@ -247,7 +249,7 @@ impl Layout {
         })
     }
 
-    /// Where libvirt keeps what it has found out about QEMU binaries.
+    /// The directory of libvirt's capabilities of QEMU binaries.
     pub fn capabilities(&self) -> PathBuf {
         self.directory.join(match self.mode {
             Mode::Session => "cache/libvirt/qemu/cache/capabilities",
@@ -255,7 +257,7 @@ impl Layout {
         })
     }
 
-    /// What is found out depends on who finds it out, and with which libvirt.
+    /// The capabilities depend on the user and on libvirt's version.
     pub fn capabilities_key(&self) -> String {
         let (major, minor, micro) = super::Daemon::version();
         format!("{:?}-{}-{major}.{minor}.{micro}", self.mode, self.user()).to_lowercase()

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! A snapshot by hand is right in the right order, and torn in the wrong one: the control
+//! A snapshot by single commands is right in the right order and torn in the wrong one: the control
 //! experiment without which "the guest counts on" would prove nothing.
 
 use instantsnap_testkit::by_hand::{Resume, begin, restore_clone};
@@ -9,7 +9,7 @@ use instantsnap_testkit::{
 };
 use serde_json::json;
 
-/// Snapshot, go on, bring back, twice from one guest.
+/// Takes a snapshot and restores a clone, twice from one guest.
 fn round_trip(what: &str, machine: Machine) {
     let guest = machine.start();
     guest.wait_ticks(20);
@@ -28,7 +28,7 @@ fn round_trip(what: &str, machine: Machine) {
 }
 
 #[test]
-fn the_right_order_is_right() {
+fn snapshot_in_the_right_order_is_of_one_moment() {
     for binary in Binary::any() {
         for attach in [Attach::Drive, Attach::Blockdev] {
             let machine = Machine::new(binary)
@@ -45,7 +45,7 @@ fn the_right_order_is_right() {
 }
 
 #[test]
-fn resuming_before_tracking_is_armed_tears() {
+fn resuming_before_arming_tears_the_snapshot() {
     for binary in Binary::any() {
         let directory = tempfile::tempdir().expect("a directory");
         let release = directory.path().join("release");
@@ -64,7 +64,7 @@ fn resuming_before_tracking_is_armed_tears() {
 }
 
 #[test]
-fn the_right_order_is_right_with_a_late_arm() {
+fn snapshot_in_the_right_order_is_of_one_moment_with_late_arming() {
     for binary in Binary::any() {
         let directory = tempfile::tempdir().expect("a directory");
         let release = directory.path().join("release");
@@ -72,7 +72,7 @@ fn the_right_order_is_right_with_a_late_arm() {
         guest.wait_ticks(20);
         let snapshot = std::thread::scope(|scope| {
             scope.spawn(|| {
-                // Once it has stood still for so long it is paused.
+                // A guest that has not counted for this long is paused.
                 let tick = || guest.serial().tick;
                 let mut last = tick();
                 let still = || {
@@ -91,7 +91,7 @@ fn the_right_order_is_right_with_a_late_arm() {
 }
 
 #[test]
-fn a_fingerprint_shows_what_a_snapshot_changes_and_nothing_else() {
+fn fingerprint_shows_exactly_what_a_snapshot_changes() {
     for binary in Binary::any() {
         for attach in [Attach::Drive, Attach::Blockdev] {
             let guest = Machine::new(binary).attach(attach).disk(Format::Qcow2).start();
@@ -111,7 +111,7 @@ fn a_fingerprint_shows_what_a_snapshot_changes_and_nothing_else() {
 }
 
 #[test]
-fn a_fingerprint_is_the_same_after_a_switch_and_back() {
+fn fingerprint_is_equal_after_a_switch_and_its_undo() {
     for binary in Binary::any() {
         for attach in [Attach::Drive, Attach::Blockdev] {
             let guest = Machine::new(binary).attach(attach).disk(Format::Qcow2).start();

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! Guests of a private libvirtd, in both of its modes: started, saved, brought back, and nothing
+//! Guests of a private libvirtd in both modes: they are started, saved and restored, and nothing is
 //! left of them.
 
 use std::path::{Path, PathBuf};
@@ -12,9 +12,9 @@ use instantsnap_testkit::{
     wait_for,
 };
 
-/// Saved by libvirt itself, and brought back under another daemon.
+/// libvirt itself saves the guest, and another daemon restores it.
 #[test]
-fn a_saved_guest_is_brought_back() {
+fn saved_guest_can_be_restored() {
     for binary in Binary::under_libvirt() {
         for daemon in Daemon::all() {
             for (machine_type, disks) in [(MachineType::Pc, 1), (MachineType::Q35, 3)] {
@@ -43,9 +43,9 @@ fn a_saved_guest_is_brought_back() {
     }
 }
 
-/// A disk of another moment is noticed.
+/// The guest notices a disk of another moment.
 #[test]
-fn a_torn_image_is_noticed() {
+fn torn_image_is_noticed() {
     let daemon = Daemon::session();
     let guest = Machine::new(&Binary::all()[0]).disk(Format::Raw).start_under(&daemon);
     guest.wait_ticks(10);
@@ -78,7 +78,7 @@ fn qemu_outlives_its_daemon() {
 }
 
 #[test]
-fn a_domain_is_what_is_asked_for() {
+fn domain_matches_the_requested_machine() {
     let daemon = Daemon::session();
     let machine = Machine::new(&Binary::all()[0])
         .name("extras")
@@ -124,7 +124,7 @@ fn a_domain_is_what_is_asked_for() {
 }
 
 #[test]
-fn a_fingerprint_stays_the_same_by_itself() {
+fn fingerprint_of_an_unchanged_domain_is_stable() {
     for binary in Binary::under_libvirt() {
         let daemon = Daemon::session();
         let guest = Machine::new(binary).disk(Format::Qcow2).start_under(&daemon);
@@ -143,7 +143,7 @@ fn a_fingerprint_stays_the_same_by_itself() {
     }
 }
 
-/// Whether a process with this text in its command line is there.
+/// Whether a process with this text in its command line exists.
 fn runs(text: &str) -> bool {
     let processes = std::fs::read_dir("/proc").unwrap().flatten();
     processes.into_iter().any(|process| {
@@ -157,14 +157,14 @@ fn gone(directory: &Path) -> bool {
 }
 
 #[test]
-fn nothing_is_left_of_a_test_that_fails() {
+fn failing_test_leaves_nothing() {
     for daemon in Daemon::all() {
         let directory: PathBuf = daemon.directory().to_owned();
         let failed = std::panic::catch_unwind(|| {
             let guest = Machine::new(&Binary::all()[0]).disk(Format::Raw).start_under(&daemon);
             guest.wait_ticks(1);
             assert!(runs(&format!("{}/", directory.display())));
-            let daemon = daemon; // the last of them
+            let daemon = daemon; // the last clone of it
             guest.fail(&format!("as it should {daemon:?}"));
         });
         assert!(failed.is_err());
@@ -172,7 +172,7 @@ fn nothing_is_left_of_a_test_that_fails() {
     }
 }
 
-/// Starts guests, says where, and waits to be killed.
+/// Starts guests, prints their directories, and waits to be killed.
 #[process]
 fn victim() {
     let daemons = Daemon::all();
@@ -189,7 +189,7 @@ fn victim() {
 }
 
 #[test]
-fn nothing_is_left_of_a_test_that_is_killed() {
+fn killed_test_leaves_nothing() {
     let mut victim =
         process(module_path!(), "victim").stdout(std::process::Stdio::piped()).spawn().unwrap();
     let mut directories: Vec<PathBuf> = Vec::new();

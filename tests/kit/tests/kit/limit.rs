@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! A test that hangs ends its program, and says which it is.
+//! A test that hangs ends its program, and the program names the test.
 
 use std::process::Command;
 
 use instantsnap_testkit::{Binary, DEADLINE, Machine, process, program, test, wait_for};
 
 #[test]
-fn a_test_that_hangs_ends_its_program_and_its_guest() {
+fn hanging_test_ends_its_program_and_its_guest() {
     let directory = tempfile::tempdir().unwrap();
     let output = Command::new(std::env::current_exe().unwrap())
         .args(["--exact", "limit::hangs", "--ignored"])

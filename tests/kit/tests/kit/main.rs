@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! The kit itself: what the tests of the library rely on.
+//! Tests of the kit, on which the tests of the library rely.
 
 mod by_hand;
 mod libvirt;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! The proxy: transparent without rules, and each fault does what it says.
+//! The proxy is transparent without rules, and each fault does what its name says.
 
 use std::os::fd::AsFd;
 use std::time::Duration;
@@ -133,7 +133,7 @@ fn holds_a_command_or_its_reply_until_released() {
 }
 
 #[test]
-fn fails_every_occurrence_until_told_otherwise() {
+fn fails_every_occurrence_until_mended() {
     let (_guest, proxy) = started();
     let mut client = client(&proxy);
     proxy.fail_every("stop", "never");
@@ -145,7 +145,7 @@ fn fails_every_occurrence_until_told_otherwise() {
 }
 
 #[test]
-fn kills_before_and_after() {
+fn kills_qemu_before_and_after_a_command() {
     for fault in [Fault::KillBefore, Fault::KillAfter] {
         let (guest, proxy) = started();
         proxy.rule("stop", 1, fault(guest.pid()));
@@ -156,12 +156,12 @@ fn kills_before_and_after() {
 }
 
 #[test]
-fn a_dropped_proxy_lets_go_of_everything() {
+fn dropped_proxy_closes_everything() {
     let (_guest, proxy) = started();
     let gate = proxy.hold("stop", 1);
     let mut client = client(&proxy);
     let waiting = std::thread::spawn(move || client.execute("stop", json!({})));
     assert!(gate.wait_arrived(SOON));
     drop(proxy);
-    let _ = waiting.join().expect("no panic"); // an error, or an answer that was faster
+    let _ = waiting.join().expect("no panic"); // an error, or a reply that was faster
 }

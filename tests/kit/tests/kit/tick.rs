@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! The tick guest: it counts on every QEMU and machine type, and notices what is not of its moment.
+//! The tick guest counts on every QEMU and machine type, and notices data of another moment.
 
 use std::os::unix::fs::FileExt;
 use std::path::Path;
@@ -11,7 +11,7 @@ use instantsnap_testkit::{
 };
 use serde_json::json;
 
-/// Counts to 10, then measures for 200 more.
+/// Counts to 10, and then measures 200 more rounds.
 fn counts(what: &str, machine: Machine) {
     let start = Instant::now();
     let guest = machine.start();
@@ -24,7 +24,7 @@ fn counts(what: &str, machine: Machine) {
 }
 
 #[test]
-fn counts_on_every_qemu_and_machine_type() {
+fn tick_guest_counts_on_every_qemu_and_machine_type() {
     for binary in Binary::all() {
         for machine_type in [MachineType::Pc, MachineType::Q35] {
             let machine = Machine::new(binary).restless().machine_type(machine_type);
@@ -33,7 +33,7 @@ fn counts_on_every_qemu_and_machine_type() {
             counts(&format!("{what} tcg, 2 drives"), two.clone());
             counts(&format!("{what} tcg, 2 blockdevs"), two.clone().attach(Attach::Blockdev));
             counts(&format!("{what} tcg, 512 MiB prealloc"), machine.memory(512).prealloc());
-            // Under nested KVM it takes seconds until it counts.
+            // Under nested KVM it takes seconds before the guest counts.
             if kvm_works(binary) && machine_type == MachineType::Q35 {
                 counts(&format!("{what} kvm, 2 drives"), two.accel(Accel::Kvm));
             } else {
@@ -44,7 +44,7 @@ fn counts_on_every_qemu_and_machine_type() {
 }
 
 #[test]
-fn counts_on_eight_disks_of_a_guest_of_another_user() {
+fn tick_guest_counts_on_eight_disks_under_another_user() {
     let mut machine = Machine::new(&Binary::all()[0]).run_as(65534);
     for _ in 0..8 {
         machine = machine.disk(Format::Qcow2);
@@ -57,10 +57,10 @@ fn every_dense_page_is_checked() {
     counts("dense", Machine::new(&Binary::all()[0]).append("pages=16 dense=16"));
 }
 
-/// Writes a number that was never counted to, and returns what the guest says about it.
+/// Writes a number that the guest has never counted to, and returns the guest's report.
 ///
-/// A guest that is just between its check and its write of that place overwrites it unseen: then
-/// once more.
+/// A guest that is between its check and its write of that place overwrites the number unseen. Then
+/// the write is repeated.
 fn trouble(guest: &Guest, file: &Path, offset: u64) -> String {
     let file = std::fs::File::options().write(true).open(file).expect("the file");
     for _ in 0..20 {
@@ -76,7 +76,7 @@ fn trouble(guest: &Guest, file: &Path, offset: u64) -> String {
 }
 
 #[test]
-fn an_altered_disk_is_torn() {
+fn altered_disk_is_reported_as_torn() {
     for binary in Binary::all() {
         let guest = Machine::new(binary).disk(Format::Raw).disk(Format::Raw).start();
         guest.wait_ticks(10);
@@ -87,9 +87,9 @@ fn an_altered_disk_is_torn() {
 }
 
 #[test]
-fn an_altered_page_is_torn() {
+fn altered_page_is_reported_as_torn() {
     for binary in Binary::all() {
-        // The guest's memory is a file, so that it can be altered from here.
+        // The guest's memory is a file, so that the test can alter it.
         let directory = tempfile::tempdir().expect("a directory");
         let memory = directory.path().join("memory");
         let object =
