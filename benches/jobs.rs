@@ -1,17 +1,17 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! How long a program waits for a job to be started, and what its guest notices while memory
+//! How long a program waits for the start of a job, and how far its guest slows down while memory
 //! drains.
 //!
 //!     cargo bench --bench jobs -- [--rounds N] [--memory MIB,MIB] [--json FILE]
 //!
 //! * `at instant`: from the call of the asynchronous create to its return at the instant.
-//! * `at once`: the same with the return before anything is done.
+//! * `at once`: the same with a return before anything is done.
 //!
-//! The guest counts all the time, writing 16 MiB in each round. Its rate is measured for a second
-//! before the snapshot, from the instant until all memory is saved, and for a second afterwards;
-//! its longest gap is the longest time without a round. `fast`: memory goes to the disk. `slow`:
-//! from the instant on QEMU sends no more than 32 MiB a second, as to a disk that takes no more.
+//! The guest counts all the time, and writes 16 MiB in each round. Its rate is measured for a
+//! second before the snapshot, from the instant until all memory is saved, and for a second after
+//! that. Its longest gap is the longest time without a round. `fast`: memory goes to the disk.
+//! `slow`: from the instant on QEMU sends at most 32 MiB a second, as to a slow disk.
 
 mod common;
 
@@ -27,7 +27,7 @@ use serde_json::{Value, json};
 
 const WAYS: [&str; 3] = ["at instant", "at once", "slow"];
 const SLOW: u64 = 32 << 20;
-/// For a rate before and after.
+/// The time for the rates before and after the snapshot.
 const WINDOW: Duration = Duration::from_secs(1);
 
 fn main() -> common::Result<()> {
@@ -93,7 +93,7 @@ struct Round {
     after: Pace,
 }
 
-/// How a guest counts for some time.
+/// The rate at which a guest counts.
 #[derive(serde::Serialize)]
 struct Pace {
     per_second: u64,
@@ -101,7 +101,7 @@ struct Pace {
     gap_us: u64,
 }
 
-/// Watches a guest count for as long as something else takes.
+/// Measures a guest's rate while `meanwhile` runs.
 fn watch<T>(guest: &Guest, meanwhile: impl FnOnce() -> T) -> (Pace, T) {
     let ended = AtomicBool::new(false);
     std::thread::scope(|scope| {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! For how long a snapshot of a stock libvirt's domain pauses it, and how long it takes: four ways,
-//! interleaved on one guest.
+//! How long a snapshot of a stock libvirt's domain pauses the domain, and how long it takes, in
+//! four ways that are interleaved on one guest.
 //!
 //!     cargo bench --bench libvirt -- [--rounds N] [--memory MIB,MIB] [--load idle,tick] [--qemu 7.2]
 //!         [--daemon session|system] [--json FILE]
@@ -9,14 +9,14 @@
 //! * `library`: this library.
 //! * `by hand`: the shortest sequence of libvirt's functions that does the same, in
 //!   `libvirt_by_hand.py`: with everything prepared beforehand, and QEMU asked without a rest.
-//! * `plain`: libvirt's own full snapshot; the guest is paused until its memory is written.
+//! * `non-live`: libvirt's own full snapshot; the guest is paused until its memory is written.
 //! * `live`: libvirt's own with LIVE; the guest runs while its memory is written, and the snapshot
 //!   is of the end of that.
 //!
-//! The pause is that of QEMU's own STOP and RESUME events, which a program of its own hears by way
-//! of libvirt. `total` is the whole call; for `by hand` with QEMU's stream going into `cat > file`,
-//! which does not wait until the file is on disk. After each snapshot its overlay is merged back,
-//! so that each finds the guest as the first did.
+//! The pause is measured by QEMU's own STOP and RESUME events, which a separate program receives by
+//! libvirt. `total` is the whole call; for `by hand` QEMU's stream goes into `cat > file`, which
+//! does not wait until the file is on disk. After each snapshot its overlay is merged, so that each
+//! snapshot starts from the same state.
 
 mod common;
 
@@ -35,7 +35,7 @@ use instantsnap_testkit::compile::workspace;
 use instantsnap_testkit::{Daemon, Guest, Machine};
 use serde_json::{Value, json};
 
-const WAYS: [&str; 4] = ["library", "by hand", "plain", "live"];
+const WAYS: [&str; 4] = ["library", "by hand", "non-live", "live"];
 /// Debian's Python, which has libvirt's module.
 const PYTHON: &str = "/usr/bin/python3";
 
@@ -73,8 +73,7 @@ fn main() -> common::Result<()> {
 struct Way {
     #[serde(flatten)]
     figures: Figures,
-    /// What the steps of the pause took, by the clock of who took them: for the library and by
-    /// hand.
+    /// The times of the steps within the pause, measured by the library or by the script.
     steps_us: BTreeMap<&'static str, Vec<u64>>,
 }
 
@@ -108,7 +107,7 @@ fn measure(machine: &Machine, daemon: &Daemon, rounds: usize) -> BTreeMap<&'stat
     taken.into_iter().map(|(way, taken)| (way, taken.into_iter().collect())).collect()
 }
 
-/// One snapshot: microseconds.
+/// The figures of one snapshot, in microseconds.
 struct Measured {
     pause: u64,
     total: u64,
@@ -133,7 +132,7 @@ impl<'a> Bench<'a> {
         Bench { opened, by_hand, input, events, _listener: listener }
     }
 
-    /// Takes a snapshot one way, and undoes it.
+    /// Takes a snapshot in one way, and undoes it.
     fn run(&mut self, way: &str) -> Measured {
         let memory = self.opened.memory();
         let (name, xml) = self.opened.next();
@@ -152,7 +151,7 @@ impl<'a> Bench<'a> {
                 );
             }
             "by hand" => steps = self.by_hand(&memory, &name),
-            "plain" => drop(self.opened.domain.create_snapshot(&xml, NO_METADATA).unwrap()),
+            "non-live" => drop(self.opened.domain.create_snapshot(&xml, NO_METADATA).unwrap()),
             "live" => drop(self.opened.domain.create_snapshot(&xml, NO_METADATA | LIVE).unwrap()),
             _ => unreachable!(),
         }
@@ -177,7 +176,7 @@ impl<'a> Bench<'a> {
         STEPS.into_iter().map(|step| (step, took[step].as_u64().expect("a number"))).collect()
     }
 
-    /// For how long the guest stood still since the last time.
+    /// How long the guest was paused since the last call.
     fn pause(&mut self) -> u64 {
         let next = || self.events.recv_timeout(Duration::from_secs(10)).ok();
         let (mut paused, mut resumed_at) = (0, None);
@@ -188,7 +187,7 @@ impl<'a> Bench<'a> {
             assert_eq!(what, "RESUME");
             paused += time - stopped_at;
             resumed_at = Some(time);
-            // All others came before what the merge of the disks has said.
+            // The earlier events have arrived before the reply about the merge.
             event = self.events.try_recv().ok();
         }
         assert!(resumed_at.is_some(), "no STOP event");
@@ -232,7 +231,7 @@ impl Script {
         line.trim_end().to_owned()
     }
 
-    /// What it says from now on: an event and its time.
+    /// The events that it prints from now on, with their times.
     fn listen(&mut self) -> Receiver<(String, u64)> {
         let output = self.output.take().expect("listened to once");
         let (said, heard) = mpsc::channel();

@@ -2,11 +2,11 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The sequence of libvirt calls that benches/libvirt.rs compares the library with.
 
-libvirt_by_hand.py snapshot URI DOMAIN takes an instant snapshot for each line `BASE OVERLAY MEMORY
-    USER` on standard input, by the shortest sequence of libvirt's own functions, and says what the
-    steps of its pause took: a line of JSON, in microseconds
-libvirt_by_hand.py events URI DOMAIN says when QEMU has stopped and resumed the domain, by QEMU's
-    own time stamps: a line "STOP MICROSECONDS"
+libvirt_by_hand.py snapshot URI DOMAIN reads lines `BASE OVERLAY MEMORY USER` from standard input.
+    For each line it takes an instant snapshot by the shortest sequence of libvirt's own functions,
+    and prints the times of the steps of the pause, as a line of JSON, in microseconds
+libvirt_by_hand.py events URI DOMAIN prints when QEMU has stopped and resumed the domain, by QEMU's
+    own time stamps, as lines "STOP MICROSECONDS"
 """
 
 import json
@@ -65,7 +65,7 @@ def snapshot(domain, base, overlay, memory, user):
                 migration.get("ram", {}).get(k) for k in ("normal", "duplicate")):
             break
     times.append(time.monotonic())
-    if domain.state()[0] != libvirt.VIR_DOMAIN_RUNNING:  # QEMU before 9 has resumed by itself
+    if domain.state()[0] != libvirt.VIR_DOMAIN_RUNNING:  # QEMU before 9 resumes by itself
         domain.resume()
     times.append(time.monotonic())
 

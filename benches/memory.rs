@@ -7,21 +7,21 @@
 //!
 //! Directly, on a QEMU of its own:
 //!
-//! * `early_start`: this library, which has QEMU touch the guest's memory while the guest still runs.
-//! * `classical`: this library told not to: the guest is stopped first.
+//! * `early start`: this library, which has QEMU populate the guest's memory while the guest runs.
+//! * `stop first`: this library without early start.
 //! * `floor`: the shortest sequence of QMP commands that stops the guest first, as in
 //!   `benches/pause.rs`.
 //!
-//! And on a domain of a private libvirtd:
+//! On a domain of a private libvirtd:
 //!
-//! * `libvirt`, `libvirt classical`: the first two through libvirt.
-//! * `libvirt plain`, `libvirt live`: libvirt's own full snapshots, as in `benches/libvirt.rs`.
+//! * `libvirt`, `libvirt stop first`: the first two through libvirt.
+//! * `libvirt non-live`, `libvirt live`: libvirt's own full snapshots, as in `benches/libvirt.rs`.
 //!
-//! All ways are interleaved on one guest, and there is one guest at a time. All but libvirt's own
-//! are cancelled right after the instant, because a large guest's memory drains for minutes; that
-//! takes QEMU 10. The pause is that of QEMU's own STOP and RESUME events, the last one's where
-//! tries were lost: what those have cost the guest is told beside it. A size is skipped where the
-//! machine has not 2 GiB more than that available.
+//! All ways are interleaved on one guest, and there is one guest at a time. All snapshots but
+//! libvirt's own are cancelled right after the instant, because a large guest's memory drains for
+//! minutes; that takes QEMU 10. The pause is measured by QEMU's own STOP and RESUME events. Where
+//! tries were lost it is the last one's, and the cost of the lost tries is printed beside it. A size
+//! is skipped where the machine does not have 2 GiB more than that available.
 
 mod common;
 
@@ -38,40 +38,40 @@ use instantsnap::model::flags::{CreateFlags, INSTANT, LIVE, NO_METADATA};
 use instantsnap_testkit::{Binary, Client, Daemon, Guest, Machine, wait_for};
 use serde_json::{Value, json};
 
-const CLASSICAL: EarlyStart = EarlyStart { tries: 0, stop_after: None };
-/// To spare, beside the guest's memory.
+const STOP_FIRST: EarlyStart = EarlyStart { tries: 0, stop_after: None };
+/// Memory that must be available beside the guest's.
 const SPARE_MIB: u64 = 2048;
-/// How long memory that was given back takes to be free.
+/// How long freed memory takes to become available.
 const ROOM: Duration = Duration::from_secs(10);
 /// A large guest boots slowly without KVM.
 const BOOT: Duration = Duration::from_secs(600);
 
-/// A backend, and what is compared by it.
+/// A backend, and the ways that are compared with it.
 struct Backend {
     name: &'static str,
     ways: &'static [&'static str],
-    /// Of these, the one that tries to early_start.
+    /// The way that starts early.
     early_start: &'static str,
-    /// Of these, what the others' pauses are set against.
-    classical: &'static str,
+    /// The way that the others' pauses are compared with.
+    stop_first: &'static str,
 }
 
 const BACKENDS: [Backend; 2] = [
     Backend {
         name: "direct",
-        ways: &["early_start", "classical", "floor"],
-        early_start: "early_start",
-        classical: "classical",
+        ways: &["early start", "stop first", "floor"],
+        early_start: "early start",
+        stop_first: "stop first",
     },
     Backend {
         name: "libvirt",
-        ways: &["libvirt", "libvirt classical", "libvirt plain", "libvirt live"],
+        ways: &["libvirt", "libvirt stop first", "libvirt non-live", "libvirt live"],
         early_start: "libvirt",
-        classical: "libvirt classical",
+        stop_first: "libvirt stop first",
     },
 ];
 
-/// One size's figures, by way.
+/// The figures of one size, by way.
 type Measured = BTreeMap<&'static str, Vec<Taken>>;
 
 fn main() -> common::Result<()> {
@@ -137,24 +137,24 @@ fn main() -> common::Result<()> {
     Ok(())
 }
 
-/// A snapshot, as it was for the guest.
+/// A snapshot and its effect on the guest.
 #[derive(serde::Serialize)]
 struct Taken {
     pause_us: u64,
-    /// The library's.
+    /// The library's statistics.
     #[serde(flatten, skip_serializing_if = "Option::is_none")]
     library: Option<ByLibrary>,
 }
 
 #[derive(serde::Serialize)]
 struct ByLibrary {
-    /// How long QEMU touched memory.
+    /// The time of the migration's setup, in which memory is populated.
     setup_us: u64,
-    /// The guest ran meanwhile.
-    overlapped: bool,
-    /// Tries lost.
+    /// Whether the guest was running during the setup.
+    started_early: bool,
+    /// The number of lost tries.
     lost: u32,
-    /// For how long they have paused the guest, in all.
+    /// The total pause of the lost tries.
     lost_pause_us: u64,
 }
 
@@ -168,10 +168,10 @@ fn directly(machine: &Machine, backend: &Backend, rounds: usize) -> Measured {
     interleave(backend.ways, rounds, |way| {
         guest.wait_ticks(3);
         match way {
-            "early_start" => {
+            "early start" => {
                 by_library(&handle, EarlyStart::default(), "<domainsnapshot/>", &mut monitor)
             }
-            "classical" => by_library(&handle, CLASSICAL, "<domainsnapshot/>", &mut monitor),
+            "stop first" => by_library(&handle, STOP_FIRST, "<domainsnapshot/>", &mut monitor),
             "floor" => {
                 let cat =
                     monitor.begin(true, File::options().write(true).open("/dev/null").unwrap());
@@ -185,7 +185,7 @@ fn directly(machine: &Machine, backend: &Backend, rounds: usize) -> Measured {
 }
 
 fn under_libvirt(machine: &Machine, daemon: &Daemon, backend: &Backend, rounds: usize) -> Measured {
-    // libvirt has QEMU's first monitor for itself.
+    // libvirt uses QEMU's first monitor exclusively.
     let socket = daemon.directory().join("guests/monitor.sock");
     let second = format!("unix:{},server=on,wait=off", socket.display());
     let guest = machine.clone().arg("-qmp").arg(&second).start_under(daemon);
@@ -197,8 +197,8 @@ fn under_libvirt(machine: &Machine, daemon: &Daemon, backend: &Backend, rounds: 
         let (_, xml) = opened.next();
         let taken = match way {
             "libvirt" => by_library(&opened.handle, EarlyStart::default(), &xml, &mut monitor),
-            "libvirt classical" => by_library(&opened.handle, CLASSICAL, &xml, &mut monitor),
-            "libvirt plain" => by_libvirt(&opened, NO_METADATA, &xml, &mut monitor),
+            "libvirt stop first" => by_library(&opened.handle, STOP_FIRST, &xml, &mut monitor),
+            "libvirt non-live" => by_libvirt(&opened, NO_METADATA, &xml, &mut monitor),
             "libvirt live" => by_libvirt(&opened, NO_METADATA | LIVE, &xml, &mut monitor),
             _ => unreachable!(),
         };
@@ -207,7 +207,7 @@ fn under_libvirt(machine: &Machine, daemon: &Daemon, backend: &Backend, rounds: 
     })
 }
 
-/// What a QEMU had that was killed is free only some time later. The error is what is available.
+/// Memory of a killed QEMU is available only some time later. The error is the available amount.
 fn wait_for_room(memory: u32) -> Result<(), u64> {
     let available = || kib("/proc/meminfo", "MemAvailable") / 1024;
     let wanted = u64::from(memory) + SPARE_MIB;
@@ -218,7 +218,7 @@ fn wait_until_it_writes(guest: &Guest) {
     guest.try_ticks(1, BOOT).unwrap_or_else(|trouble| guest.fail(&trouble));
 }
 
-/// The library takes a snapshot, and undoes it when it is cancelled.
+/// Takes a snapshot with the library, which undoes it when it is cancelled.
 fn by_library(handle: &Handle, early_start: EarlyStart, xml: &str, monitor: &mut Monitor) -> Taken {
     handle.set_early_start(early_start);
     let flags = CreateFlags::parse(LIVE | INSTANT | NO_METADATA);
@@ -230,11 +230,11 @@ fn by_library(handle: &Handle, early_start: EarlyStart, xml: &str, monitor: &mut
     let stats = handle.stats().unwrap();
     let mut pauses = monitor.pauses();
     let pause_us = pauses.pop().expect("a pause");
-    // QEMU that was not stopped in time may have stopped and resumed the guest by itself before.
+    // A QEMU that was not stopped in time can have stopped and resumed the guest by itself before.
     assert_eq!(pauses.is_empty(), stats.lost == 0, "{pauses:?} and {pause_us} µs: {stats:?}");
     let library = ByLibrary {
         setup_us: stats.setup.as_micros() as u64,
-        overlapped: stats.started_early,
+        started_early: stats.started_early,
         lost: stats.lost,
         lost_pause_us: pauses.iter().sum(),
     };
@@ -264,24 +264,24 @@ fn pauses(taken: &[Taken]) -> Vec<u64> {
 fn report(memory: u32, measured: &Measured) {
     println!("\n{memory} MiB:\n");
     println!(
-        "| way | pause ms, median (min to max) | ratio to classical | populate ms | overlapped | \
+        "| way | pause ms, median (min to max) | ratio to stop first | populate ms | started early | \
          tries lost | a lost try's pause ms |"
     );
     println!(
-        "|-----|-------------------------------|--------------------|-------------|------------|------------|-----------------------|"
+        "|-----|-------------------------------|---------------------|-------------|---------------|------------|-----------------------|"
     );
     for backend in &BACKENDS {
-        let Some(classical) = measured.get(backend.classical) else { continue };
+        let Some(stop_first) = measured.get(backend.stop_first) else { continue };
         let setups: Vec<u64> =
-            classical.iter().filter_map(|taken| Some(taken.library.as_ref()?.setup_us)).collect();
+            stop_first.iter().filter_map(|taken| Some(taken.library.as_ref()?.setup_us)).collect();
         for way in backend.ways {
             let taken = &measured[way];
             let own = pauses(taken);
             println!(
                 "| {way} | {} | {:.2} | {} | {} |",
                 spread(&own),
-                median(&own) / median(&pauses(classical)),
-                if *way == backend.classical {
+                median(&own) / median(&pauses(stop_first)),
+                if *way == backend.stop_first {
                     format!("{:.0}", median(&setups) / 1e3)
                 } else {
                     "-".into()
@@ -292,10 +292,10 @@ fn report(memory: u32, measured: &Measured) {
     }
 }
 
-/// What became of the tries to early_start: the last three cells of a line.
+/// The results of the early starts, for the last three cells of a row.
 fn tries(taken: &[Taken]) -> String {
     let library: Vec<_> = taken.iter().filter_map(|taken| taken.library.as_ref()).collect();
-    let won = library.iter().filter(|library| library.overlapped).count();
+    let won = library.iter().filter(|library| library.started_early).count();
     let lost: u32 = library.iter().map(|library| library.lost).sum();
     let tried = won + lost as usize;
     let share = if tried == 0 {
@@ -303,7 +303,7 @@ fn tries(taken: &[Taken]) -> String {
     } else {
         format!(" ({:.0} %)", 100.0 * f64::from(lost) / tried as f64)
     };
-    // Several of one snapshot are told in all.
+    // Several lost tries of one snapshot are added up.
     let with_lost = library.iter().filter(|library| library.lost > 0);
     let costs: Vec<u64> =
         with_lost.map(|library| library.lost_pause_us / u64::from(library.lost)).collect();
@@ -311,7 +311,7 @@ fn tries(taken: &[Taken]) -> String {
     format!("{won} of {} | {lost} of {tried}{share} | {cost}", library.len())
 }
 
-/// How much longer the median pause is for each GiB more.
+/// How much the median pause grows with each GiB.
 fn report_growth(all: &[(u32, Measured)]) {
     if all.len() < 2 {
         return;
@@ -331,7 +331,7 @@ fn report_growth(all: &[(u32, Measured)]) {
     }
 }
 
-/// Of the straight line that is nearest to the points, by least squares.
+/// The slope of the regression line by least squares.
 fn slope(points: &[(f64, f64)]) -> f64 {
     let count = points.len() as f64;
     let mean = |of: fn(&(f64, f64)) -> f64| points.iter().map(of).sum::<f64>() / count;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! For how long a snapshot pauses the guest, and how long it takes: five ways of doing the same,
-//! interleaved on one guest.
+//! How long a snapshot pauses the guest, and how long it takes, in five ways that are interleaved
+//! on one guest.
 //!
 //!     cargo bench --bench pause -- [--rounds N] [--memory MIB,MIB] [--load idle,tick] [--qemu 7.2]
 //!         [--json FILE]
@@ -12,12 +12,12 @@
 //!   asked every 20 µs.
 //! * `patch`: the order of the libvirt patch that this project began with: overlays are created
 //!   inside the pause.
-//! * `plain`: a full snapshot without INSTANT; the guest is paused until its memory is written.
+//! * `non-live`: a full snapshot without INSTANT; the guest is paused until its memory is written.
 //!
-//! The pause is that of QEMU's own STOP and RESUME events. `total` is the whole call of the
+//! The pause is measured by QEMU's own STOP and RESUME events. `total` is the whole call of the
 //! library, and for `floor` the same from its first command, with QEMU's stream going into `cat >
-//! file`. After each snapshot its overlays are merged back, so that each finds the guest as the
-//! first did.
+//! file`. After each snapshot its overlays are merged, so that each snapshot starts from the same
+//! state.
 
 mod common;
 
@@ -34,7 +34,7 @@ use instantsnap::model::flags::{CreateFlags, INSTANT, LIVE, NO_METADATA};
 use instantsnap_testkit::{Guest, Machine};
 use serde_json::json;
 
-const WAYS: [&str; 5] = ["library", "driver", "floor", "patch", "plain"];
+const WAYS: [&str; 5] = ["library", "driver", "floor", "patch", "non-live"];
 
 fn main() -> common::Result<()> {
     let guests = Guests::parse(20, &[512, 4096], "bench-pause.json", |_, _| Ok(false))?;
@@ -76,19 +76,20 @@ struct Bench<'a> {
 }
 
 impl Bench<'_> {
-    /// Takes a snapshot one way, and undoes it; pause and total time in microseconds.
+    /// Takes a snapshot in one way, and undoes it. Returns the pause and the total time in
+    /// microseconds.
     fn run(&mut self, way: &str) -> (u64, u64) {
         let started = Instant::now();
         match way {
             "library" => self.library(&self.handle, LIVE | INSTANT | NO_METADATA),
             "driver" => self.library(&self.driven, LIVE | INSTANT | NO_METADATA),
-            "plain" => self.library(&self.handle, NO_METADATA),
+            "non-live" => self.library(&self.handle, NO_METADATA),
             "floor" => self.by_hand(true),
             "patch" => self.by_hand(false),
             _ => unreachable!(),
         }
         let total = started.elapsed();
-        // Of tries that were lost too.
+        // The sum includes lost tries.
         let pause = self.monitor.pauses().iter().sum();
         self.monitor.flatten();
         (pause, total.as_micros() as u64)

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! A domain of a stock libvirt, opened by the library, and the undoing of its snapshots.
+//! A domain of a stock libvirt that the library has opened, and the undo of its snapshots.
 
 use std::collections::HashSet;
 use std::ffi::OsString;
@@ -16,7 +16,7 @@ pub struct OpenedDomain<'a> {
     pub guest: &'a Guest,
     pub domain: Domain,
     pub handle: Handle,
-    /// What is in its directory when there is no snapshot.
+    /// The files in its directory without a snapshot.
     files: HashSet<OsString>,
     count: u32,
 }
@@ -37,7 +37,7 @@ impl<'a> OpenedDomain<'a> {
         }
     }
 
-    /// Where memory goes.
+    /// The path of the memory image.
     pub fn memory(&self) -> PathBuf {
         self.guest.directory().join("memory")
     }
@@ -54,7 +54,7 @@ impl<'a> OpenedDomain<'a> {
         (name, xml)
     }
 
-    /// Merges the overlay back, and removes all that the snapshot has left.
+    /// Merges the overlay, and removes all files of the snapshot.
     pub fn flatten(&self) {
         self.guest.virsh("blockcommit", &["vda", "--active", "--pivot", "--wait"]);
         for file in self.left() {
@@ -62,7 +62,7 @@ impl<'a> OpenedDomain<'a> {
         }
     }
 
-    /// What there is in its directory because of a snapshot.
+    /// The files of a snapshot in its directory.
     pub fn left(&self) -> Vec<OsString> {
         files_of(self.guest.directory()).filter(|file| !self.files.contains(file)).collect()
     }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! What the benchmarks share: their options, the guest that is measured, snapshots by hand, and
-//! what is made of the figures.
+//! What the benchmarks share: their options, the measured guest, snapshots by single commands, and
+//! the evaluation of the figures.
 
 #![allow(dead_code)] // Each benchmark uses its own part.
 
@@ -18,17 +18,17 @@ use serde_json::{Value, json};
 
 pub type Result<T> = std::result::Result<T, lexopt::Error>;
 
-/// What each benchmark can be told.
+/// The options of a benchmark.
 pub struct Options {
     pub rounds: usize,
-    /// MiB.
+    /// In MiB.
     pub memory: Vec<u32>,
     pub json: PathBuf,
 }
 
 impl Options {
-    /// By default so, and the figures in `target/`. An option that is not known here goes to
-    /// `more`, which says whether it knows it.
+    /// Parses the command line. By default the figures are written to `target/`. An unknown option
+    /// goes to `more`, which returns whether it knows the option.
     pub fn parse(
         rounds: usize,
         memory: &[u32],
@@ -49,7 +49,7 @@ impl Options {
                 "rounds" => options.rounds = number(&mut parser)?,
                 "memory" => options.memory = list(&mut parser)?,
                 "json" => options.json = parser.value()?.into(),
-                // Of cargo bench.
+                // cargo bench passes this.
                 "bench" => {}
                 _ if more(&name, &mut parser)? => {}
                 _ => return Err(Long(&name).unexpected()),
@@ -58,7 +58,7 @@ impl Options {
         Ok(options)
     }
 
-    /// Writes what was measured.
+    /// Writes the figures.
     pub fn write(&self, document: &Value) {
         std::fs::write(&self.json, format!("{document:#}\n"))
             .expect("the JSON file cannot be written");
@@ -83,7 +83,7 @@ pub fn word(parser: &mut Parser) -> Result<String> {
     parser.value()?.string()
 }
 
-/// The guests to measure: of each QEMU, with each size of memory, under each load.
+/// The guests to measure: for each QEMU, each size of memory and each load.
 pub struct Guests {
     pub options: Options,
     loads: Vec<String>,
@@ -91,7 +91,7 @@ pub struct Guests {
 }
 
 impl Guests {
-    /// As [`Options::parse`], which see.
+    /// Parses the command line like [`Options::parse`].
     pub fn parse(
         rounds: usize,
         memory: &[u32],
@@ -110,7 +110,8 @@ impl Guests {
         Ok(Guests { options, loads, qemu })
     }
 
-    /// Measures one after another, each way's ratio being to `floor`; everything for the JSON file.
+    /// Measures one guest after another and returns everything for the JSON file. The ratios are to
+    /// `floor`.
     pub fn measure<W: AsRef<Figures> + serde::Serialize>(
         &self,
         ways: &[&str],
@@ -122,7 +123,7 @@ impl Guests {
              total ms, median | ratio |"
         );
         println!("{heading}");
-        // As long as what it is under.
+        // As long as the heading above it.
         let cells = heading.trim_matches('|').split('|').map(|cell| "-".repeat(cell.len()));
         println!("|{}|", cells.collect::<Vec<_>>().join("|"));
         let mut results = Vec::new();
@@ -149,7 +150,7 @@ impl Guests {
     }
 }
 
-/// A guest to measure. All its memory is there from the start, as that of one that has run for a
+/// A guest to measure. All its memory is present from the start, as in a guest that has run for a
 /// while.
 pub fn machine(binary: &'static Binary, memory: u32, load: &str) -> Machine {
     let machine = Machine::new(binary).restless().memory(memory).prealloc().disk(Format::Raw);
@@ -160,8 +161,8 @@ pub fn machine(binary: &'static Binary, memory: u32, load: &str) -> Machine {
     }
 }
 
-/// Takes a snapshot each way, again and again, another way being the first each time; what they
-/// took, but for the first round, which is for warming up.
+/// Takes snapshots in each way, again and again, and starts each round with another way. Returns
+/// the figures without the first round, which is for warming up.
 pub fn interleave<T>(
     ways: &[&'static str],
     rounds: usize,
@@ -181,7 +182,7 @@ pub fn interleave<T>(
     taken
 }
 
-/// One figure a round: microseconds.
+/// One figure for each round, in microseconds.
 #[derive(Default, serde::Serialize)]
 pub struct Figures {
     pub pause_us: Vec<u64>,
@@ -189,7 +190,7 @@ pub struct Figures {
 }
 
 impl Figures {
-    /// A way's part of a line of the table.
+    /// The cells of one way in a row of the table.
     fn row(&self, way: &str, floor: &Figures) -> String {
         let (pause, total) = (median(&self.pause_us), median(&self.total_us));
         format!(
@@ -225,7 +226,7 @@ pub fn median(figures: &[u64]) -> f64 {
     }
 }
 
-/// A line of a file in /proc that is in kB.
+/// A value in kB from a file in /proc.
 pub fn kib(file: &str, name: &str) -> u64 {
     let text = std::fs::read_to_string(file).unwrap();
     let line =

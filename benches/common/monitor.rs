@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! Snapshots by hand, over QMP, and their undoing.
+//! Snapshots by single QMP commands, and their undo.
 
 use std::fs::File;
 use std::os::fd::AsFd;
@@ -16,7 +16,7 @@ const LONG: Duration = Duration::from_secs(600);
 /// A QEMU whose guest has one disk.
 pub struct Monitor {
     client: Client,
-    /// For the overlays.
+    /// The directory of the overlays.
     directory: PathBuf,
 }
 
@@ -25,10 +25,10 @@ impl Monitor {
         Monitor { client, directory: directory.to_owned() }
     }
 
-    /// For how long the guest stood still each time since the last call, by QEMU's own STOP and
-    /// RESUME events: microseconds.
+    /// The pauses of the guest since the last call in microseconds, by QEMU's own STOP and RESUME
+    /// events.
     pub fn pauses(&mut self) -> Vec<u64> {
-        // All events that came before the answer are there then.
+        // All events before the reply have arrived.
         self.command("query-status", json!({}));
         let (mut pauses, mut stopped) = (Vec::new(), None);
         for event in self.client.events() {
@@ -45,8 +45,8 @@ impl Monitor {
         pauses
     }
 
-    /// Takes a snapshot up to the moment that the guest runs again, with QEMU's stream going
-    /// through `cat`. Not `prepared`: the overlay is made in the pause.
+    /// Takes a snapshot up to the resume of the guest, with QEMU's stream going through `cat`. If
+    /// not `prepared`, the overlay is created within the pause.
     pub fn begin(&mut self, prepared: bool, memory: File) -> Child {
         let overlay = self.directory.join("by-hand.overlay");
         let top = self.top();
@@ -73,12 +73,13 @@ impl Monitor {
         cat
     }
 
-    /// Waits until all memory has been through `cat`.
+    /// Waits until all memory has gone through `cat`.
     pub fn finish(&mut self, cat: Child) {
         self.end(cat, "completed");
     }
 
-    /// Wants no memory. Not for QEMU 7.2, which would leave the guest's memory write-protected.
+    /// Cancels the migration. It is not for QEMU 7.2, which would leave the guest's memory
+    /// write-protected.
     pub fn cancel(&mut self, cat: Child) {
         self.command("migrate_cancel", json!({}));
         self.end(cat, "cancelled");
@@ -103,7 +104,7 @@ impl Monitor {
         pages("normal") + pages("duplicate") > 0
     }
 
-    /// By QEMU, as libvirt does it.
+    /// QEMU creates the overlay, as with libvirt.
     fn create_overlay(&mut self, path: &Path, top: &Value) {
         File::create(path).unwrap();
         let file = json!({ "driver": "file", "node-name": "by-hand-file", "filename": path });
@@ -133,7 +134,7 @@ impl Monitor {
         self.command("migrate-set-capabilities", json!({ "capabilities": set }));
     }
 
-    /// Merges everything back into the base image, and removes all overlays.
+    /// Merges everything into the base image, and removes all overlays.
     pub fn flatten(&mut self) {
         let top = self.top();
         if top["image"]["backing-image"].is_object() {
@@ -159,7 +160,7 @@ impl Monitor {
                 ours.push((name, file));
             }
         }
-        // A format node goes before its file.
+        // A format node has to be removed before its file node.
         for (name, file) in ours.iter().chain(&ours) {
             let _ = self.client.execute("blockdev-del", json!({ "node-name": name }));
             let _ = std::fs::remove_file(file);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! The command on a directory that stands for /, and on a libvirtd of the test's own.
+//! The command on a directory that stands for /, and on a private libvirtd.
 
 use std::fs;
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt, chown, symlink};
@@ -10,45 +10,45 @@ use std::process::{Command, Output};
 use instantsnap_testkit::{Daemon, Mode};
 use tempfile::TempDir;
 
-/// Where the library is in a [`System`], as that sees it.
+/// The library's path within a [`System`].
 const LIBRARY: &str = "/usr/local/lib/libinstantsnap-preload.so";
-/// What an earlier version had a daemon preload.
+/// The library that an earlier version preloaded into a daemon.
 const FORMER: &str = "/usr/local/lib/libinstantsnap.so.0";
 
-/// Neither root's nor a daemon's.
-const SOMEBODY: u32 = 65534;
+/// Neither root's user id nor a daemon's.
+const OTHER_USER: u32 = 65534;
 
-/// A system, as far as the command looks at it, with a library that is fit for a daemon.
+/// A root directory for the command, with a library that a daemon may load.
 struct System {
     root: TempDir,
 }
 
-/// The library under test: cargo has put it where it has put this program.
-fn built() -> PathBuf {
-    built_as("libinstantsnap_preload.so")
+/// The path of the library under test, which cargo puts beside this program.
+fn library_path() -> PathBuf {
+    built_path("libinstantsnap_preload.so")
 }
 
-fn built_as(name: &str) -> PathBuf {
+fn built_path(name: &str) -> PathBuf {
     let library = std::env::current_exe().unwrap().with_file_name(name);
     assert!(library.exists(), "{} is not there", library.display());
     library
 }
 
 impl System {
-    /// None where we are not root, to whom the library has to belong.
+    /// Returns `None` where this process is not root, to whom the library has to belong.
     fn new() -> Option<System> {
-        if !rustix_is_root() {
+        if !is_root() {
             eprintln!("skipped: not root");
             return None;
         }
         let root = tempfile::Builder::new().prefix("instantsnap-").tempdir().unwrap();
         fs::set_permissions(root.path(), fs::Permissions::from_mode(0o755)).unwrap();
         let system = System { root };
-        system.copy(&built(), LIBRARY);
+        system.copy(&library_path(), LIBRARY);
         Some(system)
     }
 
-    /// Where it really is.
+    /// The path outside the root directory.
     fn path(&self, path: &str) -> PathBuf {
         self.root.path().join(path.trim_start_matches('/')).components().collect()
     }
@@ -86,31 +86,31 @@ impl System {
         symlink(target, self.path(path)).unwrap();
     }
 
-    /// That this alone keeps `enable` from taking a library: of another owner or mode it is
-    /// refused, with the command that mends it.
+    /// Asserts that `enable` refuses a library if this path has another owner or mode, names the
+    /// command that mends it, and accepts the library otherwise.
     #[track_caller]
-    fn assert_must_be_roots(&self, path: &str, library: &str) {
+    fn assert_must_belong_to_root(&self, path: &str, library: &str) {
         let enable = || self.enable(&["--library", library]);
         let path = self.path(path);
         let named = path.display();
         let set_mode = |mode| fs::set_permissions(&path, fs::Permissions::from_mode(mode)).unwrap();
-        ok(enable());
+        assert_succeeds(enable());
         let before = fs::read(self.drop_in("libvirtd")).unwrap();
         for mode in [0o775, 0o757] {
             set_mode(mode);
-            fails(&enable(), &format!("{named} does not belong to root alone"));
-            fails(&enable(), &format!(": chmod go-w {named}, or"));
+            assert_fails(&enable(), &format!("{named} does not belong to root alone"));
+            assert_fails(&enable(), &format!(": chmod go-w {named}, or"));
         }
         set_mode(0o755);
-        chown(&path, Some(SOMEBODY), None).unwrap();
-        fails(&enable(), &format!("{named} does not belong to root alone"));
-        fails(&enable(), &format!(": chown root {named}, or"));
+        chown(&path, Some(OTHER_USER), None).unwrap();
+        assert_fails(&enable(), &format!("{named} does not belong to root alone"));
+        assert_fails(&enable(), &format!(": chown root {named}, or"));
         set_mode(0o775);
-        fails(&enable(), &format!(": chown root {named} && chmod go-w {named}, or"));
+        assert_fails(&enable(), &format!(": chown root {named} && chmod go-w {named}, or"));
         chown(&path, Some(0), None).unwrap();
         set_mode(0o755);
         assert_eq!(fs::read(self.drop_in("libvirtd")).unwrap(), before);
-        ok(enable());
+        assert_succeeds(enable());
     }
 
     fn drop_in(&self, unit: &str) -> PathBuf {
@@ -118,7 +118,7 @@ impl System {
     }
 }
 
-fn rustix_is_root() -> bool {
+fn is_root() -> bool {
     fs::read_to_string("/proc/self/status")
         .unwrap()
         .lines()
@@ -126,49 +126,57 @@ fn rustix_is_root() -> bool {
 }
 
 #[track_caller]
-fn ok(output: Output) -> String {
+fn assert_succeeds(output: Output) -> String {
     assert!(output.status.success(), "{output:?}");
     String::from_utf8(output.stdout).unwrap()
 }
 
 #[track_caller]
-fn fails(output: &Output, part: &str) {
+fn assert_fails(output: &Output, part: &str) {
     let said = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.code() == Some(1) && said.contains(part), "{output:?}");
 }
 
 #[test]
-fn what_is_enabled_is_written_as_a_drop_in_and_removed_when_it_is_disabled() {
+fn enable_writes_a_drop_in_and_disable_removes_it() {
     let Some(system) = System::new() else { return };
-    let said =
-        ok(system.enable(&["--unit", "virtqemud", "--upgrade-live", "--max-snapshots", "4"]));
+    let said = assert_succeeds(system.enable(&[
+        "--unit",
+        "virtqemud",
+        "--upgrade-live",
+        "--max-snapshots",
+        "4",
+    ]));
     assert!(said.contains("next start"), "{said}");
     let file = system.drop_in("virtqemud");
     let text = fs::read_to_string(&file).unwrap();
-    // As that system will see it, not as we do.
+    // The path is that within the root directory.
     assert!(text.contains(&format!("Environment=\"LD_PRELOAD={LIBRARY}\"\n")), "{text}");
     assert!(
         text.contains("INSTANTSNAP_UPGRADE_LIVE=1\n")
             && text.contains("INSTANTSNAP_MAX_SNAPSHOTS=4\n"),
         "{text}"
     );
-    // Once more, and otherwise: the last word counts.
-    ok(system.enable(&["--unit", "virtqemud"]));
+    // The options of the last `enable` count.
+    assert_succeeds(system.enable(&["--unit", "virtqemud"]));
     assert!(!fs::read_to_string(&file).unwrap().contains("UPGRADE"));
     assert!(!system.drop_in("libvirtd").exists());
 
-    ok(system.run(&["disable", "--unit", "virtqemud"]));
+    assert_succeeds(system.run(&["disable", "--unit", "virtqemud"]));
     assert!(!file.parent().unwrap().exists());
-    assert!(ok(system.run(&["disable", "--unit", "virtqemud"])).contains("is not to be started"));
+    assert!(
+        assert_succeeds(system.run(&["disable", "--unit", "virtqemud"]))
+            .contains("is not to be started")
+    );
 }
 
 #[test]
-fn what_the_unit_preloads_already_stays() {
+fn enable_keeps_libraries_that_the_unit_already_preloads() {
     let Some(system) = System::new() else { return };
     let assert_preloads = |others: &str| {
-        // The second time our own file is among the unit's.
+        // The second time the command's own file is among the unit's files.
         for _ in 0..2 {
-            ok(system.enable(&[]));
+            assert_succeeds(system.enable(&[]));
             let text = fs::read_to_string(system.drop_in("libvirtd")).unwrap();
             assert!(text.contains(&format!("\"LD_PRELOAD={others}{LIBRARY}\"\n")), "{text}");
         }
@@ -184,7 +192,7 @@ fn what_the_unit_preloads_already_stays() {
         "usr/lib/systemd/system/libvirtd.service.d/b.conf",
     );
     assert_preloads("/usr/lib/own.so:");
-    // The name counts more than the directory; but of files of one name, the directory.
+    // Files are ordered by name. Of files with one name, the one in the first directory counts.
     drop_in(
         "Environment='LD_PRELOAD=/usr/lib/first.so'",
         "etc/systemd/system/libvirtd.service.d/a.conf",
@@ -195,22 +203,23 @@ fn what_the_unit_preloads_already_stays() {
     assert_preloads("/usr/lib/first.so:");
     drop_in("Environment=", "etc/systemd/system/libvirtd.service.d/b.conf");
     assert_preloads("");
-    // Where it is set again there is nothing to keep; what is not there sets nothing.
+    // An empty environment has nothing to keep, and a missing file sets nothing.
     drop_in(
         "EnvironmentFile=-/nowhere\nUnsetEnvironment=LD_LIBRARY_PATH",
         "etc/systemd/system/service.d/z.conf",
     );
     assert_preloads("");
 
-    ok(system.run(&["disable"]));
+    assert_succeeds(system.run(&["disable"]));
     assert!(system.path("etc/systemd/system/libvirtd.service.d/a.conf").exists());
 }
 
 #[test]
-fn a_file_that_overrides_ours_is_named_and_nothing_is_written() {
+fn enable_names_an_overriding_file_and_writes_nothing() {
     let Some(system) = System::new() else { return };
     system.write("etc/default/libvirtd", " LD_PRELOAD =/usr/lib/other.so\n");
-    // What is said of each, and whether it counts before our file too.
+    // Each setting with its error message, and whether it also counts in a file before the
+    // command's.
     let ways = [
         ("Environment=LD_PRELOAD=/usr/lib/own.so", "sets LD_PRELOAD", false),
         ("Environment=A=b \\\n  'LD_PRELOAD='", "sets LD_PRELOAD", false),
@@ -223,11 +232,11 @@ fn a_file_that_overrides_ours_is_named_and_nothing_is_written() {
         let output = system.enable(&[]);
         if is_after || always {
             let named = if line.contains("File") { "etc/default/libvirtd" } else { file };
-            fails(&output, &format!("{} {said}", system.path(named).display()));
+            assert_fails(&output, &format!("{} {said}", system.path(named).display()));
             assert!(!system.drop_in("libvirtd").exists());
         } else {
-            ok(output);
-            ok(system.run(&["disable"]));
+            assert_succeeds(output);
+            assert_succeeds(system.run(&["disable"]));
         }
         fs::remove_file(system.path(file)).unwrap();
     };
@@ -243,45 +252,45 @@ fn a_file_that_overrides_ours_is_named_and_nothing_is_written() {
             try_with(&format!("{directory}/systemd/system/{kind}/zz-own.conf"), ways[0], true);
         }
     }
-    // What is taken back, or is of a file that another of its name stands for, is nothing.
+    // Settings that are reset, and files that another file of the name replaces, have no effect.
     let all = ways.map(|(line, ..)| line).join("\n");
     system
         .write("usr/lib/systemd/system/libvirtd.service.d/zz.conf", &format!("[Service]\n{all}\n"));
-    fails(&system.enable(&[]), "LD_PRELOAD");
+    assert_fails(&system.enable(&[]), "LD_PRELOAD");
     system.link("/dev/null", "etc/systemd/system/libvirtd.service.d/zz.conf");
-    ok(system.enable(&[]));
+    assert_succeeds(system.enable(&[]));
     let taken_back = "[Service]\nEnvironmentFile=/etc/default/libvirtd\nUnsetEnvironment=LD_PRELOAD\n\
                       EnvironmentFile=\nUnsetEnvironment=\n";
     system.write("etc/systemd/system/libvirtd.service.d/zzz.conf", taken_back);
-    ok(system.enable(&[]));
+    assert_succeeds(system.enable(&[]));
 }
 
 #[test]
-fn a_library_that_is_none_is_refused() {
+fn enable_refuses_files_that_are_not_the_library() {
     let Some(system) = System::new() else { return };
     let with = |library: &str| system.enable(&["--library", library]);
-    fails(&with("libinstantsnap.so"), "absolute path");
-    // It is there, but not in that system.
-    fails(&with("/bin/true"), "No such file");
-    fails(&with(system.path(LIBRARY).to_str().unwrap()), "No such file");
+    assert_fails(&with("libinstantsnap.so"), "absolute path");
+    // The file exists, but not within the root directory.
+    assert_fails(&with("/bin/true"), "No such file");
+    assert_fails(&with(system.path(LIBRARY).to_str().unwrap()), "No such file");
     system.copy(Path::new("/bin/true"), "/bin/true");
-    fails(&with("/bin/true"), "is not a libinstantsnap-preload.so");
+    assert_fails(&with("/bin/true"), "is not a libinstantsnap-preload.so");
     fs::remove_file(system.path(LIBRARY)).unwrap();
-    fails(&system.enable(&[]), "is not installed");
+    assert_fails(&system.enable(&[]), "is not installed");
     assert!(!system.drop_in("libvirtd").exists());
 }
 
 #[test]
-fn neither_the_library_nor_a_directory_above_it_may_be_others() {
+fn library_and_its_parent_directories_must_belong_to_root_alone() {
     let Some(system) = System::new() else { return };
     for path in [LIBRARY, "/usr/local/lib", "/usr/local", "/usr", "/"] {
-        system.assert_must_be_roots(path, LIBRARY);
+        system.assert_must_belong_to_root(path, LIBRARY);
     }
-    // Nobody else can replace a file in such a one. It is refused all the same, and not to be made
-    // another.
+    // Only a file's owner can replace it in a directory with the sticky bit. The command refuses it
+    // nevertheless, and does not advise to change its mode.
     fs::set_permissions(system.path("/usr/local"), fs::Permissions::from_mode(0o1777)).unwrap();
     let output = system.enable(&[]);
-    fails(
+    assert_fails(
         &output,
         &format!("{} does not belong to root alone", system.path("/usr/local").display()),
     );
@@ -289,30 +298,30 @@ fn neither_the_library_nor_a_directory_above_it_may_be_others() {
 }
 
 #[test]
-fn no_directory_that_a_symbolic_link_leads_through_may_be_others() {
+fn directories_behind_symbolic_links_must_belong_to_root_alone() {
     let Some(system) = System::new() else { return };
     // /usr/lib -> /opt/lib, /opt/lib/libinstantsnap-preload.so -> ../../srv/current/lib.so,
     // /srv/current -> 1
-    system.copy(&built(), "/srv/1/lib.so");
+    system.copy(&library_path(), "/srv/1/lib.so");
     system.link("1", "/srv/current");
     system.link("/opt/lib", "/usr/lib");
     system.link("../../srv/current/lib.so", "/opt/lib/libinstantsnap-preload.so");
     let library = "/usr/lib/libinstantsnap-preload.so";
     for path in ["/usr", "/opt", "/opt/lib", "/srv", "/srv/1", "/srv/1/lib.so"] {
-        system.assert_must_be_roots(path, library);
+        system.assert_must_belong_to_root(path, library);
     }
     let text = fs::read_to_string(system.drop_in("libvirtd")).unwrap();
     assert!(text.contains(&format!("LD_PRELOAD={library}\"")), "{text}");
-    // Links do not lead out of that system, nor on for ever.
+    // Symbolic links stay within the root directory, and loops are detected.
     system.link("../../../../../../../../srv/1/lib.so", "/opt/up.so");
-    ok(system.enable(&["--library", "/opt/up.so"]));
+    assert_succeeds(system.enable(&["--library", "/opt/up.so"]));
     system.link("again.so", "/opt/again.so");
-    fails(&system.enable(&["--library", "/opt/again.so"]), "too many symbolic links");
+    assert_fails(&system.enable(&["--library", "/opt/again.so"]), "too many symbolic links");
 }
 
-/// An image may have been made by others, whose links are those of a system of their own.
+/// Other people can have made an image, and its links are those of its own system.
 #[test]
-fn no_symbolic_link_of_an_image_leads_out_of_it() {
+fn symbolic_links_of_an_image_do_not_leave_it() {
     const PLACE: &str = "/etc/systemd/system/libvirtd.service.d";
     let Some(system) = System::new() else { return };
     let host = tempfile::tempdir().unwrap();
@@ -332,15 +341,15 @@ fn no_symbolic_link_of_an_image_leads_out_of_it() {
                 .all(|name| fs::read_to_string(host.path().join(name)).unwrap() == untouched)
         );
     };
-    // The drop-ins' directory, absolute and by parents.
+    // The directory of the drop-ins, by an absolute link and by a relative one.
     let up = "../".repeat(20);
     for target in [outside(""), format!("{up}{}", outside(""))] {
         system.link(&target, PLACE);
-        fails(
+        assert_fails(
             &system.enable(&[]),
             "libvirtd.service.d is a symbolic link that leads nowhere in that system",
         );
-        ok(system.run(&["disable"]));
+        assert_succeeds(system.run(&["disable"]));
         let said = system.run(&["status", "--pid", "1"]);
         assert!(
             String::from_utf8_lossy(&said.stdout).contains("is not to be started with"),
@@ -349,7 +358,7 @@ fn no_symbolic_link_of_an_image_leads_out_of_it() {
         assert_untouched();
         fs::remove_file(system.path(PLACE)).unwrap();
     }
-    // The files in it; and what the unit's files name.
+    // The files in that directory, and the files that the unit names.
     for name in ["instantsnap.conf", "instantsnap.conf.new"] {
         system.link(&outside("elsewhere"), &format!("{PLACE}/{name}"));
     }
@@ -358,44 +367,44 @@ fn no_symbolic_link_of_an_image_leads_out_of_it() {
     system.link(&outside("environment"), "/etc/default/libvirtd");
     let named = "[Service]\nEnvironmentFile=/etc/default/libvirtd\n";
     system.write(&format!("{PLACE}/own.conf"), named);
-    ok(system.enable(&[]));
+    assert_succeeds(system.enable(&[]));
     let text = fs::read_to_string(system.drop_in("libvirtd")).unwrap();
     assert!(text.contains(&format!("\"LD_PRELOAD={LIBRARY}\"\n")), "{text}");
     assert!(!system.drop_in("libvirtd").is_symlink());
     assert_untouched();
-    ok(system.run(&["disable"]));
+    assert_succeeds(system.run(&["disable"]));
     assert_untouched();
-    // Links that stay within are followed: as that system has it.
+    // Links that stay within the root directory are followed there.
     fs::remove_dir_all(system.path(PLACE)).unwrap();
     system.make_directory("/srv/drop-ins");
     system.link("/srv/drop-ins", PLACE);
-    ok(system.enable(&[]));
+    assert_succeeds(system.enable(&[]));
     assert!(system.path("/srv/drop-ins/instantsnap.conf").exists());
-    ok(system.run(&["disable"]));
+    assert_succeeds(system.run(&["disable"]));
     assert!(!system.path("/srv/drop-ins/instantsnap.conf").exists());
-    // A library outside is none.
-    fs::copy(built(), outside("library.so")).unwrap();
+    // A library outside the root directory is not found.
+    fs::copy(library_path(), outside("library.so")).unwrap();
     system.link(&outside("library.so"), "/usr/lib/outside.so");
-    fails(&system.enable(&["--library", "/usr/lib/outside.so"]), "No such file");
+    assert_fails(&system.enable(&["--library", "/usr/lib/outside.so"]), "No such file");
 }
 
 #[test]
-fn status_tells_a_daemon_that_has_the_library_from_one_that_has_not() {
+fn status_distinguishes_daemons_with_and_without_the_library() {
     let Some(system) = System::new() else { return };
     let library = system.path(LIBRARY);
     let status = |daemon: &Daemon| system.run(&["status", "--pid", &daemon.pid().to_string()]);
     let with = Daemon::preloaded(Mode::Session, &[&library], &[]).unwrap();
     let without = Daemon::session();
-    // It is there, but not to be there at the next start.
+    // The daemon has the library, but will not load it at its next start.
     assert_eq!(status(&with).status.code(), Some(3));
-    ok(system.enable(&[]));
-    let said = ok(status(&with));
+    assert_succeeds(system.enable(&[]));
+    let said = assert_succeeds(status(&with));
     let wanted = format!("has {}, version {}", library.display(), env!("CARGO_PKG_VERSION"));
     assert!(said.lines().any(|line| line.ends_with(&wanted)), "{said}");
     let output = status(&without);
     assert_eq!(output.status.code(), Some(3), "{output:?}");
     assert!(String::from_utf8_lossy(&output.stdout).contains("does not have it: restart it"));
-    // At the next start it will not have it.
+    // The daemon will not load the library at its next start.
     let other = "run/systemd/system/libvirtd.service.d/zz-own.conf";
     system.write(other, "[Service]\nEnvironment=LD_PRELOAD=\n");
     let output = status(&with);
@@ -403,22 +412,22 @@ fn status_tells_a_daemon_that_has_the_library_from_one_that_has_not() {
     let wanted = format!("that has no effect: {} sets LD_PRELOAD", system.path(other).display());
     assert!(String::from_utf8_lossy(&output.stdout).contains(&wanted), "{output:?}");
     fs::remove_file(system.path(other)).unwrap();
-    // An upgrade has put another file there.
+    // An upgrade has replaced the file.
     fs::copy(&library, system.path("new")).unwrap();
     fs::rename(system.path("new"), &library).unwrap();
-    assert!(ok(status(&with)).contains("was replaced since"));
-    fails(&system.run(&["status", "--pid", "4294967295"]), "cannot look into process");
+    assert!(assert_succeeds(status(&with)).contains("was replaced since"));
+    assert_fails(&system.run(&["status", "--pid", "4294967295"]), "cannot look into process");
 }
 
 #[test]
-fn what_an_earlier_version_has_enabled_is_recognised_and_replaced() {
+fn drop_in_of_an_earlier_version_is_recognised_and_replaced() {
     let Some(system) = System::new() else { return };
     let former = system.path(FORMER);
-    system.copy(&built_as("libinstantsnap.so"), FORMER);
+    system.copy(&built_path("libinstantsnap.so"), FORMER);
     let written = format!("[Service]\nEnvironment=\"LD_PRELOAD=/usr/lib/own.so:{FORMER}\"\n");
     let drop_in = "etc/systemd/system/libvirtd.service.d/instantsnap.conf";
     system.write(drop_in, &written);
-    // And one that was written by hand.
+    // A line that a user has written.
     let by_hand = "[Service]\nEnvironment=LD_PRELOAD=/usr/lib/own.so:/opt/libinstantsnap.so.0\n";
     system.write("etc/systemd/system/libvirtd.service.d/a.conf", by_hand);
 
@@ -430,13 +439,16 @@ fn what_an_earlier_version_has_enabled_is_recognised_and_replaced() {
     assert_eq!(said.matches(what).count(), 2, "{said}");
     assert!(said.contains(&format!("has {}", former.display())), "{said}");
 
-    fails(&system.enable(&["--library", FORMER]), "is the library for programs: a daemon takes");
+    assert_fails(
+        &system.enable(&["--library", FORMER]),
+        "is the library for programs: a daemon takes",
+    );
     assert_eq!(fs::read_to_string(system.drop_in("libvirtd")).unwrap(), written);
-    ok(system.enable(&[]));
+    assert_succeeds(system.enable(&[]));
     let text = fs::read_to_string(system.drop_in("libvirtd")).unwrap();
     assert!(text.contains(&format!("\"LD_PRELOAD=/usr/lib/own.so:{LIBRARY}\"\n")), "{text}");
-    // One of an earlier version can be disabled too.
+    // The drop-in of an earlier version can be disabled, too.
     system.write(drop_in, &written);
-    ok(system.run(&["disable"]));
+    assert_succeeds(system.run(&["disable"]));
     assert!(!system.drop_in("libvirtd").exists());
 }

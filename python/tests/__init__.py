@@ -3,5 +3,6 @@
 
 import signal
 
-# Tests interrupt themselves. What a shell has started in the background would ignore that.
+# Tests send SIGINT to themselves, which a process that a shell has started in the background would
+# ignore.
 signal.signal(signal.SIGINT, signal.default_int_handler)

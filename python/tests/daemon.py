@@ -49,8 +49,8 @@ def wait_for(what, condition, seconds=60):
 
 
 class Daemon:
-    """A libvirtd with `qemu:///session`, as the user itself; as nobody when that is root.
-    Everything of it is in one directory, and ends with close(), or with this process."""
+    """A libvirtd with `qemu:///session`, as the tests' user, or as nobody when that is root. All
+    its files are in one directory. It ends with close(), or with this process."""
 
     def __init__(self):
         # The path must be short, because it contains Unix sockets.
@@ -92,10 +92,10 @@ class Daemon:
         wait_for("libvirtd", self._answers)
 
     def _find_emulator(self):
-        """The QEMU under test, as libvirt can run it. libvirt asks it for all that it has; QEMU
-        then loads all modules, those of the system's QEMU too, and aborts when one is of another
-        version. So a QEMU that scripts/deps has unpacked gets a module directory in which those are
-        empty, which it passes over."""
+        """The QEMU under test, in a form that libvirt can run. When libvirt probes a QEMU, the QEMU
+        loads all modules, including those of the system's QEMU, and aborts at a module of another
+        version. So a QEMU that scripts/deps has unpacked gets a module directory in which those
+        modules are empty files, which it ignores."""
         program = Path(shutil.which(QEMU)).resolve()
         tree, modules = program.parent, "usr/lib/x86_64-linux-gnu/qemu"
         if not (tree / modules).is_dir():
@@ -133,10 +133,10 @@ class Daemon:
         ], check=True)
 
     def give(self, path):
-        """Gives a file or a directory and what is in it to the user that QEMU runs as."""
+        """Gives a file, or a directory and the files in it, to the user that QEMU runs as."""
         if os.geteuid() == 0:
             for entry in [path, *path.rglob("*")]:
-                os.chown(entry, 65534, 65534, follow_symlinks=False)  # a link may lead out
+                os.chown(entry, 65534, 65534, follow_symlinks=False)  # not through a link
 
     def close(self):
         """Ends libvirtd and its QEMUs, and removes their files."""
@@ -213,7 +213,7 @@ class Guest:
         return int(ticks[-1]) if ticks else None
 
     def wait_ticks(self, more=2):
-        """Waits until it has counted `more` further."""
+        """Waits until the guest has counted `more` further."""
         start = wait_for("a first tick", self.tick)
         wait_for("more ticks", lambda: self.tick() >= start + more)
 
@@ -221,7 +221,7 @@ class Guest:
         return ElementTree.fromstring(self.domain.XMLDesc())
 
     def disk_file(self):
-        """The image that the disk is on now."""
+        """The disk's active image."""
         return Path(self.xml().find("devices/disk/source").get("file"))
 
     def is_running(self):

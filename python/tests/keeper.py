@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Runs a command until its own standard input ends; then ends all that came of the command, and
+"""Runs a command until its own standard input ends. Then it ends all processes of the command, and
 removes a directory.
 
     keeper.py DIRECTORY COMMAND [ARGUMENT]...
 
-A daemon's QEMUs are its children's children, and outlive it. They become children of this process
-when they are orphans, so that nothing is left when the tests end, however they end.
+The QEMUs of a daemon are its children's children, and outlive it. As orphans they become children
+of this process, so that nothing is left however the tests end.
 """
 
 import contextlib
@@ -18,8 +18,8 @@ import sys
 import time
 
 PR_SET_CHILD_SUBREAPER = 36
-#: Ignored here: Ctrl-C is for the tests, whose end is this process's; and a child that ends leaves
-#: no zombie, for which libvirtd would wait.
+# These signals are ignored here. Ctrl-C is for the tests, and this process ends with them. With
+# SIGCHLD ignored, an ended child leaves no zombie, for which libvirtd would wait.
 SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD
 
 
@@ -51,7 +51,7 @@ def main():
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        time.sleep(0.01)  # their own children come to us
+        time.sleep(0.01)  # their children become ours
     daemon.poll()
     shutil.rmtree(directory, ignore_errors=True)
 

@@ -71,8 +71,8 @@ class Monitor:
 
 
 class Machine:
-    """qemu-system-x86_64 with nothing in it but a disk, and two monitors: `qmp` for the library,
-    `monitor` for the test. Ended and removed by close()."""
+    """A qemu-system-x86_64 with a disk only, and two monitors: `qmp` for the library and `monitor`
+    for the test. close() ends and removes it."""
 
     def __init__(self, directory, name="a", memory=64, disk=None, disk_format="raw", arguments=()):
         self.directory = directory
@@ -105,7 +105,7 @@ class Machine:
         self.process.wait()
 
     def disk_file(self):
-        """The image that the disk is on now."""
+        """The disk's active image."""
         return Path(self.monitor.execute("query-block")[0]["inserted"]["file"])
 
     def status(self):
@@ -113,7 +113,7 @@ class Machine:
 
 
 class TestCase(unittest.TestCase):
-    """A test with a directory of its own, a state directory in it, and machines that end with
+    """A test with a directory of its own, in which it has a state directory. Its machines end with
     it."""
 
     def setUp(self):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The headers and the package say the same."""
+"""The package's declarations match the headers."""
 
 import ctypes
 import dataclasses
@@ -23,10 +23,10 @@ LIBVIRT_CODE = code("instantsnap-libvirt.h")
 
 
 def functions(code=CODE):
-    """name -> number of parameters, of every function that the header declares."""
+    """The number of parameters, by name, of every function that the header declares."""
     found = {}
     for name, parameters in re.findall(r"\b(\w+)\(([^()]*)\);", code):
-        # Python has no functions for drivers.
+        # The package does not offer the functions of drivers.
         if "driver" in name:
             continue
         found[name] = 0 if parameters.strip() == "void" else parameters.count(",") + 1
@@ -34,7 +34,7 @@ def functions(code=CODE):
 
 
 class Declarations(unittest.TestCase):
-    def test_every_function_of_the_headers_is_declared_and_no_other(self):
+    def test_declared_functions_are_those_of_the_headers(self):
         def declared(functions):
             return {name: len(parameters) for name, (_, parameters) in functions.items()}
 
@@ -53,7 +53,7 @@ class Declarations(unittest.TestCase):
                     handle = "instantsnap_" in result and "const" not in result
                     self.assertEqual(kind is ctypes.c_void_p, owned or handle)
 
-    def test_structures_are_laid_out_as_the_compiler_does(self):
+    def test_structures_have_the_compilers_layout(self):
         structures = {
             "instantsnap_error": _library.CError,
             "instantsnap_stats": _library.CStats,
@@ -95,13 +95,13 @@ class Declarations(unittest.TestCase):
         structures = {name for name in set(listed) - set(enums) if not name.startswith("driver_")}
         self.assertEqual({f"instantsnap_{name}" for name in structures}, declared)
 
-    def test_every_field_is_passed_on(self):
+    def test_every_field_has_an_attribute_in_the_package(self):
         for structure, kind in ((_library.CStats, Stats), (_library.CEvent, Event),
                                 (_library.CJobInfo, JobInfo), (_library.CStorageDisk, StorageDisk)):
             fields = [name for name, *_ in structure._fields_ if name != "size"]
             self.assertEqual([field.name for field in dataclasses.fields(kind)], fields)
 
-    def test_events_and_phases_are_the_headers(self):
+    def test_events_and_phases_match_the_header(self):
         for prefix, kind in (("EVENT", EventType), ("PHASE", Phase)):
             listed = {
                 name: int(number)
@@ -110,12 +110,12 @@ class Declarations(unittest.TestCase):
             self.assertEqual({name: member.value for name, member in kind.__members__.items()},
                              listed)
 
-    def test_options_are_the_headers(self):
+    def test_options_match_the_header(self):
         listed = dict(re.findall(r"INSTANTSNAP_(CREATE_\w+) = 1 << (\d+)", CODE))
         self.assertEqual(listed, {"CREATE_AT_ONCE": "0"})
         self.assertEqual(_library.CREATE_AT_ONCE, 1 << 0)
 
-    def test_flags_are_the_headers(self):
+    def test_flags_match_the_header(self):
         listed = {
             name: 1 << int(bit) for name, bit in re.findall(
                 r"VIR_DOMAIN_SNAPSHOT_(CREATE_\w+) *=? *\(?1 << (\d+)", CODE)
@@ -128,7 +128,7 @@ class Declarations(unittest.TestCase):
         self.assertEqual({name: flag.value for name, flag in DeleteFlag.__members__.items()},
                          listed)
 
-    def test_error_codes_are_the_headers(self):
+    def test_error_codes_match_the_header(self):
         listed = {name: int(number) for name, number in re.findall(r"VIR_ERR_(\w+) = (\d+)", CODE)}
         self.assertEqual({name: code.value for name, code in ErrorCode.__members__.items()}, listed)
 

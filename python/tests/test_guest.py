@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The package against a real QEMU."""
+"""Tests of the package with a real QEMU."""
 
 import os
 import signal
@@ -13,7 +13,7 @@ from instantsnap import (Cancelled, DeleteFlag, Error, ErrorCode, Flag, Guest, N
 
 from .machine import TestCase
 
-#: Enough that memory still flows when the first event arrives, and when a cancel arrives.
+# MiB: with this much, memory still flows when the first event arrives, and when a cancel arrives.
 LARGE = 2048
 
 
@@ -34,7 +34,7 @@ class Snapshots(TestCase):
         self.assertEqual(machine.status(), "running")
         self.assertEqual(machine.disk_file(), self.directory / "disk.one")
 
-    def test_stats_are_whole_and_their_phases_add_up(self):
+    def test_stats_are_complete_and_their_phases_add_up(self):
         machine = self.machine()
         with Guest.open_qmp(machine.qmp, self.state) as guest:
             guest.snapshot(name="one")
@@ -49,28 +49,28 @@ class Snapshots(TestCase):
         self.assertEqual(stats.memory_image_bytes, (self.state / "one.mem").stat().st_size)
         self.assertIsInstance(stats.pause_from_events, bool)
 
-    def test_plain_snapshot(self):
+    def test_non_live_snapshot(self):
         machine = self.machine()
         with Guest.open_qmp(machine.qmp, self.state) as guest:
             guest.snapshot(name="plain", instant=False)
             self.assertEqual(guest.stats().drain_us, 0)
         self.assertEqual(machine.status(), "running")
 
-    def test_memory_goes_where_it_is_asked_to_go(self):
+    def test_memory_file_is_written_to_the_given_path(self):
         machine = self.machine()
         memory = self.directory / "a & b <é>.mem"
         with Guest.open_qmp(machine.qmp, self.state) as guest:
             guest.snapshot(name="one", memory=memory)
         self.assertGreater(memory.stat().st_size, 4096)
 
-    def test_xml_is_passed_on_and_the_name_is_the_time_by_default(self):
+    def test_xml_is_accepted_and_the_default_name_is_the_time(self):
         machine = self.machine()
         with Guest.open_qmp(machine.qmp, self.state) as guest:
             self.assertRegex(guest.snapshot(), r"^\d+$")
             self.assertEqual(guest.snapshot("<domainsnapshot><name>x</name></domainsnapshot>"), "x")
             self.assertEqual(len(guest.snapshots()), 2)
 
-    def test_explicit_flags_take_the_place_of_instant(self):
+    def test_explicit_flags_replace_instant(self):
         machine = self.machine()
         flags = Flag.CREATE_LIVE | Flag.CREATE_INSTANT | Flag.CREATE_NO_METADATA
         with Guest.open_qmp(machine.qmp, self.state) as guest:
@@ -132,7 +132,7 @@ class Snapshots(TestCase):
 
 
 class Interruption(TestCase):
-    def test_ctrl_c_during_the_drain_cancels_and_goes_on(self):
+    def test_ctrl_c_in_the_drain_cancels_and_propagates(self):
         machine = self.machine(memory=LARGE)
 
         def interrupt():
@@ -164,7 +164,7 @@ class Interruption(TestCase):
             self.assert_undone(machine, guest)
             self.assertGreater(guest.stats().undo_us, 0)
 
-    def test_a_second_snapshot_meanwhile_is_refused_and_does_no_harm(self):
+    def test_second_snapshot_is_refused_and_does_no_harm(self):
         machine = self.machine(memory=LARGE)
         refused = []
         with Guest.open_qmp(machine.qmp, self.state) as guest:
@@ -192,7 +192,7 @@ class Refusals(TestCase):
         self.assertEqual(str(caught.exception), caught.exception.message)
         self.assertEqual(caught.exception.domain, 10)
 
-    def test_no_socket_and_no_directory(self):
+    def test_missing_socket_or_directory_is_refused(self):
         self.assert_error(ErrorCode.SYSTEM_ERROR, Guest.open_qmp, self.directory / "none",
                           self.state)
         machine = self.machine()
@@ -200,7 +200,7 @@ class Refusals(TestCase):
                           self.directory / "none")
         self.assert_error(ErrorCode.XML_DETAIL, Guest.open_qmp, machine.qmp, self.state, "<domain")
 
-    def test_bad_xml(self):
+    def test_invalid_xml_is_refused(self):
         machine = self.machine()
         with Guest.open_qmp(machine.qmp, self.state) as guest:
             self.assert_error(ErrorCode.XML_DETAIL, guest.snapshot, "<domainsnapshot>")
@@ -211,7 +211,7 @@ class Refusals(TestCase):
                 guest.snapshot("<domainsnapshot/>\0")
             self.assertEqual(machine.disk_file(), machine.disk)
 
-    def test_wrong_flags(self):
+    def test_invalid_flags_are_refused(self):
         machine = self.machine()
         with Guest.open_qmp(machine.qmp, self.state) as guest:
             for flags in (1 << 20, Flag.CREATE_INSTANT,
@@ -224,13 +224,13 @@ class Refusals(TestCase):
                 with self.assertRaises(ValueError):
                     guest.snapshot(flags=flags)
 
-    def test_a_name_that_exists(self):
+    def test_existing_name_is_refused(self):
         machine = self.machine()
         with Guest.open_qmp(machine.qmp, self.state) as guest:
             guest.snapshot(name="one")
             self.assert_error(ErrorCode.OPERATION_INVALID, guest.snapshot, name="one")
 
-    def test_unknown_names(self):
+    def test_unknown_names_are_refused(self):
         machine = self.machine()
         with Guest.open_qmp(machine.qmp, self.state) as guest:
             with self.assertRaises(NotFound):
@@ -240,7 +240,7 @@ class Refusals(TestCase):
             with self.assertRaises(NotFound):
                 prepare_revert(self.state, "none")
 
-    def test_load_into_a_guest_that_waits_for_nothing(self):
+    def test_load_into_a_running_guest_is_refused(self):
         machine = self.machine()
         with Guest.open_qmp(machine.qmp, self.state) as guest:
             guest.snapshot(name="one")
@@ -248,7 +248,7 @@ class Refusals(TestCase):
                 guest.load("one")
         self.assertEqual(machine.status(), "running")
 
-    def test_nothing_yet(self):
+    def test_stats_and_cancel_without_a_snapshot_are_refused(self):
         machine = self.machine()
         with Guest.open_qmp(machine.qmp, self.state) as guest:
             self.assert_error(ErrorCode.OPERATION_INVALID, guest.stats)
@@ -263,7 +263,7 @@ class Refusals(TestCase):
             guest.pause_limit(30)
             guest.pause_limit(0.001)
 
-    def test_overlap_tries(self):
+    def test_early_start_tries(self):
         machine = self.machine()
         with Guest.open_qmp(machine.qmp, self.state) as guest:
             for tries in (-1, 2**32):
@@ -274,7 +274,7 @@ class Refusals(TestCase):
             self.assertFalse(guest.stats().overlapped)
             self.assertEqual(guest.stats().lost_tries, 0)
 
-    def test_a_closed_guest(self):
+    def test_closed_guest_is_refused(self):
         machine = self.machine()
         guest = Guest.open_qmp(machine.qmp, self.state)
         guest.close()

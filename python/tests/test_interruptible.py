@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""How a blocking call is interrupted, without a library or a QEMU."""
+"""The interruption of a blocking call, without the library and QEMU."""
 
 import os
 import signal
@@ -15,35 +15,35 @@ def press_ctrl_c():
 
 
 class Interruptible(unittest.TestCase):
-    def test_a_result_comes_back(self):
+    def test_result_is_returned(self):
         self.assertEqual(interruptible(lambda: 7, self.fail), 7)
 
-    def test_an_exception_comes_back(self):
+    def test_exception_is_raised(self):
         with self.assertRaises(ZeroDivisionError):
             interruptible(lambda: 1 // 0, self.fail)
 
     def test_work_runs_in_another_thread(self):
         self.assertNotEqual(interruptible(threading.get_ident, self.fail), threading.get_ident())
 
-    def test_ctrl_c_cancels_waits_and_goes_on(self):
+    def test_ctrl_c_cancels_waits_and_propagates(self):
         cancelled = threading.Event()
         ended = []
 
         def work():
             press_ctrl_c()
             cancelled.wait()
-            press_ctrl_c()  # once more, while everything is being undone
+            press_ctrl_c()  # again, during the undo
             ended.append(True)
 
         with self.assertRaises(KeyboardInterrupt):
             interruptible(work, cancelled.set)
         self.assertEqual(ended, [True])
 
-    def test_a_signal_that_another_thread_gets_cancels_too(self):
+    def test_signal_to_another_thread_cancels_too(self):
         cancelled = threading.Event()
 
         def work():
-            time.sleep(0.2)  # so that the other thread sleeps
+            time.sleep(0.2)  # so that the other thread is waiting
             signal.pthread_kill(threading.get_ident(), signal.SIGINT)
             cancelled.wait(5)
 
@@ -51,7 +51,7 @@ class Interruptible(unittest.TestCase):
             interruptible(work, cancelled.set)
         self.assertTrue(cancelled.is_set(), "it was heard only when the work had ended")
 
-    def test_cancel_is_asked_for_until_it_is_heard(self):
+    def test_cancel_is_repeated_until_it_takes_effect(self):
         asked = []
         heard = threading.Event()
 
@@ -69,7 +69,7 @@ class Interruptible(unittest.TestCase):
             interruptible(work, cancel)
         self.assertGreaterEqual(len(asked), 3)
 
-    def test_any_exception_of_a_signal_handler_cancels(self):
+    def test_any_exception_from_a_signal_handler_cancels(self):
         def end(number, frame):
             raise SystemExit(3)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Events of a snapshot, and snapshots that are taken while the caller does something else, against
+"""Events of a snapshot, and snapshots that are taken while the caller does something else, with
 real QEMUs."""
 
 import asyncio
@@ -21,9 +21,9 @@ from instantsnap import (Cancelled, Error, ErrorCode, Event, EventType, Flag, Gu
 from .daemon import LibvirtTestCase, libvirt, needs_libvirt, wait_for
 from .machine import TOP, Machine, TestCase
 
-#: MiB: enough that memory still flows after the instant, and when a cancel arrives.
+# MiB: with this much, memory still flows after the instant, and when a cancel arrives.
 LARGE = 1024
-#: The events of a snapshot that succeeds, without PROGRESS.
+# The events of a successful snapshot, without PROGRESS.
 ALL = [EventType.PAUSED, EventType.SWITCHED, EventType.INSTANT, EventType.COMPLETE]
 
 
@@ -52,8 +52,8 @@ class JobTestCase(TestCase):
         self.assertEqual(caught.exception.code, code, caught.exception.message)
         self.assertTrue(caught.exception.message)
 
-    def wait_until_it_is_free(self, guest, name):
-        """Waits until no other snapshot of the guest is being taken, by taking one of that name."""
+    def wait_until_free(self, guest, name):
+        """Waits until no other snapshot of the guest is under way, by taking one with this name."""
         def take():
             try:
                 return guest.snapshot(name=name)
@@ -65,7 +65,7 @@ class JobTestCase(TestCase):
 
 
 class Callback(JobTestCase):
-    def test_events_come_in_their_order_with_their_numbers(self):
+    def test_events_arrive_in_order_with_their_numbers(self):
         machine, guest = self.open()
         events, seen, threads = [], {}, set()
 
@@ -80,7 +80,7 @@ class Callback(JobTestCase):
         self.assertEqual(types(events), ALL)
         self.assertIsInstance(events[0], Event)
         self.assertIs(events[0].type, EventType.PAUSED)
-        # The first two events come inside the pause.
+        # The first two events come within the pause.
         self.assertEqual(seen[EventType.PAUSED], ("paused", "disk.raw"))
         self.assertEqual(seen[EventType.SWITCHED], ("paused", "disk.one"))
         self.assertEqual(seen[EventType.INSTANT], ("running", "disk.one"))
@@ -111,7 +111,7 @@ class Callback(JobTestCase):
         for event in progress:
             self.assertLessEqual(event.bytes_done, event.bytes_total)
 
-    def test_an_exception_cancels_and_goes_on(self):
+    def test_exception_in_the_callback_cancels_and_propagates(self):
         machine, guest = self.open()
         for kind in (EventType.PAUSED, EventType.SWITCHED, EventType.INSTANT):
             with self.subTest(kind):
@@ -128,7 +128,7 @@ class Callback(JobTestCase):
                 self.assert_undone(machine, guest)
         self.assertEqual(guest.snapshot(name="two"), "two")
 
-    def test_what_is_complete_stays_whatever_is_raised(self):
+    def test_exception_at_completion_keeps_the_snapshot(self):
         machine, guest = self.open()
 
         def on_event(event):
@@ -140,7 +140,7 @@ class Callback(JobTestCase):
         self.assertEqual(guest.snapshots(), ["one"])
         self.assertEqual(machine.status(), "running")
 
-    def test_a_cancel_is_told_when_everything_is_undone(self):
+    def test_cancel_is_reported_after_the_undo(self):
         machine, guest = self.open()
         events, disks = [], []
 
@@ -157,7 +157,7 @@ class Callback(JobTestCase):
         self.assertEqual(disks, ["disk.raw", "disk.one", "disk.raw"])
         self.assert_undone(machine, guest)
 
-    def test_ctrl_c_at_an_event(self):
+    def test_ctrl_c_in_the_callback_cancels(self):
         machine, guest = self.open(memory=LARGE)
 
         def on_event(event):
@@ -168,7 +168,7 @@ class Callback(JobTestCase):
             guest.snapshot(name="one", on_event=on_event)
         self.assert_undone(machine, guest)
 
-    def test_a_failure_before_the_pause(self):
+    def test_failure_before_the_pause(self):
         _, guest = self.open()
         guest.snapshot(name="one")
         events = []
@@ -179,7 +179,7 @@ class Callback(JobTestCase):
         self.assertEqual([(event.type, event.error_code) for event in events],
                          [(EventType.FAILED, ErrorCode.OPERATION_INVALID)])
 
-    def test_a_call_that_is_refused_at_once_has_no_events(self):
+    def test_call_refused_at_once_has_no_events(self):
         _, guest = self.open(memory=LARGE)
         with guest.start_snapshot(name="one") as job:
             for options in ({}, {"flags": 1 << 20}):
@@ -187,15 +187,15 @@ class Callback(JobTestCase):
                     guest.snapshot(name="two", on_event=self.fail, **options)
         self.assertEqual(job.result(), "one")
 
-    def test_an_exception_at_a_failure(self):
+    def test_exception_at_a_failure(self):
         _, guest = self.open()
         guest.snapshot(name="one")
         with self.assertRaises(ZeroDivisionError) as caught:
             guest.snapshot(name="one", on_event=lambda event: 1 // 0)
         self.assertEqual(caught.exception.__context__.code, ErrorCode.OPERATION_INVALID)
 
-    def test_an_exception_tells_of_an_undo_that_failed(self):
-        # QEMU cannot open the image for writing again, which it must do to merge the overlay.
+    def test_exception_reports_a_failed_undo(self):
+        # QEMU cannot open the image for writing again, which the merge of the overlay needs.
         arguments, user = (), os.geteuid()
         image = self.directory / "disk.raw"
         image.write_bytes(bytes(1 << 20))
@@ -221,18 +221,18 @@ class Callback(JobTestCase):
             self.assertIn(part, left.message)
         self.assertEqual(machine.disk_file(), self.directory / "disk.one")
         self.assertEqual(machine.status(), "running")
-        # An undo that did not fail attaches no error.
+        # A successful undo attaches no error.
         with self.assertRaises(ZeroDivisionError) as caught, guest.start_snapshot(name="two"):
             raise ZeroDivisionError
         self.assertIsNone(caught.exception.__cause__)
 
-    def test_a_plain_snapshot_has_events(self):
+    def test_non_live_snapshot_has_events(self):
         _, guest = self.open()
         events = []
         guest.snapshot(name="one", instant=False, on_event=events.append)
         self.assertEqual(types(events)[-2:], [EventType.INSTANT, EventType.COMPLETE])
 
-    def test_intervals_that_cannot_be(self):
+    def test_invalid_intervals_are_refused(self):
         _, guest = self.open()
         for interval in (0, -1, 0.0001, 2**32, float("nan")):
             with self.subTest(interval), self.assertRaisesRegex(ValueError, "progress_interval"):
@@ -252,7 +252,7 @@ class Jobs(JobTestCase):
         self.assertEqual(machine.status(), "running")
         self.assertEqual(machine.disk_file().name, "disk.one")
 
-        # The snapshot is still being taken.
+        # The snapshot is still under way.
         self.assertFalse(job.done())
         self.assertFalse(job.wait(0.001))
         with self.assertRaises(TimeoutError):
@@ -276,7 +276,7 @@ class Jobs(JobTestCase):
         self.assertEqual(job.result(), "one")
         self.assertEqual(guest.snapshots(), ["one"])
 
-    def test_events_one_by_one_to_the_last(self):
+    def test_events_can_be_taken_one_by_one(self):
         _, guest = self.open()
         for at_once in (False, True):
             with self.subTest(at_once=at_once):
@@ -286,7 +286,7 @@ class Jobs(JobTestCase):
                 self.assertIsNone(job.next_event())
                 self.assertEqual(list(job.events()), [])
 
-    def test_events_of_a_failure(self):
+    def test_events_of_a_failed_snapshot(self):
         machine, guest = self.open()
         job = guest.start_snapshot(name="one", at_once=True)
         job.cancel()
@@ -297,7 +297,7 @@ class Jobs(JobTestCase):
             job.result()
         self.assert_undone(machine, guest)
 
-    def test_in_an_event_loop_of_ones_own(self):
+    def test_job_in_a_custom_event_loop(self):
         guests = [self.open(name)[1] for name in ("a", "b")]
         events = {}
         with selectors.DefaultSelector() as selector:
@@ -317,21 +317,21 @@ class Jobs(JobTestCase):
             self.assertEqual(types(events[job]), ALL)
             self.assertEqual(job.result(), "one")
 
-    def test_a_block_ends_with_the_snapshot(self):
+    def test_with_block_ends_with_the_snapshot(self):
         _, guest = self.open()
         with guest.start_snapshot(name="one") as job:
             pass
         self.assertEqual(guest.snapshots(), ["one"])
         self.assertEqual((job.name, job.info().phase), ("one", Phase.ENDED))
 
-    def test_a_block_raises_the_error(self):
+    def test_with_block_raises_the_error(self):
         machine, guest = self.open(memory=LARGE)
         with self.assertRaises(Cancelled):
             with guest.start_snapshot(name="one"):
                 guest.cancel()
         self.assert_undone(machine, guest)
 
-    def test_an_exception_in_a_block_cancels_and_goes_on(self):
+    def test_exception_in_a_with_block_cancels_and_propagates(self):
         machine, guest = self.open(memory=LARGE)
         with self.assertRaises(ZeroDivisionError):
             with guest.start_snapshot(name="one") as job:
@@ -343,7 +343,7 @@ class Jobs(JobTestCase):
         self.assert_undone(machine, guest)
         self.assertEqual(guest.snapshot(name="two"), "two")
 
-    def test_ctrl_c_in_a_block_cancels_and_goes_on(self):
+    def test_ctrl_c_in_a_with_block_cancels_and_propagates(self):
         machine, guest = self.open(memory=LARGE)
         with self.assertRaises(KeyboardInterrupt):
             with guest.start_snapshot(name="one", at_once=True) as job:
@@ -353,7 +353,7 @@ class Jobs(JobTestCase):
         self.assertTrue(job.done())
         self.assert_undone(machine, guest)
 
-    def test_ctrl_c_at_the_end_of_a_block_and_once_more(self):
+    def test_repeated_ctrl_c_at_the_end_of_a_with_block(self):
         machine, guest = self.open(memory=LARGE)
 
         def press():
@@ -372,7 +372,7 @@ class Jobs(JobTestCase):
                 thread.join()
         self.assert_undone(machine, guest)
 
-    def test_ctrl_c_while_it_is_started(self):
+    def test_ctrl_c_during_the_start_of_a_job(self):
         machine, guest = self.open(memory=LARGE)
 
         def press():
@@ -389,7 +389,7 @@ class Jobs(JobTestCase):
             thread.join()
         self.assert_undone(machine, guest)
 
-    def test_ctrl_c_without_a_block_only_ends_the_wait(self):
+    def test_ctrl_c_without_a_with_block_only_ends_the_wait(self):
         _, guest = self.open(memory=LARGE)
         job = guest.start_snapshot(name="one")
         for wait in (job.wait, job.result, lambda: list(job.events())):
@@ -400,7 +400,7 @@ class Jobs(JobTestCase):
                 thread.join()
         self.assertEqual(job.result(), "one")
 
-    def test_what_cannot_start(self):
+    def test_job_that_cannot_start(self):
         machine, guest = self.open()
         guest.snapshot(name="one")
         for options, code in (({"flags": 1 << 20}, ErrorCode.INVALID_ARG),
@@ -418,7 +418,7 @@ class Jobs(JobTestCase):
         guest.close()
         self.assert_error(ErrorCode.INVALID_ARG, guest.start_snapshot)
 
-    def test_one_that_is_closed_or_forgotten_goes_on(self):
+    def test_closed_or_dropped_job_continues(self):
         _, guest = self.open()
         job = guest.start_snapshot(name="one")
         self.assertEqual(repr(job), "<Job open>")
@@ -430,13 +430,13 @@ class Jobs(JobTestCase):
             self.assert_error(ErrorCode.INVALID_ARG, call)
         with job:
             pass
-        self.wait_until_it_is_free(guest, "two")
+        self.wait_until_free(guest, "two")
         guest.start_snapshot(name="three")  # the job is not kept
         gc.collect()
-        self.wait_until_it_is_free(guest, "four")
+        self.wait_until_free(guest, "four")
         self.assertEqual(guest.snapshots(), ["one", "two", "three", "four"])
 
-    def test_one_outlives_its_guest(self):
+    def test_job_outlives_its_guest(self):
         machine, guest = self.open()
         job = guest.start_snapshot(name="one")
         guest.close()
@@ -444,7 +444,7 @@ class Jobs(JobTestCase):
         with Guest.open_qmp(machine.qmp, machine.directory / "state") as again:
             self.assertEqual(again.snapshots(), ["one"])
 
-    def test_one_that_is_not_recorded_has_xml_too(self):
+    def test_unrecorded_job_has_xml(self):
         _, guest = self.open()
         flags = Flag.CREATE_LIVE | Flag.CREATE_INSTANT | Flag.CREATE_NO_METADATA
         with guest.start_snapshot(name="one", flags=flags) as job:
@@ -455,7 +455,7 @@ class Jobs(JobTestCase):
 
 
 class Asyncio(JobTestCase):
-    def test_await_a_snapshot(self):
+    def test_snapshot_can_be_awaited(self):
         _, guest = self.open()
         events = []
         self.assertEqual(asyncio.run(guest.snapshot_async(name="one", on_event=events.append)),
@@ -468,7 +468,7 @@ class Asyncio(JobTestCase):
 
         self.assert_error(ErrorCode.OPERATION_INVALID, lambda: asyncio.run(one_that_exists()))
 
-    def test_an_exception_of_the_callback_cancels_and_goes_on(self):
+    def test_exception_in_the_callback_of_an_awaited_snapshot_cancels(self):
         machine, guest = self.open(memory=LARGE)
 
         def on_event(event):
@@ -479,7 +479,7 @@ class Asyncio(JobTestCase):
             asyncio.run(guest.snapshot_async(name="one", on_event=on_event))
         self.assert_undone(machine, guest)
 
-    def test_any_number_of_tasks_wait_for_one_job(self):
+    def test_several_tasks_can_wait_for_one_job(self):
         _, guest = self.open()
 
         async def listen(job):
@@ -509,7 +509,7 @@ class Asyncio(JobTestCase):
 
         asyncio.run(main())
 
-    def test_one_taker_in_a_thread_does_not_keep_the_end_from_a_task(self):
+    def test_thread_that_takes_events_does_not_block_a_waiting_task(self):
         _, guest = self.open()
 
         async def main():
@@ -521,7 +521,7 @@ class Asyncio(JobTestCase):
 
         asyncio.run(main())
 
-    def test_many_guests_in_one_loop(self):
+    def test_many_guests_in_one_event_loop(self):
         guests = [self.open(name)[1] for name in ("a", "b", "c", "d")]
         guests[0].snapshot(name="one")
 
@@ -534,8 +534,8 @@ class Asyncio(JobTestCase):
         self.assertEqual(names, ["one"] * 3)
 
     def cancel_at_the_instant(self, take):
-        """`take(guest, on_event)` is a task that takes a snapshot; it is cancelled at its instant,
-        and once more."""
+        """Cancels the task `take(guest, on_event)`, which takes a snapshot, at the instant and once
+        more."""
         machine, guest = self.open(memory=LARGE)
 
         async def main():
@@ -558,11 +558,11 @@ class Asyncio(JobTestCase):
 
         asyncio.run(main())
 
-    def test_a_task_that_is_cancelled_cancels_its_snapshot(self):
+    def test_cancelled_task_cancels_its_snapshot(self):
         self.cancel_at_the_instant(
             lambda guest, on_event: guest.snapshot_async(name="one", on_event=on_event))
 
-    def test_a_task_that_is_cancelled_in_a_block(self):
+    def test_task_cancelled_in_an_async_with_block_cancels_its_job(self):
         async def take(guest, on_event):
             async with guest.start_snapshot(name="one", at_once=True) as job:
                 async for event in job:
@@ -572,7 +572,7 @@ class Asyncio(JobTestCase):
 
         self.cancel_at_the_instant(take)
 
-    def test_a_task_that_awaits_a_job(self):
+    def test_task_cancelled_while_awaiting_a_job_cancels_it(self):
         async def take(guest, on_event):
             job = guest.start_snapshot(name="one", at_once=True)
             async for event in job:
@@ -582,7 +582,7 @@ class Asyncio(JobTestCase):
 
         self.cancel_at_the_instant(take)
 
-    def test_a_timeout_cancels(self):
+    def test_timeout_cancels(self):
         machine, guest = self.open(memory=LARGE)
 
         async def main():
@@ -592,7 +592,7 @@ class Asyncio(JobTestCase):
 
         asyncio.run(main())
 
-    def test_a_shielded_job_goes_on(self):
+    def test_shielded_job_continues(self):
         _, guest = self.open(memory=LARGE)
 
         async def main():
@@ -604,7 +604,7 @@ class Asyncio(JobTestCase):
 
         asyncio.run(main())
 
-    def test_a_block(self):
+    def test_async_with_block(self):
         machine, guest = self.open(memory=LARGE)
 
         async def main():
@@ -620,7 +620,7 @@ class Asyncio(JobTestCase):
 
         asyncio.run(main())
 
-    def test_a_coroutine_that_is_thrown_away_cancels(self):
+    def test_closed_coroutine_cancels(self):
         machine, guest = self.open(memory=LARGE)
 
         async def main():
@@ -629,10 +629,10 @@ class Asyncio(JobTestCase):
             coroutine.close()
 
         asyncio.run(main())
-        self.wait_until_it_is_free(guest, "two")
+        self.wait_until_free(guest, "two")
         self.assertEqual(guest.snapshots(), ["two"])
 
-    def test_closing_wakes_who_waits(self):
+    def test_close_wakes_waiting_tasks(self):
         _, guest = self.open(memory=LARGE)
 
         async def main():
@@ -646,7 +646,7 @@ class Asyncio(JobTestCase):
 
         asyncio.run(main())
         guest.cancel()
-        self.wait_until_it_is_free(guest, "two")
+        self.wait_until_free(guest, "two")
 
 
 class Example(JobTestCase):
@@ -666,7 +666,7 @@ class Example(JobTestCase):
         self.addCleanup(process.kill)
         return process
 
-    def test_it_snapshots_all_it_can(self):
+    def test_example_snapshots_all_guests_it_can(self):
         machines = [self.open(name)[0] for name in ("a", "b")]
         process = self.start(machines)
         output, _ = process.communicate()
@@ -686,11 +686,11 @@ class Example(JobTestCase):
         self.assertIn(f"{machines[0].qmp}: not opened: ", output)
         self.assertIn(f"{machines[1].qmp}: the snapshot is ", output)
 
-    def test_ctrl_c_cancels_all(self):
+    def test_ctrl_c_cancels_all_snapshots_of_the_example(self):
         opened = [self.open(name, memory=2 * LARGE) for name in ("a", "b")]
         process = self.start([machine for machine, _ in opened])
         told = ""
-        while ": instant" not in told:  # the other one may be in any phase
+        while ": instant" not in told:  # the other guest can be in any phase
             line = process.stdout.readline()
             self.assertTrue(line, told)
             told += line
@@ -727,7 +727,7 @@ class Libvirt(LibvirtTestCase):
         self.assertEqual(sorted(guest.domain.snapshotListNames()), ["one", "three", "two"])
         guest.wait_ticks()
 
-    def test_cancels(self):
+    def test_exception_or_cancelled_task_cancels(self):
         guest = self.guest(memory=LARGE)
 
         def fail(event):
@@ -758,7 +758,7 @@ class Libvirt(LibvirtTestCase):
         self.assertTrue(guest.is_running())
         guest.wait_ticks()
 
-    def test_errors_are_libvirts_and_events_of_instant_snapshots_only(self):
+    def test_errors_are_libvirts_and_only_instant_snapshots_have_events(self):
         guest = self.guest()
         events = []
         snapshot_create_xml(guest.domain, xml("one", guest))

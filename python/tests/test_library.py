@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""How the C library is found."""
+"""How the package finds the C library."""
 
 import os
 import re
@@ -33,7 +33,7 @@ class FindingTheLibrary(unittest.TestCase):
                         INSTANTSNAP_LIBRARY="/nonexistent/library.so")
         self.assertEqual((result.stdout, result.returncode), ("256\n", 0), result.stderr)
 
-    def test_a_missing_library_is_an_import_error_that_names_the_variable(self):
+    def test_missing_library_is_an_import_error_that_names_the_variable(self):
         result = python(
             "import instantsnap\n"
             "try: instantsnap.version()\n"
@@ -42,7 +42,7 @@ class FindingTheLibrary(unittest.TestCase):
         self.assertIn("/nonexistent/library.so", result.stdout)
         self.assertIn("INSTANTSNAP_LIBRARY", result.stdout)
 
-    def test_another_library_is_an_import_error_that_names_the_function(self):
+    def test_wrong_library_is_an_import_error_that_names_the_function(self):
         result = python(
             "import instantsnap\n"
             "try: instantsnap.version()\n"
@@ -50,7 +50,7 @@ class FindingTheLibrary(unittest.TestCase):
             INSTANTSNAP_LIBRARY="libc.so.6")
         self.assertRegex(result.stdout, r"libc\.so\.6 has no function instantsnap_\w+")
 
-    def test_a_library_beside_the_package_is_found(self):
+    def test_library_beside_the_package_is_found(self):
         with tempfile.TemporaryDirectory() as directory:
             copy = Path(directory, "instantsnap")
             copy.mkdir()

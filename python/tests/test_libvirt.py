@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The package with libvirt-python, against a real libvirtd."""
+"""Tests of the package with libvirt-python and a real libvirtd."""
 
 import contextlib
 import gc
@@ -23,7 +23,7 @@ from instantsnap import snapshot_create_xml, snapshot_delete, snapshot_revert
 from .daemon import LibvirtTestCase, libvirt, libvirt_qemu, needs_libvirt, wait_for
 
 INSTANT = Flag.CREATE_LIVE | Flag.CREATE_INSTANT
-#: MiB: enough that memory still flows after its first part, and when a cancel arrives.
+# MiB: with this much, memory still flows after its first part, and when a cancel arrives.
 LARGE = 2048
 
 
@@ -50,7 +50,7 @@ class ErrorChecks:
 
 @needs_libvirt
 class Snapshots(ErrorChecks, LibvirtTestCase):
-    def test_instant_snapshot_is_libvirts_own(self):
+    def test_instant_snapshot_is_a_libvirt_snapshot(self):
         guest = self.guest()
         snapshot = snapshot_create_xml(guest.domain, xml("first", guest), INSTANT)
         self.assertIs(type(snapshot), libvirt.virDomainSnapshot)
@@ -70,11 +70,11 @@ class Snapshots(ErrorChecks, LibvirtTestCase):
         self.assertTrue(guest.is_running())
         guest.wait_ticks()
 
-        # Instant is the default; and each snapshot is the parent of the next.
+        # Instant is the default, and each snapshot is the parent of the next.
         second = snapshot_create_xml(guest.domain, xml("second", guest))
         self.assertEqual(second.getParent().getName(), "first")
 
-    def test_a_snapshot_that_is_not_recorded(self):
+    def test_unrecorded_snapshot(self):
         guest = self.guest()
         for name in ("a", "b", "c"):
             snapshot = snapshot_create_xml(guest.domain, xml(name, guest),
@@ -85,14 +85,14 @@ class Snapshots(ErrorChecks, LibvirtTestCase):
             del snapshot
         guest.wait_ticks()
 
-    def test_flags_of_both_modules_go_together(self):
+    def test_flags_of_both_modules_can_be_combined(self):
         guest = self.guest()
         flags = (libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_LIVE
                  | libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_ATOMIC | 1 << 10)
         self.assertEqual(
             snapshot_create_xml(guest.domain, xml("one", guest), flags).getName(), "one")
 
-    def test_without_instant_it_is_libvirts_snapshot(self):
+    def test_snapshot_without_instant_is_a_stock_snapshot(self):
         guest = self.guest()
         snapshot = snapshot_create_xml(guest.domain, xml("one"), Flag.CREATE_DISK_ONLY)
         self.assertIs(type(snapshot), libvirt.virDomainSnapshot)
@@ -101,7 +101,7 @@ class Snapshots(ErrorChecks, LibvirtTestCase):
             ElementTree.fromstring(snapshot.getXMLDesc()).findtext("state"), "disk-snapshot")
         self.assertEqual(guest.disk_file(), guest.directory / "disk.one")
 
-        # Errors, too: those of unknown numbers stay as they are.
+        # So are errors; those of unknown numbers are passed on unchanged.
         call = (snapshot_create_xml, guest.domain)
         wrong = (libvirt.VIR_ERR_INVALID_ARG, xml("two"), 1 << 20)
         plain = self.assert_libvirt_error(wrong[0], guest.domain.snapshotCreateXML, *wrong[1:])
@@ -166,7 +166,7 @@ class Snapshots(ErrorChecks, LibvirtTestCase):
         self.assertEqual(stats.disks, 1)
         self.assertEqual(stats.memory_image_bytes, (guest.directory / "one.mem").stat().st_size)
 
-    def test_a_guest_outlives_the_objects_it_was_opened_with(self):
+    def test_guest_outlives_the_objects_it_was_opened_with(self):
         guest = self.guest()
         connection = self.daemon.connect()
         opened = Guest.open_libvirt(connection.lookupByName("one"))
@@ -203,7 +203,7 @@ class Snapshots(ErrorChecks, LibvirtTestCase):
             self.assertEqual(guest.domain.snapshotCurrent().getName(), "2")
             guest.wait_ticks()
 
-    def test_errors_are_libvirts(self):
+    def test_errors_are_libvirt_errors(self):
         guest = self.guest()
         for flags in (Flag.CREATE_INSTANT, INSTANT | 1 << 20, INSTANT | Flag.CREATE_DISK_ONLY,
                       INSTANT | Flag.CREATE_REDEFINE,
@@ -225,7 +225,7 @@ class Snapshots(ErrorChecks, LibvirtTestCase):
             self.assert_libvirt_error(libvirt.VIR_ERR_INVALID_ARG, call, taken, 1 << 20)
         self.assertEqual(guest.domain.snapshotListNames(), ["one"])
 
-    def test_a_domain_that_is_off(self):
+    def test_shut_off_domain_is_refused(self):
         guest = self.guest()
         guest.domain.destroy()
         self.assert_libvirt_error(libvirt.VIR_ERR_OPERATION_INVALID, snapshot_create_xml,
@@ -249,8 +249,8 @@ class Interruption(ErrorChecks, LibvirtTestCase):
         ])
         guest.wait_ticks()
 
-    def when_memory_flows(self, guest, action):
-        """Starts a thread that does `action` when some of the memory image `one` is there."""
+    def run_when_memory_flows(self, guest, action):
+        """Starts a thread that calls `action` when a part of the memory image `one` is written."""
         image = guest.directory / "one.mem"
 
         def watch():
@@ -261,9 +261,9 @@ class Interruption(ErrorChecks, LibvirtTestCase):
         self.addCleanup(thread.join)
         thread.start()
 
-    def test_ctrl_c_cancels_and_goes_on(self):
+    def test_ctrl_c_cancels_and_propagates(self):
         guest = self.guest(memory=LARGE)
-        self.when_memory_flows(guest, lambda: os.kill(os.getpid(), signal.SIGINT))
+        self.run_when_memory_flows(guest, lambda: os.kill(os.getpid(), signal.SIGINT))
         with self.assertRaises(KeyboardInterrupt):
             snapshot_create_xml(guest.domain, xml("one", guest), INSTANT)
         self.assert_undone(guest)
@@ -273,7 +273,7 @@ class Interruption(ErrorChecks, LibvirtTestCase):
     def test_cancel_from_another_thread(self):
         guest = self.guest(memory=LARGE)
         with Guest.open_libvirt(guest.domain) as opened:
-            self.when_memory_flows(guest, opened.cancel)
+            self.run_when_memory_flows(guest, opened.cancel)
             with self.assertRaises(Cancelled):
                 opened.snapshot(name="one", memory=guest.directory / "one.mem")
         self.assert_undone(guest)
@@ -281,7 +281,7 @@ class Interruption(ErrorChecks, LibvirtTestCase):
 
 @needs_libvirt
 class WithoutADaemon(ErrorChecks, unittest.TestCase):
-    """Tests the conversions from and to libvirt-python, by libvirt's test driver in this
+    """Tests the conversions from and to libvirt-python, with libvirt's test driver in this
     process."""
 
     def setUp(self):
@@ -309,7 +309,7 @@ class WithoutADaemon(ErrorChecks, unittest.TestCase):
         self.assertEqual(set(freed), {0})
         self.assertEqual(self.domain.snapshotNum(), 200)
 
-    def test_a_snapshot_keeps_what_it_needs(self):
+    def test_snapshot_keeps_its_connection_alive(self):
         connection = libvirt.open("test:///default")
         snapshot = snapshot_create_xml(connection.lookupByName("test"), xml("one"), 0)
         del connection
@@ -319,14 +319,14 @@ class WithoutADaemon(ErrorChecks, unittest.TestCase):
         snapshot_delete(snapshot)
         self.assertEqual(snapshot.domain().snapshotListNames(), [])
 
-    def test_another_driver_is_refused_an_instant_snapshot(self):
+    def test_instant_snapshot_of_another_driver_is_refused(self):
         self.assert_libvirt_error(libvirt.VIR_ERR_OPERATION_UNSUPPORTED, snapshot_create_xml,
                                   self.domain, xml("one"))
         with self.assertRaises(Error) as caught:
             Guest.open_libvirt(self.domain)
         self.assertEqual(caught.exception.code, ErrorCode.OPERATION_UNSUPPORTED)
 
-    def test_other_things_are_type_errors(self):
+    def test_other_objects_are_type_errors(self):
         snapshot = snapshot_create_xml(self.domain, xml("one"), 0)
         for thing in (None, "test", 0, self.connection, snapshot):
             for call in (lambda: snapshot_create_xml(thing, xml("two")),
@@ -344,7 +344,7 @@ class WithoutADaemon(ErrorChecks, unittest.TestCase):
         with self.assertRaises(TypeError):
             snapshot_create_xml(self.domain, None)
 
-    def test_values_that_c_would_cut_short(self):
+    def test_values_that_c_would_truncate_are_refused(self):
         snapshot = snapshot_create_xml(self.domain, xml("one"), 0)
         for flags in (-1, 1 << 32):
             for call in (lambda: snapshot_create_xml(self.domain, xml("two"), flags),
@@ -356,13 +356,13 @@ class WithoutADaemon(ErrorChecks, unittest.TestCase):
             snapshot_create_xml(self.domain, xml("two") + "\0")
         self.assertEqual(self.domain.snapshotListNames(), ["one"])
 
-    def test_the_error_is_there_where_libvirt_does_not_have_it(self):
+    def test_error_is_kept_where_libvirt_has_none(self):
         snapshot = snapshot_create_xml(self.domain, xml("one"), 0)
         with mock.patch.object(libvirt.libvirtmod, "virGetLastError", return_value=None):
             self.assert_libvirt_error(libvirt.VIR_ERR_INVALID_ARG, snapshot_revert, snapshot,
                                       1 << 20)
 
-    def test_ctrl_c_while_it_cannot_be_cancelled_waits(self):
+    def test_ctrl_c_waits_where_cancelling_is_impossible(self):
         snapshot = snapshot_create_xml(self.domain, xml("one"), 0)
         pointer = _binding.snapshot_pointer(snapshot)
         ended = []
@@ -378,7 +378,7 @@ class WithoutADaemon(ErrorChecks, unittest.TestCase):
                 snapshot_delete(snapshot, 2)
         self.assertEqual(ended, [(None, pointer, 2)])
 
-    def test_a_libvirt_of_its_own_is_refused(self):
+    def test_second_copy_of_libvirt_is_refused(self):
         with tempfile.TemporaryDirectory() as directory:
             source, other = Path(directory, "other.c"), Path(directory, "other.so")
             source.write_text("int virDomainFree(void *domain) { return domain != 0; }")
@@ -392,7 +392,7 @@ class WithoutADaemon(ErrorChecks, unittest.TestCase):
 
 
 class WithoutLibvirtPython(unittest.TestCase):
-    def test_only_what_needs_it_fails(self):
+    def test_only_functions_that_need_libvirt_python_fail(self):
         program = (
             # None in sys.modules makes an import fail.
             "import sys; sys.modules['libvirt'] = None\n"

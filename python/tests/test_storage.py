@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Disks that the caller's storage snapshots: here by copying their files."""
+"""Disks that the caller's storage snapshots, here by copying their files."""
 
 import shutil
 import unittest
@@ -25,7 +25,7 @@ def copy(call):
 
 
 class StorageHook(TestCase):
-    def test_disks_are_snapshotted_undone_and_brought_back_by_functions(self):
+    def test_functions_snapshot_undo_and_revert_disks(self):
         machine = self.machine()
         calls, undone = [], []
 
@@ -71,7 +71,7 @@ class StorageHook(TestCase):
             guest.load("one")
         self.assertEqual(restored.status(), "running")
 
-    def test_what_a_function_raises_fails_the_snapshot_and_is_raised(self):
+    def test_exception_in_a_function_fails_the_snapshot_and_is_raised(self):
         machine = self.machine()
         undone = []
 
