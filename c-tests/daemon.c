@@ -62,7 +62,7 @@ struct client {
 
 struct guest {
     const char *name;
-    char *directory, *guard_socket;
+    char *directory, *watchdog_socket;
     pid_t qemu;
     instantsnap_guest *handle;
 
@@ -80,7 +80,7 @@ struct guest {
     /* QEMU's monitor: the loop reads it; a thread of the library writes to it and waits. */
     pthread_mutex_t lock;
     pthread_cond_t changed;
-    struct watch monitor; /* its fd is -1 once QEMU has gone */
+    struct watch monitor; /* its fd is -1 after the end of QEMU */
     char *image;          /* the image that QEMU was started on */
     char *received;       /* the part of a line that has arrived */
     size_t length;
@@ -307,9 +307,9 @@ static char *tell_state_dir(void *opaque)
 }
 
 /* If this process is killed in a pause, the watchdog resumes the guest by this socket. */
-static char *tell_guard_socket(void *opaque)
+static char *tell_watchdog_socket(void *opaque)
 {
-    return strdup(((struct guest *) opaque)->guard_socket);
+    return strdup(((struct guest *) opaque)->watchdog_socket);
 }
 
 static const instantsnap_driver_ops driver = {
@@ -318,7 +318,7 @@ static const instantsnap_driver_ops driver = {
     .state = ask_state,
     .domain_xml = tell_domain_xml,
     .state_dir = tell_state_dir,
-    .guard_socket = tell_guard_socket,
+    .guard_socket = tell_watchdog_socket,
 };
 
 /* Starting QEMU. */
@@ -336,7 +336,7 @@ static void start_qemu(struct guest *guest, const char *image, int incoming)
         die("socketpair");
     own[0] = text("driver=qcow2,node-name=disk,file.driver=file,file.filename=%s", image);
     own[1] = text("socket,id=monitor,fd=%d", STDIN_FILENO);
-    own[2] = text("unix:%s,server=on,wait=off", guest->guard_socket);
+    own[2] = text("unix:%s,server=on,wait=off", guest->watchdog_socket);
     for (; qemu_command[count] && count < MAX_ARGUMENTS; count++)
         arguments[count] = qemu_command[count];
     char *const more[] = {
@@ -587,7 +587,7 @@ static void client_ready(void *owner)
     if (got < 0 && (errno == EAGAIN || errno == EINTR))
         return;
     if (got <= 0) {
-        /* The client has gone, or its line is too long. Its request goes on. */
+        /* The client has disconnected, or its line is too long. Its request goes on. */
         for (int i = 0; i < guest_count; i++) {
             if (guests[i].client == client)
                 guests[i].client = NULL;
@@ -644,7 +644,7 @@ static void add_guest(const char *directory, char *word)
     guest->name = word;
     image = realpath(image, NULL);
     guest->directory = text("%s/%s", directory, guest->name);
-    guest->guard_socket = text("%s/guard.sock", guest->directory);
+    guest->watchdog_socket = text("%s/guard.sock", guest->directory);
     guest->monitor.fd = -1;
     pthread_mutex_init(&guest->lock, NULL);
     pthread_condattr_init(&monotonic);

@@ -27,7 +27,7 @@ int qemuSnapshotDelete(void *vm, void *snapshot, unsigned int flags);
 
 enum callback {
     MONITOR, STATE, DOMAIN_XML, STATE_DIR, RECORD, FORGET, SNAPSHOT_XML, CURRENT, PAUSE, RESUME,
-    SWITCH, MERGED, BEGIN, END, GUARD, REPORT, MAKE, NAME, RESTART, CALLBACKS
+    SWITCH, MERGED, BEGIN, END, WATCHDOG, REPORT, MAKE, NAME, RESTART, CALLBACKS
 };
 
 /* A fault: what goes wrong, at which call of which callback. */
@@ -48,7 +48,7 @@ struct snapshot {
 struct domain {
     pthread_mutex_t lock;
     int uses_lock, works, claims_off; /* an operation is between begin_job and end_job */
-    const char *directory, *disk, *format, *guard_socket;
+    const char *directory, *disk, *format, *watchdog_socket;
     pid_t qemu;
     int socket;
     FILE *monitor;
@@ -68,7 +68,7 @@ static void connect_monitor(struct domain *domain, const char *socket_name)
     char *line = NULL;
     size_t size = 0;
 
-    domain->guard_socket = harness_path(harness_text("%s.aside", socket_name));
+    domain->watchdog_socket = harness_path(harness_text("%s.aside", socket_name));
     domain->socket = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
     strcpy(address.sun_path, harness_path(socket_name));
     CHECK(connect(domain->socket, (struct sockaddr *) &address, sizeof(address)) == 0);
@@ -80,7 +80,7 @@ static void connect_monitor(struct domain *domain, const char *socket_name)
     free(line);
 }
 
-/* Runs one command. Returns its reply, for free(); NULL if QEMU has gone. */
+/* Runs one command. Returns its reply, for free(); NULL if QEMU has ended. */
 static char *converse(struct domain *domain, const char *command, const int *fds, size_t fd_count)
 {
     union {
@@ -377,9 +377,9 @@ static void on_unlock(void *opaque)
     CHECK(pthread_mutex_unlock(&((struct domain *) opaque)->lock) == 0);
 }
 
-static char *on_guard(void *opaque)
+static char *on_watchdog_socket(void *opaque)
 {
-    return answer(opaque, GUARD, ((struct domain *) opaque)->guard_socket);
+    return answer(opaque, WATCHDOG, ((struct domain *) opaque)->watchdog_socket);
 }
 
 static void on_report(void *opaque, int code, int from, const char *message)
@@ -447,7 +447,7 @@ static instantsnap_driver_ops full_ops(void)
     ops.disks_merged = on_merged;
     ops.begin_job = on_begin;
     ops.end_job = on_end;
-    ops.guard_socket = on_guard;
+    ops.guard_socket = on_watchdog_socket;
     return ops;
 }
 
@@ -683,7 +683,7 @@ static void libvirts_driver(struct domain *domain)
     CHECK(memory_is_there(domain, "first"));
     CHECK(peeker.seen > 0);
     CHECK(domain->calls[PAUSE] == 1 && domain->calls[SWITCH] == 1 && domain->calls[RECORD] == 1);
-    CHECK(domain->calls[BEGIN] == 1 && domain->calls[END] == 1 && domain->calls[GUARD] == 1 &&
+    CHECK(domain->calls[BEGIN] == 1 && domain->calls[END] == 1 && domain->calls[WATCHDOG] == 1 &&
           domain->calls[MERGED] == 0);
     CHECK(says(domain, "query-status", "\"running\": true"));
     CHECK(strcmp(domain->snapshots->name, "first") == 0);
@@ -764,7 +764,7 @@ static void libvirts_driver(struct domain *domain)
     free(second);
 }
 
-/* The library records the snapshots, and brings them back. */
+/* The library records the snapshots, and reverts to them. */
 static void recorded_by_the_library(struct domain *domain)
 {
     instantsnap_driver_ops ops = recording_ops();
@@ -961,7 +961,7 @@ static void others_fail(struct domain *domain)
             domain, (struct fault) {.kind = FAILS_AFTERWARDS, .in = i ? SWITCH : PAUSE, .nth = 1},
             INSTANT));
     /* A snapshot succeeds without a socket for the watchdog, too. */
-    CHECK(try_with(domain, (struct fault) {.kind = FAILS, .in = GUARD, .nth = 1}, INSTANT));
+    CHECK(try_with(domain, (struct fault) {.kind = FAILS, .in = WATCHDOG, .nth = 1}, INSTANT));
     /*
      * QEMU 7.2 resumes the guest itself when it is armed: then `resume` is not called and cannot
      * fail.
@@ -990,7 +990,7 @@ static void others_lie(struct domain *domain)
     fault.in = CURRENT;
     fault.lie = "\xff";
     CHECK(!try_with(domain, fault, INSTANT));
-    fault.in = GUARD;
+    fault.in = WATCHDOG;
     fault.lie = "/nowhere";
     CHECK(!try_with(domain, fault, INSTANT));
 }
@@ -1044,7 +1044,7 @@ static void cancel(instantsnap_guest *guest)
     CHECK(instantsnap_snapshot_cancel(guest) == 0);
 }
 
-/* From now on the driver says that there is no QEMU, though QEMU uses the images. */
+/* From now on the driver reports that there is no QEMU, although QEMU uses the images. */
 static void cancel_and_lie(instantsnap_guest *guest)
 {
     cancel(guest);

@@ -292,7 +292,7 @@ static const char *converse(int fd, const char *command)
 
 const char *harness_qmp(const char *socket_name, const char *command)
 {
-    /* QEMU serves one client at a time, and greets the next one when this one has gone. */
+    /* QEMU serves one client at a time, and greets the next one when this one has disconnected. */
     struct timeval patience = {.tv_sec = DEADLINE_SECONDS};
     int fd = try_connect(harness_path(socket_name));
     const char *answer;

@@ -21,7 +21,7 @@
 
 #define LIBVIRTD "/usr/sbin/libvirtd"
 
-/* A user's session must not be root's. */
+/* The session must not be root's. */
 #define NOBODY 65534
 
 /* Long enough for a busy machine, and for libvirt to query QEMU's capabilities. */

@@ -51,7 +51,7 @@ static int count(instantsnap_guest *guest)
 
 /* The events of one snapshot so far. */
 struct history {
-    int plain; /* memory is saved before the instant */
+    int non_live; /* memory is saved before the instant */
     int seen[TYPES];
     int paused_already;
     instantsnap_event last, at[TYPES];
@@ -78,10 +78,10 @@ static void add(struct history *history, const instantsnap_event *event)
         break;
     case INSTANTSNAP_EVENT_INSTANT:
         CHECK(last->type == INSTANTSNAP_EVENT_SWITCHED ||
-              (history->plain && last->type == INSTANTSNAP_EVENT_PROGRESS));
+              (history->non_live && last->type == INSTANTSNAP_EVENT_PROGRESS));
         break;
     case INSTANTSNAP_EVENT_PROGRESS:
-        CHECK(history->seen[INSTANTSNAP_EVENT_INSTANT] == !history->plain);
+        CHECK(history->seen[INSTANTSNAP_EVENT_INSTANT] == !history->non_live);
         CHECK(event->bytes_total == 0 || event->bytes_total >= event->bytes_done);
         break;
     case INSTANTSNAP_EVENT_COMPLETE:
@@ -453,14 +453,14 @@ static void at_once(instantsnap_guest *guest)
 /* Non-live: memory is saved while the guest is paused; also for a guest that is paused already. */
 static void other_kinds(instantsnap_guest *guest)
 {
-    struct history plain = {.plain = 1}, paused = {.paused_already = 1};
+    struct history non_live = {.non_live = 1}, paused = {.paused_already = 1};
     instantsnap_create_options options = {.size = sizeof(options), .progress_interval_ms = 1};
-    instantsnap_job *job = instantsnap_snapshot_create_start(guest, named("plain"), 0, &options);
+    instantsnap_job *job = instantsnap_snapshot_create_start(guest, named("non-live"), 0, &options);
 
     CHECK(job);
     CHECK(get_info(job).instant == 1);
-    take_all(job, &plain);
-    check_complete(job, guest, "plain");
+    take_all(job, &non_live);
+    check_complete(job, guest, "non-live");
     CHECK(get_stats(job).drain_us == 0);
     instantsnap_job_free(job);
 
@@ -468,7 +468,7 @@ static void other_kinds(instantsnap_guest *guest)
     job = instantsnap_snapshot_create_start(guest, named("paused"), INSTANT, NULL);
     CHECK(job);
     CHECK(instantsnap_job_wait(job, -1) == 1);
-    paused.plain = get_stats(job).drain_us == 0;
+    paused.non_live = get_stats(job).drain_us == 0;
     take_all(job, &paused);
     CHECK(paused.last.paused_us == 0);
     check_complete(job, guest, "paused");

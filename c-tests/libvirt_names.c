@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * The same by libvirt's own names and signatures, with a guest of this library instead of libvirt's
- * domain object.
+ * The functions of instantsnap.h by libvirt's own names and signatures, with a guest of this
+ * library instead of libvirt's domain object.
  */
 #include <instantsnap-libvirt.h>
 
@@ -34,26 +34,26 @@ static void free_snapshot(virDomainSnapshotPtr snapshot)
  */
 static void without_a_guest(void)
 {
-    char nobody[256];
+    char wild[256];
 
-    memset(nobody, 0x5a, sizeof(nobody));
+    memset(wild, 0x5a, sizeof(wild));
     CHECK_FAILS(!create(NULL, NULL, "<domainsnapshot/>", INSTANT), VIR_ERR_INVALID_ARG);
     CHECK_FAILS(revert(NULL, NULL, 0) == -1, VIR_ERR_INVALID_ARG);
     CHECK_FAILS(delete(NULL, NULL, 0) == -1, VIR_ERR_INVALID_ARG);
 
-    CHECK_FAILS(!create(NULL, (virDomainObj *) nobody, "<domainsnapshot/>", INSTANT),
+    CHECK_FAILS(!create(NULL, (virDomainObj *) wild, "<domainsnapshot/>", INSTANT),
                 VIR_ERR_OPERATION_UNSUPPORTED);
     /*
      * Without INSTANT the call would go to the next definition of the symbol: this process has
      * none.
      */
-    CHECK_FAILS(!create(NULL, (virDomainObj *) nobody, "<domainsnapshot/>", 0),
+    CHECK_FAILS(!create(NULL, (virDomainObj *) wild, "<domainsnapshot/>", 0),
                 VIR_ERR_OPERATION_UNSUPPORTED);
-    CHECK_FAILS(revert((virDomainObj *) nobody, NULL, 0) == -1, VIR_ERR_OPERATION_UNSUPPORTED);
-    CHECK_FAILS(delete((virDomainObj *) nobody, NULL, 0) == -1, VIR_ERR_OPERATION_UNSUPPORTED);
+    CHECK_FAILS(revert((virDomainObj *) wild, NULL, 0) == -1, VIR_ERR_OPERATION_UNSUPPORTED);
+    CHECK_FAILS(delete((virDomainObj *) wild, NULL, 0) == -1, VIR_ERR_OPERATION_UNSUPPORTED);
 
-    CHECK_FAILS(!name_of((virDomainSnapshotPtr) nobody), VIR_ERR_INVALID_ARG);
-    free_snapshot((virDomainSnapshotPtr) nobody);
+    CHECK_FAILS(!name_of((virDomainSnapshotPtr) wild), VIR_ERR_INVALID_ARG);
+    free_snapshot((virDomainSnapshotPtr) wild);
     free_snapshot(NULL);
 }
 

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
-/* The whole job by direct QMP: snapshots are taken, described, and continued in other QEMUs. */
+/* The complete use by direct QMP: snapshots are taken, described, and continued in other QEMUs. */
 #include <pthread.h>
 #include <sched.h>
 
@@ -132,7 +132,7 @@ static void instant(instantsnap_guest *guest)
 }
 
 /* Takes a non-live snapshot. The library chooses names and files. Returns the snapshot's name. */
-static const char *plain(instantsnap_guest *guest)
+static const char *non_live(instantsnap_guest *guest)
 {
     instantsnap_stats stats;
     const char *kept;
@@ -303,8 +303,8 @@ static void revert(instantsnap_guest *original, const char *second)
 }
 
 /*
- * Deletes the youngest snapshot: its parent becomes current, the guest runs on, and its files are
- * gone.
+ * Deletes the newest snapshot: its parent becomes current, the guest runs on, and its files are
+ * removed.
  */
 static void deleted(instantsnap_guest *guest)
 {
@@ -312,13 +312,13 @@ static void deleted(instantsnap_guest *guest)
 
     CHECK_FAILS(instantsnap_snapshot_delete(guest, "first", 0) == -1,
                 VIR_ERR_OPERATION_UNSUPPORTED);
-    CHECK(instantsnap_snapshot_create_xml(guest, named("youngest"), INSTANT, NULL) == 0);
-    CHECK(harness_file_size(harness_path("state/youngest.mem")) > 0);
-    CHECK(instantsnap_snapshot_delete(guest, "youngest", 0) == 0);
+    CHECK(instantsnap_snapshot_create_xml(guest, named("newest"), INSTANT, NULL) == 0);
+    CHECK(harness_file_size(harness_path("state/newest.mem")) > 0);
+    CHECK(instantsnap_snapshot_delete(guest, "newest", 0) == 0);
     CHECK(count(guest) == recorded);
-    CHECK(harness_file_size(harness_path("state/youngest.mem")) == -1);
+    CHECK(harness_file_size(harness_path("state/newest.mem")) == -1);
     CHECK(harness_status_is("qmp", "running"));
-    CHECK_FAILS(instantsnap_snapshot_delete(guest, "youngest", 0) == -1,
+    CHECK_FAILS(instantsnap_snapshot_delete(guest, "newest", 0) == -1,
                 VIR_ERR_NO_DOMAIN_SNAPSHOT);
 }
 
@@ -333,7 +333,7 @@ int main(void)
 
     before_the_first(guest);
     instant(guest);
-    second = plain(guest);
+    second = non_live(guest);
     /* Cancels at once, and while memory flows: after the image's header, and before its end. */
     cancelled(guest, "cancelled-at-once", -1);
     cancelled(guest, "cancelled-in-drain", 100 << 10);

@@ -1,5 +1,5 @@
 /*
- * plain_client.c: a client of libvirt that knows nothing of instantsnap. It passes the flags that
+ * plain_client.c: a client of libvirt that does not use instantsnap. It passes the flags that
  * it is told, and a daemon with instantsnap in it does the rest.
  *
  *   plain_client URI DOMAIN XML FLAGS

@@ -3,9 +3,9 @@
  *
  * It counts. For each n it goes, in a fixed order, through pages spread over its memory, through
  * its disks, and to the serial line: it checks that each place still holds n - 1, and then writes
- * n. So a guest that was brought back from a snapshot checks all of its memory and disks against
- * each other, and against its registers, within one round. It counts on exactly if they are of the
- * same moment; else it says TORN and stops.
+ * n. So a restored guest checks all of its memory and disks against each other, and against its
+ * registers, within one round. If they are of the same moment it counts on, else it says TORN and
+ * stops.
  *
  * QEMU boots it with `-kernel tick.elf -append "KEY=VALUE ..."` (multiboot, 32-bit protected mode,
  * no paging). Keys:
@@ -49,8 +49,8 @@ __asm__(".section .text\n"
         ".set stack_top, stack + 16384\n");
 
 /*
- * What a second CPU begins with, copied to where a start-up IPI can point: from real mode to the
- * first one's, a stack, and on to C.
+ * The code with which a second CPU begins, copied to a page that a start-up IPI can point to. It
+ * goes from real mode to the first CPU's mode, sets up a stack, and calls C.
  */
 #define AP_START "0x8000"
 __asm__(".section .text\n"
@@ -80,8 +80,8 @@ __asm__(".section .text\n"
         ".set ap_stack_top, ap_stack + 4096\n");
 
 /*
- * For waiting: the processor's own tables, and what an interrupt does, which is to end a `hlt`. A
- * disk holds its interrupt until its status is read.
+ * For waiting: descriptor tables of the processor, and the interrupt handlers, which only end a
+ * `hlt`. A disk holds its interrupt until its status is read.
  */
 __asm__(".section .text\n"
         "load_tables: lgdtl own_gdtr\n"
@@ -175,7 +175,7 @@ static void interrupt_on(u32 number)
 static void interrupts_start(void)
 {
     /*
-     * Masked interrupts need a handler too: an interrupt that a disk takes back just when it is
+     * Masked interrupts need a handler too: an interrupt that a disk withdraws just when it is
      * served arrives under another number.
      */
     for (u32 number = 0; number < INTERRUPTS; number++)
@@ -187,7 +187,7 @@ static void interrupts_start(void)
     interrupt_on(TIMER);
 }
 
-/* One interrupt of the timer, in so many microseconds. */
+/* Starts the timer, which interrupts once after this many microseconds. */
 static void timer(u32 microseconds)
 {
     u32 count = microseconds * 1193 / 1000;
@@ -196,7 +196,7 @@ static void timer(u32 microseconds)
     outb(PIT, count), outb(PIT, count >> 8);
 }
 
-/* Until there is an interrupt. */
+/* Waits until there is an interrupt. */
 static void await_interrupt(void)
 {
     __asm__ volatile("sti; hlt; cli" ::: "memory");
@@ -285,9 +285,9 @@ static u32 parameter(const char *line, const char *key, u32 base, u32 otherwise)
 /*
  * ---- disks: virtio-blk by its legacy interface, one request at a time ----
  *
- * Looking again and again whether it is done keeps QEMU's other threads, which do it, from the
- * host's CPUs. So the guest halts meanwhile, but looks after PATIENCE all the same: it is not about
- * interrupts that are lost.
+ * Polling for the end of a request would take CPU time from QEMU's other threads, which execute it.
+ * So the guest halts meanwhile, and checks after PATIENCE nevertheless: it does not test for lost
+ * interrupts.
  */
 
 enum {
@@ -355,7 +355,7 @@ static void disk_start(u16 port, u8 interrupt)
     struct disk *d = &disks[disk_count];
     u8 *ring = rings[disk_count];
 
-    outb(port + 18, 0);     /* reset: the BIOS has used it */
+    outb(port + 18, 0);     /* reset: the BIOS has used the disk */
     outb(port + 18, 1 | 2); /* acknowledge, driver */
     outl(port + 4, inl(port) & FEATURE_FLUSH);
     outw(port + 14, 0); /* queue 0 */
@@ -366,7 +366,7 @@ static void disk_start(u16 port, u8 interrupt)
     d->descriptors = (void *)ring;
     d->avail = (void *)(ring + 16 * d->queue_size);
     d->used = (void *)(ring + ((16 * d->queue_size + 6 + 2 * d->queue_size + 4095) & ~4095));
-    /* The BIOS says which one it is. */
+    /* The BIOS has assigned the interrupt. */
     d->interrupts =
         interrupts_wanted && interrupt != TIMER && interrupt != CASCADE && interrupt < INTERRUPTS;
     d->avail[0] = !d->interrupts;
@@ -406,7 +406,7 @@ static u32 pci_read(u32 slot, u32 reg)
     return inl(0xcfc);
 }
 
-/* Bus 0, every function, in order: the order of the `-device` options. */
+/* Looks through bus 0, every function, in the order of the `-device` options. */
 static void disks_find(void)
 {
     for (u32 slot = 0; slot < 256 && disk_count < MAX_DISKS; slot++) {
@@ -455,7 +455,7 @@ static volatile u32 *dense_at(u32 i)
 extern const u8 ap_begin[], ap_end[];
 static volatile u32 ap_rounds, ap_torn_at, ap_torn_has, ap_torn_want, ap_torn;
 
-/* The first CPU tells of what this one finds: it has the serial line. */
+/* The first CPU, which has the serial line, reports what this one finds. */
 void __attribute__((noreturn)) ap_tick(void);
 void __attribute__((noreturn)) ap_tick(void)
 {
@@ -553,8 +553,8 @@ void tick(const struct multiboot *boot)
             *dense_at(i) = n;
         }
         /*
-         * Two sectors a disk, because the instant may fall between the check of one and the write
-         * that hides what is wrong with it: the other then is still to be checked.
+         * Two sectors of a disk, because the instant can fall between the check of one sector and
+         * the write that hides its fault: then the other sector is still to be checked.
          */
         if (interrupts_wanted && disk_count)
             timer(PATIENCE);
