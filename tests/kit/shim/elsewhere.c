@@ -2,8 +2,8 @@
  * elsewhere.c: an LD_PRELOAD library for libvirtd whose snapshots do not reach the library under
  * test.
  *
- * With -DBY_ITSELF it is preloaded before that library, and libvirt's driver calls this
- * qemuSnapshotCreateXML(). Without it, it is preloaded after that library, and its
+ * With -DBY_ITSELF it is preloaded before that library, and its qemuSnapshotCreateXML() calls that
+ * of libvirt's driver. Otherwise it is preloaded after that library, and its
  * virDomainSnapshotCreateXML() has another thread do the work.
  */
 #define _GNU_SOURCE

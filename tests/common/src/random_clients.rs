@@ -76,36 +76,36 @@ impl When {
 
 /// An action of another client, and its time.
 #[derive(Clone, Copy, Debug)]
-pub struct Deed<W> {
+pub struct TimedAction<W> {
     pub what: W,
     pub when: When,
 }
 
 /// Runs `snapshot`, and the other clients' actions within or beside its phases.
-pub fn meddle<W: Copy + Send, T: Send>(
-    deeds: &[Deed<W>],
-    mut act: impl FnMut(Deed<W>) + Send,
+pub fn run_with_actions<W: Copy + Send, T: Send>(
+    actions: &[TimedAction<W>],
+    mut act: impl FnMut(TimedAction<W>) + Send,
     snapshot: impl FnOnce(&mut dyn FnMut(Phase)) -> T,
 ) -> T {
-    let (send, deeds_beside) = channel::<Deed<W>>();
+    let (send, parallel_actions) = channel::<TimedAction<W>>();
     let act = Mutex::new(&mut act);
     std::thread::scope(|scope| {
         let act = &act;
         scope.spawn(move || {
-            for deed in deeds_beside {
-                if let When::After(_, delay) = deed.when {
+            for action in parallel_actions {
+                if let When::After(_, delay) = action.when {
                     std::thread::sleep(delay);
                 }
-                act.lock().unwrap()(deed);
+                act.lock().unwrap()(action);
             }
         });
-        let mut left = deeds.to_vec();
+        let mut left = actions.to_vec();
         let mut at = |phase: Phase| {
-            let now = |deed: &mut Deed<W>| deed.when.phase() == phase;
-            for deed in left.extract_if(.., now) {
-                match deed.when {
-                    When::In(_) => act.lock().unwrap()(deed),
-                    When::After(..) => send.send(deed).unwrap(),
+            let now = |action: &mut TimedAction<W>| action.when.phase() == phase;
+            for action in left.extract_if(.., now) {
+                match action.when {
+                    When::In(_) => act.lock().unwrap()(action),
+                    When::After(..) => send.send(action).unwrap(),
                 }
             }
         };

@@ -5,13 +5,13 @@
 //! on; a snapshot that succeeded can be restored, and one that failed leaves nothing.
 //!
 //! `INSTANTSNAP_TEST_LONG` takes 1,000 snapshots, or as many as there is time for.
-//! `common/meddling.rs` says how to repeat a run.
+//! `common/src/random_clients.rs` says how to repeat a run.
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
-use common::meddling::{
-    Deed, Extent, Random, When, assert_counts, assert_no_files, meddle, rounds,
+use common::random_clients::{
+    Extent, Random, TimedAction, When, assert_counts, assert_no_files, rounds, run_with_actions,
 };
 use common::{At, INSTANTLY, Opened, backend, block_of, machine, named};
 use instantsnap::engine::{EarlyStart, Phase, prepare_revert};
@@ -25,7 +25,7 @@ const EXTENT: Extent =
 
 /// What another client does.
 #[derive(Clone, Copy, Debug, PartialEq)]
-enum Meddling {
+enum Action {
     Reset,
     Cont,
     Stop,
@@ -42,19 +42,19 @@ enum Meddling {
     Kill,
 }
 
-const USUAL: [Meddling; 9] = [
-    Meddling::Cont,
-    Meddling::Stop,
-    Meddling::StopAndCont,
-    Meddling::Save,
-    Meddling::Resize,
-    Meddling::Plug,
-    Meddling::Unplug,
-    Meddling::Overlay,
-    Meddling::Capability,
+const FREQUENT_ACTIONS: [Action; 9] = [
+    Action::Cont,
+    Action::Stop,
+    Action::StopAndCont,
+    Action::Save,
+    Action::Resize,
+    Action::Plug,
+    Action::Unplug,
+    Action::Overlay,
+    Action::Capability,
 ];
 
-const MOMENTS: [Phase; 7] = [
+const PHASES: [Phase; 7] = [
     Phase::Validate,
     Phase::Plan,
     Phase::Prepare,
@@ -64,18 +64,18 @@ const MOMENTS: [Phase; 7] = [
     Phase::Drain,
 ];
 
-fn deed(random: &mut Random, can_cancel: bool, long: bool) -> Deed<Meddling> {
+fn random_action(random: &mut Random, can_cancel: bool, long: bool) -> TimedAction<Action> {
     let what = match random.below(40) {
-        0 => Meddling::Kill,
+        0 => Action::Kill,
         // QEMU 10.0 sometimes does not finish a reset, too seldom for the short run.
-        3..7 if long => Meddling::Reset,
+        3..7 if long => Action::Reset,
         // QEMU 7.2 itself freezes a guest whose background snapshot is cancelled, and QEMU 10.0
         // closes an unrelated descriptor where write tracking is not armed yet.
-        1..3 if can_cancel => Meddling::Cancel,
-        _ => random.one_of(&USUAL),
+        1..3 if can_cancel => Action::Cancel,
+        _ => random.one_of(&FREQUENT_ACTIONS),
     };
-    let phase = if what == Meddling::Cancel { Phase::Drain } else { random.one_of(&MOMENTS) };
-    Deed { what, when: When::random(random, phase, Duration::from_millis(20)) }
+    let phase = if what == Action::Cancel { Phase::Drain } else { random.one_of(&PHASES) };
+    TimedAction { what, when: When::random(random, phase, Duration::from_millis(20)) }
 }
 
 /// What the other clients have done in a round.
@@ -89,14 +89,14 @@ struct Done {
 }
 
 /// A guest that is opened by its socket, and another client of its QEMU.
-struct Meddled {
+struct DisturbedGuest {
     opened: Opened,
     others: AtomicUsize,
     size: u64,
 }
 
-impl Meddled {
-    fn start(binary: &'static Binary, random: &mut Random) -> Meddled {
+impl DisturbedGuest {
+    fn start(binary: &'static Binary, random: &mut Random) -> DisturbedGuest {
         let mut machine = machine(binary, 2).arg("-device").arg("piix3-usb-uhci,id=usb");
         // A reset must not end QEMU. SeaBIOS makes two resets of one, and the second can come after
         // the instant.
@@ -106,12 +106,12 @@ impl Meddled {
         }
         let opened = Opened::start(&machine);
         let size = size_of(&opened.guest);
-        Meddled { opened, others: AtomicUsize::new(0), size }
+        DisturbedGuest { opened, others: AtomicUsize::new(0), size }
     }
 
-    fn act(&self, what: Meddling, done: &mut Done) {
+    fn act(&self, what: Action, done: &mut Done) {
         let guest = &self.opened.guest;
-        if what == Meddling::Kill {
+        if what == Action::Kill {
             done.killed = true;
             return guest.kill();
         }
@@ -123,14 +123,14 @@ impl Meddled {
         };
         let mut say = |command: &str, arguments: Value| control.execute(command, arguments);
         match what {
-            Meddling::Reset => drop(say("system_reset", json!({}))),
-            Meddling::Cont => drop(say("cont", json!({}))),
-            Meddling::Stop => done.stopped |= say("stop", json!({})).is_ok(),
-            Meddling::StopAndCont => {
+            Action::Reset => drop(say("system_reset", json!({}))),
+            Action::Cont => drop(say("cont", json!({}))),
+            Action::Stop => done.stopped |= say("stop", json!({})).is_ok(),
+            Action::StopAndCont => {
                 let _ = say("stop", json!({}));
                 let _ = say("cont", json!({}));
             }
-            Meddling::Save => {
+            Action::Save => {
                 let file = guest.directory().join("saved");
                 let uri = format!("exec:cat > {}", file.display());
                 if say("migrate", json!({ "uri": uri })).is_ok() {
@@ -146,19 +146,19 @@ impl Meddled {
                     let _ = say("cont", json!({}));
                 }
             }
-            Meddling::Resize => {
+            Action::Resize => {
                 let size = done.size.unwrap_or(self.size) + (1 << 20);
                 if say("block_resize", json!({ "device": "drive-0", "size": size })).is_ok() {
                     done.size = Some(size);
                 }
             }
-            Meddling::Plug => {
+            Action::Plug => {
                 let device =
                     json!({ "driver": "usb-tablet", "bus": "usb.0", "port": "1", "id": "others" });
                 done.plugged |= say("device_add", device).is_ok();
             }
-            Meddling::Unplug => drop(say("device_del", json!({ "id": "others" }))),
-            Meddling::Overlay => {
+            Action::Unplug => drop(say("device_del", json!({ "id": "others" }))),
+            Action::Overlay => {
                 let number = self.others.fetch_add(1, Ordering::Relaxed);
                 let file = guest.directory().join(format!("others-{number}.qcow2"));
                 let _ = say(
@@ -166,27 +166,27 @@ impl Meddled {
                     json!({ "device": "drive-1", "snapshot-file": file }),
                 );
             }
-            Meddling::Cancel => drop(say("migrate_cancel", json!({}))),
-            Meddling::Capability => {
+            Action::Cancel => drop(say("migrate_cancel", json!({}))),
+            Action::Capability => {
                 let capabilities = json!([{ "capability": "background-snapshot", "state": false }]);
                 let _ = say("migrate-set-capabilities", json!({ "capabilities": capabilities }));
             }
-            Meddling::Kill => unreachable!("done above"),
+            Action::Kill => unreachable!("done above"),
         }
     }
 
     /// Takes one snapshot. Returns whether the guest can take another.
-    fn round(&mut self, name: &str, deeds: &[Deed<Meddling>], what: &str) -> bool {
+    fn round(&mut self, name: &str, actions: &[TimedAction<Action>], what: &str) -> bool {
         let mut done = Done::default();
         let opened = &self.opened;
-        let begun = meddle(
-            deeds,
-            |deed| self.act(deed.what, &mut done),
+        let begun = run_with_actions(
+            actions,
+            |action| self.act(action.what, &mut done),
             |at| opened.handle.create(&named(name), INSTANTLY, &mut At(at)),
         );
         eprintln!("{what}: {}", begun.as_ref().map_or_else(ToString::to_string, |_| "good".into()));
         let guest = &opened.guest;
-        if deeds.iter().any(|deed| deed.what == Meddling::Reset) && ended_by_reset(guest) {
+        if actions.iter().any(|action| action.what == Action::Reset) && ended_by_reset(guest) {
             // The reset came in the last moment before QEMU captured the guest:
             // docs/how-it-works.md.
             eprintln!("  QEMU was ended by the reset");
@@ -368,13 +368,15 @@ fn random_actions_of_other_qemu_clients_tear_nothing_and_lose_no_guest() {
     rounds(Binary::all(), &EXTENT, |binary, seed, rounds| {
         let long = thorough();
         let can_cancel = binary.name != Binary::all()[0].name;
-        let mut meddled = Meddled::start(binary, &mut Random::of_round(seed, rounds.start));
+        let mut disturbed =
+            DisturbedGuest::start(binary, &mut Random::of_round(seed, rounds.start));
         for round in rounds {
             let mut random = Random::of_round(seed, round);
-            let deeds: Vec<_> =
-                (0..1 + random.below(2)).map(|_| deed(&mut random, can_cancel, long)).collect();
-            let what = format!("{}, seed {seed}, round {round}, {deeds:?}", binary.name);
-            if !meddled.round(&format!("s{round}"), &deeds, &what) {
+            let actions: Vec<_> = (0..1 + random.below(2))
+                .map(|_| random_action(&mut random, can_cancel, long))
+                .collect();
+            let what = format!("{}, seed {seed}, round {round}, {actions:?}", binary.name);
+            if !disturbed.round(&format!("s{round}"), &actions, &what) {
                 break;
             }
         }

@@ -6,13 +6,13 @@
 //! leaves nothing.
 //!
 //! `INSTANTSNAP_TEST_LONG` takes 1,000 snapshots, or as many as there is time for.
-//! `common/meddling.rs` says how to repeat a run.
+//! `common/src/random_clients.rs` says how to repeat a run.
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
-use common::meddling::{
-    Deed, Extent, Random, When, assert_counts, assert_no_files, meddle, rounds,
+use common::random_clients::{
+    Extent, Random, TimedAction, When, assert_counts, assert_no_files, rounds, run_with_actions,
 };
 use common::virt::OpenedDomain;
 use common::{At, PHASES, machine};
@@ -26,7 +26,7 @@ const EXTENT: Extent =
 
 /// What another client does.
 #[derive(Clone, Copy, Debug, PartialEq)]
-enum Meddling {
+enum Action {
     Reset,
     Suspend,
     Resume,
@@ -44,34 +44,34 @@ enum Meddling {
     DestroyAndStart,
 }
 
-const USUAL: [Meddling; 12] = [
-    Meddling::Reset,
-    Meddling::Suspend,
-    Meddling::Resume,
-    Meddling::SuspendAndResume,
-    Meddling::SaveAndRestore,
-    Meddling::Resize,
-    Meddling::Attach,
-    Meddling::Detach,
-    Meddling::Overlay,
-    Meddling::Commit,
-    Meddling::CommitAll,
-    Meddling::AbortJob,
+const FREQUENT_ACTIONS: [Action; 12] = [
+    Action::Reset,
+    Action::Suspend,
+    Action::Resume,
+    Action::SuspendAndResume,
+    Action::SaveAndRestore,
+    Action::Resize,
+    Action::Attach,
+    Action::Detach,
+    Action::Overlay,
+    Action::Commit,
+    Action::CommitAll,
+    Action::AbortJob,
 ];
 
-fn deed(random: &mut Random) -> Deed<Meddling> {
+fn random_action(random: &mut Random) -> TimedAction<Action> {
     let what = match random.below(30) {
-        0 => Meddling::DestroyAndStart,
-        _ => random.one_of(&USUAL),
+        0 => Action::DestroyAndStart,
+        _ => random.one_of(&FREQUENT_ACTIONS),
     };
     let phase = random.one_of(&PHASES);
     let when = match what {
         // In the last moment before QEMU captures the guest a reset would end QEMU
         // (docs/how-it-works.md).
-        Meddling::Reset => When::In(phase),
+        Action::Reset => When::In(phase),
         _ => When::random(random, phase, Duration::from_millis(50)),
     };
-    Deed { what, when }
+    TimedAction { what, when }
 }
 
 /// What the other clients have done in a round.
@@ -86,7 +86,7 @@ struct Done {
 }
 
 /// A domain, and another client of its daemon.
-struct Meddled {
+struct DisturbedDomain {
     domain: OpenedDomain,
     /// Another daemon, in which snapshots are restored.
     clones: Daemon,
@@ -96,8 +96,8 @@ struct Meddled {
     ends: AtomicBool,
 }
 
-impl Meddled {
-    fn start(binary: &'static Binary, daemon: &Daemon, random: &mut Random) -> Meddled {
+impl DisturbedDomain {
+    fn start(binary: &'static Binary, daemon: &Daemon, random: &mut Random) -> DisturbedDomain {
         let mut machine = machine(binary, 2).edit_xml(|xml| {
             xml.replace("<on_reboot>destroy<", "<on_reboot>restart<").replace(
                 "<controller type='usb' model='none'/>",
@@ -109,7 +109,7 @@ impl Meddled {
         }
         let domain = OpenedDomain::start(&machine, daemon);
         let size = size_of(&domain);
-        Meddled {
+        DisturbedDomain {
             domain,
             clones: daemon.another(),
             others: AtomicUsize::new(0),
@@ -118,7 +118,7 @@ impl Meddled {
         }
     }
 
-    fn act(&self, deed: Deed<Meddling>, done: &mut Done) {
+    fn act(&self, action: TimedAction<Action>, done: &mut Done) {
         let guest = &self.domain.guest;
         let directory = guest.directory();
         let run = |command: &str, args: &[&str]| {
@@ -139,48 +139,48 @@ impl Meddled {
             eprintln!("  {args:?}: {said:?}");
             said.err().map(|error| format!("virsh {args:?}: {error}"))
         };
-        match deed.what {
-            Meddling::Reset => drop(run("reset", &[])),
-            Meddling::Suspend => done.suspended |= run("suspend", &[]),
-            Meddling::Resume => drop(run("resume", &[])),
-            Meddling::SuspendAndResume => {
+        match action.what {
+            Action::Reset => drop(run("reset", &[])),
+            Action::Suspend => done.suspended |= run("suspend", &[]),
+            Action::Resume => drop(run("resume", &[])),
+            Action::SuspendAndResume => {
                 if run("suspend", &[]) {
                     done.suspended |= !run("resume", &[]);
                 }
             }
-            Meddling::SaveAndRestore => {
+            Action::SaveAndRestore => {
                 let file = directory.join("saved");
                 let file = file.to_str().unwrap();
                 if run("save", &[file]) {
                     done.lost = retry(&["restore", file, "--running"]);
                 }
             }
-            Meddling::Resize => {
+            Action::Resize => {
                 let size = done.size.unwrap_or(self.size) + (1 << 20);
                 if run("blockresize", &["vda", &format!("{size}B")]) {
                     done.size = Some(size);
                 }
             }
-            Meddling::Attach | Meddling::Detach => {
+            Action::Attach | Action::Detach => {
                 let file = directory.join("others.xml");
                 std::fs::write(&file, "<input type='tablet' bus='usb'/>").unwrap();
                 let command =
-                    if deed.what == Meddling::Attach { "attach-device" } else { "detach-device" };
+                    if action.what == Action::Attach { "attach-device" } else { "detach-device" };
                 run(command, &[file.to_str().unwrap()]);
             }
-            Meddling::Overlay => {
+            Action::Overlay => {
                 let name = format!("others-{}", self.others.fetch_add(1, Ordering::Relaxed));
                 run("snapshot-create-as", &[&name, "--disk-only", "--no-metadata"]);
             }
-            Meddling::Commit | Meddling::CommitAll => {
+            Action::Commit | Action::CommitAll => {
                 let mut args = vec!["vda", "--active", "--pivot", "--wait"];
-                args.extend((deed.what == Meddling::Commit).then_some("--shallow"));
+                args.extend((action.what == Action::Commit).then_some("--shallow"));
                 let merged = run("blockcommit", &args);
-                let beside = matches!(deed.when, When::After(..));
+                let beside = matches!(action.when, When::After(..));
                 done.merged |= merged && beside && self.ends.load(Ordering::Relaxed);
             }
-            Meddling::AbortJob => drop(run("domjobabort", &[])),
-            Meddling::DestroyAndStart => {
+            Action::AbortJob => drop(run("domjobabort", &[])),
+            Action::DestroyAndStart => {
                 if run("destroy", &[]) {
                     done.lost = retry(&["start", guest.name()]);
                 }
@@ -189,13 +189,13 @@ impl Meddled {
     }
 
     /// Takes one snapshot.
-    fn round(&mut self, name: &str, deeds: &[Deed<Meddling>], what: &str) {
+    fn round(&mut self, name: &str, actions: &[TimedAction<Action>], what: &str) {
         eprintln!("{what}");
         let mut done = Done::default();
         self.ends.store(false, Ordering::Relaxed);
-        let begun = meddle(
-            deeds,
-            |deed| self.act(deed, &mut done),
+        let begun = run_with_actions(
+            actions,
+            |action| self.act(action, &mut done),
             |at| {
                 let mut observer = At(|phase| {
                     self.ends.fetch_or(phase == Phase::Finish, Ordering::Relaxed);
@@ -302,13 +302,16 @@ fn random_actions_of_other_libvirt_clients_tear_nothing_and_lose_no_guest() {
         let daemons = if long { Daemon::all() } else { vec![Daemon::session()] };
         // The daemons take turns.
         let daemon = &daemons[rounds.start / EXTENT.rounds % daemons.len()];
-        let mut meddled = Meddled::start(binary, daemon, &mut Random::of_round(seed, rounds.start));
+        let mut disturbed =
+            DisturbedDomain::start(binary, daemon, &mut Random::of_round(seed, rounds.start));
         for round in rounds {
             let mut random = Random::of_round(seed, round);
-            let deeds: Vec<_> = (0..1 + random.below(2)).map(|_| deed(&mut random)).collect();
+            let actions: Vec<_> =
+                (0..1 + random.below(2)).map(|_| random_action(&mut random)).collect();
             let mode = daemon.mode();
-            let what = format!("{}, {mode:?}, seed {seed}, round {round}, {deeds:?}", binary.name);
-            meddled.round(&format!("s{round}"), &deeds, &what);
+            let what =
+                format!("{}, {mode:?}, seed {seed}, round {round}, {actions:?}", binary.name);
+            disturbed.round(&format!("s{round}"), &actions, &what);
         }
     });
 }
