@@ -87,7 +87,7 @@ fn perl_client_can_request_instant() {
     subject.restore_clone("perl", &Daemon::session());
 }
 
-/// A program of another project that forwards the connection, as ssh does, forwards the flag.
+/// An external program that forwards the connection, as ssh does, forwards the flag.
 #[test]
 fn client_over_an_external_program_can_request_instant() {
     let subject = start(&[]);
