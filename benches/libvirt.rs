@@ -7,11 +7,11 @@
 //!         [--daemon session|system] [--json FILE]
 //!
 //! * `library`: this library.
-//! * `by hand`: the shortest sequence of libvirt's functions that does the same, in
-//!   `libvirt_by_hand.py`: with everything prepared beforehand, and QEMU asked without a rest.
+//! * `by hand`: the shortest sequence of libvirt's functions with the same result, in
+//!   `libvirt_by_hand.py`. Everything is prepared beforehand, and QEMU is polled continuously.
 //! * `non-live`: libvirt's own full snapshot; the guest is paused until its memory is written.
 //! * `live`: libvirt's own with LIVE; the guest runs while its memory is written, and the snapshot
-//!   is of the end of that.
+//!   is of the moment at which that ends.
 //!
 //! The pause is measured by QEMU's own STOP and RESUME events, which a separate program receives by
 //! libvirt. `total` is the whole call; for `by hand` QEMU's stream goes into `cat > file`, which

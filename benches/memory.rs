@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! For how long a snapshot pauses guests that differ in the size of their memory alone, and write
+//! How long a snapshot pauses guests that differ only in the size of their memory, and that write
 //! all the time.
 //!
 //!     cargo bench --bench memory -- [--rounds N] [--memory MIB,MIB] [--ways direct,libvirt] [--json FILE]

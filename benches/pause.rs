@@ -8,8 +8,8 @@
 //!
 //! * `library`: this library, by QEMU's QMP socket.
 //! * `driver`: the same by a driver's callbacks, whose monitor is a client of that socket.
-//! * `floor`: the shortest sequence of QMP commands, with everything prepared beforehand, and QEMU
-//!   asked every 20 µs.
+//! * `floor`: the shortest sequence of QMP commands. Everything is prepared beforehand, and QEMU is
+//!   polled every 20 µs.
 //! * `patch`: the order of the libvirt patch that this project began with: overlays are created
 //!   inside the pause.
 //! * `non-live`: a full snapshot without INSTANT; the guest is paused until its memory is written.

@@ -59,7 +59,7 @@ impl Tree {
         self.opened.memory_file(name)
     }
 
-    /// Reverts.
+    /// Reverts to a snapshot.
     pub fn try_revert(&self, name: &str, flags: u32) -> Result<(), Error> {
         self.opened.revert(name, flags)
     }
@@ -86,7 +86,7 @@ impl Tree {
         assert!(self.opened.guest.virsh("domstate", &[]).contains("running"));
     }
 
-    /// Deletes.
+    /// Deletes a snapshot.
     pub fn try_delete(&self, name: &str, flags: u32) -> Result<(), Error> {
         self.opened.delete(name, flags)
     }
