@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::{AtFlags, CWD, Mode, OFlags, openat, statat, unlinkat};
 use rustix::io::Errno;
+use serde::{Deserialize, Serialize};
 
 /// A file that we have made. Its directory is kept open, so that a user who may rename the
 /// directories above cannot make us remove a file of another directory.
@@ -71,9 +72,10 @@ impl OwnFile {
 }
 
 /// A file, identified by its path and by the inode that it had when it was made.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct KnownFile {
     /// The path by which it was created.
+    #[serde(with = "as_bytes")]
     pub path: PathBuf,
     /// Its device and its inode.
     pub id: (u64, u64),
@@ -82,7 +84,7 @@ pub struct KnownFile {
 }
 
 /// How an undo changes a file.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Undo {
     /// The snapshot made the file: the undo removes it.
     Remove,
@@ -90,6 +92,25 @@ pub enum Undo {
     Empty,
     /// A block device: the undo overwrites the header of the overlay on it.
     Wipe,
+}
+
+/// A path in JSON, which need not be text.
+pub mod as_bytes {
+    use std::ffi::OsString;
+    use std::os::unix::ffi::{OsStrExt, OsStringExt};
+    use std::path::{Path, PathBuf};
+
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+    #[allow(missing_docs)]
+    pub fn serialize<S: Serializer>(path: &Path, to: S) -> Result<S::Ok, S::Error> {
+        path.as_os_str().as_bytes().serialize(to)
+    }
+
+    #[allow(missing_docs)]
+    pub fn deserialize<'a, D: Deserializer<'a>>(from: D) -> Result<PathBuf, D::Error> {
+        Ok(OsString::from_vec(Vec::deserialize(from)?).into())
+    }
 }
 
 #[cfg(test)]

@@ -4,18 +4,22 @@
 //! share.
 
 use std::convert::Infallible;
-use std::ffi::{CStr, CString, OsString, c_char, c_int, c_uint};
+use std::ffi::{CStr, CString, OsStr, OsString, c_char, c_int, c_uint, c_void};
 use std::fs::{File, Metadata, Permissions};
 use std::io;
 use std::mem::MaybeUninit;
-use std::ops::Range;
+use std::ops::{Deref, Range};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
-use std::os::unix::ffi::OsStringExt;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt, fchown};
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::ptr::NonNull;
+use std::sync::atomic::AtomicU64;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread::{Builder, JoinHandle};
 use std::time::Duration;
+
+use rustix::fs::{MemfdFlags, memfd_create};
 
 use crate::error::{Error, Result};
 use crate::uncancelled::Uncancelled;
@@ -125,8 +129,42 @@ impl Child {
                 child => Ok(child as libc::pid_t),
             }
         })?;
-        // SAFETY: no one has waited for the child yet. The descriptor is new, close-on-exec, and
-        // not used elsewhere.
+        Child::adopt(pid)
+    }
+
+    /// Starts a program in such a process, by vfork and on a stack of its own: nothing of this
+    /// process's memory is copied, and nothing depends on how large this thread's stack is. The
+    /// descriptors become its 0, 1 and so on; it has no others, and every signal blocked.
+    pub fn start<const N: usize>(command: &CommandLine, fds: [c_int; N]) -> io::Result<Child> {
+        /// More than a few system calls need.
+        const STACK: usize = 64 << 10;
+        let (arguments, environment) = (command.arguments(), command.environment());
+        let path = *arguments.first().ok_or(io::ErrorKind::InvalidInput)?;
+        let (arguments, environment) = (arguments.as_ptr(), environment.as_ptr());
+        let mut execution = Execution { path, arguments, environment, fds, errno: 0 };
+        let mut stack = vec![0_u128; STACK / size_of::<u128>()];
+        let flags = libc::CLONE_VM | libc::CLONE_VFORK;
+        let pid = with_signals_blocked(|| {
+            let (end, argument) = (stack.as_mut_ptr_range().end, &raw mut execution);
+            // SAFETY: this thread goes on when the child has executed its program, or has ended:
+            // until then the stack and `execution` are the child's, which changes nothing else.
+            match unsafe { libc::clone(execute::<N>, end.cast(), flags, argument.cast()) } {
+                -1 => Err(io::Error::last_os_error()),
+                child => Ok(child),
+            }
+        })?;
+        match execution.errno {
+            0 => Child::adopt(pid),
+            errno => {
+                reap(pid);
+                Err(io::Error::from_raw_os_error(errno))
+            }
+        }
+    }
+
+    /// A child that nobody has waited for.
+    fn adopt(pid: libc::pid_t) -> io::Result<Child> {
+        // SAFETY: the descriptor is new, close-on-exec, and not used elsewhere.
         match unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) } {
             -1 => {
                 let error = io::Error::last_os_error();
@@ -175,6 +213,32 @@ impl Drop for Child {
     }
 }
 
+/// What a child executes that shares its parent's memory.
+struct Execution<const N: usize> {
+    path: *const c_char,
+    arguments: *const *const c_char,
+    environment: *const *const c_char,
+    fds: [c_int; N],
+    /// Why it cannot.
+    errno: c_int,
+}
+
+extern "C" fn execute<const N: usize>(execution: *mut c_void) -> c_int {
+    // SAFETY: `Child::start` passes one, and waits. The handlers are the child's own to change, for
+    // it shares no more than memory. The pointers are to NUL-terminated strings, and arrays that
+    // end with a NULL.
+    unsafe {
+        let execution = &mut *execution.cast::<Execution<N>>();
+        (1..=SIGNALS).for_each(default_action);
+        libc::setsid();
+        if keep_only(execution.fds).is_some() {
+            libc::execve(execution.path, execution.arguments, execution.environment);
+        }
+        execution.errno = *libc::__errno_location();
+        libc::_exit(127)
+    }
+}
+
 fn reap(pid: libc::pid_t) -> Option<c_int> {
     let mut status = 0;
     loop {
@@ -185,6 +249,75 @@ fn reap(pid: libc::pid_t) -> Option<c_int> {
             -1 => return None,
             _ => return Some(status),
         }
+    }
+}
+
+/// Numbers that this process shares with another, all 0 at first.
+#[derive(Debug)]
+pub struct SharedNumbers<const N: usize> {
+    numbers: NonNull<[AtomicU64; N]>,
+    memory: OwnedFd,
+}
+
+// SAFETY: it is a reference to atomic numbers, in memory that is its own to unmap.
+unsafe impl<const N: usize> Send for SharedNumbers<N> {}
+// SAFETY: as above.
+unsafe impl<const N: usize> Sync for SharedNumbers<N> {}
+
+impl<const N: usize> SharedNumbers<N> {
+    const SIZE: usize = size_of::<[AtomicU64; N]>();
+
+    /// Makes them.
+    pub fn new() -> io::Result<SharedNumbers<N>> {
+        let memory = memfd_create(c"instantsnap", MemfdFlags::CLOEXEC)?;
+        rustix::fs::ftruncate(&memory, SharedNumbers::<N>::SIZE as u64)?;
+        SharedNumbers::open(memory)
+    }
+
+    /// Those that another process has made.
+    pub fn open(memory: OwnedFd) -> io::Result<SharedNumbers<N>> {
+        if rustix::fs::fstat(&memory)?.st_size < SharedNumbers::<N>::SIZE as i64 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        // SAFETY: a new mapping, at an address that the kernel chooses; the file is as long.
+        let mapped = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                SharedNumbers::<N>::SIZE,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_SHARED,
+                memory.as_raw_fd(),
+                0,
+            )
+        };
+        if mapped == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        let numbers = NonNull::new(mapped.cast()).ok_or(io::ErrorKind::InvalidData)?;
+        Ok(SharedNumbers { numbers, memory })
+    }
+}
+
+impl<const N: usize> Deref for SharedNumbers<N> {
+    type Target = [AtomicU64; N];
+
+    fn deref(&self) -> &[AtomicU64; N] {
+        // SAFETY: mapped until this is dropped, aligned to a page, and any bytes are such numbers,
+        // which other processes change atomically too.
+        unsafe { self.numbers.as_ref() }
+    }
+}
+
+impl<const N: usize> AsFd for SharedNumbers<N> {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.memory.as_fd()
+    }
+}
+
+impl<const N: usize> Drop for SharedNumbers<N> {
+    fn drop(&mut self) {
+        // SAFETY: mapped so by `open`, and nobody has a reference any more.
+        unsafe { libc::munmap(self.numbers.as_ptr().cast(), SharedNumbers::<N>::SIZE) };
     }
 }
 
@@ -450,7 +583,7 @@ pub fn keep_only<const N: usize>(fds: [c_int; N]) -> Option<[c_int; N]> {
     // First they get high numbers, so that none is overwritten, and then their final ones.
     for (to, from) in kept.iter_mut().zip(fds) {
         // SAFETY: it duplicates a descriptor to a free number.
-        *to = unsafe { libc::fcntl(from, libc::F_DUPFD_CLOEXEC, 10) };
+        *to = unsafe { libc::fcntl(from, libc::F_DUPFD_CLOEXEC, N.max(10) as c_int) };
         if *to == -1 {
             return None;
         }
@@ -467,6 +600,39 @@ pub fn keep_only<const N: usize>(fds: [c_int; N]) -> Option<[c_int; N]> {
         });
     }
     Some(std::array::from_fn(|number| number as c_int))
+}
+
+/// So many descriptors from this number on, which whoever started this program has left for it;
+/// nothing where one of them is not there.
+///
+/// # Safety
+/// Nothing in this process owns them.
+pub unsafe fn inherited<const N: usize>(first: c_int) -> Option<[OwnedFd; N]> {
+    let numbers: [c_int; N] = std::array::from_fn(|place| first + place as c_int);
+    // SAFETY: a number that is not open is an error without effect.
+    let is_there = |fd: &c_int| unsafe { libc::fcntl(*fd, libc::F_SETFD, libc::FD_CLOEXEC) } != -1;
+    // SAFETY: open, and nobody else's.
+    numbers.iter().all(is_there).then(|| numbers.map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }))
+}
+
+/// Names this process, as far as others see one.
+pub fn set_process_name(name: &CStr) {
+    // SAFETY: a NUL-terminated string, which is copied.
+    unsafe { libc::prctl(libc::PR_SET_NAME, name.as_ptr()) };
+}
+
+/// The file that this code was loaded from: a shared library, or a program.
+pub fn own_file() -> Option<PathBuf> {
+    let mut found = MaybeUninit::<libc::Dl_info>::uninit();
+    // SAFETY: an address in this code, and storage for the answer, which is filled in where the
+    // call succeeds. The name is NUL-terminated, and stays as long as this code is loaded.
+    let name = unsafe {
+        if libc::dladdr(own_file as *const c_void, found.as_mut_ptr()) == 0 {
+            return None;
+        }
+        CStr::from_ptr(found.assume_init().dli_fname)
+    };
+    Some(OsStr::from_bytes(name.to_bytes()).into())
 }
 
 /// Waits until one of the descriptors is readable or at its end, at most for this time (-1: for

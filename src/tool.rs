@@ -23,7 +23,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::ExitStatusExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitStatus;
 use std::time::{Duration, Instant};
 
@@ -207,22 +207,24 @@ fn choose(
     built_in: Option<&str>,
     path: Option<OsString>,
 ) -> Result<PathBuf, String> {
-    let is_executable = |file: &PathBuf| {
-        file.is_absolute()
-            && file
-                .metadata()
-                .is_ok_and(|meta| meta.is_file() && meta.permissions().mode() & 0o111 != 0)
-    };
     let named = named.filter(|named| !secure && !named.is_empty());
     let built_in = built_in.filter(|path| !path.is_empty());
     match named.or_else(|| built_in.map(OsString::from)).map(PathBuf::from) {
-        Some(program) if is_executable(&program) => Ok(program),
+        Some(program) if is_program(&program) => Ok(program),
         Some(program) => Err(format!("'{}' is no program", program.display())),
         None => env::split_paths(&search_path(secure, path))
             .map(|directory| directory.join(name))
-            .find(is_executable)
+            .find(|file| is_program(file))
             .ok_or_else(|| "it was not found".into()),
     }
+}
+
+/// Whether this is the absolute path of a program.
+pub fn is_program(file: &Path) -> bool {
+    file.is_absolute()
+        && file
+            .metadata()
+            .is_ok_and(|meta| meta.is_file() && meta.permissions().mode() & 0o111 != 0)
 }
 
 /// The directories in which programs are searched. PATH is ignored in a process with more rights

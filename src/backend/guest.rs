@@ -6,6 +6,7 @@ use std::os::fd::BorrowedFd;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::deadline::Deadline;
@@ -160,7 +161,7 @@ pub enum RecoveryChannel<'a> {
 }
 
 /// An overlay that a process which outlives this one undoes by the monitor.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct MonitorOverlay {
     /// The node of its format.
     pub node: String,
@@ -179,7 +180,7 @@ pub struct MonitorOverlay {
 pub type MakeRecoveryCommands<'a> = Box<dyn Fn(&[(&str, Value)]) -> RecoveryCommands + 'a>;
 
 /// The recovery commands of a snapshot, for a process that has ended.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct RecoveryCommands {
     /// Succeeds where the daemon that does the others is there.
     pub look: RecoveryCommand,
@@ -203,7 +204,7 @@ pub struct RecoveryCommands {
 }
 
 /// Merges an overlay.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct MergeCommands {
     /// Fails if it is not in use.
     pub merge: RecoveryCommand,
@@ -214,7 +215,7 @@ pub struct MergeCommands {
 }
 
 /// A recovery command: a program that the watchdog runs.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct RecoveryCommand {
     /// Its absolute path, and its arguments.
     pub arguments: Vec<String>,

@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! Moves QEMU's stream from a pipe into a file, by a thread that needs nothing but its descriptors.
+//! Moves QEMU's stream from a pipe into a file.
 //!
-//! It sees bytes; whoever wants to see page records reads them here, between the pipe and the file.
+//! A thread does it, of this process or of the watchdog's, which goes on when this process is
+//! stopped. It needs nothing but its descriptors. It sees bytes; whoever wants to see page records
+//! reads them here, between the pipe and the file.
 //!
 //! The pipe is read to its end whatever happens: a stream that nobody reads any more freezes the
 //! guest at its next write to a page not yet saved. What cannot be written, or is not wanted any
@@ -13,96 +15,173 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
-use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::io::Errno;
 use rustix::pipe::{SpliceFlags, splice};
 
 use super::pipe::{self, CHUNK};
 use crate::error::{Code, Error, Result};
-use crate::sys;
+use crate::sys::{self, SharedNumbers};
 
-/// A drain at work. Dropping it stops it where it is, and closes its end of the pipe.
+/// A way of QEMU's stream into a file. Dropping it stops what moves the stream where it is.
 #[derive(Debug)]
 pub struct Drain {
     shared: Arc<Shared>,
     path: PathBuf,
+    /// The process that moves the stream, where it is another.
+    process: Option<OwnedFd>,
 }
 
+/// What a drain and the thread that moves the stream share, of whatever process each is.
 #[derive(Debug)]
 struct Shared {
-    /// Readable when the drain is to end.
+    /// QEMU's stream, which does not block, and where it goes.
+    pipe: OwnedFd,
+    file: File,
+    offset: u64,
+    numbers: SharedNumbers<4>,
+    /// Readable when the thread is to end.
     stop: OwnedFd,
-    /// Readable when `outcome` is known.
+    /// Readable when the outcome is known.
     done: OwnedFd,
-    /// All of the stream is in the file; or why not, known before the stream has ended.
-    outcome: OnceLock<io::Result<()>>,
-    /// What still comes is not wanted.
-    discard: AtomicBool,
-    /// Nothing more comes: the stream ends where the pipe is empty. Readable with it.
-    last: AtomicBool,
+    /// Readable when nothing more comes.
     emptied: OwnedFd,
-    /// Taken from the pipe so far.
-    bytes: AtomicU64,
 }
 
+/// Of the numbers: taken from the pipe so far.
+const BYTES: usize = 0;
+/// What has become of it: one of those below.
+const OUTCOME: usize = 1;
+/// 1: what still comes is not wanted.
+const DISCARD: usize = 2;
+/// 1: nothing more comes, and the stream ends where the pipe is empty.
+const LAST: usize = 3;
+
+/// It is not known yet, and may be known before the stream has ended.
+const UNDER_WAY: u64 = 0;
+/// All of the stream is in the file.
+const WHOLE: u64 = 1;
+const UNWANTED: u64 = 2;
+/// The process that moved it has ended.
+const LOST: u64 = 3;
+/// More than that: the number of an error.
+const ERRNO: u64 = 1 << 32;
+
 impl Drain {
-    /// Starts moving what comes out of `pipe`, which does not block, to `file`, which is `path`,
-    /// from `offset` on.
-    pub fn start(pipe: OwnedFd, file: File, path: &Path, offset: u64) -> Result<Drain> {
+    /// So many descriptors another process needs, besides the pipe.
+    pub const DESCRIPTORS: usize = 5;
+
+    /// Opens the way of what comes out of `pipe`, which does not block, to `file`, which is `path`,
+    /// from `offset` on. Nothing is moved yet.
+    pub fn open(pipe: OwnedFd, file: File, path: &Path, offset: u64) -> Result<Drain> {
         let event = || {
             eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
                 .map_err(|error| Error::system("cannot create an eventfd", error))
         };
-        let shared = Arc::new(Shared {
-            stop: event()?,
-            done: event()?,
-            outcome: OnceLock::new(),
-            discard: AtomicBool::new(false),
-            last: AtomicBool::new(false),
-            emptied: event()?,
-            bytes: AtomicU64::new(0),
-        });
-        let theirs = Arc::clone(&shared);
-        // Not joined: a file system that hangs must not hang whoever gives up on it.
-        sys::spawn_quiet("instantsnap", move || theirs.run(&pipe, &file, offset))?;
-        Ok(Drain { shared, path: path.into() })
+        let numbers = SharedNumbers::new()
+            .map_err(|error| Error::system("cannot create shared memory", error))?;
+        let (stop, done, emptied) = (event()?, event()?, event()?);
+        let shared = Shared { pipe, file, offset, numbers, stop, done, emptied };
+        Ok(Drain { shared: Arc::new(shared), path: path.into(), process: None })
     }
 
-    /// Becomes readable when [`Drain::outcome`] is there.
-    pub fn done(&self) -> BorrowedFd<'_> {
-        self.shared.done.as_fd()
+    /// One that another process has opened, in the process that is to move the stream.
+    pub fn inherited(
+        pipe: OwnedFd,
+        descriptors: [OwnedFd; Drain::DESCRIPTORS],
+        offset: u64,
+    ) -> io::Result<Drain> {
+        let [file, numbers, stop, done, emptied] = descriptors;
+        let numbers = SharedNumbers::open(numbers)?;
+        let shared = Shared { pipe, file: file.into(), offset, numbers, stop, done, emptied };
+        Ok(Drain { shared: Arc::new(shared), path: PathBuf::new(), process: None })
+    }
+
+    /// What another process needs, in the order of [`Drain::inherited`].
+    pub fn descriptors(&self) -> [BorrowedFd<'_>; Drain::DESCRIPTORS] {
+        let Shared { file, numbers, stop, done, emptied, .. } = &*self.shared;
+        [file.as_fd(), numbers.as_fd(), stop.as_fd(), done.as_fd(), emptied.as_fd()]
+    }
+
+    /// QEMU's stream.
+    pub fn pipe(&self) -> BorrowedFd<'_> {
+        self.shared.pipe.as_fd()
+    }
+
+    /// Where it begins in the file.
+    pub fn offset(&self) -> u64 {
+        self.shared.offset
+    }
+
+    /// Starts a thread of this process that moves the stream.
+    pub fn start(&self) -> Result<()> {
+        let shared = Arc::clone(&self.shared);
+        // Not joined: a file system that hangs must not hang whoever gives up on it.
+        sys::spawn_quiet("instantsnap", move || shared.run()).map(drop)
+    }
+
+    /// Leaves that to another process, which has the descriptors.
+    pub fn leave_to(&mut self, process: OwnedFd) {
+        self.process = Some(process);
+    }
+
+    /// One of them becomes readable when [`Drain::outcome`] is there.
+    pub fn ends(&self) -> [BorrowedFd<'_>; 2] {
+        let done = self.shared.done.as_fd();
+        [done, self.process.as_ref().map_or(done, AsFd::as_fd)]
     }
 
     /// Bytes taken from the pipe so far.
     pub fn bytes(&self) -> u64 {
-        self.shared.bytes.load(Ordering::Relaxed)
+        self.shared.numbers[BYTES].load(Ordering::Relaxed)
     }
 
     /// From now on nothing is written any more.
     pub fn discard(&self) {
-        self.shared.discard.store(true, Ordering::Relaxed);
+        self.shared.numbers[DISCARD].store(1, Ordering::Relaxed);
     }
 
     /// QEMU has written all that it will: the stream ends where the pipe is empty. A process that
     /// the caller has forked, and that has QEMU's end of the pipe too, would keep it from ending
     /// otherwise.
     pub fn end_when_empty(&self) {
-        self.shared.last.store(true, Ordering::Release);
+        self.shared.numbers[LAST].store(1, Ordering::Release);
         signal(&self.shared.emptied);
     }
 
     /// Once it is known: the stream's bytes, all of them in the file; or why they are not.
     pub fn outcome(&self) -> Option<Result<u64>> {
-        self.shared.outcome.get().map(|outcome| match outcome {
-            Ok(()) => Ok(self.bytes()),
-            Err(error) => Err(Error::new(
-                Code::SystemError,
-                format!("cannot write memory snapshot file '{}': {error}", self.path.display()),
-            )),
-        })
+        self.notice_lost_process();
+        let reason = match self.shared.numbers[OUTCOME].load(Ordering::Acquire) {
+            UNDER_WAY => return None,
+            WHOLE => return Some(Ok(self.bytes())),
+            UNWANTED => "it is not wanted any more".into(),
+            LOST => {
+                "the watchdog process, which wrote it, was killed: take the snapshot again".into()
+            }
+            error => io::Error::from_raw_os_error((error - ERRNO) as i32).to_string(),
+        };
+        let path = self.path.display();
+        Some(Err(Error::new(
+            Code::SystemError,
+            format!("cannot write memory snapshot file '{path}': {reason}"),
+        )))
+    }
+
+    /// What a process had taken that has ended is lost. The guest must not be: the rest is read
+    /// here.
+    fn notice_lost_process(&self) {
+        let Some(process) = &self.process else { return };
+        let mut fds = [PollFd::new(process, PollFlags::IN)];
+        let has_ended = poll(&mut fds, Some(&Timespec::default())).is_ok_and(|ready| ready > 0);
+        if has_ended && self.shared.conclude(LOST) {
+            let shared = Arc::clone(&self.shared);
+            // Where there can be no thread, an undo reads what keeps QEMU from going on.
+            let _ = sys::spawn_quiet("instantsnap", move || shared.discard_rest());
+        }
     }
 }
 
@@ -119,39 +198,56 @@ fn signal(event: &OwnedFd) {
 }
 
 impl Shared {
-    fn run(&self, pipe: &OwnedFd, file: &File, offset: u64) {
-        let outcome = self.fill(pipe, file, offset);
-        let unread = outcome.is_err();
-        let _ = self.outcome.set(outcome);
+    fn run(&self) {
+        let outcome = match self.fill() {
+            Ok(()) => WHOLE,
+            Err(Stopped::Unwanted) => UNWANTED,
+            Err(Stopped::By(errno)) => ERRNO + errno.raw_os_error() as u64,
+        };
+        self.conclude(outcome);
+        if outcome != WHOLE {
+            self.discard_rest();
+        }
+    }
+
+    /// Says what has become of it. False where that has been said.
+    fn conclude(&self, outcome: u64) -> bool {
+        let number = &self.numbers[OUTCOME];
+        let first = number
+            .compare_exchange(UNDER_WAY, outcome, Ordering::AcqRel, Ordering::Acquire)
+            .is_ok();
         signal(&self.done);
-        if unread {
-            while self.wait(pipe) {
-                let last = self.last.load(Ordering::Acquire);
-                match discard(pipe) {
-                    Ok(0) => return,
-                    Ok(got) => self.count(got),
-                    Err(Errno::AGAIN) if last => return,
-                    Err(Errno::AGAIN | Errno::INTR) => {}
-                    Err(_) => return,
-                }
+        first
+    }
+
+    fn discard_rest(&self) {
+        while self.wait() {
+            let last = self.is(LAST);
+            match discard(&self.pipe) {
+                Ok(0) => return,
+                Ok(got) => self.count(got),
+                Err(Errno::AGAIN) if last => return,
+                Err(Errno::AGAIN | Errno::INTR) => {}
+                Err(_) => return,
             }
         }
     }
 
-    fn fill(&self, pipe: &OwnedFd, file: &File, mut offset: u64) -> io::Result<()> {
+    fn fill(&self) -> std::result::Result<(), Stopped> {
+        let Shared { pipe, file, .. } = self;
+        let mut offset = self.offset;
         // A pipe is locked while it is spliced into a file, however long the file system takes;
         // nobody could write to it or empty it meanwhile. So that is a pipe of our own, and QEMU's
         // is locked for no longer than it takes to move pages.
-        let (own_read, own_write) =
-            pipe::pipe().map_err(|error| io::Error::other(error.message))?;
+        let (own_read, own_write) = pipe::open()?;
         let mut spliced = true;
         loop {
-            if !self.wait(pipe) || self.discard.load(Ordering::Relaxed) {
-                return Err(io::Error::other("it is not wanted any more"));
+            if !self.wait() || self.is(DISCARD) {
+                return Err(Stopped::Unwanted);
             }
             let flags = SpliceFlags::MOVE | SpliceFlags::NONBLOCK;
             // Known before it is looked whether there is something.
-            let last = self.last.load(Ordering::Acquire);
+            let last = self.is(LAST);
             let moved = match splice(pipe, None, &own_write, None, CHUNK, flags) {
                 Ok(0) => return Ok(()),
                 Ok(moved) => moved,
@@ -180,17 +276,34 @@ impl Shared {
         }
     }
 
-    /// Waits for something in the pipe, its end included; false when the drain is to end.
-    fn wait(&self, pipe: &OwnedFd) -> bool {
-        let mut fds = [pipe, &self.stop, &self.emptied].map(|fd| PollFd::new(fd, PollFlags::IN));
+    /// Waits for something in the pipe, its end included; false when the thread is to end.
+    fn wait(&self) -> bool {
+        let mut fds =
+            [&self.pipe, &self.stop, &self.emptied].map(|fd| PollFd::new(fd, PollFlags::IN));
         match rustix::io::retry_on_intr(|| poll(&mut fds, None)) {
             Ok(_) => fds[1].revents().is_empty(),
             Err(_) => false,
         }
     }
 
+    fn is(&self, number: usize) -> bool {
+        self.numbers[number].load(Ordering::Acquire) != 0
+    }
+
     fn count(&self, bytes: usize) {
-        self.bytes.fetch_add(bytes as u64, Ordering::Relaxed);
+        self.numbers[BYTES].fetch_add(bytes as u64, Ordering::Relaxed);
+    }
+}
+
+/// Why the stream is not in the file.
+enum Stopped {
+    Unwanted,
+    By(Errno),
+}
+
+impl From<Errno> for Stopped {
+    fn from(errno: Errno) -> Stopped {
+        Stopped::By(errno)
     }
 }
 
@@ -218,7 +331,9 @@ fn copy_chunk(
 
 /// Takes what is in a pipe that does not block, and forgets it; 0 at its end.
 pub fn discard(pipe: &OwnedFd) -> rustix::io::Result<usize> {
-    rustix::io::read(pipe, &mut [0; 64 << 10])
+    /// The thread's stack, which is the caller's in a forked watchdog, may be small.
+    const AT_ONCE: usize = 16 << 10;
+    rustix::io::read(pipe, &mut [0; AT_ONCE])
 }
 
 #[cfg(test)]
@@ -235,11 +350,12 @@ mod tests {
         rustix::io::ioctl_fionbio(&read, true).unwrap();
         let file = File::create(&path).unwrap();
         let mut write = File::from(write);
-        let drain = Drain::start(read, file, &path, 0).unwrap();
+        let drain = Drain::open(read, file, &path, 0).unwrap();
+        drain.start().unwrap();
         write.write_all(&[7; 300_000]).unwrap();
         // The other end stays open.
         drain.end_when_empty();
-        let done = drain.done();
+        let [done, _] = drain.ends();
         poll(&mut [PollFd::new(&done, PollFlags::IN)], None).unwrap();
         assert_eq!(drain.outcome().unwrap().unwrap(), 300_000);
         assert_eq!(std::fs::read(&path).unwrap(), [7; 300_000]);

@@ -13,8 +13,12 @@ pub const CHUNK: usize = 1 << 20;
 
 /// A pipe to move a stream through: its reading and its writing end.
 pub fn pipe() -> Result<(OwnedFd, OwnedFd)> {
-    let (read, write) = pipe_with(PipeFlags::CLOEXEC)
-        .map_err(|error| Error::system("cannot create a pipe", error))?;
+    open().map_err(|error| Error::system("cannot create a pipe", error))
+}
+
+/// The same, where an error is only a number.
+pub fn open() -> rustix::io::Result<(OwnedFd, OwnedFd)> {
+    let (read, write) = pipe_with(PipeFlags::CLOEXEC)?;
     // A user near the limit of pipe pages (pipe-user-pages-soft) gets less, which is slower, not
     // wrong.
     let _ = fcntl_setpipe_size(&write, CHUNK);

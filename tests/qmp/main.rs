@@ -23,6 +23,7 @@ mod random_clients;
 mod revert;
 mod storage_hook;
 mod tearing;
+mod watchdog;
 mod xml;
 
 fn main() -> std::process::ExitCode {

@@ -244,12 +244,13 @@ impl<'c, 'o> Journal<'c, 'o> {
             held,
             reservation: reserved.held(),
             record,
-            pipe: stream(entries).ok_or_else(|| missing("stream"))?.pipe(),
+            drain: stream(entries).ok_or_else(|| missing("stream"))?.drain(),
             restore,
             files: &files,
         };
         watchdog.start(channel, &task);
-        Ok(())
+        let process = watchdog.drains();
+        self.stream()?.start(process)
     }
 
     /// The watchdog's process, where there is one.

@@ -1,22 +1,26 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! The watchdog's side: the child of a process with threads, which makes system calls only.
+//! The watchdog's side: the program, or the child of a process with threads, which makes system
+//! calls only.
 
-use std::ffi::{CStr, c_int};
-use std::os::fd::{FromRawFd, OwnedFd};
+use std::ffi::{CString, c_int};
+use std::os::fd::OwnedFd;
 
 use rustix::io::Errno;
 use rustix::net::{SendFlags, send};
 
-use super::files::Discard;
+use super::description::{Description, Means};
+use super::descriptors::Common;
+use super::files::{self, Discard};
 use super::qmp_script::{QmpScript, execute};
 use super::recovery_command::RecoveryCommands;
 use super::remaining::Remaining;
 use super::stage::{DISMISSED, READY, Stage};
+use crate::image::Drain;
 use crate::sys::{self, wait_ready};
 
 /// Before QEMU has armed, its stream has a header and a list of memory blocks: less than this.
-const BEFORE_ARMED: usize = 64 << 10;
+const BEFORE_ARMED: u64 = 64 << 10;
 
 /// How the watchdog acts for its caller, made before it is needed.
 #[derive(Debug)]
@@ -29,56 +33,54 @@ pub enum Recovery {
     Commands(Box<RecoveryCommands>),
 }
 
-/// So many descriptors hold the guest for an operation, at most.
-pub const HELD: usize = 3;
-
 /// For so long nothing comes of the stream before QEMU is asked whether anything more does.
 const QUIET_MS: c_int = 1000;
 
-/// The watchdog's side. Descriptors are by number: the child has them all, until it keeps only
-/// these.
-pub struct Child<'a> {
-    pub lifeline: c_int,
-    pub caller: c_int,
-    pub monitor: c_int,
-    pub pipe: c_int,
-    /// The names by which the guest is held: nobody else begins an operation on it while the
-    /// watchdog is at work.
-    pub held: [c_int; HELD],
-    /// What holds the snapshot's name.
-    pub reservation: c_int,
-    pub reserved: Option<&'a Discard>,
+/// The watchdog's side, made before it is needed.
+#[derive(Debug)]
+pub struct Child {
+    reserved: Option<Discard>,
     /// The file that there is once the snapshot is recorded, where that is known.
-    pub record: Option<&'a CStr>,
-    pub recovery: &'a Recovery,
+    record: Option<CString>,
+    recovery: Recovery,
 }
 
-impl Child<'_> {
-    pub fn run(&self) -> ! {
-        let [held0, held1, held2] = self.held;
-        let own = [
-            self.lifeline,
-            self.caller,
-            self.monitor,
-            self.pipe,
-            self.reservation,
-            held0,
-            held1,
-            held2,
-        ];
-        let Some(kept) = sys::keep_only(own) else { sys::exit_now() };
-        // SAFETY: they were just made, and are nobody else's in this process.
-        let [lifeline, caller, monitor, pipe, reservation, held @ ..] =
-            kept.map(|fd| unsafe { OwnedFd::from_raw_fd(fd) });
+impl Child {
+    /// Of a description.
+    pub fn new(description: Description) -> Child {
+        let Description { means, files, reserved, record, .. } = description;
+        let recovery = match means {
+            Means::None => Recovery::None,
+            Means::Monitor { restore, overlays } => {
+                Recovery::Qmp(QmpScript::new(&restore, &overlays, &files))
+            }
+            Means::Commands(commands) => {
+                Recovery::Commands(Box::new(RecoveryCommands::new(commands, &files)))
+            }
+        };
+        Child {
+            reserved: reserved.as_ref().and_then(Discard::new),
+            record: record.and_then(|record| files::path(&record.0)),
+            recovery,
+        }
+    }
+
+    /// Waits until the caller ends, or dismisses it. `drain` is what moves the stream in this
+    /// process.
+    pub fn run(&self, own: Common, drain: Option<Drain>) -> ! {
+        let Common { lifeline, caller, monitor, pipe, reservation, held } = own;
         let _ = send(&lifeline, &[READY], SendFlags::NOSIGNAL);
         let stage = Self::watch(&lifeline, &caller);
         // A snapshot that is recorded is complete.
-        let recorded = self.record.is_none_or(sys::exists);
+        let recorded = self.record.as_deref().is_none_or(sys::exists);
         if stage != Stage::Committing || !recorded {
-            self.undo(stage, &monitor, pipe);
+            let taken = drain.as_ref().map_or(0, Drain::bytes);
+            // Nothing of the stream is wanted any more.
+            drop(drain);
+            self.undo(stage, &monitor, Remaining::new(pipe, !stage.is_migrating(), taken));
         }
         // The file goes before the name: the next snapshot of this name makes a file of its own.
-        self.reserved.into_iter().for_each(Discard::run);
+        self.reserved.iter().for_each(Discard::run);
         sys::let_go(&reservation);
         // Processes that the caller has forked can have them too.
         sys::let_go(&monitor);
@@ -87,9 +89,8 @@ impl Child<'_> {
     }
 
     /// Undoes the snapshot, the guest first.
-    fn undo(&self, stage: Stage, monitor: &OwnedFd, pipe: OwnedFd) {
-        let mut stream = Remaining { pipe, ended: !stage.is_migrating(), thrown_away: 0 };
-        let is_armed = |stream: &Remaining| stream.thrown_away >= BEFORE_ARMED;
+    fn undo(&self, stage: Stage, monitor: &OwnedFd, mut stream: Remaining) {
+        let is_armed = |stream: &Remaining| stream.taken >= BEFORE_ARMED;
         if stage == Stage::Racing {
             self.read_until(&mut stream, monitor, is_armed);
         }
@@ -115,7 +116,7 @@ impl Child<'_> {
             self.resume(monitor, &mut stream);
         }
         self.wait_other_migration(&mut stream, monitor);
-        match self.recovery {
+        match &self.recovery {
             Recovery::None => {}
             Recovery::Qmp(script) => script.undo(monitor, stage, &mut stream),
             Recovery::Commands(commands) => commands.undo(stage, &mut stream),
@@ -149,7 +150,7 @@ impl Child<'_> {
     }
 
     fn is_migrating(&self, monitor: &OwnedFd, stream: &mut Remaining) -> Option<bool> {
-        match self.recovery {
+        match &self.recovery {
             Recovery::None => None,
             Recovery::Qmp(script) => script.is_migrating(monitor, stream),
             Recovery::Commands(commands) => commands.is_migrating(stream),
@@ -157,7 +158,7 @@ impl Child<'_> {
     }
 
     fn is_stopped_by_migration(&self, monitor: &OwnedFd, stream: &mut Remaining) -> bool {
-        match self.recovery {
+        match &self.recovery {
             Recovery::None => false,
             Recovery::Qmp(script) => script.is_stopped_by_migration(monitor, stream),
             Recovery::Commands(commands) => commands.is_stopped_by_migration(stream),
@@ -165,7 +166,7 @@ impl Child<'_> {
     }
 
     fn resume(&self, monitor: &OwnedFd, stream: &mut Remaining) {
-        match self.recovery {
+        match &self.recovery {
             Recovery::None => {}
             Recovery::Qmp(script) => drop(execute(monitor, &script.resume, stream)),
             Recovery::Commands(commands) => commands.resume(stream),

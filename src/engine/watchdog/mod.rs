@@ -4,66 +4,61 @@
 //!
 //! A caller that dies inside the pause would leave its guest paused. One that dies while memory
 //! drains would close the pipe, and QEMU 7.2, whose background snapshot then fails, leaves the
-//! guest frozen. So a child of its own session holds the pipe and the monitor's socket, and a
+//! guest frozen. So a process of its own session holds the pipe and the monitor's socket, and a
 //! lifeline on which it is told how far the snapshot has come. When the caller ends, it resumes the
 //! guest, reads QEMU's stream to its end, and puts the migration settings back.
 //!
-//! It is a fork, not a program, so that there is nothing to install, and nothing to forbid. Between
-//! fork and exit it makes system calls only, on memory that was there before. How it speaks to the
-//! guest is the backend's affair ([`RecoveryChannel`]): by a QMP script on the monitor's socket, or
-//! by recovery commands, which are programs that it runs. Either way it merges the overlays back,
-//! unless they are a driver's, and removes what was made for the snapshot. What it cannot merge it
-//! leaves, and says so in the machine's log.
+//! It is a program, `instantsnap-watchdog`, which also moves the stream into the memory image: a
+//! caller that is stopped does not stop its guest. The program is started by vfork: it costs no
+//! copy of the caller's memory, and needs nothing of its stack, its working directory and its
+//! environment. Where the program cannot be started, a fork of the caller takes its place, and a
+//! thread of the caller moves the stream. Between fork and exit it makes system calls only, on
+//! memory that was there before.
+//!
+//! How it speaks to the guest is the backend's affair ([`RecoveryChannel`]): by a QMP script on the
+//! monitor's socket, or by recovery commands, which are programs that it runs. Either way it merges
+//! the overlays back, unless they are a driver's, and removes what was made for the snapshot. What
+//! it cannot merge it leaves, and says so in the machine's log.
 
 mod child;
 mod complaint;
+mod description;
+mod descriptors;
 mod files;
+mod program;
 mod qmp_script;
 mod recovery_command;
 mod remaining;
 mod reply;
 mod stage;
+mod task;
 
 use std::ffi::c_int;
+use std::fs::File;
+use std::io;
 use std::mem::ManuallyDrop;
-use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
-use std::path::PathBuf;
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::unix::fs::FileExt;
 
+use rustix::fs::{MemfdFlags, Mode, OFlags, memfd_create};
 use rustix::net::{
     AddressFamily, SendFlags, Shutdown, SocketFlags, SocketType, send, shutdown, socketpair,
 };
 use rustix::process::{PidfdFlags, getpid, pidfd_open};
-use serde_json::Value;
 
-use self::child::{Child, HELD, Recovery};
-use self::files::Discard;
-use self::qmp_script::QmpScript;
-use self::recovery_command::RecoveryCommands;
+use self::child::Child;
+use self::description::{Description, Means};
+use self::descriptors::Common;
+pub use self::program::run;
 pub use self::stage::Stage;
 use self::stage::{DISMISSED, READY};
+pub use self::task::Task;
 use crate::backend::RecoveryChannel;
-use crate::model::Reservation;
-use crate::own_file::KnownFile;
+use crate::image::Drain;
 use crate::sys::{self, wait_ready};
 
 /// For it to get there.
 const READY_MS: c_int = 10_000;
-
-/// What a watchdog is there for.
-pub struct Task<'a> {
-    /// What holds the guest for this operation.
-    pub held: &'a [BorrowedFd<'a>],
-    /// What holds the snapshot's name in a state directory.
-    pub reservation: Option<&'a Reservation>,
-    /// The file that there is once it is recorded, where that is known.
-    pub record: Option<PathBuf>,
-    /// QEMU's stream.
-    pub pipe: BorrowedFd<'a>,
-    /// QMP commands that put the settings back.
-    pub restore: &'a [(&'a str, Value)],
-    /// The snapshot's, to be removed.
-    pub files: &'a [KnownFile],
-}
 
 /// Who takes over should this process end.
 #[derive(Debug, Default)]
@@ -75,18 +70,22 @@ impl Watchdog {
     /// Starts the watchdog. Where no process can be started there is none, and the caller must not
     /// be killed.
     pub fn start(&mut self, channel: RecoveryChannel, task: &Task) {
-        let Task { restore, files, .. } = *task;
-        let start = |monitor, recovery: &Recovery| Started::start(monitor, task, recovery);
-        self.watchdog = match channel {
-            RecoveryChannel::None => start(None, &Recovery::None),
+        let restore = || task.restore.iter().map(|(name, value)| ((*name).into(), value.clone()));
+        let (monitor, means) = match channel {
+            RecoveryChannel::None => (None, Means::None),
             RecoveryChannel::Monitor(monitor, overlays) => {
-                start(Some(monitor), &Recovery::Qmp(QmpScript::new(restore, &overlays, files)))
+                (Some(monitor), Means::Monitor { restore: restore().collect(), overlays })
             }
-            RecoveryChannel::Commands(make) => start(
-                None,
-                &Recovery::Commands(Box::new(RecoveryCommands::new(make(restore), files))),
-            ),
+            RecoveryChannel::Commands(make) => (None, Means::Commands(make(task.restore))),
         };
+        self.watchdog = Started::start(monitor, task, Description::new(task, means));
+    }
+
+    /// Tells of the end of the watchdog's process, where it is that one which moves the stream.
+    pub fn drains(&self) -> Option<OwnedFd> {
+        let Started { process, kind, .. } = self.watchdog.as_ref()?;
+        let ended = process.as_ref().filter(|_| *kind == Kind::Program)?.ended();
+        ended.try_clone_to_owned().ok()
     }
 
     /// The watchdog's process, where there is one.
@@ -113,47 +112,54 @@ impl Watchdog {
     }
 }
 
+/// What a watchdog is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    /// The program. It moves the stream.
+    Program,
+    /// A fork of the caller.
+    Fork,
+}
+
 /// The watchdog of one snapshot. Dropping it dismisses it, unless that is for a panic.
 #[derive(Debug)]
 struct Started {
+    kind: Kind,
     lifeline: Option<OwnedFd>,
     /// Its end is waited for only where it has been dismissed.
     process: Option<sys::Child>,
 }
 
 impl Started {
-    fn start(monitor: Option<BorrowedFd>, task: &Task, recovery: &Recovery) -> Option<Started> {
+    fn start(
+        monitor: Option<BorrowedFd>,
+        task: &Task,
+        description: Description,
+    ) -> Option<Started> {
+        // The lifeline alone would not do: a child that the caller forks has it too.
+        let caller = pidfd_open(getpid(), PidfdFlags::empty()).ok()?;
+        let numbers = |lifeline: &OwnedFd| descriptors::common(lifeline, &caller, monitor, task);
+        Started::begin(Kind::Program, |lifeline| {
+            start_program(numbers(lifeline), &description, task.drain)
+        })
+        .or_else(|| {
+            let child = Child::new(description);
+            Started::begin(Kind::Fork, |lifeline| fork(numbers(lifeline), &child))
+        })
+    }
+
+    /// Starts a process that has the other end of a lifeline, and waits until it is ready.
+    fn begin(
+        kind: Kind,
+        start: impl FnOnce(&OwnedFd) -> io::Result<sys::Child>,
+    ) -> Option<Started> {
         // A socket, not a pipe: writing to one whose reader was killed need not raise SIGPIPE.
         let (theirs, ours) =
             socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None).ok()?;
-        // The lifeline alone would not do: a child that the caller forks has it too.
-        let caller = pidfd_open(getpid(), PidfdFlags::empty()).ok()?;
-        let reserved = task.reservation.and_then(|reservation| reservation.known().ok());
-        let reserved = reserved.as_ref().and_then(Discard::new);
-        let record = task.record.as_deref().and_then(files::path);
-        // Something must be in the place of what there is not.
-        let nothing = task.pipe.as_raw_fd();
-        let mut held = [nothing; HELD];
-        held.iter_mut().zip(task.held).for_each(|(place, fd)| *place = fd.as_raw_fd());
-        let child = Child {
-            lifeline: theirs.as_raw_fd(),
-            caller: caller.as_raw_fd(),
-            monitor: monitor.map_or(nothing, |monitor| monitor.as_raw_fd()),
-            pipe: task.pipe.as_raw_fd(),
-            held,
-            reservation: task
-                .reservation
-                .map_or(nothing, |reservation| reservation.held().as_raw_fd()),
-            reserved: reserved.as_ref(),
-            record: record.as_deref(),
-            recovery,
-        };
         // Until it has closed them it holds a copy of every descriptor of this process, locks and
         // marks of other snapshots among them.
         let (process, ready) = sys::while_forking(|| {
-            // SAFETY: the child makes system calls only, on memory that exists already, and never
-            // returns.
-            let process = unsafe { sys::Child::fork(|| child.run()) }.ok()?;
+            let process = start(&theirs).ok()?;
             drop(theirs);
             Some((process, wait_ready([Some(&ours), None], READY_MS)))
         })?;
@@ -164,7 +170,7 @@ impl Started {
             process.kill();
             return None;
         }
-        Some(Started { lifeline: Some(ours), process: Some(process) })
+        Some(Started { kind, lifeline: Some(ours), process: Some(process) })
     }
 
     fn send(&self, what: u8) {
@@ -201,4 +207,28 @@ impl Drop for Started {
         }
         self.cut();
     }
+}
+
+fn start_program(
+    common: [c_int; descriptors::COMMON],
+    description: &Description,
+    drain: &Drain,
+) -> io::Result<sys::Child> {
+    let command_line = program::command_line().ok_or(io::ErrorKind::NotFound)?;
+    let words = serde_json::to_vec(description)?;
+    let told = memfd_create(c"instantsnap", MemfdFlags::CLOEXEC)?;
+    // Where the program begins to read it stays the beginning.
+    let told = File::from(told);
+    told.write_all_at(&words, 0)?;
+    let null = rustix::fs::open("/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())?;
+    sys::Child::start(&command_line, descriptors::all(&null, common, &told.into(), drain))
+}
+
+fn fork(common: [c_int; descriptors::COMMON], child: &Child) -> io::Result<sys::Child> {
+    let run = || match Common::keep(common) {
+        Some(own) => child.run(own, None),
+        None => sys::exit_now(),
+    };
+    // SAFETY: the child makes system calls only, on memory that exists already, and never returns.
+    unsafe { sys::Child::fork(run) }
 }

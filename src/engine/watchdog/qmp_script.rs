@@ -94,7 +94,7 @@ impl QmpScript {
     /// `restore` are commands, by name and arguments, that put the settings back; `files` are the
     /// snapshot's.
     pub fn new(
-        restore: &[(&str, Value)],
+        restore: &[(String, Value)],
         overlays: &[MonitorOverlay],
         files: &[KnownFile],
     ) -> QmpScript {

@@ -12,14 +12,19 @@ use crate::image::discard;
 pub struct Remaining {
     pub pipe: OwnedFd,
     pub ended: bool,
-    pub thrown_away: usize,
+    /// So much of it has come, as far as that is known.
+    pub taken: u64,
 }
 
 impl Remaining {
+    pub fn new(pipe: OwnedFd, ended: bool, taken: u64) -> Remaining {
+        Remaining { pipe, ended, taken }
+    }
+
     pub fn discard(&mut self) {
         match discard(&self.pipe) {
             Ok(0) => self.ended = true,
-            Ok(bytes) => self.thrown_away += bytes,
+            Ok(bytes) => self.taken += bytes as u64,
             Err(Errno::AGAIN | Errno::INTR) => {}
             Err(_) => self.ended = true,
         }

@@ -48,7 +48,7 @@ impl Stream {
                 continue;
             }
             let at_most = meter.as_ref().map_or(QUIET, |meter| meter.left().min(QUIET));
-            wait_either(self.drain.done(), cancel, Some(at_most))?;
+            wait_either(&self.drain, cancel, Some(at_most))?;
         };
         // The stream's end comes a moment before QEMU's word on it.
         match wait_ended(guest, settings, Deadline::after(DEFAULT_TIMEOUT))? {

@@ -86,7 +86,7 @@ impl Stream {
         self.drain.end_when_empty();
         while self.drain.outcome().is_none() {
             cancel.check()?;
-            wait_either(self.drain.done(), cancel, None)?;
+            wait_either(&self.drain, cancel, None)?;
         }
         Ok(())
     }

@@ -5,7 +5,7 @@
 mod drain;
 mod give_up;
 
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, poll};
@@ -43,8 +43,17 @@ impl Stream {
         };
         let spare =
             duplicate().map_err(|error| Error::system("cannot set up the memory pipe", error))?;
-        let drain = Drain::start(read, image.file()?, image.path(), image.stream_offset())?;
+        let drain = Drain::open(read, image.file()?, image.path(), image.stream_offset())?;
         Ok(Stream { drain, offset: image.stream_offset(), spare, write: Some(write) })
+    }
+
+    /// Has it moved: by another process, or by a thread of this one.
+    pub fn start(&mut self, process: Option<OwnedFd>) -> Result<()> {
+        match process {
+            Some(process) => self.drain.leave_to(process),
+            None => self.drain.start()?,
+        }
+        Ok(())
     }
 
     /// Passes QEMU its end, as [`FD_NAME`].
@@ -57,9 +66,9 @@ impl Stream {
         }
     }
 
-    /// QEMU's stream.
-    pub fn pipe(&self) -> BorrowedFd<'_> {
-        self.spare.as_fd()
+    /// What moves it.
+    pub fn drain(&self) -> &Drain {
+        &self.drain
     }
 
     /// How far memory has come, by what QEMU says of it.
@@ -89,12 +98,11 @@ impl Stream {
     }
 }
 
-/// Waits for one of the two.
-fn wait_either(done: BorrowedFd, cancel: &Cancel, at_most: Option<Duration>) -> Result<()> {
-    let mut fds = [
-        PollFd::from_borrowed_fd(done, PollFlags::IN),
-        PollFd::from_borrowed_fd(cancel.event(), PollFlags::IN),
-    ];
+/// Waits for the end of the drain, or to be cancelled.
+fn wait_either(drain: &Drain, cancel: &Cancel, at_most: Option<Duration>) -> Result<()> {
+    let [done, process] = drain.ends();
+    let mut fds =
+        [done, process, cancel.event()].map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN));
     match poll(&mut fds, at_most.map(timeout).as_ref()) {
         Ok(_) | Err(Errno::INTR) => Ok(()),
         Err(errno) => Err(Error::system("cannot wait for memory to be saved", errno)),

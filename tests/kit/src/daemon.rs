@@ -23,6 +23,7 @@ use tempfile::TempDir;
 use crate::compile::{gcc, workspace};
 use crate::guest::Guest;
 use crate::machine::Machine;
+use crate::run;
 use crate::wait::{DEADLINE, wait_for};
 use layout::Layout;
 
@@ -391,7 +392,8 @@ impl Keeper {
             layout.mounts().iter().map(|(source, target)| format!("{}={target}", source.display())),
         );
         command.arg("--").args(layout.libvirtd());
-        command.env_clear().envs(layout.environment()).envs(environment);
+        let watchdog = std::env::var_os(run::WATCHDOG).map(|program| (run::WATCHDOG, program));
+        command.env_clear().envs(layout.environment()).envs(watchdog).envs(environment);
         let log = File::create(layout.log()).expect("the log");
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(log).current_dir("/");
         let mut child =

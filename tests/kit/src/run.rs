@@ -10,6 +10,8 @@ use tempfile::TempDir;
 use crate::compile::workspace;
 
 const DIRECTORY: &str = "INSTANTSNAP_TEST_RUN";
+/// What the library takes for its watchdog, for daemons with the library in them too.
+pub const WATCHDOG: &str = "INSTANTSNAP_WATCHDOG";
 
 /// The run. Dropping it removes its directory.
 pub struct Run {
@@ -30,7 +32,21 @@ pub fn begin() -> Run {
     std::fs::set_permissions(own.path(), readable).expect("a directory of our own");
     // SAFETY: no other thread runs yet.
     unsafe { std::env::set_var(DIRECTORY, own.path()) };
+    name_watchdog();
     Run { _directory: Some(own) }
+}
+
+/// A test program is in another directory than the programs that cargo builds for it, so that the
+/// library in it would not find its own.
+fn name_watchdog() {
+    let own = std::env::current_exe().expect("a program has a file");
+    let built = own.ancestors().nth(2).map(|directory| directory.join("instantsnap-watchdog"));
+    if let Some(program) = built.filter(|program| program.exists())
+        && std::env::var_os(WATCHDOG).is_none()
+    {
+        // SAFETY: no other thread runs yet.
+        unsafe { std::env::set_var(WATCHDOG, program) };
+    }
 }
 
 /// The run's directory, for a test that is part of a run.

@@ -1,0 +1,104 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
+//! The descriptors that a watchdog has.
+
+use std::ffi::c_int;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+
+use super::task::Task;
+use crate::image::Drain;
+use crate::sys;
+
+/// So many descriptors hold the guest for an operation, at most.
+const HELD: usize = 3;
+/// So many has a watchdog of either kind.
+pub const COMMON: usize = 5 + HELD;
+/// Before them the program has its standard input, output and error.
+const STANDARD: usize = 3;
+/// After them it has its description, and what the drain needs.
+const MORE: usize = 1 + Drain::DESCRIPTORS;
+
+/// Those of a watchdog of either kind.
+#[derive(Debug)]
+pub struct Common {
+    pub lifeline: OwnedFd,
+    pub caller: OwnedFd,
+    pub monitor: OwnedFd,
+    pub pipe: OwnedFd,
+    /// What holds the snapshot's name.
+    pub reservation: OwnedFd,
+    /// The names by which the guest is held: nobody else begins an operation on it while the
+    /// watchdog is at work.
+    pub held: [OwnedFd; HELD],
+}
+
+impl From<[OwnedFd; COMMON]> for Common {
+    fn from(all: [OwnedFd; COMMON]) -> Common {
+        let [lifeline, caller, monitor, pipe, reservation, held @ ..] = all;
+        Common { lifeline, caller, monitor, pipe, reservation, held }
+    }
+}
+
+impl Common {
+    /// Keeps these of a forked process, and closes all others.
+    pub fn keep(numbers: [c_int; COMMON]) -> Option<Common> {
+        let kept = sys::keep_only(numbers)?;
+        // SAFETY: they were just made, and are nobody else's in this process.
+        Some(Common::from(kept.map(|fd| unsafe { OwnedFd::from_raw_fd(fd) })))
+    }
+}
+
+/// Their numbers in the caller, in the order of [`Common`].
+pub fn common(
+    lifeline: &OwnedFd,
+    caller: &OwnedFd,
+    monitor: Option<BorrowedFd>,
+    task: &Task,
+) -> [c_int; COMMON] {
+    let pipe = task.drain.pipe();
+    // Something must be in the place of what there is not.
+    let [held0, held1, held2] =
+        std::array::from_fn(|place| task.held.get(place).copied().unwrap_or(pipe));
+    let reservation = task.reservation.map_or(pipe, |reservation| reservation.held().as_fd());
+    let monitor = monitor.unwrap_or(pipe);
+    [lifeline.as_fd(), caller.as_fd(), monitor, pipe, reservation, held0, held1, held2]
+        .map(|fd| fd.as_raw_fd())
+}
+
+/// The same for the program, which has more; `null` leads nowhere.
+pub fn all(
+    null: &OwnedFd,
+    common: [c_int; COMMON],
+    description: &OwnedFd,
+    drain: &Drain,
+) -> [c_int; STANDARD + COMMON + MORE] {
+    let more = [description.as_fd()].into_iter().chain(drain.descriptors());
+    let own = common.into_iter().chain(more.map(|fd| fd.as_raw_fd()));
+    let mut all = [null.as_raw_fd(); _];
+    all.iter_mut().skip(STANDARD).zip(own).for_each(|(place, fd)| *place = fd);
+    all
+}
+
+/// Those of the program.
+#[derive(Debug)]
+pub struct Inherited {
+    pub common: Common,
+    pub description: OwnedFd,
+    pub drain: [OwnedFd; Drain::DESCRIPTORS],
+}
+
+impl Inherited {
+    /// What the library has left for the program, where it has.
+    ///
+    /// # Safety
+    /// Nothing in this process owns them.
+    pub unsafe fn take() -> Option<Inherited> {
+        const MORE_FROM: c_int = (STANDARD + COMMON) as c_int;
+        // SAFETY: as above.
+        let (common, more) = unsafe {
+            (sys::inherited::<COMMON>(STANDARD as c_int)?, sys::inherited::<MORE>(MORE_FROM)?)
+        };
+        let [description, drain @ ..] = more;
+        Some(Inherited { common: Common::from(common), description, drain })
+    }
+}

@@ -1,0 +1,83 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
+//! The watchdog as a program of its own, `instantsnap-watchdog`: where it is, and what it does.
+
+use std::convert::Infallible;
+use std::env;
+use std::ffi::OsStr;
+use std::fs::File;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use super::child::Child;
+use super::description::Description;
+use super::descriptors::Inherited;
+use crate::image::Drain;
+use crate::sys::{self, CommandLine};
+use crate::tool;
+
+/// Its file.
+const NAME: &str = "instantsnap-watchdog";
+/// Names another file; an empty value stands for none.
+const SETTING: &str = "INSTANTSNAP_WATCHDOG";
+/// Where it is, from the library's directory: beside it, and where an installation has it.
+const FROM_LIBRARY: [&str; 3] = ["", "../libexec/instantsnap", "../../libexec/instantsnap"];
+/// Where the installation that this was built for has it.
+const INSTALLED: Option<&str> = option_env!("INSTANTSNAP_LIBEXECDIR");
+/// Its only argument: a user who runs it by hand gives none.
+const STARTED_BY_LIBRARY: &str = "--started-by-libinstantsnap";
+
+/// How the program is started, where there is one.
+pub fn command_line() -> Option<CommandLine> {
+    tool::command_line([find()?.as_os_str(), OsStr::new(STARTED_BY_LIBRARY)])
+}
+
+fn find() -> Option<PathBuf> {
+    // In a process with more rights than its user, the environment is that user's word.
+    if let Some(named) = env::var_os(SETTING).filter(|_| !sys::is_secure()) {
+        return Some(PathBuf::from(named)).filter(|file| can_be_trusted(file));
+    }
+    let library = sys::own_file().and_then(|file| file.canonicalize().ok());
+    let beside = library.iter().filter_map(|file| file.parent()).flat_map(|directory| {
+        FROM_LIBRARY.iter().map(move |place| directory.join(place).join(NAME))
+    });
+    beside
+        .chain(INSTALLED.map(|directory| Path::new(directory).join(NAME)))
+        .find(|file| can_be_trusted(file))
+}
+
+/// Whether it is a program that no other user can have written.
+fn can_be_trusted(file: &Path) -> bool {
+    const WRITABLE_BY_OTHERS: u32 = 0o002;
+    tool::is_program(file)
+        && file.metadata().is_ok_and(|found| {
+            sys::is_trusted(found.uid()) && found.mode() & WRITABLE_BY_OTHERS == 0
+        })
+}
+
+/// The program. It returns where it was not started by the library, or by another version of it.
+///
+/// # Safety
+/// Nothing in this process owns a descriptor beyond the first three.
+pub unsafe fn run() -> Result<Infallible, &'static str> {
+    if !env::args_os().skip(1).eq([STARTED_BY_LIBRARY]) {
+        return Err("libinstantsnap starts this program for the time of a snapshot");
+    }
+    // SAFETY: as above.
+    let Some(inherited) = (unsafe { Inherited::take() }) else {
+        return Err("descriptors are missing");
+    };
+    let Inherited { common, description, drain } = inherited;
+    sys::set_process_name(c"instantsnap");
+    // The caller's may be on a file system that is to be unmounted.
+    let _ = env::set_current_dir("/");
+    let description: Description = serde_json::from_reader(File::from(description))
+        .ok()
+        .filter(Description::is_current)
+        .ok_or("another version of libinstantsnap has started this program")?;
+    let cannot_move = "the stream cannot be moved";
+    let pipe = common.pipe.try_clone().map_err(|_| cannot_move)?;
+    let drain = Drain::inherited(pipe, drain, description.offset).map_err(|_| cannot_move)?;
+    drain.start().map_err(|_| cannot_move)?;
+    Child::new(description).run(common, Some(drain))
+}

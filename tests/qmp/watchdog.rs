@@ -1,0 +1,189 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
+//! The watchdog of a snapshot: it is a program of its own, which moves memory into its image, and
+//! depends on nothing of its caller.
+
+use std::os::unix::process::ExitStatusExt;
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use common::backend::open;
+use common::{At, INSTANTLY, Opened, machine, named};
+use instantsnap::engine::Phase;
+use instantsnap::error::Code;
+use instantsnap_testkit::program::process;
+use instantsnap_testkit::{Binary, DEADLINE, Guest, Machine, process, test, wait_for};
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::json;
+
+/// What becomes of a test's caller.
+const DEED: &str = "INSTANTSNAP_TEST_DEED";
+/// Names the program; nothing stands for none.
+const PROGRAM: &str = "INSTANTSNAP_WATCHDOG";
+/// How large a thread's stack is where musl makes one.
+const SMALL_STACK: usize = 128 << 10;
+
+/// Not a test of its own: a caller that takes a snapshot, which is named after what becomes of the
+/// caller in the drain.
+#[process]
+fn caller() {
+    let directory = std::env::var("INSTANTSNAP_TEST_DIRECTORY").unwrap();
+    let deed = std::env::var(DEED).unwrap();
+    let take = move || {
+        let directory = Path::new(&directory);
+        let state = directory.join("state");
+        let handle = open(directory, &directory.join("qmp.sock"), None, &state).unwrap();
+        let mut observer = At(|phase| match (phase, &*deed) {
+            (Phase::Drain, "stopped") => signal_self(Signal::STOP),
+            (Phase::Drain, "killed") => signal_self(Signal::KILL),
+            _ => {}
+        });
+        handle.create(&named(&deed), INSTANTLY, &mut observer).unwrap();
+    };
+    std::thread::Builder::new().stack_size(SMALL_STACK).spawn(take).unwrap().join().unwrap();
+}
+
+fn signal_self(signal: Signal) {
+    kill_process(rustix::process::getpid(), signal).unwrap();
+}
+
+fn caller_of(guest: &Guest, deed: &str) -> Command {
+    let mut command = process(module_path!(), "caller");
+    command
+        .env("INSTANTSNAP_TEST_DIRECTORY", guest.directory())
+        .env(DEED, deed)
+        .stdout(Stdio::null());
+    command
+}
+
+/// One that writes to all of its memory in each round, and more of that than a pipe holds.
+fn busy(binary: &'static Binary) -> Machine {
+    machine(binary, 1).memory(128).prealloc().append("dense=64")
+}
+
+/// The watchdog of a process, which is its child.
+fn watchdog_of(pid: u32) -> Option<u32> {
+    let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).ok()?.flatten();
+    let children =
+        tasks.filter_map(|task| std::fs::read_to_string(task.path().join("children")).ok());
+    let children: String = children.collect();
+    let is_one = |pid: &u32| {
+        std::fs::read_to_string(format!("/proc/{pid}/comm"))
+            .is_ok_and(|name| name == "instantsnap\n")
+    };
+    children.split_whitespace().filter_map(|pid| pid.parse().ok()).find(is_one)
+}
+
+fn program_of(pid: u32) -> String {
+    let program = std::fs::read_link(format!("/proc/{pid}/exe")).unwrap();
+    program.file_name().unwrap().to_str().unwrap().into()
+}
+
+#[test]
+fn a_stopped_caller_does_not_freeze_its_guest_in_the_drain() {
+    for binary in Binary::any() {
+        let opened = Opened::start(&busy(binary));
+        let mut caller = caller_of(&opened.guest, "stopped").spawn().unwrap();
+        let stat = format!("/proc/{}/stat", caller.id());
+        let is_stopped = || std::fs::read_to_string(&stat).is_ok_and(|stat| stat.contains(") T"));
+        wait_for(DEADLINE, || is_stopped().then_some(())).expect("it stops in the drain");
+        // Each round writes to all of its memory.
+        opened.guest.wait_ticks(3);
+        let saved = wait_for(DEADLINE, || {
+            let migration = opened.guest.control().execute("query-migrate", json!({})).unwrap();
+            (migration["status"] == "completed").then_some(())
+        });
+        assert!(saved.is_some() && is_stopped());
+        let pid = Pid::from_raw(caller.id() as i32).unwrap();
+        kill_process(pid, Signal::CONT).unwrap();
+        assert!(caller.wait().unwrap().success());
+        opened.restore_clone("stopped");
+        opened.guest.wait_ticks(3);
+    }
+}
+
+/// It is a program: what the caller has in its memory is not in the watchdog's, and what that is
+/// called, and where it is, does not depend on the caller.
+#[test]
+fn a_watchdog_has_nothing_of_its_callers_memory_environment_and_directory() {
+    const CALLERS: usize = 128 << 20;
+    let opened = Opened::start(&busy(&Binary::any()[0]));
+    let memory = vec![1_u8; CALLERS];
+    let mut seen = None;
+    let mut observer = At(|phase| {
+        if phase == Phase::Drain {
+            let pid = watchdog_of(std::process::id()).expect("there is a watchdog");
+            let of = |what: &str| format!("/proc/{pid}/{what}");
+            let status = std::fs::read_to_string(of("status")).unwrap();
+            let size = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
+            let kib: usize = size.trim().strip_suffix(" kB").unwrap().parse().unwrap();
+            let environment = std::fs::read_to_string(of("environ")).unwrap();
+            seen = Some((
+                program_of(pid),
+                kib << 10 < CALLERS / 2,
+                environment.contains("INSTANTSNAP"),
+                std::fs::read_link(of("cwd")).unwrap(),
+            ));
+        }
+    });
+    opened.handle.create(&named("s"), INSTANTLY, &mut observer).unwrap();
+    assert_eq!(seen, Some(("instantsnap-watchdog".into(), true, false, "/".into())));
+    assert!(memory.iter().all(|byte| *byte == 1));
+    assert_eq!(watchdog_of(std::process::id()), None);
+}
+
+/// On a stack that is too small for much: the watchdog does not live on it.
+#[test]
+fn a_caller_with_a_small_stack_that_is_killed_leaves_a_guest_that_runs() {
+    for binary in Binary::any() {
+        let opened = Opened::start(&busy(binary));
+        let before = opened.trace();
+        let status = caller_of(&opened.guest, "killed").status().unwrap();
+        assert_eq!(status.signal(), Some(9), "{status}");
+        opened.guest.wait_ticks(3);
+        if !common::backend::by_driver() {
+            wait_for(DEADLINE, || (opened.trace() == before).then_some(()))
+                .unwrap_or_else(|| common::assert_untouched(&opened, &before));
+        }
+    }
+}
+
+/// Where there is no program the library forks, and a thread of its own moves memory.
+#[test]
+fn without_the_program_a_fork_is_the_watchdog() {
+    for binary in Binary::any() {
+        let opened = Opened::start(&busy(binary));
+        let before = opened.trace();
+        let status = caller_of(&opened.guest, "killed").env(PROGRAM, "").status().unwrap();
+        assert_eq!(status.signal(), Some(9), "{status}");
+        opened.guest.wait_ticks(3);
+        if !common::backend::by_driver() {
+            wait_for(DEADLINE, || (opened.trace() == before).then_some(()))
+                .unwrap_or_else(|| common::assert_untouched(&opened, &before));
+        }
+        let whole = caller_of(&opened.guest, "whole").env(PROGRAM, "/nonexistent").status();
+        assert!(whole.unwrap().success());
+        opened.restore_clone("whole");
+    }
+}
+
+#[test]
+fn a_watchdog_that_is_killed_while_memory_drains_fails_the_snapshot_and_freezes_no_guest() {
+    for binary in Binary::any() {
+        let opened = Opened::start(&busy(binary));
+        let mut observer = At(|phase| {
+            if phase == Phase::Drain {
+                let pid = watchdog_of(std::process::id()).expect("there is a watchdog");
+                kill_process(Pid::from_raw(pid as i32).unwrap(), Signal::KILL).unwrap();
+            }
+        });
+        opened.assert_fails_observed(
+            &named("s"),
+            INSTANTLY,
+            &mut observer,
+            Code::SystemError,
+            &["watchdog", "was killed", "take the snapshot again"],
+        );
+        opened.assert_well();
+    }
+}

@@ -1,0 +1,14 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
+//! The watchdog of a snapshot: see `src/engine/watchdog/`.
+
+use std::process::ExitCode;
+
+use instantsnap_core::engine::run_watchdog;
+
+fn main() -> ExitCode {
+    // SAFETY: nothing in this process has opened or taken a descriptor.
+    let Err(why) = unsafe { run_watchdog() };
+    eprintln!("instantsnap-watchdog: {why}");
+    ExitCode::FAILURE
+}
