@@ -21,6 +21,7 @@ static const function functions[] = {
     (function) instantsnap_close,
     (function) instantsnap_set_pause_limit,
     (function) instantsnap_set_overlap_tries,
+    (function) instantsnap_set_watchdog_required,
     (function) instantsnap_set_storage_hook,
     (function) instantsnap_snapshot_create_xml,
     (function) instantsnap_snapshot_create,

@@ -51,6 +51,11 @@ for link in libinstantsnap.so.0 libinstantsnap.so; do
     [ "$(readlink "$libdir/$link")" = "$real" ] || fail "$link is no link to $real"
 done
 
+# The program that the library starts.
+watchdog=$(find "$root$PREFIX" -name instantsnap-watchdog)
+[ "${watchdog##*/libexec/}" = instantsnap/instantsnap-watchdog ] || fail "no watchdog in libexec"
+[ -x "$watchdog" ] || fail "the watchdog is no program"
+
 # Only programs that include instantsnap-libvirt.h need libvirt.
 if grep -q -i libvirt "$pc"; then fail "instantsnap.pc wants libvirt"; fi
 

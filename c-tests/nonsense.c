@@ -22,6 +22,7 @@ static void not_a_guest(instantsnap_guest *guest)
 
     CHECK_FAILS(instantsnap_set_pause_limit(guest, 1000) == -1, VIR_ERR_INVALID_ARG);
     CHECK_FAILS(instantsnap_set_overlap_tries(guest, 3) == -1, VIR_ERR_INVALID_ARG);
+    CHECK_FAILS(instantsnap_set_watchdog_required(guest, 1) == -1, VIR_ERR_INVALID_ARG);
     CHECK_FAILS(instantsnap_set_storage_hook(guest, NULL) == -1, VIR_ERR_INVALID_ARG);
     CHECK_FAILS(instantsnap_snapshot_create_xml(guest, "<domainsnapshot/>", INSTANT, &name) == -1,
                 VIR_ERR_INVALID_ARG);
@@ -262,6 +263,8 @@ int main(void)
     CHECK_FAILS(instantsnap_set_pause_limit(guest, 0) == -1, VIR_ERR_INVALID_ARG);
     CHECK(instantsnap_set_pause_limit(guest, 30000) == 0);
     CHECK(instantsnap_set_overlap_tries(guest, 0) == 0);
+    CHECK_FAILS(instantsnap_set_watchdog_required(guest, 2) == -1, VIR_ERR_INVALID_ARG);
+    CHECK(instantsnap_set_watchdog_required(guest, 1) == 0);
     CHECK(instantsnap_set_storage_hook(guest, NULL) == 0);
 
     /* After all of that the guest is unchanged, and snapshots of it still work. */

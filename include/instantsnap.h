@@ -279,7 +279,17 @@ typedef struct instantsnap_stats {
     uint32_t lost_tries;
     /* 1: the guest ran while QEMU touched its memory (early start); 0: it was stopped before. */
     uint32_t overlapped;
+    /* What would have taken over if this process had been killed: an instantsnap_watchdog. */
+    uint32_t watchdog;
+    uint32_t reserved;           /* 0 */
 } instantsnap_stats;
+
+/** What the watchdog of a snapshot was: see "Processes" above. */
+typedef enum instantsnap_watchdog {
+    INSTANTSNAP_WATCHDOG_NONE = 0,   /* no process could be started, or none was needed yet */
+    INSTANTSNAP_WATCHDOG_FORK = 1,   /* a fork: the program was not found, or could not be started */
+    INSTANTSNAP_WATCHDOG_PROGRAM = 2 /* the program instantsnap-watchdog */
+} instantsnap_watchdog;
 
 /** The phases of a snapshot, in order. The fields of instantsnap_stats describe them. */
 typedef enum instantsnap_phase {
@@ -584,6 +594,18 @@ int instantsnap_set_pause_limit(instantsnap_guest *guest, unsigned int milliseco
  * Returns 0, or -1: VIR_ERR_INVALID_ARG.
  */
 int instantsnap_set_overlap_tries(instantsnap_guest *guest, unsigned int tries);
+
+/**
+ * Says whether a snapshot is refused if no watchdog can be started for it. By default it is taken
+ * without one, and instantsnap_stats.watchdog says so: then this process must not be killed during
+ * the snapshot.
+ *
+ * @required  1: the snapshot fails with VIR_ERR_OPERATION_FAILED, and everything is undone; 0: the
+ *            default. Applies to calls that begin later.
+ *
+ * Returns 0, or -1: VIR_ERR_INVALID_ARG.
+ */
+int instantsnap_set_watchdog_required(instantsnap_guest *guest, unsigned int required);
 
 /**
  * Sets the callbacks that snapshot the disks with snapshot='manual'. The snapshot's XML says which

@@ -192,6 +192,11 @@ impl Child {
         self.ended.as_fd()
     }
 
+    /// Whether it has ended.
+    pub fn has_ended(&self) -> bool {
+        wait_ready([Some(&self.ended), None], 0)
+    }
+
     /// Waits for its end. Returns its status as `waitpid` gives it; none if that is not known.
     pub fn wait(mut self) -> Option<c_int> {
         self.reaped = true;

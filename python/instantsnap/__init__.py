@@ -33,7 +33,7 @@ LibraryNotFound, an ImportError, names these places.
 """
 
 from ._errors import Cancelled, Error, ErrorCode, LibraryNotFound, NotFound
-from ._events import Event, EventType, JobInfo, Phase, Stats
+from ._events import Event, EventType, JobInfo, Phase, Stats, Watchdog
 from ._guest import DeleteFlag, Flag, Guest
 from ._job import Job
 from ._library import decode as _decode
@@ -44,8 +44,8 @@ from ._storage import StorageCall, StorageDisk
 
 __all__ = ["Cancelled", "DeleteFlag", "Error", "ErrorCode", "Event", "EventType", "Flag", "Guest",
            "Job", "JobInfo", "LibraryNotFound", "NotFound", "Phase", "RevertDisk", "RevertPlan",
-           "Stats", "StorageCall", "StorageDisk", "prepare_revert", "snapshot_create_xml",
-           "snapshot_delete", "snapshot_revert", "version"]
+           "Stats", "StorageCall", "StorageDisk", "Watchdog", "prepare_revert",
+           "snapshot_create_xml", "snapshot_delete", "snapshot_revert", "version"]
 
 
 def version() -> str:

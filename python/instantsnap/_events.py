@@ -38,6 +38,14 @@ class Phase(enum.IntEnum):
     ENDED = 9  #: complete, or failed and undone
 
 
+class Watchdog(enum.IntEnum):
+    """What the watchdog of a snapshot was: the process that resumes the guest, and undoes the
+    snapshot, if this process is killed."""
+    NONE = 0     #: no process could be started, or none was needed yet
+    FORK = 1     #: a fork: the program was not found, or could not be started
+    PROGRAM = 2  #: the program instantsnap-watchdog
+
+
 @dataclasses.dataclass(frozen=True)
 class Event:
     """An event of a snapshot. Numbers that do not apply to its type are 0."""
@@ -88,6 +96,7 @@ class Stats:
     lost_pause_us: int        #: how long lost tries paused the guest; not in guest_paused_us
     lost_tries: int           #: tries to stop the guest that were too late: Guest.overlap_tries()
     overlapped: bool          #: the guest ran while QEMU touched its memory
+    watchdog: Union[Watchdog, int]  #: what would have taken over if this process had been killed
 
 
 #: Receives the events of a snapshot. Its result is ignored.
@@ -112,6 +121,7 @@ def stats_of(stats: _library.CStats) -> Stats:
     values = _values(Stats, stats)
     for name in ("pause_from_events", "overlapped"):
         values[name] = bool(values[name])
+    values["watchdog"] = known(Watchdog, stats.watchdog)
     return Stats(**values)
 
 

@@ -301,6 +301,12 @@ class Guest:
             raise ValueError("tries must be 0 or more, and less than 2**32")
         check(library().instantsnap_set_overlap_tries(self._open(), tries))
 
+    def require_watchdog(self, required: bool = True) -> None:
+        """Says whether a snapshot is refused, by Error (OPERATION_FAILED), if no watchdog can be
+        started for it. By default it is taken without one, and Stats.watchdog says so. Applies to
+        calls that begin later. Does not block."""
+        check(library().instantsnap_set_watchdog_required(self._open(), bool(required)))
+
     def set_storage_hook(self, snapshot: Optional[OnStorage], *, undo: Optional[OnStorage] = None,
                          deadline: Optional[float] = None) -> None:
         """Sets the functions that snapshot the disks with snapshot='manual', instead of QEMU. The

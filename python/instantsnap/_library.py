@@ -49,7 +49,9 @@ class CStats(Structure):
                 ("setup_us", c_uint64),
                 ("lost_pause_us", c_uint64),
                 ("lost_tries", c_uint32),
-                ("overlapped", c_uint32)]
+                ("overlapped", c_uint32),
+                ("watchdog", c_uint32),
+                ("reserved", c_uint32)]
 
 
 class CEvent(Structure):
@@ -155,6 +157,7 @@ FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "instantsnap_close": (None, [_GUEST]),
     "instantsnap_set_pause_limit": (c_int, [_GUEST, c_uint]),
     "instantsnap_set_overlap_tries": (c_int, [_GUEST, c_uint]),
+    "instantsnap_set_watchdog_required": (c_int, [_GUEST, c_uint]),
     "instantsnap_set_storage_hook": (c_int, [_GUEST, POINTER(CStorageHook)]),
     "instantsnap_snapshot_create_xml": (c_int, [_GUEST, c_char_p, c_uint, POINTER(_OWNED_STRING)]),
     "instantsnap_snapshot_create": (

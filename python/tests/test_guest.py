@@ -8,7 +8,7 @@ import unittest
 from pathlib import Path
 from xml.etree import ElementTree
 
-from instantsnap import (Cancelled, DeleteFlag, Error, ErrorCode, Flag, Guest, NotFound,
+from instantsnap import (Cancelled, DeleteFlag, Error, ErrorCode, Flag, Guest, NotFound, Watchdog,
                          prepare_revert)
 
 from .machine import TestCase
@@ -273,6 +273,14 @@ class Refusals(TestCase):
             guest.snapshot("<domainsnapshot/>")
             self.assertFalse(guest.stats().overlapped)
             self.assertEqual(guest.stats().lost_tries, 0)
+
+    def test_watchdog(self):
+        machine = self.machine()
+        with Guest.open_qmp(machine.qmp, self.state) as guest:
+            guest.require_watchdog()
+            guest.snapshot("<domainsnapshot/>")
+            self.assertEqual(guest.stats().watchdog, Watchdog.PROGRAM)
+            guest.require_watchdog(False)
 
     def test_closed_guest_is_refused(self):
         machine = self.machine()

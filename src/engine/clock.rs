@@ -5,6 +5,7 @@
 use std::time::Duration;
 
 use super::event::{Event, EventKind};
+use super::watchdog;
 use crate::error::{Error, Result};
 use crate::migration::{Flow, FlowObserver};
 use crate::sys::now;
@@ -85,6 +86,8 @@ pub struct Stats {
     pub memory_image_bytes: u64,
     /// The number of disks that were switched.
     pub disks: usize,
+    /// What would have taken over had the caller been killed.
+    pub watchdog: watchdog::Kind,
 }
 
 /// How a pause was measured.

@@ -57,6 +57,11 @@ impl Handle {
         lock(&self.opened.options).early_start = early_start;
     }
 
+    /// Whether snapshots that begin later are refused where no watchdog can be started.
+    pub fn set_needs_watchdog(&self, needs: bool) {
+        lock(&self.opened.options).needs_watchdog = needs;
+    }
+
     /// Sets the hook that snapshots disks with `snapshot='manual'`, for snapshots that begin later.
     pub fn set_storage_hook(&self, hook: Option<Arc<dyn StorageHook>>) {
         // The old hook may be dropped here, so the lock on the options is released first.

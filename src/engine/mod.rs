@@ -34,4 +34,5 @@ pub use job::{Info, Job, Returns};
 pub use managed::{Operation, delete_managed, hold_unless_it_is_a_step, revert_managed};
 pub use revert::prepare::{RevertDisk, RevertPlan, prepare_revert, prepare_revert_hooked};
 pub use storage::{Answer, StorageCall, StorageHook};
+pub use watchdog::Kind as WatchdogKind;
 pub use watchdog::run as run_watchdog;

@@ -20,10 +20,17 @@ pub struct Options {
     pub early_start: EarlyStart,
     /// The hook that snapshots the disks that QEMU does not.
     pub storage: Option<Arc<dyn StorageHook>>,
+    /// Whether one is refused that no watchdog can be started for.
+    pub needs_watchdog: bool,
 }
 
 impl Default for Options {
     fn default() -> Options {
-        Options { pause_limit: PAUSE_LIMIT, early_start: EarlyStart::default(), storage: None }
+        Options {
+            pause_limit: PAUSE_LIMIT,
+            early_start: EarlyStart::default(),
+            storage: None,
+            needs_watchdog: false,
+        }
     }
 }

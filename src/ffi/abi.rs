@@ -47,6 +47,9 @@ constants! {
     INSTANTSNAP_PHASE_FINISH = 7,
     INSTANTSNAP_PHASE_UNDO = 8,
     INSTANTSNAP_PHASE_ENDED = 9,
+    INSTANTSNAP_WATCHDOG_NONE = 0,
+    INSTANTSNAP_WATCHDOG_FORK = 1,
+    INSTANTSNAP_WATCHDOG_PROGRAM = 2,
     INSTANTSNAP_EVENT_PAUSED = 1,
     INSTANTSNAP_EVENT_SWITCHED = 2,
     INSTANTSNAP_EVENT_INSTANT = 3,
@@ -110,6 +113,8 @@ structures! {
         lost_pause_us: u64,
         lost_tries: u32,
         overlapped: u32,
+        watchdog: u32,
+        reserved: u32,
     }
 
     /// An event.

@@ -10,7 +10,7 @@ use std::time::Duration;
 use super::header::{instantsnap_guest, instantsnap_revert_plan, instantsnap_snapshot};
 use super::{Registry, abi, c_string, last_error};
 use crate::boundary::boundary;
-use crate::engine::{self, EarlyStart, Handle, Phase, RevertPlan, Stats};
+use crate::engine::{self, EarlyStart, Handle, Phase, RevertPlan, Stats, WatchdogKind};
 use crate::error::{Result, fail};
 use crate::model::flags::{CreateFlags, DeleteFlags, RevertFlags};
 use crate::pointers::{Fill, Out, Text};
@@ -149,6 +149,22 @@ pub extern "C" fn instantsnap_set_pause_limit(
     })
 }
 
+/// `instantsnap_set_watchdog_required`.
+#[unsafe(no_mangle)]
+pub extern "C" fn instantsnap_set_watchdog_required(
+    guest: *mut instantsnap_guest,
+    required: c_uint,
+) -> c_int {
+    boundary(last_error::set, || {
+        let guest = GUESTS.get(guest)?;
+        if required > 1 {
+            fail!(InvalidArg, "required must be 0 or 1");
+        }
+        guest.set_needs_watchdog(required == 1);
+        Ok(0)
+    })
+}
+
 /// `instantsnap_set_overlap_tries`.
 #[unsafe(no_mangle)]
 pub extern "C" fn instantsnap_set_overlap_tries(
@@ -230,6 +246,12 @@ pub(super) fn convert_stats(stats: &Stats) -> abi::instantsnap_stats {
         lost_pause_us: micros(stats.lost_pause),
         lost_tries: stats.lost,
         overlapped: stats.started_early.into(),
+        watchdog: match stats.watchdog {
+            WatchdogKind::None => abi::INSTANTSNAP_WATCHDOG_NONE,
+            WatchdogKind::Fork => abi::INSTANTSNAP_WATCHDOG_FORK,
+            WatchdogKind::Program => abi::INSTANTSNAP_WATCHDOG_PROGRAM,
+        },
+        reserved: 0,
     };
     // The sum of the reported times, which are each rounded down to whole microseconds.
     converted.total_us = [

@@ -8,9 +8,10 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 
 use common::backend::open;
-use common::{At, INSTANTLY, Opened, machine, named};
-use instantsnap::engine::Phase;
+use common::{At, INSTANTLY, Opened, assert_says, machine, named, through_proxy};
+use instantsnap::engine::{Phase, WatchdogKind};
 use instantsnap::error::Code;
+use instantsnap_testkit::compile::{gcc, workspace};
 use instantsnap_testkit::program::process;
 use instantsnap_testkit::{Binary, DEADLINE, Guest, Machine, process, test, wait_for};
 use rustix::process::{Pid, Signal, kill_process};
@@ -185,5 +186,73 @@ fn a_watchdog_that_is_killed_while_memory_drains_fails_the_snapshot_and_freezes_
             &["watchdog", "was killed", "take the snapshot again"],
         );
         opened.assert_well();
+    }
+}
+
+#[test]
+fn a_watchdog_that_is_killed_before_the_pause_is_replaced() {
+    for binary in Binary::any() {
+        let (opened, proxy) = through_proxy(&busy(binary));
+        // QEMU's settings are the snapshot's by then.
+        let gate = proxy.hold_reply("getfd", 1);
+        let (mut first, mut second) = (None, None);
+        std::thread::scope(|scope| {
+            let killer = scope.spawn(|| {
+                assert!(gate.wait_arrived(DEADLINE));
+                let pid = watchdog_of(std::process::id()).expect("there is a watchdog");
+                kill_process(Pid::from_raw(pid as i32).unwrap(), Signal::KILL).unwrap();
+                let stat = format!("/proc/{pid}/stat");
+                let is_dead = || std::fs::read_to_string(&stat).unwrap().contains(") Z");
+                wait_for(DEADLINE, || is_dead().then_some(())).expect("it was killed");
+                gate.release();
+                pid
+            });
+            let mut observer = At(|phase| {
+                if phase == Phase::Drain {
+                    second = watchdog_of(std::process::id());
+                }
+            });
+            opened.handle.create(&named("s"), INSTANTLY, &mut observer).unwrap();
+            first = Some(killer.join().unwrap());
+        });
+        assert!(second.is_some() && first != second, "{first:?} {second:?}");
+        assert_eq!(opened.handle.stats().unwrap().watchdog, WatchdogKind::Program);
+        opened.restore_clone("s");
+    }
+}
+
+/// Not a test of its own: a caller that no process can be started for.
+#[process]
+fn caller_without_processes() {
+    let directory = std::env::var("INSTANTSNAP_TEST_DIRECTORY").unwrap();
+    let directory = Path::new(&directory);
+    let state = directory.join("state");
+    let handle = open(directory, &directory.join("qmp.sock"), None, &state).unwrap();
+    handle.set_needs_watchdog(true);
+    let error = handle.create(&named("refused"), INSTANTLY, &mut ()).unwrap_err();
+    assert_says(&error, Code::OperationFailed, &["no watchdog", "limit"]);
+    handle.set_needs_watchdog(false);
+    handle.create(&named("taken"), INSTANTLY, &mut ()).unwrap();
+    assert_eq!(handle.stats().unwrap().watchdog, WatchdogKind::None);
+}
+
+#[test]
+fn a_snapshot_without_a_watchdog_says_so_and_is_refused_where_one_is_required() {
+    let shim = gcc(
+        &workspace().join("tests/kit/shim/no-process.c"),
+        "no-process.so",
+        "-shared -fPIC -ldl",
+    );
+    for binary in Binary::any() {
+        let opened = Opened::start(&busy(binary));
+        let before = opened.trace();
+        let status = process(module_path!(), "caller_without_processes")
+            .env("INSTANTSNAP_TEST_DIRECTORY", opened.guest.directory())
+            .env("LD_PRELOAD", &shim)
+            .status();
+        assert!(status.unwrap().success());
+        assert_eq!(opened.trace().qemu.0["status"], before.qemu.0["status"]);
+        opened.restore_clone("taken");
+        opened.guest.wait_ticks(3);
     }
 }

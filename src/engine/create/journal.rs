@@ -249,8 +249,14 @@ impl<'c, 'o> Journal<'c, 'o> {
             files: &files,
         };
         watchdog.start(channel, &task);
-        let process = watchdog.drains();
+        self.clock.stats.watchdog = self.watchdog.kind();
+        let process = self.watchdog.drains();
         self.stream()?.start(process)
+    }
+
+    /// Whether the watchdog has ended, though it was not dismissed.
+    pub fn has_lost_watchdog(&self) -> bool {
+        self.watchdog.is_lost()
     }
 
     /// The watchdog's process, where there is one.

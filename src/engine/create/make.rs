@@ -23,6 +23,7 @@ pub fn make(
 ) -> Result<Record> {
     let prepared = prepare(task, guest, settings, cancel, journal)?;
     let mut steps = Steps { task, guest, cancel, journal, prepared };
+    steps.replace_lost_watchdog()?;
     let captured = if !task.running {
         steps.capture_paused_domain()?
     } else if let Some(begun) = steps.start_early()? {

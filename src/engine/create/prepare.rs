@@ -76,11 +76,29 @@ pub fn open_stream(
     journal: &mut Journal,
 ) -> Result<()> {
     journal.set_stream(Stream::open(journal.image()?)?);
+    start_watchdog(task, guest, settings, journal)
+}
+
+/// Starts a watchdog for a stream that nothing has come of yet.
+pub fn start_watchdog(
+    task: &Task,
+    guest: &mut dyn Guest,
+    settings: &Settings,
+    journal: &mut Journal,
+) -> Result<()> {
     let name = &task.reserved.name;
     let restore = settings.script(task.mode);
     let record = guest.record_file(name).filter(|_| task.flags.keeps_metadata());
     let channel = guest.recovery_channel(name);
-    journal.start_watchdog(channel, &guest.held(), task.reserved, record, &restore)
+    journal.start_watchdog(channel, &guest.held(), task.reserved, record, &restore)?;
+    if task.options.needs_watchdog && journal.watchdog_process().is_none() {
+        fail!(
+            OperationFailed,
+            "no watchdog can be started, which would resume the guest if this process were killed: \
+             this process may have reached a limit of processes or of file descriptors"
+        );
+    }
+    Ok(())
 }
 
 /// Prefaults the guest's memory before its first snapshot. For later ones that is not needed,

@@ -6,7 +6,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use super::journal::{Entry, Journal};
 use super::plan::Task;
-use super::prepare::Prepared;
+use super::prepare::{Prepared, start_watchdog};
 use crate::backend::{DEFAULT_TIMEOUT, Guest};
 use crate::cancel::Cancel;
 use crate::deadline::Deadline;
@@ -54,6 +54,17 @@ impl Steps<'_, '_, '_> {
     pub fn pause_deadline(&self) -> Deadline {
         let lost = self.journal.clock.stats.lost_pause;
         Deadline::after(self.task.options.pause_limit.saturating_sub(lost))
+    }
+
+    /// Looks, before the guest is paused, whether the watchdog is still there; where another process
+    /// has killed it, another takes its place.
+    pub fn replace_lost_watchdog(&mut self) -> Result<()> {
+        if !self.journal.has_lost_watchdog() {
+            return Ok(());
+        }
+        let settings = &self.prepared.settings;
+        start_watchdog(self.task, self.guest, settings, self.journal)?;
+        settings.watch(self.guest, self.task.mode, self.journal.watchdog_process())
     }
 
     pub fn pause(&mut self, deadline: Deadline) -> Result<()> {

@@ -55,7 +55,7 @@ impl Child {
                 Recovery::Qmp(QmpScript::new(&restore, &overlays, &files))
             }
             Means::Commands(commands) => {
-                Recovery::Commands(Box::new(RecoveryCommands::new(commands, &files)))
+                Recovery::Commands(Box::new(RecoveryCommands::new(*commands, &files)))
             }
         };
         Child {

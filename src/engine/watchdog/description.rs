@@ -34,7 +34,7 @@ pub struct Description {
 pub enum Means {
     None,
     Monitor { restore: Vec<(String, Value)>, overlays: Vec<MonitorOverlay> },
-    Commands(RecoveryCommands),
+    Commands(Box<RecoveryCommands>),
 }
 
 /// A path that means the same in every directory.

@@ -60,6 +60,18 @@ use crate::sys::{self, wait_ready};
 /// For it to get there.
 const READY_MS: c_int = 10_000;
 
+/// What a watchdog is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Kind {
+    /// There is none: no process can be started.
+    #[default]
+    None,
+    /// A fork of the caller: the program cannot be found, or started.
+    Fork,
+    /// The program. It moves the stream.
+    Program,
+}
+
 /// Who takes over should this process end.
 #[derive(Debug, Default)]
 pub struct Watchdog {
@@ -76,9 +88,22 @@ impl Watchdog {
             RecoveryChannel::Monitor(monitor, overlays) => {
                 (Some(monitor), Means::Monitor { restore: restore().collect(), overlays })
             }
-            RecoveryChannel::Commands(make) => (None, Means::Commands(make(task.restore))),
+            RecoveryChannel::Commands(make) => {
+                (None, Means::Commands(Box::new(make(task.restore))))
+            }
         };
         self.watchdog = Started::start(monitor, task, Description::new(task, means));
+    }
+
+    /// What it is.
+    pub fn kind(&self) -> Kind {
+        self.watchdog.as_ref().map(|watchdog| watchdog.kind).unwrap_or_default()
+    }
+
+    /// Whether it has ended, though it was not dismissed.
+    pub fn is_lost(&self) -> bool {
+        let process = self.watchdog.as_ref().and_then(|watchdog| watchdog.process.as_ref());
+        process.is_some_and(sys::Child::has_ended)
     }
 
     /// Tells of the end of the watchdog's process, where it is that one which moves the stream.
@@ -110,15 +135,6 @@ impl Watchdog {
     pub fn hand_over(&mut self) -> bool {
         self.watchdog.take().map(Started::hand_over).is_some()
     }
-}
-
-/// What a watchdog is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Kind {
-    /// The program. It moves the stream.
-    Program,
-    /// A fork of the caller.
-    Fork,
 }
 
 /// The watchdog of one snapshot. Dropping it dismisses it, unless that is for a panic.
