@@ -565,6 +565,22 @@ fn stopped_daemon_completes_its_snapshot_first() {
     subject.restore_clone("s", &Daemon::session());
 }
 
+/// The watchdog is a process of its own: a daemon that stands does not stop its guests in the drain.
+#[test]
+fn a_daemon_that_stands_while_memory_drains_does_not_freeze_its_guest() {
+    let daemon = session(&[]);
+    let subject = Subject::start(&busy_machine(), &daemon);
+    let child = subject.spawn("s");
+    let slowed = subject.slow_down("s");
+    let pid = Pid::from_raw(daemon.pid() as i32).unwrap();
+    kill_process(pid, Signal::STOP).unwrap();
+    drop(slowed);
+    subject.guest.wait_ticks(3);
+    kill_process(pid, Signal::CONT).unwrap();
+    assert_eq!(answer(child.wait_with_output().unwrap()).as_deref(), Ok("s"));
+    subject.restore_clone("s", &Daemon::session());
+}
+
 /// A guest with the snapshots a, b and c.
 fn start_with_three_snapshots(daemon: &Daemon) -> Subject {
     let subject = Subject::start(&machine(binary(), 2), daemon);

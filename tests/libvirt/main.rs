@@ -19,6 +19,7 @@ mod revert;
 mod side_by_side;
 mod started;
 mod virsh_table;
+mod watchdog;
 
 fn main() -> std::process::ExitCode {
     instantsnap_testkit::program::main()

@@ -5,7 +5,8 @@
 
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
 
 use common::backend::open;
 use common::{At, INSTANTLY, Opened, assert_says, machine, named, through_proxy};
@@ -80,23 +81,33 @@ fn program_of(pid: u32) -> String {
     program.file_name().unwrap().to_str().unwrap().into()
 }
 
+fn is_stopped(caller: &Child) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{}/stat", caller.id()));
+    stat.is_ok_and(|stat| stat.contains(") T"))
+}
+
+fn wait_stopped(caller: &Child) {
+    wait_for(DEADLINE, || is_stopped(caller).then_some(())).expect("it stops");
+}
+
+fn go_on(caller: &Child) {
+    kill_process(Pid::from_raw(caller.id() as i32).unwrap(), Signal::CONT).unwrap();
+}
+
 #[test]
 fn a_stopped_caller_does_not_freeze_its_guest_in_the_drain() {
     for binary in Binary::any() {
         let opened = Opened::start(&busy(binary));
         let mut caller = caller_of(&opened.guest, "stopped").spawn().unwrap();
-        let stat = format!("/proc/{}/stat", caller.id());
-        let is_stopped = || std::fs::read_to_string(&stat).is_ok_and(|stat| stat.contains(") T"));
-        wait_for(DEADLINE, || is_stopped().then_some(())).expect("it stops in the drain");
+        wait_stopped(&caller);
         // Each round writes to all of its memory.
         opened.guest.wait_ticks(3);
         let saved = wait_for(DEADLINE, || {
             let migration = opened.guest.control().execute("query-migrate", json!({})).unwrap();
             (migration["status"] == "completed").then_some(())
         });
-        assert!(saved.is_some() && is_stopped());
-        let pid = Pid::from_raw(caller.id() as i32).unwrap();
-        kill_process(pid, Signal::CONT).unwrap();
+        assert!(saved.is_some() && is_stopped(&caller));
+        go_on(&caller);
         assert!(caller.wait().unwrap().success());
         opened.restore_clone("stopped");
         opened.guest.wait_ticks(3);
@@ -185,6 +196,48 @@ fn a_watchdog_that_is_killed_while_memory_drains_fails_the_snapshot_and_freezes_
             Code::SystemError,
             &["watchdog", "was killed", "take the snapshot again"],
         );
+        opened.assert_well();
+    }
+}
+
+/// Not a test of its own: a caller that is stopped in the pause.
+#[process]
+fn caller_stopped_in_the_pause() {
+    let directory = std::env::var("INSTANTSNAP_TEST_DIRECTORY").unwrap();
+    let deed = std::env::var(DEED).unwrap();
+    let directory = Path::new(&directory);
+    let state = directory.join("state");
+    let handle = open(directory, &directory.join("qmp.sock"), None, &state).unwrap();
+    handle.set_pause_limit(Duration::from_secs(1));
+    let mut observer = At(|phase| {
+        if format!("{phase:?}") == deed {
+            signal_self(Signal::STOP);
+        }
+    });
+    let error = handle.create(&named("s"), INSTANTLY, &mut observer).unwrap_err();
+    eprintln!("{error}");
+    assert_says(&error, Code::OperationTimeout, &["the watchdog has resumed the guest"]);
+}
+
+#[test]
+fn a_caller_that_is_stopped_in_the_pause_stops_its_guest_until_the_limit_only() {
+    for binary in Binary::any() {
+        let opened = Opened::start(&busy(binary));
+        for phase in [Phase::Switch, Phase::Arm] {
+            let before = opened.trace();
+            let mut caller = process(module_path!(), "caller_stopped_in_the_pause")
+                .env("INSTANTSNAP_TEST_DIRECTORY", opened.guest.directory())
+                .env(DEED, format!("{phase:?}"))
+                .spawn()
+                .unwrap();
+            wait_stopped(&caller);
+            // The guest stands; then it runs.
+            opened.guest.wait_ticks(3);
+            assert!(is_stopped(&caller));
+            go_on(&caller);
+            assert!(caller.wait().unwrap().success());
+            common::assert_untouched(&opened, &before);
+        }
         opened.assert_well();
     }
 }

@@ -43,8 +43,9 @@ impl Steps<'_, '_, '_> {
                 self.cancel.wait(PopulateProgress::interval(rest))?;
             }
 
-            self.journal.enter(Entry::EarlyPause);
+            // The deadline comes first: the watchdog's limit must not pass before it.
             let deadline = self.pause_deadline();
+            self.journal.enter(Entry::EarlyPause);
             let ordered = Instant::now();
             self.guest.pause(deadline)?;
             // This check comes first: if the guest was reset, it must run again before QEMU begins

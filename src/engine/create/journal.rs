@@ -30,6 +30,7 @@
 
 use std::os::fd::BorrowedFd;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use serde_json::Value;
 
@@ -228,13 +229,14 @@ impl<'c, 'o> Journal<'c, 'o> {
 
     /// Starts a watchdog for the time that the stream is open. It replaces an earlier one.
     /// `restore` are QMP commands that put the settings back; `record` is the file that exists once
-    /// the snapshot is recorded.
+    /// the snapshot is recorded; `pause_limit` is for how long the guest may be paused.
     pub fn start_watchdog(
         &mut self,
         channel: RecoveryChannel,
         held: &[BorrowedFd],
         reserved: &Reserved,
         record: Option<PathBuf>,
+        pause_limit: Option<Duration>,
         restore: &[(&str, Value)],
     ) -> Result<()> {
         let Journal { entries, watchdog, .. } = self;
@@ -244,6 +246,7 @@ impl<'c, 'o> Journal<'c, 'o> {
             held,
             reservation: reserved.held(),
             record,
+            pause_limit,
             drain: stream(entries).ok_or_else(|| missing("stream"))?.drain(),
             restore,
             files: &files,

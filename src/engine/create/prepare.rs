@@ -90,7 +90,10 @@ pub fn start_watchdog(
     let restore = settings.script(task.mode);
     let record = guest.record_file(name).filter(|_| task.flags.keeps_metadata());
     let channel = guest.recovery_channel(name);
-    journal.start_watchdog(channel, &guest.held(), task.reserved, record, &restore)?;
+    // A plain snapshot pauses it until its memory is saved.
+    let limited = task.running && task.mode == Mode::Background;
+    let limit = limited.then_some(task.options.pause_limit);
+    journal.start_watchdog(channel, &guest.held(), task.reserved, record, limit, &restore)?;
     if task.options.needs_watchdog && journal.watchdog_process().is_none() {
         fail!(
             OperationFailed,

@@ -67,6 +67,15 @@ impl Steps<'_, '_, '_> {
         settings.watch(self.guest, self.task.mode, self.journal.watchdog_process())
     }
 
+    /// Looks whether the limit of the pause has passed: from then on the watchdog may resume the
+    /// guest.
+    fn check_limit(&self, deadline: Deadline) -> Result<()> {
+        if self.task.running && deadline.left().is_none() {
+            fail!(OperationTimeout, "the limit of the guest's pause has passed");
+        }
+        Ok(())
+    }
+
     pub fn pause(&mut self, deadline: Deadline) -> Result<()> {
         self.journal.enter(Entry::Pause);
         self.guest.pause(deadline)?;
@@ -105,6 +114,7 @@ impl Steps<'_, '_, '_> {
     /// Begins the migration of a paused guest.
     pub fn start_migration(&mut self, deadline: Deadline) -> Result<()> {
         self.journal.enter(Entry::Phase(Phase::Arm));
+        self.check_limit(deadline)?;
         if self.task.mode == Mode::Background && !self.guest.capabilities().background_keeps_paused
         {
             // This QEMU has resumed the guest by the time of the arming, and the guest writes.
@@ -147,6 +157,8 @@ impl Steps<'_, '_, '_> {
                 if self.guest.capabilities().background_keeps_paused {
                     self.prepared.write_check.check(self.guest, deadline)?;
                 }
+                // Armed before that, the guest may run.
+                self.check_limit(deadline)?;
                 let flow = self.journal.stream()?.flow(Some(&migration));
                 Ok(Captured { flow, saved: None, begun })
             }

@@ -33,6 +33,13 @@ impl Journal<'_, '_> {
     /// added to it.
     pub fn undo(mut self, guest: &mut dyn Guest, cause: Error) -> Error {
         self.enter(Entry::Phase(Phase::Undo));
+        let cause = match self.watchdog.report_undo() {
+            true => cause.and(
+                "the watchdog has resumed the guest after the limit of its pause: this process was \
+                 stopped, or did not get the CPU",
+            ),
+            false => cause,
+        };
         let mut left = Vec::new();
         let mut ended = false;
         let mut liveness = self.wait_responsive(guest);

@@ -5,6 +5,7 @@
 
 use std::ffi::{CString, c_int};
 use std::os::fd::OwnedFd;
+use std::time::Duration;
 
 use rustix::io::Errno;
 use rustix::net::{SendFlags, send};
@@ -12,10 +13,11 @@ use rustix::net::{SendFlags, send};
 use super::description::{Description, Means};
 use super::descriptors::Common;
 use super::files::{self, Discard};
+use super::pause_limit::{PauseLimit, Tried};
 use super::qmp_script::{QmpScript, execute};
 use super::recovery_command::RecoveryCommands;
 use super::remaining::Remaining;
-use super::stage::{DISMISSED, READY, Stage};
+use super::stage::{DISMISSED, READY, RESUMED, Stage, UNDOING};
 use crate::image::Drain;
 use crate::sys::{self, wait_ready};
 
@@ -43,12 +45,14 @@ pub struct Child {
     /// The file that there is once the snapshot is recorded, where that is known.
     record: Option<CString>,
     recovery: Recovery,
+    /// For how long the guest may be paused, where that is limited.
+    pause_limit: Option<Duration>,
 }
 
 impl Child {
     /// Of a description.
     pub fn new(description: Description) -> Child {
-        let Description { means, files, reserved, record, .. } = description;
+        let Description { means, files, reserved, record, pause_limit, .. } = description;
         let recovery = match means {
             Means::None => Recovery::None,
             Means::Monitor { restore, overlays } => {
@@ -62,15 +66,16 @@ impl Child {
             reserved: reserved.as_ref().and_then(Discard::new),
             record: record.and_then(|record| files::path(&record.0)),
             recovery,
+            pause_limit,
         }
     }
 
     /// Waits until the caller ends, or dismisses it. `drain` is what moves the stream in this
     /// process.
     pub fn run(&self, own: Common, drain: Option<Drain>) -> ! {
-        let Common { lifeline, caller, monitor, pipe, reservation, held } = own;
-        let _ = send(&lifeline, &[READY], SendFlags::NOSIGNAL);
-        let stage = Self::watch(&lifeline, &caller);
+        let _ = send(&own.lifeline, &[READY], SendFlags::NOSIGNAL);
+        let stage = self.watch(&own, drain.as_ref());
+        let Common { monitor, pipe, reservation, held, .. } = own;
         // A snapshot that is recorded is complete.
         let recorded = self.record.as_deref().is_none_or(sys::exists);
         if stage != Stage::Committing || !recorded {
@@ -174,16 +179,24 @@ impl Child {
     }
 
     /// Returns the stage in which the caller has ended, or handed over.
-    fn watch(lifeline: &OwnedFd, caller: &OwnedFd) -> Stage {
+    fn watch(&self, own: &Common, drain: Option<&Drain>) -> Stage {
+        let Common { lifeline, caller, .. } = own;
         let mut stage = Stage::Prepared;
+        // Where the caller moves the stream itself, a guest that runs would freeze all the same.
+        let mut limit = PauseLimit::new(self.pause_limit.filter(|_| drain.is_some()));
         loop {
-            wait_ready([Some(lifeline), Some(caller)], -1);
+            wait_ready([Some(lifeline), Some(caller)], limit.wait());
             // What it has said last is read first.
             while wait_ready([Some(lifeline), None], 0) {
                 let mut byte = [0];
                 match rustix::io::read(lifeline, &mut byte) {
                     Ok(1) if byte[0] == DISMISSED => sys::exit_now(),
-                    Ok(1) => stage = Stage::from_byte(byte[0]).unwrap_or(stage),
+                    Ok(1) if byte[0] == UNDOING => limit.leave_to_caller(),
+                    Ok(1) => {
+                        let before = stage;
+                        stage = Stage::from_byte(byte[0]).unwrap_or(stage);
+                        limit.report(before, stage);
+                    }
                     Err(Errno::INTR) => {}
                     Ok(_) | Err(_) => return stage,
                 }
@@ -191,6 +204,40 @@ impl Child {
             if wait_ready([Some(caller), None], 0) {
                 return stage;
             }
+            if limit.has_passed() {
+                let is_armed = drain.is_some_and(|drain| drain.bytes() >= BEFORE_ARMED);
+                let too_early = match stage {
+                    // QEMU would overlook it: see `undo`.
+                    Stage::Racing => !is_armed,
+                    Stage::Migrating => !is_armed && limit.has_resumed(),
+                    _ => false,
+                };
+                limit.tried(match too_early {
+                    true => Tried::TooEarly,
+                    false => self.resume_late(stage, is_armed, own),
+                });
+            }
+        }
+    }
+
+    /// Resumes the guest of a caller that is stopped.
+    fn resume_late(&self, stage: Stage, is_armed: bool, own: &Common) -> Tried {
+        let resumed = match &self.recovery {
+            Recovery::None => false,
+            Recovery::Qmp(script) => script.resume_late(&own.monitor),
+            // What moves the stream is another thread.
+            Recovery::Commands(commands) => match own.pipe.try_clone() {
+                Ok(pipe) => commands.resume_late(&mut Remaining::new(pipe, true, 0)),
+                Err(_) => false,
+            },
+        };
+        if !resumed {
+            return Tried::Failed;
+        }
+        let _ = send(&own.lifeline, &[RESUMED], SendFlags::NOSIGNAL | SendFlags::DONTWAIT);
+        match stage == Stage::Migrating && !is_armed {
+            true => Tried::UntilArmed,
+            false => Tried::Resumed,
         }
     }
 }

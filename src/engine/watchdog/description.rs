@@ -4,6 +4,7 @@
 //! as JSON.
 
 use std::path::{Path, PathBuf, absolute};
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -25,6 +26,8 @@ pub struct Description {
     pub reserved: Option<KnownFile>,
     /// The file that there is once the snapshot is recorded, where that is known.
     pub record: Option<AbsolutePath>,
+    /// For how long the guest may be paused, where that is limited.
+    pub pause_limit: Option<Duration>,
     /// Where QEMU's stream begins in the memory image.
     pub offset: u64,
 }
@@ -52,6 +55,7 @@ impl Description {
             files: task.files.iter().map(known).collect(),
             reserved: reserved.as_ref().map(known),
             record,
+            pause_limit: task.pause_limit,
             offset: task.drain.offset(),
         }
     }

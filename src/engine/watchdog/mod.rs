@@ -25,6 +25,7 @@ mod complaint;
 mod description;
 mod descriptors;
 mod files;
+mod pause_limit;
 mod program;
 mod qmp_script;
 mod recovery_command;
@@ -51,7 +52,7 @@ use self::description::{Description, Means};
 use self::descriptors::Common;
 pub use self::program::run;
 pub use self::stage::Stage;
-use self::stage::{DISMISSED, READY};
+use self::stage::{DISMISSED, READY, RESUMED, UNDOING};
 pub use self::task::Task;
 use crate::backend::RecoveryChannel;
 use crate::image::Drain;
@@ -123,6 +124,17 @@ impl Watchdog {
         if let Some(watchdog) = &self.watchdog {
             watchdog.send(stage as u8);
         }
+    }
+
+    /// Tells it that the snapshot is being undone, which resumes the guest. Returns whether the
+    /// watchdog has resumed it already, because the limit of the pause had passed.
+    pub fn report_undo(&self) -> bool {
+        let Some(Started { lifeline: Some(lifeline), .. }) = &self.watchdog else { return false };
+        let _ = send(lifeline, &[UNDOING], SendFlags::NOSIGNAL);
+        let mut byte = [0];
+        wait_ready([Some(lifeline), None], 0)
+            && rustix::io::retry_on_intr(|| rustix::io::read(lifeline, &mut byte)) == Ok(1)
+            && byte[0] == RESUMED
     }
 
     /// The snapshot is complete, on disk and recorded: from here on nothing of it is undone,

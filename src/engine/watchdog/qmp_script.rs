@@ -20,10 +20,15 @@ use crate::sys::wait_ready;
 /// Between two questions whether a job has come further.
 const PAUSE_MS: i32 = 50;
 
+/// In a reply that the watchdog does not wait for.
+const LATE_MARK: &str = "instantsnap-watchdog-late";
+
 /// Made before they are needed.
 #[derive(Debug)]
 pub struct QmpScript {
     pub resume: String,
+    /// The same, whose reply is left to the caller.
+    resume_late: String,
     restore: Vec<String>,
     query_migrate: String,
     query_status: String,
@@ -100,12 +105,20 @@ impl QmpScript {
     ) -> QmpScript {
         QmpScript {
             resume: line("cont", &json!({})),
+            resume_late: json!({ "execute": "cont", "id": LATE_MARK }).to_string() + "\n",
             restore: restore.iter().map(|(name, arguments)| line(name, arguments)).collect(),
             query_migrate: line("query-migrate", &json!({})),
             query_status: line("query-status", &json!({})),
             overlays: overlays.iter().map(Overlay::new).collect(),
             files: files.iter().filter_map(Discard::new).collect(),
         }
+    }
+
+    /// Resumes the guest of a caller that is stopped, and may go on at any time: the replies on the
+    /// monitor are that one's to read.
+    pub fn resume_late(&self, monitor: &OwnedFd) -> bool {
+        let line = self.resume_late.as_bytes();
+        send(monitor, line, SendFlags::NOSIGNAL | SendFlags::DONTWAIT) == Ok(line.len())
     }
 
     /// Whether a migration is under way; none where QEMU is gone.

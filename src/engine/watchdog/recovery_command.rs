@@ -143,6 +143,11 @@ impl RecoveryCommands {
         repeat(&self.resume, TRIES, stream);
     }
 
+    /// Tries once to resume the guest of a caller that is stopped.
+    pub fn resume_late(&self, stream: &mut Remaining) -> bool {
+        self.resume.iter().any(|command| command.run(stream))
+    }
+
     /// Whether a migration is under way; none where that cannot be learnt now.
     pub fn is_migrating(&self, stream: &mut Remaining) -> Option<bool> {
         self.query_migrate.ask(stream).map(|reply| reply.migrating)

@@ -4,6 +4,7 @@
 
 use std::os::fd::BorrowedFd;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use serde_json::Value;
 
@@ -19,6 +20,8 @@ pub struct Task<'a> {
     pub reservation: Option<&'a Reservation>,
     /// The file that there is once it is recorded, where that is known.
     pub record: Option<PathBuf>,
+    /// For how long the guest may be paused, where that is limited.
+    pub pause_limit: Option<Duration>,
     /// The way of QEMU's stream.
     pub drain: &'a Drain,
     /// QMP commands that put the settings back.

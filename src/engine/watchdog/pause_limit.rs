@@ -1,0 +1,94 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
+//! The limit of the pause, for a caller that is stopped inside it.
+//!
+//! A caller that runs keeps the limit itself: when it has passed, no step of the pause is begun any
+//! more, and everything is undone. The watchdog's limit passes later. Then the caller is stopped
+//! (SIGSTOP, a debugger, a frozen cgroup), and whatever it does when it goes on, it finds that its
+//! own limit has passed. So the guest can be resumed. The undo stays the caller's; should it be
+//! killed instead, the watchdog does it.
+
+use std::ffi::c_int;
+use std::time::Duration;
+
+use super::stage::Stage;
+use crate::sys::now;
+
+/// A caller that runs has noticed by then that its own limit has passed.
+const LATER: Duration = Duration::from_secs(1);
+/// Between two looks, or tries.
+const SOON: Duration = Duration::from_millis(20);
+const AGAIN: Duration = Duration::from_secs(1);
+/// A guest that does not run is resumed so often.
+const TRIES: u32 = 10;
+
+/// When the guest is to be resumed in the caller's place.
+#[derive(Debug)]
+pub struct PauseLimit {
+    limit: Option<Duration>,
+    due: Option<Duration>,
+    /// Tries.
+    left: u32,
+    /// It has been resumed once.
+    resumed: bool,
+}
+
+/// What has become of a try to resume the guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Tried {
+    /// It runs.
+    Resumed,
+    /// The same, and it is to be resumed once more when QEMU has armed.
+    UntilArmed,
+    /// It is not the time yet.
+    TooEarly,
+    Failed,
+}
+
+impl PauseLimit {
+    pub fn new(limit: Option<Duration>) -> PauseLimit {
+        PauseLimit { limit: limit.map(|limit| limit + LATER), due: None, left: 0, resumed: false }
+    }
+
+    /// The snapshot has come from one stage to another.
+    pub fn report(&mut self, before: Stage, stage: Stage) {
+        if !stage.is_paused() {
+            self.due = None;
+        } else if !before.is_paused() {
+            self.due = self.limit.map(|limit| now() + limit);
+            (self.left, self.resumed) = (TRIES, false);
+        }
+    }
+
+    /// The caller is at work at the undo, which resumes the guest.
+    pub fn leave_to_caller(&mut self) {
+        self.due = None;
+    }
+
+    /// Milliseconds until something is to be done; -1 for never.
+    pub fn wait(&self) -> c_int {
+        let left = |due: Duration| due.saturating_sub(now()).as_millis() + 1;
+        self.due.map_or(-1, |due| left(due).try_into().unwrap_or(c_int::MAX))
+    }
+
+    /// Whether the guest is to be resumed now.
+    pub fn has_passed(&self) -> bool {
+        self.due.is_some_and(|due| due <= now())
+    }
+
+    /// Whether it is to be resumed once more.
+    pub fn has_resumed(&self) -> bool {
+        self.resumed
+    }
+
+    /// What has come of that.
+    pub fn tried(&mut self, tried: Tried) {
+        self.resumed |= matches!(tried, Tried::Resumed | Tried::UntilArmed);
+        self.left -= u32::from(tried == Tried::Failed);
+        self.due = match tried {
+            Tried::Resumed => None,
+            Tried::UntilArmed | Tried::TooEarly => Some(now() + SOON),
+            Tried::Failed => (self.left > 0).then(|| now() + AGAIN),
+        };
+    }
+}

@@ -1,0 +1,82 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
+//! The watchdog of a snapshot through a stock libvirt: a caller that is stopped does not stop its
+//! guest.
+
+use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::time::Duration;
+
+use common::virt::OpenedDomain;
+use common::{At, Handle, INSTANTLY, assert_says, machine};
+use instantsnap::backend::LibvirtConnector;
+use instantsnap::engine::Phase;
+use instantsnap::error::Code;
+use instantsnap::libvirt::Connect;
+use instantsnap_testkit::program::process;
+use instantsnap_testkit::{Binary, DEADLINE, Daemon, process, test, wait_for};
+use rustix::process::{Pid, Signal, getpid, kill_process};
+
+/// Not a test of its own: a caller that is stopped in the phase that it is told.
+#[process]
+fn caller() {
+    let variable = |name: &str| std::env::var(format!("INSTANTSNAP_TEST_{name}")).unwrap();
+    let domain = Connect::open(&variable("URI")).unwrap().unwrap().domain(&variable("UUID"));
+    let connector = LibvirtConnector::open(domain.unwrap()).unwrap();
+    let handle = Handle::open_libvirt(Arc::new(connector));
+    handle.set_pause_limit(Duration::from_secs(2));
+    let stopped = variable("PHASE");
+    let mut observer = At(|phase| {
+        if format!("{phase:?}") == stopped {
+            kill_process(getpid(), Signal::STOP).unwrap();
+        }
+    });
+    let taken = handle.create(&variable("XML"), INSTANTLY, &mut observer);
+    if stopped == "Drain" {
+        taken.unwrap();
+    } else {
+        let error = taken.expect_err("the limit of the pause has passed");
+        assert_says(&error, Code::OperationTimeout, &["the watchdog has resumed the guest"]);
+    }
+}
+
+fn caller_of(opened: &OpenedDomain, phase: Phase) -> Command {
+    let mut command = process(module_path!(), "caller");
+    command
+        .env("INSTANTSNAP_TEST_URI", opened.guest.daemon().uri())
+        .env("INSTANTSNAP_TEST_UUID", opened.guest.virsh("domuuid", &[]).trim())
+        .env("INSTANTSNAP_TEST_XML", opened.xml("stopped", ""))
+        .env("INSTANTSNAP_TEST_PHASE", format!("{phase:?}"))
+        .stdout(Stdio::null());
+    command
+}
+
+fn is_stopped(caller: &Child) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{}/stat", caller.id()));
+    stat.is_ok_and(|stat| stat.contains(") T"))
+}
+
+#[test]
+fn a_caller_that_is_stopped_does_not_stop_its_domain() {
+    let daemon = Daemon::session();
+    for binary in Binary::under_libvirt() {
+        // Each round writes to more memory than a pipe holds.
+        let machine = machine(binary, 1).memory(128).prealloc().append("dense=64");
+        let opened = OpenedDomain::start(&machine, &daemon);
+        for phase in [Phase::Switch, Phase::Arm, Phase::Drain] {
+            let before = opened.trace();
+            let mut caller = caller_of(&opened, phase).spawn().unwrap();
+            wait_for(DEADLINE, || is_stopped(&caller).then_some(())).expect("it stops");
+            // In the pause it stands first.
+            opened.guest.wait_ticks(3);
+            assert!(is_stopped(&caller), "{phase:?}");
+            kill_process(Pid::from_raw(caller.id() as i32).unwrap(), Signal::CONT).unwrap();
+            assert!(caller.wait().unwrap().success(), "{phase:?}");
+            if phase != Phase::Drain {
+                opened.assert_untouched(&before);
+            }
+        }
+        opened.guest.wait_ticks(3);
+        opened.restore_clone("stopped");
+    }
+}
