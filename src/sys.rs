@@ -482,6 +482,11 @@ impl Program {
         self.0.wait()
     }
 
+    /// Ends it.
+    pub fn kill(self) {
+        self.0.kill();
+    }
+
     /// Waits for its end. Returns whether it has succeeded.
     pub fn succeeded(self) -> bool {
         self.wait() == Some(0)

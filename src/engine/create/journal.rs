@@ -253,7 +253,7 @@ impl<'c, 'o> Journal<'c, 'o> {
         };
         watchdog.start(channel, &task);
         self.clock.stats.watchdog = self.watchdog.kind();
-        let process = self.watchdog.drains();
+        let process = self.watchdog.drains()?;
         self.stream()?.start(process)
     }
 

@@ -225,11 +225,7 @@ impl Child {
         let resumed = match &self.recovery {
             Recovery::None => false,
             Recovery::Qmp(script) => script.resume_late(&own.monitor),
-            // What moves the stream is another thread.
-            Recovery::Commands(commands) => match own.pipe.try_clone() {
-                Ok(pipe) => commands.resume_late(&mut Remaining::new(pipe, true, 0)),
-                Err(_) => false,
-            },
+            Recovery::Commands(commands) => commands.resume_late(&own.lifeline),
         };
         if !resumed {
             return Tried::Failed;

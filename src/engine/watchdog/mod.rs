@@ -55,6 +55,7 @@ pub use self::stage::Stage;
 use self::stage::{DISMISSED, READY, RESUMED, UNDOING};
 pub use self::task::Task;
 use crate::backend::RecoveryChannel;
+use crate::error::{Error, Result};
 use crate::image::Drain;
 use crate::sys::{self, wait_ready};
 
@@ -108,10 +109,13 @@ impl Watchdog {
     }
 
     /// Tells of the end of the watchdog's process, where it is that one which moves the stream.
-    pub fn drains(&self) -> Option<OwnedFd> {
-        let Started { process, kind, .. } = self.watchdog.as_ref()?;
-        let ended = process.as_ref().filter(|_| *kind == Kind::Program)?.ended();
-        ended.try_clone_to_owned().ok()
+    pub fn drains(&self) -> Result<Option<OwnedFd>> {
+        let program = self.watchdog.as_ref().filter(|watchdog| watchdog.kind == Kind::Program);
+        program
+            .and_then(|program| program.process.as_ref())
+            .map(|process| process.ended().try_clone_to_owned())
+            .transpose()
+            .map_err(|error| Error::system("cannot duplicate a file descriptor", error))
     }
 
     /// The watchdog's process, where there is one.

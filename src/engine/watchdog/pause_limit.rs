@@ -84,11 +84,53 @@ impl PauseLimit {
     /// What has come of that.
     pub fn tried(&mut self, tried: Tried) {
         self.resumed |= matches!(tried, Tried::Resumed | Tried::UntilArmed);
-        self.left -= u32::from(tried == Tried::Failed);
+        self.left = self.left.saturating_sub(u32::from(tried == Tried::Failed));
         self.due = match tried {
             Tried::Resumed => None,
             Tried::UntilArmed | Tried::TooEarly => Some(now() + SOON),
             Tried::Failed => (self.left > 0).then(|| now() + AGAIN),
         };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_limit_is_that_of_a_pause_that_the_caller_does_not_end() {
+        let mut limit = PauseLimit::new(Some(Duration::ZERO));
+        limit.report(Stage::Prepared, Stage::Begun);
+        assert_eq!(limit.wait(), -1);
+        limit.report(Stage::Begun, Stage::Racing);
+        let due = limit.due;
+        assert!(limit.wait() > 0);
+        limit.report(Stage::Racing, Stage::Migrating);
+        assert_eq!(limit.due, due, "it is one pause");
+        limit.report(Stage::Migrating, Stage::Draining);
+        assert_eq!(limit.wait(), -1);
+        limit.report(Stage::Prepared, Stage::Paused);
+        limit.leave_to_caller();
+        assert_eq!(limit.wait(), -1);
+        let mut unlimited = PauseLimit::new(None);
+        unlimited.report(Stage::Prepared, Stage::Paused);
+        assert_eq!(unlimited.wait(), -1);
+    }
+
+    #[test]
+    fn a_guest_that_cannot_be_resumed_is_given_up_after_some_tries() {
+        let mut limit = PauseLimit::new(Some(Duration::ZERO));
+        limit.report(Stage::Prepared, Stage::Paused);
+        for _ in 1..TRIES {
+            limit.tried(Tried::Failed);
+            assert!(limit.wait() > 0);
+        }
+        limit.tried(Tried::Failed);
+        assert_eq!((limit.wait(), limit.has_resumed()), (-1, false));
+        limit.report(Stage::Draining, Stage::Migrating);
+        limit.tried(Tried::UntilArmed);
+        assert!(limit.wait() > 0 && limit.has_resumed());
+        limit.tried(Tried::Resumed);
+        assert_eq!(limit.wait(), -1);
     }
 }

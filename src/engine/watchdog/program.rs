@@ -78,6 +78,10 @@ pub unsafe fn run() -> Result<Infallible, &'static str> {
     let cannot_move = "the stream cannot be moved";
     let pipe = common.pipe.try_clone().map_err(|_| cannot_move)?;
     let drain = Drain::inherited(pipe, drain, description.offset).map_err(|_| cannot_move)?;
-    drain.start().map_err(|_| cannot_move)?;
+    if drain.start().is_err() {
+        // Dropping it would stop the thread that the caller starts instead.
+        std::mem::forget(drain);
+        return Err(cannot_move);
+    }
     Child::new(description).run(common, Some(drain))
 }

@@ -3,7 +3,7 @@
 //! Recovery commands, programs that the watchdog runs: libvirt's own client, where a domain is
 //! libvirt's.
 
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 
 use rustix::io::Errno;
 use rustix::pipe::{PipeFlags, pipe_with};
@@ -49,6 +49,17 @@ impl RecoveryCommand {
         // Meanwhile QEMU may be waiting for its stream to be read.
         while !program.wait_ended((!stream.ended).then_some(&stream.pipe)) {
             stream.discard();
+        }
+        program.succeeded()
+    }
+
+    /// The same, ended when there is something to be read.
+    fn run_unless(&self, readable: &OwnedFd) -> bool {
+        let Some(command_line) = &self.command_line else { return false };
+        let Some(program) = Program::start(command_line, Stdio::Null) else { return false };
+        if !program.wait_ended(Some(readable)) {
+            program.kill();
+            return false;
         }
         program.succeeded()
     }
@@ -143,9 +154,10 @@ impl RecoveryCommands {
         repeat(&self.resume, TRIES, stream);
     }
 
-    /// Tries once to resume the guest of a caller that is stopped.
-    pub fn resume_late(&self, stream: &mut Remaining) -> bool {
-        self.resume.iter().any(|command| command.run(stream))
+    /// Tries once to resume the guest of a caller that is stopped; not once that one goes on, and
+    /// says something on its lifeline.
+    pub fn resume_late(&self, lifeline: &OwnedFd) -> bool {
+        self.resume.iter().any(|command| command.run_unless(lifeline))
     }
 
     /// Whether a migration is under way; none where that cannot be learnt now.
