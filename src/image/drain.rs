@@ -60,7 +60,7 @@ const DISCARD: usize = 2;
 /// 1: nothing more comes, and the stream ends where the pipe is empty.
 const LAST: usize = 3;
 
-/// It is not known yet, and may be known before the stream has ended.
+/// The outcome is not known yet. It can become known before the stream has ended.
 const UNDER_WAY: u64 = 0;
 /// All of the stream is in the file.
 const WHOLE: u64 = 1;
@@ -88,7 +88,7 @@ impl Drain {
         Ok(Drain { shared: Arc::new(shared), path: path.into(), process: None })
     }
 
-    /// One that another process has opened, in the process that is to move the stream.
+    /// A drain that another process has opened, for the process that moves the stream.
     pub fn inherited(
         pipe: OwnedFd,
         descriptors: [OwnedFd; Drain::DESCRIPTORS],
@@ -128,7 +128,7 @@ impl Drain {
         self.process = Some(process);
     }
 
-    /// One of them becomes readable when [`Drain::outcome`] is there.
+    /// One of these becomes readable when [`Drain::outcome`] is known.
     pub fn ends(&self) -> [BorrowedFd<'_>; 2] {
         let done = self.shared.done.as_fd();
         [done, self.process.as_ref().map_or(done, AsFd::as_fd)]
@@ -171,15 +171,15 @@ impl Drain {
         )))
     }
 
-    /// What a process had taken that has ended is lost. The guest must not be: the rest is read
-    /// here.
+    /// If the process that moves the stream has ended, the bytes that it had taken are lost, and so
+    /// is the snapshot. The guest must not freeze: a thread of this process reads the rest.
     fn notice_lost_process(&self) {
         let Some(process) = &self.process else { return };
         let mut fds = [PollFd::new(process, PollFlags::IN)];
         let has_ended = poll(&mut fds, Some(&Timespec::default())).is_ok_and(|ready| ready > 0);
         if has_ended && self.shared.conclude(LOST) {
             let shared = Arc::clone(&self.shared);
-            // Where there can be no thread, an undo reads what keeps QEMU from going on.
+            // If no thread can be started, the undo reads what keeps QEMU from going on.
             let _ = sys::spawn_quiet("instantsnap", move || shared.discard_rest());
         }
     }

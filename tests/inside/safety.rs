@@ -565,9 +565,9 @@ fn stopped_daemon_completes_its_snapshot_first() {
     subject.restore_clone("s", &Daemon::session());
 }
 
-/// The watchdog is a process of its own: a daemon that stands does not stop its guests in the drain.
+/// The watchdog moves the memory: a daemon that is stopped by SIGSTOP does not freeze its guest.
 #[test]
-fn a_daemon_that_stands_while_memory_drains_does_not_freeze_its_guest() {
+fn daemon_stopped_by_a_signal_does_not_freeze_its_guest_in_the_drain() {
     let daemon = session(&[]);
     let subject = Subject::start(&busy_machine(), &daemon);
     let child = subject.spawn("s");

@@ -57,7 +57,7 @@ fn is_stopped(caller: &Child) -> bool {
 }
 
 #[test]
-fn a_caller_that_is_stopped_does_not_stop_its_domain() {
+fn caller_that_is_stopped_does_not_stop_its_domain() {
     let daemon = Daemon::session();
     for binary in Binary::under_libvirt() {
         // Each round writes to more memory than a pipe holds.

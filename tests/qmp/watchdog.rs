@@ -95,7 +95,7 @@ fn go_on(caller: &Child) {
 }
 
 #[test]
-fn a_stopped_caller_does_not_freeze_its_guest_in_the_drain() {
+fn stopped_caller_does_not_freeze_its_guest_in_the_drain() {
     for binary in Binary::any() {
         let opened = Opened::start(&busy(binary));
         let mut caller = caller_of(&opened.guest, "stopped").spawn().unwrap();
@@ -117,7 +117,7 @@ fn a_stopped_caller_does_not_freeze_its_guest_in_the_drain() {
 /// It is a program: what the caller has in its memory is not in the watchdog's, and what that is
 /// called, and where it is, does not depend on the caller.
 #[test]
-fn a_watchdog_has_nothing_of_its_callers_memory_environment_and_directory() {
+fn watchdog_has_nothing_of_its_callers_memory_environment_and_directory() {
     const CALLERS: usize = 128 << 20;
     let opened = Opened::start(&busy(&Binary::any()[0]));
     let memory = vec![1_u8; CALLERS];
@@ -146,7 +146,7 @@ fn a_watchdog_has_nothing_of_its_callers_memory_environment_and_directory() {
 
 /// On a stack that is too small for much: the watchdog does not live on it.
 #[test]
-fn a_caller_with_a_small_stack_that_is_killed_leaves_a_guest_that_runs() {
+fn caller_with_a_small_stack_that_is_killed_leaves_a_guest_that_runs() {
     for binary in Binary::any() {
         let opened = Opened::start(&busy(binary));
         let before = opened.trace();
@@ -180,7 +180,7 @@ fn without_the_program_a_fork_is_the_watchdog() {
 }
 
 #[test]
-fn a_watchdog_that_is_killed_while_memory_drains_fails_the_snapshot_and_freezes_no_guest() {
+fn watchdog_that_is_killed_while_memory_drains_fails_the_snapshot_and_freezes_no_guest() {
     for binary in Binary::any() {
         let opened = Opened::start(&busy(binary));
         let mut observer = At(|phase| {
@@ -220,7 +220,7 @@ fn caller_stopped_in_the_pause() {
 }
 
 #[test]
-fn a_caller_that_is_stopped_in_the_pause_stops_its_guest_until_the_limit_only() {
+fn caller_that_is_stopped_in_the_pause_stops_its_guest_until_the_limit_only() {
     for binary in Binary::any() {
         let opened = Opened::start(&busy(binary));
         for phase in [Phase::Switch, Phase::Arm] {
@@ -243,7 +243,7 @@ fn a_caller_that_is_stopped_in_the_pause_stops_its_guest_until_the_limit_only() 
 }
 
 #[test]
-fn a_watchdog_that_is_killed_before_the_pause_is_replaced() {
+fn watchdog_that_is_killed_before_the_pause_is_replaced() {
     for binary in Binary::any() {
         let (opened, proxy) = through_proxy(&busy(binary));
         // QEMU's settings are the snapshot's by then.
@@ -290,7 +290,7 @@ fn caller_without_processes() {
 }
 
 #[test]
-fn a_snapshot_without_a_watchdog_says_so_and_is_refused_where_one_is_required() {
+fn snapshot_without_a_watchdog_says_so_and_is_refused_where_one_is_required() {
     let shim = gcc(
         &workspace().join("tests/kit/shim/no-process.c"),
         "no-process.so",

@@ -9,16 +9,16 @@ use super::task::Task;
 use crate::image::Drain;
 use crate::sys;
 
-/// So many descriptors hold the guest for an operation, at most.
+/// At most this number of descriptors hold the guest for an operation.
 const HELD: usize = 3;
-/// So many has a watchdog of either kind.
+/// The number of descriptors that a watchdog of either kind has.
 pub const COMMON: usize = 5 + HELD;
-/// Before them the program has its standard input, output and error.
+/// The program has its standard input, output and error before them.
 const STANDARD: usize = 3;
-/// After them it has its description, and what the drain needs.
+/// The program has its description, and what the drain needs, after them.
 const MORE: usize = 1 + Drain::DESCRIPTORS;
 
-/// Those of a watchdog of either kind.
+/// The descriptors of a watchdog of either kind.
 #[derive(Debug)]
 pub struct Common {
     pub lifeline: OwnedFd,
@@ -56,7 +56,7 @@ pub fn common(
     task: &Task,
 ) -> [c_int; COMMON] {
     let pipe = task.drain.pipe();
-    // Something must be in the place of what there is not.
+    // The pipe takes the place of descriptors that this snapshot does not have.
     let [held0, held1, held2] =
         std::array::from_fn(|place| task.held.get(place).copied().unwrap_or(pipe));
     let reservation = task.reservation.map_or(pipe, |reservation| reservation.held().as_fd());
@@ -65,7 +65,7 @@ pub fn common(
         .map(|fd| fd.as_raw_fd())
 }
 
-/// The same for the program, which has more; `null` leads nowhere.
+/// The same for the program, which has more. `null` is /dev/null.
 pub fn all(
     null: &OwnedFd,
     common: [c_int; COMMON],
@@ -79,7 +79,7 @@ pub fn all(
     all
 }
 
-/// Those of the program.
+/// The descriptors of the program.
 #[derive(Debug)]
 pub struct Inherited {
     pub common: Common,

@@ -74,7 +74,7 @@ pub enum Kind {
     Program,
 }
 
-/// Who takes over should this process end.
+/// The process that takes over if this process ends.
 #[derive(Debug, Default)]
 pub struct Watchdog {
     watchdog: Option<Started>,
@@ -97,18 +97,19 @@ impl Watchdog {
         self.watchdog = Started::start(monitor, task, Description::new(task, means));
     }
 
-    /// What it is.
+    /// What the watchdog is.
     pub fn kind(&self) -> Kind {
         self.watchdog.as_ref().map(|watchdog| watchdog.kind).unwrap_or_default()
     }
 
-    /// Whether it has ended, though it was not dismissed.
+    /// Whether the watchdog's process has ended although this process has not dismissed it.
     pub fn is_lost(&self) -> bool {
         let process = self.watchdog.as_ref().and_then(|watchdog| watchdog.process.as_ref());
         process.is_some_and(sys::Child::has_ended)
     }
 
-    /// Tells of the end of the watchdog's process, where it is that one which moves the stream.
+    /// A descriptor that becomes readable when the watchdog's process ends; none if the watchdog is
+    /// not the program, which is the one that moves the stream.
     pub fn drains(&self) -> Result<Option<OwnedFd>> {
         let program = self.watchdog.as_ref().filter(|watchdog| watchdog.kind == Kind::Program);
         program
@@ -130,8 +131,8 @@ impl Watchdog {
         }
     }
 
-    /// Tells it that the snapshot is being undone, which resumes the guest. Returns whether the
-    /// watchdog has resumed it already, because the limit of the pause had passed.
+    /// Tells the watchdog that this process undoes the snapshot, and resumes the guest. Returns
+    /// whether the watchdog has resumed it already because the limit of the pause has passed.
     pub fn report_undo(&self) -> bool {
         let Some(Started { lifeline: Some(lifeline), .. }) = &self.watchdog else { return false };
         let _ = send(lifeline, &[UNDOING], SendFlags::NOSIGNAL);
@@ -249,7 +250,7 @@ fn start_program(
     let command_line = program::command_line().ok_or(io::ErrorKind::NotFound)?;
     let words = serde_json::to_vec(description)?;
     let told = memfd_create(c"instantsnap", MemfdFlags::CLOEXEC)?;
-    // Where the program begins to read it stays the beginning.
+    // The program shares the file's position: writing at an offset leaves it at the beginning.
     let told = File::from(told);
     told.write_all_at(&words, 0)?;
     let null = rustix::fs::open("/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())?;

@@ -2,11 +2,12 @@
 
 //! The limit of the pause, for a caller that is stopped inside it.
 //!
-//! A caller that runs keeps the limit itself: when it has passed, no step of the pause is begun any
-//! more, and everything is undone. The watchdog's limit passes later. Then the caller is stopped
-//! (SIGSTOP, a debugger, a frozen cgroup), and whatever it does when it goes on, it finds that its
-//! own limit has passed. So the guest can be resumed. The undo stays the caller's; should it be
-//! killed instead, the watchdog does it.
+//! A caller that runs keeps the limit itself: when the limit has passed, the caller begins no step
+//! of the pause any more, and undoes everything. The watchdog's limit passes one second later. If
+//! the guest is still paused by then, the caller is stopped (SIGSTOP, a debugger, a frozen cgroup).
+//! When such a caller goes on, it finds that its own limit has passed, and a snapshot that was not
+//! armed before that fails. So the watchdog can resume the guest. The caller undoes the snapshot
+//! when it goes on; if the caller is killed instead, the watchdog undoes it.
 
 use std::ffi::c_int;
 use std::time::Duration;
@@ -14,12 +15,12 @@ use std::time::Duration;
 use super::stage::Stage;
 use crate::sys::now;
 
-/// A caller that runs has noticed by then that its own limit has passed.
+/// By then a caller that runs has noticed that its own limit has passed.
 const LATER: Duration = Duration::from_secs(1);
-/// Between two looks, or tries.
+/// The time between two checks whether QEMU has armed, and between two tries.
 const SOON: Duration = Duration::from_millis(20);
 const AGAIN: Duration = Duration::from_secs(1);
-/// A guest that does not run is resumed so often.
+/// The number of tries to resume the guest.
 const TRIES: u32 = 10;
 
 /// When the guest is to be resumed in the caller's place.
@@ -27,20 +28,20 @@ const TRIES: u32 = 10;
 pub struct PauseLimit {
     limit: Option<Duration>,
     due: Option<Duration>,
-    /// Tries.
+    /// The number of tries that are left.
     left: u32,
-    /// It has been resumed once.
+    /// The watchdog has resumed the guest once.
     resumed: bool,
 }
 
 /// What has become of a try to resume the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Tried {
-    /// It runs.
+    /// The guest runs.
     Resumed,
-    /// The same, and it is to be resumed once more when QEMU has armed.
+    /// The guest runs, and must be resumed once more when QEMU has armed.
     UntilArmed,
-    /// It is not the time yet.
+    /// QEMU has not armed yet, and would overlook it.
     TooEarly,
     Failed,
 }
@@ -60,12 +61,12 @@ impl PauseLimit {
         }
     }
 
-    /// The caller is at work at the undo, which resumes the guest.
+    /// The caller has begun the undo, which resumes the guest.
     pub fn leave_to_caller(&mut self) {
         self.due = None;
     }
 
-    /// Milliseconds until something is to be done; -1 for never.
+    /// The milliseconds until the limit passes, or until the next try; -1: there is none.
     pub fn wait(&self) -> c_int {
         let left = |due: Duration| due.saturating_sub(now()).as_millis() + 1;
         self.due.map_or(-1, |due| left(due).try_into().unwrap_or(c_int::MAX))
@@ -76,12 +77,12 @@ impl PauseLimit {
         self.due.is_some_and(|due| due <= now())
     }
 
-    /// Whether it is to be resumed once more.
+    /// Whether the watchdog has resumed the guest in this pause.
     pub fn has_resumed(&self) -> bool {
         self.resumed
     }
 
-    /// What has come of that.
+    /// Notes the outcome of a try.
     pub fn tried(&mut self, tried: Tried) {
         self.resumed |= matches!(tried, Tried::Resumed | Tried::UntilArmed);
         self.left = self.left.saturating_sub(u32::from(tried == Tried::Failed));

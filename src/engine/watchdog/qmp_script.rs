@@ -114,8 +114,8 @@ impl QmpScript {
         }
     }
 
-    /// Resumes the guest of a caller that is stopped, and may go on at any time: the replies on the
-    /// monitor are that one's to read.
+    /// Resumes the guest of a caller that is stopped. The caller may go on at any time, and reads the
+    /// replies on the monitor: so the watchdog does not wait for one.
     pub fn resume_late(&self, monitor: &OwnedFd) -> bool {
         let line = self.resume_late.as_bytes();
         send(monitor, line, SendFlags::NOSIGNAL | SendFlags::DONTWAIT) == Ok(line.len())

@@ -53,7 +53,7 @@ impl RecoveryCommand {
         program.succeeded()
     }
 
-    /// The same, ended when there is something to be read.
+    /// The same. Ends the program if this descriptor becomes readable.
     fn run_unless(&self, readable: &OwnedFd) -> bool {
         let Some(command_line) = &self.command_line else { return false };
         let Some(program) = Program::start(command_line, Stdio::Null) else { return false };
@@ -154,8 +154,8 @@ impl RecoveryCommands {
         repeat(&self.resume, TRIES, stream);
     }
 
-    /// Tries once to resume the guest of a caller that is stopped; not once that one goes on, and
-    /// says something on its lifeline.
+    /// Tries once to resume the guest of a caller that is stopped. Gives up if the caller goes on and
+    /// writes to its lifeline.
     pub fn resume_late(&self, lifeline: &OwnedFd) -> bool {
         self.resume.iter().any(|command| command.run_unless(lifeline))
     }
