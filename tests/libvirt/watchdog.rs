@@ -36,7 +36,7 @@ fn caller() {
         taken.unwrap();
     } else {
         let error = taken.expect_err("the limit of the pause has passed");
-        assert_says(&error, Code::OperationTimeout, &["the watchdog has resumed the guest"]);
+        assert_says(&error, Code::OperationTimeout, &["the watchdog had to resume the guest"]);
     }
 }
 

@@ -216,7 +216,7 @@ fn caller_stopped_in_the_pause() {
     });
     let error = handle.create(&named("s"), INSTANTLY, &mut observer).unwrap_err();
     eprintln!("{error}");
-    assert_says(&error, Code::OperationTimeout, &["the watchdog has resumed the guest"]);
+    assert_says(&error, Code::OperationTimeout, &["the watchdog had to resume the guest"]);
 }
 
 #[test]

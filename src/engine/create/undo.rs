@@ -35,7 +35,7 @@ impl Journal<'_, '_> {
         self.enter(Entry::Phase(Phase::Undo));
         let cause = match self.watchdog.report_undo() {
             true => cause.and(
-                "the watchdog has resumed the guest after the limit of its pause: this process was \
+                "the watchdog had to resume the guest after the limit of its pause: this process was \
                  stopped, or did not get the CPU",
             ),
             false => cause,

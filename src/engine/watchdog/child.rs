@@ -17,7 +17,7 @@ use super::pause_limit::{PauseLimit, Tried};
 use super::qmp_script::{QmpScript, execute};
 use super::recovery_command::RecoveryCommands;
 use super::remaining::Remaining;
-use super::stage::{DISMISSED, READY, RESUMED, Stage, UNDOING};
+use super::stage::{DISMISSED, READY, RESUMING, Stage, UNDOING};
 use crate::image::Drain;
 use crate::sys::{self, wait_ready};
 
@@ -222,6 +222,8 @@ impl Child {
 
     /// Resumes the guest of a caller that is stopped.
     fn resume_late(&self, stage: Stage, is_armed: bool, own: &Common) -> Tried {
+        // First: a caller that finds its guest running can then say why.
+        let _ = send(&own.lifeline, &[RESUMING], SendFlags::NOSIGNAL | SendFlags::DONTWAIT);
         let resumed = match &self.recovery {
             Recovery::None => false,
             Recovery::Qmp(script) => script.resume_late(&own.monitor),
@@ -230,7 +232,6 @@ impl Child {
         if !resumed {
             return Tried::Failed;
         }
-        let _ = send(&own.lifeline, &[RESUMED], SendFlags::NOSIGNAL | SendFlags::DONTWAIT);
         match stage == Stage::Migrating && !is_armed {
             true => Tried::UntilArmed,
             false => Tried::Resumed,

@@ -52,7 +52,7 @@ use self::description::{Description, Means};
 use self::descriptors::Common;
 pub use self::program::run;
 pub use self::stage::Stage;
-use self::stage::{DISMISSED, READY, RESUMED, UNDOING};
+use self::stage::{DISMISSED, READY, RESUMING, UNDOING};
 pub use self::task::Task;
 use crate::backend::RecoveryChannel;
 use crate::error::{Error, Result};
@@ -132,14 +132,14 @@ impl Watchdog {
     }
 
     /// Tells the watchdog that this process undoes the snapshot, and resumes the guest. Returns
-    /// whether the watchdog has resumed it already because the limit of the pause has passed.
+    /// whether the watchdog had to resume it before, because the limit of the pause has passed.
     pub fn report_undo(&self) -> bool {
         let Some(Started { lifeline: Some(lifeline), .. }) = &self.watchdog else { return false };
         let _ = send(lifeline, &[UNDOING], SendFlags::NOSIGNAL);
         let mut byte = [0];
         wait_ready([Some(lifeline), None], 0)
             && rustix::io::retry_on_intr(|| rustix::io::read(lifeline, &mut byte)) == Ok(1)
-            && byte[0] == RESUMED
+            && byte[0] == RESUMING
     }
 
     /// The snapshot is complete, on disk and recorded: from here on nothing of it is undone,

@@ -6,8 +6,8 @@
 pub const DISMISSED: u8 = b'Q';
 /// The caller has begun to undo the snapshot.
 pub const UNDOING: u8 = b'U';
-/// What the watchdog says: it has resumed the guest, as the limit of the pause had passed.
-pub const RESUMED: u8 = b'l';
+/// What the watchdog says: the limit of the pause has passed, and it resumes the guest.
+pub const RESUMING: u8 = b'l';
 /// The watchdog has its own descriptors only.
 pub const READY: u8 = b'r';
 
