@@ -24,7 +24,7 @@ fn caller() {
     let domain = Connect::open(&variable("URI")).unwrap().unwrap().domain(&variable("UUID"));
     let connector = LibvirtConnector::open(domain.unwrap()).unwrap();
     let handle = Handle::open_libvirt(Arc::new(connector));
-    handle.set_pause_limit(Duration::from_secs(2));
+    handle.set_pause_limit(Duration::from_secs(4));
     let stopped = variable("PHASE");
     let mut observer = At(|phase| {
         if format!("{phase:?}") == stopped {

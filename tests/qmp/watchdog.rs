@@ -208,7 +208,7 @@ fn caller_stopped_in_the_pause() {
     let directory = Path::new(&directory);
     let state = directory.join("state");
     let handle = open(directory, &directory.join("qmp.sock"), None, &state).unwrap();
-    handle.set_pause_limit(Duration::from_secs(1));
+    handle.set_pause_limit(Duration::from_secs(3));
     let mut observer = At(|phase| {
         if format!("{phase:?}") == deed {
             signal_self(Signal::STOP);
