@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! Whether QEMU works on the images of a snapshot's disks already.
+//! Refuses a snapshot of disks whose images a block job of QEMU uses.
 //!
 //! A disk with a block job (a mirror, a commit, a backup) cannot be switched to an overlay, or
-//! cannot be merged back should the snapshot fail. QEMU says so in the switch, when the guest is
-//! paused; so it is asked before.
+//! could not be merged back if the snapshot failed. QEMU reports that only in the switch, when the
+//! guest is paused; so this module asks for the jobs before.
 
 use std::collections::BTreeSet;
 
@@ -16,14 +16,14 @@ use crate::error::{Result, fail};
 use crate::model::{DiskPlan, Drive};
 use crate::monitor::{Command, Failure};
 
-/// Whether a block device, as QEMU describes it, is this drive by its names.
+/// Whether a block device of QEMU's has one of the names of this drive.
 pub fn is_block_of(device: &Value, drive: &Drive) -> bool {
     let known = |name: &str| drive.names.iter().any(|known| known == name);
     let text = |what: &str| device[what].as_str().unwrap_or_default();
     known(text("device")) || text("qdev").split('/').any(known)
 }
 
-/// Refuses disks of which QEMU has an image in a block job.
+/// Refuses disks that have an image in an active block job.
 pub fn check_no_block_jobs(guest: &mut dyn Guest, disks: &[DiskPlan]) -> Result<()> {
     let deadline = Deadline::after(DEFAULT_TIMEOUT);
     let mut query = |command: &str| {
@@ -39,7 +39,7 @@ pub fn check_no_block_jobs(guest: &mut dyn Guest, disks: &[DiskPlan]) -> Result<
         Err(failure @ (Failure::Late | Failure::Lost(_))) => {
             return Err(failure.into_error("cannot ask which images block jobs work on"));
         }
-        // Which disks the jobs are of cannot be told.
+        // QEMU does not tell which disks the jobs work on.
         Err(Failure::Refused(..)) if disks.is_empty() => return Ok(()),
         Err(Failure::Refused(..)) => return refuse(&disks[0], first),
     };
@@ -73,7 +73,7 @@ fn refuse(disk: &DiskPlan, job: &Value) -> Result<()> {
     );
 }
 
-/// QEMU's block graph: who has which node as a child.
+/// QEMU's block graph: the nodes, and which is a child of which.
 struct Graph {
     nodes: Vec<(u64, String, String)>,
     edges: Vec<(u64, u64)>,
@@ -106,7 +106,7 @@ impl Graph {
             .collect()
     }
 
-    /// An image's node, all below it, and filters that a job has put on top of it.
+    /// The node of an image, all nodes below it, and the filters that a job has put on top of it.
     fn around(&self, node: &str) -> BTreeSet<u64> {
         let is_driver = |id: u64| {
             self.nodes.iter().any(|(known, kind, _)| *known == id && kind == "block-driver")
@@ -117,12 +117,12 @@ impl Graph {
             let mut next: Vec<u64> = start.into_iter().collect();
             while let Some(id) = next.pop() {
                 found.insert(id);
-                let beside = self
+                let neighbours = self
                     .edges
                     .iter()
                     .map(|&(parent, child)| if down { (parent, child) } else { (child, parent) });
                 next.extend(
-                    beside.filter(|(from, to)| *from == id && is_driver(*to)).map(|(_, to)| to),
+                    neighbours.filter(|(from, to)| *from == id && is_driver(*to)).map(|(_, to)| to),
                 );
             }
         }

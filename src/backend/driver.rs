@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
 //! The driver backend: the caller owns QEMU's monitor, its locks, its event loop and perhaps the
-//! metadata, and is called back.
+//! metadata, and the library uses them by callbacks.
 //!
-//! Everything else is done as over a monitor of our own: this is [`MonitorGuest`](super::qmp) with
-//! another channel.
+//! Everything else is the same as with the library's own monitor connection: it is
+//! [`MonitorGuest`](super::qmp) with another channel.
 
 use std::os::fd::BorrowedFd;
 use std::path::PathBuf;
@@ -26,13 +26,13 @@ use crate::model::{Record, Store, check_name, generated_names};
 use crate::monitor::json::{Json, parse};
 use crate::monitor::{Command, Event, Execute, Failure, Monitor, QemuProcess, read_reply};
 
-/// A command that only asks gets as long.
-const ASKING: Duration = Duration::from_secs(5);
+/// The timeout of a query.
+const QUERY_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// What a callback's failure says of itself.
+/// A failed callback's reason.
 pub type Reason = String;
 
-/// What a callback answers.
+/// The result of a callback.
 pub type Answer<T> = std::result::Result<T, Reason>;
 
 /// The state of a driver's domain.
@@ -40,64 +40,65 @@ pub type Answer<T> = std::result::Result<T, Reason>;
 pub enum RunState {
     /// Its vCPUs run.
     Running,
-    /// They do not, and QEMU is there.
+    /// Its vCPUs are stopped, and QEMU is running.
     Paused,
-    /// There is no QEMU.
+    /// No QEMU is running.
     Off,
 }
 
-/// What a driver does for us. Callbacks are made one at a time for one operation, without a lock of
-/// ours held.
+/// The callbacks of a driver. During one operation they are called one at a time, while the library
+/// holds no lock.
 pub trait Driver: Send + Sync {
-    /// What stands for its domain, in this process.
+    /// Identifies the domain within this process.
     fn identity(&self) -> usize;
 
     /// Runs one command, JSON in, JSON out.
     fn run(&self, command: &str, fd: Option<BorrowedFd>, timeout: Duration) -> Answer<String>;
 
-    /// The state.
+    /// The domain's state.
     fn state(&self) -> Answer<RunState>;
 
-    /// `<domain>` of the domain as it is now.
+    /// The `<domain>` of the domain as it is now.
     fn domain_xml(&self) -> Answer<String>;
 
-    /// Where its snapshots are recorded; `None`: it records them itself.
+    /// The state directory for the snapshots; `None`: the driver records them itself.
     fn state_dir(&self) -> Answer<Option<PathBuf>>;
 
-    /// A monitor socket of QEMU's for the watchdog, if there is one.
+    /// A monitor socket for the watchdog, if QEMU has another one.
     fn watchdog_socket(&self) -> Option<PathBuf>;
 
-    /// Stops the vCPUs; `None`: it does not do that itself. So with the next two.
+    /// Stops the vCPUs. `None`: the driver leaves that to the library; the same holds for the next
+    /// two.
     fn pause(&self, timeout: Duration) -> Option<Answer<()>>;
 
-    /// Starts them.
+    /// Starts the vCPUs.
     fn resume(&self, timeout: Duration) -> Option<Answer<()>>;
 
     /// Switches all disks to their overlays, or none.
     fn switch_disks(&self, switches: &[Switch], timeout: Duration) -> Option<Answer<()>>;
 
-    /// Is told that disks are off their overlays again.
+    /// Reports that the disks' overlays were merged back.
     fn disks_merged(&self, switches: &[Switch]);
 
-    /// An operation begins on the domain. Its error refuses it.
+    /// Begins an operation on the domain. An error refuses the operation.
     fn begin_job(&self) -> Answer<()>;
 
-    /// It has ended.
+    /// Ends the operation.
     fn end_job(&self);
 
     /// Records a complete snapshot.
     fn record(&self, name: &str, xml: &str) -> Answer<()>;
 
-    /// Forgets one.
+    /// Forgets a snapshot.
     fn forget(&self, name: &str) -> Answer<()>;
 
-    /// `<domainsnapshot>` of one; `None` where there is none.
+    /// The `<domainsnapshot>` of a snapshot; `None` where there is none.
     fn snapshot_xml(&self, name: &str) -> Answer<Option<String>>;
 
     /// The current snapshot.
     fn current(&self) -> Answer<Option<String>>;
 
-    /// The events that it has passed on since the last call.
+    /// The events that the driver has passed on since the last call.
     fn take_events(&self) -> Vec<Event>;
 }
 
@@ -107,14 +108,14 @@ fn failed(step: &str) -> impl Fn(Reason) -> Error + '_ {
     }
 }
 
-/// A domain of a driver's.
+/// The domain of a driver.
 pub struct DriverConnector {
     driver: Arc<dyn Driver>,
     store: Option<Store>,
 }
 
 impl DriverConnector {
-    /// Opens it.
+    /// Opens the domain.
     pub fn open(driver: Arc<dyn Driver>) -> Result<DriverConnector> {
         let directory = driver.state_dir().map_err(failed("cannot ask for the state directory"))?;
         let store = directory.map(|directory| Store::open(&directory)).transpose()?;
@@ -172,9 +173,9 @@ impl Connector for DriverConnector {
 
     fn begin(&self) -> Result<Box<dyn Guest + '_>> {
         let driver = &self.driver;
-        let whose = "the driver's domain";
+        let label = "the driver's domain";
         let mut exclusive = vec![Exclusive::take(
-            whose,
+            label,
             format!("instantsnap/driver/{}/{:x}", std::process::id(), driver.identity()),
         )?];
         let mut channel = Callbacks::begin(driver)?;
@@ -182,11 +183,11 @@ impl Connector for DriverConnector {
         if state == RunState::Off {
             fail!(OperationInvalid, "the domain is not running");
         }
-        let deadline = Deadline::after(ASKING);
+        let deadline = Deadline::after(QUERY_TIMEOUT);
         channel.qemu = QemuProcess::by_threads(&mut channel, deadline);
         if let Some(qemu) = &channel.qemu {
-            // By whichever backend it is opened elsewhere.
-            exclusive.push(hold_qemu(whose, qemu)?);
+            // The same QEMU may be opened by another backend too.
+            exclusive.push(hold_qemu(label, qemu)?);
         }
         let reply = channel.run(
             "cannot ask for QEMU's version",
@@ -206,7 +207,7 @@ impl Connector for DriverConnector {
     }
 }
 
-/// Metadata that the driver keeps.
+/// The snapshot list that the driver keeps.
 impl SnapshotList for DriverConnector {
     fn names(&self) -> Result<Vec<String>> {
         fail!(OperationUnsupported, "the driver records its snapshots itself: ask it for them")
@@ -259,7 +260,8 @@ impl Drop for Callbacks<'_> {
     }
 }
 
-/// An answer that comes after the deadline is none: whoever asked has to look anew.
+/// Returns an answer that came before the deadline. A later one is not used: the caller has to
+/// query the state again.
 fn in_time<T>(deadline: Deadline, answer: T) -> std::result::Result<T, Failure> {
     deadline.left().map(|_| answer).ok_or(Failure::Late)
 }
@@ -284,8 +286,8 @@ impl Execute for Callbacks<'_> {
 }
 
 impl Callbacks<'_> {
-    /// Whether QEMU has ended. The driver's word counts only where its process cannot be seen: the
-    /// images of one that runs must not be merged beneath it.
+    /// Whether QEMU has ended. The driver's answer counts only if QEMU's process cannot be seen:
+    /// the images of a running QEMU must not be merged.
     fn has_ended(&self) -> bool {
         match &self.qemu {
             Some(qemu) => qemu.has_ended(),
@@ -293,8 +295,8 @@ impl Callbacks<'_> {
         }
     }
 
-    /// What the driver does itself, or else `otherwise`.
-    fn or(
+    /// Calls the driver's callback, or `otherwise` if the driver has none.
+    fn by_driver_or(
         &mut self,
         step: &str,
         deadline: Deadline,
@@ -331,19 +333,34 @@ impl Channel for Callbacks<'_> {
 
     fn pause(&mut self, deadline: Deadline) -> Result<()> {
         let stop = |qemu: &mut dyn Execute| crate::monitor::commands::stop(qemu, deadline);
-        self.or("cannot pause the guest", deadline, |driver, left| driver.pause(left), stop)
+        self.by_driver_or(
+            "cannot pause the guest",
+            deadline,
+            |driver, left| driver.pause(left),
+            stop,
+        )
     }
 
     fn resume(&mut self, deadline: Deadline) -> Result<()> {
         let cont = |qemu: &mut dyn Execute| crate::monitor::commands::cont(qemu, deadline);
-        self.or("cannot resume the guest", deadline, |driver, left| driver.resume(left), cont)
+        self.by_driver_or(
+            "cannot resume the guest",
+            deadline,
+            |driver, left| driver.resume(left),
+            cont,
+        )
     }
 
     fn switch(&mut self, overlays: &[Overlay], deadline: Deadline) -> Result<()> {
         let switches: Vec<_> = overlays.iter().map(Switch::from).collect();
         let step = "cannot switch the disks to their overlays";
         let transaction = |qemu: &mut dyn Execute| switch(qemu, overlays, deadline);
-        self.or(step, deadline, |driver, left| driver.switch_disks(&switches, left), transaction)
+        self.by_driver_or(
+            step,
+            deadline,
+            |driver, left| driver.switch_disks(&switches, left),
+            transaction,
+        )
     }
 
     fn merged(&mut self, overlays: &[Overlay]) {
@@ -359,8 +376,8 @@ impl Channel for Callbacks<'_> {
         Ok(record)
     }
 
-    /// The driver takes the disks for switched until it is told otherwise, which nobody does any
-    /// more.
+    /// The watchdog must not merge: the driver believes that the disks are switched until it is
+    /// told otherwise, and after its end no process can tell it.
     fn recovery(&self) -> Recovery<'_> {
         Recovery { monitor: self.watchdog_monitor.as_ref().map(Monitor::socket), merges: false }
     }
@@ -375,11 +392,12 @@ impl Channel for Callbacks<'_> {
         if self.qemu.as_ref().is_some_and(QemuProcess::has_ended) {
             return Liveness::Exited;
         }
-        // A QEMU that answers is there, whatever the driver says of its domain.
-        match self.execute(Command::new("query-status", json!({})), Deadline::after(ASKING)) {
+        // A QEMU that answers is running, whatever state the driver reports.
+        match self.execute(Command::new("query-status", json!({})), Deadline::after(QUERY_TIMEOUT))
+        {
             Ok(_) | Err(Failure::Refused(..)) => Liveness::Alive,
             Err(Failure::Late | Failure::Lost(_)) => {
-                // A QEMU that ends closes its monitor first.
+                // A QEMU that ends closes its monitor before it exits.
                 std::thread::sleep(Duration::from_millis(20));
                 if self.has_ended() { Liveness::Exited } else { Liveness::Unresponsive }
             }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! Holding a guest for one operation.
+//! Holds a guest for one operation.
 
 use std::collections::BTreeSet;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -18,49 +18,49 @@ use crate::deadline::Deadline;
 use crate::error::{Code, Error, Result};
 use crate::sys;
 
-/// Held while one operation changes a QEMU, by whatever process, handle or monitor socket.
+/// The lock that is held while one operation changes a QEMU, whichever process, handle or monitor
+/// socket the operation uses.
 ///
 /// Two snapshots at once would each take the other's migration capabilities for the original ones.
-/// It is the name of an abstract Unix socket, which exactly one process can have, which leaves no
-/// file, and which the kernel frees when its holder dies. A child that another thread forks has it
-/// too until it executes its program, or ends; so whoever lets go shuts the socket down, which all
-/// of them see. The next holder takes the first of some further names then: of all of them no two
-/// are held at a time.
+/// The lock is the name of an abstract Unix socket: exactly one process can have it, it leaves no
+/// file, and the kernel frees it when its holder dies. A child that another thread forks has the
+/// socket too, until it executes its program or ends. So the holder shuts the socket down to
+/// release the lock, which is visible in all copies. The next holder then takes the first free one
+/// of some further names; no two of all these names are held at a time.
 #[derive(Debug)]
 pub struct Exclusive {
     held: OwnedFd,
     name: String,
-    left: bool,
+    is_left: bool,
 }
 
-/// So many names there are for one thing to be held. Each can be kept from the next holder by
-/// children of earlier ones.
+/// The number of names for one lock. Children of earlier holders can keep some names in use.
 const NAMES: usize = 64;
-/// A process that is done ends in this time.
-const ENDING: Duration = Duration::from_millis(500);
+/// A process that has finished its work exits in this time.
+const EXIT_TIMEOUT: Duration = Duration::from_millis(500);
 
-/// What whoever wants it is told; `whose` says of what.
-pub fn busy(whose: &str) -> Error {
-    let message = format!("another snapshot operation on {whose} is under way: wait for it to end");
+/// The error for a guest that is held already; `label` names the guest.
+pub fn busy(label: &str) -> Error {
+    let message = format!("another snapshot operation on {label} is under way: wait for it to end");
     Error::new(Code::OperationInvalid, message)
 }
 
-/// The names that this process holds.
+/// The names of the locks that this process holds.
 static OWN: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
 
-/// Who holds a name that is not to be had.
+/// The holder of a lock that cannot be taken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Holder {
     /// This process.
     Us,
-    /// Another one.
+    /// Another process.
     Another,
 }
 
 impl Drop for Exclusive {
     fn drop(&mut self) {
         let mut own = sys::lock(&OWN);
-        if !self.left {
+        if !self.is_left {
             let _ = shutdown(&self.held, Shutdown::Both);
         }
         own.remove(&self.name);
@@ -68,33 +68,33 @@ impl Drop for Exclusive {
 }
 
 impl Exclusive {
-    /// What holds it: in a child of this process it is held until both have ended, or this one has
-    /// let go.
+    /// The socket that holds the lock. If a child of this process has it too, the lock is held
+    /// until both have ended, or until this process has released it.
     pub fn as_fd(&self) -> BorrowedFd<'_> {
         self.held.as_fd()
     }
 
-    /// Leaves it to a child that has [`Exclusive::as_fd`].
+    /// Leaves the lock to a child that has [`Exclusive::as_fd`]: dropping this does not release it.
     pub fn leave(&mut self) {
-        self.left = true;
+        self.is_left = true;
     }
 
-    /// Takes it; `whose` says in an error what is held by another.
-    pub fn take(whose: &str, name: String) -> Result<Exclusive> {
-        let deadline = Deadline::after(ENDING);
+    /// Takes the lock. `label` names the guest in the error.
+    pub fn take(label: &str, name: String) -> Result<Exclusive> {
+        let deadline = Deadline::after(EXIT_TIMEOUT);
         loop {
             match Exclusive::try_take(name.clone())? {
                 Ok(exclusive) => return Ok(exclusive),
-                // It may be a watchdog that has done what it was there for, and is about to end.
+                // The holder may be a watchdog that has finished its work and is about to exit.
                 Err(Holder::Another) if deadline.left().is_some() => {
                     sleep(Duration::from_millis(20))
                 }
-                Err(_) => return Err(busy(whose)),
+                Err(_) => return Err(busy(label)),
             }
         }
     }
 
-    /// The same; who has it where it is held.
+    /// Takes the lock without waiting. Returns its holder if it is held.
     pub fn try_take(name: String) -> Result<std::result::Result<Exclusive, Holder>> {
         let system =
             |errno: Errno| Error::system("cannot take the guest for this operation", errno);
@@ -113,17 +113,17 @@ impl Exclusive {
                     .map_err(system)?;
             match bind(&held, address) {
                 Ok(()) => {
-                    // Another may have found one before it free, or one after it, at the same time:
-                    // then neither has it.
+                    // Another process may have bound another of the names at the same time: then
+                    // neither has the lock.
                     let others = addresses.iter().enumerate().filter(|(other, _)| *other != n);
                     if others.map(|(_, other)| state(other)).any(|other| other == State::Held) {
                         let _ = shutdown(&held, Shutdown::Both);
                         return Ok(Err(Holder::Another));
                     }
                     own.insert(name.clone());
-                    return Ok(Ok(Exclusive { held, name, left: false }));
+                    return Ok(Ok(Exclusive { held, name, is_left: false }));
                 }
-                // By the time that it is looked at it may be free; the next will do.
+                // It may have been freed since; then the next name is used.
                 Err(Errno::ADDRINUSE) if state(address) != State::Held => {}
                 Err(Errno::ADDRINUSE) => return Ok(Err(Holder::Another)),
                 Err(errno) => return Err(system(errno)),
@@ -133,7 +133,7 @@ impl Exclusive {
     }
 }
 
-/// The first name is the thing's own.
+/// The address of the nth name. The first is the lock's own name.
 fn address(name: &str, n: usize) -> rustix::io::Result<SocketAddrUnix> {
     match n {
         0 => SocketAddrUnix::new_abstract_name(name.as_bytes()),
@@ -141,13 +141,14 @@ fn address(name: &str, n: usize) -> rustix::io::Result<SocketAddrUnix> {
     }
 }
 
-/// What has become of a name.
+/// The state of a name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
-    /// Nobody has it.
+    /// No process has it.
     Free,
-    /// Its holder has let it go, and only a child that was forked meanwhile has it.
-    LetGo,
+    /// Its holder has released it; only a child that was forked meanwhile still has a copy.
+    Released,
+    /// A process holds it.
     Held,
 }
 
@@ -158,8 +159,8 @@ fn state(address: &SocketAddrUnix) -> State {
     };
     match sendto(&probe, b"", SendFlags::NOSIGNAL, address) {
         Err(Errno::CONNREFUSED) => State::Free,
-        Err(Errno::PIPE) => State::LetGo,
-        // Somebody is there, and never reads.
+        Err(Errno::PIPE) => State::Released,
+        // A process has the socket open. It never reads.
         Ok(_) | Err(_) => State::Held,
     }
 }
@@ -172,7 +173,7 @@ mod tests {
         Exclusive::try_take(format!("instantsnap/test/{}/{name}", std::process::id())).unwrap()
     }
 
-    /// As a child has it that was forked meanwhile, and executes nothing.
+    /// A copy of the socket, as a child has that was forked meanwhile and executes no program.
     fn forked(held: &Exclusive) -> OwnedFd {
         held.as_fd().try_clone_to_owned().unwrap()
     }
@@ -185,7 +186,7 @@ mod tests {
             assert_eq!(take("forked").unwrap_err(), Holder::Us);
             children.push(forked(&held));
         }
-        // The first two end: their names are free, and taken first.
+        // The first two end: their names are free, and are taken first.
         children.drain(..2);
         let held = take("forked").unwrap();
         drop(children);

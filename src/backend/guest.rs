@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! What a backend is to the engine: the traits, and what passes through them.
+//! The traits that a backend implements for the engine, and their types.
 
 use std::os::fd::BorrowedFd;
 use std::path::PathBuf;
@@ -18,10 +18,10 @@ use crate::monitor::Execute;
 use crate::monitor::commands::Status;
 use crate::own_file::KnownFile;
 
-/// Commands outside the pause get this long: QEMU may be busy, but then it hangs.
+/// The timeout of a command outside the pause: a QEMU that is only busy answers within it.
 pub const DEFAULT_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// The oldest of the newer QEMUs whose behaviour was measured, where it differs from 7.2's.
+/// The first QEMU whose behaviour was measured to differ from that of 7.2.
 const FIRST_WITH_NEW_RUN_STATES: (u64, u64) = (10, 0);
 /// The first QEMU with background snapshots.
 const OLDEST: (u64, u64) = (6, 0);
@@ -31,26 +31,27 @@ pub trait Connector: Send + Sync {
     /// The flags that this backend supports.
     fn supported_flags(&self) -> CreateFlags;
 
-    /// Its snapshots' metadata.
+    /// The metadata of its snapshots.
     fn snapshot_list(&self) -> &dyn SnapshotList;
 
-    /// The state directory, where its snapshots are recorded by us.
+    /// The state directory, if the library records the guest's snapshots itself.
     fn store(&self) -> Option<&Store>;
 
-    /// Holds the name of a snapshot to be made: this one, or, if none is given, one made of the
+    /// Reserves the name of a snapshot to be made: `name`, or, if none is given, one made of the
     /// time.
     fn reserve(&self, name: Option<&str>) -> Result<Reserved>;
 
-    /// Takes a snapshot without INSTANT, or of a guest that does not run, where libvirt does that
-    /// itself; libvirt's object of it.
+    /// Has libvirt take the snapshot, where libvirt can: one without INSTANT, or of a guest that
+    /// does not run. Returns libvirt's object for it. `None`: the library must take it.
     fn delegate(&self, _xml: &str, _flags: CreateFlags) -> Option<Result<Snapshot>> {
         None
     }
 
-    /// Takes the guest for one operation. Another's operation on it is `OperationInvalid`.
+    /// Holds the guest for one operation. Returns the error `OperationInvalid` while another
+    /// operation holds it.
     fn begin(&self) -> Result<Box<dyn Guest + '_>>;
 
-    /// libvirt's object of a snapshot, where libvirt has the snapshots' definitions.
+    /// libvirt's object for a snapshot, where libvirt keeps the snapshot definitions.
     fn managed(&self, _name: &str) -> Result<Option<Snapshot>> {
         Ok(None)
     }
@@ -58,16 +59,16 @@ pub trait Connector: Send + Sync {
 
 /// The metadata of a guest's snapshots.
 pub trait SnapshotList {
-    /// Their names, a parent before its children.
+    /// The names of the snapshots, each parent before its children.
     fn names(&self) -> Result<Vec<String>>;
 
-    /// `<domainsnapshot>` of one.
+    /// The `<domainsnapshot>` of a snapshot.
     fn xml(&self, name: &str) -> Result<String>;
 
-    /// The current one.
+    /// The name of the current snapshot.
     fn current(&self) -> Result<Option<String>>;
 
-    /// Forgets one; its files stay.
+    /// Forgets a snapshot; its files stay.
     fn forget(&self, name: &str) -> Result<()>;
 }
 
@@ -89,29 +90,29 @@ impl SnapshotList for Store {
     }
 }
 
-/// A name that is held for a snapshot to be made.
+/// The reserved name of a snapshot to be made.
 #[derive(Debug)]
 pub struct Reserved {
     /// The name.
     pub name: String,
-    /// Where memory goes unless the caller says.
+    /// The memory image, unless the caller names another file.
     pub memory_file: Option<PathBuf>,
-    /// What holds it in a state directory.
+    /// The reservation in a state directory.
     held: Option<Reservation>,
 }
 
 impl Reserved {
-    /// What holds it in a state directory.
+    /// The reservation in a state directory.
     pub fn held(&self) -> Option<&Reservation> {
         self.held.as_ref()
     }
 
-    /// A name that somebody else holds.
+    /// A name that the backend's owner reserves.
     pub fn by_others(name: String) -> Reserved {
         Reserved { name, memory_file: None, held: None }
     }
 
-    /// Holds it in a state directory, where memory goes too.
+    /// Reserves the name in a state directory. The memory image goes there too.
     pub fn in_store(store: &Store, name: Option<&str>) -> Result<Reserved> {
         let held = store.reserve(name)?;
         let memory_file = Some(store.path(&format!("{}.mem", held.name)));
@@ -119,7 +120,7 @@ impl Reserved {
     }
 }
 
-/// Whether QEMU can still be talked to.
+/// Whether QEMU still answers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Liveness {
     /// QEMU answers.
@@ -130,96 +131,97 @@ pub enum Liveness {
     Unresponsive,
 }
 
-/// What a memory image says of the guest.
+/// The description of the guest in a memory image.
 #[derive(Clone, Debug)]
 pub struct Description {
-    /// `<domain>`, with the images that the snapshot will hold.
+    /// The `<domain>`, on the images that the snapshot will hold.
     pub domain_xml: String,
-    /// libvirt's `<cookie>`, where it needs one.
+    /// libvirt's `<cookie>`, if the image needs one.
     pub cookie: Option<String>,
-    /// A file whose owner the memory image is to have, where that is not the caller.
+    /// A file whose owner the memory image gets, if that is not the caller.
     pub owner: Option<PathBuf>,
 }
 
-/// What a guest is when a snapshot of it is planned.
+/// The state of a guest when its snapshot is planned.
 #[derive(Clone, Debug)]
 pub struct Survey {
-    /// Its drives that have a medium and a device.
+    /// The drives that have a medium and a device.
     pub drives: Vec<Drive>,
-    /// What its memory image says of it.
+    /// The description for the memory image.
     pub description: Description,
 }
 
 /// How a process that outlives this one reaches the guest.
 pub enum RecoveryChannel<'a> {
-    /// Not at all.
+    /// It does not reach the guest.
     None,
-    /// By the monitor's socket, which only this operation uses; with the overlays, which it undoes.
+    /// By the monitor's socket, which only this operation uses. The overlays are those that it
+    /// undoes.
     Monitor(BorrowedFd<'a>, Vec<MonitorOverlay>),
     /// By recovery commands.
     Commands(MakeRecoveryCommands<'a>),
 }
 
-/// An overlay that a process which outlives this one undoes by the monitor.
+/// An overlay that the watchdog undoes by the monitor.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct MonitorOverlay {
-    /// The node of its format.
+    /// The node of the overlay's format.
     pub node: String,
-    /// The node of its file.
+    /// The node of the overlay's file.
     pub file_node: String,
-    /// The node below, where it is to be merged into that: not where its owner believes the disk to
-    /// be on the overlay.
+    /// The node of the image below, if the overlay is to be merged into it. `None` if the guest's
+    /// owner believes that the disk is on the overlay.
     pub image_node: Option<String>,
-    /// Its file.
+    /// The overlay's file.
     pub file: Option<KnownFile>,
-    /// What is to be said where it stays in use.
+    /// The message for the case that the overlay stays in use.
     pub complaint: String,
 }
 
-/// Makes the programs, given the QMP commands that put the migration settings back.
+/// Makes the recovery commands, given the QMP commands that restore the migration settings.
 pub type MakeRecoveryCommands<'a> = Box<dyn Fn(&[(&str, Value)]) -> RecoveryCommands + 'a>;
 
-/// The recovery commands of a snapshot, for a process that has ended.
+/// The recovery commands of a snapshot, for the case that its caller ends.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct RecoveryCommands {
-    /// Succeeds where the daemon that does the others is there.
+    /// Succeeds if the daemon that carries out the other commands answers.
     pub look: RecoveryCommand,
-    /// So often that is tried, once a second.
+    /// How often `look` is tried, once a second.
     pub tries: u32,
     /// Resumes the guest.
     pub resume: RecoveryCommand,
-    /// The same where that fails, because the guest runs already, or the daemon takes it for one
-    /// that does.
+    /// Resumes the guest where `resume` fails because the guest runs already, or because the daemon
+    /// believes so.
     pub resume_all_the_same: RecoveryCommand,
-    /// Says how its migration is.
+    /// Queries the migration.
     pub query_migrate: RecoveryCommand,
-    /// Says what state the guest is in.
+    /// Queries the guest's state.
     pub query_status: RecoveryCommand,
-    /// Put QEMU's migration settings back.
+    /// Restore QEMU's migration settings.
     pub restore: Vec<RecoveryCommand>,
     /// Removes the record of the snapshot.
     pub forget: RecoveryCommand,
-    /// Merge one overlay each.
+    /// Merge the overlays, one each.
     pub merge: Vec<MergeCommands>,
 }
 
-/// Merges an overlay.
+/// The commands that merge an overlay.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct MergeCommands {
-    /// Fails if it is not in use.
+    /// Merges the overlay. Fails if the overlay is not in use.
     pub merge: RecoveryCommand,
-    /// Succeeds if it is in use.
+    /// Succeeds if the overlay is in use.
     pub is_in_use: RecoveryCommand,
-    /// What is to be said where it stays in use.
+    /// The message for the case that the overlay stays in use.
     pub complaint: String,
 }
 
 /// A recovery command: a program that the watchdog runs.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct RecoveryCommand {
-    /// Its absolute path, and its arguments.
+    /// The program's absolute path, and its arguments.
     pub arguments: Vec<String>,
-    /// A file that is discarded once it has succeeded.
+    /// A file that is discarded once the command has succeeded.
     pub then_discard: Option<KnownFile>,
 }
 
@@ -230,10 +232,10 @@ pub struct Capabilities {
     pub background_keeps_paused: bool,
     /// A background snapshot that is cancelled once it is armed leaves the guest's memory writable.
     pub background_can_be_cancelled: bool,
-    /// The backend's owner never sets QEMU's migration capability `background-snapshot`: where it is
-    /// set, a snapshot whose process was killed has left it.
+    /// The backend's owner never sets QEMU's migration capability `background-snapshot`. If it is
+    /// set, it was left by a snapshot whose process was killed.
     pub never_sets_background_snapshot: bool,
-    /// A snapshot holds copies of UEFI variables, and does not only compare them.
+    /// A snapshot keeps copies of UEFI variables, and does not only compare them.
     pub keeps_firmware_copies: bool,
     /// The record of a snapshot says what to do with disks that were left to a storage hook.
     pub records_manual_disks: bool,
@@ -242,11 +244,11 @@ pub struct Capabilities {
 }
 
 impl Capabilities {
-    /// Those of a QEMU of this version whose snapshots the library records itself.
+    /// The capabilities of a QEMU of this version, if the library records the snapshots itself.
     pub fn of_qemu(version: (u64, u64)) -> Capabilities {
         // Measured: 7.2 starts the guest by itself once write tracking is armed, and leaves its
-        // memory protected when it is cancelled then; 10.0 does neither. Those in between were not
-        // tried, and cannot be asked.
+        // memory protected when it is cancelled then; 10.0 does neither. The versions between were
+        // not tried, and do not report it.
         let new_run_states = version >= FIRST_WITH_NEW_RUN_STATES;
         Capabilities {
             background_keeps_paused: new_run_states,
@@ -261,32 +263,32 @@ impl Capabilities {
 
 /// A guest during one operation.
 pub trait Guest: Execute {
-    /// Its state.
+    /// Its run state.
     fn status(&mut self) -> Result<Status>;
 
-    /// Its drives that have a medium and a device.
+    /// The drives that have a medium and a device.
     fn drives(&mut self) -> Result<Vec<Drive>>;
 
-    /// What the guest is, as a snapshot of it is planned: read once.
+    /// Reads the guest's state once, to plan a snapshot of it.
     fn survey(&mut self) -> Result<Survey>;
 
-    /// Refuses flags that this guest cannot have.
+    /// Refuses flags that this guest does not support.
     fn check_flags(&mut self, _flags: CreateFlags) -> Result<()> {
         Ok(())
     }
 
-    /// Refuses a guest whose RAM another process writes: its pages would be saved younger than the
-    /// instant.
+    /// Refuses a guest whose RAM another process writes: such pages would be saved as they are
+    /// after the instant.
     fn check_memory_not_shared(&mut self) -> Result<()>;
 
-    /// Refuses disks of which a snapshot could never be brought back: those on images that QEMU
-    /// alone knows.
+    /// Refuses disks on images that have no valid name any more: a snapshot of them could never be
+    /// reverted to.
     fn check_images_are_named(&mut self, disks: &[DiskPlan]) -> Result<()>;
 
-    /// Refuses a guest with a job under way that would make a step of the pause wait or fail.
+    /// Refuses a guest with an active job that would make a step of the pause wait or fail.
     fn check_not_busy(&mut self, disks: &[DiskPlan]) -> Result<()>;
 
-    /// What stands for this run of it, in this process.
+    /// Identifies this run of the guest within this process.
     fn identity(&self) -> String;
 
     /// QEMU's process, where it is known.
@@ -295,8 +297,8 @@ pub trait Guest: Execute {
     /// What QEMU and the backend can do; the same during a whole operation.
     fn capabilities(&self) -> Capabilities;
 
-    /// Creates the overlays, ready to be switched to. Files that exist are an error, and not
-    /// touched, unless the plan is to use them.
+    /// Creates the overlays, ready to be switched to. An existing file is an error, and is not
+    /// changed, unless the plan is to use it.
     fn create_overlays(&mut self, disks: &[DiskPlan]) -> Result<()>;
 
     /// Stops the vCPUs.
@@ -305,84 +307,83 @@ pub trait Guest: Execute {
     /// Switches all disks to their overlays, or none, for the snapshot of this name.
     fn switch_disks(&mut self, snapshot: &str, deadline: Deadline) -> Result<()>;
 
-    /// Gives an overlay that its disk is on this size, which the image below has got since the
-    /// plan.
+    /// Resizes the overlay that a disk is on. The image below got this size after the plan.
     fn resize_overlay(&mut self, disk: &DiskPlan, size: u64, deadline: Deadline) -> Result<()>;
 
-    /// Starts the vCPUs, unless they run.
+    /// Starts the vCPUs, unless they run already.
     fn resume(&mut self, deadline: Deadline) -> Result<()>;
 
-    /// The last pause as the guest had it, by QEMU's own time stamps.
+    /// The length of the guest's last pause, by QEMU's own time stamps.
     fn last_pause(&mut self) -> Option<Duration> {
         None
     }
 
-    /// Records the snapshot the moment it is taken, where its record has to be there before it is
-    /// complete.
+    /// Records the snapshot at the instant, if its record must exist before it is complete.
     fn register(&mut self, _record: &Record) -> Result<()> {
         Ok(())
     }
 
-    /// Looks whether what was recorded, and the disks' chains, still are what they should be; the
-    /// snapshot is complete.
+    /// Checks that the record and the disks' backing chains are still as they were made. Called
+    /// when the snapshot is complete.
     fn confirm(&mut self) -> Result<()> {
         Ok(())
     }
 
-    /// Records a complete snapshot; what was recorded is returned.
+    /// Records a complete snapshot. Returns the record as it was written.
     fn commit(&mut self, _reserved: &Reserved, record: Record) -> Result<Record> {
         Ok(record)
     }
 
-    /// The file that there is once a snapshot of this name is recorded, where it is one.
+    /// The file that exists once a snapshot of this name is recorded, if there is one.
     fn record_file(&self, _name: &str) -> Option<PathBuf> {
         None
     }
 
-    /// Undoes the record.
+    /// Removes the record.
     fn withdraw(&mut self) -> Result<()> {
         Ok(())
     }
 
-    /// Undoes the switch: what the guest wrote since is merged into the images, which are active
-    /// again. Does nothing where nothing was switched, as far as QEMU knows.
+    /// Undoes the switch: merges the guest's writes into the images, which are active again then.
+    /// Does nothing if QEMU has not switched any disk.
     fn merge_disks(&mut self) -> Result<()>;
 
-    /// Undoes the creation of overlays that are not in use.
+    /// Discards overlays that are not in use.
     fn discard_overlays(&mut self) -> Result<()>;
 
-    /// Takes out of the overlays what the guest has written since the switch. QEMU has ended.
+    /// Removes the guest's writes since the switch from the overlays. Called when QEMU has ended.
     fn empty_overlays(&mut self) -> Result<()> {
         Ok(())
     }
 
-    /// The same as the last two for a QEMU that has ended. `switched`: the disks may be on their
-    /// overlays.
+    /// Merges and discards the overlays of a QEMU that has ended. `switched`: the disks may be on
+    /// their overlays.
     fn merge_and_discard_offline(&mut self, switched: bool) -> Result<()>;
 
-    /// How the watchdog reaches the guest once this process has ended, while it takes the snapshot
-    /// of this name.
+    /// How the watchdog reaches the guest if this process ends while it takes the snapshot of this
+    /// name.
     fn recovery_channel<'a>(&'a self, snapshot: &'a str) -> RecoveryChannel<'a>;
 
-    /// What holds it for this operation, which a watchdog holds too.
+    /// The descriptors that hold the guest for this operation. A watchdog holds copies of them.
     fn held(&self) -> Vec<BorrowedFd<'_>>;
 
-    /// Leaves it to the watchdog, which has that, and what it acts by.
+    /// Leaves the guest held for the watchdog, together with its recovery channel.
     fn leave_held(&mut self);
 
-    /// Ends the guest.
+    /// Ends the guest's QEMU.
     fn halt(&mut self) -> Result<()>;
 
-    /// Whether there is another QEMU by now in the place of one that is gone, which has got what
-    /// was said since.
+    /// Whether another QEMU runs now in place of one that has ended. Commands since then went to
+    /// the new one.
     fn is_started_again(&mut self) -> bool {
         false
     }
 
-    /// Whether QEMU is there; reconnects if the connection was lost.
+    /// Whether QEMU answers or has ended. Reconnects if the connection was lost.
     fn liveness(&mut self) -> Liveness;
 
-    /// libvirt's object of the snapshot that was taken, where libvirt has had a part in it; once.
+    /// Takes libvirt's object for the snapshot, if libvirt was involved in it. `None` on the second
+    /// call.
     fn take_object(&mut self) -> Option<Snapshot> {
         None
     }

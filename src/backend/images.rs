@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! The images of a domain and of its snapshots: which is the backing file of which.
+//! The images of a domain and of its snapshots, and which is the backing file of which.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
@@ -17,10 +17,10 @@ use crate::monitor::json::parse;
 use crate::sys;
 use crate::tool::Tool;
 
-/// An image file, however it is called.
+/// Identifies an image, whichever of its names is used.
 pub type Id = PathBuf;
 
-/// Images by what they are, whatever paths lead to them.
+/// Images by their identity, whichever paths lead to them.
 #[derive(Debug, Default)]
 pub struct Graph {
     images: BTreeMap<Id, Image>,
@@ -29,17 +29,18 @@ pub struct Graph {
 /// One image.
 #[derive(Clone, Debug)]
 pub struct Image {
-    /// A path of it, as whoever named it calls it.
+    /// Its path, as it was first named.
     pub path: String,
     /// Its format.
     pub format: String,
-    /// What it is an overlay of.
+    /// Its backing file.
     pub backing: Option<Id>,
-    /// Its data is in another file, which it names.
+    /// Its data is in another file (an external data file).
     pub has_data_elsewhere: bool,
 }
 
-/// What a path leads to, or a server's name is another one for.
+/// The identity of an image: the file that the path leads to, or one fixed name of a server's
+/// export.
 pub fn id(path: &str) -> Id {
     if let Some(export) = Export::named(path) {
         return export.uri().into();
@@ -49,7 +50,7 @@ pub fn id(path: &str) -> Id {
 }
 
 impl Graph {
-    /// Adds an image and all below it. One that is not there (any more) is passed over.
+    /// Adds an image and all images below it. Does nothing if the image does not exist (any more).
     pub fn add(&mut self, path: &str, format: &str) -> Result<()> {
         if self.images.contains_key(&id(path)) || !is_there(path, format) {
             return Ok(());
@@ -68,7 +69,7 @@ impl Graph {
         Ok(())
     }
 
-    /// An image that no file is looked at for.
+    /// Adds an image without reading a file.
     #[cfg(test)]
     pub fn insert(&mut self, image: &Id, backing: Option<&Id>) {
         let path = image.to_string_lossy().into_owned();
@@ -85,12 +86,12 @@ impl Graph {
         self.images.get(id)
     }
 
-    /// It and all below it, from the top down.
+    /// The image and all images below it, from the top down.
     pub fn chain<'a>(&'a self, top: &'a Id) -> impl Iterator<Item = &'a Id> {
         std::iter::successors(Some(top), |id| self.images.get(*id)?.backing.as_ref())
     }
 
-    /// These and all below them.
+    /// The images and all images below them.
     pub fn with_all_below<'a>(&self, tops: impl IntoIterator<Item = &'a Id>) -> BTreeSet<Id> {
         tops.into_iter().flat_map(|top| self.chain(top).cloned().collect::<Vec<_>>()).collect()
     }
@@ -104,24 +105,25 @@ impl Graph {
     }
 }
 
-/// What a qcow2 image says of itself.
+/// The header of a qcow2 image.
 #[derive(Clone, Debug)]
 pub struct Header {
     /// The name of its backing file.
     pub backing: Option<String>,
-    /// What a guest sees, in bytes.
+    /// The virtual size in bytes.
     pub size: u64,
-    /// Where the table of its tables of clusters is, and how many these are.
+    /// The offset of the L1 table, and its number of entries.
     clusters: (u64, u32),
 }
 
 impl Header {
-    /// Reads that of the file at a path; `None` where it cannot be read, or is no qcow2 image.
+    /// Reads the header of the file at a path; `None` if the file cannot be read, or is no qcow2
+    /// image.
     pub fn at(path: &str) -> Option<Header> {
         Header::read(&sys::open_file(Path::new(path)).ok()?)
     }
 
-    /// Reads it; `None` where the file is no qcow2 image.
+    /// Reads the header of an open file; `None` if the file is no qcow2 image.
     pub fn read(file: &File) -> Option<Header> {
         const LONGEST: usize = 1023;
         let mut header = [0; 48];
@@ -141,7 +143,7 @@ impl Header {
         Some(Header { backing, size: long(24), clusters: (long(40), short(36)) })
     }
 
-    /// Whether all that a guest sees is that of the backing file.
+    /// Whether the image has no data of its own: the guest sees only its backing file.
     pub fn is_empty(&self, file: &File) -> std::io::Result<bool> {
         const AT_ONCE: usize = 1 << 16;
         let (mut offset, tables) = self.clusters;
@@ -159,8 +161,8 @@ impl Header {
     }
 }
 
-/// Whether there is such an image. A block device stays where it is when the overlay on it goes
-/// ([`remove`]): then it has none any more.
+/// Whether an image exists. A block device stays when the overlay on it is removed ([`remove`]):
+/// then it has no qcow2 header any more.
 pub fn is_there(path: &str, format: &str) -> bool {
     let Ok(found) = Path::new(path).metadata() else { return false };
     let is_gone =
@@ -168,8 +170,8 @@ pub fn is_there(path: &str, format: &str) -> bool {
     !(format == "qcow2" && found.file_type().is_block_device() && is_gone())
 }
 
-/// Removes an overlay that nobody needs. Of one on a block device the header goes, so that nobody
-/// takes what is left for one.
+/// Removes an overlay that is not needed any more. On a block device only the header is wiped, so
+/// that the rest cannot be taken for an overlay.
 pub fn remove(path: &Path) -> std::io::Result<()> {
     match path.metadata() {
         Ok(found) if found.file_type().is_block_device() => {
@@ -180,7 +182,7 @@ pub fn remove(path: &Path) -> std::io::Result<()> {
     }
 }
 
-/// Takes the header of a qcow2 image away.
+/// Wipes the header of a qcow2 image.
 pub fn wipe(image: &File) -> std::io::Result<()> {
     const SECTOR: [u8; 512] = [0; 512];
     if Header::read(image).is_none() {
@@ -190,7 +192,7 @@ pub fn wipe(image: &File) -> std::io::Result<()> {
     image.sync_all()
 }
 
-/// Whether a name is that of an image on a server.
+/// Whether a name names an image on a server.
 pub fn is_of_server(name: &str) -> bool {
     const SERVERS: [&str; 10] =
         ["nbd", "rbd", "iscsi", "ssh", "http", "https", "ftp", "ftps", "gluster", "nfs"];
@@ -212,53 +214,55 @@ pub fn is_of_server(name: &str) -> bool {
     }
 }
 
-/// A backing file's path, by the name that an image of this path has for it: relative names are
-/// relative to the image. What is no path stays as it is.
+/// Resolves the name of a backing file in the image at `image`: relative names are relative to the
+/// image. A name that is no path is returned unchanged.
 pub fn beside(image: &str, name: &str) -> String {
     let path = file_named(name).and_then(|name| Some(Path::new(image).parent()?.join(name)));
     path.and_then(|path| path.to_str().map(str::to_owned)).unwrap_or_else(|| name.to_owned())
 }
 
-/// The file below an image and its format, read from the image itself. None where there is none, or
-/// where it cannot be read, or is named otherwise than by its path.
+/// The backing file of an image, and its format, read from the image itself. `None` if there is
+/// none, if the image cannot be read, or if the backing file is not named by its path.
 pub fn below(path: &str, format: &str) -> Option<(String, String)> {
     if format != "qcow2" {
         return None;
     }
     let name = Header::at(path)?.backing?;
     file_named(&name)?;
-    // What the image says of the format is in an extension; a file that begins as qcow2 is taken
-    // for it.
+    // The header names the format in an extension, which is not read here: a backing file is taken
+    // for qcow2.
     Some((beside(path, &name), "qcow2".into()))
 }
 
-/// The name of the image below an overlay, where that is a server's.
+/// The name of an overlay's backing file, if that is on a server.
 pub fn server_below(overlay: &str) -> Option<String> {
     Header::at(overlay)?.backing.filter(|below| is_of_server(below))
 }
 
-/// What a guest sees of a server's image, in bytes. The server is asked, and not waited for without
-/// end.
+/// The virtual size in bytes of an image on a server. The server must answer within a timeout.
 pub fn size_on_server(name: &str, format: &str) -> Result<u64> {
     size_on_server_within(name, format, DEFAULT_TIMEOUT)
 }
 
-/// The same within this time.
+/// The same with another timeout.
 pub fn size_on_server_within(name: &str, format: &str, limit: Duration) -> Result<u64> {
     let mut info = Tool::new("qemu-img");
     info.args(["info", "-U", "--output=json", "-f", format, name]);
     let step = |error: &dyn std::fmt::Display| {
         format!("cannot ask the server of the image '{name}': {error}")
     };
-    let said =
+    let info_json =
         info.output_within(limit).map_err(|error| Error::new(error.code, step(&error.message)))?;
-    let said = parse(&said).map_err(|error| Error::new(Code::InternalError, step(&error)))?;
-    said["virtual-size"].as_u64().ok_or_else(|| failed(step(&"qemu-img does not tell its size")))
+    let info_json =
+        parse(&info_json).map_err(|error| Error::new(Code::InternalError, step(&error)))?;
+    info_json["virtual-size"]
+        .as_u64()
+        .ok_or_else(|| failed(step(&"qemu-img does not tell its size")))
 }
 
-/// The file that QEMU opens by a name, by QEMU's rule: a colon before the first slash ends the name
-/// of a protocol. None where that is no file's (`nbd:...`, `nbd://...`), or where there is more to
-/// it than a file (`json:...`).
+/// The file that QEMU opens by a name. By QEMU's rule, a colon before the first slash ends the name
+/// of a protocol. `None` if the name is not a file's (`nbd:...`, `nbd://...`), or has more options
+/// than a file (`json:...`).
 fn file_named(name: &str) -> Option<&str> {
     if let Some(file) = name.strip_prefix("file:") {
         return Some(file);
@@ -267,7 +271,7 @@ fn file_named(name: &str) -> Option<&str> {
     (!has_protocol).then_some(name)
 }
 
-/// An image, as qemu-img tells of it.
+/// An image of a chain, as qemu-img reports it.
 #[derive(Clone, Debug)]
 pub struct Layer {
     /// Its path.
@@ -277,11 +281,12 @@ pub struct Layer {
     has_data_elsewhere: bool,
 }
 
-/// An image and all below it. Nothing is locked: QEMU may have them open. No server is asked for an
-/// image, which could let nobody but QEMU in, and have others wait: a chain ends with such a one.
+/// An image and all images below it. No image is locked: QEMU may have them open. No server is
+/// asked: it may accept only QEMU, or not answer. So the chain ends with the first image on a
+/// server.
 pub fn chain(path: &str, format: &str) -> Result<Vec<Layer>> {
     if server_of(path, format).is_none() {
-        return look(path, format, &["--backing-chain"], DEFAULT_TIMEOUT)
+        return query_info(path, format, &["--backing-chain"], DEFAULT_TIMEOUT)
             .map(|layers| layers.into_iter().map(|(layer, _)| layer).collect());
     }
     let mut layers: Vec<Layer> = Vec::new();
@@ -291,11 +296,13 @@ pub fn chain(path: &str, format: &str) -> Result<Vec<Layer>> {
             layers.push(Layer { path, format, has_data_elsewhere: false });
             break;
         }
-        // A chain that comes back to itself ends here.
+        // A chain with a loop is an error.
         if layers.iter().any(|layer| layer.path == path) {
-            return Err(failed(format!("the image '{path}' stands on itself")));
+            return Err(failed(format!(
+                "the image '{path}' is its own backing file, directly or by other images"
+            )));
         }
-        for (layer, below) in look(&path, &format, &[], DEFAULT_TIMEOUT)? {
+        for (layer, below) in query_info(&path, &format, &[], DEFAULT_TIMEOUT)? {
             layers.push(layer);
             next = below;
         }
@@ -303,7 +310,7 @@ pub fn chain(path: &str, format: &str) -> Result<Vec<Layer>> {
     Ok(layers)
 }
 
-/// The server's image that an image of this format is, or stands on, by whatever images between.
+/// The image on a server that is this image, or that is below it at any depth.
 pub fn server_of(path: &str, format: &str) -> Option<String> {
     let mut seen = BTreeSet::new();
     let mut next = Some(path.to_owned());
@@ -320,26 +327,26 @@ pub fn server_of(path: &str, format: &str) -> Option<String> {
 /// An image's name and its format.
 type Below = (String, String);
 
-/// What qemu-img tells within this time of images, each with the one below it and that one's
-/// format.
-fn look(
+/// Asks qemu-img for an image, or for its whole chain. Returns each image with its backing file and
+/// that one's format.
+fn query_info(
     path: &str,
     format: &str,
     options: &[&str],
     limit: Duration,
 ) -> Result<Vec<(Layer, Option<Below>)>> {
     let step = || format!("cannot read the image '{path}' and those below it");
-    // A pipe that nobody writes to would be waited for.
+    // qemu-img would wait for a pipe without a writer.
     let kind = Path::new(path).metadata().map(|metadata| metadata.file_type());
     if kind.is_ok_and(|kind| !kind.is_file() && !kind.is_block_device()) {
         return Err(failed(format!("{}: it is neither a file nor a block device", step())));
     }
     let mut info = Tool::new("qemu-img");
     info.args(["info", "-U", "--output=json"]).args(options).args(["-f", format, path]);
-    let said = info
+    let info_json = info
         .output_within(limit)
         .map_err(|error| Error::new(error.code, format!("{}: {}", step(), error.message)))?;
-    let said = parse(&said).map_err(|error| {
+    let info_json = parse(&info_json).map_err(|error| {
         Error::new(Code::InternalError, format!("{}: qemu-img says {error}", step()))
     })?;
     let text = |layer: &Value, key: &str| layer[key].as_str().map(str::to_owned);
@@ -353,13 +360,13 @@ fn look(
         let has_data_elsewhere = layer["format-specific"]["data"]["data-file"].is_string();
         (Layer { path, format, has_data_elsewhere }, below)
     };
-    Ok(match said.as_array() {
+    Ok(match info_json.as_array() {
         Some(layers) => layers.iter().map(layer).collect(),
-        None => vec![layer(&said)],
+        None => vec![layer(&info_json)],
     })
 }
 
-/// Writes what is in `top`, and in the images between, to `base`. `top` stays as it is.
+/// Merges `top`, and the images between, into `base`. `top` stays as it is.
 pub fn commit(top: &Image, base: &str) -> Result<()> {
     let called = called_above(top, base);
     let mut commit = Tool::new("qemu-img");
@@ -369,14 +376,14 @@ pub fn commit(top: &Image, base: &str) -> Result<()> {
     })
 }
 
-/// What the overlay on an image calls it, of those below `top`: qemu-img compares names of servers
-/// by the letter.
+/// The name by which the overlay on `base` names it: qemu-img compares the names of server images
+/// as text.
 fn called_above(top: &Image, base: &str) -> String {
     let server = server_of(&top.path, &top.format).filter(|name| id(name) == id(base));
     server.unwrap_or_else(|| base.to_owned())
 }
 
-/// Makes an image an overlay of another with the same content as its backing file has.
+/// Changes the backing file of an overlay to another one with the same content.
 pub fn rebase(overlay: &Image, base: &str, format: &str) -> Result<()> {
     let mut rebase = Tool::new("qemu-img");
     rebase.args([
@@ -406,7 +413,7 @@ mod tests {
 
     use super::*;
 
-    /// A qcow2 image that names this one below it, which is not looked at.
+    /// Makes a qcow2 image with a backing file that need not exist.
     fn image_on(image: &Path, below: &str) {
         let mut create = Tool::new("qemu-img");
         create
@@ -445,18 +452,18 @@ mod tests {
     fn a_chain_on_a_server_that_does_not_answer_is_not_waited_for_without_end() {
         let directory = tempfile::tempdir().unwrap();
         let (image, socket) = (directory.path().join("image"), directory.path().join("nbd"));
-        // Clients are let in by the kernel, and never answered.
+        // The kernel accepts clients, and they get no answer.
         let _silent = UnixListener::bind(&socket).unwrap();
         image_on(&image, &format!("nbd:unix:{}", socket.display()));
         let image = image.to_str().unwrap();
-        let error =
-            look(image, "qcow2", &["--backing-chain"], Duration::from_millis(300)).unwrap_err();
+        let error = query_info(image, "qcow2", &["--backing-chain"], Duration::from_millis(300))
+            .unwrap_err();
         assert_eq!(error.code, Code::OperationTimeout, "{error}");
         assert!(
             error.message.contains(image) && error.message.contains("qemu-img did not end"),
             "{error}"
         );
-        // It is known by its name, and not asked.
+        // The server is known by its name, and is not asked.
         let layers = chain(image, "qcow2").unwrap();
         let names: Vec<_> = layers.iter().map(|layer| layer.path.as_str()).collect();
         assert_eq!(names, [image, &format!("nbd:unix:{}", socket.display())]);

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! Who has an image open, by the byte-range locks that QEMU takes on it.
+//! Finds out which processes have an image open, by the byte-range locks that QEMU takes on it.
 //!
-//! QEMU locks one byte for each permission that it uses ([`USED`]), and one for each that it does
-//! not share ([`UNSHARED`]), unless it was told not to (`locking=off`).
+//! QEMU locks one byte for each permission that it uses, and one for each that it does not share,
+//! unless it runs with `locking=off`.
 
 use std::fs::File;
 use std::ops::Range;
@@ -12,11 +12,11 @@ use std::path::Path;
 
 use crate::sys::{self, IMAGE_LOCKS};
 
-/// A lock on this byte says that its holder writes.
+/// The byte that a process locks if it writes the image.
 const WRITES: Range<i64> = 101..102;
 
-/// So often the kernel's list is read at most.
-const LOOKS: usize = 50;
+/// How often the kernel's list is read at most.
+const ATTEMPTS: usize = 50;
 
 /// Whether a process other than this one has the image open as QEMU opens it.
 pub fn is_in_use(image: &Path) -> bool {
@@ -28,17 +28,18 @@ pub fn is_written(image: &Path) -> bool {
     has_lock(image, WRITES)
 }
 
-/// Whether a process other than this QEMU, which has the image open itself, has it open too. What
-/// the kernel does not tell is not known: QEMU then refuses itself to write to the image.
+/// Whether a process other than this QEMU, which has the image open itself, has it open too. False
+/// if the kernel does not report it: QEMU itself then refuses to write to the image.
 ///
-/// The kernel writes its locks a page at a time. Where other guests' locks come and go in between,
-/// it can write one twice; and this QEMU's own can have changed when they are read. So of holders
-/// that cannot be seen among the processes only what its list says each time counts.
+/// The kernel writes its list of locks a page at a time. If the locks of other guests change in
+/// between, it can list one twice; and this QEMU's own locks can change before they are read. So a
+/// holder that cannot be seen among the processes counts only if the list shows it in each of
+/// several attempts.
 pub fn is_in_use_besides(image: &Path, qemu: u32) -> bool {
-    is_locked_by_another(image, qemu) || (0..LOOKS).all(|_| looks_in_use_besides(image, qemu))
+    is_locked_by_another(image, qemu) || (0..ATTEMPTS).all(|_| list_shows_another(image, qemu))
 }
 
-/// Whether a process that can be looked at, other than this one, has locks on the image.
+/// Whether a process other than this QEMU has locks on the image, of those that can be inspected.
 fn is_locked_by_another(image: &Path, qemu: u32) -> bool {
     let (Ok(metadata), Ok(processes)) = (image.metadata(), std::fs::read_dir("/proc")) else {
         return false;
@@ -49,12 +50,13 @@ fn is_locked_by_another(image: &Path, qemu: u32) -> bool {
         .any(|pid| locks_of(pid, id).is_some_and(|locks| !locks.is_empty()))
 }
 
-fn looks_in_use_besides(image: &Path, qemu: u32) -> bool {
+fn list_shows_another(image: &Path, qemu: u32) -> bool {
     let (Ok(metadata), Ok(all)) = (image.metadata(), std::fs::read_to_string("/proc/locks")) else {
         return false;
     };
     let Some(own) = locks_of(qemu, (metadata.dev(), metadata.ino())) else { return false };
-    // The kernel names the file by numbers that `stat` need not know: by those of QEMU's own locks.
+    // The kernel identifies the file by numbers that can differ from those of `stat`, so they are
+    // read from QEMU's own locks.
     let Some(file) = own.first().and_then(|line| file_of(line)).map(str::to_owned) else {
         return is_in_use(image);
     };
@@ -77,7 +79,7 @@ fn has_lock(image: &Path, bytes: Range<i64>) -> bool {
     sys::open_file(image).is_ok_and(|file: File| sys::is_locked(&file, bytes))
 }
 
-/// The locks that a process has on a file, as the kernel writes them.
+/// The locks that a process has on a file, in the kernel's text form.
 fn locks_of(pid: u32, id: (u64, u64)) -> Option<Vec<String>> {
     let mut locks = Vec::new();
     for entry in std::fs::read_dir(format!("/proc/{pid}/fd")).ok()? {
@@ -142,13 +144,14 @@ mod tests {
         assert!(!is_in_use(path));
     }
 
-    /// Other guests come and go while the list is read.
+    /// Other guests take and release locks while the list is read.
     #[test]
     fn locks_that_change_meanwhile_are_nobodys_on_this_image() {
         let image = tempfile::NamedTempFile::new().unwrap();
         let own = File::open(image.path()).unwrap();
         (100..104).for_each(|byte| lock(&own, byte));
-        // A process of its own holds them: children of other tests would have copies of ours.
+        // A separate process holds them: children of other tests would have copies of our
+        // descriptors.
         let mut holder =
             std::process::Command::new("sleep").arg("1000").stdin(own).spawn().unwrap();
         while is_locked_by_another(image.path(), holder.id()) {
@@ -162,16 +165,16 @@ mod tests {
                     for other in &others {
                         let opened = File::open(format!("/proc/self/fd/{}", other.as_raw_fd()));
                         (0..40).for_each(|n| lock(opened.as_ref().unwrap(), 2 * n));
-                        // Other guests do so now and then.
+                        // Other guests do so occasionally.
                         std::thread::sleep(std::time::Duration::from_millis(2));
                     }
                 }
             });
-            let looks = 300;
+            let attempts = 300;
             let wrong =
-                (0..looks).filter(|_| looks_in_use_besides(image.path(), holder.id())).count();
-            eprintln!("{wrong} of {looks} looks are wrong");
-            let in_use = (0..looks).any(|_| is_in_use_besides(image.path(), holder.id()));
+                (0..attempts).filter(|_| list_shows_another(image.path(), holder.id())).count();
+            eprintln!("{wrong} of {attempts} attempts are wrong");
+            let in_use = (0..attempts).any(|_| is_in_use_besides(image.path(), holder.id()));
             stop.store(true, Ordering::Relaxed);
             holder.kill().unwrap();
             holder.wait().unwrap();

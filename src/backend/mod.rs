@@ -1,10 +1,9 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! Who runs the guest: the one thing in which the backends differ.
+//! The programs that run guests, behind two traits: the only part in which the backends differ.
 //!
-//! A [`Connector`] is a guest that was opened; it hands out a [`Guest`], exclusive to one
-//! operation, for as long as that operation takes. The engine does everything else, over these two
-//! traits.
+//! A [`Connector`] is a guest that was opened. It hands out a [`Guest`], which holds the guest
+//! exclusively for one operation. The engine does everything else, and uses only these two traits.
 
 mod busy;
 pub mod driver;

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! Whether the images of a guest can be opened again by their names.
+//! Checks that the images of a guest can be opened again by their names.
 //!
-//! A snapshot is brought back by the names of its images. An image whose name is gone (it was
-//! removed, or is a temporary one, as those of QEMU's `snapshot=on` are), or leads to another file
-//! by now, is known to QEMU alone, and lost when QEMU ends.
+//! A revert opens the snapshot's images by their names. An image may have lost its name: it was
+//! removed, or is a temporary one, as those of QEMU's `snapshot=on` are. Or the name leads to
+//! another file by now. Such an image is lost when QEMU ends.
 
 use std::collections::BTreeSet;
 use std::fs::Metadata;
@@ -18,8 +18,7 @@ use crate::error::{Result, fail};
 use crate::model::DiskPlan;
 use crate::monitor::json;
 
-/// Refuses disks with images that QEMU, the process `pid`, does not have by the names that they are
-/// called by.
+/// Refuses disks with images that QEMU, the process `pid`, does not have open under their names.
 pub fn check_named(pid: Option<u32>, disks: &[DiskPlan]) -> Result<()> {
     let open = pid.and_then(open_files);
     for disk in disks {
@@ -31,22 +30,22 @@ pub fn check_named(pid: Option<u32>, disks: &[DiskPlan]) -> Result<()> {
     Ok(())
 }
 
-/// The files of an image, as QEMU calls it: by its path, or by all that it was opened with.
+/// The files of an image, which QEMU names by its path, or by all its options (`json:`).
 fn files(image: &str) -> Vec<String> {
     let Some(options) = image.strip_prefix("json:") else {
         return Some(image.to_owned()).filter(|file| file.starts_with('/')).into_iter().collect();
     };
     let Ok(opened) = json::parse(options.as_bytes()) else { return Vec::new() };
     let mut files = Vec::new();
-    // One below the other, without recursion: a chain can be long.
-    let mut left: Vec<&Value> = vec![&opened];
-    while let Some(options) = left.pop() {
+    // Without recursion: a chain can be long.
+    let mut pending: Vec<&Value> = vec![&opened];
+    while let Some(options) = pending.pop() {
         let text = |name: &str| options[name].as_str().unwrap_or_default();
         let file = text("filename");
         if matches!(text("driver"), "file" | "host_device") && file.starts_with('/') {
             files.push(file.to_owned());
         }
-        left.extend(options.as_object().into_iter().flat_map(|options| options.values()));
+        pending.extend(options.as_object().into_iter().flat_map(|options| options.values()));
     }
     files
 }
@@ -66,26 +65,26 @@ fn check_file(
     }
     // A QEMU in a mount namespace of its own sees other files by these names.
     let root = pid.map(|pid| PathBuf::from(format!("/proc/{pid}/root{image}")));
-    let looked =
+    let results =
         [Some(PathBuf::from(image)), root].into_iter().flatten().map(|path| path.metadata());
-    let (found, missing): (Vec<_>, Vec<_>) = looked.partition(|metadata| metadata.is_ok());
+    let (found, missing): (Vec<_>, Vec<_>) = results.partition(|metadata| metadata.is_ok());
     let found: Vec<Metadata> = found.into_iter().flatten().collect();
-    // What is gone is missing in a place that was looked at: where QEMU sees it, or in a directory
-    // that is here, too.
-    let looked_at = pid
+    // The image counts as gone only if the place was inspected: QEMU's own view of the files, or a
+    // directory that exists here.
+    let inspected = pid
         .is_some_and(|pid| Path::new(&format!("/proc/{pid}/root")).metadata().is_ok())
         || Path::new(image).parent().is_some_and(Path::is_dir);
-    let gone = looked_at
+    let gone = inspected
         && missing
             .into_iter()
             .filter_map(|metadata| metadata.err())
             .all(|error| error.kind() == ErrorKind::NotFound);
     let why = match open {
         _ if found.is_empty() && gone => {
-            "is not there any more under this name (it was removed, or is a temporary one)"
+            "does not exist any more under this name (it was removed, or is a temporary one)"
         }
         Some(open) if !found.is_empty() && !found.iter().any(|file| open.contains(&id(file))) => {
-            "is not the file of this name any more (that was replaced)"
+            "is not the file of this name any more (the file was replaced)"
         }
         _ => return Ok(()),
     };
@@ -97,7 +96,7 @@ fn check_file(
     );
 }
 
-/// A file, or the device that it stands for.
+/// Identifies a file, or the device of a device node.
 type FileId = (u64, u64);
 
 fn id(file: &Metadata) -> FileId {
@@ -131,10 +130,10 @@ mod tests {
         let elsewhere = elsewhere.to_str().unwrap();
         let check = |pid, image| check_file(pid, None, "vda", image);
         let gone = |result: Result<()>| {
-            assert!(result.unwrap_err().message.contains("is not there any more"))
+            assert!(result.unwrap_err().message.contains("does not exist any more"))
         };
         gone(check(None, image));
-        // A directory that only QEMU has, on a host or in a container of its own.
+        // A directory that exists only for QEMU, in a container or on another host.
         check(None, elsewhere).unwrap();
         // No process has this number.
         check(Some(u32::MAX), elsewhere).unwrap();

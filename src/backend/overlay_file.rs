@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! The file of an overlay.
+//! Makes, formats, merges and discards the file of an overlay.
 //!
-//! qemu-img, which may run with more rights than whoever can change an image or the names that lead
-//! to it, is given the open file, and told what is below it: it believes neither a name nor what an
-//! image says of itself.
+//! qemu-img may run with more rights than a user who can change an image or a link to it. So
+//! qemu-img gets the open file and the name of the image below, and uses neither the overlay's name
+//! nor the backing file that its header names.
 
 use std::fs::{File, Metadata};
 use std::io::{self, ErrorKind};
@@ -21,44 +21,44 @@ use crate::own_file::{KnownFile, OwnFile, Undo};
 use crate::sys;
 use crate::tool::Tool;
 
-/// The standard input of whoever opens it.
+/// The name of qemu-img's standard input.
 const STDIN: &str = "/proc/self/fd/0";
 
-/// What may become of a file or a device that is there before the snapshot is taken.
+/// The rule for a file or a device that exists before the snapshot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Beforehand {
-    /// libvirt's rule: an empty file and a block device are taken, and formatted.
+    /// libvirt's rule: an empty file or a block device is used, and formatted.
     Taken,
-    /// Nothing that is there is written to: the caller works with more rights than who names the
-    /// file.
+    /// An existing file is never written to: this process has more rights than the user who names
+    /// the file.
     Refused,
 }
 
-/// The file or the device of an overlay, and what an undo makes of it.
+/// The file or the device of an overlay, by how an undo treats it.
 #[derive(Debug)]
 pub enum OverlayFile {
-    /// It was made for the snapshot, and goes.
+    /// It was made for the snapshot, and is removed.
     Made(OwnFile),
-    /// An empty file that the caller has made beforehand, and that is empty again.
+    /// An empty file that existed before. It is emptied.
     Emptied {
-        /// Where it really is: no link leads there.
+        /// Its path without links.
         path: PathBuf,
-        /// It.
+        /// The open file.
         file: File,
     },
-    /// A block device, which stays, without an overlay on it. What was on it before is lost.
+    /// A block device. The overlay's header on it is wiped; its earlier content is lost.
     Device {
-        /// Its node: no link leads there.
+        /// The path of its device node, without links.
         path: PathBuf,
-        /// It.
+        /// The open file.
         file: File,
     },
-    /// An overlay that the caller has made beforehand, and that stays what it is.
+    /// An overlay that the caller has made before. It stays as it is.
     Reused(File),
 }
 
 impl OverlayFile {
-    /// Makes it, or takes what is there, as the disk's plan says.
+    /// Creates the file, or uses an existing one, as the disk's plan says.
     pub fn open(disk: &DiskPlan, beforehand: Beforehand) -> Result<OverlayFile> {
         if disk.reuse {
             return reuse(disk).map(OverlayFile::Reused);
@@ -83,7 +83,7 @@ impl OverlayFile {
             }
             Err(error) => return Err(Error::system(step(disk), error)),
         };
-        // So that whoever could open the image below can open this.
+        // Every user that can open the image below must be able to open the overlay.
         if let Err(error) = sys::copy_owner_and_mode(own.file(), Path::new(&disk.drive.file)) {
             let _ = own.remove();
             return Err(Error::system(step(disk), error));
@@ -101,17 +101,17 @@ impl OverlayFile {
         }
     }
 
-    /// Whether it is a block device.
+    /// Whether the overlay is on a block device.
     pub fn is_device(&self) -> bool {
         self.file().metadata().is_ok_and(|found| found.file_type().is_block_device())
     }
 
-    /// Whether it has to be formatted.
+    /// Whether the overlay has to be formatted.
     pub fn is_new(&self) -> bool {
         !matches!(self, OverlayFile::Reused(_))
     }
 
-    /// What a process needs to know that undoes it in this one's place.
+    /// The file, as the watchdog needs to know it to undo it.
     pub fn known(&self) -> Option<KnownFile> {
         let (path, file, undo) = match self {
             OverlayFile::Made(own) => return Some(own.known()),
@@ -123,7 +123,7 @@ impl OverlayFile {
         Some(KnownFile { path: path.clone(), id: (found.dev(), found.ino()), undo })
     }
 
-    /// Undoes it: no QEMU has it open any more.
+    /// Undoes the file. No QEMU may have it open any more.
     pub fn discard(&self) -> io::Result<()> {
         match self {
             OverlayFile::Made(own) => own.remove(),
@@ -138,13 +138,13 @@ impl OverlayFile {
         }
     }
 
-    /// Makes it durable, its name too: from the switch on the guest's data is in it.
+    /// Makes the file and its name durable: from the switch on it has the guest's data.
     pub fn sync(&self, path: &str) -> io::Result<()> {
         self.file().sync_all()?;
         if self.is_device() { Ok(()) } else { sys::sync_parent(Path::new(path)) }
     }
 
-    /// Formats it as an overlay of an image, which QEMU has open: it is not asked for its size.
+    /// Formats the file as an overlay of an image. `size` is given because QEMU has the image open.
     pub fn format(
         &self,
         image: &str,
@@ -155,8 +155,8 @@ impl OverlayFile {
     }
 }
 
-/// Refuses an overlay that is an image of a snapshot, by that one's name: it would be written to.
-/// What is there beforehand can be one, of a branch that the guest is not on.
+/// Refuses to write an overlay to a file that is an image of a snapshot already, for example of a
+/// branch that the guest is not on. `images` are pairs of a snapshot's name and an image.
 pub fn check_not_of_snapshots<'a>(
     disks: &[DiskPlan],
     images: impl IntoIterator<Item = (&'a str, &'a str)>,
@@ -185,7 +185,7 @@ fn step(disk: &DiskPlan) -> String {
     )
 }
 
-/// Takes what is there already: libvirt's rule.
+/// Uses an existing file, by libvirt's rule.
 fn take(disk: &DiskPlan, beforehand: Beforehand) -> Result<OverlayFile> {
     let (path, name) = (&disk.overlay, disk.drive.name());
     let exists = |more: &str| {
@@ -195,7 +195,7 @@ fn take(disk: &DiskPlan, beforehand: Beforehand) -> Result<OverlayFile> {
         Error::new(Code::ConfigUnsupported, message)
     };
     if beforehand == Beforehand::Refused {
-        return Err(exists(", and inside the daemon nothing is taken that is there beforehand"));
+        return Err(exists(", and inside the daemon no existing file is used"));
     }
     let Ok(found) = Path::new(path).metadata() else {
         return Err(exists(", a link that leads nowhere"));
@@ -211,7 +211,8 @@ fn take(disk: &DiskPlan, beforehand: Beforehand) -> Result<OverlayFile> {
     let open =
         |path: &Path, flags| File::options().read(true).write(true).custom_flags(flags).open(path);
     if is_device {
-        // What is mounted, or part of a volume group, has an exclusive holder; QEMU is none.
+        // A device that is mounted, or part of a volume group, has an exclusive holder. QEMU does
+        // not open its devices exclusively.
         match open(Path::new(path), libc::O_NONBLOCK | libc::O_EXCL) {
             Err(error) if error.raw_os_error() == Some(libc::EBUSY) => {
                 return Err(in_use(disk, "the host uses it"));
@@ -248,8 +249,9 @@ fn in_use(disk: &DiskPlan, why: &str) -> Error {
     Error::new(Code::ConfigUnsupported, message)
 }
 
-/// The caller's own overlay: QEMU puts the disk's image below, whatever is said in it; but at the
-/// guest's next start it is believed, and what is in it already the guest would see at once.
+/// Opens the caller's own overlay. QEMU puts the disk's image below it, whatever its header says;
+/// but the header counts at the guest's next start, and the guest would see existing content at
+/// once.
 fn reuse(disk: &DiskPlan) -> Result<File> {
     let DiskPlan { drive, overlay, .. } = disk;
     let refuse = |what: &str| {
@@ -274,7 +276,7 @@ fn reuse(disk: &DiskPlan) -> Result<File> {
     if sys::is_locked(&file, sys::IMAGE_LOCKS) {
         return Err(refuse("is in use (a QEMU has it open): name another"));
     }
-    // What is not a file can be called in many ways.
+    // An image that is not a file can have many names.
     let below = header.backing.as_deref().map(|below| images::beside(overlay, below));
     let is_image = |below: &String| sys::same_file(Path::new(below), Path::new(&drive.file));
     let is_other = |below: &str| {
@@ -310,7 +312,7 @@ fn reuse(disk: &DiskPlan) -> Result<File> {
     Ok(file)
 }
 
-/// Makes a file an overlay of an image that is not opened.
+/// Formats a file as an overlay of an image, which is not opened.
 pub fn format(
     overlay: &File,
     image: &str,
@@ -322,11 +324,11 @@ pub fn format(
     create.arg(size.to_string()).run_on(overlay)
 }
 
-/// Makes a file an overlay of an image that nobody has open.
+/// Formats a file as an overlay of an image that no process has open.
 pub fn create_on(overlay: &File, image: &str, format: &str) -> Result<()> {
     let mut create = Tool::new("qemu-img");
     create.args(["create", "-q", "-f", "qcow2", "-F", format, "-b", image, STDIN]);
-    // It opens the image and all below, for its size.
+    // qemu-img opens the image and all images below to learn its size.
     create.run_on_within(overlay, DEFAULT_TIMEOUT).map_err(|error| {
         Error::new(error.code, format!("cannot create an overlay of '{image}': {}", error.message))
     })
@@ -334,16 +336,16 @@ pub fn create_on(overlay: &File, image: &str, format: &str) -> Result<()> {
 
 /// Merges an overlay that no QEMU has open into the image that it was made on.
 pub fn commit(overlay: &File, image: &str, image_format: &str) -> Result<()> {
-    commit_asking(overlay, image, image_format, DEFAULT_TIMEOUT)
+    commit_within(overlay, image, image_format, DEFAULT_TIMEOUT)
 }
 
-/// The same, where a server that one of the images is on answers within this time: qemu-img would
-/// wait for it without end.
-fn commit_asking(overlay: &File, image: &str, image_format: &str, limit: Duration) -> Result<()> {
+/// The same with a timeout for the server that one of the images is on: qemu-img would wait for it
+/// without end.
+fn commit_within(overlay: &File, image: &str, image_format: &str, limit: Duration) -> Result<()> {
     let failed = |reason: String| Error::new(Code::OperationFailed, reason);
     check_own_data(overlay).map_err(failed)?;
     if let Some(server) = images::server_of(image, image_format) {
-        // Of whatever format it is.
+        // `raw`, because the format does not matter for this check.
         images::size_on_server_within(&server, "raw", limit)?;
     }
     let mut commit = Tool::new("qemu-img");
@@ -359,13 +361,13 @@ fn commit_asking(overlay: &File, image: &str, image_format: &str, limit: Duratio
         {
             fail!(OperationFailed, "the overlay is not on '{image}'");
         }
-        // Not a file: it is called in ways that only qemu-img understands.
+        // Not a file: only qemu-img understands its name.
         commit.args(["-f", "qcow2", STDIN]);
     }
     commit.run_on(overlay).map_err(failed)
 }
 
-/// A qcow2 image can name another file that has its data: ours do not.
+/// Refuses a qcow2 image whose data is in another file. Our overlays are not such images.
 fn check_own_data(overlay: &File) -> std::result::Result<(), String> {
     const INCOMPATIBLE_FEATURES: u64 = 72;
     const EXTERNAL_DATA_FILE: u64 = 1 << 2;
@@ -389,7 +391,7 @@ mod tests {
     fn a_server_below_that_does_not_answer_is_not_waited_for_without_end_by_a_merge() {
         let directory = tempfile::tempdir().unwrap();
         let path = |name: &str| directory.path().join(name).to_str().unwrap().to_owned();
-        // Clients are let in by the kernel, and never answered.
+        // The kernel accepts clients, and they get no answer.
         let _silent = UnixListener::bind(path("nbd")).unwrap();
         let server = format!("nbd+unix:///x?socket={}", path("nbd"));
         let overlay = |name: &str, below: &str, below_format: &str| {
@@ -402,7 +404,7 @@ mod tests {
         let upper = overlay("upper", &image, "qcow2");
         for (top, image, image_format) in [(&lower, &server, "raw"), (&upper, &image, "qcow2")] {
             let error =
-                commit_asking(top, image, image_format, Duration::from_millis(300)).unwrap_err();
+                commit_within(top, image, image_format, Duration::from_millis(300)).unwrap_err();
             assert_eq!(error.code, Code::OperationTimeout, "{error}");
             assert!(error.message.contains(&server), "{error}");
         }
@@ -448,7 +450,7 @@ mod tests {
             assert_eq!((known.path.to_str(), known.undo), (Some(&*empty), Undo::Empty));
             taken.discard().unwrap();
             assert_eq!(std::fs::read(&empty).unwrap(), b"");
-            // By a process that was forked.
+            // The same as a forked process does it.
             taken.format(&image, "raw", 1 << 20).unwrap();
             let as_c = std::ffi::CString::new(empty.clone()).unwrap();
             sys::change_unused(&as_c, (known.id.0, known.id.1 + 1), sys::empty);

@@ -1,19 +1,19 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! Waiting for a block job for as long as it makes progress, which may be hours.
+//! Waits for a block job as long as it makes progress, which may take hours.
 
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use crate::deadline::Deadline;
 
-/// A block job that makes no progress for so long is given up.
+/// A block job that makes no progress for this long is given up.
 pub const STALLED: Duration = Duration::from_secs(60);
 
-/// Between two looks at a job at least so long, and at most.
-const NAPS: [Duration; 2] = [Duration::from_micros(500), Duration::from_millis(200)];
+/// The shortest and the longest time between two queries of a job.
+const INTERVALS: [Duration; 2] = [Duration::from_micros(500), Duration::from_millis(200)];
 
-/// See the module.
+/// The progress of one block job.
 #[derive(Debug)]
 pub struct Progress<T> {
     limit: Duration,
@@ -23,21 +23,21 @@ pub struct Progress<T> {
 }
 
 impl<T: PartialEq> Progress<T> {
-    /// `limit`: no progress for so long is none.
+    /// `limit` is the longest time without progress.
     pub fn new(limit: Duration) -> Progress<T> {
         Progress { limit, seen: None, deadline: Deadline::after(limit), begun: Instant::now() }
     }
 
-    /// Waits a moment before the next look, by which the end is seen at most a tenth late. `seen`
-    /// is what the last look has shown, where it has shown something. False where there was
-    /// nothing new for too long.
+    /// Waits before the next query of the job, so short that its end is noticed at most a tenth
+    /// late. `seen` is the result of the last query, if it had one. Returns false if there was no
+    /// progress for too long.
     pub fn wait(&mut self, seen: Option<T>) -> bool {
         if seen.is_some() && self.seen != seen {
             self.seen = seen;
             self.deadline = Deadline::after(self.limit);
         }
         let Some(left) = self.deadline.left() else { return false };
-        let [least, most] = NAPS;
+        let [least, most] = INTERVALS;
         sleep((self.begun.elapsed() / 10).clamp(least, most).min(left));
         true
     }

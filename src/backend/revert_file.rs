@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! The files that a revert makes: IMAGE.SNAPSHOT-XXXXXX.revert.
+//! Names the files that a revert makes: IMAGE.SNAPSHOT-XXXXXX.revert.
 
 use std::ffi::OsStr;
 use std::io;
@@ -8,14 +8,14 @@ use std::path::Path;
 
 use tempfile::NamedTempFile;
 
-/// What their names end with.
+/// The suffix of their names.
 const SUFFIX: &str = ".revert";
 
-/// So many letters and digits tell those of one image and one snapshot apart.
+/// The number of random letters and digits in a name.
 const RANDOM: usize = 6;
 
-/// Makes a new one in a directory, called after an image and a snapshot. It goes when it is
-/// dropped.
+/// Makes a new file in a directory, named after an image and a snapshot. The file is removed when
+/// it is dropped.
 pub fn create_in(directory: &Path, image: &Path, snapshot: &str) -> io::Result<NamedTempFile> {
     // A name may be as long as NAME_MAX (255) already.
     let image = image.file_stem().unwrap_or(OsStr::new("disk")).to_string_lossy();
@@ -28,7 +28,7 @@ pub fn create_in(directory: &Path, image: &Path, snapshot: &str) -> io::Result<N
         .tempfile_in(directory)
 }
 
-/// Whether a file is called as they are.
+/// Whether a file has the name of a revert's file.
 pub fn is_called_so(file: &Path) -> bool {
     let name = file.file_name().unwrap_or_default().to_string_lossy();
     let random =

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! Whether the guest's RAM is written past QEMU's mapping of it: by another process, or by a
-//! device.
+//! The shared memory check: refuses a guest whose RAM another process or a device writes, without
+//! QEMU's own mapping of it.
 
 use serde_json::{Value, json};
 
@@ -11,11 +11,11 @@ use crate::error::{Code, Result, fail};
 use crate::monitor::json::Json;
 use crate::monitor::{Command, Execute};
 
-/// Devices whose backend writes guest RAM from another process, through a mapping of its own.
+/// Devices whose backend is another process that writes guest RAM by its own mapping.
 const SHARING_DEVICES: [&str; 5] =
     ["vhost-user", "vhost-vdpa", "ivshmem", "vfio-user", "x-pci-proxy"];
 
-/// Block drivers that give guest RAM to a device, or to another process, for it to read into.
+/// Block drivers that let a device, or another process, read data into guest RAM.
 const SHARING_BLOCK_DRIVERS: [&str; 5] = [
     "nvme",
     "nvme-io_uring",
@@ -29,7 +29,8 @@ fn query(guest: &mut dyn Execute, command: &str, arguments: Value) -> Result<Jso
     guest.run(&step, Command::new(command, arguments), Deadline::after(DEFAULT_TIMEOUT))
 }
 
-/// Refuses a guest whose RAM others write: userfaultfd sees QEMU's own mapping only.
+/// Refuses a guest whose RAM another process or a device writes: userfaultfd covers QEMU's own
+/// mapping only.
 pub fn check_memory_not_shared(guest: &mut dyn Execute) -> Result<()> {
     for path in ["/machine/peripheral", "/machine/peripheral-anon", "/objects"] {
         let devices = query(guest, "qom-list", json!({ "path": path }))?;
@@ -56,7 +57,8 @@ pub fn check_memory_not_shared(guest: &mut dyn Execute) -> Result<()> {
     let network = query(guest, "human-monitor-command", json!({ "command-line": "info network" }));
     let network = match network {
         Ok(network) => network,
-        // A QEMU built without the human monitor has no vhost-user to speak of either.
+        // This QEMU was built without the human monitor. Such a build has no vhost-user network
+        // backends either.
         Err(error) if error.code == Code::OperationFailed => return Ok(()),
         Err(error) => return Err(error),
     };

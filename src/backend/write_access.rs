@@ -1,11 +1,10 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! Whether QEMU could write an image again once it has let go of it.
+//! The write check: whether QEMU could open an image for writing again after the switch.
 //!
-//! It has its disks' images open, and goes on writing to them whatever becomes of their
-//! permissions. After the switch it opens them for reading only; to merge an overlay back, it has
-//! to open the image below once more for writing. A snapshot that could not be undone is better not
-//! begun.
+//! QEMU has its disks' images open, and goes on writing to them even if their permissions change.
+//! After the switch it has them open for reading only. To merge an overlay back, it must open the
+//! image below for writing again. A snapshot that could not be undone is refused.
 
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
@@ -16,10 +15,10 @@ use super::guest::Guest;
 use crate::error::{Result, fail};
 use crate::model::DiskPlan;
 
-/// May write whatever the mode says.
+/// The capability that permits writing whatever the mode says.
 const CAP_DAC_OVERRIDE: u64 = 1 << 1;
 
-/// Whose rights a process has when it opens a file.
+/// The rights of a process when it opens a file.
 #[derive(Debug, PartialEq, Eq)]
 struct Credentials {
     user: u32,
@@ -27,14 +26,14 @@ struct Credentials {
     capabilities: u64,
 }
 
-/// Refuses a disk whose image QEMU could not open for writing again, as far as that can be told.
+/// Refuses a disk whose image QEMU could not open for writing again, as far as that is known.
 pub fn check(guest: &dyn Guest, disks: &[DiskPlan]) -> Result<()> {
     let Some((pid, credentials)) = guest.pid().and_then(|pid| Some((pid, Credentials::of(pid)?)))
     else {
         return Ok(());
     };
     for drive in disks.iter().map(|disk| &disk.drive).filter(|drive| drive.file.starts_with('/')) {
-        // As QEMU sees it, which can be in a mount namespace.
+        // QEMU can be in its own mount namespace.
         let path = format!("/proc/{pid}/root{}", drive.file);
         let Ok(metadata) = std::fs::metadata(&path) else { continue };
         let Some(rules) = Rules::of(Path::new(&path)) else { continue };
@@ -67,7 +66,8 @@ impl Credentials {
         let numbers = |name: &str| -> Option<Vec<u32>> {
             line(name)?.split_whitespace().map(|number| number.parse().ok()).collect()
         };
-        // Real, effective, saved, and the one that files are opened with.
+        // The real, effective, saved and file system ids. The last one counts when a file is
+        // opened.
         let (user, group) = (*numbers("Uid:")?.get(3)?, *numbers("Gid:")?.get(3)?);
         let groups = [numbers("Groups:").unwrap_or_default(), vec![group]].concat();
         let capabilities = u64::from_str_radix(line("CapEff:")?.trim(), 16).ok()?;
@@ -86,19 +86,19 @@ impl Credentials {
     }
 }
 
-/// What a file system decides by.
+/// The rules by which a file system grants access.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Rules {
-    /// The mode, and POSIX access control lists where it has them.
+    /// The mode, and POSIX access control lists.
     Posix,
-    /// The mode, and perhaps lists that are read otherwise.
+    /// The mode, POSIX access control lists, and perhaps others.
     PosixAndOthers,
 }
 
 impl Rules {
-    /// `None` where a server decides, or a program, whatever the mode is.
+    /// `None` if a server or a program grants access, whatever the mode is.
     fn of(path: &Path) -> Option<Rules> {
-        // A type that is wider than 32 bits can be extended by a sign.
+        // A type wider than 32 bits can be sign-extended.
         rustix::fs::statfs(path).ok().and_then(|found| Rules::of_type(found.f_type as u32))
     }
 
@@ -121,7 +121,7 @@ impl Rules {
     }
 }
 
-/// Its mode is not all that counts, as far as is known.
+/// Whether access may depend on more than the mode.
 fn has_acl(path: &Path, rules: Rules) -> bool {
     let mut value = [0_u8; 1];
     match rustix::fs::getxattr(path, c"system.posix_acl_access", &mut value) {

@@ -304,7 +304,7 @@ fn interrupted_delete_can_be_repeated() {
             assert_eq!(proxy.rules_left(), 0, "{what}");
             assert_eq!(error.code, Code::OperationFailed, "{what}: {error}");
             assert!(error.message.starts_with("cannot delete snapshot 's': "), "{what}: {error}");
-            let again = error.message.contains("again when the cause is mended");
+            let again = error.message.contains("again when the cause is fixed");
             assert_eq!(
                 (again, error.message.contains("nothing was changed")),
                 (spoilt, !spoilt),

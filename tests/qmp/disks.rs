@@ -1191,7 +1191,7 @@ fn removed_or_replaced_image_is_refused_before_anything_is_created() {
             "virtio-blk-pci,id=vd2,drive=d-temporary.qcow2",
         ];
         let opened = Opened::start(&with(machine(binary, 1), &args));
-        let gone = "is not there any more under this name";
+        let gone = "does not exist any more under this name";
         let only = |disk: &str| {
             let others = ["vd0", "vd1", "vd2"].into_iter().filter(|other| *other != disk);
             let others: String =

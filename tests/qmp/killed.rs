@@ -346,7 +346,7 @@ fn merged_overlay_that_another_qemu_has_opened_is_not_removed() {
     assert_eq!(overlay(0).exists().then(|| overlay(1).exists()), Some(false));
     common::run("kill", &[server.trim()]);
     assert!(
-        error.message.contains(&format!("another one has the overlay '{}'", overlay(0).display())),
+        error.message.contains(&format!("another QEMU has the overlay '{}'", overlay(0).display())),
         "{error}"
     );
     for (index, disk) in opened.guest.disks().iter().enumerate() {

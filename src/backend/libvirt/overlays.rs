@@ -100,7 +100,7 @@ impl Overlays {
                 error.and(format!(
                     "disk '{}' was detached meanwhile, and what the guest wrote to it is in '{}', \
                      which could not be merged and must not be removed: run `qemu-img commit` on \
-                     it when the cause is mended",
+                     it when the cause is fixed",
                     disk.drive.name(),
                     disk.overlay
                 ))
@@ -149,7 +149,7 @@ impl Overlays {
                     format!(
                         "the domain has ended, and what the guest wrote after the instant is in \
                          {}, which could not be merged and must not be removed ({}): run `qemu-img \
-                         commit` on each when the cause is mended, and put the domain's definition \
+                         commit` on each when the cause is fixed, and put the domain's definition \
                          back, before it is started again",
                         self.paths(),
                         error.message

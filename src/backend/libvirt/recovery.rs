@@ -62,7 +62,7 @@ pub fn commands(
                 "the caller that took snapshot '{snapshot}' of domain {uuid} was killed, and its \
                  overlay '{overlay}' of disk '{target}' could not be merged back into '{}': the \
                  domain goes on with it, and it must not be removed; merge it with `virsh \
-                 blockcommit {uuid} {target} --shallow --active --pivot` when the cause is mended",
+                 blockcommit {uuid} {target} --shallow --active --pivot` when the cause is fixed",
                 disk.drive.file
             ),
         }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! What a QEMU tells of itself: its drives, its machine.
+//! Reads a guest's drives and machine from QEMU.
 
 use std::path::Path;
 
@@ -19,7 +19,7 @@ use crate::sys;
 
 use super::jobs::NODE_PREFIX;
 
-/// Drivers that pass a disk's data through: what is below them is the image.
+/// Filter drivers, which pass a disk's data through: the image is below them.
 const FILTERS: [&str; 8] = [
     "blkreplay",
     "compress",
@@ -38,8 +38,8 @@ fn query(monitor: &mut dyn Execute, command: &str, arguments: Value) -> Result<J
     monitor.run(&step, Command::new(command, arguments), Deadline::after(DEFAULT_TIMEOUT))
 }
 
-/// The drives that a guest's devices have. Those without a medium are there to be named, and
-/// nothing more.
+/// The drives of a guest's devices. Those without a medium are included only so that a request can
+/// name them.
 pub fn drives(
     monitor: &mut dyn Execute,
     domain: Option<&Domain>,
@@ -48,7 +48,7 @@ pub fn drives(
     let blocks = query(monitor, "query-block", json!({}))?;
     let mut drives = Vec::new();
     for block in blocks.as_array().into_iter().flatten() {
-        // A drive that no device has cannot change by the guest.
+        // The guest cannot change a drive that has no device.
         if !block["qdev"].is_string() {
             continue;
         }
@@ -87,9 +87,9 @@ fn drive(monitor: &mut dyn Execute, block: &Value, pid: Option<u32>) -> Result<D
     let driver = text(&inserted["drv"]);
     let unsupported_reason = if FILTERS.contains(&driver.as_str()) {
         Some(format!(
-            "has a filter ({driver}) on top of its image, beneath which QEMU switches no disk: \
-             remove it first (throttling by the drive's own options or a throttle group of the \
-             device is no unsupported_reason)"
+            "has a filter ({driver}) on top of its image, and QEMU switches no disk below a \
+             filter: remove it first (throttling by the drive's own options or by a throttle \
+             group of the device is supported)"
         ))
     } else if inserted["encrypted"] == true {
         Some("is encrypted: snapshots of encrypted images are not supported".into())
@@ -110,7 +110,7 @@ fn drive(monitor: &mut dyn Execute, block: &Value, pid: Option<u32>) -> Result<D
         backing,
         role,
         node,
-        // A file or a device without a format on top of it.
+        // A file or a device without a format layer is raw.
         format: if PROTOCOLS.contains(&driver.as_str()) { "raw".into() } else { driver },
         size: inserted["image"]["virtual-size"].as_u64().unwrap_or_default(),
         bitmaps: inserted["dirty-bitmaps"]
@@ -132,13 +132,13 @@ fn drive(monitor: &mut dyn Execute, block: &Value, pid: Option<u32>) -> Result<D
     })
 }
 
-/// The path of an image. QEMU calls it by `json:` and all that it was opened with where the image
-/// below is not the one that it names itself; one and the same by another name (a relative path,
-/// ours being absolute) is no such case.
+/// The path of an image. QEMU names the image by `json:` and all its options if its backing file is
+/// not the one that its header names. That includes a backing file that only has another name
+/// there, such as a relative path; then the plain path is returned.
 fn image_path(file: &str, info: &Value, pid: Option<u32>) -> String {
     let mut layers = vec![(file, info)];
-    // What one is called depends on what the one below it is. A chain can be longer than a stack is
-    // deep.
+    // The name of an image depends on the name of the one below it. No recursion: a chain can be
+    // deeper than the stack.
     while let Some((_, info)) = layers.last().filter(|(file, _)| file.starts_with(BY_OPTIONS)) {
         let below = &info["backing-image"];
         match below["filename"].as_str() {
@@ -152,7 +152,7 @@ fn image_path(file: &str, info: &Value, pid: Option<u32>) -> String {
     layers.into_iter().rev().fold(None, path_of).unwrap_or_default()
 }
 
-/// How QEMU calls an image by all that it was opened with.
+/// The prefix of a name that lists all options of an image.
 const BY_OPTIONS: &str = "json:";
 
 fn path_above(file: &str, info: &Value, below: Option<String>, pid: Option<u32>) -> String {
@@ -178,8 +178,8 @@ fn path_above(file: &str, info: &Value, below: Option<String>, pid: Option<u32>)
     absolute(&file, pid).unwrap_or(file)
 }
 
-/// The id that the user gave a device: `/machine/peripheral/ID/...`, or the id itself, as some
-/// versions say it.
+/// The id that the user gave a device: `/machine/peripheral/ID/...`, or only the id, depending on
+/// the version of QEMU.
 fn device_id(qdev: &str) -> Option<String> {
     match qdev.strip_prefix("/machine/peripheral/") {
         Some(path) => path.split('/').next().map(str::to_owned),
@@ -195,7 +195,7 @@ fn is_firmware(monitor: &mut dyn Execute, qdev: &str, device: &str) -> Result<bo
     Ok(kind.as_str().is_some_and(|kind| kind.starts_with("cfi.pflash")))
 }
 
-/// What libvirt carries over: not a temporary bitmap, not one that is off or broken.
+/// A bitmap that libvirt too would carry over. `None` if it is temporary, disabled or broken.
 fn bitmap(value: &Value) -> Option<Bitmap> {
     if value["persistent"] != true || value["recording"] != true || value["inconsistent"] == true {
         return None;
@@ -206,18 +206,18 @@ fn bitmap(value: &Value) -> Option<Bitmap> {
     })
 }
 
-/// A node of an image.
+/// A block node of an image.
 pub struct Node {
     /// Its name.
     pub name: String,
     /// The image.
     pub file: String,
-    /// It is that of the file, and not of the format.
+    /// It is the node of the file, not of the format.
     pub protocol: bool,
 }
 
-/// The nodes of images, filters left out. `flat`: without a look at what is below each, by which
-/// some could be called otherwise.
+/// The nodes of images, without filters. `flat`: without the backing files, on which some names
+/// depend.
 pub fn nodes(monitor: &mut dyn Execute, pid: Option<u32>, flat: bool) -> Result<Vec<Node>> {
     let nodes = query(monitor, "query-named-block-nodes", json!({ "flat": flat }))?;
     let node = |node: &Value| {
@@ -230,9 +230,8 @@ pub fn nodes(monitor: &mut dyn Execute, pid: Option<u32>, flat: bool) -> Result<
     Ok(nodes.as_array().into_iter().flatten().filter_map(node).collect())
 }
 
-/// Drives known by their node only: the node's name goes with the image, so once a snapshot has put
-/// an overlay of ours on top, the drive goes on by the name of the topmost image that its user
-/// named.
+/// Names drives that have only a node's name. That name belongs to the image: once a snapshot has
+/// put an overlay on top, the drive keeps the name of the topmost image that the user named.
 fn name_by_nodes(monitor: &mut dyn Execute, drives: &mut [Drive], pid: Option<u32>) -> Result<()> {
     let nodes = nodes(monitor, pid, true)?;
     let named = |file: &str, protocol: bool| {
@@ -241,7 +240,7 @@ fn name_by_nodes(monitor: &mut dyn Execute, drives: &mut [Drive], pid: Option<u3
         own.find(|node| node.protocol == protocol && node.file == file)
             .map(|node| node.name.clone())
     };
-    // The node of the format, where there is one on top of that of the file.
+    // The node of the format is preferred to that of the file.
     let named = |file: &str| named(file, false).or_else(|| named(file, true));
     for drive in drives.iter_mut().filter(|drive| drive.names.is_empty()) {
         drive.names.extend(drive.backing.iter().find_map(|file| named(file)));
@@ -249,8 +248,7 @@ fn name_by_nodes(monitor: &mut dyn Execute, drives: &mut [Drive], pid: Option<u3
     Ok(())
 }
 
-/// Gives each drive the target by which the domain XML knows it, and the options that only the XML
-/// tells.
+/// Gives each drive its target in the domain XML, and the options that only the XML has.
 fn name_by_domain(domain: &Domain, drives: &mut [Drive]) {
     let mut free: Vec<&Disk> = domain.disks.iter().collect();
     let rules: [fn(&Disk, &Drive) -> bool; 3] = [
@@ -285,7 +283,7 @@ fn name_by_domain(domain: &Domain, drives: &mut [Drive]) {
     }
 }
 
-/// The machine, for a domain XML of our own making.
+/// Reads the machine, for a domain XML that the library makes itself.
 pub fn machine(monitor: &mut dyn Execute, emulator: Option<String>) -> Result<Machine> {
     let text = |value: &Value| value.as_str().map(str::to_owned);
     let name = text(&query(monitor, "query-name", json!({}))?["name"]);

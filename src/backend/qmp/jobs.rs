@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! QEMU's jobs, as we start them: none dismisses itself, so that what became of it can be learnt.
+//! QEMU's jobs. They are started without `auto-dismiss`, so that their results can be read.
 
 use serde_json::{Value, json};
 
@@ -10,32 +10,33 @@ use crate::deadline::Deadline;
 use crate::error::{Code, Error, Result, fail};
 use crate::monitor::{Command, Execute, Failure};
 
-/// What the ids of all jobs, and of all nodes, begin with that we add.
+/// The prefix of the ids of all jobs and nodes that the library adds.
 pub const NODE_PREFIX: &str = "instantsnap-";
 
-/// How far an overlay has been merged into the image below. Once it is, that one is the newer.
+/// The progress of the merge of an overlay into the image below. After the merge, the image is the
+/// newer one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Merge {
-    /// Not at all.
+    /// It has not been merged.
     Not,
-    /// QEMU was told to complete it, and has not said yet that it has.
+    /// QEMU was told to complete the merge, and has not reported yet that it has.
     Completing,
-    /// It has.
+    /// QEMU has completed the merge.
     Done,
 }
 
-/// What is waited for.
+/// The state that [`wait`] waits for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Until {
-    /// All can be completed.
+    /// All jobs can be completed.
     Ready,
-    /// All have ended; those that can be are completed.
+    /// All jobs have ended. Those that are ready are completed.
     Completed,
-    /// All have ended, by whatever: they were cancelled.
+    /// All jobs have ended, in any way: they were cancelled.
     Ended,
 }
 
-/// Starts to merge an overlay that is active into a node below it.
+/// Starts to merge an active overlay into a node below it.
 pub fn start_merge(
     monitor: &mut dyn Execute,
     step: &str,
@@ -50,59 +51,59 @@ pub fn start_merge(
         .map(drop)
 }
 
-/// Waits for jobs, and dismisses those that have ended. `tell` learns how far each has come.
+/// Waits for jobs, and dismisses those that have ended. `report` receives the progress of each.
 pub fn wait(
     monitor: &mut dyn Execute,
     ids: &[String],
     until: Until,
-    mut tell: impl FnMut(&str, Merge),
+    mut report: impl FnMut(&str, Merge),
 ) -> Result<()> {
-    let mut left: Vec<&String> = ids.iter().collect();
+    let mut pending: Vec<&String> = ids.iter().collect();
     let mut first_error = None;
     let mut progress = Progress::new(STALLED);
-    while !left.is_empty() {
+    while !pending.is_empty() {
         let jobs: Vec<Job> =
             query(monitor)?.into_iter().filter(|job| ids.contains(&job.id)).collect();
         let mut ended = Vec::new();
         let mut ready = 0;
-        for &id in &left {
+        for &id in &pending {
             let Some(job) = jobs.iter().find(|job| job.id == *id) else {
                 first_error.get_or_insert(Error::new(
                     Code::OperationFailed,
-                    format!("block job '{id}' is gone"),
+                    format!("block job '{id}' does not exist any more"),
                 ));
                 ended.push(id);
                 continue;
             };
             match job.status.as_str() {
                 "ready" if until == Until::Completed => {
-                    tell(id, Merge::Completing);
+                    report(id, Merge::Completing);
                     job_command(monitor, "job-complete", id)?;
                 }
                 "ready" => ready += 1,
                 "concluded" if job_command(monitor, "job-dismiss", id)? => {
                     match &job.error {
                         Some(error) => {
-                            tell(id, Merge::Not);
+                            report(id, Merge::Not);
                             first_error
                                 .get_or_insert(Error::new(Code::OperationFailed, error.clone()));
                         }
-                        None => tell(id, Merge::Done),
+                        None => report(id, Merge::Done),
                     }
                     ended.push(id);
                 }
                 _ => {}
             }
         }
-        left.retain(|id| !ended.contains(id));
+        pending.retain(|id| !ended.contains(id));
         if until == Until::Ended {
             first_error = None;
         }
-        if until == Until::Ready && (ready == left.len() || first_error.is_some()) {
+        if until == Until::Ready && (ready == pending.len() || first_error.is_some()) {
             break;
         }
-        if !left.is_empty() && !progress.wait(Some(jobs)) {
-            for id in &left {
+        if !pending.is_empty() && !progress.wait(Some(jobs)) {
+            for id in &pending {
                 let _ = job_command(monitor, "job-cancel", id);
             }
             fail!(OperationTimeout, "it makes no progress");
@@ -111,7 +112,7 @@ pub fn wait(
     first_error.map_or(Ok(()), Err)
 }
 
-/// Cancels jobs, and waits until they have ended. What they came to is of no interest any more.
+/// Cancels jobs, and waits until they have ended. Their results are ignored.
 pub fn give_up(monitor: &mut dyn Execute, ids: &[String]) -> Result<()> {
     for id in ids {
         job_command(monitor, "job-cancel", id)?;
@@ -119,19 +120,19 @@ pub fn give_up(monitor: &mut dyn Execute, ids: &[String]) -> Result<()> {
     wait(monitor, ids, Until::Ended, |_, _| ())
 }
 
-/// The jobs of ours that a process left behind which was killed.
+/// The ids of the library's jobs that a killed process has left behind.
 pub fn left_over(monitor: &mut dyn Execute) -> Result<Vec<String>> {
     let ids = query(monitor)?.into_iter().map(|job| job.id);
     Ok(ids.filter(|id| id.starts_with(NODE_PREFIX)).collect())
 }
 
-/// A job, as far as it matters here.
+/// The fields of a job that are used here.
 #[derive(Debug, PartialEq, Eq)]
 struct Job {
     id: String,
     status: String,
     error: Option<String>,
-    /// Of how much it has done how much.
+    /// The current and the total progress.
     progress: [u64; 2],
 }
 
@@ -149,13 +150,13 @@ fn query(monitor: &mut dyn Execute) -> Result<Vec<Job>> {
     Ok(jobs.as_array().into_iter().flatten().map(job).collect())
 }
 
-/// Whether it was done.
+/// Runs a command on a job. Returns false if QEMU refused it.
 fn job_command(monitor: &mut dyn Execute, command: &str, id: &str) -> Result<bool> {
     let step = format!("cannot end block job '{id}' ({command})");
     let command = Command::new(command, json!({ "id": id }));
     match monitor.execute(command, Deadline::after(DEFAULT_TIMEOUT)) {
         Ok(_) => Ok(true),
-        // It has moved on since it was asked for; the next look shows where to.
+        // The job's state has changed since the query; the next query shows it.
         Err(Failure::Refused(..)) => Ok(false),
         Err(failure) => Err(failure.into_error(&step)),
     }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! The direct backend: the caller itself has started QEMU, and gives its QMP socket.
+//! The direct backend: the caller has started QEMU, and gives the library its QMP socket.
 //!
 //! The library is the driver here: it keeps the metadata, creates the overlays and switches the
 //! disks by QMP.
@@ -20,7 +20,7 @@ pub(super) use self::monitored::{Channel, MonitorGuest, Recovery};
 pub use self::overlays::Switch;
 pub(super) use self::overlays::{Overlay, switch};
 pub(super) use self::process::hold_qemu;
-use self::process::{hold_socket, whose};
+use self::process::{guest_label, hold_socket};
 use super::guest::{Connector, Guest, Liveness, Reserved, SnapshotList, check_version};
 use crate::deadline::Deadline;
 use crate::error::{Code, Result};
@@ -30,10 +30,10 @@ use crate::model::flags::{self, CreateFlags};
 use crate::monitor::json::Json;
 use crate::monitor::{Command, Event, Execute, Failure, Monitor};
 
-/// For QEMU to accept a client and greet it.
+/// The timeout for QEMU to accept a client and greet it.
 const GREETING: Duration = Duration::from_secs(5);
 
-/// What is built where overlays and metadata are ours.
+/// The flags that are supported where the library makes the overlays and keeps the metadata.
 pub(super) const SUPPORTED_FLAGS: CreateFlags = CreateFlags::constant(
     flags::NO_METADATA
         | flags::HALT
@@ -52,14 +52,14 @@ pub struct QmpConnector {
 }
 
 impl QmpConnector {
-    /// Opens it, and looks whether there really is a QEMU behind the socket.
+    /// Opens the guest, and checks that a QEMU answers on the socket.
     pub fn open(socket: &Path, domain_xml: Option<&str>, state_dir: &Path) -> Result<QmpConnector> {
         let domain = domain_xml.map(Domain::parse).transpose()?;
         let store = Store::open(state_dir)?;
         let connector = QmpConnector { socket: socket.into(), domain, store };
         let deadline = Deadline::after(GREETING);
-        // Where one of our own operations has the monitor, it would greet us only after that; and
-        // it is QEMU's.
+        // If an operation of this library has the monitor, QEMU would greet us only after it. The
+        // socket is QEMU's then, so no check is needed.
         match hold_socket(socket) {
             Err(error) if error.code == Code::OperationInvalid => return Ok(connector),
             held => drop(held?),
@@ -91,7 +91,7 @@ impl Connector for QmpConnector {
         let mut exclusive = vec![hold_socket(&self.socket)?];
         let monitor = Monitor::connect(&self.socket, deadline)?;
         if let Some(qemu) = &monitor.qemu {
-            exclusive.push(hold_qemu(&whose(&self.socket), qemu)?);
+            exclusive.push(hold_qemu(&guest_label(&self.socket), qemu)?);
         }
         check_version(monitor.version)?;
         let channel = Socket { path: &self.socket, monitor };
@@ -152,8 +152,8 @@ impl Channel for Socket<'_> {
                 return Liveness::Exited;
             }
             if let Ok(monitor) = Monitor::connect(self.path, deadline) {
-                // Another QEMU can have taken the socket over: that one is not ours to touch. Where
-                // one of them is not known, the socket is all there is to go by.
+                // Another QEMU may have the socket now, which must not be touched. If one of the
+                // two processes is unknown, only the socket identifies QEMU.
                 let same = match (&monitor.qemu, &self.monitor.qemu) {
                     (Some(new), Some(old)) => new.pid == old.pid && !old.has_ended(),
                     _ => true,

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! A guest by QEMU's monitor, whoever holds the connection: overlays are created, switched to and
-//! merged back by QMP.
+//! A guest with QEMU's monitor, over the library's connection or the driver's: overlays are
+//! created, switched to and merged back by QMP.
 
 use std::os::fd::BorrowedFd;
 use std::path::PathBuf;
@@ -25,7 +25,7 @@ use crate::monitor::commands::{self, Status};
 use crate::monitor::json::Json;
 use crate::monitor::{Command, Event, Execute, Failure};
 
-/// QEMU's monitor during one operation, and what its owner does in QMP's place.
+/// QEMU's monitor during one operation. The monitor's owner can replace some QMP commands.
 pub trait Channel: Execute + Sized {
     /// QEMU's version.
     fn version(&self) -> (u64, u64);
@@ -33,7 +33,7 @@ pub trait Channel: Execute + Sized {
     /// QEMU's process, where it is known.
     fn pid(&self) -> Option<u32>;
 
-    /// What stands for this run of QEMU, in this process.
+    /// Identifies this run of QEMU within this process.
     fn identity(&self) -> String;
 
     /// The events that have come since the last call.
@@ -54,21 +54,21 @@ pub trait Channel: Execute + Sized {
         overlays::switch(self, overlays, deadline)
     }
 
-    /// The disks are off their overlays again.
+    /// Reports that the disks' overlays were merged back.
     fn merged(&mut self, _overlays: &[Overlay]) {}
 
-    /// Records a snapshot, where its owner keeps the metadata.
+    /// Records a snapshot, if the monitor's owner keeps the metadata.
     fn record(&mut self, record: Record) -> Result<Record> {
         fail!(InternalError, "there is nowhere to record snapshot '{}'", record.name)
     }
 
-    /// How a process that outlives this one reaches QEMU.
+    /// How the watchdog reaches QEMU.
     fn recovery(&self) -> Recovery<'_>;
 
-    /// Leaves that to it.
+    /// Leaves the monitor to the watchdog.
     fn leave(&mut self);
 
-    /// Ends the guest.
+    /// Ends the guest's QEMU.
     fn end(&mut self) -> Result<()> {
         match self.execute(Command::new("quit", json!({})), Deadline::after(DEFAULT_TIMEOUT)) {
             Ok(_) | Err(Failure::Lost(_)) => Ok(()),
@@ -76,15 +76,15 @@ pub trait Channel: Execute + Sized {
         }
     }
 
-    /// Whether QEMU is there; reconnects if the connection was lost.
+    /// Whether QEMU answers or has ended. Reconnects if the connection was lost.
     fn liveness(&mut self) -> Liveness;
 }
 
-/// How a process that outlives this one reaches QEMU.
+/// How the watchdog reaches QEMU.
 pub struct Recovery<'a> {
-    /// The monitor's socket, which only this operation uses, where there is one.
+    /// The monitor's socket, which only this operation uses, if there is one.
     pub monitor: Option<BorrowedFd<'a>>,
-    /// Whether it is to merge the overlays back.
+    /// Whether the watchdog merges the overlays back.
     pub merges: bool,
 }
 
@@ -99,8 +99,8 @@ pub struct MonitorGuest<'a, C> {
 }
 
 impl<'a, C> MonitorGuest<'a, C> {
-    /// One that is held for this operation. `store`: where its snapshots are recorded, if not by
-    /// the monitor's owner.
+    /// A guest that is held for this operation. `store`: the state directory, unless the monitor's
+    /// owner records the snapshots.
     pub fn new(
         channel: C,
         domain: Option<Domain>,
@@ -138,7 +138,7 @@ impl<C: Channel> Guest for MonitorGuest<'_, C> {
             Source { target: drive.name(), storage: Storage::at(file), format }
         };
         let known = self.domain.as_ref();
-        // What is on the network, QEMU calls otherwise than libvirt does.
+        // QEMU and libvirt name network storage differently.
         let is_remote = |drive: &Drive| {
             let storage = known.and_then(|domain| domain.storage(drive.name()));
             let is_unknown =
@@ -194,7 +194,7 @@ impl<C: Channel> Guest for MonitorGuest<'_, C> {
             .flat_map(|record| record.disks.iter().map(|disk| (&*record.name, &*disk.image)));
         overlay_file::check_not_of_snapshots(disks, images)?;
         for (index, disk) in disks.iter().enumerate() {
-            // Kept before it is made, so that whatever was made of it is undone.
+            // The overlay is noted before it is made, so that a partly made one is undone too.
             self.overlays.push(Overlay::new(disk, index));
             overlays::create(&mut self.channel, self.overlays.last_mut().expect("just pushed"))?;
         }
@@ -221,13 +221,13 @@ impl<C: Channel> Guest for MonitorGuest<'_, C> {
     fn resume(&mut self, deadline: Deadline) -> Result<()> {
         let status = commands::query_status(self, deadline)?;
         match status.status.as_str() {
-            // On a running guest `cont` would be harmless, but tell everybody of a stop that never
+            // On a running guest `cont` would do no harm, but QEMU would report a stop that never
             // was.
             _ if status.running => Ok(()),
             "paused" | "postmigrate" | "finish-migrate" | "prelaunch" | "io-error" => {
                 self.channel.resume(deadline)
             }
-            // It stands by its own doing, and would without a snapshot too.
+            // The guest has stopped by itself, not because of the snapshot.
             "suspended" | "shutdown" | "guest-panicked" | "internal-error" | "watchdog" => Ok(()),
             other => fail!(OperationFailed, "cannot resume the guest: its state is now '{other}'"),
         }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! Overlays by QMP: created while the guest runs, switched to in one transaction, merged back when
-//! a snapshot fails.
+//! Overlays by QMP: they are created while the guest runs, switched to in one transaction, and
+//! merged back when a snapshot fails.
 
 use serde_json::{Value, json};
 
@@ -15,15 +15,15 @@ use crate::model::DiskPlan;
 use crate::monitor::{Command, Execute, Failure};
 use crate::sys;
 
-/// An overlay, and how far it has come.
+/// An overlay, and how far it was made and merged.
 #[derive(Debug)]
 pub struct Overlay {
     disk: DiskPlan,
-    /// The node of the overlay's format, and of its file.
+    /// The nodes of the overlay's format and of its file.
     node: String,
     file_node: String,
     made: Made,
-    /// Its file, once there is one.
+    /// Its file, once it was made.
     own: Option<OverlayFile>,
     merge: Merge,
 }
@@ -37,9 +37,10 @@ enum Made {
 }
 
 impl Overlay {
-    /// One that is still to be made.
+    /// An overlay that is still to be made.
     pub fn new(disk: &DiskPlan, index: usize) -> Overlay {
-        // Unique among the nodes of earlier snapshots, which are in use below.
+        // The name must differ from those of earlier snapshots' nodes, which are in use in the
+        // chain below.
         let mut random = [0; 4];
         let got = rustix::rand::getrandom(&mut random, rustix::rand::GetRandomFlags::NONBLOCK);
         let random = got.map_or(std::process::id(), |_| u32::from_ne_bytes(random));
@@ -56,7 +57,7 @@ impl Overlay {
 }
 
 impl Overlay {
-    /// What a process needs to know that undoes it in this one's place.
+    /// The overlay, as the watchdog needs to know it to undo it.
     pub fn for_recovery(&self, merges: bool) -> MonitorOverlay {
         MonitorOverlay {
             node: self.node.clone(),
@@ -66,7 +67,7 @@ impl Overlay {
             complaint: format!(
                 "a caller that took a snapshot was killed, and the overlay '{}' of disk '{}' could \
                  not be merged back into '{}': the guest goes on with it, and it must not be \
-                 removed; merge it (QMP block-commit) when the cause is mended",
+                 removed; merge it (QMP block-commit) when the cause is fixed",
                 self.disk.overlay,
                 self.disk.drive.name(),
                 self.disk.drive.file
@@ -75,12 +76,12 @@ impl Overlay {
     }
 }
 
-/// What a driver is told of an overlay that its disk is switched to.
+/// The switch of a disk to an overlay, as a driver is told of it.
 #[derive(Clone, Debug)]
 pub struct Switch {
     /// The disk's name.
     pub disk: String,
-    /// The node that the disk is on before.
+    /// The node that the disk is on before the switch.
     pub node: String,
     /// The overlay's node.
     pub overlay_node: String,
@@ -99,8 +100,8 @@ impl From<&Overlay> for Switch {
     }
 }
 
-/// Creates one: file, node of the file, qcow2 format, node of the format. QEMU itself formats it,
-/// with the backing file as it knows it, unless it is an overlay already.
+/// Creates an overlay: the file, the file's node, the qcow2 format, the format's node. QEMU itself
+/// formats it, with the backing file's name that QEMU uses, unless it is an overlay already.
 pub fn create(monitor: &mut dyn Execute, overlay: &mut Overlay) -> Result<()> {
     let drive = &overlay.disk.drive;
     let path = &overlay.disk.overlay;
@@ -126,7 +127,7 @@ pub fn create(monitor: &mut dyn Execute, overlay: &mut Overlay) -> Result<()> {
         "cache": cache,
     });
     match drive.options.aio.as_deref() {
-        // QEMU wants O_DIRECT for it.
+        // QEMU supports `native` only with O_DIRECT.
         Some("native") if !drive.options.direct => {}
         Some(aio) => options["aio"] = json!(aio),
         None => {}
@@ -168,7 +169,7 @@ pub fn create(monitor: &mut dyn Execute, overlay: &mut Overlay) -> Result<()> {
     blockdev_add(monitor, &step, options)?;
     overlay.made = Made::Node;
 
-    // From the switch on the guest's data is in it: its name must not be lost in a crash of the
+    // From the switch on the overlay has the guest's data: its name must survive a crash of the
     // host.
     own.sync(path).map_err(|error| Error::system(step, error))
 }
@@ -179,7 +180,7 @@ fn blockdev_add(monitor: &mut dyn Execute, step: &str, options: Value) -> Result
         .map(drop)
 }
 
-/// Switches all of them, with their bitmaps, in one transaction.
+/// Switches all disks to their overlays, with their bitmaps, in one transaction.
 pub fn switch(monitor: &mut dyn Execute, overlays: &[Overlay], deadline: Deadline) -> Result<()> {
     let mut actions = Vec::new();
     for overlay in overlays {
@@ -198,7 +199,7 @@ pub fn switch(monitor: &mut dyn Execute, overlays: &[Overlay], deadline: Deadlin
     monitor.run("cannot switch the disks to their overlays", command, deadline).map(drop)
 }
 
-/// Gives the overlay of a disk this size.
+/// Resizes the overlay of a disk.
 pub fn resize(
     monitor: &mut dyn Execute,
     overlays: &[Overlay],
@@ -215,11 +216,11 @@ pub fn resize(
     Ok(())
 }
 
-/// Merges those that are active back into the images below, all at once.
+/// Merges the active overlays back into the images below, all at once.
 pub fn merge(monitor: &mut dyn Execute, overlays: &mut [Overlay]) -> Result<()> {
     let mut jobs = Vec::new();
     let started = start_merging(monitor, overlays, &mut jobs);
-    // Those that did start are seen to their end, whatever became of the others.
+    // The jobs that were started are waited for, even if others failed to start.
     let ended = jobs::wait(monitor, &jobs, Until::Completed, |job, merge| {
         overlays
             .iter_mut()
@@ -229,7 +230,7 @@ pub fn merge(monitor: &mut dyn Execute, overlays: &mut [Overlay]) -> Result<()> 
     started.and(ended).map_err(|error| {
         error.and(format!(
             "the guest goes on with the overlays {}, which must not be removed: merge them with \
-             block-commit when the cause is mended",
+             block-commit when the cause is fixed",
             paths(overlays)
         ))
     })
@@ -262,8 +263,8 @@ fn start_merging(
     Ok(())
 }
 
-/// Removes nodes and files of those that are not in use. Those that could not be removed are kept
-/// in the list.
+/// Removes the nodes and the files of overlays that are not in use. The list keeps those that could
+/// not be removed.
 pub fn discard(monitor: &mut dyn Execute, overlays: &mut Vec<Overlay>) -> Result<()> {
     let mut first_error = None;
     overlays.retain(|overlay| match discard_one(monitor, overlay) {
@@ -279,12 +280,12 @@ pub fn discard(monitor: &mut dyn Execute, overlays: &mut Vec<Overlay>) -> Result
 fn discard_one(monitor: &mut dyn Execute, overlay: &Overlay) -> Result<()> {
     let nodes = [(Made::Node, &overlay.node), (Made::FileNode, &overlay.file_node)];
     if overlay.made == Made::FileNode {
-        // Where an answer was lost, the job that formats it can be there still, and have the node
-        // in use. Where it is not, this says so.
+        // If an answer was lost, the formatting job may still exist and use the node. If it does
+        // not exist, this call fails, which is ignored.
         let _ =
             jobs::wait(monitor, &[format!("{}-create", overlay.node)], Until::Completed, |_, _| ());
     }
-    // A command whose reply was lost can have made one step more than we know of.
+    // A command whose reply was lost may have made one node more than was noted.
     for (made, node) in nodes {
         let command = Command::new("blockdev-del", json!({ "node-name": node }));
         match monitor.execute(command, Deadline::after(DEFAULT_TIMEOUT)) {
@@ -306,8 +307,8 @@ fn discard_file(overlay: &Overlay) -> Result<()> {
         .map_err(|error| Error::system(format!("cannot discard '{}'", overlay.disk.overlay), error))
 }
 
-/// For a QEMU that has ended. `switched`: the overlays may hold what the guest wrote; then they are
-/// merged by `qemu-img`, or kept.
+/// Merges and discards the overlays of a QEMU that has ended. `switched`: the overlays may have the
+/// guest's writes; then `qemu-img` merges them, or they are kept.
 pub fn merge_and_discard_offline(overlays: &mut Vec<Overlay>, switched: bool) -> Result<()> {
     for overlay in overlays.iter().filter(|overlay| switched && overlay.made == Made::Node) {
         let merged = match (&overlay.merge, &overlay.own) {
@@ -320,8 +321,8 @@ pub fn merge_and_discard_offline(overlays: &mut Vec<Overlay>, switched: bool) ->
             (Merge::Completing, _) => Err(Error::new(
                 Code::OperationFailed,
                 format!(
-                    "it ended just when '{}' was merged: which of the two was written last is the \
-                     newer",
+                    "QEMU ended just when '{}' was merged: the overlay or its image, whichever \
+                     was written last, is the newer one",
                     overlay.disk.overlay
                 ),
             )),
@@ -332,7 +333,7 @@ pub fn merge_and_discard_offline(overlays: &mut Vec<Overlay>, switched: bool) ->
                 format!(
                     "QEMU has ended, and what the guest wrote after the instant is in {}, which \
                      could not be merged and must not be removed ({}): run `qemu-img commit` on \
-                     each when the cause is mended, before the guest is started again",
+                     each when the cause is fixed, before the guest is started again",
                     paths(overlays),
                     error.message
                 ),
@@ -348,13 +349,13 @@ pub fn merge_and_discard_offline(overlays: &mut Vec<Overlay>, switched: bool) ->
     first_error.map_or(Ok(()), Err)
 }
 
-/// Somebody can have started a QEMU on an overlay, once it was merged.
+/// Refuses to discard an overlay that another QEMU has open, which was started after the merge.
 fn check_closed(overlay: &Overlay) -> Result<()> {
     if overlay.own.as_ref().is_some_and(|own| sys::is_locked(own.file(), sys::IMAGE_LOCKS)) {
         fail!(
             OperationFailed,
-            "QEMU has ended, and another one has the overlay '{}' of disk '{}' open, which stays: \
-             what it had until then is in the image below",
+            "QEMU has ended, and another QEMU has the overlay '{}' of disk '{}' open: the overlay \
+             stays, and its content until then is in the image below",
             overlay.disk.overlay,
             overlay.disk.drive.name()
         );

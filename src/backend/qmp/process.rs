@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! The QEMU process behind a socket: holding it for one operation, and what /proc says of it.
+//! The QEMU process behind a socket: holds it for one operation, and reads its entries in /proc.
 
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -9,47 +9,47 @@ use crate::backend::exclusive::Exclusive;
 use crate::error::{Error, Result};
 use crate::monitor::QemuProcess;
 
-/// Holds a socket: all that is known before it is connected to. A connection that QEMU does not
-/// accept while it has another client takes a place in its queue until then, and there are two.
+/// Holds a guest by its socket, before connecting. A connection that waits while QEMU serves
+/// another client takes one of the two places in the socket's queue.
 pub fn hold_socket(socket: &Path) -> Result<Exclusive> {
     let step = |error| {
         Error::system(format!("cannot connect to QMP socket '{}'", socket.display()), error)
     };
     let metadata = socket.metadata().map_err(step)?;
     Exclusive::take(
-        &whose(socket),
+        &guest_label(socket),
         format!("instantsnap/{:x}:{:x}", metadata.dev(), metadata.ino()),
     )
 }
 
-/// Holds a QEMU process, by whichever backend it is opened elsewhere; `whose` says in an error what
-/// is held by another.
-pub fn hold_qemu(whose: &str, qemu: &QemuProcess) -> Result<Exclusive> {
-    // A pid is used again one day; with its start time it is not.
+/// Holds a QEMU process, which another backend may have open too. `label` names the guest in an
+/// error.
+pub fn hold_qemu(label: &str, qemu: &QemuProcess) -> Result<Exclusive> {
+    // A pid is reused one day; a pid with its start time is unique.
     Exclusive::take(
-        whose,
+        label,
         format!("instantsnap/{}/{}", qemu.pid, start_time(qemu.pid).unwrap_or_default()),
     )
 }
 
-/// What messages call the guest behind a socket.
-pub fn whose(socket: &Path) -> String {
+/// The name of the guest behind a socket, for messages.
+pub fn guest_label(socket: &Path) -> String {
     format!("the guest of QMP socket '{}'", socket.display())
 }
 
 fn start_time(pid: u32) -> Option<u64> {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // The fields after the command, which is in parentheses and can hold anything; the start time
-    // is field 22.
+    // The command's name is in parentheses and can hold any character. The start time is field 22,
+    // which is the 20th after it.
     stat.rsplit_once(')')?.1.split_ascii_whitespace().nth(19)?.parse().ok()
 }
 
-/// The path of its binary.
+/// The path of a process's binary.
 pub fn executable(pid: u32) -> Option<String> {
     std::fs::read_link(format!("/proc/{pid}/exe")).ok()?.into_os_string().into_string().ok()
 }
 
-/// A file name of QEMU's as an absolute path: relative ones are relative to where QEMU was started.
+/// Makes a file name of QEMU's absolute: relative names are relative to QEMU's working directory.
 pub fn absolute(file: &str, pid: Option<u32>) -> Option<String> {
     if file.starts_with('/') {
         return Some(file.into());

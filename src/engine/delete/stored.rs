@@ -146,7 +146,7 @@ impl<'a> Delete<'a> {
         self.remove_files(removed.map(|(disk, _)| &*disk.overlay)).map_err(|error| {
             error.and(
                 "the guest runs on without the snapshot's overlays: delete the snapshot again when \
-                 the cause is mended",
+                 the cause is fixed",
             )
         })
     }
@@ -413,7 +413,7 @@ impl<'a> Delete<'a> {
         let places: Vec<String> = merges.iter().map(place).collect();
         error.and(format!(
             "the guest has lost nothing ({}), but the snapshot cannot be reverted to any more: \
-             delete it again when the cause is mended",
+             delete it again when the cause is fixed",
             places.join(", ")
         ))
     }
