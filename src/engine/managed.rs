@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! A revert or a delete of a snapshot whose definition a stock libvirt has: its domain is held for
-//! as long as that takes.
+//! Reverts to or deletes a snapshot whose definition a stock libvirt keeps. The domain is held
+//! meanwhile.
 
 use super::delete::managed as delete;
 use super::revert::managed as revert;
@@ -20,7 +20,7 @@ pub struct Held {
     _step: Step,
 }
 
-/// What is done with a snapshot.
+/// The operation on a snapshot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Operation {
     /// `qemuSnapshotRevert`.
@@ -45,14 +45,14 @@ pub fn delete_managed(snapshot: &Snapshot, flags: DeleteFlags) -> Result<()> {
     }
 }
 
-/// Holds the domain. Another's operation on it is `OperationInvalid`.
+/// Holds the domain. Returns the error `OperationInvalid` while another operation holds it.
 fn hold(snapshot: ManagedSnapshot) -> Result<Held> {
     let exclusive = snapshot.hold()?;
     Ok(Held { snapshot, _exclusive: exclusive, _step: step() })
 }
 
-/// The same; None where another process holds it, and this can be a step of what that does: what
-/// libvirt does without harm.
+/// Holds the domain. `None` if another process holds it and this operation may be a step of that
+/// process's operation: one that libvirt itself carries out without harm.
 pub fn hold_unless_it_is_a_step(
     snapshot: ManagedSnapshot,
     operation: Operation,
@@ -60,7 +60,7 @@ pub fn hold_unless_it_is_a_step(
     match snapshot.try_hold()? {
         Ok(exclusive) => Ok(Some(Held { snapshot, _exclusive: exclusive, _step: step() })),
         Err(Holder::Another) if is_libvirts(&snapshot, operation)? => Ok(None),
-        Err(_) => Err(busy(&snapshot.whose())),
+        Err(_) => Err(busy(&snapshot.label())),
     }
 }
 
@@ -72,7 +72,7 @@ fn is_libvirts(snapshot: &ManagedSnapshot, operation: Operation) -> Result<bool>
 }
 
 impl Held {
-    /// Does it: by libvirt where that works and does no harm.
+    /// Runs the operation: by libvirt if that works and does no harm.
     pub fn run(&self, operation: Operation) -> Result<()> {
         match operation {
             Operation::Revert(flags) => revert::run(&self.snapshot, flags),

@@ -472,7 +472,7 @@ fn operations_of_other_clients_during_a_snapshot_harm_no_image() {
         during("merged", "blockcommit", &["vda", "--active", "--pivot", "--wait"]).unwrap_err();
     assert_eq!(refused.code, OPERATION_FAILED, "{refused:?}");
     assert!(
-        refused.message.contains("somebody has changed the images of disk 'vda'"),
+        refused.message.contains("another client has changed the images of disk 'vda'"),
         "{refused:?}"
     );
     assert!(!subject.memory("merged").exists());

@@ -70,7 +70,7 @@ const ENDED_ONCE: Result<(), (Code, &str)> = Err((OperationFailed, "QEMU has end
 const ANEW: Result<(), (Code, &str)> =
     Err((OperationFailed, "has ended while its snapshot was being taken"));
 const REBUILT: Result<(), (Code, &str)> =
-    Err((OperationFailed, "somebody has changed the images of disk 'vda'"));
+    Err((OperationFailed, "another client has changed the images of disk 'vda'"));
 const BUSY: Result<(), (Code, &str)> = Err((OperationFailed, "already in active block job"));
 const UNKNOWN: Result<(), (Code, &str)> =
     Err((ConfigUnsupported, "cannot switch the domain's disks"));
@@ -80,7 +80,8 @@ const ATTACHED: Result<(), (Code, &str)> = Err((OperationFailed, "was attached b
 const UNNAMED: Result<(), (Code, &str)> = Err((SystemError, "missing existing file for disk vdc"));
 const LATE: Result<(), (Code, &str)> =
     Err((OperationTimeout, "another client's job on the domain"));
-const MERGED: Result<(), (Code, &str)> = Err((OperationFailed, "somebody has begun to merge"));
+const MERGED: Result<(), (Code, &str)> =
+    Err((OperationFailed, "another client has begun to merge"));
 
 const fn row(
     virsh: &'static str,

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! Merging images that a running domain has open, by libvirt's block commit.
+//! Merges images that a running domain has open, by libvirt's block commit.
 //!
-//! A merge may take hours: it is waited for as long as it makes progress. Each call of libvirt on
-//! the way has a deadline of its own.
+//! A merge may take hours. It is waited for as long as it makes progress, but each call of libvirt
+//! has a deadline of its own.
 
 use std::time::Duration;
 
@@ -16,77 +16,78 @@ use crate::error::{Code, Error};
 use crate::libvirt::{Domain, VirResult, block};
 use crate::model::domain::domain_disks;
 
-/// libvirt itself waits half as long for another client's job, and then refuses the merge.
+/// The timeout for starting a merge. libvirt itself waits half as long for another client's job,
+/// and then refuses the merge.
 const START_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// Which images of a disk become one.
+/// Which images of a disk are merged, into which.
 #[derive(Clone, Debug)]
 pub struct BlockCommit {
     /// The disk.
     pub target: String,
-    /// The image that takes in the others, as libvirt calls it; `None` is the lowest, or, with
-    /// `shallow`, the one below.
+    /// The image that the others are merged into, as libvirt names it; `None`: the lowest, or, with
+    /// `shallow`, the next one below.
     pub base: Option<String>,
-    /// The uppermost of the others, as libvirt calls it; `None` is the one that is written.
+    /// The topmost of the others, as libvirt names it; `None`: the active one.
     pub top: Option<String>,
-    /// The same one.
+    /// The identity of the topmost one.
     pub top_id: Id,
-    /// The domain writes to it, and is put on the base in the end.
+    /// The topmost one is active: the domain writes to it, and is switched to the base in the end.
     pub active: bool,
-    /// Into the next image only.
+    /// The base is the next image below.
     pub shallow: bool,
 }
 
 /// A merge that failed.
 #[derive(Debug)]
 pub struct MergeFailure {
-    /// Why.
+    /// The reason.
     pub error: Error,
-    /// It may have changed something.
+    /// The merge may have changed something.
     pub begun: bool,
 }
 
-/// How a merge is.
-enum Look {
-    /// Of so much so much is done.
+/// The state of a merge.
+enum MergeState {
+    /// It is under way: how much is done, and how much there is.
     UnderWay((u64, u64)),
-    /// The images have the same content, and the domain can be put on the base.
+    /// The images have the same content, and the domain can be switched to the base.
     Ready,
     /// There is no block job.
     Ended,
 }
 
 impl BlockCommit {
-    /// Merges them. `step` says what for.
+    /// Merges the images. `step` names the operation in errors.
     pub fn run(&self, caller: &mut Caller, step: &str) -> Result<(), MergeFailure> {
         let begun = |error| MergeFailure { error, begun: true };
         self.start(caller, step)?;
         let mut progress = Progress::new(STALLED);
         let mut pivoting = false;
         loop {
-            let seen = match self.look(caller) {
-                Ok(Look::Ended) => break,
-                Ok(Look::Ready) if !pivoting => match self.pivot(caller) {
+            let seen = match self.query(caller) {
+                Ok(MergeState::Ended) => break,
+                Ok(MergeState::Ready) if !pivoting => match self.pivot(caller) {
                     Ok(()) => break,
-                    // It is being done, and has its own time for that.
+                    // libvirt is switching the domain, for which it gets the whole time anew.
                     Err(CallError::Late) => {
                         pivoting = true;
                         progress = Progress::new(STALLED);
                         None
                     }
-                    Err(trouble) => return Err(begun(trouble.into_error(step))),
+                    Err(error) => return Err(begun(error.into_error(step))),
                 },
-                Ok(Look::Ready) => None,
-                Ok(Look::UnderWay(seen)) => Some(seen),
-                // Another client has libvirt wait, and the merge may go on all the same.
-                Err(trouble) if trouble.is_late() => None,
-                Err(trouble) => return Err(begun(trouble.into_error(step))),
+                Ok(MergeState::Ready) => None,
+                Ok(MergeState::UnderWay(seen)) => Some(seen),
+                // Another client makes libvirt wait. The merge may go on meanwhile.
+                Err(error) if error.is_late() => None,
+                Err(error) => return Err(begun(error.into_error(step))),
             };
             if !progress.wait(seen) {
                 return Err(begun(self.give_up(caller, step)));
             }
         }
-        if self.is_on_top(caller).map_err(|trouble| begun(trouble.into_error(step)))? {
+        if self.is_on_top(caller).map_err(|error| begun(error.into_error(step)))? {
             let message = format!(
                 "{step}: QEMU's block job failed (libvirt's log of the domain has the reason)"
             );
@@ -102,23 +103,23 @@ impl BlockCommit {
         let started = caller.call(Deadline::after(START_TIMEOUT), Retry::Never, move |domain| {
             domain.block_commit(&target, base.as_deref(), top.as_deref(), flags)
         });
-        started.map_err(|trouble| {
-            // What was not answered may have been done.
-            let begun = !matches!(trouble, CallError::Refused(_));
-            MergeFailure { error: trouble.into_error(step), begun }
+        started.map_err(|error| {
+            // A call without an answer may have been carried out.
+            let begun = !matches!(error, CallError::Refused(_));
+            MergeFailure { error: error.into_error(step), begun }
         })
     }
 
-    fn look(&self, caller: &mut Caller) -> Result<Look, CallError> {
+    fn query(&self, caller: &mut Caller) -> Result<MergeState, CallError> {
         let (target, active) = (self.target.clone(), self.active);
         self.call(caller, Retry::Safe, move |domain| {
-            let Some(seen) = domain.block_job(&target)? else { return Ok(Look::Ended) };
+            let Some(seen) = domain.block_job(&target)? else { return Ok(MergeState::Ended) };
             if !active {
-                return Ok(Look::UnderWay(seen));
+                return Ok(MergeState::UnderWay(seen));
             }
             let disks = domain_disks(&domain.xml(0)?)?;
             let ready = disks.iter().any(|disk| disk.target == target && disk.job_ready);
-            Ok(if ready { Look::Ready } else { Look::UnderWay(seen) })
+            Ok(if ready { MergeState::Ready } else { MergeState::UnderWay(seen) })
         })
     }
 
@@ -130,7 +131,7 @@ impl BlockCommit {
         pivoted
     }
 
-    /// Ends a job that makes no progress. What the caller must know.
+    /// Ends a job that makes no progress. Returns the error for the caller.
     fn give_up(&self, caller: &mut Caller, step: &str) -> Error {
         let error = |end: &str| {
             let message = format!("{step}: QEMU's block job makes no progress{end}");
@@ -138,8 +139,9 @@ impl BlockCommit {
         };
         match self.end(caller, 0) {
             Ok(()) => error("; it was ended"),
-            Err(left) => error("").and(
-                left.into_error("ending it failed")
+            Err(end_error) => error("").and(
+                end_error
+                    .into_error("ending it failed")
                     .and(format!("end it by `virsh blockjob DOMAIN '{}' --abort`", self.target)),
             ),
         }
@@ -150,8 +152,8 @@ impl BlockCommit {
         self.call(caller, Retry::Never, move |domain| domain.block_job_abort(&target, flags))
     }
 
-    /// Whether the disk is still on the uppermost of the images that were to be merged. A disk that
-    /// has gone from the domain counts as being there: nobody has seen its merge come to its end.
+    /// Whether the disk is still on the topmost of the images that were to be merged. A disk that
+    /// was detached counts as such: the end of its merge was not observed.
     fn is_on_top(&self, caller: &mut Caller) -> Result<bool, CallError> {
         let BlockCommit { target, top_id, .. } = self.clone();
         self.call(caller, Retry::Safe, move |domain| {
@@ -164,9 +166,9 @@ impl BlockCommit {
     fn call<T: Send + 'static>(
         &self,
         caller: &mut Caller,
-        again: Retry,
+        retry: Retry,
         call: impl Fn(&Domain) -> VirResult<T> + Clone + Send + 'static,
     ) -> Result<T, CallError> {
-        caller.call(Deadline::after(DEFAULT_TIMEOUT), again, call)
+        caller.call(Deadline::after(DEFAULT_TIMEOUT), retry, call)
     }
 }

@@ -1,11 +1,10 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! Calls of libvirt with an end.
+//! Calls of libvirt with a deadline.
 //!
-//! Each of libvirt's calls on a domain waits for the job of another client's call on it, up to 30
-//! seconds. So they are made by a thread of ours, and given up when a deadline passes. The call
-//! itself cannot be taken back: it is kept, and whoever undoes what it may yet do waits for its end
-//! first ([`Caller::settle`]).
+//! A call of libvirt on a domain waits for another client's job on it, up to 30 seconds. So a
+//! thread of ours makes each call, and the call is given up when its deadline passes. It cannot be
+//! taken back then: it stays pending, and an undo waits for its end first ([`Caller::settle`]).
 
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::time::Duration;
@@ -23,18 +22,19 @@ type Task = Box<dyn FnOnce() + Send>;
 pub enum CallError {
     /// libvirt's error.
     Refused(VirError),
-    /// No answer in time. The call goes on.
+    /// libvirt did not answer in time. The call goes on.
     Late,
-    /// The daemon is gone, and did not come back in time.
+    /// The connection to the daemon was lost, and could not be made again in time.
     Lost(String),
 }
 
 impl CallError {
-    /// Whether another call would have to wait too, and nothing is known of what was asked for.
+    /// Whether the result is unknown because libvirt did not answer in time. Another call would
+    /// have to wait too.
     pub fn is_late(&self) -> bool {
         match self {
             CallError::Late => true,
-            // libvirt waits for another client's job, and gives that up itself.
+            // libvirt itself gives up waiting for another client's job.
             CallError::Refused(error) => error.is(Code::OperationTimeout),
             CallError::Lost(_) => false,
         }
@@ -44,7 +44,7 @@ impl CallError {
         CallError::Lost("a thread of ours has ended".into())
     }
 
-    /// The error for a caller: `step` says what was tried on what.
+    /// The error for the caller. `step` names the operation.
     pub fn into_error(self, step: &str) -> crate::error::Error {
         use crate::error::Error;
         match self {
@@ -64,108 +64,108 @@ impl CallError {
     }
 }
 
-/// What is done when the connection is lost in a call.
+/// Whether a call is made again after the connection was lost.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Retry {
-    /// It can be done twice: once more, through a new connection.
+    /// Made again, through a new connection: it has the same effect if it is carried out twice.
     Safe,
-    /// It may have been done.
+    /// Not made again: it may have been carried out.
     Never,
 }
 
-/// A daemon, and the UUID of a domain of its.
+/// The URI of a daemon, and the UUID of one of its domains.
 #[derive(Clone, Debug)]
 struct Address {
     uri: String,
     uuid: String,
 }
 
-/// Connects, and looks the domain up; why not, where it cannot be done. A daemon can accept a
-/// connection and not answer: so this is done by a thread of its own, which is left behind when the
-/// deadline passes.
+/// Connects, and looks the domain up. Returns the reason if that fails. A daemon can accept a
+/// connection and not answer. So a thread does this, which is left behind when the deadline passes.
 fn look_up(address: Address, deadline: Deadline) -> std::result::Result<Domain, String> {
     let (answer, answered) = mpsc::channel();
     let open = move || {
         let connect = Connect::open(&address.uri).map_err(|error| error.message)?;
-        // The daemon is there: it may still be looking for its domains.
+        // The daemon may have just started, and not have loaded its domains yet.
         connect.and_then(|connect| connect.domain(&address.uuid)).map_err(|error| error.message)
     };
-    sys::spawn_quiet("instantsnap-virt", move || {
+    sys::spawn_quiet("instantsbackoff-virt", move || {
         let _ = answer.send(open());
     })
     .map_err(|error| error.message)?;
     match answered.recv_timeout(deadline.left().unwrap_or_default()) {
         Ok(result) => result,
-        Err(_) => Err("the daemon accepts a connection, and does not answer in time".into()),
+        Err(_) => Err("the daemon accepts a connection, but does not answer in time".into()),
     }
 }
 
-/// A call that a thread makes.
+/// A call that a thread is making.
 struct PendingCall<T> {
     answer: Receiver<VirResult<T>>,
-    /// Disconnected when it has ended.
+    /// Disconnected when the call has ended.
     ended: Receiver<()>,
 }
 
-/// A domain, called through a thread.
+/// Calls a domain through a thread.
 #[derive(Debug)]
 pub struct Caller {
     domain: Domain,
-    /// How the daemon is reached once more; it is not where it is this process.
-    again: Option<Address>,
+    /// Used to connect anew; `None` in the daemon's own process.
+    address: Option<Address>,
     worker: Option<Sender<Task>>,
-    /// Calls that were given up.
+    /// The calls that were given up.
     pending: Vec<Receiver<()>>,
     refused: bool,
 }
 
 impl Drop for Caller {
     fn drop(&mut self) {
-        // A daemon's call is not over while threads of it are in the driver: more of them than are
-        // counted would be there, and when the daemon ends, its domains would go from under them.
-        if self.again.is_none() {
+        // In a daemon, its API call must not return while threads of ours are still in the driver.
+        // Otherwise there would be more of them than the job limit allows, and when the daemon
+        // ends, they would use domains that were freed.
+        if self.address.is_none() {
             self.join();
         }
     }
 }
 
 impl Caller {
-    /// Of a domain.
+    /// A caller of a domain.
     pub fn new(domain: Domain, uri: String, uuid: String) -> Caller {
         Caller {
             domain,
-            again: Some(Address { uri, uuid }),
+            address: Some(Address { uri, uuid }),
             worker: None,
             pending: Vec::new(),
             refused: false,
         }
     }
 
-    /// Of a domain of the daemon that this process is.
+    /// A caller of a domain whose daemon is this process.
     pub fn inside(domain: Domain) -> Caller {
-        Caller { domain, again: None, worker: None, pending: Vec::new(), refused: false }
+        Caller { domain, address: None, worker: None, pending: Vec::new(), refused: false }
     }
 
-    /// Another one of the same domain, by the connection that there is now.
+    /// Another caller of the same domain, with the current connection.
     pub fn another(&self) -> Caller {
-        let (domain, again) = (self.domain.clone(), self.again.clone());
-        Caller { domain, again, worker: None, pending: Vec::new(), refused: false }
+        let (domain, address) = (self.domain.clone(), self.address.clone());
+        Caller { domain, address, worker: None, pending: Vec::new(), refused: false }
     }
 
     /// Makes a call.
     pub fn call<T: Send + 'static>(
         &mut self,
         deadline: Deadline,
-        again: Retry,
+        retry: Retry,
         call: impl Fn(&Domain) -> VirResult<T> + Clone + Send + 'static,
     ) -> std::result::Result<T, CallError> {
         let result = self.once(deadline, call.clone());
         match result {
             Err(CallError::Refused(error)) if self.is_lost(&error) => {
                 match self.reconnect(deadline) {
-                    Ok(()) if again == Retry::Safe => self.once(deadline, call),
+                    Ok(()) if retry == Retry::Safe => self.once(deadline, call),
                     Ok(()) => Err(CallError::Lost(error.message)),
-                    Err(trouble) => Err(trouble),
+                    Err(error) => Err(error),
                 }
             }
             other => {
@@ -175,15 +175,15 @@ impl Caller {
         }
     }
 
-    /// Makes a call that may take hours: it is given up only where the daemon answers no other one
-    /// for so long either.
+    /// Makes a call that may take hours. It is given up only if the daemon does not answer another
+    /// call either, for `silence`.
     pub fn call_while_alive<T: Send + 'static>(
         &mut self,
         silence: Duration,
         call: impl FnOnce(&Domain) -> VirResult<T> + Send + 'static,
     ) -> std::result::Result<T, CallError> {
         let made = self.make(call)?;
-        // It has its thread to itself.
+        // The thread is used for this call only.
         self.worker = None;
         loop {
             match made.answer.recv_timeout(silence) {
@@ -227,7 +227,7 @@ impl Caller {
         }
     }
 
-    /// Has the thread make a call.
+    /// Makes the thread start a call.
     fn make<T: Send + 'static>(
         &mut self,
         call: impl FnOnce(&Domain) -> VirResult<T> + Send + 'static,
@@ -237,8 +237,8 @@ impl Caller {
         let domain = self.domain.clone();
         self.send(Box::new(move || {
             let result = call(&domain);
-            // Whoever has the answer may close the connection, and be told whether somebody else
-            // has it still.
+            // Dropped first: the receiver may close the connection, and libvirt tells it whether
+            // references to it are left.
             drop(domain);
             let _ = sender.send(result);
             drop(end);
@@ -256,10 +256,11 @@ impl Caller {
             None => task,
         };
         let (worker, tasks) = mpsc::channel::<Task>();
-        // It ends with its sender.
-        sys::spawn_quiet("instantsnap-virt", move || {
+        // The thread ends when the sender is dropped.
+        sys::spawn_quiet("instantsbackoff-virt", move || {
             let _step = step();
-            // A client's thread is its client's; one of ours in a daemon would be nobody's.
+            // In a daemon, a client's call runs in a thread with the client's identity. Our thread
+            // has none, and gets that of the daemon.
             let _itself = Daemon::of_this_process().map(Daemon::itself);
             tasks.into_iter().for_each(|task| task());
         })?;
@@ -268,7 +269,8 @@ impl Caller {
         Ok(())
     }
 
-    /// Waits until calls that were given up have ended; false when the deadline passes first.
+    /// Waits until the calls that were given up have ended. Returns false if the deadline passes
+    /// first.
     pub fn settle(&mut self, deadline: Deadline) -> bool {
         self.pending.retain(|call| {
             matches!(
@@ -279,34 +281,34 @@ impl Caller {
         self.pending.is_empty()
     }
 
-    /// Waits until they have ended, however long that takes.
+    /// Waits without a deadline until the calls that were given up have ended.
     fn join(&mut self) {
-        // Nothing is sent: it is an error when the call has ended.
+        // Nothing is ever sent: `recv` fails when the call has ended.
         self.pending.drain(..).for_each(|call| {
             let _ = call.recv();
         });
     }
 
-    /// Whether the connection is what failed.
+    /// Whether the call failed because the connection was lost.
     fn is_lost(&self, error: &VirError) -> bool {
-        if self.again.is_none() {
+        if self.address.is_none() {
             return false;
         }
         let alive = self.domain.connect().is_ok_and(|connect| connect.is_alive());
         !alive || error.is(Code::Rpc)
     }
 
-    /// Connects anew, to a daemon that may be starting.
+    /// Connects anew, to a daemon that may be starting. Tries until the deadline.
     fn reconnect(&mut self, deadline: Deadline) -> std::result::Result<(), CallError> {
-        let Some(address) = &self.again else {
-            return Err(CallError::Lost("it is this process".into()));
+        let Some(address) = &self.address else {
+            return Err(CallError::Lost("the daemon is this process".into()));
         };
-        let mut nap = Duration::from_millis(20);
+        let mut backoff = Duration::from_millis(20);
         loop {
             let reason = match look_up(address.clone(), deadline) {
                 Ok(domain) => {
-                    // Letting the old one go can take a word with the daemon; the thread that has
-                    // made the calls does it.
+                    // Dropping the old one can call the daemon. The thread that makes the calls
+                    // does it.
                     let old = std::mem::replace(&mut self.domain, domain);
                     if let Some(worker) = self.worker.take() {
                         let _ = worker.send(Box::new(move || drop(old)));
@@ -316,8 +318,8 @@ impl Caller {
                 Err(reason) => reason,
             };
             let Some(left) = deadline.left() else { return Err(CallError::Lost(reason)) };
-            std::thread::sleep(nap.min(left));
-            nap = (nap * 2).min(Duration::from_secs(1));
+            std::thread::sleep(backoff.min(left));
+            backoff = (backoff * 2).min(Duration::from_secs(1));
         }
     }
 }

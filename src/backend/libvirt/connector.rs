@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! What the engine asks of an opened domain.
+//! Implements [`Connector`] for an opened domain of libvirt.
 
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -65,9 +65,9 @@ impl Connector for LibvirtConnector {
         Ok(Reserved::by_others(name))
     }
 
-    /// Without INSTANT, and of a domain that is paused, it is libvirt's own.
+    /// Without INSTANT, or of a domain that does not run, libvirt takes its own snapshot.
     fn delegate(&self, xml: &str, flags: CreateFlags) -> Option<Result<Snapshot>> {
-        let plain = if flags.is_instant() {
+        let own_flags = if flags.is_instant() {
             if let Err(error) = self.check_no_hook_is_due(xml) {
                 return Some(Err(error));
             }
@@ -76,8 +76,8 @@ impl Connector for LibvirtConnector {
             flags
         };
         let step = format!("cannot take libvirt's own snapshot of domain '{}'", self.name);
-        // As long as it takes.
-        let taken = self.domain.create_snapshot(xml, plain.bits());
+        // No deadline: libvirt's snapshot can take any time.
+        let taken = self.domain.create_snapshot(xml, own_flags.bits());
         Some(taken.map_err(|error| error.into_error(&step)))
     }
 

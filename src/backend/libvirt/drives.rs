@@ -1,20 +1,20 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! A domain's drives, from its XML.
+//! Reads a domain's drives from its XML.
 
 use crate::error::{Result, fail};
 use crate::model::domain::{Disk, Nvram};
 use crate::model::drive::OpenOptions;
 use crate::model::{Domain, Drive, Role};
 
-/// The drives of a running domain, in the order of its XML. Sizes are not in it.
+/// The drives of a running domain, in the order of its XML. The XML does not have their sizes.
 pub fn drives(domain: &Domain) -> Result<Vec<Drive>> {
     let mut drives = disks(domain);
     drives.extend(domain.nvram.as_ref().map(firmware).transpose()?);
     Ok(drives)
 }
 
-/// The same without UEFI variables.
+/// The same drives without the UEFI variables.
 pub fn disks(domain: &Domain) -> Vec<Drive> {
     domain.disks.iter().map(drive).collect()
 }
@@ -26,13 +26,13 @@ pub fn chains(domain: &Domain) -> Vec<(String, Vec<String>)> {
     domain.disks.iter().filter(|disk| disk.present).map(chain).collect()
 }
 
-/// What a disk's image is called, by libvirt where it has no name otherwise.
+/// The name of a disk's image: its path or URI, or else libvirt's name for it.
 fn file(disk: &Disk) -> String {
     disk.file.clone().or_else(|| disk.source_name.clone()).unwrap_or_default()
 }
 
 fn drive(disk: &Disk) -> Drive {
-    // libvirt leaves out what is read only, a CD-ROM's medium included.
+    // libvirt leaves out read-only disks, including the medium of a CD-ROM.
     let (role, unsupported_reason) = match () {
         () if !disk.present => (Role::Empty, None),
         () if disk.transient => {
@@ -75,11 +75,10 @@ fn unsupported_reason(disk: &Disk) -> Option<String> {
             Some("is encrypted: instant snapshots of encrypted images are not supported".to_owned())
         }
         ("file" | "block" | "network", Some(_)) => unswitchable(disk),
-        // A volume that is a file or a device of this machine is called by its path by now.
+        // By now, a volume that is a file or a device of this machine has its path here.
         (kind, _) => {
             let protocol = disk.protocol.as_ref();
-            let protocol =
-                protocol.map(|name| format!(" ({name}; what is supported is plain NBD)"));
+            let protocol = protocol.map(|name| format!(" ({name}; only NBD is supported)"));
             Some(format!(
                 "is on storage of type '{kind}'{}: instant snapshots of it are not supported; \
                  leave it out (snapshot='no') or to a storage hook (snapshot='manual'), or take \
@@ -92,9 +91,10 @@ fn unsupported_reason(disk: &Disk) -> Option<String> {
     }
 }
 
-/// What libvirt finds in the switch, when the domain is paused: a disk that it gives no overlay.
+/// Why libvirt would give a disk no overlay. libvirt itself checks that only in the switch, when
+/// the domain is paused.
 fn unswitchable(disk: &Disk) -> Option<String> {
-    /// libvirt's limit of a chain of images.
+    /// libvirt's limit for the length of a backing chain.
     const DEEPEST: usize = 200;
     let depth = disk.depth;
     if disk.is_lun {
@@ -141,8 +141,8 @@ fn firmware(nvram: &Nvram) -> Result<Drive> {
     })
 }
 
-/// libvirt's save cookie: the CPU that the guest really has, which the XML of a memory image need
-/// not say; and that a network card of type `user` may have its helper process.
+/// libvirt's save cookie. It has the CPU that the guest really has, which the XML of a memory image
+/// need not have; and it permits a network card of type `user` to have its helper process.
 pub fn cookie(live: &Domain) -> Option<String> {
     let cpu = live.cpu.as_ref()?;
     Some(format!("<cookie>\n  {cpu}\n  <slirpHelper/>\n</cookie>\n"))
@@ -170,7 +170,7 @@ mod tests {
         }
     }
 
-    /// The only disk of a domain, on so many images.
+    /// The only disk of a domain, on a chain of `depth` images.
     fn disk(attributes: &str, depth: usize) -> Drive {
         let below: String = (1..depth)
             .map(|n| format!("<backingStore type='file'><source file='/{n}'/>"))

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! Undoing the switch of a domain that has ended: what its guest wrote goes from the overlays back
-//! into the images.
+//! Undoes the switch of a domain that has ended: merges the guest's writes from the overlays into
+//! the images.
 
 use super::call::Retry;
 use super::guest::LibvirtGuest;
@@ -11,11 +11,12 @@ use crate::error::{Result, fail};
 use crate::libvirt::xml::{INACTIVE, SECURE};
 use crate::libvirt::{Domain, State};
 
-/// A domain that other clients start and end is looked at so often before it is given up.
+/// How often the undo is tried on a domain that other clients start and end meanwhile.
 const STARTS: u32 = 5;
 
 impl LibvirtGuest<'_> {
-    /// Resumes the QEMU that was paused in the place of the one that is gone.
+    /// Resumes the new QEMU of a domain that was started again, if the snapshot's pause has paused
+    /// it.
     pub(super) fn resume_another(&mut self) -> Result<()> {
         if !std::mem::take(&mut self.another_is_paused) {
             return Ok(());
@@ -25,14 +26,14 @@ impl LibvirtGuest<'_> {
                 let paused = domain.is_active()? && domain.state()? == State::Paused;
                 if paused { domain.resume() } else { Ok(()) }
             });
-        resumed.map_err(|trouble| {
-            trouble.into_error("cannot resume the domain, which was paused as another client had just started it again")
+        resumed.map_err(|error| {
+            error.into_error("cannot resume the domain, which was paused just after another client had started it again")
         })
     }
 
     /// Merges the overlays of a domain that has ended. Another client may start it at any time, on
-    /// the overlays as long as its definition names them; until it is seen that it was not, they
-    /// must not be removed.
+    /// the overlays as long as its definition names them. They must not be removed until it is
+    /// certain that it was not started.
     pub(super) fn merge_ended(&mut self) -> Result<()> {
         let mut active = self.is_started_again();
         for _ in 0..STARTS {
@@ -63,10 +64,10 @@ impl LibvirtGuest<'_> {
         self.put_definition_back()
     }
 
-    /// A domain that was saved, or migrated, goes on from there: with its overlays, where it had
-    /// them by then.
+    /// Refuses to merge the overlays of a domain that was saved or migrated: it may go on with them
+    /// elsewhere.
     fn check_not_saved(&mut self) -> Result<()> {
-        // A transient one is gone, and nobody knows how it ended.
+        // A transient domain does not exist any more, and how it ended is not known.
         if self.survey.inactive_xml.is_none()
             || !self.session.call_with_timeout(
                 "cannot look at the domain",
@@ -79,30 +80,30 @@ impl LibvirtGuest<'_> {
         if self.definition_without_overlays()?.is_some() {
             fail!(
                 OperationFailed,
-                "somebody has saved the domain, or migrated it, meanwhile: what was saved may go \
-                 on with the overlays {}, as the domain's definition does, and they must not be \
-                 removed",
+                "another client has saved the domain, or migrated it, meanwhile: it may go on with \
+                 the overlays {}, as the domain's definition does, and they must not be removed",
                 self.overlays.paths()
             );
         }
         Ok(())
     }
 
-    /// The definition of a persistent domain with the images that it had before the overlays;
-    /// `None` where it names none of them.
+    /// The definition of a persistent domain, with the images of before in place of the overlays;
+    /// `None` if it names no overlay.
     fn definition_without_overlays(&mut self) -> Result<Option<String>> {
         let Some(before) = self.survey.inactive_xml.clone() else { return Ok(None) };
         let now = self.session.xml(SECURE | INACTIVE)?;
         self.overlays.without(&now, &before)
     }
 
-    /// libvirt has put the overlays into the definition of a persistent domain too.
+    /// Puts the images back into the definition of a persistent domain. In the switch, libvirt has
+    /// put the overlays into it.
     pub(super) fn put_definition_back(&mut self) -> Result<()> {
-        let Some(mended) = self.definition_without_overlays()? else { return Ok(()) };
+        let Some(restored) = self.definition_without_overlays()? else { return Ok(()) };
         self.session.call_with_timeout(
             "cannot put the domain's definition back",
             Retry::Safe,
-            move |domain| domain.connect()?.define(&mended, 0).map(drop),
+            move |domain| domain.connect()?.define(&restored, 0).map(drop),
         )
     }
 }

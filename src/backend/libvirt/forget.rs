@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! Having libvirt forget a snapshot; its files stay.
+//! Removes a snapshot from libvirt's snapshot list. Its files stay.
 
 use super::call::CallError;
 use super::managed_domain::ManagedDomain;
@@ -9,7 +9,7 @@ use super::snapshot_tree::SnapshotTree;
 use crate::error::{Error, Result};
 use crate::model::flags::DeleteFlags;
 
-/// Has libvirt forget the snapshot of this name, if there is one.
+/// Removes the snapshot of this name from the list, if there is one.
 pub fn forget(domain: &ManagedDomain, name: &str) -> Result<()> {
     let tree = SnapshotTree::read(domain)?;
     match tree.get(name) {
@@ -18,7 +18,7 @@ pub fn forget(domain: &ManagedDomain, name: &str) -> Result<()> {
     }
 }
 
-/// Has libvirt forget a snapshot, and nothing else: it would put the children on the snapshot's
+/// Removes only the metadata of a snapshot. libvirt would also put the children on the snapshot's
 /// images, as if theirs had been merged into them (see [`SnapshotDef::without_overlays`]).
 pub fn forget_alone(
     domain: &ManagedDomain,
@@ -28,23 +28,23 @@ pub fn forget_alone(
 ) -> Result<()> {
     let forget = || domain.forget(&target.name, flags.bits());
     if flags != DeleteFlags::METADATA_ONLY || tree.children(&target.name).next().is_none() {
-        return forget().map_err(|trouble| by_libvirt(trouble, &target.name));
+        return forget().map_err(|error| by_libvirt(error, &target.name));
     }
     let step = format!("cannot change the record of snapshot '{}' to delete it", target.name);
     let redefine = |xml: &str| domain.redefine(xml, tree.is_current(target));
-    redefine(&target.without_overlays()).map_err(|trouble| trouble.into_error(&step))?;
-    forget().map_err(|trouble| {
-        if let CallError::Refused(_) = trouble {
+    redefine(&target.without_overlays()).map_err(|error| error.into_error(&step))?;
+    forget().map_err(|error| {
+        if let CallError::Refused(_) = error {
             let _ = redefine(target.xml());
         }
-        by_libvirt(trouble, &target.name)
+        by_libvirt(error, &target.name)
     })
 }
 
-/// libvirt's own error as it is; ours with what was tried.
-pub fn by_libvirt(trouble: CallError, name: &str) -> Error {
-    match trouble {
+/// libvirt's own error unchanged, or ours with the operation's name.
+pub fn by_libvirt(error: CallError, name: &str) -> Error {
+    match error {
         CallError::Refused(error) => error.into(),
-        trouble => trouble.into_error(&format!("cannot delete snapshot '{name}'")),
+        error => error.into_error(&format!("cannot delete snapshot '{name}'")),
     }
 }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! A domain of which a snapshot is taken: the steps, by libvirt's calls where it has one, and by
-//! QEMU's monitor through libvirt where it has none.
+//! A domain during its snapshot. Each step is a call of libvirt, or, where libvirt has none, a
+//! command to QEMU through libvirt's monitor passthrough.
 
 use std::os::fd::BorrowedFd;
 use std::path::Path;
@@ -31,28 +31,28 @@ use crate::monitor::commands::{self, Status};
 use crate::monitor::json::Json;
 use crate::monitor::{Command, Execute, Failure};
 
-/// A resume that libvirt does not come to is tried past it.
+/// If libvirt has not resumed the domain after this time, QEMU is told directly.
 const RESUME_SOON: Duration = Duration::from_secs(2);
 
-/// For so many seconds the watchdog waits for a daemon that is restarted.
+/// How many seconds the watchdog waits for a daemon that is restarted.
 const CALLER_KILLED: u32 = 10;
-/// The same where the daemon was the caller, which may be being upgraded.
+/// The same if the daemon itself was the caller: it may be being upgraded.
 const DAEMON_KILLED: u32 = 300;
 
-/// The disks alone, onto overlays that are there.
+/// Switches only the disks, to overlays that exist.
 const SWITCH_FLAGS: CreateFlags =
     CreateFlags::constant(flags::DISK_ONLY | flags::NO_METADATA | flags::ATOMIC | flags::REUSE_EXT);
 
-/// See the module.
+/// A domain during its snapshot.
 pub struct LibvirtGuest<'a> {
     pub(super) session: Session<'a>,
-    /// What the domain was when the snapshot was planned.
+    /// The state of the domain when the snapshot was planned.
     pub(super) survey: Survey,
     pub(super) overlays: Overlays,
     lease: lease::Lease,
-    /// Another QEMU may have been paused in the place of this one.
+    /// The pause may have reached another QEMU, of a domain that was started again.
     pub(super) another_is_paused: bool,
-    /// libvirt's object of the switch.
+    /// libvirt's object for the switch.
     switched: Option<Snapshot>,
     /// The snapshot as libvirt has recorded it.
     registered: Option<Registered>,
@@ -64,7 +64,7 @@ struct Registered {
 }
 
 impl<'a> LibvirtGuest<'a> {
-    /// The domain of a session that has just begun.
+    /// The guest of a session that has just begun.
     pub fn new(session: Session<'a>) -> LibvirtGuest<'a> {
         LibvirtGuest {
             session,
@@ -77,17 +77,17 @@ impl<'a> LibvirtGuest<'a> {
         }
     }
 
-    /// The images that each disk is on now, from the top down.
+    /// The backing chain of each disk now, from the top down.
     pub(super) fn chains(&mut self) -> Result<Vec<(String, Vec<String>)>> {
         Ok(drives::chains(&self.domain_with_paths()?))
     }
 
-    /// The domain as it is now, where volumes are called by their paths.
+    /// The domain as it is now, with paths in place of volumes.
     fn domain_with_paths(&mut self) -> Result<domain::Domain> {
         domain::Domain::parse(&volumes::with_paths(&self.session.xml(0)?, &self.survey.volumes)?)
     }
 
-    /// Overlays that are there beforehand must be no images of the domain's snapshots.
+    /// Refuses existing overlays that are images of the domain's snapshots.
     fn check_not_of_snapshots(&mut self, disks: &[DiskPlan]) -> Result<()> {
         if !disks.iter().any(|disk| Path::new(&disk.overlay).exists()) {
             return Ok(());
@@ -112,12 +112,13 @@ impl<'a> LibvirtGuest<'a> {
         self.session
             .caller
             .call(deadline, Retry::Safe, Domain::suspend)
-            .map_err(|trouble| trouble.into_error(step))?;
-        self.session.resume(deadline).map_err(|trouble| trouble.into_error(step)).map(drop)
+            .map_err(|error| error.into_error(step))?;
+        self.session.resume(deadline).map_err(|error| error.into_error(step)).map(drop)
     }
 
-    /// The parent of a snapshot that is recorded now: the current one, unless that was taken after
-    /// ours. Then it is the second.
+    /// The parent of the snapshot that is recorded now: the current one. If another client has
+    /// taken the current one after ours, it is returned too: it becomes a child of ours, and the
+    /// parent is the snapshot that was current before.
     fn parent_of(&mut self, record: &Record) -> Result<(Option<String>, Option<SnapshotDef>)> {
         let current = self.session.current_snapshot()?;
         if current == self.survey.current {
@@ -127,7 +128,7 @@ impl<'a> LibvirtGuest<'a> {
             Some(name) => self.session.snapshot_def(name)?,
             None => None,
         };
-        // A snapshot whose disks' images are our overlays is younger.
+        // A snapshot whose images are our overlays is younger.
         let is_on_ours = |snapshot: &SnapshotDef| {
             let files = snapshot.images.iter().filter_map(|image| image.file.as_deref());
             files.into_iter().any(|file| record.disks.iter().any(|disk| disk.overlay == file))
@@ -229,12 +230,12 @@ impl Guest for LibvirtGuest<'_> {
 
     fn capabilities(&self) -> Capabilities {
         Capabilities {
-            // libvirt does not know this capability.
+            // libvirt does not use this capability.
             never_sets_background_snapshot: true,
-            // libvirt's snapshots have no place for copies of UEFI variables; and QEMU loads those
-            // of the instant with memory, and writes them back to the file.
+            // libvirt's snapshots have no place for copies of UEFI variables. QEMU loads those of
+            // the instant with memory, and writes them back to the file.
             keeps_firmware_copies: false,
-            // libvirt's own revert would load memory beside these disks as they are by then.
+            // libvirt's own revert would load the memory, and leave these disks as they are then.
             records_manual_disks: false,
             // The system daemon makes QEMU's user the owner of images.
             gives_write_access: !self.session.connector.uri.contains("/session"),
@@ -246,7 +247,7 @@ impl Guest for LibvirtGuest<'_> {
         self.lease = lease::Lease::look(&self.survey.live, disks);
         let beforehand = match self.session.connector.transport {
             Transport::Client => Beforehand::Taken,
-            // It writes with the daemon's rights, for a client that need not have them.
+            // The library writes with the daemon's rights, for a client that may have fewer.
             Transport::InProcess(_) => Beforehand::Refused,
         };
         self.check_not_of_snapshots(disks)?;
@@ -256,9 +257,9 @@ impl Guest for LibvirtGuest<'_> {
 
     fn pause(&mut self, deadline: Deadline) -> Result<()> {
         let paused = self.session.caller.call(deadline, Retry::Safe, Domain::suspend);
-        // Which QEMU a late one pauses is not known.
+        // If the call is late, it may pause a QEMU that was started meanwhile.
         self.another_is_paused = paused == Err(CallError::Late);
-        paused.map_err(|trouble| trouble.into_error("cannot pause the domain"))?;
+        paused.map_err(|error| error.into_error("cannot pause the domain"))?;
         self.session.check_not_started_anew(deadline).inspect_err(|_| self.another_is_paused = true)
     }
 
@@ -270,8 +271,8 @@ impl Guest for LibvirtGuest<'_> {
         let switched = self.session.caller.call(deadline, Retry::Never, move |domain| {
             domain.create_snapshot(&xml, SWITCH_FLAGS.bits())
         });
-        self.switched = Some(switched.map_err(|trouble| {
-            trouble.into_error("cannot switch the domain's disks to their overlays")
+        self.switched = Some(switched.map_err(|error| {
+            error.into_error("cannot switch the domain's disks to their overlays")
         })?);
         self.session.check_not_started_anew(deadline)
     }
@@ -283,27 +284,27 @@ impl Guest for LibvirtGuest<'_> {
             .session
             .caller
             .call(deadline, Retry::Safe, move |domain| domain.resize_disk(&target, size));
-        resized.map_err(|trouble| trouble.into_error(&step))
+        resized.map_err(|error| error.into_error(&step))
     }
 
     fn resume(&mut self, deadline: Deadline) -> Result<()> {
         let step = "cannot resume the domain";
         let soon = Deadline::after(RESUME_SOON.min(deadline.left().unwrap_or_default()));
-        // What was given up may yet pause it.
+        // A call that was given up may still pause the domain.
         let mut resumed = match self.session.caller.settle(soon) {
             true => self.session.resume(soon),
             false => Err(CallError::Late),
         };
         if resumed == Err(CallError::Late) {
-            // It waits for another client's job, which the monitor's passthrough need not.
+            // libvirt waits for another client's job. The monitor passthrough need not wait for it.
             let _ = commands::cont(self, Deadline::after(RESUME_SOON));
             self.session.caller.settle(deadline);
             resumed = self.session.resume(deadline);
         }
-        let resumed = resumed.map_err(|trouble| trouble.into_error(step))?;
+        let resumed = resumed.map_err(|error| error.into_error(step))?;
         if resumed == Resumed::ByItself {
-            // QEMU 10 that was resumed in the very moment of arming can take its guest for paused
-            // afterwards, and libvirt not.
+            // A QEMU 10 that was resumed at the moment of arming can report its guest as paused
+            // afterwards, while libvirt reports it as running.
             if self.capabilities().background_keeps_paused && !self.status()?.running {
                 commands::cont(self, deadline)?;
             }
@@ -356,7 +357,7 @@ impl Guest for LibvirtGuest<'_> {
                 "another client has deleted snapshot '{name}' while its memory was being saved"
             );
         };
-        // Its parent can have been deleted meanwhile; then the grandparent is it.
+        // If the parent was deleted meanwhile, the grandparent is the new parent.
         if now.parent != parent
             && parent.is_some_and(|parent| {
                 self.session.connector.names().is_ok_and(|all| all.contains(&parent))
@@ -385,8 +386,8 @@ impl Guest for LibvirtGuest<'_> {
                 ManagedDomain::called_by(self.session.connector, self.session.caller.another());
             forget::forget(&domain, &name)
         };
-        // Once more, by a new connection: the daemon may have been restarted meanwhile. A snapshot
-        // that is not there any more counts as forgotten.
+        // The second try uses a new connection: the daemon may have been restarted meanwhile. A
+        // snapshot that does not exist any more counts as forgotten.
         forget().or_else(|_| forget()).map_err(|error| {
             let message = format!("cannot forget snapshot '{name}': {}", error.message);
             Error::of_libvirt(error.number(), message)
@@ -394,12 +395,12 @@ impl Guest for LibvirtGuest<'_> {
     }
 
     fn merge_disks(&mut self) -> Result<()> {
-        // A switch that was given up must have come to its end.
+        // A switch that was given up must have ended first.
         if !self.session.caller.settle(Deadline::after(2 * DEFAULT_TIMEOUT)) {
             fail!(
                 OperationTimeout,
-                "libvirt does not come to the switch of the disks: when it does, the domain goes \
-                 on with the overlays {}, which must not be removed",
+                "libvirt has not carried out the switch of the disks yet: when it does, the domain \
+                 goes on with the overlays {}, which must not be removed",
                 self.overlays.paths()
             );
         }
@@ -417,7 +418,7 @@ impl Guest for LibvirtGuest<'_> {
 
     fn empty_overlays(&mut self) -> Result<()> {
         match self.session.is_active()? {
-            // It was started again, and goes on with what is in them.
+            // The domain was started again, and uses their content.
             true => Ok(()),
             false => self.overlays.empty(),
         }

@@ -1,11 +1,10 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! What libvirt gives away while a domain is paused, and takes back when it resumes it: disk leases
-//! and macvtap devices.
+//! The disk leases and macvtap devices that libvirt releases while a domain is paused, and takes
+//! back when it resumes the domain.
 //!
-//! QEMU before 9 starts its guest by itself at the end of the pause. libvirt takes note of it, and
-//! takes nothing back. Where that matters the domain is paused and resumed once more, through
-//! libvirt.
+//! QEMU before 9 starts its guest by itself at the end of the pause. libvirt notices that, but
+//! takes nothing back. So such a domain is paused and resumed once more, through libvirt.
 
 use std::fs::File;
 use std::ops::Range;
@@ -14,20 +13,20 @@ use std::path::Path;
 use crate::model::{DiskPlan, Domain};
 use crate::sys;
 
-/// Which bytes a lock manager locks.
+/// The bytes that a lock manager locks.
 const LEASE: Range<i64> = 0..1;
 
-/// Whether there is something to be taken back.
+/// The leases and devices that a domain holds.
 #[derive(Debug, Default)]
 pub struct Lease {
-    /// The domain XML names what is given away.
+    /// The domain XML names such leases or devices.
     in_xml: bool,
-    /// An image with a lock of a lock manager's on it.
+    /// An image that a lock manager has locked.
     locked: Option<File>,
 }
 
 impl Lease {
-    /// Looks at a domain that runs.
+    /// Reads the leases of a running domain.
     pub fn look(domain: &Domain, disks: &[DiskPlan]) -> Lease {
         let images =
             disks.iter().filter_map(|disk| sys::open_file(Path::new(&disk.drive.file)).ok());
@@ -37,7 +36,7 @@ impl Lease {
         }
     }
 
-    /// Whether it must be taken back, of a domain that was started past libvirt.
+    /// Whether a domain that QEMU has started by itself must take them back.
     pub fn is_lost(&self) -> bool {
         self.in_xml || self.locked.as_ref().is_some_and(|image| !sys::is_locked(image, LEASE))
     }

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! A domain of a stock libvirt as a revert or a delete of its snapshots uses it: each call of
-//! libvirt has a deadline.
+//! A domain during a revert or a delete of its snapshots. Each call of libvirt has a deadline.
 
 use std::sync::Mutex;
 use std::time::Duration;
@@ -14,37 +13,37 @@ use crate::error::{Code, Result};
 use crate::libvirt::{Domain, Snapshot, VirError, VirResult, xml};
 use crate::sys::lock;
 
-/// A call gets this long: libvirt itself makes it wait for another client's job for 30 seconds, and
-/// says so then.
+/// The timeout of a call. libvirt itself lets it wait for another client's job for 30 seconds, and
+/// then fails it.
 const CALL_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// What libvirt answers.
+/// The result of a call of libvirt.
 pub type Answer<T> = std::result::Result<T, CallError>;
 
-/// See the module.
+/// A domain during a revert or a delete.
 #[derive(Debug)]
 pub struct ManagedDomain {
     caller: Mutex<Caller>,
-    /// What messages call it.
+    /// Its name.
     pub name: String,
     uuid: String,
 }
 
-/// The definitions of a domain's snapshots, as libvirt has them.
+/// The snapshot definitions of a domain.
 #[derive(Debug)]
 pub struct SnapshotTexts {
-    /// Names and XML, passwords included, so that they can be written back; parents first.
+    /// Names and XML, parents first. The XML has passwords, so that it can be written back.
     pub all: Vec<(String, String)>,
-    /// The name of the current one.
+    /// The name of the current snapshot.
     pub current: Option<String>,
 }
 
-/// Another domain of the connection, as far as the caller may see it.
+/// Another domain of the connection, as far as this client may read it.
 #[derive(Debug)]
 pub struct OtherDomain {
     /// Its name.
     pub name: String,
-    /// Its XML, now and at its next start.
+    /// Its XML: as it runs, and as it is defined.
     pub texts: Vec<String>,
 }
 
@@ -53,7 +52,7 @@ impl ManagedDomain {
         ManagedDomain::called_by(connector, connector.caller())
     }
 
-    /// By this caller of its.
+    /// The domain, called by `caller`.
     pub(super) fn called_by(connector: &LibvirtConnector, caller: Caller) -> ManagedDomain {
         ManagedDomain {
             caller: Mutex::new(caller),
@@ -70,15 +69,15 @@ impl ManagedDomain {
     /// libvirt's version.
     pub fn version(&self) -> Result<(u64, u64, u64)> {
         self.ask(|domain| domain.connect()?.version())
-            .map_err(|trouble| trouble.into_error("cannot ask libvirt for its version"))
+            .map_err(|error| error.into_error("cannot ask libvirt for its version"))
     }
 
-    /// Whether a QEMU runs for it.
+    /// Whether the domain runs.
     pub fn is_active(&self) -> Answer<bool> {
         self.ask(Domain::is_active)
     }
 
-    /// Whether it is defined, and stays when its QEMU ends.
+    /// Whether the domain is defined, so that it stays when its QEMU ends.
     pub fn is_persistent(&self) -> Answer<bool> {
         self.ask(Domain::is_persistent)
     }
@@ -128,12 +127,12 @@ impl ManagedDomain {
         })
     }
 
-    /// The connection's other domains. What the caller may not see of them is not known.
+    /// The connection's other domains. Those that this client may not read are left out.
     pub fn others(&self) -> Result<Vec<OtherDomain>> {
         let seen = |answer: Answer<OtherDomain>| match answer {
             Ok(other) => Ok(Some(other)),
             Err(CallError::Refused(error)) if !error.is(Code::Rpc) => Ok(None),
-            Err(trouble) => Err(trouble.into_error("cannot look at the other domains")),
+            Err(error) => Err(error.into_error("cannot look at the other domains")),
         };
         let uuid = self.uuid.clone();
         let others = self.ask(move |domain| {
@@ -144,19 +143,21 @@ impl ManagedDomain {
         });
         let others = match others {
             Err(CallError::Refused(_)) => Vec::new(),
-            others => others
-                .map_err(|trouble| trouble.into_error("cannot list the connection's domains"))?,
+            others => {
+                others.map_err(|error| error.into_error("cannot list the connection's domains"))?
+            }
         };
         let mut found = Vec::new();
         for other in others {
-            // One after another, so that each may take its time.
+            // One call each, so that each has its own timeout.
             found.extend(seen(self.ask(move |_| {
                 let name = other.name().unwrap_or_default();
                 let mut texts = Vec::new();
                 for flags in [0, xml::INACTIVE] {
                     match other.xml(flags) {
                         Ok(text) => texts.push(text),
-                        // A domain that cannot be asked must not pass for one that uses nothing.
+                        // If the connection was lost, the domain must not count as one that uses no
+                        // image.
                         Err(VirError { message, .. }) if !other.connect()?.is_alive() => {
                             return Err(VirError { code: Code::Rpc as i32, message });
                         }
@@ -169,24 +170,24 @@ impl ManagedDomain {
         Ok(found)
     }
 
-    /// Defines it, or changes its definition.
+    /// Defines the domain, or changes its definition.
     pub fn define(&self, xml: &str) -> Answer<()> {
         let xml = xml.to_owned();
         self.change(move |domain| domain.connect()?.define(&xml, 0).map(drop))
     }
 
-    /// It is not defined any more.
+    /// Removes the definition.
     pub fn undefine(&self, flags: u32) -> Answer<()> {
         self.change(move |domain| domain.undefine(flags))
     }
 
-    /// Changes the definition of a snapshot; makes it the current one, if `current`.
+    /// Changes a snapshot definition; makes the snapshot the current one, if `current`.
     pub fn redefine(&self, snapshot_xml: &str, current: bool) -> Answer<()> {
         let xml = snapshot_xml.to_owned();
         self.change(move |domain| domain.redefine_snapshot(&xml, current).map(drop))
     }
 
-    /// Deletes a snapshot's metadata, as the flags say.
+    /// Deletes a snapshot's metadata, with these flags.
     pub fn forget(&self, name: &str, flags: u32) -> Answer<()> {
         let name = name.to_owned();
         self.change(move |domain| match domain.find(&name)? {
@@ -198,23 +199,23 @@ impl ManagedDomain {
         })
     }
 
-    /// Merges images that its QEMU has open. `step` says what for.
+    /// Merges images that the domain's QEMU has open. `step` names the operation in errors.
     pub fn merge(&self, commit: &BlockCommit, step: &str) -> std::result::Result<(), MergeFailure> {
         commit.run(&mut lock(&self.caller), step)
     }
 
-    /// Ends its QEMU. That can take as long as libvirt's hooks take.
+    /// Ends the domain's QEMU. That can take as long as libvirt's hooks take.
     pub fn destroy(&self) -> Answer<()> {
         self.run(Domain::destroy)
     }
 
-    /// Starts it from a memory image, which takes as long as there is memory to read.
+    /// Starts the domain from a memory image. How long that takes depends on the image's size.
     pub fn restore(&self, image: &str, xml: &str, flags: u32) -> Answer<()> {
         let (image, xml) = (image.to_owned(), xml.to_owned());
         self.run(move |domain| domain.connect()?.restore(&image, Some(&xml), flags))
     }
 
-    /// What changes nothing, and can be asked again.
+    /// Makes a call that changes nothing, so that it can be made again.
     pub(super) fn ask<T: Send + 'static>(
         &self,
         call: impl Fn(&Domain) -> VirResult<T> + Clone + Send + 'static,
@@ -222,7 +223,8 @@ impl ManagedDomain {
         lock(&self.caller).call(Deadline::after(CALL_TIMEOUT), Retry::Safe, call)
     }
 
-    /// One change after another: one that was given up must not be done after a later one.
+    /// Makes a call that changes something. It waits for changes that were given up: they must not
+    /// be carried out after this one.
     fn change<T: Send + 'static>(
         &self,
         call: impl Fn(&Domain) -> VirResult<T> + Clone + Send + 'static,
@@ -234,7 +236,7 @@ impl ManagedDomain {
         caller.call(Deadline::after(CALL_TIMEOUT), Retry::Never, call)
     }
 
-    /// A change that takes its time.
+    /// Makes a change that can take long.
     pub(super) fn run<T: Send + 'static>(
         &self,
         call: impl FnOnce(&Domain) -> VirResult<T> + Send + 'static,

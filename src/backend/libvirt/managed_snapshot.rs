@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! Snapshots of a domain of a stock libvirt that are our affair too: where its own revert and
-//! delete are lacking, or do harm.
+//! Snapshots of libvirt's list that the library reverts to and deletes itself, because libvirt's
+//! own revert or delete does not support them, or does harm.
 
 use super::managed_domain::{Answer, ManagedDomain};
 use super::opened::{LibvirtConnector, check_connection};
@@ -10,7 +10,7 @@ use crate::backend::exclusive::{Exclusive, Holder};
 use crate::error::Result;
 use crate::libvirt::{Domain, Snapshot, xml};
 
-/// A snapshot of memory in a file and disks on overlays, whose files can be reached from here.
+/// A snapshot with memory in a file and disks on overlays, whose files can be accessed from here.
 #[derive(Debug)]
 pub struct ManagedSnapshot {
     /// Its domain.
@@ -23,7 +23,7 @@ pub struct ManagedSnapshot {
 }
 
 impl ManagedSnapshot {
-    /// None where the snapshot is libvirt's alone. No file is looked at.
+    /// `None` if only libvirt can revert to or delete the snapshot. No file is read.
     pub fn of(snapshot: &Snapshot) -> Result<Option<ManagedSnapshot>> {
         let own_domain = snapshot
             .domain()
@@ -31,7 +31,7 @@ impl ManagedSnapshot {
         let connect = own_domain
             .connect()
             .map_err(|error| error.into_error("cannot find the connection of the snapshot"))?;
-        // On another machine the files are out of reach.
+        // Files on another machine cannot be accessed.
         if check_connection(&connect).is_err() {
             return Ok(None);
         }
@@ -43,7 +43,7 @@ impl ManagedSnapshot {
             domain.ask(move |_| snapshot.xml(xml::SECURE))
         };
         let step = || format!("cannot read the record of snapshot '{name}'");
-        let text = read.map_err(|trouble| trouble.into_error(&step()))?;
+        let text = read.map_err(|error| error.into_error(&step()))?;
         if !SnapshotDef::parse(name.clone(), &text)?.is_ours() {
             return Ok(None);
         }
@@ -56,17 +56,17 @@ impl ManagedSnapshot {
         self.connector.hold()
     }
 
-    /// The same, unless it is held already.
+    /// Holds the domain, unless it is held already.
     pub fn try_hold(&self) -> Result<std::result::Result<Exclusive, Holder>> {
         Exclusive::try_take(self.connector.held_name())
     }
 
-    /// What messages call the domain.
-    pub fn whose(&self) -> String {
-        self.connector.whose()
+    /// The domain, as messages name it.
+    pub fn label(&self) -> String {
+        self.connector.label()
     }
 
-    /// The domain, as the caller has it.
+    /// The caller's object of the domain.
     pub fn callers_domain(&self) -> &Domain {
         &self.own_domain
     }

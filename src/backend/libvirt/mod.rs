@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! The backend for a stock libvirt: the domain is its daemon's, and we are a client.
+//! The backend for a stock libvirt. The library is a client of the daemon that runs the domain.
 //!
-//! Everything that libvirt can do, it does, so that its own view of the domain stays true: it
-//! pauses and resumes, switches the disks and merges them back, and records the snapshot. Only what
-//! it has no function for goes past it, by its monitor passthrough: the background snapshot, and
-//! what belongs to it.
+//! libvirt does everything that it can do, so that its own view of the domain stays true: it pauses
+//! and resumes the domain, switches the disks and merges them back, and records the snapshot. Only
+//! the background snapshot, and what belongs to it, goes to QEMU through the monitor passthrough:
+//! libvirt has no function for it.
 
 mod block_commit;
 mod call;

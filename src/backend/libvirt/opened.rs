@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! A domain that was opened, and the connection that it was opened by.
+//! A domain that was opened, and its connection.
 
 use super::call::{Caller, Retry};
 use super::drives;
@@ -12,12 +12,13 @@ use crate::libvirt::daemon::Daemon;
 use crate::libvirt::{self, Connect, Domain, Snapshot, VirResult};
 use crate::model::{self, Request, manual};
 
-/// Where the daemon is, seen from here.
+/// How the daemon is reached.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Transport {
-    /// At the other end of a connection.
+    /// Through a connection, as its client.
     Client,
-    /// In this process: the connection is its driver. Others connect to this address.
+    /// The daemon is this process, and its driver is called directly. Other processes connect to
+    /// this address.
     InProcess(String),
 }
 
@@ -32,12 +33,12 @@ pub struct LibvirtConnector {
 }
 
 impl LibvirtConnector {
-    /// Opens it. A connection to another machine, or to another driver, is an error.
+    /// Opens the domain. A connection to another machine, or to another driver, is an error.
     pub fn open(domain: Domain) -> Result<LibvirtConnector> {
         LibvirtConnector::new(domain, |_| Transport::Client)
     }
 
-    /// The same in the daemon itself, to whose driver the domain's connection is.
+    /// Opens a domain in the daemon's own process, by a connection to its driver.
     pub fn inside(domain: Domain) -> Result<LibvirtConnector> {
         LibvirtConnector::new(domain, |uri| Transport::InProcess(libvirt::daemon::address(uri)))
     }
@@ -54,12 +55,12 @@ impl LibvirtConnector {
 
     /// Holds the domain for one operation.
     pub(super) fn hold(&self) -> Result<Exclusive> {
-        Exclusive::take(&self.whose(), self.held_name())
+        Exclusive::take(&self.label(), self.held_name())
     }
 
-    /// What makes calls on it that have an end.
+    /// A caller that makes calls on the domain with deadlines.
     pub(super) fn caller(&self) -> Caller {
-        // All domains of a daemon's process are its driver's.
+        // In a daemon's process, all domains belong to its own driver.
         let is_inside = matches!(self.transport, Transport::InProcess(_))
             || Daemon::of_this_process().is_some();
         match is_inside {
@@ -68,7 +69,7 @@ impl LibvirtConnector {
         }
     }
 
-    /// Makes one call on it, with an end.
+    /// Makes one call on the domain, with a deadline.
     pub(super) fn call<T: Send + 'static>(
         &self,
         step: &str,
@@ -78,17 +79,18 @@ impl LibvirtConnector {
         called.map_err(|error| error.into_error(step))
     }
 
-    /// What messages call it.
-    pub(super) fn whose(&self) -> String {
+    /// The domain, as messages name it.
+    pub(super) fn label(&self) -> String {
         format!("domain '{}'", self.name)
     }
 
-    /// By nothing else, for a daemon has as many URIs as there are ways to it.
+    /// The name of the domain's lock. It has only the UUID, because a daemon can be reached by
+    /// several URIs.
     pub(super) fn held_name(&self) -> String {
         format!("instantsnap/{}", self.uuid)
     }
 
-    /// libvirt calls nobody for the disks that it leaves to others.
+    /// Refuses a request with a storage hook: libvirt's own snapshot calls no hook.
     pub(super) fn check_no_hook_is_due(&self, snapshot_xml: &str) -> Result<()> {
         let step = format!("cannot read the XML of domain '{}'", self.name);
         let xml = self.call(&step, |domain| domain.xml(0))?;
@@ -116,7 +118,8 @@ impl LibvirtConnector {
     }
 }
 
-/// Memory and disks are files of the daemon's machine, and descriptors are passed to it.
+/// Refuses a connection to another machine: memory and disks are files of the daemon's machine, and
+/// descriptors are passed to it.
 pub fn check_connection(connect: &Connect) -> Result<()> {
     let step = "cannot look at the connection to libvirt";
     let driver = connect.driver().map_err(|error| error.into_error(step))?;
@@ -138,7 +141,7 @@ pub fn check_connection(connect: &Connect) -> Result<()> {
     Ok(())
 }
 
-/// `qemu:///...` and `qemu+unix:///...`.
+/// Whether the URI is `qemu:///...` or `qemu+unix:///...`.
 fn is_local(uri: &str) -> bool {
     uri.split_once("://").is_some_and(|(scheme, rest)| {
         matches!(scheme, "qemu" | "qemu+unix") && (rest.is_empty() || rest.starts_with(['/', '?']))

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! Overlays under libvirt: made beforehand by `qemu-img`, merged back by libvirt's block commit.
+//! Overlays under libvirt: `qemu-img` makes them before the switch, and libvirt's block commit
+//! merges them back.
 
 use std::path::Path;
 
@@ -14,30 +15,30 @@ use crate::model::DiskPlan;
 use crate::model::domain::{Domain, Source, Storage};
 use crate::sys;
 
-/// The images that each disk is on, from the top down, by target.
+/// The backing chain of each disk, from the top down, with its target.
 type Chains = [(String, Vec<String>)];
 
 /// The overlays of one snapshot.
 #[derive(Debug, Default)]
 pub struct Overlays {
     disks: Vec<DiskPlan>,
-    /// Their files, so far.
+    /// The files of those that were made so far.
     made: Vec<OverlayFile>,
 }
 
 impl Overlays {
-    /// The disks that have one.
+    /// The disks that get an overlay.
     pub fn disks(&self) -> &[DiskPlan] {
         &self.disks
     }
 
-    /// Those that are there so far, with their files.
+    /// The overlays that were made so far, with their files.
     pub fn made(&self) -> impl Iterator<Item = (&DiskPlan, &OverlayFile)> {
         self.disks.iter().zip(&self.made)
     }
 
-    /// Creates them. One whose image is not here, to be owned alike, is given to the owner of
-    /// `owner`.
+    /// Creates the overlays. Each gets the owner of its image. If the image is not on this machine,
+    /// the overlay gets the owner of the file `owner`.
     pub fn create(
         &mut self,
         disks: &[DiskPlan],
@@ -51,16 +52,16 @@ impl Overlays {
         Ok(())
     }
 
-    /// Whether each disk is still on its overlay or on something above, and the overlay on the
-    /// snapshot's image.
+    /// Checks that each disk is still on its overlay, or on an image above it, and each overlay on
+    /// the snapshot's image.
     pub fn check_chains(&self, chains: &Chains) -> Result<()> {
         for disk in &self.disks {
             if place(disk, chains).is_none_or(|(_, below)| below != Some(disk.drive.file.as_str()))
             {
                 fail!(
                     OperationFailed,
-                    "somebody has changed the images of disk '{}' while memory was being saved: \
-                     '{}' is no longer on '{}'",
+                    "another client has changed the images of disk '{}' while memory was being \
+                     saved: '{}' is no longer on '{}'",
                     disk.drive.name(),
                     disk.overlay,
                     disk.drive.file
@@ -70,15 +71,15 @@ impl Overlays {
         Ok(())
     }
 
-    /// No disk may be about to lose its overlay: until then its image is written.
+    /// Refuses a disk whose overlay is being merged: the merge writes to the snapshot's image.
     pub fn check_not_merging(&self, domain: &Domain) -> Result<()> {
         let is_merging =
             |disk: &&DiskPlan| domain.disk(disk.drive.name()).is_some_and(|disk| disk.is_merging);
         if let Some(disk) = self.disks.iter().find(is_merging) {
             fail!(
                 OperationFailed,
-                "somebody has begun to merge '{}' of disk '{}' back while memory was being saved: \
-                 its images are no longer those of the instant",
+                "another client has begun to merge '{}' of disk '{}' back while memory was being \
+                 saved: its images are no longer those of the instant",
                 disk.overlay,
                 disk.drive.name()
             );
@@ -86,8 +87,8 @@ impl Overlays {
         Ok(())
     }
 
-    /// Merges those of disks that were detached; whether there were any. What the guest wrote is in
-    /// them alone.
+    /// Merges the overlays of disks that were detached. Only the overlays have the guest's writes.
+    /// Returns whether there were any.
     pub fn merge_detached(&self, domain: &Domain) -> Result<bool> {
         let detached = |disk: &DiskPlan| domain.disk(disk.drive.name()).is_none();
         let mut found = false;
@@ -109,7 +110,7 @@ impl Overlays {
         Ok(found)
     }
 
-    /// Merges those that are in use back into the images below.
+    /// Merges the overlays that are in use back into the images below.
     pub fn merge(&mut self, caller: &mut Caller, chains: &Chains) -> Result<()> {
         let mut in_use = self
             .disks
@@ -119,8 +120,8 @@ impl Overlays {
         if let Some((disk, _)) = in_use.iter().find(|(_, (depth, _))| *depth > 0) {
             fail!(
                 OperationFailed,
-                "disk '{}' has another image on top of '{}' by now (somebody took a snapshot \
-                 meanwhile): the overlays {} stay in use, and must not be removed",
+                "disk '{}' has another image on top of '{}' by now (another client took a \
+                 snapshot meanwhile): the overlays {} stay in use, and must not be removed",
                 disk.drive.name(),
                 disk.overlay,
                 self.paths()
@@ -137,7 +138,7 @@ impl Overlays {
         })
     }
 
-    /// The same for a domain that does not run.
+    /// Merges the overlays of a domain that does not run.
     pub fn merge_offline(&mut self) -> Result<()> {
         for (disk, file) in self.made() {
             if !Path::new(&disk.overlay).exists() {
@@ -160,7 +161,7 @@ impl Overlays {
         Ok(())
     }
 
-    /// Takes everything out of those that were formatted for the snapshot. They are not in use.
+    /// Empties the overlays that were formatted for the snapshot. They must not be in use.
     pub fn empty(&self) -> Result<()> {
         for (disk, file) in self.made().filter(|(_, file)| file.is_new()) {
             let step = format!("cannot empty '{}' of disk '{}'", disk.overlay, disk.drive.name());
@@ -175,8 +176,8 @@ impl Overlays {
         Ok(())
     }
 
-    /// A domain's definition with the images below in the overlays' place, as it named them
-    /// `before`; `None` where it names no overlay.
+    /// A domain's definition, with the images below in place of the overlays, named as in `before`;
+    /// `None` if it names no overlay.
     pub fn without(&self, domain_xml: &str, before: &str) -> Result<Option<String>> {
         let domain = Domain::parse(domain_xml)?;
         let chains = drives::chains(&domain);
@@ -196,7 +197,8 @@ impl Overlays {
         domain.with_sources(&sources).map(Some)
     }
 
-    /// Removes those that we made, and empties those that were empty. They are not in use.
+    /// Removes the overlays that were made for the snapshot, and empties existing files that were
+    /// empty. They must not be in use.
     pub fn discard(&mut self) -> Result<()> {
         while let (Some(file), Some(disk)) =
             (self.made.last(), self.disks.iter().take(self.made.len()).next_back())
@@ -209,7 +211,7 @@ impl Overlays {
         Ok(())
     }
 
-    /// Their paths, for a message.
+    /// The paths of the overlays, for a message.
     pub fn paths(&self) -> String {
         let of_disk =
             |disk: &DiskPlan| format!("'{}' of disk '{}'", disk.overlay, disk.drive.name());
@@ -217,7 +219,7 @@ impl Overlays {
     }
 }
 
-/// How deep a disk's overlay is in its chain, and what is below it.
+/// The depth of a disk's overlay in its chain, and the image below it.
 fn place<'a>(disk: &DiskPlan, chains: &'a Chains) -> Option<(usize, Option<&'a str>)> {
     let (_, chain) = chains.iter().find(|(target, _)| target == disk.drive.name())?;
     let depth = chain.iter().position(|image| *image == disk.overlay)?;
@@ -261,8 +263,8 @@ fn merge(disk: &DiskPlan, caller: &mut Caller) -> Result<()> {
     let commit = BlockCommit {
         target: disk.drive.name().to_owned(),
         base: None,
-        // By its name: libvirt refuses it if somebody else has merged the overlay by then. The
-        // images below are not ours to merge.
+        // The overlay is named: libvirt refuses the merge if another client has merged it by then.
+        // The images below must not be merged.
         top: Some(disk.overlay.clone()),
         top_id: id(&disk.overlay),
         active: true,

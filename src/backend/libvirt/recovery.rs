@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! What is left to do for a process that was killed, as commands of virsh.
+//! The recovery commands of a snapshot of a libvirt domain, which use virsh.
 
 use serde_json::{Value, json};
 
@@ -10,7 +10,7 @@ use crate::backend::overlay_file::OverlayFile;
 use crate::model::DiskPlan;
 use crate::tool;
 
-/// virsh, on a connection.
+/// virsh with a connection URI.
 #[derive(Clone, Debug)]
 pub struct Virsh {
     program: String,
@@ -18,7 +18,8 @@ pub struct Virsh {
     tries: u32,
 }
 
-/// It, where it is installed and there is a daemon: `tries` is for how many seconds it may be away.
+/// virsh, if it is installed and the URI has a daemon. `tries` is for how many seconds the daemon
+/// may be unavailable.
 pub fn virsh(uri: &str, tries: u32) -> Option<Virsh> {
     if uri.contains("/embed") {
         return None;
@@ -35,7 +36,7 @@ impl Virsh {
     }
 }
 
-/// The commands for a snapshot of the domain of this UUID.
+/// The recovery commands for a snapshot of the domain with this UUID.
 pub fn commands(
     virsh: &Virsh,
     uuid: &str,
@@ -51,8 +52,8 @@ pub fn commands(
         virsh.run(&["snapshot-delete", uuid, &format!("--snapshotname={snapshot}"), "--metadata"]);
     let merge = |(disk, file): (&DiskPlan, &OverlayFile)| {
         let (target, overlay) = (disk.drive.name(), &disk.overlay);
-        // By its name: where the disk was not switched there is nothing to be merged, and it fails.
-        // libvirt can know the image below by another name than its path.
+        // The overlay is named: if the disk was not switched, the command fails. The image below is
+        // not named: libvirt can know it by another name than its path.
         let arguments =
             ["blockcommit", uuid, target, "--top", overlay, "--shallow", "--active", "--pivot"];
         MergeCommands {

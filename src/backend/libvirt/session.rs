@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! A domain during one operation: the calls to libvirt about it, and the commands to its QEMU.
+//! A domain during one operation: calls of libvirt, and commands to its QEMU.
 //!
-//! What the domain is, and which QEMU runs it, is looked up once, when the operation begins.
+//! The domain and its QEMU process are looked up once, when the operation begins.
 
 use std::time::Duration;
 
@@ -21,25 +21,25 @@ use crate::libvirt::{Domain, Snapshot, State, VirResult};
 use crate::monitor::json::{Json, parse};
 use crate::monitor::{Command, Execute, Failure, QemuProcess, read_reply};
 
-/// A question to QEMU about its state gets as long.
-const ASKING: Duration = Duration::from_secs(2);
+/// The timeout of a query of QEMU's state.
+const QUERY_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// See the module.
+/// A domain during one operation.
 pub struct Session<'a> {
     pub connector: &'a LibvirtConnector,
     pub caller: Caller,
     pub exclusive: Exclusive,
-    /// Of QEMU.
+    /// QEMU's version.
     pub version: (u64, u64),
-    /// libvirt's number of the domain, which changes when the domain is started anew.
+    /// libvirt's id of the running domain, which changes at each start.
     pub id: Option<u32>,
-    /// QEMU's process, where it can be seen from here.
+    /// QEMU's process, if it can be seen from this process.
     pub qemu: Option<QemuProcess>,
-    /// Holds that process: the guest can be opened by a socket of QEMU's too.
+    /// Holds that process too: the guest can be opened by a QMP socket as well.
     _process: Option<Exclusive>,
 }
 
-/// Who has started the vCPUs.
+/// How the vCPUs were started.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Resumed {
     ByLibvirt,
@@ -52,7 +52,7 @@ impl Execute for Session<'_> {
         command: Command,
         deadline: Deadline,
     ) -> std::result::Result<Json, Failure> {
-        let again = match command.name {
+        let retry = match command.name {
             "migrate" | "migrate_cancel" => Retry::Never,
             _ => Retry::Safe,
         };
@@ -63,7 +63,7 @@ impl Execute for Session<'_> {
                 return Err(Failure::Lost(format!("cannot duplicate a descriptor: {error}")));
             }
         };
-        let reply = self.caller.call(deadline, again, move |domain| {
+        let reply = self.caller.call(deadline, retry, move |domain| {
             let fd = fd.as_deref().map(std::os::fd::AsFd::as_fd);
             domain.monitor_command(&text, fd)
         });
@@ -83,7 +83,7 @@ impl Execute for Session<'_> {
 }
 
 impl<'a> Session<'a> {
-    /// Holds a domain that runs, and looks up which QEMU runs it.
+    /// Holds a running domain, and looks up its QEMU process.
     pub fn begin(connector: &'a LibvirtConnector) -> Result<Session<'a>> {
         let exclusive = connector.hold()?;
         let mut session = Session {
@@ -109,7 +109,7 @@ impl<'a> Session<'a> {
         session.id = session.look_up_id(Deadline::after(DEFAULT_TIMEOUT))?;
         session.qemu = session.look_up_process();
         if let Some(qemu) = &session.qemu {
-            session._process = Some(hold_qemu(&connector.whose(), qemu)?);
+            session._process = Some(hold_qemu(&connector.label(), qemu)?);
         }
         Ok(session)
     }
@@ -118,12 +118,12 @@ impl<'a> Session<'a> {
     pub fn call_with_timeout<T: Send + 'static>(
         &mut self,
         step: &str,
-        again: Retry,
+        retry: Retry,
         call: impl Fn(&Domain) -> VirResult<T> + Clone + Send + 'static,
     ) -> Result<T> {
         self.caller
-            .call(Deadline::after(DEFAULT_TIMEOUT), again, call)
-            .map_err(|trouble| trouble.into_error(step))
+            .call(Deadline::after(DEFAULT_TIMEOUT), retry, call)
+            .map_err(|error| error.into_error(step))
     }
 
     fn query_version(&mut self) -> Result<(u64, u64)> {
@@ -141,8 +141,8 @@ impl<'a> Session<'a> {
         id.map_err(|error| error.into_error("cannot look the domain up"))
     }
 
-    /// QEMU's process. libvirt does not tell which it is, but QEMU tells its threads; and libvirt
-    /// gives QEMU the domain's UUID on its command line.
+    /// QEMU's process. libvirt does not report it, but QEMU reports its threads. The process is the
+    /// domain's if its command line has the domain's UUID, which libvirt puts there.
     fn look_up_process(&mut self) -> Option<QemuProcess> {
         let option = format!("-uuid\0{}\0", self.connector.uuid);
         let is_it = |qemu: &QemuProcess| {
@@ -167,7 +167,7 @@ impl<'a> Session<'a> {
         })
     }
 
-    /// The snapshot of this name, as libvirt has it recorded; `None` where there is none.
+    /// The definition of the snapshot of this name; `None` where there is none.
     pub fn snapshot_def(&mut self, name: &str) -> Result<Option<SnapshotDef>> {
         let (step, wanted) = (format!("cannot describe snapshot '{name}'"), name.to_owned());
         let found = self.call_with_timeout(&step, Retry::Safe, move |domain| {
@@ -176,7 +176,7 @@ impl<'a> Session<'a> {
         found.map(|xml| SnapshotDef::parse(name.to_owned(), &xml)).transpose()
     }
 
-    /// All snapshots, as libvirt has them recorded.
+    /// The definitions of all snapshots.
     pub fn snapshot_defs(&mut self) -> Result<Vec<SnapshotDef>> {
         let step = "cannot read the domain's snapshots";
         let found = self.call_with_timeout(step, Retry::Safe, |domain| {
@@ -186,12 +186,12 @@ impl<'a> Session<'a> {
         found.into_iter().map(|(name, xml)| SnapshotDef::parse(name, &xml)).collect()
     }
 
-    /// Whether the domain runs, perhaps by another QEMU than at first.
+    /// Whether the domain runs, with the same QEMU or a new one.
     pub fn is_active(&mut self) -> Result<bool> {
         self.call_with_timeout("cannot look at the domain", Retry::Safe, Domain::is_active)
     }
 
-    /// Whether its definition stays when it ends.
+    /// Whether the domain is persistent.
     pub fn is_persistent(&mut self) -> Result<bool> {
         self.call_with_timeout("cannot look at the domain", Retry::Safe, Domain::is_persistent)
     }
@@ -200,30 +200,30 @@ impl<'a> Session<'a> {
         self.caller.call(deadline, Retry::Safe, Domain::state)
     }
 
-    /// Resumes the domain, unless it runs.
+    /// Resumes the domain, unless it runs already.
     pub fn resume(&mut self, deadline: Deadline) -> std::result::Result<Resumed, CallError> {
         if self.state(deadline)? == State::Running {
             return Ok(Resumed::ByItself);
         }
         match self.caller.call(deadline, Retry::Safe, Domain::resume) {
             Ok(()) => Ok(Resumed::ByLibvirt),
-            // QEMU before 9 has started its guest by itself, and libvirt has come to know of it
-            // since it was asked.
+            // QEMU before 9 has started its guest by itself, and libvirt has noticed that only
+            // after the query above.
             Err(CallError::Refused(error)) if error.is(Code::OperationInvalid) => {
                 match self.state(deadline)? {
                     State::Running => Ok(Resumed::ByItself),
                     _ => Err(CallError::Refused(error)),
                 }
             }
-            Err(trouble) => Err(trouble),
+            Err(error) => Err(error),
         }
     }
 
-    /// Refuses a domain that another client has ended since the operation began: libvirt knows a
-    /// domain by its UUID, and one that was started again is another QEMU.
+    /// Refuses a domain that has ended since the operation began. libvirt finds a domain by its
+    /// UUID, so a domain that was started again is another QEMU.
     pub fn check_not_started_anew(&mut self, deadline: Deadline) -> Result<()> {
         let has_ended = match &self.qemu {
-            // No call, for this is in the pause.
+            // No call of libvirt: this runs in the pause.
             Some(qemu) => qemu.has_ended(),
             None => self.look_up_id(deadline)? != self.id,
         };
@@ -238,26 +238,29 @@ impl<'a> Session<'a> {
         Ok(())
     }
 
-    /// Whether the QEMU of this operation is there.
+    /// Whether the QEMU of this operation answers or has ended.
     pub fn liveness(&mut self) -> Liveness {
         let deadline = Deadline::after(DEFAULT_TIMEOUT);
         let uuid = self.connector.uuid.clone();
-        let look = move |domain: &Domain| match domain.connect()?.domain(&uuid) {
+        let query = move |domain: &Domain| match domain.connect()?.domain(&uuid) {
             Ok(domain) => domain.is_active().map(|active| active.then(|| domain.id()).flatten()),
             Err(error) if error.is(Code::NoDomain) => Ok(None),
             Err(error) => Err(error),
         };
-        // QEMU may have ended, and libvirt not have come to that yet.
+        // If libvirt has refused a call, QEMU may have ended without libvirt having noticed it yet.
         let mut in_doubt = self.caller.take_refused();
         loop {
-            match self.caller.call(deadline, Retry::Safe, look.clone()) {
+            match self.caller.call(deadline, Retry::Safe, query.clone()) {
                 Ok(Some(id)) if Some(id) == self.id => {}
                 Ok(_) => return Liveness::Exited,
                 Err(_) => return Liveness::Unresponsive,
             }
             let status = Command::new("query-status", json!({}));
             in_doubt = in_doubt
-                && matches!(self.execute(status, Deadline::after(ASKING)), Err(Failure::Lost(_)));
+                && matches!(
+                    self.execute(status, Deadline::after(QUERY_TIMEOUT)),
+                    Err(Failure::Lost(_))
+                );
             if !in_doubt {
                 return Liveness::Alive;
             }

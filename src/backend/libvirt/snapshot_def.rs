@@ -1,10 +1,9 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! A domain's snapshots as libvirt has them recorded, and the edits of their records that a revert
-//! or a delete needs.
+//! libvirt's snapshot definitions, and the edits of them that a revert or a delete needs.
 //!
-//! In a record the images of `<domain>` are the disks' state at the instant; `<disks>` names the
-//! overlays that the guest went on with, and `<revertDisks>` (libvirt >= 9.9) those of the last
+//! In a definition, the images of `<domain>` have the disks' state at the instant. `<disks>` names
+//! the overlays that the guest went on with, and `<revertDisks>` (libvirt >= 9.9) those of the last
 //! revert.
 
 use super::volumes::{self, Volume};
@@ -15,7 +14,7 @@ use crate::model::snapshot_writer::{self, excluded_disk, external_disk};
 use crate::model::snapshot_xml::{DiskElement, DomainElement, Edit, SnapshotXml};
 use crate::model::{Notes, xml};
 
-/// A snapshot of a domain.
+/// The definition of a snapshot.
 #[derive(Debug)]
 pub struct SnapshotDef {
     /// Its name.
@@ -24,7 +23,7 @@ pub struct SnapshotDef {
     pub parent: Option<String>,
     /// The guest's state at the instant.
     pub state: String,
-    /// The memory image, where it is a file of its own.
+    /// The memory image, if memory is in a file.
     pub memory: Option<String>,
     /// `<disks>`.
     pub disks: Vec<SnapshotDisk>,
@@ -34,14 +33,14 @@ pub struct SnapshotDef {
     pub images: Vec<Disk>,
     /// The disks of `<inactiveDomain>`.
     pub inactive_images: Vec<Disk>,
-    /// What we have noted down of it.
+    /// The library's notes about the snapshot.
     pub notes: Notes,
-    /// libvirt calls images of it by pool and volume.
+    /// libvirt names some of its images by pool and volume.
     pub on_volumes: bool,
     xml: SnapshotXml,
 }
 
-/// What a snapshot did with a disk.
+/// A disk of a snapshot, with its overlay.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SnapshotDisk {
     /// Its target.
@@ -54,19 +53,19 @@ pub struct SnapshotDisk {
     pub format: String,
 }
 
-/// An image that another one has taken the place of.
+/// Images that were replaced by another one.
 #[derive(Clone, Debug)]
 pub struct Replaced {
-    /// It, and others to which the same happened.
+    /// The images that were replaced.
     pub images: Vec<Id>,
-    /// The image that has its content now.
+    /// The image that has their content now.
     pub by: Storage,
     /// That image's format.
     pub format: String,
 }
 
 impl SnapshotDef {
-    /// The same with paths in the place of these volumes.
+    /// The same definition, with paths in place of these volumes.
     pub fn with_paths(self, volumes: &[Volume]) -> Result<SnapshotDef> {
         let text = volumes::record_with_paths(self.xml(), volumes)?;
         if text == self.xml() {
@@ -75,7 +74,7 @@ impl SnapshotDef {
         Ok(SnapshotDef { on_volumes: true, ..SnapshotDef::parse(self.name, &text)? })
     }
 
-    /// Reads the record of a snapshot of this name.
+    /// Parses the definition of a snapshot of this name.
     pub fn parse(name: String, text: &str) -> Result<SnapshotDef> {
         let xml = SnapshotXml::parse(text, &xml::RECORDED).map_err(|error| {
             let step = format!("cannot read the record of snapshot '{name}'");
@@ -100,37 +99,38 @@ impl SnapshotDef {
         })
     }
 
-    /// The record as it stands.
+    /// The definition's XML.
     pub fn xml(&self) -> &str {
         self.xml.text()
     }
 
-    /// The disks that got an overlay, with their state at the instant.
+    /// The disks that got an overlay, each with its disk of `<domain>`, which has the state at the
+    /// instant.
     pub fn external(&self) -> impl Iterator<Item = (&SnapshotDisk, Option<&Disk>)> {
         let external = self.disks.iter().filter(|disk| disk.location == "external");
         external.map(|disk| (disk, self.images.iter().find(|image| image.target == disk.target)))
     }
 
-    /// Whether it is one of memory in a file and disks on overlays.
+    /// Whether the snapshot has memory in a file and disks on overlays.
     pub fn is_ours(&self) -> bool {
         self.memory.is_some()
             && matches!(self.state.as_str(), "running" | "paused")
             && !self.is_internal()
     }
 
-    /// Whether something of it is inside of images.
+    /// Whether it has internal snapshots of disks.
     pub fn is_internal(&self) -> bool {
         self.disks.iter().any(|disk| disk.location == "internal")
     }
 
-    /// All overlays that the record names, with their formats.
+    /// All overlays that the definition names, with their formats.
     pub fn overlays(&self) -> impl Iterator<Item = (&str, &str)> {
         let external =
             self.disks.iter().chain(&self.revert_disks).filter(|disk| disk.location == "external");
         external.filter_map(|disk| Some((disk.overlay.as_deref()?, disk.format.as_str())))
     }
 
-    /// All images that a domain needs that is brought back to it.
+    /// All images that a revert to the snapshot needs.
     pub fn images(&self) -> impl Iterator<Item = &Disk> {
         self.images.iter().chain(&self.inactive_images)
     }
@@ -155,8 +155,8 @@ impl SnapshotDef {
         self.xml.domain.as_ref()?.machine.as_deref()
     }
 
-    /// What its domain is to be at its next start, with these disks on these images where they are
-    /// on the snapshot's.
+    /// The domain's definition for its next start. These disks are put on these images if they are
+    /// on the snapshot's images there too.
     pub fn config_on(&self, sources: &[Source]) -> Result<String> {
         let Some(element) = &self.xml.inactive_domain else { return self.domain_on(sources) };
         let file = |images: &[Disk], target: &str| {
@@ -172,8 +172,8 @@ impl SnapshotDef {
         Domain::parse(&as_domain(self.xml.domain_text(element)))?.with_sources(&same)
     }
 
-    /// The record with other overlays, by target, and with these notes; the overlays of earlier
-    /// reverts are forgotten.
+    /// The definition with other overlays, by target, and with these notes. The overlays of earlier
+    /// reverts are removed from it.
     pub fn with_overlays(&self, overlays: &[Source], notes: &Notes) -> Result<String> {
         let changed = self.xml.disks.iter().flatten().filter_map(|disk| {
             let overlay = overlays.iter().find(|overlay| Some(overlay.target) == disk.name())?;
@@ -183,44 +183,46 @@ impl SnapshotDef {
         Ok(self.xml.edited(changed.chain(removed).chain(self.put_notes(notes)?)))
     }
 
-    /// What is noted down of it once it names other overlays: those of before may have to stay.
+    /// The notes for the time after the definition names other overlays: its earlier overlays may
+    /// have to stay.
     pub fn notes_afterwards(&self) -> Notes {
-        let mut left: Vec<(String, String)> = self
+        let mut overlays: Vec<(String, String)> = self
             .overlays_of_disks()
             .filter(|(_, overlay)| images::is_there(overlay, "qcow2"))
             .map(|(target, overlay)| (target.to_owned(), overlay.to_owned()))
             .collect();
-        left.sort();
-        left.dedup();
-        Notes { left, ..self.notes.clone() }
+        overlays.sort();
+        overlays.dedup();
+        Notes { left: overlays, ..self.notes.clone() }
     }
 
-    /// The record without overlays. libvirt, when it forgets a snapshot, puts its images in the
-    /// place of its overlays in the records of its children: not of one without overlays.
+    /// The definition without overlays. When libvirt deletes the metadata of a snapshot, it
+    /// replaces the snapshot's overlays by its images in the definitions of its children; it does
+    /// nothing if there are no overlays.
     pub fn without_overlays(&self) -> String {
         let disks = self.xml.disks.iter().flatten();
         self.xml
             .edited(disks.map(|disk| disk.replace(excluded_disk(disk.name().unwrap_or_default()))))
     }
 
-    /// The record with another parent.
+    /// The definition with another parent.
     pub fn with_parent(&self, parent: &str) -> String {
         self.xml.edited(self.xml.set_parent(snapshot_writer::parent(parent)))
     }
 
-    /// The record with these notes in the place of others.
+    /// The definition with these notes in place of others.
     pub fn with_notes(&self, notes: &Notes) -> Result<String> {
         Ok(self.xml.edited(self.put_notes(notes)?))
     }
 
-    /// Nothing where the record has no `<domain>`, which the notes go into.
+    /// The edit that puts the notes into `<domain>`. `None` if the definition has no `<domain>`.
     fn put_notes(&self, notes: &Notes) -> Result<Option<Edit>> {
         let Some(element) = &self.xml.domain else { return Ok(None) };
         let domain = notes.put_into(self.xml.domain_text(element), "domain")?;
         Ok(Some(element.replace(domain)))
     }
 
-    /// The record where images were replaced; `None` where it names none of them.
+    /// The definition with replaced images; `None` if it names none of them.
     pub fn with_replaced(&self, replaced: &[Replaced]) -> Result<Option<String>> {
         let mut edits: Vec<Edit> = Vec::new();
         if let Some(element) = &self.xml.domain {
@@ -247,8 +249,8 @@ impl SnapshotDef {
         Ok(Some(edited).filter(|edited| edited != self.xml()))
     }
 
-    /// All overlays that it names, and those that it named before it was reverted to; with their
-    /// disks.
+    /// All overlays that the definition names, and those that it named before a revert, with the
+    /// disks' targets.
     pub fn overlays_of_disks(&self) -> impl Iterator<Item = (&str, &str)> {
         let external =
             self.disks.iter().chain(&self.revert_disks).filter(|disk| disk.location == "external");
@@ -269,7 +271,7 @@ impl SnapshotDisk {
     }
 }
 
-/// A domain's XML where images were replaced; `None` where it names none of them.
+/// A domain's XML with replaced images; `None` if it names none of them.
 pub fn domain_with_replaced(domain_xml: &str, replaced: &[Replaced]) -> Result<Option<String>> {
     let images = domain_disks(domain_xml)?;
     let source = |image: &'_ Disk| {
@@ -290,8 +292,8 @@ pub fn domain_with_replaced(domain_xml: &str, replaced: &[Replaced]) -> Result<O
     Ok(Some(changed).filter(|changed| changed != domain_xml))
 }
 
-/// Without what a disk tells of the images below its own, where those were replaced: libvirt finds
-/// out itself.
+/// A domain's XML without the backing chains that name replaced images: libvirt reads the chains
+/// from the images then.
 fn without_chains_of(domain_xml: &str, replaced: &[Replaced]) -> Result<String> {
     let document = xml::parse(domain_xml, "domain", &xml::GIVEN)?;
     let disks = xml::children(document.root_element(), "devices")
@@ -317,7 +319,7 @@ fn as_domain(element: &str) -> String {
     rename(element, "inactiveDomain", "domain")
 }
 
-/// An element under another name.
+/// The element with another name.
 fn rename(element: &str, from: &str, to: &str) -> String {
     let (open, close) = (format!("<{from}"), format!("</{from}>"));
     match element.trim().strip_prefix(&open).and_then(|rest| rest.strip_suffix(&close)) {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! All snapshots of a domain, as libvirt has them defined.
+//! Reads all snapshot definitions of a domain.
 
 use std::path::Path;
 
@@ -16,9 +16,9 @@ use crate::model::domain::Disk;
 pub struct SnapshotTree {
     /// Parents first.
     pub snapshots: Vec<SnapshotDef>,
-    /// The name of the current one.
+    /// The name of the current snapshot.
     pub current: Option<String>,
-    /// The volumes that their disks are on.
+    /// The volumes that the snapshots' disks are on.
     pub volumes: Vec<Volume>,
 }
 
@@ -27,7 +27,7 @@ impl SnapshotTree {
     pub fn read(domain: &ManagedDomain) -> Result<SnapshotTree> {
         let texts = domain.snapshots();
         let texts =
-            texts.map_err(|trouble| trouble.into_error("cannot read the domain's snapshots"))?;
+            texts.map_err(|error| error.into_error("cannot read the domain's snapshots"))?;
         let parse = |(name, text): (_, String)| SnapshotDef::parse(name, &text);
         let snapshots = texts.all.into_iter().map(parse).collect::<Result<Vec<_>>>()?;
         let volumes = volumes_of(&snapshots);
@@ -46,17 +46,17 @@ impl SnapshotTree {
         })
     }
 
-    /// Whether it is the current one.
+    /// Whether the snapshot is the current one.
     pub fn is_current(&self, snapshot: &SnapshotDef) -> bool {
         self.current.as_ref() == Some(&snapshot.name)
     }
 
-    /// Its children.
+    /// The children of a snapshot.
     pub fn children(&self, name: &str) -> impl Iterator<Item = &SnapshotDef> {
         self.snapshots.iter().filter(move |snapshot| snapshot.parent.as_deref() == Some(name))
     }
 
-    /// The names of all that come after it, parents first.
+    /// The names of all descendants of a snapshot, parents first.
     pub fn descendants<'a>(&'a self, name: &'a str) -> Vec<&'a str> {
         let mut found = vec![name];
         // A child comes after its parent.
@@ -69,8 +69,8 @@ impl SnapshotTree {
     }
 }
 
-/// The volumes that disks of snapshots are on, as libvirt records its own: what is below the
-/// overlay that such a disk got.
+/// The volumes that disks of snapshots are on in the definitions of libvirt's own snapshots. The
+/// path of a volume is the backing file of the disk's overlay.
 fn volumes_of(snapshots: &[SnapshotDef]) -> Vec<Volume> {
     let on_volumes = snapshots.iter().flat_map(|snapshot| {
         let volume = |disk: &Disk| Some((disk.target.clone(), disk.volume.clone()?));

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! What a domain was when its snapshot was planned: read once, and only compared afterwards.
+//! The state of a domain when its snapshot was planned. It is read once, and only compared
+//! afterwards.
 
 use std::path::PathBuf;
 
@@ -17,20 +18,20 @@ use crate::model::domain::Domain;
 use crate::model::{Drive, Role};
 use crate::monitor::{Command, Execute};
 
-/// See the module.
+/// The state of a domain when its snapshot was planned.
 #[derive(Debug, Default)]
 pub struct Survey {
     /// The volumes of storage pools that its disks are on.
     pub volumes: Vec<volumes::Volume>,
-    /// The domain, with paths in the place of volumes.
+    /// The domain, with paths in place of volumes.
     pub live: Domain,
-    /// The definition of a persistent domain, to the letter.
+    /// The unchanged definition of a persistent domain.
     pub inactive_xml: Option<String>,
     /// The name of the snapshot that was current.
     pub current: Option<String>,
     /// The drives, in the order of the XML.
     pub drives: Vec<Drive>,
-    /// What its memory image says of it.
+    /// The domain XML for the memory image.
     migratable_xml: String,
     owner: Option<PathBuf>,
 }
@@ -41,8 +42,8 @@ impl Survey {
         let live_xml = session.xml(SECURE)?;
         let mut volumes = Vec::new();
         if volumes::are_in(&live_xml) {
-            // libvirt does not pass the reply on where a disk is on hundreds of images: then those
-            // on volumes have no overlay.
+            // libvirt does not pass on the reply if a disk is on hundreds of images. Then disks on
+            // volumes cannot get an overlay.
             let query = Command::new("query-block", json!({}));
             let blocks = session.execute(query, Deadline::after(DEFAULT_TIMEOUT));
             volumes = volumes::of_domain(&live_xml, &blocks.unwrap_or_default())?;
@@ -61,7 +62,7 @@ impl Survey {
         Ok(Survey { volumes, live, inactive_xml, current, drives, migratable_xml, owner })
     }
 
-    /// The domain, for its memory image.
+    /// The description for the memory image.
     pub fn description(&self) -> Description {
         Description {
             domain_xml: self.migratable_xml.clone(),
@@ -70,16 +71,16 @@ impl Survey {
         }
     }
 
-    /// The targets of disks that a snapshot of these leaves out.
+    /// The targets of the disks for which `planned` is false.
     pub fn left_out<'a>(&self, planned: impl Fn(&str) -> bool + 'a) -> Vec<String> {
         let targets = self.live.disks.iter().map(|disk| &disk.target);
         targets.filter(|target| !planned(target)).cloned().collect()
     }
 }
 
-/// A file whose owner new files get: this image's, or the process of QEMU. A session's files are
-/// its user's, also where root acts on the session. `None` where libvirt gives files to QEMU's user
-/// itself.
+/// A file whose owner new files get: this image, or the directory of QEMU's process in /proc. The
+/// files of a session belong to the session's user, even if root acts on the session. `None` if
+/// libvirt gives files to QEMU's user itself.
 pub fn owner_of_new_files(session: &Session, image: Option<&str>) -> Option<PathBuf> {
     let is_of_another_user =
         session.connector.uri.contains("/session") && rustix::process::geteuid().is_root();
@@ -87,7 +88,7 @@ pub fn owner_of_new_files(session: &Session, image: Option<&str>) -> Option<Path
     if is_of_another_user { image.map(PathBuf::from).or_else(process) } else { None }
 }
 
-/// The drives with their sizes, which the XML does not say.
+/// Adds the drives' sizes, which the XML does not have.
 fn sized(session: &mut Session, mut drives: Vec<Drive>) -> Result<Vec<Drive>> {
     let is_switched =
         |drive: &&mut Drive| drive.role == Role::Disk && drive.unsupported_reason.is_none();

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! Disks on volumes of storage pools: files and devices of this machine, which libvirt's XML calls
-//! by pool and volume.
+//! Disks on volumes of storage pools. The volumes are files and devices of this machine, which
+//! libvirt's XML names by pool and volume.
 //!
-//! QEMU has their paths. A snapshot is recorded with those, so that it can be brought back, and its
-//! overlays merged, whatever becomes of the pool; what libvirt itself keeps of the domain is put
-//! back to the letter.
+//! QEMU has their paths. A snapshot is recorded with the paths, so that it can be reverted to, and
+//! its overlays merged, even if the pool is removed. The domain's definition in libvirt is put back
+//! unchanged.
 
 use std::ops::Range;
 
@@ -22,14 +22,14 @@ use crate::model::xml;
 pub struct Volume {
     /// The storage pool's name.
     pub pool: String,
-    /// Its own name.
+    /// The volume's name.
     pub name: String,
-    /// What QEMU calls it.
+    /// The path that QEMU uses.
     pub path: String,
 }
 
-/// The volumes that disks of a running domain are on, by the path that QEMU has; `blocks` is the
-/// answer to `query-block`. One that is no file or device of this machine is not among them.
+/// The volumes that disks of a running domain are on, with the paths that QEMU uses. `blocks` is
+/// the answer to `query-block`. A volume that is no file or device of this machine is left out.
 pub fn of_domain(live_xml: &str, blocks: &Value) -> Result<Vec<Volume>> {
     let volume = |disk: Disk| {
         let ((pool, name), alias) = (disk.volume?, disk.alias?);
@@ -48,12 +48,12 @@ pub fn are_in(domain_xml: &str) -> bool {
     domain_xml.contains("<disk type='volume'")
 }
 
-/// A domain's XML with paths in the place of volumes.
+/// A domain's XML, with paths in place of volumes.
 pub fn with_paths(domain_xml: &str, volumes: &[Volume]) -> Result<String> {
     Ok(replaced(domain_xml, xml::parse(domain_xml, "domain", &xml::GIVEN)?.root_element(), volumes))
 }
 
-/// The same of a snapshot's record.
+/// A snapshot definition, with paths in place of volumes.
 pub fn record_with_paths(record: &str, volumes: &[Volume]) -> Result<String> {
     Ok(replaced(
         record,
@@ -95,7 +95,7 @@ fn replaced(text: &str, root: Node, volumes: &[Volume]) -> String {
     text
 }
 
-/// The pool and the volume of a disk, or of an image below one.
+/// The names of the pool and the volume of a disk, or of an image below one.
 fn names<'a>(element: Node<'a, '_>) -> Option<(&'a str, &'a str)> {
     let is_image = matches!(element.tag_name().name(), "disk" | "backingStore");
     domain::volume(element).filter(|_| is_image)
@@ -127,7 +127,7 @@ mod tests {
         assert!(are_in(&live) && !are_in(&xml("type='file'><source file='/s'/>", volume)));
         let file = "type='file'><source file='/pool/v&amp;'  index='1'/>";
         assert_eq!(with_paths(&live, &volumes).unwrap(), xml(file, file));
-        // One of another machine stays what it is.
+        // A volume on another machine is not changed.
         let remote = json!([{ "qdev": "virtio-disk0", "inserted": { "file": "rbd:pool/v" } }]);
         assert_eq!(with_paths(&live, &of_domain(&live, &remote).unwrap()).unwrap(), live);
     }
