@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! Who uses images besides the domain that they are of: QEMUs that have them open, and other
-//! domains of the connection that name them, or what stands on them.
+//! Finds the other users of a domain's images: QEMUs that have them open, and other domains of the
+//! connection that name them, or an overlay of them.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -12,7 +12,7 @@ use crate::backend::locks;
 use crate::error::Result;
 use crate::model::domain::{Disk, domain_disks};
 
-/// Who else uses images.
+/// The other users of a domain's images.
 pub struct Users {
     others: Others,
     /// The images that the domain's own QEMU has open.
@@ -21,9 +21,9 @@ pub struct Users {
 }
 
 impl Users {
-    /// Looks at the domain, and at the connection's others. `volumes`: those that are known.
+    /// Reads the domain and the connection's other domains. `volumes`: the known volumes.
     pub fn look(domain: &ManagedDomain, volumes: &[Volume]) -> Result<Users> {
-        let refused = |trouble: CallError| trouble.into_error("cannot look at the domain");
+        let refused = |error: CallError| error.into_error("cannot look at the domain");
         let others = Others::look(&domain.others()?, volumes);
         let mut users = Users { others, live: BTreeSet::new(), qemu: None };
         if domain.is_active().map_err(refused)? {
@@ -35,12 +35,12 @@ impl Users {
         Ok(users)
     }
 
-    /// Another domain that needs an image.
+    /// The name of another domain that needs an image.
     pub fn other_domain_on(&self, image: &Id) -> Option<&str> {
         self.others.domain_on(image)
     }
 
-    /// Who else uses an image: as messages say it.
+    /// The other user of an image, as a part of a message.
     pub fn of(&self, image: &Id) -> Option<String> {
         if let Some(domain) = self.others.domain_on(image) {
             return Some(format!("domain '{domain}' stands on it"));
@@ -84,11 +84,11 @@ fn images_of(domain: &OtherDomain, volumes: &[Volume]) -> Vec<Id> {
     let mut found = Vec::new();
     for disk in disks {
         found.extend(disk.backing.iter().map(|below| id(below)));
-        // A domain that is shut off names the uppermost only.
+        // A domain that is shut off names only the topmost image.
         let mut next = disk.file.clone().map(|file| (file, disk.format.clone()));
         while let Some((file, format)) = next.take() {
             let image = id(&file);
-            // A chain that comes back to itself ends here.
+            // A chain with a loop ends here.
             if !found.contains(&image) {
                 found.extend(images::server_below(&file).map(|below| id(&below)));
                 next = images::below(&file, &format);

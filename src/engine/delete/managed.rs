@@ -1,19 +1,19 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! Deleting snapshots of a domain of a stock libvirt.
+//! Deletes snapshots of a domain of a stock libvirt.
 //!
-//! libvirt 9.9 and later can delete one that has at most one child and is in the chains that the
-//! domain is on; what it can, it does ([`stock_can`]). The rest is done here, as
-//! [`plan`](super::plan) plans it.
+//! libvirt 9.9 and later can delete a snapshot that has at most one child and whose overlays the
+//! domain is on. If libvirt can delete it, libvirt does ([`stock_can`]). Otherwise it is done here,
+//! as [`plan`](super::plan) plans it.
 //!
-//! Nothing is touched while another QEMU has an image open that would be changed or removed, or
-//! another domain of the connection stands on it.
+//! Nothing is changed while another QEMU has one of these images open, or another domain of the
+//! connection needs one.
 //!
-//! The order is such that nothing is lost wherever it is cut short: the memory images of what goes
-//! are renamed to `….deleting`, and that is on disk, so that nobody reverts to a snapshot whose
-//! images are half merged; images are merged, and after each the records that name it are changed;
-//! what goes is forgotten by libvirt; only then files are removed. What was cut short can be done
-//! again.
+//! The order of the steps ensures that an interrupted delete loses nothing, and can be repeated.
+//! First the memory images of the deleted snapshots are renamed to `….deleting`, and the directory
+//! is synced, so that no caller can revert to a snapshot whose images are partly merged. Then the
+//! images are merged, and after each merge the definitions that name its images are changed. Then
+//! libvirt forgets the deleted snapshots. Files are removed last.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -36,11 +36,11 @@ use crate::model::domain::{Disk, Source, Storage, domain_disks};
 use crate::model::flags::DeleteFlags;
 use crate::sys;
 
-/// The first libvirt that deletes snapshots with a memory image, and that crashes when it reverts
-/// without a current one.
+/// The first libvirt that deletes snapshots with a memory image. It also crashes when it reverts
+/// without a current snapshot.
 const STOCK_DELETES: (u64, u64, u64) = (9, 9, 0);
 
-/// Deletes a snapshot of a domain that is held.
+/// Deletes a snapshot. The domain is held.
 pub fn run(snapshot: &ManagedSnapshot, flags: DeleteFlags) -> Result<()> {
     let domain = &snapshot.domain;
     let tree = SnapshotTree::read(domain)?;
@@ -58,17 +58,17 @@ pub fn run(snapshot: &ManagedSnapshot, flags: DeleteFlags) -> Result<()> {
         let renewal = Renewal::begin(domain, &tree, &kept, &touched)?;
         let deleted = snapshot.delete_by_libvirt(flags.bits());
         if matches!(deleted, Err(CallError::Late | CallError::Lost(_))) {
-            // It may still go on, and change the images that would be noted down.
-            return deleted.map_err(|trouble| by_libvirt(trouble, &target.name));
+            // The delete may still go on, and change the images that would be noted.
+            return deleted.map_err(|error| by_libvirt(error, &target.name));
         }
-        // What libvirt may have begun keeps the content of the others' images, too.
+        // Even a delete that failed halfway keeps the content of the other snapshots' images.
         renewal.end(domain, None)?;
-        return deleted.map_err(|trouble| by_libvirt(trouble, &target.name));
+        return deleted.map_err(|error| by_libvirt(error, &target.name));
     }
     Delete::prepare(domain, version, &tree, target, flags)?.run(&users)
 }
 
-/// Whether libvirt does it as well, or better.
+/// Whether libvirt's own delete is used.
 pub fn is_libvirts(snapshot: &ManagedSnapshot, flags: DeleteFlags) -> Result<bool> {
     if flags.is_metadata_only() {
         return Ok(true);
@@ -79,9 +79,9 @@ pub fn is_libvirts(snapshot: &ManagedSnapshot, flags: DeleteFlags) -> Result<boo
     Ok(flags == DeleteFlags::NONE && stock_can(domain, domain.version()?, &tree, target)?)
 }
 
-/// Whether libvirt's own delete, where it has one, works: on a running domain that is on the
-/// snapshot's overlays, right above its images. (Of any other snapshot without children it removes
-/// the images without looking whether somebody needs them.)
+/// Whether libvirt's own delete, if it has one, works: on a running domain that is on the
+/// snapshot's overlays, directly above its images. (Of any other snapshot without children, libvirt
+/// removes the images without a check whether they are needed.)
 fn stock_can(
     domain: &ManagedDomain,
     version: (u64, u64, u64),
@@ -126,27 +126,28 @@ fn stock_can(
                 .any(|(_, own)| own.and_then(|own| own.file.as_deref()).map(id) == theirs)
         });
     let begun = target.memory.as_deref().is_some_and(|memory| deleting(Path::new(memory)).exists());
-    // libvirt does not know of overlays that the snapshot named before it was reverted to: a merge
-    // would pull the image away from under them.
+    // libvirt does not know of overlays that the snapshot named before a revert to it: a merge
+    // would change the image below them.
     let left = target.notes.left.iter().any(|(_, file)| images::is_there(file, "qcow2"));
-    // Nor of images that stayed when their snapshots were deleted, and that may go now.
+    // libvirt does not know of images either that stayed when their snapshots were deleted, and
+    // that can be removed now.
     let former = tree.snapshots.iter().any(|snapshot| !snapshot.notes.former.is_empty());
-    // Of block devices it does not know how to get rid of an overlay.
+    // libvirt cannot remove an overlay on a block device.
     let overlays = target.external().filter_map(|(disk, _)| disk.overlay.as_deref());
     let files = files && overlays.map(Path::new).all(Path::is_file);
     let rooted = target.parent.is_some() || !tree.is_current(target) || tree.snapshots.len() == 1;
-    // Of volumes it has no paths.
+    // libvirt has no paths for volumes.
     let rooted = rooted && !tree.snapshots.iter().any(|snapshot| snapshot.on_volumes);
     let alone = children <= usize::from(!tree.is_current(target)) && !shared && rooted;
     Ok(alone && files && !begun && !left && !former && target.external().all(is_on))
 }
 
-/// What libvirt's own delete changes and removes of a disk.
+/// The images of a disk that libvirt's own delete changes or removes.
 fn stock_touches((disk, image): (&SnapshotDisk, Option<&Disk>)) -> Option<[Id; 2]> {
     Some([id(disk.overlay.as_deref()?), id(image?.file.as_deref()?)])
 }
 
-/// Refuses to touch images that others use.
+/// Refuses to change or remove images that other guests use.
 fn check_unused(users: &Users, target: &str, touched: &BTreeSet<Id>) -> Result<()> {
     for image in touched {
         if let Some(user) = users.of(image) {
@@ -167,14 +168,15 @@ struct Delete<'a> {
     domain: &'a ManagedDomain,
     version: (u64, u64, u64),
     tree: &'a SnapshotTree,
-    /// What goes, children first.
+    /// The snapshots to delete, children first.
     doomed: Vec<&'a SnapshotDef>,
     kept: Vec<&'a SnapshotDef>,
-    /// The disks of the running domain; empty where it is shut off.
+    /// The disks of the running domain; empty if it is shut off.
     live: Vec<Disk>,
-    /// The disks at its next start.
+    /// The disks of the domain's definition.
     config: Vec<Disk>,
-    /// The images that it is on now, and at its next start, by target: those on volumes too.
+    /// The images that the domain is on now, and at its next start, by target. Images on volumes
+    /// are included.
     tops: [Vec<(String, Id)>; 2],
 }
 
@@ -207,13 +209,13 @@ impl<'a> Delete<'a> {
             );
         }
         let step = "cannot read the domain's XML";
-        let refused = |trouble: CallError| trouble.into_error(step);
+        let refused = |error: CallError| error.into_error(step);
         let read = |flags| {
             let text = domain.xml(flags).map_err(refused)?;
             let named = domain_disks(&volumes::with_paths(&text, &tree.volumes)?)?;
             let known =
                 named.into_iter().filter_map(|disk| Some((disk.target, id(disk.file.as_deref()?))));
-            // libvirt itself is told of images as it calls them.
+            // Without paths in place of volumes: libvirt gets the names that it uses itself.
             Ok::<_, Error>((domain_disks(&text)?, known.collect()))
         };
         let none = || (Vec::new(), Vec::new());
@@ -229,21 +231,21 @@ impl<'a> Delete<'a> {
         let plan = situation.plan().map_err(|obstacle| self.refusal(&obstacle))?;
         self.check(&plan, &situation.graph)?;
         check_unused(users, self.name(), &plan.touched(&situation.graph))?;
-        // Until the records of its children are safe from libvirt, a snapshot that goes must not be
-        // reverted to.
-        let disarmed = if plan.merges.is_empty() && self.kept_children().next().is_none() {
+        // Until the definitions of its children are changed, no caller may revert to a snapshot
+        // that is being deleted.
+        let hidden = if plan.merges.is_empty() && self.kept_children().next().is_none() {
             vec![]
         } else {
-            self.disarm()?
+            self.hide_memory_images()?
         };
         let touched = plan.touched(&situation.graph);
         let renewal = Renewal::begin(self.domain, self.tree, &self.kept, &touched)
-            .inspect_err(|_| arm(&disarmed))?;
-        let merged = self.merge_all(&situation.graph, &plan, &disarmed);
+            .inspect_err(|_| restore_memory_images(&hidden))?;
+        let merged = self.merge_all(&situation.graph, &plan, &hidden);
         let replaced = match merged {
             Ok(replaced) => replaced,
             Err(error) => {
-                // What was merged has kept the content of the images of the snapshots that stay.
+                // The merges so far have kept the content of the kept snapshots' images.
                 let _ = renewal.end(self.domain, None);
                 return Err(error);
             }
@@ -257,8 +259,8 @@ impl<'a> Delete<'a> {
         self.remove_files(&plan)
     }
 
-    /// Whether a domain that was off is still, or on no image that goes: it can have been started
-    /// before its definition was changed.
+    /// Checks that a domain that was shut off is still shut off, or does not use an image that is
+    /// to be removed. Another client may have started it before its definition was changed.
     fn check_not_started(&self, plan: &Plan) -> Result<()> {
         let step = "cannot see whether the domain was started meanwhile";
         if !self.live.is_empty()
@@ -280,7 +282,7 @@ impl<'a> Delete<'a> {
         }
     }
 
-    /// What is known, for a plan.
+    /// Collects the facts that the plan is made from.
     fn situation(&self) -> Result<Situation> {
         let [live, config] = self.tops.clone();
         let memory = self.memory_files();
@@ -302,9 +304,9 @@ impl<'a> Delete<'a> {
         })
     }
 
-    /// An overlay that is in use cannot be merged into an image that is not known by its path. An
-    /// overlay of a server's image can call that in a way which is not known for the same: then it
-    /// would not be merged, and nobody be told.
+    /// Refuses an overlay of a server's image that names the image differently from the snapshot:
+    /// the two names would count as two images, and the overlay would not be merged, without an
+    /// error.
     fn check_is_on(
         &self,
         situation: &Situation,
@@ -323,12 +325,13 @@ impl<'a> Delete<'a> {
                  changed",
                 doomed.name,
                 images::server_of(overlay, "qcow2")
-                    .map_or("otherwise".into(), |name| format!("'{name}'"))
+                    .map_or("differently".into(), |name| format!("'{name}'"))
             );
         }
         Ok(())
     }
 
+    /// Refuses an overlay in use whose image has no known path: it cannot be merged into that.
     fn check_images_are_known(&self, situation: &Situation) -> Result<()> {
         let tops: Vec<&Id> =
             situation.live.iter().chain(&situation.config).map(|(_, top)| top).collect();
@@ -346,7 +349,7 @@ impl<'a> Delete<'a> {
                     self.check_is_on(situation, doomed, (&disk.target, overlay), file)?;
                     continue;
                 }
-                let what_to_do = match tops.contains(&&id(overlay)) {
+                let advice = match tops.contains(&&id(overlay)) {
                     true => format!(
                         "merge it while the domain runs (virsh blockcommit '{}' {} --shallow \
                          --active --pivot), remove the file, and delete the snapshot again",
@@ -357,7 +360,7 @@ impl<'a> Delete<'a> {
                 fail!(
                     OperationUnsupported,
                     "cannot delete snapshot '{}': the image of disk '{}' is on storage of type \
-                     '{}', and the overlay '{overlay}' cannot be merged into it: {what_to_do}; \
+                     '{}', and the overlay '{overlay}' cannot be merged into it: {advice}; \
                      nothing was changed",
                     doomed.name,
                     disk.target,
@@ -377,8 +380,8 @@ impl<'a> Delete<'a> {
                 overlay.display()
             ),
             Obstacle::Detached { target, image } => format!(
-                "the domain has no disk '{target}' on its images any more, of which '{}' would be \
-                 removed: attach the disk again",
+                "the domain has no disk '{target}' on the snapshot's images any more, of which '{}' \
+                 would be removed: attach the disk again",
                 image.display()
             ),
         };
@@ -391,7 +394,7 @@ impl<'a> Delete<'a> {
         Error::new(Code::OperationInvalid, message)
     }
 
-    /// All images that are known.
+    /// All images of the domain and of its snapshots.
     fn graph(&self) -> Result<Graph> {
         let mut graph = Graph::default();
         let disks = self
@@ -440,8 +443,8 @@ impl<'a> Delete<'a> {
         Ok(())
     }
 
-    /// A server must let qemu-img in, which would wait for it without end, where images are merged
-    /// that stand on a server's.
+    /// Checks that qemu-img can read the images on servers that a merge needs: it would wait for a
+    /// server without end.
     fn check_servers(&self, plan: &Plan, graph: &Graph) -> Result<()> {
         let is_live = |top: &Id| {
             self.live.iter().any(|disk| disk.layers().iter().any(|layer| id(layer) == *top))
@@ -453,15 +456,15 @@ impl<'a> Delete<'a> {
                 continue;
             };
             images::size_on_server(&lowest.path, &lowest.format).map_err(|error| {
-                let way_out = match self.live.is_empty() {
+                let advice = match self.live.is_empty() {
                     true => "delete it when the server answers",
                     false => {
-                        "where the server lets in the domain's QEMU alone, shut the domain off, \
-                         and delete it then"
+                        "if the server accepts only the domain's QEMU, shut the domain off, and \
+                         delete it then"
                     }
                 };
                 error.and(format!(
-                    "snapshot '{}' cannot be deleted so: {way_out}; nothing was changed",
+                    "snapshot '{}' cannot be deleted now: {advice}; nothing was changed",
                     self.name()
                 ))
             })?;
@@ -469,39 +472,39 @@ impl<'a> Delete<'a> {
         Ok(())
     }
 
-    /// What messages call it.
+    /// The snapshot's name, for messages.
     fn name(&self) -> &str {
         self.doomed.last().map_or("", |doomed| &doomed.name)
     }
 
-    /// Snapshots that stay, and whose parents go.
+    /// The kept snapshots whose parents are deleted.
     fn kept_children(&self) -> impl Iterator<Item = &SnapshotDef> {
         let goes = |name: &String| self.doomed.iter().any(|doomed| doomed.name == *name);
         self.kept.iter().copied().filter(move |kept| kept.parent.as_ref().is_some_and(goes))
     }
 
-    /// Renames the memory images of what goes; those that were.
-    fn disarm(&self) -> Result<Vec<PathBuf>> {
-        let mut disarmed = Vec::new();
+    /// Renames the memory images of the deleted snapshots. Returns those that were renamed.
+    fn hide_memory_images(&self) -> Result<Vec<PathBuf>> {
+        let mut hidden = Vec::new();
         for memory in self.memory_files() {
             match std::fs::rename(&memory, deleting(&memory)) {
-                Ok(()) => disarmed.push(memory.clone()),
+                Ok(()) => hidden.push(memory.clone()),
                 Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
                 Err(error) => {
-                    arm(&disarmed);
+                    restore_memory_images(&hidden);
                     return Err(self.cannot_rename(&memory, error));
                 }
             }
-            // A power cut must not bring the old name back once images are being merged. What was
-            // renamed by a delete that was cut short may not be on disk yet either.
+            // A power cut must not bring the old name back once images are being merged. Also, a
+            // rename by an earlier, interrupted delete may not be on disk yet.
             if deleting(&memory).exists()
                 && let Err(error) = sys::sync_parent(&memory)
             {
-                arm(&disarmed);
+                restore_memory_images(&hidden);
                 return Err(self.cannot_rename(&memory, error));
             }
         }
-        Ok(disarmed)
+        Ok(hidden)
     }
 
     fn cannot_rename(&self, memory: &Path, error: std::io::Error) -> Error {
@@ -513,7 +516,7 @@ impl<'a> Delete<'a> {
         Error::system(step, error)
     }
 
-    /// The memory images of what goes, unless a snapshot that stays names them too.
+    /// The memory images of the deleted snapshots, except those that a kept snapshot names too.
     fn memory_files(&self) -> BTreeSet<PathBuf> {
         let files = |snapshots: &[&SnapshotDef]| -> BTreeSet<PathBuf> {
             snapshots
@@ -522,26 +525,27 @@ impl<'a> Delete<'a> {
                 .map(PathBuf::from)
                 .collect()
         };
-        // A record can name anything.
+        // A definition can name any file.
         let mut files = &files(&self.doomed) - &files(&self.kept);
         files.retain(|file| !is_another(file));
         files
     }
 
-    /// Merges, and changes the records after each merge. What has been replaced by what.
-    fn merge_all(&self, graph: &Graph, plan: &Plan, disarmed: &[PathBuf]) -> Result<Vec<Replaced>> {
+    /// Merges the images, and changes the definitions after each merge. Returns which images were
+    /// replaced by which.
+    fn merge_all(&self, graph: &Graph, plan: &Plan, hidden: &[PathBuf]) -> Result<Vec<Replaced>> {
         let mut replaced = Vec::new();
         for merge in &plan.merges {
             self.merge(graph, merge).map_err(|failure| {
                 if failure.begun || !replaced.is_empty() {
                     let more = format!(
-                        "the domain and its other snapshots are whole, but '{}' cannot be reverted \
+                        "the domain and its other snapshots are intact, but '{}' cannot be reverted \
                          to any more: delete it again",
                         self.name()
                     );
                     return failure.error.and(more);
                 }
-                arm(disarmed);
+                restore_memory_images(hidden);
                 failure.error.and("nothing was changed")
             })?;
             let base = graph.get(&merge.base).expect("an image of the graph");
@@ -580,7 +584,7 @@ impl<'a> Delete<'a> {
                     .map_err(|error| MergeFailure { error, begun: true })?;
             }
         }
-        // QEMU has done it for the images that it has open.
+        // QEMU has changed the backing files of the images that it has open.
         let open = |overlay: &Id| {
             live.is_some_and(|disk| disk.layers().iter().any(|layer| id(layer) == *overlay))
         };
@@ -592,7 +596,7 @@ impl<'a> Delete<'a> {
         Ok(())
     }
 
-    /// Has libvirt merge images that a running domain has open.
+    /// Merges images that a running domain has open, through libvirt.
     fn merge_live(
         &self,
         disk: &Disk,
@@ -606,15 +610,16 @@ impl<'a> Delete<'a> {
             disk.target,
             self.name()
         );
-        // libvirt finds no image of a server by a name, and a volume of a pool is not called by its
-        // path here.
+        // libvirt finds no server's image by its name. And an image on a volume has a path here,
+        // but another name in libvirt.
         let below = called(base).filter(|name| !images::is_of_server(name));
         let shallow = below.is_none() && merge.overlays.len() == 1;
         if below.is_none() && !shallow {
             let is_last =
                 disk.is_whole && disk.layers().last().is_some_and(|layer| id(layer) == *base);
             if !is_last || base_image.format != "raw" {
-                // Without a base it would be the lowest image of all, and that may be another one.
+                // Without a base, libvirt would merge into the lowest image, which may be another
+                // one.
                 let message = format!(
                     "{step}: libvirt does not call '{}' by its path: shut the domain off, and \
                      delete the snapshot then",
@@ -637,10 +642,10 @@ impl<'a> Delete<'a> {
         self.domain.merge(&commit, &step)
     }
 
-    /// Puts the snapshots that stay on the images that have the content of theirs.
+    /// Changes the definitions of the kept snapshots to the images that have the content of theirs.
     fn change_records(&self, replaced: &[Replaced]) -> Result<()> {
         for kept in &self.kept {
-            // As it is by now: what was noted down of its images may have been taken out.
+            // The definition is read again: its notes may have been removed.
             let step = format!("cannot read the record of snapshot '{}'", kept.name);
             let found =
                 self.domain.snapshot(&kept.name).map_err(|error| error.into_error(&step))?;
@@ -664,15 +669,15 @@ impl<'a> Delete<'a> {
                     self.name()
                 ))
                 .and(format!(
-                    "the images that it names are all there and right: delete '{}' again",
+                    "all images that it names exist and are intact: delete '{}' again",
                     self.name()
                 ))
         })
     }
 
-    /// Puts the domain, at its next start, on the images that have the content of its own. One that
-    /// another client has started meanwhile, on an image that goes, must find that at its next
-    /// start too: what it writes is there.
+    /// Changes the domain's definition to the images that have the content of its own. If another
+    /// client has started the domain meanwhile, on an image that is to be removed, the old
+    /// definition is put back: the image has what the guest writes.
     fn change_config(&self, replaced: &[Replaced], plan: &Plan) -> Result<()> {
         let step = "cannot change the domain's disks";
         let define = |xml: &str| self.domain.define(xml).map_err(|error| error.into_error(step));
@@ -693,7 +698,7 @@ impl<'a> Delete<'a> {
             .or_else(|error| before.map_or(Ok(()), |xml| define(&xml)).and(Err(error)))
     }
 
-    /// Has libvirt forget what goes.
+    /// Removes the deleted snapshots from libvirt's snapshot list.
     fn forget(&self) -> Result<()> {
         for doomed in &self.doomed {
             let step = format!("cannot delete the record of snapshot '{}'", doomed.name);
@@ -711,9 +716,10 @@ impl<'a> Delete<'a> {
         self.avoid_no_current()
     }
 
-    /// Makes a snapshot current where none is. libvirt >= 9.9 crashes when it reverts without a
-    /// current snapshot, and removes the overlays of the current one when it does: so it is one at
-    /// the end of a branch, and its overlays are those that the domain is on.
+    /// Makes a snapshot the current one if there is none. libvirt >= 9.9 crashes when it reverts
+    /// without a current snapshot, and it removes the overlays of the current one when it reverts.
+    /// So this is a snapshot at the end of a branch, and its overlays are those that the domain is
+    /// on.
     fn avoid_no_current(&self) -> Result<()> {
         if self.version < STOCK_DELETES || self.tree.current.is_none() {
             return Ok(());
@@ -741,31 +747,31 @@ impl<'a> Delete<'a> {
         self.domain.redefine(&record, true).map_err(|error| error.into_error(&step))
     }
 
-    /// The last step: the snapshots are gone, and only files are left of them.
+    /// The last step: the snapshots are deleted, and only their files are left.
     fn remove_files(&self, plan: &Plan) -> Result<()> {
         let memory = self.memory_files().into_iter().flat_map(|memory| [deleting(&memory), memory]);
         let overlays = plan.goes().cloned();
         let removed = memory.map(|file| (sys::remove_file(&file), file));
         let removed = removed.chain(overlays.map(|file| (images::remove(&file), file)));
-        let left: Vec<_> = removed
+        let failed: Vec<_> = removed
             .filter_map(|(removed, file)| {
                 Some(format!("'{}' ({})", file.display(), removed.err()?))
             })
             .collect();
-        if left.is_empty() {
+        if failed.is_empty() {
             return Ok(());
         }
         fail!(
             OperationFailed,
-            "snapshot '{}' is deleted, but files of it could not be removed, which nobody needs: \
-             remove them: {}",
+            "snapshot '{}' is deleted, but some of its files, which are not needed any more, could \
+             not be removed: remove them: {}",
             self.name(),
-            left.join(", ")
+            failed.join(", ")
         )
     }
 }
 
-/// A snapshot as a plan sees it.
+/// The facts of a snapshot for the plan.
 fn known(recorded: &SnapshotDef) -> plan::Snapshot {
     let file = |image: &Disk| image.file.as_deref().map(id);
     let switched = recorded
@@ -782,8 +788,8 @@ fn known(recorded: &SnapshotDef) -> plan::Snapshot {
     }
 }
 
-fn arm(disarmed: &[PathBuf]) {
-    for memory in disarmed {
+fn restore_memory_images(hidden: &[PathBuf]) {
+    for memory in hidden {
         let _ = std::fs::rename(deleting(memory), memory);
     }
 }

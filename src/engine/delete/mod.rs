@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! Deleting snapshots: a plan of what becomes of their images, then the steps.
+//! Deletes snapshots: a plan says which images are merged or removed, then steps do it.
 //!
-//! Both depend on who has the snapshots' definitions: a stock libvirt ([`plan`], [`managed`]), or
+//! Both depend on who keeps the snapshot definitions: a stock libvirt ([`plan`], [`managed`]), or
 //! the library, in a state directory ([`stored_plan`], [`stored`]).
 
 pub mod managed;
@@ -17,7 +17,7 @@ use crate::backend::Connector;
 use crate::error::{Result, fail};
 use crate::model::flags::DeleteFlags;
 
-/// Deletes a snapshot, its files included unless the flags say otherwise.
+/// Deletes a snapshot, with its files unless the flags say otherwise.
 pub fn delete(connector: &dyn Connector, name: &str, flags: DeleteFlags) -> Result<()> {
     if let Some(snapshot) = connector.managed(name)? {
         return super::managed::delete_managed(&snapshot, flags);

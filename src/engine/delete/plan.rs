@@ -1,22 +1,22 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! What deleting snapshots makes of their images: a plan, made of nothing but what is known of
-//! them.
+//! Plans which images a delete of snapshots merges and removes. The plan is made of values only.
 //!
-//! * An image is *needed* if the domain is on it, or a snapshot that stays, or if it is below such
-//!   an image.
-//! * What was written by a snapshot that goes is removed if it is not needed: overlays only, never
-//!   the image that the user made.
-//! * The image of a snapshot that goes, if it is needed, takes in the overlay above it, so that
-//!   chains do not grow: but only if that overlay is its only one, and no snapshot that stays is on
-//!   the image, and the domain neither. Otherwise both stay. More space would be had by copying;
-//!   nothing is lost by not.
+//! * An image is *needed* if the domain or a kept snapshot is on it, or if it is below such an
+//!   image.
+//! * Overlays that were made for the deleted snapshots are removed if they are not needed. An image
+//!   that the user made is never removed.
+//! * If the image of a deleted snapshot is needed, the overlay above it is merged into it, so that
+//!   chains do not grow. But that is done only if the image has no other overlay, and neither a
+//!   kept snapshot nor the domain is on the image. Otherwise both stay: copying would save more
+//!   space, but nothing is lost.
 //! * An overlay that a snapshot names, and that neither the domain nor another snapshot refers to
-//!   any more, is a *stray*: a revert removes what it leaves, so a stray can be the newest data of
-//!   a disk that was taken out of the domain. It is never removed, nor what is below it.
+//!   any more, is a *stray*. A revert removes the overlays that it leaves behind. So a stray can
+//!   have the newest data of a disk that was detached from the domain. Neither a stray nor an image
+//!   below it is ever removed.
 //!
-//! A file is taken for an overlay of ours if it is an overlay of a snapshot's image, or an overlay
-//! that is called as our reverts call theirs. In doubt a file stays.
+//! A file counts as an overlay of ours if it is an overlay of a snapshot's image, or an overlay
+//! with the name of a revert's file. In doubt a file stays.
 
 use std::collections::BTreeSet;
 
@@ -28,7 +28,7 @@ use crate::backend::revert_file;
 pub struct Switched {
     /// Its target.
     pub target: String,
-    /// The image that was frozen.
+    /// The image with the content at the instant.
     pub image: Option<Id>,
 }
 
@@ -41,57 +41,58 @@ pub struct Snapshot {
     pub images: Vec<Id>,
     /// All overlays that it names, with the disks' targets.
     pub overlays: Vec<(String, Id)>,
-    /// Its images must not change their names: something of it is inside of them, or not known.
+    /// Its images must not be replaced by others: it has internal snapshots, or its disks are not
+    /// known.
     pub fixed: bool,
 }
 
-/// All that is known.
+/// The facts that the plan is made from.
 #[derive(Debug, Default)]
 pub struct Situation {
     pub graph: Graph,
-    /// What goes.
+    /// The snapshots to delete.
     pub doomed: Vec<Snapshot>,
-    /// What stays.
+    /// The snapshots to keep.
     pub kept: Vec<Snapshot>,
-    /// The images that the running domain is on, by target; none where it is shut off.
+    /// The images that the running domain is on, by target; empty if it is shut off.
     pub live: Vec<(String, Id)>,
-    /// The images that it is on at its next start.
+    /// The images that the domain is on at its next start.
     pub config: Vec<(String, Id)>,
-    /// Images that snapshots froze which were deleted, and which stayed because others needed them.
+    /// Images that deleted snapshots froze, and that stayed because they were needed.
     pub former: BTreeSet<Id>,
-    /// It was begun before, and cut short.
+    /// An earlier delete of the snapshots was interrupted.
     pub begun: bool,
 }
 
-/// Images that become one: a base, and the overlays above it, from the bottom up, that it takes in.
+/// A merge: a base, and the overlays above it, from the bottom up, that are merged into it.
 #[derive(Clone, Debug)]
 pub struct Merge {
     pub base: Id,
     pub overlays: Vec<Id>,
 }
 
-/// What is to be done.
+/// The result of the planning.
 #[derive(Debug, Default)]
 pub struct Plan {
     pub merges: Vec<Merge>,
-    /// Files that nobody needs when it is done.
+    /// The files that are not needed after the merges.
     pub removed: BTreeSet<Id>,
-    /// [`Situation::former`] afterwards.
+    /// [`Situation::former`] after the delete.
     pub former: BTreeSet<Id>,
 }
 
-/// Why nothing can be done.
+/// Why the delete is refused.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Obstacle {
-    /// An overlay that nothing refers to can hold what was written to a disk last.
+    /// An overlay that nothing refers to may have the newest data of a disk.
     Stray { target: String, overlay: Id },
-    /// The domain has no disk that stands on the images of this disk of a snapshot any more, and
-    /// they would be removed.
+    /// The images of this disk of a snapshot would be removed, but the domain has no disk on them
+    /// any more.
     Detached { target: String, image: Id },
 }
 
 impl Situation {
-    /// Which images become one, and which go.
+    /// Plans which images are merged, and which are removed.
     pub fn plan(&self) -> Result<Plan, Obstacle> {
         let graph = &self.graph;
         let live: Vec<Id> = self.live.iter().map(|(_, image)| image.clone()).collect();
@@ -102,7 +103,8 @@ impl Situation {
         let anchored = graph.with_all_below(in_use.iter().chain(&pinned));
         let images: BTreeSet<Id> =
             self.doomed.iter().flat_map(Snapshot::frozen).chain(&self.former).cloned().collect();
-        // What a snapshot froze is not a disk's newest data, whichever snapshot before it names it.
+        // An image that a snapshot froze does not have a disk's newest data, even if an earlier
+        // snapshot names it as its overlay.
         let frozen = graph.with_all_below(&images);
         let is_stray = |overlay: &Id| {
             graph.get(overlay).is_some() && !anchored.contains(overlay) && !frozen.contains(overlay)
@@ -137,8 +139,8 @@ impl Situation {
             .collect();
         let differs =
             |image: &Id| in_use.contains(image) && !live.is_empty() && !live.contains(image);
-        // The one overlay that an image can take in.
-        let taken_in = |image: &Id| -> Option<Id> {
+        // The one overlay that can be merged into an image.
+        let mergeable = |image: &Id| -> Option<Id> {
             if !images.contains(image)
                 || !needed.contains(image)
                 || pinned.contains(image)
@@ -151,21 +153,21 @@ impl Situation {
             let whole = anchored.contains(overlay) && !fixed.contains(overlay) && !differs(overlay);
             (whole && self.is_overlay(overlay)).then(|| overlay.clone())
         };
-        let uppers: BTreeSet<Id> = images.iter().filter_map(taken_in).collect();
+        let uppers: BTreeSet<Id> = images.iter().filter_map(mergeable).collect();
         let bases = images.iter().filter(|image| !uppers.contains(*image));
         let merges: Vec<Merge> = bases
             .map(|base| Merge {
                 base: base.clone(),
-                overlays: std::iter::successors(taken_in(base), taken_in).collect(),
+                overlays: std::iter::successors(mergeable(base), mergeable).collect(),
             })
             .filter(|merge| !merge.overlays.is_empty())
             .collect();
-        // An image that took in one that others stand on takes its place.
+        // An image takes the place of one that was merged into it and that other overlays are on.
         let merged: BTreeSet<&Id> = merges.iter().flat_map(|merge| &merge.overlays).collect();
-        let took_in = |base: &Id| {
+        let merged_into = |base: &Id| {
             merges.iter().find(|merge| merge.base == *base).map(|merge| &merge.overlays)
         };
-        let is_former = |image: &&Id| match took_in(image) {
+        let is_former = |image: &&Id| match merged_into(image) {
             Some(overlays) => overlays.last().is_some_and(|top| images.contains(top)),
             None => {
                 graph.overlays(image).next().is_some()
@@ -177,8 +179,8 @@ impl Situation {
         Ok(Plan { merges, removed, former })
     }
 
-    /// Whether an image was made by a snapshot or a revert. A record that names it would not do: it
-    /// can be wrong, or be meant to have another file removed.
+    /// Whether a snapshot or a revert made an image. That a record names the image is no proof: the
+    /// record can be wrong, or be edited to have another file removed.
     pub fn is_overlay(&self, image: &Id) -> bool {
         let Some(backing) = self.graph.get(image).and_then(|image| image.backing.as_ref()) else {
             return false;
@@ -197,8 +199,8 @@ impl Situation {
                 .any(|frozen| frozen == image)
     }
 
-    /// Whether an overlay was merged by a delete that was cut short: the domain or a snapshot is on
-    /// the image below that took it in.
+    /// Whether an interrupted delete has merged an overlay: the domain or a snapshot is on the
+    /// image that it was merged into.
     fn was_merged(
         &self,
         overlay: &Id,
@@ -213,8 +215,8 @@ impl Situation {
                 .any(|below| images.contains(below) && is_used(below))
     }
 
-    /// Of a disk that the domain does not have, nothing goes: not even what a snapshot froze, which
-    /// others may have made the disk's newest image since.
+    /// Refuses to remove images of a disk that the domain does not have. That includes an image
+    /// that a snapshot froze: another client may have made it the disk's newest image since.
     fn check_attached(&self, removed: &BTreeSet<Id>) -> Result<(), Obstacle> {
         for switched in self.doomed.iter().flat_map(|doomed| &doomed.switched) {
             let Some(image) = switched.image.as_ref().filter(|image| removed.contains(*image))
@@ -222,11 +224,11 @@ impl Situation {
                 continue;
             };
             let lineage: BTreeSet<&Id> = self.graph.chain(image).collect();
-            let stands_on_it = |(target, top): &(String, Id)| {
+            let is_on_it = |(target, top): &(String, Id)| {
                 let mut common = self.graph.chain(top).filter(|layer| lineage.contains(layer));
                 common.any(|layer| *target == switched.target || self.is_frozen(layer))
             };
-            if !self.live.iter().chain(&self.config).any(stands_on_it) {
+            if !self.live.iter().chain(&self.config).any(is_on_it) {
                 return Err(Obstacle::Detached {
                     target: switched.target.clone(),
                     image: image.clone(),
@@ -238,14 +240,14 @@ impl Situation {
 }
 
 impl Snapshot {
-    /// The images that it froze.
+    /// The images that the snapshot froze.
     pub fn frozen(&self) -> impl Iterator<Item = &Id> {
         self.switched.iter().filter_map(|switched| switched.image.as_ref())
     }
 }
 
 impl Plan {
-    /// The overlays that are removed, once they are merged or without that.
+    /// The overlays that are removed, after a merge or without one.
     pub fn goes(&self) -> impl Iterator<Item = &Id> {
         self.merges.iter().flat_map(|merge| &merge.overlays).chain(&self.removed)
     }
@@ -256,7 +258,7 @@ impl Plan {
         for merge in &self.merges {
             touched.insert(merge.base.clone());
             touched.extend(merge.overlays.iter().cloned());
-            // These are put on the base.
+            // These overlays get the base as their backing file.
             touched.extend(
                 merge.overlays.last().into_iter().flat_map(|top| graph.overlays(top)).cloned(),
             );
@@ -287,17 +289,17 @@ mod tests {
         parent: Option<usize>,
         /// Target, image, overlay.
         disks: Vec<(String, Id, Id)>,
-        /// Overlays that it named before it was reverted to.
+        /// The overlays that it named before a revert to it.
         left: Vec<(String, Id)>,
         contents: Vec<Content>,
     }
 
-    /// A domain, what it and others do, and what must be in its images.
+    /// A simulated domain: its images, its snapshots, and the content that they must have.
     #[derive(Debug, Default)]
     struct Simulated {
         files: BTreeMap<Id, File>,
         attached: Vec<(String, Id)>,
-        /// Disks that were taken out, with what is in them.
+        /// Detached disks, with their content.
         detached: Vec<(String, Id, Content)>,
         taken: Vec<Taken>,
         current: Option<usize>,
@@ -345,7 +347,7 @@ mod tests {
             self.current = Some(name);
         }
 
-        /// As [`crate::engine::revert::managed`] does it, by its plan.
+        /// Reverts as [`crate::engine::revert::managed`] does, by its plan.
         fn revert(&mut self, place: usize) {
             let before = std::mem::take(&mut self.attached);
             let left = before.iter().map(|(target, image)| {
@@ -378,7 +380,8 @@ mod tests {
             for (image, file) in &self.files {
                 situation.graph.insert(image, file.backing.as_ref());
             }
-            // What it brings back, the domain had then: a disk that was put in since is taken out.
+            // The domain gets the disks of the snapshot: a disk that was attached since is
+            // detached.
             for (target, top) in before {
                 let again = to.disks.iter().find(|(disk, ..)| *disk == target);
                 let below = again.map(|(_, image, _)| self.chain(image)).unwrap_or_default();
@@ -416,7 +419,7 @@ mod tests {
                     .collect(),
                 fixed: taken.disks.is_empty(),
             };
-            // Others' files are not known.
+            // Files that neither the domain nor a snapshot names are not known.
             let mut graph = Graph::default();
             let tops =
                 self.taken.iter().flat_map(|taken| taken.disks.iter().flat_map(|(_, i, o)| [i, o]));
@@ -456,7 +459,7 @@ mod tests {
             found
         }
 
-        /// As [`crate::engine::delete::managed`] does it; whether it was done.
+        /// Deletes as [`crate::engine::delete::managed`] does. Returns false if the plan refuses.
         fn delete(&mut self, doomed: &[usize]) -> bool {
             let situation = self.situation(doomed);
             let plan = match situation.plan() {
@@ -497,7 +500,7 @@ mod tests {
                 self.taken.retain(|taken| taken.name != *name);
             }
             if self.taken.is_empty() {
-                // There is no record that could say so.
+                // Without snapshots no record can have the note.
                 self.former.clear();
             }
             true
@@ -554,7 +557,7 @@ mod tests {
                         let mut doomed = match random.below(4) {
                             0 => vec![name],
                             1 => domain.descendants(name),
-                            // The children alone.
+                            // Only the descendants.
                             2 => domain.descendants(name).split_off(1),
                             _ => domain
                                 .taken

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! Random numbers of the tests: always the same ones for a seed.
+//! Pseudo-random numbers for the tests: the same ones for the same seed.
 
 /// A sequence of numbers, from a seed other than 0.
 pub struct Random(pub u64);

@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! Keeping what is noted down of snapshots true while a delete changes images: what it changes
-//! itself is no change that a revert must refuse. An image that was changed by others before stays
-//! noted as it was.
+//! Keeps the notes of the kept snapshots true while a delete changes their images: a revert must
+//! not refuse these changes. An image that another client had changed before keeps its old note.
 
 use std::collections::BTreeSet;
 
@@ -12,16 +11,16 @@ use crate::backend::libvirt::{ManagedDomain, SnapshotTree};
 use crate::error::Result;
 use crate::model::{Frozen, Notes};
 
-/// Snapshots that stay, and the disks of each whose images are about to change, and were as they
-/// were noted until now.
+/// The kept snapshots. Each has a list of the disks whose images are about to change, and were as
+/// noted until now.
 #[derive(Debug)]
 pub struct Renewal(Vec<(String, Disks)>);
 
 type Disks = BTreeSet<String>;
 
 impl Renewal {
-    /// Takes the notes of what is about to be changed out of the records, so that what is cut short
-    /// leaves none that are wrong.
+    /// Removes the notes about images that are about to change, so that an interrupted delete
+    /// leaves no wrong notes.
     pub fn begin(
         domain: &ManagedDomain,
         tree: &SnapshotTree,
@@ -46,8 +45,8 @@ impl Renewal {
         Ok(Renewal(begun))
     }
 
-    /// Notes down how these images are now. `former`: see [`Notes::former`]; `None` leaves that as
-    /// it is.
+    /// Notes the state of these images after the delete. `former`: see [`Notes::former`]; `None`
+    /// leaves that unchanged.
     pub fn end(&self, domain: &ManagedDomain, former: Option<&BTreeSet<Id>>) -> Result<()> {
         let tree = SnapshotTree::read(domain)?;
         for (name, disks) in &self.0 {
@@ -80,7 +79,7 @@ impl Renewal {
     }
 }
 
-/// The disks that have one of these images, and all of whose images are as they were.
+/// The disks that have one of these images, if all their images are as noted.
 fn unchanged(frozen: &[(String, Frozen)], touched: &BTreeSet<Id>) -> BTreeSet<String> {
     let named: BTreeSet<&String> = frozen
         .iter()
@@ -99,9 +98,8 @@ fn redefine(
     snapshot: &SnapshotDef,
     notes: &Notes,
 ) -> Result<()> {
-    let step =
-        format!("cannot change what is noted down in the record of snapshot '{}'", snapshot.name);
+    let step = format!("cannot change the notes in the record of snapshot '{}'", snapshot.name);
     domain
         .redefine(&snapshot.with_notes(notes)?, tree.is_current(snapshot))
-        .map_err(|trouble| trouble.into_error(&step))
+        .map_err(|error| error.into_error(&step))
 }

@@ -1,17 +1,17 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! Deleting a snapshot without children: what the guest has written since goes into the images
-//! below, and the snapshot's files go.
+//! Deletes a snapshot without children that the library records itself: merges what the guest has
+//! written since into the images below, and removes the snapshot's files.
 //!
-//! From the first merge on the snapshot is spoilt, since its images take in what is younger. So its
-//! memory image is renamed before, to `….deleting`, and nobody goes back to it any more. The record
-//! goes last: until then a deletion that failed, or whose caller was killed, is done again from the
-//! beginning, and finds done what was done.
+//! From the first merge on the snapshot cannot be reverted to, because its images receive newer
+//! data. So its memory image is renamed to `….deleting` before the first merge. The record is
+//! removed last: until then, a delete that failed, or whose caller was killed, can be repeated from
+//! the beginning, and skips what was done.
 //!
-//! A record can be wrong, or be meant to have another file removed. So what it names is removed
-//! only if it is proven to be what the record says: a memory image by how it begins, an overlay by
-//! the image that it stands on, a copy of UEFI variables by its name and content. Where a file is
-//! another, the snapshot is not deleted, and nothing is changed.
+//! A record can be wrong, or be edited to have another file removed. So a file that it names is
+//! removed only if it is proven to be the snapshot's: a memory image by its magic, an overlay by
+//! its backing file, a copy of UEFI variables by its name and content. If a file is not the
+//! snapshot's, nothing is deleted or changed.
 
 use std::collections::BTreeMap;
 use std::io::ErrorKind;
@@ -42,7 +42,7 @@ pub fn delete(
     name: &str,
     flags: DeleteFlags,
 ) -> Result<()> {
-    // Taken first: nobody makes the snapshot a child meanwhile.
+    // The guest is held first, so that no other operation makes a child of the snapshot.
     let files_stay = flags.is_metadata_only() || flags.is_children_only();
     let guest = if files_stay { None } else { Some(connector.begin()?) };
     let record = store.read_to_use(name)?;
@@ -79,10 +79,11 @@ pub fn delete(
     }
 }
 
-/// The images of snapshots, and all below them, with the name of the youngest that stands on each.
+/// The images of snapshots, and all images below them, each with the name of the youngest snapshot
+/// that needs it.
 fn images_of(records: &[Record]) -> Result<BTreeMap<Id, String>> {
     let mut images = BTreeMap::new();
-    // The youngest stand on the images of the others, mostly.
+    // From the youngest on: its chain mostly has the images of the others.
     for record in records.iter().rev() {
         for disk in record.disks.iter().filter(|disk| Path::new(&disk.image).exists()) {
             if !images.contains_key(&id(&disk.image)) {
@@ -103,7 +104,7 @@ struct Delete<'a> {
     kept: BTreeMap<Id, String>,
 }
 
-/// One name for each image, though a file can have several (hard links, mounts).
+/// Gives each image one name, even if its file has several (hard links, mounts).
 #[derive(Default)]
 struct Names(BTreeMap<(u64, u64), Id>);
 
@@ -120,7 +121,7 @@ impl Names {
 struct Job<'a> {
     id: String,
     disk: &'a RecordedDisk,
-    /// The node of its overlay, and the one below.
+    /// The nodes of the overlay and of the image below.
     overlay: String,
     image: String,
     merge: Merge,
@@ -140,7 +141,7 @@ impl<'a> Delete<'a> {
         let disks: Vec<_> = self.record.disks.iter().zip(actions).collect();
         let mut merges = self.prepare(&disks, &drives)?;
         self.check_files()?;
-        self.disarm()?;
+        self.hide_memory_image()?;
         self.merge(&mut merges)?;
         let removed = disks.iter().filter(|(_, action)| *action != Action::Keep);
         self.remove_files(removed.map(|(disk, _)| &*disk.overlay)).map_err(|error| {
@@ -151,19 +152,19 @@ impl<'a> Delete<'a> {
         })
     }
 
-    /// What will be removed must be what the record says that it is.
+    /// Checks that the files to be removed are those that the record describes.
     fn check_files(&self) -> Result<()> {
         let memory = Path::new(&self.record.memory_file);
         for file in [memory, &deleting(memory)] {
             if is_another(file) {
-                return self.refuse("memory image", file, "is none");
+                return self.refuse("memory image", file, "is no memory image");
             }
             let is_its = |other: &&Record| sys::same_file(Path::new(&other.memory_file), file);
             if let Some(other) = self.others.iter().find(is_its) {
                 return self.refuse(
                     "memory image",
                     file,
-                    &format!("is that of snapshot '{}', too", other.name),
+                    &format!("is also that of snapshot '{}'", other.name),
                 );
             }
         }
@@ -184,7 +185,7 @@ impl<'a> Delete<'a> {
         }
         for disk in &self.record.disks {
             let overlay = Path::new(&disk.overlay);
-            // What does not go needs no proof.
+            // An overlay that stays needs no proof.
             if !is_there(&disk.overlay) || self.kept.contains_key(&id(&disk.overlay)) {
                 continue;
             }
@@ -204,19 +205,20 @@ impl<'a> Delete<'a> {
     fn refuse(&self, what: &str, file: &Path, reason: &str) -> Result<()> {
         fail!(
             InvalidDomainSnapshot,
-            "the {what} that its metadata names ('{}') {reason}: mend the metadata, or delete it \
-             alone (VIR_DOMAIN_SNAPSHOT_DELETE_METADATA_ONLY) and remove what is left of the \
-             snapshot yourself",
+            "the {what} that its metadata names ('{}') {reason}: correct the metadata, or \
+             delete only the metadata (VIR_DOMAIN_SNAPSHOT_DELETE_METADATA_ONLY) and remove the \
+             rest of the snapshot yourself",
             file.display()
         )
     }
 
-    /// What the plan is made of.
+    /// Collects the facts that the plan is made from.
     fn situation<'s>(&'s self, drives: &'s [Drive]) -> Result<Situation<'s>> {
         let mut names = Names::default();
         let mut disks = Vec::new();
         for RecordedDisk { name, overlay, image, .. } in &self.record.disks {
-            // What cannot be read is not known; the steps read it again where they rely on it.
+            // An overlay that cannot be read has no known images below; the steps read it again if
+            // they need it.
             let layers = match is_there(overlay) {
                 true => images::chain(overlay, "qcow2").unwrap_or_default(),
                 false => Vec::new(),
@@ -249,8 +251,8 @@ impl<'a> Delete<'a> {
         Ok(Situation { disks, drives, kept, frozen })
     }
 
-    /// What is to be merged. Of all that stands in the way, what only QEMU and the kernel know is
-    /// found here; nothing is changed but that images which no disk is on are closed.
+    /// Prepares the merges. This finds the reasons for a refusal that only QEMU and the kernel
+    /// know. It changes nothing, except that it closes overlays that no disk is on.
     fn prepare(
         &mut self,
         disks: &[(&'a RecordedDisk, Action)],
@@ -280,7 +282,7 @@ impl<'a> Delete<'a> {
     ) -> Result<Job<'a>> {
         let (name, overlay, image) = (drive.name(), &disk.overlay, &disk.image);
         let pid = self.guest.pid();
-        // QEMU itself finds out too, but only when the merges of the disks before are under way.
+        // QEMU itself would notice it too, but only after the merges of earlier disks have begun.
         let open =
             |file: &&String| pid.is_some_and(|pid| locks::is_in_use_besides(Path::new(file), pid));
         if let Some(file) = [image, overlay].into_iter().find(open) {
@@ -294,7 +296,7 @@ impl<'a> Delete<'a> {
         let on_image = |protocol| {
             nodes.iter().filter(move |node| node.protocol == protocol && same(&node.file, image))
         };
-        // The node of the format, where there is one on top of that of the file.
+        // The node of the format is preferred to that of the file.
         let mut found =
             if on_image(false).next().is_some() { on_image(false) } else { on_image(true) };
         let (Some(node), None) = (found.next(), found.next()) else {
@@ -312,8 +314,8 @@ impl<'a> Delete<'a> {
         })
     }
 
-    /// Another's job can hide a disk's images, have them in use, or change its chain meanwhile; of
-    /// which disk QEMU does not tell.
+    /// Refuses a guest with block jobs of other clients. Such a job can hide a disk's images, use
+    /// them, or change the disk's chain meanwhile, and QEMU does not tell which disk it is for.
     fn check_no_jobs(&mut self) -> Result<()> {
         let command = Command::new("query-block-jobs", json!({}));
         let others = self.guest.run(
@@ -333,43 +335,43 @@ impl<'a> Delete<'a> {
         Ok(())
     }
 
-    /// From now on nobody goes back to the snapshot.
-    fn disarm(&self) -> Result<()> {
+    /// Renames the memory image, so that no caller reverts to the snapshot from now on.
+    fn hide_memory_image(&self) -> Result<()> {
         let memory = Path::new(&self.record.memory_file);
         let failed = |error| {
             Error::system(format!("cannot rename its memory image '{}'", memory.display()), error)
         };
         match std::fs::rename(memory, deleting(memory)) {
-            // It is gone, or was renamed before.
+            // It does not exist, or was renamed before.
             Err(error) if error.kind() != ErrorKind::NotFound => return Err(failed(error)),
             _ => {}
         }
         if deleting(memory).exists() {
             // A power cut must not bring the old name back once images are being merged.
             sys::sync_parent(memory).map_err(|error| {
-                self.arm();
+                self.restore_memory_image();
                 failed(error)
             })?;
         }
         Ok(())
     }
 
-    fn arm(&self) {
+    fn restore_memory_image(&self) {
         let memory = Path::new(&self.record.memory_file);
         let _ = std::fs::rename(deleting(memory), memory);
     }
 
-    /// Merges all disks: as long as not all can be completed, none is.
+    /// Merges all disks. None is completed before all can be completed.
     fn merge(&mut self, merges: &mut [Job]) -> Result<()> {
         let step = "cannot merge its overlays into their images";
         let mut ids = Vec::new();
         for job in merges.iter() {
             let started = jobs::start_merge(self.guest, step, &job.id, &job.overlay, &job.image);
             if let Err(error) = started {
-                // QEMU refuses it before it has written anything; where it did not answer, it may
+                // A merge that QEMU refuses has written nothing. A merge that was not answered may
                 // have begun.
                 if ids.is_empty() && jobs::left_over(self.guest).is_ok_and(|jobs| jobs.is_empty()) {
-                    self.arm();
+                    self.restore_memory_image();
                     return Err(error.and("nothing was changed"));
                 }
                 return Err(self.give_up(merges, error));
@@ -384,22 +386,22 @@ impl<'a> Delete<'a> {
         let completed = jobs::wait(monitor, &ids, Until::Completed, |id, merge| {
             merges.iter_mut().filter(|job| job.id == id).for_each(|job| job.merge = merge);
         });
-        completed.map_err(|error| self.spoilt(merges, named(error)))
+        completed.map_err(|error| self.with_state(merges, named(error)))
     }
 
-    /// Ends what was begun. `error` is why.
+    /// Cancels the merges that were begun. `error` is the reason.
     fn give_up(&mut self, merges: &[Job], error: Error) -> Error {
         let monitor = &mut *self.guest;
         let ended = jobs::left_over(monitor).and_then(|begun| jobs::give_up(monitor, &begun));
         let error = match ended {
             Ok(()) => error,
-            Err(left) => error.and(left.message),
+            Err(cancel_error) => error.and(cancel_error.message),
         };
-        self.spoilt(merges, error)
+        self.with_state(merges, error)
     }
 
-    /// What is to be known after a merge that failed.
-    fn spoilt(&self, merges: &[Job], error: Error) -> Error {
+    /// Adds to the error which image each disk is on after a merge that failed.
+    fn with_state(&self, merges: &[Job], error: Error) -> Error {
         let place = |job: &Job| match job.merge {
             Merge::Not => format!("disk '{}' is on '{}'", job.disk.name, job.disk.overlay),
             Merge::Completing => {
@@ -418,7 +420,7 @@ impl<'a> Delete<'a> {
         ))
     }
 
-    /// Removes these overlays, and what else is the snapshot's, but for the record.
+    /// Removes these overlays, and the snapshot's other files, except for the record.
     fn remove_files<'o>(&mut self, overlays: impl Iterator<Item = &'o str>) -> Result<()> {
         for overlay in overlays.filter(|overlay| is_there(overlay)) {
             self.close(overlay)?;
@@ -446,8 +448,8 @@ impl<'a> Delete<'a> {
     fn close(&mut self, overlay: &str) -> Result<()> {
         let pid = self.guest.pid();
         let mut nodes = drives::nodes(self.guest, pid, false)?;
-        // QEMU's own go by themselves. That of the format goes first, as it has that of the file in
-        // use.
+        // QEMU removes its own nodes by itself. The format's node is removed first, because it uses
+        // the file's node.
         nodes.retain(|node| same(&node.file, overlay) && !node.name.starts_with('#'));
         nodes.sort_by_key(|node| node.protocol);
         for node in nodes {
@@ -474,9 +476,9 @@ fn is_in_chain(drive: &Drive, image: &str) -> bool {
     same(&drive.file, image) || drive.backing.iter().any(|below| same(below, image))
 }
 
-/// An error where some QEMU has the file open.
+/// Refuses a file that a QEMU has open.
 fn check_unused(overlay: &str) -> Result<()> {
-    // What cannot be looked at is not known to be unused.
+    // A file that cannot be opened may be in use.
     sys::open_file(Path::new(overlay))
         .map_err(|error| Error::system(format!("cannot open '{overlay}'"), error))?;
     if locks::is_in_use(Path::new(overlay)) {

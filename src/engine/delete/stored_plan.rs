@@ -1,22 +1,21 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! What deleting a snapshot that the library records itself makes of its disks' images: a plan,
-//! made of nothing but what is known of them.
+//! Plans what a delete of a snapshot that the library records itself does with its overlays. The
+//! plan is made of values only.
 //!
-//! * Where the guest is on the snapshot's overlay, the overlay is merged into the snapshot's image,
-//!   and removed. It must be the guest's active image, and stand on that image; and no other
+//! * If the guest is on the snapshot's overlay, the overlay is merged into the snapshot's image,
+//!   and removed. It must be the guest's active image, and be directly on that image; and no other
 //!   snapshot may need either.
-//! * An overlay that another snapshot needs stays, and so does one that is gone already.
-//! * Every other overlay was merged before, or left when the guest was reverted elsewhere, and is
-//!   removed. But an overlay of a disk that was taken out of the guest can hold what was written
-//!   last: then the deletion is refused.
+//! * An overlay that another snapshot needs stays. One that does not exist any more needs nothing.
+//! * Every other overlay was merged before, or was left behind by a revert, and is removed. But an
+//!   overlay of a detached disk may have the disk's newest data: then the delete is refused.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use crate::backend::images::Id;
 use crate::error::{Result, fail};
 
-/// All that is known.
+/// The facts that the plan is made from.
 #[derive(Debug, Default)]
 pub struct Situation<'a> {
     /// The snapshot's disks.
@@ -25,7 +24,7 @@ pub struct Situation<'a> {
     pub drives: Vec<Drive<'a>>,
     /// Images that other snapshots need, with the name of a snapshot that needs each.
     pub kept: BTreeMap<Id, String>,
-    /// The images that snapshots froze, this one included.
+    /// The images that snapshots froze, including this snapshot.
     pub frozen: BTreeSet<Id>,
 }
 
@@ -38,7 +37,7 @@ pub struct Disk<'a> {
     pub overlay: Image<'a>,
     /// The image with the snapshot's content.
     pub image: Image<'a>,
-    /// The overlay is there.
+    /// The overlay exists.
     pub is_there: bool,
     /// The images below the overlay, as far as they are known.
     pub below: Vec<Id>,
@@ -47,7 +46,7 @@ pub struct Disk<'a> {
 /// A drive of the guest.
 #[derive(Clone, Debug)]
 pub struct Drive<'a> {
-    /// What it may be called, the best name first.
+    /// Its names, the best one first.
     pub names: &'a [String],
     /// The path of its active image.
     pub file: &'a str,
@@ -57,26 +56,27 @@ pub struct Drive<'a> {
     pub unsupported_reason: Option<&'a str>,
 }
 
-/// An image, as the record calls it.
+/// An image, with its name in the record.
 #[derive(Clone, Debug)]
 pub struct Image<'a> {
     pub path: &'a str,
     pub id: Id,
 }
 
-/// What becomes of the overlay of a disk.
+/// What is done with the overlay of a disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Action {
-    /// It is merged into the image below, through this drive of the situation's, and removed.
+    /// It is merged into the image below, through the drive with this index in the situation, and
+    /// removed.
     Merge(usize),
     /// It is removed.
     Remove,
-    /// It stays, or is gone.
+    /// It stays, or does not exist.
     Keep,
 }
 
 impl Situation<'_> {
-    /// What becomes of each disk's overlay; an error where something stands in the way of one.
+    /// Plans the action for each disk's overlay, or returns why the delete is refused.
     pub fn plan(&self) -> Result<Vec<Action>> {
         self.disks.iter().map(|disk| self.action(disk)).collect()
     }
@@ -127,8 +127,8 @@ impl Situation<'_> {
         Ok(Action::Merge(index))
     }
 
-    /// Whether a disk is in the guest: by its image, or by its name where it stands on images of
-    /// its snapshots; another disk can have its name by now.
+    /// Whether a disk is attached to the guest. It is found by its image, or by its name if the
+    /// drive is on images of the disk's snapshots: another disk can have its name now.
     fn is_attached(&self, disk: &Disk) -> bool {
         let stands_on = |image: &Id| disk.below.contains(image) && self.frozen.contains(image);
         self.drives.iter().any(|drive| {
@@ -227,7 +227,8 @@ mod tests {
             self.current = Some(name);
         }
 
-        /// The guest goes on with a fresh overlay of a snapshot's image, which its record names.
+        /// Reverts: the guest goes on with a fresh overlay of the snapshot's image, and the record
+        /// names the overlay.
         fn revert(&mut self, name: usize) {
             let overlay = self.create(Some(self.snapshots[&name].image));
             self.snapshots.get_mut(&name).unwrap().overlay = overlay;
@@ -315,7 +316,7 @@ mod tests {
                         continue;
                     }
                     4 if seed % 3 == 0 => {
-                        // The disk is taken out, and put in again.
+                        // The disk is detached, and attached again.
                         let again = guest.detached.take();
                         (guest.detached, guest.active) = (guest.active, again.or(None));
                         if guest.active.is_none() && guest.detached.is_none() {
@@ -344,7 +345,7 @@ mod tests {
         assert!(deleted > 100 && refused > 10, "{deleted} deleted, {refused} refused");
     }
 
-    /// A snapshot of one disk, whose guest is on these images.
+    /// Plans the delete of a snapshot of one disk, whose guest is on these images.
     fn plan(active: &[usize], change: impl FnOnce(&mut Situation)) -> Result<Action> {
         let names = ["vda".to_owned()];
         let mut situation = Situation {

@@ -1,20 +1,19 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! Bringing a domain of a stock libvirt back to a snapshot.
+//! Reverts a domain of a stock libvirt to a snapshot.
 //!
-//! libvirt 9.9 and later can do it for snapshots with a memory image, and do, unless it would do
-//! harm (see [`stock_can`]). Otherwise it is done here: fresh overlays on the snapshot's images,
-//! the running domain ended, its memory restored with its disks on those overlays, its
-//! configuration put on them too, and the snapshot made the current one.
+//! libvirt 9.9 and later can revert to snapshots with a memory image, and do so, unless that would
+//! do harm (see [`stock_can`]). Otherwise it is done here: fresh overlays are made on the
+//! snapshot's images, the running domain is ended, its memory is restored with its disks on those
+//! overlays, its definition is put on them too, and the snapshot is made the current one.
 //!
-//! All that can be checked is checked before the domain is ended. Its configuration changes only
-//! when it runs again: until then it can be started as it was. What the guest wrote since the last
-//! snapshot is lost, as revert means. The overlays that it was written to are removed at the end,
-//! if they were made by a snapshot or a revert, and no snapshot needs them; where that cannot be
-//! told they stay.
+//! Everything that can be checked is checked before the domain is ended. Its definition changes
+//! only when it runs again: until then it can be started as it was. The guest's writes since the
+//! last snapshot are lost, as a revert means. The overlays that have them are removed at the end,
+//! if a snapshot or a revert made them and no snapshot needs them; in doubt they stay.
 //!
-//! A transient domain would lose the records of its snapshots with its end: it is defined for the
-//! time of the revert, so that they cannot be lost, whatever happens.
+//! A transient domain would lose its snapshot list when it ends. So it is defined for the time of
+//! the revert.
 
 use std::collections::BTreeSet;
 use std::io::ErrorKind;
@@ -45,7 +44,7 @@ const STOCK_REVERTS: (u64, u64, u64) = (9, 9, 0);
 /// The first libvirt with `VIR_DOMAIN_UNDEFINE_KEEP_TPM`.
 const KEEPS_TPM: (u64, u64, u64) = (8, 9, 0);
 
-/// Reverts a domain that is held.
+/// Reverts a domain. The domain is held.
 pub fn run(snapshot: &ManagedSnapshot, flags: RevertFlags) -> Result<()> {
     let domain = &snapshot.domain;
     let tree = SnapshotTree::read(domain)?;
@@ -53,50 +52,48 @@ pub fn run(snapshot: &ManagedSnapshot, flags: RevertFlags) -> Result<()> {
     let version = domain.version()?;
     let users = Users::look(domain, &tree.volumes)?;
     let revert = Revert { domain, version, tree: &tree, target, flags, users: &users };
-    let state = revert.look()?;
-    // Before libvirt's own revert too: it ends the domain first, and looks then.
+    let state = revert.read_state()?;
+    // These checks are made before libvirt's own revert too, which ends the domain first, and
+    // checks then.
     revert.check(&state)?;
     if version >= STOCK_REVERTS && stock_can(&tree, target, &state.disks, &users) {
         wait_for_free_names(target);
-        return snapshot.revert_by_libvirt(flags.bits()).map_err(|trouble| match trouble {
+        return snapshot.revert_by_libvirt(flags.bits()).map_err(|error| match error {
             CallError::Refused(error) => error.into(),
-            trouble => {
-                trouble.into_error(&format!("cannot revert to snapshot '{}'", snapshot.name))
-            }
+            error => error.into_error(&format!("cannot revert to snapshot '{}'", snapshot.name)),
         });
     }
     revert.run(&state)
 }
 
-/// Whether libvirt does it as well, or better.
+/// Whether libvirt's own revert is used.
 pub fn is_libvirts(snapshot: &ManagedSnapshot) -> Result<bool> {
     let domain = &snapshot.domain;
     if domain.version()? < STOCK_REVERTS {
         return Ok(false);
     }
     let tree = SnapshotTree::read(domain)?;
-    let disks =
-        disks_of(domain).map_err(|trouble| trouble.into_error("cannot look at the domain"))?;
+    let disks = disks_of(domain).map_err(|error| error.into_error("cannot look at the domain"))?;
     let users = Users::look(domain, &tree.volumes)?;
     Ok(stock_can(&tree, tree.get(&snapshot.name)?, &disks, &users))
 }
 
-/// Whether libvirt's own revert, where it has one, works and does no harm:
+/// Whether libvirt's own revert, if it has one, works and does no harm:
 ///
-/// * it wants all images to be files, also of disks that the snapshot left out, and puts those, a
-///   CD-ROM too, on overlays: what is written to such a disk from then on would be lost at the next
-///   revert;
-/// * it would give a disk that somebody else snapshots today's content;
-/// * without a current snapshot it crashes the daemon;
-/// * it removes the overlays that the current snapshot names, also those that another snapshot
-///   needs, or another guest, and those of disks that the domain does not have any more; of block
-///   devices it does not know how.
+/// * it requires all images to be files, also those of disks that the snapshot left out, and puts
+///   these disks, even a CD-ROM, on overlays: the next revert would lose what is written to such a
+///   disk from then on;
+/// * it would leave a disk that was left to a storage hook with its present content;
+/// * it crashes the daemon if there is no current snapshot;
+/// * it removes the overlays that the current snapshot names, even those that another snapshot or
+///   another guest needs, and those of disks that the domain does not have any more; and it cannot
+///   remove overlays on block devices.
 fn stock_can(tree: &SnapshotTree, target: &SnapshotDef, disks: &[Disk], users: &Users) -> bool {
     let on_files = target.external().all(|(_, image)| {
         let file = image.and_then(|image| image.file.as_deref());
         file.is_some_and(|file| Path::new(file).is_file())
     });
-    // It looks at all disks that the domain is to have.
+    // libvirt checks all disks that the domain will have.
     let is_switched = |image: &Disk| target.external().any(|(disk, _)| disk.target == image.target);
     let on_files = on_files
         && target.images().filter(|image| image.present).all(|image| {
@@ -105,7 +102,7 @@ fn stock_can(tree: &SnapshotTree, target: &SnapshotDef, disks: &[Disk], users: &
                 && file.is_some_and(|file| Path::new(file).is_file())
                 && is_switched(image)
         });
-    // Of volumes it has no paths.
+    // libvirt has no paths for volumes.
     let on_files = on_files && !target.on_volumes;
     let manual = target.disks.iter().any(|disk| disk.location == "manual");
     let Some(current) = tree.current.as_deref().and_then(|current| tree.get(current).ok()) else {
@@ -131,14 +128,15 @@ fn stock_can(tree: &SnapshotTree, target: &SnapshotDef, disks: &[Disk], users: &
     on_files && !manual && !removed.map(id).any(harmed)
 }
 
-/// The disks of the running domain, or at its next start.
+/// The disks of the running domain, or else of its definition.
 fn disks_of(domain: &ManagedDomain) -> std::result::Result<Vec<Disk>, CallError> {
     let xml = domain.xml(if domain.is_active()? { 0 } else { xml::INACTIVE })?;
     Ok(domain_disks(&xml).unwrap_or_default())
 }
 
-/// libvirt calls the overlays that it makes after the second, and refuses where there are some:
-/// after a revert in the same second, for one.
+/// Waits until libvirt's own names for overlays are free. libvirt names the overlays that it makes
+/// after the current second, and fails if such a file exists, for example after a revert in the
+/// same second.
 fn wait_for_free_names(target: &SnapshotDef) {
     let taken = || {
         let now =
@@ -152,7 +150,7 @@ fn wait_for_free_names(target: &SnapshotDef) {
     }
 }
 
-/// The images that snapshots are on, with all below.
+/// The images of all snapshots, and all images below them.
 fn needed_by_snapshots(tree: &SnapshotTree) -> Result<BTreeSet<Id>> {
     let mut graph = Graph::default();
     let mut tops = Vec::new();
@@ -174,15 +172,15 @@ struct Revert<'a> {
     users: &'a Users,
 }
 
-/// The domain before it is reverted.
+/// The domain before the revert.
 struct State {
     active: bool,
     persistent: bool,
-    /// The images that it is on.
+    /// Its disks.
     disks: Vec<Disk>,
 }
 
-/// A fresh overlay. The file goes with it, unless it is kept.
+/// A fresh overlay. Its file is removed when it is dropped, unless it is kept.
 struct Overlay {
     target: String,
     path: TempPath,
@@ -190,9 +188,9 @@ struct Overlay {
 }
 
 impl Revert<'_> {
-    fn look(&self) -> Result<State> {
-        let refused = |trouble: CallError| {
-            trouble.into_error(&format!("cannot revert to snapshot '{}'", self.target.name))
+    fn read_state(&self) -> Result<State> {
+        let refused = |error: CallError| {
+            error.into_error(&format!("cannot revert to snapshot '{}'", self.target.name))
         };
         let active = self.domain.is_active().map_err(refused)?;
         let persistent = self.domain.is_persistent().map_err(refused)?;
@@ -214,16 +212,16 @@ impl Revert<'_> {
         let restored = self.restore(&domain_xml);
         let paths = match &restored {
             Err(CallError::Refused(_)) => Vec::new(),
-            // The domain runs on them; or may yet, where libvirt did not answer.
+            // The domain runs on them, or may do so soon if libvirt did not answer.
             _ => keep(overlays)?,
         };
-        restored.map_err(|trouble| self.failed(trouble, &paths, *active, *persistent))?;
+        restored.map_err(|error| self.failed(error, &paths, *active, *persistent))?;
         self.settle(&config, &record, *persistent)?;
         self.remove_left(disks, &paths);
         Ok(())
     }
 
-    /// Everything that can be checked before the domain is ended.
+    /// Checks everything that can be checked before the domain is ended.
     fn check(&self, state: &State) -> Result<()> {
         let name = &self.target.name;
         for (disk, image) in self.target.external() {
@@ -267,8 +265,9 @@ impl Revert<'_> {
         {
             fail!(
                 ConfigUnsupported,
-                "cannot revert to snapshot '{name}': disk '{}' was snapshotted by other means: \
-                 bring it back by them, then revert with VIR_DOMAIN_SNAPSHOT_REVERT_FORCE",
+                "cannot revert to snapshot '{name}': disk '{}' was left to a storage hook: revert \
+                 the disk by the storage's own means first, then use \
+                 VIR_DOMAIN_SNAPSHOT_REVERT_FORCE",
                 disk.target
             );
         }
@@ -303,7 +302,8 @@ impl Revert<'_> {
         Ok(())
     }
 
-    /// Images that were written or replaced since the snapshot are newer than its memory.
+    /// Refuses images that were written or replaced since the snapshot: they are newer than its
+    /// memory.
     fn check_frozen(&self) -> Result<()> {
         for (disk, image) in self.target.external() {
             let mut layers = self
@@ -313,8 +313,8 @@ impl Revert<'_> {
                 .iter()
                 .filter(|(target, _)| *target == disk.target)
                 .peekable();
-            // Where libvirt has changed the record itself, to delete another snapshot, the notes
-            // are not of these images.
+            // If libvirt itself has changed the definition, to delete another snapshot, the notes
+            // are about other images.
             let noted = layers.peek().map(|(_, top)| id(&top.file));
             if noted.is_some() && noted == image.and_then(|image| image.file.as_deref()).map(id) {
                 layers.try_for_each(|(target, frozen)| frozen.check(target, &self.target.name))?;
@@ -323,8 +323,8 @@ impl Revert<'_> {
         Ok(())
     }
 
-    /// A snapshot that was being deleted has no overlays any more: its domain would write to images
-    /// that others are on.
+    /// Refuses a snapshot whose delete was interrupted. Its definition has no overlays any more:
+    /// the domain would write to images that other snapshots need.
     fn check_not_half_deleted(&self) -> Result<()> {
         let others = || self.tree.snapshots.iter().filter(|other| other.name != self.target.name);
         let mut graph = Graph::default();
@@ -354,10 +354,11 @@ impl Revert<'_> {
         Ok(())
     }
 
-    /// What we may not read, and what is compressed, libvirt itself looks at.
+    /// Checks the memory image. libvirt itself checks an image that we may not read, or that is
+    /// compressed.
     fn check_memory(&self) -> Result<()> {
         let memory = self.memory();
-        let useless = |what: &str| {
+        let unusable = |what: &str| {
             let message = format!(
                 "cannot revert to snapshot '{}': its memory image '{memory}' {what}; the domain \
                  was left as it is",
@@ -367,7 +368,7 @@ impl Revert<'_> {
         };
         match sys::open_file(Path::new(memory)) {
             Ok(file) => {
-                let noted = Image::look(&file).map_err(|what| useless(&what))?;
+                let noted = Image::look(&file).map_err(|what| unusable(&what))?;
                 let wanted = self.target.machine();
                 if let (Some(noted), Some(wanted)) = (noted, wanted)
                     && is_other_machine(wanted, &noted)
@@ -376,15 +377,17 @@ impl Revert<'_> {
                         "is of a machine of type '{noted}', and the snapshot's domain has the type \
                          '{wanted}'"
                     );
-                    return Err(useless(&what));
+                    return Err(unusable(&what));
                 }
             }
-            Err(error) if error.kind() == ErrorKind::NotFound => return Err(useless("is missing")),
+            Err(error) if error.kind() == ErrorKind::NotFound => {
+                return Err(unusable("is missing"));
+            }
             Err(_) => {}
         }
-        self.domain.saved_xml(memory).map(drop).map_err(|trouble| match trouble {
-            CallError::Refused(error) => useless(&format!("cannot be used ({})", error.message)),
-            trouble => trouble.into_error(&format!("cannot look at the memory image '{memory}'")),
+        self.domain.saved_xml(memory).map(drop).map_err(|error| match error {
+            CallError::Refused(error) => unusable(&format!("cannot be used ({})", error.message)),
+            error => error.into_error(&format!("cannot look at the memory image '{memory}'")),
         })
     }
 
@@ -411,7 +414,7 @@ impl Revert<'_> {
                 } else {
                     overlay_file::create_on(fresh.as_file(), file, &image.format)?;
                 }
-                // The domain's definition will name it, and is on disk when libvirt says so.
+                // The domain's definition will name the overlay, and libvirt syncs the definition.
                 fresh.as_file().sync_all().and_then(|()| sys::sync_parent(fresh.path())).map_err(
                     |error| {
                         Error::system(format!("cannot write '{}'", fresh.path().display()), error)
@@ -431,23 +434,23 @@ impl Revert<'_> {
     }
 
     /// The size of a server's image, or of an overlay on one. The domain's QEMU is asked first: it
-    /// can be the only one that the server lets in.
+    /// may be the only client that the server accepts.
     fn size_of(&self, name: &str, format: &str, active: bool) -> Result<u64> {
         let overlay = if images::is_of_server(name) { None } else { images::Header::at(name) };
         if let Some(header) = overlay {
             return Ok(header.size);
         }
         let blocks = r#"{"execute":"query-block"}"#;
-        let told = active.then(|| self.domain.monitor_command(blocks).ok()).flatten();
-        let told = told.and_then(|reply| json::parse(reply.as_bytes()).ok());
-        let size = told.and_then(|reply| {
+        let reply = active.then(|| self.domain.monitor_command(blocks).ok()).flatten();
+        let reply = reply.and_then(|reply| json::parse(reply.as_bytes()).ok());
+        let size = reply.and_then(|reply| {
             let mut blocks = reply["return"].as_array()?.iter();
             blocks.find_map(|block| size_in_chain(&block["inserted"]["image"], name))
         });
         size.map_or_else(|| images::size_on_server(name, format), Ok)
     }
 
-    /// From here on there is no way back to what the guest was doing.
+    /// Ends the domain. From here on the guest's present state is lost.
     fn end_domain(&self, persistent: bool) -> Result<()> {
         let step = format!("cannot end the domain to revert it to snapshot '{}'", self.target.name);
         let ended = (|| {
@@ -456,12 +459,13 @@ impl Revert<'_> {
             }
             self.domain.destroy()
         })();
-        ended.map_err(|trouble: CallError| {
-            // What was not answered may be done yet, and the snapshots would be lost with it.
-            if !persistent && matches!(trouble, CallError::Refused(_)) {
+        ended.map_err(|error: CallError| {
+            // A call without an answer may still end the domain. Without the definition, its
+            // snapshots would be lost then.
+            if !persistent && matches!(error, CallError::Refused(_)) {
                 let _ = self.undefine();
             }
-            trouble.into_error(&step)
+            error.into_error(&step)
         })
     }
 
@@ -472,10 +476,11 @@ impl Revert<'_> {
         self.domain.restore(self.memory(), domain_xml, state | nvram)
     }
 
-    /// What the caller must know when the memory could not be restored.
+    /// The error for a memory image that could not be restored, with the state that the domain is
+    /// in.
     fn failed(
         &self,
-        trouble: CallError,
+        error: CallError,
         kept: &[PathBuf],
         was_active: bool,
         persistent: bool,
@@ -486,19 +491,20 @@ impl Revert<'_> {
             self.memory(),
             self.target.name
         );
-        let is_over = matches!(trouble, CallError::Refused(_));
-        let mut error = trouble.into_error(&step);
+        let is_over = matches!(error, CallError::Refused(_));
+        let mut error = error.into_error(&step);
         if !is_over {
             let kept: Vec<_> = kept.iter().map(|file| file.display().to_string()).collect();
             return error.and(format!(
-                "libvirt may restore it yet, on its new overlays, which stay ({}): see what it is \
-                 at by `virsh domstate '{domain}'`, and revert it again",
+                "libvirt may still restore it, on its new overlays, which stay ({}): check its state \
+                 by `virsh domstate '{domain}'`, and revert it again",
                 kept.join(", ")
             ));
         }
         if was_active {
-            error =
-                error.and("the domain was ended for it and is shut off, on the disks that it had");
+            error = error.and(
+                "the domain was ended for the revert and is shut off, on the disks that it had",
+            );
         }
         if was_active && !persistent {
             error = error
@@ -507,27 +513,27 @@ impl Revert<'_> {
         error.and(format!("it can be started as it was: virsh start '{domain}'"))
     }
 
-    /// The domain runs again; what libvirt has recorded of it follows.
+    /// Updates libvirt's definitions after the domain runs again.
     fn settle(&self, config: &str, record: &str, persistent: bool) -> Result<()> {
         let (name, domain) = (&self.target.name, &self.domain.name);
         let runs = format!("the domain was reverted to snapshot '{name}' and runs");
         if persistent {
             self.domain.define(config).map_err(|error| {
                 error.into_error(&format!("{runs}, but its configuration, which is still on the old disks, cannot be changed")).and(
-                    format!("mend it before its next start: virsh dumpxml --inactive --migratable '{domain}' > FILE; virsh define FILE"),
+                    format!("fix it before its next start: virsh dumpxml --inactive --migratable '{domain}' > FILE; virsh define FILE"),
                 )
             })?;
         }
         self.domain.redefine(record, true).map_err(|error| {
             error
                 .into_error(&format!("{runs}, but it cannot be made the current snapshot"))
-                .and(format!("mend it: virsh snapshot-current '{domain}' --snapshotname '{name}'"))
+                .and(format!("fix it: virsh snapshot-current '{domain}' --snapshotname '{name}'"))
         })?;
         if !persistent {
             self.undefine().map_err(|error| {
                 error
                     .into_error(&format!("{runs}, but was transient and stays defined"))
-                    .and(format!("mend it: virsh undefine '{domain}' --keep-nvram"))
+                    .and(format!("fix it: virsh undefine '{domain}' --keep-nvram"))
             })?;
         }
         Ok(())
@@ -538,8 +544,8 @@ impl Revert<'_> {
         self.domain.undefine(undefine::KEEP_NVRAM | tpm)
     }
 
-    /// Removes the overlays that the domain was on, where that is safe ([`super::plan`]). They are
-    /// garbage at worst, so nothing of it is an error.
+    /// Removes the overlays that the domain was on, if that is safe ([`super::plan`]). Failures are
+    /// ignored: an overlay that stays only takes space.
     fn remove_left(&self, left: &[Disk], fresh: &[PathBuf]) {
         let Ok(situation) = self.situation(left, fresh) else { return };
         for overlay in situation.unneeded() {
@@ -549,7 +555,7 @@ impl Revert<'_> {
         }
     }
 
-    /// What is known, for a plan.
+    /// Collects the facts that the plan is made from.
     fn situation(&self, left: &[Disk], fresh: &[PathBuf]) -> Result<Situation> {
         let mut situation = Situation {
             fresh: fresh.iter().map(|path| id(&path.to_string_lossy())).collect(),
@@ -571,7 +577,7 @@ impl Revert<'_> {
         }
         for disk in left {
             let Some(file) = disk.file.as_deref() else { continue };
-            // What cannot be read stays.
+            // An image that cannot be read stays.
             if situation.graph.add(file, &disk.format).is_ok() {
                 let below = images::below(file, &disk.format).map(|(below, _)| id(&below));
                 situation.left.push(Left { target: disk.target.clone(), image: id(file), below });
@@ -581,7 +587,7 @@ impl Revert<'_> {
     }
 }
 
-/// Images that snapshots froze, deleted ones included.
+/// The images that snapshots froze, including deleted ones.
 fn frozen(tree: &SnapshotTree) -> BTreeSet<Id> {
     let images = tree
         .snapshots
@@ -599,7 +605,7 @@ fn keep(overlays: Vec<Overlay>) -> Result<Vec<PathBuf>> {
     kept.map_err(|error| Error::system("cannot keep an overlay", error.error))
 }
 
-/// The size of an image in a chain, as QEMU tells of it.
+/// The size of an image in a chain that QEMU reports.
 fn size_in_chain(top: &Value, name: &str) -> Option<u64> {
     let mut layers = std::iter::successors(Some(top), |layer| layer.get("backing-image"));
     let is_it =
@@ -613,8 +619,8 @@ impl Overlay {
     }
 }
 
-/// A new file that is nobody else's, called after image and snapshot: beside the image, or, where
-/// that is no file, beside the overlay that was made of it for the snapshot.
+/// Creates a new file for an overlay, named after the image and the snapshot. It goes beside the
+/// image, or, if the image is no file, beside the overlay that was made of it for the snapshot.
 fn fresh_file(image: &Path, overlay: Option<&str>, snapshot: &str) -> Result<NamedTempFile> {
     let model = match overlay {
         Some(overlay) if !image.is_file() => Path::new(overlay),
