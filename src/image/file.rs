@@ -1,16 +1,17 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! The file of a memory image: libvirt's header, the domain XML, room for a longer one, QEMU's
+//! The file of a memory image: libvirt's header, the domain XML, space for a longer one, QEMU's
 //! stream.
 //!
 //! ```text
 //! 0    magic     LibvirtQemudPart while incomplete, LibvirtQemudSave when complete
-//! 16   u32       version (2), data_len, was_running, format (0: raw), cookie offset (0: none), 14 unused
+//! 16   u32       version (2), data_len, was_running, format (0: raw), cookie offset (0: none),
+//!                14 unused
 //! 92   data_len  domain XML with its NUL, the cookie with its NUL where there is one, then zeros
 //! ...            QEMU's migration stream
 //! ```
 //!
-//! Numbers are in the host's order, as libvirt writes them.
+//! Numbers are in the host's byte order, as libvirt writes them.
 
 use std::fs::File;
 use std::io::{self, Read};
@@ -26,23 +27,23 @@ const COMPLETE: &[u8; 16] = b"LibvirtQemudSave";
 const PARTIAL: &[u8; 16] = b"LibvirtQemudPart";
 const VERSION: u32 = 2;
 const HEADER: usize = 92;
-/// libvirt leaves this much so that the XML of an image can be edited.
+/// The space that libvirt leaves so that the XML of an image can be edited.
 const ROOM: usize = 64 << 10;
-/// More than any XML with its room; a larger number is damage.
+/// More than any XML with its space. A larger number means that the header is damaged.
 const LONGEST: u32 = 64 << 20;
-/// The stream begins on a boundary, for whoever moves it by pages.
+/// The alignment of the stream, for readers and writers that move whole pages.
 const ALIGN: usize = 4096;
 
-/// What a memory image is called from when its snapshot is being deleted on: nobody goes back to
-/// that one any more.
+/// The name of a memory image while its snapshot is being deleted. No caller can revert to the
+/// snapshot then.
 pub fn deleting(memory: &Path) -> PathBuf {
     let mut name = memory.as_os_str().to_owned();
     name.push(".deleting");
     name.into()
 }
 
-/// Whether a file is no memory image, not even a partial one. What may not be read is not known to
-/// be none.
+/// Whether a file is known to be no memory image, not even a partial one. False for a file that
+/// this process may not read.
 pub fn is_another(path: &Path) -> bool {
     let Ok(metadata) = path.metadata() else { return false };
     if !metadata.is_file() {
@@ -63,8 +64,8 @@ pub struct MemoryImage {
 }
 
 impl MemoryImage {
-    /// Creates the file, mode 0600, marked partial. A file that exists is an error, and not
-    /// touched. `cookie` is what libvirt needs to know besides.
+    /// Creates the file with mode 0600, and marks it partial. An existing file is an error, and is
+    /// not changed. `cookie` is libvirt's save cookie.
     pub fn create(
         path: &Path,
         domain_xml: &str,
@@ -109,7 +110,7 @@ impl MemoryImage {
         Ok(MemoryImage { own, stream_offset: begin as u64 })
     }
 
-    /// Where it is.
+    /// The image's path.
     pub fn path(&self) -> &Path {
         self.own.path()
     }
@@ -119,14 +120,14 @@ impl MemoryImage {
         self.own.known()
     }
 
-    /// Removes it.
+    /// Removes the image.
     pub fn remove(&self) -> Result<()> {
         self.own.remove().map_err(|error| {
             Error::system(format!("cannot remove '{}'", self.path().display()), error)
         })
     }
 
-    /// Where QEMU's stream begins.
+    /// The offset of QEMU's stream.
     pub fn stream_offset(&self) -> u64 {
         self.stream_offset
     }
@@ -139,7 +140,7 @@ impl MemoryImage {
             .map_err(|error| Error::system("cannot duplicate a file descriptor", error))
     }
 
-    /// Cuts off what there is of a stream.
+    /// Removes what was written of a stream.
     pub fn discard_stream(&self) -> Result<()> {
         self.own.file().set_len(self.stream_offset).map_err(|error| {
             Error::system(
@@ -149,9 +150,9 @@ impl MemoryImage {
         })
     }
 
-    /// QEMU's word for the guest's state when it began to save its devices, which for a background
-    /// snapshot is the instant: `running`, `paused`, ... QEMU notes the state that it found, as a
-    /// device; devices come last in the stream. `None` where it makes no such note.
+    /// QEMU's word for the guest's state when it began to save its devices: `running`, `paused`,
+    /// ... In a background snapshot that is the state at the instant. QEMU saves this state as a
+    /// device, and devices come last in the stream. `None` if the stream does not have it.
     pub fn state_at_instant(&self) -> Result<Option<String>> {
         self.look_for_state().map_err(|error| {
             Error::system(
@@ -162,8 +163,8 @@ impl MemoryImage {
     }
 
     fn look_for_state(&self) -> io::Result<Option<String>> {
-        /// A section's name with its length, its instance and its version; then the length of the
-        /// text, and the text.
+        /// The section's name with its length, its instance and its version. The length of the text
+        /// and the text follow.
         const STATE: &[u8] = b"\x0bglobalstate\0\0\0\0\0\0\0\x01\0\0\0";
         const PIECE: u64 = 1 << 20;
         const LONGEST_WORD: usize = 100;
@@ -172,19 +173,19 @@ impl MemoryImage {
         let mut piece = Vec::new();
         while end > self.stream_offset {
             let begin = end.saturating_sub(PIECE).max(self.stream_offset);
-            // The pieces overlap by what is looked for, and what follows it.
+            // The pieces overlap, so that the section and its text are found across a border.
             let length = (end - begin) as usize;
             let overlap = piece.len().min(2 * STATE.len());
             piece.truncate(overlap);
             piece.splice(..0, std::iter::repeat_n(0, length));
             file.read_exact_at(&mut piece[..length], begin)?;
             if let Some(at) = piece.windows(STATE.len()).rposition(|window| window == STATE) {
-                // After the length's last byte.
+                // The text begins after the last byte of its length.
                 let state = piece[at + STATE.len() + 1..]
                     .split(|byte| *byte == 0)
                     .next()
                     .unwrap_or_default();
-                // It is a short word; anything else is no note of QEMU's.
+                // QEMU's word is short; anything else is not this section.
                 let is_word =
                     state.len() <= LONGEST_WORD && state.iter().all(|byte| byte.is_ascii_graphic());
                 return Ok(is_word.then(|| String::from_utf8_lossy(state).into_owned()));
@@ -194,7 +195,7 @@ impl MemoryImage {
         Ok(None)
     }
 
-    /// Whether QEMU has written its stream to the end: see [`stream::is_described`].
+    /// Whether QEMU has written the whole stream: see [`stream::is_described`].
     pub fn has_whole_stream(&self) -> Result<bool> {
         stream::is_described(self.own.file(), self.stream_offset).map_err(|error| {
             Error::system(
@@ -204,7 +205,8 @@ impl MemoryImage {
         })
     }
 
-    /// The stream is whole: puts it on disk, and only then marks the image complete.
+    /// Called when the stream is complete: syncs it to disk, and only then marks the image
+    /// complete.
     pub fn complete(&self) -> Result<()> {
         let complete = || -> io::Result<()> {
             let file = self.own.file();
@@ -235,19 +237,19 @@ fn numbers<const N: usize>(header: &[u8; HEADER]) -> [u32; N] {
 pub struct Image {
     /// The file.
     pub file: File,
-    /// Where QEMU's stream begins.
+    /// The offset of QEMU's stream.
     pub stream_offset: u64,
     /// Whether the guest ran at the instant.
     pub was_running: bool,
     /// The domain XML.
     pub domain_xml: String,
-    /// The machine type that it was saved of, where QEMU has noted it.
+    /// The machine type of the guest, if QEMU has saved it.
     pub machine: Option<String>,
 }
 
 impl Image {
-    /// Looks at the file of a complete image, which can be compressed: the machine type that it was
-    /// saved of, where that can be told. An error is why it cannot be loaded.
+    /// Checks the file of a complete image, which can be compressed. Returns the guest's machine
+    /// type, if the image has it, or why the image cannot be loaded.
     pub fn look(file: &File) -> std::result::Result<Option<String>, String> {
         let mut header = [0; HEADER];
         let read = file.read_exact_at(&mut header, 0);
@@ -255,7 +257,7 @@ impl Image {
             return Err("is damaged, or was never completed".into());
         }
         let [version, data_len, _, format] = numbers(&header);
-        // Of another kind of host, which libvirt can read, or compressed.
+        // It is compressed, or from a host with another byte order: libvirt itself checks these.
         if version != VERSION || format != 0 {
             return Ok(None);
         }
@@ -271,9 +273,10 @@ impl Image {
             )
         };
         let mut file = sys::open_file(path).map_err(|error| match error.kind() {
-            io::ErrorKind::NotFound if deleting(path).exists() => {
-                damaged("is gone, because its snapshot is being deleted: if that was cut short, delete it again")
-            }
+            io::ErrorKind::NotFound if deleting(path).exists() => damaged(
+                "was renamed, because its snapshot is being deleted: if the delete was \
+                     interrupted, delete it again",
+            ),
             _ => damaged(&format!("cannot be opened: {error}")),
         })?;
         let mut header = [0; HEADER];

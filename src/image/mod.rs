@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! The memory image: libvirt's save format around QEMU's migration stream, and the threads that
+//! The memory image: libvirt's save format with QEMU's migration stream in it, and the threads that
 //! move the stream.
 //!
-//! [`Drain`] moves it from QEMU's pipe to the file, [`RestoreStream`] from the file to a QEMU that loads it.
-//! Neither needs anything but its descriptors, so that a helper process can take their place.
+//! [`Drain`] moves the stream from QEMU's pipe to the file, [`RestoreStream`] from the file to a
+//! QEMU that loads it. Both need only their descriptors, so that a helper process can take their
+//! place.
 
 mod drain;
 mod file;

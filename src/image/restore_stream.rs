@@ -14,7 +14,7 @@ use super::pipe::CHUNK;
 use crate::error::{Code, Error, Result};
 use crate::sys;
 
-/// A restore stream that runs. It ends with the file, or when the reader of the pipe is gone.
+/// A running restore stream. It ends at the end of the file, or when the reader of the pipe ends.
 #[derive(Debug)]
 pub struct RestoreStream {
     thread: JoinHandle<io::Result<()>>,
@@ -27,8 +27,8 @@ impl RestoreStream {
         Ok(RestoreStream { thread })
     }
 
-    /// Waits for its end. Only after QEMU has finished or the pipe's reader is closed: else it can
-    /// wait for ever.
+    /// Waits for its end. Call this only after QEMU has finished or the pipe's reader is closed:
+    /// otherwise it can wait for ever.
     pub fn join(self) -> Result<()> {
         match self.thread.join() {
             Ok(Ok(())) => Ok(()),

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! The guest's `<domain>` XML: which disks it names, and how it reads with the files that they have
-//! now.
+//! Reads the guest's `<domain>` XML: its disks and their images. Also writes it with other images.
 
 use std::ops::Range;
 use std::os::unix::fs::FileTypeExt;
@@ -13,7 +12,7 @@ use super::nbd::{self, Export};
 use super::xml;
 use crate::error::{Result, fail};
 
-/// A `<domain>` element, kept to the letter.
+/// A `<domain>` element, with its unchanged text.
 #[derive(Clone, Debug, Default)]
 pub struct Domain {
     text: String,
@@ -23,9 +22,9 @@ pub struct Domain {
     pub disks: Vec<Disk>,
     /// Its UEFI variables.
     pub nvram: Option<Nvram>,
-    /// `<cpu>`, to the letter.
+    /// The unchanged text of `<cpu>`.
     pub cpu: Option<String>,
-    /// It has what libvirt gives away while a domain is paused: disk leases or macvtap devices.
+    /// It has disk leases or macvtap devices, which libvirt releases while a domain is paused.
     pub holds_leases: bool,
 }
 
@@ -34,24 +33,24 @@ pub struct Domain {
 pub struct Disk {
     /// `<target dev=>`.
     pub target: String,
-    /// `<alias name=>`: the id that libvirt gave, or the user.
+    /// `<alias name=>`: the id that libvirt or the user gave.
     pub alias: Option<String>,
     /// `type=`.
     pub kind: String,
-    /// Where its image is; `None` where there is no medium.
+    /// The place of its image; `None` if there is no medium.
     pub storage: Option<Storage>,
-    /// The image, by its path or an NBD export's URI: `None` where there is no medium, or one that
-    /// has no such name.
+    /// The image's path, or its NBD export's URI. `None` if there is no medium, or one without such
+    /// a name.
     pub file: Option<String>,
-    /// There is a medium.
+    /// It has a medium.
     pub present: bool,
     /// The image's format.
     pub format: String,
     /// The images that the XML names below it, from the top down.
     pub backing: Vec<String>,
-    /// The XML tells of no image below those.
+    /// The XML has no further image below those.
     pub is_whole: bool,
-    /// How many images it is on, as far as the XML tells: those without a name too.
+    /// How many images the XML lists in its chain, including those without a name.
     pub depth: usize,
     /// `<source protocol=>`.
     pub protocol: Option<String>,
@@ -69,11 +68,11 @@ pub struct Disk {
     pub read_only: bool,
     /// It is shared with other domains.
     pub shareable: bool,
-    /// What is written to it is forgotten.
+    /// libvirt discards what the guest writes to it.
     pub transient: bool,
     /// Its image is being merged into one below.
     pub is_merging: bool,
-    /// A block job that only waits to be ended.
+    /// Its block job can be completed.
     pub job_ready: bool,
     /// `snapshot=`.
     pub snapshot: Option<String>,
@@ -88,32 +87,32 @@ pub struct Disk {
 /// `<os><nvram>`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Nvram {
-    /// Its file; empty where it is in none.
+    /// Its file; empty if it is not in a file.
     pub file: String,
     /// Its format.
     pub format: String,
 }
 
 impl Disk {
-    /// Its images from the top down, as libvirt calls them.
+    /// Its images from the top down, with libvirt's names.
     pub fn layers(&self) -> Vec<&str> {
         self.file.iter().chain(&self.backing).map(String::as_str).collect()
     }
 }
 
-/// What a disk's image is now.
+/// An image for a disk.
 #[derive(Clone, Debug)]
 pub struct Source<'a> {
     /// `<target dev=>` of the disk.
     pub target: &'a str,
-    /// Where its image is.
+    /// The place of the image.
     pub storage: Storage,
     /// The image's format.
     pub format: &'a str,
 }
 
-/// Where an image is, as a `<disk>` says it: `type=` and `<source>` belong together, and libvirt
-/// starts no domain in which they do not match what is there.
+/// The place of an image, as a `<disk>` describes it. `type=` and `<source>` belong together:
+/// libvirt starts no domain in which they do not match the image.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Storage {
     kind: String,
@@ -122,8 +121,8 @@ pub struct Storage {
 }
 
 impl Storage {
-    /// Of an image by its path, or by QEMU's name of a server's: a device is `type='block'`,
-    /// everything else a file.
+    /// The place of an image with this path, or with QEMU's name for a server's image. A device is
+    /// `type='block'`, everything else a file.
     pub fn at(path: &str) -> Storage {
         if let Some(export) = Export::named(path) {
             return Storage {
@@ -136,7 +135,7 @@ impl Storage {
         Storage::local(if device { "block" } else { "file" }, path)
     }
 
-    /// Of a file that need not be there yet.
+    /// The place of a file that need not exist yet.
     pub fn file(path: &str) -> Storage {
         Storage::local("file", path)
     }
@@ -147,8 +146,8 @@ impl Storage {
         Storage { kind: kind.into(), source, name: Some(path.into()) }
     }
 
-    /// Of an element with a `type=` and a `<source>`: a disk, or a disk's `<backingStore>`. `None`
-    /// where it has no medium.
+    /// The place in an element with a `type=` and a `<source>`: a disk, or a disk's
+    /// `<backingStore>`. `None` if it has no medium.
     pub fn of(element: Node) -> Option<Storage> {
         let source = xml::child(element, "source").filter(|source| !is_empty(*source))?;
         let text = source.document().input_text()[source.range()].to_owned();
@@ -167,13 +166,12 @@ impl Storage {
         &self.kind
     }
 
-    /// `<source>`, to the letter.
+    /// The unchanged `<source>`.
     pub fn source(&self) -> &str {
         &self.source
     }
 
-    /// The image's name: the path of a file or a device of the host that the XML names, or an NBD
-    /// export's URI.
+    /// The image's name: the path of a file or a device of this host, or an NBD export's URI.
     pub fn name(&self) -> Option<&str> {
         self.name.as_deref()
     }
@@ -184,32 +182,32 @@ fn local_path<'a>(source: Node<'a, '_>) -> Option<&'a str> {
     source.attribute("file").or_else(|| source.attribute("dev"))
 }
 
-/// Whether a `<source>` says nothing of a medium: libvirt 12 writes one, with the number of its
-/// node, for a drive that has none.
+/// Whether a `<source>` names no medium: for an empty drive, libvirt 12 writes one with only the
+/// number of its node.
 fn is_empty(source: Node) -> bool {
-    let says = |name: &str| !matches!(name, "index" | "startupPolicy");
-    !source.attributes().any(|attribute| says(attribute.name()))
+    let names_medium = |name: &str| !matches!(name, "index" | "startupPolicy");
+    !source.attributes().any(|attribute| names_medium(attribute.name()))
         && !source.children().any(|child| child.is_element())
 }
 
-/// What a QEMU tells of itself, for guests whose domain XML nobody knows.
+/// A machine as QEMU reports it, for guests without a domain XML.
 #[derive(Clone, Debug, Default)]
 pub struct Machine {
     /// `-name`.
     pub name: String,
     /// `-uuid`.
     pub uuid: String,
-    /// Under KVM, not TCG.
+    /// It runs with KVM, not TCG.
     pub kvm: bool,
-    /// In bytes.
+    /// The memory in bytes.
     pub memory: u64,
-    /// How many.
+    /// The number of vCPUs.
     pub vcpus: usize,
-    /// `x86_64`.
+    /// The architecture, like `x86_64`.
     pub arch: String,
-    /// `pc-i440fx-7.2`.
+    /// The machine type, like `pc-i440fx-7.2`.
     pub machine: String,
-    /// Path of the QEMU binary.
+    /// The path of the QEMU binary.
     pub emulator: Option<String>,
 }
 
@@ -222,8 +220,8 @@ impl Domain {
             fail!(XmlError, "<domain> XML has no <name>")
         };
         Ok(Domain {
-            // Without what a file has around it (an XML declaration), and a document inside another
-            // cannot have.
+            // Without what can surround it in a file, such as an XML declaration: another document
+            // could not contain that.
             text: text[root.range()].into(),
             name,
             disks: disks(root),
@@ -238,19 +236,19 @@ impl Domain {
         self.disks.iter().find(|disk| disk.target == target)
     }
 
-    /// Where the image of a disk is; `None` where there is no such disk, or none with a medium.
+    /// The place of a disk's image; `None` if there is no such disk, or if it has no medium.
     pub fn storage(&self, target: &str) -> Option<Storage> {
         self.disk(target)?.storage.clone()
     }
 
-    /// A document of our own for a QEMU without one: enough for a person, and for libvirt's save
-    /// image tools. Disks are called by their number there, as `vda`: a drive's own name is seldom
-    /// one that libvirt takes.
+    /// Makes a document for a QEMU without one. It is enough for a person, and for libvirt's save
+    /// image tools. The disks are numbered there, like `vda`: libvirt seldom accepts a drive's own
+    /// name.
     pub fn minimal(machine: &Machine, disks: &[Source]) -> String {
         let mut text = format!("<domain type='{}'>\n", if machine.kvm { "kvm" } else { "qemu" });
         let mut line = |line: String| text.push_str(&line);
         line(format!("  <name>{}</name>\n", escape(&machine.name)));
-        // All zeros: QEMU was given none, and libvirt takes none.
+        // All zeros: QEMU was given no UUID, and libvirt accepts no such UUID.
         if machine.uuid.chars().any(|c| c != '0' && c != '-') {
             line(format!("  <uuid>{}</uuid>\n", escape(&machine.uuid)));
         }
@@ -277,7 +275,7 @@ impl Domain {
         text
     }
 
-    /// The document with these disks on these images; everything else to the letter.
+    /// The document with these disks on these images. Everything else is unchanged.
     pub fn with_sources(&self, sources: &[Source]) -> Result<String> {
         let document = xml::parse(&self.text, "domain", &xml::GIVEN)?;
         let mut edits = Vec::new();
@@ -287,7 +285,7 @@ impl Domain {
                 edit_disk(node, source, &mut edits)?;
             }
         }
-        // What is put in before an element that is replaced goes before it.
+        // An insertion in front of a replaced element comes before the replacement.
         edits.sort_by_key(|(range, _)| (range.start, range.end));
         let mut text = self.text.clone();
         for (range, replacement) in edits.into_iter().rev() {
@@ -297,7 +295,7 @@ impl Domain {
     }
 }
 
-/// `vda`, `vdb`, ..., `vdz`, `vdaa`: libvirt knows no other names.
+/// The target of the nth disk: `vda`, `vdb`, ..., `vdz`, `vdaa`. libvirt accepts no other names.
 fn target_name(mut index: usize) -> String {
     let mut letters = Vec::new();
     loop {
@@ -325,7 +323,7 @@ pub fn disks(domain: Node) -> Vec<Disk> {
     disk_nodes(domain).filter_map(disk).collect()
 }
 
-/// One of them.
+/// The disk of a `<disk>` element; `None` if it has no target.
 pub fn disk(node: Node) -> Option<Disk> {
     let attribute = |child, name| xml::attribute(node, child, name).map(str::to_owned);
     let has = |name| xml::child(node, name).is_some();
@@ -374,7 +372,7 @@ pub fn volume<'a>(image: Node<'a, '_>) -> Option<(&'a str, &'a str)> {
     Some((source.attribute("pool")?, source.attribute("volume")?))
 }
 
-/// UEFI variables, whose file is the text of `<nvram>`, or a `<source>` in it.
+/// The UEFI variables. Their file is the text of `<nvram>`, or a `<source>` in it.
 fn nvram(domain: Node) -> Option<Nvram> {
     let nvram = xml::child(xml::child(domain, "os")?, "nvram")?;
     let source = xml::child(nvram, "source").and_then(|source| source.attribute("file"));
@@ -421,7 +419,7 @@ fn edit_disk(disk: Node, source: &Source, edits: &mut Edits) -> Result<()> {
             edits.push((at..at, format!(" type='{}'", escape(kind.as_str()))));
         }
     }
-    // Of network storage, where older XML has it beside the source.
+    // Older XML has the `<auth>` of network storage beside the source.
     edits.extend(xml::child(disk, "auth").map(|auth| (auth.range(), String::new())));
     match xml::child(disk, "driver") {
         Some(driver) => match driver.attribute_node("type") {
@@ -441,15 +439,17 @@ fn edit_disk(disk: Node, source: &Source, edits: &mut Edits) -> Result<()> {
             ));
         }
     }
-    // It tells the chain below the old image; without it libvirt looks for itself.
+    // It describes the chain below the old image. Without it, libvirt reads the chain from the
+    // image.
     if let Some(backing) = xml::child(disk, "backingStore") {
         edits.push((backing.range(), String::new()));
     }
     Ok(())
 }
 
-/// The edits that put a new `<source>` in the place of another. Labels are for whatever QEMU opens,
-/// and stay; what else is in the old one is of its image alone: a part of it, hosts, reservations.
+/// The edits that replace a `<source>`. Security labels are for any image that QEMU opens, and
+/// stay. Everything else in the old element is about its image only: a part of it, hosts,
+/// reservations.
 fn put_source(old: Node, new: &Storage, edits: &mut Edits) {
     let is_label = |child: &Node| child.tag_name().name() == "seclabel";
     let old_path = old.attributes().find(|attribute| matches!(attribute.name(), "file" | "dev"));

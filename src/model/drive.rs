@@ -1,22 +1,22 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! A drive of a guest, as the backend describes it and the plan needs it.
+//! A drive of a guest, as the backend describes it for the plan.
 
-/// What a drive is to a snapshot.
+/// How a snapshot treats a drive.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Role {
-    /// Gets an overlay.
+    /// It gets an overlay.
     Disk,
-    /// Cannot change, or holds a removable medium that the guest reads: left out.
+    /// It cannot change, or has a removable medium that the guest only reads: it is left out.
     ReadOnly,
-    /// No medium is in it: there is nothing to keep, and nothing to put an overlay on.
+    /// It has no medium: there is nothing to keep, and nothing to put an overlay on.
     Empty,
     /// UEFI variables (pflash): QEMU does not write-protect them, so they are copied and compared
     /// instead.
     Firmware,
 }
 
-/// A dirty bitmap that an overlay must carry on.
+/// A dirty bitmap that the overlay must continue.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Bitmap {
     /// Its name.
@@ -28,9 +28,9 @@ pub struct Bitmap {
 /// A drive of a guest.
 #[derive(Clone, Debug)]
 pub struct Drive {
-    /// By what it may be called, the best name first: target, qdev id, drive alias, node name.
+    /// Its names, the best one first: target, qdev id, drive alias, node name.
     pub names: Vec<String>,
-    /// What it is to a snapshot.
+    /// How a snapshot treats it.
     pub role: Role,
     /// The node at the top of its chain.
     pub node: String,
@@ -40,20 +40,20 @@ pub struct Drive {
     pub format: String,
     /// The images below it, from the top down.
     pub backing: Vec<String>,
-    /// What the guest sees, in bytes.
+    /// The virtual size in bytes.
     pub size: u64,
-    /// Persistent bitmaps that record.
+    /// The persistent bitmaps that are recording.
     pub bitmaps: Vec<Bitmap>,
-    /// How QEMU opened the image, for its overlay to be opened alike.
+    /// How QEMU opened the image. Its overlay is opened with the same options.
     pub options: OpenOptions,
-    /// Why it can get no overlay, and what to do.
+    /// Why it can get no overlay, and what the user can do.
     pub unsupported_reason: Option<String>,
-    /// The domain XML's own wish: `<disk snapshot=''>`.
+    /// The `snapshot=` of its `<disk>` in the domain XML.
     pub snapshot: Option<String>,
 }
 
 impl Drive {
-    /// The name by which messages and metadata call it.
+    /// Its name in messages and metadata.
     pub fn name(&self) -> &str {
         self.names.first().unwrap_or(&self.node)
     }
@@ -64,7 +64,7 @@ impl Drive {
     }
 }
 
-/// How an image is opened, as far as QEMU tells or the domain XML says.
+/// How an image is opened, as far as QEMU or the domain XML tell.
 #[derive(Clone, Debug, Default)]
 pub struct OpenOptions {
     /// O_DIRECT.

@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! The flags of a snapshot and their rules, each kind as one table.
+//! The flags of snapshots and their rules, with one table for each kind of flags.
 //!
-//! In C flags are a number. `ffi/` and `preload/` parse it where it arrives, and everything below
-//! them takes [`CreateFlags`], [`RevertFlags`] and [`DeleteFlags`], which break no rule. So flags
-//! as a bare number appear in `ffi/`, in `preload/` and, because libvirt's functions take numbers,
-//! in `libvirt/`, and nowhere else.
+//! In C, flags are a number. `ffi/` and `preload/` parse it, and everything below them takes
+//! [`CreateFlags`], [`RevertFlags`] and [`DeleteFlags`], which break no rule. So flags are bare
+//! numbers only in `ffi/`, in `preload/` and in `libvirt/`, because libvirt's functions take
+//! numbers.
 //!
-//! Codes and wording follow libvirt: the rules of its public API, then its driver's, then those of
-//! INSTANT. Which flags a backend supports the backend says itself
+//! Error codes and messages follow libvirt: first the rules of its public API, then those of its
+//! driver, then those of INSTANT. Each backend says itself which flags it supports
 //! ([`CreateFlags::require_supported`]).
 
 use crate::error::{Code, Error, Result};
@@ -21,7 +21,7 @@ pub const CURRENT: u32 = 1 << 1;
 pub const NO_METADATA: u32 = 1 << 2;
 /// End the guest when the snapshot is complete.
 pub const HALT: u32 = 1 << 3;
-/// Disks without memory.
+/// Only disks, without memory.
 pub const DISK_ONLY: u32 = 1 << 4;
 /// Use overlay files that exist.
 pub const REUSE_EXT: u32 = 1 << 5;
@@ -29,7 +29,7 @@ pub const REUSE_EXT: u32 = 1 << 5;
 pub const QUIESCE: u32 = 1 << 6;
 /// All disks or none.
 pub const ATOMIC: u32 = 1 << 7;
-/// While the guest runs.
+/// Keep the guest running.
 pub const LIVE: u32 = 1 << 8;
 /// Validate the XML against libvirt's schema.
 pub const VALIDATE: u32 = 1 << 9;
@@ -38,13 +38,13 @@ pub const INSTANT: u32 = 1 << 10;
 
 /// The numbers of [`RevertFlags`].
 pub mod revert {
-    /// Run after revert.
+    /// The guest runs after the revert.
     pub const RUNNING: u32 = 1 << 0;
-    /// Paused after revert.
+    /// The guest is paused after the revert.
     pub const PAUSED: u32 = 1 << 1;
     /// Allow risky reverts.
     pub const FORCE: u32 = 1 << 2;
-    /// UEFI variables from their template.
+    /// Make the UEFI variables from their template.
     pub const RESET_NVRAM: u32 = 1 << 3;
 }
 
@@ -58,10 +58,10 @@ pub mod delete {
     pub const CHILDREN_ONLY: u32 = 1 << 2;
 }
 
-/// One flag: its name in C, its bit, what it needs and what it excludes.
+/// One flag: its name in C, its bit, the flags that it requires and those that it excludes.
 #[derive(Clone, Copy, Debug)]
 pub struct Rule {
-    /// The name in C, less the table's prefix.
+    /// The name in C, without the table's prefix.
     pub name: &'static str,
     /// Its bit.
     pub bit: u32,
@@ -78,9 +78,9 @@ const fn rule(name: &'static str, bit: u32, requires: u32, excludes: u32) -> Rul
 /// All flags of one kind.
 #[derive(Debug)]
 pub struct Table {
-    /// What their names begin with in C.
+    /// The prefix of their names in C.
     prefix: &'static str,
-    /// What they are flags of, in messages.
+    /// The operation that they belong to, for messages.
     of: &'static str,
     /// The flags.
     rules: &'static [Rule],
@@ -125,7 +125,7 @@ const DELETE: Table = Table {
     ],
 };
 
-/// A rule that a number breaks.
+/// A rule that the flags break.
 #[derive(Clone, Copy)]
 enum Broken {
     Unknown(u32),
@@ -196,7 +196,7 @@ impl Table {
     }
 }
 
-/// How a snapshot is to be made.
+/// The flags of a creation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct CreateFlags(u32);
 
@@ -206,7 +206,7 @@ impl CreateFlags {
         CREATE.check(bits).map(CreateFlags)
     }
 
-    /// Flags that the program itself names: in a constant the compiler checks them.
+    /// Flags that the program itself names. In a constant, the compiler checks them.
     pub const fn constant(bits: u32) -> CreateFlags {
         assert!(CREATE.broken(bits).is_none(), "the flags break a rule");
         CreateFlags(bits)
@@ -217,8 +217,8 @@ impl CreateFlags {
         self.0
     }
 
-    /// Refuses flags that a backend does not support. LIVE without INSTANT is one of its own: it
-    /// asks for a snapshot whose moment is the end of a migration.
+    /// Refuses flags that a backend does not support. LIVE without INSTANT is refused too: it asks
+    /// for a snapshot of the end of a migration.
     pub fn require_supported(self, supported: CreateFlags) -> Result<()> {
         let name = |bit| CREATE.first(bit).map(|rule| CREATE.name(&rule));
         let missing = match name(self.0 & !supported.0) {
@@ -235,22 +235,22 @@ impl CreateFlags {
         ))
     }
 
-    /// What is left to ask for of a guest that does not run.
+    /// The flags for a guest that does not run.
     pub fn without_instant(self) -> CreateFlags {
         CreateFlags(self.0 & !(INSTANT | LIVE))
     }
 
-    /// Whether it is of the moment of the call.
+    /// Whether the snapshot is of the moment of the call.
     pub fn is_instant(self) -> bool {
         self.has(INSTANT)
     }
 
-    /// Whether the guest is to run meanwhile.
+    /// Whether the guest keeps running.
     pub fn is_live(self) -> bool {
         self.has(LIVE)
     }
 
-    /// Whether it is to be recorded.
+    /// Whether the snapshot is recorded.
     pub fn keeps_metadata(self) -> bool {
         !self.has(NO_METADATA)
     }
@@ -260,7 +260,7 @@ impl CreateFlags {
         self.has(HALT)
     }
 
-    /// Whether overlay files that exist are used.
+    /// Whether existing overlay files are used.
     pub fn reuses_overlays(self) -> bool {
         self.has(REUSE_EXT)
     }
@@ -275,13 +275,13 @@ impl CreateFlags {
     }
 }
 
-/// Whether a number that is yet to be parsed asks for a LIVE snapshot with memory, and does not say
-/// that it is to be INSTANT: such a one can be upgraded.
+/// Whether flags that are not parsed yet ask for a LIVE snapshot with memory without INSTANT. Such
+/// a snapshot can be upgraded.
 pub const fn is_only_live(bits: u32) -> bool {
     bits & (LIVE | INSTANT | DISK_ONLY | REDEFINE) == LIVE
 }
 
-/// How a snapshot is to be brought back.
+/// The flags of a revert.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RevertFlags(u32);
 
@@ -296,7 +296,7 @@ impl RevertFlags {
         self.0
     }
 
-    /// Whether the guest is to run afterwards; `None`: as it did at the snapshot.
+    /// Whether the guest runs after the revert; `None`: as it did at the instant.
     pub fn runs(self) -> Option<bool> {
         match self.0 & (revert::RUNNING | revert::PAUSED) {
             0 => None,
@@ -304,27 +304,27 @@ impl RevertFlags {
         }
     }
 
-    /// Whether risks are taken.
+    /// Whether risky reverts are allowed.
     pub fn is_forced(self) -> bool {
         self.0 & revert::FORCE != 0
     }
 
-    /// Whether UEFI variables are to be those of their template.
+    /// Whether the UEFI variables are made from their template.
     pub fn resets_nvram(self) -> bool {
         self.0 & revert::RESET_NVRAM != 0
     }
 }
 
-/// How a snapshot is to be deleted.
+/// The flags of a delete.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DeleteFlags(u32);
 
 impl DeleteFlags {
-    /// This snapshot alone, with its files.
+    /// Only this snapshot, with its files.
     pub const NONE: DeleteFlags = DeleteFlags(0);
-    /// Just its metadata.
+    /// Only its metadata.
     pub const METADATA_ONLY: DeleteFlags = DeleteFlags(delete::METADATA_ONLY);
-    /// Just its children, with their files.
+    /// Only its children, with their files.
     pub const CHILDREN_ONLY: DeleteFlags = DeleteFlags(delete::CHILDREN_ONLY);
 
     /// Checks a number by the rules.
@@ -337,7 +337,7 @@ impl DeleteFlags {
         self.0
     }
 
-    /// Whether just metadata is deleted, perhaps of children too.
+    /// Whether only metadata is deleted, perhaps that of children too.
     pub fn is_metadata_only(self) -> bool {
         self.0 & delete::METADATA_ONLY != 0
     }

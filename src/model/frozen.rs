@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! An image as it was when a snapshot froze it: by this a file is noticed that was written since,
-//! or replaced under its name.
+//! The state of an image when a snapshot froze it. A comparison shows whether the file was written
+//! or replaced since.
 
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
@@ -11,8 +11,8 @@ use roxmltree::Node;
 
 use crate::error::{Result, fail};
 
-/// See the module. Times of other changes (owner, permissions) are left out, since libvirt changes
-/// those itself, and so is the device, whose number can be another after the host's next start.
+/// The state of a file. The time of other changes (owner, permissions) is left out, because libvirt
+/// makes such changes itself. So is the device, whose number can change when the host is restarted.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Frozen {
     /// The image's path.
@@ -24,8 +24,8 @@ pub struct Frozen {
 }
 
 impl Frozen {
-    /// The file as it is now; none of what is no regular file, whose inode says nothing about its
-    /// content.
+    /// The state of a file now. `None` if it is no regular file: then its inode tells nothing about
+    /// its content.
     pub fn of(file: &str) -> Option<Frozen> {
         let metadata = Path::new(file).metadata().ok().filter(|metadata| metadata.is_file())?;
         Some(Frozen {
@@ -36,12 +36,12 @@ impl Frozen {
         })
     }
 
-    /// The same of several images.
+    /// The state of several images.
     pub fn of_all<'a>(files: impl IntoIterator<Item = &'a String>) -> Vec<Frozen> {
         files.into_iter().filter_map(|file| Frozen::of(file)).collect()
     }
 
-    /// Refuses to bring a snapshot back where an image is not as it was; `disk` is whose it is.
+    /// Refuses a revert if the image has changed. `disk` and `snapshot` are named in the error.
     pub fn check(&self, disk: &str, snapshot: &str) -> Result<()> {
         match self.change() {
             None => Ok(()),
@@ -56,9 +56,11 @@ impl Frozen {
         }
     }
 
-    /// What is not as it was, in words.
+    /// What has changed, as a part of a message.
     pub fn change(&self) -> Option<&'static str> {
-        let Some(now) = Frozen::of(&self.file) else { return Some("is gone, or no file any more") };
+        let Some(now) = Frozen::of(&self.file) else {
+            return Some("does not exist, or is no file any more");
+        };
         match () {
             () if now.inode != self.inode => Some("was replaced by another file"),
             () if (now.size, now.written) != (self.size, self.written) => Some("was written to"),
@@ -75,7 +77,7 @@ impl Frozen {
         )
     }
 
-    /// Reads them; none where one is missing, or makes no sense.
+    /// Reads the attributes; `None` if one is missing or invalid.
     pub fn read(node: Node) -> Option<Frozen> {
         let number = |name: &str| node.attribute(name)?.parse().ok();
         let (seconds, nanoseconds) = node.attribute("written")?.split_once('.')?;
@@ -107,7 +109,7 @@ mod tests {
         std::fs::set_permissions(&path, PermissionsExt::from_mode(0o400)).unwrap();
         assert_eq!(frozen.change(), None);
         std::fs::set_permissions(&path, PermissionsExt::from_mode(0o600)).unwrap();
-        // The clock by which the kernel stamps files ticks a few milliseconds at once.
+        // The kernel's clock for file times ticks only every few milliseconds.
         while frozen.change().is_none() {
             std::fs::write(&path, "two").unwrap();
         }
@@ -117,7 +119,7 @@ mod tests {
         std::fs::rename(directory.path().join("copy"), &path).unwrap();
         assert_eq!(written.change(), Some("was replaced by another file"));
         std::fs::remove_file(&path).unwrap();
-        assert_eq!(written.change(), Some("is gone, or no file any more"));
+        assert_eq!(written.change(), Some("does not exist, or is no file any more"));
         assert_eq!(Frozen::of(directory.path().to_str().unwrap()), None);
     }
 }

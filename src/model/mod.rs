@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! What is asked for and what is recorded: `<domainsnapshot>` and `<domain>` XML, the disk plan,
+//! The requests and the records of snapshots: `<domainsnapshot>` and `<domain>` XML, the disk plan,
 //! the state directory.
 //!
-//! Nothing here speaks to a guest. A backend describes its drives as [`Drive`]s, [`plan`] aligns
-//! them with what the caller asked for, and the engine carries the plan out.
+//! Nothing here calls a guest. A backend describes its drives as [`Drive`]s, [`plan`] matches them
+//! with the caller's request, and the engine carries the plan out.
 
 pub mod domain;
 pub mod drive;

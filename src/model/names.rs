@@ -1,22 +1,21 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! Which names and paths a snapshot can have.
+//! The names and paths that a snapshot can have.
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use crate::error::{Result, fail};
 
-/// Names for a snapshot that was given none, the first choice first: the time in seconds, as
-/// libvirt has it.
+/// Names for a snapshot without one, the first choice first: the time in seconds, as in libvirt.
 pub fn generated_names() -> impl Iterator<Item = String> {
     let seconds = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
     (0..1000).map(move |n| if n == 0 { seconds.to_string() } else { format!("{seconds}-{n}") })
 }
 
-/// A snapshot's name is the name of a file, as in libvirt: no `/`, no leading dot; and nothing that
-/// a terminal or a line-based tool would trip over.
+/// Refuses a name that cannot be the name of a file, as libvirt does: one with a `/` or a leading
+/// dot. Also refuses control characters, which terminals and line-based tools cannot handle.
 pub fn check_name(name: &str) -> Result<()> {
-    // NAME.xml, and while it is written a hidden name that is a little longer, must fit into
+    // NAME.xml, and the slightly longer hidden name of the file while it is written, must fit into
     // NAME_MAX (255 bytes).
     const LONGEST: usize = 230;
     if name.is_empty() {
@@ -37,7 +36,7 @@ pub fn check_name(name: &str) -> Result<()> {
     Ok(())
 }
 
-/// A path that can be recorded: absolute, and expressible in XML.
+/// Refuses a path that cannot be recorded: it must be absolute, and XML must be able to hold it.
 pub fn check_path(what: &str, path: &str) -> Result<()> {
     if !path.starts_with('/') {
         fail!(XmlError, "{what} '{path}' must be an absolute path");

@@ -13,14 +13,14 @@ use serde_json::{Map, Value};
 
 use super::xml;
 
-/// The port of NBD's servers where none is named.
+/// The default port of NBD servers.
 const PORT: &str = "10809";
 
-/// What a server exports.
+/// An export of a server.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Export {
     server: Server,
-    /// Its name there; empty: the server's default.
+    /// Its name on the server; empty: the server's default export.
     name: String,
 }
 
@@ -31,8 +31,8 @@ enum Server {
 }
 
 impl Export {
-    /// By QEMU's name for it. `None` where that is no NBD export's, or says more than which one it
-    /// is: a part of it, a secret.
+    /// Parses QEMU's name for an export. `None` if it is no NBD export's name, or says more than
+    /// which export it is, such as a part of it or a secret.
     pub fn named(name: &str) -> Option<Export> {
         if let Some(options) = name.strip_prefix("json:") {
             return Export::of_options(&serde_json::from_str(options).ok()?);
@@ -63,16 +63,16 @@ impl Export {
         Export::new(server, export)
     }
 
-    /// By libvirt's `<source>`. `None` where that is no NBD export's, or has in it what a name does
-    /// not say: TLS, a part of the image, how to reconnect.
+    /// Parses libvirt's `<source>`. `None` if it is no NBD export, or says more than a name can:
+    /// TLS, a part of the image, how to reconnect.
     pub fn of(source: Node) -> Option<Export> {
         let attribute = |name| source.attribute(name);
-        let is_said = |name: &str| matches!(name, "protocol" | "name" | "index" | "tls");
+        let is_known = |name: &str| matches!(name, "protocol" | "name" | "index" | "tls");
         let mut children = source.children().filter(|child| child.is_element());
         let host = children.next().filter(|host| host.has_tag_name("host"))?;
         let is_plain = attribute("protocol") == Some("nbd")
             && attribute("tls").is_none_or(|tls| tls == "no")
-            && source.attributes().all(|attribute| is_said(attribute.name()))
+            && source.attributes().all(|attribute| is_known(attribute.name()))
             && children.all(|child| child.has_tag_name("seclabel"));
         let server = match host.attribute("transport") {
             // QEMUs differ in how often they decode a `%`.
@@ -91,7 +91,8 @@ impl Export {
         (Export::named(&export.uri()).as_ref() == Some(&export)).then_some(export)
     }
 
-    /// Its one name here, which is one of QEMU's: its own, where nothing in it must be escaped.
+    /// The export's URI, which is its only name in this library and one of QEMU's names. It is the
+    /// name that QEMU itself reports, unless a part of it must be escaped.
     pub fn uri(&self) -> String {
         let export = encoded(&self.name);
         match &self.server {
@@ -107,7 +108,7 @@ impl Export {
         }
     }
 
-    /// libvirt's element for it.
+    /// libvirt's element for the export.
     pub fn source(&self) -> String {
         let name = match self.name.as_str() {
             "" => String::new(),
@@ -125,20 +126,21 @@ impl Export {
     }
 
     fn new(server: Server, name: &str) -> Option<Export> {
-        let is_there = match &server {
+        let is_valid = match &server {
             Server::Unix { socket } => !socket.is_empty(),
             Server::Tcp { host, port } => {
                 !host.is_empty() && port.parse::<u16>().is_ok_and(|port| port > 0)
             }
         };
-        is_there.then(|| Export { server, name: name.into() })
+        is_valid.then(|| Export { server, name: name.into() })
     }
 
-    /// By the options of a node: nested, or with dots in their names, raw or not.
+    /// Parses the options of a node: nested, or with dots in their names, with or without a format.
     fn of_options(options: &Value) -> Option<Export> {
         let mut flat = Map::new();
         flatten("", options, &mut flat);
-        // The format's node is above the server's; libvirt leaves out which one it is.
+        // The options of the format are around those of the server; libvirt leaves out which format
+        // it is.
         if flat.keys().any(|key| key.starts_with("file.")) {
             flat.retain(|key, driver| key != "driver" || !is_format(driver));
             let inner = flat
@@ -168,8 +170,8 @@ impl Export {
             }
             _ => return None,
         };
-        // How it is opened does not make it another one.
-        let how = [
+        // These options only say how the export is opened.
+        let open_options = [
             "node-name",
             "read-only",
             "auto-read-only",
@@ -178,17 +180,18 @@ impl Export {
             "reconnect-delay",
             "open-timeout",
         ];
-        let is_how = |key: &String| how.contains(&key.as_str()) || key.starts_with("cache.");
-        Export::new(server, &export).filter(|_| flat.keys().all(is_how))
+        let is_open_option =
+            |key: &String| open_options.contains(&key.as_str()) || key.starts_with("cache.");
+        Export::new(server, &export).filter(|_| flat.keys().all(is_open_option))
     }
 }
 
-/// Of those that libvirt has images of servers in.
+/// Whether the driver is one of the formats that libvirt supports for images on servers.
 fn is_format(driver: &Value) -> bool {
     driver == "raw" || driver == "qcow2"
 }
 
-/// `host`, `host:port`, `[::1]:port`.
+/// Parses `host`, `host:port` or `[::1]:port`.
 fn tcp(server: &str) -> Option<Server> {
     let (host, port) = match server.strip_prefix('[') {
         Some(rest) => {
@@ -215,7 +218,7 @@ fn flatten(prefix: &str, value: &Value, into: &mut Map<String, Value>) {
     }
 }
 
-/// `%41` is `A`.
+/// Decodes percent-encoding: `%41` is `A`.
 fn decoded(text: &str) -> Option<String> {
     let mut bytes = Vec::new();
     let mut rest = text;
@@ -238,7 +241,7 @@ fn encoded(text: &str) -> String {
     text.bytes().map(encode).collect()
 }
 
-/// Whether an image is opened by more than its name: a secret that libvirt has for it.
+/// Whether an image needs a secret of libvirt's to be opened.
 pub fn needs_secret(image: Node) -> bool {
     let Some(source) = xml::child(image, "source") else { return false };
     let secret = |name| xml::child(source, name).is_some() || xml::child(image, name).is_some();

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! What we note down of a snapshot that libvirt records: an element of our own in the `<metadata>`
-//! of the record's `<domain>`, which libvirt keeps as it is.
+//! The library's notes about a snapshot that libvirt records: an element in the `<metadata>` of the
+//! definition's `<domain>`, which libvirt keeps unchanged.
 
 use quick_xml::escape::escape;
 use roxmltree::Node;
@@ -15,20 +15,20 @@ const NAMESPACE: &str = "urn:instantsnap:notes:1";
 /// replaced.
 const FORMER_NAMESPACE: &str = "https://instantsnap.invalid/snapshot/1";
 
-/// The notes.
+/// The notes about a snapshot.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Notes {
-    /// The images that the snapshot is on, by disk, from the top down, as they were when they were
-    /// frozen.
+    /// The snapshot's images, by disk, from the top down, with their state when they were frozen.
     pub frozen: Vec<(String, Frozen)>,
-    /// Overlays that it named before it was reverted to, with their disks, that may still be there.
+    /// Overlays that the snapshot named before a revert to it, with their disks. They may still
+    /// exist.
     pub left: Vec<(String, String)>,
-    /// Images that snapshots froze which were deleted, and which stayed because others needed them.
+    /// Images that deleted snapshots froze, and that stayed because they were needed.
     pub former: Vec<String>,
 }
 
 impl Notes {
-    /// Reads those of a `<domain>`; none where there are none.
+    /// Reads the notes in a `<domain>`, which may be empty.
     pub fn read(domain: Node) -> Notes {
         let all = elements(domain);
         // An earlier version may have added its notes beside ours, which it did not understand. Ours
@@ -50,7 +50,7 @@ impl Notes {
         notes
     }
 
-    /// The text of a `<domain>` (or `<inactiveDomain>`) element with these notes in the place of
+    /// The text of a `<domain>` (or `<inactiveDomain>`) element, with these notes in place of
     /// others.
     pub fn put_into(&self, domain_xml: &str, root: &str) -> Result<String> {
         let mut text = Notes::strip(domain_xml, root)?;
@@ -60,25 +60,26 @@ impl Notes {
         let document = xml::parse(&text, root, &xml::RECORDED)?;
         let domain = document.root_element();
         let inner = |node: Node| xml_end(&text, node);
-        // libvirt writes it behind the names.
-        let behind = ["description", "title", "uuid", "name"]
+        // libvirt writes `<metadata>` after these elements.
+        let predecessor = ["description", "title", "uuid", "name"]
             .into_iter()
             .find_map(|name| xml::child(domain, name));
-        match (xml::child(domain, "metadata").map(inner), behind) {
+        match (xml::child(domain, "metadata").map(inner), predecessor) {
             (Some(Some(end)), _) => text.insert_str(end, &self.to_xml()),
-            (None, Some(behind)) => {
+            (None, Some(predecessor)) => {
                 text.insert_str(
-                    behind.range().end,
+                    predecessor.range().end,
                     &format!("<metadata>{}</metadata>", self.to_xml()),
                 );
             }
-            // `<metadata/>`, or a domain without a name.
+            // `<metadata/>` was removed above; only a domain without a name is left, which stays
+            // unchanged.
             _ => {}
         }
         Ok(text)
     }
 
-    /// The text of such an element without notes.
+    /// The text of such an element, without notes.
     pub fn strip(domain_xml: &str, root: &str) -> Result<String> {
         let document = xml::parse(domain_xml, root, &xml::RECORDED)?;
         let mut text = domain_xml.to_owned();
@@ -128,7 +129,7 @@ fn elements<'a, 'i>(domain: Node<'a, 'i>) -> Vec<Node<'a, 'i>> {
     metadata.into_iter().flat_map(|metadata| metadata.children()).filter(is_one).collect()
 }
 
-/// Where the end tag of an element begins; none of `<name/>`.
+/// The position of an element's end tag; `None` for `<name/>`.
 fn xml_end(text: &str, node: Node) -> Option<usize> {
     let range = node.range();
     let end = text[range.clone()].rfind("</")?;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! Whether a copy of UEFI variables is the one that was recorded: a record alone is no reason to
-//! remove a file, or to use it.
+//! Checks that a copy of UEFI variables is the one that was recorded. A record alone is no reason
+//! to remove a file, or to use it.
 
 use std::io::{self, Read};
 use std::path::Path;
@@ -9,15 +9,15 @@ use std::path::Path;
 use super::record::RecordedNvram;
 use crate::sys;
 
-/// More is not the variable storage of any firmware.
+/// No firmware has more variables than this.
 pub const LARGEST: u64 = 256 << 20;
 
-/// Where the copy of a drive's variables is: beside the memory image.
+/// The path of the copy of a drive's variables, beside the memory image.
 pub fn copy_path(memory_file: &str, drive: &str) -> String {
     format!("{memory_file}.{}.nvram", drive.replace('/', "_"))
 }
 
-/// By what the content of a copy is known again: its length, and a checksum (FNV-1a).
+/// The fingerprint of a copy's content: its length, and a checksum (FNV-1a).
 pub fn content_id(content: &[u8]) -> String {
     let sum = content.iter().fold(0xcbf2_9ce4_8422_2325_u64, |sum, byte| {
         (sum ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3)
@@ -25,19 +25,19 @@ pub fn content_id(content: &[u8]) -> String {
     format!("{}-{sum:016x}", content.len())
 }
 
-/// How a recorded copy is.
+/// The state of a recorded copy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Found {
-    /// As it was recorded.
+    /// It is as it was recorded.
     Whole,
-    /// It is not there.
+    /// It does not exist.
     Missing,
-    /// Another file, or another content.
+    /// It is another file, or has another content.
     Another,
 }
 
 impl RecordedNvram {
-    /// Looks at the copy.
+    /// Reads the copy, and compares it.
     pub fn look(&self, memory_file: &str) -> io::Result<Found> {
         let path = Path::new(&self.copy);
         let metadata = match path.symlink_metadata() {
@@ -51,7 +51,7 @@ impl RecordedNvram {
         {
             return Ok(Found::Another);
         }
-        // Earlier versions did not record it.
+        // Earlier versions did not record the content.
         let Some(content) = &self.content else { return Ok(Found::Whole) };
         let mut now = Vec::new();
         sys::open_file(path)?.take(LARGEST).read_to_end(&mut now)?;

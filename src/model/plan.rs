@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! Which drives get which overlay: the caller's disks aligned with the guest's, as libvirt aligns
-//! them.
+//! Plans which drives get which overlay: matches the caller's disks with the guest's, as libvirt
+//! does.
 
 use std::path::Path;
 
@@ -15,27 +15,26 @@ use crate::sys;
 pub struct DiskPlan {
     /// The drive as it is before the switch.
     pub drive: Drive,
-    /// Where its overlay goes.
+    /// The path of its overlay.
     pub overlay: String,
-    /// The overlay is there already, and the caller's.
+    /// The overlay exists already: the caller has made it.
     pub reuse: bool,
     /// The caller says that it is a block device.
     pub on_device: bool,
 }
 
-/// What a snapshot does with the drives of a guest.
+/// What a snapshot does with each drive of a guest.
 #[derive(Clone, Debug, Default)]
 pub struct Plan {
-    /// Switched, in this order.
+    /// The disks that are switched, in this order.
     pub disks: Vec<DiskPlan>,
-    /// Left to the storage hook.
+    /// The drives that are left to the storage hook.
     pub manual: Vec<Drive>,
-    /// UEFI variables, copied.
+    /// The UEFI variables, which are copied.
     pub firmware: Vec<Drive>,
 }
 
-/// Aligns what is asked for with what is there.
-/// `reuse`: overlays that are named exist already.
+/// Matches the request with the guest's drives. `reuse`: overlays that are named exist already.
 pub fn plan(drives: Vec<Drive>, request: &Request, snapshot: &str, reuse: bool) -> Result<Plan> {
     let wanted = align(&drives, request)?;
     let images: Vec<_> =
@@ -65,8 +64,8 @@ pub fn plan(drives: Vec<Drive>, request: &Request, snapshot: &str, reuse: bool) 
                 )
             }
             (Role::Disk, Location::External) => {
-                // The domain XML can wish for what the request cannot have; the request's own words
-                // are checked there.
+                // The domain XML can ask for a snapshot that a request cannot; the request itself
+                // was checked when it was parsed.
                 if wish.and_then(|wish| wish.location).is_none()
                     && drive.snapshot.as_deref() == Some("internal")
                 {
@@ -101,7 +100,7 @@ pub fn plan(drives: Vec<Drive>, request: &Request, snapshot: &str, reuse: bool) 
     Ok(plan)
 }
 
-/// The drives that are left to others. Names that no drive has are passed over.
+/// The drives that are left to the storage hook. Names that no drive has are ignored.
 pub fn manual<'a>(drives: &'a [Drive], request: &Request) -> Vec<&'a Drive> {
     let wish = |drive: &Drive| {
         request
@@ -112,7 +111,7 @@ pub fn manual<'a>(drives: &'a [Drive], request: &Request) -> Vec<&'a Drive> {
     drives.iter().filter(|drive| location(drive, wish(drive)) == Location::Manual).collect()
 }
 
-/// What is asked for of each drive.
+/// The request for each drive.
 fn align<'a>(drives: &[Drive], request: &'a Request) -> Result<Vec<Option<&'a DiskRequest>>> {
     let mut wanted = vec![None; drives.len()];
     for disk in &request.disks {
@@ -124,7 +123,7 @@ fn align<'a>(drives: &[Drive], request: &'a Request) -> Result<Vec<Option<&'a Di
     Ok(wanted)
 }
 
-/// How a drive is snapshotted: as the request says, else as the domain XML does, else by an
+/// How a drive is snapshotted: as the request says, else as the domain XML says, else by an
 /// overlay.
 fn location(drive: &Drive, wish: Option<&DiskRequest>) -> Location {
     match (wish.and_then(|wish| wish.location), drive.role, drive.snapshot.as_deref()) {
@@ -136,7 +135,7 @@ fn location(drive: &Drive, wish: Option<&DiskRequest>) -> Location {
     }
 }
 
-/// The drive of this name: names first, then paths of images.
+/// The drive with this name, or, if there is none, with an image of this path.
 fn find(drives: &[Drive], name: &str) -> Result<usize> {
     let named = |drive: &Drive| drive.names.iter().any(|known| known == name);
     if let Some(slot) = drives.iter().position(named) {
@@ -156,7 +155,7 @@ fn find(drives: &[Drive], name: &str) -> Result<usize> {
     }
 }
 
-/// The path of its image must be expressible in XML.
+/// Refuses an image whose path XML cannot hold.
 fn check_recordable(drive: &Drive) -> Result<()> {
     if drive.file.chars().any(char::is_control) {
         fail!(
@@ -169,7 +168,8 @@ fn check_recordable(drive: &Drive) -> Result<()> {
     Ok(())
 }
 
-/// libvirt's rule: the image's path, its suffix replaced by the snapshot's name.
+/// The path of an overlay by libvirt's rule: the image's path, with the suffix replaced by the
+/// snapshot's name.
 fn overlay_name(drive: &Drive, snapshot: &str) -> Result<String> {
     let image = Path::new(&drive.file);
     if !image.is_file() {
@@ -184,7 +184,7 @@ fn overlay_name(drive: &Drive, snapshot: &str) -> Result<String> {
     Ok(generated_name(&drive.file, snapshot))
 }
 
-/// What libvirt calls the overlay of an image in a snapshot of this name.
+/// libvirt's path for the overlay of an image in a snapshot of this name.
 pub fn generated_name(image: &str, snapshot: &str) -> String {
     let image = Path::new(image);
     let stem = match (image.file_stem(), image.file_name()) {
@@ -214,8 +214,7 @@ fn check_distinct(disks: &[DiskPlan]) -> Result<()> {
     Ok(())
 }
 
-/// What the guest has its data in can be nobody's overlay, not even where an overlay may be there
-/// beforehand.
+/// Refuses an overlay that is an image of the guest, even if existing files may be used.
 fn check_no_image(disks: &[DiskPlan], images: &[(String, Vec<String>)]) -> Result<()> {
     for DiskPlan { drive, overlay, .. } in disks {
         let path = Path::new(overlay);

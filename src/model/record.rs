@@ -1,12 +1,10 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! What is recorded of a snapshot: libvirt's `<domainsnapshot>`, as it stands in the state
-//! directory.
+//! The record of a snapshot: libvirt's `<domainsnapshot>`, as it is in the state directory.
 //!
 //! libvirt's format names, for each disk, the overlay that became active at the snapshot. The
-//! snapshot's own content is the image below, which a later block job can move away from under the
-//! overlay; so that image is written down too, as an element of our own namespace, which libvirt
-//! passes over.
+//! snapshot's own content is in the image below, and a later block job can put another image there.
+//! So that image is recorded too, as an element in our own namespace, which libvirt ignores.
 
 use super::drive::Drive;
 use super::frozen::Frozen;
@@ -15,16 +13,16 @@ use super::snapshot_xml::{DiskElement, ImageElement, NvramElement, SnapshotXml};
 use super::xml;
 use crate::error::{Code, Error, Result, fail};
 
-/// A snapshot, complete.
+/// The record of a complete snapshot.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Record {
     /// Its name.
     pub name: String,
-    /// A text for people.
+    /// A description for people.
     pub description: Option<String>,
-    /// The snapshot before it.
+    /// The name of its parent.
     pub parent: Option<String>,
-    /// Seconds since the epoch.
+    /// The time in seconds since the epoch.
     pub creation_time: u64,
     /// The guest's state at the instant.
     pub state: State,
@@ -32,11 +30,11 @@ pub struct Record {
     pub memory_file: String,
     /// The disks that were switched.
     pub disks: Vec<RecordedDisk>,
-    /// The disks that were left to others.
+    /// The disks that were left to the storage hook.
     pub manual: Vec<ManualDisk>,
     /// The UEFI variables.
     pub nvram: Vec<RecordedNvram>,
-    /// `<domain>`, with the images that are the snapshot's.
+    /// The `<domain>`, on the snapshot's images.
     pub domain_xml: String,
 }
 
@@ -60,8 +58,8 @@ pub struct RecordedDisk {
     pub image: String,
     /// That image's format.
     pub format: String,
-    /// The image and all below it, as they were at the instant. Empty in records of versions that
-    /// did not look.
+    /// The image and all images below it, with their state at the instant. Empty in records of
+    /// earlier versions.
     pub frozen: Vec<Frozen>,
 }
 
@@ -70,9 +68,9 @@ pub struct RecordedDisk {
 pub struct ManualDisk {
     /// Its name.
     pub name: String,
-    /// Its image or device, with which the guest went on.
+    /// Its image or device, which the guest goes on with.
     pub source: String,
-    /// The format of that.
+    /// The format of the image.
     pub format: String,
 }
 
@@ -81,13 +79,13 @@ pub struct ManualDisk {
 pub struct RecordedNvram {
     /// The drive's name.
     pub name: String,
-    /// The copy that is the snapshot's.
+    /// The snapshot's copy.
     pub copy: String,
-    /// The original guest's own file.
+    /// The file of the original guest.
     pub original: String,
     /// The format of both.
     pub format: String,
-    /// By what the copy's content is known again; of records of earlier versions it is not.
+    /// The fingerprint of the copy's content; `None` in records of earlier versions.
     pub content: Option<String>,
 }
 
@@ -102,7 +100,7 @@ impl State {
 }
 
 impl Record {
-    /// Reads what [`Record::to_xml`] wrote.
+    /// Parses the text that [`Record::to_xml`] writes.
     pub fn parse(text: &str) -> Result<Record> {
         let damaged = |what: &str| {
             Error::new(Code::InvalidDomainSnapshot, format!("snapshot metadata {what}"))
@@ -144,7 +142,7 @@ impl Record {
             nvram: found.nvram.into_iter().map(RecordedNvram::read).collect::<Result<_>>()?,
             domain_xml,
         };
-        // What was recorded was: a relative path would be one thing here and another there.
+        // Recorded paths are absolute. A relative path would depend on the working directory.
         let overlays = record.disks.iter().map(|disk| ("overlay", &disk.overlay));
         let copies = record.nvram.iter().map(|nvram| ("copy of UEFI variables", &nvram.copy));
         for (what, path) in overlays.chain(copies).chain([("memory image", &record.memory_file)]) {

@@ -1,32 +1,32 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! The `<domainsnapshot>` XML that a caller hands in.
+//! Reads the `<domainsnapshot>` XML of a caller's request.
 
 use super::names::{check_name, check_path};
 use super::snapshot_xml::{DiskElement, MemoryElement, SnapshotXml};
 use super::xml;
 use crate::error::{Result, fail};
 
-/// What the caller asks for.
+/// A caller's request.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Request {
-    /// Its name; absent, the time.
+    /// The snapshot's name; by default, the time.
     pub name: Option<String>,
     /// A text for people.
     pub description: Option<String>,
-    /// Where memory goes.
+    /// The memory image.
     pub memory: MemoryRequest,
-    /// The disks that are mentioned.
+    /// The disks that the request names.
     pub disks: Vec<DiskRequest>,
 }
 
 /// `<memory snapshot= file=>`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum MemoryRequest {
-    /// Not said, or external without a file: the backend chooses the place.
+    /// No setting, or external without a file: the backend chooses the path.
     #[default]
     Default,
-    /// Into this file.
+    /// Memory is written to this file.
     External(String),
     /// `snapshot='no'`.
     No,
@@ -35,22 +35,22 @@ pub enum MemoryRequest {
 /// `snapshot=` of a disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Location {
-    /// An overlay.
+    /// The disk gets an overlay.
     External,
-    /// Left to the storage hook.
+    /// The disk is left to the storage hook.
     Manual,
-    /// Left out.
+    /// The disk is left out.
     No,
 }
 
 /// One `<disk>`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DiskRequest {
-    /// Which: target, qdev id, drive alias, node name or path of the image.
+    /// The disk's name: its target, qdev id, drive alias, node name or the path of its image.
     pub name: String,
-    /// How; absent, the domain's own wish, else external.
+    /// The location; by default that of the domain XML, else external.
     pub location: Option<Location>,
-    /// The overlay's path; absent, made from the disk's.
+    /// The overlay's path; by default, it is made from the disk's.
     pub source: Option<String>,
     /// The overlay is on a block device (`type='block'`).
     pub on_device: bool,

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! Writes `<domainsnapshot>`: the order to libvirt to switch disks, the snapshot as libvirt records
-//! it, and our own record.
+//! Writes `<domainsnapshot>`: the request to libvirt to switch disks, the definition for libvirt's
+//! snapshot list, and our own record.
 //!
-//! libvirt's format names, for each disk, the overlay that became active at the snapshot. What our
-//! own record says besides is in elements of our own namespace, which libvirt passes over.
+//! libvirt's format names, for each disk, the overlay that became active at the snapshot. Our own
+//! record also has elements in our own namespace, which libvirt ignores.
 
 use std::io::Result;
 
@@ -23,8 +23,8 @@ const NAMESPACE: &str = "urn:instantsnap:record:1";
 
 type XmlWriter = Writer<Vec<u8>>;
 
-/// Makes libvirt switch these disks, and no other, to overlays that exist. `left_out`: the targets
-/// of the others.
+/// The request that makes libvirt switch only these disks, to overlays that exist. `left_out`: the
+/// targets of the other disks.
 pub fn switch_order(name: &str, disks: &[DiskPlan], left_out: &[String]) -> String {
     document(None, |writer| {
         text(writer, "name", name)?;
@@ -38,7 +38,7 @@ pub fn switch_order(name: &str, disks: &[DiskPlan], left_out: &[String]) -> Stri
     })
 }
 
-/// A snapshot for libvirt to record as its own, with what we note down of it in its `<domain>`.
+/// The definition of a snapshot for libvirt's snapshot list, with our notes in its `<domain>`.
 pub fn definition(
     record: &Record,
     parent: Option<&str>,
@@ -62,7 +62,7 @@ pub fn definition(
 }
 
 impl Record {
-    /// Our own record: what [`Record::parse`] reads.
+    /// Our own record, which [`Record::parse`] reads.
     pub fn to_xml(&self) -> String {
         let mut xml = document(Some(("xmlns:instantsnap", NAMESPACE)), |writer| {
             head(writer, self, self.parent.as_deref())?;
@@ -113,7 +113,7 @@ fn document(
     String::from_utf8(writer.into_inner()).expect("only strings were written")
 }
 
-/// All that comes before the disks.
+/// Writes the elements before the disks.
 fn head(writer: &mut XmlWriter, record: &Record, parent: Option<&str>) -> Result<()> {
     text(writer, "name", &record.name)?;
     if let Some(description) = &record.description {
@@ -128,7 +128,7 @@ fn head(writer: &mut XmlWriter, record: &Record, parent: Option<&str>) -> Result
     writer.create_element("memory").with_attributes(memory).write_empty().map(drop)
 }
 
-/// A disk that was switched to an overlay; `more`: what else is said of it.
+/// Writes a disk that was switched to an overlay. `more` writes further elements into it.
 fn external(
     writer: &mut XmlWriter,
     name: &str,
@@ -147,7 +147,7 @@ fn external(
     .map(drop)
 }
 
-/// A disk that was left out.
+/// Writes a disk that was left out.
 fn excluded(writer: &mut XmlWriter, name: &str) -> Result<()> {
     let attributes = [("name", name), ("snapshot", "no")];
     writer.create_element("disk").with_attributes(attributes).write_empty().map(drop)
@@ -198,7 +198,7 @@ fn text(writer: &mut XmlWriter, name: &str, text: &str) -> Result<()> {
     writer.create_element(name).write_text_content(BytesText::new(text)).map(drop)
 }
 
-/// An element to the letter: not a text, and not ours to format.
+/// Writes an element unchanged: it is neither escaped nor formatted.
 fn verbatim(writer: &mut XmlWriter, element: &str) -> Result<()> {
     let element = format!("\n  {}\n", element.trim());
     writer.write_event(Event::Text(BytesText::from_escaped(element)))
@@ -210,11 +210,11 @@ fn domain_with_notes(record: &Record) -> String {
     };
     let notes =
         Notes { frozen: record.disks.iter().flat_map(of_disk).collect(), ..Notes::default() };
-    // Without notes it is a snapshot as libvirt takes them.
+    // Without notes the snapshot still is a valid one of libvirt's.
     notes.put_into(&record.domain_xml, "domain").unwrap_or_else(|_| record.domain_xml.clone())
 }
 
-/// The element's name changed.
+/// The `<domain>` element, renamed to `<inactiveDomain>`.
 fn as_inactive_domain(domain: &str) -> Option<String> {
     let inner = domain.trim().strip_prefix("<domain")?.strip_suffix("</domain>")?;
     Some(format!("<inactiveDomain{inner}</inactiveDomain>"))

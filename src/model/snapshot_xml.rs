@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! Reads `<domainsnapshot>`: a caller's request, a record in a state directory, or a snapshot as
-//! libvirt records it.
+//! Reads `<domainsnapshot>`: a caller's request, a record in a state directory, or a snapshot
+//! definition of libvirt.
 //!
-//! All three are one format, and each asks for other parts of it. So everything is optional here,
-//! and nothing is judged: [`Request`](super::Request), [`Record`](super::Record) and the libvirt
-//! backend's definition say what must be there, and what it may be.
+//! All three have the same format, and each needs other parts of it. So every part is optional
+//! here, and none is checked: [`Request`](super::Request), [`Record`](super::Record) and the
+//! libvirt backend's definition check which parts exist, and what they contain.
 
 use std::ops::Range;
 
@@ -72,13 +72,13 @@ pub struct DiskElement {
     pub file: Option<String>,
     /// `<source dev=>`.
     pub device: Option<String>,
-    /// Where the image in `<source>` is.
+    /// The place of the image in `<source>`.
     pub storage: Option<Storage>,
     /// `<image>` of our own records: the image with the snapshot's content.
     pub image: Option<ImageElement>,
     /// It has a `<source>`.
     pub has_source: bool,
-    /// `<frozen>` of our own records: that image and those below, as they were at the instant.
+    /// `<frozen>` of our own records: that image and those below, with their state at the instant.
     pub frozen: Vec<Frozen>,
     at: Range<usize>,
 }
@@ -116,7 +116,7 @@ pub struct DomainElement {
     pub machine: Option<String>,
     /// Its disks that have a target.
     pub disks: Vec<domain::Disk>,
-    /// What instantsnap has noted down in its metadata.
+    /// The library's notes in its metadata.
     pub notes: Notes,
     at: Range<usize>,
 }
@@ -150,12 +150,12 @@ impl SnapshotXml {
         })
     }
 
-    /// The document, to the letter.
+    /// The unchanged document.
     pub fn text(&self) -> &str {
         &self.text
     }
 
-    /// The memory image of a snapshot that says that its memory is in a file.
+    /// The memory image, if the snapshot's memory is in a file.
     pub fn external_memory(&self) -> Option<&str> {
         let memory = self.memory.as_ref()?;
         memory.file.as_deref().filter(|_| memory.snapshot.as_deref() == Some("external"))
@@ -166,12 +166,12 @@ impl SnapshotXml {
         self.disks.iter().flatten().chain(&self.revert_disks)
     }
 
-    /// `<domain>` or `<inactiveDomain>`, to the letter.
+    /// The unchanged text of `<domain>` or `<inactiveDomain>`.
     pub fn domain_text(&self, part: &DomainElement) -> &str {
         &self.text[part.at.clone()]
     }
 
-    /// The document with other elements in the place of these.
+    /// The document with these edits.
     pub fn edited(&self, edits: impl IntoIterator<Item = Edit>) -> String {
         let mut edits: Vec<Edit> = edits.into_iter().collect();
         edits.sort_by_key(|edit| edit.at.start);
@@ -182,21 +182,21 @@ impl SnapshotXml {
         text
     }
 
-    /// Puts this `<parent>` into the document.
+    /// The edit that puts this `<parent>` into the document.
     pub fn set_parent(&self, element: String) -> Option<Edit> {
-        let behind_name = || self.name_at.as_ref().map(|name| name.end..name.end);
-        let at = self.parent_at.clone().or_else(behind_name)?;
+        let after_name = || self.name_at.as_ref().map(|name| name.end..name.end);
+        let at = self.parent_at.clone().or_else(after_name)?;
         Some(Edit { at, element })
     }
 
-    /// Removes `<revertDisks>`.
+    /// The edit that removes `<revertDisks>`.
     pub fn remove_revert_disks(&self) -> Option<Edit> {
         let at = self.revert_disks_at.clone()?;
         Some(Edit { at, element: String::new() })
     }
 }
 
-/// An element that goes into the place of another.
+/// An edit of a document: an element in place of another.
 #[derive(Debug)]
 pub struct Edit {
     at: Range<usize>,
@@ -209,19 +209,19 @@ impl DiskElement {
         self.name.as_deref()
     }
 
-    /// Puts another `<disk>` into its place.
+    /// The edit that puts another `<disk>` into its place.
     pub fn replace(&self, element: String) -> Edit {
         Edit { at: self.at.clone(), element }
     }
 
-    /// What its image is called: the path of a file or a device, or an NBD export's URI.
+    /// The name of its image: the path of a file or a device, or an NBD export's URI.
     pub fn image_name(&self) -> Option<&str> {
         self.storage.as_ref()?.name()
     }
 }
 
 impl DomainElement {
-    /// Puts another element into its place.
+    /// The edit that puts another element into its place.
     pub fn replace(&self, element: String) -> Edit {
         Edit { at: self.at.clone(), element }
     }

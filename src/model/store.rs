@@ -1,15 +1,15 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! The state directory of one guest: a `<domainsnapshot>` file for each snapshot, and which of them
-//! is current.
+//! The state directory of one guest: a `<domainsnapshot>` file for each snapshot, and the name of
+//! the current one.
 //!
-//! Files are mode 0600 and replaced atomically, so readers need no lock. Writers hold `.lock` for
-//! the moment of a change only. A snapshot that is being made holds its name by a lock of its own,
-//! which the kernel drops should its maker die.
+//! Files have mode 0600 and are replaced atomically, so readers need no lock. Writers hold `.lock`
+//! only during a change. The name of a snapshot that is being made is held by a file lock of its
+//! own, which the kernel releases if the maker dies.
 //!
-//! What a record names is merged and removed with the rights of this process. So a directory that
-//! others may write to is for reading only: nothing is made, deleted or brought back in it. What
-//! others have put into it all the same is no record.
+//! Files that a record names are merged and removed with the rights of this process. So a directory
+//! that other users may write to can only be read: no snapshot is made, deleted or reverted to in
+//! it. A file of another user in a state directory is ignored.
 
 use std::collections::HashSet;
 use std::fs::{File, Metadata};
@@ -30,8 +30,8 @@ use crate::error::{Code, Error, Result, fail};
 use crate::own_file::{KnownFile, Undo};
 use crate::sys;
 
-/// Nobody changes a state directory for so long.
-const LOCKED: Duration = Duration::from_secs(30);
+/// No change of a state directory takes this long.
+const LOCK_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// A guest's state directory.
 #[derive(Clone, Debug)]
@@ -48,8 +48,8 @@ pub struct Reservation {
     lock: Lock,
 }
 
-/// A file that is locked. A process that the caller has forked meanwhile has the file too; the lock
-/// goes all the same.
+/// A locked file. It is unlocked even if a process that the caller has forked meanwhile has a copy
+/// of its descriptor.
 #[derive(Debug)]
 struct Lock(File);
 
@@ -60,12 +60,12 @@ impl Drop for Lock {
 }
 
 impl Reservation {
-    /// What holds the name.
+    /// The locked file that holds the name.
     pub fn held(&self) -> &File {
         &self.lock.0
     }
 
-    /// Its file, for a process that goes on where this one ends.
+    /// Its file, for the watchdog.
     pub fn known(&self) -> io::Result<KnownFile> {
         let metadata = self.lock.0.metadata()?;
         Ok(KnownFile {
@@ -78,7 +78,8 @@ impl Reservation {
 
 impl Drop for Reservation {
     fn drop(&mut self) {
-        // Before the lock goes, so that nobody can hold a lock on a file without a name.
+        // The file is removed before it is unlocked, so that no other process can lock a file that
+        // has no name any more.
         let _ = sys::remove_file(&self.path);
     }
 }
@@ -106,16 +107,16 @@ impl Store {
         &self.directory
     }
 
-    /// Where a file of this name is in the directory.
+    /// The path of a file in the directory.
     pub fn path(&self, file: &str) -> PathBuf {
         self.directory.join(file)
     }
 
-    /// Holds a name for a snapshot to be made: this one, or, if none is given, one made of the
+    /// Reserves the name of a snapshot to be made: `name`, or, if none is given, one made of the
     /// time.
     pub fn reserve(&self, name: Option<&str>) -> Result<Reservation> {
         let _lock = self.lock()?;
-        // What could not be read at the end is better not begun.
+        // The current snapshot is read again at the end: fail now if it cannot be read.
         self.current()?;
         if let Some(name) = name {
             return self.reserve_locked(name);
@@ -133,7 +134,7 @@ impl Store {
     fn reserve_locked(&self, name: &str) -> Result<Reservation> {
         check_name(name)?;
         sys::wait_until_forked();
-        // A symbolic link that leads nowhere is in the way, too.
+        // A dangling symbolic link counts as existing, too.
         if self.record_path(name).symlink_metadata().is_ok() {
             fail!(
                 OperationInvalid,
@@ -148,8 +149,8 @@ impl Store {
                 Ok(()) if is_at(&lock, &path) => {
                     return Ok(Reservation { name: name.into(), path, lock: Lock(lock) });
                 }
-                // Its last holder removed it after we had opened it: the next to come would have
-                // another file.
+                // The last holder removed the file after we had opened it, so the next process
+                // would lock another file.
                 Ok(()) => {}
                 Err(Errno::WOULDBLOCK) => {
                     fail!(OperationInvalid, "domain snapshot '{name}' is being created already")
@@ -161,8 +162,8 @@ impl Store {
         }
     }
 
-    /// Records a snapshot and makes it the current one; its parent is the one current until now,
-    /// which is returned in it.
+    /// Records a snapshot and makes it the current one. Its parent is the snapshot that was current
+    /// until now. Returns the record with that parent.
     pub fn commit(&self, reservation: &Reservation, mut record: Record) -> Result<Record> {
         let _lock = self.lock()?;
         record.parent = self.current()?;
@@ -175,28 +176,28 @@ impl Store {
         Ok(record)
     }
 
-    /// Records, oldest first, a parent before its children. What cannot be read is passed over: see
-    /// [`Store::read`] of it.
+    /// The records, oldest first, each parent before its children. Unreadable ones are left out:
+    /// [`Store::read`] returns the reason.
     pub fn list(&self) -> Result<Vec<Record>> {
-        Ok(self.look_through()?.records)
+        Ok(self.read_all()?.records)
     }
 
-    /// All records but that of this name, for what merges or removes images: also of snapshots
-    /// whose records were renamed. An error where one is damaged, since what its snapshot needs is
-    /// not known.
+    /// All records but that of this name, for an operation that merges or removes images. This
+    /// includes renamed records. Returns an error if a record is damaged, because the images that
+    /// its snapshot needs are not known.
     pub fn others(&self, name: &str) -> Result<Vec<Record>> {
         check_owner(&self.directory)?;
-        let Contents { records, renamed, damaged } = self.look_through()?;
+        let Contents { records, renamed, damaged } = self.read_all()?;
         if let Some(error) = damaged.into_iter().next() {
             return Err(error.and(
-                "so it is not known which images that snapshot needs: mend the file, or move it \
+                "so it is not known which images that snapshot needs: repair the file, or move it \
                  out of the directory",
             ));
         }
         Ok(records.into_iter().filter(|record| record.name != name).chain(renamed).collect())
     }
 
-    fn look_through(&self) -> Result<Contents> {
+    fn read_all(&self) -> Result<Contents> {
         let step = |error| {
             Error::system(
                 format!("cannot read the state directory '{}'", self.directory.display()),
@@ -217,7 +218,7 @@ impl Store {
             }
         }
         records.sort_by(|a, b| (a.creation_time, &a.name).cmp(&(b.creation_time, &b.name)));
-        // A copy of a record that is there says nothing new.
+        // A copy of an existing record adds nothing.
         let is_copy = |other: &Record| {
             records
                 .iter()
@@ -227,14 +228,14 @@ impl Store {
         Ok(Contents { records: parents_first(records), renamed, damaged })
     }
 
-    /// One record, by which files are removed, merged or brought back: an error where others could
-    /// have written it.
+    /// One record, for an operation that removes, merges or reverts to files that it names. Returns
+    /// an error if other users may have written it.
     pub fn read_to_use(&self, name: &str) -> Result<Record> {
         check_owner(&self.directory)?;
         self.read(name)
     }
 
-    /// One record.
+    /// Reads one record.
     pub fn read(&self, name: &str) -> Result<Record> {
         check_name(name)?;
         let record = self.read_file(name).map_err(|unread| match unread {
@@ -266,7 +267,7 @@ impl Store {
                     ),
                 )));
             }
-            // What is no file, or somebody else's.
+            // It is no file, or a file of another user.
             Err(error) if error.kind() == ErrorKind::Other => {
                 return Err(Unread::NotOurs(damaged(
                     Code::InvalidDomainSnapshot,
@@ -286,7 +287,7 @@ impl Store {
         };
         Record::parse(&text).map_err(|error| {
             let error = damaged(error.code, &error.message);
-            // XML that is whole and something else was never a record.
+            // Complete XML with another root was never a record.
             if xml::is_another(&text, "domainsnapshot") {
                 Unread::NotOurs(error)
             } else {
@@ -299,7 +300,8 @@ impl Store {
     pub fn current(&self) -> Result<Option<String>> {
         let path = self.path(".current");
         match read_trusted(&path) {
-            // It can name one that was removed by hand, or whose commit was cut short by a crash.
+            // It can name a snapshot whose record was removed by hand, or whose commit was
+            // interrupted by a crash.
             Ok(name) => Ok(String::from_utf8(name)
                 .ok()
                 .filter(|name| check_name(name).is_ok() && self.record_path(name).exists())),
@@ -315,8 +317,8 @@ impl Store {
         self.write_current(Some(name))
     }
 
-    /// Forgets a snapshot: its children become its parent's, and where it was current, its parent
-    /// is.
+    /// Forgets a snapshot. Its children become its parent's. If it was current, its parent becomes
+    /// current.
     pub fn forget(&self, name: &str) -> Result<()> {
         let _lock = self.lock()?;
         let record = self.read(name)?;
@@ -336,7 +338,7 @@ impl Store {
             .map_err(|error| Error::system(format!("cannot remove '{}'", path.display()), error))
     }
 
-    /// Where a snapshot of this name is recorded.
+    /// The path of a snapshot's record.
     pub fn record_path(&self, name: &str) -> PathBuf {
         self.path(&format!("{name}.xml"))
     }
@@ -345,8 +347,8 @@ impl Store {
         self.write(&self.path(".current"), name.unwrap_or_default().as_bytes(), true)
     }
 
-    /// Writes a file so that at any moment, a crash included, the old or the new one is there,
-    /// whole.
+    /// Writes a file atomically: even after a crash either the complete old file or the complete
+    /// new one exists.
     fn write(&self, path: &Path, content: &[u8], replace: bool) -> Result<()> {
         let write = || -> io::Result<()> {
             let mut file = NamedTempFile::new_in(&self.directory)?;
@@ -358,7 +360,7 @@ impl Store {
                 file.persist_noclobber(path).map_err(|error| error.error)?;
             }
             sys::sync_parent(path).inspect_err(|_| {
-                // Of a new file nothing is left; an old one cannot be brought back.
+                // A new file is removed; an old one cannot be restored.
                 if !replace {
                     let _ = sys::remove_file(path);
                 }
@@ -367,12 +369,12 @@ impl Store {
         write().map_err(|error| Error::system(format!("cannot write '{}'", path.display()), error))
     }
 
-    /// Held for the moment of a change only, so waiting for it is short.
+    /// Locks the directory. The lock is held only during a change, so a wait for it is short.
     fn lock(&self) -> Result<Lock> {
         check_owner(&self.directory)?;
         let path = self.path(".lock");
         let lock = self.open_file(&path)?;
-        let deadline = Deadline::after(LOCKED);
+        let deadline = Deadline::after(LOCK_TIMEOUT);
         loop {
             match flock(&lock, FlockOperation::NonBlockingLockExclusive) {
                 Ok(()) => break,
@@ -401,25 +403,25 @@ impl Store {
     }
 }
 
-/// What is in a state directory.
+/// The contents of a state directory.
 struct Contents {
     records: Vec<Record>,
-    /// Those of which the file was renamed.
+    /// The records whose files were renamed.
     renamed: Vec<Record>,
-    /// Why others cannot be read.
+    /// Why other records cannot be read.
     damaged: Vec<Error>,
 }
 
-/// Why a file is not read.
+/// Why a record cannot be read.
 enum Unread {
-    /// It is not there, or was never a record of ours.
+    /// It does not exist, or was never a record of ours.
     NotOurs(Error),
-    /// It may have been one.
+    /// It may have been a record.
     Damaged(Error),
 }
 
-/// As sshd has it of its users' files: nobody may write to the directory whom this process does not
-/// trust anyway.
+/// Refuses a directory that users whom this process does not trust may write to, as sshd does with
+/// its users' files.
 fn check_owner(directory: &Path) -> Result<()> {
     const GROUP_WRITES: u32 = 0o020;
     const OTHERS_WRITE: u32 = 0o002;
@@ -442,7 +444,7 @@ fn check_owner(directory: &Path) -> Result<()> {
     let mode = metadata.mode();
     let written = mode & OTHERS_WRITE != 0
         || mode & GROUP_WRITES != 0 && !is_of_private_group(directory, &metadata);
-    // In a sticky one others can only add files, and theirs are passed over.
+    // In a sticky directory, other users can only add files, which are ignored.
     if written && mode & STICKY == 0 {
         fail!(
             AccessDenied,
@@ -454,9 +456,8 @@ fn check_owner(directory: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Whether the group that may write to a directory is its owner alone: the group that many systems
-/// give each user, whose umask is 002 then. An access control list can let others write by the same
-/// bit.
+/// Whether the directory's group is its owner's private group. Many systems give each user such a
+/// group, and the umask is 002 then. An access control list can give the same bit to other users.
 fn is_of_private_group(directory: &Path, metadata: &Metadata) -> bool {
     let (user, group) = (metadata.uid(), metadata.gid());
     let own = user == sys::user() && group == rustix::process::getegid().as_raw();
@@ -470,7 +471,7 @@ fn is_of_private_group(directory: &Path, metadata: &Metadata) -> bool {
     !has_acl && !is_shared(user, group, &users, &groups)
 }
 
-/// Whether users other than this one are known to be in a group, by the lines of passwd(5) and
+/// Whether a group is known to have users other than this one, by the lines of passwd(5) and
 /// group(5).
 fn is_shared(user: u32, group: u32, users: &str, groups: &str) -> bool {
     let is =
@@ -493,7 +494,7 @@ fn read_trusted(path: &Path) -> io::Result<Vec<u8>> {
     Ok(content)
 }
 
-/// Whether an open file is the one of this path.
+/// Whether an open file is the one at this path.
 fn is_at(file: &File, path: &Path) -> bool {
     match (file.metadata(), path.metadata()) {
         (Ok(file), Ok(path)) => (file.dev(), file.ino()) == (path.dev(), path.ino()),
@@ -501,16 +502,16 @@ fn is_at(file: &File, path: &Path) -> bool {
     }
 }
 
-/// Snapshots of one second are in the order of their names; a parent still comes before its child.
-/// Where parents form a circle (an edited file), its oldest has none.
-fn parents_first(mut left: Vec<Record>) -> Vec<Record> {
-    let mut names: HashSet<String> = left.iter().map(|record| record.name.clone()).collect();
-    let mut sorted: Vec<Record> = Vec::with_capacity(left.len());
-    while !left.is_empty() {
+/// Sorts parents before their children. Snapshots of one second are sorted by their names. If
+/// parents form a cycle (in an edited file), the oldest of them gets no parent.
+fn parents_first(mut pending: Vec<Record>) -> Vec<Record> {
+    let mut names: HashSet<String> = pending.iter().map(|record| record.name.clone()).collect();
+    let mut sorted: Vec<Record> = Vec::with_capacity(pending.len());
+    while !pending.is_empty() {
         let waits =
             |record: &Record| record.parent.as_ref().is_some_and(|parent| names.contains(parent));
-        let next = left.iter().position(|record| !waits(record));
-        let mut record = left.remove(next.unwrap_or(0));
+        let next = pending.iter().position(|record| !waits(record));
+        let mut record = pending.remove(next.unwrap_or(0));
         if next.is_none() {
             record.parent = None;
         }

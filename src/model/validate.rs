@@ -1,17 +1,16 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! VALIDATE: a caller's XML against libvirt's own schema.
+//! Implements VALIDATE: checks a caller's XML against libvirt's own schema.
 
 use std::path::Path;
 
 use crate::error::{Code, Error, Result, fail};
 use crate::tool::Tool;
 
-/// Where libvirt installs it.
+/// The path that libvirt installs the schema to.
 const SCHEMA: &str = "/usr/share/libvirt/schemas/domainsnapshot.rng";
 
-/// An error where `xml` is not what the schema of `<domainsnapshot>` says. It is checked by
-/// xmllint.
+/// Returns an error if `xml` does not match the schema of `<domainsnapshot>`. xmllint checks it.
 pub fn validate(xml: &str) -> Result<()> {
     if !Path::new(SCHEMA).exists() {
         fail!(
@@ -29,7 +28,8 @@ pub fn validate(xml: &str) -> Result<()> {
         if reason.contains("cannot run") {
             return Error::new(Code::OperationUnsupported, reason);
         }
-        // Its file is nobody else's; its last line says only that it failed.
+        // The temporary file's name means nothing to the caller, and xmllint's last line says only
+        // that the check failed.
         let lines = reason.lines().filter(|line| !line.ends_with(" fails to validate"));
         let reason = lines.map(|line| line.replace(&path, "XML")).collect::<Vec<_>>().join("; ");
         Error::new(

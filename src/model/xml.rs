@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! Reading XML safely: bounded in every way, no DTD (thus no entities), and a few words for walking
-//! the tree.
+//! Reads XML safely: every size is limited, and there is no DTD (thus no entities). Also has a few
+//! functions to walk the tree.
 
 use roxmltree::{Document, Node, ParsingOptions};
 
@@ -12,24 +12,25 @@ use crate::error::{Code, Error, Result, fail};
 pub struct Limits {
     bytes: usize,
     nodes: u32,
-    /// The parser compares every declaration with every other of the elements around it, and each
-    /// time again.
+    /// The namespace declarations. The parser compares each with every other of the elements around
+    /// it, again and again.
     namespaces: usize,
-    /// The parser compares every attribute of an element with every other.
+    /// The attributes of one element. The parser compares each with every other.
     attributes: usize,
 }
 
 impl Limits {
-    /// So many bytes.
+    /// The limit in bytes.
     pub fn bytes(&self) -> usize {
         self.bytes
     }
 }
 
-/// What comes from outside: more than any XML that libvirt writes.
+/// The limits for XML from outside: more than any XML that libvirt writes.
 pub const GIVEN: Limits =
     Limits { bytes: 8 << 20, nodes: 1 << 20, namespaces: 256, attributes: 1000 };
-/// What we wrote ourselves: whatever was accepted, with its texts escaped, and some more.
+/// The limits for XML that the library wrote: everything that was accepted, with its texts escaped,
+/// and some more.
 pub const RECORDED: Limits =
     Limits { bytes: 128 << 20, nodes: 2 << 20, namespaces: 512, attributes: 1000 };
 
@@ -48,19 +49,20 @@ pub fn parse<'a>(text: &'a str, root: &str, limits: &Limits) -> Result<Document<
     Ok(document)
 }
 
-/// Whether a text is XML that is whole, with another root than this one.
+/// Whether a text is complete XML with another root than this one.
 pub fn is_another(text: &str, root: &str) -> bool {
     let found = |document: Document| document.root_element().tag_name().name() != root;
     check_limits(text, root, &RECORDED).is_ok() && Document::parse(text).is_ok_and(found)
 }
 
-/// Looks before the parser does, which makes room for all that there may be first.
+/// Checks the limits before the parser runs, because the parser first allocates memory for
+/// everything that the text may contain.
 fn check_limits(text: &str, root: &str, limits: &Limits) -> Result<()> {
     let Limits { bytes, nodes, namespaces, attributes } = *limits;
     if text.len() > bytes {
         fail!(XmlDetail, "<{root}> XML is {} bytes, at most {bytes} are accepted", text.len());
     }
-    // A node has two at most.
+    // A node has at most two `<`.
     if text.bytes().filter(|byte| *byte == b'<').count() > 2 * nodes as usize {
         fail!(XmlDetail, "<{root}> XML has too many elements, at most {nodes} are accepted");
     }
