@@ -1,15 +1,15 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! The calls of a client of libvirt. These are instantsnap's:
+//! Handles the calls of a client of libvirt. The library carries these out:
 //!
-//! * `virDomainSnapshotCreateXML` with `VIR_DOMAIN_SNAPSHOT_CREATE_INSTANT` (bit 10). So is, with
-//!   `INSTANTSNAP_UPGRADE_LIVE=1` in the environment, a LIVE snapshot of a running QEMU guest with
-//!   its memory in a file of its own; where instantsnap refuses that one, it is libvirt's after
-//!   all, because nobody asked for INSTANT.
+//! * `virDomainSnapshotCreateXML` with `VIR_DOMAIN_SNAPSHOT_CREATE_INSTANT` (bit 10). With
+//!   `INSTANTSNAP_UPGRADE_LIVE=1` in the environment, also a LIVE snapshot of a running QEMU guest
+//!   with its memory in a file; if instantsnap refuses that one, libvirt takes its own snapshot,
+//!   because the program has not asked for INSTANT.
 //! * `virDomainRevertToSnapshot` and `virDomainSnapshotDelete` of a QEMU guest's snapshot with its
-//!   memory in a file: instantsnap has libvirt do it where libvirt can. Not the other way round:
-//!   libvirt's refusal would reach the program's error handler (by default a line on stderr), and
-//!   some of what it does not refuse does harm.
+//!   memory in a file. instantsnap lets libvirt do it if libvirt can. libvirt is not tried first:
+//!   its refusal would reach the program's error handler (by default a line on stderr), and some of
+//!   the requests that it accepts do harm.
 
 use std::cell::Cell;
 use std::ffi::{c_int, c_uint};
@@ -27,7 +27,7 @@ use crate::environment;
 use crate::libvirt::Libvirt;
 use crate::request;
 
-/// `virDomainSnapshotCreateXML`; libvirt's own, with these flags, is `theirs`.
+/// Handles `virDomainSnapshotCreateXML`. `theirs` is libvirt's own function, with these flags.
 pub fn create(
     libvirt: &Libvirt,
     domain: Option<&virDomain>,
@@ -41,7 +41,7 @@ pub fn create(
     if !asked && !caught(is_to_be_upgraded).unwrap_or(false) {
         return theirs(flags);
     }
-    // Asked for now, because that resets the last error.
+    // Read first, because this call resets the last error.
     let connection = libvirt.connection_of_domain(domain);
     let instant = || client::create(domain, xml, CreateFlags::parse(flags | flags::INSTANT)?);
     match catch(libvirt, instant) {
@@ -57,7 +57,7 @@ pub fn create(
     }
 }
 
-/// `virDomainRevertToSnapshot`; libvirt's own is `theirs`.
+/// Handles `virDomainRevertToSnapshot`. `theirs` is libvirt's own function.
 pub fn revert(
     libvirt: &Libvirt,
     snapshot: Option<&virDomainSnapshot>,
@@ -67,7 +67,7 @@ pub fn revert(
     on_snapshot(libvirt, snapshot, theirs, || client::revert(snapshot, RevertFlags::parse(flags)?))
 }
 
-/// `virDomainSnapshotDelete`; libvirt's own is `theirs`.
+/// Handles `virDomainSnapshotDelete`. `theirs` is libvirt's own function.
 pub fn delete(
     libvirt: &Libvirt,
     snapshot: Option<&virDomainSnapshot>,
@@ -77,7 +77,8 @@ pub fn delete(
     on_snapshot(libvirt, snapshot, theirs, || client::delete(snapshot, DeleteFlags::parse(flags)?))
 }
 
-/// `ours` for a snapshot that is instantsnap's affair, where this libvirt lets it; else `theirs`.
+/// Calls `ours` for a snapshot with its memory in a file, if this libvirt has the functions for it;
+/// else `theirs`.
 fn on_snapshot(
     libvirt: &Libvirt,
     snapshot: Option<&virDomainSnapshot>,
@@ -92,7 +93,7 @@ fn on_snapshot(
         environment::debug(&format!("this is left to libvirt: {error}"));
         return theirs();
     }
-    // Asked for now, because that resets the last error.
+    // Read first, because this call resets the last error.
     let connection = libvirt.connection_of_snapshot(snapshot);
     match catch(libvirt, ours) {
         Outcome::Done(()) => 0,
@@ -103,12 +104,12 @@ fn on_snapshot(
     }
 }
 
-/// What came of an operation of instantsnap's.
+/// The result of an operation of instantsnap's.
 enum Outcome<T> {
     Done(T),
-    /// It has touched nothing, and says why; as libvirt's last error too.
+    /// It has changed nothing. Has the reason, which is libvirt's last error too.
     Refused(String),
-    /// It has tried; why it failed is libvirt's last error.
+    /// It has failed. libvirt's last error has the reason.
     Failed,
 }
 
@@ -116,7 +117,7 @@ fn catch<T>(libvirt: &Libvirt, operation: impl FnOnce() -> Result<T>) -> Outcome
     libvirt.reset_last_error();
     match caught(operation) {
         Ok(result) => {
-            libvirt.reset_last_error(); // a step may have failed that was not needed
+            libvirt.reset_last_error(); // an optional step may have failed
             Outcome::Done(result)
         }
         Err(error) => {
@@ -130,7 +131,7 @@ fn catch<T>(libvirt: &Libvirt, operation: impl FnOnce() -> Result<T>) -> Outcome
     }
 }
 
-/// A thread in one of the three functions. What it calls from there is passed on as it is.
+/// Marks a thread as being in one of the three functions. Its nested calls are passed on unchanged.
 struct Inside;
 
 thread_local! {
@@ -138,7 +139,7 @@ thread_local! {
 }
 
 impl Inside {
-    /// None where the thread is inside already, or ending.
+    /// `None` if the thread is marked already, or is ending.
     fn enter() -> Option<Inside> {
         INSIDE
             .try_with(|inside| !inside.replace(true))

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! What the environment says. A program with more rights than its user (setuid, capabilities) does
-//! not listen to it.
+//! Reads the environment. A program with more rights than its user (setuid, capabilities) ignores
+//! it.
 
 use std::ffi::OsString;
 use std::io::Write;
 
-/// A variable that is set, and not to nothing.
+/// The value of a variable; `None` if it is not set, or empty.
 pub fn variable(name: &str) -> Option<OsString> {
     // SAFETY: reads a value that the kernel gave this process at its start.
     if unsafe { libc::getauxval(libc::AT_SECURE) } != 0 {
@@ -15,19 +15,19 @@ pub fn variable(name: &str) -> Option<OsString> {
     std::env::var_os(name).filter(|value| !value.is_empty())
 }
 
-/// Whether LIVE snapshots are to be instant.
+/// Whether LIVE snapshots are made as INSTANT ones.
 pub fn upgrade_live() -> bool {
     variable("INSTANTSNAP_UPGRADE_LIVE").is_some_and(|value| value == "1")
 }
 
-/// A line on stderr that says what this library does.
+/// Writes a debug message to stderr, if these are on.
 pub fn debug(message: &str) {
     if variable("INSTANTSNAP_DEBUG").is_some() {
         say(message);
     }
 }
 
-/// A line on stderr.
+/// Writes a message to stderr.
 pub fn say(message: &str) {
     let _ = writeln!(std::io::stderr(), "instantsnap-preload: {message}");
 }

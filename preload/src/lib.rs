@@ -1,24 +1,24 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! Everything that is there only because a process was started with
-//! `LD_PRELOAD=/…/libinstantsnap-preload.so`: instant snapshots for programs that know libvirt
-//! only, and for all clients of libvirt's daemon.
+//! The library for `LD_PRELOAD=/…/libinstantsnap-preload.so`: instant snapshots for programs that
+//! know only libvirt, and for all clients of libvirt's daemon.
 //!
-//! The library stands before functions of libvirt's, and passes on every call that is not its own:
+//! The library intercepts functions of libvirt's, and passes on every call that it does not handle
+//! itself:
 //!
 //! * `virDomainSnapshotCreateXML`, `virDomainRevertToSnapshot` and `virDomainSnapshotDelete`, the
-//!   public functions of `libvirt.so.0`. In a client ([`client`]) some of their calls are ours. In
-//!   the daemon, where its dispatcher calls the first of them for a client, the flag is taken off
-//!   and noted ([`daemon::dispatcher`]).
+//!   public functions of `libvirt.so.0`. In a client, the library handles some of their calls
+//!   ([`client`]). In the daemon, whose dispatcher calls the first of them for a client, the
+//!   INSTANT flag is removed and noted ([`daemon::dispatcher`]).
 //! * `qemuSnapshotCreateXML`, `qemuSnapshotRevert` and `qemuSnapshotDelete`, which libvirt's QEMU
-//!   driver calls by the symbol. In the daemon some of these calls are ours ([`daemon`]). In any
-//!   other process, one that embeds the driver included, all are passed on: to libinstantsnap,
-//!   where the program is linked with it, or to the driver.
+//!   driver calls by the symbol. In the daemon, the library handles some of these calls
+//!   ([`daemon`]). In any other process, also one that embeds the driver, all are passed on: to
+//!   libinstantsnap, if the program is linked with it, or to the driver.
 //!
-//! The engine is in this library (`src/core.rs`), so that one file is all that a process needs.
-//! Where the program has libinstantsnap too, that is another copy: they share nothing in the
-//! process, and keep out of each other's way as two processes do. libvirt is found at run time:
-//! preloading does not load it.
+//! The engine is part of this library (`src/core.rs`), so that a process needs only one file. If
+//! the program also has libinstantsnap, that is another copy: the two share nothing in the process,
+//! and lock each other out as two processes do. libvirt is found at run time: preloading does not
+//! load it.
 //!
 //! `docs/preload.md` and `docs/inside-the-daemon.md` are for users.
 
@@ -43,7 +43,7 @@ use instantsnap_core::symbols::Library;
 
 use libvirt::Libvirt;
 
-/// libvirt's, and instant with bit 10.
+/// libvirt's function; with bit 10 the snapshot is instant.
 #[unsafe(no_mangle)]
 pub extern "C" fn virDomainSnapshotCreateXML(
     domain: Option<&virDomain>,
@@ -61,7 +61,7 @@ pub extern "C" fn virDomainSnapshotCreateXML(
     })
 }
 
-/// libvirt's, or instantsnap's where libvirt cannot.
+/// libvirt's function, or instantsnap's if libvirt cannot.
 #[unsafe(no_mangle)]
 pub extern "C" fn virDomainRevertToSnapshot(
     snapshot: Option<&virDomainSnapshot>,
@@ -70,7 +70,7 @@ pub extern "C" fn virDomainRevertToSnapshot(
     boundary(set_last_error, || {
         let Some(libvirt) = Libvirt::get() else { return Ok(-1) };
         let theirs = || (libvirt.next.virDomainRevertToSnapshot)(snapshot, flags);
-        // In the daemon its driver has checked permissions before it comes to us.
+        // In the daemon, the driver checks permissions before it calls the function below.
         Ok(if daemon::is_here() {
             theirs()
         } else {
@@ -79,7 +79,7 @@ pub extern "C" fn virDomainRevertToSnapshot(
     })
 }
 
-/// libvirt's, or instantsnap's where libvirt cannot.
+/// libvirt's function, or instantsnap's if libvirt cannot.
 #[unsafe(no_mangle)]
 pub extern "C" fn virDomainSnapshotDelete(
     snapshot: Option<&virDomainSnapshot>,
@@ -96,10 +96,9 @@ pub extern "C" fn virDomainSnapshotDelete(
     })
 }
 
-/// The driver's, and in the daemon instant with bit 10.
+/// The driver's function; in the daemon, with bit 10 the snapshot is instant.
 ///
-/// # Safety
-/// Every object is as the next definition wants it.
+/// # Safety Every object must be valid for the next definition.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn qemuSnapshotCreateXML(
     domain: *mut virDomain,
@@ -118,10 +117,9 @@ pub unsafe extern "C" fn qemuSnapshotCreateXML(
     })
 }
 
-/// The driver's, or in the daemon instantsnap's where libvirt cannot.
+/// The driver's function, or, in the daemon, instantsnap's if libvirt cannot.
 ///
-/// # Safety
-/// Every object is as the next definition wants it.
+/// # Safety Every object must be valid for the next definition.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn qemuSnapshotRevert(
     vm: *mut virDomainObj,
@@ -138,10 +136,9 @@ pub unsafe extern "C" fn qemuSnapshotRevert(
     })
 }
 
-/// The driver's, or in the daemon instantsnap's where libvirt cannot.
+/// The driver's function, or, in the daemon, instantsnap's if libvirt cannot.
 ///
-/// # Safety
-/// Every object is as the next definition wants it.
+/// # Safety Every object must be valid for the next definition.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn qemuSnapshotDelete(
     vm: *mut virDomainObj,
@@ -160,8 +157,8 @@ pub unsafe extern "C" fn qemuSnapshotDelete(
 
 /// The next definition of a function of libvirt's driver.
 fn next<F>(function: impl FnOnce(Next) -> Option<F>) -> Result<F> {
-    // A plugin has the library that it is linked with to itself: that one is not among those that
-    // come next.
+    // A plugin may be linked with libinstantsnap, which is not in the global scope then, and so not
+    // found by `NEXT`.
     let library = Library::loaded(c"libinstantsnap.so.0");
     let find = |name: &CStr| match (Library::NEXT.find(name), &library) {
         (found, Some(library)) if found.is_null() => library.find(name),
@@ -172,12 +169,12 @@ fn next<F>(function: impl FnOnce(Next) -> Option<F>) -> Result<F> {
     })
 }
 
-/// A domain object of libvirt's own driver: in its daemon, what is not NULL.
+/// The domain object of libvirt's own driver: in its daemon, any that is not NULL.
 fn drivers_own(vm: *mut virDomainObj) -> Option<NonNull<virDomainObj>> {
     NonNull::new(vm).filter(|_| daemon::is_here())
 }
 
-/// Makes an error, of which libvirt knows nothing yet, the thread's last one there.
+/// Makes an error this thread's last error in libvirt.
 fn set_last_error(error: Error) {
     if let Some(libvirt) = Libvirt::get() {
         libvirt.set_last_error(&error);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! The libvirt that the program has loaded.
+//! Finds and calls the libvirt that the program has loaded.
 
 use std::ffi::{CString, c_int, c_uint};
 use std::ptr;
@@ -14,7 +14,7 @@ use instantsnap_core::symbols::{Library, symbols};
 use crate::environment;
 
 symbols! {
-    /// Those that this library stands before.
+    /// The functions that this library intercepts.
     pub struct Next;
 
     unsafe extern "C" {
@@ -25,7 +25,7 @@ symbols! {
 }
 
 symbols! {
-    /// Those that it calls.
+    /// The functions that it calls.
     struct Functions;
 
     unsafe extern "C" {
@@ -37,14 +37,15 @@ symbols! {
         safe fn virResetLastError();
     }
 
-    // Not of the public API: the daemon's and the drivers', which another libvirt may not have.
+    // Not in the public API: functions for the daemon and the drivers, which another libvirt may
+    // not have.
     optional {
         safe fn virSetError(&mut virError) -> c_int;
         safe fn virDispatchError(Option<&virConnect>);
     }
 }
 
-/// The functions.
+/// The functions of libvirt.
 pub struct Libvirt {
     pub next: Next,
     functions: Functions,
@@ -60,15 +61,15 @@ impl Libvirt {
         LIBVIRT.get()
     }
 
-    /// The program has loaded libvirt, because it has called one of its functions. None if that
-    /// was another library's function.
+    /// Finds libvirt, which the program has loaded, because it has called one of its functions.
+    /// `None` if that was another library's function.
     fn find() -> Option<Libvirt> {
         let library = Library::loaded(c"libvirt.so.0")?;
         // The definition that comes after ours: another preloaded library's, or libvirt's.
         let next = |name| {
             let found = Library::NEXT.find(name);
-            // A program that opened libvirt, as Python does, has it to itself: it is not among
-            // those that come next.
+            // If the program has opened libvirt with dlopen(), as Python does, libvirt is not in
+            // the global scope, and so not found by `NEXT`.
             if found.is_null() { library.find(name) } else { found }
         };
         Some(Libvirt {
@@ -77,7 +78,7 @@ impl Libvirt {
         })
     }
 
-    /// Whether this is QEMU's driver, and the guest is there.
+    /// Whether the domain belongs to QEMU's driver, and runs.
     pub fn is_running_under_qemu(&self, domain: &virDomain) -> bool {
         self.is_qemu(self.connection_of_domain(Some(domain)))
             && (self.functions.virDomainIsActive)(domain) == 1
@@ -113,7 +114,8 @@ impl Libvirt {
         (self.functions.virResetLastError)();
     }
 
-    /// Makes an error this thread's last one; where this libvirt does not let us, it is on stderr.
+    /// Makes an error this thread's last error. If this libvirt does not support that, writes it to
+    /// stderr.
     pub fn set_last_error(&self, error: &Error) {
         const LEVEL_ERROR: c_int = 2;
         let Some(set_error) = self.functions.virSetError else {
@@ -138,7 +140,7 @@ impl Libvirt {
         set_error(&mut raw);
     }
 
-    /// Tells the program's error handler of the last error, as each of libvirt's functions does at
+    /// Reports the last error to the program's error handler, as each function of libvirt does at
     /// its end.
     pub fn dispatch(&self, connection: Option<&virConnect>) {
         if let Some(dispatch) = self.functions.virDispatchError {

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! What happens as a daemon's process loads this library: it goes out of the environment.
+//! Removes this library from the environment when a daemon's process loads it.
 //!
-//! libvirt hands `LD_PRELOAD` on to each QEMU that it starts, and to its helpers, where this
-//! library has nothing to do, and where their own security policy may not let them read it. So the
-//! daemon forgets that it was preloaded. What else is preloaded stays.
+//! libvirt passes `LD_PRELOAD` on to each QEMU that it starts, and to its helpers. There the
+//! library has nothing to do, and the security policy may forbid to read it. So the daemon removes
+//! the library from the variable. Other preloaded libraries stay.
 
 use std::env;
 use std::ffi::OsStr;
@@ -14,8 +14,8 @@ use instantsnap_core::boundary::boundary;
 
 const PRELOAD: &str = "LD_PRELOAD";
 const DAEMONS: [&str; 2] = ["libvirtd", "virtqemud"];
-/// What this library is called, as it is installed and as cargo has built it; and libinstantsnap,
-/// which was preloaded into daemons before this library was.
+/// The names of this library, as it is installed and as cargo has built it; and libinstantsnap,
+/// which earlier versions preloaded into daemons.
 const OURS: [&str; 3] =
     ["libinstantsnap-preload.so", "libinstantsnap_preload.so", "libinstantsnap.so"];
 
@@ -23,25 +23,25 @@ const OURS: [&str; 3] =
 #[unsafe(link_section = ".init_array")]
 static AT_LOAD: extern "C" fn() = at_load;
 
-/// Nothing but in a daemon into which this library is preloaded. Nobody is told of an error.
+/// Does nothing, except in a daemon that preloads this library. Errors are ignored.
 extern "C" fn at_load() {
     boundary(drop, || {
         let preload = env::var_os(PRELOAD);
         let others = preload.as_ref().and_then(|preload| without_us(preload.to_str()?));
         if let Some(others) = others.filter(|_| has_daemons_name()) {
-            forget_ourselves(&others);
+            remove_from_environment(&others);
         }
         Ok(())
     });
 }
 
-/// Whether this process is called as the daemons are that have libvirt's QEMU driver.
+/// Whether this process has the name of a daemon with libvirt's QEMU driver.
 pub fn has_daemons_name() -> bool {
     std::fs::read_to_string("/proc/self/comm").is_ok_and(|name| DAEMONS.contains(&name.trim_end()))
 }
 
-fn forget_ourselves(others: &str) {
-    // SAFETY: the process is being started, or it would not be named in `LD_PRELOAD`: it has one
+fn remove_from_environment(others: &str) {
+    // SAFETY: `LD_PRELOAD` names this library, so the process is just being started, and has one
     // thread.
     unsafe {
         match others.is_empty() {
@@ -51,7 +51,7 @@ fn forget_ourselves(others: &str) {
     }
 }
 
-/// The others in a list of libraries; nothing where this one is not in it.
+/// A list of libraries without this one; `None` if this one is not in it.
 fn without_us(list: &str) -> Option<String> {
     let libraries: Vec<_> = list.split([':', ' ']).filter(|library| !library.is_empty()).collect();
     let is_us = |library: &&str| {

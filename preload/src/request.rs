@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! Which calls of a client are for instantsnap.
+//! Decides which calls of a client instantsnap handles.
 
 use std::ffi::c_uint;
 
@@ -12,7 +12,7 @@ use instantsnap_core::pointers::Text;
 use crate::environment;
 use crate::libvirt::Libvirt;
 
-/// Whether this is a LIVE snapshot that the user wants to be INSTANT.
+/// Whether this is a LIVE snapshot that is made as an INSTANT one.
 pub fn is_to_be_upgraded(
     libvirt: &Libvirt,
     domain: Option<&virDomain>,

@@ -275,7 +275,7 @@ impl Image {
         let mut file = sys::open_file(path).map_err(|error| match error.kind() {
             io::ErrorKind::NotFound if deleting(path).exists() => damaged(
                 "was renamed, because its snapshot is being deleted: if the delete was \
-                     interrupted, delete it again",
+                 interrupted, delete it again",
             ),
             _ => damaged(&format!("cannot be opened: {error}")),
         })?;

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! Where the daemon's dispatcher calls libvirt's public function for a client.
+//! Intercepts the call by which the daemon's dispatcher creates a snapshot for a client.
 //!
-//! libvirt's driver may look at the flags before it calls `qemuSnapshotCreateXML` (12.8 does, 9.0
-//! and 11.3 do not), and refuses a bit that it does not know. So the bit is taken off before:
-//! [`create`] stands before `virDomainSnapshotCreateXML`, notes for this thread that INSTANT was
-//! asked for of this domain, and calls libvirt's function without the bit; [`take`] finds the note
-//! when the driver arrives at [`super::create`]. All that libvirt checks on the way, its access
-//! driver included, it checks as ever.
+//! libvirt's driver may check the flags before it calls `qemuSnapshotCreateXML` (12.8 does, 9.0 and
+//! 11.3 do not), and refuses a flag that it does not know. So INSTANT is removed before: [`create`]
+//! replaces `virDomainSnapshotCreateXML`, notes for this thread that INSTANT was requested for this
+//! domain, and calls libvirt's function without the flag. [`take`] finds the note when the driver
+//! calls [`super::create`]. All of libvirt's own checks in between, including its access driver's,
+//! are made as usual.
 
 use std::cell::Cell;
 use std::ffi::c_uint;
@@ -23,7 +23,7 @@ use instantsnap_core::model::flags;
 
 use super::availability::{self, failed};
 
-/// A note: INSTANT was asked for of this domain.
+/// A note that INSTANT was requested for this domain.
 type Note = (*const virDomain, &'static Daemon);
 
 thread_local! {
@@ -41,7 +41,7 @@ fn address(domain: Option<&virDomain>) -> *const virDomain {
     domain.map_or(ptr::null(), ptr::from_ref)
 }
 
-/// `virDomainSnapshotCreateXML`; libvirt's own, with these flags, is `theirs`.
+/// Handles `virDomainSnapshotCreateXML`. `theirs` is libvirt's own function, with these flags.
 pub fn create(
     domain: Option<&virDomain>,
     bits: c_uint,
@@ -50,7 +50,7 @@ pub fn create(
     boundary(failed, || dispatch(domain, bits, theirs))
 }
 
-/// Passes a call on to `theirs`, in which no bit is added.
+/// Passes the call on to `theirs`. Adds no flag.
 fn dispatch(
     domain: Option<&virDomain>,
     bits: c_uint,
@@ -61,7 +61,8 @@ fn dispatch(
     }
     match catch(|table| is_drivers(table, domain)) {
         Ok(true) => {}
-        // Another driver's, or another machine's, which is asked for what was asked for here.
+        // The domain belongs to another driver or another machine, which gets the unchanged
+        // request.
         Ok(false) | Err(_) => return Ok(theirs(bits)),
     }
     let daemon = match availability::found() {
@@ -69,7 +70,7 @@ fn dispatch(
         Err(why) => {
             let result = theirs(bits);
             if result.is_null() {
-                say_why_it_is_off(&why);
+                explain_refusal(&why);
             }
             return Ok(result);
         }
@@ -83,7 +84,7 @@ fn dispatch(
     Err(not_instant(result))
 }
 
-/// Whether a domain is one of the driver in this process.
+/// Whether a domain belongs to the driver in this process.
 fn is_drivers(table: &'static table::Table, domain: Option<&virDomain>) -> Result<bool> {
     let connection =
         share_domain(table, domain)?.connect().map_err(|error| error.into_error("domain"))?;
@@ -91,21 +92,22 @@ fn is_drivers(table: &'static table::Table, domain: Option<&virDomain>) -> Resul
     Ok(uri.starts_with("qemu:///"))
 }
 
-/// Adds to libvirt's refusal of the flag, which is this thread's last error, why it is refused.
-fn say_why_it_is_off(why: &str) {
+/// Adds to libvirt's refusal of the flag, which is this thread's last error, why instant snapshots
+/// are off.
+fn explain_refusal(why: &str) {
     let Ok(table) = table::table() else { return };
-    let said = VirError::last(table);
-    if said.is(Code::InvalidArg) {
-        let message = format!("instant snapshots are off in this daemon: {why}: {}", said.message);
+    let last = VirError::last(table);
+    if last.is(Code::InvalidArg) {
+        let message = format!("instant snapshots are off in this daemon: {why}: {}", last.message);
         set_last_error(&Error::new(Code::InvalidArg, message));
     }
 }
 
-/// The error for a snapshot that is an ordinary one, which stays: the domain is on its overlays.
-/// What libvirt has returned is given up.
+/// The error for a request that libvirt answered with an ordinary snapshot. The snapshot stays,
+/// because the domain is on its overlays. Frees libvirt's object for it.
 fn not_instant(snapshot: *mut virDomainSnapshot) -> Error {
     let named = catch(|table| {
-        // SAFETY: libvirt has returned it, and nobody else has it.
+        // SAFETY: libvirt has returned it, and this is its only owner.
         let snapshot = unsafe { Snapshot::from_raw(table, snapshot) };
         Ok(snapshot.map_err(|error| error.into_error("snapshot"))?.name())
     });

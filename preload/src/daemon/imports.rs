@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! Which functions a loaded object imports, by the symbols' names.
+//! Finds out which functions a loaded object imports, by the symbols' names.
 //!
-//! Read from the object's own dynamic section, as the loader reads it.
+//! Reads the object's dynamic section, as the loader does.
 
 use std::ffi::{CStr, c_char, c_int, c_void};
 use std::ptr;
@@ -10,8 +10,8 @@ use std::ptr;
 use instantsnap_core::boundary::boundary;
 use libc::{Elf64_Phdr, dl_phdr_info};
 
-/// The types of relocation by which an object imports a function, by the processor; where none is
-/// known, nothing is found.
+/// The types of relocation by which an object imports a function, for each processor. For an
+/// unknown processor no import is found.
 const TYPES: &[u64] = if cfg!(target_arch = "x86_64") {
     &[6, 7] // R_X86_64_GLOB_DAT, R_X86_64_JUMP_SLOT
 } else if cfg!(target_arch = "aarch64") {
@@ -59,17 +59,17 @@ struct Symbol {
 /// An object that the loader has loaded, for as long as it is loaded.
 #[derive(Clone, Copy)]
 pub struct Object {
-    /// Where it is.
+    /// The address that it is loaded at.
     base: u64,
     headers: *const Elf64_Phdr,
     count: usize,
 }
 
-/// The objects that are loaded, the program itself first.
+/// The loaded objects, the program itself first.
 pub fn objects() -> Vec<Object> {
     unsafe extern "C" fn add(info: *mut dl_phdr_info, _: usize, objects: *mut c_void) -> c_int {
         boundary(drop, || {
-            // SAFETY: the loader's own record, and the vector that was passed, which nobody else
+            // SAFETY: the loader's own record, and the vector that was passed, which no other code
             // uses meanwhile.
             let (info, objects) = unsafe { (&*info, &mut *objects.cast::<Vec<Object>>()) };
             objects.push(Object {
@@ -109,7 +109,7 @@ impl Object {
         unsafe { std::slice::from_raw_parts(self.headers, self.count) }
     }
 
-    /// Whether it is the one that this code is in.
+    /// Whether this code is in the object.
     pub fn is_this(&self) -> bool {
         let dynamic = self.headers().iter().find(|header| header.p_type == libc::PT_DYNAMIC);
         dynamic.is_some_and(|dynamic| {
@@ -117,7 +117,7 @@ impl Object {
         })
     }
 
-    /// Whether it imports a function.
+    /// Whether the object imports a function.
     pub fn imports(&self, function: &CStr) -> bool {
         let Some(dynamic) = self.headers().iter().find(|header| header.p_type == libc::PT_DYNAMIC)
         else {
@@ -130,7 +130,7 @@ impl Object {
         };
         let entry =
             |tag: u64| dynamic.iter().find(|entry| entry.tag == tag).map(|entry| entry.value);
-        // The loader has made addresses of offsets, but for processors where the section is
+        // The loader has replaced offsets by addresses, except on processors where the section is
         // read-only.
         let address = |tag: u64| {
             entry(tag).map(|value| if value < self.base { self.base + value } else { value })

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! The job limit: how many snapshots are taken at once. Each has one of the daemon's workers to
-//! itself until it is complete; with all of them taken, no client of the daemon would be answered.
+//! The job limit: how many snapshots are taken at once. Each uses one of the daemon's workers until
+//! it is complete. If they used all workers, the daemon could not answer any client.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -12,12 +12,12 @@ const RESOURCE_BUSY: i32 = 87;
 
 static RUNNING: AtomicUsize = AtomicUsize::new(0);
 
-/// A job that the limit has room for.
+/// A job within the limit.
 #[derive(Debug)]
 pub struct Job;
 
 impl Job {
-    /// Begins one, where fewer than so many are under way; else an error.
+    /// Begins a job, or returns an error if `max_jobs` jobs are under way.
     pub fn begin(max_jobs: usize) -> Result<Job> {
         let next = |running: usize| (running < max_jobs).then_some(running + 1);
         match RUNNING.fetch_update(Ordering::Relaxed, Ordering::Relaxed, next) {

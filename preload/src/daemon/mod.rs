@@ -1,19 +1,20 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! Inside a stock libvirt daemon: its driver calls with its own object as `vm`, and the next
-//! definition of the symbol is the driver's own function.
+//! The library inside a stock libvirt daemon. The driver calls the functions here with its own
+//! domain object as `vm`. The next definition of the symbol is the driver's own function.
 //!
-//! Without INSTANT that function is called, with the same arguments. With it, the domain object is
-//! let go of, and the snapshot taken as a client takes it ([`client`]), on the domain that was
-//! given: in the daemon its connection is the driver, and libvirt's public functions run in the
-//! thread that calls them. The driver's callers of these functions let go of the object next, and
-//! do nothing else with it; no job is held. What they allowed the client to do is this snapshot,
-//! and we do nothing else: its steps are taken in the daemon's own name ([`daemon::Itself`]).
+//! Without INSTANT, the driver's function is called, with the same arguments. With INSTANT, the
+//! domain object is unlocked, and the snapshot is taken as a client takes it ([`client`]), on the
+//! given domain: in the daemon its connection is the driver, and libvirt's public functions run in
+//! the thread that calls them. The driver's callers of these functions unlock the object next, and
+//! do nothing else with it; they hold no job. They have checked the client's permission for this
+//! snapshot, and nothing else is done here: the steps of the snapshot run with the daemon's own
+//! identity ([`daemon::Itself`]).
 //!
-//! A driver that does not know the flag may refuse it before: [`dispatcher`] takes it off before
-//! that, and notes it.
+//! A driver that does not know the flag may refuse it earlier. So [`dispatcher`] removes the flag
+//! before that, and notes it.
 //!
-//! Where this daemon is not one that we know, everything is the driver's own function's.
+//! In a daemon of an unknown version, every call goes to the driver's own function.
 
 mod availability;
 pub mod dispatcher;
@@ -41,14 +42,14 @@ use self::availability::failed;
 use self::settings::Settings;
 use crate::loading;
 
-/// Whether this process is a daemon of libvirt's: by its name, or because libvirt's clients connect
-/// to it. A program that embeds libvirt's driver is none.
+/// Whether this process is a daemon of libvirt's: it has a daemon's name, or libvirt's clients
+/// connect to it. A program that embeds libvirt's driver is no daemon.
 pub fn is_here() -> bool {
     static IS_HERE: OnceLock<bool> = OnceLock::new();
     *IS_HERE.get_or_init(|| loading::has_daemons_name() || daemon::is_listening())
 }
 
-/// `qemuSnapshotCreateXML`; the driver's own is `theirs`.
+/// Handles `qemuSnapshotCreateXML`. `theirs` is the driver's own function.
 pub fn create(
     vm: NonNull<c_void>,
     domain: Option<&virDomain>,
@@ -79,7 +80,7 @@ fn create_or(
         }
         let flags = CreateFlags::parse(bits | flags::INSTANT)?;
         if flags.reuses_overlays() {
-            // An undo could have to merge an overlay of the client's own making, with the daemon's
+            // An undo may have to merge an overlay that the client has made, with the daemon's
             // rights.
             fail!(
                 OperationUnsupported,
@@ -98,7 +99,7 @@ fn create_or(
     });
     match result {
         Ok(Some(snapshot)) => Ok(snapshot.into_raw()),
-        // Nobody has asked for INSTANT.
+        // The client has not asked for INSTANT.
         Ok(None) => Ok(theirs()),
         Err(error)
             if !asked && (upgrade::is_refusal(error.number()) || limit::is_refusal(&error)) =>
@@ -110,27 +111,27 @@ fn create_or(
     }
 }
 
-/// The driver's own object without its lock, until what is returned is dropped.
+/// Unlocks the driver's domain object until the result is dropped.
 fn unlocked(daemon: &'static Daemon, vm: NonNull<c_void>) -> Unlocked {
     // SAFETY: the driver calls these functions with its live domain object, which it has locked,
     // and unlocks as the next thing.
     unsafe { daemon.unlocked(vm) }
 }
 
-/// `qemuSnapshotRevert`: of a snapshot that is our affair too, by libvirt where that works and does
-/// no harm.
+/// Handles `qemuSnapshotRevert`. A snapshot that the library supports is reverted to by the
+/// library, which lets libvirt do it if that works and does no harm.
 pub fn revert(
     vm: NonNull<c_void>,
     snapshot: Option<&virDomainSnapshot>,
     bits: c_uint,
     theirs: impl Fn() -> c_int,
 ) -> c_int {
-    // What the flags are to the driver it says itself.
+    // The driver itself reports invalid flags.
     let ours = RevertFlags::parse(bits).ok().map(Operation::Revert);
     boundary(failed, || on_snapshot(vm, snapshot, theirs, ours))
 }
 
-/// `qemuSnapshotDelete`, likewise.
+/// Handles `qemuSnapshotDelete` in the same way.
 pub fn delete(
     vm: NonNull<c_void>,
     snapshot: Option<&virDomainSnapshot>,
@@ -153,11 +154,12 @@ fn on_snapshot(
         let snapshot = share_snapshot(table, snapshot)?;
         let managed = {
             let _itself = daemon.itself();
-            // An error: nothing is known of it.
+            // On an error the snapshot is left to libvirt.
             ManagedSnapshot::of(&snapshot).ok().flatten()
         };
         // The files that its record names are removed, merged and restored with the daemon's
-        // rights, and a client can write that record (REDEFINE). Asked in that client's name.
+        // rights, and a client can write that record (REDEFINE). So this check runs with the
+        // client's identity.
         let Some(managed) = managed.filter(|managed| managed.callers_domain().may_be_changed())
         else {
             return Ok(false);
@@ -166,7 +168,7 @@ fn on_snapshot(
         let _job = queue::Job::begin(managed.domain.uuid(), DEFAULT_TIMEOUT)?;
         match hold_unless_it_is_a_step(managed, ours)? {
             Some(held) => held.run(ours).map(|()| true),
-            // A client that has the library too: this is a step of what it does.
+            // This is a step of an operation of a client that has the library too.
             None => Ok(false),
         }
     });

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! The per-domain job queue: reverts and deletes of one domain's snapshots, which clients can ask
-//! for at once, run one after another, as libvirt does it by the domain's job.
+//! The per-domain job queue. Clients can ask at once for reverts and deletes of one domain's
+//! snapshots. These run one after another, as libvirt's own do by the domain's job.
 
 use std::collections::BTreeSet;
 use std::sync::{Condvar, Mutex};
@@ -14,14 +14,15 @@ use instantsnap_core::sys;
 static BUSY: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
 static ENDED: Condvar = Condvar::new();
 
-/// A job on a domain; the next one waits until it is dropped.
+/// A job on a domain. The next job waits until it is dropped.
 #[derive(Debug)]
 pub struct Job {
     domain: String,
 }
 
 impl Job {
-    /// Begins one as soon as no other is under way on this domain; an error after this time.
+    /// Begins a job as soon as no other is under way on this domain. Returns an error after the
+    /// timeout.
     pub fn begin(domain: &str, timeout: Duration) -> Result<Job> {
         let is_busy = |busy: &mut BTreeSet<String>| busy.contains(domain);
         let waited = ENDED.wait_timeout_while(sys::lock(&BUSY), timeout, is_busy);

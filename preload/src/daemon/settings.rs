@@ -1,21 +1,20 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! What the daemon's environment says.
+//! Reads the settings in the daemon's environment.
 
 use std::sync::OnceLock;
 
-/// A daemon's default limits allow 20 calls at once that take their time: half of them are for
-/// others.
+/// By default, a daemon can run 20 long calls at once. Half of them are left for other calls.
 const MAX_JOBS: usize = 10;
 
-/// Read once: who starts the daemon sets them.
+/// The settings. They are read once, because the daemon's environment is set when it is started.
 #[derive(Debug)]
 pub struct Settings {
-    /// LIVE snapshots are to be instant.
+    /// LIVE snapshots are made as INSTANT ones.
     pub upgrade_live: bool,
-    /// So many snapshots can be taken at once.
+    /// How many snapshots can be taken at once.
     pub max_jobs: usize,
-    /// A libvirt that nobody has looked at is good enough.
+    /// Use a libvirt version that is not known to work.
     pub any_version: bool,
 }
 
