@@ -34,7 +34,7 @@ int main(int argc, char **argv)
                                          VIR_DOMAIN_SNAPSHOT_CREATE_INSTANT);
     if (snapshot)
         printf("took %s\n"
-               "to go back, with libvirt 9.9 or later: virsh -c '%s' snapshot-revert %s %s\n",
+               "to revert to it, with libvirt 9.9 or later: virsh -c '%s' snapshot-revert %s %s\n",
                virDomainSnapshotGetName(snapshot), argv[1], argv[2],
                virDomainSnapshotGetName(snapshot));
     else

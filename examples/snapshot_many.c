@@ -136,7 +136,7 @@ static void cancel_all(int signals)
 
     if (read(signals, &info, sizeof(info)) < 0)
         die("signalfd");
-    printf("cancelling: %d guests are yet to be as they were\n", running);
+    printf("cancelling: %d snapshots are still to be undone\n", running);
     for (int i = 0; i < count; i++) {
         if (guests[i].job)
             instantsnap_job_cancel(guests[i].job);

@@ -46,28 +46,28 @@ def open_guest(socket: Path, state_dir: Path) -> Guest:
 
 async def snapshot(socket: Path, state_dir: Path, interval: float) -> bool:
     """Takes a snapshot of one guest. Returns whether it is complete."""
-    def tell(text: str) -> None:
+    def report(text: str) -> None:
         print(f"{socket}: {text}", flush=True)
 
     try:
         # Opening connects to QEMU: it is the only call that blocks.
         guest = await asyncio.to_thread(open_guest, socket, state_dir)
     except (Error, OSError) as error:
-        tell(f"not opened: {error}")
+        report(f"not opened: {error}")
         return False
     with guest:
         job = guest.start_snapshot(at_once=True, progress_interval=interval)
         try:
             async with job:
                 async for event in job:
-                    tell(text_of(event))
+                    report(text_of(event))
         except Error:
             return False
         finally:  # runs also when this task is cancelled
             try:
-                tell(f"the snapshot is {job.name}")
+                report(f"the snapshot is {job.name}")
             except Error as error:
-                tell(f"no snapshot: {error}")
+                report(f"no snapshot: {error}")
     return True
 
 

@@ -57,8 +57,8 @@ static void remove_copies(const instantsnap_storage_call *call, size_t count)
 }
 
 /*
- * In the pause: snapshots every disk of the call. It must be quick, because the guest stands still,
- * and it must return by the deadline. When it fails, it leaves nothing behind.
+ * Called in the pause: snapshots every disk of the call. It must be quick, because the guest is
+ * paused, and it must return by the deadline. If it fails, it leaves nothing behind.
  */
 static int take(const instantsnap_storage_call *call, void *opaque)
 {
@@ -76,7 +76,7 @@ static int take(const instantsnap_storage_call *call, void *opaque)
     return 0;
 }
 
-/* When the snapshot of the guest fails after take() has succeeded, and when it is deleted. */
+/* Called if the snapshot of the guest fails after take() has succeeded: removes the copies. */
 static void undo(const instantsnap_storage_call *call, void *opaque)
 {
     (void) opaque;

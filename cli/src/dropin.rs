@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! The drop-in of a unit, by which systemd starts its daemon with the library.
+//! The drop-in of a unit, which makes systemd start its daemon with the library.
 
 use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
@@ -11,7 +11,7 @@ use crate::{Result, units};
 /// The directory of the units' own files and drop-ins.
 const SYSTEM: &str = "etc/systemd/system";
 
-/// The file, there or not.
+/// A drop-in file, which need not exist.
 pub struct DropIn<'a> {
     root: &'a Root,
     /// Its directory's name.
@@ -19,12 +19,12 @@ pub struct DropIn<'a> {
 }
 
 impl DropIn<'_> {
-    /// Of a unit of a system.
+    /// The drop-in of a unit in a system.
     pub fn of<'a>(root: &'a Root, unit: &str) -> DropIn<'a> {
         DropIn { root, directory: format!("{unit}.service.d") }
     }
 
-    /// What it is called.
+    /// Its path, for messages.
     pub fn path(&self) -> PathBuf {
         self.root.shown(self.file())
     }
@@ -41,22 +41,23 @@ impl DropIn<'_> {
         format!("cannot {what} {}: {error}", self.path().display())
     }
 
-    /// Writes it, whole or not at all. `others` is what the unit preloads by itself.
+    /// Writes the drop-in atomically. `others` are the libraries that the unit preloads anyway.
     pub fn write(
         &self,
         others: &str,
         library: &Path,
         upgrade_live: bool,
-        most: Option<u32>,
+        max_snapshots: Option<u32>,
     ) -> Result<()> {
-        let text = text(others, &library.display().to_string(), upgrade_live, most);
+        let text = text(others, &library.display().to_string(), upgrade_live, max_snapshots);
         let directory = self.root.make_directory(self.place());
         directory
             .and_then(|directory| directory.write(units::OURS, &text))
             .map_err(|error| self.failed("write", &error))
     }
 
-    /// Removes it, and its directory where that is empty then. False where there is none.
+    /// Removes the drop-in, and its directory if that is empty then. Returns false if there is
+    /// none.
     pub fn remove(&self) -> Result<bool> {
         match self
             .root
@@ -73,7 +74,7 @@ impl DropIn<'_> {
         Ok(true)
     }
 
-    /// What it preloads; none where there is no such file.
+    /// The libraries that it preloads; `None` if there is no drop-in.
     pub fn library(&self) -> Result<Option<String>> {
         match self.root.read(self.file()) {
             Ok(text) => Ok(units::preload_of(&text)),
@@ -83,7 +84,7 @@ impl DropIn<'_> {
     }
 }
 
-fn text(others: &str, library: &str, upgrade_live: bool, most: Option<u32>) -> String {
+fn text(others: &str, library: &str, upgrade_live: bool, max_snapshots: Option<u32>) -> String {
     let preload =
         if others.is_empty() { library.to_owned() } else { format!("{others}:{library}") };
     let mut text = format!(
@@ -95,8 +96,8 @@ fn text(others: &str, library: &str, upgrade_live: bool, most: Option<u32>) -> S
     if upgrade_live {
         text += "Environment=INSTANTSNAP_UPGRADE_LIVE=1\n";
     }
-    if let Some(most) = most {
-        text += &format!("Environment=INSTANTSNAP_MAX_SNAPSHOTS={most}\n");
+    if let Some(max_snapshots) = max_snapshots {
+        text += &format!("Environment=INSTANTSNAP_MAX_SNAPSHOTS={max_snapshots}\n");
     }
     text
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! The library that a daemon is to have.
+//! Finds and checks the library for a daemon.
 
 use std::fs;
 use std::io::{self, Read};
@@ -11,41 +11,43 @@ use crate::Result;
 use crate::root::Root;
 
 const NAME: &str = "libinstantsnap-preload.so";
-/// How the names begin of the library for programs, which was a daemon's too before [`NAME`] was.
+/// The prefix of the file names of the library for programs, which earlier versions preloaded into
+/// daemons.
 const FORMER: &str = "libinstantsnap.so";
-/// Before its version in the library, which has it for this.
+/// The mark in front of the version in the library's file.
 const MARK: &[u8] = b"instantsnap-preload/";
-/// Before its version in the former one, as long as that was for daemons.
+/// The mark in front of the version in the library for programs, in versions that were preloaded
+/// into daemons.
 const FORMER_MARK: &[u8] = b"instantsnap-library/";
 
-/// Which of our libraries a path is, by its file's name.
+/// The kind of one of our libraries, by its file's name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
-    /// The one for LD_PRELOAD.
+    /// The library for LD_PRELOAD.
     Preload,
-    /// The one for programs, with which a daemon takes no instant snapshots.
+    /// The library for programs, with which a daemon takes no instant snapshots.
     Former,
 }
 
 impl Kind {
-    /// None where it is neither.
+    /// The kind of the library at a path; `None` if it is neither.
     pub fn of(path: &str) -> Option<Kind> {
         let name = path.rsplit('/').next()?;
-        // As it is installed, and as cargo has built it.
+        // The name is the same as it is installed and as cargo has built it, except for `_`.
         let is_preload = name.replace('_', "-").starts_with(NAME);
         let is_former = name.starts_with(FORMER);
         is_preload.then_some(Kind::Preload).or(is_former.then_some(Kind::Former))
     }
 }
 
-/// What a list of preloaded libraries has of others.
+/// The other libraries in a list of preloaded libraries.
 pub fn others(list: &str) -> String {
     let libraries = list.split([':', ' ']).filter(|library| !library.is_empty());
     libraries.filter(|library| Kind::of(library).is_none()).collect::<Vec<_>>().join(":")
 }
 
-/// The one beside this command's prefix, or where distributions have theirs, as that system sees
-/// it.
+/// The installed library, as that system sees its path: in this command's own prefix, or in a
+/// distribution's directory.
 pub fn installed(root: &Root) -> Result<PathBuf> {
     let prefix = std::env::current_exe()
         .ok()
@@ -56,28 +58,28 @@ pub fn installed(root: &Root) -> Result<PathBuf> {
         [triplet.as_str(), "lib64", "lib"].map(|directory| prefix.join(directory).join(NAME))
     };
     let mut candidates = prefixes.flat_map(below);
-    // A link may lead to what only that system sees: that it is there is enough.
+    // A link may lead to a file that only that system sees, so it need only exist.
     candidates
         .find(|path| root.has(path))
         .ok_or_else(|| format!("{NAME} is not installed: give its path by --library"))
 }
 
-/// Refuses what a daemon of root's must not be given, or cannot use. The path is as that system
-/// sees it.
+/// Refuses a library that is not safe for a daemon of root's, or that the daemon cannot use. The
+/// path is as that system sees it.
 pub fn check(root: &Root, library: &Path) -> Result<()> {
     let shown = library.display();
     let text = library.to_str().ok_or_else(|| format!("{shown}: the path is not UTF-8"))?;
     if !library.is_absolute() {
         return Err(format!(
-            "{shown}: an absolute path is needed, for the daemon's directory is another"
+            "{shown}: an absolute path is needed, because the daemon has another directory"
         ));
     }
     if text.contains(|letter: char| {
         letter.is_whitespace() || letter == ':' || letter == '"' || letter == '$'
     }) {
         return Err(format!(
-            "{shown}: the loader takes no path with a space or a colon, systemd none with a quote \
-             or a $"
+            "{shown}: the loader accepts no path with a space or a colon, and systemd none with a \
+             quote or a $"
         ));
     }
     let file = follow(root.path(), library)?;
@@ -92,26 +94,26 @@ pub fn check(root: &Root, library: &Path) -> Result<()> {
         Ok(())
     } else if is_former(&bytes) {
         Err(format!(
-            "{shown} is the library for programs: a daemon takes {NAME}, which is installed with it"
+            "{shown} is the library for programs: a daemon needs {NAME}, which is installed with it"
         ))
     } else {
         Err(format!("{shown} is not a {NAME} for this machine"))
     }
 }
 
-/// The file that a path leads to in the system below `root`. An error where others than root can
-/// change it, or any of the directories on the way, those that symbolic links lead through too: any
-/// of them could put another file there.
+/// The file that a path leads to in the system below `root`. Returns an error if users other than
+/// root can change the file, or any directory on the way, including those of symbolic links: such a
+/// user could put another file there.
 fn follow(root: &Path, path: &Path) -> Result<PathBuf> {
-    /// As many as the kernel follows.
+    /// The kernel's limit.
     const MOST_LINKS: usize = 40;
     let parts = |path: &Path| {
         path.components().rev().map(|part| part.as_os_str().to_owned()).collect::<Vec<_>>()
     };
     let failed = |path: &Path, error: io::Error| format!("{}: {error}", path.display());
     let root = fs::canonicalize(root).map_err(|error| failed(root, error))?;
-    let (mut at, mut left, mut links) = (root.clone(), parts(path), 0);
-    while let Some(part) = left.pop() {
+    let (mut at, mut pending, mut links) = (root.clone(), parts(path), 0);
+    while let Some(part) = pending.pop() {
         match part.to_str() {
             Some("/") => at.clone_from(&root),
             Some("..") if at == root => {}
@@ -126,7 +128,7 @@ fn follow(root: &Path, path: &Path) -> Result<PathBuf> {
             }
             let target = fs::read_link(&at).map_err(|error| failed(&at, error))?;
             at.pop();
-            left.extend(parts(&target));
+            pending.extend(parts(&target));
             continue;
         }
         check_owner(&at, &data)?;
@@ -134,7 +136,7 @@ fn follow(root: &Path, path: &Path) -> Result<PathBuf> {
     Ok(at)
 }
 
-/// Refuses what others than root can change, and says how that is mended.
+/// Refuses a file that users other than root can change. The error has the commands that fix it.
 fn check_owner(path: &Path, data: &fs::Metadata) -> Result<()> {
     const STICKY: u32 = 0o1000;
     const GROUP_OR_OTHERS: u32 = 0o022;
@@ -145,20 +147,20 @@ fn check_owner(path: &Path, data: &fs::Metadata) -> Result<()> {
     if commands.is_empty() {
         return Ok(());
     }
-    // One like /tmp is so on purpose.
+    // A directory like /tmp is writable on purpose.
     let is_shared = data.is_dir() && data.mode() & STICKY != 0;
-    let mended = if is_shared {
+    let advice = if is_shared {
         "install the library somewhere else".to_owned()
     } else {
         format!("{}, or install the library as root (meson install)", commands.join(" && "))
     };
     Err(format!(
         "{shown} does not belong to root alone, and a user who can change it could do what the \
-         daemon can: {mended}"
+         daemon can: {advice}"
     ))
 }
 
-/// A shared object of this machine's kind that has the driver's function.
+/// Whether a file is a shared object for this machine that has the driver's function and our mark.
 fn is_ours(bytes: &[u8]) -> bool {
     const SHARED_OBJECT: u8 = 3;
     let class = if usize::BITS == 64 { 2 } else { 1 };
@@ -168,7 +170,7 @@ fn is_ours(bytes: &[u8]) -> bool {
     is_elf && contains(bytes, b"\0qemuSnapshotCreateXML\0") && contains(bytes, MARK)
 }
 
-/// The library for programs: it has the C API.
+/// Whether a file is the library for programs: it has the C API.
 fn is_former(bytes: &[u8]) -> bool {
     contains(bytes, b"\0instantsnap_last_error\0")
 }
@@ -177,7 +179,7 @@ fn contains(bytes: &[u8], part: &[u8]) -> bool {
     bytes.windows(part.len()).any(|window| window == part)
 }
 
-/// Its version, as far as it has one.
+/// The version in a library's file.
 pub fn version(bytes: &[u8]) -> Option<String> {
     let after = |mark: &[u8]| {
         bytes.windows(mark.len()).position(|window| window == mark).map(|at| at + mark.len())

@@ -20,7 +20,7 @@ use process::Mapped;
 use root::Root;
 use systemctl::systemctl;
 
-/// Why something was not done, for who has asked for it.
+/// A result with an error message for the user.
 type Result<T> = std::result::Result<T, String>;
 
 /// Instant snapshots of running virtual machines.
@@ -40,12 +40,12 @@ enum Topic {
 
 #[derive(Subcommand)]
 enum Daemon {
-    /// Has systemd start the daemon with libinstantsnap-preload.so in it
+    /// Make systemd start the daemon with libinstantsnap-preload.so
     Enable {
         #[command(flatten)]
         place: Place,
-        /// The library, by its absolute path; by default the one that is installed. With --root the
-        /// path is as that system sees it, without the directory
+        /// The library's absolute path; by default that of the installed one. With --root, the path
+        /// is as that system sees it, without the directory
         #[arg(long, value_name = "PATH")]
         library: Option<PathBuf>,
         /// Make LIVE external snapshots with memory instant too, for clients that cannot ask for
@@ -60,7 +60,7 @@ enum Daemon {
         #[arg(long)]
         now: bool,
     },
-    /// Undoes that
+    /// Undo `enable`
     Disable {
         #[command(flatten)]
         place: Place,
@@ -68,13 +68,13 @@ enum Daemon {
         #[arg(long)]
         now: bool,
     },
-    /// Says whether the daemon is to have the library, and whether the one that runs has it. Exits
-    /// with 0 where both are so, and with 3 where not, or where another file of the unit overrides
+    /// Show whether the daemon is set up to have the library, and whether the running one has it.
+    /// Exits with 0 if both are so, and with 3 if not, or if another file of the unit overrides
     /// ours
     Status {
         #[command(flatten)]
         place: Place,
-        /// Look at this process, instead of all of the unit's name
+        /// Check this process, instead of all with the unit's name
         #[arg(long)]
         pid: Option<u32>,
     },
@@ -85,8 +85,7 @@ struct Place {
     /// Which daemon
     #[arg(long, value_enum, default_value = "libvirtd")]
     unit: Unit,
-    /// The directory that is taken for /, for images of systems; nothing is reloaded or restarted
-    /// then
+    /// The directory of a system's image, instead of /; nothing is reloaded or restarted then
     #[arg(long, value_name = "DIRECTORY", default_value = "/")]
     root: PathBuf,
 }
@@ -101,7 +100,7 @@ impl Place {
 enum Unit {
     /// The one daemon for everything
     Libvirtd,
-    /// The daemon for QEMU alone
+    /// The daemon for QEMU only
     Virtqemud,
 }
 
@@ -149,8 +148,8 @@ fn enable(
         return Err(why);
     }
     let drop_in = DropIn::of(&root, unit);
-    // What an earlier version has written here is written anew; where something else preloads that
-    // version's library, ours takes its place.
+    // A drop-in of an earlier version is replaced. If another file preloads that version's library,
+    // ours takes its place.
     let others = library::others(&preload.others);
     drop_in.write(&others, &library, upgrade_live, max_snapshots)?;
     println!("{unit} will be started with {} ({})", library.display(), drop_in.path().display());
@@ -167,11 +166,11 @@ fn disable(place: &Place, now: bool) -> Result<()> {
         );
         return Ok(());
     }
-    println!("{unit} will be started as ever ({} is removed)", drop_in.path().display());
+    println!("{unit} will be started without it again ({} is removed)", drop_in.path().display());
     take_effect(&root, unit, now)
 }
 
-/// systemd reads what has changed; the daemon that runs stays as it is until it is started again.
+/// Makes systemd read the change. The running daemon stays as it is until it is restarted.
 fn take_effect(root: &Root, unit: &str, now: bool) -> Result<()> {
     let systemd_runs = root.is_own() && Path::new("/run/systemd/system").is_dir();
     if !systemd_runs {
@@ -188,12 +187,12 @@ fn take_effect(root: &Root, unit: &str, now: bool) -> Result<()> {
     Ok(())
 }
 
-/// Of a daemon that an earlier version has enabled.
+/// The advice for a daemon that an earlier version has enabled.
 const FORMER: &str = "that is the library for programs, with which a daemon takes no instant \
-                      snapshots any more, and which is handed on to QEMU: run `instantsnap daemon \
+                      snapshots any more, and which is passed on to QEMU: run `instantsnap daemon \
                       enable` with the options that it had, and restart the daemon";
 
-/// Whether a list of preloaded libraries has one of ours of this kind.
+/// Whether a list of preloaded libraries has a library of this kind.
 fn preloads(list: &str, kind: Kind) -> bool {
     list.split([':', ' ']).any(|library| Kind::of(library) == Some(kind))
 }

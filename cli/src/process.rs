@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! The daemons that run.
+//! Reads which library the running daemons have.
 
 use std::fs;
 use std::io::Read;
@@ -10,7 +10,7 @@ use crate::library::Kind;
 use crate::root::Root;
 use crate::{Result, library};
 
-/// The processes of this name.
+/// The processes with this name.
 pub fn called(name: &str) -> Vec<u32> {
     let Ok(entries) = fs::read_dir("/proc") else { return Vec::new() };
     let pids = entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok());
@@ -22,14 +22,14 @@ pub fn called(name: &str) -> Vec<u32> {
     pids
 }
 
-/// A library of ours that a process has.
+/// One of our libraries in a process.
 pub struct Mapped {
     pub kind: Kind,
     /// Its path, and its version.
     pub shown: String,
 }
 
-/// The library that a process has; none where it has none.
+/// Our library in a process; `None` if it has none.
 pub fn mapped(pid: u32) -> Result<Option<Mapped>> {
     let maps = fs::read_to_string(format!("/proc/{pid}/maps"))
         .map_err(|error| format!("cannot look into process {pid} (are you root?): {error}"))?;
@@ -37,7 +37,7 @@ pub fn mapped(pid: u32) -> Result<Option<Mapped>> {
     let shown = match path.strip_suffix(" (deleted)") {
         Some(path) => format!("{path}, which was replaced since: restart it to have the new one"),
         None => {
-            // As the process sees it.
+            // The path is as the process sees it.
             let mut bytes = Vec::new();
             let read = Root::open(Path::new(&format!("/proc/{pid}/root")))
                 .and_then(|root| root.open_file(path))
@@ -49,7 +49,7 @@ pub fn mapped(pid: u32) -> Result<Option<Mapped>> {
     Ok(Some(Mapped { kind, shown }))
 }
 
-/// The library among all that is mapped: the one for LD_PRELOAD, where both are.
+/// Our library among the mapped files. If both kinds are mapped, that for LD_PRELOAD.
 fn library_of(maps: &str) -> Option<(Kind, &str)> {
     let ours = || {
         maps.lines().filter_map(|line| {

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! The system that the command works on: `/`, or the directory of an image.
+//! The system that the command changes: `/`, or the directory of an image.
 //!
-//! An image may have been made by others, and its symbolic links may lead anywhere. Whatever is
-//! looked for, read or written in one is found as that system finds it: absolute links begin at its
-//! root, and nothing leads out of it. Files are reached by descriptors of directories that were
-//! found so, and not by names that could lead elsewhere a moment later.
+//! An image may come from elsewhere, and its symbolic links may lead anywhere. So every file in one
+//! is found as that system would find it: absolute links begin at its root, and no link leads out
+//! of it. Files are opened by the descriptors of directories that were found in this way, and not
+//! by names, which could lead elsewhere a moment later.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, File};
@@ -17,7 +17,7 @@ use std::path::{Component, Path, PathBuf};
 
 use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags, ResolveFlags};
 
-/// More than this no unit's file has.
+/// No file of a unit is larger than this.
 const LARGEST: u64 = 1 << 20;
 
 const NULL: &str = "/dev/null";
@@ -27,7 +27,7 @@ const NULL: &str = "/dev/null";
 pub struct Root {
     directory: OwnedFd,
     path: PathBuf,
-    /// It is this system's own.
+    /// It is `/` of the running system.
     is_own: bool,
 }
 
@@ -46,17 +46,17 @@ impl Root {
         })
     }
 
-    /// Whether it is the system that runs.
+    /// Whether it is the running system.
     pub fn is_own(&self) -> bool {
         self.is_own
     }
 
-    /// Where it is.
+    /// Its path.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// What to call a file of it.
+    /// The path of a file in it, for messages.
     pub fn shown(&self, path: impl AsRef<Path>) -> PathBuf {
         self.path.join(within(path.as_ref()))
     }
@@ -64,7 +64,7 @@ impl Root {
     fn find(&self, path: &Path, flags: OFlags) -> io::Result<OwnedFd> {
         let (path, flags) = (within(path), flags | OFlags::CLOEXEC);
         let found = if self.is_own {
-            // Nothing is outside, and every kernel can.
+            // Nothing is outside of `/`, and older kernels have no openat2().
             rustix::fs::openat(&self.directory, &path, flags, Mode::empty())
         } else {
             let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
@@ -73,20 +73,20 @@ impl Root {
         Ok(found?)
     }
 
-    /// Whether there is something of this name, a link that leads nowhere included.
+    /// Whether this name exists, even as a dangling link.
     pub fn has(&self, path: impl AsRef<Path>) -> bool {
         self.find(path.as_ref(), OFlags::PATH | OFlags::NOFOLLOW).is_ok()
     }
 
-    /// Whether there is a file of this name.
+    /// Whether there is a regular file of this name.
     pub fn has_file(&self, path: impl AsRef<Path>) -> bool {
         let kind =
             self.find(path.as_ref(), OFlags::PATH).and_then(|file| Ok(rustix::fs::fstat(&file)?));
         kind.is_ok_and(|data| FileType::from_raw_mode(data.st_mode) == FileType::RegularFile)
     }
 
-    /// A file to be read. A pipe or a device is an error, and not opened, which alone can do
-    /// something; but /dev/null, by which a unit's file is masked, is an empty file.
+    /// Opens a file for reading. A pipe or a device is an error, and is not opened, because opening
+    /// it can have effects. But /dev/null, which masks a unit's file, is an empty file.
     pub fn open_file(&self, path: impl AsRef<Path>) -> io::Result<File> {
         let found = self.find(path.as_ref(), OFlags::PATH)?;
         let data = rustix::fs::fstat(&found)?;
@@ -98,7 +98,7 @@ impl Root {
         }
     }
 
-    /// The text of one of a unit's files.
+    /// Reads one of a unit's files.
     pub fn read(&self, path: impl AsRef<Path>) -> io::Result<String> {
         let (mut text, mut file) = (String::new(), self.open_file(path)?.take(LARGEST + 1));
         file.read_to_string(&mut text)?;
@@ -115,12 +115,12 @@ impl Root {
         Ok(names)
     }
 
-    /// A directory that is there.
+    /// Opens an existing directory.
     pub fn directory(&self, path: impl AsRef<Path>) -> io::Result<Directory> {
         Ok(Directory(self.find(path.as_ref(), OFlags::RDONLY | OFlags::DIRECTORY)?))
     }
 
-    /// A directory that is made where it is not there, with those above it.
+    /// Opens a directory. Makes it, and those above it, if they do not exist.
     pub fn make_directory(&self, path: impl AsRef<Path>) -> io::Result<Directory> {
         let (mut at, mut made) = (PathBuf::new(), self.directory("")?);
         for name in within(path.as_ref()).iter() {
@@ -134,7 +134,7 @@ impl Root {
     }
 }
 
-/// A path without what would lead out of where it is looked for.
+/// A path without the parts that would lead out of the system.
 fn within(path: &Path) -> PathBuf {
     let parts = path
         .components()
@@ -143,7 +143,7 @@ fn within(path: &Path) -> PathBuf {
     if path.as_os_str().is_empty() { ".".into() } else { path }
 }
 
-/// A directory, wherever it is moved.
+/// An open directory, even if it is moved.
 #[derive(Debug)]
 pub struct Directory(OwnedFd);
 
@@ -151,7 +151,8 @@ impl Directory {
     fn make_directory(&self, name: &OsStr) -> io::Result<Directory> {
         match rustix::fs::mkdirat(&self.0, name, Mode::from_raw_mode(0o755)) {
             Ok(()) => rustix::fs::fsync(&self.0)?,
-            // Made by others meanwhile; or a link that leads nowhere, which is not followed.
+            // Another process has made it meanwhile; or it is a dangling link, which is not
+            // followed.
             Err(rustix::io::Errno::EXIST) => {}
             Err(error) => return Err(error.into()),
         }
@@ -168,8 +169,7 @@ impl Directory {
         }
     }
 
-    /// Writes a file, whole or not at all. One of this name is replaced, and nothing that it leads
-    /// to is touched.
+    /// Writes a file atomically. An existing one is replaced; the target of a link is not changed.
     pub fn write(&self, name: &str, text: &str) -> io::Result<()> {
         let (fresh, mut file) = self.fresh(name)?;
         let written = file.write_all(text.as_bytes()).and_then(|()| {
@@ -184,7 +184,7 @@ impl Directory {
         Ok(rustix::fs::fsync(&self.0)?)
     }
 
-    /// A new file beside one of this name. What other files there are, left by whatever, stays.
+    /// Creates a new file beside one of this name. Files that were left there stay.
     fn fresh(&self, name: &str) -> io::Result<(String, File)> {
         let flags =
             OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
@@ -199,13 +199,13 @@ impl Directory {
         Err(io::Error::from(ErrorKind::AlreadyExists))
     }
 
-    /// Removes a file, and not what it leads to.
+    /// Removes a file, but not the target of a link.
     pub fn remove_file(&self, name: &str) -> io::Result<()> {
         rustix::fs::unlinkat(&self.0, name, AtFlags::empty())?;
         Ok(rustix::fs::fsync(&self.0)?)
     }
 
-    /// Removes a directory that is empty.
+    /// Removes an empty directory.
     pub fn remove_directory(&self, name: &str) -> io::Result<()> {
         rustix::fs::unlinkat(&self.0, name, AtFlags::REMOVEDIR)?;
         Ok(rustix::fs::fsync(&self.0)?)

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! What the files of a unit say of its environment.
+//! Reads a unit's environment from its files.
 
 use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
@@ -10,12 +10,12 @@ use std::path::{Path, PathBuf};
 use crate::Result;
 use crate::root::Root;
 
-/// Our own file among the unit's.
+/// The name of our drop-in.
 pub const OURS: &str = "instantsnap.conf";
 
 const VARIABLE: &str = "LD_PRELOAD";
 
-/// systemd's directories, the most important last.
+/// systemd's directories, the one with the highest precedence last.
 const DIRECTORIES: [&str; 5] = [
     "lib/systemd/system",
     "usr/lib/systemd/system",
@@ -24,17 +24,17 @@ const DIRECTORIES: [&str; 5] = [
     "etc/systemd/system",
 ];
 
-/// What a unit preloads, as far as other files than ours say so.
+/// The libraries that a unit preloads, by all files except ours.
 pub struct Preload {
-    /// What comes before ours, and stays preloaded.
+    /// The value that comes before ours, and stays preloaded.
     pub others: String,
-    /// Why ours has no effect, or would have none, and what to do about it.
+    /// Why our drop-in has no effect, and what to do about it.
     pub overridden: Option<String>,
 }
 
-/// As systemd puts a daemon's environment together: `Environment=` of all files in their order,
-/// then what `EnvironmentFile=` names, whichever file that is in, and at last `UnsetEnvironment=`
-/// likewise. An empty value takes back what was said of the same before.
+/// Reads a unit's environment as systemd does: `Environment=` of all files in their order, then the
+/// files that any `EnvironmentFile=` names, and last any `UnsetEnvironment=`. An empty value
+/// cancels the earlier values of the same setting.
 pub fn preload(root: &Root, unit: &str) -> Result<Preload> {
     let (mut others, mut overridden, mut unset, mut named) =
         (String::new(), None, None, Vec::new());
@@ -87,18 +87,18 @@ pub fn preload(root: &Root, unit: &str) -> Result<Preload> {
     Ok(Preload { others, overridden: unset.or(set).or(overridden) })
 }
 
-/// The unit's file, and its drop-ins but ours, each with whether systemd reads it after ours.
+/// The unit's file, and its drop-ins except ours, each with whether systemd reads it after ours.
 fn files(root: &Root, unit: &str) -> Vec<(PathBuf, bool)> {
     let directories = || DIRECTORIES.iter().map(Path::new);
     let main = directories()
         .map(|directory| directory.join(format!("{unit}.service")))
         .rfind(|file| root.has_file(file));
-    // Those of all services are less important than its own.
+    // The unit's own drop-ins have precedence over those for all services.
     let kinds = ["service.d".to_owned(), format!("{unit}.service.d")];
     let places =
         kinds.iter().flat_map(|kind| directories().map(move |directory| directory.join(kind)));
-    // In the order of their names, wherever they are; of those of one name the most important is
-    // the only one.
+    // They are sorted by name, whatever directory they are in. Of those with the same name, only
+    // the one with the highest precedence counts.
     let mut drop_ins: BTreeMap<OsString, PathBuf> = BTreeMap::new();
     for place in places {
         let names = root.names(&place).unwrap_or_default();
@@ -110,7 +110,7 @@ fn files(root: &Root, unit: &str) -> Vec<(PathBuf, bool)> {
     main.map(|file| (file, false)).into_iter().chain(drop_ins).collect()
 }
 
-/// A file of a unit; empty where it is a link that leads nowhere.
+/// Reads a file of a unit. A dangling link counts as empty.
 fn read(root: &Root, file: &Path) -> Result<String> {
     match root.read(file) {
         Err(error) if error.kind() == ErrorKind::NotFound => Ok(String::new()),
@@ -120,7 +120,7 @@ fn read(root: &Root, file: &Path) -> Result<String> {
     }
 }
 
-/// What a file of a unit preloads.
+/// The libraries that a file of a unit preloads.
 pub fn preload_of(text: &str) -> Option<String> {
     let mut last = None;
     for (_, value) in settings(text).into_iter().filter(|(name, _)| name == "Environment") {
@@ -135,12 +135,12 @@ fn preload_in(value: &str) -> Option<String> {
     Some(words.iter().rev().find_map(|word| assigned(word))?.replace("%%", "%"))
 }
 
-/// What is assigned to `LD_PRELOAD`, if anything.
+/// The value that is assigned to `LD_PRELOAD`, if any.
 fn assigned(assignment: &str) -> Option<&str> {
     assignment.split_once('=').filter(|(name, _)| name.trim() == VARIABLE).map(|(_, value)| value)
 }
 
-/// What the `[Service]` of a file of a unit says: names and values.
+/// The settings in `[Service]` of a unit's file: names and values.
 fn settings(text: &str) -> Vec<(String, String)> {
     let (mut settings, mut in_service, mut whole) = (Vec::new(), false, String::new());
     for line in text.lines().map(str::trim).filter(|line| !line.starts_with(['#', ';'])) {
@@ -160,7 +160,7 @@ fn settings(text: &str) -> Vec<(String, String)> {
     settings
 }
 
-/// Words that spaces separate, unless they are quoted.
+/// Splits a line at spaces that are not quoted.
 fn words(line: &str) -> Vec<String> {
     let (mut words, mut word, mut quote) = (Vec::new(), String::new(), None);
     for letter in line.chars() {

@@ -441,7 +441,7 @@ fn drop_in_of_an_earlier_version_is_recognised_and_replaced() {
 
     assert_fails(
         &system.enable(&["--library", FORMER]),
-        "is the library for programs: a daemon takes",
+        "is the library for programs: a daemon needs",
     );
     assert_eq!(fs::read_to_string(system.drop_in("libvirtd")).unwrap(), written);
     assert_succeeds(system.enable(&[]));

@@ -11,7 +11,7 @@ class ErrorCode(enum.IntEnum):
     """libvirt's error numbers (virErrorNumber) that this library gives, without their prefix
     VIR_ERR_."""
     OK = 0
-    INTERNAL_ERROR = 1            #: a reply or a file that makes no sense, a defect of the library
+    INTERNAL_ERROR = 1            #: an invalid reply or file, or a defect of the library
     NO_CONNECT = 5                #: no connection to the libvirt daemon
     INVALID_DOMAIN = 7            #: a virDomainPtr that is invalid, or not of libvirt's QEMU driver
     INVALID_ARG = 8               #: a bad argument, an unknown flag, flags that exclude each other
@@ -22,8 +22,8 @@ class ErrorCode(enum.IntEnum):
     SYSTEM_ERROR = 38             #: a system call failed; the message has its errno's text
     RPC = 39                      #: the connection to the libvirt daemon failed
     NO_DOMAIN = 42                #: the domain does not exist any more
-    OPERATION_INVALID = 55        #: not in this state: the guest is busy, the name exists
-    CONFIG_UNSUPPORTED = 67       #: a disk, a file or a device makes it impossible
+    OPERATION_INVALID = 55        #: impossible now: the guest is busy, the name exists
+    CONFIG_UNSUPPORTED = 67       #: a disk, a file or a device prevents it
     OPERATION_TIMEOUT = 68        #: a deadline passed, and everything was undone
     INVALID_DOMAIN_SNAPSHOT = 71  #: a snapshot whose metadata or memory image is damaged
     NO_DOMAIN_SNAPSHOT = 72       #: there is no snapshot of that name

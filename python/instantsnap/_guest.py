@@ -23,7 +23,7 @@ _REVERT_RUNNING = 1 << 0
 _REVERT_PAUSED = 1 << 1
 _REVERT_FORCE = 1 << 2
 
-#: Hooks are kept for good: a snapshot may call the hook that it began with, even after its Guest
+#: Hooks are kept for ever: a snapshot may call the hook that it began with, even after its Guest
 #: and its Job were deleted.
 _hooks: list[Hook] = []
 
@@ -37,15 +37,15 @@ class Flag(enum.IntFlag):
     """
     CREATE_REDEFINE = 1 << 0     #: restore or alter metadata
     CREATE_CURRENT = 1 << 1      #: with REDEFINE, make the snapshot current
-    CREATE_NO_METADATA = 1 << 2  #: take the snapshot, do not record it
+    CREATE_NO_METADATA = 1 << 2  #: take the snapshot without recording it
     CREATE_HALT = 1 << 3         #: end the guest afterwards
-    CREATE_DISK_ONLY = 1 << 4    #: disks without memory
-    CREATE_REUSE_EXT = 1 << 5    #: use overlay files that exist
+    CREATE_DISK_ONLY = 1 << 4    #: only disks, without memory
+    CREATE_REUSE_EXT = 1 << 5    #: use existing overlay files
     CREATE_QUIESCE = 1 << 6      #: freeze the file systems by the guest agent
     CREATE_ATOMIC = 1 << 7       #: all disks or none
-    CREATE_LIVE = 1 << 8         #: while the guest runs
+    CREATE_LIVE = 1 << 8         #: keep the guest running
     CREATE_VALIDATE = 1 << 9     #: validate the XML against the schema
-    CREATE_INSTANT = 1 << 10     #: of the moment of the call; the guest runs on meanwhile
+    CREATE_INSTANT = 1 << 10     #: a snapshot of the moment of the call; the guest runs on
 
 
 class DeleteFlag(enum.IntFlag):
@@ -80,7 +80,7 @@ class Guest:
         state_dir: an existing directory for the metadata of this guest's snapshots, one for each
             guest. It must belong to this user or to root, and no other user may write to it (the
             owner's private group may, and everyone if it is sticky, like /tmp). Else snapshots can
-            be listed and read, but not taken, deleted or brought back (ACCESS_DENIED).
+            be listed and read, but not taken, deleted or reverted to (ACCESS_DENIED).
         domain_xml: the guest's libvirt `<domain>` XML. With it disks are named by their target
             (`vda`).
 
@@ -98,17 +98,17 @@ class Guest:
 
     @classmethod
     def open_libvirt(cls, dom: "libvirt.virDomain") -> "Guest":
-        """Opens a domain of a stock libvirt, 8.2 or later, for what libvirt-python has no method
-        for: stats(), cancel() from another thread, pause_limit(). For anything else
-        snapshot_create_xml() is enough.
+        """Opens a domain of a stock libvirt, 8.2 or later. This is only needed for the methods that
+        libvirt-python does not have: stats(), cancel() from another thread, pause_limit(). For
+        anything else snapshot_create_xml() is enough.
 
         dom: a libvirt.virDomain of a connection to libvirt's QEMU driver on this machine. The
             library takes its own reference to the domain and to the connection.
 
-        snapshots(), xml() and current() ask libvirt, and give all snapshots that it has of the
-        domain. snapshot() needs the path of the memory image, and takes instant snapshots only: its
-        flags contain CREATE_INSTANT. Revert by snapshot_revert(), not by load(). delete() is as
-        snapshot_delete().
+        snapshots(), xml() and current() ask libvirt, and return all snapshots in its list of the
+        domain. snapshot() needs the path of the memory image, and takes only instant snapshots: its
+        flags contain CREATE_INSTANT. Revert by snapshot_revert(), not by load(). delete() does the
+        same as snapshot_delete().
 
         Blocks until libvirt has answered. Raises Error: INVALID_DOMAIN, OPERATION_UNSUPPORTED
         (libvirt older than 8.2, a remote connection, another driver). TypeError (not a
@@ -319,16 +319,15 @@ class Guest:
             and snapshot(), or the job, raises that exception when everything is undone. None:
             removes the hook.
         undo: removes what `snapshot` has made. Called with the same StorageCall, once, if
-        `snapshot`
-            has returned, in time or not, and the snapshot of the guest fails. The guest runs again
-            by then. sys.unraisablehook receives its exceptions.
+            `snapshot` has returned, in time or not, and the snapshot of the guest fails. The guest
+            runs again by then. sys.unraisablehook receives its exceptions.
         deadline: seconds that `snapshot` may take, 0.001 or more, in whole milliseconds; None: as
             long as the pause may, see pause_limit(). When they pass, or when the snapshot is
             cancelled, the guest runs on and everything is undone at once; Error (OPERATION_TIMEOUT)
             or Cancelled is raised when the function has returned.
 
         Applies to calls that begin later. A domain of libvirt must be running, and such a snapshot
-        of it needs Flag.CREATE_NO_METADATA. To bring one back: prepare_revert(revert=). The
+        of it needs Flag.CREATE_NO_METADATA. To revert to one: prepare_revert(revert=). The
         functions are kept as long as the process lives. Does not block. Raises ValueError (an
         impossible deadline).
         """
@@ -395,16 +394,16 @@ class Guest:
         removed. instantsnap_snapshot_delete() in instantsnap.h says more.
 
         flags: DeleteFlag. 0: deletes the snapshot, which must have no children. METADATA_ONLY:
-        removes
-            only the record; all files stay as they are, and children become children of the parent.
+            removes only the record; all files stay as they are, and children become children of the
+            parent.
 
         Blocks until all is merged, which can take long; other threads go on. If a signal handler
         raises an exception meanwhile, for example KeyboardInterrupt, it goes on when the delete is
         done. Raises ValueError (a NUL character, flags that are not a 32-bit number), NotFound, or
         Error: INVALID_ARG (flags), OPERATION_UNSUPPORTED (it has children), OPERATION_INVALID
         (busy, or something prevents it), SYSTEM_ERROR, OPERATION_FAILED (QEMU's reason). If the
-        message says
-        so, the snapshot cannot be reverted to any more: remove the cause, and delete it again.
+        message says so, the snapshot cannot be reverted to any more: remove the cause, and delete
+        it again.
         """
         handle, text, bits = self._open(), _library.encode(name, "name"), checked_flags(flags)
 

@@ -45,8 +45,7 @@ class Job:
     (INVALID_ARG).
 
     A job goes on if it is closed, if it is deleted, and if its guest is closed. The end of the
-    process
-    interrupts it: see "Processes" in instantsnap.h.
+    process interrupts it: see "Processes" in instantsnap.h.
     """
 
     def __init__(self, handle: int, hook: Optional[Hook] = None) -> None:
@@ -67,11 +66,11 @@ class Job:
         `timeout` seconds; None: without limit. Returns whether the job has ended."""
         deadline = math.inf if timeout is None else time.monotonic() + timeout
         while True:
-            left = min(SLICE, deadline - time.monotonic())
-            milliseconds = math.ceil(left * 1000) if left > 0 else 0
+            seconds = min(SLICE, deadline - time.monotonic())
+            milliseconds = math.ceil(seconds * 1000) if seconds > 0 else 0
             if check(library().instantsnap_job_wait(self._open(), milliseconds)):
                 return True
-            if left <= 0:
+            if seconds <= 0:
                 return False
 
     def result(self, timeout: Optional[float] = None) -> str:
@@ -95,9 +94,9 @@ class Job:
             raise error if self._hook is None else self._hook.reason(error)
 
     def xml(self) -> str:
-        """The snapshot's `<domainsnapshot>` XML, once it is complete: what was recorded then; for
-        one that is not recorded (CREATE_NO_METADATA), what would have been. Does not block. Raises
-        the same as `name`."""
+        """The snapshot's `<domainsnapshot>` XML, once it is complete, as it was recorded, or, with
+        CREATE_NO_METADATA, as it would have been recorded. Does not block. Raises the same as
+        `name`."""
         return take_string(library().instantsnap_job_get_xml(self._open()))
 
     def stats(self) -> Stats:
@@ -135,7 +134,7 @@ class Job:
         or FAILED. Blocks until the next event has happened. Raises nothing if the snapshot fails:
         result() does."""
         while True:
-            done = self.done()  # asked first: once the job has ended, its last event is there
+            done = self.done()  # asked first: once the job has ended, its last event is pending
             event = self.next_event()
             if event is not None:
                 yield event
@@ -205,14 +204,14 @@ class Job:
             try:
                 self.cancel()
                 self.wait()
-                self._tell_left(raised)
+                self._attach_failure(raised)
                 return
             except Error:
                 return  # closed by another thread
             except BaseException:
                 continue
 
-    def _tell_left(self, raised: Optional[BaseException]) -> None:
+    def _attach_failure(self, raised: Optional[BaseException]) -> None:
         """Attaches the error of a failed undo to an exception, once the job has ended."""
         try:
             self.name
@@ -231,7 +230,7 @@ class Job:
                 break
             except asyncio.CancelledError as error:
                 cancelled = error
-        self._tell_left(raised if cancelled is None else cancelled)
+        self._attach_failure(raised if cancelled is None else cancelled)
         if cancelled is not None:
             raise cancelled
 

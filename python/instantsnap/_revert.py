@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Bringing a snapshot back, first step: what the new QEMU must be started with."""
+"""Reverts to a snapshot, first step: prepares the files that the new QEMU must be started with."""
 
 import ctypes
 import dataclasses
@@ -21,14 +21,15 @@ class RevertDisk:
     file: Path
     #: "qcow2"; for UEFI variables and for what `revert` named, the format of the original
     format: str
-    #: the snapshot's image below it, which must never be written; None for those two
+    #: the snapshot's image below it, which must never be written; None for UEFI variables and for
+    #: what `revert` named
     backing_file: Optional[Path]
 
 
 @dataclasses.dataclass(frozen=True)
 class RevertPlan:
-    """What a QEMU that continues a snapshot must be started with, besides `-incoming defer`. The
-    images that the plan names stay until the caller removes them."""
+    """The files that a QEMU must be started with to continue a snapshot, besides `-incoming defer`.
+    The images that the plan names stay until the caller removes them."""
     disks: list[RevertDisk]
     memory_file: Path  #: absolute path of the memory image
     domain_xml: str    #: the `<domain>` XML of the snapshot
@@ -36,7 +37,8 @@ class RevertPlan:
 
 def prepare_revert(state_dir: StrPath, name: str, directory: Optional[StrPath] = None,
                    revert: Optional[OnRevert] = None) -> RevertPlan:
-    """Creates a fresh overlay on each disk image of a snapshot, and says what to start QEMU with.
+    """Creates a fresh overlay on each disk image of a snapshot, and returns the files to start QEMU
+    with.
 
     Then start QEMU with the machine of the original (same machine type, CPU, memory size and
     devices), each disk on the file that the plan names, and `-incoming defer`; then call
@@ -53,11 +55,10 @@ def prepare_revert(state_dir: StrPath, name: str, directory: Optional[StrPath] =
         disks of the plan. Its exceptions are raised here.
 
     Blocks for some 10 ms for each disk; for 30 s if the server of an image below does not answer.
-    Raises
-    NotFound, or Error with nothing left behind: INVALID_DOMAIN_SNAPSHOT (an image is missing; the
-    memory image is incomplete, cut off or damaged), OPERATION_UNSUPPORTED (`revert` is needed),
-    ACCESS_DENIED (other users can write to state_dir), OPERATION_TIMEOUT (a server of an image
-    below does not answer), SYSTEM_ERROR, OPERATION_FAILED.
+    Raises NotFound, or Error with nothing left behind: INVALID_DOMAIN_SNAPSHOT (an image is
+    missing; the memory image is incomplete, truncated or damaged), OPERATION_UNSUPPORTED (`revert`
+    is needed), ACCESS_DENIED (other users can write to state_dir), OPERATION_TIMEOUT (a server of
+    an image below does not answer), SYSTEM_ERROR, OPERATION_FAILED.
     """
     hook = Hook(revert=revert) if revert is not None else None
     plan = library().instantsnap_snapshot_prepare_revert_hooked(

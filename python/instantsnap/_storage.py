@@ -17,15 +17,15 @@ from ._library import StrPath
 class StorageDisk:
     """A disk that is left to a storage hook."""
     name: str    #: its name: `vda`, a qdev id, a drive alias or a node name
-    #: its image or device, usually a path: as QEMU names it; for a domain of libvirt, as its XML
-    #: does
+    #: its image or device, usually a path, with QEMU's name; for a domain of libvirt, with that of
+    #: its XML
     source: str
-    format: str  #: the format of that: "raw", "qcow2"
+    format: str  #: the format of the image: "raw", "qcow2"
 
 
 @dataclasses.dataclass(frozen=True)
 class StorageCall:
-    """What a storage hook is called for."""
+    """The arguments of a storage hook."""
     snapshot: str             #: the snapshot's name
     disks: list[StorageDisk]  #: the disks with snapshot='manual'
     paused_us: int            #: how long the guest was paused so far; 0: it was paused already
@@ -42,8 +42,8 @@ class Hook:
     """A hook for the C library that calls Python functions. It must live as long as the library may
     call it.
 
-    The hook keeps the last exception of one of the functions. To C it returns a number instead, by
-    which reason() recognises the exception.
+    The hook keeps the last exception of one of the functions, and returns a number to C instead.
+    reason() recognises the exception by that number.
     """
 
     def __init__(self, snapshot: Optional[OnStorage] = None, undo: Optional[OnStorage] = None,
@@ -86,10 +86,11 @@ class Hook:
     def _call_revert(self, call: Any, files: Any, opaque: Optional[int]) -> int:
         assert self._revert is not None
         try:
-            told = _call_of(call.contents)
-            named = [_library.encode(file, "the path of a disk") for file in self._revert(told)]
-            if len(named) != len(told.disks):
-                raise ValueError(f"{len(named)} paths for {len(told.disks)} disks")
+            request = _call_of(call.contents)
+            named = [_library.encode(file, "the path of a disk")
+                     for file in self._revert(request)]
+            if len(named) != len(request.disks):
+                raise ValueError(f"{len(named)} paths for {len(request.disks)} disks")
             for index, path in enumerate(named):
                 files[index] = _strdup(path)
             return 0

@@ -14,7 +14,7 @@ class Waiters:
     def __init__(self) -> None:
         self._futures: set["asyncio.Future[None]"] = set()
         self._loop: Optional[asyncio.AbstractEventLoop] = None
-        # A duplicate: the owner may close the original at any time, and its number be reused.
+        # A duplicate: the owner may close the original at any time, and its number may be reused.
         self._fd = -1
 
     async def wait(self, fd: int) -> None:
