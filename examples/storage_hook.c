@@ -76,7 +76,10 @@ static int take(const instantsnap_storage_call *call, void *opaque)
     return 0;
 }
 
-/* Called if the snapshot of the guest fails after take() has succeeded: removes the copies. */
+/*
+ * Called if the snapshot of the guest fails after take() has succeeded, and after the snapshot was
+ * deleted: removes the copies.
+ */
 static void undo(const instantsnap_storage_call *call, void *opaque)
 {
     (void) opaque;
