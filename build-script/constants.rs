@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! The constants of the header, as the sources have them: codes of errors, flags, and our own.
+//! Reads the header's constants from the Rust sources: error codes, flags, and our own.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -16,10 +16,10 @@ use crate::sources::{given_to, parse};
 /// The files that declare them.
 pub const SOURCES: [&str; 3] = ["src/error.rs", "src/model/flags.rs", "src/ffi/abi.rs"];
 
-/// A constant by its name in C, with the value that Rust has.
+/// A constant: its name in C, and its value in Rust.
 type Constant = (String, i64);
 
-/// All of them.
+/// Reads all constants.
 pub fn read() -> Result<Vec<Constant>, String> {
     let [errors, flags, own] = SOURCES.map(Path::new);
     let codes = parse(errors)?.items;
@@ -34,7 +34,7 @@ pub fn read() -> Result<Vec<Constant>, String> {
     Ok(all)
 }
 
-/// `NAME = 1` or `Variant = NAME = 1`, in each line.
+/// Parses lines of `NAME = 1` or `Variant = NAME = 1`.
 fn lines(input: ParseStream) -> syn::Result<Vec<Constant>> {
     let line = |input: ParseStream| {
         input.call(Attribute::parse_outer)?;
@@ -59,7 +59,7 @@ fn values(items: &[Item]) -> BTreeMap<String, i64> {
     items.iter().filter_map(number).collect()
 }
 
-/// `1`, or `1 << 2`.
+/// The value of `1` or `1 << 2`.
 fn value(expression: &Expr) -> Option<i64> {
     match expression {
         Expr::Lit(found) => match &found.lit {
@@ -73,8 +73,8 @@ fn value(expression: &Expr) -> Option<i64> {
     }
 }
 
-/// The flags of all tables. Each is a `rule("NAME", CONSTANT, …)`, and its name in C begins with the
-/// prefix of its table. None if the tables are written in another way.
+/// The flags of all tables. Each is a `rule("NAME", CONSTANT, …)`, and its name in C begins with
+/// the prefix of its table. `None` if the tables are written differently.
 fn of_tables(items: &[Item]) -> Option<Vec<Constant>> {
     let mut numbers = values(items);
     for item in items {

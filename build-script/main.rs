@@ -1,12 +1,11 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! What cargo does not do by itself: the soname, the header as Rust sees it, and proof that header
-//! and Rust agree.
+//! Sets the soname, reads the C header for Rust, and proves that the header and Rust agree.
 //!
-//! `bindings.rs` is the header as bindgen reads it, whose handles `src/ffi` uses. `abi_check.c` is
-//! the Rust side written out for the C compiler, as the sources have it: every constant, every
-//! structure, every field, and the prototype of every function that C calls; then the functions of
-//! libvirt's that the libraries declare. Nothing of that unit is linked.
+//! `bindings.rs` is bindgen's translation of the header; `src/ffi` uses its handles. `abi_check.c`
+//! has the declarations of the Rust sources in C: every constant, structure and field, the
+//! prototype of every function that C calls, and the functions of libvirt's that the libraries
+//! declare. The C compiler compares them with the headers; the result is not linked.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, exit};
@@ -21,13 +20,13 @@ mod sources;
 
 use prototypes::Prototypes;
 
-/// The constants that are the header's, out of all those that libvirt's headers have.
+/// The prefixes of the header's constants, among all those of libvirt's headers.
 const CONSTANTS: [&str; 4] = ["INSTANTSNAP_", "VIR_DOMAIN_SNAPSHOT_", "VIR_ERR_", "VIR_FROM_QEMU"];
 
 fn main() {
     let read = ["build-script", "include", "src/ffi", "src/pointers.rs", prototypes::PRELOADED];
     let all = read.iter().chain(&constants::SOURCES).chain(&prototypes::DECLARING);
-    // A package of this crate has no preload/.
+    // A published package of this crate has no preload/.
     for path in all.filter(|path| Path::new(path).exists()) {
         println!("cargo::rerun-if-changed={path}");
     }
@@ -36,7 +35,7 @@ fn main() {
     println!("cargo::rerun-if-env-changed=LIBCLANG_PATH");
     println!("cargo::rustc-check-cfg=cfg(have_libvirt_headers)");
     println!("cargo::rustc-cdylib-link-arg=-Wl,-soname,libinstantsnap.so.0");
-    // A thread of ours can outlive a dlclose().
+    // A thread of the library can still run after a dlclose().
     println!("cargo::rustc-cdylib-link-arg=-Wl,-z,nodelete");
 
     let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
@@ -49,15 +48,14 @@ fn main() {
     check_abi(&out.join("abi_check.c"), &bindings, libvirt.as_deref());
 }
 
-/// Ends the build with a message that is for the user, not for us. With status 0, because cargo
-/// fails a build for the message alone, and would otherwise print everything this program wrote
-/// beneath it.
+/// Ends the build with a message for the user. The status is 0, because cargo fails a build for the
+/// message alone, and with another status would also print all output of this program.
 fn stop(message: &str) -> ! {
     println!("cargo::error={message}");
     exit(0)
 }
 
-/// The compiler flags for libvirt's headers, where they are installed.
+/// The compiler flags for libvirt's headers, if these are installed.
 fn libvirt_cflags() -> Option<Vec<String>> {
     let program = env::var_os("PKG_CONFIG").unwrap_or_else(|| "pkg-config".into());
     let output = Command::new(program).args(["--cflags", "libvirt"]).output().ok()?;
@@ -65,7 +63,7 @@ fn libvirt_cflags() -> Option<Vec<String>> {
     output.status.success().then(|| flags.split_whitespace().map(String::from).collect())
 }
 
-/// Leaves out what else is in libvirt's enumerations.
+/// Leaves out the other constants of libvirt's enumerations.
 #[derive(Debug)]
 struct OnlyOurs;
 
@@ -94,8 +92,8 @@ fn write_bindings(to: &Path, libvirt: Option<&[String]>) {
         .clang_args(libvirt.unwrap_or_default())
         .allowlist_function("instantsnap_.*|qemuSnapshot.*")
         .allowlist_type("instantsnap_.*")
-        // libvirt's enumerations have names, and are found by them; ours have none: their constants
-        // are variables here.
+        // libvirt's enumerations are found by their names. Ours have no names: bindgen treats their
+        // constants as variables.
         .allowlist_type(
             "virDomainSnapshot(Create|Revert|Delete)Flags|virErrorNumber|virErrorDomain",
         )
@@ -121,8 +119,8 @@ fn write_bindings(to: &Path, libvirt: Option<&[String]>) {
     }
 }
 
-/// bindgen panics where it finds no libclang. Its reason says where it looked; what to do about it
-/// we say.
+/// Ends the build if libclang is missing, with advice. bindgen would panic, and only say where it
+/// has looked.
 fn require_libclang() {
     let hook = panic::take_hook();
     panic::set_hook(Box::new(|_| ()));
@@ -137,12 +135,12 @@ fn require_libclang() {
     }
 }
 
-/// Has the C compiler compare what Rust has with what the headers say.
+/// Makes the C compiler compare the Rust side with the headers.
 fn check_abi(unit: &Path, bindings: &Path, libvirt: Option<&[String]>) {
     let prototypes = Prototypes::read().unwrap_or_else(|why| stop(&why));
     let header = fs::read_to_string(bindings).expect("it was just written");
     if let Some(missing) = prototypes.missing(&header) {
-        stop(&format!("the header has a function that src/ffi has not: {missing}()"));
+        stop(&format!("the header declares a function that src/ffi does not have: {missing}()"));
     }
     let constants = constants::read().unwrap_or_else(|why| stop(&why));
     if let Err(error) = fs::write(unit, unit_for_c(&constants, &prototypes)) {
@@ -154,8 +152,8 @@ fn check_abi(unit: &Path, bindings: &Path, libvirt: Option<&[String]>) {
     }
 }
 
-/// Compiles the assertions: against our header's own numbers, or against libvirt's, which are then
-/// included first.
+/// Compiles the assertions, with our header's own constants, or with libvirt's headers, which are
+/// included first then.
 fn compile(unit: &Path, libvirt: Option<&[String]>) {
     let mut build = cc::Build::new();
     build.file(unit).include("include").std("c11").cargo_metadata(false);
@@ -164,12 +162,12 @@ fn compile(unit: &Path, libvirt: Option<&[String]>) {
         build.define("WITH_LIBVIRT", None).flags(flags);
     }
     if let Err(error) = build.try_compile_intermediates() {
-        let whose = if libvirt.is_some() { "libvirt's headers" } else { "include/instantsnap.h" };
-        stop(&format!("the Rust side and {whose} do not agree, see the errors above: {error}"));
+        let headers = if libvirt.is_some() { "libvirt's headers" } else { "include/instantsnap.h" };
+        stop(&format!("the Rust side and {headers} do not agree, see the errors above: {error}"));
     }
 }
 
-/// The unit for the C compiler.
+/// The file for the C compiler.
 fn unit_for_c(constants: &[(String, i64)], prototypes: &Prototypes) -> String {
     let mut c = String::from(
         "#include <stddef.h>\n\

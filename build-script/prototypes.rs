@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! The Rust side's prototypes in C, for the C compiler to compare with those of the headers: a
-//! second declaration of a function, a type or a variable that differs from the first is an error.
+//! Writes the Rust side's prototypes in C, for the C compiler to compare with those of the headers:
+//! a second declaration of a function, a type or a variable that differs from the first is an
+//! error.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
@@ -16,31 +17,31 @@ use syn::{PathArguments, ReturnType, Stmt, Token, Type, braced, parenthesized};
 
 use crate::sources::{given_to, parse};
 
-/// Where functions are declared that libvirt's headers have.
+/// The files that declare functions of libvirt's headers.
 pub const DECLARING: [&str; 2] = ["src/libvirt/table.rs", "preload/src/libvirt.rs"];
 
-/// Where libinstantsnap-preload.so's functions are, which stand before libvirt's.
+/// The file with libinstantsnap-preload.so's functions, which replace libvirt's.
 pub const PRELOADED: &str = "preload/src/lib.rs";
 
-/// What a type in Rust is made of: names with the types that they stand for.
+/// The type parameters of a Rust type, with the types that they stand for.
 type Names = BTreeMap<String, Type>;
 
-/// A function: its name, what it takes, and what it returns.
+/// A function: its name, its arguments, and its result.
 type Function = (String, Vec<Type>, ReturnType);
 
-/// What the sources declare.
+/// The declarations in the sources.
 #[derive(Default)]
 pub struct Prototypes {
     /// The functions that C calls.
     exported: Vec<Function>,
-    /// Functions of libvirt's: those that the libraries find at run time, and those that
+    /// The functions of libvirt's: those that the libraries find at run time, and those that
     /// libinstantsnap-preload.so exports too.
     of_others: Vec<Function>,
     /// The structures that C and Rust share.
     structures: Vec<ItemStruct>,
     /// The types of callbacks.
     callbacks: Vec<(String, Type)>,
-    /// The types that are a pointer to the ABI: their parameters, and the pointer.
+    /// The types that are pointers in the ABI: their parameters, and the pointer.
     transparent: BTreeMap<String, (Vec<String>, Type)>,
 }
 
@@ -111,10 +112,10 @@ impl Prototypes {
         Ok(())
     }
 
-    /// A function of the header's, as bindgen has written it, that is not exported.
+    /// A function of the header's, in bindgen's output, that is not exported.
     pub fn missing(&self, bindings: &str) -> Option<String> {
         let ours: BTreeSet<_> = self.exported.iter().map(|(name, ..)| name.as_str()).collect();
-        // In one line where there is no rustfmt.
+        // Without rustfmt, the output is one line.
         let declared = bindings
             .split("pub fn ")
             .skip(1)
@@ -125,7 +126,7 @@ impl Prototypes {
         declared.find(|name| !ours.contains(name)).map(str::to_owned)
     }
 
-    /// All as declarations in C.
+    /// All declarations in C.
     pub fn in_c(&self) -> String {
         let mut c = String::new();
         let mut line = |text: String| writeln!(c, "{text}").expect("a string can grow");
@@ -147,8 +148,9 @@ impl Prototypes {
         c
     }
 
-    /// Assertions that a structure has the same fields, of the same types, at the same places, and
-    /// no others. Its twin is laid out by C as Rust lays out a structure that is `repr(C)`.
+    /// Assertions that a structure has the same fields, of the same types, at the same offsets, and
+    /// no others. They compare it with a twin, which C lays out as Rust lays out a `repr(C)`
+    /// structure.
     fn layout(&self, structure: &ItemStruct) -> String {
         let name = &structure.ident;
         let fields = structure.fields.iter().map(|field| {
@@ -162,7 +164,7 @@ impl Prototypes {
             twin += &format!("{}; ", declare(&field));
             checks += &format!(
                 "_Static_assert(offsetof({name}, {field}) == offsetof(struct rust_{name}, {field}), \
-                 \"{name}.{field} is elsewhere in Rust\");\n\
+                 \"{name}.{field} has another offset in Rust\");\n\
                  extern __typeof__((({name} *) 0)->{field}) {variable};\n\
                  extern {};\n",
                 declare(&variable)
@@ -175,7 +177,7 @@ impl Prototypes {
         )
     }
 
-    /// A function that the header declares too, or it cannot be named.
+    /// Declares a function. The assertion fails to compile if the header does not declare it.
     fn prototype(&self, (name, arguments, result): &Function) -> String {
         let declared = self.function(name, arguments, result, &Names::new());
         format!("_Static_assert(sizeof(&{name}) != 0, \"\");\n{declared};")
@@ -198,7 +200,7 @@ impl Prototypes {
         }
     }
 
-    /// The declaration of something of this type in C.
+    /// The declaration of a variable or function of this type in C.
     fn declare(&self, kind: &Type, declarator: &str, is_const: bool, names: &Names) -> String {
         let qualifier = if is_const { "const " } else { "" };
         let pointer = format!("*{qualifier}{declarator}");
@@ -209,7 +211,7 @@ impl Prototypes {
                 matches!(found.mutability, syn::PointerMutability::Const(_)),
                 names,
             ),
-            // Of an object of libvirt's, or a place for a result: const neither.
+            // A reference is to an object of libvirt's, or to a result: neither is const in C.
             Type::Reference(found) => self.declare(&found.elem, &pointer, false, names),
             Type::FnPtr(found) => {
                 let arguments: Vec<_> =
@@ -241,12 +243,12 @@ impl Prototypes {
                     _ => format!("{qualifier}{} {declarator}", base(&name)),
                 }
             }
-            _ => panic!("a type that has no like in C, in a declaration of {declarator}"),
+            _ => panic!("a type that does not exist in C, in a declaration of {declarator}"),
         }
     }
 }
 
-/// A type argument, which can be a parameter of what it is in.
+/// The type argument, or, if it is a parameter of the outer type, the type that this stands for.
 fn substitute(kind: &Type, names: &Names) -> Type {
     match kind {
         Type::Path(found) => {
@@ -257,7 +259,7 @@ fn substitute(kind: &Type, names: &Names) -> Type {
     .clone()
 }
 
-/// The name in C of what is neither a pointer nor a function.
+/// The name in C of a type that is neither a pointer nor a function.
 fn base(name: &str) -> &str {
     match name {
         "c_void" => "void",
@@ -277,7 +279,7 @@ fn base(name: &str) -> &str {
     }
 }
 
-/// Whether C can call it by its name.
+/// Whether C can call the function by its name.
 fn is_c(function: &ItemFn) -> bool {
     function.sig.abi.is_some()
         && function.attrs.iter().any(|attribute| attribute.path().is_ident("unsafe"))
@@ -291,13 +293,13 @@ fn is_transparent(found: &ItemStruct) -> bool {
     found.attrs.iter().any(is)
 }
 
-/// Whether all that a function does is a call of the boundary.
+/// Whether a function's whole body is a call of `boundary`.
 fn begins_with_boundary(function: &ItemFn) -> bool {
     let [Stmt::Expr(Expr::Call(call), _)] = function.block.stmts.as_slice() else { return false };
     matches!(&*call.func, Expr::Path(path) if path.path.is_ident("boundary"))
 }
 
-/// The functions in a `symbols!`, but for the optional ones, which no header has.
+/// The functions in a `symbols!`, except for the optional ones, which no header has.
 fn symbols(input: ParseStream) -> syn::Result<Vec<Function>> {
     input.call(syn::Attribute::parse_outer)?;
     input.parse::<syn::Visibility>()?;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! Reading source files.
+//! Reads source files.
 
 use std::fs;
 use std::path::Path;

@@ -52,7 +52,7 @@ static char *print(const char *format, const struct guest *guest)
     return asprintf(&text, format, guest->directory) < 0 ? NULL : text;
 }
 
-/* Callback: as much of libvirt's <domain> as the library needs. QEMU says where the disk is now. */
+/* Callback: the parts of libvirt's <domain> that the library needs; QEMU reports the image. */
 static char *domain_xml(void *guest)
 {
     return print("<domain type='qemu'><name>guest</name><devices><disk type='file' device='disk'>"

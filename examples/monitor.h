@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * A QEMU and its QMP monitor, for daemon.c. A driver has the like already. One thread at a time
- * uses a monitor.
+ * A QEMU and its QMP monitor, for daemon.c. A driver has such code already. Only one thread at a
+ * time uses a monitor.
  */
 #ifndef MONITOR_H
 #define MONITOR_H
@@ -72,8 +72,10 @@ static int monitor_start(struct monitor *monitor, const char *qemu, const char *
     return monitor_send(monitor, "{\"execute\": \"qmp_capabilities\"}\n", NULL, 0);
 }
 
-/* Reads what QEMU has sent: the awaited reply, and events, which are for the driver of which this
- * monitor is the domain. -1: QEMU has closed it. */
+/*
+ * Reads what QEMU has sent: the awaited reply, and events, which go to the driver's guest with this
+ * monitor. Returns -1 if QEMU has closed the monitor.
+ */
 static int monitor_read(struct monitor *monitor)
 {
     char *line = monitor->received, *end;
@@ -98,7 +100,7 @@ static int monitor_read(struct monitor *monitor)
     return 0;
 }
 
-/* Runs a command, `{"execute": ...}`, and waits for its reply, which is NULL where none came. */
+/* Runs a command, `{"execute": ...}`. Returns its reply, or NULL if none came in time. */
 static char *monitor_run(struct monitor *monitor, const char *command, const int *fds,
                          size_t fd_count, int timeout_ms)
 {

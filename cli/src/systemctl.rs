@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! Running systemctl.
+//! Runs systemctl.
 
 use std::env;
 use std::ffi::OsString;
@@ -13,7 +13,7 @@ use crate::Result;
 const VARIABLE: &str = "INSTANTSNAP_SYSTEMCTL";
 const BUILT_IN: Option<&str> = option_env!("INSTANTSNAP_SYSTEMCTL");
 
-/// Where distributions have it.
+/// The path in distributions.
 const USUAL: [&str; 2] = ["/usr/bin/systemctl", "/bin/systemctl"];
 
 /// Runs systemctl with these arguments.

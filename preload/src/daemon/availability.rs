@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! Whether instant snapshots are on in the daemon that this process is, and what it says of that.
+//! Decides whether instant snapshots are on in this daemon, and reports that.
 
 use std::ffi::CStr;
 use std::sync::Once;
@@ -16,19 +16,19 @@ use instantsnap_core::symbols::Library;
 use super::imports;
 use super::settings::Settings;
 
-/// By this the instantsnap command finds the version in the library's file; the colon ends it
-/// there.
+/// The instantsnap command finds the library's version in its file by this mark. The colon ends the
+/// version.
 const MARK: &str = concat!("instantsnap-preload/", env!("CARGO_PKG_VERSION"), ":");
 
 const DRIVERS: &CStr = c"qemuSnapshotCreateXML";
 
-/// This libvirt has taken an ordinary snapshot where an instant one was asked for.
-static IS_ELSEWHERE: AtomicBool = AtomicBool::new(false);
+/// This libvirt has taken an ordinary snapshot although an instant one was requested.
+static BYPASSED: AtomicBool = AtomicBool::new(false);
 
-/// The daemon that this process is; or why instant snapshots are off in it, which its log says once
-/// too.
+/// The daemon in this process, or why instant snapshots are off in it. The first call also logs the
+/// result.
 pub fn found() -> std::result::Result<&'static Daemon, String> {
-    static SAID: Once = Once::new();
+    static LOGGED: Once = Once::new();
     let look = || {
         let settings = Settings::get();
         let daemon = Daemon::get(settings.any_version)?;
@@ -37,7 +37,7 @@ pub fn found() -> std::result::Result<&'static Daemon, String> {
         Ok((daemon, settings))
     };
     let found = caught(|| Ok(look())).unwrap_or_else(|error| Err(error.message));
-    SAID.call_once(|| match &found {
+    LOGGED.call_once(|| match &found {
         Ok((_, settings)) => {
             log(
                 Priority::Info,
@@ -50,14 +50,14 @@ pub fn found() -> std::result::Result<&'static Daemon, String> {
 }
 
 /// Switches instant snapshots off, because this libvirt has taken an ordinary one.
-pub fn driver_is_elsewhere() {
-    IS_ELSEWHERE.store(true, Ordering::Relaxed);
+pub fn driver_was_bypassed() {
+    BYPASSED.store(true, Ordering::Relaxed);
 }
 
-/// Why the driver's snapshots would not arrive at this library, if so.
+/// Returns why the driver's snapshot calls would not reach this library, if they would not.
 fn check_driver() -> std::result::Result<(), String> {
     let name = DRIVERS.to_string_lossy();
-    if IS_ELSEWHERE.load(Ordering::Relaxed) {
+    if BYPASSED.load(Ordering::Relaxed) {
         return Err(format!("this libvirt takes snapshots without its {name}()"));
     }
     if !imports::is_in_this_object(Library::DEFAULT.find(DRIVERS)) {
@@ -70,7 +70,7 @@ fn check_driver() -> std::result::Result<(), String> {
     Ok(())
 }
 
-/// Tells the client, and the daemon's log.
+/// Reports an error to the client, and to the daemon's log.
 pub fn failed(error: Error) {
     log(Priority::Error, &error.message);
     set_last_error(&error);

@@ -30,7 +30,8 @@ thread_local! {
     static NOTED: Cell<Option<Note>> = const { Cell::new(None) };
 }
 
-/// Whether INSTANT was asked for of this domain by the call that this thread is in; once.
+/// Returns the daemon if this thread's current call requested INSTANT for this domain. `None` on
+/// the second call.
 pub fn take(domain: Option<&virDomain>) -> Option<&'static Daemon> {
     let (_, daemon) = NOTED.get().filter(|(noted, _)| ptr::eq(*noted, address(domain)))?;
     NOTED.set(None);
@@ -80,7 +81,7 @@ fn dispatch(
     if NOTED.take().is_none() || result.is_null() {
         return Ok(result);
     }
-    availability::driver_is_elsewhere();
+    availability::driver_was_bypassed();
     Err(not_instant(result))
 }
 

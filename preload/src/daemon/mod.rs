@@ -175,7 +175,7 @@ fn on_snapshot(
     Ok(if result? { 0 } else { theirs() })
 }
 
-/// The daemon that this process is, for a call that is not a step of another one of ours.
+/// The daemon in this process. `None` if the current call is a step of one of our own.
 fn the_daemon() -> Option<&'static Daemon> {
     if daemon::is_in_a_call() {
         return None;
