@@ -19,7 +19,7 @@
 #include "monitor.h"
 
 static struct guest {
-    struct monitor monitor; /* the first, so that its events are the guest's */
+    struct monitor monitor; /* the first member: its address is the guest's */
     const char *directory;
     instantsnap_guest *handle;
     instantsnap_job *job; /* NULL: no snapshot is being taken */
@@ -69,7 +69,7 @@ static const instantsnap_driver_ops driver = {
     .state_dir = state_dir, .guard_socket = guard_socket,
 };
 
-/* The client asks for a snapshot; 0 when there is no client any more. */
+/* Event loop: starts the snapshot that the client asks for. Returns 0 at the end of the input. */
 static int client_ready(size_t count)
 {
     const unsigned int flags = VIR_DOMAIN_SNAPSHOT_CREATE_LIVE | VIR_DOMAIN_SNAPSHOT_CREATE_INSTANT;
@@ -90,7 +90,7 @@ static int client_ready(size_t count)
     return 1;
 }
 
-/* A job has events, or a guest without a job. */
+/* Event loop: reads a job's events, or the monitor of a guest without a job. */
 static void guest_ready(struct guest *guest)
 {
     instantsnap_event event = {.size = sizeof(event)};
@@ -116,7 +116,7 @@ int main(int argc, char **argv)
 
     ready[0] = (struct pollfd) {.fd = STDIN_FILENO, .events = POLLIN};
     guests = calloc(1 + count, sizeof(*guests));
-    setvbuf(stdin, NULL, _IONBF, 0); /* poll() knows only of what stdin has not read ahead */
+    setvbuf(stdin, NULL, _IONBF, 0); /* poll() does not see input that stdin has read ahead */
     setvbuf(stdout, NULL, _IOLBF, 0);
     for (n = 0; n < count; n++) {
         guests[n].directory = argv[n + 2];

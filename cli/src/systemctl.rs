@@ -13,7 +13,7 @@ use crate::Result;
 const VARIABLE: &str = "INSTANTSNAP_SYSTEMCTL";
 const BUILT_IN: Option<&str> = option_env!("INSTANTSNAP_SYSTEMCTL");
 
-/// The path in distributions.
+/// The paths in distributions.
 const USUAL: [&str; 2] = ["/usr/bin/systemctl", "/bin/systemctl"];
 
 /// Runs systemctl with these arguments.
