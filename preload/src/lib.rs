@@ -98,7 +98,8 @@ pub extern "C" fn virDomainSnapshotDelete(
 
 /// The driver's function; in the daemon, with bit 10 the snapshot is instant.
 ///
-/// # Safety Every object must be valid for the next definition.
+/// # Safety
+/// Every object must be valid for the next definition.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn qemuSnapshotCreateXML(
     domain: *mut virDomain,
@@ -119,7 +120,8 @@ pub unsafe extern "C" fn qemuSnapshotCreateXML(
 
 /// The driver's function, or, in the daemon, instantsnap's if libvirt cannot.
 ///
-/// # Safety Every object must be valid for the next definition.
+/// # Safety
+/// Every object must be valid for the next definition.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn qemuSnapshotRevert(
     vm: *mut virDomainObj,
@@ -138,7 +140,8 @@ pub unsafe extern "C" fn qemuSnapshotRevert(
 
 /// The driver's function, or, in the daemon, instantsnap's if libvirt cannot.
 ///
-/// # Safety Every object must be valid for the next definition.
+/// # Safety
+/// Every object must be valid for the next definition.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn qemuSnapshotDelete(
     vm: *mut virDomainObj,
