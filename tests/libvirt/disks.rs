@@ -814,7 +814,7 @@ fn disks_that_libvirt_would_refuse_in_the_pause_are_refused_in_the_plan() {
         &named,
         INSTANTLY,
         Code::ConfigUnsupported,
-        &["'vda'", "not there any more under this name"],
+        &["'vda'", "does not exist any more under this name"],
     );
     std::fs::copy(&aside, &image).unwrap();
     assert_refused(
