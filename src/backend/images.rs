@@ -216,7 +216,7 @@ pub fn is_of_server(name: &str) -> bool {
 
 /// Resolves the name of a backing file in the image at `image`: relative names are relative to the
 /// image. A name that is no path is returned unchanged.
-pub fn beside(image: &str, name: &str) -> String {
+pub fn resolve(image: &str, name: &str) -> String {
     let path = file_named(name).and_then(|name| Some(Path::new(image).parent()?.join(name)));
     path.and_then(|path| path.to_str().map(str::to_owned)).unwrap_or_else(|| name.to_owned())
 }
@@ -231,7 +231,7 @@ pub fn below(path: &str, format: &str) -> Option<(String, String)> {
     file_named(&name)?;
     // The header names the format in an extension, which is not read here: a backing file is taken
     // for qcow2.
-    Some((beside(path, &name), "qcow2".into()))
+    Some((resolve(path, &name), "qcow2".into()))
 }
 
 /// The name of an overlay's backing file, if that is on a server.
@@ -319,7 +319,7 @@ pub fn server_of(path: &str, format: &str) -> Option<String> {
             return Some(path);
         }
         let header = if format == "qcow2" { Header::at(&path) } else { None };
-        next = header.and_then(|header| header.backing).map(|name| beside(&path, &name));
+        next = header.and_then(|header| header.backing).map(|name| resolve(&path, &name));
     }
     None
 }
@@ -352,7 +352,7 @@ fn query_info(
     let text = |layer: &Value, key: &str| layer[key].as_str().map(str::to_owned);
     let layer = |layer: &Value| {
         let path = text(layer, "filename").unwrap_or_default();
-        let below = text(layer, "backing-filename").map(|name| beside(&path, &name));
+        let below = text(layer, "backing-filename").map(|name| resolve(&path, &name));
         let below = below.map(|below| {
             (below, text(layer, "backing-filename-format").unwrap_or_else(|| "raw".into()))
         });
@@ -479,7 +479,7 @@ mod tests {
             r#"json:{"driver": "qcow2", "file": {"driver": "nbd", "server": {"type": "unix", "path": "/run/nbd"}}}"#,
             r#"json:{"driver":"raw","file.driver":"rbd","file.pool":"p"}"#,
         ] {
-            assert!(is_of_server(name) && beside("/images/overlay", name) == name, "{name}");
+            assert!(is_of_server(name) && resolve("/images/overlay", name) == name, "{name}");
         }
         let local =
             r#"json:{"driver": "qcow2", "file": {"driver": "file", "filename": "/nbd/image"}}"#;
@@ -488,7 +488,7 @@ mod tests {
         {
             assert!(!is_of_server(name), "{name}");
         }
-        assert_eq!(beside("/images/overlay", "file:image"), "/images/image");
-        assert_eq!(beside("/images/overlay", "/image"), "/image");
+        assert_eq!(resolve("/images/overlay", "file:image"), "/images/image");
+        assert_eq!(resolve("/images/overlay", "/image"), "/image");
     }
 }

@@ -90,8 +90,8 @@ fn check_file(
     };
     fail!(
         ConfigUnsupported,
-        "the image '{image}' that the guest has disk '{disk}' on {why}: a snapshot of it could \
-         never be brought back. Leave the disk out (snapshot='no'), or copy it to a new image \
+        "the image '{image}', which disk '{disk}' of the guest is on, {why}: a snapshot of it \
+         could not be reverted to. Leave the disk out (snapshot='no'), or copy it to a new image \
          first (virsh blockcopy, blockdev-mirror)"
     );
 }

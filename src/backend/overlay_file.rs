@@ -277,7 +277,7 @@ fn reuse(disk: &DiskPlan) -> Result<File> {
         return Err(refuse("is in use (a QEMU has it open): name another"));
     }
     // An image that is not a file can have many names.
-    let below = header.backing.as_deref().map(|below| images::beside(overlay, below));
+    let below = header.backing.as_deref().map(|below| images::resolve(overlay, below));
     let is_image = |below: &String| sys::same_file(Path::new(below), Path::new(&drive.file));
     let is_other = |below: &str| {
         Export::named(&drive.file).is_some() && images::id(below) != images::id(&drive.file)

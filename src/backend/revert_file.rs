@@ -29,7 +29,7 @@ pub fn create_in(directory: &Path, image: &Path, snapshot: &str) -> io::Result<N
 }
 
 /// Whether a file has the name of a revert's file.
-pub fn is_called_so(file: &Path) -> bool {
+pub fn has_revert_name(file: &Path) -> bool {
     let name = file.file_name().unwrap_or_default().to_string_lossy();
     let random =
         name.strip_suffix(SUFFIX).and_then(|name| name.rsplit_once('-')).map(|(_, random)| random);
@@ -49,10 +49,10 @@ mod tests {
             [("/images/a.qcow2", "s1"), ("/", ""), (&*"x".repeat(255), "a-b.c"), ("ä", "ß")]
         {
             let file = create_in(directory.path(), Path::new(image), snapshot).unwrap();
-            assert!(is_called_so(file.path()), "{}", file.path().display());
+            assert!(has_revert_name(file.path()), "{}", file.path().display());
         }
         for name in ["a.s1", "a.revert", "a.s1-abcde.revert", "a.s1-abcde_.revert", "a.s1-abcdef"] {
-            assert!(!is_called_so(Path::new(name)), "{name}");
+            assert!(!has_revert_name(Path::new(name)), "{name}");
         }
     }
 }

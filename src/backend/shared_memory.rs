@@ -77,7 +77,7 @@ fn refuse_shared_memory(writer: &str) -> Result<()> {
     fail!(
         ConfigUnsupported,
         "{writer} writes the guest's memory from another process or a device, where QEMU cannot \
-         hold it at the instant: take a plain snapshot (without INSTANT), or remove the device \
+         hold it at the instant: take a non-live snapshot (without INSTANT), or remove the device \
          first"
     )
 }

@@ -22,9 +22,9 @@ pub struct Users {
 
 impl Users {
     /// Reads the domain and the connection's other domains. `volumes`: the known volumes.
-    pub fn look(domain: &ManagedDomain, volumes: &[Volume]) -> Result<Users> {
+    pub fn read(domain: &ManagedDomain, volumes: &[Volume]) -> Result<Users> {
         let refused = |error: CallError| error.into_error("cannot look at the domain");
-        let others = Others::look(&domain.others()?, volumes);
+        let others = Others::read(&domain.others()?, volumes);
         let mut users = Users { others, live: BTreeSet::new(), qemu: None };
         if domain.is_active().map_err(refused)? {
             let disks =
@@ -59,7 +59,7 @@ impl Users {
 struct Others(BTreeMap<Id, String>);
 
 impl Others {
-    fn look(domains: &[OtherDomain], volumes: &[Volume]) -> Others {
+    fn read(domains: &[OtherDomain], volumes: &[Volume]) -> Others {
         let mut others = Others::default();
         for domain in domains {
             for image in images_of(domain, volumes) {

@@ -250,7 +250,7 @@ pub struct Image {
 impl Image {
     /// Checks the file of a complete image, which can be compressed. Returns the guest's machine
     /// type, if the image has it, or why the image cannot be loaded.
-    pub fn look(file: &File) -> std::result::Result<Option<String>, String> {
+    pub fn check(file: &File) -> std::result::Result<Option<String>, String> {
         let mut header = [0; HEADER];
         let read = file.read_exact_at(&mut header, 0);
         if read.is_err() || &header[..COMPLETE.len()] != COMPLETE {

@@ -38,7 +38,7 @@ pub enum Found {
 
 impl RecordedNvram {
     /// Reads the copy, and compares it.
-    pub fn look(&self, memory_file: &str) -> io::Result<Found> {
+    pub fn compare(&self, memory_file: &str) -> io::Result<Found> {
         let path = Path::new(&self.copy);
         let metadata = match path.symlink_metadata() {
             Ok(metadata) => metadata,
@@ -76,21 +76,21 @@ mod tests {
             format: "raw".into(),
             content: Some(content_id(b"variables")),
         };
-        let look = |recorded: &RecordedNvram| recorded.look(&memory).unwrap();
-        assert_eq!(look(&recorded), Found::Missing);
+        let compare = |recorded: &RecordedNvram| recorded.compare(&memory).unwrap();
+        assert_eq!(compare(&recorded), Found::Missing);
         std::fs::write(&copy, "variables").unwrap();
-        assert_eq!(look(&recorded), Found::Whole);
+        assert_eq!(compare(&recorded), Found::Whole);
         std::fs::write(&copy, "variablez").unwrap();
-        assert_eq!(look(&recorded), Found::Another);
-        assert_eq!(look(&RecordedNvram { content: None, ..recorded.clone() }), Found::Whole);
+        assert_eq!(compare(&recorded), Found::Another);
+        assert_eq!(compare(&RecordedNvram { content: None, ..recorded.clone() }), Found::Whole);
         let precious = directory.path().join("precious").display().to_string();
         std::fs::write(&precious, "variables").unwrap();
         assert_eq!(
-            look(&RecordedNvram { copy: precious.clone(), ..recorded.clone() }),
+            compare(&RecordedNvram { copy: precious.clone(), ..recorded.clone() }),
             Found::Another
         );
         std::fs::remove_file(&copy).unwrap();
         std::os::unix::fs::symlink(&precious, &copy).unwrap();
-        assert_eq!(look(&recorded), Found::Another);
+        assert_eq!(compare(&recorded), Found::Another);
     }
 }

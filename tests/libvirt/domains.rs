@@ -504,7 +504,7 @@ fn vhost_user_network_card_is_refused() {
             socket.display()
         ));
     let opened = OpenedDomain::start(&machine, &daemon);
-    let parts = ["vhost-user", "another process", "plain snapshot"];
+    let parts = ["vhost-user", "another process", "non-live snapshot"];
     opened.assert_fails(&opened.xml("s", ""), INSTANTLY, Code::ConfigUnsupported, &parts);
     opened.guest.wait_ticks(3);
     drop(opened);

@@ -1202,7 +1202,7 @@ fn removed_or_replaced_image_is_refused_before_anything_is_created() {
             &opened,
             &only("vd2"),
             Code::ConfigUnsupported,
-            &["'vd2'", gone, "never be brought back"],
+            &["'vd2'", gone, "not be reverted to"],
         );
         // An image that was removed, and one that was replaced, under the running guest; then the
         // same for an image further down a chain.

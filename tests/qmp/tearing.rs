@@ -26,7 +26,7 @@ fn with(machine: Machine, args: &[&str]) -> Machine {
 fn refused(opened: &Opened, parts: &[&str]) {
     let before = opened.trace();
     let result = opened.snapshot("s");
-    for part in parts.iter().chain(&["another process", "plain snapshot", "remove the device"]) {
+    for part in parts.iter().chain(&["another process", "non-live snapshot", "remove the device"]) {
         assert_error(result.clone(), Code::ConfigUnsupported, part);
     }
     assert_untouched(opened, &before);

@@ -29,14 +29,14 @@ static BYPASSED: AtomicBool = AtomicBool::new(false);
 /// result.
 pub fn found() -> std::result::Result<&'static Daemon, String> {
     static LOGGED: Once = Once::new();
-    let look = || {
+    let find = || {
         let settings = Settings::get();
         let daemon = Daemon::get(settings.any_version)?;
         table::table().map_err(|error| error.message)?;
         check_driver()?;
         Ok((daemon, settings))
     };
-    let found = caught(|| Ok(look())).unwrap_or_else(|error| Err(error.message));
+    let found = caught(|| Ok(find())).unwrap_or_else(|error| Err(error.message));
     LOGGED.call_once(|| match &found {
         Ok((_, settings)) => {
             log(

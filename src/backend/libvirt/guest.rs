@@ -244,7 +244,7 @@ impl Guest for LibvirtGuest<'_> {
     }
 
     fn create_overlays(&mut self, disks: &[DiskPlan]) -> Result<()> {
-        self.lease = lease::Lease::look(&self.survey.live, disks);
+        self.lease = lease::Lease::read(&self.survey.live, disks);
         let beforehand = match self.session.connector.transport {
             Transport::Client => Beforehand::Taken,
             // The library writes with the daemon's rights, for a client that may have fewer.

@@ -27,7 +27,7 @@ pub struct Lease {
 
 impl Lease {
     /// Reads the leases of a running domain.
-    pub fn look(domain: &Domain, disks: &[DiskPlan]) -> Lease {
+    pub fn read(domain: &Domain, disks: &[DiskPlan]) -> Lease {
         let images =
             disks.iter().filter_map(|disk| sys::open_file(Path::new(&disk.drive.file)).ok());
         Lease {

@@ -136,8 +136,8 @@ impl<'a> Session<'a> {
 
     fn look_up_id(&mut self, deadline: Deadline) -> Result<Option<u32>> {
         let uuid = self.connector.uuid.clone();
-        let look = move |domain: &Domain| Ok(domain.connect()?.domain(&uuid)?.id());
-        let id = self.caller.call(deadline, Retry::Safe, look);
+        let query = move |domain: &Domain| Ok(domain.connect()?.domain(&uuid)?.id());
+        let id = self.caller.call(deadline, Retry::Safe, query);
         id.map_err(|error| error.into_error("cannot look the domain up"))
     }
 

@@ -49,9 +49,9 @@ pub fn run(snapshot: &ManagedSnapshot, flags: DeleteFlags) -> Result<()> {
         return forget_alone(domain, &tree, target, flags);
     }
     let version = domain.version()?;
-    let users = Users::look(domain, &tree.volumes)?;
+    let users = Users::read(domain, &tree.volumes)?;
     if flags == DeleteFlags::NONE && stock_can(domain, version, &tree, target)? {
-        let touched = target.external().filter_map(stock_touches).flatten().collect();
+        let touched = target.external().filter_map(changed_by_libvirt).flatten().collect();
         check_unused(&users, &target.name, &touched)?;
         let kept: Vec<&SnapshotDef> =
             tree.snapshots.iter().filter(|other| other.name != target.name).collect();
@@ -143,7 +143,7 @@ fn stock_can(
 }
 
 /// The images of a disk that libvirt's own delete changes or removes.
-fn stock_touches((disk, image): (&SnapshotDisk, Option<&Disk>)) -> Option<[Id; 2]> {
+fn changed_by_libvirt((disk, image): (&SnapshotDisk, Option<&Disk>)) -> Option<[Id; 2]> {
     Some([id(disk.overlay.as_deref()?), id(image?.file.as_deref()?)])
 }
 
@@ -169,7 +169,7 @@ struct Delete<'a> {
     version: (u64, u64, u64),
     tree: &'a SnapshotTree,
     /// The snapshots to delete, children first.
-    doomed: Vec<&'a SnapshotDef>,
+    deleted: Vec<&'a SnapshotDef>,
     kept: Vec<&'a SnapshotDef>,
     /// The disks of the running domain; empty if it is shut off.
     live: Vec<Disk>,
@@ -197,10 +197,10 @@ impl<'a> Delete<'a> {
         if flags != DeleteFlags::NONE {
             names.extend(tree.descendants(&target.name));
         }
-        let (mut doomed, kept): (Vec<_>, Vec<_>) =
+        let (mut deleted, kept): (Vec<_>, Vec<_>) =
             tree.snapshots.iter().partition(|snapshot| names.contains(&snapshot.name.as_str()));
-        doomed.reverse();
-        if let Some(internal) = doomed.iter().find(|snapshot| snapshot.is_internal()) {
+        deleted.reverse();
+        if let Some(internal) = deleted.iter().find(|snapshot| snapshot.is_internal()) {
             fail!(
                 OperationUnsupported,
                 "cannot delete snapshot '{}' with the others: it is inside of its images; delete \
@@ -222,7 +222,7 @@ impl<'a> Delete<'a> {
         let (live, on) = if domain.is_active().map_err(refused)? { read(0)? } else { none() };
         let (config, later) =
             if domain.is_persistent().map_err(refused)? { read(xml::INACTIVE)? } else { none() };
-        Ok(Delete { domain, version, tree, doomed, kept, live, config, tops: [on, later] })
+        Ok(Delete { domain, version, tree, deleted, kept, live, config, tops: [on, later] })
     }
 
     fn run(&self, users: &Users) -> Result<()> {
@@ -288,7 +288,7 @@ impl<'a> Delete<'a> {
         let memory = self.memory_files();
         Ok(Situation {
             graph: self.graph()?,
-            doomed: self.doomed.iter().copied().map(known).collect(),
+            deleted: self.deleted.iter().copied().map(known).collect(),
             kept: self.kept.iter().copied().map(known).collect(),
             live,
             config,
@@ -310,7 +310,7 @@ impl<'a> Delete<'a> {
     fn check_is_on(
         &self,
         situation: &Situation,
-        doomed: &SnapshotDef,
+        deleted: &SnapshotDef,
         (disk, overlay): (&str, &str),
         image: &str,
     ) -> Result<()> {
@@ -323,7 +323,7 @@ impl<'a> Delete<'a> {
                 "cannot delete snapshot '{}': the overlay '{overlay}' of disk '{disk}' does not \
                  call the image below it '{image}', as the snapshot does, but {}: nothing was \
                  changed",
-                doomed.name,
+                deleted.name,
                 images::server_of(overlay, "qcow2")
                     .map_or("differently".into(), |name| format!("'{name}'"))
             );
@@ -337,8 +337,8 @@ impl<'a> Delete<'a> {
             situation.live.iter().chain(&situation.config).map(|(_, top)| top).collect();
         let pinned = situation.kept.iter().flat_map(|kept| &kept.images);
         let used = situation.graph.with_all_below(tops.iter().copied().chain(pinned));
-        for doomed in &self.doomed {
-            for (disk, image) in doomed.external() {
+        for deleted in &self.deleted {
+            for (disk, image) in deleted.external() {
                 let Some(overlay) =
                     disk.overlay.as_deref().filter(|overlay| used.contains(&id(overlay)))
                 else {
@@ -346,7 +346,7 @@ impl<'a> Delete<'a> {
                 };
                 let Some(image) = image else { continue };
                 if let Some(file) = image.file.as_deref() {
-                    self.check_is_on(situation, doomed, (&disk.target, overlay), file)?;
+                    self.check_is_on(situation, deleted, (&disk.target, overlay), file)?;
                     continue;
                 }
                 let advice = match tops.contains(&&id(overlay)) {
@@ -362,7 +362,7 @@ impl<'a> Delete<'a> {
                     "cannot delete snapshot '{}': the image of disk '{}' is on storage of type \
                      '{}', and the overlay '{overlay}' cannot be merged into it: {advice}; \
                      nothing was changed",
-                    doomed.name,
+                    deleted.name,
                     disk.target,
                     image.kind
                 );
@@ -474,12 +474,12 @@ impl<'a> Delete<'a> {
 
     /// The snapshot's name, for messages.
     fn name(&self) -> &str {
-        self.doomed.last().map_or("", |doomed| &doomed.name)
+        self.deleted.last().map_or("", |deleted| &deleted.name)
     }
 
     /// The kept snapshots whose parents are deleted.
     fn kept_children(&self) -> impl Iterator<Item = &SnapshotDef> {
-        let goes = |name: &String| self.doomed.iter().any(|doomed| doomed.name == *name);
+        let goes = |name: &String| self.deleted.iter().any(|deleted| deleted.name == *name);
         self.kept.iter().copied().filter(move |kept| kept.parent.as_ref().is_some_and(goes))
     }
 
@@ -526,7 +526,7 @@ impl<'a> Delete<'a> {
                 .collect()
         };
         // A definition can name any file.
-        let mut files = &files(&self.doomed) - &files(&self.kept);
+        let mut files = &files(&self.deleted) - &files(&self.kept);
         files.retain(|file| !is_another(file));
         files
     }
@@ -700,12 +700,12 @@ impl<'a> Delete<'a> {
 
     /// Removes the deleted snapshots from libvirt's snapshot list.
     fn forget(&self) -> Result<()> {
-        for doomed in &self.doomed {
-            let step = format!("cannot delete the record of snapshot '{}'", doomed.name);
-            if self.kept_children().any(|kept| kept.parent.as_ref() == Some(&doomed.name)) {
-                self.redefine(doomed, &doomed.without_overlays())?;
+        for deleted in &self.deleted {
+            let step = format!("cannot delete the record of snapshot '{}'", deleted.name);
+            if self.kept_children().any(|kept| kept.parent.as_ref() == Some(&deleted.name)) {
+                self.redefine(deleted, &deleted.without_overlays())?;
             }
-            self.domain.forget(&doomed.name, DeleteFlags::METADATA_ONLY.bits()).map_err(
+            self.domain.forget(&deleted.name, DeleteFlags::METADATA_ONLY.bits()).map_err(
                 |error| {
                     error.into_error(&step).and(
                     "its memory image is renamed to '….deleting' or still there: delete it again",

@@ -51,7 +51,7 @@ pub struct Snapshot {
 pub struct Situation {
     pub graph: Graph,
     /// The snapshots to delete.
-    pub doomed: Vec<Snapshot>,
+    pub deleted: Vec<Snapshot>,
     /// The snapshots to keep.
     pub kept: Vec<Snapshot>,
     /// The images that the running domain is on, by target; empty if it is shut off.
@@ -102,7 +102,7 @@ impl Situation {
             self.kept.iter().flat_map(|kept| kept.images.iter().cloned()).collect();
         let anchored = graph.with_all_below(in_use.iter().chain(&pinned));
         let images: BTreeSet<Id> =
-            self.doomed.iter().flat_map(Snapshot::frozen).chain(&self.former).cloned().collect();
+            self.deleted.iter().flat_map(Snapshot::frozen).chain(&self.former).cloned().collect();
         // An image that a snapshot froze does not have a disk's newest data, even if an earlier
         // snapshot names it as its overlay.
         let frozen = graph.with_all_below(&images);
@@ -112,7 +112,7 @@ impl Situation {
         let strays = self.kept.iter().flat_map(|kept| &kept.overlays).map(|(_, overlay)| overlay);
         let needed = &anchored | &graph.with_all_below(strays.filter(|overlay| is_stray(overlay)));
 
-        for (target, overlay) in self.doomed.iter().flat_map(|doomed| &doomed.overlays) {
+        for (target, overlay) in self.deleted.iter().flat_map(|deleted| &deleted.overlays) {
             if is_stray(overlay)
                 && !needed.contains(overlay)
                 && !self.was_merged(overlay, &images, |image| {
@@ -123,9 +123,9 @@ impl Situation {
             }
         }
         let overlays = self
-            .doomed
+            .deleted
             .iter()
-            .flat_map(|doomed| doomed.overlays.iter().map(|(_, overlay)| overlay.clone()));
+            .flat_map(|deleted| deleted.overlays.iter().map(|(_, overlay)| overlay.clone()));
         let written = frozen.iter().cloned().chain(overlays);
         let removed: BTreeSet<Id> =
             written.filter(|image| !needed.contains(image) && self.is_overlay(image)).collect();
@@ -185,14 +185,14 @@ impl Situation {
         let Some(backing) = self.graph.get(image).and_then(|image| image.backing.as_ref()) else {
             return false;
         };
-        revert_file::is_called_so(image) || self.is_frozen(backing)
+        revert_file::has_revert_name(image) || self.is_frozen(backing)
     }
 
     /// Whether a snapshot froze this image.
     fn is_frozen(&self, image: &Id) -> bool {
         self.former.contains(image)
             || self
-                .doomed
+                .deleted
                 .iter()
                 .chain(&self.kept)
                 .flat_map(Snapshot::frozen)
@@ -218,7 +218,7 @@ impl Situation {
     /// Refuses to remove images of a disk that the domain does not have. That includes an image
     /// that a snapshot froze: another client may have made it the disk's newest image since.
     fn check_attached(&self, removed: &BTreeSet<Id>) -> Result<(), Obstacle> {
-        for switched in self.doomed.iter().flat_map(|doomed| &doomed.switched) {
+        for switched in self.deleted.iter().flat_map(|deleted| &deleted.switched) {
             let Some(image) = switched.image.as_ref().filter(|image| removed.contains(*image))
             else {
                 continue;
@@ -400,7 +400,7 @@ mod tests {
             std::iter::successors(Some(top.clone()), |id| self.files[id].backing.clone()).collect()
         }
 
-        fn situation(&self, doomed: &[usize]) -> Situation {
+        fn situation(&self, deleted: &[usize]) -> Situation {
             let snapshot = |taken: &Taken| Snapshot {
                 switched: taken
                     .disks
@@ -433,14 +433,16 @@ mod tests {
                     graph.insert(&layer, self.files[&layer].backing.as_ref());
                 }
             }
-            let part = |doom: bool| {
-                let taken =
-                    self.taken.iter().filter(move |taken| doomed.contains(&taken.name) == doom);
+            let part = |is_deleted: bool| {
+                let taken = self
+                    .taken
+                    .iter()
+                    .filter(move |taken| deleted.contains(&taken.name) == is_deleted);
                 taken.map(snapshot).collect()
             };
             Situation {
                 graph,
-                doomed: part(true),
+                deleted: part(true),
                 kept: part(false),
                 live: self.attached.clone(),
                 config: self.attached.clone(),
@@ -460,8 +462,8 @@ mod tests {
         }
 
         /// Deletes as [`crate::engine::delete::managed`] does. Returns false if the plan refuses.
-        fn delete(&mut self, doomed: &[usize]) -> bool {
-            let situation = self.situation(doomed);
+        fn delete(&mut self, deleted: &[usize]) -> bool {
+            let situation = self.situation(deleted);
             let plan = match situation.plan() {
                 Ok(plan) => plan,
                 Err(obstacle) => {
@@ -484,7 +486,7 @@ mod tests {
                     }
                 };
                 self.attached.iter_mut().for_each(|(_, top)| moved(top));
-                let kept = self.taken.iter_mut().filter(|taken| !doomed.contains(&taken.name));
+                let kept = self.taken.iter_mut().filter(|taken| !deleted.contains(&taken.name));
                 kept.flat_map(|taken| &mut taken.disks).for_each(|(_, image, overlay)| {
                     moved(image);
                     moved(overlay);
@@ -493,7 +495,7 @@ mod tests {
             }
             self.files.retain(|id, _| !plan.removed.contains(id));
             self.former = plan.former;
-            for name in doomed {
+            for name in deleted {
                 let parent = self.taken.iter().find(|taken| taken.name == *name).unwrap().parent;
                 let orphaned = self.taken.iter_mut().filter(|taken| taken.parent == Some(*name));
                 orphaned.for_each(|taken| taken.parent = parent);
@@ -554,7 +556,7 @@ mod tests {
                     }
                     7..=9 if !domain.taken.is_empty() => {
                         let name = domain.taken[random.below(domain.taken.len())].name;
-                        let mut doomed = match random.below(4) {
+                        let mut deleted = match random.below(4) {
                             0 => vec![name],
                             1 => domain.descendants(name),
                             // Only the descendants.
@@ -566,8 +568,8 @@ mod tests {
                                 .filter(|_| random.below(2) == 0)
                                 .collect(),
                         };
-                        doomed.reverse();
-                        domain.delete(&doomed);
+                        deleted.reverse();
+                        domain.delete(&deleted);
                     }
                     _ => {}
                 }

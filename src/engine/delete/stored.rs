@@ -169,7 +169,7 @@ impl<'a> Delete<'a> {
             }
         }
         for nvram in &self.record.nvram {
-            let found = nvram.look(&self.record.memory_file).map_err(|error| {
+            let found = nvram.compare(&self.record.memory_file).map_err(|error| {
                 Error::system(
                     format!("cannot look at the copy of UEFI variables '{}'", nvram.copy),
                     error,

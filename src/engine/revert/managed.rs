@@ -50,7 +50,7 @@ pub fn run(snapshot: &ManagedSnapshot, flags: RevertFlags) -> Result<()> {
     let tree = SnapshotTree::read(domain)?;
     let target = tree.get(&snapshot.name)?;
     let version = domain.version()?;
-    let users = Users::look(domain, &tree.volumes)?;
+    let users = Users::read(domain, &tree.volumes)?;
     let revert = Revert { domain, version, tree: &tree, target, flags, users: &users };
     let state = revert.read_state()?;
     // These checks are made before libvirt's own revert too, which ends the domain first, and
@@ -74,7 +74,7 @@ pub fn is_libvirts(snapshot: &ManagedSnapshot) -> Result<bool> {
     }
     let tree = SnapshotTree::read(domain)?;
     let disks = disks_of(domain).map_err(|error| error.into_error("cannot look at the domain"))?;
-    let users = Users::look(domain, &tree.volumes)?;
+    let users = Users::read(domain, &tree.volumes)?;
     Ok(stock_can(&tree, tree.get(&snapshot.name)?, &disks, &users))
 }
 
@@ -368,7 +368,7 @@ impl Revert<'_> {
         };
         match sys::open_file(Path::new(memory)) {
             Ok(file) => {
-                let noted = Image::look(&file).map_err(|what| unusable(&what))?;
+                let noted = Image::check(&file).map_err(|what| unusable(&what))?;
                 let wanted = self.target.machine();
                 if let (Some(noted), Some(wanted)) = (noted, wanted)
                     && is_other_machine(wanted, &noted)

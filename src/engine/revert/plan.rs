@@ -62,7 +62,7 @@ impl Situation {
     /// Whether a snapshot or a revert made the image.
     fn is_ours(&self, left: &Left) -> bool {
         self.overlays.contains(&left.image)
-            || revert_file::is_called_so(&left.image)
+            || revert_file::has_revert_name(&left.image)
             || left.below.as_ref().is_some_and(|below| self.frozen.contains(below))
     }
 

@@ -188,7 +188,7 @@ fn check_image(image: &str, directory: Option<&Path>) -> Result<()> {
 /// Refuses a copy of the UEFI variables that is not the snapshot's: the memory would not fit to it,
 /// and an edited record can name a file of another guest.
 fn check_copy(nvram: &RecordedNvram, record: &Record) -> Result<()> {
-    let found = nvram.look(&record.memory_file).map_err(|error| {
+    let found = nvram.compare(&record.memory_file).map_err(|error| {
         Error::system(format!("cannot read the UEFI variables '{}'", nvram.copy), error)
     })?;
     if found != Found::Whole {
