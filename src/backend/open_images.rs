@@ -137,7 +137,7 @@ mod tests {
         check(None, elsewhere).unwrap();
         // No process has this number.
         check(Some(u32::MAX), elsewhere).unwrap();
-        // As QEMU sees it.
+        // The same for an image that QEMU itself would see.
         gone(check(Some(std::process::id()), elsewhere));
         std::fs::write(image, "").unwrap();
         check(None, image).unwrap();

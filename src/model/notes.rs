@@ -89,7 +89,7 @@ impl Notes {
             elements == notes.len() && (elements > 0 || !metadata.has_children())
         });
         match metadata {
-            // Nothing else is in it.
+            // `<metadata>` has no other child.
             Some(metadata) => text.replace_range(metadata.range(), ""),
             None => notes.iter().rev().for_each(|notes| text.replace_range(notes.range(), "")),
         }
@@ -183,7 +183,7 @@ mod tests {
             let renewed = fewer.put_into(&former, "domain").unwrap();
             assert_eq!(renewed, fewer.put_into(plain, "domain").unwrap());
 
-            // Those of this version beside those of a former one.
+            // A record with notes of this version and of an earlier one.
             let both = renewed.replace("</metadata>", &{
                 format!("<o:notes xmlns:o='{FORMER_NAMESPACE}'/><!-- --></metadata>")
             });

@@ -67,9 +67,10 @@ impl CallError {
 /// Whether a call is made again after the connection was lost.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Retry {
-    /// Made again, through a new connection: it has the same effect if it is carried out twice.
+    /// The call is made again, through a new connection: it has the same effect if it is carried
+    /// out twice.
     Safe,
-    /// Not made again: it may have been carried out.
+    /// The call is not made again: it may have been carried out.
     Never,
 }
 

@@ -119,7 +119,8 @@ impl ManagedDomain {
         })
     }
 
-    /// The definition of one of its snapshots, with passwords; `None` where it is gone.
+    /// The definition of one of its snapshots, with passwords; `None` if the snapshot does not
+    /// exist any more.
     pub fn snapshot(&self, name: &str) -> Answer<Option<String>> {
         let name = name.to_owned();
         self.ask(move |domain| {
