@@ -4,13 +4,17 @@
 
 use std::path::{Path, PathBuf};
 
+use common::backend::by_client_only;
 use common::tree::{Maker, Tree};
 use common::virt::OpenedDomain;
 use common::{OtherQemu, machine, virt};
+use instantsnap::engine::{delete_managed, revert_managed};
 use instantsnap::error::Code;
 use instantsnap::model::flags::delete::{CHILDREN, CHILDREN_ONLY, METADATA_ONLY};
+use instantsnap::model::flags::{DeleteFlags, RevertFlags};
 use instantsnap_testkit::machine::make_image;
 use instantsnap_testkit::{Binary, Daemon, Format, only_when_thorough, test};
+use rustix::process::{Pid, Signal, kill_process};
 
 /// A domain with snapshots a, b and c in a chain, which was then reverted to b and snapshotted as
 /// d.
@@ -473,4 +477,27 @@ fn delete_of_the_last_snapshot_leaves_no_overlay() {
         tree.opened.guest.start_domain();
         tree.opened.guest.wait_ticks(3);
     }
+}
+
+#[test]
+fn delete_and_revert_end_when_the_daemon_hangs() {
+    by_client_only();
+    let daemon = virt::session();
+    let opened = OpenedDomain::start(&machine(&Binary::any()[0], 1), &daemon);
+    opened.snapshot("s").unwrap();
+    let before = opened.trace();
+    let snapshot = opened.find("s").unwrap();
+    let process = Pid::from_raw(daemon.pid() as i32).unwrap();
+    kill_process(process, Signal::STOP).unwrap();
+    std::thread::scope(|scope| {
+        let delete = scope.spawn(|| delete_managed(&snapshot, DeleteFlags::parse(0).unwrap()));
+        let revert = scope.spawn(|| revert_managed(&snapshot, RevertFlags::parse(0).unwrap()));
+        for call in [delete, revert] {
+            let error = call.join().unwrap().unwrap_err();
+            assert_eq!(error.code, Code::OperationTimeout, "{error}");
+        }
+    });
+    kill_process(process, Signal::CONT).unwrap();
+    opened.assert_untouched(&before);
+    opened.delete("s", 0).unwrap();
 }

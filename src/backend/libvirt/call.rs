@@ -90,7 +90,7 @@ fn look_up(address: Address, deadline: Deadline) -> std::result::Result<Domain, 
         // The daemon may have just started, and not have loaded its domains yet.
         connect.and_then(|connect| connect.domain(&address.uuid)).map_err(|error| error.message)
     };
-    sys::spawn_quiet("instantsbackoff-virt", move || {
+    sys::spawn_quiet("instantsnap-virt", move || {
         let _ = answer.send(open());
     })
     .map_err(|error| error.message)?;
@@ -113,6 +113,8 @@ pub struct Caller {
     domain: Domain,
     /// Used to connect anew; `None` in the daemon's own process.
     address: Option<Address>,
+    /// Dropping it waits for the calls that were given up.
+    waits: bool,
     worker: Option<Sender<Task>>,
     /// The calls that were given up.
     pending: Vec<Receiver<()>>,
@@ -124,7 +126,7 @@ impl Drop for Caller {
         // In a daemon, its API call must not return while threads of ours are still in the driver.
         // Otherwise there would be more of them than the job limit allows, and when the daemon
         // ends, they would use domains that were freed.
-        if self.address.is_none() {
+        if self.waits {
             self.join();
         }
     }
@@ -133,24 +135,26 @@ impl Drop for Caller {
 impl Caller {
     /// A caller of a domain.
     pub fn new(domain: Domain, uri: String, uuid: String) -> Caller {
-        Caller {
-            domain,
-            address: Some(Address { uri, uuid }),
-            worker: None,
-            pending: Vec::new(),
-            refused: false,
-        }
+        Caller::with(domain, Some(Address { uri, uuid }), false)
     }
 
     /// A caller of a domain whose daemon is this process.
     pub fn inside(domain: Domain) -> Caller {
-        Caller { domain, address: None, worker: None, pending: Vec::new(), refused: false }
+        Caller::with(domain, None, true)
+    }
+
+    /// A caller that does not connect anew: for a connection that is not known yet.
+    pub fn without_address(domain: Domain) -> Caller {
+        Caller::with(domain, None, false)
     }
 
     /// Another caller of the same domain, with the current connection.
     pub fn another(&self) -> Caller {
-        let (domain, address) = (self.domain.clone(), self.address.clone());
-        Caller { domain, address, worker: None, pending: Vec::new(), refused: false }
+        Caller::with(self.domain.clone(), self.address.clone(), self.waits)
+    }
+
+    fn with(domain: Domain, address: Option<Address>, waits: bool) -> Caller {
+        Caller { domain, address, waits, worker: None, pending: Vec::new(), refused: false }
     }
 
     /// Makes a call.
@@ -258,7 +262,7 @@ impl Caller {
         };
         let (worker, tasks) = mpsc::channel::<Task>();
         // The thread ends when the sender is dropped.
-        sys::spawn_quiet("instantsbackoff-virt", move || {
+        sys::spawn_quiet("instantsnap-virt", move || {
             let _step = step();
             // In a daemon, a client's call runs in a thread with the client's identity. Our thread
             // has none, and gets that of the daemon.

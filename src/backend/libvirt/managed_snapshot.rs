@@ -7,7 +7,7 @@ use super::managed_domain::{Answer, ManagedDomain};
 use super::opened::{LibvirtConnector, check_connection};
 use super::snapshot_def::SnapshotDef;
 use crate::backend::exclusive::{Exclusive, Holder};
-use crate::error::Result;
+use crate::error::{Code, Result};
 use crate::libvirt::{Domain, Snapshot, xml};
 
 /// A snapshot with memory in a file and disks on overlays, whose files can be accessed from here.
@@ -28,12 +28,11 @@ impl ManagedSnapshot {
         let own_domain = snapshot
             .domain()
             .map_err(|error| error.into_error("cannot find the domain of the snapshot"))?;
-        let connect = own_domain
-            .connect()
-            .map_err(|error| error.into_error("cannot find the connection of the snapshot"))?;
-        // Files on another machine cannot be accessed.
-        if check_connection(&connect).is_err() {
-            return Ok(None);
+        match check_connection(&own_domain) {
+            Ok(()) => {}
+            Err(error) if error.code == Code::OperationTimeout => return Err(error),
+            // Files on another machine cannot be accessed.
+            Err(_) => return Ok(None),
         }
         let connector = LibvirtConnector::open(own_domain.clone())?;
         let domain = ManagedDomain::new(&connector);

@@ -9,7 +9,7 @@ use crate::backend::guest::DEFAULT_TIMEOUT;
 use crate::deadline::Deadline;
 use crate::error::{Code, Error, Result, fail};
 use crate::libvirt::daemon::Daemon;
-use crate::libvirt::{self, Connect, Domain, Snapshot, VirResult};
+use crate::libvirt::{self, Domain, Snapshot, VirResult};
 use crate::model::{self, Request, manual};
 
 /// How the daemon is reached.
@@ -46,7 +46,7 @@ impl LibvirtConnector {
     fn new(domain: Domain, transport: impl FnOnce(&str) -> Transport) -> Result<LibvirtConnector> {
         let step = "cannot open the domain";
         let connect = domain.connect().map_err(|error| error.into_error(step))?;
-        check_connection(&connect)?;
+        check_connection(&domain)?;
         let text =
             |result: libvirt::VirResult<String>| result.map_err(|error| error.into_error(step));
         let (uri, name, uuid) = (text(connect.uri())?, text(domain.name())?, text(domain.uuid())?);
@@ -120,10 +120,19 @@ impl LibvirtConnector {
 
 /// Refuses a connection to another machine: memory and disks are files of the daemon's machine, and
 /// descriptors are passed to it.
-pub fn check_connection(connect: &Connect) -> Result<()> {
+pub fn check_connection(domain: &Domain) -> Result<()> {
     let step = "cannot look at the connection to libvirt";
-    let driver = connect.driver().map_err(|error| error.into_error(step))?;
-    let uri = connect.uri().map_err(|error| error.into_error(step))?;
+    let look = |domain: &Domain| {
+        let connect = domain.connect()?;
+        Ok((connect.driver()?, connect.uri()?))
+    };
+    // The driver's name is the daemon's answer.
+    let found = Caller::without_address(domain.clone()).call(
+        Deadline::after(DEFAULT_TIMEOUT),
+        Retry::Never,
+        look,
+    );
+    let (driver, uri) = found.map_err(|error| error.into_error(step))?;
     if driver != "QEMU" {
         fail!(
             OperationUnsupported,
