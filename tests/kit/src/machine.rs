@@ -97,7 +97,7 @@ pub struct Machine {
 /// How long a guest rests between its rounds, each of which takes a tenth of a millisecond. Nearly
 /// all snapshots of it fall into a rest, so a test that must not rely on that uses a restless
 /// machine.
-const REST_US: u32 = 2500;
+const REST_US: u32 = 7500;
 
 impl Machine {
     /// A `pc` with 64 MiB and no disks, under TCG, which boots the tick guest.
