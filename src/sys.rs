@@ -93,8 +93,8 @@ pub fn wait_until_forked() {
 }
 
 /// A process that was forked from this one: in a session of its own, with every signal blocked. Its
-/// end raises no SIGCHLD, and an ordinary `wait` of the caller's does not see it. Dropping it waits
-/// for its end.
+/// end raises no SIGCHLD, and an ordinary `wait` of the caller does not return it. Dropping it
+/// waits for its end.
 #[derive(Debug)]
 pub struct Child {
     pid: libc::pid_t,
@@ -132,9 +132,9 @@ impl Child {
         Child::adopt(pid)
     }
 
-    /// Starts a program in such a process, by vfork and on a stack of its own: nothing of this
-    /// process's memory is copied, and nothing depends on how large this thread's stack is. The
-    /// descriptors become its 0, 1 and so on; it has no others, and every signal blocked.
+    /// Starts a program in such a process, by vfork on a separate stack. So no memory of this
+    /// process is copied, and this thread's stack may be small. These descriptors become the
+    /// program's 0, 1 and so on. The program has no others, and has every signal blocked.
     pub fn start<const N: usize>(command: &CommandLine, fds: [c_int; N]) -> io::Result<Child> {
         /// More than a few system calls need.
         const STACK: usize = 64 << 10;
@@ -162,7 +162,7 @@ impl Child {
         }
     }
 
-    /// A child that nobody has waited for.
+    /// Makes a `Child` of a new process that was not waited for yet.
     fn adopt(pid: libc::pid_t) -> io::Result<Child> {
         // SAFETY: the descriptor is new, close-on-exec, and not used elsewhere.
         match unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) } {
@@ -187,12 +187,12 @@ impl Child {
         self.pid.unsigned_abs()
     }
 
-    /// Becomes readable when it has ended.
+    /// A descriptor that becomes readable when the process has ended.
     pub fn ended(&self) -> BorrowedFd<'_> {
         self.ended.as_fd()
     }
 
-    /// Whether it has ended.
+    /// Whether the process has ended.
     pub fn has_ended(&self) -> bool {
         wait_ready([Some(&self.ended), None], 0)
     }
@@ -218,20 +218,20 @@ impl Drop for Child {
     }
 }
 
-/// What a child executes that shares its parent's memory.
+/// The program that a child executes. Until then the child shares its parent's memory.
 struct Execution<const N: usize> {
     path: *const c_char,
     arguments: *const *const c_char,
     environment: *const *const c_char,
     fds: [c_int; N],
-    /// Why it cannot.
+    /// The error if the child cannot execute it; otherwise 0.
     errno: c_int,
 }
 
 extern "C" fn execute<const N: usize>(execution: *mut c_void) -> c_int {
-    // SAFETY: `Child::start` passes one, and waits. The handlers are the child's own to change, for
-    // it shares no more than memory. The pointers are to NUL-terminated strings, and arrays that
-    // end with a NULL.
+    // SAFETY: `Child::start` passes an `Execution`, and waits. The child shares only memory with
+    // its parent, so the signal handlers that it changes are its own. The pointers are to
+    // NUL-terminated strings, and arrays that end with a NULL.
     unsafe {
         let execution = &mut *execution.cast::<Execution<N>>();
         (1..=SIGNALS).for_each(default_action);
@@ -264,7 +264,7 @@ pub struct SharedNumbers<const N: usize> {
     memory: OwnedFd,
 }
 
-// SAFETY: it is a reference to atomic numbers, in memory that is its own to unmap.
+// SAFETY: it is a reference to atomic numbers, in memory that only this unmaps.
 unsafe impl<const N: usize> Send for SharedNumbers<N> {}
 // SAFETY: as above.
 unsafe impl<const N: usize> Sync for SharedNumbers<N> {}
@@ -272,19 +272,19 @@ unsafe impl<const N: usize> Sync for SharedNumbers<N> {}
 impl<const N: usize> SharedNumbers<N> {
     const SIZE: usize = size_of::<[AtomicU64; N]>();
 
-    /// Makes them.
+    /// Makes new numbers.
     pub fn new() -> io::Result<SharedNumbers<N>> {
         let memory = memfd_create(c"instantsnap", MemfdFlags::CLOEXEC)?;
         rustix::fs::ftruncate(&memory, SharedNumbers::<N>::SIZE as u64)?;
         SharedNumbers::open(memory)
     }
 
-    /// Those that another process has made.
+    /// Opens the numbers that another process has made.
     pub fn open(memory: OwnedFd) -> io::Result<SharedNumbers<N>> {
         if rustix::fs::fstat(&memory)?.st_size < SharedNumbers::<N>::SIZE as i64 {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
-        // SAFETY: a new mapping, at an address that the kernel chooses; the file is as long.
+        // SAFETY: a new mapping, at an address that the kernel chooses. The file is long enough.
         let mapped = unsafe {
             libc::mmap(
                 std::ptr::null_mut(),
@@ -307,8 +307,8 @@ impl<const N: usize> Deref for SharedNumbers<N> {
     type Target = [AtomicU64; N];
 
     fn deref(&self) -> &[AtomicU64; N] {
-        // SAFETY: mapped until this is dropped, aligned to a page, and any bytes are such numbers,
-        // which other processes change atomically too.
+        // SAFETY: the memory is mapped until this is dropped, and aligned to a page. Any bytes are
+        // valid numbers, and other processes change them atomically too.
         unsafe { self.numbers.as_ref() }
     }
 }
@@ -321,7 +321,7 @@ impl<const N: usize> AsFd for SharedNumbers<N> {
 
 impl<const N: usize> Drop for SharedNumbers<N> {
     fn drop(&mut self) {
-        // SAFETY: mapped so by `open`, and nobody has a reference any more.
+        // SAFETY: `open` has mapped this memory with this size, and no reference to it is left.
         unsafe { libc::munmap(self.numbers.as_ptr().cast(), SharedNumbers::<N>::SIZE) };
     }
 }
@@ -612,8 +612,8 @@ pub fn keep_only<const N: usize>(fds: [c_int; N]) -> Option<[c_int; N]> {
     Some(std::array::from_fn(|number| number as c_int))
 }
 
-/// So many descriptors from this number on, which whoever started this program has left for it;
-/// nothing where one of them is not there.
+/// Takes the `N` descriptors from this number on, which this program has inherited. Returns `None`
+/// if one of them is missing.
 ///
 /// # Safety
 /// Nothing in this process owns them.
@@ -621,11 +621,11 @@ pub unsafe fn inherited<const N: usize>(first: c_int) -> Option<[OwnedFd; N]> {
     let numbers: [c_int; N] = std::array::from_fn(|place| first + place as c_int);
     // SAFETY: a number that is not open is an error without effect.
     let is_there = |fd: &c_int| unsafe { libc::fcntl(*fd, libc::F_SETFD, libc::FD_CLOEXEC) } != -1;
-    // SAFETY: open, and nobody else's.
+    // SAFETY: they are open, and nothing else owns them.
     numbers.iter().all(is_there).then(|| numbers.map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }))
 }
 
-/// Names this process, as far as others see one.
+/// Sets the name of this process that users see.
 pub fn set_process_name(name: &CStr) {
     // SAFETY: a NUL-terminated string, which is copied.
     unsafe { libc::prctl(libc::PR_SET_NAME, name.as_ptr()) };

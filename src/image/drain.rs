@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! Moves QEMU's stream from a pipe into a file.
+//! The drain: moves QEMU's stream from a pipe into a file.
 //!
-//! A thread does it, of this process or of the watchdog's, which goes on when this process is
-//! stopped. It needs nothing but its descriptors. It sees bytes; whoever wants to see page records
-//! reads them here, between the pipe and the file.
+//! A thread of this process or of the watchdog does that. The watchdog goes on when this process is
+//! stopped. The thread needs only its descriptors. It sees bytes. Code that needs page records has
+//! to read them here, between the pipe and the file.
 //!
-//! The pipe is read to its end whatever happens: a stream that nobody reads any more freezes the
-//! guest at its next write to a page not yet saved. What cannot be written, or is not wanted any
-//! more, is thrown away.
+//! The pipe is always read to its end: if no process reads the stream any more, the guest freezes
+//! at its next write to a page that is not saved yet. Data that cannot be written, or is not wanted
+//! any more, is discarded.
 
 use std::fs::File;
 use std::io;
@@ -26,38 +26,42 @@ use super::pipe::{self, CHUNK};
 use crate::error::{Code, Error, Result};
 use crate::sys::{self, SharedNumbers};
 
-/// A way of QEMU's stream into a file. Dropping it stops what moves the stream where it is.
+/// Moves QEMU's stream into a file. Dropping it stops the thread that does so, in whichever process
+/// it is.
 #[derive(Debug)]
 pub struct Drain {
     shared: Arc<Shared>,
     path: PathBuf,
-    /// The process that moves the stream, where it is another.
+    /// The process that moves the stream; `None` if it is this one.
     process: Option<OwnedFd>,
 }
 
-/// What a drain and the thread that moves the stream share, of whatever process each is.
+/// The data that a drain and the thread that moves the stream share, even if they are in two
+/// processes.
 #[derive(Debug)]
 struct Shared {
-    /// QEMU's stream, which does not block, and where it goes.
+    /// The pipe of QEMU's stream, which does not block.
     pipe: OwnedFd,
+    /// The file, and where the stream begins in it.
     file: File,
     offset: u64,
     numbers: SharedNumbers<4>,
-    /// Readable when the thread is to end.
+    /// Readable when the thread has to end.
     stop: OwnedFd,
     /// Readable when the outcome is known.
     done: OwnedFd,
-    /// Readable when nothing more comes.
+    /// Readable when QEMU writes nothing more.
     emptied: OwnedFd,
 }
 
-/// Of the numbers: taken from the pipe so far.
+/// The index of a shared number: the bytes taken from the pipe so far.
 const BYTES: usize = 0;
-/// What has become of it: one of those below.
+/// The index of the outcome, which is one of the values below.
 const OUTCOME: usize = 1;
-/// 1: what still comes is not wanted.
+/// The index of a flag: 1 if what still comes is not wanted.
 const DISCARD: usize = 2;
-/// 1: nothing more comes, and the stream ends where the pipe is empty.
+/// The index of a flag: 1 if QEMU writes nothing more, so that the stream ends where the pipe is
+/// empty.
 const LAST: usize = 3;
 
 /// The outcome is not known yet. It can become known before the stream has ended.
@@ -67,15 +71,15 @@ const WHOLE: u64 = 1;
 const UNWANTED: u64 = 2;
 /// The process that moved it has ended.
 const LOST: u64 = 3;
-/// More than that: the number of an error.
+/// This plus the number of an error of the system.
 const ERRNO: u64 = 1 << 32;
 
 impl Drain {
-    /// So many descriptors another process needs, besides the pipe.
+    /// The number of descriptors that another process needs besides the pipe.
     pub const DESCRIPTORS: usize = 5;
 
-    /// Opens the way of what comes out of `pipe`, which does not block, to `file`, which is `path`,
-    /// from `offset` on. Nothing is moved yet.
+    /// Makes a drain from `pipe`, which does not block, to `file`, which has this path, from
+    /// `offset` on. Nothing is moved yet.
     pub fn open(pipe: OwnedFd, file: File, path: &Path, offset: u64) -> Result<Drain> {
         let event = || {
             eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
@@ -88,7 +92,7 @@ impl Drain {
         Ok(Drain { shared: Arc::new(shared), path: path.into(), process: None })
     }
 
-    /// A drain that another process has opened, for the process that moves the stream.
+    /// Makes the drain of a process that moves the stream for another process, which has opened it.
     pub fn inherited(
         pipe: OwnedFd,
         descriptors: [OwnedFd; Drain::DESCRIPTORS],
@@ -100,18 +104,18 @@ impl Drain {
         Ok(Drain { shared: Arc::new(shared), path: PathBuf::new(), process: None })
     }
 
-    /// What another process needs, in the order of [`Drain::inherited`].
+    /// The descriptors that another process needs, in the order of [`Drain::inherited`].
     pub fn descriptors(&self) -> [BorrowedFd<'_>; Drain::DESCRIPTORS] {
         let Shared { file, numbers, stop, done, emptied, .. } = &*self.shared;
         [file.as_fd(), numbers.as_fd(), stop.as_fd(), done.as_fd(), emptied.as_fd()]
     }
 
-    /// QEMU's stream.
+    /// The pipe of QEMU's stream.
     pub fn pipe(&self) -> BorrowedFd<'_> {
         self.shared.pipe.as_fd()
     }
 
-    /// Where it begins in the file.
+    /// Where the stream begins in the file.
     pub fn offset(&self) -> u64 {
         self.shared.offset
     }
@@ -119,11 +123,11 @@ impl Drain {
     /// Starts a thread of this process that moves the stream.
     pub fn start(&self) -> Result<()> {
         let shared = Arc::clone(&self.shared);
-        // Not joined: a file system that hangs must not hang whoever gives up on it.
+        // The thread is not joined: a file system that hangs must not hang a caller that gives up.
         sys::spawn_quiet("instantsnap", move || shared.run()).map(drop)
     }
 
-    /// Leaves that to another process, which has the descriptors.
+    /// Leaves the moving of the stream to another process, which has the descriptors.
     pub fn leave_to(&mut self, process: OwnedFd) {
         self.process = Some(process);
     }
@@ -134,25 +138,26 @@ impl Drain {
         [done, self.process.as_ref().map_or(done, AsFd::as_fd)]
     }
 
-    /// Bytes taken from the pipe so far.
+    /// The number of bytes taken from the pipe so far.
     pub fn bytes(&self) -> u64 {
         self.shared.numbers[BYTES].load(Ordering::Relaxed)
     }
 
-    /// From now on nothing is written any more.
+    /// Discards the rest of the stream: nothing more is written to the file.
     pub fn discard(&self) {
         self.shared.numbers[DISCARD].store(1, Ordering::Relaxed);
     }
 
-    /// QEMU has written all that it will: the stream ends where the pipe is empty. A process that
-    /// the caller has forked, and that has QEMU's end of the pipe too, would keep it from ending
-    /// otherwise.
+    /// Ends the stream where the pipe is empty, because QEMU writes nothing more. Otherwise it
+    /// might not end: a process that the caller has forked can have a copy of QEMU's end of the
+    /// pipe.
     pub fn end_when_empty(&self) {
         self.shared.numbers[LAST].store(1, Ordering::Release);
         signal(&self.shared.emptied);
     }
 
-    /// Once it is known: the stream's bytes, all of them in the file; or why they are not.
+    /// The outcome, once it is known: the number of the stream's bytes, which are all in the file,
+    /// or why they are not there.
     pub fn outcome(&self) -> Option<Result<u64>> {
         self.notice_lost_process();
         let reason = match self.shared.numbers[OUTCOME].load(Ordering::Acquire) {
@@ -171,15 +176,17 @@ impl Drain {
         )))
     }
 
-    /// If the process that moves the stream has ended, the bytes that it had taken are lost, and so
-    /// is the snapshot. The guest must not freeze: a thread of this process reads the rest.
+    /// Checks whether the process that moves the stream has ended. If so, the bytes that it had
+    /// taken are lost, and the snapshot fails. A thread of this process reads the rest, so that the
+    /// guest does not freeze.
     fn notice_lost_process(&self) {
         let Some(process) = &self.process else { return };
         let mut fds = [PollFd::new(process, PollFlags::IN)];
         let has_ended = poll(&mut fds, Some(&Timespec::default())).is_ok_and(|ready| ready > 0);
         if has_ended && self.shared.conclude(LOST) {
             let shared = Arc::clone(&self.shared);
-            // If no thread can be started, the undo reads what keeps QEMU from going on.
+            // If no thread can be started, the undo empties the pipe when QEMU waits for room in
+            // it.
             let _ = sys::spawn_quiet("instantsnap", move || shared.discard_rest());
         }
     }
@@ -192,8 +199,8 @@ impl Drop for Drain {
 }
 
 fn signal(event: &OwnedFd) {
-    // An eventfd refuses only when it is at its highest count: then it is readable, which is all
-    // that is wanted.
+    // An eventfd refuses a write only at its highest count. Then it is readable already, as it
+    // should be.
     let _ = rustix::io::write(event, &1u64.to_ne_bytes());
 }
 
@@ -210,7 +217,7 @@ impl Shared {
         }
     }
 
-    /// Says what has become of it. False where that has been said.
+    /// Sets the outcome. Returns false if it was set before.
     fn conclude(&self, outcome: u64) -> bool {
         let number = &self.numbers[OUTCOME];
         let first = number
@@ -236,9 +243,10 @@ impl Shared {
     fn fill(&self) -> std::result::Result<(), Stopped> {
         let Shared { pipe, file, .. } = self;
         let mut offset = self.offset;
-        // A pipe is locked while it is spliced into a file, however long the file system takes;
-        // nobody could write to it or empty it meanwhile. So that is a pipe of our own, and QEMU's
-        // is locked for no longer than it takes to move pages.
+        // The kernel locks a pipe while it is spliced into a file, however long the file system
+        // takes. Meanwhile no process can write to the pipe or empty it. So the thread splices into
+        // the file from a pipe of its own, and QEMU's pipe is locked only while pages move to that
+        // one.
         let (own_read, own_write) = pipe::open()?;
         let mut spliced = true;
         loop {
@@ -246,7 +254,7 @@ impl Shared {
                 return Err(Stopped::Unwanted);
             }
             let flags = SpliceFlags::MOVE | SpliceFlags::NONBLOCK;
-            // Known before it is looked whether there is something.
+            // This is read before the pipe, so that data that comes in between is not missed.
             let last = self.is(LAST);
             let moved = match splice(pipe, None, &own_write, None, CHUNK, flags) {
                 Ok(0) => return Ok(()),
@@ -268,7 +276,7 @@ impl Shared {
                         left -= written;
                     }
                     Err(Errno::INTR) => {}
-                    // A file system that cannot take pages from a pipe.
+                    // This file system cannot take pages from a pipe.
                     Err(Errno::INVAL) if spliced => spliced = false,
                     Err(error) => return Err(error.into()),
                 }
@@ -276,7 +284,8 @@ impl Shared {
         }
     }
 
-    /// Waits for something in the pipe, its end included; false when the thread is to end.
+    /// Waits until the pipe has data or has ended, or QEMU writes nothing more. Returns false if
+    /// the thread has to end.
     fn wait(&self) -> bool {
         let mut fds =
             [&self.pipe, &self.stop, &self.emptied].map(|fd| PollFd::new(fd, PollFlags::IN));
@@ -329,9 +338,10 @@ fn copy_chunk(
     Ok(read)
 }
 
-/// Takes what is in a pipe that does not block, and forgets it; 0 at its end.
+/// Reads from a pipe that does not block, and discards what it has read. Returns the number of
+/// bytes; 0 at the pipe's end.
 pub fn discard(pipe: &OwnedFd) -> rustix::io::Result<usize> {
-    /// The thread's stack, which is the caller's in a forked watchdog, may be small.
+    /// The thread's stack may be small: in a forked watchdog it is the caller's.
     const AT_ONCE: usize = 16 << 10;
     rustix::io::read(pipe, &mut [0; AT_ONCE])
 }

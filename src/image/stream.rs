@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! QEMU's migration stream, as far as it can be judged without loading it.
+//! Checks QEMU's migration stream, as far as that is possible without loading it.
 //!
-//! QEMU finds out that it cannot load a stream while it loads it, and can end then. By that time
-//! the domain that was to be brought back has been ended. So what can be read is looked at before:
+//! QEMU finds out only during a load that it cannot load a stream, and can end then. By that time
+//! the domain that was to be reverted has been ended. So the library checks these parts before:
 //!
 //! ```text
 //! 0    magic     QEVM, u32 version (3)
@@ -25,13 +25,13 @@ const MACHINE: u8 = 7;
 const END_OF_SECTION: u8 = 0x7e;
 const END: u8 = 0;
 const DESCRIPTION: u8 = 6;
-/// More than any machine type's name.
+/// Longer than any machine type's name.
 const LONGEST_NAME: u32 = 255;
-/// More than any description of devices.
+/// Longer than any description of devices.
 const LONGEST_TEXT: u64 = 32 << 20;
 
-/// Looks at a stream that begins here and ends with the file: the machine type that QEMU has noted,
-/// where it has noted one. An error is why no QEMU can load it.
+/// Checks a stream that begins here and ends with the file. Returns the machine type that QEMU has
+/// noted, if it has noted one. The error is the reason why no QEMU can load the stream.
 pub fn check(file: &File, begin: u64) -> Result<Option<String>, String> {
     let failed = |error: io::Error| match error.kind() {
         io::ErrorKind::UnexpectedEof => "is too short: QEMU's stream is missing".into(),
@@ -47,15 +47,14 @@ pub fn check(file: &File, begin: u64) -> Result<Option<String>, String> {
     Ok(machine)
 }
 
-/// Whether QEMU has written its stream, which begins here and ends with the file, to the end. What
-/// it writes last, once everything else is written, is a description of the devices. False where it
-/// writes none.
+/// Whether a stream that begins here and ends with the file has a description of the devices at its
+/// end. QEMU writes that last, after everything else. False if QEMU writes none.
 pub fn is_described(file: &File, begin: u64) -> io::Result<bool> {
     Ok(ends_with_description(&read_tail(file, begin)?))
 }
 
-/// Whether a domain of this machine type cannot load a stream of that one. A name without a version
-/// stands for another one.
+/// Whether a domain of one machine type cannot load a stream of the other. A name without a version
+/// stands for another name, so it is not compared.
 pub fn is_other_machine(wanted: &str, noted: &str) -> bool {
     let has_version = |name: &str| name.contains('.');
     has_version(wanted) && has_version(noted) && wanted != noted
@@ -109,8 +108,8 @@ fn ends_with_description(tail: &[u8]) -> bool {
     tail.windows(BEFORE_TEXT).enumerate().rev().any(is_description)
 }
 
-/// The machines that note nothing (those of QEMU 2.3 and before) do not mark the ends of sections
-/// either.
+/// Whether the stream ends as one without a description does. Machine types that QEMU does not note
+/// (those of QEMU 2.3 and before) do not mark the ends of sections either.
 fn ends_without_description(tail: &[u8], marks_sections: bool) -> bool {
     const AFTER_MARK: usize = 6;
     let marked = || tail.len() >= AFTER_MARK && tail[tail.len() - AFTER_MARK] == END_OF_SECTION;
@@ -140,14 +139,14 @@ mod tests {
         let machine = Some("pc-q35-10".to_owned());
         assert_eq!(look(&[HEAD, NOTE, DEVICES, TEXT]), Ok(machine.clone()));
         let whole = [HEAD, NOTE, DEVICES, TEXT].concat();
-        // Where QEMU describes nothing, that is all.
+        // Without a description, the stream is whole here.
         let undescribed = whole.len() - TEXT.len();
         for cut in (0..whole.len()).filter(|cut| *cut != undescribed) {
             assert!(look(&[&whole[..cut]]).is_err(), "{cut}");
         }
         assert_eq!(look(&[&whole[..undescribed]]), Ok(machine));
         assert!(look(&[&whole, b"}"]).is_err());
-        // Of an old machine.
+        // A stream of an old machine type.
         assert_eq!(look(&[HEAD, b"\x01devices\0"]), Ok(None));
         assert!(look(&[HEAD, b"\x01devices"]).is_err());
     }

@@ -17,7 +17,7 @@ use instantsnap_testkit::program::process;
 use instantsnap_testkit::{Binary, DEADLINE, Daemon, process, test, wait_for};
 use rustix::process::{Pid, Signal, getpid, kill_process};
 
-/// Not a test of its own: a caller that is stopped in the phase that it is told.
+/// Not a test of its own: a caller that is stopped in the phase that a variable names.
 #[process]
 fn caller() {
     let variable = |name: &str| std::env::var(format!("INSTANTSNAP_TEST_{name}")).unwrap();
@@ -60,14 +60,14 @@ fn is_stopped(caller: &Child) -> bool {
 fn caller_that_is_stopped_does_not_stop_its_domain() {
     let daemon = Daemon::session();
     for binary in Binary::under_libvirt() {
-        // Each round writes to more memory than a pipe holds.
+        // In each round the guest writes to more memory than a pipe holds.
         let machine = machine(binary, 1).memory(128).prealloc().append("dense=64");
         let opened = OpenedDomain::start(&machine, &daemon);
         for phase in [Phase::Switch, Phase::Arm, Phase::Drain] {
             let before = opened.trace();
             let mut caller = caller_of(&opened, phase).spawn().unwrap();
             wait_for(DEADLINE, || is_stopped(&caller).then_some(())).expect("it stops");
-            // In the pause it stands first.
+            // In the pause, the guest is paused first, and then runs.
             opened.guest.wait_ticks(3);
             assert!(is_stopped(&caller), "{phase:?}");
             kill_process(Pid::from_raw(caller.id() as i32).unwrap(), Signal::CONT).unwrap();

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! The watchdog of a snapshot: it is a program of its own, which moves memory into its image, and
-//! depends on nothing of its caller.
+//! The watchdog of a snapshot: a program that moves memory into its image, and depends on nothing
+//! of its caller.
 
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
@@ -18,15 +18,15 @@ use instantsnap_testkit::{Binary, DEADLINE, Guest, Machine, process, test, wait_
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::json;
 
-/// What becomes of a test's caller.
+/// The variable that says what happens to a test's caller.
 const DEED: &str = "INSTANTSNAP_TEST_DEED";
-/// Names the program; nothing stands for none.
+/// The variable that names the program. An empty value means: no program.
 const PROGRAM: &str = "INSTANTSNAP_WATCHDOG";
-/// How large a thread's stack is where musl makes one.
+/// The size of the stack that musl gives to a thread.
 const SMALL_STACK: usize = 128 << 10;
 
-/// Not a test of its own: a caller that takes a snapshot, which is named after what becomes of the
-/// caller in the drain.
+/// Not a test of its own: a caller that takes a snapshot. The snapshot's name says what happens to
+/// the caller in the drain.
 #[process]
 fn caller() {
     let directory = std::env::var("INSTANTSNAP_TEST_DIRECTORY").unwrap();
@@ -58,7 +58,7 @@ fn caller_of(guest: &Guest, deed: &str) -> Command {
     command
 }
 
-/// One that writes to all of its memory in each round, and more of that than a pipe holds.
+/// A machine whose guest writes to all of its memory in each round. That is more than a pipe holds.
 fn busy(binary: &'static Binary) -> Machine {
     machine(binary, 1).memory(128).prealloc().append("dense=64")
 }
@@ -100,7 +100,7 @@ fn stopped_caller_does_not_freeze_its_guest_in_the_drain() {
         let opened = Opened::start(&busy(binary));
         let mut caller = caller_of(&opened.guest, "stopped").spawn().unwrap();
         wait_stopped(&caller);
-        // Each round writes to all of its memory.
+        // In each round the guest writes to all of its memory.
         opened.guest.wait_ticks(3);
         let saved = wait_for(DEADLINE, || {
             let migration = opened.guest.control().execute("query-migrate", json!({})).unwrap();
@@ -114,8 +114,8 @@ fn stopped_caller_does_not_freeze_its_guest_in_the_drain() {
     }
 }
 
-/// It is a program: what the caller has in its memory is not in the watchdog's, and what that is
-/// called, and where it is, does not depend on the caller.
+/// The watchdog is a program: it has no copy of the caller's memory, and its environment and its
+/// working directory are not the caller's.
 #[test]
 fn watchdog_has_nothing_of_its_callers_memory_environment_and_directory() {
     const CALLERS: usize = 128 << 20;
@@ -144,7 +144,7 @@ fn watchdog_has_nothing_of_its_callers_memory_environment_and_directory() {
     assert_eq!(watchdog_of(std::process::id()), None);
 }
 
-/// On a stack that is too small for much: the watchdog does not live on it.
+/// The caller's stack is small. The watchdog does not use it.
 #[test]
 fn caller_with_a_small_stack_that_is_killed_leaves_a_guest_that_runs() {
     for binary in Binary::any() {
@@ -160,7 +160,7 @@ fn caller_with_a_small_stack_that_is_killed_leaves_a_guest_that_runs() {
     }
 }
 
-/// Where there is no program the library forks, and a thread of its own moves memory.
+/// If there is no program, the library forks, and a thread of the caller moves memory.
 #[test]
 fn without_the_program_a_fork_is_the_watchdog() {
     for binary in Binary::any() {
@@ -231,7 +231,7 @@ fn caller_that_is_stopped_in_the_pause_stops_its_guest_until_the_limit_only() {
                 .spawn()
                 .unwrap();
             wait_stopped(&caller);
-            // The guest stands; then it runs.
+            // The guest is paused first, and then runs.
             opened.guest.wait_ticks(3);
             assert!(is_stopped(&caller));
             go_on(&caller);
@@ -246,7 +246,7 @@ fn caller_that_is_stopped_in_the_pause_stops_its_guest_until_the_limit_only() {
 fn watchdog_that_is_killed_before_the_pause_is_replaced() {
     for binary in Binary::any() {
         let (opened, proxy) = through_proxy(&busy(binary));
-        // QEMU's settings are the snapshot's by then.
+        // By then QEMU has the snapshot's settings.
         let gate = proxy.hold_reply("getfd", 1);
         let (mut first, mut second) = (None, None);
         std::thread::scope(|scope| {
@@ -274,7 +274,7 @@ fn watchdog_that_is_killed_before_the_pause_is_replaced() {
     }
 }
 
-/// Not a test of its own: a caller that no process can be started for.
+/// Not a test of its own: a caller for which the library can start no process.
 #[process]
 fn caller_without_processes() {
     let directory = std::env::var("INSTANTSNAP_TEST_DIRECTORY").unwrap();

@@ -35,7 +35,7 @@ pub struct Session<'a> {
     pub id: Option<u32>,
     /// QEMU's process, if it can be seen from this process.
     pub qemu: Option<QemuProcess>,
-    /// Holds that process too: the guest can be opened by a QMP socket as well.
+    /// Holds that process too, because another client can open the guest by a QMP socket.
     _process: Option<Exclusive>,
 }
 
@@ -167,7 +167,7 @@ impl<'a> Session<'a> {
         })
     }
 
-    /// The definition of the snapshot of this name; `None` where there is none.
+    /// The definition of the snapshot of this name; `None` if there is none.
     pub fn snapshot_def(&mut self, name: &str) -> Result<Option<SnapshotDef>> {
         let (step, wanted) = (format!("cannot describe snapshot '{name}'"), name.to_owned());
         let found = self.call_with_timeout(&step, Retry::Safe, move |domain| {
@@ -223,7 +223,7 @@ impl<'a> Session<'a> {
     /// UUID, so a domain that was started again is another QEMU.
     pub fn check_not_started_anew(&mut self, deadline: Deadline) -> Result<()> {
         let has_ended = match &self.qemu {
-            // No call of libvirt: this runs in the pause.
+            // This makes no call of libvirt, because it runs in the pause.
             Some(qemu) => qemu.has_ended(),
             None => self.look_up_id(deadline)? != self.id,
         };

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! The watchdog's side: the program, or the child of a process with threads, which makes system
-//! calls only.
+//! What the watchdog's process does. The process is the program, or a fork of the caller. The
+//! caller may have threads, so its fork makes system calls only.
 
 use std::ffi::{CString, c_int};
 use std::os::fd::OwnedFd;
@@ -21,10 +21,12 @@ use super::stage::{DISMISSED, READY, RESUMING, Stage, UNDOING};
 use crate::image::Drain;
 use crate::sys::{self, wait_ready};
 
-/// Before QEMU has armed, its stream has a header and a list of memory blocks: less than this.
+/// Before QEMU has armed write tracking, its stream has only a header and a list of memory blocks.
+/// They are shorter than this.
 const BEFORE_ARMED: u64 = 64 << 10;
 
-/// How the watchdog acts for its caller, made before it is needed.
+/// The means by which the watchdog undoes a snapshot. They are made in advance, because a fork must
+/// not allocate memory.
 #[derive(Debug)]
 pub enum Recovery {
     /// The watchdog can only read the stream.
@@ -35,22 +37,23 @@ pub enum Recovery {
     Commands(Box<RecoveryCommands>),
 }
 
-/// For so long nothing comes of the stream before QEMU is asked whether anything more does.
+/// If nothing comes from the stream for this time, the watchdog asks QEMU whether more will come.
 const QUIET_MS: c_int = 1000;
 
-/// The watchdog's side, made before it is needed.
+/// What the watchdog's process needs, made in advance.
 #[derive(Debug)]
 pub struct Child {
     reserved: Option<Discard>,
-    /// The file that there is once the snapshot is recorded, where that is known.
+    /// The file that exists once the snapshot is recorded; `None` if the watchdog cannot check
+    /// that.
     record: Option<CString>,
     recovery: Recovery,
-    /// For how long the guest may be paused, where that is limited.
+    /// How long the guest may be paused; `None` if that is not limited.
     pause_limit: Option<Duration>,
 }
 
 impl Child {
-    /// Of a description.
+    /// Makes the watchdog's side from its description.
     pub fn new(description: Description) -> Child {
         let Description { means, files, reserved, record, pause_limit, .. } = description;
         let recovery = match means {
@@ -70,8 +73,9 @@ impl Child {
         }
     }
 
-    /// Waits until the caller ends, or dismisses it. `drain` is what moves the stream in this
-    /// process.
+    /// Waits until the caller ends or dismisses the watchdog. If the caller ends, undoes the
+    /// snapshot, unless it is complete. `drain` moves the stream in this process, if this is the
+    /// program.
     pub fn run(&self, own: Common, drain: Option<Drain>) -> ! {
         let _ = send(&own.lifeline, &[READY], SendFlags::NOSIGNAL);
         let stage = self.watch(&own, drain.as_ref());
@@ -80,40 +84,44 @@ impl Child {
         let recorded = self.record.as_deref().is_none_or(sys::exists);
         if stage != Stage::Committing || !recorded {
             let taken = drain.as_ref().map_or(0, Drain::bytes);
-            // Nothing of the stream is wanted any more.
+            // This ends the thread that writes the stream to the image: from here on it is
+            // discarded.
             drop(drain);
             self.undo(stage, &monitor, Remaining::new(pipe, !stage.is_migrating(), taken));
         }
-        // The file goes before the name: the next snapshot of this name makes a file of its own.
+        // The file is removed before the name is released: the next snapshot of this name makes a
+        // file of its own.
         self.reserved.iter().for_each(Discard::run);
         sys::let_go(&reservation);
-        // Processes that the caller has forked can have them too.
+        // Processes that the caller has forked can have copies of these, so closing is not enough.
         sys::let_go(&monitor);
         held.iter().for_each(sys::let_go);
         sys::exit_now()
     }
 
-    /// Undoes the snapshot, the guest first.
+    /// Undoes the snapshot. It resumes the guest first.
     fn undo(&self, stage: Stage, monitor: &OwnedFd, mut stream: Remaining) {
         let is_armed = |stream: &Remaining| stream.taken >= BEFORE_ARMED;
         if stage == Stage::Racing {
             self.read_until(&mut stream, monitor, is_armed);
         }
         if stage.is_paused() {
-            // In the stage Migrating QEMU may not have armed yet. What the guest then writes to its
-            // memory is in an image that is thrown away; a guest that QEMU finds running it stops,
-            // captures and starts by itself. No other client can have begun to save or migrate it,
-            // as long as the snapshot's own migration is under way.
+            // In the stage Migrating, QEMU may not have armed write tracking yet. That does no
+            // harm. What the guest writes to its memory goes into an image that is removed. If QEMU
+            // finds the guest running, QEMU stops, captures and starts it by itself. And no other
+            // client can have begun to save or migrate the guest while the snapshot's own migration
+            // is under way.
             self.resume(monitor, &mut stream);
         }
         if stage == Stage::Migrating {
-            // A migration that was given up while it set up has stopped the guest once more.
+            // A migration that was given up during its setup has stopped the guest once more.
             self.read_until(&mut stream, monitor, is_armed);
             self.resume(monitor, &mut stream);
         }
         self.read_until(&mut stream, monitor, |_| false);
-        // One that is no background snapshot stops it at its end. It can take minutes until then: a
-        // guest that stands for any other reason was paused by another client, and stays so.
+        // A migration that is no background snapshot stops the guest at its end, which can be
+        // minutes away. If the guest is paused for any other reason by then, another client has
+        // paused it, and it stays paused.
         if stage.is_paused()
             && stage.is_migrating()
             && self.is_stopped_by_migration(monitor, &mut stream)
@@ -128,8 +136,9 @@ impl Child {
         }
     }
 
-    /// Throws the stream away until `enough`, or to its end. A process that the caller has forked
-    /// can have QEMU's end of the pipe too, so that it does not end: then QEMU knows.
+    /// Reads and discards the stream until `enough`, or to its end. A process that the caller has
+    /// forked can have a copy of QEMU's end of the pipe. Then the pipe does not end, so the
+    /// watchdog asks QEMU whether the migration has ended.
     fn read_until(
         &self,
         stream: &mut Remaining,
@@ -141,13 +150,14 @@ impl Child {
                 stream.discard();
                 continue;
             }
-            // What QEMU had written until it said so is in the pipe, and not wanted.
+            // All that QEMU wrote before this reply is in the pipe, and is not needed.
             stream.ended |= self.is_migrating(monitor, stream) == Some(false);
         }
     }
 
-    /// Another client's migration can have begun in the pause. QEMU puts no capability back while
-    /// it is under way, and the lock must not be lifted while ours is on.
+    /// Waits for the end of another client's migration, which can have begun in the pause. QEMU
+    /// changes no capability while a migration is under way, and the migration lock must not be
+    /// lifted while the snapshot's capability is on.
     fn wait_other_migration(&self, stream: &mut Remaining, monitor: &OwnedFd) {
         while self.is_migrating(monitor, stream) == Some(true) {
             wait_ready([None, None], QUIET_MS);
@@ -178,15 +188,17 @@ impl Child {
         }
     }
 
-    /// Returns the stage in which the caller has ended, or handed over.
+    /// Watches the caller. Returns the stage in which the caller has ended, or has left the rest to
+    /// the watchdog.
     fn watch(&self, own: &Common, drain: Option<&Drain>) -> Stage {
         let Common { lifeline, caller, .. } = own;
         let mut stage = Stage::Prepared;
-        // Where the caller moves the stream itself, a guest that runs would freeze all the same.
+        // If the caller moves the stream itself, there is no limit: the guest of a stopped caller
+        // would freeze soon after it was resumed.
         let mut limit = PauseLimit::new(self.pause_limit.filter(|_| drain.is_some()));
         loop {
             wait_ready([Some(lifeline), Some(caller)], limit.wait());
-            // What it has said last is read first.
+            // First read all that the caller has sent.
             while wait_ready([Some(lifeline), None], 0) {
                 let mut byte = [0];
                 match rustix::io::read(lifeline, &mut byte) {
@@ -207,7 +219,7 @@ impl Child {
             if limit.has_passed() {
                 let is_armed = drain.is_some_and(|drain| drain.bytes() >= BEFORE_ARMED);
                 let too_early = match stage {
-                    // QEMU would overlook it: see `undo`.
+                    // QEMU would overlook the resume: see `Stage::Racing`.
                     Stage::Racing => !is_armed,
                     Stage::Migrating => !is_armed && limit.has_resumed(),
                     _ => false,
@@ -220,9 +232,9 @@ impl Child {
         }
     }
 
-    /// Resumes the guest of a caller that is stopped.
+    /// Tries to resume the guest of a stopped caller.
     fn resume_late(&self, stage: Stage, is_armed: bool, own: &Common) -> Tried {
-        // First: a caller that finds its guest running can then say why.
+        // This is sent first, so that a caller that finds its guest running can report why.
         let _ = send(&own.lifeline, &[RESUMING], SendFlags::NOSIGNAL | SendFlags::DONTWAIT);
         let resumed = match &self.recovery {
             Recovery::None => false,

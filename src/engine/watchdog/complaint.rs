@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! What the watchdog could not undo, said in the machine's log: there is no one else left to be
-//! told.
+//! Reports to the machine's log what the watchdog could not undo. The caller has ended, so the
+//! watchdog cannot report it to the caller.
 
 use std::path::Path;
 
@@ -9,12 +9,12 @@ use rustix::net::{
     AddressFamily, SendFlags, SocketAddrUnix, SocketFlags, SocketType, sendto, socket_with,
 };
 
-/// Where the machine's log is told of something.
+/// The socket of the machine's log.
 const LOG: &str = "/dev/log";
 /// `LOG_DAEMON | LOG_ERR`.
 const PRIORITY: u32 = (3 << 3) | 3;
 
-/// A message, made before it is needed.
+/// A message to the machine's log, made in advance.
 #[derive(Debug)]
 pub struct Complaint {
     log: Option<SocketAddrUnix>,
@@ -34,7 +34,7 @@ impl Complaint {
         Complaint { log: SocketAddrUnix::new(log).ok(), datagram }
     }
 
-    /// Sends it, where there is a log that takes it at once.
+    /// Sends the message, if the machine has a log that takes it at once.
     pub fn send(&self) {
         let Some(log) = &self.log else { return };
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
@@ -60,7 +60,7 @@ mod tests {
         let mut buffer = [0; 100];
         let got = log.recv(&mut buffer).unwrap();
         assert_eq!(&buffer[..got], b"<27>instantsnap: the overlay '/a <0>b' stays");
-        // Where there is none, nothing happens.
+        // If there is no log, nothing happens.
         Complaint::to(&directory.path().join("none"), "lost").send();
     }
 }

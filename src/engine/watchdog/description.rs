@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! What a watchdog is told before it begins: everything but its descriptors. The program reads it
-//! as JSON.
+//! The description of a watchdog's task: all that the watchdog needs except its descriptors. The
+//! program reads it as JSON.
 
 use std::path::{Path, PathBuf, absolute};
 use std::time::Duration;
@@ -15,24 +15,25 @@ use crate::own_file::{KnownFile, as_bytes};
 
 const VERSION: &str = env!("CARGO_PKG_VERSION");
 
-/// A watchdog's task, in words.
+/// The description of a watchdog's task.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Description {
     version: String,
     pub means: Means,
-    /// The snapshot's, to be removed.
+    /// The snapshot's files, which an undo removes or empties.
     pub files: Vec<KnownFile>,
-    /// The file that holds the snapshot's name.
+    /// The file that reserves the snapshot's name.
     pub reserved: Option<KnownFile>,
-    /// The file that there is once the snapshot is recorded, where that is known.
+    /// The file that exists once the snapshot is recorded; `None` if the watchdog cannot check
+    /// that.
     pub record: Option<AbsolutePath>,
-    /// For how long the guest may be paused, where that is limited.
+    /// How long the guest may be paused; `None` if that is not limited.
     pub pause_limit: Option<Duration>,
     /// Where QEMU's stream begins in the memory image.
     pub offset: u64,
 }
 
-/// By what a watchdog acts.
+/// The means by which a watchdog reaches the guest.
 #[derive(Debug, Serialize, Deserialize)]
 pub enum Means {
     None,
@@ -40,7 +41,7 @@ pub enum Means {
     Commands(Box<RecoveryCommands>),
 }
 
-/// A path that means the same in every directory.
+/// A path that names the same file from every working directory.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct AbsolutePath(#[serde(with = "as_bytes")] pub PathBuf);
 
@@ -60,13 +61,13 @@ impl Description {
         }
     }
 
-    /// Whether it is of this version of the library.
+    /// Whether this version of the library has made the description.
     pub fn is_current(&self) -> bool {
         self.version == VERSION
     }
 }
 
-/// The program's working directory is not the caller's.
+/// Makes a path absolute, because the program's working directory is not the caller's.
 fn from_root(path: &Path) -> PathBuf {
     absolute(path).unwrap_or_else(|_| path.into())
 }

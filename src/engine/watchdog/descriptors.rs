@@ -9,13 +9,13 @@ use super::task::Task;
 use crate::image::Drain;
 use crate::sys;
 
-/// At most this number of descriptors hold the guest for an operation.
+/// The highest number of descriptors that hold the guest for an operation.
 const HELD: usize = 3;
 /// The number of descriptors that a watchdog of either kind has.
 pub const COMMON: usize = 5 + HELD;
-/// The program has its standard input, output and error before them.
+/// The number of the program's descriptors before those: standard input, output and error.
 const STANDARD: usize = 3;
-/// The program has its description, and what the drain needs, after them.
+/// The number of the program's descriptors after those: its description, and the drain's.
 const MORE: usize = 1 + Drain::DESCRIPTORS;
 
 /// The descriptors of a watchdog of either kind.
@@ -25,10 +25,10 @@ pub struct Common {
     pub caller: OwnedFd,
     pub monitor: OwnedFd,
     pub pipe: OwnedFd,
-    /// What holds the snapshot's name.
+    /// The descriptor that reserves the snapshot's name.
     pub reservation: OwnedFd,
-    /// The names by which the guest is held: nobody else begins an operation on it while the
-    /// watchdog is at work.
+    /// The descriptors that hold the guest: no other process begins an operation on it while the
+    /// watchdog works.
     pub held: [OwnedFd; HELD],
 }
 
@@ -40,15 +40,16 @@ impl From<[OwnedFd; COMMON]> for Common {
 }
 
 impl Common {
-    /// Keeps these of a forked process, and closes all others.
+    /// Keeps these descriptors of a forked process, and closes all others. Returns `None` if one of
+    /// them cannot be kept.
     pub fn keep(numbers: [c_int; COMMON]) -> Option<Common> {
         let kept = sys::keep_only(numbers)?;
-        // SAFETY: they were just made, and are nobody else's in this process.
+        // SAFETY: they were just made, and nothing else in this process owns them.
         Some(Common::from(kept.map(|fd| unsafe { OwnedFd::from_raw_fd(fd) })))
     }
 }
 
-/// Their numbers in the caller, in the order of [`Common`].
+/// The numbers of these descriptors in the caller, in the order of [`Common`].
 pub fn common(
     lifeline: &OwnedFd,
     caller: &OwnedFd,
@@ -65,7 +66,7 @@ pub fn common(
         .map(|fd| fd.as_raw_fd())
 }
 
-/// The same for the program, which has more. `null` is /dev/null.
+/// The numbers of all the program's descriptors in the caller. `null` is /dev/null.
 pub fn all(
     null: &OwnedFd,
     common: [c_int; COMMON],
@@ -88,7 +89,8 @@ pub struct Inherited {
 }
 
 impl Inherited {
-    /// What the library has left for the program, where it has.
+    /// Takes the descriptors that the library has left for the program. Returns `None` if one of
+    /// them is missing.
     ///
     /// # Safety
     /// Nothing in this process owns them.

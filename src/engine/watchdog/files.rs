@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! Files that the watchdog removes, or empties: those that were made, or taken, for the snapshot,
-//! and not what may be called so by then.
+//! Files that the watchdog removes or empties. The library has made them for the snapshot, or has
+//! taken them for it. If another file has one of their names by then, the watchdog does not change
+//! it.
 
 use std::ffi::CString;
 use std::os::unix::ffi::OsStrExt;
@@ -10,7 +11,7 @@ use std::path::Path;
 use crate::own_file::{KnownFile, Undo};
 use crate::sys;
 
-/// A file, as the kernel wants it.
+/// A file to remove or empty, in the form that the system calls need.
 #[derive(Debug)]
 pub struct Discard {
     path: CString,
@@ -23,7 +24,7 @@ impl Discard {
         Some(Discard { path: path(&file.path)?, id: file.id, undo: file.undo })
     }
 
-    /// Removes it, or empties it.
+    /// Removes the file, empties it, or overwrites its header.
     pub fn run(&self) {
         match self.undo {
             Undo::Remove if sys::file_id(&self.path) == Some(self.id) => sys::unlink(&self.path),
@@ -34,7 +35,7 @@ impl Discard {
     }
 }
 
-/// A path, as the kernel wants it.
+/// The path as a C string; `None` if it contains a NUL.
 pub fn path(path: &Path) -> Option<CString> {
     CString::new(path.as_os_str().as_bytes()).ok()
 }

@@ -1,24 +1,26 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! A process that outlives the caller's: should that be killed, its guest runs on.
+//! The watchdog: a process that outlives the caller. If the caller is killed, its guest runs on.
 //!
-//! A caller that dies inside the pause would leave its guest paused. One that dies while memory
-//! drains would close the pipe, and QEMU 7.2, whose background snapshot then fails, leaves the
-//! guest frozen. So a process of its own session holds the pipe and the monitor's socket, and a
-//! lifeline on which it is told how far the snapshot has come. When the caller ends, it resumes the
-//! guest, reads QEMU's stream to its end, and puts the migration settings back.
+//! A caller that is killed inside the pause would leave its guest paused. A caller that is killed
+//! in the drain would close the pipe. Then the background snapshot fails, and QEMU 7.2 leaves the
+//! guest frozen. So the watchdog, in a session of its own, holds the pipe and the monitor's socket
+//! too. The caller tells it by another socket, the lifeline, how far the snapshot has come. When
+//! the caller ends, the watchdog resumes the guest, reads QEMU's stream to its end, and puts the
+//! migration settings back.
 //!
-//! It is a program, `instantsnap-watchdog`, which also moves the stream into the memory image: a
-//! caller that is stopped does not stop its guest. The program is started by vfork: it costs no
-//! copy of the caller's memory, and needs nothing of its stack, its working directory and its
-//! environment. Where the program cannot be started, a fork of the caller takes its place, and a
-//! thread of the caller moves the stream. Between fork and exit it makes system calls only, on
-//! memory that was there before.
+//! The watchdog is a program, `instantsnap-watchdog`. It also moves the stream into the memory
+//! image, so that a stopped caller does not stop its guest. The library starts the program by
+//! vfork, which does not copy the caller's memory. The program uses nothing of the caller's stack,
+//! working directory and environment. If the program cannot be started, a fork of the caller takes
+//! its place, and a thread of the caller moves the stream. The fork makes system calls only, on
+//! memory that existed before.
 //!
-//! How it speaks to the guest is the backend's affair ([`RecoveryChannel`]): by a QMP script on the
-//! monitor's socket, or by recovery commands, which are programs that it runs. Either way it merges
-//! the overlays back, unless they are a driver's, and removes what was made for the snapshot. What
-//! it cannot merge it leaves, and says so in the machine's log.
+//! The backend decides how the watchdog reaches the guest ([`RecoveryChannel`]): by a QMP script on
+//! the monitor's socket, or by recovery commands, which are programs that the watchdog runs. Either
+//! way it merges the overlays into their images, except a driver's overlays, and removes what the
+//! library made for the snapshot. An overlay that it cannot merge stays, and the watchdog reports
+//! it to the machine's log.
 
 mod child;
 mod complaint;
@@ -59,18 +61,18 @@ use crate::error::{Error, Result};
 use crate::image::Drain;
 use crate::sys::{self, wait_ready};
 
-/// For it to get there.
+/// How long the library waits until a new watchdog is ready.
 const READY_MS: c_int = 10_000;
 
-/// What a watchdog is.
+/// The kind of a watchdog.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Kind {
-    /// There is none: no process can be started.
+    /// There is no watchdog, because no process could be started.
     #[default]
     None,
-    /// A fork of the caller: the program cannot be found, or started.
+    /// A fork of the caller, because the program could not be found or started.
     Fork,
-    /// The program. It moves the stream.
+    /// The program, which also moves the stream.
     Program,
 }
 
@@ -81,8 +83,8 @@ pub struct Watchdog {
 }
 
 impl Watchdog {
-    /// Starts the watchdog. Where no process can be started there is none, and the caller must not
-    /// be killed.
+    /// Starts the watchdog. If no process can be started, there is none, and the caller must not be
+    /// killed.
     pub fn start(&mut self, channel: RecoveryChannel, task: &Task) {
         let restore = || task.restore.iter().map(|(name, value)| ((*name).into(), value.clone()));
         let (monitor, means) = match channel {
@@ -97,7 +99,7 @@ impl Watchdog {
         self.watchdog = Started::start(monitor, task, Description::new(task, means));
     }
 
-    /// What the watchdog is.
+    /// The kind of this watchdog.
     pub fn kind(&self) -> Kind {
         self.watchdog.as_ref().map(|watchdog| watchdog.kind).unwrap_or_default()
     }
@@ -108,8 +110,8 @@ impl Watchdog {
         process.is_some_and(sys::Child::has_ended)
     }
 
-    /// A descriptor that becomes readable when the watchdog's process ends; none if the watchdog is
-    /// not the program, which is the one that moves the stream.
+    /// A descriptor that becomes readable when the process that moves the stream ends. `None` if
+    /// the watchdog is not the program, and so does not move the stream.
     pub fn drains(&self) -> Result<Option<OwnedFd>> {
         let program = self.watchdog.as_ref().filter(|watchdog| watchdog.kind == Kind::Program);
         program
@@ -119,12 +121,12 @@ impl Watchdog {
             .map_err(|error| Error::system("cannot duplicate a file descriptor", error))
     }
 
-    /// The watchdog's process, where there is one.
+    /// The process id of the watchdog; `None` if there is no watchdog.
     pub fn process(&self) -> Option<u32> {
         self.watchdog.as_ref()?.process.as_ref().map(sys::Child::id)
     }
 
-    /// Tells it the stage, which it takes for `Prepared` until then.
+    /// Tells the watchdog the stage. Before the first report, the watchdog assumes `Prepared`.
     pub fn report_stage(&self, stage: Stage) {
         if let Some(watchdog) = &self.watchdog {
             watchdog.send(stage as u8);
@@ -132,7 +134,8 @@ impl Watchdog {
     }
 
     /// Tells the watchdog that this process undoes the snapshot, and resumes the guest. Returns
-    /// whether the watchdog had to resume it before, because the limit of the pause has passed.
+    /// whether the watchdog had to resume the guest before, because the limit of the pause had
+    /// passed.
     pub fn report_undo(&self) -> bool {
         let Some(Started { lifeline: Some(lifeline), .. }) = &self.watchdog else { return false };
         let _ = send(lifeline, &[UNDOING], SendFlags::NOSIGNAL);
@@ -142,24 +145,27 @@ impl Watchdog {
             && byte[0] == RESUMING
     }
 
-    /// The snapshot is complete, on disk and recorded: from here on nothing of it is undone,
-    /// whatever becomes of this process.
+    /// Dismisses the watchdog of a snapshot that is complete, on disk and recorded. From here on it
+    /// is not undone, even if this process is killed.
     pub fn dismiss(&mut self) {
         self.watchdog = None;
     }
 
-    /// Leaves the rest to the watchdog, as if this process had ended. False where there is none.
+    /// Leaves the rest to the watchdog, as if this process had ended. Returns false if there is no
+    /// watchdog.
     pub fn hand_over(&mut self) -> bool {
         self.watchdog.take().map(Started::hand_over).is_some()
     }
 }
 
-/// The watchdog of one snapshot. Dropping it dismisses it, unless that is for a panic.
+/// The running watchdog of one snapshot. Dropping this dismisses the watchdog, unless the thread
+/// panics.
 #[derive(Debug)]
 struct Started {
     kind: Kind,
     lifeline: Option<OwnedFd>,
-    /// Its end is waited for only where it has been dismissed.
+    /// Dropping this waits for the end of the watchdog, so that happens only after it was
+    /// dismissed.
     process: Option<sys::Child>,
 }
 
@@ -169,7 +175,8 @@ impl Started {
         task: &Task,
         description: Description,
     ) -> Option<Started> {
-        // The lifeline alone would not do: a child that the caller forks has it too.
+        // The lifeline alone does not show that the caller has ended: a child that the caller forks
+        // has a copy of it.
         let caller = pidfd_open(getpid(), PidfdFlags::empty()).ok()?;
         let numbers = |lifeline: &OwnedFd| descriptors::common(lifeline, &caller, monitor, task);
         Started::begin(Kind::Program, |lifeline| {
@@ -186,18 +193,19 @@ impl Started {
         kind: Kind,
         start: impl FnOnce(&OwnedFd) -> io::Result<sys::Child>,
     ) -> Option<Started> {
-        // A socket, not a pipe: writing to one whose reader was killed need not raise SIGPIPE.
+        // This is a socket and not a pipe, because a write to a socket whose reader was killed need
+        // not raise SIGPIPE.
         let (theirs, ours) =
             socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None).ok()?;
-        // Until it has closed them it holds a copy of every descriptor of this process, locks and
-        // marks of other snapshots among them.
+        // The new process has copies of all descriptors of this process until it closes them. Among
+        // them are locks and marks of other snapshots.
         let (process, ready) = sys::while_forking(|| {
             let process = start(&theirs).ok()?;
             drop(theirs);
             Some((process, wait_ready([Some(&ours), None], READY_MS)))
         })?;
         let mut byte = [0];
-        // What is not there by now is not waited for.
+        // If nothing has arrived by now, a read would wait.
         let read = ready.then(|| rustix::io::retry_on_intr(|| rustix::io::read(&ours, &mut byte)));
         if read != Some(Ok(1)) || byte[0] != READY {
             process.kill();
@@ -208,12 +216,13 @@ impl Started {
 
     fn send(&self, what: u8) {
         if let Some(lifeline) = &self.lifeline {
-            // A watchdog that is gone cannot be told, and the snapshot is none the worse for it.
+            // If the watchdog has ended, it cannot be told. That alone does not harm the snapshot.
             let _ = send(lifeline, &[what], SendFlags::NOSIGNAL);
         }
     }
 
-    /// Ends the lifeline, which a child that the caller has forked may have too.
+    /// Shuts the lifeline down. Closing it is not enough, because a child that the caller has
+    /// forked may have a copy of it.
     fn cut(&mut self) {
         if let Some(lifeline) = self.lifeline.take() {
             let _ = shutdown(&lifeline, Shutdown::Both);
@@ -223,8 +232,8 @@ impl Started {
     fn hand_over(mut self) {
         self.cut();
         let process = ManuallyDrop::new(self.process.take());
-        // It takes its time, and its end has to be taken note of; not by this thread, where there
-        // can be no other.
+        // The undo takes time, and afterwards the watchdog's process has to be reaped. Another
+        // thread waits for that. If no thread can be started, this one does not wait.
         let _ = sys::spawn_quiet("instantsnap", move || {
             ManuallyDrop::into_inner(process).map(sys::Child::wait)
         });
@@ -250,7 +259,8 @@ fn start_program(
     let command_line = program::command_line().ok_or(io::ErrorKind::NotFound)?;
     let words = serde_json::to_vec(description)?;
     let told = memfd_create(c"instantsnap", MemfdFlags::CLOEXEC)?;
-    // The program shares the file's position: writing at an offset leaves it at the beginning.
+    // The program shares the file's position. A write at an offset leaves the position at the
+    // beginning.
     let told = File::from(told);
     told.write_all_at(&words, 0)?;
     let null = rustix::fs::open("/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())?;

@@ -15,33 +15,35 @@ use std::time::Duration;
 use super::stage::Stage;
 use crate::sys::now;
 
-/// By then a caller that runs has noticed that its own limit has passed.
+/// How much later the watchdog's limit passes. By then a running caller has noticed that its own
+/// limit has passed.
 const LATER: Duration = Duration::from_secs(1);
-/// The time between two checks whether QEMU has armed, and between two tries.
+/// The time between two checks whether QEMU has armed write tracking.
 const SOON: Duration = Duration::from_millis(20);
+/// The time between two tries to resume the guest.
 const AGAIN: Duration = Duration::from_secs(1);
 /// The number of tries to resume the guest.
 const TRIES: u32 = 10;
 
-/// When the guest is to be resumed in the caller's place.
+/// Decides when the watchdog resumes the guest in the caller's place.
 #[derive(Debug)]
 pub struct PauseLimit {
     limit: Option<Duration>,
     due: Option<Duration>,
     /// The number of tries that are left.
     left: u32,
-    /// The watchdog has resumed the guest once.
+    /// Whether the watchdog has resumed the guest in this pause.
     resumed: bool,
 }
 
-/// What has become of a try to resume the guest.
+/// The outcome of a try to resume the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Tried {
     /// The guest runs.
     Resumed,
     /// The guest runs, and must be resumed once more when QEMU has armed.
     UntilArmed,
-    /// QEMU has not armed yet, and would overlook it.
+    /// QEMU has not armed yet, and would overlook the resume.
     TooEarly,
     Failed,
 }
@@ -51,7 +53,7 @@ impl PauseLimit {
         PauseLimit { limit: limit.map(|limit| limit + LATER), due: None, left: 0, resumed: false }
     }
 
-    /// The snapshot has come from one stage to another.
+    /// Notes that the snapshot has gone from one stage to another.
     pub fn report(&mut self, before: Stage, stage: Stage) {
         if !stage.is_paused() {
             self.due = None;
@@ -61,18 +63,18 @@ impl PauseLimit {
         }
     }
 
-    /// The caller has begun the undo, which resumes the guest.
+    /// Notes that the caller has begun the undo, which resumes the guest.
     pub fn leave_to_caller(&mut self) {
         self.due = None;
     }
 
-    /// The milliseconds until the limit passes, or until the next try; -1: there is none.
+    /// The milliseconds until the limit passes, or until the next try; -1 if there is neither.
     pub fn wait(&self) -> c_int {
         let left = |due: Duration| due.saturating_sub(now()).as_millis() + 1;
         self.due.map_or(-1, |due| left(due).try_into().unwrap_or(c_int::MAX))
     }
 
-    /// Whether the guest is to be resumed now.
+    /// Whether the watchdog has to resume the guest now.
     pub fn has_passed(&self) -> bool {
         self.due.is_some_and(|due| due <= now())
     }

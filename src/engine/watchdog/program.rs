@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! The watchdog as a program of its own, `instantsnap-watchdog`: where it is, and what it does.
+//! The program `instantsnap-watchdog`: how the library finds it, and what it runs.
 
 use std::convert::Infallible;
 use std::env;
@@ -16,24 +16,26 @@ use crate::image::Drain;
 use crate::sys::{self, CommandLine};
 use crate::tool;
 
-/// Its file.
+/// The name of the program's file.
 const NAME: &str = "instantsnap-watchdog";
-/// Names another file; an empty value stands for none.
+/// The environment variable that names another file. An empty value means: no program.
 const SETTING: &str = "INSTANTSNAP_WATCHDOG";
-/// Where it is, from the library's directory: beside it, and where an installation has it.
+/// The directories of the program, relative to the library's directory: the same one, and those of
+/// an installation.
 const FROM_LIBRARY: [&str; 3] = ["", "../libexec/instantsnap", "../../libexec/instantsnap"];
-/// Where the installation that this was built for has it.
+/// The program's directory in the installation that the library was built for.
 const INSTALLED: Option<&str> = option_env!("INSTANTSNAP_LIBEXECDIR");
-/// Its only argument: a user who runs it by hand gives none.
+/// The program's only argument. A user who runs the program by hand does not give it.
 const STARTED_BY_LIBRARY: &str = "--started-by-libinstantsnap";
 
-/// How the program is started, where there is one.
+/// The program's command line; `None` if there is no program.
 pub fn command_line() -> Option<CommandLine> {
     tool::command_line([find()?.as_os_str(), OsStr::new(STARTED_BY_LIBRARY)])
 }
 
 fn find() -> Option<PathBuf> {
-    // In a process with more rights than its user, the environment is that user's word.
+    // A process with more rights than its user must not trust its environment, which that user has
+    // set.
     if let Some(named) = env::var_os(SETTING).filter(|_| !sys::is_secure()) {
         return Some(PathBuf::from(named)).filter(|file| can_be_trusted(file));
     }
@@ -46,7 +48,7 @@ fn find() -> Option<PathBuf> {
         .find(|file| can_be_trusted(file))
 }
 
-/// Whether it is a program that no other user can have written.
+/// Whether the file is a program that no other user can have written.
 fn can_be_trusted(file: &Path) -> bool {
     const WRITABLE_BY_OTHERS: u32 = 0o002;
     tool::is_program(file)
@@ -55,7 +57,8 @@ fn can_be_trusted(file: &Path) -> bool {
         })
 }
 
-/// The program. It returns where it was not started by the library, or by another version of it.
+/// Runs the program. It returns only an error: the library has not started it, another version has,
+/// or it cannot do its task.
 ///
 /// # Safety
 /// Nothing in this process owns a descriptor beyond the first three.
@@ -69,7 +72,7 @@ pub unsafe fn run() -> Result<Infallible, &'static str> {
     };
     let Inherited { common, description, drain } = inherited;
     sys::set_process_name(c"instantsnap");
-    // The caller's may be on a file system that is to be unmounted.
+    // The caller's working directory may be on a file system that is to be unmounted.
     let _ = env::set_current_dir("/");
     let description: Description = serde_json::from_reader(File::from(description))
         .ok()
@@ -79,7 +82,7 @@ pub unsafe fn run() -> Result<Infallible, &'static str> {
     let pipe = common.pipe.try_clone().map_err(|_| cannot_move)?;
     let drain = Drain::inherited(pipe, drain, description.offset).map_err(|_| cannot_move)?;
     if drain.start().is_err() {
-        // Dropping it would stop the thread that the caller starts instead.
+        // Dropping the drain would also stop the thread that the caller starts instead.
         std::mem::forget(drain);
         return Err(cannot_move);
     }

@@ -17,17 +17,17 @@ use crate::backend::MonitorOverlay;
 use crate::own_file::KnownFile;
 use crate::sys::wait_ready;
 
-/// Between two questions whether a job has come further.
+/// The time between two tries to complete a block job.
 const PAUSE_MS: i32 = 50;
 
-/// In a reply that the watchdog does not wait for.
+/// The id of a command whose reply the watchdog does not wait for.
 const LATE_MARK: &str = "instantsnap-watchdog-late";
 
-/// Made before they are needed.
+/// The QMP commands of an undo, made in advance.
 #[derive(Debug)]
 pub struct QmpScript {
     pub resume: String,
-    /// The same, whose reply is left to the caller.
+    /// The same command, whose reply is left to the caller.
     resume_late: String,
     restore: Vec<String>,
     query_migrate: String,
@@ -39,7 +39,7 @@ pub struct QmpScript {
 /// The commands that undo one overlay.
 #[derive(Debug)]
 struct Overlay {
-    /// Empty where merging is not the watchdog's to do.
+    /// Empty if the watchdog must not merge the overlay.
     commit: String,
     complete: String,
     delete: String,
@@ -66,15 +66,15 @@ impl Overlay {
         }
     }
 
-    /// Merges it into the image below, where it is in use, and removes it once it is not.
+    /// Merges the overlay into the image below if it is in use, and removes it once it is not.
     fn undo(&self, monitor: &OwnedFd, switched: bool, stream: &mut Remaining) {
         let mut execute = |command: &str| execute(monitor, command, stream);
         if switched
             && !self.commit.is_empty()
             && execute(&self.commit).is_some_and(|reply| reply.done)
         {
-            // QEMU refuses to complete it before all is merged; when it has ended, there is no such
-            // job.
+            // QEMU refuses to complete the job until all data is merged. When the job has ended,
+            // QEMU replies that there is no such job.
             loop {
                 match execute(&self.complete) {
                     None => return,
@@ -88,7 +88,7 @@ impl Overlay {
                 execute(&self.delete_file_node);
                 self.file.iter().for_each(Discard::run);
             }
-            // What is in use QEMU keeps. A driver's are its own to merge.
+            // QEMU keeps an overlay that is in use. A driver merges its own overlays.
             Some(_) if switched && !self.commit.is_empty() => self.complaint.send(),
             _ => {}
         }
@@ -96,8 +96,8 @@ impl Overlay {
 }
 
 impl QmpScript {
-    /// `restore` are commands, by name and arguments, that put the settings back; `files` are the
-    /// snapshot's.
+    /// Makes the commands. `restore` has the commands that put the settings back, by name and
+    /// arguments. `files` are the snapshot's files.
     pub fn new(
         restore: &[(String, Value)],
         overlays: &[MonitorOverlay],
@@ -114,14 +114,15 @@ impl QmpScript {
         }
     }
 
-    /// Resumes the guest of a caller that is stopped. The caller may go on at any time, and reads the
-    /// replies on the monitor: so the watchdog does not wait for one.
+    /// Resumes the guest of a stopped caller. The caller may go on at any time, and it reads the
+    /// replies on the monitor. So the watchdog does not wait for a reply. Returns whether it has
+    /// sent the command.
     pub fn resume_late(&self, monitor: &OwnedFd) -> bool {
         let line = self.resume_late.as_bytes();
         send(monitor, line, SendFlags::NOSIGNAL | SendFlags::DONTWAIT) == Ok(line.len())
     }
 
-    /// Whether a migration is under way; none where QEMU is gone.
+    /// Whether a migration is under way; `None` if QEMU has ended.
     pub fn is_migrating(&self, monitor: &OwnedFd, stream: &mut Remaining) -> Option<bool> {
         execute(monitor, &self.query_migrate, stream).map(|reply| reply.migrating)
     }
@@ -131,7 +132,7 @@ impl QmpScript {
         execute(monitor, &self.query_status, stream).is_some_and(|reply| reply.stopped_by_migration)
     }
 
-    /// Puts everything but the guest's state back.
+    /// Undoes everything but the pause: the settings, the overlays and the files.
     pub fn undo(&self, monitor: &OwnedFd, stage: Stage, stream: &mut Remaining) {
         for command in self.restore.iter().filter(|_| !stage.is_restored()) {
             execute(monitor, command, stream);
@@ -147,16 +148,16 @@ fn line(name: &str, arguments: &Value) -> String {
     json!({ "execute": name, "arguments": arguments, "id": MARK }).to_string() + "\n"
 }
 
-/// Sends a command, and waits for the reply, however long: what is still unread when the connection
-/// ends, QEMU forgets. Meanwhile the stream is read, for which QEMU may be waiting in its turn.
-/// Nothing where QEMU is gone.
+/// Sends a command, and waits for the reply without a limit, because QEMU forgets what it has not
+/// read when the connection ends. Meanwhile reads the stream, because QEMU may be waiting for that.
+/// Returns `None` if QEMU has ended.
 pub fn execute(monitor: &OwnedFd, command: &str, stream: &mut Remaining) -> Option<Reply> {
     let mut left = command.as_bytes();
     while !left.is_empty() {
         match send(monitor, left, SendFlags::NOSIGNAL) {
             Ok(sent) => left = left.get(sent..).unwrap_or_default(),
             Err(Errno::INTR) => {}
-            // A reader that is that far behind; there is no hurry.
+            // QEMU has yet to read what was sent before. There is no hurry.
             Err(Errno::AGAIN) => {
                 wait_ready([(!stream.ended).then_some(&stream.pipe), None], 10);
                 if !stream.ended {
@@ -183,7 +184,7 @@ pub fn execute(monitor: &OwnedFd, command: &str, stream: &mut Remaining) -> Opti
             Err(_) => return None,
         };
         let mut replies = buffer.iter().take(got).filter_map(|byte| reader.read(*byte));
-        // One command at a time is answered, so nothing of its reply is lost.
+        // Only one command at a time waits for a reply, so the rest of the buffer is not needed.
         if let Some(reply) = replies.find(|reply| reply.ours) {
             return Some(reply);
         }

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! Recovery commands, programs that the watchdog runs: libvirt's own client, where a domain is
-//! libvirt's.
+//! Recovery commands: programs that the watchdog runs. For a domain of libvirt they use virsh.
 
 use std::os::fd::{AsRawFd, OwnedFd};
 
@@ -18,15 +17,15 @@ use crate::own_file::KnownFile;
 use crate::sys::{self, CommandLine, Program, Stdio};
 use crate::tool::command_line;
 
-/// A guest that does not run is resumed so often.
+/// The number of tries to resume the guest.
 const TRIES: u32 = 10;
 const PAUSE_MS: i32 = 1000;
 
-/// A program and its arguments, as the kernel wants them.
+/// A program and its arguments, made in advance.
 #[derive(Debug)]
 struct RecoveryCommand {
     command_line: Option<CommandLine>,
-    /// Discarded once it has succeeded.
+    /// The file to discard once the program has succeeded.
     then_discard: Option<Discard>,
 }
 
@@ -38,7 +37,7 @@ impl RecoveryCommand {
         }
     }
 
-    /// Whether it succeeded.
+    /// Runs the program. Returns whether it has succeeded.
     fn run(&self, stream: &mut Remaining) -> bool {
         self.run_with(Stdio::Null, stream)
     }
@@ -46,14 +45,14 @@ impl RecoveryCommand {
     fn run_with(&self, stdio: Stdio, stream: &mut Remaining) -> bool {
         let Some(command_line) = &self.command_line else { return false };
         let Some(program) = Program::start(command_line, stdio) else { return false };
-        // Meanwhile QEMU may be waiting for its stream to be read.
+        // Meanwhile the stream is read, because QEMU may be waiting for that.
         while !program.wait_ended((!stream.ended).then_some(&stream.pipe)) {
             stream.discard();
         }
         program.succeeded()
     }
 
-    /// The same. Ends the program if this descriptor becomes readable.
+    /// Runs the program in the same way, but kills it if this descriptor becomes readable.
     fn run_unless(&self, readable: &OwnedFd) -> bool {
         let Some(command_line) = &self.command_line else { return false };
         let Some(program) = Program::start(command_line, Stdio::Null) else { return false };
@@ -64,9 +63,9 @@ impl RecoveryCommand {
         program.succeeded()
     }
 
-    /// QEMU's reply, where it says one.
+    /// Runs the program, and returns the reply of QEMU that it prints; `None` if it prints none.
     fn ask(&self, stream: &mut Remaining) -> Option<Reply> {
-        // What it says is less than a pipe holds.
+        // The program prints less than a pipe holds.
         let (output, theirs) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK).ok()?;
         if !self.run_with(Stdio::Output(theirs.as_raw_fd()), stream) {
             return None;
@@ -88,7 +87,7 @@ impl RecoveryCommand {
     }
 }
 
-/// Merges an overlay.
+/// The commands that merge an overlay.
 #[derive(Debug)]
 struct Merge {
     merge: RecoveryCommand,
@@ -115,7 +114,7 @@ impl Merge {
     }
 }
 
-/// What is to be done, in order.
+/// All recovery commands of a snapshot.
 #[derive(Debug)]
 pub struct RecoveryCommands {
     look: RecoveryCommand,
@@ -130,7 +129,7 @@ pub struct RecoveryCommands {
 }
 
 impl RecoveryCommands {
-    /// `files` are removed with the overlays.
+    /// Makes the commands. `files` are removed with the overlays.
     pub fn new(commands: backend::RecoveryCommands, files: &[KnownFile]) -> RecoveryCommands {
         let all = |commands: Vec<backend::RecoveryCommand>| {
             commands.into_iter().map(RecoveryCommand::new).collect()
@@ -154,13 +153,13 @@ impl RecoveryCommands {
         repeat(&self.resume, TRIES, stream);
     }
 
-    /// Tries once to resume the guest of a caller that is stopped. Gives up if the caller goes on and
-    /// writes to its lifeline.
+    /// Tries once to resume the guest of a stopped caller. Gives up if the caller goes on and
+    /// writes to its lifeline. Returns whether the guest was resumed.
     pub fn resume_late(&self, lifeline: &OwnedFd) -> bool {
         self.resume.iter().any(|command| command.run_unless(lifeline))
     }
 
-    /// Whether a migration is under way; none where that cannot be learnt now.
+    /// Whether a migration is under way; `None` if that cannot be learnt now.
     pub fn is_migrating(&self, stream: &mut Remaining) -> Option<bool> {
         self.query_migrate.ask(stream).map(|reply| reply.migrating)
     }
@@ -170,13 +169,13 @@ impl RecoveryCommands {
         self.query_status.ask(stream).is_some_and(|reply| reply.stopped_by_migration)
     }
 
-    /// A daemon that restarts is there again after some time.
+    /// Waits until the daemon answers, because it may be restarting.
     fn wait_for_daemon(&self, stream: &mut Remaining) {
         repeat(std::slice::from_ref(&self.look), self.tries, stream);
     }
 
-    /// Puts settings back, removes the record, then undoes the switch: overlays that may be in use
-    /// are merged first.
+    /// Puts the settings back, and removes the record. Then undoes the switch: merges the overlays
+    /// that may be in use, and removes files.
     pub fn undo(&self, stage: Stage, stream: &mut Remaining) {
         self.wait_for_daemon(stream);
         for command in self.restore.iter().filter(|_| !stage.is_restored()) {
@@ -188,7 +187,8 @@ impl RecoveryCommands {
     }
 }
 
-/// Runs commands until one of them succeeds, once a second.
+/// Runs the commands in order, once a second, until one of them succeeds. Stops after `tries`
+/// times.
 fn repeat(commands: &[RecoveryCommand], tries: u32, stream: &mut Remaining) {
     for _ in 0..tries {
         if commands.iter().any(|command| command.run(stream)) {

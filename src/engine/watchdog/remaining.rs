@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! What is left of QEMU's stream.
+//! The rest of QEMU's stream, which an undo discards.
 
 use std::os::fd::OwnedFd;
 
@@ -8,11 +8,11 @@ use rustix::io::Errno;
 
 use crate::image::discard;
 
-/// QEMU's stream, of which nothing is wanted.
+/// QEMU's stream, whose rest is read and discarded.
 pub struct Remaining {
     pub pipe: OwnedFd,
     pub ended: bool,
-    /// So much of it has come, as far as that is known.
+    /// The number of bytes that have come, as far as that is known.
     pub taken: u64,
 }
 

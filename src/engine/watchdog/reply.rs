@@ -1,31 +1,32 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! What QEMU answers, for a process that may not allocate: read byte by byte, and little of it
-//! kept.
+//! Reads QEMU's replies in a process that must not allocate memory: byte by byte, and keeps little
+//! of them.
 
-/// In the reply to a command of the watchdog's, and nowhere else.
+/// The id of the watchdog's commands. QEMU repeats it in its replies to them, and in no other
+/// reply.
 pub const MARK: &str = "instantsnap-watchdog-done";
 
-/// No string that is looked for is longer.
+/// No string that the reader looks for is longer.
 const LONGEST: usize = 32;
 const _: () = assert!(MARK.len() <= LONGEST, "the watchdog would not know its own replies");
 
 /// A reply of QEMU's.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Reply {
-    /// It is one to a command of the watchdog's.
+    /// It is the reply to a command of the watchdog.
     pub ours: bool,
     /// The command was carried out.
     pub done: bool,
     /// It says that there is no such block job.
     pub no_job: bool,
-    /// It says of a migration that one is under way.
+    /// It says that a migration is under way.
     pub migrating: bool,
-    /// It says of the guest that it was stopped by the end of a migration.
+    /// It says that the end of a migration has stopped the guest.
     pub stopped_by_migration: bool,
 }
 
-/// A string, as far as it matters.
+/// The first bytes of a string, and its length.
 #[derive(Clone, Copy, Debug)]
 struct Text {
     bytes: [u8; LONGEST],
@@ -47,7 +48,7 @@ impl Text {
     }
 }
 
-/// Of which member the next value is.
+/// The member that the next value belongs to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Key {
     Id,
@@ -58,7 +59,7 @@ enum Key {
     Other,
 }
 
-/// Reads JSON objects, however they are laid out.
+/// Reads JSON objects in any layout.
 #[derive(Debug)]
 pub struct Reader {
     depth: usize,
@@ -66,13 +67,13 @@ pub struct Reader {
     escaped: bool,
     text: Text,
     key: Key,
-    /// A colon was the last that counts.
+    /// The last delimiter was a colon: a value comes next.
     value: bool,
     reply: Reply,
 }
 
 impl Reader {
-    /// At the beginning of an object.
+    /// A reader at the beginning of an object.
     pub fn new() -> Reader {
         Reader {
             depth: 0,
@@ -85,14 +86,16 @@ impl Reader {
         }
     }
 
-    /// Reads one more byte; the reply, where it ends with that. Events are replies to nobody.
+    /// Reads one more byte. Returns the reply if it ends with this byte. An event is returned too,
+    /// as a reply that is not `ours`.
     pub fn read(&mut self, byte: u8) -> Option<Reply> {
         if self.in_string {
             match byte {
                 _ if self.escaped && byte != b'\n' => self.escaped = false,
                 b'\\' => self.escaped = true,
                 b'"' => self.end_string(),
-                // No string goes over a line's end: the caller had read the beginning of this line.
+                // A JSON string does not contain a line's end: the caller had read the beginning of
+                // this line, and the reader was not in a string.
                 b'\n' => *self = Reader::new(),
                 _ => self.text.push(byte),
             }
@@ -132,7 +135,8 @@ impl Reader {
         match self.key {
             Key::Id => self.reply.ours = text.is(MARK),
             Key::Class => self.reply.no_job = text.is("DeviceNotActive"),
-            // Of others, `none` and what has ended, nothing more comes.
+            // In every other status (`none`, and those of a migration that has ended) nothing more
+            // comes.
             Key::Status => {
                 const UNDER_WAY: [&str; 7] = [
                     "setup",

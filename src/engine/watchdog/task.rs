@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! What the engine has a watchdog for.
+//! The task that the engine gives to a watchdog.
 
 use std::os::fd::BorrowedFd;
 use std::path::PathBuf;
@@ -12,20 +12,21 @@ use crate::image::Drain;
 use crate::model::Reservation;
 use crate::own_file::KnownFile;
 
-/// What a watchdog is there for.
+/// The task of a watchdog.
 pub struct Task<'a> {
-    /// What holds the guest for this operation.
+    /// The descriptors that hold the guest for this operation.
     pub held: &'a [BorrowedFd<'a>],
-    /// What holds the snapshot's name in a state directory.
+    /// The reservation of the snapshot's name in a state directory.
     pub reservation: Option<&'a Reservation>,
-    /// The file that there is once it is recorded, where that is known.
+    /// The file that exists once the snapshot is recorded; `None` if the watchdog cannot check
+    /// that.
     pub record: Option<PathBuf>,
-    /// For how long the guest may be paused, where that is limited.
+    /// How long the guest may be paused; `None` if that is not limited.
     pub pause_limit: Option<Duration>,
-    /// The way of QEMU's stream.
+    /// The drain of QEMU's stream.
     pub drain: &'a Drain,
-    /// QMP commands that put the settings back.
+    /// The QMP commands that put the settings back, by name and arguments.
     pub restore: &'a [(&'a str, Value)],
-    /// The snapshot's, to be removed.
+    /// The snapshot's files, which an undo removes or empties.
     pub files: &'a [KnownFile],
 }

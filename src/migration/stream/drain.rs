@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! Waiting until all of memory is in its image, and QEMU says so.
+//! Waits until all of memory is in its image, and QEMU says that the migration has completed.
 
 use std::time::{Duration, Instant};
 
@@ -17,11 +17,12 @@ use crate::migration::settings::Settings;
 use crate::monitor::commands::{self, MigrationRam, Progress};
 use crate::sys::now;
 
-/// For so long nothing comes before QEMU is asked whether anything more does.
+/// If nothing comes for this time, the library asks QEMU whether more will come.
 const QUIET: Duration = Duration::from_secs(1);
 
 impl Stream {
-    /// Waits until all of memory is in the file, and QEMU says so. Returns the image's bytes.
+    /// Waits until all of memory is in the file, and QEMU says that the migration has completed.
+    /// Returns the size of the image.
     pub fn wait_saved(
         &self,
         guest: &mut dyn Guest,
@@ -50,11 +51,11 @@ impl Stream {
             let at_most = meter.as_ref().map_or(QUIET, |meter| meter.left().min(QUIET));
             wait_either(&self.drain, cancel, Some(at_most))?;
         };
-        // The stream's end comes a moment before QEMU's word on it.
+        // The stream ends a moment before QEMU says that the migration has ended.
         match wait_ended(guest, settings, Deadline::after(DEFAULT_TIMEOUT))? {
             Ended::Completed => Ok(self.offset + bytes),
-            // This is what QEMU says of another client's that came after ours. Then the stream
-            // itself tells.
+            // The failure is that of another client's migration, which came after the snapshot's.
+            // Then the stream itself shows whether it is whole.
             Ended::Failed(reason)
                 if (muddled || reason.contains(LOCK)) && image.has_whole_stream()? =>
             {
@@ -64,20 +65,22 @@ impl Stream {
         }
     }
 
-    /// Nothing has come for a while. There are two reasons for which nothing ever will, not even
-    /// the end:
+    /// Finds out why nothing has come for a while. For two reasons nothing more ever comes, not
+    /// even the end of the pipe:
     ///
-    /// * A process that the caller has forked, before QEMU had its end of the pipe, has that end
-    ///   too as long as it does not execute a program: then the pipe does not end, though QEMU has
-    ///   closed it. What a migration has written is in the pipe before QEMU says that it has
+    /// * A process that the caller has forked before QEMU had its end of the pipe has a copy of
+    ///   that end, until it executes a program. Then the pipe does not end, although QEMU has
+    ///   closed it. All that a migration has written is in the pipe before QEMU says that it has
     ///   completed.
-    /// * QEMU is setting up for ever: it has saved memory, said so, and had not closed its end of
-    ///   the pipe when another client's `migrate` came, which QEMU refused for the lock. Then it
-    ///   has forgotten the pipe (seen with QEMU 10.0; QEMU 7.2 ends there). Under the lock no
-    ///   migration can be another client's, and before its own has set up the stream is not whole.
-    ///   It is cancelled, as QEMU would refuse every other migration, and new settings, for good.
+    /// * QEMU stays in the setup of a migration for ever. It had saved memory, and had said so, but
+    ///   had not closed its end of the pipe when another client's `migrate` came. QEMU refused that
+    ///   because of the lock, and has forgotten the pipe (seen with QEMU 10.0; QEMU 7.2 ends
+    ///   there). This is certain if the stream is whole and the lock is still set: under the lock
+    ///   no migration can be another client's, and the stream is not whole before the snapshot's
+    ///   own has set up. The library cancels the migration, because otherwise QEMU would refuse all
+    ///   other migrations and new settings for good.
     ///
-    /// Returns whether it was the latter.
+    /// Returns whether it was the second reason.
     fn look_for_end(
         &self,
         guest: &mut dyn Guest,
@@ -86,7 +89,7 @@ impl Stream {
     ) -> Result<bool> {
         let migration = match commands::query_migrate(guest, Deadline::after(QUIET)) {
             Ok(migration) => migration,
-            // QEMU may be too busy to answer, or the daemon be restarted.
+            // QEMU may be too busy to answer, or the daemon may be restarting.
             Err(error) if error.code == Code::OperationTimeout => return Ok(false),
             Err(error) if guest.liveness() == Liveness::Exited => return Err(error),
             Err(_) => return Ok(false),
@@ -116,7 +119,7 @@ impl Stream {
     }
 }
 
-/// Since when nothing has come.
+/// The number of bytes that have come, and since when no more have come.
 struct Quiet {
     bytes: u64,
     since: Instant,
@@ -135,12 +138,12 @@ impl Quiet {
     }
 }
 
-/// Looks at intervals how far memory has come.
+/// Measures at intervals how far memory has come.
 struct Meter {
     interval: Duration,
     looked: Duration,
     last: Flow,
-    /// QEMU, when it did not answer, is not asked again before this.
+    /// If QEMU did not answer, it is not asked again before this time.
     ask: Duration,
 }
 
@@ -149,15 +152,15 @@ impl Meter {
         Meter { interval, looked: now(), last: so_far, ask: Duration::ZERO }
     }
 
-    /// Until it is to be looked again.
+    /// The time until the next measurement.
     fn left(&self) -> Duration {
         (self.looked + self.interval).saturating_sub(now())
     }
 
     fn read(&mut self, stream: &Stream, guest: &mut dyn Guest) -> Flow {
-        /// For an answer that nothing depends on. A cancel has to wait for it.
+        /// The timeout of a query that nothing depends on. A cancel has to wait for its end.
         const SOON: Duration = Duration::from_secs(1);
-        // What is wrong with QEMU is found by whoever needs it.
+        // An error is ignored here: the next step that needs QEMU reports it.
         let asked = now() >= self.ask;
         let migration =
             asked.then(|| commands::query_migrate(guest, Deadline::after(SOON)).ok()).flatten();
@@ -166,7 +169,7 @@ impl Meter {
         }
         let (now, mut flow) = (now(), stream.flow(migration.as_ref()));
         if flow.total == 0 {
-            // Not told: as it was.
+            // QEMU has not said how much is left: keep the last numbers.
             flow.pages_left = self.last.pages_left;
             flow.total = if self.last.total == 0 { 0 } else { self.last.total.max(flow.done) };
         }
@@ -188,7 +191,7 @@ fn query_ended(guest: &mut dyn Guest) -> Result<Option<Ended>> {
     Ok(match migration.progress() {
         Progress::UnderWay => None,
         Progress::Completed => Some(Ended::Completed),
-        // None: it never began.
+        // `Progress::None`: the migration never began.
         Progress::None | Progress::Failed => Some(Ended::Failed(migration.reason().into())),
     })
 }

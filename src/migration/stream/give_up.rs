@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! Giving memory up that is being saved.
+//! Gives up a migration that is saving memory.
 
 use std::time::{Duration, Instant};
 
@@ -19,33 +19,33 @@ use crate::migration::settings::Mode;
 use crate::monitor::commands::{self, Progress};
 use crate::sys;
 
-/// How often it is looked whether QEMU has closed its end.
+/// The time between two checks whether QEMU has closed its end of the pipe.
 const LOOK: Duration = Duration::from_millis(20);
 
-/// QEMU's own stop of the guest, before the capture, is over sooner by far.
+/// QEMU's own stop of the guest, before the capture, takes far less time than this.
 const LOST_STOP: Duration = Duration::from_secs(1);
 
 impl Stream {
-    /// Memory is not wanted any more. The stream is read on, and thrown away.
-    /// [`Stream::wait_given_up`] sees to the rest.
+    /// Gives memory up: from here on the stream is read and discarded. [`Stream::wait_given_up`]
+    /// does the rest.
     pub fn give_up(&self, guest: &mut dyn Guest, mode: Mode) -> Result<()> {
         self.drain.discard();
         match mode {
             Mode::Background => Ok(()),
-            // Ours is over: what could be cancelled now is another client's.
+            // The snapshot's migration is over. This could only cancel another client's.
             Mode::Paused if self.is_closed() => Ok(()),
             Mode::Paused => commands::migrate_cancel(guest, Deadline::after(DEFAULT_TIMEOUT)),
         }
     }
 
-    /// Returns when QEMU says that the migration has ended; before that, it may yet stop the guest
-    /// to save its devices.
+    /// Waits until QEMU says that the migration has ended. Before that, QEMU may still stop the
+    /// guest to save its devices.
     ///
-    /// A background snapshot is cancelled only where that is safe. QEMU 7.2 leaves the guest's
-    /// memory write-protected when one is cancelled or fails, its pipe's end closed included: the
-    /// guest freezes for good at its next write. QEMU 10.0 does not, but where it is cancelled
-    /// before it has armed, QEMU closes its own descriptor 0, whatever that is by then. What cannot
-    /// be cancelled is left to complete.
+    /// A background snapshot is cancelled only if that is safe. If it is cancelled or fails, which
+    /// includes a closed pipe, QEMU 7.2 leaves the guest's memory write-protected, and the guest
+    /// freezes for good at its next write. QEMU 10.0 does not do that. But if the snapshot is
+    /// cancelled before QEMU has armed write tracking, QEMU 10.0 closes its own descriptor 0,
+    /// whatever that is by then. A snapshot that cannot be cancelled is left to complete.
     pub fn wait_given_up(&self, guest: &mut dyn Guest, mode: Mode) -> Result<()> {
         let backoff = Backoff::default();
         let mut progress = Progressing::new(self.drain.bytes());
@@ -58,7 +58,8 @@ impl Stream {
             }
             let migration = commands::query_migrate(guest, Deadline::after(DEFAULT_TIMEOUT))?;
             if migration.progress() != Progress::UnderWay {
-                // Where it never began, QEMU keeps its end; refused where a migration has taken it.
+                // If the migration never began, QEMU still has its end of the pipe. QEMU refuses
+                // this command if a migration has taken that end.
                 let _ = commands::closefd(guest, FD_NAME, Deadline::after(DEFAULT_TIMEOUT));
                 return self.wait_closed(guest);
             }
@@ -72,7 +73,7 @@ impl Stream {
                 repeat_stop(guest)?;
                 stopping = None;
             }
-            // While it sets up no byte can come, however long that takes.
+            // No byte can come during the setup, however long that takes.
             if migration.is_setting_up() {
                 progress = Progressing::new(self.drain.bytes());
             }
@@ -81,7 +82,7 @@ impl Stream {
         }
     }
 
-    /// Returns when nothing is written to the image any more, after [`Stream::wait_given_up`].
+    /// Waits until nothing is written to the image any more, after [`Stream::wait_given_up`].
     pub fn wait_discarded(&self, cancel: &Cancel) -> Result<()> {
         self.drain.end_when_empty();
         while self.drain.outcome().is_none() {
@@ -91,14 +92,16 @@ impl Stream {
         Ok(())
     }
 
-    /// Returns when QEMU has closed the stream. Its thread is at its end then; the status says so
-    /// before, and a migration begun in between would be one beside it.
+    /// Waits until QEMU has closed the stream. Then QEMU's migration thread is at its end. The
+    /// status reports the end earlier, and a migration that began in between would run beside that
+    /// thread.
     fn wait_closed(&self, guest: &dyn Guest) -> Result<()> {
         let deadline = Instant::now() + DEFAULT_TIMEOUT;
-        // Asked for nothing, it tells of the other end's having gone.
+        // A poll for no events still reports that the other end is closed.
         let mut fds = [PollFd::new(&self.spare, PollFlags::empty())];
         while !fds[0].revents().contains(PollFlags::HUP) {
-            // Another process may have that end too.
+            // Another process may have a copy of that end: then only QEMU's own descriptors show
+            // it.
             if guest.pid().and_then(|pid| sys::has_open(pid, &self.spare)) == Some(false) {
                 return Ok(());
             }
@@ -119,8 +122,8 @@ impl Stream {
         Ok(())
     }
 
-    /// QEMU cannot look at anything while it waits for room in the pipe, and a drain whose file
-    /// system hangs makes none.
+    /// Empties the pipe if the drain stands still. While QEMU waits for room in the pipe, it can do
+    /// nothing else, and a drain whose file system hangs makes no room.
     fn unblock(&self, progress: &mut Progressing) -> Result<()> {
         const HANGING: Duration = Duration::from_secs(1);
         let mut bytes = self.drain.bytes();
@@ -137,7 +140,7 @@ impl Stream {
     }
 }
 
-/// Since when no byte has come.
+/// The number of bytes that have come, and since when no more have come.
 struct Progressing {
     seen: u64,
     extra: u64,
@@ -158,17 +161,17 @@ impl Progressing {
     }
 }
 
-/// Frees a migration whose thread waits for the CPUs of a guest that runs. QEMU stops a guest that
-/// it finds running before it captures it, and waits until all CPUs stand. Another client's `cont`,
-/// or a reset, can have them run again before the thread has seen that: then the thread waits for
-/// good, and the migration can be neither completed nor cancelled. When the guest is stopped once
-/// more, the thread goes on. The guest runs again after that.
+/// Frees a migration whose thread waits for the CPUs of a running guest to stop. If QEMU finds a
+/// guest running, it stops the guest before the capture, and waits until all CPUs have stopped.
+/// Another client's `cont`, or a reset, can start them again before the thread has seen that. Then
+/// the thread waits for ever, and the migration can be neither completed nor cancelled. This stops
+/// the guest once more, so that the thread goes on, and then resumes the guest.
 fn repeat_stop(guest: &mut dyn Guest) -> Result<()> {
     if !guest.status()?.running {
         return Ok(());
     }
     let deadline = Deadline::after(LOST_STOP);
-    // Where it comes too late, the guest may be paused all the same.
+    // If the reply comes too late, the guest may be paused all the same.
     let paused = guest.pause(deadline);
     let backoff = Backoff::default();
     while deadline.left().is_some()

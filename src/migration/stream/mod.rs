@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! The way of memory from QEMU to its image: a pipe, and the drain that empties it.
+//! The path of memory from QEMU to its image: a pipe, and the drain that empties it.
 
 mod drain;
 mod give_up;
@@ -21,20 +21,20 @@ use crate::error::{Error, Result};
 use crate::image::{self, Drain, MemoryImage};
 use crate::monitor::commands::{self, Migration};
 
-/// The way of memory from QEMU to its image, open.
+/// The open path of memory from QEMU to its image.
 #[derive(Debug)]
 pub struct Stream {
     drain: Drain,
-    /// Where it begins in the image.
+    /// Where the stream begins in the image.
     offset: u64,
-    /// The pipe's end once more, to empty it should the drain hang.
+    /// A duplicate of the pipe's reading end, to empty the pipe if the drain hangs.
     spare: OwnedFd,
-    /// QEMU's end, until it has it.
+    /// The pipe's writing end, until QEMU has it.
     write: Option<OwnedFd>,
 }
 
 impl Stream {
-    /// Opens it.
+    /// Opens the pipe and the drain. Nothing is moved yet.
     pub fn open(image: &MemoryImage) -> Result<Stream> {
         let (read, write) = image::pipe()?;
         let duplicate = || {
@@ -47,7 +47,8 @@ impl Stream {
         Ok(Stream { drain, offset: image.stream_offset(), spare, write: Some(write) })
     }
 
-    /// Has it moved: by another process, or by a thread of this one.
+    /// Leaves the stream to `process`, which moves it already. If none is given, starts a thread
+    /// that moves it.
     pub fn start(&mut self, process: Option<OwnedFd>) -> Result<()> {
         match process {
             Some(process) => self.drain.leave_to(process),
@@ -56,7 +57,7 @@ impl Stream {
         Ok(())
     }
 
-    /// Passes QEMU its end, as [`FD_NAME`].
+    /// Passes the writing end to QEMU, as [`FD_NAME`].
     pub fn pass(&mut self, guest: &mut dyn Guest) -> Result<()> {
         match self.write.take() {
             Some(write) => {
@@ -66,14 +67,15 @@ impl Stream {
         }
     }
 
-    /// What moves it.
+    /// The drain that moves the stream.
     pub fn drain(&self) -> &Drain {
         &self.drain
     }
 
-    /// How far memory has come, by what QEMU says of it.
+    /// How far memory has come. QEMU's status of the migration, if it is given, adds how much is
+    /// left.
     pub fn flow(&self, migration: Option<&Migration>) -> Flow {
-        /// What goes before each page in the stream.
+        /// The size of the header of each page in the stream.
         const HEADER: u64 = 8;
         let bytes = self.drain.bytes();
         let mut flow = Flow { done: self.offset + bytes, ..Flow::default() };
@@ -81,7 +83,7 @@ impl Stream {
             migration.and_then(|migration| migration.ram.as_ref()).filter(|ram| ram.page_size > 0)
         {
             flow.pages_left = ram.remaining / ram.page_size;
-            // Some of what QEMU has sent is in the pipe still.
+            // Some of what QEMU has sent is still in the pipe.
             flow.total = self.offset
                 + ram.transferred.max(bytes)
                 + flow.pages_left * (ram.page_size + HEADER);
@@ -89,8 +91,8 @@ impl Stream {
         flow
     }
 
-    /// Whether QEMU has closed the stream. Then our migration is over: one that is under way is
-    /// another client's.
+    /// Whether QEMU has closed the stream. Then the snapshot's migration is over, and one that is
+    /// under way is another client's.
     fn is_closed(&self) -> bool {
         let mut fds = [PollFd::new(&self.spare, PollFlags::empty())];
         poll(&mut fds, Some(&timeout(Duration::ZERO))).is_ok()
@@ -98,7 +100,7 @@ impl Stream {
     }
 }
 
-/// Waits for the end of the drain, or to be cancelled.
+/// Waits until the drain has ended or the snapshot is cancelled, at most for this time.
 fn wait_either(drain: &Drain, cancel: &Cancel, at_most: Option<Duration>) -> Result<()> {
     let [done, process] = drain.ends();
     let mut fds =

@@ -1,6 +1,6 @@
 /*
- * no-process.c: an LD_PRELOAD library for a caller at its limit of processes: none can be started
- * by the ways in which the library starts one.
+ * no-process.c: an LD_PRELOAD library for a caller at its limit of processes. The calls by which
+ * instantsnap starts a process fail with EAGAIN.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
