@@ -51,16 +51,16 @@
  * - Processes. For the time of a snapshot the library starts one process in its own session, the
  *   watchdog: the program instantsnap-watchdog, or a fork of the caller if that program cannot be
  *   started. The program writes the guest's memory to its image, so that a caller that is stopped
- *   (SIGSTOP, a debugger) does not stop its guest; if the caller is stopped inside the pause, the
+ *   (SIGSTOP, a debugger) does not stop its guest. If the caller is stopped inside the pause, the
  *   watchdog resumes the guest one second after the pause limit, and the call fails when the caller
- *   goes on, unless QEMU had armed before. If the caller is killed during the snapshot, the
- *   watchdog resumes the guest, reads QEMU's memory stream to its end (QEMU 7.2 would freeze the
- *   guest otherwise), restores the migration settings, merges the overlays (except those that a
- *   driver's disks were switched to) and removes what was made for the snapshot. An overlay that it
- *   cannot merge stays in use; the watchdog reports it to the machine's log (/dev/log). The
- *   watchdog raises no SIGCHLD, and no wait() of the caller returns it. It is in the caller's
- *   cgroup: what ends the whole cgroup (the end of a container, systemd's KillMode=control-group)
- *   ends the watchdog too.
+ *   goes on, unless QEMU had armed write tracking before. If the caller is killed during the
+ *   snapshot, the watchdog resumes the guest, reads QEMU's memory stream to its end (QEMU 7.2 would
+ *   freeze the guest otherwise), restores the migration settings, merges the overlays (except those
+ *   that a driver's disks were switched to) and removes what the library made for the snapshot. An
+ *   overlay that it cannot merge stays in use; the watchdog reports it to the machine's log
+ *   (/dev/log). The watchdog raises no SIGCHLD, and no wait() of the caller returns it. It is in
+ *   the caller's cgroup: if the whole cgroup is ended (by the end of a container, or systemd's
+ *   KillMode=control-group), the watchdog ends too.
  *
  *   The library runs `qemu-img` for instantsnap_snapshot_prepare_revert() and
  *   instantsnap_snapshot_delete(), and when QEMU itself ends during a snapshot. The build fixes

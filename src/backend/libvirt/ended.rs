@@ -88,8 +88,8 @@ impl LibvirtGuest<'_> {
         Ok(())
     }
 
-    /// The definition of a persistent domain, with the images of before in place of the overlays;
-    /// `None` if it names no overlay.
+    /// The definition of a persistent domain, with its images of before the switch in place of the
+    /// overlays; `None` if it names no overlay.
     fn definition_without_overlays(&mut self) -> Result<Option<String>> {
         let Some(before) = self.survey.inactive_xml.clone() else { return Ok(None) };
         let now = self.session.xml(SECURE | INACTIVE)?;
