@@ -20,6 +20,7 @@ use std::thread::{Builder, JoinHandle};
 use std::time::Duration;
 
 use rustix::fs::{MemfdFlags, memfd_create};
+use rustix::process::{Signal, pidfd_send_signal};
 
 use crate::error::{Error, Result};
 use crate::uncancelled::Uncancelled;
@@ -92,14 +93,15 @@ pub fn wait_until_forked() {
     while_forking(|| ());
 }
 
-/// A process that was forked from this one: in a session of its own, with every signal blocked. Its
+/// A process that was started by this one: in a session of its own, with every signal blocked. Its
 /// end raises no SIGCHLD, and an ordinary `wait` of the caller does not return it. Dropping it
 /// waits for its end.
 #[derive(Debug)]
 pub struct Child {
     pid: libc::pid_t,
     ended: OwnedFd,
-    reaped: bool,
+    /// This process is the parent, and has not waited for it yet.
+    to_reap: bool,
 }
 
 impl Child {
@@ -135,30 +137,41 @@ impl Child {
     /// Starts a program in such a process, by vfork on a separate stack. So no memory of this
     /// process is copied, and this thread's stack may be small. These descriptors become the
     /// program's 0, 1 and so on. The program has no others, and has every signal blocked.
+    ///
+    /// The kernel has the end of every child that executes a program raise SIGCHLD. So a process in
+    /// between starts the program, and ends: then the program is a child of init.
     pub fn start<const N: usize>(command: &CommandLine, fds: [c_int; N]) -> io::Result<Child> {
         /// More than a few system calls need.
         const STACK: usize = 64 << 10;
         let (arguments, environment) = (command.arguments(), command.environment());
         let path = *arguments.first().ok_or(io::ErrorKind::InvalidInput)?;
         let (arguments, environment) = (arguments.as_ptr(), environment.as_ptr());
-        let mut execution = Execution { path, arguments, environment, fds, errno: 0 };
-        let mut stack = vec![0_u128; STACK / size_of::<u128>()];
-        let flags = libc::CLONE_VM | libc::CLONE_VFORK;
+        let mut stacks = [(); 2].map(|()| vec![0_u128; STACK / size_of::<u128>()]);
+        let [between, programs] = stacks.each_mut().map(|stack| stack.as_mut_ptr_range().end);
+        let mut launch = Launch {
+            execution: Execution { path, arguments, environment, fds, errno: 0 },
+            stack: programs.cast(),
+            pid: -1,
+            pidfd: -1,
+        };
+        // The process in between shares the descriptors, so that this one gets the program's.
+        let flags = libc::CLONE_VM | libc::CLONE_VFORK | libc::CLONE_FILES;
         let pid = with_signals_blocked(|| {
-            let (end, argument) = (stack.as_mut_ptr_range().end, &raw mut execution);
-            // SAFETY: this thread goes on when the child has executed its program, or has ended:
-            // until then the stack and `execution` are the child's, which changes nothing else.
-            match unsafe { libc::clone(execute::<N>, end.cast(), flags, argument.cast()) } {
+            let argument = (&raw mut launch).cast();
+            // SAFETY: this thread goes on when the process in between has ended, and that goes on
+            // when the program was executed, or could not be: until then the stacks and `launch`
+            // are theirs, and they change nothing else.
+            match unsafe { libc::clone(self::launch::<N>, between.cast(), flags, argument) } {
                 -1 => Err(io::Error::last_os_error()),
                 child => Ok(child),
             }
         })?;
-        match execution.errno {
-            0 => Child::adopt(pid),
-            errno => {
-                reap(pid);
-                Err(io::Error::from_raw_os_error(errno))
-            }
+        reap(pid);
+        // SAFETY: the kernel has made it for this process, and nothing else has it.
+        let ended = (launch.pidfd != -1).then(|| unsafe { OwnedFd::from_raw_fd(launch.pidfd) });
+        match (ended, launch.execution.errno) {
+            (Some(ended), 0) => Ok(Child { pid: launch.pid, ended, to_reap: false }),
+            (_, errno) => Err(io::Error::from_raw_os_error(errno)),
         }
     }
 
@@ -177,7 +190,7 @@ impl Child {
             fd => Ok(Child {
                 pid,
                 ended: unsafe { OwnedFd::from_raw_fd(fd as c_int) },
-                reaped: false,
+                to_reap: true,
             }),
         }
     }
@@ -197,24 +210,57 @@ impl Child {
         wait_ready([Some(&self.ended), None], 0)
     }
 
-    /// Waits for its end. Returns its status as `waitpid` gives it; none if that is not known.
+    /// Waits for its end. Returns its status as `waitpid` gives it; none if that is not known, as
+    /// it never is of a program that [`Child::start`] has started.
     pub fn wait(mut self) -> Option<c_int> {
-        self.reaped = true;
-        reap(self.pid)
+        if std::mem::take(&mut self.to_reap) {
+            return reap(self.pid);
+        }
+        wait_ready([Some(&self.ended), None], -1);
+        None
     }
 
     /// Kills it, and waits for its end.
     pub fn kill(self) {
-        // SAFETY: the child has this pid until it is reaped.
-        unsafe { libc::kill(self.pid, libc::SIGKILL) };
+        // It may have ended.
+        let _ = pidfd_send_signal(&self.ended, Signal::KILL);
     }
 }
 
 impl Drop for Child {
     fn drop(&mut self) {
-        if !self.reaped {
+        if self.to_reap {
             reap(self.pid);
+        } else {
+            wait_ready([Some(&self.ended), None], -1);
         }
+    }
+}
+
+/// What the process in between needs to start a program.
+struct Launch<const N: usize> {
+    execution: Execution<N>,
+    /// The end of the program's stack until it is executed.
+    stack: *mut c_void,
+    /// The program's process, once it was started.
+    pid: libc::pid_t,
+    pidfd: c_int,
+}
+
+extern "C" fn launch<const N: usize>(launch: *mut c_void) -> c_int {
+    let flags = libc::CLONE_VM | libc::CLONE_VFORK | libc::CLONE_PIDFD;
+    // SAFETY: `Child::start` passes a `Launch`, and waits. This process goes on when the program
+    // was executed, or its process has ended.
+    unsafe {
+        let launch = &mut *launch.cast::<Launch<N>>();
+        let (argument, pidfd) = ((&raw mut launch.execution).cast(), &raw mut launch.pidfd);
+        launch.pid = libc::clone(execute::<N>, launch.stack, flags, argument, pidfd);
+        if launch.pid == -1 {
+            launch.execution.errno = *libc::__errno_location();
+        } else if launch.execution.errno != 0 {
+            libc::waitpid(launch.pid, std::ptr::null_mut(), libc::__WALL);
+        }
+        libc::_exit(0)
     }
 }
 
@@ -631,18 +677,21 @@ pub fn set_process_name(name: &CStr) {
     unsafe { libc::prctl(libc::PR_SET_NAME, name.as_ptr()) };
 }
 
-/// The file that this code was loaded from: a shared library, or a program.
+/// The file that this code was loaded from: a shared library, or a program. The kernel's list of
+/// mappings says so; of a program the loader knows only what its user called it.
 pub fn own_file() -> Option<PathBuf> {
-    let mut found = MaybeUninit::<libc::Dl_info>::uninit();
-    // SAFETY: an address in this code, and storage for the answer, which is filled in where the
-    // call succeeds. The name is NUL-terminated, and stays as long as this code is loaded.
-    let name = unsafe {
-        if libc::dladdr(own_file as *const c_void, found.as_mut_ptr()) == 0 {
-            return None;
-        }
-        CStr::from_ptr(found.assume_init().dli_fname)
-    };
-    Some(OsStr::from_bytes(name.to_bytes()).into())
+    let own = own_file as fn() -> Option<PathBuf> as usize;
+    let mappings = std::fs::read("/proc/self/maps").ok()?;
+    mappings.split(|byte| *byte == b'\n').find_map(|mapping| {
+        // 7f0c5e000000-7f0c5e021000 r-xp 00000000 fe:00 131   /usr/lib/libinstantsnap.so.0.1.0
+        let range = mapping.split(|byte| *byte == b' ').next()?;
+        let (begin, end) = std::str::from_utf8(range).ok()?.split_once('-')?;
+        let address = |hexadecimal| usize::from_str_radix(hexadecimal, 16).ok();
+        let path = mapping.iter().position(|byte| *byte == b'/')?;
+        (address(begin)?..address(end)?)
+            .contains(&own)
+            .then(|| OsStr::from_bytes(&mapping[path..]).into())
+    })
 }
 
 /// Waits until one of the descriptors is readable or at its end, at most for this time (-1: for

@@ -79,7 +79,7 @@ fn socket_that_does_not_speak_qmp_is_refused() {
     let forever = |mut client: UnixStream| while client.write_all(&[b'x'; 4096]).is_ok() {};
     assert_open_fails(forever, Code::OperationFailed, "not JSON");
     let without_end = |mut client: UnixStream| while client.write_all(&[b'['; 4096]).is_ok() {};
-    assert_open_fails(without_end, Code::OperationFailed, "no end");
+    assert_open_fails(without_end, Code::OperationFailed, "too long");
     let half = |mut client: UnixStream| {
         let _ = client.write_all(b"{\"QMP\": ");
     };

@@ -3,9 +3,11 @@
 //! The watchdog of a snapshot: a program that moves memory into its image, and depends on nothing
 //! of its caller.
 
+use std::ffi::c_int;
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use common::backend::open;
@@ -15,7 +17,7 @@ use instantsnap::error::Code;
 use instantsnap_testkit::compile::{gcc, workspace};
 use instantsnap_testkit::program::process;
 use instantsnap_testkit::{Binary, DEADLINE, Guest, Machine, process, test, wait_for};
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open, pidfd_send_signal};
 use serde_json::json;
 
 /// The variable that says what happens to a test's caller.
@@ -63,17 +65,20 @@ fn busy(binary: &'static Binary) -> Machine {
     machine(binary, 1).memory(128).prealloc().append("dense=64")
 }
 
-/// The watchdog of a process, which is its child.
+/// The watchdog of a process: it has a descriptor of that process, to see its end.
 fn watchdog_of(pid: u32) -> Option<u32> {
-    let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).ok()?.flatten();
-    let children =
-        tasks.filter_map(|task| std::fs::read_to_string(task.path().join("children")).ok());
-    let children: String = children.collect();
-    let is_one = |pid: &u32| {
-        std::fs::read_to_string(format!("/proc/{pid}/comm"))
-            .is_ok_and(|name| name == "instantsnap\n")
+    let name = |process: u32| std::fs::read_to_string(format!("/proc/{process}/comm"));
+    let watches = |process: u32| {
+        let descriptors = std::fs::read_dir(format!("/proc/{process}/fdinfo")).ok()?.flatten();
+        let infos = descriptors.filter_map(|info| std::fs::read_to_string(info.path()).ok());
+        let mut lines = infos.flat_map(|info| info.lines().map(str::to_owned).collect::<Vec<_>>());
+        lines.find(|line| *line == format!("Pid:\t{pid}"))
     };
-    children.split_whitespace().filter_map(|pid| pid.parse().ok()).find(is_one)
+    let all = std::fs::read_dir("/proc").unwrap().flatten();
+    let mut processes = all.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    processes.find(|process| {
+        name(*process).is_ok_and(|name| name == "instantsnap\n") && watches(*process).is_some()
+    })
 }
 
 fn program_of(pid: u32) -> String {
@@ -208,7 +213,7 @@ fn caller_stopped_in_the_pause() {
     let directory = Path::new(&directory);
     let state = directory.join("state");
     let handle = open(directory, &directory.join("qmp.sock"), None, &state).unwrap();
-    handle.set_pause_limit(Duration::from_secs(3));
+    handle.set_pause_limit(Duration::from_secs(8));
     let mut observer = At(|phase| {
         if format!("{phase:?}") == deed {
             signal_self(Signal::STOP);
@@ -242,8 +247,9 @@ fn caller_that_is_stopped_in_the_pause_stops_its_guest_until_the_limit_only() {
     }
 }
 
-#[test]
-fn watchdog_that_is_killed_before_the_pause_is_replaced() {
+/// Kills the watchdog before the pause, and returns the kind of the one that replaces it.
+fn replace_killed_watchdog() -> Vec<WatchdogKind> {
+    let mut kinds = Vec::new();
     for binary in Binary::any() {
         let (opened, proxy) = through_proxy(&busy(binary));
         // By then QEMU has the snapshot's settings.
@@ -253,10 +259,12 @@ fn watchdog_that_is_killed_before_the_pause_is_replaced() {
             let killer = scope.spawn(|| {
                 assert!(gate.wait_arrived(DEADLINE));
                 let pid = watchdog_of(std::process::id()).expect("there is a watchdog");
-                kill_process(Pid::from_raw(pid as i32).unwrap(), Signal::KILL).unwrap();
-                let stat = format!("/proc/{pid}/stat");
-                let is_dead = || std::fs::read_to_string(&stat).unwrap().contains(") Z");
-                wait_for(DEADLINE, || is_dead().then_some(())).expect("it was killed");
+                let process =
+                    pidfd_open(Pid::from_raw(pid as i32).unwrap(), PidfdFlags::empty()).unwrap();
+                pidfd_send_signal(&process, Signal::KILL).unwrap();
+                // All of its threads have ended.
+                let ended = rustix::event::PollFd::new(&process, rustix::event::PollFlags::IN);
+                rustix::event::poll(&mut [ended], None).unwrap();
                 gate.release();
                 pid
             });
@@ -269,8 +277,69 @@ fn watchdog_that_is_killed_before_the_pause_is_replaced() {
             first = Some(killer.join().unwrap());
         });
         assert!(second.is_some() && first != second, "{first:?} {second:?}");
-        assert_eq!(opened.handle.stats().unwrap().watchdog, WatchdogKind::Program);
+        kinds.push(opened.handle.stats().unwrap().watchdog);
         opened.restore_clone("s");
+    }
+    kinds
+}
+
+#[test]
+fn watchdog_that_is_killed_before_the_pause_is_replaced() {
+    let kinds = replace_killed_watchdog();
+    assert!(kinds.iter().all(|kind| *kind == WatchdogKind::Program), "{kinds:?}");
+}
+
+/// A thread of the caller has begun to read the stream beside a forked watchdog.
+#[test]
+fn forked_watchdog_that_is_killed_before_the_pause_is_replaced() {
+    // SAFETY: this process runs this test only, and the harness's threads do not read the
+    // environment meanwhile.
+    unsafe { std::env::set_var(PROGRAM, "") };
+    let kinds = replace_killed_watchdog();
+    assert!(kinds.iter().all(|kind| *kind == WatchdogKind::Fork), "{kinds:?}");
+}
+
+/// The number of signals SIGCHLD that this process has got.
+static CHILDREN_ENDED: AtomicU32 = AtomicU32::new(0);
+
+extern "C" fn count_child(_signal: c_int) {
+    CHILDREN_ENDED.fetch_add(1, Ordering::SeqCst);
+}
+
+/// Not a test of its own: a caller that looks for children of its own.
+#[process]
+fn caller_without_children() {
+    let directory = std::env::var("INSTANTSNAP_TEST_DIRECTORY").unwrap();
+    let directory = Path::new(&directory);
+    let handle =
+        open(directory, &directory.join("qmp.sock"), None, &directory.join("state")).unwrap();
+    // SAFETY: the handler is async-signal-safe.
+    unsafe { libc::signal(libc::SIGCHLD, count_child as *const () as libc::sighandler_t) };
+    let mut children = None;
+    let mut observer = At(|phase| {
+        if phase == Phase::Drain {
+            // SAFETY: no status is asked for.
+            let waited = unsafe { libc::waitpid(-1, std::ptr::null_mut(), libc::WNOHANG) };
+            let errno = std::io::Error::last_os_error().raw_os_error();
+            children = Some((waited, errno, watchdog_of(std::process::id()).is_some()));
+        }
+    });
+    handle.create(&named("s"), INSTANTLY, &mut observer).unwrap();
+    assert_eq!(children, Some((-1, Some(libc::ECHILD), true)));
+    assert_eq!(CHILDREN_ENDED.load(Ordering::SeqCst), 0);
+}
+
+#[test]
+fn watchdog_is_no_child_of_its_caller_and_raises_no_sigchld() {
+    let opened = Opened::start(&busy(&Binary::any()[0]));
+    for program in [None, Some("")] {
+        let mut caller = process(module_path!(), "caller_without_children");
+        caller.env("INSTANTSNAP_TEST_DIRECTORY", opened.guest.directory());
+        if let Some(program) = program {
+            caller.env(PROGRAM, program);
+        }
+        assert!(caller.status().unwrap().success(), "{program:?}");
+        opened.handle.delete("s", 0).unwrap();
     }
 }
 

@@ -145,7 +145,7 @@ impl Caller {
 
     /// A caller that does not connect anew: for a connection that is not known yet.
     pub fn without_address(domain: Domain) -> Caller {
-        Caller::with(domain, None, false)
+        Caller::with(domain, None, Daemon::of_this_process().is_some())
     }
 
     /// Another caller of the same domain, with the current connection.

@@ -334,6 +334,11 @@ impl Guest for LibvirtGuest<'_> {
             domain.redefine_snapshot(&xml, true)
         })?;
         self.registered = Some(Registered { snapshot, parent });
+        // Read again: another client may have changed or deleted it meanwhile.
+        let younger = match younger {
+            Some(younger) => self.session.snapshot_def(&younger.name)?,
+            None => None,
+        };
         if let Some(younger) = younger {
             let parent = &record.name;
             let step = format!("cannot make snapshot '{}' a child of '{parent}'", younger.name);

@@ -7,7 +7,7 @@ use std::path::Path;
 use super::journal::{Entry, Journal};
 use super::plan::Task;
 use super::sizes::Sizes;
-use crate::backend::{Description, Guest, write_access};
+use crate::backend::{Description, Guest, RecoveryChannel, write_access};
 use crate::cancel::Cancel;
 use crate::engine::clock::Phase;
 use crate::engine::durable::Unflushed;
@@ -76,24 +76,22 @@ pub fn open_stream(
     journal: &mut Journal,
 ) -> Result<()> {
     journal.set_stream(Stream::open(journal.image()?)?);
-    start_watchdog(task, guest, settings, journal)
-}
-
-/// Starts a watchdog for a stream that nothing has come of yet.
-pub fn start_watchdog(
-    task: &Task,
-    guest: &mut dyn Guest,
-    settings: &Settings,
-    journal: &mut Journal,
-) -> Result<()> {
     let name = &task.reserved.name;
     let restore = settings.script(task.mode);
     let record = guest.record_file(name).filter(|_| task.flags.keeps_metadata());
     let channel = guest.recovery_channel(name);
+    let can_resume = !matches!(channel, RecoveryChannel::None);
     // A plain snapshot pauses it until its memory is saved.
     let limited = task.running && task.mode == Mode::Background;
     let limit = limited.then_some(task.options.pause_limit);
     journal.start_watchdog(channel, &guest.held(), task.reserved, record, limit, &restore)?;
+    if task.options.needs_watchdog && !can_resume {
+        fail!(
+            OperationFailed,
+            "no watchdog could resume the guest if this process were killed: it has no way to QEMU \
+             (a driver without a monitor socket for it, or no virsh)"
+        );
+    }
     if task.options.needs_watchdog && journal.watchdog_process().is_none() {
         fail!(
             OperationFailed,

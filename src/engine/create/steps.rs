@@ -6,7 +6,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use super::journal::{Entry, Journal};
 use super::plan::Task;
-use super::prepare::{Prepared, start_watchdog};
+use super::prepare::{Prepared, open_stream};
 use crate::backend::{DEFAULT_TIMEOUT, Guest};
 use crate::cancel::Cancel;
 use crate::deadline::Deadline;
@@ -63,8 +63,10 @@ impl Steps<'_, '_, '_> {
             return Ok(());
         }
         let settings = &self.prepared.settings;
-        start_watchdog(self.task, self.guest, settings, self.journal)?;
-        settings.watch(self.guest, self.task.mode, self.journal.watchdog_process())
+        // With another stream: a thread of this process may read the first one.
+        open_stream(self.task, self.guest, settings, self.journal)?;
+        settings.watch(self.guest, self.task.mode, self.journal.watchdog_process())?;
+        self.journal.stream()?.pass(self.guest)
     }
 
     /// Looks whether the limit of the pause has passed: from then on the watchdog may resume the

@@ -34,10 +34,12 @@ impl Journal<'_, '_> {
     pub fn undo(mut self, guest: &mut dyn Guest, cause: Error) -> Error {
         self.enter(Entry::Phase(Phase::Undo));
         let cause = match self.watchdog.report_undo() {
-            true => cause.and(
-                "the watchdog had to resume the guest after the limit of its pause: this process was \
-                 stopped, or did not get the CPU",
-            ),
+            true => {
+                let resumed = "the watchdog had to resume the guest after the limit of its pause: \
+                               this process was stopped, or did not get the CPU";
+                // What failed after that, such as the write check, failed because of it.
+                Error::new(Code::OperationTimeout, cause.and(resumed).message)
+            }
             false => cause,
         };
         let mut left = Vec::new();

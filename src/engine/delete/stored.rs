@@ -15,7 +15,7 @@
 
 use std::collections::BTreeMap;
 use std::io::ErrorKind;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
 
 use serde_json::json;
@@ -111,7 +111,13 @@ struct Names(BTreeMap<(u64, u64), Id>);
 impl Names {
     fn id(&mut self, path: &str) -> Id {
         match Path::new(path).metadata() {
-            Ok(file) => self.0.entry((file.dev(), file.ino())).or_insert_with(|| id(path)).clone(),
+            Ok(file) => {
+                // A device can have several nodes, of which each is an inode.
+                let is_device = file.file_type().is_block_device();
+                let inode = (file.dev(), file.ino());
+                let key = if is_device { (u64::MAX, file.rdev()) } else { inode };
+                self.0.entry(key).or_insert_with(|| id(path)).clone()
+            }
             Err(_) => id(path),
         }
     }

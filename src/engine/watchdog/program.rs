@@ -6,8 +6,11 @@ use std::convert::Infallible;
 use std::env;
 use std::ffi::OsStr;
 use std::fs::File;
+use std::io::Read;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+
+use rustix::process::DumpableBehavior;
 
 use super::child::Child;
 use super::description::Description;
@@ -30,22 +33,29 @@ const STARTED_BY_LIBRARY: &str = "--started-by-libinstantsnap";
 
 /// The program's command line; `None` if there is no program.
 pub fn command_line() -> Option<CommandLine> {
+    // Other processes of the user may not look into this one. They may look into a program that it
+    // executes, and take its descriptors.
+    if rustix::process::dumpable_behavior() != Ok(DumpableBehavior::Dumpable) {
+        return None;
+    }
     tool::command_line([find()?.as_os_str(), OsStr::new(STARTED_BY_LIBRARY)])
 }
 
 fn find() -> Option<PathBuf> {
+    let installed = INSTALLED.map(|directory| Path::new(directory).join(NAME));
     // A process with more rights than its user must not trust its environment, which that user has
-    // set.
-    if let Some(named) = env::var_os(SETTING).filter(|_| !sys::is_secure()) {
+    // set, nor the place of a file that the user may have linked to.
+    if sys::is_secure() {
+        return installed.filter(|file| can_be_trusted(file));
+    }
+    if let Some(named) = env::var_os(SETTING) {
         return Some(PathBuf::from(named)).filter(|file| can_be_trusted(file));
     }
     let library = sys::own_file().and_then(|file| file.canonicalize().ok());
     let beside = library.iter().filter_map(|file| file.parent()).flat_map(|directory| {
         FROM_LIBRARY.iter().map(move |place| directory.join(place).join(NAME))
     });
-    beside
-        .chain(INSTALLED.map(|directory| Path::new(directory).join(NAME)))
-        .find(|file| can_be_trusted(file))
+    beside.chain(installed).find(|file| can_be_trusted(file))
 }
 
 /// Whether the file is a program that no other user can have written.
@@ -74,8 +84,11 @@ pub unsafe fn run() -> Result<Infallible, &'static str> {
     sys::set_process_name(c"instantsnap");
     // The caller's working directory may be on a file system that is to be unmounted.
     let _ = env::set_current_dir("/");
-    let description: Description = serde_json::from_reader(File::from(description))
+    let mut text = Vec::new();
+    let description: Description = File::from(description)
+        .read_to_end(&mut text)
         .ok()
+        .and_then(|_| serde_json::from_slice(&text).ok())
         .filter(Description::is_current)
         .ok_or("another version of libinstantsnap has started this program")?;
     let cannot_move = "the stream cannot be moved";

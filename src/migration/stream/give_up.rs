@@ -53,6 +53,8 @@ impl Stream {
             mode == Mode::Background && guest.capabilities().background_can_be_cancelled;
         let mut stopping = None;
         loop {
+            // If the process that moved the stream has ended, a thread of this one reads the rest.
+            let _ = self.drain.outcome();
             if self.is_closed() {
                 return Ok(());
             }
