@@ -9,7 +9,7 @@
 use super::drive::Drive;
 use super::frozen::Frozen;
 use super::names::{check_name, check_path};
-use super::snapshot_xml::{DiskElement, ImageElement, NvramElement, SnapshotXml};
+use super::snapshot_xml::{ImageElement, NvramElement, SnapshotDisk, SnapshotXml};
 use super::xml;
 use crate::error::{Code, Error, Result, fail};
 
@@ -124,7 +124,7 @@ impl Record {
         }
         let domain_xml = found.domain_text(&domain).to_owned();
         let (manual, switched): (Vec<_>, Vec<_>) =
-            disks.into_iter().partition(|disk| disk.snapshot.as_deref() == Some("manual"));
+            disks.into_iter().partition(|disk| disk.is_manual());
         let record = Record {
             name,
             description: found.description,
@@ -153,8 +153,8 @@ impl Record {
 }
 
 impl RecordedDisk {
-    fn read(disk: DiskElement) -> Result<RecordedDisk> {
-        let name = attribute(disk.name, "disk", "name")?;
+    fn read(disk: SnapshotDisk) -> Result<RecordedDisk> {
+        let name = attribute(Some(disk.target).filter(|name| !name.is_empty()), "disk", "name")?;
         if !disk.has_source {
             fail!(InvalidDomainSnapshot, "disk '{name}' of a snapshot has no <source>");
         }
@@ -180,8 +180,8 @@ impl From<&Drive> for ManualDisk {
 }
 
 impl ManualDisk {
-    fn read(disk: DiskElement) -> Result<ManualDisk> {
-        let name = attribute(disk.name, "disk", "name")?;
+    fn read(disk: SnapshotDisk) -> Result<ManualDisk> {
+        let name = attribute(Some(disk.target).filter(|name| !name.is_empty()), "disk", "name")?;
         let (source, format) = image(disk.image, &name)?;
         Ok(ManualDisk { name, source, format })
     }

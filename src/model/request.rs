@@ -3,7 +3,7 @@
 //! Reads the `<domainsnapshot>` XML of a caller's request.
 
 use super::names::{check_name, check_path};
-use super::snapshot_xml::{DiskElement, MemoryElement, SnapshotXml};
+use super::snapshot_xml::{MemoryElement, SnapshotDisk, SnapshotXml};
 use super::xml;
 use crate::error::{Result, fail};
 
@@ -90,10 +90,11 @@ fn memory_request(memory: Option<MemoryElement>) -> Result<MemoryRequest> {
     }
 }
 
-fn disk(disk: DiskElement) -> Result<DiskRequest> {
-    let Some(name) = disk.name.filter(|name| !name.is_empty()) else {
+fn disk(disk: SnapshotDisk) -> Result<DiskRequest> {
+    let name = disk.target;
+    if name.is_empty() {
         fail!(XmlError, "missing name from disk snapshot element");
-    };
+    }
     let location = match disk.snapshot.as_deref() {
         None => None,
         Some("external") => Some(Location::External),

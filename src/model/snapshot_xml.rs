@@ -34,9 +34,9 @@ pub struct SnapshotXml {
     /// `<memory>`.
     pub memory: Option<MemoryElement>,
     /// `<disks>`.
-    pub disks: Option<Vec<DiskElement>>,
+    pub disks: Option<Vec<SnapshotDisk>>,
     /// `<revertDisks>` of libvirt 9.9 and later.
-    pub revert_disks: Vec<DiskElement>,
+    pub revert_disks: Vec<SnapshotDisk>,
     /// The copies of UEFI variables in the `<disks>` of our own records.
     pub nvram: Vec<NvramElement>,
     /// `<domain>`.
@@ -59,9 +59,9 @@ pub struct MemoryElement {
 
 /// A `<disk>` of `<disks>` or `<revertDisks>`.
 #[derive(Debug)]
-pub struct DiskElement {
-    /// `name=`: the target, or another name of the disk.
-    pub name: Option<String>,
+pub struct SnapshotDisk {
+    /// `name=`: the target, or another name of the disk; empty if there is none.
+    pub target: String,
     /// `snapshot=`: `external`, `internal`, `manual` or `no`.
     pub snapshot: Option<String>,
     /// `type=`.
@@ -72,8 +72,8 @@ pub struct DiskElement {
     pub file: Option<String>,
     /// `<source dev=>`.
     pub device: Option<String>,
-    /// The place of the image in `<source>`.
-    pub storage: Option<Storage>,
+    /// The name of the image in `<source>`: the path of a file or a device, or an NBD export's URI.
+    pub overlay: Option<String>,
     /// `<image>` of our own records: the image with the snapshot's content.
     pub image: Option<ImageElement>,
     /// It has a `<source>`.
@@ -161,11 +161,6 @@ impl SnapshotXml {
         memory.file.as_deref().filter(|_| memory.snapshot.as_deref() == Some("external"))
     }
 
-    /// The `<disk>` elements of both lists.
-    pub fn all_disks(&self) -> impl Iterator<Item = &DiskElement> {
-        self.disks.iter().flatten().chain(&self.revert_disks)
-    }
-
     /// The unchanged text of `<domain>` or `<inactiveDomain>`.
     pub fn domain_text(&self, part: &DomainElement) -> &str {
         &self.text[part.at.clone()]
@@ -203,20 +198,30 @@ pub struct Edit {
     element: String,
 }
 
-impl DiskElement {
-    /// `name=`.
-    pub fn name(&self) -> Option<&str> {
-        self.name.as_deref()
+impl SnapshotDisk {
+    /// Whether the disk got an overlay.
+    pub fn is_external(&self) -> bool {
+        self.snapshot.as_deref() == Some("external")
+    }
+
+    /// Whether the snapshot of the disk is inside its image.
+    pub fn is_internal(&self) -> bool {
+        self.snapshot.as_deref() == Some("internal")
+    }
+
+    /// Whether the disk was left to a storage hook.
+    pub fn is_manual(&self) -> bool {
+        self.snapshot.as_deref() == Some("manual")
+    }
+
+    /// The overlay's format.
+    pub fn format(&self) -> &str {
+        self.driver.as_deref().unwrap_or("qcow2")
     }
 
     /// The edit that puts another `<disk>` into its place.
     pub fn replace(&self, element: String) -> Edit {
         Edit { at: self.at.clone(), element }
-    }
-
-    /// The name of its image: the path of a file or a device, or an NBD export's URI.
-    pub fn image_name(&self) -> Option<&str> {
-        self.storage.as_ref()?.name()
     }
 }
 
@@ -231,20 +236,20 @@ fn attribute(node: Node, name: &str) -> Option<String> {
     node.attribute(name).map(str::to_owned)
 }
 
-fn disk_elements(list: Node) -> Vec<DiskElement> {
+fn disk_elements(list: Node) -> Vec<SnapshotDisk> {
     xml::children(list, "disk").map(disk_element).collect()
 }
 
-fn disk_element(node: Node) -> DiskElement {
+fn disk_element(node: Node) -> SnapshotDisk {
     let child = |name, attribute| xml::attribute(node, name, attribute).map(str::to_owned);
-    DiskElement {
-        name: attribute(node, "name"),
+    SnapshotDisk {
+        target: attribute(node, "name").unwrap_or_default(),
         snapshot: attribute(node, "snapshot"),
         kind: attribute(node, "type"),
         driver: child("driver", "type"),
         file: child("source", "file"),
         device: child("source", "dev"),
-        storage: Storage::of(node),
+        overlay: Storage::of(node).and_then(|storage| storage.name().map(str::to_owned)),
         image: xml::child(node, "image").map(|image| ImageElement {
             file: attribute(image, "file"),
             format: attribute(image, "format"),

@@ -11,7 +11,7 @@ use crate::backend::images::{self, Id, id};
 use crate::error::{Error, Result, fail};
 use crate::model::domain::{self, Disk, Domain, Source, Storage, domain_disks};
 use crate::model::snapshot_writer::{self, excluded_disk, external_disk};
-use crate::model::snapshot_xml::{DiskElement, DomainElement, Edit, SnapshotXml};
+use crate::model::snapshot_xml::{DomainElement, Edit, SnapshotDisk, SnapshotXml};
 use crate::model::{Notes, xml};
 
 /// The definition of a snapshot.
@@ -40,19 +40,6 @@ pub struct SnapshotDef {
     xml: SnapshotXml,
 }
 
-/// A disk of a snapshot, with its overlay.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct SnapshotDisk {
-    /// Its target.
-    pub target: String,
-    /// `external`, `internal`, `manual` or `no`.
-    pub location: String,
-    /// The overlay.
-    pub overlay: Option<String>,
-    /// Its format.
-    pub format: String,
-}
-
 /// Images that were replaced by another one.
 #[derive(Clone, Debug)]
 pub struct Replaced {
@@ -76,11 +63,10 @@ impl SnapshotDef {
 
     /// Parses the definition of a snapshot of this name.
     pub fn parse(name: String, text: &str) -> Result<SnapshotDef> {
-        let xml = SnapshotXml::parse(text, &xml::RECORDED).map_err(|error| {
+        let mut xml = SnapshotXml::parse(text, &xml::RECORDED).map_err(|error| {
             let step = format!("cannot read the record of snapshot '{name}'");
             Error::new(error.code, format!("{step}: {}", error.message))
         })?;
-        let disks = |elements: &[DiskElement]| elements.iter().map(SnapshotDisk::of).collect();
         let images = |domain: &Option<DomainElement>| {
             domain.as_ref().map(|domain| domain.disks.clone()).unwrap_or_default()
         };
@@ -89,8 +75,8 @@ impl SnapshotDef {
             parent: xml.parent.clone(),
             state: xml.state.clone().unwrap_or_default(),
             memory: xml.external_memory().map(str::to_owned),
-            disks: disks(xml.disks.as_deref().unwrap_or_default()),
-            revert_disks: disks(&xml.revert_disks),
+            disks: xml.disks.take().unwrap_or_default(),
+            revert_disks: std::mem::take(&mut xml.revert_disks),
             images: images(&xml.domain),
             inactive_images: images(&xml.inactive_domain),
             notes: xml.domain.as_ref().map(|domain| domain.notes.clone()).unwrap_or_default(),
@@ -107,7 +93,7 @@ impl SnapshotDef {
     /// The disks that got an overlay, each with its disk of `<domain>`, which has the state at the
     /// instant.
     pub fn external(&self) -> impl Iterator<Item = (&SnapshotDisk, Option<&Disk>)> {
-        let external = self.disks.iter().filter(|disk| disk.location == "external");
+        let external = self.disks.iter().filter(|disk| disk.is_external());
         external.map(|disk| (disk, self.images.iter().find(|image| image.target == disk.target)))
     }
 
@@ -120,14 +106,14 @@ impl SnapshotDef {
 
     /// Whether it has internal snapshots of disks.
     pub fn is_internal(&self) -> bool {
-        self.disks.iter().any(|disk| disk.location == "internal")
+        self.disks.iter().any(|disk| disk.is_internal())
     }
 
     /// All overlays that the definition names, with their formats.
     pub fn overlays(&self) -> impl Iterator<Item = (&str, &str)> {
         let external =
-            self.disks.iter().chain(&self.revert_disks).filter(|disk| disk.location == "external");
-        external.filter_map(|disk| Some((disk.overlay.as_deref()?, disk.format.as_str())))
+            self.disks.iter().chain(&self.revert_disks).filter(|disk| disk.is_external());
+        external.filter_map(|disk| Some((disk.overlay.as_deref()?, disk.format())))
     }
 
     /// All images that a revert to the snapshot needs.
@@ -175,8 +161,8 @@ impl SnapshotDef {
     /// The definition with other overlays, by target, and with these notes. The overlays of earlier
     /// reverts are removed from it.
     pub fn with_overlays(&self, overlays: &[Source], notes: &Notes) -> Result<String> {
-        let changed = self.xml.disks.iter().flatten().filter_map(|disk| {
-            let overlay = overlays.iter().find(|overlay| Some(overlay.target) == disk.name())?;
+        let changed = self.disks.iter().filter_map(|disk| {
+            let overlay = overlays.iter().find(|overlay| overlay.target == disk.target)?;
             Some(disk.replace(external_disk(overlay)))
         });
         let removed = self.xml.remove_revert_disks();
@@ -200,9 +186,8 @@ impl SnapshotDef {
     /// replaces the snapshot's overlays by its images in the definitions of its children; it does
     /// nothing if there are no overlays.
     pub fn without_overlays(&self) -> String {
-        let disks = self.xml.disks.iter().flatten();
-        self.xml
-            .edited(disks.map(|disk| disk.replace(excluded_disk(disk.name().unwrap_or_default()))))
+        let disks = self.disks.iter();
+        self.xml.edited(disks.map(|disk| disk.replace(excluded_disk(&disk.target))))
     }
 
     /// The definition with another parent.
@@ -236,10 +221,10 @@ impl SnapshotDef {
                 domain.map(|domain| element.replace(rename(&domain, "domain", "inactiveDomain"))),
             );
         }
-        edits.extend(self.xml.all_disks().filter_map(|disk| {
-            let replaced = find(replaced, disk.image_name()?)?;
+        edits.extend(self.disks.iter().chain(&self.revert_disks).filter_map(|disk| {
+            let replaced = find(replaced, disk.overlay.as_deref()?)?;
             let source = Source {
-                target: disk.name().unwrap_or_default(),
+                target: &disk.target,
                 storage: replaced.by.clone(),
                 format: &replaced.format,
             };
@@ -253,21 +238,10 @@ impl SnapshotDef {
     /// disks' targets.
     pub fn overlays_of_disks(&self) -> impl Iterator<Item = (&str, &str)> {
         let external =
-            self.disks.iter().chain(&self.revert_disks).filter(|disk| disk.location == "external");
+            self.disks.iter().chain(&self.revert_disks).filter(|disk| disk.is_external());
         let named =
             external.filter_map(|disk| Some((disk.target.as_str(), disk.overlay.as_deref()?)));
         named.chain(self.notes.left.iter().map(|(target, file)| (target.as_str(), file.as_str())))
-    }
-}
-
-impl SnapshotDisk {
-    fn of(element: &DiskElement) -> SnapshotDisk {
-        SnapshotDisk {
-            target: element.name().unwrap_or_default().into(),
-            location: element.snapshot.clone().unwrap_or_default(),
-            overlay: element.image_name().map(str::to_owned),
-            format: element.driver.clone().unwrap_or_else(|| "qcow2".into()),
-        }
     }
 }
 

@@ -22,9 +22,7 @@ use super::plan::{self, Merge, Obstacle, Plan, Situation, Switched};
 use super::renew::Renewal;
 use crate::backend::images::{self, Graph, Id, Image, id};
 use crate::backend::libvirt::forget::{by_libvirt, forget_alone};
-use crate::backend::libvirt::snapshot_def::{
-    Replaced, SnapshotDef, SnapshotDisk, domain_with_replaced,
-};
+use crate::backend::libvirt::snapshot_def::{Replaced, SnapshotDef, domain_with_replaced};
 use crate::backend::libvirt::{
     BlockCommit, CallError, ManagedDomain, ManagedSnapshot, MergeFailure, SnapshotTree, volumes,
 };
@@ -34,6 +32,7 @@ use crate::image::{deleting, is_another};
 use crate::libvirt::xml;
 use crate::model::domain::{Disk, Source, Storage, domain_disks};
 use crate::model::flags::DeleteFlags;
+use crate::model::snapshot_xml::SnapshotDisk;
 use crate::sys;
 
 /// The first libvirt that deletes snapshots with a memory image. It also crashes when it reverts

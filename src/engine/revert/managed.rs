@@ -104,16 +104,14 @@ fn stock_can(tree: &SnapshotTree, target: &SnapshotDef, disks: &[Disk], users: &
         });
     // libvirt has no paths for volumes.
     let on_files = on_files && !target.on_volumes;
-    let manual = target.disks.iter().any(|disk| disk.location == "manual");
+    let manual = target.disks.iter().any(|disk| disk.is_manual());
     let Some(current) = tree.current.as_deref().and_then(|current| tree.get(current).ok()) else {
         return false;
     };
     let leaves =
         if current.revert_disks.is_empty() { &current.disks } else { &current.revert_disks };
-    let removed = leaves
-        .iter()
-        .filter(|disk| disk.location == "external")
-        .filter_map(|disk| disk.overlay.as_deref());
+    let removed =
+        leaves.iter().filter(|disk| disk.is_external()).filter_map(|disk| disk.overlay.as_deref());
     let Ok(needed) = needed_by_snapshots(tree) else { return false };
     let is_on = |overlay: &Id| {
         disks.iter().filter_map(|disk| disk.file.as_deref()).any(|file| id(file) == *overlay)
@@ -260,7 +258,7 @@ impl Revert<'_> {
                 );
             }
         }
-        if let Some(disk) = self.target.disks.iter().find(|disk| disk.location == "manual")
+        if let Some(disk) = self.target.disks.iter().find(|disk| disk.is_manual())
             && !self.flags.is_forced()
         {
             fail!(
