@@ -9,6 +9,7 @@ use super::snapshot_def::SnapshotDef;
 use crate::backend::exclusive::{Exclusive, Holder};
 use crate::error::{Code, Result};
 use crate::libvirt::{Domain, Snapshot, xml};
+use crate::model::flags::{DeleteFlags, RevertFlags};
 
 /// A snapshot with memory in a file and disks on overlays, whose files can be accessed from here.
 #[derive(Debug)]
@@ -71,14 +72,14 @@ impl ManagedSnapshot {
     }
 
     /// libvirt's own revert.
-    pub fn revert_by_libvirt(&self, flags: u32) -> Answer<()> {
+    pub fn revert_by_libvirt(&self, flags: RevertFlags) -> Answer<()> {
         let snapshot = self.snapshot.clone();
-        self.domain.run(move |_| snapshot.revert(flags))
+        self.domain.run(move |_| snapshot.revert(flags.bits()))
     }
 
     /// libvirt's own delete.
-    pub fn delete_by_libvirt(&self, flags: u32) -> Answer<()> {
+    pub fn delete_by_libvirt(&self, flags: DeleteFlags) -> Answer<()> {
         let snapshot = self.snapshot.clone();
-        self.domain.run(move |_| snapshot.delete(flags))
+        self.domain.run(move |_| snapshot.delete(flags.bits()))
     }
 }

@@ -55,7 +55,7 @@ pub fn run(snapshot: &ManagedSnapshot, flags: DeleteFlags) -> Result<()> {
         let kept: Vec<&SnapshotDef> =
             tree.snapshots.iter().filter(|other| other.name != target.name).collect();
         let renewal = Renewal::begin(domain, &tree, &kept, &touched)?;
-        let deleted = snapshot.delete_by_libvirt(flags.bits());
+        let deleted = snapshot.delete_by_libvirt(flags);
         if matches!(deleted, Err(CallError::Late | CallError::Lost(_))) {
             // The delete may still go on, and change the images that would be noted.
             return deleted.map_err(|error| by_libvirt(error, &target.name));

@@ -58,7 +58,7 @@ pub fn run(snapshot: &ManagedSnapshot, flags: RevertFlags) -> Result<()> {
     revert.check(&state)?;
     if version >= STOCK_REVERTS && stock_can(&tree, target, &state.disks, &users) {
         wait_for_free_names(target);
-        return snapshot.revert_by_libvirt(flags.bits()).map_err(|error| match error {
+        return snapshot.revert_by_libvirt(flags).map_err(|error| match error {
             CallError::Refused(error) => error.into(),
             error => error.into_error(&format!("cannot revert to snapshot '{}'", snapshot.name)),
         });
