@@ -95,7 +95,7 @@ pub fn wait_until_forked() {
 
 /// A process that was started by this one: in a session of its own, with every signal blocked. Its
 /// end raises no SIGCHLD, and an ordinary `wait` of the caller does not return it. Dropping it
-/// waits for its end.
+/// waits for its end, for 30 seconds at most if it is a program.
 #[derive(Debug)]
 pub struct Child {
     pid: libc::pid_t,
@@ -229,10 +229,12 @@ impl Child {
 
 impl Drop for Child {
     fn drop(&mut self) {
+        /// A program that a file system holds does not end before that answers.
+        const LONGEST_MS: c_int = 30_000;
         if self.to_reap {
             reap(self.pid);
         } else {
-            wait_ready([Some(&self.ended), None], -1);
+            wait_ready([Some(&self.ended), None], LONGEST_MS);
         }
     }
 }
