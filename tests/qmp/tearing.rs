@@ -15,7 +15,7 @@ use common::{
 use instantsnap::engine::{Phase, prepare_revert};
 use instantsnap::error::Code;
 use instantsnap::model::Record;
-use instantsnap_testkit::{Binary, DEADLINE, Fault, Format, Machine, test};
+use instantsnap_testkit::{Binary, DEADLINE, Fault, Format, Machine, test, wait_for};
 use serde_json::json;
 
 fn with(machine: Machine, args: &[&str]) -> Machine {
@@ -490,6 +490,12 @@ fn device_attached_or_detached_during_a_snapshot_fails_it() {
             assert_eq!(opened.active_image("vd0"), image);
             opened.guest.wait_ticks(2);
         }
+        // QEMU frees the detached device a moment later.
+        let is_gone = || {
+            let blocks = opened.guest.control().execute("query-block", json!({})).unwrap();
+            (!blocks.to_string().contains("medium.iso")).then_some(())
+        };
+        wait_for(DEADLINE, is_gone).expect("the medium is closed");
         // A snapshot of the present devices succeeds.
         opened.snapshot("s").unwrap();
     }
