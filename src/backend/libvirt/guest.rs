@@ -117,9 +117,9 @@ impl<'a> LibvirtGuest<'a> {
     }
 
     /// The parent of the snapshot that is recorded now: the current one. If another client has
-    /// taken the current one after ours, it is returned too: it becomes a child of ours, and the
-    /// parent is the snapshot that was current before.
-    fn parent_of(&mut self, record: &Record) -> Result<(Option<String>, Option<SnapshotDef>)> {
+    /// taken the current one after ours, its name is returned too: it becomes a child of ours, and
+    /// the parent is the snapshot that was current before.
+    fn parent_of(&mut self, record: &Record) -> Result<(Option<String>, Option<String>)> {
         let current = self.session.current_snapshot()?;
         if current == self.survey.current {
             return Ok((current, None));
@@ -134,7 +134,7 @@ impl<'a> LibvirtGuest<'a> {
             files.into_iter().any(|file| record.disks.iter().any(|disk| disk.overlay == file))
         };
         Ok(match snapshot.filter(is_on_ours) {
-            Some(younger) => (self.survey.current.clone(), Some(younger)),
+            Some(younger) => (self.survey.current.clone(), Some(younger.name)),
             None => (current, None),
         })
     }
@@ -336,7 +336,7 @@ impl Guest for LibvirtGuest<'_> {
         self.registered = Some(Registered { snapshot, parent });
         // Read again: another client may have changed or deleted it meanwhile.
         let younger = match younger {
-            Some(younger) => self.session.snapshot_def(&younger.name)?,
+            Some(younger) => self.session.snapshot_def(&younger)?,
             None => None,
         };
         if let Some(younger) = younger {

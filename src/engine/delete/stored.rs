@@ -225,7 +225,8 @@ impl<'a> Delete<'a> {
         for RecordedDisk { name, overlay, image, .. } in &self.record.disks {
             // An overlay that cannot be read has no known images below; the steps read it again if
             // they need it.
-            let layers = match is_there(overlay) {
+            let is_there = is_there(overlay);
+            let layers = match is_there {
                 true => images::chain(overlay, "qcow2").unwrap_or_default(),
                 false => Vec::new(),
             };
@@ -233,7 +234,7 @@ impl<'a> Delete<'a> {
                 name,
                 overlay: Image { path: overlay, id: names.id(overlay) },
                 image: Image { path: image, id: names.id(image) },
-                is_there: is_there(overlay),
+                is_there,
                 below: layers.iter().skip(1).map(|layer| names.id(&layer.path)).collect(),
             });
         }
