@@ -7,42 +7,14 @@
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use common::jobs::Listener;
+use common::random_clients::{Random, seed};
 use common::{ALL_SECTORS, INSTANTLY, Opened, PHASES, assert_untouched, machine, named};
 use instantsnap::engine::{Phase, Returns};
 use instantsnap::error::{Code, Error};
 use instantsnap_testkit::{Binary, DEADLINE, Gate, only_when_thorough, test, wait_for};
-
-/// SplitMix64.
-struct Random(u64);
-
-impl Random {
-    /// Each job has its own generator, so that its numbers do not depend on the other jobs.
-    fn for_job(seed: u64, number: usize) -> Random {
-        Random(seed.wrapping_add((number as u64).wrapping_mul(0xd1b5_4a32_d192_ed03)))
-    }
-
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut mixed = self.0;
-        mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        mixed ^ (mixed >> 31)
-    }
-
-    fn below(&mut self, limit: u64) -> u64 {
-        self.next() % limit
-    }
-}
-
-fn seed() -> u64 {
-    match std::env::var("INSTANTSNAP_TEST_SEED") {
-        Ok(seed) => seed.parse().expect("INSTANTSNAP_TEST_SEED is a number"),
-        Err(_) => SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_micros() as u64,
-    }
-}
 
 /// When a job is cancelled.
 #[derive(Clone, Copy, Debug)]
@@ -64,12 +36,12 @@ struct Plan {
 
 impl Plan {
     fn new(random: &mut Random) -> Plan {
-        let phase = PHASES[random.below(PHASES.len() as u64) as usize];
+        let phase = PHASES[random.below(PHASES.len())];
         let cancelled = match random.below(4) {
             0 => Cancelled::Never,
             1 => Cancelled::In(phase),
             2 => Cancelled::About(phase),
-            _ => Cancelled::After(Duration::from_micros(random.below(150_000))),
+            _ => Cancelled::After(Duration::from_micros(random.below(150_000) as u64)),
         };
         Plan {
             flags: if random.below(8) == 0 { 0 } else { INSTANTLY },
@@ -123,7 +95,7 @@ impl Plan {
 fn run_jobs(opened: &Opened, seed: u64, numbers: impl Iterator<Item = usize>) -> Vec<String> {
     let mut complete = Vec::new();
     for number in numbers {
-        let plan = Plan::new(&mut Random::for_job(seed, number));
+        let plan = Plan::new(&mut Random::of_round(seed, number));
         let name = format!("job-{number}");
         let before = opened.trace();
         let result = plan.run(opened, &name);
@@ -193,10 +165,10 @@ fn jobs_at_random(guests: usize, jobs: usize, restored: usize) {
     for opened in &opened {
         opened.guest.wait_ticks(ALL_SECTORS);
     }
-    let mut random = Random(seed);
+    let mut random = Random::of_round(seed, 0);
     let mut left = complete;
     for _ in 0..restored.min(left.len()) {
-        let (opened, name) = left.swap_remove(random.below(left.len() as u64) as usize);
+        let (opened, name) = left.swap_remove(random.below(left.len()));
         opened.restore_clone(&name);
     }
 }

@@ -18,7 +18,7 @@ use instantsnap_testkit::{Binary, DEADLINE, Guest, thorough, wait_for};
 pub struct Random(u64);
 
 impl Random {
-    /// Each round has its own generator, so that its numbers do not depend on the other rounds.
+    /// Each round, or job, has its own generator, so that its numbers do not depend on the others.
     pub fn of_round(seed: u64, round: usize) -> Random {
         Random(seed.wrapping_add((round as u64).wrapping_mul(0xd1b5_4a32_d192_ed03)))
     }
@@ -40,7 +40,8 @@ impl Random {
     }
 }
 
-fn seed() -> u64 {
+/// The seed of this run.
+pub fn seed() -> u64 {
     match std::env::var("INSTANTSNAP_TEST_SEED") {
         Ok(seed) => seed.parse().expect("INSTANTSNAP_TEST_SEED is a number"),
         Err(_) => SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_micros() as u64,
