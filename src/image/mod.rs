@@ -9,8 +9,13 @@
 
 mod drain;
 mod file;
+#[allow(dead_code)]
+mod page_map;
+mod page_writer;
 mod pipe;
+mod records;
 mod restore_stream;
+mod sparse;
 mod stream;
 
 pub use drain::{Drain, discard};
