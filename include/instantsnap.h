@@ -269,7 +269,7 @@ typedef struct instantsnap_stats {
     uint64_t instant_us;
     /* The pause of the guest, also if the snapshot failed; 0 if the guest was paused already. */
     uint64_t guest_paused_us;
-    uint64_t memory_image_bytes; /* size of the memory image */
+    uint64_t memory_image_bytes; /* size of the memory image; of a sparse one, the space it takes */
     /*
      * 1: guest_paused_us is from the time stamps of QEMU's STOP and RESUME events.
      * 0: it is from this process's clock around the commands, thus an upper bound.
@@ -286,7 +286,12 @@ typedef struct instantsnap_stats {
     uint32_t overlapped;
     /* What would have taken over if this process had been killed: an instantsnap_watchdog. */
     uint32_t watchdog;
-    uint32_t reserved;           /* 0 */
+    /*
+     * The format of the memory image, an instantsnap_image_format; INSTANTSNAP_IMAGE_DEFAULT until
+     * it is known. It is INSTANTSNAP_IMAGE_RAW although another was asked for if QEMU's stream has,
+     * before its first page, what this version does not know.
+     */
+    uint32_t image_format;
 } instantsnap_stats;
 
 /** What the watchdog of a snapshot was: see "Processes" above. */
@@ -390,6 +395,18 @@ enum {
     INSTANTSNAP_CREATE_AT_ONCE = 1 << 0
 };
 
+/** How a memory image holds the guest's memory. */
+typedef enum instantsnap_image_format {
+    INSTANTSNAP_IMAGE_DEFAULT = 0, /* raw */
+    INSTANTSNAP_IMAGE_RAW = 1,     /* QEMU's stream as it comes. Every libvirt reads it */
+    /*
+     * Each page at a place of its own, pages of zeros as holes of the file: libvirt's format
+     * "sparse", which libvirt 11.2 and later restores (virDomainRestore; not its own
+     * virDomainRevertToSnapshot). For a domain of an older libvirt: VIR_ERR_CONFIG_UNSUPPORTED.
+     */
+    INSTANTSNAP_IMAGE_SPARSE = 2
+} instantsnap_image_format;
+
 /** How a snapshot is taken. All zeros except `size` is the default. */
 typedef struct instantsnap_create_options {
     size_t size;                         /* set by the caller: sizeof(instantsnap_create_options) */
@@ -401,6 +418,8 @@ typedef struct instantsnap_create_options {
      */
     uint32_t progress_interval_ms;
     uint32_t flags;                      /* INSTANTSNAP_CREATE_*; other bits: VIR_ERR_INVALID_ARG */
+    uint32_t image_format;               /* an instantsnap_image_format; others: VIR_ERR_INVALID_ARG */
+    uint32_t reserved;                   /* 0 */
 } instantsnap_create_options;
 
 /** A disk that is left to a storage hook. The strings are borrowed for the call. */

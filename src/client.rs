@@ -72,7 +72,7 @@ pub fn take(
     flags: CreateFlags,
 ) -> Result<Snapshot> {
     let handle = Handle::open_libvirt(Arc::new(connector));
-    let Created { name, object, .. } = handle.create(xml, Ok(flags), &mut ())?;
+    let Created { name, object, .. } = handle.create(xml, Ok(flags), None, &mut ())?;
     match object {
         Some(snapshot) => Ok(snapshot),
         // A snapshot of memory alone that was not recorded: libvirt was not involved.

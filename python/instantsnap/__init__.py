@@ -33,7 +33,7 @@ LibraryNotFound, an ImportError, names these places.
 """
 
 from ._errors import Cancelled, Error, ErrorCode, LibraryNotFound, NotFound
-from ._events import Event, EventType, JobInfo, Phase, Stats, Watchdog
+from ._events import Event, EventType, ImageFormat, JobInfo, Phase, Stats, Watchdog
 from ._guest import DeleteFlag, Flag, Guest
 from ._job import Job
 from ._library import decode as _decode
@@ -43,7 +43,7 @@ from ._revert import RevertDisk, RevertPlan, prepare_revert
 from ._storage import StorageCall, StorageDisk
 
 __all__ = ["Cancelled", "DeleteFlag", "Error", "ErrorCode", "Event", "EventType", "Flag", "Guest",
-           "Job", "JobInfo", "LibraryNotFound", "NotFound", "Phase", "RevertDisk", "RevertPlan",
+           "ImageFormat", "Job", "JobInfo", "LibraryNotFound", "NotFound", "Phase", "RevertDisk", "RevertPlan",
            "Stats", "StorageCall", "StorageDisk", "Watchdog", "prepare_revert",
            "snapshot_create_xml", "snapshot_delete", "snapshot_revert", "version"]
 

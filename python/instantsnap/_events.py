@@ -46,6 +46,13 @@ class Watchdog(enum.IntEnum):
     PROGRAM = 2  #: the program instantsnap-watchdog
 
 
+class ImageFormat(enum.IntEnum):
+    """How a memory image holds the guest's memory."""
+    DEFAULT = 0  #: not known yet
+    RAW = 1      #: QEMU's stream as it came
+    SPARSE = 2   #: each page at a place of its own, pages of zeros as holes of the file
+
+
 @dataclasses.dataclass(frozen=True)
 class Event:
     """An event of a snapshot. Numbers that do not apply to its type are 0."""
@@ -89,7 +96,7 @@ class Stats:
     total_us: int             #: the whole call
     instant_us: int           #: from the call's entry to the instant
     guest_paused_us: int      #: the pause of the guest; 0 if it was paused already
-    memory_image_bytes: int   #: size of the memory image, bytes
+    memory_image_bytes: int   #: size of the memory image, bytes; of a sparse one, the space it takes
     pause_from_events: bool   #: guest_paused_us is by QEMU's own time stamps; else an upper bound
     disks: int                #: number of disks that were switched to an overlay
     setup_us: int             #: how long QEMU set up the background snapshot, in whole milliseconds
@@ -97,6 +104,9 @@ class Stats:
     lost_tries: int           #: tries to stop the guest that were too late: Guest.overlap_tries()
     overlapped: bool          #: the guest ran while QEMU touched its memory
     watchdog: Union[Watchdog, int]  #: what would have taken over if this process had been killed
+    #: the format of the memory image; RAW although another was asked for if QEMU's stream has,
+    #: before its first page, what this version does not know
+    image_format: Union[ImageFormat, int]
 
 
 #: Receives the events of a snapshot. Its result is ignored.
@@ -122,6 +132,7 @@ def stats_of(stats: _library.CStats) -> Stats:
     for name in ("pause_from_events", "overlapped"):
         values[name] = bool(values[name])
     values["watchdog"] = known(Watchdog, stats.watchdog)
+    values["image_format"] = known(ImageFormat, stats.image_format)
     return Stats(**values)
 
 
@@ -155,8 +166,9 @@ class Listener:
 
 
 def create_options(listener: Optional[Listener] = None, progress_interval: Optional[float] = None,
-                   at_once: bool = False) -> _library.CCreateOptions:
-    """The options for the C library. Raises ValueError (progress_interval)."""
+                   at_once: bool = False,
+                   image_format: Optional[str] = None) -> _library.CCreateOptions:
+    """The options for the C library. Raises ValueError (progress_interval, image_format)."""
     options = _library.CCreateOptions(size=ctypes.sizeof(_library.CCreateOptions))
     if listener is not None:
         options.callback = listener.callback
@@ -164,6 +176,11 @@ def create_options(listener: Optional[Listener] = None, progress_interval: Optio
         options.progress_interval_ms = milliseconds(progress_interval, "progress_interval")
     if at_once:
         options.flags = _library.CREATE_AT_ONCE
+    if image_format is not None:
+        try:
+            options.image_format = ImageFormat[str(image_format).upper()]
+        except KeyError:
+            raise ValueError(f"image_format must be 'raw' or 'sparse', not {image_format!r}") from None
     return options
 
 

@@ -145,7 +145,8 @@ class Guest:
                  description: Optional[str] = None, memory: Optional[StrPath] = None,
                  instant: bool = True, flags: Optional[int] = None,
                  on_event: Optional[OnEvent] = None,
-                 progress_interval: Optional[float] = None) -> str:
+                 progress_interval: Optional[float] = None,
+                 image_format: Optional[str] = None) -> str:
         """Takes a full snapshot, memory and disks, and returns its name.
 
         xml: libvirt's `<domainsnapshot>`. By default it is made of name, description and memory. If
@@ -163,6 +164,9 @@ class Guest:
             called again. (A snapshot that was complete already, as at COMPLETE, stays.)
         progress_interval: seconds between two PROGRESS events, 0.001 or more, in whole
             milliseconds; by default 0.5.
+        image_format: how the memory image holds the guest's memory: "raw" (the default), QEMU's
+            stream as it comes; or "sparse", each page at a place of its own and pages of zeros as
+            holes, which libvirt 11.2 and later restores. Stats.image_format says what it became.
 
         Blocks until the snapshot is complete and on disk: seconds for a guest of some GiB.
         KeyboardInterrupt, or any other exception of a signal handler, cancels the snapshot:
@@ -170,7 +174,7 @@ class Guest:
         stays.)
 
         Raises ValueError (both xml and parts of it; a NUL character; flags that are not a 32-bit
-        number; an impossible interval), Cancelled, or Error with everything as it was before the
+        number; an impossible interval; an unknown image format), Cancelled, or Error with everything as it was before the
         call: INVALID_ARG (flags), XML_DETAIL and XML_ERROR, OPERATION_UNSUPPORTED (not
         implemented), ARGUMENT_UNSUPPORTED (no background snapshots: the message says why and what
         to do), OPERATION_INVALID (busy, wrong state, name exists), CONFIG_UNSUPPORTED (a disk, file
@@ -185,7 +189,7 @@ class Guest:
             library().instantsnap_snapshot_cancel(handle)
 
         listener = Listener(on_event, cancel) if on_event is not None else None
-        options = create_options(listener, progress_interval)
+        options = create_options(listener, progress_interval, image_format=image_format)
 
         def create() -> str:
             created = ctypes.c_void_p()
@@ -207,7 +211,8 @@ class Guest:
     def start_snapshot(self, xml: Optional[str] = None, *, name: Optional[str] = None,
                        description: Optional[str] = None, memory: Optional[StrPath] = None,
                        instant: bool = True, flags: Optional[int] = None,
-                       progress_interval: Optional[float] = None, at_once: bool = False) -> Job:
+                       progress_interval: Optional[float] = None, at_once: bool = False,
+                       image_format: Optional[str] = None) -> Job:
         """Starts a full snapshot, and returns at the instant: the caller may change the guest at
         once, while its memory is still being written. The Job represents the rest, and has the
         snapshot's name and its errors.
@@ -225,7 +230,7 @@ class Guest:
         as for snapshot(). Raises what snapshot() does, with everything as it was before the call.
         """
         text, bits = _request(xml, name, description, memory, instant, flags)
-        options = create_options(None, progress_interval, at_once)
+        options = create_options(None, progress_interval, at_once, image_format)
         handle = self._open()
         hook = self._hook
         started: list[Job] = []
@@ -253,7 +258,8 @@ class Guest:
                              description: Optional[str] = None, memory: Optional[StrPath] = None,
                              instant: bool = True, flags: Optional[int] = None,
                              on_event: Optional[OnEvent] = None,
-                             progress_interval: Optional[float] = None) -> str:
+                             progress_interval: Optional[float] = None,
+                             image_format: Optional[str] = None) -> str:
         """Takes a full snapshot, memory and disks, and returns its name: snapshot() for asyncio.
         Never blocks the event loop. For more control use start_snapshot(at_once=True), whose Job is
         awaitable.
@@ -270,7 +276,8 @@ class Guest:
         """
         async with self.start_snapshot(
                 xml, name=name, description=description, memory=memory, instant=instant,
-                flags=flags, progress_interval=progress_interval, at_once=True) as job:
+                flags=flags, progress_interval=progress_interval, at_once=True,
+                image_format=image_format) as job:
             if on_event is not None:
                 async for event in job:
                     on_event(event)

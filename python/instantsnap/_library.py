@@ -51,7 +51,7 @@ class CStats(Structure):
                 ("lost_tries", c_uint32),
                 ("overlapped", c_uint32),
                 ("watchdog", c_uint32),
-                ("reserved", c_uint32)]
+                ("image_format", c_uint32)]
 
 
 class CEvent(Structure):
@@ -90,7 +90,9 @@ class CCreateOptions(Structure):
                 ("callback", EventCallback),
                 ("opaque", c_void_p),
                 ("progress_interval_ms", c_uint32),
-                ("flags", c_uint32)]
+                ("flags", c_uint32),
+                ("image_format", c_uint32),
+                ("reserved", c_uint32)]
 
 
 CREATE_AT_ONCE = 1 << 0

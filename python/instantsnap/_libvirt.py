@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 def snapshot_create_xml(
         dom: "libvirt.virDomain", xml: str, flags: int = Flag.CREATE_LIVE | Flag.CREATE_INSTANT, *,
         on_event: Optional[OnEvent] = None,
-        progress_interval: Optional[float] = None) -> "libvirt.virDomainSnapshot":
+        progress_interval: Optional[float] = None,
+        image_format: Optional[str] = None) -> "libvirt.virDomainSnapshot":
     """Takes a snapshot of a libvirt domain, like dom.snapshotCreateXML(), but also with
     Flag.CREATE_INSTANT.
 
@@ -28,8 +29,8 @@ def snapshot_create_xml(
         `<domainsnapshot><memory snapshot='external' file='/PATH'/></domainsnapshot>`.
     flags: Flags, libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_*, or both combined. Without CREATE_INSTANT the
         call goes unchanged to libvirt.
-    on_event, progress_interval: as for Guest.snapshot(). Only with CREATE_INSTANT and without
-        CREATE_NO_METADATA.
+    on_event, progress_interval, image_format: as for Guest.snapshot(). Only with CREATE_INSTANT and
+        without CREATE_NO_METADATA. libvirt before 11.2 cannot restore "sparse": CONFIG_UNSUPPORTED.
 
     Returns libvirt's own snapshot, a libvirt.virDomainSnapshot with all its methods.
 
@@ -52,13 +53,15 @@ def snapshot_create_xml(
         try:
             with Guest.open_libvirt(dom) as guest:
                 name = guest.snapshot(
-                    xml, flags=bits, on_event=on_event, progress_interval=progress_interval)
+                    xml, flags=bits, on_event=on_event, progress_interval=progress_interval,
+                    image_format=image_format)
         except Error as error:
             raise _binding.error_of(error) from None
         return dom.snapshotLookupByName(name)
-    if on_event is not None:
+    if on_event is not None or image_format is not None:
         raise ValueError(
-            "on_event is for snapshots with CREATE_INSTANT and without CREATE_NO_METADATA")
+            "on_event and image_format are for snapshots with CREATE_INSTANT and without "
+            "CREATE_NO_METADATA")
 
     def create() -> "libvirt.virDomainSnapshot":
         # None instead of a driver's domain object, because this process is a client.

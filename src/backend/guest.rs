@@ -11,6 +11,7 @@ use serde_json::Value;
 
 use crate::deadline::Deadline;
 use crate::error::{Result, fail};
+use crate::image::Format;
 use crate::libvirt::Snapshot;
 use crate::model::flags::CreateFlags;
 use crate::model::{DiskPlan, Drive, Record, Reservation, Store};
@@ -274,6 +275,11 @@ pub trait Guest: Execute {
 
     /// Refuses flags that this guest does not support.
     fn check_flags(&mut self, _flags: CreateFlags) -> Result<()> {
+        Ok(())
+    }
+
+    /// Refuses a memory image of a format that nobody could load into this guest.
+    fn check_image_format(&mut self, _format: Format) -> Result<()> {
         Ok(())
     }
 

@@ -7,6 +7,7 @@ use std::time::Duration;
 use super::event::{Event, EventKind};
 use super::watchdog;
 use crate::error::{Error, Result};
+use crate::image::Format;
 use crate::migration::{Flow, FlowObserver};
 use crate::sys::now;
 
@@ -84,6 +85,8 @@ pub struct Stats {
     pub lost_pause: Duration,
     /// The size of the memory image.
     pub memory_image_bytes: u64,
+    /// The format of the memory image, once it is known.
+    pub image_format: Option<Format>,
     /// The number of disks that were switched.
     pub disks: usize,
     /// What would have taken over had the caller been killed.

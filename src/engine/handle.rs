@@ -17,6 +17,7 @@ use super::storage::{StorageCall, StorageHook};
 use crate::backend::driver::Driver;
 use crate::backend::{Connector, DriverConnector, LibvirtConnector, QmpConnector, SnapshotList};
 use crate::error::{Result, fail};
+use crate::image::Format;
 use crate::migration::early_start::EarlyStart;
 use crate::model::Store;
 use crate::model::flags::{CreateFlags, DeleteFlags, RevertFlags};
@@ -69,15 +70,17 @@ impl Handle {
     }
 
     /// Takes a snapshot. Returns when it is complete, and recorded unless the flags say otherwise.
-    /// If the flags break a rule, that is reported to the observer like any other failure.
+    /// If the flags break a rule, that is reported to the observer like any other failure. `format`
+    /// is that of the memory image, if it is not the default.
     pub fn create(
         &self,
         xml: &str,
         flags: Result<CreateFlags>,
+        format: Option<Format>,
         observer: &mut dyn Observer,
     ) -> Result<Created> {
         let operation = Operation::begin(&self.opened)?;
-        let Taken { result, last, .. } = operation.take(xml, flags, observer);
+        let Taken { result, last, .. } = operation.take(xml, flags, format, observer);
         drop(operation);
         observer.event(&last);
         result
@@ -88,10 +91,11 @@ impl Handle {
         &self,
         xml: &str,
         flags: Result<CreateFlags>,
+        format: Option<Format>,
         listener: Box<dyn Observer + Send>,
         returns: Returns,
     ) -> Result<Job> {
-        Job::start(Operation::begin(&self.opened)?, xml, flags, listener, returns)
+        Job::start(Operation::begin(&self.opened)?, xml, flags, format, listener, returns)
     }
 
     /// Cancels the snapshot that is being taken.

@@ -11,6 +11,7 @@ use super::options::Options;
 use crate::backend::{Connector, SnapshotList};
 use crate::cancel::Cancel;
 use crate::error::{Result, fail};
+use crate::image::Format;
 use crate::model::flags::CreateFlags;
 use crate::sys::lock;
 
@@ -76,15 +77,18 @@ impl Operation {
     }
 
     /// Takes the snapshot. If the flags break a rule, it fails, and that is reported to the
-    /// observer like any other failure.
+    /// observer like any other failure. `format` is that of the memory image, if it is not the
+    /// default.
     pub fn take(
         &self,
         xml: &str,
         flags: Result<CreateFlags>,
+        format: Option<Format>,
         observer: &mut dyn Observer,
     ) -> Taken {
         let mut clock = Clock::start(observer);
-        let options = lock(&self.opened.options).clone();
+        let mut options = lock(&self.opened.options).clone();
+        options.image_format = format.unwrap_or(options.image_format);
         let result = flags.and_then(|flags| {
             let connector = &*self.opened.connector;
             create::create(connector, xml, flags, options, &self.cancel, &mut clock)

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::storage::StorageHook;
+use crate::image::Format;
 use crate::migration::early_start::EarlyStart;
 
 /// The default of how long a snapshot may pause the guest.
@@ -22,6 +23,8 @@ pub struct Options {
     pub storage: Option<Arc<dyn StorageHook>>,
     /// Whether one is refused that no watchdog can be started for.
     pub needs_watchdog: bool,
+    /// The format of memory images.
+    pub image_format: Format,
 }
 
 impl Default for Options {
@@ -31,6 +34,7 @@ impl Default for Options {
             early_start: EarlyStart::default(),
             storage: None,
             needs_watchdog: false,
+            image_format: Format::default(),
         }
     }
 }

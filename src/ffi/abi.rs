@@ -50,6 +50,9 @@ constants! {
     INSTANTSNAP_WATCHDOG_NONE = 0,
     INSTANTSNAP_WATCHDOG_FORK = 1,
     INSTANTSNAP_WATCHDOG_PROGRAM = 2,
+    INSTANTSNAP_IMAGE_DEFAULT = 0,
+    INSTANTSNAP_IMAGE_RAW = 1,
+    INSTANTSNAP_IMAGE_SPARSE = 2,
     INSTANTSNAP_EVENT_PAUSED = 1,
     INSTANTSNAP_EVENT_SWITCHED = 2,
     INSTANTSNAP_EVENT_INSTANT = 3,
@@ -114,7 +117,7 @@ structures! {
         lost_tries: u32,
         overlapped: u32,
         watchdog: u32,
-        reserved: u32,
+        image_format: u32,
     }
 
     /// An event.
@@ -152,6 +155,8 @@ structures! {
         opaque: *mut c_void,
         progress_interval_ms: u32,
         flags: u32,
+        image_format: u32,
+        reserved: u32,
     }
 
     /// A disk that a storage hook snapshots.

@@ -444,7 +444,7 @@ pub fn create(
 ) -> *mut virDomainSnapshot {
     enter(called, |driver, handle| {
         let flags = CreateFlags::parse(bits);
-        let name = c_string(handle.create(xml.required("xmlDesc")?, flags, &mut ())?.name)?;
+        let name = c_string(handle.create(xml.required("xmlDesc")?, flags, None, &mut ())?.name)?;
         let Some(make_snapshot) = driver.ops.make_snapshot else {
             return Ok(SNAPSHOTS.add(Snapshot { name }));
         };

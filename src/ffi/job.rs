@@ -15,6 +15,7 @@ use super::{Registry, abi, c_string, last_error};
 use crate::boundary::boundary;
 use crate::engine::{Event, EventKind, Job, Observer, Phase, Returns};
 use crate::error::{Result, fail};
+use crate::image::Format;
 use crate::model::flags::CreateFlags;
 use crate::pointers::{Fill, In, Out, Text};
 
@@ -83,6 +84,7 @@ impl Observer for Listener {
 struct Options {
     listener: Listener,
     flags: u32,
+    image_format: Option<Format>,
 }
 
 impl Options {
@@ -93,6 +95,7 @@ impl Options {
             return Ok(Options {
                 listener: Listener { callback: None, opaque: ptr::null_mut(), interval: None },
                 flags: 0,
+                image_format: None,
             });
         };
         let unknown = options.flags & !abi::INSTANTSNAP_CREATE_AT_ONCE;
@@ -105,7 +108,16 @@ impl Options {
         };
         let interval = Some(Duration::from_millis(interval.into()));
         let listener = Listener { callback: options.callback, opaque: options.opaque, interval };
-        Ok(Options { listener, flags: options.flags })
+        let image_format = match options.image_format {
+            abi::INSTANTSNAP_IMAGE_DEFAULT => None,
+            abi::INSTANTSNAP_IMAGE_RAW => Some(Format::Raw),
+            abi::INSTANTSNAP_IMAGE_SPARSE => Some(Format::Sparse),
+            other => fail!(InvalidArg, "unknown image format {other} in options"),
+        };
+        if options.reserved != 0 {
+            fail!(InvalidArg, "the reserved field of options must be 0");
+        }
+        Ok(Options { listener, flags: options.flags, image_format })
     }
 }
 
@@ -132,7 +144,8 @@ pub extern "C" fn instantsnap_snapshot_create(
             // Without a callback QEMU need not be asked for the progress.
             listener.interval = None;
         }
-        let created = c_string(guest.create(xml, CreateFlags::parse(flags), &mut listener)?.name)?;
+        let (flags, format) = (CreateFlags::parse(flags), options.image_format);
+        let created = c_string(guest.create(xml, flags, format, &mut listener)?.name)?;
         name.put(|| created.into_raw());
         Ok(0)
     })
@@ -154,7 +167,8 @@ pub extern "C" fn instantsnap_snapshot_create_start(
             _ => Returns::AtOnce,
         };
         let flags = CreateFlags::parse(flags);
-        Ok(add(guest.start(xml, flags, Box::new(options.listener), returns)?))
+        let (listener, format) = (Box::new(options.listener), options.image_format);
+        Ok(add(guest.start(xml, flags, format, listener, returns)?))
     })
 }
 

@@ -12,6 +12,7 @@ use super::{Registry, abi, c_string, last_error};
 use crate::boundary::boundary;
 use crate::engine::{self, EarlyStart, Handle, Phase, RevertPlan, Stats, WatchdogKind};
 use crate::error::{Result, fail};
+use crate::image::Format;
 use crate::model::flags::{CreateFlags, DeleteFlags, RevertFlags};
 use crate::pointers::{Fill, Out, Text};
 
@@ -195,7 +196,7 @@ pub extern "C" fn instantsnap_snapshot_create_xml(
 /// Takes a snapshot; returns its name.
 pub(super) fn create(guest: *mut instantsnap_guest, xml: Text, flags: c_uint) -> Result<CString> {
     let guest = GUESTS.get(guest)?;
-    c_string(guest.create(xml.required("xml")?, CreateFlags::parse(flags), &mut ())?.name)
+    c_string(guest.create(xml.required("xml")?, CreateFlags::parse(flags), None, &mut ())?.name)
 }
 
 /// `instantsnap_snapshot_cancel`.
@@ -251,7 +252,11 @@ pub(super) fn convert_stats(stats: &Stats) -> abi::instantsnap_stats {
             WatchdogKind::Fork => abi::INSTANTSNAP_WATCHDOG_FORK,
             WatchdogKind::Program => abi::INSTANTSNAP_WATCHDOG_PROGRAM,
         },
-        reserved: 0,
+        image_format: match stats.image_format {
+            None => abi::INSTANTSNAP_IMAGE_DEFAULT,
+            Some(Format::Raw) => abi::INSTANTSNAP_IMAGE_RAW,
+            Some(Format::Sparse) => abi::INSTANTSNAP_IMAGE_SPARSE,
+        },
     };
     // The sum of the reported times, which are each rounded down to whole microseconds.
     converted.total_us = [

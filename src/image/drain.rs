@@ -3,8 +3,8 @@
 //! The drain: moves QEMU's stream from a pipe into a file.
 //!
 //! A thread of this process or of the watchdog does that. The watchdog goes on when this process is
-//! stopped. The thread needs only its descriptors. It sees bytes. Code that needs page records has
-//! to read them here, between the pipe and the file.
+//! stopped. The thread needs only its descriptors. Into a raw image it moves bytes. For a sparse
+//! image it reads the records of the stream, and writes each page to its place.
 //!
 //! The pipe is always read to its end: if no process reads the stream any more, the guest freezes
 //! at its next write to a page that is not saved yet. Data that cannot be written, or is not wanted
@@ -22,6 +22,8 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::io::Errno;
 use rustix::pipe::{SpliceFlags, splice};
 
+use super::format::Format;
+use super::page_writer::{Failure, PageWriter};
 use super::pipe::{self, CHUNK};
 use crate::error::{Code, Error, Result};
 use crate::sys::{self, SharedNumbers};
@@ -45,7 +47,9 @@ struct Shared {
     /// The file, and where the stream begins in it.
     file: File,
     offset: u64,
-    numbers: SharedNumbers<4>,
+    /// The format that the image is to have.
+    format: Format,
+    numbers: SharedNumbers<5>,
     /// Readable when the thread has to end.
     stop: OwnedFd,
     /// Readable when the outcome is known.
@@ -63,6 +67,8 @@ const DISCARD: usize = 2;
 /// The index of a flag: 1 if QEMU writes nothing more, so that the stream ends where the pipe is
 /// empty.
 const LAST: usize = 3;
+/// The index of a flag: 1 if the image is raw although it was to have another format.
+const STAYS_RAW: usize = 4;
 
 /// The outcome is not known yet. It can become known before the stream has ended.
 const UNDER_WAY: u64 = 0;
@@ -71,6 +77,8 @@ const WHOLE: u64 = 1;
 const UNWANTED: u64 = 2;
 /// The process that moved it has ended.
 const LOST: u64 = 3;
+/// The stream has ended too early, or has an unknown record after its first page.
+const WRONG: u64 = 4;
 /// This plus the number of an error of the system.
 const ERRNO: u64 = 1 << 32;
 
@@ -79,8 +87,14 @@ impl Drain {
     pub const DESCRIPTORS: usize = 5;
 
     /// Makes a drain from `pipe`, which does not block, to `file`, which has this path, from
-    /// `offset` on. Nothing is moved yet.
-    pub fn open(pipe: OwnedFd, file: File, path: &Path, offset: u64) -> Result<Drain> {
+    /// `offset` on, for an image of this format. Nothing is moved yet.
+    pub fn open(
+        pipe: OwnedFd,
+        file: File,
+        path: &Path,
+        offset: u64,
+        format: Format,
+    ) -> Result<Drain> {
         let event = || {
             eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
                 .map_err(|error| Error::system("cannot create an eventfd", error))
@@ -88,7 +102,7 @@ impl Drain {
         let numbers = SharedNumbers::new()
             .map_err(|error| Error::system("cannot create shared memory", error))?;
         let (stop, done, emptied) = (event()?, event()?, event()?);
-        let shared = Shared { pipe, file, offset, numbers, stop, done, emptied };
+        let shared = Shared { pipe, file, offset, format, numbers, stop, done, emptied };
         Ok(Drain { shared: Arc::new(shared), path: path.into(), process: None })
     }
 
@@ -97,10 +111,12 @@ impl Drain {
         pipe: OwnedFd,
         descriptors: [OwnedFd; Drain::DESCRIPTORS],
         offset: u64,
+        format: Format,
     ) -> io::Result<Drain> {
         let [file, numbers, stop, done, emptied] = descriptors;
         let numbers = SharedNumbers::open(numbers)?;
-        let shared = Shared { pipe, file: file.into(), offset, numbers, stop, done, emptied };
+        let file = file.into();
+        let shared = Shared { pipe, file, offset, format, numbers, stop, done, emptied };
         Ok(Drain { shared: Arc::new(shared), path: PathBuf::new(), process: None })
     }
 
@@ -118,6 +134,15 @@ impl Drain {
     /// Where the stream begins in the file.
     pub fn offset(&self) -> u64 {
         self.shared.offset
+    }
+
+    /// The format of the image: that which it was to have, or raw if the stream is of a kind that
+    /// this does not know. Final once the outcome is known.
+    pub fn format(&self) -> Format {
+        match self.shared.is(STAYS_RAW) {
+            true => Format::Raw,
+            false => self.shared.format,
+        }
     }
 
     /// Starts a thread of this process that moves the stream.
@@ -164,6 +189,11 @@ impl Drain {
             UNDER_WAY => return None,
             WHOLE => return Some(Ok(self.bytes())),
             UNWANTED => "it is not wanted any more".into(),
+            WRONG => {
+                "QEMU's stream has ended too early, or has a record that this version does not \
+                 know: take the snapshot with a raw image"
+                    .into()
+            }
             LOST => {
                 "the watchdog process, which wrote it, was killed: take the snapshot again".into()
             }
@@ -209,6 +239,7 @@ impl Shared {
         let outcome = match self.fill() {
             Ok(()) => WHOLE,
             Err(Stopped::Unwanted) => UNWANTED,
+            Err(Stopped::Wrong) => WRONG,
             Err(Stopped::By(errno)) => ERRNO + errno.raw_os_error() as u64,
         };
         self.conclude(outcome);
@@ -241,8 +272,66 @@ impl Shared {
     }
 
     fn fill(&self) -> std::result::Result<(), Stopped> {
+        match self.format {
+            Format::Raw => self.fill_raw(self.offset),
+            Format::Sparse => self.fill_sparse(),
+        }
+    }
+
+    /// Reads the records of the stream, and writes the pages to their places.
+    fn fill_sparse(&self) -> std::result::Result<(), Stopped> {
+        let mut buffer = vec![0; CHUNK];
+        let mut filled = 0;
+        let mut writer = None;
+        loop {
+            if !self.wait() || self.is(DISCARD) {
+                return Err(Stopped::Unwanted);
+            }
+            let last = self.is(LAST);
+            let ended = match rustix::io::read(&self.pipe, &mut buffer[filled..]) {
+                Ok(0) => true,
+                Ok(read) => {
+                    self.count(read);
+                    filled += read;
+                    false
+                }
+                Err(Errno::AGAIN) if last => true,
+                Err(Errno::AGAIN | Errno::INTR) => continue,
+                Err(error) => return Err(error.into()),
+            };
+            if writer.is_none() {
+                match PageWriter::begin(&self.file, &buffer[..filled], self.offset) {
+                    Ok(Some(begun)) => writer = Some(begun),
+                    Ok(None) if !ended => continue,
+                    // Nothing is in the file yet.
+                    Ok(None) | Err(Failure::Stream(_)) => {
+                        self.numbers[STAYS_RAW].store(1, Ordering::Release);
+                        self.file.write_all_at(&buffer[..filled], self.offset)?;
+                        return if ended {
+                            Ok(())
+                        } else {
+                            self.fill_raw(self.offset + filled as u64)
+                        };
+                    }
+                    Err(Failure::File(error)) => return Err(error.into()),
+                }
+            }
+            let Some(writer) = &mut writer else { continue };
+            let used = writer.write(&self.file, &buffer[..filled])?;
+            buffer.copy_within(used..filled, 0);
+            filled -= used;
+            if ended && filled > 0 {
+                return Err(Stopped::Wrong);
+            }
+            if ended {
+                return Ok(writer.finish(&self.file)?);
+            }
+        }
+    }
+
+    /// Moves the stream as it comes into the file, from this offset on.
+    fn fill_raw(&self, mut offset: u64) -> std::result::Result<(), Stopped> {
         let Shared { pipe, file, .. } = self;
-        let mut offset = self.offset;
         // The kernel locks a pipe while it is spliced into a file, however long the file system
         // takes. Meanwhile no process can write to the pipe or empty it. So the thread splices into
         // the file from a pipe of its own, and QEMU's pipe is locked only while pages move to that
@@ -307,7 +396,23 @@ impl Shared {
 /// Why the stream is not in the file.
 enum Stopped {
     Unwanted,
+    Wrong,
     By(Errno),
+}
+
+impl From<Failure> for Stopped {
+    fn from(failure: Failure) -> Stopped {
+        match failure {
+            Failure::Stream(_) => Stopped::Wrong,
+            Failure::File(error) => error.into(),
+        }
+    }
+}
+
+impl From<io::Error> for Stopped {
+    fn from(error: io::Error) -> Stopped {
+        Stopped::By(Errno::from_io_error(&error).unwrap_or(Errno::IO))
+    }
 }
 
 impl From<Errno> for Stopped {
@@ -360,7 +465,7 @@ mod tests {
         rustix::io::ioctl_fionbio(&read, true).unwrap();
         let file = File::create(&path).unwrap();
         let mut write = File::from(write);
-        let drain = Drain::open(read, file, &path, 0).unwrap();
+        let drain = Drain::open(read, file, &path, 0, Format::Raw).unwrap();
         drain.start().unwrap();
         write.write_all(&[7; 300_000]).unwrap();
         // The other end stays open.

@@ -5,7 +5,7 @@
 //!
 //! ```text
 //! 0    magic     LibvirtQemudPart while incomplete, LibvirtQemudSave when complete
-//! 16   u32       version (2), data_len, was_running, format (0: raw), cookie offset (0: none),
+//! 16   u32       version (2), data_len, was_running, format (0: raw, 6: sparse), cookie offset (0: none),
 //!                14 unused
 //! 92   data_len  domain XML with its NUL, the cookie with its NUL where there is one, then zeros
 //! ...            QEMU's migration stream
@@ -15,9 +15,10 @@
 
 use std::fs::File;
 use std::io::{self, Read};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
+use super::format::Format;
 use super::stream;
 use crate::error::{Code, Error, Result, fail};
 use crate::own_file::{KnownFile, OwnFile};
@@ -27,6 +28,8 @@ const COMPLETE: &[u8; 16] = b"LibvirtQemudSave";
 const PARTIAL: &[u8; 16] = b"LibvirtQemudPart";
 const VERSION: u32 = 2;
 const HEADER: usize = 92;
+/// Where the format is in the header.
+const FORMAT_AT: u64 = 28;
 /// The space that libvirt leaves so that the XML of an image can be edited.
 const ROOM: usize = 64 << 10;
 /// More than any XML with its space. A larger number means that the header is damaged.
@@ -61,16 +64,18 @@ pub fn is_another(path: &Path) -> bool {
 pub struct MemoryImage {
     own: OwnFile,
     stream_offset: u64,
+    format: Format,
 }
 
 impl MemoryImage {
     /// Creates the file with mode 0600, and marks it partial. An existing file is an error, and is
-    /// not changed. `cookie` is libvirt's save cookie.
+    /// not changed. `cookie` is libvirt's save cookie, `format` that which the image is to have.
     pub fn create(
         path: &Path,
         domain_xml: &str,
         cookie: Option<&str>,
         was_running: bool,
+        format: Format,
     ) -> Result<MemoryImage> {
         let own = match OwnFile::create(path) {
             Ok(own) => own,
@@ -91,7 +96,7 @@ impl MemoryImage {
         let begin = (HEADER + texts + ROOM).next_multiple_of(ALIGN);
         let mut head = Vec::with_capacity(begin);
         head.extend_from_slice(PARTIAL);
-        for number in [VERSION, (begin - HEADER) as u32, was_running.into(), 0, cookie_offset] {
+        for number in [VERSION, (begin - HEADER) as u32, was_running.into(), format.number(), cookie_offset] {
             head.extend_from_slice(&number.to_ne_bytes());
         }
         head.resize(HEADER, 0);
@@ -107,7 +112,7 @@ impl MemoryImage {
                 error,
             ));
         }
-        Ok(MemoryImage { own, stream_offset: begin as u64 })
+        Ok(MemoryImage { own, stream_offset: begin as u64, format })
     }
 
     /// The image's path.
@@ -130,6 +135,22 @@ impl MemoryImage {
     /// The offset of QEMU's stream.
     pub fn stream_offset(&self) -> u64 {
         self.stream_offset
+    }
+
+    /// The format that the image is to have.
+    pub fn format(&self) -> Format {
+        self.format
+    }
+
+    /// The space that the image takes on its disk, in bytes.
+    pub fn occupied(&self) -> Result<u64> {
+        let metadata = self.own.file().metadata();
+        metadata.map(|metadata| metadata.blocks() * 512).map_err(|error| {
+            Error::system(
+                format!("cannot look at memory snapshot file '{}'", self.path().display()),
+                error,
+            )
+        })
     }
 
     /// The file, for a drain to write to.
@@ -206,10 +227,11 @@ impl MemoryImage {
     }
 
     /// Called when the stream is complete: syncs it to disk, and only then marks the image
-    /// complete.
-    pub fn complete(&self) -> Result<()> {
+    /// complete. `format` is the format that the image has.
+    pub fn complete(&self, format: Format) -> Result<()> {
         let complete = || -> io::Result<()> {
             let file = self.own.file();
+            file.write_all_at(&format.number().to_ne_bytes(), FORMAT_AT)?;
             file.sync_data()?;
             file.write_all_at(COMPLETE, 0)?;
             file.sync_all()?;
@@ -322,10 +344,11 @@ mod tests {
     fn what_is_no_memory_image_is_told_and_a_pipe_is_not_waited_for() {
         let directory = tempfile::tempdir().unwrap();
         let path = |name: &str| directory.path().join(name);
-        MemoryImage::create(&path("partial"), "<domain/>", None, true).unwrap();
-        MemoryImage::create(&path("complete"), "<domain/>", None, true)
+        let create = |name| MemoryImage::create(&path(name), "<domain/>", None, true, Format::Raw);
+        create("partial").unwrap();
+        create("complete")
             .unwrap()
-            .complete()
+            .complete(Format::Raw)
             .unwrap();
         std::fs::write(path("short"), "LibvirtQemud").unwrap();
         std::fs::write(path("other"), "root:x:0:0:root:/root:/bin/bash\n").unwrap();

@@ -9,6 +9,7 @@
 
 mod drain;
 mod file;
+mod format;
 #[allow(dead_code)]
 mod page_map;
 mod page_writer;
@@ -20,6 +21,7 @@ mod stream;
 
 pub use drain::{Drain, discard};
 pub use file::{Image, MemoryImage, deleting, is_another};
+pub use format::Format;
 pub use pipe::pipe;
 pub use restore_stream::RestoreStream;
 pub use stream::is_other_machine;

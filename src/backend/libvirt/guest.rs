@@ -23,6 +23,7 @@ use crate::backend::overlay_file::{self, Beforehand};
 use crate::backend::{busy, open_images, shared_memory};
 use crate::deadline::Deadline;
 use crate::error::{Error, Result, fail};
+use crate::image::Format;
 use crate::libvirt::{Domain, Snapshot};
 use crate::model::domain;
 use crate::model::flags::{self, CreateFlags};
@@ -170,6 +171,20 @@ impl Guest for LibvirtGuest<'_> {
             fail!(
                 OperationInvalid,
                 "cannot halt transient domain '{}' after its snapshot",
+                self.session.connector.name
+            );
+        }
+        Ok(())
+    }
+
+    fn check_image_format(&mut self, format: Format) -> Result<()> {
+        /// The first libvirt that restores sparse images.
+        const SPARSE: (u64, u64, u64) = (11, 2, 0);
+        if format == Format::Sparse && self.session.libvirt_version()? < SPARSE {
+            fail!(
+                ConfigUnsupported,
+                "the libvirt of domain '{}' cannot restore a memory image of the format 'sparse', \
+                 which libvirt 11.2 and later can: take the snapshot with a raw image",
                 self.session.connector.name
             );
         }

@@ -186,6 +186,13 @@ impl<'a> Session<'a> {
         found.into_iter().map(|(name, xml)| SnapshotDef::parse(name, &xml)).collect()
     }
 
+    /// The version of the domain's libvirt.
+    pub fn libvirt_version(&mut self) -> Result<(u64, u64, u64)> {
+        self.call_with_timeout("cannot ask libvirt for its version", Retry::Safe, |domain| {
+            domain.connect()?.version()
+        })
+    }
+
     /// Whether the domain runs, with the same QEMU or a new one.
     pub fn is_active(&mut self) -> Result<bool> {
         self.call_with_timeout("cannot look at the domain", Retry::Safe, Domain::is_active)

@@ -49,6 +49,7 @@ impl<'a> Task<'a> {
         let devices = Devices::read(guest)?;
         let Survey { drives, description: about } = guest.survey()?;
         let plan = plan(drives, &request, &reserved.name, flags.reuses_overlays())?;
+        guest.check_image_format(options.image_format)?;
         guest.check_images_are_named(&plan.disks)?;
         guest.check_not_busy(&plan.disks)?;
         let memory_file = match (request.memory, &reserved.memory_file) {

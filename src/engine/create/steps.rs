@@ -15,6 +15,7 @@ use crate::engine::durable::{Unflushed, sync_images};
 use crate::engine::nvram;
 use crate::engine::storage::{Called, StorageCall};
 use crate::error::{Error, Result, fail};
+use crate::image::Format;
 use crate::migration::early_start::{self, Sample};
 use crate::migration::{FD_NAME, Flow, Mode, PopulateProgress, run_state, wait_armed};
 use crate::model::{Frozen, ManualDisk, Record, RecordedDisk, State};
@@ -231,7 +232,10 @@ impl Steps<'_, '_, '_> {
                 self.journal.wait_saved(self.guest, self.cancel)?
             }
         };
-        self.journal.clock.stats.memory_image_bytes = bytes;
+        let format = self.journal.stream()?.drain().format();
+        let stats = &mut self.journal.clock.stats;
+        stats.memory_image_bytes = bytes;
+        stats.image_format = Some(format);
         self.cancel.check()
     }
 
@@ -246,13 +250,19 @@ impl Steps<'_, '_, '_> {
         }
         prepared.settings.restore(guest, task.mode)?;
         journal.enter(Entry::SettingsRestored);
+        let format = journal.stream()?.drain().format();
         let image = journal.image()?;
         if let Some(state) = image.state_at_instant()? {
             run_state::check_text(&state, task.expected_state)?;
         }
         cancel.check()?;
         sync_images(&task.plan.disks, guest.pid())?;
-        image.complete()?;
+        image.complete(format)?;
+        if format == Format::Sparse {
+            // Until here this was the number of the stream's bytes.
+            let occupied = image.occupied()?;
+            journal.clock.stats.memory_image_bytes = occupied;
+        }
         journal.copies().try_for_each(nvram::Copy::check_unchanged)?;
         cancel.check()?;
         guest.confirm()?;

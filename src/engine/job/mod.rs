@@ -21,6 +21,7 @@ use super::event::{Event, EventKind};
 use super::operation::{Operation, Taken};
 use crate::cancel::Cancel;
 use crate::error::{Code, Error, Result, fail};
+use crate::image::Format;
 use crate::migration::Flow;
 use crate::model::flags::CreateFlags;
 use crate::sys::{self, lock, now};
@@ -148,6 +149,7 @@ impl Job {
         operation: Operation,
         xml: &str,
         flags: Result<CreateFlags>,
+        format: Option<Format>,
         listener: Box<dyn Observer + Send>,
         returns: Returns,
     ) -> Result<Job> {
@@ -158,7 +160,7 @@ impl Job {
             started: now(),
         });
         let (thread_state, xml) = (Arc::clone(&state), xml.to_owned());
-        let run = move || thread_state.run(operation, &xml, flags, listener);
+        let run = move || thread_state.run(operation, &xml, flags, format, listener);
         sys::spawn_quiet("instantsnap-job", run)?;
         let job = Job { state };
         if returns == Returns::AtInstant && !job.state.shared.wait_instant() {
@@ -236,11 +238,12 @@ impl State {
         operation: Operation,
         xml: &str,
         flags: Result<CreateFlags>,
+        format: Option<Format>,
         listener: Box<dyn Observer + Send>,
     ) {
         let mut listener = Listener { state: self, listener };
         let taken = catch_unwind(AssertUnwindSafe(|| {
-            let Taken { result, last, stats } = operation.take(xml, flags, &mut listener);
+            let Taken { result, last, stats } = operation.take(xml, flags, format, &mut listener);
             let result = result.map(|created| Complete {
                 xml: created.xml(operation.snapshot_list()),
                 name: created.name,

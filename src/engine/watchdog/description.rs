@@ -11,6 +11,7 @@ use serde_json::Value;
 
 use super::task::Task;
 use crate::backend::{MonitorOverlay, RecoveryCommands};
+use crate::image::Format;
 use crate::own_file::{KnownFile, as_bytes};
 
 const VERSION: &str = env!("CARGO_PKG_VERSION");
@@ -31,6 +32,8 @@ pub struct Description {
     pub pause_limit: Option<Duration>,
     /// Where QEMU's stream begins in the memory image.
     pub offset: u64,
+    /// The format that the memory image is to have.
+    pub format: Format,
 }
 
 /// The means by which a watchdog reaches the guest.
@@ -58,6 +61,7 @@ impl Description {
             record,
             pause_limit: task.pause_limit,
             offset: task.drain.offset(),
+            format: task.drain.format(),
         }
     }
 

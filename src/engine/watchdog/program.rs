@@ -93,7 +93,8 @@ pub unsafe fn run() -> Result<Infallible, &'static str> {
         .ok_or("another version of libinstantsnap has started this program")?;
     let cannot_move = "the stream cannot be moved";
     let pipe = common.pipe.try_clone().map_err(|_| cannot_move)?;
-    let drain = Drain::inherited(pipe, drain, description.offset).map_err(|_| cannot_move)?;
+    let Description { offset, format, .. } = description;
+    let drain = Drain::inherited(pipe, drain, offset, format).map_err(|_| cannot_move)?;
     if drain.start().is_err() {
         // Dropping the drain would also stop the thread that the caller starts instead.
         std::mem::forget(drain);

@@ -43,8 +43,9 @@ impl Stream {
         };
         let spare =
             duplicate().map_err(|error| Error::system("cannot set up the memory pipe", error))?;
-        let drain = Drain::open(read, image.file()?, image.path(), image.stream_offset())?;
-        Ok(Stream { drain, offset: image.stream_offset(), spare, write: Some(write) })
+        let (offset, format) = (image.stream_offset(), image.format());
+        let drain = Drain::open(read, image.file()?, image.path(), offset, format)?;
+        Ok(Stream { drain, offset, spare, write: Some(write) })
     }
 
     /// Leaves the stream to `process`, which moves it already. If none is given, starts a thread
