@@ -453,8 +453,100 @@ pub fn discard(pipe: &OwnedFd) -> rustix::io::Result<usize> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::records::sample;
     use super::*;
     use std::io::Write;
+
+    /// Drains a stream that comes in pieces. Returns the outcome, the format and the file.
+    fn drained(stream: &[u8], piece: usize) -> (Result<u64>, Format, Vec<u8>) {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("image");
+        let (read, write) = pipe::pipe().unwrap();
+        rustix::io::ioctl_fionbio(&read, true).unwrap();
+        let file = File::create(&path).unwrap();
+        let drain = Drain::open(read, file, &path, 100, Format::Sparse).unwrap();
+        drain.start().unwrap();
+        let mut write = File::from(write);
+        stream.chunks(piece).for_each(|piece| write.write_all(piece).unwrap());
+        drop(write);
+        let [done, _] = drain.ends();
+        poll(&mut [PollFd::new(&done, PollFlags::IN)], None).unwrap();
+        (drain.outcome().unwrap(), drain.format(), std::fs::read(&path).unwrap())
+    }
+
+    #[test]
+    fn pages_go_to_their_places_however_the_stream_comes() {
+        let pages = [
+            sample::named_page(b"pc.ram", 4096, 1),
+            sample::page(8192, 2),
+            sample::page(0, 3),
+            sample::fill(12288, 0),
+            sample::fill(16384, 9),
+            sample::named_page(b"rom", 4096, 4),
+        ];
+        // The second section replaces pages of the first one.
+        let again = [
+            sample::named_page(b"pc.ram", 8192, 5),
+            sample::fill(0, 0),
+            sample::page((2 << 20) - 4096, 6),
+        ];
+        let stream = sample::stream(&pages, &again);
+        for piece in [1, 13, 4096, 5000, 1 << 20] {
+            let (outcome, format, image) = drained(&stream, piece);
+            assert_eq!(outcome.unwrap(), stream.len() as u64);
+            assert_eq!(format, Format::Sparse);
+            // pc.ram begins at the first MiB, and the entry of rom follows its pages.
+            let ram = &image[1 << 20..3 << 20];
+            let expected = |page: usize| match page {
+                1 => 1,
+                2 => 5,
+                4 => 9,
+                511 => 6,
+                _ => 0,
+            };
+            for (page, content) in ram.chunks(4096).enumerate() {
+                assert_eq!(content, [expected(page); 4096], "page {page} by pieces of {piece}");
+            }
+            let entry = &image[3 << 20..];
+            assert_eq!(&entry[..4], b"\x03rom");
+            assert_eq!(&entry[12..24], b"\0\0\0\x01\0\0\0\0\0\0\x10\0");
+            // The bitmap of rom, then its pages at the next MiB.
+            assert_eq!(&entry[24..32], &((3u64 << 20) + 40).to_be_bytes());
+            assert_eq!(&entry[40..48], [2, 0, 0, 0, 0, 0, 0, 0]);
+            assert_eq!(&image[4 << 20..][..4096], [0; 4096]);
+            assert_eq!(&image[(4 << 20) + 4096..][..4096], [4; 4096]);
+            let middle = b"\0\0\0\0\0\0\0\x10\x7e\0\0\0\x02";
+            let tail = [&middle[..], b"\x02\0\0\0\x02", middle, sample::TAIL].concat();
+            assert_eq!(image[(4 << 20) + 8192..], tail);
+        }
+    }
+
+    #[test]
+    fn a_stream_that_is_not_known_before_its_first_page_stays_raw() {
+        let early = [&sample::head()[..], b"\x02\0\0\0\x63the pages of another device"].concat();
+        for stream in [&b"QEVM\0\0\0\x03\x01an old machine"[..], b"short", b"", &early] {
+            let (outcome, format, image) = drained(stream, 7);
+            assert_eq!(outcome.unwrap(), stream.len() as u64);
+            assert_eq!(format, Format::Raw);
+            assert_eq!(image.get(100..).unwrap_or_default(), stream);
+        }
+    }
+
+    #[test]
+    fn a_stream_that_is_cut_off_or_becomes_unknown_is_an_error() {
+        let first = sample::named_page(b"rom", 0, 1);
+        let stream = sample::stream(&[first.clone()], &[sample::page(4096, 2)]);
+        let begin = sample::head().len() + 5 + first.len();
+        let end = stream.len() - sample::TAIL.len();
+        for cut in (begin..end).step_by(997).chain([begin, end - 1, end]) {
+            let (outcome, format, _) = drained(&stream[..cut], 1 << 20);
+            let error = outcome.unwrap_err();
+            assert!(error.message.contains("ended too early"), "{cut}: {}", error.message);
+            assert_eq!(format, Format::Sparse);
+        }
+        let unknown = sample::stream(&[first, vec![0xff; 8], b"\x03rom".to_vec()], &[]);
+        assert!(drained(&unknown, 1 << 20).0.is_err());
+    }
 
     #[test]
     fn a_stream_whose_other_end_is_still_held_ends_where_the_pipe_is_empty_when_nothing_more_comes()

@@ -96,7 +96,9 @@ impl MemoryImage {
         let begin = (HEADER + texts + ROOM).next_multiple_of(ALIGN);
         let mut head = Vec::with_capacity(begin);
         head.extend_from_slice(PARTIAL);
-        for number in [VERSION, (begin - HEADER) as u32, was_running.into(), format.number(), cookie_offset] {
+        for number in
+            [VERSION, (begin - HEADER) as u32, was_running.into(), format.number(), cookie_offset]
+        {
             head.extend_from_slice(&number.to_ne_bytes());
         }
         head.resize(HEADER, 0);
@@ -346,10 +348,7 @@ mod tests {
         let path = |name: &str| directory.path().join(name);
         let create = |name| MemoryImage::create(&path(name), "<domain/>", None, true, Format::Raw);
         create("partial").unwrap();
-        create("complete")
-            .unwrap()
-            .complete(Format::Raw)
-            .unwrap();
+        create("complete").unwrap().complete(Format::Raw).unwrap();
         std::fs::write(path("short"), "LibvirtQemud").unwrap();
         std::fs::write(path("other"), "root:x:0:0:root:/root:/bin/bash\n").unwrap();
         rustix::fs::mknodat(

@@ -383,3 +383,119 @@ impl Records {
         Ok(Record::Page { block, offset, content })
     }
 }
+
+/// A stream for tests.
+#[cfg(test)]
+pub mod sample {
+    use super::*;
+
+    fn section(kind: u8, pages: &[u8]) -> Vec<u8> {
+        [&[kind, 0, 0, 0, 2][..], pages, &END.to_be_bytes(), &[FOOTER, 0, 0, 0, 2]].concat()
+    }
+
+    pub fn named_page(block: &[u8], offset: u64, byte: u8) -> Vec<u8> {
+        let header = (offset | DATA).to_be_bytes();
+        [&header[..], &[block.len() as u8], block, &[byte; PAGE]].concat()
+    }
+
+    pub fn page(offset: u64, byte: u8) -> Vec<u8> {
+        [&(offset | DATA | CONTINUED).to_be_bytes()[..], &[byte; PAGE]].concat()
+    }
+
+    pub fn fill(offset: u64, byte: u8) -> Vec<u8> {
+        [&(offset | ZERO | CONTINUED).to_be_bytes()[..], &[byte]].concat()
+    }
+
+    /// The head of a machine with two blocks, `pc.ram` of 2 MiB and `rom` of 8 KiB.
+    pub fn head() -> Vec<u8> {
+        let mut head = b"QEVM\0\0\0\x03\x07\0\0\0\x09pc-q35-10".to_vec();
+        head.extend_from_slice(b"\x05\x12configuration/uuid\0\0\0\x01");
+        head.extend_from_slice(&[7; 16]);
+        head.extend_from_slice(b"\x01\0\0\0\x02\x03ram\0\0\0\0\0\0\0\x04");
+        head.extend_from_slice(&((2 << 20) + 8192 + BLOCKS).to_be_bytes());
+        for (name, size) in [(&b"pc.ram"[..], 2u64 << 20), (b"rom", 8192)] {
+            head.push(name.len() as u8);
+            head.extend_from_slice(name);
+            head.extend_from_slice(&size.to_be_bytes());
+        }
+        head.extend_from_slice(&END.to_be_bytes());
+        head.extend_from_slice(b"\x7e\0\0\0\x02");
+        head
+    }
+
+    pub const TAIL: &[u8] = b"\x04the devices\x7e\0\0\0\x03\0\x06\0\0\0\x02{}";
+
+    /// A whole stream with these pages in its two sections.
+    pub fn stream(first: &[Vec<u8>], second: &[Vec<u8>]) -> Vec<u8> {
+        [
+            head(),
+            section(SECTION_PART, &first.concat()),
+            section(SECTION_END, &second.concat()),
+            TAIL.to_vec(),
+        ]
+        .concat()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The error of a stream, whichever part it is of.
+    fn error(stream: &[u8]) -> String {
+        let (head, mut at) = match Head::parse(stream) {
+            Ok(parsed) => parsed.expect("a whole head"),
+            Err(what) => return what,
+        };
+        let mut records = Records::new(&head);
+        loop {
+            match records.next(&stream[at..]) {
+                Ok(parsed) => at += parsed.expect("a whole record").1,
+                Err(what) => return what,
+            }
+        }
+    }
+
+    #[test]
+    fn a_head_is_whole_only_with_its_last_byte() {
+        let head = sample::head();
+        for end in 0..head.len() {
+            assert_eq!(Head::parse(&head[..end]), Ok(None), "{end}");
+        }
+        let (parsed, length) = Head::parse(&head).unwrap().unwrap();
+        assert_eq!(length, head.len());
+        let blocks = [("pc.ram", 2 << 20), ("rom", 8192)];
+        let blocks = blocks.map(|(name, size)| Block { name: name.into(), size });
+        assert_eq!(parsed.blocks, blocks);
+        assert_eq!(parsed.section, [2, 0, 4]);
+        // The subsection of capabilities comes before that of the UUID.
+        assert_eq!(parsed.capabilities_at, b"QEVM....7....pc-q35-10".len());
+    }
+
+    #[test]
+    fn what_is_not_known_or_lies_is_told() {
+        let change = |at: &[u8], with: &[u8]| {
+            let stream = sample::stream(&[sample::named_page(b"rom", 0, 1)], &[]);
+            let found = stream.windows(at.len()).position(|window| window == at).unwrap();
+            [&stream[..found], with, &stream[found + at.len()..]].concat()
+        };
+        let with = |pages: &[Vec<u8>]| sample::stream(pages, &[]);
+        for (stream, what) in [
+            (change(b"QEVM", b"QEVN"), "no stream of QEMU's"),
+            (change(b"n/uuid", b"n/oops"), "the subsection 'configuration/oops'"),
+            (
+                change(b"\x01\0\0\0\x02\x03ram", b"\x04\0\0\0\x02\x03ram"),
+                "before that of the memory",
+            ),
+            (change(b"\x03rom\0\0\0\0\0\0\x20", b"\x03rom\0\0\0\0\0\x01\x20"), "sizes or names"),
+            (change(b"\x03rom\0\0\0\0\0\0\x20", b"\x03rom\0\0\0\0\0\0\x21"), "sizes or names"),
+            (change(b"\x02\0\0\0\x02", b"\x02\0\0\0\x05"), "other than that of the memory"),
+            (with(&[sample::page(0, 1)]), "in no memory block"),
+            (with(&[sample::named_page(b"ram", 0, 1)]), "in no memory block"),
+            (with(&[sample::named_page(b"rom", 8192, 1)]), "beyond the end"),
+            (with(&[(4096u64 | 0x40).to_be_bytes().to_vec(), b"\x03rom".to_vec()]), "flags 0x40"),
+        ] {
+            assert!(error(&stream).contains(what), "{what}: {}", error(&stream));
+        }
+    }
+}
