@@ -8,11 +8,11 @@ use std::io::{Seek, SeekFrom};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
-use common::{At, INSTANTLY, Opened, assert_error, machine, named};
+use common::{At, INSTANTLY, Opened, assert_error, first_tick, machine, named};
 use instantsnap::engine::{Phase, prepare_revert};
 use instantsnap::error::Code;
-use instantsnap::image::{Image, MemoryImage};
-use instantsnap_testkit::{Binary, DEADLINE, test, wait_for};
+use instantsnap::image::{Format, Image, MemoryImage};
+use instantsnap_testkit::{Binary, DEADLINE, skip, test, wait_for};
 use serde_json::json;
 
 /// libvirt's `virQEMUSaveHeader` and what follows it, parsed independently.
@@ -119,9 +119,11 @@ fn image_is_marked_partial_until_it_is_complete() {
 /// Writes a complete image with a made-up stream; no QEMU is involved.
 fn sample(directory: &Path) -> PathBuf {
     let path = directory.join("sample.mem");
-    let image = MemoryImage::create(&path, "<domain><name>x</name></domain>", None, true).unwrap();
+    let image =
+        MemoryImage::create(&path, "<domain><name>x</name></domain>", None, true, Format::Raw)
+            .unwrap();
     image.file().unwrap().write_all_at(b"QEVM\0\0\0\x03\0", image.stream_offset()).unwrap();
-    image.complete().unwrap();
+    image.complete(Format::Raw).unwrap();
     path
 }
 
@@ -217,6 +219,49 @@ fn load_and_prepare_revert_refuse_a_damaged_image_and_leave_nothing() {
     clone.guest.wait_ticks(3);
 }
 
+/// QEMU 9.0 and later reads such an image by itself, through its capability `mapped-ram`.
+#[test]
+fn qemu_itself_loads_a_sparse_image() {
+    let Some(binary) = Binary::all().iter().find(|binary| binary.name.starts_with("10")) else {
+        skip("no QEMU 10 is installed");
+    };
+    for (disks, flags) in [(1, INSTANTLY), (2, 0)] {
+        let opened = Opened::start(&machine(binary, disks).restless());
+        let before = opened.guest.wait_ticks(1);
+        opened.handle.create_as(Some(Format::Sparse), &named("s"), flags, &mut ()).unwrap();
+        let stats = opened.handle.stats().unwrap();
+        assert_eq!(stats.image_format, Some(Format::Sparse));
+        let path = opened.state_dir().join("s.mem");
+        let image = path.metadata().unwrap();
+        assert_eq!(stats.memory_image_bytes, image.blocks() * 512);
+        // Pages of zeros take no room.
+        assert!(
+            image.blocks() * 512 < image.len() / 2,
+            "{} of {}",
+            image.blocks() * 512,
+            image.len()
+        );
+        let header = header(&path);
+        assert_eq!((header.magic.as_str(), header.numbers[3]), ("LibvirtQemudSave", 6));
+        let offset = image.len() - header.stream.len() as u64;
+
+        let clone = opened.start_clone("s");
+        let mut control = clone.guest.control();
+        let on = json!([{ "capability": "mapped-ram", "state": true }]);
+        control.execute("migrate-set-capabilities", json!({ "capabilities": on })).unwrap();
+        let uri = format!("file:{},offset={offset}", path.display());
+        control.execute("migrate-incoming", json!({ "uri": uri })).unwrap();
+        let loaded = || {
+            let status = control.execute("query-status", json!({})).unwrap();
+            (status["status"] != "inmigrate").then_some(())
+        };
+        wait_for(DEADLINE, loaded).expect("QEMU loads the image");
+        clone.guest.control().execute("cont", json!({})).unwrap();
+        clone.guest.wait_ticks(5);
+        assert!(first_tick(&clone.guest) >= before);
+    }
+}
+
 #[test]
 fn existing_memory_file_is_not_touched() {
     let opened = Opened::start(&machine(&Binary::all()[0], 1));
@@ -263,9 +308,14 @@ fn image_records_whether_the_guest_ran() {
             let to_file = format!("exec:cat >{0}.part && mv {0}.part {0}", stream.display());
             control.execute("migrate", json!({ "uri": to_file })).unwrap();
             wait_for(DEADLINE, || stream.exists().then_some(())).expect("QEMU saves its memory");
-            let image =
-                MemoryImage::create(&guest.directory().join("image"), "<domain/>", None, true)
-                    .unwrap();
+            let image = MemoryImage::create(
+                &guest.directory().join("image"),
+                "<domain/>",
+                None,
+                true,
+                Format::Raw,
+            )
+            .unwrap();
             let mut file = image.file().unwrap();
             file.seek(SeekFrom::Start(image.stream_offset())).unwrap();
             std::io::copy(&mut File::open(&stream).unwrap(), &mut file).unwrap();

@@ -10,7 +10,16 @@ use instantsnap::backend::LibvirtConnector;
 use instantsnap::backend::driver::Driver;
 use instantsnap::engine::{self, Created, Job, Observer, Returns, RevertPlan};
 use instantsnap::error::Error;
+use instantsnap::image::Format;
 use instantsnap::model::flags::{CreateFlags, DeleteFlags, RevertFlags};
+
+/// The format of memory images that INSTANTSNAP_TEST_IMAGE_FORMAT names; `None`: the default.
+pub fn image_format() -> Option<Format> {
+    let name = std::env::var("INSTANTSNAP_TEST_IMAGE_FORMAT").ok()?;
+    Some(Format::named(&name).unwrap_or_else(|| {
+        panic!("INSTANTSNAP_TEST_IMAGE_FORMAT={name}: what is that? It is raw or sparse")
+    }))
+}
 
 /// The library's handle, to which it dereferences.
 pub struct Handle(pub engine::Handle);
@@ -55,7 +64,18 @@ impl Handle {
         flags: u32,
         observer: &mut dyn Observer,
     ) -> Result<Created, Error> {
-        self.0.create(xml, CreateFlags::parse(flags), observer)
+        self.create_as(image_format(), xml, flags, observer)
+    }
+
+    /// Takes a snapshot with a memory image of this format.
+    pub fn create_as(
+        &self,
+        format: Option<Format>,
+        xml: &str,
+        flags: u32,
+        observer: &mut dyn Observer,
+    ) -> Result<Created, Error> {
+        self.0.create(xml, CreateFlags::parse(flags), format, observer)
     }
 
     pub fn start(
@@ -65,7 +85,7 @@ impl Handle {
         listener: Box<dyn Observer + Send>,
         returns: Returns,
     ) -> Result<Job, Error> {
-        self.0.start(xml, CreateFlags::parse(flags), listener, returns)
+        self.0.start(xml, CreateFlags::parse(flags), image_format(), listener, returns)
     }
 
     pub fn load(&self, name: &str, flags: u32) -> Result<(), Error> {
