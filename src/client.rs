@@ -12,6 +12,7 @@ use crate::backend::LibvirtConnector;
 use crate::boundary::caught;
 use crate::engine::{self, Created, Handle};
 use crate::error::{Error, Result, fail};
+use crate::image::Format;
 use crate::libvirt::table::{self, virDomain, virDomainSnapshot};
 use crate::libvirt::{self, Domain, Snapshot};
 use crate::model::flags::{CreateFlags, DeleteFlags, RevertFlags};
@@ -51,16 +52,18 @@ pub fn share_snapshot(
     Snapshot::share(table, snapshot).map_err(|error| error.into_error("snapshot"))
 }
 
-/// `qemuSnapshotCreateXML` of a client, with INSTANT.
+/// `qemuSnapshotCreateXML` of a client, with INSTANT. `format` is that of the memory image, if it is
+/// not the default.
 pub fn create(
     domain: Option<&virDomain>,
     xml: Text,
     flags: CreateFlags,
+    format: Option<Format>,
 ) -> Result<*mut virDomainSnapshot> {
     catch(|table| {
         let (domain, xml) = (share_domain(table, domain)?, xml.required("xmlDesc")?);
         let connector = LibvirtConnector::open(domain.clone())?;
-        Ok(take(&domain, connector, xml, flags)?.into_raw())
+        Ok(take(&domain, connector, xml, flags, format)?.into_raw())
     })
 }
 
@@ -70,9 +73,10 @@ pub fn take(
     connector: LibvirtConnector,
     xml: &str,
     flags: CreateFlags,
+    format: Option<Format>,
 ) -> Result<Snapshot> {
     let handle = Handle::open_libvirt(Arc::new(connector));
-    let Created { name, object, .. } = handle.create(xml, Ok(flags), None, &mut ())?;
+    let Created { name, object, .. } = handle.create(xml, Ok(flags), format, &mut ())?;
     match object {
         Some(snapshot) => Ok(snapshot),
         // A snapshot of memory alone that was not recorded: libvirt was not involved.

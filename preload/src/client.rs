@@ -43,7 +43,10 @@ pub fn create(
     }
     // Read first, because this call resets the last error.
     let connection = libvirt.connection_of_domain(domain);
-    let instant = || client::create(domain, xml, CreateFlags::parse(flags | flags::INSTANT)?);
+    let instant = || {
+        let flags = CreateFlags::parse(flags | flags::INSTANT)?;
+        client::create(domain, xml, flags, environment::image_format()?)
+    };
     match catch(libvirt, instant) {
         Outcome::Done(snapshot) => snapshot,
         Outcome::Refused(why) if !asked => {

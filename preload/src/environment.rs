@@ -6,6 +6,9 @@
 use std::ffi::OsString;
 use std::io::Write;
 
+use instantsnap_core::error::{Result, fail};
+use instantsnap_core::image::Format;
+
 /// The value of a variable; `None` if it is not set, or empty.
 pub fn variable(name: &str) -> Option<OsString> {
     // SAFETY: reads a value that the kernel gave this process at its start.
@@ -18,6 +21,20 @@ pub fn variable(name: &str) -> Option<OsString> {
 /// Whether LIVE snapshots are made as INSTANT ones.
 pub fn upgrade_live() -> bool {
     variable("INSTANTSNAP_UPGRADE_LIVE").is_some_and(|value| value == "1")
+}
+
+/// The format of memory images that the environment asks for; `None`: the default.
+pub fn image_format() -> Result<Option<Format>> {
+    const NAME: &str = "INSTANTSNAP_IMAGE_FORMAT";
+    let Some(name) = variable(NAME) else { return Ok(None) };
+    match name.to_str().and_then(Format::named) {
+        Some(format) => Ok(Some(format)),
+        None => fail!(
+            InvalidArg,
+            "the environment variable {NAME} is '{}', and may be raw or sparse",
+            name.display()
+        ),
+    }
 }
 
 /// Writes a debug message to stderr, if these are on.

@@ -30,7 +30,7 @@ pub fn create(domain: Option<&virDomain>, xml: Text, bits: c_uint) -> *mut virDo
     if bits & flags::INSTANT == 0 {
         return boundary(last_error::set, || pass_through(domain, xml, bits));
     }
-    boundary(set_last_error, || client::create(domain, xml, CreateFlags::parse(bits)?))
+    boundary(set_last_error, || client::create(domain, xml, CreateFlags::parse(bits)?, None))
 }
 
 /// Calls libvirt's own function, and returns its result or error unchanged.

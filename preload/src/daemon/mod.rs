@@ -40,6 +40,7 @@ use instantsnap_core::pointers::Text;
 
 use self::availability::failed;
 use self::settings::Settings;
+use crate::environment;
 use crate::loading;
 
 /// Whether this process is a daemon of libvirt's: it has a daemon's name, or libvirt's clients
@@ -95,7 +96,7 @@ fn create_or(
             return Ok(None);
         }
         let connector = LibvirtConnector::inside(domain.clone())?;
-        take(&domain, connector, xml, flags).map(Some)
+        take(&domain, connector, xml, flags, environment::image_format()?).map(Some)
     });
     match result {
         Ok(Some(snapshot)) => Ok(snapshot.into_raw()),

@@ -38,7 +38,16 @@ impl Stream {
         let bytes = loop {
             cancel.check()?;
             if let Some(outcome) = self.drain.outcome() {
-                break outcome?;
+                break match outcome {
+                    // A stream that QEMU has given up ends too early: then its reason counts.
+                    Err(error) => match query_ended(guest) {
+                        Ok(Some(Ended::Failed(reason))) if !reason.is_empty() => {
+                            fail!(OperationFailed, "cannot save memory: {reason}")
+                        }
+                        _ => return Err(error),
+                    },
+                    Ok(bytes) => bytes,
+                };
             }
             if quiet.is_long(self.drain.bytes()) {
                 muddled |= self.look_for_end(guest, image, settings)?;
