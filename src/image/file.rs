@@ -19,6 +19,7 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use super::format::Format;
+use super::sparse_reader::SparseStream;
 use super::stream;
 use crate::error::{Code, Error, Result, fail};
 use crate::own_file::{KnownFile, OwnFile};
@@ -256,6 +257,23 @@ fn numbers<const N: usize>(header: &[u8; HEADER]) -> [u32; N] {
     })
 }
 
+/// The format with libvirt's number.
+fn format_of(number: u32) -> Option<Format> {
+    [Format::Raw, Format::Sparse].into_iter().find(|format| format.number() == number)
+}
+
+/// The places of a sparse image, or why it cannot be loaded. `None` if the image is raw.
+fn read_sparse(
+    file: &File,
+    format: Format,
+    begin: u64,
+) -> std::result::Result<Option<SparseStream>, String> {
+    match format {
+        Format::Raw => Ok(None),
+        Format::Sparse => SparseStream::read(file, begin).map(Some),
+    }
+}
+
 /// A complete memory image, opened for reading.
 #[derive(Debug)]
 pub struct Image {
@@ -263,6 +281,8 @@ pub struct Image {
     pub file: File,
     /// The offset of QEMU's stream.
     pub stream_offset: u64,
+    /// The places of a sparse image; `None` if the image is raw.
+    pub sparse: Option<SparseStream>,
     /// Whether the guest ran at the instant.
     pub was_running: bool,
     /// The domain XML.
@@ -282,10 +302,24 @@ impl Image {
         }
         let [version, data_len, _, format] = numbers(&header);
         // It is compressed, or from a host with another byte order: libvirt itself checks these.
-        if version != VERSION || format != 0 {
-            return Ok(None);
-        }
-        stream::check(file, HEADER as u64 + u64::from(data_len))
+        let (VERSION, Some(format)) = (version, format_of(format)) else { return Ok(None) };
+        let begin = HEADER as u64 + u64::from(data_len);
+        let machine = stream::check(file, begin)?;
+        read_sparse(file, format, begin).map(|_| machine)
+    }
+
+    /// The format of the file of a complete image, if this version knows it.
+    pub fn format_of(file: &File) -> Option<Format> {
+        let mut header = [0; HEADER];
+        file.read_exact_at(&mut header, 0).ok()?;
+        let [version, _, _, format] = numbers(&header);
+        let is_image = &header[..COMPLETE.len()] == COMPLETE && version == VERSION;
+        is_image.then(|| format_of(format)).flatten()
+    }
+
+    /// The format of the image.
+    pub fn format(&self) -> Format {
+        if self.sparse.is_some() { Format::Sparse } else { Format::Raw }
     }
 
     /// Opens a complete, uncompressed image.
@@ -315,9 +349,9 @@ impl Image {
         if version != VERSION {
             return Err(damaged(&format!("has version {version}, {VERSION} is supported")));
         }
-        if format != 0 {
+        let Some(format) = format_of(format) else {
             return Err(damaged("is compressed: decompress it first"));
-        }
+        };
         if data_len == 0 || data_len > LONGEST {
             return Err(damaged("has a damaged header"));
         }
@@ -327,15 +361,36 @@ impl Image {
         let xml = xml.split(|byte| *byte == 0).next().unwrap_or_default();
         let stream_offset = HEADER as u64 + u64::from(data_len);
         let machine = stream::check(&file, stream_offset).map_err(|what| damaged(&what))?;
+        let sparse = read_sparse(&file, format, stream_offset).map_err(|what| damaged(&what))?;
         Ok(Image {
             file,
             stream_offset,
+            sparse,
             machine,
             was_running: was_running != 0,
             domain_xml: String::from_utf8(xml.to_vec())
                 .map_err(|_| damaged("has a damaged domain XML"))?,
         })
     }
+}
+
+/// The header of an image, its domain XML, its cookie and the space after them, as those of a
+/// partial image of this format.
+pub(super) fn marked_partial(image: &Image, format: Format) -> io::Result<Vec<u8>> {
+    /// Where the format is in the header.
+    const FORMAT: usize = COMPLETE.len() + 3 * 4;
+    let mut head = vec![0; image.stream_offset as usize];
+    image.file.read_exact_at(&mut head, 0)?;
+    head[..PARTIAL.len()].copy_from_slice(PARTIAL);
+    head[FORMAT..FORMAT + 4].copy_from_slice(&format.number().to_ne_bytes());
+    Ok(head)
+}
+
+/// Syncs an image to disk, and only then marks it complete.
+pub(super) fn mark_complete(file: &File) -> io::Result<()> {
+    file.sync_data()?;
+    file.write_all_at(COMPLETE, 0)?;
+    file.sync_all()
 }
 
 #[cfg(test)]

@@ -7,18 +7,25 @@
 //! QEMU that loads it. Both need only their descriptors, so that a helper process can take their
 //! place.
 
+mod classic;
+mod contents;
+mod convert;
+mod cursor;
 mod drain;
 mod file;
 mod format;
-#[allow(dead_code)]
 mod page_map;
 mod page_writer;
 mod pipe;
 mod records;
 mod restore_stream;
 mod sparse;
+mod sparse_reader;
 mod stream;
 
+pub use classic::Zeros;
+pub use contents::{Contents, Memory};
+pub use convert::convert;
 pub use drain::{Drain, discard};
 pub use file::{Image, MemoryImage, deleting, is_another};
 pub use format::Format;

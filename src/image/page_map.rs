@@ -48,6 +48,11 @@ impl PageMap {
         self.words[(page / 64) as usize] &= !(1 << (page % 64));
     }
 
+    /// The number of pages of the block.
+    pub fn pages(&self) -> u64 {
+        self.pages
+    }
+
     /// The number of pages that are in the file.
     pub fn count(&self) -> u64 {
         self.words.iter().map(|word| u64::from(word.count_ones())).sum()

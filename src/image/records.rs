@@ -22,6 +22,8 @@
 
 use std::collections::{HashMap, HashSet};
 
+use super::cursor::{Cursor, Parsed, Wrong, parse};
+
 /// The size of a page of the stream, whatever the guest's own pages are.
 pub const PAGE: usize = 4096;
 
@@ -40,6 +42,14 @@ const DATA: u64 = 8;
 const END: u64 = 16;
 const CONTINUED: u64 = 32;
 const FLAGS: u64 = PAGE as u64 - 1;
+
+/// The subsection of the configuration that notes capabilities, and the one that is understood.
+pub const CAPABILITIES: &[u8] = b"configuration/capabilities";
+pub const MAPPED_RAM: &[u8] = b"mapped-ram";
+/// The version of what a mapped-ram stream adds to each block.
+pub const MAPPED_VERSION: u32 = 1;
+/// The length of the longest block of a mapped-ram stream: a name, a size, and the places.
+pub const LONGEST_BLOCK: usize = 1 + 255 + 8 + 4 + 3 * 8;
 
 /// More than the head of any guest: 255 memory slots of 270 bytes at most, and short texts.
 pub const LONGEST_HEAD: usize = 1 << 20;
@@ -85,78 +95,6 @@ pub enum Content<'a> {
     Fill(u8),
 }
 
-/// A record and its length in bytes; `None` if more bytes are needed.
-type Parsed<T> = Result<Option<(T, usize)>, String>;
-
-/// Reads from the beginning of some bytes.
-struct Cursor<'a> {
-    bytes: &'a [u8],
-    at: usize,
-}
-
-/// The bytes end before the record does.
-struct Short;
-
-enum Wrong {
-    Short,
-    Unknown(String),
-}
-
-impl From<Short> for Wrong {
-    fn from(_: Short) -> Wrong {
-        Wrong::Short
-    }
-}
-
-impl From<String> for Wrong {
-    fn from(what: String) -> Wrong {
-        Wrong::Unknown(what)
-    }
-}
-
-impl<'a> Cursor<'a> {
-    fn take(&mut self, count: usize) -> Result<&'a [u8], Short> {
-        let end = self.at.checked_add(count).ok_or(Short)?;
-        let taken = self.bytes.get(self.at..end).ok_or(Short)?;
-        self.at = end;
-        Ok(taken)
-    }
-
-    fn byte(&mut self) -> Result<u8, Short> {
-        self.take(1).map(|bytes| bytes[0])
-    }
-
-    fn peek(&self) -> Result<u8, Short> {
-        self.bytes.get(self.at).copied().ok_or(Short)
-    }
-
-    fn u32(&mut self) -> Result<u32, Short> {
-        self.take(4).map(|bytes| bytes.iter().fold(0, |sum, byte| sum << 8 | u32::from(*byte)))
-    }
-
-    fn u64(&mut self) -> Result<u64, Short> {
-        self.take(8).map(|bytes| bytes.iter().fold(0, |sum, byte| sum << 8 | u64::from(*byte)))
-    }
-
-    fn name(&mut self) -> Result<&'a [u8], Short> {
-        let length = self.byte()?;
-        self.take(length.into())
-    }
-}
-
-/// Parses with `parse` from the beginning of `bytes`.
-fn parse<'a, T>(
-    bytes: &'a [u8],
-    parse: impl FnOnce(&mut Cursor<'a>) -> Result<T, Wrong>,
-) -> Parsed<T> {
-    let mut cursor = Cursor { bytes, at: 0 };
-    match parse(&mut cursor) {
-        Ok(parsed) => Ok(Some((parsed, cursor.at))),
-        Err(Wrong::Short) => Ok(None),
-        Err(Wrong::Unknown(what)) => Err(what),
-    }
-}
-
 impl Head {
     /// Parses a head from the beginning of a stream. The error is what this does not understand.
     pub fn parse(bytes: &[u8]) -> Parsed<Head> {
@@ -187,27 +125,34 @@ impl Head {
     pub fn part_start(&self) -> Vec<u8> {
         [&[SECTION_PART][..], &self.section[0].to_be_bytes()].concat()
     }
+}
 
-    /// The header of a page that has a block's name.
-    pub fn page_header(block: &Block, offset: u64) -> Vec<u8> {
-        let header = (offset | DATA).to_be_bytes();
-        [&header[..], &[block.name.len() as u8], &block.name].concat()
-    }
-
-    /// The header of a page of the block of the page before.
-    pub fn continued_header(offset: u64) -> [u8; 8] {
-        (offset | DATA | CONTINUED).to_be_bytes()
-    }
+/// The header of a page. The name of the block is left out if the page before is of it too.
+pub fn page_header(block: Option<&Block>, offset: u64, is_data: bool) -> Vec<u8> {
+    let flags = if is_data { DATA } else { ZERO };
+    let Some(block) = block else {
+        return (offset | flags | CONTINUED).to_be_bytes().to_vec();
+    };
+    [&(offset | flags).to_be_bytes()[..], &[block.name.len() as u8], &block.name].concat()
 }
 
 fn head(cursor: &mut Cursor) -> Result<Head, Wrong> {
-    let (configuration, capabilities_at) = configuration(cursor)?;
-    let (section, blocks) = memory_section(cursor, |_, _| Ok(()))?;
-    Ok(Head { configuration, capabilities_at, section, blocks })
+    let mut opening = opening(cursor, Noted::Nothing)?;
+    while !opening.has_all_blocks() {
+        opening.block(cursor)?;
+    }
+    opening.end(cursor)
 }
 
-/// The configuration, and where QEMU's capabilities are noted in it.
-fn configuration(cursor: &mut Cursor) -> Result<(Vec<u8>, usize), Wrong> {
+/// The capabilities that QEMU has noted in the configuration.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Noted {
+    Nothing,
+    MappedRam,
+}
+
+/// The configuration without the note of QEMU's capabilities, and where that belongs in it.
+fn configuration(cursor: &mut Cursor, noted: Noted) -> Result<(Vec<u8>, usize), Wrong> {
     let begin = cursor.at;
     if cursor.take(4)? != MAGIC || cursor.u32()? != VERSION {
         return Err("it is no stream of QEMU's".to_owned().into());
@@ -221,7 +166,9 @@ fn configuration(cursor: &mut Cursor) -> Result<(Vec<u8>, usize), Wrong> {
     }
     cursor.take(length as usize)?;
     let mut capabilities_at = cursor.at;
+    let mut note = None;
     while cursor.peek()? == SUBSECTION {
+        let subsection = cursor.at;
         cursor.byte()?;
         let name = cursor.name()?;
         let _version = cursor.u32()?;
@@ -230,7 +177,17 @@ fn configuration(cursor: &mut Cursor) -> Result<(Vec<u8>, usize), Wrong> {
                 if cursor.u32()? != PAGE.ilog2() {
                     return Err("its pages are not of 4096 bytes".to_owned().into());
                 }
-                capabilities_at = cursor.at;
+                if note.is_none() {
+                    capabilities_at = cursor.at;
+                }
+            }
+            CAPABILITIES if noted == Noted::MappedRam && note.is_none() => {
+                if cursor.u32()? != 1 || cursor.name()? != MAPPED_RAM {
+                    let what = "QEMU wrote it with other capabilities than mapped-ram";
+                    return Err(what.to_owned().into());
+                }
+                capabilities_at = subsection;
+                note = Some(subsection..cursor.at);
             }
             b"configuration/uuid" => drop(cursor.take(16)?),
             name => {
@@ -239,14 +196,28 @@ fn configuration(cursor: &mut Cursor) -> Result<(Vec<u8>, usize), Wrong> {
             }
         }
     }
-    Ok((cursor.bytes[begin..cursor.at].to_vec(), capabilities_at - begin))
+    let mut bytes = cursor.bytes[begin..cursor.at].to_vec();
+    match note {
+        Some(note) => drop(bytes.drain(note.start - begin..note.end - begin)),
+        None if noted == Noted::MappedRam => {
+            return Err("QEMU wrote it without the capability mapped-ram".to_owned().into());
+        }
+        None => {}
+    }
+    Ok((bytes, capabilities_at - begin))
 }
 
-/// The section that names the blocks. `more` reads what a format adds to each of them.
-fn memory_section<'a>(
-    cursor: &mut Cursor<'a>,
-    mut more: impl FnMut(&mut Cursor<'a>, &Block) -> Result<(), Wrong>,
-) -> Result<([u32; 3], Vec<Block>), Wrong> {
+/// A head that is being read: its beginning, and the memory blocks so far.
+pub struct Opening {
+    head: Head,
+    names: HashSet<Vec<u8>>,
+    /// The size of the blocks that are still to come.
+    left: u64,
+}
+
+/// The beginning of a head, up to its first memory block.
+fn opening(cursor: &mut Cursor, noted: Noted) -> Result<Opening, Wrong> {
+    let (configuration, capabilities_at) = configuration(cursor, noted)?;
     let kind = cursor.byte()?;
     let number = cursor.u32()?;
     if kind != SECTION_START || cursor.name()? != b"ram" {
@@ -257,27 +228,82 @@ fn memory_section<'a>(
     if total & FLAGS != BLOCKS {
         return Err("its memory blocks are missing".to_owned().into());
     }
-    let mut left = total & !FLAGS;
-    let mut blocks: Vec<Block> = Vec::new();
-    let mut names = HashSet::new();
-    while left > 0 {
+    let head = Head { configuration, capabilities_at, section, blocks: Vec::new() };
+    Ok(Opening { head, names: HashSet::new(), left: total & !FLAGS })
+}
+
+/// The places that a block of a mapped-ram stream has in its file.
+pub struct Mapped {
+    pub bitmap: u64,
+    pub pages: u64,
+}
+
+impl Opening {
+    /// Parses the beginning of a mapped-ram stream. After it comes [`Opening::mapped_block`].
+    pub fn parse_mapped(bytes: &[u8]) -> Parsed<Opening> {
+        parse(bytes, |cursor| opening(cursor, Noted::MappedRam))
+    }
+
+    /// The size of the blocks that are still to come.
+    pub fn left(&self) -> u64 {
+        self.left
+    }
+
+    pub fn blocks(&self) -> &[Block] {
+        &self.head.blocks
+    }
+
+    pub fn has_all_blocks(&self) -> bool {
+        self.left == 0
+    }
+
+    fn block(&mut self, cursor: &mut Cursor) -> Result<(), Wrong> {
         let name = cursor.name()?.to_vec();
         let size = cursor.u64()?;
-        if size == 0 || size & FLAGS != 0 || size > left || !names.insert(name.clone()) {
+        let is_wrong = size == 0 || size & FLAGS != 0 || size > self.left;
+        if is_wrong || self.names.contains(&name) {
             return Err("the sizes or names of its memory blocks are wrong".to_owned().into());
         }
-        left -= size;
-        let block = Block { name, size };
-        more(cursor, &block)?;
-        blocks.push(block);
+        self.left -= size;
+        self.names.insert(name.clone());
+        self.head.blocks.push(Block { name, size });
+        Ok(())
     }
-    if blocks.is_empty() {
-        return Err("it has no memory blocks".to_owned().into());
+
+    /// Parses the next block of a mapped-ram stream.
+    pub fn mapped_block(&mut self, bytes: &[u8]) -> Parsed<Mapped> {
+        if bytes.len() < LONGEST_BLOCK {
+            // The block is added only once.
+            return Ok(None);
+        }
+        parse(bytes, |cursor| {
+            self.block(cursor)?;
+            let version = cursor.u32()?;
+            if version != MAPPED_VERSION || cursor.u64()? != PAGE as u64 {
+                return Err("its memory blocks have another version or page size than is known"
+                    .to_owned()
+                    .into());
+            }
+            Ok(Mapped { bitmap: cursor.u64()?, pages: cursor.u64()? })
+        })
     }
-    if cursor.u64()? != END || cursor.byte()? != FOOTER || cursor.u32()? != number {
-        return Err("the list of its memory blocks does not end as it should".to_owned().into());
+
+    /// Parses the end of the list of blocks, which are all there.
+    pub fn parse_end(self, bytes: &[u8]) -> Parsed<Head> {
+        parse(bytes, |cursor| self.end(cursor))
     }
-    Ok((section, blocks))
+
+    fn end(self, cursor: &mut Cursor) -> Result<Head, Wrong> {
+        let Opening { head, .. } = self;
+        if head.blocks.is_empty() {
+            return Err("it has no memory blocks".to_owned().into());
+        }
+        if cursor.u64()? != END || cursor.byte()? != FOOTER || cursor.u32()? != head.section[0] {
+            let what = "the list of its memory blocks does not end as it should";
+            return Err(what.to_owned().into());
+        }
+        Ok(head)
+    }
 }
 
 /// Reads the records after the head.

@@ -10,6 +10,8 @@ use std::thread::JoinHandle;
 use rustix::io::Errno;
 use rustix::pipe::{SpliceFlags, splice};
 
+use super::classic::{self, Zeros};
+use super::file::Image;
 use super::pipe::CHUNK;
 use crate::error::{Code, Error, Result};
 use crate::sys;
@@ -21,9 +23,15 @@ pub struct RestoreStream {
 }
 
 impl RestoreStream {
-    /// Starts moving `file`, from `offset` to its end, into `pipe`.
-    pub fn start(file: File, offset: u64, pipe: OwnedFd) -> Result<RestoreStream> {
-        let thread = sys::spawn_quiet("instantsnap", move || run(&file, offset, &pipe))?;
+    /// Starts moving the stream of an image into `pipe`. `zeros` are the zero pages that are
+    /// written of those that a sparse image does not have.
+    pub fn start(image: Image, zeros: Zeros, pipe: OwnedFd) -> Result<RestoreStream> {
+        let Image { file, stream_offset, sparse, .. } = image;
+        let run = move || match sparse {
+            Some(sparse) => classic::write(&file, &sparse, zeros, &mut File::from(pipe)),
+            None => splice_from(&file, stream_offset, &pipe),
+        };
+        let thread = sys::spawn_quiet("instantsnap", run)?;
         Ok(RestoreStream { thread })
     }
 
@@ -41,7 +49,7 @@ impl RestoreStream {
     }
 }
 
-fn run(file: &File, mut offset: u64, pipe: &OwnedFd) -> io::Result<()> {
+fn splice_from(file: &File, mut offset: u64, pipe: &OwnedFd) -> io::Result<()> {
     loop {
         match splice(file, Some(&mut offset), pipe, None, CHUNK, SpliceFlags::MOVE) {
             Ok(0) => return Ok(()),

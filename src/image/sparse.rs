@@ -13,10 +13,10 @@
 //! Offsets count from the beginning of the file. Bit k of a bitmap, in little-endian words of 64
 //! bits, is set if page k is in the file. A page that is not has zeros everywhere.
 
-use super::records::{Block, Head, PAGE};
+use super::records::{Block, CAPABILITIES, Head, MAPPED_RAM, MAPPED_VERSION, PAGE};
 
 /// The alignment of the pages of a block.
-const ALIGN: u64 = 1 << 20;
+pub const ALIGN: u64 = 1 << 20;
 /// The length of what follows the size of a block.
 const PLACES: u64 = 4 + 3 * 8;
 
@@ -24,7 +24,7 @@ const PLACES: u64 = 4 + 3 * 8;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Place {
     /// Where its entry begins.
-    entry: u64,
+    pub entry: u64,
     pub bitmap: u64,
     pub pages: u64,
 }
@@ -33,7 +33,7 @@ pub struct Place {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Layout {
     /// Where the stream begins.
-    begin: u64,
+    pub begin: u64,
     pub places: Vec<Place>,
     /// Where the tail begins, with the end of the memory's section.
     pub tail: u64,
@@ -63,7 +63,7 @@ impl Layout {
             let mut entry = vec![block.name.len() as u8];
             entry.extend_from_slice(&block.name);
             entry.extend_from_slice(&block.size.to_be_bytes());
-            entry.extend_from_slice(&1u32.to_be_bytes());
+            entry.extend_from_slice(&MAPPED_VERSION.to_be_bytes());
             for number in [PAGE as u64, place.bitmap, place.pages] {
                 entry.extend_from_slice(&number.to_be_bytes());
             }
@@ -86,17 +86,15 @@ pub fn bitmap_length(block: &Block) -> u64 {
 /// The stream up to the first block's entry.
 fn opening(head: &Head) -> Vec<u8> {
     let (before, after) = head.configuration.split_at(head.capabilities_at);
-    let name = b"configuration/capabilities";
-    let capability = b"mapped-ram";
     [
         before,
-        &[5, name.len() as u8],
-        name,
+        &[5, CAPABILITIES.len() as u8],
+        CAPABILITIES,
         // The subsection's version, and the number of capabilities.
         &1u32.to_be_bytes(),
         &1u32.to_be_bytes(),
-        &[capability.len() as u8],
-        capability,
+        &[MAPPED_RAM.len() as u8],
+        MAPPED_RAM,
         after,
         &head.section_start(),
         &head.total(),

@@ -12,6 +12,7 @@ mod early_start;
 mod exclusive;
 mod failures;
 mod flags;
+mod image;
 mod killed;
 mod killed_caller;
 mod memory_image;

@@ -5,12 +5,12 @@
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::backend::{Connector, DEFAULT_TIMEOUT, Guest, Liveness};
 use crate::deadline::Deadline;
 use crate::error::{Code, Error, Result, fail};
-use crate::image::{self, Image, RestoreStream};
+use crate::image::{self, Image, RestoreStream, Zeros};
 use crate::migration::{FD_NAME, Mode, Settings, reactivate_disks, wait_loaded};
 use crate::model::flags::RevertFlags;
 use crate::model::{Drive, Record, RecordedDisk, Role};
@@ -44,6 +44,7 @@ pub fn load(connector: &dyn Connector, name: &str, flags: RevertFlags) -> Result
     check_disks(&record, &guest.drives()?)?;
     check_frozen(&record, flags)?;
 
+    let zeros = zeros_to_write(guest);
     let settings = Settings::read_incoming(guest)?;
     let begun = settings.apply(guest, Mode::Paused).and_then(|()| begin(guest));
     let write = begun.map_err(|error| {
@@ -55,7 +56,8 @@ pub fn load(connector: &dyn Connector, name: &str, flags: RevertFlags) -> Result
         restored.err().into_iter().fold(error, |error, left| error.and(left.message))
     })?;
     // The settings are not restored in a QEMU that could not load, because it is of no more use.
-    write_stream(guest, image, write).and_then(|()| settings.restore(guest, Mode::Paused))?;
+    write_stream(guest, image, zeros, write)
+        .and_then(|()| settings.restore(guest, Mode::Paused))?;
 
     let deadline = Deadline::after(DEFAULT_TIMEOUT);
     match (running, guest.status()?.running) {
@@ -194,8 +196,8 @@ fn begin(guest: &mut dyn Guest) -> Result<OwnedFd> {
     Ok(write)
 }
 
-fn write_stream(guest: &mut dyn Guest, image: Image, write: OwnedFd) -> Result<()> {
-    let stream = RestoreStream::start(image.file, image.stream_offset, write)?;
+fn write_stream(guest: &mut dyn Guest, image: Image, zeros: Zeros, write: OwnedFd) -> Result<()> {
+    let stream = RestoreStream::start(image, zeros, write)?;
     wait_loaded(guest).map_err(|error| match guest.liveness() {
         Liveness::Exited => Error::new(
             Code::OperationFailed,
@@ -208,6 +210,25 @@ fn write_stream(guest: &mut dyn Guest, image: Image, write: OwnedFd) -> Result<(
     // does not matter.
     let _ = stream.join();
     Ok(())
+}
+
+/// The zero pages that QEMU has to be told of. RAM that is a file can have an old content; so where
+/// QEMU has such RAM, or does not say that it has none, it is told of all of them.
+fn zeros_to_write(guest: &mut dyn Guest) -> Zeros {
+    let command = Command::new("qom-list", json!({ "path": "/objects" }));
+    let step = "cannot list the objects";
+    let Ok(objects) = guest.run(step, command, Deadline::after(DEFAULT_TIMEOUT)) else {
+        return Zeros::All;
+    };
+    let is_known = |object: &Value| {
+        let kind = object["type"].as_str().unwrap_or_default();
+        !kind.contains("memory-backend")
+            || matches!(kind, "child<memory-backend-ram>" | "child<memory-backend-memfd>")
+    };
+    match objects.as_array() {
+        Some(objects) if objects.iter().all(is_known) => Zeros::OfSmallBlocks,
+        _ => Zeros::All,
+    }
 }
 
 /// Starts the incoming migration. QEMU 9.1 and later can report why it cannot load instead of

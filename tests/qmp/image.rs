@@ -1,0 +1,176 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
+//! Memory images in another format: a snapshot comes back from a sparse image as from a raw one,
+//! and conversion keeps all that is in an image.
+
+use std::collections::BTreeMap;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::path::Path;
+
+use common::{INSTANTLY, Opened, assert_error, first_tick, machine, named};
+use instantsnap::engine::prepare_revert;
+use instantsnap::error::Code;
+use instantsnap::image::{Contents, Format, Image, convert};
+use instantsnap_testkit::{Binary, test};
+
+const PAGE: usize = 4096;
+
+/// The parts of a raw image, read independently.
+#[derive(PartialEq, Eq)]
+struct Raw {
+    /// All up to the first page.
+    head: Vec<u8>,
+    /// The pages that are not all zeros, by block and offset.
+    pages: BTreeMap<(String, u64), Vec<u8>>,
+    /// All after the last page.
+    tail: Vec<u8>,
+}
+
+fn raw(path: &Path) -> Raw {
+    let bytes = std::fs::read(path).unwrap();
+    let u32_at = |at: usize| u32::from_be_bytes(bytes[at..at + 4].try_into().unwrap());
+    let u64_at = |at: usize| u64::from_be_bytes(bytes[at..at + 8].try_into().unwrap());
+    let name_at = |at: usize| {
+        let length = usize::from(bytes[at]);
+        (String::from_utf8(bytes[at + 1..at + 1 + length].to_vec()).unwrap(), at + 1 + length)
+    };
+    let begin = 92 + u32::from_ne_bytes(bytes[20..24].try_into().unwrap()) as usize;
+    let ram = b"\x03ram\0\0\0\0\0\0\0\x04";
+    let ram = bytes[begin..].windows(ram.len()).position(|part| part == ram).unwrap();
+    let section = u32_at(begin + ram - 4);
+    let mut at = begin + ram + 12;
+    let mut left = u64_at(at) & !0xfff;
+    at += 8;
+    while left > 0 {
+        let (_, size) = name_at(at);
+        left -= u64_at(size);
+        at = size + 8;
+    }
+    // The end of the section.
+    at += 8 + 5;
+    let head = bytes[..at].to_vec();
+    let mut pages = BTreeMap::new();
+    let mut block = String::new();
+    while matches!(bytes[at], 2 | 3) && u32_at(at + 1) == section {
+        at += 5;
+        loop {
+            let (offset, flags) = (u64_at(at) & !0xfff, u64_at(at) & 0xfff);
+            at += 8;
+            if flags == 16 {
+                break;
+            }
+            if flags & 32 == 0 {
+                (block, at) = name_at(at);
+            }
+            let key = (block.clone(), offset);
+            if flags & 8 != 0 {
+                pages.insert(key, bytes[at..at + PAGE].to_vec());
+                at += PAGE;
+            } else {
+                assert_eq!((flags & !32, bytes[at]), (2, 0));
+                pages.remove(&key);
+                at += 1;
+            }
+        }
+        assert_eq!((bytes[at], u32_at(at + 1)), (0x7e, section));
+        at += 5;
+    }
+    pages.retain(|_, page| page.iter().any(|byte| *byte != 0));
+    Raw { head, pages, tail: bytes[at..].to_vec() }
+}
+
+#[test]
+fn snapshot_comes_back_from_a_sparse_image_and_conversion_to_raw_keeps_its_pages() {
+    for binary in Binary::all() {
+        let opened = Opened::start(&machine(binary, 2));
+        opened.snapshot("s").unwrap();
+        let path = opened.state_dir().join("s.mem");
+        let before = raw(&path);
+        let contents = Contents::read(&path).unwrap();
+        let (_, first) = opened.restore_clone("s");
+
+        convert(&path, Format::Sparse).unwrap();
+        let image = Image::open(&path).unwrap();
+        assert_eq!(image.format(), Format::Sparse);
+        let sparse = Contents::read(&path).unwrap();
+        assert_eq!(sparse.format, "sparse");
+        let data = |contents: &Contents| -> u64 {
+            contents.blocks.iter().map(|block| block.data_pages).sum()
+        };
+        assert_eq!(data(&sparse), data(&contents));
+        assert_eq!(sparse.machine, contents.machine);
+        // Pages of zeros take no space.
+        let pages: u64 = sparse.blocks.iter().map(|block| block.bytes).sum();
+        assert!(sparse.disk_bytes < pages / 2, "{} {pages}", sparse.disk_bytes);
+        let (clone, again) = opened.restore_clone("s");
+        assert_eq!(again, first, "QEMU {}", binary.name);
+        // A clone can be snapshotted in turn.
+        clone.snapshot("t").unwrap();
+
+        convert(&path, Format::Raw).unwrap();
+        assert!(raw(&path) == before, "QEMU {}", binary.name);
+        let (_, again) = opened.restore_clone("s");
+        assert_eq!(again, first);
+    }
+}
+
+#[test]
+fn paused_guest_comes_back_paused_from_a_sparse_image() {
+    let opened = Opened::start(&machine(&Binary::all()[0], 1));
+    opened.guest.control().execute("stop", serde_json::json!({})).unwrap();
+    opened.create(&named("s"), INSTANTLY).unwrap();
+    convert(&opened.state_dir().join("s.mem"), Format::Sparse).unwrap();
+    let clone = opened.start_clone("s");
+    clone.handle.load("s", 0).unwrap();
+    let status = clone.guest.control().execute("query-status", serde_json::json!({})).unwrap();
+    assert_eq!(status["status"], "paused");
+    clone.guest.control().execute("cont", serde_json::json!({})).unwrap();
+    clone.guest.wait_ticks(5);
+    first_tick(&clone.guest);
+}
+
+#[test]
+fn conversion_keeps_mode_and_xml_and_leaves_no_other_file() {
+    let opened = Opened::start(&machine(&Binary::all()[0], 1));
+    opened.snapshot("s").unwrap();
+    let path = opened.state_dir().join("s.mem");
+    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o640)).unwrap();
+    let link = opened.state_dir().join("link");
+    std::os::unix::fs::symlink(&path, &link).unwrap();
+    let before = (opened.trace(), Image::open(&path).unwrap().domain_xml);
+    convert(&link, Format::Sparse).unwrap();
+    assert!(link.symlink_metadata().unwrap().is_symlink());
+    assert_eq!(path.metadata().unwrap().mode() & 0o7777, 0o640);
+    assert_eq!((opened.trace(), Image::open(&path).unwrap().domain_xml), before);
+    // It has the format already.
+    let inode = path.metadata().unwrap().ino();
+    convert(&path, Format::Sparse).unwrap();
+    assert_eq!(path.metadata().unwrap().ino(), inode);
+}
+
+#[test]
+fn cut_off_sparse_image_is_refused_before_qemu_is_given_a_byte() {
+    let opened = Opened::start(&machine(&Binary::all()[0], 1));
+    opened.snapshot("s").unwrap();
+    let path = opened.state_dir().join("s.mem");
+    convert(&path, Format::Sparse).unwrap();
+    let clone = opened.start_clone("s");
+    let whole = std::fs::read(&path).unwrap();
+    let shorten = |length: u64| {
+        std::fs::OpenOptions::new().write(true).open(&path).unwrap().set_len(length).unwrap();
+    };
+    for rest in [70 << 10, whole.len() / 2, whole.len() - 1] {
+        shorten(rest as u64);
+        for result in [
+            clone.handle.load("s", 0),
+            prepare_revert(&opened.state_dir(), "s", None).map(drop),
+            Contents::read(&path).map(drop),
+            convert(&path, Format::Raw),
+        ] {
+            assert_error(result, Code::InvalidDomainSnapshot, path.to_str().unwrap());
+        }
+        std::fs::write(&path, &whole).unwrap();
+    }
+    clone.handle.load("s", 0).unwrap();
+    clone.guest.wait_ticks(3);
+}
