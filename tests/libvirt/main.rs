@@ -8,6 +8,7 @@ mod delete;
 mod disks;
 mod domains;
 mod events;
+mod image;
 mod jobs;
 mod killed_caller;
 mod leases;

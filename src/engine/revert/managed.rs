@@ -31,7 +31,7 @@ use crate::backend::{locks, overlay_file, revert_file};
 use crate::deadline::Deadline;
 use crate::engine::users::Users;
 use crate::error::{Code, Error, Result, fail};
-use crate::image::{Image, is_other_machine};
+use crate::image::{Format, Image, is_other_machine};
 use crate::libvirt::{restore, undefine, xml};
 use crate::model::domain::{Disk, Source, Storage, domain_disks};
 use crate::model::flags::RevertFlags;
@@ -41,6 +41,8 @@ use crate::sys;
 
 /// The first libvirt that reverts to snapshots with a memory image.
 const STOCK_REVERTS: (u64, u64, u64) = (9, 9, 0);
+/// The first libvirt that restores sparse memory images.
+const RESTORES_SPARSE: (u64, u64, u64) = (11, 2, 0);
 /// The first libvirt with `VIR_DOMAIN_UNDEFINE_KEEP_TPM`.
 const KEEPS_TPM: (u64, u64, u64) = (8, 9, 0);
 
@@ -87,7 +89,9 @@ pub fn is_libvirts(snapshot: &ManagedSnapshot) -> Result<bool> {
 /// * it crashes the daemon if there is no current snapshot;
 /// * it removes the overlays that the current snapshot names, even those that another snapshot or
 ///   another guest needs, and those of disks that the domain does not have any more; and it cannot
-///   remove overlays on block devices.
+///   remove overlays on block devices;
+/// * it cannot read a sparse memory image, although libvirt can restore it by other means, and finds
+///   that out when it has ended the domain.
 fn stock_can(tree: &SnapshotTree, target: &SnapshotDef, disks: &[Disk], users: &Users) -> bool {
     let on_files = target.external().all(|(_, image)| {
         let file = image.and_then(|image| image.file.as_deref());
@@ -123,7 +127,14 @@ fn stock_can(tree: &SnapshotTree, target: &SnapshotDef, disks: &[Disk], users: &
                 || !is_on(&overlay)
                 || users.of(&overlay).is_some())
     };
-    on_files && !manual && !removed.map(id).any(harmed)
+    on_files && !manual && !has_sparse_memory(target) && !removed.map(id).any(harmed)
+}
+
+/// Whether the snapshot's memory image is sparse. False if this process may not read it.
+fn has_sparse_memory(target: &SnapshotDef) -> bool {
+    let memory = target.memory.as_deref().unwrap_or_default();
+    let format = sys::open_file(Path::new(memory)).map(|file| Image::format_of(&file));
+    format.is_ok_and(|format| format == Some(Format::Sparse))
 }
 
 /// The disks of the running domain, or else of its definition.
@@ -273,7 +284,7 @@ impl Revert<'_> {
         if !self.flags.is_forced() {
             self.check_frozen()?;
         }
-        self.check_memory()?;
+        self.check_memory(state.active)?;
         if self
             .domain
             .has_managed_save()
@@ -354,7 +365,7 @@ impl Revert<'_> {
 
     /// Checks the memory image. libvirt itself checks an image that we may not read, or that is
     /// compressed.
-    fn check_memory(&self) -> Result<()> {
+    fn check_memory(&self, active: bool) -> Result<()> {
         let memory = self.memory();
         let unusable = |what: &str| {
             let message = format!(
@@ -383,10 +394,30 @@ impl Revert<'_> {
             }
             Err(_) => {}
         }
+        if has_sparse_memory(self.target) && !self.restores_sparse(active) {
+            fail!(
+                ConfigUnsupported,
+                "cannot revert to snapshot '{}': its memory image '{memory}' is sparse, which \
+                 libvirt 11.2 and later restores, with QEMU 9.0 and later: convert it to a raw one \
+                 (instantsnap_image_convert()); the domain was left as it is",
+                self.target.name
+            );
+        }
         self.domain.saved_xml(memory).map(drop).map_err(|error| match error {
             CallError::Refused(error) => unusable(&format!("cannot be used ({})", error.message)),
             error => error.into_error(&format!("cannot look at the memory image '{memory}'")),
         })
+    }
+
+    /// Whether libvirt and its QEMU can restore a sparse image. If the domain does not run, its QEMU
+    /// is not asked.
+    fn restores_sparse(&self, active: bool) -> bool {
+        let capabilities = r#"{"execute":"query-migrate-capabilities"}"#;
+        let qemu_can = || {
+            let reply = self.domain.monitor_command(capabilities);
+            reply.map_or(true, |reply| reply.contains("\"mapped-ram\""))
+        };
+        self.version >= RESTORES_SPARSE && (!active || qemu_can())
     }
 
     fn memory(&self) -> &str {
