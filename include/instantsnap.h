@@ -994,6 +994,57 @@ int instantsnap_snapshot_load(instantsnap_guest *guest, const char *name, unsign
  */
 int instantsnap_snapshot_delete(instantsnap_guest *guest, const char *name, unsigned int flags);
 
+/**
+ * What is in a memory image, as JSON. A later version can add members.
+ *
+ *     {"format": "sparse", "domain": "vm", "machine": "pc-q35-10.0", "was_running": true,
+ *      "file_bytes": 1090584576, "disk_bytes": 411041792,
+ *      "blocks": [{"name": "pc.ram", "bytes": 1073741824, "data_pages": 99840,
+ *                  "zero_pages": 162304}]}
+ *
+ * `domain` is the name in the image's domain XML and `machine` the machine type that QEMU has
+ * noted; each is null if there is none. `disk_bytes` is the space that the file takes on its disk.
+ * `blocks` are QEMU's memory blocks; a page has 4096 bytes.
+ *
+ * @path  the memory image: complete, raw or sparse.
+ *
+ * Reads all of a raw image, and of a sparse one everything but the pages. The image can be damaged,
+ * or made to do harm: that is an error. Returns the text for instantsnap_free_string(), or NULL:
+ * VIR_ERR_INVALID_ARG, VIR_ERR_INVALID_DOMAIN_SNAPSHOT (the image is missing, incomplete,
+ * compressed, cut off or damaged), VIR_ERR_SYSTEM_ERROR.
+ */
+char *instantsnap_image_info(const char *path);
+
+/**
+ * Checks a memory image as instantsnap_image_info() does: its header, the structure of QEMU's
+ * stream, that no part of it is missing, and, in a sparse image, that each memory block, its pages
+ * and its list of pages are where they can be. The content of the pages and the state of the
+ * devices are not checked. Returns 0, or -1: as instantsnap_image_info().
+ */
+int instantsnap_image_verify(const char *path);
+
+/**
+ * Converts a memory image, in place: its snapshot can be reverted to as before. The new image is
+ * written to a hidden file beside the old one (`.NAME.….converting`), synced to disk, and takes the
+ * old one's name only then; if the call fails, the old one stays. If its caller is killed, the
+ * hidden file stays too, and may be removed. A sparse image takes no space for pages of zeros.
+ *
+ * The image keeps its domain XML, libvirt's cookie, its mode and, if this process may set it, its
+ * owner. An image that has the format already stays as it is. libvirt's own revert (libvirt 9.9
+ * and later) reads raw images only; qemuSnapshotRevert() reverts to sparse ones with libvirt 11.2
+ * and later, and refuses them with an older one.
+ *
+ * @path    the memory image: complete, raw or sparse. Its snapshot must not be deleted meanwhile.
+ * @format  INSTANTSNAP_IMAGE_RAW or INSTANTSNAP_IMAGE_SPARSE.
+ * @flags   0.
+ *
+ * Blocks until all is written. Returns 0, or -1: VIR_ERR_INVALID_ARG,
+ * VIR_ERR_INVALID_DOMAIN_SNAPSHOT (as instantsnap_image_info()), VIR_ERR_CONFIG_UNSUPPORTED (a raw
+ * image with a stream that this version does not know), VIR_ERR_OPERATION_INVALID (the image was
+ * replaced or removed meanwhile), VIR_ERR_SYSTEM_ERROR.
+ */
+int instantsnap_image_convert(const char *path, unsigned int format, unsigned int flags);
+
 /** The name of a snapshot; borrowed from it. NULL: VIR_ERR_INVALID_ARG. */
 const char *instantsnap_snapshot_get_name(const instantsnap_snapshot *snapshot);
 

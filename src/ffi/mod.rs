@@ -24,6 +24,7 @@ pub mod abi;
 pub mod client;
 pub mod driver;
 mod handles;
+pub mod image;
 pub mod job;
 mod last_error;
 pub mod libvirt;

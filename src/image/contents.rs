@@ -84,6 +84,14 @@ impl Contents {
     }
 }
 
+impl Contents {
+    /// The contents as JSON.
+    pub fn to_json(&self) -> Result<String> {
+        serde_json::to_string(self)
+            .map_err(|error| Error::new(Code::InternalError, error.to_string()))
+    }
+}
+
 fn domain_name(domain_xml: &str) -> Option<String> {
     let document = xml::parse(domain_xml, "domain", &xml::RECORDED).ok()?;
     xml::text(document.root_element(), "name")

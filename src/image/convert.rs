@@ -123,3 +123,215 @@ fn write_sparse(from: &File, begin: u64, to: &File) -> std::result::Result<(), F
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use super::super::contents::Contents;
+    use super::super::file::MemoryImage;
+    use super::super::records::{Content, Record, Records, sample};
+    use super::*;
+    use tempfile::TempDir;
+
+    /// Makes a complete raw image with this stream.
+    fn image(stream: &[u8]) -> (TempDir, std::path::PathBuf) {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("image");
+        let image = MemoryImage::create(
+            &path,
+            "<domain><name>vm</name></domain>",
+            Some("<cookie/>"),
+            true,
+            Format::Raw,
+        );
+        let image = image.unwrap();
+        image.file().unwrap().write_all_at(stream, image.stream_offset()).unwrap();
+        image.complete(Format::Raw).unwrap();
+        (directory, path)
+    }
+
+    /// The head of a raw image with all before it, its pages that are not zero, and its tail.
+    type Parts = (Vec<u8>, BTreeMap<(usize, u64), Vec<u8>>, Vec<u8>);
+
+    fn parts(path: &Path) -> Parts {
+        let begin = Image::open(path).unwrap().stream_offset as usize;
+        let bytes = std::fs::read(path).unwrap();
+        let (head, length) = Head::parse(&bytes[begin..]).unwrap().unwrap();
+        let mut records = Records::new(&head);
+        let (mut at, mut pages) = (begin + length, BTreeMap::new());
+        loop {
+            let (record, length) = records.next(&bytes[at..]).unwrap().unwrap();
+            at += length;
+            match record {
+                Record::Page { block, offset, content: Content::Fill(0) } => {
+                    pages.remove(&(block, offset));
+                }
+                Record::Page { block, offset, content } => {
+                    let page = match content {
+                        Content::Data(page) => page.to_vec(),
+                        Content::Fill(byte) => vec![byte; 4096],
+                    };
+                    pages.insert((block, offset), page);
+                }
+                Record::Tail(tail) => {
+                    pages.retain(|_, page| page.iter().any(|byte| *byte != 0));
+                    return (bytes[..begin + length_of(&head)].to_vec(), pages, tail.to_vec());
+                }
+                Record::Mark => {}
+            }
+        }
+    }
+
+    /// The length of a head: the list of blocks ends the head of [`sample`].
+    fn length_of(head: &Head) -> usize {
+        let blocks: usize = head.blocks.iter().map(|block| block.name.len() + 9).sum();
+        head.configuration.len() + head.section_start().len() + 8 + blocks + 13
+    }
+
+    #[test]
+    fn all_that_is_in_an_image_is_in_the_converted_one_too() {
+        let mut random = 0x9e37_79b9_7f4a_7c15u64;
+        let mut below = |limit: u64| {
+            random ^= random << 13;
+            random ^= random >> 7;
+            random ^= random << 17;
+            random % limit
+        };
+        for round in 0..30 {
+            // Pages come in any order, some of them again, zero or filled with a byte.
+            let mut section = |count: u64| -> Vec<Vec<u8>> {
+                let mut pages = vec![sample::named_page(b"rom", 4096, 1)];
+                for n in 0..count {
+                    let (ram, byte) = (below(512) * 4096, below(4) as u8);
+                    match below(4) {
+                        _ if n == 0 => pages.push(sample::named_page(b"pc.ram", ram, byte)),
+                        0 => pages.push(sample::fill(ram, byte)),
+                        _ => pages.push(sample::page(ram, byte)),
+                    }
+                }
+                pages
+            };
+            let stream = sample::stream(&section(round * 20), &section(round));
+            let (_directory, path) = image(&stream);
+            let before = parts(&path);
+            let raw = Contents::read(&path).unwrap();
+            convert(&path, Format::Sparse).unwrap();
+            let sparse = Contents::read(&path).unwrap();
+            assert_eq!((sparse.format, sparse.domain), ("sparse", Some("vm".to_owned())));
+            let pages = sparse.blocks.iter().map(|block| block.data_pages).sum::<u64>();
+            // A data page of a rewritten or explicit zero page counts as data too.
+            assert!(pages >= before.1.len() as u64);
+            assert_eq!(sparse.blocks[0].data_pages + sparse.blocks[0].zero_pages, 512);
+            convert(&path, Format::Raw).unwrap();
+            assert_eq!(parts(&path), before, "round {round}");
+            assert_eq!(Contents::read(&path).unwrap().machine, raw.machine);
+            let text = std::fs::read(&path).unwrap();
+            assert!(text.windows(9).any(|part| part == b"<cookie/>"));
+        }
+    }
+
+    fn sparse() -> (TempDir, std::path::PathBuf) {
+        let first = [sample::named_page(b"pc.ram", 4096, 1), sample::page(8192, 2)];
+        let (directory, path) = image(&sample::stream(&first, &[]));
+        convert(&path, Format::Sparse).unwrap();
+        (directory, path)
+    }
+
+    fn change(path: &Path, at: usize, bytes: &[u8]) {
+        File::options().write(true).open(path).unwrap().write_all_at(bytes, at as u64).unwrap();
+    }
+
+    #[test]
+    fn sparse_image_whose_numbers_lie_is_refused() {
+        let (_directory, path) = sparse();
+        let whole = std::fs::read(&path).unwrap();
+        let entry = whole.windows(7).position(|part| part == b"\x06pc.ram").unwrap();
+        let (total, size, version) = (entry - 8, entry + 7, entry + 15);
+        let (page, bitmap, pages) = (version + 4, version + 12, version + 20);
+        let capability = whole.windows(10).position(|part| part == b"mapped-ram").unwrap();
+        let beyond = (whole.len() as u64).next_multiple_of(1 << 20);
+        let map = version + 28;
+        let numbers: [(usize, u64); 11] = [
+            (total, u64::MAX - 4095 + 4),
+            (total, (1 << 46) + 4096 + 4),
+            (size, u64::MAX - 4095),
+            (size, 4095),
+            (page, 16384),
+            (bitmap, 0),
+            (bitmap, 1 << 20),
+            (bitmap, u64::MAX),
+            (pages, beyond),
+            (pages, u64::MAX - (1 << 20) + 1),
+            (pages, (1 << 20) + 4096),
+        ];
+        let refused = |what: &str| {
+            let error = Contents::read(&path).expect_err(what);
+            assert_eq!(error.code, Code::InvalidDomainSnapshot, "{what}: {error}");
+            assert!(convert(&path, Format::Raw).is_err(), "{what}");
+        };
+        for (at, number) in numbers {
+            change(&path, at, &number.to_be_bytes());
+            refused(&format!("{number:#x} at {at}"));
+            change(&path, at, &whole[at..at + 8]);
+        }
+        change(&path, version, &[0, 0, 0, 2]);
+        refused("another version");
+        change(&path, version, &whole[version..version + 4]);
+        change(&path, capability, b"x-ignore-s");
+        refused("another capability");
+        change(&path, capability, b"mapped-ram");
+        Contents::read(&path).unwrap();
+        // The bitmap of the second block has two bits.
+        let rom = whole.windows(4).rposition(|part| part == b"\x03rom").unwrap() + 4 + 8 + 28;
+        change(&path, rom, &[4]);
+        refused("a page beyond the block");
+        change(&path, rom, &whole[rom..rom + 1]);
+        // A head of mapped-ram in an image that says that it is raw, and the other way round.
+        change(&path, 28, &0u32.to_ne_bytes());
+        refused("a raw image");
+        change(&path, 28, &6u32.to_ne_bytes());
+        assert_eq!(std::fs::read(&path).unwrap(), whole);
+        assert_eq!(Contents::read(&path).unwrap().blocks[0].data_pages, 2);
+        assert_eq!(&whole[map..map + 8], &[6, 0, 0, 0, 0, 0, 0, 0]);
+    }
+
+    #[test]
+    fn damaged_bytes_and_cut_off_ends_are_an_error_or_harmless_and_never_a_panic() {
+        let (_directory, path) = sparse();
+        let whole = std::fs::read(&path).unwrap();
+        let interesting: Vec<usize> = (0..whole.len())
+            .filter(|at| whole[*at] != 0 || at % 40_009 == 0)
+            .filter(|at| *at < 92 || *at > (64 << 10))
+            .filter(|at| whole[*at] > 2 || at % 97 == 0)
+            .collect();
+        for at in interesting {
+            for byte in [whole[at] ^ 1, 0xff] {
+                change(&path, at, &[byte]);
+                let _ = Contents::read(&path);
+            }
+            change(&path, at, &whole[at..at + 1]);
+        }
+        Contents::read(&path).unwrap();
+        for end in (0..whole.len()).step_by(100_003).chain([whole.len() - 1]) {
+            File::options().write(true).open(&path).unwrap().set_len(end as u64).unwrap();
+            assert!(Contents::read(&path).is_err(), "{end}");
+        }
+    }
+
+    #[test]
+    fn image_with_an_unknown_stream_stays_as_it_is() {
+        // QEMU would write another flag with compression.
+        let (directory, path) = image(&sample::stream(
+            &[[&(4096u64 | 0x100).to_be_bytes()[..], b"\x06pc.ram"].concat()],
+            &[],
+        ));
+        let before = std::fs::read(&path).unwrap();
+        let error = convert(&path, Format::Sparse).unwrap_err();
+        assert_eq!(error.code, Code::ConfigUnsupported, "{error}");
+        assert!(error.message.contains("0x100"), "{error}");
+        assert_eq!(Contents::read(&path).unwrap_err().code, Code::InvalidDomainSnapshot);
+        assert_eq!(std::fs::read(&path).unwrap(), before);
+        assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 1);
+    }
+}

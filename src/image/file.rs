@@ -235,9 +235,7 @@ impl MemoryImage {
         let complete = || -> io::Result<()> {
             let file = self.own.file();
             file.write_all_at(&format.number().to_ne_bytes(), FORMAT_AT)?;
-            file.sync_data()?;
-            file.write_all_at(COMPLETE, 0)?;
-            file.sync_all()?;
+            mark_complete(file)?;
             sys::sync_parent(self.path())
         };
         complete().map_err(|error| {
@@ -377,12 +375,11 @@ impl Image {
 /// The header of an image, its domain XML, its cookie and the space after them, as those of a
 /// partial image of this format.
 pub(super) fn marked_partial(image: &Image, format: Format) -> io::Result<Vec<u8>> {
-    /// Where the format is in the header.
-    const FORMAT: usize = COMPLETE.len() + 3 * 4;
     let mut head = vec![0; image.stream_offset as usize];
     image.file.read_exact_at(&mut head, 0)?;
     head[..PARTIAL.len()].copy_from_slice(PARTIAL);
-    head[FORMAT..FORMAT + 4].copy_from_slice(&format.number().to_ne_bytes());
+    let number = format.number().to_ne_bytes();
+    head[FORMAT_AT as usize..][..number.len()].copy_from_slice(&number);
     Ok(head)
 }
 

@@ -1,0 +1,48 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
+//! The functions of `instantsnap.h` for memory images.
+
+use std::ffi::{c_char, c_int, c_uint};
+use std::path::Path;
+
+use super::{abi, c_string, last_error};
+use crate::boundary::boundary;
+use crate::error::fail;
+use crate::image::{self, Contents, Format};
+use crate::pointers::Text;
+
+/// `instantsnap_image_info`.
+#[unsafe(no_mangle)]
+pub extern "C" fn instantsnap_image_info(path: Text) -> *mut c_char {
+    boundary(last_error::set, || {
+        let contents = Contents::read(Path::new(path.required("path")?))?;
+        Ok(c_string(contents.to_json()?)?.into_raw())
+    })
+}
+
+/// `instantsnap_image_verify`.
+#[unsafe(no_mangle)]
+pub extern "C" fn instantsnap_image_verify(path: Text) -> c_int {
+    boundary(last_error::set, || {
+        Contents::read(Path::new(path.required("path")?))?;
+        Ok(0)
+    })
+}
+
+/// `instantsnap_image_convert`.
+#[unsafe(no_mangle)]
+pub extern "C" fn instantsnap_image_convert(path: Text, format: c_uint, flags: c_uint) -> c_int {
+    boundary(last_error::set, || {
+        let path = path.required("path")?;
+        let format = match format {
+            abi::INSTANTSNAP_IMAGE_RAW => Format::Raw,
+            abi::INSTANTSNAP_IMAGE_SPARSE => Format::Sparse,
+            other => fail!(InvalidArg, "{other} is no format that an image can be converted to"),
+        };
+        if flags != 0 {
+            fail!(InvalidArg, "unsupported flags {flags:#x}");
+        }
+        image::convert(Path::new(path), format)?;
+        Ok(0)
+    })
+}
