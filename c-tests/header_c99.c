@@ -50,6 +50,9 @@ static const function functions[] = {
     (function) instantsnap_revert_plan_free,
     (function) instantsnap_snapshot_load,
     (function) instantsnap_snapshot_delete,
+    (function) instantsnap_image_info,
+    (function) instantsnap_image_verify,
+    (function) instantsnap_image_convert,
     (function) instantsnap_snapshot_get_name,
     (function) instantsnap_snapshot_free,
 };

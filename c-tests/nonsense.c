@@ -85,6 +85,26 @@ static void bad_openings(void)
     CHECK_FAILS(!instantsnap_snapshot_prepare_revert(here, NULL, NULL), VIR_ERR_INVALID_ARG);
 }
 
+static void bad_images(void)
+{
+    static const char *const paths[] = {"/nonexistent/image", ".", "/dev/null", "/dev/zero", ""};
+    const unsigned int raw = INSTANTSNAP_IMAGE_RAW;
+
+    CHECK_FAILS(!instantsnap_image_info(NULL), VIR_ERR_INVALID_ARG);
+    CHECK_FAILS(instantsnap_image_verify(NULL) == -1, VIR_ERR_INVALID_ARG);
+    CHECK_FAILS(instantsnap_image_convert(NULL, raw, 0) == -1, VIR_ERR_INVALID_ARG);
+    CHECK_FAILS(instantsnap_image_convert(paths[0], INSTANTSNAP_IMAGE_DEFAULT, 0) == -1,
+                VIR_ERR_INVALID_ARG);
+    CHECK_FAILS(instantsnap_image_convert(paths[0], 1u << 31, 0) == -1, VIR_ERR_INVALID_ARG);
+    CHECK_FAILS(instantsnap_image_convert(paths[0], raw, 1) == -1, VIR_ERR_INVALID_ARG);
+    for (size_t i = 0; i < sizeof(paths) / sizeof(paths[0]); i++) {
+        CHECK_FAILS(!instantsnap_image_info(paths[i]), VIR_ERR_INVALID_DOMAIN_SNAPSHOT);
+        CHECK_FAILS(instantsnap_image_verify(paths[i]) == -1, VIR_ERR_INVALID_DOMAIN_SNAPSHOT);
+        CHECK_FAILS(instantsnap_image_convert(paths[i], raw, 0) == -1,
+                    VIR_ERR_INVALID_DOMAIN_SNAPSHOT);
+    }
+}
+
 static void *fail_in_a_thread(void *unused)
 {
     (void) unused;
@@ -250,6 +270,7 @@ int main(void)
 
     wild_pointers();
     bad_openings();
+    bad_images();
     errors_are_per_thread();
 
     harness_begin();

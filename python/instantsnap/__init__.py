@@ -35,6 +35,7 @@ LibraryNotFound, an ImportError, names these places.
 from ._errors import Cancelled, Error, ErrorCode, LibraryNotFound, NotFound
 from ._events import Event, EventType, ImageFormat, JobInfo, Phase, Stats, Watchdog
 from ._guest import DeleteFlag, Flag, Guest
+from ._image import ImageInfo, MemoryBlock, image_convert, image_info, image_verify
 from ._job import Job
 from ._library import decode as _decode
 from ._library import library as _library_
@@ -43,8 +44,9 @@ from ._revert import RevertDisk, RevertPlan, prepare_revert
 from ._storage import StorageCall, StorageDisk
 
 __all__ = ["Cancelled", "DeleteFlag", "Error", "ErrorCode", "Event", "EventType", "Flag", "Guest",
-           "ImageFormat", "Job", "JobInfo", "LibraryNotFound", "NotFound", "Phase", "RevertDisk", "RevertPlan",
-           "Stats", "StorageCall", "StorageDisk", "Watchdog", "prepare_revert",
+           "ImageFormat", "ImageInfo", "Job", "JobInfo", "LibraryNotFound", "MemoryBlock",
+           "NotFound", "Phase", "RevertDisk", "RevertPlan", "Stats", "StorageCall", "StorageDisk",
+           "Watchdog", "image_convert", "image_info", "image_verify", "prepare_revert",
            "snapshot_create_xml", "snapshot_delete", "snapshot_revert", "version"]
 
 

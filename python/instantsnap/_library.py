@@ -191,6 +191,9 @@ FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "instantsnap_revert_plan_free": (None, [_PLAN]),
     "instantsnap_snapshot_load": (c_int, [_GUEST, c_char_p, c_uint]),
     "instantsnap_snapshot_delete": (c_int, [_GUEST, c_char_p, c_uint]),
+    "instantsnap_image_info": (_OWNED_STRING, [c_char_p]),
+    "instantsnap_image_verify": (c_int, [c_char_p]),
+    "instantsnap_image_convert": (c_int, [c_char_p, c_uint, c_uint]),
     "instantsnap_snapshot_get_name": (c_char_p, [_SNAPSHOT]),
     "instantsnap_snapshot_free": (None, [_SNAPSHOT]),
 }

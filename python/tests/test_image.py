@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Memory images: what is in them, whether they are whole, and other formats."""
+
+import os
+import unittest
+
+from instantsnap import Error, ErrorCode, Guest, image_convert, image_info, image_verify
+
+from .machine import TestCase
+
+
+class Images(TestCase):
+    def snapshot(self):
+        machine = self.machine()
+        with Guest.open_qmp(machine.qmp, self.state) as guest:
+            guest.snapshot(name="s")
+        return self.state / "s.mem"
+
+    def test_conversion_keeps_the_contents(self):
+        path = self.snapshot()
+        raw = image_info(path)
+        self.assertEqual(raw.format, "raw")
+        self.assertTrue(raw.was_running)
+        self.assertEqual(raw.file_bytes, path.stat().st_size)
+        self.assertEqual(sum(block.bytes for block in raw.blocks) // 4096,
+                         sum(block.data_pages + block.zero_pages for block in raw.blocks))
+        image_convert(path, "sparse")
+        image_verify(path)
+        sparse = image_info(path)
+        self.assertEqual(sparse.format, "sparse")
+        self.assertEqual((sparse.blocks, sparse.machine, sparse.domain),
+                         (raw.blocks, raw.machine, raw.domain))
+        image_convert(path, "raw")
+        self.assertEqual(image_info(path).blocks, raw.blocks)
+
+    def test_image_that_is_cut_off_is_not_whole(self):
+        path = self.snapshot()
+        for name in ("raw", "sparse"):
+            with self.subTest(name):
+                image_convert(path, name)
+                whole = path.read_bytes()
+                os.truncate(path, len(whole) // 2)
+                for call in (image_info, image_verify, lambda path: image_convert(path, "raw")):
+                    with self.assertRaises(Error) as caught:
+                        call(path)
+                    self.assertEqual(caught.exception.code, ErrorCode.INVALID_DOMAIN_SNAPSHOT)
+                    self.assertIn(str(path), str(caught.exception))
+                path.write_bytes(whole)
+
+    def test_another_format_is_a_value_error(self):
+        for name in ("zstd", "default", "RAW", None):
+            with self.assertRaises(ValueError):
+                image_convert("/nonexistent", name)
+
+
+if __name__ == "__main__":
+    unittest.main()
