@@ -147,7 +147,7 @@ fn measure(
         let returns = if way == "at once" { Returns::AtOnce } else { Returns::AtInstant };
         let started = Instant::now();
         let flags = CreateFlags::parse(LIVE | INSTANT | NO_METADATA);
-        let job = handle.start("<domainsnapshot/>", flags, Box::new(()), returns).unwrap();
+        let job = handle.start("<domainsnapshot/>", flags, None, Box::new(()), returns).unwrap();
         let latency_us = started.elapsed().as_micros() as u64;
         let mut bandwidth = Value::Null;
         if way == "slow" {
