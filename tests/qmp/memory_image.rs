@@ -251,12 +251,12 @@ fn qemu_itself_loads_a_sparse_image() {
         control.execute("migrate-set-capabilities", json!({ "capabilities": on })).unwrap();
         let uri = format!("file:{},offset={offset}", path.display());
         control.execute("migrate-incoming", json!({ "uri": uri })).unwrap();
-        let loaded = || {
+        let mut loaded = || {
             let status = control.execute("query-status", json!({})).unwrap();
             (status["status"] != "inmigrate").then_some(())
         };
         wait_for(DEADLINE, loaded).expect("QEMU loads the image");
-        clone.guest.control().execute("cont", json!({})).unwrap();
+        control.execute("cont", json!({})).unwrap();
         clone.guest.wait_ticks(5);
         assert!(first_tick(&clone.guest) >= before);
     }
