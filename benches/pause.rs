@@ -96,8 +96,10 @@ impl Bench<'_> {
     }
 
     fn library(&self, handle: &Handle, flags: u32) {
-        let name =
-            handle.create("<domainsnapshot/>", CreateFlags::parse(flags), None, &mut ()).unwrap().name;
+        let name = handle
+            .create("<domainsnapshot/>", CreateFlags::parse(flags), None, &mut ())
+            .unwrap()
+            .name;
         std::fs::remove_file(self.guest.directory().join(format!("state/{name}.mem"))).unwrap();
     }
 

@@ -54,8 +54,9 @@ pub fn write(
         for piece in stream.pieces(file, number) {
             let (first, map) = piece.map_err(io::Error::other)?;
             let mut done = 0;
-            let ends = map.runs().chain([map.pages()..map.pages()]);
-            for run in ends {
+            // An empty run at the end stands for the zeros before it.
+            let end = map.pages()..map.pages();
+            for run in map.runs().chain(std::iter::once(end)) {
                 if has_zeros {
                     write_zeros(&mut name, first + done..first + run.start, to)?;
                 }

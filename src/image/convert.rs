@@ -130,7 +130,8 @@ mod tests {
 
     use super::super::contents::Contents;
     use super::super::file::MemoryImage;
-    use super::super::records::{Content, Record, Records, sample};
+    use super::super::records::{Content, Record, Records};
+    use super::super::sample;
     use super::*;
     use tempfile::TempDir;
 

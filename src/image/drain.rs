@@ -453,7 +453,7 @@ pub fn discard(pipe: &OwnedFd) -> rustix::io::Result<usize> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::records::sample;
+    use super::super::sample;
     use super::*;
     use std::io::Write;
 
@@ -535,7 +535,7 @@ mod tests {
     #[test]
     fn a_stream_that_is_cut_off_or_becomes_unknown_is_an_error() {
         let first = sample::named_page(b"rom", 0, 1);
-        let stream = sample::stream(&[first.clone()], &[sample::page(4096, 2)]);
+        let stream = sample::stream(std::slice::from_ref(&first), &[sample::page(4096, 2)]);
         let begin = sample::head().len() + 5 + first.len();
         let end = stream.len() - sample::TAIL.len();
         for cut in (begin..end).step_by(997).chain([begin, end - 1, end]) {

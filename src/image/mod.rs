@@ -19,6 +19,8 @@ mod page_writer;
 mod pipe;
 mod records;
 mod restore_stream;
+#[cfg(test)]
+mod sample;
 mod sparse;
 mod sparse_reader;
 mod stream;

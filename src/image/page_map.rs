@@ -27,7 +27,7 @@ impl PageMap {
             0 => 0,
             used => words.last().map_or(0, |last| last >> used),
         };
-        let fits = words.len() as u64 == pages.div_ceil(64) && bytes.len() % 8 == 0;
+        let fits = words.len() as u64 == pages.div_ceil(64) && bytes.len().is_multiple_of(8);
         (fits && beyond == 0).then_some(PageMap { words, pages })
     }
 

@@ -58,7 +58,7 @@ impl SparseStream {
             let after = opening.blocks().last().and_then(|block| {
                 (place.bitmap >= at + length).then_some(())?;
                 let bitmap_end = place.bitmap.checked_add(bitmap_length(block))?;
-                (place.pages >= bitmap_end && place.pages % ALIGN == 0).then_some(())?;
+                (place.pages >= bitmap_end && place.pages.is_multiple_of(ALIGN)).then_some(())?;
                 place.pages.checked_add(block.size).filter(|after| *after < end)
             });
             at = after
