@@ -524,7 +524,10 @@ mod tests {
     #[test]
     fn a_stream_that_is_not_known_before_its_first_page_stays_raw() {
         let early = [&sample::head()[..], b"\x02\0\0\0\x63the pages of another device"].concat();
-        for stream in [&b"QEVM\0\0\0\x03\x01an old machine"[..], b"short", b"", &early] {
+        let devices_first = [&sample::head()[..], sample::TAIL].concat();
+        for stream in
+            [&b"QEVM\0\0\0\x03\x01an old machine"[..], b"short", b"", &early, &devices_first]
+        {
             let (outcome, format, image) = drained(stream, 7);
             assert_eq!(outcome.unwrap(), stream.len() as u64);
             assert_eq!(format, Format::Raw);
@@ -544,6 +547,13 @@ mod tests {
             assert!(error.message.contains("ended too early"), "{cut}: {}", error.message);
             assert_eq!(format, Format::Sparse);
         }
+        let with_command = |command: &[u8]| {
+            let (before, after) = stream.split_at(begin + 13);
+            drained(&[before, command, after].concat(), 1 << 20)
+        };
+        let (outcome, format, _) = with_command(b"\x08\0\x0b\0\0");
+        assert!(outcome.is_ok() && format == Format::Sparse, "{outcome:?}");
+        assert!(with_command(b"\x08\0\x02\0\x04\0\0\0\x01").0.is_err());
         let unknown = sample::stream(&[first, vec![0xff; 8], b"\x03rom".to_vec()], &[]);
         assert!(drained(&unknown, 1 << 20).0.is_err());
     }

@@ -62,7 +62,10 @@ impl PageWriter {
                 None if bytes.len() < LONGEST_HEAD => return Ok(None),
                 None => return Err(Failure::Stream("its first page does not come".into())),
                 Some((Record::Mark, length)) => at += length,
-                Some(_) => break,
+                Some((Record::Page { .. }, _)) => break,
+                Some((Record::Tail(_), _)) => {
+                    return Err(Failure::Stream("devices come before its pages".into()));
+                }
             }
         }
         PageWriter::open(file, &head, length, begin).map(Some)

@@ -14,6 +14,7 @@
 //!           flag 2: the page has this byte everywhere (u8)
 //!           flag 8: the page
 //!        u64 16, 0x7e, u32 number
+//!        between two sections sometimes a command: 8, u16 11, u16 0
 //! tail   the devices, and all that follows
 //! ```
 //!
@@ -34,6 +35,13 @@ const SUBSECTION: u8 = 5;
 const SECTION_START: u8 = 1;
 const SECTION_PART: u8 = 2;
 const SECTION_END: u8 = 3;
+const SECTION_FULL: u8 = 4;
+const COMMAND: u8 = 8;
+const STREAM_END: u8 = 0;
+/// The number of the command by which QEMU 10.0 says that the last pages follow, and its
+/// length. It is for devices that load while the guest still runs at the source. A QEMU that loads
+/// from a file does not need it.
+const SWITCHOVER_START: &[u8] = &[0, 11, 0, 0];
 const FOOTER: u8 = 0x7e;
 
 const ZERO: u64 = 2;
@@ -365,12 +373,18 @@ impl Records {
                 self.at = At::Section;
                 Ok(Record::Mark)
             }
-            At::Section if !matches!(cursor.peek()?, SECTION_PART | SECTION_END) => {
+            At::Section if matches!(cursor.peek()?, SECTION_FULL | STREAM_END) => {
                 self.at = At::Tail;
                 Ok(Record::Mark)
             }
             At::Section => {
-                cursor.byte()?;
+                match cursor.byte()? {
+                    SECTION_PART | SECTION_END => {}
+                    COMMAND if cursor.take(4)? == SWITCHOVER_START => return Ok(Record::Mark),
+                    kind => {
+                        return Err(format!("a section of type {kind} is among its pages").into());
+                    }
+                }
                 if cursor.u32()? != self.section {
                     return Err("a section other than that of the memory comes in parts"
                         .to_owned()
