@@ -7,11 +7,13 @@ use std::collections::BTreeMap;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::Path;
 
+use common::backend::open_guest;
 use common::{INSTANTLY, Opened, assert_error, first_tick, machine, named};
 use instantsnap::engine::prepare_revert;
 use instantsnap::error::Code;
 use instantsnap::image::{Contents, Format, Image, convert};
-use instantsnap_testkit::{Binary, test};
+use instantsnap::model::flags::revert::PAUSED;
+use instantsnap_testkit::{Binary, Format as DiskFormat, test};
 
 const PAGE: usize = 4096;
 
@@ -83,7 +85,7 @@ fn raw(path: &Path) -> Raw {
 fn snapshot_comes_back_from_a_sparse_image_and_conversion_to_raw_keeps_its_pages() {
     for binary in Binary::all() {
         let opened = Opened::start(&machine(binary, 2));
-        opened.snapshot("s").unwrap();
+        opened.handle.create_as(Some(Format::Raw), &named("s"), INSTANTLY, &mut ()).unwrap();
         let path = opened.state_dir().join("s.mem");
         let before = raw(&path);
         let contents = Contents::read(&path).unwrap();
@@ -111,6 +113,41 @@ fn snapshot_comes_back_from_a_sparse_image_and_conversion_to_raw_keeps_its_pages
         assert!(raw(&path) == before, "QEMU {}", binary.name);
         let (_, again) = opened.restore_clone("s");
         assert_eq!(again, first);
+    }
+}
+
+/// Files can be RAM, and such a file can have an old content.
+#[test]
+fn memory_that_was_loaded_is_the_images_page_by_page_whatever_was_there_before() {
+    const SIZE: usize = 64 << 20;
+    for binary in Binary::any() {
+        let opened = Opened::start(&machine(binary, 1));
+        opened.handle.create_as(Some(Format::Raw), &named("s"), INSTANTLY, &mut ()).unwrap();
+        let path = opened.state_dir().join("s.mem");
+        let pages = raw(&path).pages;
+        for format in [Format::Raw, Format::Sparse] {
+            convert(&path, format).unwrap();
+            let ram = opened.guest.directory().join("ram");
+            std::fs::write(&ram, vec![0xa5; SIZE]).unwrap();
+            let plan = prepare_revert(&opened.state_dir(), "s", None).unwrap();
+            let disks: Vec<_> =
+                plan.disks.iter().map(|disk| (disk.file.clone(), DiskFormat::Qcow2)).collect();
+            let backend = format!(
+                "memory-backend-file,id=pc.ram,size={SIZE},mem-path={},share=on",
+                ram.display()
+            );
+            let machine = opened.guest.machine().for_revert(&disks).arg("-object").arg(&backend);
+            let guest = machine.arg("-machine").arg("memory-backend=pc.ram").start();
+            let handle = open_guest(&guest, &guest.qmp(), None, &opened.state_dir()).unwrap();
+            handle.load("s", PAUSED).unwrap();
+            let loaded = std::fs::read(&ram).unwrap();
+            assert_eq!(loaded.len(), SIZE);
+            for (page, loaded) in (0..).zip(loaded.chunks(PAGE)) {
+                let expected = pages.get(&("pc.ram".to_owned(), page * PAGE as u64));
+                let is_equal = expected.map_or(*loaded == [0; PAGE], |page| page == loaded);
+                assert!(is_equal, "page {page}, {format:?}, QEMU {}", binary.name);
+            }
+        }
     }
 }
 
