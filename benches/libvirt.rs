@@ -141,7 +141,7 @@ impl<'a> Bench<'a> {
         match way {
             "library" => {
                 let flags = CreateFlags::parse(LIVE | INSTANT | NO_METADATA);
-                self.opened.handle.create(&xml, flags, &mut ()).unwrap();
+                self.opened.handle.create(&xml, flags, None, &mut ()).unwrap();
                 let stats = self.opened.handle.stats().unwrap();
                 let phases = [Phase::Pause, Phase::Switch, Phase::Arm];
                 steps.extend(

@@ -223,7 +223,7 @@ fn by_library(handle: &Handle, early_start: EarlyStart, xml: &str, monitor: &mut
     handle.set_early_start(early_start);
     let flags = CreateFlags::parse(LIVE | INSTANT | NO_METADATA);
     let error = handle
-        .create(xml, flags, &mut CancelAtInstant(handle))
+        .create(xml, flags, None, &mut CancelAtInstant(handle))
         .expect_err("cancelled at the instant");
     assert_eq!(error.code, Code::OperationAborted, "{error}");
     assert!(!error.message.contains(';'), "something is left: {error}");

@@ -79,6 +79,8 @@ fn options(flags: u32) -> instantsnap_create_options {
         opaque: ptr::null_mut(),
         progress_interval_ms: 0,
         flags,
+        image_format: 0,
+        reserved: 0,
     }
 }
 

@@ -50,7 +50,7 @@ fn header_is_libvirts_byte_for_byte() {
             if paused {
                 opened.guest.control().execute("stop", serde_json::json!({})).unwrap();
             }
-            opened.create(&named("s"), flags).unwrap();
+            opened.handle.create_as(Some(Format::Raw), &named("s"), flags, &mut ()).unwrap();
             let path = opened.state_dir().join("s.mem");
             let header = header(&path);
             assert_eq!(header.magic, "LibvirtQemudSave");

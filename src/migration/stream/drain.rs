@@ -44,6 +44,7 @@ impl Stream {
                         Ok(Some(Ended::Failed(reason))) if !reason.is_empty() => {
                             fail!(OperationFailed, "cannot save memory: {reason}")
                         }
+                        Err(gone) if guest.liveness() == Liveness::Exited => return Err(gone),
                         _ => return Err(error),
                     },
                     Ok(bytes) => bytes,

@@ -55,16 +55,7 @@ impl Handle {
         flags: u32,
         observer: &mut dyn Observer,
     ) -> Result<String, Error> {
-        self.create_with_object(xml, flags, observer).map(|created| created.name)
-    }
-
-    pub fn create_with_object(
-        &self,
-        xml: &str,
-        flags: u32,
-        observer: &mut dyn Observer,
-    ) -> Result<Created, Error> {
-        self.create_as(image_format(), xml, flags, observer)
+        self.create_as(image_format(), xml, flags, observer).map(|created| created.name)
     }
 
     /// Takes a snapshot with a memory image of this format.

@@ -172,7 +172,7 @@ impl OpenedDomain {
                 (taken.name(), Some(taken))
             }
             None => {
-                let created = self.handle.create_with_object(xml, flags, observer)?;
+                let created = self.handle.create_as(None, xml, flags, observer)?;
                 (created.name, created.object)
             }
         };
