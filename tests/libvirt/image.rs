@@ -6,7 +6,7 @@
 use common::tree::{Maker, Tree};
 use common::{assert_says, machine, virt};
 use instantsnap::error::Code;
-use instantsnap::image::{Format, convert};
+use instantsnap::image::{Contents, Format, convert};
 use instantsnap_testkit::{Binary, Daemon, skip, test};
 
 /// The first libvirt that restores sparse images.
@@ -55,4 +55,23 @@ fn sparse_image_is_refused_before_the_domain_is_ended_where_libvirt_cannot_resto
     tree.opened.assert_untouched(&before);
     convert(&tree.memory("a"), Format::Raw).unwrap();
     tree.assert_all_can_be_reverted_to();
+}
+
+#[test]
+fn sparse_image_that_libvirt_has_saved_is_read_and_converted() {
+    if Daemon::version() < RESTORES_SPARSE {
+        skip("libvirt 11.2 or later is needed");
+    }
+    let opened = virt::OpenedDomain::start(&machine(&Binary::all()[0], 1), &virt::session());
+    let (guest, saved) = (&opened.guest, opened.memory_file("saved"));
+    let name = saved.to_str().unwrap();
+    guest.virsh("save", &[name, "--image-format", "sparse"]);
+    let sparse = Contents::read(&saved).unwrap();
+    assert_eq!(sparse.format, "sparse");
+    assert_eq!(sparse.domain.as_deref(), Some(guest.name()));
+    convert(&saved, Format::Raw).unwrap();
+    let raw = Contents::read(&saved).unwrap();
+    assert_eq!((raw.format, raw.blocks), ("raw", sparse.blocks));
+    guest.daemon().virsh(&["restore", name]);
+    guest.wait_ticks(5);
 }
