@@ -251,7 +251,7 @@ fn qemu_itself_loads_a_sparse_image() {
         control.execute("migrate-set-capabilities", json!({ "capabilities": on })).unwrap();
         let uri = format!("file:{},offset={offset}", path.display());
         control.execute("migrate-incoming", json!({ "uri": uri })).unwrap();
-        let mut loaded = || {
+        let loaded = || {
             let status = control.execute("query-status", json!({})).unwrap();
             (status["status"] != "inmigrate").then_some(())
         };
