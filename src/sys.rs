@@ -309,7 +309,8 @@ fn reap(pid: libc::pid_t) -> Option<c_int> {
 #[derive(Debug)]
 pub struct SharedNumbers<const N: usize> {
     numbers: NonNull<[AtomicU64; N]>,
-    memory: OwnedFd,
+    /// The memory; `None` if only forks of this process can share it.
+    memory: Option<OwnedFd>,
 }
 
 // SAFETY: it is a reference to atomic numbers, in memory that only this unmaps.
@@ -320,11 +321,16 @@ unsafe impl<const N: usize> Sync for SharedNumbers<N> {}
 impl<const N: usize> SharedNumbers<N> {
     const SIZE: usize = size_of::<[AtomicU64; N]>();
 
-    /// Makes new numbers.
+    /// Makes new numbers. If the kernel or a sandbox refuses memory that has a descriptor, only forks
+    /// of this process can share them.
     pub fn new() -> io::Result<SharedNumbers<N>> {
-        let memory = memfd_create(c"instantsnap", MemfdFlags::CLOEXEC)?;
-        rustix::fs::ftruncate(&memory, SharedNumbers::<N>::SIZE as u64)?;
-        SharedNumbers::open(memory)
+        match memfd_create(c"instantsnap", MemfdFlags::CLOEXEC) {
+            Ok(memory) => {
+                rustix::fs::ftruncate(&memory, SharedNumbers::<N>::SIZE as u64)?;
+                SharedNumbers::open(memory)
+            }
+            Err(_) => SharedNumbers::map(None),
+        }
     }
 
     /// Opens the numbers that another process has made.
@@ -332,14 +338,21 @@ impl<const N: usize> SharedNumbers<N> {
         if rustix::fs::fstat(&memory)?.st_size < SharedNumbers::<N>::SIZE as i64 {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
-        // SAFETY: a new mapping, at an address that the kernel chooses. The file is long enough.
+        SharedNumbers::map(Some(memory))
+    }
+
+    fn map(memory: Option<OwnedFd>) -> io::Result<SharedNumbers<N>> {
+        let (number, anonymous) =
+            memory.as_ref().map_or((-1, libc::MAP_ANONYMOUS), |memory| (memory.as_raw_fd(), 0));
+        // SAFETY: a new mapping, at an address that the kernel chooses. The memory is anonymous, or
+        // of a file that is long enough.
         let mapped = unsafe {
             libc::mmap(
                 std::ptr::null_mut(),
                 SharedNumbers::<N>::SIZE,
                 libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_SHARED,
-                memory.as_raw_fd(),
+                libc::MAP_SHARED | anonymous,
+                number,
                 0,
             )
         };
@@ -348,6 +361,11 @@ impl<const N: usize> SharedNumbers<N> {
         }
         let numbers = NonNull::new(mapped.cast()).ok_or(io::ErrorKind::InvalidData)?;
         Ok(SharedNumbers { numbers, memory })
+    }
+
+    /// The memory, for another process; `None` if only forks of this process can share it.
+    pub fn memory(&self) -> Option<BorrowedFd<'_>> {
+        self.memory.as_ref().map(AsFd::as_fd)
     }
 }
 
@@ -361,15 +379,9 @@ impl<const N: usize> Deref for SharedNumbers<N> {
     }
 }
 
-impl<const N: usize> AsFd for SharedNumbers<N> {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.memory.as_fd()
-    }
-}
-
 impl<const N: usize> Drop for SharedNumbers<N> {
     fn drop(&mut self) {
-        // SAFETY: `open` has mapped this memory with this size, and no reference to it is left.
+        // SAFETY: `map` has mapped this memory with this size, and no reference to it is left.
         unsafe { libc::munmap(self.numbers.as_ptr().cast(), SharedNumbers::<N>::SIZE) };
     }
 }
@@ -519,9 +531,10 @@ impl Program {
         unsafe { Child::fork(run) }.ok().map(Program)
     }
 
-    /// Waits until it has ended, or until `other` is readable. Returns whether it has ended.
-    pub fn wait_ended(&self, other: Option<&OwnedFd>) -> bool {
-        wait_ready([Some(&self.0.ended), other], -1);
+    /// Waits until it has ended, or until one of the others is readable. Returns whether it has
+    /// ended.
+    pub fn wait_ended(&self, [one, other]: [Option<&OwnedFd>; 2]) -> bool {
+        wait_ready([Some(&self.0.ended), one, other], -1);
         wait_ready([Some(&self.0.ended), None], 0)
     }
 
@@ -698,7 +711,7 @@ pub fn own_file() -> Option<PathBuf> {
 
 /// Waits until one of the descriptors is readable or at its end, at most for this time (-1: for
 /// ever). Returns whether one is. A signal handler of the caller's does not end the wait.
-pub fn wait_ready(fds: [Option<&OwnedFd>; 2], milliseconds: c_int) -> bool {
+pub fn wait_ready<const N: usize>(fds: [Option<&OwnedFd>; N], milliseconds: c_int) -> bool {
     // `poll` ignores a negative number.
     let mut polls = fds.map(|fd| libc::pollfd {
         fd: fd.map_or(-1, |fd| fd.as_raw_fd()),
@@ -708,8 +721,8 @@ pub fn wait_ready(fds: [Option<&OwnedFd>; 2], milliseconds: c_int) -> bool {
     let end = now() + Duration::from_millis(milliseconds.max(0).unsigned_abs().into());
     let mut left = milliseconds;
     loop {
-        // SAFETY: the pointer is to two live pollfds.
-        let ready = unsafe { libc::poll(polls.as_mut_ptr(), 2, left) };
+        // SAFETY: the pointer is to `N` live pollfds.
+        let ready = unsafe { libc::poll(polls.as_mut_ptr(), N as libc::nfds_t, left) };
         if ready != -1 || io::Error::last_os_error().kind() != io::ErrorKind::Interrupted {
             return ready > 0;
         }

@@ -9,6 +9,10 @@
 //! The pipe is always read to its end: if no process reads the stream any more, the guest freezes
 //! at its next write to a page that is not saved yet. Data that cannot be written, or is not wanted
 //! any more, is discarded.
+//!
+//! If the process that moves the stream is killed, another process goes on where it has stopped, and
+//! no byte is lost: see [`Shared::take_over`]. For a sparse image that does not hold, because
+//! the process alone knows which pages are in the file: then the snapshot fails.
 
 use std::fs::File;
 use std::io;
@@ -16,11 +20,11 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::io::Errno;
-use rustix::pipe::{SpliceFlags, splice};
+use rustix::pipe::{SpliceFlags, splice, tee};
 
 use super::format::Format;
 use super::page_writer::{Failure, PageWriter};
@@ -36,6 +40,8 @@ pub struct Drain {
     path: PathBuf,
     /// The process that moves the stream; `None` if it is this one.
     process: Option<OwnedFd>,
+    /// Whether a thread of this process moves the stream, or has moved it.
+    has_thread: AtomicBool,
 }
 
 /// The data that a drain and the thread that moves the stream share, even if they are in two
@@ -49,7 +55,10 @@ struct Shared {
     offset: u64,
     /// The format that the image is to have.
     format: Format,
-    numbers: SharedNumbers<5>,
+    /// The second pipe, on the way from the first one to the file: its reading and its writing end.
+    /// It keeps what a process that is killed has taken and not written.
+    second: [OwnedFd; 2],
+    numbers: SharedNumbers<7>,
     /// Readable when the thread has to end.
     stop: OwnedFd,
     /// Readable when the outcome is known.
@@ -67,15 +76,21 @@ const DISCARD: usize = 2;
 /// The index of a flag: 1 if QEMU writes nothing more, so that the stream ends where the pipe is
 /// empty.
 const LAST: usize = 3;
+/// The index of a number of bytes: so many were in the file when the second pipe was empty the last
+/// time.
+const EMPTIED: usize = 4;
 /// The index of a flag: 1 if the image is raw although it was to have another format.
-const STAYS_RAW: usize = 4;
+const STAYS_RAW: usize = 5;
+/// The index of a flag: 1 if records of the stream were taken for a sparse image. Another process
+/// cannot go on.
+const IN_RECORDS: usize = 6;
 
 /// The outcome is not known yet. It can become known before the stream has ended.
 const UNDER_WAY: u64 = 0;
 /// All of the stream is in the file.
 const WHOLE: u64 = 1;
 const UNWANTED: u64 = 2;
-/// The process that moved it has ended.
+/// The process that wrote a sparse image has ended.
 const LOST: u64 = 3;
 /// The stream has ended too early, or has an unknown record after its first page.
 const WRONG: u64 = 4;
@@ -84,7 +99,7 @@ const ERRNO: u64 = 1 << 32;
 
 impl Drain {
     /// The number of descriptors that another process needs besides the pipe.
-    pub const DESCRIPTORS: usize = 5;
+    pub const DESCRIPTORS: usize = 7;
 
     /// Makes a drain from `pipe`, which does not block, to `file`, which has this path, from
     /// `offset` on, for an image of this format. Nothing is moved yet.
@@ -102,8 +117,10 @@ impl Drain {
         let numbers = SharedNumbers::new()
             .map_err(|error| Error::system("cannot create shared memory", error))?;
         let (stop, done, emptied) = (event()?, event()?, event()?);
-        let shared = Shared { pipe, file, offset, format, numbers, stop, done, emptied };
-        Ok(Drain { shared: Arc::new(shared), path: path.into(), process: None })
+        let second = pipe::pipe()?.into();
+        let shared =
+            Shared { pipe, file, offset, format, second, numbers, stop, done, emptied };
+        Ok(Drain::new(shared, path))
     }
 
     /// Makes the drain of a process that moves the stream for another process, which has opened it.
@@ -113,17 +130,27 @@ impl Drain {
         offset: u64,
         format: Format,
     ) -> io::Result<Drain> {
-        let [file, numbers, stop, done, emptied] = descriptors;
-        let numbers = SharedNumbers::open(numbers)?;
-        let file = file.into();
-        let shared = Shared { pipe, file, offset, format, numbers, stop, done, emptied };
-        Ok(Drain { shared: Arc::new(shared), path: PathBuf::new(), process: None })
+        let [file, numbers, stop, done, emptied, second @ ..] = descriptors;
+        let (file, numbers) = (file.into(), SharedNumbers::open(numbers)?);
+        let shared =
+            Shared { pipe, file, offset, format, second, numbers, stop, done, emptied };
+        Ok(Drain::new(shared, Path::new("")))
     }
 
-    /// The descriptors that another process needs, in the order of [`Drain::inherited`].
-    pub fn descriptors(&self) -> [BorrowedFd<'_>; Drain::DESCRIPTORS] {
-        let Shared { file, numbers, stop, done, emptied, .. } = &*self.shared;
-        [file.as_fd(), numbers.as_fd(), stop.as_fd(), done.as_fd(), emptied.as_fd()]
+    fn new(shared: Shared, path: &Path) -> Drain {
+        let (shared, path) = (Arc::new(shared), path.into());
+        Drain { shared, path, process: None, has_thread: AtomicBool::new(false) }
+    }
+
+    /// The descriptors that another process needs, in the order of [`Drain::inherited`]; `None` if
+    /// no other process can move the stream.
+    pub fn descriptors(&self) -> Option<[BorrowedFd<'_>; Drain::DESCRIPTORS]> {
+        let Shared { file, second: [read, write], numbers, stop, done, emptied, .. } =
+            &*self.shared;
+        let numbers = numbers.memory().filter(|_| !self.has_thread.load(Ordering::Relaxed))?;
+        let own = [stop, done, emptied, read, write].map(AsFd::as_fd);
+        let [stop, done, emptied, read, write] = own;
+        Some([file.as_fd(), numbers, stop, done, emptied, read, write])
     }
 
     /// The pipe of QEMU's stream.
@@ -145,8 +172,12 @@ impl Drain {
         }
     }
 
-    /// Starts a thread of this process that moves the stream.
+    /// Starts a thread of this process that moves the stream, unless there is one. No other process
+    /// may move the stream any more.
     pub fn start(&self) -> Result<()> {
+        if self.has_thread.swap(true, Ordering::Relaxed) {
+            return Ok(());
+        }
         let shared = Arc::clone(&self.shared);
         // The thread is not joined: a file system that hangs must not hang a caller that gives up.
         sys::spawn_quiet("instantsnap", move || shared.run()).map(drop)
@@ -157,10 +188,9 @@ impl Drain {
         self.process = Some(process);
     }
 
-    /// One of these becomes readable when [`Drain::outcome`] is known.
-    pub fn ends(&self) -> [BorrowedFd<'_>; 2] {
-        let done = self.shared.done.as_fd();
-        [done, self.process.as_ref().map_or(done, AsFd::as_fd)]
+    /// Becomes readable when [`Drain::outcome`] is known.
+    pub fn done(&self) -> BorrowedFd<'_> {
+        self.shared.done.as_fd()
     }
 
     /// The number of bytes taken from the pipe so far.
@@ -184,7 +214,6 @@ impl Drain {
     /// The outcome, once it is known: the number of the stream's bytes, which are all in the file,
     /// or why they are not there.
     pub fn outcome(&self) -> Option<Result<u64>> {
-        self.notice_lost_process();
         let reason = match self.shared.numbers[OUTCOME].load(Ordering::Acquire) {
             UNDER_WAY => return None,
             WHOLE => return Some(Ok(self.bytes())),
@@ -206,18 +235,16 @@ impl Drain {
         )))
     }
 
-    /// Checks whether the process that moves the stream has ended. If so, the bytes that it had
-    /// taken are lost, and the snapshot fails. A thread of this process reads the rest, so that the
-    /// guest does not freeze.
-    fn notice_lost_process(&self) {
+    /// If another process has moved the stream, and has ended, a thread of this process goes on.
+    /// Without that, the guest would freeze.
+    pub fn go_on_if_lost(&self) {
         let Some(process) = &self.process else { return };
         let mut fds = [PollFd::new(process, PollFlags::IN)];
-        let has_ended = poll(&mut fds, Some(&Timespec::default())).is_ok_and(|ready| ready > 0);
-        if has_ended && self.shared.conclude(LOST) {
-            let shared = Arc::clone(&self.shared);
+        // The descriptor is readable only when all threads of the process have ended.
+        if poll(&mut fds, Some(&Timespec::default())).is_ok_and(|ready| ready > 0) {
             // If no thread can be started, the undo empties the pipe when QEMU waits for room in
             // it.
-            let _ = sys::spawn_quiet("instantsnap", move || shared.discard_rest());
+            let _ = self.start();
         }
     }
 }
@@ -236,26 +263,30 @@ fn signal(event: &OwnedFd) {
 
 impl Shared {
     fn run(&self) {
-        let outcome = match self.fill() {
-            Ok(()) => WHOLE,
-            Err(Stopped::Unwanted) => UNWANTED,
-            Err(Stopped::Wrong) => WRONG,
-            Err(Stopped::By(errno)) => ERRNO + errno.raw_os_error() as u64,
-        };
-        self.conclude(outcome);
+        // Another process may have moved the stream before.
+        let known = self.numbers[OUTCOME].load(Ordering::Acquire);
+        let outcome = if known == UNDER_WAY { self.outcome_of_fill() } else { known };
+        self.numbers[OUTCOME].store(outcome, Ordering::Release);
+        signal(&self.done);
         if outcome != WHOLE {
             self.discard_rest();
         }
     }
 
-    /// Sets the outcome. Returns false if it was set before.
-    fn conclude(&self, outcome: u64) -> bool {
-        let number = &self.numbers[OUTCOME];
-        let first = number
-            .compare_exchange(UNDER_WAY, outcome, Ordering::AcqRel, Ordering::Acquire)
-            .is_ok();
-        signal(&self.done);
-        first
+    fn outcome_of_fill(&self) -> u64 {
+        let filled = match self.format {
+            Format::Sparse if self.is(STAYS_RAW) => self.go_on(),
+            Format::Sparse if self.is(IN_RECORDS) => Err(Stopped::Lost),
+            Format::Sparse => self.fill_sparse(),
+            Format::Raw => self.go_on(),
+        };
+        match filled {
+            Ok(()) => WHOLE,
+            Err(Stopped::Unwanted) => UNWANTED,
+            Err(Stopped::Wrong) => WRONG,
+            Err(Stopped::Lost) => LOST,
+            Err(Stopped::By(errno)) => ERRNO + errno.raw_os_error() as u64,
+        }
     }
 
     fn discard_rest(&self) {
@@ -271,11 +302,9 @@ impl Shared {
         }
     }
 
-    fn fill(&self) -> std::result::Result<(), Stopped> {
-        match self.format {
-            Format::Raw => self.fill_raw(self.offset),
-            Format::Sparse => self.fill_sparse(),
-        }
+    /// Moves the stream as it comes, from where a process before this one has stopped.
+    fn go_on(&self) -> std::result::Result<(), Stopped> {
+        self.take_over().and_then(|written| self.fill(written))
     }
 
     /// Reads the records of the stream, and writes the pages to their places.
@@ -288,6 +317,7 @@ impl Shared {
                 return Err(Stopped::Unwanted);
             }
             let last = self.is(LAST);
+            self.numbers[IN_RECORDS].store(1, Ordering::Release);
             let ended = match rustix::io::read(&self.pipe, &mut buffer[filled..]) {
                 Ok(0) => true,
                 Ok(read) => {
@@ -305,13 +335,10 @@ impl Shared {
                     Ok(None) if !ended => continue,
                     // Nothing is in the file yet.
                     Ok(None) | Err(Failure::Stream(_)) => {
-                        self.numbers[STAYS_RAW].store(1, Ordering::Release);
                         self.file.write_all_at(&buffer[..filled], self.offset)?;
-                        return if ended {
-                            Ok(())
-                        } else {
-                            self.fill_raw(self.offset + filled as u64)
-                        };
+                        self.numbers[EMPTIED].store(filled as u64, Ordering::Release);
+                        self.numbers[STAYS_RAW].store(1, Ordering::Release);
+                        return if ended { Ok(()) } else { self.fill(filled as u64) };
                     }
                     Err(Failure::File(error)) => return Err(error.into()),
                 }
@@ -329,46 +356,67 @@ impl Shared {
         }
     }
 
-    /// Moves the stream as it comes into the file, from this offset on.
-    fn fill_raw(&self, mut offset: u64) -> std::result::Result<(), Stopped> {
-        let Shared { pipe, file, .. } = self;
-        // The kernel locks a pipe while it is spliced into a file, however long the file system
-        // takes. Meanwhile no process can write to the pipe or empty it. So the thread splices into
-        // the file from a pipe of its own, and QEMU's pipe is locked only while pages move to that
-        // one.
-        let (own_read, own_write) = pipe::open()?;
+    /// The number of bytes that are in the file. Corrects the number of bytes that were taken: a
+    /// process that moved the stream before may have been killed at any moment.
+    ///
+    /// [`Shared::fill`] repeats these steps:
+    ///
+    /// 1. It moves bytes from QEMU's pipe to the second pipe, which is empty.
+    /// 2. It adds their number to `BYTES`.
+    /// 3. It moves them to the file, in parts. The kernel removes a part from the pipe only after it
+    ///    has written that part to the file.
+    /// 4. When the second pipe is empty, it sets `EMPTIED` to `BYTES`.
+    ///
+    /// Before step 2, `BYTES` is equal to `EMPTIED`, and nothing of what the second pipe has is in
+    /// the file. From step 2 to step 4 `BYTES` is greater, and counts all that was taken: all but
+    /// what the second pipe still has is in the file. So the numbers are exact, although the process
+    /// may have been killed between a move and the step that notes it. (If it was killed inside step
+    /// 3, a part may be in the file and in the pipe. It is written again, to the same place.)
+    fn take_over(&self) -> std::result::Result<u64, Stopped> {
+        let [taken, emptied] =
+            [BYTES, EMPTIED].map(|number| self.numbers[number].load(Ordering::Acquire));
+        let waiting = rustix::io::ioctl_fionread(&self.second[0])?;
+        let written = if taken == emptied { emptied } else { taken - waiting };
+        self.numbers[BYTES].store(written + waiting, Ordering::Release);
+        Ok(written)
+    }
+
+    /// Moves the stream. So many of its bytes are in the file already.
+    fn fill(&self, mut written: u64) -> std::result::Result<(), Stopped> {
+        let Shared { pipe, second: [read, write], file, .. } = self;
         let mut spliced = true;
         loop {
-            if !self.wait() || self.is(DISCARD) {
-                return Err(Stopped::Unwanted);
-            }
-            let flags = SpliceFlags::MOVE | SpliceFlags::NONBLOCK;
-            // This is read before the pipe, so that data that comes in between is not missed.
-            let last = self.is(LAST);
-            let moved = match splice(pipe, None, &own_write, None, CHUNK, flags) {
-                Ok(0) => return Ok(()),
-                Ok(moved) => moved,
-                Err(Errno::AGAIN) if last => return Ok(()),
-                Err(Errno::AGAIN | Errno::INTR) => continue,
-                Err(error) => return Err(error.into()),
-            };
-            self.count(moved);
-            let mut left = moved;
-            while left > 0 {
-                let written = match spliced {
-                    true => splice_chunk(&own_read, file, offset, left),
-                    false => copy_chunk(&own_read, file, offset, left),
+            let taken = self.numbers[BYTES].load(Ordering::Acquire);
+            while written < taken {
+                let (offset, left) = (self.offset + written, (taken - written) as usize);
+                let moved = match spliced {
+                    true => splice_chunk(read, file, offset, left),
+                    false => copy_chunk(read, file, offset, left),
                 };
-                match written {
-                    Ok(written) => {
-                        offset += written as u64;
-                        left -= written;
-                    }
+                match moved {
+                    Ok(moved) => written += moved as u64,
                     Err(Errno::INTR) => {}
                     // This file system cannot take pages from a pipe.
                     Err(Errno::INVAL) if spliced => spliced = false,
                     Err(error) => return Err(error.into()),
                 }
+            }
+            self.numbers[EMPTIED].store(written, Ordering::Release);
+            if !self.wait() || self.is(DISCARD) {
+                return Err(Stopped::Unwanted);
+            }
+            // This is read before the pipe, so that data that comes in between is not missed.
+            let last = self.is(LAST);
+            // The kernel locks a pipe while it is spliced into a file, however long the file system
+            // takes. Meanwhile no process can write to the pipe or empty it. So QEMU's pipe is
+            // locked only while pages move to the second one.
+            let flags = SpliceFlags::MOVE | SpliceFlags::NONBLOCK;
+            match splice(pipe, None, write, None, CHUNK, flags) {
+                Ok(0) => return Ok(()),
+                Ok(moved) => self.count(moved),
+                Err(Errno::AGAIN) if last => return Ok(()),
+                Err(Errno::AGAIN | Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
             }
         }
     }
@@ -389,7 +437,7 @@ impl Shared {
     }
 
     fn count(&self, bytes: usize) {
-        self.numbers[BYTES].fetch_add(bytes as u64, Ordering::Relaxed);
+        self.numbers[BYTES].fetch_add(bytes as u64, Ordering::AcqRel);
     }
 }
 
@@ -397,6 +445,7 @@ impl Shared {
 enum Stopped {
     Unwanted,
     Wrong,
+    Lost,
     By(Errno),
 }
 
@@ -430,16 +479,24 @@ fn splice_chunk(
     splice(pipe, None, file, Some(&mut offset), length, SpliceFlags::MOVE)
 }
 
+/// Does the same by a copy. Like the kernel, it removes bytes from the pipe only after it has written
+/// them to the file.
 fn copy_chunk(
     pipe: &OwnedFd,
     file: &File,
     offset: u64,
     length: usize,
 ) -> rustix::io::Result<usize> {
-    let mut buffer = vec![0; length.min(CHUNK / 4)];
-    let read = rustix::io::read(pipe, &mut buffer)?;
+    let (copy, write) = pipe::open()?;
+    let copied = tee(pipe, &write, length.min(CHUNK / 4), SpliceFlags::empty())?;
+    let mut buffer = vec![0; copied];
+    let read = rustix::io::read(copy, &mut buffer)?;
     file.write_all_at(&buffer[..read], offset)
         .map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO))?;
+    let mut left = read;
+    while left > 0 {
+        left -= rustix::io::retry_on_intr(|| rustix::io::read(pipe, &mut buffer[..left]))?;
+    }
     Ok(read)
 }
 
@@ -457,6 +514,121 @@ mod tests {
     use super::*;
     use std::io::Write;
 
+    /// A drain of a pipe to a file, with the writing end of the pipe.
+    fn drain(path: &Path) -> (Drain, File) {
+        let (read, write) = pipe::pipe().unwrap();
+        rustix::io::ioctl_fionbio(&read, true).unwrap();
+        let file = File::create(path).unwrap();
+        (Drain::open(read, file, path, 0, Format::Raw).unwrap(), write.into())
+    }
+
+    /// Waits until the stream is in the file, and returns the number of its bytes.
+    fn wait_whole(drain: &Drain) -> u64 {
+        poll(&mut [PollFd::from_borrowed_fd(drain.done(), PollFlags::IN)], None).unwrap();
+        drain.outcome().unwrap().unwrap()
+    }
+
+    /// The numbers from 0 on, as bytes.
+    fn numbers(numbers: std::ops::Range<u64>) -> Vec<u8> {
+        numbers.flat_map(u64::to_le_bytes).collect()
+    }
+
+    /// The processes that move the stream are killed at random moments, inside of system calls too.
+    #[test]
+    fn stream_is_whole_however_often_the_process_that_moves_it_is_killed() {
+        const KILLS: u32 = 400;
+        const AT_ONCE: u64 = 2048;
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("image");
+        let (mut drain, mut write) = drain(&path);
+        let (finish, finished) = std::sync::mpsc::channel::<()>();
+        let writer = std::thread::spawn(move || {
+            let mut next = 0;
+            while finished.try_recv().is_err() {
+                write.write_all(&numbers(next..next + AT_ONCE)).unwrap();
+                next += AT_ONCE;
+            }
+            next
+        });
+        let mut random = 1_u64;
+        for _ in 0..KILLS {
+            let shared = &drain.shared;
+            let run = || {
+                shared.run();
+                sys::exit_now()
+            };
+            // SAFETY: it makes only system calls, on memory that exists already.
+            let child = unsafe { sys::Child::fork(run) }.unwrap();
+            random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            std::thread::sleep(std::time::Duration::from_micros((random >> 33) % 400));
+            child.kill();
+        }
+        finish.send(()).unwrap();
+        // A thread goes on for the last process.
+        // SAFETY: it only ends.
+        let ended = unsafe { sys::Child::fork(|| sys::exit_now()) }.unwrap();
+        drain.leave_to(ended.ended().try_clone_to_owned().unwrap());
+        drop(ended);
+        drain.go_on_if_lost();
+        let count = writer.join().unwrap();
+        assert_eq!(wait_whole(&drain), count * 8);
+        let file = std::fs::read(&path).unwrap();
+        assert_eq!(file.len() as u64, count * 8);
+        let wrong = (0..count)
+            .zip(file.chunks_exact(8))
+            .find(|(number, bytes)| u64::from_le_bytes((*bytes).try_into().unwrap()) != *number);
+        assert_eq!(wrong, None);
+    }
+
+    /// What a process that is killed between two steps leaves: see [`Shared::take_over`].
+    #[test]
+    fn stream_goes_on_where_it_was_between_any_two_steps() {
+        let stream = numbers(0..4096);
+        let (before, taken) = stream.split_at(8192);
+        for (bytes, emptied, in_file) in [
+            // Before the bytes that were taken were counted.
+            (before.len(), before.len(), 0),
+            // Before any of them was written.
+            (before.len() + 20_000, before.len(), 0),
+            // When some of them were written, or all.
+            (before.len() + 20_000, before.len(), 12_345),
+            (before.len() + 20_000, before.len(), 20_000),
+            // When all of them were written, and that was noted.
+            (before.len() + 20_000, before.len() + 20_000, 20_000),
+        ] {
+            let directory = tempfile::tempdir().unwrap();
+            let path = directory.path().join("image");
+            let (drain, mut write) = drain(&path);
+            let Shared { second, numbers, file, .. } = &*drain.shared;
+            numbers[BYTES].store(bytes as u64, Ordering::Relaxed);
+            numbers[EMPTIED].store(emptied as u64, Ordering::Relaxed);
+            file.write_all_at(&stream[..before.len() + in_file], 0).unwrap();
+            rustix::io::write(&second[1], &taken[in_file..20_000]).unwrap();
+            write.write_all(&taken[20_000..]).unwrap();
+            drop(write);
+            drain.start().unwrap();
+            assert_eq!(wait_whole(&drain), stream.len() as u64);
+            assert!(std::fs::read(&path).unwrap() == stream, "{bytes} {emptied} {in_file}");
+        }
+    }
+
+    #[test]
+    fn copy_takes_from_the_pipe_what_it_has_written() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("image");
+        let file = File::create(&path).unwrap();
+        let (read, write) = pipe::pipe().unwrap();
+        let stream = numbers(0..8192);
+        rustix::io::write(&write, &stream).unwrap();
+        let mut written = 0;
+        while written < stream.len() {
+            written += copy_chunk(&read, &file, written as u64, 30_000).unwrap();
+            let waiting = rustix::io::ioctl_fionread(&read).unwrap() as usize;
+            assert_eq!(written + waiting, stream.len());
+        }
+        assert!(std::fs::read(&path).unwrap() == stream);
+    }
+
     /// Drains a stream that comes in pieces. Returns the outcome, the format and the file.
     fn drained(stream: &[u8], piece: usize) -> (Result<u64>, Format, Vec<u8>) {
         let directory = tempfile::tempdir().unwrap();
@@ -469,8 +641,7 @@ mod tests {
         let mut write = File::from(write);
         stream.chunks(piece).for_each(|piece| write.write_all(piece).unwrap());
         drop(write);
-        let [done, _] = drain.ends();
-        poll(&mut [PollFd::new(&done, PollFlags::IN)], None).unwrap();
+        poll(&mut [PollFd::from_borrowed_fd(drain.done(), PollFlags::IN)], None).unwrap();
         (drain.outcome().unwrap(), drain.format(), std::fs::read(&path).unwrap())
     }
 
@@ -558,23 +729,35 @@ mod tests {
         assert!(drained(&unknown, 1 << 20).0.is_err());
     }
 
+    /// Which pages are in the file is known only to the process that wrote them.
     #[test]
-    fn a_stream_whose_other_end_is_still_held_ends_where_the_pipe_is_empty_when_nothing_more_comes()
-    {
+    fn a_sparse_image_whose_writer_was_killed_is_an_error_and_the_stream_is_read_to_its_end() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("image");
         let (read, write) = pipe::pipe().unwrap();
         rustix::io::ioctl_fionbio(&read, true).unwrap();
         let file = File::create(&path).unwrap();
-        let mut write = File::from(write);
-        let drain = Drain::open(read, file, &path, 0, Format::Raw).unwrap();
+        let drain = Drain::open(read, file, &path, 100, Format::Sparse).unwrap();
+        drain.shared.numbers[IN_RECORDS].store(1, Ordering::Release);
+        drain.start().unwrap();
+        // The writes would wait if the pipe was not read.
+        File::from(write).write_all(&[7; 3 << 20]).unwrap();
+        poll(&mut [PollFd::from_borrowed_fd(drain.done(), PollFlags::IN)], None).unwrap();
+        let error = drain.outcome().unwrap().unwrap_err();
+        assert!(error.message.contains("was killed"), "{}", error.message);
+    }
+
+    #[test]
+    fn a_stream_whose_other_end_is_still_held_ends_where_the_pipe_is_empty_when_nothing_more_comes()
+    {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("image");
+        let (drain, mut write) = drain(&path);
         drain.start().unwrap();
         write.write_all(&[7; 300_000]).unwrap();
         // The other end stays open.
         drain.end_when_empty();
-        let [done, _] = drain.ends();
-        poll(&mut [PollFd::new(&done, PollFlags::IN)], None).unwrap();
-        assert_eq!(drain.outcome().unwrap().unwrap(), 300_000);
+        assert_eq!(wait_whole(&drain), 300_000);
         assert_eq!(std::fs::read(&path).unwrap(), [7; 300_000]);
     }
 }

@@ -3,6 +3,7 @@
 //! The watchdog of a snapshot through a stock libvirt: a caller that is stopped does not stop its
 //! guest.
 
+use std::os::unix::fs::PermissionsExt;
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
@@ -36,7 +37,7 @@ fn caller() {
         taken.unwrap();
     } else {
         let error = taken.expect_err("the limit of the pause has passed");
-        assert_says(&error, Code::OperationTimeout, &["the watchdog had to resume the guest"]);
+        assert_says(&error, Code::OperationTimeout, &[&variable("SAYS")]);
     }
 }
 
@@ -47,6 +48,7 @@ fn caller_of(opened: &OpenedDomain, phase: Phase) -> Command {
         .env("INSTANTSNAP_TEST_UUID", opened.guest.virsh("domuuid", &[]).trim())
         .env("INSTANTSNAP_TEST_XML", opened.xml("stopped", ""))
         .env("INSTANTSNAP_TEST_PHASE", format!("{phase:?}"))
+        .env("INSTANTSNAP_TEST_SAYS", "the watchdog had to resume the guest")
         .stdout(Stdio::null());
     command
 }
@@ -79,4 +81,48 @@ fn caller_that_is_stopped_does_not_stop_its_domain() {
         opened.guest.wait_ticks(3);
         opened.restore_clone("stopped");
     }
+}
+
+/// The message does not say that the watchdog has resumed a guest that it could not resume.
+#[test]
+fn watchdog_whose_virsh_fails_says_so() {
+    let daemon = Daemon::session();
+    let opened = OpenedDomain::start(&machine(&Binary::under_libvirt()[0], 1), &daemon);
+    let virsh = opened.guest.directory().join("virsh");
+    let called = opened.guest.directory().join("called");
+    let script = format!("#!/bin/sh\necho >> '{}'\nexit 1\n", called.display());
+    std::fs::write(&virsh, script).unwrap();
+    std::fs::set_permissions(&virsh, std::fs::Permissions::from_mode(0o755)).unwrap();
+    std::fs::write(&called, "").unwrap();
+    let before = opened.trace();
+    let mut caller = caller_of(&opened, Phase::Arm)
+        .env("INSTANTSNAP_VIRSH", &virsh)
+        .env("INSTANTSNAP_TEST_SAYS", "the watchdog tried in vain to resume the guest")
+        .spawn()
+        .unwrap();
+    // `virsh resume` fails, then `cont` by virsh, and both once more: the first failure is reported.
+    let tried = || std::fs::read(&called).is_ok_and(|calls| calls.len() >= 4).then_some(());
+    wait_for(DEADLINE, tried).expect("the watchdog runs virsh");
+    assert!(is_stopped(&caller));
+    kill_process(Pid::from_raw(caller.id() as i32).unwrap(), Signal::CONT).unwrap();
+    assert!(caller.wait().unwrap().success());
+    opened.assert_untouched(&before);
+    opened.guest.wait_ticks(3);
+}
+
+/// A daemon's suspend or a user's can come after the watchdog's resume; the watchdog resumes the
+/// guest of a stopped caller once more.
+#[test]
+fn suspend_that_comes_late_does_not_stop_the_domain_of_a_stopped_caller() {
+    let daemon = Daemon::session();
+    let opened = OpenedDomain::start(&machine(&Binary::under_libvirt()[0], 1), &daemon);
+    let mut caller = caller_of(&opened, Phase::Switch).spawn().unwrap();
+    wait_for(DEADLINE, || is_stopped(&caller).then_some(())).expect("it stops");
+    opened.guest.wait_ticks(3);
+    opened.guest.virsh("suspend", &[]);
+    opened.guest.wait_ticks(3);
+    assert!(is_stopped(&caller));
+    kill_process(Pid::from_raw(caller.id() as i32).unwrap(), Signal::CONT).unwrap();
+    assert!(caller.wait().unwrap().success());
+    opened.guest.wait_ticks(3);
 }

@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use common::backend::open;
 use common::{At, INSTANTLY, Opened, assert_says, machine, named, through_proxy};
-use instantsnap::engine::{Phase, WatchdogKind};
+use instantsnap::engine::{EarlyStart, Phase, WatchdogKind};
 use instantsnap::error::Code;
 use instantsnap_testkit::compile::{gcc, workspace};
 use instantsnap_testkit::program::process;
@@ -40,6 +40,8 @@ fn caller() {
         let mut observer = At(|phase| match (phase, &*deed) {
             (Phase::Drain, "stopped") => signal_self(Signal::STOP),
             (Phase::Drain, "killed") => signal_self(Signal::KILL),
+            (Phase::Switch, "replaced") => drop(kill_watchdog_of(std::process::id())),
+            (Phase::Arm, "replaced") => signal_self(Signal::KILL),
             _ => {}
         });
         handle.create(&named(&deed), INSTANTLY, &mut observer).unwrap();
@@ -79,6 +81,17 @@ fn watchdog_of(pid: u32) -> Option<u32> {
     processes.find(|process| {
         name(*process).is_ok_and(|name| name == "instantsnap\n") && watches(*process).is_some()
     })
+}
+
+/// Kills the watchdog of a process, and waits for its end. Returns its process id.
+fn kill_watchdog_of(caller: u32) -> u32 {
+    let pid = watchdog_of(caller).expect("there is a watchdog");
+    let process = pidfd_open(Pid::from_raw(pid as i32).unwrap(), PidfdFlags::empty()).unwrap();
+    pidfd_send_signal(&process, Signal::KILL).unwrap();
+    // All of its threads have ended.
+    let ended = rustix::event::PollFd::new(&process, rustix::event::PollFlags::IN);
+    rustix::event::poll(&mut [ended], None).unwrap();
+    pid
 }
 
 fn program_of(pid: u32) -> String {
@@ -184,24 +197,105 @@ fn without_the_program_a_fork_is_the_watchdog() {
     }
 }
 
+/// Its successor goes on where it was: the image has every byte, as the clone shows.
 #[test]
-fn watchdog_that_is_killed_while_memory_drains_fails_the_snapshot_and_freezes_no_guest() {
+fn watchdog_that_is_killed_in_the_pause_or_the_drain_is_replaced() {
     for binary in Binary::any() {
         let opened = Opened::start(&busy(binary));
-        let mut observer = At(|phase| {
-            if phase == Phase::Drain {
-                let pid = watchdog_of(std::process::id()).expect("there is a watchdog");
-                kill_process(Pid::from_raw(pid as i32).unwrap(), Signal::KILL).unwrap();
-            }
-        });
-        opened.assert_fails_observed(
-            &named("s"),
-            INSTANTLY,
-            &mut observer,
-            Code::SystemError,
-            &["watchdog", "was killed", "take the snapshot again"],
-        );
+        for killed in [Phase::Pause, Phase::Switch, Phase::Arm, Phase::Drain, Phase::Finish] {
+            let (mut first, mut last) = (None, None);
+            let mut observer = At(|phase| {
+                if phase == killed {
+                    first = Some(kill_watchdog_of(std::process::id()));
+                }
+                if phase == Phase::Finish {
+                    last = watchdog_of(std::process::id());
+                }
+            });
+            let name = format!("{killed:?}");
+            opened.handle.create(&named(&name), INSTANTLY, &mut observer).unwrap();
+            assert_eq!(opened.handle.stats().unwrap().watchdog, WatchdogKind::Program, "{name}");
+            assert!(killed == Phase::Finish || last.is_some() && first != last, "{name}");
+            opened.restore_clone(&name);
+        }
         opened.assert_well();
+    }
+}
+
+/// A successor undoes the snapshot of a caller that is killed, like the first watchdog.
+#[test]
+fn successor_of_a_watchdog_that_was_killed_in_the_pause_resumes_the_guest_of_a_killed_caller() {
+    for binary in Binary::any() {
+        let opened = Opened::start(&busy(binary));
+        let before = opened.trace();
+        let status = caller_of(&opened.guest, "replaced").status().unwrap();
+        assert_eq!(status.signal(), Some(9), "{status}");
+        opened.guest.wait_ticks(3);
+        if !common::backend::by_driver() {
+            wait_for(DEADLINE, || (opened.trace() == before).then_some(()))
+                .unwrap_or_else(|| common::assert_untouched(&opened, &before));
+        }
+    }
+}
+
+/// In a slow drain, each watchdog is killed as soon as it is in charge. At last the caller of the
+/// second snapshot is killed.
+#[test]
+fn watchdogs_that_are_killed_again_and_again_lose_no_byte_and_no_guest() {
+    const KILLS: usize = 20;
+    for binary in Binary::any() {
+        let opened = Opened::start(&busy(binary));
+        let say =
+            |command: &str, arguments| opened.guest.control().execute(command, arguments).unwrap();
+        let bandwidth = say("query-migrate-parameters", json!({}))["max-bandwidth"].clone();
+        for deed in ["whole", "last"] {
+            let before = opened.trace();
+            let mut caller = caller_of(&opened.guest, deed).spawn().unwrap();
+            // The caller names a watchdog in QEMU's settings once it has told it the stage.
+            let wait_in_charge = |pid: u32| {
+                let noted = || {
+                    let parameters = say("query-migrate-parameters", json!({}));
+                    let note = parameters["tls-hostname"].as_str().unwrap_or_default().to_owned();
+                    note.contains(&pid.to_string()).then_some(())
+                };
+                wait_for(DEADLINE, noted).expect("it is named");
+            };
+            let next_watchdog = || {
+                let next = wait_for(DEADLINE, || watchdog_of(caller.id())).expect("it is replaced");
+                wait_in_charge(next);
+                next
+            };
+            // Memory fills the pipe, and waits there until the drain is slow.
+            let first = Pid::from_raw(next_watchdog() as i32).unwrap();
+            kill_process(first, Signal::STOP).unwrap();
+            let armed = || {
+                let ram = say("query-migrate", json!({}))["ram"].clone();
+                let has_pages = |kind: &str| ram[kind].as_u64().unwrap_or(0) > 0;
+                (has_pages("normal") || has_pages("duplicate")).then_some(())
+            };
+            wait_for(DEADLINE, armed).expect("it is armed");
+            say("migrate-set-parameters", json!({ "max-bandwidth": 1 << 20 }));
+            let mut killed = Vec::new();
+            while killed.len() < KILLS {
+                assert_eq!(program_of(next_watchdog()), "instantsnap-watchdog");
+                killed.push(kill_watchdog_of(caller.id()));
+            }
+            killed.dedup();
+            assert_eq!(killed.len(), KILLS);
+            if deed == "last" {
+                next_watchdog();
+                caller.kill().unwrap();
+            }
+            say("migrate-set-parameters", json!({ "max-bandwidth": bandwidth }));
+            assert_eq!(caller.wait().unwrap().success(), deed == "whole");
+            match deed {
+                "whole" => drop(opened.restore_clone("whole")),
+                _ if common::backend::by_driver() => {}
+                _ => wait_for(DEADLINE, || (opened.trace() == before).then_some(()))
+                    .unwrap_or_else(|| common::assert_untouched(&opened, &before)),
+            }
+            opened.guest.wait_ticks(3);
+        }
     }
 }
 
@@ -247,6 +341,134 @@ fn caller_that_is_stopped_in_the_pause_stops_its_guest_until_the_limit_only() {
     }
 }
 
+/// Not a test of its own: a caller whose snapshot is cancelled, and that is stopped before its undo.
+#[process]
+fn caller_stopped_in_the_undo() {
+    let directory = std::env::var("INSTANTSNAP_TEST_DIRECTORY").unwrap();
+    let directory = Path::new(&directory);
+    let handle =
+        open(directory, &directory.join("proxy.sock"), None, &directory.join("state")).unwrap();
+    handle.set_pause_limit(Duration::from_secs(5));
+    let mut observer = At(|phase| match phase {
+        Phase::Switch => std::thread::scope(|scope| {
+            scope.spawn(|| handle.cancel().unwrap());
+        }),
+        Phase::Undo => signal_self(Signal::STOP),
+        _ => {}
+    });
+    handle.create(&named("s"), INSTANTLY, &mut observer).unwrap_err();
+}
+
+/// The caller has told the watchdog that it undoes the snapshot, and has not resumed the guest.
+#[test]
+fn caller_that_is_stopped_in_the_undo_stops_its_guest_until_the_limit_only() {
+    common::backend::by_socket_only();
+    for binary in Binary::any() {
+        let (opened, proxy) = through_proxy(&busy(binary));
+        let before = opened.trace();
+        let mut caller = process(module_path!(), "caller_stopped_in_the_undo")
+            .env("INSTANTSNAP_TEST_DIRECTORY", opened.guest.directory())
+            .spawn()
+            .unwrap();
+        wait_stopped(&caller);
+        // The undo begins with this query.
+        let gate = proxy.hold_reply("query-status", 1);
+        go_on(&caller);
+        assert!(gate.wait_arrived(DEADLINE));
+        kill_process(Pid::from_raw(caller.id() as i32).unwrap(), Signal::STOP).unwrap();
+        wait_stopped(&caller);
+        gate.release();
+        opened.guest.wait_ticks(3);
+        assert!(is_stopped(&caller));
+        go_on(&caller);
+        assert!(caller.wait().unwrap().success());
+        common::assert_untouched(&opened, &before);
+    }
+}
+
+/// Not a test of its own: a caller that begins the migration early.
+#[process]
+fn caller_that_starts_early() {
+    let directory = std::env::var("INSTANTSNAP_TEST_DIRECTORY").unwrap();
+    let directory = Path::new(&directory);
+    let handle =
+        open(directory, &directory.join("proxy.sock"), None, &directory.join("state")).unwrap();
+    handle.set_pause_limit(Duration::from_secs(3));
+    handle.set_early_start(EarlyStart { tries: 1, stop_after: Some(Duration::from_millis(50)) });
+    handle.create(&named("s"), INSTANTLY, &mut ()).unwrap_err();
+}
+
+/// Then nothing more comes from the stream, which is how the watchdog sees that QEMU has armed.
+#[test]
+fn guest_of_a_stopped_caller_runs_again_if_its_migration_has_ended_before_the_arming() {
+    common::backend::by_socket_only();
+    for binary in Binary::all().iter().filter(|binary| binary.version >= (10, 0, 0)) {
+        let machine = machine(binary, 1).long_setup(Duration::from_millis(500));
+        let (opened, proxy) = through_proxy(&machine);
+        let gate = proxy.hold_reply("stop", 1);
+        let mut caller = process(module_path!(), "caller_that_starts_early")
+            .env("INSTANTSNAP_TEST_DIRECTORY", opened.guest.directory())
+            .spawn()
+            .unwrap();
+        assert!(gate.wait_arrived(DEADLINE));
+        kill_process(Pid::from_raw(caller.id() as i32).unwrap(), Signal::STOP).unwrap();
+        wait_stopped(&caller);
+        let say = |command: &str| opened.guest.control().execute(command, json!({})).unwrap();
+        say("migrate_cancel");
+        wait_for(DEADLINE, || (say("query-migrate")["status"] == "cancelled").then_some(()))
+            .expect("it is cancelled");
+        assert_eq!(say("query-status")["running"], false);
+        gate.release();
+        opened.guest.wait_ticks(3);
+        assert!(is_stopped(&caller));
+        go_on(&caller);
+        assert!(caller.wait().unwrap().success());
+        opened.guest.wait_ticks(3);
+    }
+}
+
+/// Not a test of its own: a caller whose sandbox refuses `memfd_create`.
+#[process]
+fn caller_without_memfd() {
+    let directory = std::env::var("INSTANTSNAP_TEST_DIRECTORY").unwrap();
+    let directory = Path::new(&directory);
+    refuse(libc::SYS_memfd_create);
+    let state = directory.join("state");
+    let handle = open(directory, &directory.join("qmp.sock"), None, &state).unwrap();
+    handle.create(&named("taken"), INSTANTLY, &mut ()).unwrap();
+    assert_eq!(handle.stats().unwrap().watchdog, WatchdogKind::Fork);
+}
+
+/// Makes a system call fail with ENOSYS in this process from now on.
+fn refuse(number: libc::c_long) {
+    let step =
+        |code: u32, jt: u8, jf: u8, k: u32| libc::sock_filter { code: code as u16, jt, jf, k };
+    let mut filter = [
+        // The number of the call comes first in what the filter looks at.
+        step(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0, 0),
+        step(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, 0, 1, number as u32),
+        step(libc::BPF_RET | libc::BPF_K, 0, 0, libc::SECCOMP_RET_ERRNO | libc::ENOSYS as u32),
+        step(libc::BPF_RET | libc::BPF_K, 0, 0, libc::SECCOMP_RET_ALLOW),
+    ];
+    let program = libc::sock_fprog { len: filter.len() as u16, filter: filter.as_mut_ptr() };
+    // SAFETY: the program and its filter are live, and the kernel copies them.
+    unsafe {
+        assert_eq!(libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), 0);
+        let mode = libc::SECCOMP_MODE_FILTER;
+        assert_eq!(libc::prctl(libc::PR_SET_SECCOMP, mode, &raw const program, 0, 0), 0);
+    }
+}
+
+#[test]
+fn sandbox_without_memfd_has_a_fork_as_the_watchdog() {
+    let opened = Opened::start(&busy(&Binary::any()[0]));
+    let status = process(module_path!(), "caller_without_memfd")
+        .env("INSTANTSNAP_TEST_DIRECTORY", opened.guest.directory())
+        .status();
+    assert!(status.unwrap().success());
+    opened.restore_clone("taken");
+}
+
 /// Kills the watchdog before the pause, and returns the kind of the one that replaces it.
 fn replace_killed_watchdog() -> Vec<WatchdogKind> {
     let mut kinds = Vec::new();
@@ -258,13 +480,7 @@ fn replace_killed_watchdog() -> Vec<WatchdogKind> {
         std::thread::scope(|scope| {
             let killer = scope.spawn(|| {
                 assert!(gate.wait_arrived(DEADLINE));
-                let pid = watchdog_of(std::process::id()).expect("there is a watchdog");
-                let process =
-                    pidfd_open(Pid::from_raw(pid as i32).unwrap(), PidfdFlags::empty()).unwrap();
-                pidfd_send_signal(&process, Signal::KILL).unwrap();
-                // All of its threads have ended.
-                let ended = rustix::event::PollFd::new(&process, rustix::event::PollFlags::IN);
-                rustix::event::poll(&mut [ended], None).unwrap();
+                let pid = kill_watchdog_of(std::process::id());
                 gate.release();
                 pid
             });

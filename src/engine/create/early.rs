@@ -81,8 +81,9 @@ impl Steps<'_, '_, '_> {
         stream.wait_discarded(self.cancel)?;
         self.journal.image()?.discard_stream()?;
         let settings = &self.prepared.settings;
-        open_stream(self.task, self.guest, settings, self.journal)?;
+        // That migration is over: the next watchdog begins where none has begun.
         self.journal.pop();
+        open_stream(self.task, self.guest, settings, self.journal)?;
         settings.watch(self.guest, mode, self.journal.watchdog_process())?;
         self.journal.stream()?.pass(self.guest)
     }

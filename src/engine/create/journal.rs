@@ -199,12 +199,14 @@ impl<'c, 'o> Journal<'c, 'o> {
         settings(&self.entries)
     }
 
-    /// Waits until all of memory is in the image. Returns the image's size.
-    pub fn wait_saved(&mut self, guest: &mut dyn Guest, cancel: &Cancel) -> Result<u64> {
-        let Journal { entries, clock, .. } = self;
+    /// Waits until all of memory is in the image. Returns the image's size; `None` if the watchdog
+    /// has ended before.
+    pub fn wait_saved(&mut self, guest: &mut dyn Guest, cancel: &Cancel) -> Result<Option<u64>> {
+        let Journal { entries, watchdog, clock, .. } = self;
         let stream = stream(entries).ok_or_else(|| missing("stream"))?;
         let settings = settings(entries).ok_or_else(|| missing("stream"))?;
-        stream.wait_saved(guest, image(entries)?, settings, cancel, &mut **clock)
+        let (image, watchdog) = (image(entries)?, watchdog.ended());
+        stream.wait_saved(guest, image, settings, watchdog, cancel, &mut **clock)
     }
 
     /// Waits for the storage hook that was called.
@@ -239,6 +241,7 @@ impl<'c, 'o> Journal<'c, 'o> {
         pause_limit: Option<Duration>,
         restore: &[(&str, Value)],
     ) -> Result<()> {
+        let stage = self.stage();
         let Journal { entries, watchdog, .. } = self;
         let files: Vec<_> =
             copies(entries).map(nvram::Copy::known).chain([image(entries)?.known()]).collect();
@@ -251,7 +254,7 @@ impl<'c, 'o> Journal<'c, 'o> {
             restore,
             files: &files,
         };
-        watchdog.start(channel, &task);
+        watchdog.start(channel, &task, stage);
         self.clock.stats.watchdog = self.watchdog.kind();
         let process = self.watchdog.drains()?;
         self.stream()?.start(process)

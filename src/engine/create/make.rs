@@ -22,7 +22,7 @@ pub fn make(
     journal: &mut Journal,
 ) -> Result<Record> {
     let prepared = prepare(task, guest, settings, cancel, journal)?;
-    let mut steps = Steps { task, guest, cancel, journal, prepared };
+    let mut steps = Steps { task, guest, cancel, journal, prepared, replaced: 0 };
     steps.replace_lost_watchdog()?;
     let captured = if !task.running {
         steps.capture_paused_domain()?
@@ -67,6 +67,7 @@ impl Steps<'_, '_, '_> {
         let deadline = begun.deadline;
         self.switch_disks(deadline)?;
         self.snapshot_storage(deadline)?;
+        self.replace_lost_watchdog()?;
         self.journal.enter(Entry::Phase(Phase::Arm));
         let captured = self.capture(Some(begun), deadline)?;
         self.resume()?;

@@ -76,6 +76,16 @@ pub fn open_stream(
     journal: &mut Journal,
 ) -> Result<()> {
     journal.set_stream(Stream::open(journal.image()?)?);
+    start_watchdog(task, guest, settings, journal)
+}
+
+/// Starts a watchdog for the stream, which goes on where an earlier one has moved it to.
+pub fn start_watchdog(
+    task: &Task,
+    guest: &mut dyn Guest,
+    settings: &Settings,
+    journal: &mut Journal,
+) -> Result<()> {
     let name = &task.reserved.name;
     let restore = settings.script(task.mode);
     let record = guest.record_file(name).filter(|_| task.flags.keeps_metadata());
@@ -83,7 +93,8 @@ pub fn open_stream(
     let can_resume = !matches!(channel, RecoveryChannel::None);
     // A plain snapshot pauses it until its memory is saved.
     let limited = task.running && task.mode == Mode::Background;
-    let limit = limited.then_some(task.options.pause_limit);
+    let limit =
+        limited.then(|| task.options.pause_limit.saturating_sub(journal.clock.pause_so_far()));
     journal.start_watchdog(channel, &guest.held(), task.reserved, record, limit, &restore)?;
     if task.options.needs_watchdog && !can_resume {
         fail!(

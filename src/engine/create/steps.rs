@@ -6,7 +6,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use super::journal::{Entry, Journal};
 use super::plan::Task;
-use super::prepare::{Prepared, open_stream};
+use super::prepare::{Prepared, start_watchdog};
 use crate::backend::{DEFAULT_TIMEOUT, Guest};
 use crate::cancel::Cancel;
 use crate::deadline::Deadline;
@@ -29,6 +29,8 @@ pub struct Steps<'a, 'c, 'o> {
     pub cancel: &'a Cancel,
     pub journal: &'a mut Journal<'c, 'o>,
     pub prepared: Prepared<'a>,
+    /// How often the watchdog was replaced.
+    pub replaced: u32,
 }
 
 /// Memory and disks that are captured at one instant.
@@ -57,17 +59,24 @@ impl Steps<'_, '_, '_> {
         Deadline::after(self.task.options.pause_limit.saturating_sub(lost))
     }
 
-    /// Looks, before the guest is paused, whether the watchdog is still there; where another process
-    /// has killed it, another takes its place.
+    /// Looks whether the watchdog is still there. If another process has killed it, another takes its
+    /// place, and goes on with the stream. That takes some milliseconds, and even in the pause they
+    /// are worth it: if this process were killed next, the guest would stay paused.
     pub fn replace_lost_watchdog(&mut self) -> Result<()> {
+        /// An administrator's tool or a policy may kill each of them.
+        const MOST: u32 = 100;
         if !self.journal.has_lost_watchdog() {
             return Ok(());
         }
+        self.replaced += 1;
+        if self.replaced > MOST {
+            fail!(SystemError, "the watchdog process was killed {MOST} times");
+        }
         let settings = &self.prepared.settings;
-        // With another stream: a thread of this process may read the first one.
-        open_stream(self.task, self.guest, settings, self.journal)?;
-        settings.watch(self.guest, self.task.mode, self.journal.watchdog_process())?;
-        self.journal.stream()?.pass(self.guest)
+        start_watchdog(self.task, self.guest, settings, self.journal)?;
+        // Without that, the record of the settings names this process, and a process that has ended.
+        let _ = settings.watch(self.guest, self.task.mode, self.journal.watchdog_process());
+        Ok(())
     }
 
     /// Looks whether the limit of the pause has passed: from then on the watchdog may resume the
@@ -87,6 +96,7 @@ impl Steps<'_, '_, '_> {
     }
 
     pub fn switch_disks(&mut self, deadline: Deadline) -> Result<()> {
+        self.replace_lost_watchdog()?;
         self.journal.enter(Entry::Phase(Phase::Switch));
         self.prepared.sizes.check_planned(self.guest, deadline)?;
         self.journal.enter(Entry::Switch);
@@ -111,11 +121,14 @@ impl Steps<'_, '_, '_> {
         };
         let unflushed: Unflushed = std::mem::take(&mut self.prepared.unflushed);
         self.journal.enter(Entry::Storage(Called::begin(hook, call, unflushed)?));
-        self.journal.wait_storage(self.cancel)
+        self.journal.wait_storage(self.cancel)?;
+        // The hook can take long.
+        self.replace_lost_watchdog()
     }
 
     /// Begins the migration of a paused guest.
     pub fn start_migration(&mut self, deadline: Deadline) -> Result<()> {
+        self.replace_lost_watchdog()?;
         self.journal.enter(Entry::Phase(Phase::Arm));
         self.check_limit(deadline)?;
         if self.task.mode == Mode::Background && !self.guest.capabilities().background_keeps_paused
@@ -166,7 +179,7 @@ impl Steps<'_, '_, '_> {
                 Ok(Captured { flow, saved: None, begun })
             }
             Mode::Paused => {
-                let bytes = self.journal.wait_saved(self.guest, self.cancel)?;
+                let bytes = self.wait_saved()?;
                 // If the guest ran meanwhile, QEMU has saved its newer memory, while its writes to
                 // disks are on the overlays.
                 let deadline = Deadline::after(DEFAULT_TIMEOUT);
@@ -223,13 +236,23 @@ impl Steps<'_, '_, '_> {
         }
     }
 
+    /// Waits until all of memory is in the image. Returns the image's size.
+    fn wait_saved(&mut self) -> Result<u64> {
+        loop {
+            match self.journal.wait_saved(self.guest, self.cancel)? {
+                Some(bytes) => return Ok(bytes),
+                None => self.replace_lost_watchdog()?,
+            }
+        }
+    }
+
     /// Waits until all of memory is in the image.
     pub fn drain(&mut self, captured: &Captured) -> Result<()> {
         let bytes = match captured.saved {
             Some(bytes) => bytes,
             None => {
                 self.journal.enter(Entry::Phase(Phase::Drain));
-                self.journal.wait_saved(self.guest, self.cancel)?
+                self.wait_saved()?
             }
         };
         let format = self.journal.stream()?.drain().format();
@@ -240,8 +263,9 @@ impl Steps<'_, '_, '_> {
     }
 
     /// Puts QEMU's settings back, writes the snapshot to stable storage, and records it.
-    pub fn finish(self, record: Record) -> Result<Record> {
-        let Steps { task, guest, cancel, journal, prepared } = self;
+    pub fn finish(mut self, record: Record) -> Result<Record> {
+        self.replace_lost_watchdog()?;
+        let Steps { task, guest, cancel, journal, prepared, .. } = self;
         journal.enter(Entry::Phase(Phase::Finish));
         if task.running {
             // Checked while other clients are locked out: if the guest is stopped now, their

@@ -14,7 +14,7 @@ use crate::backend::{DEFAULT_TIMEOUT, Guest, Liveness};
 use crate::deadline::Deadline;
 use crate::engine::clock::Phase;
 use crate::engine::nvram;
-use crate::engine::watchdog::Stage;
+use crate::engine::watchdog::{LateResume, Stage};
 use crate::error::{Code, Error, Result};
 use crate::image::MemoryImage;
 use crate::migration::{FD_NAME, reactivate_disks, wait_resumable};
@@ -34,13 +34,17 @@ impl Journal<'_, '_> {
     pub fn undo(mut self, guest: &mut dyn Guest, cause: Error) -> Error {
         self.enter(Entry::Phase(Phase::Undo));
         let cause = match self.watchdog.report_undo() {
-            true => {
-                let resumed = "the watchdog had to resume the guest after the limit of its pause: \
-                               this process was stopped, or did not get the CPU";
+            Some(late) => {
+                let what = match late {
+                    LateResume::Done => "had to resume the guest",
+                    LateResume::Failed => "tried in vain to resume the guest",
+                };
+                let why = "this process was stopped, or did not get the CPU";
+                let late = format!("the watchdog {what} after the limit of its pause: {why}");
                 // What failed after that, such as the write check, failed because of it.
-                Error::new(Code::OperationTimeout, cause.and(resumed).message)
+                Error::new(Code::OperationTimeout, cause.and(late).message)
             }
-            false => cause,
+            None => cause,
         };
         let mut left = Vec::new();
         let mut ended = false;
@@ -203,6 +207,7 @@ impl Journal<'_, '_> {
             let again = ended && wait_other_migration(guest) || resumed.is_err();
             if note(if again { ensure_running(guest) } else { resumed }) {
                 self.clock.resumed(guest.last_pause());
+                self.watchdog.report_resumed();
             }
         }
         ended

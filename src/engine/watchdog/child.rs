@@ -4,7 +4,7 @@
 //! caller may have threads, so its fork makes system calls only.
 
 use std::ffi::{CString, c_int};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::time::Duration;
 
 use rustix::io::Errno;
@@ -17,7 +17,7 @@ use super::pause_limit::{PauseLimit, Tried};
 use super::qmp_script::{QmpScript, execute};
 use super::recovery_command::RecoveryCommands;
 use super::remaining::Remaining;
-use super::stage::{DISMISSED, READY, RESUMING, Stage, UNDOING};
+use super::stage::{DISMISSED, NOT_RESUMED, READY, RESUMED, RESUMING, Stage, UNDOING};
 use crate::image::Drain;
 use crate::sys::{self, wait_ready};
 
@@ -78,7 +78,9 @@ impl Child {
     /// program.
     pub fn run(&self, own: Common, drain: Option<Drain>) -> ! {
         let _ = send(&own.lifeline, &[READY], SendFlags::NOSIGNAL);
-        let stage = self.watch(&own, drain.as_ref());
+        // Before the first report, the snapshot is another watchdog's: this one changes nothing, and
+        // leaves the locks, which it shares with that one.
+        let Some(stage) = self.watch(&own, drain.as_ref()) else { sys::exit_now() };
         let Common { monitor, pipe, reservation, held, .. } = own;
         // A snapshot that is recorded is complete.
         let recorded = self.record.as_deref().is_none_or(sys::exists);
@@ -189,64 +191,99 @@ impl Child {
     }
 
     /// Watches the caller. Returns the stage in which the caller has ended, or has left the rest to
-    /// the watchdog.
-    fn watch(&self, own: &Common, drain: Option<&Drain>) -> Stage {
+    /// the watchdog; `None` if the caller has not reported a stage.
+    fn watch(&self, own: &Common, drain: Option<&Drain>) -> Option<Stage> {
         let Common { lifeline, caller, .. } = own;
-        let mut stage = Stage::Prepared;
+        let mut reported = None;
         // If the caller moves the stream itself, there is no limit: the guest of a stopped caller
         // would freeze soon after it was resumed.
         let mut limit = PauseLimit::new(self.pause_limit.filter(|_| drain.is_some()));
         loop {
             wait_ready([Some(lifeline), Some(caller)], limit.wait());
             // First read all that the caller has sent.
-            while wait_ready([Some(lifeline), None], 0) {
+            while wait_ready([Some(lifeline)], 0) {
                 let mut byte = [0];
                 match rustix::io::read(lifeline, &mut byte) {
                     Ok(1) if byte[0] == DISMISSED => sys::exit_now(),
                     Ok(1) if byte[0] == UNDOING => limit.leave_to_caller(),
+                    Ok(1) if byte[0] == RESUMED => limit.end_pause(),
                     Ok(1) => {
-                        let before = stage;
-                        stage = Stage::from_byte(byte[0]).unwrap_or(stage);
-                        limit.report(before, stage);
+                        let before = reported.unwrap_or_default();
+                        reported = Stage::from_byte(byte[0]).or(reported);
+                        limit.report(before, reported.unwrap_or_default());
                     }
                     Err(Errno::INTR) => {}
-                    Ok(_) | Err(_) => return stage,
+                    Ok(_) | Err(_) => return reported,
                 }
             }
-            if wait_ready([Some(caller), None], 0) {
-                return stage;
+            if wait_ready([Some(caller)], 0) {
+                return reported;
             }
             if limit.has_passed() {
-                let is_armed = drain.is_some_and(|drain| drain.bytes() >= BEFORE_ARMED);
-                let too_early = match stage {
-                    // QEMU would overlook the resume: see `Stage::Racing`.
-                    Stage::Racing => !is_armed,
-                    Stage::Migrating => !is_armed && limit.has_resumed(),
-                    _ => false,
+                let tried = match limit.is_left_to_caller() && !is_stopped(caller) {
+                    true => Tried::LeftToCaller,
+                    false => self.resume_in_time(reported.unwrap_or_default(), &limit, own, drain),
                 };
-                limit.tried(match too_early {
-                    true => Tried::TooEarly,
-                    false => self.resume_late(stage, is_armed, own),
-                });
+                limit.tried(tried);
             }
+        }
+    }
+
+    /// Tries to resume the guest of a stopped caller, unless QEMU would overlook that now.
+    fn resume_in_time(
+        &self,
+        stage: Stage,
+        limit: &PauseLimit,
+        own: &Common,
+        drain: Option<&Drain>,
+    ) -> Tried {
+        // A stream that has ended cannot be armed any more: QEMU's migration has failed, for example.
+        let is_armed =
+            drain.is_some_and(|drain| drain.bytes() >= BEFORE_ARMED || drain.outcome().is_some());
+        match stage {
+            // See `Stage::Racing`.
+            Stage::Racing if !is_armed => Tried::TooEarly,
+            Stage::Migrating if !is_armed && limit.has_resumed() => Tried::TooEarly,
+            _ => self.resume_late(stage, is_armed, own),
         }
     }
 
     /// Tries to resume the guest of a stopped caller.
     fn resume_late(&self, stage: Stage, is_armed: bool, own: &Common) -> Tried {
         // This is sent first, so that a caller that finds its guest running can report why.
-        let _ = send(&own.lifeline, &[RESUMING], SendFlags::NOSIGNAL | SendFlags::DONTWAIT);
+        let report = |what| {
+            let _ = send(&own.lifeline, &[what], SendFlags::NOSIGNAL | SendFlags::DONTWAIT);
+        };
+        report(RESUMING);
         let resumed = match &self.recovery {
             Recovery::None => false,
             Recovery::Qmp(script) => script.resume_late(&own.monitor),
-            Recovery::Commands(commands) => commands.resume_late(&own.lifeline),
+            Recovery::Commands(commands) => commands.resume_late([&own.lifeline, &own.caller]),
         };
         if !resumed {
+            report(NOT_RESUMED);
             return Tried::Failed;
         }
         match stage == Stage::Migrating && !is_armed {
             true => Tried::UntilArmed,
+            // On QEMU's socket, the caller's `stop` comes before this `cont`. But a daemon may carry
+            // out the caller's suspend later than virsh's resume.
+            false if matches!(self.recovery, Recovery::Commands(_)) => Tried::ResumedForNow,
             false => Tried::Resumed,
         }
     }
+}
+
+/// Whether a process is stopped, by a signal or a debugger. False if that is not known. This is for
+/// the program only, because it allocates memory.
+fn is_stopped(process: &OwnedFd) -> bool {
+    let state = || {
+        let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", process.as_raw_fd()));
+        let pid: u32 =
+            info.ok()?.lines().find_map(|line| line.strip_prefix("Pid:"))?.trim().parse().ok()?;
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+        // The name of the program, in parentheses, can contain anything.
+        stat.rsplit_once(") ")?.1.chars().next()
+    };
+    matches!(state(), Some('T' | 't'))
 }

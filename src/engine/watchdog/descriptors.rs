@@ -66,14 +66,15 @@ pub fn common(
         .map(|fd| fd.as_raw_fd())
 }
 
-/// The numbers of all the program's descriptors in the caller. `null` is /dev/null.
+/// The numbers of all the program's descriptors in the caller. `null` is /dev/null; `drain` has the
+/// drain's descriptors.
 pub fn all(
     null: &OwnedFd,
     common: [c_int; COMMON],
     description: &OwnedFd,
-    drain: &Drain,
+    drain: [BorrowedFd; Drain::DESCRIPTORS],
 ) -> [c_int; STANDARD + COMMON + MORE] {
-    let more = [description.as_fd()].into_iter().chain(drain.descriptors());
+    let more = [description.as_fd()].into_iter().chain(drain);
     let own = common.into_iter().chain(more.map(|fd| fd.as_raw_fd()));
     let mut all = [null.as_raw_fd(); _];
     all.iter_mut().skip(STANDARD).zip(own).for_each(|(place, fd)| *place = fd);

@@ -54,11 +54,10 @@ use self::description::{Description, Means};
 use self::descriptors::Common;
 pub use self::program::run;
 pub use self::stage::Stage;
-use self::stage::{DISMISSED, READY, RESUMING, UNDOING};
+use self::stage::{DISMISSED, NOT_RESUMED, READY, RESUMED, RESUMING, UNDOING};
 pub use self::task::Task;
 use crate::backend::RecoveryChannel;
 use crate::error::{Error, Result};
-use crate::image::Drain;
 use crate::sys::{self, wait_ready};
 
 /// How long the library waits until a new watchdog is ready.
@@ -76,6 +75,15 @@ pub enum Kind {
     Program,
 }
 
+/// What the watchdog did when the limit of the pause had passed and the caller did not run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LateResume {
+    /// It has resumed the guest, or is about to.
+    Done,
+    /// It could not resume the guest.
+    Failed,
+}
+
 /// The process that takes over if this process ends.
 #[derive(Debug, Default)]
 pub struct Watchdog {
@@ -83,9 +91,9 @@ pub struct Watchdog {
 }
 
 impl Watchdog {
-    /// Starts the watchdog. If no process can be started, there is none, and the caller must not be
-    /// killed.
-    pub fn start(&mut self, channel: RecoveryChannel, task: &Task) {
+    /// Starts the watchdog of a snapshot that is in this stage. It replaces an earlier one. If no
+    /// process can be started, there is none, and the caller must not be killed.
+    pub fn start(&mut self, channel: RecoveryChannel, task: &Task, stage: Stage) {
         let restore = || task.restore.iter().map(|(name, value)| ((*name).into(), value.clone()));
         let (monitor, means) = match channel {
             RecoveryChannel::None => (None, Means::None),
@@ -96,7 +104,16 @@ impl Watchdog {
                 (None, Means::Commands(Box::new(make(task.restore))))
             }
         };
-        self.watchdog = Started::start(monitor, task, Description::new(task, means));
+        let new = Started::start(monitor, task, Description::new(task, means));
+        // The new one acts only after the first report, and the earlier one not after its dismissal:
+        // two at once would disturb each other.
+        if let Some(earlier) = &self.watchdog {
+            earlier.send(DISMISSED);
+        }
+        if let Some(new) = &new {
+            new.send(stage as u8);
+        }
+        self.watchdog = new;
     }
 
     /// The kind of this watchdog.
@@ -108,6 +125,11 @@ impl Watchdog {
     pub fn is_lost(&self) -> bool {
         let process = self.watchdog.as_ref().and_then(|watchdog| watchdog.process.as_ref());
         process.is_some_and(sys::Child::has_ended)
+    }
+
+    /// A descriptor that becomes readable when the watchdog ends; `None` if there is no watchdog.
+    pub fn ended(&self) -> Option<BorrowedFd<'_>> {
+        self.watchdog.as_ref()?.process.as_ref().map(sys::Child::ended)
     }
 
     /// A descriptor that becomes readable when the process that moves the stream ends. `None` if
@@ -126,23 +148,38 @@ impl Watchdog {
         self.watchdog.as_ref()?.process.as_ref().map(sys::Child::id)
     }
 
-    /// Tells the watchdog the stage. Before the first report, the watchdog assumes `Prepared`.
+    /// Tells the watchdog the stage.
     pub fn report_stage(&self, stage: Stage) {
         if let Some(watchdog) = &self.watchdog {
             watchdog.send(stage as u8);
         }
     }
 
-    /// Tells the watchdog that this process undoes the snapshot, and resumes the guest. Returns
-    /// whether the watchdog had to resume the guest before, because the limit of the pause had
-    /// passed.
-    pub fn report_undo(&self) -> bool {
-        let Some(Started { lifeline: Some(lifeline), .. }) = &self.watchdog else { return false };
+    /// Tells the watchdog that this process undoes the snapshot, and resumes the guest. Returns what
+    /// the watchdog did before, if the limit of the pause had passed.
+    pub fn report_undo(&self) -> Option<LateResume> {
+        let Started { lifeline, .. } = self.watchdog.as_ref()?;
+        let lifeline = lifeline.as_ref()?;
         let _ = send(lifeline, &[UNDOING], SendFlags::NOSIGNAL);
+        let mut last = None;
         let mut byte = [0];
-        wait_ready([Some(lifeline), None], 0)
+        while wait_ready([Some(lifeline)], 0)
             && rustix::io::retry_on_intr(|| rustix::io::read(lifeline, &mut byte)) == Ok(1)
-            && byte[0] == RESUMING
+        {
+            last = match byte[0] {
+                RESUMING => Some(LateResume::Done),
+                NOT_RESUMED => Some(LateResume::Failed),
+                _ => last,
+            };
+        }
+        last
+    }
+
+    /// Tells the watchdog that this process has resumed the guest in its undo.
+    pub fn report_resumed(&self) {
+        if let Some(watchdog) = &self.watchdog {
+            watchdog.send(RESUMED);
+        }
     }
 
     /// Dismisses the watchdog of a snapshot that is complete, on disk and recorded. From here on it
@@ -180,7 +217,7 @@ impl Started {
         let caller = pidfd_open(getpid(), PidfdFlags::empty()).ok()?;
         let numbers = |lifeline: &OwnedFd| descriptors::common(lifeline, &caller, monitor, task);
         Started::begin(Kind::Program, |lifeline| {
-            start_program(numbers(lifeline), &description, task.drain)
+            start_program(numbers(lifeline), &description, task)
         })
         .or_else(|| {
             let child = Child::new(description);
@@ -254,8 +291,9 @@ impl Drop for Started {
 fn start_program(
     common: [c_int; descriptors::COMMON],
     description: &Description,
-    drain: &Drain,
+    task: &Task,
 ) -> io::Result<sys::Child> {
+    let drain = task.drain.descriptors().ok_or(io::ErrorKind::Unsupported)?;
     let command_line = program::command_line().ok_or(io::ErrorKind::NotFound)?;
     let words = serde_json::to_vec(description)?;
     let told = memfd_create(c"instantsnap", MemfdFlags::CLOEXEC)?;

@@ -22,18 +22,31 @@ const LATER: Duration = Duration::from_secs(1);
 const SOON: Duration = Duration::from_millis(20);
 /// The time between two tries to resume the guest.
 const AGAIN: Duration = Duration::from_secs(1);
-/// The number of tries to resume the guest.
-const TRIES: u32 = 10;
+/// The number of tries to resume the guest. A daemon that is being restarted can take minutes.
+const TRIES: u32 = 300;
+/// After a resume that a daemon has carried out, the guest is resumed once more after each of these
+/// times: a suspend that the stopped caller had asked for may come later, because libvirt lets a
+/// call wait for another one's end for 30 seconds.
+const LATE_SUSPEND: [Duration; 2] = [Duration::from_secs(1), Duration::from_secs(31)];
+/// The watchdog leaves the guest to a caller that runs and undoes the snapshot, but for no longer
+/// than this: longer than that caller tries to resume the guest.
+const UNDO: Duration = Duration::from_secs(600);
 
 /// Decides when the watchdog resumes the guest in the caller's place.
 #[derive(Debug)]
 pub struct PauseLimit {
     limit: Option<Duration>,
     due: Option<Duration>,
+    /// Whether the caller has paused the guest, and not resumed it.
+    paused: bool,
     /// The number of tries that are left.
     left: u32,
     /// Whether the watchdog has resumed the guest in this pause.
     resumed: bool,
+    /// Until when the guest is left to a caller that runs.
+    left_to_caller: Option<Duration>,
+    /// How often a daemon has resumed the guest.
+    looks: usize,
 }
 
 /// The outcome of a try to resume the guest.
@@ -41,31 +54,64 @@ pub struct PauseLimit {
 pub enum Tried {
     /// The guest runs.
     Resumed,
+    /// The guest runs, but a daemon may yet carry out a suspend of the caller.
+    ResumedForNow,
     /// The guest runs, and must be resumed once more when QEMU has armed.
     UntilArmed,
     /// QEMU has not armed yet, and would overlook the resume.
     TooEarly,
+    /// Nothing was tried, because the caller runs, and undoes the snapshot.
+    LeftToCaller,
     Failed,
 }
 
 impl PauseLimit {
     pub fn new(limit: Option<Duration>) -> PauseLimit {
-        PauseLimit { limit: limit.map(|limit| limit + LATER), due: None, left: 0, resumed: false }
+        PauseLimit {
+            limit: limit.map(|limit| limit + LATER),
+            due: None,
+            paused: false,
+            left: 0,
+            resumed: false,
+            left_to_caller: None,
+            looks: 0,
+        }
     }
 
     /// Notes that the snapshot has gone from one stage to another.
     pub fn report(&mut self, before: Stage, stage: Stage) {
         if !stage.is_paused() {
-            self.due = None;
+            self.end_pause();
         } else if !before.is_paused() {
-            self.due = self.limit.map(|limit| now() + limit);
-            (self.left, self.resumed) = (TRIES, false);
+            self.begin();
+            self.resumed = false;
         }
     }
 
-    /// Notes that the caller has begun the undo, which resumes the guest.
+    fn begin(&mut self) {
+        self.due = self.limit.map(|limit| now() + limit);
+        (self.left, self.looks) = (TRIES, 0);
+        self.paused = true;
+    }
+
+    /// Notes that the caller has begun the undo, which resumes the guest. A caller that is stopped
+    /// in the undo has the same limit once more.
     pub fn leave_to_caller(&mut self) {
+        if self.paused {
+            self.begin();
+            self.left_to_caller = Some(now() + UNDO);
+        }
+    }
+
+    /// Whether the guest is left to the caller, if the caller runs.
+    pub fn is_left_to_caller(&self) -> bool {
+        self.left_to_caller.is_some_and(|end| now() < end)
+    }
+
+    /// Notes that the caller has resumed the guest.
+    pub fn end_pause(&mut self) {
         self.due = None;
+        self.paused = false;
     }
 
     /// The milliseconds until the limit passes, or until the next try; -1 if there is neither.
@@ -86,13 +132,20 @@ impl PauseLimit {
 
     /// Notes the outcome of a try.
     pub fn tried(&mut self, tried: Tried) {
-        self.resumed |= matches!(tried, Tried::Resumed | Tried::UntilArmed);
+        self.resumed |= matches!(tried, Tried::Resumed | Tried::ResumedForNow | Tried::UntilArmed);
         self.left = self.left.saturating_sub(u32::from(tried == Tried::Failed));
-        self.due = match tried {
+        let wait = match tried {
             Tried::Resumed => None,
-            Tried::UntilArmed | Tried::TooEarly => Some(now() + SOON),
-            Tried::Failed => (self.left > 0).then(|| now() + AGAIN),
+            Tried::ResumedForNow => {
+                let look = LATE_SUSPEND.get(self.looks).copied();
+                self.looks += 1;
+                look
+            }
+            Tried::UntilArmed | Tried::TooEarly => Some(SOON),
+            Tried::LeftToCaller => Some(AGAIN),
+            Tried::Failed => (self.left > 0).then_some(AGAIN),
         };
+        self.due = wait.map(|wait| now() + wait);
     }
 }
 
@@ -112,12 +165,35 @@ mod tests {
         assert_eq!(limit.due, due, "it is one pause");
         limit.report(Stage::Migrating, Stage::Draining);
         assert_eq!(limit.wait(), -1);
-        limit.report(Stage::Prepared, Stage::Paused);
         limit.leave_to_caller();
-        assert_eq!(limit.wait(), -1);
+        assert_eq!(limit.wait(), -1, "the guest runs");
         let mut unlimited = PauseLimit::new(None);
         unlimited.report(Stage::Prepared, Stage::Paused);
         assert_eq!(unlimited.wait(), -1);
+    }
+
+    #[test]
+    fn a_caller_that_undoes_has_the_limit_again_until_it_has_resumed_the_guest() {
+        let mut limit = PauseLimit::new(Some(Duration::ZERO));
+        limit.report(Stage::Prepared, Stage::Paused);
+        limit.tried(Tried::Resumed);
+        assert_eq!((limit.wait(), limit.is_left_to_caller()), (-1, false));
+        limit.leave_to_caller();
+        assert!(limit.wait() > 0 && limit.is_left_to_caller());
+        limit.end_pause();
+        assert_eq!(limit.wait(), -1);
+    }
+
+    #[test]
+    fn a_daemon_that_suspends_late_is_expected_for_some_time() {
+        let mut limit = PauseLimit::new(Some(Duration::ZERO));
+        limit.report(Stage::Prepared, Stage::Paused);
+        for _ in LATE_SUSPEND {
+            limit.tried(Tried::ResumedForNow);
+            assert!(limit.wait() > 0 && limit.has_resumed());
+        }
+        limit.tried(Tried::ResumedForNow);
+        assert_eq!(limit.wait(), -1);
     }
 
     #[test]

@@ -46,17 +46,17 @@ impl RecoveryCommand {
         let Some(command_line) = &self.command_line else { return false };
         let Some(program) = Program::start(command_line, stdio) else { return false };
         // Meanwhile the stream is read, because QEMU may be waiting for that.
-        while !program.wait_ended((!stream.ended).then_some(&stream.pipe)) {
+        while !program.wait_ended([(!stream.ended).then_some(&stream.pipe), None]) {
             stream.discard();
         }
         program.succeeded()
     }
 
-    /// Runs the program in the same way, but kills it if this descriptor becomes readable.
-    fn run_unless(&self, readable: &OwnedFd) -> bool {
+    /// Runs the program in the same way, but kills it if one of these descriptors becomes readable.
+    fn run_unless(&self, readable: [&OwnedFd; 2]) -> bool {
         let Some(command_line) = &self.command_line else { return false };
         let Some(program) = Program::start(command_line, Stdio::Null) else { return false };
-        if !program.wait_ended(Some(readable)) {
+        if !program.wait_ended(readable.map(Some)) {
             program.kill();
             return false;
         }
@@ -147,16 +147,21 @@ impl RecoveryCommands {
         }
     }
 
-    /// Resumes the guest.
+    /// Resumes the guest. A daemon that is restarted between two tries is waited for again.
     pub fn resume(&self, stream: &mut Remaining) {
-        self.wait_for_daemon(stream);
-        repeat(&self.resume, TRIES, stream);
+        for _ in 0..TRIES {
+            self.wait_for_daemon(stream);
+            if repeat(&self.resume, 1, stream) {
+                return;
+            }
+        }
     }
 
-    /// Tries once to resume the guest of a stopped caller. Gives up if the caller goes on and
-    /// writes to its lifeline. Returns whether the guest was resumed.
-    pub fn resume_late(&self, lifeline: &OwnedFd) -> bool {
-        self.resume.iter().any(|command| command.run_unless(lifeline))
+    /// Tries once to resume the guest of a stopped caller. Gives up if one of these becomes readable:
+    /// the caller's lifeline, because the caller goes on, and a descriptor of the caller's process,
+    /// because that has ended. Returns whether the guest was resumed.
+    pub fn resume_late(&self, caller: [&OwnedFd; 2]) -> bool {
+        self.resume.iter().any(|command| command.run_unless(caller))
     }
 
     /// Whether a migration is under way; `None` if that cannot be learnt now.
@@ -188,11 +193,11 @@ impl RecoveryCommands {
 }
 
 /// Runs the commands in order, once a second, until one of them succeeds. Stops after `tries`
-/// times.
-fn repeat(commands: &[RecoveryCommand], tries: u32, stream: &mut Remaining) {
+/// times. Returns whether one has succeeded.
+fn repeat(commands: &[RecoveryCommand], tries: u32, stream: &mut Remaining) -> bool {
     for _ in 0..tries {
         if commands.iter().any(|command| command.run(stream)) {
-            return;
+            return true;
         }
         if stream.ended {
             sys::wait_ready([None, None], PAUSE_MS);
@@ -201,4 +206,5 @@ fn repeat(commands: &[RecoveryCommand], tries: u32, stream: &mut Remaining) {
             stream.discard();
         }
     }
+    false
 }

@@ -6,8 +6,12 @@
 pub const DISMISSED: u8 = b'Q';
 /// The caller says: it has begun to undo the snapshot.
 pub const UNDOING: u8 = b'U';
+/// The caller says: in its undo, it has resumed the guest.
+pub const RESUMED: u8 = b'G';
 /// The watchdog says: the limit of the pause has passed, and it resumes the guest.
 pub const RESUMING: u8 = b'l';
+/// The watchdog says: that has failed so far.
+pub const NOT_RESUMED: u8 = b'n';
 /// The watchdog says: it is ready, and has its own descriptors only.
 pub const READY: u8 = b'r';
 

@@ -2,11 +2,14 @@
 
 //! Waits until all of memory is in its image, and QEMU says that the migration has completed.
 
+use std::os::fd::BorrowedFd;
 use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, poll};
 
 use super::{Stream, wait_either};
 use crate::backend::{DEFAULT_TIMEOUT, Guest, Liveness};
-use crate::cancel::Cancel;
+use crate::cancel::{Cancel, timeout};
 use crate::deadline::Deadline;
 use crate::error::{Code, Result, fail};
 use crate::image::MemoryImage;
@@ -22,15 +25,17 @@ const QUIET: Duration = Duration::from_secs(1);
 
 impl Stream {
     /// Waits until all of memory is in the file, and QEMU says that the migration has completed.
-    /// Returns the size of the image.
+    /// Returns the size of the image. Returns `None` if `watchdog`, which becomes readable when the
+    /// watchdog ends, is readable first: the watchdog may have moved the stream.
     pub fn wait_saved(
         &self,
         guest: &mut dyn Guest,
         image: &MemoryImage,
         settings: &Settings,
+        watchdog: Option<BorrowedFd>,
         cancel: &Cancel,
         observer: &mut dyn FlowObserver,
-    ) -> Result<u64> {
+    ) -> Result<Option<u64>> {
         let so_far = Flow { done: self.flow(None).done, ..observer.flow() };
         let mut meter = observer.interval().map(|interval| Meter::new(interval, so_far));
         let mut quiet = Quiet::new(self.drain.bytes());
@@ -50,6 +55,9 @@ impl Stream {
                     Ok(bytes) => bytes,
                 };
             }
+            if watchdog.is_some_and(is_readable) {
+                return Ok(None);
+            }
             if quiet.is_long(self.drain.bytes()) {
                 muddled |= self.look_for_end(guest, image, settings)?;
                 quiet = Quiet::new(self.drain.bytes());
@@ -59,17 +67,17 @@ impl Stream {
                 continue;
             }
             let at_most = meter.as_ref().map_or(QUIET, |meter| meter.left().min(QUIET));
-            wait_either(&self.drain, cancel, Some(at_most))?;
+            wait_either(&self.drain, cancel, watchdog, Some(at_most))?;
         };
         // The stream ends a moment before QEMU says that the migration has ended.
         match wait_ended(guest, settings, Deadline::after(DEFAULT_TIMEOUT))? {
-            Ended::Completed => Ok(self.offset + bytes),
+            Ended::Completed => Ok(Some(self.offset + bytes)),
             // The failure is that of another client's migration, which came after the snapshot's.
             // Then the stream itself shows whether it is whole.
             Ended::Failed(reason)
                 if (muddled || reason.contains(LOCK)) && image.has_whole_stream()? =>
             {
-                Ok(self.offset + bytes)
+                Ok(Some(self.offset + bytes))
             }
             Ended::Failed(reason) => fail!(OperationFailed, "cannot save memory: {reason}"),
         }
@@ -127,6 +135,11 @@ impl Stream {
         self.drain.end_when_empty();
         Ok(muddled)
     }
+}
+
+fn is_readable(fd: BorrowedFd) -> bool {
+    let mut fds = [PollFd::from_borrowed_fd(fd, PollFlags::IN)];
+    poll(&mut fds, Some(&timeout(Duration::ZERO))).is_ok_and(|ready| ready > 0)
 }
 
 /// The number of bytes that have come, and since when no more have come.

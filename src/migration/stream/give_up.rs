@@ -53,8 +53,7 @@ impl Stream {
             mode == Mode::Background && guest.capabilities().background_can_be_cancelled;
         let mut stopping = None;
         loop {
-            // If the process that moved the stream has ended, a thread of this one reads the rest.
-            let _ = self.drain.outcome();
+            self.drain.go_on_if_lost();
             if self.is_closed() {
                 return Ok(());
             }
@@ -88,8 +87,9 @@ impl Stream {
     pub fn wait_discarded(&self, cancel: &Cancel) -> Result<()> {
         self.drain.end_when_empty();
         while self.drain.outcome().is_none() {
+            self.drain.go_on_if_lost();
             cancel.check()?;
-            wait_either(&self.drain, cancel, None)?;
+            wait_either(&self.drain, cancel, None, Some(LOOK))?;
         }
         Ok(())
     }

@@ -5,7 +5,7 @@
 mod drain;
 mod give_up;
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, poll};
@@ -48,8 +48,8 @@ impl Stream {
         Ok(Stream { drain, offset, spare, write: Some(write) })
     }
 
-    /// Leaves the stream to `process`, which moves it already. If none is given, starts a thread
-    /// that moves it.
+    /// Leaves the stream to `process`, which moves it already. If none is given, a thread of this
+    /// process moves it. Either goes on where an earlier process was killed.
     pub fn start(&mut self, process: Option<OwnedFd>) -> Result<()> {
         match process {
             Some(process) => self.drain.leave_to(process),
@@ -101,11 +101,17 @@ impl Stream {
     }
 }
 
-/// Waits until the drain has ended or the snapshot is cancelled, at most for this time.
-fn wait_either(drain: &Drain, cancel: &Cancel, at_most: Option<Duration>) -> Result<()> {
-    let [done, process] = drain.ends();
-    let mut fds =
-        [done, process, cancel.event()].map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN));
+/// Waits until the drain has ended, the snapshot is cancelled, or `other` is readable, at most for
+/// this time.
+fn wait_either(
+    drain: &Drain,
+    cancel: &Cancel,
+    other: Option<BorrowedFd>,
+    at_most: Option<Duration>,
+) -> Result<()> {
+    let done = drain.done();
+    let mut fds = [done, other.unwrap_or(done), cancel.event()]
+        .map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN));
     match poll(&mut fds, at_most.map(timeout).as_ref()) {
         Ok(_) | Err(Errno::INTR) => Ok(()),
         Err(errno) => Err(Error::system("cannot wait for memory to be saved", errno)),
