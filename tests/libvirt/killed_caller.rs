@@ -24,7 +24,39 @@ use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
 const PHASES: [Phase; 5] = [Phase::Pause, Phase::Switch, Phase::Arm, Phase::Drain, Phase::Finish];
 
-/// The process that the tests below start. It kills itself in the phase that it is told.
+/// The size of the stack that musl gives to a thread.
+const SMALL_STACK: usize = 128 << 10;
+
+extern "C" fn ignore(_signal: std::ffi::c_int) {}
+
+/// Blocks or unblocks the timer's signal in this thread.
+fn block_interruptions(how: std::ffi::c_int) {
+    // SAFETY: `sigemptyset` initialises the set.
+    unsafe {
+        let mut set = std::mem::zeroed();
+        libc::sigemptyset(&raw mut set);
+        libc::sigaddset(&raw mut set, libc::SIGALRM);
+        assert_eq!(libc::pthread_sigmask(how, &raw const set, std::ptr::null_mut()), 0);
+    }
+}
+
+/// From now on signals interrupt this thread's system calls all the time, as a profiler's timer
+/// does.
+fn begin_interruptions() {
+    block_interruptions(libc::SIG_UNBLOCK);
+    let every = libc::timeval { tv_sec: 0, tv_usec: 500 };
+    let timer = libc::itimerval { it_interval: every, it_value: every };
+    // SAFETY: the handler does nothing, and the structures are initialised: without SA_RESTART.
+    unsafe {
+        let mut action: libc::sigaction = std::mem::zeroed();
+        action.sa_sigaction = ignore as *const () as libc::sighandler_t;
+        assert_eq!(libc::sigaction(libc::SIGALRM, &raw const action, std::ptr::null_mut()), 0);
+        assert_eq!(libc::setitimer(libc::ITIMER_REAL, &raw const timer, std::ptr::null_mut()), 0);
+    }
+}
+
+/// The process that the tests below start. It kills itself in the phase that it is told. Its thread
+/// has a small stack, and is interrupted by signals.
 #[process]
 fn child() {
     let uri = std::env::var("INSTANTSNAP_TEST_URI").unwrap();
@@ -42,7 +74,16 @@ fn child() {
                 .unwrap();
         }
     });
-    handle.create(&variable("XML"), flags, &mut observer).unwrap();
+    let xml = variable("XML");
+    block_interruptions(libc::SIG_BLOCK);
+    let take = || {
+        begin_interruptions();
+        handle.create(&xml, flags, &mut observer).unwrap();
+    };
+    std::thread::scope(|scope| {
+        let thread = std::thread::Builder::new().stack_size(SMALL_STACK);
+        thread.spawn_scoped(scope, take).unwrap().join().unwrap();
+    });
     assert_eq!(flags & HALT, HALT, "it was to be killed");
     // The test kills the process while it sleeps.
     std::thread::sleep(Duration::from_secs(600));

@@ -5,7 +5,7 @@
 
 use std::ffi::c_int;
 use std::os::unix::process::ExitStatusExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
@@ -16,7 +16,7 @@ use instantsnap::engine::{EarlyStart, Phase, WatchdogKind};
 use instantsnap::error::Code;
 use instantsnap_testkit::compile::{gcc, workspace};
 use instantsnap_testkit::program::process;
-use instantsnap_testkit::{Binary, DEADLINE, Guest, Machine, process, test, wait_for};
+use instantsnap_testkit::{Binary, DEADLINE, Guest, Machine, process, skip, test, wait_for};
 use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open, pidfd_send_signal};
 use serde_json::json;
 
@@ -424,6 +424,70 @@ fn guest_of_a_stopped_caller_runs_again_if_its_migration_has_ended_before_the_ar
         go_on(&caller);
         assert!(caller.wait().unwrap().success());
         opened.guest.wait_ticks(3);
+    }
+}
+
+/// A cgroup (v2) of the test's.
+struct Cgroup(PathBuf);
+
+impl Cgroup {
+    fn create() -> Option<Cgroup> {
+        let mounts = std::fs::read_to_string("/proc/self/mounts").ok()?;
+        let mount = mounts.lines().find(|line| line.split(' ').nth(2) == Some("cgroup2"))?;
+        let name = format!("instantsnap-test-{}", std::process::id());
+        let directory = Path::new(mount.split(' ').nth(1)?).join(name);
+        std::fs::create_dir(&directory).ok()?;
+        Some(Cgroup(directory))
+    }
+}
+
+impl Drop for Cgroup {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir(&self.0);
+    }
+}
+
+/// Not a test of its own: a caller whose environment names a cgroup for the watchdog.
+#[process]
+fn caller_with_a_cgroup() {
+    let directory = std::env::var("INSTANTSNAP_TEST_DIRECTORY").unwrap();
+    let directory = Path::new(&directory);
+    let state = directory.join("state");
+    let handle = open(directory, &directory.join("qmp.sock"), None, &state).unwrap();
+    let mut cgroup = None;
+    let mut observer = At(|phase| {
+        if phase == Phase::Drain {
+            let pid = watchdog_of(std::process::id()).expect("there is a watchdog");
+            cgroup = Some(std::fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap());
+        }
+    });
+    handle.create(&named("s"), INSTANTLY, &mut observer).unwrap();
+    let place = std::env::var("INSTANTSNAP_WATCHDOG_CGROUP").unwrap();
+    let name = Path::new(&place).file_name().unwrap().to_str().unwrap();
+    let is_there = cgroup.unwrap().contains(name);
+    let kind = handle.stats().unwrap().watchdog;
+    match Path::new(&place).exists() {
+        true => assert_eq!((is_there, kind), (true, WatchdogKind::Program)),
+        false => {
+            assert_eq!((is_there, kind), (false, WatchdogKind::Fork));
+            handle.set_needs_watchdog(true);
+            let error = handle.create(&named("refused"), INSTANTLY, &mut ()).unwrap_err();
+            assert_says(&error, Code::OperationFailed, &["cgroup"]);
+        }
+    }
+}
+
+#[test]
+fn watchdog_enters_the_cgroup_that_its_caller_names() {
+    let Some(cgroup) = Cgroup::create() else { skip("no cgroup (v2) can be made here") };
+    for place in [cgroup.0.clone(), cgroup.0.join("none")] {
+        let opened = Opened::start(&busy(&Binary::any()[0]));
+        let status = process(module_path!(), "caller_with_a_cgroup")
+            .env("INSTANTSNAP_TEST_DIRECTORY", opened.guest.directory())
+            .env("INSTANTSNAP_WATCHDOG_CGROUP", &place)
+            .status();
+        assert!(status.unwrap().success(), "{}", place.display());
+        opened.restore_clone("s");
     }
 }
 

@@ -110,6 +110,13 @@ pub fn start_watchdog(
              this process may have reached a limit of processes or of file descriptors"
         );
     }
+    if task.options.needs_watchdog && !journal.watchdog.is_placed() {
+        fail!(
+            OperationFailed,
+            "the watchdog cannot enter the cgroup that INSTANTSNAP_WATCHDOG_CGROUP names, or the \
+             program instantsnap-watchdog cannot be started"
+        );
+    }
     Ok(())
 }
 

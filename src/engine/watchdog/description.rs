@@ -9,6 +9,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use super::cgroup;
 use super::task::Task;
 use crate::backend::{MonitorOverlay, RecoveryCommands};
 use crate::image::Format;
@@ -34,6 +35,9 @@ pub struct Description {
     pub offset: u64,
     /// The format that the memory image is to have.
     pub format: Format,
+    /// The directory of the cgroup that the program moves itself to; `None` if it stays in the
+    /// caller's.
+    pub cgroup: Option<AbsolutePath>,
 }
 
 /// The means by which a watchdog reaches the guest.
@@ -62,6 +66,7 @@ impl Description {
             pause_limit: task.pause_limit,
             offset: task.drain.offset(),
             format: task.drain.format(),
+            cgroup: cgroup::setting().map(|directory| AbsolutePath(from_root(&directory))),
         }
     }
 

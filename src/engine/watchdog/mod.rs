@@ -22,6 +22,7 @@
 //! library made for the snapshot. An overlay that it cannot merge stays, and the watchdog reports
 //! it to the machine's log.
 
+mod cgroup;
 mod child;
 mod complaint;
 mod description;
@@ -125,6 +126,12 @@ impl Watchdog {
     pub fn is_lost(&self) -> bool {
         let process = self.watchdog.as_ref().and_then(|watchdog| watchdog.process.as_ref());
         process.is_some_and(sys::Child::has_ended)
+    }
+
+    /// Whether the watchdog is where the caller wants it: if the caller's environment names a cgroup,
+    /// only the program enters it.
+    pub fn is_placed(&self) -> bool {
+        self.kind() == Kind::Program || cgroup::setting().is_none()
     }
 
     /// A descriptor that becomes readable when the watchdog ends; `None` if there is no watchdog.

@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 
 use rustix::process::DumpableBehavior;
 
+use super::cgroup;
 use super::child::Child;
 use super::description::Description;
 use super::descriptors::Inherited;
@@ -91,6 +92,10 @@ pub unsafe fn run() -> Result<Infallible, &'static str> {
         .and_then(|_| serde_json::from_slice(&text).ok())
         .filter(Description::is_current)
         .ok_or("another version of libinstantsnap has started this program")?;
+    // Before it has threads, which cannot all enter some cgroups.
+    if let Some(cgroup) = &description.cgroup {
+        cgroup::enter(&cgroup.0).map_err(|_| "the cgroup cannot be entered")?;
+    }
     let cannot_move = "the stream cannot be moved";
     let pipe = common.pipe.try_clone().map_err(|_| cannot_move)?;
     let Description { offset, format, .. } = description;
