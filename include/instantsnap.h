@@ -58,9 +58,11 @@
  *   freeze the guest otherwise), restores the migration settings, merges the overlays (except those
  *   that a driver's disks were switched to) and removes what the library made for the snapshot. An
  *   overlay that it cannot merge stays in use; the watchdog reports it to the machine's log
- *   (/dev/log). The watchdog raises no SIGCHLD, and no wait() of the caller returns it. It is in
- *   the caller's cgroup: if the whole cgroup is ended (by the end of a container, or systemd's
- *   KillMode=control-group), the watchdog ends too.
+ *   (/dev/log). A watchdog that is killed is replaced by another one, which goes on where it was.
+ *   The watchdog raises no SIGCHLD, and no wait() of the caller returns it. It is in the caller's
+ *   cgroup: if the whole cgroup is ended (by the end of a container, or systemd's
+ *   KillMode=control-group), the watchdog ends too. INSTANTSNAP_WATCHDOG_CGROUP in the environment
+ *   names the directory of another cgroup (v2), which the program enters; a fork does not.
  *
  *   The library runs `qemu-img` for instantsnap_snapshot_prepare_revert() and
  *   instantsnap_snapshot_delete(), and when QEMU itself ends during a snapshot. The build fixes
@@ -622,7 +624,8 @@ int instantsnap_set_overlap_tries(instantsnap_guest *guest, unsigned int tries);
 /**
  * Says whether a snapshot is refused if no watchdog can be started for it. By default it is taken
  * without one, and instantsnap_stats.watchdog says so: then this process must not be killed during
- * the snapshot.
+ * the snapshot. A watchdog that cannot enter the cgroup that INSTANTSNAP_WATCHDOG_CGROUP names does
+ * not count.
  *
  * @required  1: the snapshot fails with VIR_ERR_OPERATION_FAILED, and everything is undone; 0: the
  *            default. Applies to calls that begin later.

@@ -321,8 +321,8 @@ unsafe impl<const N: usize> Sync for SharedNumbers<N> {}
 impl<const N: usize> SharedNumbers<N> {
     const SIZE: usize = size_of::<[AtomicU64; N]>();
 
-    /// Makes new numbers. If the kernel or a sandbox refuses memory that has a descriptor, only forks
-    /// of this process can share them.
+    /// Makes new numbers. If the kernel or a sandbox refuses memory that has a descriptor, only
+    /// forks of this process can share them.
     pub fn new() -> io::Result<SharedNumbers<N>> {
         match memfd_create(c"instantsnap", MemfdFlags::CLOEXEC) {
             Ok(memory) => {

@@ -10,9 +10,9 @@
 //! at its next write to a page that is not saved yet. Data that cannot be written, or is not wanted
 //! any more, is discarded.
 //!
-//! If the process that moves the stream is killed, another process goes on where it has stopped, and
-//! no byte is lost: see [`Shared::take_over`]. For a sparse image that does not hold, because
-//! the process alone knows which pages are in the file: then the snapshot fails.
+//! If the process that moves the stream into a raw image is killed, another process goes on where it
+//! has stopped, and no byte is lost: see [`Shared::take_over`]. Only the process that writes a sparse
+//! image knows which pages are in the file. If it is killed, the snapshot fails.
 
 use std::fs::File;
 use std::io;
@@ -363,15 +363,16 @@ impl Shared {
     ///
     /// 1. It moves bytes from QEMU's pipe to the second pipe, which is empty.
     /// 2. It adds their number to `BYTES`.
-    /// 3. It moves them to the file, in parts. The kernel removes a part from the pipe only after it
-    ///    has written that part to the file.
+    /// 3. It moves them to the file, in parts. The kernel removes a part from the pipe only after
+    ///    it has written that part to the file.
     /// 4. When the second pipe is empty, it sets `EMPTIED` to `BYTES`.
     ///
     /// Before step 2, `BYTES` is equal to `EMPTIED`, and nothing of what the second pipe has is in
     /// the file. From step 2 to step 4 `BYTES` is greater, and counts all that was taken: all but
-    /// what the second pipe still has is in the file. So the numbers are exact, although the process
-    /// may have been killed between a move and the step that notes it. (If it was killed inside step
-    /// 3, a part may be in the file and in the pipe. It is written again, to the same place.)
+    /// what the second pipe still has is in the file. So the numbers are exact, although the
+    /// process may have been killed between a move and the step that notes it. (If it was killed
+    /// inside step 3, a part may be in the file and in the pipe. It is written again, to the same
+    /// place.)
     fn take_over(&self) -> std::result::Result<u64, Stopped> {
         let [taken, emptied] =
             [BYTES, EMPTIED].map(|number| self.numbers[number].load(Ordering::Acquire));
@@ -479,8 +480,8 @@ fn splice_chunk(
     splice(pipe, None, file, Some(&mut offset), length, SpliceFlags::MOVE)
 }
 
-/// Does the same by a copy. Like the kernel, it removes bytes from the pipe only after it has written
-/// them to the file.
+/// Does the same by a copy. Like the kernel, it removes bytes from the pipe only after it has
+/// written them to the file.
 fn copy_chunk(
     pipe: &OwnedFd,
     file: &File,

@@ -9,6 +9,7 @@ use std::sync::OnceLock;
 use std::time::Duration;
 
 use common::inside::{INSTANT, LIVE, Subject, answer, has_mapped, library, session};
+use common::watchdog::{kill_watchdog_of, program_of, watchdog_of};
 use common::{ALL_SECTORS, files_below, machine};
 use instantsnap_testkit::compile::{gcc, workspace};
 use instantsnap_testkit::{
@@ -577,6 +578,27 @@ fn daemon_stopped_by_a_signal_does_not_freeze_its_guest_in_the_drain() {
     drop(slowed);
     subject.guest.wait_ticks(3);
     kill_process(pid, Signal::CONT).unwrap();
+    assert_eq!(answer(child.wait_with_output().unwrap()).as_deref(), Ok("s"));
+    subject.restore_clone("s", &Daemon::session());
+}
+
+/// The client is stopped meanwhile. The image has every byte, as the clone shows.
+#[test]
+fn watchdog_of_a_daemon_that_is_killed_is_a_program_and_is_replaced_by_another() {
+    let daemon = session(&[]);
+    let subject = Subject::start(&busy_machine(), &daemon);
+    let child = subject.spawn("s");
+    let slowed = subject.slow_down("s");
+    let client = Pid::from_raw(child.id() as i32).unwrap();
+    kill_process(client, Signal::STOP).unwrap();
+    let first = kill_watchdog_of(daemon.pid());
+    let next = wait_for(Duration::from_secs(60), || {
+        watchdog_of(daemon.pid()).filter(|next| program_of(*next) == "instantsnap-watchdog")
+    });
+    assert!(next.expect("it is replaced") != first);
+    drop(slowed);
+    subject.guest.wait_ticks(3);
+    kill_process(client, Signal::CONT).unwrap();
     assert_eq!(answer(child.wait_with_output().unwrap()).as_deref(), Ok("s"));
     subject.restore_clone("s", &Daemon::session());
 }

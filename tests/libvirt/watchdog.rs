@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use common::virt::OpenedDomain;
+use common::watchdog::{kill_watchdog_of, program_of, watchdog_of};
 use common::{At, Handle, INSTANTLY, assert_says, machine};
 use instantsnap::backend::LibvirtConnector;
 use instantsnap::engine::Phase;
@@ -100,7 +101,8 @@ fn watchdog_whose_virsh_fails_says_so() {
         .env("INSTANTSNAP_TEST_SAYS", "the watchdog tried in vain to resume the guest")
         .spawn()
         .unwrap();
-    // `virsh resume` fails, then `cont` by virsh, and both once more: the first failure is reported.
+    // `virsh resume` fails, then `cont` by virsh, and both once more: the first failure is
+    // reported.
     let tried = || std::fs::read(&called).is_ok_and(|calls| calls.len() >= 4).then_some(());
     wait_for(DEADLINE, tried).expect("the watchdog runs virsh");
     assert!(is_stopped(&caller));
@@ -124,5 +126,30 @@ fn suspend_that_comes_late_does_not_stop_the_domain_of_a_stopped_caller() {
     assert!(is_stopped(&caller));
     kill_process(Pid::from_raw(caller.id() as i32).unwrap(), Signal::CONT).unwrap();
     assert!(caller.wait().unwrap().success());
+    opened.guest.wait_ticks(3);
+}
+
+/// Its successor goes on where it was: the image has every byte, as the clone shows.
+#[test]
+fn watchdog_that_is_killed_is_replaced() {
+    let daemon = Daemon::session();
+    let machine = machine(&Binary::under_libvirt()[0], 1).memory(128).prealloc().append("dense=64");
+    let opened = OpenedDomain::start(&machine, &daemon);
+    for killed in [Phase::Switch, Phase::Drain] {
+        let (mut first, mut last) = (None, None);
+        let mut observer = At(|phase| {
+            if phase == killed {
+                first = Some(kill_watchdog_of(std::process::id()));
+            }
+            if phase == Phase::Finish {
+                last = watchdog_of(std::process::id()).map(|pid| (pid, program_of(pid)));
+            }
+        });
+        let name = format!("{killed:?}");
+        opened.handle.create(&opened.xml(&name, ""), INSTANTLY, &mut observer).unwrap();
+        let (pid, program) = last.unwrap();
+        assert_eq!((first == Some(pid), &*program), (false, "instantsnap-watchdog"), "{name}");
+        opened.restore_clone(&name);
+    }
     opened.guest.wait_ticks(3);
 }

@@ -11,13 +11,14 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use common::backend::open;
+use common::watchdog::{kill_watchdog_of, program_of, watchdog_of};
 use common::{At, INSTANTLY, Opened, assert_says, machine, named, through_proxy};
 use instantsnap::engine::{EarlyStart, Phase, WatchdogKind};
 use instantsnap::error::Code;
 use instantsnap_testkit::compile::{gcc, workspace};
 use instantsnap_testkit::program::process;
 use instantsnap_testkit::{Binary, DEADLINE, Guest, Machine, process, skip, test, wait_for};
-use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open, pidfd_send_signal};
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::json;
 
 /// The variable that says what happens to a test's caller.
@@ -65,38 +66,6 @@ fn caller_of(guest: &Guest, deed: &str) -> Command {
 /// A machine whose guest writes to all of its memory in each round. That is more than a pipe holds.
 fn busy(binary: &'static Binary) -> Machine {
     machine(binary, 1).memory(128).prealloc().append("dense=64")
-}
-
-/// The watchdog of a process: it has a descriptor of that process, to see its end.
-fn watchdog_of(pid: u32) -> Option<u32> {
-    let name = |process: u32| std::fs::read_to_string(format!("/proc/{process}/comm"));
-    let watches = |process: u32| {
-        let descriptors = std::fs::read_dir(format!("/proc/{process}/fdinfo")).ok()?.flatten();
-        let infos = descriptors.filter_map(|info| std::fs::read_to_string(info.path()).ok());
-        let mut lines = infos.flat_map(|info| info.lines().map(str::to_owned).collect::<Vec<_>>());
-        lines.find(|line| *line == format!("Pid:\t{pid}"))
-    };
-    let all = std::fs::read_dir("/proc").unwrap().flatten();
-    let mut processes = all.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
-    processes.find(|process| {
-        name(*process).is_ok_and(|name| name == "instantsnap\n") && watches(*process).is_some()
-    })
-}
-
-/// Kills the watchdog of a process, and waits for its end. Returns its process id.
-fn kill_watchdog_of(caller: u32) -> u32 {
-    let pid = watchdog_of(caller).expect("there is a watchdog");
-    let process = pidfd_open(Pid::from_raw(pid as i32).unwrap(), PidfdFlags::empty()).unwrap();
-    pidfd_send_signal(&process, Signal::KILL).unwrap();
-    // All of its threads have ended.
-    let ended = rustix::event::PollFd::new(&process, rustix::event::PollFlags::IN);
-    rustix::event::poll(&mut [ended], None).unwrap();
-    pid
-}
-
-fn program_of(pid: u32) -> String {
-    let program = std::fs::read_link(format!("/proc/{pid}/exe")).unwrap();
-    program.file_name().unwrap().to_str().unwrap().into()
 }
 
 fn is_stopped(caller: &Child) -> bool {
@@ -341,7 +310,8 @@ fn caller_that_is_stopped_in_the_pause_stops_its_guest_until_the_limit_only() {
     }
 }
 
-/// Not a test of its own: a caller whose snapshot is cancelled, and that is stopped before its undo.
+/// Not a test of its own: a caller whose snapshot is cancelled, and that is stopped before its
+/// undo.
 #[process]
 fn caller_stopped_in_the_undo() {
     let directory = std::env::var("INSTANTSNAP_TEST_DIRECTORY").unwrap();

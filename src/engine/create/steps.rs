@@ -59,9 +59,9 @@ impl Steps<'_, '_, '_> {
         Deadline::after(self.task.options.pause_limit.saturating_sub(lost))
     }
 
-    /// Looks whether the watchdog is still there. If another process has killed it, another takes its
-    /// place, and goes on with the stream. That takes some milliseconds, and even in the pause they
-    /// are worth it: if this process were killed next, the guest would stay paused.
+    /// Looks whether the watchdog is still there. If another process has killed it, another takes
+    /// its place, and goes on with the stream. That takes some milliseconds, and even in the pause
+    /// they are worth it: if this process were killed next, the guest would stay paused.
     pub fn replace_lost_watchdog(&mut self) -> Result<()> {
         /// An administrator's tool or a policy may kill each of them.
         const MOST: u32 = 100;
@@ -74,7 +74,8 @@ impl Steps<'_, '_, '_> {
         }
         let settings = &self.prepared.settings;
         start_watchdog(self.task, self.guest, settings, self.journal)?;
-        // Without that, the record of the settings names this process, and a process that has ended.
+        // Without that, the record of the settings names this process, and a process that has
+        // ended.
         let _ = settings.watch(self.guest, self.task.mode, self.journal.watchdog_process());
         Ok(())
     }

@@ -78,8 +78,8 @@ impl Child {
     /// program.
     pub fn run(&self, own: Common, drain: Option<Drain>) -> ! {
         let _ = send(&own.lifeline, &[READY], SendFlags::NOSIGNAL);
-        // Before the first report, the snapshot is another watchdog's: this one changes nothing, and
-        // leaves the locks, which it shares with that one.
+        // Before the first report, the snapshot is another watchdog's: this one changes nothing,
+        // and leaves the locks, which it shares with that one.
         let Some(stage) = self.watch(&own, drain.as_ref()) else { sys::exit_now() };
         let Common { monitor, pipe, reservation, held, .. } = own;
         // A snapshot that is recorded is complete.
@@ -237,7 +237,8 @@ impl Child {
         own: &Common,
         drain: Option<&Drain>,
     ) -> Tried {
-        // A stream that has ended cannot be armed any more: QEMU's migration has failed, for example.
+        // A stream that has ended cannot be armed any more: QEMU's migration has failed, for
+        // example.
         let is_armed =
             drain.is_some_and(|drain| drain.bytes() >= BEFORE_ARMED || drain.outcome().is_some());
         match stage {
@@ -266,8 +267,8 @@ impl Child {
         }
         match stage == Stage::Migrating && !is_armed {
             true => Tried::UntilArmed,
-            // On QEMU's socket, the caller's `stop` comes before this `cont`. But a daemon may carry
-            // out the caller's suspend later than virsh's resume.
+            // On QEMU's socket, the caller's `stop` comes before this `cont`. But a daemon may
+            // carry out the caller's suspend later than virsh's resume.
             false if matches!(self.recovery, Recovery::Commands(_)) => Tried::ResumedForNow,
             false => Tried::Resumed,
         }

@@ -14,7 +14,7 @@
 //! vfork, which does not copy the caller's memory. The program uses nothing of the caller's stack,
 //! working directory and environment. If the program cannot be started, a fork of the caller takes
 //! its place, and a thread of the caller moves the stream. The fork makes system calls only, on
-//! memory that existed before.
+//! memory that existed before. A watchdog that another process kills is replaced by the next one.
 //!
 //! The backend decides how the watchdog reaches the guest ([`RecoveryChannel`]): by a QMP script on
 //! the monitor's socket, or by recovery commands, which are programs that the watchdog runs. Either
@@ -106,8 +106,8 @@ impl Watchdog {
             }
         };
         let new = Started::start(monitor, task, Description::new(task, means));
-        // The new one acts only after the first report, and the earlier one not after its dismissal:
-        // two at once would disturb each other.
+        // The new one acts only after the first report, and the earlier one not after its
+        // dismissal: two at once would disturb each other.
         if let Some(earlier) = &self.watchdog {
             earlier.send(DISMISSED);
         }
@@ -128,8 +128,8 @@ impl Watchdog {
         process.is_some_and(sys::Child::has_ended)
     }
 
-    /// Whether the watchdog is where the caller wants it: if the caller's environment names a cgroup,
-    /// only the program enters it.
+    /// Whether the watchdog is where the caller wants it: if the caller's environment names a
+    /// cgroup, only the program enters it.
     pub fn is_placed(&self) -> bool {
         self.kind() == Kind::Program || cgroup::setting().is_none()
     }
@@ -162,8 +162,8 @@ impl Watchdog {
         }
     }
 
-    /// Tells the watchdog that this process undoes the snapshot, and resumes the guest. Returns what
-    /// the watchdog did before, if the limit of the pause had passed.
+    /// Tells the watchdog that this process undoes the snapshot, and resumes the guest. Returns
+    /// what the watchdog did before, if the limit of the pause had passed.
     pub fn report_undo(&self) -> Option<LateResume> {
         let Started { lifeline, .. } = self.watchdog.as_ref()?;
         let lifeline = lifeline.as_ref()?;

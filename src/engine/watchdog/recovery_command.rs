@@ -157,9 +157,9 @@ impl RecoveryCommands {
         }
     }
 
-    /// Tries once to resume the guest of a stopped caller. Gives up if one of these becomes readable:
-    /// the caller's lifeline, because the caller goes on, and a descriptor of the caller's process,
-    /// because that has ended. Returns whether the guest was resumed.
+    /// Tries once to resume the guest of a stopped caller. Gives up if one of these becomes
+    /// readable: the caller's lifeline, because the caller goes on, and a descriptor of the
+    /// caller's process, because that has ended. Returns whether the guest was resumed.
     pub fn resume_late(&self, caller: [&OwnedFd; 2]) -> bool {
         self.resume.iter().any(|command| command.run_unless(caller))
     }

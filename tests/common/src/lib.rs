@@ -13,6 +13,7 @@ pub mod random_clients;
 pub mod sshd;
 pub mod tree;
 pub mod virt;
+pub mod watchdog;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
