@@ -118,8 +118,7 @@ impl Drain {
             .map_err(|error| Error::system("cannot create shared memory", error))?;
         let (stop, done, emptied) = (event()?, event()?, event()?);
         let second = pipe::pipe()?.into();
-        let shared =
-            Shared { pipe, file, offset, format, second, numbers, stop, done, emptied };
+        let shared = Shared { pipe, file, offset, format, second, numbers, stop, done, emptied };
         Ok(Drain::new(shared, path))
     }
 
@@ -132,8 +131,7 @@ impl Drain {
     ) -> io::Result<Drain> {
         let [file, numbers, stop, done, emptied, second @ ..] = descriptors;
         let (file, numbers) = (file.into(), SharedNumbers::open(numbers)?);
-        let shared =
-            Shared { pipe, file, offset, format, second, numbers, stop, done, emptied };
+        let shared = Shared { pipe, file, offset, format, second, numbers, stop, done, emptied };
         Ok(Drain::new(shared, Path::new("")))
     }
 
