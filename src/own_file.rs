@@ -41,6 +41,26 @@ impl OwnFile {
         Ok(OwnFile { path: path.into(), directory, name: name.into(), file, id })
     }
 
+    /// Opens a file that another process has made, for reading and writing. `None` if another file,
+    /// or none, is at its path now.
+    pub fn reopen(known: &KnownFile) -> io::Result<Option<OwnFile>> {
+        let path = &*known.path;
+        let name = path.file_name().ok_or_else(|| io::Error::from(io::ErrorKind::IsADirectory))?;
+        let parent = path.parent().map(Path::as_os_str).filter(|parent| !parent.is_empty());
+        let directory = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let directory = openat(CWD, parent.unwrap_or(OsStr::new(".")), directory, Mode::empty())?;
+        let flags = OFlags::RDWR | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+        let file = match openat(&directory, name, flags, Mode::empty()) {
+            Ok(file) => File::from(file),
+            Err(Errno::NOENT | Errno::LOOP) => return Ok(None),
+            Err(errno) => return Err(errno.into()),
+        };
+        let metadata = file.metadata()?;
+        let id = (metadata.dev(), metadata.ino());
+        let own = OwnFile { path: path.into(), directory, name: name.into(), file, id };
+        Ok((id == known.id).then_some(own))
+    }
+
     /// The path by which it was created.
     pub fn path(&self) -> &Path {
         &self.path

@@ -14,6 +14,7 @@ use crate::error::{Result, fail};
 use crate::image::Format;
 use crate::libvirt::Snapshot;
 use crate::model::flags::CreateFlags;
+use crate::model::journal::{NotedFile, NotedOverlay};
 use crate::model::{DiskPlan, Drive, Record, Reservation, Store};
 use crate::monitor::Execute;
 use crate::monitor::commands::Status;
@@ -302,6 +303,23 @@ pub trait Guest: Execute {
 
     /// What QEMU and the backend can do; the same during a whole operation.
     fn capabilities(&self) -> Capabilities;
+
+    /// Names the overlays that are to be created, and their nodes, for the snapshot's journal. Empty
+    /// if the backend keeps no journal.
+    fn plan_overlays(&mut self, _disks: &[DiskPlan]) -> Vec<NotedOverlay> {
+        Vec::new()
+    }
+
+    /// The files of the overlays that were created.
+    fn overlay_files(&self) -> Vec<NotedFile> {
+        Vec::new()
+    }
+
+    /// Takes over overlays that another process has made, which has ended, with their files. Ends
+    /// that process's jobs on them. Then they can be merged and discarded.
+    fn adopt_overlays(&mut self, _overlays: &[(NotedOverlay, Option<NotedFile>)]) -> Result<()> {
+        Ok(())
+    }
 
     /// Creates the overlays, ready to be switched to. An existing file is an error, and is not
     /// changed, unless the plan is to use it.

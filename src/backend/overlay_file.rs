@@ -91,6 +91,28 @@ impl OverlayFile {
         Ok(OverlayFile::Made(own))
     }
 
+    /// Opens an overlay that another process has made or taken. `None` if another file, or none,
+    /// is at its path now.
+    pub fn reopen(known: &KnownFile, is_reused: bool) -> io::Result<Option<OverlayFile>> {
+        let Some(own) = OwnFile::reopen(known)? else { return Ok(None) };
+        let file = || own.file().try_clone();
+        Ok(Some(match known.undo {
+            _ if is_reused => OverlayFile::Reused(file()?),
+            Undo::Remove => OverlayFile::Made(own),
+            Undo::Empty => OverlayFile::Emptied { path: known.path.clone(), file: file()? },
+            Undo::Wipe => OverlayFile::Device { path: known.path.clone(), file: file()? },
+        }))
+    }
+
+    /// The file, as a journal notes it: also one that an undo leaves as it is.
+    pub fn noted(&self, path: &str) -> Option<KnownFile> {
+        self.known().or_else(|| {
+            let found = self.file().metadata().ok()?;
+            let id = (found.dev(), found.ino());
+            Some(KnownFile { path: path.into(), id, undo: Undo::Empty })
+        })
+    }
+
     /// The open file.
     pub fn file(&self) -> &File {
         match self {

@@ -11,6 +11,7 @@ use super::create::Created;
 use super::delete;
 use super::job::{Job, Returns};
 use super::operation::{Opened, Operation, Taken};
+use super::recover::{self, Recovered};
 use super::revert::load;
 use super::revert::prepare::{RevertPlan, prepare_revert_hooked};
 use super::storage::{StorageCall, StorageHook};
@@ -98,6 +99,11 @@ impl Handle {
         Job::start(Operation::begin(&self.opened)?, xml, flags, format, listener, returns)
     }
 
+    /// Recovers the guest, if a snapshot of it was interrupted: finishes or undoes it.
+    pub fn recover(&self) -> Result<Vec<Recovered>> {
+        recover::recover(&*self.opened.connector)
+    }
+
     /// Cancels the snapshot that is being taken.
     pub fn cancel(&self) -> Result<()> {
         match &*lock(&self.opened.cancel) {
@@ -112,6 +118,7 @@ impl Handle {
 
     /// Restores a snapshot's memory into a QEMU that waits for it.
     pub fn load(&self, name: &str, flags: RevertFlags) -> Result<()> {
+        recover::before_operation(&*self.opened.connector)?;
         load::load(&*self.opened.connector, name, flags)
     }
 
@@ -131,6 +138,7 @@ impl Handle {
                  driver"
             );
         };
+        recover::before_operation(&*self.opened.connector)?;
         load::check_frozen(&store.read_to_use(name)?, flags)?;
         let storage = lock(&self.opened.options).storage.clone();
         let plan = prepare_revert_hooked(store.directory(), name, None, storage.as_deref())?;
@@ -140,6 +148,7 @@ impl Handle {
 
     /// Deletes a snapshot, with its files unless the flags say otherwise.
     pub fn delete(&self, name: &str, flags: DeleteFlags) -> Result<()> {
+        recover::before_operation(&*self.opened.connector)?;
         let left = self.left_to_storage(name, flags)?;
         delete::delete(&*self.opened.connector, name, flags)?;
         // The hook comes last: until then the deletion can fail, and be tried again.

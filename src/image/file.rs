@@ -60,6 +60,13 @@ pub fn is_another(path: &Path) -> bool {
     }
 }
 
+/// Whether a file is a memory image that is incomplete.
+pub fn is_partial(path: &Path) -> bool {
+    let mut magic = [0; PARTIAL.len()];
+    sys::open_file(path).and_then(|mut file| file.read_exact(&mut magic)).is_ok()
+        && magic == *PARTIAL
+}
+
 /// A memory image that is being written.
 #[derive(Debug)]
 pub struct MemoryImage {

@@ -29,7 +29,7 @@ pub use classic::Zeros;
 pub use contents::{Contents, Memory};
 pub use convert::convert;
 pub use drain::{Drain, discard};
-pub use file::{Image, MemoryImage, deleting, is_another};
+pub use file::{Image, MemoryImage, deleting, is_another, is_partial};
 pub use format::Format;
 pub use pipe::pipe;
 pub use restore_stream::RestoreStream;

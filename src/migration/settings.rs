@@ -54,6 +54,22 @@ impl Settings {
         Ok(settings)
     }
 
+    /// Puts the settings back that an earlier snapshot, which was killed, has left. Returns whether
+    /// there were any.
+    pub fn recover(guest: &mut dyn Guest) -> Result<bool> {
+        let settings = Settings::query(guest)?;
+        let Some(leftover) = Leftover::find(
+            &settings.capabilities,
+            &settings.parameters,
+            guest.capabilities().never_sets_background_snapshot,
+        ) else {
+            return Ok(false);
+        };
+        leftover.check_maker()?;
+        Settings::put_leftover_back(leftover, guest)?;
+        Ok(true)
+    }
+
     /// Reads the settings, for loading memory. QEMU waits for this migration already, so no other
     /// client is locked out.
     pub fn read_incoming(guest: &mut dyn Guest) -> Result<Settings> {

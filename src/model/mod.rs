@@ -10,6 +10,7 @@ pub mod domain;
 pub mod drive;
 pub mod flags;
 pub mod frozen;
+pub mod journal;
 mod names;
 pub mod nbd;
 pub mod notes;

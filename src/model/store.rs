@@ -22,6 +22,7 @@ use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
 use tempfile::NamedTempFile;
 
+use super::journal::{JournalFile, Planned, ReadJournal};
 use super::names::{check_name, generated_names};
 use super::record::Record;
 use super::xml;
@@ -59,10 +60,32 @@ impl Drop for Lock {
     }
 }
 
+/// The end of a journal's file name.
+const JOURNAL: &str = ".journal";
+
+/// The file name of a snapshot's journal.
+fn journal_file(name: &str) -> String {
+    format!(".{name}{JOURNAL}")
+}
+
 impl Reservation {
     /// The locked file that holds the name.
     pub fn held(&self) -> &File {
         &self.lock.0
+    }
+
+    /// Begins the journal of the snapshot, in the state directory.
+    pub fn begin_journal(&self, planned: Planned) -> Result<JournalFile> {
+        let path = self.path.with_file_name(journal_file(&self.name));
+        JournalFile::create(path.clone(), &self.name, planned).map_err(|error| {
+            let step = format!("cannot write the snapshot's journal '{}'", path.display());
+            let hint = "it is of a snapshot that was interrupted: recover the guest first \
+                        (instantsnap_recover())";
+            match error.kind() {
+                ErrorKind::AlreadyExists => Error::system(step, error).and(hint),
+                _ => Error::system(step, error),
+            }
+        })
     }
 
     /// Its file, for the watchdog.
@@ -131,9 +154,67 @@ impl Store {
         Err(last.expect("there were candidates"))
     }
 
+    /// The names of the snapshots that have a journal: they are being taken, or were interrupted.
+    pub fn journals(&self) -> Result<Vec<String>> {
+        let step = |error| {
+            Error::system(
+                format!("cannot read the state directory '{}'", self.directory.display()),
+                error,
+            )
+        };
+        let mut names = Vec::new();
+        for entry in self.directory.read_dir().map_err(step)? {
+            let file = entry.map_err(step)?.file_name();
+            let name = file.to_str().and_then(|file| file.strip_prefix('.'));
+            let name = name.and_then(|name| name.strip_suffix(JOURNAL));
+            let Some(name) = name.filter(|name| check_name(name).is_ok()) else { continue };
+            // A file of another user is no journal.
+            if sys::open_trusted(&self.journal_path(name)).is_ok() {
+                names.push(name.to_owned());
+            }
+        }
+        names.sort();
+        Ok(names)
+    }
+
+    /// The path of a snapshot's journal.
+    pub fn journal_path(&self, name: &str) -> PathBuf {
+        self.path(&journal_file(name))
+    }
+
+    /// Reads the journal of a snapshot. `None` if it does not exist any more; the inner error is
+    /// the reason why it cannot be used.
+    pub fn read_journal(
+        &self,
+        name: &str,
+    ) -> Result<Option<std::result::Result<ReadJournal, String>>> {
+        check_owner(&self.directory)?;
+        let path = self.journal_path(name);
+        let mut content = Vec::new();
+        // The record in it is escaped once more.
+        let longest = 4 * xml::RECORDED.bytes() as u64;
+        let read =
+            sys::open_trusted(&path).and_then(|file| file.take(longest).read_to_end(&mut content));
+        match read {
+            Ok(_) => Ok(Some(ReadJournal::parse(name, &content))),
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(Error::system(format!("cannot read '{}'", path.display()), error)),
+        }
+    }
+
+    /// Holds the name of a snapshot that was interrupted. `None` if its process or its watchdog is
+    /// alive.
+    pub fn claim(&self, name: &str) -> Result<Option<Reservation>> {
+        let _lock = self.lock()?;
+        match self.lock_name(name) {
+            Ok(reservation) => Ok(Some(reservation)),
+            Err(error) if error.code == Code::OperationInvalid => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
     fn reserve_locked(&self, name: &str) -> Result<Reservation> {
         check_name(name)?;
-        sys::wait_until_forked();
         // A dangling symbolic link counts as existing, too.
         if self.record_path(name).symlink_metadata().is_ok() {
             fail!(
@@ -142,6 +223,11 @@ impl Store {
                 self.directory.display()
             );
         }
+        self.lock_name(name)
+    }
+
+    fn lock_name(&self, name: &str) -> Result<Reservation> {
+        sys::wait_until_forked();
         let path = self.path(&format!(".{name}.reserved"));
         loop {
             let lock = self.open_file(&path)?;

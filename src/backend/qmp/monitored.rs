@@ -19,6 +19,7 @@ use crate::backend::{busy, open_images, overlay_file, shared_memory};
 use crate::deadline::Deadline;
 use crate::error::{Code, Error, Result, fail};
 use crate::model::domain::{Domain, Source, Storage};
+use crate::model::journal::{NotedFile, NotedOverlay};
 use crate::model::nbd::Export;
 use crate::model::{DiskPlan, Drive, Record, Role, Store};
 use crate::monitor::commands::{self, Status};
@@ -193,11 +194,23 @@ impl<C: Channel> Guest for MonitorGuest<'_, C> {
             .iter()
             .flat_map(|record| record.disks.iter().map(|disk| (&*record.name, &*disk.image)));
         overlay_file::check_not_of_snapshots(disks, images)?;
-        for (index, disk) in disks.iter().enumerate() {
-            // The overlay is noted before it is made, so that a partly made one is undone too.
-            self.overlays.push(Overlay::new(disk, index));
-            overlays::create(&mut self.channel, self.overlays.last_mut().expect("just pushed"))?;
-        }
+        // The overlays were noted before they are made, so that a partly made one is undone too.
+        let MonitorGuest { overlays, channel, .. } = self;
+        overlays.iter_mut().try_for_each(|overlay| overlays::create(channel, overlay))
+    }
+
+    fn plan_overlays(&mut self, disks: &[DiskPlan]) -> Vec<NotedOverlay> {
+        self.overlays =
+            disks.iter().enumerate().map(|(index, disk)| Overlay::new(disk, index)).collect();
+        self.overlays.iter().map(Overlay::noted).collect()
+    }
+
+    fn overlay_files(&self) -> Vec<NotedFile> {
+        self.overlays.iter().filter_map(Overlay::noted_file).collect()
+    }
+
+    fn adopt_overlays(&mut self, overlays: &[(NotedOverlay, Option<NotedFile>)]) -> Result<()> {
+        self.overlays = overlays::adopt(&mut self.channel, overlays)?;
         Ok(())
     }
 

@@ -11,7 +11,9 @@ use crate::backend::overlay_file;
 use crate::backend::overlay_file::{Beforehand, OverlayFile};
 use crate::deadline::Deadline;
 use crate::error::{Code, Error, Result, fail};
-use crate::model::DiskPlan;
+use crate::model::drive::OpenOptions;
+use crate::model::journal::{NotedFile, NotedOverlay};
+use crate::model::{DiskPlan, Drive, Role};
 use crate::monitor::{Command, Execute, Failure};
 use crate::sys;
 
@@ -57,6 +59,55 @@ impl Overlay {
 }
 
 impl Overlay {
+    /// The overlay, as a journal notes it.
+    pub fn noted(&self) -> NotedOverlay {
+        NotedOverlay {
+            disk: self.disk.drive.name().into(),
+            overlay: self.disk.overlay.clone(),
+            node: self.node.clone(),
+            file_node: self.file_node.clone(),
+            image_node: self.disk.drive.node.clone(),
+            image: self.disk.drive.file.clone(),
+            format: self.disk.drive.format.clone(),
+            is_reused: self.disk.reuse,
+        }
+    }
+
+    /// Its file, as a journal notes it.
+    pub fn noted_file(&self) -> Option<NotedFile> {
+        self.own.as_ref()?.noted(&self.disk.overlay).map(NotedFile::of)
+    }
+
+    /// An overlay that another process has made.
+    fn adopted(noted: &NotedOverlay, file: Option<&NotedFile>) -> Result<Overlay> {
+        let drive = Drive {
+            names: vec![noted.disk.clone()],
+            role: Role::Disk,
+            node: noted.image_node.clone(),
+            file: noted.image.clone(),
+            format: noted.format.clone(),
+            backing: Vec::new(),
+            size: 0,
+            bitmaps: Vec::new(),
+            options: OpenOptions::default(),
+            unsupported_reason: None,
+            snapshot: None,
+        };
+        let (overlay, reuse) = (noted.overlay.clone(), noted.is_reused);
+        let own = file.map(|file| OverlayFile::reopen(&file.known, reuse)).transpose();
+        let own = own
+            .map_err(|error| Error::system(format!("cannot open the overlay '{overlay}'"), error))?
+            .flatten();
+        Ok(Overlay {
+            disk: DiskPlan { drive, overlay, reuse, on_device: false },
+            node: noted.node.clone(),
+            file_node: noted.file_node.clone(),
+            made: Made::Nothing,
+            own,
+            merge: Merge::Not,
+        })
+    }
+
     /// The overlay, as the watchdog needs to know it to undo it.
     pub fn for_recovery(&self, merges: bool) -> MonitorOverlay {
         MonitorOverlay {
@@ -98,6 +149,40 @@ impl From<&Overlay> for Switch {
             overlay: overlay.disk.overlay.clone(),
         }
     }
+}
+
+/// Takes over overlays that another process has made, with their files. Ends the jobs on them.
+pub fn adopt(
+    monitor: &mut dyn Execute,
+    noted: &[(NotedOverlay, Option<NotedFile>)],
+) -> Result<Vec<Overlay>> {
+    let left = jobs::left_over(monitor)?;
+    let is_theirs = |id: &&String| {
+        noted.iter().any(|(overlay, _)| id.starts_with(&format!("{}-", overlay.node)))
+    };
+    jobs::give_up(monitor, &left.iter().filter(is_theirs).cloned().collect::<Vec<_>>())?;
+    let nodes = node_names(monitor)?;
+    let mut overlays = Vec::new();
+    for (noted, file) in noted {
+        let mut overlay = Overlay::adopted(noted, file.as_ref())?;
+        overlay.made = match () {
+            () if nodes.contains(&overlay.node) => Made::Node,
+            () if nodes.contains(&overlay.file_node) => Made::FileNode,
+            () if overlay.own.is_some() => Made::File,
+            () => Made::Nothing,
+        };
+        overlays.push(overlay);
+    }
+    Ok(overlays)
+}
+
+/// The names of QEMU's block nodes.
+fn node_names(monitor: &mut dyn Execute) -> Result<Vec<String>> {
+    let command = Command::new("query-named-block-nodes", json!({ "flat": true }));
+    let nodes =
+        monitor.run("cannot ask for block nodes", command, Deadline::after(DEFAULT_TIMEOUT))?;
+    let name = |node: &Value| node["node-name"].as_str().map(str::to_owned);
+    Ok(nodes.as_array().into_iter().flatten().filter_map(name).collect())
 }
 
 /// Creates an overlay: the file, the file's node, the qcow2 format, the format's node. QEMU itself
@@ -278,6 +363,9 @@ pub fn discard(monitor: &mut dyn Execute, overlays: &mut Vec<Overlay>) -> Result
 }
 
 fn discard_one(monitor: &mut dyn Execute, overlay: &Overlay) -> Result<()> {
+    if overlay.made == Made::Nothing {
+        return Ok(());
+    }
     let nodes = [(Made::Node, &overlay.node), (Made::FileNode, &overlay.file_node)];
     if overlay.made == Made::FileNode {
         // If an answer was lost, the formatting job may still exist and use the node. If it does

@@ -43,6 +43,7 @@ use crate::engine::watchdog::{self, Stage, Watchdog};
 use crate::error::{Code, Error, Result};
 use crate::image::MemoryImage;
 use crate::migration::{Mode, Settings, Stream};
+use crate::model::journal::{JournalFile, Line, Planned};
 
 /// A step of a snapshot.
 #[derive(Debug)]
@@ -120,6 +121,10 @@ impl Entry {
 pub struct Journal<'c, 'o> {
     pub(super) entries: Vec<Entry>,
     pub(super) watchdog: Watchdog,
+    /// The durable journal, with which a later process recovers the guest if this process and the
+    /// watchdog are both killed. `None` before the snapshot makes anything, and if the backend
+    /// keeps none.
+    pub(super) durable: Option<JournalFile>,
     /// Reports to the observer, and keeps the statistics.
     pub clock: &'c mut Clock<'o>,
     /// The guest ran, and is to run again.
@@ -130,7 +135,14 @@ pub struct Journal<'c, 'o> {
 impl<'c, 'o> Journal<'c, 'o> {
     /// The journal of a snapshot that has changed nothing yet.
     pub fn new(clock: &'c mut Clock<'o>, running: bool, mode: Mode) -> Journal<'c, 'o> {
-        Journal { entries: Vec::new(), watchdog: Watchdog::default(), clock, running, mode }
+        Journal {
+            entries: Vec::new(),
+            watchdog: Watchdog::default(),
+            durable: None,
+            clock,
+            running,
+            mode,
+        }
     }
 
     /// Notes a step.
@@ -138,6 +150,27 @@ impl<'c, 'o> Journal<'c, 'o> {
         let before = self.stage();
         self.entries.push(entry);
         self.report_progress(before);
+    }
+
+    /// Begins the durable journal, before anything is made.
+    pub fn begin_durable(&mut self, reserved: &Reserved, planned: Planned) -> Result<()> {
+        self.durable = reserved.held().map(|held| held.begin_journal(planned)).transpose()?;
+        Ok(())
+    }
+
+    /// Notes in the durable journal how far the snapshot is. Not called while the guest is paused
+    /// by the snapshot, because it waits for the disk.
+    pub fn note(&mut self, line: &Line) -> Result<()> {
+        let Some(durable) = &mut self.durable else { return Ok(()) };
+        durable
+            .append(line)
+            .map_err(|error| Error::system("cannot write the snapshot's journal", error))
+    }
+
+    /// Removes the durable journal: nothing is under way any more. A journal that cannot be removed
+    /// does no harm, because a recovery finds that all is done.
+    pub(super) fn end_durable(&mut self) {
+        self.durable.take().map(|durable| durable.remove());
     }
 
     /// Removes the last entry: its step was undone, or never done.
@@ -242,12 +275,13 @@ impl<'c, 'o> Journal<'c, 'o> {
         restore: &[(&str, Value)],
     ) -> Result<()> {
         let stage = self.stage();
-        let Journal { entries, watchdog, .. } = self;
+        let Journal { entries, watchdog, durable, .. } = self;
         let files: Vec<_> =
             copies(entries).map(nvram::Copy::known).chain([image(entries)?.known()]).collect();
         let task = watchdog::Task {
             held,
             reservation: reserved.held(),
+            journal: durable.as_ref().and_then(|durable| durable.known().ok()),
             record,
             pause_limit,
             drain: stream(entries).ok_or_else(|| missing("stream"))?.drain(),
@@ -273,6 +307,7 @@ impl<'c, 'o> Journal<'c, 'o> {
     /// The snapshot is complete, on disk and recorded. From here on it is not undone any more.
     pub fn complete(&mut self) {
         self.watchdog.dismiss();
+        self.end_durable();
     }
 }
 

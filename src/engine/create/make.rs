@@ -12,6 +12,7 @@ use crate::engine::clock::Phase;
 use crate::error::Result;
 use crate::migration::{Mode, Settings, reactivate_disks};
 use crate::model::Record;
+use crate::model::journal::Line;
 
 /// Makes the snapshot that was planned.
 pub fn make(
@@ -24,6 +25,7 @@ pub fn make(
     let prepared = prepare(task, guest, settings, cancel, journal)?;
     let mut steps = Steps { task, guest, cancel, journal, prepared, replaced: 0 };
     steps.replace_lost_watchdog()?;
+    steps.journal.note(&Line::Switching)?;
     let captured = if !task.running {
         steps.capture_paused_domain()?
     } else if let Some(begun) = steps.start_early()? {

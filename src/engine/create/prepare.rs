@@ -2,7 +2,8 @@
 
 //! Prepares a snapshot while the guest runs: overlays, memory image, pipe, watchdog, settings.
 
-use std::path::Path;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf, absolute};
 
 use super::journal::{Entry, Journal};
 use super::plan::Task;
@@ -15,6 +16,9 @@ use crate::engine::nvram;
 use crate::error::{Error, Result, fail};
 use crate::image::MemoryImage;
 use crate::migration::{Mode, Settings, Stream, WriteCheck, early_start, prefault};
+use crate::model::DiskPlan;
+use crate::model::journal::{Line, NotedFile, Planned, QemuProcess};
+use crate::own_file::KnownFile;
 use crate::sys;
 
 /// The results of [`prepare`] that later steps need.
@@ -35,6 +39,7 @@ pub fn prepare<'a>(
     journal: &mut Journal,
 ) -> Result<Prepared<'a>> {
     journal.enter(Entry::Phase(Phase::Prepare));
+    begin_durable(task, guest, journal)?;
     journal.enter(Entry::Image(create_image(task)?));
     for nvram in &task.nvram {
         journal.enter(Entry::Copy(nvram::Copy::take(nvram.clone())?));
@@ -44,6 +49,7 @@ pub fn prepare<'a>(
     write_access::check(guest, &task.plan.disks)?;
     journal.enter(Entry::Overlays);
     guest.create_overlays(&task.plan.disks)?;
+    note_files(task, guest, journal)?;
     let sizes = Sizes::open(&task.plan.disks);
     cancel.check()?;
     open_stream(task, guest, &settings, journal)?;
@@ -66,6 +72,37 @@ pub fn prepare<'a>(
     guest.check_not_busy(&task.plan.disks)?;
     sizes.ask_planned(guest)?;
     Ok(Prepared { settings, sizes, write_check, unflushed })
+}
+
+/// Begins the snapshot's durable journal: it says what is going to be made.
+fn begin_durable(task: &Task, guest: &mut dyn Guest, journal: &mut Journal) -> Result<()> {
+    let planned = Planned {
+        qemu: guest.pid().and_then(QemuProcess::of),
+        running: task.running,
+        is_recorded: task.flags.keeps_metadata(),
+        memory: task.memory_file.clone(),
+        copies: task.nvram.iter().map(|nvram| nvram.copy.clone()).collect(),
+        overlays: guest.plan_overlays(&task.plan.disks),
+        manual: task.plan.manual.iter().map(|drive| drive.name().to_owned()).collect(),
+    };
+    journal.begin_durable(task.reserved, planned)
+}
+
+/// Notes the inodes of the files that were made, by which a recovery recognises them.
+fn note_files(task: &Task, guest: &dyn Guest, journal: &mut Journal) -> Result<()> {
+    let own = journal.copies().map(nvram::Copy::known).chain([journal.image()?.known()]);
+    let own = own.map(|known| KnownFile { path: from_root(&known.path), ..known });
+    let files = own.map(NotedFile::of).chain(guest.overlay_files()).collect();
+    let inode = |disk: &DiskPlan| {
+        let metadata = Path::new(&disk.drive.file).metadata().ok()?;
+        metadata.is_file().then(|| (disk.drive.file.clone(), metadata.ino()))
+    };
+    journal.note(&Line::Made { files, images: task.plan.disks.iter().filter_map(inode).collect() })
+}
+
+/// Makes a path absolute.
+fn from_root(path: &Path) -> PathBuf {
+    absolute(path).unwrap_or_else(|_| path.into())
 }
 
 /// Opens the stream of memory to its image, and starts a watchdog for the time that it is open.

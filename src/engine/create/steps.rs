@@ -18,6 +18,7 @@ use crate::error::{Error, Result, fail};
 use crate::image::Format;
 use crate::migration::early_start::{self, Sample};
 use crate::migration::{FD_NAME, Flow, Mode, PopulateProgress, run_state, wait_armed};
+use crate::model::journal::Line;
 use crate::model::{Frozen, ManualDisk, Record, RecordedDisk, State};
 use crate::monitor::Failure;
 use crate::monitor::commands;
@@ -209,6 +210,7 @@ impl Steps<'_, '_, '_> {
             self.record_samples(captured.begun.as_ref());
         }
         let record = self.record(instant)?;
+        self.journal.note(&Line::Passed { record: record.to_xml() })?;
         if self.task.flags.keeps_metadata() {
             self.journal.enter(Entry::Record);
             self.guest.register(&record)?;
@@ -294,6 +296,7 @@ impl Steps<'_, '_, '_> {
         if !guest.capabilities().keeps_firmware_copies {
             journal.copies().try_for_each(nvram::Copy::remove)?;
         }
+        journal.note(&Line::Complete)?;
         journal.enter(Entry::Commit);
         let record = match task.flags.keeps_metadata() {
             true => guest.commit(task.reserved, record).inspect_err(|_| journal.pop())?,

@@ -18,6 +18,7 @@ use crate::engine::watchdog::{LateResume, Stage};
 use crate::error::{Code, Error, Result};
 use crate::image::MemoryImage;
 use crate::migration::{FD_NAME, reactivate_disks, wait_resumable};
+use crate::model::journal::Line;
 use crate::monitor::commands::{self, Progress};
 
 /// For how long a QEMU that hangs is asked to resume its guest. It is long, because a guest that
@@ -33,6 +34,10 @@ impl Journal<'_, '_> {
     /// added to it.
     pub fn undo(mut self, guest: &mut dyn Guest, cause: Error) -> Error {
         self.enter(Entry::Phase(Phase::Undo));
+        // Only then can a recovery take the snapshot for complete. The guest runs by then.
+        if self.has(|entry| matches!(entry, Entry::SettingsRestored)) {
+            let _ = self.note(&Line::Undoing);
+        }
         let cause = match self.watchdog.report_undo() {
             Some(late) => {
                 let what = match late {
@@ -82,8 +87,12 @@ impl Journal<'_, '_> {
             } else {
                 std::mem::forget(stream);
             }
+            // The watchdog removes it, or a recovery.
+            self.durable = None;
         }
         left.extend(self.remove_files().err().map(|error| error.message));
+        // The caller is told what is left.
+        self.end_durable();
         // The hook comes last, because it may have to be waited for.
         left.extend(
             self.take_storage().and_then(|called| called.undo().err()).map(|error| error.message),

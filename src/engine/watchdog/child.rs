@@ -44,6 +44,8 @@ const QUIET_MS: c_int = 1000;
 #[derive(Debug)]
 pub struct Child {
     reserved: Option<Discard>,
+    /// The durable journal. If something is left to undo, it stays, for a recovery.
+    journal: Option<Discard>,
     /// The file that exists once the snapshot is recorded; `None` if the watchdog cannot check
     /// that.
     record: Option<CString>,
@@ -55,7 +57,7 @@ pub struct Child {
 impl Child {
     /// Makes the watchdog's side from its description.
     pub fn new(description: Description) -> Child {
-        let Description { means, files, reserved, record, pause_limit, .. } = description;
+        let Description { means, files, reserved, journal, record, pause_limit, .. } = description;
         let recovery = match means {
             Means::None => Recovery::None,
             Means::Monitor { restore, overlays } => {
@@ -67,6 +69,7 @@ impl Child {
         };
         Child {
             reserved: reserved.as_ref().and_then(Discard::new),
+            journal: journal.as_ref().and_then(Discard::new),
             record: record.and_then(|record| files::path(&record.0)),
             recovery,
             pause_limit,
@@ -84,12 +87,17 @@ impl Child {
         let Common { monitor, pipe, reservation, held, .. } = own;
         // A snapshot that is recorded is complete.
         let recorded = self.record.as_deref().is_none_or(sys::exists);
+        let mut done = true;
         if stage != Stage::Committing || !recorded {
             let taken = drain.as_ref().map_or(0, Drain::bytes);
             // This ends the thread that writes the stream to the image: from here on it is
             // discarded.
             drop(drain);
-            self.undo(stage, &monitor, Remaining::new(pipe, !stage.is_migrating(), taken));
+            let rest = Remaining::new(pipe, !stage.is_migrating(), taken);
+            done = self.undo(stage, &monitor, rest);
+        }
+        if done {
+            self.journal.iter().for_each(Discard::run);
         }
         // The file is removed before the name is released: the next snapshot of this name makes a
         // file of its own.
@@ -101,8 +109,8 @@ impl Child {
         sys::exit_now()
     }
 
-    /// Undoes the snapshot. It resumes the guest first.
-    fn undo(&self, stage: Stage, monitor: &OwnedFd, mut stream: Remaining) {
+    /// Undoes the snapshot. It resumes the guest first. Returns whether nothing is left to undo.
+    fn undo(&self, stage: Stage, monitor: &OwnedFd, mut stream: Remaining) -> bool {
         let is_armed = |stream: &Remaining| stream.taken >= BEFORE_ARMED;
         if stage == Stage::Racing {
             self.read_until(&mut stream, monitor, is_armed);
@@ -132,9 +140,12 @@ impl Child {
         }
         self.wait_other_migration(&mut stream, monitor);
         match &self.recovery {
-            Recovery::None => {}
+            Recovery::None => false,
             Recovery::Qmp(script) => script.undo(monitor, stage, &mut stream),
-            Recovery::Commands(commands) => commands.undo(stage, &mut stream),
+            Recovery::Commands(commands) => {
+                commands.undo(stage, &mut stream);
+                true
+            }
         }
     }
 

@@ -26,6 +26,8 @@ pub struct Description {
     pub files: Vec<KnownFile>,
     /// The file that reserves the snapshot's name.
     pub reserved: Option<KnownFile>,
+    /// The snapshot's durable journal.
+    pub journal: Option<KnownFile>,
     /// The file that exists once the snapshot is recorded; `None` if the watchdog cannot check
     /// that.
     pub record: Option<AbsolutePath>,
@@ -62,6 +64,7 @@ impl Description {
             means,
             files: task.files.iter().map(known).collect(),
             reserved: reserved.as_ref().map(known),
+            journal: task.journal.as_ref().map(known),
             record,
             pause_limit: task.pause_limit,
             offset: task.drain.offset(),

@@ -67,7 +67,8 @@ impl Overlay {
     }
 
     /// Merges the overlay into the image below if it is in use, and removes it once it is not.
-    fn undo(&self, monitor: &OwnedFd, switched: bool, stream: &mut Remaining) {
+    /// Returns whether it is removed.
+    fn undo(&self, monitor: &OwnedFd, switched: bool, stream: &mut Remaining) -> bool {
         let mut execute = |command: &str| execute(monitor, command, stream);
         if switched
             && !self.commit.is_empty()
@@ -77,7 +78,7 @@ impl Overlay {
             // QEMU replies that there is no such job.
             loop {
                 match execute(&self.complete) {
-                    None => return,
+                    None => return false,
                     Some(reply) if reply.no_job => break,
                     Some(_) => wait_ready([None, None], PAUSE_MS),
                 };
@@ -87,10 +88,14 @@ impl Overlay {
             Some(reply) if reply.done => {
                 execute(&self.delete_file_node);
                 self.file.iter().for_each(Discard::run);
+                true
             }
             // QEMU keeps an overlay that is in use. A driver merges its own overlays.
-            Some(_) if switched && !self.commit.is_empty() => self.complaint.send(),
-            _ => {}
+            Some(_) if switched && !self.commit.is_empty() => {
+                self.complaint.send();
+                false
+            }
+            _ => false,
         }
     }
 }
@@ -132,15 +137,18 @@ impl QmpScript {
         execute(monitor, &self.query_status, stream).is_some_and(|reply| reply.stopped_by_migration)
     }
 
-    /// Undoes everything but the pause: the settings, the overlays and the files.
-    pub fn undo(&self, monitor: &OwnedFd, stage: Stage, stream: &mut Remaining) {
+    /// Undoes everything but the pause: the settings, the overlays and the files. Returns whether
+    /// no overlay is left.
+    pub fn undo(&self, monitor: &OwnedFd, stage: Stage, stream: &mut Remaining) -> bool {
         for command in self.restore.iter().filter(|_| !stage.is_restored()) {
             execute(monitor, command, stream);
         }
+        let mut done = true;
         for overlay in &self.overlays {
-            overlay.undo(monitor, stage.is_switched(), stream);
+            done &= overlay.undo(monitor, stage.is_switched(), stream);
         }
         self.files.iter().for_each(Discard::run);
+        done
     }
 }
 

@@ -18,6 +18,8 @@ pub struct Task<'a> {
     pub held: &'a [BorrowedFd<'a>],
     /// The reservation of the snapshot's name in a state directory.
     pub reservation: Option<&'a Reservation>,
+    /// The snapshot's durable journal, which is removed when all is undone.
+    pub journal: Option<KnownFile>,
     /// The file that exists once the snapshot is recorded; `None` if the watchdog cannot check
     /// that.
     pub record: Option<PathBuf>,

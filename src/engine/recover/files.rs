@@ -1,0 +1,89 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
+//! The files that an interrupted snapshot has left.
+
+use std::fs::File;
+use std::io::Read;
+use std::path::Path;
+
+use super::report::{Report, What};
+use crate::backend::images::{self, Header};
+use crate::image;
+use crate::model::journal::{NotedFile, NotedOverlay, Presence, ReadJournal};
+use crate::own_file::OwnFile;
+use crate::sys;
+
+/// Finds the overlays that the snapshot has made, with their files. Reports those whose place
+/// another file has taken.
+pub fn overlays(
+    journal: &ReadJournal,
+    report: &mut Report,
+) -> Vec<(NotedOverlay, Option<NotedFile>)> {
+    let mut found = Vec::new();
+    for overlay in &journal.intent.overlays {
+        let path = Path::new(&overlay.overlay);
+        // A file that existed before was noted by its path without links.
+        let path = path.canonicalize().unwrap_or_else(|_| path.into());
+        let (presence, file) = journal.find(&path, || is_new_overlay(&path, &overlay.image));
+        if presence == Presence::Another && !overlay.is_reused {
+            report.left(What::Overlay, &overlay.overlay, "it is not known to be the snapshot's");
+        }
+        found.push((overlay.clone(), file));
+    }
+    found
+}
+
+/// Whether a file can be an overlay that was being made: empty, or without data.
+fn is_new_overlay(path: &Path, image: &str) -> bool {
+    let Ok(file) = sys::open_file(path) else { return false };
+    let is_on_image =
+        |header: &Header| header.backing.as_deref().is_none_or(|backing| backing == image);
+    match Header::read(&file) {
+        Some(header) => is_on_image(&header) && header.is_empty(&file).unwrap_or(false),
+        // The file is zeros until QEMU writes the header.
+        None => is_zero(file),
+    }
+}
+
+fn is_zero(file: File) -> bool {
+    let mut head = [0; 4096];
+    let mut file = file.take(head.len() as u64);
+    let read = file.read(&mut head).unwrap_or(0);
+    head[..read].iter().all(|byte| *byte == 0)
+}
+
+/// Removes the memory image and the copies of UEFI variables.
+pub fn remove(journal: &ReadJournal, report: &mut Report) {
+    let memory = (What::Memory, journal.intent.memory.clone());
+    let copies = journal.intent.copies.iter().map(|copy| (What::Firmware, copy.into()));
+    for (what, path) in copies.chain([memory]) {
+        let is_plausible = || what == What::Memory && is_partial_image(&path);
+        let (presence, file) = journal.find(&path, is_plausible);
+        let object = path.to_string_lossy();
+        let removed = || OwnFile::reopen(&file?.known).ok()??.remove().ok();
+        match presence {
+            Presence::Gone => {}
+            Presence::Same if removed().is_some() => {
+                report.undone(what, &object, "it was incomplete, and is removed");
+            }
+            Presence::Same => report.undecided(what, &object, "it cannot be removed"),
+            Presence::Another => report.left(what, &object, "it is not known to be the snapshot's"),
+        }
+    }
+}
+
+fn is_partial_image(path: &Path) -> bool {
+    path.metadata().is_ok_and(|found| found.len() == 0) || image::is_partial(path)
+}
+
+/// Whether another qcow2 image in the overlay's directory stands on the overlay.
+pub fn has_image_on_it(overlay: &str) -> bool {
+    let path = Path::new(overlay);
+    let Some(Ok(entries)) = path.parent().map(std::fs::read_dir) else { return false };
+    entries.flatten().any(|entry| {
+        let name = entry.path().to_string_lossy().into_owned();
+        Header::at(&name).and_then(|header| header.backing).is_some_and(|backing| {
+            sys::same_file(Path::new(&images::resolve(&name, &backing)), path)
+        })
+    })
+}

@@ -1,0 +1,67 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
+//! Finishes a snapshot that was complete when its process and its watchdog were killed.
+
+use std::path::Path;
+
+use super::report::{Report, What};
+use crate::error::Result;
+use crate::image::Image;
+use crate::model::journal::{Presence, ReadJournal};
+use crate::model::{Record, Reservation, Store};
+
+/// Finishes the snapshot, if it is recorded already, or proved to be complete. Returns whether it
+/// was finished.
+pub fn finish(
+    store: &Store,
+    journal: &ReadJournal,
+    reservation: &Reservation,
+    report: &mut Report,
+) -> Result<bool> {
+    let name = &journal.intent.snapshot;
+    let memory = journal.intent.memory.to_string_lossy();
+    if let Ok(recorded) = store.read(name)
+        && recorded.memory_file == memory
+    {
+        // The snapshot becomes the current one after it was recorded.
+        if store.current()? == recorded.parent {
+            store.set_current(name)?;
+        }
+        report.finished(What::Snapshot, name, "it was complete and recorded");
+        return Ok(true);
+    }
+    let Some(record) = proved(journal) else { return Ok(false) };
+    if !journal.intent.is_recorded {
+        report.finished(What::Snapshot, name, "it was complete, and was not to be recorded");
+        return Ok(true);
+    }
+    store.commit(reservation, record)?;
+    report.finished(What::Snapshot, name, "it was complete, and is recorded now");
+    Ok(true)
+}
+
+/// The record of a snapshot that is proved to be complete.
+fn proved(journal: &ReadJournal) -> Option<Record> {
+    if journal.is_undoing() {
+        return None;
+    }
+    let record = Record::parse(journal.record()?).ok()?;
+    // UEFI variables are compared after the image is complete.
+    if !journal.is_complete() && !record.nvram.is_empty() {
+        return None;
+    }
+    let is_there = |path: &str| journal.find(Path::new(path), || false).0 == Presence::Same;
+    let is_there = |path: &str| {
+        is_there(path)
+            || Path::new(path).canonicalize().is_ok_and(|path| is_there(&path.to_string_lossy()))
+    };
+    let memory = Image::open(&journal.intent.memory).is_ok()
+        && is_there(&journal.intent.memory.to_string_lossy());
+    // The images of a snapshot whose undo had begun were written, or their overlays removed.
+    let mut disks = record.disks.iter();
+    let disks = disks.all(|disk| {
+        is_there(&disk.overlay) && disk.frozen.iter().all(|frozen| frozen.change().is_none())
+    });
+    let copies = record.nvram.iter().all(|nvram| is_there(&nvram.copy));
+    (memory && disks && copies).then_some(record)
+}
