@@ -21,7 +21,7 @@ const ROTATION_START: usize = 1024;
 const ROTATION_STRIDE: usize = 128;
 
 /// What a tick guest has written to a disk.
-struct Content {
+pub struct Content {
     fixed: u32,
     rotating: Vec<u32>,
 }
@@ -29,7 +29,7 @@ struct Content {
 impl Content {
     /// Reads the disk, and asserts that each sector is whole.
     #[track_caller]
-    fn read(disk: &Disk, index: u32) -> Content {
+    pub fn read(disk: &Disk, index: u32) -> Content {
         let raw = disk.file.with_extension("read");
         common::run(
             "qemu-img",
@@ -65,7 +65,7 @@ impl Content {
     /// Asserts that the disk is as the guest had written it when it printed `tick`, without later
     /// writes.
     #[track_caller]
-    fn assert_at(&self, tick: u32) {
+    pub fn assert_at(&self, tick: u32) {
         assert!(
             (tick..=tick + 1).contains(&self.fixed),
             "{} is on the disk, {tick} was said last",
@@ -107,7 +107,7 @@ fn assert_nothing_left(opened: &Opened, before: &[PathBuf]) {
 }
 
 /// Starts the same machine again on the images as they are.
-fn start_cold(binary: &'static Binary, guest: &Guest) {
+pub fn start_cold(binary: &'static Binary, guest: &Guest) {
     let disks = guest.disks().iter();
     let machine =
         disks.fold(Machine::new(binary), |machine, disk| machine.disk_on(&disk.file, disk.format));

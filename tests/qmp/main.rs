@@ -21,6 +21,7 @@ mod monitor_faults;
 mod other_clients;
 mod paused;
 mod random_clients;
+mod recover;
 mod revert;
 mod storage_hook;
 mod tearing;

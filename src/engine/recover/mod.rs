@@ -20,14 +20,20 @@ mod online;
 mod report;
 
 use std::path::Path;
+use std::time::Duration;
 
 use self::report::Report;
 pub use self::report::{Action, Recovered, What};
 use crate::backend::{Connector, Guest};
-use crate::error::{Error, Result, fail};
+use crate::deadline::Deadline;
+use crate::error::{Code, Error, Result, fail};
 use crate::migration::Settings;
 use crate::model::journal::ReadJournal;
 use crate::model::{Reservation, Store};
+use crate::sys;
+
+/// A process that was killed ends in this time.
+const EXIT_TIMEOUT: Duration = Duration::from_millis(500);
 
 /// Recovers a guest whose QEMU runs. It is an error if another operation holds the guest.
 pub fn recover(connector: &dyn Connector) -> Result<Vec<Recovered>> {
@@ -36,7 +42,7 @@ pub fn recover(connector: &dyn Connector) -> Result<Vec<Recovered>> {
     let mut found = Vec::new();
     if let Some(store) = connector.store() {
         for name in store.journals()? {
-            let Some(reservation) = store.claim(&name)? else { return Err(alive(&name)) };
+            let Some(reservation) = claim(store, &name)? else { return Err(alive(&name)) };
             found.extend(recover_one(store, &reservation, Some(guest))?);
         }
     }
@@ -54,15 +60,27 @@ pub fn recover_offline(state_dir: &Path) -> Result<Vec<Recovered>> {
     let store = Store::open(state_dir)?;
     let mut found = Vec::new();
     for name in store.journals()? {
-        let Some(reservation) = store.claim(&name)? else { return Err(alive(&name)) };
+        let Some(reservation) = claim(&store, &name)? else { return Err(alive(&name)) };
         found.extend(recover_one(&store, &reservation, None)?);
     }
     Ok(found)
 }
 
+/// Holds the name of a snapshot. `None` if its process or its watchdog is alive.
+fn claim(store: &Store, name: &str) -> Result<Option<Reservation>> {
+    let deadline = Deadline::after(EXIT_TIMEOUT);
+    loop {
+        match store.claim(name)? {
+            // A process that was killed needs a moment to end.
+            None if deadline.left().is_some() => std::thread::sleep(Duration::from_millis(20)),
+            claimed => return Ok(claimed),
+        }
+    }
+}
+
 fn alive(name: &str) -> Error {
     Error::new(
-        crate::error::Code::OperationInvalid,
+        Code::OperationInvalid,
         format!(
             "the snapshot '{name}' is being taken or undone: its process, its watchdog, or a child \
              that its process has forked is alive; wait for it to end"
@@ -80,7 +98,7 @@ pub fn before_operation(connector: &dyn Connector) -> Result<()> {
     }
     let mut guest = None;
     for name in names {
-        let Some(reservation) = store.claim(&name)? else { continue };
+        let Some(reservation) = claim(store, &name)? else { continue };
         if guest.is_none() {
             guest = Some(connector.begin()?);
         }
@@ -142,8 +160,8 @@ fn recover_one(
         }
     }
     if report.is_settled() {
-        crate::sys::remove_file(&path)
-            .and_then(|()| crate::sys::sync_parent(&path))
+        sys::remove_file(&path)
+            .and_then(|()| sys::sync_parent(&path))
             .map_err(|error| Error::system(format!("cannot remove '{}'", path.display()), error))?;
     }
     Ok(report.found)
