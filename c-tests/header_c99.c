@@ -53,6 +53,8 @@ static const function functions[] = {
     (function) instantsnap_image_info,
     (function) instantsnap_image_verify,
     (function) instantsnap_image_convert,
+    (function) instantsnap_recover,
+    (function) instantsnap_recover_offline,
     (function) instantsnap_snapshot_get_name,
     (function) instantsnap_snapshot_free,
 };

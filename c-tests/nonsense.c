@@ -35,6 +35,8 @@ static void not_a_guest(instantsnap_guest *guest)
     CHECK_FAILS(!instantsnap_snapshot_current(guest), VIR_ERR_INVALID_ARG);
     CHECK_FAILS(instantsnap_snapshot_load(guest, "name", 0) == -1, VIR_ERR_INVALID_ARG);
     CHECK_FAILS(instantsnap_snapshot_delete(guest, "name", 0) == -1, VIR_ERR_INVALID_ARG);
+    CHECK_FAILS(instantsnap_recover(guest, &name) == -1, VIR_ERR_INVALID_ARG);
+    CHECK(!name);
     instantsnap_close(guest);
 }
 
@@ -286,6 +288,11 @@ int main(void)
     CHECK(instantsnap_set_overlap_tries(guest, 0) == 0);
     CHECK_FAILS(instantsnap_set_watchdog_required(guest, 2) == -1, VIR_ERR_INVALID_ARG);
     CHECK(instantsnap_set_watchdog_required(guest, 1) == 0);
+    CHECK_FAILS(instantsnap_recover_offline(NULL, NULL) == -1, VIR_ERR_INVALID_ARG);
+    CHECK_FAILS(instantsnap_recover_offline(harness_path("nowhere"), NULL) == -1,
+                VIR_ERR_SYSTEM_ERROR);
+    CHECK(instantsnap_recover(guest, NULL) == 0);
+    CHECK(instantsnap_recover_offline(harness_path("state"), NULL) == 0);
     CHECK(instantsnap_set_storage_hook(guest, NULL) == 0);
 
     /* After all of that the guest is unchanged, and snapshots of it still work. */

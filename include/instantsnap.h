@@ -1048,6 +1048,58 @@ int instantsnap_image_verify(const char *path);
  */
 int instantsnap_image_convert(const char *path, unsigned int format, unsigned int flags);
 
+/**
+ * Recovers a guest whose snapshot was interrupted: the process that took it and its watchdog were
+ * both killed. A journal in the state directory (`.NAME.journal`) says what the snapshot was making
+ * and how far it was. A snapshot that is proved to be complete is recorded. Any other is undone:
+ * the guest runs again if the snapshot had paused it, QEMU's migration settings are restored, the
+ * overlays are merged into the images below, and the snapshot's files are removed. What cannot be
+ * proved (a file that has taken the place of the snapshot's, an image that was written since) is
+ * left as it is, and named.
+ *
+ * instantsnap_snapshot_create_xml() and the like, instantsnap_snapshot_load() and
+ * instantsnap_snapshot_delete() do the same first, if there is a journal. They fail with
+ * VIR_ERR_OPERATION_INVALID, and change nothing else, if something is left that has to be decided
+ * on. When that is settled, call this function again, or remove the journal.
+ *
+ * If QEMU has ended too (the host has lost its power), and before the guest is started again:
+ * instantsnap_recover_offline().
+ *
+ * For a domain of libvirt, and for a driver without a state directory, there is no journal: this
+ * function restores only the migration settings that an interrupted snapshot has left in QEMU.
+ *
+ * @report  where to store what was found, for instantsnap_free_string(); may be NULL. It is JSON:
+ *          an array with an object for each thing that was found, with the members
+ *          - `snapshot`: the name of the snapshot, "" if it is not known;
+ *          - `what`: "snapshot", "guest", "settings", "overlay", "memory", "firmware" (a copy of
+ *            UEFI variables) or "storage" (a disk that was left to the storage hook);
+ *          - `object`: a path, a name or a word;
+ *          - `action`: "finished", "undone" or "left";
+ *          - `why`: for people;
+ *          - `blocks`: true if the guest's next operation is refused until this is settled.
+ *          A later version may add members and words.
+ *
+ * Blocks until the overlays are merged. Returns how many things were found, 0 if no snapshot was
+ * interrupted, or -1: VIR_ERR_OPERATION_INVALID (a snapshot is under way: its process, its watchdog
+ * or a child that its process has forked is alive), VIR_ERR_ACCESS_DENIED, VIR_ERR_SYSTEM_ERROR,
+ * VIR_ERR_OPERATION_FAILED (QEMU's reason is in the message). After a failure it can be called
+ * again.
+ */
+int instantsnap_recover(instantsnap_guest *guest, char **report);
+
+/**
+ * Like instantsnap_recover(), for a guest whose QEMU has ended. The guest must not be started again
+ * before: without what is in the overlays, its disks would lack its last writes. `qemu-img` merges
+ * the overlays, if nothing has written to the images below since. Otherwise they are left. So they
+ * are if the images are no regular files. If QEMU still runs, everything is left.
+ *
+ * @state_dir  the guest's state directory, as for instantsnap_open_qmp().
+ * @report     as for instantsnap_recover().
+ *
+ * Returns what instantsnap_recover() returns.
+ */
+int instantsnap_recover_offline(const char *state_dir, char **report);
+
 /** The name of a snapshot; borrowed from it. NULL: VIR_ERR_INVALID_ARG. */
 const char *instantsnap_snapshot_get_name(const instantsnap_snapshot *snapshot);
 

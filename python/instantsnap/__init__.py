@@ -40,14 +40,16 @@ from ._job import Job
 from ._library import decode as _decode
 from ._library import library as _library_
 from ._libvirt import snapshot_create_xml, snapshot_delete, snapshot_revert
+from ._recover import Recovered, recover_offline
 from ._revert import RevertDisk, RevertPlan, prepare_revert
 from ._storage import StorageCall, StorageDisk
 
 __all__ = ["Cancelled", "DeleteFlag", "Error", "ErrorCode", "Event", "EventType", "Flag", "Guest",
            "ImageFormat", "ImageInfo", "Job", "JobInfo", "LibraryNotFound", "MemoryBlock",
-           "NotFound", "Phase", "RevertDisk", "RevertPlan", "Stats", "StorageCall", "StorageDisk",
-           "Watchdog", "image_convert", "image_info", "image_verify", "prepare_revert",
-           "snapshot_create_xml", "snapshot_delete", "snapshot_revert", "version"]
+           "NotFound", "Phase", "Recovered", "RevertDisk", "RevertPlan", "Stats", "StorageCall",
+           "StorageDisk", "Watchdog", "image_convert", "image_info", "image_verify",
+           "prepare_revert", "recover_offline", "snapshot_create_xml", "snapshot_delete",
+           "snapshot_revert", "version"]
 
 
 def version() -> str:

@@ -14,6 +14,7 @@ from ._events import Listener, OnEvent, Stats, create_options, milliseconds, sta
 from ._interrupt import interruptible
 from ._job import Job
 from ._library import StrPath, check, library
+from ._recover import Recovered, recovered
 from ._storage import Hook, OnStorage
 
 if TYPE_CHECKING:
@@ -418,6 +419,26 @@ class Guest:
             check(library().instantsnap_snapshot_delete(handle, text, bits))
 
         interruptible(delete, _nothing)
+
+    def recover(self) -> list[Recovered]:
+        """Recovers the guest, if a snapshot of it was interrupted because its process and its
+        watchdog were both killed: finishes the snapshot if it is proved to be complete, else undoes
+        it. What cannot be proved is left as it is. Returns what was found; an empty list if no
+        snapshot was interrupted. instantsnap_recover() in instantsnap.h says more. If QEMU has ended
+        too: recover_offline().
+
+        Blocks until the overlays are merged; other threads go on. If a signal handler raises an
+        exception meanwhile, for example KeyboardInterrupt, it goes on when the recovery is done.
+        Raises Error: OPERATION_INVALID (a snapshot is under way), ACCESS_DENIED, SYSTEM_ERROR,
+        OPERATION_FAILED (QEMU's reason).
+        """
+        handle, report = self._open(), ctypes.c_void_p()
+
+        def recover() -> None:
+            check(library().instantsnap_recover(handle, ctypes.byref(report)))
+
+        interruptible(recover, _nothing)
+        return recovered(report.value)
 
     def _open(self) -> int:
         if self._handle is None:

@@ -33,7 +33,7 @@ pub use event::{Event, EventKind};
 pub use handle::Handle;
 pub use job::{Info, Job, Returns};
 pub use managed::{Operation, delete_managed, hold_unless_it_is_a_step, revert_managed};
-pub use recover::{Action, Recovered, What, recover_offline};
+pub use recover::{Action, Recovered, What, recover_offline, recovery_report};
 pub use revert::prepare::{RevertDisk, RevertPlan, prepare_revert, prepare_revert_hooked};
 pub use storage::{Answer, StorageCall, StorageHook};
 pub use watchdog::Kind as WatchdogKind;

@@ -452,6 +452,34 @@ pub extern "C" fn instantsnap_snapshot_delete(
     })
 }
 
+/// `instantsnap_recover`.
+#[unsafe(no_mangle)]
+pub extern "C" fn instantsnap_recover(
+    guest: *mut instantsnap_guest,
+    report: Out<*mut c_char>,
+) -> c_int {
+    boundary(last_error::set, || put_report(&GUESTS.get(guest)?.recover()?, report))
+}
+
+/// `instantsnap_recover_offline`.
+#[unsafe(no_mangle)]
+pub extern "C" fn instantsnap_recover_offline(
+    state_dir: Text,
+    report: Out<*mut c_char>,
+) -> c_int {
+    boundary(last_error::set, || {
+        let state_dir = Path::new(state_dir.required("state_dir")?);
+        put_report(&engine::recover_offline(state_dir)?, report)
+    })
+}
+
+/// Stores the report of a recovery. Returns how many things were found.
+fn put_report(found: &[engine::Recovered], report: Out<*mut c_char>) -> Result<c_int> {
+    let text = c_string(engine::recovery_report(found))?;
+    report.put(|| text.into_raw());
+    Ok(found.len() as c_int)
+}
+
 /// `instantsnap_snapshot_get_name`.
 #[unsafe(no_mangle)]
 pub extern "C" fn instantsnap_snapshot_get_name(

@@ -78,6 +78,11 @@ fn claim(store: &Store, name: &str) -> Result<Option<Reservation>> {
     }
 }
 
+/// The report of a recovery as JSON.
+pub fn recovery_report(found: &[Recovered]) -> String {
+    serde_json::json!(found).to_string()
+}
+
 fn alive(name: &str) -> Error {
     Error::new(
         Code::OperationInvalid,

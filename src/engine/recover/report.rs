@@ -52,7 +52,6 @@ pub struct Recovered {
     /// Why.
     pub why: String,
     /// Someone must decide what to do with it before the guest's next operation.
-    #[serde(rename = "blocks")]
     pub blocks: bool,
 }
 
