@@ -9,7 +9,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from instantsnap import (Cancelled, DeleteFlag, Error, ErrorCode, Flag, Guest, NotFound, Watchdog,
-                         prepare_revert)
+                         prepare_revert, recover_offline)
 
 from .machine import TestCase
 
@@ -132,6 +132,28 @@ class Snapshots(TestCase):
 
 
 class Interruption(TestCase):
+    def test_recovery_of_a_guest_reports_what_it_has_found(self):
+        machine = self.machine()
+        with Guest.open_qmp(machine.qmp, self.state) as guest:
+            self.assertEqual(guest.recover(), [])
+            self.assertEqual(recover_offline(self.state), [])
+            journal = self.state / ".lost.journal"
+            journal.write_text("damaged\n")
+            journal.chmod(0o600)
+            for found in (guest.recover(), recover_offline(str(self.state))):
+                self.assertEqual(len(found), 1)
+                self.assertEqual((found[0].snapshot, found[0].what, found[0].object),
+                                 ("lost", "snapshot", "lost"))
+                self.assertEqual((found[0].action, found[0].blocks), ("left", True))
+                self.assertIn(str(journal), found[0].why)
+            with self.assertRaises(Error) as caught:
+                guest.snapshot()
+            self.assertEqual(caught.exception.code, ErrorCode.OPERATION_INVALID)
+            journal.unlink()
+            guest.snapshot(name="next")
+        with self.assertRaises(Error):
+            recover_offline(self.state / "nowhere")
+
     def test_ctrl_c_in_the_drain_cancels_and_propagates(self):
         machine = self.machine(memory=LARGE)
 

@@ -463,10 +463,7 @@ pub extern "C" fn instantsnap_recover(
 
 /// `instantsnap_recover_offline`.
 #[unsafe(no_mangle)]
-pub extern "C" fn instantsnap_recover_offline(
-    state_dir: Text,
-    report: Out<*mut c_char>,
-) -> c_int {
+pub extern "C" fn instantsnap_recover_offline(state_dir: Text, report: Out<*mut c_char>) -> c_int {
     boundary(last_error::set, || {
         let state_dir = Path::new(state_dir.required("state_dir")?);
         put_report(&engine::recover_offline(state_dir)?, report)

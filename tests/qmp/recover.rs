@@ -99,7 +99,6 @@ fn assert_recovered(opened: &Opened, before: &(Fingerprint, Vec<PathBuf>)) {
 
 #[test]
 fn guest_whose_caller_and_watchdog_were_killed_is_as_before_after_a_recovery() {
-    by_socket_only();
     for binary in Binary::any() {
         for phase in PHASES {
             eprintln!("{}: killed in {phase:?}", binary.name);
@@ -122,7 +121,6 @@ fn guest_whose_caller_and_watchdog_were_killed_is_as_before_after_a_recovery() {
 /// The next operation recovers the guest by itself.
 #[test]
 fn next_snapshot_recovers_the_guest_first() {
-    by_socket_only();
     for binary in Binary::any() {
         let phase = if is_frozen(binary, Phase::Arm) { Phase::Switch } else { Phase::Drain };
         let opened = Opened::start(&machine(binary));
@@ -196,7 +194,6 @@ fn half_made_overlays_are_removed() {
 /// The caller and the watchdog are killed just before the snapshot is recorded.
 #[test]
 fn snapshot_that_was_complete_is_recorded() {
-    by_socket_only();
     for binary in Binary::any() {
         for with_qemu in [false, true] {
             let opened = Opened::start(&machine(binary));

@@ -5,10 +5,12 @@
 use std::path::Path;
 
 use super::report::{Report, What};
+use crate::backend::Guest;
 use crate::error::Result;
 use crate::image::Image;
 use crate::model::journal::{Presence, ReadJournal};
-use crate::model::{Record, Reservation, Store};
+use crate::model::{Drive, Record, Reservation, Store};
+use crate::sys;
 
 /// Finishes the snapshot, if it is recorded already, or proved to be complete. Returns whether it
 /// was finished.
@@ -16,6 +18,7 @@ pub fn finish(
     store: &Store,
     journal: &ReadJournal,
     reservation: &Reservation,
+    guest: Option<&mut dyn Guest>,
     report: &mut Report,
 ) -> Result<bool> {
     let name = &journal.intent.snapshot;
@@ -31,6 +34,12 @@ pub fn finish(
         return Ok(true);
     }
     let Some(record) = proved(journal) else { return Ok(false) };
+    // A watchdog may have begun to undo the snapshot: then a disk is on its image again.
+    if let Some(guest) = guest
+        && !is_on_overlays(&guest.drives()?, &record)
+    {
+        return Ok(false);
+    }
     if !journal.intent.is_recorded {
         report.finished(What::Snapshot, name, "it was complete, and was not to be recorded");
         return Ok(true);
@@ -38,6 +47,15 @@ pub fn finish(
     store.commit(reservation, record)?;
     report.finished(What::Snapshot, name, "it was complete, and is recorded now");
     Ok(true)
+}
+
+/// Whether the guest's disks are on the overlays, or on later images above them.
+fn is_on_overlays(drives: &[Drive], record: &Record) -> bool {
+    let images: Vec<_> = drives.iter().flat_map(Drive::images).collect();
+    let is_used = |overlay: &str| {
+        images.iter().any(|image| sys::same_file(Path::new(image), Path::new(overlay)))
+    };
+    record.disks.iter().all(|disk| is_used(&disk.overlay))
 }
 
 /// The record of a snapshot that is proved to be complete.

@@ -154,12 +154,12 @@ fn recover_one(
             report.undecided(What::Snapshot, name, why);
         }
         (Qemu::Same, Some(guest)) => {
-            if !finish::finish(store, &journal, reservation, &mut report)? {
+            if !finish::finish(store, &journal, reservation, Some(guest), &mut report)? {
                 online::undo(guest, &journal, &mut report)?;
             }
         }
         (Qemu::Same | Qemu::Ended, _) => {
-            if !finish::finish(store, &journal, reservation, &mut report)? {
+            if !finish::finish(store, &journal, reservation, None, &mut report)? {
                 offline::undo(store, &journal, &mut report)?;
             }
         }
