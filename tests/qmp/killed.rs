@@ -120,7 +120,7 @@ fn start(binary: &'static Binary) -> Opened {
 
 /// Data that QEMU has not passed to the kernel is lost when QEMU is killed, and on a qcow2 image
 /// that can be much. QEMU has passed on all of it once it has stopped the guest.
-fn stop(guest: &Guest) -> u32 {
+pub fn stop(guest: &Guest) -> u32 {
     guest.control().execute("stop", json!({})).unwrap();
     guest.serial().tick.unwrap()
 }

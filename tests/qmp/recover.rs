@@ -7,8 +7,10 @@ use std::fs::File;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::time::Duration;
 
 use common::backend::{by_socket_only, open};
+use common::random_clients::{Random, seed};
 use common::{At, INSTANTLY, Opened, assert_says, files_below, named, through_proxy};
 use instantsnap::engine::{Action, Phase, Recovered, What, recover_offline};
 use instantsnap::error::Code;
@@ -20,13 +22,17 @@ use rustix::fs::{FlockOperation, flock};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::json;
 
-use crate::killed::{Content, start_cold};
+use crate::killed::{Content, start_cold, stop};
 use crate::watchdog::watchdog_of;
 
 const PHASES: [Phase; 5] = [Phase::Pause, Phase::Switch, Phase::Arm, Phase::Drain, Phase::Finish];
 
+fn signal(pid: u32, signal: Signal) {
+    kill_process(Pid::from_raw(pid as i32).unwrap(), signal).unwrap();
+}
+
 fn kill(pid: u32) {
-    kill_process(Pid::from_raw(pid as i32).unwrap(), Signal::KILL).unwrap();
+    signal(pid, Signal::KILL);
 }
 
 /// Not a test of its own: a caller that kills its watchdog and itself in a phase.
@@ -39,8 +45,13 @@ fn caller() {
     let handle = open(directory, &directory.join(socket), None, &directory.join("state")).unwrap();
     let mut observer = At(|now| {
         if format!("{now:?}") == phase {
-            if let Some(watchdog) = watchdog_of(std::process::id()) {
-                kill(watchdog);
+            let watchdog = watchdog_of(std::process::id()).expect("there is a watchdog");
+            match std::env::var_os("INSTANTSNAP_TEST_STOPPED") {
+                Some(file) => {
+                    signal(watchdog, Signal::STOP);
+                    std::fs::write(file, watchdog.to_string()).unwrap();
+                }
+                None => kill(watchdog),
             }
             kill(std::process::id());
         }
@@ -144,9 +155,11 @@ fn images_of_a_qemu_that_was_killed_with_its_caller_are_whole_after_a_recovery()
             let opened = Opened::start(&machine(binary));
             let files = files_below(opened.guest.directory());
             interrupt(&opened, phase);
-            if [Phase::Drain, Phase::Finish].contains(&phase) && !is_frozen(binary, phase) {
+            let runs_on = [Phase::Drain, Phase::Finish].contains(&phase);
+            let last = (runs_on && !is_frozen(binary, phase)).then(|| {
                 opened.guest.wait_ticks(3);
-            }
+                stop(&opened.guest)
+            });
             if let Err(error) = recover_offline(&opened.state_dir()) {
                 panic!("{error}");
             }
@@ -160,10 +173,15 @@ fn images_of_a_qemu_that_was_killed_with_its_caller_are_whole_after_a_recovery()
             assert!(found.iter().all(|found| found.action == Action::Undone), "{found:?}");
             assert_eq!(files_below(opened.guest.directory()), files);
             let content = Content::read(&opened.guest.disks()[0], 0);
-            if ![Phase::Drain, Phase::Finish].contains(&phase) {
+            if !runs_on {
                 content.assert_at(opened.guest.serial().tick.unwrap());
             }
-            Content::read(&opened.guest.disks()[1], 1);
+            let second = Content::read(&opened.guest.disks()[1], 1);
+            // QEMU had passed on all that the guest had written.
+            if let Some(last) = last {
+                content.assert_at(last);
+                second.assert_at(last);
+            }
             start_cold(binary, &opened.guest);
         }
     }
@@ -351,6 +369,74 @@ fn guest_that_another_client_has_paused_stays_paused() {
         assert_eq!(status["status"], "paused");
         opened.guest.control().execute("cont", json!({})).unwrap();
         opened.guest.wait_ticks(3);
+        opened.assert_well();
+    }
+}
+
+/// The watchdog lives, and finds that QEMU has been killed too: it cannot merge the overlays.
+#[test]
+fn overlays_that_the_watchdog_could_not_merge_are_merged_by_a_recovery() {
+    by_socket_only();
+    for binary in Binary::any() {
+        let opened = Opened::start(&machine(binary));
+        let files = files_below(opened.guest.directory());
+        let directory = tempfile::tempdir().unwrap();
+        let file = directory.path().join("watchdog");
+        let status = caller_in(&opened, "Drain", "qmp.sock")
+            .env("INSTANTSNAP_TEST_STOPPED", &file)
+            .status()
+            .unwrap();
+        assert_eq!(status.signal(), Some(9), "{status}");
+        opened.guest.kill();
+        let watchdog = std::fs::read_to_string(&file).unwrap().parse().unwrap();
+        let error = recover_offline(&opened.state_dir()).unwrap_err();
+        assert_says(&error, Code::OperationInvalid, &["is alive"]);
+        signal(watchdog, Signal::CONT);
+        let found = wait_for(DEADLINE, || recover_offline(&opened.state_dir()).ok());
+        let found = found.expect("the watchdog ends");
+        assert!(found.iter().any(|found| found.what == What::Overlay), "{found:?}");
+        assert!(found.iter().all(|found| found.action == Action::Undone), "{found:?}");
+        assert_eq!(files_below(opened.guest.directory()), files);
+        start_cold(binary, &opened.guest);
+    }
+}
+
+/// The caller and its watchdog, the program or a fork, are killed at any moment.
+#[test]
+fn guest_is_recovered_whenever_caller_and_watchdog_were_killed() {
+    const ROUNDS: usize = 8;
+    by_socket_only();
+    let seed = seed();
+    eprintln!("seed {seed}");
+    // QEMU 7.2 freezes its guest once it has armed.
+    for binary in Binary::all().iter().filter(|binary| binary.version >= (10, 0, 0)) {
+        let opened = Opened::start(&machine(binary));
+        let before = before(&opened);
+        for round in 0..ROUNDS {
+            let mut caller = caller_in(&opened, "", "qmp.sock");
+            if round % 2 == 1 {
+                caller.env("INSTANTSNAP_WATCHDOG", "");
+            }
+            let mut caller = caller.spawn().unwrap();
+            let journal = opened.state_dir().join(".s.journal");
+            wait_for(DEADLINE, || journal.exists().then_some(())).expect("it begins");
+            let wait = Random::of_round(seed, round).below(600);
+            std::thread::sleep(Duration::from_millis(wait as u64));
+            if caller.try_wait().unwrap().is_none() {
+                signal(caller.id(), Signal::STOP);
+                let watchdog = watchdog_of(caller.id());
+                watchdog.into_iter().for_each(kill);
+                caller.kill().unwrap();
+            }
+            caller.wait().unwrap();
+            let found = recovered(&opened);
+            assert!(found.iter().all(|found| found.action != Action::Left), "{round}: {found:?}");
+            if !opened.handle.store().unwrap().list().unwrap().is_empty() {
+                opened.handle.delete("s", 0).unwrap();
+            }
+            assert_recovered(&opened, &before);
+            opened.guest.wait_ticks(2);
+        }
         opened.assert_well();
     }
 }
