@@ -232,8 +232,14 @@ pub struct Planned {
 }
 
 impl JournalFile {
-    /// Writes a new journal with its first line. It is an error if the file exists.
-    pub fn create(path: PathBuf, snapshot: &str, planned: Planned) -> io::Result<JournalFile> {
+    /// Writes a new journal with its first line, in the place of `new`, a new file beside it. It is
+    /// an error if the journal exists.
+    pub fn create(
+        path: PathBuf,
+        mut new: NamedTempFile,
+        snapshot: &str,
+        planned: Planned,
+    ) -> io::Result<JournalFile> {
         let Planned { qemu, running, is_recorded, memory, copies, overlays, manual } = planned;
         let exists = |path: &&str| Path::new(path).symlink_metadata().is_ok();
         let named = overlays.iter().map(|overlay| &*overlay.overlay);
@@ -252,8 +258,6 @@ impl JournalFile {
             overlays,
             manual,
         };
-        let directory = path.parent().ok_or(io::ErrorKind::NotFound)?;
-        let mut new = NamedTempFile::new_in(directory)?;
         new.write_all(&line_of(&intent)?)?;
         new.as_file().sync_all()?;
         let file = new.persist_noclobber(&path).map_err(|error| error.error)?;

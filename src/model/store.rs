@@ -60,6 +60,8 @@ impl Drop for Lock {
     }
 }
 
+/// The begin and the end of the name of a file that is being written.
+const NEW_FILE: [&str; 2] = [".instantsnap-", ".new"];
 /// The end of a journal's file name.
 const JOURNAL: &str = ".journal";
 
@@ -77,7 +79,11 @@ impl Reservation {
     /// Begins the journal of the snapshot, in the state directory.
     pub fn begin_journal(&self, planned: Planned) -> Result<JournalFile> {
         let path = self.path.with_file_name(journal_file(&self.name));
-        JournalFile::create(path.clone(), &self.name, planned).map_err(|error| {
+        let directory = path.parent().unwrap_or(Path::new("/")).to_owned();
+        let store = Store { directory };
+        let _lock = store.lock()?;
+        let create = || JournalFile::create(path.clone(), store.new_file()?, &self.name, planned);
+        create().map_err(|error| {
             let step = format!("cannot write the snapshot's journal '{}'", path.display());
             let hint = "it is of a snapshot that was interrupted: recover the guest first \
                         (instantsnap_recover())";
@@ -202,10 +208,31 @@ impl Store {
         }
     }
 
+    /// A new file, which is to get its name when it is complete. The caller has locked the directory.
+    fn new_file(&self) -> io::Result<NamedTempFile> {
+        let [prefix, suffix] = NEW_FILE;
+        tempfile::Builder::new().prefix(prefix).suffix(suffix).tempfile_in(&self.directory)
+    }
+
+    /// Removes new files whose writer was killed. The caller has locked the directory, so no writer
+    /// is alive.
+    fn remove_new_files(&self) {
+        let [prefix, suffix] = NEW_FILE;
+        let entries = self.directory.read_dir().into_iter().flatten().flatten();
+        for path in entries.map(|entry| entry.path()) {
+            let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+            let is_new = name.starts_with(prefix) && name.ends_with(suffix);
+            if is_new && sys::open_trusted(&path).is_ok() {
+                let _ = sys::remove_file(&path);
+            }
+        }
+    }
+
     /// Holds the name of a snapshot that was interrupted. `None` if its process or its watchdog is
     /// alive.
     pub fn claim(&self, name: &str) -> Result<Option<Reservation>> {
         let _lock = self.lock()?;
+        self.remove_new_files();
         match self.lock_name(name) {
             Ok(reservation) => Ok(Some(reservation)),
             Err(error) if error.code == Code::OperationInvalid => Ok(None),
@@ -437,7 +464,7 @@ impl Store {
     /// new one exists.
     fn write(&self, path: &Path, content: &[u8], replace: bool) -> Result<()> {
         let write = || -> io::Result<()> {
-            let mut file = NamedTempFile::new_in(&self.directory)?;
+            let mut file = self.new_file()?;
             file.write_all(content)?;
             file.as_file().sync_all()?;
             if replace {
