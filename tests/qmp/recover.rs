@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use common::backend::{by_socket_only, open};
 use common::random_clients::{Random, seed};
+use common::watchdog::watchdog_of;
 use common::{At, INSTANTLY, Opened, assert_says, files_below, named, through_proxy};
 use instantsnap::engine::{Action, Phase, Recovered, What, recover_offline};
 use instantsnap::error::Code;
@@ -23,7 +24,6 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde_json::json;
 
 use crate::killed::{Content, start_cold, stop};
-use crate::watchdog::watchdog_of;
 
 const PHASES: [Phase; 5] = [Phase::Pause, Phase::Switch, Phase::Arm, Phase::Drain, Phase::Finish];
 
@@ -225,6 +225,8 @@ fn snapshot_that_was_complete_is_recorded() {
             let lock = File::options().write(true).open(state.join(".lock")).unwrap();
             flock(&lock, FlockOperation::LockExclusive).unwrap();
             wait_for(DEADLINE, || journal().contains("Complete").then_some(())).expect("complete");
+            // A caller that runs would replace its watchdog.
+            signal(caller.id(), Signal::STOP);
             if let Some(watchdog) = watchdog_of(caller.id()) {
                 kill(watchdog);
             }
@@ -358,6 +360,7 @@ fn guest_that_another_client_has_paused_stays_paused() {
         let gate = proxy.hold_reply("getfd", 1);
         let mut caller = caller_in(&opened, "", "proxy.sock").spawn().unwrap();
         assert!(gate.wait_arrived(DEADLINE));
+        signal(caller.id(), Signal::STOP);
         kill(watchdog_of(caller.id()).unwrap());
         caller.kill().unwrap();
         caller.wait().unwrap();
