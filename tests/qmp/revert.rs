@@ -197,8 +197,8 @@ fn load_into_another_machine_fails_with_qemus_reason() {
         opened.snapshot("s").unwrap();
         opened.snapshot("t").unwrap();
         for (what, change) in [
-            ("more memory", (|machine| machine.memory(96)) as fn(Machine) -> Machine),
-            ("less memory", |machine| machine.memory(48)),
+            ("more memory", (|machine| machine.memory(32)) as fn(Machine) -> Machine),
+            ("less memory", |machine| machine.memory(8)),
         ] {
             let plan = prepare_revert(&opened.state_dir(), "s", None).unwrap();
             let clone =

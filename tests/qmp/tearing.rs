@@ -77,7 +77,7 @@ fn with_backend(binary: &'static Binary, socket: &Path) -> Machine {
     let chardev = format!("socket,id=c,path={},server=on,wait=on", socket.display());
     let memory = [
         "-object",
-        "memory-backend-memfd,id=shared0,size=64M,share=on",
+        "memory-backend-memfd,id=shared0,size=16M,share=on",
         "-numa",
         "node,memdev=shared0",
     ];

@@ -179,7 +179,7 @@ impl Machine {
     /// The domain's XML, for a guest with this directory and these disks.
     pub fn domain_xml(&self, name: &str, directory: &Path, disks: &[Disk]) -> String {
         let (machine, accel) = (self.machine_type.name(), self.accel);
-        let (memory, cpus, emulator) = (self.memory_mib, self.cpus, self.binary.emulator());
+        let (memory, cpus, emulator) = (self.memory_mib(), self.cpus, self.binary.emulator());
         let serial = directory.join("serial.log");
         let os = self.os_xml(machine, &directory.join("tick.elf"));
         let disks: String =

@@ -101,7 +101,7 @@ fn altered_page_is_reported_as_torn() {
         let directory = tempfile::tempdir().expect("a directory");
         let memory = directory.path().join("memory");
         let object =
-            format!("memory-backend-file,id=ram1,size=64M,share=on,mem-path={}", memory.display());
+            format!("memory-backend-file,id=ram1,size=16M,share=on,mem-path={}", memory.display());
         let guest = Machine::new(binary)
             .arg("-object")
             .arg(&object)
