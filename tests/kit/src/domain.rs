@@ -201,6 +201,7 @@ impl Machine {
     {devices}
   </devices>
   {command_line}
+  {capabilities}
 </domain>
 ",
             kind = if accel == Accel::Kvm { "kvm" } else { "qemu" },
@@ -214,6 +215,7 @@ impl Machine {
             serial = serial.display(),
             devices = self.extras.devices,
             command_line = self.command_line_xml(),
+            capabilities = if self.extras.domain.contains("<cpu") { "" } else { FEWER_QUESTIONS },
         );
         self.extras.edits.iter().fold(xml, |xml, edit| (edit.0)(xml))
     }
@@ -268,6 +270,11 @@ impl Machine {
         format!("<qemu:commandline>{args}{env}</qemu:commandline>")
     }
 }
+
+/// With this capability libvirt asks each QEMU for some hundred properties of its CPU, one by one.
+/// Only a domain whose XML says something of its CPU needs the answers.
+const FEWER_QUESTIONS: &str = "<qemu:capabilities>\
+     <qemu:del capability='cpu-unavailable-features'/></qemu:capabilities>";
 
 /// A disk with libvirt's names: the target (`vda`), and no node name, which libvirt generates.
 fn target((index, disk): (usize, Disk)) -> Disk {
