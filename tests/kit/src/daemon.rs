@@ -253,6 +253,26 @@ impl Daemon {
         if output.status.success() { Ok(text(&output.stdout)) } else { Err(text(&output.stderr)) }
     }
 
+    /// Runs several virsh commands in one process, because most of virsh's time is its start. Returns
+    /// the output of each, which is empty where the command fails.
+    #[track_caller]
+    pub(crate) fn virsh_each(&self, commands: &[&[&str]]) -> Vec<String> {
+        const END: &str = "= end of a command =";
+        let quoted = |word: &&str| {
+            assert!(!word.contains('\''), "virsh would end the word at the quote: {word}");
+            format!("'{word}'")
+        };
+        let line = |words: &&[&str]| {
+            let words: Vec<_> = words.iter().map(quoted).collect();
+            format!("{}; echo '{END}'; ", words.join(" "))
+        };
+        let script: String = commands.iter().map(line).collect();
+        let all = self.virsh(&[&script]);
+        let outputs: Vec<_> = all.split_terminator(END).map(str::to_owned).collect();
+        assert_eq!(outputs.len(), commands.len(), "virsh '{script}': {all}");
+        outputs
+    }
+
     /// Starts a virsh command that runs beside the test, with pipes for its output.
     pub fn virsh_spawn(&self, args: &[&str]) -> Child {
         let mut command = self.virsh_command(args);

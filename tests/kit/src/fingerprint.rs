@@ -30,49 +30,56 @@ impl Fingerprint {
 /// Takes the fingerprint of the QEMU at the other end. It includes the status, so both fingerprints
 /// to compare must be of a running guest, or both of a paused one.
 pub fn fingerprint(client: &mut Client) -> Fingerprint {
-    let mut ask = |command: &str, arguments: Value| {
-        client.execute(command, arguments).unwrap_or_else(|error| panic!("{command}: {error}"))
+    let answers = client.ask_all(&[
+        ("query-status", json!({})),
+        ("query-migrate-capabilities", json!({})),
+        ("query-migrate-parameters", json!({})),
+        ("query-block", json!({})),
+        ("query-named-block-nodes", json!({"flat": true})),
+        ("query-fdsets", json!({})),
+        ("query-jobs", json!({})),
+        ("query-block-jobs", json!({})),
+    ]);
+    let [status, capabilities, parameters, devices, nodes, fdsets, jobs, block_jobs] = &answers[..]
+    else {
+        panic!("an answer to each");
     };
-    let status = ask("query-status", json!({}));
     Fingerprint(BTreeMap::from([
         ("status", json!([status["status"], status["running"]])),
-        ("capabilities", sorted(&ask("query-migrate-capabilities", json!({})), Value::clone)),
-        ("parameters", ask("query-migrate-parameters", json!({}))),
-        ("devices", sorted(&ask("query-block", json!({})), device)),
-        ("nodes", sorted(&ask("query-named-block-nodes", json!({"flat": true})), node)),
-        ("fdsets", sorted(&ask("query-fdsets", json!({})), fdset)),
-        ("jobs", sorted(&ask("query-jobs", json!({})), Value::clone)),
-        ("block jobs", sorted(&ask("query-block-jobs", json!({})), Value::clone)),
+        ("capabilities", sorted(capabilities, Value::clone)),
+        ("parameters", parameters.clone()),
+        ("devices", sorted(devices, device)),
+        ("nodes", sorted(nodes, node)),
+        ("fdsets", sorted(fdsets, fdset)),
+        ("jobs", sorted(jobs, Value::clone)),
+        ("block jobs", sorted(block_jobs, Value::clone)),
     ]))
 }
 
 /// Takes the fingerprint of a domain of libvirt, and of its QEMU where the domain runs.
 pub fn domain_fingerprint(guest: &Guest) -> Fingerprint {
-    let daemon = guest.daemon();
-    // Where libvirt has nothing to report, like an inactive XML or a current snapshot, the error
-    // message stands for it.
-    let ask = |command: &str, options: &[&str]| {
-        let answer = daemon.try_virsh(&[&[command, guest.name()], options].concat());
-        json!(answer.unwrap_or_else(|error| error))
-    };
     // libvirt loses the alias of this device when it is restarted.
     let usb = [
         "<controller type='usb' index='0' model='none'",
         ">\n      <alias name='usb'/>\n    </controller>",
     ];
-    let live = ask("dumpxml", &[])
-        .as_str()
-        .map(|xml| xml.replace(&usb.concat(), &format!("{}/>", usb[0])));
+    let without_alias = |xml: String| xml.replace(&usb.concat(), &format!("{}/>", usb[0]));
     let mut all = if guest.alive() { fingerprint(&mut guest.control()).0 } else { BTreeMap::new() };
-    all.extend([
-        ("domain", json!(live)),
-        ("inactive domain", ask("dumpxml", &["--inactive"])),
-        ("domain's state", ask("domstate", &[])),
-        ("domain's job", ask("domjobinfo", &[])),
-        ("snapshots", ask("snapshot-list", &["--parent"])),
-        ("current snapshot", ask("snapshot-current", &["--name"])),
-        ("checkpoints", ask("checkpoint-list", &["--name"])),
-    ]);
+    // Where libvirt has nothing to report, like an inactive XML or a current snapshot, the answer is
+    // empty.
+    let name = guest.name();
+    let questions: [(&str, &[&str]); 7] = [
+        ("domain", &["dumpxml", name]),
+        ("inactive domain", &["dumpxml", name, "--inactive"]),
+        ("domain's state", &["domstate", name]),
+        ("domain's job", &["domjobinfo", name]),
+        ("snapshots", &["snapshot-list", name, "--parent"]),
+        ("current snapshot", &["snapshot-current", name, "--name"]),
+        ("checkpoints", &["checkpoint-list", name, "--name"]),
+    ];
+    let answers = guest.daemon().virsh_each(&questions.map(|(_, words)| words));
+    let answers = answers.into_iter().map(|answer| json!(without_alias(answer)));
+    all.extend(questions.iter().map(|(question, _)| *question).zip(answers));
     Fingerprint(all)
 }
 

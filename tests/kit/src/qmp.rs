@@ -68,6 +68,32 @@ impl Client {
         }
     }
 
+    /// Executes commands that cannot fail here.
+    pub(crate) fn ask_all(&mut self, commands: &[(&'static str, Value)]) -> Vec<Value> {
+        let ended = |command: &str, error: Value| -> Value { panic!("{command}: {error}") };
+        match &mut self.0 {
+            Transport::Socket(connection) => commands
+                .iter()
+                .map(|(command, arguments)| {
+                    let answer = connection.request(command, arguments.clone(), &[]);
+                    answer.unwrap_or_else(|error| ended(command, error))
+                })
+                .collect(),
+            Transport::Libvirt(daemon, domain) => {
+                let lines: Vec<_> =
+                    commands.iter().map(|(command, arguments)| line(command, arguments)).collect();
+                let words: Vec<_> =
+                    lines.iter().map(|line| ["qemu-monitor-command", domain, line]).collect();
+                let words: Vec<&[&str]> = words.iter().map(<[_; 3]>::as_slice).collect();
+                let replies = daemon.virsh_each(&words);
+                let reply = |((command, _), reply): (&(&str, Value), String)| {
+                    value_of(&reply).unwrap_or_else(|error| ended(command, error))
+                };
+                commands.iter().zip(replies).map(reply).collect()
+            }
+        }
+    }
+
     /// Executes a command that takes a file descriptor: `getfd`, `add-fd`.
     pub fn execute_with_fd(
         &mut self,
@@ -113,11 +139,18 @@ fn through_virsh(
     command: &str,
     arguments: &Value,
 ) -> Result<Value, Value> {
-    let line = json!({"execute": command, "arguments": arguments}).to_string();
-    let reply = daemon.try_virsh(&["qemu-monitor-command", domain, &line]);
-    let reply = reply.map_err(|error| json!({"class": "Disconnected", "desc": error}))?;
+    let reply = daemon.try_virsh(&["qemu-monitor-command", domain, &line(command, arguments)]);
+    value_of(&reply.map_err(|error| json!({"class": "Disconnected", "desc": error}))?)
+}
+
+fn line(command: &str, arguments: &Value) -> String {
+    json!({"execute": command, "arguments": arguments}).to_string()
+}
+
+/// The result in a reply of QEMU's.
+fn value_of(reply: &str) -> Result<Value, Value> {
     let mut reply: Value =
-        serde_json::from_str(&reply).unwrap_or_else(|error| panic!("{error}: {reply}"));
+        serde_json::from_str(reply).unwrap_or_else(|error| panic!("{error}: {reply}"));
     if reply.get("error").is_some() {
         Err(reply["error"].take())
     } else {
