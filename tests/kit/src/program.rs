@@ -123,14 +123,15 @@ fn split(arguments: impl Iterator<Item = String>) -> (Vec<String>, Vec<String>) 
     (options, filters)
 }
 
-/// The number of tests to run at once, by the machine's cores and memory.
+/// The number of tests to run at once, by the machine's cores and memory. It is half as many again
+/// as cores, because a test waits for a guest's rest or a time limit a part of its time.
 fn concurrency() -> usize {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let info = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
     let available = info.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
     let kib = available.and_then(|rest| rest.trim().strip_suffix(" kB")?.parse::<u64>().ok());
     let room = kib.map_or(1, |kib| kib * 1024 / MEMORY_OF_A_TEST);
-    cores.min(usize::try_from(room).unwrap_or(1)).max(1)
+    (cores + cores / 2).min(usize::try_from(room).unwrap_or(1)).max(1)
 }
 
 static CURRENT: OnceLock<String> = OnceLock::new();
