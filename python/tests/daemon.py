@@ -154,7 +154,7 @@ class Daemon:
 class Guest:
     """A persistent domain that runs the tick guest."""
 
-    def __init__(self, daemon, connection, name, memory=64, parameters="pages=64 rest=2500"):
+    def __init__(self, daemon, connection, name, memory=16, parameters="pages=64 rest=2500"):
         self.directory = daemon.directory / "guests" / name
         self.domain = None
         self.disk = self.directory / "disk.qcow2"
