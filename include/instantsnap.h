@@ -58,7 +58,8 @@
  *   freeze the guest otherwise), restores the migration settings, merges the overlays (except those
  *   that a driver's disks were switched to) and removes what the library made for the snapshot. An
  *   overlay that it cannot merge stays in use; the watchdog reports it to the machine's log
- *   (/dev/log). A watchdog that is killed is replaced by another one, which goes on where it was.
+ *   (/dev/log). A watchdog that is killed is replaced by another one, which goes on where it was; if
+ *   it was writing a sparse memory image, the snapshot fails.
  *   The watchdog raises no SIGCHLD, and no wait() of the caller returns it. It is in the caller's
  *   cgroup: if the whole cgroup is ended (by the end of a container, or systemd's
  *   KillMode=control-group), the watchdog ends too. INSTANTSNAP_WATCHDOG_CGROUP in the environment
