@@ -314,7 +314,7 @@ fn killed_client_or_domjobabort_does_not_end_the_snapshot() {
         .expect("no snapshot any more");
 }
 
-#[test]
+#[test(long)]
 fn domain_may_end_or_be_redefined_or_undefined_during_a_snapshot() {
     let daemon = session(&[]);
     let subject = Subject::start(&busy_machine(), &daemon);

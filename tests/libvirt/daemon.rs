@@ -189,7 +189,7 @@ fn lift_migration_lock(domain: &OpenedDomain) {
     }
 }
 
-#[test]
+#[test(long)]
 fn job_of_another_client_does_not_extend_the_pause_beyond_its_limit() {
     let daemon = Daemon::session();
     for binary in Binary::under_libvirt() {

@@ -479,7 +479,7 @@ fn delete_of_the_last_snapshot_leaves_no_overlay() {
     }
 }
 
-#[test]
+#[test(long)]
 fn delete_and_revert_end_when_the_daemon_hangs() {
     by_client_only();
     let daemon = virt::session();

@@ -400,7 +400,7 @@ fn check_cookie(opened: &OpenedDomain, clones: &Clones) {
     }
 }
 
-#[test]
+#[test(long)]
 fn guest_with_the_host_cpu_can_be_restored_under_kvm() {
     where_kvm_works(&Binary::all()[..1]);
     let Some(daemon) = virt::system() else { return };

@@ -137,7 +137,7 @@ fn slice_of_a_network_disk_is_refused_and_can_be_excluded() {
     guest.wait_ticks(ALL_SECTORS);
 }
 
-#[test]
+#[test(long)]
 fn network_disk_can_be_reverted_and_its_snapshots_deleted_in_any_order() {
     let daemon = virt::session();
     let remote = NbdDomain::start(&daemon);

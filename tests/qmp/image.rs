@@ -119,9 +119,11 @@ fn snapshot_comes_back_from_a_sparse_image_and_conversion_to_raw_keeps_its_pages
 /// Files can be RAM, and such a file can have an old content.
 #[test]
 fn memory_that_was_loaded_is_the_images_page_by_page_whatever_was_there_before() {
-    const SIZE: usize = 64 << 20;
+    /// A block of this size can be loaded without its pages of zeros.
+    const MIB: u32 = 64;
+    const SIZE: usize = (MIB as usize) << 20;
     for binary in Binary::any() {
-        let opened = Opened::start(&machine(binary, 1));
+        let opened = Opened::start(&machine(binary, 1).memory(MIB));
         opened.handle.create_as(Some(Format::Raw), &named("s"), INSTANTLY, &mut ()).unwrap();
         let path = opened.state_dir().join("s.mem");
         let pages = raw(&path).pages;

@@ -114,7 +114,7 @@ fn check_killed_caller(machine: &Machine, phase: usize, early_start: bool) {
     opened.guest.wait_ticks(3);
 }
 
-#[test]
+#[test(long)]
 fn guest_of_a_killed_caller_runs_and_can_be_snapshotted_again() {
     for binary in Binary::any() {
         for (index, phase) in PHASES.iter().enumerate() {

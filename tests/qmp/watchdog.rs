@@ -287,7 +287,7 @@ fn caller_stopped_in_the_pause() {
     assert_says(&error, Code::OperationTimeout, &["the watchdog had to resume the guest"]);
 }
 
-#[test]
+#[test(long)]
 fn caller_that_is_stopped_in_the_pause_stops_its_guest_until_the_limit_only() {
     for binary in Binary::any() {
         let opened = Opened::start(&busy(binary));
