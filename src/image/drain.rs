@@ -178,7 +178,11 @@ impl Drain {
         }
         let shared = Arc::clone(&self.shared);
         // The thread is not joined: a file system that hangs must not hang a caller that gives up.
-        sys::spawn_quiet("instantsnap", move || shared.run()).map(drop)
+        let started = sys::spawn_quiet("instantsnap", move || shared.run()).map(drop);
+        if started.is_err() {
+            self.has_thread.store(false, Ordering::Relaxed);
+        }
+        started
     }
 
     /// Leaves the moving of the stream to another process, which has the descriptors.

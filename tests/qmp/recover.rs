@@ -82,7 +82,10 @@ fn machine(binary: &'static Binary) -> Machine {
 
 /// QEMU's state and the files, which a recovery must put back.
 fn before(opened: &Opened) -> (Fingerprint, Vec<PathBuf>) {
-    (fingerprint(&mut opened.guest.control()), files_below(opened.guest.directory()))
+    // The first snapshot that is recorded creates this file, which stays.
+    let mut files = files_below(opened.guest.directory());
+    files.retain(|file| !file.ends_with(".current"));
+    (fingerprint(&mut opened.guest.control()), files)
 }
 
 fn is_frozen(binary: &Binary, phase: Phase) -> bool {

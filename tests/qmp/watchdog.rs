@@ -12,9 +12,10 @@ use std::time::Duration;
 
 use common::backend::open;
 use common::watchdog::{kill_watchdog_of, program_of, watchdog_of};
-use common::{At, INSTANTLY, Opened, assert_says, machine, named, through_proxy};
+use common::{At, INSTANTLY, Opened, assert_error, assert_says, machine, named, through_proxy};
 use instantsnap::engine::{EarlyStart, Phase, WatchdogKind};
 use instantsnap::error::Code;
+use instantsnap::image::Format;
 use instantsnap_testkit::compile::{gcc, workspace};
 use instantsnap_testkit::program::process;
 use instantsnap_testkit::{Binary, DEADLINE, Guest, Machine, process, skip, test, wait_for};
@@ -187,6 +188,46 @@ fn watchdog_that_is_killed_in_the_pause_or_the_drain_is_replaced() {
             assert!(killed == Phase::Finish || last.is_some() && first != last, "{name}");
             opened.restore_clone(&name);
         }
+        opened.assert_well();
+    }
+}
+
+/// A signal to a whole service can kill the watchdog and cancel the snapshot at once. Another process
+/// must read QEMU's stream on, also while the snapshot is undone.
+#[test]
+fn snapshot_that_is_cancelled_or_sparse_when_its_watchdog_is_killed_leaves_the_guest_running() {
+    for binary in Binary::any() {
+        let opened = Opened::start(&busy(binary));
+        let before = opened.trace();
+        for format in [Format::Raw, Format::Sparse] {
+            for killed in [Phase::Arm, Phase::Drain] {
+                let mut observer = At(|phase| {
+                    if phase == killed {
+                        kill_watchdog_of(std::process::id());
+                    }
+                    if phase == Phase::Drain {
+                        opened.handle.cancel().unwrap();
+                    }
+                });
+                let result =
+                    opened.handle.create_as(Some(format), &named("s"), INSTANTLY, &mut observer);
+                assert_error(result.map(drop), Code::OperationAborted, "cancelled");
+                opened.guest.wait_ticks(3);
+                common::assert_untouched(&opened, &before);
+            }
+        }
+        // What only the killed process knows of a sparse image is lost: the snapshot fails.
+        let mut kill = At(|phase| {
+            if phase == Phase::Drain {
+                // Pages have come by now, because write tracking is armed.
+                kill_watchdog_of(std::process::id());
+            }
+        });
+        let result =
+            opened.handle.create_as(Some(Format::Sparse), &named("s"), INSTANTLY, &mut kill);
+        assert_error(result.map(drop), Code::SystemError, "was killed");
+        opened.guest.wait_ticks(3);
+        common::assert_untouched(&opened, &before);
         opened.assert_well();
     }
 }

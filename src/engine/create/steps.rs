@@ -202,6 +202,8 @@ impl Steps<'_, '_, '_> {
     /// Reports that the instant has passed, and records the snapshot.
     pub fn pass_instant(&mut self, captured: &Captured) -> Result<Record> {
         let instant = SystemTime::now();
+        // The guest runs, and its memory flows: without a process that moves it, QEMU stops soon.
+        self.replace_lost_watchdog()?;
         // Checked before the event: after it the caller may resize disks and change devices.
         self.prepared.sizes.check_captured(self.guest)?;
         self.task.devices.check(self.guest)?;

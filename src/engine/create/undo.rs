@@ -53,6 +53,7 @@ impl Journal<'_, '_> {
         };
         let mut left = Vec::new();
         let mut ended = false;
+        self.keep_stream_moving();
         let mut liveness = self.wait_responsive(guest);
         if liveness == Liveness::Alive && self.has_other_migration() {
             liveness = wait_other_save(guest);
@@ -81,6 +82,7 @@ impl Journal<'_, '_> {
         if !ended || liveness == Liveness::Unresponsive {
             // QEMU may continue later. Then the stream must be read to its end, and a paused guest
             // resumed.
+            self.keep_stream_moving();
             let stream = self.take_stream();
             if self.watchdog.hand_over() {
                 guest.leave_held();
@@ -105,9 +107,17 @@ impl Journal<'_, '_> {
         left.into_iter().fold(cause, |cause, left| cause.and(left))
     }
 
+    /// If the watchdog that moved the stream was killed, a thread of this process moves it on. A QEMU
+    /// that waits for room in the pipe may not answer.
+    fn keep_stream_moving(&mut self) {
+        if let Ok(stream) = self.stream() {
+            stream.drain().go_on_if_lost();
+        }
+    }
+
     /// QEMU's liveness. A QEMU that does not answer is given time if it was changed already; if its
     /// guest is paused, `cont` is queued, which QEMU carries out when it answers again.
-    fn wait_responsive(&self, guest: &mut dyn Guest) -> Liveness {
+    fn wait_responsive(&mut self, guest: &mut dyn Guest) -> Liveness {
         let deadline = Deadline::after(RESUME_TIMEOUT);
         let has_overlays = self.has(|entry| matches!(entry, Entry::Overlays));
         let mut liveness = guest.liveness();
@@ -116,6 +126,7 @@ impl Journal<'_, '_> {
             let _ = commands::cont(guest, Deadline::after(Duration::from_millis(100)));
         }
         while liveness == Liveness::Unresponsive && has_overlays && deadline.left().is_some() {
+            self.keep_stream_moving();
             liveness = guest.liveness();
         }
         liveness

@@ -32,8 +32,10 @@ use crate::model::journal::ReadJournal;
 use crate::model::{Reservation, Store};
 use crate::sys;
 
-/// A process that was killed ends in this time.
-const EXIT_TIMEOUT: Duration = Duration::from_millis(500);
+/// A process that was killed ends in this time, even if it was writing to a busy disk.
+const EXIT_TIMEOUT: Duration = Duration::from_secs(5);
+/// The same before another operation, which a snapshot that is under way must not delay for long.
+const SHORT_EXIT_TIMEOUT: Duration = Duration::from_millis(500);
 
 /// Recovers a guest whose QEMU runs. It is an error if another operation holds the guest.
 pub fn recover(connector: &dyn Connector) -> Result<Vec<Recovered>> {
@@ -42,7 +44,9 @@ pub fn recover(connector: &dyn Connector) -> Result<Vec<Recovered>> {
     let mut found = Vec::new();
     if let Some(store) = connector.store() {
         for name in store.journals()? {
-            let Some(reservation) = claim(store, &name)? else { return Err(alive(&name)) };
+            let Some(reservation) = claim(store, &name, EXIT_TIMEOUT)? else {
+                return Err(alive(&name));
+            };
             found.extend(recover_one(store, &reservation, Some(guest))?);
         }
     }
@@ -60,15 +64,17 @@ pub fn recover_offline(state_dir: &Path) -> Result<Vec<Recovered>> {
     let store = Store::open(state_dir)?;
     let mut found = Vec::new();
     for name in store.journals()? {
-        let Some(reservation) = claim(&store, &name)? else { return Err(alive(&name)) };
+        let Some(reservation) = claim(&store, &name, EXIT_TIMEOUT)? else {
+            return Err(alive(&name));
+        };
         found.extend(recover_one(&store, &reservation, None)?);
     }
     Ok(found)
 }
 
-/// Holds the name of a snapshot. `None` if its process or its watchdog is alive.
-fn claim(store: &Store, name: &str) -> Result<Option<Reservation>> {
-    let deadline = Deadline::after(EXIT_TIMEOUT);
+/// Holds the name of a snapshot. `None` if its process or its watchdog is still alive after `patience`.
+fn claim(store: &Store, name: &str, patience: Duration) -> Result<Option<Reservation>> {
+    let deadline = Deadline::after(patience);
     loop {
         match store.claim(name)? {
             // A process that was killed needs a moment to end.
@@ -103,7 +109,7 @@ pub fn before_operation(connector: &dyn Connector) -> Result<()> {
     }
     let mut guest = None;
     for name in names {
-        let Some(reservation) = claim(store, &name)? else { continue };
+        let Some(reservation) = claim(store, &name, SHORT_EXIT_TIMEOUT)? else { continue };
         if guest.is_none() {
             guest = Some(connector.begin()?);
         }

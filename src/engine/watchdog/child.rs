@@ -279,9 +279,12 @@ impl Child {
         match stage == Stage::Migrating && !is_armed {
             true => Tried::UntilArmed,
             // On QEMU's socket, the caller's `stop` comes before this `cont`. But a daemon may
-            // carry out the caller's suspend later than virsh's resume.
-            false if matches!(self.recovery, Recovery::Commands(_)) => Tried::ResumedForNow,
-            false => Tried::Resumed,
+            // carry out the caller's suspend later than virsh's resume, unless it has answered the
+            // caller already.
+            false => match (&self.recovery, stage) {
+                (Recovery::Commands(_), Stage::Paused | Stage::Racing) => Tried::ResumedForNow,
+                _ => Tried::Resumed,
+            },
         }
     }
 }

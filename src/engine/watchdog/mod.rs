@@ -196,9 +196,9 @@ impl Watchdog {
     }
 
     /// Leaves the rest to the watchdog, as if this process had ended. Returns false if there is no
-    /// watchdog.
+    /// watchdog, or if it was killed.
     pub fn hand_over(&mut self) -> bool {
-        self.watchdog.take().map(Started::hand_over).is_some()
+        !self.is_lost() && self.watchdog.take().map(Started::hand_over).is_some()
     }
 }
 

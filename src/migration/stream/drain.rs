@@ -41,6 +41,11 @@ impl Stream {
         let mut quiet = Quiet::new(self.drain.bytes());
         let mut muddled = false;
         let bytes = loop {
+            // This comes before a cancel, whose undo needs QEMU's answers: without a process that
+            // moves the stream, QEMU may not give them.
+            if watchdog.is_some_and(is_readable) && self.drain.outcome().is_none() {
+                return Ok(None);
+            }
             cancel.check()?;
             if let Some(outcome) = self.drain.outcome() {
                 break match outcome {
@@ -54,9 +59,6 @@ impl Stream {
                     },
                     Ok(bytes) => bytes,
                 };
-            }
-            if watchdog.is_some_and(is_readable) {
-                return Ok(None);
             }
             if quiet.is_long(self.drain.bytes()) {
                 muddled |= self.look_for_end(guest, image, settings)?;
