@@ -112,24 +112,6 @@ fn watchdog_whose_virsh_fails_says_so() {
     opened.guest.wait_ticks(3);
 }
 
-/// The caller is stopped before its suspend was answered. The daemon can carry the suspend out after
-/// the watchdog's resume, like the second one here. Then the watchdog resumes the guest once more.
-#[test]
-fn suspend_that_comes_late_does_not_stop_the_domain_of_a_stopped_caller() {
-    let daemon = Daemon::session();
-    let opened = OpenedDomain::start(&machine(&Binary::under_libvirt()[0], 1), &daemon);
-    let mut caller = caller_of(&opened, Phase::Pause).spawn().unwrap();
-    wait_for(DEADLINE, || is_stopped(&caller).then_some(())).expect("it stops");
-    for _ in 0..2 {
-        opened.guest.virsh("suspend", &[]);
-        opened.guest.wait_ticks(3);
-    }
-    assert!(is_stopped(&caller));
-    kill_process(Pid::from_raw(caller.id() as i32).unwrap(), Signal::CONT).unwrap();
-    assert!(caller.wait().unwrap().success());
-    opened.guest.wait_ticks(3);
-}
-
 /// Its successor goes on where it was: the image has every byte, as the clone shows.
 #[test]
 fn watchdog_that_is_killed_is_replaced() {
