@@ -21,16 +21,27 @@ pub fn overlays(
 ) -> Vec<(NotedOverlay, Option<NotedFile>)> {
     let mut found = Vec::new();
     for overlay in &journal.intent.overlays {
-        let path = Path::new(&overlay.overlay);
-        // A file that existed before was noted by its path without links.
-        let path = path.canonicalize().unwrap_or_else(|_| path.into());
-        let (presence, file) = journal.find(&path, || is_new_overlay(&path, &overlay.image));
+        let (presence, file) = find_overlay(journal, overlay);
         if presence == Presence::Another && !overlay.is_reused {
             report.left(What::Overlay, &overlay.overlay, "it is not known to be the snapshot's");
         }
         found.push((overlay.clone(), file));
     }
     found
+}
+
+/// Finds an overlay. A file that the snapshot made was noted by its path as it was given, and one
+/// that existed before by its path without links.
+pub fn find_overlay(
+    journal: &ReadJournal,
+    overlay: &NotedOverlay,
+) -> (Presence, Option<NotedFile>) {
+    let given = Path::new(&overlay.overlay);
+    let path = given.canonicalize().unwrap_or_else(|_| given.into());
+    match journal.find(given, || false) {
+        (Presence::Same, file) => (Presence::Same, file),
+        _ => journal.find(&path, || is_new_overlay(&path, &overlay.image)),
+    }
 }
 
 /// Whether a file can be an overlay that was being made: empty, or without data.

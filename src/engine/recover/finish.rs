@@ -78,7 +78,10 @@ fn proved(journal: &ReadJournal) -> Option<Record> {
     // The images of a snapshot whose undo had begun were written, or their overlays removed.
     let mut disks = record.disks.iter();
     let disks = disks.all(|disk| {
-        is_there(&disk.overlay) && disk.frozen.iter().all(|frozen| frozen.change().is_none())
+        // Nothing proves that an image that is no regular file was not written.
+        is_there(&disk.overlay)
+            && !disk.frozen.is_empty()
+            && disk.frozen.iter().all(|frozen| frozen.change().is_none())
     });
     let copies = record.nvram.iter().all(|nvram| is_there(&nvram.copy));
     (memory && disks && copies).then_some(record)

@@ -159,6 +159,11 @@ fn recover_one(
                        recover it";
             report.undecided(What::Snapshot, name, why);
         }
+        (Qemu::Unknown, _) => {
+            let why = "it cannot be seen from here whether this QEMU is the one of the snapshot, \
+                       or was started since: recover the guest where QEMU's process can be seen";
+            report.undecided(What::Snapshot, name, why);
+        }
         (Qemu::Same, Some(guest)) => {
             if !finish::finish(store, &journal, reservation, Some(guest), &mut report)? {
                 online::undo(guest, &journal, &mut report)?;
@@ -184,6 +189,8 @@ enum Qemu {
     Same,
     /// It runs, and is not this guest's.
     Another,
+    /// This guest's QEMU may be another one, and its overlays may have data.
+    Unknown,
     /// It has ended; or nothing is known of it, and locks on the images show whether it runs.
     Ended,
 }
@@ -195,7 +202,9 @@ fn qemu(journal: &ReadJournal, guest: Option<&dyn Guest>) -> Qemu {
         (Some(false), Some(guest)) if guest.pid() == noted => Qemu::Same,
         (Some(false), _) => Qemu::Another,
         // Either process cannot be seen from here.
-        (None, Some(guest)) if guest.pid().is_none() || noted.is_none() => Qemu::Same,
+        (None, Some(guest)) if guest.pid().is_none() || noted.is_none() => {
+            if journal.may_have_switched() { Qemu::Unknown } else { Qemu::Same }
+        }
         (None, Some(_)) => Qemu::Another,
         (None, None) => Qemu::Ended,
     }

@@ -16,7 +16,7 @@ use super::report::{Report, What};
 use crate::backend::images::{self, Header};
 use crate::backend::overlay_file::{self, OverlayFile};
 use crate::error::{Error, Result};
-use crate::model::journal::{NotedOverlay, ReadJournal};
+use crate::model::journal::{NotedOverlay, Presence, ReadJournal};
 use crate::model::{Record, Store};
 use crate::sys;
 
@@ -31,7 +31,28 @@ struct Left {
 /// Undoes the snapshot.
 pub fn undo(store: &Store, journal: &ReadJournal, report: &mut Report) -> Result<()> {
     let mut all = Vec::new();
-    for (noted, file) in files::overlays(journal, report) {
+    let overlays = files::overlays(journal, report);
+    // The guest may have written to them. If one is missing or not known, its storage may not be
+    // there yet.
+    let is_unknown = |overlay: &NotedOverlay| {
+        let presence = files::find_overlay(journal, overlay).0;
+        journal.may_have_switched() && presence != Presence::Same
+    };
+    let unknown: Vec<_> =
+        overlays.iter().map(|(overlay, _)| overlay).filter(|overlay| is_unknown(overlay)).collect();
+    if !unknown.is_empty() {
+        for overlay in unknown {
+            let why = format!(
+                "the guest may have written to it, and it is missing, or not known to be the \
+                 snapshot's: make its storage available, or merge it into '{}' by hand; nothing \
+                 was changed",
+                overlay.image
+            );
+            report.undecided(What::Overlay, &overlay.overlay, why);
+        }
+        return Ok(());
+    }
+    for (noted, file) in overlays {
         let Some(file) = file else { continue };
         let step =
             |error| Error::system(format!("cannot open the overlay '{}'", noted.overlay), error);
@@ -102,13 +123,18 @@ fn why_not(left: &Left, journal: &ReadJournal, others: &[Record]) -> Option<Stri
              it into '{image}' by a block job, or keep it"
         ));
     }
-    let is_it = |file: &String| sys::same_file(Path::new(file), Path::new(overlay));
-    let mut needed = others.iter().flat_map(|record| &record.disks).map(|disk| &disk.image);
-    if needed.any(is_it) || files::has_image_on_it(overlay) {
+    let needed = |path: &String| {
+        let mut images = others.iter().flat_map(|record| &record.disks).map(|disk| &disk.image);
+        images.any(|needed| sys::same_file(Path::new(needed), Path::new(path)))
+    };
+    if needed(overlay) || files::has_image_on_it(overlay) {
         return Some("another image stands on it, or another snapshot needs it".into());
     }
     if !has_data {
         return None;
+    }
+    if needed(image) {
+        return Some(format!("another snapshot needs '{image}' as it is"));
     }
     let by_hand = format!(
         "what the guest wrote last may be in it: if the image '{image}' was not used since, run \

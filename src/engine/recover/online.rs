@@ -66,7 +66,7 @@ fn resume(
     let status = guest.status()?;
     if !journal.intent.running {
         // QEMU deactivates the disks of a guest that it has saved while it was paused.
-        if status.status == "postmigrate" {
+        if status.status == "postmigrate" && journal.record().is_none() {
             reactivate_disks(guest)?;
         }
         return Ok(());
@@ -81,13 +81,13 @@ fn resume(
         return Ok(());
     }
     // The journal says that the snapshot was about to pause the guest, and not that the guest ran
-    // again. At the end of a migration QEMU itself stops the guest.
+    // again. After a migration of another client the guest may run elsewhere.
     let is_ours = journal.may_have_switched() && journal.record().is_none();
-    if is_ours || status.status == "postmigrate" {
+    if is_ours && status.status != "postmigrate" {
         guest.resume(Deadline::after(DEFAULT_TIMEOUT))?;
         report.undone(What::Guest, GUEST, "the snapshot had paused it, and it runs again");
     } else {
-        report.left(What::Guest, GUEST, "another client has paused it");
+        report.left(What::Guest, GUEST, "another client has paused, saved or migrated it");
     }
     Ok(())
 }
