@@ -409,6 +409,40 @@ fn overlays_that_the_watchdog_could_not_merge_are_merged_by_a_recovery() {
     }
 }
 
+/// The storage of an overlay that the guest has written to can come later than the host.
+#[test]
+fn missing_overlay_is_waited_for_and_nothing_is_changed() {
+    by_socket_only();
+    for binary in Binary::any().iter().filter(|binary| !is_frozen(binary, Phase::Drain)) {
+        let opened = Opened::start(&machine(binary));
+        let files = files_below(opened.guest.directory());
+        interrupt(&opened, Phase::Drain);
+        opened.guest.wait_ticks(3);
+        opened.guest.kill();
+        let overlay = files_below(opened.guest.directory())
+            .into_iter()
+            .find(|file| !files.contains(file) && file.extension().is_some_and(|end| end == "s"))
+            .expect("there is an overlay");
+        let elsewhere = opened.guest.directory().join("elsewhere");
+        std::fs::rename(&overlay, &elsewhere).unwrap();
+        let kept = || {
+            // The recovery releases the snapshot's name.
+            let mut files = files_below(opened.guest.directory());
+            files.retain(|file| !file.ends_with(".s.reserved"));
+            files
+        };
+        let before = kept();
+        let found = recover_offline(&opened.state_dir()).unwrap();
+        assert!(found.iter().any(|found| found.blocks), "{found:?}");
+        assert!(found.iter().all(|found| found.action == Action::Left), "{found:?}");
+        assert_eq!(kept(), before);
+        std::fs::rename(&elsewhere, &overlay).unwrap();
+        let found = recover_offline(&opened.state_dir()).unwrap();
+        assert!(found.iter().all(|found| found.action == Action::Undone), "{found:?}");
+        assert!(!overlay.exists() && !opened.state_dir().join(".s.journal").exists());
+    }
+}
+
 /// The caller and its watchdog, the program or a fork, are killed at any moment.
 #[test]
 fn guest_is_recovered_whenever_caller_and_watchdog_were_killed() {
