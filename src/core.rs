@@ -22,6 +22,7 @@ pub mod model;
 pub mod monitor;
 mod own_file;
 pub mod pointers;
+mod procfs;
 pub mod symbols;
 pub mod sys;
 mod tool;

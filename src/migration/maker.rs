@@ -13,6 +13,8 @@ use std::fs;
 
 use serde_json::{Value, json};
 
+use crate::procfs::{self, Stat};
+
 /// The PID namespace of the host, from which all processes are seen: PROC_PID_INIT_INO of the
 /// kernel.
 const ALL_PROCESSES: &str = "pid:[4026531836]";
@@ -74,12 +76,8 @@ struct Namespaces {
 impl Namespaces {
     /// Those of this process.
     fn own() -> Namespaces {
-        let namespace = |kind: &str| {
-            let link = fs::read_link(format!("/proc/self/ns/{kind}")).unwrap_or_default();
-            link.to_string_lossy().into_owned()
-        };
-        let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
-        Namespaces { boot: boot.trim().into(), pid: namespace("pid"), net: namespace("net") }
+        let [pid, net] = ["pid", "net"].map(procfs::namespace);
+        Namespaces { boot: procfs::boot(), pid, net }
     }
 }
 
@@ -92,13 +90,7 @@ struct Process {
 
 impl Process {
     fn read(entry: &str) -> Option<Process> {
-        let stat = fs::read_to_string(format!("/proc/{entry}/stat")).ok()?;
-        // The fields after the command, which is in parentheses and can hold anything; the start
-        // time is field 22.
-        let mut fields = stat.rsplit_once(')')?.1.split_ascii_whitespace();
-        // A zombie does nothing any more.
-        let state = fields.next()?;
-        let started = fields.nth(18)?.parse().ok().filter(|_| state != "Z")?;
+        let started = Stat::start_if_alive(entry)?;
         let status = fs::read_to_string(format!("/proc/{entry}/status")).ok()?;
         let pids = status.lines().find_map(|line| line.strip_prefix("NSpid:"))?;
         Some(Process {

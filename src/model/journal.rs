@@ -24,6 +24,7 @@ use serde::{Deserialize, Serialize};
 use tempfile::NamedTempFile;
 
 use crate::own_file::{KnownFile, Undo, as_bytes};
+use crate::procfs::{self, Stat};
 use crate::sys;
 
 /// The version of the format. A journal with a greater number is of a later version of the library.
@@ -171,30 +172,11 @@ impl NotedFile {
     }
 }
 
-/// The kernel's name of this boot of the host.
-fn this_boot() -> String {
-    let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
-    boot.trim().into()
-}
-
-fn this_namespace() -> String {
-    let link = std::fs::read_link("/proc/self/ns/pid").unwrap_or_default();
-    link.to_string_lossy().into_owned()
-}
-
-fn start_of(pid: u32) -> Option<u64> {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // The fields after the command, which is in parentheses and can hold anything. The start time
-    // is field 22. A zombie does nothing any more.
-    let mut fields = stat.rsplit_once(')')?.1.split_ascii_whitespace();
-    fields.next().filter(|state| *state != "Z")?;
-    fields.nth(18)?.parse().ok()
-}
-
 impl QemuProcess {
     /// Notes a process that runs.
     pub fn of(pid: u32) -> Option<QemuProcess> {
-        Some(QemuProcess { pid, started: start_of(pid)?, namespace: this_namespace() })
+        let started = Stat::start_if_alive(pid)?;
+        Some(QemuProcess { pid, started, namespace: procfs::namespace("pid") })
     }
 
     /// Whether it has ended; `None` if that cannot be seen from here.
@@ -202,7 +184,8 @@ impl QemuProcess {
         if !same_boot {
             return Some(true);
         }
-        (self.namespace == this_namespace()).then(|| start_of(self.pid) != Some(self.started))
+        (self.namespace == procfs::namespace("pid"))
+            .then(|| Stat::start_if_alive(self.pid) != Some(self.started))
     }
 }
 
@@ -248,7 +231,7 @@ impl JournalFile {
             instantsnap_journal: FORMAT,
             snapshot: snapshot.into(),
             written: now(),
-            boot: this_boot(),
+            boot: procfs::boot(),
             qemu,
             running,
             is_recorded,
@@ -329,7 +312,7 @@ impl ReadJournal {
             return Err(format!("is that of snapshot '{}'", intent.snapshot));
         }
         let lines = lines.map(serde_json::from_slice).collect::<Result<_, _>>().map_err(damaged)?;
-        let same_boot = intent.boot == this_boot();
+        let same_boot = intent.boot == procfs::boot();
         Ok(ReadJournal { intent, lines, same_boot })
     }
 

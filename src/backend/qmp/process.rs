@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use crate::backend::exclusive::Exclusive;
 use crate::error::{Error, Result};
 use crate::monitor::QemuProcess;
+use crate::procfs::Stat;
 
 /// Holds a guest by its socket, before connecting. A connection that waits while QEMU serves
 /// another client takes one of the two places in the socket's queue.
@@ -26,22 +27,13 @@ pub fn hold_socket(socket: &Path) -> Result<Exclusive> {
 /// error.
 pub fn hold_qemu(label: &str, qemu: &QemuProcess) -> Result<Exclusive> {
     // A pid is reused one day; a pid with its start time is unique.
-    Exclusive::take(
-        label,
-        format!("instantsnap/{}/{}", qemu.pid, start_time(qemu.pid).unwrap_or_default()),
-    )
+    let started = Stat::read(qemu.pid).map(|stat| stat.started);
+    Exclusive::take(label, format!("instantsnap/{}/{}", qemu.pid, started.unwrap_or_default()))
 }
 
 /// The name of the guest behind a socket, for messages.
 pub fn guest_label(socket: &Path) -> String {
     format!("the guest of QMP socket '{}'", socket.display())
-}
-
-fn start_time(pid: u32) -> Option<u64> {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // The command's name is in parentheses and can hold any character. The start time is field 22,
-    // which is the 20th after it.
-    stat.rsplit_once(')')?.1.split_ascii_whitespace().nth(19)?.parse().ok()
 }
 
 /// The path of a process's binary.

@@ -19,6 +19,7 @@ use super::recovery_command::RecoveryCommands;
 use super::remaining::Remaining;
 use super::stage::{DISMISSED, NOT_RESUMED, READY, RESUMED, RESUMING, Stage, UNDOING};
 use crate::image::Drain;
+use crate::procfs::Stat;
 use crate::sys::{self, wait_ready};
 
 /// Before QEMU has armed write tracking, its stream has only a header and a list of memory blocks.
@@ -296,9 +297,7 @@ fn is_stopped(process: &OwnedFd) -> bool {
         let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", process.as_raw_fd()));
         let pid: u32 =
             info.ok()?.lines().find_map(|line| line.strip_prefix("Pid:"))?.trim().parse().ok()?;
-        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-        // The name of the program, in parentheses, can contain anything.
-        stat.rsplit_once(") ")?.1.chars().next()
+        Stat::read(pid).map(|stat| stat.state)
     };
     matches!(state(), Some('T' | 't'))
 }
