@@ -8,7 +8,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
+use std::path::{Path, PathBuf, absolute};
 
 use rustix::fs::{AtFlags, CWD, Mode, OFlags, openat, statat, unlinkat};
 use rustix::io::Errno;
@@ -30,35 +30,31 @@ impl OwnFile {
     /// Creates the file with mode 0600, for reading and writing. It is an error if it exists, and
     /// then it is not changed.
     pub fn create(path: &Path) -> io::Result<OwnFile> {
-        let name = path.file_name().ok_or_else(|| io::Error::from(io::ErrorKind::IsADirectory))?;
-        let parent = path.parent().map(Path::as_os_str).filter(|parent| !parent.is_empty());
-        let directory = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let directory = openat(CWD, parent.unwrap_or(OsStr::new(".")), directory, Mode::empty())?;
+        let (directory, name) = open_directory(path)?;
         let flags = OFlags::CREATE | OFlags::EXCL | OFlags::RDWR | OFlags::CLOEXEC;
-        let file = File::from(openat(&directory, name, flags, Mode::RUSR | Mode::WUSR)?);
-        let metadata = file.metadata()?;
-        let id = (metadata.dev(), metadata.ino());
-        Ok(OwnFile { path: path.into(), directory, name: name.into(), file, id })
+        let file = openat(&directory, name, flags, Mode::RUSR | Mode::WUSR)?;
+        OwnFile::new(path, directory, name, file)
     }
 
     /// Opens a file that another process has made, for reading and writing. `None` if another file,
     /// or none, is at its path now.
     pub fn reopen(known: &KnownFile) -> io::Result<Option<OwnFile>> {
-        let path = &*known.path;
-        let name = path.file_name().ok_or_else(|| io::Error::from(io::ErrorKind::IsADirectory))?;
-        let parent = path.parent().map(Path::as_os_str).filter(|parent| !parent.is_empty());
-        let directory = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let directory = openat(CWD, parent.unwrap_or(OsStr::new(".")), directory, Mode::empty())?;
+        let (directory, name) = open_directory(&known.path)?;
         let flags = OFlags::RDWR | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
         let file = match openat(&directory, name, flags, Mode::empty()) {
-            Ok(file) => File::from(file),
+            Ok(file) => file,
             Err(Errno::NOENT | Errno::LOOP) => return Ok(None),
             Err(errno) => return Err(errno.into()),
         };
+        let own = OwnFile::new(&known.path, directory, name, file)?;
+        Ok((own.id == known.id).then_some(own))
+    }
+
+    fn new(path: &Path, directory: OwnedFd, name: &OsStr, file: OwnedFd) -> io::Result<OwnFile> {
+        let file = File::from(file);
         let metadata = file.metadata()?;
         let id = (metadata.dev(), metadata.ino());
-        let own = OwnFile { path: path.into(), directory, name: name.into(), file, id };
-        Ok((id == known.id).then_some(own))
+        Ok(OwnFile { path: path.into(), directory, name: name.into(), file, id })
     }
 
     /// The path by which it was created.
@@ -101,6 +97,26 @@ pub struct KnownFile {
     pub id: (u64, u64),
     /// How it is undone.
     pub undo: Undo,
+}
+
+impl KnownFile {
+    /// The same file by a path that names it from every working directory.
+    pub fn from_root(self) -> KnownFile {
+        KnownFile { path: from_root(&self.path), ..self }
+    }
+}
+
+/// Makes a path absolute, for a process whose working directory is another one.
+pub fn from_root(path: &Path) -> PathBuf {
+    absolute(path).unwrap_or_else(|_| path.into())
+}
+
+/// Opens the directory of a file. Returns the file's name too.
+fn open_directory(path: &Path) -> io::Result<(OwnedFd, &OsStr)> {
+    let name = path.file_name().ok_or_else(|| io::Error::from(io::ErrorKind::IsADirectory))?;
+    let parent = path.parent().map(Path::as_os_str).filter(|parent| !parent.is_empty());
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    Ok((openat(CWD, parent.unwrap_or(OsStr::new(".")), flags, Mode::empty())?, name))
 }
 
 /// How an undo changes a file.

@@ -22,7 +22,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use rustix::io::Errno;
 use rustix::pipe::{SpliceFlags, splice, tee};
 
@@ -241,9 +241,8 @@ impl Drain {
     /// Without that, the guest would freeze.
     pub fn go_on_if_lost(&self) {
         let Some(process) = &self.process else { return };
-        let mut fds = [PollFd::new(process, PollFlags::IN)];
         // The descriptor is readable only when all threads of the process have ended.
-        if poll(&mut fds, Some(&Timespec::default())).is_ok_and(|ready| ready > 0) {
+        if sys::wait_ready([Some(process)], 0) {
             // If no thread can be started, the undo empties the pipe when QEMU waits for room in
             // it.
             let _ = self.start();

@@ -3,7 +3,7 @@
 //! Prepares a snapshot while the guest runs: overlays, memory image, pipe, watchdog, settings.
 
 use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf, absolute};
+use std::path::Path;
 
 use super::journal::{Entry, Journal};
 use super::plan::Task;
@@ -18,7 +18,6 @@ use crate::image::MemoryImage;
 use crate::migration::{Mode, Settings, Stream, WriteCheck, early_start, prefault};
 use crate::model::DiskPlan;
 use crate::model::journal::{Line, NotedFile, Planned, QemuProcess};
-use crate::own_file::KnownFile;
 use crate::sys;
 
 /// The results of [`prepare`] that later steps need.
@@ -91,18 +90,13 @@ fn begin_durable(task: &Task, guest: &mut dyn Guest, journal: &mut Journal) -> R
 /// Notes the inodes of the files that were made, by which a recovery recognises them.
 fn note_files(task: &Task, guest: &dyn Guest, journal: &mut Journal) -> Result<()> {
     let own = journal.copies().map(nvram::Copy::known).chain([journal.image()?.known()]);
-    let own = own.map(|known| KnownFile { path: from_root(&known.path), ..known });
-    let files = own.map(NotedFile::of).chain(guest.overlay_files()).collect();
+    let files =
+        own.map(|known| NotedFile::of(known.from_root())).chain(guest.overlay_files()).collect();
     let inode = |disk: &DiskPlan| {
         let metadata = Path::new(&disk.drive.file).metadata().ok()?;
         metadata.is_file().then(|| (disk.drive.file.clone(), metadata.ino()))
     };
     journal.note(&Line::Made { files, images: task.plan.disks.iter().filter_map(inode).collect() })
-}
-
-/// Makes a path absolute.
-fn from_root(path: &Path) -> PathBuf {
-    absolute(path).unwrap_or_else(|_| path.into())
 }
 
 /// Opens the stream of memory to its image, and starts a watchdog for the time that it is open.

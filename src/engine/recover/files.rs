@@ -21,7 +21,7 @@ pub fn overlays(
 ) -> Vec<(NotedOverlay, Option<NotedFile>)> {
     let mut found = Vec::new();
     for overlay in &journal.intent.overlays {
-        let (presence, file) = find_overlay(journal, overlay);
+        let (presence, file) = find(journal, overlay);
         if presence == Presence::Another && !overlay.is_reused {
             report.left(What::Overlay, &overlay.overlay, "it is not known to be the snapshot's");
         }
@@ -32,10 +32,7 @@ pub fn overlays(
 
 /// Finds an overlay. A file that the snapshot made was noted by its path as it was given, and one
 /// that existed before by its path without links.
-pub fn find_overlay(
-    journal: &ReadJournal,
-    overlay: &NotedOverlay,
-) -> (Presence, Option<NotedFile>) {
+fn find(journal: &ReadJournal, overlay: &NotedOverlay) -> (Presence, Option<NotedFile>) {
     let given = Path::new(&overlay.overlay);
     let path = given.canonicalize().unwrap_or_else(|_| given.into());
     match journal.find(given, || false) {

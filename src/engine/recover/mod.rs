@@ -72,7 +72,8 @@ pub fn recover_offline(state_dir: &Path) -> Result<Vec<Recovered>> {
     Ok(found)
 }
 
-/// Holds the name of a snapshot. `None` if its process or its watchdog is still alive after `patience`.
+/// Holds the name of a snapshot. `None` if its process or its watchdog is still alive after
+/// `patience`.
 fn claim(store: &Store, name: &str, patience: Duration) -> Result<Option<Reservation>> {
     let deadline = Deadline::after(patience);
     loop {
@@ -107,17 +108,14 @@ pub fn before_operation(connector: &dyn Connector) -> Result<()> {
     if names.is_empty() {
         return Ok(());
     }
-    let mut guest = None;
+    let mut begun = None;
     for name in names {
         let Some(reservation) = claim(store, &name, SHORT_EXIT_TIMEOUT)? else { continue };
-        if guest.is_none() {
-            guest = Some(connector.begin()?);
-        }
-        let guest: Option<&mut dyn Guest> = match &mut guest {
-            Some(guest) => Some(&mut **guest),
-            None => None,
+        let guest = match &mut begun {
+            Some(guest) => guest,
+            None => begun.insert(connector.begin()?),
         };
-        let found = recover_one(store, &reservation, guest)?;
+        let found = recover_one(store, &reservation, Some(&mut **guest))?;
         if let Some(left) = found.iter().find(|found| found.blocks) {
             fail!(
                 OperationInvalid,

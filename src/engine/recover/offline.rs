@@ -16,7 +16,7 @@ use super::report::{Report, What};
 use crate::backend::images::{self, Header};
 use crate::backend::overlay_file::{self, OverlayFile};
 use crate::error::{Error, Result};
-use crate::model::journal::{NotedOverlay, Presence, ReadJournal};
+use crate::model::journal::{NotedOverlay, ReadJournal};
 use crate::model::{Record, Store};
 use crate::sys;
 
@@ -34,22 +34,21 @@ pub fn undo(store: &Store, journal: &ReadJournal, report: &mut Report) -> Result
     let overlays = files::overlays(journal, report);
     // The guest may have written to them. If one is missing or not known, its storage may not be
     // there yet.
-    let is_unknown = |overlay: &NotedOverlay| {
-        let presence = files::find_overlay(journal, overlay).0;
-        journal.may_have_switched() && presence != Presence::Same
-    };
-    let unknown: Vec<_> =
-        overlays.iter().map(|(overlay, _)| overlay).filter(|overlay| is_unknown(overlay)).collect();
+    let unknown: Vec<_> = overlays
+        .iter()
+        .filter(|(_, file)| journal.may_have_switched() && file.is_none())
+        .map(|(overlay, _)| overlay)
+        .collect();
+    for overlay in &unknown {
+        let why = format!(
+            "the guest may have written to it, and it is missing, or not known to be the \
+             snapshot's: make its storage available, or merge it into '{}' by hand; nothing was \
+             changed",
+            overlay.image
+        );
+        report.undecided(What::Overlay, &overlay.overlay, why);
+    }
     if !unknown.is_empty() {
-        for overlay in unknown {
-            let why = format!(
-                "the guest may have written to it, and it is missing, or not known to be the \
-                 snapshot's: make its storage available, or merge it into '{}' by hand; nothing \
-                 was changed",
-                overlay.image
-            );
-            report.undecided(What::Overlay, &overlay.overlay, why);
-        }
         return Ok(());
     }
     for (noted, file) in overlays {

@@ -3,7 +3,7 @@
 //! The description of a watchdog's task: all that the watchdog needs except its descriptors. The
 //! program reads it as JSON.
 
-use std::path::{Path, PathBuf, absolute};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
@@ -13,7 +13,7 @@ use super::cgroup;
 use super::task::Task;
 use crate::backend::{MonitorOverlay, RecoveryCommands};
 use crate::image::Format;
-use crate::own_file::{KnownFile, as_bytes};
+use crate::own_file::{KnownFile, as_bytes, from_root};
 
 const VERSION: &str = env!("CARGO_PKG_VERSION");
 
@@ -56,7 +56,7 @@ pub struct AbsolutePath(#[serde(with = "as_bytes")] pub PathBuf);
 
 impl Description {
     pub fn new(task: &Task, means: Means) -> Description {
-        let known = |file: &KnownFile| KnownFile { path: from_root(&file.path), ..file.clone() };
+        let known = |file: &KnownFile| file.clone().from_root();
         let reserved = task.reservation.and_then(|reservation| reservation.known().ok());
         let record = task.record.as_deref().map(|record| AbsolutePath(from_root(record)));
         Description {
@@ -77,9 +77,4 @@ impl Description {
     pub fn is_current(&self) -> bool {
         self.version == VERSION
     }
-}
-
-/// Makes a path absolute, because the program's working directory is not the caller's.
-fn from_root(path: &Path) -> PathBuf {
-    absolute(path).unwrap_or_else(|_| path.into())
 }
