@@ -58,12 +58,12 @@
  *   freeze the guest otherwise), restores the migration settings, merges the overlays (except those
  *   that a driver's disks were switched to) and removes what the library made for the snapshot. An
  *   overlay that it cannot merge stays in use; the watchdog reports it to the machine's log
- *   (/dev/log). A watchdog that is killed is replaced by another one, which goes on where it was; if
- *   it was writing a sparse memory image, the snapshot fails.
- *   The watchdog raises no SIGCHLD, and no wait() of the caller returns it. It is in the caller's
- *   cgroup: if the whole cgroup is ended (by the end of a container, or systemd's
- *   KillMode=control-group), the watchdog ends too. INSTANTSNAP_WATCHDOG_CGROUP in the environment
- *   names the directory of another cgroup (v2), which the program enters; a fork does not.
+ *   (/dev/log). A watchdog that is killed is replaced by another one, which goes on where it was;
+ *   if it was writing a sparse memory image, the snapshot fails. The watchdog raises no SIGCHLD,
+ *   and no wait() of the caller returns it. It is in the caller's cgroup: if the whole cgroup is
+ *   ended (by the end of a container, or systemd's KillMode=control-group), the watchdog ends too.
+ *   INSTANTSNAP_WATCHDOG_CGROUP in the environment names the directory of another cgroup (v2),
+ *   which the program enters; a fork does not.
  *
  *   The library runs `qemu-img` for instantsnap_snapshot_prepare_revert() and
  *   instantsnap_snapshot_delete(), and when QEMU itself ends during a snapshot. The build fixes
@@ -421,7 +421,8 @@ typedef struct instantsnap_create_options {
      */
     uint32_t progress_interval_ms;
     uint32_t flags;                      /* INSTANTSNAP_CREATE_*; other bits: VIR_ERR_INVALID_ARG */
-    uint32_t image_format;               /* an instantsnap_image_format; others: VIR_ERR_INVALID_ARG */
+    /* An instantsnap_image_format; others: VIR_ERR_INVALID_ARG. */
+    uint32_t image_format;
     uint32_t reserved;                   /* 0 */
 } instantsnap_create_options;
 

@@ -52,8 +52,8 @@ pub fn share_snapshot(
     Snapshot::share(table, snapshot).map_err(|error| error.into_error("snapshot"))
 }
 
-/// `qemuSnapshotCreateXML` of a client, with INSTANT. `format` is that of the memory image, if it is
-/// not the default.
+/// `qemuSnapshotCreateXML` of a client, with INSTANT. `format` is that of the memory image, if it
+/// is not the default.
 pub fn create(
     domain: Option<&virDomain>,
     xml: Text,

@@ -23,6 +23,8 @@ pub mod monitor;
 mod own_file;
 pub mod pointers;
 mod procfs;
+#[cfg(test)]
+mod random;
 pub mod symbols;
 pub mod sys;
 mod tool;

@@ -101,7 +101,7 @@ pub struct KnownFile {
 
 impl KnownFile {
     /// The same file by a path that names it from every working directory.
-    pub fn from_root(self) -> KnownFile {
+    pub fn with_absolute_path(self) -> KnownFile {
         KnownFile { path: from_root(&self.path), ..self }
     }
 }

@@ -10,8 +10,8 @@ use std::fs;
 pub struct Stat {
     /// The kernel's letter for its state: `Z` for a zombie, `T` or `t` for one that is stopped.
     pub state: char,
-    /// When it was started, in ticks since the host's boot. Together with the number of a process it
-    /// is unique.
+    /// When it was started, in ticks since the host's boot. Together with the number of a process
+    /// it is unique.
     pub started: u64,
 }
 

@@ -96,7 +96,7 @@ class Stats:
     total_us: int             #: the whole call
     instant_us: int           #: from the call's entry to the instant
     guest_paused_us: int      #: the pause of the guest; 0 if it was paused already
-    memory_image_bytes: int   #: size of the memory image, bytes; of a sparse one, the space it takes
+    memory_image_bytes: int   #: size of the memory image; of a sparse one, its space on disk; bytes
     pause_from_events: bool   #: guest_paused_us is by QEMU's own time stamps; else an upper bound
     disks: int                #: number of disks that were switched to an overlay
     setup_us: int             #: how long QEMU set up the background snapshot, in whole milliseconds
@@ -180,7 +180,8 @@ def create_options(listener: Optional[Listener] = None, progress_interval: Optio
         try:
             options.image_format = ImageFormat[str(image_format).upper()]
         except KeyError:
-            raise ValueError(f"image_format must be 'raw' or 'sparse', not {image_format!r}") from None
+            raise ValueError(
+                f"image_format must be 'raw' or 'sparse', not {image_format!r}") from None
     return options
 
 

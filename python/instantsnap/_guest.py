@@ -175,12 +175,12 @@ class Guest:
         stays.)
 
         Raises ValueError (both xml and parts of it; a NUL character; flags that are not a 32-bit
-        number; an impossible interval; an unknown image format), Cancelled, or Error with everything as it was before the
-        call: INVALID_ARG (flags), XML_DETAIL and XML_ERROR, OPERATION_UNSUPPORTED (not
-        implemented), ARGUMENT_UNSUPPORTED (no background snapshots: the message says why and what
-        to do), OPERATION_INVALID (busy, wrong state, name exists), CONFIG_UNSUPPORTED (a disk, file
-        or device prevents it), SYSTEM_ERROR (files), OPERATION_FAILED (QEMU's reason is in the
-        message), OPERATION_TIMEOUT (see pause_limit()).
+        number; an impossible interval; an unknown image format), Cancelled, or Error with
+        everything as it was before the call: INVALID_ARG (flags), XML_DETAIL and XML_ERROR,
+        OPERATION_UNSUPPORTED (not implemented), ARGUMENT_UNSUPPORTED (no background snapshots: the
+        message says why and what to do), OPERATION_INVALID (busy, wrong state, name exists),
+        CONFIG_UNSUPPORTED (a disk, file or device prevents it), SYSTEM_ERROR (files),
+        OPERATION_FAILED (QEMU's reason is in the message), OPERATION_TIMEOUT (see pause_limit()).
         """
         text, bits = _request(xml, name, description, memory, instant, flags)
         handle = self._open()
@@ -424,8 +424,8 @@ class Guest:
         """Recovers the guest, if a snapshot of it was interrupted because its process and its
         watchdog were both killed: finishes the snapshot if it is proved to be complete, else undoes
         it. What cannot be proved is left as it is. Returns what was found; an empty list if no
-        snapshot was interrupted. instantsnap_recover() in instantsnap.h says more. If QEMU has ended
-        too: recover_offline().
+        snapshot was interrupted. instantsnap_recover() in instantsnap.h says more. If QEMU has
+        ended too: recover_offline().
 
         Blocks until the overlays are merged; other threads go on. If a signal handler raises an
         exception meanwhile, for example KeyboardInterrupt, it goes on when the recovery is done.

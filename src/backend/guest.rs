@@ -304,8 +304,8 @@ pub trait Guest: Execute {
     /// What QEMU and the backend can do; the same during a whole operation.
     fn capabilities(&self) -> Capabilities;
 
-    /// Names the overlays that are to be created, and their nodes, for the snapshot's journal. Empty
-    /// if the backend keeps no journal.
+    /// Names the overlays that are to be created, and their nodes, for the snapshot's journal.
+    /// Empty if the backend keeps no journal.
     fn plan_overlays(&mut self, _disks: &[DiskPlan]) -> Vec<NotedOverlay> {
         Vec::new()
     }

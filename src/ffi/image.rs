@@ -11,6 +11,15 @@ use crate::error::fail;
 use crate::image::{self, Contents, Format};
 use crate::pointers::Text;
 
+/// The format with this number in C.
+pub(super) fn format_of(number: u32) -> Option<Format> {
+    match number {
+        abi::INSTANTSNAP_IMAGE_RAW => Some(Format::Raw),
+        abi::INSTANTSNAP_IMAGE_SPARSE => Some(Format::Sparse),
+        _ => None,
+    }
+}
+
 /// `instantsnap_image_info`.
 #[unsafe(no_mangle)]
 pub extern "C" fn instantsnap_image_info(path: Text) -> *mut c_char {
@@ -34,10 +43,8 @@ pub extern "C" fn instantsnap_image_verify(path: Text) -> c_int {
 pub extern "C" fn instantsnap_image_convert(path: Text, format: c_uint, flags: c_uint) -> c_int {
     boundary(last_error::set, || {
         let path = path.required("path")?;
-        let format = match format {
-            abi::INSTANTSNAP_IMAGE_RAW => Format::Raw,
-            abi::INSTANTSNAP_IMAGE_SPARSE => Format::Sparse,
-            other => fail!(InvalidArg, "{other} is no format that an image can be converted to"),
+        let Some(format) = format_of(format) else {
+            fail!(InvalidArg, "{format} is no format that an image can be converted to");
         };
         if flags != 0 {
             fail!(InvalidArg, "unsupported flags {flags:#x}");

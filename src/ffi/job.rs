@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use super::header::{instantsnap_guest, instantsnap_job};
+use super::image::format_of;
 use super::native::{GUESTS, convert_stats, micros};
 use super::{Registry, abi, c_string, last_error};
 use crate::boundary::boundary;
@@ -108,12 +109,11 @@ impl Options {
         };
         let interval = Some(Duration::from_millis(interval.into()));
         let listener = Listener { callback: options.callback, opaque: options.opaque, interval };
-        let image_format = match options.image_format {
-            abi::INSTANTSNAP_IMAGE_DEFAULT => None,
-            abi::INSTANTSNAP_IMAGE_RAW => Some(Format::Raw),
-            abi::INSTANTSNAP_IMAGE_SPARSE => Some(Format::Sparse),
-            other => fail!(InvalidArg, "unknown image format {other} in options"),
-        };
+        let wanted = options.image_format;
+        let image_format = format_of(wanted);
+        if image_format.is_none() && wanted != abi::INSTANTSNAP_IMAGE_DEFAULT {
+            fail!(InvalidArg, "unknown image format {wanted} in options");
+        }
         if options.reserved != 0 {
             fail!(InvalidArg, "the reserved field of options must be 0");
         }

@@ -133,6 +133,7 @@ mod tests {
     use super::super::records::{Content, Record, Records};
     use super::super::sample;
     use super::*;
+    use crate::random::Random;
     use tempfile::TempDir;
 
     /// Makes a complete raw image with this stream.
@@ -192,13 +193,8 @@ mod tests {
 
     #[test]
     fn all_that_is_in_an_image_is_in_the_converted_one_too() {
-        let mut random = 0x9e37_79b9_7f4a_7c15u64;
-        let mut below = |limit: u64| {
-            random ^= random << 13;
-            random ^= random >> 7;
-            random ^= random << 17;
-            random % limit
-        };
+        let mut random = Random(0x9e37_79b9_7f4a_7c15);
+        let mut below = |limit: usize| random.below(limit) as u64;
         for round in 0..30 {
             // Pages come in any order, some of them again, zero or filled with a byte.
             let mut section = |count: u64| -> Vec<Vec<u8>> {

@@ -10,9 +10,9 @@
 //! at its next write to a page that is not saved yet. Data that cannot be written, or is not wanted
 //! any more, is discarded.
 //!
-//! If the process that moves the stream into a raw image is killed, another process goes on where it
-//! has stopped, and no byte is lost: see [`Shared::take_over`]. Only the process that writes a sparse
-//! image knows which pages are in the file. If it is killed, the snapshot fails.
+//! If the process that moves the stream into a raw image is killed, another process goes on where
+//! it has stopped, and no byte is lost: see [`Shared::take_over`]. Only the process that writes a
+//! sparse image knows which pages are in the file. If it is killed, the snapshot fails.
 
 use std::fs::File;
 use std::io;
@@ -514,6 +514,7 @@ pub fn discard(pipe: &OwnedFd) -> rustix::io::Result<usize> {
 mod tests {
     use super::super::sample;
     use super::*;
+    use crate::random::Random;
     use std::io::Write;
 
     /// A drain of a pipe to a file, with the writing end of the pipe.
@@ -552,7 +553,7 @@ mod tests {
             }
             next
         });
-        let mut random = 1_u64;
+        let mut random = Random(1);
         for _ in 0..KILLS {
             let shared = &drain.shared;
             let run = || {
@@ -561,8 +562,7 @@ mod tests {
             };
             // SAFETY: it makes only system calls, on memory that exists already.
             let child = unsafe { sys::Child::fork(run) }.unwrap();
-            random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
-            std::thread::sleep(std::time::Duration::from_micros((random >> 33) % 400));
+            std::thread::sleep(std::time::Duration::from_micros(random.below(400) as u64));
             child.kill();
         }
         finish.send(()).unwrap();

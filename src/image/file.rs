@@ -5,8 +5,8 @@
 //!
 //! ```text
 //! 0    magic     LibvirtQemudPart while incomplete, LibvirtQemudSave when complete
-//! 16   u32       version (2), data_len, was_running, format (0: raw, 6: sparse), cookie offset (0: none),
-//!                14 unused
+//! 16   u32       version (2), data_len, was_running, format (0: raw, 6: sparse), cookie offset
+//!                (0: none), 14 unused
 //! 92   data_len  domain XML with its NUL, the cookie with its NUL where there is one, then zeros
 //! ...            QEMU's migration stream
 //! ```
@@ -262,11 +262,6 @@ fn numbers<const N: usize>(header: &[u8; HEADER]) -> [u32; N] {
     })
 }
 
-/// The format with libvirt's number.
-fn format_of(number: u32) -> Option<Format> {
-    [Format::Raw, Format::Sparse].into_iter().find(|format| format.number() == number)
-}
-
 /// The places of a sparse image, or why it cannot be loaded. `None` if the image is raw.
 fn read_sparse(
     file: &File,
@@ -307,7 +302,7 @@ impl Image {
         }
         let [version, data_len, _, format] = numbers(&header);
         // It is compressed, or from a host with another byte order: libvirt itself checks these.
-        let (VERSION, Some(format)) = (version, format_of(format)) else { return Ok(None) };
+        let (VERSION, Some(format)) = (version, Format::numbered(format)) else { return Ok(None) };
         let begin = HEADER as u64 + u64::from(data_len);
         let machine = stream::check(file, begin)?;
         read_sparse(file, format, begin).map(|_| machine)
@@ -319,7 +314,7 @@ impl Image {
         file.read_exact_at(&mut header, 0).ok()?;
         let [version, _, _, format] = numbers(&header);
         let is_image = &header[..COMPLETE.len()] == COMPLETE && version == VERSION;
-        is_image.then(|| format_of(format)).flatten()
+        is_image.then(|| Format::numbered(format)).flatten()
     }
 
     /// The format of the image.
@@ -354,7 +349,7 @@ impl Image {
         if version != VERSION {
             return Err(damaged(&format!("has version {version}, {VERSION} is supported")));
         }
-        let Some(format) = format_of(format) else {
+        let Some(format) = Format::numbered(format) else {
             return Err(damaged("is compressed: decompress it first"));
         };
         if data_len == 0 || data_len > LONGEST {

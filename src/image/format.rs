@@ -15,13 +15,16 @@ pub enum Format {
 }
 
 impl Format {
+    const ALL: [Format; 2] = [Format::Raw, Format::Sparse];
+
     /// The format with this name.
     pub fn named(name: &str) -> Option<Format> {
-        match name {
-            "raw" => Some(Format::Raw),
-            "sparse" => Some(Format::Sparse),
-            _ => None,
-        }
+        Format::ALL.into_iter().find(|format| format.name() == name)
+    }
+
+    /// The format with libvirt's number.
+    pub fn numbered(number: u32) -> Option<Format> {
+        Format::ALL.into_iter().find(|format| format.number() == number)
     }
 
     /// libvirt's name of the format.

@@ -47,9 +47,9 @@ pub struct PageWriter {
 }
 
 impl PageWriter {
-    /// Begins an image whose stream begins at `begin`, with the first bytes of the stream. `None` if
-    /// more bytes are needed. After a failure of the stream nothing is in the file. The bytes are
-    /// those of the next [`PageWriter::write`] too.
+    /// Begins an image whose stream begins at `begin`, with the first bytes of the stream. `None`
+    /// if more bytes are needed. After a failure of the stream nothing is in the file. The bytes
+    /// are those of the next [`PageWriter::write`] too.
     pub fn begin(file: &File, bytes: &[u8], begin: u64) -> Result<Option<PageWriter>, Failure> {
         let Some((head, length)) = Head::parse(bytes).map_err(Failure::Stream)? else {
             return Ok(None);

@@ -53,6 +53,23 @@ pub struct Drive {
 }
 
 impl Drive {
+    /// A drive of which only the topmost image is known.
+    pub fn of_image(name: &str, role: Role, node: &str, file: &str, format: &str) -> Drive {
+        Drive {
+            names: vec![name.into()],
+            role,
+            node: node.into(),
+            file: file.into(),
+            format: format.into(),
+            backing: Vec::new(),
+            size: 0,
+            bitmaps: Vec::new(),
+            options: OpenOptions::default(),
+            unsupported_reason: None,
+            snapshot: None,
+        }
+    }
+
     /// Its name in messages and metadata.
     pub fn name(&self) -> &str {
         self.names.first().unwrap_or(&self.node)

@@ -43,6 +43,16 @@ pub struct Intent {
     written: i64,
     /// The boot of the host in which that was.
     boot: String,
+    /// What the plan knows.
+    #[serde(flatten)]
+    pub planned: Planned,
+    /// The files among these that existed before the snapshot.
+    existing: Vec<String>,
+}
+
+/// What the plan of a snapshot knows of what it is going to make.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Planned {
     /// The guest's QEMU, where it is known.
     pub qemu: Option<QemuProcess>,
     /// The guest ran, and is to run again.
@@ -58,8 +68,6 @@ pub struct Intent {
     pub overlays: Vec<NotedOverlay>,
     /// The disks that are left to the storage hook.
     pub manual: Vec<String>,
-    /// The files among these that existed before the snapshot.
-    existing: Vec<String>,
 }
 
 /// A process, identified by its number and the time of its start in one boot of the host.
@@ -196,24 +204,6 @@ pub struct JournalFile {
     file: File,
 }
 
-/// The first line of a journal, as the plan knows it.
-pub struct Planned {
-    /// See [`Intent`].
-    pub qemu: Option<QemuProcess>,
-    /// See [`Intent`].
-    pub running: bool,
-    /// See [`Intent`].
-    pub is_recorded: bool,
-    /// See [`Intent`].
-    pub memory: PathBuf,
-    /// See [`Intent`].
-    pub copies: Vec<String>,
-    /// See [`Intent`].
-    pub overlays: Vec<NotedOverlay>,
-    /// See [`Intent`].
-    pub manual: Vec<String>,
-}
-
 impl JournalFile {
     /// Writes a new journal with its first line, in the place of `new`, a new file beside it. It is
     /// an error if the journal exists.
@@ -221,25 +211,21 @@ impl JournalFile {
         path: PathBuf,
         mut new: NamedTempFile,
         snapshot: &str,
-        planned: Planned,
+        mut planned: Planned,
     ) -> io::Result<JournalFile> {
-        let Planned { qemu, running, is_recorded, memory, copies, overlays, manual } = planned;
         let exists = |path: &&str| Path::new(path).symlink_metadata().is_ok();
-        let named = overlays.iter().map(|overlay| &*overlay.overlay);
-        let named = named.chain(copies.iter().map(|copy| &**copy)).chain(memory.to_str());
+        let named = planned.overlays.iter().map(|overlay| &*overlay.overlay);
+        let named = named.chain(planned.copies.iter().map(|copy| &**copy));
+        let named = named.chain(planned.memory.to_str());
+        let existing = named.filter(exists).map(str::to_owned).collect();
+        planned.memory = std::path::absolute(&planned.memory)?;
         let intent = Intent {
             instantsnap_journal: FORMAT,
             snapshot: snapshot.into(),
             written: now(),
             boot: procfs::boot(),
-            qemu,
-            running,
-            is_recorded,
-            existing: named.filter(exists).map(str::to_owned).collect(),
-            memory: std::path::absolute(memory)?,
-            copies,
-            overlays,
-            manual,
+            planned,
+            existing,
         };
         new.write_all(&line_of(&intent)?)?;
         new.as_file().sync_all()?;
@@ -357,7 +343,7 @@ impl ReadJournal {
         if !self.same_boot {
             return Some(true);
         }
-        self.intent.qemu.as_ref()?.has_ended(self.same_boot)
+        self.intent.planned.qemu.as_ref()?.has_ended(self.same_boot)
     }
 
     /// Finds a file that the snapshot was going to make. Returns what is there, and the file itself

@@ -208,7 +208,8 @@ impl Store {
         }
     }
 
-    /// A new file, which is to get its name when it is complete. The caller has locked the directory.
+    /// A new file, which is to get its name when it is complete. The caller has locked the
+    /// directory.
     fn new_file(&self) -> io::Result<NamedTempFile> {
         let [prefix, suffix] = NEW_FILE;
         tempfile::Builder::new().prefix(prefix).suffix(suffix).tempfile_in(&self.directory)

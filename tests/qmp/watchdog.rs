@@ -12,7 +12,9 @@ use std::time::Duration;
 
 use common::backend::open;
 use common::watchdog::{kill_watchdog_of, program_of, watchdog_of};
-use common::{At, INSTANTLY, Opened, assert_error, assert_says, machine, named, through_proxy};
+use common::{
+    At, INSTANTLY, Opened, Trace, assert_error, assert_says, machine, named, through_proxy,
+};
 use instantsnap::engine::{EarlyStart, Phase, WatchdogKind};
 use instantsnap::error::Code;
 use instantsnap::image::Format;
@@ -67,6 +69,15 @@ fn caller_of(guest: &Guest, deed: &str) -> Command {
 /// A machine whose guest writes to all of its memory in each round. That is more than a pipe holds.
 fn busy(binary: &'static Binary) -> Machine {
     machine(binary, 1).memory(128).prealloc().append("dense=64")
+}
+
+/// Waits until the watchdog of a killed caller has undone the snapshot. A driver merges its own
+/// overlays.
+fn wait_undone(opened: &Opened, before: &Trace) {
+    if !common::backend::by_driver() {
+        wait_for(DEADLINE, || (opened.trace() == *before).then_some(()))
+            .unwrap_or_else(|| common::assert_untouched(opened, before));
+    }
 }
 
 fn is_stopped(caller: &Child) -> bool {
@@ -141,10 +152,7 @@ fn caller_with_a_small_stack_that_is_killed_leaves_a_guest_that_runs() {
         let status = caller_of(&opened.guest, "killed").status().unwrap();
         assert_eq!(status.signal(), Some(9), "{status}");
         opened.guest.wait_ticks(3);
-        if !common::backend::by_driver() {
-            wait_for(DEADLINE, || (opened.trace() == before).then_some(()))
-                .unwrap_or_else(|| common::assert_untouched(&opened, &before));
-        }
+        wait_undone(&opened, &before);
     }
 }
 
@@ -157,10 +165,7 @@ fn without_the_program_a_fork_is_the_watchdog() {
         let status = caller_of(&opened.guest, "killed").env(PROGRAM, "").status().unwrap();
         assert_eq!(status.signal(), Some(9), "{status}");
         opened.guest.wait_ticks(3);
-        if !common::backend::by_driver() {
-            wait_for(DEADLINE, || (opened.trace() == before).then_some(()))
-                .unwrap_or_else(|| common::assert_untouched(&opened, &before));
-        }
+        wait_undone(&opened, &before);
         let whole = caller_of(&opened.guest, "whole").env(PROGRAM, "/nonexistent").status();
         assert!(whole.unwrap().success());
         opened.restore_clone("whole");
@@ -192,8 +197,8 @@ fn watchdog_that_is_killed_in_the_pause_or_the_drain_is_replaced() {
     }
 }
 
-/// A signal to a whole service can kill the watchdog and cancel the snapshot at once. Another process
-/// must read QEMU's stream on, also while the snapshot is undone.
+/// A signal to a whole service can kill the watchdog and cancel the snapshot at once. Another
+/// process must read QEMU's stream on, also while the snapshot is undone.
 #[test]
 fn snapshot_that_is_cancelled_or_sparse_when_its_watchdog_is_killed_leaves_the_guest_running() {
     for binary in Binary::any() {
@@ -241,10 +246,7 @@ fn successor_of_a_watchdog_that_was_killed_in_the_pause_resumes_the_guest_of_a_k
         let status = caller_of(&opened.guest, "replaced").status().unwrap();
         assert_eq!(status.signal(), Some(9), "{status}");
         opened.guest.wait_ticks(3);
-        if !common::backend::by_driver() {
-            wait_for(DEADLINE, || (opened.trace() == before).then_some(()))
-                .unwrap_or_else(|| common::assert_untouched(&opened, &before));
-        }
+        wait_undone(&opened, &before);
     }
 }
 
@@ -300,9 +302,7 @@ fn watchdogs_that_are_killed_again_and_again_lose_no_byte_and_no_guest() {
             assert_eq!(caller.wait().unwrap().success(), deed == "whole");
             match deed {
                 "whole" => drop(opened.restore_clone("whole")),
-                _ if common::backend::by_driver() => {}
-                _ => wait_for(DEADLINE, || (opened.trace() == before).then_some(()))
-                    .unwrap_or_else(|| common::assert_untouched(&opened, &before)),
+                _ => wait_undone(&opened, &before),
             }
             opened.guest.wait_ticks(3);
         }

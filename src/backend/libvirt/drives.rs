@@ -126,19 +126,7 @@ fn firmware(nvram: &Nvram) -> Result<Drive> {
             "the UEFI variables of the domain (<nvram>) are not in a file: they cannot be compared"
         );
     }
-    Ok(Drive {
-        names: vec!["nvram".into()],
-        role: Role::Firmware,
-        node: String::new(),
-        file: nvram.file.clone(),
-        format: nvram.format.clone(),
-        backing: Vec::new(),
-        size: 0,
-        bitmaps: Vec::new(),
-        options: OpenOptions::default(),
-        unsupported_reason: None,
-        snapshot: None,
-    })
+    Ok(Drive::of_image("nvram", Role::Firmware, "", &nvram.file, &nvram.format))
 }
 
 /// libvirt's save cookie. It has the CPU that the guest really has, which the XML of a memory image

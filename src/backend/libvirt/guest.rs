@@ -24,7 +24,7 @@ use crate::backend::{busy, open_images, shared_memory};
 use crate::deadline::Deadline;
 use crate::error::{Error, Result, fail};
 use crate::image::Format;
-use crate::libvirt::{Domain, Snapshot};
+use crate::libvirt::{Domain, RESTORES_SPARSE, Snapshot};
 use crate::model::domain;
 use crate::model::flags::{self, CreateFlags};
 use crate::model::{DiskPlan, Drive, Record, snapshot_writer};
@@ -178,9 +178,7 @@ impl Guest for LibvirtGuest<'_> {
     }
 
     fn check_image_format(&mut self, format: Format) -> Result<()> {
-        /// The first libvirt that restores sparse images.
-        const SPARSE: (u64, u64, u64) = (11, 2, 0);
-        if format == Format::Sparse && self.session.libvirt_version()? < SPARSE {
+        if format == Format::Sparse && self.session.libvirt_version()? < RESTORES_SPARSE {
             fail!(
                 ConfigUnsupported,
                 "the libvirt of domain '{}' cannot restore a memory image of the format 'sparse', \

@@ -11,7 +11,6 @@ use crate::backend::overlay_file;
 use crate::backend::overlay_file::{Beforehand, OverlayFile};
 use crate::deadline::Deadline;
 use crate::error::{Code, Error, Result, fail};
-use crate::model::drive::OpenOptions;
 use crate::model::journal::{NotedFile, NotedOverlay};
 use crate::model::{DiskPlan, Drive, Role};
 use crate::monitor::{Command, Execute, Failure};
@@ -80,19 +79,8 @@ impl Overlay {
 
     /// An overlay that another process has made.
     fn adopted(noted: &NotedOverlay, file: Option<&NotedFile>) -> Result<Overlay> {
-        let drive = Drive {
-            names: vec![noted.disk.clone()],
-            role: Role::Disk,
-            node: noted.image_node.clone(),
-            file: noted.image.clone(),
-            format: noted.format.clone(),
-            backing: Vec::new(),
-            size: 0,
-            bitmaps: Vec::new(),
-            options: OpenOptions::default(),
-            unsupported_reason: None,
-            snapshot: None,
-        };
+        let NotedOverlay { disk, image_node, image, format, .. } = noted;
+        let drive = Drive::of_image(disk, Role::Disk, image_node, image, format);
         let (overlay, reuse) = (noted.overlay.clone(), noted.is_reused);
         let own = file.map(|file| OverlayFile::reopen(&file.known, reuse)).transpose();
         let own = own

@@ -90,8 +90,10 @@ fn begin_durable(task: &Task, guest: &mut dyn Guest, journal: &mut Journal) -> R
 /// Notes the inodes of the files that were made, by which a recovery recognises them.
 fn note_files(task: &Task, guest: &dyn Guest, journal: &mut Journal) -> Result<()> {
     let own = journal.copies().map(nvram::Copy::known).chain([journal.image()?.known()]);
-    let files =
-        own.map(|known| NotedFile::of(known.from_root())).chain(guest.overlay_files()).collect();
+    let files = own
+        .map(|known| NotedFile::of(known.with_absolute_path()))
+        .chain(guest.overlay_files())
+        .collect();
     let inode = |disk: &DiskPlan| {
         let metadata = Path::new(&disk.drive.file).metadata().ok()?;
         metadata.is_file().then(|| (disk.drive.file.clone(), metadata.ino()))

@@ -107,8 +107,8 @@ impl Journal<'_, '_> {
         left.into_iter().fold(cause, |cause, left| cause.and(left))
     }
 
-    /// If the watchdog that moved the stream was killed, a thread of this process moves it on. A QEMU
-    /// that waits for room in the pipe may not answer.
+    /// If the watchdog that moved the stream was killed, a thread of this process moves it on. A
+    /// QEMU that waits for room in the pipe may not answer.
     fn keep_stream_moving(&mut self) {
         if let Ok(stream) = self.stream() {
             stream.drain().go_on_if_lost();

@@ -7,8 +7,6 @@
 
 pub mod managed;
 mod plan;
-#[cfg(test)]
-mod random;
 mod renew;
 mod stored;
 mod stored_plan;

@@ -272,8 +272,8 @@ mod tests {
     use std::collections::BTreeMap;
 
     use super::*;
-    use crate::engine::delete::random::Random;
     use crate::engine::revert::plan::{self as revert, Left};
+    use crate::random::Random;
 
     type Content = BTreeMap<usize, u32>;
 

@@ -156,7 +156,7 @@ impl Situation<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::engine::delete::random::Random;
+    use crate::random::Random;
 
     type Content = BTreeMap<usize, u32>;
 

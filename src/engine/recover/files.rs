@@ -20,7 +20,7 @@ pub fn overlays(
     report: &mut Report,
 ) -> Vec<(NotedOverlay, Option<NotedFile>)> {
     let mut found = Vec::new();
-    for overlay in &journal.intent.overlays {
+    for overlay in &journal.intent.planned.overlays {
         let (presence, file) = find(journal, overlay);
         if presence == Presence::Another && !overlay.is_reused {
             report.left(What::Overlay, &overlay.overlay, "it is not known to be the snapshot's");
@@ -62,8 +62,8 @@ fn is_zero(file: File) -> bool {
 
 /// Removes the memory image and the copies of UEFI variables.
 pub fn remove(journal: &ReadJournal, report: &mut Report) {
-    let memory = (What::Memory, journal.intent.memory.clone());
-    let copies = journal.intent.copies.iter().map(|copy| (What::Firmware, copy.into()));
+    let memory = (What::Memory, journal.intent.planned.memory.clone());
+    let copies = journal.intent.planned.copies.iter().map(|copy| (What::Firmware, copy.into()));
     for (what, path) in copies.chain([memory]) {
         let is_plausible = || what == What::Memory && is_partial_image(&path);
         let (presence, file) = journal.find(&path, is_plausible);

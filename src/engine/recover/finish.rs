@@ -22,7 +22,7 @@ pub fn finish(
     report: &mut Report,
 ) -> Result<bool> {
     let name = &journal.intent.snapshot;
-    let memory = journal.intent.memory.to_string_lossy();
+    let memory = journal.intent.planned.memory.to_string_lossy();
     if let Ok(recorded) = store.read(name)
         && recorded.memory_file == memory
     {
@@ -40,7 +40,7 @@ pub fn finish(
     {
         return Ok(false);
     }
-    if !journal.intent.is_recorded {
+    if !journal.intent.planned.is_recorded {
         report.finished(What::Snapshot, name, "it was complete, and was not to be recorded");
         return Ok(true);
     }
@@ -73,8 +73,8 @@ fn proved(journal: &ReadJournal) -> Option<Record> {
         is_there(path)
             || Path::new(path).canonicalize().is_ok_and(|path| is_there(&path.to_string_lossy()))
     };
-    let memory = Image::open(&journal.intent.memory).is_ok()
-        && is_there(&journal.intent.memory.to_string_lossy());
+    let memory = Image::open(&journal.intent.planned.memory).is_ok()
+        && is_there(&journal.intent.planned.memory.to_string_lossy());
     // The images of a snapshot whose undo had begun were written, or their overlays removed.
     let mut disks = record.disks.iter();
     let disks = disks.all(|disk| {

@@ -194,7 +194,7 @@ enum Qemu {
 }
 
 fn qemu(journal: &ReadJournal, guest: Option<&dyn Guest>) -> Qemu {
-    let noted = journal.intent.qemu.as_ref().map(|qemu| qemu.pid);
+    let noted = journal.intent.planned.qemu.as_ref().map(|qemu| qemu.pid);
     match (journal.has_qemu_ended(), guest) {
         (Some(true), _) => Qemu::Ended,
         (Some(false), Some(guest)) if guest.pid() == noted => Qemu::Same,

@@ -25,7 +25,7 @@ pub fn undo(guest: &mut dyn Guest, journal: &ReadJournal, report: &mut Report) -
     }
     merge(guest, journal, report)?;
     files::remove(journal, report);
-    for disk in &journal.intent.manual {
+    for disk in &journal.intent.planned.manual {
         if journal.may_have_switched() {
             let why = "a storage hook may have made a snapshot of it, which was not recorded";
             report.left(What::Storage, disk, why);
@@ -64,7 +64,7 @@ fn resume(
 ) -> Result<()> {
     const GUEST: &str = "guest";
     let status = guest.status()?;
-    if !journal.intent.running {
+    if !journal.intent.planned.running {
         // QEMU deactivates the disks of a guest that it has saved while it was paused.
         if status.status == "postmigrate" && journal.record().is_none() {
             reactivate_disks(guest)?;
@@ -97,7 +97,7 @@ fn merge(guest: &mut dyn Guest, journal: &ReadJournal, report: &mut Report) -> R
     let overlays = files::overlays(journal, report);
     guest.adopt_overlays(&overlays)?;
     let merged = guest.merge_disks();
-    if journal.intent.running && guest.status()?.status == "io-error" {
+    if journal.intent.planned.running && guest.status()?.status == "io-error" {
         guest.resume(Deadline::after(DEFAULT_TIMEOUT))?;
     }
     if let Err(error) = merged.and_then(|()| guest.discard_overlays()) {

@@ -32,7 +32,7 @@ use crate::deadline::Deadline;
 use crate::engine::users::Users;
 use crate::error::{Code, Error, Result, fail};
 use crate::image::{Format, Image, is_other_machine};
-use crate::libvirt::{restore, undefine, xml};
+use crate::libvirt::{RESTORES_SPARSE, restore, undefine, xml};
 use crate::model::domain::{Disk, Source, Storage, domain_disks};
 use crate::model::flags::RevertFlags;
 use crate::model::generated_name;
@@ -41,8 +41,6 @@ use crate::sys;
 
 /// The first libvirt that reverts to snapshots with a memory image.
 const STOCK_REVERTS: (u64, u64, u64) = (9, 9, 0);
-/// The first libvirt that restores sparse memory images.
-const RESTORES_SPARSE: (u64, u64, u64) = (11, 2, 0);
 /// The first libvirt with `VIR_DOMAIN_UNDEFINE_KEEP_TPM`.
 const KEEPS_TPM: (u64, u64, u64) = (8, 9, 0);
 
@@ -90,8 +88,8 @@ pub fn is_libvirts(snapshot: &ManagedSnapshot) -> Result<bool> {
 /// * it removes the overlays that the current snapshot names, even those that another snapshot or
 ///   another guest needs, and those of disks that the domain does not have any more; and it cannot
 ///   remove overlays on block devices;
-/// * it cannot read a sparse memory image, although libvirt can restore it by other means, and finds
-///   that out when it has ended the domain.
+/// * it cannot read a sparse memory image, although libvirt can restore it by other means, and
+///   finds that out when it has ended the domain.
 fn stock_can(tree: &SnapshotTree, target: &SnapshotDef, disks: &[Disk], users: &Users) -> bool {
     let on_files = target.external().all(|(_, image)| {
         let file = image.and_then(|image| image.file.as_deref());
@@ -409,8 +407,8 @@ impl Revert<'_> {
         })
     }
 
-    /// Whether libvirt and its QEMU can restore a sparse image. If the domain does not run, its QEMU
-    /// is not asked.
+    /// Whether libvirt and its QEMU can restore a sparse image. If the domain does not run, its
+    /// QEMU is not asked.
     fn restores_sparse(&self, active: bool) -> bool {
         let capabilities = r#"{"execute":"query-migrate-capabilities"}"#;
         let qemu_can = || {

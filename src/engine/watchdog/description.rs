@@ -56,7 +56,7 @@ pub struct AbsolutePath(#[serde(with = "as_bytes")] pub PathBuf);
 
 impl Description {
     pub fn new(task: &Task, means: Means) -> Description {
-        let known = |file: &KnownFile| file.clone().from_root();
+        let known = |file: &KnownFile| file.clone().with_absolute_path();
         let reserved = task.reservation.and_then(|reservation| reservation.known().ok());
         let record = task.record.as_deref().map(|record| AbsolutePath(from_root(record)));
         Description {

@@ -253,8 +253,8 @@ impl Daemon {
         if output.status.success() { Ok(text(&output.stdout)) } else { Err(text(&output.stderr)) }
     }
 
-    /// Runs several virsh commands in one process, because most of virsh's time is its start. Returns
-    /// the output of each, which is empty where the command fails.
+    /// Runs several virsh commands in one process, because most of virsh's time is its start.
+    /// Returns the output of each, which is empty where the command fails.
     #[track_caller]
     pub(crate) fn virsh_each(&self, commands: &[&[&str]]) -> Vec<String> {
         const END: &str = "= end of a command =";

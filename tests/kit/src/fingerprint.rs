@@ -65,8 +65,8 @@ pub fn domain_fingerprint(guest: &Guest) -> Fingerprint {
     ];
     let without_alias = |xml: String| xml.replace(&usb.concat(), &format!("{}/>", usb[0]));
     let mut all = if guest.alive() { fingerprint(&mut guest.control()).0 } else { BTreeMap::new() };
-    // Where libvirt has nothing to report, like an inactive XML or a current snapshot, the answer is
-    // empty.
+    // Where libvirt has nothing to report, like an inactive XML or a current snapshot, the answer
+    // is empty.
     let name = guest.name();
     let questions: [(&str, &[&str]); 7] = [
         ("domain", &["dumpxml", name]),
