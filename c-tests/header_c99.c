@@ -54,6 +54,7 @@ static const function functions[] = {
     (function) instantsnap_image_verify,
     (function) instantsnap_image_convert,
     (function) instantsnap_recover,
+    (function) instantsnap_doctor,
     (function) instantsnap_recover_offline,
     (function) instantsnap_snapshot_get_name,
     (function) instantsnap_snapshot_free,

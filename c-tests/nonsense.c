@@ -36,6 +36,8 @@ static void not_a_guest(instantsnap_guest *guest)
     CHECK_FAILS(instantsnap_snapshot_load(guest, "name", 0) == -1, VIR_ERR_INVALID_ARG);
     CHECK_FAILS(instantsnap_snapshot_delete(guest, "name", 0) == -1, VIR_ERR_INVALID_ARG);
     CHECK_FAILS(instantsnap_recover(guest, &name) == -1, VIR_ERR_INVALID_ARG);
+    if (guest)
+        CHECK_FAILS(instantsnap_doctor(guest, &name) == -1, VIR_ERR_INVALID_ARG);
     CHECK(!name);
     instantsnap_close(guest);
 }
@@ -292,6 +294,8 @@ int main(void)
     CHECK_FAILS(instantsnap_recover_offline(harness_path("nowhere"), NULL) == -1,
                 VIR_ERR_SYSTEM_ERROR);
     CHECK(instantsnap_recover(guest, NULL) == 0);
+    CHECK(instantsnap_doctor(guest, NULL) >= 0);
+    CHECK(instantsnap_doctor(NULL, NULL) >= 0);
     CHECK(instantsnap_recover_offline(harness_path("state"), NULL) == 0);
     CHECK(instantsnap_set_storage_hook(guest, NULL) == 0);
 

@@ -1102,6 +1102,32 @@ int instantsnap_recover(instantsnap_guest *guest, char **report);
  */
 int instantsnap_recover_offline(const char *state_dir, char **report);
 
+/**
+ * Examines whether instant snapshots work, and says what to do where they do not. Changes nothing
+ * (but libvirt marks a domain that is examined as tainted: instantsnap_open_libvirt()). The checks are those that a snapshot makes itself, and
+ * some that QEMU makes in the middle of one. One that cannot be made (a QEMU whose process cannot
+ * be seen, a libvirt that does not run) is skipped, and the report says so.
+ *
+ * @guest   the guest to examine; NULL: this host, for QEMUs of this user and of libvirt. A guest
+ *          that another operation holds is not examined: that is a finding.
+ * @report  where to store the findings, for instantsnap_free_string(); may be NULL. It is JSON: an
+ *          array with an object for each check, with the members
+ *          - `check`: "kernel", "userfaultfd", "watchdog", "qemu-img", "libvirt", "guest", "qemu",
+ *            "settings", "memory" (other processes that write it), "pages", "disk", "jobs", "room",
+ *            "confinement" or "leftovers" (of snapshots that were interrupted);
+ *          - `verdict`: "pass"; "warn", if snapshots work, but may fail in some case or could be
+ *            better; "fail", if they do not work; or "skip";
+ *          - `object`: the disk, user, path or version that was checked; "" if there is only one;
+ *          - `message`: for people;
+ *          - `remedy`: the command or the change that helps; "" if the message says it, or if
+ *            nothing need be done.
+ *          A later version may add checks and members.
+ *
+ * Blocks while QEMU answers, up to 30 seconds for each query. Returns how many checks failed, 0 if
+ * none did, or -1: VIR_ERR_INVALID_ARG (a closed handle).
+ */
+int instantsnap_doctor(instantsnap_guest *guest, char **report);
+
 /** The name of a snapshot; borrowed from it. NULL: VIR_ERR_INVALID_ARG. */
 const char *instantsnap_snapshot_get_name(const instantsnap_snapshot *snapshot);
 

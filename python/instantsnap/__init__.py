@@ -32,6 +32,7 @@ this package's files; else the library that the system's loader finds. If there 
 LibraryNotFound, an ImportError, names these places.
 """
 
+from ._doctor import Finding, doctor
 from ._errors import Cancelled, Error, ErrorCode, LibraryNotFound, NotFound
 from ._events import Event, EventType, ImageFormat, JobInfo, Phase, Stats, Watchdog
 from ._guest import DeleteFlag, Flag, Guest
@@ -44,10 +45,10 @@ from ._recover import Recovered, recover_offline
 from ._revert import RevertDisk, RevertPlan, prepare_revert
 from ._storage import StorageCall, StorageDisk
 
-__all__ = ["Cancelled", "DeleteFlag", "Error", "ErrorCode", "Event", "EventType", "Flag", "Guest",
-           "ImageFormat", "ImageInfo", "Job", "JobInfo", "LibraryNotFound", "MemoryBlock",
+__all__ = ["Cancelled", "DeleteFlag", "Error", "ErrorCode", "Event", "EventType", "Finding", "Flag",
+           "Guest", "ImageFormat", "ImageInfo", "Job", "JobInfo", "LibraryNotFound", "MemoryBlock",
            "NotFound", "Phase", "Recovered", "RevertDisk", "RevertPlan", "Stats", "StorageCall",
-           "StorageDisk", "Watchdog", "image_convert", "image_info", "image_verify",
+           "StorageDisk", "Watchdog", "doctor", "image_convert", "image_info", "image_verify",
            "prepare_revert", "recover_offline", "snapshot_create_xml", "snapshot_delete",
            "snapshot_revert", "version"]
 

@@ -8,7 +8,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Optional
 from xml.etree import ElementTree
 
-from . import _binding, _library
+from . import _binding, _doctor, _library
+from ._doctor import Finding
 from ._errors import Error, ErrorCode, NotFound, carry
 from ._events import Listener, OnEvent, Stats, create_options, milliseconds, stats_of
 from ._interrupt import interruptible
@@ -419,6 +420,16 @@ class Guest:
             check(library().instantsnap_snapshot_delete(handle, text, bits))
 
         interruptible(delete, _nothing)
+
+    def doctor(self) -> list[Finding]:
+        """Examines whether instant snapshots of this guest work, and says what to do where they do
+        not. Changes nothing. instantsnap_doctor() in instantsnap.h says more; doctor() examines the
+        host alone.
+
+        Blocks while QEMU answers, up to 30 seconds for each query; other threads go on. Raises
+        Error: INVALID_ARG (the guest is closed).
+        """
+        return _doctor.examine(self._open())
 
     def recover(self) -> list[Recovered]:
         """Recovers the guest, if a snapshot of it was interrupted because its process and its

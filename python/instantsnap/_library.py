@@ -196,6 +196,7 @@ FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "instantsnap_image_convert": (c_int, [c_char_p, c_uint, c_uint]),
     "instantsnap_recover": (c_int, [_GUEST, POINTER(_OWNED_STRING)]),
     "instantsnap_recover_offline": (c_int, [c_char_p, POINTER(_OWNED_STRING)]),
+    "instantsnap_doctor": (c_int, [_GUEST, POINTER(_OWNED_STRING)]),
     "instantsnap_snapshot_get_name": (c_char_p, [_SNAPSHOT]),
     "instantsnap_snapshot_free": (None, [_SNAPSHOT]),
 }

@@ -9,7 +9,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from instantsnap import (Cancelled, DeleteFlag, Error, ErrorCode, Flag, Guest, NotFound, Watchdog,
-                         prepare_revert, recover_offline)
+                         doctor, prepare_revert, recover_offline)
 
 from .machine import TestCase
 
@@ -129,6 +129,19 @@ class Snapshots(TestCase):
                 guest.delete("one", DeleteFlag.CHILDREN | DeleteFlag.CHILDREN_ONLY)
             self.assertEqual(raised.exception.code, ErrorCode.INVALID_ARG)
         self.assertEqual(machine.status(), "running")
+
+
+class Examination(TestCase):
+    def test_doctor_examines_a_guest_and_the_host(self):
+        machine = self.machine()
+        with Guest.open_qmp(machine.qmp, self.state) as guest:
+            found = guest.doctor()
+            self.assertEqual([finding for finding in found if finding.verdict == "fail"], [])
+            self.assertIn(("disk", "pass"), [(each.check, each.verdict) for each in found])
+            guest.snapshot(name="one")
+        with self.assertRaises(Error):
+            guest.doctor()
+        self.assertIn("kernel", [finding.check for finding in doctor()])
 
 
 class Interruption(TestCase):

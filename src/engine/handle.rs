@@ -9,6 +9,7 @@ use std::time::Duration;
 use super::clock::{Observer, Stats};
 use super::create::Created;
 use super::delete;
+use super::doctor::{self, Finding};
 use super::job::{Job, Returns};
 use super::operation::{Opened, Operation, Taken};
 use super::recover::{self, Recovered};
@@ -102,6 +103,11 @@ impl Handle {
     /// Recovers the guest, if a snapshot of it was interrupted: finishes or undoes it.
     pub fn recover(&self) -> Result<Vec<Recovered>> {
         recover::recover(&*self.opened.connector)
+    }
+
+    /// Examines whether instant snapshots of the guest work. Changes nothing.
+    pub fn examine(&self) -> Vec<Finding> {
+        doctor::examine_guest(&*self.opened.connector)
     }
 
     /// Cancels the snapshot that is being taken.

@@ -8,6 +8,7 @@
 mod clock;
 mod create;
 mod delete;
+mod doctor;
 mod durable;
 mod event;
 mod handle;
@@ -29,6 +30,7 @@ pub use crate::migration::Flow;
 pub use crate::migration::early_start::EarlyStart;
 pub use clock::{Observer, PauseSource, Phase, Stats};
 pub use create::Created;
+pub use doctor::{Finding, Verdict, doctor_report, examine_host};
 pub use event::{Event, EventKind};
 pub use handle::Handle;
 pub use job::{Info, Job, Returns};

@@ -477,6 +477,24 @@ fn put_report(found: &[engine::Recovered], report: Out<*mut c_char>) -> Result<c
     Ok(found.len() as c_int)
 }
 
+/// `instantsnap_doctor`.
+#[unsafe(no_mangle)]
+pub extern "C" fn instantsnap_doctor(
+    guest: *mut instantsnap_guest,
+    report: Out<*mut c_char>,
+) -> c_int {
+    boundary(last_error::set, || {
+        let findings = match guest.is_null() {
+            true => engine::examine_host(),
+            false => GUESTS.get(guest)?.examine(),
+        };
+        let text = c_string(engine::doctor_report(&findings))?;
+        report.put(|| text.into_raw());
+        let failed = findings.iter().filter(|found| found.verdict == engine::Verdict::Fail);
+        Ok(failed.count() as c_int)
+    })
+}
+
 /// `instantsnap_snapshot_get_name`.
 #[unsafe(no_mangle)]
 pub extern "C" fn instantsnap_snapshot_get_name(

@@ -230,6 +230,16 @@ impl Connect {
         Ok(open())
     }
 
+    /// Opens a read-only connection, for which libvirt asks nobody for permission.
+    pub fn open_read_only(uri: &str) -> Result<VirResult<Connect>> {
+        let table = table::table()?;
+        let open = || {
+            let uri = c_text(uri)?;
+            Connect::take(table, (table.virConnectOpenReadOnly)(Text::from(&uri)))
+        };
+        Ok(open())
+    }
+
     /// Its URI.
     pub fn uri(&self) -> VirResult<String> {
         self.string((self.table.virConnectGetURI)(self.raw()))

@@ -93,6 +93,7 @@ symbols! {
         safe fn virGetLastError() -> *mut virError<'static>;
         safe fn virResetLastError();
         safe fn virConnectOpen(Text) -> *mut virConnect;
+        safe fn virConnectOpenReadOnly(Text) -> *mut virConnect;
         safe fn virConnectRef(&virConnect) -> c_int;
         unsafe fn virConnectClose(*mut virConnect) -> c_int;
         safe fn virConnectGetURI(&virConnect) -> Malloced;

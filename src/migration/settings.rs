@@ -41,11 +41,7 @@ impl Settings {
     /// were killed, has left its settings, those before it are put back first.
     pub fn read(guest: &mut dyn Guest) -> Result<Settings> {
         let mut settings = Settings::query(guest)?;
-        if let Some(leftover) = Leftover::find(
-            &settings.capabilities,
-            &settings.parameters,
-            guest.capabilities().never_sets_background_snapshot,
-        ) {
+        if let Some(leftover) = settings.leftover(guest) {
             leftover.check_maker()?;
             Settings::put_leftover_back(leftover, guest)?;
             settings = Settings::query(guest)?;
@@ -57,23 +53,10 @@ impl Settings {
     /// Puts the settings back that an earlier snapshot, which was killed, has left. Returns whether
     /// there were any.
     pub fn recover(guest: &mut dyn Guest) -> Result<bool> {
-        let settings = Settings::query(guest)?;
-        let Some(leftover) = Leftover::find(
-            &settings.capabilities,
-            &settings.parameters,
-            guest.capabilities().never_sets_background_snapshot,
-        ) else {
-            return Ok(false);
-        };
+        let Some(leftover) = Settings::query(guest)?.leftover(guest) else { return Ok(false) };
         leftover.check_maker()?;
         Settings::put_leftover_back(leftover, guest)?;
         Ok(true)
-    }
-
-    /// Reads the settings, for loading memory. QEMU waits for this migration already, so no other
-    /// client is locked out.
-    pub fn read_incoming(guest: &mut dyn Guest) -> Result<Settings> {
-        Settings::query(guest)
     }
 
     /// Puts the settings back that an earlier snapshot has left changed.
@@ -95,7 +78,23 @@ impl Settings {
         })
     }
 
-    fn query(guest: &mut dyn Guest) -> Result<Settings> {
+    /// Whether QEMU has the settings of a snapshot that is under way, or was killed.
+    pub fn has_leftover(guest: &mut dyn Guest) -> Result<bool> {
+        Ok(Settings::query(guest)?.leftover(guest).is_some())
+    }
+
+    /// What an earlier snapshot, which was killed, has left in these settings.
+    fn leftover(&self, guest: &dyn Guest) -> Option<Leftover> {
+        Leftover::find(
+            &self.capabilities,
+            &self.parameters,
+            guest.capabilities().never_sets_background_snapshot,
+        )
+    }
+
+    /// Reads the settings as they are now. If they are applied for loading memory, no other client is
+    /// locked out, because QEMU waits for this migration already.
+    pub fn query(guest: &mut dyn Guest) -> Result<Settings> {
         let capabilities =
             commands::query_migrate_capabilities(guest, Deadline::after(DEFAULT_TIMEOUT))?;
         let parameters =

@@ -6,6 +6,7 @@ mod consistency;
 mod daemon;
 mod delete;
 mod disks;
+mod doctor;
 mod domains;
 mod events;
 mod image;

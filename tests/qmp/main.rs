@@ -8,6 +8,7 @@ mod cancel;
 mod consistency;
 mod delete;
 mod disks;
+mod doctor;
 mod early_start;
 mod exclusive;
 mod failures;

@@ -19,7 +19,8 @@ mod undo;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use self::journal::Journal;
-use self::plan::{GuestState, Task, check_memory_request, check_state};
+pub use self::plan::check_state;
+use self::plan::{GuestState, Task, check_memory_request};
 use crate::backend::{Connector, SnapshotList};
 use crate::cancel::Cancel;
 use crate::engine::clock::{Clock, Phase};

@@ -112,6 +112,17 @@ pub enum GuestState {
     NotStarted,
 }
 
+impl GuestState {
+    /// The state in words.
+    pub fn description(self) -> &'static str {
+        match self {
+            GuestState::Running => "running",
+            GuestState::Paused => "paused: its snapshot leaves it paused",
+            GuestState::NotStarted => "not started: it is snapshotted without INSTANT",
+        }
+    }
+}
+
 /// The guest's state; an error where no snapshot can be taken.
 pub fn check_state(guest: &mut dyn Guest) -> Result<GuestState> {
     let status = guest.status()?;

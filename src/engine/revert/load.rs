@@ -45,7 +45,7 @@ pub fn load(connector: &dyn Connector, name: &str, flags: RevertFlags) -> Result
     check_frozen(&record, flags)?;
 
     let zeros = zeros_to_write(guest);
-    let settings = Settings::read_incoming(guest)?;
+    let settings = Settings::query(guest)?;
     let begun = settings.apply(guest, Mode::Paused).and_then(|()| begin(guest));
     let write = begun.map_err(|error| {
         // Unless QEMU has ended, it still waits, so that the caller can try again.

@@ -53,7 +53,7 @@ use rustix::process::{PidfdFlags, getpid, pidfd_open};
 use self::child::Child;
 use self::description::{Description, Means};
 use self::descriptors::Common;
-pub use self::program::run;
+pub use self::program::{exists as program_exists, run};
 pub use self::stage::Stage;
 use self::stage::{DISMISSED, NOT_RESUMED, READY, RESUMED, RESUMING, UNDOING};
 pub use self::task::Task;

@@ -42,6 +42,11 @@ pub fn command_line() -> Option<CommandLine> {
     tool::command_line([find()?.as_os_str(), OsStr::new(STARTED_BY_LIBRARY)])
 }
 
+/// Whether there is a program that a snapshot of this process would start.
+pub fn exists() -> bool {
+    command_line().is_some()
+}
+
 fn find() -> Option<PathBuf> {
     let installed = INSTALLED.map(|directory| Path::new(directory).join(NAME));
     // A process with more rights than its user must not trust its environment, which that user has
