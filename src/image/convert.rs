@@ -129,29 +129,11 @@ mod tests {
     use std::collections::BTreeMap;
 
     use super::super::contents::Contents;
-    use super::super::file::MemoryImage;
     use super::super::records::{Content, Record, Records};
-    use super::super::sample;
+    use super::super::sample::{self, image};
     use super::*;
     use crate::random::Random;
     use tempfile::TempDir;
-
-    /// Makes a complete raw image with this stream.
-    fn image(stream: &[u8]) -> (TempDir, std::path::PathBuf) {
-        let directory = tempfile::tempdir().unwrap();
-        let path = directory.path().join("image");
-        let image = MemoryImage::create(
-            &path,
-            "<domain><name>vm</name></domain>",
-            Some("<cookie/>"),
-            true,
-            Format::Raw,
-        );
-        let image = image.unwrap();
-        image.file().unwrap().write_all_at(stream, image.stream_offset()).unwrap();
-        image.complete(Format::Raw).unwrap();
-        (directory, path)
-    }
 
     /// The head of a raw image with all before it, its pages that are not zero, and its tail.
     type Parts = (Vec<u8>, BTreeMap<(usize, u64), Vec<u8>>, Vec<u8>);

@@ -1,6 +1,14 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! Small streams for the tests, as QEMU writes them.
+//! Small streams for the tests, as QEMU writes them, and images of them.
+
+use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
+
+use tempfile::TempDir;
+
+use super::file::MemoryImage;
+use super::format::Format;
 
 const ZERO: u64 = 2;
 const BLOCKS: u64 = 4;
@@ -52,4 +60,15 @@ pub const TAIL: &[u8] = b"\x04the devices\x7e\0\0\0\x03\0\x06\0\0\0\x02{}";
 pub fn stream(first: &[Vec<u8>], second: &[Vec<u8>]) -> Vec<u8> {
     [head(), section(PART, &first.concat()), section(LAST_PART, &second.concat()), TAIL.to_vec()]
         .concat()
+}
+
+/// A complete raw image with this stream, in a directory of its own.
+pub fn image(stream: &[u8]) -> (TempDir, PathBuf) {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("image");
+    let xml = "<domain><name>vm</name></domain>";
+    let image = MemoryImage::create(&path, xml, Some("<cookie/>"), true, Format::Raw).unwrap();
+    image.file().unwrap().write_all_at(stream, image.stream_offset()).unwrap();
+    image.complete(Format::Raw).unwrap();
+    (directory, path)
 }
