@@ -20,6 +20,14 @@ static_assert(std::is_standard_layout_v<instantsnap_storage_call> &&
               std::is_trivial_v<instantsnap_storage_call>);
 static_assert(std::is_standard_layout_v<instantsnap_storage_disk> &&
               std::is_trivial_v<instantsnap_storage_disk>);
+static_assert(std::is_standard_layout_v<instantsnap_revert_options> &&
+              std::is_trivial_v<instantsnap_revert_options>);
+static_assert(std::is_standard_layout_v<instantsnap_memory_backend> &&
+              std::is_trivial_v<instantsnap_memory_backend>);
+static_assert(std::is_standard_layout_v<instantsnap_load_options> &&
+              std::is_trivial_v<instantsnap_load_options>);
+static_assert(std::is_standard_layout_v<instantsnap_load_stats> &&
+              std::is_trivial_v<instantsnap_load_stats>);
 static_assert(std::is_standard_layout_v<instantsnap_storage_hook> &&
               std::is_trivial_v<instantsnap_storage_hook>);
 

@@ -254,6 +254,9 @@ static void revert(instantsnap_guest *original, const char *second)
     instantsnap_revert_disk first_disk, second_disk;
     instantsnap_revert_plan *first_plan = plan("first", harness_path("disk.raw"), &first_disk);
     instantsnap_revert_plan *second_plan = plan(second, harness_path("first.qcow2"), &second_disk);
+    const instantsnap_load_options options = {.size = sizeof(options),
+                                              .memory = INSTANTSNAP_MEMORY_FULL};
+    instantsnap_load_stats stats = {.size = sizeof(stats)};
     instantsnap_guest *guest;
     int recorded = count(original);
     pid_t qemu;
@@ -265,8 +268,12 @@ static void revert(instantsnap_guest *original, const char *second)
     /* The guest ran at the instant, so it runs again. */
     qemu = harness_qemu("qmp-first", first_disk.file, first_disk.format, 1);
     guest = open_guest("qmp-first", first_disk.file, first_disk.format);
-    CHECK(instantsnap_snapshot_load(guest, "first", 0) == 0);
+    CHECK(instantsnap_snapshot_load_with(guest, "first", 0, &options, &stats) == 0);
     CHECK(harness_status_is("qmp-first", "running"));
+    CHECK(stats.memory == INSTANTSNAP_MEMORY_FULL);
+    CHECK(stats.running == 1);
+    CHECK(stats.load_us > 0);
+    CHECK(stats.check_us + stats.load_us + stats.finish_us == stats.total_us);
     check_current(guest, "first");
 
     /*

@@ -17,6 +17,7 @@
 static void not_a_guest(instantsnap_guest *guest)
 {
     instantsnap_stats stats = {.size = sizeof(stats)};
+    instantsnap_load_stats loaded = {.size = sizeof(loaded)};
     char **names = NULL;
     char *name = NULL;
 
@@ -34,6 +35,8 @@ static void not_a_guest(instantsnap_guest *guest)
     CHECK_FAILS(!instantsnap_snapshot_get_xml(guest, "name"), VIR_ERR_INVALID_ARG);
     CHECK_FAILS(!instantsnap_snapshot_current(guest), VIR_ERR_INVALID_ARG);
     CHECK_FAILS(instantsnap_snapshot_load(guest, "name", 0) == -1, VIR_ERR_INVALID_ARG);
+    CHECK_FAILS(instantsnap_snapshot_load_with(guest, "name", 0, NULL, &loaded) == -1,
+                VIR_ERR_INVALID_ARG);
     CHECK_FAILS(instantsnap_snapshot_delete(guest, "name", 0) == -1, VIR_ERR_INVALID_ARG);
     CHECK_FAILS(instantsnap_recover(guest, &name) == -1, VIR_ERR_INVALID_ARG);
     if (guest)
@@ -46,9 +49,13 @@ static void not_a_guest(instantsnap_guest *guest)
 static void not_a_plan_nor_a_snapshot(void *wild)
 {
     instantsnap_revert_disk disk = {.size = sizeof(disk)};
+    instantsnap_memory_backend backend = {.size = sizeof(backend)};
 
     CHECK(instantsnap_revert_plan_disk_count(wild) == 0);
     CHECK_FAILS(instantsnap_revert_plan_get_disk(wild, 0, &disk) == -1, VIR_ERR_INVALID_ARG);
+    CHECK(instantsnap_revert_plan_memory_backend_count(wild) == 0);
+    CHECK_FAILS(instantsnap_revert_plan_get_memory_backend(wild, 0, &backend) == -1,
+                VIR_ERR_INVALID_ARG);
     CHECK_FAILS(!instantsnap_revert_plan_memory_file(wild), VIR_ERR_INVALID_ARG);
     CHECK_FAILS(!instantsnap_revert_plan_domain_xml(wild), VIR_ERR_INVALID_ARG);
     CHECK_FAILS(!instantsnap_snapshot_get_name(wild), VIR_ERR_INVALID_ARG);
@@ -107,6 +114,50 @@ static void bad_images(void)
         CHECK_FAILS(instantsnap_image_convert(paths[i], raw, 0) == -1,
                     VIR_ERR_INVALID_DOMAIN_SNAPSHOT);
     }
+}
+
+static void bad_revert_options(void)
+{
+    const char *here = ".";
+    instantsnap_revert_options options = {.size = sizeof(options), .memory = 99};
+
+    CHECK_FAILS(!instantsnap_snapshot_prepare_revert_with(NULL, "name", NULL),
+                VIR_ERR_INVALID_ARG);
+    CHECK_FAILS(!instantsnap_snapshot_prepare_revert_with(here, "name", &options),
+                VIR_ERR_INVALID_ARG);
+    options.memory = INSTANTSNAP_MEMORY_AUTO;
+    options.reserved = 1;
+    CHECK_FAILS(!instantsnap_snapshot_prepare_revert_with(here, "name", &options),
+                VIR_ERR_INVALID_ARG);
+    options.reserved = 0;
+    options.size = sizeof(options) - 1;
+    CHECK_FAILS(!instantsnap_snapshot_prepare_revert_with(here, "name", &options),
+                VIR_ERR_INVALID_ARG);
+}
+
+static void bad_load_options(instantsnap_guest *guest)
+{
+    instantsnap_load_options options = {.size = sizeof(options), .memory = 99};
+    instantsnap_load_stats stats = {.size = sizeof(stats)};
+
+    CHECK_FAILS(instantsnap_snapshot_load_with(guest, "none", 0, &options, NULL) == -1,
+                VIR_ERR_INVALID_ARG);
+    options.memory = INSTANTSNAP_MEMORY_FULL;
+    options.reserved = 1;
+    CHECK_FAILS(instantsnap_snapshot_load_with(guest, "none", 0, &options, NULL) == -1,
+                VIR_ERR_INVALID_ARG);
+    options.reserved = 0;
+    options.size = 0;
+    CHECK_FAILS(instantsnap_snapshot_load_with(guest, "none", 0, &options, NULL) == -1,
+                VIR_ERR_INVALID_ARG);
+    options.size = sizeof(options);
+    stats.size = 0;
+    CHECK_FAILS(instantsnap_snapshot_load_with(guest, "none", 0, &options, &stats) == -1,
+                VIR_ERR_INVALID_ARG);
+    stats.size = sizeof(stats);
+    CHECK_FAILS(instantsnap_snapshot_load_with(guest, "none", 0, &options, &stats) == -1,
+                VIR_ERR_NO_DOMAIN_SNAPSHOT);
+    CHECK(stats.memory == INSTANTSNAP_MEMORY_AUTO);
 }
 
 static void *fail_in_a_thread(void *unused)
@@ -239,6 +290,7 @@ static void bad_strings(instantsnap_guest *guest)
     CHECK(!instantsnap_snapshot_get_xml(guest, "../../etc/passwd"));
     CHECK(!instantsnap_snapshot_get_xml(guest, endless));
     CHECK_FAILS(instantsnap_snapshot_load(guest, NULL, 0) == -1, VIR_ERR_INVALID_ARG);
+    bad_load_options(guest);
     CHECK_FAILS(instantsnap_snapshot_delete(guest, NULL, 0) == -1, VIR_ERR_INVALID_ARG);
     CHECK_FAILS(instantsnap_snapshot_delete(guest, "none", 0) == -1, VIR_ERR_NO_DOMAIN_SNAPSHOT);
     CHECK(instantsnap_snapshot_delete(guest, "../../etc/passwd", 0) == -1);
@@ -275,6 +327,7 @@ int main(void)
     wild_pointers();
     bad_openings();
     bad_images();
+    bad_revert_options();
     errors_are_per_thread();
 
     harness_begin();

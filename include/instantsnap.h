@@ -494,6 +494,66 @@ typedef struct instantsnap_storage_hook {
     uint32_t reserved;    /* 0 */
 } instantsnap_storage_hook;
 
+/** How the memory of a snapshot comes back. */
+typedef enum instantsnap_memory {
+    /*
+     * The library chooses: FULL, so far. The load says which it was (instantsnap_load_stats). The
+     * library never falls back from the other choices: what is not possible is an error.
+     */
+    INSTANTSNAP_MEMORY_AUTO = 0,
+    /* All of it is written to QEMU before the guest runs: seconds for each few GiB. */
+    INSTANTSNAP_MEMORY_FULL = 1,
+    /*
+     * The guest runs at once, and a page comes when the guest needs it. Not supported yet:
+     * VIR_ERR_OPERATION_UNSUPPORTED.
+     */
+    INSTANTSNAP_MEMORY_LAZY = 2,
+    /* A load does not support it yet: VIR_ERR_OPERATION_UNSUPPORTED. */
+    INSTANTSNAP_MEMORY_MAP = 3
+} instantsnap_memory;
+
+/** How a revert is prepared. All zeros except `size` is the default. */
+typedef struct instantsnap_revert_options {
+    size_t size;                          /* set by the caller: sizeof(instantsnap_revert_options) */
+    /* As in instantsnap_snapshot_prepare_revert() and instantsnap_snapshot_prepare_revert_hooked(). */
+    const char *directory;
+    const instantsnap_storage_hook *hook;
+    /* An instantsnap_memory; others: VIR_ERR_INVALID_ARG. AUTO: as FULL. */
+    uint32_t memory;
+    uint32_t reserved;                    /* 0 */
+} instantsnap_revert_options;
+
+/** How a snapshot is loaded. All zeros except `size` is the default. */
+typedef struct instantsnap_load_options {
+    size_t size;       /* set by the caller: sizeof(instantsnap_load_options) */
+    uint32_t memory;   /* an instantsnap_memory; others: VIR_ERR_INVALID_ARG */
+    uint32_t reserved; /* 0 */
+} instantsnap_load_options;
+
+/**
+ * What a load did. Durations are microseconds; they follow each other without gaps, and `total_us`
+ * is their sum.
+ */
+typedef struct instantsnap_load_stats {
+    size_t size;        /* set by the caller: sizeof(instantsnap_load_stats) */
+    uint64_t check_us;  /* checks, before QEMU is told to load */
+    uint64_t load_us;   /* until QEMU has loaded the snapshot */
+    uint64_t finish_us; /* until the guest runs, if it is to run, and the snapshot is current */
+    uint64_t total_us;  /* the whole call */
+    uint32_t memory;    /* how memory came: an instantsnap_memory, never INSTANTSNAP_MEMORY_AUTO */
+    uint32_t running;   /* 1: the guest runs; 0: it is paused */
+} instantsnap_load_stats;
+
+/** One memory backend of a revert plan. The plan owns the strings. */
+typedef struct instantsnap_memory_backend {
+    size_t size;        /* set by the caller: sizeof(instantsnap_memory_backend) */
+    const char *id;     /* the id that the backend must have: the name of the RAM block */
+    const char *file;   /* absolute path of the memory image, which must never be written */
+    uint64_t offset;    /* where the pages of this backend begin in the file */
+    uint64_t length;    /* the size of the backend, bytes */
+    const char *object; /* the whole argument of QEMU's `-object` for it */
+} instantsnap_memory_backend;
+
 /** One disk of a revert plan. The strings are borrowed from the plan. */
 typedef struct instantsnap_revert_disk {
     size_t size;         /* set by the caller: sizeof(instantsnap_revert_disk) */
@@ -900,6 +960,17 @@ instantsnap_revert_plan *instantsnap_snapshot_prepare_revert_hooked(
     const char *state_dir, const char *name, const char *directory,
     const instantsnap_storage_hook *hook);
 
+/**
+ * Prepares a revert with options.
+ *
+ * @options  NULL: the default, as instantsnap_snapshot_prepare_revert() with @directory NULL.
+ *
+ * Returns the plan, or NULL: as instantsnap_snapshot_prepare_revert_hooked(), and
+ * VIR_ERR_OPERATION_UNSUPPORTED for a way in which memory cannot come back yet.
+ */
+instantsnap_revert_plan *instantsnap_snapshot_prepare_revert_with(
+    const char *state_dir, const char *name, const instantsnap_revert_options *options);
+
 /** How many disks the plan has; 0 for a pointer that is not a plan. */
 size_t instantsnap_revert_plan_disk_count(const instantsnap_revert_plan *plan);
 
@@ -909,6 +980,19 @@ size_t instantsnap_revert_plan_disk_count(const instantsnap_revert_plan *plan);
  */
 int instantsnap_revert_plan_get_disk(const instantsnap_revert_plan *plan, size_t index,
                                      instantsnap_revert_disk *disk);
+
+/**
+ * How many memory backends the plan has: 0 unless it was made with INSTANTSNAP_MEMORY_MAP, and for
+ * a pointer that is not a plan.
+ */
+size_t instantsnap_revert_plan_memory_backend_count(const instantsnap_revert_plan *plan);
+
+/**
+ * Fills *backend with memory backend number `index`, from 0. Set backend->size first. Returns 0, or
+ * -1: VIR_ERR_INVALID_ARG.
+ */
+int instantsnap_revert_plan_get_memory_backend(const instantsnap_revert_plan *plan, size_t index,
+                                               instantsnap_memory_backend *backend);
 
 /** Absolute path of the memory image; borrowed from the plan. NULL: VIR_ERR_INVALID_ARG. */
 const char *instantsnap_revert_plan_memory_file(const instantsnap_revert_plan *plan);
@@ -951,6 +1035,19 @@ void instantsnap_revert_plan_free(instantsnap_revert_plan *plan);
  * implemented: VIR_ERR_OPERATION_UNSUPPORTED.
  */
 int instantsnap_snapshot_load(instantsnap_guest *guest, const char *name, unsigned int flags);
+
+/**
+ * The same with options: how the memory comes back.
+ *
+ * @options  NULL: the default, INSTANTSNAP_MEMORY_AUTO, as instantsnap_snapshot_load().
+ * @stats    filled on success (set stats->size first); may be NULL.
+ *
+ * Returns 0, or -1: as instantsnap_snapshot_load(), and VIR_ERR_OPERATION_UNSUPPORTED for a way in
+ * which memory cannot come back yet.
+ */
+int instantsnap_snapshot_load_with(instantsnap_guest *guest, const char *name, unsigned int flags,
+                                   const instantsnap_load_options *options,
+                                   instantsnap_load_stats *stats);
 
 /**
  * Deletes a snapshot. The guest loses nothing and is not paused: the library merges what the guest

@@ -39,6 +39,12 @@ impl<'a> Text<'a> {
     /// NULL.
     pub const NULL: Text<'static> = Text(ptr::null(), PhantomData);
 
+    /// # Safety
+    /// The pointer is what [`Text`] says.
+    pub unsafe fn from_ptr(pointer: *const c_char) -> Text<'a> {
+        Text(pointer, PhantomData)
+    }
+
     /// The string.
     pub fn get(self) -> Option<&'a CStr> {
         // SAFETY: by the type, a pointer that is not NULL is a NUL-terminated string that lives for
@@ -178,6 +184,17 @@ impl<T: Growing> In<'_, T> {
 pub struct Fill<'a, T>(*mut T, PhantomData<&'a mut T>);
 
 impl<T: Growing> Fill<'_, T> {
+    /// Whether it is NULL.
+    pub fn is_null(&self) -> bool {
+        self.0.is_null()
+    }
+
+    /// Checks that the structure can be filled later, if it is not NULL. `argument` is its name in
+    /// messages.
+    pub fn check(&self, argument: &str) -> Result<()> {
+        if self.0.is_null() { Ok(()) } else { size(argument, self.0).map(drop) }
+    }
+
     /// # Safety
     /// The pointer is what [`Fill`] says.
     pub unsafe fn from_ptr<'a>(pointer: *mut T) -> Fill<'a, T> {

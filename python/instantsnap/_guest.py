@@ -5,7 +5,7 @@ import ctypes
 import enum
 import operator
 from types import TracebackType
-from typing import TYPE_CHECKING, Optional
+from typing import TYPE_CHECKING, Optional, Union
 from xml.etree import ElementTree
 
 from . import _binding, _doctor, _library
@@ -15,6 +15,7 @@ from ._events import Listener, OnEvent, Stats, create_options, milliseconds, sta
 from ._interrupt import interruptible
 from ._job import Job
 from ._library import StrPath, check, library
+from ._memory import LoadStats, Memory, load_stats_of, memory_of
 from ._recover import Recovered, recovered
 from ._storage import Hook, OnStorage
 
@@ -377,7 +378,8 @@ class Guest:
         except NotFound:
             return None
 
-    def load(self, name: str, running: Optional[bool] = None, *, force: bool = False) -> None:
+    def load(self, name: str, running: Optional[bool] = None, *, force: bool = False,
+             memory: Union[str, Memory] = "auto") -> LoadStats:
         """Feeds a snapshot's memory to this QEMU, which was started with `-incoming defer`, as
         prepare_revert() says. The snapshot becomes the current one.
 
@@ -385,17 +387,25 @@ class Guest:
             instant.
         force: accepts images that were written or replaced since the snapshot froze them, which
             otherwise raise Error (SNAPSHOT_REVERT_RISKY). For copies with the same content.
+        memory: how the memory comes back: see Memory. What is not possible is an error; the library
+            never silently does something else.
 
-        Blocks until memory is loaded: seconds for a guest of some GiB. Signals are handled
-        afterwards. Raises NotFound, or Error: CONFIG_UNSUPPORTED (a disk is not as the plan says;
+        Returns how long the parts took, and how the memory came. Blocks until memory is loaded: seconds for a guest of some GiB. Signals are handled
+        afterwards. Raises ValueError (an unknown `memory`), NotFound, or Error:
+        OPERATION_UNSUPPORTED (this `memory` is not supported), CONFIG_UNSUPPORTED (a disk is not as the plan says;
         nothing was loaded), INVALID_DOMAIN_SNAPSHOT, OPERATION_INVALID (no `-incoming defer`, or
         busy), OPERATION_FAILED (QEMU's reason). After a failure during the load that QEMU cannot be
         used any more: end it, and start it again.
         """
         flags = 0 if running is None else _REVERT_RUNNING if running else _REVERT_PAUSED
         flags |= _REVERT_FORCE if force else 0
-        check(library().instantsnap_snapshot_load(
-            self._open(), _library.encode(name, "name"), flags))
+        options = _library.CLoadOptions(
+            size=ctypes.sizeof(_library.CLoadOptions), memory=memory_of(memory))
+        stats = _library.CLoadStats(size=ctypes.sizeof(_library.CLoadStats))
+        check(library().instantsnap_snapshot_load_with(
+            self._open(), _library.encode(name, "name"), flags,
+            ctypes.byref(options), ctypes.byref(stats)))
+        return load_stats_of(stats)
 
     def delete(self, name: str, flags: int = 0) -> None:
         """Deletes a snapshot. What the guest has written since is merged into the images below,

@@ -133,6 +133,43 @@ class CStorageHook(Structure):
                 ("reserved", c_uint32)]
 
 
+class CRevertOptions(Structure):
+    """instantsnap_revert_options"""
+    _fields_ = [("size", c_size_t),
+                ("directory", c_char_p),
+                ("hook", POINTER(CStorageHook)),
+                ("memory", c_uint32),
+                ("reserved", c_uint32)]
+
+
+class CLoadOptions(Structure):
+    """instantsnap_load_options"""
+    _fields_ = [("size", c_size_t),
+                ("memory", c_uint32),
+                ("reserved", c_uint32)]
+
+
+class CLoadStats(Structure):
+    """instantsnap_load_stats"""
+    _fields_ = [("size", c_size_t),
+                ("check_us", c_uint64),
+                ("load_us", c_uint64),
+                ("finish_us", c_uint64),
+                ("total_us", c_uint64),
+                ("memory", c_uint32),
+                ("running", c_uint32)]
+
+
+class CMemoryBackend(Structure):
+    """instantsnap_memory_backend"""
+    _fields_ = [("size", c_size_t),
+                ("id", c_char_p),
+                ("file", c_char_p),
+                ("offset", c_uint64),
+                ("length", c_uint64),
+                ("object", c_char_p)]
+
+
 class CRevertDisk(Structure):
     """instantsnap_revert_disk"""
     _fields_ = [("size", c_size_t),
@@ -184,12 +221,19 @@ FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "instantsnap_snapshot_prepare_revert": (_PLAN, [c_char_p, c_char_p, c_char_p]),
     "instantsnap_snapshot_prepare_revert_hooked": (
         _PLAN, [c_char_p, c_char_p, c_char_p, POINTER(CStorageHook)]),
+    "instantsnap_snapshot_prepare_revert_with": (
+        _PLAN, [c_char_p, c_char_p, POINTER(CRevertOptions)]),
     "instantsnap_revert_plan_disk_count": (c_size_t, [_PLAN]),
     "instantsnap_revert_plan_get_disk": (c_int, [_PLAN, c_size_t, POINTER(CRevertDisk)]),
+    "instantsnap_revert_plan_memory_backend_count": (c_size_t, [_PLAN]),
+    "instantsnap_revert_plan_get_memory_backend": (
+        c_int, [_PLAN, c_size_t, POINTER(CMemoryBackend)]),
     "instantsnap_revert_plan_memory_file": (c_char_p, [_PLAN]),
     "instantsnap_revert_plan_domain_xml": (c_char_p, [_PLAN]),
     "instantsnap_revert_plan_free": (None, [_PLAN]),
     "instantsnap_snapshot_load": (c_int, [_GUEST, c_char_p, c_uint]),
+    "instantsnap_snapshot_load_with": (
+        c_int, [_GUEST, c_char_p, c_uint, POINTER(CLoadOptions), POINTER(CLoadStats)]),
     "instantsnap_snapshot_delete": (c_int, [_GUEST, c_char_p, c_uint]),
     "instantsnap_image_info": (_OWNED_STRING, [c_char_p]),
     "instantsnap_image_verify": (c_int, [c_char_p]),

@@ -9,8 +9,8 @@ import tempfile
 import unittest
 from pathlib import Path
 
-from instantsnap import (DeleteFlag, ErrorCode, Event, EventType, Flag, JobInfo, Phase, Stats,
-                         StorageDisk, _library)
+from instantsnap import (DeleteFlag, ErrorCode, Event, EventType, Flag, JobInfo, LoadStats, Memory,
+                         Phase, Stats, StorageDisk, _library)
 
 from .machine import TOP
 
@@ -63,6 +63,10 @@ class Declarations(unittest.TestCase):
             "instantsnap_storage_disk": _library.CStorageDisk,
             "instantsnap_storage_call": _library.CStorageCall,
             "instantsnap_storage_hook": _library.CStorageHook,
+            "instantsnap_revert_options": _library.CRevertOptions,
+            "instantsnap_load_options": _library.CLoadOptions,
+            "instantsnap_load_stats": _library.CLoadStats,
+            "instantsnap_memory_backend": _library.CMemoryBackend,
             "instantsnap_revert_disk": _library.CRevertDisk,
         }
         lines = [
@@ -97,7 +101,8 @@ class Declarations(unittest.TestCase):
 
     def test_every_field_has_an_attribute_in_the_package(self):
         for structure, kind in ((_library.CStats, Stats), (_library.CEvent, Event),
-                                (_library.CJobInfo, JobInfo), (_library.CStorageDisk, StorageDisk)):
+                                (_library.CJobInfo, JobInfo), (_library.CStorageDisk, StorageDisk),
+                                (_library.CLoadStats, LoadStats)):
             fields = [name for name, *_ in structure._fields_ if name not in ("size", "reserved")]
             self.assertEqual([field.name for field in dataclasses.fields(kind)], fields)
 
@@ -109,6 +114,14 @@ class Declarations(unittest.TestCase):
             }
             self.assertEqual({name: member.value for name, member in kind.__members__.items()},
                              listed)
+
+    def test_ways_of_memory_match_the_header(self):
+        listed = {
+            name: int(number)
+            for name, number in re.findall(r"INSTANTSNAP_MEMORY_(\w+) = (\d+)", CODE)
+        }
+        self.assertEqual({name: member.value for name, member in Memory.__members__.items()},
+                         listed)
 
     def test_options_match_the_header(self):
         listed = dict(re.findall(r"INSTANTSNAP_(CREATE_\w+) = 1 << (\d+)", CODE))

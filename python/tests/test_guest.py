@@ -8,8 +8,8 @@ import unittest
 from pathlib import Path
 from xml.etree import ElementTree
 
-from instantsnap import (Cancelled, DeleteFlag, Error, ErrorCode, Flag, Guest, NotFound, Watchdog,
-                         doctor, prepare_revert, recover_offline)
+from instantsnap import (Cancelled, DeleteFlag, Error, ErrorCode, Flag, Guest, Memory, NotFound,
+                         Watchdog, doctor, prepare_revert, recover_offline)
 
 from .machine import TestCase
 
@@ -87,7 +87,7 @@ class Snapshots(TestCase):
                 images = self.directory / f"images {running}"
                 images.mkdir()
                 plan = prepare_revert(self.state, "one", images)
-                self.assertEqual(len(plan.disks), 1)
+                self.assertEqual((len(plan.disks), plan.memory_backends), (1, []))
                 disk = plan.disks[0]
                 self.assertEqual(disk.format, "qcow2")
                 self.assertEqual(disk.file.parent, images)
@@ -100,8 +100,15 @@ class Snapshots(TestCase):
                                         disk_format="qcow2",
                                         arguments=["-incoming", "defer"])
                 with Guest.open_qmp(restored.qmp, self.state) as guest:
-                    guest.load("one", running)
+                    with self.assertRaises(ValueError):
+                        guest.load("one", running, memory="some")
+                    with self.assertRaises(Error) as raised:
+                        guest.load("one", running, memory="lazy")
+                    self.assertEqual(raised.exception.code, ErrorCode.OPERATION_UNSUPPORTED)
+                    stats = guest.load("one", running)
                     self.assertEqual(guest.current(), "one")
+                self.assertEqual((stats.memory, stats.running), (Memory.FULL, running is not False))
+                self.assertEqual(stats.check_us + stats.load_us + stats.finish_us, stats.total_us)
                 self.assertEqual(restored.status(), status)
 
 

@@ -13,16 +13,16 @@ use super::doctor::{self, Finding};
 use super::job::{Job, Returns};
 use super::operation::{Opened, Operation, Taken};
 use super::recover::{self, Recovered};
-use super::revert::load;
-use super::revert::prepare::{RevertPlan, prepare_revert_hooked};
+use super::revert::load::{self, Loaded};
+use super::revert::prepare::{RevertOptions, RevertPlan, prepare_revert_with};
 use super::storage::{StorageCall, StorageHook};
 use crate::backend::driver::Driver;
 use crate::backend::{Connector, DriverConnector, LibvirtConnector, QmpConnector, SnapshotList};
 use crate::error::{Result, fail};
 use crate::image::Format;
 use crate::migration::early_start::EarlyStart;
-use crate::model::Store;
 use crate::model::flags::{CreateFlags, DeleteFlags, RevertFlags};
+use crate::model::{Memory, Store};
 use crate::sys::lock;
 
 /// A guest that was opened.
@@ -123,9 +123,9 @@ impl Handle {
     }
 
     /// Restores a snapshot's memory into a QEMU that waits for it.
-    pub fn load(&self, name: &str, flags: RevertFlags) -> Result<()> {
+    pub fn load(&self, name: &str, flags: RevertFlags, memory: Memory) -> Result<Loaded> {
         recover::before_operation(&*self.opened.connector)?;
-        load::load(&*self.opened.connector, name, flags)
+        load::load(&*self.opened.connector, name, flags, memory)
     }
 
     /// Reverts the guest to a snapshot. `restart` ends QEMU, and starts a new one that waits for
@@ -147,9 +147,10 @@ impl Handle {
         recover::before_operation(&*self.opened.connector)?;
         load::check_frozen(&store.read_to_use(name)?, flags)?;
         let storage = lock(&self.opened.options).storage.clone();
-        let plan = prepare_revert_hooked(store.directory(), name, None, storage.as_deref())?;
+        let options = RevertOptions { hook: storage.as_deref(), ..RevertOptions::default() };
+        let plan = prepare_revert_with(store.directory(), name, options)?;
         restart(&plan).inspect_err(|_| plan.discard())?;
-        self.load(name, flags)
+        self.load(name, flags, Memory::Auto).map(drop)
     }
 
     /// Deletes a snapshot, with its files unless the flags say otherwise.

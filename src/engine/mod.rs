@@ -36,7 +36,11 @@ pub use handle::Handle;
 pub use job::{Info, Job, Returns};
 pub use managed::{Operation, delete_managed, hold_unless_it_is_a_step, revert_managed};
 pub use recover::{Action, Recovered, What, recover_offline, recovery_report};
-pub use revert::prepare::{RevertDisk, RevertPlan, prepare_revert, prepare_revert_hooked};
+pub use revert::load::Loaded;
+pub use revert::memory::MemoryBackend;
+pub use revert::prepare::{
+    RevertDisk, RevertOptions, RevertPlan, prepare_revert, prepare_revert_with,
+};
 pub use storage::{Answer, StorageCall, StorageHook};
 pub use watchdog::Kind as WatchdogKind;
 pub use watchdog::run as run_watchdog;

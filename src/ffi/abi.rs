@@ -60,6 +60,10 @@ constants! {
     INSTANTSNAP_EVENT_COMPLETE = 5,
     INSTANTSNAP_EVENT_FAILED = 6,
     INSTANTSNAP_CREATE_AT_ONCE = 1,
+    INSTANTSNAP_MEMORY_AUTO = 0,
+    INSTANTSNAP_MEMORY_FULL = 1,
+    INSTANTSNAP_MEMORY_LAZY = 2,
+    INSTANTSNAP_MEMORY_MAP = 3,
     INSTANTSNAP_DRIVER_RUNNING = 1,
     INSTANTSNAP_DRIVER_PAUSED = 2,
     INSTANTSNAP_DRIVER_SHUTOFF = 3,
@@ -186,6 +190,44 @@ structures! {
         revert: instantsnap_storage_revert,
         deadline_ms: u32,
         reserved: u32,
+    }
+
+    /// How a revert is prepared; the strings are borrowed.
+    struct instantsnap_revert_options {
+        size: usize,
+        directory: *const c_char,
+        hook: *const instantsnap_storage_hook,
+        memory: u32,
+        reserved: u32,
+    }
+
+    /// How a snapshot is loaded.
+    struct instantsnap_load_options {
+        size: usize,
+        memory: u32,
+        reserved: u32,
+    }
+
+    /// What a load did: microseconds.
+    #[derive(Default)]
+    struct instantsnap_load_stats {
+        size: usize,
+        check_us: u64,
+        load_us: u64,
+        finish_us: u64,
+        total_us: u64,
+        memory: u32,
+        running: u32,
+    }
+
+    /// One memory backend of a revert plan; the plan owns the strings.
+    struct instantsnap_memory_backend {
+        size: usize,
+        id: *const c_char,
+        file: *const c_char,
+        offset: u64,
+        length: u64,
+        object: *const c_char,
     }
 
     /// One disk of a revert plan; the plan owns the strings.

@@ -29,6 +29,7 @@ pub mod job;
 mod last_error;
 pub mod libvirt;
 pub mod native;
+pub mod revert;
 pub mod storage;
 
 use std::ffi::CString;
@@ -74,6 +75,10 @@ growing! {
     instantsnap_job_info,
     instantsnap_create_options,
     instantsnap_storage_hook,
+    instantsnap_revert_options,
     instantsnap_revert_disk,
+    instantsnap_memory_backend,
+    instantsnap_load_options,
+    instantsnap_load_stats,
     instantsnap_driver_ops,
 }

@@ -13,6 +13,7 @@ use crate::boundary::boundary;
 use crate::engine::{self, EarlyStart, Handle, Phase, RevertPlan, Stats, WatchdogKind};
 use crate::error::{Result, fail};
 use crate::image::Format;
+use crate::model::Memory;
 use crate::model::flags::{CreateFlags, DeleteFlags, RevertFlags};
 use crate::pointers::{Fill, Out, Text};
 
@@ -29,6 +30,7 @@ pub struct Snapshot {
 /// A revert plan that C has a handle of.
 struct Plan {
     disks: Vec<PlanDisk>,
+    memory_backends: Vec<PlanBackend>,
     memory_file: CString,
     domain_xml: CString,
 }
@@ -38,6 +40,14 @@ struct PlanDisk {
     file: CString,
     format: CString,
     backing_file: Option<CString>,
+}
+
+struct PlanBackend {
+    id: CString,
+    file: CString,
+    offset: u64,
+    length: u64,
+    object: CString,
 }
 
 /// `instantsnap_version`.
@@ -343,7 +353,17 @@ fn convert_plan(plan: RevertPlan) -> Result<Plan> {
             backing_file: disk.backing_file.map(c_string).transpose()?,
         })
     };
+    let backend = |backend: engine::MemoryBackend| {
+        Ok(PlanBackend {
+            object: c_string(backend.object())?,
+            id: c_string(backend.id)?,
+            file: c_string(backend.file.into_os_string().into_encoded_bytes())?,
+            offset: backend.offset,
+            length: backend.size,
+        })
+    };
     Ok(Plan {
+        memory_backends: plan.memory_backends.into_iter().map(backend).collect::<Result<_>>()?,
         disks: plan.disks.into_iter().map(disk).collect::<Result<_>>()?,
         memory_file: c_string(plan.memory_file)?,
         domain_xml: c_string(plan.domain_xml)?,
@@ -401,6 +421,39 @@ pub extern "C" fn instantsnap_revert_plan_get_disk(
     })
 }
 
+/// `instantsnap_revert_plan_memory_backend_count`.
+#[unsafe(no_mangle)]
+pub extern "C" fn instantsnap_revert_plan_memory_backend_count(
+    plan: *const instantsnap_revert_plan,
+) -> usize {
+    boundary(last_error::set, || Ok(PLANS.get(plan)?.memory_backends.len()))
+}
+
+/// `instantsnap_revert_plan_get_memory_backend`.
+#[unsafe(no_mangle)]
+pub extern "C" fn instantsnap_revert_plan_get_memory_backend(
+    plan: *const instantsnap_revert_plan,
+    index: usize,
+    mut backend: Fill<abi::instantsnap_memory_backend>,
+) -> c_int {
+    boundary(last_error::set, || {
+        let plan = PLANS.get(plan)?;
+        let Some(found) = plan.memory_backends.get(index) else {
+            let count = plan.memory_backends.len();
+            fail!(InvalidArg, "there is no memory backend {index}: the plan has {count}");
+        };
+        let converted = abi::instantsnap_memory_backend {
+            size: size_of::<abi::instantsnap_memory_backend>(),
+            id: found.id.as_ptr(),
+            file: found.file.as_ptr(),
+            offset: found.offset,
+            length: found.length,
+            object: found.object.as_ptr(),
+        };
+        backend.put("backend", converted).map(|()| 0)
+    })
+}
+
 /// `instantsnap_revert_plan_memory_file`.
 #[unsafe(no_mangle)]
 pub extern "C" fn instantsnap_revert_plan_memory_file(
@@ -434,7 +487,7 @@ pub extern "C" fn instantsnap_snapshot_load(
     boundary(last_error::set, || {
         let guest = GUESTS.get(guest)?;
         let name = name.required("name")?;
-        guest.load(name, RevertFlags::parse(flags)?).map(|()| 0)
+        guest.load(name, RevertFlags::parse(flags)?, Memory::Auto).map(|_| 0)
     })
 }
 

@@ -13,7 +13,7 @@ use super::header::{instantsnap_guest, instantsnap_revert_plan};
 use super::native::{GUESTS, add_plan, micros};
 use super::{abi, c_string, last_error};
 use crate::boundary::boundary;
-use crate::engine::{Answer, StorageCall, StorageHook, prepare_revert_hooked};
+use crate::engine::{Answer, RevertOptions, StorageCall, StorageHook, prepare_revert_with};
 use crate::error::{Result, fail};
 use crate::pointers::{In, Malloced, Text};
 
@@ -168,7 +168,11 @@ pub extern "C" fn instantsnap_snapshot_prepare_revert_hooked(
     boundary(last_error::set, || {
         let (state_dir, name) = (state_dir.required("state_dir")?, name.required("name")?);
         let (directory, hook) = (directory.optional("directory")?, Hook::read(hook)?);
-        let hook = hook.as_ref().map(|hook| hook as &dyn StorageHook);
-        add_plan(prepare_revert_hooked(Path::new(state_dir), name, directory.map(Path::new), hook)?)
+        let options = RevertOptions {
+            directory: directory.map(Path::new),
+            hook: hook.as_ref().map(|hook| hook as &dyn StorageHook),
+            ..RevertOptions::default()
+        };
+        add_plan(prepare_revert_with(Path::new(state_dir), name, options)?)
     })
 }

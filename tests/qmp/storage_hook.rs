@@ -16,8 +16,8 @@ use common::{
     first_tick, machine, run, unwritten,
 };
 use instantsnap::engine::{
-    Answer, EarlyStart, Phase, RevertPlan, StorageCall, StorageHook, prepare_revert,
-    prepare_revert_hooked,
+    Answer, EarlyStart, Phase, RevertOptions, RevertPlan, StorageCall, StorageHook, prepare_revert,
+    prepare_revert_with,
 };
 use instantsnap::error::Code;
 use instantsnap::model::ManualDisk;
@@ -190,11 +190,16 @@ fn start_clone(opened: &Opened, images: &[(PathBuf, Format)]) -> Opened {
     Opened { handle, guest }
 }
 
+fn prepare(opened: &Opened, name: &str, storage: &Storage) -> RevertPlan {
+    let options = RevertOptions { hook: Some(storage), ..RevertOptions::default() };
+    prepare_revert_with(&opened.state_dir(), name, options).unwrap()
+}
+
 /// Restores a snapshot on the images that the hook names. The clone checks every page and every
 /// disk within one tick, so memory and disks are of one instant if it counts on. Returns the
 /// clone's first number.
 fn restore_clone(opened: &Opened, name: &str, storage: &Storage) -> u32 {
-    let plan = prepare_revert_hooked(&opened.state_dir(), name, None, Some(storage)).unwrap();
+    let plan = prepare(opened, name, storage);
     let clone = start_clone(opened, &images(&plan));
     clone
         .handle
@@ -253,7 +258,7 @@ fn hook_copies_are_of_the_instant_of_memory_and_the_other_disks() {
 
         // The guest notices a mismatch: here with the same memory and the disk's present content.
         opened.guest.control().execute("stop", json!({})).unwrap();
-        let plan = prepare_revert_hooked(&opened.state_dir(), "s", None, Some(&*storage)).unwrap();
+        let plan = prepare(&opened, "s", &storage);
         let images = images(&plan);
         storage.copy(&disk.display().to_string(), images[1].0.to_str().unwrap());
         let clone = start_clone(&opened, &images);
@@ -511,7 +516,9 @@ fn prepare_revert_refuses_a_manual_disk_without_an_image_from_the_hook() {
     opened.create(&request("s"), INSTANTLY).unwrap();
     let directory = tempfile::tempdir().unwrap();
     let hooked = |hook: Option<&dyn StorageHook>| {
-        prepare_revert_hooked(&opened.state_dir(), "s", Some(directory.path()), hook)
+        let options =
+            RevertOptions { directory: Some(directory.path()), hook, ..RevertOptions::default() };
+        prepare_revert_with(&opened.state_dir(), "s", options)
     };
     let before = files_below(opened.guest.directory());
     let plain = prepare_revert(&opened.state_dir(), "s", Some(directory.path()));

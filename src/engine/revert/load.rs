@@ -4,21 +4,67 @@
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
+use std::time::Duration;
 
 use serde_json::{Value, json};
 
+use super::memory::unsupported;
 use crate::backend::{Connector, DEFAULT_TIMEOUT, Guest, Liveness};
 use crate::deadline::Deadline;
 use crate::error::{Code, Error, Result, fail};
 use crate::image::{self, Image, RestoreStream, Zeros};
 use crate::migration::{FD_NAME, Mode, Settings, reactivate_disks, wait_loaded};
 use crate::model::flags::RevertFlags;
-use crate::model::{Drive, Record, RecordedDisk, Role};
+use crate::model::{Drive, Memory, Record, RecordedDisk, Role};
 use crate::monitor::{Command, Failure, commands};
-use crate::sys;
+use crate::sys::{self, now};
+
+/// What a load did, and how long that took.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Loaded {
+    /// How the memory came: never [`Memory::Auto`].
+    pub memory: Memory,
+    /// Whether the guest runs.
+    pub running: bool,
+    /// The time of the checks, before QEMU begins to load.
+    pub check: Duration,
+    /// The time until QEMU has loaded the snapshot.
+    pub load: Duration,
+    /// The time until the guest runs, where it does, and the snapshot is recorded as current.
+    pub finish: Duration,
+}
+
+/// How the memory comes.
+enum Way {
+    /// All of it is written to QEMU.
+    Full,
+}
+
+/// Decides how the memory comes. The caller's choice is refused if it is not possible: only
+/// [`Memory::Auto`] leaves it to the library.
+fn choose(memory: Memory) -> Result<Way> {
+    match memory {
+        Memory::Auto | Memory::Full => Ok(Way::Full),
+        Memory::Lazy | Memory::Map => Err(unsupported(memory)),
+    }
+}
+
+impl Way {
+    fn memory(&self) -> Memory {
+        match self {
+            Way::Full => Memory::Full,
+        }
+    }
+}
 
 /// Loads a snapshot's memory into the guest's QEMU.
-pub fn load(connector: &dyn Connector, name: &str, flags: RevertFlags) -> Result<()> {
+pub fn load(
+    connector: &dyn Connector,
+    name: &str,
+    flags: RevertFlags,
+    memory: Memory,
+) -> Result<Loaded> {
+    let begun = now();
     check_flags(flags)?;
     let Some(store) = connector.store() else {
         fail!(
@@ -43,11 +89,13 @@ pub fn load(connector: &dyn Connector, name: &str, flags: RevertFlags) -> Result
     check_machine(guest, &image)?;
     check_disks(&record, &guest.drives()?)?;
     check_frozen(&record, flags)?;
+    let way = choose(memory)?;
+    let checked = now();
 
     let zeros = zeros_to_write(guest);
     let settings = Settings::query(guest)?;
-    let begun = settings.apply(guest, Mode::Paused).and_then(|()| begin(guest));
-    let write = begun.map_err(|error| {
+    let pipe = settings.apply(guest, Mode::Paused).and_then(|()| begin(guest));
+    let write = pipe.map_err(|error| {
         // Unless QEMU has ended, it still waits, so that the caller can try again.
         let restored = match guest.liveness() {
             Liveness::Alive => settings.restore(guest, Mode::Paused),
@@ -56,8 +104,11 @@ pub fn load(connector: &dyn Connector, name: &str, flags: RevertFlags) -> Result
         restored.err().into_iter().fold(error, |error, left| error.and(left.message))
     })?;
     // The settings are not restored in a QEMU that could not load, because it is of no more use.
-    write_stream(guest, image, zeros, write)
-        .and_then(|()| settings.restore(guest, Mode::Paused))?;
+    match way {
+        Way::Full => write_stream(guest, image, zeros, write),
+    }
+    .and_then(|()| settings.restore(guest, Mode::Paused))?;
+    let loaded = now();
 
     let deadline = Deadline::after(DEFAULT_TIMEOUT);
     match (running, guest.status()?.running) {
@@ -68,7 +119,14 @@ pub fn load(connector: &dyn Connector, name: &str, flags: RevertFlags) -> Result
     if !running {
         reactivate_disks(guest)?;
     }
-    store.set_current(name)
+    store.set_current(name)?;
+    Ok(Loaded {
+        memory: way.memory(),
+        running,
+        check: checked.saturating_sub(begun),
+        load: loaded.saturating_sub(checked),
+        finish: now().saturating_sub(loaded),
+    })
 }
 
 /// Refuses flags that are not implemented.

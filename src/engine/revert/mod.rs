@@ -8,5 +8,6 @@
 
 pub mod load;
 pub mod managed;
+pub mod memory;
 pub mod plan;
 pub mod prepare;

@@ -7,13 +7,14 @@ use std::path::{Path, PathBuf};
 
 use tempfile::{NamedTempFile, TempPath};
 
+use super::memory::{MemoryBackend, mappings, unsupported};
 use crate::backend::{overlay_file, revert_file};
 use crate::engine::nvram::copy;
 use crate::engine::storage::{StorageCall, StorageHook};
 use crate::error::{Error, Result, fail};
 use crate::image::Image;
 use crate::model::nvram::Found;
-use crate::model::{ManualDisk, Record, RecordedNvram, Store};
+use crate::model::{ManualDisk, Memory, Record, RecordedNvram, Store};
 use crate::sys;
 
 /// The files that a QEMU must be started with to continue a snapshot.
@@ -21,6 +22,8 @@ use crate::sys;
 pub struct RevertPlan {
     /// The disks, and the UEFI variables.
     pub disks: Vec<RevertDisk>,
+    /// The memory backends, if QEMU is to map the memory image.
+    pub memory_backends: Vec<MemoryBackend>,
     /// The memory image.
     pub memory_file: String,
     /// The `<domain>` of the snapshot.
@@ -52,24 +55,40 @@ impl RevertPlan {
     }
 }
 
+/// How a revert is prepared.
+#[derive(Clone, Copy, Default)]
+pub struct RevertOptions<'a> {
+    /// Where the fresh images are made; `None`: beside the snapshot's images.
+    pub directory: Option<&'a Path>,
+    /// The hook that names the images of its disks.
+    pub hook: Option<&'a dyn StorageHook>,
+    /// How QEMU is to get the memory.
+    pub memory: Memory,
+}
+
 /// Makes the fresh images: all of them, or none if there is an error.
 pub fn prepare_revert(
     state_dir: &Path,
     name: &str,
     directory: Option<&Path>,
 ) -> Result<RevertPlan> {
-    prepare_revert_hooked(state_dir, name, directory, None)
+    prepare_revert_with(state_dir, name, RevertOptions { directory, ..RevertOptions::default() })
 }
 
-/// Like [`prepare_revert`], and asks the storage hook for the images of its disks.
-pub fn prepare_revert_hooked(
+/// Like [`prepare_revert`], with options.
+pub fn prepare_revert_with(
     state_dir: &Path,
     name: &str,
-    directory: Option<&Path>,
-    hook: Option<&dyn StorageHook>,
+    options: RevertOptions,
 ) -> Result<RevertPlan> {
+    let RevertOptions { directory, hook, memory } = options;
     let record = Store::open(state_dir)?.read_to_use(name)?;
-    Image::open(Path::new(&record.memory_file))?;
+    let image = Image::open(Path::new(&record.memory_file))?;
+    let memory_backends = match memory {
+        Memory::Auto | Memory::Full => Vec::new(),
+        Memory::Lazy => return Err(unsupported(memory)),
+        Memory::Map => memory_backends(&image, &record)?,
+    };
     if let (Some(disk), None) = (record.manual.first(), hook) {
         fail!(
             OperationUnsupported,
@@ -132,7 +151,20 @@ pub fn prepare_revert_hooked(
         path.keep().map_err(|error| Error::system("cannot keep a fresh image", error.error))
     };
     let fresh = fresh.into_iter().map(keep).collect::<Result<_>>()?;
-    Ok(RevertPlan { disks, memory_file: record.memory_file, domain_xml: record.domain_xml, fresh })
+    Ok(RevertPlan {
+        disks,
+        memory_backends,
+        memory_file: record.memory_file,
+        domain_xml: record.domain_xml,
+        fresh,
+    })
+}
+
+/// The memory backends of a QEMU that maps the image.
+fn memory_backends(image: &Image, record: &Record) -> Result<Vec<MemoryBackend>> {
+    let file = &record.memory_file;
+    let blocks = mappings(image, file)?;
+    Ok(blocks.into_iter().map(|block| MemoryBackend::new(block, Path::new(file))).collect())
 }
 
 fn ask_hook(hook: &dyn StorageHook, record: &Record) -> Result<Vec<RevertDisk>> {

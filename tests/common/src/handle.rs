@@ -8,9 +8,10 @@ use std::sync::Arc;
 
 use instantsnap::backend::LibvirtConnector;
 use instantsnap::backend::driver::Driver;
-use instantsnap::engine::{self, Created, Job, Observer, Returns, RevertPlan};
+use instantsnap::engine::{self, Created, Job, Loaded, Observer, Returns, RevertPlan};
 use instantsnap::error::Error;
 use instantsnap::image::Format;
+use instantsnap::model::Memory;
 use instantsnap::model::flags::{CreateFlags, DeleteFlags, RevertFlags};
 
 /// The format of memory images that INSTANTSNAP_TEST_IMAGE_FORMAT names; `None`: the default.
@@ -80,7 +81,12 @@ impl Handle {
     }
 
     pub fn load(&self, name: &str, flags: u32) -> Result<(), Error> {
-        self.0.load(name, RevertFlags::parse(flags)?)
+        self.load_with(name, flags, Memory::Auto).map(drop)
+    }
+
+    /// Loads a snapshot whose memory comes in this way.
+    pub fn load_with(&self, name: &str, flags: u32, memory: Memory) -> Result<Loaded, Error> {
+        self.0.load(name, RevertFlags::parse(flags)?, memory)
     }
 
     pub fn revert(
