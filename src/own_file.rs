@@ -39,8 +39,17 @@ impl OwnFile {
     /// Opens a file that another process has made, for reading and writing. `None` if another file,
     /// or none, is at its path now.
     pub fn reopen(known: &KnownFile) -> io::Result<Option<OwnFile>> {
+        OwnFile::open(known, OFlags::RDWR)
+    }
+
+    /// The same for a file that is to be removed, and that nobody may be allowed to write.
+    pub fn reopen_to_remove(known: &KnownFile) -> io::Result<Option<OwnFile>> {
+        OwnFile::open(known, OFlags::RDONLY)
+    }
+
+    fn open(known: &KnownFile, access: OFlags) -> io::Result<Option<OwnFile>> {
         let (directory, name) = open_directory(&known.path)?;
-        let flags = OFlags::RDWR | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+        let flags = access | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
         let file = match openat(&directory, name, flags, Mode::empty()) {
             Ok(file) => file,
             Err(Errno::NOENT | Errno::LOOP) => return Ok(None),

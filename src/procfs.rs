@@ -2,8 +2,12 @@
 
 //! What /proc says of processes, of this boot of the host, and of this process's namespaces.
 
+use std::collections::BTreeSet;
 use std::fmt::Display;
 use std::fs;
+use std::io;
+use std::ops::Range;
+use std::os::unix::fs::MetadataExt;
 
 /// The state and the start of a process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,4 +45,83 @@ pub fn boot() -> String {
 pub fn namespace(kind: &str) -> String {
     let link = fs::read_link(format!("/proc/self/ns/{kind}")).unwrap_or_default();
     link.to_string_lossy().into_owned()
+}
+
+/// A part of a file that a process has mapped.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Part {
+    /// Where the part is in the file.
+    pub file: Range<u64>,
+    /// The file's inode. Its device is not here, because the kernel names another one than stat()
+    /// for the files of some file systems.
+    pub inode: u64,
+    /// The file's path as it was when it was opened.
+    pub path: String,
+}
+
+/// The parts of files that a process has mapped privately: what it writes there is its own.
+pub fn private_parts(process: impl Display) -> io::Result<Vec<Part>> {
+    let maps = fs::read(format!("/proc/{process}/maps"))?;
+    let maps = String::from_utf8_lossy(&maps);
+    Ok(maps.lines().filter_map(private_part).collect())
+}
+
+/// Parses a line of /proc/PID/maps: addresses, permissions, offset, device, inode, path.
+fn private_part(line: &str) -> Option<Part> {
+    let mut fields = line.splitn(6, ' ');
+    let (begin, end) = fields.next()?.split_once('-')?;
+    let number = |text| u64::from_str_radix(text, 16).ok();
+    let length = number(end)?.checked_sub(number(begin)?)?;
+    fields.next()?.ends_with('p').then_some(())?;
+    let offset = number(fields.next()?)?;
+    let inode = fields.nth(1)?.parse().ok().filter(|inode| *inode != 0)?;
+    let path = fields.next().unwrap_or_default().trim_start().to_owned();
+    Some(Part { file: offset..offset.checked_add(length)?, inode, path })
+}
+
+/// The paths by which a process has opened the file with this device and inode.
+pub fn files(process: impl Display, id: (u64, u64)) -> io::Result<BTreeSet<String>> {
+    let mut paths = BTreeSet::new();
+    for entry in fs::read_dir(format!("/proc/{process}/fd"))? {
+        let link = entry?.path();
+        // The descriptor may have been closed meanwhile.
+        if let (Ok(file), Ok(path)) = (link.metadata(), link.read_link())
+            && (file.dev(), file.ino()) == id
+        {
+            paths.insert(path.to_string_lossy().into_owned());
+        }
+    }
+    Ok(paths)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn private_mappings_of_files_are_found_in_their_lines() {
+        let line = "7f0000000000-7f0001000000 rw-p 00200000 fe:01 1234        /a b/s.mem (deleted)";
+        let part =
+            Part { file: 0x20_0000..0x120_0000, inode: 1234, path: "/a b/s.mem (deleted)".into() };
+        assert_eq!(private_part(line), Some(part));
+        for line in [
+            "7f0000000000-7f0001000000 rw-s 00200000 fe:01 1234        /a/s.mem",
+            "7f0000000000-7f0001000000 rw-p 00000000 00:00 0           [heap]",
+            "7f0000000000-7f0001000000 rw-p 00000000 00:00 0",
+            "7f0000000000",
+            "",
+        ] {
+            assert_eq!(private_part(line), None, "{line}");
+        }
+    }
+
+    #[test]
+    fn open_files_of_a_process_are_found_by_their_inode() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let metadata = file.as_file().metadata().unwrap();
+        let found = files(std::process::id(), (metadata.dev(), metadata.ino())).unwrap();
+        assert_eq!(found, BTreeSet::from([file.path().to_str().unwrap().to_owned()]));
+        assert!(files(std::process::id(), (metadata.dev(), u64::MAX)).unwrap().is_empty());
+        assert!(files(u32::MAX, (0, 0)).is_err());
+    }
 }

@@ -189,13 +189,7 @@ impl Connector for DriverConnector {
             // The same QEMU may be opened by another backend too.
             exclusive.push(hold_qemu(label, qemu)?);
         }
-        let reply = channel.run(
-            "cannot ask for QEMU's version",
-            Command::new("query-version", json!({})),
-            deadline,
-        )?;
-        let number = |what: &str| reply["qemu"][what].as_u64().unwrap_or_default();
-        channel.version = (number("major"), number("minor"));
+        channel.version = crate::monitor::commands::query_version(&mut channel, deadline)?;
         check_version(channel.version)?;
         let domain = driver.domain_xml().map_err(failed("cannot ask for the domain's XML"))?;
         let domain = Domain::parse(&domain)?;

@@ -30,11 +30,13 @@ const AT_ONCE: u64 = 128;
 /// The length of a page's header without a name.
 const HEADER: usize = 8;
 
-/// Writes the stream. The image is opened for reading.
+/// Writes the stream, without the pages of the blocks with these numbers. The image is opened for
+/// reading.
 pub fn write(
     file: &File,
     stream: &SparseStream,
     zeros: Zeros,
+    left_out: &[usize],
     to: &mut impl Write,
 ) -> io::Result<()> {
     let head = &stream.head;
@@ -47,7 +49,7 @@ pub fn write(
     start.extend(head.section_end());
     start.extend(head.part_start());
     to.write_all(&start)?;
-    for (number, block) in stream.blocks() {
+    for (number, block) in stream.blocks().filter(|(number, _)| !left_out.contains(number)) {
         let has_zeros = zeros == Zeros::All || block.size < SMALL;
         let pages = stream.layout.places[number].pages;
         let mut name = Some(block);

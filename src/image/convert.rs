@@ -83,7 +83,7 @@ fn write(image: &Image, format: Format, to: &File) -> std::result::Result<(), Fa
             let mut to = BufWriter::with_capacity(CHUNK, to);
             to.seek(SeekFrom::Start(begin))?;
             // A QEMU that loads the image need not have fresh memory.
-            classic::write(&image.file, sparse, Zeros::All, &mut to)?;
+            classic::write(&image.file, sparse, Zeros::All, &[], &mut to)?;
             to.flush()?;
         }
         None => write_sparse(&image.file, begin, to)?,

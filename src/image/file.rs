@@ -13,9 +13,9 @@
 //!
 //! Numbers are in the host's byte order, as libvirt writes them.
 
-use std::fs::File;
+use std::fs::{File, Permissions};
 use std::io::{self, Read};
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use super::format::Format;
@@ -233,6 +233,20 @@ impl MemoryImage {
                 format!("cannot read memory snapshot file '{}'", self.path().display()),
                 error,
             )
+        })
+    }
+
+    /// Allows nobody to write the file any more, not even its owner: a QEMU that maps a complete
+    /// image would be changed, or ended, by each change of it.
+    pub fn protect(&self) -> Result<()> {
+        let protect = || {
+            let file = self.own.file();
+            let mode = file.metadata()?.mode();
+            file.set_permissions(Permissions::from_mode(mode & 0o444))
+        };
+        protect().map_err(|error| {
+            let path = self.path().display();
+            Error::system(format!("cannot protect memory snapshot file '{path}'"), error)
         })
     }
 

@@ -2,8 +2,13 @@
 
 //! Which parts of a sparse memory image a QEMU can map as its memory.
 
+use std::os::unix::fs::FileExt;
+
+use rustix::fs::{SeekFrom, seek};
+use rustix::io::Errno;
+
 use super::file::Image;
-use super::records::Block;
+use super::records::{Block, PAGE};
 
 /// The prefix of the names of some memory blocks: those of memory backends of old machine types.
 const OBJECTS: &str = "/objects/";
@@ -44,6 +49,57 @@ impl Image {
             })
         };
         Some(sparse.blocks().filter_map(of).collect())
+    }
+}
+
+impl Image {
+    /// Checks that each page of a block that the image does not have is zero in the file, as a
+    /// mapping needs it. This library leaves holes for such pages, but another program can leave
+    /// old content there. The error is what is wrong.
+    pub fn check_zeros(&self, mapping: &Mapping) -> Result<(), String> {
+        let cannot = |error| format!("cannot be read: {error}");
+        let Some(sparse) = &self.sparse else { return Err("has no place of its own".into()) };
+        let data = self.data(mapping.offset, mapping.offset + mapping.size).map_err(cannot)?;
+        let mut data = data.into_iter().peekable();
+        let mut buffer = [0; PAGE];
+        for piece in sparse.pieces(&self.file, mapping.block) {
+            let (first, map) = piece?;
+            let end = first + map.pages();
+            while let Some((from, to)) = data.peek().copied() {
+                for page in from.max(first)..to.min(end) {
+                    if map.has(page - first) {
+                        continue;
+                    }
+                    let at = mapping.offset + page * PAGE as u64;
+                    self.file.read_exact_at(&mut buffer, at).map_err(cannot)?;
+                    if buffer != [0; PAGE] {
+                        return Err(format!("has old content in page {page}, which is zero"));
+                    }
+                }
+                if to > end {
+                    break;
+                }
+                data.next();
+            }
+        }
+        Ok(())
+    }
+
+    /// The parts of the file from `begin` to `end` that are not holes, as pages from `begin`.
+    fn data(&self, begin: u64, end: u64) -> std::io::Result<Vec<(u64, u64)>> {
+        let page = PAGE as u64;
+        let (mut parts, mut at) = (Vec::new(), begin);
+        while at < end {
+            let from = match seek(&self.file, SeekFrom::Data(at)) {
+                Ok(from) if from < end => from,
+                Ok(_) | Err(Errno::NXIO) => break,
+                Err(errno) => return Err(errno.into()),
+            };
+            let to = seek(&self.file, SeekFrom::Hole(from))?.min(end);
+            parts.push(((from - begin) / page, (to - begin).div_ceil(page)));
+            at = to;
+        }
+        Ok(parts)
     }
 }
 

@@ -24,11 +24,17 @@ pub struct RestoreStream {
 
 impl RestoreStream {
     /// Starts moving the stream of an image into `pipe`. `zeros` are the zero pages that are
-    /// written of those that a sparse image does not have.
-    pub fn start(image: Image, zeros: Zeros, pipe: OwnedFd) -> Result<RestoreStream> {
+    /// written of those that a sparse image does not have. `mapped` are the numbers of the blocks
+    /// that QEMU has mapped, whose pages it does not need.
+    pub fn start(
+        image: Image,
+        zeros: Zeros,
+        mapped: Vec<usize>,
+        pipe: OwnedFd,
+    ) -> Result<RestoreStream> {
         let Image { file, stream_offset, sparse, .. } = image;
         let run = move || match sparse {
-            Some(sparse) => classic::write(&file, &sparse, zeros, &mut File::from(pipe)),
+            Some(sparse) => classic::write(&file, &sparse, zeros, &mapped, &mut File::from(pipe)),
             None => splice_from(&file, stream_offset, &pipe),
         };
         let thread = sys::spawn_quiet("instantsnap", run)?;

@@ -188,7 +188,7 @@ impl QemuProcess {
     }
 
     /// Whether it has ended; `None` if that cannot be seen from here.
-    fn has_ended(&self, same_boot: bool) -> Option<bool> {
+    pub fn has_ended(&self, same_boot: bool) -> Option<bool> {
         if !same_boot {
             return Some(true);
         }

@@ -11,6 +11,7 @@ pub mod drive;
 pub mod flags;
 pub mod frozen;
 pub mod journal;
+pub mod lease;
 mod memory;
 mod names;
 pub mod nbd;

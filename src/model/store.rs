@@ -52,7 +52,7 @@ pub struct Reservation {
 /// A locked file. It is unlocked even if a process that the caller has forked meanwhile has a copy
 /// of its descriptor.
 #[derive(Debug)]
-struct Lock(File);
+pub(super) struct Lock(File);
 
 impl Drop for Lock {
     fn drop(&mut self) {
@@ -463,7 +463,7 @@ impl Store {
 
     /// Writes a file atomically: even after a crash either the complete old file or the complete
     /// new one exists.
-    fn write(&self, path: &Path, content: &[u8], replace: bool) -> Result<()> {
+    pub(super) fn write(&self, path: &Path, content: &[u8], replace: bool) -> Result<()> {
         let write = || -> io::Result<()> {
             let mut file = self.new_file()?;
             file.write_all(content)?;
@@ -484,7 +484,7 @@ impl Store {
     }
 
     /// Locks the directory. The lock is held only during a change, so a wait for it is short.
-    fn lock(&self) -> Result<Lock> {
+    pub(super) fn lock(&self) -> Result<Lock> {
         check_owner(&self.directory)?;
         let path = self.path(".lock");
         let lock = self.open_file(&path)?;

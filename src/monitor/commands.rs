@@ -135,6 +135,14 @@ pub fn query_status(qemu: &mut dyn Execute, deadline: Deadline) -> Result<Status
     read("query-status", &reply)
 }
 
+/// `query-version`: QEMU's major and minor version.
+pub fn query_version(qemu: &mut dyn Execute, deadline: Deadline) -> Result<(u64, u64)> {
+    let command = Command::new("query-version", json!({}));
+    let reply = qemu.run("cannot ask for QEMU's version", command, deadline)?;
+    let number = |what: &str| reply["qemu"][what].as_u64().unwrap_or_default();
+    Ok((number("major"), number("minor")))
+}
+
 /// `query-migrate`.
 pub fn query_migrate(qemu: &mut dyn Execute, deadline: Deadline) -> Result<Migration> {
     let command = Command::new("query-migrate", json!({}));

@@ -286,6 +286,10 @@ impl Steps<'_, '_, '_> {
         }
         cancel.check()?;
         sync_images(&task.plan.disks, guest.pid())?;
+        // libvirt keeps a domain's image with the permissions that it expects.
+        if task.reserved.held().is_some() {
+            image.protect()?;
+        }
         image.complete(format)?;
         if format == Format::Sparse {
             // Until here this was the number of the stream's bytes.

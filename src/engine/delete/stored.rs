@@ -27,6 +27,7 @@ use crate::backend::qmp::drives;
 use crate::backend::qmp::jobs::{self, Merge, NODE_PREFIX, Until};
 use crate::backend::{Connector, DEFAULT_TIMEOUT, Guest};
 use crate::deadline::Deadline;
+use crate::engine::revert::map::check_unmapped;
 use crate::error::{Error, Result, fail};
 use crate::image::{deleting, is_another};
 use crate::model::flags::DeleteFlags;
@@ -59,8 +60,9 @@ pub fn delete(
     }
     match guest {
         Some(mut guest) => {
-            let deleted = store
-                .others(name)
+            let memory = Path::new(&record.memory_file);
+            let deleted = check_unmapped(store, name, [memory, &deleting(memory)])
+                .and_then(|()| store.others(name))
                 .and_then(|others| Ok((images_of(&others)?, others)))
                 .and_then(|(kept, others)| {
                     Delete { guest: &mut *guest, record: &record, others, kept }.run()

@@ -68,7 +68,7 @@ pub fn remove(journal: &ReadJournal, report: &mut Report) {
         let is_plausible = || what == What::Memory && is_partial_image(&path);
         let (presence, file) = journal.find(&path, is_plausible);
         let object = path.to_string_lossy();
-        let removed = || OwnFile::reopen(&file?.known).ok()??.remove().ok();
+        let removed = || OwnFile::reopen_to_remove(&file?.known).ok()??.remove().ok();
         match presence {
             Presence::Gone => {}
             Presence::Same if removed().is_some() => {

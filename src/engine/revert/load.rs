@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
+use super::map;
 use super::memory::unsupported;
 use crate::backend::{Connector, DEFAULT_TIMEOUT, Guest, Liveness};
 use crate::deadline::Deadline;
@@ -38,14 +39,19 @@ pub struct Loaded {
 enum Way {
     /// All of it is written to QEMU.
     Full,
+    /// QEMU has mapped the blocks with these numbers, and the others are written to it.
+    Map(Vec<usize>),
 }
 
 /// Decides how the memory comes. The caller's choice is refused if it is not possible: only
 /// [`Memory::Auto`] leaves it to the library.
-fn choose(memory: Memory) -> Result<Way> {
+fn choose(guest: &mut dyn Guest, image: &Image, record: &Record, memory: Memory) -> Result<Way> {
     match memory {
-        Memory::Auto | Memory::Full => Ok(Way::Full),
-        Memory::Lazy | Memory::Map => Err(unsupported(memory)),
+        Memory::Auto if map::is_mapped(guest, record)? => choose(guest, image, record, Memory::Map),
+        Memory::Auto => Ok(Way::Full),
+        Memory::Full => map::check_not_mapped(guest, record, memory).map(|()| Way::Full),
+        Memory::Lazy => Err(unsupported(memory)),
+        Memory::Map => map::check(guest, image, record).map(Way::Map),
     }
 }
 
@@ -53,6 +59,7 @@ impl Way {
     fn memory(&self) -> Memory {
         match self {
             Way::Full => Memory::Full,
+            Way::Map(_) => Memory::Map,
         }
     }
 }
@@ -89,7 +96,11 @@ pub fn load(
     check_machine(guest, &image)?;
     check_disks(&record, &guest.drives()?)?;
     check_frozen(&record, flags)?;
-    let way = choose(memory)?;
+    let way = choose(guest, &image, &record, memory)?;
+    let memory = way.memory();
+    if memory == Memory::Map {
+        map::take_lease(store, guest, &image, name)?;
+    }
     let checked = now();
 
     let zeros = zeros_to_write(guest);
@@ -105,7 +116,8 @@ pub fn load(
     })?;
     // The settings are not restored in a QEMU that could not load, because it is of no more use.
     match way {
-        Way::Full => write_stream(guest, image, zeros, write),
+        Way::Full => write_stream(guest, image, zeros, Vec::new(), write),
+        Way::Map(blocks) => write_stream(guest, image, zeros, blocks, write),
     }
     .and_then(|()| settings.restore(guest, Mode::Paused))?;
     let loaded = now();
@@ -121,7 +133,7 @@ pub fn load(
     }
     store.set_current(name)?;
     Ok(Loaded {
-        memory: way.memory(),
+        memory,
         running,
         check: checked.saturating_sub(begun),
         load: loaded.saturating_sub(checked),
@@ -254,8 +266,15 @@ fn begin(guest: &mut dyn Guest) -> Result<OwnedFd> {
     Ok(write)
 }
 
-fn write_stream(guest: &mut dyn Guest, image: Image, zeros: Zeros, write: OwnedFd) -> Result<()> {
-    let stream = RestoreStream::start(image, zeros, write)?;
+/// Writes the image's stream to QEMU, without the pages of the blocks that QEMU has mapped.
+fn write_stream(
+    guest: &mut dyn Guest,
+    image: Image,
+    zeros: Zeros,
+    mapped: Vec<usize>,
+    write: OwnedFd,
+) -> Result<()> {
+    let stream = RestoreStream::start(image, zeros, mapped, write)?;
     wait_loaded(guest).map_err(|error| match guest.liveness() {
         Liveness::Exited => Error::new(
             Code::OperationFailed,

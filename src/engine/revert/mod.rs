@@ -8,6 +8,7 @@
 
 pub mod load;
 pub mod managed;
+pub mod map;
 pub mod memory;
 pub mod plan;
 pub mod prepare;
