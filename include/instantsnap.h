@@ -497,8 +497,9 @@ typedef struct instantsnap_storage_hook {
 /** How the memory of a snapshot comes back. */
 typedef enum instantsnap_memory {
     /*
-     * The library chooses: FULL, so far. The load says which it was (instantsnap_load_stats). The
-     * library never falls back from the other choices: what is not possible is an error.
+     * MAP if QEMU was started with the snapshot's memory image mapped, else FULL. The load says
+     * which it was (instantsnap_load_stats). The library never falls back from one way to another:
+     * what is not possible is an error.
      */
     INSTANTSNAP_MEMORY_AUTO = 0,
     /* All of it is written to QEMU before the guest runs: seconds for each few GiB. */
@@ -508,7 +509,22 @@ typedef enum instantsnap_memory {
      * VIR_ERR_OPERATION_UNSUPPORTED.
      */
     INSTANTSNAP_MEMORY_LAZY = 2,
-    /* A load does not support it yet: VIR_ERR_OPERATION_UNSUPPORTED. */
+    /*
+     * QEMU was started with the memory image as its RAM, in private mappings, so the guest runs
+     * within milliseconds whatever its size; the kernel reads a page when the guest needs it, and
+     * clones of one snapshot share what they do not write. Needs QEMU 8.2 or later, an image of
+     * the format INSTANTSNAP_IMAGE_SPARSE, and, to see what QEMU has really mapped, that this
+     * process may read /proc/PID/maps and /proc/PID/fd of QEMU: else VIR_ERR_CONFIG_UNSUPPORTED, or
+     * VIR_ERR_SYSTEM_ERROR.
+     *
+     * The guest needs the image as long as it runs. While it does, instantsnap_snapshot_delete() of
+     * the snapshot is refused on this host. The file may be renamed, removed or replaced, but must
+     * never be written or cut off: the library makes complete images of a state directory
+     * read-only, and converts an image by replacing its file. An I/O error in the image ends QEMU
+     * (SIGBUS). An instant snapshot of such a guest is refused (VIR_ERR_ARGUMENT_UNSUPPORTED)
+     * unless the image is on tmpfs; a non-live one is not. docs/clones.md says what else clones
+     * must know.
+     */
     INSTANTSNAP_MEMORY_MAP = 3
 } instantsnap_memory;
 
@@ -966,7 +982,9 @@ instantsnap_revert_plan *instantsnap_snapshot_prepare_revert_hooked(
  * @options  NULL: the default, as instantsnap_snapshot_prepare_revert() with @directory NULL.
  *
  * Returns the plan, or NULL: as instantsnap_snapshot_prepare_revert_hooked(), and
- * VIR_ERR_OPERATION_UNSUPPORTED for a way in which memory cannot come back yet.
+ * VIR_ERR_OPERATION_UNSUPPORTED for a way in which memory cannot come back yet,
+ * VIR_ERR_CONFIG_UNSUPPORTED for INSTANTSNAP_MEMORY_MAP if the image is not sparse: convert it
+ * first (instantsnap_image_convert()).
  */
 instantsnap_revert_plan *instantsnap_snapshot_prepare_revert_with(
     const char *state_dir, const char *name, const instantsnap_revert_options *options);
@@ -982,8 +1000,13 @@ int instantsnap_revert_plan_get_disk(const instantsnap_revert_plan *plan, size_t
                                      instantsnap_revert_disk *disk);
 
 /**
- * How many memory backends the plan has: 0 unless it was made with INSTANTSNAP_MEMORY_MAP, and for
- * a pointer that is not a plan.
+ * A QEMU that is to load with INSTANTSNAP_MEMORY_MAP must have each memory backend of the plan: one
+ * `-object` each, with `-machine memory-backend=ID` if there is one, or, for a guest with NUMA nodes
+ * or memory devices, where the original has a backend of that id (`-numa node,memdev=ID`). These
+ * are the blocks of the guest's RAM; ROMs and the memory of devices come from the library.
+ *
+ * Returns how many there are: 0 unless the plan was made with INSTANTSNAP_MEMORY_MAP, and for a
+ * pointer that is not a plan.
  */
 size_t instantsnap_revert_plan_memory_backend_count(const instantsnap_revert_plan *plan);
 
@@ -1042,8 +1065,16 @@ int instantsnap_snapshot_load(instantsnap_guest *guest, const char *name, unsign
  * @options  NULL: the default, INSTANTSNAP_MEMORY_AUTO, as instantsnap_snapshot_load().
  * @stats    filled on success (set stats->size first); may be NULL.
  *
- * Returns 0, or -1: as instantsnap_snapshot_load(), and VIR_ERR_OPERATION_UNSUPPORTED for a way in
- * which memory cannot come back yet.
+ * With INSTANTSNAP_MEMORY_MAP, also where AUTO has chosen it, each memory backend of QEMU that has
+ * the id of one of the image's blocks must be on that block, privately and for reading only. The
+ * library asks QEMU for the backends' properties and the kernel for what QEMU's process has mapped,
+ * and writes down in the state directory, before QEMU gets a byte, that this process needs the
+ * image. With the other ways, a QEMU that has mapped the image is refused.
+ *
+ * Returns 0, or -1: as instantsnap_snapshot_load(), VIR_ERR_OPERATION_UNSUPPORTED for a way in which
+ * memory cannot come back yet, VIR_ERR_CONFIG_UNSUPPORTED for a QEMU or an image with which this
+ * way is not possible (the message names the backend and the property; nothing was loaded), and
+ * VIR_ERR_INVALID_DOMAIN_SNAPSHOT for an image with old content where a page is zero.
  */
 int instantsnap_snapshot_load_with(instantsnap_guest *guest, const char *name, unsigned int flags,
                                    const instantsnap_load_options *options,
@@ -1077,6 +1108,9 @@ int instantsnap_snapshot_load_with(instantsnap_guest *guest, const char *name, u
  * to an older one, there is nothing to merge. Its disks stay on the images that they are on, and
  * the overlays are removed with what the abandoned guest had written there. An overlay that any
  * QEMU has open, or that another recorded snapshot stands on, is never removed.
+ *
+ * While a guest runs on this host that was loaded with INSTANTSNAP_MEMORY_MAP, and so needs the
+ * memory image, the snapshot is not deleted: the message names the process.
  *
  * Everything is checked before anything is changed. From the first merge on, the snapshot cannot be
  * reverted to any more, because its images take in younger data: its memory image is then called

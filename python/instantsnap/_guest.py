@@ -390,12 +390,14 @@ class Guest:
         memory: how the memory comes back: see Memory. What is not possible is an error; the library
             never silently does something else.
 
-        Returns how long the parts took, and how the memory came. Blocks until memory is loaded: seconds for a guest of some GiB. Signals are handled
-        afterwards. Raises ValueError (an unknown `memory`), NotFound, or Error:
-        OPERATION_UNSUPPORTED (this `memory` is not supported), CONFIG_UNSUPPORTED (a disk is not as the plan says;
-        nothing was loaded), INVALID_DOMAIN_SNAPSHOT, OPERATION_INVALID (no `-incoming defer`, or
-        busy), OPERATION_FAILED (QEMU's reason). After a failure during the load that QEMU cannot be
-        used any more: end it, and start it again.
+        Returns how long the parts took, and how the memory came. Blocks until memory is loaded:
+        with "full", seconds for a guest of some GiB. Signals are handled afterwards. Raises
+        ValueError (an unknown `memory`), NotFound, or Error: OPERATION_UNSUPPORTED (this `memory`
+        is not supported), CONFIG_UNSUPPORTED (a disk is not as the plan says, or this `memory` is
+        not possible with this image or this QEMU as it was started; nothing was loaded),
+        INVALID_DOMAIN_SNAPSHOT, OPERATION_INVALID (no `-incoming defer`, or busy), SYSTEM_ERROR,
+        OPERATION_FAILED (QEMU's reason). After a failure during the load that QEMU cannot be used
+        any more: end it, and start it again.
         """
         flags = 0 if running is None else _REVERT_RUNNING if running else _REVERT_PAUSED
         flags |= _REVERT_FORCE if force else 0

@@ -12,13 +12,17 @@ from ._errors import known
 class Memory(enum.IntEnum):
     """How the memory of a snapshot comes back. Functions take the names, too: "auto", "full",
     "lazy", "map"."""
-    #: the library chooses: FULL, so far. It never falls back from the other choices.
+    #: MAP if QEMU was started with the snapshot's memory image mapped, else FULL; LoadStats.memory
+    #: says which it was. The library never falls back from one way to another.
     AUTO = 0
     #: all of it is written to QEMU before the guest runs: seconds for each few GiB
     FULL = 1
     #: the guest runs at once, and a page comes when the guest needs it; not supported yet
     LAZY = 2
-    #: a load does not support it yet
+    #: QEMU (8.2 or later) was started with the memory backends of the plan, so that the guest's RAM
+    #: is the memory image, which must be sparse: the guest runs within milliseconds, and clones
+    #: share what they do not write. They need the image as long as they run. docs/clones.md says
+    #: more.
     MAP = 3
 
 

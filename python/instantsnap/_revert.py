@@ -68,12 +68,16 @@ def prepare_revert(state_dir: StrPath, name: str, directory: Optional[StrPath] =
         each disk of the call the path of a file or device that has the disk's content at the
         instant, in the disk's own format; the continued guest writes to it. These are the last
         disks of the plan. Its exceptions are raised here.
-    memory: how the memory is to come back: see Memory. "auto": as "full".
+    memory: how the memory is to come back: see Memory. "auto": as "full". With "map" the plan has
+        memory_backends: start QEMU with `-object` and the `object` of each, and with `-machine
+        memory-backend=ID` if there is one, else with each where the original has the backend of
+        that id (`-numa node,memdev=ID`).
 
     Blocks for some 10 ms for each disk; for 30 s if the server of an image below does not answer.
     Raises ValueError (an unknown `memory`), NotFound, or Error with nothing left behind: INVALID_DOMAIN_SNAPSHOT (an image is
     missing; the memory image is incomplete, truncated or damaged), OPERATION_UNSUPPORTED (`revert`
-    is needed, or this `memory` is not supported), ACCESS_DENIED (other users can write to state_dir), OPERATION_TIMEOUT (a server of
+    is needed, or this `memory` is not supported), CONFIG_UNSUPPORTED ("map", and the image is not
+    sparse: see image_convert()), ACCESS_DENIED (other users can write to state_dir), OPERATION_TIMEOUT (a server of
     an image below does not answer), SYSTEM_ERROR, OPERATION_FAILED.
     """
     hook = Hook(revert=revert) if revert is not None else None

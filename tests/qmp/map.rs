@@ -4,6 +4,7 @@
 
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
+use std::process::Command;
 
 use common::backend::open_guest;
 use common::{INSTANTLY, Opened, assert_error, assert_says, first_tick, machine, named};
@@ -11,6 +12,7 @@ use instantsnap::engine::{MemoryBackend, RevertOptions, RevertPlan, prepare_reve
 use instantsnap::error::Code;
 use instantsnap::image::{Format, convert};
 use instantsnap::model::Memory;
+use instantsnap_testkit::compile::workspace;
 use instantsnap_testkit::{Binary, Format as DiskFormat, Machine, skip, test};
 use serde_json::json;
 
@@ -112,6 +114,34 @@ fn ten_clones_of_one_snapshot_run_at_once_each_on_its_own() {
         let firsts: Vec<_> = clones.iter().map(|clone| first_tick(&clone.guest)).collect();
         assert!(firsts.iter().all(|first| *first == firsts[0]), "{firsts:?}");
         assert!(std::fs::read(image(&opened)).unwrap() == before);
+    }
+}
+
+/// `examples/clone.py`.
+#[test]
+fn example_starts_clones_that_all_count_on_from_the_instant() {
+    for binary in binaries() {
+        let library = std::env::current_exe().unwrap().with_file_name("libinstantsnap.so");
+        let output = Command::new("/usr/bin/python3")
+            .arg(workspace().join("examples/clone.py"))
+            .args(["--clones", "3", "--qemu"])
+            .arg(binary.emulator())
+            .env("INSTANTSNAP_LIBRARY", library)
+            .env("PYTHONPATH", workspace().join("python"))
+            .env("PYTHONDONTWRITEBYTECODE", "1")
+            .output()
+            .unwrap();
+        let [text, errors] =
+            [&output.stdout, &output.stderr].map(|text| String::from_utf8_lossy(text).into_owned());
+        assert!(output.status.success(), "{text}{errors}");
+        let counted: Vec<Vec<u32>> = text
+            .lines()
+            .filter_map(|line| line.strip_prefix("clone ")?.split_once(" counted "))
+            .map(|(_, counted)| counted.split(' ').map(|number| number.parse().unwrap()).collect())
+            .collect();
+        assert_eq!(counted.len(), 3, "{text}");
+        assert!(counted.iter().all(|clone| *clone == counted[0]), "{text}");
+        assert_eq!(counted[0][1] + 1, counted[0][2], "{text}");
     }
 }
 
