@@ -249,6 +249,32 @@ static instantsnap_revert_plan *plan(const char *name, const char *backing_file,
     return plan;
 }
 
+/* Prepares a revert by a mapping of the memory image. */
+static void map(const char *name)
+{
+    instantsnap_revert_options options = {.size = sizeof(options),
+                                          .directory = harness_path(""),
+                                          .memory = INSTANTSNAP_MEMORY_MAP};
+    instantsnap_memory_backend backend = {.size = sizeof(backend)};
+    instantsnap_revert_plan *plan;
+
+    CHECK(instantsnap_image_convert(harness_path(harness_text("state/%s.mem", name)),
+                                    INSTANTSNAP_IMAGE_SPARSE, 0) == 0);
+    plan = instantsnap_snapshot_prepare_revert_with(harness_path("state"), name, &options);
+    CHECK(plan);
+    CHECK(instantsnap_revert_plan_disk_count(plan) == 1);
+    CHECK(instantsnap_revert_plan_memory_backend_count(plan) == 1);
+    CHECK(instantsnap_revert_plan_get_memory_backend(plan, 0, &backend) == 0);
+    CHECK(strcmp(backend.id, "pc.ram") == 0);
+    CHECK(strcmp(backend.file, instantsnap_revert_plan_memory_file(plan)) == 0);
+    CHECK(backend.offset + backend.length <= (uint64_t) harness_file_size(backend.file));
+    CHECK(strstr(backend.object, "memory-backend-file,id=pc.ram,"));
+    CHECK(strstr(backend.object, "share=off,readonly=on,rom=off"));
+    CHECK_FAILS(instantsnap_revert_plan_get_memory_backend(plan, 1, &backend) == -1,
+                VIR_ERR_INVALID_ARG);
+    instantsnap_revert_plan_free(plan);
+}
+
 static void revert(instantsnap_guest *original, const char *second)
 {
     instantsnap_revert_disk first_disk, second_disk;
@@ -304,6 +330,8 @@ static void revert(instantsnap_guest *original, const char *second)
     /* A plan is not a guest. */
     CHECK_FAILS(instantsnap_snapshot_list((instantsnap_guest *) first_plan, NULL) == -1,
                 VIR_ERR_INVALID_ARG);
+
+    map(second);
 
     instantsnap_revert_plan_free(first_plan);
     instantsnap_revert_plan_free(second_plan);

@@ -9,7 +9,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from instantsnap import (Cancelled, DeleteFlag, Error, ErrorCode, Flag, Guest, Memory, NotFound,
-                         Watchdog, doctor, prepare_revert, recover_offline)
+                         Watchdog, doctor, image_convert, prepare_revert, recover_offline)
 
 from .machine import TestCase
 
@@ -111,6 +111,26 @@ class Snapshots(TestCase):
                 self.assertEqual(stats.check_us + stats.load_us + stats.finish_us, stats.total_us)
                 self.assertEqual(restored.status(), status)
 
+
+    def test_prepare_revert_by_a_mapping(self):
+        machine = self.machine()
+        with Guest.open_qmp(machine.qmp, self.state) as guest:
+            guest.snapshot(name="one", image_format="raw")
+        with self.assertRaises(Error) as raised:
+            prepare_revert(self.state, "one", memory="map")
+        self.assertEqual(raised.exception.code, ErrorCode.CONFIG_UNSUPPORTED)
+        image_convert(self.state / "one.mem", "sparse")
+        for memory in ("map", Memory.MAP):
+            plan = prepare_revert(self.state, "one", memory=memory)
+            backend, = plan.memory_backends
+            self.assertEqual((backend.id, backend.file), ("pc.ram", self.state / "one.mem"))
+            self.assertEqual((backend.size, backend.offset % (1 << 20)), (64 << 20, 0))
+            for part in ("memory-backend-file,", "id=pc.ram,", f"size={backend.size},",
+                         f"mem-path={backend.file},", f"offset={backend.offset},",
+                         "share=off,readonly=on,rom=off"):
+                self.assertIn(part, backend.object)
+        with self.assertRaises(ValueError):
+            prepare_revert(self.state, "one", memory="some")
 
     def test_delete(self):
         machine = self.machine()

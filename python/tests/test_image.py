@@ -39,6 +39,7 @@ class Images(TestCase):
             with self.subTest(name):
                 image_convert(path, name)
                 whole = path.read_bytes()
+                path.chmod(0o600)
                 os.truncate(path, len(whole) // 2)
                 for call in (image_info, image_verify, lambda path: image_convert(path, "raw")):
                     with self.assertRaises(Error) as caught:

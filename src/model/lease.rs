@@ -77,6 +77,8 @@ impl Store {
         let path = self.path(&format!("{}{pid}-{started}", prefix(name)));
         let text = serde_json::to_vec(lease)
             .map_err(|error| Error::new(Code::InternalError, format!("a lease: {error}")))?;
+        // Each clone leaves one: those that have ended make room.
+        self.leases(name)?;
         let _lock = self.lock()?;
         self.write(&path, &text, true)
     }

@@ -8,7 +8,7 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::Path;
 
 use common::backend::open_guest;
-use common::{INSTANTLY, Opened, assert_error, first_tick, machine, named};
+use common::{INSTANTLY, Opened, assert_error, first_tick, let_write, machine, named};
 use instantsnap::engine::prepare_revert;
 use instantsnap::error::Code;
 use instantsnap::image::{Contents, Format, Image, convert};
@@ -193,6 +193,7 @@ fn cut_off_sparse_image_is_refused_before_qemu_is_given_a_byte() {
     opened.snapshot("s").unwrap();
     let path = opened.state_dir().join("s.mem");
     convert(&path, Format::Sparse).unwrap();
+    let_write(&path);
     let clone = opened.start_clone("s");
     let whole = std::fs::read(&path).unwrap();
     let shorten = |length: u64| {

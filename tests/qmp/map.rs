@@ -7,7 +7,7 @@ use std::path::Path;
 use std::process::Command;
 
 use common::backend::open_guest;
-use common::{INSTANTLY, Opened, assert_error, assert_says, first_tick, machine, named};
+use common::{INSTANTLY, Opened, assert_error, assert_says, first_tick, let_write, machine, named};
 use instantsnap::engine::{MemoryBackend, RevertOptions, RevertPlan, prepare_revert_with};
 use instantsnap::error::Code;
 use instantsnap::image::{Format, convert};
@@ -252,6 +252,7 @@ fn image_that_was_replaced_or_holds_old_content_is_refused() {
         assert_waits_and_ends(&clone);
 
         let clone = start_mapped(&opened);
+        let_write(&image(&opened));
         let file = std::fs::OpenOptions::new().write(true).open(image(&opened)).unwrap();
         let MemoryBackend { offset, size, .. } = plan(&opened).memory_backends[0];
         // The last page of the guest's memory, which it has never used.
@@ -295,7 +296,7 @@ fn qemu_that_cannot_map_an_image_is_refused_by_its_version() {
 #[test]
 fn memory_of_two_numa_nodes_is_mapped_node_by_node() {
     /// The arguments of a guest with these two backends.
-    fn nodes<'a>(objects: [&'a str; 2]) -> [&'a str; 8] {
+    fn nodes(objects: [&str; 2]) -> [&str; 8] {
         let [first, second] = objects;
         let [zero, one] =
             ["node,nodeid=0,memdev=ram-node0", "node,nodeid=1,cpus=0,memdev=ram-node1"];

@@ -8,7 +8,7 @@ use std::io::{Seek, SeekFrom};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
-use common::{At, INSTANTLY, Opened, assert_error, first_tick, machine, named};
+use common::{At, INSTANTLY, Opened, assert_error, first_tick, let_write, machine, named};
 use instantsnap::engine::{Phase, prepare_revert};
 use instantsnap::error::Code;
 use instantsnap::image::{Format, Image, MemoryImage};
@@ -68,7 +68,7 @@ fn header_is_libvirts_byte_for_byte() {
                 opened.record("s").domain_xml,
                 "the XML is the recorded one"
             );
-            assert_eq!(path.metadata().unwrap().mode() & 0o7777, 0o600);
+            assert_eq!(path.metadata().unwrap().mode() & 0o7777, 0o400);
             // The statistics count all of its bytes.
             let size = opened.handle.stats().unwrap().memory_image_bytes;
             assert_eq!(path.metadata().unwrap().len(), size);
@@ -85,6 +85,7 @@ fn domain_xml_edited_in_place_is_read_back() {
     let longer = header(&path)
         .xml
         .replace("</domain>", &format!("<!-- {} --></domain>", "x".repeat(60 << 10)));
+    let_write(&path);
     let file = std::fs::OpenOptions::new().write(true).open(&path).unwrap();
     file.write_all_at(longer.as_bytes(), 92).unwrap();
     assert_eq!(Image::open(&path).unwrap().domain_xml, longer);
@@ -177,6 +178,7 @@ fn load_and_prepare_revert_refuse_a_damaged_image_and_leave_nothing() {
     opened.snapshot("s").unwrap();
     let clone = opened.start_clone("s");
     let path = opened.state_dir().join("s.mem");
+    let_write(&path);
     let files = opened.trace();
     let whole = std::fs::read(&path).unwrap();
     let refused = |what: &str| {

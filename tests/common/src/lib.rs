@@ -331,6 +331,11 @@ pub fn run(program: &str, args: &[&str]) -> String {
     String::from_utf8(output.stdout).unwrap()
 }
 
+/// Lets a test that is not run by root damage a memory image, which nobody may write.
+pub fn let_write(image: &Path) {
+    std::fs::set_permissions(image, std::os::unix::fs::PermissionsExt::from_mode(0o600)).unwrap();
+}
+
 /// The variable that names the qemu-img that the library runs.
 pub const QEMU_IMG: &str = "INSTANTSNAP_QEMU_IMG";
 
