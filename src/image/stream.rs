@@ -29,6 +29,8 @@ const DESCRIPTION: u8 = 6;
 const LONGEST_NAME: u32 = 255;
 /// Longer than any description of devices.
 const LONGEST_TEXT: u64 = 32 << 20;
+/// Longer than most of them.
+const USUAL_TEXT: u64 = 1 << 20;
 
 /// Checks a stream that begins here and ends with the file. Returns the machine type that QEMU has
 /// noted, if it has noted one. The error is the reason why no QEMU can load the stream.
@@ -38,10 +40,10 @@ pub fn check(file: &File, begin: u64) -> Result<Option<String>, String> {
         _ => format!("cannot be read: {error}"),
     };
     let machine = read_head(file, begin).map_err(failed)??;
-    let tail = read_tail(file, begin).map_err(failed)?;
-    let is_whole =
-        ends_with_description(&tail) || ends_without_description(&tail, machine.is_some());
-    if !is_whole {
+    let is_whole = |tail: &[u8]| {
+        ends_with_description(tail) || ends_without_description(tail, machine.is_some())
+    };
+    if !has_tail(file, begin, is_whole).map_err(failed)? {
         return Err("is cut off, or damaged at its end: QEMU's stream has no end".into());
     }
     Ok(machine)
@@ -50,7 +52,7 @@ pub fn check(file: &File, begin: u64) -> Result<Option<String>, String> {
 /// Whether a stream that begins here and ends with the file has a description of the devices at its
 /// end. QEMU writes that last, after everything else. False if QEMU writes none.
 pub fn is_described(file: &File, begin: u64) -> io::Result<bool> {
-    Ok(ends_with_description(&read_tail(file, begin)?))
+    has_tail(file, begin, ends_with_description)
 }
 
 /// Whether a domain of one machine type cannot load a stream of the other. A name without a version
@@ -88,9 +90,15 @@ fn read_head(file: &File, begin: u64) -> io::Result<Result<Option<String>, Strin
     Ok(String::from_utf8(name).map(Some).map_err(|_| "has a damaged machine type in it".into()))
 }
 
-fn read_tail(file: &File, begin: u64) -> io::Result<Vec<u8>> {
+/// Whether the stream has such an end.
+fn has_tail(file: &File, begin: u64, is_such: impl Fn(&[u8]) -> bool) -> io::Result<bool> {
+    Ok(is_such(&read_tail(file, begin, USUAL_TEXT)?)
+        || is_such(&read_tail(file, begin, LONGEST_TEXT)?))
+}
+
+fn read_tail(file: &File, begin: u64, longest: u64) -> io::Result<Vec<u8>> {
     let end = file.metadata()?.len();
-    let begin = end.saturating_sub(LONGEST_TEXT).max(begin);
+    let begin = end.saturating_sub(longest).max(begin);
     let mut tail = vec![0; end.saturating_sub(begin) as usize];
     file.read_exact_at(&mut tail, begin)?;
     Ok(tail)
@@ -149,6 +157,15 @@ mod tests {
         // A stream of an old machine type.
         assert_eq!(look(&[HEAD, b"\x01devices\0"]), Ok(None));
         assert!(look(&[HEAD, b"\x01devices"]).is_err());
+    }
+
+    #[test]
+    fn a_description_can_be_longer_than_usual() {
+        let text = format!("{{{}}}", " ".repeat(2 * USUAL_TEXT as usize));
+        let length = (text.len() as u32).to_be_bytes();
+        let parts = [HEAD, NOTE, DEVICES, b"\x06", &length, text.as_bytes()];
+        assert!(look(&parts).is_ok());
+        assert!(look(&[&parts.concat(), b"}"]).is_err());
     }
 
     #[test]
