@@ -1163,7 +1163,8 @@ int instantsnap_image_verify(const char *path);
  * Converts a memory image, in place: its snapshot can be reverted to as before. The new image is
  * written to a hidden file beside the old one (`.NAME.….converting`), synced to disk, and takes the
  * old one's name only then; if the call fails, the old one stays. If its caller is killed, the
- * hidden file stays too, and may be removed. A sparse image takes no space for pages of zeros.
+ * hidden file stays too, and may be removed. A sparse image takes no space for pages of zeros. A
+ * QEMU that has mapped the old image (INSTANTSNAP_MEMORY_MAP) runs on with that.
  *
  * The image keeps its domain XML, libvirt's cookie, its mode and, if this process may set it, its
  * owner. An image that has the format already stays as it is. libvirt's own revert (libvirt 9.9
