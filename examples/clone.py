@@ -6,7 +6,7 @@ snapshot's memory image, and has an overlay of its own for the disk.
     pip install ./python    # or, without installation: export PYTHONPATH=python
     examples/clone.py --clones 10
 
-The guest is a boot sector that counts on its serial line. Each clone must count on from the instant.
+The guest is a boot sector that counts on its serial line. Each clone counts on from the instant.
 Needs QEMU 8.2 or later.
 """
 
@@ -30,7 +30,8 @@ class Machine:
     def __init__(self, program: str, directory: Path, disk: Path, disk_format: str, *more: str):
         self.qmp, self.serial = directory / "qmp", directory / "serial"
         self.process = subprocess.Popen([
-            program, "-nodefaults", "-display", "none", "-m", "64", "-serial", f"file:{self.serial}",
+            program, "-nodefaults", "-display", "none", "-m", "64",
+            "-serial", f"file:{self.serial}",
             "-drive", f"if=none,id=disk,file={disk},format={disk_format}",
             "-device", "virtio-blk-pci,drive=disk",
             "-qmp", f"unix:{self.qmp},server=on,wait=off", *more])

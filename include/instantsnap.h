@@ -530,13 +530,13 @@ typedef enum instantsnap_memory {
 
 /** How a revert is prepared. All zeros except `size` is the default. */
 typedef struct instantsnap_revert_options {
-    size_t size;                          /* set by the caller: sizeof(instantsnap_revert_options) */
-    /* As in instantsnap_snapshot_prepare_revert() and instantsnap_snapshot_prepare_revert_hooked(). */
-    const char *directory;
+    size_t size;           /* set by the caller: sizeof(instantsnap_revert_options) */
+    const char *directory; /* as in instantsnap_snapshot_prepare_revert() */
+    /* As in instantsnap_snapshot_prepare_revert_hooked(). */
     const instantsnap_storage_hook *hook;
     /* An instantsnap_memory; others: VIR_ERR_INVALID_ARG. AUTO: as FULL. */
     uint32_t memory;
-    uint32_t reserved;                    /* 0 */
+    uint32_t reserved;     /* 0 */
 } instantsnap_revert_options;
 
 /** How a snapshot is loaded. All zeros except `size` is the default. */
@@ -1001,9 +1001,9 @@ int instantsnap_revert_plan_get_disk(const instantsnap_revert_plan *plan, size_t
 
 /**
  * A QEMU that is to load with INSTANTSNAP_MEMORY_MAP must have each memory backend of the plan: one
- * `-object` each, with `-machine memory-backend=ID` if there is one, or, for a guest with NUMA nodes
- * or memory devices, where the original has a backend of that id (`-numa node,memdev=ID`). These
- * are the blocks of the guest's RAM; ROMs and the memory of devices come from the library.
+ * `-object` each, with `-machine memory-backend=ID` if there is one, or, for a guest with NUMA
+ * nodes or memory devices, where the original has a backend of that id (`-numa node,memdev=ID`).
+ * These are the blocks of the guest's RAM; ROMs and the memory of devices come from the library.
  *
  * Returns how many there are: 0 unless the plan was made with INSTANTSNAP_MEMORY_MAP, and for a
  * pointer that is not a plan.
@@ -1071,8 +1071,8 @@ int instantsnap_snapshot_load(instantsnap_guest *guest, const char *name, unsign
  * and writes down in the state directory, before QEMU gets a byte, that this process needs the
  * image. With the other ways, a QEMU that has mapped the image is refused.
  *
- * Returns 0, or -1: as instantsnap_snapshot_load(), VIR_ERR_OPERATION_UNSUPPORTED for a way in which
- * memory cannot come back yet, VIR_ERR_CONFIG_UNSUPPORTED for a QEMU or an image with which this
+ * Returns 0, or -1: as instantsnap_snapshot_load(), VIR_ERR_OPERATION_UNSUPPORTED for a way in
+ * which memory cannot come back yet, VIR_ERR_CONFIG_UNSUPPORTED for a QEMU or an image with which this
  * way is not possible (the message names the backend and the property; nothing was loaded), and
  * VIR_ERR_INVALID_DOMAIN_SNAPSHOT for an image with old content where a page is zero.
  */

@@ -74,11 +74,12 @@ def prepare_revert(state_dir: StrPath, name: str, directory: Optional[StrPath] =
         that id (`-numa node,memdev=ID`).
 
     Blocks for some 10 ms for each disk; for 30 s if the server of an image below does not answer.
-    Raises ValueError (an unknown `memory`), NotFound, or Error with nothing left behind: INVALID_DOMAIN_SNAPSHOT (an image is
-    missing; the memory image is incomplete, truncated or damaged), OPERATION_UNSUPPORTED (`revert`
-    is needed, or this `memory` is not supported), CONFIG_UNSUPPORTED ("map", and the image is not
-    sparse: see image_convert()), ACCESS_DENIED (other users can write to state_dir), OPERATION_TIMEOUT (a server of
-    an image below does not answer), SYSTEM_ERROR, OPERATION_FAILED.
+    Raises ValueError (an unknown `memory`), NotFound, or Error with nothing left behind:
+    INVALID_DOMAIN_SNAPSHOT (an image is missing; the memory image is incomplete, truncated or
+    damaged), OPERATION_UNSUPPORTED (`revert` is needed, or this `memory` is not supported),
+    CONFIG_UNSUPPORTED ("map", and the image is not sparse: see image_convert()), ACCESS_DENIED
+    (other users can write to state_dir), OPERATION_TIMEOUT (a server of an image below does not
+    answer), SYSTEM_ERROR, OPERATION_FAILED.
     """
     hook = Hook(revert=revert) if revert is not None else None
     options = _library.CRevertOptions(

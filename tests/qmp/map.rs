@@ -39,7 +39,7 @@ fn plan(opened: &Opened) -> RevertPlan {
     prepare_revert_with(&opened.state_dir(), "s", options).unwrap()
 }
 
-/// Starts a QEMU on the plan's disks, with these memory backends, and these arguments that use them.
+/// Starts a QEMU on the plan's disks, with these arguments.
 fn start(opened: &Opened, machine: &Machine, plan: &RevertPlan, arguments: &[&str]) -> Opened {
     let disks: Vec<_> =
         plan.disks.iter().map(|disk| (disk.file.clone(), DiskFormat::Qcow2)).collect();
@@ -349,10 +349,8 @@ fn clone_is_snapshotted_in_turn_if_its_image_is_on_tmpfs_and_else_told_the_way_o
         let tmpfs = tempfile::tempdir_in(TMPFS).unwrap();
         let memory = tmpfs.path().join("m.mem");
         let opened = Opened::start(&machine(binary, 1));
-        let xml = format!(
-            "<domainsnapshot><name>s</name><memory snapshot='external' file='{}'/></domainsnapshot>",
-            memory.display()
-        );
+        let memory_xml = format!("<memory snapshot='external' file='{}'/>", memory.display());
+        let xml = format!("<domainsnapshot><name>s</name>{memory_xml}</domainsnapshot>");
         opened.handle.create_as(Some(Format::Sparse), &xml, INSTANTLY, &mut ()).unwrap();
         let clone = start_mapped(&opened);
         clone.handle.load_with("s", 0, Memory::Map).unwrap();
