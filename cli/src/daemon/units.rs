@@ -7,8 +7,8 @@ use std::ffi::{OsStr, OsString};
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
-use crate::Result;
-use crate::root::Root;
+use super::Result;
+use super::root::Root;
 
 /// The name of our drop-in.
 pub const OURS: &str = "instantsnap.conf";

@@ -6,9 +6,9 @@ use std::fs;
 use std::io::Read;
 use std::path::Path;
 
-use crate::library::Kind;
-use crate::root::Root;
-use crate::{Result, library};
+use super::library::Kind;
+use super::root::Root;
+use super::{Result, library};
 
 /// The processes with this name.
 pub fn called(name: &str) -> Vec<u32> {

@@ -7,8 +7,8 @@ use std::io::{self, Read};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use crate::Result;
-use crate::root::Root;
+use super::Result;
+use super::root::Root;
 
 const NAME: &str = "libinstantsnap-preload.so";
 /// The prefix of the file names of the library for programs, which earlier versions preloaded into

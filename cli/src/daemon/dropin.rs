@@ -5,8 +5,8 @@
 use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
 
-use crate::root::Root;
-use crate::{Result, units};
+use super::root::Root;
+use super::{Result, units};
 
 /// The directory of the units' own files and drop-ins.
 const SYSTEM: &str = "etc/systemd/system";

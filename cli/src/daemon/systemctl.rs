@@ -7,7 +7,7 @@ use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use crate::Result;
+use super::Result;
 
 /// This variable names systemctl, in the environment of the build or of the command.
 const VARIABLE: &str = "INSTANTSNAP_SYSTEMCTL";
