@@ -12,14 +12,14 @@ mod error;
 #[allow(missing_docs, non_camel_case_types)]
 pub mod table;
 
-use std::ffi::{CStr, CString, c_int, c_uint, c_ulong};
+use std::ffi::{CStr, CString, c_int, c_uint, c_ulong, c_void};
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::ptr::{self, NonNull};
 
 pub use error::{VirError, set_last};
 use table::{
     Table, virConnect, virDomain, virDomainBlockInfo, virDomainBlockJobInfo, virDomainJobInfo,
-    virDomainSnapshot,
+    virDomainSnapshot, virError,
 };
 
 use crate::error::{Code, Result};
@@ -228,6 +228,13 @@ impl Connect {
             Connect::take(table, (table.virConnectOpen)(Text::from(&uri)))
         };
         Ok(open())
+    }
+
+    /// Opens the connection that libvirt chooses: by the environment, by its clients'
+    /// configuration, or by what it finds. It asks for no credentials.
+    pub fn open_default() -> Result<VirResult<Connect>> {
+        let table = table::table()?;
+        Ok(Connect::take(table, (table.virConnectOpen)(Text::NULL)))
     }
 
     /// Opens a read-only connection, for which libvirt asks nobody for permission.
@@ -621,6 +628,14 @@ impl Snapshot {
     pub fn delete(&self, flags: u32) -> VirResult<()> {
         self.done((self.table.virDomainSnapshotDelete)(self.raw(), flags as c_uint)).map(drop)
     }
+}
+
+/// Makes libvirt write no errors to standard error, in all of this process. It is for programs: a
+/// library must not change what its callers have set.
+pub fn silence() -> Result<()> {
+    extern "C" fn ignore(_: *mut c_void, _: *mut virError) {}
+    (table::table()?.virSetErrorFunc)(ptr::null_mut(), Some(ignore));
+    Ok(())
 }
 
 /// Clears this thread's last error in libvirt.

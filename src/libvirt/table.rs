@@ -92,6 +92,7 @@ symbols! {
         safe fn virGetVersion(Option<&mut c_ulong>, Text, Option<&mut c_ulong>) -> c_int;
         safe fn virGetLastError() -> *mut virError<'static>;
         safe fn virResetLastError();
+        safe fn virSetErrorFunc(*mut c_void, Option<extern "C" fn(*mut c_void, *mut virError)>);
         safe fn virConnectOpen(Text) -> *mut virConnect;
         safe fn virConnectOpenReadOnly(Text) -> *mut virConnect;
         safe fn virConnectRef(&virConnect) -> c_int;
