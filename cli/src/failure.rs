@@ -5,7 +5,7 @@
 use std::process::ExitCode;
 
 use instantsnap_core::error::{Code, Error};
-use instantsnap_core::libvirt::VirError;
+use instantsnap_core::libvirt::VirResult;
 use serde_json::json;
 
 /// The result of a command.
@@ -72,10 +72,9 @@ impl From<Error> for Failure {
     }
 }
 
-impl From<VirError> for Failure {
-    fn from(error: VirError) -> Failure {
-        Failure::Failed(error.into())
-    }
+/// An answer of libvirt's; `step` says what was asked.
+pub fn answer<T>(answer: VirResult<T>, step: &str) -> Result<T> {
+    answer.map_err(|error| Failure::Failed(error.into_error(step)))
 }
 
 /// Of those names, the one that a misspelled name is most like.

@@ -8,11 +8,11 @@ use std::sync::Arc;
 use instantsnap_core::backend::{LibvirtConnector, SnapshotList};
 use instantsnap_core::engine::{self, Handle};
 use instantsnap_core::error::Code;
-use instantsnap_core::libvirt::{self, Connect, Domain, xml};
+use instantsnap_core::libvirt::{self, Connect, Domain, Snapshot, xml};
 use instantsnap_core::model::flags::{DeleteFlags, RevertFlags};
 use instantsnap_core::model::{self, Memory, Store};
 
-use crate::failure::{Failure, Result, most_like};
+use crate::failure::{Failure, Result, answer, most_like};
 use crate::snapshot::Known;
 use crate::uri::{Qmp, Uri};
 
@@ -26,8 +26,7 @@ pub enum Guest {
 
 /// A domain of libvirt's.
 pub struct Managed {
-    /// The domain.
-    pub domain: Domain,
+    domain: Domain,
     name: String,
 }
 
@@ -74,8 +73,10 @@ impl Guest {
     pub fn snapshots(&self) -> Result<Vec<Known>> {
         match self {
             Guest::Libvirt(managed) => {
-                let snapshots = managed.domain.snapshots()?;
-                snapshots.iter().map(|snapshot| Known::parse(&snapshot.xml(0)?)).collect()
+                let step = format!("cannot list the snapshots of domain '{}'", managed.name);
+                let snapshots = answer(managed.domain.snapshots(), &step)?;
+                let known = |snapshot: &Snapshot| Known::parse(&answer(snapshot.xml(0), &step)?);
+                snapshots.iter().map(known).collect()
             }
             Guest::Qmp(Direct { store, .. }) => {
                 store.list()?.iter().map(|record| Known::parse(&record.to_xml())).collect()
@@ -87,7 +88,9 @@ impl Guest {
     pub fn current(&self) -> Result<Option<String>> {
         Ok(match self {
             Guest::Libvirt(managed) => {
-                managed.domain.current_snapshot()?.map(|snapshot| snapshot.name())
+                let step =
+                    format!("cannot look for the current snapshot of domain '{}'", managed.name);
+                answer(managed.domain.current_snapshot(), &step)?.as_ref().map(Snapshot::name)
             }
             Guest::Qmp(Direct { store, .. }) => store.current()?,
         })
@@ -98,7 +101,7 @@ impl Guest {
         Ok(match self {
             Guest::Libvirt(managed) => {
                 let flags = if with_secrets { xml::SECURE } else { 0 };
-                managed.domain.snapshot(name)?.xml(flags)?
+                answer(managed.snapshot(name)?.xml(flags), "cannot describe the snapshot")?
             }
             Guest::Qmp(Direct { store, .. }) => SnapshotList::xml(store, name)?,
         })
@@ -108,7 +111,7 @@ impl Guest {
     pub fn revert(&self, name: &str, flags: RevertFlags) -> Result<()> {
         match self {
             Guest::Libvirt(managed) => {
-                engine::revert_managed(&managed.domain.snapshot(name)?, flags)?;
+                engine::revert_managed(&managed.snapshot(name)?, flags)?;
             }
             Guest::Qmp(_) => {
                 self.handle()?.load(name, flags, Memory::Auto)?;
@@ -121,7 +124,7 @@ impl Guest {
     pub fn delete(&self, name: &str, flags: DeleteFlags) -> Result<()> {
         match self {
             Guest::Libvirt(managed) => {
-                engine::delete_managed(&managed.domain.snapshot(name)?, flags)?;
+                engine::delete_managed(&managed.snapshot(name)?, flags)?;
             }
             Guest::Qmp(_) => self.handle()?.delete(name, flags)?,
         }
@@ -137,15 +140,13 @@ pub fn connect(uri: Option<&str>) -> Result<Connect> {
         Some(uri) => Connect::open(uri)?,
         None => Connect::open_default()?,
     };
-    Ok(opened.map_err(|error| {
-        let at = uri.map(|uri| format!(" ({uri})")).unwrap_or_default();
-        error.into_error(&format!("cannot connect to libvirt{at}"))
-    })?)
+    let at = uri.map(|uri| format!(" ({uri})")).unwrap_or_default();
+    answer(opened, &format!("cannot connect to libvirt{at}"))
 }
 
 impl Managed {
     fn open(uri: Option<&str>, name: &str) -> Result<Managed> {
-        let domains = connect(uri)?.domains()?;
+        let domains = answer(connect(uri)?.domains(), "cannot list the domains")?;
         let names: Vec<String> = domains.iter().filter_map(|domain| domain.name().ok()).collect();
         let is_meant = |domain: &Domain| {
             domain.name().is_ok_and(|known| known == name)
@@ -154,7 +155,9 @@ impl Managed {
         };
         let mut meant = domains.into_iter().filter(is_meant);
         match (meant.next(), meant.next()) {
-            (Some(domain), None) => Ok(Managed { name: domain.name()?, domain }),
+            (Some(domain), None) => {
+                Ok(Managed { name: answer(domain.name(), "cannot name the domain")?, domain })
+            }
             (Some(_), Some(_)) => Err(Failure::Usage(format!(
                 "'{name}' is the name of one domain and the id or UUID of another: give the \
                  domain's UUID (virsh list --all --uuid --name)"
@@ -165,7 +168,18 @@ impl Managed {
 
     /// The domain's XML as it runs.
     pub fn xml(&self) -> Result<String> {
-        Ok(self.domain.xml(0)?)
+        let step = format!("cannot read the XML of domain '{}'", self.name);
+        answer(self.domain.xml(0), &step)
+    }
+
+    /// Whether it runs or is paused.
+    pub fn is_active(&self) -> Result<bool> {
+        let step = format!("cannot look at domain '{}'", self.name);
+        answer(self.domain.is_active(), &step)
+    }
+
+    fn snapshot(&self, name: &str) -> Result<Snapshot> {
+        answer(self.domain.snapshot(name), &format!("cannot find snapshot '{name}'"))
     }
 }
 

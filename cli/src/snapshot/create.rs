@@ -11,7 +11,6 @@ use clap_complete::engine::ArgValueCompleter;
 use instantsnap_core::engine::{Job, Returns, Stats};
 use instantsnap_core::error::{Code, Error};
 use instantsnap_core::image::Format;
-use instantsnap_core::libvirt::State;
 use instantsnap_core::model::flags::{self, CreateFlags};
 use instantsnap_core::model::snapshot_xml::SnapshotXml;
 use instantsnap_core::model::{check_name, domain, generated_names, xml};
@@ -69,6 +68,19 @@ struct Common {
 impl Common {
     fn is_instant(&self) -> bool {
         !self.disk_only && !self.no_instant
+    }
+
+    /// Makes it a snapshot of disks alone, which is what libvirt calls one without memory.
+    fn leave_memory_out(&mut self) -> Result<()> {
+        if self.instant || self.live {
+            return Err(Failure::Usage(
+                "--live and --instant are for snapshots with memory, and snapshot='no' leaves it \
+                 out: drop one of the two"
+                    .into(),
+            ));
+        }
+        self.disk_only = true;
+        Ok(())
     }
 
     fn bits(&self) -> u32 {
@@ -145,7 +157,7 @@ impl CreateAs {
             word("DESCRIPTION", &mut self.description_option, false),
         ];
         let given = [self.domain, self.name, self.description].into_iter().flatten();
-        let ([domain, name, description], more) = assign(words, given.chain(self.disks))?;
+        let ([domain, mut name, description], more) = assign(words, given.chain(self.disks))?;
         let domain = domain.unwrap_or_default();
         let mut disks = self.diskspec;
         for text in more {
@@ -155,8 +167,7 @@ impl CreateAs {
         }
         let mut memory = self.memspec.unwrap_or_default();
         if memory.is_left_out() {
-            // That is what libvirt calls it.
-            self.common.disk_only = true;
+            self.common.leave_memory_out()?;
         } else if self.common.disk_only && memory != MemorySpec::default() {
             return Err(Failure::Usage("--disk-only leaves memory out: drop --memspec".into()));
         }
@@ -167,7 +178,6 @@ impl CreateAs {
         if !self.print_xml {
             check_runs(&guest, &self.common)?;
         }
-        let mut name = name;
         if !self.common.disk_only
             && memory.needs_file()
             && let Guest::Libvirt(managed) = &guest
@@ -205,7 +215,8 @@ pub struct Create {
           value_hint = clap::ValueHint::FilePath)]
     file_option: Option<String>,
     /// Restore or change the metadata of a snapshot that exists
-    #[arg(long, conflicts_with_all = ["no_metadata", "halt", "live", "instant"])]
+    #[arg(long,
+          conflicts_with_all = ["no_metadata", "halt", "live", "instant", "image_format"])]
     redefine: bool,
     /// With --redefine, make the snapshot the current one
     #[arg(long, requires = "redefine")]
@@ -229,6 +240,10 @@ impl Create {
             Some(file) => Error::new(error.code, format!("'{file}': {}", error.message)),
             None => error,
         })?;
+        let memory = found.memory.as_ref().and_then(|memory| memory.snapshot.as_deref());
+        if memory == Some("no") && !self.redefine {
+            self.common.leave_memory_out()?;
+        }
         let guest = context.guest(&domain.unwrap_or_default())?;
         let mut bits = self.common.bits();
         if self.redefine {
@@ -261,7 +276,7 @@ fn read(file: &str) -> Result<String> {
 fn with_memory(guest: &Guest, managed: &Managed, text: &str, found: SnapshotXml) -> Result<String> {
     match &found.memory {
         None => {}
-        Some(memory) if memory.file.is_none() && memory.snapshot.as_deref() != Some("no") => {
+        Some(memory) if memory.file.is_none() => {
             return Err(Failure::Usage(
                 "<memory> names no file: add file='/PATH', or leave <memory> out for the default"
                     .into(),
@@ -331,7 +346,7 @@ fn memory_beside_disks(
 fn check_runs(guest: &Guest, common: &Common) -> Result<()> {
     if let Guest::Libvirt(managed) = guest
         && !common.disk_only
-        && managed.domain.state()? == State::Off
+        && !managed.is_active()?
     {
         return Err(Failure::Failed(Error::new(
             Code::OperationInvalid,

@@ -6,7 +6,7 @@ use std::fs;
 use std::path::Path;
 use std::process::Stdio;
 
-use instantsnap_testkit::{Client, DEADLINE, Guest, fingerprint, test, wait_for};
+use instantsnap_testkit::{Client, DEADLINE, Guest, Proxy, fingerprint, test, wait_for};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::json;
 
@@ -76,6 +76,26 @@ fn ctrl_c_in_the_drain_undoes_the_snapshot_and_says_so() {
     assert_eq!(trace(&direct.guest, &direct.state), before);
     // And the next one succeeds.
     direct.run(&["snapshot-create-as", "vm", "a"]).succeeded();
+}
+
+#[test]
+fn a_deletion_says_that_it_goes_on_to_its_end() {
+    let direct = Direct::start();
+    direct.run(&["-q", "snapshot-create-as", "vm", "a"]).succeeded();
+    let proxy = Proxy::start(&direct.guest.directory().join("proxy.sock"), &direct.guest.qmp());
+    let gate = proxy.hold("block-commit", 1);
+    let uri = format!("qmp://{}?state={}", proxy.path().display(), direct.state.display());
+    let words = ["-c", &uri, "snapshot-delete", "vm", "--current"];
+    let mut terminal = Terminal::run(PROGRAM.as_ref(), &words, |_| ());
+    assert!(gate.wait_arrived(DEADLINE));
+    terminal.press("\x03");
+    terminal.wait("a deletion cannot be interrupted safely");
+    gate.release();
+    let (status, text) = terminal.end();
+    assert_eq!(status, Some(0), "{text}");
+    assert!(text.contains("Domain snapshot a deleted"), "{text}");
+    direct.guest.wait_ticks(2);
+    assert_eq!(direct.run(&["snapshot-list", "vm", "--name"]).succeeded(), "");
 }
 
 #[test]

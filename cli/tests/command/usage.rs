@@ -2,6 +2,8 @@
 
 //! Wrong use is refused before anything is done, and the message says what to type instead.
 
+use std::fs;
+
 use instantsnap_testkit::test;
 
 use super::run::instantsnap;
@@ -49,6 +51,28 @@ fn wrong_use_says_what_to_type_instead() {
     }
     let said = instantsnap(&["--json", "daemon", "status"]).failed(2);
     assert!(said.contains("daemon has no --json"), "{said}");
+}
+
+#[test]
+fn xml_that_makes_no_sense_is_named_with_its_file() {
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("snapshot.xml");
+    let create = |xml: &str, more: &[&str]| {
+        fs::write(&file, xml).unwrap();
+        let words = ["-c", "test:///default", "snapshot-create", "test", file.to_str().unwrap()];
+        instantsnap(&[&words, more].concat())
+    };
+    let without_memory = "<domainsnapshot><memory snapshot='no'/></domainsnapshot>";
+    let said = create(without_memory, &["--instant"]).failed(2);
+    assert!(said.contains("drop one of the two"), "{said}");
+    let said = create("<domainsnapshot>", &[]).failed(1);
+    assert!(said.contains("snapshot.xml': "), "{said}");
+    let said = create("<domainsnapshot><memory snapshot='external'/></domainsnapshot>", &[]);
+    let said = said.failed(2);
+    assert!(said.contains("<memory> names no file"), "{said}");
+    fs::remove_file(&file).unwrap();
+    let said = instantsnap(&["snapshot-create", "test", file.to_str().unwrap()]).failed(1);
+    assert!(said.contains("cannot read") && said.contains("snapshot.xml"), "{said}");
 }
 
 #[test]
