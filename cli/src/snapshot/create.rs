@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use clap::Args;
 use clap_complete::engine::ArgValueCompleter;
-use instantsnap_core::engine::{Job, Returns, Stats};
+use instantsnap_core::engine::{Job, Returns, Stats, WatchdogKind};
 use instantsnap_core::error::{Code, Error};
 use instantsnap_core::image::Format;
 use instantsnap_core::model::flags::{self, CreateFlags};
@@ -439,5 +439,10 @@ fn to_json(guest: &Guest, name: &str, memory: Option<&str>, stats: &Stats) -> Va
         "paused_us": stats.paused.map(|(paused, _)| micros(paused)),
         "instant_us": stats.instant.map(micros),
         "total_us": micros(stats.total),
+        "watchdog": match stats.watchdog {
+            WatchdogKind::None => "none",
+            WatchdogKind::Fork => "fork",
+            WatchdogKind::Program => "program",
+        },
     })
 }

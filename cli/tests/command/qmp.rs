@@ -3,12 +3,12 @@
 //! A QEMU without libvirt, by its QMP socket.
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use instantsnap_testkit::{Format, test};
 use serde_json::Value;
 
-use super::run::{Direct, instantsnap, uri};
+use super::run::{Direct, PROGRAM, instantsnap, uri};
 
 #[test]
 fn a_snapshot_by_qmp_is_taken_listed_reverted_to_and_deleted() {
@@ -25,6 +25,9 @@ fn a_snapshot_by_qmp_is_taken_listed_reverted_to_and_deleted() {
     let memory = direct.state.join("a.mem");
     assert_eq!((&last["name"], &last["disks"]), (&"a".into(), &1.into()), "{last}");
     assert_eq!(last["memory_file"], memory.to_str().unwrap());
+    // cargo builds that program with the library's package, and Meson always.
+    let has_program = Path::new(PROGRAM).with_file_name("instantsnap-watchdog").exists();
+    assert_eq!(last["watchdog"], if has_program { "program" } else { "fork" });
     assert!(last["paused_us"].as_u64().unwrap() > 0, "{last}");
     direct.guest.wait_ticks(2);
 
