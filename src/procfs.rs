@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! What /proc says of processes, of this boot of the host, and of this process's namespaces.
+//! What /proc says of processes, of this boot of the host, and of this process's namespaces; and the
+//! name of the host.
 
 use std::collections::BTreeSet;
 use std::fmt::Display;
@@ -39,6 +40,20 @@ impl Stat {
 /// The kernel's name of this boot of the host.
 pub fn boot() -> String {
     fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default().trim().into()
+}
+
+/// When this boot of the host began, in seconds since the epoch, by its present clock.
+pub fn boot_time() -> Option<u64> {
+    let stat = fs::read_to_string("/proc/stat").ok()?;
+    stat.lines().find_map(|line| line.strip_prefix("btime "))?.trim().parse().ok()
+}
+
+/// Identifies this host among others: its machine id (machine-id(5)), or else its network name.
+pub fn machine() -> String {
+    let id = ["/etc/machine-id", "/var/lib/dbus/machine-id"].into_iter().find_map(|file| {
+        fs::read_to_string(file).ok().map(|id| id.trim().to_owned()).filter(|id| !id.is_empty())
+    });
+    id.unwrap_or_else(|| rustix::system::uname().nodename().to_string_lossy().into_owned())
 }
 
 /// The name of this process's namespace of this kind: `pid`, `net`.

@@ -770,6 +770,12 @@ pub fn open_trusted(path: &Path) -> io::Result<File> {
     )
 }
 
+/// Like [`open_trusted`], for reading and writing.
+pub fn open_trusted_to_write(path: &Path) -> io::Result<File> {
+    let flags = libc::O_NONBLOCK | libc::O_NOFOLLOW;
+    check_trusted(File::options().read(true).write(true).custom_flags(flags).open(path))
+}
+
 /// Like [`open_trusted`], for reading and writing. Creates the file with mode 0600 if it does not
 /// exist.
 pub fn open_or_create_trusted(path: &Path) -> io::Result<File> {

@@ -301,6 +301,16 @@ pub trait Guest: Execute {
     /// QEMU's process, where it is known.
     fn pid(&self) -> Option<u32>;
 
+    /// The QMP socket by which it was opened, for the snapshot's journal.
+    fn socket(&self) -> Option<PathBuf> {
+        None
+    }
+
+    /// Whether a driver has opened it, which has its own record of the disks.
+    fn is_by_driver(&self) -> bool {
+        false
+    }
+
     /// What QEMU and the backend can do; the same during a whole operation.
     fn capabilities(&self) -> Capabilities;
 

@@ -5,16 +5,17 @@
 //!
 //! It is a file of JSON lines. The first line says what the snapshot is going to make, and is
 //! complete on disk before anything is made. Each later line is appended and synced, and says how
-//! far the snapshot is. A process that is killed can leave half a line at the end, which counts as
-//! not written. No line is written while the guest is paused.
+//! far the snapshot, its undo or its recovery is. A process that is killed, or a host that loses
+//! its power, can leave half a line at the end, which counts as not written, and which the next line
+//! overwrites. No line is written while the guest is paused.
 //!
 //! Whether the snapshot is still under way is not in the file: its process and its watchdog hold
 //! the lock of the name's reservation.
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::{self, Write};
-use std::os::unix::fs::MetadataExt;
+use std::io::{self, Read, Write};
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -43,6 +44,9 @@ pub struct Intent {
     written: i64,
     /// The boot of the host in which that was.
     boot: String,
+    /// The host; empty if it has no name.
+    #[serde(default)]
+    machine: String,
     /// What the plan knows.
     #[serde(flatten)]
     pub planned: Planned,
@@ -55,6 +59,13 @@ pub struct Intent {
 pub struct Planned {
     /// The guest's QEMU, where it is known.
     pub qemu: Option<QemuProcess>,
+    /// The QMP socket by which the guest was opened, without links.
+    #[serde(default)]
+    pub socket: Option<String>,
+    /// A driver has opened the guest. It has its own record of the disks, which names the overlays
+    /// from the switch on.
+    #[serde(default)]
+    pub by_driver: bool,
     /// The guest ran, and is to run again.
     pub running: bool,
     /// The snapshot is to be recorded.
@@ -114,6 +125,9 @@ pub enum Line {
     },
     /// The guest is about to be paused, if it runs, and the disks to be switched.
     Switching,
+    /// The snapshot, its undo or its recovery has resumed the guest. A pause after this is another
+    /// client's.
+    Resumed,
     /// The instant has passed, and the guest runs again.
     Passed {
         /// The snapshot's record.
@@ -123,6 +137,33 @@ pub enum Line {
     Complete,
     /// The snapshot is being undone.
     Undoing,
+    /// QEMU has ended, and qemu-img is about to merge these overlays into the images below. From
+    /// here on those images are of no use until the merge was repeated as a whole.
+    Merging {
+        /// The overlays.
+        overlays: Vec<String>,
+        /// The boot of the host in which that was.
+        boot: String,
+    },
+    /// These overlays are merged, and the images below are on disk. They are about to be removed.
+    Merged {
+        /// The overlays.
+        overlays: Vec<String>,
+    },
+    /// All is undone but what a storage hook may have made.
+    Undone,
+}
+
+impl Line {
+    /// The line that is written before qemu-img merges these overlays.
+    pub fn merging(overlays: Vec<String>) -> Line {
+        Line::Merging { overlays, boot: procfs::boot() }
+    }
+
+    /// The line as it is in the file.
+    pub fn text(&self) -> io::Result<Vec<u8>> {
+        line_of(self)
+    }
 }
 
 /// A file that the snapshot made, or has taken.
@@ -202,6 +243,8 @@ impl QemuProcess {
 pub struct JournalFile {
     path: PathBuf,
     file: File,
+    /// The length of the lines that were written as a whole.
+    length: u64,
 }
 
 impl JournalFile {
@@ -224,21 +267,41 @@ impl JournalFile {
             snapshot: snapshot.into(),
             written: now(),
             boot: procfs::boot(),
+            machine: procfs::machine(),
             planned,
             existing,
         };
-        new.write_all(&line_of(&intent)?)?;
+        let first = line_of(&intent)?;
+        new.write_all(&first)?;
         new.as_file().sync_all()?;
         let file = new.persist_noclobber(&path).map_err(|error| error.error)?;
-        let journal = JournalFile { path, file };
+        let journal = JournalFile { path, file, length: first.len() as u64 };
         sys::sync_parent(&journal.path).inspect_err(|_| drop(journal.remove()))?;
         Ok(journal)
     }
 
-    /// Appends a line, and syncs it to disk.
+    /// Opens the journal of a snapshot that was interrupted, to append to it. Half a line at its
+    /// end is removed. The caller holds the snapshot's name.
+    pub fn reopen(path: &Path) -> io::Result<JournalFile> {
+        let file = sys::open_trusted_to_write(path)?;
+        let mut content = Vec::new();
+        (&file).read_to_end(&mut content)?;
+        let length = whole_lines(&content).len() as u64;
+        file.set_len(length)?;
+        Ok(JournalFile { path: path.into(), file, length })
+    }
+
+    /// Appends a line, and syncs it to disk. After an error the line counts as not written.
     pub fn append(&mut self, line: &Line) -> io::Result<()> {
-        self.file.write_all(&line_of(line)?)?;
-        self.file.sync_data()
+        let line = line_of(line)?;
+        let written =
+            self.file.write_all_at(&line, self.length).and_then(|()| self.file.sync_data());
+        match written {
+            Ok(()) => self.length += line.len() as u64,
+            // A part of it must not precede the next line.
+            Err(_) => self.file.set_len(self.length)?,
+        }
+        written
     }
 
     /// The file, for the watchdog, which removes it when it has undone everything.
@@ -265,6 +328,17 @@ fn line_of(value: &impl Serialize) -> io::Result<Vec<u8>> {
     Ok(line)
 }
 
+/// The content without a last line that was not written as a whole. A line has no NUL: where a page
+/// of it never reached the disk, its bytes are zeros.
+fn whole_lines(content: &[u8]) -> &[u8] {
+    let end_of = |content: &[u8]| content.iter().rposition(|byte| *byte == b'\n');
+    let terminated = &content[..end_of(content).map_or(0, |at| at + 1)];
+    let Some(last) = terminated.len().checked_sub(1) else { return terminated };
+    let begin = end_of(&terminated[..last]).map_or(0, |at| at + 1);
+    // The first line was synced before it got its name.
+    if begin > 0 && terminated[begin..].contains(&0) { &content[..begin] } else { terminated }
+}
+
 /// A journal that was read.
 #[derive(Clone, Debug)]
 pub struct ReadJournal {
@@ -277,9 +351,8 @@ pub struct ReadJournal {
 impl ReadJournal {
     /// Reads the content of a snapshot's journal. Returns the reason if it cannot be used.
     pub fn parse(snapshot: &str, content: &[u8]) -> Result<ReadJournal, String> {
-        // Half a line at the end was never written.
-        let end = content.iter().rposition(|byte| *byte == b'\n').unwrap_or(0);
-        let mut lines = content[..end].split(|byte| *byte == b'\n');
+        let whole = whole_lines(content);
+        let mut lines = whole.strip_suffix(b"\n").unwrap_or(whole).split(|byte| *byte == b'\n');
         let first = lines.next().unwrap_or_default();
         let damaged = |error| format!("is damaged: {error}");
         let value: serde_json::Value = serde_json::from_slice(first).map_err(damaged)?;
@@ -312,6 +385,59 @@ impl ReadJournal {
         self.lines.iter().any(|line| matches!(line, Line::Switching))
     }
 
+    /// Whether the snapshot may have paused the guest, and is not known to have resumed it.
+    pub fn may_be_paused(&self) -> bool {
+        let last = self
+            .lines
+            .iter()
+            .rev()
+            .find(|line| matches!(line, Line::Switching | Line::Resumed | Line::Passed { .. }));
+        matches!(last, Some(Line::Switching))
+    }
+
+    /// Whether all is undone but what a storage hook may have made.
+    pub fn is_undone(&self) -> bool {
+        self.lines.iter().any(|line| matches!(line, Line::Undone))
+    }
+
+    /// Whether qemu-img has begun to merge an overlay, and in this boot of the host; `None` if it
+    /// has not.
+    pub fn has_begun_merging(&self, overlay: &str) -> Option<bool> {
+        self.lines.iter().rev().find_map(|line| match line {
+            Line::Merging { overlays, boot } if overlays.iter().any(|merged| merged == overlay) => {
+                Some(*boot == procfs::boot())
+            }
+            _ => None,
+        })
+    }
+
+    /// Whether an overlay is merged, so that it is needed no more.
+    pub fn has_merged(&self, overlay: &str) -> bool {
+        self.lines.iter().any(|line| match line {
+            Line::Merged { overlays } => overlays.iter().any(|merged| merged == overlay),
+            _ => false,
+        })
+    }
+
+    /// The other host that the journal is of, if it is not of this one. Processes, locks and boots
+    /// of another host cannot be known here.
+    pub fn other_host(&self) -> Option<&str> {
+        let here = procfs::machine();
+        let machine = &*self.intent.machine;
+        (!self.same_boot && !machine.is_empty() && machine != here).then_some(machine)
+    }
+
+    /// The images and files that the snapshot made or stands on.
+    pub fn files(&self) -> impl Iterator<Item = &Path> {
+        let Planned { overlays, copies, memory, .. } = &self.intent.planned;
+        overlays
+            .iter()
+            .flat_map(|overlay| [&overlay.overlay, &overlay.image])
+            .chain(copies)
+            .map(Path::new)
+            .chain([&**memory])
+    }
+
     /// Whether the snapshot was being undone.
     pub fn is_undoing(&self) -> bool {
         self.lines.iter().any(|line| matches!(line, Line::Undoing))
@@ -340,6 +466,9 @@ impl ReadJournal {
 
     /// Whether the guest's QEMU has ended; `None` if that is not known.
     pub fn has_qemu_ended(&self) -> Option<bool> {
+        if self.other_host().is_some() {
+            return None;
+        }
         if !self.same_boot {
             return Some(true);
         }
@@ -377,5 +506,118 @@ impl ReadJournal {
         }
         let known = KnownFile { path: path.into(), id, undo: Undo::Remove };
         (Presence::Same, Some(NotedFile { known, born }))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn planned(memory: &Path) -> Planned {
+        Planned {
+            qemu: None,
+            socket: None,
+            by_driver: false,
+            running: true,
+            is_recorded: true,
+            memory: memory.into(),
+            copies: Vec::new(),
+            overlays: Vec::new(),
+            manual: Vec::new(),
+        }
+    }
+
+    fn journal(directory: &Path) -> (PathBuf, JournalFile) {
+        let path = directory.join(".s.journal");
+        let new = NamedTempFile::new_in(directory).unwrap();
+        let journal = JournalFile::create(path.clone(), new, "s", planned(&path)).unwrap();
+        (path, journal)
+    }
+
+    fn read(path: &Path) -> Result<ReadJournal, String> {
+        ReadJournal::parse("s", &std::fs::read(path).unwrap())
+    }
+
+    #[test]
+    fn a_last_line_that_was_not_written_as_a_whole_counts_as_not_written_and_is_overwritten() {
+        let directory = tempfile::tempdir().unwrap();
+        let (path, mut journal) = journal(directory.path());
+        journal.append(&Line::Switching).unwrap();
+        let whole = std::fs::read(&path).unwrap();
+        let torn: [&[u8]; 4] = [b"\"Und", b"{\"Passed\":{\"rec", b"\"Und\0\0\0\n", b"\0\0\0"];
+        for torn in torn {
+            std::fs::write(&path, [&whole, torn].concat()).unwrap();
+            let found = read(&path).unwrap();
+            assert!(found.may_have_switched() && !found.is_undoing());
+            JournalFile::reopen(&path).unwrap().append(&Line::Resumed).unwrap();
+            let found = read(&path).unwrap();
+            assert!(found.may_have_switched() && !found.may_be_paused(), "{found:?}");
+        }
+    }
+
+    #[test]
+    fn a_broken_line_before_the_last_one_or_a_whole_one_that_makes_no_sense_is_named() {
+        let directory = tempfile::tempdir().unwrap();
+        let (path, _) = journal(directory.path());
+        let whole = std::fs::read_to_string(&path).unwrap();
+        for broken in ["\"Swit\n\"Undoing\"\n", "\0\0\n\"Undoing\"\n", "\"Other\"\n", "\n"] {
+            std::fs::write(&path, format!("{whole}{broken}")).unwrap();
+            assert!(read(&path).unwrap_err().contains("damaged"), "{broken:?}");
+        }
+        std::fs::write(&path, [0, b'\n']).unwrap();
+        assert!(read(&path).unwrap_err().contains("damaged"));
+    }
+
+    #[test]
+    fn a_line_that_could_not_be_written_leaves_no_half_of_itself_behind() {
+        let directory = tempfile::tempdir().unwrap();
+        let (path, mut journal) = journal(directory.path());
+        // The same as after a write that failed halfway.
+        journal.file.write_all_at(b"{\"Passed\":{\"record\":\"long", journal.length).unwrap();
+        journal.append(&Line::Undoing).unwrap();
+        std::fs::File::options().write(true).open(&path).unwrap().set_len(journal.length).unwrap();
+        assert!(read(&path).unwrap().is_undoing());
+        // This descriptor cannot be written to.
+        journal.file = File::open(&path).unwrap();
+        journal.append(&Line::Resumed).unwrap_err();
+        assert!(read(&path).unwrap().is_undoing());
+    }
+
+    #[test]
+    fn a_pause_is_the_snapshots_only_until_the_guest_was_resumed() {
+        let directory = tempfile::tempdir().unwrap();
+        let (path, mut journal) = journal(directory.path());
+        for (line, is_ours) in [
+            (Line::Switching, true),
+            (Line::Resumed, false),
+            (Line::Switching, true),
+            (Line::Undoing, true),
+            (Line::Passed { record: String::new() }, false),
+        ] {
+            journal.append(&line).unwrap();
+            assert_eq!(read(&path).unwrap().may_be_paused(), is_ours, "{line:?}");
+        }
+    }
+
+    #[test]
+    fn a_journal_of_another_host_is_told_from_one_of_an_earlier_boot_of_this_host() {
+        let directory = tempfile::tempdir().unwrap();
+        let (path, _) = journal(directory.path());
+        let changed = |boot: &str, machine: &str| {
+            let mut journal = read(&path).unwrap();
+            if !boot.is_empty() {
+                journal.same_boot = false;
+            }
+            journal.intent.machine = machine.into();
+            let other = journal.other_host().map(str::to_owned);
+            (other, journal.has_qemu_ended())
+        };
+        let here = procfs::machine();
+        assert!(!here.is_empty());
+        assert_eq!(changed("", &here), (None, None));
+        assert_eq!(changed("earlier", &here), (None, Some(true)));
+        assert_eq!(changed("earlier", "another"), (Some("another".into()), None));
+        // Two containers of one host can have two names.
+        assert_eq!(changed("", "another"), (None, None));
     }
 }

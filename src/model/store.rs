@@ -208,6 +208,15 @@ impl Store {
         }
     }
 
+    /// Opens the journal of a snapshot that was interrupted, to append to it. `held` is the
+    /// snapshot's name.
+    pub fn continue_journal(&self, held: &Reservation) -> Result<JournalFile> {
+        let path = self.journal_path(&held.name);
+        JournalFile::reopen(&path).map_err(|error| {
+            Error::system(format!("cannot write to the journal '{}'", path.display()), error)
+        })
+    }
+
     /// A new file, which is to get its name when it is complete. The caller has locked the
     /// directory.
     fn new_file(&self) -> io::Result<NamedTempFile> {

@@ -128,6 +128,10 @@ impl Channel for Socket<'_> {
         format!("{} {:?}", self.path.display(), self.pid())
     }
 
+    fn socket(&self) -> Option<PathBuf> {
+        Some(self.path.canonicalize().unwrap_or_else(|_| self.path.into()))
+    }
+
     fn take_events(&mut self) -> Vec<Event> {
         self.monitor.take_events()
     }

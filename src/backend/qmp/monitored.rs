@@ -37,6 +37,11 @@ pub trait Channel: Execute + Sized {
     /// Identifies this run of QEMU within this process.
     fn identity(&self) -> String;
 
+    /// The monitor's socket, where the library itself has connected to it.
+    fn socket(&self) -> Option<PathBuf> {
+        None
+    }
+
     /// The events that have come since the last call.
     fn take_events(&mut self) -> Vec<Event>;
 
@@ -182,6 +187,14 @@ impl<C: Channel> Guest for MonitorGuest<'_, C> {
 
     fn pid(&self) -> Option<u32> {
         self.channel.pid()
+    }
+
+    fn socket(&self) -> Option<PathBuf> {
+        self.channel.socket()
+    }
+
+    fn is_by_driver(&self) -> bool {
+        self.channel.socket().is_none()
     }
 
     fn capabilities(&self) -> Capabilities {
