@@ -17,6 +17,7 @@ pub mod engine;
 pub mod error;
 pub mod image;
 pub mod libvirt;
+mod machine_log;
 mod migration;
 pub mod model;
 pub mod monitor;

@@ -620,6 +620,69 @@ pub fn change_unused(path: &CStr, id: (u64, u64), change: fn(&OwnedFd)) {
     }
 }
 
+/// Appends a line to a file of lines, if the file still has this device and inode. Half a line at
+/// the file's end is overwritten. Returns whether the line was written, and is on disk if `synced`.
+/// For a process of [`Child::fork`].
+pub fn append(path: &CStr, id: (u64, u64), line: &[u8], synced: bool) -> bool {
+    const AT_ONCE: usize = 512;
+    let mut found = MaybeUninit::<libc::stat>::uninit();
+    // SAFETY: a NUL-terminated string; the descriptor is new, and not used elsewhere. The result is
+    // initialised if the call succeeds.
+    let (file, found) = unsafe {
+        let flags = libc::O_RDWR | libc::O_NOFOLLOW | libc::O_NONBLOCK | libc::O_CLOEXEC;
+        let file = match libc::open(path.as_ptr(), flags) {
+            -1 => return false,
+            fd => OwnedFd::from_raw_fd(fd),
+        };
+        if libc::fstat(file.as_raw_fd(), found.as_mut_ptr()) != 0 {
+            return false;
+        }
+        (file, found.assume_init())
+    };
+    if (found.st_dev, found.st_ino) != id {
+        return false;
+    }
+    // The end of the last whole line.
+    let mut end = found.st_size;
+    let mut buffer = [0_u8; AT_ONCE];
+    while end > 0 {
+        let begin = (end - AT_ONCE as i64).max(0);
+        let length = (end - begin) as usize;
+        // SAFETY: an open descriptor, and a buffer that is not shorter than the length.
+        let read =
+            unsafe { libc::pread(file.as_raw_fd(), buffer.as_mut_ptr().cast(), length, begin) };
+        if read != length as isize {
+            return false;
+        }
+        match buffer.iter().take(length).rposition(|byte| *byte == b'\n') {
+            Some(at) => {
+                end = begin + at as i64 + 1;
+                break;
+            }
+            None => end = begin,
+        }
+    }
+    // SAFETY: an open descriptor, and a line of the passed length.
+    unsafe {
+        let fd = file.as_raw_fd();
+        libc::ftruncate(fd, end) == 0
+            && libc::pwrite(fd, line.as_ptr().cast(), line.len(), end) == line.len() as isize
+            && (!synced || libc::fdatasync(fd) == 0)
+    }
+}
+
+/// Syncs a directory. For a process of [`Child::fork`].
+pub fn sync_directory(path: &CStr) -> bool {
+    // SAFETY: a NUL-terminated string; the descriptor is new, and not used elsewhere.
+    unsafe {
+        let flags = libc::O_RDONLY | libc::O_DIRECTORY | libc::O_CLOEXEC;
+        match libc::open(path.as_ptr(), flags) {
+            -1 => false,
+            fd => libc::fsync(OwnedFd::from_raw_fd(fd).as_raw_fd()) == 0,
+        }
+    }
+}
+
 /// Empties a file.
 pub fn empty(file: &OwnedFd) {
     // SAFETY: an open descriptor.

@@ -167,6 +167,8 @@ pub enum RecoveryChannel<'a> {
 /// An overlay that the watchdog undoes by the monitor.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct MonitorOverlay {
+    /// The overlay's path, as the snapshot's journal has it.
+    pub overlay: String,
     /// The node of the overlay's format.
     pub node: String,
     /// The node of the overlay's file.
@@ -388,6 +390,12 @@ pub trait Guest: Execute {
     /// Removes the guest's writes since the switch from the overlays. Called when QEMU has ended.
     fn empty_overlays(&mut self) -> Result<()> {
         Ok(())
+    }
+
+    /// Merges the overlays of a QEMU that has ended, and discards none. Returns false if the backend
+    /// does both in one step, which follows.
+    fn merge_offline(&mut self) -> Result<bool> {
+        Ok(false)
     }
 
     /// Merges and discards the overlays of a QEMU that has ended. `switched`: the disks may be on

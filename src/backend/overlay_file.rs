@@ -386,7 +386,15 @@ fn commit_within(overlay: &File, image: &str, image_format: &str, limit: Duratio
         // Not a file: only qemu-img understands its name.
         commit.args(["-f", "qcow2", STDIN]);
     }
-    commit.run_on(overlay).map_err(failed)
+    commit.run_on(overlay).map_err(failed)?;
+    // The overlay may be removed now: no loss of power may take what was merged.
+    let synced = sys::open_file(Path::new(image)).and_then(|image| image.sync_data());
+    match synced {
+        Err(error) if image.starts_with('/') => {
+            Err(Error::system(format!("cannot write '{image}' to disk"), error))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// Refuses a qcow2 image whose data is in another file. Our overlays are not such images.

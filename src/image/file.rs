@@ -142,6 +142,14 @@ impl MemoryImage {
         })
     }
 
+    /// Removes the image, so that not even a loss of power brings it back.
+    pub fn remove_for_good(&self) -> Result<()> {
+        self.remove()?;
+        sys::sync_parent(self.path()).map_err(|error| {
+            Error::system(format!("cannot remove '{}' for good", self.path().display()), error)
+        })
+    }
+
     /// The offset of QEMU's stream.
     pub fn stream_offset(&self) -> u64 {
         self.stream_offset

@@ -292,10 +292,14 @@ impl JournalFile {
     }
 
     /// Appends a line, and syncs it to disk. After an error the line counts as not written.
-    pub fn append(&mut self, line: &Line) -> io::Result<()> {
-        let line = line_of(line)?;
+    pub fn append(&mut self, of: &Line) -> io::Result<()> {
+        let line = line_of(of)?;
+        // A resumed guest ends with the host's power, so that line need not outlive it. It is written
+        // where the guest waits for nothing, not even for a disk.
+        let needs_sync = !matches!(of, Line::Resumed);
+        let written = self.file.write_all_at(&line, self.length);
         let written =
-            self.file.write_all_at(&line, self.length).and_then(|()| self.file.sync_data());
+            written.and_then(|()| if needs_sync { self.file.sync_data() } else { Ok(()) });
         match written {
             Ok(()) => self.length += line.len() as u64,
             // A part of it must not precede the next line.

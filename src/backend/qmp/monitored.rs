@@ -292,6 +292,10 @@ impl<C: Channel> Guest for MonitorGuest<'_, C> {
         overlays::discard(&mut self.channel, &mut self.overlays)
     }
 
+    fn merge_offline(&mut self) -> Result<bool> {
+        overlays::merge_offline(&mut self.overlays).map(|()| true)
+    }
+
     fn merge_and_discard_offline(&mut self, switched: bool) -> Result<()> {
         overlays::merge_and_discard_offline(&mut self.overlays, switched)
     }

@@ -99,6 +99,7 @@ impl Overlay {
     /// The overlay, as the watchdog needs to know it to undo it.
     pub fn for_recovery(&self, merges: bool) -> MonitorOverlay {
         MonitorOverlay {
+            overlay: self.disk.overlay.clone(),
             node: self.node.clone(),
             file_node: self.file_node.clone(),
             image_node: merges.then(|| self.disk.drive.node.clone()),
@@ -383,10 +384,14 @@ fn discard_file(overlay: &Overlay) -> Result<()> {
         .map_err(|error| Error::system(format!("cannot discard '{}'", overlay.disk.overlay), error))
 }
 
-/// Merges and discards the overlays of a QEMU that has ended. `switched`: the overlays may have the
-/// guest's writes; then `qemu-img` merges them, or they are kept.
-pub fn merge_and_discard_offline(overlays: &mut Vec<Overlay>, switched: bool) -> Result<()> {
-    for overlay in overlays.iter().filter(|overlay| switched && overlay.made == Made::Node) {
+/// Merges the overlays of a QEMU that has ended, by `qemu-img`. If one cannot be merged, all are
+/// kept.
+pub fn merge_offline(overlays: &mut [Overlay]) -> Result<()> {
+    for at in 0..overlays.len() {
+        let overlay = &overlays[at];
+        if overlay.made != Made::Node {
+            continue;
+        }
         let merged = match (&overlay.merge, &overlay.own) {
             (Merge::Not, Some(own)) => overlay_file::commit(
                 own.file(),
@@ -415,6 +420,16 @@ pub fn merge_and_discard_offline(overlays: &mut Vec<Overlay>, switched: bool) ->
                 ),
             )
         })?;
+        overlays[at].merge = Merge::Done;
+    }
+    Ok(())
+}
+
+/// Merges and discards the overlays of a QEMU that has ended. `switched`: the overlays may have the
+/// guest's writes; then they are merged, unless that was done.
+pub fn merge_and_discard_offline(overlays: &mut Vec<Overlay>, switched: bool) -> Result<()> {
+    if switched {
+        merge_offline(overlays)?;
     }
     let mut first_error = None;
     for overlay in overlays.drain(..).rev() {

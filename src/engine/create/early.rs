@@ -13,6 +13,7 @@ use crate::deadline::Deadline;
 use crate::error::Result;
 use crate::migration::early_start::{self, Sample};
 use crate::migration::{Mode, PopulateProgress, run_state, wait_armed};
+use crate::model::journal::Line;
 use crate::monitor::commands;
 
 impl Steps<'_, '_, '_> {
@@ -62,12 +63,14 @@ impl Steps<'_, '_, '_> {
             // The stop came too late; or the guest was reset, and runs again.
             let setup = wait_armed(self.guest, true, self.cancel, deadline)?.setup_time();
             self.guest.resume(Deadline::after(DEFAULT_TIMEOUT))?;
+            self.journal.note(&Line::Resumed)?;
             self.journal.clock.lost();
             self.journal.pop();
             early_start::record(&identity, Sample::Running(populate.total_at(setup)));
             early_start::record(&identity, Sample::Stopping(stopping));
             self.prepare_again()?;
             self.cancel.check()?;
+            self.journal.note(&Line::Switching)?;
         }
         Ok(None)
     }

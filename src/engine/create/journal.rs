@@ -125,6 +125,10 @@ pub struct Journal<'c, 'o> {
     /// watchdog are both killed. `None` before the snapshot makes anything, and if the backend
     /// keeps none.
     pub(super) durable: Option<JournalFile>,
+    /// The overlays in the durable journal.
+    pub(super) overlays: Vec<String>,
+    /// Disks are left to a storage hook.
+    has_manual: bool,
     /// Reports to the observer, and keeps the statistics.
     pub clock: &'c mut Clock<'o>,
     /// The guest ran, and is to run again.
@@ -139,6 +143,8 @@ impl<'c, 'o> Journal<'c, 'o> {
             entries: Vec::new(),
             watchdog: Watchdog::default(),
             durable: None,
+            overlays: Vec::new(),
+            has_manual: false,
             clock,
             running,
             mode,
@@ -154,6 +160,9 @@ impl<'c, 'o> Journal<'c, 'o> {
 
     /// Begins the durable journal, before anything is made.
     pub fn begin_durable(&mut self, reserved: &Reserved, planned: Planned) -> Result<()> {
+        let overlays = planned.overlays.iter();
+        self.overlays = overlays.map(|overlay| overlay.overlay.clone()).collect();
+        self.has_manual = !planned.manual.is_empty();
         self.durable = reserved.held().map(|held| held.begin_journal(planned)).transpose()?;
         Ok(())
     }
@@ -161,10 +170,7 @@ impl<'c, 'o> Journal<'c, 'o> {
     /// Notes in the durable journal how far the snapshot is. Not called while the guest is paused
     /// by the snapshot, because it waits for the disk.
     pub fn note(&mut self, line: &Line) -> Result<()> {
-        let Some(durable) = &mut self.durable else { return Ok(()) };
-        durable
-            .append(line)
-            .map_err(|error| Error::system("cannot write the snapshot's journal", error))
+        note(&mut self.durable, line)
     }
 
     /// Removes the durable journal: nothing is under way any more. A journal that cannot be removed
@@ -275,13 +281,15 @@ impl<'c, 'o> Journal<'c, 'o> {
         restore: &[(&str, Value)],
     ) -> Result<()> {
         let stage = self.stage();
-        let Journal { entries, watchdog, durable, .. } = self;
+        let Journal { entries, watchdog, durable, has_manual, running, .. } = self;
         let files: Vec<_> =
             copies(entries).map(nvram::Copy::known).chain([image(entries)?.known()]).collect();
         let task = watchdog::Task {
             held,
             reservation: reserved.held(),
             journal: durable.as_ref().and_then(|durable| durable.known().ok()),
+            has_manual: *has_manual,
+            running: *running,
             record,
             pause_limit,
             drain: stream(entries).ok_or_else(|| missing("stream"))?.drain(),
@@ -311,6 +319,14 @@ impl<'c, 'o> Journal<'c, 'o> {
     }
 }
 
+/// Appends to the durable journal, where there is one.
+pub(super) fn note(durable: &mut Option<JournalFile>, line: &Line) -> Result<()> {
+    durable
+        .as_mut()
+        .map_or(Ok(()), |durable| durable.append(line))
+        .map_err(|error| Error::system("cannot write the snapshot's journal", error))
+}
+
 fn image(entries: &[Entry]) -> Result<&MemoryImage> {
     entries
         .iter()
@@ -328,7 +344,8 @@ fn stream(entries: &[Entry]) -> Option<&Stream> {
         .find_map(|entry| if let Entry::Stream(stream) = entry { Some(stream) } else { None })
 }
 
-fn settings(entries: &[Entry]) -> Option<&Settings> {
+/// QEMU's settings as they were found, until they are restored.
+pub(super) fn settings(entries: &[Entry]) -> Option<&Settings> {
     entries.iter().rev().find_map(|entry| match entry {
         Entry::SettingsRestored => Some(None),
         Entry::Settings(settings) => Some(Some(settings)),

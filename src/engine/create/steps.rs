@@ -195,8 +195,10 @@ impl Steps<'_, '_, '_> {
     pub fn resume(&mut self) -> Result<()> {
         self.guest.resume(Deadline::after(DEFAULT_TIMEOUT))?;
         self.journal.enter(Entry::Resume);
+        // From here on a pause is another client's. The observer comes later.
+        let noted = self.journal.note(&Line::Resumed);
         self.journal.clock.resumed(self.guest.last_pause());
-        Ok(())
+        noted
     }
 
     /// Reports that the instant has passed, and records the snapshot.

@@ -9,11 +9,12 @@
 
 use std::time::Duration;
 
-use super::journal::{Entry, Journal};
+use super::journal::{Entry, Journal, note as append, settings};
 use crate::backend::{DEFAULT_TIMEOUT, Guest, Liveness};
 use crate::deadline::Deadline;
 use crate::engine::clock::Phase;
 use crate::engine::nvram;
+use crate::engine::storage::Called;
 use crate::engine::watchdog::{LateResume, Stage};
 use crate::error::{Code, Error, Result};
 use crate::image::MemoryImage;
@@ -35,9 +36,9 @@ impl Journal<'_, '_> {
     pub fn undo(mut self, guest: &mut dyn Guest, cause: Error) -> Error {
         self.enter(Entry::Phase(Phase::Undo));
         // Only then can a recovery take the snapshot for complete. The guest runs by then.
-        if self.has(|entry| matches!(entry, Entry::SettingsRestored)) {
-            let _ = self.note(&Line::Undoing);
-        }
+        let may_look_complete = self.has(|entry| matches!(entry, Entry::SettingsRestored));
+        let is_noted =
+            !may_look_complete || self.durable.is_some() && self.note(&Line::Undoing).is_ok();
         let cause = match self.watchdog.report_undo() {
             Some(late) => {
                 let what = match late {
@@ -59,7 +60,7 @@ impl Journal<'_, '_> {
             liveness = wait_other_save(guest);
         }
         if liveness == Liveness::Alive {
-            ended = self.undo_online(guest, &mut left);
+            ended = self.undo_online(guest, is_noted, &mut left);
             if !left.is_empty() {
                 liveness = guest.liveness();
             }
@@ -71,7 +72,7 @@ impl Journal<'_, '_> {
                 left.clear();
                 left.push("the guest's QEMU has ended meanwhile".into());
                 ended = true;
-                self.undo_offline(guest, &mut left);
+                self.undo_offline(guest, is_noted, &mut left);
             }
             Liveness::Unresponsive => left.push(
                 "QEMU does not answer any more: what was changed in it could not be put back. When \
@@ -93,12 +94,17 @@ impl Journal<'_, '_> {
             self.durable = None;
         }
         left.extend(self.remove_files().err().map(|error| error.message));
-        // The caller is told what is left.
-        self.end_durable();
-        // The hook comes last, because it may have to be waited for.
-        left.extend(
-            self.take_storage().and_then(|called| called.undo().err()).map(|error| error.message),
-        );
+        // The hook comes last, because it may have to be waited for. If this process is killed
+        // meanwhile, a recovery names what the hook may have left.
+        let storage = self.take_storage();
+        if storage.is_some() && left.is_empty() {
+            let _ = self.note(&Line::Undone);
+        }
+        match storage.map_or(Ok(()), Called::undo) {
+            // The caller is told what is left.
+            Ok(()) => self.end_durable(),
+            Err(error) => left.push(error.message),
+        }
         // A caller that is told that its snapshot was cancelled assumes that all is undone.
         let cause = match cause.code == Code::OperationAborted && !left.is_empty() {
             true => Error::new(Code::OperationFailed, cause.message),
@@ -134,20 +140,29 @@ impl Journal<'_, '_> {
 
     /// Puts everything back with QEMU's help. Returns whether no migration of ours is under way any
     /// more.
-    fn undo_online(&mut self, guest: &mut dyn Guest, left: &mut Vec<String>) -> bool {
+    fn undo_online(
+        &mut self,
+        guest: &mut dyn Guest,
+        is_noted: bool,
+        left: &mut Vec<String>,
+    ) -> bool {
         let ended = self.undo_pause(guest, left);
+        let may_merge = self.spoil(is_noted, left);
+        let is_restored = self.stage().is_restored();
+        let Journal { entries, durable, overlays, running, mode, .. } = self;
+        let (running, mode) = (*running, *mode);
         let mut note = |result: Result<()>| {
             let done = result.is_ok();
             left.extend(result.err().map(|error| error.message));
             done
         };
-        let settings = self.settings();
+        let settings = settings(entries);
         if settings.is_some() {
             // QEMU refuses it if the pipe was never passed, or a migration has taken it.
             let _ = commands::closefd(guest, FD_NAME, Deadline::after(DEFAULT_TIMEOUT));
         }
         let mut merged = true;
-        for entry in self.entries.iter().rev() {
+        for entry in entries.iter().rev() {
             match entry {
                 Entry::Record => {
                     note(guest.withdraw());
@@ -155,24 +170,26 @@ impl Journal<'_, '_> {
                 Entry::Switch => {
                     // QEMU deactivated the disks of a guest that was saved while it was paused, and
                     // does not activate them by itself.
-                    if !self.running
-                        && !self.stage().is_restored()
+                    if !running
+                        && !is_restored
                         && guest.status().is_ok_and(|status| status.status == "postmigrate")
                     {
                         note(reactivate_disks(guest));
                     }
-                    merged = note(guest.merge_disks());
+                    merged = may_merge && note(guest.merge_disks());
+                    if merged {
+                        // From here on an overlay that is missing is none that is missed.
+                        let _ = append(durable, &Line::Merged { overlays: overlays.clone() });
+                    }
                     // The guest can be stopped because an overlay's file system was full. Now there
                     // is room again.
-                    if self.running
-                        && guest.status().is_ok_and(|status| status.status == "io-error")
-                    {
+                    if running && guest.status().is_ok_and(|status| status.status == "io-error") {
                         note(guest.resume(Deadline::after(DEFAULT_TIMEOUT)));
                     }
                 }
                 Entry::Settings(_) => {
                     let Some(settings) = settings else { continue };
-                    note(settings.restore(guest, self.mode).map_err(|error| {
+                    note(settings.restore(guest, mode).map_err(|error| {
                         error.and(
                             "until the guest's next snapshot has put them back, it may be kept \
                              from being saved or migrated",
@@ -226,6 +243,7 @@ impl Journal<'_, '_> {
             // meanwhile, and QEMU stops it at the end of that.
             let again = ended && wait_other_migration(guest) || resumed.is_err();
             if note(if again { ensure_running(guest) } else { resumed }) {
+                let _ = self.note(&Line::Resumed);
                 self.clock.resumed(guest.last_pause());
                 self.watchdog.report_resumed();
             }
@@ -235,7 +253,8 @@ impl Journal<'_, '_> {
 
     /// Puts back what is left once QEMU has ended. Its settings, its nodes and its migration have
     /// ended with it.
-    fn undo_offline(&self, guest: &mut dyn Guest, left: &mut Vec<String>) {
+    fn undo_offline(&mut self, guest: &mut dyn Guest, is_noted: bool, left: &mut Vec<String>) {
+        let may_merge = self.spoil(is_noted, left);
         let mut note = |result: Result<()>| left.extend(result.err().map(|error| error.message));
         if let Some(settings) = self.settings().filter(|_| guest.is_started_again()) {
             // The settings can have been changed in the QEMU that was started since.
@@ -251,9 +270,44 @@ impl Journal<'_, '_> {
             // saved.
             note(guest.empty_overlays());
         }
-        if self.has(|entry| matches!(entry, Entry::Overlays)) {
-            note(guest.merge_and_discard_offline(switched));
+        if may_merge && self.has(|entry| matches!(entry, Entry::Overlays)) {
+            let merged = if switched { self.merge_offline(guest) } else { Ok(()) };
+            note(merged.and_then(|()| guest.merge_and_discard_offline(switched)));
         }
+    }
+
+    /// Merges the overlays of a QEMU that has ended. If this process is killed meanwhile, a recovery
+    /// repeats it.
+    fn merge_offline(&mut self, guest: &mut dyn Guest) -> Result<()> {
+        let overlays = self.overlays.clone();
+        let _ = self.note(&Line::merging(overlays.clone()));
+        if guest.merge_offline()? {
+            let _ = self.note(&Line::Merged { overlays });
+        }
+        Ok(())
+    }
+
+    /// Removes a memory image that may be complete, before the first merge changes an image of the
+    /// snapshot: from then on the snapshot must not look complete, not even after a loss of power.
+    /// Returns whether the overlays may be merged. `is_noted`: the journal on disk says so.
+    fn spoil(&mut self, is_noted: bool, left: &mut Vec<String>) -> bool {
+        if !self.has(|entry| matches!(entry, Entry::SettingsRestored)) {
+            return true;
+        }
+        let removed = self.image().map_or(Ok(()), MemoryImage::remove_for_good);
+        let may_merge = is_noted || removed.is_ok();
+        if !may_merge {
+            // A recovery does it once that is possible.
+            self.durable = None;
+            left.push(
+                "the guest goes on with the snapshot's overlays, which must not be removed: they \
+                 cannot be merged as long as the memory image can neither be removed nor be noted \
+                 as undone"
+                    .into(),
+            );
+        }
+        left.extend(removed.err().map(|error| error.message));
+        may_merge
     }
 
     /// Whether QEMU refused our migration, so that another client's may have begun instead.

@@ -13,6 +13,7 @@ use rustix::net::{SendFlags, send};
 use super::description::{Description, Means};
 use super::descriptors::Common;
 use super::files::{self, Discard};
+use super::journal::DurableJournal;
 use super::pause_limit::{PauseLimit, Tried};
 use super::qmp_script::{QmpScript, execute};
 use super::recovery_command::RecoveryCommands;
@@ -45,8 +46,12 @@ const QUIET_MS: c_int = 1000;
 #[derive(Debug)]
 pub struct Child {
     reserved: Option<Discard>,
-    /// The durable journal. If something is left to undo, it stays, for a recovery.
-    journal: Option<Discard>,
+    /// The durable journal. If something is left to do, it stays, for a recovery.
+    journal: Option<DurableJournal>,
+    /// Disks are left to a storage hook.
+    has_manual: bool,
+    /// The guest ran before the snapshot.
+    running: bool,
     /// The file that exists once the snapshot is recorded; `None` if the watchdog cannot check
     /// that.
     record: Option<CString>,
@@ -59,6 +64,7 @@ impl Child {
     /// Makes the watchdog's side from its description.
     pub fn new(description: Description) -> Child {
         let Description { means, files, reserved, journal, record, pause_limit, .. } = description;
+        let Description { has_manual, running, .. } = description;
         let recovery = match means {
             Means::None => Recovery::None,
             Means::Monitor { restore, overlays } => {
@@ -70,7 +76,9 @@ impl Child {
         };
         Child {
             reserved: reserved.as_ref().and_then(Discard::new),
-            journal: journal.as_ref().and_then(Discard::new),
+            journal: journal.as_ref().and_then(DurableJournal::new),
+            has_manual,
+            running,
             record: record.and_then(|record| files::path(&record.0)),
             recovery,
             pause_limit,
@@ -86,9 +94,10 @@ impl Child {
         // and leaves the locks, which it shares with that one.
         let Some(stage) = self.watch(&own, drain.as_ref()) else { sys::exit_now() };
         let Common { monitor, pipe, reservation, held, .. } = own;
-        // A snapshot that is recorded is complete.
+        // A snapshot that is recorded is complete. But it may not be the current one yet: a recovery
+        // goes on by the journal.
         let recorded = self.record.as_deref().is_none_or(sys::exists);
-        let mut done = true;
+        let mut done = false;
         if stage != Stage::Committing || !recorded {
             let taken = drain.as_ref().map_or(0, Drain::bytes);
             // This ends the thread that writes the stream to the image: from here on it is
@@ -98,7 +107,10 @@ impl Child {
             done = self.undo(stage, &monitor, rest);
         }
         if done {
-            self.journal.iter().for_each(Discard::run);
+            // The hook is called right after the switch, which is no stage of its own for a guest
+            // that was paused before.
+            let may_be_stored = self.has_manual && (stage.is_switched() || !self.running);
+            self.journal.iter().for_each(|journal| journal.end(may_be_stored));
         }
         // The file is removed before the name is released: the next snapshot of this name makes a
         // file of its own.
@@ -140,11 +152,13 @@ impl Child {
             self.resume(monitor, &mut stream);
         }
         self.wait_other_migration(&mut stream, monitor);
+        let journal = self.journal.as_ref();
+        let undoing = || journal.is_some_and(DurableJournal::undoing);
         match &self.recovery {
             Recovery::None => false,
-            Recovery::Qmp(script) => script.undo(monitor, stage, &mut stream),
+            Recovery::Qmp(script) => script.undo(monitor, stage, journal, undoing(), &mut stream),
             Recovery::Commands(commands) => {
-                commands.undo(stage, &mut stream);
+                commands.undo(stage, undoing(), &mut stream);
                 true
             }
         }
@@ -195,10 +209,15 @@ impl Child {
     }
 
     fn resume(&self, monitor: &OwnedFd, stream: &mut Remaining) {
-        match &self.recovery {
-            Recovery::None => {}
-            Recovery::Qmp(script) => drop(execute(monitor, &script.resume, stream)),
+        let resumed = match &self.recovery {
+            Recovery::None => false,
+            Recovery::Qmp(script) => {
+                execute(monitor, &script.resume, stream).is_some_and(|reply| reply.done)
+            }
             Recovery::Commands(commands) => commands.resume(stream),
+        };
+        if resumed {
+            self.journal.iter().for_each(DurableJournal::resumed);
         }
     }
 

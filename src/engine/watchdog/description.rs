@@ -28,6 +28,10 @@ pub struct Description {
     pub reserved: Option<KnownFile>,
     /// The snapshot's durable journal.
     pub journal: Option<KnownFile>,
+    /// Disks are left to a storage hook.
+    pub has_manual: bool,
+    /// The guest ran before the snapshot.
+    pub running: bool,
     /// The file that exists once the snapshot is recorded; `None` if the watchdog cannot check
     /// that.
     pub record: Option<AbsolutePath>,
@@ -65,6 +69,8 @@ impl Description {
             files: task.files.iter().map(known).collect(),
             reserved: reserved.as_ref().map(known),
             journal: task.journal.as_ref().map(known),
+            has_manual: task.has_manual,
+            running: task.running,
             record,
             pause_limit: task.pause_limit,
             offset: task.drain.offset(),

@@ -15,13 +15,15 @@ use crate::sys;
 #[derive(Debug)]
 pub struct Discard {
     path: CString,
+    directory: CString,
     id: (u64, u64),
     undo: Undo,
 }
 
 impl Discard {
     pub fn new(file: &KnownFile) -> Option<Discard> {
-        Some(Discard { path: path(&file.path)?, id: file.id, undo: file.undo })
+        let directory = path(file.path.parent()?)?;
+        Some(Discard { path: path(&file.path)?, directory, id: file.id, undo: file.undo })
     }
 
     /// Removes the file, empties it, or overwrites its header.
@@ -33,6 +35,17 @@ impl Discard {
             Undo::Wipe => sys::change_unused(&self.path, self.id, sys::wipe),
         }
     }
+}
+
+/// Discards files, so that not even a loss of power brings one back. Returns whether all are gone.
+pub fn discard_for_good(files: &[Discard]) -> bool {
+    let mut gone = true;
+    for file in files {
+        file.run();
+        gone &= sys::sync_directory(&file.directory);
+        gone &= file.undo != Undo::Remove || sys::file_id(&file.path) != Some(file.id);
+    }
+    gone
 }
 
 /// The path as a C string; `None` if it contains a NUL.

@@ -24,10 +24,10 @@
 
 mod cgroup;
 mod child;
-mod complaint;
 mod description;
 mod descriptors;
 mod files;
+mod journal;
 mod pause_limit;
 mod program;
 mod qmp_script;

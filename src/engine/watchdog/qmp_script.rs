@@ -8,12 +8,14 @@ use rustix::io::Errno;
 use rustix::net::{SendFlags, send};
 use serde_json::{Value, json};
 
-use super::complaint::Complaint;
-use super::files::Discard;
+use super::files::{self, Discard};
+use super::journal::DurableJournal;
 use super::remaining::Remaining;
 use super::reply::{MARK, Reader, Reply};
 use super::stage::Stage;
 use crate::backend::MonitorOverlay;
+use crate::machine_log::Message;
+use crate::model::journal::Line;
 use crate::own_file::KnownFile;
 use crate::sys::wait_ready;
 
@@ -45,12 +47,15 @@ struct Overlay {
     delete: String,
     delete_file_node: String,
     file: Option<Discard>,
-    complaint: Complaint,
+    /// The journal's line that the overlay is merged.
+    merged: Vec<u8>,
+    complaint: Message,
 }
 
 impl Overlay {
     fn new(overlay: &MonitorOverlay) -> Overlay {
-        let MonitorOverlay { node, file_node, image_node, file, complaint } = overlay;
+        let MonitorOverlay { overlay, node, file_node, image_node, file, complaint } = overlay;
+        let merged = Line::Merged { overlays: vec![overlay.clone()] };
         let job = format!("{node}-undo");
         let delete = |node: &str| line("blockdev-del", &json!({ "node-name": node }));
         let commit = |image: &String| {
@@ -62,13 +67,20 @@ impl Overlay {
             delete: delete(node),
             delete_file_node: delete(file_node),
             file: file.as_ref().and_then(Discard::new),
-            complaint: Complaint::new(complaint),
+            merged: merged.text().unwrap_or_default(),
+            complaint: Message::error(complaint),
         }
     }
 
     /// Merges the overlay into the image below if it is in use, and removes it once it is not.
     /// Returns whether it is removed.
-    fn undo(&self, monitor: &OwnedFd, switched: bool, stream: &mut Remaining) -> bool {
+    fn undo(
+        &self,
+        monitor: &OwnedFd,
+        switched: bool,
+        journal: Option<&DurableJournal>,
+        stream: &mut Remaining,
+    ) -> bool {
         let mut execute = |command: &str| execute(monitor, command, stream);
         if switched
             && !self.commit.is_empty()
@@ -87,6 +99,7 @@ impl Overlay {
         match execute(&self.delete) {
             Some(reply) if reply.done => {
                 execute(&self.delete_file_node);
+                journal.map(|journal| journal.append(&self.merged));
                 self.file.iter().for_each(Discard::run);
                 true
             }
@@ -137,17 +150,30 @@ impl QmpScript {
         execute(monitor, &self.query_status, stream).is_some_and(|reply| reply.stopped_by_migration)
     }
 
-    /// Undoes everything but the pause: the settings, the overlays and the files. Returns whether
-    /// no overlay is left.
-    pub fn undo(&self, monitor: &OwnedFd, stage: Stage, stream: &mut Remaining) -> bool {
+    /// Undoes everything but the pause: the settings, the files and the overlays. `is_noted`: the
+    /// journal on disk says so. Returns whether no overlay is left.
+    pub fn undo(
+        &self,
+        monitor: &OwnedFd,
+        stage: Stage,
+        journal: Option<&DurableJournal>,
+        is_noted: bool,
+        stream: &mut Remaining,
+    ) -> bool {
         for command in self.restore.iter().filter(|_| !stage.is_restored()) {
             execute(monitor, command, stream);
         }
+        // The first merge changes an image of the snapshot. The snapshot must not look complete
+        // from then on, not even after a loss of power.
+        let is_spoilt = files::discard_for_good(&self.files) || !stage.is_restored();
+        if !is_spoilt && !is_noted {
+            self.overlays.iter().for_each(|overlay| overlay.complaint.send());
+            return false;
+        }
         let mut done = true;
         for overlay in &self.overlays {
-            done &= overlay.undo(monitor, stage.is_switched(), stream);
+            done &= overlay.undo(monitor, stage.is_switched(), journal, stream);
         }
-        self.files.iter().for_each(Discard::run);
         done
     }
 }

@@ -7,12 +7,12 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use rustix::io::Errno;
 use rustix::pipe::{PipeFlags, pipe_with};
 
-use super::complaint::Complaint;
-use super::files::Discard;
+use super::files::{self, Discard};
 use super::remaining::Remaining;
 use super::reply::{Reader, Reply};
 use super::stage::Stage;
 use crate::backend;
+use crate::machine_log::Message;
 use crate::own_file::KnownFile;
 use crate::sys::{self, CommandLine, Program, Stdio};
 use crate::tool::command_line;
@@ -92,7 +92,7 @@ impl RecoveryCommand {
 struct Merge {
     merge: RecoveryCommand,
     is_in_use: RecoveryCommand,
-    complaint: Complaint,
+    complaint: Message,
 }
 
 impl Merge {
@@ -101,7 +101,7 @@ impl Merge {
         Merge {
             merge: RecoveryCommand::new(merge),
             is_in_use: RecoveryCommand::new(is_in_use),
-            complaint: Complaint::new(&complaint),
+            complaint: Message::error(&complaint),
         }
     }
 
@@ -147,14 +147,13 @@ impl RecoveryCommands {
         }
     }
 
-    /// Resumes the guest. A daemon that is restarted between two tries is waited for again.
-    pub fn resume(&self, stream: &mut Remaining) {
-        for _ in 0..TRIES {
+    /// Resumes the guest. A daemon that is restarted between two tries is waited for again. Returns
+    /// whether the guest was resumed.
+    pub fn resume(&self, stream: &mut Remaining) -> bool {
+        (0..TRIES).any(|_| {
             self.wait_for_daemon(stream);
-            if repeat(&self.resume, 1, stream) {
-                return;
-            }
-        }
+            repeat(&self.resume, 1, stream)
+        })
     }
 
     /// Tries once to resume the guest of a stopped caller. Gives up if one of these becomes
@@ -179,16 +178,21 @@ impl RecoveryCommands {
         repeat(std::slice::from_ref(&self.look), self.tries, stream);
     }
 
-    /// Puts the settings back, and removes the record. Then undoes the switch: merges the overlays
-    /// that may be in use, and removes files.
-    pub fn undo(&self, stage: Stage, stream: &mut Remaining) {
+    /// Puts the settings back, and removes the record and the files. Then undoes the switch: merges
+    /// the overlays that may be in use. `is_noted`: the journal on disk says so.
+    pub fn undo(&self, stage: Stage, is_noted: bool, stream: &mut Remaining) {
         self.wait_for_daemon(stream);
         for command in self.restore.iter().filter(|_| !stage.is_restored()) {
             command.run(stream);
         }
         self.forget.run(stream);
+        // As in the QMP script.
+        let is_spoilt = files::discard_for_good(&self.files) || !stage.is_restored();
+        if !is_spoilt && !is_noted {
+            self.merge.iter().for_each(|merge| merge.complaint.send());
+            return;
+        }
         self.merge.iter().for_each(|merge| merge.run(stage, stream));
-        self.files.iter().for_each(Discard::run);
     }
 }
 

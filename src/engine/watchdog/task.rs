@@ -20,6 +20,10 @@ pub struct Task<'a> {
     pub reservation: Option<&'a Reservation>,
     /// The snapshot's durable journal, which is removed when all is undone.
     pub journal: Option<KnownFile>,
+    /// Disks are left to a storage hook.
+    pub has_manual: bool,
+    /// The guest ran before the snapshot.
+    pub running: bool,
     /// The file that exists once the snapshot is recorded; `None` if the watchdog cannot check
     /// that.
     pub record: Option<PathBuf>,

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! Reports to the machine's log what the watchdog could not undo. The caller has ended, so the
-//! watchdog cannot report it to the caller.
+//! Reports to the machine's log what no caller is told: what the watchdog of a caller that has ended
+//! could not undo, and what an operation has recovered before it began.
 
 use std::path::Path;
 
@@ -12,26 +12,34 @@ use rustix::net::{
 /// The socket of the machine's log.
 const LOG: &str = "/dev/log";
 /// `LOG_DAEMON | LOG_ERR`.
-const PRIORITY: u32 = (3 << 3) | 3;
+const ERROR: u32 = (3 << 3) | 3;
+/// `LOG_DAEMON | LOG_NOTICE`.
+const NOTICE: u32 = (3 << 3) | 5;
 
 /// A message to the machine's log, made in advance.
 #[derive(Debug)]
-pub struct Complaint {
+pub struct Message {
     log: Option<SocketAddrUnix>,
     datagram: Vec<u8>,
 }
 
-impl Complaint {
-    pub fn new(text: &str) -> Complaint {
-        Complaint::to(Path::new(LOG), text)
+impl Message {
+    /// Something is left that someone has to look at.
+    pub fn error(text: &str) -> Message {
+        Message::to(Path::new(LOG), ERROR, text)
     }
 
-    fn to(log: &Path, text: &str) -> Complaint {
+    /// Something was done that its user may want to know.
+    pub fn notice(text: &str) -> Message {
+        Message::to(Path::new(LOG), NOTICE, text)
+    }
+
+    fn to(log: &Path, priority: u32, text: &str) -> Message {
         // A message is one line.
         let text: String =
             text.chars().map(|letter| if letter.is_control() { ' ' } else { letter }).collect();
-        let datagram = format!("<{PRIORITY}>instantsnap: {text}").into_bytes();
-        Complaint { log: SocketAddrUnix::new(log).ok(), datagram }
+        let datagram = format!("<{priority}>instantsnap: {text}").into_bytes();
+        Message { log: SocketAddrUnix::new(log).ok(), datagram }
     }
 
     /// Sends the message, if the machine has a log that takes it at once.
@@ -56,11 +64,11 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("log");
         let log = UnixDatagram::bind(&path).unwrap();
-        Complaint::to(&path, "the overlay '/a\n<0>b' stays").send();
+        Message::to(&path, ERROR, "the overlay '/a\n<0>b' stays").send();
         let mut buffer = [0; 100];
         let got = log.recv(&mut buffer).unwrap();
         assert_eq!(&buffer[..got], b"<27>instantsnap: the overlay '/a <0>b' stays");
         // If there is no log, nothing happens.
-        Complaint::to(&directory.path().join("none"), "lost").send();
+        Message::to(&directory.path().join("none"), NOTICE, "lost").send();
     }
 }
