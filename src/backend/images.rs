@@ -11,6 +11,7 @@ use std::time::Duration;
 use serde_json::Value;
 
 use super::guest::DEFAULT_TIMEOUT;
+use super::open_images;
 use crate::error::{Code, Error, Result};
 use crate::model::nbd::Export;
 use crate::monitor::json::parse;
@@ -232,6 +233,16 @@ pub fn below(path: &str, format: &str) -> Option<(String, String)> {
     // The header names the format in an extension, which is not read here: a backing file is taken
     // for qcow2.
     Some((resolve(path, &name), "qcow2".into()))
+}
+
+/// The files that a qcow2 image has for its backing file, by its header: one, or none, or those of
+/// its options (`json:`).
+pub fn files_below(path: &str) -> Vec<String> {
+    match Header::at(path).and_then(|header| header.backing) {
+        Some(name) if name.starts_with("json:") => open_images::files(&name),
+        Some(name) => vec![resolve(path, &name)],
+        None => Vec::new(),
+    }
 }
 
 /// The name of an overlay's backing file, if that is on a server.

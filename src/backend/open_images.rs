@@ -31,7 +31,7 @@ pub fn check_named(pid: Option<u32>, disks: &[DiskPlan]) -> Result<()> {
 }
 
 /// The files of an image, which QEMU names by its path, or by all its options (`json:`).
-fn files(image: &str) -> Vec<String> {
+pub fn files(image: &str) -> Vec<String> {
     let Some(options) = image.strip_prefix("json:") else {
         return Some(image.to_owned()).filter(|file| file.starts_with('/')).into_iter().collect();
     };

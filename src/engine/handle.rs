@@ -12,7 +12,7 @@ use super::delete;
 use super::doctor::{self, Finding};
 use super::job::{Job, Returns};
 use super::operation::{Opened, Operation, Taken};
-use super::recover::{self, Recovered};
+use super::recover::{self, Next, Recovered};
 use super::revert::load::{self, Loaded};
 use super::revert::prepare::{RevertOptions, RevertPlan, prepare_revert_with};
 use super::storage::{StorageCall, StorageHook};
@@ -124,7 +124,7 @@ impl Handle {
 
     /// Restores a snapshot's memory into a QEMU that waits for it.
     pub fn load(&self, name: &str, flags: RevertFlags, memory: Memory) -> Result<Loaded> {
-        recover::before_operation(&*self.opened.connector)?;
+        recover::before_operation(&*self.opened.connector, Next::Load(name))?;
         load::load(&*self.opened.connector, name, flags, memory)
     }
 
@@ -144,7 +144,7 @@ impl Handle {
                  driver"
             );
         };
-        recover::before_operation(&*self.opened.connector)?;
+        recover::before_operation(&*self.opened.connector, Next::Load(name))?;
         load::check_frozen(&store.read_to_use(name)?, flags)?;
         let storage = lock(&self.opened.options).storage.clone();
         let options = RevertOptions { hook: storage.as_deref(), ..RevertOptions::default() };
@@ -155,7 +155,7 @@ impl Handle {
 
     /// Deletes a snapshot, with its files unless the flags say otherwise.
     pub fn delete(&self, name: &str, flags: DeleteFlags) -> Result<()> {
-        recover::before_operation(&*self.opened.connector)?;
+        recover::before_operation(&*self.opened.connector, Next::Delete(name))?;
         let left = self.left_to_storage(name, flags)?;
         delete::delete(&*self.opened.connector, name, flags)?;
         // The hook comes last: until then the deletion can fail, and be tried again.

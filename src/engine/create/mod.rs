@@ -25,7 +25,7 @@ use crate::backend::{Connector, SnapshotList};
 use crate::cancel::Cancel;
 use crate::engine::clock::{Clock, Phase};
 use crate::engine::options::Options;
-use crate::engine::recover;
+use crate::engine::recover::{self, Next};
 use crate::error::{Result, fail};
 use crate::libvirt::Snapshot;
 use crate::migration::{Mode, Settings};
@@ -85,7 +85,7 @@ pub fn create(
     }
     let request = Request::parse(xml)?;
     check_memory_request(flags, &request)?;
-    recover::before_operation(connector)?;
+    recover::before_operation(connector, Next::Create)?;
     let reserved = connector.reserve(request.name.as_deref())?;
     let mut guest = connector.begin()?;
     let guest = &mut *guest;

@@ -7,7 +7,7 @@ use std::io::Read;
 use std::path::Path;
 
 use super::report::{Report, What};
-use crate::backend::images::{self, Header};
+use crate::backend::images::Header;
 use crate::image;
 use crate::model::journal::{NotedFile, NotedOverlay, Presence, ReadJournal};
 use crate::own_file::OwnFile;
@@ -82,16 +82,4 @@ pub fn remove(journal: &ReadJournal, report: &mut Report) {
 
 fn is_partial_image(path: &Path) -> bool {
     path.metadata().is_ok_and(|found| found.len() == 0) || image::is_partial(path)
-}
-
-/// Whether another qcow2 image in the overlay's directory stands on the overlay.
-pub fn has_image_on_it(overlay: &str) -> bool {
-    let path = Path::new(overlay);
-    let Some(Ok(entries)) = path.parent().map(std::fs::read_dir) else { return false };
-    entries.flatten().any(|entry| {
-        let name = entry.path().to_string_lossy().into_owned();
-        Header::at(&name).and_then(|header| header.backing).is_some_and(|backing| {
-            sys::same_file(Path::new(&images::resolve(&name, &backing)), path)
-        })
-    })
 }

@@ -6,14 +6,21 @@ use std::path::Path;
 
 use super::report::{Report, What};
 use crate::backend::Guest;
-use crate::error::Result;
+use crate::error::{Code, Result};
 use crate::image::Image;
 use crate::model::journal::{Presence, ReadJournal};
 use crate::model::{Drive, Record, Reservation, Store};
 use crate::sys;
 
-/// Finishes the snapshot, if it is recorded already, or proved to be complete. Returns whether it
-/// was finished.
+/// Whether the snapshot is recorded, so that only the name of the current snapshot can be missing.
+pub fn is_recorded(store: &Store, journal: &ReadJournal) -> bool {
+    let memory = journal.intent.planned.memory.to_string_lossy();
+    !journal.is_undoing()
+        && store.read(&journal.intent.snapshot).is_ok_and(|recorded| recorded.memory_file == memory)
+}
+
+/// Finishes the snapshot, if it is recorded already, or proved to be complete. Returns whether
+/// nothing is left to undo: the snapshot was finished, or must be left as it is.
 pub fn finish(
     store: &Store,
     journal: &ReadJournal,
@@ -23,15 +30,41 @@ pub fn finish(
 ) -> Result<bool> {
     let name = &journal.intent.snapshot;
     let memory = journal.intent.planned.memory.to_string_lossy();
-    if let Ok(recorded) = store.read(name)
-        && recorded.memory_file == memory
-    {
-        // The snapshot becomes the current one after it was recorded.
-        if store.current()? == recorded.parent {
-            store.set_current(name)?;
+    match store.read(name) {
+        // The record could not be completed, and its removal did not reach the disk.
+        Ok(recorded) if recorded.memory_file == memory && journal.is_undoing() => {
+            store.forget(name)?;
+            report.undone(What::Snapshot, name, "it had failed, and its record is removed");
         }
-        report.finished(What::Snapshot, name, "it was complete and recorded");
-        return Ok(true);
+        Ok(recorded) if recorded.memory_file == memory => {
+            // The snapshot becomes the current one after it was recorded.
+            if store.current()? == recorded.parent {
+                store.set_current(name)?;
+            }
+            report.finished(What::Snapshot, name, "it was complete and recorded");
+            return Ok(true);
+        }
+        Ok(recorded) => {
+            let why = format!(
+                "'{}' is the record of a snapshot with another memory image ('{}'): move one of the \
+                 two away; nothing was changed",
+                store.record_path(name).display(),
+                recorded.memory_file
+            );
+            report.undecided(What::Snapshot, name, why);
+            return Ok(true);
+        }
+        Err(error) if error.code == Code::NoDomainSnapshot => {}
+        // It may be complete: nothing of it may be removed.
+        Err(error) => {
+            let why = format!(
+                "it seems to be recorded, and its record cannot be read ({}): repair the record, or \
+                 remove it so that the snapshot is undone; nothing was changed",
+                error.message
+            );
+            report.undecided(What::Snapshot, name, why);
+            return Ok(true);
+        }
     }
     let Some(record) = proved(journal) else { return Ok(false) };
     // A watchdog may have begun to undo the snapshot: then a disk is on its image again.

@@ -15,20 +15,26 @@
 
 mod files;
 mod finish;
+mod needed;
+mod note;
 mod offline;
 mod online;
 mod report;
+mod whose;
 
 use std::path::Path;
 use std::time::Duration;
 
+use self::note::note;
 use self::report::Report;
 pub use self::report::{Action, Recovered, What};
+pub use self::whose::Next;
 use crate::backend::{Connector, Guest};
 use crate::deadline::Deadline;
 use crate::error::{Code, Error, Result, fail};
+use crate::machine_log::Message;
 use crate::migration::Settings;
-use crate::model::journal::ReadJournal;
+use crate::model::journal::{JournalFile, Line, ReadJournal};
 use crate::model::{Reservation, Store};
 use crate::sys;
 
@@ -44,10 +50,13 @@ pub fn recover(connector: &dyn Connector) -> Result<Vec<Recovered>> {
     let mut found = Vec::new();
     if let Some(store) = connector.store() {
         for name in store.journals()? {
-            let Some(reservation) = claim(store, &name, EXIT_TIMEOUT)? else {
-                return Err(alive(&name));
-            };
-            found.extend(recover_one(store, &reservation, Some(guest))?);
+            if let Some(Ok(journal)) = store.read_journal(&name)?
+                && !whose::is_of(&journal, guest)?
+            {
+                found.extend(name_others(&name, &journal));
+                continue;
+            }
+            found.extend(recover_named(store, &name, Some(guest))?);
         }
     }
     // An earlier version, or libvirt's backend, keeps no journal.
@@ -59,17 +68,55 @@ pub fn recover(connector: &dyn Connector) -> Result<Vec<Recovered>> {
     Ok(found)
 }
 
+/// Names the snapshot of another guest of the same state directory.
+fn name_others(name: &str, journal: &ReadJournal) -> Vec<Recovered> {
+    let mut report = Report::new(name);
+    let why = match (journal.other_host(), journal.has_qemu_ended()) {
+        (Some(host), _) => format!("it is of another guest, on the host '{host}'"),
+        (None, Some(true)) => "it is of another guest, whose QEMU has ended: recover that guest \
+                               (instantsnap_recover_offline() recovers all of this state directory)"
+            .into(),
+        (None, _) => "it is of another guest: open that one, and recover it".into(),
+    };
+    report.left(What::Snapshot, name, why);
+    report.found
+}
+
 /// Recovers the guest of a state directory whose QEMU has ended.
 pub fn recover_offline(state_dir: &Path) -> Result<Vec<Recovered>> {
     let store = Store::open(state_dir)?;
     let mut found = Vec::new();
     for name in store.journals()? {
-        let Some(reservation) = claim(&store, &name, EXIT_TIMEOUT)? else {
-            return Err(alive(&name));
-        };
-        found.extend(recover_one(&store, &reservation, None)?);
+        found.extend(recover_named(&store, &name, None)?);
     }
     Ok(found)
+}
+
+/// Recovers what is left of one snapshot. It is an error if it is under way.
+fn recover_named(
+    store: &Store,
+    name: &str,
+    guest: Option<&mut dyn Guest>,
+) -> Result<Vec<Recovered>> {
+    if let Some(named) = name_other_host(store, name)? {
+        return Ok(named);
+    }
+    let Some(reservation) = claim(store, name, EXIT_TIMEOUT)? else { return Err(alive(name)) };
+    recover_one(store, &reservation, guest)
+}
+
+/// Names a snapshot that was taken on another host. `None` if it was not. The locks of that host
+/// may not be seen from here, so none is taken.
+fn name_other_host(store: &Store, name: &str) -> Result<Option<Vec<Recovered>>> {
+    let Some(Ok(journal)) = store.read_journal(name)? else { return Ok(None) };
+    let Some(host) = journal.other_host() else { return Ok(None) };
+    let mut report = Report::new(name);
+    let why = format!(
+        "it was taken on another host ('{host}'), whose processes and locks cannot be seen from \
+         here: recover the guest there; nothing was changed"
+    );
+    report.undecided(What::Snapshot, name, why);
+    Ok(Some(report.found))
 }
 
 /// Holds the name of a snapshot. `None` if its process or its watchdog is still alive after
@@ -100,9 +147,11 @@ fn alive(name: &str) -> Error {
     )
 }
 
-/// Recovers the guest before an operation, if a snapshot of it was interrupted. Returns an error if
-/// something is left that has to be decided on. A snapshot that is under way is left alone.
-pub fn before_operation(connector: &dyn Connector) -> Result<()> {
+/// Recovers the guest before an operation, if a snapshot of it was interrupted, or one of another
+/// guest that has made files which the operation uses. Returns an error if something is left that
+/// has to be decided on. A snapshot that is under way is left alone, and so is any other one of
+/// another guest.
+pub fn before_operation(connector: &dyn Connector, next: Next) -> Result<()> {
     let Some(store) = connector.store() else { return Ok(()) };
     let names = store.journals()?;
     if names.is_empty() {
@@ -110,20 +159,67 @@ pub fn before_operation(connector: &dyn Connector) -> Result<()> {
     }
     let mut begun = None;
     for name in names {
-        let Some(reservation) = claim(store, &name, SHORT_EXIT_TIMEOUT)? else { continue };
+        let journal = match store.read_journal(&name)? {
+            None => continue,
+            Some(journal) => journal.ok(),
+        };
         let guest = match &mut begun {
             Some(guest) => guest,
-            None => begun.insert(connector.begin()?),
+            None => match connector.begin() {
+                Ok(guest) => begun.insert(guest),
+                // The operation itself reports that another one holds the guest.
+                Err(error) if error.code == Code::OperationInvalid => return Ok(()),
+                Err(error) => return Err(error),
+            },
         };
-        let found = recover_one(store, &reservation, Some(&mut **guest))?;
-        if let Some(left) = found.iter().find(|found| found.blocks) {
-            fail!(
-                OperationInvalid,
-                "the snapshot '{name}' of this guest was interrupted, and something is left of it: \
-                 {left}; when that is settled, call instantsnap_recover(), or remove '{}'",
-                store.journal_path(&name).display()
-            );
+        // A journal that cannot be read may be this guest's.
+        let is_own =
+            journal.as_ref().map_or(Ok(true), |journal| whose::is_of(journal, &mut **guest))?;
+        if !is_own && !journal.is_some_and(|journal| whose::touches(store, &journal, next)) {
+            continue;
         }
+        let guest: Option<&mut dyn Guest> = if is_own { Some(&mut **guest) } else { None };
+        settle(store, &name, guest)?;
+    }
+    Ok(())
+}
+
+/// The same before a revert to a snapshot is prepared, for which no guest is opened.
+pub fn before_revert(store: &Store, snapshot: &str) -> Result<()> {
+    for name in store.journals()? {
+        let touches = match store.read_journal(&name)? {
+            None => continue,
+            Some(Err(_)) => true,
+            Some(Ok(journal)) => whose::touches(store, &journal, Next::Load(snapshot)),
+        };
+        if touches {
+            settle(store, &name, None)?;
+        }
+    }
+    Ok(())
+}
+
+/// Recovers one snapshot before an operation, unless it is under way.
+fn settle(store: &Store, name: &str, guest: Option<&mut dyn Guest>) -> Result<()> {
+    let found = match name_other_host(store, name)? {
+        Some(found) => found,
+        None => {
+            let claimed = claim(store, name, SHORT_EXIT_TIMEOUT)?;
+            let Some(reservation) = claimed else { return Ok(()) };
+            recover_one(store, &reservation, guest)?
+        }
+    };
+    if let Some(left) = found.iter().find(|found| found.blocks) {
+        fail!(
+            OperationInvalid,
+            "the snapshot '{name}' was interrupted, and something is left of it: {left}; when that \
+             is settled, call instantsnap_recover(), or remove '{}'",
+            store.journal_path(name).display()
+        );
+    }
+    // The operation's caller is not told.
+    for found in found.iter().filter(|found| found.what != What::Storage) {
+        Message::notice(&found.line()).send();
     }
     Ok(())
 }
@@ -151,7 +247,15 @@ fn recover_one(
             return Ok(report.found);
         }
     };
+    if journal.is_undone() {
+        name_storage(store, &journal, &mut report);
+        return Ok(report.found);
+    }
     match (qemu(&journal, guest.as_deref()), guest) {
+        // Whatever its QEMU does now, the snapshot is complete.
+        (Qemu::Another | Qemu::Unknown, _) if finish::is_recorded(store, &journal) => {
+            finish::finish(store, &journal, reservation, None, &mut report)?;
+        }
         (Qemu::Another, _) => {
             let why = "its QEMU still runs, and is not the one of this guest: open that guest, and \
                        recover it";
@@ -164,21 +268,59 @@ fn recover_one(
         }
         (Qemu::Same, Some(guest)) => {
             if !finish::finish(store, &journal, reservation, Some(guest), &mut report)? {
-                online::undo(guest, &journal, &mut report)?;
+                let mut file = store.continue_journal(reservation)?;
+                if online::undo(guest, store, &journal, &mut file, &mut report)? {
+                    end_undo(store, &journal, &mut file, &mut report)?;
+                }
             }
         }
         (Qemu::Same | Qemu::Ended, _) => {
             if !finish::finish(store, &journal, reservation, None, &mut report)? {
-                offline::undo(store, &journal, &mut report)?;
+                let mut file = store.continue_journal(reservation)?;
+                if offline::undo(store, &journal, &mut file, &mut report)? {
+                    end_undo(store, &journal, &mut file, &mut report)?;
+                }
             }
         }
     }
-    if report.is_settled() {
+    if report.is_settled() && !report.keeps_journal() {
         sys::remove_file(&path)
             .and_then(|()| sys::sync_parent(&path))
             .map_err(|error| Error::system(format!("cannot remove '{}'", path.display()), error))?;
     }
     Ok(report.found)
+}
+
+/// Removes the snapshot's files, once its overlays are gone. Names what a storage hook may have
+/// left.
+fn end_undo(
+    store: &Store,
+    journal: &ReadJournal,
+    file: &mut JournalFile,
+    report: &mut Report,
+) -> Result<()> {
+    files::remove(journal, report);
+    if journal.may_have_switched() {
+        name_storage(store, journal, report);
+    }
+    if report.is_settled() && report.keeps_journal() {
+        note(file, &Line::Undone)?;
+    }
+    Ok(())
+}
+
+/// Names what a storage hook may have left: the library cannot tell whether it has made its
+/// snapshot.
+fn name_storage(store: &Store, journal: &ReadJournal, report: &mut Report) {
+    let path = store.journal_path(&journal.intent.snapshot);
+    for disk in &journal.intent.planned.manual {
+        let why = format!(
+            "the storage hook may have made a snapshot of it: look there, remove that snapshot, and \
+             then remove '{}'",
+            path.display()
+        );
+        report.kept(What::Storage, disk, why);
+    }
 }
 
 /// The QEMU of an interrupted snapshot.

@@ -5,33 +5,37 @@
 use std::time::Duration;
 
 use super::files;
+use super::needed::Others;
+use super::note::{note, note_undo};
 use super::report::{Report, What};
 use crate::backend::{DEFAULT_TIMEOUT, Guest};
 use crate::deadline::Deadline;
 use crate::error::{Result, fail};
 use crate::migration::{Settings, reactivate_disks};
-use crate::model::journal::ReadJournal;
+use crate::model::Store;
+use crate::model::journal::{JournalFile, Line, ReadJournal};
 use crate::monitor::commands::{self, Progress};
 
 /// A migration whose reader has ended fails in less time than this.
 const MIGRATION_END: Duration = Duration::from_secs(60);
 
-/// Undoes the snapshot. The guest comes first.
-pub fn undo(guest: &mut dyn Guest, journal: &ReadJournal, report: &mut Report) -> Result<()> {
+/// Undoes the snapshot. The guest comes first. Returns whether its overlays are gone.
+pub fn undo(
+    guest: &mut dyn Guest,
+    store: &Store,
+    journal: &ReadJournal,
+    file: &mut JournalFile,
+    report: &mut Report,
+) -> Result<bool> {
     let failed = wait_migration(guest)?;
-    resume(guest, journal, failed, report)?;
+    if resume(guest, journal, failed, report)? {
+        note(file, &Line::Resumed)?;
+    }
+    note_undo(journal, file)?;
     if Settings::recover(guest)? {
         report.undone(What::Settings, "migration", "QEMU has the settings of before the snapshot");
     }
-    merge(guest, journal, report)?;
-    files::remove(journal, report);
-    for disk in &journal.intent.planned.manual {
-        if journal.may_have_switched() {
-            let why = "a storage hook may have made a snapshot of it, which was not recorded";
-            report.left(What::Storage, disk, why);
-        }
-    }
-    Ok(())
+    merge(guest, store, journal, file, report)
 }
 
 /// Waits for the end of the migration: the reader of its stream has ended. Returns whether it has
@@ -55,13 +59,13 @@ fn wait_migration(guest: &mut dyn Guest) -> Result<bool> {
     }
 }
 
-/// Resumes the guest, if the snapshot has paused it.
+/// Resumes the guest, if the snapshot has paused it. Returns whether it was resumed.
 fn resume(
     guest: &mut dyn Guest,
     journal: &ReadJournal,
     failed: bool,
     report: &mut Report,
-) -> Result<()> {
+) -> Result<bool> {
     const GUEST: &str = "guest";
     let status = guest.status()?;
     if !journal.intent.planned.running {
@@ -69,7 +73,7 @@ fn resume(
         if status.status == "postmigrate" && journal.record().is_none() {
             reactivate_disks(guest)?;
         }
-        return Ok(());
+        return Ok(false);
     }
     if failed && journal.may_have_switched() && !guest.capabilities().background_can_be_cancelled {
         let why = "this QEMU leaves the guest's memory write-protected if nobody reads its stream \
@@ -78,32 +82,46 @@ fn resume(
     }
     let paused = ["paused", "prelaunch", "postmigrate", "finish-migrate"];
     if status.running || !paused.contains(&&*status.status) {
-        return Ok(());
+        return Ok(false);
     }
     // The journal says that the snapshot was about to pause the guest, and not that the guest ran
     // again. After a migration of another client the guest may run elsewhere.
-    let is_ours = journal.may_have_switched() && journal.record().is_none();
+    let is_ours = journal.may_be_paused();
     if is_ours && status.status != "postmigrate" {
         guest.resume(Deadline::after(DEFAULT_TIMEOUT))?;
         report.undone(What::Guest, GUEST, "the snapshot had paused it, and it runs again");
-    } else {
-        report.left(What::Guest, GUEST, "another client has paused, saved or migrated it");
+        return Ok(true);
     }
-    Ok(())
+    report.left(What::Guest, GUEST, "another client has paused, saved or migrated it");
+    Ok(false)
 }
 
-/// Merges the overlays into their images, and discards them.
-fn merge(guest: &mut dyn Guest, journal: &ReadJournal, report: &mut Report) -> Result<()> {
+/// Merges the overlays into their images, and discards them. Returns whether they are gone.
+fn merge(
+    guest: &mut dyn Guest,
+    store: &Store,
+    journal: &ReadJournal,
+    file: &mut JournalFile,
+    report: &mut Report,
+) -> Result<bool> {
     let overlays = files::overlays(journal, report);
+    if journal.may_have_switched() && !may_merge(store, journal, report)? {
+        return Ok(false);
+    }
     guest.adopt_overlays(&overlays)?;
     let merged = guest.merge_disks();
     if journal.intent.planned.running && guest.status()?.status == "io-error" {
         guest.resume(Deadline::after(DEFAULT_TIMEOUT))?;
     }
+    if merged.is_ok() {
+        // From here on an overlay that is missing is none that is missed.
+        let merged = overlays.iter().map(|(overlay, _)| overlay.overlay.clone()).collect();
+        note(file, &Line::Merged { overlays: merged })?;
+    }
     if let Err(error) = merged.and_then(|()| guest.discard_overlays()) {
         let names: Vec<_> = overlays.iter().map(|(overlay, _)| &*overlay.overlay).collect();
         report.undecided(What::Overlay, &names.join(", "), error.message);
-        return Ok(());
+        return Ok(false);
     }
     for (overlay, file) in &overlays {
         if file.is_some() {
@@ -111,5 +129,24 @@ fn merge(guest: &mut dyn Guest, journal: &ReadJournal, report: &mut Report) -> R
             report.undone(What::Overlay, &overlay.overlay, why);
         }
     }
-    Ok(())
+    Ok(true)
+}
+
+/// Whether nobody else needs the images that the guest would write to after the merge. Else the
+/// guest goes on with its overlays.
+fn may_merge(store: &Store, journal: &ReadJournal, report: &mut Report) -> Result<bool> {
+    let others = Others::find(store, journal)?;
+    let mut may = true;
+    for overlay in &journal.intent.planned.overlays {
+        if let Some(other) = others.need(&overlay.image) {
+            let why = format!(
+                "the guest goes on with it, and it was not merged into '{}', because {other} stands \
+                 on that image, or needs it as it is",
+                overlay.image
+            );
+            report.undecided(What::Overlay, &overlay.overlay, why);
+            may = false;
+        }
+    }
+    Ok(may)
 }

@@ -55,6 +55,23 @@ pub struct Recovered {
     pub blocks: bool,
 }
 
+impl Action {
+    fn word(self) -> &'static str {
+        match self {
+            Action::Finished => "finished",
+            Action::Undone => "undone",
+            Action::Left => "left",
+        }
+    }
+}
+
+impl Recovered {
+    /// One line for a log.
+    pub fn line(&self) -> String {
+        format!("interrupted snapshot '{}': {}: {self}", self.snapshot, self.action.word())
+    }
+}
+
 impl fmt::Display for Recovered {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
         write!(f, "'{}': {}", self.object, self.why)
@@ -66,11 +83,13 @@ impl fmt::Display for Recovered {
 pub struct Report {
     snapshot: String,
     pub found: Vec<Recovered>,
+    /// Something is left that only a person can settle, and that does not concern later operations.
+    keeps_journal: bool,
 }
 
 impl Report {
     pub fn new(snapshot: &str) -> Report {
-        Report { snapshot: snapshot.into(), found: Vec::new() }
+        Report { snapshot: snapshot.into(), found: Vec::new(), keeps_journal: false }
     }
 
     fn add(&mut self, what: What, object: &str, action: Action, why: String, blocks: bool) {
@@ -91,13 +110,49 @@ impl Report {
         self.add(what, object, Action::Left, why.into(), false);
     }
 
+    /// Something is left that does not concern later operations. The journal stays, so that each
+    /// recovery names it.
+    pub fn kept(&mut self, what: What, object: &str, why: impl Into<String>) {
+        self.left(what, object, why);
+        self.keeps_journal = true;
+    }
+
     /// Something is left that has to be decided on. The journal stays.
     pub fn undecided(&mut self, what: What, object: &str, why: impl Into<String>) {
         self.add(what, object, Action::Left, why.into(), true);
     }
 
-    /// Whether the journal is needed no more.
+    /// Whether nothing is left that has to be decided on.
     pub fn is_settled(&self) -> bool {
         !self.found.iter().any(|found| found.blocks)
+    }
+
+    /// Whether the journal stays although all is settled that can be settled here.
+    pub fn keeps_journal(&self) -> bool {
+        self.keeps_journal
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_kept_neither_blocks_nor_lets_the_journal_go() {
+        let mut report = Report::new("s");
+        report.undone(What::Overlay, "/o", "it is removed");
+        assert!(report.is_settled() && !report.keeps_journal());
+        report.kept(What::Storage, "vdb", "look there");
+        assert!(report.is_settled() && report.keeps_journal());
+        let lines: Vec<_> = report.found.iter().map(Recovered::line).collect();
+        assert_eq!(
+            lines,
+            [
+                "interrupted snapshot 's': undone: '/o': it is removed",
+                "interrupted snapshot 's': left: 'vdb': look there"
+            ]
+        );
+        report.undecided(What::Memory, "/m", "it cannot be removed");
+        assert!(!report.is_settled());
     }
 }

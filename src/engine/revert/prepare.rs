@@ -10,6 +10,7 @@ use tempfile::{NamedTempFile, TempPath};
 use super::memory::{MemoryBackend, mappings, unsupported};
 use crate::backend::{overlay_file, revert_file};
 use crate::engine::nvram::copy;
+use crate::engine::recover;
 use crate::engine::storage::{StorageCall, StorageHook};
 use crate::error::{Error, Result, fail};
 use crate::image::Image;
@@ -82,7 +83,9 @@ pub fn prepare_revert_with(
     options: RevertOptions,
 ) -> Result<RevertPlan> {
     let RevertOptions { directory, hook, memory } = options;
-    let record = Store::open(state_dir)?.read_to_use(name)?;
+    let store = Store::open(state_dir)?;
+    recover::before_revert(&store, name)?;
+    let record = store.read_to_use(name)?;
     let image = Image::open(Path::new(&record.memory_file))?;
     let memory_backends = match memory {
         Memory::Auto | Memory::Full => Vec::new(),
