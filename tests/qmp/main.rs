@@ -24,6 +24,7 @@ mod other_clients;
 mod paused;
 mod random_clients;
 mod recover;
+mod recover_safely;
 mod revert;
 mod storage_hook;
 mod tearing;

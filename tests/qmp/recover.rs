@@ -7,13 +7,17 @@ use std::fs::File;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::Arc;
 use std::time::Duration;
 
 use common::backend::{by_socket_only, open};
 use common::random_clients::{Random, seed};
 use common::watchdog::watchdog_of;
-use common::{At, INSTANTLY, Opened, assert_says, files_below, named, through_proxy};
-use instantsnap::engine::{Action, Phase, Recovered, What, recover_offline};
+use common::{INSTANTLY, Opened, assert_says, files_below, named, through_proxy};
+use instantsnap::engine::{
+    Action, Answer, Event, Observer, Phase, Recovered, StorageCall, StorageHook, What,
+    recover_offline,
+};
 use instantsnap::error::Code;
 use instantsnap_testkit::program::process;
 use instantsnap_testkit::{
@@ -27,11 +31,11 @@ use crate::killed::{Content, start_cold, stop};
 
 const PHASES: [Phase; 5] = [Phase::Pause, Phase::Switch, Phase::Arm, Phase::Drain, Phase::Finish];
 
-fn signal(pid: u32, signal: Signal) {
+pub fn signal(pid: u32, signal: Signal) {
     kill_process(Pid::from_raw(pid as i32).unwrap(), signal).unwrap();
 }
 
-fn kill(pid: u32) {
+pub fn kill(pid: u32) {
     signal(pid, Signal::KILL);
 }
 
@@ -43,24 +47,64 @@ fn caller() {
     let (phase, socket) = (variable("INSTANTSNAP_TEST_PHASE"), variable("INSTANTSNAP_TEST_SOCKET"));
     let directory = Path::new(&directory);
     let handle = open(directory, &directory.join(socket), None, &directory.join("state")).unwrap();
-    let mut observer = At(|now| {
-        if format!("{now:?}") == phase {
-            let watchdog = watchdog_of(std::process::id()).expect("there is a watchdog");
-            match std::env::var_os("INSTANTSNAP_TEST_STOPPED") {
-                Some(file) => {
-                    signal(watchdog, Signal::STOP);
-                    std::fs::write(file, watchdog.to_string()).unwrap();
-                }
-                None => kill(watchdog),
-            }
-            kill(std::process::id());
+    if std::env::var_os("INSTANTSNAP_TEST_HOOK").is_some() {
+        handle.set_storage_hook(Some(Arc::new(Storage)));
+    }
+    let xml = std::env::var("INSTANTSNAP_TEST_XML").unwrap_or_else(|_| named("s"));
+    handle.create(&xml, INSTANTLY, &mut KillsAt(phase)).unwrap();
+}
+
+/// Kills the process, and its watchdog unless that is to be stopped or left, in a phase or at an
+/// event.
+struct KillsAt(String);
+
+impl Observer for KillsAt {
+    fn phase(&mut self, phase: Phase) {
+        if format!("{phase:?}") == self.0 {
+            end();
         }
-    });
-    handle.create(&named("s"), INSTANTLY, &mut observer).unwrap();
+    }
+
+    fn event(&mut self, event: &Event) {
+        if format!("{:?}", event.kind) == self.0 {
+            end();
+        }
+    }
+}
+
+fn end() {
+    if let Some(go) = std::env::var_os("INSTANTSNAP_TEST_WAITS_FOR") {
+        // The test kills QEMU, and the caller undoes the snapshot.
+        wait_for(DEADLINE, || Path::new(&go).exists().then_some(())).expect("the test goes on");
+        return;
+    }
+    let watchdog = watchdog_of(std::process::id()).expect("there is a watchdog");
+    match std::env::var_os("INSTANTSNAP_TEST_STOPPED") {
+        Some(file) if file.is_empty() => {}
+        Some(file) => {
+            signal(watchdog, Signal::STOP);
+            std::fs::write(file, watchdog.to_string()).unwrap();
+        }
+        None => kill(watchdog),
+    }
+    kill(std::process::id());
+}
+
+/// A storage whose snapshots nobody sees.
+struct Storage;
+
+impl StorageHook for Storage {
+    fn snapshot(&self, _: &StorageCall) -> Answer<()> {
+        Ok(())
+    }
+
+    fn revert(&self, _: &StorageCall) -> Answer<Vec<PathBuf>> {
+        Err("it has none".into())
+    }
 }
 
 /// The command of that process.
-fn caller_in(opened: &Opened, phase: &str, socket: &str) -> Command {
+pub fn caller_in(opened: &Opened, phase: &str, socket: &str) -> Command {
     let mut command = process(module_path!(), "caller");
     command
         .env("INSTANTSNAP_TEST_DIRECTORY", opened.guest.directory())
@@ -71,7 +115,7 @@ fn caller_in(opened: &Opened, phase: &str, socket: &str) -> Command {
 }
 
 /// Takes a snapshot whose caller and watchdog are killed in the phase.
-fn interrupt(opened: &Opened, phase: Phase) {
+pub fn interrupt(opened: &Opened, phase: Phase) {
     let status = caller_in(opened, &format!("{phase:?}"), "qmp.sock").status().unwrap();
     assert_eq!(status.signal(), Some(9), "{status}");
 }
@@ -81,26 +125,26 @@ fn machine(binary: &'static Binary) -> Machine {
 }
 
 /// QEMU's state and the files, which a recovery must put back.
-fn before(opened: &Opened) -> (Fingerprint, Vec<PathBuf>) {
+pub fn before(opened: &Opened) -> (Fingerprint, Vec<PathBuf>) {
     // The first snapshot that is recorded creates this file, which stays.
     let mut files = files_below(opened.guest.directory());
     files.retain(|file| !file.ends_with(".current"));
     (fingerprint(&mut opened.guest.control()), files)
 }
 
-fn is_frozen(binary: &Binary, phase: Phase) -> bool {
+pub fn is_frozen(binary: &Binary, phase: Phase) -> bool {
     // QEMU 7.2 freezes its guest if the reader of an armed background snapshot ends.
     binary.version < (9, 0, 0) && [Phase::Arm, Phase::Drain, Phase::Finish].contains(&phase)
 }
 
-fn recovered(opened: &Opened) -> Vec<Recovered> {
+pub fn recovered(opened: &Opened) -> Vec<Recovered> {
     let found = opened.handle.recover().unwrap_or_else(|error| opened.guest.fail(&error.message));
     found.iter().for_each(|found| eprintln!("  {:?} {:?} {found}", found.what, found.action));
     found
 }
 
 #[track_caller]
-fn assert_recovered(opened: &Opened, before: &(Fingerprint, Vec<PathBuf>)) {
+pub fn assert_recovered(opened: &Opened, before: &(Fingerprint, Vec<PathBuf>)) {
     let after = wait_for(DEADLINE, || {
         let after = self::before(opened);
         (after == *before).then_some(())
@@ -285,6 +329,8 @@ fn journal_that_makes_no_sense_is_named_and_nothing_is_changed() {
     let other = whole.replacen("\"snapshot\":\"s\"", "\"snapshot\":\"t\"", 1);
     assert!(newer != whole && other != whole);
     let garbage = format!("{whole}{{\"Made\":7}}\n");
+    let broken = whole.replacen("\"Switching\"", "\"Swit", 1);
+    assert_ne!(broken, whole);
     let files = || {
         let mut files = files_below(opened.guest.directory());
         files.retain(|file| !file.ends_with(".s.reserved"));
@@ -295,6 +341,7 @@ fn journal_that_makes_no_sense_is_named_and_nothing_is_changed() {
         (&newer, "later version"),
         (&other, "'t'"),
         (&garbage, "damaged"),
+        (&broken, "damaged"),
         (&String::new(), "damaged"),
         (&whole[..whole.len() / 4].to_owned(), "damaged"),
         (&"\0\n".repeat(1000), "damaged"),
