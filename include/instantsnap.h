@@ -953,8 +953,9 @@ char *instantsnap_snapshot_current(instantsnap_guest *guest);
  * VIR_ERR_INVALID_DOMAIN_SNAPSHOT (an image is missing; the memory image is incomplete, cut off or
  * damaged), VIR_ERR_ACCESS_DENIED (other users can write to @state_dir), VIR_ERR_SYSTEM_ERROR,
  * VIR_ERR_OPERATION_TIMEOUT (an image below is on a server that does not answer),
- * VIR_ERR_OPERATION_FAILED. Blocks for some 10 ms for each disk; for 30 s if a server does not
- * answer.
+ * VIR_ERR_OPERATION_INVALID (a snapshot was interrupted that uses the same files, or whose journal
+ * cannot be read, and something is left of it: see instantsnap_recover()), VIR_ERR_OPERATION_FAILED.
+ * Blocks for some 10 ms for each disk; for 30 s if a server does not answer.
  */
 instantsnap_revert_plan *instantsnap_snapshot_prepare_revert(
     const char *state_dir, const char *name, const char *directory);
@@ -1189,12 +1190,18 @@ int instantsnap_image_convert(const char *path, unsigned int format, unsigned in
  * the guest runs again if the snapshot had paused it, QEMU's migration settings are restored, the
  * overlays are merged into the images below, and the snapshot's files are removed. What cannot be
  * proved (a file that has taken the place of the snapshot's, an image that was written since) is
- * left as it is, and named.
+ * left as it is, and named. So is the image below an overlay if another snapshot needs it, or if
+ * another image in its directory stands on it: then the guest goes on with its overlay.
  *
  * instantsnap_snapshot_create_xml() and the like, instantsnap_snapshot_load() and
- * instantsnap_snapshot_delete() do the same first, if there is a journal. They fail with
- * VIR_ERR_OPERATION_INVALID, and change nothing else, if something is left that has to be decided
- * on. When that is settled, call this function again, or remove the journal.
+ * instantsnap_snapshot_delete() do the same first, if there is a journal of this guest, or one of
+ * another guest of the state directory whose files they would use; and so does
+ * instantsnap_snapshot_prepare_revert(). They fail with VIR_ERR_OPERATION_INVALID, and change
+ * nothing else, if something is left that has to be decided on. When that is settled, call this
+ * function again, or remove the journal. What they recover is written to the machine's log.
+ *
+ * A snapshot that a storage hook may have made is named, and does not block: when you have looked
+ * for it, remove the journal. A journal of another host, or of another guest, is named and left.
  *
  * If QEMU has ended too (the host has lost its power), and before the guest is started again:
  * instantsnap_recover_offline().
@@ -1225,7 +1232,10 @@ int instantsnap_recover(instantsnap_guest *guest, char **report);
  * Like instantsnap_recover(), for a guest whose QEMU has ended. The guest must not be started again
  * before: without what is in the overlays, its disks would lack its last writes. `qemu-img` merges
  * the overlays, if nothing has written to the images below since. Otherwise they are left. So they
- * are if the images are no regular files. If QEMU still runs, everything is left.
+ * are if the images are no regular files, and if a driver had opened the guest
+ * (instantsnap_open_driver()): its record of the disks may name the overlays, and only the driver
+ * can change that. If QEMU still runs, everything is left. A call that is interrupted can be
+ * repeated.
  *
  * @state_dir  the guest's state directory, as for instantsnap_open_qmp().
  * @report     as for instantsnap_recover().

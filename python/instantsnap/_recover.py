@@ -34,7 +34,7 @@ class Recovered:
 def recover_offline(state_dir: StrPath) -> list[Recovered]:
     """Like Guest.recover(), for a guest whose QEMU has ended, before it is started again. Does not
     change anything if QEMU still runs, or if it is not proved that the images below the overlays
-    were not written since.
+    were not written since; nor the overlays of a guest that a driver had opened.
 
     state_dir: the guest's state directory, as for Guest.open_qmp().
 

@@ -79,7 +79,8 @@ def prepare_revert(state_dir: StrPath, name: str, directory: Optional[StrPath] =
     damaged), OPERATION_UNSUPPORTED (`revert` is needed, or this `memory` is not supported),
     CONFIG_UNSUPPORTED ("map", and the image is not sparse: see image_convert()), ACCESS_DENIED
     (other users can write to state_dir), OPERATION_TIMEOUT (a server of an image below does not
-    answer), SYSTEM_ERROR, OPERATION_FAILED.
+    answer), OPERATION_INVALID (an interrupted snapshot that uses the same files is not settled:
+    Guest.recover()), SYSTEM_ERROR, OPERATION_FAILED.
     """
     hook = Hook(revert=revert) if revert is not None else None
     options = _library.CRevertOptions(
