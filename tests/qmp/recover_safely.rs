@@ -17,7 +17,7 @@ use common::{
 use instantsnap::engine::{Action, Phase, Recovered, What, prepare_revert, recover_offline};
 use instantsnap::error::Code;
 use instantsnap_testkit::program::process;
-use instantsnap_testkit::{Binary, DEADLINE, Format, Guest, Machine, process, test, wait_for};
+use instantsnap_testkit::{Binary, DEADLINE, Format, Machine, process, test, wait_for};
 use rustix::fs::{FlockOperation, flock};
 use rustix::process::Signal;
 use serde_json::{Value, json};
