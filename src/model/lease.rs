@@ -67,7 +67,7 @@ impl Lease {
 
 /// The begin of the names of the files with a snapshot's leases.
 fn prefix(name: &str) -> String {
-    format!(".{name}.mapped-")
+    format!(".{name}.map-")
 }
 
 impl Store {
