@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
-from instantsnap import Guest, prepare_revert
+from instantsnap import Error, ErrorCode, Guest, prepare_revert
 
 # for (n = 0;;) { sti; hlt; print(++n); }: the timer of a PC wakes it 18 times a second.
 COUNT = bytes.fromhex("31c9fbf44189c8bb0a0031ff31d2f7f3524785c075f6baf803580430ee4f75f9b00aeeebdd")
@@ -43,13 +43,26 @@ class Machine:
         self.process.kill()
         self.process.wait()
 
-    def wait_for(self, path: Path, lines: int = 0) -> list[str]:
-        """Waits until QEMU has made a file, and written as many lines to it."""
-        while self.process.poll() is None:
-            if path.exists() and (not lines or path.read_text().count("\n") >= lines):
-                return path.read_text().splitlines() if lines else []
-            time.sleep(0.005)
-        raise SystemExit("QEMU has ended")
+    def wait(self) -> None:
+        if self.process.poll() is not None:
+            raise SystemExit("QEMU has ended")
+        time.sleep(0.005)
+
+    def open(self, state: Path) -> Guest:
+        """Opens the guest, as soon as QEMU listens."""
+        while True:
+            try:
+                return Guest.open_qmp(self.qmp, state)
+            except Error as error:
+                if error.code != ErrorCode.SYSTEM_ERROR:
+                    raise
+            self.wait()
+
+    def counted(self, count: int) -> list[str]:
+        """Waits until the guest has counted so often, and returns all its numbers."""
+        while not self.serial.exists() or self.serial.read_text().count("\n") < count:
+            self.wait()
+        return self.serial.read_text().splitlines()
 
 
 def main() -> None:
@@ -65,10 +78,10 @@ def main() -> None:
         disk = directory / "disk.raw"
         disk.write_bytes(COUNT.ljust(510, b"\0") + b"\x55\xaa" + bytes(1 << 20))
         original = stack.enter_context(Machine(options.qemu, directory, disk, "raw"))
-        original.wait_for(original.serial, lines=10)
-        with Guest.open_qmp(original.qmp, state) as guest:
+        original.counted(10)
+        with original.open(state) as guest:
             guest.snapshot(name="s", image_format="sparse")
-        print(f"the snapshot is of some moment before {original.serial.read_text().split()[-1]}")
+        print(f"the snapshot is of some moment before {original.counted(1)[-1]}")
 
         def clone(number: int) -> str:
             own = directory / str(number)
@@ -79,11 +92,10 @@ def main() -> None:
             machine = stack.enter_context(Machine(
                 options.qemu, own, plan.disks[0].file, plan.disks[0].format, "-incoming", "defer",
                 "-object", backend.object, "-machine", f"memory-backend={backend.id}"))
-            machine.wait_for(machine.qmp)
-            with Guest.open_qmp(machine.qmp, state) as guest:
+            with machine.open(state) as guest:
                 stats = guest.load("s", memory="map")
             runs = time.monotonic() - begin
-            counted = machine.wait_for(machine.serial, lines=3)
+            counted = machine.counted(3)
             return (f"clone {number} ran after {runs * 1000:.0f} ms, of which the load took "
                     f"{stats.total_us / 1000:.0f} ms, and counted {' '.join(counted[:3])}")
 
