@@ -518,7 +518,7 @@ typedef enum instantsnap_memory {
      * VIR_ERR_SYSTEM_ERROR.
      *
      * The guest needs the image as long as it runs. While it does, instantsnap_snapshot_delete() of
-     * the snapshot is refused on this host. The file may be renamed, removed or replaced, but must
+     * the snapshot is refused. The file may be renamed, removed or replaced, but must
      * never be written or cut off: the library makes complete images of a state directory
      * read-only, and converts an image by replacing its file. An I/O error in the image ends QEMU
      * (SIGBUS). An instant snapshot of such a guest is refused (VIR_ERR_ARGUMENT_UNSUPPORTED)
@@ -1110,8 +1110,8 @@ int instantsnap_snapshot_load_with(instantsnap_guest *guest, const char *name, u
  * the overlays are removed with what the abandoned guest had written there. An overlay that any
  * QEMU has open, or that another recorded snapshot stands on, is never removed.
  *
- * While a guest runs on this host that was loaded with INSTANTSNAP_MEMORY_MAP, and so needs the
- * memory image, the snapshot is not deleted: the message names the process.
+ * While a guest runs that was loaded with INSTANTSNAP_MEMORY_MAP, and so needs the memory image,
+ * the snapshot is not deleted: the message names the process.
  *
  * Everything is checked before anything is changed. From the first merge on, the snapshot cannot be
  * reverted to any more, because its images take in younger data: its memory image is then called

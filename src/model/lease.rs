@@ -26,6 +26,9 @@ pub struct Lease {
     pub qemu: QemuProcess,
     /// The boot of the host in which it was started.
     boot: String,
+    /// The host; empty if it has no name.
+    #[serde(default)]
+    host: String,
     /// The device and the inode of the image.
     image: (u64, u64),
 }
@@ -37,7 +40,7 @@ pub enum Held {
     Yes,
     /// It has ended.
     No,
-    /// That cannot be seen from here: it was started in another PID namespace.
+    /// That cannot be seen from here: it was started in another PID namespace, or on another host.
     Unknown,
 }
 
@@ -45,23 +48,32 @@ impl Lease {
     /// The lease of a process that is alive on an image that is open.
     pub fn of(pid: u32, image: &File) -> io::Result<Option<Lease>> {
         let image = image.metadata()?;
-        let of = |qemu| Lease { qemu, boot: procfs::boot(), image: (image.dev(), image.ino()) };
+        let of = |qemu| Lease {
+            qemu,
+            boot: procfs::boot(),
+            host: procfs::machine(),
+            image: (image.dev(), image.ino()),
+        };
         Ok(QemuProcess::of(pid).map(of))
     }
 
     /// Whether it still holds.
     pub fn held(&self) -> Held {
-        match self.qemu.has_ended(self.boot == procfs::boot()) {
+        let same_boot = self.boot == procfs::boot();
+        if !same_boot && self.host != procfs::machine() {
+            return Held::Unknown;
+        }
+        match self.qemu.has_ended(same_boot) {
             Some(true) => Held::No,
             Some(false) => Held::Yes,
             None => Held::Unknown,
         }
     }
 
-    /// Whether it is of the file with this device and inode. In another boot the same file can have
-    /// another device, but no lease of that boot is held any more.
+    /// Whether it is of the file with this device and inode. Another host can know the same file by
+    /// another device.
     pub fn is_of(&self, image: (u64, u64)) -> bool {
-        self.image == image
+        self.image == image || self.host != procfs::machine() && self.image.1 == image.1
     }
 }
 
@@ -176,8 +188,15 @@ mod tests {
         store.note_lease("s", &Lease { boot: "another".into(), ..own.clone() }).unwrap();
         assert!(held("s").is_empty());
         let elsewhere = QemuProcess { namespace: "pid:[1]".into(), ..own.qemu.clone() };
-        let elsewhere = Lease { qemu: elsewhere, ..own };
+        let elsewhere = Lease { qemu: elsewhere, ..own.clone() };
         assert_eq!(elsewhere.held(), Held::Unknown);
+        // It may be alive on another host, which can have another device for the image.
+        let (boot, host) = ("another".to_owned(), "another".to_owned());
+        let remote = Lease { boot, host: host.clone(), ..elsewhere.clone() };
+        assert_eq!(remote.held(), Held::Unknown);
+        assert!(remote.is_of((metadata.dev() + 1, metadata.ino())));
+        // Two containers of one host can have two names.
+        assert_eq!(Lease { host, ..own.clone() }.held(), Held::Yes);
         store.note_lease("s", &elsewhere).unwrap();
         assert_eq!(held("s"), [elsewhere]);
     }

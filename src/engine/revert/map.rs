@@ -312,8 +312,8 @@ pub fn check_unmapped(store: &Store, name: &str, files: [&Path; 2]) -> Result<()
         Held::No => return Ok(()),
         Held::Yes => format!("process {pid} runs on it: end that guest first"),
         Held::Unknown => format!(
-            "process {pid} of another PID namespace may run on it: end that guest first, and then \
-             remove '{}'",
+            "process {pid} of another PID namespace or another host may run on it: end that guest \
+             first, and then remove '{}'",
             noted.display()
         ),
     };
