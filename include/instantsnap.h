@@ -1246,9 +1246,10 @@ int instantsnap_recover_offline(const char *state_dir, char **report);
 
 /**
  * Examines whether instant snapshots work, and says what to do where they do not. Changes nothing
- * (but libvirt marks a domain that is examined as tainted: instantsnap_open_libvirt()). The checks are those that a snapshot makes itself, and
- * some that QEMU makes in the middle of one. One that cannot be made (a QEMU whose process cannot
- * be seen, a libvirt that does not run) is skipped, and the report says so.
+ * (but libvirt marks a domain that is examined as tainted: instantsnap_open_libvirt()). The checks
+ * are those that a snapshot makes itself, and some that QEMU makes in the middle of one. One that
+ * cannot be made (a QEMU whose process cannot be seen, a libvirt that does not run) is skipped, and
+ * the report says so.
  *
  * @guest   the guest to examine; NULL: this host, for QEMUs of this user and of libvirt. A guest
  *          that another operation holds is not examined: that is a finding.
