@@ -83,10 +83,12 @@ impl Text {
         }
         let expected = expected(flow);
         let bar = self.bar();
-        bar.set_length(expected.max(1));
-        bar.set_position(flow.done.min(expected));
         bar.set_message(progress(flow));
-        bar.tick();
+        // Both at once, for one picture.
+        bar.update(|state| {
+            state.set_len(expected.max(1));
+            state.set_pos(flow.done.min(expected));
+        });
     }
 
     /// Writes a line while there may be a bar.
