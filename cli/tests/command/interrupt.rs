@@ -3,10 +3,13 @@
 //! A user who interrupts a snapshot: it is undone.
 
 use std::fs;
+use std::io::{BufRead, BufReader};
 use std::path::Path;
 use std::process::Stdio;
 
-use instantsnap_testkit::{Client, DEADLINE, Guest, Proxy, fingerprint, test, wait_for};
+use instantsnap_testkit::{
+    Binary, Client, DEADLINE, Format, Guest, Machine, Proxy, fingerprint, test, wait_for,
+};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::json;
 
@@ -24,15 +27,20 @@ fn names(directory: &Path) -> Vec<String> {
     names
 }
 
-/// Slows QEMU down until it sends memory slowly. A drain that begins forgets the limit of before.
+/// A machine whose memory takes QEMU a quarter of a second.
+fn machine(binary: &'static Binary) -> Machine {
+    Machine::new(binary).disk(Format::Qcow2).memory(64)
+}
+
+/// Makes QEMU send memory slowly, once it sends it. A drain that begins forgets the limit of before.
 fn slow_down(client: &mut Client) {
     let sends = || {
-        client.execute("migrate-set-parameters", json!({ "max-bandwidth": 1 << 18 })).unwrap();
         let ram = client.execute("query-migrate", json!({})).unwrap()["ram"].clone();
         let has_pages = |kind: &str| ram[kind].as_u64().unwrap_or(0) > 0;
         (has_pages("normal") || has_pages("duplicate")).then_some(())
     };
     wait_for(DEADLINE, sends).expect("QEMU sends no memory");
+    client.execute("migrate-set-parameters", json!({ "max-bandwidth": 1 << 18 })).unwrap();
 }
 
 /// Lets QEMU send the rest, which an older one does before it ends the migration.
@@ -51,7 +59,7 @@ fn trace(
 
 #[test]
 fn ctrl_c_in_the_drain_undoes_the_snapshot_and_says_so() {
-    let direct = Direct::start();
+    let direct = Direct::of(machine(&Binary::some()[0]));
     let before = trace(&direct.guest, &direct.state);
     let mut client = direct.guest.control();
     let words = ["-c", &direct.uri, "snapshot-create-as", "vm", "a"];
@@ -100,21 +108,20 @@ fn a_deletion_says_that_it_goes_on_to_its_end() {
 
 #[test]
 fn sigterm_undoes_a_domains_snapshot_and_the_events_say_so() {
-    let vm = Vm::start("vm1");
+    let vm = Vm::of(machine(&Binary::under_libvirt()[0]).name("vm1"));
     let disk = vm.guest.disks()[0].file.clone();
     let directory = disk.parent().unwrap();
     let before = names(directory);
     let mut command = command(&["--json", "snapshot-create-as", "vm1", "a"]);
     command.env("LIBVIRT_DEFAULT_URI", &vm.uri).stdout(Stdio::piped()).stderr(Stdio::piped());
-    let child = command.spawn().unwrap();
-    let mut client = vm.guest.control();
-    slow_down(&mut client);
+    let mut child = command.spawn().unwrap();
+    let mut lines = BufReader::new(child.stdout.take().unwrap()).lines().map(Result::unwrap);
+    assert!(lines.any(|line| line.contains("\"instant\"")), "no instant");
     kill_process(Pid::from_child(&child), Signal::TERM).unwrap();
-    speed_up(&mut client);
+    let said: Vec<String> = lines.collect();
     let output = child.wait_with_output().unwrap();
-    let said = String::from_utf8(output.stdout).unwrap();
-    assert_eq!(output.status.code(), Some(143), "{said}");
-    let last: serde_json::Value = serde_json::from_str(said.lines().last().unwrap()).unwrap();
+    assert_eq!(output.status.code(), Some(143), "{said:?}");
+    let last: serde_json::Value = serde_json::from_str(said.last().unwrap()).unwrap();
     assert_eq!(last["event"], "failed");
     const ABORTED: i32 = 78;
     assert_eq!(last["error"]["code"], ABORTED);

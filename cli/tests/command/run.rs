@@ -82,8 +82,12 @@ pub struct Vm {
 impl Vm {
     /// Starts a domain of this name, with a disk, and waits until it counts.
     pub fn start(name: &str) -> Vm {
+        Vm::of(Machine::new(&Binary::under_libvirt()[0]).disk(Format::Qcow2).name(name))
+    }
+
+    /// Starts a machine as a domain, and waits until it counts.
+    pub fn of(machine: Machine) -> Vm {
         let daemon = Daemon::session();
-        let machine = Machine::new(&Binary::under_libvirt()[0]).disk(Format::Qcow2).name(name);
         let guest = machine.start_under(&daemon);
         guest.wait_ticks(2);
         Vm { uri: daemon.uri(), guest }
@@ -107,7 +111,12 @@ pub struct Direct {
 impl Direct {
     /// Starts a QEMU with a disk, and waits until its guest counts.
     pub fn start() -> Direct {
-        let guest = Machine::new(&Binary::some()[0]).disk(Format::Qcow2).start();
+        Direct::of(Machine::new(&Binary::some()[0]).disk(Format::Qcow2))
+    }
+
+    /// Starts a machine, and waits until it counts.
+    pub fn of(machine: Machine) -> Direct {
+        let guest = machine.start();
         guest.wait_ticks(2);
         let state = guest.directory().join("state");
         std::fs::create_dir(&state).unwrap();
