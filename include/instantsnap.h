@@ -954,7 +954,8 @@ char *instantsnap_snapshot_current(instantsnap_guest *guest);
  * damaged), VIR_ERR_ACCESS_DENIED (other users can write to @state_dir), VIR_ERR_SYSTEM_ERROR,
  * VIR_ERR_OPERATION_TIMEOUT (an image below is on a server that does not answer),
  * VIR_ERR_OPERATION_INVALID (a snapshot was interrupted that uses the same files, or whose journal
- * cannot be read, and something is left of it: see instantsnap_recover()), VIR_ERR_OPERATION_FAILED.
+ * cannot be read, and something is left of it: see instantsnap_recover()),
+ * VIR_ERR_OPERATION_FAILED.
  * Blocks for some 10 ms for each disk; for 30 s if a server does not answer.
  */
 instantsnap_revert_plan *instantsnap_snapshot_prepare_revert(
@@ -1073,8 +1074,8 @@ int instantsnap_snapshot_load(instantsnap_guest *guest, const char *name, unsign
  * image. With the other ways, a QEMU that has mapped the image is refused.
  *
  * Returns 0, or -1: as instantsnap_snapshot_load(), VIR_ERR_OPERATION_UNSUPPORTED for a way in
- * which memory cannot come back yet, VIR_ERR_CONFIG_UNSUPPORTED for a QEMU or an image with which this
- * way is not possible (the message names the backend and the property; nothing was loaded), and
+ * which memory cannot come back yet, VIR_ERR_CONFIG_UNSUPPORTED for a QEMU or an image with which
+ * this way is not possible (the message names the backend and the property; nothing was loaded), and
  * VIR_ERR_INVALID_DOMAIN_SNAPSHOT for an image with old content where a page is zero.
  */
 int instantsnap_snapshot_load_with(instantsnap_guest *guest, const char *name, unsigned int flags,
