@@ -18,6 +18,7 @@ const fn example(command: &'static str, what: &'static str, line: &'static str) 
 
 /// All examples, in an order in which each finds what it needs.
 pub const ALL: &[Example] = &[
+    example("doctor", "Before the first snapshot of a domain", "instantsnap doctor vm1"),
     example(
         "snapshot-create-as",
         "An instant snapshot of a running domain, its files beside its disks",

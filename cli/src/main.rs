@@ -5,7 +5,7 @@
 //! ```text
 //! main        the command line, and the exit status
 //!  ├ snapshot    the commands for snapshots, spelled as virsh spells them
-//!  ├ image, recover, daemon    the other commands
+//!  ├ image, recover, doctor, daemon    the other commands
 //!  ├ complete, man    what the shells and man show
 //!  ├ guest    a domain of libvirt's, or a QEMU with a QMP socket
 //!  └ uri, signals, output, examples, failure
@@ -13,6 +13,7 @@
 
 mod complete;
 mod daemon;
+mod doctor;
 mod examples;
 mod failure;
 mod guest;
@@ -33,6 +34,7 @@ use clap::{ArgMatches, Args, CommandFactory, FromArgMatches, Parser, Subcommand}
 
 use complete::Complete;
 use daemon::Daemon;
+use doctor::Doctor;
 use failure::{Failure, Result, most_like};
 use guest::Guest;
 use image::Image;
@@ -85,6 +87,13 @@ enum Topic {
     /// watchdog were killed. What cannot be proved is left as it is, and named.
     #[command(after_help = examples::of("recover"))]
     Recover(Recover),
+    /// Say whether instant snapshots of a domain, or on this host, work, and what helps if not
+    ///
+    /// Each check is a line that begins with PASS, WARN (it works, but could be better), FAIL (it
+    /// does not work) or SKIP (it could not be checked); a line below says what helps. Nothing is
+    /// changed. The exit status is 0 if no check failed.
+    #[command(after_help = examples::of("doctor"))]
+    Doctor(Doctor),
     /// Instant snapshots for every client of libvirt's daemon, by way of the daemon itself
     #[command(subcommand)]
     Daemon(Daemon),
@@ -154,6 +163,7 @@ fn run(cli: Cli) -> Result<ExitCode> {
         Topic::Snapshot(command) => snapshot::run(command, &context),
         Topic::Image(command) => image::run(command, &context),
         Topic::Recover(command) => command.run(&context),
+        Topic::Doctor(command) => command.run(&context),
         Topic::Daemon(_) if json => Err(Failure::Usage("daemon has no --json".into())),
         Topic::Daemon(command) => return daemon::run(command).map_err(Failure::Other),
         Topic::Complete(command) => command.run(),

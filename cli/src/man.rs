@@ -18,7 +18,7 @@ const STATUSES: &[(&str, &str)] = &[
     (
         "1",
         "Failed. Everything is as it was before, unless the message says what is left. A recovery \
-         has found something that must be decided on.",
+         has found something that must be decided on; a check of doctor has failed.",
     ),
     ("2", "The command line makes no sense. Nothing was done."),
     ("3", "Of daemon status: the daemon does not have the library, or will not have it."),

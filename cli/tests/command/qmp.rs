@@ -84,6 +84,26 @@ fn a_snapshot_by_qmp_is_taken_listed_reverted_to_and_deleted() {
 }
 
 #[test]
+fn doctor_shows_each_check_and_fails_if_one_does() {
+    let direct = Direct::start();
+    let said = direct.run(&["doctor", "vm"]).succeeded();
+    let verdicts = ["PASS  ", "WARN  ", "SKIP  ", "      "];
+    assert!(said.lines().all(|line| verdicts.iter().any(|verdict| line.starts_with(verdict))));
+    assert!(said.contains("PASS  disk vd0: "), "{said}");
+    assert_eq!(direct.run(&["-q", "doctor", "vm"]).succeeded(), "");
+    fs::write(direct.state.join(".lost.journal"), "nonsense").unwrap();
+    let said = direct.run(&["doctor", "vm"]).failed(1);
+    assert!(said.contains("1 check failed"), "{said}");
+    // This host may fail a check, and the status says so.
+    let host = instantsnap(&["--json", "doctor"]);
+    let found: Value = serde_json::from_str(&host.output).unwrap();
+    let found = found.as_array().unwrap();
+    assert!(found.iter().any(|found| found["check"] == "kernel" && found["verdict"] == "pass"));
+    let has_failed = found.iter().any(|found| found["verdict"] == "fail");
+    assert_eq!(host.status, Some(i32::from(has_failed)));
+}
+
+#[test]
 fn the_name_of_the_domain_must_be_that_of_its_xml() {
     let directory = tempfile::tempdir().unwrap();
     let file = directory.path().join("vm.xml");
