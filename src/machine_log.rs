@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! Reports to the machine's log what no caller is told: what the watchdog of a caller that has ended
-//! could not undo, and what an operation has recovered before it began.
+//! Reports to the machine's log what no caller is told: what the watchdog of a caller that has
+//! ended could not undo, and what an operation has recovered before it began.
 
 use std::path::Path;
 

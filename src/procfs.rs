@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 
-//! What /proc says of processes, of this boot of the host, and of this process's namespaces; and the
-//! name of the host.
+//! What /proc says of processes, of this boot of the host, and of this process's namespaces; and
+//! the name of the host.
 
 use std::collections::BTreeSet;
 use std::fmt::Display;

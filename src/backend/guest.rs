@@ -392,8 +392,8 @@ pub trait Guest: Execute {
         Ok(())
     }
 
-    /// Merges the overlays of a QEMU that has ended, and discards none. Returns false if the backend
-    /// does both in one step, which follows.
+    /// Merges the overlays of a QEMU that has ended, and discards none. Returns false if the
+    /// backend does both in one step, which follows.
     fn merge_offline(&mut self) -> Result<bool> {
         Ok(false)
     }

@@ -6,8 +6,8 @@
 //! It is a file of JSON lines. The first line says what the snapshot is going to make, and is
 //! complete on disk before anything is made. Each later line is appended and synced, and says how
 //! far the snapshot, its undo or its recovery is. A process that is killed, or a host that loses
-//! its power, can leave half a line at the end, which counts as not written, and which the next line
-//! overwrites. No line is written while the guest is paused.
+//! its power, can leave half a line at the end, which counts as not written, and which the next
+//! line overwrites. No line is written while the guest is paused.
 //!
 //! Whether the snapshot is still under way is not in the file: its process and its watchdog hold
 //! the lock of the name's reservation.
@@ -294,8 +294,8 @@ impl JournalFile {
     /// Appends a line, and syncs it to disk. After an error the line counts as not written.
     pub fn append(&mut self, of: &Line) -> io::Result<()> {
         let line = line_of(of)?;
-        // A resumed guest ends with the host's power, so that line need not outlive it. It is written
-        // where the guest waits for nothing, not even for a disk.
+        // A resumed guest ends with the host's power, so that line need not outlive it. It is
+        // written where the guest waits for nothing, not even for a disk.
         let needs_sync = !matches!(of, Line::Resumed);
         let written = self.file.write_all_at(&line, self.length);
         let written =

@@ -247,8 +247,8 @@ fn image_that_is_opened_during_the_merge_of_another_disk_is_not_merged_into() {
     let stand_in = tempfile::tempdir().unwrap();
     let script = format!(
         "#!/bin/sh\n[ \"$1\" = commit ] || exec /usr/bin/qemu-img \"$@\"\necho commit >>{0}/log\n\
-         /usr/bin/qemu-img \"$@\" || exit\n[ -e {0}/pid ] || qemu-nbd -f qcow2 -t -k {0}/nbd --fork \
-         --pid-file={0}/pid {1} </dev/null >{0}/said 2>&1\n",
+         /usr/bin/qemu-img \"$@\" || exit\n[ -e {0}/pid ] || qemu-nbd -f qcow2 -t -k {0}/nbd \
+         --fork --pid-file={0}/pid {1} </dev/null >{0}/said 2>&1\n",
         stand_in.path().display(),
         opened.guest.disks()[1].file.display()
     );
@@ -334,8 +334,8 @@ fn recoverer() {
 /// A stand-in that merges, and kills the process whose number is in `pid` before it can go on.
 fn killing_qemu_img(directory: &Path) -> PathBuf {
     let script = format!(
-        "#!/bin/sh\n[ \"$1\" = commit ] || exec /usr/bin/qemu-img \"$@\"\n/usr/bin/qemu-img \"$@\"\n\
-         kill -9 $(cat {}/pid)\n",
+        "#!/bin/sh\n[ \"$1\" = commit ] || exec /usr/bin/qemu-img \"$@\"\n\
+         /usr/bin/qemu-img \"$@\"\nkill -9 $(cat {}/pid)\n",
         directory.display()
     );
     qemu_img_stand_in(directory, &script)

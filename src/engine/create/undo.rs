@@ -276,8 +276,8 @@ impl Journal<'_, '_> {
         }
     }
 
-    /// Merges the overlays of a QEMU that has ended. If this process is killed meanwhile, a recovery
-    /// repeats it.
+    /// Merges the overlays of a QEMU that has ended. If this process is killed meanwhile, a
+    /// recovery repeats it.
     fn merge_offline(&mut self, guest: &mut dyn Guest) -> Result<()> {
         let overlays = self.overlays.clone();
         let _ = self.note(&Line::merging(overlays.clone()));

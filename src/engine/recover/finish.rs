@@ -46,8 +46,8 @@ pub fn finish(
         }
         Ok(recorded) => {
             let why = format!(
-                "'{}' is the record of a snapshot with another memory image ('{}'): move one of the \
-                 two away; nothing was changed",
+                "'{}' is the record of a snapshot with another memory image ('{}'): move one of \
+                 the two away; nothing was changed",
                 store.record_path(name).display(),
                 recorded.memory_file
             );
@@ -58,8 +58,8 @@ pub fn finish(
         // It may be complete: nothing of it may be removed.
         Err(error) => {
             let why = format!(
-                "it seems to be recorded, and its record cannot be read ({}): repair the record, or \
-                 remove it so that the snapshot is undone; nothing was changed",
+                "it seems to be recorded, and its record cannot be read ({}): repair the record, \
+                 or remove it so that the snapshot is undone; nothing was changed",
                 error.message
             );
             report.undecided(What::Snapshot, name, why);

@@ -315,8 +315,8 @@ fn name_storage(store: &Store, journal: &ReadJournal, report: &mut Report) {
     let path = store.journal_path(&journal.intent.snapshot);
     for disk in &journal.intent.planned.manual {
         let why = format!(
-            "the storage hook may have made a snapshot of it: look there, remove that snapshot, and \
-             then remove '{}'",
+            "the storage hook may have made a snapshot of it: look there, remove that snapshot, \
+             and then remove '{}'",
             path.display()
         );
         report.kept(What::Storage, disk, why);

@@ -204,9 +204,9 @@ fn why_not(left: &Left, journal: &ReadJournal, others: &Others) -> Option<String
     }
     if let Some(other) = others.need(image) {
         return Some(format!(
-            "it has what the guest wrote last, and cannot be merged into '{image}', because {other} \
-             stands on that image, or needs it as it is: keep the overlay and start the guest on \
-             it, or merge it when the other does not need '{image}' any more"
+            "it has what the guest wrote last, and cannot be merged into '{image}', because \
+             {other} stands on that image, or needs it as it is: keep the overlay and start the \
+             guest on it, or merge it when the other does not need '{image}' any more"
         ));
     }
     let backing = Header::read(file.file()).and_then(|header| header.backing);

@@ -140,8 +140,8 @@ fn may_merge(store: &Store, journal: &ReadJournal, report: &mut Report) -> Resul
     for overlay in &journal.intent.planned.overlays {
         if let Some(other) = others.need(&overlay.image) {
             let why = format!(
-                "the guest goes on with it, and it was not merged into '{}', because {other} stands \
-                 on that image, or needs it as it is",
+                "the guest goes on with it, and it was not merged into '{}', because {other} \
+                 stands on that image, or needs it as it is",
                 overlay.image
             );
             report.undecided(What::Overlay, &overlay.overlay, why);

@@ -94,8 +94,8 @@ impl Child {
         // and leaves the locks, which it shares with that one.
         let Some(stage) = self.watch(&own, drain.as_ref()) else { sys::exit_now() };
         let Common { monitor, pipe, reservation, held, .. } = own;
-        // A snapshot that is recorded is complete. But it may not be the current one yet: a recovery
-        // goes on by the journal.
+        // A snapshot that is recorded is complete. But it may not be the current one yet: a
+        // recovery goes on by the journal.
         let recorded = self.record.as_deref().is_none_or(sys::exists);
         let mut done = false;
         if stage != Stage::Committing || !recorded {
