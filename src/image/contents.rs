@@ -4,13 +4,15 @@
 //! image that is damaged there is found.
 
 use std::fs::File;
+use std::io;
+use std::ops::ControlFlow;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 
 use serde::Serialize;
 
 use super::file::Image;
-use super::pipe::CHUNK;
+use super::incoming::Incoming;
 use super::records::{Block, Content, Head, PAGE, Record, Records};
 use super::sparse_reader::{MOST_MEMORY, SparseStream};
 use crate::error::{Code, Error, Result};
@@ -111,44 +113,47 @@ fn of_sparse(file: &File, sparse: &SparseStream) -> std::result::Result<Vec<Memo
 /// Reads all records of a stream up to its devices.
 fn of_raw(file: &File, begin: u64) -> std::result::Result<Vec<Memory>, String> {
     let unknown = |what: String| format!("has a stream that this version does not know: {what}");
-    let mut buffer = vec![0; CHUNK];
-    let (mut filled, mut at) = (0, begin);
-    let mut reading: Option<(Records, Vec<Memory>)> = None;
-    loop {
-        let read = file
-            .read_at(&mut buffer[filled..], at)
-            .map_err(|error| format!("cannot be read: {error}"))?;
-        if read == 0 {
-            return Err("is cut off: QEMU's stream ends among its pages".into());
-        }
-        at += read as u64;
-        filled += read;
+    let cannot_read = |error: io::Error| format!("cannot be read: {error}");
+    let mut at = begin;
+    let mut read = |space: &mut [u8]| read_next(file, &mut at, space).map_err(cannot_read);
+    let mut incoming = Incoming::new();
+    let head = incoming.head(&mut read)?.map_err(unknown)?;
+    check_size(&head)?;
+    let mut records = Records::new(&head);
+    let mut memory: Vec<_> = head.blocks.iter().map(Memory::new).collect();
+    let count = |bytes: &[u8]| {
         let mut used = 0;
-        if reading.is_none() {
-            let Some((head, length)) = Head::parse(&buffer[..filled]).map_err(unknown)? else {
-                continue;
-            };
-            used = length;
-            let memory = head.blocks.iter().map(Memory::new).collect();
-            check_size(&head)?;
-            reading = Some((Records::new(&head), memory));
-        }
-        let Some((records, memory)) = &mut reading else { continue };
-        while let Some((record, length)) = records.next(&buffer[used..filled]).map_err(unknown)? {
+        while let Some((record, length)) = records.next(&bytes[used..]).map_err(unknown)? {
             used += length;
             match record {
                 Record::Page { block, content: Content::Fill(0), .. } => {
                     memory[block].zero_pages += 1;
                 }
                 Record::Page { block, .. } => memory[block].data_pages += 1,
-                Record::Tail(_) => {
-                    return Ok(reading.map(|(_, memory)| memory).unwrap_or_default());
-                }
+                Record::Tail(_) => return Ok(ControlFlow::Break(())),
                 Record::Mark => {}
             }
         }
-        buffer.copy_within(used..filled, 0);
-        filled -= used;
+        Ok(ControlFlow::Continue(used))
+    };
+    incoming.each(&mut read, count)?;
+    if !records.is_after_pages() {
+        return Err("is cut off: QEMU's stream ends among its pages".into());
+    }
+    Ok(memory)
+}
+
+/// Reads the next bytes of a file; none at its end.
+pub(super) fn read_next(file: &File, at: &mut u64, space: &mut [u8]) -> io::Result<usize> {
+    loop {
+        match file.read_at(space, *at) {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+            Ok(read) => {
+                *at += read as u64;
+                return Ok(read);
+            }
+        }
     }
 }
 

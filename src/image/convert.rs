@@ -8,18 +8,19 @@
 
 use std::fs::File;
 use std::io::{self, BufWriter, Seek, SeekFrom, Write};
+use std::ops::ControlFlow;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 
 use tempfile::NamedTempFile;
 
 use super::classic::{self, Zeros};
-use super::contents::check_size;
+use super::contents::{check_size, read_next};
 use super::file::{Image, mark_complete, marked_partial};
 use super::format::Format;
+use super::incoming::Incoming;
 use super::page_writer::{Failure, PageWriter};
 use super::pipe::CHUNK;
-use super::records::Head;
 use crate::error::{Code, Error, Result, fail};
 use crate::sys;
 
@@ -92,35 +93,16 @@ fn write(image: &Image, format: Format, to: &File) -> std::result::Result<(), Fa
 }
 
 fn write_sparse(from: &File, begin: u64, to: &File) -> std::result::Result<(), Failure> {
-    let mut buffer = vec![0; CHUNK];
-    let (mut filled, mut at) = (0, begin);
-    let mut writer = None;
-    loop {
-        let read = match from.read_at(&mut buffer[filled..], at) {
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-            read => read?,
-        };
-        at += read as u64;
-        filled += read;
-        if writer.is_none() {
-            let bytes = &buffer[..filled];
-            if let Some((head, _)) = Head::parse(bytes).map_err(Failure::Stream)? {
-                check_size(&head).map_err(|what| Failure::Stream(format!("it {what}")))?;
-            }
-            writer = PageWriter::begin(to, bytes, begin)?;
-        }
-        let used = match &mut writer {
-            Some(writer) => writer.write(to, &buffer[..filled])?,
-            None => 0,
-        };
-        buffer.copy_within(used..filled, 0);
-        filled -= used;
-        if read == 0 {
-            return match writer {
-                Some(writer) if filled == 0 => writer.finish(to),
-                _ => Err(Failure::Stream("it ends among its pages".into())),
-            };
-        }
+    let mut at = begin;
+    let mut read = |space: &mut [u8]| read_next(from, &mut at, space).map_err(Failure::File);
+    let mut incoming = Incoming::new();
+    let head = incoming.head(&mut read)?.map_err(Failure::Stream)?;
+    check_size(&head).map_err(|what| Failure::Stream(format!("it {what}")))?;
+    let mut writer = PageWriter::begin(to, &head, begin)?;
+    let write = |bytes: &[u8]| Ok(ControlFlow::Continue(writer.write(to, bytes)?));
+    match incoming.each(&mut read, write)? {
+        true => writer.finish(to),
+        false => Err(Failure::Stream("it ends among its pages".into())),
     }
 }
 
@@ -129,7 +111,7 @@ mod tests {
     use std::collections::BTreeMap;
 
     use super::super::contents::Contents;
-    use super::super::records::{Content, Record, Records};
+    use super::super::records::{Content, Head, HeadReader, Record, Records};
     use super::super::sample::{self, image};
     use super::*;
     use crate::random::Random;
@@ -141,7 +123,7 @@ mod tests {
     fn parts(path: &Path) -> Parts {
         let begin = Image::open(path).unwrap().stream_offset as usize;
         let bytes = std::fs::read(path).unwrap();
-        let (head, length) = Head::parse(&bytes[begin..]).unwrap().unwrap();
+        let (head, length) = HeadReader::default().read(&bytes[begin..]).unwrap().unwrap();
         let mut records = Records::new(&head);
         let (mut at, mut pages) = (begin + length, BTreeMap::new());
         loop {

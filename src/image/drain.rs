@@ -16,6 +16,7 @@
 
 use std::fs::File;
 use std::io;
+use std::ops::ControlFlow;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
@@ -27,6 +28,7 @@ use rustix::io::Errno;
 use rustix::pipe::{SpliceFlags, splice, tee};
 
 use super::format::Format;
+use super::incoming::Incoming;
 use super::page_writer::{Failure, PageWriter};
 use super::pipe::{self, CHUNK};
 use crate::error::{Code, Error, Result};
@@ -310,51 +312,52 @@ impl Shared {
 
     /// Reads the records of the stream, and writes the pages to their places.
     fn fill_sparse(&self) -> std::result::Result<(), Stopped> {
-        let mut buffer = vec![0; CHUNK];
-        let mut filled = 0;
-        let mut writer = None;
+        let file = &self.file;
+        let mut incoming = Incoming::new();
+        let begun = match incoming.head(|space| self.read(space))? {
+            Ok(head) => PageWriter::begin(file, &head, self.offset),
+            Err(what) => Err(Failure::Stream(what)),
+        };
+        let mut writer = match begun {
+            Ok(writer) => writer,
+            Err(Failure::File(error)) => return Err(error.into()),
+            // Nothing is in the file yet.
+            Err(Failure::Stream(_)) => return self.stay_raw(&incoming),
+        };
+        let write = |bytes: &[u8]| Ok(ControlFlow::Continue(writer.write(file, bytes)?));
+        match incoming.each(|space| self.read(space), write)? {
+            true => Ok(writer.finish(file)?),
+            false => Err(Stopped::Wrong),
+        }
+    }
+
+    /// Reads bytes of the stream, once some have come; none at its end.
+    fn read(&self, space: &mut [u8]) -> std::result::Result<usize, Stopped> {
         loop {
             if !self.wait() || self.is(DISCARD) {
                 return Err(Stopped::Unwanted);
             }
             let last = self.is(LAST);
             self.numbers[IN_RECORDS].store(1, Ordering::Release);
-            let ended = match rustix::io::read(&self.pipe, &mut buffer[filled..]) {
-                Ok(0) => true,
+            match rustix::io::read(&self.pipe, &mut *space) {
                 Ok(read) => {
                     self.count(read);
-                    filled += read;
-                    false
+                    return Ok(read);
                 }
-                Err(Errno::AGAIN) if last => true,
-                Err(Errno::AGAIN | Errno::INTR) => continue,
+                Err(Errno::AGAIN) if last => return Ok(0),
+                Err(Errno::AGAIN | Errno::INTR) => {}
                 Err(error) => return Err(error.into()),
-            };
-            if writer.is_none() {
-                match PageWriter::begin(&self.file, &buffer[..filled], self.offset) {
-                    Ok(Some(begun)) => writer = Some(begun),
-                    Ok(None) if !ended => continue,
-                    // Nothing is in the file yet.
-                    Ok(None) | Err(Failure::Stream(_)) => {
-                        self.file.write_all_at(&buffer[..filled], self.offset)?;
-                        self.numbers[EMPTIED].store(filled as u64, Ordering::Release);
-                        self.numbers[STAYS_RAW].store(1, Ordering::Release);
-                        return if ended { Ok(()) } else { self.fill(filled as u64) };
-                    }
-                    Err(Failure::File(error)) => return Err(error.into()),
-                }
-            }
-            let Some(writer) = &mut writer else { continue };
-            let used = writer.write(&self.file, &buffer[..filled])?;
-            buffer.copy_within(used..filled, 0);
-            filled -= used;
-            if ended && filled > 0 {
-                return Err(Stopped::Wrong);
-            }
-            if ended {
-                return Ok(writer.finish(&self.file)?);
             }
         }
+    }
+
+    /// Moves a stream as it comes, whose first bytes have come.
+    fn stay_raw(&self, incoming: &Incoming) -> std::result::Result<(), Stopped> {
+        let bytes = incoming.bytes();
+        self.file.write_all_at(bytes, self.offset)?;
+        self.numbers[EMPTIED].store(bytes.len() as u64, Ordering::Release);
+        self.numbers[STAYS_RAW].store(1, Ordering::Release);
+        if incoming.has_ended() { Ok(()) } else { self.fill(bytes.len() as u64) }
     }
 
     /// The number of bytes that are in the file. Corrects the number of bytes that were taken: a

@@ -14,6 +14,7 @@ mod cursor;
 mod drain;
 mod file;
 mod format;
+mod incoming;
 mod index;
 mod mapping;
 mod page_map;

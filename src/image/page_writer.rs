@@ -10,7 +10,7 @@ use rustix::fs::{FallocateFlags, fallocate};
 use rustix::io::pwritev;
 
 use super::page_map::PageMap;
-use super::records::{Block, Content, Head, LONGEST_HEAD, PAGE, Record, Records};
+use super::records::{Block, Content, Head, PAGE, Record, Records};
 use super::sparse::Layout;
 
 /// Why a stream is not in its image.
@@ -40,38 +40,14 @@ pub struct PageWriter {
     records: Records,
     layout: Layout,
     maps: Vec<PageMap>,
-    /// The bytes of the head that are still to come.
-    skip: usize,
     /// Where the next bytes of the tail belong.
     tail: u64,
 }
 
 impl PageWriter {
-    /// Begins an image whose stream begins at `begin`, with the first bytes of the stream. `None`
-    /// if more bytes are needed. After a failure of the stream nothing is in the file. The bytes
-    /// are those of the next [`PageWriter::write`] too.
-    pub fn begin(file: &File, bytes: &[u8], begin: u64) -> Result<Option<PageWriter>, Failure> {
-        let Some((head, length)) = Head::parse(bytes).map_err(Failure::Stream)? else {
-            return Ok(None);
-        };
-        // The first page shows that the records are of a known kind.
-        let mut records = Records::new(&head);
-        let mut at = length;
-        loop {
-            match records.next(&bytes[at..]).map_err(Failure::Stream)? {
-                None if bytes.len() < LONGEST_HEAD => return Ok(None),
-                None => return Err(Failure::Stream("its first page does not come".into())),
-                Some((Record::Mark, length)) => at += length,
-                Some((Record::Page { .. }, _)) => break,
-                Some((Record::Tail(_), _)) => {
-                    return Err(Failure::Stream("devices come before its pages".into()));
-                }
-            }
-        }
-        PageWriter::open(file, &head, length, begin).map(Some)
-    }
-
-    fn open(file: &File, head: &Head, skip: usize, begin: u64) -> Result<PageWriter, Failure> {
+    /// Begins an image whose stream has this head and begins at `begin`. After a failure of the
+    /// stream nothing is in the file.
+    pub fn begin(file: &File, head: &Head, begin: u64) -> Result<PageWriter, Failure> {
         let layout = Layout::new(head, begin)
             .ok_or_else(|| Failure::Stream("its memory blocks are too large".into()))?;
         for (offset, bytes) in layout.head(head) {
@@ -83,17 +59,16 @@ impl PageWriter {
         Ok(PageWriter {
             records: Records::new(head),
             maps: head.blocks.iter().map(|block| PageMap::new(pages(block))).collect(),
-            skip,
             tail: layout.tail + middle.len() as u64,
             layout,
         })
     }
 
-    /// Writes what is whole of these bytes of the stream, and returns how many bytes that were. The
-    /// others belong before the next ones.
+    /// Writes what is whole of these bytes, which begin with a record, and returns how many bytes
+    /// that were. The others belong before the next ones.
     pub fn write(&mut self, file: &File, bytes: &[u8]) -> Result<usize, Failure> {
         let mut run = Run::default();
-        let mut at = std::mem::take(&mut self.skip);
+        let mut at = 0;
         while let Some((record, length)) =
             self.records.next(&bytes[at..]).map_err(Failure::Stream)?
         {

@@ -104,14 +104,6 @@ pub enum Content<'a> {
 }
 
 impl Head {
-    /// Parses a head from the beginning of a stream. The error is what this does not understand.
-    pub fn parse(bytes: &[u8]) -> Parsed<Head> {
-        match parse(bytes, head)? {
-            None if bytes.len() >= LONGEST_HEAD => Err("its head does not end".into()),
-            parsed => Ok(parsed),
-        }
-    }
-
     /// The section of the memory, from its type to its instance and version.
     pub fn section_start(&self) -> Vec<u8> {
         let [number, instance, version] = self.section.map(u32::to_be_bytes);
@@ -144,12 +136,56 @@ pub fn page_header(block: Option<&Block>, offset: u64, is_data: bool) -> Vec<u8>
     [&(offset | flags).to_be_bytes()[..], &[block.name.len() as u8], &block.name].concat()
 }
 
-fn head(cursor: &mut Cursor) -> Result<Head, Wrong> {
-    let mut opening = opening(cursor, Noted::Nothing)?;
-    while !opening.has_all_blocks() {
-        opening.block(cursor)?;
+/// Reads a head from the beginning of a stream, whose bytes come one after the other.
+#[derive(Default)]
+pub struct HeadReader {
+    opening: Option<Opening>,
+    /// The length of the parts that are parsed.
+    at: usize,
+}
+
+impl HeadReader {
+    /// Parses the head from all bytes that have come, and goes on where it has stopped the last
+    /// time. The error is what it does not understand. Not called again after the head's end.
+    pub fn read(&mut self, bytes: &[u8]) -> Parsed<Head> {
+        match self.head(bytes)? {
+            None if bytes.len() >= LONGEST_HEAD => Err("its head does not end".into()),
+            parsed => Ok(parsed),
+        }
     }
-    opening.end(cursor)
+
+    fn head(&mut self, bytes: &[u8]) -> Parsed<Head> {
+        let mut opening = match self.opening.take() {
+            Some(opening) => opening,
+            None => match parse(bytes, |cursor| opening(cursor, Noted::Nothing))? {
+                Some((opening, length)) => {
+                    self.at = length;
+                    opening
+                }
+                None => return Ok(None),
+            },
+        };
+        while !opening.has_all_blocks() {
+            match parse(&bytes[self.at..], Opening::entry)? {
+                Some(((name, size), length)) => {
+                    opening.add(name, size)?;
+                    self.at += length;
+                }
+                None => {
+                    self.opening = Some(opening);
+                    return Ok(None);
+                }
+            }
+        }
+        let at = self.at;
+        match parse(&bytes[at..], |cursor| opening.end(cursor))? {
+            Some(((), length)) => Ok(Some((opening.head, at + length))),
+            None => {
+                self.opening = Some(opening);
+                Ok(None)
+            }
+        }
+    }
 }
 
 /// The capabilities that QEMU has noted in the configuration.
@@ -265,16 +301,19 @@ impl Opening {
         self.left == 0
     }
 
-    fn block(&mut self, cursor: &mut Cursor) -> Result<(), Wrong> {
-        let name = cursor.name()?.to_vec();
-        let size = cursor.u64()?;
+    /// The name and the size of a block.
+    fn entry<'a>(cursor: &mut Cursor<'a>) -> Result<(&'a [u8], u64), Wrong> {
+        Ok((cursor.name()?, cursor.u64()?))
+    }
+
+    fn add(&mut self, name: &[u8], size: u64) -> Result<(), String> {
         let is_wrong = size == 0 || size & FLAGS != 0 || size > self.left;
-        if is_wrong || self.names.contains(&name) {
-            return Err("the sizes or names of its memory blocks are wrong".to_owned().into());
+        if is_wrong || self.names.contains(name) {
+            return Err("the sizes or names of its memory blocks are wrong".into());
         }
         self.left -= size;
-        self.names.insert(name.clone());
-        self.head.blocks.push(Block { name, size });
+        self.names.insert(name.to_vec());
+        self.head.blocks.push(Block { name: name.to_vec(), size });
         Ok(())
     }
 
@@ -285,7 +324,8 @@ impl Opening {
             return Ok(None);
         }
         parse(bytes, |cursor| {
-            self.block(cursor)?;
+            let (name, size) = Opening::entry(cursor)?;
+            self.add(name, size)?;
             let version = cursor.u32()?;
             if version != MAPPED_VERSION || cursor.u64()? != PAGE as u64 {
                 return Err("its memory blocks have another version or page size than is known"
@@ -298,11 +338,12 @@ impl Opening {
 
     /// Parses the end of the list of blocks, which are all there.
     pub fn parse_end(self, bytes: &[u8]) -> Parsed<Head> {
-        parse(bytes, |cursor| self.end(cursor))
+        let end = parse(bytes, |cursor| self.end(cursor))?;
+        Ok(end.map(|((), length)| (self.head, length)))
     }
 
-    fn end(self, cursor: &mut Cursor) -> Result<Head, Wrong> {
-        let Opening { head, .. } = self;
+    fn end(&self, cursor: &mut Cursor) -> Result<(), Wrong> {
+        let head = &self.head;
         if head.blocks.is_empty() {
             return Err("it has no memory blocks".to_owned().into());
         }
@@ -310,7 +351,7 @@ impl Opening {
             let what = "the list of its memory blocks does not end as it should";
             return Err(what.to_owned().into());
         }
-        Ok(head)
+        Ok(())
     }
 }
 
@@ -431,7 +472,7 @@ mod tests {
 
     /// The error of a stream, whichever part it is of.
     fn error(stream: &[u8]) -> String {
-        let (head, mut at) = match Head::parse(stream) {
+        let (head, mut at) = match HeadReader::default().read(stream) {
             Ok(parsed) => parsed.expect("a whole head"),
             Err(what) => return what,
         };
@@ -447,10 +488,15 @@ mod tests {
     #[test]
     fn a_head_is_whole_only_with_its_last_byte() {
         let head = sample::head();
+        // One reader that gets a byte at a time, and for each length another one.
+        let mut reader = HeadReader::default();
         for end in 0..head.len() {
-            assert_eq!(Head::parse(&head[..end]), Ok(None), "{end}");
+            assert_eq!(HeadReader::default().read(&head[..end]), Ok(None), "{end}");
+            assert_eq!(reader.read(&head[..end]), Ok(None), "{end}");
         }
-        let (parsed, length) = Head::parse(&head).unwrap().unwrap();
+        let whole = reader.read(&head);
+        assert_eq!(HeadReader::default().read(&head), whole);
+        let (parsed, length) = whole.unwrap().unwrap();
         assert_eq!(length, head.len());
         let blocks = [("pc.ram", 2 << 20), ("rom", 8192)];
         let blocks = blocks.map(|(name, size)| Block { name: name.into(), size });

@@ -34,8 +34,8 @@ pub fn make(
         steps.capture_stopped_first()?
     };
     let record = steps.pass_instant(&captured)?;
-    steps.drain(&captured)?;
-    steps.finish(record)
+    let format = steps.drain(&captured)?;
+    steps.finish(record, format)
 }
 
 impl Steps<'_, '_, '_> {

@@ -253,8 +253,8 @@ impl Steps<'_, '_, '_> {
         }
     }
 
-    /// Waits until all of memory is in the image.
-    pub fn drain(&mut self, captured: &Captured) -> Result<()> {
+    /// Waits until all of memory is in the image. Returns the format that the image has.
+    pub fn drain(&mut self, captured: &Captured) -> Result<Format> {
         let bytes = match captured.saved {
             Some(bytes) => bytes,
             None => {
@@ -266,11 +266,13 @@ impl Steps<'_, '_, '_> {
         let stats = &mut self.journal.clock.stats;
         stats.memory_image_bytes = bytes;
         stats.image_format = Some(format);
-        self.cancel.check()
+        self.cancel.check()?;
+        Ok(format)
     }
 
-    /// Puts QEMU's settings back, writes the snapshot to stable storage, and records it.
-    pub fn finish(mut self, record: Record) -> Result<Record> {
+    /// Puts QEMU's settings back, writes the snapshot to stable storage, and records it. `format`:
+    /// see [`Steps::drain`].
+    pub fn finish(mut self, record: Record, format: Format) -> Result<Record> {
         self.replace_lost_watchdog()?;
         let Steps { task, guest, cancel, journal, prepared, .. } = self;
         journal.enter(Entry::Phase(Phase::Finish));
@@ -281,7 +283,6 @@ impl Steps<'_, '_, '_> {
         }
         prepared.settings.restore(guest, task.mode)?;
         journal.enter(Entry::SettingsRestored);
-        let format = journal.stream()?.drain().format();
         let image = journal.image()?;
         if let Some(state) = image.state_at_instant()? {
             run_state::check_text(&state, task.expected_state)?;
