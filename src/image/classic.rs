@@ -10,6 +10,7 @@ use std::os::unix::fs::FileExt;
 use rustix::io::{Errno, preadv};
 
 use super::records::{Block, PAGE, page_header};
+use super::sparse::is_small;
 use super::sparse_reader::SparseStream;
 
 /// The zero pages that are written to the stream.
@@ -17,14 +18,11 @@ use super::sparse_reader::SparseStream;
 pub enum Zeros {
     /// All of them.
     All,
-    /// Those of small blocks only. The RAM of a QEMU that has just started is zero, unless it is a
-    /// file that existed before. But QEMU itself fills some blocks before it loads: firmware and
-    /// ACPI tables. These are small.
+    /// Those of small blocks only ([`super::sparse`]). The RAM of a QEMU that has just started is
+    /// zero, unless it is a file that existed before.
     OfSmallBlocks,
 }
 
-/// Larger than any block that QEMU fills before it loads: firmware has some MiB.
-const SMALL: u64 = 64 << 20;
 /// The pages that are read and written at once.
 const AT_ONCE: u64 = 128;
 /// The length of a page's header without a name.
@@ -32,12 +30,12 @@ const HEADER: usize = 8;
 
 /// Writes the stream, without the pages of the blocks with these numbers. The image is opened for
 /// reading.
-pub fn write(
+pub fn write<W: Write>(
     file: &File,
     stream: &SparseStream,
     zeros: Zeros,
     left_out: &[usize],
-    to: &mut impl Write,
+    to: &mut W,
 ) -> io::Result<()> {
     let head = &stream.head;
     let mut start = [&head.configuration[..], &head.section_start(), &head.total()].concat();
@@ -50,7 +48,9 @@ pub fn write(
     start.extend(head.part_start());
     to.write_all(&start)?;
     for (number, block) in stream.blocks().filter(|(number, _)| !left_out.contains(number)) {
-        let has_zeros = zeros == Zeros::All || block.size < SMALL;
+        let is_small = is_small(block);
+        let has_zeros = zeros == Zeros::All || is_small;
+        let write_pages = if is_small { write_few_pages } else { write_many_pages };
         let pages = stream.layout.places[number].pages;
         let mut name = Some(block);
         for piece in stream.pieces(file, number) {
@@ -90,13 +90,38 @@ fn write_zeros(
     to.write_all(&records)
 }
 
-/// Writes pages of the file, whose block begins at `begin`.
-fn write_pages(
+/// Writes pages of the file, whose block begins at `begin`. Pages of zeros are among them.
+fn write_few_pages<W: Write>(
     file: &File,
     begin: u64,
     name: &mut Option<&Block>,
     pages: Range<u64>,
-    to: &mut impl Write,
+    to: &mut W,
+) -> io::Result<()> {
+    let mut first = pages.start;
+    while first < pages.end {
+        let after = pages.end.min(first + AT_ONCE);
+        let mut content = vec![0; (after - first) as usize * PAGE];
+        file.read_exact_at(&mut content, begin + first * PAGE as u64)?;
+        let mut records = Vec::with_capacity(content.len());
+        for (page, content) in (first..after).zip(content.chunks_exact(PAGE)) {
+            let has_data = content != [0; PAGE];
+            records.extend(page_header(name.take(), page * PAGE as u64, has_data));
+            records.extend_from_slice(if has_data { content } else { &[0] });
+        }
+        to.write_all(&records)?;
+        first = after;
+    }
+    Ok(())
+}
+
+/// Writes pages of the file, whose block begins at `begin`, without looking at them.
+fn write_many_pages<W: Write>(
+    file: &File,
+    begin: u64,
+    name: &mut Option<&Block>,
+    pages: Range<u64>,
+    to: &mut W,
 ) -> io::Result<()> {
     let mut first = pages.start;
     while first < pages.end {

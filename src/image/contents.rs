@@ -59,7 +59,7 @@ impl Memory {
 
 impl Contents {
     /// Reads the contents of a complete image that is not compressed, or finds out what is wrong
-    /// with it. Reads all of a raw image; of a sparse one everything but the pages.
+    /// with it. Reads all of a raw image; of a sparse one everything but the pages of large blocks.
     pub fn read(path: &Path) -> Result<Contents> {
         let image = Image::open(path)?;
         let metadata = image
@@ -102,9 +102,7 @@ fn domain_name(domain_xml: &str) -> Option<String> {
 fn of_sparse(file: &File, sparse: &SparseStream) -> std::result::Result<Vec<Memory>, String> {
     let mut memory: Vec<_> = sparse.head.blocks.iter().map(Memory::new).collect();
     for (number, block) in memory.iter_mut().enumerate() {
-        for piece in sparse.pieces(file, number) {
-            block.data_pages += piece?.1.count();
-        }
+        block.data_pages = sparse.data_pages(file, number)?;
         block.zero_pages = block.bytes / PAGE as u64 - block.data_pages;
     }
     Ok(memory)

@@ -688,7 +688,7 @@ mod tests {
             assert_eq!(&entry[12..24], b"\0\0\0\x01\0\0\0\0\0\0\x10\0");
             // The bitmap of rom, then its pages at the next MiB.
             assert_eq!(&entry[24..32], &((3u64 << 20) + 40).to_be_bytes());
-            assert_eq!(&entry[40..48], [2, 0, 0, 0, 0, 0, 0, 0]);
+            assert_eq!(&entry[40..48], [3, 0, 0, 0, 0, 0, 0, 0]);
             assert_eq!(&image[4 << 20..][..4096], [0; 4096]);
             assert_eq!(&image[(4 << 20) + 4096..][..4096], [4; 4096]);
             let middle = b"\0\0\0\0\0\0\0\x10\x7e\0\0\0\x02";

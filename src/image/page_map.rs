@@ -16,6 +16,15 @@ impl PageMap {
         PageMap { words: vec![0; pages.div_ceil(64) as usize], pages }
     }
 
+    /// A map of a block of which all pages are in the file.
+    pub fn full(pages: u64) -> PageMap {
+        let mut map = PageMap { words: vec![u64::MAX; pages.div_ceil(64) as usize], pages };
+        if let (Some(last), used @ 1..) = (map.words.last_mut(), pages % 64) {
+            *last = u64::MAX >> (64 - used);
+        }
+        map
+    }
+
     /// A map from its bytes in a file. `None` if they have another length, or name pages beyond
     /// the last one.
     pub fn from_bytes(bytes: &[u8], pages: u64) -> Option<PageMap> {
@@ -106,5 +115,10 @@ mod tests {
         assert_eq!(PageMap::from_bytes(&map.to_bytes(), 199), None);
         assert_eq!(PageMap::from_bytes(&map.to_bytes()[..24], 200), None);
         assert_eq!(PageMap::new(64).runs().count(), 0);
+        for pages in [0, 1, 63, 64, 65, 200] {
+            let full = PageMap::full(pages);
+            assert_eq!(full.count(), pages);
+            assert_eq!(PageMap::from_bytes(&full.to_bytes(), pages), Some(full));
+        }
     }
 }

@@ -11,7 +11,7 @@ use rustix::io::pwritev;
 
 use super::page_map::PageMap;
 use super::records::{Block, Content, Head, PAGE, Record, Records};
-use super::sparse::Layout;
+use super::sparse::{Layout, is_small};
 
 /// Why a stream is not in its image.
 #[derive(Debug)]
@@ -39,7 +39,8 @@ impl From<rustix::io::Errno> for Failure {
 pub struct PageWriter {
     records: Records,
     layout: Layout,
-    maps: Vec<PageMap>,
+    /// The pages of each block that have data, and whether all its pages are to be in the bitmap.
+    maps: Vec<(PageMap, bool)>,
     /// Where the next bytes of the tail belong.
     tail: u64,
 }
@@ -55,10 +56,10 @@ impl PageWriter {
         }
         let middle = Layout::middle(head);
         file.write_all_at(&middle, layout.tail)?;
-        let pages = |block: &Block| block.size / PAGE as u64;
+        let map = |block: &Block| (PageMap::new(block.size / PAGE as u64), is_small(block));
         Ok(PageWriter {
             records: Records::new(head),
-            maps: head.blocks.iter().map(|block| PageMap::new(pages(block))).collect(),
+            maps: head.blocks.iter().map(map).collect(),
             tail: layout.tail + middle.len() as u64,
             layout,
         })
@@ -75,7 +76,7 @@ impl PageWriter {
             at += length;
             match record {
                 Record::Page { block, offset, content: Content::Data(page) } => {
-                    self.maps[block].set(offset / PAGE as u64);
+                    self.maps[block].0.set(offset / PAGE as u64);
                     let place = self.layout.places[block].pages + offset;
                     if !run.takes(place) {
                         run.write(file)?;
@@ -84,16 +85,16 @@ impl PageWriter {
                 }
                 Record::Page { block, offset, content: Content::Fill(0) } => {
                     let page = offset / PAGE as u64;
-                    if self.maps[block].has(page) {
+                    if self.maps[block].0.has(page) {
                         // An earlier record of this page had data.
                         run.write(file)?;
-                        self.maps[block].clear(page);
+                        self.maps[block].0.clear(page);
                         punch(file, self.layout.places[block].pages + offset)?;
                     }
                 }
                 Record::Page { block, offset, content: Content::Fill(byte) } => {
                     run.write(file)?;
-                    self.maps[block].set(offset / PAGE as u64);
+                    self.maps[block].0.set(offset / PAGE as u64);
                     let place = self.layout.places[block].pages + offset;
                     file.write_all_at(&[byte; PAGE], place)?;
                 }
@@ -114,8 +115,12 @@ impl PageWriter {
         if !self.records.is_after_pages() {
             return Err(Failure::Stream("it ends among its pages".into()));
         }
-        for (place, map) in self.layout.places.iter().zip(&self.maps) {
-            file.write_all_at(&map.to_bytes(), place.bitmap)?;
+        for (place, (map, has_all)) in self.layout.places.iter().zip(&self.maps) {
+            let bitmap = match has_all {
+                true => PageMap::full(map.pages()).to_bytes(),
+                false => map.to_bytes(),
+            };
+            file.write_all_at(&bitmap, place.bitmap)?;
         }
         Ok(())
     }

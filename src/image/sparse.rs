@@ -12,6 +12,11 @@
 //!
 //! Offsets count from the beginning of the file. Bit k of a bitmap, in little-endian words of 64
 //! bits, is set if page k is in the file. A page that is not has zeros everywhere.
+//!
+//! A reader of mapped-ram does not write the pages that are not in the file. But QEMU itself fills
+//! some blocks before it loads: firmware and ACPI tables, which are small. So all bits of small
+//! blocks are set here, also those of pages of zeros, which are holes in the file. (QEMU and libvirt
+//! do not set them.)
 
 use super::records::{Block, CAPABILITIES, Head, MAPPED_RAM, MAPPED_VERSION, PAGE};
 
@@ -19,6 +24,14 @@ use super::records::{Block, CAPABILITIES, Head, MAPPED_RAM, MAPPED_VERSION, PAGE
 pub const ALIGN: u64 = 1 << 20;
 /// The length of what follows the size of a block.
 const PLACES: u64 = 4 + 3 * 8;
+
+/// Larger than any block that QEMU fills before it loads: firmware has some MiB.
+const SMALL: u64 = 64 << 20;
+
+/// Whether QEMU may fill this block before it loads.
+pub fn is_small(block: &Block) -> bool {
+    block.size < SMALL
+}
 
 /// The offsets of a block in the file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

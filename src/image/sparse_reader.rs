@@ -9,12 +9,16 @@
 
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
+
+use rustix::fs::{SeekFrom, seek};
+use rustix::io::Errno;
 
 use super::cursor::Parsed;
 use super::page_map::PageMap;
 use super::records::{Block, Head, LONGEST_BLOCK, Opening, PAGE, Record, Records};
-use super::sparse::{ALIGN, Layout, Place, bitmap_length};
+use super::sparse::{ALIGN, Layout, Place, bitmap_length, is_small};
 
 /// More than the part of a stream before its first memory block.
 const LONGEST_OPENING: usize = 4096;
@@ -90,10 +94,67 @@ impl SparseStream {
         })
     }
 
+    /// Whether all pages of small blocks are in the file: then a reader of mapped-ram loads the
+    /// image into any QEMU whose RAM is zero. (`virsh save` makes other images.)
+    pub fn has_all_of_small_blocks(&self, file: &File) -> Result<bool, String> {
+        for (number, _) in self.blocks().filter(|(_, block)| is_small(block)) {
+            for piece in self.pieces(file, number) {
+                let (_, map) = piece?;
+                if map.count() != map.pages() {
+                    return Ok(false);
+                }
+            }
+        }
+        Ok(true)
+    }
+
+    /// The number of pages of a block that are not all zeros. Those of a large block are not looked
+    /// at: what is in the file counts.
+    pub fn data_pages(&self, file: &File, number: usize) -> Result<u64, String> {
+        let is_small = is_small(&self.head.blocks[number]);
+        let begin = self.layout.places[number].pages;
+        let mut count = 0;
+        for piece in self.pieces(file, number) {
+            let (first, map) = piece?;
+            count += match is_small {
+                false => map.count(),
+                true => map
+                    .runs()
+                    .map(|run| data_in(file, begin, first + run.start..first + run.end))
+                    .sum::<io::Result<u64>>()
+                    .map_err(cannot_read)?,
+            };
+        }
+        Ok(count)
+    }
+
     /// The blocks, each with its number.
     pub fn blocks(&self) -> impl Iterator<Item = (usize, &Block)> {
         self.head.blocks.iter().enumerate()
     }
+}
+
+/// The number of these pages that are not all zeros. Holes of the file are not read: there may be
+/// more of them than a reader has time for.
+fn data_in(file: &File, begin: u64, pages: Range<u64>) -> io::Result<u64> {
+    const AT_ONCE: u64 = 64;
+    let (mut count, mut next) = (0, pages.start);
+    while next < pages.end {
+        next = match seek(file, SeekFrom::Data(begin + next * PAGE as u64)) {
+            Ok(data) => (data - begin) / PAGE as u64,
+            // No data follows.
+            Err(Errno::NXIO) => break,
+            // This file system does not tell.
+            Err(_) => next,
+        };
+        let after = pages.end.min(next + AT_ONCE);
+        let mut content = vec![0; after.saturating_sub(next) as usize * PAGE];
+        file.read_exact_at(&mut content, begin + next * PAGE as u64)?;
+        let has_data = |page: &&[u8]| **page != [0; PAGE];
+        count += content.chunks_exact(PAGE).filter(has_data).count() as u64;
+        next = after.max(next);
+    }
+    Ok(count)
 }
 
 fn damaged(what: &str) -> String {
