@@ -1146,10 +1146,10 @@ int instantsnap_snapshot_delete(instantsnap_guest *guest, const char *name, unsi
  *
  * @path  the memory image: complete, raw or sparse.
  *
- * Reads all of a raw image, and of a sparse one everything but the pages. The image can be damaged,
- * or made to do harm: that is an error. Returns the text for instantsnap_free_string(), or NULL:
- * VIR_ERR_INVALID_ARG, VIR_ERR_INVALID_DOMAIN_SNAPSHOT (the image is missing, incomplete,
- * compressed, cut off or damaged), VIR_ERR_SYSTEM_ERROR.
+ * Reads all of a raw image, and of a sparse one everything but the pages of blocks of 64 MiB and
+ * more. The image can be damaged, or made to do harm: that is an error. Returns the text for
+ * instantsnap_free_string(), or NULL: VIR_ERR_INVALID_ARG, VIR_ERR_INVALID_DOMAIN_SNAPSHOT (the
+ * image is missing, incomplete, compressed, cut off or damaged), VIR_ERR_SYSTEM_ERROR.
  */
 char *instantsnap_image_info(const char *path);
 

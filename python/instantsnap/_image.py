@@ -34,9 +34,9 @@ class ImageInfo:
 def image_info(path: StrPath) -> ImageInfo:
     """What is in a memory image, which must be complete, and raw or sparse.
 
-    Reads all of a raw image, and of a sparse one everything but the pages. Raises Error:
-    INVALID_DOMAIN_SNAPSHOT (the image is missing, incomplete, compressed, cut off or damaged),
-    SYSTEM_ERROR.
+    Reads all of a raw image, and of a sparse one everything but the pages of blocks of 64 MiB and
+    more. Raises Error: INVALID_DOMAIN_SNAPSHOT (the image is missing, incomplete, compressed, cut
+    off or damaged), SYSTEM_ERROR.
     """
     info = json.loads(_library.take_string(
         library().instantsnap_image_info(_library.encode(path, "path"))))

@@ -12,6 +12,7 @@ use super::delete;
 use super::doctor::{self, Finding};
 use super::job::{Job, Returns};
 use super::operation::{Opened, Operation, Taken};
+use super::options::SparseReader;
 use super::recover::{self, Next, Recovered};
 use super::revert::load::{self, Loaded};
 use super::revert::prepare::{RevertOptions, RevertPlan, prepare_revert_with};
@@ -63,6 +64,11 @@ impl Handle {
     /// Whether snapshots that begin later are refused where no watchdog can be started.
     pub fn set_needs_watchdog(&self, needs: bool) {
         lock(&self.opened.options).needs_watchdog = needs;
+    }
+
+    /// Sets who reads a sparse memory image in loads that begin later.
+    pub fn set_sparse_reader(&self, reader: SparseReader) {
+        lock(&self.opened.options).sparse_reader = reader;
     }
 
     /// Sets the hook that snapshots disks with `snapshot='manual'`, for snapshots that begin later.
@@ -125,7 +131,8 @@ impl Handle {
     /// Restores a snapshot's memory into a QEMU that waits for it.
     pub fn load(&self, name: &str, flags: RevertFlags, memory: Memory) -> Result<Loaded> {
         recover::before_operation(&*self.opened.connector, Next::Load(name))?;
-        load::load(&*self.opened.connector, name, flags, memory)
+        let reader = lock(&self.opened.options).sparse_reader;
+        load::load(&*self.opened.connector, name, flags, memory, reader)
     }
 
     /// Reverts the guest to a snapshot. `restart` ends QEMU, and starts a new one that waits for

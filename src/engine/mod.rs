@@ -35,6 +35,7 @@ pub use event::{Event, EventKind};
 pub use handle::Handle;
 pub use job::{Info, Job, Returns};
 pub use managed::{Operation, delete_managed, hold_unless_it_is_a_step, revert_managed};
+pub use options::SparseReader;
 pub use recover::{Action, Recovered, What, recover_offline, recovery_report};
 pub use revert::load::Loaded;
 pub use revert::memory::MemoryBackend;

@@ -25,6 +25,23 @@ pub struct Options {
     pub needs_watchdog: bool,
     /// The format of memory images.
     pub image_format: Format,
+    /// Who reads a sparse memory image that is loaded.
+    pub sparse_reader: SparseReader,
+}
+
+/// Who reads a sparse memory image when it is loaded into a QEMU.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum SparseReader {
+    /// QEMU where it can, otherwise the library.
+    #[default]
+    Any,
+    /// The library, which makes a stream of it.
+    Library,
+    /// QEMU by so many threads. If it cannot, the load fails.
+    Qemu {
+        /// The number of threads.
+        channels: u8,
+    },
 }
 
 impl Default for Options {
@@ -35,6 +52,7 @@ impl Default for Options {
             storage: None,
             needs_watchdog: false,
             image_format: Format::default(),
+            sparse_reader: SparseReader::default(),
         }
     }
 }

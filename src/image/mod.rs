@@ -39,4 +39,5 @@ pub use mapping::Mapping;
 pub use pipe::pipe;
 pub use records::Block;
 pub use restore_stream::RestoreStream;
+pub use sparse_reader::SparseStream;
 pub use stream::is_other_machine;

@@ -35,7 +35,9 @@ const PIECE: u64 = 1 << 18;
 /// The stream of a sparse memory image.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SparseStream {
+    /// Its head.
     pub head: Head,
+    /// The offsets of its parts.
     pub layout: Layout,
     /// Where the devices begin in the file.
     pub devices: u64,

@@ -9,6 +9,7 @@ mod flow;
 mod incoming;
 mod leftover;
 mod maker;
+mod mapped;
 mod names;
 mod populate;
 mod prefault;
@@ -20,7 +21,8 @@ mod write_check;
 
 pub use self::arm::{wait_armed, wait_resumable};
 pub use self::flow::{Flow, FlowObserver};
-pub use self::incoming::wait_loaded;
+pub use self::incoming::{start_incoming, wait_loaded};
+pub use self::mapped::PassedImage;
 pub use self::names::FD_NAME;
 pub use self::populate::PopulateProgress;
 pub use self::prefault::prefault;

@@ -28,8 +28,8 @@ pub enum Mode {
 /// QEMU's migration capabilities and parameters as they were found: they are put back at the end.
 #[derive(Clone, Debug)]
 pub struct Settings {
-    capabilities: Vec<(String, bool)>,
-    parameters: Map<String, Value>,
+    pub(super) capabilities: Vec<(String, bool)>,
+    pub(super) parameters: Map<String, Value>,
     /// Other clients are locked out while our settings are in force.
     locked: bool,
     /// The watchdog: the process that puts them back if this one cannot.
@@ -307,7 +307,7 @@ impl Settings {
     }
 }
 
-fn set_capabilities(
+pub(super) fn set_capabilities(
     guest: &mut dyn Guest,
     changes: &[(String, bool)],
     deadline: Deadline,

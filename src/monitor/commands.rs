@@ -250,6 +250,26 @@ pub fn closefd(
     qemu.execute(Command::new("closefd", json!({ "fdname": name })), deadline).map(drop)
 }
 
+/// `add-fd`: QEMU keeps a copy of the descriptor, and can open it as `/dev/fdset/` with the number
+/// that this returns.
+pub fn add_fd(qemu: &mut dyn Execute, fd: BorrowedFd, deadline: Deadline) -> Result<i64> {
+    #[derive(Deserialize)]
+    #[serde(rename_all = "kebab-case")]
+    struct Added {
+        fdset_id: i64,
+    }
+    let command = Command { name: "add-fd", arguments: json!({}), fd: Some(fd) };
+    let reply = qemu.run("cannot pass the memory image to QEMU", command, deadline)?;
+    let added: Added = read("add-fd", &reply)?;
+    Ok(added.fdset_id)
+}
+
+/// `remove-fd`: QEMU closes its copies of the descriptors of this number.
+pub fn remove_fd(qemu: &mut dyn Execute, set: i64, deadline: Deadline) -> Result<()> {
+    let command = Command::new("remove-fd", json!({ "fdset-id": set }));
+    qemu.run("cannot have QEMU close the memory image", command, deadline).map(drop)
+}
+
 /// `migrate` into a descriptor passed by [`getfd`].
 pub fn migrate(
     qemu: &mut dyn Execute,

@@ -4,16 +4,20 @@
 //! and conversion keeps all that is in an image.
 
 use std::collections::BTreeMap;
-use std::os::unix::fs::{MetadataExt, PermissionsExt};
-use std::path::Path;
+use std::fs::File;
+use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
+use std::path::{Path, PathBuf};
 
 use common::backend::open_guest;
 use common::{INSTANTLY, Opened, assert_error, first_tick, let_write, machine, named};
-use instantsnap::engine::prepare_revert;
+use instantsnap::engine::{SparseReader, prepare_revert};
 use instantsnap::error::Code;
 use instantsnap::image::{Contents, Format, Image, convert};
 use instantsnap::model::flags::revert::PAUSED;
-use instantsnap_testkit::{Binary, Format as DiskFormat, test};
+use instantsnap_testkit::{
+    Binary, Fault, Fingerprint, Format as DiskFormat, Guest, Proxy, fingerprint, skip, test,
+};
+use serde_json::json;
 
 const PAGE: usize = 4096;
 
@@ -151,6 +155,145 @@ fn memory_that_was_loaded_is_the_images_page_by_page_whatever_was_there_before()
             }
         }
     }
+}
+
+/// The memory blocks of a QEMU that has loaded a snapshot and has not run: `pc.ram`, which is a
+/// memfd, and the others where QEMU says where they are.
+fn loaded_ram(guest: &Guest) -> Vec<(String, Vec<u8>)> {
+    let fds = std::fs::read_dir(format!("/proc/{}/fd", guest.pid())).unwrap();
+    let is_memory = |fd: &PathBuf| {
+        fd.read_link().is_ok_and(|link| link.to_str().unwrap().contains("memfd:memory-backend"))
+    };
+    let memory = fds.map(|fd| fd.unwrap().path()).find(is_memory).expect("the guest's memory");
+    let mut blocks = vec![("pc.ram".to_owned(), std::fs::read(memory).unwrap())];
+    let command = json!({ "command-line": "info ramblock" });
+    let table = guest.control().execute("human-monitor-command", command).unwrap();
+    let number = |text: &str| usize::from_str_radix(text.trim_start_matches("0x"), 16).unwrap();
+    let memory = File::open(format!("/proc/{}/mem", guest.pid())).unwrap();
+    for line in table.as_str().unwrap().lines().skip(1) {
+        // The name, the page size and its unit, the offset, the sizes, the address.
+        let words: Vec<_> = line.split_whitespace().collect();
+        if let [name, _, _, _, used, _, address, _] = words[..] {
+            let mut content = vec![0; number(used)];
+            memory.read_exact_at(&mut content, number(address) as u64).unwrap();
+            blocks.push((name.to_owned(), content));
+        }
+    }
+    blocks
+}
+
+/// The library or QEMU reads the image. A page of the ACPI tables is zero in the image, and not in a
+/// QEMU that has just started.
+#[test]
+fn memory_is_the_images_page_by_page_whoever_reads_the_image() {
+    /// A block of this size can be loaded without its pages of zeros.
+    const MIB: u32 = 64;
+    const SIZE: usize = (MIB as usize) << 20;
+    const TABLES: &str = "/rom@etc/acpi/tables";
+    for binary in Binary::all() {
+        let opened = Opened::start(&machine(binary, 1).memory(MIB));
+        opened.handle.create_as(Some(Format::Sparse), &named("s"), INSTANTLY, &mut ()).unwrap();
+        let path = opened.state_dir().join("s.mem");
+        let image = Image::open(&path).unwrap();
+        let sparse = image.sparse.unwrap();
+        let named =
+            |wanted: &str| sparse.blocks().find(|(_, block)| block.name == wanted.as_bytes());
+        let (tables, _) = named(TABLES).unwrap();
+        let place = sparse.layout.places[tables].pages;
+        let_write(&path);
+        let file = File::options().read(true).write(true).open(&path).unwrap();
+        let mut page = [0; PAGE];
+        file.read_exact_at(&mut page, place).unwrap();
+        assert_ne!(page, [0; PAGE]);
+        file.write_all_at(&[0; PAGE], place).unwrap();
+        convert(&path, Format::Raw).unwrap();
+        let pages = raw(&path).pages;
+        assert!(!pages.contains_key(&(TABLES.to_owned(), 0)));
+
+        let mut ways = vec![
+            (Format::Raw, SparseReader::Any),
+            (Format::Sparse, SparseReader::Any),
+            (Format::Sparse, SparseReader::Library),
+        ];
+        if binary.version >= (9, 0, 0) {
+            let by_qemu = [1, 2, 4].map(|channels| SparseReader::Qemu { channels });
+            ways.extend(by_qemu.map(|reader| (Format::Sparse, reader)));
+        }
+        for (format, reader) in ways {
+            convert(&path, format).unwrap();
+            let plan = prepare_revert(&opened.state_dir(), "s", None).unwrap();
+            let disks: Vec<_> =
+                plan.disks.iter().map(|disk| (disk.file.clone(), DiskFormat::Qcow2)).collect();
+            let backend = format!("memory-backend-memfd,id=pc.ram,size={SIZE},share=on");
+            let machine = opened.guest.machine().for_revert(&disks).arg("-object").arg(&backend);
+            let guest = machine.arg("-machine").arg("memory-backend=pc.ram").start();
+            let before = fingerprint(&mut guest.control());
+            let handle = open_guest(&guest, &guest.qmp(), None, &opened.state_dir()).unwrap();
+            handle.set_sparse_reader(reader);
+            handle.load("s", PAUSED).unwrap();
+            let blocks = loaded_ram(&guest);
+            assert!(blocks.len() > 1 || binary.version < (9, 0, 0), "{blocks:?}");
+            for (block, loaded) in blocks {
+                for (page, loaded) in (0..).zip(loaded.chunks(PAGE)) {
+                    let expected = pages.get(&(block.clone(), page * PAGE as u64));
+                    let is_equal = expected.map_or(*loaded == [0; PAGE], |page| page == loaded);
+                    assert!(is_equal, "{block}, page {page}, {reader:?}, QEMU {}", binary.name);
+                }
+            }
+            let after = fingerprint(&mut guest.control());
+            for part in ["capabilities", "parameters", "fdsets"] {
+                assert_eq!(after.0[part], before.0[part], "{reader:?}, QEMU {}", binary.name);
+            }
+        }
+    }
+}
+
+/// QEMU does not begin, or fails when it reads the devices.
+#[test]
+fn qemu_that_cannot_read_the_image_has_its_settings_back_and_is_given_a_stream_if_it_still_waits() {
+    let Some(binary) = Binary::all().iter().find(|binary| binary.version >= (9, 1, 0)) else {
+        skip("no QEMU is installed that reads sparse images, and says why it cannot");
+    };
+    let opened = Opened::start(&machine(binary, 1));
+    opened.handle.create_as(Some(Format::Sparse), &named("s"), INSTANTLY, &mut ()).unwrap();
+    let path = opened.state_dir().join("s.mem");
+    let assert_restored = |guest: &Guest, before: &Fingerprint| {
+        let after = fingerprint(&mut guest.control());
+        for part in ["capabilities", "parameters", "fdsets"] {
+            assert_eq!(after.0[part], before.0[part]);
+        }
+    };
+    for command in ["add-fd", "migrate-set-capabilities", "migrate-incoming"] {
+        let Opened { guest, handle } = opened.start_clone("s");
+        drop(handle);
+        let proxy = Proxy::start(&guest.directory().join("proxy"), &guest.qmp());
+        let mut control = guest.control();
+        let other = json!({ "multifd-channels": 7, "max-bandwidth": 12345678 });
+        control.execute("migrate-set-parameters", other).unwrap();
+        let xbzrle = json!({ "capabilities": [{ "capability": "xbzrle", "state": true }] });
+        control.execute("migrate-set-capabilities", xbzrle).unwrap();
+        let before = fingerprint(&mut control);
+        drop(control);
+        let handle = open_guest(&guest, proxy.path(), None, &opened.state_dir()).unwrap();
+        proxy.rule(command, 1, Fault::fail("not today"));
+        handle.load("s", PAUSED).unwrap();
+        assert_eq!(proxy.rules_left(), 0);
+        assert_restored(&guest, &before);
+    }
+
+    // The section's mark between two devices.
+    let image = Image::open(&path).unwrap();
+    let whole = std::fs::read(&path).unwrap();
+    let devices = image.sparse.unwrap().devices as usize;
+    let mark = devices + whole[devices..].iter().position(|byte| *byte == 0x7e).unwrap();
+    let_write(&path);
+    let file = File::options().write(true).open(&path).unwrap();
+    file.write_all_at(&[0x7f], mark as u64).unwrap();
+    let clone = opened.start_clone("s");
+    let before = fingerprint(&mut clone.guest.control());
+    let result = clone.handle.load("s", 0);
+    assert_error(result, Code::OperationFailed, "QEMU cannot load the memory image");
+    assert_restored(&clone.guest, &before);
 }
 
 #[test]

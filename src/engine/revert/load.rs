@@ -9,15 +9,17 @@ use std::time::Duration;
 use serde_json::{Value, json};
 
 use super::map;
+use super::mapped_load;
 use super::memory::unsupported;
 use crate::backend::{Connector, DEFAULT_TIMEOUT, Guest, Liveness};
 use crate::deadline::Deadline;
-use crate::error::{Code, Error, Result, fail};
+use crate::engine::options::SparseReader;
+use crate::error::{Result, fail};
 use crate::image::{self, Image, RestoreStream, Zeros};
-use crate::migration::{FD_NAME, Mode, Settings, reactivate_disks, wait_loaded};
+use crate::migration::{FD_NAME, Mode, Settings, reactivate_disks, start_incoming, wait_loaded};
 use crate::model::flags::RevertFlags;
 use crate::model::{Drive, Memory, Record, RecordedDisk, Role};
-use crate::monitor::{Command, Failure, commands};
+use crate::monitor::{Command, commands};
 use crate::sys::{self, now};
 
 /// What a load did, and how long that took.
@@ -70,6 +72,7 @@ pub fn load(
     name: &str,
     flags: RevertFlags,
     memory: Memory,
+    reader: SparseReader,
 ) -> Result<Loaded> {
     let begun = now();
     check_flags(flags)?;
@@ -105,21 +108,14 @@ pub fn load(
 
     let zeros = zeros_to_write(guest);
     let settings = Settings::query(guest)?;
-    let pipe = settings.apply(guest, Mode::Paused).and_then(|()| begin(guest));
-    let write = pipe.map_err(|error| {
-        // Unless QEMU has ended, it still waits, so that the caller can try again.
-        let restored = match guest.liveness() {
-            Liveness::Alive => settings.restore(guest, Mode::Paused),
-            Liveness::Exited | Liveness::Unresponsive => Ok(()),
-        };
-        restored.err().into_iter().fold(error, |error, left| error.and(left.message))
-    })?;
-    // The settings are not restored in a QEMU that could not load, because it is of no more use.
     match way {
-        Way::Full => write_stream(guest, image, zeros, Vec::new(), write),
-        Way::Map(blocks) => write_stream(guest, image, zeros, blocks, write),
+        Way::Full => {
+            if !mapped_load::load(guest, &image, zeros, &settings, reader)? {
+                load_stream(guest, image, zeros, Vec::new(), &settings)?;
+            }
+        }
+        Way::Map(blocks) => load_stream(guest, image, zeros, blocks, &settings)?,
     }
-    .and_then(|()| settings.restore(guest, Mode::Paused))?;
     let loaded = now();
 
     let deadline = Deadline::after(DEFAULT_TIMEOUT);
@@ -255,11 +251,34 @@ fn check_disks(record: &Record, drives: &[Drive]) -> Result<()> {
     Ok(())
 }
 
+/// Loads an image by a stream of it, which every QEMU loads, without the pages of the blocks that
+/// QEMU has mapped.
+fn load_stream(
+    guest: &mut dyn Guest,
+    image: Image,
+    zeros: Zeros,
+    mapped: Vec<usize>,
+    settings: &Settings,
+) -> Result<()> {
+    let begun = settings.apply(guest, Mode::Paused).and_then(|()| begin(guest));
+    let write = begun.map_err(|error| {
+        // Unless QEMU has ended, it still waits, so that the caller can try again.
+        let restored = match guest.liveness() {
+            Liveness::Alive => settings.restore(guest, Mode::Paused),
+            Liveness::Exited | Liveness::Unresponsive => Ok(()),
+        };
+        restored.err().into_iter().fold(error, |error, left| error.and(left.message))
+    })?;
+    // The settings are not restored in a QEMU that could not load, because it is of no more use.
+    write_stream(guest, image, zeros, mapped, write)
+        .and_then(|()| settings.restore(guest, Mode::Paused))
+}
+
 /// Makes QEMU load from a pipe. Returns the pipe's write end.
 fn begin(guest: &mut dyn Guest) -> Result<OwnedFd> {
     let (read, write) = image::pipe()?;
     commands::getfd(guest, FD_NAME, read.as_fd(), Deadline::after(DEFAULT_TIMEOUT))?;
-    start_incoming(guest).inspect_err(|_| {
+    start_incoming(guest, &format!("fd:{FD_NAME}")).inspect_err(|_| {
         // QEMU has not taken the pipe, and would keep it.
         let _ = commands::closefd(guest, FD_NAME, Deadline::after(DEFAULT_TIMEOUT));
     })?;
@@ -275,14 +294,7 @@ fn write_stream(
     write: OwnedFd,
 ) -> Result<()> {
     let stream = RestoreStream::start(image, zeros, mapped, write)?;
-    wait_loaded(guest).map_err(|error| match guest.liveness() {
-        Liveness::Exited => Error::new(
-            Code::OperationFailed,
-            "QEMU ended while it loaded the memory image, as it does when the machine differs from \
-             that of the snapshot: see its standard error",
-        ),
-        _ => error,
-    })?;
+    wait_loaded(guest)?;
     // QEMU closes its end when it has all that it needs, so an error about the rest of the file
     // does not matter.
     let _ = stream.join();
@@ -305,21 +317,5 @@ fn zeros_to_write(guest: &mut dyn Guest) -> Zeros {
     match objects.as_array() {
         Some(objects) if objects.iter().all(is_known) => Zeros::OfSmallBlocks,
         _ => Zeros::All,
-    }
-}
-
-/// Starts the incoming migration. QEMU 9.1 and later can report why it cannot load instead of
-/// ending.
-fn start_incoming(guest: &mut dyn Guest) -> Result<()> {
-    let step = "cannot start loading memory";
-    let uri = format!("fd:{FD_NAME}");
-    let command = Command::new("migrate-incoming", json!({ "uri": uri, "exit-on-error": false }));
-    match guest.execute(command, Deadline::after(DEFAULT_TIMEOUT)) {
-        Ok(_) => Ok(()),
-        Err(Failure::Refused(_, reason)) if reason.contains("exit-on-error") => {
-            let command = Command::new("migrate-incoming", json!({ "uri": uri }));
-            guest.run(step, command, Deadline::after(DEFAULT_TIMEOUT)).map(drop)
-        }
-        Err(failure) => Err(failure.into_error(step)),
     }
 }

@@ -9,6 +9,7 @@
 pub mod load;
 pub mod managed;
 pub mod map;
+mod mapped_load;
 pub mod memory;
 pub mod plan;
 pub mod prepare;
