@@ -281,9 +281,10 @@ pub trait Guest: Execute {
         Ok(())
     }
 
-    /// Refuses a memory image of a format that nobody could load into this guest.
-    fn check_image_format(&mut self, _format: Format) -> Result<()> {
-        Ok(())
+    /// The format of a memory image: the one that the caller wants, or the default. Refuses one
+    /// that nobody could load into this guest.
+    fn image_format(&mut self, wanted: Option<Format>) -> Result<Format> {
+        Ok(wanted.unwrap_or(Format::Raw))
     }
 
     /// Refuses a guest whose RAM another process writes: such pages would be saved as they are
@@ -355,7 +356,7 @@ pub trait Guest: Execute {
     }
 
     /// Records the snapshot at the instant, if its record must exist before it is complete.
-    fn register(&mut self, _record: &Record) -> Result<()> {
+    fn register(&mut self, _record: &Record, _format: Format) -> Result<()> {
         Ok(())
     }
 

@@ -88,7 +88,7 @@ impl Operation {
     ) -> Taken {
         let mut clock = Clock::start(observer);
         let mut options = lock(&self.opened.options).clone();
-        options.image_format = format.unwrap_or(options.image_format);
+        options.image_format = format.or(options.image_format);
         let result = flags.and_then(|flags| {
             let connector = &*self.opened.connector;
             create::create(connector, xml, flags, options, &self.cancel, &mut clock)

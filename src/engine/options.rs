@@ -23,8 +23,8 @@ pub struct Options {
     pub storage: Option<Arc<dyn StorageHook>>,
     /// Whether one is refused that no watchdog can be started for.
     pub needs_watchdog: bool,
-    /// The format of memory images.
-    pub image_format: Format,
+    /// The format of memory images; `None`: the backend's default.
+    pub image_format: Option<Format>,
     /// Who reads a sparse memory image that is loaded.
     pub sparse_reader: SparseReader,
 }
@@ -51,7 +51,7 @@ impl Default for Options {
             early_start: EarlyStart::default(),
             storage: None,
             needs_watchdog: false,
-            image_format: Format::default(),
+            image_format: None,
             sparse_reader: SparseReader::default(),
         }
     }

@@ -5,10 +5,9 @@
 use serde::{Deserialize, Serialize};
 
 /// The format of a memory image.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Format {
     /// QEMU's stream as it came. Every libvirt reads that.
-    #[default]
     Raw,
     /// Each page at its own place, zero pages as holes. libvirt 11.2 and later restores that.
     Sparse,

@@ -3,6 +3,9 @@
 //! The library's notes about a snapshot that libvirt records: an element in the `<metadata>` of the
 //! definition's `<domain>`, which libvirt keeps unchanged.
 
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+
 use quick_xml::escape::escape;
 use roxmltree::Node;
 
@@ -25,6 +28,37 @@ pub struct Notes {
     pub left: Vec<(String, String)>,
     /// Images that deleted snapshots froze, and that stayed because they were needed.
     pub former: Vec<String>,
+    /// The memory image. `None` in notes of earlier, unreleased versions.
+    pub memory: Option<NotedMemory>,
+}
+
+/// The memory image of a snapshot, for those who may not read it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NotedMemory {
+    /// The name of the format that it was to have when the snapshot was taken. (A `sparse` one has
+    /// become `raw` if QEMU's stream was of an unknown kind.)
+    pub format: String,
+    inode: u64,
+}
+
+impl NotedMemory {
+    /// The note about an image that exists. `None` if its metadata cannot be read.
+    pub fn of(image: &Path, format: &str) -> Option<NotedMemory> {
+        let inode = image.metadata().ok()?.ino();
+        Some(NotedMemory { format: format.to_owned(), inode })
+    }
+
+    /// Whether another file, which can have another format, has replaced the image since: for
+    /// example one that was converted. Without the right to look at the file that is not known:
+    /// then this is false.
+    pub fn is_replaced(&self, image: &Path) -> bool {
+        image.metadata().is_ok_and(|now| now.ino() != self.inode)
+    }
+
+    fn read(node: Node) -> Option<NotedMemory> {
+        let format = node.attribute("format")?.to_owned();
+        Some(NotedMemory { format, inode: node.attribute("inode")?.parse().ok()? })
+    }
 }
 
 impl Notes {
@@ -44,6 +78,7 @@ impl Notes {
                 "image" => notes.frozen.extend(text("disk").zip(Frozen::read(node))),
                 "left" => notes.left.extend(text("disk").zip(text("file"))),
                 "former" => notes.former.extend(text("file")),
+                "memory" => notes.memory = NotedMemory::read(node),
                 _ => {}
             }
         }
@@ -115,6 +150,12 @@ impl Notes {
         for file in &self.former {
             text.push_str(&format!("<instantsnap:former file=\"{}\"/>", escape(file)));
         }
+        if let Some(NotedMemory { format, inode }) = &self.memory {
+            text.push_str(&format!(
+                "<instantsnap:memory format=\"{}\" inode=\"{inode}\"/>",
+                escape(format)
+            ));
+        }
         text.push_str("</instantsnap:notes>");
         text
     }
@@ -156,7 +197,9 @@ mod tests {
             frozen: vec![("vda".into(), frozen)],
             left: vec![("v\"b".into(), "/a<b&'c".into())],
             former: vec!["/d".into(), "/e".into()],
+            memory: NotedMemory::of(file.path(), "spa<rse"),
         };
+        assert!(!notes.memory.as_ref().unwrap().is_replaced(file.path()));
         for plain in [PLAIN, WITH_OTHERS] {
             let noted = notes.put_into(plain, "domain").unwrap();
             assert_eq!(read(&noted), notes);

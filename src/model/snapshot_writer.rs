@@ -13,7 +13,7 @@ use quick_xml::escape::escape;
 use quick_xml::events::{BytesText, Event};
 
 use super::domain::{Source, Storage};
-use super::notes::Notes;
+use super::notes::{NotedMemory, Notes};
 use super::plan::DiskPlan;
 use super::record::{ManualDisk, Record, RecordedDisk, RecordedNvram};
 
@@ -41,6 +41,7 @@ pub fn switch_order(name: &str, disks: &[DiskPlan], left_out: &[String]) -> Stri
 /// The definition of a snapshot for libvirt's snapshot list, with our notes in its `<domain>`.
 pub fn definition(
     record: &Record,
+    memory: Option<NotedMemory>,
     parent: Option<&str>,
     left_out: &[String],
     inactive_domain: Option<&str>,
@@ -55,7 +56,7 @@ pub fn definition(
                 .try_for_each(|disk| external(writer, &disk.name, &disk.overlay, nothing))?;
             left_out.iter().try_for_each(|name| excluded(writer, name))
         })?;
-        verbatim(writer, &domain_with_notes(record))?;
+        verbatim(writer, &domain_with_notes(record, memory))?;
         let inactive = inactive_domain.and_then(as_inactive_domain);
         inactive.map_or(Ok(()), |inactive| verbatim(writer, &inactive))
     })
@@ -204,12 +205,12 @@ fn verbatim(writer: &mut XmlWriter, element: &str) -> Result<()> {
     writer.write_event(Event::Text(BytesText::from_escaped(element)))
 }
 
-fn domain_with_notes(record: &Record) -> String {
+fn domain_with_notes(record: &Record, memory: Option<NotedMemory>) -> String {
     let of_disk = |disk: &RecordedDisk| {
         disk.frozen.iter().map(|frozen| (disk.name.clone(), frozen.clone())).collect::<Vec<_>>()
     };
-    let notes =
-        Notes { frozen: record.disks.iter().flat_map(of_disk).collect(), ..Notes::default() };
+    let frozen = record.disks.iter().flat_map(of_disk).collect();
+    let notes = Notes { frozen, memory, ..Notes::default() };
     // Without notes the snapshot still is a valid one of libvirt's.
     notes.put_into(&record.domain_xml, "domain").unwrap_or_else(|_| record.domain_xml.clone())
 }

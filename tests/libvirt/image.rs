@@ -3,10 +3,16 @@
 //! Sparse memory images of domains: libvirt 11.2 and later restores them, but not by its own
 //! revert; earlier ones cannot read them at all.
 
+use std::fs::Permissions;
+use std::os::unix::fs::PermissionsExt;
+
+use common::backend::by_client_only;
 use common::tree::{Maker, Tree};
 use common::{assert_says, machine, virt};
-use instantsnap::error::Code;
+use instantsnap::engine::revert_managed;
+use instantsnap::error::{Code, Error};
 use instantsnap::image::{Contents, Format, convert};
+use instantsnap::model::flags::RevertFlags;
 use instantsnap_testkit::{Binary, Daemon, skip, test};
 
 /// The first libvirt that restores sparse images.
@@ -55,6 +61,72 @@ fn sparse_image_is_refused_before_the_domain_is_ended_where_libvirt_cannot_resto
     tree.opened.assert_untouched(&before);
     convert(&tree.memory("a"), Format::Raw).unwrap();
     tree.assert_all_can_be_reverted_to();
+}
+
+/// Reverts to `a` with the right to look at all files, and to read none that others may not read.
+fn revert_as_another_user(tree: &Tree) -> Result<(), Error> {
+    const ANOTHER: u32 = 54321;
+    // The connection is the caller's.
+    let snapshot = tree.opened.find("a").expect("the snapshot");
+    std::thread::scope(|scope| {
+        let thread = scope.spawn(|| {
+            // SAFETY: it takes no pointers, and changes only this thread, and those that it starts.
+            unsafe { libc::setfsuid(ANOTHER) };
+            revert_managed(&snapshot, RevertFlags::parse(0)?)
+        });
+        thread.join().unwrap()
+    })
+}
+
+/// libvirt's own revert would end the domain, and fail then.
+#[test]
+fn revert_of_a_caller_that_may_not_read_the_image_is_left_to_libvirt_only_if_libvirt_can_read_it() {
+    by_client_only();
+    if Daemon::version() < RESTORES_SPARSE {
+        skip("libvirt 11.2 or later is needed");
+    }
+    if !rustix::process::geteuid().is_root() {
+        skip("only root can look at all files and read none");
+    }
+    let start = || Tree::start(&machine(&Binary::all()[0], 1), &virt::session(), Maker::Instant);
+    let open_up = |tree: &Tree| {
+        let guest = &tree.opened.guest;
+        let temporary = std::env::temp_dir();
+        for directory in guest.directory().ancestors().take_while(|path| *path != temporary) {
+            let mode = directory.metadata().unwrap().permissions().mode();
+            std::fs::set_permissions(directory, Permissions::from_mode(mode | 0o011)).unwrap();
+        }
+        for disk in guest.disks() {
+            for image in [disk.file.clone(), disk.file.with_extension("a")] {
+                std::fs::set_permissions(image, Permissions::from_mode(0o644)).unwrap();
+            }
+        }
+    };
+    let refused = |tree: &Tree, code: Code, parts: &[&str]| {
+        let before = tree.opened.trace();
+        let error = revert_as_another_user(tree).expect_err("no right to read");
+        assert_says(&error, code, parts);
+        tree.opened.assert_untouched(&before);
+        tree.opened.guest.wait_ticks(2);
+    };
+
+    // By the notes it is sparse: the library makes overlays, and may not do so here.
+    let mut tree = start();
+    tree.snapshot_as("a", Format::Sparse);
+    open_up(&tree);
+    refused(&tree, Code::SystemError, &["cannot create an overlay"]);
+    // It is another file since: nothing tells what it is.
+    convert(&tree.memory("a"), Format::Raw).unwrap();
+    let memory = tree.memory("a");
+    refused(&tree, Code::AccessDenied, &[memory.to_str().unwrap(), "as a user that may read"]);
+    tree.revert("a");
+
+    // By the notes it is raw.
+    let mut tree = start();
+    tree.snapshot("a");
+    open_up(&tree);
+    revert_as_another_user(&tree).unwrap();
+    tree.assert_is_at("a");
 }
 
 #[test]

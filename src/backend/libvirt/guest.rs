@@ -27,7 +27,7 @@ use crate::image::Format;
 use crate::libvirt::{Domain, RESTORES_SPARSE, Snapshot};
 use crate::model::domain;
 use crate::model::flags::{self, CreateFlags};
-use crate::model::{DiskPlan, Drive, Record, snapshot_writer};
+use crate::model::{DiskPlan, Drive, NotedMemory, Record, snapshot_writer};
 use crate::monitor::commands::{self, Status};
 use crate::monitor::json::Json;
 use crate::monitor::{Command, Execute, Failure};
@@ -177,7 +177,9 @@ impl Guest for LibvirtGuest<'_> {
         Ok(())
     }
 
-    fn check_image_format(&mut self, format: Format) -> Result<()> {
+    /// The default is raw, because libvirt's own revert cannot read a sparse image.
+    fn image_format(&mut self, wanted: Option<Format>) -> Result<Format> {
+        let format = wanted.unwrap_or(Format::Raw);
         if format == Format::Sparse && self.session.libvirt_version()? < RESTORES_SPARSE {
             fail!(
                 ConfigUnsupported,
@@ -186,7 +188,7 @@ impl Guest for LibvirtGuest<'_> {
                 self.session.connector.name
             );
         }
-        Ok(())
+        Ok(format)
     }
 
     fn check_memory_not_shared(&mut self) -> Result<()> {
@@ -328,7 +330,7 @@ impl Guest for LibvirtGuest<'_> {
         Ok(())
     }
 
-    fn register(&mut self, record: &Record) -> Result<()> {
+    fn register(&mut self, record: &Record, format: Format) -> Result<()> {
         let (parent, younger) = self.parent_of(record)?;
         let inactive = self
             .survey
@@ -338,6 +340,7 @@ impl Guest for LibvirtGuest<'_> {
             .transpose()?;
         let xml = snapshot_writer::definition(
             record,
+            NotedMemory::of(Path::new(&record.memory_file), format.name()),
             parent.as_deref(),
             &self.left_out(),
             inactive.as_deref(),

@@ -10,6 +10,7 @@ use crate::deadline::Deadline;
 use crate::engine::nvram;
 use crate::engine::options::Options;
 use crate::error::{Result, fail};
+use crate::image::Format;
 use crate::migration::{Mode, run_state};
 use crate::model::flags::CreateFlags;
 use crate::model::{MemoryRequest, Plan, RecordedNvram, Request, plan};
@@ -29,6 +30,7 @@ pub struct Task<'a> {
     pub plan: Plan,
     pub nvram: Vec<RecordedNvram>,
     pub memory_file: PathBuf,
+    pub image_format: Format,
     pub about: Description,
     /// The guest's devices at the time of the plan.
     pub devices: Devices,
@@ -49,7 +51,7 @@ impl<'a> Task<'a> {
         let devices = Devices::read(guest)?;
         let Survey { drives, description: about } = guest.survey()?;
         let plan = plan(drives, &request, &reserved.name, flags.reuses_overlays())?;
-        guest.check_image_format(options.image_format)?;
+        let image_format = guest.image_format(options.image_format)?;
         guest.check_images_are_named(&plan.disks)?;
         guest.check_not_busy(&plan.disks)?;
         let memory_file = match (request.memory, &reserved.memory_file) {
@@ -80,6 +82,7 @@ impl<'a> Task<'a> {
             plan,
             nvram,
             memory_file,
+            image_format,
             about,
             devices,
         })

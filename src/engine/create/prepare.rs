@@ -169,7 +169,7 @@ fn prefault_first(task: &Task, guest: &mut dyn Guest, cancel: &Cancel) -> Result
 
 fn create_image(task: &Task) -> Result<MemoryImage> {
     let Description { domain_xml, cookie, owner } = &task.about;
-    let (cookie, format) = (cookie.as_deref(), task.options.image_format);
+    let (cookie, format) = (cookie.as_deref(), task.image_format);
     let image = MemoryImage::create(&task.memory_file, domain_xml, cookie, task.running, format)?;
     if let Some(owner) = owner {
         sys::give_to_owner_of(owner, &image.file()?).map_err(|error| {

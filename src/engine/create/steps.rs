@@ -217,7 +217,7 @@ impl Steps<'_, '_, '_> {
         self.journal.note(&Line::Passed { record: record.to_xml() })?;
         if self.task.flags.keeps_metadata() {
             self.journal.enter(Entry::Record);
-            self.guest.register(&record)?;
+            self.guest.register(&record, self.task.image_format)?;
         }
         Ok(record)
     }

@@ -35,7 +35,7 @@ use crate::image::{Format, Image, is_other_machine};
 use crate::libvirt::{RESTORES_SPARSE, restore, undefine, xml};
 use crate::model::domain::{Disk, Source, Storage, domain_disks};
 use crate::model::flags::RevertFlags;
-use crate::model::generated_name;
+use crate::model::{Notes, generated_name};
 use crate::monitor::json;
 use crate::sys;
 
@@ -125,14 +125,45 @@ fn stock_can(tree: &SnapshotTree, target: &SnapshotDef, disks: &[Disk], users: &
                 || !is_on(&overlay)
                 || users.of(&overlay).is_some())
     };
-    on_files && !manual && !has_sparse_memory(target) && !removed.map(id).any(harmed)
+    let is_readable = MemoryFormat::of(target) == MemoryFormat::Other;
+    on_files && !manual && is_readable && !removed.map(id).any(harmed)
 }
 
-/// Whether the snapshot's memory image is sparse. False if this process may not read it.
-fn has_sparse_memory(target: &SnapshotDef) -> bool {
-    let memory = target.memory.as_deref().unwrap_or_default();
-    let format = sys::open_file(Path::new(memory)).map(|file| Image::format_of(&file));
-    format.is_ok_and(|format| format == Some(Format::Sparse))
+/// Whether libvirt's own revert can read the memory image of a snapshot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum MemoryFormat {
+    /// It cannot.
+    Sparse,
+    /// It can; or it is libvirt that says so.
+    Other,
+    /// Neither the image nor the notes tell.
+    Unknown,
+}
+
+impl MemoryFormat {
+    /// Reads the image, or, if this process may not do that, the notes of the snapshot.
+    fn of(target: &SnapshotDef) -> MemoryFormat {
+        let memory = Path::new(target.memory.as_deref().unwrap_or_default());
+        match sys::open_file(memory) {
+            Ok(file) => match Image::format_of(&file) {
+                Some(Format::Sparse) => MemoryFormat::Sparse,
+                _ => MemoryFormat::Other,
+            },
+            Err(error) if error.kind() == ErrorKind::NotFound => MemoryFormat::Other,
+            Err(_) => MemoryFormat::noted(&target.notes, memory),
+        }
+    }
+
+    fn noted(notes: &Notes, memory: &Path) -> MemoryFormat {
+        match &notes.memory {
+            Some(noted) if noted.is_replaced(memory) => MemoryFormat::Unknown,
+            Some(noted) if noted.format == Format::Sparse.name() => MemoryFormat::Sparse,
+            Some(_) => MemoryFormat::Other,
+            // libvirt took this snapshot itself.
+            None if *notes == Notes::default() => MemoryFormat::Other,
+            None => MemoryFormat::Unknown,
+        }
+    }
 }
 
 /// The disks of the running domain, or else of its definition.
@@ -392,14 +423,23 @@ impl Revert<'_> {
             }
             Err(_) => {}
         }
-        if has_sparse_memory(self.target) && !self.restores_sparse(active) {
-            fail!(
+        match MemoryFormat::of(self.target) {
+            MemoryFormat::Sparse if !self.restores_sparse(active) => fail!(
                 ConfigUnsupported,
                 "cannot revert to snapshot '{}': its memory image '{memory}' is sparse, which \
                  libvirt 11.2 and later restores, with QEMU 9.0 and later: convert it to a raw one \
                  (instantsnap_image_convert()); the domain was left as it is",
                 self.target.name
-            );
+            ),
+            MemoryFormat::Unknown => fail!(
+                AccessDenied,
+                "cannot revert to snapshot '{}': this user may not read its memory image \
+                 '{memory}', and the snapshot's notes do not say whether it is sparse, as it is \
+                 now: libvirt's own revert would end the domain and fail then. Revert as a user \
+                 that may read the image (root); the domain was left as it is",
+                self.target.name
+            ),
+            MemoryFormat::Sparse | MemoryFormat::Other => {}
         }
         self.domain.saved_xml(memory).map(drop).map_err(|error| match error {
             CallError::Refused(error) => unusable(&format!("cannot be used ({})", error.message)),

@@ -8,10 +8,11 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use instantsnap::error::Error;
+use instantsnap::image::Format;
 use instantsnap_testkit::{Daemon, Machine};
 
-use crate::first_tick;
 use crate::virt::{OpenedDomain, domain};
+use crate::{INSTANTLY, first_tick};
 
 /// The program that takes the snapshots.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -50,6 +51,17 @@ impl Tree {
         }
         // The guest counts on while its memory is written, and its output reaches the log a moment
         // later.
+        let after = self.opened.guest.wait_ticks(2);
+        self.taken.insert(name.to_owned(), (before, after));
+    }
+
+    /// Takes an instant snapshot of the running guest with a memory image of this format.
+    #[track_caller]
+    pub fn snapshot_as(&mut self, name: &str, format: Format) {
+        let before = self.opened.guest.wait_ticks(1);
+        let xml = self.opened.xml(name, "");
+        let taken = self.opened.handle.create_as(Some(format), &xml, INSTANTLY, &mut ());
+        taken.unwrap_or_else(|error| panic!("{error}"));
         let after = self.opened.guest.wait_ticks(2);
         self.taken.insert(name.to_owned(), (before, after));
     }
