@@ -409,3 +409,10 @@ long long harness_file_size(const char *path)
 
     return stat(path, &status) < 0 ? -1 : (long long) status.st_size;
 }
+
+long long harness_file_space(const char *path)
+{
+    struct stat status;
+
+    return stat(path, &status) < 0 ? -1 : (long long) status.st_blocks * 512;
+}

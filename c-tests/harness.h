@@ -80,6 +80,9 @@ void harness_wait_for_end(pid_t qemu);
 /* Returns the size of a file, -1 if there is none. */
 long long harness_file_size(const char *path);
 
+/* Returns the space that a file takes on its disk, -1 if there is none. */
+long long harness_file_space(const char *path);
+
 /* Runs a program to its end, and returns its exit status. */
 int harness_run(const char *const argv[]);
 

@@ -106,7 +106,7 @@ static void instant(instantsnap_guest *guest)
     CHECK(stats.disks == 1);
     CHECK(stats.undo_us == 0);
     CHECK(stats.memory_image_bytes > 0);
-    CHECK(harness_file_size(memory) == (long long) stats.memory_image_bytes);
+    CHECK(harness_file_space(memory) == (long long) stats.memory_image_bytes);
 
     CHECK(instantsnap_snapshot_list(guest, &names) == 1);
     CHECK(strcmp(names[0], "first") == 0);
@@ -145,7 +145,7 @@ static const char *non_live(instantsnap_guest *guest)
 
     stats = get_stats(guest);
     CHECK(stats.drain_us == 0);
-    CHECK(harness_file_size(harness_path(harness_text("state/%s.mem", name))) ==
+    CHECK(harness_file_space(harness_path(harness_text("state/%s.mem", name))) ==
           (long long) stats.memory_image_bytes);
     check_current(guest, name);
 

@@ -350,9 +350,13 @@ typedef struct instantsnap_event {
      * own time stamps if QEMU gives them. Before, it is by this process's clock, an upper bound.
      */
     uint64_t paused_us;
-    uint64_t bytes_done;       /* size of the memory image so far */
     /*
-     * The expected size of the memory image, at most; 0: not known. The devices' state, which comes
+     * Size of the memory image so far. Of a sparse one it is the size that a raw one would have, at
+     * COMPLETE too: instantsnap_stats.memory_image_bytes has the space that it takes.
+     */
+    uint64_t bytes_done;
+    /*
+     * The expected size of the memory image, likewise, at most; 0: not known. The devices' state, which comes
      * last and is small, is not counted. Pages of zeros take no room.
      */
     uint64_t bytes_total;
@@ -400,7 +404,8 @@ enum {
 
 /** How a memory image holds the guest's memory. */
 typedef enum instantsnap_image_format {
-    INSTANTSNAP_IMAGE_DEFAULT = 0, /* raw */
+    /* For a domain of a stock libvirt raw, otherwise sparse. */
+    INSTANTSNAP_IMAGE_DEFAULT = 0,
     INSTANTSNAP_IMAGE_RAW = 1,     /* QEMU's stream as it comes. Every libvirt reads it */
     /*
      * Each page at a place of its own, pages of zeros as holes of the file: libvirt's format

@@ -60,7 +60,8 @@ class Event:
     error_code: Union[ErrorCode, int]  #: FAILED: the reason; an int for an unknown number
     time_us: int                       #: microseconds of CLOCK_MONOTONIC, as time.monotonic()
     paused_us: int                     #: how long the guest was paused so far; final at INSTANT
-    bytes_done: int                    #: size of the memory image so far, bytes
+    #: size of the memory image so far, bytes; of a sparse one, that which a raw one would have
+    bytes_done: int
     bytes_total: int                   #: its expected size, at most, without devices; 0: not known
     bytes_per_second: int              #: PROGRESS: since the last PROGRESS, or since the instant
     pages_left: int                    #: pages that QEMU has not saved yet; at INSTANT all pages
@@ -73,7 +74,8 @@ class JobInfo:
     instant: bool             #: the instant has passed
     elapsed_us: int           #: microseconds from the call until now, or until the job's end
     paused_us: int            #: microseconds for which the guest has been paused so far
-    bytes_done: int           #: size of the memory image so far, bytes
+    #: size of the memory image so far, bytes; of a sparse one, that which a raw one would have
+    bytes_done: int
     bytes_total: int          #: its expected size, at most, without devices, bytes; 0: not known
     bytes_per_second: int     #: since the last progress interval, or since the instant
     pages_left: int           #: pages of guest memory that QEMU has not saved yet

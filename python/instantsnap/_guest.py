@@ -167,9 +167,10 @@ class Guest:
             called again. (A snapshot that was complete already, as at COMPLETE, stays.)
         progress_interval: seconds between two PROGRESS events, 0.001 or more, in whole
             milliseconds; by default 0.5.
-        image_format: how the memory image holds the guest's memory: "raw" (the default), QEMU's
-            stream as it comes; or "sparse", each page at a place of its own and pages of zeros as
-            holes, which libvirt 11.2 and later restores. Stats.image_format says what it became.
+        image_format: how the memory image holds the guest's memory: "raw", QEMU's stream as it
+            comes; or "sparse", each page at a place of its own and pages of zeros as holes, which
+            libvirt 11.2 and later restores. By default "raw" for a domain of a stock libvirt,
+            otherwise "sparse". Stats.image_format says what it became.
 
         Blocks until the snapshot is complete and on disk: seconds for a guest of some GiB.
         KeyboardInterrupt, or any other exception of a signal handler, cancels the snapshot:

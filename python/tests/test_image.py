@@ -13,7 +13,7 @@ class Images(TestCase):
     def snapshot(self):
         machine = self.machine()
         with Guest.open_qmp(machine.qmp, self.state) as guest:
-            guest.snapshot(name="s")
+            guest.snapshot(name="s", image_format="raw")
         return self.state / "s.mem"
 
     def test_conversion_keeps_the_contents(self):

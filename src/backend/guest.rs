@@ -284,7 +284,7 @@ pub trait Guest: Execute {
     /// The format of a memory image: the one that the caller wants, or the default. Refuses one
     /// that nobody could load into this guest.
     fn image_format(&mut self, wanted: Option<Format>) -> Result<Format> {
-        Ok(wanted.unwrap_or(Format::Raw))
+        Ok(wanted.unwrap_or(Format::Sparse))
     }
 
     /// Refuses a guest whose RAM another process writes: such pages would be saved as they are

@@ -121,6 +121,9 @@ pub struct Clock<'a> {
     stopped: bool,
     /// The last report of the progress.
     flow: Flow,
+    /// The size of the memory image, of a sparse one that of a raw one: so the progress does not go
+    /// back at the end.
+    saved: u64,
     pub stats: Stats,
 }
 
@@ -137,6 +140,7 @@ impl<'a> Clock<'a> {
             pausing: None,
             stopped: false,
             flow,
+            saved: 0,
             stats,
         }
     }
@@ -195,12 +199,19 @@ impl<'a> Clock<'a> {
         self.notify(EventKind::Instant, flow);
     }
 
+    /// All of memory is in the image, which has this format. A raw one is of this size.
+    pub fn saved(&mut self, size: u64, format: Format) {
+        self.saved = size;
+        self.stats.memory_image_bytes = size;
+        self.stats.image_format = Some(format);
+    }
+
     /// The snapshot has ended. Returns its last event, which is not reported to the observer yet,
     /// and its statistics.
     pub fn stop<T>(mut self, result: &Result<T>) -> (Event, Stats) {
         self.leave();
         self.stats.total = self.entered - self.started;
-        let (done, total) = (self.stats.memory_image_bytes, self.stats.memory_image_bytes);
+        let (done, total) = (self.saved, self.saved);
         let last = match result {
             Ok(_) => self.event(EventKind::Complete, Flow { done, total, ..Flow::default() }),
             Err(error) => self.event(EventKind::Failed(Error::number(error)), Flow::default()),

@@ -7,7 +7,7 @@ use std::time::Duration;
 /// The progress of saving memory into the image.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Flow {
-    /// The bytes that the image has so far.
+    /// The bytes that the image has so far; of a sparse one, those that a raw one would have.
     pub done: u64,
     /// How many bytes it is expected to have at most, without the devices' state; 0 where that is
     /// not known.

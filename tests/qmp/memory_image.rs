@@ -264,6 +264,30 @@ fn qemu_itself_loads_a_sparse_image() {
     }
 }
 
+/// QEMU does not name the machine types of QEMU 2.3 and before in the stream.
+#[test]
+fn stream_of_a_kind_that_is_not_known_stays_raw_and_the_statistics_say_so() {
+    let Some(binary) = Binary::all().iter().find(|binary| binary.version < (9, 0, 0)) else {
+        skip("no QEMU with such old machine types is installed");
+    };
+    let opened = Opened::start(&machine(binary, 1).arg("-machine").arg("pc-i440fx-2.3"));
+    opened.handle.create_as(Some(Format::Sparse), &named("s"), INSTANTLY, &mut ()).unwrap();
+    let stats = opened.handle.stats().unwrap();
+    let path = opened.state_dir().join("s.mem");
+    assert_eq!(stats.image_format, Some(Format::Raw));
+    assert_eq!(stats.memory_image_bytes, path.metadata().unwrap().len());
+    assert_eq!(header(&path).numbers[3], 0);
+    opened.restore_clone("s");
+}
+
+#[test]
+fn the_default_is_sparse() {
+    let opened = Opened::start(&machine(&Binary::all()[0], 1));
+    opened.handle.create_as(None, &named("s"), INSTANTLY, &mut ()).unwrap();
+    assert_eq!(opened.handle.stats().unwrap().image_format, Some(Format::Sparse));
+    assert_eq!(header(&opened.state_dir().join("s.mem")).numbers[3], 6);
+}
+
 #[test]
 fn existing_memory_file_is_not_touched() {
     let opened = Opened::start(&machine(&Binary::all()[0], 1));

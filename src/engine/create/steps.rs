@@ -263,9 +263,7 @@ impl Steps<'_, '_, '_> {
             }
         };
         let format = self.journal.stream()?.drain().format();
-        let stats = &mut self.journal.clock.stats;
-        stats.memory_image_bytes = bytes;
-        stats.image_format = Some(format);
+        self.journal.clock.saved(bytes, format);
         self.cancel.check()?;
         Ok(format)
     }
@@ -295,9 +293,7 @@ impl Steps<'_, '_, '_> {
         }
         image.complete(format)?;
         if format == Format::Sparse {
-            // Until here this was the number of the stream's bytes.
-            let occupied = image.occupied()?;
-            journal.clock.stats.memory_image_bytes = occupied;
+            journal.clock.stats.memory_image_bytes = image.occupied()?;
         }
         journal.copies().try_for_each(nvram::Copy::check_unchanged)?;
         cancel.check()?;

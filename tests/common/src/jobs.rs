@@ -7,11 +7,13 @@ use std::time::Duration;
 
 use instantsnap::engine::{Event, EventKind, Job, Observer, Phase, Returns};
 use instantsnap::error::Error;
+use instantsnap::image::Format;
+use instantsnap::model::flags::CreateFlags;
 use instantsnap_testkit::{Client, DEADLINE, Gate, Guest};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde_json::json;
 
-use super::Opened;
+use super::{Opened, image_format};
 
 type Action = Box<dyn FnMut() + Send>;
 
@@ -89,7 +91,20 @@ impl Opened {
         listener: Listener,
         returns: Returns,
     ) -> Result<Job, Error> {
-        self.handle.start(xml, flags, Box::new(listener), returns)
+        self.start_job_as(image_format(), xml, flags, listener, returns)
+    }
+
+    /// Starts a job with a memory image of this format.
+    pub fn start_job_as(
+        &self,
+        format: Option<Format>,
+        xml: &str,
+        flags: u32,
+        listener: Listener,
+        returns: Returns,
+    ) -> Result<Job, Error> {
+        let flags = CreateFlags::parse(flags);
+        self.handle.0.start(xml, flags, format, Box::new(listener), returns)
     }
 }
 

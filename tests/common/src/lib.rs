@@ -20,7 +20,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use driver::TestDriver;
-pub use handle::Handle;
+pub use handle::{Handle, image_format};
 use instantsnap::engine::{Observer, Phase, prepare_revert};
 use instantsnap::error::{Code, Error};
 use instantsnap::model::Record;
