@@ -30,8 +30,8 @@ use common::monitor::Monitor;
 use common::{Options, interleave, kib, list, median, spread, word};
 use instantsnap::engine::{Handle, Returns, SparseReader, prepare_revert};
 use instantsnap::image::Format;
-use instantsnap::model::flags::{CreateFlags, INSTANT, LIVE, NO_METADATA, RevertFlags};
 use instantsnap::model::Memory;
+use instantsnap::model::flags::{CreateFlags, INSTANT, LIVE, NO_METADATA, RevertFlags};
 use instantsnap_testkit::{Binary, Format as DiskFormat, Guest, Machine};
 use serde_json::json;
 
