@@ -1201,8 +1201,9 @@ int instantsnap_image_convert(const char *path, unsigned int format, unsigned in
  *
  * instantsnap_snapshot_create_xml() and the like, instantsnap_snapshot_load() and
  * instantsnap_snapshot_delete() do the same first, if there is a journal of this guest, or one of
- * another guest of the state directory whose files they would use; and so does
- * instantsnap_snapshot_prepare_revert(). They fail with VIR_ERR_OPERATION_INVALID, and change
+ * another guest of the state directory whose files they would use; and so do
+ * instantsnap_snapshot_prepare_revert() and, for domains of libvirt, qemuSnapshotRevert() and
+ * qemuSnapshotDelete(). They fail with VIR_ERR_OPERATION_INVALID, and change
  * nothing else, if something is left that has to be decided on. When that is settled, call this
  * function again, or remove the journal. What they recover is written to the machine's log.
  *
@@ -1212,8 +1213,17 @@ int instantsnap_image_convert(const char *path, unsigned int format, unsigned in
  * If QEMU has ended too (the host has lost its power), and before the guest is started again:
  * instantsnap_recover_offline().
  *
- * For a domain of libvirt, and for a driver without a state directory, there is no journal: this
- * function restores only the migration settings that an interrupted snapshot has left in QEMU.
+ * The journal of a domain of libvirt is in a directory of the user who takes the snapshot:
+ * `libvirt/.UUID.journal` below the directory that INSTANTSNAP_STATE_DIRECTORY in the environment
+ * names, else below /var/lib/instantsnap for root and below `$XDG_STATE_HOME/instantsnap` (or
+ * `~/.local/state/instantsnap`) for others. So call this function as that user. A directory that
+ * cannot be created is an error only if the variable names it. The domain may be shut off. A
+ * snapshot that is undone is removed from libvirt's list, and the definition of a domain that is
+ * shut off is put back on its images. If another client has changed the disks' images since, they
+ * are left.
+ *
+ * For a driver without a state directory, and where no journal could be kept, this function restores
+ * only the migration settings that an interrupted snapshot has left in QEMU.
  *
  * @report  where to store what was found, for instantsnap_free_string(); may be NULL. It is JSON:
  *          an array with an object for each thing that was found, with the members
@@ -1241,7 +1251,7 @@ int instantsnap_recover(instantsnap_guest *guest, char **report);
  * are if the images are no regular files, and if a driver had opened the guest
  * (instantsnap_open_driver()): its record of the disks may name the overlays, and only the driver
  * can change that. If QEMU still runs, everything is left. A call that is interrupted can be
- * repeated.
+ * repeated. A domain of libvirt that is shut off is recovered by instantsnap_recover().
  *
  * @state_dir  the guest's state directory, as for instantsnap_open_qmp().
  * @report     as for instantsnap_recover().

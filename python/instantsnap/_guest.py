@@ -449,7 +449,7 @@ class Guest:
         watchdog were both killed: finishes the snapshot if it is proved to be complete, else undoes
         it. What cannot be proved is left as it is. Returns what was found; an empty list if no
         snapshot was interrupted. instantsnap_recover() in instantsnap.h says more. If QEMU has
-        ended too: recover_offline().
+        ended too: recover_offline(); a domain of libvirt may be shut off.
 
         Blocks until the overlays are merged; other threads go on. If a signal handler raises an
         exception meanwhile, for example KeyboardInterrupt, it goes on when the recovery is done.

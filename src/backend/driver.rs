@@ -168,7 +168,7 @@ impl Connector for DriverConnector {
                 })?
             }
         };
-        Ok(Reserved::by_others(name))
+        Ok(Reserved::by_others(name, None))
     }
 
     fn begin(&self) -> Result<Box<dyn Guest + '_>> {

@@ -37,7 +37,7 @@ pub struct Exclusive {
 /// The number of names for one lock. Children of earlier holders can keep some names in use.
 const NAMES: usize = 64;
 /// A process that has finished its work exits in this time.
-const EXIT_TIMEOUT: Duration = Duration::from_millis(500);
+pub const EXIT_TIMEOUT: Duration = Duration::from_millis(500);
 
 /// The error for a guest that is held already; `label` names the guest.
 pub fn busy(label: &str) -> Error {

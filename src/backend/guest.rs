@@ -3,7 +3,7 @@
 //! The traits that a backend implements for the engine, and their types.
 
 use std::os::fd::BorrowedFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
@@ -14,8 +14,8 @@ use crate::error::{Result, fail};
 use crate::image::Format;
 use crate::libvirt::Snapshot;
 use crate::model::flags::CreateFlags;
-use crate::model::journal::{NotedFile, NotedOverlay};
-use crate::model::{DiskPlan, Drive, Record, Reservation, Store};
+use crate::model::journal::{NotedDomain, NotedFile, NotedOverlay};
+use crate::model::{DiskPlan, Drive, Journals, Record, Reservation, Store};
 use crate::monitor::Execute;
 use crate::monitor::commands::Status;
 use crate::own_file::KnownFile;
@@ -39,6 +39,11 @@ pub trait Connector: Send + Sync {
     /// The state directory, if the library records the guest's snapshots itself.
     fn store(&self) -> Option<&Store>;
 
+    /// The durable journals of the guest's snapshots; `None` if there is no place for any.
+    fn journals(&self) -> Result<Option<Journals>> {
+        Ok(self.store().cloned().map(Journals::all))
+    }
+
     /// Reserves the name of a snapshot to be made: `name`, or, if none is given, one made of the
     /// time.
     fn reserve(&self, name: Option<&str>) -> Result<Reserved>;
@@ -52,6 +57,12 @@ pub trait Connector: Send + Sync {
     /// Holds the guest for one operation. Returns the error `OperationInvalid` while another
     /// operation holds it.
     fn begin(&self) -> Result<Box<dyn Guest + '_>>;
+
+    /// Holds the guest for its recovery. Its QEMU may have ended, where the backend finds the guest
+    /// all the same: see [`Guest::has_qemu`].
+    fn begin_recovery(&self) -> Result<Box<dyn Guest + '_>> {
+        self.begin()
+    }
 
     /// libvirt's object for a snapshot, where libvirt keeps the snapshot definitions.
     fn managed(&self, _name: &str) -> Result<Option<Snapshot>> {
@@ -99,19 +110,19 @@ pub struct Reserved {
     pub name: String,
     /// The memory image, unless the caller names another file.
     pub memory_file: Option<PathBuf>,
-    /// The reservation in a state directory.
+    /// The reservation in a state directory, or of the guest's only journal.
     held: Option<Reservation>,
 }
 
 impl Reserved {
-    /// The reservation in a state directory.
+    /// The reservation in a state directory, or of the guest's only journal.
     pub fn held(&self) -> Option<&Reservation> {
         self.held.as_ref()
     }
 
-    /// A name that the backend's owner reserves.
-    pub fn by_others(name: String) -> Reserved {
-        Reserved { name, memory_file: None, held: None }
+    /// A name that the backend's owner reserves, with the reservation of the guest's journal.
+    pub fn by_others(name: String, held: Option<Reservation>) -> Reserved {
+        Reserved { name, memory_file: None, held }
     }
 
     /// Reserves the name in a state directory. The memory image goes there too.
@@ -265,6 +276,21 @@ impl Capabilities {
     }
 }
 
+/// Where a disk's overlay is in the disk's chain of images.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// The disk is on the overlay, which is directly on the image that it was made on.
+    Active,
+    /// Another image is on the overlay, which is directly on the image that it was made on.
+    Covered,
+    /// The chain has other images between, or others than before.
+    Changed,
+    /// The disk is on the image that the overlay was made on.
+    OnImage,
+    /// There is no such disk any more, or it is on something else.
+    Elsewhere,
+}
+
 /// A guest during one operation.
 pub trait Guest: Execute {
     /// Its run state.
@@ -316,6 +342,32 @@ pub trait Guest: Execute {
 
     /// What QEMU and the backend can do; the same during a whole operation.
     fn capabilities(&self) -> Capabilities;
+
+    /// Whether the guest has a QEMU. Only a guest that is held for its recovery can have none.
+    fn has_qemu(&self) -> bool {
+        true
+    }
+
+    /// The domain of libvirt that the guest is, for the journal of the snapshot of this name.
+    fn noted_domain(&self, _snapshot: &str) -> Option<NotedDomain> {
+        None
+    }
+
+    /// Takes over the snapshot of a domain that another process has taken, which has ended: reads
+    /// the domain, and finds the record with this memory image. Returns whether libvirt has it.
+    fn adopt_domain(&mut self, _noted: &NotedDomain, _memory: &Path) -> Result<bool> {
+        Ok(false)
+    }
+
+    /// Where the overlays that were taken over are now, by their paths.
+    fn places(&mut self) -> Result<Vec<(String, Place)>> {
+        Ok(Vec::new())
+    }
+
+    /// The images that the domain's snapshots other than this one need as they are.
+    fn images_of_others(&mut self, _snapshot: &str) -> Result<Vec<String>> {
+        Ok(Vec::new())
+    }
 
     /// Names the overlays that are to be created, and their nodes, for the snapshot's journal.
     /// Empty if the backend keeps no journal.

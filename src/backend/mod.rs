@@ -24,8 +24,8 @@ pub use busy::is_block_of;
 pub use driver::DriverConnector;
 pub use guest::{
     Capabilities, Connector, DEFAULT_TIMEOUT, Description, Guest, Liveness, MakeRecoveryCommands,
-    MergeCommands, MonitorOverlay, RecoveryChannel, RecoveryCommand, RecoveryCommands, Reserved,
-    SnapshotList, Survey,
+    MergeCommands, MonitorOverlay, Place, RecoveryChannel, RecoveryCommand, RecoveryCommands,
+    Reserved, SnapshotList, Survey,
 };
 pub use libvirt::LibvirtConnector;
 pub use qmp::QmpConnector;

@@ -4,6 +4,7 @@
 //! meanwhile.
 
 use super::delete::managed as delete;
+use super::recover::{self, Next};
 use super::revert::managed as revert;
 use crate::backend::exclusive::{Exclusive, Holder, busy};
 use crate::backend::libvirt::ManagedSnapshot;
@@ -45,18 +46,31 @@ pub fn delete_managed(snapshot: &Snapshot, flags: DeleteFlags) -> Result<()> {
     }
 }
 
-/// Holds the domain. Returns the error `OperationInvalid` while another operation holds it.
+/// Recovers and holds the domain. Returns the error `OperationInvalid` while another operation holds
+/// it.
 fn hold(snapshot: ManagedSnapshot) -> Result<Held> {
+    recover_first(&snapshot)?;
     let exclusive = snapshot.hold()?;
     Ok(Held { snapshot, _exclusive: exclusive, _step: step() })
 }
 
-/// Holds the domain. `None` if another process holds it and this operation may be a step of that
+/// Recovers the domain, if a snapshot of it was interrupted.
+fn recover_first(snapshot: &ManagedSnapshot) -> Result<()> {
+    // It does not matter which snapshot it is: the journal is the domain's only one.
+    recover::before_operation(snapshot.connector(), Next::Delete(&snapshot.name))
+}
+
+/// Recovers and holds the domain. `None` if another process holds it and this operation may be a step of that
 /// process's operation: one that libvirt itself carries out without harm.
 pub fn hold_unless_it_is_a_step(
     snapshot: ManagedSnapshot,
     operation: Operation,
 ) -> Result<Option<Held>> {
+    // If the domain is held, a snapshot of it is under way, or its recovery.
+    if let Ok(free) = snapshot.try_hold()? {
+        drop(free);
+        recover_first(&snapshot)?;
+    }
     match snapshot.try_hold()? {
         Ok(exclusive) => Ok(Some(Held { snapshot, _exclusive: exclusive, _step: step() })),
         Err(Holder::Another) if is_libvirts(&snapshot, operation)? => Ok(None),

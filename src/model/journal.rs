@@ -66,6 +66,9 @@ pub struct Planned {
     /// from the switch on.
     #[serde(default)]
     pub by_driver: bool,
+    /// The domain of libvirt that the guest is.
+    #[serde(default)]
+    pub domain: Option<NotedDomain>,
     /// The guest ran, and is to run again.
     pub running: bool,
     /// The snapshot is to be recorded.
@@ -79,6 +82,19 @@ pub struct Planned {
     pub overlays: Vec<NotedOverlay>,
     /// The disks that are left to the storage hook.
     pub manual: Vec<String>,
+}
+
+/// A domain of libvirt whose snapshot is taken. Its journal has the domain's UUID for its name.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NotedDomain {
+    /// The URI of the connection.
+    pub uri: String,
+    /// The domain's name.
+    pub name: String,
+    /// The snapshot's name.
+    pub snapshot: String,
+    /// The definition of a persistent domain before the snapshot.
+    pub definition: Option<String>,
 }
 
 /// A process, identified by its number and the time of its start in one boot of the host.
@@ -522,6 +538,7 @@ mod tests {
             qemu: None,
             socket: None,
             by_driver: false,
+            domain: None,
             running: true,
             is_recorded: true,
             memory: memory.into(),

@@ -192,7 +192,8 @@ impl Embedder {
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .env("LC_ALL", "C.UTF-8")
-            .env("HOME", root);
+            .env("HOME", root)
+            .env("INSTANTSNAP_STATE_DIRECTORY", root.join("journals"));
         // As in a program that is linked with the library: the dynamic linker resolves the driver's
         // calls to the library first.
         command.env("LD_PRELOAD", &library);

@@ -3,18 +3,21 @@
 //! Implements [`Connector`] for an opened domain of libvirt.
 
 use std::sync::Arc;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::thread::sleep;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use super::forget;
 use super::guest::LibvirtGuest;
 use super::managed_domain::ManagedDomain;
 use super::opened::LibvirtConnector;
 use super::session::Session;
+use super::{forget, journals};
+use crate::backend::exclusive::{EXIT_TIMEOUT, busy};
 use crate::backend::guest::{Connector, Guest, Reserved, SnapshotList};
+use crate::deadline::Deadline;
 use crate::error::{Result, fail};
 use crate::libvirt::Snapshot;
 use crate::model::flags::{self, CreateFlags};
-use crate::model::{Store, check_name};
+use crate::model::{Journals, Reservation, Store, check_name};
 
 /// The flags of snapshots that the library takes itself.
 const SUPPORTED_FLAGS: CreateFlags = CreateFlags::constant(
@@ -40,6 +43,10 @@ impl Connector for LibvirtConnector {
         None
     }
 
+    fn journals(&self) -> Result<Option<Journals>> {
+        journals::journals(&self.uuid)
+    }
+
     fn reserve(&self, name: Option<&str>) -> Result<Reserved> {
         let known = self.names()?;
         let taken = |name: &str| known.iter().any(|known| known == name);
@@ -62,7 +69,7 @@ impl Connector for LibvirtConnector {
                 self.name
             );
         }
-        Ok(Reserved::by_others(name))
+        Ok(Reserved::by_others(name, self.reserve_journal()?))
     }
 
     /// Without INSTANT, or of a domain that does not run, libvirt takes its own snapshot.
@@ -85,8 +92,27 @@ impl Connector for LibvirtConnector {
         Ok(Box::new(LibvirtGuest::new(Session::begin(self)?)))
     }
 
+    fn begin_recovery(&self) -> Result<Box<dyn Guest + '_>> {
+        Ok(Box::new(LibvirtGuest::new(Session::begin_recovery(self)?)))
+    }
+
     fn managed(&self, name: &str) -> Result<Option<Snapshot>> {
         self.find(name).map(Some)
+    }
+}
+
+impl LibvirtConnector {
+    /// Reserves the domain's journal, if one can be kept.
+    fn reserve_journal(&self) -> Result<Option<Reservation>> {
+        let deadline = Deadline::after(EXIT_TIMEOUT);
+        loop {
+            match journals::reserve(&self.uuid)? {
+                Ok(reserved) => return Ok(reserved),
+                // The holder may be a watchdog that has finished its work and is about to exit.
+                Err(()) if deadline.left().is_some() => sleep(Duration::from_millis(20)),
+                Err(()) => return Err(busy(&self.label())),
+            }
+        }
     }
 }
 

@@ -68,13 +68,15 @@ impl LibvirtGuest<'_> {
     /// elsewhere.
     fn check_not_saved(&mut self) -> Result<()> {
         // A transient domain does not exist any more, and how it ended is not known.
-        if self.survey.inactive_xml.is_none()
-            || !self.session.call_with_timeout(
-                "cannot look at the domain",
-                Retry::Safe,
-                Domain::is_saved_or_gone,
-            )?
-        {
+        if self.survey.inactive_xml.is_none() {
+            return Ok(());
+        }
+        let is_saved = |domain: &Domain| {
+            // A daemon that was started since knows only of a managed save.
+            Ok(domain.is_saved_or_gone()? || !domain.is_active()? && domain.has_managed_save()?)
+        };
+        let step = "cannot look at the domain";
+        if !self.session.call_with_timeout(step, Retry::Safe, is_saved)? {
             return Ok(());
         }
         if self.definition_without_overlays()?.is_some() {

@@ -16,7 +16,7 @@ use super::snapshot_def::SnapshotDef;
 use super::survey::{Survey, owner_of_new_files};
 use super::{drives, forget, lease, recovery, volumes};
 use crate::backend::guest::{
-    Capabilities, DEFAULT_TIMEOUT, Guest, Liveness, RecoveryChannel, Reserved, SnapshotList,
+    Capabilities, DEFAULT_TIMEOUT, Guest, Liveness, Place, RecoveryChannel, Reserved, SnapshotList,
     Survey as Found,
 };
 use crate::backend::overlay_file::{self, Beforehand};
@@ -27,6 +27,7 @@ use crate::image::Format;
 use crate::libvirt::{Domain, RESTORES_SPARSE, Snapshot};
 use crate::model::domain;
 use crate::model::flags::{self, CreateFlags};
+use crate::model::journal::{NotedDomain, NotedFile, NotedOverlay};
 use crate::model::{DiskPlan, Drive, NotedMemory, Record, snapshot_writer};
 use crate::monitor::commands::{self, Status};
 use crate::monitor::json::Json;
@@ -55,13 +56,16 @@ pub struct LibvirtGuest<'a> {
     pub(super) another_is_paused: bool,
     /// libvirt's object for the switch.
     switched: Option<Snapshot>,
+    /// The overlays were made by another process, which has ended.
+    pub(super) is_adopted: bool,
     /// The snapshot as libvirt has recorded it.
-    registered: Option<Registered>,
+    pub(super) registered: Option<Registered>,
 }
 
-struct Registered {
-    snapshot: Snapshot,
-    parent: Option<String>,
+/// A snapshot as libvirt has recorded it.
+pub(super) struct Registered {
+    pub snapshot: Snapshot,
+    pub parent: Option<String>,
 }
 
 impl<'a> LibvirtGuest<'a> {
@@ -74,6 +78,7 @@ impl<'a> LibvirtGuest<'a> {
             lease: lease::Lease::default(),
             another_is_paused: false,
             switched: None,
+            is_adopted: false,
             registered: None,
         }
     }
@@ -84,7 +89,7 @@ impl<'a> LibvirtGuest<'a> {
     }
 
     /// The domain as it is now, with paths in place of volumes.
-    fn domain_with_paths(&mut self) -> Result<domain::Domain> {
+    pub(super) fn domain_with_paths(&mut self) -> Result<domain::Domain> {
         domain::Domain::parse(&volumes::with_paths(&self.session.xml(0)?, &self.survey.volumes)?)
     }
 
@@ -258,6 +263,54 @@ impl Guest for LibvirtGuest<'_> {
         }
     }
 
+    fn has_qemu(&self) -> bool {
+        self.session.id.is_some()
+    }
+
+    fn noted_domain(&self, snapshot: &str) -> Option<NotedDomain> {
+        Some(NotedDomain {
+            uri: self.session.connector.uri.clone(),
+            name: self.session.connector.name.clone(),
+            snapshot: snapshot.into(),
+            definition: self.survey.inactive_xml.clone(),
+        })
+    }
+
+    fn adopt_domain(&mut self, noted: &NotedDomain, memory: &Path) -> Result<bool> {
+        self.adopt(noted, memory)
+    }
+
+    fn places(&mut self) -> Result<Vec<(String, Place)>> {
+        self.places_now()
+    }
+
+    fn images_of_others(&mut self, snapshot: &str) -> Result<Vec<String>> {
+        self.images_of_all_but(snapshot)
+    }
+
+    fn plan_overlays(&mut self, disks: &[DiskPlan]) -> Vec<NotedOverlay> {
+        let noted = |disk: &DiskPlan| NotedOverlay {
+            disk: disk.drive.name().into(),
+            overlay: disk.overlay.clone(),
+            // libvirt names the nodes when it opens them.
+            node: String::new(),
+            file_node: String::new(),
+            image_node: String::new(),
+            image: disk.drive.file.clone(),
+            format: disk.drive.format.clone(),
+            is_reused: disk.reuse,
+        };
+        disks.iter().map(noted).collect()
+    }
+
+    fn overlay_files(&self) -> Vec<NotedFile> {
+        self.overlays.noted_files()
+    }
+
+    fn adopt_overlays(&mut self, overlays: &[(NotedOverlay, Option<NotedFile>)]) -> Result<()> {
+        self.adopt_files(overlays)
+    }
+
     fn create_overlays(&mut self, disks: &[DiskPlan]) -> Result<()> {
         self.lease = lease::Lease::read(&self.survey.live, disks);
         let beforehand = match self.session.connector.transport {
@@ -424,6 +477,9 @@ impl Guest for LibvirtGuest<'_> {
                  goes on with the overlays {}, which must not be removed",
                 self.overlays.paths()
             );
+        }
+        if self.is_adopted {
+            self.end_merges_left()?;
         }
         let domain = self.domain_with_paths()?;
         self.overlays.merge(&mut self.session.caller, &drives::chains(&domain))?;

@@ -51,6 +51,11 @@ impl ManagedSnapshot {
         Ok(Some(ManagedSnapshot { domain, name, snapshot, own_domain, connector }))
     }
 
+    /// The domain, opened.
+    pub fn connector(&self) -> &LibvirtConnector {
+        &self.connector
+    }
+
     /// Holds the domain for one operation.
     pub fn hold(&self) -> Result<Exclusive> {
         self.connector.hold()

@@ -7,6 +7,7 @@
 //! the background snapshot, and what belongs to it, goes to QEMU through the monitor passthrough:
 //! libvirt has no function for it.
 
+mod adopt;
 mod block_commit;
 mod call;
 mod connector;
@@ -14,6 +15,7 @@ mod drives;
 mod ended;
 pub mod forget;
 mod guest;
+mod journals;
 mod lease;
 mod managed_domain;
 mod managed_snapshot;

@@ -8,11 +8,13 @@ use std::path::Path;
 use super::block_commit::BlockCommit;
 use super::call::Caller;
 use super::drives;
+use crate::backend::guest::Place;
 use crate::backend::images::id;
 use crate::backend::overlay_file::{self, Beforehand, OverlayFile};
 use crate::error::{Code, Error, Result, fail};
-use crate::model::DiskPlan;
 use crate::model::domain::{Domain, Source, Storage};
+use crate::model::journal::{NotedFile, NotedOverlay};
+use crate::model::{DiskPlan, Drive, Role};
 use crate::sys;
 
 /// The backing chain of each disk, from the top down, with its target.
@@ -50,6 +52,63 @@ impl Overlays {
             self.made.push(create(disk, beforehand, owner)?);
         }
         Ok(())
+    }
+
+    /// Takes over overlays that another process has made, with their files.
+    pub fn adopted(noted: &[(NotedOverlay, Option<NotedFile>)]) -> Result<Overlays> {
+        let mut overlays = Overlays::default();
+        let mut without_file = Vec::new();
+        for (noted, file) in noted {
+            let NotedOverlay { disk, image, format, overlay, is_reused, .. } = noted;
+            let file = file.as_ref().map(|file| OverlayFile::reopen(&file.known, *is_reused));
+            let file = file.transpose().map_err(|error| {
+                Error::system(format!("cannot open the overlay '{overlay}'"), error)
+            })?;
+            let plan = DiskPlan {
+                drive: Drive::of_image(disk, Role::Disk, "", image, format),
+                overlay: overlay.clone(),
+                reuse: *is_reused,
+                on_device: false,
+            };
+            // Those with files are the first, as while overlays are made.
+            match file.flatten() {
+                Some(file) => {
+                    overlays.disks.push(plan);
+                    overlays.made.push(file);
+                }
+                None => without_file.push(plan),
+            }
+        }
+        overlays.disks.extend(without_file);
+        Ok(overlays)
+    }
+
+    /// The files of those that were made so far, as a journal notes them.
+    pub fn noted_files(&self) -> Vec<NotedFile> {
+        let noted = |(disk, file): (&DiskPlan, &OverlayFile)| file.noted(&disk.overlay);
+        self.made().filter_map(noted).map(NotedFile::of).collect()
+    }
+
+    /// Where each overlay is in these chains, which can lack the images below the first.
+    pub fn places(&self, chains: &Chains) -> Vec<(String, Place)> {
+        let is_image = |disk: &DiskPlan, image: &str| id(image) == id(&disk.drive.file);
+        let one = |disk: &DiskPlan| match place(disk, chains) {
+            Some((0, None)) => Place::Active,
+            Some((depth, Some(below))) if is_image(disk, below) => match depth {
+                0 => Place::Active,
+                _ => Place::Covered,
+            },
+            Some(_) => Place::Changed,
+            None => {
+                let mut chains = chains.iter();
+                let chain = chains.find(|(target, _)| target == disk.drive.name());
+                match chain.and_then(|(_, chain)| chain.first()) {
+                    Some(top) if is_image(disk, top) => Place::OnImage,
+                    _ => Place::Elsewhere,
+                }
+            }
+        };
+        self.disks.iter().map(|disk| (disk.overlay.clone(), one(disk))).collect()
     }
 
     /// Checks that each disk is still on its overlay, or on an image above it, and each overlay on

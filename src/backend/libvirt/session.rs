@@ -85,6 +85,20 @@ impl Execute for Session<'_> {
 impl<'a> Session<'a> {
     /// Holds a running domain, and looks up its QEMU process.
     pub fn begin(connector: &'a LibvirtConnector) -> Result<Session<'a>> {
+        let session = Session::begin_recovery(connector)?;
+        if session.id.is_none() {
+            fail!(
+                OperationInvalid,
+                "domain '{}' is not running: an instant snapshot is of a running guest; without \
+                 INSTANT its disks can be snapshotted",
+                connector.name
+            );
+        }
+        Ok(session)
+    }
+
+    /// Holds a domain. If it runs, looks up its QEMU process.
+    pub fn begin_recovery(connector: &'a LibvirtConnector) -> Result<Session<'a>> {
         let exclusive = connector.hold()?;
         let mut session = Session {
             connector,
@@ -95,14 +109,9 @@ impl<'a> Session<'a> {
             qemu: None,
             _process: None,
         };
-        let name = &connector.name;
-        let step = format!("cannot look at domain '{name}'");
+        let step = format!("cannot look at domain '{}'", connector.name);
         if !session.call_with_timeout(&step, Retry::Safe, Domain::is_active)? {
-            fail!(
-                OperationInvalid,
-                "domain '{name}' is not running: an instant snapshot is of a running guest; \
-                 without INSTANT its disks can be snapshotted"
-            );
+            return Ok(session);
         }
         session.version = session.query_version()?;
         check_version(session.version)?;

@@ -79,6 +79,7 @@ fn begin_durable(task: &Task, guest: &mut dyn Guest, journal: &mut Journal) -> R
         qemu: guest.pid().and_then(QemuProcess::of),
         socket: guest.socket().and_then(|socket| socket.to_str().map(str::to_owned)),
         by_driver: guest.is_by_driver(),
+        domain: guest.noted_domain(&task.reserved.name),
         running: task.running,
         is_recorded: task.flags.keeps_metadata(),
         memory: task.memory_file.clone(),

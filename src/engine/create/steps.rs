@@ -288,7 +288,7 @@ impl Steps<'_, '_, '_> {
         cancel.check()?;
         sync_images(&task.plan.disks, guest.pid())?;
         // libvirt keeps a domain's image with the permissions that it expects.
-        if task.reserved.held().is_some() {
+        if task.reserved.memory_file.is_some() {
             image.protect()?;
         }
         image.complete(format)?;

@@ -15,7 +15,7 @@ use crate::deadline::Deadline;
 use crate::engine::create::check_state;
 use crate::error::Result;
 use crate::migration::Settings;
-use crate::model::{Drive, Plan, Request, Role, Store, plan};
+use crate::model::{Drive, Journals, Plan, Request, Role, Store, plan};
 use crate::monitor::json::Json;
 use crate::monitor::{Command, commands};
 
@@ -239,10 +239,11 @@ fn confinement(guest: &dyn Guest, report: &mut Report) {
     }
 }
 
-/// Snapshots that were interrupted, by their journals in the state directory.
-pub fn interrupted(store: &Store, report: &mut Report) {
+/// Snapshots that were interrupted, by their journals.
+pub fn interrupted(journals: &Journals, report: &mut Report) {
     let check = "leftovers";
-    let names = match store.journals() {
+    let store = &journals.store;
+    let names = match journals.names() {
         Ok(names) => names,
         Err(error) => return report.error(check, "", error),
     };

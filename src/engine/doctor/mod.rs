@@ -35,8 +35,10 @@ pub fn examine_guest(connector: &dyn Connector) -> Vec<Finding> {
         Ok(mut guest) => guest::examine(connector, &mut *guest, &mut report),
         Err(error) => report.error("guest", "", busy_or_not(error)),
     }
-    if let Some(store) = connector.store() {
-        guest::interrupted(store, &mut report);
+    match connector.journals() {
+        Ok(Some(journals)) => guest::interrupted(&journals, &mut report),
+        Ok(None) => {}
+        Err(error) => report.error("leftovers", "", error),
     }
     report.findings()
 }

@@ -7,12 +7,14 @@
 //! the snapshot was. What happened after its last line is found out by asking QEMU, or, if QEMU has
 //! ended, from the files. A snapshot that is proved to be complete is finished (`finish.rs`). Else
 //! it is undone, with QEMU (`online.rs`) or without (`offline.rs`). What cannot be proved is left
-//! as it is, and named.
+//! as it is, and named. A domain of libvirt has a way of its own (`domain.rs`), which asks libvirt
+//! instead of QEMU.
 //!
 //! A recovery holds the name of the snapshot. The snapshot's process and its watchdog hold the same
 //! lock as long as one of them is alive, so a recovery and a live snapshot exclude each other, in
 //! whichever namespaces they are. A recovery that is interrupted itself can be repeated.
 
+mod domain;
 mod files;
 mod finish;
 mod needed;
@@ -43,14 +45,16 @@ const EXIT_TIMEOUT: Duration = Duration::from_secs(5);
 /// The same before another operation, which a snapshot that is under way must not delay for long.
 const SHORT_EXIT_TIMEOUT: Duration = Duration::from_millis(500);
 
-/// Recovers a guest whose QEMU runs. It is an error if another operation holds the guest.
+/// Recovers a guest. Its QEMU runs, unless it is a domain of libvirt. It is an error if another operation holds the guest.
 pub fn recover(connector: &dyn Connector) -> Result<Vec<Recovered>> {
-    let mut guest = connector.begin()?;
+    let mut guest = connector.begin_recovery()?;
     let guest = &mut *guest;
     let mut found = Vec::new();
-    if let Some(store) = connector.store() {
-        for name in store.journals()? {
-            if let Some(Ok(journal)) = store.read_journal(&name)?
+    if let Some(journals) = connector.journals()? {
+        let store = &journals.store;
+        for name in journals.names()? {
+            if !journals.are_own()
+                && let Some(Ok(journal)) = store.read_journal(&name)?
                 && !whose::is_of(&journal, guest)?
             {
                 found.extend(name_others(&name, &journal));
@@ -59,8 +63,8 @@ pub fn recover(connector: &dyn Connector) -> Result<Vec<Recovered>> {
             found.extend(recover_named(store, &name, Some(guest))?);
         }
     }
-    // An earlier version, or libvirt's backend, keeps no journal.
-    if Settings::recover(guest)? {
+    // An earlier version, or a caller without a directory for them, keeps no journal.
+    if guest.has_qemu() && Settings::recover(guest)? {
         let mut report = Report::new("");
         report.undone(What::Settings, "migration", "QEMU has the settings of before the snapshot");
         found.extend(report.found);
@@ -152,8 +156,8 @@ fn alive(name: &str) -> Error {
 /// has to be decided on. A snapshot that is under way is left alone, and so is any other one of
 /// another guest.
 pub fn before_operation(connector: &dyn Connector, next: Next) -> Result<()> {
-    let Some(store) = connector.store() else { return Ok(()) };
-    let names = store.journals()?;
+    let Some(journals) = connector.journals()? else { return Ok(()) };
+    let (store, names) = (&journals.store, journals.names()?);
     if names.is_empty() {
         return Ok(());
     }
@@ -165,7 +169,7 @@ pub fn before_operation(connector: &dyn Connector, next: Next) -> Result<()> {
         };
         let guest = match &mut begun {
             Some(guest) => guest,
-            None => match connector.begin() {
+            None => match connector.begin_recovery() {
                 Ok(guest) => begun.insert(guest),
                 // The operation itself reports that another one holds the guest.
                 Err(error) if error.code == Code::OperationInvalid => return Ok(()),
@@ -173,8 +177,8 @@ pub fn before_operation(connector: &dyn Connector, next: Next) -> Result<()> {
             },
         };
         // A journal that cannot be read may be this guest's.
-        let is_own =
-            journal.as_ref().map_or(Ok(true), |journal| whose::is_of(journal, &mut **guest))?;
+        let is_own = journals.are_own()
+            || journal.as_ref().map_or(Ok(true), |journal| whose::is_of(journal, &mut **guest))?;
         if !is_own && !journal.is_some_and(|journal| whose::touches(store, &journal, next)) {
             continue;
         }
@@ -212,13 +216,15 @@ fn settle(store: &Store, name: &str, guest: Option<&mut dyn Guest>) -> Result<()
     if let Some(left) = found.iter().find(|found| found.blocks) {
         fail!(
             OperationInvalid,
-            "the snapshot '{name}' was interrupted, and something is left of it: {left}; when that \
-             is settled, call instantsnap_recover(), or remove '{}'",
+            "the snapshot '{}' was interrupted, and something is left of it: {left}; when that is \
+             settled, call instantsnap_recover(), or remove '{}'",
+            left.snapshot,
             store.journal_path(name).display()
         );
     }
     // The operation's caller is not told.
-    for found in found.iter().filter(|found| found.what != What::Storage) {
+    let is_repeated = store.journal_path(name).exists();
+    for found in found.iter().filter(|found| !is_repeated || found.what != What::Storage) {
         Message::notice(&found.line()).send();
     }
     Ok(())
@@ -247,6 +253,11 @@ fn recover_one(
             return Ok(report.found);
         }
     };
+    if let Some(domain) = &journal.intent.planned.domain {
+        report = Report::new(&domain.snapshot);
+        domain::recover(store, reservation, &journal, domain, guest, &mut report)?;
+        return end(&path, report);
+    }
     if journal.is_undone() {
         name_storage(store, &journal, &mut report);
         return Ok(report.found);
@@ -283,10 +294,16 @@ fn recover_one(
             }
         }
     }
+    end(&path, report)
+}
+
+/// Removes the journal, if it is needed no more.
+fn end(journal: &Path, report: Report) -> Result<Vec<Recovered>> {
     if report.is_settled() && !report.keeps_journal() {
-        sys::remove_file(&path)
-            .and_then(|()| sys::sync_parent(&path))
-            .map_err(|error| Error::system(format!("cannot remove '{}'", path.display()), error))?;
+        let removed = sys::remove_file(journal).and_then(|()| sys::sync_parent(journal));
+        removed.map_err(|error| {
+            Error::system(format!("cannot remove '{}'", journal.display()), error)
+        })?;
     }
     Ok(report.found)
 }

@@ -22,7 +22,7 @@ use crate::backend::images::{self, Header};
 use crate::backend::overlay_file::{self, OverlayFile};
 use crate::error::{Error, Result};
 use crate::model::Store;
-use crate::model::journal::{JournalFile, Line, NotedOverlay, ReadJournal};
+use crate::model::journal::{JournalFile, Line, NotedFile, NotedOverlay, ReadJournal};
 use crate::procfs;
 use crate::sys;
 
@@ -32,6 +32,21 @@ struct Left {
     file: OverlayFile,
     /// The guest has written to it, and that is not merged yet.
     has_data: bool,
+}
+
+impl Left {
+    /// Opens it. `None` if another file, or none, is at its path by now.
+    fn open(noted: NotedOverlay, file: &NotedFile, journal: &ReadJournal) -> Result<Option<Left>> {
+        let step =
+            |error| Error::system(format!("cannot open the overlay '{}'", noted.overlay), error);
+        let Some(file) = OverlayFile::reopen(&file.known, noted.is_reused).map_err(step)? else {
+            return Ok(None);
+        };
+        let empty = Header::read(file.file())
+            .is_none_or(|header| header.is_empty(file.file()).unwrap_or(false));
+        let has_data = !empty && !journal.has_merged(&noted.overlay);
+        Ok(Some(Left { noted, file, has_data }))
+    }
 }
 
 /// Undoes the snapshot. Returns whether its overlays are gone.
@@ -69,15 +84,7 @@ pub fn undo(
     let mut all = Vec::new();
     for (noted, file) in overlays {
         let Some(file) = file else { continue };
-        let step =
-            |error| Error::system(format!("cannot open the overlay '{}'", noted.overlay), error);
-        let Some(file) = OverlayFile::reopen(&file.known, noted.is_reused).map_err(step)? else {
-            continue;
-        };
-        let empty = Header::read(file.file())
-            .is_none_or(|header| header.is_empty(file.file()).unwrap_or(false));
-        let has_data = !empty && !journal.has_merged(&noted.overlay);
-        all.push(Left { noted, has_data, file });
+        all.extend(Left::open(noted, &file, journal)?);
     }
     let others = Others::find(store, journal)?;
     let mut undecided = false;
@@ -189,6 +196,24 @@ fn by_hand(noted: &NotedOverlay) -> String {
     )
 }
 
+/// Why the overlay of a domain that has ended can neither be merged nor removed; `None` if it can.
+/// `frozen` are the images that the domain's other snapshots need as they are.
+pub fn why_left(
+    noted: &NotedOverlay,
+    file: &NotedFile,
+    journal: &ReadJournal,
+    others: &Others,
+    frozen: &[String],
+) -> Result<Option<String>> {
+    let Some(left) = Left::open(noted.clone(), file, journal)? else { return Ok(None) };
+    let is_frozen =
+        |path: &str| frozen.iter().any(|frozen| sys::same_file(Path::new(frozen), Path::new(path)));
+    if is_frozen(&noted.overlay) || left.has_data && is_frozen(&noted.image) {
+        return Ok(Some("another snapshot of the domain needs it, or the image below".into()));
+    }
+    Ok(why_not(&left, journal, others))
+}
+
 /// Why an overlay can neither be merged nor removed; `None` if it can.
 fn why_not(left: &Left, journal: &ReadJournal, others: &Others) -> Option<String> {
     let Left { noted, file, has_data } = left;
@@ -239,7 +264,9 @@ fn image_since(left: &Left, journal: &ReadJournal) -> std::result::Result<(), St
     }
     let written = |time: std::io::Result<SystemTime>| time.map_err(|error| error.to_string());
     let image_written = written(found.modified())?;
-    match journal.has_begun_merging(overlay) {
+    // Under libvirt, a merge that is noted can have been refused: the domain was saved.
+    let is_certain = journal.intent.planned.domain.is_none();
+    match journal.has_begun_merging(overlay).filter(|_| is_certain) {
         // It is half merged, and no guest can have been started on it with success.
         Some(true) => Ok(()),
         Some(false) if is_before_boot(image_written) => Ok(()),

@@ -32,15 +32,23 @@ pub fn undo(
         note(file, &Line::Resumed)?;
     }
     note_undo(journal, file)?;
-    if Settings::recover(guest)? {
+    put_settings_back(guest, report)?;
+    merge(guest, store, journal, file, report)
+}
+
+/// Puts back the migration settings that the snapshot has left in QEMU. Returns whether there were
+/// any.
+pub fn put_settings_back(guest: &mut dyn Guest, report: &mut Report) -> Result<bool> {
+    let were_left = Settings::recover(guest)?;
+    if were_left {
         report.undone(What::Settings, "migration", "QEMU has the settings of before the snapshot");
     }
-    merge(guest, store, journal, file, report)
+    Ok(were_left)
 }
 
 /// Waits for the end of the migration: the reader of its stream has ended. Returns whether it has
 /// failed.
-fn wait_migration(guest: &mut dyn Guest) -> Result<bool> {
+pub fn wait_migration(guest: &mut dyn Guest) -> Result<bool> {
     let deadline = Deadline::after(MIGRATION_END);
     loop {
         let migration = commands::query_migrate(guest, Deadline::after(DEFAULT_TIMEOUT))?;
@@ -60,7 +68,7 @@ fn wait_migration(guest: &mut dyn Guest) -> Result<bool> {
 }
 
 /// Resumes the guest, if the snapshot has paused it. Returns whether it was resumed.
-fn resume(
+pub fn resume(
     guest: &mut dyn Guest,
     journal: &ReadJournal,
     failed: bool,
@@ -134,7 +142,7 @@ fn merge(
 
 /// Whether nobody else needs the images that the guest would write to after the merge. Else the
 /// guest goes on with its overlays.
-fn may_merge(store: &Store, journal: &ReadJournal, report: &mut Report) -> Result<bool> {
+pub fn may_merge(store: &Store, journal: &ReadJournal, report: &mut Report) -> Result<bool> {
     let others = Others::find(store, journal)?;
     let mut may = true;
     for overlay in &journal.intent.planned.overlays {

@@ -157,10 +157,7 @@ impl Child {
         match &self.recovery {
             Recovery::None => false,
             Recovery::Qmp(script) => script.undo(monitor, stage, journal, undoing(), &mut stream),
-            Recovery::Commands(commands) => {
-                commands.undo(stage, undoing(), &mut stream);
-                true
-            }
+            Recovery::Commands(commands) => commands.undo(stage, undoing(), &mut stream),
         }
     }
 

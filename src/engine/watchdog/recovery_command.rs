@@ -105,12 +105,16 @@ impl Merge {
         }
     }
 
-    fn run(&self, stage: Stage, stream: &mut Remaining) {
+    /// Returns whether nothing is left of the overlay.
+    fn run(&self, stage: Stage, stream: &mut Remaining) -> bool {
         if !stage.is_switched() || self.merge.run(stream) {
             self.merge.then_discard.iter().for_each(Discard::run);
-        } else if self.is_in_use.run(stream) {
+            return true;
+        }
+        if self.is_in_use.run(stream) {
             self.complaint.send();
         }
+        false
     }
 }
 
@@ -173,15 +177,16 @@ impl RecoveryCommands {
         self.query_status.ask(stream).is_some_and(|reply| reply.stopped_by_migration)
     }
 
-    /// Waits until the daemon answers, because it may be restarting.
-    fn wait_for_daemon(&self, stream: &mut Remaining) {
-        repeat(std::slice::from_ref(&self.look), self.tries, stream);
+    /// Waits until the daemon answers, because it may be restarting. Returns whether it does.
+    fn wait_for_daemon(&self, stream: &mut Remaining) -> bool {
+        repeat(std::slice::from_ref(&self.look), self.tries, stream)
     }
 
     /// Puts the settings back, and removes the record and the files. Then undoes the switch: merges
-    /// the overlays that may be in use. `is_noted`: the journal on disk says so.
-    pub fn undo(&self, stage: Stage, is_noted: bool, stream: &mut Remaining) {
-        self.wait_for_daemon(stream);
+    /// the overlays that may be in use. `is_noted`: the journal on disk says so. Returns whether the
+    /// daemon answered, and no overlay is left.
+    pub fn undo(&self, stage: Stage, is_noted: bool, stream: &mut Remaining) -> bool {
+        let mut done = self.wait_for_daemon(stream);
         for command in self.restore.iter().filter(|_| !stage.is_restored()) {
             command.run(stream);
         }
@@ -190,9 +195,12 @@ impl RecoveryCommands {
         let is_spoilt = files::discard_for_good(&self.files) || !stage.is_restored();
         if !is_spoilt && !is_noted {
             self.merge.iter().for_each(|merge| merge.complaint.send());
-            return;
+            return false;
         }
-        self.merge.iter().for_each(|merge| merge.run(stage, stream));
+        for merge in &self.merge {
+            done &= merge.run(stage, stream);
+        }
+        done
     }
 }
 

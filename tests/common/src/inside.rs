@@ -117,7 +117,8 @@ impl Subject {
         command
             .env_clear()
             .envs([("LC_ALL", "C"), ("PATH", "/usr/bin:/bin")])
-            .env("HOME", "/nonexistent");
+            .env("HOME", "/nonexistent")
+            .env("INSTANTSNAP_STATE_DIRECTORY", self.guest.daemon().directory().join("client"));
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         command
     }

@@ -12,6 +12,8 @@ use crate::compile::workspace;
 const DIRECTORY: &str = "INSTANTSNAP_TEST_RUN";
 /// What the library takes for its watchdog, for daemons with the library in them too.
 pub const WATCHDOG: &str = "INSTANTSNAP_WATCHDOG";
+/// The directory of the library's journals under libvirt.
+pub const STATE: &str = "INSTANTSNAP_STATE_DIRECTORY";
 
 /// The run. Dropping it removes its directory.
 pub struct Run {
@@ -31,7 +33,10 @@ pub fn begin() -> Run {
     let readable = std::os::unix::fs::PermissionsExt::from_mode(0o755);
     std::fs::set_permissions(own.path(), readable).expect("a directory of our own");
     // SAFETY: no other thread runs yet.
-    unsafe { std::env::set_var(DIRECTORY, own.path()) };
+    unsafe {
+        std::env::set_var(DIRECTORY, own.path());
+        std::env::set_var(STATE, own.path().join("state"));
+    }
     name_watchdog();
     Run { _directory: Some(own) }
 }

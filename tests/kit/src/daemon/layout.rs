@@ -50,6 +50,7 @@ impl Layout {
             "guests",
             "drivers",
             "sockets",
+            "state",
         ] {
             std::fs::create_dir_all(directory.join(name)).expect("a directory of the daemon's");
         }
@@ -88,7 +89,7 @@ impl Layout {
             "auth_unix_rw = \"none\"\nauth_unix_ro = \"none\"\n",
         );
         if let Some(uid) = self.daemon_user() {
-            for name in ["", "etc", "etc/libvirt", "run", "cache", "data", "guests"] {
+            for name in ["", "etc", "etc/libvirt", "run", "cache", "data", "guests", "state"] {
                 let path = self.directory.join(name);
                 chown(&path, Some(uid), Some(uid))
                     .unwrap_or_else(|error| panic!("chown {}: {error}", path.display()));
@@ -208,6 +209,7 @@ impl Layout {
             ("LC_ALL", PathBuf::from("C.UTF-8")),
             ("HOME", self.directory.clone()),
             ("LIBVIRT_DRIVER_DIR", own("drivers")),
+            (crate::run::STATE, own("state")),
         ];
         if self.mode == Mode::Session {
             environment.extend([
