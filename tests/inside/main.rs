@@ -6,6 +6,7 @@ mod clients;
 mod consistency;
 mod polkit;
 mod preload;
+mod recover;
 mod safety;
 
 fn main() -> std::process::ExitCode {

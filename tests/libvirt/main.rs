@@ -17,6 +17,7 @@ mod metadata;
 mod network;
 mod owner;
 mod random_clients;
+mod recover;
 mod revert;
 mod side_by_side;
 mod started;
