@@ -173,7 +173,8 @@ const char *harness_libvirtd(const char *keeper)
 
     /* The test must neither read nor write the user's own configuration of libvirt's clients. */
     if (mkdir(harness_path("client"), 0700) < 0 || setenv("HOME", harness_path("client"), 1) < 0 ||
-        setenv("XDG_RUNTIME_DIR", harness_path("client"), 1) < 0)
+        setenv("XDG_RUNTIME_DIR", harness_path("client"), 1) < 0 ||
+        setenv("INSTANTSNAP_STATE_DIRECTORY", harness_path("client"), 1) < 0)
         die("client");
     unsetenv("XDG_CONFIG_HOME");
     unsetenv("XDG_CACHE_HOME");

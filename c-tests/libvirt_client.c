@@ -7,6 +7,7 @@
 
 #include <pthread.h>
 #include <sched.h>
+#include <unistd.h>
 
 #include <instantsnap-libvirt.h>
 
@@ -370,6 +371,44 @@ static void cancelled(instantsnap_guest *guest, virDomainPtr domain)
     check_guest_runs(domain);
 }
 
+/* A file of the caller's for the domain's journal, which exists during a snapshot. */
+static const char *journal_of(virDomainPtr domain)
+{
+    char uuid[VIR_UUID_STRING_BUFLEN];
+
+    CHECK(virDomainGetUUIDString(domain, uuid) == 0);
+    return harness_path(harness_text("client/libvirt/.%s.journal", uuid));
+}
+
+static void keep_journal(const instantsnap_event *event, void *domain)
+{
+    const char *journal = journal_of(domain);
+
+    if (event->type == INSTANTSNAP_EVENT_INSTANT)
+        CHECK(link(journal, harness_text("%s.kept", journal)) == 0);
+}
+
+/* A caller that is killed after its snapshot was complete leaves its journal. */
+static void recovered(instantsnap_guest *guest, virDomainPtr domain)
+{
+    const char *journal = journal_of(domain);
+    instantsnap_create_options options = {.size = sizeof(options),
+                                          .callback = keep_journal,
+                                          .opaque = domain};
+    char *report = NULL;
+
+    CHECK(instantsnap_recover(guest, NULL) == 0);
+    CHECK(instantsnap_snapshot_create(guest, snapshot_xml(domain, "kept"), INSTANT, &options, NULL) ==
+          0);
+    CHECK(rename(harness_text("%s.kept", journal), journal) == 0);
+    CHECK(instantsnap_recover(guest, &report) == 1);
+    CHECK(strstr(report, "\"finished\""));
+    CHECK(strstr(report, "\"kept\""));
+    instantsnap_free_string(report);
+    CHECK(harness_file_size(journal) == -1);
+    check_guest_runs(domain);
+}
+
 /* The same domain by the native API. */
 static void our_functions(const char *name)
 {
@@ -424,6 +463,7 @@ static void our_functions(const char *name)
     CHECK_FAILS(instantsnap_snapshot_load(guest, "ours", 0) == -1, VIR_ERR_OPERATION_UNSUPPORTED);
 
     cancelled(guest, domain);
+    recovered(guest, domain);
 
     instantsnap_close(guest);
     CHECK_FAILS(instantsnap_snapshot_list(guest, NULL) == -1, VIR_ERR_INVALID_ARG);

@@ -55,6 +55,8 @@ class Daemon:
     def __init__(self):
         # The path must be short, because it contains Unix sockets.
         self.directory = Path(tempfile.mkdtemp(prefix="isp-", dir="/tmp"))
+        self.journals = self.directory / "journals"
+        os.environ["INSTANTSNAP_STATE_DIRECTORY"] = str(self.journals)
         self._keeper = None
         self.log = self.directory / "libvirtd.log"
         self.socket = self.directory / "run/libvirt/libvirt-sock"

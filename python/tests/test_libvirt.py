@@ -17,7 +17,7 @@ from unittest import mock
 from xml.etree import ElementTree
 
 import instantsnap
-from instantsnap import Cancelled, Error, ErrorCode, Flag, Guest, _binding
+from instantsnap import Cancelled, Error, ErrorCode, EventType, Flag, Guest, _binding
 from instantsnap import snapshot_create_xml, snapshot_delete, snapshot_revert
 
 from .daemon import LibvirtTestCase, libvirt, libvirt_qemu, needs_libvirt, wait_for
@@ -165,6 +165,29 @@ class Snapshots(ErrorChecks, LibvirtTestCase):
         self.assertGreater(stats.guest_paused_us, 0)
         self.assertEqual(stats.disks, 1)
         self.assertEqual(stats.memory_image_bytes, (guest.directory / "one.mem").stat().st_size)
+
+    def test_recovery_reports_what_it_has_found(self):
+        guest = self.guest()
+        journal = self.daemon.journals / "libvirt" / f".{guest.domain.UUIDString()}.journal"
+        kept = journal.with_suffix(".kept")
+
+        def on_event(event):
+            if event.type == EventType.INSTANT:
+                os.link(journal, kept)
+
+        with Guest.open_libvirt(guest.domain) as opened:
+            self.assertEqual(opened.recover(), [])
+            opened.snapshot(name="one", memory=guest.directory / "one.mem", on_event=on_event)
+            # As if the process had been killed at the end.
+            self.assertFalse(journal.exists())
+            kept.rename(journal)
+            found = opened.recover()
+            self.assertEqual([(one.snapshot, one.what, one.action, one.blocks) for one in found],
+                             [("one", "snapshot", "finished", False)])
+            self.assertFalse(journal.exists())
+            self.assertEqual(opened.snapshots(), ["one"])
+            guest.domain.destroy()
+            self.assertEqual(opened.recover(), [])
 
     def test_guest_outlives_the_objects_it_was_opened_with(self):
         guest = self.guest()
