@@ -244,7 +244,7 @@ fn restore(binary: &'static Binary, state_dir: &Path, memory: u32, way: &str) ->
     // The peak of this process begins anew.
     std::fs::write("/proc/self/clear_refs", "5").unwrap();
     let begun = Instant::now();
-    handle.load(name, RevertFlags::parse(0).unwrap(), Memory::Full).unwrap();
+    handle.load(name, RevertFlags::parse(0).unwrap(), Memory::Full.into()).unwrap();
     let restored = begun.elapsed();
     let peak_kib = kib("/proc/self/status", "VmHWM");
     // It goes on from the snapshot.

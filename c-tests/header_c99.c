@@ -53,6 +53,8 @@ static const function functions[] = {
     (function) instantsnap_revert_plan_free,
     (function) instantsnap_snapshot_load,
     (function) instantsnap_snapshot_load_with,
+    (function) instantsnap_memory_get_progress,
+    (function) instantsnap_memory_wait,
     (function) instantsnap_snapshot_delete,
     (function) instantsnap_image_info,
     (function) instantsnap_image_verify,

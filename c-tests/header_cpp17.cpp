@@ -28,6 +28,8 @@ static_assert(std::is_standard_layout_v<instantsnap_load_options> &&
               std::is_trivial_v<instantsnap_load_options>);
 static_assert(std::is_standard_layout_v<instantsnap_load_stats> &&
               std::is_trivial_v<instantsnap_load_stats>);
+static_assert(std::is_standard_layout_v<instantsnap_memory_progress> &&
+              std::is_trivial_v<instantsnap_memory_progress>);
 static_assert(std::is_standard_layout_v<instantsnap_storage_hook> &&
               std::is_trivial_v<instantsnap_storage_hook>);
 

@@ -18,6 +18,7 @@ static void not_a_guest(instantsnap_guest *guest)
 {
     instantsnap_stats stats = {.size = sizeof(stats)};
     instantsnap_load_stats loaded = {.size = sizeof(loaded)};
+    instantsnap_memory_progress progress = {.size = sizeof(progress)};
     char **names = NULL;
     char *name = NULL;
 
@@ -37,6 +38,8 @@ static void not_a_guest(instantsnap_guest *guest)
     CHECK_FAILS(instantsnap_snapshot_load(guest, "name", 0) == -1, VIR_ERR_INVALID_ARG);
     CHECK_FAILS(instantsnap_snapshot_load_with(guest, "name", 0, NULL, &loaded) == -1,
                 VIR_ERR_INVALID_ARG);
+    CHECK_FAILS(instantsnap_memory_get_progress(guest, &progress) == -1, VIR_ERR_INVALID_ARG);
+    CHECK_FAILS(instantsnap_memory_wait(guest, 0) == -1, VIR_ERR_INVALID_ARG);
     CHECK_FAILS(instantsnap_snapshot_delete(guest, "name", 0) == -1, VIR_ERR_INVALID_ARG);
     CHECK_FAILS(instantsnap_recover(guest, &name) == -1, VIR_ERR_INVALID_ARG);
     if (guest)
@@ -139,6 +142,7 @@ static void bad_load_options(instantsnap_guest *guest)
 {
     instantsnap_load_options options = {.size = sizeof(options), .memory = 99};
     instantsnap_load_stats stats = {.size = sizeof(stats)};
+    instantsnap_memory_progress progress = {.size = 0};
 
     CHECK_FAILS(instantsnap_snapshot_load_with(guest, "none", 0, &options, NULL) == -1,
                 VIR_ERR_INVALID_ARG);
@@ -151,6 +155,10 @@ static void bad_load_options(instantsnap_guest *guest)
     CHECK_FAILS(instantsnap_snapshot_load_with(guest, "none", 0, &options, NULL) == -1,
                 VIR_ERR_INVALID_ARG);
     options.size = sizeof(options);
+    options.bandwidth = 1;
+    CHECK_FAILS(instantsnap_snapshot_load_with(guest, "none", 0, &options, NULL) == -1,
+                VIR_ERR_INVALID_ARG);
+    options.bandwidth = 0;
     stats.size = 0;
     CHECK_FAILS(instantsnap_snapshot_load_with(guest, "none", 0, &options, &stats) == -1,
                 VIR_ERR_INVALID_ARG);
@@ -158,6 +166,12 @@ static void bad_load_options(instantsnap_guest *guest)
     CHECK_FAILS(instantsnap_snapshot_load_with(guest, "none", 0, &options, &stats) == -1,
                 VIR_ERR_NO_DOMAIN_SNAPSHOT);
     CHECK(stats.memory == INSTANTSNAP_MEMORY_AUTO);
+    CHECK_FAILS(instantsnap_memory_get_progress(guest, NULL) == -1, VIR_ERR_INVALID_ARG);
+    CHECK_FAILS(instantsnap_memory_get_progress(guest, &progress) == -1, VIR_ERR_INVALID_ARG);
+    progress.size = sizeof(progress);
+    CHECK(instantsnap_memory_get_progress(guest, &progress) == 0);
+    CHECK(progress.coming == 0 && progress.bytes_in == 0 && progress.bytes_total == 0);
+    CHECK(instantsnap_memory_wait(guest, 0) == 1);
 }
 
 static void *fail_in_a_thread(void *unused)

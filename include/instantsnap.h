@@ -63,7 +63,9 @@
  *   and no wait() of the caller returns it. It is in the caller's cgroup: if the whole cgroup is
  *   ended (by the end of a container, or systemd's KillMode=control-group), the watchdog ends too.
  *   INSTANTSNAP_WATCHDOG_CGROUP in the environment names the directory of another cgroup (v2),
- *   which the program enters; a fork does not.
+ *   which the program enters; a fork does not. INSTANTSNAP_MEMORY_LAZY starts two processes of the
+ *   same program in the same way, which serve a guest's memory, and end when all of it is in, or
+ *   when QEMU ends.
  *
  *   The library runs `qemu-img` for instantsnap_snapshot_prepare_revert() and
  *   instantsnap_snapshot_delete(), and when QEMU itself ends during a snapshot. The build fixes
@@ -510,8 +512,12 @@ typedef enum instantsnap_memory {
     /* All of it is written to QEMU before the guest runs: seconds for each few GiB. */
     INSTANTSNAP_MEMORY_FULL = 1,
     /*
-     * The guest runs at once, and a page comes when the guest needs it. Not supported yet:
-     * VIR_ERR_OPERATION_UNSUPPORTED.
+     * The load returns when the guest runs, or is paused as it is to be, and the memory follows: a
+     * page when the guest needs it, and all others in between. For guests by a QMP socket or a
+     * driver, with anonymous memory, from a sparse image (instantsnap_image_convert()); QEMU needs
+     * permission to use userfaultfd, as for an instant snapshot. A process of the library serves
+     * the memory, and ends with it; the caller is not needed any more. See
+     * instantsnap_memory_get_progress().
      */
     INSTANTSNAP_MEMORY_LAZY = 2,
     /*
@@ -549,7 +555,22 @@ typedef struct instantsnap_load_options {
     size_t size;       /* set by the caller: sizeof(instantsnap_load_options) */
     uint32_t memory;   /* an instantsnap_memory; others: VIR_ERR_INVALID_ARG */
     uint32_t reserved; /* 0 */
+    /*
+     * For INSTANTSNAP_MEMORY_LAZY: how many bytes in a second come that the guest has not asked
+     * for. 0: as many as can be. What the guest asks for is never slowed. For another memory it
+     * must be 0: VIR_ERR_INVALID_ARG.
+     */
+    uint64_t bandwidth;
 } instantsnap_load_options;
+
+/** How far the memory of a guest is that was loaded with INSTANTSNAP_MEMORY_LAZY. */
+typedef struct instantsnap_memory_progress {
+    size_t size;          /* set by the caller: sizeof(instantsnap_memory_progress) */
+    uint64_t bytes_in;    /* the bytes of pages that are not zero and are in; 0: not known */
+    uint64_t bytes_total; /* all bytes of such pages; 0: not known, or nothing comes */
+    uint32_t coming;      /* 1: memory is still to come; 0: all is in */
+    uint32_t reserved;
+} instantsnap_memory_progress;
 
 /**
  * What a load did. Durations are microseconds; they follow each other without gaps, and `total_us`
@@ -989,9 +1010,8 @@ instantsnap_revert_plan *instantsnap_snapshot_prepare_revert_hooked(
  * @options  NULL: the default, as instantsnap_snapshot_prepare_revert() with @directory NULL.
  *
  * Returns the plan, or NULL: as instantsnap_snapshot_prepare_revert_hooked(), and
- * VIR_ERR_OPERATION_UNSUPPORTED for a way in which memory cannot come back yet,
- * VIR_ERR_CONFIG_UNSUPPORTED for INSTANTSNAP_MEMORY_MAP if the image is not sparse: convert it
- * first (instantsnap_image_convert()).
+ * VIR_ERR_CONFIG_UNSUPPORTED for INSTANTSNAP_MEMORY_MAP and INSTANTSNAP_MEMORY_LAZY if the image is
+ * not sparse: convert it first (instantsnap_image_convert()).
  */
 instantsnap_revert_plan *instantsnap_snapshot_prepare_revert_with(
     const char *state_dir, const char *name, const instantsnap_revert_options *options);
@@ -1078,14 +1098,50 @@ int instantsnap_snapshot_load(instantsnap_guest *guest, const char *name, unsign
  * and writes down in the state directory, before QEMU gets a byte, that this process needs the
  * image. With the other ways, a QEMU that has mapped the image is refused.
  *
- * Returns 0, or -1: as instantsnap_snapshot_load(), VIR_ERR_OPERATION_UNSUPPORTED for a way in
- * which memory cannot come back yet, VIR_ERR_CONFIG_UNSUPPORTED for a QEMU or an image with which
- * this way is not possible (the message names the backend and the property; nothing was loaded), and
+ * Returns 0, or -1: as instantsnap_snapshot_load(), VIR_ERR_OPERATION_UNSUPPORTED if the program is
+ * missing that serves memory for INSTANTSNAP_MEMORY_LAZY, VIR_ERR_ARGUMENT_UNSUPPORTED if QEMU must
+ * not use userfaultfd for it, VIR_ERR_CONFIG_UNSUPPORTED for a QEMU or an image with which this way
+ * is not possible (the message names the backend and the property; nothing was loaded), and
  * VIR_ERR_INVALID_DOMAIN_SNAPSHOT for an image with old content where a page is zero.
  */
 int instantsnap_snapshot_load_with(instantsnap_guest *guest, const char *name, unsigned int flags,
                                    const instantsnap_load_options *options,
                                    instantsnap_load_stats *stats);
+
+/**
+ * Says how far the memory of a guest is that was loaded with INSTANTSNAP_MEMORY_LAZY, by this
+ * process or another one. For all other guests nothing is to come.
+ *
+ * While memory is coming, snapshots and deletes of this guest are refused with
+ * VIR_ERR_OPERATION_INVALID, and so is the delete of the snapshot that it comes from. Other clients
+ * cannot migrate or save the guest. When all is in, the library puts QEMU's migration settings
+ * back: at once, or, if another client has the monitor then, in its next call on this guest.
+ *
+ * If the process that serves the memory is killed, its spare goes on. If both are killed, the guest
+ * waits at the next page that is missing, and this call, or any other that needs the guest, starts
+ * another one. It fails if QEMU's main thread waits for such a page itself: then the guest must be
+ * ended and reverted again. What it has done since the revert is lost; the snapshot never is.
+ *
+ * @guest     any guest that was opened.
+ * @progress  set progress->size first.
+ *
+ * Blocks for some queries. Returns 0, or -1: VIR_ERR_INVALID_ARG, VIR_ERR_OPERATION_INVALID
+ * (another operation is under way), VIR_ERR_OPERATION_FAILED, VIR_ERR_OPERATION_TIMEOUT.
+ */
+int instantsnap_memory_get_progress(instantsnap_guest *guest,
+                                    instantsnap_memory_progress *progress);
+
+/**
+ * Waits until all memory of a guest is in that was loaded with INSTANTSNAP_MEMORY_LAZY. Then
+ * everything is possible again, and no process of the library's is left.
+ *
+ * @guest       any guest that was opened.
+ * @timeout_ms  how long to wait at most, in milliseconds; negative: without limit.
+ *
+ * Returns 1 if all memory is in, 0 if the time has passed, or -1: as
+ * instantsnap_memory_get_progress().
+ */
+int instantsnap_memory_wait(instantsnap_guest *guest, int timeout_ms);
 
 /**
  * Deletes a snapshot. The guest loses nothing and is not paused: the library merges what the guest

@@ -102,6 +102,8 @@ pub struct Child {
     ended: OwnedFd,
     /// This process is the parent, and has not waited for it yet.
     to_reap: bool,
+    /// It goes on, and is not waited for.
+    is_left: bool,
 }
 
 impl Child {
@@ -170,7 +172,9 @@ impl Child {
         // SAFETY: the kernel has made it for this process, and nothing else has it.
         let ended = (launch.pidfd != -1).then(|| unsafe { OwnedFd::from_raw_fd(launch.pidfd) });
         match (ended, launch.execution.errno) {
-            (Some(ended), 0) => Ok(Child { pid: launch.pid, ended, to_reap: false }),
+            (Some(ended), 0) => {
+                Ok(Child { pid: launch.pid, ended, to_reap: false, is_left: false })
+            }
             (_, errno) => Err(io::Error::from_raw_os_error(errno)),
         }
     }
@@ -191,6 +195,7 @@ impl Child {
                 pid,
                 ended: unsafe { OwnedFd::from_raw_fd(fd as c_int) },
                 to_reap: true,
+                is_left: false,
             }),
         }
     }
@@ -220,6 +225,11 @@ impl Child {
         None
     }
 
+    /// Leaves a program to itself: it goes on, and this process does not wait for its end.
+    pub fn leave(mut self) {
+        self.is_left = true;
+    }
+
     /// Kills it, and waits for its end.
     pub fn kill(self) {
         // It may have ended.
@@ -233,7 +243,7 @@ impl Drop for Child {
         const LONGEST_MS: c_int = 30_000;
         if self.to_reap {
             reap(self.pid);
-        } else {
+        } else if !self.is_left {
             wait_ready([Some(&self.ended), None], LONGEST_MS);
         }
     }
@@ -383,6 +393,59 @@ impl<const N: usize> Drop for SharedNumbers<N> {
     fn drop(&mut self) {
         // SAFETY: `map` has mapped this memory with this size, and no reference to it is left.
         unsafe { libc::munmap(self.numbers.as_ptr().cast(), SharedNumbers::<N>::SIZE) };
+    }
+}
+
+/// Numbers that this process shares with processes that it forks later, all 0 at first.
+#[derive(Debug)]
+pub struct ForkedNumbers {
+    numbers: NonNull<AtomicU64>,
+    count: usize,
+}
+
+// SAFETY: it is a reference to atomic numbers, in memory that only this unmaps.
+unsafe impl Send for ForkedNumbers {}
+// SAFETY: as above.
+unsafe impl Sync for ForkedNumbers {}
+
+impl ForkedNumbers {
+    /// Makes so many numbers, at least one.
+    pub fn new(count: usize) -> io::Result<ForkedNumbers> {
+        let count = count.max(1);
+        let size = count.checked_mul(size_of::<AtomicU64>()).ok_or(io::ErrorKind::OutOfMemory)?;
+        // SAFETY: a new anonymous mapping, at an address that the kernel chooses.
+        let mapped = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                size,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_SHARED | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
+                -1,
+                0,
+            )
+        };
+        if mapped == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        let numbers = NonNull::new(mapped.cast()).ok_or(io::ErrorKind::InvalidData)?;
+        Ok(ForkedNumbers { numbers, count })
+    }
+}
+
+impl Deref for ForkedNumbers {
+    type Target = [AtomicU64];
+
+    fn deref(&self) -> &[AtomicU64] {
+        // SAFETY: `new` has mapped memory for so many numbers, which are 0 at first, and it is
+        // mapped until this is dropped. Other processes change them atomically too.
+        unsafe { std::slice::from_raw_parts(self.numbers.as_ptr(), self.count) }
+    }
+}
+
+impl Drop for ForkedNumbers {
+    fn drop(&mut self) {
+        // SAFETY: `new` has mapped this memory with this size, and no reference to it is left.
+        unsafe { libc::munmap(self.numbers.as_ptr().cast(), self.count * size_of::<AtomicU64>()) };
     }
 }
 
@@ -924,6 +987,18 @@ fn image_lock(bytes: Range<i64>) -> libc::flock {
         l_start: bytes.start,
         l_len: bytes.end - bytes.start,
         l_pid: 0,
+    }
+}
+
+/// Marks a file as in use, as QEMU does with an image that it reads. The mark lasts until every
+/// copy of this descriptor is closed, in whichever process.
+pub fn mark_in_use(file: &File) -> io::Result<()> {
+    let mut lock =
+        libc::flock { l_type: libc::F_RDLCK as libc::c_short, l_len: 1, ..image_lock(IMAGE_LOCKS) };
+    // SAFETY: an open file and an initialised flock.
+    match unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &raw mut lock) } {
+        -1 => Err(io::Error::last_os_error()),
+        _ => Ok(()),
     }
 }
 

@@ -114,7 +114,7 @@ impl Guest {
                 engine::revert_managed(&managed.snapshot(name)?, flags)?;
             }
             Guest::Qmp(_) => {
-                self.handle()?.load(name, flags, Memory::Auto)?;
+                self.handle()?.load(name, flags, Memory::Auto.into())?;
             }
         }
         Ok(())

@@ -41,15 +41,15 @@ from ._job import Job
 from ._library import decode as _decode
 from ._library import library as _library_
 from ._libvirt import snapshot_create_xml, snapshot_delete, snapshot_revert
-from ._memory import LoadStats, Memory
+from ._memory import LoadStats, Memory, MemoryProgress
 from ._recover import Recovered, recover_offline
 from ._revert import MemoryBackend, RevertDisk, RevertPlan, prepare_revert
 from ._storage import StorageCall, StorageDisk
 
 __all__ = ["Cancelled", "DeleteFlag", "Error", "ErrorCode", "Event", "EventType", "Finding", "Flag",
            "Guest", "ImageFormat", "ImageInfo", "Job", "JobInfo", "LibraryNotFound", "LoadStats",
-           "Memory", "MemoryBackend", "MemoryBlock", "NotFound", "Phase", "Recovered", "RevertDisk",
-           "RevertPlan", "Stats", "StorageCall", "StorageDisk", "Watchdog", "doctor",
+           "Memory", "MemoryBackend", "MemoryBlock", "MemoryProgress", "NotFound", "Phase", "Recovered",
+           "RevertDisk", "RevertPlan", "Stats", "StorageCall", "StorageDisk", "Watchdog", "doctor",
            "image_convert", "image_info", "image_verify", "prepare_revert", "recover_offline",
            "snapshot_create_xml", "snapshot_delete", "snapshot_revert", "version"]
 

@@ -3,7 +3,9 @@
 
 import ctypes
 import enum
+import math
 import operator
+import time
 from types import TracebackType
 from typing import TYPE_CHECKING, Optional, Union
 from xml.etree import ElementTree
@@ -12,10 +14,10 @@ from . import _binding, _doctor, _library
 from ._doctor import Finding
 from ._errors import Error, ErrorCode, NotFound, carry
 from ._events import Listener, OnEvent, Stats, create_options, milliseconds, stats_of
-from ._interrupt import interruptible
+from ._interrupt import SLICE, interruptible
 from ._job import Job
 from ._library import StrPath, check, library
-from ._memory import LoadStats, Memory, load_stats_of, memory_of
+from ._memory import LoadStats, Memory, MemoryProgress, load_stats_of, memory_of
 from ._recover import Recovered, recovered
 from ._storage import Hook, OnStorage
 
@@ -380,7 +382,8 @@ class Guest:
             return None
 
     def load(self, name: str, running: Optional[bool] = None, *, force: bool = False,
-             memory: Union[str, Memory] = "auto") -> LoadStats:
+             memory: Union[str, Memory] = "auto",
+             bandwidth: Optional[int] = None) -> LoadStats:
         """Feeds a snapshot's memory to this QEMU, which was started with `-incoming defer`, as
         prepare_revert() says. The snapshot becomes the current one.
 
@@ -389,7 +392,10 @@ class Guest:
         force: accepts images that were written or replaced since the snapshot froze them, which
             otherwise raise Error (SNAPSHOT_REVERT_RISKY). For copies with the same content.
         memory: how the memory comes back: see Memory. What is not possible is an error; the library
-            never silently does something else.
+            never silently does something else. With "lazy" this returns when the guest runs, and
+            its memory follows: see memory_progress() and wait_memory().
+        bandwidth: for "lazy": how many bytes in a second come that the guest has not asked for;
+            None: as many as can be.
 
         Returns how long the parts took, and how the memory came. Blocks until memory is loaded:
         with "full", seconds for a guest of some GiB. Signals are handled afterwards. Raises
@@ -403,12 +409,39 @@ class Guest:
         flags = 0 if running is None else _REVERT_RUNNING if running else _REVERT_PAUSED
         flags |= _REVERT_FORCE if force else 0
         options = _library.CLoadOptions(
-            size=ctypes.sizeof(_library.CLoadOptions), memory=memory_of(memory))
+            size=ctypes.sizeof(_library.CLoadOptions), memory=memory_of(memory),
+            bandwidth=bandwidth or 0)
         stats = _library.CLoadStats(size=ctypes.sizeof(_library.CLoadStats))
         check(library().instantsnap_snapshot_load_with(
             self._open(), _library.encode(name, "name"), flags,
             ctypes.byref(options), ctypes.byref(stats)))
         return load_stats_of(stats)
+
+    def memory_progress(self) -> MemoryProgress:
+        """How far the memory is of a guest that was loaded with memory="lazy", by this process or
+        another one. For all other guests nothing is to come.
+
+        While memory is coming, snapshots and deletes of this guest raise Error
+        (OPERATION_INVALID), and so does the delete of the snapshot that it comes from. Blocks for
+        some queries. Raises Error: OPERATION_INVALID (busy), OPERATION_FAILED, OPERATION_TIMEOUT.
+        """
+        progress = _library.CMemoryProgress(size=ctypes.sizeof(_library.CMemoryProgress))
+        check(library().instantsnap_memory_get_progress(self._open(), ctypes.byref(progress)))
+        return MemoryProgress(bytes_in=progress.bytes_in, bytes_total=progress.bytes_total,
+                              coming=bool(progress.coming))
+
+    def wait_memory(self, timeout: Optional[float] = None) -> bool:
+        """Waits until all memory of a guest is in that was loaded with memory="lazy". Blocks for
+        at most `timeout` seconds; None: without limit. Returns whether all memory is in. Raises as
+        memory_progress()."""
+        deadline = math.inf if timeout is None else time.monotonic() + timeout
+        while True:
+            seconds = min(SLICE, deadline - time.monotonic())
+            slice_ms = math.ceil(seconds * 1000) if seconds > 0 else 0
+            if check(library().instantsnap_memory_wait(self._open(), slice_ms)):
+                return True
+            if seconds <= 0:
+                return False
 
     def delete(self, name: str, flags: int = 0) -> None:
         """Deletes a snapshot. What the guest has written since is merged into the images below,

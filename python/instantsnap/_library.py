@@ -146,6 +146,16 @@ class CLoadOptions(Structure):
     """instantsnap_load_options"""
     _fields_ = [("size", c_size_t),
                 ("memory", c_uint32),
+                ("reserved", c_uint32),
+                ("bandwidth", c_uint64)]
+
+
+class CMemoryProgress(Structure):
+    """instantsnap_memory_progress"""
+    _fields_ = [("size", c_size_t),
+                ("bytes_in", c_uint64),
+                ("bytes_total", c_uint64),
+                ("coming", c_uint32),
                 ("reserved", c_uint32)]
 
 
@@ -234,6 +244,8 @@ FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "instantsnap_snapshot_load": (c_int, [_GUEST, c_char_p, c_uint]),
     "instantsnap_snapshot_load_with": (
         c_int, [_GUEST, c_char_p, c_uint, POINTER(CLoadOptions), POINTER(CLoadStats)]),
+    "instantsnap_memory_get_progress": (c_int, [_GUEST, POINTER(CMemoryProgress)]),
+    "instantsnap_memory_wait": (c_int, [_GUEST, c_int]),
     "instantsnap_snapshot_delete": (c_int, [_GUEST, c_char_p, c_uint]),
     "instantsnap_image_info": (_OWNED_STRING, [c_char_p]),
     "instantsnap_image_verify": (c_int, [c_char_p]),

@@ -17,7 +17,8 @@ class Memory(enum.IntEnum):
     AUTO = 0
     #: all of it is written to QEMU before the guest runs: seconds for each few GiB
     FULL = 1
-    #: the guest runs at once, and a page comes when the guest needs it; not supported yet
+    #: the load returns when the guest runs, and the memory follows: a page when the guest needs it,
+    #: and all others in between. Needs a sparse image and anonymous memory
     LAZY = 2
     #: QEMU (8.2 or later) was started with the memory backends of the plan, so that the guest's RAM
     #: is the memory image, which must be sparse: the guest runs within milliseconds, and clones
@@ -36,6 +37,14 @@ class LoadStats:
     total_us: int               #: the whole call
     memory: Union[Memory, int]  #: how memory came, never AUTO; an int for an unknown way
     running: bool               #: whether the guest runs; else it is paused
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryProgress:
+    """How far the memory of a guest is that was loaded with "lazy"."""
+    bytes_in: int     #: the bytes of pages that are not zero and are in; 0: not known
+    bytes_total: int  #: all bytes of such pages; 0: not known, or nothing comes
+    coming: bool      #: whether memory is still to come
 
 
 def memory_of(memory: Union[str, Memory]) -> Memory:

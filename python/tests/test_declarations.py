@@ -10,7 +10,7 @@ import unittest
 from pathlib import Path
 
 from instantsnap import (DeleteFlag, ErrorCode, Event, EventType, Flag, JobInfo, LoadStats, Memory,
-                         Phase, Stats, StorageDisk, _library)
+                         MemoryProgress, Phase, Stats, StorageDisk, _library)
 
 from .machine import TOP
 
@@ -66,6 +66,7 @@ class Declarations(unittest.TestCase):
             "instantsnap_revert_options": _library.CRevertOptions,
             "instantsnap_load_options": _library.CLoadOptions,
             "instantsnap_load_stats": _library.CLoadStats,
+            "instantsnap_memory_progress": _library.CMemoryProgress,
             "instantsnap_memory_backend": _library.CMemoryBackend,
             "instantsnap_revert_disk": _library.CRevertDisk,
         }
@@ -102,7 +103,8 @@ class Declarations(unittest.TestCase):
     def test_every_field_has_an_attribute_in_the_package(self):
         for structure, kind in ((_library.CStats, Stats), (_library.CEvent, Event),
                                 (_library.CJobInfo, JobInfo), (_library.CStorageDisk, StorageDisk),
-                                (_library.CLoadStats, LoadStats)):
+                                (_library.CLoadStats, LoadStats),
+                                (_library.CMemoryProgress, MemoryProgress)):
             fields = [name for name, *_ in structure._fields_ if name not in ("size", "reserved")]
             self.assertEqual([field.name for field in dataclasses.fields(kind)], fields)
 

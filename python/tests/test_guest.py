@@ -106,14 +106,33 @@ class Snapshots(TestCase):
                     with self.assertRaises(ValueError):
                         guest.load("one", running, memory="some")
                     with self.assertRaises(Error) as raised:
-                        guest.load("one", running, memory="lazy")
-                    self.assertEqual(raised.exception.code, ErrorCode.OPERATION_UNSUPPORTED)
+                        guest.load("one", running, bandwidth=1)
+                    self.assertEqual(raised.exception.code, ErrorCode.INVALID_ARG)
                     stats = guest.load("one", running)
                     self.assertEqual(guest.current(), "one")
                 self.assertEqual((stats.memory, stats.running), (Memory.FULL, running is not False))
                 self.assertEqual(stats.check_us + stats.load_us + stats.finish_us, stats.total_us)
                 self.assertEqual(restored.status(), status)
 
+
+    def test_load_whose_memory_follows(self):
+        machine = self.machine()
+        with Guest.open_qmp(machine.qmp, self.state) as guest:
+            guest.snapshot(name="one", image_format="sparse")
+            self.assertFalse(guest.memory_progress().coming)
+        plan = prepare_revert(self.state, "one", memory="lazy")
+        self.assertEqual(plan.memory_backends, [])
+        restored = self.machine(name="restored", disk=plan.disks[0].file, disk_format="qcow2",
+                                arguments=["-incoming", "defer"])
+        with Guest.open_qmp(restored.qmp, self.state) as guest:
+            stats = guest.load("one", memory="lazy", bandwidth=1 << 30)
+            self.assertEqual((stats.memory, stats.running), (Memory.LAZY, True))
+            self.assertEqual(restored.status(), "running")
+            progress = guest.memory_progress()
+            self.assertLessEqual(progress.bytes_in, progress.bytes_total)
+            self.assertTrue(guest.wait_memory(timeout=60))
+            self.assertFalse(guest.memory_progress().coming)
+            guest.snapshot(name="two")
 
     def test_prepare_revert_by_a_mapping(self):
         machine = self.machine()

@@ -376,6 +376,10 @@ impl Channel for Callbacks<'_> {
         Recovery { monitor: self.watchdog_monitor.as_ref().map(Monitor::socket), merges: false }
     }
 
+    fn free_socket(&self) -> Option<PathBuf> {
+        self.driver.watchdog_socket()
+    }
+
     fn leave(&mut self) {
         if let Some(watchdog_monitor) = &mut self.watchdog_monitor {
             watchdog_monitor.leave();

@@ -459,6 +459,12 @@ pub trait Guest: Execute {
     /// name.
     fn recovery_channel<'a>(&'a self, snapshot: &'a str) -> RecoveryChannel<'a>;
 
+    /// A monitor socket by which another process can reach QEMU once this operation has ended, if
+    /// there is one.
+    fn monitor_socket(&self) -> Option<PathBuf> {
+        None
+    }
+
     /// The descriptors that hold the guest for this operation. A watchdog holds copies of them.
     fn held(&self) -> Vec<BorrowedFd<'_>>;
 

@@ -29,3 +29,4 @@ pub use guest::{
 };
 pub use libvirt::LibvirtConnector;
 pub use qmp::QmpConnector;
+pub use shared_memory::find_other_writer;

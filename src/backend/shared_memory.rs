@@ -32,6 +32,19 @@ fn query(guest: &mut dyn Execute, command: &str, arguments: Value) -> Result<Jso
 /// Refuses a guest whose RAM another process or a device writes: userfaultfd covers QEMU's own
 /// mapping only.
 pub fn check_memory_not_shared(guest: &mut dyn Execute) -> Result<()> {
+    match find_other_writer(guest)? {
+        None => Ok(()),
+        Some(writer) => fail!(
+            ConfigUnsupported,
+            "{writer} writes the guest's memory from another process or a device, where QEMU \
+             cannot hold it at the instant: take a non-live snapshot (without INSTANT), or remove \
+             the device first"
+        ),
+    }
+}
+
+/// What writes the guest's RAM from another process or a device, if anything does.
+pub fn find_other_writer(guest: &mut dyn Execute) -> Result<Option<String>> {
     for path in ["/machine/peripheral", "/machine/peripheral-anon", "/objects"] {
         let devices = query(guest, "qom-list", json!({ "path": path }))?;
         for device in devices.as_array().into_iter().flatten() {
@@ -39,7 +52,7 @@ pub fn check_memory_not_shared(guest: &mut dyn Execute) -> Result<()> {
             if SHARING_DEVICES.iter().any(|writer| kind.contains(writer)) {
                 let kind = kind.trim_start_matches("child<").trim_end_matches('>');
                 let name = device["name"].as_str().unwrap_or_default();
-                return refuse_shared_memory(&format!("device '{name}' ({kind})"));
+                return Ok(Some(format!("device '{name}' ({kind})")));
             }
         }
     }
@@ -48,9 +61,7 @@ pub fn check_memory_not_shared(guest: &mut dyn Execute) -> Result<()> {
         let driver = node["drv"].as_str().unwrap_or_default();
         if SHARING_BLOCK_DRIVERS.contains(&driver) {
             let name = node["node-name"].as_str().unwrap_or_default();
-            return refuse_shared_memory(&format!(
-                "the storage of block node '{name}' (driver {driver})"
-            ));
+            return Ok(Some(format!("the storage of block node '{name}' (driver {driver})")));
         }
     }
     // No QMP command tells a network backend's type.
@@ -59,7 +70,7 @@ pub fn check_memory_not_shared(guest: &mut dyn Execute) -> Result<()> {
         Ok(network) => network,
         // This QEMU was built without the human monitor. Such a build has no vhost-user network
         // backends either.
-        Err(error) if error.code == Code::OperationFailed => return Ok(()),
+        Err(error) if error.code == Code::OperationFailed => return Ok(None),
         Err(error) => return Err(error),
     };
     for line in network.as_str().unwrap_or_default().lines() {
@@ -67,17 +78,8 @@ pub fn check_memory_not_shared(guest: &mut dyn Execute) -> Result<()> {
             line.split("type=").nth(1).and_then(|rest| rest.split(',').next()).unwrap_or_default();
         if SHARING_DEVICES.iter().any(|writer| kind.contains(writer)) {
             let name = line.trim_start_matches([' ', '\\']).split(':').next().unwrap_or_default();
-            return refuse_shared_memory(&format!("network backend '{name}' ({kind})"));
+            return Ok(Some(format!("network backend '{name}' ({kind})")));
         }
     }
-    Ok(())
-}
-
-fn refuse_shared_memory(writer: &str) -> Result<()> {
-    fail!(
-        ConfigUnsupported,
-        "{writer} writes the guest's memory from another process or a device, where QEMU cannot \
-         hold it at the instant: take a non-live snapshot (without INSTANT), or remove the device \
-         first"
-    )
+    Ok(None)
 }

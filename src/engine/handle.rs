@@ -13,8 +13,9 @@ use super::doctor::{self, Finding};
 use super::job::{Job, Returns};
 use super::operation::{Opened, Operation, Taken};
 use super::options::SparseReader;
+use super::page_server::arrival::{self, MemoryProgress};
 use super::recover::{self, Next, Recovered};
-use super::revert::load::{self, Loaded};
+use super::revert::load::{self, LoadOptions, Loaded};
 use super::revert::prepare::{RevertOptions, RevertPlan, prepare_revert_with};
 use super::storage::{StorageCall, StorageHook};
 use crate::backend::driver::Driver;
@@ -22,8 +23,8 @@ use crate::backend::{Connector, DriverConnector, LibvirtConnector, QmpConnector,
 use crate::error::{Result, fail};
 use crate::image::Format;
 use crate::migration::early_start::EarlyStart;
+use crate::model::Store;
 use crate::model::flags::{CreateFlags, DeleteFlags, RevertFlags};
-use crate::model::{Memory, Store};
 use crate::sys::lock;
 
 /// A guest that was opened.
@@ -129,10 +130,20 @@ impl Handle {
     }
 
     /// Restores a snapshot's memory into a QEMU that waits for it.
-    pub fn load(&self, name: &str, flags: RevertFlags, memory: Memory) -> Result<Loaded> {
+    pub fn load(&self, name: &str, flags: RevertFlags, options: LoadOptions) -> Result<Loaded> {
         recover::before_operation(&*self.opened.connector, Next::Load(name))?;
         let reader = lock(&self.opened.options).sparse_reader;
-        load::load(&*self.opened.connector, name, flags, memory, reader)
+        load::load(&*self.opened.connector, name, flags, options, reader)
+    }
+
+    /// How far the memory is of a guest that runs already.
+    pub fn memory_progress(&self) -> Result<MemoryProgress> {
+        arrival::progress(&*self.opened.connector)
+    }
+
+    /// Waits until all of the guest's memory is in. Returns whether it is.
+    pub fn wait_memory(&self, timeout: Option<Duration>) -> Result<bool> {
+        arrival::wait(&*self.opened.connector, timeout)
     }
 
     /// Reverts the guest to a snapshot. `restart` ends QEMU, and starts a new one that waits for
@@ -157,7 +168,7 @@ impl Handle {
         let options = RevertOptions { hook: storage.as_deref(), ..RevertOptions::default() };
         let plan = prepare_revert_with(store.directory(), name, options)?;
         restart(&plan).inspect_err(|_| plan.discard())?;
-        self.load(name, flags, Memory::Auto).map(drop)
+        self.load(name, flags, LoadOptions::default()).map(drop)
     }
 
     /// Deletes a snapshot, with its files unless the flags say otherwise.

@@ -18,8 +18,11 @@ mod managed;
 mod nvram;
 mod operation;
 mod options;
+mod page_server;
+mod program;
 mod recover;
 mod revert;
+mod run_program;
 mod storage;
 mod users;
 mod watchdog;
@@ -36,12 +39,13 @@ pub use handle::Handle;
 pub use job::{Info, Job, Returns};
 pub use managed::{Operation, delete_managed, hold_unless_it_is_a_step, revert_managed};
 pub use options::SparseReader;
+pub use page_server::arrival::MemoryProgress;
 pub use recover::{Action, Recovered, What, recover_offline, recovery_report};
-pub use revert::load::Loaded;
+pub use revert::load::{LoadOptions, Loaded};
 pub use revert::memory::MemoryBackend;
 pub use revert::prepare::{
     RevertDisk, RevertOptions, RevertPlan, prepare_revert, prepare_revert_with,
 };
+pub use run_program::run_program;
 pub use storage::{Answer, StorageCall, StorageHook};
 pub use watchdog::Kind as WatchdogKind;
-pub use watchdog::run as run_watchdog;

@@ -206,6 +206,17 @@ structures! {
         size: usize,
         memory: u32,
         reserved: u32,
+        bandwidth: u64,
+    }
+
+    /// How far the memory of a guest is.
+    #[derive(Default)]
+    struct instantsnap_memory_progress {
+        size: usize,
+        bytes_in: u64,
+        bytes_total: u64,
+        coming: u32,
+        reserved: u32,
     }
 
     /// What a load did: microseconds.

@@ -16,11 +16,11 @@ use super::header::{instantsnap_guest, instantsnap_snapshot};
 use super::native::{self, GUESTS, SNAPSHOTS, Snapshot};
 use super::{client, driver, last_error};
 use crate::boundary::boundary;
+use crate::engine::LoadOptions;
 use crate::error::{Code, Error, Result, fail};
 use crate::libvirt::VirError;
 use crate::libvirt::driver::{Next, virDomainObj};
 use crate::libvirt::table::{self, virDomain, virDomainSnapshot};
-use crate::model::Memory;
 use crate::model::flags::{self, DeleteFlags, RevertFlags};
 use crate::pointers::Text;
 use crate::symbols::Library;
@@ -87,7 +87,7 @@ pub unsafe extern "C" fn qemuSnapshotRevert(
         let snapshot = SNAPSHOTS.get(snapshot.cast::<instantsnap_snapshot>())?;
         let name = Text::from(&snapshot.name).required("snapshot")?;
         let guest = GUESTS.get(vm.cast::<instantsnap_guest>())?;
-        guest.load(name, RevertFlags::parse(flags)?, Memory::Auto).map(|_| 0)
+        guest.load(name, RevertFlags::parse(flags)?, LoadOptions::default()).map(|_| 0)
     })
 }
 

@@ -80,5 +80,6 @@ growing! {
     instantsnap_memory_backend,
     instantsnap_load_options,
     instantsnap_load_stats,
+    instantsnap_memory_progress,
     instantsnap_driver_ops,
 }

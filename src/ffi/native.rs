@@ -10,10 +10,11 @@ use std::time::Duration;
 use super::header::{instantsnap_guest, instantsnap_revert_plan, instantsnap_snapshot};
 use super::{Registry, abi, c_string, last_error};
 use crate::boundary::boundary;
-use crate::engine::{self, EarlyStart, Handle, Phase, RevertPlan, Stats, WatchdogKind};
+use crate::engine::{
+    self, EarlyStart, Handle, LoadOptions, Phase, RevertPlan, Stats, WatchdogKind,
+};
 use crate::error::{Result, fail};
 use crate::image::Format;
-use crate::model::Memory;
 use crate::model::flags::{CreateFlags, DeleteFlags, RevertFlags};
 use crate::pointers::{Fill, Out, Text};
 
@@ -487,7 +488,7 @@ pub extern "C" fn instantsnap_snapshot_load(
     boundary(last_error::set, || {
         let guest = GUESTS.get(guest)?;
         let name = name.required("name")?;
-        guest.load(name, RevertFlags::parse(flags)?, Memory::Auto).map(|_| 0)
+        guest.load(name, RevertFlags::parse(flags)?, LoadOptions::default()).map(|_| 0)
     })
 }
 

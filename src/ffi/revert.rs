@@ -4,13 +4,14 @@
 
 use std::ffi::{c_int, c_uint};
 use std::path::Path;
+use std::time::Duration;
 
 use super::header::{instantsnap_guest, instantsnap_revert_plan};
 use super::native::{GUESTS, add_plan, micros};
 use super::storage::Hook;
 use super::{abi, last_error};
 use crate::boundary::boundary;
-use crate::engine::{RevertOptions, StorageHook, prepare_revert, prepare_revert_with};
+use crate::engine::{LoadOptions, RevertOptions, StorageHook, prepare_revert, prepare_revert_with};
 use crate::error::{Result, fail};
 use crate::model::Memory;
 use crate::model::flags::RevertFlags;
@@ -65,16 +66,19 @@ pub extern "C" fn instantsnap_snapshot_load_with(
     boundary(last_error::set, || {
         let guest = GUESTS.get(guest)?;
         let name = name.required("name")?;
-        let memory = match options.read("options")? {
-            None => Memory::Auto,
+        let options = match options.read("options")? {
+            None => LoadOptions::default(),
             Some(options) if options.reserved != 0 => {
                 fail!(InvalidArg, "the reserved field of options must be 0")
             }
-            Some(options) => memory_of(options.memory)?,
+            Some(options) => LoadOptions {
+                memory: memory_of(options.memory)?,
+                bandwidth: Some(options.bandwidth).filter(|bandwidth| *bandwidth != 0),
+            },
         };
         // A bad structure must be found before anything is done.
         stats.check("stats")?;
-        let loaded = guest.load(name, RevertFlags::parse(flags)?, memory)?;
+        let loaded = guest.load(name, RevertFlags::parse(flags)?, options)?;
         if stats.is_null() {
             return Ok(0);
         }
@@ -89,5 +93,39 @@ pub extern "C" fn instantsnap_snapshot_load_with(
             running: loaded.running.into(),
         };
         stats.put("stats", converted).map(|()| 0)
+    })
+}
+
+/// `instantsnap_memory_get_progress`.
+#[unsafe(no_mangle)]
+pub extern "C" fn instantsnap_memory_get_progress(
+    guest: *mut instantsnap_guest,
+    mut progress: Fill<abi::instantsnap_memory_progress>,
+) -> c_int {
+    boundary(last_error::set, || {
+        let guest = GUESTS.get(guest)?;
+        progress.check("progress")?;
+        let found = guest.memory_progress()?;
+        let converted = abi::instantsnap_memory_progress {
+            size: size_of::<abi::instantsnap_memory_progress>(),
+            bytes_in: found.pages.bytes,
+            bytes_total: found.pages.total,
+            coming: found.is_coming.into(),
+            reserved: 0,
+        };
+        progress.put("progress", converted).map(|()| 0)
+    })
+}
+
+/// `instantsnap_memory_wait`.
+#[unsafe(no_mangle)]
+pub extern "C" fn instantsnap_memory_wait(
+    guest: *mut instantsnap_guest,
+    timeout_ms: c_int,
+) -> c_int {
+    boundary(last_error::set, || {
+        // A negative timeout is no limit.
+        let timeout = u64::try_from(timeout_ms).ok().map(Duration::from_millis);
+        Ok(GUESTS.get(guest)?.wait_memory(timeout)?.into())
     })
 }

@@ -22,7 +22,7 @@ use super::incoming::Incoming;
 use super::page_writer::{Failure, PageWriter};
 use super::pipe::CHUNK;
 use crate::error::{Code, Error, Result, fail};
-use crate::sys;
+use crate::sys::{self, IMAGE_LOCKS};
 
 /// Converts a complete image that is not compressed, in place. It keeps its domain XML, libvirt's
 /// cookie, its mode and, where this process may set it, its owner. An image that has the format
@@ -31,6 +31,14 @@ pub fn convert(path: &Path, format: Format) -> Result<()> {
     let image = Image::open(path)?;
     if image.format() == format {
         return Ok(());
+    }
+    if sys::is_locked(&image.file, IMAGE_LOCKS) {
+        fail!(
+            OperationInvalid,
+            "the memory image '{}' is being read: the memory of a guest that was reverted to its \
+             snapshot is still coming from it. Wait until all of it is in",
+            path.display()
+        );
     }
     let cannot = |error: io::Error| {
         Error::system(format!("cannot convert the memory image '{}'", path.display()), error)

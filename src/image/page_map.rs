@@ -78,6 +78,11 @@ impl PageMap {
         })
     }
 
+    /// The next page from this one on that is in the file.
+    pub fn next_in_file(&self, from: u64) -> Option<u64> {
+        self.next(from, true)
+    }
+
     /// The next page from this one on that is in the file, or is not.
     fn next(&self, from: u64, is_in_file: bool) -> Option<u64> {
         let mut at = from;

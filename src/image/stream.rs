@@ -104,7 +104,18 @@ fn read_tail(file: &File, begin: u64, longest: u64) -> io::Result<Vec<u8>> {
     Ok(tail)
 }
 
+/// The devices of a stream that ends here, without its end and the description after it.
+pub fn without_end(devices: &[u8]) -> Option<&[u8]> {
+    let end = description(devices).or_else(|| devices.ends_with(&[END]).then(|| devices.len() - 1));
+    end.map(|end| &devices[..end])
+}
+
 fn ends_with_description(tail: &[u8]) -> bool {
+    description(tail).is_some()
+}
+
+/// Where the end of a stream with a description of its devices begins.
+fn description(tail: &[u8]) -> Option<usize> {
     const BEFORE_TEXT: usize = 6;
     let is_description = |(at, head): (usize, &[u8])| {
         let length = tail.len() - at - BEFORE_TEXT;
@@ -113,7 +124,8 @@ fn ends_with_description(tail: &[u8]) -> bool {
             && tail[at + BEFORE_TEXT..].starts_with(b"{")
             && tail.ends_with(b"}")
     };
-    tail.windows(BEFORE_TEXT).enumerate().rev().any(is_description)
+    let mut places = tail.windows(BEFORE_TEXT).enumerate().rev();
+    places.find(|place| is_description(*place)).map(|(at, _)| at)
 }
 
 /// Whether the stream ends as one without a description does. Machine types that QEMU does not note

@@ -54,3 +54,15 @@ fn wait(guest: &mut dyn Guest) -> Result<()> {
         backoff.wait();
     }
 }
+
+/// Waits until a guest whose devices are loaded can run, while its memory may still come.
+pub fn wait_devices(guest: &mut dyn Guest) -> Result<()> {
+    let (backoff, deadline) = (Backoff::default(), Deadline::after(DEFAULT_TIMEOUT));
+    while commands::query_status(guest, deadline)?.status == "inmigrate" {
+        if deadline.left().is_none() {
+            fail!(OperationTimeout, "QEMU has loaded the devices, and does not let the guest run");
+        }
+        backoff.wait();
+    }
+    Ok(())
+}

@@ -4,6 +4,7 @@
 
 use serde_json::{Map, Value, json};
 
+use super::lazy::Lazy;
 use super::maker;
 use super::names::{BACKGROUND, LOCK, RECORD, TLS};
 use crate::error::{Result, fail};
@@ -23,6 +24,8 @@ pub struct Leftover {
     pub capabilities: Vec<(String, bool)>,
     /// The parameters that the snapshot has changed, as they were before it.
     pub parameters: Map<String, Value>,
+    /// The load whose memory followed, or follows, if that has changed the settings.
+    pub lazy: Option<Lazy>,
     /// The processes that took the snapshot: see [`maker`].
     maker: Value,
 }
@@ -35,6 +38,7 @@ impl Leftover {
         parameters: &Map<String, Value>,
         changed: impl Iterator<Item = &'a str>,
         watchdog: Option<u32>,
+        lazy: Option<&Lazy>,
     ) -> String {
         let on = capabilities.iter().filter(|(_, state)| *state);
         let capabilities: Vec<_> = on.map(|(name, _)| name).collect();
@@ -43,7 +47,12 @@ impl Leftover {
         let maker = maker::note(watchdog);
         format!(
             "{PREFIX}{}",
-            json!({ "capabilities": capabilities, "parameters": parameters, "maker": maker })
+            json!({
+                "capabilities": capabilities,
+                "parameters": parameters,
+                "maker": maker,
+                "lazy": lazy,
+            })
         )
     }
 
@@ -70,6 +79,7 @@ impl Leftover {
         Some(Leftover {
             capabilities,
             parameters: locked.into_iter().collect(),
+            lazy: None,
             maker: Value::Null,
         })
     }
@@ -80,7 +90,8 @@ impl Leftover {
         let on = recorded["capabilities"].as_array()?;
         let was = |(name, _): &(String, bool)| (name.clone(), on.iter().any(|on| on == name));
         let capabilities = found.iter().map(was).collect();
-        Some(Leftover { capabilities, parameters, maker: recorded["maker"].take() })
+        let lazy = serde_json::from_value(recorded["lazy"].take()).ok();
+        Some(Leftover { capabilities, parameters, lazy, maker: recorded["maker"].take() })
     }
 
     /// Refuses settings that another snapshot may still need: this process cannot tell that it has

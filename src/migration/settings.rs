@@ -5,8 +5,9 @@
 
 use serde_json::{Map, Value, json};
 
+use super::lazy::{Arrival, Lazy};
 use super::leftover::Leftover;
-use super::names::{BACKGROUND, FD_NAME, LOCK, RECORD, TLS};
+use super::names::{BACKGROUND, FD_NAME, LAZY_LOCK, LOCK, POST_COPY, RECORD, TLS};
 use crate::backend::{DEFAULT_TIMEOUT, Guest};
 use crate::deadline::Deadline;
 use crate::error::{Code, Error, Result, fail};
@@ -59,8 +60,65 @@ impl Settings {
         Ok(true)
     }
 
+    /// The load whose memory follows, or has followed and left its settings.
+    pub fn lazy(guest: &mut dyn Guest) -> Result<Option<Lazy>> {
+        let parameters =
+            commands::query_migrate_parameters(guest, Deadline::after(DEFAULT_TIMEOUT))?;
+        Ok(Leftover::find(&[], &parameters, false).and_then(|leftover| leftover.lazy))
+    }
+
+    /// Prepares QEMU for memory that follows, and records that. Other clients are not locked out
+    /// yet: QEMU would take that for its own credentials.
+    pub fn apply_lazy(&self, guest: &mut dyn Guest, lazy: &Lazy) -> Result<()> {
+        if !self.capabilities.iter().any(|(name, _)| name == POST_COPY) {
+            fail!(
+                ArgumentUnsupported,
+                "this QEMU has no migration capability '{POST_COPY}': load all of the memory first"
+            );
+        }
+        self.switch_off(guest, Mode::Paused, |name| EXCLUDE_TLS.contains(&name))?;
+        let changed = self.lazy_parameters();
+        let names = changed.keys().map(String::as_str);
+        let record =
+            Leftover::describe(&self.capabilities, &self.parameters, names, None, Some(lazy));
+        let own = [(RECORD, json!(record)), (TLS, json!(""))];
+        let own = own.into_iter().filter(|(name, _)| changed.contains_key(*name));
+        let own = own.map(|(name, value)| (name.to_owned(), value)).collect();
+        commands::migrate_set_parameters(guest, own, Deadline::after(DEFAULT_TIMEOUT))?;
+        self.switch_off(guest, Mode::Paused, |_| true)?;
+        let on = [(POST_COPY.to_owned(), true)];
+        set_capabilities(guest, &on, Deadline::after(DEFAULT_TIMEOUT)).map_err(explain_lazy)
+    }
+
+    /// Puts all settings back that [`Settings::apply_lazy`] can have changed.
+    pub fn restore_lazy(&self, guest: &mut dyn Guest) -> Result<()> {
+        self.put_back(guest, self.lazy_parameters())
+    }
+
+    /// The parameters that [`Settings::apply_lazy`] changes, as they were.
+    fn lazy_parameters(&self) -> Map<String, Value> {
+        let names = [TLS, RECORD].into_iter().filter(|name| self.parameters.contains_key(*name));
+        names.map(|name| (name.to_owned(), self.parameters[name].clone())).collect()
+    }
+
+    /// Locks other clients' migrations out while memory follows, or lets QEMU's own go on.
+    pub fn lock_lazy(guest: &mut dyn Guest, locked: bool) -> Result<()> {
+        let credentials = json!(if locked { LAZY_LOCK } else { "" });
+        let parameters = Map::from_iter([(TLS.to_owned(), credentials)]);
+        commands::migrate_set_parameters(guest, parameters, Deadline::after(DEFAULT_TIMEOUT))
+    }
+
+    /// Refuses to put the settings back that a load has changed whose memory still follows.
+    fn check_arrived(leftover: &Leftover, guest: &mut dyn Guest) -> Result<()> {
+        match &leftover.lazy {
+            Some(lazy) if Arrival::ask(guest)? != Arrival::Ended => Err(lazy.still_coming()),
+            _ => Ok(()),
+        }
+    }
+
     /// Puts the settings back that an earlier snapshot has left changed.
     fn put_leftover_back(leftover: Leftover, guest: &mut dyn Guest) -> Result<()> {
+        Settings::check_arrived(&leftover, guest)?;
         // QEMU may still have the snapshot's pipe; otherwise it refuses this.
         let _ = commands::closefd(guest, FD_NAME, Deadline::after(DEFAULT_TIMEOUT));
         let Leftover { capabilities, parameters, .. } = leftover;
@@ -299,8 +357,13 @@ impl Settings {
         }
         if self.locked && self.parameters.contains_key(RECORD) {
             let changed = parameters.keys().map(String::as_str).chain([RECORD]);
-            let record =
-                Leftover::describe(&self.capabilities, &self.parameters, changed, self.watchdog);
+            let record = Leftover::describe(
+                &self.capabilities,
+                &self.parameters,
+                changed,
+                self.watchdog,
+                None,
+            );
             parameters.insert(RECORD.into(), json!(record));
         }
         parameters
@@ -316,6 +379,21 @@ pub(super) fn set_capabilities(
         return Ok(());
     }
     commands::migrate_set_capabilities(guest, changes, deadline)
+}
+
+fn explain_lazy(failure: Failure) -> Error {
+    match failure {
+        Failure::Refused(_, reason) => Error::new(
+            Code::ArgumentUnsupported,
+            format!(
+                "memory that follows is refused by this QEMU ({reason}): it needs permission to \
+                 use userfaultfd. Run it as root, or `sysctl vm.unprivileged_userfaultfd=1`, or, \
+                 with QEMU 8.0 or later, give its user access to /dev/userfaultfd; or load all of \
+                 the memory first"
+            ),
+        ),
+        failure => failure.into_error("cannot set the migration capabilities"),
+    }
 }
 
 fn explain(failure: Failure, mode: Mode) -> Error {

@@ -16,6 +16,7 @@ mod flags;
 mod image;
 mod killed;
 mod killed_caller;
+mod lazy;
 mod map;
 mod memory_image;
 mod metadata;

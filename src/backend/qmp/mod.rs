@@ -87,16 +87,26 @@ impl Connector for QmpConnector {
     }
 
     fn begin(&self) -> Result<Box<dyn Guest + '_>> {
-        let deadline = Deadline::after(GREETING);
-        let mut exclusive = vec![hold_socket(&self.socket)?];
-        let monitor = Monitor::connect(&self.socket, deadline)?;
-        if let Some(qemu) = &monitor.qemu {
-            exclusive.push(hold_qemu(&guest_label(&self.socket), qemu)?);
-        }
-        check_version(monitor.version)?;
-        let channel = Socket { path: &self.socket, monitor };
-        Ok(Box::new(MonitorGuest::new(channel, self.domain.clone(), Some(&self.store), exclusive)))
+        hold(&self.socket, self.domain.clone(), Some(&self.store))
     }
+}
+
+/// Holds a guest by its socket for one operation. `store`: the state directory, if the operation
+/// needs it.
+pub fn hold<'a>(
+    socket: &'a Path,
+    domain: Option<Domain>,
+    store: Option<&'a Store>,
+) -> Result<Box<dyn Guest + 'a>> {
+    let deadline = Deadline::after(GREETING);
+    let mut exclusive = vec![hold_socket(socket)?];
+    let monitor = Monitor::connect(socket, deadline)?;
+    if let Some(qemu) = &monitor.qemu {
+        exclusive.push(hold_qemu(&guest_label(socket), qemu)?);
+    }
+    check_version(monitor.version)?;
+    let channel = Socket { path: socket, monitor };
+    Ok(Box::new(MonitorGuest::new(channel, domain, store, exclusive)))
 }
 
 /// The monitor's socket during one operation.
@@ -138,6 +148,10 @@ impl Channel for Socket<'_> {
 
     fn recovery(&self) -> Recovery<'_> {
         Recovery { monitor: Some(self.monitor.socket()), merges: true }
+    }
+
+    fn free_socket(&self) -> Option<PathBuf> {
+        Some(self.path.into())
     }
 
     fn leave(&mut self) {

@@ -71,6 +71,9 @@ pub trait Channel: Execute + Sized {
     /// How the watchdog reaches QEMU.
     fn recovery(&self) -> Recovery<'_>;
 
+    /// A monitor socket for another process, once this operation has ended.
+    fn free_socket(&self) -> Option<PathBuf>;
+
     /// Leaves the monitor to the watchdog.
     fn leave(&mut self);
 
@@ -304,6 +307,10 @@ impl<C: Channel> Guest for MonitorGuest<'_, C> {
         let Recovery { monitor, merges } = self.channel.recovery();
         let overlays = self.overlays.iter().map(|overlay| overlay.for_recovery(merges)).collect();
         monitor.map_or(RecoveryChannel::None, |monitor| RecoveryChannel::Monitor(monitor, overlays))
+    }
+
+    fn monitor_socket(&self) -> Option<PathBuf> {
+        self.channel.free_socket()
     }
 
     fn held(&self) -> Vec<BorrowedFd<'_>> {

@@ -27,6 +27,7 @@ use crate::backend::qmp::drives;
 use crate::backend::qmp::jobs::{self, Merge, NODE_PREFIX, Until};
 use crate::backend::{Connector, DEFAULT_TIMEOUT, Guest};
 use crate::deadline::Deadline;
+use crate::engine::page_server::arrival::check_arrived;
 use crate::engine::revert::map::check_unmapped;
 use crate::error::{Error, Result, fail};
 use crate::image::{deleting, is_another};
@@ -141,6 +142,7 @@ impl<'a> Delete<'a> {
         if status == "inmigrate" {
             fail!(OperationInvalid, "QEMU waits for a snapshot: load it first, or end it");
         }
+        check_arrived(self.guest)?;
         let left_over = jobs::left_over(self.guest)?;
         jobs::give_up(self.guest, &left_over)?;
         self.check_no_jobs()?;
@@ -164,6 +166,15 @@ impl<'a> Delete<'a> {
     fn check_files(&self) -> Result<()> {
         let memory = Path::new(&self.record.memory_file);
         for file in [memory, &deleting(memory)] {
+            if locks::is_in_use(file) {
+                fail!(
+                    OperationInvalid,
+                    "memory image '{}' is being read: the memory of a guest that was reverted to \
+                     the snapshot is still coming from it. Wait until all of it is in \
+                     (instantsnap_memory_wait), or end that guest",
+                    file.display()
+                );
+            }
             if is_another(file) {
                 return self.refuse("memory image", file, "is no memory image");
             }

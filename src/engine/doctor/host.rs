@@ -6,7 +6,7 @@ use std::fs;
 
 use super::report::Report;
 use super::userfaultfd::{self, Access, DEVICE, Subject};
-use crate::engine::watchdog;
+use crate::engine::program;
 use crate::libvirt::Connect;
 use crate::tool;
 
@@ -103,7 +103,7 @@ pub fn name_of(passwd: &str, user: u32) -> String {
 
 /// The programs that the library runs.
 pub fn programs(report: &mut Report) {
-    if watchdog::program_exists() {
+    if program::exists() {
         report.pass("watchdog", "instantsnap-watchdog", "found");
     } else {
         report.warn(

@@ -33,6 +33,7 @@ pub use self::report::{Action, Recovered, What};
 pub use self::whose::Next;
 use crate::backend::{Connector, Guest};
 use crate::deadline::Deadline;
+use crate::engine::page_server::arrival::check_arrived;
 use crate::error::{Code, Error, Result, fail};
 use crate::machine_log::Message;
 use crate::migration::Settings;
@@ -62,6 +63,9 @@ pub fn recover(connector: &dyn Connector) -> Result<Vec<Recovered>> {
             }
             found.extend(recover_named(store, &name, Some(guest))?);
         }
+    }
+    if guest.has_qemu() {
+        check_arrived(guest)?;
     }
     // An earlier version, or a caller without a directory for them, keeps no journal.
     if guest.has_qemu() && Settings::recover(guest)? {

@@ -8,9 +8,7 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use super::map;
-use super::mapped_load;
-use super::memory::unsupported;
+use super::{lazy, map, mapped_load};
 use crate::backend::{Connector, DEFAULT_TIMEOUT, Guest, Liveness};
 use crate::deadline::Deadline;
 use crate::engine::options::SparseReader;
@@ -21,6 +19,22 @@ use crate::model::flags::RevertFlags;
 use crate::model::{Drive, Memory, Record, RecordedDisk, Role};
 use crate::monitor::{Command, commands};
 use crate::sys::{self, now};
+
+/// How a snapshot is loaded.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct LoadOptions {
+    /// How the memory comes.
+    pub memory: Memory,
+    /// Where memory follows: the bytes in a second of pages that the guest has not asked for.
+    /// `None`: as many as can be.
+    pub bandwidth: Option<u64>,
+}
+
+impl From<Memory> for LoadOptions {
+    fn from(memory: Memory) -> LoadOptions {
+        LoadOptions { memory, bandwidth: None }
+    }
+}
 
 /// What a load did, and how long that took.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,6 +55,8 @@ pub struct Loaded {
 enum Way {
     /// All of it is written to QEMU.
     Full,
+    /// The guest runs, and its memory follows.
+    Lazy,
     /// QEMU has mapped the blocks with these numbers, and the others are written to it.
     Map(Vec<usize>),
 }
@@ -52,7 +68,10 @@ fn choose(guest: &mut dyn Guest, image: &Image, record: &Record, memory: Memory)
         Memory::Auto if map::is_mapped(guest, record)? => choose(guest, image, record, Memory::Map),
         Memory::Auto => Ok(Way::Full),
         Memory::Full => map::check_not_mapped(guest, record, memory).map(|()| Way::Full),
-        Memory::Lazy => Err(unsupported(memory)),
+        Memory::Lazy => {
+            map::check_not_mapped(guest, record, memory)?;
+            lazy::check(guest, record, image).map(|()| Way::Lazy)
+        }
         Memory::Map => map::check(guest, image, record).map(Way::Map),
     }
 }
@@ -61,6 +80,7 @@ impl Way {
     fn memory(&self) -> Memory {
         match self {
             Way::Full => Memory::Full,
+            Way::Lazy => Memory::Lazy,
             Way::Map(_) => Memory::Map,
         }
     }
@@ -71,10 +91,18 @@ pub fn load(
     connector: &dyn Connector,
     name: &str,
     flags: RevertFlags,
-    memory: Memory,
+    options: LoadOptions,
     reader: SparseReader,
 ) -> Result<Loaded> {
     let begun = now();
+    let LoadOptions { memory, bandwidth } = options;
+    if bandwidth.is_some() && memory != Memory::Lazy {
+        fail!(
+            InvalidArg,
+            "a bandwidth is for memory 'lazy', and not for '{}': all other memory comes at once",
+            memory.name()
+        );
+    }
     check_flags(flags)?;
     let Some(store) = connector.store() else {
         fail!(
@@ -106,15 +134,14 @@ pub fn load(
     }
     let checked = now();
 
-    let zeros = zeros_to_write(guest);
-    let settings = Settings::query(guest)?;
     match way {
-        Way::Full => {
-            if !mapped_load::load(guest, &image, zeros, &settings, reader)? {
-                load_stream(guest, image, zeros, Vec::new(), &settings)?;
-            }
+        Way::Full => load_all(guest, image, reader)?,
+        Way::Lazy => lazy::load(guest, &record, &image, running, bandwidth)?,
+        Way::Map(blocks) => {
+            let zeros = zeros_to_write(guest);
+            let settings = Settings::query(guest)?;
+            load_stream(guest, image, zeros, blocks, &settings)?;
         }
-        Way::Map(blocks) => load_stream(guest, image, zeros, blocks, &settings)?,
     }
     let loaded = now();
 
@@ -135,6 +162,16 @@ pub fn load(
         load: loaded.saturating_sub(checked),
         finish: now().saturating_sub(loaded),
     })
+}
+
+/// Loads all of the memory: QEMU reads the image itself, or gets a stream of it.
+fn load_all(guest: &mut dyn Guest, image: Image, reader: SparseReader) -> Result<()> {
+    let zeros = zeros_to_write(guest);
+    let settings = Settings::query(guest)?;
+    if mapped_load::load(guest, &image, zeros, &settings, reader)? {
+        return Ok(());
+    }
+    load_stream(guest, image, zeros, Vec::new(), &settings)
 }
 
 /// Refuses flags that are not implemented.

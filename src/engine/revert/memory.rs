@@ -6,7 +6,6 @@ use std::path::{Path, PathBuf};
 
 use crate::error::{Code, Error, Result};
 use crate::image::{Format, Image, Mapping};
-use crate::model::Memory;
 
 /// A memory backend that QEMU must be started with to map a memory image.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -66,15 +65,4 @@ pub(super) fn mappings(image: &Image, file: &str) -> Result<Vec<Mapping>> {
         ));
     }
     Ok(blocks)
-}
-
-/// The error for a way that is not supported.
-pub(super) fn unsupported(memory: Memory) -> Error {
-    Error::new(
-        Code::OperationUnsupported,
-        format!(
-            "memory '{}' (how the snapshot's memory comes back) is not supported",
-            memory.name()
-        ),
-    )
 }

@@ -6,6 +6,7 @@
 //! overlays are unneeded then. For other guests the caller starts a new QEMU on fresh images
 //! ([`prepare`]), and then the snapshot's memory is loaded into it ([`load`]).
 
+mod lazy;
 pub mod load;
 pub mod managed;
 pub mod map;

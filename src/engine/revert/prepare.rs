@@ -7,7 +7,8 @@ use std::path::{Path, PathBuf};
 
 use tempfile::{NamedTempFile, TempPath};
 
-use super::memory::{MemoryBackend, mappings, unsupported};
+use super::lazy;
+use super::memory::{MemoryBackend, mappings};
 use crate::backend::{overlay_file, revert_file};
 use crate::engine::nvram::copy;
 use crate::engine::recover;
@@ -89,7 +90,7 @@ pub fn prepare_revert_with(
     let image = Image::open(Path::new(&record.memory_file))?;
     let memory_backends = match memory {
         Memory::Auto | Memory::Full => Vec::new(),
-        Memory::Lazy => return Err(unsupported(memory)),
+        Memory::Lazy => lazy::check_image(&record, &image).map(|()| Vec::new())?,
         Memory::Map => memory_backends(&image, &record)?,
     };
     if let (Some(disk), None) = (record.manual.first(), hook) {

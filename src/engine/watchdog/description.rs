@@ -3,17 +3,16 @@
 //! The description of a watchdog's task: all that the watchdog needs except its descriptors. The
 //! program reads it as JSON.
 
-use std::path::PathBuf;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::cgroup;
 use super::task::Task;
 use crate::backend::{MonitorOverlay, RecoveryCommands};
+use crate::engine::program::{AbsolutePath, cgroup};
 use crate::image::Format;
-use crate::own_file::{KnownFile, as_bytes, from_root};
+use crate::own_file::{KnownFile, from_root};
 
 const VERSION: &str = env!("CARGO_PKG_VERSION");
 
@@ -53,10 +52,6 @@ pub enum Means {
     Monitor { restore: Vec<(String, Value)>, overlays: Vec<MonitorOverlay> },
     Commands(Box<RecoveryCommands>),
 }
-
-/// A path that names the same file from every working directory.
-#[derive(Debug, Serialize, Deserialize)]
-pub struct AbsolutePath(#[serde(with = "as_bytes")] pub PathBuf);
 
 impl Description {
     pub fn new(task: &Task, means: Means) -> Description {

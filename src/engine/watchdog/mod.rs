@@ -22,7 +22,6 @@
 //! library made for the snapshot. An overlay that it cannot merge stays, and the watchdog reports
 //! it to the machine's log.
 
-mod cgroup;
 mod child;
 mod description;
 mod descriptors;
@@ -53,11 +52,12 @@ use rustix::process::{PidfdFlags, getpid, pidfd_open};
 use self::child::Child;
 use self::description::{Description, Means};
 use self::descriptors::Common;
-pub use self::program::{exists as program_exists, run};
+pub use self::program::run;
 pub use self::stage::Stage;
 use self::stage::{DISMISSED, NOT_RESUMED, READY, RESUMED, RESUMING, UNDOING};
 pub use self::task::Task;
 use crate::backend::RecoveryChannel;
+use crate::engine::program::{Role, cgroup, command_line};
 use crate::error::{Error, Result};
 use crate::sys::{self, wait_ready};
 
@@ -301,7 +301,7 @@ fn start_program(
     task: &Task,
 ) -> io::Result<sys::Child> {
     let drain = task.drain.descriptors().ok_or(io::ErrorKind::Unsupported)?;
-    let command_line = program::command_line().ok_or(io::ErrorKind::NotFound)?;
+    let program = command_line(Role::Watchdog, None).ok_or(io::ErrorKind::NotFound)?;
     let words = serde_json::to_vec(description)?;
     let told = memfd_create(c"instantsnap", MemfdFlags::CLOEXEC)?;
     // The program shares the file's position. A write at an offset leaves the position at the
@@ -309,7 +309,7 @@ fn start_program(
     let told = File::from(told);
     told.write_all_at(&words, 0)?;
     let null = rustix::fs::open("/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())?;
-    sys::Child::start(&command_line, descriptors::all(&null, common, &told.into(), drain))
+    sys::Child::start(&program, descriptors::all(&null, common, &told.into(), drain))
 }
 
 fn fork(common: [c_int; descriptors::COMMON], child: &Child) -> io::Result<sys::Child> {

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use instantsnap::backend::LibvirtConnector;
 use instantsnap::backend::driver::Driver;
-use instantsnap::engine::{self, Created, Job, Loaded, Observer, Returns, RevertPlan};
+use instantsnap::engine::{self, Created, Job, LoadOptions, Loaded, Observer, Returns, RevertPlan};
 use instantsnap::error::Error;
 use instantsnap::image::Format;
 use instantsnap::model::Memory;
@@ -86,7 +86,18 @@ impl Handle {
 
     /// Loads a snapshot whose memory comes in this way.
     pub fn load_with(&self, name: &str, flags: u32, memory: Memory) -> Result<Loaded, Error> {
-        self.0.load(name, RevertFlags::parse(flags)?, memory)
+        self.0.load(name, RevertFlags::parse(flags)?, memory.into())
+    }
+
+    /// Loads a snapshot whose memory follows. `bandwidth`: bytes in a second.
+    pub fn load_lazily(
+        &self,
+        name: &str,
+        flags: u32,
+        bandwidth: Option<u64>,
+    ) -> Result<Loaded, Error> {
+        let options = LoadOptions { memory: Memory::Lazy, bandwidth };
+        self.0.load(name, RevertFlags::parse(flags)?, options)
     }
 
     pub fn revert(

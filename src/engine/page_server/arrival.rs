@@ -1,0 +1,204 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+
+//! Finds out how far a guest's memory is, waits for it, and starts another page server where both
+//! processes of the first were killed.
+
+use std::fs::File;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::{Path, PathBuf};
+use std::thread::sleep;
+use std::time::Duration;
+
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use serde_json::json;
+
+use super::server::PageServer;
+use super::task::{NUMBERS, Task};
+use crate::backend::{Connector, DEFAULT_TIMEOUT, Guest};
+use crate::deadline::Deadline;
+use crate::error::{Code, Error, Result, fail};
+use crate::image::Image;
+use crate::migration::post_copy::{Progress, Start};
+use crate::migration::{Arrival, FD_NAME, Lazy, Settings};
+use crate::monitor::{Command, commands};
+use crate::sys::{self, wait_ready};
+
+/// How often a state is asked for that nothing announces.
+const PAUSE: Duration = Duration::from_millis(20);
+/// An operation that ends within this time does not end a wait.
+const BUSY: Duration = Duration::from_secs(1);
+
+/// How far a guest's memory is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MemoryProgress {
+    /// Whether memory is still to come.
+    pub is_coming: bool,
+    /// The bytes of pages that are not zero: those that are in, and all. 0 if that is not known, and
+    /// when nothing is to come.
+    pub pages: Progress,
+}
+
+const NOTHING: MemoryProgress =
+    MemoryProgress { is_coming: false, pages: Progress { bytes: 0, total: 0 } };
+
+/// Refuses an operation on a guest whose memory is still coming. If its page server was killed,
+/// starts another one. If all is in, puts the settings back that the load has left.
+pub fn check_arrived(guest: &mut dyn Guest) -> Result<()> {
+    match rest(guest)? {
+        Rest::Nothing => Ok(()),
+        Rest::Coming(lazy) => Err(lazy.still_coming()),
+        // The page server finds nothing to do then.
+        Rest::Ending(_) => Settings::recover(guest).map(drop),
+    }
+}
+
+/// Returns a result, or the error of [`check_arrived`] if that is the reason why an operation is
+/// refused.
+pub fn or_still_coming<T>(guest: &mut dyn Guest, result: Result<T>) -> Result<T> {
+    match result {
+        Err(error) if error.code == Code::OperationInvalid => check_arrived(guest).and(Err(error)),
+        result => result,
+    }
+}
+
+/// How far the guest's memory is.
+pub fn progress(connector: &dyn Connector) -> Result<MemoryProgress> {
+    let mut guest = connector.begin()?;
+    let Rest::Coming(lazy) = rest(&mut *guest)? else { return Ok(NOTHING) };
+    let mut numbers = processes(&lazy)
+        .into_iter()
+        .filter_map(|pid| read_numbers(Path::new(&format!("/proc/{pid}/fd/{NUMBERS}"))));
+    let pages = numbers.next().map(|bytes| Progress::from_bytes(&bytes)).unwrap_or_default();
+    Ok(MemoryProgress { is_coming: true, pages })
+}
+
+/// Waits until all of the guest's memory is in, and QEMU has its settings back. `timeout`: how long
+/// at most; `None`: without limit. Returns whether all is in.
+pub fn wait(connector: &dyn Connector, timeout: Option<Duration>) -> Result<bool> {
+    let deadline = timeout.map(Deadline::after);
+    let left = || deadline.map_or(BUSY, |deadline| deadline.left().unwrap_or_default().min(BUSY));
+    loop {
+        // The page server holds the guest for the moment in which it puts the settings back.
+        let (Rest::Coming(lazy) | Rest::Ending(lazy)) = look(connector, Deadline::after(BUSY))?
+        else {
+            return Ok(true);
+        };
+        if left().is_zero() {
+            return Ok(false);
+        }
+        let servers: Vec<_> = processes(&lazy).into_iter().filter_map(open).collect();
+        if servers.is_empty() {
+            sleep(PAUSE);
+        }
+        for server in servers {
+            wait_ready([Some(&server), None], left().as_millis() as i32);
+        }
+    }
+}
+
+/// What there still is. Waits for the end of another operation, for example of the page server's,
+/// which puts the settings back.
+fn look(connector: &dyn Connector, deadline: Deadline) -> Result<Rest> {
+    loop {
+        match connector.begin().and_then(|mut guest| rest(&mut *guest)) {
+            Err(error) if error.code == Code::OperationInvalid && deadline.left().is_some() => {
+                sleep(PAUSE);
+            }
+            other => return other,
+        }
+    }
+}
+
+/// What there still is of a load whose memory follows.
+enum Rest {
+    Nothing,
+    /// Memory is still to come.
+    Coming(Lazy),
+    /// All is in, and the page server is about to put the settings back.
+    Ending(Lazy),
+}
+
+/// Finds out what there still is. Starts another page server if there is none any more and memory is
+/// still to come, and puts the settings back if all is in and no page server does that.
+fn rest(guest: &mut dyn Guest) -> Result<Rest> {
+    let Some(lazy) = Settings::lazy(guest)? else { return Ok(Rest::Nothing) };
+    match Arrival::ask(guest)? {
+        Arrival::UnderWay => Ok(Rest::Coming(lazy)),
+        Arrival::Interrupted => {
+            resume(guest, &lazy).map_err(|error| {
+                error.and(format!(
+                    "the guest waits for memory of snapshot '{}', whose page server was killed",
+                    lazy.snapshot
+                ))
+            })?;
+            Ok(Rest::Coming(lazy))
+        }
+        Arrival::Ended if !processes(&lazy).is_empty() => Ok(Rest::Ending(lazy)),
+        Arrival::Ended => Settings::recover(guest).map(|_| Rest::Nothing),
+    }
+}
+
+/// Starts another page server for a QEMU whose first one was lost.
+fn resume(guest: &mut dyn Guest, lazy: &Lazy) -> Result<()> {
+    let image = Image::open(&lazy.image)?;
+    let found = image.file.metadata().map_err(|error| cannot_read(&lazy.image, error))?;
+    if (found.dev(), found.ino()) != lazy.id {
+        fail!(
+            OperationFailed,
+            "'{}' is no longer the memory image that the guest was loaded from",
+            lazy.image.display()
+        );
+    }
+    sys::mark_in_use(&image.file).map_err(|error| cannot_read(&lazy.image, error))?;
+    let monitor: Option<PathBuf> = guest.monitor_socket();
+    let (mut server, socket) = PageServer::start(&Task {
+        start: Start::Resumed,
+        image: &image,
+        token: &lazy.token,
+        monitor: monitor.as_deref(),
+        bandwidth: None,
+    })?;
+    let deadline = || Deadline::after(DEFAULT_TIMEOUT);
+    // QEMU would take the lock for credentials of the connection.
+    Settings::lock_lazy(guest, false)?;
+    commands::getfd(guest, FD_NAME, socket.as_fd(), deadline())?;
+    drop(socket);
+    let command = Command::new("migrate-recover", json!({ "uri": format!("fd:{FD_NAME}") }));
+    let resumed = guest
+        .run("cannot resume the loading of memory", command, deadline())
+        .and_then(|_| server.begin());
+    let locked = Settings::lock_lazy(guest, true);
+    if let Err(error) = resumed {
+        let _ = commands::closefd(guest, FD_NAME, deadline());
+        return Err(error);
+    }
+    server.leave();
+    locked
+}
+
+fn cannot_read(image: &Path, error: std::io::Error) -> Error {
+    Error::system(format!("cannot read memory snapshot file '{}'", image.display()), error)
+}
+
+/// The processes that serve this guest's pages, as far as they can be seen from here.
+fn processes(lazy: &Lazy) -> Vec<u32> {
+    let end = format!("\0{}\0", lazy.token);
+    let serves = |pid: &u32| {
+        std::fs::read(format!("/proc/{pid}/cmdline"))
+            .is_ok_and(|line| line.ends_with(end.as_bytes()))
+    };
+    let all = std::fs::read_dir("/proc").into_iter().flatten();
+    all.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok()).filter(serves).collect()
+}
+
+fn open(pid: u32) -> Option<OwnedFd> {
+    pidfd_open(Pid::from_raw(pid.try_into().ok()?)?, PidfdFlags::empty()).ok()
+}
+
+/// Reads how much is in from a page server's descriptor of this path.
+fn read_numbers(path: &Path) -> Option<[u8; 16]> {
+    let mut bytes = [0; 16];
+    File::open(path).ok()?.read_exact_at(&mut bytes, 0).ok()?;
+    Some(bytes)
+}
