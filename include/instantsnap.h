@@ -414,7 +414,15 @@ typedef enum instantsnap_image_format {
      * "sparse", which libvirt 11.2 and later restores (virDomainRestore; not its own
      * virDomainRevertToSnapshot). For a domain of an older libvirt: VIR_ERR_CONFIG_UNSUPPORTED.
      */
-    INSTANTSNAP_IMAGE_SPARSE = 2
+    INSTANTSNAP_IMAGE_SPARSE = 2,
+    /*
+     * QEMU's stream, compressed while it comes, on the processors of this machine (eight threads at
+     * most): libvirt's format "zstd", which libvirt 10.4 and later restores, by the program zstd.
+     * For a domain of an older libvirt, or if that program is not installed:
+     * VIR_ERR_CONFIG_UNSUPPORTED. Up to 64 MiB of the stream wait for the compression; if there are
+     * more, the guest waits as soon as it writes to a page that is not saved yet.
+     */
+    INSTANTSNAP_IMAGE_ZSTD = 3
 } instantsnap_image_format;
 
 /** How a snapshot is taken. All zeros except `size` is the default. */
@@ -430,7 +438,12 @@ typedef struct instantsnap_create_options {
     uint32_t flags;                      /* INSTANTSNAP_CREATE_*; other bits: VIR_ERR_INVALID_ARG */
     /* An instantsnap_image_format; others: VIR_ERR_INVALID_ARG. */
     uint32_t image_format;
-    uint32_t reserved;                   /* 0 */
+    /*
+     * How thoroughly INSTANTSNAP_IMAGE_ZSTD compresses: from 1, the fastest, to 19, which needs up
+     * to 100 MiB for each thread; 0: the default, 3. VIR_ERR_INVALID_ARG for other levels, and for
+     * a level with another format.
+     */
+    uint32_t zstd_level;
 } instantsnap_create_options;
 
 /** A disk that is left to a storage hook. The strings are borrowed for the call. */
@@ -1199,28 +1212,62 @@ int instantsnap_snapshot_delete(instantsnap_guest *guest, const char *name, unsi
  *     {"format": "sparse", "domain": "vm", "machine": "pc-q35-10.0", "was_running": true,
  *      "file_bytes": 1090584576, "disk_bytes": 411041792,
  *      "blocks": [{"name": "pc.ram", "bytes": 1073741824, "data_pages": 99840,
- *                  "zero_pages": 162304}]}
+ *                  "zero_pages": 162304}],
+ *      "notes": {"checksums": true, "index": false, "written_first": 512}}
  *
  * `domain` is the name in the image's domain XML and `machine` the machine type that QEMU has
  * noted; each is null if there is none. `disk_bytes` is the space that the file takes on its disk.
- * `blocks` are QEMU's memory blocks; a page has 4096 bytes.
+ * `blocks` are QEMU's memory blocks; a page has 4096 bytes. `notes` is what the file of notes
+ * beside the image has (see instantsnap_image_index()); null if there is none of this image.
  *
- * @path  the memory image: complete, raw or sparse.
+ * @path  the memory image: complete, raw, zstd or sparse.
  *
- * Reads all of a raw image, and of a sparse one everything but the pages of blocks of 64 MiB and
- * more. The image can be damaged, or made to do harm: that is an error. Returns the text for
+ * Reads all of a raw or zstd image, and of a sparse one everything but the pages of blocks of 64 MiB
+ * and more. The image can be damaged, or made to do harm: that is an error. Returns the text for
  * instantsnap_free_string(), or NULL: VIR_ERR_INVALID_ARG, VIR_ERR_INVALID_DOMAIN_SNAPSHOT (the
- * image is missing, incomplete, compressed, cut off or damaged), VIR_ERR_SYSTEM_ERROR.
+ * image is missing, incomplete, compressed by another program than zstd, cut off or damaged),
+ * VIR_ERR_SYSTEM_ERROR.
  */
 char *instantsnap_image_info(const char *path);
 
 /**
  * Checks a memory image as instantsnap_image_info() does: its header, the structure of QEMU's
  * stream, that no part of it is missing, and, in a sparse image, that each memory block, its pages
- * and its list of pages are where they can be. The content of the pages and the state of the
- * devices are not checked. Returns 0, or -1: as instantsnap_image_info().
+ * and its list of pages are where they can be. A zstd image is decompressed to its end, with its own
+ * checksums.
+ *
+ * If there is a file of notes with checksums beside the image (see instantsnap_image_index()), reads
+ * all pages, and checks their content against these. If the file of notes is damaged, or is not of
+ * this image, that is an error too. The state of the devices is not checked.
+ *
+ * Returns 0, or -1: as instantsnap_image_info(). The message says where the damage is.
  */
 int instantsnap_image_verify(const char *path);
+
+/**
+ * Reads an image to its end, and writes down beside it, in the file of notes `PATH.pages`, what is
+ * found out of its pages:
+ *
+ * - checksums, for instantsnap_image_verify();
+ * - of a raw image, where each page is, so that single pages can be read in any order;
+ * - of a raw or zstd image, which pages the guest wrote first after the instant, because QEMU has
+ *   saved these first. This is a hint. Such a list that is there already is kept.
+ *
+ * A snapshot that is taken with a sparse or zstd image has this file from the beginning; nothing is
+ * noted of a raw one before this call. The file has mode 0600 and the image's owner. It goes with
+ * the image when the snapshot is deleted, and instantsnap_image_convert() keeps all of it but the
+ * places. libvirt does not know it: if the image is removed by other means, remove it too. An image
+ * is whole without it.
+ *
+ * @path   the memory image: complete, raw, zstd or sparse. Its snapshot must not be deleted
+ *         meanwhile.
+ * @flags  0.
+ *
+ * Returns 0, or -1: VIR_ERR_INVALID_ARG, VIR_ERR_INVALID_DOMAIN_SNAPSHOT (as
+ * instantsnap_image_info()), VIR_ERR_CONFIG_UNSUPPORTED (a raw image with pages that are filled with
+ * one byte, which no QEMU that is known writes), VIR_ERR_SYSTEM_ERROR.
+ */
+int instantsnap_image_index(const char *path, unsigned int flags);
 
 /**
  * Converts a memory image, in place: its snapshot can be reverted to as before. The new image is
@@ -1230,17 +1277,20 @@ int instantsnap_image_verify(const char *path);
  * QEMU that has mapped the old image (INSTANTSNAP_MEMORY_MAP) runs on with that.
  *
  * The image keeps its domain XML, libvirt's cookie, its mode and, if this process may set it, its
- * owner. An image that has the format already stays as it is. libvirt's own revert (libvirt 9.9
- * and later) reads raw images only; qemuSnapshotRevert() reverts to sparse ones with libvirt 11.2
- * and later, and refuses them with an older one.
+ * owner. So it does with what is noted of its pages (see instantsnap_image_index()). An image that
+ * has the format already stays as it is. libvirt's own revert (libvirt 9.9 and later) reads raw
+ * images, and with libvirt 10.4 and later zstd ones; qemuSnapshotRevert() also reverts to sparse
+ * ones with libvirt 11.2 and later. It refuses what the libvirt at hand cannot restore.
  *
- * @path    the memory image: complete, raw or sparse. Its snapshot must not be deleted meanwhile.
- * @format  INSTANTSNAP_IMAGE_RAW or INSTANTSNAP_IMAGE_SPARSE.
+ * @path    the memory image: complete, raw, zstd or sparse. Its snapshot must not be deleted
+ *          meanwhile.
+ * @format  INSTANTSNAP_IMAGE_RAW, INSTANTSNAP_IMAGE_ZSTD (compressed at the default level) or
+ *          INSTANTSNAP_IMAGE_SPARSE.
  * @flags   0.
  *
  * Blocks until all is written. Returns 0, or -1: VIR_ERR_INVALID_ARG,
- * VIR_ERR_INVALID_DOMAIN_SNAPSHOT (as instantsnap_image_info()), VIR_ERR_CONFIG_UNSUPPORTED (a raw
- * image with a stream that this version does not know), VIR_ERR_OPERATION_INVALID (the image was
+ * VIR_ERR_INVALID_DOMAIN_SNAPSHOT (as instantsnap_image_info()), VIR_ERR_CONFIG_UNSUPPORTED (a
+ * stream that this version does not know, to be made sparse), VIR_ERR_OPERATION_INVALID (the image was
  * replaced or removed meanwhile), VIR_ERR_SYSTEM_ERROR.
  */
 int instantsnap_image_convert(const char *path, unsigned int format, unsigned int flags);

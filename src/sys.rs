@@ -21,6 +21,7 @@ use std::time::Duration;
 
 use rustix::fs::{MemfdFlags, memfd_create};
 use rustix::process::{Signal, pidfd_send_signal};
+use tempfile::NamedTempFile;
 
 use crate::error::{Error, Result};
 use crate::uncancelled::Uncancelled;
@@ -874,6 +875,18 @@ pub fn sync_parent(path: &Path) -> io::Result<()> {
         .custom_flags(flags)
         .open(parent.unwrap_or(Path::new(".")))?
         .sync_all()
+}
+
+/// Creates a hidden file in the directory of `path`, which is named after it, and ends with this.
+pub fn new_file_beside(path: &Path, suffix: &str) -> io::Result<NamedTempFile> {
+    let mut prefix = OsString::from(".");
+    prefix.push(path.file_name().unwrap_or_default());
+    prefix.push(".");
+    let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty());
+    tempfile::Builder::new()
+        .prefix(&prefix)
+        .suffix(suffix)
+        .tempfile_in(directory.unwrap_or(Path::new(".")))
 }
 
 /// Opens a file or a block device for reading. If another user has put a pipe in its place, this

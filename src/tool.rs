@@ -227,6 +227,14 @@ pub fn is_program(file: &Path) -> bool {
             .is_ok_and(|meta| meta.is_file() && meta.permissions().mode() & 0o111 != 0)
 }
 
+/// Whether a program that others run is installed.
+pub fn is_installed(name: &str) -> bool {
+    let path = search_path(sys::is_secure(), env::var_os("PATH"));
+    env::split_paths(&path)
+        .chain(env::split_paths(DIRECTORIES))
+        .any(|directory| directory.is_absolute() && is_program(&directory.join(name)))
+}
+
 /// The directories in which programs are searched. PATH is ignored in a process with more rights
 /// than the user who has started it, because that user has set it.
 fn search_path(secure: bool, path: Option<OsString>) -> OsString {

@@ -31,7 +31,7 @@ pub fn image_format() -> Result<Option<Format>> {
         Some(format) => Ok(Some(format)),
         None => fail!(
             InvalidArg,
-            "the environment variable {NAME} is '{}', and may be raw or sparse",
+            "the environment variable {NAME} is '{}', and may be raw, zstd or sparse",
             name.display()
         ),
     }

@@ -53,6 +53,7 @@ constants! {
     INSTANTSNAP_IMAGE_DEFAULT = 0,
     INSTANTSNAP_IMAGE_RAW = 1,
     INSTANTSNAP_IMAGE_SPARSE = 2,
+    INSTANTSNAP_IMAGE_ZSTD = 3,
     INSTANTSNAP_EVENT_PAUSED = 1,
     INSTANTSNAP_EVENT_SWITCHED = 2,
     INSTANTSNAP_EVENT_INSTANT = 3,
@@ -160,7 +161,7 @@ structures! {
         progress_interval_ms: u32,
         flags: u32,
         image_format: u32,
-        reserved: u32,
+        zstd_level: u32,
     }
 
     /// A disk that a storage hook snapshots.

@@ -8,7 +8,7 @@ use std::path::Path;
 use super::{abi, c_string, last_error};
 use crate::boundary::boundary;
 use crate::error::fail;
-use crate::image::{self, Contents, Format};
+use crate::image::{self, Contents, Format, Level};
 use crate::pointers::Text;
 
 /// The format with this number in C.
@@ -16,6 +16,7 @@ pub(super) fn format_of(number: u32) -> Option<Format> {
     match number {
         abi::INSTANTSNAP_IMAGE_RAW => Some(Format::Raw),
         abi::INSTANTSNAP_IMAGE_SPARSE => Some(Format::Sparse),
+        abi::INSTANTSNAP_IMAGE_ZSTD => Some(Format::Zstd(Level::default())),
         _ => None,
     }
 }
@@ -33,7 +34,20 @@ pub extern "C" fn instantsnap_image_info(path: Text) -> *mut c_char {
 #[unsafe(no_mangle)]
 pub extern "C" fn instantsnap_image_verify(path: Text) -> c_int {
     boundary(last_error::set, || {
-        Contents::read(Path::new(path.required("path")?))?;
+        image::verify(Path::new(path.required("path")?))?;
+        Ok(0)
+    })
+}
+
+/// `instantsnap_image_index`.
+#[unsafe(no_mangle)]
+pub extern "C" fn instantsnap_image_index(path: Text, flags: c_uint) -> c_int {
+    boundary(last_error::set, || {
+        let path = path.required("path")?;
+        if flags != 0 {
+            fail!(InvalidArg, "unsupported flags {flags:#x}");
+        }
+        image::make_index(Path::new(path))?;
         Ok(0)
     })
 }

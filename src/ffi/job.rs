@@ -16,7 +16,7 @@ use super::{Registry, abi, c_string, last_error};
 use crate::boundary::boundary;
 use crate::engine::{Event, EventKind, Job, Observer, Phase, Returns};
 use crate::error::{Result, fail};
-use crate::image::Format;
+use crate::image::{Format, Level};
 use crate::model::flags::CreateFlags;
 use crate::pointers::{Fill, In, Out, Text};
 
@@ -110,12 +110,17 @@ impl Options {
         let interval = Some(Duration::from_millis(interval.into()));
         let listener = Listener { callback: options.callback, opaque: options.opaque, interval };
         let wanted = options.image_format;
-        let image_format = format_of(wanted);
+        let mut image_format = format_of(wanted);
         if image_format.is_none() && wanted != abi::INSTANTSNAP_IMAGE_DEFAULT {
             fail!(InvalidArg, "unknown image format {wanted} in options");
         }
-        if options.reserved != 0 {
-            fail!(InvalidArg, "the reserved field of options must be 0");
+        if options.zstd_level != 0 {
+            let (given, level) = (options.zstd_level, Level::numbered(options.zstd_level));
+            image_format = match (image_format, level) {
+                (Some(Format::Zstd(_)), Some(level)) => Some(Format::Zstd(level)),
+                (_, None) => fail!(InvalidArg, "zstd_level is {given}, and may be 1 to 19"),
+                _ => fail!(InvalidArg, "zstd_level is for images of the format zstd"),
+            };
         }
         Ok(Options { listener, flags: options.flags, image_format })
     }

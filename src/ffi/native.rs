@@ -267,6 +267,7 @@ pub(super) fn convert_stats(stats: &Stats) -> abi::instantsnap_stats {
             None => abi::INSTANTSNAP_IMAGE_DEFAULT,
             Some(Format::Raw) => abi::INSTANTSNAP_IMAGE_RAW,
             Some(Format::Sparse) => abi::INSTANTSNAP_IMAGE_SPARSE,
+            Some(Format::Zstd(_)) => abi::INSTANTSNAP_IMAGE_ZSTD,
         },
     };
     // The sum of the reported times, which are each rounded down to whole microseconds.

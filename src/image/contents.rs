@@ -4,17 +4,16 @@
 //! image that is damaged there is found.
 
 use std::fs::File;
-use std::io;
-use std::ops::ControlFlow;
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use serde::Serialize;
 
 use super::file::Image;
-use super::incoming::Incoming;
-use super::records::{Block, Content, Head, PAGE, Record, Records};
-use super::sparse_reader::{MOST_MEMORY, SparseStream};
+use super::pages::{self, Page};
+use super::pages_file::PageNotes;
+use super::records::{Block, Content, PAGE};
+use super::sparse_reader::SparseStream;
 use crate::error::{Code, Error, Result};
 use crate::model::xml;
 
@@ -35,6 +34,30 @@ pub struct Contents {
     pub disk_bytes: u64,
     /// The memory blocks.
     pub blocks: Vec<Memory>,
+    /// What the file of notes beside the image has; `None` if there is none, or it is not of the
+    /// image.
+    pub notes: Option<Notes>,
+}
+
+/// What the file of notes beside an image has.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Notes {
+    /// Whether it has checksums of the pages.
+    pub checksums: bool,
+    /// Whether it has an index of a raw image.
+    pub index: bool,
+    /// The number of pages that are known to have been written first after the instant.
+    pub written_first: u64,
+}
+
+impl Notes {
+    fn new(notes: &PageNotes) -> Notes {
+        Notes {
+            checksums: notes.checksums.is_some(),
+            index: notes.index.is_some(),
+            written_first: notes.first.iter().map(|pages| u64::from(pages.count)).sum(),
+        }
+    }
 }
 
 /// A memory block of the guest.
@@ -58,8 +81,9 @@ impl Memory {
 }
 
 impl Contents {
-    /// Reads the contents of a complete image that is not compressed, or finds out what is wrong
-    /// with it. Reads all of a raw image; of a sparse one everything but the pages of large blocks.
+    /// Reads the contents of a complete image, or finds out what is wrong with it. Reads all of a
+    /// raw image and of one that is compressed by zstd; of a sparse one everything but the pages of
+    /// large blocks.
     pub fn read(path: &Path) -> Result<Contents> {
         let image = Image::open(path)?;
         let metadata = image
@@ -68,7 +92,7 @@ impl Contents {
             .map_err(|error| Error::system(format!("cannot read '{}'", path.display()), error))?;
         let blocks = match &image.sparse {
             Some(sparse) => of_sparse(&image.file, sparse),
-            None => of_raw(&image.file, image.stream_offset),
+            None => of_stream(&image),
         };
         let blocks = blocks.map_err(|what| {
             let message = format!("memory snapshot file '{}' {what}", path.display());
@@ -80,6 +104,7 @@ impl Contents {
             was_running: image.was_running,
             file_bytes: metadata.len(),
             disk_bytes: metadata.blocks() * 512,
+            notes: PageNotes::of(&image, path).ok().flatten().as_ref().map(Notes::new),
             machine: image.machine,
             blocks,
         })
@@ -108,58 +133,13 @@ fn of_sparse(file: &File, sparse: &SparseStream) -> std::result::Result<Vec<Memo
     Ok(memory)
 }
 
-/// Reads all records of a stream up to its devices.
-fn of_raw(file: &File, begin: u64) -> std::result::Result<Vec<Memory>, String> {
-    let unknown = |what: String| format!("has a stream that this version does not know: {what}");
-    let cannot_read = |error: io::Error| format!("cannot be read: {error}");
-    let mut at = begin;
-    let mut read = |space: &mut [u8]| read_next(file, &mut at, space).map_err(cannot_read);
-    let mut incoming = Incoming::new();
-    let head = incoming.head(&mut read)?.map_err(unknown)?;
-    check_size(&head)?;
-    let mut records = Records::new(&head);
-    let mut memory: Vec<_> = head.blocks.iter().map(Memory::new).collect();
-    let count = |bytes: &[u8]| {
-        let mut used = 0;
-        while let Some((record, length)) = records.next(&bytes[used..]).map_err(unknown)? {
-            used += length;
-            match record {
-                Record::Page { block, content: Content::Fill(0), .. } => {
-                    memory[block].zero_pages += 1;
-                }
-                Record::Page { block, .. } => memory[block].data_pages += 1,
-                Record::Tail(_) => return Ok(ControlFlow::Break(())),
-                Record::Mark => {}
-            }
+fn of_stream(image: &Image) -> std::result::Result<Vec<Memory>, String> {
+    let begin = |blocks: &[Block]| -> Vec<Memory> { blocks.iter().map(Memory::new).collect() };
+    pages::read(image, begin, |memory, page: Page| {
+        let memory = &mut memory[page.block];
+        match page.content {
+            Content::Fill(0) => memory.zero_pages += 1,
+            _ => memory.data_pages += 1,
         }
-        Ok(ControlFlow::Continue(used))
-    };
-    incoming.each(&mut read, count)?;
-    if !records.is_after_pages() {
-        return Err("is cut off: QEMU's stream ends among its pages".into());
-    }
-    Ok(memory)
-}
-
-/// Reads the next bytes of a file; none at its end.
-pub(super) fn read_next(file: &File, at: &mut u64, space: &mut [u8]) -> io::Result<usize> {
-    loop {
-        match file.read_at(space, *at) {
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) => return Err(error),
-            Ok(read) => {
-                *at += read as u64;
-                return Ok(read);
-            }
-        }
-    }
-}
-
-/// Refuses a guest that is larger than any is.
-pub(super) fn check_size(head: &Head) -> std::result::Result<(), String> {
-    let total: u64 = head.blocks.iter().map(|block| block.size).sum();
-    if total > MOST_MEMORY {
-        return Err("is damaged: its memory is larger than that of any guest".into());
-    }
-    Ok(())
+    })
 }

@@ -4,7 +4,9 @@
 //!
 //! A thread of this process or of the watchdog does that. The watchdog goes on when this process is
 //! stopped. The thread needs only its descriptors. Into a raw image it moves bytes. For a sparse
-//! image it reads the records of the stream, and writes each page to its place.
+//! image it reads the records of the stream, and writes each page to its place. For a zstd image it
+//! reads the stream into a buffer, and other threads compress it. While it has read the records, it
+//! has noted what is known of the pages, and at the end it writes that to a file of its own.
 //!
 //! The pipe is always read to its end: if no process reads the stream any more, the guest freezes
 //! at its next write to a page that is not saved yet. Data that cannot be written, or is not wanted
@@ -12,7 +14,8 @@
 //!
 //! If the process that moves the stream into a raw image is killed, another process goes on where
 //! it has stopped, and no byte is lost: see [`Shared::take_over`]. Only the process that writes a
-//! sparse image knows which pages are in the file. If it is killed, the snapshot fails.
+//! sparse image knows which pages are in the file, and only the one that compresses knows what it
+//! has not written yet. If it is killed, the snapshot fails.
 
 use std::fs::File;
 use std::io;
@@ -22,15 +25,19 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use rustix::io::Errno;
 use rustix::pipe::{SpliceFlags, splice, tee};
 
-use super::format::Format;
+use super::chunk_queue::{ChunkQueue, Next, Taker};
+use super::format::{Format, Level};
 use super::incoming::Incoming;
 use super::page_writer::{Failure, PageWriter};
+use super::pages_file::{self, PageNotes};
 use super::pipe::{self, CHUNK};
+use super::zstd_writer::ZstdWriter;
 use crate::error::{Code, Error, Result};
 use crate::sys::{self, SharedNumbers};
 
@@ -57,6 +64,8 @@ struct Shared {
     offset: u64,
     /// The format that the image is to have.
     format: Format,
+    /// The file of notes; a raw image has none.
+    pages: Option<File>,
     /// The second pipe, on the way from the first one to the file: its reading and its writing end.
     /// It keeps what a process that is killed has taken and not written.
     second: [OwnedFd; 2],
@@ -83,8 +92,8 @@ const LAST: usize = 3;
 const EMPTIED: usize = 4;
 /// The index of a flag: 1 if the image is raw although it was to have another format.
 const STAYS_RAW: usize = 5;
-/// The index of a flag: 1 if records of the stream were taken for a sparse image. Another process
-/// cannot go on.
+/// The index of a flag: 1 if some of the stream was taken for an image that is not raw. Another
+/// process cannot go on.
 const IN_RECORDS: usize = 6;
 
 /// The outcome is not known yet. It can become known before the stream has ended.
@@ -92,22 +101,30 @@ const UNDER_WAY: u64 = 0;
 /// All of the stream is in the file.
 const WHOLE: u64 = 1;
 const UNWANTED: u64 = 2;
-/// The process that wrote a sparse image has ended.
+/// The process that wrote a sparse or a zstd image has ended.
 const LOST: u64 = 3;
 /// The stream has ended too early, or has an unknown record after its first page.
 const WRONG: u64 = 4;
 /// This plus the number of an error of the system.
 const ERRNO: u64 = 1 << 32;
 
+/// The bytes of the stream that wait to be compressed, at most. QEMU waits only when there are
+/// more.
+const BUFFER: usize = 64 << 20;
+/// If nothing comes for this time, all that has come is written to the file.
+const QUIET: Duration = Duration::from_millis(100);
+
 impl Drain {
     /// The number of descriptors that another process needs besides the pipe.
-    pub const DESCRIPTORS: usize = 7;
+    pub const DESCRIPTORS: usize = 8;
 
     /// Makes a drain from `pipe`, which does not block, to `file`, which has this path, from
-    /// `offset` on, for an image of this format. Nothing is moved yet.
+    /// `offset` on, for an image of this format. `pages` is the file of notes, if the image has
+    /// one. Nothing is moved yet.
     pub fn open(
         pipe: OwnedFd,
         file: File,
+        pages: Option<File>,
         path: &Path,
         offset: u64,
         format: Format,
@@ -120,7 +137,8 @@ impl Drain {
             .map_err(|error| Error::system("cannot create shared memory", error))?;
         let (stop, done, emptied) = (event()?, event()?, event()?);
         let second = pipe::pipe()?.into();
-        let shared = Shared { pipe, file, offset, format, second, numbers, stop, done, emptied };
+        let shared =
+            Shared { pipe, file, offset, format, pages, second, numbers, stop, done, emptied };
         Ok(Drain::new(shared, path))
     }
 
@@ -131,9 +149,12 @@ impl Drain {
         offset: u64,
         format: Format,
     ) -> io::Result<Drain> {
-        let [file, numbers, stop, done, emptied, second @ ..] = descriptors;
-        let (file, numbers) = (file.into(), SharedNumbers::open(numbers)?);
-        let shared = Shared { pipe, file, offset, format, second, numbers, stop, done, emptied };
+        let [file, pages, numbers, stop, done, emptied, second @ ..] = descriptors;
+        let (file, numbers) = (File::from(file), SharedNumbers::open(numbers)?);
+        // An image without a file of notes has its own descriptor in that place.
+        let pages = Some(File::from(pages)).filter(pages_file::is_begun);
+        let shared =
+            Shared { pipe, file, offset, format, pages, second, numbers, stop, done, emptied };
         Ok(Drain::new(shared, Path::new("")))
     }
 
@@ -145,12 +166,13 @@ impl Drain {
     /// The descriptors that another process needs, in the order of [`Drain::inherited`]; `None` if
     /// no other process can move the stream.
     pub fn descriptors(&self) -> Option<[BorrowedFd<'_>; Drain::DESCRIPTORS]> {
-        let Shared { file, second: [read, write], numbers, stop, done, emptied, .. } =
+        let Shared { file, pages, second: [read, write], numbers, stop, done, emptied, .. } =
             &*self.shared;
+        let pages = pages.as_ref().unwrap_or(file);
         let numbers = numbers.memory().filter(|_| !self.has_thread.load(Ordering::Relaxed))?;
         let own = [stop, done, emptied, read, write].map(AsFd::as_fd);
         let [stop, done, emptied, read, write] = own;
-        Some([file.as_fd(), numbers, stop, done, emptied, read, write])
+        Some([file.as_fd(), pages.as_fd(), numbers, stop, done, emptied, read, write])
     }
 
     /// The pipe of QEMU's stream.
@@ -278,10 +300,11 @@ impl Shared {
 
     fn outcome_of_fill(&self) -> u64 {
         let filled = match self.format {
-            Format::Sparse if self.is(STAYS_RAW) => self.go_on(),
-            Format::Sparse if self.is(IN_RECORDS) => Err(Stopped::Lost),
-            Format::Sparse => self.fill_sparse(),
             Format::Raw => self.go_on(),
+            _ if self.is(STAYS_RAW) => self.go_on(),
+            _ if self.is(IN_RECORDS) => Err(Stopped::Lost),
+            Format::Sparse => self.fill_sparse(),
+            Format::Zstd(level) => self.fill_zstd(level),
         };
         match filled {
             Ok(()) => WHOLE,
@@ -326,20 +349,62 @@ impl Shared {
         };
         let write = |bytes: &[u8]| Ok(ControlFlow::Continue(writer.write(file, bytes)?));
         match incoming.each(|space| self.read(space), write)? {
-            true => Ok(writer.finish(file)?),
+            true => {
+                self.note(&writer.finish(file)?);
+                Ok(())
+            }
             false => Err(Stopped::Wrong),
         }
     }
 
-    /// Reads bytes of the stream, once some have come; none at its end.
-    fn read(&self, space: &mut [u8]) -> std::result::Result<usize, Stopped> {
+    /// Compresses the stream, and reads its records.
+    fn fill_zstd(&self, level: Level) -> std::result::Result<(), Stopped> {
+        let writer = ZstdWriter::begin(&self.file, self.offset, level)?;
+        let queue = ChunkQueue::new(BUFFER);
+        let notes = std::thread::scope(|scope| {
+            let taker = queue.taker();
+            let thread = std::thread::Builder::new().name("instantsnap".into());
+            let compress = thread.spawn_scoped(scope, || compress(writer, taker))?;
+            let read = self.read_into(&queue);
+            match &read {
+                Ok(()) => queue.end(),
+                Err(_) => queue.give_up(),
+            }
+            let compressed = compress.join().unwrap_or(Err(Stopped::By(Errno::IO)));
+            // An error of the compression is the reason why nothing more could be added.
+            match compressed {
+                Err(Stopped::Unwanted) | Ok(_) if read.is_err() => read.map(|()| None),
+                compressed => compressed,
+            }
+        })?;
+        if let Some(notes) = notes {
+            self.note(&notes);
+        }
+        Ok(())
+    }
+
+    /// Reads the stream to its end, or until it is not wanted any more.
+    fn read_into(&self, queue: &ChunkQueue) -> std::result::Result<(), Stopped> {
+        let mut buffer = vec![0; CHUNK];
+        loop {
+            let read = self.read(&mut buffer)?;
+            if read == 0 || !queue.add(&buffer[..read]) {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Reads the next bytes of the stream for this process only. Returns their number; 0 at the
+    /// stream's end.
+    fn read(&self, buffer: &mut [u8]) -> std::result::Result<usize, Stopped> {
         loop {
             if !self.wait() || self.is(DISCARD) {
                 return Err(Stopped::Unwanted);
             }
+            // This is read before the pipe, so that data that comes in between is not missed.
             let last = self.is(LAST);
             self.numbers[IN_RECORDS].store(1, Ordering::Release);
-            match rustix::io::read(&self.pipe, &mut *space) {
+            match rustix::io::read(&self.pipe, &mut *buffer) {
                 Ok(read) => {
                     self.count(read);
                     return Ok(read);
@@ -348,6 +413,14 @@ impl Shared {
                 Err(Errno::AGAIN | Errno::INTR) => {}
                 Err(error) => return Err(error.into()),
             }
+        }
+    }
+
+    /// Writes the notes of the pages. The image is whole without them, so an error does no harm:
+    /// whoever completes the image checks the file.
+    fn note(&self, notes: &PageNotes) {
+        if let Some(pages) = &self.pages {
+            let _ = notes.write(pages, &self.file, self.offset);
         }
     }
 
@@ -446,6 +519,21 @@ impl Shared {
     }
 }
 
+/// Compresses what comes out of a queue. Returns the notes of the pages.
+fn compress(
+    mut writer: ZstdWriter,
+    taker: Taker,
+) -> std::result::Result<Option<PageNotes>, Stopped> {
+    loop {
+        match taker.next(QUIET) {
+            Next::Bytes(bytes) => writer.write(&bytes)?,
+            Next::Quiet => writer.flush()?,
+            Next::End => return Ok(writer.finish()?),
+            Next::GivenUp => return Err(Stopped::Unwanted),
+        }
+    }
+}
+
 /// Why the stream is not in the file.
 enum Stopped {
     Unwanted,
@@ -525,7 +613,7 @@ mod tests {
         let (read, write) = pipe::pipe().unwrap();
         rustix::io::ioctl_fionbio(&read, true).unwrap();
         let file = File::create(path).unwrap();
-        (Drain::open(read, file, path, 0, Format::Raw).unwrap(), write.into())
+        (Drain::open(read, file, None, path, 0, Format::Raw).unwrap(), write.into())
     }
 
     /// Waits until the stream is in the file, and returns the number of its bytes.
@@ -636,18 +724,94 @@ mod tests {
 
     /// Drains a stream that comes in pieces. Returns the outcome, the format and the file.
     fn drained(stream: &[u8], piece: usize) -> (Result<u64>, Format, Vec<u8>) {
+        drained_as(Format::Sparse, stream, piece)
+    }
+
+    fn drained_as(wanted: Format, stream: &[u8], piece: usize) -> (Result<u64>, Format, Vec<u8>) {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("image");
         let (read, write) = pipe::pipe().unwrap();
         rustix::io::ioctl_fionbio(&read, true).unwrap();
-        let file = File::create(&path).unwrap();
-        let drain = Drain::open(read, file, &path, 100, Format::Sparse).unwrap();
+        let file = File::create_new(&path).unwrap();
+        let drain = Drain::open(read, file, None, &path, 100, wanted).unwrap();
         drain.start().unwrap();
         let mut write = File::from(write);
         stream.chunks(piece).for_each(|piece| write.write_all(piece).unwrap());
         drop(write);
         poll(&mut [PollFd::from_borrowed_fd(drain.done(), PollFlags::IN)], None).unwrap();
         (drain.outcome().unwrap(), drain.format(), std::fs::read(&path).unwrap())
+    }
+
+    /// What the zstd library makes of an image.
+    fn decompressed(image: &[u8]) -> Vec<u8> {
+        zstd::decode_all(&image[100..]).unwrap()
+    }
+
+    #[test]
+    fn a_compressed_stream_is_the_stream_however_it_comes_and_of_whichever_kind_it_is() {
+        let mut random = Random(9);
+        let mut pages = vec![sample::named_page(b"pc.ram", 0, 1)];
+        pages.extend((1..512).map(|page| sample::page(page * 4096, random.below(256) as u8)));
+        let known = sample::stream(&pages, &[sample::named_page(b"rom", 4096, 4)]);
+        let unknown = [&sample::head()[..], &[0xff; 3 << 20]].concat();
+        let zstd = Format::named("zstd").unwrap();
+        for stream in [&known[..], &unknown, b"QEVM\0\0\0\x03\x01an old machine", b"short", b""] {
+            for piece in [4096, 5000, 1 << 20] {
+                let (outcome, format, image) = drained_as(zstd, stream, piece);
+                assert_eq!(outcome.unwrap(), stream.len() as u64);
+                assert_eq!(format, zstd);
+                assert!(decompressed(&image) == stream);
+            }
+        }
+        for piece in [1, 13] {
+            let short = sample::stream(&pages[..2], &[]);
+            assert!(decompressed(&drained_as(zstd, &short, piece).2) == short);
+        }
+        let cut = known.len() - sample::TAIL.len() - 20;
+        let error = drained_as(zstd, &known[..cut], 4096).0.unwrap_err();
+        assert!(error.message.contains("ended too early"), "{}", error.message);
+    }
+
+    /// A stream that is given up before its end shows whether it is whole.
+    #[test]
+    fn what_has_come_can_be_decompressed_once_nothing_more_comes() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("image");
+        let zstd = Format::named("zstd").unwrap();
+        let image = super::super::file::MemoryImage::create(&path, "<domain/>", None, true, zstd);
+        let image = image.unwrap();
+        let (read, write) = pipe::pipe().unwrap();
+        rustix::io::ioctl_fionbio(&read, true).unwrap();
+        let (file, pages) = (image.file().unwrap(), image.pages_file().unwrap());
+        assert!(pages.is_some());
+        let drain = Drain::open(read, file, pages, &path, image.stream_offset(), zstd).unwrap();
+        drain.start().unwrap();
+        let mut write = File::from(write);
+        let state = b"\x0bglobalstate\0\0\0\0\0\0\0\x01\0\0\0\x08running\0";
+        let stream = sample::stream(&[sample::named_page(b"rom", 0, 1)], &[]);
+        let (before, tail) = stream.split_at(stream.len() - sample::TAIL.len());
+        let (devices, rest) = tail.split_at(13);
+        write.write_all(before).unwrap();
+        write.write_all(&[devices, state].concat()).unwrap();
+        let wait = |until: &dyn Fn() -> bool| {
+            let deadline = std::time::Instant::now() + Duration::from_secs(60);
+            while !until() {
+                assert!(std::time::Instant::now() < deadline);
+                std::thread::sleep(Duration::from_millis(5));
+            }
+        };
+        wait(&|| image.state_at_instant().unwrap().as_deref() == Some("running"));
+        assert!(!image.has_whole_stream().unwrap());
+        write.write_all(rest).unwrap();
+        wait(&|| image.has_whole_stream().unwrap());
+        // The pipe stays open.
+        drain.end_when_empty();
+        assert_eq!(wait_whole(&drain), (stream.len() + state.len()) as u64);
+        image.complete(zstd).unwrap();
+        super::super::verify::verify(&path).unwrap();
+        assert!(pages_file::path_of(&path).exists());
+        image.remove().unwrap();
+        assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 0);
     }
 
     #[test]
@@ -734,22 +898,25 @@ mod tests {
         assert!(drained(&unknown, 1 << 20).0.is_err());
     }
 
-    /// Which pages are in the file is known only to the process that wrote them.
+    /// What of an image that is not raw is in the file, only the process knows that writes it.
     #[test]
-    fn a_sparse_image_whose_writer_was_killed_is_an_error_and_the_stream_is_read_to_its_end() {
-        let directory = tempfile::tempdir().unwrap();
-        let path = directory.path().join("image");
-        let (read, write) = pipe::pipe().unwrap();
-        rustix::io::ioctl_fionbio(&read, true).unwrap();
-        let file = File::create(&path).unwrap();
-        let drain = Drain::open(read, file, &path, 100, Format::Sparse).unwrap();
-        drain.shared.numbers[IN_RECORDS].store(1, Ordering::Release);
-        drain.start().unwrap();
-        // The writes would wait if the pipe was not read.
-        File::from(write).write_all(&[7; 3 << 20]).unwrap();
-        poll(&mut [PollFd::from_borrowed_fd(drain.done(), PollFlags::IN)], None).unwrap();
-        let error = drain.outcome().unwrap().unwrap_err();
-        assert!(error.message.contains("was killed"), "{}", error.message);
+    fn an_image_that_is_not_raw_whose_writer_was_killed_is_an_error_and_the_stream_is_read_to_its_end()
+     {
+        for format in ["sparse", "zstd"] {
+            let directory = tempfile::tempdir().unwrap();
+            let path = directory.path().join("image");
+            let (read, write) = pipe::pipe().unwrap();
+            rustix::io::ioctl_fionbio(&read, true).unwrap();
+            let (file, format) = (File::create(&path).unwrap(), Format::named(format).unwrap());
+            let drain = Drain::open(read, file, None, &path, 100, format).unwrap();
+            drain.shared.numbers[IN_RECORDS].store(1, Ordering::Release);
+            drain.start().unwrap();
+            // The writes would wait if the pipe was not read.
+            File::from(write).write_all(&[7; 3 << 20]).unwrap();
+            poll(&mut [PollFd::from_borrowed_fd(drain.done(), PollFlags::IN)], None).unwrap();
+            let error = drain.outcome().unwrap().unwrap_err();
+            assert!(error.message.contains("was killed"), "{}", error.message);
+        }
     }
 
     #[test]

@@ -5,8 +5,8 @@
 //!
 //! ```text
 //! 0    magic     LibvirtQemudPart while incomplete, LibvirtQemudSave when complete
-//! 16   u32       version (2), data_len, was_running, format (0: raw, 6: sparse), cookie offset
-//!                (0: none), 14 unused
+//! 16   u32       version (2), data_len, was_running, format (0: raw, 5: zstd, 6: sparse), cookie
+//!                offset (0: none), 14 unused
 //! 92   data_len  domain XML with its NUL, the cookie with its NUL where there is one, then zeros
 //! ...            QEMU's migration stream
 //! ```
@@ -18,9 +18,12 @@ use std::io::{self, Read};
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
-use super::format::Format;
+use super::format::{Format, Level};
+use super::pages_file::{self, PageNotes};
 use super::sparse_reader::SparseStream;
-use super::stream;
+use super::stream::{self, LONGEST_TEXT};
+use super::zstd_frames::Frames;
+use super::zstd_reader;
 use crate::error::{Code, Error, Result, fail};
 use crate::own_file::{KnownFile, OwnFile};
 use crate::sys;
@@ -71,13 +74,15 @@ pub fn is_partial(path: &Path) -> bool {
 #[derive(Debug)]
 pub struct MemoryImage {
     own: OwnFile,
+    /// The file of notes beside it; `None` if there is to be none.
+    pages: Option<OwnFile>,
     stream_offset: u64,
     format: Format,
 }
 
 impl MemoryImage {
     /// Creates the file with mode 0600, and marks it partial. An existing file is an error, and is
-    /// not changed. `cookie` is libvirt's save cookie, `format` that which the image is to have.
+    /// not changed. Creates the file of notes beside it, if the format has one. `cookie` is libvirt's save cookie, `format` that which the image is to have.
     pub fn create(
         path: &Path,
         domain_xml: &str,
@@ -122,7 +127,9 @@ impl MemoryImage {
                 error,
             ));
         }
-        Ok(MemoryImage { own, stream_offset: begin as u64, format })
+        // A raw image is written without being read, so nothing is noted of its pages.
+        let pages = if format.is_raw() { None } else { pages_file::create(path) };
+        Ok(MemoryImage { own, pages, stream_offset: begin as u64, format })
     }
 
     /// The image's path.
@@ -130,14 +137,21 @@ impl MemoryImage {
         self.own.path()
     }
 
-    /// The file, for a watchdog.
-    pub fn known(&self) -> KnownFile {
-        self.own.known()
+    /// The image and the file of notes beside it, for a watchdog.
+    pub fn known(&self) -> impl Iterator<Item = KnownFile> + use<'_> {
+        [&self.own].into_iter().chain(&self.pages).map(OwnFile::known)
+    }
+
+    /// Gives the image to the owner of this file.
+    pub fn give_to_owner_of(&self, model: &Path) -> io::Result<()> {
+        let mut all = [&self.own].into_iter().chain(&self.pages);
+        all.try_for_each(|own| sys::give_to_owner_of(model, own.file()))
     }
 
     /// Removes the image.
     pub fn remove(&self) -> Result<()> {
-        self.own.remove().map_err(|error| {
+        let pages = self.pages.as_ref().map_or(Ok(()), OwnFile::remove);
+        self.own.remove().and(pages).map_err(|error| {
             Error::system(format!("cannot remove '{}'", self.path().display()), error)
         })
     }
@@ -179,9 +193,16 @@ impl MemoryImage {
             .map_err(|error| Error::system("cannot duplicate a file descriptor", error))
     }
 
+    /// The file of notes, for a drain to write to.
+    pub fn pages_file(&self) -> Result<Option<File>> {
+        let clone = self.pages.as_ref().map(|pages| pages.file().try_clone()).transpose();
+        clone.map_err(|error| Error::system("cannot duplicate a file descriptor", error))
+    }
+
     /// Removes what was written of a stream.
     pub fn discard_stream(&self) -> Result<()> {
-        self.own.file().set_len(self.stream_offset).map_err(|error| {
+        let pages = self.pages.as_ref().map_or(Ok(()), |pages| pages_file::empty(pages.file()));
+        self.own.file().set_len(self.stream_offset).and(pages).map_err(|error| {
             Error::system(
                 format!("cannot truncate memory snapshot file '{}'", self.path().display()),
                 error,
@@ -202,12 +223,18 @@ impl MemoryImage {
     }
 
     fn look_for_state(&self) -> io::Result<Option<String>> {
-        /// The section's name with its length, its instance and its version. The length of the text
-        /// and the text follow.
-        const STATE: &[u8] = b"\x0bglobalstate\0\0\0\0\0\0\0\x01\0\0\0";
         const PIECE: u64 = 1 << 20;
-        const LONGEST_WORD: usize = 100;
         let file = self.own.file();
+        if let Format::Zstd(_) = self.format {
+            // The pieces overlap here too.
+            let (mut piece, mut found) = (Vec::new(), None);
+            zstd_reader::last_frame(file, self.stream_offset, |bytes| {
+                piece.drain(..piece.len().saturating_sub(STATE.len() + LONGEST_WORD));
+                piece.extend_from_slice(bytes);
+                found = state_in(&piece).or(found.take());
+            })?;
+            return Ok(found.flatten());
+        }
         let mut end = file.metadata()?.len();
         let mut piece = Vec::new();
         while end > self.stream_offset {
@@ -218,16 +245,8 @@ impl MemoryImage {
             piece.truncate(overlap);
             piece.splice(..0, std::iter::repeat_n(0, length));
             file.read_exact_at(&mut piece[..length], begin)?;
-            if let Some(at) = piece.windows(STATE.len()).rposition(|window| window == STATE) {
-                // The text begins after the last byte of its length.
-                let state = piece[at + STATE.len() + 1..]
-                    .split(|byte| *byte == 0)
-                    .next()
-                    .unwrap_or_default();
-                // QEMU's word is short; anything else is not this section.
-                let is_word =
-                    state.len() <= LONGEST_WORD && state.iter().all(|byte| byte.is_ascii_graphic());
-                return Ok(is_word.then(|| String::from_utf8_lossy(state).into_owned()));
+            if let Some(state) = state_in(&piece) {
+                return Ok(state);
             }
             end = begin;
         }
@@ -236,7 +255,13 @@ impl MemoryImage {
 
     /// Whether QEMU has written the whole stream: see [`stream::is_described`].
     pub fn has_whole_stream(&self) -> Result<bool> {
-        stream::is_described(self.own.file(), self.stream_offset).map_err(|error| {
+        let (file, begin) = (self.own.file(), self.stream_offset);
+        let is_described = match self.format {
+            Format::Zstd(_) => zstd_reader::end_of_last_frame(file, begin, LONGEST_TEXT)
+                .map(|end| stream::ends_with_description(&end)),
+            Format::Raw | Format::Sparse => stream::is_described(file, begin),
+        };
+        is_described.map_err(|error| {
             Error::system(
                 format!("cannot read memory snapshot file '{}'", self.path().display()),
                 error,
@@ -258,12 +283,23 @@ impl MemoryImage {
         })
     }
 
+    /// Syncs the file of notes, or removes it if it is not whole: the image is good without it.
+    fn complete_pages(&self, format: Format) -> io::Result<()> {
+        let Some(pages) = &self.pages else { return Ok(()) };
+        let (own, begin) = (self.own.file(), self.stream_offset);
+        match PageNotes::read(pages.file(), own, begin) {
+            Ok(_) if !format.is_raw() => pages.file().sync_all(),
+            _ => pages.remove(),
+        }
+    }
+
     /// Called when the stream is complete: syncs it to disk, and only then marks the image
     /// complete. `format` is the format that the image has.
     pub fn complete(&self, format: Format) -> Result<()> {
         let complete = || -> io::Result<()> {
             let file = self.own.file();
             file.write_all_at(&format.number().to_ne_bytes(), FORMAT_AT)?;
+            self.complete_pages(format)?;
             mark_complete(file)?;
             sys::sync_parent(self.path())
         };
@@ -276,6 +312,24 @@ impl MemoryImage {
     }
 }
 
+/// The section of QEMU's note of the guest's state: its name with its length, its instance and its
+/// version. The length of the text and the text follow.
+const STATE: &[u8] = b"\x0bglobalstate\0\0\0\0\0\0\0\x01\0\0\0";
+/// The length of the longest word for a state, and more.
+const LONGEST_WORD: usize = 100;
+
+/// The last note of the guest's state in these bytes, if there is one: `Some(None)` if it is not a
+/// word.
+fn state_in(piece: &[u8]) -> Option<Option<String>> {
+    let at = piece.windows(STATE.len()).rposition(|window| window == STATE)?;
+    // The text begins after the last byte of its length.
+    let text = piece.get(at + STATE.len() + 1..).unwrap_or_default();
+    let state = text.split(|byte| *byte == 0).next().unwrap_or_default();
+    // QEMU's word is short; anything else is not this section.
+    let is_word = state.len() <= LONGEST_WORD && state.iter().all(|byte| byte.is_ascii_graphic());
+    Some(is_word.then(|| String::from_utf8_lossy(state).into_owned()))
+}
+
 /// The numbers of a header, from the version on.
 fn numbers<const N: usize>(header: &[u8; HEADER]) -> [u32; N] {
     let mut numbers = header[COMPLETE.len()..].chunks_exact(4);
@@ -284,16 +338,44 @@ fn numbers<const N: usize>(header: &[u8; HEADER]) -> [u32; N] {
     })
 }
 
-/// The places of a sparse image, or why it cannot be loaded. `None` if the image is raw.
-fn read_sparse(
-    file: &File,
-    format: Format,
-    begin: u64,
-) -> std::result::Result<Option<SparseStream>, String> {
-    match format {
-        Format::Raw => Ok(None),
-        Format::Sparse => SparseStream::read(file, begin).map(Some),
-    }
+/// What was found out of a stream without reading its pages.
+#[derive(Debug)]
+struct Surveyed {
+    machine: Option<String>,
+    sparse: Option<SparseStream>,
+    zstd: Option<Frames>,
+}
+
+/// Checks the stream of an image, as far as that is possible without reading its pages. The error
+/// is why it cannot be loaded.
+fn survey(file: &File, format: Format, begin: u64) -> std::result::Result<Surveyed, String> {
+    let (mut sparse, mut zstd) = (None, None);
+    let machine = match format {
+        Format::Raw => stream::check(file, begin)?,
+        Format::Sparse => {
+            let machine = stream::check(file, begin)?;
+            sparse = Some(SparseStream::read(file, begin)?);
+            machine
+        }
+        Format::Zstd(_) => {
+            let failed =
+                |error: io::Error| format!("is damaged: it cannot be decompressed: {error}");
+            let frames = Frames::find(file, begin).map_err(|broken| broken.to_string())?;
+            zstd = Some(frames);
+            let most = stream::LONGEST_HEAD as u64;
+            let head = zstd_reader::beginning(file, begin, most).map_err(failed)?;
+            let machine = stream::check_head(&head)?;
+            // An image that libvirt has saved is one frame. That it is whole, its frame says.
+            if frames.count > 1 {
+                let end = zstd_reader::end_of_last_frame(file, begin, LONGEST_TEXT);
+                if !stream::is_end(&end.map_err(failed)?, machine.as_deref()) {
+                    return Err(stream::NO_END.into());
+                }
+            }
+            machine
+        }
+    };
+    Ok(Surveyed { machine, sparse, zstd })
 }
 
 /// A complete memory image, opened for reading.
@@ -303,8 +385,10 @@ pub struct Image {
     pub file: File,
     /// The offset of QEMU's stream.
     pub stream_offset: u64,
-    /// The places of a sparse image; `None` if the image is raw.
+    /// The places of a sparse image; `None` if the image is not sparse.
     pub sparse: Option<SparseStream>,
+    /// The frames of a zstd image; `None` if the image is not compressed.
+    pub zstd: Option<Frames>,
     /// Whether the guest ran at the instant.
     pub was_running: bool,
     /// The domain XML.
@@ -323,11 +407,10 @@ impl Image {
             return Err("is damaged, or was never completed".into());
         }
         let [version, data_len, _, format] = numbers(&header);
-        // It is compressed, or from a host with another byte order: libvirt itself checks these.
+        // It is compressed by another program than zstd, or from a host with another byte order: libvirt itself checks these.
         let (VERSION, Some(format)) = (version, Format::numbered(format)) else { return Ok(None) };
         let begin = HEADER as u64 + u64::from(data_len);
-        let machine = stream::check(file, begin)?;
-        read_sparse(file, format, begin).map(|_| machine)
+        survey(file, format, begin).map(|surveyed| surveyed.machine)
     }
 
     /// The format of the file of a complete image, if this version knows it.
@@ -341,10 +424,14 @@ impl Image {
 
     /// The format of the image.
     pub fn format(&self) -> Format {
-        if self.sparse.is_some() { Format::Sparse } else { Format::Raw }
+        match (&self.sparse, &self.zstd) {
+            (Some(_), _) => Format::Sparse,
+            (_, Some(_)) => Format::Zstd(Level::default()),
+            _ => Format::Raw,
+        }
     }
 
-    /// Opens a complete, uncompressed image.
+    /// Opens a complete image, which can be compressed by zstd.
     pub fn open(path: &Path) -> Result<Image> {
         let damaged = |what: &str| {
             Error::new(
@@ -372,7 +459,7 @@ impl Image {
             return Err(damaged(&format!("has version {version}, {VERSION} is supported")));
         }
         let Some(format) = Format::numbered(format) else {
-            return Err(damaged("is compressed: decompress it first"));
+            return Err(damaged("is compressed by another program than zstd: decompress it first"));
         };
         if data_len == 0 || data_len > LONGEST {
             return Err(damaged("has a damaged header"));
@@ -382,12 +469,13 @@ impl Image {
         let xml = &data[..if cookie == 0 { data.len() } else { data.len().min(cookie as usize) }];
         let xml = xml.split(|byte| *byte == 0).next().unwrap_or_default();
         let stream_offset = HEADER as u64 + u64::from(data_len);
-        let machine = stream::check(&file, stream_offset).map_err(|what| damaged(&what))?;
-        let sparse = read_sparse(&file, format, stream_offset).map_err(|what| damaged(&what))?;
+        let Surveyed { machine, sparse, zstd } =
+            survey(&file, format, stream_offset).map_err(|what| damaged(&what))?;
         Ok(Image {
             file,
             stream_offset,
             sparse,
+            zstd,
             machine,
             was_running: was_running != 0,
             domain_xml: String::from_utf8(xml.to_vec())

@@ -6,10 +6,15 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
+use super::collect::{Collected, collect};
 use super::file::Image;
+use super::first_writes::Pages;
+use super::pages_file::{self, PageNotes};
+use super::raw_index::RawIndex;
 use super::records::{Block, PAGE};
 use super::sparse_reader::SparseStream;
 use crate::error::{Code, Error, Result};
+use crate::sys;
 
 /// Where a page's content is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -24,27 +29,57 @@ pub enum Page {
 #[derive(Debug)]
 pub struct Index {
     file: File,
-    stream: SparseStream,
+    blocks: Vec<Block>,
+    places: Places,
+    written_first: Vec<Pages>,
+}
+
+/// Where the pages are.
+#[derive(Debug)]
+enum Places {
+    Sparse(SparseStream),
+    Raw(RawIndex),
 }
 
 impl Index {
     /// The size of a page in bytes.
     pub const PAGE: usize = PAGE;
 
-    /// Opens the index of a complete image. The image must be sparse.
+    /// Opens the index of a complete image, which must be sparse, or raw with an index that
+    /// [`make_index`] has made.
     pub fn open(path: &Path) -> Result<Index> {
-        let Image { file, sparse, .. } = Image::open(path)?;
-        let Some(stream) = sparse else {
-            return Err(Error::new(
-                Code::OperationUnsupported,
-                format!(
-                    "the pages of memory snapshot file '{}' cannot be read in any order: convert \
-                     it to the format 'sparse'",
-                    path.display()
-                ),
-            ));
+        let image = Image::open(path)?;
+        // The image is whole without its notes.
+        let notes = PageNotes::of(&image, path).ok().flatten();
+        let (mut first, mut index) = (Vec::new(), None);
+        if let Some(notes) = notes {
+            (first, index) = (notes.first, notes.index.map(|index| (notes.blocks, index)));
+        }
+        let name = image.format().name();
+        let (blocks, places) = match (image.sparse, index) {
+            (Some(stream), _) => (stream.head.blocks.clone(), Places::Sparse(stream)),
+            (None, Some((blocks, index))) => (blocks, Places::Raw(index)),
+            (None, None) => {
+                let what = match image.zstd {
+                    Some(_) => "convert it to the format 'sparse'",
+                    None => "make an index by instantsnap_image_index()",
+                };
+                return Err(Error::new(
+                    Code::OperationUnsupported,
+                    format!(
+                        "the pages of memory snapshot file '{}', which has the format '{name}', \
+                         cannot be read in any order: {what}",
+                        path.display()
+                    ),
+                ));
+            }
         };
-        Ok(Index { file, stream })
+        // Notes that say otherwise than the image are not the image's.
+        first.retain(|pages| {
+            let block = blocks.get(pages.block as usize);
+            block.is_some_and(|block| pages.numbers().end <= block.size / PAGE as u64)
+        });
+        Ok(Index { file: image.file, blocks, places, written_first: first })
     }
 
     /// The image's file, to read pages from.
@@ -54,15 +89,15 @@ impl Index {
 
     /// The guest's memory blocks. Blocks are named by their places in this list.
     pub fn blocks(&self) -> &[Block] {
-        &self.stream.head.blocks
+        &self.blocks
     }
 
     /// The number of pages of a block.
     pub fn pages(&self, block: usize) -> u64 {
-        self.blocks().get(block).map_or(0, |block| block.size / PAGE as u64)
+        self.blocks.get(block).map_or(0, |block| block.size / PAGE as u64)
     }
 
-    /// Where the content of a page is. Reads a few bytes of the file.
+    /// Where the content of a page is. Reads a few bytes of a sparse image.
     pub fn page_at(&self, block: usize, page: u64) -> Result<Page> {
         if page >= self.pages(block) {
             return Err(Error::new(
@@ -70,7 +105,13 @@ impl Index {
                 format!("the memory image has no page {page} in its block {block}"),
             ));
         }
-        let place = &self.stream.layout.places[block];
+        let stream = match &self.places {
+            Places::Sparse(stream) => stream,
+            Places::Raw(index) => {
+                return Ok(index.find(block, page).map_or(Page::Zero, Page::Data));
+            }
+        };
+        let place = &stream.layout.places[block];
         let mut byte = [0];
         self.file
             .read_exact_at(&mut byte, place.bitmap + page / 8)
@@ -82,10 +123,48 @@ impl Index {
     }
 
     /// The pages that the guest wrote first after the instant: block and page, in their order.
-    /// Empty if that is not known.
+    /// Empty if that is not known. The list is a hint: some of these the guest has not written, and
+    /// it has written others.
     pub fn written_first(&self) -> impl Iterator<Item = (usize, u64)> + '_ {
-        std::iter::empty()
+        let numbers = |pages: &Pages| {
+            let block = pages.block as usize;
+            pages.numbers().map(move |page| (block, page))
+        };
+        self.written_first.iter().flat_map(numbers)
     }
+}
+
+/// Reads an image to its end, and writes down beside it what is found out: where the pages of a raw
+/// image are, checksums of the pages, and, if the image has the order in which QEMU has saved them,
+/// which ones the guest wrote first. Keeps such a list that is there.
+pub fn make_index(path: &Path) -> Result<()> {
+    let image = Image::open(path)?;
+    let cannot =
+        |error| Error::system(format!("cannot write the index of '{}'", path.display()), error);
+    let path = &path.canonicalize().map_err(cannot)?;
+    let known = PageNotes::of(&image, path).ok().flatten();
+    let Collected { mut notes, has_filled } = collect(&image).map_err(|what| {
+        let message = format!("memory snapshot file '{}' {what}", path.display());
+        Error::new(Code::InvalidDomainSnapshot, message)
+    })?;
+    if has_filled {
+        return Err(Error::new(
+            Code::ConfigUnsupported,
+            format!(
+                "memory snapshot file '{}' has pages that are filled with one byte: convert it to \
+                 the format 'sparse'",
+                path.display()
+            ),
+        ));
+    }
+    if let Some(known) = known {
+        notes.first = known.first;
+        // Whoever wrote the image knew its pages before anything could damage them.
+        notes.checksums = known.checksums.or(notes.checksums);
+    }
+    let new = pages_file::replacement(&notes, &image.file, image.stream_offset, path);
+    pages_file::put(path, Some(new.map_err(cannot)?)).map_err(cannot)?;
+    sys::sync_parent(path).map_err(cannot)
 }
 
 #[cfg(test)]
@@ -107,8 +186,24 @@ mod tests {
         let (_directory, path) = sample::image(&sample::stream(&pages, &[]));
         let error = Index::open(&path).unwrap_err();
         assert_eq!(error.code, Code::OperationUnsupported, "{error}");
+        // A page that is filled with one byte is nowhere.
+        assert_eq!(make_index(&path).unwrap_err().code, Code::ConfigUnsupported);
         convert(&path, Format::Sparse).unwrap();
-        let index = Index::open(&path).unwrap();
+        assert_found(&path);
+        convert(&path, Format::Raw).unwrap();
+        let error = Index::open(&path).unwrap_err();
+        assert!(error.message.contains("instantsnap_image_index()"), "{error}");
+        make_index(&path).unwrap();
+        assert_found(&path);
+        convert(&path, Format::named("zstd").unwrap()).unwrap();
+        let error = Index::open(&path).unwrap_err();
+        assert!(error.message.contains("'zstd'"), "{error}");
+        make_index(&path).unwrap();
+        assert!(Index::open(&path).is_err());
+    }
+
+    fn assert_found(path: &Path) {
+        let index = Index::open(path).unwrap();
         let found = index.blocks().iter().map(|block| block.name.as_slice());
         assert!(found.eq([&b"pc.ram"[..], b"rom"]));
         assert_eq!((index.pages(0), index.pages(1), index.pages(2)), (512, 2, 0));
@@ -130,6 +225,7 @@ mod tests {
         for (block, page) in [(0, 512), (1, 2), (2, 0), (0, u64::MAX)] {
             assert_eq!(index.page_at(block, page).unwrap_err().code, Code::InvalidArg);
         }
-        assert_eq!(index.written_first().count(), 0);
+        // QEMU saved these out of order.
+        assert!(index.written_first().eq([(0, 1), (0, 0), (0, 3), (1, 1)]));
     }
 }

@@ -84,7 +84,7 @@ impl PageMap {
     }
 
     /// The next page from this one on that is in the file, or is not.
-    fn next(&self, from: u64, is_in_file: bool) -> Option<u64> {
+    pub fn next(&self, from: u64, is_in_file: bool) -> Option<u64> {
         let mut at = from;
         while at < self.pages {
             let word = self.words[(at / 64) as usize] ^ if is_in_file { 0 } else { u64::MAX };

@@ -10,6 +10,7 @@ use rustix::fs::{FallocateFlags, fallocate};
 use rustix::io::pwritev;
 
 use super::page_map::PageMap;
+use super::pages_file::{Collector, PageNotes};
 use super::records::{Block, Content, Head, PAGE, Record, Records};
 use super::sparse::{Layout, is_small};
 
@@ -33,14 +34,15 @@ impl From<rustix::io::Errno> for Failure {
     }
 }
 
-/// Writes the pages of one stream to their places. Its memory is that of the bitmaps: 32 KiB for
-/// each GiB of the guest's.
+/// Writes the pages of one stream to their places, and notes what is known of them. Its memory is
+/// that of bitmaps and checksums: 72 KiB for each GiB of the guest's.
 #[derive(Debug)]
 pub struct PageWriter {
     records: Records,
     layout: Layout,
     /// The pages of each block that have data, and whether all its pages are to be in the bitmap.
     maps: Vec<(PageMap, bool)>,
+    notes: Collector,
     /// Where the next bytes of the tail belong.
     tail: u64,
 }
@@ -60,6 +62,7 @@ impl PageWriter {
         Ok(PageWriter {
             records: Records::new(head),
             maps: head.blocks.iter().map(map).collect(),
+            notes: Collector::new(&head.blocks),
             tail: layout.tail + middle.len() as u64,
             layout,
         })
@@ -74,6 +77,22 @@ impl PageWriter {
             self.records.next(&bytes[at..]).map_err(Failure::Stream)?
         {
             at += length;
+            if let Record::Page { block, offset, content } = &record {
+                let (block, offset) = (*block, *offset);
+                let place = self.layout.places[block].pages + offset;
+                let map = &self.maps[block].0;
+                let mut written = Ok(());
+                self.notes.page(block, offset, content, || {
+                    // The page has come before: its old content is in the file, or is zero.
+                    let mut old = vec![0; PAGE];
+                    if map.has(offset / PAGE as u64) {
+                        written =
+                            run.write(file).and_then(|()| file.read_exact_at(&mut old, place));
+                    }
+                    Some(old)
+                });
+                written?;
+            }
             match record {
                 Record::Page { block, offset, content: Content::Data(page) } => {
                     self.maps[block].0.set(offset / PAGE as u64);
@@ -110,8 +129,8 @@ impl PageWriter {
         Ok(at)
     }
 
-    /// Writes the bitmaps, after the whole stream.
-    pub fn finish(&self, file: &File) -> Result<(), Failure> {
+    /// Writes the bitmaps, after the whole stream. Returns the notes of the pages.
+    pub fn finish(self, file: &File) -> Result<PageNotes, Failure> {
         if !self.records.is_after_pages() {
             return Err(Failure::Stream("it ends among its pages".into()));
         }
@@ -122,7 +141,7 @@ impl PageWriter {
             };
             file.write_all_at(&bitmap, place.bitmap)?;
         }
-        Ok(())
+        Ok(self.notes.finish())
     }
 }
 

@@ -3,7 +3,7 @@
 //! Moves QEMU's stream from a memory image into the pipe of a QEMU that loads it.
 
 use std::fs::File;
-use std::io;
+use std::io::{self, BufReader};
 use std::os::fd::OwnedFd;
 use std::thread::JoinHandle;
 
@@ -13,6 +13,7 @@ use rustix::pipe::{SpliceFlags, splice};
 use super::classic::{self, Zeros};
 use super::file::Image;
 use super::pipe::CHUNK;
+use super::zstd_reader::decompress;
 use crate::error::{Code, Error, Result};
 use crate::sys;
 
@@ -32,10 +33,16 @@ impl RestoreStream {
         mapped: Vec<usize>,
         pipe: OwnedFd,
     ) -> Result<RestoreStream> {
-        let Image { file, stream_offset, sparse, .. } = image;
-        let run = move || match sparse {
-            Some(sparse) => classic::write(&file, &sparse, zeros, &mapped, &mut File::from(pipe)),
-            None => splice_from(&file, stream_offset, &pipe),
+        let Image { file, stream_offset, sparse, zstd, .. } = image;
+        let run = move || match (sparse, zstd) {
+            (Some(sparse), _) => {
+                classic::write(&file, &sparse, zeros, &mapped, &mut File::from(pipe))
+            }
+            (_, Some(_)) => {
+                let mut stream = BufReader::with_capacity(CHUNK, decompress(&file, stream_offset)?);
+                io::copy(&mut stream, &mut File::from(pipe)).map(drop)
+            }
+            _ => splice_from(&file, stream_offset, &pipe),
         };
         let thread = sys::spawn_quiet("instantsnap", run)?;
         Ok(RestoreStream { thread })

@@ -16,8 +16,10 @@
 //! Numbers are big-endian.
 
 use std::fs::File;
-use std::io;
+use std::io::{self, Read};
 use std::os::unix::fs::FileExt;
+
+use super::from_offset::FromOffset;
 
 const MAGIC: &[u8; 4] = b"QEVM";
 const VERSION: u32 = 3;
@@ -25,28 +27,36 @@ const MACHINE: u8 = 7;
 const END_OF_SECTION: u8 = 0x7e;
 const END: u8 = 0;
 const DESCRIPTION: u8 = 6;
+/// What is wrong with a stream that does not end as streams do.
+pub const NO_END: &str = "is cut off, or damaged at its end: QEMU's stream has no end";
 /// Longer than any machine type's name.
 const LONGEST_NAME: u32 = 255;
+/// The part of a stream's beginning that is checked.
+pub const LONGEST_HEAD: usize = 13 + LONGEST_NAME as usize;
 /// Longer than any description of devices.
-const LONGEST_TEXT: u64 = 32 << 20;
+pub const LONGEST_TEXT: u64 = 32 << 20;
 /// Longer than most of them.
 const USUAL_TEXT: u64 = 1 << 20;
 
 /// Checks a stream that begins here and ends with the file. Returns the machine type that QEMU has
 /// noted, if it has noted one. The error is the reason why no QEMU can load the stream.
 pub fn check(file: &File, begin: u64) -> Result<Option<String>, String> {
-    let failed = |error: io::Error| match error.kind() {
-        io::ErrorKind::UnexpectedEof => "is too short: QEMU's stream is missing".into(),
-        _ => format!("cannot be read: {error}"),
-    };
-    let machine = read_head(file, begin).map_err(failed)??;
-    let is_whole = |tail: &[u8]| {
-        ends_with_description(tail) || ends_without_description(tail, machine.is_some())
-    };
-    if !has_tail(file, begin, is_whole).map_err(failed)? {
-        return Err("is cut off, or damaged at its end: QEMU's stream has no end".into());
+    let failed = |error: io::Error| format!("cannot be read: {error}");
+    let mut head = Vec::new();
+    FromOffset { file, at: begin }
+        .take(LONGEST_HEAD as u64)
+        .read_to_end(&mut head)
+        .map_err(failed)?;
+    let machine = check_head(&head)?;
+    if !has_tail(file, begin, |tail| is_end(tail, machine.as_deref())).map_err(failed)? {
+        return Err(NO_END.into());
     }
     Ok(machine)
+}
+
+/// Whether the stream of this machine type can end with these bytes.
+pub fn is_end(tail: &[u8], machine: Option<&str>) -> bool {
+    ends_with_description(tail) || ends_without_description(tail, machine.is_some())
 }
 
 /// Whether a stream that begins here and ends with the file has a description of the devices at its
@@ -62,32 +72,33 @@ pub fn is_other_machine(wanted: &str, noted: &str) -> bool {
     has_version(wanted) && has_version(noted) && wanted != noted
 }
 
-fn read_head(file: &File, begin: u64) -> io::Result<Result<Option<String>, String>> {
-    let mut head = [0; 9];
-    file.read_exact_at(&mut head, begin)?;
-    let number =
-        |bytes: &[u8]| bytes.iter().fold(0, |number: u32, byte| number << 8 | u32::from(*byte));
-    if !head.starts_with(MAGIC) {
-        return Ok(Err("has no stream of QEMU's in it: it is damaged".into()));
+/// Checks the first bytes of a stream: [`LONGEST_HEAD`] of them, or all. Returns the machine type
+/// that QEMU has noted, if it has noted one.
+pub fn check_head(head: &[u8]) -> Result<Option<String>, String> {
+    let short = || "is too short: QEMU's stream is missing".to_owned();
+    let part = |at: usize, length: usize| head.get(at..at + length).ok_or_else(short);
+    let number = |at: usize| {
+        let bytes = part(at, 4)?;
+        Ok::<_, String>(bytes.iter().fold(0, |number: u32, byte| number << 8 | u32::from(*byte)))
+    };
+    if part(0, 9)?[..4] != *MAGIC {
+        return Err("has no stream of QEMU's in it: it is damaged".into());
     }
-    let version = number(&head[4..8]);
+    let version = number(4)?;
     if version != VERSION {
-        return Ok(Err(format!(
+        return Err(format!(
             "has a stream of version {version} in it, and QEMU loads {VERSION}: it is damaged"
-        )));
+        ));
     }
     if head[8] != MACHINE {
-        return Ok(Ok(None));
+        return Ok(None);
     }
-    let mut length = [0; 4];
-    file.read_exact_at(&mut length, begin + 9)?;
-    let length = number(&length);
+    let length = number(9)?;
     if length > LONGEST_NAME {
-        return Ok(Err("has a damaged machine type in it".into()));
+        return Err("has a damaged machine type in it".into());
     }
-    let mut name = vec![0; length as usize];
-    file.read_exact_at(&mut name, begin + 13)?;
-    Ok(String::from_utf8(name).map(Some).map_err(|_| "has a damaged machine type in it".into()))
+    let name = part(13, length as usize)?.to_vec();
+    String::from_utf8(name).map(Some).map_err(|_| "has a damaged machine type in it".into())
 }
 
 /// Whether the stream has such an end.
@@ -110,7 +121,9 @@ pub fn without_end(devices: &[u8]) -> Option<&[u8]> {
     end.map(|end| &devices[..end])
 }
 
-fn ends_with_description(tail: &[u8]) -> bool {
+/// Whether a stream with this end, of which [`LONGEST_TEXT`] bytes are looked at, has a description
+/// of the devices there.
+pub fn ends_with_description(tail: &[u8]) -> bool {
     description(tail).is_some()
 }
 

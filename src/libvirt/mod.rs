@@ -29,6 +29,9 @@ use crate::pointers::{Malloced, Text};
 /// The result of a call of libvirt.
 pub type VirResult<T> = std::result::Result<T, VirError>;
 
+/// The first libvirt that restores memory images that are compressed by zstd.
+pub const RESTORES_ZSTD: (u64, u64, u64) = (10, 4, 0);
+
 /// The first libvirt that restores sparse memory images.
 pub const RESTORES_SPARSE: (u64, u64, u64) = (11, 2, 0);
 

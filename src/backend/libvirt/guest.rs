@@ -24,7 +24,7 @@ use crate::backend::{busy, open_images, shared_memory};
 use crate::deadline::Deadline;
 use crate::error::{Error, Result, fail};
 use crate::image::Format;
-use crate::libvirt::{Domain, RESTORES_SPARSE, Snapshot};
+use crate::libvirt::{Domain, RESTORES_SPARSE, RESTORES_ZSTD, Snapshot};
 use crate::model::domain;
 use crate::model::flags::{self, CreateFlags};
 use crate::model::journal::{NotedDomain, NotedFile, NotedOverlay};
@@ -32,6 +32,7 @@ use crate::model::{DiskPlan, Drive, NotedMemory, Record, snapshot_writer};
 use crate::monitor::commands::{self, Status};
 use crate::monitor::json::Json;
 use crate::monitor::{Command, Execute, Failure};
+use crate::tool;
 
 /// If libvirt has not resumed the domain after this time, QEMU is told directly.
 const RESUME_SOON: Duration = Duration::from_secs(2);
@@ -184,16 +185,29 @@ impl Guest for LibvirtGuest<'_> {
 
     /// The default is raw, because libvirt's own revert cannot read a sparse image.
     fn image_format(&mut self, wanted: Option<Format>) -> Result<Format> {
-        let format = wanted.unwrap_or(Format::Raw);
-        if format == Format::Sparse && self.session.libvirt_version()? < RESTORES_SPARSE {
+        let wanted = wanted.unwrap_or(Format::Raw);
+        let (first, text) = match wanted {
+            Format::Raw => return Ok(wanted),
+            Format::Zstd(_) => (RESTORES_ZSTD, "10.4"),
+            Format::Sparse => (RESTORES_SPARSE, "11.2"),
+        };
+        let (domain, format) = (&self.session.connector.name, wanted.name());
+        if self.session.libvirt_version()? < first {
             fail!(
                 ConfigUnsupported,
-                "the libvirt of domain '{}' cannot restore a memory image of the format 'sparse', \
-                 which libvirt 11.2 and later can: take the snapshot with a raw image",
-                self.session.connector.name
+                "the libvirt of domain '{domain}' cannot restore a memory image of the format \
+                 '{format}', which libvirt {text} and later can: take the snapshot with a raw image"
             );
         }
-        Ok(format)
+        if first == RESTORES_ZSTD && !tool::is_installed("zstd") {
+            fail!(
+                ConfigUnsupported,
+                "libvirt cannot restore a memory image of the format 'zstd' of domain '{domain}': \
+                 the program zstd, by which it does so, is not installed; install it, or take the \
+                 snapshot with a raw image"
+            );
+        }
+        Ok(wanted)
     }
 
     fn check_memory_not_shared(&mut self) -> Result<()> {

@@ -283,7 +283,7 @@ impl<'c, 'o> Journal<'c, 'o> {
         let stage = self.stage();
         let Journal { entries, watchdog, durable, has_manual, running, .. } = self;
         let files: Vec<_> =
-            copies(entries).map(nvram::Copy::known).chain([image(entries)?.known()]).collect();
+            copies(entries).map(nvram::Copy::known).chain(image(entries)?.known()).collect();
         let task = watchdog::Task {
             held,
             reservation: reserved.held(),

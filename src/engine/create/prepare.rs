@@ -92,7 +92,7 @@ fn begin_durable(task: &Task, guest: &mut dyn Guest, journal: &mut Journal) -> R
 
 /// Notes the inodes of the files that were made, by which a recovery recognises them.
 fn note_files(task: &Task, guest: &dyn Guest, journal: &mut Journal) -> Result<()> {
-    let own = journal.copies().map(nvram::Copy::known).chain([journal.image()?.known()]);
+    let own = journal.copies().map(nvram::Copy::known).chain(journal.image()?.known());
     let files = own
         .map(|known| NotedFile::of(known.with_absolute_path()))
         .chain(guest.overlay_files())
@@ -173,7 +173,7 @@ fn create_image(task: &Task) -> Result<MemoryImage> {
     let (cookie, format) = (cookie.as_deref(), task.image_format);
     let image = MemoryImage::create(&task.memory_file, domain_xml, cookie, task.running, format)?;
     if let Some(owner) = owner {
-        sys::give_to_owner_of(owner, &image.file()?).map_err(|error| {
+        image.give_to_owner_of(owner).map_err(|error| {
             let _ = image.remove();
             Error::system(
                 format!("cannot set the owner of '{}'", task.memory_file.display()),

@@ -292,7 +292,7 @@ impl Steps<'_, '_, '_> {
             image.protect()?;
         }
         image.complete(format)?;
-        if format == Format::Sparse {
+        if format != Format::Raw {
             journal.clock.stats.memory_image_bytes = image.occupied()?;
         }
         journal.copies().try_for_each(nvram::Copy::check_unchanged)?;

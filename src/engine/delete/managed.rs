@@ -28,7 +28,7 @@ use crate::backend::libvirt::{
 };
 use crate::engine::users::Users;
 use crate::error::{Code, Error, Result, fail};
-use crate::image::{deleting, is_another};
+use crate::image::{deleting, is_another, pages_file_of, remove_pages_file};
 use crate::libvirt::xml;
 use crate::model::domain::{Disk, Source, Storage, domain_disks};
 use crate::model::flags::DeleteFlags;
@@ -751,6 +751,9 @@ impl<'a> Delete<'a> {
         let memory = self.memory_files().into_iter().flat_map(|memory| [deleting(&memory), memory]);
         let overlays = plan.goes().cloned();
         let removed = memory.map(|file| (sys::remove_file(&file), file));
+        let pages = self.memory_files().into_iter();
+        let pages = pages.map(|memory| (remove_pages_file(&memory), pages_file_of(&memory)));
+        let removed = pages.chain(removed);
         let removed = removed.chain(overlays.map(|file| (images::remove(&file), file)));
         let failed: Vec<_> = removed
             .filter_map(|(removed, file)| {

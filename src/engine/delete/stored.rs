@@ -30,7 +30,7 @@ use crate::deadline::Deadline;
 use crate::engine::page_server::arrival::check_arrived;
 use crate::engine::revert::map::check_unmapped;
 use crate::error::{Error, Result, fail};
-use crate::image::{deleting, is_another};
+use crate::image::{deleting, is_another, pages_file_of, remove_pages_file};
 use crate::model::flags::DeleteFlags;
 use crate::model::nvram::Found;
 use crate::model::{Drive, Record, RecordedDisk, Store};
@@ -461,6 +461,9 @@ impl<'a> Delete<'a> {
             remove(&nvram.copy)?;
         }
         let memory = Path::new(&self.record.memory_file);
+        remove_pages_file(memory).map_err(|error| {
+            Error::system(format!("cannot remove '{}'", pages_file_of(memory).display()), error)
+        })?;
         [deleting(memory).as_path(), memory].into_iter().try_for_each(remove)
     }
 

@@ -78,6 +78,15 @@ pub fn remove(journal: &ReadJournal, report: &mut Report) {
             Presence::Another => report.left(what, &object, "it is not known to be the snapshot's"),
         }
     }
+    // The file of notes goes with the image.
+    let pages = image::pages_file_of(&journal.intent.planned.memory);
+    if let (Presence::Same, Some(file)) = journal.find(&pages, || image::is_pages_file(&pages)) {
+        let removed =
+            OwnFile::reopen(&file.known).and_then(|own| own.map_or(Ok(()), |own| own.remove()));
+        if removed.is_err() {
+            report.undecided(What::Memory, &pages.to_string_lossy(), "it cannot be removed");
+        }
+    }
 }
 
 fn is_partial_image(path: &Path) -> bool {

@@ -32,12 +32,13 @@ use crate::deadline::Deadline;
 use crate::engine::users::Users;
 use crate::error::{Code, Error, Result, fail};
 use crate::image::{Format, Image, is_other_machine};
-use crate::libvirt::{RESTORES_SPARSE, restore, undefine, xml};
+use crate::libvirt::{RESTORES_SPARSE, RESTORES_ZSTD, restore, undefine, xml};
 use crate::model::domain::{Disk, Source, Storage, domain_disks};
 use crate::model::flags::RevertFlags;
 use crate::model::{Notes, generated_name};
 use crate::monitor::json;
 use crate::sys;
+use crate::tool;
 
 /// The first libvirt that reverts to snapshots with a memory image.
 const STOCK_REVERTS: (u64, u64, u64) = (9, 9, 0);
@@ -127,6 +128,13 @@ fn stock_can(tree: &SnapshotTree, target: &SnapshotDef, disks: &[Disk], users: &
     };
     let is_readable = MemoryFormat::of(target) == MemoryFormat::Other;
     on_files && !manual && is_readable && !removed.map(id).any(harmed)
+}
+
+/// Whether the snapshot's memory image is compressed by zstd. False if this process may not read it.
+fn is_zstd(target: &SnapshotDef) -> bool {
+    let memory = Path::new(target.memory.as_deref().unwrap_or_default());
+    let format = sys::open_file(memory).ok().and_then(|file| Image::format_of(&file));
+    matches!(format, Some(Format::Zstd(_)))
 }
 
 /// Whether libvirt's own revert can read the memory image of a snapshot.
@@ -422,6 +430,22 @@ impl Revert<'_> {
                 return Err(unusable("is missing"));
             }
             Err(_) => {}
+        }
+        if is_zstd(self.target) {
+            let what = match self.version >= RESTORES_ZSTD {
+                false => "which libvirt 10.4 and later restores",
+                true if tool::is_installed("zstd") => "",
+                true => "and the program zstd, by which libvirt restores it, is not installed",
+            };
+            if !what.is_empty() {
+                fail!(
+                    ConfigUnsupported,
+                    "cannot revert to snapshot '{}': its memory image '{memory}' is compressed by \
+                     zstd, {what}: convert it to a raw one (instantsnap_image_convert()); the \
+                     domain was left as it is",
+                    self.target.name
+                );
+            }
         }
         match MemoryFormat::of(self.target) {
             MemoryFormat::Sparse if !self.restores_sparse(active) => fail!(

@@ -44,7 +44,8 @@ impl Stream {
         let spare =
             duplicate().map_err(|error| Error::system("cannot set up the memory pipe", error))?;
         let (offset, format) = (image.stream_offset(), image.format());
-        let drain = Drain::open(read, image.file()?, image.path(), offset, format)?;
+        let (file, pages) = (image.file()?, image.pages_file()?);
+        let drain = Drain::open(read, file, pages, image.path(), offset, format)?;
         Ok(Stream { drain, offset, spare, write: Some(write) })
     }
 
