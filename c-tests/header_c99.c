@@ -59,6 +59,7 @@ static const function functions[] = {
     (function) instantsnap_image_info,
     (function) instantsnap_image_verify,
     (function) instantsnap_image_convert,
+    (function) instantsnap_image_index,
     (function) instantsnap_recover,
     (function) instantsnap_doctor,
     (function) instantsnap_recover_offline,

@@ -111,11 +111,14 @@ static void bad_images(void)
                 VIR_ERR_INVALID_ARG);
     CHECK_FAILS(instantsnap_image_convert(paths[0], 1u << 31, 0) == -1, VIR_ERR_INVALID_ARG);
     CHECK_FAILS(instantsnap_image_convert(paths[0], raw, 1) == -1, VIR_ERR_INVALID_ARG);
+    CHECK_FAILS(instantsnap_image_index(NULL, 0) == -1, VIR_ERR_INVALID_ARG);
+    CHECK_FAILS(instantsnap_image_index(paths[0], 1) == -1, VIR_ERR_INVALID_ARG);
     for (size_t i = 0; i < sizeof(paths) / sizeof(paths[0]); i++) {
         CHECK_FAILS(!instantsnap_image_info(paths[i]), VIR_ERR_INVALID_DOMAIN_SNAPSHOT);
         CHECK_FAILS(instantsnap_image_verify(paths[i]) == -1, VIR_ERR_INVALID_DOMAIN_SNAPSHOT);
         CHECK_FAILS(instantsnap_image_convert(paths[i], raw, 0) == -1,
                     VIR_ERR_INVALID_DOMAIN_SNAPSHOT);
+        CHECK_FAILS(instantsnap_image_index(paths[i], 0) == -1, VIR_ERR_INVALID_DOMAIN_SNAPSHOT);
     }
 }
 

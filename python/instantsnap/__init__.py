@@ -36,7 +36,8 @@ from ._doctor import Finding, doctor
 from ._errors import Cancelled, Error, ErrorCode, LibraryNotFound, NotFound
 from ._events import Event, EventType, ImageFormat, JobInfo, Phase, Stats, Watchdog
 from ._guest import DeleteFlag, Flag, Guest
-from ._image import ImageInfo, MemoryBlock, image_convert, image_info, image_verify
+from ._image import (ImageInfo, ImageNotes, MemoryBlock, image_convert, image_index, image_info,
+                     image_verify)
 from ._job import Job
 from ._library import decode as _decode
 from ._library import library as _library_
@@ -47,11 +48,12 @@ from ._revert import MemoryBackend, RevertDisk, RevertPlan, prepare_revert
 from ._storage import StorageCall, StorageDisk
 
 __all__ = ["Cancelled", "DeleteFlag", "Error", "ErrorCode", "Event", "EventType", "Finding", "Flag",
-           "Guest", "ImageFormat", "ImageInfo", "Job", "JobInfo", "LibraryNotFound", "LoadStats",
-           "Memory", "MemoryBackend", "MemoryBlock", "MemoryProgress", "NotFound", "Phase", "Recovered",
-           "RevertDisk", "RevertPlan", "Stats", "StorageCall", "StorageDisk", "Watchdog", "doctor",
-           "image_convert", "image_info", "image_verify", "prepare_revert", "recover_offline",
-           "snapshot_create_xml", "snapshot_delete", "snapshot_revert", "version"]
+           "Guest", "ImageFormat", "ImageInfo", "ImageNotes", "Job", "JobInfo", "LibraryNotFound",
+           "LoadStats", "Memory", "MemoryBackend", "MemoryBlock", "MemoryProgress", "NotFound", "Phase",
+           "Recovered", "RevertDisk", "RevertPlan", "Stats", "StorageCall", "StorageDisk", "Watchdog", "doctor",
+           "image_convert", "image_index", "image_info", "image_verify", "prepare_revert",
+           "recover_offline", "snapshot_create_xml", "snapshot_delete", "snapshot_revert",
+           "version"]
 
 
 def version() -> str:

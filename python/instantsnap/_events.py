@@ -51,6 +51,7 @@ class ImageFormat(enum.IntEnum):
     DEFAULT = 0  #: not known yet
     RAW = 1      #: QEMU's stream as it came
     SPARSE = 2   #: each page at a place of its own, pages of zeros as holes of the file
+    ZSTD = 3     #: QEMU's stream, compressed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +99,7 @@ class Stats:
     total_us: int             #: the whole call
     instant_us: int           #: from the call's entry to the instant
     guest_paused_us: int      #: the pause of the guest; 0 if it was paused already
-    memory_image_bytes: int   #: size of the memory image; of a sparse one, its space on disk; bytes
+    memory_image_bytes: int   #: size of the memory image; of one that is not raw, its space on disk; bytes
     pause_from_events: bool   #: guest_paused_us is by QEMU's own time stamps; else an upper bound
     disks: int                #: number of disks that were switched to an overlay
     setup_us: int             #: how long QEMU set up the background snapshot, in whole milliseconds
@@ -169,8 +170,10 @@ class Listener:
 
 def create_options(listener: Optional[Listener] = None, progress_interval: Optional[float] = None,
                    at_once: bool = False,
-                   image_format: Optional[str] = None) -> _library.CCreateOptions:
-    """The options for the C library. Raises ValueError (progress_interval, image_format)."""
+                   image_format: Optional[str] = None,
+                   zstd_level: Optional[int] = None) -> _library.CCreateOptions:
+    """The options for the C library. Raises ValueError (progress_interval, image_format,
+    zstd_level)."""
     options = _library.CCreateOptions(size=ctypes.sizeof(_library.CCreateOptions))
     if listener is not None:
         options.callback = listener.callback
@@ -183,7 +186,12 @@ def create_options(listener: Optional[Listener] = None, progress_interval: Optio
             options.image_format = ImageFormat[str(image_format).upper()]
         except KeyError:
             raise ValueError(
-                f"image_format must be 'raw' or 'sparse', not {image_format!r}") from None
+                f"image_format must be 'raw', 'zstd' or 'sparse', not {image_format!r}") from None
+    if zstd_level is not None:
+        if image_format != "zstd" or zstd_level not in range(1, 20):
+            raise ValueError(
+                f"zstd_level must be 1 to 19, with image_format='zstd', not {zstd_level!r}")
+        options.zstd_level = zstd_level
     return options
 
 

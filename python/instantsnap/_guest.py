@@ -151,7 +151,8 @@ class Guest:
                  instant: bool = True, flags: Optional[int] = None,
                  on_event: Optional[OnEvent] = None,
                  progress_interval: Optional[float] = None,
-                 image_format: Optional[str] = None) -> str:
+                 image_format: Optional[str] = None,
+                 zstd_level: Optional[int] = None) -> str:
         """Takes a full snapshot, memory and disks, and returns its name.
 
         xml: libvirt's `<domainsnapshot>`. By default it is made of name, description and memory. If
@@ -170,9 +171,12 @@ class Guest:
         progress_interval: seconds between two PROGRESS events, 0.001 or more, in whole
             milliseconds; by default 0.5.
         image_format: how the memory image holds the guest's memory: "raw", QEMU's stream as it
-            comes; or "sparse", each page at a place of its own and pages of zeros as holes, which
-            libvirt 11.2 and later restores. By default "raw" for a domain of a stock libvirt,
-            otherwise "sparse". Stats.image_format says what it became.
+            comes; "sparse", each page at a place of its own and pages of zeros as holes, which
+            libvirt 11.2 and later restores; or "zstd", the stream compressed, which libvirt 10.4
+            and later restores. By default "raw" for a domain of a stock libvirt, otherwise
+            "sparse". Stats.image_format says what it became.
+        zstd_level: with image_format="zstd", how thoroughly it is compressed: from 1, the fastest,
+            to 19; by default 3.
 
         Blocks until the snapshot is complete and on disk: seconds for a guest of some GiB.
         KeyboardInterrupt, or any other exception of a signal handler, cancels the snapshot:
@@ -180,7 +184,7 @@ class Guest:
         stays.)
 
         Raises ValueError (both xml and parts of it; a NUL character; flags that are not a 32-bit
-        number; an impossible interval; an unknown image format), Cancelled, or Error with
+        number; an impossible interval; an unknown image format or level), Cancelled, or Error with
         everything as it was before the call: INVALID_ARG (flags), XML_DETAIL and XML_ERROR,
         OPERATION_UNSUPPORTED (not implemented), ARGUMENT_UNSUPPORTED (no background snapshots: the
         message says why and what to do), OPERATION_INVALID (busy, wrong state, name exists),
@@ -195,7 +199,8 @@ class Guest:
             library().instantsnap_snapshot_cancel(handle)
 
         listener = Listener(on_event, cancel) if on_event is not None else None
-        options = create_options(listener, progress_interval, image_format=image_format)
+        options = create_options(
+            listener, progress_interval, image_format=image_format, zstd_level=zstd_level)
 
         def create() -> str:
             created = ctypes.c_void_p()
@@ -218,7 +223,8 @@ class Guest:
                        description: Optional[str] = None, memory: Optional[StrPath] = None,
                        instant: bool = True, flags: Optional[int] = None,
                        progress_interval: Optional[float] = None, at_once: bool = False,
-                       image_format: Optional[str] = None) -> Job:
+                       image_format: Optional[str] = None,
+                       zstd_level: Optional[int] = None) -> Job:
         """Starts a full snapshot, and returns at the instant: the caller may change the guest at
         once, while its memory is still being written. The Job represents the rest, and has the
         snapshot's name and its errors.
@@ -236,7 +242,7 @@ class Guest:
         as for snapshot(). Raises what snapshot() does, with everything as it was before the call.
         """
         text, bits = _request(xml, name, description, memory, instant, flags)
-        options = create_options(None, progress_interval, at_once, image_format)
+        options = create_options(None, progress_interval, at_once, image_format, zstd_level)
         handle = self._open()
         hook = self._hook
         started: list[Job] = []
@@ -265,7 +271,8 @@ class Guest:
                              instant: bool = True, flags: Optional[int] = None,
                              on_event: Optional[OnEvent] = None,
                              progress_interval: Optional[float] = None,
-                             image_format: Optional[str] = None) -> str:
+                             image_format: Optional[str] = None,
+                             zstd_level: Optional[int] = None) -> str:
         """Takes a full snapshot, memory and disks, and returns its name: snapshot() for asyncio.
         Never blocks the event loop. For more control use start_snapshot(at_once=True), whose Job is
         awaitable.
@@ -283,7 +290,7 @@ class Guest:
         async with self.start_snapshot(
                 xml, name=name, description=description, memory=memory, instant=instant,
                 flags=flags, progress_interval=progress_interval, at_once=True,
-                image_format=image_format) as job:
+                image_format=image_format, zstd_level=zstd_level) as job:
             if on_event is not None:
                 async for event in job:
                     on_event(event)

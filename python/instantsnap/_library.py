@@ -92,7 +92,7 @@ class CCreateOptions(Structure):
                 ("progress_interval_ms", c_uint32),
                 ("flags", c_uint32),
                 ("image_format", c_uint32),
-                ("reserved", c_uint32)]
+                ("zstd_level", c_uint32)]
 
 
 CREATE_AT_ONCE = 1 << 0
@@ -250,6 +250,7 @@ FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "instantsnap_image_info": (_OWNED_STRING, [c_char_p]),
     "instantsnap_image_verify": (c_int, [c_char_p]),
     "instantsnap_image_convert": (c_int, [c_char_p, c_uint, c_uint]),
+    "instantsnap_image_index": (c_int, [c_char_p, c_uint]),
     "instantsnap_recover": (c_int, [_GUEST, POINTER(_OWNED_STRING)]),
     "instantsnap_recover_offline": (c_int, [c_char_p, POINTER(_OWNED_STRING)]),
     "instantsnap_doctor": (c_int, [_GUEST, POINTER(_OWNED_STRING)]),

@@ -20,7 +20,8 @@ def snapshot_create_xml(
         dom: "libvirt.virDomain", xml: str, flags: int = Flag.CREATE_LIVE | Flag.CREATE_INSTANT, *,
         on_event: Optional[OnEvent] = None,
         progress_interval: Optional[float] = None,
-        image_format: Optional[str] = None) -> "libvirt.virDomainSnapshot":
+        image_format: Optional[str] = None,
+        zstd_level: Optional[int] = None) -> "libvirt.virDomainSnapshot":
     """Takes a snapshot of a libvirt domain, like dom.snapshotCreateXML(), but also with
     Flag.CREATE_INSTANT.
 
@@ -29,8 +30,9 @@ def snapshot_create_xml(
         `<domainsnapshot><memory snapshot='external' file='/PATH'/></domainsnapshot>`.
     flags: Flags, libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_*, or both combined. Without CREATE_INSTANT the
         call goes unchanged to libvirt.
-    on_event, progress_interval, image_format: as for Guest.snapshot(). Only with CREATE_INSTANT and
-        without CREATE_NO_METADATA. libvirt before 11.2 cannot restore "sparse": CONFIG_UNSUPPORTED.
+    on_event, progress_interval, image_format, zstd_level: as for Guest.snapshot(). Only with
+        CREATE_INSTANT and without CREATE_NO_METADATA. libvirt before 11.2 cannot restore "sparse",
+        and before 10.4, or without the program zstd, "zstd": CONFIG_UNSUPPORTED.
 
     Returns libvirt's own snapshot, a libvirt.virDomainSnapshot with all its methods.
 
@@ -54,7 +56,7 @@ def snapshot_create_xml(
             with Guest.open_libvirt(dom) as guest:
                 name = guest.snapshot(
                     xml, flags=bits, on_event=on_event, progress_interval=progress_interval,
-                    image_format=image_format)
+                    image_format=image_format, zstd_level=zstd_level)
         except Error as error:
             raise _binding.error_of(error) from None
         return dom.snapshotLookupByName(name)

@@ -4,7 +4,8 @@
 import os
 import unittest
 
-from instantsnap import Error, ErrorCode, Guest, image_convert, image_info, image_verify
+from instantsnap import (Error, ErrorCode, Guest, image_convert, image_index, image_info,
+                         image_verify)
 
 from .machine import TestCase
 
@@ -30,12 +31,37 @@ class Images(TestCase):
         self.assertEqual(sparse.format, "sparse")
         self.assertEqual((sparse.blocks, sparse.machine, sparse.domain),
                          (raw.blocks, raw.machine, raw.domain))
+        self.assertTrue(sparse.notes.checksums)
+        self.assertFalse(sparse.notes.index)
+        image_convert(path, "zstd")
+        image_verify(path)
+        zstd = image_info(path)
+        self.assertEqual((zstd.format, zstd.blocks), ("zstd", raw.blocks))
+        self.assertLess(zstd.file_bytes, raw.file_bytes)
         image_convert(path, "raw")
         self.assertEqual(image_info(path).blocks, raw.blocks)
+        image_index(path)
+        self.assertTrue(image_info(path).notes.index)
+        image_verify(path)
+
+    def test_level_is_for_zstd_images(self):
+        machine = self.machine()
+        with Guest.open_qmp(machine.qmp, self.state) as guest:
+            for arguments in ({"zstd_level": 3}, {"image_format": "sparse", "zstd_level": 3},
+                              {"image_format": "zstd", "zstd_level": 0},
+                              {"image_format": "zstd", "zstd_level": 20}):
+                with self.assertRaises(ValueError):
+                    guest.snapshot(**arguments)
+            sizes = []
+            for level in (1, 19):
+                name = guest.snapshot(name=f"s{level}", image_format="zstd", zstd_level=level)
+                self.assertEqual(guest.stats().image_format.name, "ZSTD")
+                sizes.append(image_info(self.state / f"{name}.mem").file_bytes)
+            self.assertLess(sizes[1], sizes[0])
 
     def test_image_that_is_cut_off_is_not_whole(self):
         path = self.snapshot()
-        for name in ("raw", "sparse"):
+        for name in ("raw", "zstd", "sparse"):
             with self.subTest(name):
                 image_convert(path, name)
                 whole = path.read_bytes()
@@ -49,7 +75,7 @@ class Images(TestCase):
                 path.write_bytes(whole)
 
     def test_another_format_is_a_value_error(self):
-        for name in ("zstd", "default", "RAW", None):
+        for name in ("gzip", "default", "RAW", None):
             with self.assertRaises(ValueError):
                 image_convert("/nonexistent", name)
 

@@ -82,6 +82,16 @@ pub fn convert(path: &Path, format: Format) -> Result<()> {
     pages_file::put(&path, notes).and_then(|()| sys::sync_parent(&path)).map_err(cannot)
 }
 
+/// Writes a partial image of this format to a file.
+#[cfg(any(test, feature = "fuzzing"))]
+pub(super) fn copy_as(
+    image: &Image,
+    format: Format,
+    to: &File,
+) -> std::result::Result<(), Failure> {
+    write(image, format, to).map(drop)
+}
+
 /// Writes a partial image of this format. Returns the notes of its pages, as far as they are known
 /// from the stream.
 fn write(

@@ -32,6 +32,9 @@ const COMPLETE: &[u8; 16] = b"LibvirtQemudSave";
 const PARTIAL: &[u8; 16] = b"LibvirtQemudPart";
 const VERSION: u32 = 2;
 const HEADER: usize = 92;
+/// The same, for those who make one.
+#[cfg(any(test, feature = "fuzzing"))]
+pub(super) const LIBVIRT_HEADER: usize = HEADER;
 /// Where the format is in the header.
 const FORMAT_AT: u64 = 28;
 /// The space that libvirt leaves so that the XML of an image can be edited.

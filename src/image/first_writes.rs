@@ -112,7 +112,9 @@ mod tests {
 
     fn list(pages: impl IntoIterator<Item = (usize, u64)>) -> Vec<(u32, u64, u32)> {
         let mut order = FirstWrites::new(&blocks());
-        pages.into_iter().for_each(|(block, page)| drop(order.page(block, page)));
+        pages.into_iter().for_each(|(block, page)| {
+            order.page(block, page);
+        });
         order.list().iter().map(|pages| (pages.block, pages.first, pages.count)).collect()
     }
 

@@ -19,6 +19,8 @@ mod file;
 mod first_writes;
 mod format;
 mod from_offset;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod hostile;
 mod incoming;
 mod index;
 mod mapping;

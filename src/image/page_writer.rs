@@ -68,6 +68,12 @@ impl PageWriter {
         })
     }
 
+    /// The size of the guest's memory.
+    #[cfg(any(test, feature = "fuzzing"))]
+    pub fn memory(&self) -> u64 {
+        self.maps.iter().map(|(map, _)| map.pages() * PAGE as u64).sum()
+    }
+
     /// Writes what is whole of these bytes, which begin with a record, and returns how many bytes
     /// that were. The others belong before the next ones.
     pub fn write(&mut self, file: &File, bytes: &[u8]) -> Result<usize, Failure> {

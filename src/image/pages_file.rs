@@ -278,10 +278,33 @@ impl PageNotes {
     }
 }
 
+/// Parses a file of notes without its hash. Returns what would be written for it, without the hash.
+#[cfg(any(test, feature = "fuzzing"))]
+pub(super) fn decode_without_hash(bytes: &[u8]) -> Result<Vec<u8>, String> {
+    match parse(bytes, notes)? {
+        Some(((notes, binding), length)) if length == bytes.len() => {
+            let mut encoded = notes.encode(&binding);
+            encoded.truncate(encoded.len() - HASH);
+            Ok(encoded)
+        }
+        _ => Err("is damaged".into()),
+    }
+}
+
+fn flag(cursor: &mut Cursor) -> Result<bool, Wrong> {
+    match cursor.byte()? {
+        0 => Ok(false),
+        1 => Ok(true),
+        _ => Err(Wrong::Unknown("is damaged".into())),
+    }
+}
+
 /// Parses all but the hash. No length in it is believed before as many bytes are there.
 fn notes(cursor: &mut Cursor) -> Result<(PageNotes, Binding), Wrong> {
     let damaged = || Wrong::Unknown("is damaged".into());
-    cursor.take(MAGIC.len())?;
+    if cursor.take(MAGIC.len())? != MAGIC {
+        return Err(damaged());
+    }
     let version = cursor.u32()?;
     if version != VERSION {
         return Err(format!("has version {version}, {VERSION} is supported").into());
@@ -312,18 +335,21 @@ fn notes(cursor: &mut Cursor) -> Result<(PageNotes, Binding), Wrong> {
         first.push(Pages { block, count, first: page });
     }
     let mut checksums = None;
-    if cursor.byte()? == 1 {
+    if flag(cursor)? {
         let mut sums = Checksums::new(&blocks);
         for block in 0..blocks.len() {
+            let mut next = 0;
             for _ in 0..cursor.u32()? {
                 let (group, sum) = (cursor.u64()?, cursor.u64()?);
-                sums.set(block, group, sum).ok_or_else(damaged)?;
+                let set = sums.set(block, group, sum).filter(|()| group >= next && sum != 0);
+                set.ok_or_else(damaged)?;
+                next = group + 1;
             }
         }
         checksums = Some(sums);
     }
     let mut index = None;
-    if cursor.byte()? == 1 {
+    if flag(cursor)? {
         let mut all = Vec::new();
         for block in 0..blocks.len() {
             let mut runs = Vec::new();

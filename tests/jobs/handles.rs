@@ -80,7 +80,7 @@ fn options(flags: u32) -> instantsnap_create_options {
         progress_interval_ms: 0,
         flags,
         image_format: 0,
-        reserved: 0,
+        zstd_level: 0,
     }
 }
 

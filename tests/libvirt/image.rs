@@ -8,7 +8,7 @@ use std::os::unix::fs::PermissionsExt;
 
 use common::backend::by_client_only;
 use common::tree::{Maker, Tree};
-use common::{assert_says, machine, virt};
+use common::{INSTANTLY, assert_says, machine, named, virt};
 use instantsnap::engine::revert_managed;
 use instantsnap::error::{Code, Error};
 use instantsnap::image::{Contents, Format, convert};
@@ -43,6 +43,71 @@ fn stock_restore_and_our_revert_read_a_sparse_image() {
         convert(&tree.memory("a"), Format::Raw).unwrap();
         tree.assert_all_can_be_reverted_to();
     }
+}
+
+/// The first libvirt that restores zstd images.
+const RESTORES_ZSTD: (u32, u32, u32) = (10, 4, 0);
+
+fn zstd() -> Format {
+    Format::named("zstd").unwrap()
+}
+
+#[test]
+fn stock_restore_and_libvirts_own_revert_read_a_zstd_image() {
+    if Daemon::version() < RESTORES_ZSTD {
+        skip("libvirt 10.4 or later is needed");
+    }
+    let mut tree = Tree::start(&machine(&Binary::all()[0], 2), &virt::session(), Maker::Instant);
+    tree.snapshot("a");
+    convert(&tree.memory("a"), zstd()).unwrap();
+    tree.opened.restore_clone("a");
+    tree.revert("a");
+    tree.opened.guest.wait_ticks(3);
+    tree.opened.guest.virsh("destroy", &[]);
+    tree.revert("a");
+    tree.assert_all_can_be_reverted_to();
+}
+
+#[test]
+fn zstd_image_is_refused_before_anything_is_changed_where_libvirt_cannot_restore_it() {
+    if Daemon::version() >= RESTORES_ZSTD {
+        skip("this libvirt can restore it");
+    }
+    let mut tree = Tree::start(&machine(&Binary::all()[0], 1), &virt::session(), Maker::Instant);
+    let before = tree.opened.trace();
+    let wanted = tree.opened.handle.create_as(Some(zstd()), &named("z"), INSTANTLY, &mut ());
+    let error = wanted.map(drop).expect_err("libvirt cannot restore it");
+    assert_says(&error, Code::ConfigUnsupported, &["'zstd'", "libvirt 10.4"]);
+    tree.opened.assert_untouched(&before);
+    tree.snapshot("a");
+    convert(&tree.memory("a"), zstd()).unwrap();
+    let before = tree.opened.trace();
+    let error = tree.try_revert("a", 0).expect_err("libvirt cannot restore it");
+    let memory = tree.memory("a");
+    let parts = [memory.to_str().unwrap(), "zstd", "10.4", "instantsnap_image_convert()"];
+    assert_says(&error, Code::ConfigUnsupported, &parts);
+    tree.opened.assert_untouched(&before);
+    convert(&tree.memory("a"), Format::Raw).unwrap();
+    tree.assert_all_can_be_reverted_to();
+}
+
+#[test]
+fn zstd_snapshot_of_a_domain_has_notes_which_go_with_it_and_libvirts_own_zstd_image_is_read() {
+    if Daemon::version() < RESTORES_ZSTD {
+        skip("libvirt 10.4 or later is needed");
+    }
+    let opened = virt::OpenedDomain::start(&machine(&Binary::all()[0], 1), &virt::session());
+    opened.handle.create_as(Some(zstd()), &named("s"), INSTANTLY, &mut ()).unwrap();
+    opened.restore_clone("s");
+    let (guest, saved) = (&opened.guest, opened.memory_file("saved"));
+    let name = saved.to_str().unwrap();
+    guest.virsh("save", &[name, "--image-format", "zstd"]);
+    let zstd = Contents::read(&saved).unwrap();
+    assert_eq!((zstd.format, zstd.domain.as_deref()), ("zstd", Some(guest.name())));
+    convert(&saved, Format::Sparse).unwrap();
+    assert_eq!(Contents::read(&saved).unwrap().blocks, zstd.blocks);
+    guest.daemon().virsh(&["restore", name]);
+    guest.wait_ticks(5);
 }
 
 #[test]

@@ -11,6 +11,7 @@ use common::{
 };
 use instantsnap::engine::Phase;
 use instantsnap::error::Code;
+use instantsnap::image::Format as ImageFormat;
 use instantsnap_testkit::{
     Attach, Binary, Client, DEADLINE, Fault, Format, Machine, Proxy, skip, test, wait_for,
 };
@@ -252,6 +253,34 @@ fn error_names_a_full_file_system() {
             &parts,
         );
         tmpfs.assert_empty();
+        opened.assert_well();
+    }
+}
+
+/// The file system has room for some of the image: the disk is full in the middle of the drain.
+#[test]
+fn image_of_any_format_that_fills_its_file_system_is_undone_and_the_guest_runs_on() {
+    let tmpfs = Tmpfs::mount("size=200k");
+    let memory = tmpfs.path("memory");
+    for binary in Binary::any() {
+        let opened = Opened::start(&machine(binary, 1));
+        for format in ["raw", "zstd", "sparse"] {
+            let before = opened.trace();
+            let result = opened.handle.create_as(
+                ImageFormat::named(format),
+                &with_files("s", Some(&memory), &[]),
+                INSTANTLY,
+                &mut (),
+            );
+            let error = result.map(drop).expect_err(format);
+            assert_eq!(error.code, Code::SystemError, "{format}: {error}");
+            for part in ["No space left on device", memory.to_str().unwrap()] {
+                assert!(error.message.contains(part), "{format}: {error}");
+            }
+            tmpfs.assert_empty();
+            opened.guest.wait_ticks(3);
+            assert_untouched(&opened, &before);
+        }
         opened.assert_well();
     }
 }

@@ -12,7 +12,7 @@ use common::backend::open_guest;
 use common::{INSTANTLY, Opened, assert_error, first_tick, let_write, machine, named};
 use instantsnap::engine::{SparseReader, prepare_revert};
 use instantsnap::error::Code;
-use instantsnap::image::{Contents, Format, Image, convert};
+use instantsnap::image::{Contents, Format, Image, Index, Page, convert, make_index, verify};
 use instantsnap::model::flags::revert::PAUSED;
 use instantsnap_testkit::{
     Binary, Fault, Fingerprint, Format as DiskFormat, Guest, Proxy, fingerprint, skip, test,
@@ -117,6 +117,96 @@ fn snapshot_comes_back_from_a_sparse_image_and_conversion_to_raw_keeps_its_pages
         assert!(raw(&path) == before, "QEMU {}", binary.name);
         let (_, again) = opened.restore_clone("s");
         assert_eq!(again, first);
+    }
+}
+
+fn zstd() -> Format {
+    Format::named("zstd").unwrap()
+}
+
+fn pages_file(image: &Path) -> std::path::PathBuf {
+    format!("{}.pages", image.display()).into()
+}
+
+#[test]
+fn snapshot_comes_back_from_a_zstd_image_that_the_zstd_program_reads() {
+    for binary in Binary::all() {
+        let opened = Opened::start(&machine(binary, 2));
+        opened.handle.create_as(Some(zstd()), &named("s"), INSTANTLY, &mut ()).unwrap();
+        let path = opened.state_dir().join("s.mem");
+        assert_eq!(opened.handle.stats().unwrap().image_format, Some(zstd()));
+        let contents = Contents::read(&path).unwrap();
+        assert_eq!(contents.format, "zstd");
+        assert!(contents.notes.as_ref().is_some_and(|notes| notes.checksums));
+        verify(&path).unwrap();
+        let (clone, first) = opened.restore_clone("s");
+        clone.snapshot("t").unwrap();
+        clone.handle.delete("t", 0).unwrap();
+
+        // Libvirt runs this program.
+        let begin = Image::open(&path).unwrap().stream_offset as usize;
+        let bytes = std::fs::read(&path).unwrap();
+        let compressed = opened.guest.directory().join("compressed");
+        std::fs::write(&compressed, &bytes[begin..]).unwrap();
+        let input = std::fs::File::open(&compressed).unwrap();
+        let output = std::process::Command::new("zstd").arg("-dc").stdin(input).output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        convert(&path, Format::Raw).unwrap();
+        assert!(std::fs::read(&path).unwrap()[begin..] == output.stdout);
+        assert!(bytes.len() < output.stdout.len() / 3, "{} {}", bytes.len(), output.stdout.len());
+        let (_, again) = opened.restore_clone("s");
+        assert_eq!(again, first, "QEMU {}", binary.name);
+
+        // All ways from format to format keep the pages.
+        let before = raw(&path);
+        for format in [Format::Sparse, zstd()] {
+            convert(&path, format).unwrap();
+            verify(&path).unwrap();
+            assert_eq!(Contents::read(&path).unwrap().blocks, contents.blocks);
+        }
+        convert(&path, Format::Raw).unwrap();
+        assert!(raw(&path) == before, "QEMU {}", binary.name);
+    }
+}
+
+/// The pages that the guest writes first after the instant are noted, and each page is found by
+/// the index, in a sparse image and in a raw one.
+#[test]
+fn index_finds_each_page_and_says_what_the_guest_wrote_first_and_goes_with_its_image() {
+    for binary in Binary::any() {
+        let opened = Opened::start(&machine(binary, 1));
+        opened.handle.create_as(Some(Format::Sparse), &named("s"), INSTANTLY, &mut ()).unwrap();
+        let path = opened.state_dir().join("s.mem");
+        assert_eq!(pages_file(&path).metadata().unwrap().mode() & 0o7777, 0o600);
+        let index = Index::open(&path).unwrap();
+        let first: Vec<_> = index.written_first().collect();
+        // The guest writes all the time, so it has written before QEMU had saved all.
+        let ram = index.blocks().iter().position(|block| block.name == b"pc.ram").unwrap();
+        assert!(first.iter().any(|(block, _)| *block == ram), "{first:?}");
+        convert(&path, Format::Raw).unwrap();
+        make_index(&path).unwrap();
+        let pages = raw(&path).pages;
+        let by_raw = Index::open(&path).unwrap();
+        assert!(by_raw.written_first().eq(first));
+        for index in [index, by_raw] {
+            for (number, block) in index.blocks().iter().enumerate() {
+                let name = String::from_utf8(block.name.clone()).unwrap();
+                for page in 0..index.pages(number) {
+                    let mut content = [0; PAGE];
+                    if let Page::Data(offset) = index.page_at(number, page).unwrap() {
+                        use std::os::unix::fs::FileExt;
+                        index.file().read_exact_at(&mut content, offset).unwrap();
+                    }
+                    let expected = pages.get(&(name.clone(), page * PAGE as u64));
+                    let is_equal =
+                        expected.map_or(content == [0; PAGE], |page| page[..] == content);
+                    assert!(is_equal, "page {page} of {name}, QEMU {}", binary.name);
+                }
+            }
+        }
+        opened.handle.delete("s", 0).unwrap();
+        assert!(!pages_file(&path).exists());
+        opened.assert_well();
     }
 }
 
@@ -317,6 +407,7 @@ fn conversion_keeps_mode_and_xml_and_leaves_no_other_file() {
     opened.snapshot("s").unwrap();
     let path = opened.state_dir().join("s.mem");
     std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o640)).unwrap();
+    make_index(&path).unwrap();
     let link = opened.state_dir().join("link");
     std::os::unix::fs::symlink(&path, &link).unwrap();
     let before = (opened.trace(), Image::open(&path).unwrap().domain_xml);
@@ -332,10 +423,19 @@ fn conversion_keeps_mode_and_xml_and_leaves_no_other_file() {
 
 #[test]
 fn cut_off_sparse_image_is_refused_before_qemu_is_given_a_byte() {
+    cut_off_is_refused(Format::Sparse);
+}
+
+#[test]
+fn cut_off_zstd_image_is_refused_before_qemu_is_given_a_byte() {
+    cut_off_is_refused(zstd());
+}
+
+fn cut_off_is_refused(format: Format) {
     let opened = Opened::start(&machine(&Binary::all()[0], 1));
     opened.snapshot("s").unwrap();
     let path = opened.state_dir().join("s.mem");
-    convert(&path, Format::Sparse).unwrap();
+    convert(&path, format).unwrap();
     let_write(&path);
     let clone = opened.start_clone("s");
     let whole = std::fs::read(&path).unwrap();
