@@ -104,7 +104,11 @@ impl Contents {
             was_running: image.was_running,
             file_bytes: metadata.len(),
             disk_bytes: metadata.blocks() * 512,
-            notes: PageNotes::of(&image, path).ok().flatten().as_ref().map(Notes::new),
+            notes: PageNotes::of(&image.file, image.stream_offset, path)
+                .ok()
+                .flatten()
+                .as_ref()
+                .map(Notes::new),
             machine: image.machine,
             blocks,
         })

@@ -46,7 +46,7 @@ pub fn convert(path: &Path, format: Format) -> Result<()> {
     // The name can be a symbolic link, which stays.
     let path = path.canonicalize().map_err(cannot)?;
     let new = sys::new_file_beside(&path, ".converting").map_err(cannot)?;
-    let known = PageNotes::of(&image, &path).ok().flatten();
+    let known = PageNotes::of(&image.file, image.stream_offset, &path).ok().flatten();
     let found = write(&image, format, new.as_file()).map_err(|failure| match failure {
         Failure::File(error) => cannot(error),
         Failure::Stream(what) => Error::new(

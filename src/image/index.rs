@@ -50,7 +50,7 @@ impl Index {
     pub fn open(path: &Path) -> Result<Index> {
         let image = Image::open(path)?;
         // The image is whole without its notes.
-        let notes = PageNotes::of(&image, path).ok().flatten();
+        let notes = PageNotes::of(&image.file, image.stream_offset, path).ok().flatten();
         let (mut first, mut index) = (Vec::new(), None);
         if let Some(notes) = notes {
             (first, index) = (notes.first, notes.index.map(|index| (notes.blocks, index)));
@@ -142,7 +142,7 @@ pub fn make_index(path: &Path) -> Result<()> {
     let cannot =
         |error| Error::system(format!("cannot write the index of '{}'", path.display()), error);
     let path = &path.canonicalize().map_err(cannot)?;
-    let known = PageNotes::of(&image, path).ok().flatten();
+    let known = PageNotes::of(&image.file, image.stream_offset, path).ok().flatten();
     let Collected { mut notes, has_filled } = collect(&image).map_err(|what| {
         let message = format!("memory snapshot file '{}' {what}", path.display());
         Error::new(Code::InvalidDomainSnapshot, message)

@@ -30,7 +30,6 @@ use twox_hash::XxHash3_64;
 
 use super::checksums::Checksums;
 use super::cursor::{Cursor, Wrong, parse};
-use super::file::Image;
 use super::first_writes::{self, FirstWrites, Pages};
 use super::raw_index::{RawIndex, Run};
 use super::records::{Block, Content, PAGE};
@@ -192,8 +191,9 @@ impl PageNotes {
         to.set_len(bytes.len() as u64)
     }
 
-    /// Reads the notes of an image. `None` if there are none. The error is what is wrong with them.
-    pub fn of(image: &Image, path: &Path) -> Result<Option<PageNotes>, String> {
+    /// Reads the notes of an image with this path, whose stream begins at `stream`. `None` if there
+    /// are none. The error is what is wrong with them.
+    pub fn of(image: &File, stream: u64, path: &Path) -> Result<Option<PageNotes>, String> {
         // It is beside the image itself, which can have links.
         let path = path_of(&path.canonicalize().unwrap_or_else(|_| path.into()));
         let failed = |error: io::Error| format!("cannot be read: {error}");
@@ -201,7 +201,7 @@ impl PageNotes {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             file => file.map_err(failed)?,
         };
-        PageNotes::read(&file, &image.file, image.stream_offset).map(Some)
+        PageNotes::read(&file, image, stream).map(Some)
     }
 
     /// Reads the notes of an image whose stream begins at `stream`.

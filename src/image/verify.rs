@@ -20,7 +20,7 @@ pub fn verify(path: &Path) -> Result<()> {
         let message = format!("memory snapshot file '{}' {what}", path.display());
         Error::new(Code::InvalidDomainSnapshot, message)
     };
-    let notes = PageNotes::of(&image, path).map_err(|what| {
+    let notes = PageNotes::of(&image.file, image.stream_offset, path).map_err(|what| {
         let (notes, image) = (path_of(path), path.display());
         let message = format!(
             "'{}', the file of notes beside the memory snapshot file '{image}', {what}: if it is \
