@@ -97,7 +97,7 @@ fn zstd_snapshot_of_a_domain_has_notes_which_go_with_it_and_libvirts_own_zstd_im
         skip("libvirt 10.4 or later is needed");
     }
     let opened = virt::OpenedDomain::start(&machine(&Binary::all()[0], 1), &virt::session());
-    opened.handle.create_as(Some(zstd()), &named("s"), INSTANTLY, &mut ()).unwrap();
+    opened.handle.create_as(Some(zstd()), &opened.xml("s", ""), INSTANTLY, &mut ()).unwrap();
     opened.restore_clone("s");
     let (guest, saved) = (&opened.guest, opened.memory_file("saved"));
     let name = saved.to_str().unwrap();
