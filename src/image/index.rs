@@ -216,7 +216,8 @@ mod tests {
                         let mut content = [0; PAGE];
                         index.file().read_exact_at(&mut content, offset).unwrap();
                         assert_eq!(content, [content[0]; PAGE]);
-                        Some(content[0])
+                        // The pages of a small block are all in a sparse image.
+                        Some(content[0]).filter(|byte| *byte != 0)
                     }
                 };
                 assert_eq!(content, byte, "page {page} of block {block}");
