@@ -49,11 +49,11 @@ from ._storage import StorageCall, StorageDisk
 
 __all__ = ["Cancelled", "DeleteFlag", "Error", "ErrorCode", "Event", "EventType", "Finding", "Flag",
            "Guest", "ImageFormat", "ImageInfo", "ImageNotes", "Job", "JobInfo", "LibraryNotFound",
-           "LoadStats", "Memory", "MemoryBackend", "MemoryBlock", "MemoryProgress", "NotFound", "Phase",
-           "Recovered", "RevertDisk", "RevertPlan", "Stats", "StorageCall", "StorageDisk", "Watchdog", "doctor",
-           "image_convert", "image_index", "image_info", "image_verify", "prepare_revert",
-           "recover_offline", "snapshot_create_xml", "snapshot_delete", "snapshot_revert",
-           "version"]
+           "LoadStats", "Memory", "MemoryBackend", "MemoryBlock", "MemoryProgress", "NotFound",
+           "Phase", "Recovered", "RevertDisk", "RevertPlan", "Stats", "StorageCall", "StorageDisk",
+           "Watchdog", "doctor", "image_convert", "image_index", "image_info", "image_verify",
+           "prepare_revert", "recover_offline", "snapshot_create_xml", "snapshot_delete",
+           "snapshot_revert", "version"]
 
 
 def version() -> str:
