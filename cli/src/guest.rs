@@ -107,14 +107,15 @@ impl Guest {
         })
     }
 
-    /// Reverts to a snapshot that exists. A QEMU with a QMP socket must wait for its memory.
-    pub fn revert(&self, name: &str, flags: RevertFlags) -> Result<()> {
+    /// Reverts to a snapshot that exists. A QEMU with a QMP socket must wait for its memory, which
+    /// comes back as `memory` says; that of a domain of libvirt's comes all first.
+    pub fn revert(&self, name: &str, flags: RevertFlags, memory: Memory) -> Result<()> {
         match self {
             Guest::Libvirt(managed) => {
                 engine::revert_managed(&managed.snapshot(name)?, flags)?;
             }
             Guest::Qmp(_) => {
-                self.handle()?.load(name, flags, Memory::Auto.into())?;
+                self.handle()?.load(name, flags, memory.into())?;
             }
         }
         Ok(())

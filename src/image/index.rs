@@ -74,11 +74,7 @@ impl Index {
                 ));
             }
         };
-        // Notes that say otherwise than the image are not the image's.
-        first.retain(|pages| {
-            let block = blocks.get(pages.block as usize);
-            block.is_some_and(|block| pages.numbers().end <= block.size / PAGE as u64)
-        });
+        keep_known(&mut first, &blocks);
         Ok(Index { file: image.file, blocks, places, written_first: first })
     }
 
@@ -126,12 +122,32 @@ impl Index {
     /// Empty if that is not known. The list is a hint: some of these the guest has not written, and
     /// it has written others.
     pub fn written_first(&self) -> impl Iterator<Item = (usize, u64)> + '_ {
-        let numbers = |pages: &Pages| {
-            let block = pages.block as usize;
-            pages.numbers().map(move |page| (block, page))
-        };
-        self.written_first.iter().flat_map(numbers)
+        numbers(&self.written_first)
     }
+}
+
+/// The same pages of a sparse image that is open already, at most so many.
+pub fn written_first(image: &Image, path: &Path, most: usize) -> Vec<(usize, u64)> {
+    let notes = PageNotes::of(&image.file, image.stream_offset, path).ok().flatten();
+    let (Some(notes), Some(sparse)) = (notes, &image.sparse) else { return Vec::new() };
+    let mut first = notes.first;
+    keep_known(&mut first, &sparse.head.blocks);
+    numbers(&first).take(most).collect()
+}
+
+/// Drops pages that no block has: notes that say otherwise than the image are not the image's.
+fn keep_known(first: &mut Vec<Pages>, blocks: &[Block]) {
+    first.retain(|pages| {
+        let block = blocks.get(pages.block as usize);
+        block.is_some_and(|block| pages.numbers().end <= block.size / PAGE as u64)
+    });
+}
+
+fn numbers(list: &[Pages]) -> impl Iterator<Item = (usize, u64)> + '_ {
+    list.iter().flat_map(|pages| {
+        let block = pages.block as usize;
+        pages.numbers().map(move |page| (block, page))
+    })
 }
 
 /// Reads an image to its end, and writes down beside it what is found out: where the pages of a raw

@@ -50,7 +50,7 @@ pub(crate) use cursor::{Cursor, Parsed, Short, parse};
 pub use drain::{Drain, discard};
 pub use file::{Image, MemoryImage, deleting, is_another, is_partial};
 pub use format::{Format, Level};
-pub use index::{Index, Page, make_index};
+pub use index::{Index, Page, make_index, written_first};
 pub use mapping::Mapping;
 pub(crate) use page_map::PageMap;
 pub(crate) use page_source::PageSource;

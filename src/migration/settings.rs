@@ -422,7 +422,7 @@ fn explain(failure: Failure, mode: Mode) -> Error {
                      is a file on a disk cannot be write-protected; memory of memfd, of a \
                      file on tmpfs or hugetlbfs, or anonymous memory can. A guest that maps the \
                      memory image of a snapshot (memory 'map') is such a guest: load it with memory \
-                     'full' instead, or keep that image on tmpfs"
+                     'full' or 'lazy' instead, or keep that image on tmpfs"
                 ),
             )
         }

@@ -56,6 +56,12 @@ fn files_of(opened: &Opened, name: &str) -> Vec<PathBuf> {
     files
 }
 
+/// Without the notes on a memory image's pages, which not every format has.
+fn without_notes(mut files: Vec<PathBuf>) -> Vec<PathBuf> {
+    files.retain(|file| file.extension().is_none_or(|extension| extension != "pages"));
+    files
+}
+
 fn status(guest: &Guest) -> String {
     guest.control().execute("query-status", json!({})).unwrap()["status"]
         .as_str()
@@ -235,7 +241,8 @@ fn delete_of_a_snapshot_with_a_child_is_refused() {
         assert_untouched(&opened, &before);
 
         opened.handle.delete("s1", METADATA_ONLY).unwrap();
-        assert_eq!(files_of(&opened, "s1").len(), 3, "two overlays and the memory image");
+        let kept = without_notes(files_of(&opened, "s1"));
+        assert_eq!(kept.len(), 3, "two overlays and the memory image");
         assert_eq!(opened.record("s2").parent, None);
         opened.handle.delete("s2", CHILDREN).unwrap();
         assert_eq!(files_of(&opened, "s2"), Vec::<PathBuf>::new());
@@ -334,7 +341,7 @@ fn delete_of_a_branch_left_by_a_revert_removes_its_files_only() {
         // While the original runs on its overlays, the clone must not remove them, and the images
         // below them must not change.
         assert_error(clone.handle.delete("s2", 0), Code::OperationInvalid, "is in use");
-        assert_eq!(files_of(&opened, "s2").len(), 4);
+        assert_eq!(without_notes(files_of(&opened, "s2")).len(), 4);
         opened.guest.wait_ticks(2);
         opened.restore_clone("s2");
         opened.guest.kill();

@@ -289,6 +289,9 @@ fn nothing_else_begins_while_memory_is_coming() {
         let migrate = json!({ "uri": "exec:cat >/dev/null" });
         clone.guest.control().execute("migrate", migrate).unwrap_err();
         assert_eq!(clone.trace().qemu, before.qemu);
+        let found = clone.handle.examine();
+        let settings = found.iter().find(|found| found.check == "settings").unwrap();
+        assert!(settings.message.contains("still coming"), "{found:?}");
         // Without a limit it would be over: the rest is waited for.
         assert!(!servers(&token).is_empty());
         clone.guest.kill();

@@ -94,8 +94,11 @@ fn three_snapshots_form_a_chain_and_loading_an_older_one_starts_a_branch() {
             let expected = if file.ends_with(".mem") { 0o400 } else { 0o600 };
             assert_eq!(mode, expected, "{file}");
         }
+        // Not every format of a memory image has notes on its pages.
+        let mut found = files(&opened.state_dir());
+        found.retain(|file| !file.ends_with(".mem.pages"));
         assert_eq!(
-            files(&opened.state_dir()),
+            found,
             [".current", ".lock", "a.mem", "a.xml", "b.mem", "b.xml", "c.mem", "c.xml"]
         );
 

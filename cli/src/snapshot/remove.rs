@@ -5,7 +5,8 @@
 use std::path::PathBuf;
 
 use clap::Args;
-use instantsnap_core::engine::{RevertPlan, prepare_revert};
+use instantsnap_core::engine::{RevertOptions, RevertPlan, prepare_revert_with};
+use instantsnap_core::model::Memory;
 use instantsnap_core::model::flags::{DeleteFlags, RevertFlags, delete, revert};
 use serde_json::{Value, json};
 
@@ -33,6 +34,16 @@ pub struct Revert {
     /// Make the UEFI variables from their template
     #[arg(long)]
     reset_nvram: bool,
+    /// Load all of the memory before the guest runs (qmp: URIs only)
+    #[arg(long, group = "memory")]
+    full: bool,
+    /// Let the guest run at once; its memory follows (qmp: URIs only)
+    #[arg(long, group = "memory")]
+    lazy: bool,
+    /// Let QEMU map the sparse memory image, with the backends that --prepare --map names; QEMU 8.2
+    /// or later (qmp: URIs only)
+    #[arg(long, group = "memory")]
+    map: bool,
     /// Only make the images for a new QEMU, and say what to start it with (qmp: URIs only)
     #[arg(long, conflicts_with_all = ["running", "paused", "force", "reset_nvram"])]
     prepare: bool,
@@ -57,6 +68,12 @@ impl Revert {
                 )),
             };
         }
+        if matches!(guest, Guest::Libvirt(_)) && self.memory() != Memory::Auto {
+            return Err(Failure::Usage(format!(
+                "--{} is for qmp: URIs: a domain of libvirt's gets all of its memory first",
+                self.memory().name()
+            )));
+        }
         let bits = [
             (self.running, revert::RUNNING),
             (self.paused, revert::PAUSED),
@@ -64,19 +81,40 @@ impl Revert {
             (self.reset_nvram, revert::RESET_NVRAM),
         ];
         let flags = RevertFlags::parse(sum(&bits))?;
-        uninterrupted("a revert", || guest.revert(&name, flags))?;
+        uninterrupted("a revert", || guest.revert(&name, flags, self.memory()))?;
         done(context, &name, "reverted")
     }
 
+    /// How the memory is to come back.
+    fn memory(&self) -> Memory {
+        match (self.full, self.lazy, self.map) {
+            (true, ..) => Memory::Full,
+            (_, true, _) => Memory::Lazy,
+            (.., true) => Memory::Map,
+            _ => Memory::Auto,
+        }
+    }
+
     fn prepare(&self, direct: &Direct, name: &str, context: &Context) -> Result<()> {
-        let directory = self.directory.as_deref();
-        let plan = prepare_revert(direct.store().directory(), name, directory)?;
+        let options = RevertOptions {
+            directory: self.directory.as_deref(),
+            memory: self.memory(),
+            ..RevertOptions::default()
+        };
+        let plan = prepare_revert_with(direct.store().directory(), name, options)?;
         let written = if context.json {
             output::json(&to_json(name, &plan))
         } else {
             let mut text = String::from("Start QEMU with -incoming defer and these images:\n");
             for disk in &plan.disks {
                 text += &format!("  {}: {} ({})\n", disk.name, disk.file.display(), disk.format);
+            }
+            if !plan.memory_backends.is_empty() {
+                text += "and with the memory image, by -machine memory-backend=ID or -numa \
+                         node,memdev=ID as in the original:\n";
+            }
+            for backend in &plan.memory_backends {
+                text += &format!("  -object {}\n", backend.object());
             }
             text += "Then load the memory: the same command without --prepare\n";
             output::print(&text)
@@ -95,9 +133,19 @@ fn to_json(name: &str, plan: &RevertPlan) -> Value {
             "backing_file": disk.backing_file,
         })
     });
+    let backends = plan.memory_backends.iter().map(|backend| {
+        json!({
+            "id": backend.id,
+            "file": backend.file.display().to_string(),
+            "offset": backend.offset,
+            "size": backend.size,
+            "object": backend.object(),
+        })
+    });
     json!({
         "name": name,
         "disks": disks.collect::<Vec<_>>(),
+        "memory_backends": backends.collect::<Vec<_>>(),
         "memory_file": plan.memory_file,
         "domain_xml": plan.domain_xml,
     })

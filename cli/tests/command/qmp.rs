@@ -72,6 +72,24 @@ fn a_snapshot_by_qmp_is_taken_listed_reverted_to_and_deleted() {
     continued.wait_ticks(3);
     drop(continued);
 
+    let plan = direct.run(&["--json", "snapshot-revert", "vm", "a", "--prepare", "--lazy"]).json();
+    let file = PathBuf::from(plan["disks"][0]["file"].as_str().unwrap());
+    let lazy = direct.guest.machine().for_revert(&[(file, Format::Qcow2)]).start();
+    let place = uri(&lazy, &direct.state);
+    let revert = ["-c", &place, "snapshot-revert", "vm", "a", "--lazy"];
+    if has_program {
+        instantsnap(&revert).succeeded();
+        lazy.wait_ticks(3);
+    } else {
+        let said = instantsnap(&revert).failed(1);
+        assert!(said.contains("instantsnap-watchdog"), "{said}");
+    }
+    drop(lazy);
+    let plan = direct.run(&["--json", "snapshot-revert", "vm", "a", "--prepare", "--map"]).json();
+    let backend = &plan["memory_backends"][0];
+    assert_eq!(backend["file"], memory.to_str().unwrap(), "{plan}");
+    assert!(backend["object"].as_str().unwrap().contains("readonly=on"), "{plan}");
+
     let said = direct.run(&["snapshot-delete", "vm", "a"]).failed(1);
     assert!(said.contains("children"), "{said}");
     direct.run(&["snapshot-delete", "vm", second]).succeeded();

@@ -96,6 +96,8 @@ fn what_the_command_does_virsh_sees_and_says_in_the_same_words() {
         assert!(said.contains(part), "{line}: {said}");
         assert!(!said.contains("libvirt: "), "{line}: {said}");
     }
+    let said = vm.run(&["snapshot-revert", "vm1", "first", "--lazy"]).failed(2);
+    assert!(said.contains("--lazy is for qmp: URIs"), "{said}");
     let said = vm.run(&["snapshot-revert", "vm1", "first", "--prepare"]).failed(2);
     assert!(said.contains("qmp: URIs"), "{said}");
 

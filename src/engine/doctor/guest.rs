@@ -84,6 +84,12 @@ fn permission(guest: &dyn Guest, report: &mut Report, version: Option<(u64, u64)
 fn settings(guest: &mut dyn Guest, report: &mut Report) {
     match Settings::has_leftover(guest) {
         Ok(false) => report.pass("settings", "", "no earlier snapshot has left its settings"),
+        Ok(true) if Settings::lazy(guest).is_ok_and(|lazy| lazy.is_some()) => report.warn(
+            "settings",
+            "",
+            "the memory of the snapshot that the guest was loaded from is still coming",
+            "wait until it is in (instantsnap_memory_wait())",
+        ),
         Ok(true) => report.warn(
             "settings",
             "",
@@ -254,6 +260,12 @@ pub fn interrupted(journals: &Journals, report: &mut Report) {
     for name in names {
         match store.claim(&name) {
             Ok(None) => report.warn(check, name, "this snapshot is being taken or undone", ""),
+            Ok(Some(_)) if is_undone(store, &name) => report.warn(
+                check,
+                name,
+                "this snapshot was undone, but for what its storage hook may have left",
+                "call instantsnap_recover(), which names that",
+            ),
             Ok(Some(_)) => report.fail(
                 check,
                 name,
@@ -263,6 +275,10 @@ pub fn interrupted(journals: &Journals, report: &mut Report) {
             Err(error) => report.error(check, name, error),
         }
     }
+}
+
+fn is_undone(store: &Store, name: &str) -> bool {
+    matches!(store.read_journal(name), Ok(Some(Ok(journal))) if journal.is_undone())
 }
 
 fn run(guest: &mut dyn Guest, command: &str, arguments: Value) -> Result<Json> {

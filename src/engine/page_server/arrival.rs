@@ -157,6 +157,8 @@ fn resume(guest: &mut dyn Guest, lazy: &Lazy) -> Result<()> {
         image: &image,
         token: &lazy.token,
         monitor: monitor.as_deref(),
+        // Those were the first that the lost one sent.
+        first: Vec::new(),
         bandwidth: None,
     })?;
     let deadline = || Deadline::after(DEFAULT_TIMEOUT);

@@ -18,6 +18,7 @@ pub struct Description {
     is_resumed: bool,
     /// Where QEMU's stream begins in the image.
     pub offset: u64,
+    pub first: Vec<(usize, u64)>,
     pub bandwidth: Option<u64>,
     pub monitor: Option<AbsolutePath>,
     pub cgroup: Option<AbsolutePath>,
@@ -29,6 +30,7 @@ impl Description {
             version: VERSION.into(),
             is_resumed: task.start == Start::Resumed,
             offset: task.image.stream_offset,
+            first: task.first.clone(),
             bandwidth: task.bandwidth,
             monitor: task.monitor.map(|monitor| AbsolutePath(from_root(monitor))),
             cgroup: cgroup::setting().map(|directory| AbsolutePath(from_root(&directory))),

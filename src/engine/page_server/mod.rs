@@ -21,4 +21,4 @@ mod task;
 
 pub use self::process::run;
 pub use self::server::PageServer;
-pub use self::task::Task;
+pub use self::task::{MOST_FIRST, Task};

@@ -55,7 +55,7 @@ fn set_up(
     numbers: OwnedFd,
 ) -> Result<(Description, Source), String> {
     let mut text = Vec::new();
-    let description: Description = File::from(description)
+    let mut description: Description = File::from(description)
         .read_to_end(&mut text)
         .ok()
         .and_then(|_| serde_json::from_slice(&text).ok())
@@ -67,7 +67,8 @@ fn set_up(
     let pages = PageSource::open(File::from(image), description.offset)
         .map_err(|what| format!("the memory image {what}"))?;
     let numbers = Numbers::open(numbers).map_err(|error| error.to_string())?;
-    let source = Source::new(pages, socket, numbers, description.bandwidth, [])
+    let first = std::mem::take(&mut description.first);
+    let source = Source::new(pages, socket, numbers, description.bandwidth, first)
         .map_err(|error| error.to_string())?;
     Ok((description, source))
 }

@@ -22,6 +22,9 @@ pub const OWN: usize = 5;
 /// The place of the numbers among all descriptors.
 pub const NUMBERS: usize = STANDARD + OWN - 1;
 
+/// The most pages that come first: 64 MiB.
+pub const MOST_FIRST: usize = 1 << 14;
+
 /// The task of a page server.
 #[derive(Debug)]
 pub struct Task<'a> {
@@ -32,6 +35,8 @@ pub struct Task<'a> {
     pub token: &'a str,
     /// The monitor's socket, by which it puts the settings back at the end.
     pub monitor: Option<&'a Path>,
+    /// Blocks and pages that come first, unless the guest asks for others.
+    pub first: Vec<(usize, u64)>,
     /// The bytes in a second of pages that nobody has asked for, if that is limited.
     pub bandwidth: Option<u64>,
 }

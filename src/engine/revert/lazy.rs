@@ -10,9 +10,9 @@ use serde_json::json;
 
 use crate::backend::{DEFAULT_TIMEOUT, Guest, Liveness, find_other_writer};
 use crate::deadline::Deadline;
-use crate::engine::page_server::{PageServer, Task};
+use crate::engine::page_server::{MOST_FIRST, PageServer, Task};
 use crate::error::{Code, Error, Result, fail};
-use crate::image::Image;
+use crate::image::{Image, written_first};
 use crate::migration::post_copy::Start;
 use crate::migration::{FD_NAME, Lazy, Settings, start_incoming, wait_devices};
 use crate::model::Record;
@@ -47,6 +47,7 @@ pub fn load(
         image,
         token: &lazy.token,
         monitor: monitor.as_deref(),
+        first: written_first(image, path, MOST_FIRST),
         bandwidth,
     })?;
     let settings = Settings::query(guest)?;
@@ -86,10 +87,12 @@ pub fn check_image(record: &Record, image: &Image) -> Result<()> {
     if image.sparse.is_none() {
         fail!(
             ConfigUnsupported,
-            "the memory of snapshot '{}' cannot follow, because its image '{}' is raw: convert it \
-             to the format 'sparse' (instantsnap_image_convert), or load all of it first",
+            "the memory of snapshot '{}' cannot follow, because its image '{}' has the format \
+             '{}': convert it to the format 'sparse' (instantsnap_image_convert()), or load all of \
+             it first",
             record.name,
-            record.memory_file
+            record.memory_file,
+            image.format().name()
         );
     }
     Ok(())
