@@ -40,7 +40,7 @@ pub enum Image {
     /// is. Its snapshot must not be deleted meanwhile.
     #[command(after_help = examples::of("image convert"))]
     Convert {
-        /// The new format: raw or sparse
+        /// The new format: raw, sparse or zstd
         #[arg(short = 'O', long = "output-format", value_name = "FORMAT", value_parser = format)]
         format: Format,
         /// The memory image
@@ -51,7 +51,7 @@ pub enum Image {
 
 /// Parses the name of a format.
 pub fn format(name: &str) -> std::result::Result<Format, String> {
-    Format::named(name).ok_or_else(|| "write raw or sparse".to_owned())
+    Format::named(name).ok_or_else(|| "write raw, sparse or zstd".to_owned())
 }
 
 /// Runs a command.
@@ -84,8 +84,8 @@ pub fn run(command: Image, context: &Context) -> Result<()> {
 fn verify(files: &[PathBuf], context: &Context) -> Result<()> {
     let (mut results, mut damaged) = (Vec::new(), Vec::new());
     for file in files {
-        match Contents::read(file) {
-            Ok(_) => {
+        match image::verify(file) {
+            Ok(()) => {
                 results.push(json!({ "file": file, "good": true }));
                 if !context.json && !context.quiet {
                     output::line(&format!("{}: complete, and undamaged", file.display()))?;

@@ -60,7 +60,7 @@ struct Common {
     /// Validate the XML against libvirt's schema
     #[arg(long)]
     validate: bool,
-    /// How the memory image holds the memory: raw or sparse
+    /// How the memory image holds the memory: raw, sparse or zstd
     #[arg(long, value_name = "FORMAT", value_parser = format)]
     image_format: Option<Format>,
 }

@@ -54,7 +54,7 @@ fn a_snapshot_by_qmp_is_taken_listed_reverted_to_and_deleted() {
     assert!(xml.contains("<description>A text</description>"), "{xml}");
 
     let shown = instantsnap(&["image", "info", memory.to_str().unwrap()]).succeeded();
-    assert!(shown.contains("format: raw\n") && shown.contains("guest: ran\n"), "{shown}");
+    assert!(shown.contains("format: sparse\n") && shown.contains("guest: ran\n"), "{shown}");
 
     // The QEMU that runs does not wait for memory, and stays as it is.
     let said = direct.run(&["snapshot-revert", "vm", "a"]).failed(1);

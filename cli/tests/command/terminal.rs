@@ -38,7 +38,10 @@ impl Terminal {
         tcsetwinsize(&inside, size).unwrap();
         // A program of its own session can have the terminal's signals.
         let mut command = Command::new("setsid");
-        command.arg("--ctty").arg(program).args(words);
+        command.arg("--ctty");
+        // A shell without job control has its background programs ignore SIGINT, and a program
+        // leaves a signal ignored that it was started with so.
+        command.args(["env", "--default-signal=INT,QUIT,TERM,HUP"]).arg(program).args(words);
         command.stdin(inside.try_clone().unwrap()).stdout(inside.try_clone().unwrap());
         command.stderr(inside);
         super::run::clean(&mut command);

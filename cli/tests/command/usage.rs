@@ -37,7 +37,7 @@ fn wrong_use_says_what_to_type_instead() {
         ("snapshot-create-as vm1 a --memspec /a,snapshot=here", "snapshot=external|internal|no"),
         ("snapshot-create-as vm1 a --diskspec vda,/a", "none of snapshot=TYPE"),
         ("snapshot-create-as vm1 a text vda,/a", "unexpected argument 'vda,/a'"),
-        ("snapshot-create-as vm1 a --image-format zip", "write raw or sparse"),
+        ("snapshot-create-as vm1 a --image-format zip", "write raw, sparse or zstd"),
         ("snapshot-create-as vm1 a --disk-only --memspec /a", "drop --memspec"),
         ("snapshot-create vm1 --current", "--redefine"),
         ("-c /run/qmp.sock snapshot-list vm1", "that is a path: write qmp:///PATH/TO/SOCKET"),
