@@ -130,8 +130,14 @@ impl MemoryImage {
                 error,
             ));
         }
-        // A raw image is written without being read, so nothing is noted of its pages.
-        let pages = if format.is_raw() { None } else { pages_file::create(path) };
+        let pages = if format.is_raw() {
+            // A raw image is written without being read, so nothing is noted of its pages. Notes
+            // that an earlier image has left are not of this one.
+            let _ = pages_file::remove(path);
+            None
+        } else {
+            pages_file::create(path)
+        };
         Ok(MemoryImage { own, pages, stream_offset: begin as u64, format })
     }
 
@@ -508,6 +514,26 @@ pub(super) fn mark_complete(file: &File) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn notes_that_an_earlier_image_has_left_are_not_taken_for_those_of_a_new_one() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("image");
+        let notes = pages_file::path_of(&path);
+        for format in [Format::Raw, Format::Sparse] {
+            std::fs::write(&notes, "InstantsnapPages of an earlier image").unwrap();
+            let image = MemoryImage::create(&path, "<domain/>", None, true, format).unwrap();
+            image.complete(format).unwrap();
+            assert!(!notes.exists(), "{format:?}");
+            // A file that is no such file stays.
+            image.remove().unwrap();
+            std::fs::write(&notes, "of another program").unwrap();
+            let image = MemoryImage::create(&path, "<domain/>", None, true, format).unwrap();
+            image.complete(format).unwrap();
+            assert_eq!(std::fs::read(&notes).unwrap(), b"of another program");
+            image.remove().unwrap();
+        }
+    }
 
     #[test]
     fn what_is_no_memory_image_is_told_and_a_pipe_is_not_waited_for() {
