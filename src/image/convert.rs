@@ -17,7 +17,7 @@ use super::file::{Image, mark_complete, marked_partial};
 use super::format::Format;
 use super::incoming::Incoming;
 use super::page_writer::{Failure, PageWriter};
-use super::pages::{self, check_size};
+use super::pages;
 use super::pages_file::{self, PageNotes};
 use super::pipe::CHUNK;
 use super::zstd_writer::ZstdWriter;
@@ -162,7 +162,6 @@ fn write_sparse(
     let mut read = |space: &mut [u8]| from.read(space).map_err(Failure::File);
     let mut incoming = Incoming::new();
     let head = incoming.head(&mut read)?.map_err(Failure::Stream)?;
-    check_size(&head).map_err(|what| Failure::Stream(format!("it {what}")))?;
     let mut writer = PageWriter::begin(to, &head, begin)?;
     let write = |bytes: &[u8]| Ok(ControlFlow::Continue(writer.write(to, bytes)?));
     match incoming.each(&mut read, write)? {

@@ -10,6 +10,7 @@ use rustix::fs::{FallocateFlags, fallocate};
 use rustix::io::pwritev;
 
 use super::page_map::PageMap;
+use super::pages::check_size;
 use super::pages_file::{Collector, PageNotes};
 use super::records::{Block, Content, Head, PAGE, Record, Records};
 use super::sparse::{Layout, is_small};
@@ -49,8 +50,9 @@ pub struct PageWriter {
 
 impl PageWriter {
     /// Begins an image whose stream has this head and begins at `begin`. After a failure of the
-    /// stream nothing is in the file.
+    /// stream nothing is in the file. Memory that no reader would take is such a failure.
     pub fn begin(file: &File, head: &Head, begin: u64) -> Result<PageWriter, Failure> {
+        check_size(head).map_err(|what| Failure::Stream(format!("it {what}")))?;
         let layout = Layout::new(head, begin)
             .ok_or_else(|| Failure::Stream("its memory blocks are too large".into()))?;
         for (offset, bytes) in layout.head(head) {
