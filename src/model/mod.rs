@@ -34,7 +34,7 @@ pub use frozen::Frozen;
 pub use journals::Journals;
 pub use memory::Memory;
 pub use names::{check_name, check_path, generated_names};
-pub use notes::{NotedMemory, Notes};
+pub use notes::{Compared, NotedMemory, Notes};
 pub use plan::{DiskPlan, Plan, generated_name, manual, plan};
 pub use record::{ManualDisk, Record, RecordedDisk, RecordedNvram, State};
 pub use request::{DiskRequest, Location, MemoryRequest, Request};

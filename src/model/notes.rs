@@ -41,6 +41,18 @@ pub struct NotedMemory {
     inode: u64,
 }
 
+/// How a memory image compares with the note about it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Compared {
+    /// It is the file that was noted.
+    Same,
+    /// Another file, which can have another format, has replaced it: for example one that was
+    /// converted.
+    Replaced,
+    /// This process may not look at the file, so either can be true.
+    Unseen,
+}
+
 impl NotedMemory {
     /// The note about an image that exists. `None` if its metadata cannot be read.
     pub fn of(image: &Path, format: &str) -> Option<NotedMemory> {
@@ -48,11 +60,13 @@ impl NotedMemory {
         Some(NotedMemory { format: format.to_owned(), inode })
     }
 
-    /// Whether another file, which can have another format, has replaced the image since: for
-    /// example one that was converted. Without the right to look at the file that is not known:
-    /// then this is false.
-    pub fn is_replaced(&self, image: &Path) -> bool {
-        image.metadata().is_ok_and(|now| now.ino() != self.inode)
+    /// Whether the image is still the file that was noted.
+    pub fn compare(&self, image: &Path) -> Compared {
+        match image.metadata() {
+            Ok(now) if now.ino() == self.inode => Compared::Same,
+            Ok(_) => Compared::Replaced,
+            Err(_) => Compared::Unseen,
+        }
     }
 
     fn read(node: Node) -> Option<NotedMemory> {
@@ -199,7 +213,13 @@ mod tests {
             former: vec!["/d".into(), "/e".into()],
             memory: NotedMemory::of(file.path(), "spa<rse"),
         };
-        assert!(!notes.memory.as_ref().unwrap().is_replaced(file.path()));
+        let memory = notes.memory.as_ref().unwrap();
+        assert_eq!(memory.compare(file.path()), Compared::Same);
+        assert_eq!(
+            memory.compare(tempfile::NamedTempFile::new().unwrap().path()),
+            Compared::Replaced
+        );
+        assert_eq!(memory.compare(&file.path().join("below a file")), Compared::Unseen);
         for plain in [PLAIN, WITH_OTHERS] {
             let noted = notes.put_into(plain, "domain").unwrap();
             assert_eq!(read(&noted), notes);

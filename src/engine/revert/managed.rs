@@ -35,7 +35,7 @@ use crate::image::{Format, Image, is_other_machine};
 use crate::libvirt::{RESTORES_SPARSE, RESTORES_ZSTD, restore, undefine, xml};
 use crate::model::domain::{Disk, Source, Storage, domain_disks};
 use crate::model::flags::RevertFlags;
-use crate::model::{Notes, generated_name};
+use crate::model::{Compared, Notes, generated_name};
 use crate::monitor::json;
 use crate::sys;
 use crate::tool;
@@ -90,7 +90,8 @@ pub fn is_libvirts(snapshot: &ManagedSnapshot) -> Result<bool> {
 ///   another guest needs, and those of disks that the domain does not have any more; and it cannot
 ///   remove overlays on block devices;
 /// * it cannot read a sparse memory image, although libvirt can restore it by other means, and
-///   finds that out when it has ended the domain.
+///   finds that out when it has ended the domain. An image that this process may not look at can
+///   have been converted to a sparse one.
 fn stock_can(tree: &SnapshotTree, target: &SnapshotDef, disks: &[Disk], users: &Users) -> bool {
     let on_files = target.external().all(|(_, image)| {
         let file = image.and_then(|image| image.file.as_deref());
@@ -144,6 +145,9 @@ enum MemoryFormat {
     Sparse,
     /// It can; or it is libvirt that says so.
     Other,
+    /// It could when the snapshot was taken. The file may have been replaced since: this process may
+    /// not look.
+    Unseen,
     /// Neither the image nor the notes tell.
     Unknown,
 }
@@ -163,10 +167,11 @@ impl MemoryFormat {
     }
 
     fn noted(notes: &Notes, memory: &Path) -> MemoryFormat {
-        match &notes.memory {
-            Some(noted) if noted.is_replaced(memory) => MemoryFormat::Unknown,
-            Some(noted) if noted.format == Format::Sparse.name() => MemoryFormat::Sparse,
-            Some(_) => MemoryFormat::Other,
+        match notes.memory.as_ref().map(|noted| (noted, noted.compare(memory))) {
+            Some((_, Compared::Replaced)) => MemoryFormat::Unknown,
+            Some((noted, _)) if noted.format == Format::Sparse.name() => MemoryFormat::Sparse,
+            Some((_, Compared::Same)) => MemoryFormat::Other,
+            Some((_, Compared::Unseen)) => MemoryFormat::Unseen,
             // libvirt took this snapshot itself.
             None if *notes == Notes::default() => MemoryFormat::Other,
             None => MemoryFormat::Unknown,
@@ -463,7 +468,8 @@ impl Revert<'_> {
                  that may read the image (root); the domain was left as it is",
                 self.target.name
             ),
-            MemoryFormat::Sparse | MemoryFormat::Other => {}
+            // If it has become sparse, the revert that is made here restores it, where libvirt can.
+            MemoryFormat::Sparse | MemoryFormat::Unseen | MemoryFormat::Other => {}
         }
         self.domain.saved_xml(memory).map(drop).map_err(|error| match error {
             CallError::Refused(error) => unusable(&format!("cannot be used ({})", error.message)),
@@ -733,4 +739,28 @@ fn fresh_file(image: &Path, overlay: Option<&str>, snapshot: &str) -> Result<Nam
         Error::system(format!("cannot set the owner of '{}'", file.path().display()), error)
     })?;
     Ok(file)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::NotedMemory;
+
+    #[test]
+    fn an_image_that_the_caller_may_not_look_at_is_not_left_to_libvirts_own_revert() {
+        let [image, other] = [(); 2].map(|()| NamedTempFile::new().unwrap());
+        let unseen = image.path().join("below a file");
+        let noted = |format, path: &Path| {
+            let memory = NotedMemory::of(image.path(), format);
+            MemoryFormat::noted(&Notes { memory, ..Notes::default() }, path)
+        };
+        for format in ["raw", "zstd"] {
+            assert_eq!(noted(format, image.path()), MemoryFormat::Other);
+            assert_eq!(noted(format, other.path()), MemoryFormat::Unknown);
+            assert_eq!(noted(format, &unseen), MemoryFormat::Unseen);
+        }
+        assert_eq!(noted("sparse", image.path()), MemoryFormat::Sparse);
+        assert_eq!(noted("sparse", other.path()), MemoryFormat::Unknown);
+        assert_eq!(noted("sparse", &unseen), MemoryFormat::Sparse);
+    }
 }
