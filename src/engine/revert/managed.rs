@@ -131,11 +131,22 @@ fn stock_can(tree: &SnapshotTree, target: &SnapshotDef, disks: &[Disk], users: &
     on_files && !manual && is_readable && !removed.map(id).any(harmed)
 }
 
-/// Whether the snapshot's memory image is compressed by zstd. False if this process may not read it.
+/// Whether the snapshot's memory image is compressed by zstd. If this process may not read it, the
+/// notes of the snapshot say so.
 fn is_zstd(target: &SnapshotDef) -> bool {
     let memory = Path::new(target.memory.as_deref().unwrap_or_default());
-    let format = sys::open_file(memory).ok().and_then(|file| Image::format_of(&file));
-    matches!(format, Some(Format::Zstd(_)))
+    match sys::open_file(memory) {
+        Ok(file) => matches!(Image::format_of(&file), Some(Format::Zstd(_))),
+        Err(error) if error.kind() == ErrorKind::NotFound => false,
+        Err(_) => is_noted_as_zstd(&target.notes, memory),
+    }
+}
+
+fn is_noted_as_zstd(notes: &Notes, memory: &Path) -> bool {
+    notes.memory.as_ref().is_some_and(|noted| {
+        let format = Format::named(&noted.format);
+        matches!(format, Some(Format::Zstd(_))) && noted.compare(memory) != Compared::Replaced
+    })
 }
 
 /// Whether libvirt's own revert can read the memory image of a snapshot.
@@ -758,6 +769,13 @@ mod tests {
             assert_eq!(noted(format, image.path()), MemoryFormat::Other);
             assert_eq!(noted(format, other.path()), MemoryFormat::Unknown);
             assert_eq!(noted(format, &unseen), MemoryFormat::Unseen);
+        }
+        for (format, is_zstd) in [("raw", false), ("zstd", true), ("sparse", false)] {
+            let memory = NotedMemory::of(image.path(), format);
+            let notes = Notes { memory, ..Notes::default() };
+            assert_eq!(is_noted_as_zstd(&notes, image.path()), is_zstd);
+            assert_eq!(is_noted_as_zstd(&notes, &unseen), is_zstd);
+            assert!(!is_noted_as_zstd(&notes, other.path()));
         }
         assert_eq!(noted("sparse", image.path()), MemoryFormat::Sparse);
         assert_eq!(noted("sparse", other.path()), MemoryFormat::Unknown);
