@@ -12,7 +12,8 @@ use super::zstd_frames::{Broken, Frames};
 
 /// The largest window that a decoder allocates: 128 MiB, as the zstd program does by default.
 const LARGEST_WINDOW: u32 = 27;
-/// More than the devices of any guest. A small file can stand for a very long stream.
+/// More than the devices of any guest. A small file can stand for a very long stream. A stream that
+/// is one frame has its memory in that frame, so this is no limit for it.
 const MOST_DEVICES: u64 = 4 << 30;
 const AT_ONCE: usize = 128 << 10;
 
@@ -33,12 +34,22 @@ pub fn beginning(file: &File, begin: u64, most: u64) -> io::Result<Vec<u8>> {
 
 /// Calls `on` with the content of the last frame, piece by piece, as far as that is in the file.
 /// `zstd_writer.rs` puts the devices into that frame.
-pub fn last_frame(file: &File, begin: u64, mut on: impl FnMut(&[u8])) -> io::Result<()> {
-    let last = match Frames::find(file, begin) {
-        Ok(frames) | Err(Broken::CutOff(frames)) => frames.last,
+pub fn last_frame(file: &File, begin: u64, on: impl FnMut(&[u8])) -> io::Result<()> {
+    last_frame_within(file, begin, MOST_DEVICES, on)
+}
+
+fn last_frame_within(
+    file: &File,
+    begin: u64,
+    most_devices: u64,
+    mut on: impl FnMut(&[u8]),
+) -> io::Result<()> {
+    let frames = match Frames::find(file, begin) {
+        Ok(frames) | Err(Broken::CutOff(frames)) => frames,
         Err(broken) => return Err(io::Error::new(io::ErrorKind::InvalidData, broken.to_string())),
     };
-    let mut from = BufReader::with_capacity(AT_ONCE, decompress(file, last)?);
+    let mut from = BufReader::with_capacity(AT_ONCE, decompress(file, frames.last)?);
+    let most = if frames.count > 1 { most_devices } else { u64::MAX };
     let mut length = 0;
     loop {
         let bytes = match from.fill_buf() {
@@ -53,7 +64,7 @@ pub fn last_frame(file: &File, begin: u64, mut on: impl FnMut(&[u8])) -> io::Res
         let read = bytes.len();
         from.consume(read);
         length += read as u64;
-        if length > MOST_DEVICES {
+        if length > most {
             let what = "its devices are larger than those of any guest";
             return Err(io::Error::new(io::ErrorKind::InvalidData, what));
         }
@@ -72,4 +83,27 @@ pub fn end_of_last_frame(file: &File, begin: u64, most: u64) -> io::Result<Vec<u
     })?;
     end.drain(..end.len().saturating_sub(most));
     Ok(end)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use super::*;
+
+    #[test]
+    fn a_stream_of_one_frame_can_be_longer_than_devices_are() {
+        const MOST: u64 = 1 << 20;
+        let large = zstd::encode_all(&vec![0; 3 << 20][..], 1).unwrap();
+        let small = zstd::encode_all(&b"devices"[..], 1).unwrap();
+        let read = |frames: &[&[u8]]| {
+            let mut file = tempfile::tempfile().unwrap();
+            file.write_all(&frames.concat()).unwrap();
+            let mut length = 0;
+            last_frame_within(&file, 0, MOST, |bytes| length += bytes.len()).map(|()| length)
+        };
+        assert_eq!(read(&[&large]).unwrap(), 3 << 20);
+        assert_eq!(read(&[&large, &small]).unwrap(), 7);
+        assert_eq!(read(&[&small, &large]).unwrap_err().kind(), io::ErrorKind::InvalidData);
+    }
 }
