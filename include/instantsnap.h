@@ -412,7 +412,8 @@ typedef enum instantsnap_image_format {
     /*
      * Each page at a place of its own, pages of zeros as holes of the file: libvirt's format
      * "sparse", which libvirt 11.2 and later restores (virDomainRestore; not its own
-     * virDomainRevertToSnapshot). For a domain of an older libvirt: VIR_ERR_CONFIG_UNSUPPORTED.
+     * virDomainRevertToSnapshot). For a domain of an older libvirt, of a QEMU before 9.0, or with
+     * persistent memory (NVDIMM, virtio-pmem), under libvirt: VIR_ERR_CONFIG_UNSUPPORTED.
      */
     INSTANTSNAP_IMAGE_SPARSE = 2,
     /*

@@ -26,6 +26,8 @@ pub struct Domain {
     pub cpu: Option<String>,
     /// It has disk leases or macvtap devices, which libvirt releases while a domain is paused.
     pub holds_leases: bool,
+    /// It has memory that keeps its content when the guest ends (NVDIMM, virtio-pmem).
+    pub has_persistent_memory: bool,
 }
 
 /// A `<disk>` of a domain.
@@ -228,6 +230,7 @@ impl Domain {
             nvram: nvram(root),
             cpu: xml::child(root, "cpu").map(|cpu| text[cpu.range()].to_owned()),
             holds_leases: holds_leases(root),
+            has_persistent_memory: has_persistent_memory(root),
         })
     }
 
@@ -391,6 +394,12 @@ fn holds_leases(domain: Node) -> bool {
     macvtap || xml::child(devices, "lease").is_some()
 }
 
+fn has_persistent_memory(domain: Node) -> bool {
+    let devices = xml::child(domain, "devices");
+    let mut memory = devices.into_iter().flat_map(|devices| xml::children(devices, "memory"));
+    memory.any(|memory| matches!(memory.attribute("model"), Some("nvdimm" | "virtio-pmem")))
+}
+
 type Edits = Vec<(Range<usize>, String)>;
 
 /// The edits that put one `<disk>` onto another image. A disk that is on it already stays to the
@@ -470,4 +479,24 @@ fn put_source(old: Node, new: &Storage, edits: &mut Edits) {
         old.range(),
         labelled.map_or(new.source.clone(), |open| format!("{open}>{labels}</source>")),
     ));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_that_keeps_its_content_is_known_by_its_model() {
+        let has = |devices: &str| {
+            let text = format!("<domain><name>vm</name>{devices}</domain>");
+            Domain::parse(&text).unwrap().has_persistent_memory
+        };
+        for (model, persistent) in
+            [("dimm", false), ("virtio-mem", false), ("nvdimm", true), ("virtio-pmem", true)]
+        {
+            let memory = format!("<memory model='dimm'/><memory model='{model}'/>");
+            assert_eq!(has(&format!("<devices>{memory}</devices>")), persistent, "{model}");
+        }
+        assert!(!has("<memory unit='KiB'>1024</memory>") && !has("<devices/>"));
+    }
 }

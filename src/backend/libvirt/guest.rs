@@ -147,6 +147,30 @@ impl<'a> LibvirtGuest<'a> {
     }
 }
 
+impl LibvirtGuest<'_> {
+    /// Refuses a domain whose memory libvirt could not restore from a sparse image.
+    fn check_restores_sparse(&mut self) -> Result<()> {
+        let domain = self.session.connector.name.clone();
+        if self.survey.live.has_persistent_memory {
+            fail!(
+                ConfigUnsupported,
+                "domain '{domain}' has persistent memory (NVDIMM or virtio-pmem): its zero pages \
+                 are not in a memory image of the format 'sparse', and a restore would leave there \
+                 what was written since; take the snapshot with a raw image"
+            );
+        }
+        let all = commands::query_migrate_capabilities(self, Deadline::after(DEFAULT_TIMEOUT))?;
+        if !all.iter().any(|(capability, _)| capability == "mapped-ram") {
+            fail!(
+                ConfigUnsupported,
+                "the QEMU of domain '{domain}' cannot restore a memory image of the format \
+                 'sparse', which QEMU 9.0 and later can: take the snapshot with a raw image"
+            );
+        }
+        Ok(())
+    }
+}
+
 impl Execute for LibvirtGuest<'_> {
     fn execute(
         &mut self,
@@ -206,6 +230,9 @@ impl Guest for LibvirtGuest<'_> {
                  the program zstd, by which it does so, is not installed; install it, or take the \
                  snapshot with a raw image"
             );
+        }
+        if wanted == Format::Sparse {
+            self.check_restores_sparse()?;
         }
         Ok(wanted)
     }
