@@ -79,7 +79,13 @@ pub fn convert(path: &Path, format: Format) -> Result<()> {
     // The old notes are not of the new image.
     pages_file::remove(&path).map_err(cannot)?;
     new.persist(&path).map_err(|error| cannot(error.error))?;
-    pages_file::put(&path, notes).and_then(|()| sys::sync_parent(&path)).map_err(cannot)
+    match pages_file::put(&path, notes) {
+        // Another file has the name. The image is whole without its notes.
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+        put => put,
+    }
+    .and_then(|()| sys::sync_parent(&path))
+    .map_err(cannot)
 }
 
 /// Writes a partial image of this format to a file.

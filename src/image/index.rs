@@ -218,6 +218,19 @@ mod tests {
         assert!(Index::open(&path).is_err());
     }
 
+    #[test]
+    fn an_index_that_cannot_be_put_beside_its_image_is_an_error_and_a_conversion_goes_on() {
+        let pages = [sample::named_page(b"pc.ram", 4096, 1)];
+        let (_directory, path) = sample::image(&sample::stream(&pages, &[]));
+        let notes = pages_file::path_of(&path);
+        std::fs::write(&notes, "of another program").unwrap();
+        let error = make_index(&path).unwrap_err();
+        assert!(error.message.contains("another file"), "{error}");
+        convert(&path, Format::Sparse).unwrap();
+        assert_eq!(std::fs::read(&notes).unwrap(), b"of another program");
+        assert!(Index::open(&path).is_ok());
+    }
+
     fn assert_found(path: &Path) {
         let index = Index::open(path).unwrap();
         let found = index.blocks().iter().map(|block| block.name.as_slice());

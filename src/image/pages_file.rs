@@ -95,14 +95,18 @@ pub fn replacement(
 }
 
 /// Puts a file of notes beside the image. If there is none, removes the one that is there. Another
-/// file that has its name stays.
+/// file that has its name stays, and is an error of the kind `AlreadyExists` if there is one to put.
 pub fn put(image: &Path, new: Option<NamedTempFile>) -> io::Result<()> {
     let path = path_of(image);
     match new {
         Some(new) if is_one(&path) || !path.exists() => {
             new.persist(&path).map(drop).map_err(|error| error.error)
         }
-        _ => remove(image),
+        Some(_) => {
+            let what = format!("'{}' is another file: move it away", path.display());
+            Err(io::Error::new(io::ErrorKind::AlreadyExists, what))
+        }
+        None => remove(image),
     }
 }
 
