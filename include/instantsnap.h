@@ -59,11 +59,11 @@
  *   that a driver's disks were switched to) and removes what the library made for the snapshot. An
  *   overlay that it cannot merge stays in use; the watchdog reports it to the machine's log
  *   (/dev/log). A watchdog that is killed is replaced by another one, which goes on where it was;
- *   if it was writing a sparse memory image, the snapshot fails. The watchdog raises no SIGCHLD,
- *   and no wait() of the caller returns it. It is in the caller's cgroup: if the whole cgroup is
- *   ended (by the end of a container, or systemd's KillMode=control-group), the watchdog ends too.
- *   INSTANTSNAP_WATCHDOG_CGROUP in the environment names the directory of another cgroup (v2),
- *   which the program enters; a fork does not. INSTANTSNAP_MEMORY_LAZY starts two processes of the
+ *   if it was writing a sparse or zstd memory image, the snapshot fails. The watchdog raises no
+ *   SIGCHLD, and no wait() of the caller returns it. It is in the caller's cgroup: if the whole
+ *   cgroup is ended (by the end of a container, or systemd's KillMode=control-group), the watchdog
+ *   ends too. INSTANTSNAP_WATCHDOG_CGROUP in the environment names the directory of another cgroup
+ *   (v2), which the program enters; a fork does not. INSTANTSNAP_MEMORY_LAZY starts two processes of the
  *   same program in the same way, which serve a guest's memory, and end when all of it is in, or
  *   when QEMU ends.
  *
@@ -274,7 +274,7 @@ typedef struct instantsnap_stats {
     uint64_t instant_us;
     /* The pause of the guest, also if the snapshot failed; 0 if the guest was paused already. */
     uint64_t guest_paused_us;
-    uint64_t memory_image_bytes; /* size of the memory image; of a sparse one, the space it takes */
+    uint64_t memory_image_bytes; /* size of the memory image; if it is not raw, its space */
     /*
      * 1: guest_paused_us is from the time stamps of QEMU's STOP and RESUME events.
      * 0: it is from this process's clock around the commands, thus an upper bound.
@@ -353,8 +353,8 @@ typedef struct instantsnap_event {
      */
     uint64_t paused_us;
     /*
-     * Size of the memory image so far. Of a sparse one it is the size that a raw one would have, at
-     * COMPLETE too: instantsnap_stats.memory_image_bytes has the space that it takes.
+     * Size of the memory image so far. Of a sparse or zstd one it is the size that a raw one would
+     * have, at COMPLETE too: instantsnap_stats.memory_image_bytes has the space that it takes.
      */
     uint64_t bytes_done;
     /*
@@ -1255,10 +1255,11 @@ int instantsnap_image_verify(const char *path);
  *   saved these first. This is a hint. Such a list that is there already is kept.
  *
  * A snapshot that is taken with a sparse or zstd image has this file from the beginning; nothing is
- * noted of a raw one before this call. The file has mode 0600 and the image's owner. It goes with
- * the image when the snapshot is deleted, and instantsnap_image_convert() keeps all of it but the
- * places. libvirt does not know it: if the image is removed by other means, remove it too. An image
- * is whole without it.
+ * noted of a raw one before this call. That of a new snapshot has mode 0600 and the image's owner;
+ * one that this call or instantsnap_image_convert() writes has the image's mode, and its owner
+ * where this process may set it. It goes with the image when the snapshot is deleted, and
+ * instantsnap_image_convert() keeps all of it but the places. libvirt does not know it: if the image
+ * is removed by other means, remove it too. An image is whole without it.
  *
  * @path   the memory image: complete, raw, zstd or sparse. Its snapshot must not be deleted
  *         meanwhile.

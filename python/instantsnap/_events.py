@@ -61,7 +61,7 @@ class Event:
     error_code: Union[ErrorCode, int]  #: FAILED: the reason; an int for an unknown number
     time_us: int                       #: microseconds of CLOCK_MONOTONIC, as time.monotonic()
     paused_us: int                     #: how long the guest was paused so far; final at INSTANT
-    #: size of the memory image so far, bytes; of a sparse one, that which a raw one would have
+    #: size of the memory image so far, bytes; if it is not raw, that which a raw one would have
     bytes_done: int
     bytes_total: int                   #: its expected size, at most, without devices; 0: not known
     bytes_per_second: int              #: PROGRESS: since the last PROGRESS, or since the instant
@@ -75,7 +75,7 @@ class JobInfo:
     instant: bool             #: the instant has passed
     elapsed_us: int           #: microseconds from the call until now, or until the job's end
     paused_us: int            #: microseconds for which the guest has been paused so far
-    #: size of the memory image so far, bytes; of a sparse one, that which a raw one would have
+    #: size of the memory image so far, bytes; if it is not raw, that which a raw one would have
     bytes_done: int
     bytes_total: int          #: its expected size, at most, without devices, bytes; 0: not known
     bytes_per_second: int     #: since the last progress interval, or since the instant

@@ -165,7 +165,12 @@ fn write_sparse(
     begin: u64,
     to: &File,
 ) -> std::result::Result<PageNotes, Failure> {
-    let mut read = |space: &mut [u8]| from.read(space).map_err(Failure::File);
+    let mut read = |space: &mut [u8]| loop {
+        match from.read(space) {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            read => return read.map_err(Failure::File),
+        }
+    };
     let mut incoming = Incoming::new();
     let head = incoming.head(&mut read)?.map_err(Failure::Stream)?;
     let mut writer = PageWriter::begin(to, &head, begin)?;
