@@ -11,7 +11,7 @@ use super::from_offset::FromOffset;
 use super::pipe::CHUNK;
 use super::records::{Block, Content, Head, HeadReader, PAGE, Record, Records};
 use super::sparse_reader::{MOST_MEMORY, SparseStream};
-use super::zstd_reader::decompress;
+use super::zstd_reader::whole_stream;
 
 /// A page of an image.
 #[derive(Debug)]
@@ -26,7 +26,7 @@ pub struct Page<'a> {
 /// The stream of an image that is not sparse.
 pub fn stream<'a>(image: &'a Image) -> io::Result<Box<dyn Read + 'a>> {
     Ok(match image.zstd {
-        Some(_) => Box::new(decompress(&image.file, image.stream_offset)?),
+        Some(_) => Box::new(whole_stream(&image.file, image.stream_offset)?),
         None => Box::new(FromOffset { file: &image.file, at: image.stream_offset }),
     })
 }

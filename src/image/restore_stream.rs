@@ -13,7 +13,7 @@ use rustix::pipe::{SpliceFlags, splice};
 use super::classic::{self, Zeros};
 use super::file::Image;
 use super::pipe::CHUNK;
-use super::zstd_reader::decompress;
+use super::zstd_reader::whole_stream;
 use crate::error::{Code, Error, Result};
 use crate::sys;
 
@@ -39,7 +39,8 @@ impl RestoreStream {
                 classic::write(&file, &sparse, zeros, &mapped, &mut File::from(pipe))
             }
             (_, Some(_)) => {
-                let mut stream = BufReader::with_capacity(CHUNK, decompress(&file, stream_offset)?);
+                let mut stream =
+                    BufReader::with_capacity(CHUNK, whole_stream(&file, stream_offset)?);
                 io::copy(&mut stream, &mut File::from(pipe)).map(drop)
             }
             _ => splice_from(&file, stream_offset, &pipe),

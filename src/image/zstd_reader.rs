@@ -8,6 +8,7 @@ use std::io::{self, BufRead, BufReader, Read};
 use zstd::stream::read::Decoder;
 
 use super::from_offset::FromOffset;
+use super::records::{HeadReader, LONGEST_HEAD};
 use super::zstd_frames::{Broken, Frames};
 
 /// The largest window that a decoder allocates: 128 MiB, as the zstd program does by default.
@@ -17,8 +18,41 @@ const LARGEST_WINDOW: u32 = 27;
 const MOST_DEVICES: u64 = 4 << 30;
 const AT_ONCE: usize = 128 << 10;
 
+/// The whole stream, which begins here. It is an error as soon as it is longer than that of any
+/// guest with its memory. If it is of an unknown kind, the size of its memory is not known, and any
+/// length is right.
+pub fn whole_stream(file: &File, begin: u64) -> io::Result<impl Read + '_> {
+    let left = longest(&beginning(file, begin, LONGEST_HEAD as u64)?);
+    Ok(Limited { from: decompress(file, begin)?, left })
+}
+
+/// The length of the longest stream that begins with these bytes. QEMU saves a page a few times at
+/// most.
+fn longest(beginning: &[u8]) -> u64 {
+    let Ok(Some((head, _))) = HeadReader::default().read(beginning) else { return u64::MAX };
+    let memory: u64 = head.blocks.iter().map(|block| block.size).sum();
+    memory.saturating_mul(16).saturating_add(MOST_DEVICES)
+}
+
+/// A stream that has this many bytes left at most.
+struct Limited<R> {
+    from: R,
+    left: u64,
+}
+
+impl<R: Read> Read for Limited<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let read = self.from.read(buffer)?;
+        self.left = self.left.checked_sub(read as u64).ok_or_else(|| {
+            let what = "it is damaged: it is longer than the stream of a guest with its memory";
+            io::Error::new(io::ErrorKind::InvalidData, what)
+        })?;
+        Ok(read)
+    }
+}
+
 /// The stream from the frame that begins here to the end of the file.
-pub fn decompress(file: &File, frame: u64) -> io::Result<impl Read + '_> {
+fn decompress(file: &File, frame: u64) -> io::Result<impl Read + '_> {
     let mut decoder =
         Decoder::with_buffer(BufReader::with_capacity(AT_ONCE, FromOffset { file, at: frame }))?;
     decoder.window_log_max(LARGEST_WINDOW)?;
@@ -89,7 +123,18 @@ pub fn end_of_last_frame(file: &File, begin: u64, most: u64) -> io::Result<Vec<u
 mod tests {
     use std::io::Write;
 
+    use super::super::sample;
     use super::*;
+
+    #[test]
+    fn a_stream_that_is_longer_than_its_memory_allows_is_an_error() {
+        let memory = (2 << 20) + 8192;
+        assert_eq!(longest(&sample::stream(&[], &[])), 16 * memory + (4 << 30));
+        assert_eq!(longest(b"QEVM\0\0\0\x03\x01an old machine"), u64::MAX);
+        let read = |left| io::copy(&mut Limited { from: &[0; 100][..], left }, &mut io::sink());
+        assert_eq!(read(100).unwrap(), 100);
+        assert_eq!(read(99).unwrap_err().kind(), io::ErrorKind::InvalidData);
+    }
 
     #[test]
     fn a_stream_of_one_frame_can_be_longer_than_devices_are() {
