@@ -1266,8 +1266,9 @@ int instantsnap_image_verify(const char *path);
  * @flags  0.
  *
  * Returns 0, or -1: VIR_ERR_INVALID_ARG, VIR_ERR_INVALID_DOMAIN_SNAPSHOT (as
- * instantsnap_image_info()), VIR_ERR_CONFIG_UNSUPPORTED (a raw image with pages that are filled with
- * one byte, which no QEMU that is known writes), VIR_ERR_SYSTEM_ERROR.
+ * instantsnap_image_info()), VIR_ERR_CONFIG_UNSUPPORTED (a raw image with pages that are filled
+ * with one byte, which no QEMU that is known writes, or whose pages are in more than 40 million
+ * places), VIR_ERR_SYSTEM_ERROR (another file has the name `PATH.pages`, for example).
  */
 int instantsnap_image_index(const char *path, unsigned int flags);
 

@@ -15,7 +15,7 @@ use super::records::{Block, Content, PAGE};
 /// What was found out.
 #[derive(Debug)]
 pub struct Collected {
-    /// The notes. They have an index if the image is raw. The order of a sparse image's pages says
+    /// The notes. They have an index if the image is raw, unless that would have too many runs. The order of a sparse image's pages says
     /// nothing, so its list of first writes is empty.
     pub notes: PageNotes,
     /// Whether the image is raw, and has pages that are filled with one byte other than 0. The
@@ -39,11 +39,12 @@ pub fn collect(image: &Image) -> Result<Collected, String> {
         };
         let number = page.offset / PAGE as u64;
         let before = if is_raw { indexer.page(page.block, number, at) } else { None };
+        let is_known = is_raw && !indexer.is_over();
         collector.page(page.block, page.offset, &page.content, || {
             // A page of a raw image that has come before.
             let mut old = vec![0; PAGE];
             let read = before.map_or(Ok(()), |at| image.file.read_exact_at(&mut old, at));
-            (is_raw && read.is_ok()).then_some(old)
+            (is_known && read.is_ok()).then_some(old)
         });
     };
     let (collector, indexer) = match &image.sparse {
@@ -66,7 +67,7 @@ pub fn collect(image: &Image) -> Result<Collected, String> {
         // Their old contents were not found.
         notes.checksums = None;
     }
-    notes.index = is_raw.then(|| indexer.finish());
+    notes.index = if is_raw { indexer.finish() } else { None };
     Ok(Collected { notes, has_filled })
 }
 

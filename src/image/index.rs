@@ -9,6 +9,7 @@ use std::path::Path;
 use super::collect::{Collected, collect};
 use super::file::Image;
 use super::first_writes::Pages;
+use super::format::Format;
 use super::pages_file::{self, PageNotes};
 use super::raw_index::RawIndex;
 use super::records::{Block, PAGE};
@@ -173,6 +174,16 @@ pub fn make_index(path: &Path) -> Result<()> {
             ),
         ));
     }
+    if image.format() == Format::Raw && notes.index.is_none() {
+        return Err(Error::new(
+            Code::ConfigUnsupported,
+            format!(
+                "the pages of memory snapshot file '{}' are in too many places for an index: \
+                 convert it to the format 'sparse'",
+                path.display()
+            ),
+        ));
+    }
     if let Some(known) = known {
         notes.first = known.first;
         // Whoever wrote the image knew its pages before anything could damage them.
@@ -186,7 +197,6 @@ pub fn make_index(path: &Path) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::super::convert::convert;
-    use super::super::format::Format;
     use super::super::sample;
     use super::*;
 

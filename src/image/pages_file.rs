@@ -40,7 +40,7 @@ const MAGIC: &[u8; 16] = b"InstantsnapPages";
 const VERSION: u32 = 1;
 /// The part of an image's end that is hashed: the devices, which differ from image to image.
 const END: u64 = 1 << 20;
-/// The length of the longest file that is read.
+/// The length of the longest file that is read, and written.
 const LONGEST: u64 = 1 << 30;
 const HASH: usize = 8;
 
@@ -188,9 +188,12 @@ impl Binding {
 
 impl PageNotes {
     /// Writes the notes of an image that is complete but for its mark, and whose stream begins at
-    /// `stream`.
+    /// `stream`. Notes that no reader would take are an error.
     pub fn write(&self, to: &File, image: &File, stream: u64) -> io::Result<()> {
         let bytes = self.encode(&Binding::of(image, stream)?);
+        if bytes.len() as u64 > LONGEST {
+            return Err(io::Error::other("the notes are longer than they can be"));
+        }
         to.write_all_at(&bytes, 0)?;
         to.set_len(bytes.len() as u64)
     }

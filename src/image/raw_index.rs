@@ -66,22 +66,46 @@ impl RawIndex {
     }
 }
 
+/// The most runs of an index: it is in memory, and in a file that has a limit too.
+const MOST_RUNS: usize = 40 << 20;
+
 /// Makes an index while the pages come.
 #[derive(Debug)]
 pub struct Indexer {
     /// The runs of each block, by their first pages.
     blocks: Vec<BTreeMap<u64, Run>>,
+    /// How many runs there are, and how many there may be.
+    runs: usize,
+    most: usize,
 }
 
 impl Indexer {
     pub fn new(blocks: usize) -> Indexer {
-        Indexer { blocks: vec![BTreeMap::new(); blocks] }
+        Indexer { blocks: vec![BTreeMap::new(); blocks], runs: 0, most: MOST_RUNS }
+    }
+
+    /// Whether there were more runs than an index can have. Nothing is noted any more then.
+    pub fn is_over(&self) -> bool {
+        self.runs > self.most
     }
 
     /// Notes that the content of a page is at this offset; `None` if the page has zeros. The last
     /// note of a page counts. Returns the offset of the content that it had before.
     pub fn page(&mut self, block: usize, page: u64, offset: Option<u64>) -> Option<u64> {
+        if self.is_over() {
+            return None;
+        }
         let runs = &mut self.blocks[block];
+        let before = runs.len();
+        let old = Indexer::note(runs, page, offset);
+        self.runs = self.runs - before + runs.len();
+        if self.is_over() {
+            self.blocks.clear();
+        }
+        old
+    }
+
+    fn note(runs: &mut BTreeMap<u64, Run>, page: u64, offset: Option<u64>) -> Option<u64> {
         let before = runs.range(..=page).next_back().map(|(_, run)| *run);
         let old = before.and_then(|run| run.find(page));
         if let (Some(run), Some(_)) = (before, old) {
@@ -109,9 +133,11 @@ impl Indexer {
         old
     }
 
-    pub fn finish(self) -> RawIndex {
-        let blocks = self.blocks.into_iter();
-        RawIndex { blocks: blocks.map(|runs| runs.into_values().collect()).collect() }
+    /// The index; `None` if it would have too many runs.
+    pub fn finish(self) -> Option<RawIndex> {
+        let is_over = self.is_over();
+        let blocks = self.blocks.into_iter().map(|runs| runs.into_values().collect());
+        (!is_over).then(|| RawIndex { blocks: blocks.collect() })
     }
 }
 
@@ -119,6 +145,20 @@ impl Indexer {
 mod tests {
     use super::*;
     use crate::random::Random;
+
+    #[test]
+    fn an_index_with_too_many_runs_is_none() {
+        let mut indexer = Indexer { most: 2, ..Indexer::new(2) };
+        for (block, page) in [(0, 1), (0, 5), (0, 6)] {
+            indexer.page(block, page, Some(page * STRIDE));
+        }
+        assert!(!indexer.is_over());
+        indexer.page(0, 5, None);
+        indexer.page(1, 7, Some(0));
+        assert!(indexer.is_over());
+        assert_eq!(indexer.page(0, 6, None), None);
+        assert_eq!(indexer.finish(), None);
+    }
 
     #[test]
     fn a_page_is_where_it_was_noted_last() {
@@ -137,7 +177,7 @@ mod tests {
                 *known = place;
             }
         }
-        let index = indexer.finish();
+        let index = indexer.finish().unwrap();
         for (page, known) in (0..).zip(known) {
             assert_eq!(index.find(0, page), known, "{page}");
         }
