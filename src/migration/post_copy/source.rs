@@ -5,8 +5,8 @@
 //! A process that is killed in the middle must not make QEMU miss a page, or get one twice. So what
 //! is sent goes through a pipe, which its spare process has too: pages are written to the pipe, and
 //! moved from there to the socket. The numbers that both processes share say which pages were about
-//! to be written; the pipe, which is empty before, says whether they were. A request is taken from
-//! the socket only after its pages were written.
+//! to be written, and how long their records are; the pipe, which is empty before, says whether all
+//! of them were. A request is taken from the socket only after its pages were written.
 
 use std::io;
 use std::ops::Range;
@@ -30,7 +30,7 @@ use crate::sys::SharedNumbers;
 
 /// The numbers that the process that serves shares with its spare, and that others can read: first
 /// the bytes of pages that are to be sent, then those that were sent.
-pub type Numbers = SharedNumbers<9>;
+pub type Numbers = SharedNumbers<10>;
 
 const TOTAL: usize = 0;
 const DONE: usize = 1;
@@ -47,6 +47,8 @@ const COUNT: usize = 6;
 const ASKED: usize = 7;
 /// 1 if the end of the stream was sent.
 const CLOSED: usize = 8;
+/// The bytes that the pipe has when all of these pages are in it.
+const LENGTH: usize = 9;
 
 const EMPTY: u64 = 0;
 const INTENDED: u64 = 1;
@@ -60,6 +62,9 @@ const AROUND: u64 = 8;
 const SLICE: Duration = Duration::from_millis(20);
 /// How long QEMU may take to say which pages it has.
 const RECEIVED_TIMEOUT: Duration = Duration::from_secs(60);
+/// How often what fails for want of memory, or because of a disk, is tried, and the time between.
+const ATTEMPTS: u32 = 20;
+const BETWEEN: Duration = Duration::from_millis(100);
 
 /// How the source begins.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -189,10 +194,15 @@ impl Source {
 
     /// Goes on where another process, which has ended, has stopped.
     pub fn take_over(&mut self) -> io::Result<()> {
-        let left = rustix::io::ioctl_fionread(&self.pipe.0)? as usize;
-        let stage = self.number(STAGE);
-        if stage == INTENDED && left > 0 {
-            self.note_staged();
+        let mut left = rustix::io::ioctl_fionread(&self.pipe.0)? as usize;
+        if self.number(STAGE) == INTENDED && left > 0 {
+            // It may have ended in the middle of a write. Nothing of that was sent.
+            if left as u64 == self.number(LENGTH) {
+                self.note_staged();
+            } else {
+                self.discard(left)?;
+                left = 0;
+            }
         }
         self.set(STAGE, if left > 0 { STAGED } else { EMPTY });
         self.staged = left;
@@ -363,14 +373,35 @@ impl Source {
         self.set(BLOCK, block as u64);
         self.set(FIRST, run.start);
         self.set(COUNT, run.end - run.start);
+        self.set(LENGTH, records.len() as u64);
         self.set(STAGE, INTENDED);
-        let written = rustix::io::retry_on_intr(|| rustix::io::write(&self.pipe.1, records));
-        if written != Ok(records.len()) {
-            return Err(Stop::Wrong("a pipe has no room".into()));
+        for _ in 0..ATTEMPTS {
+            let written = rustix::io::retry_on_intr(|| rustix::io::write(&self.pipe.1, records));
+            if written == Ok(records.len()) {
+                self.note_staged();
+                self.set(STAGE, STAGED);
+                self.staged = records.len();
+                return Ok(());
+            }
+            // The kernel is short of memory.
+            let discarded = self.discard(written.unwrap_or(0));
+            discarded.map_err(|error| Stop::Wrong(error.to_string()))?;
+            std::thread::sleep(BETWEEN);
         }
-        self.note_staged();
-        self.set(STAGE, STAGED);
-        self.staged = records.len();
+        Err(Stop::Wrong("a pipe has no room".into()))
+    }
+
+    /// Takes so many bytes from the pipe, which are not to be sent.
+    fn discard(&self, mut bytes: usize) -> io::Result<()> {
+        let mut buffer = [0; PAGE];
+        while bytes > 0 {
+            let most = bytes.min(PAGE);
+            let read = || rustix::io::read(&self.pipe.0, &mut buffer[..most]);
+            match rustix::io::retry_on_intr(read)? {
+                0 => return Err(io::ErrorKind::UnexpectedEof.into()),
+                read => bytes -= read,
+            }
+        }
         Ok(())
     }
 
