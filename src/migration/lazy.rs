@@ -5,11 +5,13 @@
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
+use serde_json::json;
 
+use super::names::FD_NAME;
 use crate::backend::{DEFAULT_TIMEOUT, Guest};
 use crate::deadline::Deadline;
 use crate::error::{Code, Error, Result};
-use crate::monitor::commands;
+use crate::monitor::{Command, Failure, commands};
 use crate::own_file::as_bytes;
 
 /// A load whose memory follows. It is recorded in QEMU with the settings that are to be put back.
@@ -25,15 +27,18 @@ pub struct Lazy {
     pub id: (u64, u64),
 }
 
-/// How far the memory is.
+/// How far the memory is, as far as QEMU says it: other clients' migrations hide it, even those that
+/// QEMU refuses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Arrival {
+    /// QEMU has not begun to load.
+    NotBegun,
     /// It comes.
     UnderWay,
     /// Its source was lost, and QEMU waits for another one.
     Interrupted,
-    /// All of it is in, or no more comes.
-    Ended,
+    /// All of it is in; or QEMU speaks of another client's migration.
+    Unclear,
 }
 
 impl Arrival {
@@ -42,9 +47,24 @@ impl Arrival {
         let migration = commands::query_migrate(guest, Deadline::after(DEFAULT_TIMEOUT))?;
         Ok(match migration.status.as_deref() {
             Some("postcopy-paused") => Arrival::Interrupted,
-            None | Some("none" | "completed" | "failed" | "cancelled") => Arrival::Ended,
+            None | Some("none") => Arrival::NotBegun,
+            Some("setup" | "completed" | "failed" | "cancelling" | "cancelled") => Arrival::Unclear,
             Some(_) => Arrival::UnderWay,
         })
+    }
+
+    /// Whether QEMU waits for another source, whatever it says of its state.
+    pub fn is_interrupted(guest: &mut dyn Guest) -> Result<bool> {
+        let step = "cannot ask whether the guest waits for its memory";
+        // There is no such descriptor. So this is always refused, but for that reason only if it
+        // could go on.
+        let uri = json!({ "uri": format!("fd:{FD_NAME}-none") });
+        let command = Command::new("migrate-recover", uri);
+        match guest.execute(command, Deadline::after(DEFAULT_TIMEOUT)) {
+            Ok(_) => Ok(true),
+            Err(Failure::Refused(_, reason)) => Ok(!reason.contains("postcopy is paused")),
+            Err(failure) => Err(failure.into_error(step)),
+        }
     }
 }
 

@@ -60,6 +60,16 @@ impl Settings {
         Ok(true)
     }
 
+    /// Puts the settings back that a load has left whose memory followed. The caller has proof that
+    /// all of that is in: so whoever made the load needs them no more.
+    pub fn recover_arrived(guest: &mut dyn Guest) -> Result<()> {
+        let leftover = Settings::query(guest)?.leftover(guest);
+        match leftover.filter(|leftover| leftover.lazy.is_some()) {
+            Some(leftover) => Settings::put_parts_back(leftover, guest),
+            None => Ok(()),
+        }
+    }
+
     /// The load whose memory follows, or has followed and left its settings.
     pub fn lazy(guest: &mut dyn Guest) -> Result<Option<Lazy>> {
         let parameters =
@@ -108,17 +118,16 @@ impl Settings {
         commands::migrate_set_parameters(guest, parameters, Deadline::after(DEFAULT_TIMEOUT))
     }
 
-    /// Refuses to put the settings back that a load has changed whose memory still follows.
-    fn check_arrived(leftover: &Leftover, guest: &mut dyn Guest) -> Result<()> {
+    /// Puts the settings back that an earlier snapshot has left changed. Refuses those of a load
+    /// whose memory follows, or may: what QEMU says of that can be of another client's migration.
+    fn put_leftover_back(leftover: Leftover, guest: &mut dyn Guest) -> Result<()> {
         match &leftover.lazy {
-            Some(lazy) if Arrival::ask(guest)? != Arrival::Ended => Err(lazy.still_coming()),
-            _ => Ok(()),
+            Some(lazy) if Arrival::ask(guest)? != Arrival::NotBegun => Err(lazy.still_coming()),
+            _ => Settings::put_parts_back(leftover, guest),
         }
     }
 
-    /// Puts the settings back that an earlier snapshot has left changed.
-    fn put_leftover_back(leftover: Leftover, guest: &mut dyn Guest) -> Result<()> {
-        Settings::check_arrived(&leftover, guest)?;
+    fn put_parts_back(leftover: Leftover, guest: &mut dyn Guest) -> Result<()> {
         // QEMU may still have the snapshot's pipe; otherwise it refuses this.
         let _ = commands::closefd(guest, FD_NAME, Deadline::after(DEFAULT_TIMEOUT));
         let Leftover { capabilities, parameters, .. } = leftover;

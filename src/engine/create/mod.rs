@@ -25,7 +25,7 @@ use crate::backend::{Connector, SnapshotList};
 use crate::cancel::Cancel;
 use crate::engine::clock::{Clock, Phase};
 use crate::engine::options::Options;
-use crate::engine::page_server::arrival::or_still_coming;
+use crate::engine::page_server::arrival::when_arrived;
 use crate::engine::recover::{self, Next};
 use crate::error::{Result, fail};
 use crate::libvirt::Snapshot;
@@ -90,8 +90,7 @@ pub fn create(
     let reserved = connector.reserve(request.name.as_deref())?;
     let mut guest = connector.begin()?;
     let guest = &mut *guest;
-    let state = check_state(guest);
-    let state = or_still_coming(guest, state)?;
+    let state = when_arrived(guest, check_state)?;
     let running = state == GuestState::Running;
     if !running && let Some(delegated) = connector.delegate(xml, flags) {
         return delegated.map(Created::by_libvirt);
@@ -106,8 +105,7 @@ pub fn create(
         // QEMU 10.0 ends on a background snapshot of a guest that was never started.
         _ => Mode::Paused,
     };
-    let settings = Settings::read(guest);
-    let settings = or_still_coming(guest, settings)?;
+    let settings = when_arrived(guest, Settings::read)?;
     if flags.is_instant() {
         settings.require_background()?;
     }

@@ -15,11 +15,12 @@ use serde_json::json;
 
 use super::server::PageServer;
 use super::task::{NUMBERS, Task};
+use crate::backend::locks::is_in_use;
 use crate::backend::{Connector, DEFAULT_TIMEOUT, Guest};
 use crate::deadline::Deadline;
 use crate::error::{Code, Error, Result, fail};
 use crate::image::Image;
-use crate::migration::post_copy::{Progress, Start};
+use crate::migration::post_copy::{Progress, Seen, Start};
 use crate::migration::{Arrival, FD_NAME, Lazy, Settings};
 use crate::monitor::{Command, commands};
 use crate::sys::{self, wait_ready};
@@ -49,15 +50,21 @@ pub fn check_arrived(guest: &mut dyn Guest) -> Result<()> {
         Rest::Nothing => Ok(()),
         Rest::Coming(lazy) => Err(lazy.still_coming()),
         // The page server finds nothing to do then.
-        Rest::Ending(_) => Settings::recover(guest).map(drop),
+        Rest::Ending(_) => Settings::recover_arrived(guest),
     }
 }
 
-/// Returns a result, or the error of [`check_arrived`] if that is the reason why an operation is
-/// refused.
-pub fn or_still_coming<T>(guest: &mut dyn Guest, result: Result<T>) -> Result<T> {
-    match result {
-        Err(error) if error.code == Code::OperationInvalid => check_arrived(guest).and(Err(error)),
+/// Does something. If it is refused, the reason can be memory that is still coming, or the settings
+/// of a load that has ended: then this returns the error of [`check_arrived`], or tries again.
+pub fn when_arrived<T>(
+    guest: &mut dyn Guest,
+    act: impl Fn(&mut dyn Guest) -> Result<T>,
+) -> Result<T> {
+    match act(guest) {
+        Err(error) if error.code == Code::OperationInvalid => {
+            check_arrived(guest)?;
+            act(guest)
+        }
         result => result,
     }
 }
@@ -66,10 +73,7 @@ pub fn or_still_coming<T>(guest: &mut dyn Guest, result: Result<T>) -> Result<T>
 pub fn progress(connector: &dyn Connector) -> Result<MemoryProgress> {
     let mut guest = connector.begin()?;
     let Rest::Coming(lazy) = rest(&mut *guest)? else { return Ok(NOTHING) };
-    let mut numbers = processes(&lazy)
-        .into_iter()
-        .filter_map(|pid| read_numbers(Path::new(&format!("/proc/{pid}/fd/{NUMBERS}"))));
-    let pages = numbers.next().map(|bytes| Progress::from_bytes(&bytes)).unwrap_or_default();
+    let pages = see(&processes(&lazy)).map(|seen| seen.progress).unwrap_or_default();
     Ok(MemoryProgress { is_coming: true, pages })
 }
 
@@ -123,19 +127,52 @@ enum Rest {
 /// still to come, and puts the settings back if all is in and no page server does that.
 fn rest(guest: &mut dyn Guest) -> Result<Rest> {
     let Some(lazy) = Settings::lazy(guest)? else { return Ok(Rest::Nothing) };
-    match Arrival::ask(guest)? {
-        Arrival::UnderWay => Ok(Rest::Coming(lazy)),
-        Arrival::Interrupted => {
-            resume(guest, &lazy).map_err(|error| {
-                error.and(format!(
-                    "the guest waits for memory of snapshot '{}', whose page server was killed",
-                    lazy.snapshot
-                ))
-            })?;
-            Ok(Rest::Coming(lazy))
+    let is_interrupted = match Arrival::ask(guest)? {
+        Arrival::Interrupted => true,
+        Arrival::NotBegun => return Settings::recover(guest).map(|_| Rest::Nothing),
+        // A page server knows it better.
+        Arrival::UnderWay | Arrival::Unclear if is_complete(&lazy) => {
+            return Ok(Rest::Ending(lazy));
         }
-        Arrival::Ended if !processes(&lazy).is_empty() => Ok(Rest::Ending(lazy)),
-        Arrival::Ended => Settings::recover(guest).map(|_| Rest::Nothing),
+        Arrival::UnderWay => false,
+        Arrival::Unclear => match ask_often(guest, &lazy)? {
+            Some(is_interrupted) => is_interrupted,
+            None => return Settings::recover_arrived(guest).map(|()| Rest::Nothing),
+        },
+    };
+    if is_interrupted {
+        resume(guest, &lazy).map_err(|error| {
+            error.and(format!(
+                "the guest waits for memory of snapshot '{}', whose page server was killed",
+                lazy.snapshot
+            ))
+        })?;
+    }
+    Ok(Rest::Coming(lazy))
+}
+
+/// Whether a page server is there and says that all is in.
+fn is_complete(lazy: &Lazy) -> bool {
+    see(&processes(lazy)).is_some_and(|seen| seen.is_complete)
+}
+
+/// Finds out how far the memory is where QEMU does not say it: `None` if all is in, otherwise whether
+/// QEMU waits for another source. Only a page server that has ended long enough that QEMU must have
+/// noticed it, and the image that is not used any more, prove that all is in.
+fn ask_often(guest: &mut dyn Guest, lazy: &Lazy) -> Result<Option<bool>> {
+    let deadline = Deadline::after(BUSY);
+    loop {
+        if !processes(lazy).is_empty() {
+            return Ok(Some(false));
+        }
+        if Arrival::is_interrupted(guest)? {
+            return Ok(Some(true));
+        }
+        if deadline.left().is_none() {
+            // Processes of another container cannot be seen from here.
+            return Ok(is_in_use(&lazy.image).then_some(false));
+        }
+        sleep(PAUSE);
     }
 }
 
@@ -198,9 +235,12 @@ fn open(pid: u32) -> Option<OwnedFd> {
     pidfd_open(Pid::from_raw(pid.try_into().ok()?)?, PidfdFlags::empty()).ok()
 }
 
-/// Reads how much is in from a page server's descriptor of this path.
-fn read_numbers(path: &Path) -> Option<[u8; 16]> {
-    let mut bytes = [0; 16];
-    File::open(path).ok()?.read_exact_at(&mut bytes, 0).ok()?;
-    Some(bytes)
+/// What the page server's numbers say, which one of these processes has.
+fn see(processes: &[u32]) -> Option<Seen> {
+    processes.iter().find_map(|pid| {
+        let mut bytes = [0; Seen::SIZE];
+        let numbers = File::open(format!("/proc/{pid}/fd/{NUMBERS}")).ok()?;
+        numbers.read_exact_at(&mut bytes, 0).ok()?;
+        Some(Seen::from_bytes(&bytes))
+    })
 }

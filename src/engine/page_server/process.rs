@@ -21,7 +21,7 @@ use crate::engine::program::{begin, cgroup};
 use crate::image::PageSource;
 use crate::machine_log::Message;
 use crate::migration::post_copy::{Numbers, Outcome, Source};
-use crate::migration::{Arrival, Settings};
+use crate::migration::Settings;
 use crate::sys::{self, wait_ready};
 
 /// How long the settings are tried to be put back, while another client has the monitor.
@@ -113,7 +113,7 @@ fn go_on(mut source: Source, monitor: Option<&Path>, mut spare: Option<sys::Chil
             }
             Ok(Outcome::Loaded) => {}
             Ok(Outcome::Complete) => {
-                end(&source, spare);
+                end(&source, true, spare);
                 monitor.iter().for_each(|monitor| settle(monitor));
                 sys::exit_now();
             }
@@ -126,13 +126,13 @@ fn go_on(mut source: Source, monitor: Option<&Path>, mut spare: Option<sys::Chil
             }
         }
     }
-    end(&source, spare);
+    end(&source, false, spare);
     sys::exit_now()
 }
 
 /// Ends the spare: nothing is left that could be lost.
-fn end(source: &Source, spare: Option<sys::Child>) {
-    source.set_over();
+fn end(source: &Source, is_complete: bool, spare: Option<sys::Child>) {
+    source.set_over(is_complete);
     spare.into_iter().for_each(sys::Child::kill);
 }
 
@@ -156,23 +156,17 @@ fn be_spare(source: &mut Source, monitor: Option<&Path>, server: &OwnedFd) -> ! 
     go_on(own, monitor, spare)
 }
 
-/// Puts QEMU's settings back. If that cannot be done now, the library's next call on the guest does
+/// Puts QEMU's settings back: it has said that all is in. If that cannot be done now, the library's next call on the guest does
 /// it.
 fn settle(monitor: &Path) {
     let deadline = Deadline::after(SETTLE);
     while deadline.left().is_some() {
         if let Ok(mut held) = qmp::hold(monitor, None, None) {
-            let guest = &mut *held;
-            match Arrival::ask(guest) {
-                // QEMU is about to end the migration.
-                Ok(Arrival::UnderWay) => {}
-                Ok(_) if Settings::recover(guest).is_ok() => {
-                    // It is held until this process ends. So whoever holds it next finds nothing of
-                    // this process any more.
-                    std::mem::forget(held);
-                    return;
-                }
-                Ok(_) | Err(_) => {}
+            if Settings::recover_arrived(&mut *held).is_ok() {
+                // It is held until this process ends. So whoever holds it next finds nothing of
+                // this process any more.
+                std::mem::forget(held);
+                return;
             }
         }
         if !monitor.exists() {

@@ -50,6 +50,9 @@ const SHORT_EXIT_TIMEOUT: Duration = Duration::from_millis(500);
 pub fn recover(connector: &dyn Connector) -> Result<Vec<Recovered>> {
     let mut guest = connector.begin_recovery()?;
     let guest = &mut *guest;
+    if guest.has_qemu() {
+        check_arrived(guest)?;
+    }
     let mut found = Vec::new();
     if let Some(journals) = connector.journals()? {
         let store = &journals.store;
@@ -63,9 +66,6 @@ pub fn recover(connector: &dyn Connector) -> Result<Vec<Recovered>> {
             }
             found.extend(recover_named(store, &name, Some(guest))?);
         }
-    }
-    if guest.has_qemu() {
-        check_arrived(guest)?;
     }
     // An earlier version, or a caller without a directory for them, keeps no journal.
     if guest.has_qemu() && Settings::recover(guest)? {

@@ -18,4 +18,4 @@ mod return_path;
 mod sent;
 mod source;
 
-pub use self::source::{Numbers, Outcome, Progress, Source, Start};
+pub use self::source::{Numbers, Outcome, Progress, Seen, Source, Start};

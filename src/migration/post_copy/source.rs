@@ -34,7 +34,7 @@ pub type Numbers = SharedNumbers<10>;
 
 const TOTAL: usize = 0;
 const DONE: usize = 1;
-/// 1 if nothing is left to do for a spare.
+/// [`GIVEN_UP`] or [`COMPLETE`] if nothing is left to do for a spare.
 const OVER: usize = 2;
 /// Whether pages are in the pipe, or about to be: one of the values below.
 const STAGE: usize = 3;
@@ -49,6 +49,9 @@ const ASKED: usize = 7;
 const CLOSED: usize = 8;
 /// The bytes that the pipe has when all of these pages are in it.
 const LENGTH: usize = 9;
+
+const GIVEN_UP: u64 = 1;
+const COMPLETE: u64 = 2;
 
 const EMPTY: u64 = 0;
 const INTENDED: u64 = 1;
@@ -100,14 +103,31 @@ impl Progress {
         let number = |index: usize| numbers[index].load(Ordering::Relaxed);
         Progress { bytes: number(DONE).min(number(TOTAL)), total: number(TOTAL) }
     }
+}
 
-    /// The progress in the beginning of the numbers' memory.
-    pub fn from_bytes(bytes: &[u8; 16]) -> Progress {
-        let number = |at: usize| {
-            let word = bytes[at * 8..].first_chunk().copied();
+/// What another process sees of a source.
+#[derive(Clone, Copy, Debug)]
+pub struct Seen {
+    pub progress: Progress,
+    /// QEMU has said that all is in.
+    pub is_complete: bool,
+}
+
+impl Seen {
+    /// The bytes at the beginning of the numbers' memory that are needed.
+    pub const SIZE: usize = (OVER + 1) * size_of::<u64>();
+
+    /// Reads those bytes.
+    pub fn from_bytes(bytes: &[u8; Seen::SIZE]) -> Seen {
+        let number = |index: usize| {
+            let word = bytes[index * size_of::<u64>()..].first_chunk().copied();
             word.map(u64::from_ne_bytes).unwrap_or_default()
         };
-        Progress { bytes: number(DONE).min(number(TOTAL)), total: number(TOTAL) }
+        let total = number(TOTAL);
+        Seen {
+            progress: Progress { bytes: number(DONE).min(total), total },
+            is_complete: number(OVER) == COMPLETE,
+        }
     }
 }
 
@@ -215,12 +235,12 @@ impl Source {
 
     /// Whether nothing is left to do for a process that would take over.
     pub fn is_over(&self) -> bool {
-        self.number(OVER) == 1
+        self.number(OVER) != 0
     }
 
-    /// Notes that nothing is left to do.
-    pub fn set_over(&self) {
-        self.set(OVER, 1);
+    /// Notes that nothing is left to do: all is in, or this source has given up.
+    pub fn set_over(&self, is_complete: bool) {
+        self.set(OVER, if is_complete { COMPLETE } else { GIVEN_UP });
     }
 
     /// Serves until something happens. `watched`: a descriptor that becomes readable when the spare
