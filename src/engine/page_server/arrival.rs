@@ -201,12 +201,12 @@ fn resume(guest: &mut dyn Guest, lazy: &Lazy) -> Result<()> {
     let deadline = || Deadline::after(DEFAULT_TIMEOUT);
     // QEMU would take the lock for credentials of the connection.
     Settings::lock_lazy(guest, false)?;
-    commands::getfd(guest, FD_NAME, socket.as_fd(), deadline())?;
-    drop(socket);
     let command = Command::new("migrate-recover", json!({ "uri": format!("fd:{FD_NAME}") }));
-    let resumed = guest
-        .run("cannot resume the loading of memory", command, deadline())
-        .and_then(|_| server.begin());
+    let resumed = commands::getfd(guest, FD_NAME, socket.as_fd(), deadline()).and_then(|()| {
+        drop(socket);
+        guest.run("cannot resume the loading of memory", command, deadline())?;
+        server.begin()
+    });
     let locked = Settings::lock_lazy(guest, true);
     if let Err(error) = resumed {
         let _ = commands::closefd(guest, FD_NAME, deadline());

@@ -75,11 +75,13 @@ pub fn load(
     // The settings are not restored in a QEMU that could not load, because it is of no more use.
     server.begin().map_err(|error| explain(guest, error))?;
     server.leave();
+    // The connection has its own credentials now.
+    Settings::lock_lazy(guest, true)?;
     wait_devices(guest)?;
     if running && !guest.status()?.running {
         commands::cont(guest, deadline())?;
     }
-    Settings::lock_lazy(guest, true)
+    Ok(())
 }
 
 /// Refuses an image whose pages cannot be read in any order.
