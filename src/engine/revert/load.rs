@@ -124,6 +124,8 @@ pub fn load(
              defer`, with the images that instantsnap_snapshot_prepare_revert() names"
         );
     }
+    // An earlier load of this QEMU may have been killed before QEMU began.
+    Settings::recover(guest)?;
     check_machine(guest, &image)?;
     check_disks(&record, &guest.drives()?)?;
     check_frozen(&record, flags)?;
