@@ -32,14 +32,7 @@ pub fn convert(path: &Path, format: Format) -> Result<()> {
     if image.format().number() == format.number() {
         return Ok(());
     }
-    if sys::is_locked(&image.file, IMAGE_LOCKS) {
-        fail!(
-            OperationInvalid,
-            "the memory image '{}' is being read: the memory of a guest that was reverted to its \
-             snapshot is still coming from it. Wait until all of it is in",
-            path.display()
-        );
-    }
+    check_not_read(&image, path)?;
     let cannot = |error: io::Error| {
         Error::system(format!("cannot convert the memory image '{}'", path.display()), error)
     };
@@ -76,6 +69,8 @@ pub fn convert(path: &Path, format: Format) -> Result<()> {
     let notes = notes.and_then(|notes| {
         pages_file::replacement(&notes, new.as_file(), image.stream_offset, &path).ok()
     });
+    // A load can have begun meanwhile.
+    check_not_read(&image, &path)?;
     // The old notes are not of the new image.
     pages_file::remove(&path).map_err(cannot)?;
     new.persist(&path).map_err(|error| cannot(error.error))?;
@@ -86,6 +81,19 @@ pub fn convert(path: &Path, format: Format) -> Result<()> {
     }
     .and_then(|()| sys::sync_parent(&path))
     .map_err(cannot)
+}
+
+/// Refuses an image that a page server may have to open again by its name.
+fn check_not_read(image: &Image, path: &Path) -> Result<()> {
+    if sys::is_locked(&image.file, IMAGE_LOCKS) {
+        fail!(
+            OperationInvalid,
+            "the memory image '{}' is being read: the memory of a guest that was reverted to its \
+             snapshot is still coming from it. Wait until all of it is in",
+            path.display()
+        );
+    }
+    Ok(())
 }
 
 /// Writes a partial image of this format to a file.
