@@ -66,12 +66,11 @@ impl PageServer {
         ];
         let mut fds = [null.as_raw_fd(); STANDARD + OWN];
         fds[STANDARD..].iter_mut().zip(own).for_each(|(place, fd)| *place = fd.as_raw_fd());
-        // The new process has copies of all descriptors of this process until it closes them.
-        let (process, ready) = sys::while_forking(|| {
-            let process = sys::Child::start(&command_line, fds).map_err(system)?;
-            drop((its_lifeline, socket));
-            Ok::<_, Error>((process, wait_ready([Some(&lifeline), None], READY_MS)))
-        })?;
+        // The new process has copies of all descriptors of this process until it is the program.
+        let process = sys::while_forking(|| sys::Child::start(&command_line, fds));
+        let process = process.map_err(system)?;
+        drop((its_lifeline, socket));
+        let ready = wait_ready([Some(&lifeline), None], READY_MS);
         let mut server = PageServer { lifeline: lifeline.into(), process: Some(process) };
         if !ready {
             fail!(OperationTimeout, "the page server does not begin in time");
