@@ -130,10 +130,18 @@ impl Settings {
     fn put_parts_back(leftover: Leftover, guest: &mut dyn Guest) -> Result<()> {
         // QEMU may still have the snapshot's pipe; otherwise it refuses this.
         let _ = commands::closefd(guest, FD_NAME, Deadline::after(DEFAULT_TIMEOUT));
-        let Leftover { capabilities, parameters, .. } = leftover;
+        let Leftover { capabilities, parameters, lazy, .. } = leftover;
         let settings =
             Settings { capabilities, parameters: Map::new(), locked: false, watchdog: None };
-        settings.put_back(guest, parameters).map_err(|error| {
+        // The record of a load stays as long as anything of it is left: it is also the lock.
+        let first = match lazy {
+            Some(_) => settings.put_capabilities_back(guest, |name| !EXCLUDE_TLS.contains(&name)),
+            None => Ok(Ok(())),
+        };
+        let first = first.and_then(|put| {
+            put.map_err(|failure| failure.into_error("cannot put the migration capabilities back"))
+        });
+        first.and_then(|()| settings.put_back(guest, parameters)).map_err(|error| {
             Error::new(
                 error.code,
                 format!(
