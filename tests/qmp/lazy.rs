@@ -2,6 +2,7 @@
 
 //! A revert whose guest runs at once, and whose memory follows.
 
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use common::backend::{by_socket_only, open, open_guest};
@@ -215,11 +216,90 @@ fn next_call_starts_another_page_server_where_both_processes_were_killed() {
             assert_says(&refused, Code::OperationInvalid, &["still coming", "'s'"]);
         }
         settle(&clone, &token, &found);
-        let whole = opened.start_clone("s");
-        whole.handle.load_with("s", revert::PAUSED, Memory::Full).unwrap();
-        assert!(memory(&whole) == memory(&clone), "the memory is not that of the snapshot");
+        assert_same_memory(&opened, &clone);
         clone.guest.control().execute("cont", json!({})).unwrap();
         clone.guest.wait_ticks(3);
+    }
+}
+
+/// Loads the same snapshot as a whole, and compares the memory.
+fn assert_same_memory(opened: &Opened, clone: &Opened) {
+    let whole = opened.start_clone("s");
+    whole.handle.load_with("s", revert::PAUSED, Memory::Full).unwrap();
+    assert!(memory(&whole) == memory(clone), "the memory is not that of the snapshot");
+}
+
+#[test]
+fn refused_migration_of_another_client_does_not_hide_that_memory_is_coming() {
+    for binary in Binary::any() {
+        let opened = restless(binary, 1);
+        snapshot(&opened, "s");
+        let clone = opened.start_clone("s");
+        // The rest comes at once when another page server is started.
+        clone.handle.load_lazily("s", revert::PAUSED, Some(1 << 20)).unwrap();
+        let token = token(&clone);
+        let migrate = json!({ "uri": "exec:cat >/dev/null" });
+        clone.guest.control().execute("migrate", migrate).unwrap_err();
+        let refused = clone.handle.create(&named("t"), INSTANTLY, &mut ()).unwrap_err();
+        assert_says(&refused, Code::OperationInvalid, &["still coming", "'s'"]);
+        assert!(clone.handle.memory_progress().unwrap().is_coming);
+        let pair = both(&token);
+        for signal in [Signal::STOP, Signal::KILL] {
+            pair.iter().for_each(|pid| kill_process(*pid, signal).unwrap());
+        }
+        wait_for(DEADLINE, || {
+            let progress = clone.handle.memory_progress().ok()?;
+            let is_in = progress.pages.total > 0 && progress.pages.bytes == progress.pages.total;
+            (is_in || !progress.is_coming).then_some(())
+        })
+        .expect("the memory comes");
+        assert_same_memory(&opened, &clone);
+        // QEMU takes its settings back only when it has forgotten that migration.
+        assert_eq!(self::token(&clone), token);
+        clone.guest.kill();
+    }
+}
+
+#[test]
+fn settings_that_a_killed_load_has_left_are_not_taken_for_those_of_before() {
+    for binary in Binary::any() {
+        let opened = restless(binary, 1);
+        snapshot(&opened, "s");
+        let clone = opened.start_clone("s");
+        let found = settings(&clone);
+        let before = json!({ "capabilities": [], "parameters": { "tls-hostname": "" } });
+        let record = json!({ "tls-hostname": format!("instantsnap: {before}") });
+        let on = json!({ "capabilities": [{ "capability": "postcopy-ram", "state": true }] });
+        clone.guest.control().execute("migrate-set-parameters", record).unwrap();
+        clone.guest.control().execute("migrate-set-capabilities", on).unwrap();
+        clone.handle.load_lazily("s", revert::PAUSED, Some(8 << 20)).unwrap();
+        let token = token(&clone);
+        settle(&clone, &token, &found);
+    }
+}
+
+#[test]
+fn unreadable_part_of_the_image_is_named_and_comes_when_it_can_be_read() {
+    for binary in Binary::any() {
+        let opened = restless(binary, 1);
+        snapshot(&opened, "s");
+        let image = opened.record("s").memory_file;
+        let clone = opened.start_clone("s");
+        let found = settings(&clone);
+        clone.handle.load_lazily("s", revert::PAUSED, Some(8 << 20)).unwrap();
+        let token = token(&clone);
+        let bytes = std::fs::read(&image).unwrap();
+        let file = std::fs::File::options().write(true).open(&image).unwrap();
+        let middle = bytes.len() / 2;
+        file.set_len(middle as u64).unwrap();
+        let error = clone.handle.wait_memory(Some(DEADLINE)).unwrap_err();
+        assert_says(&error, Code::OperationFailed, &[&image, "'s'"]);
+        assert!(!servers(&token).is_empty(), "it still serves what can be read");
+        file.write_all_at(&bytes[middle..], middle as u64).unwrap();
+        drop(file);
+        wait_for(DEADLINE, || clone.handle.wait_memory(Some(DEADLINE)).ok()).expect("it comes");
+        settle(&clone, &token, &found);
+        assert_same_memory(&opened, &clone);
     }
 }
 

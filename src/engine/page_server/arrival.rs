@@ -3,7 +3,6 @@
 //! Finds out how far a guest's memory is, waits for it, and starts another page server where both
 //! processes of the first were killed.
 
-use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
@@ -27,6 +26,8 @@ use crate::sys::{self, wait_ready};
 
 /// How often a state is asked for that nothing announces.
 const PAUSE: Duration = Duration::from_millis(20);
+/// A page server that is started so often, and sends nothing new, will never do.
+const TRIES: u32 = 3;
 /// An operation that ends within this time does not end a wait.
 const BUSY: Duration = Duration::from_secs(1);
 
@@ -48,7 +49,7 @@ const NOTHING: MemoryProgress =
 pub fn check_arrived(guest: &mut dyn Guest) -> Result<()> {
     match rest(guest)? {
         Rest::Nothing => Ok(()),
-        Rest::Coming(lazy) => Err(lazy.still_coming()),
+        Rest::Coming(lazy) | Rest::Resumed(lazy) => Err(lazy.still_coming()),
         // The page server finds nothing to do then.
         Rest::Ending(_) => Settings::recover_arrived(guest),
     }
@@ -72,22 +73,43 @@ pub fn when_arrived<T>(
 /// How far the guest's memory is.
 pub fn progress(connector: &dyn Connector) -> Result<MemoryProgress> {
     let mut guest = connector.begin()?;
-    let Rest::Coming(lazy) = rest(&mut *guest)? else { return Ok(NOTHING) };
+    let (Rest::Coming(lazy) | Rest::Resumed(lazy)) = rest(&mut *guest)? else {
+        return Ok(NOTHING);
+    };
     let pages = see(&processes(&lazy)).map(|seen| seen.progress).unwrap_or_default();
     Ok(MemoryProgress { is_coming: true, pages })
 }
 
 /// Waits until all of the guest's memory is in, and QEMU has its settings back. `timeout`: how long
-/// at most; `None`: without limit. Returns whether all is in.
+/// at most; `None`: without limit. Returns whether all is in. It is an error if the rest cannot be
+/// read from the image.
 pub fn wait(connector: &dyn Connector, timeout: Option<Duration>) -> Result<bool> {
     let deadline = timeout.map(Deadline::after);
     let left = || deadline.map_or(BUSY, |deadline| deadline.left().unwrap_or_default().min(BUSY));
+    let (mut most, mut resumed) = (0, 0);
     loop {
         // The page server holds the guest for the moment in which it puts the settings back.
-        let (Rest::Coming(lazy) | Rest::Ending(lazy)) = look(connector, Deadline::after(BUSY))?
-        else {
+        let rest = look(connector, Deadline::after(BUSY))?;
+        let is_resumed = matches!(rest, Rest::Resumed(_));
+        let (Rest::Coming(lazy) | Rest::Resumed(lazy) | Rest::Ending(lazy)) = rest else {
             return Ok(true);
         };
+        let seen = see(&processes(&lazy));
+        let bytes = seen.map(|seen| seen.progress.bytes).unwrap_or_default();
+        if bytes > most {
+            (most, resumed) = (bytes, 0);
+        }
+        resumed += u32::from(is_resumed);
+        if resumed > TRIES || seen.is_some_and(|seen| seen.is_unreadable) {
+            fail!(
+                OperationFailed,
+                "the rest of the guest's memory does not come: it cannot be read from the memory \
+                 image '{}' of snapshot '{}'. See to its storage, and wait again: a guest that needs \
+                 this memory waits too",
+                lazy.image.display(),
+                lazy.snapshot
+            );
+        }
         if left().is_zero() {
             return Ok(false);
         }
@@ -119,6 +141,8 @@ enum Rest {
     Nothing,
     /// Memory is still to come.
     Coming(Lazy),
+    /// It is, and another page server was started.
+    Resumed(Lazy),
     /// All is in, and the page server is about to put the settings back.
     Ending(Lazy),
 }
@@ -147,6 +171,7 @@ fn rest(guest: &mut dyn Guest) -> Result<Rest> {
                 lazy.snapshot
             ))
         })?;
+        return Ok(Rest::Resumed(lazy));
     }
     Ok(Rest::Coming(lazy))
 }
@@ -224,8 +249,11 @@ fn cannot_read(image: &Path, error: std::io::Error) -> Error {
 fn processes(lazy: &Lazy) -> Vec<u32> {
     let end = format!("\0{}\0", lazy.token);
     let serves = |pid: &u32| {
-        std::fs::read(format!("/proc/{pid}/cmdline"))
-            .is_ok_and(|line| line.ends_with(end.as_bytes()))
+        let is_trusted = std::fs::metadata(format!("/proc/{pid}"))
+            .is_ok_and(|process| sys::is_trusted(process.uid()));
+        is_trusted
+            && std::fs::read(format!("/proc/{pid}/cmdline"))
+                .is_ok_and(|line| line.ends_with(end.as_bytes()))
     };
     let all = std::fs::read_dir("/proc").into_iter().flatten();
     all.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok()).filter(serves).collect()
@@ -239,7 +267,8 @@ fn open(pid: u32) -> Option<OwnedFd> {
 fn see(processes: &[u32]) -> Option<Seen> {
     processes.iter().find_map(|pid| {
         let mut bytes = [0; Seen::SIZE];
-        let numbers = File::open(format!("/proc/{pid}/fd/{NUMBERS}")).ok()?;
+        let numbers = format!("/proc/{pid}/fd/{NUMBERS}");
+        let numbers = sys::open_file(Path::new(&numbers)).ok()?;
         numbers.read_exact_at(&mut bytes, 0).ok()?;
         Some(Seen::from_bytes(&bytes))
     })

@@ -20,8 +20,8 @@ use crate::deadline::Deadline;
 use crate::engine::program::{begin, cgroup};
 use crate::image::PageSource;
 use crate::machine_log::Message;
-use crate::migration::post_copy::{Numbers, Outcome, Source};
 use crate::migration::Settings;
+use crate::migration::post_copy::{Numbers, Outcome, Source};
 use crate::sys::{self, wait_ready};
 
 /// How long the settings are tried to be put back, while another client has the monitor.

@@ -30,14 +30,16 @@ use crate::sys::SharedNumbers;
 
 /// The numbers that the process that serves shares with its spare, and that others can read: first
 /// the bytes of pages that are to be sent, then those that were sent.
-pub type Numbers = SharedNumbers<10>;
+pub type Numbers = SharedNumbers<11>;
 
 const TOTAL: usize = 0;
 const DONE: usize = 1;
 /// [`GIVEN_UP`] or [`COMPLETE`] if nothing is left to do for a spare.
 const OVER: usize = 2;
+/// 1 if all else was sent, and the rest cannot be read from the image.
+const UNREADABLE: usize = 3;
 /// Whether pages are in the pipe, or about to be: one of the values below.
-const STAGE: usize = 3;
+const STAGE: usize = 10;
 /// The pages that are in the pipe, or about to be: the block, the first one, how many. 0 of them
 /// stand for the end of the stream.
 const BLOCK: usize = 4;
@@ -68,6 +70,8 @@ const RECEIVED_TIMEOUT: Duration = Duration::from_secs(60);
 /// How often what fails for want of memory, or because of a disk, is tried, and the time between.
 const ATTEMPTS: u32 = 20;
 const BETWEEN: Duration = Duration::from_millis(100);
+/// The time between later attempts.
+const LATER: Duration = Duration::from_secs(1);
 
 /// How the source begins.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -111,11 +115,13 @@ pub struct Seen {
     pub progress: Progress,
     /// QEMU has said that all is in.
     pub is_complete: bool,
+    /// All else was sent, and the rest cannot be read from the image.
+    pub is_unreadable: bool,
 }
 
 impl Seen {
     /// The bytes at the beginning of the numbers' memory that are needed.
-    pub const SIZE: usize = (OVER + 1) * size_of::<u64>();
+    pub const SIZE: usize = (UNREADABLE + 1) * size_of::<u64>();
 
     /// Reads those bytes.
     pub fn from_bytes(bytes: &[u8; Seen::SIZE]) -> Seen {
@@ -127,6 +133,7 @@ impl Seen {
         Seen {
             progress: Progress { bytes: number(DONE).min(total), total },
             is_complete: number(OVER) == COMPLETE,
+            is_unreadable: number(UNREADABLE) == 1,
         }
     }
 }
@@ -149,6 +156,9 @@ pub struct Source {
     next_push: Instant,
     pushes: bool,
     order: Order,
+    /// How often all that is left was tried, and whether this time something cannot be read.
+    rounds: u32,
+    has_skipped: bool,
     path: ReturnPath,
 }
 
@@ -187,6 +197,8 @@ impl Source {
             next_push: Instant::now(),
             pushes: false,
             order: Order::new(first),
+            rounds: 0,
+            has_skipped: false,
             path,
             pages,
         })
@@ -228,6 +240,7 @@ impl Source {
         self.staged = left;
         self.path.last = self.number(ASKED).checked_sub(1).map(|block| block as usize);
         self.order = Order::default();
+        self.set(UNREADABLE, 0);
         self.pushes = true;
         self.count_sent();
         Ok(())
@@ -335,9 +348,8 @@ impl Source {
                 if let Some(first) = missing {
                     let most = self.together.min(AROUND.max(range.end - first));
                     let run = self.sent.run(block, self.pages.in_file(block), first, most);
-                    let is_all = range.end <= run.end;
-                    self.stage(block, run)?;
-                    if !is_all {
+                    let sent_to = self.stage_asked(block, run)?;
+                    if sent_to < range.end {
                         return Ok(None);
                     }
                 }
@@ -363,9 +375,19 @@ impl Source {
         if self.number(CLOSED) == 1 || self.next_push > Instant::now() {
             return Ok(false);
         }
-        let Some((block, run)) = self.order.next(&self.pages, &self.sent, self.together) else {
+        // Only pages that cannot be read are to be left.
+        let most = if self.rounds == 0 { self.together } else { 1 };
+        let Some((block, run)) = self.order.next(&self.pages, &self.sent, most) else {
+            if std::mem::take(&mut self.has_skipped) {
+                self.try_rest_later();
+                return Ok(false);
+            }
             let closing = protocol::closing(self.pages.head());
             self.write(0, 0..0, &closing)?;
+            return Ok(true);
+        };
+        let Ok(records) = self.pages.records(block, run.clone()) else {
+            self.has_skipped = true;
             return Ok(true);
         };
         if let Some(bandwidth) = self.bandwidth {
@@ -373,17 +395,46 @@ impl Source {
             let time = Duration::from_secs_f64(bytes as f64 / bandwidth.max(1) as f64);
             self.next_push = self.next_push.max(Instant::now() - SLICE) + time;
         }
-        self.stage(block, run)?;
+        self.stage(block, run, &records)?;
         Ok(true)
     }
 
-    fn stage(&mut self, block: usize, run: Range<u64>) -> Result<(), Stop> {
-        let records = self.pages.records(block, run.clone());
-        let records = records
-            .map_err(|error| Stop::Wrong(format!("the memory image cannot be read: {error}")))?;
+    /// Prepares another round over what could not be read. The guest runs on unless it needs that.
+    fn try_rest_later(&mut self) {
+        self.rounds = self.rounds.saturating_add(1);
+        self.order = Order::default();
+        let is_lasting = self.rounds >= ATTEMPTS;
+        if is_lasting {
+            self.set(UNREADABLE, 1);
+        }
+        self.next_push = Instant::now() + if is_lasting { LATER } else { BETWEEN };
+    }
+
+    /// Sends pages that QEMU has asked for, or the first of them. Returns where they end.
+    fn stage_asked(&mut self, block: usize, mut run: Range<u64>) -> Result<u64, Stop> {
+        let mut attempts = 0;
+        loop {
+            match self.pages.records(block, run.clone()) {
+                Ok(records) => {
+                    let end = run.end;
+                    return self.stage(block, run, &records).map(|()| end);
+                }
+                Err(error) if attempts == ATTEMPTS => {
+                    return Err(Stop::Wrong(format!("the memory image cannot be read: {error}")));
+                }
+                Err(_) => {
+                    run.end = run.start + 1;
+                    attempts += 1;
+                    std::thread::sleep(BETWEEN);
+                }
+            }
+        }
+    }
+
+    fn stage(&mut self, block: usize, run: Range<u64>, records: &[u8]) -> Result<(), Stop> {
         let is_data = self.pages.in_file(block).has(run.start);
         let bytes = if is_data { (run.end - run.start) * PAGE as u64 } else { 0 };
-        self.write(block, run, &records)?;
+        self.write(block, run, records)?;
         self.numbers[DONE].fetch_add(bytes, Ordering::Relaxed);
         Ok(())
     }
@@ -486,7 +537,6 @@ impl Source {
             };
             self.sent.add_map(block, &map);
         }
-        self.path.last = None;
         self.count_sent();
         Ok(())
     }
