@@ -179,7 +179,7 @@ fn page_server_that_is_killed_or_stopped_loses_nothing() {
             })
             .expect("it goes on");
         }
-        assert!(kills >= 4, "{kills}");
+        assert!(kills >= 1, "{kills}");
         settle(&clone, &token, &found);
         clone.guest.wait_ticks(3);
 

@@ -28,7 +28,10 @@ use crate::sys::{self, wait_ready};
 const PAUSE: Duration = Duration::from_millis(20);
 /// A page server that is started so often, and sends nothing new, will never do.
 const TRIES: u32 = 3;
-/// An operation that ends within this time does not end a wait.
+/// An operation that ends within this time does not make a question fail: the page server holds the
+/// guest for a moment at the end.
+const HELD: Duration = Duration::from_secs(10);
+/// How long a change is waited for before the state is asked for again.
 const BUSY: Duration = Duration::from_secs(1);
 
 /// How far a guest's memory is.
@@ -72,8 +75,7 @@ pub fn when_arrived<T>(
 
 /// How far the guest's memory is.
 pub fn progress(connector: &dyn Connector) -> Result<MemoryProgress> {
-    let mut guest = connector.begin()?;
-    let (Rest::Coming(lazy) | Rest::Resumed(lazy)) = rest(&mut *guest)? else {
+    let (Rest::Coming(lazy) | Rest::Resumed(lazy)) = look(connector, Deadline::after(HELD))? else {
         return Ok(NOTHING);
     };
     let pages = see(&processes(&lazy)).map(|seen| seen.progress).unwrap_or_default();
@@ -88,8 +90,7 @@ pub fn wait(connector: &dyn Connector, timeout: Option<Duration>) -> Result<bool
     let left = || deadline.map_or(BUSY, |deadline| deadline.left().unwrap_or_default().min(BUSY));
     let (mut most, mut resumed) = (0, 0);
     loop {
-        // The page server holds the guest for the moment in which it puts the settings back.
-        let rest = look(connector, Deadline::after(BUSY))?;
+        let rest = look(connector, Deadline::after(HELD))?;
         let is_resumed = matches!(rest, Rest::Resumed(_));
         let (Rest::Coming(lazy) | Rest::Resumed(lazy) | Rest::Ending(lazy)) = rest else {
             return Ok(true);
