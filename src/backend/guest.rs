@@ -381,8 +381,13 @@ pub trait Guest: Execute {
     }
 
     /// Takes over overlays that another process has made, which has ended, with their files. Ends
-    /// that process's jobs on them. Then they can be merged and discarded.
-    fn adopt_overlays(&mut self, _overlays: &[(NotedOverlay, Option<NotedFile>)]) -> Result<()> {
+    /// that process's jobs on them. Then they can be merged and discarded. Those at the paths
+    /// `merged` are merged already.
+    fn adopt_overlays(
+        &mut self,
+        _overlays: &[(NotedOverlay, Option<NotedFile>)],
+        _merged: &[String],
+    ) -> Result<()> {
         Ok(())
     }
 

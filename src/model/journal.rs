@@ -431,6 +431,12 @@ impl ReadJournal {
         })
     }
 
+    /// The overlays that are merged, so that they are needed no more.
+    pub fn merged(&self) -> Vec<String> {
+        let overlays = self.intent.planned.overlays.iter().map(|overlay| &overlay.overlay);
+        overlays.filter(|overlay| self.has_merged(overlay)).cloned().collect()
+    }
+
     /// Whether an overlay is merged, so that it is needed no more.
     pub fn has_merged(&self, overlay: &str) -> bool {
         self.lines.iter().any(|line| match line {

@@ -40,12 +40,13 @@ impl LibvirtGuest<'_> {
         Ok(self.registered.is_some())
     }
 
-    /// Takes over overlays with their files.
+    /// Takes over overlays with their files. Those at the paths `merged` are merged already.
     pub(super) fn adopt_files(
         &mut self,
         overlays: &[(NotedOverlay, Option<NotedFile>)],
+        merged: &[String],
     ) -> Result<()> {
-        self.overlays = Overlays::adopted(overlays)?;
+        self.overlays = Overlays::adopted(overlays, merged)?;
         self.is_adopted = true;
         Ok(())
     }

@@ -45,6 +45,8 @@ pub struct MergeFailure {
     pub error: Error,
     /// The merge may have changed something.
     pub begun: bool,
+    /// The domain may have been switched to the base, and may have written to it since.
+    pub may_have_pivoted: bool,
 }
 
 /// The state of a merge.
@@ -60,38 +62,42 @@ enum MergeState {
 impl BlockCommit {
     /// Merges the images. `step` names the operation in errors.
     pub fn run(&self, caller: &mut Caller, step: &str) -> Result<(), MergeFailure> {
-        let begun = |error| MergeFailure { error, begun: true };
+        let failed = |error, may_have_pivoted| MergeFailure { error, begun: true, may_have_pivoted };
         self.start(caller, step)?;
         let mut progress = Progress::new(STALLED);
         let mut pivoting = false;
         loop {
             let seen = match self.query(caller) {
                 Ok(MergeState::Ended) => break,
-                Ok(MergeState::Ready) if !pivoting => match self.pivot(caller) {
-                    Ok(()) => break,
-                    // libvirt is switching the domain, for which it gets the whole time anew.
-                    Err(CallError::Late) => {
-                        pivoting = true;
-                        progress = Progress::new(STALLED);
-                        None
+                Ok(MergeState::Ready) if !pivoting => {
+                    pivoting = true;
+                    match self.pivot(caller) {
+                        Ok(()) => break,
+                        // libvirt is switching the domain, for which it gets the whole time anew.
+                        Err((CallError::Late, _)) => {
+                            progress = Progress::new(STALLED);
+                            None
+                        }
+                        Err((error, given_up)) => {
+                            return Err(failed(error.into_error(step), !given_up));
+                        }
                     }
-                    Err(error) => return Err(begun(error.into_error(step))),
-                },
+                }
                 Ok(MergeState::Ready) => None,
                 Ok(MergeState::UnderWay(seen)) => Some(seen),
                 // Another client makes libvirt wait. The merge may go on meanwhile.
                 Err(error) if error.is_late() => None,
-                Err(error) => return Err(begun(error.into_error(step))),
+                Err(error) => return Err(failed(error.into_error(step), pivoting)),
             };
             if !progress.wait(seen) {
-                return Err(begun(self.give_up(caller, step)));
+                return Err(failed(self.give_up(caller, step), pivoting));
             }
         }
-        if self.is_on_top(caller).map_err(|error| begun(error.into_error(step)))? {
+        if self.is_on_top(caller).map_err(|error| failed(error.into_error(step), pivoting))? {
             let message = format!(
                 "{step}: QEMU's block job failed (libvirt's log of the domain has the reason)"
             );
-            return Err(begun(Error::new(Code::OperationFailed, message)));
+            return Err(failed(Error::new(Code::OperationFailed, message), pivoting));
         }
         Ok(())
     }
@@ -106,7 +112,7 @@ impl BlockCommit {
         started.map_err(|error| {
             // A call without an answer may have been carried out.
             let begun = !matches!(error, CallError::Refused(_));
-            MergeFailure { error: error.into_error(step), begun }
+            MergeFailure { error: error.into_error(step), begun, may_have_pivoted: false }
         })
     }
 
@@ -123,12 +129,14 @@ impl BlockCommit {
         })
     }
 
-    fn pivot(&self, caller: &mut Caller) -> Result<(), CallError> {
-        let pivoted = self.end(caller, block::ABORT_PIVOT);
-        if matches!(pivoted, Err(CallError::Refused(_))) {
-            let _ = self.end(caller, 0);
-        }
-        pivoted
+    /// Switches the domain to the base. If that fails, also returns whether the job was given up
+    /// instead. Else the domain may have been switched, and have ended since.
+    fn pivot(&self, caller: &mut Caller) -> Result<(), (CallError, bool)> {
+        self.end(caller, block::ABORT_PIVOT).map_err(|error| {
+            let is_refused = matches!(error, CallError::Refused(_));
+            let given_up = is_refused && self.end(caller, 0).is_ok();
+            (error, given_up)
+        })
     }
 
     /// Ends a job that makes no progress. Returns the error for the caller.

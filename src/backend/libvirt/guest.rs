@@ -348,8 +348,12 @@ impl Guest for LibvirtGuest<'_> {
         self.overlays.noted_files()
     }
 
-    fn adopt_overlays(&mut self, overlays: &[(NotedOverlay, Option<NotedFile>)]) -> Result<()> {
-        self.adopt_files(overlays)
+    fn adopt_overlays(
+        &mut self,
+        overlays: &[(NotedOverlay, Option<NotedFile>)],
+        merged: &[String],
+    ) -> Result<()> {
+        self.adopt_files(overlays, merged)
     }
 
     fn create_overlays(&mut self, disks: &[DiskPlan]) -> Result<()> {

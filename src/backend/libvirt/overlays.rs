@@ -3,9 +3,11 @@
 //! Overlays under libvirt: `qemu-img` makes them before the switch, and libvirt's block commit
 //! merges them back.
 
+use std::collections::BTreeMap;
 use std::path::Path;
+use std::time::SystemTime;
 
-use super::block_commit::BlockCommit;
+use super::block_commit::{BlockCommit, MergeFailure};
 use super::call::Caller;
 use super::drives;
 use crate::backend::guest::Place;
@@ -26,6 +28,21 @@ pub struct Overlays {
     disks: Vec<DiskPlan>,
     /// The files of those that were made so far.
     made: Vec<OverlayFile>,
+    /// How far those are merged that were, by their paths.
+    merges: BTreeMap<String, Merge>,
+}
+
+/// How far an overlay is merged. The domain may have written to the image below since: a second
+/// merge would put older data over that.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Merge {
+    /// The domain may have been switched to the image below. It has ended before that was known.
+    Pivoting,
+    /// The domain was switched to the image below.
+    Pivoted,
+    /// `qemu-img` has merged it, and it was last written at this time. The domain's definition may
+    /// still name it, and a domain that is started writes to it again.
+    Committed(SystemTime),
 }
 
 impl Overlays {
@@ -54,9 +71,15 @@ impl Overlays {
         Ok(())
     }
 
-    /// Takes over overlays that another process has made, with their files.
-    pub fn adopted(noted: &[(NotedOverlay, Option<NotedFile>)]) -> Result<Overlays> {
+    /// Takes over overlays that another process has made, with their files. Those at the paths
+    /// `merged` are merged already.
+    pub fn adopted(
+        noted: &[(NotedOverlay, Option<NotedFile>)],
+        merged: &[String],
+    ) -> Result<Overlays> {
         let mut overlays = Overlays::default();
+        let pivoted = merged.iter().map(|overlay| (overlay.clone(), Merge::Pivoted));
+        overlays.merges.extend(pivoted);
         let mut without_file = Vec::new();
         for (noted, file) in noted {
             let NotedOverlay { disk, image, format, overlay, is_reused, .. } = noted;
@@ -148,15 +171,16 @@ impl Overlays {
 
     /// Merges the overlays of disks that were detached. Only the overlays have the guest's writes.
     /// Returns whether there were any.
-    pub fn merge_detached(&self, domain: &Domain) -> Result<bool> {
+    pub fn merge_detached(&mut self, domain: &Domain) -> Result<bool> {
         let detached = |disk: &DiskPlan| domain.disk(disk.drive.name()).is_none();
         let mut found = false;
-        for (disk, file) in self.made().filter(|(disk, _)| detached(disk)) {
+        let made = self.disks.iter().zip(&self.made);
+        for (disk, file) in made.filter(|(disk, _)| detached(disk)) {
             if !Path::new(&disk.overlay).exists() {
                 continue;
             }
             found = true;
-            commit(disk, file).map_err(|error| {
+            commit_once(disk, file, &mut self.merges).map_err(|error| {
                 error.and(format!(
                     "disk '{}' was detached meanwhile, and what the guest wrote to it is in '{}', \
                      which could not be merged and must not be removed: run `qemu-img commit` on \
@@ -186,24 +210,37 @@ impl Overlays {
                 self.paths()
             );
         }
-        let merged = in_use.drain(..).try_for_each(|(disk, _)| merge(disk, caller));
+        let merges = &mut self.merges;
+        let merged = in_use.drain(..).try_for_each(|(disk, _)| {
+            let failure = match merge(disk, caller) {
+                Ok(()) => {
+                    merges.insert(disk.overlay.clone(), Merge::Pivoted);
+                    return Ok(());
+                }
+                Err(failure) => failure,
+            };
+            if failure.may_have_pivoted {
+                merges.insert(disk.overlay.clone(), Merge::Pivoting);
+            }
+            Err(failure.error)
+        });
         merged.map_err(|error| {
             error.and(format!(
                 "the domain goes on with the overlays {}, which must not be removed: merge them \
                  with `virsh blockcommit DOMAIN DISK --shallow --active --pivot` when the cause is \
                  mended",
-                self.paths()
+                self.unmerged()
             ))
         })
     }
 
     /// Merges the overlays of a domain that does not run.
     pub fn merge_offline(&mut self) -> Result<()> {
-        for (disk, file) in self.made() {
+        for (disk, file) in self.disks.iter().zip(&self.made) {
             if !Path::new(&disk.overlay).exists() {
                 continue;
             }
-            commit(disk, file).map_err(|error| {
+            commit_once(disk, file, &mut self.merges).map_err(|error| {
                 Error::new(
                     error.code,
                     format!(
@@ -211,7 +248,7 @@ impl Overlays {
                          {}, which could not be merged and must not be removed ({}): run `qemu-img \
                          commit` on each when the cause is fixed, and put the domain's definition \
                          back, before it is started again",
-                        self.paths(),
+                        unmerged(&self.disks, &self.merges),
                         error.message
                     ),
                 )
@@ -272,10 +309,20 @@ impl Overlays {
 
     /// The paths of the overlays, for a message.
     pub fn paths(&self) -> String {
-        let of_disk =
-            |disk: &DiskPlan| format!("'{}' of disk '{}'", disk.overlay, disk.drive.name());
-        self.disks.iter().map(of_disk).collect::<Vec<_>>().join(", ")
+        unmerged(&self.disks, &BTreeMap::new())
     }
+
+    /// The paths of those that are not merged.
+    fn unmerged(&self) -> String {
+        unmerged(&self.disks, &self.merges)
+    }
+}
+
+fn unmerged(disks: &[DiskPlan], merges: &BTreeMap<String, Merge>) -> String {
+    let is_left =
+        |disk: &&DiskPlan| matches!(merges.get(&disk.overlay), None | Some(Merge::Pivoting));
+    let of_disk = |disk: &DiskPlan| format!("'{}' of disk '{}'", disk.overlay, disk.drive.name());
+    disks.iter().filter(is_left).map(of_disk).collect::<Vec<_>>().join(", ")
 }
 
 /// The depth of a disk's overlay in its chain, and the image below it.
@@ -313,12 +360,34 @@ fn format(disk: &DiskPlan, file: &OverlayFile) -> Result<()> {
     file.sync(path).map_err(|error| Error::system(&step, error))
 }
 
-/// Merges an overlay that no QEMU has open.
-fn commit(disk: &DiskPlan, file: &OverlayFile) -> Result<()> {
-    overlay_file::commit(file.file(), &disk.drive.file, &disk.drive.format)
+/// Merges an overlay that no QEMU has open, unless that was done.
+fn commit_once(
+    disk: &DiskPlan,
+    file: &OverlayFile,
+    merges: &mut BTreeMap<String, Merge>,
+) -> Result<()> {
+    let written = || {
+        let written = file.file().metadata().and_then(|found| found.modified());
+        written
+            .map_err(|error| Error::system(format!("cannot look at '{}'", disk.overlay), error))
+    };
+    match merges.get(&disk.overlay) {
+        Some(Merge::Pivoted) => return Ok(()),
+        Some(Merge::Committed(time)) if *time == written()? => return Ok(()),
+        Some(Merge::Pivoting) => fail!(
+            OperationFailed,
+            "the domain ended just when '{}' was merged: the overlay or its image, whichever was \
+             written last, is the newer one",
+            disk.overlay
+        ),
+        Some(Merge::Committed(_)) | None => {}
+    }
+    overlay_file::commit(file.file(), &disk.drive.file, &disk.drive.format)?;
+    merges.insert(disk.overlay.clone(), Merge::Committed(written()?));
+    Ok(())
 }
 
-fn merge(disk: &DiskPlan, caller: &mut Caller) -> Result<()> {
+fn merge(disk: &DiskPlan, caller: &mut Caller) -> std::result::Result<(), MergeFailure> {
     let commit = BlockCommit {
         target: disk.drive.name().to_owned(),
         base: None,
@@ -330,5 +399,93 @@ fn merge(disk: &DiskPlan, caller: &mut Caller) -> Result<()> {
         shallow: true,
     };
     let step = format!("cannot merge '{}' back into '{}'", disk.overlay, disk.drive.file);
-    commit.run(caller, &step).map_err(|failure| failure.error)
+    commit.run(caller, &step)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::tool::Tool;
+
+    fn write(path: &str, pattern: &str) {
+        let write = format!("write -P {pattern} 0 4k");
+        Tool::new("qemu-io").args(["-f", "qcow2", "-c", &write, path]).run().unwrap();
+    }
+
+    #[test]
+    fn an_overlay_that_was_merged_is_not_merged_again_over_what_the_guest_wrote_since() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = |name: &str| directory.path().join(name).to_str().unwrap().to_owned();
+        let mut plans = Vec::new();
+        for target in ["vda", "vdb"] {
+            let image = path(target);
+            std::fs::write(&image, vec![0; 1 << 20]).unwrap();
+            let mut drive = Drive::of_image(target, Role::Disk, "", &image, "raw");
+            drive.size = 1 << 20;
+            let overlay = path(&format!("{target}.overlay"));
+            plans.push(DiskPlan { drive, overlay, reuse: false, on_device: false });
+        }
+        let mut overlays = Overlays::default();
+        overlays.create(&plans, Beforehand::Refused, None).unwrap();
+        let content = |disk: &DiskPlan| std::fs::read(&disk.drive.file).unwrap()[0];
+        let (one, two) = (&plans[0], &plans[1]);
+        write(&one.overlay, "1");
+        write(&two.overlay, "1");
+        // The guest went on with the image of the first, while the second was not merged yet.
+        overlays.merges.insert(one.overlay.clone(), Merge::Pivoted);
+        std::fs::write(&one.drive.file, vec![9; 1 << 20]).unwrap();
+        overlays.merge_offline().unwrap();
+        assert_eq!((content(one), content(two)), (9, 1));
+        // Another client started the domain on its image.
+        std::fs::write(&two.drive.file, vec![8; 1 << 20]).unwrap();
+        overlays.merge_offline().unwrap();
+        assert_eq!((content(one), content(two)), (9, 8));
+        // Another client started the domain on the overlay.
+        write(&two.overlay, "2");
+        overlays.merge_offline().unwrap();
+        assert_eq!((content(one), content(two)), (9, 2));
+        assert!(!overlays.unmerged().contains("vd"), "{}", overlays.unmerged());
+
+        // The domain ended in the switch.
+        overlays.merges.insert(two.overlay.clone(), Merge::Pivoting);
+        write(&two.overlay, "3");
+        let error = overlays.merge_offline().unwrap_err();
+        assert!(error.message.contains(&two.overlay), "{error}");
+        assert!(!error.message.contains(&one.overlay), "{error}");
+        assert_eq!((content(one), content(two)), (9, 2));
+    }
+
+    #[test]
+    fn an_overlay_that_another_process_has_merged_is_not_merged_again() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = |name: &str| directory.path().join(name).to_str().unwrap().to_owned();
+        let (image, overlay) = (path("image"), path("overlay"));
+        std::fs::write(&image, vec![9; 1 << 20]).unwrap();
+        let mut drive = Drive::of_image("vda", Role::Disk, "", &image, "raw");
+        drive.size = 1 << 20;
+        let plan = DiskPlan { drive, overlay: overlay.clone(), reuse: false, on_device: false };
+        let mut made = Overlays::default();
+        made.create(&[plan], Beforehand::Refused, None).unwrap();
+        write(&overlay, "1");
+        let noted = NotedOverlay {
+            disk: "vda".into(),
+            overlay: overlay.clone(),
+            node: String::new(),
+            file_node: String::new(),
+            image_node: String::new(),
+            image: image.clone(),
+            format: "raw".into(),
+            is_reused: false,
+        };
+        let found = [(noted, made.noted_files().pop())];
+        let without_disks = Domain::parse("<domain><name>d</name></domain>").unwrap();
+        let mut adopted = Overlays::adopted(&found, &[overlay]).unwrap();
+        adopted.merge_offline().unwrap();
+        adopted.merge_detached(&without_disks).unwrap();
+        assert_eq!(std::fs::read(&image).unwrap()[0], 9);
+        // One that is not known to be merged is.
+        let mut adopted = Overlays::adopted(&found, &[]).unwrap();
+        adopted.merge_detached(&without_disks).unwrap();
+        assert_eq!(std::fs::read(&image).unwrap()[0], 1);
+    }
 }

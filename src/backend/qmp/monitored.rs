@@ -225,8 +225,12 @@ impl<C: Channel> Guest for MonitorGuest<'_, C> {
         self.overlays.iter().filter_map(Overlay::noted_file).collect()
     }
 
-    fn adopt_overlays(&mut self, overlays: &[(NotedOverlay, Option<NotedFile>)]) -> Result<()> {
-        self.overlays = overlays::adopt(&mut self.channel, overlays)?;
+    fn adopt_overlays(
+        &mut self,
+        overlays: &[(NotedOverlay, Option<NotedFile>)],
+        merged: &[String],
+    ) -> Result<()> {
+        self.overlays = overlays::adopt(&mut self.channel, overlays, merged)?;
         Ok(())
     }
 

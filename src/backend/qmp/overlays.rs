@@ -141,9 +141,11 @@ impl From<&Overlay> for Switch {
 }
 
 /// Takes over overlays that another process has made, with their files. Ends the jobs on them.
+/// Those at the paths `merged` are merged already.
 pub fn adopt(
     monitor: &mut dyn Execute,
     noted: &[(NotedOverlay, Option<NotedFile>)],
+    merged: &[String],
 ) -> Result<Vec<Overlay>> {
     let left = jobs::left_over(monitor)?;
     let is_theirs = |id: &&String| {
@@ -160,6 +162,9 @@ pub fn adopt(
             () if overlay.own.is_some() => Made::File,
             () => Made::Nothing,
         };
+        if merged.contains(&overlay.disk.overlay) {
+            overlay.merge = Merge::Done;
+        }
         overlays.push(overlay);
     }
     Ok(overlays)

@@ -572,6 +572,7 @@ impl<'a> Delete<'a> {
             return Err(MergeFailure {
                 error: Error::new(Code::OperationUnsupported, message),
                 begun: false,
+                may_have_pivoted: false,
             });
         }
         let live =
@@ -580,7 +581,7 @@ impl<'a> Delete<'a> {
             Some(disk) => self.merge_live(disk, merge, base_image)?,
             None => {
                 images::commit(top_image, &base_image.path)
-                    .map_err(|error| MergeFailure { error, begun: true })?;
+                    .map_err(|error| MergeFailure { error, begun: true, may_have_pivoted: false })?;
             }
         }
         // QEMU has changed the backing files of the images that it has open.
@@ -590,7 +591,7 @@ impl<'a> Delete<'a> {
         for overlay in graph.overlays(top).filter(|overlay| !open(overlay)) {
             let overlay = graph.get(overlay).expect("of the graph");
             images::rebase(overlay, &base_image.path, &base_image.format)
-                .map_err(|error| MergeFailure { error, begun: true })?;
+                .map_err(|error| MergeFailure { error, begun: true, may_have_pivoted: false })?;
         }
         Ok(())
     }
@@ -627,6 +628,7 @@ impl<'a> Delete<'a> {
                 return Err(MergeFailure {
                     error: Error::new(Code::OperationUnsupported, message),
                     begun: false,
+                    may_have_pivoted: false,
                 });
             }
         }

@@ -195,7 +195,7 @@ fn find(
     report: &mut Report,
 ) -> Result<Option<Vec<Found>>> {
     let overlays = files::overlays(journal, report);
-    if let Err(error) = guest.adopt_overlays(&overlays) {
+    if let Err(error) = guest.adopt_overlays(&overlays, &journal.merged()) {
         let names: Vec<_> = overlays.iter().map(|(noted, _)| &*noted.overlay).collect();
         let why = format!("{}: recover the domain as a user who may", error.message);
         report.undecided(What::Overlay, &names.join(", "), why);

@@ -116,7 +116,7 @@ fn merge(
     if journal.may_have_switched() && !may_merge(store, journal, report)? {
         return Ok(false);
     }
-    guest.adopt_overlays(&overlays)?;
+    guest.adopt_overlays(&overlays, &journal.merged())?;
     let merged = guest.merge_disks();
     if journal.intent.planned.running && guest.status()?.status == "io-error" {
         guest.resume(Deadline::after(DEFAULT_TIMEOUT))?;
