@@ -54,16 +54,26 @@ fn choose(is_root: bool, variable: impl Fn(&str) -> Option<OsString>) -> Result<
     Ok(usual.map(|usual: PathBuf| Place::Usual(usual.join("instantsnap/libvirt"))))
 }
 
-/// The journal of the domain with this UUID. `None` if there is none, nor a directory for it.
+/// The journal of the domain with this UUID. `None` if there is none, nor a directory for it, or if
+/// this process cannot open one that the caller does not name: then it keeps no journal there
+/// either.
 pub fn journals(uuid: &str) -> Result<Option<Journals>> {
-    let directory = match place()? {
-        Some(Place::Named(directory) | Place::Usual(directory)) => directory,
-        None => return Ok(None),
-    };
+    match place()? {
+        Some(place) => journals_in(place, uuid),
+        None => Ok(None),
+    }
+}
+
+fn journals_in(place: Place, uuid: &str) -> Result<Option<Journals>> {
+    let (Place::Named(directory) | Place::Usual(directory)) = &place;
     if !directory.exists() {
         return Ok(None);
     }
-    Ok(Some(Journals::one(Store::open(&directory)?, uuid.into())))
+    match (Store::open(directory), &place) {
+        (Ok(store), _) => Ok(Some(Journals::one(store, uuid.into()))),
+        (Err(_), Place::Usual(_)) => Ok(None),
+        (Err(error), Place::Named(_)) => Err(error),
+    }
 }
 
 /// Reserves the journal of the domain with this UUID. `Ok(Err(()))` if another snapshot has it.
@@ -91,6 +101,15 @@ pub fn reserve(uuid: &str) -> Result<std::result::Result<Option<Reservation>, ()
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_directory_that_cannot_be_opened_is_an_error_only_where_the_caller_names_it() {
+        let directory = tempfile::tempdir().unwrap();
+        let file = directory.path().join("file");
+        std::fs::write(&file, "").unwrap();
+        assert!(journals_in(Place::Usual(file.clone()), "u").unwrap().is_none());
+        assert!(journals_in(Place::Named(file), "u").is_err());
+    }
 
     #[test]
     fn the_caller_names_the_directory_or_it_is_the_users_own() {
