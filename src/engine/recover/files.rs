@@ -81,10 +81,11 @@ pub fn remove(journal: &ReadJournal, report: &mut Report) {
     // The file of notes goes with the image.
     let pages = image::pages_file_of(&journal.intent.planned.memory);
     if let (Presence::Same, Some(file)) = journal.find(&pages, || image::is_pages_file(&pages)) {
-        let removed =
-            OwnFile::reopen(&file.known).and_then(|own| own.map_or(Ok(()), |own| own.remove()));
+        let removed = OwnFile::reopen_to_remove(&file.known)
+            .and_then(|own| own.map_or(Ok(()), |own| own.remove()));
         if removed.is_err() {
-            report.undecided(What::Memory, &pages.to_string_lossy(), "it cannot be removed");
+            let why = "it cannot be removed, and nothing needs it";
+            report.left(What::Memory, &pages.to_string_lossy(), why);
         }
     }
 }
