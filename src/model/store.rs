@@ -87,11 +87,26 @@ impl Reservation {
             let step = format!("cannot write the snapshot's journal '{}'", path.display());
             let hint = "it is of a snapshot that was interrupted: recover the guest first \
                         (instantsnap_recover())";
+            let journal = self.is_undone(&path).then(|| {
+                format!(
+                    "it is undone but for what a storage hook may have made: look at the storage, \
+                     and then remove '{}'",
+                    path.display()
+                )
+            });
+            let hint = journal.as_deref().unwrap_or(hint);
             match error.kind() {
                 ErrorKind::AlreadyExists => Error::system(step, error).and(hint),
                 _ => Error::system(step, error),
             }
         })
+    }
+
+    /// Whether all of the snapshot that a journal is of is undone.
+    fn is_undone(&self, journal: &Path) -> bool {
+        let read = std::fs::read(journal).ok();
+        read.and_then(|content| ReadJournal::parse(&self.name, &content).ok())
+            .is_some_and(|journal| journal.is_undone())
     }
 
     /// Its file, for the watchdog.
