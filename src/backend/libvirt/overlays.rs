@@ -11,7 +11,7 @@ use super::block_commit::{BlockCommit, MergeFailure};
 use super::call::Caller;
 use super::drives;
 use crate::backend::guest::Place;
-use crate::backend::images::id;
+use crate::backend::images::{self, id};
 use crate::backend::overlay_file::{self, Beforehand, OverlayFile};
 use crate::error::{Code, Error, Result, fail};
 use crate::model::domain::{Domain, Source, Storage};
@@ -179,7 +179,11 @@ impl Overlays {
             if !Path::new(&disk.overlay).exists() {
                 continue;
             }
+            // The domain's definition may name it.
             found = true;
+            if images::is_surely_empty(file.file()) {
+                continue;
+            }
             commit_once(disk, file, &mut self.merges).map_err(|error| {
                 error.and(format!(
                     "disk '{}' was detached meanwhile, and what the guest wrote to it is in '{}', \
@@ -368,8 +372,7 @@ fn commit_once(
 ) -> Result<()> {
     let written = || {
         let written = file.file().metadata().and_then(|found| found.modified());
-        written
-            .map_err(|error| Error::system(format!("cannot look at '{}'", disk.overlay), error))
+        written.map_err(|error| Error::system(format!("cannot look at '{}'", disk.overlay), error))
     };
     match merges.get(&disk.overlay) {
         Some(Merge::Pivoted) => return Ok(()),
