@@ -106,6 +106,43 @@ impl Graph {
     }
 }
 
+/// Whether an overlay has data of its own. A file of no length, or a device whose header was wiped,
+/// has none. It is an error if the file has no header that can be read: it may have had data.
+pub fn has_data(file: &File) -> std::io::Result<bool> {
+    if let Some(header) = Header::read(file) {
+        return header.is_empty(file).map(|empty| !empty);
+    }
+    let found = file.metadata()?;
+    let mut head = [0; 4];
+    let mut is_wiped = || -> std::io::Result<bool> {
+        file.read_exact_at(&mut head, 0)?;
+        Ok(head == [0; 4])
+    };
+    match found.file_type().is_block_device() {
+        false if found.len() == 0 => Ok(false),
+        true if is_wiped()? => Ok(false),
+        _ => Err(std::io::Error::other("it has no header of a qcow2 image")),
+    }
+}
+
+/// Whether it is certain that an overlay has no data of its own. For a forked child: allocates
+/// nothing.
+pub fn is_surely_empty(file: &File) -> bool {
+    let mut header = [0; 48];
+    if file.read_exact_at(&mut header, 0).is_err() {
+        return file.metadata().is_ok_and(|found| found.is_file() && found.len() == 0);
+    }
+    Header::parse(&header).is_some_and(|header| header.is_empty(file).unwrap_or(false))
+}
+
+fn long(header: &[u8; 48], at: usize) -> u64 {
+    header[at..at + 8].try_into().map_or(0, u64::from_be_bytes)
+}
+
+fn short(header: &[u8; 48], at: usize) -> u32 {
+    header[at..at + 4].try_into().map_or(0, u32::from_be_bytes)
+}
+
 /// The header of a qcow2 image.
 #[derive(Clone, Debug)]
 pub struct Header {
@@ -129,19 +166,25 @@ impl Header {
         const LONGEST: usize = 1023;
         let mut header = [0; 48];
         file.read_exact_at(&mut header, 0).ok()?;
-        let long = |at: usize| header[at..at + 8].try_into().map_or(0, u64::from_be_bytes);
-        let short = |at: usize| header[at..at + 4].try_into().map_or(0, u32::from_be_bytes);
-        if header[..4] != *b"QFI\xfb" {
-            return None;
-        }
-        let (offset, length) = (long(8), short(16) as usize);
+        let parsed = Header::parse(&header)?;
+        let offset = long(&header, 8);
+        let length = short(&header, 16) as usize;
         let backing = || {
             let mut name = vec![0; length];
             file.read_exact_at(&mut name, offset).ok()?;
             String::from_utf8(name).ok()
         };
         let backing = if offset == 0 || length > LONGEST { None } else { backing() };
-        Some(Header { backing, size: long(24), clusters: (long(40), short(36)) })
+        Some(Header { backing, ..parsed })
+    }
+
+    /// Reads the beginning of a file, without the name of the backing file.
+    fn parse(header: &[u8; 48]) -> Option<Header> {
+        if header[..4] != *b"QFI\xfb" {
+            return None;
+        }
+        let clusters = (long(header, 40), short(header, 36));
+        Some(Header { backing: None, size: long(header, 24), clusters })
     }
 
     /// Whether the image has no data of its own: the guest sees only its backing file.

@@ -598,3 +598,58 @@ fn overlays_behind_symbolic_links_are_found_and_merged() {
         assert!(overlay.is_symlink());
     }
 }
+
+/// A disk that was detached since has its newest data only in its overlay.
+#[test]
+fn overlay_of_a_disk_that_was_detached_is_named_and_left_until_the_disk_is_attached_again() {
+    by_socket_only();
+    let binary = &Binary::all()[0];
+    let machine = common::machine(binary, 1).arg("-device").arg("virtio-scsi-pci,id=scsi");
+    let opened = Opened::start(&machine);
+    let image = opened.guest.directory().join("plugged.raw");
+    File::create(&image).unwrap().set_len(1 << 20).unwrap();
+    let execute = |command: &str, arguments: serde_json::Value| {
+        opened.guest.control().execute(command, arguments)
+    };
+    let file = json!({ "driver": "file", "filename": image });
+    let node = json!({ "driver": "raw", "node-name": "plugged", "file": file });
+    execute("blockdev-add", node).unwrap();
+    let attach = |node: &str| {
+        let device =
+            json!({ "driver": "scsi-hd", "id": "plugged", "bus": "scsi.0", "drive": node });
+        execute("device_add", device).unwrap();
+    };
+    attach("plugged");
+    interrupt(&opened, Phase::Arm);
+    let node = || {
+        let blocks = execute("query-block", json!({})).unwrap();
+        let blocks = blocks.as_array().unwrap();
+        let block = blocks
+            .iter()
+            .find(|block| block["qdev"].as_str().is_some_and(|qdev| qdev.contains("plugged")));
+        block.map(|block| block["inserted"]["node-name"].as_str().unwrap().to_owned())
+    };
+    let overlay = node().unwrap();
+    assert_ne!(overlay, "plugged");
+    let write = json!({ "command-line": "qemu-io -d plugged \"write -P 7 0 64k\"" });
+    execute("human-monitor-command", write).unwrap();
+    // QEMU refuses it until the migration has ended, whose reader was killed.
+    let detach = || execute("device_del", json!({ "id": "plugged" })).ok();
+    wait_for(DEADLINE, detach).expect("the disk can be detached");
+    wait_for(DEADLINE, || node().is_none().then_some(())).expect("the disk is detached");
+
+    let vd0 = opened.active_image("vd0");
+    for _ in 0..2 {
+        let found = recovered(&opened);
+        assert_blocked(&found, &["neither on its overlay", "plugged"]);
+        assert!(journal_of(&opened).exists());
+        assert_eq!(opened.active_image("vd0"), vd0);
+    }
+    attach(&overlay);
+    let found = recovered(&opened);
+    assert!(found.iter().all(|found| !found.blocks), "{found:?}");
+    assert!(!journal_of(&opened).exists());
+    assert_eq!(node().as_deref(), Some("plugged"));
+    assert_ne!(opened.active_image("vd0"), vd0);
+    assert!(std::fs::read(&image).unwrap()[..1 << 16].iter().all(|byte| *byte == 7));
+}

@@ -62,7 +62,8 @@ enum MergeState {
 impl BlockCommit {
     /// Merges the images. `step` names the operation in errors.
     pub fn run(&self, caller: &mut Caller, step: &str) -> Result<(), MergeFailure> {
-        let failed = |error, may_have_pivoted| MergeFailure { error, begun: true, may_have_pivoted };
+        let failed =
+            |error, may_have_pivoted| MergeFailure { error, begun: true, may_have_pivoted };
         self.start(caller, step)?;
         let mut progress = Progress::new(STALLED);
         let mut pivoting = false;

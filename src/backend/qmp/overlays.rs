@@ -7,8 +7,8 @@ use serde_json::{Value, json};
 
 use super::jobs::{self, Merge, NODE_PREFIX, Until};
 use crate::backend::guest::{DEFAULT_TIMEOUT, MonitorOverlay};
-use crate::backend::overlay_file;
-use crate::backend::overlay_file::{Beforehand, OverlayFile};
+use crate::backend::images;
+use crate::backend::overlay_file::{self, Beforehand, OverlayFile};
 use crate::deadline::Deadline;
 use crate::error::{Code, Error, Result, fail};
 use crate::model::journal::{NotedFile, NotedOverlay};
@@ -295,7 +295,8 @@ pub fn resize(
     Ok(())
 }
 
-/// Merges the active overlays back into the images below, all at once.
+/// Merges the active overlays back into the images below, all at once. If it is not known of one
+/// whether its data is in the image below, none is merged.
 pub fn merge(monitor: &mut dyn Execute, overlays: &mut [Overlay]) -> Result<()> {
     let mut jobs = Vec::new();
     let started = start_merging(monitor, overlays, &mut jobs);
@@ -330,16 +331,50 @@ fn start_merging(
         Command::new("query-block", json!({})),
         Deadline::after(DEFAULT_TIMEOUT),
     )?;
-    let is_active = |overlay: &&Overlay| {
+    let is_attached = |node: &str| {
         let mut blocks = blocks.as_array().into_iter().flatten();
-        blocks.any(|block| block["inserted"]["node-name"] == overlay.node)
+        blocks.any(|block| block["inserted"]["node-name"] == node)
     };
-    for overlay in overlays.iter().filter(is_active) {
+    let command = Command::new("query-named-block-nodes", json!({ "flat": true }));
+    let nodes = monitor.run(step, command, Deadline::after(DEFAULT_TIMEOUT))?;
+    for overlay in overlays.iter().filter(|overlay| !is_attached(&overlay.node)) {
+        // Only a merge puts a disk back on its image.
+        if overlay.merge == Merge::Done || is_attached(&overlay.disk.drive.node) {
+            continue;
+        }
+        if was_switched_to(overlay, &nodes)? {
+            fail!(
+                OperationFailed,
+                "{step}: disk '{}' is neither on its overlay '{}' nor on its image '{}', because \
+                 it was detached, or because another client has put an image on top: what the \
+                 guest wrote last is in the overlay; attach the disk to the node '{}' again, or \
+                 merge that node (block-commit) and remove the overlay",
+                overlay.disk.drive.name(),
+                overlay.disk.overlay,
+                overlay.disk.drive.file,
+                overlay.node
+            );
+        }
+    }
+    for overlay in overlays.iter().filter(|overlay| is_attached(&overlay.node)) {
         let job = merge_job(overlay);
         jobs::start_merge(monitor, step, &job, &overlay.node, &overlay.disk.drive.node)?;
         jobs.push(job);
     }
     Ok(())
+}
+
+/// Whether a disk was switched to an overlay: the node has an image below it only since then. If
+/// there is no node any more, the file says whether it has data.
+fn was_switched_to(overlay: &Overlay, nodes: &Value) -> Result<bool> {
+    let mut nodes = nodes.as_array().into_iter().flatten();
+    if let Some(node) = nodes.find(|node| node["node-name"] == overlay.node) {
+        return Ok(!node["backing_file"].is_null());
+    }
+    let has_data = overlay.own.as_ref().map_or(Ok(false), |own| images::has_data(own.file()));
+    has_data.map_err(|error| {
+        Error::system(format!("cannot read the overlay '{}'", overlay.disk.overlay), error)
+    })
 }
 
 /// Removes the nodes and the files of overlays that are not in use. The list keeps those that could

@@ -580,8 +580,11 @@ impl<'a> Delete<'a> {
         match live {
             Some(disk) => self.merge_live(disk, merge, base_image)?,
             None => {
-                images::commit(top_image, &base_image.path)
-                    .map_err(|error| MergeFailure { error, begun: true, may_have_pivoted: false })?;
+                images::commit(top_image, &base_image.path).map_err(|error| MergeFailure {
+                    error,
+                    begun: true,
+                    may_have_pivoted: false,
+                })?;
             }
         }
         // QEMU has changed the backing files of the images that it has open.

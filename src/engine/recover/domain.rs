@@ -17,7 +17,6 @@ use super::note::{note, note_undo};
 use super::online::{may_merge, put_settings_back, resume, wait_migration};
 use super::report::{Report, What};
 use super::{files, offline};
-use crate::backend::images::Header;
 use crate::backend::overlay_file::OverlayFile;
 use crate::backend::{DEFAULT_TIMEOUT, Guest, Liveness, Place};
 use crate::deadline::Deadline;
@@ -269,10 +268,8 @@ fn content(found: &Found, journal: &ReadJournal) -> Result<Content> {
     if sys::is_locked(opened.file(), sys::IMAGE_LOCKS) {
         return Ok(Content::InUse);
     }
-    let header = Header::read(opened.file());
-    let empty = header.is_none_or(|header| header.is_empty(opened.file()).unwrap_or(false))
-        || journal.has_merged(&found.noted.overlay);
-    Ok(if empty { Content::None } else { Content::Data })
+    let has_data = offline::has_data(&found.noted, opened.file(), journal)?;
+    Ok(if has_data { Content::Data } else { Content::None })
 }
 
 /// Undoes the snapshot of a domain that runs, with the same QEMU or with another one. Returns
@@ -298,7 +295,7 @@ fn undo_running(
         return Ok(false);
     }
     note_undo(journal, file)?;
-    let merged = guest.merge_disks();
+    let merged = if journal.may_have_switched() { guest.merge_disks() } else { Ok(()) };
     if same && journal.intent.planned.running && guest.status()?.status == "io-error" {
         guest.resume(Deadline::after(DEFAULT_TIMEOUT))?;
     }

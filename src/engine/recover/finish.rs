@@ -14,9 +14,11 @@ use crate::sys;
 
 /// Whether the snapshot is recorded, so that only the name of the current snapshot can be missing.
 pub fn is_recorded(store: &Store, journal: &ReadJournal) -> bool {
-    let memory = journal.intent.planned.memory.to_string_lossy();
+    let memory = &journal.intent.planned.memory;
     !journal.is_undoing()
-        && store.read(&journal.intent.snapshot).is_ok_and(|recorded| recorded.memory_file == memory)
+        && store
+            .read(&journal.intent.snapshot)
+            .is_ok_and(|recorded| Path::new(&recorded.memory_file) == memory)
 }
 
 /// Finishes the snapshot, if it is recorded already, or proved to be complete. Returns whether
@@ -29,14 +31,14 @@ pub fn finish(
     report: &mut Report,
 ) -> Result<bool> {
     let name = &journal.intent.snapshot;
-    let memory = journal.intent.planned.memory.to_string_lossy();
+    let memory = &journal.intent.planned.memory;
     match store.read(name) {
         // The record could not be completed, and its removal did not reach the disk.
-        Ok(recorded) if recorded.memory_file == memory && journal.is_undoing() => {
+        Ok(recorded) if Path::new(&recorded.memory_file) == memory && journal.is_undoing() => {
             store.forget(name)?;
             report.undone(What::Snapshot, name, "it had failed, and its record is removed");
         }
-        Ok(recorded) if recorded.memory_file == memory => {
+        Ok(recorded) if Path::new(&recorded.memory_file) == memory => {
             // The snapshot becomes the current one after it was recorded.
             if store.current()? == recorded.parent {
                 store.set_current(name)?;
@@ -67,9 +69,10 @@ pub fn finish(
         }
     }
     let Some(record) = proved(journal) else { return Ok(false) };
-    // A watchdog may have begun to undo the snapshot: then a disk is on its image again.
+    // A watchdog may have begun to undo the snapshot: then a disk is on its image again. A disk
+    // that is not there was detached.
     if let Some(guest) = guest
-        && !is_on_overlays(&guest.drives()?, &record)
+        && is_on_image(&guest.drives()?, &record)
     {
         return Ok(false);
     }
@@ -82,13 +85,12 @@ pub fn finish(
     Ok(true)
 }
 
-/// Whether the guest's disks are on the overlays, or on later images above them.
-fn is_on_overlays(drives: &[Drive], record: &Record) -> bool {
+/// Whether a disk of the guest is on its image, and not on the overlay or on later images above it.
+fn is_on_image(drives: &[Drive], record: &Record) -> bool {
     let images: Vec<_> = drives.iter().flat_map(Drive::images).collect();
-    let is_used = |overlay: &str| {
-        images.iter().any(|image| sys::same_file(Path::new(image), Path::new(overlay)))
-    };
-    record.disks.iter().all(|disk| is_used(&disk.overlay))
+    let is_used =
+        |path: &str| images.iter().any(|image| sys::same_file(Path::new(image), Path::new(path)));
+    record.disks.iter().any(|disk| !is_used(&disk.overlay) && is_used(&disk.image))
 }
 
 /// The record of a snapshot that is proved to be complete.

@@ -10,6 +10,7 @@
 //! The journal says which merges were begun and done. A merge that was begun is repeated: it writes
 //! the whole overlay once more, whatever a part of an earlier merge has written.
 
+use std::fs::File;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -42,11 +43,28 @@ impl Left {
         let Some(file) = OverlayFile::reopen(&file.known, noted.is_reused).map_err(step)? else {
             return Ok(None);
         };
-        let empty = Header::read(file.file())
-            .is_none_or(|header| header.is_empty(file.file()).unwrap_or(false));
-        let has_data = !empty && !journal.has_merged(&noted.overlay);
+        let has_data = has_data(&noted, file.file(), journal)?;
         Ok(Some(Left { noted, file, has_data }))
     }
+}
+
+/// Whether the guest has written to an overlay, and that is not merged yet.
+pub fn has_data(noted: &NotedOverlay, file: &File, journal: &ReadJournal) -> Result<bool> {
+    if journal.has_merged(&noted.overlay) {
+        return Ok(false);
+    }
+    // An overlay that was being made may have no header yet.
+    if !journal.may_have_switched() {
+        return Ok(!images::is_surely_empty(file) && Header::read(file).is_some());
+    }
+    images::has_data(file).map_err(|error| {
+        let step = format!(
+            "the guest may have written to the overlay '{}', which cannot be read: repair it, or \
+             make its storage available",
+            noted.overlay
+        );
+        Error::system(step, error)
+    })
 }
 
 /// Undoes the snapshot. Returns whether its overlays are gone.

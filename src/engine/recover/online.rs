@@ -117,7 +117,7 @@ fn merge(
         return Ok(false);
     }
     guest.adopt_overlays(&overlays, &journal.merged())?;
-    let merged = guest.merge_disks();
+    let merged = if journal.may_have_switched() { guest.merge_disks() } else { Ok(()) };
     if journal.intent.planned.running && guest.status()?.status == "io-error" {
         guest.resume(Deadline::after(DEFAULT_TIMEOUT))?;
     }

@@ -5,9 +5,13 @@
 //! it.
 
 use std::ffi::CString;
+use std::fs::File;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
+use rustix::fs::{Mode, OFlags};
+
+use crate::backend::images;
 use crate::own_file::{KnownFile, Undo};
 use crate::sys;
 
@@ -24,6 +28,14 @@ impl Discard {
     pub fn new(file: &KnownFile) -> Option<Discard> {
         let directory = path(file.path.parent()?)?;
         Some(Discard { path: path(&file.path)?, directory, id: file.id, undo: file.undo })
+    }
+
+    /// Whether the file is an overlay that certainly has no data.
+    pub fn is_empty_overlay(&self) -> bool {
+        let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+        let opened = rustix::fs::open(&*self.path, flags, Mode::empty());
+        sys::file_id(&self.path) == Some(self.id)
+            && opened.is_ok_and(|file| images::is_surely_empty(&File::from(file)))
     }
 
     /// Removes the file, empties it, or overwrites its header.

@@ -82,10 +82,9 @@ impl Overlay {
         stream: &mut Remaining,
     ) -> bool {
         let mut execute = |command: &str| execute(monitor, command, stream);
-        if switched
-            && !self.commit.is_empty()
-            && execute(&self.commit).is_some_and(|reply| reply.done)
-        {
+        let is_ours = switched && !self.commit.is_empty();
+        let begun = is_ours && execute(&self.commit).is_some_and(|reply| reply.done);
+        if begun {
             // QEMU refuses to complete the job until all data is merged. When the job has ended,
             // QEMU replies that there is no such job.
             loop {
@@ -99,12 +98,18 @@ impl Overlay {
         match execute(&self.delete) {
             Some(reply) if reply.done => {
                 execute(&self.delete_file_node);
+                // QEMU has refused to merge it, and not to let it go: the disk was not switched, or
+                // another client has detached it, or it was merged before. The recovery can tell.
+                if is_ours && !begun && !self.file.as_ref().is_some_and(Discard::is_empty_overlay) {
+                    self.complaint.send();
+                    return false;
+                }
                 journal.map(|journal| journal.append(&self.merged));
                 self.file.iter().for_each(Discard::run);
                 true
             }
             // QEMU keeps an overlay that is in use. A driver merges its own overlays.
-            Some(_) if switched && !self.commit.is_empty() => {
+            Some(_) if is_ours => {
                 self.complaint.send();
                 false
             }
