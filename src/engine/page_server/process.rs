@@ -156,18 +156,18 @@ fn be_spare(source: &mut Source, monitor: Option<&Path>, server: &OwnedFd) -> ! 
     go_on(own, monitor, spare)
 }
 
-/// Puts QEMU's settings back: it has said that all is in. If that cannot be done now, the library's next call on the guest does
-/// it.
+/// Puts QEMU's settings back: it has said that all is in. If that cannot be done now, the library's
+/// next call on the guest does it.
 fn settle(monitor: &Path) {
     let deadline = Deadline::after(SETTLE);
     while deadline.left().is_some() {
-        if let Ok(mut held) = qmp::hold(monitor, None, None) {
-            if Settings::recover_arrived(&mut *held).is_ok() {
-                // It is held until this process ends. So whoever holds it next finds nothing of
-                // this process any more.
-                std::mem::forget(held);
-                return;
-            }
+        if let Ok(mut held) = qmp::hold(monitor, None, None)
+            && Settings::recover_arrived(&mut *held).is_ok()
+        {
+            // It is held until this process ends. So whoever holds it next finds nothing of this
+            // process any more.
+            std::mem::forget(held);
+            return;
         }
         if !monitor.exists() {
             return;
