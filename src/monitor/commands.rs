@@ -182,6 +182,32 @@ pub fn query_partly_plugged(qemu: &mut dyn Execute, deadline: Deadline) -> Resul
     Ok(devices.as_array().into_iter().flatten().filter_map(partly).collect())
 }
 
+/// `info ramblock` of the human monitor: the names of QEMU's memory blocks and how many bytes of
+/// each are in use. `None` if this QEMU does not tell.
+pub fn ram_blocks(
+    qemu: &mut dyn Execute,
+    deadline: Deadline,
+) -> Result<Option<Vec<(String, u64)>>> {
+    let command = Command::new("human-monitor-command", json!({ "command-line": "info ramblock" }));
+    match qemu.execute(command, deadline) {
+        Ok(reply) => Ok(reply.as_str().map(read_ram_blocks)),
+        Err(Failure::Refused(..)) => Ok(None),
+        Err(failure) => Err(failure.into_error("cannot ask for the guest's memory blocks")),
+    }
+}
+
+/// Each line has a name, the size of a page (`4 KiB`), and in hexadecimal the offset, the size in
+/// use and the whole size.
+fn read_ram_blocks(text: &str) -> Vec<(String, u64)> {
+    let block = |line: &str| {
+        let (before, numbers) = line.split_once("0x")?;
+        let before = before.trim_end().rsplit_once(' ')?.0.trim_end().rsplit_once(' ')?.0;
+        let used = numbers.split_ascii_whitespace().nth(1)?.strip_prefix("0x")?;
+        Some((before.trim().to_owned(), u64::from_str_radix(used, 16).ok()?))
+    };
+    text.lines().filter_map(block).collect()
+}
+
 /// `query-migrate-capabilities`: names and states, in QEMU's order.
 pub fn query_migrate_capabilities(
     qemu: &mut dyn Execute,
@@ -305,4 +331,22 @@ pub fn has_command(qemu: &mut dyn Execute, name: &str, deadline: Deadline) -> Re
     Ok(reply
         .as_array()
         .is_some_and(|commands| commands.iter().any(|command| command["name"] == name)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_blocks_are_read_as_qemu_tells_of_them() {
+        let text = "              Block Name    PSize              Offset               Used              \
+                    Total                HVA  RO\r\n                  pc.ram    4 KiB  \
+                    0x0000000000000000 0x0000000004000000 0x0000000004000000 0x00007f505be00000  \
+                    rw\r\n    /rom@etc/acpi/tables    2 MiB  0x0000000005100000 0x0000000000020000 \
+                    0x0000000000200000 0x00007f505a800000  ro\r\n";
+        let found =
+            [("pc.ram".to_owned(), 64 << 20), ("/rom@etc/acpi/tables".to_owned(), 128 << 10)];
+        assert_eq!(read_ram_blocks(text), found);
+        assert_eq!(read_ram_blocks("nothing\n"), []);
+    }
 }

@@ -3,11 +3,13 @@
 //! Loads a sparse memory image by QEMU's own reader of such images (mapped-ram), which reads pages
 //! by several threads, and no page of zeros. QEMU 9.0 and later have it.
 
-use crate::backend::{Guest, Liveness};
+use crate::backend::{DEFAULT_TIMEOUT, Guest, Liveness};
+use crate::deadline::Deadline;
 use crate::engine::options::SparseReader;
 use crate::error::{Result, fail};
-use crate::image::{Image, SparseStream, Zeros};
+use crate::image::{Block, Image, SparseStream, Zeros};
 use crate::migration::{PassedImage, Settings, start_incoming, wait_loaded};
+use crate::monitor::commands;
 
 /// Loads an image if it is sparse, `reader` allows it, and this QEMU and this image are fit for
 /// that. Returns false if not, or if QEMU refuses to begin: then it waits for a stream, as before.
@@ -24,7 +26,9 @@ pub fn load(
         SparseReader::Library => return Ok(false),
         SparseReader::Qemu { channels } => (channels, true),
     };
-    let loaded = is_fit(image, zeros, settings) && load_passed(guest, image, settings, channels)?;
+    let loaded = is_fit(image, zeros, settings)
+        && has_same_blocks(guest, image)?
+        && load_passed(guest, image, settings, channels)?;
     if must && !loaded {
         fail!(
             OperationUnsupported,
@@ -51,6 +55,17 @@ fn is_fit(image: &Image, zeros: Zeros, settings: &Settings) -> bool {
     zeros == Zeros::OfSmallBlocks
         && settings.has_mapped_ram()
         && image.sparse.as_ref().is_some_and(has_all)
+}
+
+/// Whether QEMU has all memory blocks of the image in their sizes. QEMU's own reader of such images
+/// does not compare them, so that a guest with other memory would be loaded without an error.
+fn has_same_blocks(guest: &mut dyn Guest, image: &Image) -> Result<bool> {
+    let Some(sparse) = &image.sparse else { return Ok(false) };
+    let found = commands::ram_blocks(guest, Deadline::after(DEFAULT_TIMEOUT))?.unwrap_or_default();
+    let is_there = |block: &Block| {
+        found.iter().any(|(name, size)| name.as_bytes() == block.name && *size == block.size)
+    };
+    Ok(sparse.head.blocks.iter().all(is_there))
 }
 
 /// Returns false if QEMU refuses to begin.
