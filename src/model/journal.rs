@@ -17,7 +17,7 @@ use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use rustix::fs::{AtFlags, CWD, StatxFlags, statx};
 use rustix::io::Errno;
@@ -366,9 +366,23 @@ pub struct ReadJournal {
     pub intent: Intent,
     lines: Vec<Line>,
     same_boot: bool,
+    /// When the last line was written, if that is known.
+    pub written: Option<SystemTime>,
 }
 
 impl ReadJournal {
+    /// Whether a file was last written so long after the journal's last line that the snapshot, or
+    /// the undo that this line begins, can hardly have done it.
+    pub fn is_long_before(&self, file: &Path) -> bool {
+        const LONG: Duration = Duration::from_secs(60);
+        let modified = file.metadata().and_then(|found| found.modified()).ok();
+        let since = self.written.zip(modified).and_then(|(line, file)| {
+            // The error is of a file that is older than the line.
+            file.duration_since(line).ok()
+        });
+        since.is_some_and(|since| since > LONG)
+    }
+
     /// Reads the content of a snapshot's journal. Returns the reason if it cannot be used.
     pub fn parse(snapshot: &str, content: &[u8]) -> Result<ReadJournal, String> {
         let whole = whole_lines(content);
@@ -392,7 +406,7 @@ impl ReadJournal {
         }
         let lines = lines.map(serde_json::from_slice).collect::<Result<_, _>>().map_err(damaged)?;
         let same_boot = intent.boot == procfs::boot();
-        Ok(ReadJournal { intent, lines, same_boot })
+        Ok(ReadJournal { intent, lines, same_boot, written: None })
     }
 
     /// Whether the snapshot had made all of its files.
@@ -624,6 +638,24 @@ mod tests {
             journal.append(&line).unwrap();
             assert_eq!(read(&path).unwrap().may_be_paused(), is_ours, "{line:?}");
         }
+    }
+
+    #[test]
+    fn a_file_that_was_written_long_after_the_last_line_is_told() {
+        let directory = tempfile::tempdir().unwrap();
+        let (path, _) = journal(directory.path());
+        let mut journal = read(&path).unwrap();
+        let file = directory.path().join("image");
+        std::fs::write(&file, "").unwrap();
+        assert!(!journal.is_long_before(&file), "it is not known when the line was written");
+        let now = file.metadata().unwrap().modified().unwrap();
+        for (seconds, is_long) in [(0, false), (59, false), (61, true), (3600, true)] {
+            journal.written = Some(now - Duration::from_secs(seconds));
+            assert_eq!(journal.is_long_before(&file), is_long, "{seconds}");
+        }
+        journal.written = Some(now + Duration::from_secs(3600));
+        assert!(!journal.is_long_before(&file));
+        assert!(!journal.is_long_before(&directory.path().join("nowhere")));
     }
 
     #[test]

@@ -214,10 +214,17 @@ impl Store {
         let mut content = Vec::new();
         // The record in it is escaped once more.
         let longest = 4 * xml::RECORDED.bytes() as u64;
-        let read =
-            sys::open_trusted(&path).and_then(|file| file.take(longest).read_to_end(&mut content));
+        let read = sys::open_trusted(&path).and_then(|file| {
+            let written = file.metadata()?.modified().ok();
+            file.take(longest).read_to_end(&mut content)?;
+            Ok(written)
+        });
         match read {
-            Ok(_) => Ok(Some(ReadJournal::parse(name, &content))),
+            Ok(written) => {
+                let mut journal = ReadJournal::parse(name, &content);
+                journal.iter_mut().for_each(|journal| journal.written = written);
+                Ok(Some(journal))
+            }
             Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
             Err(error) => Err(Error::system(format!("cannot read '{}'", path.display()), error)),
         }

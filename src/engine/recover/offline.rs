@@ -285,7 +285,10 @@ fn image_since(left: &Left, journal: &ReadJournal) -> std::result::Result<(), St
     // Under libvirt, a merge that is noted can have been refused: the domain was saved.
     let is_certain = journal.intent.planned.domain.is_none();
     match journal.has_begun_merging(overlay).filter(|_| is_certain) {
-        // It is half merged, and no guest can have been started on it with success.
+        // The merge can have ended after all, and a guest can have run on the image since.
+        Some(_) if journal.is_long_before(Path::new(image)) => {
+            Err("was written long after its merge began".into())
+        }
         Some(true) => Ok(()),
         Some(false) if is_before_boot(image_written) => Ok(()),
         Some(false) => Err("was half merged, and written since the host was started".into()),

@@ -2,6 +2,7 @@
 
 //! Undoes an interrupted snapshot with the help of the guest's QEMU, which still runs.
 
+use std::path::Path;
 use std::time::Duration;
 
 use super::files;
@@ -13,7 +14,7 @@ use crate::deadline::Deadline;
 use crate::error::{Result, fail};
 use crate::migration::{Settings, reactivate_disks};
 use crate::model::Store;
-use crate::model::journal::{JournalFile, Line, ReadJournal};
+use crate::model::journal::{JournalFile, Line, NotedOverlay, ReadJournal};
 use crate::monitor::commands::{self, Progress};
 
 /// A migration whose reader has ended fails in less time than this.
@@ -94,7 +95,10 @@ pub fn resume(
     }
     // The journal says that the snapshot was about to pause the guest, and not that the guest ran
     // again. After a migration of another client the guest may run elsewhere.
-    let is_ours = journal.may_be_paused();
+    let has_run = |NotedOverlay { overlay, image, .. }: &NotedOverlay| {
+        [overlay, image].into_iter().any(|file| journal.is_long_before(Path::new(file)))
+    };
+    let is_ours = journal.may_be_paused() && !journal.intent.planned.overlays.iter().any(has_run);
     if is_ours && status.status != "postmigrate" {
         guest.resume(Deadline::after(DEFAULT_TIMEOUT))?;
         report.undone(What::Guest, GUEST, "the snapshot had paused it, and it runs again");
