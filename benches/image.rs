@@ -14,7 +14,8 @@
 //! `disk` the space that the image takes.
 //!
 //! Restores of one of these snapshots into a fresh QEMU, interleaved; the images are in the page
-//! cache. `raw`: the stream as it is. `stream`: a stream that the library makes of the sparse image.
+//! cache. `raw`: the stream as it is. `stream`: a stream that the library makes of the sparse
+//! image.
 //! `mapped N`: QEMU reads the sparse image itself by N threads (QEMU 9.0 and later). `restore` is
 //! the time from the call until the guest runs, `peak` the largest resident memory of this process.
 

@@ -11,7 +11,8 @@
 //! pages in each round. QEMU is started before the time begins. The times are those from the call
 //! of the load on: until it returns, when the guest runs; until the guest has ended the round that
 //! the instant has interrupted, for which it needs the pages that this round has not come to; until
-//! all is in, and the settings are back. The image is in the host's page cache. Both ways are interleaved, with QEMU by QMP, on one snapshot.
+//! all is in, and the settings are back. The image is in the host's page cache. Both ways are
+//! interleaved, with QEMU by QMP, on one snapshot.
 
 mod common;
 

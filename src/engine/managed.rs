@@ -46,8 +46,8 @@ pub fn delete_managed(snapshot: &Snapshot, flags: DeleteFlags) -> Result<()> {
     }
 }
 
-/// Recovers and holds the domain. Returns the error `OperationInvalid` while another operation holds
-/// it.
+/// Recovers and holds the domain. Returns the error `OperationInvalid` while another operation
+/// holds it.
 fn hold(snapshot: ManagedSnapshot) -> Result<Held> {
     recover_first(&snapshot)?;
     let exclusive = snapshot.hold()?;
@@ -60,8 +60,8 @@ fn recover_first(snapshot: &ManagedSnapshot) -> Result<()> {
     recover::before_operation(snapshot.connector(), Next::Delete(&snapshot.name))
 }
 
-/// Recovers and holds the domain. `None` if another process holds it and this operation may be a step of that
-/// process's operation: one that libvirt itself carries out without harm.
+/// Recovers and holds the domain. `None` if another process holds it and this operation may be a
+/// step of that process's operation: one that libvirt itself carries out without harm.
 pub fn hold_unless_it_is_a_step(
     snapshot: ManagedSnapshot,
     operation: Operation,

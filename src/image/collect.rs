@@ -15,8 +15,8 @@ use super::records::{Block, Content, PAGE};
 /// What was found out.
 #[derive(Debug)]
 pub struct Collected {
-    /// The notes. They have an index if the image is raw, unless that would have too many runs. The order of a sparse image's pages says
-    /// nothing, so its list of first writes is empty.
+    /// The notes. They have an index if the image is raw, unless that would have too many runs. The
+    /// order of a sparse image's pages says nothing, so its list of first writes is empty.
     pub notes: PageNotes,
     /// Whether the image is raw, and has pages that are filled with one byte other than 0. The
     /// index does not have these.

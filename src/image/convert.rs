@@ -24,9 +24,9 @@ use super::zstd_writer::ZstdWriter;
 use crate::error::{Code, Error, Result, fail};
 use crate::sys::{self, IMAGE_LOCKS};
 
-/// Converts a complete image in place. It keeps its domain XML, libvirt's cookie, its mode and, where
-/// this process may set it, its owner; and the notes of its pages, if there are any. An image that
-/// has the format already stays as it is.
+/// Converts a complete image in place. It keeps its domain XML, libvirt's cookie, its mode and,
+/// where this process may set it, its owner; and the notes of its pages, if there are any. An image
+/// that has the format already stays as it is.
 pub fn convert(path: &Path, format: Format) -> Result<()> {
     let image = Image::open(path)?;
     if image.format().number() == format.number() {

@@ -85,7 +85,8 @@ pub struct MemoryImage {
 
 impl MemoryImage {
     /// Creates the file with mode 0600, and marks it partial. An existing file is an error, and is
-    /// not changed. Creates the file of notes beside it, if the format has one. `cookie` is libvirt's save cookie, `format` that which the image is to have.
+    /// not changed. Creates the file of notes beside it, if the format has one. `cookie` is
+    /// libvirt's save cookie, `format` that which the image is to have.
     pub fn create(
         path: &Path,
         domain_xml: &str,
@@ -416,7 +417,8 @@ impl Image {
             return Err("is damaged, or was never completed".into());
         }
         let [version, data_len, _, format] = numbers(&header);
-        // It is compressed by another program than zstd, or from a host with another byte order: libvirt itself checks these.
+        // It is compressed by another program than zstd, or from a host with another byte order:
+        // libvirt itself checks these.
         let (VERSION, Some(format)) = (version, Format::numbered(format)) else { return Ok(None) };
         let begin = HEADER as u64 + u64::from(data_len);
         survey(file, format, begin).map(|surveyed| surveyed.machine)

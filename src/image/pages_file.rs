@@ -16,8 +16,8 @@
 //! ```
 //!
 //! Numbers are big-endian; hashes are XXH3. The image is whole without this file: readers ignore
-//! one that is not of the image. It begins with its magic as soon as it exists, so that one that was
-//! left behind is recognised.
+//! one that is not of the image. It begins with its magic as soon as it exists, so that one that
+//! was left behind is recognised.
 
 use std::ffi::OsString;
 use std::fs::File;
@@ -95,7 +95,8 @@ pub fn replacement(
 }
 
 /// Puts a file of notes beside the image. If there is none, removes the one that is there. Another
-/// file that has its name stays, and is an error of the kind `AlreadyExists` if there is one to put.
+/// file that has its name stays, and is an error of the kind `AlreadyExists` if there is one to
+/// put.
 pub fn put(image: &Path, new: Option<NamedTempFile>) -> io::Result<()> {
     let path = path_of(image);
     match new {

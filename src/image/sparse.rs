@@ -15,8 +15,8 @@
 //!
 //! A reader of mapped-ram does not write the pages that are not in the file. But QEMU itself fills
 //! some blocks before it loads: firmware and ACPI tables, which are small. So all bits of small
-//! blocks are set here, also those of pages of zeros, which are holes in the file. (QEMU and libvirt
-//! do not set them.)
+//! blocks are set here, also those of pages of zeros, which are holes in the file. (QEMU and
+//! libvirt do not set them.)
 
 use super::records::{Block, CAPABILITIES, Head, MAPPED_RAM, MAPPED_VERSION, PAGE};
 

@@ -8,8 +8,8 @@
 //! ```text
 //! 0    magic     QEVM, u32 version (3)
 //! 8    u8        7, where QEMU notes its machine: u32 length, the machine type's name, more
-//! ...            memory, devices; each section ends with 0x7e and its number (u32), where QEMU notes its machine
-//! ...  u8        0: the end
+//! ...            memory, devices; each section ends with 0x7e and its number (u32), where QEMU
+//! notes its machine ...  u8        0: the end
 //!      u8        6: a description of the devices: u32 length, JSON. QEMU can be told to write none
 //! ```
 //!

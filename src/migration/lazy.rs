@@ -27,8 +27,8 @@ pub struct Lazy {
     pub id: (u64, u64),
 }
 
-/// How far the memory is, as far as QEMU says it: other clients' migrations hide it, even those that
-/// QEMU refuses.
+/// How far the memory is, as far as QEMU says it: other clients' migrations hide it, even those
+/// that QEMU refuses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Arrival {
     /// QEMU has not begun to load.

@@ -167,8 +167,8 @@ impl Settings {
         )
     }
 
-    /// Reads the settings as they are now. If they are applied for loading memory, no other client is
-    /// locked out, because QEMU waits for this migration already.
+    /// Reads the settings as they are now. If they are applied for loading memory, no other client
+    /// is locked out, because QEMU waits for this migration already.
     pub fn query(guest: &mut dyn Guest) -> Result<Settings> {
         let capabilities =
             commands::query_migrate_capabilities(guest, Deadline::after(DEFAULT_TIMEOUT))?;

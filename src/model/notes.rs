@@ -79,8 +79,8 @@ impl Notes {
     /// Reads the notes in a `<domain>`, which may be empty.
     pub fn read(domain: Node) -> Notes {
         let all = elements(domain);
-        // An earlier version may have added its notes beside ours, which it did not understand. Ours
-        // are used then.
+        // An earlier version may have added its notes beside ours, which it did not understand.
+        // Ours are used then.
         let is_ours = |node: &Node| node.tag_name().namespace() == Some(NAMESPACE);
         let Some(element) = all.iter().copied().find(is_ours).or(all.first().copied()) else {
             return Notes::default();

@@ -32,7 +32,8 @@ fn machine(binary: &'static Binary) -> Machine {
     Machine::new(binary).disk(Format::Qcow2).memory(64)
 }
 
-/// Makes QEMU send memory slowly, once it sends it. A drain that begins forgets the limit of before.
+/// Makes QEMU send memory slowly, once it sends it. A drain that begins forgets the limit of
+/// before.
 fn slow_down(client: &mut Client) {
     let sends = || {
         let ram = client.execute("query-migrate", json!({})).unwrap()["ram"].clone();

@@ -39,8 +39,8 @@ const BUSY: Duration = Duration::from_secs(1);
 pub struct MemoryProgress {
     /// Whether memory is still to come.
     pub is_coming: bool,
-    /// The bytes of pages that are not zero: those that are in, and all. 0 if that is not known, and
-    /// when nothing is to come.
+    /// The bytes of pages that are not zero: those that are in, and all. 0 if that is not known,
+    /// and when nothing is to come.
     pub pages: Progress,
 }
 
@@ -148,8 +148,8 @@ enum Rest {
     Ending(Lazy),
 }
 
-/// Finds out what there still is. Starts another page server if there is none any more and memory is
-/// still to come, and puts the settings back if all is in and no page server does that.
+/// Finds out what there still is. Starts another page server if there is none any more and memory
+/// is still to come, and puts the settings back if all is in and no page server does that.
 fn rest(guest: &mut dyn Guest) -> Result<Rest> {
     let Some(lazy) = Settings::lazy(guest)? else { return Ok(Rest::Nothing) };
     let is_interrupted = match Arrival::ask(guest)? {
@@ -182,9 +182,9 @@ fn is_complete(lazy: &Lazy) -> bool {
     see(&processes(lazy)).is_some_and(|seen| seen.is_complete)
 }
 
-/// Finds out how far the memory is where QEMU does not say it: `None` if all is in, otherwise whether
-/// QEMU waits for another source. Only a page server that has ended long enough that QEMU must have
-/// noticed it, and the image that is not used any more, prove that all is in.
+/// Finds out how far the memory is where QEMU does not say it: `None` if all is in, otherwise
+/// whether QEMU waits for another source. Only a page server that has ended long enough that QEMU
+/// must have noticed it, and the image that is not used any more, prove that all is in.
 fn ask_often(guest: &mut dyn Guest, lazy: &Lazy) -> Result<Option<bool>> {
     let deadline = Deadline::after(BUSY);
     loop {

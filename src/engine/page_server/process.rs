@@ -27,8 +27,8 @@ use crate::sys::{self, wait_ready};
 /// How long the settings are tried to be put back, while another client has the monitor.
 const SETTLE: Duration = Duration::from_secs(30);
 
-/// Runs the page server. It returns only an error: another version of the library has started it, or
-/// it cannot do its task.
+/// Runs the page server. It returns only an error: another version of the library has started it,
+/// or it cannot do its task.
 ///
 /// # Safety
 /// Nothing in this process owns a descriptor beyond the first three, and it has one thread.

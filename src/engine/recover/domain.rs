@@ -145,8 +145,8 @@ fn name_storage(journal: &ReadJournal, report: &mut Report) {
     }
 }
 
-/// Finds out whether the domain runs. If it runs with the snapshot's QEMU, the guest comes first: it
-/// runs again, and the settings are put back. The inner error is the reason why nothing can be
+/// Finds out whether the domain runs. If it runs with the snapshot's QEMU, the guest comes first:
+/// it runs again, and the settings are put back. The inner error is the reason why nothing can be
 /// done.
 fn find_qemu(
     journal: &ReadJournal,

@@ -46,7 +46,8 @@ const EXIT_TIMEOUT: Duration = Duration::from_secs(5);
 /// The same before another operation, which a snapshot that is under way must not delay for long.
 const SHORT_EXIT_TIMEOUT: Duration = Duration::from_millis(500);
 
-/// Recovers a guest. Its QEMU runs, unless it is a domain of libvirt. It is an error if another operation holds the guest.
+/// Recovers a guest. Its QEMU runs, unless it is a domain of libvirt. It is an error if another
+/// operation holds the guest.
 pub fn recover(connector: &dyn Connector) -> Result<Vec<Recovered>> {
     let mut guest = connector.begin_recovery()?;
     let guest = &mut *guest;

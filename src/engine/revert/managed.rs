@@ -156,8 +156,8 @@ enum MemoryFormat {
     Sparse,
     /// It can; or it is libvirt that says so.
     Other,
-    /// It could when the snapshot was taken. The file may have been replaced since: this process may
-    /// not look.
+    /// It could when the snapshot was taken. The file may have been replaced since: this process
+    /// may not look.
     Unseen,
     /// Neither the image nor the notes tell.
     Unknown,

@@ -45,8 +45,8 @@ fn default_channels() -> u8 {
     cpus.min(MOST) as u8
 }
 
-/// QEMU writes only the pages that are in the file. So its RAM must be zero, and the image must have
-/// all pages of the blocks that QEMU has filled already.
+/// QEMU writes only the pages that are in the file. So its RAM must be zero, and the image must
+/// have all pages of the blocks that QEMU has filled already.
 fn is_fit(image: &Image, zeros: Zeros, settings: &Settings) -> bool {
     let has_all = |sparse: &SparseStream| {
         // The other reader says what is wrong with a bitmap that is damaged.

@@ -12,8 +12,8 @@ use super::descriptors::Inherited;
 use crate::engine::program::{begin, cgroup};
 use crate::image::Drain;
 
-/// Runs the watchdog. It returns only an error: another version of the library has started it, or it
-/// cannot do its task.
+/// Runs the watchdog. It returns only an error: another version of the library has started it, or
+/// it cannot do its task.
 ///
 /// # Safety
 /// Nothing in this process owns a descriptor beyond the first three.

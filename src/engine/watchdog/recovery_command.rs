@@ -183,8 +183,8 @@ impl RecoveryCommands {
     }
 
     /// Puts the settings back, and removes the record and the files. Then undoes the switch: merges
-    /// the overlays that may be in use. `is_noted`: the journal on disk says so. Returns whether the
-    /// daemon answered, and no overlay is left.
+    /// the overlays that may be in use. `is_noted`: the journal on disk says so. Returns whether
+    /// the daemon answered, and no overlay is left.
     pub fn undo(&self, stage: Stage, is_noted: bool, stream: &mut Remaining) -> bool {
         let mut done = self.wait_for_daemon(stream);
         for command in self.restore.iter().filter(|_| !stage.is_restored()) {

@@ -12,8 +12,8 @@
 //! 6  resumed: u32 1
 //! ```
 //!
-//! Numbers are big-endian, a name is a u8 with its length, then its bytes. All else is an error, and
-//! so is a request for what the guest does not have. A message is at most 4 + 268 bytes long.
+//! Numbers are big-endian, a name is a u8 with its length, then its bytes. All else is an error,
+//! and so is a request for what the guest does not have. A message is at most 4 + 268 bytes long.
 
 use std::collections::HashMap;
 use std::ops::Range;
