@@ -150,7 +150,12 @@ fn write_many_pages<W: Write>(
     Ok(())
 }
 
-fn read_exact(file: &File, mut left: &mut [IoSliceMut], mut offset: u64) -> io::Result<()> {
+/// Reads bytes that follow each other in the file into several places.
+pub(super) fn read_exact(
+    file: &File,
+    mut left: &mut [IoSliceMut],
+    mut offset: u64,
+) -> io::Result<()> {
     while !left.is_empty() {
         match preadv(file, left, offset) {
             Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),

@@ -417,7 +417,7 @@ impl Shared {
     }
 
     /// Writes the notes of the pages. The image is whole without them, so an error does no harm:
-    /// whoever completes the image checks the file.
+    /// the caller that completes the image checks the file.
     fn note(&self, notes: &PageNotes) {
         if let Some(pages) = &self.pages {
             let _ = notes.write(pages, &self.file, self.offset);

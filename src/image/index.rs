@@ -186,7 +186,7 @@ pub fn make_index(path: &Path) -> Result<()> {
     }
     if let Some(known) = known {
         notes.first = known.first;
-        // Whoever wrote the image knew its pages before anything could damage them.
+        // The writer of the image knew its pages before anything could damage them.
         notes.checksums = known.checksums.or(notes.checksums);
     }
     let new = pages_file::replacement(&notes, &image.file, image.stream_offset, path);

@@ -7,8 +7,7 @@ use std::fs::File;
 use std::io::{self, IoSliceMut, Read, Seek, SeekFrom};
 use std::ops::Range;
 
-use rustix::io::{Errno, preadv};
-
+use super::classic::read_exact;
 use super::page_map::PageMap;
 use super::records::{Block, Head, PAGE, page_header};
 use super::sparse_reader::SparseStream;
@@ -116,19 +115,4 @@ fn read_devices(file: &File, begin: u64) -> io::Result<Vec<u8>> {
     let mut devices = Vec::new();
     file.take(MOST_DEVICES + MOST_DESCRIPTION).read_to_end(&mut devices)?;
     Ok(devices)
-}
-
-fn read_exact(file: &File, mut left: &mut [IoSliceMut], mut offset: u64) -> io::Result<()> {
-    while !left.is_empty() {
-        match preadv(file, left, offset) {
-            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-            Ok(read) => {
-                offset += read as u64;
-                IoSliceMut::advance_slices(&mut left, read);
-            }
-            Err(Errno::INTR) => {}
-            Err(errno) => return Err(errno.into()),
-        }
-    }
-    Ok(())
 }

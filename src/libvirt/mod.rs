@@ -225,27 +225,29 @@ reference! {
 impl Connect {
     /// Opens a connection that asks for no credentials.
     pub fn open(uri: &str) -> Result<VirResult<Connect>> {
-        let table = table::table()?;
-        let open = || {
-            let uri = c_text(uri)?;
-            Connect::take(table, (table.virConnectOpen)(Text::from(&uri)))
-        };
-        Ok(open())
+        Connect::open_by(Some(uri), |table| table.virConnectOpen)
     }
 
     /// Opens the connection that libvirt chooses: by the environment, by its clients'
     /// configuration, or by what it finds. It asks for no credentials.
     pub fn open_default() -> Result<VirResult<Connect>> {
-        let table = table::table()?;
-        Ok(Connect::take(table, (table.virConnectOpen)(Text::NULL)))
+        Connect::open_by(None, |table| table.virConnectOpen)
     }
 
     /// Opens a read-only connection, for which libvirt asks nobody for permission.
     pub fn open_read_only(uri: &str) -> Result<VirResult<Connect>> {
+        Connect::open_by(Some(uri), |table| table.virConnectOpenReadOnly)
+    }
+
+    fn open_by(
+        uri: Option<&str>,
+        function: impl FnOnce(&Table) -> extern "C" fn(Text) -> *mut virConnect,
+    ) -> Result<VirResult<Connect>> {
         let table = table::table()?;
         let open = || {
-            let uri = c_text(uri)?;
-            Connect::take(table, (table.virConnectOpenReadOnly)(Text::from(&uri)))
+            let uri = uri.map(c_text).transpose()?;
+            let uri = uri.as_ref().map_or(Text::NULL, Text::from);
+            Connect::take(table, function(table)(uri))
         };
         Ok(open())
     }

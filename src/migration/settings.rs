@@ -61,7 +61,7 @@ impl Settings {
     }
 
     /// Puts the settings back that a load has left whose memory followed. The caller has proof that
-    /// all of that is in: so whoever made the load needs them no more.
+    /// all of that is in: so the process that made the load needs them no more.
     pub fn recover_arrived(guest: &mut dyn Guest) -> Result<()> {
         let leftover = Settings::query(guest)?.leftover(guest);
         match leftover.filter(|leftover| leftover.lazy.is_some()) {

@@ -414,7 +414,7 @@ fn complete(
     let xml = job.xml().ok();
     let found = xml.and_then(|xml| SnapshotXml::parse(&xml, &xml::RECORDED).ok());
     let memory = found.as_ref().and_then(|found| found.external_memory());
-    // The snapshot is complete, whoever reads this or does not: so nothing here is a failure.
+    // The snapshot is complete, whether this can be written or not: nothing here is a failure.
     let _ = if context.json {
         output::line(&to_json(guest, name, memory, &stats).to_string())
     } else if context.quiet {

@@ -51,21 +51,19 @@ fn state(guest: &mut dyn Guest, report: &mut Report) {
 
 /// QEMU's version, and whether it has background snapshots.
 fn qemu(guest: &mut dyn Guest, report: &mut Report) -> Option<(u64, u64)> {
-    let found = match run(guest, "query-version", json!({})) {
-        Ok(found) => found,
+    let (major, minor) = match commands::query_version(guest, Deadline::after(DEFAULT_TIMEOUT)) {
+        Ok(version) => version,
         Err(error) => {
             report.error("qemu", "", error);
             return None;
         }
     };
-    let number = |part: &str| found["qemu"][part].as_u64();
-    let version = number("major").zip(number("minor"));
-    let object = version.map(|(major, minor)| format!("{major}.{minor}")).unwrap_or_default();
+    let object = format!("{major}.{minor}");
     match Settings::query(guest).and_then(|settings| settings.require_background()) {
         Ok(()) => report.pass("qemu", object, "it has background snapshots"),
         Err(error) => report.error("qemu", object, error),
     }
-    version
+    Some((major, minor))
 }
 
 fn permission(guest: &dyn Guest, report: &mut Report, version: Option<(u64, u64)>) {

@@ -164,7 +164,7 @@ fn settle(monitor: &Path) {
         if let Ok(mut held) = qmp::hold(monitor, None, None)
             && Settings::recover_arrived(&mut *held).is_ok()
         {
-            // It is held until this process ends. So whoever holds it next finds nothing of this
+            // It is held until this process ends. So the next holder finds nothing of this
             // process any more.
             std::mem::forget(held);
             return;

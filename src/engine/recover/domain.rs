@@ -6,8 +6,8 @@
 //! libvirt, whose view of the domain is the true one: the chain of images that each disk has in the
 //! running domain, or else in its definition, and the record of the snapshot. An overlay that a
 //! disk is on, directly above the image that it was made on, has the disk's newest data, whichever
-//! QEMU runs by now. If a chain is another one, somebody else has changed it since: then nothing of
-//! disks and files is changed.
+//! QEMU runs by now. If a chain is another one, another client has changed it since: then nothing
+//! of disks and files is changed.
 
 use std::path::Path;
 use std::time::Duration;

@@ -144,8 +144,8 @@ fn merge(
     Ok(true)
 }
 
-/// Whether nobody else needs the images that the guest would write to after the merge. Else the
-/// guest goes on with its overlays.
+/// Whether no other snapshot and no other image needs the images that the guest would write to
+/// after the merge. Else the guest goes on with its overlays.
 pub fn may_merge(store: &Store, journal: &ReadJournal, report: &mut Report) -> Result<bool> {
     let others = Others::find(store, journal)?;
     let mut may = true;
